@@ -162,11 +162,17 @@ def draw_loss_by_level(levels, losses: dict) -> Picture:
 
     levels: (l,); losses: {name: (l, samples)} on the same samples and noise.
     """
-    figure = Picture(figsize=(9, 2.9), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    first, *others = losses
+    figure = Picture(figsize=(9 if others else 4.8, 2.9), layout="constrained")
+    left, *rest = figure.subplots(1, 2 if others else 1, squeeze=False)[0]
     _curves(left, {name: mean_interval(values) for name, values in losses.items()}, levels,
             "level t (0 data, 1 noise)", "flow loss (validation)")
-    first, *others = losses
+    for right in rest:
+        _differences(right, levels, losses, first, others)
+    return figure
+
+
+def _differences(right, levels, losses, first, others):
     right.axhline(0, color=COLOURS[0], linewidth=1, label=first)
     for name, colour in zip(others, COLOURS[1:], strict=False):
         mean, low, high = mean_interval(_array(losses[name]) - _array(losses[first]))
@@ -175,7 +181,6 @@ def draw_loss_by_level(levels, losses: dict) -> Picture:
     right.set(xlabel="level t (0 data, 1 noise)", ylabel=f"difference to {first}", title="below zero: better")
     right.spines[["top", "right"]].set_visible(False)
     right.legend(frameon=False)
-    return figure
 
 # %% ../nbs/40_plots.ipynb #c41cab9f
 def _heatmap(axis, values, layers, levels, title, text, marks=None, **colours):
