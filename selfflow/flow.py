@@ -92,7 +92,7 @@ def shift(t: Tensor, alpha: float) -> Tensor:
     """
     if not alpha > 0:
         raise ValueError(f"alpha is {alpha}, but a shift needs alpha > 0 (1 leaves t as it is)")
-    return alpha * t / (1 + (alpha - 1) * t)
+    return t / (t + (1 - t) / alpha)  # the same function, but rounding cannot carry it past 1
 
 
 @dataclass(frozen=True)

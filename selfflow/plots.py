@@ -140,7 +140,7 @@ def draw_training(logs: dict) -> Picture:
             right.plot(log["step"], smooth(log["cosine"]), color=colour, label=f"{name}: cosine", linewidth=1.4)
             right.plot(log["step"], smooth(log["constant_cosine"]), "--", color=colour, linewidth=1,
                        label="reached by a constant")
-    left.set(xlabel="step", ylabel="flow loss (training)", yscale="log", title="what it is trained on")
+    left.set(xlabel="step", ylabel="flow loss (training)", title="what it is trained on")
     right.set(xlabel="step", ylabel="cosine", ylim=(-0.05, 1.02), title="student's features against teacher's")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)

@@ -8,6 +8,7 @@ __all__ = ['LEVELS', 'patches_of', 'shape_of', 'device_for', 'batch_indices', 'T
 
 # %% ../nbs/22_training.ipynb #b5785d47
 import json
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -22,7 +23,7 @@ from .flow import keyed
 from .images import ImageSet, load
 from .modality import ImagePatches
 from .objective import ema_decay, loss_by_level, make_teacher, update_ema
-from .run import Run
+from .run import Run, read_part, read_state
 from .transformer import Transformer, TransformerConfig
 
 # %% ../nbs/22_training.ipynb #a2638ba0
@@ -39,8 +40,15 @@ def shape_of(config: Config, data: ImageSet) -> TransformerConfig:
 
 
 def device_for(name: str = "auto") -> torch.device:
-    "The device to train on; 'auto' is a GPU where there is one."
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    "The device to train on; 'auto' is a GPU where there is one. Raises ValueError for one that is not there."
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch says "not compiled with CUDA" by an assertion
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here ({reason}); take auto, cpu or cuda") from None
+    return torch.device(name)
 
 # %% ../nbs/22_training.ipynb #2c62eed0
 @lru_cache(maxsize=4)
@@ -80,24 +88,24 @@ class TrainState:
 
     def restore(self, run: Run) -> None:
         "Take up the newest checkpoint of a run, if it has one. A part that is missing or does not fit is an error."
-        if run.latest() is None:
+        path = run.latest()
+        if path is None:
             return
-        self.student.load_state_dict(run.load("model"))
-        self.teacher.load_state_dict(run.load("teacher"))
+        self.student.load_state_dict(read_part(path, "model"))
+        self.teacher.load_state_dict(read_part(path, "teacher"))
         if self.objective.state_dict():
-            self.objective.load_state_dict(run.load("objective"))
-        stored, state = run.load("optimizer"), {}
-        for key, value in stored.items():
+            self.objective.load_state_dict(read_part(path, "objective"))
+        slots = {}
+        for key, value in read_part(path, "optimizer").items():
             name, slot = key.rsplit("/", 1)
-            state.setdefault(name, {})[slot] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": {i: state[name] for i, name in enumerate(self.named_parameters())},
-                                        "param_groups": groups})
-        self.step = run.state()["step"]
+            slots.setdefault(name, {})[slot] = value
+        self.optimizer.load_state_dict({"state": {i: slots[name] for i, name in enumerate(self.named_parameters())},
+                                        "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.step = read_state(path)["step"]
 
 
 def start_state(config: Config, shape: TransformerConfig, device: torch.device) -> TrainState:
-    "The state before the first step; weights come from the config's seed alone. The student's do not depend on the objective."
+    "The state before the first step; weights come from the seed alone, and the student's do not depend on the objective."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed(config.seed, "weights").initial_seed())
         student = Transformer(shape).to(device)
@@ -123,7 +131,7 @@ def train_step(state: TrainState, config: Config, x0: Tensor, labels: Tensor) ->
     losses.total.backward()
     norm = nn.utils.clip_grad_norm_(state.named_parameters().values(), training.clip).item()
     values = {**losses.floats(), "grad_norm": norm}
-    if not all(map(torch.isfinite, map(torch.tensor, values.values()))):
+    if not all(map(math.isfinite, values.values())):
         raise FloatingPointError(f"step {state.step} is not finite: {values}. The last checkpoint is whole; "
                                  "a smaller training.lr or training.clip in a new run is the usual remedy.")
     state.optimizer.step()

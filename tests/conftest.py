@@ -1,0 +1,21 @@
+"""Shared by the tests: one tiny pair of runs, trained once."""
+from dataclasses import replace
+
+import pytest
+import torch
+
+from selfflow.config import Config, ModelConfig, ObjectiveConfig, TrainConfig
+from selfflow.training import train
+
+torch.set_num_threads(1)
+
+TINY = Config(name="tiny", model=ModelConfig(width=16, depth=4, heads=2),
+              training=TrainConfig(steps=12, batch=16, log_every=1, validate_every=6, save_every=4))
+VANILLA = replace(TINY, name="vanilla", objective=ObjectiveConfig("flow_matching"))
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    "A Self-Flow run and a flow-matching run; tests must not change them."
+    folder = tmp_path_factory.mktemp("runs")
+    return {config.name: train(config, folder) for config in (TINY, VANILLA)}

@@ -1,0 +1,112 @@
+"""The house itself: notebooks, modules, packaging, hygiene."""
+import ast
+import importlib
+import json
+import re
+import subprocess
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+STUDIES = sorted((ROOT / "nbs/studies").glob("*.ipynb"))
+MODULES = sorted(p for p in (ROOT / "selfflow").glob("*.py") if not p.name.startswith("_"))
+
+
+def cells(path, kind):
+    return ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+
+
+def default_exp(path):
+    return [m[1] for source in cells(path, "code") if (m := re.search(r"#\| default_exp (\w+)", source))]
+
+
+def tracked():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_one_notebook_one_module_and_no_stale_ones():
+    assert [default_exp(p) for p in NOTEBOOKS] == [[re.sub(r"^\d+_", "", p.stem)] for p in NOTEBOOKS]
+    assert {p.stem for p in MODULES} == {default_exp(p)[0] for p in NOTEBOOKS}
+    numbers = [p.stem[:2] for p in NOTEBOOKS]
+    assert len(set(numbers)) == len(numbers) and not any(default_exp(p) for p in STUDIES)
+
+
+def test_imports_go_downwards_only():
+    order = {re.sub(r"^\d+_", "", p.stem): int(p.stem[:2]) for p in NOTEBOOKS}
+    for module in MODULES:
+        for node in ast.walk(ast.parse(module.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert order[node.module] < order[module.stem], f"{module.stem} imports {node.module}, which stands above it"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
+def test_modules_export_what_they_say_and_document_it(module):
+    loaded = importlib.import_module(f"selfflow.{module.stem}")
+    tree = ast.parse(module.read_text())
+    for name in loaded.__all__:
+        value = getattr(loaded, name)
+        if callable(value) and getattr(value, "__module__", "") == loaded.__name__:
+            assert value.__doc__, f"{module.stem}.{name} has no docstring"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
+    assert len(module.read_text().splitlines()) <= 260
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS + STUDIES, ids=lambda p: p.stem)
+def test_notebooks_have_the_form(path):
+    book, text, code = json.loads(path.read_text()), cells(path, "markdown"), cells(path, "code")
+    assert book["metadata"]["kernelspec"]["name"] == "python3"
+    assert text[0].startswith("# ") and "\n> " in text[0]
+    assert path.stat().st_size < (500_000 if path in STUDIES else 100_000)
+    assert len(book["cells"]) <= 60
+    if path not in STUDIES:
+        assert any("assert" in source for source in code if "#| export" not in source), "a lesson asserts what it shows"
+    for source in code:
+        assert "import *" not in source and "@patch" not in source
+    outputs = [output for cell in book["cells"] for output in cell.get("outputs", [])]
+    assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
+
+
+def test_readme_is_made_from_the_index(tmp_path):
+    command = ["make", "-s", "readme", f"README={tmp_path / 'README.md'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+
+
+def test_pictures_and_links_of_the_readme_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_packaging_reads_settings():
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini")
+    assert importlib.import_module("selfflow").__version__ == settings["DEFAULT"]["version"]
+    assert importlib.import_module("importlib.metadata").version("selfflow") == settings["DEFAULT"]["version"]
+    text = (ROOT / "pyproject.toml").read_text()
+    assert "[project]" not in text and "[build-system]" in text
+
+
+def test_the_top_level_is_the_house():
+    top = {p.relative_to(ROOT).parts[0] for p in tracked()}
+    assert top <= {"nbs", "selfflow", "data", "tests", "settings.ini", "setup.py", "README.md", "Makefile", "pyproject.toml",
+                   "LICENSE", "CONTRIBUTING.md", ".ci", ".github", ".gitignore", ".gitattributes"}
+
+
+def test_no_paths_of_one_machine_no_pickle_no_large_files():
+    machine = re.compile(r"(?<![\w.])/(home|root|Users|work|tmp/bash_jobs)/|file:///|index-url")
+    pickled = re.compile(r"\bimport pickle|torch\.(load|save)\(|allow_pickle=True|trust_remote_code")
+    for path in tracked():
+        assert path.stat().st_size < 600_000, path
+        if path.suffix in {".py", ".ipynb", ".md", ".ini", ".toml", ".yml"} and path != Path(__file__):
+            text = path.read_text()
+            assert not machine.search(text), f"{path}: {machine.search(text)}"
+            assert not pickled.search(text), f"{path}: {pickled.search(text)}"

@@ -1,0 +1,167 @@
+"""Figures without pyplot, reports in one escaped file, commands that say what went wrong."""
+import inspect
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
+
+from selfflow import plots
+from selfflow.cli import main
+from selfflow.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from selfflow.report import Report, config_table, run_report, write_samples
+
+def some(*shape):
+    return np.random.default_rng(len(shape)).random(shape)
+
+
+LOG = {"step": np.arange(9), "flow_loss": some(9)}
+FIGURES = {
+    "images": lambda: plots.draw_images(torch.ones(7, 1, 8, 8, requires_grad=True), titles=range(7), columns=3),
+    "colour images": lambda: plots.draw_images(some(1, 3, 8, 8)),
+    "maps": lambda: plots.draw_maps(some(3, 4, 4), list("abc")),
+    "views": lambda: plots.draw_views(some(2, 1, 8, 8), some(2, 4, 4), *some(2, 2, 3, 8, 8)),
+    "one view": lambda: plots.draw_views(some(1, 1, 8, 8), some(1, 4, 4), *some(2, 1, 1, 8, 8)),
+    "curves": lambda: plots.draw_curves({"a": some(5), "b": (some(5),) * 3}, range(5), "x", "y", log=True),
+    "training": lambda: plots.draw_training({"a": LOG, "b": {**LOG, "cosine": some(9), "constant_cosine": some(9)}}),
+    "loss by level": lambda: plots.draw_loss_by_level([0.1, 0.9], {"a": some(2, 30), "b": some(2, 30)}),
+    "loss of one run": lambda: plots.draw_loss_by_level([0.1, 0.9], {"a": some(2, 30)}),
+    "probe grids": lambda: plots.draw_probe_grids({"a": some(3, 2), "b": some(3, 2)}, (1, 2, 3), (0, 0.5),
+                                                  some(3, 2) - 0.5, some(3, 2) > 0.5),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_are_pure(name):
+    sys.modules.pop("matplotlib.pyplot", None)
+    figure, again = FIGURES[name](), FIGURES[name]()
+    assert isinstance(figure, Figure) and figure.axes
+    assert plots.to_png(figure)[:4] == b"\x89PNG" and figure._repr_png_()[:4] == b"\x89PNG"
+    assert plots.to_png(FIGURES[name]()) == plots.to_png(again), "the same data gives the same picture"
+    assert "matplotlib.pyplot" not in sys.modules, "no pyplot: figures are drawn on any thread"
+
+
+def test_a_heat_map_shows_the_numbers_it_is_given():
+    accuracy = np.array([[0.5, 0.75], [0.25, 1.0]])
+    dots = np.array([[False, True], [False, False]])
+    figure = plots.draw_probe_grids({"a": accuracy}, (1, 2), (0, 0.5), accuracy - 0.5, dots)
+    texts = [[t.get_text() for t in axis.texts] for axis in figure.axes]
+    assert texts == [["50", "75", "25", "100"], ["+0.0", "+25.0•", "-25.0", "+50.0"]]
+
+
+def test_the_interval_of_a_mean():
+    values = some(2, 400)
+    mean, low, high = plots.mean_interval(values)
+    np.testing.assert_allclose(high - mean, 1.96 * values.std(1, ddof=1) / 20)
+    np.testing.assert_allclose(mean - low, high - mean)
+
+
+def test_images_of_another_form_are_refused():
+    with pytest.raises(ValueError, match=r"\(2, 2, 8, 8\), expected"):
+        plots.draw_images(np.zeros((2, 2, 8, 8)))
+
+
+def test_reports_escape_everything_and_load_nothing(tmp_path):
+    evil = "<img src=x onerror=alert(1)>"
+    report = Report(evil).heading(evil).text(evil).table(pd.DataFrame({evil: [evil]}), evil)
+    report.figure(FIGURES["maps"](), evil + '"')
+    page = report.write(tmp_path / "deep" / "report.html").read_text()
+    assert evil not in page and page.count("&lt;img") >= 7
+    tags = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
+    parser.feed(page)
+    links = [value for _, attributes in tags for name, value in attributes.items() if name in ("src", "href")]
+    assert len(links) == 1 and links[0].startswith("data:image/png") and "http" not in page
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in tags}
+
+
+def test_a_report_of_runs_tells_what_is_there_and_what_is_not(runs, tmp_path):
+    page = run_report({"A": runs["tiny"], "B": runs["vanilla"]}, lead="First <words>.").html()
+    assert "objective.name" in page and "First &lt;words&gt;." in page and "No samples yet" in page
+    single = config_table({"A": runs["tiny"]})
+    assert len(single) == 25 and single.set_index("setting").loc["training.steps", "A"] == 12
+    assert set(config_table({"A": runs["tiny"], "B": runs["vanilla"]})["setting"]) == {"name", "objective.name"}
+    with pytest.raises(ValueError, match="at least one run"):
+        run_report({})
+
+
+def test_samples_stay_with_their_run(runs):
+    run = runs["vanilla"]
+    images = write_samples(run, torch.tensor([1, 2, 3]), "three", steps=3, seed=5)
+    stored = load_file(run.path / "samples/three.safetensors")
+    assert torch.equal(stored["images"], images) and stored["labels"].tolist() == [1, 2, 3]
+    assert torch.equal(images, run.sample(torch.tensor([1, 2, 3]), steps=3, seed=5))
+    assert not torch.equal(images, run.sample(torch.tensor([1, 2, 3]), steps=3, seed=6))
+    assert (run.path / "samples/three.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("args, words", [
+    (["train", "--objective.mask-ratio", "0.7"], "mask_ratio is 0.7"),
+    (["train", "--objective.name", "selfflow"], "Did you mean 'self_flow'"),
+    (["train", "--objective.student-layer", "5", "--objective.teacher-layer", "3"], "student_layer 5"),
+    (["train", "--data.patch", "3"], "not divisible by patch 3"),
+    (["train", "--name", "tiny", "--seed", "7"], "seed: 0 in the folder, 7 asked for"),
+    (["sample", "nowhere"], "holds no run"),
+    (["sample", "tiny", "--labels", "10"], "classes 0 to 9"),
+    (["sample", "tiny", "--steps", "0"], "steps is 0"),
+    (["sample", "tiny", "--method", "rk4"], "known are euler, heun"),
+    (["probe", "nowhere"], "holds no run"),
+    (["report", "nowhere"], "holds no run"),
+    (["notebook", "no.ipynb", "out.ipynb"], "there is no notebook"),
+])
+def test_mistakes_are_answered_in_words(runs, monkeypatch, capsys, args, words):
+    monkeypatch.chdir(runs["tiny"].path.parent)
+    extra = ["--folder", "."] if args[0] == "train" else []
+    with pytest.raises(SystemExit) as stop:
+        main(args + extra)
+    captured = capsys.readouterr()
+    said = " ".join((captured.err + captured.out).split())
+    assert stop.value.code == 2 and words in said and "Traceback" not in said
+    assert sorted(p.name for p in Path().iterdir() if p.is_dir()) == ["tiny", "vanilla"], "nothing was made"
+
+
+def test_the_command_line_trains_what_it_is_told(tmp_path, capsys):
+    main(["train", "--name", "cli", "--folder", str(tmp_path), "--model.width", "16", "--model.depth", "4",
+          "--model.heads", "2", "--training.steps", "3", "--training.batch", "8", "--objective.name", "flow_matching"])
+    main(["sample", str(tmp_path / "cli"), "--labels", "3", "--each", "2", "--steps", "2", "--cfg-scale", "2"])
+    main(["report", str(tmp_path / "cli"), "--output", str(tmp_path / "r.html")])
+    assert (tmp_path / "cli/samples/euler-2-cfg-2-seed-0.png").exists() and (tmp_path / "r.html").exists()
+    assert "3 steps" in capsys.readouterr().out
+
+
+def test_a_notebook_runs_without_a_screen_and_keeps_its_progress_to_itself(tmp_path, capfd):
+    nbformat = pytest.importorskip("nbformat")
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(
+        "from tqdm.auto import tqdm\nfor _ in tqdm(range(3), desc='counting'): pass\nprint('done', 6 * 7)")])
+    nbformat.write(book, tmp_path / "in.ipynb")
+    main(["notebook", str(tmp_path / "in.ipynb"), str(tmp_path / "out" / "out.ipynb")])
+    cell, = nbformat.read(tmp_path / "out/out.ipynb", 4).cells
+    assert [o.text for o in cell.outputs] == ["done 42\n"] and "counting: 100%" in capfd.readouterr().err
+
+    book.cells[0].source = "print('before')\nraise RuntimeError('in the cell')"
+    nbformat.write(book, tmp_path / "bad.ipynb")
+    with pytest.raises(SystemExit):
+        main(["notebook", str(tmp_path / "bad.ipynb"), str(tmp_path / "bad_out.ipynb")])
+    assert "in the cell" in capfd.readouterr().err
+    assert "before" in (tmp_path / "bad_out.ipynb").read_text()
+
+
+def test_the_installed_command_has_help_for_every_field():
+    command = Path(sys.executable).with_name("selfflow")
+    shown = subprocess.run([command, "train", "--help"], capture_output=True, text=True, check=True).stdout
+    def words(text):
+        return " ".join(re.findall(r"\w+", text))
+
+    for part in (Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig):
+        lines = re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(part), re.M)
+        assert lines
+        for name, text in lines:
+            assert words(name.replace("_", "-")) in words(shown) and words(text) in words(shown), name

@@ -1,0 +1,125 @@
+"""Run folders: what was saved is read back or refused, never half believed."""
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TINY
+
+from selfflow.run import Run, check_checkpoint, write_checkpoint
+from selfflow.training import train
+
+
+@pytest.fixture
+def run(runs, tmp_path):
+    "A copy of the tiny run, to be damaged."
+    shutil.copytree(runs["tiny"].path, tmp_path / "tiny")
+    return Run.open(tmp_path / "tiny")
+
+
+def steps_of(run):
+    return sorted(p.name for p in run.path.glob("checkpoints/*"))
+
+
+def test_a_run_opens_from_its_folder_alone(run):
+    assert run.config == TINY and steps_of(run) == ["step-00000004", "step-00000008", "step-00000012"]
+    assert run.latest().name == "step-00000012" and run.state()["step"] == 12
+    assert {p.name for p in run.latest().iterdir()} == {"model.safetensors", "teacher.safetensors", "objective.safetensors",
+                                                        "optimizer.safetensors", "state.json", "manifest.json"}
+    assert run.log["step"].tolist() == list(range(1, 13)) and {"flow_loss", "rep_loss", "cosine"} <= set(run.log)
+    assert not run.teacher.training and not any(p.requires_grad for p in run.teacher.parameters())
+    assert run.sample(torch.tensor([0, 9]), steps=2).shape == (2, 1, 8, 8)
+    assert not list(run.path.rglob("*.tmp")) and not list(run.path.rglob("*.p*t")), "no leftovers, no pickle"
+
+
+def damage(kind, file):
+    content = bytearray(file.read_bytes())
+    if kind == "flipped bit":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif kind == "truncated":
+        file.write_bytes(content[:-7])
+    elif kind == "empty":
+        file.write_bytes(b"")
+    else:
+        file.unlink()
+
+
+@pytest.mark.parametrize("kind", ["flipped bit", "truncated", "empty", "missing"])
+@pytest.mark.parametrize("name", ["model.safetensors", "teacher.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_skipped_and_said(run, capsys, kind, name):
+    damage(kind, run.path / "checkpoints/step-00000012" / name)
+    assert run.latest().name == "step-00000008"
+    assert "skipped" in (said := capsys.readouterr().out) and name in said
+
+
+def test_training_goes_on_from_the_newest_whole_checkpoint(run, runs):
+    damage("flipped bit", run.path / "checkpoints/step-00000012/teacher.safetensors")
+    damage("missing", run.path / "checkpoints/step-00000008/manifest.json")
+    again = train(TINY, run.path.parent)
+    assert again.latest().name == "step-00000012" and check_checkpoint(again.latest()) is None
+    for part in ("model", "teacher", "objective", "optimizer"):
+        expected, actual = runs["tiny"].load(part), again.load(part)
+        assert expected.keys() == actual.keys() and all(torch.equal(expected[k], actual[k]) for k in expected)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"model.safetensors": 3}', "{not json"])
+def test_a_strange_manifest_never_passes(run, content):
+    path = run.path / "checkpoints/step-00000012"
+    (path / "manifest.json").write_text(content)
+    assert check_checkpoint(path) is not None and run.latest().name == "step-00000008"
+
+
+def test_a_teacher_that_is_missing_is_an_error_and_no_silent_fall_back(run):
+    path = run.path / "checkpoints/step-00000012"
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["teacher.safetensors"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "teacher.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="has no teacher"):
+        run.teacher  # noqa: B018
+    with pytest.raises(FileNotFoundError, match="has no teacher"):
+        train(TINY, run.path.parent)
+
+
+def test_another_config_does_not_enter_the_folder(run):
+    with pytest.raises(ValueError, match=r"another config:\n  seed: 0 in the folder, 1 asked for\n.*another name"):
+        train(replace(TINY, seed=1), run.path.parent)
+    assert steps_of(run)[-1] == "step-00000012" and len(run.log) == 12
+
+
+def test_a_format_from_the_future_is_refused(run):
+    stored = json.loads((run.path / "config.json").read_text())
+    (run.path / "config.json").write_text(json.dumps({**stored, "format": 99}))
+    with pytest.raises(ValueError, match="format 99"):
+        Run.open(run.path)
+
+
+def test_no_run_no_checkpoint(tmp_path, run):
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        Run.open(tmp_path / "nothing")
+    shutil.rmtree(run.path / "checkpoints")
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint yet"):
+        run.teacher  # noqa: B018
+
+
+def test_an_unfinished_staging_folder_is_not_a_checkpoint(tmp_path, run):
+    (run.path / "checkpoints/.step-00000016-abc").mkdir()
+    assert run.latest().name == "step-00000012"
+
+
+def test_a_failed_write_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("selfflow.run.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        write_checkpoint(tmp_path / "step-00000001", {"model": {"x": torch.zeros(1)}}, {})
+    assert not list(tmp_path.glob("step-*")) and not list(tmp_path.glob(".step-*"))
+
+
+def test_an_unfinished_line_of_the_log_is_cut(run):
+    with run.log_path.open("a") as file:
+        file.write('{"step": 13, "flow')
+    run.cut_log(8)
+    assert run.log["step"].tolist() == list(range(1, 9))
