@@ -13,19 +13,24 @@ import math
 import numpy as np
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from PIL import Image
 
 # %% ../nbs/40_plots.ipynb #d2a5e4ad
 class Picture(Figure):
     "A matplotlib Figure that a notebook shows without pyplot."
 
     def _repr_png_(self) -> bytes:
-        return to_png(self)
+        return to_png(self, colours=128)
 
 
-def to_png(figure: Figure, dpi: int = 100) -> bytes:
-    "The figure as the bytes of a PNG file."
+def to_png(figure: Figure, dpi: int = 100, colours: int | None = None) -> bytes:
+    "The figure as the bytes of a PNG file; with a palette of at most 256 `colours` it is a third as large (for notebooks)."
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
+    if colours is not None:
+        image = Image.open(buffer).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+        buffer = io.BytesIO()
+        image.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 
 
@@ -41,8 +46,8 @@ def _panels(count: int, columns: int, size: float, extra: float = 0.0, titles: b
     "A figure with `count` square panels of `size` inches without ticks, `columns` to a row, and its axes."
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    figure = Picture(figsize=(size * columns + extra, (size + 0.22 * titles) * rows), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01)
+    figure = Picture(figsize=(size * columns + extra, (size + 0.27 * titles) * rows), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03 if titles else 0.01)
     axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     for axis in axes:
         axis.set_axis_off()
@@ -121,7 +126,7 @@ def _curves(axis, curves, x, xlabel, ylabel, title="", log=False):
     axis.legend(frameon=False)
 
 
-def smooth(values, window: int = 25) -> np.ndarray:
+def smooth(values, window: int) -> np.ndarray:
     "A running mean of the last `window` values (fewer at the start), for noisy training curves."
     values = _array(values).astype(float)
     total = np.concatenate([[0.0], np.cumsum(values)])
@@ -135,10 +140,11 @@ def draw_training(logs: dict) -> Picture:
     figure = Picture(figsize=(9, 2.9), layout="constrained")
     left, right = figure.subplots(1, 2)
     for (name, log), colour in zip(logs.items(), COLOURS, strict=False):
-        left.plot(log["step"], smooth(log["flow_loss"]), color=colour, label=name, linewidth=1.4)
+        window = max(1, len(log["step"]) // 12)
+        left.plot(log["step"], smooth(log["flow_loss"], window), color=colour, label=name, linewidth=1.4)
         if "cosine" in log:
-            right.plot(log["step"], smooth(log["cosine"]), color=colour, label=f"{name}: cosine", linewidth=1.4)
-            right.plot(log["step"], smooth(log["constant_cosine"]), "--", color=colour, linewidth=1,
+            right.plot(log["step"], smooth(log["cosine"], window), color=colour, label=f"{name}: cosine", linewidth=1.4)
+            right.plot(log["step"], smooth(log["constant_cosine"], window), "--", color=colour, linewidth=1,
                        label="reached by a constant")
     left.set(xlabel="step", ylabel="flow loss (training)", title="what it is trained on")
     right.set(xlabel="step", ylabel="cosine", ylim=(-0.05, 1.02), title="student's features against teacher's")
