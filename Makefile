@@ -6,7 +6,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lab setup export clean-notebooks readme check-step
+.NOTPARALLEL:
+.PHONY: help demo test lab setup export clean-notebooks readme check-step
 .DEFAULT_GOAL := help
 
 help:  ## these lines
@@ -32,35 +33,34 @@ export: setup clean-notebooks readme  ## notebooks to package and README
 clean-notebooks: setup  ## drop metadata that changes from run to run
 	$(BIN)/nbdev_clean
 
-README ?= README.md
+# README.md is nbs/index.ipynb; its links lead from nbs/ to the top, the README's start there.
+TO_README = jupyter nbconvert --log-level=ERROR --to markdown --stdout nbs/index.ipynb | sed -e 's\#](\.\./\#](\#g' -e 's\#](\(studies/\|[0-9]\)\#](nbs/\1\#g'
 readme: setup
-	@$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --stdout nbs/index.ipynb \
-	  | sed 's#](\.\./#](#g' > .venv/readme && cp .venv/readme $(README)
+	@$(BIN)/$(TO_README) > .venv/readme && cp .venv/readme README.md
 
-# Cleaning and exporting must change nothing: the notebooks are the source, and the package is what they give.
-SNAPSHOT = find nbs selfflow README.md -type f -not -path '*/__pycache__/*' -not -path '*/.ipynb_checkpoints/*' \
-	| LC_ALL=C sort | xargs sha256sum
+# Cleaning and exporting must change nothing. It is tried on a copy: a test never touches your files.
 check-step: setup
-	@$(SNAPSHOT) > .venv/before
-	@$(MAKE) --no-print-directory -s export
-	@$(SNAPSHOT) > .venv/after
-	@diff .venv/before .venv/after > .venv/step || { sed -n 's/^[<>] [0-9a-f]*/  changed:/p' .venv/step | sort -u; \
-	  echo "Notebooks, package and README were not in step. They are now (make export was run): look, and commit."; exit 1; }
+	@rm -rf .venv/step && mkdir .venv/step && cp -R nbs selfflow README.md settings.ini .venv/step
+	@cd .venv/step && PATH="$(CURDIR)/$(BIN):$$PATH" && nbdev_clean && nbdev_export && $(TO_README) > README.md
+	@for part in nbs selfflow README.md; do diff -rq -x __pycache__ -x .ipynb_checkpoints $$part .venv/step/$$part; done \
+	  || { echo "Notebooks, package and README are not in step (see above). 'make export' makes package and README from the"; \
+	       echo "notebooks; if you edited a module by hand, '.venv/bin/nbdev_update' first carries that into its notebook."; exit 1; }
 	@echo "notebooks, package and README are in step"
 
 setup: $(READY)
 
 STEP = { echo; echo "Set-up failed at step $(1)."; echo "$(2)"; exit 1; }
 $(READY): settings.ini setup.py pyproject.toml
+	@echo "set-up 1 of 4: Python 3.11 or newer"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || $(call STEP,1 of 3: Python 3.11 or newer,Install one and name it: make PYTHON=python3.12 ...)
-	@echo "set-up 1 of 3: a virtual environment in .venv"
+	  || $(call STEP,1 of 4: Python 3.11 or newer,Install one and name it: make PYTHON=python3.12 ...)
+	@echo "set-up 2 of 4: a virtual environment in .venv"
 	@$(PYTHON) -m venv .venv \
-	  || $(call STEP,2 of 3: python -m venv,On Debian and Ubuntu: apt-get install python3-venv. Then run make again.)
-	@echo "set-up 2 of 3: installing (PyTorch is large: 2 to 4 minutes)"
+	  || $(call STEP,2 of 4: python -m venv,On Debian and Ubuntu: apt-get install python3-venv. Then run make again.)
+	@echo "set-up 3 of 4: installing (PyTorch is large: 2 to 4 minutes)"
 	@$(BIN)/python -m pip install -q -e '.[dev]' \
-	  || $(call STEP,3 of 3: pip install,See the message above: mostly the network or a full disk (8 GB are needed). Then run make again.)
+	  || $(call STEP,3 of 4: pip install,See the message above: mostly the network or a full disk (8 GB are needed). Then run make again.)
+	@echo "set-up 4 of 4: does it import?"
 	@$(BIN)/python -c 'import torch, selfflow' \
-	  || $(call STEP,3 of 3: import torch,Remove .venv and run make again.)
-	@echo "set-up 3 of 3: done"
+	  || $(call STEP,4 of 4: import torch,Remove .venv and run make again.)
 	@touch $(READY)

@@ -6,18 +6,20 @@
 __all__ = ['app', 'train', 'sample', 'probe', 'report', 'notebook', 'main']
 
 # %% ../nbs/43_cli.ipynb #9e6d3c74
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import nbformat
+import pandas as pd
 import torch
 import tyro
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from .config import Config
-from .probing import probe_run
+from .probing import probe_baselines, probe_run, probe_table
 from .report import run_report, write_samples
 from .run import Run
 from .training import train as train_run
@@ -36,14 +38,15 @@ def train(config: Annotated[Config, tyro.conf.arg(name="")], folder: Path = Path
         device: auto (a GPU where there is one), cpu, cuda, ...
     """
     run = train_run(config, folder, device)
-    last = run.log.iloc[-1]
-    print(f"{run.path} is trained: {int(last['step'])} steps, validation flow loss {last['validation_flow_loss']:.4f}. "
+    losses = run.log.get("validation_flow_loss", pd.Series(dtype=float)).dropna()
+    print(f"{run.path} is trained: {run.state()['step']} steps"
+          + (f", validation flow loss {losses.iloc[-1]:.4f}. " if len(losses) else ". ") +
           f"Next: selfflow sample {run.path}; selfflow probe {run.path}; selfflow report {run.path}")
 
 
 @app.command
 def sample(run: tyro.conf.Positional[Path], labels: tuple[int, ...] = (), each: int = 10, steps: int = 50,
-           method: str = "euler", cfg_scale: float = 1.0, seed: int = 0) -> None:
+           method: str = "euler", cfg_scale: float = 1.0, seed: int = 0, device: str = "auto") -> None:
     """Draw samples from a run into its folder.
 
     Args:
@@ -54,39 +57,45 @@ def sample(run: tyro.conf.Positional[Path], labels: tuple[int, ...] = (), each: 
         method: euler or heun.
         cfg_scale: Classifier-free guidance; 1 is none.
         seed: Of the noise.
+        device: auto (a GPU where there is one), cpu, cuda, ...
     """
-    opened = Run.open(run)
+    opened = Run.open(run, device)
+    if each < 1:
+        raise ValueError(f"each is {each}, but at least 1 sample of each class must be drawn")
     classes = torch.tensor(labels or range(opened.transformer.classes)).repeat_interleave(each)
-    name = f"{method}-{steps}-cfg-{cfg_scale:g}-seed-{seed}"
-    write_samples(opened, classes, name, steps=steps, method=method, cfg_scale=cfg_scale, seed=seed)
-    print(f"{len(classes)} samples are in {opened.path}/samples/{name}.png and .safetensors")
+    _, file = write_samples(opened, classes, steps, method, cfg_scale, seed)
+    print(f"{len(classes)} samples are in {file} and, as a picture, in the .png beside it")
 
 
 @app.command
-def probe(run: tyro.conf.Positional[Path]) -> None:
-    """Probe every layer of a run at several noise levels.
+def probe(run: tyro.conf.Positional[Path], device: str = "auto") -> None:
+    """Probe every layer of a run at several noise levels, and what it has to beat.
 
     Args:
         run: The run's folder.
+        device: auto (a GPU where there is one), cpu, cuda, ...
     """
-    grid = probe_run(Run.open(run))
-    layer, level, best = grid.best()
-    print(f"block {layer}, t = {level:g} (chosen on validation): test accuracy {best.accuracy:.1%}, "
-          f"95 % interval over test items {best.interval[0]:.1%} to {best.interval[1]:.1%}. All cells: {run}/probe.json")
+    opened = Run.open(run, device)
+    grid = probe_run(opened)
+    print(probe_table({opened.config.name: grid}, probe_baselines(opened)).to_string(index=False))
+    print(f"The cell is chosen on validation, intervals are over test items. All cells: {run}/probe.json")
 
 
 @app.command
-def report(runs: tyro.conf.Positional[tuple[Path, ...]], output: Path | None = None) -> None:
+def report(runs: tyro.conf.Positional[tuple[Path, ...]], output: Path | None = None, device: str = "auto") -> None:
     """Write a one-file HTML report of a run, or a comparison of several.
 
     Args:
         runs: The runs' folders.
         output: The file to write; by default report.html in the first folder.
+        device: auto (a GPU where there is one), cpu, cuda, ...
     """
     if not runs:
         raise ValueError("name at least one run folder")
-    path = run_report({str(path.name): Run.open(path) for path in runs}, " and ".join(path.name for path in runs))
-    print(f"the report is {path.write(output or runs[0] / 'report.html')}")
+    names = [path.name for path in runs]
+    shown = [str(path) if names.count(path.name) > 1 else path.name for path in runs]
+    finished = run_report({name: Run.open(path, device) for name, path in zip(shown, runs, strict=True)})
+    print(f"the report is {finished.write(output or runs[0] / 'report.html')}")
 
 # %% ../nbs/43_cli.ipynb #665e0e47
 _TEXT_BARS = "from tqdm import auto, std; auto.tqdm = std.tqdm"  # a terminal shows text, not widgets
@@ -124,10 +133,15 @@ def notebook(source: tyro.conf.Positional[Path], output: tyro.conf.Positional[Pa
 
 # %% ../nbs/43_cli.ipynb #fd50ede9
 def main(args: list[str] | None = None) -> None:
-    "The `selfflow` command. Exit status: 0, 2 for input that cannot be used, 130 when interrupted."
+    """The `selfflow` command. Exit status: 0; 2 for input that cannot be used; 130 when interrupted.
+
+    With SELFFLOW_TRACEBACK=1 in the environment errors show where they come from.
+    """
     try:
         app.cli(prog="selfflow", description="Self-Flow: self-supervised flow matching.", args=args)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        if os.environ.get("SELFFLOW_TRACEBACK"):
+            raise
         print(f"selfflow: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

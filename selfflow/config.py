@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DENSITIES', 'OBJECTIVES', 'PRECISIONS', 'DataConfig', 'ModelConfig', 'ObjectiveConfig', 'TrainConfig',
-           'build_objective', 'Config', 'differences']
+           'build_objective', 'Config', 'flatten', 'differences']
 
 # %% ../nbs/20_config.ipynb #edd6e4f6
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
 
 from .flow import LogitNormal, Uniform
 from .images import DATASETS, choose
@@ -20,6 +20,16 @@ from .transformer import TransformerConfig
 DENSITIES = {"uniform": Uniform, "logit_normal": LogitNormal}
 OBJECTIVES = ("self_flow", "flow_matching")
 PRECISIONS = ("fp32", "bf16")
+
+
+def _check_types(config) -> None:
+    "Raise ValueError for a field whose value is not of the type it is declared with (an int serves as a float)."
+    for f in fields(config):
+        value, wanted = getattr(config, f.name), f.type
+        fits = isinstance(value, (int, float) if wanted is float else wanted) and not isinstance(value, bool)
+        if not fits:
+            name = getattr(wanted, "__name__", str(wanted))
+            raise ValueError(f"{type(config).__name__}.{f.name} is {value!r}, expected {name}")
 
 
 def _positive(config, *names: str) -> None:
@@ -35,6 +45,7 @@ class DataConfig:
     patch: int = 2        # side of a patch, pixels
 
     def __post_init__(self):
+        _check_types(self)
         choose(self.name, DATASETS, "data set (data.name)")
 
 # %% ../nbs/20_config.ipynb #bbaa2afd
@@ -45,6 +56,10 @@ class ModelConfig:
     depth: int = 6          # blocks
     heads: int = 4          # of attention; must divide width
     mlp_ratio: float = 4.0  # hidden width of the MLP over width
+
+    def __post_init__(self):
+        _check_types(self)
+        _positive(self, "width", "depth", "heads", "mlp_ratio")
 
 # %% ../nbs/20_config.ipynb #af53dbb2
 @dataclass(frozen=True)
@@ -59,6 +74,7 @@ class ObjectiveConfig:
     label_drop: float = 0.1           # probability that a label becomes the null label
 
     def __post_init__(self):
+        _check_types(self)
         choose(self.name, OBJECTIVES, "objective (objective.name)")
         choose(self.density, DENSITIES, "density (objective.density)")
         DualTimestep(mask_ratio=self.mask_ratio)
@@ -81,6 +97,7 @@ class TrainConfig:
     save_every: int = 500        # steps
 
     def __post_init__(self):
+        _check_types(self)
         choose(self.precision, PRECISIONS, "precision (training.precision)")
         _positive(self, "steps", "batch", "lr", "clip", "ema_half_life", "log_every", "validate_every", "save_every")
 
@@ -105,8 +122,9 @@ class Config:
     training: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self):
-        if not self.name or Path(self.name).name != self.name or "\\" in self.name or self.name.startswith("."):
-            raise ValueError(f"{self.name!r} is no name for a run: use letters, digits, - and _, no folders")
+        _check_types(self)
+        if not re.fullmatch(r"\w[\w.-]*", self.name, re.ASCII):
+            raise ValueError(f"{self.name!r} is no name for a run: use letters, digits, -, _ and dots, no folders")
         if self.objective.name == "self_flow":
             build_objective(self.objective, TransformerConfig(1, (1, 1), 4, self.model.depth, 1))
 
@@ -117,6 +135,8 @@ class Config:
 
 
 def _from_dict(cls, values: dict, where: str = ""):
+    if not isinstance(values, dict):
+        raise ValueError(f"{where or 'config'} is {values!r}, expected its fields by name")
     types = {f.name: f.default_factory for f in fields(cls)}
     for name in values:
         choose(name, types, f"field in {where or 'config'}")
@@ -124,13 +144,15 @@ def _from_dict(cls, values: dict, where: str = ""):
                   for name, value in values.items()})
 
 
-def differences(a: dict, b: dict, prefix: str = "") -> dict[str, tuple]:
-    "The fields in which two nested dicts differ: {dotted name: (in a, in b)}."
-    found = {}
-    for name in {**a, **b}:
-        left, right = a.get(name), b.get(name)
-        if isinstance(left, dict) and isinstance(right, dict):
-            found |= differences(left, right, f"{prefix}{name}.")
-        elif left != right:
-            found[prefix + name] = (left, right)
-    return found
+def flatten(values: dict, prefix: str = "") -> dict:
+    "A nested dict as one of dotted names."
+    flat = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def differences(a: dict, b: dict) -> dict[str, tuple]:
+    "The fields in which two nested dicts differ: {dotted name: (in a, in b)}; None where one has no such field."
+    a, b = flatten(a), flatten(b)
+    return {name: (a.get(name), b.get(name)) for name in {**a, **b} if a.get(name) != b.get(name)}

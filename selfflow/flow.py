@@ -42,9 +42,8 @@ def velocity(x0: Tensor, x1: Tensor) -> Tensor:
     return x1 - x0
 
 # %% ../nbs/00_flow.ipynb #a1908060
-def _uniform(shape, generator: Generator | None) -> Tensor:
-    device = generator.device if generator is not None else "cpu"
-    return torch.rand(shape, generator=generator, device=device)
+def _device(generator: Generator | None) -> torch.device:
+    return generator.device if generator is not None else torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Uniform:
 
     def sample(self, shape, generator: Generator | None = None) -> Tensor:
         "Levels of the given shape, float32, on the generator's device."
-        return _uniform(shape, generator)
+        return torch.rand(shape, generator=generator, device=_device(generator))
 
     def pdf(self, t: Tensor) -> Tensor:
         "The density at t in (0, 1)."
@@ -76,8 +75,7 @@ class LogitNormal:
 
     def sample(self, shape, generator: Generator | None = None) -> Tensor:
         "Levels of the given shape, float32, on the generator's device."
-        device = generator.device if generator is not None else "cpu"
-        return torch.sigmoid(self.mean + self.std * torch.randn(shape, generator=generator, device=device))
+        return torch.sigmoid(self.mean + self.std * torch.randn(shape, generator=generator, device=_device(generator)))
 
     def pdf(self, t: Tensor) -> Tensor:
         "The density at t in (0, 1)."

@@ -7,6 +7,7 @@ __all__ = ['Noised', 'add_noise', 'Losses', 'flow_loss', 'FlowMatching', 'make_t
            'default_layers', 'SelfFlow', 'loss_by_level']
 
 # %% ../nbs/04_objective.ipynb #771d70ba
+import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -79,9 +80,9 @@ class FlowMatching(nn.Module):
 # %% ../nbs/04_objective.ipynb #83061173
 def make_teacher(student: Transformer) -> Transformer:
     "A copy of the student that is in eval mode, takes no gradient and shares no memory with it."
-    teacher = type(student)(student.config).to(next(student.parameters()).device)
-    teacher.load_state_dict(student.state_dict())
-    return teacher.eval().requires_grad_(False)
+    teacher = copy.deepcopy(student).eval().requires_grad_(False)
+    teacher.zero_grad()  # a gradient of the student is not copied along
+    return teacher
 
 
 def ema_decay(half_life: float) -> float:

@@ -9,6 +9,7 @@ __all__ = ['COLOURS', 'Picture', 'to_png', 'draw_images', 'draw_maps', 'draw_vie
 # %% ../nbs/40_plots.ipynb #4db3a358
 import io
 import math
+from itertools import cycle, islice
 
 import numpy as np
 from matplotlib.colors import to_rgba
@@ -37,6 +38,11 @@ def to_png(figure: Figure, dpi: int = 100, colours: int | None = None) -> bytes:
 COLOURS = ("#1f3a5f", "#c4761b", "#3c7d5a", "#8c3b5e", "#6b6b6b")  # dark blue, orange, green, wine, grey
 
 
+def _styles():
+    "Colour and line style of the first curve, the second, and so on; colours come again with another line."
+    return ({"color": colour, "linestyle": line, "linewidth": 1.4} for line in cycle(("-", "--", "-.")) for colour in COLOURS)
+
+
 def _array(values) -> np.ndarray:
     "Values as numpy; tensors may carry gradient or live on a GPU."
     return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
@@ -47,7 +53,7 @@ def _panels(count: int, columns: int, size: float, extra: float = 0.0, titles: b
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     figure = Picture(figsize=(size * columns + extra, (size + 0.27 * titles) * rows), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03 if titles else 0.01)
+    figure.get_layout_engine().set(w_pad=0.025, h_pad=0.03)
     axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     for axis in axes:
         axis.set_axis_off()
@@ -116,11 +122,11 @@ def draw_curves(curves: dict, x, xlabel: str, ylabel: str, title: str = "", log:
 
 
 def _curves(axis, curves, x, xlabel, ylabel, title="", log=False):
-    for (name, values), colour in zip(curves.items(), COLOURS, strict=False):
+    for (name, values), style in zip(curves.items(), _styles(), strict=False):
         middle, *band = map(_array, values) if isinstance(values, tuple) else (_array(values),)
-        axis.plot(_array(x), middle, color=colour, label=name, linewidth=1.4)
+        axis.plot(_array(x), middle, label=name, **style)
         if band:
-            axis.fill_between(_array(x), *band, color=to_rgba(colour, 0.18), linewidth=0)
+            axis.fill_between(_array(x), *band, color=to_rgba(style["color"], 0.18), linewidth=0)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log" if log else "linear")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
@@ -139,12 +145,14 @@ def draw_training(logs: dict) -> Picture:
     "Flow loss of the runs in `logs` {name: table with step and flow_loss}, and the cosine where a run has one."
     figure = Picture(figsize=(9, 2.9), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (name, log), colour in zip(logs.items(), COLOURS, strict=False):
+    for (name, log), style in zip(logs.items(), _styles(), strict=False):
+        if "flow_loss" not in log:  # nothing was logged yet
+            continue
         window = max(1, len(log["step"]) // 12)
-        left.plot(log["step"], smooth(log["flow_loss"], window), color=colour, label=name, linewidth=1.4)
+        left.plot(log["step"], smooth(log["flow_loss"], window), label=name, **style)
         if "cosine" in log:
-            right.plot(log["step"], smooth(log["cosine"], window), color=colour, label=f"{name}: cosine", linewidth=1.4)
-            right.plot(log["step"], smooth(log["constant_cosine"], window), "--", color=colour, linewidth=1,
+            right.plot(log["step"], smooth(log["cosine"], window), label=f"{name}: cosine", **style)
+            right.plot(log["step"], smooth(log["constant_cosine"], window), ":", color=style["color"], linewidth=1,
                        label="reached by a constant")
     left.set(xlabel="step", ylabel="flow loss (training)", title="what it is trained on")
     right.set(xlabel="step", ylabel="cosine", ylim=(-0.05, 1.02), title="student's features against teacher's")
@@ -180,44 +188,44 @@ def draw_loss_by_level(levels, losses: dict) -> Picture:
 
 def _differences(right, levels, losses, first, others):
     right.axhline(0, color=COLOURS[0], linewidth=1, label=first)
-    for name, colour in zip(others, COLOURS[1:], strict=False):
+    for name, style in zip(others, islice(_styles(), 1, None), strict=False):
         mean, low, high = mean_interval(_array(losses[name]) - _array(losses[first]))
-        right.plot(_array(levels), mean, color=colour, linewidth=1.4, label=name)
-        right.fill_between(_array(levels), low, high, color=to_rgba(colour, 0.18), linewidth=0)
+        right.plot(_array(levels), mean, label=name, **style)
+        right.fill_between(_array(levels), low, high, color=to_rgba(style["color"], 0.18), linewidth=0)
     right.set(xlabel="level t (0 data, 1 noise)", ylabel=f"difference to {first}", title="below zero: better")
     right.spines[["top", "right"]].set_visible(False)
     right.legend(frameon=False)
 
 # %% ../nbs/40_plots.ipynb #c41cab9f
-def _heatmap(axis, values, layers, levels, title, text, marks=None, **colours):
+def _heatmap(axis, values, texts, layers, levels, title, bold=None, **colours):
     image = axis.imshow(values, aspect="auto", **colours)
     axis.set(xticks=range(len(levels)), xticklabels=[f"{t:g}" for t in levels], yticks=range(len(layers)),
              yticklabels=layers, xlabel="noise level t", title=title)
     for row, column in np.ndindex(values.shape):
-        dot = "•" if marks is not None and marks[row, column] else ""
         red, green, blue, _ = image.cmap(image.norm(values[row, column]))
-        axis.text(column, row, text.format(values[row, column]) + dot, ha="center", va="center", fontsize=7,
+        axis.text(column, row, texts[row, column], ha="center", va="center", fontsize=6.5, linespacing=1.1,
+                  weight="bold" if bold is not None and bold[row, column] else "normal",
                   color="black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white")
-    return image
 
 
-def draw_probe_grids(grids: dict, layers, levels, difference=None, significant=None) -> Picture:
+def draw_probe_grids(grids: dict, layers, levels, difference=None) -> Picture:
     """Probe accuracy by layer (rows) and noise level (columns) of each run, in percent.
 
-    grids: {name: (layers, levels) accuracies in [0, 1]}; difference: (layers, levels) between two of them, drawn last;
-    significant: booleans of the same shape, dotted.
+    grids: {name: (layers, levels) accuracies in [0, 1]}; difference: (3, layers, levels), the mean, low and high end of the
+    difference of two of them, drawn last, in percentage points.
     """
-    count = len(grids) + (difference is not None)
-    figure = Picture(figsize=(3.3 * count, 0.34 * len(layers) + 1.1), layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False)[0]
+    widths = [len(levels) * 0.45 + 0.8] * len(grids) + [len(levels) * 0.62 + 0.8] * (difference is not None)
+    figure = Picture(figsize=(sum(widths), 0.4 * len(layers) + 1.0), layout="constrained")
+    axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
     percent = {name: 100 * _array(grid) for name, grid in grids.items()}
-    low, high = (f(grid.min() if f is min else grid.max() for grid in percent.values()) for f in (min, max))
+    scale = {"vmin": min(grid.min() for grid in percent.values()), "vmax": max(grid.max() for grid in percent.values())}
     for axis, (name, grid) in zip(axes, percent.items(), strict=False):
-        _heatmap(axis, grid, layers, levels, f"{name}, accuracy in %", "{:.0f}", cmap="viridis", vmin=low, vmax=high)
+        texts = np.vectorize("{:.0f}".format)(grid)
+        _heatmap(axis, grid, texts, layers, levels, f"{name}, %", cmap="viridis", **scale)
     if difference is not None:
-        points = 100 * _array(difference)
-        reach = max(1.0, abs(points).max())
-        _heatmap(axes[-1], points, layers, levels, "difference in points", "{:+.1f}", significant,
+        mean, low, high = 100 * _array(difference)
+        texts, reach = np.vectorize("{:+.1f}\n({:.0f} to {:.0f})".format)(mean, low, high), max(1.0, abs(mean).max())
+        _heatmap(axes[-1], mean, texts, layers, levels, "difference, points", (low > 0) | (high < 0),
                  cmap="RdBu", vmin=-reach, vmax=reach)
     axes[0].set_ylabel("after block")
     return figure

@@ -7,6 +7,7 @@ __all__ = ['Report', 'write_samples', 'config_table', 'run_report']
 
 # %% ../nbs/42_report.ipynb #92cbb79b
 import base64
+import hashlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,11 +16,13 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from .config import flatten
 from .plots import draw_images, draw_loss_by_level, draw_probe_grids, draw_training, to_png
-from .probing import ProbeGrid
+from .probing import ProbeGrid, probe_table, read_probes
 from .run import Run
-from .training import LEVELS, validation_losses
+from .training import VALIDATION_LEVELS, validation_losses
 
 # %% ../nbs/42_report.ipynb #6a776f7f
 _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""<!doctype html>
@@ -93,80 +96,80 @@ class Report:
         return path
 
 # %% ../nbs/42_report.ipynb #d1481e8c
-def write_samples(run: Run, labels: Tensor, name: str = "samples", **sampling) -> Tensor:
-    """Images (b, c, h, w) of the classes `labels` (b,), drawn by `Run.sample` and kept in the run's folder.
+def write_samples(run: Run, labels: Tensor, steps: int = 50, method: str = "euler", cfg_scale: float = 1.0,
+                  seed: int = 0) -> tuple[Tensor, Path]:
+    """Images (b, c, h, w) of the classes `labels` (b,), drawn by `Run.sample`, and the file in the run that keeps them.
 
-    Writes samples/NAME.safetensors (images, labels) and samples/NAME.png (the first 100).
+    The file's name tells the training step and all settings; the classes are in it by number and a hash.
+    Writes NAME.safetensors (images, labels) and NAME.png (the first 100).
     """
-    images = run.sample(labels, **sampling)
-    folder = run.path / "samples"
-    folder.mkdir(exist_ok=True)
-    save_file({"images": images.contiguous(), "labels": labels}, folder / f"{name}.safetensors")
-    (folder / f"{name}.png").write_bytes(to_png(draw_images(images[:100], size=0.6)))
-    return images
+    images = run.sample(labels, steps, method, cfg_scale, seed)
+    classes = hashlib.blake2b(labels.numpy().tobytes(), digest_size=3).hexdigest()
+    name = (f"step-{run.state()['step']}-{method}-{steps}-cfg-{cfg_scale:g}-seed-{seed}"
+            f"-{len(labels)}-labels-{classes}.safetensors")
+    file = run.path / "samples" / name
+    file.parent.mkdir(exist_ok=True)
+    save_file({"images": images.contiguous(), "labels": labels}, file)
+    file.with_suffix(".png").write_bytes(to_png(draw_images(images[:100], size=0.6)))
+    return images, file
 
 # %% ../nbs/42_report.ipynb #64449500
 def config_table(runs: dict[str, Run]) -> pd.DataFrame:
     "The settings in which runs differ, a row each, a column per run; all of them for a single run."
-    flat = {name: _flatten(asdict(run.config)) for name, run in runs.items()}
+    flat = {name: flatten(asdict(run.config)) for name, run in runs.items()}
     keys = [key for key in next(iter(flat.values())) if len(runs) == 1 or len({str(f[key]) for f in flat.values()}) > 1]
     return pd.DataFrame([{"setting": key, **{name: values[key] for name, values in flat.items()}} for key in keys])
 
 
-def _flatten(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def _result_row(name: str, run: Run, losses: Tensor, grid: ProbeGrid | None) -> dict:
-    row = {"run": name, "steps": run.state()["step"], "flow loss (validation)": f"{losses.mean():.4f}"}
-    if grid is not None:
-        layer, level, best = grid.best()
-        low, high = best.interval
-        row["linear probe (test)"] = f"{best.accuracy:.1%} ({low:.1%} to {high:.1%}), block {layer}, t = {level:g}"
-    return row
-
-
-def run_report(runs: dict[str, Run], title: str = "Runs", lead: str = "") -> Report:
+def run_report(runs: dict[str, Run], report: Report | None = None) -> Report:
     """A report of one run or a comparison of several that were trained on the same data.
 
-    runs: {shown name: Run}; lead: a paragraph that comes first.
+    runs: {shown name: Run}; report: one that is begun already and is to be continued.
     Raises ValueError without runs or when their data differ; FileNotFoundError for a run that has no checkpoint.
     """
     if len({(run.config.data, run.transformer.channels) for run in runs.values()}) != 1:
         raise ValueError("a report needs at least one run, and runs on the same data")
-    losses = {name: validation_losses(run.teacher, run.config) for name, run in runs.items()}
-    grids = {name: ProbeGrid.read(run.path / "probe.json") for name, run in runs.items()
-             if (run.path / "probe.json").exists()}
-    report = Report(title)
-    if lead:
-        report.text(lead)
-    report.heading("Results")
-    report.table(pd.DataFrame([_result_row(name, run, losses[name], grids.get(name)) for name, run in runs.items()]).fillna(""),
-                 "All by the teacher (EMA). Intervals are 95 %, over test images; they say nothing about other seeds.")
+    losses = {name: validation_losses(run.teacher, run.config) for name, run in tqdm(runs.items(), "validation")}
+    report = (report or Report(" and ".join(runs))).heading("Results")
+    report.table(pd.DataFrame([{"run": name, "steps": run.state()["step"], "flow loss": f"{losses[name].mean():.4f}"}
+                               for name, run in runs.items()]), "Flow loss on validation images, mean over noise levels.")
     report.table(config_table(runs), "Settings" if len(runs) == 1 else "Settings in which the runs differ")
     report.heading("Training")
     report.figure(draw_training({name: run.log for name, run in runs.items()}), "Running mean over the log.")
-    report.figure(draw_loss_by_level(LEVELS, losses),
+    report.figure(draw_loss_by_level(VALIDATION_LEVELS, losses),
                   "Validation flow loss at fixed noise, mean and 95 % interval over images.")
-    _probe_part(report, grids)
+    _probe_part(report, runs)
     for name, run in runs.items():
         _sample_part(report, name, run)
     return report
 
 
-def _probe_part(report: Report, grids: dict[str, ProbeGrid]) -> None:
+def _probe_part(report: Report, runs: dict[str, Run]) -> None:
     report.heading("Linear probes")
+    found = {name: read_probes(run) for name, run in runs.items()}
+    grids = {name: grid for name, (grid, _) in found.items() if grid is not None}
     if not grids:
         report.text("No probes yet: `selfflow probe RUN` makes them.")
         return
+    for name, grid in grids.items():
+        if grid.step != runs[name].state()["step"]:
+            report.text(f"The probes of {name} are of step {grid.step}, not of its newest checkpoint.")
+    baselines = next((base for _, base in found.values() if base is not None), None)
+    report.table(probe_table(grids, baselines), "The cell of each model is chosen on validation and reported on test. Intervals "
+                 "are over test images; they say nothing about other seeds.")
+    for shape in dict.fromkeys((grid.layers, grid.levels) for grid in grids.values()):
+        _probe_maps(report, {name: grid for name, grid in grids.items() if (grid.layers, grid.levels) == shape})
+
+
+def _probe_maps(report: Report, grids: dict[str, ProbeGrid]) -> None:
     first, *others = grids.values()
-    difference = first.difference(others[0]) if len(others) == 1 else ()
+    pair = len(others) == 1
+    caption = "Test accuracy by block and noise level."
+    if pair:
+        caption += (f" Right: {list(grids)[1]} minus {list(grids)[0]}, with paired 95 % intervals over test images, bold where "
+                    "they exclude zero; of many cells, one in twenty does by chance.")
     report.figure(draw_probe_grids({name: grid.table("accuracy") for name, grid in grids.items()}, first.layers, first.levels,
-                                   *difference),
-                  "Test accuracy by block and noise level; dots: the paired 95 % interval over test images excludes zero.")
+                                   first.difference(others[0]) if pair else None), caption)
 
 
 def _sample_part(report: Report, name: str, run: Run) -> None:

@@ -6,6 +6,7 @@
 __all__ = ['METHODS', 'euler_step', 'heun_step', 'time_grid', 'sample', 'guided_velocity']
 
 # %% ../nbs/05_sampling.ipynb #3dbb9006
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -68,6 +69,8 @@ def guided_velocity(model: Transformer, labels: Tensor | None = None, cfg_scale:
     if labels is not None and len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < classes):
         raise ValueError(f"labels run from {int(labels.min())} to {int(labels.max())}; "
                          f"the model has classes 0 to {classes - 1}")
+    if not math.isfinite(cfg_scale):
+        raise ValueError(f"cfg_scale is {cfg_scale}, but must be a number; 1 is no guidance")
     if labels is None and cfg_scale != 1:
         raise ValueError(f"cfg_scale is {cfg_scale}, but guidance needs labels to guide to; give labels or cfg_scale=1")
 

@@ -41,6 +41,8 @@ class TransformerConfig:
         for name in ("channels", "width", "depth", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        if not 1 <= self.width * self.mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}, but the MLP must be at least 1 wide; 4 is usual")
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width {self.width} must be divisible by heads ({self.heads}) and by 4; "
                              f"{math.lcm(self.heads, 4) * max(1, self.width // math.lcm(self.heads, 4))} would be")
@@ -200,11 +202,11 @@ class Transformer(nn.Module):
 
         x: (b, n, c) tokens; levels: of b samples and n tokens; condition: (b,) int64 labels, None = null label for all;
         taps: 1-based layers; stop: end at the last tap, velocity None.
-        Raises ValueError for tokens of another shape, levels of other samples, layers that do not exist, stop without taps.
+        Raises ValueError for tokens of another shape, levels of other samples, labels that do not exist (checked on the CPU
+        alone), layers that do not exist, stop without taps; TypeError for labels that are not int64.
         """
         self._check(x, levels, taps, stop)
-        if condition is None:
-            condition = torch.full((len(x),), self.null_label, device=x.device)
+        condition = self._condition(condition, x)
         h = self.x_embedder(x) + self.positions                                   # (b, n, d)
         c = self.t_embedder(levels.levels) + self.y_embedder(condition)[:, None]  # (b, k, d)
         features = {}
@@ -214,9 +216,21 @@ class Transformer(nn.Module):
                 features[layer] = h
         return Output(None if stop else self.final_layer(h, c, levels), features)
 
+    def _condition(self, labels, x):
+        if labels is None:
+            return torch.full((len(x),), self.null_label, device=x.device)
+        if labels.dtype != torch.int64:
+            raise TypeError(f"labels are {labels.dtype}, expected torch.int64")
+        if labels.shape != x.shape[:1]:
+            raise ValueError(f"labels have shape {tuple(labels.shape)}, expected one for each of {len(x)} samples")
+        if labels.device.type == "cpu" and not (0 <= labels.min() and labels.max() <= self.null_label):
+            raise ValueError(f"labels run from {labels.min()} to {labels.max()}; the model has classes 0 to "
+                             f"{self.config.classes - 1} and the null label {self.null_label}")
+        return labels
+
     def _check(self, x, levels, taps, stop):
         expected = (self.config.tokens, self.config.channels)
-        if x.ndim != 3 or tuple(x.shape[1:]) != expected:
+        if x.ndim != 3 or not len(x) or tuple(x.shape[1:]) != expected:
             raise ValueError(f"tokens have shape {tuple(x.shape)}, the model expects (b, {expected[0]}, {expected[1]})")
         if levels.assign.shape != x.shape[:2]:
             raise ValueError(f"levels are for {tuple(levels.assign.shape)} samples and tokens, x has {tuple(x.shape[:2])}")

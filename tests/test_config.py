@@ -35,6 +35,12 @@ def test_json_and_back():
     ({"training": {"lr": float("nan")}}, "lr is nan"),
     ({"training": {"ema_half_life": 0}}, "ema_half_life is 0"),
     ({"training": {"precision": "fp8"}}, "precision"),
+    ({"training": {"steps": 2.5}}, "TrainConfig.steps is 2.5, expected int"),
+    ({"training": {"steps": "5"}}, "steps is '5', expected int"), ({"training": {"steps": True}}, "steps is True"),
+    ({"objective": {"mask_ratio": "0.2"}}, "mask_ratio is '0.2', expected float"), ({"seed": "0"}, "seed is '0'"),
+    ({"objective": {"student_layer": 1.0}}, "student_layer is 1.0"), ({"training": 5}, "training is 5, expected its fields"),
+    ({"data": "digits"}, "data is 'digits', expected its fields"), ({"model": {"width": 0}}, "width is 0"),
+    ({"name": "a b"}, "no name"), ({"name": "a\n"}, "no name"), ({"name": ".hidden"}, "no name"),
     ({"name": "../x"}, "no name for a run"), ({"name": "a/b"}, "no name"), ({"name": ""}, "no name"),
     ({"name": ".."}, "no name"),
     ({"name": "a\\b"}, "no name"),
@@ -47,6 +53,7 @@ def test_bad_configs_are_refused(values, words):
 def test_differences_are_named_by_their_path():
     a, b = asdict(Config()), asdict(Config(name="b", objective=ObjectiveConfig(mask_ratio=0.5)))
     assert differences(a, b) == {"name": ("digits", "b"), "objective.mask_ratio": (0.25, 0.5)}
+    assert Config.from_dict({"training": {"lr": 1}}).training.lr == 1, "a whole number serves as a float"
     assert differences(a, a) == {} and differences({"x": 1}, {}) == {"x": (1, None)}
 
 

@@ -11,9 +11,10 @@ from selfflow import metrics
 from selfflow.features import extract
 from selfflow.flow import keyed
 from selfflow.images import SPLITS, digits
-from selfflow.probing import (ProbeGrid, linear_probe, majority_accuracy, paired_difference, probe_grid, probe_pixels,
-                              probe_run, proportion_interval)
+from selfflow.probing import (ProbeGrid, linear_probe, majority_accuracy, paired_difference, probe_baselines, probe_grid,
+                              probe_pixels, probe_run, probe_table, proportion_interval, read_probes, untrained_network)
 from selfflow.schedule import NoiseLevels
+from selfflow.training import start_state
 
 FEW = {"levels": (0.0, 0.5), "strengths": (0.1,)}
 
@@ -107,15 +108,41 @@ def test_features_are_those_of_the_model(runs):
 def test_grids_are_read_as_written_and_the_best_cell_is_chosen_on_validation(runs):
     run = runs["tiny"]
     grid = probe_run(run, **FEW)
-    assert ProbeGrid.read(run.path / "probe.json") == grid and json.loads((run.path / "probe.json").read_text())["step"] == 12
+    assert read_probes(run) == (grid, None) and grid.step == 12 == json.loads((run.path / "probe.json").read_text())["step"]
     assert grid.table("accuracy").shape == (4, 2) and grid.table("correct").shape == (4, 2, 360)
     layer, level, best = grid.best()
     assert best.validation == grid.table("validation").max()
     assert grid.results[grid.layers.index(layer) * 2 + grid.levels.index(level)] is best
-    difference, significant = grid.difference(grid)
-    assert (difference == 0).all() and not significant.any()
+    assert grid.difference(grid).shape == (3, 4, 2) and (grid.difference(grid) == 0).all()
     with pytest.raises(ValueError, match="other layers or levels"):
-        grid.difference(ProbeGrid((1,), (0.0,), grid.results[:1]))
+        grid.difference(ProbeGrid(12, (1,), (0.0,), grid.results[:1]))
+
+
+def test_a_difference_of_grids_is_the_paired_difference_of_each_cell(runs):
+    first, second = probe_run(runs["tiny"], **FEW), probe_run(runs["vanilla"], **FEW)
+    cells = first.difference(second)
+    for row, column in np.ndindex(4, 2):
+        a, b = (grid.results[2 * row + column].correct for grid in (first, second))
+        assert tuple(cells[:, row, column]) == paired_difference(a, b)
+
+
+def test_the_untrained_network_computes_something_and_is_not_trained(runs):
+    run = runs["tiny"]
+    model, data = untrained_network(run), digits("test")[:50]
+    x0 = run.patches.patchify(data.images)
+    features = extract(model, x0, torch.zeros_like(x0), 0.0, (1, 2, 3, 4))
+    assert all(not torch.allclose(features[a], features[a + 1], atol=1e-2) for a in (1, 2, 3)), "its blocks are no identity"
+    start = start_state(run.config, run.transformer, torch.device("cpu")).student
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), start.named_parameters(), strict=True):
+        changed = ours != theirs
+        assert changed.sum() == (2 * 16 if "blocks" in name and name.endswith("adaLN_modulation.1.bias") else 0)
+
+
+def test_baselines_are_kept_and_read(runs):
+    baselines = probe_baselines(runs["vanilla"], **FEW)
+    assert read_probes(runs["vanilla"])[1] == baselines and baselines.untrained.step == 0
+    table = probe_table({"x": baselines.untrained}, baselines)
+    assert table.iloc[:, 0].str.contains("class|pixels|untrained|x").all() and len(table) == 4
 
 
 def test_probing_is_repeatable_and_sees_noise(runs):
@@ -129,6 +156,22 @@ def test_probing_is_repeatable_and_sees_noise(runs):
 def test_baselines():
     assert majority_accuracy("digits") == pytest.approx(0.1, abs=0.01)
     assert probe_pixels("digits").accuracy > 0.93
+
+
+def test_the_judge_is_chosen_on_validation(monkeypatch):
+    class Fixed:
+        def __init__(self, c):
+            self.c = c
+
+        def score(self, images, labels):
+            assert len(images) == 359, "validation images decide"
+            return {1.0: 0.5, 10.0: 0.9, 100.0: 0.7}[self.c]
+
+        def predict(self, images):
+            return np.full(len(images), self.c)
+
+    monkeypatch.setattr(metrics, "_fit", lambda data, c: Fixed(c))
+    assert metrics.train_judge("digits").classifier.c == 10.0
 
 
 def test_the_judge_never_sees_test_images(monkeypatch):

@@ -3,7 +3,9 @@ import ast
 import importlib
 import json
 import re
+import shutil
 import subprocess
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -74,16 +76,52 @@ def test_notebooks_have_the_form(path):
     assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
 
 
-def test_readme_is_made_from_the_index(tmp_path):
-    command = ["make", "-s", "readme", f"README={tmp_path / 'README.md'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+@pytest.fixture
+def copy(tmp_path):
+    "A copy of the project that shares its environment."
+    for name in ("nbs", "selfflow"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("README.md", "settings.ini", "setup.py", "pyproject.toml", "Makefile", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/bin").symlink_to(Path(sys.executable).parent)
+    (tmp_path / ".venv/.ready").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize("file", ["selfflow/flow.py", "README.md"])
+def test_what_is_out_of_step_is_said_and_left_alone(copy, file):
+    assert subprocess.run(["make", "-s", "check-step"], cwd=copy).returncode == 0
+    with (copy / file).open("a") as changed:
+        changed.write("# by hand\n")
+    before = (copy / file).read_text()
+    done = subprocess.run(["make", "-s", "check-step"], cwd=copy, capture_output=True, text=True)
+    assert done.returncode != 0 and file in done.stdout and "make export" in done.stdout
+    assert (copy / file).read_text() == before, "a test never touches your files"
+
+
+def test_a_source_distribution_can_be_installed_from(copy):
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=copy, check=True, capture_output=True)
+    archive, = (copy / "dist").glob("*.tar.gz")
+    shutil.unpack_archive(archive, copy / "unpacked", filter="data")
+    inside, = (copy / "unpacked").iterdir()
+    shown = subprocess.run([sys.executable, "setup.py", "--version"], cwd=inside, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip().endswith(importlib.import_module("selfflow").__version__)
+    assert {p.name for p in (inside / "selfflow").glob("*.py")} >= {p.name for p in MODULES}
 
 
 def test_pictures_and_links_of_the_readme_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
+    example, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert "steps=1000" in example
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(example.replace("steps=1000", "steps=2"), names)  # the same lines, in small
+    assert names["images"].shape == (3, 1, 8, 8) and (tmp_path / "runs/mine/config.json").exists()
 
 
 def test_packaging_reads_settings():
@@ -98,7 +136,7 @@ def test_packaging_reads_settings():
 def test_the_top_level_is_the_house():
     top = {p.relative_to(ROOT).parts[0] for p in tracked()}
     assert top <= {"nbs", "selfflow", "data", "tests", "settings.ini", "setup.py", "README.md", "Makefile", "pyproject.toml",
-                   "LICENSE", "CONTRIBUTING.md", ".ci", ".github", ".gitignore", ".gitattributes"}
+                   "LICENSE", "MANIFEST.in", "CONTRIBUTING.md", ".ci", ".github", ".gitignore", ".gitattributes"}
 
 
 def test_no_paths_of_one_machine_no_pickle_no_large_files():

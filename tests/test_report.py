@@ -1,6 +1,8 @@
 """Figures without pyplot, reports in one escaped file, commands that say what went wrong."""
 import inspect
+import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -16,7 +18,9 @@ from safetensors.torch import load_file
 from selfflow import plots
 from selfflow.cli import main
 from selfflow.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from selfflow.probing import probe_baselines, probe_run
 from selfflow.report import Report, config_table, run_report, write_samples
+from selfflow.run import Run
 
 def some(*shape):
     return np.random.default_rng(len(shape)).random(shape)
@@ -34,7 +38,7 @@ FIGURES = {
     "loss by level": lambda: plots.draw_loss_by_level([0.1, 0.9], {"a": some(2, 30), "b": some(2, 30)}),
     "loss of one run": lambda: plots.draw_loss_by_level([0.1, 0.9], {"a": some(2, 30)}),
     "probe grids": lambda: plots.draw_probe_grids({"a": some(3, 2), "b": some(3, 2)}, (1, 2, 3), (0, 0.5),
-                                                  some(3, 2) - 0.5, some(3, 2) > 0.5),
+                                                  some(3, 3, 2) - 0.5),
 }
 
 
@@ -50,10 +54,20 @@ def test_figures_are_pure(name):
 
 def test_a_heat_map_shows_the_numbers_it_is_given():
     accuracy = np.array([[0.5, 0.75], [0.25, 1.0]])
-    dots = np.array([[False, True], [False, False]])
-    figure = plots.draw_probe_grids({"a": accuracy}, (1, 2), (0, 0.5), accuracy - 0.5, dots)
+    gain = accuracy - 0.5
+    figure = plots.draw_probe_grids({"a": accuracy}, (1, 2), (0, 0.5), np.stack([gain, gain - 0.3, gain + 0.2]))
     texts = [[t.get_text() for t in axis.texts] for axis in figure.axes]
-    assert texts == [["50", "75", "25", "100"], ["+0.0", "+25.0•", "-25.0", "+50.0"]]
+    assert texts[0] == ["50", "75", "25", "100"]
+    assert texts[1] == ["+0.0\n(-30 to 20)", "+25.0\n(-5 to 45)", "-25.0\n(-55 to -5)", "+50.0\n(20 to 70)"]
+    assert [t.get_weight() for t in figure.axes[1].texts] == ["normal", "normal", "bold", "bold"]
+
+
+def test_many_curves_are_all_drawn_and_all_different():
+    figure = plots.draw_curves({f"run {i}": some(5) + i for i in range(12)}, range(5), "x", "y")
+    lines = figure.axes[0].lines
+    assert len(lines) == 12 == len({(line.get_color(), line.get_linestyle()) for line in lines})
+    logs = {f"run {i}": LOG for i in range(7)} | {"empty": {"step": []}}
+    assert len(plots.draw_training(logs | {"none": pd.DataFrame()}).axes[0].lines) == 7
 
 
 def test_the_interval_of_a_mean():
@@ -84,7 +98,7 @@ def test_reports_escape_everything_and_load_nothing(tmp_path):
 
 
 def test_a_report_of_runs_tells_what_is_there_and_what_is_not(runs, tmp_path):
-    page = run_report({"A": runs["tiny"], "B": runs["vanilla"]}, lead="First <words>.").html()
+    page = run_report({"A": runs["tiny"], "B": runs["vanilla"]}, Report("Two").text("First <words>.")).html()
     assert "objective.name" in page and "First &lt;words&gt;." in page and "No samples yet" in page
     single = config_table({"A": runs["tiny"]})
     assert len(single) == 25 and single.set_index("setting").loc["training.steps", "A"] == 12
@@ -95,12 +109,42 @@ def test_a_report_of_runs_tells_what_is_there_and_what_is_not(runs, tmp_path):
 
 def test_samples_stay_with_their_run(runs):
     run = runs["vanilla"]
-    images = write_samples(run, torch.tensor([1, 2, 3]), "three", steps=3, seed=5)
-    stored = load_file(run.path / "samples/three.safetensors")
+    images, file = write_samples(run, torch.tensor([1, 2, 3]), steps=3, seed=5)
+    stored = load_file(file)
     assert torch.equal(stored["images"], images) and stored["labels"].tolist() == [1, 2, 3]
     assert torch.equal(images, run.sample(torch.tensor([1, 2, 3]), steps=3, seed=5))
     assert not torch.equal(images, run.sample(torch.tensor([1, 2, 3]), steps=3, seed=6))
-    assert (run.path / "samples/three.png").read_bytes()[:4] == b"\x89PNG"
+    assert file.parent == run.path / "samples" and file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    before = file.read_bytes()
+    others = {write_samples(run, torch.tensor(labels), steps=3, seed=seed)[1]
+              for labels, seed in (([1, 2, 4], 5), ([1, 2], 5), ([1, 2, 3], 6))}
+    assert len(others | {file}) == 4 and file.read_bytes() == before, "other samples never replace these"
+
+
+def test_samples_do_not_depend_on_how_many_are_drawn_at_once(runs):
+    labels = torch.arange(10)
+    torch.testing.assert_close(runs["tiny"].sample(labels, steps=3, batch=3), runs["tiny"].sample(labels, steps=3))
+
+
+def probed(run, path, **few):
+    shutil.copytree(run.path, path)
+    return Run.open(path), probe_run(Run.open(path), levels=(0.0, 0.5), strengths=(0.1,), **few)
+
+
+def test_a_report_compares_probes_shows_baselines_and_flags_old_ones(runs, tmp_path):
+    (first, _), (second, _) = (probed(runs[name], tmp_path / name) for name in ("tiny", "vanilla"))
+    probe_baselines(first, levels=(0.0, 0.5), strengths=(0.1,))
+    page = run_report({"A": first, "B": second}).html()
+    assert "B minus A" in page and "raw pixels" in page and "untrained network" in page and "not of its newest" not in page
+    stored = json.loads((first.path / "probe.json").read_text())
+    (first.path / "probe.json").write_text(json.dumps({**stored, "step": 4}))
+    assert "The probes of A are of step 4, not of its newest checkpoint" in run_report({"A": first, "B": second}).html()
+
+
+def test_probes_of_other_layers_stand_beside_each_other(runs, tmp_path):
+    (first, _), (second, _) = probed(runs["tiny"], tmp_path / "a"), probed(runs["vanilla"], tmp_path / "b", layers=(1, 4))
+    page = run_report({"A": first, "B": second}).html()
+    assert page.count("Test accuracy by block and noise level.") == 4 and "minus" not in page  # two figures, alt and caption
 
 
 @pytest.mark.parametrize("args, words", [
@@ -111,7 +155,14 @@ def test_samples_stay_with_their_run(runs):
     (["train", "--name", "tiny", "--seed", "7"], "seed: 0 in the folder, 7 asked for"),
     (["sample", "nowhere"], "holds no run"),
     (["sample", "tiny", "--labels", "10"], "classes 0 to 9"),
+    (["train", "--model.mlp-ratio", "-1"], "mlp_ratio is -1.0"),
+    (["train", "--model.mlp-ratio", "nan"], "mlp_ratio is nan"),
+    (["train", "--device", "meta"], "device 'meta' cannot be used here"),
+    (["train", "--name", "a b"], "'a b' is no name for a run"),
     (["sample", "tiny", "--steps", "0"], "steps is 0"),
+    (["sample", "tiny", "--each", "0"], "each is 0"),
+    (["sample", "tiny", "--cfg-scale", "nan"], "cfg_scale is nan"),
+    (["sample", "tiny", "--device", "gpu"], "device 'gpu' cannot be used here"),
     (["sample", "tiny", "--method", "rk4"], "known are euler, heun"),
     (["probe", "nowhere"], "holds no run"),
     (["report", "nowhere"], "holds no run"),
@@ -133,8 +184,20 @@ def test_the_command_line_trains_what_it_is_told(tmp_path, capsys):
           "--model.heads", "2", "--training.steps", "3", "--training.batch", "8", "--objective.name", "flow_matching"])
     main(["sample", str(tmp_path / "cli"), "--labels", "3", "--each", "2", "--steps", "2", "--cfg-scale", "2"])
     main(["report", str(tmp_path / "cli"), "--output", str(tmp_path / "r.html")])
-    assert (tmp_path / "cli/samples/euler-2-cfg-2-seed-0.png").exists() and (tmp_path / "r.html").exists()
-    assert "3 steps" in capsys.readouterr().out
+    assert len(list((tmp_path / "cli/samples").glob("step-3-euler-2-cfg-2-seed-0-2-labels-*.png"))) == 1
+    assert (tmp_path / "r.html").exists() and "3 steps" in capsys.readouterr().out
+    (tmp_path / "cli/log.jsonl").unlink()  # not needed to go on
+    main(["train", "--name", "cli", "--folder", str(tmp_path), "--model.width", "16", "--model.depth", "4",
+          "--model.heads", "2", "--training.steps", "3", "--training.batch", "8", "--objective.name", "flow_matching"])
+    main(["report", str(tmp_path / "cli")])
+
+
+def test_the_command_line_probes(runs, tmp_path, capsys):
+    shutil.copytree(runs["tiny"].path, tmp_path / "tiny")
+    main(["probe", str(tmp_path / "tiny")])
+    said = capsys.readouterr().out
+    assert "raw pixels" in said and "untrained network" in said and "tiny, block" in said
+    assert json.loads((tmp_path / "tiny/probe.json").read_text())["levels"] == [0.0, 0.1, 0.25, 0.5, 0.75]
 
 
 def test_a_notebook_runs_without_a_screen_and_keeps_its_progress_to_itself(tmp_path, capfd):

@@ -89,6 +89,30 @@ def test_another_config_does_not_enter_the_folder(run):
     assert steps_of(run)[-1] == "step-00000012" and len(run.log) == 12
 
 
+def test_another_shape_of_model_does_not_enter_the_folder(run):
+    stored = json.loads((run.path / "config.json").read_text())
+    stored["transformer"]["classes"] = 7
+    (run.path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="transformer.classes: 7 in the folder, 10 asked for"):
+        train(TINY, run.path.parent)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', '{"format": 1, "config": {"x": 1}, "transformer": {}}'])
+def test_a_damaged_config_is_named(run, content):
+    (run.path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="tiny/config.json cannot be used"):
+        Run.open(run.path)
+
+
+def test_a_run_looks_at_one_checkpoint_until_it_is_opened_again(run):
+    shutil.rmtree(run.path / "checkpoints/step-00000012")
+    early = Run.open(run.path)
+    assert early.state()["step"] == 8
+    later = train(TINY, run.path.parent)
+    assert early.state()["step"] == 8 and later.state()["step"] == 12
+    assert not torch.equal(early.teacher.x_embedder.weight, later.teacher.x_embedder.weight)
+
+
 def test_a_format_from_the_future_is_refused(run):
     stored = json.loads((run.path / "config.json").read_text())
     (run.path / "config.json").write_text(json.dumps({**stored, "format": 99}))
@@ -104,9 +128,11 @@ def test_no_run_no_checkpoint(tmp_path, run):
         run.teacher  # noqa: B018
 
 
-def test_an_unfinished_staging_folder_is_not_a_checkpoint(tmp_path, run):
+def test_an_unfinished_staging_folder_is_not_a_checkpoint_and_goes_when_training_goes_on(tmp_path, run):
     (run.path / "checkpoints/.step-00000016-abc").mkdir()
     assert run.latest().name == "step-00000012"
+    train(TINY, run.path.parent)
+    assert steps_of(run) == ["step-00000004", "step-00000008", "step-00000012"]
 
 
 def test_a_failed_write_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):

@@ -122,9 +122,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     assert selfflow.run.Run.open(tmp_path / "tiny").latest().name == "step-00000004"
 
 
-def with_data(monkeypatch, **change):
-    good = digits("train")
+def with_data(monkeypatch, only=None, **change):
     def broken(split):
+        good = digits(split)
+        if only not in (None, split):
+            return good
         return ImageSet(**{"images": good.images, "labels": good.labels, "names": good.names, **change})
     monkeypatch.setitem(selfflow.images.DATASETS, "digits", broken)
 
@@ -136,10 +138,24 @@ def with_data(monkeypatch, **change):
     ({"images": torch.zeros(1078, 1, 9, 9)}, ValueError, "not divisible by patch 2"),
 ])
 def test_bad_data_is_refused_before_a_folder_is_made(tmp_path, monkeypatch, change, error, words):
-    with_data(monkeypatch, **change)
+    with_data(monkeypatch, only="train", **change)
     with pytest.raises(error, match=words):
         train(TINY, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_bad_validation_data_is_refused_before_a_folder_is_made(tmp_path, monkeypatch):
+    with_data(monkeypatch, only="validation", images=torch.full((359, 1, 8, 8), torch.nan))
+    with pytest.raises(ValueError, match="NaN"):
+        train(TINY, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_leaves_the_callers_random_numbers_alone(tmp_path):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train(TINY, tmp_path)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("config, words", [

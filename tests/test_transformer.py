@@ -109,8 +109,20 @@ def test_drop_labels_is_one_draw_per_sample():
     assert torch.equal(drop_labels(labels, 5, 0.0), labels) and (drop_labels(labels, 5, 1.0) == 5).all()
 
 
+@pytest.mark.parametrize("labels, error, words", [
+    (torch.tensor([0, 6]), ValueError, "labels run from 0 to 6; the model has classes 0 to 4 and the null label 5"),
+    (torch.tensor([0, -1]), ValueError, "labels run from -1"),
+    (torch.tensor([0]), ValueError, r"labels have shape \(1,\)"),
+    (torch.tensor([0.0, 1.0]), TypeError, "labels are torch.float32"),
+])
+def test_bad_labels_are_refused(labels, error, words):
+    with pytest.raises(error, match=words):
+        model_of()(torch.zeros(2, 6, 3), DualTimestep().sample(2, 6), labels)
+
+
 @pytest.mark.parametrize("changes, words", [({"width": 18}, "width 18 must be divisible"), ({"heads": 3}, r"heads \(3\)"),
-                                            ({"depth": 0}, "depth is 0"), ({"channels": 0}, "channels is 0")])
+                                            ({"depth": 0}, "depth is 0"), ({"mlp_ratio": 0.0}, "mlp_ratio is 0.0"),
+                                            ({"channels": 0}, "channels is 0")])
 def test_impossible_shapes_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         model_of(**changes)
