@@ -22,10 +22,11 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .checkpoint import write_json
 from .features import extract
 from .flow import keyed
 from .images import SPLITS, load
-from .run import Run, write_json
+from .run import Run
 from .training import start_state
 from .transformer import Transformer
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import TINY
 
-from selfflow.run import Run, check_checkpoint, write_checkpoint
+from selfflow.checkpoint import check_checkpoint, write_checkpoint
+from selfflow.run import Run
 from selfflow.training import train
 
 
@@ -138,7 +139,7 @@ def test_an_unfinished_staging_folder_is_not_a_checkpoint_and_goes_when_training
 def test_a_failed_write_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr("selfflow.run.save_file", full)
+    monkeypatch.setattr("selfflow.checkpoint.save_file", full)
     with pytest.raises(OSError, match="No space"):
         write_checkpoint(tmp_path / "step-00000001", {"model": {"x": torch.zeros(1)}}, {})
     assert not list(tmp_path.glob("step-*")) and not list(tmp_path.glob(".step-*"))
