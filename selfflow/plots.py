@@ -21,7 +21,7 @@ class Picture(Figure):
     "A matplotlib Figure that a notebook shows without pyplot."
 
     def _repr_png_(self) -> bytes:
-        return to_png(self, colours=128)
+        return to_png(self, dpi=90, colours=128)
 
 
 def to_png(figure: Figure, dpi: int = 100, colours: int | None = None) -> bytes:

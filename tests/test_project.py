@@ -124,6 +124,17 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
     assert names["images"].shape == (3, 1, 8, 8) and (tmp_path / "runs/mine/config.json").exists()
 
 
+def test_the_numbers_of_the_readme_are_the_recorded_ones():
+    record = json.loads((ROOT / "data/results/quickstart_seeds.json").read_text())
+    table = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ") and "±" in line]
+    for line, row in zip(table, record["summary"], strict=True):
+        scale = 1 if row["measure"] == "flow loss" else 100
+        recorded = [scale * float(number) for key, value in row.items() if key not in ("measure", "flow matching, 4/3 steps")
+                    for number in re.findall(r"[+-]?\d+\.\d+", value)]
+        shown = [float(number) for number in re.findall(r"[+-]?\d+\.\d+", line.split("|", 2)[2])]
+        assert shown == pytest.approx(recorded, abs=0.051 if scale == 100 else 1e-9), line
+
+
 def test_packaging_reads_settings():
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini")
