@@ -9,12 +9,14 @@ __all__ = ['STRENGTHS', 'PROBE_LEVELS', 'proportion_interval', 'paired_differenc
 
 # %% ../nbs/31_probing.ipynb #81f1c25d
 import json
+import warnings
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import binomtest, bootstrap
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -83,7 +85,10 @@ def linear_probe(features: dict, labels: dict, strengths=STRENGTHS) -> ProbeResu
             raise ValueError(f"features and labels of the {split} part are missing or differ in number")
         if not np.isfinite(x[split]).all():
             raise ValueError(f"features of the {split} part are not finite; was the model's training?")
-    with threadpool_limits(1):  # on matrices this small, threads wait for each other: one is 20 times faster than two
+    # On matrices this small, threads wait for each other: one is 20 times faster than two. And a probe that has not converged
+    # after 2000 iterations, at next to no regularisation, is a candidate like the others: validation decides.
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
         probes = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)).fit(x["train"], y["train"])
                   for c in strengths]
         scores = [probe.score(x["validation"], y["validation"]) for probe in probes]
