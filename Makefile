@@ -42,8 +42,9 @@ readme: setup
 check-step: setup
 	@rm -rf .venv/step && mkdir .venv/step && cp -R nbs selfflow README.md settings.ini .venv/step
 	@cd .venv/step && PATH="$(CURDIR)/$(BIN):$$PATH" && nbdev_clean && nbdev_export && $(TO_README) > README.md
-	@for part in nbs selfflow README.md; do diff -rq -x __pycache__ -x .ipynb_checkpoints $$part .venv/step/$$part; done \
-	  || { echo "Notebooks, package and README are not in step (see above). 'make export' makes package and README from the"; \
+	@differ=0; for part in nbs selfflow README.md; do \
+	    diff -rq -x __pycache__ -x .ipynb_checkpoints $$part .venv/step/$$part || differ=1; done; \
+	  [ $$differ = 0 ] || { echo "Notebooks, package and README are not in step (see above). 'make export' makes package and README from the"; \
 	       echo "notebooks; if you edited a module by hand, '.venv/bin/nbdev_update' first carries that into its notebook."; exit 1; }
 	@echo "notebooks, package and README are in step"
 
