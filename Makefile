@@ -34,7 +34,8 @@ clean-notebooks: setup  ## drop metadata that changes from run to run
 	$(BIN)/nbdev_clean
 
 # README.md is nbs/index.ipynb; its links lead from nbs/ to the top, the README's start there.
-TO_README = jupyter nbconvert --log-level=ERROR --to markdown --stdout nbs/index.ipynb | sed -e 's\#](\.\./\#](\#g' -e 's\#](\(studies/\|[0-9]\)\#](nbs/\1\#g'
+TO_README = jupyter nbconvert --log-level=ERROR --to markdown --stdout nbs/index.ipynb \
+  | sed -e 's\#](\.\./\#](\#g' -e 's\#](studies/\#](nbs/studies/\#g' -e 's\#](\([0-9]\)\#](nbs/\1\#g'
 readme: setup
 	@$(BIN)/$(TO_README) > .venv/readme && cp .venv/readme README.md
 
