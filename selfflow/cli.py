@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 import tyro
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from .config import Config
 from .probing import probe_baselines, probe_run, probe_table
@@ -124,7 +124,7 @@ def notebook(source: tyro.conf.Positional[Path], output: tyro.conf.Positional[Pa
     book.cells.insert(0, nbformat.v4.new_code_cell(_TEXT_BARS))
     try:
         _Client(book, resources={"metadata": {"path": str(source.parent)}}).execute()
-    except CellExecutionError as error:
+    except (CellExecutionError, DeadKernelError) as error:
         raise ValueError(f"a cell of {source} failed; the notebook as far as it came is {output}.\n{error}") from None
     finally:
         del book.cells[0]

@@ -68,14 +68,13 @@ class Run:
     @classmethod
     def open(cls, path: Path | str, device: str | torch.device = "auto") -> "Run":
         "The run in a folder. Raises FileNotFoundError when there is none and ValueError for a format that is not known."
-        path = Path(path)
+        path, device = Path(path), device_for(device)
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{path} holds no run (no config.json); `selfflow train` makes one")
         try:
             stored = json.loads((path / "config.json").read_text(encoding="utf-8"))
             if stored["format"] == FORMAT:
-                return cls(path, Config.from_dict(stored["config"]), TransformerConfig(**stored["transformer"]),
-                           device_for(device))
+                return cls(path, Config.from_dict(stored["config"]), TransformerConfig(**stored["transformer"]), device)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}/config.json cannot be used: {type(error).__name__}: {error}") from error
         raise ValueError(f"{path}/config.json has format {stored['format']!r}; this version reads format {FORMAT}")
@@ -151,7 +150,8 @@ class Run:
             raise ValueError("no labels: name at least one class to draw")
         x1 = torch.randn(len(labels), self.transformer.tokens, self.transformer.channels, generator=keyed(seed, "samples"))
         images = []
-        for labels_, x1_ in zip(tqdm(labels.split(batch), "samples", unit="batch"), x1.split(batch), strict=True):
+        batches = tqdm(labels.split(batch), "samples", unit="batch", disable=len(labels) <= batch)
+        for labels_, x1_ in zip(batches, x1.split(batch), strict=True):
             velocity_fn = guided_velocity(self.teacher, labels_.to(self.device), cfg_scale)
             images.append(self.patches.unpatchify(sample(velocity_fn, x1_.to(self.device), steps, method)).cpu())
         return torch.cat(images)
@@ -176,7 +176,7 @@ class Run:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except ValueError:
+            except (ValueError, KeyError, TypeError):
                 break
         temporary = self.log_path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")

@@ -76,8 +76,14 @@ class TrainState:
         return {name: values for name, values in parts.items() if values}
 
     def restore(self, run: Run) -> None:
-        "Take up the newest checkpoint of a run, if it has one. A part that is missing or does not fit is an error."
+        """Take up the newest checkpoint of a run, if it has one.
+
+        Raises ValueError when it has checkpoints and none is whole, FileNotFoundError for a part that is missing.
+        """
         path = run.latest()
+        if path is None and list(run.path.glob("checkpoints/step-*")):
+            raise ValueError(f"no checkpoint in {run.path} is whole, so there is nothing to go on from; "
+                             "repair them, or remove the folder to start anew")
         if path is None:
             return
         self.student.load_state_dict(read_part(path, "model"))

@@ -162,7 +162,7 @@ def test_probes_of_other_layers_stand_beside_each_other(runs, tmp_path):
     (["sample", "tiny", "--steps", "0"], "steps is 0"),
     (["sample", "tiny", "--each", "0"], "each is 0"),
     (["sample", "tiny", "--cfg-scale", "nan"], "cfg_scale is nan"),
-    (["sample", "tiny", "--device", "gpu"], "device 'gpu' cannot be used here"),
+    (["sample", "tiny", "--device", "gpu"], "selfflow: device 'gpu' cannot be used here"),
     (["sample", "tiny", "--method", "rk4"], "known are euler, heun"),
     (["probe", "nowhere"], "holds no run"),
     (["report", "nowhere"], "holds no run"),

@@ -84,6 +84,15 @@ def test_a_teacher_that_is_missing_is_an_error_and_no_silent_fall_back(run):
         train(TINY, run.path.parent)
 
 
+def test_when_no_checkpoint_is_whole_training_does_not_start_over_by_itself(run):
+    for path in run.path.glob("checkpoints/step-*"):
+        damage("flipped bit", path / "model.safetensors")
+    before = run.log_path.read_text()
+    with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
+        train(TINY, run.path.parent)
+    assert run.log_path.read_text() == before and len(steps_of(run)) == 3
+
+
 def test_another_config_does_not_enter_the_folder(run):
     with pytest.raises(ValueError, match=r"another config:\n  seed: 0 in the folder, 1 asked for\n.*another name"):
         train(replace(TINY, seed=1), run.path.parent)
