@@ -23,6 +23,9 @@ class NoiseLevels:
     """
     levels: Tensor
     assign: Tensor
+    condition: int = 0
+
+    def is_condition(self): return self.assign >= self.k - self.condition
 
     def __post_init__(self):
         if self.levels.ndim != 2 or self.assign.ndim != 2 or len(self.levels) != len(self.assign):
