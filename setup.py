@@ -8,6 +8,8 @@ ROOT = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(ROOT / "settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]
+extras = {key.removesuffix("_requirements"): listed.split("\n")
+          for key, listed in settings.items() if key.endswith("_requirements")}
 
 setup(
     name=settings["lib_name"],
@@ -22,7 +24,7 @@ setup(
     packages=[settings["lib_path"]],
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split("\n"),
-    extras_require={"dev": settings["dev_requirements"].split("\n")},
+    extras_require=extras,
     entry_points={
         "console_scripts": settings["console_scripts"].split("\n"),
         "nbdev": [f"{settings['lib_name']}={settings['lib_path']}._modidx:d"],
