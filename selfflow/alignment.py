@@ -133,10 +133,12 @@ class Alignment:
     def watch(self, hidden: Tensor) -> Tensor:
         """The hidden states to predict from, told apart from `hidden` so that the two gradients that meet there can be measured.
 
-        hidden: (b, n, d), with a gradient; everything else goes on from `hidden` itself.
+        hidden: (b, n, d); everything else goes on from `hidden` itself.
         """
         branch, norms = hidden.view_as(hidden), self.gradient_norms
         parts = {}
+        if not hidden.requires_grad:
+            return hidden
 
         def of_total(gradient):  # runs after both have arrived
             rep = parts.pop("rep", torch.zeros_like(gradient))

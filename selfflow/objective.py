@@ -56,8 +56,7 @@ def flow_loss(predicted: Tensor, x0: Tensor, x1: Tensor, counted: Tensor | None 
 class Losses:
     """What a training step gives.
 
-    total: what is differentiated; flow_loss, rep_loss: its parts, in float32; alignment: the features that were compared.
-    The last two are None without a representation loss.
+    total: what is differentiated; flow_loss, rep_loss: its parts; alignment: the features compared. The last two may be None.
     """
     total: Tensor
     flow_loss: Tensor
@@ -66,9 +65,9 @@ class Losses:
 
     def floats(self, diagnose: bool = False) -> dict[str, float]:
         "Numbers for a log: the losses, cosine and constant_cosine; with `diagnose` all that `Alignment.diagnosis` says."
-        parts = {"total": self.total, "flow_loss": self.flow_loss, "rep_loss": self.rep_loss}
-        found = {name: value.item() for name, value in parts.items() if value is not None}
+        found = {"total": self.total.item(), "flow_loss": self.flow_loss.item()}
         if self.alignment is not None:
+            found["rep_loss"] = self.rep_loss.item()
             found |= self.alignment.diagnosis() if diagnose else self.alignment.means()
         return found
 
@@ -79,15 +78,12 @@ class FlowMatching(nn.Module):
     schedule: gives NoiseLevels, default SingleLevel(); label_drop: probability that a label is replaced by the null label;
     flow_tokens: which tokens count, see `counted_tokens`; separated: attention within levels only.
     """
-    takes_features = False
-
     def __init__(self, schedule=None, label_drop: float = 0.1, flow_tokens: str = "all", separated: bool = False):
         super().__init__()
         self.schedule = schedule or SingleLevel()
         self.label_drop, self.flow_tokens, self.separated = label_drop, flow_tokens, separated
 
-    def forward(self, student: Transformer, teacher: Transformer, x0: Tensor, labels: Tensor, draw,
-                features: Tensor | None = None) -> Losses:
+    def forward(self, student, teacher, x0: Tensor, labels: Tensor, draw, features: Tensor | None = None) -> Losses:
         "Losses of a batch of clean tokens x0 (b, n, c) with labels (b,); teacher and features are not asked."
         noised = add_noise(x0, labels, student.null_label, self.schedule, self.label_drop, draw)
         out = student(noised.xt, noised.levels, noised.condition, separated=self.separated)
@@ -123,11 +119,10 @@ class Projector(nn.Sequential):
 
 
 class FeatureObjective(FlowMatching):
-    """Flow matching plus rep_weight times the distance between the student's features and a target; the base of all that follow.
+    """Flow matching plus rep_weight times the distance between the student's features and a target.
 
-    student_layer: 1-based, whose features are compared; rep_weight: gamma; distance: a name in `alignment.DISTANCES`; normalise:
-    of the target, see `alignment.normalise`; rep_tokens: see `counted_tokens`; options: of `FlowMatching`.
-    A subclass has a `projector` and says in `target` what the features should be like.
+    student_layer: 1-based; rep_weight: gamma; distance: a name in `alignment.DISTANCES`; normalise: of the target;
+    rep_tokens: see `counted_tokens`; options: of `FlowMatching`. A subclass has a `projector` and a `target`.
     """
 
     def __init__(self, schedule, student_layer: int, rep_weight: float, label_drop: float = 0.1, distance: str = "cosine",
@@ -135,12 +130,10 @@ class FeatureObjective(FlowMatching):
         super().__init__(schedule, label_drop, **options)
         if distance not in DISTANCES:
             raise ValueError(f"distance is {distance!r}; known are {', '.join(DISTANCES)}")
-        self.student_layer, self.rep_weight = student_layer, rep_weight
+        self.student_layer, self.taps, self.rep_weight = student_layer, (student_layer,), rep_weight
         self.distance, self.normalise, self.rep_tokens = distance, normalise, rep_tokens
-        self.taps = (student_layer,)
 
-    def forward(self, student: Transformer, teacher: Transformer, x0: Tensor, labels: Tensor, draw,
-                features: Tensor | None = None) -> Losses:
+    def forward(self, student, teacher, x0: Tensor, labels: Tensor, draw, features: Tensor | None = None) -> Losses:
         "Losses of a batch of clean tokens x0 (b, n, c) with labels (b,); features: of an outside encoder, for `REPA` alone."
         noised = add_noise(x0, labels, student.null_label, self.schedule, self.label_drop, draw)
         out = student(noised.xt, noised.levels, noised.condition, taps=self.taps, separated=self.separated)
@@ -150,8 +143,7 @@ class FeatureObjective(FlowMatching):
         counted = counted_tokens(noised.levels, self.rep_tokens)
         chosen = slice(None) if counted is None else counted
         alignment = Alignment(None, target[chosen].flatten(0, -2), (noised.levels.per_token() - level)[chosen].flatten())
-        hidden = out.features[self.student_layer]
-        predicted = self.projector(alignment.watch(hidden) if hidden.requires_grad else hidden).float()
+        predicted = self.projector(alignment.watch(out.features[self.student_layer])).float()
         alignment.predicted = predicted.detach()[chosen].flatten(0, -2)
         rep = mean_over(DISTANCES[self.distance](predicted, target), counted)
         flow = flow_loss(out.velocity, x0, noised.x1, counted_tokens(noised.levels, self.flow_tokens))
@@ -164,11 +156,13 @@ def default_layers(depth: int, teacher: float = 0.7) -> tuple[int, int]:
     return student, max(student + 1, round(teacher * depth))
 
 
-def _chosen_layers(given: tuple, defaults: tuple, depth: int) -> tuple[int, int]:
-    student, teacher = (default if layer is None else layer for layer, default in zip(given, defaults, strict=True))
-    if not 1 <= student < teacher <= depth:
+def _layers(config, student: int | None, teacher: int | None, share: float) -> tuple[int, int]:
+    defaults = default_layers(config.depth, share)
+    student = defaults[0] if student is None else student
+    teacher = defaults[1] if teacher is None else teacher
+    if not 1 <= student < teacher <= config.depth:
         raise ValueError(f"student_layer {student} and teacher_layer {teacher} do not fit: "
-                         f"need 1 <= student_layer < teacher_layer <= depth = {depth}")
+                         f"need 1 <= student_layer < teacher_layer <= depth = {config.depth}")
     return student, teacher
 
 
@@ -182,9 +176,9 @@ class SelfFlow(FeatureObjective):
 
     def __init__(self, config, schedule=None, student_layer: int | None = None, teacher_layer: int | None = None,
                  rep_weight: float = 0.8, label_drop: float = 0.1, **options):
-        layers = _chosen_layers((student_layer, teacher_layer), default_layers(config.depth), config.depth)
-        super().__init__(schedule or DualTimestep(), layers[0], rep_weight, label_drop, **options)
-        self.teacher_layer = layers[1]
+        student_layer, teacher_layer = _layers(config, student_layer, teacher_layer, 0.7)
+        super().__init__(schedule or DualTimestep(), student_layer, rep_weight, label_drop, **options)
+        self.teacher_layer = teacher_layer
         self.projector = Projector(config.width)
 
     def target(self, teacher: Transformer, x0: Tensor, noised: Noised, hidden, draw, features) -> tuple[Tensor, Tensor]:
@@ -215,9 +209,9 @@ class SRA(SelfFlow):
     def teacher_levels(self, levels: NoiseLevels, draw) -> NoiseLevels:
         "The cleanest level of each sample minus a number below `offset`."
         generator, clean = draw("teacher level"), levels.cleanest()
-        lower = self.offset * torch.rand(len(clean.levels), 1, generator=generator, device=generator.device)
-        generated = (clean.levels[:, :1] - lower.to(clean.levels)).clamp(min=0)
-        return NoiseLevels(torch.cat([generated, clean.levels[:, 1:]], 1), clean.assign, clean.condition)
+        lower = torch.rand(len(clean.levels), 1, generator=generator, device=generator.device).to(clean.levels)
+        first = (clean.levels[:, :1] - self.offset * lower).clamp(min=0)
+        return NoiseLevels(torch.cat([first, clean.levels[:, 1:]], 1), clean.assign, clean.condition)
 
 
 class LayerSync(FeatureObjective):
@@ -228,7 +222,7 @@ class LayerSync(FeatureObjective):
 
     def __init__(self, config, schedule=None, student_layer: int | None = None, teacher_layer: int | None = None,
                  rep_weight: float = 0.2, label_drop: float = 0.1, **options):
-        layers = _chosen_layers((student_layer, teacher_layer), default_layers(config.depth, 4 / 7), config.depth)
+        layers = _layers(config, student_layer, teacher_layer, 4 / 7)
         super().__init__(schedule, layers[0], rep_weight, label_drop, **options)
         self.teacher_layer, self.taps, self.projector = layers[1], layers, nn.Identity()
 
@@ -244,8 +238,6 @@ class REPA(FeatureObjective):
     (b, feature_width) for one vector a sample; None when features are given with every batch. Its weights are not trained.
     student_layer: default 0.3 of the depth (8 of 28). Source: arXiv 2410.06940: weight 0.5, head of three layers, 2048 wide.
     """
-    takes_features = True
-
     def __init__(self, config, feature_width: int, encoder: Callable | None = None, schedule=None,
                  student_layer: int | None = None, rep_weight: float = 0.5, label_drop: float = 0.1, head_width: int = 2048,
                  **options):
@@ -259,12 +251,10 @@ class REPA(FeatureObjective):
 
     def target(self, teacher, x0: Tensor, noised: Noised, hidden, draw, features: Tensor | None) -> tuple[Tensor, Tensor]:
         "The encoder's features (b, n, feature_width) and level 0."
-        encoder, = self._encoder
-        if features is None and encoder is None:
+        if features is None and self._encoder[0] is None:
             raise ValueError("REPA needs features with every batch, or an encoder: REPA(config, width, encoder=...)")
-        found = encoder(x0) if features is None else features
+        found = self._encoder[0](x0) if features is None else features
         found = found[:, None].expand(-1, x0.shape[1], -1) if found.ndim == 2 else found
-        expected = (*x0.shape[:2], self.projector[-1].out_features)
-        if found.shape != expected:
+        if found.shape != (expected := (*x0.shape[:2], self.projector[-1].out_features)):
             raise ValueError(f"the encoder's features have shape {tuple(found.shape)}, expected {expected}")
-        return found, torch.zeros_like(noised.levels.per_token())
+        return found, torch.zeros(expected[:2], device=x0.device)

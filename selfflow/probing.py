@@ -170,7 +170,8 @@ def untrained_network(run: Run) -> Transformer:
     "The network that a run started from, with the gates of its blocks opened to 1, so that they compute something."
     model = start_state(run.config, run.transformer, run.device).teacher
     for block in model.blocks:
-        _, _, first, _, _, second = block.adaLN_modulation[1].bias.chunk(6)  # the gates of attention and MLP
+        bias = block.adaLN_bias if hasattr(block, "adaLN_bias") else block.adaLN_modulation[1].bias
+        _, _, first, _, _, second = bias.chunk(6)  # the gates of attention and MLP
         first.fill_(1.0)
         second.fill_(1.0)
     return model

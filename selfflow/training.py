@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['VALIDATION_LEVELS', 'patches_of', 'shape_of', 'batch_indices', 'TrainState', 'start_state', 'train_step',
-           'validation_tokens', 'validation_losses', 'train']
+           'compile_blocks', 'loss_by_level', 'validation_tokens', 'validation_losses', 'train']
 
 # %% ../nbs/23_training.ipynb #b5785d47
 import json
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -20,11 +21,12 @@ from tqdm.auto import tqdm
 
 from .checkpoint import read_part, read_state
 from .config import Config, build_objective
-from .flow import keyed
+from .flow import interpolate, keyed, velocity
 from .images import ImageSet, load
 from .modality import ImagePatches
-from .objective import ema_decay, loss_by_level, make_teacher, update_ema
+from .objective import ema_decay, make_teacher, update_ema
 from .run import Run, device_for
+from .schedule import NoiseLevels
 from .transformer import Transformer, TransformerConfig
 
 # %% ../nbs/23_training.ipynb #a2638ba0
@@ -35,9 +37,8 @@ def patches_of(data: ImageSet, patch: int) -> ImagePatches:
 
 def shape_of(config: Config, data: ImageSet) -> TransformerConfig:
     "The transformer that a config asks for on this data."
-    patches, model = patches_of(data, config.data.patch), config.model
-    return TransformerConfig(patches.token_channels, patches.grid, model.width, model.depth, model.heads, model.mlp_ratio,
-                             classes=len(data.names))
+    patches = patches_of(data, config.data.patch)
+    return config.model.transformer(patches.token_channels, patches.grid, len(data.names))
 
 # %% ../nbs/23_training.ipynb #2c62eed0
 @lru_cache(maxsize=4)
@@ -99,33 +100,42 @@ class TrainState:
         self.step = read_state(path)["step"]
 
 
-def start_state(config: Config, shape: TransformerConfig, device: torch.device) -> TrainState:
-    "The state before the first step; weights come from the seed alone, and the student's do not depend on the objective."
+def start_state(config: Config, shape: TransformerConfig, device: torch.device, feature_width: int = 1) -> TrainState:
+    """The state before the first step; weights come from the seed alone, and the student's do not depend on the objective.
+
+    feature_width: of an outside encoder, for the head of REPA alone.
+    """
     with torch.random.fork_rng():  # the caller's random numbers are not touched
         torch.manual_seed(keyed(config.seed, "weights").initial_seed())
         student = Transformer(shape).to(device)
+        student.checkpointing = config.training.checkpointing
         torch.manual_seed(keyed(config.seed, "projector").initial_seed())
-        objective = build_objective(config.objective, shape).to(device)
+        objective = build_objective(config.objective, shape, feature_width).to(device)
     training = config.training
     optimizer = torch.optim.AdamW([*student.parameters(), *objective.parameters()], lr=training.lr,
                                   weight_decay=training.weight_decay, fused=True)
     return TrainState(student, make_teacher(student), objective, optimizer)
 
 # %% ../nbs/23_training.ipynb #27eb611b
-def train_step(state: TrainState, config: Config, x0: Tensor, labels: Tensor) -> dict[str, float]:
+def _losses(state: TrainState, config: Config, x0: Tensor, labels: Tensor, features: Tensor | None):
+    draw = partial(keyed, config.seed, step=state.step)
+    bf16 = torch.autocast(x0.device.type, torch.bfloat16) if config.training.precision == "bf16" else nullcontext()
+    with bf16:
+        return state.objective(state.student, state.teacher, x0, labels, draw, features)
+
+
+def train_step(state: TrainState, config: Config, x0: Tensor, labels: Tensor, features: Tensor | None = None,
+               diagnose: bool = False) -> dict[str, float]:
     """One step on clean tokens x0 (b, n, c) with labels (b,): changes the state, returns what a log wants to know.
 
+    features: of an outside encoder (b, n, e) or (b, e), for REPA; diagnose: look at the representation loss more closely.
     Raises FloatingPointError when the loss or its gradient is not finite, before any weight is changed.
     """
-    training = config.training
-    draw = partial(keyed, config.seed, step=state.step)
-    bf16 = torch.autocast(x0.device.type, torch.bfloat16) if training.precision == "bf16" else nullcontext()
-    with bf16:
-        losses = state.objective(state.student, state.teacher, x0, labels, draw)
+    training, losses = config.training, _losses(state, config, x0, labels, features)
     state.optimizer.zero_grad()
     losses.total.backward()
     norm = nn.utils.clip_grad_norm_(state.named_parameters().values(), training.clip).item()
-    values = {**losses.floats(), "grad_norm": norm}
+    values = {**losses.floats(diagnose), "grad_norm": norm}
     if not all(map(math.isfinite, values.values())):
         raise FloatingPointError(f"step {state.step} is not finite: {values}. The last checkpoint is whole; "
                                  "a smaller training.lr or training.clip in a new run is the usual remedy.")
@@ -135,7 +145,42 @@ def train_step(state: TrainState, config: Config, x0: Tensor, labels: Tensor) ->
     return values
 
 # %% ../nbs/23_training.ipynb #1f5495c3
+def compile_blocks(state: TrainState, config: Config, x0: Tensor, labels: Tensor, features: Tensor | None = None) -> str | None:
+    """Compile the blocks of student and teacher and try them on a batch; why not, where that cannot be done here.
+
+    Nothing in the state changes. Blocks that cannot be compiled (no C++ compiler, an unknown device) run as they are.
+    """
+    blocks = [*state.student.blocks, *state.teacher.blocks]
+    for block in blocks:
+        block.compile()
+    try:
+        _losses(state, config, x0, labels, features).total.backward()
+    except Exception as error:  # compilers fail in many ways, and a run need not fail with them
+        for block in blocks:
+            block._compiled_call_impl = None
+        return f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"
+    finally:
+        state.optimizer.zero_grad()
+    return None
+
+# %% ../nbs/23_training.ipynb #d30ee948
 VALIDATION_LEVELS = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))  # the levels that validation looks at
+
+
+@torch.no_grad()
+def loss_by_level(model: Transformer, x0: Tensor, labels: Tensor, x1: Tensor, levels, batch: int = 512) -> Tensor:
+    """Flow loss of every sample at every level, all its tokens at that level: (levels, samples), on the CPU.
+
+    x0, x1: (b, n, c) tokens of data and fixed noise; labels: (b,); levels: numbers in [0, 1].
+    """
+    device, losses = next(model.parameters()).device, []
+    for t in levels:
+        for x0_, x1_, labels_ in zip(x0.split(batch), x1.split(batch), labels.split(batch), strict=True):
+            x0_, x1_, labels_ = x0_.to(device), x1_.to(device), labels_.to(device)
+            at = NoiseLevels.single(torch.full((len(x0_),), float(t), device=device), x0_.shape[1])
+            error = model(interpolate(x0_, x1_, t), at, labels_).velocity.float() - velocity(x0_, x1_)
+            losses.append(error.square().mean((1, 2)).cpu())
+    return torch.cat(losses).reshape(len(levels), -1)
 
 
 def validation_tokens(config: Config, split: str = "validation") -> tuple[Tensor, Tensor]:
@@ -151,37 +196,61 @@ def validation_losses(model: Transformer, config: Config, split: str = "validati
     return loss_by_level(model, x0, labels, x1, levels)
 
 
-def _log_line(state: TrainState, config: Config, values: dict) -> str:
-    due = state.step % config.training.validate_every == 0 or state.step == config.training.steps
-    if due:
+def _log_line(state: TrainState, config: Config, values: dict, validate: bool) -> str:
+    if validate:
         values = {**values, "validation_flow_loss": validation_losses(state.teacher, config).mean().item()}
     return json.dumps({"step": state.step, **values}) + "\n"
 
 
-def train(config: Config, folder: Path | str = "runs", device: str = "auto") -> Run:
+def _features_of(features: Tensor | Callable | None, config: Config, tokens: Tensor) -> tuple[Callable, int]:
+    "A function from chosen samples to their features (None without), and the width of these."
+    if (features is not None) != (config.objective.name == "repa"):
+        raise ValueError(f"objective {config.objective.name!r} "
+                         + ("takes no features of an outside encoder" if features is not None else
+                            "needs features of an encoder: train(config, features=...) or selfflow train --features FILE"))
+    if features is None:
+        return lambda chosen: None, 1
+    if callable(features):
+        with torch.no_grad():
+            return torch.no_grad()(lambda chosen: features(tokens[chosen])), features(tokens[:1]).shape[-1]
+    if len(features) != len(tokens):
+        raise ValueError(f"there are features of {len(features)} samples, but {len(tokens)} to train on, in the same order")
+    return lambda chosen: features[chosen.to(features.device)].to(tokens.device), features.shape[-1]
+
+
+def train(config: Config, folder: Path | str = "runs", device: str = "auto", features: Tensor | Callable | None = None) -> Run:
     """Train what the config asks for in folder / config.name and return the run; resumes where the folder stands.
 
-    device: "auto", "cpu", "cuda", ... Raises ValueError for data, sizes and layers that do not fit and for a folder
-    with another config, all before the first step; FloatingPointError when a loss is not finite.
+    device: "auto", "cpu", "cuda", ...; features: for REPA, what an outside encoder finds in the clean training samples: a tensor
+    (samples, n, e) or (samples, e) in their order, or a function of tokens (b, n, c).
+    Raises ValueError for data, sizes, layers and features that do not fit and for a folder with another config, all before the
+    first step; FloatingPointError when a loss is not finite.
     """
     data = load(config.data.name, "train")
     validation_tokens(config)  # what is wrong with the validation data is said now, not at the first validation
     shape, device, training = shape_of(config, data), device_for(device), config.training
-    state = start_state(config, shape, device)
+    tokens = patches_of(data, config.data.patch).patchify(data.images).to(device)
+    labels = data.labels.to(device)
+    features_of, feature_width = _features_of(features, config, tokens)
+    state = start_state(config, shape, device, feature_width)
     run = Run.create(Path(folder) / config.name, config, shape, device)
     run.clear_staging()
     state.restore(run)
     run.cut_log(state.step)
-    tokens = patches_of(data, config.data.patch).patchify(data.images).to(device)
-    labels = data.labels.to(device)
+
+    def batch(step):
+        chosen = batch_indices(len(data), training.batch, config.seed, step).to(device)
+        return tokens[chosen], labels[chosen], features_of(chosen)
+    if training.compile and (reason := compile_blocks(state, config, *batch(state.step))):
+        print(f"not compiled, trains as it is ({reason})")
     with run.log_path.open("a", encoding="utf-8", buffering=1) as log, \
             tqdm(total=training.steps, initial=state.step, desc=config.name, unit="step", mininterval=0.5) as bar:
         while state.step < training.steps:
-            chosen = batch_indices(len(data), training.batch, config.seed, state.step).to(device)
-            values = train_step(state, config, tokens[chosen], labels[chosen])
-            last = state.step == training.steps
-            if last or state.step % training.log_every == 0 or state.step % training.validate_every == 0:
-                log.write(_log_line(state, config, values))
+            last = state.step + 1 == training.steps
+            validate = last or (state.step + 1) % training.validate_every == 0
+            values = train_step(state, config, *batch(state.step), diagnose=validate)
+            if validate or state.step % training.log_every == 0:
+                log.write(_log_line(state, config, values, validate))
                 shown = {name: f"{values[name]:.3f}" for name in ("flow_loss", "cosine") if name in values}
                 bar.set_postfix(shown, refresh=False)
             if last or state.step % training.save_every == 0:
