@@ -97,15 +97,17 @@ class Report:
 
 # %% ../nbs/42_report.ipynb #d1481e8c
 def write_samples(run: Run, labels: Tensor, steps: int = 50, method: str = "euler", cfg_scale: float = 1.0,
-                  seed: int = 0) -> tuple[Tensor, Path]:
+                  seed: int = 0, shift: float = 1.0, interval: tuple[float, float] = (0.0, 1.0)) -> tuple[Tensor, Path]:
     """Images (b, c, h, w) of the classes `labels` (b,), drawn by `Run.sample`, and the file in the run that keeps them.
 
     The file's name tells the training step and all settings; the classes are in it by number and a hash.
     Writes NAME.safetensors (images, labels) and NAME.png (the first 100).
     """
-    images = run.sample(labels, steps, method, cfg_scale, seed)
+    images = run.sample(labels, steps, method, cfg_scale, seed, shift=shift, interval=interval)
     classes = hashlib.blake2b(labels.numpy().tobytes(), digest_size=3).hexdigest()
-    name = (f"step-{run.state()['step']}-{method}-{steps}-cfg-{cfg_scale:g}-seed-{seed}"
+    grid = "" if shift == 1 else f"-shift-{shift:g}"
+    guided = "" if tuple(interval) == (0, 1) else f"-in-{interval[0]:g}-{interval[1]:g}"
+    name = (f"step-{run.state()['step']}-{method}-{steps}{grid}-cfg-{cfg_scale:g}{guided}-seed-{seed}"
             f"-{len(labels)}-labels-{classes}.safetensors")
     file = run.path / "samples" / name
     file.parent.mkdir(exist_ok=True)

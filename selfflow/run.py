@@ -141,20 +141,25 @@ class Run:
         return ImagePatches(self.transformer.channels // patch**2, rows * patch, columns * patch, patch)
 
     def sample(self, labels: Tensor, steps: int = 50, method: str = "euler", cfg_scale: float = 1.0, seed: int = 0,
-               batch: int = 128) -> Tensor:
-        """Images (b, c, h, w), on the CPU, of the classes `labels` (b,) by the teacher; noise depends on the seed alone.
+               batch: int = 128, shift: float = 1.0, interval: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+        """Images (b, c, h, w), on the CPU, of the classes `labels` (b,) by the teacher; all noise depends on the seed alone.
 
-        steps, method, cfg_scale: see `sampling`; batch: how many are drawn at once. Raises ValueError for no labels at all.
+        steps, method, shift, cfg_scale, interval: see `sampling`; batch: how many are drawn at once. Raises ValueError for no
+        labels at all and for guidance of a model that was trained without label drop: it never saw the null label.
         """
         if not len(labels):
             raise ValueError("no labels: name at least one class to draw")
-        x1 = torch.randn(len(labels), self.transformer.tokens, self.transformer.channels, generator=keyed(seed, "samples"))
-        images = []
-        batches = tqdm(labels.split(batch), "samples", unit="batch", disable=len(labels) <= batch)
-        for labels_, x1_ in zip(batches, x1.split(batch), strict=True):
-            velocity_fn = guided_velocity(self.teacher, labels_.to(self.device), cfg_scale)
-            images.append(self.patches.unpatchify(sample(velocity_fn, x1_.to(self.device), steps, method)).cpu())
-        return torch.cat(images)
+        if cfg_scale != 1 and not self.config.objective.label_drop:
+            raise ValueError(f"cfg_scale is {cfg_scale}, but this run was trained with label_drop 0 and does not know the null "
+                             "label that guidance starts from; take cfg_scale 1, or train with objective.label_drop 0.1")
+        shape = (len(labels), self.transformer.tokens, self.transformer.channels)
+        x1, chosen, images = torch.randn(shape, generator=keyed(seed, "samples")), torch.arange(len(labels)), []
+        for part in tqdm(chosen.split(batch), "samples", unit="batch", disable=len(labels) <= batch):
+            def noise(step, part=part):  # the same whatever the batch
+                return torch.randn(shape, generator=keyed(seed, "sampling noise", step))[part].to(self.device)
+            velocity_fn = guided_velocity(self.teacher, labels[part].to(self.device), cfg_scale, interval)
+            images.append(sample(velocity_fn, x1[part].to(self.device), steps, method, shift, noise=noise).cpu())
+        return self.patches.unpatchify(torch.cat(images))
 
     # log
 

@@ -177,14 +177,6 @@ def sample(velocity_fn: Callable[[Tensor, Tensor], Tensor], x1: Tensor, steps: i
     return torch.stack(states) if trajectory else x
 
 # %% ../nbs/07_sampling.ipynb #882f316e
-def _compact(tau: Tensor) -> NoiseLevels:
-    "Levels per token, (b, n), as NoiseLevels with few distinct levels where the batch shares them."
-    distinct, assign = tau.unique(return_inverse=True)
-    if len(distinct) > tau.shape[1]:
-        return NoiseLevels(tau, torch.arange(tau.shape[1], device=tau.device).expand_as(tau))
-    return NoiseLevels(distinct.expand(len(tau), -1), assign)
-
-
 def guided_velocity(model: Transformer, labels: Tensor | None = None, cfg_scale: float = 1.0,
                     interval: tuple[float, float] = (0.0, 1.0)) -> Callable:
     """The function v(x, t) of a model, for `sample`, under labels and classifier-free guidance.
@@ -205,7 +197,7 @@ def guided_velocity(model: Transformer, labels: Tensor | None = None, cfg_scale:
         raise ValueError(f"interval is {interval}, but must be two levels, 0 <= low < high <= 1; (0, 1) guides everywhere")
 
     def plain(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-        levels = _compact(t) if t.ndim == 2 else NoiseLevels.single(t.expand(len(x)), x.shape[1])
+        levels = NoiseLevels.of_tokens(t) if t.ndim == 2 else NoiseLevels.single(t.expand(len(x)), x.shape[1])
         return model(x, levels.to(x.device), condition).velocity
 
     def guided(x: Tensor, t: Tensor) -> Tensor:

@@ -81,12 +81,6 @@ class NoiseLevels:
         "Which tokens are a condition: (b, n) bool."
         return self.assign >= self.k - self.condition
 
-    def spread(self, values: Tensor) -> Tensor:
-        "What was computed once per level, (b, k, d), handed to the tokens: (b, n, d), or (b, 1, d) when k = 1."
-        if self.k == 1:
-            return values
-        return values.gather(1, self.assign[..., None].expand(-1, -1, values.shape[-1]))
-
     def to(self, device) -> "NoiseLevels":
         "The same levels on another device."
         return NoiseLevels(self.levels.to(device), self.assign.to(device), self.condition)

@@ -320,12 +320,9 @@ def test_a_condition_has_its_own_level_and_leaves_the_others_theirs(inner, max_l
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 9), st.integers(0, 99))
 def test_noise_levels_against_loops(b, k, n, seed):
     levels = levels_of(b, k, n, seed)
-    values = torch.randn(b, k, 3, generator=torch.Generator().manual_seed(seed))
-    spread = levels.spread(values).expand(b, n, 3)
     for i in range(b):
         for j in range(n):
             assert levels.per_token()[i, j] == levels.levels[i, levels.assign[i, j]]
-            assert torch.equal(spread[i, j], values[i, levels.assign[i, j]])
         assert (levels.cleanest().per_token()[i] == min(levels.levels[i].tolist())).all()
     assert levels.cleanest().k == 1 and levels.cleanest().assign.shape == (b, n) and not levels.is_condition().any()
 
