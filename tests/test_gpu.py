@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import TINY, VANILLA
 
+from selfflow.benchmark import Case, measure
+from selfflow.config import ObjectiveConfig
 from selfflow.images import digits
 from selfflow.probing import probe_run
 from selfflow.run import Run
@@ -35,3 +37,26 @@ def test_looking_inside_agrees_with_the_cpu(tmp_path):
     torch.testing.assert_close(*(validation_losses(run.teacher, TINY) for run in (gpu, cpu)), **close)
     few = {"levels": (0.25,), "layers": (2,), "strengths": (0.1,)}
     assert probe_run(gpu, **few).results[0].accuracy == pytest.approx(probe_run(cpu, **few).results[0].accuracy, abs=0.02)
+
+
+@pytest.mark.parametrize("objective", [
+    ObjectiveConfig("sra"), ObjectiveConfig("layer_sync", normalise="centred"), ObjectiveConfig(separated=True, single_share=0.25),
+    ObjectiveConfig(schedule="diffusion_forcing"), ObjectiveConfig(levels=4, density="plateau_logit_normal", noisy_share=0.05),
+    ObjectiveConfig(exact=True, block=2, near=0.2, rep_tokens="noisier", distance="smooth_l1")])
+def test_every_variant_agrees_with_the_cpu(tmp_path, objective):
+    config = replace(TINY, objective=objective)
+    losses = [train(config, tmp_path / device, device).log["total"].tolist() for device in ("cuda", "cpu")]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+def test_compiled_blocks_agree(tmp_path):
+    compiled = replace(TINY, name="compiled", training=replace(TINY.training, compile=True))
+    losses = [train(config, tmp_path, "cuda").log["flow_loss"].tolist() for config in (TINY, compiled)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_benchmark_runs(precision):
+    found = measure(Case("tiny", tokens=16, batch=4, precision=precision), rounds=2, device="cuda")["results"]
+    assert all(values["peak_bytes"] > 0 and values["seconds"][1] > 0 for values in found.values())
+    assert found["Self-Flow"]["flops"] < 0.7 * found["published form"]["flops"]

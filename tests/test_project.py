@@ -135,6 +135,16 @@ def test_the_numbers_of_the_readme_are_the_recorded_ones():
         assert shown == pytest.approx(recorded, abs=0.051 if scale == 100 else 1e-9), line
 
 
+def test_the_speeds_of_the_readme_are_the_recorded_ones():
+    readme = (ROOT / "README.md").read_text()
+    for record in json.loads((ROOT / "data/results/benchmark_cpu.json").read_text()):
+        case, ours, rival = record["case"], record["results"]["Self-Flow"], record["results"]["published form"]
+        name = f"{case['size']}, {case['tokens']} tokens x {case['batch']}, {case['precision']}" + ", compiled" * case["compile"]
+        low, median, high = ours["speed_ratio"]
+        assert (f"| {name} | {ours['flops'] / rival['flops']:.3f} | {median:.2f} ({low:.2f} to {high:.2f}) | "
+                f"{ours['ceiling_share'][1]:.0%} | {ours['peak_bytes'] / rival['peak_bytes']:.2f} |") in readme
+
+
 def test_packaging_reads_settings():
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini")
