@@ -89,6 +89,8 @@ def effective_rank(features: Tensor) -> Tensor:
     """
     rows = features.flatten(0, -2).double()
     rows = rows - rows.mean(0)
+    if not rows.isfinite().all():
+        return rows.new_full((), torch.nan)  # eigvalsh would raise an error of its own
     values = torch.linalg.eigvalsh(rows.mT @ rows).clamp(min=0).sqrt()
     if values.sum() <= 1e-6 * features.abs().max():
         return values.new_zeros(())
@@ -109,7 +111,9 @@ class Alignment:
     gradient_norms: dict[str, Tensor] = field(default_factory=dict)
 
     def means(self) -> dict[str, float]:
-        "The mean cosine and that of the best constant."
+        "The mean cosine and that of the best constant; nothing when no token counted."
+        if not len(self.target):
+            return {}
         return {"cosine": F.cosine_similarity(self.predicted, self.target, dim=-1).mean().item(),
                 "constant_cosine": constant_cosine(self.target).item()}
 
@@ -123,8 +127,9 @@ class Alignment:
             chosen = cosine[(self.gap > low) & (self.gap <= high)]
             if len(chosen):
                 found[f"cosine_gap_{high:g}"] = chosen.mean().item()
-        found["feature_std"] = self.target.std(0, correction=0).mean().item()
-        found["effective_rank"] = effective_rank(self.target).item()
+        if found:
+            found["feature_std"] = self.target.std(0, correction=0).mean().item()
+            found["effective_rank"] = effective_rank(self.target).item()
         if self.gradient_norms:
             rep, flow = self.gradient_norms["rep"].item(), self.gradient_norms["flow"].item()
             found["rep_gradient_share"] = rep / (rep + flow) if rep + flow else 0.0

@@ -10,7 +10,9 @@ __all__ = ['DENSITIES', 'SCHEDULES', 'OBJECTIVES', 'PRECISIONS', 'DataConfig', '
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
 
-from .alignment import DISTANCES, NORMALISATIONS, TOKENS
+import torch
+
+from .alignment import DISTANCES, NORMALISATIONS, TOKENS, counted_tokens
 from .flow import Density, LogitNormal, Mixture, PlateauLogitNormal, Shifted, Uniform
 from .images import DATASETS, choose
 from .objective import REPA, SRA, FlowMatching, LayerSync, SelfFlow
@@ -28,7 +30,8 @@ def _check_types(config) -> None:
     "Raise ValueError for a field whose value is not of the type it is declared with (an int serves as a float)."
     for f in fields(config):
         value, wanted = getattr(config, f.name), f.type
-        fits = isinstance(value, (int, float) if wanted is float else wanted) and (wanted is bool or not isinstance(value, bool))
+        known = wanted | int if isinstance(0.0, wanted) else wanted
+        fits = isinstance(value, known) and (wanted is bool or not isinstance(value, bool))
         if not fits:
             name = getattr(wanted, "__name__", str(wanted))
             raise ValueError(f"{type(config).__name__}.{f.name} is {value!r}, expected {name}")
@@ -117,7 +120,9 @@ class ObjectiveConfig:
             choose(getattr(self, name), known, f"{'objective' if name == 'name' else name} (objective.{name})")
         if not 0 <= self.label_drop <= 1 or not self.rep_weight >= 0:
             raise ValueError(f"label_drop {self.label_drop} must be in [0, 1] and rep_weight {self.rep_weight} not negative")
-        build_schedule(self)
+        levels = build_schedule(self).sample(1, 2, torch.Generator())
+        for which in (self.flow_tokens, self.rep_tokens if self.name != "flow_matching" else "all"):
+            counted_tokens(levels, which)  # refuses masked tokens where there is no mask
 
 
 def build_density(config: ObjectiveConfig) -> Density:
@@ -142,8 +147,9 @@ def build_schedule(config: ObjectiveConfig, grid: tuple[int, int] | None = None)
     dual = DualTimestep(density, config.mask_ratio, config.order, config.exact, config.near, config.block if grid else 1, grid,
                         config.single_share)  # always made, so that its numbers are always checked
     plain = DualTimestep(density, config.mask_ratio, grid=grid)
-    if (dual != plain or config.block != 1) and (kind != "dual" or config.levels != 2):
-        raise ValueError("order, exact, near, block and single_share are switches of the dual schedule with 2 levels; "
+    switched = dual != plain or config.block != 1
+    if switched and (kind != "dual" or config.levels != 2) or kind != "dual" and config.levels != 2:
+        raise ValueError("levels belongs to the dual schedule; order, exact, near, block and single_share to that of 2 levels; "
                          f"the schedule here is {kind} with {config.levels}")
     if kind == "dual" and config.levels != 2:
         if config.levels < 2:
@@ -208,7 +214,8 @@ class Config:
         if not re.fullmatch(r"\w[\w.-]*", self.name, re.ASCII):
             raise ValueError(f"{self.name!r} is no name for a run: use letters, digits, -, _ and dots, no folders")
         grid = (self.objective.block,) * 2  # the data's is not known here; layers are what is checked
-        build_objective(self.objective, TransformerConfig(1, grid, 4, self.model.depth, 1))
+        with torch.device("meta"):  # no weights: the caller's random numbers are not touched
+            build_objective(self.objective, TransformerConfig(1, grid, 4, self.model.depth, 1))
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":

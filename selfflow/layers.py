@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .schedule import NoiseLevels
 
@@ -60,8 +61,8 @@ def rotary_code(coordinates: Tensor, head_width: int, max_period: float = 2_000.
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     "x (b, n, h, e), its two halves turned against each other by the angles of `rotary` (2, n, e / 2) or (2, b, n, e / 2)."
-    cosine, sine = rotary[..., None, :].unbind(0)
-    a, b = x.float().chunk(2, dim=-1)
+    cosine, sine = rotary[..., None, :].float().unbind(0)  # so that bf16 is turned in float32, and float64 stays
+    a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cosine - b * sine, a * sine + b * cosine], dim=-1).to(x.dtype)
 
 # %% ../nbs/03_layers.ipynb #9b3aa0cc
@@ -120,6 +121,7 @@ class _ModulatedNorm(torch.autograd.Function):
         return normed.mul_(spread(scale.to(x.dtype) + 1, tokens)).add_(spread(shift.to(x.dtype), tokens)).to(dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         x, mean, rstd, scale, *tokens = ctx.saved_tensors
         tokens = _token_map(*tokens)
@@ -149,6 +151,7 @@ class _GatedAdd(torch.autograd.Function):
         return torch.addcmul(x, spread(gate.to(x.dtype), tokens), branch.to(x.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         branch, gate, *tokens = ctx.saved_tensors
         tokens = _token_map(*tokens)
@@ -249,7 +252,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: Tensor | None = None, groups: Groups | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)             # (b, n, h, e)
         if self.q_norm is not None:
-            q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
+            q, k = (norm(part.to(norm.weight.dtype)).to(v.dtype) for norm, part in ((self.q_norm, q), (self.k_norm, k)))
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         out = attend(q, k, v) if groups is None else attend_within(q, k, v, groups)

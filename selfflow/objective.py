@@ -139,7 +139,7 @@ class FeatureObjective(FlowMatching):
         out = student(noised.xt, noised.levels, noised.condition, taps=self.taps, separated=self.separated)
         with torch.no_grad():
             target, level = self.target(teacher, x0, noised, out.features, draw, features)
-            target = normalise(target.float(), self.normalise)
+            target = normalise(target.detach().float(), self.normalise)  # LayerSync's is part of the student's graph
         counted = counted_tokens(noised.levels, self.rep_tokens)
         chosen = slice(None) if counted is None else counted
         alignment = Alignment(None, target[chosen].flatten(0, -2), (noised.levels.per_token() - level)[chosen].flatten())

@@ -229,10 +229,11 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
     data = load(config.data.name, "train")
     validation_tokens(config)  # what is wrong with the validation data is said now, not at the first validation
     shape, device, training = shape_of(config, data), device_for(device), config.training
-    tokens = patches_of(data, config.data.patch).patchify(data.images).to(device)
-    labels = data.labels.to(device)
+    tokens, labels = patches_of(data, config.data.patch).patchify(data.images).to(device), data.labels.to(device)
     features_of, feature_width = _features_of(features, config, tokens)
     state = start_state(config, shape, device, feature_width)
+    if features is not None:  # REPA refuses those of another shape
+        state.objective.target(None, tokens[:1], None, None, None, features_of(torch.arange(1)))
     run = Run.create(Path(folder) / config.name, config, shape, device)
     run.clear_staging()
     state.restore(run)
@@ -241,7 +242,7 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
     def batch(step):
         chosen = batch_indices(len(data), training.batch, config.seed, step).to(device)
         return tokens[chosen], labels[chosen], features_of(chosen)
-    if training.compile and (reason := compile_blocks(state, config, *batch(state.step))):
+    if training.compile and state.step < training.steps and (reason := compile_blocks(state, config, *batch(state.step))):
         print(f"not compiled, trains as it is ({reason})")
     with run.log_path.open("a", encoding="utf-8", buffering=1) as log, \
             tqdm(total=training.steps, initial=state.step, desc=config.name, unit="step", mininterval=0.5) as bar:

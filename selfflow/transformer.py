@@ -198,12 +198,12 @@ class Transformer(nn.Module):
         x: (b, n, c) tokens; levels: of b samples and n tokens; condition: (b,) int64 labels, None = null label for all;
         taps: 1-based layers; stop: end at the last tap, velocity None; separated: tokens attend to their own level alone;
         coordinates: (n, 4) or (b, n, 4) places (t, h, w, l) of the tokens, None = row by row on the config's grid.
-        Raises ValueError for tokens of another shape, levels of other samples, labels that do not exist (checked on the CPU
-        alone), layers that do not exist, stop without taps; TypeError for labels that are not int64.
+        Raises ValueError for tokens or coordinates of another shape, levels of other samples, labels that do not exist (checked
+        on the CPU alone), layers that do not exist, stop without taps; TypeError for labels that are not int64.
         """
         self._check(x, levels, taps, stop, coordinates)
         labels = self._condition(condition, x)
-        positions = self.positions if coordinates is None else self._positions(coordinates)
+        positions = self.positions if coordinates is None else self._positions(coordinates).to(self.positions)
         rotary = positions if self.config.positions == "rotary" else None
         h = self.x_embedder(x) if rotary is not None else self.x_embedder(x) + positions
         c = self.t_embedder(levels.levels) + self.y_embedder(labels)[:, None]           # (b, k, d)
@@ -237,13 +237,14 @@ class Transformer(nn.Module):
         return labels
 
     def _check(self, x, levels, taps, stop, coordinates):
-        n = self.config.tokens if coordinates is None else coordinates.shape[-2]
+        n = self.config.tokens if coordinates is None or x.ndim != 3 else x.shape[1]
         if x.ndim != 3 or not len(x) or x.shape[1:] != (n, self.config.channels):
             raise ValueError(f"tokens have shape {tuple(x.shape)}, the model expects (b, {n}, {self.config.channels})")
+        if coordinates is not None and coordinates.shape not in ((n, 4), (len(x), n, 4)):
+            raise ValueError(f"coordinates have shape {tuple(coordinates.shape)}, expected ({n}, 4) or ({len(x)}, {n}, 4)")
         if levels.assign.shape != x.shape[:2]:
             raise ValueError(f"levels are for {tuple(levels.assign.shape)} samples and tokens, x has {tuple(x.shape[:2])}")
-        unknown = [layer for layer in taps if not 1 <= layer <= self.config.depth]
-        if unknown:
+        if unknown := [layer for layer in taps if not 1 <= layer <= self.config.depth]:
             raise ValueError(f"no layer {unknown}: layers are counted after each block, 1 to {self.config.depth}")
         if stop and not taps:
             raise ValueError("stop=True needs taps: the forward ends at the last of them")

@@ -1,13 +1,15 @@
 """Configs: there and back, and what they refuse."""
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import pytest
+import torch
 
-from selfflow.config import Config, ObjectiveConfig, build_objective, differences
-from selfflow.flow import LogitNormal
-from selfflow.objective import FlowMatching, SelfFlow
-from selfflow.schedule import DualTimestep, SingleLevel
+from selfflow.config import (DENSITIES, OBJECTIVES, SCHEDULES, Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig,
+                             build_density, build_objective, build_schedule, differences)
+from selfflow.flow import LogitNormal, Mixture, PlateauLogitNormal, Shifted, Uniform
+from selfflow.objective import REPA, SRA, FlowMatching, LayerSync, SelfFlow
+from selfflow.schedule import DiffusionForcing, DualTimestep, FullMasking, MultiTimestep, SingleLevel
 from selfflow.transformer import TransformerConfig
 
 
@@ -44,6 +46,34 @@ def test_json_and_back():
     ({"name": "../x"}, "no name for a run"), ({"name": "a/b"}, "no name"), ({"name": ""}, "no name"),
     ({"name": ".."}, "no name"),
     ({"name": "a\\b"}, "no name"),
+    ({"model": {"size": "M"}}, "unknown size .*'M'; known are own, S, B, L, XL"),
+    ({"model": {"positions": "rope"}}, "unknown positions"), ({"model": {"mlp": "swigly"}}, "Did you mean 'swiglu'"),
+    ({"model": {"modulation": "token"}}, "unknown modulation"), ({"model": {"qk_norm": 1}}, "qk_norm is 1, expected bool"),
+    ({"objective": {"density_std": 0, "density": "logit_normal"}}, "std is 0"),
+    ({"objective": {"density_std": 2.0, "density": "plateau_logit_normal"}}, "std is 2.0"),
+    ({"objective": {"density_mean": float("nan"), "density": "logit_normal"}}, "nan"),
+    ({"objective": {"density_shift": 0}}, "alpha is 0"), ({"objective": {"density_shift": float("nan")}}, "alpha is nan"),
+    ({"objective": {"noisy_share": -0.1}}, "none negative"), ({"objective": {"noisy_share": 1.5}}, "none negative"),
+    ({"objective": {"schedule": "duel"}}, "unknown schedule .*Did you mean 'dual'"),
+    ({"objective": {"order": "sorted"}}, "order is 'sorted'"), ({"objective": {"exact": "yes"}}, "exact is 'yes'"),
+    ({"objective": {"near": 0.0}}, "near is 0.0"), ({"objective": {"near": "0.2"}}, "near is '0.2', expected float"),
+    ({"objective": {"single_share": 1.5}}, "single_share is 1.5"), ({"objective": {"block": 0}}, "block"),
+    ({"objective": {"levels": 1}}, "levels is 1, but the dual schedule needs at least 2; schedule='single' is one"),
+    ({"objective": {"levels": 3, "exact": True}}, "the schedule here is dual with 3"),
+    ({"objective": {"levels": 3, "schedule": "single"}}, "the schedule here is single with 3"),
+    ({"objective": {"block": 2, "schedule": "full_masking"}}, "the schedule here is full_masking with 2"),
+    ({"objective": {"name": "sra", "order": "cleaner"}}, "the schedule here is single with 2"),
+    ({"objective": {"name": "repa", "near": 0.2}}, "the schedule here is single"),
+    ({"objective": {"name": "flow_matching", "single_share": 0.2}}, "the schedule here is single"),
+    ({"objective": {"distance": "l1"}}, "unknown distance"), ({"objective": {"normalise": "unit"}}, "unknown normalise"),
+    ({"objective": {"flow_tokens": "mask"}}, "unknown flow_tokens .*Did you mean 'masked'"),
+    ({"objective": {"rep_tokens": "some"}}, "unknown rep_tokens"),
+    ({"objective": {"name": "flow_matching", "flow_tokens": "masked"}}, "'masked', but with one level no token is"),
+    ({"objective": {"name": "sra", "rep_tokens": "noisier"}}, "'noisier', but with one level no token is"),
+    ({"objective": {"separated": 1}}, "separated is 1, expected bool"),
+    ({"objective": {"name": "layer_sync", "teacher_layer": 1}}, "teacher_layer 1 do not fit"),
+    ({"objective": {"name": "repa", "student_layer": 7}}, "student_layer is 7, but the model has layers 1 to 6"),
+    ({"training": {"compile": "yes"}}, "compile is 'yes'"), ({"training": {"checkpointing": 0}}, "checkpointing is 0"),
 ])
 def test_bad_configs_are_refused(values, words):
     with pytest.raises(ValueError, match=words):
@@ -62,5 +92,106 @@ def test_objectives_are_what_their_config_says():
     plain = build_objective(ObjectiveConfig("flow_matching", density="logit_normal", label_drop=0.2), shape)
     assert isinstance(plain, FlowMatching) and plain.schedule == SingleLevel(LogitNormal()) and plain.label_drop == 0.2
     full = build_objective(ObjectiveConfig("self_flow", mask_ratio=0.4, rep_weight=0.3, teacher_layer=5), shape)
-    assert isinstance(full, SelfFlow) and full.schedule == DualTimestep(mask_ratio=0.4)
+    assert isinstance(full, SelfFlow) and full.schedule == DualTimestep(mask_ratio=0.4, grid=(2, 2))
     assert (full.student_layer, full.teacher_layer, full.rep_weight) == (2, 5, 0.3)
+
+
+SHAPE = TransformerConfig(4, (4, 6), 16, depth=6, heads=2)
+
+
+@pytest.mark.parametrize("values, expected", [
+    ({}, Uniform()), ({"density": "logit_normal", "density_mean": 1, "density_std": 0.5}, LogitNormal(1, 0.5)),
+    ({"density": "plateau_logit_normal", "density_mean": 2.3}, PlateauLogitNormal(2.3, 1.0)),
+    ({"density_shift": 4.63}, Shifted(Uniform(), 4.63)),
+    ({"noisy_share": 0.05}, Mixture((Uniform(), Uniform(0.95, 1.0)), (0.95, 0.05))),
+    ({"density": "logit_normal", "density_shift": 2.95, "noisy_share": 0.05},
+     Mixture((Shifted(LogitNormal(), 2.95), Uniform(0.95, 1.0)), (0.95, 0.05))),
+])
+def test_densities_are_what_their_config_says(values, expected):
+    assert build_density(ObjectiveConfig(**values)) == expected
+    assert build_schedule(ObjectiveConfig("flow_matching", **values)) == SingleLevel(expected)
+
+
+@pytest.mark.parametrize("values, expected", [
+    ({}, DualTimestep(grid=(4, 6))), ({"name": "flow_matching"}, SingleLevel()), ({"name": "sra"}, SingleLevel()),
+    ({"name": "layer_sync"}, SingleLevel()), ({"name": "repa"}, SingleLevel()), ({"schedule": "single"}, SingleLevel()),
+    ({"name": "sra", "schedule": "dual", "mask_ratio": 0.1}, DualTimestep(mask_ratio=0.1, grid=(4, 6))),
+    ({"order": "cleaner", "exact": True, "near": 0.2, "block": 2, "single_share": 0.25, "mask_ratio": 0.5},
+     DualTimestep(Uniform(), 0.5, "cleaner", True, 0.2, 2, (4, 6), 0.25)),
+    ({"near": 1}, DualTimestep(near=1, grid=(4, 6))),  # a whole number serves as a float
+    ({"levels": 3, "mask_ratio": 0.5}, MultiTimestep(Uniform(), (0.5, 0.25, 0.25))),
+    ({"levels": 5, "mask_ratio": 0.4}, MultiTimestep(Uniform(), (0.6, 0.1, 0.1, 0.1, 0.1))),
+    ({"schedule": "diffusion_forcing"}, DiffusionForcing()),
+    ({"schedule": "full_masking", "mask_ratio": 0.3}, FullMasking(Uniform(), 0.3)),
+])
+def test_schedules_are_what_their_config_says(values, expected):
+    config = ObjectiveConfig(**values)
+    found = build_schedule(config, (4, 6))
+    assert type(found) is type(expected) and vars(found) == vars(expected)
+    assert vars(build_objective(config, SHAPE, 3).schedule) == vars(expected)
+
+
+def test_a_block_that_does_not_divide_the_grid_is_refused_where_the_grid_is_known():
+    config = Config(objective=ObjectiveConfig(block=5))
+    with pytest.raises(ValueError, match=r"block 5 does not divide grid \(4, 6\)"):
+        build_objective(config.objective, SHAPE)
+
+
+@pytest.mark.parametrize("name, kind, weight", [("self_flow", SelfFlow, 0.8), ("sra", SRA, 0.8), ("layer_sync", LayerSync, 0.2),
+                                                ("repa", REPA, 0.5)])
+def test_every_switch_reaches_the_objective(name, kind, weight):
+    layers = {"student_layer": 1} if name == "repa" else {"student_layer": 1, "teacher_layer": 6}
+    config = ObjectiveConfig(name, schedule="dual", rep_weight=weight, label_drop=0.3, separated=True, flow_tokens="noisier",
+                             rep_tokens="masked", distance="l2", normalise="centred", **layers)
+    objective = build_objective(config, SHAPE, 3)
+    assert type(objective) is kind
+    for field, value in {"student_layer": 1, "rep_weight": weight, "label_drop": 0.3, "separated": True, "flow_tokens": "noisier",
+                         "rep_tokens": "masked", "distance": "l2", "normalise": "centred", **layers}.items():
+        assert getattr(objective, field) == value, field
+    if name == "repa":
+        assert objective.projector[-1].out_features == 3
+
+
+def test_what_flow_matching_has_no_use_for_is_not_checked_against_it():
+    assert ObjectiveConfig("flow_matching", rep_tokens="masked").schedule == "auto"
+    assert ObjectiveConfig("flow_matching", schedule="dual", flow_tokens="masked").flow_tokens == "masked"
+
+
+@pytest.mark.parametrize("size, numbers", [("S", (384, 12, 6)), ("B", (768, 12, 12)), ("L", (1024, 24, 16)),
+                                           ("XL", (1152, 28, 16))])
+def test_a_size_sets_width_depth_and_heads(size, numbers):
+    config = ModelConfig(size=size, width=96)
+    assert (config.width, config.depth, config.heads) == numbers and ModelConfig(**asdict(config)) == config
+    shape = config.transformer(16, (16, 16), 1000)
+    assert shape == TransformerConfig.of_size(size, 16, (16, 16), classes=1000)
+    assert Config(model=config, objective=ObjectiveConfig("layer_sync", teacher_layer=numbers[1])).model.size == size
+
+
+def test_variants_reach_the_transformer():
+    config = ModelConfig(64, 2, 4, 3.0, "own", "rotary", "swiglu", True, "shared")
+    assert config.transformer(4, (4, 6), 3) == TransformerConfig(4, (4, 6), 64, 2, 4, 3.0, 3, "rotary", "swiglu", True, "shared")
+    with pytest.raises(ValueError, match=r"width 96 .* 64 would be"):
+        ModelConfig(96, heads=8, positions="rotary").transformer(4, (4, 6), 3)
+
+
+def test_every_name_makes_a_config_that_goes_to_json_and_back():
+    for name in OBJECTIVES:
+        for schedule in SCHEDULES:
+            for density in DENSITIES:
+                config = Config(objective=ObjectiveConfig(name, density, schedule=schedule))
+                assert Config.from_dict(json.loads(json.dumps(asdict(config)))) == config
+
+
+def test_a_config_draws_no_random_numbers_and_makes_no_weights():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    for name in OBJECTIVES:
+        Config(objective=ObjectiveConfig(name, density="logit_normal"))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_configs_are_plain_values():
+    for part in (Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig):
+        assert part() == part() and hash(part()) == hash(part())
+        with pytest.raises(AttributeError):
+            setattr(part(), fields(part)[0].name, 1)

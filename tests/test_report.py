@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,14 +14,15 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from selfflow import plots
-from selfflow.cli import main
+from selfflow.cli import main, read_features
 from selfflow.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from selfflow.probing import probe_baselines, probe_run
 from selfflow.report import Report, config_table, run_report, write_samples
 from selfflow.run import Run
+from selfflow.training import validation_tokens
 
 def some(*shape):
     return np.random.default_rng(len(shape)).random(shape)
@@ -101,7 +103,8 @@ def test_a_report_of_runs_tells_what_is_there_and_what_is_not(runs, tmp_path):
     page = run_report({"A": runs["tiny"], "B": runs["vanilla"]}, Report("Two").text("First <words>.")).html()
     assert "objective.name" in page and "First &lt;words&gt;." in page and "No samples yet" in page
     single = config_table({"A": runs["tiny"]})
-    assert len(single) == 25 and single.set_index("setting").loc["training.steps", "A"] == 12
+    count = 2 + sum(len(fields(part)) for part in (DataConfig, ModelConfig, ObjectiveConfig, TrainConfig))
+    assert len(single) == count > 40 and single.set_index("setting").loc["training.steps", "A"] == 12
     assert set(config_table({"A": runs["tiny"], "B": runs["vanilla"]})["setting"]) == {"name", "objective.name"}
     with pytest.raises(ValueError, match="at least one run"):
         run_report({})
@@ -160,6 +163,15 @@ def test_probes_of_other_layers_stand_beside_each_other(runs, tmp_path):
     (["train", "--device", "meta"], "device 'meta' cannot be used here"),
     (["train", "--name", "a b"], "'a b' is no name for a run"),
     (["sample", "tiny", "--steps", "0"], "steps is 0"),
+    (["sample", "tiny", "--shift", "0"], "shift"),
+    (["sample", "tiny", "--interval", "0.5", "0.2", "--cfg-scale", "2"], "interval is (0.5, 0.2)"),
+    (["train", "--objective.name", "repa"], "needs features of an encoder"),
+    (["train", "--objective.name", "repa", "--features", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["train", "--features", "tiny/config.json"], "tiny/config.json is no safetensors file"),
+    (["train", "--features", "tiny/checkpoints/step-00000012/model.safetensors"], "has no tensor 'features', only"),
+    (["train", "--objective.schedule", "duel"], "'dual'"),
+    (["train", "--objective.block", "3"], "block 3 does not divide grid (4, 4)"),
+    (["train", "--objective.name", "sra", "--objective.flow-tokens", "masked"], "with one level no token is"),
     (["sample", "tiny", "--each", "0"], "each is 0"),
     (["sample", "tiny", "--cfg-scale", "nan"], "cfg_scale is nan"),
     (["sample", "tiny", "--device", "gpu"], "selfflow: device 'gpu' cannot be used here"),
@@ -190,6 +202,32 @@ def test_the_command_line_trains_what_it_is_told(tmp_path, capsys):
     main(["train", "--name", "cli", "--folder", str(tmp_path), "--model.width", "16", "--model.depth", "4",
           "--model.heads", "2", "--training.steps", "3", "--training.batch", "8", "--objective.name", "flow_matching"])
     main(["report", str(tmp_path / "cli")])
+
+
+def test_the_command_line_hands_features_to_repa(tmp_path, capsys):
+    tokens, _ = validation_tokens(Config(), "train")
+    save_file({"features": tokens.mean(1), "other": tokens}, tmp_path / "pooled.safetensors")
+    save_file({"features": tokens[1:]}, tmp_path / "short.safetensors")
+    assert torch.equal(read_features(tmp_path / "pooled.safetensors"), tokens.mean(1))
+    command = ["train", "--name", "repa", "--folder", str(tmp_path / "runs"), "--model.width", "16", "--model.depth", "2",
+               "--model.heads", "2", "--training.steps", "2", "--training.batch", "8", "--objective.name", "repa", "--features"]
+    with pytest.raises(SystemExit):
+        main([*command, str(tmp_path / "short.safetensors")])
+    assert "features of 1077 samples, but 1078" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+    main([*command, str(tmp_path / "pooled.safetensors")])
+    run = Run.open(tmp_path / "runs/repa")
+    assert run.state()["step"] == 2 and run.load("objective")["projector.4.weight"].shape == (4, 2048)
+    assert run.log["rep_loss"].notna().all()
+
+
+def test_the_command_line_samples_as_it_is_told(runs, tmp_path):
+    shutil.copytree(runs["tiny"].path, tmp_path / "tiny")
+    main(["sample", str(tmp_path / "tiny"), "--labels", "3", "5", "--each", "2", "--steps", "3", "--method", "sde", "--seed", "4",
+          "--cfg-scale", "1.5", "--shift", "2.5", "--interval", "0.1", "0.7"])
+    file, = (tmp_path / "tiny/samples").glob("*.safetensors")
+    assert file.name.startswith("step-12-sde-3-shift-2.5-cfg-1.5-in-0.1-0.7-seed-4-4-labels-")
+    expected = runs["tiny"].sample(torch.tensor([3, 3, 5, 5]), 3, "sde", 1.5, 4, shift=2.5, interval=(0.1, 0.7))
+    assert torch.equal(load_file(file)["images"], expected)
 
 
 def test_the_command_line_probes(runs, tmp_path, capsys):

@@ -8,7 +8,9 @@ import torch
 from conftest import TINY
 
 from selfflow.checkpoint import check_checkpoint, write_checkpoint
+from selfflow.flow import keyed
 from selfflow.run import Run
+from selfflow.sampling import guided_velocity, sample
 from selfflow.training import train
 
 
@@ -99,6 +101,42 @@ def test_another_config_does_not_enter_the_folder(run):
     assert steps_of(run)[-1] == "step-00000012" and len(run.log) == 12
 
 
+OLD = {"config": {"name", "seed", "data", "model", "objective", "training"}, "data": {"name", "patch"},
+       "model": {"width", "depth", "heads", "mlp_ratio"},
+       "objective": {"name", "density", "mask_ratio", "student_layer", "teacher_layer", "rep_weight", "label_drop"},
+       "training": {"steps", "batch", "lr", "weight_decay", "clip", "ema_half_life", "precision", "log_every", "validate_every",
+                    "save_every"}}
+OLD_TRANSFORMER = {"channels", "grid", "width", "depth", "heads", "mlp_ratio", "classes"}
+
+
+def test_a_config_from_before_there_were_so_many_choices_opens_and_resumes(run, runs):
+    stored = json.loads((run.path / "config.json").read_text())
+    for part in ("data", "model", "objective", "training"):
+        assert OLD[part] <= set(stored["config"][part])
+        stored["config"][part] = {name: stored["config"][part][name] for name in OLD[part]}
+    assert OLD["config"] == set(stored["config"])
+    stored["transformer"] = {name: stored["transformer"][name] for name in OLD_TRANSFORMER}
+    (run.path / "config.json").write_text(json.dumps(stored))
+    shutil.rmtree(run.path / "checkpoints/step-00000012")
+    opened = Run.open(run.path)
+    assert opened.config == TINY and opened.transformer == run.transformer and opened.teacher.config == run.transformer
+    again = train(TINY, run.path.parent)
+    assert again.log_path.read_text() == runs["tiny"].log_path.read_text()
+    for part in ("model", "teacher", "objective", "optimizer"):
+        expected, actual = runs["tiny"].load(part), again.load(part)
+        assert expected.keys() == actual.keys() and all(torch.equal(expected[k], actual[k]) for k in expected)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"objective": replace(TINY.objective, separated=True)}, "objective.separated: False in the folder, True asked for"),
+    ({"model": replace(TINY.model, positions="rotary", heads=1)}, "model.positions: 'sincos' in the folder, 'rotary' asked for"),
+    ({"training": replace(TINY.training, compile=True)}, "training.compile: False in the folder, True asked for"),
+])
+def test_a_new_choice_is_another_config(run, change, words):
+    with pytest.raises(ValueError, match=words):
+        train(replace(TINY, **change), run.path.parent)
+
+
 def test_another_shape_of_model_does_not_enter_the_folder(run):
     stored = json.loads((run.path / "config.json").read_text())
     stored["transformer"]["classes"] = 7
@@ -159,3 +197,62 @@ def test_an_unfinished_line_of_the_log_is_cut(run):
         file.write('{"step": 13, "flow')
     run.cut_log(8)
     assert run.log["step"].tolist() == list(range(1, 9))
+
+
+# samples
+
+@pytest.mark.parametrize("method", ["euler", "sde", "heun", "midpoint"])
+def test_samples_depend_on_the_seed_alone(runs, method):
+    run, labels = runs["tiny"], torch.tensor([3, 1, 4, 1, 5])
+    assert not run.teacher.training
+    torch.manual_seed(1)
+    stream = torch.get_rng_state()
+    images = run.sample(labels, 4, method, seed=2)
+    assert torch.equal(images, run.sample(labels, 4, method, seed=2)), "again"
+    assert images.shape == (5, 1, 8, 8) and images.isfinite().all() and torch.equal(stream, torch.get_rng_state())
+    for batch in (1, 2, 3):
+        torch.testing.assert_close(run.sample(labels, 4, method, seed=2, batch=batch), images, atol=1e-5, rtol=1e-5)
+    assert (run.sample(labels, 4, method, seed=3) - images).abs().max() > 0.1
+    assert (images[1] - images[3]).abs().max() > 0.1, "one class, two noises"
+
+
+def test_the_sde_adds_noise_of_its_own(runs):
+    run, labels = runs["tiny"], torch.tensor([0, 1])
+    x1 = torch.randn(2, 16, 4, generator=keyed(5, "samples"))
+    noise = [torch.randn(2, 16, 4, generator=keyed(5, "sampling noise", step)) for step in range(6)]
+    expected = sample(guided_velocity(run.teacher, labels), x1, 6, "sde", noise=lambda step: noise[step])
+    torch.testing.assert_close(run.sample(labels, 6, "sde", seed=5), run.patches.unpatchify(expected))
+    assert (run.sample(labels, 6, "sde", seed=5) - run.sample(labels, 6, seed=5)).abs().max() > 0.1
+
+
+def test_shift_and_interval_are_those_of_the_sampler(runs):
+    run, labels = runs["tiny"], torch.tensor([0, 1, 2])
+    x1 = torch.randn(3, 16, 4, generator=keyed(0, "samples"))
+    velocity_fn = guided_velocity(run.teacher, labels, 4.0, (0.3, 0.8))
+    expected = run.patches.unpatchify(sample(velocity_fn, x1, 5, "heun", shift=3.0))
+    found = run.sample(labels, 5, "heun", 4.0, shift=3.0, interval=(0.3, 0.8))
+    torch.testing.assert_close(found, expected)
+    for change in ({"shift": 1.0}, {"interval": (0.0, 1.0)}, {"cfg_scale": 1.0}):
+        options = {"cfg_scale": 4.0, "shift": 3.0, "interval": (0.3, 0.8), **change}
+        assert (run.sample(labels, 5, "heun", **options) - expected).abs().max() > 1e-4, change
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"shift": 0.0}, "shift"), ({"interval": (0.5, 0.5), "cfg_scale": 2.0}, r"interval is \(0.5, 0.5\)"),
+    ({"interval": (-0.1, 1), "cfg_scale": 2.0}, "interval"), ({"method": "rk4"}, "method is 'rk4'"),
+    ({"method": "sde", "steps": 1}, "at least 2"), ({"labels": torch.tensor([], dtype=torch.int64)}, "no labels"),
+])
+def test_bad_requests_for_samples_are_refused(runs, options, words):
+    with pytest.raises(ValueError, match=words):
+        runs["tiny"].sample(**{"labels": torch.tensor([1]), **options})
+
+
+def test_guidance_needs_a_model_that_knows_the_null_label(run):
+    stored = json.loads((run.path / "config.json").read_text())
+    stored["config"]["objective"]["label_drop"] = 0.0
+    (run.path / "config.json").write_text(json.dumps(stored))
+    never, labels = Run.open(run.path), torch.tensor([1, 2])
+    for cfg_scale in (2.0, 0.0):
+        with pytest.raises(ValueError, match=f"cfg_scale is {cfg_scale}, but this run was trained with label_drop 0"):
+            never.sample(labels, 2, cfg_scale=cfg_scale)
+    assert torch.equal(never.sample(labels, 2), run.sample(labels, 2))

@@ -1,26 +1,44 @@
 """The loop: falls, stays finite, resumes bit for bit, pairs its arms, refuses bad input before the first step."""
+import os
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import TINY, VANILLA
+from torch._dynamo.utils import counters
 
 import selfflow.images
-from selfflow.config import DataConfig, ModelConfig, TrainConfig
+from selfflow.config import DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from selfflow.images import ImageSet, digits
-from selfflow.training import batch_indices, start_state, shape_of, train, train_step, validation_losses
+from selfflow.schedule import NoiseLevels
+from selfflow.training import (batch_indices, compile_blocks, loss_by_level, shape_of, start_state, train, train_step,
+                               validation_losses, validation_tokens)
 
 
 def parts_of(run):
-    return {f"{part}/{name}": value for part in ("model", "teacher", "optimizer") for name, value in run.load(part).items()}
+    parts = [path.stem for path in run.latest().glob("*.safetensors")]
+    assert {"model", "teacher", "optimizer"} <= set(parts)
+    return {f"{part}/{name}": value for part in parts for name, value in run.load(part).items()}
+
+
+def assert_same(run, other):
+    expected, actual = parts_of(run), parts_of(other)
+    assert expected.keys() == actual.keys() and all(torch.equal(expected[k], actual[k]) for k in expected)
+    assert run.log_path.read_text() == other.log_path.read_text()
 
 
 def test_both_objectives_fall_and_stay_finite(tmp_path):
     longer = replace(TINY.training, steps=80, batch=32, lr=3e-3, validate_every=40, save_every=80)
     for config in (TINY, VANILLA):
         log = train(replace(config, training=longer), tmp_path).log
-        assert log.drop(columns="validation_flow_loss").notna().all().all()
+        seldom = log.columns[log.isna().any()]  # what is looked at in the steps that validate
+        validated = log["step"].isin([40, 80])
+        assert {"validation_flow_loss"} <= set(seldom) and log.loc[~validated, seldom].isna().all().all()
+        if config is TINY:
+            assert {"cosine_gap_0", "feature_std", "effective_rank", "rep_gradient_share", "validation_flow_loss"} <= set(seldom)
+            assert log.loc[validated, "rep_gradient_share"].between(0.001, 0.999).all()
+            assert log.loc[validated, "effective_rank"].between(1, 16).all()
         assert log["flow_loss"].tail(10).mean() < 0.75 * log["flow_loss"].head(5).mean()
         assert log["validation_flow_loss"].dropna().is_monotonic_decreasing
     assert log.columns.tolist() == ["step", "total", "flow_loss", "grad_norm", "validation_flow_loss"]
@@ -35,26 +53,62 @@ def test_resuming_gives_the_uninterrupted_run_bit_for_bit(runs, tmp_path, config
         shutil.rmtree(tmp_path / config.name / f"checkpoints/step-{step:08d}")
     torch.manual_seed(123)  # the global stream plays no part
     again = train(config, tmp_path)
-    expected, actual = parts_of(whole), parts_of(again)
-    assert expected.keys() == actual.keys() and all(torch.equal(expected[k], actual[k]) for k in expected)
-    assert again.log_path.read_text() == whole.log_path.read_text()
+    assert_same(whole, again)
+
+
+SMALL = replace(TINY, name="small", model=ModelConfig(width=8, depth=3, heads=1),
+                training=TrainConfig(steps=4, batch=8, log_every=1, validate_every=3, save_every=2))
+EVERY = [(name, {"schedule": schedule}) for name in ("self_flow", "flow_matching", "sra", "layer_sync")
+         for schedule in ("single", "dual", "diffusion_forcing", "full_masking")] + [
+    ("repa", {}), ("repa", {"schedule": "dual", "rep_tokens": "noisier", "distance": "smooth_l1"}),
+    ("self_flow", {"levels": 3, "density": "logit_normal", "density_shift": 2.0, "noisy_share": 0.2, "distance": "l2",
+                   "normalise": "standardised"}),
+    ("self_flow", {"mask_ratio": 0.5, "order": "cleaner", "exact": True, "near": 0.3, "block": 2, "single_share": 0.3,
+                   "separated": True, "density": "plateau_logit_normal"}),
+    ("sra", {"schedule": "dual", "flow_tokens": "masked", "rep_tokens": "masked", "normalise": "centred"}),
+    ("flow_matching", {"schedule": "dual", "mask_ratio": 0.5, "separated": True, "flow_tokens": "noisier"}),
+]
+
+
+def outside(tokens):
+    "Features of an outside encoder, the same bits in any batch."
+    return torch.cat([tokens * 2, -tokens], dim=-1)
+
+
+@pytest.mark.parametrize("name, switches", EVERY, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())))
+def test_every_objective_and_schedule_trains_and_resumes_bit_for_bit(tmp_path, name, switches):
+    config = replace(SMALL, objective=ObjectiveConfig(name, **switches))
+    features = outside if name == "repa" else None
+    run = train(config, tmp_path / "whole", features=features)
+    assert run.log["step"].tolist() == [1, 2, 3, 4] and run.log[["total", "flow_loss", "grad_norm"]].notna().all().all()
+    assert ("cosine" in run.log) == (name != "flow_matching") and run.log["grad_norm"].min() > 0
+    start = start_state(config, run.transformer, torch.device("cpu"), 8)
+    assert not torch.equal(start.student.blocks[0].attn.proj.weight, run.model.blocks[0].attn.proj.weight)
+    shutil.copytree(run.path, tmp_path / "again/small")
+    shutil.rmtree(tmp_path / "again/small/checkpoints/step-00000004")
+    if features is not None:  # as a tensor this time
+        features = outside(validation_tokens(config, "train")[0])
+    assert_same(run, train(config, tmp_path / "again", features=features))
+
+
+def test_checkpointing_trains_the_same_run_bit_for_bit(runs, tmp_path):
+    again = train(replace(TINY, training=replace(TINY.training, checkpointing=True)), tmp_path)
+    assert_same(runs["tiny"], again)
+    assert start_state(again.config, again.transformer, torch.device("cpu")).student.checkpointing
 
 
 def test_an_interrupted_run_goes_on_from_its_checkpoint(runs, tmp_path, monkeypatch):
     real, calls = train_step, []
-    def interrupted(*args):
+    def interrupted(*args, **options):
         calls.append(1)
         if len(calls) == 7:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **options)
     monkeypatch.setattr("selfflow.training.train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(TINY, tmp_path)
     monkeypatch.undo()
-    again = train(TINY, tmp_path)
-    expected, actual = parts_of(runs["tiny"]), parts_of(again)
-    assert all(torch.equal(expected[k], actual[k]) for k in expected)
-    assert again.log_path.read_text() == runs["tiny"].log_path.read_text()
+    assert_same(runs["tiny"], train(TINY, tmp_path))
 
 
 def test_looking_at_a_run_in_the_middle_changes_nothing(runs, tmp_path):
@@ -120,6 +174,141 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     with pytest.raises(FloatingPointError, match="step 6 is not finite.*last checkpoint is whole"):
         train(TINY, tmp_path)
     assert selfflow.run.Run.open(tmp_path / "tiny").latest().name == "step-00000004"
+
+
+def first_batch(config=TINY, count=16):
+    tokens, labels = validation_tokens(config, "train")
+    return tokens[:count], labels[:count]
+
+
+@pytest.mark.parametrize("where", ["student", "teacher"])
+def test_features_that_are_not_finite_are_named_by_their_step(where):
+    state = start_state(TINY, shape_of(TINY, digits("train")), torch.device("cpu"))
+    with torch.no_grad():
+        getattr(state, where).x_embedder.weight.fill_(torch.nan)
+    before = state.student.blocks[0].attn.qkv.weight.clone()
+    with pytest.raises(FloatingPointError, match="step 0 is not finite"):
+        train_step(state, TINY, *first_batch(), diagnose=True)
+    assert torch.equal(state.student.blocks[0].attn.qkv.weight, before) and state.step == 0
+
+
+def test_steps_in_which_no_token_counts_go_on():
+    config = replace(TINY, objective=ObjectiveConfig(mask_ratio=0.0, rep_tokens="masked"))
+    state = start_state(config, shape_of(config, digits("train")), torch.device("cpu"))
+    values = train_step(state, config, *first_batch(), diagnose=True)
+    assert values["rep_loss"] == 0 and "cosine" not in values and values["flow_loss"] > 0 and state.step == 1
+
+
+# compilation
+
+def random_state(config=TINY):
+    state = start_state(config, shape_of(config, digits("train")), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for model in (state.student, state.teacher):
+            for parameter in model.parameters():
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return state
+
+
+def snapshot(state):
+    slots = {f"{i}/{k}": v for i, slot in state.optimizer.state_dict()["state"].items() for k, v in slot.items()}
+    parts = {"student": state.student, "teacher": state.teacher, "objective": state.objective}
+    tensors = {f"{n}.{k}": v.clone() for n, part in parts.items() for k, v in part.state_dict().items()} | slots
+    return tensors, state.step, torch.get_rng_state()
+
+
+def assert_unchanged(state, before):
+    tensors, step, stream = snapshot(state)
+    assert tensors.keys() == before[0].keys() and all(torch.equal(tensors[k], before[0][k]) for k in tensors)
+    assert step == before[1] and torch.equal(stream, before[2])
+    assert all(p.grad is None for part in (state.student, state.teacher, state.objective) for p in part.parameters())
+
+
+def no_compiler(after=0):
+    "A torch.compile whose functions fail when they are called, from the call number `after` on."
+    calls = []
+    def compiled(function, **_):
+        def call(*args, **options):
+            calls.append(1)
+            if len(calls) > after:
+                raise RuntimeError("no C++ compiler found\nand much more")
+            return function(*args, **options)
+        return call
+    return compiled
+
+
+@pytest.mark.parametrize("after", [0, 5])  # at the first block of the student, or at one of the teacher
+def test_without_a_compiler_blocks_run_as_they_are(monkeypatch, after):
+    eager, state = random_state(), random_state()
+    before = snapshot(state)
+    monkeypatch.setattr(torch, "compile", no_compiler(after))
+    assert compile_blocks(state, TINY, *first_batch()) == "RuntimeError: no C++ compiler found"
+    assert_unchanged(state, before)
+    for _ in range(2):
+        assert train_step(state, TINY, *first_batch()) == train_step(eager, TINY, *first_batch())
+
+
+def test_a_run_says_why_it_is_not_compiled_and_trains_the_same(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", no_compiler())
+    config = replace(TINY, training=replace(TINY.training, compile=True))
+    run = train(config, tmp_path)
+    assert "not compiled, trains as it is (RuntimeError: no C++ compiler found)" in capsys.readouterr().out
+    assert_same(runs["tiny"], run)
+    train(config, tmp_path)
+    assert "not compiled" not in capsys.readouterr().out, "a finished run compiles nothing"
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+def test_compiled_blocks_give_the_same_losses():
+    config = replace(SMALL, objective=ObjectiveConfig("flow_matching", schedule="dual", mask_ratio=0.5))
+    eager, state = random_state(config), random_state(config)
+    before, graphs = snapshot(state), counters["stats"]["unique_graphs"]
+    assert compile_blocks(state, config, *first_batch(config)) is None
+    assert_unchanged(state, before)
+    assert counters["stats"]["unique_graphs"] == graphs + 1 and not counters["graph_break"], "all blocks share one graph"
+    for _ in range(3):
+        found, expected = (train_step(one, config, *first_batch(config)) for one in (state, eager))
+        assert found == pytest.approx(expected, rel=1e-5)
+    for a, b in zip(state.student.parameters(), eager.student.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+# what is refused
+
+FEATURES = torch.zeros(1078, 16, 5)
+
+
+@pytest.mark.parametrize("name, features, words", [
+    ("repa", None, "needs features of an encoder: train.config, features=....* or selfflow train --features FILE"),
+    ("self_flow", FEATURES, "objective 'self_flow' takes no features of an outside encoder"),
+    ("flow_matching", outside, "'flow_matching' takes no features"),
+    ("repa", FEATURES[:-1], "features of 1077 samples, but 1078 to train on"),
+    ("repa", torch.zeros(359, 5), "features of 359 samples"),
+    ("repa", FEATURES[:, :-1], r"features have shape \(1, 15, 5\), expected \(1, 16, 5\)"),
+    ("repa", torch.zeros(1078, 4, 4, 5), r"\(1, 4, 4, 5\), expected"),
+    ("repa", torch.zeros(1078), r"\(1,\), expected"),
+    ("repa", lambda tokens: tokens[:, :3], r"\(1, 3, 4\), expected \(1, 16, 4\)"),
+])
+def test_features_that_do_not_fit_are_refused_before_a_folder_is_made(tmp_path, name, features, words):
+    with pytest.raises(ValueError, match=words):
+        train(replace(SMALL, objective=ObjectiveConfig(name)), tmp_path, features=features)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_block_that_does_not_divide_the_grid_is_refused_before_a_folder_is_made(tmp_path):
+    with pytest.raises(ValueError, match=r"block 3 does not divide grid \(4, 4\)"):
+        train(replace(SMALL, objective=ObjectiveConfig(block=3)), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_loss_by_level_is_per_sample_and_does_not_depend_on_the_batch_size():
+    model, (x0, labels) = random_state().student, first_batch(count=12)
+    x1 = torch.randn(x0.shape, generator=torch.Generator().manual_seed(5))
+    losses = loss_by_level(model, x0, labels, x1, [0.2, 0.9], batch=7)
+    torch.testing.assert_close(losses, loss_by_level(model, x0, labels, x1, [0.2, 0.9]))
+    v = model(0.1 * x0[3:4] + 0.9 * x1[3:4], NoiseLevels.single(torch.tensor([0.9]), 16), labels[3:4]).velocity
+    torch.testing.assert_close(losses[1, 3], (v - x1[3] + x0[3]).square().mean())
 
 
 def with_data(monkeypatch, only=None, **change):
