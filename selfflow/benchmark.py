@@ -224,7 +224,8 @@ def bench_table(records: list[dict]) -> pd.DataFrame:
                 "case": f"{case['size']}, {case['tokens']} tokens x {case['batch']}, {case['precision']}"
                         + (", compiled" if case["compile"] else ""),
                 "step": name, "GFLOP": f"{found['flops'] / 1e9:.1f}", "of published": f"{found['flops'] / rival['flops']:.3f}",
-                "seconds": f"{found['seconds'][1]:.3f}", "times as fast": "{1:.2f} ({0:.2f} to {2:.2f})".format(*found["speed_ratio"]),
+                "seconds": f"{found['seconds'][1]:.3f}",
+                "times as fast": "{1:.2f} ({0:.2f} to {2:.2f})".format(*found["speed_ratio"]),
                 "ceiling": f"{found['ceiling_share'][1]:.0%}", "peak MiB": f"{found['peak_bytes'] / 2**20:.0f}"})
     return pd.DataFrame(rows)
 

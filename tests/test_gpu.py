@@ -40,8 +40,9 @@ def test_looking_inside_agrees_with_the_cpu(tmp_path):
 
 
 @pytest.mark.parametrize("objective", [
-    ObjectiveConfig("sra"), ObjectiveConfig("layer_sync", normalise="centred"), ObjectiveConfig(separated=True, single_share=0.25),
-    ObjectiveConfig(schedule="diffusion_forcing"), ObjectiveConfig(levels=4, density="plateau_logit_normal", noisy_share=0.05),
+    ObjectiveConfig("sra"), ObjectiveConfig("layer_sync", normalise="centred"),
+    ObjectiveConfig(separated=True, single_share=0.25), ObjectiveConfig(schedule="diffusion_forcing"),
+    ObjectiveConfig(levels=4, density="plateau_logit_normal", noisy_share=0.05),
     ObjectiveConfig(exact=True, block=2, near=0.2, rep_tokens="noisier", distance="smooth_l1")])
 def test_every_variant_agrees_with_the_cpu(tmp_path, objective):
     config = replace(TINY, objective=objective)
