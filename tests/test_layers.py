@@ -191,7 +191,8 @@ def may_look(levels):
 @few
 @given(st.integers(1, 3), st.integers(2, 24), st.integers(2, 24), st.integers(0, 3), st.integers(0, 1000), st.booleans())
 def test_groups_equal_a_mask(b, n, k, condition, seed, lopsided):
-    k, condition = max(2, min(k, n)), min(condition, k - 1)
+    k = max(2, min(k, n))
+    condition = min(condition, k - 1)
     levels, g = levels_of(b, k, n, seed, condition), generator(seed)
     if lopsided:  # one sample with a single level, so that all others are empty in it
         levels.assign[0] = int(torch.randint(0, k, (), generator=g))

@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 
 import selfflow.images
 from selfflow.config import DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from selfflow.flow import keyed
 from selfflow.images import ImageSet, digits
 from selfflow.schedule import NoiseLevels
 from selfflow.training import (batch_indices, compile_blocks, loss_by_level, shape_of, start_state, train, train_step,
@@ -192,6 +193,19 @@ def test_features_that_are_not_finite_are_named_by_their_step(where):
     assert torch.equal(state.student.blocks[0].attn.qkv.weight, before) and state.step == 0
 
 
+def test_every_step_draws_its_own_numbers():
+    state, seen = start_state(TINY, shape_of(TINY, digits("train")), torch.device("cpu")), []
+    real = state.objective.forward
+    def watched(student, teacher, x0, labels, draw, features):
+        seen.append([draw(purpose).initial_seed() for purpose in ("noise", "levels", "label drop")])
+        return real(student, teacher, x0, labels, draw, features)
+    state.objective.forward = watched
+    for _ in range(3):
+        train_step(state, TINY, *first_batch())
+    assert seen == [[keyed(TINY.seed, purpose, step).initial_seed() for purpose in ("noise", "levels", "label drop")]
+                    for step in range(3)]
+
+
 def test_steps_in_which_no_token_counts_go_on():
     config = replace(TINY, objective=ObjectiveConfig(mask_ratio=0.0, rep_tokens="masked"))
     state = start_state(config, shape_of(config, digits("train")), torch.device("cpu"))
@@ -247,6 +261,15 @@ def test_without_a_compiler_blocks_run_as_they_are(monkeypatch, after):
     assert_unchanged(state, before)
     for _ in range(2):
         assert train_step(state, TINY, *first_batch()) == train_step(eager, TINY, *first_batch())
+
+
+def test_the_trial_leaves_no_trace_where_it_succeeds(monkeypatch):
+    state = random_state()
+    before = snapshot(state)
+    monkeypatch.setattr(torch, "compile", no_compiler(after=10**6))
+    assert compile_blocks(state, TINY, *first_batch()) is None
+    assert_unchanged(state, before)
+    assert all(block._compiled_call_impl is not None for model in (state.student, state.teacher) for block in model.blocks)
 
 
 def test_a_run_says_why_it_is_not_compiled_and_trains_the_same(runs, tmp_path, monkeypatch, capsys):
