@@ -118,9 +118,10 @@ class Run:
         return read_state(self.checkpoint)
 
     def _network(self, part: str) -> Transformer:
-        model = Transformer(self.transformer).to(self.device)
+        with torch.random.fork_rng():  # weights are about to be replaced: the caller's random numbers are not touched
+            model = Transformer(self.transformer)
         model.load_state_dict(self.load(part))
-        return model.eval().requires_grad_(False)
+        return model.to(self.device).eval().requires_grad_(False)
 
     @cached_property
     def model(self) -> Transformer:
@@ -155,8 +156,9 @@ class Run:
         shape = (len(labels), self.transformer.tokens, self.transformer.channels)
         x1, chosen, images = torch.randn(shape, generator=keyed(seed, "samples")), torch.arange(len(labels)), []
         for part in tqdm(chosen.split(batch), "samples", unit="batch", disable=len(labels) <= batch):
-            def noise(step, part=part):  # the same whatever the batch
-                return torch.randn(shape, generator=keyed(seed, "sampling noise", step))[part].to(self.device)
+            def noise(step, part=part):  # keyed by sample, so the same whatever the batch
+                generators = (keyed(seed, "sampling noise", step, sample) for sample in part.tolist())
+                return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(self.device)
             velocity_fn = guided_velocity(self.teacher, labels[part].to(self.device), cfg_scale, interval)
             images.append(sample(velocity_fn, x1[part].to(self.device), steps, method, shift, noise=noise).cpu())
         return self.patches.unpatchify(torch.cat(images))

@@ -198,8 +198,8 @@ class Transformer(nn.Module):
         x: (b, n, c) tokens; levels: of b samples and n tokens; condition: (b,) int64 labels, None = null label for all;
         taps: 1-based layers; stop: end at the last tap, velocity None; separated: tokens attend to their own level alone;
         coordinates: (n, 4) or (b, n, 4) places (t, h, w, l) of the tokens, None = row by row on the config's grid.
-        Raises ValueError for tokens or coordinates of another shape, levels of other samples, labels that do not exist (checked
-        on the CPU alone), layers that do not exist, stop without taps; TypeError for labels that are not int64.
+        Raises ValueError for tokens, coordinates or levels that do not fit, unknown layers, stop without taps and, on the CPU,
+        tokens that are not finite and labels that do not exist; TypeError for labels that are not int64.
         """
         self._check(x, levels, taps, stop, coordinates)
         labels = self._condition(condition, x)
@@ -211,10 +211,8 @@ class Transformer(nn.Module):
         context = Context(c if self.adaLN_shared is None else self.adaLN_shared(c), tokens, rotary, groups)
         features = {}
         for layer, block in enumerate(self.blocks[: max(taps) if stop else None], start=1):
-            if self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, context, use_reentrant=False)
-            else:
-                h = block(h, context)                                                   # (b, n, d)
+            again = self.checkpointing and torch.is_grad_enabled()
+            h = checkpoint(block, h, context, use_reentrant=False) if again else block(h, context)  # (b, n, d)
             if layer in taps:
                 features[layer] = h
         return Output(None if stop else self.final_layer(h, c, tokens), features)
@@ -240,6 +238,8 @@ class Transformer(nn.Module):
         n = self.config.tokens if coordinates is None or x.ndim != 3 else x.shape[1]
         if x.ndim != 3 or not len(x) or x.shape[1:] != (n, self.config.channels):
             raise ValueError(f"tokens have shape {tuple(x.shape)}, the model expects (b, {n}, {self.config.channels})")
+        if x.device.type == "cpu" and not x.isfinite().all():  # on a GPU the host would wait for the answer
+            raise ValueError(f"{int((~x.isfinite()).sum())} numbers of the tokens are NaN or infinite; look at the data first")
         if coordinates is not None and coordinates.shape not in ((n, 4), (len(x), n, 4)):
             raise ValueError(f"coordinates have shape {tuple(coordinates.shape)}, expected ({n}, 4) or ({len(x)}, {n}, 4)")
         if levels.assign.shape != x.shape[:2]:

@@ -323,3 +323,11 @@ def test_impossible_shapes_are_refused(changes, words):
 def test_bad_calls_are_refused(x, tokens, options, words):
     with pytest.raises(ValueError, match=words):
         model_of()(x, DualTimestep().sample(2, tokens), **options)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_tokens_that_are_not_finite_are_refused(wrong):
+    x = torch.zeros(2, 6, 3)
+    x[1, 4, 2] = wrong
+    with pytest.raises(ValueError, match="1 numbers of the tokens are NaN or infinite"):
+        model_of()(x, DualTimestep().sample(2, 6))
