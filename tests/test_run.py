@@ -219,7 +219,8 @@ def test_samples_depend_on_the_seed_alone(runs, method):
 def test_the_sde_adds_noise_of_its_own(runs):
     run, labels = runs["tiny"], torch.tensor([0, 1])
     x1 = torch.randn(2, 16, 4, generator=keyed(5, "samples"))
-    noise = [torch.randn(2, 16, 4, generator=keyed(5, "sampling noise", step)) for step in range(6)]
+    noise = [torch.stack([torch.randn(16, 4, generator=keyed(5, "sampling noise", step, sample)) for sample in range(2)])
+             for step in range(6)]
     expected = sample(guided_velocity(run.teacher, labels), x1, 6, "sde", noise=lambda step: noise[step])
     torch.testing.assert_close(run.sample(labels, 6, "sde", seed=5), run.patches.unpatchify(expected))
     assert (run.sample(labels, 6, "sde", seed=5) - run.sample(labels, 6, seed=5)).abs().max() > 0.1
