@@ -190,8 +190,13 @@ def measure(case: Case, rounds: int = 5, device: str = "auto") -> dict:
     plain = contenders(replace(case, compile=False), device) if case.compile else steps  # compiled kernels cannot be counted
     flops, seconds, tops = {name: count_flops(step) for name, step in plain.items()}, {name: [] for name in steps}, []
     del plain
-    for step in steps.values():
-        step()  # what is made once (optimizer state, compiled kernels) is made here
+    try:
+        for step in steps.values():
+            step()  # what is made once (optimizer state, compiled kernels) is made here
+    except Exception as error:
+        if not case.compile:
+            raise
+        raise ValueError(f"the blocks cannot be compiled here, measure without: {str(error).splitlines()[0]}") from error
     for turn in tqdm(range(rounds), f"{case.size}, {case.precision}", unit="round"):
         tops.append(top())
         order = list(steps)[turn % len(steps):] + list(steps)[: turn % len(steps)]
@@ -232,6 +237,8 @@ def bench_table(records: list[dict]) -> pd.DataFrame:
 
 def bench(cases: list[Case], path: Path | str, rounds: int = 5, device: str = "auto") -> list[dict]:
     "Measure cases one after the other and write the records to a JSON file after each; what is there already is replaced."
+    if not cases:
+        raise ValueError("no case to measure: name at least one size and one precision")
     records, path = [], Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for case in cases:

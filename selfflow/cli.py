@@ -180,8 +180,9 @@ def main(args: list[str] | None = None) -> None:
     """
     try:
         app.cli(prog="selfflow", description="Self-Flow: self-supervised flow matching.", args=args)
-    except (ValueError, TypeError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        if os.environ.get("SELFFLOW_TRACEBACK"):
+    except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
+        unknown = isinstance(error, RuntimeError) and "memory" not in str(error)  # a CPU without memory raises it
+        if os.environ.get("SELFFLOW_TRACEBACK") or unknown:
             raise
         print(f"selfflow: {error}", file=sys.stderr)
         raise SystemExit(2) from None

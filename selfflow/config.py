@@ -7,6 +7,7 @@ __all__ = ['DENSITIES', 'SCHEDULES', 'OBJECTIVES', 'PRECISIONS', 'DataConfig', '
            'build_schedule', 'TrainConfig', 'build_objective', 'Config', 'flatten', 'differences']
 
 # %% ../nbs/20_config.ipynb #edd6e4f6
+import math
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
 
@@ -94,7 +95,7 @@ class ObjectiveConfig:
     mask_ratio: float = 0.25          # share of tokens at the second level, in [0, 0.5]
     student_layer: int | None = None  # 1-based, after which block; None = 0.3 depth
     teacher_layer: int | None = None  # 1-based, deeper than student_layer; None = 0.7 depth (layer_sync: 4/7)
-    rep_weight: float = 0.8           # gamma, the weight of the representation loss; published: layer_sync 0.2, repa 0.5
+    rep_weight: float | None = None   # gamma, of the representation loss; None = as published: 0.8, layer_sync 0.2, repa 0.5
     label_drop: float = 0.1           # probability that a label becomes the null label
     density_mean: float = 0.0         # of the logit-normals
     density_std: float = 1.0          # of the logit-normals
@@ -118,18 +119,29 @@ class ObjectiveConfig:
         for name, known in {"name": OBJECTIVES, "density": DENSITIES, "schedule": SCHEDULES, "distance": DISTANCES,
                             "flow_tokens": TOKENS, "rep_tokens": TOKENS, "normalise": NORMALISATIONS}.items():
             choose(getattr(self, name), known, f"{'objective' if name == 'name' else name} (objective.{name})")
+        _positive(self, "density_shift")
+        if self.rep_weight is None:
+            object.__setattr__(self, "rep_weight", {"layer_sync": 0.2, "repa": 0.5}.get(self.name, 0.8))
         if not 0 <= self.label_drop <= 1 or not self.rep_weight >= 0:
             raise ValueError(f"label_drop {self.label_drop} must be in [0, 1] and rep_weight {self.rep_weight} not negative")
         levels = build_schedule(self).sample(1, 2, torch.Generator())
         for which in (self.flow_tokens, self.rep_tokens if self.name != "flow_matching" else "all"):
-            counted_tokens(levels, which)  # refuses masked tokens where there is no mask
+            counted_tokens(levels, which)  # refuses masked tokens where there is one level
+            if which != "all" and (self.schedule == "diffusion_forcing" or not self.mask_ratio or self.single_share == 1):
+                raise ValueError(f"tokens are {which!r}, but here none is masked: mask_ratio {self.mask_ratio}, single_share "
+                                 f"{self.single_share}, schedule {self.schedule}")
+        if self.separated and levels.k == 1:
+            raise ValueError("separated is attention within noise levels, but with the single schedule there is one; "
+                             "take schedule='dual' with it")
 
 
 def build_density(config: ObjectiveConfig) -> Density:
     "The density of noise levels that a config names."
     logit = LogitNormal if config.density == "logit_normal" else PlateauLogitNormal
-    density = Uniform() if config.density == "uniform" else logit(config.density_mean, config.density_std)
-    if config.density_shift != 1:
+    density = Uniform()
+    if config.density != "uniform":  # a shift moves the mean: the same for a logit-normal, and a plateau stays one
+        density = logit(config.density_mean + math.log(config.density_shift), config.density_std)
+    elif config.density_shift != 1:
         density = Shifted(density, config.density_shift)
     if config.noisy_share:
         density = Mixture((density, Uniform(0.95, 1.0)), (1 - config.noisy_share, config.noisy_share))
@@ -144,9 +156,10 @@ def build_schedule(config: ObjectiveConfig, grid: tuple[int, int] | None = None)
     density, kind = build_density(config), config.schedule
     if kind == "auto":
         kind = "dual" if config.name == "self_flow" else "single"
-    dual = DualTimestep(density, config.mask_ratio, config.order, config.exact, config.near, config.block if grid else 1, grid,
+    ratio = 0.25 if kind == "full_masking" else config.mask_ratio  # which may mask more than half
+    dual = DualTimestep(density, ratio, config.order, config.exact, config.near, config.block if grid else 1, grid,
                         config.single_share)  # always made, so that its numbers are always checked
-    plain = DualTimestep(density, config.mask_ratio, grid=grid)
+    plain = DualTimestep(density, ratio, grid=grid)
     switched = dual != plain or config.block != 1
     if switched and (kind != "dual" or config.levels != 2) or kind != "dual" and config.levels != 2:
         raise ValueError("levels belongs to the dual schedule; order, exact, near, block and single_share to that of 2 levels; "

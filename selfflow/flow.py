@@ -21,7 +21,9 @@ from torch import Generator, Tensor
 # %% ../nbs/00_flow.ipynb #36315287
 def _broadcast(t: Tensor | float, x: Tensor) -> Tensor:
     "`t` as a tensor of `x`'s device with trailing axes of size 1, so that it multiplies `x` axis by axis."
-    t = torch.as_tensor(t, device=x.device)
+    t = torch.as_tensor(t, device=x.device, dtype=None if isinstance(t, Tensor) else torch.promote_types(x.dtype, torch.float32))
+    if t.device.type == "cpu" and t.numel() and not (0 <= t.min() and t.max() <= 1):  # written so that NaN fails too
+        raise ValueError(f"t runs from {t.min():g} to {t.max():g}, outside [0, 1]: 1 is noise, 0 is data")
     if t.shape != x.shape[: t.ndim]:
         raise ValueError(f"t has shape {tuple(t.shape)}, which is no leading part of x's {tuple(x.shape)}; "
                          "give one level, one per sample (b,) or one per token (b, n)")
@@ -32,9 +34,11 @@ def interpolate(x0: Tensor, x1: Tensor, t: Tensor | float) -> Tensor:
     """The noised data x_t = (1 - t) x0 + t x1: data at t = 0, noise at t = 1.
 
     x0, x1: (b, ...), data and noise; t in [0, 1]: a number, (b,) or (b, n).
-    Raises ValueError when t's shape is not a leading part of x0's.
+    Raises ValueError for shapes that do not fit and, on the CPU, levels outside [0, 1].
     Source: Self-Flow (arXiv 2603.06507), section 3; the linear path of rectified flow.
     """
+    if x0.shape != x1.shape:
+        raise ValueError(f"data of shape {tuple(x0.shape)} and noise of shape {tuple(x1.shape)} do not belong together")
     t = _broadcast(t, x0)
     return (1 - t) * x0 + t * x1
 
@@ -189,7 +193,7 @@ def shift(t: Tensor, alpha: float) -> Tensor:
 
     t in [0, 1], any shape. Raises ValueError when alpha <= 0. Source: Self-Flow, appendix; arXiv 2403.03206, eq. 23.
     """
-    if not alpha > 0:
+    if not 0 < alpha < math.inf:
         raise ValueError(f"alpha is {alpha}, but a shift needs alpha > 0 (1 leaves t as it is)")
     return t / (t + (1 - t) / alpha)  # the same function, but rounding cannot carry it past 1
 

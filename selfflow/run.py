@@ -148,8 +148,9 @@ class Run:
         steps, method, shift, cfg_scale, interval: see `sampling`; batch: how many are drawn at once. Raises ValueError for no
         labels at all and for guidance of a model that was trained without label drop: it never saw the null label.
         """
-        if not len(labels):
-            raise ValueError("no labels: name at least one class to draw")
+        labels = torch.as_tensor(labels, dtype=torch.int64)
+        if not labels.numel() or batch < 1:
+            raise ValueError(f"{labels.numel()} labels in batches of {batch}: name at least one class to draw, batch at least 1")
         if cfg_scale != 1 and not self.config.objective.label_drop:
             raise ValueError(f"cfg_scale is {cfg_scale}, but this run was trained with label_drop 0 and does not know the null "
                              "label that guidance starts from; take cfg_scale 1, or train with objective.label_drop 0.1")

@@ -184,7 +184,8 @@ def guided_velocity(model: Transformer, labels: Tensor | None = None, cfg_scale:
     labels: (b,) int64, None = no class; cfg_scale: w, 1 = no guidance; interval: the levels, ends included, at which it acts;
     elsewhere one forward is enough. t: a number, (b,), or per token (b, n), where a sample's noisiest token, the clock of
     `sample`, says whether it is guided. Raises ValueError for labels that the model does not have, guidance without labels and
-    intervals outside [0, 1]. Source: arXiv 2207.12598; interval: arXiv 2404.07724.
+    intervals outside [0, 1]; whether the model was trained with label drop only its run knows (`Run.sample` asks).
+    Source: arXiv 2207.12598; interval: arXiv 2404.07724.
     """
     classes = model.config.classes
     if labels is not None and len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < classes):

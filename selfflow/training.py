@@ -137,7 +137,7 @@ def train_step(state: TrainState, config: Config, x0: Tensor, labels: Tensor, fe
     norm = nn.utils.clip_grad_norm_(state.named_parameters().values(), training.clip).item()
     values = {**losses.floats(diagnose), "grad_norm": norm}
     if not all(map(math.isfinite, values.values())):
-        raise FloatingPointError(f"step {state.step} is not finite: {values}. The last checkpoint is whole; "
+        raise FloatingPointError(f"step {state.step} is not finite: {values}. What was saved before is whole; "
                                  "a smaller training.lr or training.clip in a new run is the usual remedy.")
     state.optimizer.step()
     update_ema(state.teacher, state.student, ema_decay(training.ema_half_life * training.steps))
@@ -211,8 +211,10 @@ def _features_of(features: Tensor | Callable | None, config: Config, tokens: Ten
     if features is None:
         return lambda chosen: None, 1
     if callable(features):
-        with torch.no_grad():
-            return torch.no_grad()(lambda chosen: features(tokens[chosen])), features(tokens[:1]).shape[-1]
+        encode = torch.no_grad()(features)
+        return lambda chosen: encode(tokens[chosen]), encode(tokens[:1]).shape[-1]
+    if not features.isfinite().all():
+        raise ValueError(f"{int((~features.isfinite()).sum())} numbers of the encoder's features are NaN or infinite")
     if len(features) != len(tokens):
         raise ValueError(f"there are features of {len(features)} samples, but {len(tokens)} to train on, in the same order")
     return lambda chosen: features[chosen.to(features.device)].to(tokens.device), features.shape[-1]
@@ -232,13 +234,12 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
     tokens, labels = patches_of(data, config.data.patch).patchify(data.images).to(device), data.labels.to(device)
     features_of, feature_width = _features_of(features, config, tokens)
     state = start_state(config, shape, device, feature_width)
-    if features is not None:  # REPA refuses those of another shape
-        state.objective.target(None, tokens[:1], None, None, None, features_of(torch.arange(1)))
+    if features is not None:
+        state.objective.target(None, tokens[:1], None, None, None, features_of(torch.arange(1)))  # refuses those of another shape
     run = Run.create(Path(folder) / config.name, config, shape, device)
     run.clear_staging()
     state.restore(run)
     run.cut_log(state.step)
-
     def batch(step):
         chosen = batch_indices(len(data), training.batch, config.seed, step).to(device)
         return tokens[chosen], labels[chosen], features_of(chosen)
@@ -252,8 +253,7 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
             values = train_step(state, config, *batch(state.step), diagnose=validate)
             if validate or state.step % training.log_every == 0:
                 log.write(_log_line(state, config, values, validate))
-                shown = {name: f"{values[name]:.3f}" for name in ("flow_loss", "cosine") if name in values}
-                bar.set_postfix(shown, refresh=False)
+                bar.set_postfix({key: f"{values[key]:.3f}" for key in ("flow_loss", "cosine") if key in values}, refresh=False)
             if last or state.step % training.save_every == 0:
                 run.save(state.step, state.tensors(), {"device": str(device), "torch": torch.__version__})
             bar.update()

@@ -1,5 +1,6 @@
 """Configs: there and back, and what they refuse."""
 import json
+import math
 from dataclasses import asdict, fields
 
 import pytest
@@ -52,7 +53,8 @@ def test_json_and_back():
     ({"objective": {"density_std": 0, "density": "logit_normal"}}, "std is 0"),
     ({"objective": {"density_std": 2.0, "density": "plateau_logit_normal"}}, "std is 2.0"),
     ({"objective": {"density_mean": float("nan"), "density": "logit_normal"}}, "nan"),
-    ({"objective": {"density_shift": 0}}, "alpha is 0"), ({"objective": {"density_shift": float("nan")}}, "alpha is nan"),
+    ({"objective": {"density_shift": 0}}, "density_shift is 0"),
+    ({"objective": {"density_shift": float("nan")}}, "density_shift is nan"),
     ({"objective": {"noisy_share": -0.1}}, "none negative"), ({"objective": {"noisy_share": 1.5}}, "none negative"),
     ({"objective": {"schedule": "duel"}}, "unknown schedule .*Did you mean 'dual'"),
     ({"objective": {"order": "sorted"}}, "order is 'sorted'"), ({"objective": {"exact": "yes"}}, "exact is 'yes'"),
@@ -68,6 +70,11 @@ def test_json_and_back():
     ({"objective": {"distance": "l1"}}, "unknown distance"), ({"objective": {"normalise": "unit"}}, "unknown normalise"),
     ({"objective": {"flow_tokens": "mask"}}, "unknown flow_tokens .*Did you mean 'masked'"),
     ({"objective": {"rep_tokens": "some"}}, "unknown rep_tokens"),
+    ({"objective": {"rep_tokens": "masked", "mask_ratio": 0.0}}, "here none is masked: mask_ratio 0.0"),
+    ({"objective": {"flow_tokens": "masked", "single_share": 1.0}}, "none is masked.*single_share 1.0"),
+    ({"objective": {"rep_tokens": "noisier", "schedule": "diffusion_forcing"}}, "none is masked.*diffusion_forcing"),
+    ({"objective": {"name": "sra", "separated": True}}, "separated is attention within noise levels.*there is one"),
+    ({"objective": {"schedule": "full_masking", "mask_ratio": 1.1}}, "mask_ratio is 1.1"),
     ({"objective": {"name": "flow_matching", "flow_tokens": "masked"}}, "'masked', but with one level no token is"),
     ({"objective": {"name": "sra", "rep_tokens": "noisier"}}, "'noisier', but with one level no token is"),
     ({"objective": {"separated": 1}}, "separated is 1, expected bool"),
@@ -96,6 +103,12 @@ def test_objectives_are_what_their_config_says():
     assert (full.student_layer, full.teacher_layer, full.rep_weight) == (2, 5, 0.3)
 
 
+@pytest.mark.parametrize("name, weight", [("self_flow", 0.8), ("sra", 0.8), ("layer_sync", 0.2), ("repa", 0.5)])
+def test_the_weight_of_the_representation_loss_is_the_published_one(name, weight):
+    assert ObjectiveConfig(name).rep_weight == weight and ObjectiveConfig(name, rep_weight=0.0).rep_weight == 0.0
+    assert build_objective(ObjectiveConfig(name), SHAPE).rep_weight == weight
+
+
 SHAPE = TransformerConfig(4, (4, 6), 16, depth=6, heads=2)
 
 
@@ -105,7 +118,8 @@ SHAPE = TransformerConfig(4, (4, 6), 16, depth=6, heads=2)
     ({"density_shift": 4.63}, Shifted(Uniform(), 4.63)),
     ({"noisy_share": 0.05}, Mixture((Uniform(), Uniform(0.95, 1.0)), (0.95, 0.05))),
     ({"density": "logit_normal", "density_shift": 2.95, "noisy_share": 0.05},
-     Mixture((Shifted(LogitNormal(), 2.95), Uniform(0.95, 1.0)), (0.95, 0.05))),
+     Mixture((LogitNormal(math.log(2.95)), Uniform(0.95, 1.0)), (0.95, 0.05))),
+    ({"density": "plateau_logit_normal", "density_shift": 10}, PlateauLogitNormal(math.log(10))),  # the plateau stays one
 ])
 def test_densities_are_what_their_config_says(values, expected):
     assert build_density(ObjectiveConfig(**values)) == expected

@@ -77,6 +77,22 @@ def test_time_runs_from_data_at_0_to_noise_at_1():
     assert torch.equal(x, data)
 
 
+@pytest.mark.parametrize("t", [1.5, -0.1, float("nan"), torch.tensor([0.5, 1.01])])
+def test_levels_out_of_range_are_refused(t):
+    with pytest.raises(ValueError, match=r"outside \[0, 1\]"):
+        interpolate(torch.zeros(2, 4), torch.zeros(2, 4), t)
+
+
+def test_noise_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\) and noise of shape \(3, 4\)"):
+        interpolate(torch.zeros(2, 3, 4), torch.zeros(3, 4), 0.5)
+
+
+def test_a_number_as_level_is_exact_in_float64():
+    x = torch.ones(2, 3, dtype=torch.float64)
+    assert (interpolate(x, 0 * x, 0.3) == 1 - 0.3).all() and interpolate(x, x, 0.3).dtype == torch.float64
+
+
 def test_levels_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"\(3,\).*\(2, 4\)"):
         interpolate(torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(3))
