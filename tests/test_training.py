@@ -311,6 +311,7 @@ FEATURES = torch.zeros(1078, 16, 5)
     ("repa", FEATURES[:, :-1], r"features have shape \(1, 15, 5\), expected \(1, 16, 5\)"),
     ("repa", torch.zeros(1078, 4, 4, 5), r"\(1, 4, 4, 5\), expected"),
     ("repa", torch.zeros(1078), r"\(1,\), expected"),
+    ("repa", torch.full((1078, 5), torch.nan), "5390 numbers of the encoder's features are NaN"),
     ("repa", lambda tokens: tokens[:, :3], r"\(1, 3, 4\), expected \(1, 16, 4\)"),
 ])
 def test_features_that_do_not_fit_are_refused_before_a_folder_is_made(tmp_path, name, features, words):
