@@ -22,7 +22,8 @@ from torch import Tensor
 
 from .modality import grid_coordinates
 from .objective import Projector
-from .transformer import Transformer, TransformerConfig, position_code
+from .layers import position_code
+from .transformer import Transformer, TransformerConfig
 
 # %% ../nbs/08_reference.ipynb #b6ba02e2
 PUBLISHED = {"input_size": 32, "patch_size": 2, "in_channels": 4, "hidden_size": 1152, "depth": 28, "num_heads": 16,

@@ -145,6 +145,12 @@ def test_the_speeds_of_the_readme_are_the_recorded_ones():
                 f"{ours['ceiling_share'][1]:.0%} | {ours['peak_bytes'] / rival['peak_bytes']:.2f} |") in readme
 
 
+def test_the_rivals_of_the_readme_are_the_recorded_ones():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    rows = {row["arm"]: row["flow loss"] for row in json.loads((ROOT / "data/results/rivals.json").read_text())["summary"]}
+    assert all(rows[arm] in readme for arm in rows if arm != "Self-Flow, 4 levels")
+
+
 def test_packaging_reads_settings():
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini")
