@@ -213,7 +213,7 @@ def published_config(config: TransformerConfig, known: dict | None = None) -> di
     parts (rotary positions, SwiGLU, normalised queries and keys, modulation shared by the blocks).
     """
     known = _known(known)
-    if other := [f"{name}={getattr(config, name)!r}" for name, usual in _PARTS.items() if getattr(config, name, usual) != usual]:
+    if other := [f"{name}={getattr(config, name)!r}" for name, usual in _PARTS.items() if getattr(config, name) != usual]:
         raise ValueError(f"the published form has no {', '.join(other)}: keep such a model in the folder of its run")
     rows, columns = config.grid
     if rows != columns:

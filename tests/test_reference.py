@@ -1,5 +1,4 @@
 """The published weights: equality with the published code's numbers, and with an independent forward; refusals; files."""
-import inspect
 import json
 import math
 from dataclasses import dataclass
@@ -137,7 +136,6 @@ def test_samples_are_the_published_ones_by_a_loop(fixture, loaded):
     torch.testing.assert_close(samples, fixture["output.sde.samples"], **EXACT)
 
 
-@pytest.mark.skipif("noise" not in inspect.signature(sample).parameters, reason="no SDE sampler yet")
 def test_samples_are_the_published_ones_by_the_sampler(fixture, loaded):
     velocity = guided_velocity(loaded[0], fixture["input.y"])
     samples = sample(velocity, fixture["input.sde.x1"], steps=12, method="sde", noise=fixture["input.sde.noise"])
