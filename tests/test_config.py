@@ -6,9 +6,9 @@ from dataclasses import asdict, fields
 import pytest
 import torch
 
-from selfflow.config import (DENSITIES, OBJECTIVES, SCHEDULES, Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig,
-                             build_density, build_objective, build_schedule, differences)
+from selfflow.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig, differences
 from selfflow.flow import LogitNormal, Mixture, PlateauLogitNormal, Shifted, Uniform
+from selfflow.method import DENSITIES, OBJECTIVES, SCHEDULES, build_density, build_objective, build_schedule
 from selfflow.objective import REPA, SRA, FlowMatching, LayerSync, SelfFlow
 from selfflow.schedule import DiffusionForcing, DualTimestep, FullMasking, MultiTimestep, SingleLevel
 from selfflow.transformer import TransformerConfig
