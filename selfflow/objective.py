@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from .alignment import DISTANCES, Alignment, counted_tokens, mean_over, normalise
+from .alignment import DISTANCES, Alignment, average, counted_tokens, mean_over, normalise
 from .flow import by_shard, interpolate, velocity
 from .schedule import DualTimestep, NoiseLevels, SingleLevel
 from .transformer import Transformer, drop_labels
@@ -64,9 +64,9 @@ class Losses:
 
     def floats(self, diagnose: bool = False) -> dict[str, float]:
         "Numbers for a log: the losses, cosine and constant_cosine; with `diagnose` all that `Alignment.diagnosis` says."
-        found = {"total": self.total.item(), "flow_loss": self.flow_loss.item()}
+        found = {"total": average(self.total).item(), "flow_loss": average(self.flow_loss).item()}
         if self.alignment is not None:
-            found["rep_loss"] = self.rep_loss.item()
+            found["rep_loss"] = average(self.rep_loss).item()
             found |= self.alignment.diagnosis() if diagnose else self.alignment.means()
         return found
 

@@ -29,7 +29,7 @@ from .features import extract
 from .flow import keyed
 from .images import SPLITS, load
 from .run import Run
-from .training import start_state
+from .state import start_state
 from .transformer import Transformer
 
 # %% ../nbs/31_probing.ipynb #6c9c224a

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .batches import VALIDATION_LEVELS, validation_losses
 from .config import flatten
 from .plots import draw_images, draw_loss_by_level, draw_probe_grids, draw_training, to_png
 from .probing import ProbeGrid, probe_table, read_probes
 from .run import Run
-from .training import VALIDATION_LEVELS, validation_losses
 
 # %% ../nbs/42_report.ipynb #6a776f7f
 _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""<!doctype html>

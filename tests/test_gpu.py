@@ -11,7 +11,8 @@ from selfflow.config import ObjectiveConfig
 from selfflow.images import digits
 from selfflow.probing import probe_run
 from selfflow.run import Run
-from selfflow.training import train, validation_losses
+from selfflow.batches import validation_losses
+from selfflow.training import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

@@ -14,7 +14,7 @@ from selfflow.images import SPLITS, digits
 from selfflow.probing import (ProbeGrid, linear_probe, majority_accuracy, paired_difference, probe_baselines, probe_grid,
                               probe_pixels, probe_run, probe_table, proportion_interval, read_probes, untrained_network)
 from selfflow.schedule import NoiseLevels
-from selfflow.training import start_state
+from selfflow.state import start_state
 
 FEW = {"levels": (0.0, 0.5), "strengths": (0.1,)}
 

@@ -22,7 +22,7 @@ from selfflow.config import Config, DataConfig, ModelConfig, ObjectiveConfig, Tr
 from selfflow.probing import probe_baselines, probe_run
 from selfflow.report import Report, config_table, run_report, write_samples
 from selfflow.run import Run
-from selfflow.training import validation_tokens
+from selfflow.batches import validation_tokens
 
 def some(*shape):
     return np.random.default_rng(len(shape)).random(shape)

@@ -13,8 +13,9 @@ from selfflow.config import DataConfig, ModelConfig, ObjectiveConfig, TrainConfi
 from selfflow.flow import keyed
 from selfflow.images import ImageSet, digits
 from selfflow.schedule import NoiseLevels
-from selfflow.training import (batch_indices, compile_blocks, loss_by_level, shape_of, start_state, train, train_step,
-                               validation_losses, validation_tokens)
+from selfflow.batches import batch_indices, loss_by_level, patches_of, shape_of, validation_losses, validation_tokens
+from selfflow.state import compile_blocks, start_state, train_step
+from selfflow.training import train
 
 
 def parts_of(run):
@@ -139,7 +140,7 @@ def test_the_teacher_is_the_average_after_the_step():
     data, shape = digits("train")[:16], shape_of(TINY, digits("train"))
     state = start_state(TINY, shape, torch.device("cpu"))
     before = state.teacher.x_embedder.bias.clone()
-    tokens = selfflow.training.patches_of(data, 2).patchify(data.images)
+    tokens = patches_of(data, 2).patchify(data.images)
     train_step(state, TINY, tokens, data.labels)
     decay = 0.5 ** (1 / (TINY.training.ema_half_life * TINY.training.steps))
     torch.testing.assert_close(state.teacher.x_embedder.bias, decay * before + (1 - decay) * state.student.x_embedder.bias)

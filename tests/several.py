@@ -1,0 +1,51 @@
+"""What each of several processes does in test_processes: train the configs of a list in turn, and note what was raised.
+
+Called by torchrun: several.py TASKS.json. A task: config, folder, and optionally poison (the step whose data become infinite in
+the last process), stop (the step after which the last process gets a SIGTERM) or features (train REPA on made ones).
+"""
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from selfflow import training
+from selfflow.alignment import processes
+from selfflow.batches import Batches, validation_tokens
+from selfflow.config import Config
+
+torch.set_num_threads(1)
+
+
+def disturb(task: dict):
+    "Batches as they are, but for what the task asks for."
+    last, read = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1, Batches.__getitem__
+
+    def disturbed(self, step):
+        chosen, x0, labels = read(self, step)
+        if last and step + 1 == task.get("stop"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return chosen, torch.full_like(x0, torch.inf) if last and step == task.get("poison") else x0, labels
+    return disturbed
+
+
+def main(file: Path) -> None:
+    read = Batches.__getitem__
+    for task in json.loads(file.read_text()):
+        config, raised = Config.from_dict(task["config"]), None
+        tokens = validation_tokens(config, "train")[0]
+        Batches.__getitem__ = disturb(task)
+        try:
+            training.train(config, task["folder"], "cpu", torch.cat([tokens, -tokens], -1) if task.get("features") else None)
+        except (Exception, SystemExit) as error:
+            raised = f"{type(error).__name__}: {error}"
+        Batches.__getitem__ = read
+        report = Path(task["folder"]) / f"raised-{os.environ['RANK']}-of-{processes()}.json"
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(json.dumps(raised))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
