@@ -1,6 +1,6 @@
 """What each of several processes does in test_processes: train the configs of a list in turn, and note what was raised.
 
-Called by torchrun: several.py TASKS.json. A task: config, folder, and optionally poison (the step whose data become infinite in
+Called by torchrun: several.py TASKS.json. A task: config, folder, and optionally poison (the step whose data become huge in
 the last process), stop (the step after which the last process gets a SIGTERM) or features (train REPA on made ones).
 """
 import json
@@ -27,7 +27,7 @@ def disturb(task: dict):
         chosen, x0, labels = read(self, step)
         if last and step + 1 == task.get("stop"):
             os.kill(os.getpid(), signal.SIGTERM)
-        return chosen, torch.full_like(x0, torch.inf) if last and step == task.get("poison") else x0, labels
+        return chosen, x0 * 1e30 if last and step == task.get("poison") else x0, labels
     return disturbed
 
 
