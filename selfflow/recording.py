@@ -9,12 +9,14 @@ __all__ = ['TRACKERS', 'peak_memory', 'check_trackers', 'open_trackers', 'scalar
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import asdict
 
 import torch
 
 from .batches import VALIDATION_LEVELS
 from .config import flatten
+from .disk import not_written
 from .images import choose
 from .processes import Processes
 from .run import Run
@@ -93,8 +95,11 @@ class Recorder:
                       "steps_per_second": (step - self.step) / self.since, "data_wait": self.waited / self.since,
                       "peak_memory": peak_memory(self.processes.device), "device": str(self.processes.device),
                       "processes": self.processes.count}
-            for file, line in zip(self.files, (values, timing), strict=True):
-                file.write(json.dumps({"step": step, **line}) + "\n")
+            try:
+                for file, line in zip(self.files, (values, timing), strict=True):
+                    file.write(json.dumps({"step": step, **line}) + "\n")
+            except OSError as error:
+                raise not_written(f"The log of {self.run.path}", error, "What was saved before is whole.") from error
             for tracker in self.trackers:
                 tracker.log(scalars(values | timing), step=step)
         self.step, self.since, self.waited = step, 0.0, 0.0
@@ -109,6 +114,7 @@ class Recorder:
 
     def __exit__(self, *_):
         for file in self.files:
-            file.close()
+            with suppress(OSError):  # of a line that could not be written, which was said
+                file.close()
         for tracker in self.trackers:
             tracker.finish()

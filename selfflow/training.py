@@ -188,7 +188,7 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
     shards_of(config.training, processes.rank, processes.count)
     batches = Batches(tokens, data.labels, config, processes.rank, processes.count)
     fingerprints = {"train": data.fingerprint, "validation": validation.fingerprint}
-    fingerprints |= {"features": fingerprint} if fingerprint else {}
+    fingerprints |= {"features": fingerprint} if features is not None else {}
     run = Run(Path(folder) / config.name, config, shape, processes.device)
     with ExitStack() as stack:
         processes.lead(lambda: _open(run, fingerprints, stack))

@@ -170,7 +170,8 @@ def test_shards_are_divided_or_refused(shards, accumulate, processes):
 
 
 def test_accelerate_launches_too(tmp_path, one):
-    launcher = ("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+    launcher = ("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no",
+                "--dynamo_backend", "no",
                 "--num_cpu_threads_per_process", "1", "--num_processes")
     run = Run.open(start({"flow": TASKS["flow"]}, 2, tmp_path, launcher) / "flow/tiny")
     assert (run.timing["processes"] == 2).all()

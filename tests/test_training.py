@@ -1,4 +1,5 @@
 """The loop: falls, stays finite, resumes bit for bit, pairs its arms, refuses bad input before the first step."""
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -12,7 +13,8 @@ import selfflow.images
 from selfflow.config import DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from selfflow.flow import keyed
 from selfflow.images import ImageSet, digits
-from selfflow.schedule import NoiseLevels
+from selfflow.run import Run
+from selfflow.schedule import DualTimestep, NoiseLevels
 from selfflow.batches import batch_indices, loss_by_level, patches_of, shape_of, validation_losses, validation_tokens
 from selfflow.state import compile_blocks, start_state, train_step
 from selfflow.training import train
@@ -43,7 +45,7 @@ def test_both_objectives_fall_and_stay_finite(tmp_path):
             assert log.loc[validated, "effective_rank"].between(1, 16).all()
         assert log["flow_loss"].tail(10).mean() < 0.75 * log["flow_loss"].head(5).mean()
         assert log["validation_flow_loss"].dropna().is_monotonic_decreasing
-    assert log.columns.tolist() == ["step", "total", "flow_loss", "grad_norm", "validation_flow_loss"]
+    assert log.columns.tolist() == ["step", "total", "flow_loss", "grad_norm", "validation_flow_loss", "flow_loss_by_level"]
 
 
 @pytest.mark.parametrize("config", [TINY, VANILLA], ids=lambda c: c.name)
@@ -88,7 +90,7 @@ def test_every_objective_and_schedule_trains_and_resumes_bit_for_bit(tmp_path, n
     assert not torch.equal(start.student.blocks[0].attn.proj.weight, run.model.blocks[0].attn.proj.weight)
     shutil.copytree(run.path, tmp_path / "again/small")
     shutil.rmtree(tmp_path / "again/small/checkpoints/step-00000004")
-    if features is not None:  # as a tensor this time
+    if features is not None:  # as a tensor this time, which goes with a function: nobody can tell
         features = outside(validation_tokens(config, "train")[0])
     assert_same(run, train(config, tmp_path / "again", features=features))
 
@@ -171,11 +173,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
             raise_for.fill_(float("nan"))
         return real(count, batch, seed, step)
     raise_for = torch.zeros(1)
-    monkeypatch.setattr("selfflow.training.batch_indices", poisoned)
+    monkeypatch.setattr("selfflow.batches.batch_indices", poisoned)
     monkeypatch.setattr("selfflow.objective.velocity", lambda x0, x1: x1 - x0 + raise_for)
     with pytest.raises(FloatingPointError, match="step 6 is not finite.*What was saved before is whole"):
         train(TINY, tmp_path)
-    assert selfflow.run.Run.open(tmp_path / "tiny").latest().name == "step-00000004"
+    run = Run.open(tmp_path / "tiny")
+    assert run.latest().name == "step-00000004" and run.log["step"].tolist() == [1, 2, 3, 4, 5, 6] and run.writer() is None
+    found = json.loads((run.path / "not_finite.json").read_text())
+    samples = real(len(digits("train")), 16, TINY.seed, 6)
+    assert found["step"] == 6 and "step 6 is not finite" in found["message"] and found["samples"] == samples.tolist()
+    assert found["labels"] == digits("train").labels[samples].tolist()
+    drawn = [DualTimestep().sample(2, 16, keyed(TINY.seed, "levels", 6, shard)).per_token() for shard in range(8)]
+    assert found["levels"]["tokens"] == torch.cat(drawn).histc(20, 0, 1).tolist() and sum(found["levels"]["tokens"]) == 256
+    monkeypatch.undo()
+    assert_same(train(TINY, tmp_path / "whole"), train(TINY, tmp_path))
 
 
 def first_batch(config=TINY, count=16):
@@ -198,13 +209,13 @@ def test_every_step_draws_its_own_numbers():
     state, seen = start_state(TINY, shape_of(TINY, digits("train")), torch.device("cpu")), []
     real = state.objective.forward
     def watched(student, teacher, x0, labels, draw, features):
-        seen.append([draw(purpose).initial_seed() for purpose in ("noise", "levels", "label drop")])
+        seen.append([[shard(purpose).initial_seed() for shard in draw] for purpose in ("noise", "levels", "label drop")])
         return real(student, teacher, x0, labels, draw, features)
     state.objective.forward = watched
     for _ in range(3):
         train_step(state, TINY, *first_batch())
-    assert seen == [[keyed(TINY.seed, purpose, step).initial_seed() for purpose in ("noise", "levels", "label drop")]
-                    for step in range(3)]
+    assert seen == [[[keyed(TINY.seed, purpose, step, shard).initial_seed() for shard in range(8)]
+                     for purpose in ("noise", "levels", "label drop")] for step in range(3)]
 
 
 def test_steps_in_which_no_token_counts_go_on():

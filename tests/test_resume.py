@@ -1,0 +1,262 @@
+"""An interrupted run is the uninterrupted one, bit for bit: killed, stopped, asked, looked at, with any number of workers."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_training import assert_same
+
+from selfflow import training
+from selfflow.disk import NotWritten
+from selfflow.lock import RunInUse
+from selfflow.method import ObjectiveConfig
+from selfflow.probing import probe_run
+from selfflow.recording import Recorder
+from selfflow.run import Run
+from selfflow.training import Interrupt, train
+
+HERE = Path(__file__).parent
+GOLDEN = HERE / "fixtures/golden.json"
+
+
+def start(*args):
+    return subprocess.Popen([sys.executable, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_kill_at_random_moments_also_while_saving_loses_nothing(tmp_path):
+    config = replace(TINY, training=replace(TINY.training, steps=40, save_every=2, keep_last=2, keep_every=16, sample_every=7))
+    (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
+    program = start(HERE / "victims.py", tmp_path, tmp_path / "config.json", 0, 36)
+    said, problems = program.communicate(timeout=500)
+    assert program.returncode == 0, problems[-3000:]
+    found = json.loads(said)
+    assert sum(found["killed"].values()) >= 36 and found["killed"].get("saving", 0) >= 6, found
+    whole = train(config, tmp_path / "whole")
+    assert [p.name[-2:] for p in whole.checkpoints()] == ["16", "32", "38", "40"]
+    for number in range(found["runs"]):
+        run = Run.open(tmp_path / f"tiny-{number}")
+        assert_same(whole, run)
+        assert [p.name for p in run.checkpoints()] == [p.name for p in whole.checkpoints()]
+        assert [step for step, *_ in run.film()] == [7, 14, 21, 28, 35, 40]
+        assert all(torch.equal(a[1], b[1]) for a, b in zip(run.film(), whole.film(), strict=True))
+        assert run.timing["step"].tolist() == whole.log["step"].tolist() and run.timing["seconds"].is_monotonic_increasing
+        left = {p.name for p in (run.path / "checkpoints").iterdir()} - {p.name for p in run.checkpoints()}
+        assert not left and not list(run.path.rglob("*.tmp"))
+    print(found)
+
+
+class Stops:
+    "Asks a run to stop after given steps, by Run.asked."
+
+    def __init__(self, monkeypatch, steps, what="stop"):
+        self.steps, self.now, real = steps, 0, training.train_step
+        def counting(state, *args, **options):
+            self.now = state.step + 1
+            return real(state, *args, **options)
+        monkeypatch.setattr(training, "train_step", counting)
+        monkeypatch.setattr(Run, "asked", lambda run, asked: asked == what and self.now in self.steps)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.sets(st.integers(1, 12)), workers=st.sampled_from([0, 0, 2]))
+def test_stopped_at_any_steps_any_number_of_times(runs, tmp_path_factory, steps, workers):
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        Stops(patch, steps)
+        for step in sorted(steps - {12}):
+            assert train(TINY, folder, workers=workers).state()["step"] == step
+        final = train(TINY, folder, workers=workers)
+    assert_same(runs["tiny"], final)
+    assert train(TINY, folder).timing["step"].tolist() == list(range(1, 13))
+
+
+def test_two_resumes_within_one_epoch(tmp_path):
+    "An epoch of the digits is 67 steps of 16; the run is stopped after 20, 40 and 70 of 80."
+    config = replace(TINY, training=replace(TINY.training, steps=80, save_every=80, validate_every=40))
+    whole = train(config, tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        Stops(patch, {20, 40, 70})
+        assert [train(config, tmp_path).state()["step"] for _ in range(4)] == [20, 40, 70, 80]
+    assert_same(whole, Run.open(tmp_path / "tiny"))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_number_of_workers_changes_nothing(runs, tmp_path, workers):
+    torch.manual_seed(workers)
+    stream = torch.get_rng_state()
+    assert_same(runs["tiny"], train(TINY, tmp_path, workers=workers))
+    assert torch.equal(stream, torch.get_rng_state()), "nor does training touch the caller's random numbers"
+    with pytest.raises(ValueError, match="workers is -1"):
+        train(replace(TINY, name="none"), tmp_path, workers=-1)
+
+
+def test_sampling_validating_and_probing_in_the_middle_change_nothing(runs, tmp_path, monkeypatch):
+    config = replace(TINY, training=replace(TINY.training, sample_every=3, save_every=3))
+    Stops(monkeypatch, {5}, "sample")
+    real, looked = Run.prune, []
+    def looking(run):  # another program that looks at the run while it trains
+        seen = Run.open(run.path)
+        seen.sample(torch.tensor([1, 2]), steps=3, method="sde")
+        torch.manual_seed(len(looked))
+        probe_run(seen, levels=(0.5,), strengths=(0.1,))
+        looked.append(seen.state()["step"])
+        real(run)
+    monkeypatch.setattr(Run, "prune", looking)
+    run = train(config, tmp_path)
+    assert looked == [3, 6, 9, 12] and [step for step, *_ in run.film()] == [3, 5, 6, 9, 12]
+    assert_same(runs["tiny"], run)
+
+
+# interruption
+
+PROGRAM = """
+import sys, torch
+sys.path.insert(0, {here!r})
+from conftest import TINY
+from dataclasses import replace
+from selfflow.training import train
+train(replace(TINY, training=replace(TINY.training, steps=100000, save_every=100000)), {folder!r})
+print("came back")
+"""
+
+
+def wait_for(path, seconds=120):
+    end = time.monotonic() + seconds
+    while not (path.exists() and path.stat().st_size):
+        assert time.monotonic() < end, f"{path} never came"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("how, status", [("SIGINT", -signal.SIGINT), ("SIGTERM", 143), ("stop file", 0)])
+def test_an_interrupted_run_finishes_its_step_saves_and_says_how_to_go_on(tmp_path, how, status):
+    program = start("-c", PROGRAM.format(here=str(HERE), folder=str(tmp_path)))
+    wait_for(tmp_path / "tiny/log.jsonl")
+    wait_for(tmp_path / "tiny/writer.json")
+    with pytest.raises(RunInUse, match=f"{program.pid}"):
+        train(replace(TINY, training=replace(TINY.training, steps=100000, save_every=100000)), tmp_path)
+    if how == "stop file":
+        (tmp_path / "tiny/stop").touch()
+    else:
+        program.send_signal(getattr(signal, how))
+    said, problems = program.communicate(timeout=60)
+    assert program.returncode in (status, 130 if how == "SIGINT" else status), problems
+    run = Run.open(tmp_path / "tiny")
+    step, = re.findall(r"after step (\d+) of 100000, which is saved", said)
+    assert run.state()["step"] == int(step) == run.log["step"].max() and run.writer() is None
+    assert f"selfflow train --config {run.path}/config.json" in said and not (run.path / "stop").exists()
+    assert ("came back" in said) == (how == "stop file")
+
+
+def test_a_second_signal_does_not_wait():
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.signal is signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_training_in_another_thread_leaves_signals_alone(runs, tmp_path):
+    before, found = signal.getsignal(signal.SIGTERM), []
+    thread = threading.Thread(target=lambda: found.append(train(TINY, tmp_path)))
+    thread.start()
+    thread.join()
+    assert_same(runs["tiny"], found[0])
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_wish_from_before_the_run_is_not_granted(runs, tmp_path):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/stop").touch()
+    assert_same(runs["tiny"], train(TINY, tmp_path))
+
+
+# a disk that is full, other data
+
+def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(runs, tmp_path, monkeypatch):
+    real = Run.save
+    def full(run, step, tensors, state):
+        if step == 8:
+            monkeypatch.setattr("selfflow.disk.save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        return real(run, step, tensors, state)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", full)
+        with pytest.raises(NotWritten, match="step 8 .*could not be written.*step-00000004") as raised:
+            train(TINY, tmp_path)
+        assert raised.value.errno == 28
+    monkeypatch.undo()
+    assert Run.open(tmp_path / "tiny").state()["step"] == 4 and not list((tmp_path / "tiny/checkpoints").glob(".*"))
+    assert_same(runs["tiny"], train(TINY, tmp_path))
+
+
+def test_a_log_that_cannot_be_written_ends_the_run(runs, tmp_path):
+    real = Recorder.write
+    def write(recorder, step, values):
+        if step == 7:
+            for file in recorder.files:
+                os.dup2(os.open("/dev/full", os.O_WRONLY), file.fileno())
+        real(recorder, step, values)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "write", write)
+        with pytest.raises(NotWritten, match="log.*No space left.*What was saved before is whole.*Make room"):
+            train(TINY, tmp_path)
+    run = Run.open(tmp_path / "tiny")
+    assert run.state()["step"] == 4 and run.log["step"].tolist() == [1, 2, 3, 4, 5, 6] and run.writer() is None
+    assert_same(runs["tiny"], train(TINY, tmp_path))
+
+
+def test_data_that_changed_since_the_run_began_are_refused(tmp_path, monkeypatch):
+    from selfflow.images import DATASETS, ImageSet
+    config = replace(TINY, objective=ObjectiveConfig("flow_matching"))
+    run = train(config, tmp_path)
+    before, digits = run.log_path.read_text(), DATASETS["digits"]
+    def changed(split):
+        data = digits(split)
+        labels = data.labels.clone()
+        labels[0] = (labels[0] + 1) % 10
+        return ImageSet(data.images, labels, data.names) if split == "train" else data
+    monkeypatch.setitem(DATASETS, "digits", changed)
+    with pytest.raises(ValueError, match=r"data.*train"):
+        train(config, tmp_path)
+    assert run.log_path.read_text() == before
+
+
+# as ever
+
+GOLD = replace(TINY, name="golden", training=replace(TINY.training, steps=30, validate_every=10, save_every=30))
+
+
+def test_the_golden_curve(tmp_path):
+    "Losses of a tiny run, recorded: what changes them must be meant. Made by `python tests/test_resume.py`."
+    expected, log = json.loads(GOLDEN.read_text()), train(GOLD, tmp_path).log
+    for name, values in expected.items():
+        assert log[name].dropna().tolist() == pytest.approx(values, rel=1e-3), name
+    assert len(expected["flow_loss"]) == 30 and log["flow_loss"].iloc[-1] < 0.8 * log["flow_loss"].iloc[0]
+
+
+def test_memory_does_not_grow_with_steps(tmp_path):
+    config = replace(TINY, training=replace(TINY.training, steps=400, save_every=50, validate_every=50, sample_every=50))
+    train(config, tmp_path)
+    peaks = Run.open(tmp_path / "tiny").timing.set_index("step")["peak_memory"]
+    assert peaks[400] - peaks[100] < 8 * 2**20, "bytes that 300 steps have added"
+
+
+if __name__ == "__main__":
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        log = train(GOLD, folder).log
+    names = ("total", "flow_loss", "rep_loss", "cosine", "grad_norm", "validation_flow_loss", "effective_rank")
+    GOLDEN.write_text(json.dumps({name: log[name].dropna().round(7).tolist() for name in names}, indent=1) + "\n")

@@ -1,0 +1,71 @@
+"""Trains a run in children that are killed at random moments until one comes to the end: for test_resume.
+
+victims.py FOLDER CONFIG.json SEED KILLS: prints what the children were doing when they were killed, as JSON {doing: times}. At
+least KILLS children are killed: a run that is finished earlier is made anew under the next number.
+"""
+import collections
+import json
+import mmap
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from selfflow import recording, run, training
+from selfflow.config import Config
+
+torch.set_num_threads(1)
+DOING = ("starting", "training", "saving", "logging", "pruning", "drawing")
+shared = mmap.mmap(-1, 1)  # which of these the child is at
+
+
+def told(name, function):
+    def telling(*args, **options):
+        before = shared[0]
+        shared[0] = DOING.index(name)
+        try:
+            return function(*args, **options)
+        finally:
+            shared[0] = before
+    return telling
+
+
+training.train_step = told("training", training.train_step)
+recording.Recorder.write = told("logging", recording.Recorder.write)
+for method, name in (("save", "saving"), ("prune", "pruning"), ("save_film", "drawing")):
+    setattr(run.Run, method, told(name, getattr(run.Run, method)))
+
+
+def main(folder: Path, config: Config, seed: int, kills: int) -> None:
+    chance, killed = random.Random(seed), collections.Counter()
+    number, lives = 0, 0
+    while killed.total() < kills or lives:
+        child = os.fork()
+        if not child:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            os.dup2(os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+            training.train(replace(config, name=f"{config.name}-{number}"), folder, "cpu")
+            os._exit(0)
+        shared[0], patience = 0, chance.uniform(0.02, 0.6)
+        began, wanted = time.monotonic(), chance.choice((None, "saving", "saving", "pruning", "logging"))
+        while time.monotonic() - began < patience or wanted and shared[0] != DOING.index(wanted):
+            if os.waitpid(child, os.WNOHANG)[0]:
+                number, lives = number + 1, 0  # it came to the end
+                break
+            if wanted is None:
+                time.sleep(0.001)
+        else:
+            os.kill(child, signal.SIGKILL)
+            killed[DOING[shared[0]]] += 1
+            os.waitpid(child, 0)
+            lives += 1
+    print(json.dumps({"killed": killed, "runs": number}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Config.from_dict(json.loads(Path(sys.argv[2]).read_text())), *map(int, sys.argv[3:]))
