@@ -519,6 +519,19 @@ def test_the_lock_is_let_go_after_an_error(tmp_path):
         assert run.writer()
 
 
+def test_those_who_ask_for_the_writer_do_not_see_each_other(tmp_path):
+    run, seen = saved(tmp_path / "tiny"), []
+    with run.locked():
+        left = (run.path / "writer.json").read_text()
+    (run.path / "writer.json").write_text(left)  # as a kill leaves it
+    threads = [threading.Thread(target=lambda: seen.extend(writer_of(run.path) for _ in range(300))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [None] * 1200
+
+
 def test_who_asks_for_the_writer_disturbs_nobody(tmp_path):
     run, done, seen = saved(tmp_path / "tiny"), threading.Event(), []
     def look():
