@@ -47,6 +47,21 @@ def test_bad_data_is_refused(change, error, words):
         ImageSet(**GOOD | change)
 
 
+def test_a_fingerprint_follows_from_the_content_alone():
+    assert [digits(split).fingerprint for split in SPLITS] == ["0baa8e8e02dd480c", "6151c9834bad1fcd", "bda2c20757b08fb3"]
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(4, 2, 3, 5, generator=generator), torch.tensor([0, 1, 1, 0])
+    one = ImageSet(images, labels, ("a", "b"))
+    same = ImageSet(images.transpose(2, 3).contiguous().transpose(2, 3), labels.clone(), ("a", "b"))
+    assert one.fingerprint == same.fingerprint and not same.images.is_contiguous() and len(one[:4].fingerprint) == 16
+    changed = images.clone()
+    changed[3, 1, 2, 4] += 1e-6
+    others = [ImageSet(changed, labels, ("a", "b")), ImageSet(images, labels.flip(0) ^ 1, ("a", "b")),
+              ImageSet(images, labels, ("a", "c")), ImageSet(images, labels, ("a", "b", "c")), one[:3], one[[1, 0, 2, 3]],
+              ImageSet(images.reshape(4, 2, 5, 3), labels, ("a", "b"))]
+    assert len({one.fingerprint, *(other.fingerprint for other in others)}) == 1 + len(others)
+
+
 def test_unknown_names_name_their_neighbour():
     with pytest.raises(ValueError, match="unknown data set 'digit'; known are digits. Did you mean 'digits'"):
         load("digit")

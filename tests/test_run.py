@@ -2,16 +2,21 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY
 
-from selfflow.checkpoint import check_checkpoint
+from selfflow.checkpoint import FORMAT, FREE, check_checkpoint, migrate
+from selfflow.config import TrainConfig
 from selfflow.flow import keyed
+from selfflow.lock import RunInUse, sole_writer
 from selfflow.run import Run
 from selfflow.sampling import guided_velocity, sample
 from selfflow.training import train
+
+FIRST = Path(__file__).parent / "fixtures/runs/format-1"  # written by the first version
 
 
 @pytest.fixture
@@ -45,12 +50,17 @@ def damage(kind, file):
         file.write_bytes(content[:-7])
     elif kind == "empty":
         file.write_bytes(b"")
+    elif kind == "longer":
+        file.write_bytes(content + b"\n")
+    elif kind == "of another step":
+        shutil.copy(file.parent.with_name("step-00000004") / file.name, file)
     else:
         file.unlink()
 
 
-@pytest.mark.parametrize("kind", ["flipped bit", "truncated", "empty", "missing"])
-@pytest.mark.parametrize("name", ["model.safetensors", "teacher.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("kind", ["flipped bit", "truncated", "empty", "missing", "longer", "of another step"])
+@pytest.mark.parametrize("name", ["model.safetensors", "teacher.safetensors", "objective.safetensors", "optimizer.safetensors",
+                                  "state.json"])
 def test_a_damaged_checkpoint_is_skipped_and_said(run, capsys, kind, name):
     damage(kind, run.path / "checkpoints/step-00000012" / name)
     assert run.latest().name == "step-00000008"
@@ -65,13 +75,6 @@ def test_training_goes_on_from_the_newest_whole_checkpoint(run, runs):
     for part in ("model", "teacher", "objective", "optimizer"):
         expected, actual = runs["tiny"].load(part), again.load(part)
         assert expected.keys() == actual.keys() and all(torch.equal(expected[k], actual[k]) for k in expected)
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"model.safetensors": 3}', "{not json"])
-def test_a_strange_manifest_never_passes(run, content):
-    path = run.path / "checkpoints/step-00000012"
-    (path / "manifest.json").write_text(content)
-    assert check_checkpoint(path) is not None and run.latest().name == "step-00000008"
 
 
 def test_a_teacher_that_is_missing_is_an_error_and_no_silent_fall_back(run):
@@ -96,9 +99,15 @@ def test_when_no_checkpoint_is_whole_training_does_not_start_over_by_itself(run)
 
 
 def test_another_config_does_not_enter_the_folder(run):
-    with pytest.raises(ValueError, match=r"another config:\n  seed: 0 in the folder, 1 asked for\n.*another name"):
+    before = (run.path / "config.json").read_bytes()
+    (run.path.parent / "tiny-2").mkdir()
+    asked = replace(TINY, seed=1, training=replace(TINY.training, keep_last=9))
+    with pytest.raises(ValueError, match=r"another config:\n  seed: 0 in the folder, 1 asked for\n"
+                                         r"Give this run another name \(tiny-3 is free\), or remove the folder."):
+        Run.create(run.path, asked, run.transformer)
+    with pytest.raises(ValueError, match="seed: 0 in the folder, 1 asked for"):
         train(replace(TINY, seed=1), run.path.parent)
-    assert steps_of(run)[-1] == "step-00000012" and len(run.log) == 12
+    assert steps_of(run)[-1] == "step-00000012" and len(run.log) == 12 and (run.path / "config.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("change, words", [
@@ -135,11 +144,14 @@ def test_a_run_looks_at_one_checkpoint_until_it_is_opened_again(run):
     assert not torch.equal(early.teacher.x_embedder.weight, later.teacher.x_embedder.weight)
 
 
-def test_a_format_from_the_future_is_refused(run):
+@pytest.mark.parametrize("number", [0, 3, 99, -1, "1", "2", None, [1], {}, 1.5])
+def test_a_format_that_is_not_known_is_refused(run, number):
     stored = json.loads((run.path / "config.json").read_text())
-    (run.path / "config.json").write_text(json.dumps({**stored, "format": 99}))
-    with pytest.raises(ValueError, match="format 99"):
-        Run.open(run.path)
+    (run.path / "config.json").write_text(json.dumps({**stored, "format": number}))
+    for opening in (lambda: Run.open(run.path), lambda: Run.create(run.path, TINY, run.transformer)):
+        with pytest.raises(ValueError) as error:
+            opening()
+        assert f"has format {number!r}, but this version reads formats 1 to {FORMAT}" in str(error.value)
 
 
 def test_no_run_no_checkpoint(tmp_path, run):
@@ -162,6 +174,201 @@ def test_an_unfinished_line_of_the_log_is_cut(run):
         file.write('{"step": 13, "flow')
     run.cut_log(8)
     assert run.log["step"].tolist() == list(range(1, 9))
+
+
+# formats
+
+@pytest.fixture
+def first(tmp_path):
+    "A copy of the run that the first version wrote."
+    shutil.copytree(FIRST, tmp_path / "format-1")
+    return tmp_path / "format-1"
+
+
+def test_a_run_of_the_first_version_opens_as_it_is(first):
+    before = {path: path.read_bytes() for path in first.rglob("*.*") if path.is_file()}
+    run = Run.open(first)
+    stored = json.loads((first / "config.json").read_text())
+    assert stored["format"] == 1 and "shards" not in stored["config"]["training"]
+    assert run.config.training.shards == 1 and run.config.training.keep_last == TrainConfig().keep_last and run.data == {}
+    assert run.state()["step"] == 4 and run.state()["format"] == 1 and len(run.log) == 8 and run.timing.empty and run.film() == []
+    for model in (run.model, run.teacher):
+        assert model.config == run.transformer and sum(p.numel() for p in model.parameters()) > 5000
+    assert run.sample(torch.tensor([3, 7]), 2).isfinite().all() and run.writer() is None
+    assert before == {path: path.read_bytes() for path in first.rglob("*.*") if path.is_file()}, "opening changes nothing"
+
+
+def test_a_run_of_the_first_version_resumes_to_the_same_losses(first):
+    whole = Run.open(FIRST).log
+    run = train(Run.open(first).config, first.parent)
+    assert run.state()["step"] == 8 and run.state()["format"] == FORMAT and check_checkpoint(run.latest()) is None
+    stored = json.loads((first / "config.json").read_text())
+    assert stored["format"] == FORMAT and stored["config"]["training"]["shards"] == 1 and "data" in stored
+    assert Run.open(first).config == run.config
+    assert run.log_path.read_text().splitlines()[:4] == (FIRST / "log.jsonl").read_text().splitlines()[:4], "what was there stays"
+    for name in ("total", "flow_loss", "rep_loss", "grad_norm"):
+        assert run.log["step"].tolist() == list(range(1, 9))
+        assert run.log[name].tolist() == pytest.approx(whole[name].tolist(), rel=1e-5), name
+    assert run.log["validation_flow_loss"].iloc[7] == pytest.approx(whole["validation_flow_loss"].iloc[7], rel=1e-5)
+
+
+def test_another_number_of_shards_is_another_run(first):
+    config = Run.open(first).config
+    with pytest.raises(ValueError, match="training.shards: 1 in the folder, 8 asked for"):
+        Run.create(first, replace(config, training=replace(config.training, shards=8)), Run.open(first).transformer)
+    assert json.loads((first / "config.json").read_text())["format"] == 1, "who is refused changes nothing"
+
+
+def test_migration_keeps_what_is_there():
+    stored = json.loads((FIRST / "config.json").read_text())
+    new = migrate(stored)
+    assert new["format"] == FORMAT and new["data"] == {} and migrate(new) == new
+    assert {**new["config"]["training"], "shards": None} == {**stored["config"]["training"], "shards": None}
+    assert new["transformer"] == stored["transformer"] and stored["format"] == 1
+
+
+OLD = {"config": {"name", "seed", "data", "model", "objective", "training"}, "data": {"name", "patch"},
+       "model": {"width", "depth", "heads", "mlp_ratio"},
+       "objective": {"name", "density", "mask_ratio", "student_layer", "teacher_layer", "rep_weight", "label_drop"},
+       "training": {"steps", "batch", "lr", "weight_decay", "clip", "ema_half_life", "precision", "log_every", "validate_every",
+                    "save_every"}}
+OLD_TRANSFORMER = {"channels", "grid", "width", "depth", "heads", "mlp_ratio", "classes"}
+
+
+def test_a_config_from_before_there_were_so_many_choices_opens(run):
+    stored = json.loads((run.path / "config.json").read_text())
+    for part in ("data", "model", "objective", "training"):
+        assert OLD[part] <= set(stored["config"][part])
+        stored["config"][part] = {name: stored["config"][part][name] for name in OLD[part]}
+    assert OLD["config"] == set(stored["config"])
+    stored = {"format": 1, "config": stored["config"], "transformer": {n: stored["transformer"][n] for n in OLD_TRANSFORMER}}
+    (run.path / "config.json").write_text(json.dumps(stored))
+    opened = Run.open(run.path)
+    assert opened.config == replace(TINY, training=replace(TINY.training, shards=1))
+    assert opened.transformer == run.transformer and opened.teacher.config == run.transformer
+
+
+# going on
+
+OTHER = {"save_every": 7, "keep_last": 1, "keep_every": 8, "sample_every": 3, "parallel": "fsdp", "checkpointing": True}
+
+
+@pytest.mark.parametrize("name", sorted(OTHER))
+def test_what_does_not_change_the_result_may_change_on_the_way(run, capsys, name):
+    assert {f"training.{name}" for name in OTHER} == FREE
+    asked = replace(TINY, training=replace(TINY.training, **{name: OTHER[name]}))
+    again = Run.create(run.path, asked, run.transformer)
+    before = getattr(TINY.training, name)
+    assert capsys.readouterr().out == f"training.{name}: {before} -> {OTHER[name]} from here on\n"
+    assert again.config == asked == Run.open(run.path).config and again.state()["step"] == 12
+    Run.create(run.path, asked, run.transformer)
+    assert not capsys.readouterr().out
+
+
+def test_all_that_may_change_at_once_and_nothing_while_another_trains(run, capsys):
+    asked = replace(TINY, training=replace(TINY.training, **OTHER))
+    before = (run.path / "config.json").read_bytes()
+    with run.locked():
+        assert Run.create(run.path, TINY, run.transformer).config == TINY, "nothing is to be written"
+        with pytest.raises(RunInUse):
+            Run.create(run.path, asked, run.transformer)
+        assert (run.path / "config.json").read_bytes() == before and not capsys.readouterr().out
+    assert Run.create(run.path, asked, run.transformer).config == asked
+    assert len(capsys.readouterr().out.splitlines()) == len(OTHER)
+
+
+A, B = "a" * 16, "b" * 16
+
+
+@pytest.mark.parametrize("there, asked, words", [
+    ({"train": A, "validation": A}, {"train": B, "validation": A}, [f"data.train: '{A}' in the folder, '{B}' asked for"]),
+    ({"train": A, "validation": A}, {"train": B, "validation": B}, ["data.train", "data.validation"]),
+    ({"train": A}, {"train": A, "features": B}, [f"data.features: 'nothing' in the folder, '{B}' asked for"]),
+    ({"train": A, "features": B}, {"train": A}, [f"data.features: '{B}' in the folder, 'nothing' asked for"]),
+])
+def test_other_data_do_not_enter_the_folder(tmp_path, run, there, asked, words):
+    Run.create(tmp_path / "new", TINY, run.transformer, data=there)
+    before = (tmp_path / "new/config.json").read_bytes()
+    with pytest.raises(ValueError, match="(?s)new holds a run with other data:\n.*\nGive this run another name .new-2") as error:
+        Run.create(tmp_path / "new", TINY, run.transformer, data=asked)
+    assert all(word in str(error.value) for word in words) and (tmp_path / "new/config.json").read_bytes() == before
+    with pytest.raises(ValueError, match="another config and other data:\n  seed: 0 .*\n  data"):
+        Run.create(tmp_path / "new", replace(TINY, seed=1), run.transformer, data=asked)
+
+
+@pytest.mark.parametrize("there, asked, then", [
+    ({"train": A}, {"train": A}, {"train": A}), ({"train": A}, None, {"train": A}), ({}, {"train": A}, {"train": A}),
+    ({"train": A, "features": None}, {"train": A, "features": B}, {"train": A, "features": B}),
+    ({"train": A, "features": B}, {"train": A, "features": None}, {"train": A, "features": B}),
+    ({"train": A, "features": None}, None, {"train": A, "features": None}),
+])
+def test_data_that_agree_and_what_was_not_known_is_added(tmp_path, run, there, asked, then):
+    Run.create(tmp_path / "new", TINY, run.transformer, data=there)
+    assert Run.create(tmp_path / "new", TINY, run.transformer, data=asked).data == then == Run.open(tmp_path / "new").data
+
+
+def test_a_folder_without_its_config_is_not_taken_for_a_new_run(run):
+    (run.path / "config.json").unlink()
+    with pytest.raises(ValueError, match="has checkpoints or a log, but no config.json. Put it back, .*tiny-2 is free"):
+        Run.create(run.path, TINY, run.transformer)
+    assert not (run.path / "config.json").exists() and run.writer() is None and len(steps_of(run)) == 3
+
+
+def test_a_folder_that_a_kill_left_empty_is_a_new_run(tmp_path, run):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/.config.json-0123abcd").write_text("{")
+    new = Run.create(tmp_path / "new", TINY, run.transformer)
+    assert Run.open(new.path).config == TINY
+    with new.locked():
+        new.clear_staging()
+    assert {path.name for path in new.path.iterdir()} == {"config.json", "lock"}
+
+
+def test_a_new_run_that_another_makes_at_the_same_moment(tmp_path, run, monkeypatch):
+    def first_the_other(folder):
+        monkeypatch.undo()
+        Run.create(folder, replace(TINY, seed=5), run.transformer)
+        return sole_writer(folder)
+    monkeypatch.setattr("selfflow.run.sole_writer", first_the_other)
+    with pytest.raises(ValueError, match="seed: 5 in the folder, 0 asked for"):
+        Run.create(tmp_path / "new", TINY, run.transformer)
+
+
+# requests and film
+
+def test_requests_are_asked_for_and_answered(run):
+    for what in ("stop", "sample"):
+        assert not run.asked(what)
+        run.ask(what)
+        run.ask(what)
+        assert Run.open(run.path).asked(what) and (run.path / what).read_bytes() == b""
+        run.answered(what)
+        run.answered(what)
+        assert not run.asked(what)
+    for request in (run.ask, run.asked, run.answered):
+        with pytest.raises(ValueError, match="unknown request 'stpo'; known are stop, sample. Did you mean 'stop'"):
+            request("stpo")
+
+
+def test_the_film_strip_is_read_back_in_order_and_bears_damage(runs, tmp_path, capsys):
+    run = Run.create(tmp_path / "new", TINY, runs["tiny"].transformer)
+    assert run.film() == [] and not (run.path / "samples").exists()
+    pictures = {step: torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(step)) for step in (500, 250, 1000)}
+    for step, images in pictures.items():
+        assert run.save_film(step, images.double(), torch.tensor([1, 2, step % 7])).name == f"step-{step:08d}.safetensors"
+    for step, images, labels in run.film():
+        assert torch.equal(images, pictures[step]) and images.dtype == torch.float32 and labels.tolist() == [1, 2, step % 7]
+    assert [step for step, *_ in run.film()] == [250, 500, 1000]
+    run.save_film(250, pictures[500], torch.tensor([1, 2, 3]))
+    assert torch.equal(run.film()[0][1], pictures[500]), "again, for the same step"
+    place = run.path / "samples/film"
+    (place / "step-00000500.safetensors").write_bytes(b"no tensors")
+    (place / "step-best.safetensors").write_bytes(b"nobody's")
+    (place / ".tmpAbc").write_bytes(b"left by a kill")
+    assert [step for step, *_ in run.film()] == [step for step, *_ in run.film()] == [250, 1000]
+    assert capsys.readouterr().out.count("skipped") == 1, "said once"
+    run.clear_staging()
+    assert not (place / ".tmpAbc").exists() and [step for step, *_ in run.film()] == [250, 1000]
 
 
 # samples
@@ -222,3 +429,14 @@ def test_guidance_needs_a_model_that_knows_the_null_label(run):
         with pytest.raises(ValueError, match=f"cfg_scale is {cfg_scale}, but this run was trained with label_drop 0"):
             never.sample(labels, 2, cfg_scale=cfg_scale)
     assert torch.equal(never.sample(labels, 2), run.sample(labels, 2))
+
+
+def test_samples_of_a_model_that_is_given(runs, tmp_path):
+    run, labels = runs["tiny"], torch.tensor([1, 2, 3])
+    assert torch.equal(run.sample(labels, 3, model=run.teacher), run.sample(labels, 3))
+    expected = run.sample(labels, 3, cfg_scale=2.0, model=run.model)
+    assert (expected - run.sample(labels, 3, cfg_scale=2.0)).abs().max() > 1e-3
+    new = Run.create(tmp_path / "new", TINY, run.transformer)
+    assert torch.equal(new.sample(labels, 3, cfg_scale=2.0, model=run.model), expected), "no checkpoint is needed"
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint yet"):
+        new.sample(labels, 3)
