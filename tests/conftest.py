@@ -1,4 +1,5 @@
 """Shared by the tests: one tiny pair of runs, trained once."""
+import socket
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,16 @@ torch.set_num_threads(1)
 TINY = Config(name="tiny", model=ModelConfig(width=16, depth=4, heads=2),
               training=TrainConfig(steps=12, batch=16, log_every=1, validate_every=6, save_every=4))
 VANILLA = replace(TINY, name="vanilla", objective=ObjectiveConfig("flow_matching"))
+
+
+@pytest.fixture(autouse=True)
+def no_connection_leaves_this_machine(monkeypatch):
+    real = socket.socket.connect
+    def connect(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise AssertionError(f"a test wants to connect to {address}")
+        return real(self, address)
+    monkeypatch.setattr(socket.socket, "connect", connect)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -176,6 +177,23 @@ def test_accelerate_launches_too(tmp_path, one):
     run = Run.open(start({"flow": TASKS["flow"]}, 2, tmp_path, launcher) / "flow/tiny")
     assert (run.timing["processes"] == 2).all()
     assert_close(run, one("flow"))
+
+
+def test_two_nodes_by_the_commands_of_the_notebook(tmp_path, one):
+    "Two torchruns that find each other, one process each, as on two machines that share a file system."
+    config, _ = TASKS["flow"]
+    (tmp_path / "tasks.json").write_text(json.dumps([{"config": asdict(config), "folder": str(tmp_path / "flow")}]))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
+               "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "tiny", str(SEVERAL), str(tmp_path / "tasks.json")]
+    nodes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+             for _ in range(2)]
+    said = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert raised(tmp_path / "flow") == [None, None]
+    assert_close(Run.open(tmp_path / "flow/tiny"), one("flow"))
 
 
 def test_a_notebook_starts_processes_and_follows_them(tmp_path, one, capsys):

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -232,6 +233,43 @@ def test_data_that_changed_since_the_run_began_are_refused(tmp_path, monkeypatch
     with pytest.raises(ValueError, match=r"data.*train"):
         train(config, tmp_path)
     assert run.log_path.read_text() == before
+
+
+# connections and trackers
+
+def test_training_opens_no_socket_at_all(runs, tmp_path, monkeypatch):
+    real = socket.socket.__init__
+    def refused(self, family=socket.AF_INET, *args, **options):
+        if family != socket.AF_UNIX:  # by which workers of a loader hand over their tensors
+            raise AssertionError("training wants a socket")
+        real(self, family, *args, **options)
+    monkeypatch.setattr(socket.socket, "__init__", refused)
+    with pytest.raises(AssertionError, match="wants a socket"):
+        socket.socket()
+    assert_same(runs["tiny"], train(TINY, tmp_path, workers=1))
+
+
+def test_a_tracker_is_told_what_the_log_says_when_it_is_asked_for(runs, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run = train(TINY, tmp_path, track=("tensorboard",))
+    assert_same(runs["tiny"], run)
+    folder, = {path.parent for path in (run.path / "tensorboard").rglob("events.*") if path.parent.name == "tiny"}
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    told = {event.step: event.value for event in events.Scalars("flow_loss")}
+    assert told == pytest.approx(dict(zip(run.log["step"], run.log["flow_loss"], strict=True)), rel=1e-6)
+    levels = run.log["flow_loss_by_level"].dropna().iloc[-1]
+    assert events.Scalars("flow_loss_by_level/0.95")[-1].value == pytest.approx(levels[-1], rel=1e-6)
+    assert {"steps_per_second", "data_wait"} <= set(events.Tags()["scalars"]) and not list(runs["tiny"].path.rglob("events.*"))
+
+
+@pytest.mark.parametrize("name, words", [("tensorbord", "Did you mean 'tensorboard'"),
+                                         ("mlflow", "mlflow is not installed.*selfflow")])
+def test_trackers_that_are_not_there_are_refused_first(tmp_path, monkeypatch, name, words):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(ValueError, match=words):
+        train(TINY, tmp_path, track=(name,))
+    assert not list(tmp_path.iterdir())
 
 
 # as ever
