@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['interpolate', 'velocity', 'Density', 'Uniform', 'LogitNormal', 'PlateauLogitNormal', 'check_shares', 'draw_index',
-           'Mixture', 'shift', 'Shifted', 'keyed']
+           'Mixture', 'shift', 'Shifted', 'keyed', 'by_shard']
 
 # %% ../nbs/00_flow.ipynb #99c1f5cb
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -224,3 +225,16 @@ def keyed(seed: int, purpose: str, step: int = 0, shard: int = 0, device: str | 
     """
     digest = hashlib.blake2b(f"{seed}/{purpose}/{step}/{shard}".encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little", signed=True))
+
+
+def by_shard(draw, purpose: str, batch, function: Callable) -> list:
+    """function(shard of the batch, its generator) for each shard, in order.
+
+    draw: a function from a purpose to a generator, or a list of such, one for each equal part of the batch. Who holds which
+    shards then makes no difference: a batch gives the same numbers in one process or in several.
+    Raises ValueError for a batch that cannot be divided into equal parts.
+    """
+    draws = draw if isinstance(draw, list) else [draw]
+    if len(batch) % len(draws):
+        raise ValueError(f"{len(batch)} samples cannot be divided into {len(draws)} shards of one size")
+    return [function(part, one(purpose)) for part, one in zip(batch.chunk(len(draws)), draws, strict=True)]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .alignment import DISTANCES, Alignment, counted_tokens, mean_over, normalise
-from .flow import interpolate, velocity
+from .flow import by_shard, interpolate, velocity
 from .schedule import DualTimestep, NoiseLevels, SingleLevel
 from .transformer import Transformer, drop_labels
 
@@ -34,12 +34,11 @@ class Noised(NamedTuple):
 def add_noise(x0: Tensor, labels: Tensor, null_label: int, schedule, label_drop: float, draw) -> Noised:
     """Clean tokens noised at levels drawn from `schedule`, with some labels dropped.
 
-    x0: (b, n, c); labels: (b,) int64; draw: a function from a purpose ("noise", "levels", "label drop") to a generator.
+    x0: (b, n, c); labels: (b,) int64; draw: from a purpose ("noise", "levels", "label drop") to a generator, see `by_shard`.
     """
-    generator = draw("noise")
-    x1 = torch.randn(x0.shape, generator=generator, device=generator.device).to(x0)
-    levels = schedule.sample(*x0.shape[:2], draw("levels")).to(x0.device)
-    condition = drop_labels(labels, null_label, label_drop, draw("label drop"))
+    x1 = torch.cat(by_shard(draw, "noise", x0, lambda x, g: torch.randn(x.shape, generator=g, device=g.device))).to(x0)
+    levels = NoiseLevels.cat(by_shard(draw, "levels", x0, lambda x, g: schedule.sample(*x.shape[:2], g))).to(x0.device)
+    condition = torch.cat(by_shard(draw, "label drop", labels, lambda y, g: drop_labels(y, null_label, label_drop, g)))
     return Noised(interpolate(x0, x1, levels.per_token()), x1, levels, condition)
 
 # %% ../nbs/06_objective.ipynb #2fe2ee9e
@@ -208,8 +207,9 @@ class SRA(SelfFlow):
 
     def teacher_levels(self, levels: NoiseLevels, draw) -> NoiseLevels:
         "The cleanest level of each sample minus a number below `offset`."
-        generator, clean = draw("teacher level"), levels.cleanest()
-        lower = torch.rand(len(clean.levels), 1, generator=generator, device=generator.device).to(clean.levels)
+        clean = levels.cleanest()
+        lower = torch.cat(by_shard(draw, "teacher level", clean.levels, lambda t, g: torch.rand(len(t), 1, generator=g,
+                                                                                                device=g.device))).to(clean.levels)
         first = (clean.levels[:, :1] - self.offset * lower).clamp(min=0)
         return NoiseLevels(torch.cat([first, clean.levels[:, 1:]], 1), clean.assign, clean.condition)
 

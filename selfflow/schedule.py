@@ -81,6 +81,11 @@ class NoiseLevels:
         "Which tokens are a condition: (b, n) bool."
         return self.assign >= self.k - self.condition
 
+    @classmethod
+    def cat(cls, parts: list["NoiseLevels"]) -> "NoiseLevels":
+        "The levels of several batches that come one after the other; all have the same k and condition."
+        return cls(torch.cat([p.levels for p in parts]), torch.cat([p.assign for p in parts]), parts[0].condition)
+
     def to(self, device) -> "NoiseLevels":
         "The same levels on another device."
         return NoiseLevels(self.levels.to(device), self.assign.to(device), self.condition)
