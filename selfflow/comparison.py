@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .benchmark import count_flops
-from .checkpoint import check_checkpoint, step_of
+from .checkpoint import check_checkpoint
 from .config import Config, flatten
+from .disk import step_of
 from .flow import keyed
 from .images import choose
 from .layers import Groups
