@@ -205,10 +205,10 @@ def draw_runs(curves: dict, xlabel: str, ylabel: str, units=((1, ""),)) -> Pictu
     figure = Picture(figsize=(6, 2.9), layout="constrained")
     axis = figure.subplots()
     for (name, (x, y)), style in zip(curves.items(), _styles(), strict=False):
-        mean = smooth(y, len(y) // 15 if len(y) >= 45 else 1)
+        middle, mean = (smooth(values, len(y) // 15 if len(y) >= 45 else 1) for values in (x / size, y))  # of the same window
         axis.plot(x / size, y, color=style["color"], linewidth=0.5, alpha=0.3)
-        axis.plot(x / size, mean, marker="" if len(y) > 25 else ".", **style)
-        ends[name] = (x[-1] / size, mean[-1], style["color"])
+        axis.plot(middle, mean, marker="" if len(y) > 25 else ".", **style)
+        ends[name] = (middle[-1], mean[-1], style["color"])
     axis.set(xlabel=f"{xlabel}, {unit}" if unit else xlabel, ylabel=ylabel, xlim=(0, None))
     axis.spines[["top", "right"]].set_visible(False)
     _name_ends(axis, dict(sorted(ends.items(), key=lambda end: end[1][1])))
