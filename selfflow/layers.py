@@ -105,7 +105,7 @@ def collect(values: Tensor, tokens: TokenMap | None, k: int) -> Tensor:
 def _product_dtype(x: Tensor) -> torch.dtype:
     "What a matrix product makes of x: under autocast its lower precision."
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _token_map(rows, onehot):
@@ -125,7 +125,7 @@ class _ModulatedNorm(torch.autograd.Function):
     def backward(ctx, gradient):
         x, mean, rstd, scale, *tokens = ctx.saved_tensors
         tokens = _token_map(*tokens)
-        with torch.autocast(x.device.type, enabled=False):  # sums over many tokens stay in the precision of x
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # long sums stay in the precision of x
             g, k = gradient.to(x.dtype), scale.shape[1]
             g_shift = collect(g, tokens, k).to(scale.dtype)
             g_scale = collect((x - mean).mul_(rstd).mul_(g), tokens, k).to(scale.dtype)
@@ -155,7 +155,7 @@ class _GatedAdd(torch.autograd.Function):
     def backward(ctx, g):
         branch, gate, *tokens = ctx.saved_tensors
         tokens = _token_map(*tokens)
-        with torch.autocast(g.device.type, enabled=False):
+        with torch.autocast("cpu" if g.is_meta else g.device.type, enabled=False):
             g_gate = collect(branch.to(g.dtype) * g, tokens, gate.shape[1]).to(gate.dtype)
             g_branch = (spread(gate.to(g.dtype), tokens) * g).to(branch.dtype)
         return g, g_branch, g_gate, None, None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'Picture', 'to_png', 'draw_images', 'draw_maps', 'draw_views', 'draw_curves', 'smooth', 'draw_training',
-           'mean_interval', 'draw_loss_by_level', 'draw_probe_grids']
+           'mean_interval', 'draw_loss_by_level', 'draw_runs', 'draw_probe_grids']
 
 # %% ../nbs/40_plots.ipynb #4db3a358
 import io
@@ -21,7 +21,7 @@ class Picture(Figure):
     "A matplotlib Figure that a notebook shows without pyplot."
 
     def _repr_png_(self) -> bytes:
-        return to_png(self, dpi=90, colours=128)
+        return to_png(self, dpi=90, colours=64)
 
 
 def to_png(figure: Figure, dpi: int = 100, colours: int | None = None) -> bytes:
@@ -50,8 +50,7 @@ def _array(values) -> np.ndarray:
 
 def _panels(count: int, columns: int, size: float, extra: float = 0.0, titles: bool = False):
     "A figure with `count` square panels of `size` inches without ticks, `columns` to a row, and its axes."
-    columns = min(columns, count)
-    rows = math.ceil(count / columns)
+    columns, rows = min(columns, count), math.ceil(count / min(columns, count))
     figure = Picture(figsize=(size * columns + extra, (size + 0.27 * titles) * rows), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.025, h_pad=0.03)
     axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
@@ -70,8 +69,7 @@ def draw_images(images, titles=None, columns: int = 10, limits=(-1, 1), size: fl
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images have shape {images.shape}, expected (n, 1 or 3, h, w)")
     figure, axes = _panels(len(images), columns, size, titles=titles is not None)
-    low, high = limits
-    shown = ((images - low) / (high - low)).clip(0, 1).transpose(0, 2, 3, 1)
+    shown = ((images - limits[0]) / (limits[1] - limits[0])).clip(0, 1).transpose(0, 2, 3, 1)
     for index, image in enumerate(shown):
         axes[index].imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
         if titles is not None:
@@ -97,10 +95,9 @@ def draw_views(images, levels, student, teacher) -> Picture:
     images, student, teacher: (n, c, h, w) with values about [-1, 1]; levels: (n, rows, columns), 1 = noise.
     """
     rows = {"image": images, "levels": levels, "student sees": student, "teacher sees": teacher}
-    count = len(images)
-    figure = Picture(figsize=(1.0 * count + 1.6, 4.2), layout="constrained")
+    figure = Picture(figsize=(len(images) + 1.9, 4.2), layout="compressed")
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01)
-    axes = figure.subplots(4, count, squeeze=False)
+    axes = figure.subplots(4, len(images), squeeze=False)
     for (name, values), line in zip(rows.items(), axes, strict=True):
         for axis, value in zip(line, _array(values), strict=True):
             axis.set(xticks=[], yticks=[])
@@ -116,7 +113,7 @@ def draw_views(images, levels, student, teacher) -> Picture:
 # %% ../nbs/40_plots.ipynb #8f763650
 def draw_curves(curves: dict, x, xlabel: str, ylabel: str, title: str = "", log: bool = False) -> Picture:
     "Named curves over one x; each is an array, or three: middle, low and high, drawn as a line in a band."
-    figure = Picture(figsize=(4.8, 2.8), layout="constrained")
+    figure = Picture(figsize=(4.4, 2.6), layout="constrained")
     _curves(figure.subplots(), curves, x, xlabel, ylabel, title, log)
     return figure
 
@@ -137,13 +134,12 @@ def smooth(values, window: int) -> np.ndarray:
     values = _array(values).astype(float)
     total = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - window)
-    return (total[ends] - total[starts]) / (ends - starts)
+    return (total[ends] - total[np.maximum(0, ends - window)]) / np.minimum(ends, window)
 
 # %% ../nbs/40_plots.ipynb #fee69c7c
 def draw_training(logs: dict) -> Picture:
     "Flow loss of the runs in `logs` {name: table with step and flow_loss}, and the cosine where a run has one."
-    figure = Picture(figsize=(9, 2.9), layout="constrained")
+    figure = Picture(figsize=(8, 2.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for (name, log), style in zip(logs.items(), _styles(), strict=False):
         if "flow_loss" not in log:  # nothing was logged yet
@@ -166,8 +162,7 @@ def draw_training(logs: dict) -> Picture:
 def mean_interval(values, axis: int = -1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "The mean of values and its 95 % interval by the normal approximation: (mean, low, high)."
     values = _array(values)
-    mean = values.mean(axis)
-    half = 1.96 * values.std(axis, ddof=1) / math.sqrt(values.shape[axis])
+    mean, half = values.mean(axis), 1.96 * values.std(axis, ddof=1) / math.sqrt(values.shape[axis])
     return mean, mean - half, mean + half
 
 
@@ -177,7 +172,7 @@ def draw_loss_by_level(levels, losses: dict) -> Picture:
     levels: (l,); losses: {name: (l, samples)} on the same samples and noise.
     """
     first, *others = losses
-    figure = Picture(figsize=(9 if others else 4.8, 2.9), layout="constrained")
+    figure = Picture(figsize=(8 if others else 4.4, 2.6), layout="constrained")
     left, *rest = figure.subplots(1, 2 if others else 1, squeeze=False)[0]
     _curves(left, {name: mean_interval(values) for name, values in losses.items()}, levels,
             "level t (0 data, 1 noise)", "flow loss (validation)")
@@ -195,6 +190,40 @@ def _differences(right, levels, losses, first, others):
     right.set(xlabel="level t (0 data, 1 noise)", ylabel=f"difference to {first}", title="below zero: better")
     right.spines[["top", "right"]].set_visible(False)
     right.legend(frameon=False)
+
+# %% ../nbs/40_plots.ipynb #4dab6059
+def draw_runs(curves: dict, xlabel: str, ylabel: str, units=((1, ""),)) -> Picture:
+    """Curves {name: (x, y)}, each with its name at its end. Raises ValueError where there is nothing to draw.
+
+    units: (size, name) of units of x, smallest first; taken is the largest of which there are 2 or more.
+    """
+    curves = {name: (_array(x), _array(y)) for name, (x, y) in curves.items() if len(x)}
+    if not curves:
+        raise ValueError("there is no curve to draw: nothing was logged yet")
+    furthest, ends = max(x[-1] for x, _ in curves.values()), {}
+    size, unit = [units[0], *(pair for pair in units if 2 * pair[0] <= furthest)][-1]
+    figure = Picture(figsize=(6, 2.9), layout="constrained")
+    axis = figure.subplots()
+    for (name, (x, y)), style in zip(curves.items(), _styles(), strict=False):
+        middle, mean = (smooth(values, len(y) // 15 if len(y) >= 45 else 1) for values in (x / size, y))  # of the same window
+        axis.plot(x / size, y, color=style["color"], linewidth=0.5, alpha=0.3)
+        axis.plot(middle, mean, marker="" if len(y) > 25 else ".", **style)
+        ends[name] = (middle[-1], mean[-1], style["color"])
+    axis.set(xlabel=f"{xlabel}, {unit}" if unit else xlabel, ylabel=ylabel, xlim=(0, None))
+    axis.spines[["top", "right"]].set_visible(False)
+    _name_ends(axis, dict(sorted(ends.items(), key=lambda end: end[1][1])))
+    return figure
+
+
+def _name_ends(axis, ends: dict):
+    "Names {name: (x, y, colour)} at the right border, in the order of y and not over each other."
+    stairs = min(0.075, 1 / len(ends)) * np.arange(len(ends))
+    wanted = np.interp([y for _, y, _ in ends.values()], axis.get_ylim(), (0, 1))
+    heights = np.minimum(np.maximum.accumulate(wanted - stairs) + stairs, 1 - stairs[::-1])  # up from the last, down from the top
+    for (name, (x, y, colour)), height in zip(ends.items(), heights, strict=True):
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "linestyle": ":", "relpos": (0, 0.5)}
+        axis.annotate(name, (x, y), (1.03, height), textcoords="axes fraction", color=colour, va="center", fontsize=9,
+                      annotation_clip=False, arrowprops=leader)
 
 # %% ../nbs/40_plots.ipynb #c41cab9f
 def _heatmap(axis, values, texts, layers, levels, title, bold=None, **colours):

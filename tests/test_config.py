@@ -1,17 +1,33 @@
 """Configs: there and back, and what they refuse."""
+import inspect
 import json
 import math
-from dataclasses import asdict, fields
+import re
+from dataclasses import asdict, fields, is_dataclass, replace
 
 import pytest
 import torch
 
-from selfflow.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig, differences
+from selfflow.config import (
+    PRESET_FIELDS,
+    PRESETS,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    TrainConfig,
+    differences,
+    draft,
+    flatten,
+    half_life,
+    nested,
+    overlaid,
+)
 from selfflow.flow import LogitNormal, Mixture, PlateauLogitNormal, Shifted, Uniform
 from selfflow.method import DENSITIES, OBJECTIVES, SCHEDULES, build_density, build_objective, build_schedule
-from selfflow.objective import REPA, SRA, FlowMatching, LayerSync, SelfFlow
+from selfflow.objective import REPA, SRA, FlowMatching, LayerSync, SelfFlow, ema_decay
 from selfflow.schedule import DiffusionForcing, DualTimestep, FullMasking, MultiTimestep, SingleLevel
-from selfflow.transformer import TransformerConfig
+from selfflow.transformer import SIZES, TransformerConfig
 
 
 def test_json_and_back():
@@ -47,6 +63,7 @@ def test_json_and_back():
     ({"name": "../x"}, "no name for a run"), ({"name": "a/b"}, "no name"), ({"name": ""}, "no name"),
     ({"name": ".."}, "no name"),
     ({"name": "a\\b"}, "no name"),
+    ({"model": {"size": "S", "width": 512}}, "width is 512, but size S has 384; take model.size own"),
     ({"model": {"size": "M"}}, "unknown size .*'M'; known are own, S, B, L, XL"),
     ({"model": {"positions": "rope"}}, "unknown positions"), ({"model": {"mlp": "swigly"}}, "Did you mean 'swiglu'"),
     ({"model": {"modulation": "token"}}, "unknown modulation"), ({"model": {"qk_norm": 1}}, "qk_norm is 1, expected bool"),
@@ -209,3 +226,68 @@ def test_configs_are_plain_values():
         assert part() == part() and hash(part()) == hash(part())
         with pytest.raises(AttributeError):
             setattr(part(), fields(part)[0].name, 1)
+
+
+def test_presets_are_the_published_settings():
+    published = {name: PRESETS[name] for name in SIZES}
+    for name, preset in published.items():
+        model, training, objective = preset.model, preset.training, preset.objective
+        assert (model.width, model.depth, model.heads) == SIZES[name] and model.mlp_ratio == 4 and preset.data.patch == 2
+        numbers = (training.lr, training.weight_decay, training.batch, training.clip, training.precision)
+        assert numbers == (1e-4, 0, 256, 1, "bf16")
+        assert (objective.name, objective.mask_ratio, objective.rep_weight) == ("self_flow", 0.25, 0.8)
+        assert ema_decay(training.ema_half_life * training.steps) == pytest.approx(0.9999, abs=1e-12)
+    assert published["XL"].training.steps == 4_000_000
+    layers = build_objective(PRESETS["XL"].objective, PRESETS["XL"].model.transformer(16, (16, 16), 1000))
+    assert (layers.student_layer, layers.teacher_layer) == (8, 20)
+    assert PRESETS["digits"] == Config() and list(PRESETS) == ["digits", "digits-small", *SIZES]
+
+
+def test_presets_differ_from_the_default_only_where_the_table_says():
+    for name, preset in PRESETS.items():
+        found = differences(asdict(Config()), asdict(preset))
+        assert found.keys() <= {"name", *PRESET_FIELDS} and preset.name == name
+        assert Config.from_dict(preset.explicit()) == preset == Config.from_dict(json.loads(json.dumps(asdict(preset))))
+
+
+def test_a_half_life_is_what_its_name_says():
+    decay = ema_decay(half_life(0.9999, 4e6) * 4e6)
+    assert decay ** (half_life(0.9999, 4e6) * 4e6) == pytest.approx(0.5) and decay == pytest.approx(0.9999, abs=1e-12)
+
+
+@pytest.mark.parametrize("values", [
+    {}, {"objective": {"name": "repa", "student_layer": 3}}, {"model": {"size": "B"}}, {"training": {"batch": 100}},
+    {"seed": 3, "data": {"patch": 4}}, {"training": {"accumulate": 16}},
+    {"objective": {"rep_tokens": "masked", "near": 0.2}, "name": "x"}, {"model": {"width": 64, "heads": 8}},
+])
+def test_what_is_explicit_in_a_config_is_what_was_given(values):
+    config = Config.from_dict(values)
+    assert config.explicit() == values
+    assert Config.from_dict(config.explicit()) == config
+
+
+def test_settings_lie_over_each_other():
+    below = {"name": "a", "training": {"lr": 1.0, "steps": 3}}
+    assert overlaid(below, {"training": {"lr": 2.0}, "seed": 1}) == {"name": "a", "training": {"lr": 2.0, "steps": 3}, "seed": 1}
+    assert below == {"name": "a", "training": {"lr": 1.0, "steps": 3}}, "nothing is changed in place"
+    values = asdict(Config())
+    assert nested(flatten(values)) == values
+
+
+def test_a_draft_leaves_open_what_follows_from_the_rest():
+    start = draft({"training": {"batch": 24}, "model": {"size": "S"}})
+    assert start.training.shards is None and start.objective.rep_weight is None and start.model.width == ModelConfig().width
+    finished = replace(start, objective=replace(start.objective, name="repa"), model=replace(start.model, size="B"))
+    assert finished.objective.rep_weight == 0.5 and finished.model.width == 768
+    assert {f.name for f in fields(start)} == set(vars(start)), "every field is there"
+    with pytest.raises(ValueError, match="unknown field in training 'lerning_rate'"):
+        draft({"training": {"lerning_rate": 1}})
+    with pytest.raises(ValueError, match="outside"):
+        draft({"objective": {"mask_ratio": 0.9}})
+
+
+def test_every_field_says_what_it_is():
+    for part in (Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig):
+        said = dict(re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(part), re.M))
+        wanted = {f.name for f in fields(part) if not is_dataclass(f.default_factory)}
+        assert wanted and wanted == {name for name, text in said.items() if len(text) > 4}, part

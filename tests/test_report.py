@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from safetensors.torch import load_file, save_file
 
 from selfflow import plots
@@ -36,6 +37,7 @@ FIGURES = {
     "views": lambda: plots.draw_views(some(2, 1, 8, 8), some(2, 4, 4), *some(2, 2, 3, 8, 8)),
     "one view": lambda: plots.draw_views(some(1, 1, 8, 8), some(1, 4, 4), *some(2, 1, 1, 8, 8)),
     "curves": lambda: plots.draw_curves({"a": some(5), "b": (some(5),) * 3}, range(5), "x", "y", log=True),
+    "runs": lambda: plots.draw_runs({"a": (np.arange(60), some(60)), "b": (np.arange(3), some(3)), "none": ((), ())}, "x", "y"),
     "training": lambda: plots.draw_training({"a": LOG, "b": {**LOG, "cosine": some(9), "constant_cosine": some(9)}}),
     "loss by level": lambda: plots.draw_loss_by_level([0.1, 0.9], {"a": some(2, 30), "b": some(2, 30)}),
     "loss of one run": lambda: plots.draw_loss_by_level([0.1, 0.9], {"a": some(2, 30)}),
@@ -70,6 +72,31 @@ def test_many_curves_are_all_drawn_and_all_different():
     assert len(lines) == 12 == len({(line.get_color(), line.get_linestyle()) for line in lines})
     logs = {f"run {i}": LOG for i in range(7)} | {"empty": {"step": []}}
     assert len(plots.draw_training(logs | {"none": pd.DataFrame()}).axes[0].lines) == 7
+
+
+@pytest.mark.parametrize("furthest, label, factor", [(150, "time, min", 60), (119, "time, s", 1), (7200, "time, h", 3600),
+                                                     (0.5, "time, s", 1)])
+def test_curves_of_runs_are_drawn_in_the_largest_unit_that_serves(furthest, label, factor):
+    x, y = np.linspace(furthest / 10, furthest, 10), some(10)
+    figure = plots.draw_runs({"a": (x, y)}, "time", "y", ((1, "s"), (60, "min"), (3600, "h")))
+    assert figure.axes[0].get_xlabel() == label
+    np.testing.assert_allclose(figure.axes[0].lines[-1].get_xydata(), np.stack([x / factor, y], 1))
+
+
+def test_a_running_mean_does_not_lag_and_names_do_not_overlap():
+    x = np.arange(1, 101.0)
+    curves = {f"run {i}": (x, 2 * x + 0.1 * i) for i in range(8)} | {"low": (x[:50], x[:50])}
+    figure = plots.draw_runs(curves, "step", "y")
+    axis = figure.axes[0]
+    for line in axis.lines[1:16:2]:  # the thick ones
+        gaps = line.get_ydata() - 2 * line.get_xdata()
+        np.testing.assert_allclose(gaps, gaps[0], atol=1e-9)
+    assert [text.get_text() for text in axis.texts] == ["low", *(f"run {i}" for i in range(8))], "in the order of the ends"
+    figure.canvas.draw()
+    boxes = [Text.get_window_extent(text) for text in axis.texts]  # without the line to the end of the curve
+    assert all(low.y0 < high.y0 and not low.overlaps(high) for low, high in zip(boxes, boxes[1:], strict=False))
+    with pytest.raises(ValueError, match="no curve to draw"):
+        plots.draw_runs({"a": ((), ())}, "x", "y")
 
 
 def test_the_interval_of_a_mean():

@@ -1,0 +1,211 @@
+"""The command line: where settings come from, how mistakes are answered, how it ends."""
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from selfflow import cli, options
+from selfflow.cli import COMMANDS, main
+from selfflow.config import PRESETS, Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig, differences, flatten
+from selfflow.options import read_command, read_settings, starting_point
+from selfflow.run import Run
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def config_of():
+    "From the options of `selfflow train` to the config that it would train with."
+    return lambda *args: read_command(COMMANDS, ["train", *args], config=starting_point(["train", *args])).keywords["config"]
+
+
+# settings
+
+def test_without_options_the_default_is_trained(config_of):
+    assert config_of() == Config() == config_of("--preset", "digits")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_what_their_table_says(config_of, name):
+    assert config_of("--preset", name) == PRESETS[name] == config_of(f"--preset={name}")
+
+
+def test_options_lie_over_a_preset(config_of):
+    config = config_of("--training.batch", "100", "--preset", "S", "--name", "mine", "--objective.name", "layer_sync")
+    assert differences(asdict(PRESETS["S"]), asdict(config)) == {
+        "name": ("S", "mine"), "training.batch": (256, 100), "training.shards": (8, 4),
+        "objective.name": ("self_flow", "layer_sync"), "objective.rep_weight": (0.8, 0.2)}
+    assert config_of("--preset", "S", "--model.size", "B").model.width == 768, "a size sets its own width"
+
+
+def test_the_config_of_a_run_is_trained_again(config_of, runs):
+    file = str(runs["tiny"].path / "config.json")
+    assert config_of("--config", file) == runs["tiny"].config
+    again = config_of("--config", file, "--name", "again", "--seed", "3")
+    assert again == replace(TINY, name="again", seed=3)
+    assert config_of("--config", file, "--objective.name", "repa").objective.rep_weight == 0.5, "what follows is not fixed"
+
+
+def test_a_run_of_an_old_format_is_trained_as_it_was(config_of):
+    config = config_of("--config", str(ROOT / "tests/fixtures/runs/format-1/config.json"))
+    assert config == Run.open(ROOT / "tests/fixtures/runs/format-1", "cpu").config and config.training.shards == 1
+
+
+def test_a_plain_file_lies_between_preset_and_options(config_of, tmp_path):
+    file = tmp_path / "settings.json"
+    file.write_text('{"training": {"batch": 12, "lr": 0.5}, "name": "of-the-file"}')
+    config = config_of("--preset", "S", "--config", str(file), "--training.lr", "0.25")
+    assert (config.model.size, config.training.batch, config.training.lr, config.name) == ("S", 12, 0.25, "of-the-file")
+    assert config.training.shards == 4 and config_of("--config", str(file)).model == ModelConfig()
+    assert read_settings(file) == (json.loads(file.read_text()), False)
+
+
+@pytest.mark.parametrize("content, words", [
+    ("{", "cannot be used: "), ("[]", "it holds no settings by name"), ('{"trainin": {}}', "Did you mean 'training'"),
+    ('{"training": {"step": 3}}', "unknown field in training 'step'.*Did you mean 'steps'"),
+    ('{"objective": {"mask_ratio": 0.9}}', "outside"), ('{"training": {"steps": "3"}}', "expected int"),
+    ('{"format": 99, "config": {}}', "format 99"),
+    ('{"format": 1, "config": {"nam": "x", "training": {}}}', "Did you mean 'name'"),
+    ('{"format": 1, "config": []}', "cannot be used"), ('{"training": 3}', "expected its fields"),
+])
+def test_config_files_that_cannot_be_used_are_refused(tmp_path, capsys, content, words):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--config", str(tmp_path / "x.json")])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and re.search(words, said) and said.count("\n") == 1
+
+
+def test_a_preset_has_no_say_over_a_whole_run(runs, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--preset", "S", "--config", str(runs["tiny"].path / "config.json")])
+    assert "preset S would change nothing" in capsys.readouterr().err
+
+
+# mistakes
+
+@pytest.mark.parametrize("line, words", [
+    ("train --objective.mask-ration 0.1", "unknown option --objective.mask-ration; did you mean --objective.mask-ratio?"),
+    ("train --objektive.name x", "did you mean --objective.name?"),
+    ("train --mask_ratio=0.1", "did you mean --objective.mask-ratio?"),
+    ("train --preset digit", "unknown preset 'digit'; known are digits, .* Did you mean 'digits'"),
+    ("train --confg x", "did you mean --config?"), ("train --training.steps many", "invalid literal for int.* 'many'"),
+    ("train --training.steps", "Missing value for argument '--training.steps'"),
+    ("trian", "unknown command 'trian'.*Did you mean 'train'"),
+    ("sample --stepz 5 x", "unknown option --stepz; did you mean --steps?"), ("sample", "Missing from selfflow sample: PATH"),
+    ("train over there", "Unrecognized options: over, there"), ("train --preset", "Missing value for argument '--preset'"),
+    ("", "Expected one of"), ("--hlep", "did you mean --help?"),
+    ("train --xyzxyz 1", "unknown option --xyzxyz .selfflow train --help"),
+    ("train --objective.name selfflow", "unknown objective .*Did you mean 'self_flow'"),
+    ("train --config nowhere.json", "there is no config file nowhere.json"),
+    ("train --preset S --model.width 512", "width is 512, but size S has 384"), ("runs nowhere", "there is no folder nowhere"),
+])
+@pytest.mark.parametrize("drawing", ["utf-8", "ascii"])
+def test_mistakes_are_answered_in_a_line(monkeypatch, capfd, line, words, drawing):
+    from tyro import _fmtlib
+    monkeypatch.setattr(_fmtlib, "_should_use_utf8_drawing_chars", lambda: drawing == "utf-8")
+    with pytest.raises(SystemExit) as stop:
+        main(line.split())
+    shown, said = capfd.readouterr()
+    assert stop.value.code == 2 and re.search(words.replace("?", r"\?"), said) and not shown
+    assert said.startswith("selfflow: ") and said.count("\n") == 1 and "tyro" not in said and len(said) < 250
+
+
+def test_a_box_in_colours_is_read_as_well():
+    box = ("\x1b[31m╭─\x1b[0m Title ─────────╮\n\x1b[31m│\x1b[0m What is \x1b[1mwrong\x1b[0m │\n│ here.   │\n"
+           "│ ─────────── │\n│ More. │\n╰────╯")
+    assert options._first_words(box) == "What is wrong here." and options._first_words("no box") == "no box"
+
+
+# help
+
+def test_help_names_every_field_its_meaning_and_the_default_of_the_preset(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = {}
+    for preset in ("digits", "S"):
+        with pytest.raises(SystemExit) as stop:
+            main(["train", "--preset", preset, "--help"])
+        assert stop.value.code == 0
+        text = " ".join(re.sub(r"[│─╭╮╰╯]", " ", capsys.readouterr().out).split())
+        shown[preset] = {part.split()[0].strip("-,"): part for part in re.split(r" (?=--[\w.]+)(?<!, )", text)[1:]}
+    meant = {}
+    for prefix, part in {"": Config, "data.": DataConfig, "model.": ModelConfig, "objective.": ObjectiveConfig,
+                         "training.": TrainConfig}.items():
+        comments = re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(part), re.M)
+        meant |= {prefix + name: text for name, text in comments}
+    assert meant.keys() == flatten(asdict(Config())).keys()
+    follows = {"model.width", "model.depth", "model.heads", "training.shards", "objective.rep_weight"}
+    for name, value in flatten(asdict(PRESETS["S"])).items():
+        said = shown["S"][name.replace("_", "-")]
+        assert meant[name] in said, f"{name} is not explained"
+        assert f"(default: {value})" in said or name in follows, f"{name}: {said}"
+    assert shown["digits"]["training.lr"].count("(default: 0.002)") == 1
+
+
+def test_every_command_explains_its_options(capsys):
+    for command, function in COMMANDS.items():
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        said = capsys.readouterr().out
+        documented = dict(re.findall(r"^ +(\w+): (.+)", inspect.getdoc(function).partition("Args:")[2], re.M))
+        assert sorted(documented) == sorted(inspect.signature(function).parameters)
+        text = " ".join(re.sub(r"[│─╭╮╰╯]", " ", said).split())
+        assert all(words in text for name, words in documented.items() if name != "config"), command
+
+
+# how it ends
+
+@pytest.mark.parametrize("error, code, words", [
+    (KeyboardInterrupt(), 130, "interrupted. Nothing was lost; the same command goes on from here."), (SystemExit(143), 143, ""),
+    (OSError("the disk is full"), 2, "selfflow: the disk is full"), (FloatingPointError("not finite"), 2, "selfflow: not finite"),
+    (RuntimeError("out of memory"), 2, "out of memory"),
+])
+def test_how_training_ended_is_told_by_the_exit_status(monkeypatch, capsys, error, code, words):
+    def stopped(*args, **options):
+        raise error
+    monkeypatch.setattr(cli, "train_run", stopped)
+    with pytest.raises(SystemExit) as stop:
+        main(["train"])
+    assert stop.value.code == code and words in capsys.readouterr().err
+
+
+def test_interrupting_another_command_promises_nothing(monkeypatch, capsys):
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(cli, "find_runs", stopped)
+    with pytest.raises(SystemExit) as stop:
+        main(["runs"])
+    assert stop.value.code == 130 and capsys.readouterr().err == "\nselfflow: interrupted.\n"
+
+
+def test_an_unknown_error_shows_where_it_comes_from(monkeypatch):
+    monkeypatch.setattr(cli, "train_run", lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["train"])
+    monkeypatch.setenv("SELFFLOW_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="preset"):
+        main(["train", "--preset", "M"])
+
+
+def test_the_module_is_the_command_and_nothing_happens_on_import(tmp_path):
+    def call(*args):
+        return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=tmp_path,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+    found = call("-m", "selfflow.cli", "train", "--preset", "M")
+    assert found.returncode == 2 and found.stderr.startswith("selfflow: unknown preset 'M'")
+    assert call("-m", "selfflow.cli", "--help").returncode == 0
+    source = (ROOT / "selfflow/cli.py").read_text()
+    in_a_notebook = "__name__ = '__main__'; exec(compile(open('guard.py').read(), 'cell', 'exec')); print('not called')"
+    guard = source[source.index('if __name__ == "__main__"'):]
+    (tmp_path / "guard.py").write_text("from pathlib import Path\ndef main(): raise SystemExit(9)\n" + guard)
+    found = call("-c", in_a_notebook)
+    assert found.returncode == 0 and found.stdout == "not called\n"
+    (tmp_path / "cli.py").write_text((tmp_path / "guard.py").read_text())
+    assert call("cli.py").returncode == 9, "the guard itself works"
