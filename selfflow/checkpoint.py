@@ -174,26 +174,21 @@ def migrate(stored: dict) -> dict:
 FREE = {f"training.{name}" for name in ("save_every", "keep_last", "keep_every", "sample_every", "parallel", "checkpointing")}
 
 
-def _changed_data(there: dict, asked: dict) -> dict[str, tuple]:
-    if not there or not asked:
-        return {}
-    pairs = {name: (there.get(name, "nothing"), asked.get(name, "nothing")) for name in {**there, **asked}}
-    return {f"data.{name}": pair for name, pair in pairs.items() if pair[0] != pair[1] and None not in pair}
-
-
 def agree(path: Path, there: dict, asked: dict) -> dict[str, tuple]:
     """The fields that change from here on, {name: (before, after)}, when a run is gone on with as `asked`; all of them are free.
 
-    there, asked: config.json, as it is and as it would be. Fingerprints of data must be equal too: one that only one side has
-    is a difference; None could not be told and goes with all, and a side that has none at all is not compared.
+    there, asked: config.json, as it is and as it would be. Fingerprints of data that both have must be equal too. One that only
+    one has could not be told by the other: an older version took none, and features that a function makes have none.
     Raises ValueError with the differences and a free name.
     """
     found = differences(*({**stored["config"], "transformer": stored["transformer"]} for stored in (there, asked)))
     other = {name: pair for name, pair in found.items() if name not in FREE}
-    changed = _changed_data(there["data"], asked["data"])
+    changed = {f"data.{name}": (there["data"][name], value) for name, value in asked["data"].items()
+               if there["data"].get(name, value) != value}
     if other or changed:
         what = " and ".join(["another config"] * bool(other) + ["other data"] * bool(changed))
         lines = [f"  {name}: {a!r} in the folder, {b!r} asked for" for name, (a, b) in (other | changed).items()]
         remedy = f"Give this run another name ({free_name(path)} is free), or remove the folder."
+        remedy += " With the data as they were it goes on." if changed and not other else ""
         raise ValueError("\n".join([f"{path} holds a run with {what}:", *lines, remedy]))
     return found

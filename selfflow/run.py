@@ -45,17 +45,17 @@ class Run:
     "A run folder: config, log (a table), checkpoints, and the models in the newest whole one, on a device."
 
     def __init__(self, path: Path, config: Config, transformer: TransformerConfig, device: torch.device,
-                 data: dict[str, str | None] | None = None):
+                 data: dict[str, str] | None = None):
         self.path, self.config, self.transformer, self.device, self.data = path, config, transformer, device, data or {}
         self.log_path, self.timing_path = path / "log.jsonl", path / "timing.jsonl"  # one JSON object per line
         self._saved = None  # the checkpoint that this object wrote last
 
     @classmethod
     def create(cls, path: Path | str, config: Config, transformer: TransformerConfig, device: str | torch.device = "auto",
-               data: dict[str, str | None] | None = None) -> "Run":
+               data: dict[str, str] | None = None) -> "Run":
         """A new run, or the one that stands there, with what may change (`checkpoint.FREE`) as asked for; each change is printed.
 
-        data: fingerprints by name, {"train": ..., "validation": ...}; None for one that cannot be told, and goes with all.
+        data: fingerprints by name, {"train": ..., "validation": ...}, as far as they can be told.
         Raises ValueError with the differences when the folder has another config or data; where config.json is to be written,
         RunInUse when another process trains the run and NotWritten when the folder cannot be written to.
         """
@@ -76,7 +76,7 @@ class Run:
     def _go_on(self, asked: "Run") -> "Run":
         changes = agree(self.path, self._stored(), asked._stored())
         self.config = asked.config
-        self.data |= {name: value for name, value in asked.data.items() if self.data.get(name) is None}
+        self.data = asked.data | self.data  # what was not known is added
         stored, file = json.loads(json.dumps(self._stored())), self.path / "config.json"
         if stored != json.loads(file.read_text(encoding="utf-8")):  # an older format, or something changed
             with self.locked():

@@ -80,6 +80,16 @@ def hold(folder):
         time.sleep(100)
 
 
+def hold_with_child(folder):
+    "As with processes that fetch data: the child outlives its parent."
+    with Run.open(folder, "cpu").locked():
+        if os.fork() == 0:
+            time.sleep(2)
+            os._exit(0)
+        say("held")
+        time.sleep(100)
+
+
 def hold_softly(folder):
     import fcntl
     def missing(*args):

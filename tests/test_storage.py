@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -485,6 +486,18 @@ def test_another_process_is_named_and_a_killed_one_is_taken_over(worker, tmp_pat
         assert not capsys.readouterr().out
 
 
+def test_a_child_that_outlives_a_killed_writer_does_not_keep_its_lock(worker, tmp_path):
+    run = saved(tmp_path / "tiny")
+    pid = worker.start("hold_with_child", run.path)
+    while "held" not in worker.early:
+        worker.early.append(worker.read())
+    os.kill(pid, signal.SIGKILL)
+    worker.wait()
+    assert run.writer() is None
+    with sole_writer(run.path, seconds=0):
+        assert run.writer()["pid"] == os.getpid()
+
+
 def test_two_threads_are_two_writers_and_the_same_thread_twice_too(tmp_path):
     run, outcomes = saved(tmp_path / "tiny"), []
     gate, done = threading.Barrier(4), threading.Event()
@@ -571,6 +584,19 @@ def test_where_the_file_system_has_no_locks_a_file_says_who(worker, tmp_path, mo
     assert (run.path / "lock.soft").exists() and run.writer() is None
     with run.locked():
         assert run.writer()["pid"] == os.getpid() and f"left by process {pid}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.EPERM])
+def test_another_failure_of_the_lock_is_no_reason_to_go_without(tmp_path, monkeypatch, number):
+    run = saved(tmp_path / "tiny")
+    write_json(run.path / "writer.json", {"pid": os.getpid(), "host": socket.gethostname(), "since": "today"})
+    def failing(*args):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(fcntl, "flock", failing)
+    with pytest.raises(NotWritten, match="tiny/lock could not be written") as error:
+        run.locked().__enter__()
+    assert error.value.errno == number and not (run.path / "lock.soft").exists()
+    assert run.writer()["pid"] == os.getpid(), "what can be told"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"pid": 1}', '{"pid": "x", "host": 3, "since": null}', "\0\0"])
