@@ -37,6 +37,7 @@ def check_types(config) -> None:
 
 
 def check_positive(config, *names: str) -> None:
+    "Raise ValueError for the first of the named fields that is not greater than 0."
     for name in names:
         if not getattr(config, name) > 0:
             raise ValueError(f"{name} is {getattr(config, name)}, but must be greater than 0")
