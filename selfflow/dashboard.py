@@ -175,10 +175,9 @@ def _validations(log) -> list[tuple[int, np.ndarray]]:
     "The first, a middle and the newest validation by level: (step, losses (levels,))."
     if log is None or "flow_loss_by_level" not in log:
         return []
-    found = [(int(step), np.array(losses, float))
-             for step, losses in zip(column(log, "step"), log["flow_loss_by_level"], strict=False)
+    found = [(step, losses) for step, losses in zip(column(log, "step"), log["flow_loss_by_level"], strict=False)
              if isinstance(losses, list | tuple | np.ndarray) and len(losses) and math.isfinite(step)]
-    return [found[i] for i in spread(len(found), 3)]
+    return [(int(found[i][0]), np.array(found[i][1], float)) for i in spread(len(found), 3)]
 
 
 def _by_level(axis, validations):

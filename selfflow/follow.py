@@ -72,7 +72,10 @@ def column(table, name: str) -> np.ndarray:
     "A column as floats, NaN where it holds no finite number; empty when the table has none."
     if table is None or name not in table:
         return np.empty(0)
-    values = pd.to_numeric(pd.Series(list(table[name]), dtype=object), errors="coerce").to_numpy(float)
+    try:
+        values = np.array(table[name], float)  # None becomes NaN
+    except (ValueError, TypeError):  # something else is among them
+        values = pd.to_numeric(pd.Series(list(table[name]), dtype=object), errors="coerce").to_numpy(float)
     return np.where(np.isfinite(values), values, np.nan)
 
 
@@ -126,12 +129,11 @@ def run_state(step: int, steps: int | None, writer: dict | None = None, not_fini
     return f"stopped at step {step:,}" if step else "not started"
 
 
-def speed(timing, lines: int = 20) -> tuple[float, float]:
-    "Steps per second over the last `lines` of a timing table: while training alone, and by the wall clock; NaN when not known."
+def speed(timing) -> tuple[float, float]:
+    "Steps per second over the lines of a timing table: while training alone, and by the wall clock; NaN when not known."
     rates = []
     for name in ("seconds", "wall"):
         steps, seconds = series(timing, name)
-        steps, seconds = steps[-lines:], seconds[-lines:]
         passed = seconds[-1] - seconds[0] if len(seconds) > 1 else 0.0
         rates.append((steps[-1] - steps[0]) / passed if passed > 0 else math.nan)
     alone, wall = rates
@@ -140,12 +142,13 @@ def speed(timing, lines: int = 20) -> tuple[float, float]:
     return alone, wall if wall > 0 else alone
 
 
-def status(name: str, step: int, steps: int | None, state: str, timing=None) -> list[str]:
+def status(name: str, step: int, steps: int | None, state: str, timing=None, lines: int = 20) -> list[str]:
     """The parts of the header, most important first: name, state, step, speed, time left or taken, data wait, memory, device.
 
     timing: the table of timing.jsonl (step, seconds, wall, steps_per_second, data_wait, peak_memory, device, processes) or
-    what there is of it; a part that is not known is left out.
+    what there is of it, of which the last `lines` are looked at; a part that is not known is left out.
     """
+    timing = {name: timing[name][-lines:] for name in timing} if timing is not None else {}
     done = f"step {step:,}" + (f" of {steps:,} ({math.floor(100 * step / steps)} %)" if steps else "")
     parts, training = [name, state, done], state.startswith("training")
     alone, wall = speed(timing)
@@ -160,9 +163,10 @@ def status(name: str, step: int, steps: int | None, state: str, timing=None) -> 
         parts.append(f"data wait {100 * wait[0]:.1f} %")
     if np.isfinite(peak).any():
         parts.append(f"peak memory {memory(peak[0])}")
-    if timing is not None and "device" in timing and len(timing["device"]):
+    devices = [name for name in timing.get("device", []) if isinstance(name, str)]
+    if devices:
         count = int(processes[0]) if np.isfinite(processes).any() else 1
-        parts.append(f"{list(timing['device'])[-1]}" + (f", {count} processes" if count > 1 else ""))
+        parts.append(devices[-1] + (f", {count} processes" if count > 1 else ""))
     return parts
 
 
@@ -225,9 +229,9 @@ class Following:
     @property
     def step(self) -> int:
         "How many steps are done: the last that was logged or, when nobody trains, saved."
-        logged = series(self.log.table, "step")[0][-1:]
+        logged = column({"step": self.log.table.get("step", [])[-1:]}, "step")
         saved = [] if self.writer else [int(p.name[5:]) for p in self.path.glob("checkpoints/step-*") if p.name[5:].isdecimal()]
-        return max([int(step) for step in logged] + saved, default=0)
+        return max([int(step) for step in logged if step > 0] + saved, default=0)
 
     @property
     def state(self) -> str:
