@@ -188,7 +188,7 @@ def _by_level(axis, validations):
         axis.plot(t, losses, color=tone, linewidth=1.9 if tone == COLOURS[0] else 1.4, marker="." if len(t) == 1 else "")
         if np.isfinite(losses).any():
             last = np.flatnonzero(np.isfinite(losses))[-1]
-            ends.append((t[last], losses[last], f"step {step:,}", tone))
+            ends.append((t[last], losses[last], f"step {short(step)}", tone))
     axis.set(xlim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1], xticklabels=["0\ndata", "0.25", "0.5\nlevel t", "0.75", "1\nnoise"])
     _end_labels(axis, ends)
 
