@@ -178,21 +178,25 @@ def progress_line(name: str, step: int, steps: int | None, state: str, timing=No
 class Following:
     """A run folder as it grows; `read` takes in what is new.
 
-    run: None until there is a config; log, timing: Lines; film: (step, images (n, c, h, w), labels (n,)), at most `rows` of them,
-    evenly chosen; writer: who trains the run, or None; problems: what cannot be read, in words.
+    run: None until there is a config; log, timing: Lines; step: how many are done, by the log or, when nobody trains, by a
+    checkpoint; film: (step, images (n, c, h, w), labels (n,)), at most `rows` of them, evenly chosen; writer: who trains the
+    run, or None; problems: what cannot be read, in words.
     """
 
     def __init__(self, path: Path | str, rows: int = 8):
         self.path, self.rows = Path(path), rows
         self.log, self.timing = Lines(self.path / "log.jsonl"), Lines(self.path / "timing.jsonl")
         self.run, self.writer, self.not_finite, self.film, self.problems = None, None, None, [], []
-        self._config, self._pictures = None, {}
+        self.step, self._config, self._pictures = 0, None, {}
 
     def read(self) -> bool:
         "Take in what is new; returns whether something changed. Raises ValueError for a config that cannot be used."
-        self._open()
+        self._open()  # who trains is looked at first, lines last: when nobody does any more, nothing comes after the last line
         self.writer = self.run.writer() if self.run else None
+        saved = [int(p.name[5:]) for p in self.path.glob("checkpoints/step-*") if p.name[5:].isdecimal()]
         changed = [self.log.read(), self.timing.read(), self._read_film()]
+        logged = column({"step": self.log.table.get("step", [])[-1:]}, "step")
+        self.step = max([int(step) for step in logged if step > 0] + ([] if self.writer else saved), default=0)
         report = self.path / "not_finite.json"
         self.not_finite = json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
         return any(changed)
@@ -225,13 +229,6 @@ class Following:
     def steps(self) -> int | None:
         "How many steps the run is to have."
         return self.run.config.training.steps if self.run else None
-
-    @property
-    def step(self) -> int:
-        "How many steps are done: the last that was logged or, when nobody trains, saved."
-        logged = column({"step": self.log.table.get("step", [])[-1:]}, "step")
-        saved = [] if self.writer else [int(p.name[5:]) for p in self.path.glob("checkpoints/step-*") if p.name[5:].isdecimal()]
-        return max([int(step) for step in logged if step > 0] + saved, default=0)
 
     @property
     def state(self) -> str:
