@@ -3,10 +3,13 @@ import gc
 import json
 import os
 import shutil
+import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
+from jupyter_client import KernelManager
 from simulated import SimulatedTrainer
 
 from selfflow import panel as module
@@ -219,7 +222,7 @@ def test_a_finished_run_is_drawn_once_more_and_then_left_alone(path):
     trainer.in_thread(0.0).join(10)
     panel.thread.join(20)
     assert not panel.thread.is_alive() and "finished" in panel.header.value
-    assert panel.following.log.count == 30 and panel.progress.value == 1 and not panel._stale
+    assert panel.following.log.count == 30 and 'aria-valuenow="100"' in panel.header.value and not panel._stale
 
 
 def test_after_a_restart_the_folder_alone_shows_the_same(path):
@@ -257,6 +260,17 @@ def test_the_film_in_large_is_drawn_when_it_is_unfolded(path):
     before = png(panel.film)
     trainer.save_picture(20)
     until(lambda: png(panel.film) != before)
+
+
+def test_the_film_is_unfolded_after_the_run_too(path):
+    trainer = SimulatedTrainer(path, steps=10)
+    trainer.save_picture(10)
+    trainer.log_lines(10)
+    panel = watch(path, refresh=0.02)
+    panel.thread.join(10)
+    assert not panel.thread.is_alive() and png(panel.film) == b""
+    panel.unfold.selected_index = 0
+    assert png(panel.film).startswith(b"\x89PNG")
 
 
 def test_pictures_are_let_go_of(path):
@@ -331,3 +345,45 @@ def test_train_that_fails_raises_and_lets_go(tmp_path, monkeypatch):
         train(SimulatedTrainer(tmp_path / "other").run.config, tmp_path)
     shown[0].thread.join(10)
     assert "stopped at step 6: the loss was not finite" in shown[0].header.value and not shown[0].thread.is_alive()
+
+
+def test_a_kernel_that_is_busy_hears_the_buttons(path):
+    "What JupyterLab does, without a browser: a click is sent to a subshell while the main one is busy."
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(cwd=Path(__file__).parent)
+    client = manager.client()
+    client.start_channels()
+    try:
+        client.wait_for_ready(60)
+        client.control_channel.send(client.session.msg("create_subshell_request"))
+        subshell = client.get_control_msg(timeout=20)["content"]["subshell_id"]
+        code = f"""
+            import time
+            from simulated import SimulatedTrainer
+            from selfflow import panel
+            trainer = SimulatedTrainer({str(path)!r}, steps=4000)
+            shown = panel.watch({str(path)!r}, refresh=0.1)
+            thread = trainer.in_thread()
+            while shown.stop.disabled: time.sleep(0.01)
+            print(shown.stop.comm.comm_id)
+            started = time.monotonic()
+            while thread.is_alive() and time.monotonic() - started < 30: time.sleep(0.01)  # the cell is busy
+            print("stopped by", *(what for what, *_ in trainer.answers))
+        """
+        client.execute(textwrap.dedent(code))
+        click = {"comm_id": _printed(client), "data": {"method": "custom", "content": {"event": "click"}}}
+        message = client.session.msg("comm_msg", click)
+        message["header"]["subshell_id"] = subshell
+        client.shell_channel.send(message)
+        assert _printed(client) == "stopped by stop"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def _printed(client):
+    while True:
+        message = client.get_iopub_msg(timeout=60)
+        assert message["msg_type"] != "error", message["content"]["traceback"]
+        if message["msg_type"] == "stream" and message["content"]["name"] == "stdout":
+            return message["content"]["text"].strip()
