@@ -149,9 +149,9 @@ def _cosine(axis, log):
 def _log_ticks(low, high):
     "Ticks at powers of ten, at 1, 2 and 5 where these are few, evenly where there is no such number."
     tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ((1,), (1, 2, 5)):
+    for digits, least in (((1,), 3), ((1, 2, 5), 2)):
         ticks = [digit * 10.0**power for power in tens for digit in digits if low <= digit * 10.0**power <= high]
-        if len(ticks) > 2:
+        if len(ticks) >= least:
             return FixedLocator(ticks[::math.ceil(len(ticks) / 4)])
     return MaxNLocator(2)
 

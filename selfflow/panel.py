@@ -47,8 +47,8 @@ def _text(name: str) -> widgets.HTML:
     return text
 
 
-def _picture(name: str) -> widgets.Image:
-    picture = widgets.Image(format="png", layout=widgets.Layout(width="100%", display="none"))
+def _picture(name: str, width: str) -> widgets.Image:
+    picture = widgets.Image(format="png", layout=widgets.Layout(width=width, max_width="100%", display="none"))
     picture.add_class(f"selfflow-{name}")
     return picture
 
@@ -76,7 +76,7 @@ class Panel:
         self.following, self.pause, self.drawn = Following(path), refresh, 0
         self.header, self.said, self.trouble = _text("header"), _text("said"), _text("trouble")
         self.stop, self.sample = _button("stop", "Stop", "stop"), _button("sample", "Sample now", "image")
-        self.picture, self.film = _picture("dashboard"), _picture("film")
+        self.picture, self.film = _picture("dashboard", "100%"), _picture("film", "auto")
         self.unfold = widgets.Accordion([self.film], titles=("Film, large",), selected_index=None)
         buttons = widgets.HBox([self.stop, self.sample, self.said], layout=widgets.Layout(flex_flow="row wrap"))
         self.box = widgets.VBox([self.header, buttons, self.trouble, self.picture, self.unfold])
