@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from .follow import column, series, short, spread
+from .follow import column, digits_for, series, short, spread
 from .plots import COLOURS, Picture
 
 # %% ../nbs/41_dashboard.ipynb #8e2d396d
@@ -97,18 +97,18 @@ def _frame(axis, title, note=""):
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set(linewidth=0.6, color=QUIET)
     axis.tick_params(labelsize=8.5, labelcolor=INK, color=QUIET, width=0.6, length=3)
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value, digits_for(*axis.get_ylim()))))
 
 
 def _end_labels(axis, entries):
-    "Texts at the ends of curves, (x, y, text, colour) each, moved apart where they would overlap."
-    pixels = [axis.transData.transform((x, y)) for x, y, *_ in entries]
-    height, last = 10.5 / 72 * axis.figure.dpi, -math.inf
-    for place in sorted(range(len(entries)), key=lambda i: pixels[i][1]):
-        (x, y, text, colour), at = entries[place], max(pixels[place][1], last + height)
-        axis.annotate(text, (x, y), (5, (at - pixels[place][1]) * 72 / axis.figure.dpi), textcoords="offset points",
-                      va="center", fontsize=8.5, color=colour, annotation_clip=False)
-        last = at
+    "Texts at the ends of curves, (x, y, text, colour) each, moved apart where they would overlap, not above the axis."
+    entries = sorted(entries, key=lambda entry: entry[1])
+    points = [axis.transData.transform(entry[:2])[1] * 72 / axis.figure.dpi for entry in entries]
+    steps = 10.5 * np.arange(len(points))
+    places = np.minimum(np.maximum.accumulate(points - steps) + steps, axis.bbox.y1 * 72 / axis.figure.dpi - steps[::-1])
+    for (x, y, text, colour), point, place in zip(entries, points, places, strict=True):
+        axis.annotate(text, (x, y), (5, place - point), textcoords="offset points", va="center", fontsize=8.5, color=colour,
+                      annotation_clip=False)
 
 
 def _line(axis, table, name, colour, dotted=False):
@@ -141,8 +141,9 @@ def _loss(axis, table, name, colour, title, note="", bottom=None):
 def _cosine(axis, log):
     _frame(axis, "cosine with the teacher", "dotted: reached by a constant")
     ends = _line(axis, log, "constant_cosine", QUIET, dotted=True) + _line(axis, log, "cosine", COLOURS[2])
-    below = np.nanmin(series(log, "cosine")[1]) < -0.05
-    axis.set(ylim=(-1.05 if below else -0.05, 1.02), yticks=[-1, 0, 1] if below else [0, 0.5, 1])
+    values = series(log, "cosine")[1]
+    low = np.nanmin([0, *values[len(values) * 3 // 100:]]) - 0.05
+    axis.set(ylim=(low, 1.02), yticks=[tick for tick in (-1, -0.5, 0, 0.5, 1) if tick > low])
     return ends
 
 

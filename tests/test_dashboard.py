@@ -92,7 +92,8 @@ def test_the_cosine_stands_beside_what_a_constant_reaches(log):
 
 def test_a_cosine_below_zero_is_not_cut_off(log):
     log["cosine"] -= 0.5
-    assert titled(draws(draw_dashboard(log)), "cosine").get_ylim()[0] < log["cosine"].min()
+    axis = titled(draws(draw_dashboard(log)), "cosine")
+    assert -1.1 < axis.get_ylim()[0] < log["cosine"][3:].min() < 0  # but for the first 3 %
 
 
 def test_the_gradient_norm_is_logarithmic_and_the_clip_marked(log):
@@ -171,6 +172,24 @@ def test_labels_at_the_ends_do_not_overlap(log):
     to_png(figure, dpi=figure.dpi)
     ends = [text.get_window_extent() for text in titled(figure, "cosine").texts if text.get_text() == "0.5"]
     assert len(ends) == 2 and not ends[0].overlaps(ends[1])
+
+
+def test_labels_near_the_top_stay_below_the_title(log):
+    log["cosine"], log["constant_cosine"] = 1.0, 0.98
+    figure = draw_dashboard(log)
+    to_png(figure, dpi=figure.dpi)
+    axis = titled(figure, "cosine")
+    boxes = {text.get_text(): text.get_window_extent() for text in axis.texts}
+    assert not boxes["1"].overlaps(boxes["dotted: reached by a constant"]) and not boxes["1"].overlaps(boxes["0.98"])
+    assert boxes["1"].y0 > boxes["0.98"].y0
+
+
+def test_ticks_that_lie_close_are_told_apart(log):
+    log["flow_loss_by_level"] = [[1.7 + 0.001 * t for t in LEVELS]] * 100
+    figure = draw_dashboard(log)
+    to_png(figure, dpi=figure.dpi)
+    ticks = [label.get_text() for label in titled(figure, "validation loss by noise level").get_yticklabels()]
+    assert len(set(ticks)) == len(ticks) > 2
 
 
 def test_all_that_is_written_lies_within_the_picture(log, film):
