@@ -31,6 +31,7 @@ from .images import choose
 from .options import read_command, starting_point
 from .plots import draw_runs, to_png
 from .probing import probe_baselines, probe_run, probe_table
+from .processes import launch
 from .report import run_report, write_samples
 from .run import Run, device_for
 from .training import train as train_run
@@ -59,8 +60,9 @@ def read_features(path: Path) -> Tensor:
 @command
 def train(config: Annotated[Config, tyro.conf.arg(name="")], preset: str = "digits",
           config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None, folder: Path = Path("runs"),
-          device: str = "auto", features: Path | None = None) -> None:
-    """Train a run, or go on with it where it stands.
+          device: str = "auto", features: Path | None = None, processes: int = 1, workers: int = 0,
+          track: tuple[str, ...] = ()) -> None:
+    """Train a run, or go on with it where it stands. Ctrl-C saves and ends it; the same command goes on.
 
     Args:
         config: What to train.
@@ -69,9 +71,19 @@ def train(config: Annotated[Config, tyro.conf.arg(name="")], preset: str = "digi
         folder: Where runs are kept.
         device: auto (a GPU where there is one), cpu, cuda, ...
         features: For repa, a safetensors file whose tensor "features" (samples, tokens, width) belongs to the training samples.
+        processes: So many processes on this machine train together; more than one GPU, or several nodes: see 25_processes.
+        workers: Processes that fetch data ahead, for each of them; 0 is none.
+        track: Also tell tensorboard, wandb, mlflow; without it nothing leaves the folder.
     """
     # preset and config_file were read before the options: config has them in it, see `starting_point`
-    run = train_run(config, folder, device, read_features(features) if features else None)
+    if processes > 1:
+        run = launch(config, processes, folder, device, features, workers, track)
+    else:
+        run = train_run(config, folder, device, read_features(features) if features else None, workers, track)
+    if int(os.environ.get("RANK", 0)):
+        return  # one of several processes that a launcher has started: the first speaks
+    if run.state()["step"] < config.training.steps:
+        return  # stopped as somebody asked, which was said
     losses = run.log.get("validation_flow_loss", pd.Series(dtype=float)).dropna()
     print(f"{run.path} is trained: {run.state()['step']} steps"
           + (f", validation flow loss {losses.iloc[-1]:.4f}. " if len(losses) else ". ") +

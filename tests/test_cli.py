@@ -3,8 +3,10 @@ import inspect
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from conftest import TINY
 
 from selfflow import cli, options
 from selfflow.cli import COMMANDS, main
+from selfflow.comparison import runs_table
 from selfflow.config import PRESETS, Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig, differences, flatten
 from selfflow.options import read_command, read_settings, starting_point
 from selfflow.run import Run
@@ -174,6 +177,25 @@ def test_how_training_ended_is_told_by_the_exit_status(monkeypatch, capsys, erro
     with pytest.raises(SystemExit) as stop:
         main(["train"])
     assert stop.value.code == code and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_training_after_a_step_and_the_same_command_goes_on(tmp_path, number, code):
+    command = [sys.executable, "-m", "selfflow.cli", "train", "--preset", "digits-small", "--name", "it", "--folder",
+               str(tmp_path), "--training.log-every", "1", "--training.steps", "100000"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    log = tmp_path / "it/log.jsonl"
+    for _ in range(600):
+        if log.exists() and log.read_text().count("\n") > 3:
+            break
+        time.sleep(0.1)
+    running.send_signal(number)
+    shown, said = running.communicate(timeout=60)
+    assert running.returncode == code and "Traceback" not in said
+    run = Run.open(tmp_path / "it", "cpu")
+    assert run.state()["step"] == run.log["step"].iloc[-1] > 3, "the step was finished and saved"
+    assert runs_table(tmp_path).loc["it", "state"] == f"stopped at {run.state()['step']}"
 
 
 def test_interrupting_another_command_promises_nothing(monkeypatch, capsys):

@@ -96,7 +96,9 @@ def test_the_largest_model_is_counted_in_a_moment_and_in_no_memory(monkeypatch):
 # folders
 
 def place(run, path):
+    "A copy of a run, as older versions left it: without its times."
     shutil.copytree(run.path, path)
+    (path / "timing.jsonl").unlink()
     return path
 
 
@@ -278,6 +280,14 @@ def test_curves_against_time_need_the_time(folder):
     (folder / "run2/timing.jsonl").write_text("".join(lines[6:]))  # begun by a version that kept no time
     with pytest.raises(ValueError, match="run run2 did not keep its time from the start"):
         run_curves(pair, against="seconds")
+
+
+def test_times_are_those_that_training_kept(runs):
+    table, run = runs_table(runs), runs["tiny"]
+    assert (table["seconds"] > 0).all() and (table["processes"] == 1).all() and table["device"].str.len().min() > 0
+    assert table.loc["tiny", "seconds"] == run.timing["seconds"].iloc[-1]
+    seconds, losses = run_curves(runs, against="seconds")["tiny"]
+    assert seconds.tolist() == run.timing["seconds"].tolist() and losses.tolist() == run.log["flow_loss"].tolist()
 
 
 @pytest.mark.parametrize("options, words", [({"measure": "flowloss"}, "unknown measure 'flowloss'.*Did you mean 'flow_loss'"),

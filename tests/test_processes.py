@@ -2,9 +2,11 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from conftest import TINY
 
 from selfflow.alignment import Alignment, constant_cosine, effective_rank, mean_over
 from selfflow.batches import shards_of, validation_tokens
-from selfflow.config import TrainConfig
+from selfflow.config import Config, TrainConfig
+from selfflow.lock import RunInUse
 from selfflow.method import ObjectiveConfig
 from selfflow.processes import Processes, launch
 from selfflow.run import Run
@@ -203,6 +206,24 @@ def test_a_notebook_starts_processes_and_follows_them(tmp_path, one, capsys):
     with pytest.raises(ChildProcessError, match="another config"):
         launch(replace(TINY, seed=1), 2, tmp_path, "cpu")
     assert Run.open(tmp_path / "tiny").config.seed == 0
+
+
+def test_the_command_starts_processes_and_passes_a_wish_to_stop_on(tmp_path):
+    command = [sys.executable, "-m", "selfflow.cli", "train", "--name", "long", "--preset", "digits-small", "--processes", "2",
+               "--device", "cpu", "--folder", str(tmp_path), "--training.steps", "100000"]
+    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    end = time.monotonic() + 120
+    while not (log := tmp_path / "long/log.jsonl").exists() or not log.stat().st_size:
+        assert time.monotonic() < end and program.poll() is None
+        time.sleep(0.05)
+    with pytest.raises(RunInUse):
+        launch(Config(name="long"), 2, tmp_path, "cpu")
+    program.send_signal(signal.SIGTERM)
+    said, problems = program.communicate(timeout=60)
+    run = Run.open(tmp_path / "long")
+    assert program.returncode == 143, problems
+    assert f"long: stopped as asked after step {run.state()['step']} of 100000, which is saved" in said
+    assert run.writer() is None and (run.timing["processes"] == 2).all()
 
 
 def test_alone_nothing_is_sent():
