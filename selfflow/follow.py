@@ -161,11 +161,12 @@ def status(name: str, step: int, steps: int | None, state: str, timing=None, lin
         parts.append(f"{short(alone)} it/s" if alone >= 1 else f"{short(1 / alone)} s/it")
     if training and steps and wall > 0:
         parts.append(f"{clock((steps - step) / wall)} left")
-    taken, wait, peak, processes = (column(timing, c)[-1:] for c in ("wall", "data_wait", "peak_memory", "processes"))
+    taken, peak, processes = (column(timing, c)[-1:] for c in ("wall", "peak_memory", "processes"))
+    wait = column(timing, "data_wait")
     if not training and np.isfinite(taken).any():
         parts.append(f"took {clock(taken[0])}")
     if np.isfinite(wait).any():
-        parts.append(f"data wait {100 * wait[0]:.1f} %")
+        parts.append(f"data wait {100 * np.nanmean(wait):.1f} %")
     if np.isfinite(peak).any():
         parts.append(f"peak memory {memory(peak[0])}")
     devices = [name for name in timing.get("device", []) if isinstance(name, str)]

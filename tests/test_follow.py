@@ -173,6 +173,12 @@ def test_the_speed_is_that_of_the_last_lines():
     assert "1:24:10 left" in status("mine", 100, 600, "training: process 1 on a", table)  # 500 steps of 10.1 s
 
 
+def test_the_wait_for_data_is_that_of_the_last_lines():
+    table = timing(list(range(1, 101)), 10.0)
+    table["data_wait"] = [0.9] * 80 + [0.0] * 19 + [0.4]  # one line alone says little
+    assert "data wait 2.0 %" in status("mine", 100, 600, "training: process 1 on a", table)
+
+
 def test_a_finished_run_says_how_long_it_took():
     assert "took 0:01:40" in status("mine", 1000, 1000, "finished", timing([500, 1000], 10.0))
 
