@@ -219,7 +219,7 @@ def notebook(source: tyro.conf.Positional[Path], output: tyro.conf.Positional[Pa
     book = nbformat.read(source, as_version=4)
     book.cells.insert(0, nbformat.v4.new_code_cell(_TEXT_BARS))
     try:
-        _Client(book, resources={"metadata": {"path": str(source.parent)}}).execute()
+        _Client(book, store_widget_state=False, resources={"metadata": {"path": str(source.parent)}}).execute()
     except (CellExecutionError, DeadKernelError) as error:
         raise ValueError(f"a cell of {source} failed; the notebook as far as it came is {output}.\n{error}") from None
     finally:

@@ -207,7 +207,7 @@ def train(config: Config, folder: Path | str = "runs", refresh: float = 2.0, **o
     panel = watch(Path(folder) / config.name, refresh)
     display(panel)
     try:
-        return train_run(config, folder, **options)
+        return train_run(config, folder, **{"bar": False, **options})  # the panel has one
     finally:
         panel.refresh()
         panel.close()

@@ -38,12 +38,12 @@ class _Loop:
         self.config, self.training = run.config, run.config.training
         self.saved = state.step
 
-    def go(self, workers: int, track: tuple[str, ...]) -> signal.Signals | None:
+    def go(self, workers: int, track: tuple[str, ...], bar: bool) -> signal.Signals | None:
         "Train to the end, or until somebody wishes to stop; the signal that said so, if one did."
         state, processes, cuda = self.state, self.processes, self.processes.device.type == "cuda"
         with Interrupt() as interrupt, Recorder(self.run, state.step, processes, track) as recorder, \
                 tqdm(total=self.training.steps, initial=state.step, desc=self.config.name, unit="step", mininterval=0.5,
-                     disable=not processes.main) as bar:
+                     disable=not (bar and processes.main)) as line:
             loader = iter(self.batches.loader(state.step, workers, pin=cuda))
             while state.step < self.training.steps:
                 began = time.perf_counter()
@@ -51,12 +51,12 @@ class _Loop:
                 waited = time.perf_counter() - began
                 values = self.step(chosen, x0.to(processes.device, non_blocking=True), labels.to(processes.device))
                 recorder.passed(waited, time.perf_counter() - began - waited)
-                self.look(values, recorder, bar)
+                self.look(values, recorder, line)
                 stop, picture = processes.any(interrupt.signal is not None or processes.main and self.run.asked("stop"),
                                               processes.main and self.run.asked("sample"))
                 self.draw(picture)
                 self.save(recorder, stop)
-                bar.update()
+                line.update()
                 if stop:
                     break
         return processes.tell(self.stopped(interrupt.signal) if processes.main else None)
@@ -76,7 +76,7 @@ class _Loop:
         every = getattr(self.training, f"{what}_every")
         return bool(every) and (step == self.training.steps or step % every == 0)
 
-    def look(self, values: dict, recorder: Recorder, bar) -> None:
+    def look(self, values: dict, recorder: Recorder, line) -> None:
         "Validate and log, if it is time."
         step, validate = self.state.step, self.due("validate", self.state.step)
         if validate:
@@ -86,7 +86,7 @@ class _Loop:
             values |= {"validation_flow_loss": losses.mean().item(), "flow_loss_by_level": losses.mean(1).tolist()}
         if validate or step % self.training.log_every == 0:
             recorder.write(step, values)
-            bar.set_postfix({key: f"{values[key]:.3f}" for key in ("flow_loss", "cosine") if key in values}, refresh=False)
+            line.set_postfix({key: f"{values[key]:.3f}" for key in ("flow_loss", "cosine") if key in values}, refresh=False)
 
     @cached_property
     def validation(self) -> int:
@@ -142,12 +142,12 @@ def write_not_finite(run: Run, state: TrainState, batches: Batches, message: str
 
 # %% ../nbs/28_training.ipynb #29adfdff
 def train(config: Config, folder: Path | str = "runs", device: str = "auto", features: Tensor | Callable | None = None,
-          workers: int = 0, track: tuple[str, ...] = ()) -> Run:
+          workers: int = 0, track: tuple[str, ...] = (), bar: bool = True) -> Run:
     """Train what the config asks for in folder / config.name and return the run; goes on where the folder stands.
 
     device: "auto", "cpu", "cuda", ...; features: for REPA, what an outside encoder finds in the clean training samples: a tensor
     (samples, n, e) or (samples, e) in their order, or a function of tokens (b, n, c); workers: processes that fetch data ahead;
-    track: any of recording.TRACKERS. Under `torchrun` or `accelerate launch` all processes train one run.
+    track: any of recording.TRACKERS; bar: show one. Under `torchrun` or `accelerate launch` all processes train one run.
     Ctrl-C, SIGTERM and `run.ask("stop")` end it after a step: it is saved, and the signals are raised again (KeyboardInterrupt,
     SystemExit 143), while the last returns the run as it stands.
     Raises ValueError for data, sizes, layers, features, shards and trackers that do not fit and for a folder with another config
@@ -176,7 +176,7 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
             if reason:
                 processes.say(f"not compiled, trains as it is ({reason})")
         share_state(state, config, processes)
-        number = _Loop(run, state, batches, features_of, processes).go(workers, track)
+        number = _Loop(run, state, batches, features_of, processes).go(workers, track, bar)
     if number is not None and state.step < config.training.steps:
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
     return Run(run.path, config, shape, processes.device)  # looks at the newest checkpoint
