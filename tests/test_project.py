@@ -151,6 +151,15 @@ def test_the_rivals_of_the_readme_are_the_recorded_ones():
     assert all(rows[arm] in readme for arm in rows if arm != "Self-Flow, 4 levels")
 
 
+def test_the_long_run_of_the_readme_is_the_recorded_one():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    found = json.loads((ROOT / "data/results/long_run.json").read_text())
+    first, last = (found[name] / 2**20 for name in ("memory_after_an_eighth", "memory_at_the_end"))
+    assert found["equal"] and f"stopped after steps {', '.join(map(str, found['stops'][:-1]))} and {found['stops'][-1]}" in readme
+    assert f"{found['data_wait']:.2%} of the time was spent waiting for data, {found['besides_steps']:.1%} on validation" in readme
+    assert f"memory grew by {last - first:.1f} of {last:.0f} MiB" in readme
+
+
 def test_packaging_reads_settings():
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini")
