@@ -8,6 +8,7 @@ __all__ = ['VALIDATION_LEVELS', 'patches_of', 'shape_of', 'batch_indices', 'shar
 
 # %% ../nbs/24_batches.ipynb #c4ecf914
 import hashlib
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -86,7 +87,14 @@ class Batches:
         if workers < 0:
             raise ValueError(f"workers is {workers}; 0 fetches in the loop itself, more fetch ahead")
         return DataLoader(self, sampler=range(first, len(self)), batch_size=None, num_workers=workers, pin_memory=pin,
+                          worker_init_fn=_ignore_signals,
                           generator=torch.Generator())  # of its own: the caller's random numbers are not touched
+
+
+def _ignore_signals(worker: int) -> None:
+    "Ctrl-C and SIGTERM, which may reach the whole group, are the loop's to answer: it still needs the batch that is on its way."
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 # %% ../nbs/24_batches.ipynb #6a9110be
 def feature_source(features: Tensor | Callable | None, config: Config, tokens: Tensor,
@@ -143,7 +151,7 @@ def validation_losses(model: Transformer, config: Config, split: str = "validati
                       rank: int = 0, processes: int = 1) -> Tensor:
     """Flow loss of a model on a part of the config's data, noise fixed by the data alone: (levels, samples).
 
-    rank, processes: look at every so manieth sample only, from the rank-th on, as many in each process (the last ones anew).
+    rank, processes: look at every n-th of n = processes only, from the rank-th on, as many in each process.
     """
     x0, labels = validation_tokens(config, split)
     x1 = torch.randn(x0.shape, generator=keyed(0, f"validation noise, {split}"))

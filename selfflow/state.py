@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .alignment import average
 from .batches import shards_of
 from .checkpoint import read_part, read_state
 from .config import Config
@@ -57,17 +58,18 @@ class TrainState:
         parts = {"model": self.student, "objective": self.objective}
         return {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
+    def tensors(self, keep: bool = True) -> dict[str, dict[str, Tensor]]:
         """The files of a checkpoint; the optimizer's entries are named PARAMETER/exp_avg and so on. Empty parts are left out.
 
-        Tensors that are spread over processes are gathered, so all processes must ask.
+        Tensors that are spread over processes are gathered one by one, so all processes must ask; keep: and hold them.
         """
         slots = self.optimizer.state_dict()["state"]
         optimizer = {f"{name}/{slot}": value for index, name in enumerate(self.named_parameters())
                      for slot, value in slots.get(index, {}).items()}
         parts = {"model": self.student.state_dict(), "teacher": self.teacher.state_dict(),
                  "objective": self.objective.state_dict(), "optimizer": optimizer}
-        return {part: {name: whole(value) for name, value in values.items()} for part, values in parts.items() if values}
+        found = {part: {name: _kept(value, keep) for name, value in values.items()} for part, values in parts.items() if values}
+        return found if keep else {}
 
     def restore(self, path: Path) -> None:
         "Take up a checkpoint. Raises FileNotFoundError for a part that is missing: nothing is made up for it."
@@ -82,6 +84,11 @@ class TrainState:
         self.optimizer.load_state_dict({"state": {i: slots[name] for i, name in enumerate(self.named_parameters())},
                                         "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.step = read_state(path)["step"]
+
+
+def _kept(value: Tensor, keep: bool) -> Tensor | None:
+    value = whole(value)
+    return value.cpu() if keep else None  # off the device at once: it has no room for all of them
 
 
 def _optimizer(config: Config, parameters) -> torch.optim.Optimizer:
@@ -137,12 +144,12 @@ def _mean(found: list[dict[str, float]]) -> dict[str, float]:
 
 
 def train_step(state: TrainState, config: Config, x0: Tensor, labels: Tensor, features: Tensor | None = None,
-               diagnose: bool = False) -> dict[str, float]:
+               diagnose: bool = False, report: bool = True) -> dict[str, float]:
     """One step on clean tokens x0 (b, n, c) with labels (b,): changes the state, returns what a log wants to know.
 
     x0, labels, features: of this process; features: of an outside encoder (b, n, e) or (b, e), for REPA; diagnose: look at the
-    representation loss more closely. Raises FloatingPointError when the loss or its gradient is not finite in any process, before
-    any weight is changed.
+    representation loss more closely; report: False leaves out all but the total and the gradient's norm.
+    Raises FloatingPointError when the loss or its gradient is not finite in any process, before any weight is changed.
     """
     training, found = config.training, []
     parts, draws = training.accumulate, _draws(state, config)
@@ -154,11 +161,11 @@ def train_step(state: TrainState, config: Config, x0: Tensor, labels: Tensor, fe
             with _autocast(config, x0.device):
                 total, losses = state.learner(state.teacher, x, y, draws[part * own:(part + 1) * own], given)
             (total / parts).backward()
-        found.append(losses.floats(diagnose))
+        found.append(losses.floats(diagnose) if report else {"total": average(total).item()})
     norm = whole(nn.utils.clip_grad_norm_(state.named_parameters().values(), training.clip)).item()
     values = {**_mean(found), "grad_norm": norm}
     if not all(map(math.isfinite, values.values())):
-        raise FloatingPointError(f"step {state.step} is not finite: {values}. What was saved before is whole; "
+        raise FloatingPointError(f"step {state.step + 1} is not finite: {values}. What was saved before is whole; "
                                  "a smaller training.lr or training.clip in a new run is the usual remedy.")
     state.optimizer.step()
     update_ema(state.teacher, state.student, ema_decay(training.ema_half_life * training.steps))

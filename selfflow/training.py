@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from tqdm.auto import tqdm
 
 from .batches import (Batches, feature_source, patches_of, shape_of, shards_of, validation_losses,
                               validation_tokens)
-from .config import Config
+from .checkpoint import FREE, read_state
+from .config import Config, flatten
 from .disk import write_json
 from .flow import keyed
 from .images import load
-from .processes import Interrupt, Processes
+from .processes import Interrupt, Processes, raise_again
 from .recording import Recorder, check_trackers
 from .run import Run
 from .schedule import NoiseLevels
@@ -36,12 +38,11 @@ class _Loop:
     def __init__(self, run: Run, state: TrainState, batches: Batches, features_of: Callable, processes: Processes):
         self.run, self.state, self.batches, self.features_of, self.processes = run, state, batches, features_of, processes
         self.config, self.training = run.config, run.config.training
-        self.saved = state.step
 
-    def go(self, workers: int, track: tuple[str, ...], bar: bool) -> signal.Signals | None:
+    def go(self, workers: int, track: tuple[str, ...], bar: bool, spent: dict | None) -> signal.Signals | None:
         "Train to the end, or until somebody wishes to stop; the signal that said so, if one did."
         state, processes, cuda = self.state, self.processes, self.processes.device.type == "cuda"
-        with Interrupt() as interrupt, Recorder(self.run, state.step, processes, track) as recorder, \
+        with Interrupt() as interrupt, Recorder(self.run, state.step, processes, track, spent) as recorder, \
                 tqdm(total=self.training.steps, initial=state.step, desc=self.config.name, unit="step", mininterval=0.5,
                      disable=not (bar and processes.main)) as line:
             loader = iter(self.batches.loader(state.step, workers, pin=cuda))
@@ -51,21 +52,25 @@ class _Loop:
                 waited = time.perf_counter() - began
                 values = self.step(chosen, x0.to(processes.device, non_blocking=True), labels.to(processes.device))
                 recorder.passed(waited, time.perf_counter() - began - waited)
-                self.look(values, recorder, line)
-                stop, picture = processes.any(interrupt.signal is not None or processes.main and self.run.asked("stop"),
-                                              processes.main and self.run.asked("sample"))
+                broken = self.look(values, recorder, line)
+                stop, picture, failed = processes.any(interrupt.signal is not None or processes.main and self.run.asked("stop"),
+                                                      processes.main and self.run.asked("sample"), broken is not None)
+                if failed:
+                    raise broken or OSError("the main process cannot write the log, as it says")
                 self.draw(picture)
                 self.save(recorder, stop)
                 line.update()
                 if stop:
                     break
-        return processes.tell(self.stopped(interrupt.signal) if processes.main else None)
+        return processes.lead(lambda: self.stopped(interrupt.signal))
 
     def step(self, chosen: Tensor, x0: Tensor, labels: Tensor) -> dict:
         "Train a step; what is not finite is written down before the error goes on."
         step = self.state.step + 1
         try:
-            return train_step(self.state, self.config, x0, labels, self.features_of(chosen), diagnose=self.due("validate", step))
+            validate = self.due("validate", step)
+            return train_step(self.state, self.config, x0, labels, self.features_of(chosen), diagnose=validate,
+                              report=validate or step % self.training.log_every == 0)
         except FloatingPointError as error:
             if self.processes.main:
                 write_not_finite(self.run, self.state, self.batches, str(error))
@@ -76,8 +81,8 @@ class _Loop:
         every = getattr(self.training, f"{what}_every")
         return bool(every) and (step == self.training.steps or step % every == 0)
 
-    def look(self, values: dict, recorder: Recorder, line) -> None:
-        "Validate and log, if it is time."
+    def look(self, values: dict, recorder: Recorder, line) -> OSError | None:
+        "Validate and log, if it is time; what kept the main process from writing."
         step, validate = self.state.step, self.due("validate", self.state.step)
         if validate:
             rank, count = self.processes.rank, self.processes.count
@@ -85,7 +90,10 @@ class _Loop:
             losses = self.processes.gather(losses).flatten(1)[:, :self.validation]
             values |= {"validation_flow_loss": losses.mean().item(), "flow_loss_by_level": losses.mean(1).tolist()}
         if validate or step % self.training.log_every == 0:
-            recorder.write(step, values)
+            try:
+                recorder.write(step, values)
+            except OSError as error:
+                return error
             line.set_postfix({key: f"{values[key]:.3f}" for key in ("flow_loss", "cosine") if key in values}, refresh=False)
 
     @cached_property
@@ -98,24 +106,26 @@ class _Loop:
         if asked or self.due("sample", self.state.step):
             labels = torch.arange(min(10, self.run.transformer.classes))
             images = self.run.sample(labels, steps=25, model=self.state.teacher)
-            if self.processes.main:
+
+            def write():
                 self.run.save_film(self.state.step, images, labels)
                 self.run.answered("sample")
+            self.processes.lead(write)
 
     def save(self, recorder: Recorder, stop: bool) -> None:
         "A checkpoint, if it is time or the run stops; older ones are removed as the config says."
         if not (stop or self.due("save", self.state.step)):
             return
-        known = {"device": str(self.processes.device), "torch": torch.__version__, "processes": self.processes.count}
-        spread = self.training.parallel == "fsdp"  # then all processes hold a part of it
-        tensors = self.state.tensors() if spread or self.processes.main else {}
+        known = {"device": recorder.device, "torch": torch.__version__, "processes": self.processes.count, **recorder.spent(),
+                 "config": asdict(self.config)}
+        tensors = self.state.tensors(keep=self.processes.main)
 
         def write():
             recorder.flush()
             self.run.save(self.state.step, tensors, known)
+            (self.run.path / "not_finite.json").unlink(missing_ok=True)  # of a step that has been passed
             self.run.prune()
         self.processes.lead(write)
-        self.saved = self.state.step
 
     def stopped(self, number: signal.Signals | None) -> signal.Signals | None:
         "Say how to go on, if the run was stopped."
@@ -135,7 +145,7 @@ def write_not_finite(run: Run, state: TrainState, batches: Batches, message: str
                                                               keyed(seed, "levels", state.step, shard))
                               for shard in range(training.shards)])
     samples = batches.samples(state.step)
-    found = {"step": state.step, "message": message, "samples": samples.tolist(), "labels": batches.labels[samples].tolist(),
+    found = {"step": state.step + 1, "message": message, "samples": samples.tolist(), "labels": batches.labels[samples].tolist(),
              "levels": {"from": 0.0, "to": 1.0, "tokens": levels.per_token().histc(20, 0, 1).long().tolist()}}
     with suppress(OSError):  # the message matters more
         write_json(run.path / "not_finite.json", found)
@@ -148,8 +158,8 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
     device: "auto", "cpu", "cuda", ...; features: for REPA, what an outside encoder finds in the clean training samples: a tensor
     (samples, n, e) or (samples, e) in their order, or a function of tokens (b, n, c); workers: processes that fetch data ahead;
     track: any of recording.TRACKERS; bar: show one. Under `torchrun` or `accelerate launch` all processes train one run.
-    Ctrl-C, SIGTERM and `run.ask("stop")` end it after a step: it is saved, and the signals are raised again (KeyboardInterrupt,
-    SystemExit 143), while the last returns the run as it stands.
+    Ctrl-C, SIGTERM and `run.ask("stop")` end it after a step: it is saved, and the signals are raised again, see `raise_again`,
+    while the last returns the run as it stands.
     Raises ValueError for data, sizes, layers, features, shards and trackers that do not fit and for a folder with another config
     or other data, OSError for a folder in use or a disk that is full; FloatingPointError when a loss is not finite.
     """
@@ -165,40 +175,63 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
     shards_of(config.training, processes.rank, processes.count)
     batches = Batches(tokens, data.labels, config, processes.rank, processes.count)
     fingerprints = {"train": data.fingerprint, "validation": validation.fingerprint}
-    fingerprints |= {"features": fingerprint} if features is not None else {}
-    run = Run(Path(folder) / config.name, config, shape, processes.device)
+    fingerprints |= {"features": fingerprint} if fingerprint else {}
+    run, number = Run(Path(folder) / config.name, config, shape, processes.device), None
     with ExitStack() as stack:
-        processes.lead(lambda: _open(run, fingerprints, stack))
-        _resume(run, state, processes)
-        if config.training.compile and state.step < config.training.steps:
-            chosen, x0, labels = batches[state.step]
-            reason = compile_blocks(state, config, x0.to(processes.device), labels.to(processes.device), features_of(chosen))
-            if reason:
-                processes.say(f"not compiled, trains as it is ({reason})")
-        share_state(state, config, processes)
-        number = _Loop(run, state, batches, features_of, processes).go(workers, track, bar)
-    if number is not None and state.step < config.training.steps:
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        if not processes.lead(lambda: _open(run, fingerprints, stack)):
+            spent = _resume(run, state, processes)
+            if config.training.compile:
+                _compile(state, config, batches[state.step], features_of, processes)
+            share_state(state, config, processes)
+            number = _Loop(run, state, batches, features_of, processes).go(workers, track, bar, spent)
+    raise_again(number)
     return Run(run.path, config, shape, processes.device)  # looks at the newest checkpoint
 
 
-def _open(run: Run, fingerprints: dict[str, str], stack: ExitStack) -> None:
-    "Make the folder or check the one that is there, and keep others out of it."
+def _open(run: Run, fingerprints: dict[str, str | None], stack: ExitStack) -> bool:
+    "Make the folder or check the one that is there; whether it is finished, and if not, keep others out of it."
     Run.create(run.path, run.config, run.transformer, run.device, fingerprints)
+    last = run.checkpoints()[-1:]
+    if last and last[0].name == f"step-{run.config.training.steps:08d}" and run.latest() == last[0]:
+        _same_config(run, last[0])
+        return True  # nothing is to be written, perhaps nothing can be
     stack.enter_context(run.locked())
     run.clear_staging()
     for request in ("stop", "sample"):
         run.answered(request)  # one that was meant for a process that is gone
+    return False
 
 
-def _resume(run: Run, state: TrainState, processes: Processes) -> None:
-    "Take up the newest whole checkpoint, if there is any."
-    path = processes.lead(run.latest)
+def _same_config(run: Run, path: Path) -> None:
+    "Raise ValueError if a checkpoint was made with another config than the run has now, by a hand in config.json."
+    made, now = flatten(read_state(path).get("config", {})), flatten(asdict(run.config))  # the first versions kept none
+    other = {name: value for name, value in made.items() if name not in FREE | {"name"} and now.get(name) != value}
+    if other:
+        lines = [f"  {name}: {value!r} when it was saved, {now.get(name)!r} now" for name, value in other.items()]
+        raise ValueError("\n".join([f"{path} was made with another config than {run.path}/config.json says:", *lines,
+                                    "Put these back, or begin a run with another name."]))
+
+
+def _resume(run: Run, state: TrainState, processes: Processes) -> dict | None:
+    "Take up the newest whole checkpoint, if there is any; the seconds that were spent until then, None if nobody knows."
+    path, spent = processes.lead(run.latest), {"seconds": 0.0, "wall": 0.0}
     if path is None and run.checkpoints():
         raise ValueError(f"no checkpoint in {run.path} is whole, so there is nothing to go on from; "
                          "repair them, or remove the folder to start anew")
     if path is not None:
+        _same_config(run, path)
         state.restore(path)
-        if state.step < run.config.training.steps:
-            processes.say(f"{run.config.name}: goes on from step {state.step}")
+        known = read_state(path)
+        spent = {name: known[name] for name in spent} if known.get("seconds") is not None else None
+        processes.say(f"{run.config.name}: goes on from step {state.step}")
     processes.lead(lambda: run.cut_log(state.step))
+    return spent
+
+
+def _compile(state: TrainState, config: Config, batch: tuple, features_of: Callable, processes: Processes) -> None:
+    chosen, x0, labels = batch
+    reason = compile_blocks(state, config, x0.to(processes.device), labels.to(processes.device), features_of(chosen))
+    if processes.any(reason is not None)[0]:  # all as they are, or none
+        for block in (*state.student.blocks, *state.teacher.blocks):
+            block._compiled_call_impl = None
+        processes.say(f"not compiled, trains as it is ({reason or 'another process cannot'})")

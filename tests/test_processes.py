@@ -132,10 +132,10 @@ def test_four_processes_have_the_losses_of_one(tmp_path, one):
 
 def test_what_is_not_finite_in_one_process_stops_all_of_them(two):
     first, second = raised(two / "poisoned")
-    assert first == second and first.startswith("FloatingPointError: step 6 is not finite")
+    assert first == second and first.startswith("FloatingPointError: step 7 is not finite")
     run = Run.open(two / "poisoned/tiny")
     found = json.loads((run.path / "not_finite.json").read_text())
-    assert run.state()["step"] == 4 and found["step"] == 6 and len(found["samples"]) == 16
+    assert run.state()["step"] == 4 and found["step"] == 7 and len(found["samples"]) == 16
     assert run.log["step"].tolist() == [1, 2, 3, 4, 5, 6]
 
 
@@ -236,6 +236,19 @@ def test_alone_nothing_is_sent():
     rows = torch.randn(40, 6, generator=g)
     direction = torch.nn.functional.normalize(rows, dim=-1).mean(0).norm()
     torch.testing.assert_close(constant_cosine(rows), direction)
-    assert effective_rank(rows) == pytest.approx(effective_rank(rows, lambda part: part).item())
-    halves = Alignment(rows, rows, torch.zeros(40))
-    assert halves.means()["cosine"] == pytest.approx(1)
+    doubled = effective_rank(rows, lambda part: 2 * part)  # two processes that hold the same
+    torch.testing.assert_close(doubled, effective_rank(torch.cat([rows, rows])))
+    other = torch.randn(40, 6, generator=g)
+    cosine = torch.nn.functional.cosine_similarity(rows, other, dim=-1)
+    assert Alignment(rows, other, torch.zeros(40)).means()["cosine"] == pytest.approx(cosine.mean().item(), rel=1e-5)
+
+
+def test_what_the_main_process_cannot_write_is_what_is_said(tmp_path):
+    run = launch(TINY, 2, tmp_path, "cpu")
+    for folder in ("checkpoints/step-00000012", "checkpoints/step-00000008", "samples"):
+        shutil.rmtree(run.path / folder)
+    (run.path / "samples").write_text("a file where a folder is wanted")
+    with pytest.raises(ChildProcessError, match="selfflow: .*samples/film.* could not be written"):
+        launch(TINY, 2, tmp_path, "cpu")
+    (run.path / "samples").unlink()
+    assert launch(TINY, 2, tmp_path, "cpu").state()["step"] == 12

@@ -175,18 +175,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     raise_for = torch.zeros(1)
     monkeypatch.setattr("selfflow.batches.batch_indices", poisoned)
     monkeypatch.setattr("selfflow.objective.velocity", lambda x0, x1: x1 - x0 + raise_for)
-    with pytest.raises(FloatingPointError, match="step 6 is not finite.*What was saved before is whole"):
+    with pytest.raises(FloatingPointError, match="step 7 is not finite.*What was saved before is whole"):
         train(TINY, tmp_path)
     run = Run.open(tmp_path / "tiny")
     assert run.latest().name == "step-00000004" and run.log["step"].tolist() == [1, 2, 3, 4, 5, 6] and run.writer() is None
     found = json.loads((run.path / "not_finite.json").read_text())
     samples = real(len(digits("train")), 16, TINY.seed, 6)
-    assert found["step"] == 6 and "step 6 is not finite" in found["message"] and found["samples"] == samples.tolist()
+    assert found["step"] == 7 and "step 7 is not finite" in found["message"] and found["samples"] == samples.tolist()
     assert found["labels"] == digits("train").labels[samples].tolist()
     drawn = [DualTimestep().sample(2, 16, keyed(TINY.seed, "levels", 6, shard)).per_token() for shard in range(8)]
     assert found["levels"]["tokens"] == torch.cat(drawn).histc(20, 0, 1).tolist() and sum(found["levels"]["tokens"]) == 256
     monkeypatch.undo()
     assert_same(train(TINY, tmp_path / "whole"), train(TINY, tmp_path))
+    assert not (run.path / "not_finite.json").exists(), "it was passed"
 
 
 def first_batch(config=TINY, count=16):
@@ -200,7 +201,7 @@ def test_features_that_are_not_finite_are_named_by_their_step(where):
     with torch.no_grad():
         getattr(state, where).x_embedder.weight.fill_(torch.nan)
     before = state.student.blocks[0].attn.qkv.weight.clone()
-    with pytest.raises(FloatingPointError, match="step 0 is not finite"):
+    with pytest.raises(FloatingPointError, match="step 1 is not finite"):
         train_step(state, TINY, *first_batch(), diagnose=True)
     assert torch.equal(state.student.blocks[0].attn.qkv.weight, before) and state.step == 0
 
