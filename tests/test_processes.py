@@ -244,11 +244,11 @@ def test_alone_nothing_is_sent():
 
 
 def test_what_the_main_process_cannot_write_is_what_is_said(tmp_path):
-    run = launch(TINY, 2, tmp_path, "cpu")
+    run = train(TINY, tmp_path)
     for folder in ("checkpoints/step-00000012", "checkpoints/step-00000008", "samples"):
         shutil.rmtree(run.path / folder)
     (run.path / "samples").write_text("a file where a folder is wanted")
     with pytest.raises(ChildProcessError, match="selfflow: .*samples/film.* could not be written"):
         launch(TINY, 2, tmp_path, "cpu")
     (run.path / "samples").unlink()
-    assert launch(TINY, 2, tmp_path, "cpu").state()["step"] == 12
+    assert train(TINY, tmp_path).state()["step"] == 12
