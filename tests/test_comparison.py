@@ -238,7 +238,7 @@ def test_what_is_wrong_in_a_file_is_said_with_its_remedy(runs, tmp_path, file, c
     (path / file).write_text(content)
     state = runs_table(tmp_path).loc["bad", "state"]
     assert re.search("^damaged: .*" + words, state) and "Error" not in state
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words.partition(",")[0]):
         run_curves(tmp_path, against="seconds" if file == "timing.jsonl" else "steps")
 
 
