@@ -346,7 +346,7 @@ def test_what_tests_and_screen_readers_look_for_is_there(path):
 
 def test_train_shows_a_panel_trains_and_lets_go(tmp_path, monkeypatch):
     shown, done = [], object()
-    def trains(config, folder, device="auto"):
+    def trains(config, folder, device="auto", bar=True):
         trainer = SimulatedTrainer(folder / config.name, steps=20)
         trainer.train(0.0)
         return done if device == "cpu" else None
@@ -361,7 +361,7 @@ def test_train_shows_a_panel_trains_and_lets_go(tmp_path, monkeypatch):
 
 def test_train_that_fails_raises_and_lets_go(tmp_path, monkeypatch):
     shown = []
-    def fails(config, folder):
+    def fails(config, folder, bar=True):
         trainer = SimulatedTrainer(folder / config.name)
         trainer.log_lines(5)
         (trainer.path / "not_finite.json").write_text(json.dumps({"step": 6}))
