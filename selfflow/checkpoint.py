@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'MIGRATIONS', 'FREE', 'write_checkpoint', 'read_part', 'read_state', 'check_checkpoint', 'problem_of',
-           'newest_whole', 'prune', 'write_picture', 'read_pictures', 'migrate', 'agree']
+           'newest_whole', 'prune', 'read_not_finite', 'write_picture', 'read_pictures', 'migrate', 'agree',
+           'find_runs']
 
 # %% ../nbs/22_checkpoint.ipynb #a937e358
 import hashlib
 import json
 import os
+import re
+from collections.abc import Container
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -110,25 +113,39 @@ def problem_of(path: Path) -> str | None:
         return f"state.json cannot be read: {type(error).__name__}: {error}"
 
 
-def newest_whole(paths: list[Path], known: Path | None = None) -> Path | None:
-    "The last of the checkpoints that is whole; `known` is taken to be. None if there is none."
-    return next((path for path in reversed(paths) if path == known or problem_of(path) is None), None)
+def newest_whole(paths: list[Path], known: Container[Path] = ()) -> Path | None:
+    "The last of the checkpoints that is whole; those in `known` are taken to be. None if there is none."
+    return next((path for path in reversed(paths) if path in known or problem_of(path) is None), None)
 
 
-def prune(folder: Path, last: int, every: int = 0, known: Path | None = None) -> None:
+def prune(folder: Path, last: int, every: int = 0, known: set[Path] | None = None) -> None:
     """Remove checkpoints older than the last `last` whole ones, but for the multiples of `every` (0 = none).
 
-    known: one that is known to be whole, as it was just written: reading it again is spared.
+    known: those that this process has written or read through; only their sizes are looked at. What is found whole is added.
     """
-    whole = [path for path in step_paths(folder) if check_checkpoint(path, contents=False) is None]
-    newest = newest_whole(whole, known)
-    if newest is not None:
-        oldest = whole[: whole.index(newest) + 1][-last:][0]
-        for path in step_paths(folder):
-            if step_of(path) < step_of(oldest) and not (every and step_of(path) % every == 0):
-                discard(path)
+    paths, known, whole = step_paths(folder), set() if known is None else known, []
+    if len(paths) <= last:
+        return  # nothing is read when nothing can go
+    for path in reversed(paths):
+        if (check_checkpoint(path, contents=False) if path in known else problem_of(path)) is None:
+            known.add(path)
+            whole.append(path)
+            if len(whole) == last:
+                break
+    for path in paths if whole else ():
+        if step_of(path) < step_of(whole[-1]) and not (every and step_of(path) % every == 0):
+            discard(path)
 
 # %% ../nbs/22_checkpoint.ipynb #6a046c65
+def read_not_finite(folder: Path, saved: int) -> dict | None:
+    "What a run's not_finite.json says: {step, ...}; None without one, and once a checkpoint, of step `saved`, is as new."
+    try:
+        found = json.loads((folder / "not_finite.json").read_text(encoding="utf-8"))
+        return found if found["step"] > saved else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def write_picture(folder: Path, step: int, images: Tensor, labels: Tensor) -> Path:
     "Keep the picture of a step: images (n, c, h, w), labels (n,); returns its file. Raises NotWritten."
     path = folder / f"step-{step:08d}.safetensors"
@@ -171,7 +188,8 @@ def migrate(stored: dict) -> dict:
     return stored
 
 # %% ../nbs/22_checkpoint.ipynb #2c03048e
-FREE = {f"training.{name}" for name in ("save_every", "keep_last", "keep_every", "sample_every", "parallel", "checkpointing")}
+FREE = {"name", *(f"training.{name}" for name in ("save_every", "keep_last", "keep_every", "sample_every", "parallel",
+                                                  "checkpointing"))}
 
 
 def agree(path: Path, there: dict, asked: dict) -> dict[str, tuple]:
@@ -190,5 +208,37 @@ def agree(path: Path, there: dict, asked: dict) -> dict[str, tuple]:
         lines = [f"  {name}: {a!r} in the folder, {b!r} asked for" for name, (a, b) in (other | changed).items()]
         remedy = f"Give this run another name ({free_name(path)} is free), or remove the folder."
         remedy += " With the data as they were it goes on." if changed and not other else ""
+        if not changed and other.keys() == {"training.shards"} and other["training.shards"][0] == 1:
+            remedy += (" A run that began before batches had shards has one: with training.shards=1 it goes on "
+                       "(selfflow train --training.shards 1).")
         raise ValueError("\n".join([f"{path} holds a run with {what}:", *lines, remedy]))
     return found
+
+# %% ../nbs/22_checkpoint.ipynb #f2d963fe
+def find_runs(folder: Path | str) -> dict[str, Path]:
+    """The run folders in a folder and its subfolders by their path in it, 2 before 10; or the folder itself, if it is one.
+
+    Raises FileNotFoundError where there is none, NotADirectoryError for a file.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        near = next((f", such as {place}" for place in list(folder.parents)[:3] if _is_run(place) or _runs_in(place)), "")
+        raise NotADirectoryError(f"{folder} is a file; name a folder of runs, or that of one run{near}")
+    if _is_run(folder):
+        return {folder.name: folder}
+    if not (found := _runs_in(folder)):
+        there = f"{folder} holds no run yet" if folder.is_dir() else f"there is no folder {folder}"
+        raise FileNotFoundError(f"{there}; `selfflow train --folder {folder}` makes one")
+    return dict(sorted(((str(p.relative_to(folder)), p) for p in found), key=lambda pair: _natural(pair[0])))
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    return [p for p in [*folder.glob("[!.]*"), *folder.glob("[!.]*/[!.]*")] if _is_run(p) and not _is_run(p.parent)]
+
+
+def _is_run(path: Path) -> bool:
+    return any(os.path.exists(path / name) for name in ("config.json", "log.jsonl", "checkpoints"))  # False where we may not look
+
+
+def _natural(name: str) -> list:
+    return [(part.isdigit(), int(part) if part.isdigit() else part.lower()) for part in re.split(r"(\d+)", name)]

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from .benchmark import Case, bench_table, device_name
 from .benchmark import bench as run_bench
-from .comparison import AGAINST, find_runs, fit_table, run_curves, runs_table
+from .checkpoint import find_runs
+from .comparison import AGAINST, fit_table, run_curves, runs_table
 from .config import Config
 from .images import choose
 from .options import read_command, starting_point
@@ -68,7 +69,7 @@ def train(config: Annotated[Config, tyro.conf.arg(name="")], preset: str = "digi
         config: What to train.
         preset: Settings to start from: digits, digits-small, S, B, L or XL; the defaults shown here are then its own.
         config_file: A JSON file with settings to start from: a run's config.json, or some of them by name, over the preset's.
-        folder: Where runs are kept.
+        folder: Where runs are kept; with the config.json of a run, where that lies.
         device: auto (a GPU where there is one), cpu, cuda, ...
         features: For repa, a safetensors file whose tensor "features" (samples, tokens, width) belongs to the training samples.
         processes: So many processes on this machine train together; more than one GPU, or several nodes: see 25_processes.
@@ -235,7 +236,7 @@ def main(args: list[str] | None = None) -> None:
     """
     args = sys.argv[1:] if args is None else args
     try:
-        starts = {"config": starting_point(args)} if args[:1] == ["train"] else {}
+        starts = starting_point(args) if args[:1] == ["train"] else {}
         read_command(COMMANDS, args, **starts)()
     except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
         unknown = isinstance(error, RuntimeError) and "memory" not in str(error)  # a CPU without memory raises it
@@ -243,8 +244,10 @@ def main(args: list[str] | None = None) -> None:
             raise
         print(f"selfflow: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        kept = " Nothing was lost; the same command goes on from here." if args[:1] == ["train"] else ""
+    except KeyboardInterrupt as error:
+        lost = "What was not saved is lost; the same command goes on from the last checkpoint."
+        kept = "Nothing was lost; the same command goes on from here." if error.args == ("saved",) else lost
+        kept = f" {kept}" if args[:1] == ["train"] else ""
         print(f"\nselfflow: interrupted.{kept}", file=sys.stderr)
         raise SystemExit(130) from None
 

@@ -117,9 +117,19 @@ class Config:
         check_types(self)
         if not re.fullmatch(r"\w[\w.-]*", self.name, re.ASCII):
             raise ValueError(f"{self.name!r} is no name for a run: use letters, digits, -, _ and dots, no folders")
+        self._check_parts()
         grid = (self.objective.block,) * 2  # the data's is not known here; layers are what is checked
         with torch.device("meta"):  # no weights: the caller's random numbers are not touched
             build_objective(self.objective, TransformerConfig(1, grid, 4, self.model.depth, 1))
+
+    def _check_parts(self):
+        features = () if self.objective.name == "flow_matching" else ("rep_tokens", "normalise")
+        for name in ("flow_tokens", *features) if self.training.accumulate > 1 else ():
+            if (value := getattr(self.objective, name)) != type(self.objective).__dataclass_fields__[name].default:
+                what = "takes means" if name == "normalise" else "counts tokens"
+                raise ValueError(f"accumulate is {self.training.accumulate}, but {name} {value!r} {what} over the whole batch, "
+                                 "which parts that are passed one after the other do not know. Take training.accumulate 1, and "
+                                 "for less memory more processes or training.checkpointing")
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":

@@ -17,6 +17,8 @@ import pandas as pd
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from .checkpoint import read_not_finite
+from .disk import step_of, step_paths
 from .run import Run
 
 # %% ../nbs/39_follow.ipynb #b8541a8c
@@ -127,10 +129,10 @@ def run_state(step: int, steps: int | None, writer: dict | None = None, not_fini
     """
     if writer:
         return f"training: process {writer.get('pid', '?')} on {writer.get('host', '?')}"
-    if not_finite:
-        return f"stopped at step {not_finite.get('step', step)}: the loss was not finite"
     if steps and step >= steps:
         return "finished"
+    if not_finite:
+        return f"stopped at step {not_finite.get('step', step):,}: the loss was not finite"
     return f"stopped at step {step:,}" if step else "not started"
 
 
@@ -172,7 +174,7 @@ def status(name: str, step: int, steps: int | None, state: str, timing=None, lin
     devices = [name for name in timing.get("device", []) if isinstance(name, str)]
     if devices:
         count = int(processes[0]) if np.isfinite(processes).any() else 1
-        parts.append(devices[-1] + (f", {count} processes" if count > 1 else ""))
+        parts.append(devices[-1].split(",")[0] + (f", {count} processes" if count > 1 else ""))
     return parts
 
 
@@ -184,9 +186,9 @@ def progress_line(name: str, step: int, steps: int | None, state: str, timing=No
 class Following:
     """A run folder as it grows; `read` takes in what is new.
 
-    run: None until there is a config; log, timing: Lines; step: how many are done, by the log or, when nobody trains, by a
-    checkpoint; film: (step, images (n, c, h, w), labels (n,)), at most `rows` of them, evenly chosen; writer: who trains the
-    run, or None; problems: what cannot be read, in words.
+    run: None until there is a config; log, timing: Lines; step: how many are done, while somebody trains by the log too, else by
+    the newest checkpoint alone, from which the run would go on; film: (step, images (n, c, h, w), labels (n,)), at most `rows`
+    of them, evenly chosen; writer: who trains the run, or None; problems: what cannot be read, in words.
     """
 
     def __init__(self, path: Path | str, rows: int = 8):
@@ -199,12 +201,11 @@ class Following:
         "Take in what is new; returns whether something changed. Raises ValueError for a config that cannot be used."
         self._open()  # who trains is looked at first, lines last: when nobody does any more, nothing comes after the last line
         self.writer = self.run.writer() if self.run else None
-        saved = [int(p.name[5:]) for p in self.path.glob("checkpoints/step-*") if p.name[5:].isdecimal()]
+        saved = max(map(step_of, step_paths(self.path / "checkpoints")), default=0)
         changed = [self.log.read(), self.timing.read(), self._read_film()]
         logged = column({"step": self.log.table.get("step", [])[-1:]}, "step")
-        self.step = max([int(step) for step in logged if step > 0] + ([] if self.writer else saved), default=0)
-        report = self.path / "not_finite.json"
-        self.not_finite = json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
+        self.step = max([saved, *(int(step) for step in logged if step > 0 and self.writer)])
+        self.not_finite = read_not_finite(self.path, saved)
         return any(changed)
 
     def _open(self):
@@ -241,7 +242,8 @@ class Following:
         "What the run is doing, in words."
         if self.run is None:
             return "no run here yet"
-        return run_state(self.step, self.steps, self.writer, self.not_finite)
+        state = run_state(self.step, self.steps, self.writer, self.not_finite)
+        return "stopped before anything was saved" if state == "not started" and self.log.count else state
 
     @property
     def finished(self) -> bool:

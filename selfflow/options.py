@@ -9,6 +9,7 @@ __all__ = ['read_settings', 'starting_point', 'read_command']
 import difflib
 import io
 import json
+import os
 import re
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
@@ -37,7 +38,8 @@ def read_settings(path: Path) -> tuple[dict, bool]:
     Raises FileNotFoundError for no file and ValueError for one that is no such thing.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no config file {path}")
+        near = f", only a folder; take {path / 'config.json'}" if (path / "config.json").is_file() else ""
+        raise FileNotFoundError(f"there is no config file {path}{near}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
@@ -48,9 +50,10 @@ def read_settings(path: Path) -> tuple[dict, bool]:
         raise ValueError(f"{path} cannot be used: {error}") from None
 
 
-def starting_point(args: list[str]) -> Config:
-    """The draft that the options of `selfflow train` change: the preset and the config file that `args` name.
+def starting_point(args: list[str]) -> dict:
+    """What the options of `selfflow train` change: config, a draft of the preset and the config file that `args` name.
 
+    For config.json of a run the name is that of its folder, and `folder`, where runs are kept, is where that lies.
     Raises ValueError and FileNotFoundError for those that cannot be used.
     """
     preset, file = _given(args, "--preset"), _given(args, "--config")
@@ -58,7 +61,13 @@ def starting_point(args: list[str]) -> Config:
     above, whole = read_settings(Path(file)) if file else ({}, False)
     if preset and whole:
         raise ValueError(f"{file} is the config of a whole run, of which preset {preset} would change nothing; leave one out")
-    return draft(overlaid(below, above))
+    place = Path(os.path.abspath(file)) if whole else Path()
+    if place.name != "config.json":
+        return {"config": draft(overlaid(below, above))}
+    shown = Path(file).parent  # as it was written, if that says where it lies
+    folder = shown.parent if shown.name not in ("", "..") else place.parent.parent
+    name = {} if _given(args, "--name") else {"name": place.parent.name}  # folders may have names that runs cannot
+    return {"config": draft({**above, **name}), "folder": folder}
 
 # %% ../nbs/48_options.ipynb #f1ba7607
 def _first_words(box: str) -> str:

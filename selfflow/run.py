@@ -48,7 +48,7 @@ class Run:
                  data: dict[str, str] | None = None):
         self.path, self.config, self.transformer, self.device, self.data = path, config, transformer, device, data or {}
         self.log_path, self.timing_path = path / "log.jsonl", path / "timing.jsonl"  # one JSON object per line
-        self._saved = None  # the checkpoint that this object wrote last
+        self._whole: set[Path] = set()  # checkpoints that this object has written or read through
 
     @classmethod
     def create(cls, path: Path | str, config: Config, transformer: TransformerConfig, device: str | torch.device = "auto",
@@ -137,15 +137,15 @@ class Run:
             if not path.is_dir() or problem_of(path):
                 write_checkpoint(path, tensors, {"format": FORMAT, "step": step, **state})
         except OSError as error:
-            last = newest_whole(self.checkpoints(), self._saved)
+            last = newest_whole(self.checkpoints(), self._whole)
             safe = f"The last good checkpoint, {last.name}, is intact." if last else "There is no earlier checkpoint."
             raise not_written(f"step {step} of {self.path}", error, safe) from error
-        self._saved = path
+        self._whole.add(path)
         return path
 
     def prune(self) -> None:
         "Remove older checkpoints, but for the last `training.keep_last` whole ones and the multiples of `training.keep_every`."
-        prune(self.path / "checkpoints", self.config.training.keep_last, self.config.training.keep_every, self._saved)
+        prune(self.path / "checkpoints", self.config.training.keep_last, self.config.training.keep_every, self._whole)
 
     def checkpoints(self) -> list[Path]:
         "The folders of all checkpoints, oldest first, checked or not; what has another name than step-NNNNNNNN is not one."
@@ -161,6 +161,7 @@ class Run:
         "The newest checkpoint that passes its check, None if there is none; what is skipped is printed."
         for path in reversed(self.checkpoints()):
             if (problem := problem_of(path)) is None:
+                self._whole.add(path)
                 return path
             if not path.exists():
                 return self.latest()  # removed while we looked: there is a newer one

@@ -33,6 +33,18 @@ class SimulatedTrainer:
         return values
 
     def log_lines(self, count: int, rate: float = 20.0) -> None:
+        "Do some steps, the last of which is saved."
+        self._log_lines(count, rate)
+        self.save()
+
+    def save(self) -> None:
+        "A checkpoint of the last step, so far as one who watches looks at it; older ones are removed."
+        new = self.path / f"checkpoints/step-{self.step:08d}"
+        new.mkdir(parents=True, exist_ok=True)
+        for path in set(new.parent.iterdir()) - {new}:
+            path.rmdir()
+
+    def _log_lines(self, count: int, rate: float = 20.0) -> None:
         with (self.path / "log.jsonl").open("a") as log, (self.path / "timing.jsonl").open("a") as timing:
             for _ in range(count):
                 self.step += 1
@@ -49,7 +61,7 @@ class SimulatedTrainer:
         "Hold the lock and log until all steps are done or a stop is asked for."
         with self.run.locked():
             while self.step < self.run.config.training.steps:
-                self.log_lines(1)
+                self._log_lines(1)
                 time.sleep(pause)
                 if self.run.asked("sample"):
                     self.save_picture(self.step)
@@ -58,7 +70,8 @@ class SimulatedTrainer:
                 if self.run.asked("stop"):
                     self.run.answered("stop")
                     self.answers.append(("stop", self.step, datetime.now()))
-                    return
+                    break
+            self.save()
 
     def in_thread(self, pause: float = 0.02) -> threading.Thread:
         thread = threading.Thread(target=self.train, args=(pause,), daemon=True)

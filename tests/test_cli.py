@@ -3,6 +3,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def config_of():
     "From the options of `selfflow train` to the config that it would train with."
-    return lambda *args: read_command(COMMANDS, ["train", *args], config=starting_point(["train", *args])).keywords["config"]
+    return lambda *args: read_command(COMMANDS, ["train", *args], **starting_point(["train", *args])).keywords["config"]
 
 
 # settings
@@ -54,6 +55,46 @@ def test_the_config_of_a_run_is_trained_again(config_of, runs):
     again = config_of("--config", file, "--name", "again", "--seed", "3")
     assert again == replace(TINY, name="again", seed=3)
     assert config_of("--config", file, "--objective.name", "repa").objective.rep_weight == 0.5, "what follows is not fixed"
+
+
+def test_a_run_that_was_renamed_and_moved_goes_on_where_it_is(runs, tmp_path, monkeypatch, capsys):
+    place = tmp_path / "elsewhere/renamed"
+    shutil.copytree(runs["tiny"].path, place)
+    for checkpoint in ("step-00000008", "step-00000012"):
+        shutil.rmtree(place / "checkpoints" / checkpoint)
+    monkeypatch.chdir(tmp_path)
+    main(["train", "--config", "elsewhere/renamed/config.json"])
+    run = Run.open(place, "cpu")
+    assert run.state()["step"] == 12 and run.config == replace(TINY, name="renamed") and run.path == place
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"] and [p.name for p in place.parent.iterdir()] == ["renamed"]
+    assert "goes on from step 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where, file, options, folder, name", [
+    (".", "runs/b/config.json", [], "runs", "b"), ("runs/b", "config.json", [], "..", "b"),
+    ("runs", "b/config.json", [], ".", "b"), ("runs/b/checkpoints", "../config.json", [], "../..", "b"),
+    (".", "runs/b/config.json", ["--folder", "other"], "other", "b"), (".", "runs/b/config.json", ["--name", "c"], "runs", "c"),
+    (".", "my runs/one run/config.json", ["--name", "c"], "my runs", "c"), (".", "kept.json", [], "runs", "tiny"),
+    (".", "plain/config.json", [], "runs", "digits"),
+])
+def test_the_config_of_a_run_says_where_it_lies(runs, tmp_path, monkeypatch, where, file, options, folder, name):
+    for place in ("runs/b/config.json", "my runs/one run/config.json", "kept.json"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(runs["tiny"].path / "config.json", tmp_path / place)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain/config.json").write_text("{}")
+    (tmp_path / "runs/b/checkpoints").mkdir()
+    monkeypatch.chdir(tmp_path / where)
+    args, asked = ["train", "--config", file, *options], {}
+    monkeypatch.setattr(cli, "train_run", lambda config, place, *rest: asked.update(config=config, folder=place) or runs["tiny"])
+    main(args)
+    assert Path(asked["folder"]).resolve() == Path(folder).resolve() and asked["config"].name == name
+
+
+def test_a_folder_is_no_config_file_and_its_own_is_named(runs, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--config", str(runs["tiny"].path)])
+    assert f"only a folder; take {runs['tiny'].path}/config.json" in capsys.readouterr().err
 
 
 def test_a_run_of_an_old_format_is_trained_as_it_was(config_of):
@@ -166,7 +207,9 @@ def test_every_command_explains_its_options(capsys):
 # how it ends
 
 @pytest.mark.parametrize("error, code, words", [
-    (KeyboardInterrupt(), 130, "interrupted. Nothing was lost; the same command goes on from here."), (SystemExit(143), 143, ""),
+    (KeyboardInterrupt("saved"), 130, "interrupted. Nothing was lost; the same command goes on from here.\n"),
+    (KeyboardInterrupt(), 130, "interrupted. What was not saved is lost; the same command goes on from the last checkpoint.\n"),
+    (SystemExit(143), 143, ""),
     (OSError("the disk is full"), 2, "selfflow: the disk is full"), (FloatingPointError("not finite"), 2, "selfflow: not finite"),
     (RuntimeError("out of memory"), 2, "out of memory"),
 ])

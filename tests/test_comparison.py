@@ -1,6 +1,7 @@
 """Runs side by side: what a step costs, what a table says of good and bad folders, curves against steps, operations and time."""
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,9 @@ from safetensors.torch import save_file
 
 from selfflow import comparison
 from selfflow.benchmark import count_flops
-from selfflow.checkpoint import FORMAT
+from selfflow.checkpoint import FORMAT, find_runs
 from selfflow.cli import main
-from selfflow.comparison import AGAINST, find_runs, fit_table, flops_per_step, readable, run_curves, runs_table
+from selfflow.comparison import AGAINST, fit_table, flops_per_step, readable, run_curves, runs_table
 from selfflow.config import ModelConfig, ObjectiveConfig, TrainConfig
 from selfflow.layers import Groups
 from selfflow.probing import probe_run
@@ -182,12 +183,15 @@ def test_probes_times_and_runs_that_are_not_finite_are_shown(folder):
     probe_run(Run.open(folder / "run2", "cpu"), levels=(0.0, 0.5), layers=(2,), strengths=(0.1,))
     (folder / "run10/probe.json").write_text("[]")
     timed(folder / "run2")
-    (folder / "stopped/not_finite.json").write_text("{}")
+    for name, step in {"stopped": 5, "run2": 5, "run10": 13}.items():
+        (folder / name / "not_finite.json").write_text(json.dumps({"step": step}))
     table = runs_table(folder)
     row = table.loc["run2"]
     assert 0 < row["probe"] < 1 and row["probe cell"].startswith("block 2, t = ") and row["probe cell"].endswith("step 12")
     assert (row["seconds"], row["device"], row["processes"]) == (24.0, "a small machine", 2)
-    assert table.loc["stopped", "state"] == "stopped at 4, not finite"
+    assert table.loc["stopped", "state"] == "stopped at 4, not finite" and table.loc["run2", "state"] == "finished"
+    (folder / "stopped/not_finite.json").write_text('{"step": 4}')  # it has got past that since
+    assert runs_table(folder).loc["stopped", "state"] == "stopped at 4"
     assert table.loc["run10", "state"].startswith("damaged: ") and table.loc["run10", "step"] == 12, "the rest of the row stands"
     text = readable(table).loc["run2"]
     assert text["step"] == "12/12" and text["time"] == "0:00:24" and text["probe"].endswith("step 12)") and "%" in text["probe"]
@@ -220,6 +224,45 @@ def test_operations_of_repa_need_the_width_of_its_features(runs, tmp_path):
     place(runs["tiny"], tmp_path / "tiny")
     (tmp_path / "tiny/checkpoints/step-00000012/objective.safetensors").write_bytes(b"x")
     assert runs_table(tmp_path).loc["tiny", "state"] == "stopped at 8"
+
+
+@pytest.mark.parametrize("file, content, words", [
+    ("timing.jsonl", '{"step": 1}\n', r"bad/timing.jsonl has no seconds, device, processes; remove it"),
+    ("timing.jsonl", '{"step": 1, "seconds": "long", "device": "cpu", "processes": 1}\n',
+     "timing.jsonl has what is no number in seconds"),
+    ("log.jsonl", '{"step": 1, "flow_loss": 1.0}\n{"step": 2, "flow_loss": "much", "cosine": [1]}\n',
+     "bad/log.jsonl has what is no number in flow_loss, cosine; remove those lines"),
+])
+def test_what_is_wrong_in_a_file_is_said_with_its_remedy(runs, tmp_path, file, content, words):
+    path = place(runs["tiny"], tmp_path / "bad")
+    (path / file).write_text(content)
+    state = runs_table(tmp_path).loc["bad", "state"]
+    assert re.search("^damaged: .*" + words, state) and "Error" not in state
+    with pytest.raises(ValueError, match=words.partition(",")[0]):
+        run_curves(tmp_path, against="seconds" if file == "timing.jsonl" else "steps")
+
+
+def test_a_run_whose_first_steps_were_not_timed(runs, tmp_path):
+    timed(place(runs["tiny"], tmp_path / "old"), seconds=None, wall=None, device="AMD EPYC 9B14, 2 threads")
+    timed(place(runs["vanilla"], tmp_path / "new"))
+    table = runs_table(tmp_path)
+    assert pd.isna(table.loc["old", "seconds"]) and table.loc["old", "state"] == "finished"
+    text = readable(table)
+    assert text.loc["old", "time"] == "" and text.loc["old", "device"] == "AMD EPYC 9B14" and text.loc["new", "time"] == "0:00:24"
+    assert "old" in fit_table(table) and "time" not in readable(runs_table(tmp_path / "old"))
+    with pytest.raises(ValueError, match="run old did not keep its time from the start"):
+        run_curves(tmp_path, against="seconds")
+    assert len(run_curves(tmp_path, against="steps")) == 2
+
+
+@pytest.mark.parametrize("file, near", [("runs/a/config.json", ", such as .*runs/a$"), ("runs/note", ", such as .*runs$"),
+                                        ("note", "that of one run")])
+def test_a_file_is_no_folder_of_runs(runs, tmp_path, file, near):
+    place(runs["tiny"], tmp_path / "x/y/runs/a")
+    for name in ("x/y/runs/note", "note"):
+        (tmp_path / name).write_text("no run")
+    with pytest.raises(NotADirectoryError, match=f"{Path(file).name} is a file; .*{near}"):
+        find_runs(tmp_path / ("" if file == "note" else "x/y") / file)
 
 
 # text
@@ -315,7 +358,8 @@ def test_the_command_shows_and_draws(folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize("args, words", [
     (["--names", "run1"], "unknown run in"), (["--against", "hours"], "unknown cost"),
-    (["--against", "seconds"], "did not keep its time"), (["--names", "fresh", "--output", "x"], "unknown measure 'flow_loss'"),
+    (["--against", "seconds"], "did not keep its time"), (["--names", "fresh", "--output", "x"], "no run has logged a step yet"),
+    (["--names", "edited", "strange", "--against", "steps"], "there is nothing to draw: no run could be read"),
 ])
 def test_the_command_answers_mistakes(folder, capsys, args, words):
     with pytest.raises(SystemExit) as stop:

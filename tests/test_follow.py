@@ -143,6 +143,7 @@ WRITER = {"pid": 4711, "host": "ada", "since": "2026-01-01"}
     ((1500, 2000, None, None), "stopped at step 1,500"),
     ((50, 100, None, {"step": 51}), "stopped at step 51: the loss was not finite"),
     ((50, 100, WRITER, {"step": 51}), "training: process 4711 on ada"),  # resumed since
+    ((100, 100, None, {"step": 51}), "finished"),
     ((7, None, None, None), "stopped at step 7")])
 def test_the_state_in_words(arguments, expected):
     assert run_state(*arguments) == expected
@@ -221,7 +222,7 @@ def test_a_run_that_comes_into_being_is_seen(tmp_path):
 
 def test_a_saved_step_counts_when_nobody_trains(run):
     run.log_lines(5)
-    (run.path / "checkpoints/step-00000100").mkdir(parents=True)
+    (run.path / "checkpoints/step-00000100").mkdir()
     (run.path / "checkpoints/.step-00000200-abc").mkdir()
     (run.path / "checkpoints/step-odd").mkdir()
     following = Following(run.path)
@@ -229,7 +230,42 @@ def test_a_saved_step_counts_when_nobody_trains(run):
     assert following.step == 100 and following.finished
     with run.run.locked():
         following.read()
-        assert following.step == 5 and not following.finished and following.writer["pid"] == os.getpid()
+        assert not following.finished and following.writer["pid"] == os.getpid()
+
+
+def test_without_a_writer_the_newest_checkpoint_counts_and_no_later_line(tmp_path):
+    run = SimulatedTrainer(tmp_path / "mine", steps=12)
+    run.log_lines(8)
+    run._log_lines(4)
+    following = Following(run.path)
+    with run.run.locked():
+        following.read()
+        assert following.step == 12 and not following.finished
+    following.read()
+    assert (following.step, following.state, following.finished) == (8, "stopped at step 8", False)
+    (run.path / "checkpoints/step-00000008").rmdir()
+    following.read()
+    assert (following.step, following.state) == (0, "stopped before anything was saved")
+
+
+@pytest.mark.parametrize("saved, steps, state", [
+    (8, 20, "stopped at step 9: the loss was not finite"), (9, 20, "stopped at step 9"), (20, 20, "finished")])
+def test_a_loss_that_was_not_finite_counts_until_a_later_step_is_saved(tmp_path, saved, steps, state):
+    run = SimulatedTrainer(tmp_path / "mine", steps=steps)
+    (run.path / "not_finite.json").write_text('{"step": 9}')
+    run.log_lines(saved)
+    following = Following(run.path)
+    following.read()
+    assert following.state == state
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"step": "x"}', "\0"])
+def test_a_damaged_report_of_a_loss_is_no_obstacle(run, content):
+    run.log_lines(5)
+    (run.path / "not_finite.json").write_text(content)
+    following = Following(run.path)
+    following.read()
+    assert following.state == "stopped at step 5"
 
 
 def test_a_loss_that_was_not_finite_is_said(run):

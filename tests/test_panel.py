@@ -13,6 +13,7 @@ from jupyter_client import KernelManager
 from simulated import SimulatedTrainer
 
 from selfflow import panel as module
+from selfflow.follow import Following
 from selfflow.panel import Panel, header_html, train, watch
 from selfflow.plots import Picture
 
@@ -209,11 +210,37 @@ def test_a_folder_that_is_removed_is_no_error(path):
 
 def test_a_log_that_is_cut_on_resume_is_followed(path):
     trainer = SimulatedTrainer(path)
-    trainer.log_lines(20)
+    trainer.log_lines(10)
+    trainer._log_lines(10)  # a process that was killed, and lost these
     panel = watch(path, refresh=0.02)
+    assert panel.following.log.count == 20 and "stopped at step 10" in panel.header.value
     trainer.run.cut_log(10)
-    until(lambda: "stopped at step 10" in panel.header.value)
-    assert panel.following.log.table["step"] == list(range(1, 11))
+    until(lambda: panel.following.log.table["step"] == list(range(1, 11)))
+
+
+def test_a_panel_does_not_take_a_log_for_a_run_that_is_finished(path):
+    trainer = SimulatedTrainer(path, steps=12)
+    trainer.log_lines(8)
+    trainer._log_lines(4)
+    panel = watch(path, refresh=0.02)
+    drawn = panel.following.log.count
+    time.sleep(0.3)
+    assert drawn == 12 and panel.thread.is_alive() and "stopped at step 8" in panel.header.value
+    assert 'aria-valuenow="66"' in panel.header.value
+    trainer.save()
+    panel.thread.join(20)
+    assert not panel.thread.is_alive() and "finished" in panel.header.value
+
+
+def test_speed_and_time_left_are_said_of_a_run_whose_first_steps_were_not_timed(training):
+    times = [json.loads(line) for line in (training.path / "timing.jsonl").read_text().splitlines()]
+    lines = [{**line, "seconds": None, "wall": None, "device": "AMD EPYC, 2 threads"} for line in times]
+    (training.path / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    following = Following(training.path)
+    following.read()
+    following.writer = {"pid": 1, "host": "a"}
+    parts = following.status()
+    assert "20 it/s" in parts and any(part.endswith(" left") for part in parts) and parts[-1] == "AMD EPYC"
 
 
 def test_a_finished_run_is_drawn_once_more_and_then_left_alone(path):
@@ -322,7 +349,7 @@ def test_train_shows_a_panel_trains_and_lets_go(tmp_path, monkeypatch):
     def trains(config, folder, device="auto", bar=True):
         trainer = SimulatedTrainer(folder / config.name, steps=20)
         trainer.train(0.0)
-        return done if device == "cpu" and not bar else None
+        return done if device == "cpu" else None
     monkeypatch.setattr(module, "display", shown.append)
     monkeypatch.setattr(module, "train_run", trains)
     config = SimulatedTrainer(tmp_path / "elsewhere/mine", steps=20).run.config
@@ -334,7 +361,7 @@ def test_train_shows_a_panel_trains_and_lets_go(tmp_path, monkeypatch):
 
 def test_train_that_fails_raises_and_lets_go(tmp_path, monkeypatch):
     shown = []
-    def fails(config, folder, **_):
+    def fails(config, folder, bar=True):
         trainer = SimulatedTrainer(folder / config.name)
         trainer.log_lines(5)
         (trainer.path / "not_finite.json").write_text(json.dumps({"step": 6}))

@@ -9,7 +9,7 @@ import torch
 from conftest import TINY
 
 from selfflow.checkpoint import FORMAT, FREE, check_checkpoint, migrate
-from selfflow.config import TrainConfig
+from selfflow.config import Config, TrainConfig
 from selfflow.flow import keyed
 from selfflow.lock import RunInUse, sole_writer
 from selfflow.run import Run
@@ -216,6 +216,17 @@ def test_another_number_of_shards_is_another_run(first):
     config = Run.open(first).config
     with pytest.raises(ValueError, match="training.shards: 1 in the folder, 8 asked for"):
         Run.create(first, replace(config, training=replace(config.training, shards=8)), Run.open(first).transformer)
+    script = Config.from_dict({**(stored := json.loads((first / "config.json").read_text()))["config"], "name": "format-1"})
+    with pytest.raises(ValueError, match="began before batches had shards has one: with training.shards=1 it goes on"):
+        train(script, first.parent)
+    assert "shards" not in stored["config"]["training"] and script.training.shards == 8
+    with pytest.raises(ValueError, match="seed: .*") as error:
+        train(replace(script, seed=9), first.parent)
+    assert "it goes on" not in str(error.value), "that alone would not help"
+    assert train(replace(script, training=replace(script.training, shards=1)), first.parent).state()["step"] == 8
+    shutil.copyfile(FIRST / "config.json", first / "config.json")
+    with pytest.raises(ValueError, match="training.shards: 1 in the folder, 8 asked for"):
+        Run.create(first, script, Run.open(first).transformer)
     assert json.loads((first / "config.json").read_text())["format"] == 1, "who is refused changes nothing"
 
 
@@ -255,7 +266,7 @@ OTHER = {"save_every": 7, "keep_last": 1, "keep_every": 8, "sample_every": 3, "p
 
 @pytest.mark.parametrize("name", sorted(OTHER))
 def test_what_does_not_change_the_result_may_change_on_the_way(run, capsys, name):
-    assert {f"training.{name}" for name in OTHER} == FREE
+    assert {"name", *(f"training.{name}" for name in OTHER)} == FREE
     asked = replace(TINY, training=replace(TINY.training, **{name: OTHER[name]}))
     again = Run.create(run.path, asked, run.transformer)
     before = getattr(TINY.training, name)
@@ -275,6 +286,14 @@ def test_all_that_may_change_at_once_and_nothing_while_another_trains(run, capsy
         assert (run.path / "config.json").read_bytes() == before and not capsys.readouterr().out
     assert Run.create(run.path, asked, run.transformer).config == asked
     assert len(capsys.readouterr().out.splitlines()) == len(OTHER)
+
+
+def test_who_renames_the_folder_renames_the_run(run, capsys):
+    moved = run.path.rename(run.path.with_name("renamed"))
+    config = replace(TINY, name="renamed", training=replace(TINY.training, keep_last=9))
+    again = train(config, moved.parent)
+    assert "name: tiny -> renamed from here on\n" in capsys.readouterr().out
+    assert again.path == moved and Run.open(moved).config == config and len(steps_of(again)) == 3 and not run.path.exists()
 
 
 A, B = "a" * 16, "b" * 16

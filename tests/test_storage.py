@@ -18,7 +18,7 @@ from faults import Worker, at_call, tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from selfflow.checkpoint import check_checkpoint, problem_of, prune, write_checkpoint
+from selfflow.checkpoint import _sha256, check_checkpoint, problem_of, prune, write_checkpoint
 from selfflow.config import Config, ModelConfig, TrainConfig
 from selfflow.disk import NotWritten, cut_lines, read_lines, step_of, write_json
 from selfflow.lock import RunInUse, sole_writer, writer_of
@@ -376,6 +376,7 @@ def test_a_step_is_written_once_and_again_only_when_damaged(tmp_path):
 
 @pytest.mark.parametrize("last, every, broken, kept", [
     (2, 0, {}, [5, 6]), (2, 3, {}, [3, 5, 6]), (9, 0, {}, [1, 2, 3, 4, 5, 6]), (1, 2, {}, [2, 4, 6]), (1, 100, {}, [6]),
+    (2, 0, {5: "content"}, [4, 5, 6]), (3, 2, {4: "content", 5: "content"}, [2, 3, 4, 5, 6]),
     (2, 0, {6: "size"}, [4, 5, 6]), (2, 0, {6: "content"}, [4, 5, 6]), (1, 0, {4: "size", 5: "content", 6: "size"}, [3, 4, 5, 6]),
     (3, 0, {5: "size"}, [3, 4, 5, 6]), (1, 0, dict.fromkeys(range(1, 7), "content"), [1, 2, 3, 4, 5, 6]),
     (1, 0, dict.fromkeys(range(1, 7), "size"), [1, 2, 3, 4, 5, 6]),
@@ -389,6 +390,19 @@ def test_pruning_keeps_the_last_whole_ones(tmp_path, last, every, broken, kept):
     prune(tmp_path, last, every)
     assert sorted(step_of(path) for path in tmp_path.iterdir()) == kept
     prune(tmp_path / "nothing", last)
+
+
+def test_each_checkpoint_is_read_through_once_to_prune(tmp_path, monkeypatch):
+    read, run = [], saved(tmp_path / "tiny", (1, 2, 3))
+    run = Run.open(run.path, "cpu")
+    monkeypatch.setattr("selfflow.checkpoint._sha256", lambda path, real=_sha256: read.append(path.parent.name) or real(path))
+    run.prune()
+    assert steps_of(run) == [2, 3] and set(read) == {"step-00000002", "step-00000003"}, "another process wrote them"
+    for step in (4, 5):
+        run.save(step, tensors(step), {})
+        read.clear()
+        run.prune()
+        assert not read and steps_of(run) == [step - 1, step]
 
 
 def test_a_reader_of_a_checkpoint_that_is_pruned_is_told(tmp_path, capsys):
