@@ -22,7 +22,7 @@ from .batches import (Batches, feature_source, patches_of, shape_of, shards_of, 
                               validation_tokens)
 from .checkpoint import FREE, read_state
 from .config import Config, flatten
-from .disk import write_json
+from .disk import NotWritten, write_json
 from .flow import keyed
 from .images import load
 from .processes import Interrupt, Processes, raise_again
@@ -189,13 +189,16 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
 
 
 def _open(run: Run, fingerprints: dict[str, str | None], stack: ExitStack) -> bool:
-    "Make the folder or check the one that is there; whether it is finished, and if not, keep others out of it."
+    "Make the folder or check the one that is there, and keep others out; whether it is finished and can only be read."
     Run.create(run.path, run.config, run.transformer, run.device, fingerprints)
-    last = run.checkpoints()[-1:]
-    if last and last[0].name == f"step-{run.config.training.steps:08d}" and run.latest() == last[0]:
-        _same_config(run, last[0])
-        return True  # nothing is to be written, perhaps nothing can be
-    stack.enter_context(run.locked())
+    try:
+        stack.enter_context(run.locked())
+    except NotWritten:
+        last = run.latest()
+        if last is None or read_state(last)["step"] < run.config.training.steps:
+            raise
+        _same_config(run, last)
+        return True
     run.clear_staging()
     for request in ("stop", "sample"):
         run.answered(request)  # one that was meant for a process that is gone

@@ -263,10 +263,13 @@ def test_time_goes_on_over_stops_and_is_unknown_where_nobody_took_it(tmp_path, m
 
 def test_a_finished_run_in_a_folder_that_cannot_be_written_is_returned(runs, monkeypatch):
     def refused(*_, **__):
-        raise AssertionError("nothing is to be written")
+        raise NotWritten(30, "a file system that can only be read")
     for name in ("save", "locked", "cut_log", "clear_staging", "save_film"):
         monkeypatch.setattr(Run, name, refused)
     assert train(TINY, runs["tiny"].path.parent).state()["step"] == 12
+    monkeypatch.setattr(Run, "latest", lambda run: run.checkpoints()[0])
+    with pytest.raises(NotWritten, match="only be read"):
+        train(TINY, runs["tiny"].path.parent)
 
 
 def test_data_that_changed_since_the_run_began_are_refused(tmp_path, monkeypatch):
