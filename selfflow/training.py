@@ -180,7 +180,7 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
     with ExitStack() as stack:
         if not processes.lead(lambda: _open(run, fingerprints, stack)):
             spent = _resume(run, state, processes)
-            if config.training.compile:
+            if config.training.compile and state.step < config.training.steps:
                 _compile(state, config, batches[state.step], features_of, processes)
             share_state(state, config, processes)
             number = _Loop(run, state, batches, features_of, processes).go(workers, track, bar, spent)
@@ -226,7 +226,9 @@ def _resume(run: Run, state: TrainState, processes: Processes) -> dict | None:
         state.restore(path)
         known = read_state(path)
         spent = {name: known[name] for name in spent} if known.get("seconds") is not None else None
-        processes.say(f"{run.config.name}: goes on from step {state.step}")
+        if state.step < run.config.training.steps:
+            processes.say(f"{run.config.name}: goes on from step {state.step}")
+        processes.lead(run.prune)  # who was killed after saving had no time for it
     processes.lead(lambda: run.cut_log(state.step))
     return spent
 
