@@ -21,11 +21,14 @@ from selfflow.config import Config
 
 torch.set_num_threads(1)
 DOING = ("starting", "training", "saving", "logging", "pruning", "drawing")
-shared = mmap.mmap(-1, 1)  # which of these the child is at
+shared = mmap.mmap(-1, 2)  # which of these the child is at, and whether it has trained a step
 
 
 def told(name, function):
     def telling(*args, **options):
+        shared[1] = shared[1] or name == "training"
+        if name == "pruning" and not shared[1]:  # what is pruned when a run goes on: a kill here would never let it come on
+            return function(*args, **options)
         before = shared[0]
         shared[0] = DOING.index(name)
         try:
@@ -51,7 +54,7 @@ def main(folder: Path, config: Config, seed: int, kills: int) -> None:
             os.dup2(os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
             training.train(replace(config, name=f"{config.name}-{number}"), folder, "cpu")
             os._exit(0)
-        shared[0], patience = 0, chance.uniform(0.02, 0.6)
+        shared[:2], patience = bytes(2), chance.uniform(0.02, 0.6)
         began, wanted = time.monotonic(), chance.choice((None, "saving", "saving", "pruning", "logging"))
         while time.monotonic() - began < patience or wanted and shared[0] != DOING.index(wanted):
             if os.waitpid(child, os.WNOHANG)[0]:
