@@ -54,6 +54,10 @@ def main(folder: Path, config: Config, seed: int, kills: int) -> None:
             os.dup2(os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
             training.train(replace(config, name=f"{config.name}-{number}"), folder, "cpu")
             os._exit(0)
+        if lives == 6:  # enough: this one may come to the end
+            os.waitpid(child, 0)
+            number, lives = number + 1, 0
+            continue
         shared[:2], patience = bytes(2), chance.uniform(0.02, 0.6)
         began, wanted = time.monotonic(), chance.choice((None, "saving", "saving", "pruning", "logging"))
         while time.monotonic() - began < patience or wanted and shared[0] != DOING.index(wanted):
