@@ -44,7 +44,7 @@ def test_kill_at_random_moments_also_while_saving_loses_nothing(tmp_path):
     said, problems = program.communicate(timeout=500)
     assert program.returncode == 0, problems[-3000:]
     found = json.loads(said)
-    assert sum(found["killed"].values()) >= 36 and found["killed"].get("saving", 0) >= 1, found
+    assert sum(found["killed"].values()) >= 36 and found["killed"].get("saving", 0) >= 6, found
     whole = train(config, tmp_path / "whole")
     assert [p.name[-2:] for p in whole.checkpoints()] == ["16", "32", "38", "40"]
     for number in range(found["runs"]):
