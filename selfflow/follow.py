@@ -217,7 +217,7 @@ class Following:
             self._config = key
 
     def _read_film(self) -> bool:
-        files = sorted(self.path.glob("samples/film/step-*.safetensors"))
+        files = step_paths(self.path / "samples/film", ".safetensors")
         chosen = {(file, file.stat().st_mtime_ns) for i in spread(len(files), self.rows) for file in [files[i]]}
         changed, self.problems = chosen != self._pictures.keys(), []
         self._pictures = {key: self._pictures.get(key) or self._picture(key[0]) for key in chosen}
@@ -227,7 +227,7 @@ class Following:
     def _picture(self, file: Path):
         try:
             tensors = load_file(file)
-            return int(file.stem.removeprefix("step-")), tensors["images"], tensors["labels"]
+            return step_of(file), tensors["images"], tensors["labels"]
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             self.problems.append(f"{file.name} cannot be read: {error}")
             return None

@@ -208,7 +208,7 @@ def _open(run: Run, fingerprints: dict[str, str | None], stack: ExitStack) -> bo
 def _same_config(run: Run, path: Path) -> None:
     "Raise ValueError if a checkpoint was made with another config than the run has now, by a hand in config.json."
     made, now = flatten(read_state(path).get("config", {})), flatten(asdict(run.config))  # the first versions kept none
-    other = {name: value for name, value in made.items() if name not in FREE | {"name"} and now.get(name) != value}
+    other = {name: value for name, value in made.items() if name not in FREE and now.get(name) != value}
     if other:
         lines = [f"  {name}: {value!r} when it was saved, {now.get(name)!r} now" for name, value in other.items()]
         raise ValueError("\n".join([f"{path} was made with another config than {run.path}/config.json says:", *lines,
