@@ -4,6 +4,7 @@ The parent has torch loaded and forks a child for each line that it reads, `ACTI
 """
 import io
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -141,36 +142,44 @@ def serve():
             except BaseException as error:
                 say(f"{type(error).__name__}: {error}")
             os._exit(0)
-        say(f"pid {pid}")
+        say(f"\npid {pid}")  # on a line of its own: a child may have been killed in the middle of one
         _, status = os.waitpid(pid, 0)
-        say(f"ended {os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0}")
+        say(f"\nended {os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0}")
 
 
 class Worker:
     "The parent, seen from the tests."
     def __init__(self):
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)})
+        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        start_new_session=True, env={**os.environ, "PYTHONFAULTHANDLER": "1",
+                                        "PYTHONPATH": str(Path(__file__).parent.parent)})
+        self.unread, self.early = b"", []
 
     def start(self, *words):
         "Fork a child; returns its pid."
-        self.process.stdin.write(" ".join(map(str, words)) + "\n")
+        self.process.stdin.write((" ".join(map(str, words)) + "\n").encode())
         self.process.stdin.flush()
-        said = []
+        said = self.early = []
         while not (line := self.read()).startswith("pid "):  # a child may be faster than its parent
-            said.append(line)
-        self.early = said  # read before `wait`
+            said.append(line)  # read before `wait`
         return int(line.split()[1])
 
     def read(self):
-        line = self.process.stdout.readline()
-        assert line, "the worker has died"
-        return line.strip()
+        while b"\n" not in self.unread:
+            if not select.select([self.process.stdout], [], [], 60)[0]:
+                os.killpg(self.process.pid, signal.SIGABRT)  # says where each of them stands
+                raise AssertionError(f"nothing was said for a minute after {self.early}")
+            part = os.read(self.process.stdout.fileno(), 10000)
+            assert part, "the worker has died"
+            self.unread += part
+        line, _, self.unread = self.unread.partition(b"\n")
+        return line.decode().strip() or self.read()
 
     def step(self):
         "Wait until the child says a step."
         while not any(line.isdigit() for line in self.early):
             self.early.append(self.read())
+            assert not self.early[-1].startswith("ended "), f"the child ended before it saved: {self.early}"
 
     def wait(self):
         "Wait for the child; returns the signal that ended it (0 = none) and what it said."
