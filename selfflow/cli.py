@@ -72,7 +72,7 @@ def train(config: Annotated[Config, tyro.conf.arg(name="")], preset: str = "digi
         folder: Where runs are kept; with the config.json of a run, where that lies.
         device: auto (a GPU where there is one), cpu, cuda, ...
         features: For repa, a safetensors file whose tensor "features" (samples, tokens, width) belongs to the training samples.
-        processes: So many processes on this machine train together; more than one GPU, or several nodes: see 25_processes.
+        processes: So many processes on this machine train together; more than one GPU, or several nodes: see 26_processes.
         workers: Processes that fetch data ahead, for each of them; 0 is none.
         track: Also tell tensorboard, wandb, mlflow; without it nothing leaves the folder.
     """

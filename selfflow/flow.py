@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['interpolate', 'velocity', 'Density', 'Uniform', 'LogitNormal', 'PlateauLogitNormal', 'check_shares', 'draw_index',
-           'Mixture', 'shift', 'Shifted', 'keyed', 'by_shard']
+           'Mixture', 'shift', 'Shifted', 'keyed', 'by_shard', 'numbered']
 
 # %% ../nbs/00_flow.ipynb #99c1f5cb
 import hashlib
@@ -238,3 +238,22 @@ def by_shard(draw, purpose: str, batch, function: Callable) -> list:
     if len(batch) % len(draws):
         raise ValueError(f"{len(batch)} samples cannot be divided into {len(draws)} shards of one size")
     return [function(part, one(purpose)) for part, one in zip(batch.chunk(len(draws)), draws, strict=True)]
+
+# %% ../nbs/00_flow.ipynb #d7ea3222
+def _mixed(z: Tensor) -> Tensor:
+    "The bits of int64 numbers, mixed."
+    for right, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
+        z = (z ^ (z >> right & (1 << 64 - right) - 1)) * factor
+    return z ^ (z >> 31 & (1 << 33) - 1)
+
+
+def numbered(purpose: str, indices: Tensor, count: int) -> Tensor:
+    """Uniform numbers (b, count) in [0, 1), float32, that follow from the purpose and from each index (b,) alone.
+
+    Other indices, and how many numbers are asked for, change nothing. Source: SplitMix64, doi 10.1145/2714064.2660195.
+    """
+    key = int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little", signed=True)
+    golden = 0x9E3779B97F4A7C15 - 2**64
+    row = _mixed(_mixed(indices.long() * golden + key))[:, None]
+    z = _mixed(row + torch.arange(1, count + 1, device=indices.device) * golden)
+    return (z >> 40 & (1 << 24) - 1).float() / 2**24
