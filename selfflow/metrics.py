@@ -13,7 +13,8 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.svm import SVC
 
-from .images import ImageSet, load
+from .images import ImageSet
+from .sources import images_of
 from .probing import proportion_interval
 
 # %% ../nbs/35_metrics.ipynb #cceaeaa0
@@ -58,7 +59,7 @@ def _fit(data: ImageSet, c: float) -> Pipeline:
 
 def train_judge(name: str) -> Judge:
     "The judge of data set `name`: trained on its training part, C chosen on validation, its accuracy measured on test."
-    train, validation, test = (load(name, split) for split in ("train", "validation", "test"))
+    train, validation, test = (images_of(name, split) for split in ("train", "validation", "test"))
     candidates = [_fit(train, c) for c in (1.0, 10.0, 100.0)]
     best = max(candidates, key=lambda judge: judge.score(validation.images.numpy(), validation.labels.numpy()))
     correct = best.predict(test.images.numpy()) == test.labels.numpy()

@@ -27,9 +27,10 @@ from tqdm.auto import tqdm
 from .checkpoint import write_json
 from .features import extract
 from .flow import keyed
-from .images import SPLITS, load
+from .images import SPLITS
 from .run import Run
 from .state import start_state
+from .sources import images_of
 from .transformer import Transformer
 
 # %% ../nbs/31_probing.ipynb #6c9c224a
@@ -100,13 +101,13 @@ def linear_probe(features: dict, labels: dict, strengths=STRENGTHS) -> ProbeResu
 # %% ../nbs/31_probing.ipynb #fe820f8b
 def probe_pixels(name: str) -> ProbeResult:
     "The linear probe on the raw values of the images of data set `name`."
-    parts = {split: load(name, split) for split in SPLITS}
+    parts = {split: images_of(name, split) for split in SPLITS}
     return linear_probe({s: d.images.flatten(1) for s, d in parts.items()}, {s: d.labels for s, d in parts.items()})
 
 
 def majority_accuracy(name: str) -> float:
     "Test accuracy of always answering the most frequent class of the training part."
-    return float((load(name, "test").labels == load(name, "train").labels.mode().values).float().mean())
+    return float((images_of(name, "test").labels == images_of(name, "train").labels.mode().values).float().mean())
 
 # %% ../nbs/31_probing.ipynb #8855d48d
 PROBE_LEVELS = (0.0, 0.1, 0.25, 0.5, 0.75)
@@ -178,7 +179,7 @@ def untrained_network(run: Run) -> Transformer:
 
 
 def _probe_data(run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    parts = {split: load(run.config.data.name, split) for split in SPLITS}
+    parts = {split: images_of(run.config.data, split) for split in SPLITS}
     return {s: run.patches.patchify(d.images) for s, d in parts.items()}, {s: d.labels for s, d in parts.items()}
 
 

@@ -24,8 +24,9 @@ from .disk import cut_lines, discard, not_written, read_lines, replacing, step_p
 from .flow import keyed
 from .images import choose
 from .lock import free_name, sole_writer, writer_of
-from .modality import ImagePatches
+from .modality import ImagePatches, Layout
 from .sampling import guided_velocity, sample
+from .sources import Sources
 from .transformer import Transformer, TransformerConfig
 
 # %% ../nbs/24_run.ipynb #b9e87f5b
@@ -202,37 +203,67 @@ class Run:
 
     # pictures
 
+    @cached_property
+    def sources(self) -> Sources:
+        "What it is trained on. Raises what opening the data raises, where they are no longer there."
+        return Sources(self.config.data)
+
     @property
     def patches(self) -> ImagePatches:
-        "How this run's images become tokens."
+        "How this run's images become tokens. Raises ValueError for a run of other signals; see `Sources.layouts`."
+        if self.transformer.parts:
+            names = ", ".join(part.name for part in self.transformer.parts)
+            raise ValueError(f"{self.path} was trained on {names}; run.sources.layouts say how its signals become tokens")
         patch, (rows, columns) = self.config.data.patch, self.transformer.grid
         return ImagePatches(self.transformer.channels // patch**2, rows * patch, columns * patch, patch)
 
-    def sample(self, labels: Tensor, steps: int = 50, method: str = "euler", cfg_scale: float = 1.0, seed: int = 0,
+    def sample(self, labels, steps: int = 50, method: str = "euler", cfg_scale: float = 1.0, seed: int = 0,
                batch: int = 128, shift: float = 1.0, interval: tuple[float, float] = (0.0, 1.0),
-               model: Transformer | None = None) -> Tensor:
-        """Images (b, c, h, w), on the CPU, of the classes `labels` (b,); all noise depends on the seed alone.
+               model: Transformer | None = None, data: str = "", given: dict[str, Tensor] | None = None):
+        """Samples, on the CPU, of the classes `labels` (b,) or of b captions; all noise depends on the seed alone.
 
-        steps, method, shift, cfg_scale, interval: see `sampling`; batch: how many are drawn at once; model: the transformer to
-        draw with, on any device; by default the teacher of the checkpoint. Raises ValueError for no labels at all and for
-        guidance of a model that was trained without label drop: it never saw the null label.
+        An image run gives images (b, c, h, w), others a dict of signals by name. steps, method, shift, cfg_scale, interval: see
+        `sampling`; batch: how many are drawn at once; model: the transformer to draw with, on any device; by default the teacher
+        of the checkpoint; data: which data set to draw from, where there are several; given: signals that are kept, by name
+        (audio to draw its film, video to draw its sound), or the `first_frame` of a film (b, c, span, h, w).
+        Raises ValueError for no labels at all, for signals that the run does not have, and for guidance of a model that was
+        trained without label drop: it never saw the null label.
         """
-        labels = torch.as_tensor(labels, dtype=torch.int64)
+        labels = self.sources.wanted(labels, data)
         if not labels.numel() or batch < 1:
-            raise ValueError(f"{labels.numel()} labels in batches of {batch}: name at least one class to draw, batch at least 1")
+            raise ValueError(f"{len(labels)} labels in batches of {batch}: name at least one class to draw, batch at least 1")
         if cfg_scale != 1 and not self.config.objective.label_drop:
             raise ValueError(f"cfg_scale is {cfg_scale}, but this run was trained with label_drop 0 and does not know the null "
                              "label that guidance starts from; take cfg_scale 1, or train with objective.label_drop 0.1")
         model = self.teacher if model is None else model
-        shape, device = (len(labels), self.transformer.tokens, self.transformer.channels), next(model.parameters()).device
-        x1, chosen, images = torch.randn(shape, generator=keyed(seed, "samples")), torch.arange(len(labels)), []
+        layout, parts = self._layout(data)
+        size = (layout.tokens, layout.channels) if layout else (self.transformer.tokens, self.transformer.channels)
+        shape, device = (len(labels), *size), next(model.parameters()).device
+        x0, start = layout.kept(given, len(labels)) if given and layout else (None, None)
+        x1, chosen, tokens = torch.randn(shape, generator=keyed(seed, "samples")), torch.arange(len(labels)), []
         for part in tqdm(chosen.split(batch), "samples", unit="batch", disable=len(labels) <= batch):
             def noise(step, part=part):  # keyed by sample, so the same whatever the batch
                 generators = (keyed(seed, "sampling noise", step, sample) for sample in part.tolist())
                 return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(device)
-            velocity_fn = guided_velocity(model, labels[part].to(device), cfg_scale, interval)
-            images.append(sample(velocity_fn, x1[part].to(device), steps, method, shift, noise=noise).cpu())
-        return self.patches.unpatchify(torch.cat(images))
+            told = labels[part].to(device) if self.transformer.classes or self.transformer.caption else None
+            velocity_fn = guided_velocity(model, told, cfg_scale, interval, parts)
+            known = {} if x0 is None else {"x0": x0[part].to(device), "start": start}
+            tokens.append(sample(velocity_fn, x1[part].to(device), steps, method, shift, noise=noise, **known).cpu())
+        return (layout or self.patches).unpatchify(torch.cat(tokens))
+
+    def _layout(self, data: str) -> tuple[Layout | None, tuple[str, ...]]:
+        "How the samples of a data set become tokens, and their parts; None where images alone are all there is."
+        if not self.transformer.parts:
+            return None, ()
+        name = choose(data or self.config.data.names[0], self.config.data.names, "data set")
+        return self.sources.layouts[name], self.sources.parts_in(name)
+
+    def film_picture(self, model: Transformer) -> tuple[Tensor, Tensor]:
+        "One sample of each class, of ten at most, or of ten captions, from the same noise: images and their numbers."
+        labels = torch.arange(min(10, self.transformer.classes) or 10)
+        wanted = self.sources.data[self.config.data.names[0]].take(labels).captions if self.transformer.caption else labels
+        drawn = self.sample(wanted, steps=25, model=model)
+        return (drawn if isinstance(drawn, Tensor) else self._layout("")[0].picture(drawn)), labels
 
     def save_film(self, step: int, images: Tensor, labels: Tensor) -> Path:
         "Keep the picture of a step for the film strip; see `checkpoint.write_picture`."

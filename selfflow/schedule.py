@@ -119,6 +119,7 @@ class DualTimestep:
     """Dual-Timestep Scheduling: two independent, unsorted levels per sample; each token takes the second with `mask_ratio`.
 
     The defaults are the method as published; each other argument switches on a variant.
+    mask_ratio: for all tokens, or one for each: sound beside film has another; block and exact then have no meaning.
     order: "cleaner" or "noisier" sorts, so that masked tokens always take that one of the two; near: s = t + U(-near, near),
     folded back into [0, 1]; block, grid: masks are drawn for block x block squares (the units) of a rows x columns grid; exact:
     round(mask_ratio * units) are masked in every sample; single_share: this share of samples has all tokens at t, unsorted (s is
@@ -127,7 +128,7 @@ class DualTimestep:
     Source: Self-Flow, section 3.2; unsorted as its authors confirm (their repository, issues 2 and 11); near: its ablation.
     """
     density: Density = field(default_factory=Uniform)
-    mask_ratio: float = 0.25
+    mask_ratio: float | tuple[float, ...] = 0.25
     order: str = "unsorted"
     exact: bool = False
     near: float | None = None
@@ -136,8 +137,12 @@ class DualTimestep:
     single_share: float = 0.0
 
     def __post_init__(self):
-        if not 0 <= self.mask_ratio <= 0.5:
-            raise ValueError(f"mask_ratio is {self.mask_ratio}, outside [0, 0.5]: above one half t and s only change roles")
+        many = isinstance(self.mask_ratio, tuple)
+        for ratio in set(self.mask_ratio) if many else (self.mask_ratio,):
+            if not 0 <= ratio <= 0.5:
+                raise ValueError(f"mask_ratio is {ratio}, outside [0, 0.5]: above one half t and s only change roles")
+        if many and (self.exact or self.block > 1):
+            raise ValueError("exact numbers of masked tokens and masked blocks need one mask_ratio for all tokens")
         if self.order not in ("unsorted", "cleaner", "noisier"):
             raise ValueError(f"order is {self.order!r}; choose unsorted, cleaner or noisier")
         if self.near is not None and not 0 < self.near <= 1:
@@ -171,6 +176,10 @@ class DualTimestep:
             raise ValueError(f"{tokens} tokens are no grid of {rows} x {columns} = {rows * columns}")
         rows, columns = rows // self.block, columns // self.block
         scores = torch.rand(batch, rows * columns, generator=generator, device=device)
+        if isinstance(self.mask_ratio, tuple):
+            if len(self.mask_ratio) != tokens:
+                raise ValueError(f"there are {len(self.mask_ratio)} mask ratios for {tokens} tokens")
+            return scores < torch.tensor(self.mask_ratio, device=device)
         masked = scores < self.mask_ratio
         if self.exact:
             masked = scores.argsort(1).argsort(1) < round(self.mask_ratio * rows * columns)  # the units of the lowest scores
@@ -232,26 +241,41 @@ class FullMasking:
 class Conditioned:
     """A schedule in which the named tokens are a condition at a level of their own, ~ U(0, max_level) per sample: 0 is clean.
 
-    schedule: any, drawn for all tokens and then overruled for the named ones, k grows by one; tokens: their positions.
-    Raises ValueError when tokens are empty or negative, max_level is outside [0, 1], and by sample() for positions that do
-    not exist or leave nothing to generate. Source: Self-Flow, appendix: max_level = 0.2 for the first frame.
+    schedule: any, drawn for all tokens and then overruled for the named ones, k grows by one; tokens: their positions, or
+    several such tuples, of which each sample is given one; share: of samples that are given any.
+    Raises ValueError when tokens are empty or negative, max_level or share is outside [0, 1], and by sample() for positions that
+    do not exist or leave nothing to generate. Source: Self-Flow, appendix: max_level = 0.2 for the first frame.
     """
     schedule: Schedule
-    tokens: tuple[int, ...]
+    tokens: tuple[int, ...] | tuple[tuple[int, ...], ...]
     max_level: float = 0.0
+    share: float = 1.0
 
     def __post_init__(self):
-        if not self.tokens or min(self.tokens) < 0:
-            raise ValueError(f"tokens are {self.tokens}: name one position or more, counted from 0")
-        if not 0 <= self.max_level <= 1:
-            raise ValueError(f"max_level is {self.max_level}, outside [0, 1]: 0 is a clean condition")
+        for tokens in self._sets():
+            if not tokens or min(tokens) < 0:
+                raise ValueError(f"tokens are {tokens}: name one position or more, counted from 0")
+        if not 0 <= self.max_level <= 1 or not 0 <= self.share <= 1:
+            raise ValueError(f"max_level is {self.max_level} and share {self.share}, but both must be in [0, 1]: 0 is a clean "
+                             "condition, and no sample that has one")
+
+    def _sets(self):
+        return self.tokens if self.tokens and isinstance(self.tokens[0], tuple) else (self.tokens,)
 
     def sample(self, batch: int, tokens: int, generator: Generator | None = None) -> NoiseLevels:
         "NoiseLevels of the wrapped schedule with one level more, the condition's, for `batch` samples of `tokens` tokens."
-        if max(self.tokens) >= tokens or len(set(self.tokens)) == tokens:
-            raise ValueError(f"positions {self.tokens} must exist among {tokens} tokens and leave one at least to generate")
+        sets = self._sets()
+        for named in sets:
+            if max(named) >= tokens or len(set(named)) == tokens:
+                raise ValueError(f"positions {named} must exist among {tokens} tokens and leave one at least to generate")
         drawn = self.schedule.sample(batch, tokens, generator)
         level = self.max_level * torch.rand(batch, 1, generator=generator, device=drawn.levels.device)
-        assign = drawn.assign.clone()
-        assign[:, list(self.tokens)] = drawn.k
+        given = torch.zeros(len(sets) + 1, tokens, dtype=torch.bool, device=level.device)  # the last: nothing
+        for row, named in zip(given, sets, strict=False):
+            row[list(named)] = True
+        which = torch.zeros(batch, dtype=torch.int64, device=level.device)
+        if self.share < 1 or len(sets) > 1:
+            shares = (*(self.share / len(sets),) * len(sets), 1 - self.share)
+            which = draw_index(shares, (batch,), generator)
+        assign = drawn.assign.masked_fill(given[which], drawn.k)
         return NoiseLevels(torch.cat([drawn.levels, level], dim=1), assign, drawn.condition + 1)

@@ -33,9 +33,10 @@ class Learner(nn.Module):
         super().__init__()
         self.student, self.objective = student, objective
 
-    def forward(self, teacher, x0: Tensor, labels: Tensor, draw, features: Tensor | None) -> tuple[Tensor, Losses]:
+    def forward(self, teacher, x0: Tensor, labels: Tensor, draw, features: Tensor | None,
+                parts: tuple[str, ...] = ()) -> tuple[Tensor, Losses]:
         "What is differentiated, by itself so that wrappers find it, and all losses."
-        losses = self.objective(self.student, teacher, x0, labels, draw, features)
+        losses = self.objective(self.student, teacher, x0, labels, draw, features, parts)
         return losses.total, losses
 
 
@@ -95,17 +96,18 @@ def _optimizer(config: Config, parameters) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=config.training.lr, weight_decay=config.training.weight_decay, fused=True)
 
 
-def start_state(config: Config, shape: TransformerConfig, device: torch.device, feature_width: int = 1) -> TrainState:
+def start_state(config: Config, shape: TransformerConfig, device: torch.device, feature_width: int = 1,
+                sequences: tuple[tuple[str, ...], ...] = ()) -> TrainState:
     """The state before the first step; weights come from the seed alone, and the student's do not depend on the objective.
 
-    feature_width: of an outside encoder, for the head of REPA alone.
+    feature_width: of an outside encoder, for the head of REPA alone; sequences: see `build_objective`.
     """
     with torch.random.fork_rng():  # the caller's random numbers are not touched
         torch.manual_seed(keyed(config.seed, "weights").initial_seed())
         student = Transformer(shape).to(device)
         student.checkpointing = config.training.checkpointing
         torch.manual_seed(keyed(config.seed, "projector").initial_seed())
-        objective = build_objective(config.objective, shape, feature_width).to(device)
+        objective = build_objective(config.objective, shape, feature_width, sequences, config.data.weight_of).to(device)
     learner = Learner(student, objective)
     return TrainState(student, make_teacher(student), objective, _optimizer(config, learner.parameters()), learner,
                       shards_of(config.training))
@@ -144,23 +146,23 @@ def _mean(found: list[dict[str, float]]) -> dict[str, float]:
 
 
 def train_step(state: TrainState, config: Config, x0: Tensor, labels: Tensor, features: Tensor | None = None,
-               diagnose: bool = False, report: bool = True) -> dict[str, float]:
-    """One step on clean tokens x0 (b, n, c) with labels (b,): changes the state, returns what a log wants to know.
+               diagnose: bool = False, report: bool = True, parts: tuple[str, ...] = ()) -> dict[str, float]:
+    """One step on clean tokens x0 (b, n, c), of some parts, with labels (b,): changes the state, returns what a log wants.
 
     x0, labels, features: of this process; features: of an outside encoder (b, n, e) or (b, e), for REPA; diagnose: look at the
     representation loss more closely; report: False leaves out all but the total and the gradient's norm.
     Raises FloatingPointError when the loss or its gradient is not finite in any process, before any weight is changed.
     """
     training, found = config.training, []
-    parts, draws = training.accumulate, _draws(state, config)
-    own = len(draws) // parts
+    pieces, draws = training.accumulate, _draws(state, config)
+    own = len(draws) // pieces
     state.optimizer.zero_grad()
-    for part, (x, y) in enumerate(zip(x0.chunk(parts), labels.chunk(parts), strict=True)):
-        given = None if features is None else features.chunk(parts)[part]
-        with unsynced(state.learner, part + 1 < parts):
+    for piece, (x, y) in enumerate(zip(x0.chunk(pieces), labels.chunk(pieces), strict=True)):
+        given = None if features is None else features.chunk(pieces)[piece]
+        with unsynced(state.learner, piece + 1 < pieces):
             with _autocast(config, x0.device):
-                total, losses = state.learner(state.teacher, x, y, draws[part * own:(part + 1) * own], given)
-            (total / parts).backward()
+                total, losses = state.learner(state.teacher, x, y, draws[piece * own:(piece + 1) * own], given, parts)
+            (total / pieces).backward()
         found.append(losses.floats(diagnose) if report else {"total": average(total).item()})
     norm = whole(nn.utils.clip_grad_norm_(state.named_parameters().values(), training.clip)).item()
     values = {**_mean(found), "grad_norm": norm}
@@ -173,7 +175,8 @@ def train_step(state: TrainState, config: Config, x0: Tensor, labels: Tensor, fe
     return values
 
 # %% ../nbs/27_state.ipynb #0b99a465
-def compile_blocks(state: TrainState, config: Config, x0: Tensor, labels: Tensor, features: Tensor | None = None) -> str | None:
+def compile_blocks(state: TrainState, config: Config, x0: Tensor, labels: Tensor, features: Tensor | None = None,
+                   parts: tuple[str, ...] = ()) -> str | None:
     """Compile the blocks of student and teacher and try them on a batch; why not, where that cannot be done here.
 
     Nothing in the state changes. Blocks that cannot be compiled (no C++ compiler, an unknown device) run as they are.
@@ -183,7 +186,7 @@ def compile_blocks(state: TrainState, config: Config, x0: Tensor, labels: Tensor
         block.compile()
     try:
         with _autocast(config, x0.device):
-            losses = state.objective(state.student, state.teacher, x0, labels, _draws(state, config), features)
+            losses = state.objective(state.student, state.teacher, x0, labels, _draws(state, config), features, parts)
         losses.total.backward()
     except Exception as error:  # compilers fail in many ways, and a run need not fail with them
         for block in blocks:

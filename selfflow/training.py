@@ -10,33 +10,33 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
-from functools import cached_property
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .batches import (Batches, feature_source, patches_of, shape_of, shards_of, validation_losses,
-                              validation_tokens)
+from .batches import Batches, Validation, feature_source, shape_of, shards_of
 from .checkpoint import FREE, read_state
 from .config import Config, flatten
 from .disk import NotWritten, write_json
 from .flow import keyed
-from .images import load
 from .processes import Interrupt, Processes, raise_again
 from .recording import Recorder, check_trackers
 from .run import Run
 from .schedule import NoiseLevels
+from .sources import Sources
 from .state import TrainState, compile_blocks, share_state, start_state, train_step
 
 # %% ../nbs/29_training.ipynb #2c62eed0
 class _Loop:
     "A run, its state and its data, in one of the processes that train it."
 
-    def __init__(self, run: Run, state: TrainState, batches: Batches, features_of: Callable, processes: Processes):
-        self.run, self.state, self.batches, self.features_of, self.processes = run, state, batches, features_of, processes
+    def __init__(self, run: Run, state: TrainState, batches: Batches, judged: Validation, features_of: Callable,
+                 processes: Processes):
+        self.run, self.state, self.batches, self.judged, self.processes = run, state, batches, judged, processes
+        self.features_of = features_of
         self.config, self.training = run.config, run.config.training
 
     def go(self, workers: int, track: tuple[str, ...], bar: bool, spent: dict | None) -> signal.Signals | None:
@@ -48,9 +48,9 @@ class _Loop:
             loader = iter(self.batches.loader(state.step, workers, pin=cuda))
             while state.step < self.training.steps:
                 began = time.perf_counter()
-                chosen, x0, labels = next(loader)
+                chosen, x0, labels, parts = next(loader)
                 waited = time.perf_counter() - began
-                values = self.step(chosen, x0.to(processes.device, non_blocking=True), labels.to(processes.device))
+                values = self.step(chosen, x0.to(processes.device, non_blocking=True), labels.to(processes.device), parts)
                 recorder.passed(waited, time.perf_counter() - began - waited)
                 broken = self.look(values, recorder, line)
                 stop, picture, failed = processes.any(interrupt.signal is not None or processes.main and self.run.asked("stop"),
@@ -64,13 +64,13 @@ class _Loop:
                     break
         return processes.lead(lambda: self.stopped(interrupt.signal))
 
-    def step(self, chosen: Tensor, x0: Tensor, labels: Tensor) -> dict:
+    def step(self, chosen: Tensor, x0: Tensor, labels: Tensor, parts: tuple[str, ...]) -> dict:
         "Train a step; what is not finite is written down before the error goes on."
         step = self.state.step + 1
         try:
             validate = self.due("validate", step)
             return train_step(self.state, self.config, x0, labels, self.features_of(chosen), diagnose=validate,
-                              report=validate or step % self.training.log_every == 0)
+                              report=validate or step % self.training.log_every == 0, parts=tuple(parts))
         except FloatingPointError as error:
             if self.processes.main:
                 write_not_finite(self.run, self.state, self.batches, str(error))
@@ -86,9 +86,12 @@ class _Loop:
         step, validate = self.state.step, self.due("validate", self.state.step)
         if validate:
             rank, count = self.processes.rank, self.processes.count
-            losses = validation_losses(self.state.teacher, self.config, rank=rank, processes=count)
-            losses = self.processes.gather(losses).flatten(1)[:, :self.validation]
+            losses, counts = self.judged.losses(self.state.teacher, rank=rank, processes=count), self.judged.counts
+            losses = self.processes.gather(losses).flatten(1)[:, :sum(counts.values())]
             values |= {"validation_flow_loss": losses.mean().item(), "flow_loss_by_level": losses.mean(1).tolist()}
+            if len(counts) > 1:
+                each = losses.split(list(counts.values()), dim=1)
+                values |= {f"validation_flow_loss_{name}": loss.mean().item() for name, loss in zip(counts, each, strict=True)}
         if validate or step % self.training.log_every == 0:
             try:
                 recorder.write(step, values)
@@ -96,16 +99,10 @@ class _Loop:
                 return error
             line.set_postfix({key: f"{values[key]:.3f}" for key in ("flow_loss", "cosine") if key in values}, refresh=False)
 
-    @cached_property
-    def validation(self) -> int:
-        "How many samples validation looks at."
-        return len(validation_tokens(self.config)[0])
-
     def draw(self, asked: bool) -> None:
         "A picture of the same noise, one sample of each class (of ten at most), if it is time or somebody asks."
         if asked or self.due("sample", self.state.step):
-            labels = torch.arange(min(10, self.run.transformer.classes))
-            images = self.run.sample(labels, steps=25, model=self.state.teacher)
+            images, labels = self.run.film_picture(self.state.teacher)
 
             def write():
                 self.run.save_film(self.state.step, images, labels)
@@ -141,11 +138,11 @@ class _Loop:
 def write_not_finite(run: Run, state: TrainState, batches: Batches, message: str) -> None:
     "Write the step, its samples and a histogram of its noise levels to the run's not_finite.json, as far as the disk allows."
     training, seed = run.config.training, run.config.seed
-    levels = NoiseLevels.cat([state.objective.schedule.sample(training.batch // training.shards, batches.tokens.shape[1],
-                                                              keyed(seed, "levels", state.step, shard))
-                              for shard in range(training.shards)])
-    samples = batches.samples(state.step)
-    found = {"step": state.step + 1, "message": message, "samples": samples.tolist(), "labels": batches.labels[samples].tolist(),
+    name, (samples, x0, _, parts) = batches.name(state.step), replace(batches, rank=0, processes=1)[state.step]
+    schedule, labels = state.objective.schedule_of(parts), batches.sources.data[name].take(samples).labels
+    levels = NoiseLevels.cat([schedule.sample(training.batch // training.shards, x0.shape[1],
+                                              keyed(seed, "levels", state.step, shard)) for shard in range(training.shards)])
+    found = {"step": state.step + 1, "message": message, "data": name, "samples": samples.tolist(), "labels": labels.tolist(),
              "levels": {"from": 0.0, "to": 1.0, "tokens": levels.per_token().histc(20, 0, 1).long().tolist()}}
     with suppress(OSError):  # the message matters more
         write_json(run.path / "not_finite.json", found)
@@ -164,17 +161,16 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
     or other data, OSError for a folder in use or a disk that is full; FloatingPointError when a loss is not finite.
     """
     check_trackers(track)
-    processes, data = Processes.start(device), load(config.data.name, "train")
-    validation = load(config.data.name, "validation")
-    validation_tokens(config)  # what is wrong with the validation data is said now, not at the first validation
-    shape, tokens = shape_of(config, data), patches_of(data, config.data.patch).patchify(data.images)
-    features_of, width, fingerprint = feature_source(features, config, tokens, processes.device)
-    state = start_state(config, shape, processes.device, width)
+    processes, sources = Processes.start(device), Sources(config.data)
+    judged = Validation.of(config)  # what is wrong with the validation data is said now, not at the first validation
+    shape, batches = shape_of(config, sources), Batches(sources, config, processes.rank, processes.count)
+    features_of, width, fingerprint = feature_source(features, config, sources, processes.device)
+    state = start_state(config, shape, processes.device, width, sources.sequences)
     if features is not None:
-        state.objective.target(None, tokens[:1], None, None, None, features_of(torch.arange(1)))  # refuses those of another shape
+        first = torch.arange(1)  # refuses features of another shape
+        state.objective.target(None, sources.take(config.data.name, first)[0], None, None, None, features_of(first))
     shards_of(config.training, processes.rank, processes.count)
-    batches = Batches(tokens, data.labels, config, processes.rank, processes.count)
-    fingerprints = {"train": data.fingerprint, "validation": validation.fingerprint}
+    fingerprints = {"train": sources.fingerprint, "validation": Sources(config.data, "validation").fingerprint}
     fingerprints |= {"features": fingerprint} if fingerprint else {}
     run, number = Run(Path(folder) / config.name, config, shape, processes.device), None
     with ExitStack() as stack:
@@ -183,7 +179,7 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
             if config.training.compile and state.step < config.training.steps:
                 _compile(state, config, batches[state.step], features_of, processes)
             share_state(state, config, processes)
-            number = _Loop(run, state, batches, features_of, processes).go(workers, track, bar, spent)
+            number = _Loop(run, state, batches, judged, features_of, processes).go(workers, track, bar, spent)
     raise_again(number)
     return Run(run.path, config, shape, processes.device)  # looks at the newest checkpoint
 
@@ -234,8 +230,8 @@ def _resume(run: Run, state: TrainState, processes: Processes) -> dict | None:
 
 
 def _compile(state: TrainState, config: Config, batch: tuple, features_of: Callable, processes: Processes) -> None:
-    chosen, x0, labels = batch
-    reason = compile_blocks(state, config, x0.to(processes.device), labels.to(processes.device), features_of(chosen))
+    chosen, x0, labels, parts = batch
+    reason = compile_blocks(state, config, x0.to(processes.device), labels.to(processes.device), features_of(chosen), parts)
     if processes.any(reason is not None)[0]:  # all as they are, or none
         for block in (*state.student.blocks, *state.teacher.blocks):
             block._compiled_call_impl = None

@@ -24,10 +24,10 @@ def disturb(task: dict):
     last, read = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1, Batches.__getitem__
 
     def disturbed(self, step):
-        chosen, x0, labels = read(self, step)
+        chosen, x0, labels, parts = read(self, step)
         if last and step + 1 == task.get("stop"):
             os.kill(os.getpid(), signal.SIGTERM)
-        return chosen, x0 * 1e30 if last and step == task.get("poison") else x0, labels
+        return chosen, x0 * 1e30 if last and step == task.get("poison") else x0, labels, parts
     return disturbed
 
 

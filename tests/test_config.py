@@ -27,7 +27,7 @@ from selfflow.flow import LogitNormal, Mixture, PlateauLogitNormal, Shifted, Uni
 from selfflow.method import DENSITIES, OBJECTIVES, SCHEDULES, build_density, build_objective, build_schedule
 from selfflow.objective import REPA, SRA, FlowMatching, LayerSync, SelfFlow, ema_decay
 from selfflow.schedule import DiffusionForcing, DualTimestep, FullMasking, MultiTimestep, SingleLevel
-from selfflow.transformer import SIZES, TransformerConfig
+from selfflow.blocks import SIZES, TransformerConfig
 
 
 def test_json_and_back():
@@ -253,13 +253,14 @@ def test_presets_are_the_published_settings():
     assert published["XL"].training.steps == 4_000_000
     layers = build_objective(PRESETS["XL"].objective, PRESETS["XL"].model.transformer(16, (16, 16), 1000))
     assert (layers.student_layer, layers.teacher_layer) == (8, 20)
-    assert PRESETS["digits"] == Config() and list(PRESETS) == ["digits", "digits-small", *SIZES]
+    assert PRESETS["digits"] == Config() and list(PRESETS) == ["digits", "digits-small", "shapes", "motion", "notes", "scenes", *SIZES]
 
 
 def test_presets_differ_from_the_default_only_where_the_table_says():
     for name, preset in PRESETS.items():
         found = differences(asdict(Config()), asdict(preset))
-        assert found.keys() <= {"name", *PRESET_FIELDS} and preset.name == name
+        follow = {"model.positions", "objective.mask_ratio"}  # from the kind of data
+        assert found.keys() <= {"name", *PRESET_FIELDS, *follow} and preset.name == name
         assert Config.from_dict(preset.explicit()) == preset == Config.from_dict(json.loads(json.dumps(asdict(preset))))
 
 

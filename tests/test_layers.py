@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfflow.layers import (Attention, Groups, TimestepEmbedder, TokenMap, attend, attend_within, collect, gated_add,
-                             modulated_norm, position_code, rotary_code, rotate, sinusoid, spread)
+                             modulated_norm, spread)
+from selfflow.modality import position_code, rotary_code, rotate, sinusoid
 from selfflow.schedule import NoiseLevels
 
 few = settings(deadline=None, max_examples=30)

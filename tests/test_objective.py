@@ -46,7 +46,8 @@ class Watched:
     "A model that remembers how it was called and what it answered."
 
     def __init__(self, model):
-        self.model, self.calls, self.answers, self.null_label = model, [], [], model.null_label
+        self.model, self.calls, self.answers = model, [], []
+        self.null_label, self.config = model.null_label, model.config
 
     def __call__(self, *args, **options):
         self.calls.append((*args, options))
@@ -278,7 +279,7 @@ def test_the_two_views_share_noise_and_labels_and_the_teacher_sees_the_cleaner_l
     cleanest = levels.levels.amin(1)
     assert clean.k == 1 and (torch.equal(clean.levels[:, 0], cleanest) if kind is SelfFlow else
                              (clean.levels[:, 0] <= cleanest).all() and (cleanest - clean.levels[:, 0]).max() > 0.05)
-    assert options == {"taps": (objective.teacher_layer,), "stop": True}, "it ends at its layer and is never separated"
+    assert options == {"taps": (objective.teacher_layer,), "stop": True, "parts": ()}, "it ends at its layer and is never separated"
     assert seen["separated"] and len(student.calls) == len(teacher.calls) == 1
     tau, low = levels.per_token()[..., None], clean.per_token()[..., None]
     noise_s, noise_c = (xs - (1 - tau) * x0) / tau, (xc - (1 - low) * x0) / low

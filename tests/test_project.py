@@ -58,7 +58,7 @@ def test_modules_export_what_they_say_and_document_it(module):
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
-    assert len(module.read_text().splitlines()) <= 260
+    assert len(module.read_text().splitlines()) <= 300
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS + STUDIES, ids=lambda p: p.stem)

@@ -273,12 +273,13 @@ def test_a_finished_run_in_a_folder_that_cannot_be_written_is_returned(runs, mon
 
 
 def test_data_that_changed_since_the_run_began_are_refused(tmp_path, monkeypatch):
-    from selfflow.images import DATASETS, ImageSet
+    from selfflow.images import ImageSet
+    from selfflow.sources import DATASETS
     config = replace(TINY, objective=ObjectiveConfig("flow_matching"))
     run = train(config, tmp_path)
     before, digits = run.log_path.read_text(), DATASETS["digits"]
-    def changed(split):
-        data = digits(split)
+    def changed(asked, split):
+        data = digits(asked, split)
         labels = data.labels.clone()
         labels[0] = (labels[0] + 1) % 10
         return ImageSet(data.images, labels, data.names) if split == "train" else data

@@ -9,13 +9,14 @@ import torch
 from conftest import TINY, VANILLA
 from torch._dynamo.utils import counters
 
-import selfflow.images
+import selfflow.sources
 from selfflow.config import DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from selfflow.flow import keyed
 from selfflow.images import ImageSet, digits
 from selfflow.run import Run
 from selfflow.schedule import DualTimestep, NoiseLevels
-from selfflow.batches import batch_indices, loss_by_level, patches_of, shape_of, validation_losses, validation_tokens
+from selfflow.sources import Sources
+from selfflow.batches import batch_indices, loss_by_level, shape_of, validation_losses, validation_tokens
 from selfflow.state import compile_blocks, start_state, train_step
 from selfflow.training import train
 
@@ -131,7 +132,7 @@ def test_a_finished_run_is_returned_as_it_is(runs):
 
 
 def test_the_arms_are_paired():
-    shape = shape_of(TINY, digits("train"))
+    shape = shape_of(TINY, Sources(TINY.data))
     full, plain = (start_state(config, shape, torch.device("cpu")) for config in (TINY, VANILLA))
     assert all(torch.equal(a, b) for a, b in zip(full.student.parameters(), plain.student.parameters(), strict=True))
     other = start_state(replace(TINY, seed=1), shape, torch.device("cpu"))
@@ -139,11 +140,10 @@ def test_the_arms_are_paired():
 
 
 def test_the_teacher_is_the_average_after_the_step():
-    data, shape = digits("train")[:16], shape_of(TINY, digits("train"))
+    shape = shape_of(TINY, Sources(TINY.data))
     state = start_state(TINY, shape, torch.device("cpu"))
     before = state.teacher.x_embedder.bias.clone()
-    tokens = patches_of(data, 2).patchify(data.images)
-    train_step(state, TINY, tokens, data.labels)
+    train_step(state, TINY, *first_batch())
     decay = 0.5 ** (1 / (TINY.training.ema_half_life * TINY.training.steps))
     torch.testing.assert_close(state.teacher.x_embedder.bias, decay * before + (1 - decay) * state.student.x_embedder.bias)
     assert not state.teacher.training and state.step == 1
@@ -197,7 +197,7 @@ def first_batch(config=TINY, count=16):
 
 @pytest.mark.parametrize("where", ["student", "teacher"])
 def test_features_that_are_not_finite_are_named_by_their_step(where):
-    state = start_state(TINY, shape_of(TINY, digits("train")), torch.device("cpu"))
+    state = start_state(TINY, shape_of(TINY, Sources(TINY.data)), torch.device("cpu"))
     with torch.no_grad():
         getattr(state, where).x_embedder.weight.fill_(torch.nan)
     before = state.student.blocks[0].attn.qkv.weight.clone()
@@ -207,11 +207,11 @@ def test_features_that_are_not_finite_are_named_by_their_step(where):
 
 
 def test_every_step_draws_its_own_numbers():
-    state, seen = start_state(TINY, shape_of(TINY, digits("train")), torch.device("cpu")), []
+    state, seen = start_state(TINY, shape_of(TINY, Sources(TINY.data)), torch.device("cpu")), []
     real = state.objective.forward
-    def watched(student, teacher, x0, labels, draw, features):
+    def watched(student, teacher, x0, labels, draw, *more):
         seen.append([[shard(purpose).initial_seed() for shard in draw] for purpose in ("noise", "levels", "label drop")])
-        return real(student, teacher, x0, labels, draw, features)
+        return real(student, teacher, x0, labels, draw, *more)
     state.objective.forward = watched
     for _ in range(3):
         train_step(state, TINY, *first_batch())
@@ -221,7 +221,7 @@ def test_every_step_draws_its_own_numbers():
 
 def test_steps_in_which_no_token_counts_go_on():
     config = replace(TINY, objective=ObjectiveConfig(mask_ratio=1e-9, rep_tokens="masked"))
-    state = start_state(config, shape_of(config, digits("train")), torch.device("cpu"))
+    state = start_state(config, shape_of(config, Sources(config.data)), torch.device("cpu"))
     values = train_step(state, config, *first_batch(), diagnose=True)
     assert values["rep_loss"] == 0 and "cosine" not in values and values["flow_loss"] > 0 and state.step == 1
 
@@ -229,7 +229,7 @@ def test_steps_in_which_no_token_counts_go_on():
 # compilation
 
 def random_state(config=TINY):
-    state = start_state(config, shape_of(config, digits("train")), torch.device("cpu"))
+    state = start_state(config, shape_of(config, Sources(config.data)), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for model in (state.student, state.teacher):
@@ -349,12 +349,12 @@ def test_loss_by_level_is_per_sample_and_does_not_depend_on_the_batch_size():
 
 
 def with_data(monkeypatch, only=None, **change):
-    def broken(split):
+    def broken(config, split):
         good = digits(split)
         if only not in (None, split):
             return good
         return ImageSet(**{"images": good.images, "labels": good.labels, "names": good.names, **change})
-    monkeypatch.setitem(selfflow.images.DATASETS, "digits", broken)
+    monkeypatch.setitem(selfflow.sources.DATASETS, "digits", broken)
 
 
 @pytest.mark.parametrize("change, error, words", [

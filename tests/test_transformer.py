@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selfflow.blocks import SIZES, TransformerConfig
 from selfflow.modality import grid_coordinates
 from selfflow.schedule import DualTimestep, NoiseLevels
-from selfflow.transformer import SIZES, Transformer, TransformerConfig, drop_labels
+from selfflow.transformer import Transformer, drop_labels
 
 VARIANTS = [dict(zip(("positions", "mlp", "qk_norm", "modulation"), values, strict=True))
             for values in product(("sincos", "rotary"), ("gelu", "swiglu"), (False, True), ("block", "shared"))]
