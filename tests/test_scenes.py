@@ -294,3 +294,16 @@ def test_matches_are_counted_both_ways():
 def test_films_and_sounds_that_do_not_fit_are_refused(videos, waves, words):
     with pytest.raises(ValueError, match=words):
         sound_on_bounce(torch.zeros(videos), torch.zeros(waves), 15.625, 8000)
+
+
+def test_the_clips_of_this_version_stay_what_they_are():
+    "What is reported on must not change unnoticed: other clips are another VERSION."
+    clips = Scenes("test").take(torch.arange(4))
+    assert Scenes.VERSION == 1 and clips.captions == (
+        "a small stone ball bounces slowly in a brown box, twice", "a large wood ball bounces fast in a blue box, 3 times",
+        "a large rubber ball bounces slowly in a brown box, twice", "a small rubber ball bounces slowly in a green box, once")
+    times = clips.factors["impact_times"]
+    wanted = [0.2964, 0.4015, 0.3737, 0.4560, 0.8394, 0.4613, 0.7862, 0.2828]
+    assert times[times.isfinite()].tolist() == pytest.approx(wanted, abs=1e-4)
+    assert clips.signals["audio"].abs().mean(1).tolist() == pytest.approx([0.0023, 0.0081, 0.0053, 0.0026], abs=1e-4)
+    assert clips.signals["video"].mean((1, 2, 3, 4)).tolist() == pytest.approx([-0.6392, -0.6124, -0.6301, -0.7146], abs=1e-4)
