@@ -15,7 +15,7 @@ import torch
 
 from .blocks import CHOICES, SIZES, TransformerConfig
 from .images import choose
-from .method import MASK_RATIOS, ObjectiveConfig, build_objective, check_positive, check_types
+from .method import MASK_RATIOS, ObjectiveConfig, build_objective, check_positive, check_types, given_tokens
 from .modality import Part
 from .sources import DataConfig
 
@@ -120,7 +120,9 @@ class Config:
         self._check_parts()
         grid = (self.objective.block,) * 2  # the data's is not known here; layers are what is checked
         with torch.device("meta"):  # no weights: the caller's random numbers are not touched
-            build_objective(self.objective, TransformerConfig(1, grid, 4, self.model.depth, 1))
+            build_objective(replace(self.objective, given=""), TransformerConfig(1, grid, 4, self.model.depth, 1))
+        if self.objective.given and self.data.signals_named:
+            given_tokens(self.objective.given, tuple(Part(name, 1, (1, 1, 1)) for name in sorted(self.data.signals_named)))
 
     def _complete(self):
         "Fill in what follows from the kind of data: nothing is left open where it is known."

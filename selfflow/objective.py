@@ -111,7 +111,7 @@ class FlowMatching(nn.Module):
         slices, widths = Places.of(present)
         error = flow_error(predicted, x0, noised.x1, widths.to(x0.device))
         by_part = {name: mean_over(error.detach()[:, place], None if counted is None else counted[:, place])
-                   for name, place in slices.items()}
+                   for name, place in slices.items() if len(slices) > 1}
         return mean_over(self.weighted(error, student, noised), counted), by_part
 
     def weighted(self, values: Tensor, student, noised: Noised) -> Tensor:
