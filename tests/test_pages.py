@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from matplotlib import colormaps
 from PIL import Image
 
-from selfflow.pages import captioned, film_strip, level_map, to_webp
+from selfflow.pages import captioned, compared, film_strip, level_map, to_webp
 
 
 def noise(*shape, seed=0):
@@ -170,3 +170,18 @@ def test_another_number_of_texts_is_refused(draw, what):
 def test_a_strip_without_frames_is_refused():
     with pytest.raises(ValueError, match="frames is 0"):
         film_strip(torch.zeros(1, 3, 4, 8, 8), frames=0)
+
+
+def test_rows_that_are_compared_share_their_captions():
+    rows = {"data": noise(3, 1, 4, 6), "a model": noise(3, 1, 4, 6, seed=1)}
+    page = compared(rows, ["first", "second", "third"])
+    for image, expected in zip(pictures_in(page), [*rows["data"], *rows["a model"]], strict=True):
+        assert np.abs(image[..., 0] * 2 - 1 - expected[0].numpy()).max() < 1.01 / 255
+    assert [axis.get_ylabel() for axis in page.axes] == ["data", "", "", "a model", "", ""]
+    assert [axis.get_xlabel() for axis in page.axes] == ["", "", "", "first", "second", "third"]
+
+
+@pytest.mark.parametrize(("rows", "found"), [({}, "none"), ({"a": noise(2, 1, 4, 4), "b": noise(3, 1, 4, 4)}, r"a \(2, 1, 4, 4\), b")])
+def test_rows_of_several_shapes_are_refused(rows, found):
+    with pytest.raises(ValueError, match=f"one shape; these are {found}"):
+        compared(rows)
