@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -238,5 +239,6 @@ def encode_latents(dataset: DataSet, autoencoder: Autoencoder | Sequence[Autoenc
     if missing or not (place / "index.json").exists():
         pooled = {name: _pooled([one["count"] for one in shards], [one["moments"][name] for one in shards]) for name in coders}
         _write_index(place / "index.json", plan | {"shards": shards, "moments": pooled})
-    discard(place / "unfinished.json")
+    with suppress(OSError):  # where it stays it says the same
+        discard(place / "unfinished.json")
     return Latents(folder, split, autoencoder, check=False)  # what was kept is checked already

@@ -100,7 +100,7 @@ def test_latents_are_the_scaled_mean_that_diffusers_gives(tmp_path, kind):
     torch.testing.assert_close(opened.decode(expected), back.mean(1) if signal == "audio" else back)
     assert opened.decode(z).shape == signals.shape
     assert torch.equal(z, opened.encode(signals)), "never a sample"
-    torch.testing.assert_close(opened.encode(signals[1:2]), z[1:2])
+    torch.testing.assert_close(opened.encode(signals[1:2]), z[1:2], atol=1e-3, rtol=1e-3)
 
 
 def test_one_channel_is_given_to_each(vae):
