@@ -6,7 +6,7 @@
 __all__ = ['SIGNALS', 'STORED', 'CONDITIONS', 'SOUNDS', 'DATASETS', 'DataConfig', 'load', 'images_of', 'SoundPatches', 'Columns',
            'layout_of', 'Sources']
 
-# %% ../nbs/21_sources.ipynb #78d82f7f
+# %% ../nbs/21_sources.ipynb #d2de1b6f
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -25,7 +25,7 @@ from .notes import Notes
 from .scenes import Scenes
 from .shapes import Shapes
 
-# %% ../nbs/21_sources.ipynb #c15a2cc7
+# %% ../nbs/21_sources.ipynb #1a734d9f
 SIGNALS = {"digits": ("image",), "shapes": ("image",), "motion": ("video",), "notes": ("audio",), "scenes": ("video", "audio")}
 STORED = {"folder", "huggingface", "latents"}
 CONDITIONS = ("class", "caption", "none")
@@ -103,7 +103,7 @@ class DataConfig:
             raise ValueError(f"data.weights are {self.weights!r}, expected such as audio=0.5+video=2")
         return weights
 
-# %% ../nbs/21_sources.ipynb #32196c54
+# %% ../nbs/21_sources.ipynb #799b8ead
 def _stored(kind: type, config: DataConfig, split: str) -> DataSet:
     return kind(config.path, tuple(config.signals.split("+")), split, config.size, config.frames)
 
@@ -137,12 +137,12 @@ def images_of(config: DataConfig | str, split: str = "train", most: int = 2000) 
     examples = data.take(torch.arange(min(len(data), most)))
     return ImageSet(examples.signals["image"], examples.labels, tuple(data.names))
 
-# %% ../nbs/21_sources.ipynb #cb302b06
+# %% ../nbs/21_sources.ipynb #d89f569e
 @dataclass(frozen=True)
 class SoundPatches:
     """How sounds become tokens: groups of columns of their spectrum.
 
-    codec: `LogMel`, `Mdct` or `Columns`; columns: of the spectrum in a token; ticks: of the shared clock from one token to the next.
+    codec: `LogMel`, `Mdct` or `Columns`; columns: of the spectrum in a token; ticks: of the shared clock from one to the next.
     Raises ValueError when columns do not divide the spectrum.
     """
     codec: "LogMel | Mdct | Columns"
@@ -204,7 +204,7 @@ def layout_of(data: DataSet, config: DataConfig) -> Layout:
             patches[name] = SoundPatches(codec, config.columns, frames * config.columns / codec.shape[1])
     return Layout(patches)
 
-# %% ../nbs/21_sources.ipynb #6d8a40f4
+# %% ../nbs/21_sources.ipynb #454f8f5c
 class Sources:
     """The data of a run: what `DataConfig` names, of one split.
 
