@@ -118,7 +118,7 @@ def test_what_is_wanted_in_the_wrong_form_is_refused(condition, told, words):
 
 CASES = {
     "shapes, captions": small("shapes", condition="caption"),
-    "motion, first frame": small("motion", ObjectiveConfig(given="first_frame", given_level=0.2), frames=4),
+    "motion, first frame": small("motion", ObjectiveConfig(given="first_frame", given_level=0.2), frames=8),
     "notes": small("notes", ObjectiveConfig("sra")), "notes, mdct": small("notes", sound="mdct", condition="none"),
     "scenes, either": small("scenes", ObjectiveConfig(given="either", given_share=0.6), weights="audio=0.5"),
     "scenes, vanilla": small("scenes", ObjectiveConfig("flow_matching")),
@@ -190,7 +190,7 @@ def test_guidance_works_for_captions(tmp_path):
     texts = ["a red star", "étoile", ""]
     plain, guided = (run.sample(texts, steps=3, cfg_scale=w) for w in (1.0, 4.0))
     assert plain.shape == guided.shape == (3, 3, 16, 16) and not torch.equal(plain, guided)
-    assert torch.equal(plain, run.sample(texts, steps=3, batch=2))
+    torch.testing.assert_close(plain, run.sample(texts, steps=3, batch=2), atol=1e-5, rtol=1e-4)
 
 
 # the user's own
