@@ -108,8 +108,8 @@ _NUMBERS = {(1, 8): ("u1", 128, 2**7), (1, 16): ("<i2", 0, 2**15), (1, 24): ("<i
             (3, 32): ("<f4", 0, 1), (3, 64): ("<f8", 0, 1)}  # by tag and bits: numpy type, zero, and one
 
 
-def _wav(file: BinaryIO) -> tuple[int, Callable[[int], np.ndarray]]:
-    "(rate, a function that reads the first n frames (n, channels)) of a WAV file."
+def _wav(file: BinaryIO) -> tuple[int, int, Callable[[int], np.ndarray]]:
+    "(rate, frames, a function that reads the first n of them (n, channels)) of a WAV file."
     size, at, form = file.seek(0, io.SEEK_END), 12, b""
     for _ in range(1_000):  # a file of more parts is made to keep us busy
         file.seek(at)
@@ -128,38 +128,40 @@ def _wav(file: BinaryIO) -> tuple[int, Callable[[int], np.ndarray]]:
 
     def read(count: int) -> np.ndarray:
         file.seek(at + 8)
-        raw = file.read(min(count, length // block) * block)
+        raw = file.read(count * block)
         if bits == 24:  # the same in 32, with a zero byte below
             raw = np.pad(np.frombuffer(raw, np.uint8).reshape(-1, 3), ((0, 0), (1, 0))).tobytes()
         kind, zero, one = _NUMBERS[tag, bits]
         return ((np.frombuffer(raw, kind) - float(zero)) / one).astype(np.float32).reshape(-1, channels)
-    return rate, read
+    return rate, length // block, read
 
 
-def _sound(file: BinaryIO, kind: str) -> tuple[int, Callable[[int], np.ndarray]]:
-    "(rate, a function that reads the first n frames (n, channels)) of a sound."
+def _sound(file: BinaryIO, kind: str) -> tuple[int, int, Callable[[int], np.ndarray]]:
+    "(rate, frames, a function that reads the first n of them (n, channels)) of a sound."
     if kind == "WAV":
-        rate, read = _wav(file)
+        rate, frames, read = _wav(file)
     else:
         sound = _extra("soundfile").SoundFile(file)
-        rate, read = sound.samplerate, partial(sound.read, dtype="float32", always_2d=True)
+        rate, frames, read = sound.samplerate, sound.frames, partial(sound.read, dtype="float32", always_2d=True)
     if not RATES[0] <= rate <= RATES[1]:
         raise Refused("has a strange sample rate", f"{rate:,} Hz")
-    return rate, read
+    return rate, frames, read
 
 
 def _audio(file: BinaryIO, kind: str, form: Form) -> Tensor:
-    rate, read = _sound(file, kind)
+    rate, frames, read = _sound(file, kind)
     ratio = Fraction(form.rate, rate)
-    ratio = ratio.limit_denominator(int(10_000 / max(1, ratio)))  # a longer filter would not be heard
-    up, down = ratio.numerator, ratio.denominator
-    mono = read(ceil(form.samples * down / up) + 10 * max(up, down) // up + 1).mean(1)
+    up, down = ratio.limit_denominator(int(10_000 / max(1, ratio))).as_integer_ratio()  # a longer filter would not be heard
+    needed = min(frames, ceil(form.samples * down / up) + 10 * max(up, down) // up + 1)
+    mono = read(needed).mean(1)
+    if len(mono) < needed:
+        raise Refused("is shorter than it declares")
     if not np.isfinite(mono).all():
         raise Refused("holds NaN or infinity")
     if (peak := np.abs(mono).max()) > LOUDEST:
         raise Refused("is too loud", f"it reaches {peak:g}, where 1 is full")
-    values = torch.from_numpy((resample_poly(mono, up, down) if up != down else mono)[:form.samples].clip(-1, 1))
-    return torch.nn.functional.pad(values, (0, form.samples - len(values)))
+    values = (resample_poly(mono, up, down) if up != down else mono)[:form.samples].clip(-1, 1)
+    return torch.from_numpy(np.pad(values, (0, form.samples - len(values))))
 
 # %% ../nbs/14_decoding.ipynb #7b2f5490
 def moments(starts: Sequence[float], end: float, count: int, fps: float | None = None) -> list[int]:
@@ -167,8 +169,8 @@ def moments(starts: Sequence[float], end: float, count: int, fps: float | None =
 
     starts: when each picture begins, ascending, in seconds; end: of the last. fps: slots a second; None = they share the film.
     """
-    slot = 1 / fps if fps else (end - starts[0]) / count
-    return [max(0, bisect_right(starts, starts[0] + (i + 0.5) * slot) - 1) for i in range(count)]
+    slot, middle = 1 / fps if fps else (end - starts[0]) / count, 0.5 + 1e-6  # so that rounding does not choose where one begins
+    return [max(0, bisect_right(starts, starts[0] + (i + middle) * slot) - 1) for i in range(count)]
 
 
 def _animation(file: BinaryIO, kind: str, form: Form) -> Tensor:
@@ -198,8 +200,7 @@ def _stacked(chosen: list[int], pictures: dict[int, Tensor]) -> Tensor:
 def _container(file: BinaryIO, kind: str) -> Iterator:
     "(a PyAV container, its film). The format is given: no other part of FFmpeg, such as playlists, ever sees the file."
     file.seek(0)
-    formats = {"MP4": "mov", "MATROSKA": "matroska", "AVI": "avi"}
-    with _extra("av").open(file, mode="r", format=formats[kind]) as container:
+    with _extra("av").open(file, mode="r", format={"MP4": "mov", "MATROSKA": "matroska", "AVI": "avi"}[kind]) as container:
         if not container.streams.video:
             raise Refused("is no video", "it has no pictures")
         stream = container.streams.video[0]
@@ -208,8 +209,6 @@ def _container(file: BinaryIO, kind: str) -> Iterator:
 
 
 def _video(file: BinaryIO, kind: str, form: Form) -> Tensor:
-    if kind in SIGNALS["image"]:
-        return _animation(file, kind, form)
     with _container(file, kind) as (container, stream):
         shown = sorted((packet.pts, packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None)
         unit, sides = float(stream.time_base), (stream.codec_context.width, stream.codec_context.height)
@@ -257,4 +256,5 @@ def read(source: Source, signal: str, form: Form) -> Tensor:
         chosen = moments(range(len(source)), len(source), form.frames)
         return _stacked(chosen, {i: read(source[i], "image", form) for i in sorted(set(chosen))})
     with _begun(source, signal) as (file, kind):
-        return {"image": _image, "video": _video, "audio": _audio}[signal](file, kind, form)
+        film = _animation if kind in SIGNALS["image"] else _video
+        return {"image": _image, "video": film, "audio": _audio}[signal](file, kind, form)

@@ -123,14 +123,14 @@ class Folder(Stored):
         return True
 
     def _notes(self, unused: set[str], files: list[str]) -> Iterator[str]:
-        if unused:
+        if not any(_kind(name) in SIGNALS[signal] for name in files for signal in self.signals):
+            suffixes = Counter(PurePosixPath(name).suffix for name in files).most_common(5)
+            yield f"it holds {', '.join(f'{count:,} {suffix!r}' for suffix, count in suffixes) or 'no files'}"
+        elif unused:
             few = sorted(unused, key=natural)
             yield f"no sample of class {', '.join(map(repr, few[:5]))}" + f" and {len(few) - 5:,} more" * (len(few) > 5)
         if "" in self.names and len(self.names) > 1:
             yield "class '' is what lies in no class folder or has no label"
-        if not any(_kind(name) in SIGNALS[signal] for name in files for signal in self.signals):
-            suffixes = Counter(PurePosixPath(name).suffix for name in files).most_common(5)
-            yield f"it holds {', '.join(f'{count:,} {suffix!r}' for suffix, count in suffixes) or 'no files'}"
         if {"video", "audio"} <= {*self.signals}:
             fps = self.frames * self.rate / self.samples
             if self.fps is None or not isclose(self.fps, fps, rel_tol=0.01):
@@ -224,7 +224,9 @@ def _source(value, root) -> Source:
         wavfile.write(written, int(value["sampling_rate"]), np.asarray(value["array"], np.float32).T)
         return written.getvalue()
     if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else value["path"]
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if value is None:
+        raise Refused("is missing")
     if isinstance(value, bytes):
         return value
     if isinstance(value, str):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .decoding import Form, read
-from .files import SIGNALS, Refused, Skipped, Source
+from .files import SIGNALS, Refused, Skipped, Source, plain
 from .flow import check_shares
 from .images import SPLITS, Examples, choose
 
@@ -72,6 +72,7 @@ class Stored:
             raise ValueError(f"shares are {self.shares}, expected three: of {', '.join(SPLITS)}")
         self.form = Form(self.size, self.frames, self.fps, self.rate, self.samples)
         self.root = Path(self.path).expanduser().resolve()
+        self.title = plain(self.root.name)
         if not self.root.is_dir():
             raise ValueError(f"{self.path} is no folder; give the path of the one that holds the data")
         self.names, self.skipped, self.broken, self.silent = (), Skipped(), {}, {}
@@ -80,7 +81,7 @@ class Stored:
         if not len(self.found):
             raise ValueError("; ".join([f"{self.path} has no sample of split {self.split!r}", *notes, *self._reasons()]))
         classes = f"{len(self.names):,} classes" if any(self.names) else "no classes"
-        text = f"{self.root.name}: {len(self):,} samples ({', '.join(self.signals)}) of split {self.split}, {classes}"
+        text = f"{self.title}: {len(self):,} samples ({', '.join(self.signals)}) of split {self.split}, {classes}"
         print("; ".join([text, *notes, *self._reasons()]))
 
     def _reasons(self) -> list[str]:
@@ -157,4 +158,4 @@ class Stored:
     def _tell(self, known: dict[str, str], name: str, what: str, then: str) -> None:
         known[name] = what
         if re.fullmatch("10*", str(len(known))):  # the first, the tenth, the hundredth: a disk that is gone fills no log
-            print(f"{self.root.name}: {name!r} {what}{then}" + f" ({len(known):,} such so far)" * (len(known) > 1))
+            print(f"{self.title}: {name!r} {what}{then}" + f" ({len(known):,} such so far)" * (len(known) > 1))
