@@ -6,7 +6,7 @@
 __all__ = ['SIGNALS', 'STORED', 'CONDITIONS', 'SOUNDS', 'DATASETS', 'TICK', 'DataConfig', 'load', 'images_of', 'SoundPatches',
            'Columns', 'layout_of', 'Sources']
 
-# %% ../nbs/21_sources.ipynb #b2543210
+# %% ../nbs/21_sources.ipynb #694d5daa
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -25,11 +25,11 @@ from .notes import Notes
 from .scenes import Scenes
 from .shapes import Shapes
 
-# %% ../nbs/21_sources.ipynb #62e56db9
+# %% ../nbs/21_sources.ipynb #12958334
 SIGNALS = {"digits": ("image",), "shapes": ("image",), "motion": ("video",), "notes": ("audio",), "scenes": ("video", "audio")}
 STORED = {"folder", "huggingface", "latents"}
 CONDITIONS = ("class", "caption", "none")
-SOUNDS = ("mel", "mdct")
+SOUNDS = {"mel": LogMel, "mdct": partial(Mdct, power=0.5)}  # the powers of noise-like spectra are too uneven to be learned
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,11 @@ class DataConfig:
             raise ValueError(f"data.weights are {self.weights!r}, expected such as audio=0.5+video=2")
         return weights
 
-# %% ../nbs/21_sources.ipynb #44c7c852
+# %% ../nbs/21_sources.ipynb #810b12ea
 def _stored(kind: type, config: DataConfig, split: str) -> DataSet:
-    return kind(config.path, tuple(config.signals.split("+")), split, config.size, config.frames)
+    signals = tuple(config.signals.split("+"))
+    both = config.frames * 8_000 / 8_192 if {"video", "audio"} <= {*signals} else None  # frames a second: as long as its sound
+    return kind(config.path, signals, split, config.size, config.frames, both)
 
 
 DATASETS: dict[str, Callable[[DataConfig, str], DataSet]] = {
@@ -137,7 +139,7 @@ def images_of(config: DataConfig | str, split: str = "train", most: int = 2000) 
     examples = data.take(torch.arange(min(len(data), most)))
     return ImageSet(examples.signals["image"], examples.labels, tuple(data.names))
 
-# %% ../nbs/21_sources.ipynb #2acb053f
+# %% ../nbs/21_sources.ipynb #c644014b
 @dataclass(frozen=True)
 class SoundPatches:
     """How sounds become tokens: groups of columns of their spectrum.
@@ -202,13 +204,13 @@ def layout_of(data: DataSet, config: DataConfig) -> Layout:
         elif name == "video":
             patches[name] = VideoPatches(*shape, config.patch, config.span)
         else:
-            codec = Columns(shape) if len(shape) == 2 else LogMel(shape[0], rate) if config.sound == "mel" else Mdct(shape[0])
+            codec = Columns(shape) if len(shape) == 2 else SOUNDS[config.sound](shape[0], rate)
             alone = shape[0] / rate / TICK if len(shape) == 1 else codec.shape[1] / config.columns
             lasts = data.shapes["video"][1] if "video" in data.shapes else alone  # in ticks
             patches[name] = SoundPatches(codec, config.columns, lasts * config.columns / codec.shape[1])
     return Layout(patches)
 
-# %% ../nbs/21_sources.ipynb #bfa211eb
+# %% ../nbs/21_sources.ipynb #983fdf1f
 class Sources:
     """The data of a run: what `DataConfig` names, of one split.
 
