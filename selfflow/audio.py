@@ -185,7 +185,7 @@ class Mdct(Spectra):
     samples: int = 8192
     rate: int = 8000
     bins: int = 128
-    scale: float = 6.0
+    scale: float = 5.5
     power: float = 1.0
 
     def __post_init__(self):
