@@ -6,6 +6,7 @@
 __all__ = ['COMMANDS', 'command', 'read_features', 'train', 'runs', 'sample', 'probe', 'bench', 'report', 'notebook', 'main']
 
 # %% ../nbs/49_cli.ipynb #9e6d3c74
+import glob
 import os
 import shutil
 import sys
@@ -35,6 +36,7 @@ from .probing import probe_baselines, probe_run, probe_table
 from .processes import launch
 from .report import run_report, write_samples
 from .run import Run, device_for
+from .sources import Sources
 from .training import train as train_run
 
 # %% ../nbs/49_cli.ipynb #1519600c
@@ -119,14 +121,15 @@ def runs(folder: tyro.conf.Positional[Path] = Path("runs"), names: tuple[str, ..
 
 
 @command
-def sample(run: tyro.conf.Positional[Path], labels: tuple[int, ...] = (), each: int = 10, steps: int = 50,
-           method: str = "euler", cfg_scale: float = 1.0, seed: int = 0, shift: float = 1.0,
-           interval: tuple[float, float] = (0.0, 1.0), device: str = "auto") -> None:
+def sample(run: tyro.conf.Positional[Path], labels: tuple[int, ...] = (), captions: tuple[str, ...] = (), each: int = 10,
+           steps: int = 50, method: str = "euler", cfg_scale: float = 1.0, seed: int = 0, shift: float = 1.0,
+           interval: tuple[float, float] = (0.0, 1.0), data: str = "", device: str = "auto") -> None:
     """Draw samples from a run into its folder.
 
     Args:
         run: The run's folder.
         labels: Classes to draw; none means all.
+        captions: Texts to draw, for a run that was trained with captions; none means those of the first ten test samples.
         each: How many of each.
         steps: Steps of the sampler.
         method: euler, heun, midpoint, sde (take 250 steps) or dopri5 (adaptive).
@@ -134,14 +137,26 @@ def sample(run: tyro.conf.Positional[Path], labels: tuple[int, ...] = (), each: 
         seed: Of the noise.
         shift: Of the sampler's levels; more than 1 takes smaller steps near noise.
         interval: Levels between which guidance acts.
+        data: The data set to draw from, for a run that was trained on several.
         device: auto (a GPU where there is one), cpu, cuda, ...
     """
     opened = Run.open(run, device)
     if each < 1:
         raise ValueError(f"each is {each}, but at least 1 sample of each class must be drawn")
-    classes = torch.tensor(labels or range(opened.transformer.classes)).repeat_interleave(each)
-    _, file = write_samples(opened, classes, steps, method, cfg_scale, seed, shift, interval)
-    print(f"{len(classes)} samples are in {file} and, as a picture, in the .png beside it")
+    if labels and captions:
+        raise ValueError(f"labels {labels} and captions {captions}: a run knows one of the two")
+    name = choose(data or opened.config.data.names[0], opened.config.data.names, "data set (data)")
+    if opened.transformer.caption and not labels:
+        test = Sources(opened.config.data, "test").data[name]
+        wanted = [text for text in captions or test.take(torch.arange(min(10, len(test)))).captions for _ in range(each)]
+    elif captions:
+        wanted = list(captions)  # which is refused with the reason
+    else:
+        classes = range(len(opened.sources.data[name].names)) if opened.transformer.classes else range(1)
+        wanted = torch.tensor(labels or classes).repeat_interleave(each)
+    _, file = write_samples(opened, wanted, steps, method, cfg_scale, seed, shift, interval, name)
+    beside = ", ".join(f".{path.suffix[1:]}" for path in sorted(file.parent.glob(f"{glob.escape(file.stem)}.*")) if path != file)
+    print(f"{len(wanted)} samples are in {file} and, to look at and listen to, in the files beside it ({beside})")
 
 
 @command

@@ -218,7 +218,9 @@ class Layout:
         "All signals of a sample as one image (b, c, h, w), one below the other."
         pictures = [patches.picture(signals[name]) for name, patches in self.patches.items()]
         channels, width = (max(p.shape[axis] for p in pictures) for axis in (1, 3))
-        wide = [torch.nn.functional.interpolate(p, (round(p.shape[2] * width / p.shape[3]), width)) for p in pictures]
+        heights = [round(p.shape[2] * width / p.shape[3]) for p in pictures]
+        most = 2 * min(heights)  # a tall one would leave the others no room
+        wide = [torch.nn.functional.interpolate(p, (min(h, most), width)) for p, h in zip(pictures, heights, strict=True)]
         return torch.cat([p.expand(-1, channels, -1, -1) for p in wide], dim=2)
 
 

@@ -114,12 +114,16 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 # %% ../nbs/26_processes.ipynb #21c7ffb2
-def share(learner: nn.Module, processes: Processes) -> nn.Module:
-    "A module whose gradients are averaged over the processes (DDP); itself where there is one."
+def share(learner: nn.Module, processes: Processes, unused: bool = False) -> nn.Module:
+    """A module whose gradients are averaged over the processes (DDP); itself where there is one.
+
+    unused: a step may leave out some of its weights, the same in all processes.
+    """
     if processes.count == 1 or not any(p.requires_grad for p in learner.parameters()):
         return learner
     own = [processes.device] if processes.device.type == "cuda" else None
-    return DistributedDataParallel(learner, device_ids=own, broadcast_buffers=False)  # they never change
+    return DistributedDataParallel(learner, device_ids=own, broadcast_buffers=False,  # they never change
+                                   find_unused_parameters=unused)
 
 
 def slice_weights(module: nn.Module, blocks, processes: Processes) -> None:

@@ -82,7 +82,8 @@ class TrainState:
         for key, value in read_part(path, "optimizer").items():
             name, slot = key.rsplit("/", 1)
             slots.setdefault(name, {})[slot] = value
-        self.optimizer.load_state_dict({"state": {i: slots[name] for i, name in enumerate(self.named_parameters())},
+        known = {i: slots[name] for i, name in enumerate(self.named_parameters()) if name in slots}  # others had no step yet
+        self.optimizer.load_state_dict({"state": known,
                                         "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.step = read_state(path)["step"]
 
@@ -128,7 +129,7 @@ def share_state(state: TrainState, config: Config, processes: Processes) -> None
             if values:
                 state.optimizer.state[parameter] = {name: like(value, parameter) for name, value in values.items()}
     else:
-        state.learner = share(state.learner, processes)
+        state.learner = share(state.learner, processes, unused=len(config.data.names) > 1)  # each step has the parts of one
 
 # %% ../nbs/27_state.ipynb #2f67ec5b
 def _autocast(config: Config, device: torch.device):

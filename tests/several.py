@@ -35,10 +35,13 @@ def main(file: Path) -> None:
     read = Batches.__getitem__
     for task in json.loads(file.read_text()):
         config, raised = Config.from_dict(task["config"]), None
-        tokens = validation_tokens(config, "train")[0]
+        features = None
+        if task.get("features"):
+            tokens = validation_tokens(config, "train")[0]
+            features = torch.cat([tokens, -tokens], -1)
         Batches.__getitem__ = disturb(task)
         try:
-            training.train(config, task["folder"], "cpu", torch.cat([tokens, -tokens], -1) if task.get("features") else None)
+            training.train(config, task["folder"], "cpu", features)
         except (Exception, SystemExit) as error:
             raised = f"{type(error).__name__}: {error}"
         Batches.__getitem__ = read

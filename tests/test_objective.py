@@ -279,7 +279,7 @@ def test_the_two_views_share_noise_and_labels_and_the_teacher_sees_the_cleaner_l
     cleanest = levels.levels.amin(1)
     assert clean.k == 1 and (torch.equal(clean.levels[:, 0], cleanest) if kind is SelfFlow else
                              (clean.levels[:, 0] <= cleanest).all() and (cleanest - clean.levels[:, 0]).max() > 0.05)
-    assert options == {"taps": (objective.teacher_layer,), "stop": True, "parts": ()}, "it ends at its layer and is never separated"
+    assert options == {"taps": (objective.teacher_layer,), "stop": True, "parts": ()}, "it ends there, never separated"
     assert seen["separated"] and len(student.calls) == len(teacher.calls) == 1
     tau, low = levels.per_token()[..., None], clean.per_token()[..., None]
     noise_s, noise_c = (xs - (1 - tau) * x0) / tau, (xc - (1 - low) * x0) / low

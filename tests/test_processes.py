@@ -16,7 +16,7 @@ from conftest import TINY
 
 from selfflow.alignment import Alignment, constant_cosine, effective_rank, mean_over
 from selfflow.batches import shards_of, validation_tokens
-from selfflow.config import Config, TrainConfig
+from selfflow.config import Config, DataConfig, TrainConfig
 from selfflow.lock import RunInUse
 from selfflow.method import ObjectiveConfig
 from selfflow.processes import Processes, launch
@@ -25,6 +25,14 @@ from selfflow.training import train
 
 SEVERAL = Path(__file__).parent / "several.py"
 FIFTY = replace(TINY, training=replace(TINY.training, steps=50, save_every=25, validate_every=25, sample_every=25))
+
+
+def of_parts(name, **training):
+    "A run of several kinds of tokens, together or in turn."
+    return replace(TINY, data=DataConfig(name, size=16, patch=8), model=replace(TINY.model, positions="rotary"),
+                   objective=ObjectiveConfig(mask_ratio=None), training=replace(TINY.training, validation=6, **training))
+
+
 TASKS = {  # name: (config, what else)
     "ddp": (FIFTY, {}),
     "fsdp": (replace(FIFTY, training=replace(FIFTY.training, parallel="fsdp")), {}),
@@ -39,6 +47,8 @@ TASKS = {  # name: (config, what else)
     "accumulate": (replace(TINY, training=replace(TINY.training, accumulate=2)), {}),
     "accumulate-fsdp": (replace(TINY, training=replace(TINY.training, accumulate=2, parallel="fsdp")), {}),
     "bf16": (replace(TINY, training=replace(TINY.training, precision="bf16")), {}),
+    "joint": (of_parts("scenes"), {}), "in turn": (of_parts("shapes+notes"), {}),
+    "in turn-fsdp": (of_parts("shapes+notes", parallel="fsdp"), {}),
     "poisoned": (TINY, {"poison": 6}),
     "stopped": (TINY, {"stop": 5}),
     "undividable": (replace(TINY, training=replace(TINY.training, shards=1)), {}),
@@ -78,8 +88,10 @@ def one(tmp_path_factory):
     def run(name):
         if name not in known:
             config, more = TASKS[name]
-            tokens = validation_tokens(config, "train")[0]
-            features = torch.cat([tokens, -tokens], -1) if more.get("features") else None
+            features = None
+            if more.get("features"):
+                tokens = validation_tokens(config, "train")[0]
+                features = torch.cat([tokens, -tokens], -1)
             known[name] = train(config, folder / name, "cpu", features)
         return known[name]
     return run
@@ -110,7 +122,7 @@ def test_fifty_steps_in_two_processes_have_the_losses_of_one(two, one, name):
 
 
 @pytest.mark.parametrize("name", ["flow", "masked", "standardised", "layer_sync", "repa", "shared", "accumulate",
-                                  "accumulate-fsdp"])
+                                  "accumulate-fsdp", "joint", "in turn", "in turn-fsdp"])
 def test_every_kind_of_loss_is_that_of_one_process(two, one, name):
     assert raised(two / name) == [None, None]
     if name.startswith("accumulate"):  # in four parts what one passes in two; what is looked at in a part has another rank

@@ -40,7 +40,7 @@ def test_one_notebook_one_module_and_no_stale_ones():
 
 
 def test_imports_go_downwards_only():
-    order = {re.sub(r"^\d+_", "", p.stem): int(p.stem[:2]) for p in NOTEBOOKS}
+    order = {re.sub(r"^\d+_", "", p.stem): int(p.stem.split("_")[0]) for p in NOTEBOOKS}
     for module in MODULES:
         for node in ast.walk(ast.parse(module.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level:
