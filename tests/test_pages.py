@@ -181,7 +181,8 @@ def test_rows_that_are_compared_share_their_captions():
     assert [axis.get_xlabel() for axis in page.axes] == ["", "", "", "first", "second", "third"]
 
 
-@pytest.mark.parametrize(("rows", "found"), [({}, "none"), ({"a": noise(2, 1, 4, 4), "b": noise(3, 1, 4, 4)}, r"a \(2, 1, 4, 4\), b")])
+@pytest.mark.parametrize(("rows", "found"), [
+    ({}, "none"), ({"a": noise(2, 1, 4, 4), "b": noise(3, 1, 4, 4)}, r"a \(2, 1, 4, 4\), b")])
 def test_rows_of_several_shapes_are_refused(rows, found):
     with pytest.raises(ValueError, match=f"one shape; these are {found}"):
         compared(rows)
