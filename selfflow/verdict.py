@@ -23,7 +23,7 @@ def share_of(right: Tensor) -> Share:
     return Share(right.double().mean().item(), proportion_interval(right), len(right))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verdict:
     """What was found of samples.
 
@@ -48,9 +48,11 @@ class Verdict:
 
     def __str__(self) -> str:
         factor = "all" if "all" in self.right else next(iter(self.right))
-        named = "what was asked for" if factor == "all" else factor
-        return (f"{named}: right in {self.shares[factor]}; of real samples {_percent(self.own.get(factor))} are found right, "
-                f"by chance {_percent(self.chance.get(factor))}")
+        beside = [f"{what} {_percent(side.get(factor))}"
+                  for what, side in (("of real ones", self.own), ("by chance", self.chance))]
+        return f"{'what was asked for' if factor == 'all' else factor}: right in {self.shares[factor]}; {', '.join(beside)}"
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return self.table().to_html(index=False) + f"<p>{self}</p>"
