@@ -50,7 +50,8 @@ def test_known_factors_are_what_the_captions_tell(name, examples):
         said = {factor: words[factor][values[index]] for factor, values in found.items()}
         assert all(word in caption for word in said.values()), (caption, said)
         if name == "shapes":
-            assert f" {said['colour']} {said['kind']} on a {said['ground']} " in caption and caption.endswith(f", {said['place']}")
+            figure = f" {said['colour']} {said['kind']} on a {said['ground']} "
+            assert figure in caption and caption.endswith(f", {said['place']}")
         if name == "motion":
             assert f"a {said['colour']} " in caption and said["direction"] == " ".join(caption.split(",")[0].split()[4:])
 
