@@ -84,10 +84,10 @@ class Judge:
     def save(self, path: Path | str) -> None:
         "Write it as safetensors in half precision, with what is known of it. Raises NotWritten."
         tensors = {k: v.half() if v.is_floating_point() else v for k, v in self.readers.state_dict().items()}
-        known_of_it = {"version": str(VERSION), "name": self.name, "data": self.data, "accuracy": json.dumps(self.accuracy)}
+        known_of_it = {"version": VERSION, "name": self.name, "data": self.data, "accuracy": self.accuracy}
         make_folder(Path(path).parent)
         with replacing(Path(path)) as temporary:
-            temporary.write_bytes(save(tensors | {"correct": self.correct}, known_of_it))
+            temporary.write_bytes(save(tensors | {"correct": self.correct}, {"judge": json.dumps(known_of_it)}))
 
 # %% ../nbs/380_judge.ipynb #f602bbb3
 _STEPS = {"shapes": 800, "motion": 300, "notes": 300, "scenes": 200}
@@ -167,13 +167,13 @@ def _load(path: Path, name: str, source: DataSet) -> Judge | str:
     "The judge in a file, or why it cannot be used."
     try:
         with safe_open(path, "pt") as file:
-            said, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
-        expected = {"version": str(VERSION), "name": name, "data": source.fingerprint}
+            said, tensors = json.loads(file.metadata()["judge"]), {key: file.get_tensor(key) for key in file.keys()}
+        expected = {"version": VERSION, "name": name, "data": source.fingerprint}
         if other := [f"{key} {said.get(key)} is not {value}" for key, value in expected.items() if said.get(key) != value]:
             return ", ".join(other)
         correct, readers = tensors.pop("correct"), _untrained(name, getattr(source, "rate", 0))
         readers.load_state_dict(tensors)
-    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         return f"it cannot be read ({type(error).__name__})"
     return Judge(name, source.fingerprint, readers.eval().requires_grad_(False), correct)
 
