@@ -185,7 +185,8 @@ def test_help_names_every_field_its_meaning_and_the_default_of_the_preset(capsys
         comments = re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(part), re.M)
         meant |= {prefix + name: text for name, text in comments}
     assert meant.keys() == flatten(asdict(Config())).keys()
-    follows = {"model.width", "model.depth", "model.heads", "training.shards", "objective.rep_weight"}
+    follows = {"model.width", "model.depth", "model.heads", "model.positions", "training.shards", "objective.rep_weight",
+               "objective.mask_ratio"}
     for name, value in flatten(asdict(PRESETS["S"])).items():
         said = shown["S"][name.replace("_", "-")]
         assert meant[name] in said, f"{name} is not explained"
