@@ -107,7 +107,7 @@ def test_a_plain_file_lies_between_preset_and_options(config_of, tmp_path):
     file.write_text('{"training": {"batch": 12, "lr": 0.5}, "name": "of-the-file"}')
     config = config_of("--preset", "S", "--config", str(file), "--training.lr", "0.25")
     assert (config.model.size, config.training.batch, config.training.lr, config.name) == ("S", 12, 0.25, "of-the-file")
-    assert config.training.shards == 4 and config_of("--config", str(file)).model == ModelConfig()
+    assert config.training.shards == 4 and config_of("--config", str(file)).model == Config().model
     assert read_settings(file) == (json.loads(file.read_text()), False)
 
 
@@ -185,11 +185,12 @@ def test_help_names_every_field_its_meaning_and_the_default_of_the_preset(capsys
         comments = re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(part), re.M)
         meant |= {prefix + name: text for name, text in comments}
     assert meant.keys() == flatten(asdict(Config())).keys()
-    follows = {"model.width", "model.depth", "model.heads", "training.shards", "objective.rep_weight"}
+    follows = {"model.width", "model.depth", "model.heads", "model.positions", "training.shards", "objective.rep_weight",
+               "objective.mask_ratio"}
     for name, value in flatten(asdict(PRESETS["S"])).items():
         said = shown["S"][name.replace("_", "-")]
         assert meant[name] in said, f"{name} is not explained"
-        assert f"(default: {value})" in said or name in follows, f"{name}: {said}"
+        assert f"(default: {value if value != '' else repr('')})" in said or name in follows, f"{name}: {said}"
     assert shown["digits"]["training.lr"].count("(default: 0.002)") == 1
 
 

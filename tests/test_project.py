@@ -35,7 +35,7 @@ def tracked():
 def test_one_notebook_one_module_and_no_stale_ones():
     assert [default_exp(p) for p in NOTEBOOKS] == [[re.sub(r"^\d+_", "", p.stem)] for p in NOTEBOOKS]
     assert {p.stem for p in MODULES} == {default_exp(p)[0] for p in NOTEBOOKS}
-    numbers = [p.stem[:2] for p in NOTEBOOKS]
+    numbers = [p.stem[:3] for p in NOTEBOOKS]
     assert len(set(numbers)) == len(numbers) and not any(default_exp(p) for p in STUDIES)
 
 
