@@ -66,7 +66,7 @@ class DataConfig:
         if bool(self.path) != bool(STORED & set(self.names)):
             raise ValueError(f"data.path is {self.path!r} with data.name {self.name!r}: {', '.join(sorted(STORED))} need one, "
                              "others none")
-        assert self.share_of and self.weight_of is not None  # what cannot be read is said now
+        _ = self.share_of, self.weight_of  # what cannot be read is said now
 
     @property
     def names(self) -> tuple[str, ...]:
