@@ -36,7 +36,8 @@ def impacts(start: Tensor, velocity: Tensor, radius: Tensor, seconds: float, mos
     """
     room, speed = 1 - 2 * radius[:, None], velocity.abs()
     behind = torch.where(velocity > 0, start - radius[:, None], room + radius[:, None] - start)
-    times = ((room - behind)[..., None] + room[..., None] * torch.arange(most + 1)) / speed[..., None]
+    first = (room - behind).clamp(min=0)  # who starts at the wall hits it at 0, not a rounding before
+    times = (first[..., None] + room[..., None] * torch.arange(most + 1)) / speed[..., None]
     times = torch.where(times < seconds, times, torch.nan).flatten(1)
     times, order = times.sort(1)  # NaN comes last
     if times[:, most:].isfinite().any():
