@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import Block, Context, FinalLayer, Modulation, PartLinears, TransformerConfig
+from .blocks import Block, CaptionEmbedder, Context, FinalLayer, Modulation, PartLinears, TransformerConfig
 from .layers import Groups, TimestepEmbedder, TokenMap
 from .modality import PAD, Places, grid_coordinates, position_code, rotary_code, sinusoid
 from .schedule import NoiseLevels
@@ -54,7 +54,7 @@ class Transformer(nn.Module):
         self.register_buffer("positions", self._positions(torch.cat(places)), persistent=False)
         if config.caption:
             vectors = config.caption_width
-            self.caption_embedder = nn.Linear(vectors, width) if vectors else nn.Embedding(PAD + 1, width)
+            self.caption_embedder = nn.Linear(vectors, width) if vectors else CaptionEmbedder(width)
             place = torch.nn.functional.pad(torch.arange(1.0, config.caption + 1)[:, None], (3, 0))
             code = self._positions(place) if config.positions == "rotary" else sinusoid(place[:, 3], width)
             self.register_buffer("caption_positions", code, persistent=False)
@@ -175,8 +175,6 @@ class Transformer(nn.Module):
                 nn.init.zeros_(module.bias)
         for embedding in (self.y_embedder, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(embedding.weight, std=0.02)
-        if self.config.caption and not self.config.caption_width:
-            nn.init.normal_(self.caption_embedder.weight, std=0.02)
         ends = [layer for layer in self.final_layer.linear.modules() if isinstance(layer, nn.Linear)]
         for zero in [m[1] for m in self.modules() if isinstance(m, Modulation)] + ends:
             nn.init.zeros_(zero.weight)
