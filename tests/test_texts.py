@@ -610,3 +610,19 @@ def test_the_command_line_trains_and_says_what_is_wrong(folders, tmp_path, capsy
     assert "is trained: 2 steps" in capsys.readouterr().out
     main(["report", str(tmp_path / "cli"), "--output", str(tmp_path / "r.html"), "--device", "cpu"])
     assert str(folders["t5"]) in (tmp_path / "r.html").read_text()
+
+
+def test_the_tokenizer_of_an_older_clip(tmp_path):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*alphabet, *(f"{piece}</w>" for piece in alphabet), "st", "re", "<|startoftext|>", "<|endoftext|>"]
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/vocab.json").write_text(json.dumps({piece: number for number, piece in enumerate(pieces)}))
+    (tmp_path / "tokenizer/merges.txt").write_text("#version: 0.2\ns t\nr e\n")
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}))
+    KINDS["clip"](len(pieces)).eval().save_pretrained(tmp_path / "text_encoder")
+    opened = open_encoder(tmp_path)
+    read = opened.tokenizer("red Star")["input_ids"]
+    assert [pieces[number] for number in read] == ["<|startoftext|>", "re", "d</w>", "st", "a", "r</w>", "<|endoftext|>"]
+    assert opened.encode(["red star"], 9).any(-1).sum() == 7 and not opened.encode([""], 9).any()
