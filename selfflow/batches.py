@@ -28,11 +28,11 @@ from .transformer import Transformer, TransformerConfig
 # %% ../nbs/250_batches.ipynb #78de18a7
 def shape_of(config: Config, sources: Sources) -> TransformerConfig:
     "The transformer that a config asks for on this data. Raises ValueError where they do not fit."
-    caption = config.data.caption if config.data.condition == "caption" else 0
+    caption = (config.data.caption, sources.encoder.width) if config.data.condition == "caption" else (0, 0)
     if sources.plain:
         part, = sources.parts
-        return config.model.transformer(part.channels, part.grid[1:], len(sources.names), caption=caption)
-    return config.model.transformer(0, (), len(sources.names), sources.parts, caption)
+        return config.model.transformer(part.channels, part.grid[1:], len(sources.names), (), *caption)
+    return config.model.transformer(0, (), len(sources.names), sources.parts, *caption)
 
 # %% ../nbs/250_batches.ipynb #d1495566
 @lru_cache(maxsize=4)

@@ -189,7 +189,8 @@ def migrate(stored: dict) -> dict:
 
 # %% ../nbs/230_checkpoint.ipynb #2c03048e
 FREE = {"name", *(f"training.{name}" for name in ("save_every", "keep_last", "keep_every", "sample_every", "parallel",
-                                                  "checkpointing"))}
+                                                  "checkpointing")),
+        "data.encoder"}
 
 
 def agree(path: Path, there: dict, asked: dict) -> dict[str, tuple]:

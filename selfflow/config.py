@@ -53,14 +53,14 @@ class ModelConfig:
                 choose(getattr(self, name), known, f"{name} (model.{name})")
 
     def transformer(self, channels: int, grid: tuple[int, ...], classes: int, parts: tuple[Part, ...] = (),
-                    caption: int = 0) -> TransformerConfig:
-        """The TransformerConfig of this size for tokens of `channels` numbers on a grid, or of some parts; caption: its bytes.
+                    caption: int = 0, caption_width: int = 0) -> TransformerConfig:
+        """The TransformerConfig of this size for tokens of `channels` numbers on a grid, or of some parts.
 
-        Raises ValueError where it does not fit.
+        caption, caption_width: its tokens, and of an encoder's vectors. Raises ValueError where it does not fit.
         """
         positions = self.positions or ("rotary" if parts else "sincos")
         return TransformerConfig(channels, grid, self.width, self.depth, self.heads, self.mlp_ratio, classes, positions, self.mlp,
-                                 self.qk_norm, self.modulation, parts, caption, caption_level=self.caption_level)
+                                 self.qk_norm, self.modulation, parts, caption, caption_width, self.caption_level)
 
 # %% ../nbs/220_config.ipynb #af53dbb2
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from .batches import VALIDATION_LEVELS, validation_losses
 from .config import flatten
+from .images import caption_bytes
 from .notes import to_wav
 from .pages import to_webp
 from .plots import draw_images, draw_loss_by_level, draw_probe_grids, draw_training, to_png
@@ -108,6 +109,8 @@ def write_samples(run: Run, labels, steps: int = 50, method: str = "euler", cfg_
     NAME.wav (the first 20 sounds, one after the other) and NAME.webp (the first 16 films) as far as there are any.
     """
     wanted = run.sources.wanted(labels, data)
+    if run.config.data.encoder and not isinstance(labels, Tensor):  # what is kept are the texts, in bytes, as of other runs
+        wanted = caption_bytes(labels, max(1, *(len(text.encode("utf-8", "replace")) for text in labels)))
     drawn = run.sample(labels, steps, method, cfg_scale, seed, shift=shift, interval=interval, data=data)
     images = drawn if isinstance(drawn, Tensor) else run.sources.layouts[data or run.config.data.names[0]].picture(drawn)
     classes = hashlib.blake2b(wanted.numpy().tobytes(), digest_size=3).hexdigest()

@@ -205,8 +205,12 @@ class Run:
 
     @cached_property
     def sources(self) -> Sources:
-        "What it is trained on. Raises what opening the data raises, where they are no longer there."
-        return Sources(self.config.data)
+        "What it is trained on. Raises what opening the data raises, where they are no longer there, and for another encoder."
+        sources, known = Sources(self.config.data), self.data.get("encoder")
+        if known and sources.encoder.fingerprint != known:
+            raise ValueError(f"{self.path} was trained with text encoder {known}, but that in {self.config.data.encoder} is "
+                             f"{sources.encoder.fingerprint}; put the first one there again")
+        return sources
 
     @property
     def patches(self) -> ImagePatches:

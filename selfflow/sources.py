@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .audio import LogMel, Mdct
 from .folders import Folder, HuggingFace
-from .images import DataSet, Examples, ImageSet, caption_bytes, choose, digits
+from .images import DataSet, Examples, ImageSet, choose, digits
 from .latents import Latents
 from .method import check_positive, check_types
 from .modality import ImagePatches, Layout, Part, VideoPatches
@@ -24,6 +24,7 @@ from .motion import Motion
 from .notes import Notes
 from .scenes import Scenes
 from .shapes import Shapes
+from .texts import Bytes, open_encoder
 
 # %% ../nbs/210_sources.ipynb #12958334
 SIGNALS = {"digits": ("image",), "shapes": ("image",), "motion": ("video",), "notes": ("audio",), "scenes": ("video", "audio")}
@@ -46,7 +47,8 @@ class DataConfig:
     frames: int = 16          # of a film
     sound: str = "mel"        # how sound is written: mel (log-mel, back by Griffin-Lim) or mdct (exact)
     condition: str = "class"  # what samples are told apart by: class, caption or none
-    caption: int = 64         # longest caption, bytes
+    caption: int = 64         # longest caption, bytes, or tokens of the encoder
+    encoder: str = ""         # folder of a T5 or CLIP text encoder, for condition caption; empty = the bytes themselves
     path: str = ""            # of folder, huggingface or latents
     signals: str = "image"    # of folder and huggingface: image, video, audio, or video+audio
     shares: str = ""          # of the batches of each of several data sets, such as 0.57+0.3+0.13; empty = equal
@@ -66,6 +68,8 @@ class DataConfig:
         if bool(self.path) != bool(STORED & set(self.names)):
             raise ValueError(f"data.path is {self.path!r} with data.name {self.name!r}: {', '.join(sorted(STORED))} need one, "
                              "others none")
+        if self.encoder and self.condition != "caption":
+            raise ValueError(f"data.encoder {self.encoder!r} reads captions, data.condition is {self.condition!r}; take caption")
         _ = self.share_of, self.weight_of  # what cannot be read is said now
 
     @property
@@ -214,12 +218,13 @@ def layout_of(data: DataSet, config: DataConfig) -> Layout:
 class Sources:
     """The data of a run: what `DataConfig` names, of one split.
 
-    data, layouts: by name; names: of all classes; parts: of all sequences; sequences: the parts' names in each of them.
-    Raises ValueError where two data sets have a part of the same name and another shape.
+    data, layouts: by name; names: of all classes; parts: of all sequences; sequences: the parts' names in each of them; encoder:
+    of captions. Raises ValueError where two data sets have a part of the same name and another shape, and as `open_encoder` does.
     """
 
     def __init__(self, config: DataConfig, split: str = "train", data: dict[str, DataSet] | None = None):
         self.config, self.split = config, split
+        self.encoder = open_encoder(config.encoder) if config.encoder else Bytes()
         self.data = data or {name: DATASETS[name](config, split) for name in config.names}
         self.layouts = {name: layout_of(source, config) for name, source in self.data.items()}
         self.parts = tuple(dict.fromkeys(part for layout in self.layouts.values() for part in layout.parts))
@@ -256,15 +261,15 @@ class Sources:
         return tuple(part.name for part in self.layouts[name].parts) if self.sequences else ()
 
     def condition(self, name: str, examples: Examples) -> Tensor:
-        "What a model is told of samples of a data set: labels (b,) among all classes, or captions (b, l) in bytes."
+        "What a model is told of samples of a data set: labels (b,) among all classes, or captions (b, l) or (b, l, e)."
         if self.config.condition == "caption":
-            return caption_bytes(examples.captions, self.config.caption)
+            return self.encoder.encode(examples.captions, self.config.caption)
         if self.config.condition == "none":
             return torch.zeros(len(examples), dtype=torch.int64)
         return examples.labels + self._before(name)
 
     def wanted(self, told, name: str = "") -> Tensor:
-        """What a model is told of samples that it is to draw: classes (b,) by number, or captions, as texts or bytes (b, l).
+        """What a model is told of samples that it is to draw: classes (b,) by number, or captions, as texts or encoded.
 
         name: the data set whose classes these are, where there are several; the first by default.
         Raises ValueError for texts where classes are wanted, and the other way round.
@@ -272,8 +277,8 @@ class Sources:
         texts = not isinstance(told, Tensor) and any(isinstance(text, str) for text in told)
         if self.config.condition == "caption":
             if texts:
-                return caption_bytes(told, self.config.caption)
-            if not isinstance(told, Tensor) or told.ndim != 2:
+                return self.encoder.encode(told, self.config.caption)
+            if not isinstance(told, Tensor) or told.ndim != 2 + bool(self.encoder.width):
                 raise ValueError(f"{self.config.name} are drawn by captions here: give texts, not {told!r}")
             return told
         if texts:

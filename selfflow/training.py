@@ -172,6 +172,7 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
     shards_of(config.training, processes.rank, processes.count)
     fingerprints = {"train": sources.fingerprint, "validation": Sources(config.data, "validation").fingerprint}
     fingerprints |= {"features": fingerprint} if fingerprint else {}
+    fingerprints |= {"encoder": sources.encoder.fingerprint} if config.data.encoder else {}
     run, number = Run(Path(folder) / config.name, config, shape, processes.device), None
     with ExitStack() as stack:
         if not processes.lead(lambda: _open(run, fingerprints, stack)):

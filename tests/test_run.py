@@ -266,7 +266,7 @@ OTHER = {"save_every": 7, "keep_last": 1, "keep_every": 8, "sample_every": 3, "p
 
 @pytest.mark.parametrize("name", sorted(OTHER))
 def test_what_does_not_change_the_result_may_change_on_the_way(run, capsys, name):
-    assert {"name", *(f"training.{name}" for name in OTHER)} == FREE
+    assert {"name", "data.encoder", *(f"training.{name}" for name in OTHER)} == FREE
     asked = replace(TINY, training=replace(TINY.training, **{name: OTHER[name]}))
     again = Run.create(run.path, asked, run.transformer)
     before = getattr(TINY.training, name)
