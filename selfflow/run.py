@@ -226,10 +226,11 @@ class Run:
                model: Transformer | None = None, data: str = "", given: dict[str, Tensor] | None = None):
         """Samples, on the CPU, of the classes `labels` (b,) or of b captions; all noise depends on the seed alone.
 
-        An image run gives images (b, c, h, w), others a dict of signals by name. steps, method, shift, cfg_scale, interval: see
-        `sampling`; batch: how many are drawn at once; model: the transformer to draw with, on any device; by default the teacher
-        of the checkpoint; data: which data set to draw from, where there are several; given: signals that are kept, by name
-        (audio to draw its film, video to draw its sound), or the `first_frame` of a film (b, c, span, h, w).
+        An image run gives images (b, c, h, w), others a dict of signals by name. A run in bf16 draws in bf16, but for the states.
+        steps, method, shift, cfg_scale, interval: see `sampling`; batch: how many are drawn at once; model: the transformer to
+        draw with, on any device; by default the teacher of the checkpoint; data: which data set to draw from, where there are
+        several; given: signals that are kept, by name (audio to draw its film, video to draw its sound), or the `first_frame`
+        of a film (b, c, span, h, w).
         Raises ValueError for no labels at all, for signals that the run does not have, and for guidance of a model that was
         trained without label drop: it never saw the null label.
         """
@@ -252,7 +253,8 @@ class Run:
             told = labels[part].to(device) if self.transformer.classes or self.transformer.caption else None
             velocity_fn = guided_velocity(model, told, cfg_scale, interval, parts)
             known = {} if x0 is None else {"x0": x0[part].to(device), "start": start}
-            tokens.append(sample(velocity_fn, x1[part].to(device), steps, method, shift, noise=noise, **known).cpu())
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.config.training.precision == "bf16"):
+                tokens.append(sample(velocity_fn, x1[part].to(device), steps, method, shift, noise=noise, **known).cpu())
         return (layout or self.patches).unpatchify(torch.cat(tokens))
 
     def _layout(self, data: str) -> tuple[Layout | None, tuple[str, ...]]:

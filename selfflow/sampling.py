@@ -200,7 +200,7 @@ def guided_velocity(model: Transformer, labels: Tensor | None = None, cfg_scale:
 
     def plain(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         levels = NoiseLevels.of_tokens(t) if t.ndim == 2 else NoiseLevels.single(t.expand(len(x)), x.shape[1])
-        return model(x, levels.to(x.device), condition, parts=parts).velocity
+        return model(x, levels.to(x.device), condition, parts=parts).velocity.to(x.dtype)  # autocast: guided in full
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         clock = t.amax(1) if t.ndim == 2 else t

@@ -160,10 +160,14 @@ def test_every_sample_once_per_epoch_in_an_order_of_the_seed():
 
 
 def test_bf16_trains(tmp_path):
-    log = train(replace(TINY, name="bf16", training=replace(TINY.training, precision="bf16")), tmp_path).log
-    reference = train(TINY, tmp_path).log
+    run = train(replace(TINY, name="bf16", training=replace(TINY.training, precision="bf16")), tmp_path)
+    log, reference = run.log, train(TINY, tmp_path).log
     assert log["flow_loss"].tolist() == pytest.approx(reference["flow_loss"].tolist(), rel=0.02)
     assert log["flow_loss"].tolist() != reference["flow_loss"].tolist()
+    whole = Run(run.path, TINY, run.transformer, run.device)  # the same weights, drawn in fp32
+    half, full = (one.sample(torch.arange(4), steps=4, cfg_scale=2.0) for one in (run, whole))
+    assert half.dtype == torch.float32 and not torch.equal(half, full)
+    torch.testing.assert_close(half, full, atol=0.05, rtol=0.05)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
