@@ -32,7 +32,7 @@ class ModelConfig:
     heads: int = 4             # of attention; must divide width
     mlp_ratio: float = 4.0     # hidden width of the MLP over width
     size: str = "own"          # S, B, L or XL set width, depth and heads as published; own = as given
-    positions: str | None = None  # sincos (added once) or rotary (in every attention); None = sincos for images, else rotary
+    positions: str | None = None  # sincos (added once) or rotary (in every attention); None: rotary, sincos for images by class
     mlp: str = "gelu"          # gelu or swiglu
     qk_norm: bool = False      # normalise queries and keys
     modulation: str = "block"  # adaLN of each block, or shared by all
@@ -127,8 +127,9 @@ class Config:
     def _complete(self):
         "Fill in what follows from the kind of data: nothing is left open where it is known."
         signals = self.data.signals_named
+        positions = "sincos" if signals == {"image"} and self.data.condition != "caption" else "rotary"
         if self.model.positions is None and signals:
-            object.__setattr__(self, "model", replace(self.model, positions="sincos" if signals == {"image"} else "rotary"))
+            object.__setattr__(self, "model", replace(self.model, positions=positions))
         ratios = {MASK_RATIOS[signal] for signal in signals}
         if self.objective.mask_ratio is None and len(ratios) == 1:
             object.__setattr__(self, "objective", replace(self.objective, mask_ratio=ratios.pop()))
@@ -209,13 +210,13 @@ PRESET_FIELDS = ("data.name", "data.patch", "data.condition", "model.size", "mod
                  "training.log_every", "training.validate_every", "training.save_every", "training.sample_every")
 _EMA = half_life(0.9999, 1)  # of the published average, in steps
 _ROWS = {
-    #              data  patch condition  size width depth heads steps batch    lr  ema_half_life precision log valid. save sample
+    #               data     patch condition size width depth heads steps batch   lr  half_life  precision log val. save sample
     "digits":      ("digits", 2, "class"  , "own",   96,  6,  4,     1_000,  64, 2e-3, 0.05      , "fp32",   5,  250,  500,  250),
     "digits-small":("digits", 2, "class"  , "own",   32,  4,  4,       200,  32, 2e-3, 0.05      , "fp32",   5,  100,  100,  100),
-    "shapes":      ("shapes", 4, "caption", "own",  128,  8,  4,     8_000,  64, 1e-3, 0.05      , "fp32",  20, 1000, 1000, 1000),
-    "motion":      ("motion", 4, "class"  , "own",  128,  8,  4,     4_000,  32, 1e-3, 0.05      , "fp32",  20, 1000, 1000, 1000),
-    "notes":       ("notes" , 2, "class"  , "own",  128,  8,  4,     8_000,  64, 1e-3, 0.05      , "fp32",  20, 1000, 1000, 1000),
-    "scenes":      ("scenes", 4, "class"  , "own",  128,  8,  4,     4_000,  32, 1e-3, 0.05      , "fp32",  20, 1000, 1000, 1000),
+    "shapes":      ("shapes", 4, "caption", "own",  128,  6,  4,     8_000,  32, 2e-3, 0.05      , "fp32",  20, 2000, 1000, 2000),
+    "motion":      ("motion", 4, "class"  , "own",  128,  6,  4,     8_000,  16, 2e-3, 0.05      , "fp32",  20, 2000, 1000, 2000),
+    "notes":       ("notes" , 2, "class"  , "own",  128,  6,  4,     8_000,  32, 2e-3, 0.05      , "fp32",  20, 2000, 1000, 2000),
+    "scenes":      ("scenes", 4, "class"  , "own",  128,  6,  4,     8_000,  16, 2e-3, 0.05      , "fp32",  20, 2000, 1000, 2000),
     "S":           ("digits", 2, "class"  , "S"  ,  384, 12,  6,   400_000, 256, 1e-4, _EMA / 4e5, "bf16", 100, 5000, 5000, 5000),
     "B":           ("digits", 2, "class"  , "B"  ,  768, 12, 12,   400_000, 256, 1e-4, _EMA / 4e5, "bf16", 100, 5000, 5000, 5000),
     "L":           ("digits", 2, "class"  , "L"  , 1024, 24, 16,   400_000, 256, 1e-4, _EMA / 4e5, "bf16", 100, 5000, 5000, 5000),
