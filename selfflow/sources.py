@@ -28,7 +28,7 @@ from .texts import Bytes, open_encoder
 
 # %% ../nbs/210_sources.ipynb #12958334
 SIGNALS = {"digits": ("image",), "shapes": ("image",), "motion": ("video",), "notes": ("audio",), "scenes": ("video", "audio")}
-STORED = {"folder", "huggingface", "latents"}
+STORED = ("folder", "huggingface", "latents")
 CONDITIONS = ("class", "caption", "none")
 SOUNDS = {"mel": LogMel, "mdct": partial(Mdct, power=0.5)}  # the powers of noise-like spectra are too uneven to be learned
 
@@ -65,7 +65,7 @@ class DataConfig:
         choose(self.sound, SOUNDS, "sound (data.sound)")
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"data.name is {self.name!r}: a data set is named twice; data.shares say how often each is used")
-        if bool(self.path) != bool(STORED & set(self.names)):
+        if bool(self.path) != bool({*STORED} & {*self.names}):
             raise ValueError(f"data.path is {self.path!r} with data.name {self.name!r}: {', '.join(sorted(STORED))} need one, "
                              "others none")
         if self.encoder and self.condition != "caption":
