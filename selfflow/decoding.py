@@ -196,30 +196,95 @@ def _stacked(chosen: list[int], pictures: dict[int, Tensor]) -> Tensor:
     return torch.stack([pictures[max((k for k in pictures if k <= i), default=min(pictures))] for i in chosen], dim=1)
 
 
+def _end(file: BinaryIO, kind: str) -> int:
+    "Where the file of a film ends, by its own account; 0 where it gives none, as one that was recorded live."
+    size, at = file.seek(0, io.SEEK_END), 0
+    file.seek(4)
+    if kind == "AVI":
+        return unpack("<I", file.read(4))[0] % (2**32 - 1)
+    if kind == "MATROSKA":
+        file.seek(_ebml_size(file), io.SEEK_CUR)
+        length = _ebml_size(file) if file.read(4) == b"\x18\x53\x80\x67" else 0
+        return length and file.tell() + length
+    for _ in range(2**17):  # the parts of an MP4; more of them would keep us busy
+        file.seek(at)
+        length, name = unpack(">I4s", file.read(8)) if at + 8 <= size else (0, b"")
+        length = unpack(">Q", file.read(8))[0] if length == 1 else length
+        if not length or at + length > size:
+            return at + length if name in (b"moov", b"mdat", b"moof") else 0  # what follows a film may be anything
+        at += length
+    return 0
+
+
+def _ebml_size(file: BinaryIO) -> int:
+    "The size of a part of Matroska, from where the file stands; 0 for one that is not known."
+    first, = file.read(1)
+    more = 8 - first.bit_length()
+    length = int.from_bytes(bytes([first - (1 << 7 - more)]) + file.read(more), "big")
+    return length if length < 2 ** (7 * (more + 1)) - 1 else 0
+
+
+def _end(file: BinaryIO, kind: str) -> int:
+    "Where the file of a film ends, by its own account; 0 where it gives none, as one that was recorded live."
+    size, at = file.seek(0, io.SEEK_END), 0
+    file.seek(4)
+    if kind == "AVI":
+        return unpack("<I", file.read(4))[0] % (2**32 - 1)
+    if kind == "MATROSKA":
+        file.seek(_ebml_size(file), io.SEEK_CUR)
+        length = _ebml_size(file) if file.read(4) == b"\x18\x53\x80\x67" else 0
+        return length and file.tell() + length
+    for _ in range(2**17):  # the parts of an MP4; more of them would keep us busy
+        file.seek(at)
+        length, name = unpack(">I4s", file.read(8)) if at + 8 <= size else (0, b"")
+        length = unpack(">Q", file.read(8))[0] if length == 1 else length
+        if not length or at + length > size:
+            return at + length if name in (b"moov", b"mdat", b"moof") else 0  # what follows a film may be anything
+        at += length
+    return 0
+
+
+def _ebml_size(file: BinaryIO) -> int:
+    "The size of a part of Matroska, from where the file stands; 0 for one that is not known."
+    first, = file.read(1)
+    more = 8 - first.bit_length()
+    length = int.from_bytes(bytes([first - (1 << 7 - more)]) + file.read(more), "big")
+    return length if length < 2 ** (7 * (more + 1)) - 1 else 0
+
+
 @contextmanager
 def _container(file: BinaryIO, kind: str) -> Iterator:
     "(a PyAV container, its film). The format is given: no other part of FFmpeg, such as playlists, ever sees the file."
+    av = _extra("av")
+    if (end := _end(file, kind)) > (size := file.seek(0, io.SEEK_END)):  # of which FFmpeg would show as much as there is
+        raise Refused("is shorter than it declares", f"{end:,} bytes in a file of {size:,}")
     file.seek(0)
-    with _extra("av").open(file, mode="r", format={"MP4": "mov", "MATROSKA": "matroska", "AVI": "avi"}[kind]) as container:
-        if not container.streams.video:
+    with av.open(file, mode="r", format={"MP4": "mov", "MATROSKA": "matroska", "AVI": "avi"}[kind]) as container:
+        films = [stream for stream in container.streams.video if not stream.disposition & av.stream.Disposition.attached_pic]
+        if not films:
             raise Refused("is no video", "it has no pictures")
-        stream = container.streams.video[0]
-        _check_pixels(stream.codec_context.width, stream.codec_context.height)
-        yield container, stream
+        codec = films[0].codec_context
+        _check_pixels(codec.width, codec.height)
+        codec.options = {"max_pixels": str(PIXELS)}  # a picture within may say other sides than the header
+        yield container, films[0]
 
 
 def _video(file: BinaryIO, kind: str, form: Form) -> Tensor:
     with _container(file, kind) as (container, stream):
-        shown = sorted((packet.pts, packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None)
+        shown = sorted((packet.pts, packet.duration or 0) for packet in container.demux(stream)
+                       if packet.pts is not None and not packet.is_discard)  # what an edit list cuts away is decoded, not shown
         unit, sides = float(stream.time_base), (stream.codec_context.width, stream.codec_context.height)
     starts, pictures = [pts for pts, _ in shown], {}
-    chosen = moments([pts * unit for pts in starts], (starts[-1] + max(1, shown[-1][1])) * unit, form.frames, form.fps)
+    last = max(1, shown[-1][1] or starts[-1] - starts[-2:][0])  # not said: as long as the one before
+    chosen = moments([pts * unit for pts in starts], (starts[-1] + last) * unit, form.frames, form.fps)
     _check_pixels(*sides, chosen[-1] + 1)
     with _container(file, kind) as (container, stream):
-        for count, frame in enumerate(container.decode(stream)):
-            i = count if frame.pts is None else bisect_right(starts, frame.pts) - 1
+        for frame in container.decode(stream):
+            i = bisect_right(starts, frame.pts) - 1
+            _check_pixels(frame.width, frame.height, chosen[-1] + 1)
             if i in chosen:
-                pictures[i] = _square(frame.to_image(), form.size)
+                upright = frame.to_image().rotate(90 * round(frame.rotation / 90), expand=True)
+                pictures[i] = _square(upright, form.size)
             if i >= chosen[-1]:
                 break
     return _stacked(chosen, pictures)
