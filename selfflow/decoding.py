@@ -26,7 +26,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy.signal import resample_poly
 from torch import Tensor
 
-from .files import SIGNALS, Inside, Refused, Source, kind_of, opened, refusing
+from .files import SIGNALS, Inside, Refused, Source, check_whole, kind_of, opened, refusing
 
 # %% ../nbs/172_decoding.ipynb #7a563012
 RATES, SIDE = (1_000, 400_000), 8_192  # lowest and highest sample rate, in Hz; largest side of a picture asked for
@@ -196,69 +196,11 @@ def _stacked(chosen: list[int], pictures: dict[int, Tensor]) -> Tensor:
     return torch.stack([pictures[max((k for k in pictures if k <= i), default=min(pictures))] for i in chosen], dim=1)
 
 
-def _end(file: BinaryIO, kind: str) -> int:
-    "Where the file of a film ends, by its own account; 0 where it gives none, as one that was recorded live."
-    size, at = file.seek(0, io.SEEK_END), 0
-    file.seek(4)
-    if kind == "AVI":
-        return unpack("<I", file.read(4))[0] % (2**32 - 1)
-    if kind == "MATROSKA":
-        file.seek(_ebml_size(file), io.SEEK_CUR)
-        length = _ebml_size(file) if file.read(4) == b"\x18\x53\x80\x67" else 0
-        return length and file.tell() + length
-    for _ in range(2**17):  # the parts of an MP4; more of them would keep us busy
-        file.seek(at)
-        length, name = unpack(">I4s", file.read(8)) if at + 8 <= size else (0, b"")
-        length = unpack(">Q", file.read(8))[0] if length == 1 else length
-        if not length or at + length > size:
-            return at + length if name in (b"moov", b"mdat", b"moof") else 0  # what follows a film may be anything
-        at += length
-    return 0
-
-
-def _ebml_size(file: BinaryIO) -> int:
-    "The size of a part of Matroska, from where the file stands; 0 for one that is not known."
-    first, = file.read(1)
-    more = 8 - first.bit_length()
-    length = int.from_bytes(bytes([first - (1 << 7 - more)]) + file.read(more), "big")
-    return length if length < 2 ** (7 * (more + 1)) - 1 else 0
-
-
-def _end(file: BinaryIO, kind: str) -> int:
-    "Where the file of a film ends, by its own account; 0 where it gives none, as one that was recorded live."
-    size, at = file.seek(0, io.SEEK_END), 0
-    file.seek(4)
-    if kind == "AVI":
-        return unpack("<I", file.read(4))[0] % (2**32 - 1)
-    if kind == "MATROSKA":
-        file.seek(_ebml_size(file), io.SEEK_CUR)
-        length = _ebml_size(file) if file.read(4) == b"\x18\x53\x80\x67" else 0
-        return length and file.tell() + length
-    for _ in range(2**17):  # the parts of an MP4; more of them would keep us busy
-        file.seek(at)
-        length, name = unpack(">I4s", file.read(8)) if at + 8 <= size else (0, b"")
-        length = unpack(">Q", file.read(8))[0] if length == 1 else length
-        if not length or at + length > size:
-            return at + length if name in (b"moov", b"mdat", b"moof") else 0  # what follows a film may be anything
-        at += length
-    return 0
-
-
-def _ebml_size(file: BinaryIO) -> int:
-    "The size of a part of Matroska, from where the file stands; 0 for one that is not known."
-    first, = file.read(1)
-    more = 8 - first.bit_length()
-    length = int.from_bytes(bytes([first - (1 << 7 - more)]) + file.read(more), "big")
-    return length if length < 2 ** (7 * (more + 1)) - 1 else 0
-
-
 @contextmanager
 def _container(file: BinaryIO, kind: str) -> Iterator:
     "(a PyAV container, its film). The format is given: no other part of FFmpeg, such as playlists, ever sees the file."
     av = _extra("av")
-    if (end := _end(file, kind)) > (size := file.seek(0, io.SEEK_END)):  # of which FFmpeg would show as much as there is
-        raise Refused("is shorter than it declares", f"{end:,} bytes in a file of {size:,}")
-    file.seek(0)
+    check_whole(file, kind)  # else FFmpeg shows as much as there is
     with av.open(file, mode="r", format={"MP4": "mov", "MATROSKA": "matroska", "AVI": "avi"}[kind]) as container:
         films = [stream for stream in container.streams.video if not stream.disposition & av.stream.Disposition.attached_pic]
         if not films:
