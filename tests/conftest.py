@@ -13,7 +13,7 @@ from selfflow.training import train
 torch.set_num_threads(1)
 
 # Properties are tested with the same examples each time and without a clock: neither chance nor a slow machine fails a commit.
-# To look further: HYPOTHESIS_PROFILE=search pytest tests/test_x.py takes others each time, and many more where no test says how many.
+# To look further: HYPOTHESIS_PROFILE=search pytest tests/test_x.py, with others each time, and more where no test says how many.
 for name, options in {"same": {"derandomize": True}, "search": {"derandomize": False, "max_examples": 2_000}}.items():
     settings.register_profile(name, deadline=None, suppress_health_check=[HealthCheck.too_slow], **options)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
