@@ -1,19 +1,25 @@
 """Films are read by PyAV itself: each is encoded here, shown by time, turned as it says, and refused where it is broken."""
 import io
 import struct
+from dataclasses import replace
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
+import soundfile
 import torch
+from conftest import TINY
 from encoded import encoded, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import selfflow.decoding as decoding
+from selfflow.config import DataConfig, ModelConfig, ObjectiveConfig
 from selfflow.decoding import Form, look, moments, read
 from selfflow.files import Inside, Refused
+from selfflow.folders import Folder
+from selfflow.training import train
 
 GREYS = [0, 40, 80, 120, 160, 200]
 KINDS = [("mp4", "mpeg4"), ("mp4", "libx264"), ("webm", "libvpx-vp9"), ("webm", "libvpx"), ("matroska", "libx264"),
@@ -335,3 +341,40 @@ def test_films_in_a_folder(tmp_path):
     shows(Inside(tmp_path.resolve(), "film.mp4"), Form(8, 6, 10), GREYS)
     (tmp_path / "film.mkv").write_bytes(DAMAGED["mp4"])
     assert reason_of(Inside(tmp_path.resolve(), "film.mkv")) == "is not what its suffix says"
+
+
+def clip(path, film, sound=0.3, rate=44_100, channels=2, suffix="wav"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(film)
+    soundfile.write(path.with_suffix(f".{suffix}"), np.full((rate // 2, channels), sound), rate,
+                    subtype="PCM_16" if suffix == "flac" else "FLOAT")
+
+
+def test_a_run_on_foreign_films_and_sounds_bears_the_bad_ones(tmp_path, capsys):
+    data, kinds = tmp_path / "clips", {"mp4": ("mp4", 44_100, 2), "mkv": ("matroska", 8_000, 1), "avi": ("avi", 48_000, 6)}
+    for i in range(24):
+        suffix, (container, rate, channels) = list(kinds.items())[i % 3]
+        times = None if suffix == "avi" else UNEVEN[:4]
+        clip(data / "train/cat" / f"{i}.{suffix}", encoded(GREYS[:4], container, "mpeg4", times, sound=0.2 * (i % 2)), 0.3, rate,
+             channels, "flac" if i % 2 else "wav")
+    clip(data / "validation/cat/good.mp4", encoded(GREYS))
+    bad, film = data / "train/cat", encoded(GREYS, sound=0.2)
+    late = film[:200] + bytes(len(film) // 3) + film[200 + len(film) // 3:]  # the header is whole, the pictures are not
+    for name, content in {"cut.mp4": film[:-20], "empty.mp4": b"", "text.mkv": b"hello", "other.avi": film,
+                          "late.mp4": late}.items():
+        clip(bad / name, content)
+    clip(bad / "nan.mp4", film, np.nan), clip(bad / "silent.mp4", film, 0.0), clip(bad / "lone.mp4", film)
+    (bad / "lone.wav").unlink()
+    config = replace(TINY, data=DataConfig("folder", path=str(data), signals="video+audio", size=8, frames=4, patch=4, columns=4),
+                     model=ModelConfig(width=32, depth=2, heads=2), training=replace(TINY.training, steps=4, batch=16))
+    config = replace(config, objective=ObjectiveConfig("flow_matching"))
+    run = train(config, tmp_path / "runs", "cpu", bar=False)
+    said = capsys.readouterr().out
+    assert run.log["flow_loss"].notna().all() and len(run.log) == 4
+    for words in ("clips: 27 samples (video, audio) of split train", "has no audio of its name (1)", "is empty (1)",
+                  "is shorter than it declares (1)", "is not what its suffix says (2)", "'train/cat/silent' is silent",
+                  "the next good sample stands for it"):
+        assert words in said
+    folder = Folder(data, ("video", "audio"), size=8, frames=4)
+    folder.take(torch.arange(27))
+    assert folder.broken.keys() == {"train/cat/late", "train/cat/nan"} and folder.silent.keys() == {"train/cat/silent"}
