@@ -26,7 +26,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy.signal import resample_poly
 from torch import Tensor
 
-from .files import SIGNALS, Inside, Refused, Source, kind_of, opened, refusing
+from .files import SIGNALS, Inside, Refused, Source, check_whole, kind_of, opened, refusing
 
 # %% ../nbs/172_decoding.ipynb #7a563012
 RATES, SIDE = (1_000, 400_000), 8_192  # lowest and highest sample rate, in Hz; largest side of a picture asked for
@@ -199,27 +199,34 @@ def _stacked(chosen: list[int], pictures: dict[int, Tensor]) -> Tensor:
 @contextmanager
 def _container(file: BinaryIO, kind: str) -> Iterator:
     "(a PyAV container, its film). The format is given: no other part of FFmpeg, such as playlists, ever sees the file."
-    file.seek(0)
-    with _extra("av").open(file, mode="r", format={"MP4": "mov", "MATROSKA": "matroska", "AVI": "avi"}[kind]) as container:
-        if not container.streams.video:
+    av = _extra("av")
+    check_whole(file, kind)  # else FFmpeg shows as much as there is
+    with av.open(file, mode="r", format={"MP4": "mov", "MATROSKA": "matroska", "AVI": "avi"}[kind]) as container:
+        films = [stream for stream in container.streams.video if not stream.disposition & av.stream.Disposition.attached_pic]
+        if not films:
             raise Refused("is no video", "it has no pictures")
-        stream = container.streams.video[0]
-        _check_pixels(stream.codec_context.width, stream.codec_context.height)
-        yield container, stream
+        codec = films[0].codec_context
+        _check_pixels(codec.width, codec.height)
+        codec.options = {"max_pixels": str(PIXELS)}  # a picture within may say other sides than the header
+        yield container, films[0]
 
 
 def _video(file: BinaryIO, kind: str, form: Form) -> Tensor:
     with _container(file, kind) as (container, stream):
-        shown = sorted((packet.pts, packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None)
+        shown = sorted((packet.pts, packet.duration or 0) for packet in container.demux(stream)
+                       if packet.pts is not None and not packet.is_discard)  # what an edit list cuts away is decoded, not shown
         unit, sides = float(stream.time_base), (stream.codec_context.width, stream.codec_context.height)
     starts, pictures = [pts for pts, _ in shown], {}
-    chosen = moments([pts * unit for pts in starts], (starts[-1] + max(1, shown[-1][1])) * unit, form.frames, form.fps)
+    last = max(1, shown[-1][1] or starts[-1] - starts[-2:][0])  # not said: as long as the one before
+    chosen = moments([pts * unit for pts in starts], (starts[-1] + last) * unit, form.frames, form.fps)
     _check_pixels(*sides, chosen[-1] + 1)
     with _container(file, kind) as (container, stream):
-        for count, frame in enumerate(container.decode(stream)):
-            i = count if frame.pts is None else bisect_right(starts, frame.pts) - 1
+        for frame in container.decode(stream):
+            i = bisect_right(starts, frame.pts) - 1
+            _check_pixels(frame.width, frame.height, chosen[-1] + 1)
             if i in chosen:
-                pictures[i] = _square(frame.to_image(), form.size)
+                upright = frame.to_image().rotate(90 * round(frame.rotation / 90), expand=True)
+                pictures[i] = _square(upright, form.size)
             if i >= chosen[-1]:
                 break
     return _stacked(chosen, pictures)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Source', 'SIGNALS', 'SUFFIXES', 'FILE_BYTES', 'DEPTH', 'ENDS', 'Refused', 'Skipped', 'refusing', 'Inside', 'opened',
-           'kind_of', 'natural', 'listing', 'Row', 'plain', 'rows', 'split_of', 'digest']
+           'kind_of', 'check_whole', 'natural', 'listing', 'Row', 'plain', 'rows', 'split_of', 'digest']
 
 # %% ../nbs/171_files.ipynb #cbe07f05
 import csv
@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
+from struct import unpack
 from typing import BinaryIO
 
 from .images import SPLITS
@@ -109,6 +110,47 @@ def kind_of(file: BinaryIO, signal: str, suffix: str = "") -> str:
     if kind in SIGNALS["image"] and size > FILE_BYTES:
         raise Refused("is too large", f"{size:,} bytes")
     return kind
+
+# %% ../nbs/171_files.ipynb #0fe0cc2c
+def check_whole(file: BinaryIO, kind: str) -> None:
+    "Raise Refused for a film, MP4, MATROSKA or AVI, that ends before it says so. The file then stands at its beginning."
+    size = file.seek(0, io.SEEK_END)
+    file.seek(4)
+    end = {"MP4": _mp4_end, "MATROSKA": _matroska_end, "AVI": _avi_end}[kind](file, size)
+    if end > size:
+        raise Refused("is shorter than it declares", f"{end:,} bytes in a file of {size:,}")
+    file.seek(0)
+
+
+def _avi_end(file: BinaryIO, size: int) -> int:
+    "Where it says that it ends; 0 where it does not, as while it is recorded."
+    return unpack("<I", file.read(4))[0] % (2**32 - 1)
+
+
+def _mp4_end(file: BinaryIO, size: int) -> int:
+    at = 0
+    for _ in range(2**17):  # more parts would keep us busy
+        file.seek(at)
+        length, name = unpack(">I4s", file.read(8)) if at + 8 <= size else (0, b"")
+        length = unpack(">Q", file.read(8))[0] if length == 1 else length
+        if not length or at + length > size:
+            return at + length if name in (b"moov", b"mdat", b"moof") else 0  # what follows a film may be anything
+        at += length
+    return 0
+
+
+def _matroska_end(file: BinaryIO, size: int) -> int:
+    file.seek(_ebml_size(file), io.SEEK_CUR)
+    length = _ebml_size(file) if file.read(4) == b"\x18\x53\x80\x67" else 0  # the segment, which holds all the rest
+    return length and file.tell() + length
+
+
+def _ebml_size(file: BinaryIO) -> int:
+    "The size of a part of Matroska, from where the file stands; 0 for one that is not known (RFC 8794, 4)."
+    first, = file.read(1)
+    more = 8 - first.bit_length()  # bytes that follow, as many as there are zeros before the first one
+    length = int.from_bytes(bytes([first - (1 << 7 - more)]) + file.read(more), "big")
+    return length if length < 2 ** (7 * more + 7) - 1 else 0
 
 # %% ../nbs/171_files.ipynb #913580c6
 DEPTH = 8  # of folders within folders

@@ -10,10 +10,10 @@ import importlib
 import io
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from math import isclose
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
@@ -149,8 +149,8 @@ class Folder(Stored):
 class HuggingFace(Stored):
     """A data set of Hugging Face on the disk. Settings, attributes and errors: see `Stored`.
 
-    columns: {a signal, label or caption: the name of its column}, where it has another name. Raises ImportError without the
-    package datasets. Rows are not looked at before they are taken.
+    columns: {a signal, label or caption: the name of its column}, where it has another name. The package decodes nothing: bytes
+    are read as files are. Raises ImportError without the package datasets. Rows are not looked at before they are taken.
     """
     columns: dict[str, str] = field(default_factory=dict)
 
@@ -159,23 +159,27 @@ class HuggingFace(Stored):
             load = importlib.import_module("datasets").load_from_disk
         except ImportError as error:
             raise ImportError("data sets of Hugging Face need a package: pip install datasets") from error
-        loaded = load(str(self.root))
+        try:
+            loaded = load(str(self.root))
+        except Exception as error:  # files that are missing, cut off or of another kind: the package raises what it likes
+            raise ValueError(f"{self.path} is not what save_to_disk of the package datasets writes, or it is damaged "
+                             f"({type(error).__name__}: {error})") from error
         parts = {SPLIT_FOLDERS.get(name, name): part for name, part in loaded.items()} if isinstance(loaded, dict) else {}
         if parts and self.split not in parts:
             raise ValueError(f"{self.path} has no split {self.split!r}, but {', '.join(map(repr, loaded))}")
         self.data = parts[self.split] if parts else loaded
-        self.column = self._columns(self.data.column_names)
+        if not all(Path(file["filename"]).resolve().is_relative_to(self.root) for file in self.data.cache_files):
+            raise ValueError(f"{self.path} names tables that lie elsewhere; it is not used")
+        self.column = self._columns(self.data.features)
         self.names = self._classes([*parts.values()] or [loaded])
-        for signal in self.signals:
-            feature = self.data.features[self.column[signal]]
-            if getattr(feature, "decode", False):
-                self.data = self.data.cast_column(self.column[signal], type(feature)(decode=False))
+        for column in (self.column[signal] for signal in self.signals):
+            self.data = self.data.cast_column(column, _undecoded(self.data.features[column]))
         self.data = self.data.with_format(None).select_columns(sorted({*self.column.values()}))
         return range(len(self.data)) if parts else [row for row in range(len(self.data))
                                                     if split_of(f"row {row}", self.shares) == self.split], []
 
-    def _columns(self, have: list[str]) -> dict[str, str]:
-        "The columns that are read, by what they are."
+    def _columns(self, have: dict) -> dict[str, str]:
+        "The columns that are read, by what they are, of these and their features."
         names = {name: name for name in (*self.signals, "label", "caption")}
         names |= {"caption": "text"} if "caption" not in have else {}
         for name in self.columns:
@@ -185,7 +189,10 @@ class HuggingFace(Stored):
             if names[name] not in have:
                 raise ValueError(f"{self.path} has no column {names[name]!r}, but {', '.join(map(repr, have))}; "
                                  f"say which is the {name}: columns={{{name!r}: ...}}")
-        return {name: column for name, column in names.items() if column in have}
+            if name not in self.signals and not _single(have[names[name]]):
+                raise ValueError(f"column {names[name]!r} of {self.path} cannot be the {name}: it holds {have[names[name]]}")
+        return {name: column for name, column in names.items()
+                if column in have and (name in self.signals or _single(have[column]))}
 
     def _classes(self, parts: list) -> tuple[str, ...]:
         if "label" not in self.column:
@@ -213,6 +220,18 @@ class HuggingFace(Stored):
         return chain([self.shares, self.column], ([name, digest(Inside(self.root, name))] for name in files))
 
 
+def _single(feature) -> bool:
+    "Whether a column holds one text or number a row, which can be a label or a caption."
+    return type(feature).__name__ in ("Value", "ClassLabel")
+
+
+def _undecoded(feature):
+    "The same feature, of which the package decodes nothing, also within lists."
+    if getattr(feature, "decode", False):
+        return replace(feature, decode=False)
+    return replace(feature, feature=_undecoded(feature.feature)) if hasattr(feature, "feature") else feature
+
+
 def _text(value) -> str:
     return "" if value is None else plain(str(value)).strip()
 
@@ -231,7 +250,7 @@ def _source(value, root) -> Source:
         return value
     if isinstance(value, str):
         return Inside(root, value)
-    if isinstance(value, list) and isinstance(value[0], dict | bytes | str | Image.Image):
+    if isinstance(value, list) and isinstance(value[0], dict | bytes | str):
         return tuple(_source(part, root) for part in value)
     written, pixels = io.BytesIO(), np.asarray(value)
     if pixels.min() < 0 or pixels.max() > 255 or pixels.dtype.kind not in "ui":

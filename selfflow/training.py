@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .batches import Batches, Validation, feature_source, shape_of, shards_of
+from .batches import Batches, Validation, feature_source, shape_of, shards_of, too_wide
 from .checkpoint import FREE, read_state
 from .config import Config, flatten
 from .disk import NotWritten, write_json
@@ -177,6 +177,8 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
     with ExitStack() as stack:
         if not processes.lead(lambda: _open(run, fingerprints, stack)):
             spent = _resume(run, state, processes)
+            for said in too_wide(config, sources) if not state.step else ():  # later it can no more be changed
+                processes.say(f"{config.name}: {said}")
             if config.training.compile and state.step < config.training.steps:
                 _compile(state, config, batches[state.step], features_of, processes)
             share_state(state, config, processes)

@@ -1,14 +1,22 @@
 """Shared by the tests: one tiny pair of runs, trained once."""
+import os
 import socket
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from selfflow.config import Config, ModelConfig, ObjectiveConfig, TrainConfig
 from selfflow.training import train
 
 torch.set_num_threads(1)
+
+# Properties are tested with the same examples each time and without a clock: neither chance nor a slow machine fails a commit.
+# To look further: HYPOTHESIS_PROFILE=search pytest tests/test_x.py, with others each time, and more where no test says how many.
+for name, options in {"same": {"derandomize": True}, "search": {"derandomize": False, "max_examples": 2_000}}.items():
+    settings.register_profile(name, deadline=None, suppress_health_check=[HealthCheck.too_slow], **options)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 TINY = Config(name="tiny", model=ModelConfig(width=16, depth=4, heads=2),
               training=TrainConfig(steps=12, batch=16, log_every=1, validate_every=6, save_every=4))

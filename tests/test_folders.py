@@ -5,12 +5,15 @@ import os
 import re
 import shutil
 import sys
-import types
+import zlib
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+import soundfile
 import torch
+from encoded import encoded
 from PIL import Image
 from scipy.io import wavfile
 from torch.utils.data import DataLoader
@@ -454,71 +457,53 @@ def test_another_kind_of_store_says_three_things():
         Stored(".")
 
 
-# Hugging Face: a stand-in with the interface of datasets.Dataset, as far as it is used
+# Hugging Face: what the package itself writes
 
-class Coded:
-    "As datasets.Image or datasets.Audio."
-    def __init__(self, decode=True):
-        self.decode = decode
-
-
-class Table:
-    def __init__(self, rows, features):
-        self.rows, self.features = rows, features
-
-    column_names = property(lambda self: list(self.features))
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        assert isinstance(index, int)
-        row = {name: self.rows[index][name] for name in self.features}
-        for feature in self.features.values():
-            assert not getattr(feature, "decode", False), "nothing is decoded by the package"
-        return row
-
-    def cast_column(self, name, feature):
-        return Table(self.rows, {**self.features, name: feature})
-
-    def select_columns(self, names):
-        return Table(self.rows, {name: self.features[name] for name in names})
-
-    def with_format(self, kind):
-        assert kind is None
-        return self
-
-    def unique(self, name):
-        return list({json.dumps(row[name]): row[name] for row in self.rows}.values())
+LABELS = datasets.ClassLabel(names=["b", "a"])
+NAMED = {"image": datasets.Image(), "label": LABELS, "text": datasets.Value("string"), "other": datasets.Value("int64")}
+STRUCT = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}  # as Image and Audio, but stored as it is
+datasets.disable_progress_bars()
 
 
-def png(grey):
+def png(grey, size=(6, 6)):
     written = io.BytesIO()
-    Image.new("RGB", (6, 6), (grey,) * 3).save(written, format="PNG")
+    Image.new("RGB", size, (grey,) * 3).save(written, format="PNG")
     return {"bytes": written.getvalue(), "path": "anywhere.png"}
 
 
-@pytest.fixture
-def stored(tmp_path, monkeypatch):
-    "A function that stores tables."
-    def store(tables):
-        def load_from_disk(path):
-            assert isinstance(path, str) and Path(path).is_dir()
-            return tables
-        monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_from_disk=load_from_disk))
-        return tmp_path
-    return store
-
-
-NAMED = {"image": Coded(), "label": types.SimpleNamespace(names=["b", "a"]), "text": None, "other": None}
+def tone(rate=8_000, count=300, channels=1, kind="WAV", subtype="FLOAT", value=None):
+    values = 0.5 * np.sin(2 * np.pi * 440 * np.arange(count) / rate) if value is None else np.full(count, value)
+    written = io.BytesIO()
+    soundfile.write(written, np.repeat(values[:, None], channels, 1), rate, format=kind, subtype=subtype)
+    return written.getvalue()
 
 
 def some(count, first=0):
     return [{"image": png(first + 10 * i), "label": i % 2, "text": f"number {first + i}", "other": 0} for i in range(count)]
 
 
+@pytest.fixture
+def stored(tmp_path):
+    "A function that stores rows, or several splits of them, and gives the folder."
+    def table(rows, features):
+        made = datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in features}, datasets.Features({
+            name: (datasets.Value("string") if isinstance(rows[0][name], str) else STRUCT) if isinstance(kind, datasets.Audio)
+            else kind for name, kind in features.items()}))
+        for name, kind in features.items():  # to write sounds at once it asks for torchcodec
+            made = made.cast_column(name, kind) if isinstance(kind, datasets.Audio) else made
+        return made
+
+    def store(rows, features=NAMED):
+        parts = datasets.DatasetDict({split: table(part, features) for split, part in rows.items()}) if isinstance(
+            rows, dict) else table(rows, features)
+        path = tmp_path / f"stored{len(list(tmp_path.iterdir()))}"
+        parts.save_to_disk(str(path))
+        return path
+    return store
+
+
 def test_a_data_set_of_hugging_face(stored):
-    path = stored({"train": Table(some(4), NAMED), "valid": Table(some(2, 50), NAMED)})
+    path = stored({"train": some(4), "valid": some(2, 50)})
     data = HuggingFace(path, size=4)
     taken = data.take(torch.arange(4))
     assert data.names == ("b", "a") and taken.labels.tolist() == [0, 1, 0, 1] and greys(data) == [0, 10, 20, 30]
@@ -529,7 +514,7 @@ def test_a_data_set_of_hugging_face(stored):
 
 
 def test_without_splits_a_hash_of_the_row_makes_them(stored):
-    path = stored(Table(some(25), {name: NAMED[name] for name in ("image",)}))
+    path = stored(some(25), {"image": datasets.Image()})
     parts = {split: greys(HuggingFace(path, split=split, shares=(0.6, 0.2, 0.2))) for split in SPLITS}
     assert sorted(sum(parts.values(), [])) == [10 * i for i in range(25)]
     assert all(split_of(f"row {grey // 10}", (0.6, 0.2, 0.2)) == split for split, found in parts.items() for grey in found)
@@ -538,14 +523,14 @@ def test_without_splits_a_hash_of_the_row_makes_them(stored):
 
 
 def test_columns_and_labels_of_other_names_and_kinds(stored):
+    features = {"img": datasets.Image(), "kind": datasets.Value("string"), "said": datasets.Value("string")}
     rows = [{"img": png(i), "kind": kind, "said": said} for i, (kind, said) in enumerate(
-        [("10", "x"), ("9", None), (None, "\ud83d y "), ("9", "")])]
-    tables = {"train": Table(rows[:3], {"img": Coded(), "kind": None, "said": None}), "test": Table(rows[3:] + [
-        {"img": png(9), "kind": "only here", "said": "z"}], {"img": Coded(), "kind": None, "said": None})}
-    data = HuggingFace(stored(tables), columns={"image": "img", "label": "kind", "caption": "said"})
+        [("10", "x"), ("9", None), (None, "\u732b \U0001f408 e\u0301 "), ("9", ""), ("only here", "z")])]
+    data = HuggingFace(stored({"train": rows[:3], "test": rows[3:]}, features),
+                       columns={"image": "img", "label": "kind", "caption": "said"})
     assert data.names == ("", "9", "10", "only here")
     assert data.take(torch.arange(3)).labels.tolist() == [2, 1, 0]
-    assert data.take(torch.arange(3)).captions == ("x", "9", "\ufffd y")
+    assert data.take(torch.arange(3)).captions == ("x", "9", "\u732b \U0001f408 \u00e9")
     with pytest.raises(ValueError, match="has no column 'image', but 'img', 'kind', 'said'; say which is the image: columns="):
         HuggingFace(data.path)
     with pytest.raises(ValueError, match="has no column 'imag'"):
@@ -554,45 +539,179 @@ def test_columns_and_labels_of_other_names_and_kinds(stored):
         HuggingFace(data.path, columns={"images": "img"})
 
 
+def test_columns_that_cannot_be_what_they_are_said_to_be(stored):
+    rows = [{**row, "several": ["x", "y"]} for row in some(3)]
+    path = stored(rows, {**NAMED, "several": datasets.List(datasets.Value("string"))})
+    for name in ("label", "caption"):
+        for column in ("several", "image"):
+            with pytest.raises(ValueError, match=f"column '{column}' of .* cannot be the {name}: it holds (List|Image)"):
+                HuggingFace(path, columns={name: column})
+    for column, reason in (("label", "is no picture"), ("text", "cannot be opened"), ("several", "cannot be opened")):
+        data = HuggingFace(path, columns={"image": column}, **ALL)
+        with pytest.raises(RuntimeError, match="none of the 3 samples"):
+            data.take(torch.arange(1))
+        assert all(why.startswith((reason, "cannot be")) for why in data.broken.values()), data.broken
+    listed = stored([{"image": png(1), "text": ["x"], "label": ["y"]}], {
+        "image": datasets.Image(), **dict.fromkeys(("text", "label"), datasets.List(datasets.Value("string")))})
+    assert HuggingFace(listed, **ALL).names == ("",), "lists that only have the name of a label or caption are left alone"
+
+
 def test_what_a_cell_may_hold(stored):
-    tone = (0.5 * np.sin(np.arange(300))).astype(np.float32)
-    written = io.BytesIO()
-    wavfile.write(written, 8_000, tone)
-    values = np.random.default_rng(0).integers(0, 256, (6, 6, 3))
-    plain = [png(7), png(7)["bytes"], Image.new("RGB", (6, 6), (7, 7, 7)), np.full((6, 6, 3), 7, np.uint8), [[7] * 6] * 6]
-    rows = [{"image": image, "audio": sound} for image, sound in zip(plain + [values.tolist()], [
-        {"bytes": written.getvalue(), "path": None}, written.getvalue(), {"array": tone, "sampling_rate": 8_000},
-        {"array": tone.tolist(), "sampling_rate": 8_000}, {"array": np.stack([tone, tone]), "sampling_rate": 8_000},
-        {"bytes": written.getvalue()}], strict=True)]
-    data = HuggingFace(stored({"train": Table(rows, {"image": None, "audio": Coded()})}), ("image", "audio"), size=6, samples=300)
-    taken = data.take(torch.arange(6)).signals
-    assert greys(data)[:5] == [7] * 5 and not data.broken
-    assert np.array_equal(((taken["image"][5] + 1) * 127.5).round(), values.transpose(2, 0, 1))
-    assert all(np.allclose(sound, tone, atol=1e-6) for sound in taken["audio"])
+    values = np.random.default_rng(0).integers(0, 256, (6, 6, 3), np.uint8)
+    for feature, cell in ((datasets.Image(), Image.fromarray(values)), (datasets.Image(), values),
+                          (datasets.Value("binary"), None), (STRUCT, None), (datasets.Array3D((6, 6, 3), "uint8"), values),
+                          (datasets.List(datasets.List(datasets.List(datasets.Value("int16")))), values.tolist())):
+        written = io.BytesIO()
+        Image.fromarray(values).save(written, format="PNG")
+        cell = cell if cell is not None else written.getvalue() if feature is not STRUCT else {
+            "bytes": written.getvalue(), "path": None}
+        data = HuggingFace(stored([{"image": cell}], {"image": feature}), size=6, **ALL)
+        taken = ((data.take(torch.tensor([0])).signals["image"][0] + 1) * 127.5).round()
+        assert np.array_equal(taken, values.transpose(2, 0, 1)) and not data.broken
+
+
+def test_pictures_and_sounds_in_files_of_their_own_are_stored_with_the_rows(stored, tmp_path):
+    picture(tmp_path / "x.png", 50)
+    sound(tmp_path / "x.wav", 0.25)
+    path = stored([{"image": str(tmp_path / "x.png"), "audio": str(tmp_path / "x.wav")}],
+                  {"image": datasets.Image(), "audio": datasets.Audio()})
+    (tmp_path / "x.png").unlink(), (tmp_path / "x.wav").unlink()
+    data = HuggingFace(path, ("image", "audio"), samples=100, **ALL)
+    assert greys(data) == [50] and (data.take(torch.tensor([0])).signals["audio"] == 0.25).all()
+
+
+def test_sounds_are_decoded_here_and_need_no_torchcodec(stored, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    sounds = [tone(), tone(44_100, 2_000, 2), tone(48_000, 2_000, 6, "WAV", "PCM_24"), tone(22_050, 1_000, 1, "FLAC", "PCM_16"),
+              tone(count=5), tone(value=0.0), tone(value=np.nan), tone()[:90], b"", tone(kind="OGG", subtype="VORBIS"), tone()]
+    path = stored([{"audio": {"bytes": data, "path": None}, "text": None} for data in sounds],
+                  {"audio": datasets.Audio(sampling_rate=16_000), "text": datasets.Value("string")})
+    data = HuggingFace(path, "audio", samples=300, **ALL)
+    taken = data.take(torch.arange(len(sounds))).signals["audio"]
+    assert taken.shape == (11, 300) and taken.isfinite().all()
+    for i in range(4):
+        assert (taken[i, 50:250] - taken[0, 50:250]).abs().max() < 0.01, "at the rate that is asked for, not the column's"
+    assert taken[4, :5].any() and not taken[4, 5:].any() and not taken[5].any()
+    assert all(torch.equal(taken[i], taken[10]) for i in range(6, 10))
+    assert {name: why.split(" (")[0] for name, why in data.broken.items()} == {
+        "row 6": "holds NaN or infinity", "row 7": "is shorter than it declares", "row 8": "is empty",
+        "row 9": "cannot be read as audio"} and list(data.silent) == ["row 5"]
+    assert "'row 5' is silent; it is used" in capsys.readouterr().out
+
+
+def test_sounds_that_are_stored_as_numbers(stored):
+    values = (0.5 * np.sin(np.arange(300))).astype(np.float32)
+    for feature, array in ((datasets.List(datasets.Value("float32")), values),
+                           (datasets.Array2D((2, 300), "float32"), np.stack([values, values]))):
+        path = stored([{"audio": {"array": array, "sampling_rate": 8_000}}],
+                      {"audio": {"array": feature, "sampling_rate": datasets.Value("int32")}})
+        data = HuggingFace(path, "audio", samples=300, **ALL)
+        assert np.allclose(data.take(torch.tensor([0])).signals["audio"][0], values, atol=1e-6) and not data.broken
 
 
 def test_films_in_a_table(stored):
-    rows = [{"video": [png(0), png(100)]}, {"video": [Image.new("L", (5, 5), 0), Image.new("L", (5, 5), 100)]}]
-    data = HuggingFace(stored({"train": Table(rows, {"video": None})}), "video", frames=2)
-    found = (data.take(torch.arange(2)).signals["video"][:, 0, :, 0, 0] + 1) * 127.5
-    assert found.round().tolist() == [[0, 100]] * 2
+    film = encoded([0, 100], times=[0, 100])
+    for feature, cell in ((datasets.List(datasets.Image()), [png(0), png(100)]),
+                          (datasets.Video(), {"bytes": film, "path": None}),
+                          (datasets.List(datasets.Value("binary")), [png(0)["bytes"], png(100)["bytes"]]),
+                          (datasets.Value("binary"), film)):
+        data = HuggingFace(stored([{"video": cell}], {"video": feature}), "video", frames=2, **ALL)
+        found = (data.take(torch.tensor([0])).signals["video"][0, 0, :, 0, 0] + 1) * 127.5
+        assert (found - torch.tensor([0, 100])).abs().max() <= 2 and not data.broken
 
 
-@pytest.mark.parametrize("row, reason", [
-    ({"image": {"bytes": None, "path": "/etc/passwd"}}, "leads out of the folder"),
-    ({"image": {"bytes": None, "path": "../outside.png"}}, "leads out of the folder"),
-    ({"image": "missing.png"}, "cannot be opened"), ({"image": None}, "is missing"), ({"image": {"path": None}}, "is missing"),
-    ({"image": {"bytes": b"", "path": "x"}}, "is empty"), ({"image": b"hello there, this is text"}, "cannot be read as image"),
-    ({"image": [[300] * 4] * 4}, "is no picture"), ({"image": [[-1] * 4] * 4}, "is no picture"),
-    ({"image": [[0.5] * 4] * 4}, "is no picture"), ({"image": []}, "cannot be read"),
-    ({"label": -1}, "has no label"), ({"label": 2}, "has no label"), ({"label": None}, "has no label"),
-    ({"label": "b"}, "has no label"),
+def test_pictures_of_a_film_are_not_decoded_by_the_package_either(stored):
+    bomb = png(0)["bytes"].replace(b"IHDR\0\0\0\x06\0\0\0\x06", b"IHDR\0\0\x40\0\0\0\x40\0")
+    crc = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    bomb = bomb[:29] + crc + bomb[33:]
+    path = stored([{"video": [{"bytes": data, "path": None}] * 2} for data in (bomb, png(7)["bytes"])],
+                  {"video": datasets.List(datasets.Image())})
+    data = HuggingFace(path, "video", frames=2, **ALL)
+    data.take(torch.arange(2))
+    assert data.broken.keys() == {"row 0"} and data.broken["row 0"].startswith("declares too many pixels")
+
+
+PLAIN = datasets.List(datasets.List(datasets.Value("float64")))
+
+
+@pytest.mark.parametrize("feature, cell, reason", [
+    (STRUCT, {"bytes": None, "path": "/etc/passwd"}, "leads out of the folder"),
+    (STRUCT, {"bytes": None, "path": "../outside.png"}, "leads out of the folder"),
+    (STRUCT, {"bytes": None, "path": None}, "is missing"), (datasets.Image(), None, "is missing"), (STRUCT, None, "is missing"),
+    (datasets.Value("string"), "missing.png", "cannot be opened"),
+    (datasets.Value("string"), "link.png", "leads out of the folder"),
+    (datasets.Image(), {"bytes": b"", "path": "x"}, "is empty"),
+    (datasets.Image(), {"bytes": png(10)["bytes"][:45], "path": None}, "cannot be decoded"),
+    (datasets.Value("binary"), b"hello there, this is text", "cannot be read as image"),
+    (datasets.List(datasets.List(datasets.Value("int64"))), [[300] * 4] * 4, "is no picture"),
+    (datasets.List(datasets.List(datasets.Value("int64"))), [[-1] * 4] * 4, "is no picture"),
+    (PLAIN, [[0.5] * 4] * 4, "is no picture"), (PLAIN, [], "cannot be read"),
 ])
-def test_rows_that_cannot_be_read_are_replaced(stored, row, reason):
-    picture(stored({}).parent / "outside.png")
-    path = stored({"train": Table([{**some(1)[0], **row}, some(2)[1]], NAMED)})
-    data = HuggingFace(path)
-    assert greys(data) == [10, 10] and list(data.broken) == ["row 0"] and data.broken["row 0"].startswith(reason)
+def test_rows_that_cannot_be_read_are_replaced(stored, tmp_path, feature, cell, reason):
+    good = {"string": "good.png", "binary": png(10)["bytes"]}.get(getattr(feature, "dtype", None), png(10))
+    good = [[10] * 4] * 4 if isinstance(feature, datasets.List) else good
+    rows = [{"image": cell, "label": 0}, {"image": good, "label": 1}]
+    path = stored(rows, {"image": feature, "label": LABELS})
+    picture(path / "good.png", 10), picture(tmp_path / "outside.png")
+    (path / "link.png").symlink_to(tmp_path / "outside.png")
+    data = HuggingFace(path, **ALL)
+    if feature is PLAIN:
+        with pytest.raises(RuntimeError, match="none of the 2 samples"):
+            data.take(torch.arange(2))
+    else:
+        assert data.take(torch.arange(2)).labels.tolist() == [1, 1] and list(data.broken) == ["row 0"]
+    assert data.broken["row 0"].startswith(reason)
+
+
+@pytest.mark.parametrize("label", [-1, None])
+def test_rows_without_a_label_are_replaced(stored, label):
+    data = HuggingFace(stored([{**some(1)[0], "label": label}, some(2)[1]]), **ALL)
+    assert greys(data) == [10, 10] and data.broken["row 0"].startswith("has no label")
+
+
+@pytest.mark.parametrize("harm", [
+    lambda path: shutil.rmtree(path) or path.mkdir(), lambda path: (path / "state.json").write_text("{"),
+    lambda path: (path / "state.json").write_text("[]"), lambda path: (path / "state.json").unlink(),
+    lambda path: (path / "dataset_info.json").write_text("[]"), lambda path: (path / "data-00000-of-00001.arrow").unlink(),
+    lambda path: os.truncate(path / "data-00000-of-00001.arrow", 0),
+    lambda path: os.truncate(path / "data-00000-of-00001.arrow", 300),
+    lambda path: os.truncate(path / "data-00000-of-00001.arrow", (path / "data-00000-of-00001.arrow").stat().st_size - 200),
+    lambda path: (path / "data-00000-of-00001.arrow").write_bytes(bytes(5_000))])
+def test_folders_that_are_none_or_damaged_are_said_in_a_line(stored, harm):
+    path = stored(some(3))
+    harm(path)
+    with pytest.raises(ValueError, match="is not what save_to_disk of the package datasets writes, or it is damaged"):
+        HuggingFace(path)
+
+
+def test_a_data_set_without_rows(stored):
+    for rows in ([], {"train": some(2), "test": []}):  # which the package writes, but cannot read
+        with pytest.raises(ValueError, match="is not what save_to_disk of the package datasets writes, or it is damaged"):
+            HuggingFace(stored(rows))
+    with pytest.raises(ValueError, match="has no sample of split 'test'"):
+        HuggingFace(stored(some(2)), split="test", **ALL)
+
+
+def test_a_data_set_that_names_tables_elsewhere_is_not_used(stored):
+    path, other = stored(some(2)), stored(some(2, 100))
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**state, "_data_files": [
+        {"filename": f"../{other.name}/data-00000-of-00001.arrow"}]}))
+    with pytest.raises(ValueError, match="names tables that lie elsewhere"):
+        HuggingFace(path)
+    (path / "state.json").write_text(json.dumps(state))
+    (path / "data-00000-of-00001.arrow").unlink()
+    (path / "data-00000-of-00001.arrow").symlink_to(other / "data-00000-of-00001.arrow")
+    with pytest.raises(ValueError, match="names tables that lie elsewhere"):
+        HuggingFace(path)
+
+
+def test_a_format_that_was_set_before_saving_makes_no_difference(tmp_path):
+    table = datasets.Dataset.from_list(some(3), features=datasets.Features(NAMED))
+    for kind in ("torch", "numpy"):
+        table.with_format(kind).save_to_disk(str(tmp_path / kind))
+        data = HuggingFace(tmp_path / kind, **ALL)
+        assert greys(data) == [0, 10, 20] and data.take(torch.arange(3)).labels.tolist() == [0, 1, 0]
 
 
 def test_the_package_is_named_where_it_is_missing(tmp_path, monkeypatch):
@@ -604,22 +723,28 @@ def test_the_package_is_named_where_it_is_missing(tmp_path, monkeypatch):
 
 
 def test_its_fingerprint_follows_from_the_files_on_the_disk(stored):
-    path = stored(Table(some(6), NAMED))
-    (path / "data.arrow").write_bytes(bytes(100))
+    path = stored(some(6))
     first = HuggingFace(path, **ALL).fingerprint
     assert first == HuggingFace(path, **ALL).fingerprint != HuggingFace(path, shares=(0.9, 0.1, 0)).fingerprint
     assert first != HuggingFace(path, columns={"caption": "other"}, **ALL).fingerprint
-    (path / "data.arrow").write_bytes(bytes(99) + b"x")
+    rows = some(6)
+    rows[2]["image"] = png(21)
+    shutil.rmtree(path)
+    stored(rows).rename(path)
     assert first != HuggingFace(path, **ALL).fingerprint
 
 
-def test_with_the_package_itself(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["b", "a"])})
-    rows = {"image": [Image.new("RGB", (6, 6), (10 * i,) * 3) for i in range(4)], "label": [0, 1, 1, 0]}
-    datasets.DatasetDict(train=datasets.Dataset.from_dict(rows, features=features)).save_to_disk(str(tmp_path / "stored"))
-    data = HuggingFace(tmp_path / "stored")
-    assert greys(data) == [0, 10, 20, 30] and data.take(torch.arange(4)).captions == ("b", "a", "a", "b")
+def test_workers_give_the_same_rows(stored):
+    data = HuggingFace(stored(some(8)), **ALL)
+
+    class Batches:
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, step):
+            return data.take(torch.arange(2 * step, 2 * step + 2)).signals["image"]
+    found = torch.cat(list(DataLoader(Batches(), batch_size=None, num_workers=2)))
+    assert torch.equal(found, data.take(torch.arange(8)).signals["image"])
 
 
 def test_an_entry_is_what_a_folder_finds(photos):

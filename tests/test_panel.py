@@ -13,7 +13,7 @@ from jupyter_client import KernelManager
 from simulated import SimulatedTrainer
 
 from selfflow import panel as module
-from selfflow.follow import Following
+from selfflow.follow import Following, clock
 from selfflow.panel import Panel, header_html, train, watch
 from selfflow.plots import Picture
 
@@ -232,15 +232,17 @@ def test_a_panel_does_not_take_a_log_for_a_run_that_is_finished(path):
     assert not panel.thread.is_alive() and "finished" in panel.header.value
 
 
-def test_speed_and_time_left_are_said_of_a_run_whose_first_steps_were_not_timed(training):
-    times = [json.loads(line) for line in (training.path / "timing.jsonl").read_text().splitlines()]
+def test_speed_and_time_left_are_said_of_a_run_whose_first_steps_were_not_timed(path):
+    SimulatedTrainer(path, steps=100_010).log_lines(10)  # and nobody who writes more lines meanwhile
+    times = [json.loads(line) for line in (path / "timing.jsonl").read_text().splitlines()]
     lines = [{**line, "seconds": None, "wall": None, "device": "AMD EPYC, 2 threads"} for line in times]
-    (training.path / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    following = Following(training.path)
+    (path / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    following = Following(path)
     following.read()
     following.writer = {"pid": 1, "host": "a"}
     parts = following.status()
-    assert "20 it/s" in parts and any(part.endswith(" left") for part in parts) and parts[-1] == "AMD EPYC"
+    assert "20 it/s" in parts and parts[-1] == "AMD EPYC"
+    assert [part for part in parts if part.endswith(" left")] == [f"{clock(100_000 / 20)} left"]
 
 
 def test_a_finished_run_is_drawn_once_more_and_then_left_alone(path):

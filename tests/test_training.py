@@ -16,7 +16,7 @@ from selfflow.images import ImageSet, digits
 from selfflow.run import Run
 from selfflow.schedule import DualTimestep, NoiseLevels
 from selfflow.sources import Sources
-from selfflow.batches import batch_indices, loss_by_level, shape_of, validation_losses, validation_tokens
+from selfflow.batches import batch_indices, loss_by_level, shape_of, too_wide, validation_losses, validation_tokens
 from selfflow.state import compile_blocks, start_state, train_step
 from selfflow.training import train
 
@@ -297,6 +297,46 @@ def test_a_run_says_why_it_is_not_compiled_and_trains_the_same(runs, tmp_path, m
     assert_same(runs["tiny"], run)
     train(config, tmp_path)
     assert "not compiled" not in capsys.readouterr().out, "a finished run compiles nothing"
+
+
+NARROW = replace(TINY, name="narrow", data=DataConfig("digits", patch=8), model=ModelConfig(width=16, depth=2, heads=2),
+                 objective=ObjectiveConfig("flow_matching"), training=replace(TINY.training, steps=2, save_every=1))
+
+
+def test_tokens_of_more_numbers_than_the_model_is_wide_are_said_when_a_run_begins(tmp_path, capsys):
+    run = train(NARROW, tmp_path)
+    assert capsys.readouterr().out == (
+        "narrow: a token of image holds 64 numbers, but the model is 16 wide, so that at least 75% of its noise stays in the "
+        "error of the velocity; take a smaller data.patch, or model.width 64 or more\n")
+    train(NARROW, tmp_path)
+    shutil.rmtree(run.latest())
+    train(NARROW, tmp_path)
+    assert capsys.readouterr().out == "narrow: goes on from step 1\n", "and nothing of a finished one"
+    train(replace(NARROW, name="fits", model=ModelConfig(width=64, depth=1, heads=2)), tmp_path)
+    assert "numbers" not in capsys.readouterr().out
+
+
+def test_of_several_parts_those_are_named_that_do_not_fit():
+    data = DataConfig("scenes", patch=8, size=16, frames=8, columns=2)
+    for width, named in ((16, {"video": "data.patch or data.span", "audio": "data.columns"}), (1_024, {})):
+        config = replace(TINY, data=data, model=ModelConfig(width=width, depth=2, heads=2))
+        sources = Sources(data)
+        channels = {part.name: part.channels for part in sources.parts}
+        said = too_wide(config, sources)
+        assert len(said) == len(named)
+        for line, (name, smaller) in zip(said, named.items(), strict=True):
+            assert f"token of {name} holds {channels[name]} numbers" in line and f"take a smaller {smaller}, or" in line
+
+
+def test_what_such_a_model_says_lies_in_as_many_directions_as_it_is_wide():
+    sources = Sources(NARROW.data)
+    state = start_state(NARROW, shape_of(NARROW, sources), torch.device("cpu"))
+    for parameter in state.student.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=keyed(0, str(tuple(parameter.shape))))
+    x = torch.randn(500, 1, 64, generator=keyed(0, "x"))
+    levels = NoiseLevels.single(torch.rand(500, generator=keyed(0, "t")), 1)
+    found = state.student(x, levels, torch.zeros(500, dtype=torch.int64)).velocity.detach()[:, 0]
+    assert torch.linalg.matrix_rank(found - found.mean(0), rtol=1e-4) == 16
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
