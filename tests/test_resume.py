@@ -94,6 +94,19 @@ def test_two_resumes_within_one_epoch(tmp_path):
     assert_same(whole, Run.open(tmp_path / "tiny"))
 
 
+def test_muon_goes_on_where_it_stood(tmp_path):
+    config = replace(TINY, training=replace(TINY.training, optimizer="muon"))
+    whole = train(config, tmp_path / "whole")
+    slots = {name.rsplit("/", 1)[1] for name in whole.load("optimizer") if "blocks.0.mlp.fc1.weight" in name}
+    assert slots == {"momentum_buffer"} and "model.x_embedder.weight/exp_avg" in whole.load("optimizer")
+    with pytest.MonkeyPatch.context() as patch:
+        Stops(patch, {5})
+        assert [train(config, tmp_path).state()["step"] for _ in range(2)] == [5, 12]
+    assert_same(whole, Run.open(tmp_path / "tiny"))
+    with pytest.raises(ValueError, match="take training.parallel ddp"):
+        replace(TINY.training, optimizer="muon", parallel="fsdp")
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_number_of_workers_changes_nothing(runs, tmp_path, workers):
     torch.manual_seed(workers)
