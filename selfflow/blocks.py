@@ -33,8 +33,8 @@ class TransformerConfig:
     positions: "sincos" (added once) or "rotary" (in every attention); mlp: "gelu" or "swiglu"; qk_norm: normalise queries and
     keys; modulation: of each "block" or "shared" by all. The defaults are the published model.
     parts: the kinds of tokens in a sequence, each with projections of its own; channels and grid then follow (0 and () will do);
-    caption: tokens of a caption, 0 = none; caption_width: of an outside encoder's vectors, 0 = the caption is bytes;
-    caption_level: its tokens are at the "mean" level of their sample, or "clean".
+    caption: bytes of a caption, or vectors of an outside encoder, 0 = none; caption_width: of these vectors, 0 = bytes;
+    caption_level: its tokens are at the "mean" level of their sample, or "clean"; caption_stride: bytes in one of its tokens.
     Raises ValueError when width does not divide among heads or among the parts of the position code, for captions beside
     classes, and for films or sounds with "sincos" positions, which know no time.
     """
@@ -53,6 +53,7 @@ class TransformerConfig:
     caption: int = 0
     caption_width: int = 0
     caption_level: str = "mean"
+    caption_stride: int = 4
 
     def __post_init__(self):
         parts = tuple(part if isinstance(part, Part) else Part(**part) for part in self.parts)  # JSON gives lists and dicts
@@ -61,7 +62,7 @@ class TransformerConfig:
             object.__setattr__(self, "channels", max(part.channels for part in parts))
             object.__setattr__(self, "grid", (1, sum(part.tokens for part in parts)))
         object.__setattr__(self, "grid", tuple(self.grid))
-        for name in ("channels", "width", "depth", "heads"):
+        for name in ("channels", "width", "depth", "heads", "caption_stride"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
         if not 1 <= self.width * self.mlp_ratio < math.inf:
@@ -145,17 +146,20 @@ class PartLinears(nn.ModuleDict):
 
 # %% ../nbs/040_blocks.ipynb #ab6ec284
 class CaptionEmbedder(nn.Module):
-    "Hidden states (b, l, d) of captions in bytes (b, l): each byte, and what it spells with the four on either side."
+    """Hidden states (b, ceil(l / stride), d) of captions in bytes (b, l): some bytes, and what they spell with those around.
 
-    def __init__(self, width: int):
+    stride: bytes in a token.
+    """
+
+    def __init__(self, width: int, stride: int = 4):
         super().__init__()
-        self.bytes = nn.Embedding(PAD + 1, width)
+        self.stride, self.bytes = stride, nn.Embedding(PAD + 1, width)
         self.spelling = nn.Sequential(nn.Conv1d(width, width, 5, padding=2), nn.GELU(approximate="tanh"),
-                                      nn.Conv1d(width, width, 5, padding=2))
+                                      nn.Conv1d(width, width, 5, stride, padding=2))
 
     def forward(self, caption: Tensor) -> Tensor:
-        byte = self.bytes(caption)
-        return byte + self.spelling(byte.mT).mT
+        byte = self.bytes(caption).mT
+        return (F.avg_pool1d(byte, self.stride, ceil_mode=True) + self.spelling(byte)).mT
 
 # %% ../nbs/040_blocks.ipynb #25dc1cf8
 class Context(NamedTuple):

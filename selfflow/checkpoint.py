@@ -167,7 +167,7 @@ def read_pictures(folder: Path) -> list[tuple[int, Tensor, Tensor]]:
     return pictures
 
 # %% ../nbs/230_checkpoint.ipynb #e3423813
-FORMAT = 2
+FORMAT = 3
 
 
 def _from_1(stored: dict) -> dict:
@@ -176,7 +176,13 @@ def _from_1(stored: dict) -> dict:
     return {**stored, "format": 2, "config": config, "data": {}}
 
 
-MIGRATIONS = {1: _from_1}  # to the next format
+def _from_2(stored: dict) -> dict:
+    "Format 2 had one token for each byte of a caption."
+    config = {**stored["config"], "model": {"caption_stride": 1, **stored["config"].get("model", {})}}
+    return {**stored, "format": 3, "config": config, "transformer": {"caption_stride": 1, **stored["transformer"]}}
+
+
+MIGRATIONS = {1: _from_1, 2: _from_2}  # to the next format
 
 
 def migrate(stored: dict) -> dict:

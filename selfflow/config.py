@@ -38,6 +38,7 @@ class ModelConfig:
     qk_norm: bool = False      # normalise queries and keys
     modulation: str = "block"  # adaLN of each block, or shared by all
     caption_level: str = "mean"  # noise level of a caption's tokens: the mean of their sample, or clean
+    caption_stride: int = 4    # bytes of a caption in one of its tokens; an encoder's tokens stay as they are
 
     def __post_init__(self):
         check_types(self)
@@ -48,7 +49,7 @@ class ModelConfig:
                     raise ValueError(f"{name} is {getattr(self, name)}, but size {self.size} has {value}; "
                                      "take model.size own to choose")
                 object.__setattr__(self, name, value)
-        check_positive(self, "width", "depth", "heads", "mlp_ratio")
+        check_positive(self, "width", "depth", "heads", "mlp_ratio", "caption_stride")
         for name, known in CHOICES.items():
             if name != "positions" or self.positions is not None:
                 choose(getattr(self, name), known, f"{name} (model.{name})")
@@ -61,7 +62,8 @@ class ModelConfig:
         """
         positions = self.positions or ("rotary" if parts else "sincos")
         return TransformerConfig(channels, grid, self.width, self.depth, self.heads, self.mlp_ratio, classes, positions, self.mlp,
-                                 self.qk_norm, self.modulation, parts, caption, caption_width, self.caption_level)
+                                 self.qk_norm, self.modulation, parts, caption, caption_width, self.caption_level,
+                                 self.caption_stride)
 
 # %% ../nbs/220_config.ipynb #af53dbb2
 @dataclass(frozen=True)

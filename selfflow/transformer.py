@@ -54,8 +54,9 @@ class Transformer(nn.Module):
         self.register_buffer("positions", self._positions(torch.cat(places)), persistent=False)
         if config.caption:
             vectors = config.caption_width
-            self.caption_embedder = nn.Linear(vectors, width) if vectors else CaptionEmbedder(width)
-            place = torch.nn.functional.pad(torch.arange(1.0, config.caption + 1)[:, None], (3, 0))
+            self.caption_embedder = nn.Linear(vectors, width) if vectors else CaptionEmbedder(width, config.caption_stride)
+            first = torch.arange(1.0, config.caption + 1)[::1 if vectors else config.caption_stride]
+            place = torch.nn.functional.pad(first[:, None], (3, 0))
             code = self._positions(place) if config.positions == "rotary" else sinusoid(place[:, 3], width)
             self.register_buffer("caption_positions", code, persistent=False)
         self._initialise()
