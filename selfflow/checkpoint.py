@@ -177,9 +177,14 @@ def _from_1(stored: dict) -> dict:
 
 
 def _from_2(stored: dict) -> dict:
-    "Format 2 had one token for each byte of a caption."
-    config = {**stored["config"], "model": {"caption_stride": 1, **stored["config"].get("model", {})}}
-    return {**stored, "format": 3, "config": config, "transformer": {"caption_stride": 1, **stored["transformer"]}}
+    "Format 2 had one token for each byte of a caption; where there is none, nothing has changed."
+    config, stored = stored["config"], {**stored, "format": 3}
+    data = config.get("data", {})
+    if data.get("condition") != "caption" or data.get("encoder"):
+        return stored
+    each = {"caption_stride": 1}
+    shape = {"transformer": each | stored["transformer"]} if "transformer" in stored else {}
+    return {**stored, **shape, "config": {**config, "model": each | config.get("model", {})}}
 
 
 MIGRATIONS = {1: _from_1, 2: _from_2}  # to the next format

@@ -105,15 +105,15 @@ def test_captions_in_any_script_are_cut_at_whole_characters(text, length):
 @pytest.mark.parametrize("level", ["mean", "clean"])
 def test_a_caption_is_tokens_of_the_sequence_at_a_level_of_their_own(positions, level):
     "Against the same network that is handed one longer sequence, with a condition for every token."
-    model = model_of(0.1, channels=4, grid=(2, 2), parts=(), positions=positions, caption=5, caption_level=level)
+    model = model_of(0.1, channels=4, grid=(2, 2), parts=(), positions=positions, caption=5, caption_stride=2, caption_level=level)
     x, caption = torch.randn(3, 4, 4), caption_bytes(["a", "two", "longest"], 5)
     levels = DualTimestep(mask_ratio=0.5).sample(3, 4, keyed(0, "levels"))
     out = model(x, levels, caption, taps=(1, 3))
     tau = levels.per_token()
-    own = torch.zeros(3, 5) if level == "clean" else tau.mean(1, keepdim=True).expand(3, 5)
-    every = NoiseLevels(torch.cat([tau, own], 1), torch.arange(9).expand(3, 9))
+    own = torch.zeros(3, 3) if level == "clean" else tau.mean(1, keepdim=True).expand(3, 3)
+    every = NoiseLevels(torch.cat([tau, own], 1), torch.arange(7).expand(3, 7))
     h, text = model.x_embedder(x), model.caption_embedder(caption)
-    places = torch.nn.functional.pad(torch.arange(1.0, 6)[:, None], (3, 0))
+    places = torch.nn.functional.pad(torch.tensor([[1.0], [3.0], [5.0]]), (3, 0))
     if positions == "sincos":
         h, text, rotary = h + model.positions, text + model.caption_positions, None
     else:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY
 
+from selfflow.batches import validation_losses
 from selfflow.checkpoint import FORMAT, FREE, check_checkpoint, migrate
 from selfflow.config import Config, TrainConfig
 from selfflow.flow import keyed
@@ -17,6 +18,7 @@ from selfflow.sampling import guided_velocity, sample
 from selfflow.training import train
 
 FIRST = Path(__file__).parent / "fixtures/runs/format-1"  # written by the first version
+SECOND = FIRST.with_name("format-2")  # with captions, each byte of which was a token
 
 
 @pytest.fixture
@@ -144,7 +146,7 @@ def test_a_run_looks_at_one_checkpoint_until_it_is_opened_again(run):
     assert not torch.equal(early.teacher.x_embedder.weight, later.teacher.x_embedder.weight)
 
 
-@pytest.mark.parametrize("number", [0, 3, 99, -1, "1", "2", None, [1], {}, 1.5])
+@pytest.mark.parametrize("number", [0, FORMAT + 1, 99, -1, "1", "2", None, [1], {}, 1.5])
 def test_a_format_that_is_not_known_is_refused(run, number):
     stored = json.loads((run.path / "config.json").read_text())
     (run.path / "config.json").write_text(json.dumps({**stored, "format": number}))
@@ -174,6 +176,17 @@ def test_an_unfinished_line_of_the_log_is_cut(run):
         file.write('{"step": 13, "flow')
     run.cut_log(8)
     assert run.log["step"].tolist() == list(range(1, 9))
+
+
+def test_a_run_with_a_token_for_each_byte_of_a_caption_is_what_it_was(tmp_path):
+    shutil.copytree(SECOND, tmp_path / "format-2")
+    run = Run.open(tmp_path / "format-2", "cpu")
+    assert run.config.model.caption_stride == run.transformer.caption_stride == 1
+    assert validation_losses(run.teacher, run.config).mean().item() == pytest.approx(run.log["validation_flow_loss"].iloc[-1], 1e-5)
+    config = replace(run.config, training=replace(run.config.training, steps=6))
+    with pytest.raises(ValueError, match="caption_stride"):
+        train(replace(config, model=replace(config.model, caption_stride=4)), tmp_path)
+
 
 
 # formats
