@@ -126,7 +126,8 @@ class TrainState:
         for key, value in read_part(path, "optimizer").items():
             name, slot = key.rsplit("/", 1)
             slots.setdefault(name, {})[slot] = value
-        self.optimizer.load({p: slots[name] for name, p in self.named_parameters().items() if name in slots})  # others had no step
+        known = {p: slots[name] for name, p in self.named_parameters().items() if name in slots}  # others had no step yet
+        self.optimizer.load(known)
         self.step = read_state(path)["step"]
 
 

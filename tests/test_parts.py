@@ -105,7 +105,8 @@ def test_captions_in_any_script_are_cut_at_whole_characters(text, length):
 @pytest.mark.parametrize("level", ["mean", "clean"])
 def test_a_caption_is_tokens_of_the_sequence_at_a_level_of_their_own(positions, level):
     "Against the same network that is handed one longer sequence, with a condition for every token."
-    model = model_of(0.1, channels=4, grid=(2, 2), parts=(), positions=positions, caption=5, caption_stride=2, caption_level=level)
+    model = model_of(0.1, channels=4, grid=(2, 2), parts=(), positions=positions, caption=5, caption_level=level,
+                     caption_stride=2)
     x, caption = torch.randn(3, 4, 4), caption_bytes(["a", "two", "longest"], 5)
     levels = DualTimestep(mask_ratio=0.5).sample(3, 4, keyed(0, "levels"))
     out = model(x, levels, caption, taps=(1, 3))

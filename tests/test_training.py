@@ -243,7 +243,8 @@ def random_state(config=TINY):
 
 
 def snapshot(state):
-    slots = {f"{name}/{k}": v for name, p in state.named_parameters().items() for k, v in state.optimizer.state.get(p, {}).items()}
+    slots = {f"{name}/{k}": v for name, p in state.named_parameters().items()
+             for k, v in state.optimizer.state.get(p, {}).items()}
     parts = {"student": state.student, "teacher": state.teacher, "objective": state.objective}
     tensors = {f"{n}.{k}": v.clone() for n, part in parts.items() for k, v in part.state_dict().items()} | slots
     return tensors, state.step, torch.get_rng_state()
