@@ -206,7 +206,7 @@ def stream_features(model: Transformer, items: Items, level: float, layers, stor
     missing = {layer: key for layer, key in keys.items() if store.read(key) is None}
     if missing:
         shape = (len(items), len(items.parts) if pooled else items.layout.tokens, model.config.width)
-        bar = tqdm(items.batches(batch), f"{desc}, t = {level:g}", math.ceil(len(items) / batch), unit="batch")
+        bar = tqdm(items.batches(batch), f"{desc}, t = {level:g}", math.ceil(len(items) / batch), unit="batch", leave=False)
         with store.writing(missing, shape) as write:
             for x0, x1 in bar:
                 for layer, hidden in _hidden(model, x0, x1, level, missing, items.present).items():
