@@ -192,8 +192,8 @@ def factors_cost(run: Run, levels=PROBE_LEVELS, layers=None, counts: dict[str, i
     model, items, layers, store = _opened(run, layers, counts, weights, data, store)
     costs = [feature_cost(network, one, levels, layers, store) for network in (model, untrained_network(run))
              for one in items.values()]
-    totals = {name: sum(getattr(cost, name) for cost in costs) for name in ("passes", "forwards", "bytes", "seconds")}
-    return FeatureCost(samples=max(len(one) for one in items.values()), device=costs[0].device, **totals)
+    totals = {name: sum(getattr(cost, name) for cost in costs) for name in ("passes", "samples", "forwards", "bytes", "seconds")}
+    return FeatureCost(device=costs[0].device, **totals)
 
 
 def _opened(run, layers, counts, weights, data, store):

@@ -227,7 +227,10 @@ def _means(hidden: Tensor, parts: dict[str, slice]) -> Tensor:
 
 @dataclass(frozen=True)
 class FeatureCost:
-    "What is to be computed. passes over the items; forwards (batches); bytes on disk; seconds, from one batch on `device`."
+    """What is to be computed. passes: over items, one a level; samples: through the model in all of them; forwards: batches.
+
+    bytes: on disk; seconds: on `device`, as one batch tells.
+    """
     passes: int
     samples: int
     forwards: int
@@ -237,8 +240,8 @@ class FeatureCost:
 
     def __str__(self) -> str:
         time_ = f"{self.seconds:.0f} s" if self.seconds < 120 else f"{self.seconds / 60:.0f} min"
-        return (f"{self.passes} passes over {self.samples:,} samples ({self.forwards} forwards), {self.bytes / 1e6:,.1f} MB on "
-                f"disk, about {time_} on {self.device} as one batch tells")
+        return (f"{self.passes} passes, {self.samples:,} samples through the model in {self.forwards} forwards, "
+                f"{self.bytes / 1e6:,.1f} MB on disk, about {time_} on {self.device} as one batch tells")
 
 
 @torch.no_grad()
@@ -257,4 +260,5 @@ def feature_cost(model: Transformer, items: Items, levels, layers, store: Featur
         _hidden(model, *items.take(indices), 0.0, deepest, items.present)[deepest[0]].cpu()
         seconds = (time.perf_counter() - start) * passes * len(items) / len(indices)
     each = len(items) * (len(items.parts) if pooled else items.layout.tokens) * model.config.width * 4
-    return FeatureCost(passes, len(items), passes * math.ceil(len(items) / batch), each * sum(map(len, missing)), seconds, device)
+    forwards = passes * math.ceil(len(items) / batch)
+    return FeatureCost(passes, passes * len(items), forwards, each * sum(map(len, missing)), seconds, device)
