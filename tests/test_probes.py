@@ -1,4 +1,4 @@
-"""Probes and intervals: a planted factor is found, shuffled labels are not, coverage is what is claimed, baselines stand beside."""
+"""Probes and intervals: a planted factor is found, shuffled labels are not, intervals cover, baselines stand beside."""
 import json
 import shutil
 from dataclasses import replace
