@@ -97,7 +97,7 @@ _TICKS = ((0, "0 data"), (0.25, "0.25"), (0.5, "0.5"), (0.75, "0.75"), (1, "1 no
 def draw_levels(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     "How often levels occur among tokens (bars), the density p(t) (line), and this sample's t, s and gap."
     (edges, heights), dark, values = scene.bars, theme != LIGHT, scene.values
-    at = torch.linspace(0.005, 0.995, 150)
+    at = torch.linspace(0.0025, 0.9975, 400)
     line = scene.density.pdf(at).numpy()
     top = min(max(line.max(), np.sort(heights)[-2]) * 1.15, 8.0)
     plot = Plot("levels of tokens (bars) and p(t) (line)", "level", (0, 1), (0, top), theme, ticks=_TICKS)
@@ -150,8 +150,8 @@ def draw(scene: Scene, theme: Theme = LIGHT) -> dict[str, bytes]:
              Panel("teacher's estimate", pixels(view.teacher_estimate))],
             [cosine, error("its error", view.student_error), error("its error", view.teacher_error)]]
     shown = Image.fromarray(tinted(pixels(view.x0), tau))
-    shown = shown.resize((260 * SHARP, round(shown.height * 260 * SHARP / shown.width)), Image.Resampling.NEAREST)
-    found = {"tokens": shown, "levels": draw_levels(scene, theme), "views": panels(rows, theme, 165)}
+    shown = shown.resize((220 * SHARP, round(shown.height * 220 * SHARP / shown.width)), Image.Resampling.NEAREST)
+    found = {"tokens": shown, "levels": draw_levels(scene, theme), "views": panels(rows, theme, 160)}
     if scene.values["hand"]:
         found["curve"] = draw_curve(scene, theme)
     return {name: png_of(image) for name, image in found.items()}
@@ -165,7 +165,7 @@ def explore(subject: Subject | Run, **start) -> Explorer:
     subject = Subject(subject) if isinstance(subject, Run) else subject
     objective = subject.run.config.objective
     grid = TokenGrid(places=subject.board.places, names=subject.board.names, words=["level s", "level t"], marked=False,
-                     description="click or paint tokens: they take s", layout=widgets.Layout(width="260px", max_width="100%"))
+                     description="click or paint tokens: they take s", layout=widgets.Layout(width="220px", max_width="100%"))
     controls = {"t": slider("level t", 0.8), "s": slider("level s", 0.2),
                 "mask_ratio": slider("mask ratio", min(objective.mask_ratio or 0.25, 0.5), 0.0, 0.5, 0.01),
                 "seed": number("seed", 0, 0, 9999), "sample": slider("sample", 0, 0, len(subject.x0) - 1, 1),
@@ -179,4 +179,4 @@ def explore(subject: Subject | Run, **start) -> Explorer:
     hand.observe(lambda change: setattr(grid, "marked", change["new"]), "value")
     grid.observe(lambda _: setattr(hand, "value", True), "value")
     return Explorer(controls, partial(compute, subject), draw, say,
-                    widths={"levels": "300px", "curve": "300px", "views": "515px"})
+                    widths={"levels": "290px", "curve": "290px", "views": "500px"}, below=("levels",))

@@ -76,7 +76,8 @@ class Board:
             parts.append(_arranged(np.where(owner >= 0, owner + first, -1), _columns(len(owner))))
             first, self.names = first + patches.part().tokens, self.names + _names_of(name, patches)
         width = max(part.shape[1] for part in parts)
-        self._rows = [_stretch(part, width) for part in parts]
+        self._rows = [_stretch(part, width, width if len(parts) == 1 else width // 2 if part is not parts[0] else 2 * width)
+                      for part in parts]
         self.owner = np.concatenate([part[rows][:, columns] for part, (rows, columns) in zip(parts, self._rows, strict=True)])
         self.places = self._places()
 
@@ -104,9 +105,9 @@ class Board:
         return np.append(np.asarray(values, float), np.nan)[self.owner]
 
 
-def _stretch(part: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    "Which rows and columns of a part to take so that it is `width` pixels wide and not very tall."
-    height = min(round(part.shape[0] * width / part.shape[1]), width)
+def _stretch(part: np.ndarray, width: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+    "Which rows and columns of a part to take so that it is `width` pixels wide and `most` high at most."
+    height = min(round(part.shape[0] * width / part.shape[1]), most)
     return tuple((np.arange(size) * (have / size)).astype(int) for size, have in zip((height, width), part.shape, strict=True))
 
 # %% ../nbs/437_boards.ipynb #97298264
@@ -201,7 +202,7 @@ class Plot:
         for value, text in self.ticks:
             at = self.at(value, self.ys[0])[0]
             self.ink.line((at, bottom, at, bottom + 3 * SHARP), self.theme.quiet, SHARP)
-            self.ink.text((at, bottom + 4 * SHARP), text, self.theme.quiet, font(10 * SHARP), anchor="ma")
+            self._text(at, bottom + 4 * SHARP, text, self.theme.quiet, font(10 * SHARP), "ma")
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         "Where a point of the axes lies on the picture; what is outside lies at the border."
@@ -229,9 +230,12 @@ class Plot:
         "A vertical line at x with a text above the plot; row: 0 next to it, 1 above that."
         across, top, bottom = self.at(x, 0)[0], self.box[1], self.box[3]
         self.ink.line((across, top - 2 * SHARP, across, bottom), colour, 2 * SHARP)
-        half, size = font(10 * SHARP, bold=True).getlength(text) / 2, font(10 * SHARP, bold=True)
-        at = min(max(across, half + 1), self.image.width - half - 1)
-        self.ink.text((at, top - (3 + 10 * row) * SHARP), text, colour, size, anchor="md")
+        self._text(across, top - (3 + 10 * row) * SHARP, text, colour, font(10 * SHARP, bold=True), "md")
+
+    def _text(self, across, down, text, colour, size, anchor):
+        "A text in the middle of a place, moved so that it is not cut off."
+        half = size.getlength(text) / 2 + 1
+        self.ink.text((min(max(across, half), self.image.width - half), down), text, colour, size, anchor=anchor)
 
     def note(self, x: float, y: float, text: str, colour: str, anchor: str = "ls") -> None:
         "A text at a point of the axes; anchor: as Pillow says it."

@@ -28,14 +28,14 @@ class Explorer:
     controls: widgets by name; compute: from their values {name: value} to data; draw: from data and a `Theme` to the bytes of a
     PNG file or to several by name (one named as a `TokenGrid` control is becomes its picture; one that is left out is hidden);
     say: from data to words. pause: seconds in which further changes are gathered, for what is slow; widths: of pictures by name,
-    as CSS says it; drawn: how many pictures were drawn; data: what the last one shows;
-    box: the widget.
+    as CSS says it, in the order in which they stand; below: names of pictures that stand below the controls, not beside them.
+    drawn: how many pictures were drawn; data: what the last one shows; box: the widget.
     """
 
     def __init__(self, controls: dict, compute: Callable, draw: Callable, say: Callable | None = None, pause: float = 0.0,
-                 widths: dict[str, str] | None = None):
+                 widths: dict[str, str] | None = None, below: tuple[str, ...] = ()):
         self.controls, self.compute, self.draw, self.say, self.pause = dict(controls), compute, draw, say, pause
-        self.widths, self.pictures, self.drawn, self.data = widths or {}, {}, 0, None
+        self.widths, self.below, self.pictures, self.drawn, self.data = widths or {}, below, {}, 0, None
         self.surroundings, self.message = Surroundings(), widgets.HTML()
         self.message.add_class("selfflow-message")
         self._one, self._state = threading.RLock(), threading.Condition()  # for computing and drawing; for the numbers below
@@ -50,10 +50,10 @@ class Explorer:
         side = [control for control in self.controls.values() if not isinstance(control, TokenGrid)]
         self.frame = widgets.Box([c for c in self.controls.values() if isinstance(c, TokenGrid)],
                                  layout=widgets.Layout(flex_flow="row wrap", flex="4 1 460px", min_width="0"))
-        left = widgets.VBox([*side, self.message, self.surroundings], layout=widgets.Layout(flex="1 1 300px", min_width="0"))
+        self.side = widgets.VBox([*side, self.message, self.surroundings], layout=widgets.Layout(flex="1 1 300px", min_width="0"))
         for name, control in self.controls.items():
             control.add_class(f"selfflow-control-{name}")
-        self.box = widgets.Box([left, self.frame], layout=widgets.Layout(flex_flow="row wrap", max_width="1280px"))
+        self.box = widgets.Box([self.side, self.frame], layout=widgets.Layout(flex_flow="row wrap", max_width="1280px"))
         self.box.add_class("selfflow-explorer")
 
     def _repr_mimebundle_(self, **options):
@@ -103,8 +103,15 @@ class Explorer:
             layout = widgets.Layout(width=self.widths.get(name, "100%"), max_width="100%", object_fit="contain")
             self.pictures[name] = widgets.Image(value=picture, format="png", layout=layout)
             self.pictures[name].add_class(f"selfflow-picture-{name}")
-            self.frame.children = (*self.frame.children, self.pictures[name])
+            self._place(name)
         self.pictures[name].value = picture
+
+    def _place(self, name: str) -> None:
+        "Put a new picture where it belongs: in the order in which their widths are given, others last."
+        column = self.side if name in self.below else self.frame
+        order = [self.pictures[known] for known in dict.fromkeys((*self.widths, *self.pictures))
+                 if known in self.pictures and (known in self.below) == (name in self.below)]
+        column.children = (*[child for child in column.children if child not in order], *order)
 
     # changes
 
