@@ -1,9 +1,12 @@
 """A real JupyterLab and a real browser, for the tests that look at what a user sees."""
+import base64
+import io
 import json
 import os
 import secrets
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -11,7 +14,12 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from selfflow.recording import device_name
+from selfflow.run import device_for
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -129,3 +137,40 @@ def run_all(page, lab, name):
         return notebook?.context?.path === name && notebook.sessionContext?.session?.kernel?.status === 'idle' }""",
                            arg=f"{name}.ipynb", timeout=60_000)
     page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")  # does not wait for its end
+
+
+def pixels(page, selector):
+    "What an image on the page shows: (h, w, 3) bytes."
+    found = page.locator(selector).evaluate("""async image => { await image.decode();
+        const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
+        return btoa(bytes.reduce((text, byte) => text + String.fromCharCode(byte), '')) }""")
+    return decoded(base64.b64decode(found))
+
+
+def decoded(png):
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+
+
+def until_shown(page, selector, png, seconds=15):
+    "Wait until an image shows what a pure function has drawn: the same but for the rounding of another process."
+    wanted, end = decoded(png), time.monotonic() + seconds
+    while True:
+        shown = pixels(page, selector)
+        if shown.shape == wanted.shape and abs(shown - wanted).mean() < 0.05:
+            return
+        assert time.monotonic() < end, f"{selector} differs from what was drawn: {shown.shape}, {wanted.shape}"
+        page.wait_for_timeout(50)
+
+
+def record_latency(name, milliseconds, **about):
+    "Keep how long the picture took to follow, with SELFFLOW_RECORD=1, in data/results/latency.json; the median in any case."
+    median = statistics.median(milliseconds)
+    if os.environ.get("SELFFLOW_RECORD"):
+        path = ROOT / "data/results/latency.json"
+        records = json.loads(path.read_text()) if path.exists() else {}
+        tenth = sorted(milliseconds)[-max(1, len(milliseconds) // 10)]
+        records[name] = {"milliseconds": {"median": round(median, 1), "slowest tenth from": round(tenth, 1)},
+                         "steps": len(milliseconds), "device": device_name(device_for("cpu")), "browser": "headless Chromium",
+                         **about}
+        path.write_text(json.dumps(records, indent=1) + "\n")
+    return median
