@@ -86,7 +86,7 @@ def write_notebook(lab, name, *sources):
         "metadata": {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}}))
 
 
-def wait_for_server(address, token, server, log, seconds=60):
+def wait_for_server(address, token, server, log, seconds=180):  # of a machine that is busy
     end = time.monotonic() + seconds
     while True:
         try:
@@ -104,6 +104,7 @@ def page(lab):
     with api.sync_playwright() as browsers:
         browser = browsers.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_context(viewport={"width": 1600, "height": 1250}).new_page()
+        page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         def local(route):
@@ -151,7 +152,7 @@ def decoded(png):
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
 
 
-def until_shown(page, selector, png, seconds=15):
+def until_shown(page, selector, png, seconds=60):
     "Wait until an image shows what a pure function has drawn: the same but for the rounding of another process."
     wanted, end = decoded(png), time.monotonic() + seconds
     while True:
