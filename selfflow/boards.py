@@ -76,8 +76,8 @@ class Board:
             parts.append(_arranged(np.where(owner >= 0, owner + first, -1), _columns(len(owner))))
             first, self.names = first + patches.part().tokens, self.names + _names_of(name, patches)
         width = max(part.shape[1] for part in parts)
-        self._rows = [_stretch(part, width, width if len(parts) == 1 else width // 2 if part is not parts[0] else 2 * width)
-                      for part in parts]
+        most = [width] if len(parts) == 1 else [2 * width, *[width // 2] * (len(parts) - 1)]  # the first leads
+        self._rows = [_stretch(part, width, high) for part, high in zip(parts, most, strict=True)]
         self.owner = np.concatenate([part[rows][:, columns] for part, (rows, columns) in zip(parts, self._rows, strict=True)])
         self.places = self._places()
 
