@@ -52,7 +52,7 @@ def explored(lab, page):
     page.set_viewport_size({"width": 1280, "height": 1000})
     write_notebook(lab, "asymmetry", CELL)
     run_all(page, lab, "asymmetry")
-    page.locator(IMAGES["views"]).wait_for(timeout=60_000)
+    page.locator(IMAGES["views"]).wait_for(timeout=180_000)
     return Explored(lab, page)
 
 
@@ -165,7 +165,7 @@ def test_masks_are_painted_by_hand_and_a_restart_changes_nothing(explored):
         await session.restartKernel(); await session.ready;
         window.jupyterapp.commands.execute('notebook:run-all-cells') }""")
     explored.values, explored.theme = dict(START), LIGHT
-    page.locator(".jp-CodeCell .jp-InputPrompt", has_text="[1]").wait_for(timeout=60_000)
+    page.locator(".jp-CodeCell .jp-InputPrompt", has_text="[1]").wait_for(timeout=180_000)
     explored.shows()
     explored.handle("s").focus()
     page.keyboard.press("ArrowRight")
