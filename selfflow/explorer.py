@@ -150,10 +150,14 @@ class Explorer:
         columns: how many beside each other; width: pixels; only: names of the pictures that are shown, by default all.
         """
         drawn = [self.drawing({**self.values(), **change})[1] for change in changes or ({},)]
-        titles = [", ".join(f"{self.controls[name].description} {value}" for name, value in change.items()) for change in changes]
+        titles = [", ".join(self._titled(*pair) for pair in change.items()) for change in changes]
         settings = [[_narrowed(picture, self._width(name)) for name, picture in pictures.items() if not only or name in only]
                     for pictures in drawn]
         return Strip(settings, titles, columns, width)
+
+    def _titled(self, name: str, value) -> str:
+        grid = isinstance(self.controls.get(name), TokenGrid)
+        return f"tokens: {len(value)} {self.controls[name].words[0]}" if grid else f"{self.controls[name].description} {value}"
 
     def _width(self, name: str) -> int | None:
         "The width of a picture on the page, where it is known in pixels."
