@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from browser import lab, page  # noqa: F401, fixtures
 from hypothesis import HealthCheck, settings
 
 from selfflow.config import Config, ModelConfig, ObjectiveConfig, TrainConfig

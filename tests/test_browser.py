@@ -1,22 +1,7 @@
 """The panel in a real browser: a cell that is busy training in JupyterLab, a picture that changes, buttons that answer."""
-import json
-import os
-import secrets
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from pathlib import Path
-
 import pytest
+from browser import run_all, shoot, source, write_notebook
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
-ROOT = Path(__file__).parent.parent
 CELLS = {"train": """
 from selfflow import panel
 from selfflow.config import Config, ModelConfig, TrainConfig
@@ -31,112 +16,11 @@ watch("runs/mine")
 """}
 
 
-def playwright():
-    "The library, or the reason to skip."
-    if os.environ.get("SELFFLOW_NEEDS_BROWSER"):
-        assert CHROMIUM, "SELFFLOW_NEEDS_BROWSER is set, but there is no chromium or google-chrome on the path"
-        import playwright.sync_api as api
-        return api
-    if CHROMIUM is None:
-        pytest.skip("no chromium or google-chrome on the path")
-    return pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    "JupyterLab on a folder with two notebooks: (address, token, folder)."
-    playwright()
-    folder = tmp_path_factory.mktemp("lab")
-    settings = folder / "data/lab/settings"
-    settings.mkdir(parents=True)
-    quiet = {"checkForUpdates": False, "doNotDisturbMode": True, "fetchNews": "false"}
-    (settings / "overrides.json").write_text(json.dumps({"@jupyterlab/apputils-extension:notification": quiet}))
-    work = folder / "work"
-    work.mkdir()
-    for name, source in CELLS.items():
-        cell = {"cell_type": "code", "id": name, "metadata": {}, "outputs": [], "execution_count": None, "source": source}
-        (work / f"{name}.ipynb").write_text(json.dumps({
-            "cells": [cell], "nbformat": 4, "nbformat_minor": 5,
-            "metadata": {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    token = secrets.token_hex(16)
-    places = {f"JUPYTER_{name}_DIR": str(folder / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
-    environment = os.environ | places | {"IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-                                         "HOME": str(folder), "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
-                                         "JUPYTERLAB_SETTINGS_DIR": str(folder / "user")}
-    with (folder / "lab.log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-             "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True",
-             "--LabApp.extension_manager=readonly", f"--LabApp.app_settings_dir={settings}",
-             "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", str(work)],
-            stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=work)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        wait_for_server(address, token, server, folder / "lab.log")
-        yield address, token, work
-    finally:
-        server.terminate()  # shuts its kernels down first
-        try:
-            server.wait(15)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
-
-
-def wait_for_server(address, token, server, log, seconds=60):
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            return urllib.request.urlopen(f"{address}/api/status?token={token}", timeout=2).close()
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            assert server.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
-            time.sleep(0.1)
-
-
-@pytest.fixture
-def page(lab):
-    "A page of a browser; what the page complained of and what it asked of other machines is looked at in the end."
-    api, address = playwright(), lab[0]
-    errors, elsewhere = [], []
-    with api.sync_playwright() as browsers:
-        browser = browsers.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_context(viewport={"width": 1600, "height": 1250}).new_page()
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        def local(route):
-            if route.request.url.startswith((address, "data:", "blob:")):
-                return route.continue_()
-            elsewhere.append(route.request.url)
-            route.abort()
-        page.route("**/*", local)
-        yield page
-        shoot(page, "last")
-        browser.close()
-    assert not errors and not elsewhere
-
-
-def shoot(page, name):
-    "A picture of the page for one who works on it: SELFFLOW_SCREENSHOTS=FOLDER pytest tests/test_browser.py."
-    if folder := os.environ.get("SELFFLOW_SCREENSHOTS"):
-        page.screenshot(path=f"{folder}/{name}.png")
-
-
-def source(page, name):
-    return page.locator(f"img.selfflow-{name}").get_attribute("src")
-
-
-def run_all(page, lab, name):
-    "Open a notebook and start its cell."
-    address, token, _ = lab
-    page.goto(f"{address}/lab/tree/{name}.ipynb?reset&token={token}")
-    page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell", timeout=60_000)
-    page.wait_for_function("""name => { const notebook = window.jupyterapp.shell.currentWidget;
-        return notebook?.context?.path === name && notebook.sessionContext?.session?.kernel?.status === 'idle' }""",
-                           arg=f"{name}.ipynb", timeout=60_000)
-    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")  # does not wait for its end
+@pytest.fixture(autouse=True)
+def notebooks(lab):
+    for name, cell in CELLS.items():
+        if not (lab[2] / f"{name}.ipynb").exists():
+            write_notebook(lab, name, cell)
 
 
 def test_the_panel_lives_while_the_cell_is_busy(lab, page):

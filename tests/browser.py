@@ -1,0 +1,177 @@
+"""A real JupyterLab and a real browser, for the tests that look at what a user sees."""
+import base64
+import io
+import json
+import os
+import secrets
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from selfflow.recording import device_name
+from selfflow.run import device_for
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+ROOT = Path(__file__).parent.parent
+
+
+def playwright():
+    "The library, or the reason to skip."
+    if os.environ.get("SELFFLOW_NEEDS_BROWSER"):
+        assert CHROMIUM, "SELFFLOW_NEEDS_BROWSER is set, but there is no chromium or google-chrome on the path"
+        import playwright.sync_api as api
+        return api
+    if CHROMIUM is None:
+        pytest.skip("no chromium or google-chrome on the path")
+    return pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    "JupyterLab on an empty folder, for all tests of a session: (address, token, folder)."
+    playwright()
+    folder = tmp_path_factory.mktemp("lab")
+    settings = folder / "data/lab/settings"
+    settings.mkdir(parents=True)
+    quiet = {"checkForUpdates": False, "doNotDisturbMode": True, "fetchNews": "false"}
+    (settings / "overrides.json").write_text(json.dumps({"@jupyterlab/apputils-extension:notification": quiet}))
+    work = folder / "work"
+    work.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    token = secrets.token_hex(16)
+    places = {f"JUPYTER_{name}_DIR": str(folder / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
+    environment = os.environ | places | {"IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+                                         "HOME": str(folder), "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
+                                         "JUPYTERLAB_SETTINGS_DIR": str(folder / "user")}
+    with (folder / "lab.log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
+             "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True",
+             "--LabApp.extension_manager=readonly", f"--LabApp.app_settings_dir={settings}",
+             "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", str(work)],
+            stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=work)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for_server(address, token, server, folder / "lab.log")
+        yield address, token, work
+    finally:
+        server.terminate()  # shuts its kernels down first
+        try:
+            server.wait(15)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def write_notebook(lab, name, *sources):
+    "A notebook of some cells in the folder of the laboratory."
+    empty = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
+    cells = [{**empty, "id": f"cell-{number}", "source": source} for number, source in enumerate(sources)]
+    (lab[2] / f"{name}.ipynb").write_text(json.dumps({
+        "cells": cells, "nbformat": 4, "nbformat_minor": 5,
+        "metadata": {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}}))
+
+
+def wait_for_server(address, token, server, log, seconds=180):  # of a machine that is busy
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return urllib.request.urlopen(f"{address}/api/status?token={token}", timeout=2).close()
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            assert server.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+            time.sleep(0.1)
+
+
+@pytest.fixture
+def page(lab):
+    "A page of a browser; what the page complained of and what it asked of other machines is looked at in the end."
+    api, address = playwright(), lab[0]
+    errors, elsewhere = [], []
+    with api.sync_playwright() as browsers:
+        browser = browsers.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_context(viewport={"width": 1600, "height": 1250}).new_page()
+        page.set_default_timeout(60_000)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        def local(route):
+            if route.request.url.startswith((address, "data:", "blob:")):
+                return route.continue_()
+            elsewhere.append(route.request.url)
+            route.abort()
+        page.route("**/*", local)
+        yield page
+        shoot(page, "last")
+        browser.close()
+    assert not errors and not elsewhere
+
+
+def shoot(page, name):
+    "A picture of the page for one who works on it: SELFFLOW_SCREENSHOTS=FOLDER pytest tests/test_browser*.py."
+    if folder := os.environ.get("SELFFLOW_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png")
+
+
+def source(page, name):
+    return page.locator(f"img.selfflow-{name}").get_attribute("src")
+
+
+def run_all(page, lab, name):
+    "Open a notebook and start its cells."
+    address, token, _ = lab
+    page.goto(f"{address}/lab/tree/{name}.ipynb?reset&token={token}")
+    page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell", timeout=60_000)
+    page.wait_for_function("""name => { const notebook = window.jupyterapp.shell.currentWidget;
+        return notebook?.context?.path === name && notebook.sessionContext?.session?.kernel?.status === 'idle' }""",
+                           arg=f"{name}.ipynb", timeout=60_000)
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")  # does not wait for its end
+
+
+def pixels(page, selector):
+    "What an image on the page shows: (h, w, 3) bytes."
+    found = page.locator(selector).evaluate("""async image => { await image.decode();
+        const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
+        return btoa(bytes.reduce((text, byte) => text + String.fromCharCode(byte), '')) }""")
+    return decoded(base64.b64decode(found))
+
+
+def decoded(png):
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+
+
+def until_shown(page, selector, png, seconds=60):
+    "Wait until an image shows what a pure function has drawn: the same but for the rounding of another process."
+    wanted, end = decoded(png), time.monotonic() + seconds
+    while True:
+        shown = pixels(page, selector)
+        if shown.shape == wanted.shape and abs(shown - wanted).mean() < 0.05:
+            return
+        assert time.monotonic() < end, f"{selector} differs from what was drawn: {shown.shape}, {wanted.shape}"
+        page.wait_for_timeout(50)
+
+
+def record_latency(name, milliseconds, **about):
+    "Keep how long the picture took to follow, with SELFFLOW_RECORD=1, in data/results/latency.json; the median in any case."
+    median = statistics.median(milliseconds)
+    if os.environ.get("SELFFLOW_RECORD"):
+        path = ROOT / "data/results/latency.json"
+        records = json.loads(path.read_text()) if path.exists() else {}
+        tenth = sorted(milliseconds)[-max(1, len(milliseconds) // 10)]
+        records[name] = {"milliseconds": {"median": round(median, 1), "slowest tenth from": round(tenth, 1)},
+                         "steps": len(milliseconds), "device": device_name(device_for("cpu")), "browser": "headless Chromium",
+                         **about}
+        path.write_text(json.dumps(records, indent=1) + "\n")
+    return median
