@@ -90,8 +90,8 @@ def draw_on_film(film, maps, titles=None, token: tuple[int, int, int] | None = N
     """
     maps, film = _array(maps), _array(film)
     if maps.ndim != 4 or film.ndim != 4 or any(a % b for a, b in zip(film.shape[1:], maps.shape[1:], strict=True)):
-        raise ValueError(f"maps of shape {maps.shape} do not fit a film of {film.shape}: expected (m, moments, rows, columns) that "
-                         "divide its frames, height and width")
+        raise ValueError(f"maps of shape {maps.shape} do not fit a film of {film.shape}: expected (m, moments, rows, columns) "
+                         "that divide its frames, height and width")
     moments, most = maps.shape[1], float(maps.max()) if most is None else most
     frames = _pixels(film[:, ::film.shape[1] // moments].swapaxes(0, 1), 4, "frames")
     figure = Page(figsize=(size * moments + 1.9, size * frames.shape[1] / frames.shape[2] * len(maps) + 0.4), layout="compressed")
@@ -120,8 +120,8 @@ def draw_on_sound(spectrum, maps, titles=None, token: int | None = None, label: 
     """
     maps, spectrum = _array(maps), _array(spectrum)
     if maps.ndim != 2 or spectrum.ndim != 2 or spectrum.shape[1] % maps.shape[1]:
-        raise ValueError(f"maps of shape {maps.shape} do not fit a spectrum of {spectrum.shape}: expected (m, moments) that divide "
-                         "its columns")
+        raise ValueError(f"maps of shape {maps.shape} do not fit a spectrum of {spectrum.shape}: expected (m, moments) that "
+                         "divide its columns")
     moments, ends = maps.shape[1], seconds or maps.shape[1]
     if token is not None and not 0 <= token < moments:
         raise ValueError(f"there is no moment {token} of {moments}; they are counted from 0")

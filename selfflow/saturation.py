@@ -98,7 +98,7 @@ def ladder(fitted: Compared, scored: Compared, bins: int = 8, step: int = 0, gra
 
     def keys(part):
         return [torch.zeros_like(part.tau, dtype=torch.int64), torch.arange(n).expand_as(part.tau),
-                torch.bucketize(part.level, levels), part.labels[:, None].expand_as(part.tau)]
+                torch.bucketize(part.level.contiguous(), levels), part.labels[:, None].expand_as(part.tau)]
     names, sizes = ["constant", "place", "place and level", "place, level and label"], [1, n, bins, count]
     rungs = 3 if count == 1 else 4
     means = fit_directions(F.normalize(fitted.target, dim=-1), keys(fitted)[:rungs], sizes[:rungs], fitted.counted)

@@ -73,7 +73,7 @@ def _masked_hsic(x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
     place = torch.searchsorted(keys, j * n + i).clamp(max=len(keys) - 1)
     both = keys[place] == j * n + i                                                   # pairs that are there the other way round
     columns, lines = a.new_zeros(n).index_add(0, j, a), b.new_zeros(n).index_add(0, i, b)
-    trace = (a[both] * b[place[both]]).sum()
+    trace = (a[both] * b[place[both]]).sum()  # the factor 1 / n (n - 3), common to all, is left out
     return trace + a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (columns * lines).sum()
 
 
@@ -82,7 +82,9 @@ def cknna(x, y, neighbours: int = 10, unit: bool = True, rows: int = 1024) -> fl
 
     neighbours: k; unit: features are divided by their lengths first, as those who use the measure do; rows: at once in memory.
     Raises ValueError as `cka` does, for k below 2, and for too few samples for so many neighbours.
-    Source: arXiv 2405.07987, whose public code applies the unbiased HSIC to the masked kernels; so do we.
+    Unrelated features reach about k / (n - 1), by chance. Masked kernels are not symmetric, so which features come first
+    matters a little. Source: arXiv 2405.07987, whose public code applies the unbiased HSIC as above to the masked
+    kernels; so do we.
     """
     _checked(x, y)
     x, y = (torch.as_tensor(part).detach().double() for part in (x, y))
@@ -118,13 +120,8 @@ def similarities(first: dict, second: dict | None = None, measure: Callable = ck
 
     first, second: {name: (n, d)} features of the same samples, for example what `features.extract` gives of two runs.
     """
-    if second is not None:
-        return pd.DataFrame([[measure(x, y) for y in second.values()] for x in first.values()], list(first), list(second))
-    names, found = list(first), np.zeros((len(first), len(first)))
-    for i, name in enumerate(names):
-        for j in range(i + 1):
-            found[i, j] = found[j, i] = measure(first[name], first[names[j]])
-    return pd.DataFrame(found, names, names)
+    second = first if second is None else second
+    return pd.DataFrame([[measure(x, y) for y in second.values()] for x in first.values()], list(first), list(second))
 
 # %% ../nbs/332_similarity.ipynb #290c15e3
 @torch.no_grad()
