@@ -91,6 +91,11 @@ class TransformerConfig:
         "Number of tokens n."
         return self.grid[0] * self.grid[1]
 
+    @property
+    def caption_tokens(self) -> int:
+        "How many tokens of a sequence are a caption's."
+        return self.caption if self.caption_width else -(-self.caption // self.caption_stride)
+
     def named(self, parts: tuple[str, ...] = ()) -> tuple[Part, ...]:
         "The parts of these names, () = all. Raises ValueError for one that the model was not built with."
         known = {part.name: part for part in self.parts}

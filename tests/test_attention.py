@@ -25,7 +25,8 @@ SHAPES = {
     "caption": replace(BASE, caption=5, positions="rotary", qk_norm=True),
     "vectors": replace(BASE, caption=5, caption_width=6),
     "parts": TransformerConfig(0, (), width=32, depth=3, heads=2, positions="rotary", parts=PARTS),
-    "parts and caption": TransformerConfig(0, (), width=32, depth=3, heads=2, positions="rotary", parts=PARTS, caption=4),
+    "parts and caption": TransformerConfig(0, (), width=32, depth=3, heads=2, positions="rotary", parts=PARTS, caption=4,
+                                           caption_stride=1),
 }
 SCHEDULES = {"one level": SingleLevel(), "two levels": DualTimestep(mask_ratio=0.4),
              "and a condition": Conditioned(DualTimestep(mask_ratio=0.4), (0, 3, 4), 0.2)}
@@ -63,7 +64,7 @@ def test_weights_applied_to_the_values_are_the_fused_output(shape, schedule, sep
     for number, given in seen.items():
         layer = model.blocks[number - 1].attn
         weights, values = attention_weights(layer, *given[:3])
-        n = SHAPES[shape].tokens + SHAPES[shape].caption
+        n = SHAPES[shape].tokens + SHAPES[shape].caption_tokens
         assert weights.shape == (3, 2, n, n) and (weights >= 0).all()
         torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, n))
         again = layer.proj((weights @ values.transpose(1, 2)).transpose(1, 2).flatten(2))
@@ -114,7 +115,7 @@ def test_looking_changes_nothing_and_leaves_nothing():
     x, levels, caption = batch_of(SHAPES["caption"])
     before = model(x, levels, caption).velocity
     maps = attention_maps(model, x, levels, caption, layers=(1, 3), batch=2)
-    assert set(maps) == {1, 3} and maps[1].shape == (3, 2, 17, 17)
+    assert set(maps) == {1, 3} and maps[1].shape == (3, 2, 14, 14)
     torch.testing.assert_close(model(x, levels, caption).velocity, before, atol=0, rtol=0)
     assert not any(block.attn._forward_hooks for block in model.blocks)
     with pytest.raises(ValueError, match="tokens have shape"):
