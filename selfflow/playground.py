@@ -6,7 +6,7 @@
 __all__ = ['MOST', 'PAGE', 'Scene', 'settings_of', 'compute', 'say', 'draw_views', 'draw_film', 'draw_tokens', 'draw',
            'Playground', 'player', 'explore']
 
-# %% ../nbs/450_playground.ipynb #043e8e5f
+# %% ../nbs/450_playground.ipynb #a0eb6c30
 import base64
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ from .paths import KEPT, Path, Settings, SideBySide, estimate, path_of
 from .run import Run
 from .sampling import METHODS
 
-# %% ../nbs/450_playground.ipynb #f1c13e34
+# %% ../nbs/450_playground.ipynb #8c086851
 MOST = 4          # runs side by side
 
 
@@ -89,7 +89,7 @@ def compute(side: SideBySide, values: dict) -> Scene:
     return Scene(values, settings, side, paths, at, moments, {name: x[-1] for name, x in found.items()},
                  {name: x[:-1] for name, x in found.items()}, read)
 
-# %% ../nbs/450_playground.ipynb #920aa593
+# %% ../nbs/450_playground.ipynb #e7c0ba38
 def _short(text: str, most: int = 160) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
@@ -132,7 +132,7 @@ def say(scene: Scene) -> str:
     parts += [f"left out: {name} ({_short(reason)})" for name, reason in left[:4]]
     return "; ".join([*parts, *([f"and {len(left) - 4} more left out"] if len(left) > 4 else [])]) + "."
 
-# %% ../nbs/450_playground.ipynb #476078ad
+# %% ../nbs/450_playground.ipynb #0cba0767
 PAGE = 690  # width of the pictures, on the page
 
 
@@ -167,7 +167,7 @@ def draw_film(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     for name, path in scene.paths.items():
         states = [Panel(f"t = {path.levels[i]:.2f}", pixels(path.states[i, 0])) for i in scene.moments]
         blocks[f"{name}: from noise to data, and its estimates of the data"] = [
-            *states, *(Panel("", pixels(x)) for x in scene.film[name])]
+            *states, *(Panel("" if i else "estimates", pixels(x)) for i, x in enumerate(scene.film[name]))]
     return _blocks(blocks, len(scene.moments), theme)
 
 
@@ -199,7 +199,7 @@ def draw(scene: Scene, theme: Theme = LIGHT) -> dict[str, bytes]:
         found |= {f"sound-{i + 1}": to_wav(wave, scene.side.rate) for i, wave in enumerate(waves)}
     return found
 
-# %% ../nbs/450_playground.ipynb #c48abb7d
+# %% ../nbs/450_playground.ipynb #4c8c59c0
 class Playground(Explorer):
     "An explorer whose pictures may also move (bytes of a WebP file) or be heard (bytes of a WAV file)."
 
