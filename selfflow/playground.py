@@ -30,7 +30,7 @@ from .run import Run
 from .sampling import METHODS
 
 # %% ../nbs/450_playground.ipynb #8c086851
-MOST = 4          # runs side by side
+MOST = 4  # runs side by side
 
 
 @dataclass
@@ -81,7 +81,7 @@ def compute(side: SideBySide, values: dict) -> Scene:
         raise ValueError(f"{len(names)} runs are chosen; choose 1 to {MOST}, more than one with Ctrl or Shift")
     if not 0 <= values["film"] <= 100:
         raise ValueError(f"film is {values['film']}, outside [0, 100]: 0 is noise, 100 is data")
-    at, count = round(values["film"] * settings.steps / 100), 6 if set(side.layout.patches) == {"image"} else 3
+    at, count = round(values["film"] * settings.steps / 100), 6 if set(side.layout.patches) == {"image"} else 4
     moments = list(dict.fromkeys(round(i * settings.steps / (count - 1)) for i in range(count)))
     paths = {name: path_of(side, name, settings) for name in names}
     found = {name: estimate(side, name, settings, [*moments, at]) for name in names}
@@ -158,7 +158,7 @@ def draw_views(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
         t = path.levels[scene.at].item()
         blocks[name] = [Panel(f"at t = {t:.2f}", pixels(path.states[scene.at, 0])),
                         Panel("its estimate", pixels(scene.now[name])), *drawn]
-    return _blocks(blocks, 6 if scene.only_images else 3, theme)
+    return _blocks(blocks, 6 if scene.only_images else 4, theme)
 
 
 def draw_film(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
@@ -249,7 +249,7 @@ def _controls(side: SideBySide) -> dict[str, widgets.Widget]:
         "shift": slider("shift", 1.0, 0.1, 15.0, 0.1),
         "cfg_scale": slider("guidance", 1.0, 0.0, 8.0, 0.1), "seed": number("seed", 0, 0, 9999),
         "count": slider("samples", 4, 1, 6, 1), "film": slider("film, % done", 100, 0, 100, 2),
-        "inpaint": switch("keep a sample's tokens, but for painted ones"),
+        "inpaint": switch("keep the tokens that are not painted"),
         "sample": slider("sample", 0, 0, max(1, len(side.x0) - 1), 1), "kept": choice("kept tokens", KEPT),
         "level": slider("their level", 0.0, 0.0, 0.5, 0.01), "tokens": grid}
 

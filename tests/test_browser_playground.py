@@ -21,7 +21,9 @@ explore("play", steps=4, count=2)
 """, "explore('texts', steps=2, count=1)")
 START = {"told": 0, "steps": 4, "method": "euler", "shift": 1.0, "cfg_scale": 1.0, "seed": 0, "count": 2, "film": 100,
          "sample": 0, "kept": "as trained", "level": 0.0, "inpaint": False, "tokens": [], "runs": ["plain", "self_flow"]}
-IMAGES = {"tokens": ".selfflow-tokens img", "views": "img.selfflow-picture-views", "film": "img.selfflow-picture-film"}
+FIRST = ".selfflow-explorer >> nth=0 >> "
+IMAGES = {"tokens": FIRST + ".selfflow-tokens img", "views": FIRST + "img.selfflow-picture-views",
+          "film": FIRST + "img.selfflow-picture-film"}
 
 
 class Played:
