@@ -29,6 +29,8 @@ from .benchmark import bench as run_bench
 from .checkpoint import find_runs
 from .comparison import AGAINST, fit_table, run_curves, runs_table
 from .config import Config
+from .factor_probes import factors_cost, probe_factors, write_factors
+from .features import FeatureStore
 from .images import choose
 from .options import read_command, starting_point
 from .plots import draw_runs, to_png
@@ -160,17 +162,41 @@ def sample(run: tyro.conf.Positional[Path], labels: tuple[int, ...] = (), captio
 
 
 @command
-def probe(run: tyro.conf.Positional[Path], device: str = "auto") -> None:
+def probe(run: tyro.conf.Positional[Path], factors: bool = False, field: bool = False, weights: str = "teacher", data: str = "",
+          part: str = "", samples: int = 2000, features: Path | None = None, device: str = "auto") -> None:
     """Probe every layer of a run at several noise levels, and what it has to beat.
 
     Args:
         run: The run's folder.
+        factors: All factors that the data are made from, of images, films or sounds, instead of the class of images alone.
+        field: With factors, show the table of the field's protocol (BatchNorm + linear, Adam); both are kept.
+        weights: With factors, whose features: teacher or model (the student).
+        data: With factors, which data set, for a run that was trained on several.
+        part: With factors, of which part of the sequence tokens are averaged: image, video or audio; all by default.
+        samples: With factors, to train probes on; a quarter as many for validation, half as many for test.
+        features: With factors, the folder to keep features in, by default that of the run.
         device: auto (a GPU where there is one), cpu, cuda, ...
     """
     opened = Run.open(run, device)
+    if factors:
+        counts = {"train": samples, "validation": samples // 4, "test": samples // 2}
+        _probe_factors(opened, field, weights=weights, data=data, counts=counts, part=part, store=features)
+        return
+    if opened.transformer.parts:
+        raise ValueError(f"{run} is no run of images alone; selfflow probe {run} --factors looks at what its data are made from")
     grid = probe_run(opened)
     print(probe_table({opened.config.name: grid}, probe_baselines(opened)).to_string(index=False))
     print(f"The cell is chosen on validation, intervals are over test items. All cells: {run}/probe.json")
+
+
+def _probe_factors(run: Run, field: bool, part: str, store: Path | None, **what) -> None:
+    store = FeatureStore(store or run.path / "features")
+    print(f"features: {factors_cost(run, store=store, **what)}, in {store.folder}", flush=True)
+    found = probe_factors(run, part=part, store=store, **what)
+    write_factors(run, found)
+    table = found.table("field" if field else "regression")
+    print(table.drop(columns="protocol").to_string(), *sorted(set(table["protocol"])), sep="\n")
+    print(f"The cell is chosen on validation, intervals are over test items. All cells: {run.path}/factors.json")
 
 
 @command
