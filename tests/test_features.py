@@ -98,8 +98,8 @@ def test_ten_thousand_shapes_at_width_384_take_one_pass_a_level(monkeypatch, sto
 def test_the_key_tells_weights_data_layer_level_and_pooling_apart(runs):
     teacher, student = (weights_fingerprint(model) for model in (runs["tiny"].teacher, runs["tiny"].model))
     assert teacher != student and teacher == weights_fingerprint(runs["tiny"].teacher)
-    keys = [FeatureKey("w", "d", 1, 0.1), FeatureKey("v", "d", 1, 0.1), FeatureKey("w", "e", 1, 0.1), FeatureKey("w", "d", 2, 0.1),
-            FeatureKey("w", "d", 1, 0.2), FeatureKey("w", "d", 1, 0.1, False)]
+    keys = [FeatureKey("w", "d", 1, 0.1), FeatureKey("v", "d", 1, 0.1), FeatureKey("w", "e", 1, 0.1),
+            FeatureKey("w", "d", 2, 0.1), FeatureKey("w", "d", 1, 0.2), FeatureKey("w", "d", 1, 0.1, False)]
     assert len({key.name for key in keys}) == 6
     made = [items_of(runs["tiny"], split, count, seed=seed).fingerprint
             for split, count, seed in (("test", 5, 0), ("train", 5, 0), ("test", 6, 0), ("test", 5, 1))]
