@@ -31,15 +31,22 @@ def _checked(*features, least: int = 4) -> list[Tensor]:
     return [part - part.mean(0) for part in found]
 
 
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    "tr K L, by the smaller matrices: those of the channels, or, of features wider than there are samples, those of the samples."
+    if len(x) ** 2 < x.shape[1] * y.shape[1]:
+        return ((x @ x.mT) * (y @ y.mT)).sum()
+    return (x.mT @ y).square().sum()
+
+
 def _unbiased(x: Tensor, y: Tensor) -> Tensor:
     n, kept = len(x), [(part.square().sum(1), part) for part in (x, y)]
     sums = [part @ part.sum(0) - own for own, part in kept]                            # rows of the kernels, without the diagonal
-    trace = (x.mT @ y).square().sum() - (kept[0][0] * kept[1][0]).sum()
+    trace = _product(x, y) - (kept[0][0] * kept[1][0]).sum()
     return (trace + sums[0].sum() * sums[1].sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (sums[0] * sums[1]).sum()) / (n * (n - 3))
 
 
 def _biased(x: Tensor, y: Tensor) -> Tensor:
-    return (x.mT @ y).square().sum() / (len(x) - 1)**2
+    return _product(x, y) / (len(x) - 1)**2
 
 
 def cka(x, y, unbiased: bool = True) -> float:
@@ -47,7 +54,7 @@ def cka(x, y, unbiased: bool = True) -> float:
 
     unbiased: by the estimate that is 0 on average for unrelated features, however wide; it may fall below 0.
     Raises ValueError for other shapes, less than 4 samples, numbers that are not finite and features that do not differ.
-    Source: arXiv 1905.00414; Song et al., JMLR 13 (2012), equation 5. Memory is (n + d) e, never n x n.
+    Source: arXiv 1905.00414; Song et al., JMLR 13 (2012), equation 5. Memory is (n + d) e, or n x n where that is less.
     """
     x, y = _checked(x, y)
     hsic = _unbiased if unbiased else _biased

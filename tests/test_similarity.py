@@ -137,12 +137,13 @@ def test_similarities_are_every_pair():
     table = similarities(first, second)
     assert table.shape == (2, 3) and table.loc[1, "c"] == pytest.approx(1) and table.loc[2, "b"] == cka(first[2], second["b"])
     own = similarities(first, measure=cknna)
-    assert own.loc[1, 2] == cknna(first[1], first[2]) and own.loc[2, 1] == cknna(first[2], first[1]) and own.loc[1, 1] == pytest.approx(1)
+    assert own.loc[1, 2] == cknna(first[1], first[2]) and own.loc[2, 1] == cknna(first[2], first[1])
+    assert own.loc[1, 1] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("grid, near, far", [((3, 4), 1, None), ((2, 3, 2), 1, 2), ((6,), 2, 4)])
 def test_self_similarity_by_loops(grid, near, far):
-    places = [p for p in np.ndindex(grid)]
+    places = list(np.ndindex(grid))
     x = torch.randn(3, len(places), 5, generator=keyed(0, "tokens"))
     limit = -(-sum(side - 1 for side in grid) // 2) if far is None else far
     for sample, found in zip(x, self_similarity(x, grid, near, far, batch=2), strict=True):
@@ -160,7 +161,8 @@ def test_layers_are_described_as_their_parts_are_measured():
     x = 3 * torch.randn(20, 9, 4, generator=keyed(0, "x")) + 1
     row = describe_layers({7: x}, (3, 3)).loc[7]
     norms = x.norm(dim=-1).mean(1).double()
-    assert row["common direction"] == pytest.approx(constant_cosine(x).item()) and row["norm"] == pytest.approx(norms.mean().item())
+    assert row["common direction"] == pytest.approx(constant_cosine(x).item())
+    assert row["norm"] == pytest.approx(norms.mean().item())
     assert row["norm, high"] - row["norm"] == pytest.approx(1.96 * norms.std().item() / 20**0.5)
     assert row["local - distant"] == pytest.approx(row["local"] - row["distant"])
     assert len(draw_layers({"a": describe_layers({1: x, 2: x}, (3, 3))}).axes) == 4
