@@ -30,13 +30,16 @@ from .benchmark import bench as run_bench
 from .checkpoint import find_runs
 from .comparison import AGAINST, fit_table, run_curves, runs_table
 from .config import Config
+from .document import printer, write_pdf
 from .extractors import open_extractor
+from .factor_probes import factors_cost, probe_factors, write_factors
+from .features import FeatureStore
 from .images import choose
 from .options import read_command, starting_point
 from .plots import draw_runs, to_png
 from .probing import probe_baselines, probe_run, probe_table
 from .processes import launch
-from .report import run_report, write_samples
+from .report import make_missing, run_report, write_samples
 from .run import Run, device_for
 from .sample_metrics import run_metrics
 from .sources import Sources
@@ -243,20 +246,30 @@ def bench(sizes: tuple[str, ...] = ("S",), precisions: tuple[str, ...] = ("fp32"
 
 
 @command
-def report(runs: tyro.conf.Positional[tuple[Path, ...]], output: Path | None = None, device: str = "auto") -> None:
-    """Write a one-file HTML report of a run, or a comparison of several.
+def report(runs: tyro.conf.Positional[tuple[Path, ...]], output: Path | None = None, full: bool = False, pdf: bool = False,
+           device: str = "auto") -> None:
+    """Write a one-file HTML report of a run, or a comparison of several with the first; tables and numbers lie beside it.
 
     Args:
         runs: The runs' folders.
         output: The file to write; by default report.html in the first folder.
+        full: First make what is missing: probes, their baselines, samples and metrics. What it costs is said before.
+        pdf: Also print it to a PDF; needs chromium or google-chrome on the path.
         device: auto (a GPU where there is one), cpu, cuda, ...
     """
     if not runs:
         raise ValueError("name at least one run folder")
+    if pdf:
+        printer()  # or nothing is begun
     names = [path.name for path in runs]
     shown = [str(path) if names.count(path.name) > 1 else path.name for path in runs]
-    finished = run_report({name: Run.open(path, device) for name, path in zip(shown, runs, strict=True)})
-    print(f"the report is {finished.write(output or runs[0] / 'report.html')}")
+    opened = {name: Run.open(path, device) for name, path in zip(shown, runs, strict=True)}
+    if full:
+        make_missing(opened)
+    page = run_report(opened).write(output or runs[0] / "report.html")
+    print(f"the report is {page}; its tables as CSV and all numbers are in {page.with_name(page.stem + '_files')}")
+    if pdf:
+        print(f"printed: {write_pdf(page)}")
 
 # %% ../nbs/490_cli.ipynb #665e0e47
 _TEXT_BARS = "from tqdm import auto, std; auto.tqdm = std.tqdm"  # a terminal shows text, not widgets

@@ -105,7 +105,8 @@ class Parts:
         "the CSV."
         rows = [[_shown(value) for value in row] for row in table.values.tolist()]
         columns = [str(column) for column in table.columns]
-        return self._add(kind="table", columns=columns, rows=rows, caption=caption, folded=folded, name=name or caption, frame=table)
+        return self._add(kind="table", columns=columns, rows=rows, caption=caption, folded=folded, name=name or caption,
+                         frame=table)
 
     def figure(self, figure: Figure, caption: str = ""):
         "A figure, embedded as PNG."

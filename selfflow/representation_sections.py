@@ -162,7 +162,7 @@ def attention_section(runs: dict[str, Run]) -> Section:
     frames = [table.assign(run=name, gap=table["gap"].astype(str)) for name, table in tables.items()]
     section.table(pd.concat(frames)[["run", *frames[0].columns[:-1]]], "Mass between levels", folded=True)
     return section.limits("Where a token looks is not what it takes from there, and one sample is an example, not evidence. A "
-                          "run that was trained with one level for all tokens meets mixed ones here for the first time." + SAMPLES_ONLY)
+                          "run that was trained with one level for all tokens meets two for the first time." + SAMPLES_ONLY)
 
 
 def _looking(run: Run, items: Items) -> Picture:

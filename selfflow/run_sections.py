@@ -231,7 +231,7 @@ def _class_maps(section, grids: dict[str, ProbeGrid], baselines) -> None:
         curves[f"t = {level:g}"] = {name: np.stack([grid.table("accuracy")[:, place], *grid.table("interval")[:, place].T])
                                     for name, grid in grids.items()}
     across = {"raw pixels": baselines.pixels.accuracy, "most frequent class": baselines.majority} if baselines else {}
-    section.figure(draw_layer_curves(curves, first.layers, {panel: across for panel in curves}),
+    section.figure(draw_layer_curves(curves, first.layers, dict.fromkeys(curves, across)),
                    "Accuracy by block, a panel for each noise level, with 95 % bands over test images.")
     rows = [(name, *cell, one.accuracy, *one.interval, one.validation, one.strength) for name, grid in grids.items()
             for cell, one in zip(product(grid.layers, grid.levels), grid.results, strict=True)]
