@@ -37,7 +37,8 @@ _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_
  th, td { padding: .2rem .7rem .2rem 0; text-align: left; vertical-align: top; overflow-wrap: normal }
  th { border-bottom: 1px solid gray } tr + tr td { border-top: 1px solid #8884 }
  figure { margin: 1rem 0 } img { max-width: 100%; height: auto; background: white; border-radius: 3px }
- figcaption, .how { opacity: .78; font-size: .9rem } figcaption { max-width: 48rem } summary { cursor: pointer }
+ figcaption, .how { opacity: .78; font-size: .9rem } figcaption { max-width: 48rem; margin-top: .3rem }
+ summary { cursor: pointer }
  .limits { border-left: 3px solid #8888; padding-left: .8rem } .missing { border-left: 3px solid #c4761b; padding-left: .8rem }
  .first li { margin: .3rem 0 } nav ol { columns: 16rem; padding-left: 1.4rem } audio { width: 100%; max-width: 30rem }
  @media (prefers-color-scheme: dark) { img { filter: brightness(.9) } }

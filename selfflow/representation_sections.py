@@ -152,8 +152,10 @@ def attention_section(runs: dict[str, Run]) -> Section:
                       f"1 is what uniform attention gives. Mass: {min(MASKED, len(items))} test samples with two levels, drawn "
                       "uniformly, a quarter of the tokens at the second, the same for all runs.")
     tables = {}
+    maps = {name: _maps(run, looked_at(run)[0]) for name, run in runs.items()}
+    most = max(float(own[0].max()) for own in maps.values())
     for name, run in runs.items():
-        section.figure(_looking(run, looked_at(run)[0]), f"{name}: where the framed token looks.")
+        section.figure(_looking(run, looked_at(run)[0], *maps[name], most), f"{name}: where the marked token looks.")
         tables[name] = summarise_mass(_mass(run, looked_at(run)[0]))
     shown = {name: table for name, table in tables.items() if (table["direction"] == "noisy to clean").any()}
     if shown:
@@ -165,21 +167,25 @@ def attention_section(runs: dict[str, Run]) -> Section:
                           "run that was trained with one level for all tokens meets two for the first time." + SAMPLES_ONLY)
 
 
-def _looking(run: Run, items: Items) -> Picture:
-    (x0, x1), examples = items.take(torch.arange(1)), items.data.take(torch.arange(1))
-    (name, place), grids = next(iter(items.parts.items())), grids_of(run.teacher, items.present)
+def _maps(run: Run, items: Items) -> tuple[np.ndarray, tuple[int, ...]]:
+    "Maps (layers, *grid) of the token in the middle of the first part, and where that is."
+    x0, x1 = items.take(torch.arange(1))
+    (_, place), grids = next(iter(items.parts.items())), grids_of(run.teacher, items.present)
     grid = next(iter(grids.values()))
     middle = tuple(side // 2 for side in grid)
     query = place.start + int(np.ravel_multi_index(middle, grid))
     levels = NoiseLevels.single(torch.full((1,), LEVEL), x0.shape[1])
     found = attention_maps(run.teacher, interpolate(x0, x1, LEVEL), levels, queries=torch.tensor([query]), parts=items.present)
-    maps = [next(iter(maps_by_part(weights.mean(1)[0, 0], grids).values())).numpy() for weights in found.values()]
-    titles, patches = [f"block {layer}" for layer in found], items.layout.patches[name]
-    if len(grid) == 1:
-        spectrum = patches.spectra(items.layout.split(x0)[name])[0].numpy()
-        return draw_on_sound(spectrum, np.stack(maps), titles, middle[0])
-    draw = draw_on_image if len(grid) == 2 else draw_on_film
-    return draw(examples.signals[name][0], np.stack(maps), titles, middle)
+    return np.stack([next(iter(maps_by_part(weights.mean(1)[0, 0], grids).values())) for weights in found.values()]), middle
+
+
+def _looking(run: Run, items: Items, maps: np.ndarray, middle: tuple[int, ...], most: float) -> Picture:
+    name, titles = next(iter(items.parts)), [f"block {layer}" for layer in range(1, len(maps) + 1)]
+    if len(middle) == 1:
+        spectrum = items.layout.patches[name].spectra(items.layout.split(items.take(torch.arange(1))[0])[name])[0].numpy()
+        return draw_on_sound(spectrum, maps, titles, middle[0])
+    draw = draw_on_image if len(middle) == 2 else draw_on_film
+    return draw(items.data.take(torch.arange(1)).signals[name][0], maps, titles, middle, most=most)
 
 
 def _mass(run: Run, items: Items) -> pd.DataFrame:

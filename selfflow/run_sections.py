@@ -110,9 +110,9 @@ def loss_section(runs: dict[str, Run]) -> Section:
                   folded=True)
     first, *others = means
     for other in others:
-        section.found(f"Flow loss: {_paired(first, other, means, f'{number:,} validation samples')}")
+        section.found(f"Flow loss, lower is better: {_paired(first, other, means, f'{number:,} validation samples')}")
     numbers = {name: float(values.mean()) for name, values in means.items()}
-    section.found(*(f"Flow loss: {one}" for one in over_seeds(runs, numbers, scale=1.0, unit="")))
+    section.found(*(f"Flow loss, lower is better: {one}" for one in over_seeds(runs, numbers, scale=1.0, unit="")))
     return section.limits("A lower flow loss is no promise of better samples or features." + SAMPLES_ONLY)
 
 
@@ -208,6 +208,8 @@ def probe_section(runs: dict[str, Run]) -> Section:
     for own in groups.values():
         _class_maps(section, own, baselines)
     _class_findings(section, runs, current)
+    if baselines is not None:
+        _beside_pixels(section, current, baselines)
     for name, grid in current.items():
         layer, level, best = grid.best()
         true, said, names = _class_answers(runs[name], grid)
@@ -239,6 +241,15 @@ def _class_maps(section, grids: dict[str, ProbeGrid], baselines) -> None:
     section.table(pd.DataFrame(rows, columns=columns), "All cells", folded=True, name="probe cells")
 
 
+def _beside_pixels(section, grids: dict[str, ProbeGrid], baselines) -> None:
+    "Whether the features say more of the class than the raw pixels do, which is not a matter of course."
+    wrong, ones = ~np.array(baselines.pixels.correct), np.ones(len(baselines.pixels.correct))
+    for name, grid in grids.items():
+        best = grid.best()[2]
+        pair = compare_items((wrong, ones), (~np.array(best.correct), ones), ("raw pixels", name))
+        section.found(f"Probe of the class, {best.accuracy:.1%} beside {baselines.pixels.accuracy:.1%} of raw pixels: {pair}")
+
+
 def _class_findings(section, runs, grids: dict[str, ProbeGrid]) -> None:
     if not grids:
         return
@@ -247,4 +258,4 @@ def _class_findings(section, runs, grids: dict[str, ProbeGrid]) -> None:
     ones = np.ones(len(wrong[first]))
     pairs = [compare_items((wrong[first], ones), (wrong[name], ones), (first, name)) for name in others]
     pairs += over_seeds(runs, {name: float(1 - own.mean()) for name, own in wrong.items()})
-    section.found(*(f"Probe of the class: {pair}" for pair in pairs))
+    section.found(*(f"Probe of the class, higher is better: {pair}" for pair in pairs))
