@@ -163,9 +163,11 @@ def draw_mass(tables: dict, direction: str = "noisy to clean", ylim=None) -> Pic
             axis.plot(rows["layer"], rows["excess"], color=colour, marker=".", label=name)
             axis.fill_between(rows["layer"], rows["low"], rows["high"], color=colour, alpha=0.18, linewidth=0)
         axis.axhline(0, color=COLOURS[1], linewidth=1, linestyle="--")
-        axis.set(xlabel="block", ylim=ylim, xticks=sorted(table["layer"].unique()))
+        axis.set(xlabel="block", xticks=sorted(table["layer"].unique()))
         axis.set_title(title, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
+    if ylim is not None:  # None would keep the limits of the first panel
+        axes[0].set_ylim(ylim)
     axes[0].set_ylabel(f"{direction}:\nshare beyond counting")
     axes[-1].legend(frameon=False, fontsize=7, title="gap |t - s|", title_fontsize=7)
     return figure
@@ -185,10 +187,12 @@ def draw_closing(tables: dict, ylim=None) -> Picture:
             axis.errorbar(places, rows["difference"], error, fmt="o", color=colour, label=f"{tokens} tokens", markersize=4)
         names = [f"{max(gap.left, 0):g} to {gap.right:g}" if hasattr(gap, "left") else str(gap) for gap in rows["gap"]]
         axis.axhline(0, color=COLOURS[4], linewidth=0.9, linestyle="--")
-        axis.set(xticks=range(len(rows)), ylim=ylim, xlabel="gap |t - s|")
+        axis.set(xticks=range(len(rows)), xlabel="gap |t - s|")
         axis.set_xticklabels(names, fontsize=7)
         axis.set_title(title, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
+    if ylim is not None:
+        axes[0].set_ylim(ylim)
     axes[0].set_ylabel("flow error, separated - full")
     axes[-1].legend(frameon=False, fontsize=7)
     return figure

@@ -103,6 +103,8 @@ def draw_saturation(steps, answers: dict, free: tuple[str, ...] = (), ylim=None)
             axis.fill_between(steps, *band, color=to_rgba(colour, 0.18), linewidth=0)
         ends[name] = (middle[-1], colour)
     axis.set(xscale="log", xlabel="step", ylabel="cosine with the teacher", ylim=ylim)
+    axis.set_xticks(steps, [f"{step:g}" for step in steps])
+    axis.set_xticks([], minor=True)
     axis.spines[["top", "right"]].set_visible(False)
     low, high = axis.get_ylim()
     place = -np.inf
