@@ -187,8 +187,8 @@ def _probe_factors(run: Run, field: bool, part: str, store: Path | None, **what)
 
 
 @command
-def metrics(run: tyro.conf.Positional[Path], count: int = 500, steps: int = 25, cfg_scale: float = 1.0, seed: int = 0, data: str = "",
-            extractor: Path | None = None, resamples: int = 40, device: str = "auto") -> None:
+def metrics(run: tyro.conf.Positional[Path], count: int = 500, steps: int = 25, cfg_scale: float = 1.0, seed: int = 0,
+            data: str = "", extractor: Path | None = None, resamples: int = 40, device: str = "auto") -> None:
     """Draw samples of a run and measure how far they lie from test data, beside how far other real data do.
 
     Args:

@@ -26,7 +26,8 @@ def _array(features, axes: int, what: str) -> np.ndarray:
     if values.ndim != axes or 0 in values.shape:
         raise ValueError(f"{what} have shape {values.shape}, expected {'(n, d)' if axes == 2 else '(b, n, d)'}, none of them 0")
     if not np.isfinite(values).all():
-        raise ValueError(f"{int((~np.isfinite(values)).reshape(len(values), -1).any(1).sum())} of {len(values)} {what} are not finite")
+        bad = (~np.isfinite(values)).reshape(len(values), -1).any(1).sum()
+        raise ValueError(f"{bad} of {len(values)} {what} are not finite; find out why, and leave them out")
     return values.astype(np.float64)
 
 
@@ -42,8 +43,8 @@ def token_colours(tokens, grid: tuple[int, int]) -> tuple[np.ndarray, float]:
     pca = PCA(3, random_state=0)
     turned = pca.fit_transform(values.reshape(-1, values.shape[2]))
     low, high = np.percentile(turned, (2, 98), axis=0)
-    pictures = (2 * (turned - low) / np.maximum(high - low, 1e-12) - 1).clip(-1, 1)
-    return pictures.reshape(len(values), *grid, 3).transpose(0, 3, 1, 2).astype(np.float32), float(pca.explained_variance_ratio_.sum())
+    pictures = (2 * (turned - low) / np.maximum(high - low, 1e-12) - 1).clip(-1, 1).reshape(len(values), *grid, 3)
+    return pictures.transpose(0, 3, 1, 2).astype(np.float32), float(pca.explained_variance_ratio_.sum())
 
 # %% ../nbs/336_projection.ipynb #093db584
 @dataclass(frozen=True, repr=False)
@@ -58,10 +59,11 @@ class Projection:
                 f"{self.recipe['neighbours']} neighbours, seed {self.recipe['seed']}; distances, areas and gaps mean nothing")
 
 
-def project(features, method: str = "UMAP", neighbours: int = 15, min_dist: float = 0.1, axes: int = 50, seed: int = 0) -> Projection:
+def project(features, method: str = "UMAP", neighbours: int = 15, min_dist: float = 0.1, axes: int = 50,
+            seed: int = 0) -> Projection:
     """Features in the plane, by UMAP on their main axes or by the first two main axes alone (PCA).
 
-    features: (n, d), pooled or of tokens; neighbours, min_dist: of UMAP; axes: that come first; seed: with it, it is the same again.
+    features: (n, d), pooled or of tokens; neighbours, min_dist: of UMAP; axes: that come first; seed: the same gives the same.
     Raises ValueError for NaN, another method, and n that is not more than twice the neighbours.
     """
     values = _array(features, 2, "features")
@@ -79,8 +81,8 @@ def project(features, method: str = "UMAP", neighbours: int = 15, min_dist: floa
         "variance": float(pca.explained_variance_ratio_.sum()), "seed": seed, "count": len(values)})
 
 # %% ../nbs/336_projection.ipynb #df738768
-def run_features(run: Run, layers: tuple[int, ...], level: float = 0.0, count: int = 500, pooled: bool = True, split: str = "test",
-                 seed: int = 0) -> tuple[dict[int, Tensor], Examples]:
+def run_features(run: Run, layers: tuple[int, ...], level: float = 0.0, count: int = 500, pooled: bool = True,
+                 split: str = "test", seed: int = 0) -> tuple[dict[int, Tensor], Examples]:
     """Features of the teacher of a run at one level, {layer: (n, d) or (n, tokens, d)}, and the examples they are of.
 
     count: of the first examples of a split; seed: of the noise. Raises ValueError for layers that do not exist.

@@ -26,7 +26,8 @@ from .run import Run
 from .sources import Sources
 
 # %% ../nbs/356_sample_metrics.ipynb #4cb67558
-def all_metrics(real: np.ndarray, drawn: np.ndarray, neighbours: int = 5, resamples: int = 40, seed: int = 0) -> dict[str, Measured]:
+def all_metrics(real: np.ndarray, drawn: np.ndarray, neighbours: int = 5, resamples: int = 40,
+                seed: int = 0) -> dict[str, Measured]:
     """Every metric of `distances` of two sets of features (n, d), (m, d), by name.
 
     neighbours: of precision, recall, density and coverage; resamples, seed: of the intervals. Raises ValueError as these do.
@@ -76,7 +77,8 @@ class SampleMetrics:
         return asdict(self)
 
 # %% ../nbs/356_sample_metrics.ipynb #f08404ca
-def _judged(run: Run, name: str, drawn: dict[str, Tensor], examples: Examples, folder) -> tuple[dict[str, Share], dict[str, float]]:
+def _judged(run: Run, name: str, drawn: dict[str, Tensor], examples: Examples,
+            folder: Path | str) -> tuple[dict[str, Share], dict[str, float]]:
     "The shares of samples that are what was asked for, and of real ones; empty where nothing was, or nothing judges it."
     config = run.config.data
     if config.condition == "none":
@@ -108,7 +110,8 @@ def run_metrics(run: Run, count: int = 500, steps: int = 25, cfg_scale: float = 
     parts = {split: Sources(config, split).data[name] for split in ("test", "validation")}
     count = min(count, *map(len, parts.values()))
     if count < 2 * neighbours + 2:
-        raise ValueError(f"{count} samples are too few for halves with {neighbours} neighbours; take {2 * neighbours + 2} or more")
+        raise ValueError(f"{count} samples are too few for halves with {neighbours} neighbours; "
+                         f"take {2 * neighbours + 2} or more")
     extractor = extractor or built_in(config, name, folder=folder)
     examples, others = (part.take(torch.arange(count)) for part in parts.values())
     told = examples.captions if config.condition == "caption" else examples.labels
