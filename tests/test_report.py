@@ -341,7 +341,7 @@ def test_a_report_compares_probes_shows_baselines_and_flags_old_ones(runs, tmp_p
 def test_probes_of_other_layers_stand_beside_each_other(runs, tmp_path):
     (first, _), (second, _) = probed(runs["tiny"], tmp_path / "a"), probed(runs["vanilla"], tmp_path / "b", layers=(1, 4))
     page = run_report({"A": first, "B": second}, sections=QUICK).html()
-    assert page.count("Test accuracy by block and noise level.") == 4 and "minus" not in page  # two figures, alt and caption
+    assert page.count("Test accuracy by block and noise level.") == 4 and "Right: " not in page  # two figures, alt and caption
 
 
 @pytest.mark.parametrize("args, words", [
