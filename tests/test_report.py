@@ -1,6 +1,7 @@
 """Figures without pyplot, reports in one escaped file, commands that say what went wrong."""
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,9 +22,20 @@ from selfflow import plots
 from selfflow.cli import main, read_features
 from selfflow.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from selfflow.probing import probe_baselines, probe_run
-from selfflow.report import Report, config_table, run_report, write_samples
+from selfflow import report, representation_sections, sample_sections
+from selfflow.document import Section, write_pdf
+from selfflow.intervals import proportion_interval
+from selfflow.factor_probes import probe_factors, write_factors
+from selfflow.report import SECTIONS, Report, make_missing, missing_parts, run_report, summary, write_samples
+from selfflow.run_sections import arms, config_table, loss_section, over_seeds, probe_section, run_section
+from selfflow.sample_sections import plane_section, shares_apart
+from selfflow.training import train
 from selfflow.run import Run
 from selfflow.batches import validation_tokens
+
+EVIL = "<img src=x onerror=alert(1)>"
+QUICK = (run_section, probe_section)
+
 
 def some(*shape):
     return np.random.default_rng(len(shape)).random(shape)
@@ -112,30 +124,183 @@ def test_images_of_another_form_are_refused():
         plots.draw_images(np.zeros((2, 2, 8, 8)))
 
 
-def test_reports_escape_everything_and_load_nothing(tmp_path):
-    evil = "<img src=x onerror=alert(1)>"
-    report = Report(evil).heading(evil).text(evil).table(pd.DataFrame({evil: [evil]}), evil)
-    report.figure(FIGURES["maps"](), evil + '"')
-    page = report.write(tmp_path / "deep" / "report.html").read_text()
-    assert evil not in page and page.count("&lt;img") >= 7
+def tags_of(page):
     tags = []
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
     parser.feed(page)
+    return tags
+
+
+def test_reports_escape_everything_and_load_nothing(tmp_path):
+    document = Report(EVIL).heading(EVIL).text(EVIL).table(pd.DataFrame({EVIL: [EVIL]}), EVIL).missing(EVIL, EVIL).lines([EVIL])
+    document.figure(FIGURES["maps"](), EVIL + '"').table(pd.DataFrame({"a": [1]}), EVIL, folded=True)
+    document.section(Section(EVIL, EVIL).found(EVIL).limits(EVIL)).contents().media("audio/wav", b"RIFF", EVIL)
+    page = document.write(tmp_path / "deep" / 'a "b" & c.html').read_text()
+    assert EVIL not in page and page.count("&lt;img") >= 18
+    tags = tags_of(page)
     links = [value for _, attributes in tags for name, value in attributes.items() if name in ("src", "href")]
-    assert len(links) == 1 and links[0].startswith("data:image/png") and "http" not in page
-    assert not {"script", "link", "iframe"} & {tag for tag, _ in tags}
+    for link in links:
+        assert link.startswith(("data:image/png;", "data:audio/wav;", "#part-", "a%20%22b%22%20%26%20c_files/0"))
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in tags} and "http" not in page
+    assert not any(name.startswith("on") for _, attributes in tags for name in attributes)
+
+
+def test_the_tables_of_a_page_lie_beside_it_with_all_digits(tmp_path):
+    table = pd.DataFrame({"run": ["a", "b"], "loss": [1 / 3, float("nan")], "steps": [7, 8]})
+    document = Report("Two").section(Section("Losses").table(table, "Flow loss: by run").text("words"))
+    page = document.write(tmp_path / "two.html")
+    kept = pd.read_csv(tmp_path / "two_files/01-flow-loss-by-run.csv")
+    assert kept["loss"][0] == 1 / 3 and "0.3333<" in page.read_text() and ">-<" in page.read_text()
+    parts = json.loads((tmp_path / "two_files/report.json").read_text())["parts"]
+    assert parts[1]["rows"] == [["a", 1 / 3, 7], ["b", None, 8]] and parts[1]["file"] == "01-flow-loss-by-run.csv"
+    Report("Two").write(page)
+    assert [path.name for path in (tmp_path / "two_files").iterdir()] == ["report.json"], "nothing is left of the report before"
 
 
 def test_a_report_of_runs_tells_what_is_there_and_what_is_not(runs, tmp_path):
-    page = run_report({"A": runs["tiny"], "B": runs["vanilla"]}, Report("Two").text("First <words>.")).html()
-    assert "objective.name" in page and "First &lt;words&gt;." in page and "No samples yet" in page
+    page = run_report({"A": runs["tiny"], "B": runs["vanilla"]}, Report("Two").text("First <words>."), QUICK).html()
+    assert "objective.name" in page and "First &lt;words&gt;." in page and "No probes of A yet" in page
+    assert "Something is missing, or out of date, in: Linear probes of the class." in page
     single = config_table({"A": runs["tiny"]})
     count = 2 + sum(len(fields(part)) for part in (DataConfig, ModelConfig, ObjectiveConfig, TrainConfig))
     assert len(single) == count > 40 and single.set_index("setting").loc["training.steps", "A"] == 12
     assert set(config_table({"A": runs["tiny"], "B": runs["vanilla"]})["setting"]) == {"name", "objective.name"}
     with pytest.raises(ValueError, match="at least one run"):
         run_report({})
+
+
+def seeded(run, path, seed):
+    "A copy of a run that says it had another seed."
+    shutil.copytree(run.path, path)
+    stored = json.loads((path / "config.json").read_text())
+    stored["config"]["seed"] = seed
+    (path / "config.json").write_text(json.dumps(stored))
+    return Run.open(path)
+
+
+def test_seeds_are_compared_only_where_there_are_several(runs, tmp_path):
+    many = {f"{name} {seed}": seeded(runs[name], tmp_path / f"{name}{seed}", seed)
+            for name in ("tiny", "vanilla") for seed in (0, 1)}
+    assert [list(arm.values()) for arm in arms(many)] == [["tiny 0", "tiny 1"], ["vanilla 0", "vanilla 1"]]
+    pair, = over_seeds(many, {"tiny 0": 1.0, "tiny 1": 1.1, "vanilla 0": 2.0, "vanilla 1": 2.2})
+    assert pair.difference == pytest.approx(1.05) and "2 training seeds, paired" in str(pair)
+    assert over_seeds(many, {"tiny 0": 1.0, "vanilla 0": 2.0}) == []
+    said = summary(many, [])
+    assert "4 runs" in said[0] and "2/2 training seeds" in said[0] and not any("one training seed" in line for line in said)
+    few = {name: many[name] for name in ("tiny 0", "vanilla 0")}
+    assert any("one training seed" in line for line in summary(few, []))
+
+
+def test_losses_of_a_run_and_itself_show_no_difference(runs):
+    found, = loss_section({"A": runs["tiny"], "again": runs["tiny"]}).findings
+    assert "no difference seen" in found and "+0 (95 % +0 to +0" in found
+
+
+def test_shares_of_other_samples_have_the_published_interval():
+    "Newcombe 1998, table II: 56/70 and 48/80, method 10: 0.0524 to 0.3339."
+    def wilson(k, n):
+        return {"value": k / n, "interval": proportion_interval(np.arange(n) < k), "count": n}
+    pair = shares_apart(wilson(48, 80), wilson(56, 70), ("a", "b"))
+    assert pair.interval == pytest.approx((0.0524, 0.3339), abs=1e-4)
+
+
+def test_a_part_that_cannot_be_made_says_why_and_the_others_come(runs, tmp_path):
+    shutil.copytree(runs["tiny"].path, tmp_path / "run")
+    for name in ("probe.json", "factors.json", "metrics.json", "judged.json"):
+        (tmp_path / "run" / name).write_text("{not json")
+    (tmp_path / "run/samples").mkdir(exist_ok=True)
+    (tmp_path / "run/samples/broken.safetensors").write_text("nothing")
+    sections = [section for section in SECTIONS if section not in (plane_section,)]
+    page = run_report({"run": Run.open(tmp_path / "run")}, sections=sections).html()
+    assert "This part could not be made" in page and "factors.json cannot be used" in page
+    assert "broken.safetensors cannot be read" in page
+    for title in ("Flow loss by level", "Curves by layer", "Student and teacher", "Attention", "Metrics of samples"):
+        assert f">{title}</h2>" in page
+
+
+def test_sound_and_film_are_reported_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample_sections, "METHOD", "PCA")
+    for module, name in ((representation_sections, "FITTED"), (representation_sections, "SCORED")):
+        monkeypatch.setattr(module, name, 16)
+    config = Config(name="scenes", data=DataConfig("scenes"), model=ModelConfig(width=16, depth=2, heads=2),
+                    training=TrainConfig(steps=1, batch=4, validate_every=1, validation=4, sample_every=0))
+    monkeypatch.setattr(representation_sections, "MASKED", 4)
+    run = train(config, tmp_path)
+    plain = representation_sections.items_of
+    monkeypatch.setattr(representation_sections, "items_of", lambda run, split, count: plain(run, split, 12))
+    page = run_report({"scenes": run}).html()
+    assert "could not be made" not in page and "This part is of images alone" in page
+    assert "tokens of the video" in page and page.count("data:image/png") >= 8
+
+
+def test_what_is_missing_is_named_with_its_cost_and_made(runs, tmp_path, capsys, monkeypatch):
+    shutil.copytree(runs["tiny"].path, tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    whats = {what.split(" of ")[0] for what, cost, _ in missing_parts({"run": run}) if cost}
+    assert whats == {"probes", "baselines", "samples", "metrics"}
+    for name in ("probe_run", "probe_baselines", "run_metrics", "_samples"):
+        monkeypatch.setattr(report, name, lambda run: None)
+    def refuse(run):
+        raise ValueError("there is nothing")
+    monkeypatch.setattr(report, "_factors", refuse)
+    assert make_missing({"run": run}) == ["probes of all factors of run: there is nothing"]
+    said = capsys.readouterr().out
+    assert said.index("to make: metrics of run") < said.index("not made") and "samples through the model" in said
+
+
+def test_a_pdf_without_a_browser_is_refused_before_work_is_done(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit):
+        main(["report", str(runs["tiny"].path), "--output", str(tmp_path / "r.html"), "--pdf"])
+    assert "neither is on the path" in capsys.readouterr().err and not (tmp_path / "r.html").exists()
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def browser():
+    "Playwright, or the reason to skip."
+    if os.environ.get("SELFFLOW_NEEDS_BROWSER"):
+        assert CHROMIUM, "SELFFLOW_NEEDS_BROWSER is set, but there is no chromium or google-chrome on the path"
+    elif CHROMIUM is None:
+        pytest.skip("no chromium or google-chrome on the path")
+    return pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+
+def test_a_report_opens_in_a_browser_without_a_network_or_a_complaint(runs, tmp_path, monkeypatch):
+    api = browser()
+    monkeypatch.setattr(sample_sections, "METHOD", "PCA")
+    first, second = (probed(runs[name], tmp_path / name)[0] for name in ("tiny", "vanilla"))
+    probe_baselines(first, levels=(0.0, 0.5), strengths=(0.1,))
+    for run in (first, second):
+        counts = {"train": 80, "validation": 40, "test": 60}
+        write_factors(run, probe_factors(run, (0.0,), (1, 2), counts, families=("regression",)))
+        share = {"share": 0.5, "interval": [0.4, 0.6], "count": 100, "own": 0.9, "chance": 0.1}
+        judged = {"recipe": {"step": 12, EVIL: EVIL}, "factors": {EVIL: share}}
+        (run.path / "judged.json").write_text(json.dumps(judged))
+    write_samples(first, torch.tensor([1, 2]), steps=2)
+    document = run_report({EVIL: first, "B": second})
+    assert "could not be made" not in document.html() and any("Probe of the class" in line for line in document.parts[1]["lines"])
+    page = document.write(tmp_path / "out" / "report.html")
+    with api.sync_playwright() as browsers:
+        window = browsers.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        for scheme, width in (("light", 1000), ("dark", 390)):
+            tab = window.new_page(color_scheme=scheme, viewport={"width": width, "height": 800}, offline=True)
+            said, asked = [], []
+            tab.on("console", lambda message, said=said: said.append(message.text))
+            tab.on("pageerror", lambda error, said=said: said.append(str(error)))
+            tab.on("dialog", lambda dialog, said=said: (said.append("a dialog"), dialog.dismiss()))
+            tab.on("request", lambda request, asked=asked: asked.append(request.url))
+            tab.goto(page.as_uri())
+            assert said == [] and asked[0] == page.as_uri() and all(url.startswith("data:") for url in asked[1:])
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width, "nothing but tables and figures is scrolled"
+            assert tab.evaluate("[...document.images].every(image => image.naturalWidth > 50)")
+            assert tab.locator("h1").inner_text() == f"{EVIL} and B"
+            for link in tab.locator("nav a").all():
+                assert tab.locator(link.get_attribute("href")).count() == 1
+        window.close()
+    assert write_pdf(page).read_bytes()[:5] == b"%PDF-"
 
 
 def test_samples_stay_with_their_run(runs):
@@ -165,17 +330,18 @@ def probed(run, path, **few):
 def test_a_report_compares_probes_shows_baselines_and_flags_old_ones(runs, tmp_path):
     (first, _), (second, _) = (probed(runs[name], tmp_path / name) for name in ("tiny", "vanilla"))
     probe_baselines(first, levels=(0.0, 0.5), strengths=(0.1,))
-    page = run_report({"A": first, "B": second}).html()
+    page = run_report({"A": first, "B": second}, sections=QUICK).html()
     assert "B minus A" in page and "raw pixels" in page and "untrained network" in page and "not of its newest" not in page
     stored = json.loads((first.path / "probe.json").read_text())
     (first.path / "probe.json").write_text(json.dumps({**stored, "step": 4}))
-    assert "The probes of A are of step 4, not of its newest checkpoint" in run_report({"A": first, "B": second}).html()
+    page = run_report({"A": first, "B": second}, sections=QUICK).html()
+    assert "The probes of A are of step 4, not of its newest checkpoint" in page
 
 
 def test_probes_of_other_layers_stand_beside_each_other(runs, tmp_path):
     (first, _), (second, _) = probed(runs["tiny"], tmp_path / "a"), probed(runs["vanilla"], tmp_path / "b", layers=(1, 4))
-    page = run_report({"A": first, "B": second}).html()
-    assert page.count("Test accuracy by block and noise level.") == 4 and "minus" not in page  # two figures, alt and caption
+    page = run_report({"A": first, "B": second}, sections=QUICK).html()
+    assert page.count("Test accuracy by block and noise level.") == 4 and "Right: " not in page  # two figures, alt and caption
 
 
 @pytest.mark.parametrize("args, words", [
@@ -219,7 +385,8 @@ def test_mistakes_are_answered_in_words(runs, monkeypatch, capsys, args, words):
     assert sorted(p.name for p in Path().iterdir() if p.is_dir()) == ["tiny", "vanilla"], "nothing was made"
 
 
-def test_the_command_line_trains_what_it_is_told(tmp_path, capsys):
+def test_the_command_line_trains_what_it_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample_sections, "METHOD", "PCA")
     main(["train", "--name", "cli", "--folder", str(tmp_path), "--model.width", "16", "--model.depth", "4",
           "--model.heads", "2", "--training.steps", "3", "--training.batch", "8", "--objective.name", "flow_matching"])
     main(["sample", str(tmp_path / "cli"), "--labels", "3", "--each", "2", "--steps", "2", "--cfg-scale", "2"])
