@@ -156,7 +156,8 @@ def test_masks_are_painted_by_hand_and_a_restart_changes_nothing(explored):
     page.set_viewport_size({"width": 800, "height": 1000})
     page.wait_for_timeout(300)
     edge = page.locator(".selfflow-explorer").bounding_box()
-    ends = {name: (box := page.locator(IMAGES[name]).bounding_box())["x"] + box["width"] for name in ("tokens", "levels", "views")}
+    ends = {name: (box := page.locator(IMAGES[name]).bounding_box())["x"] + box["width"]
+            for name in ("tokens", "levels", "views")}
     assert max(ends.values()) <= edge["x"] + edge["width"] + 4, (ends, edge)  # it fits into half a screen, but for a margin
     shoot(page, "asymmetry-narrow")
 
