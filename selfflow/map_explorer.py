@@ -116,9 +116,9 @@ class MapExplorer:
 
     def __init__(self, points, previews, factors: dict, names: dict | None = None, captions=None, title: str = ""):
         self.points, self.previews, self.factors, self.names, self.captions = points, previews, factors, names or {}, captions
-        self.selected = np.zeros(0, int)
+        self.selected, self.title = np.zeros(0, int), "; ".join(filter(None, (title, _said(points))))
         first, *_ = factors
-        look = figure_of(points, factors[first], self.names.get(first), first, self._captions(), title or _said(points))
+        look = figure_of(points, factors[first], self.names.get(first), first, self._captions(), self.title)
         self.figure, self._coloured = go.FigureWidget(look), first
         self.colour, self.sample = choice("colour by", list(factors)), number("sample", 0, 0, len(previews) - 1)
         self.preview, self.chosen, self.message = widgets.HTML(), widgets.HTML(), widgets.HTML()
@@ -189,7 +189,7 @@ class MapExplorer:
     def twin(self, size: float = 4.2) -> Page:
         "The same as a figure that lies still, with what was chosen ringed."
         factor = self._coloured
-        return draw_projection({_said(self.points): self.points}, _array(self.factors[factor]), self.names.get(factor), factor,
+        return draw_projection({self.title: self.points}, _array(self.factors[factor]), self.names.get(factor), factor,
                                self.selected, size)
 
 
