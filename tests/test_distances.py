@@ -229,7 +229,7 @@ def test_what_is_measured_says_its_counts_and_doubts():
 
 
 def test_it_is_quick():
-    "One 160th of the work of 50,000 x 2048, which is measured in nbs/studies/umap.ipynb."
+    "One 160th of the multiplications of 50,000 x 2048, the size of the field's own number."
     rng = np.random.default_rng(7)
     real, drawn = (rng.normal(size=(5_000, 512)) for _ in range(2))
     start = time.perf_counter()
