@@ -1,5 +1,6 @@
 """Probes: choose on validation, report on test, beat what must be beaten; intervals against independent formulas."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,10 +14,18 @@ from selfflow.flow import keyed
 from selfflow.images import SPLITS, digits
 from selfflow.probing import (ProbeGrid, linear_probe, majority_accuracy, paired_difference, probe_baselines, probe_grid,
                               probe_pixels, probe_run, probe_table, proportion_interval, read_probes, untrained_network)
+from selfflow.run import Run
 from selfflow.schedule import NoiseLevels
 from selfflow.state import start_state
 
 FEW = {"levels": (0.0, 0.5), "strengths": (0.1,)}
+
+
+@pytest.fixture(scope="module")
+def copies(runs, tmp_path_factory):
+    "The runs of all tests as copies: probes leave their results in the folder."
+    folder = tmp_path_factory.mktemp("probed")
+    return {name: Run.open(shutil.copytree(run.path, folder / name)) for name, run in runs.items()}
 
 
 def toy(separation, sizes=(200, 100, 100), seed=0):
@@ -105,8 +114,8 @@ def test_features_are_those_of_the_model(runs):
         extract(run.teacher, x0, x1, 0.3, (5,))
 
 
-def test_grids_are_read_as_written_and_the_best_cell_is_chosen_on_validation(runs):
-    run = runs["tiny"]
+def test_grids_are_read_as_written_and_the_best_cell_is_chosen_on_validation(copies):
+    run = copies["tiny"]
     grid = probe_run(run, **FEW)
     assert read_probes(run) == (grid, None) and grid.step == 12 == json.loads((run.path / "probe.json").read_text())["step"]
     assert grid.table("accuracy").shape == (4, 2) and grid.table("correct").shape == (4, 2, 360)
@@ -118,8 +127,8 @@ def test_grids_are_read_as_written_and_the_best_cell_is_chosen_on_validation(run
         grid.difference(ProbeGrid(12, (1,), (0.0,), grid.results[:1]))
 
 
-def test_a_difference_of_grids_is_the_paired_difference_of_each_cell(runs):
-    first, second = probe_run(runs["tiny"], **FEW), probe_run(runs["vanilla"], **FEW)
+def test_a_difference_of_grids_is_the_paired_difference_of_each_cell(copies):
+    first, second = probe_run(copies["tiny"], **FEW), probe_run(copies["vanilla"], **FEW)
     cells = first.difference(second)
     for row, column in np.ndindex(4, 2):
         a, b = (grid.results[2 * row + column].correct for grid in (first, second))
@@ -138,9 +147,9 @@ def test_the_untrained_network_computes_something_and_is_not_trained(runs):
         assert changed.sum() == (2 * 16 if "blocks" in name and name.endswith("adaLN_modulation.1.bias") else 0)
 
 
-def test_baselines_are_kept_and_read(runs):
-    baselines = probe_baselines(runs["vanilla"], **FEW)
-    assert read_probes(runs["vanilla"])[1] == baselines and baselines.untrained.step == 0
+def test_baselines_are_kept_and_read(copies):
+    baselines = probe_baselines(copies["vanilla"], **FEW)
+    assert read_probes(copies["vanilla"])[1] == baselines and baselines.untrained.step == 0
     table = probe_table({"x": baselines.untrained}, baselines)
     assert table.iloc[:, 0].str.contains("class|pixels|untrained|x").all() and len(table) == 4
 
