@@ -1,7 +1,6 @@
 """Figures without pyplot, reports in one escaped file, commands that say what went wrong."""
 import inspect
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from browser import CHROMIUM, FLAGS, playwright
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from safetensors.torch import load_file, save_file
@@ -256,20 +256,8 @@ def test_a_pdf_without_a_browser_is_refused_before_work_is_done(runs, tmp_path, 
     assert "neither is on the path" in capsys.readouterr().err and not (tmp_path / "r.html").exists()
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-def browser():
-    "Playwright, or the reason to skip."
-    if os.environ.get("SELFFLOW_NEEDS_BROWSER"):
-        assert CHROMIUM, "SELFFLOW_NEEDS_BROWSER is set, but there is no chromium or google-chrome on the path"
-    elif CHROMIUM is None:
-        pytest.skip("no chromium or google-chrome on the path")
-    return pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
-
 def test_a_report_opens_in_a_browser_without_a_network_or_a_complaint(runs, tmp_path, monkeypatch):
-    api = browser()
+    api = playwright()
     monkeypatch.setattr(sample_sections, "METHOD", "PCA")
     first, second = (probed(runs[name], tmp_path / name)[0] for name in ("tiny", "vanilla"))
     probe_baselines(first, levels=(0.0, 0.5), strengths=(0.1,))
@@ -284,7 +272,7 @@ def test_a_report_opens_in_a_browser_without_a_network_or_a_complaint(runs, tmp_
     assert "could not be made" not in document.html() and any("Probe of the class" in line for line in document.parts[1]["lines"])
     page = document.write(tmp_path / "out" / "report.html")
     with api.sync_playwright() as browsers:
-        window = browsers.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        window = browsers.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         for scheme, width in (("light", 1000), ("dark", 390)):
             tab = window.new_page(color_scheme=scheme, viewport={"width": width, "height": 800}, offline=True)
             said, asked = [], []
