@@ -18,7 +18,7 @@ from .flow import keyed
 from .images import choose
 from .method import build_objective
 from .objective import FeatureObjective
-from .probing import paired_difference
+from .intervals import paired_difference
 from .run import Run
 from .sources import Sources
 

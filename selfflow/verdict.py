@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .metrics import Share
-from .probing import proportion_interval
+from .intervals import proportion_interval
 from .scenes import sound_on_bounce
 
 # %% ../nbs/370_verdict.ipynb #f137f0a3
