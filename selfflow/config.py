@@ -68,10 +68,11 @@ class ModelConfig:
 # %% ../nbs/220_config.ipynb #af53dbb2
 @dataclass(frozen=True)
 class TrainConfig:
-    "How it is learned: an optimiser at a constant rate, and an average (EMA) of the weights."
+    "How it is learned: an optimiser, its rate, and an average (EMA) of the weights."
     steps: int = 1000            # of the optimiser
     batch: int = 64              # samples in a step
     lr: float = 2e-3             # learning rate
+    cooldown: float = 0.0        # share of the steps, the last ones, over which the learning rate falls to 0
     optimizer: str = "adamw"     # adamw, or muon for the matrices inside the blocks and adamw for the rest
     weight_decay: float = 0.0    # of the optimiser
     clip: float = 1.0            # largest norm of the gradient
@@ -104,6 +105,9 @@ class TrainConfig:
         if self.batch % self.shards or self.shards % self.accumulate:
             raise ValueError(f"batch {self.batch}, shards {self.shards} and accumulate {self.accumulate}: each must be a "
                              "multiple of the next, so that every part of the batch has the same number of samples")
+        if not 0 <= self.cooldown <= 1:
+            raise ValueError(f"cooldown is {self.cooldown}, but it is a share of the steps, from 0 (a constant rate) to 1 "
+                             "(training.cooldown)")
         if self.keep_every < 0 or self.sample_every < 0:
             raise ValueError(f"keep_every {self.keep_every} and sample_every {self.sample_every} must be 0 (never) or more")
 

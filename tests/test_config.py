@@ -53,6 +53,8 @@ def test_json_and_back():
     ({"training": {"steps": 0}}, "steps is 0"),
     ({"training": {"lr": float("nan")}}, "lr is nan"),
     ({"training": {"ema_half_life": 0}}, "ema_half_life is 0"),
+    ({"training": {"cooldown": 1.5}}, "cooldown is 1.5"),
+    ({"training": {"cooldown": -0.1}}, "cooldown is -0.1"),
     ({"training": {"precision": "fp8"}}, "precision"),
     ({"training": {"steps": 2.5}}, "TrainConfig.steps is 2.5, expected int"),
     ({"training": {"steps": "5"}}, "steps is '5', expected int"), ({"training": {"steps": True}}, "steps is True"),

@@ -94,8 +94,8 @@ def test_two_resumes_within_one_epoch(tmp_path):
     assert_same(whole, Run.open(tmp_path / "tiny"))
 
 
-def test_muon_goes_on_where_it_stood(tmp_path):
-    config = replace(TINY, training=replace(TINY.training, optimizer="muon"))
+def test_muon_and_a_falling_rate_go_on_where_they_stood(tmp_path):
+    config = replace(TINY, training=replace(TINY.training, optimizer="muon", cooldown=0.8))
     whole = train(config, tmp_path / "whole")
     slots = {name.rsplit("/", 1)[1] for name in whole.load("optimizer") if "blocks.0.mlp.fc1.weight" in name}
     assert slots == {"momentum_buffer"} and "model.x_embedder.weight/exp_avg" in whole.load("optimizer")
