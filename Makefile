@@ -22,7 +22,7 @@ demo: setup  ## train Self-Flow and flow matching on digits, compare them, write
 test: setup check-step  ## notebooks and package in step, ruff, every notebook executed, all tests
 	$(BIN)/ruff check selfflow tests setup.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lab: setup  ## JupyterLab on nbs/
 	$(BIN)/jupyter lab nbs

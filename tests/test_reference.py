@@ -350,7 +350,7 @@ def without(name):
     (lambda w: w | {3: torch.zeros(1)}, "but 3 are something else"),
     (lambda w: {"model": {}}, "none of the published names is among the 0 given"),
     (lambda w: {"conv1.weight": torch.zeros(1)}, "begin with conv1.weight"),
-], ids=str)
+])
 def test_what_does_not_fit_is_refused(weights, config, change, words):
     with pytest.raises(ValueError, match=words):
         load(change(weights), config)
