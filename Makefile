@@ -24,8 +24,8 @@ test: setup check-step  ## notebooks and package in step, ruff, every notebook e
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(BIN)/pytest -n 2 --dist loadfile
 
-lab: setup  ## JupyterLab on nbs/
-	$(BIN)/jupyter lab nbs
+lab: setup  ## JupyterLab on nbs/, at the workbench
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/studies/workbench.ipynb nbs
 
 export: setup clean-notebooks readme  ## notebooks to package and README
 	$(BIN)/nbdev_export
