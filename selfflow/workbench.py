@@ -120,7 +120,8 @@ class Workbench:
     def __init__(self, folder: Path | str = "runs", tools: tuple[Tool, ...] = TOOLS, configs: tuple[Config, ...] | None = None):
         self.folder, self.tools = Path(folder), {tool.title: tool for tool in tools}
         self.configs = quickstart() if configs is None else tuple(configs)
-        self.runs, self._open, self._opening, self._trains = runs_in(self.folder), {}, set(), False
+        self.runs, self._open, self._opening = runs_in(self.folder), {}, set()
+        self._trains, self._listing = False, False
         self._state = threading.Condition(threading.RLock())
         self.run = choice("run", [("(none yet)", None)])
         self.tool = widgets.ToggleButtons(options=list(self.tools), style={"button_width": "auto"})
@@ -165,9 +166,10 @@ class Workbench:
                 usable = [self.runs[name] for name in self._usable()]
                 first = next((path for path in usable if path.parent.name == "quickstart" and path.name == "self-flow"), None)
                 self._open = {key: shown for key, shown in self._open.items() if key[0] != before}
+                self._listing = True  # a chooser first takes the first of new options
                 self.run.options = options or [("(none yet)", None)]
                 first = first or next(iter(usable or self.runs.values()), None)
-                self.run.value = before if before in self.runs.values() else first
+                self.run.value, self._listing = before if before in self.runs.values() else first, False
             unfinished = any(not self._finished(config) for config in self.configs)
             self.more.layout.display = "" if unfinished and not self._trains else "none"
         self._show()
@@ -217,6 +219,8 @@ class Workbench:
     def _show(self) -> None:
         "Show the chosen tool on the chosen run, and open it first where it is not open yet."
         with self._state:
+            if self._listing:
+                return
             tool, path = self.tools[self.tool.value], self.run.value
             self.about.value = f"<i>{escape(tool.about)}</i>"
             if path is None:

@@ -3,8 +3,10 @@ import base64
 import io
 import json
 import os
+import re
 import secrets
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -12,6 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -96,10 +99,31 @@ def wait_for_server(address, token, server, log, seconds=180):  # of a machine t
             time.sleep(0.1)
 
 
+@contextmanager
+def served(runs, folder):
+    "`selfflow app` on a folder of runs until the block ends: (address, token); what it leaves behind lies in `folder`."
+    command = [sys.executable, "-m", "selfflow.cli", "app", "--folder", str(runs), "--port", "0", "--no-browser"]
+    environment = os.environ | {"TMPDIR": str(folder), "HOME": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+                                "PYTHONUNBUFFERED": "1"}
+    log = folder / "app.log"
+    with log.open("w") as file:
+        server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder)
+    try:
+        end, form = time.monotonic() + 180, r"(http://127\.0\.0\.1:\d+)/voila/render/workbench\.ipynb\?token=(\w+)"
+        while not (found := re.search(form, log.read_text())):
+            assert server.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+        wait_for_server(*found.groups(), server, log)
+        yield found.groups()
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+
+
 @pytest.fixture
 def page(lab):
     "A page of a browser; what the page complained of and what it asked of other machines is looked at in the end."
-    api, address = playwright(), lab[0]
+    api = playwright()
     errors, elsewhere = [], []
     with api.sync_playwright() as browsers:
         browser = browsers.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
@@ -108,7 +132,7 @@ def page(lab):
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         def local(route):
-            if route.request.url.startswith((address, "data:", "blob:")):
+            if route.request.url.startswith(("http://127.0.0.1:", "data:", "blob:")):
                 return route.continue_()
             elsewhere.append(route.request.url)
             route.abort()

@@ -1,13 +1,7 @@
 """The front door: runs are found or made, tools are opened when they are asked for, and the app is for this machine alone."""
 import json
-import os
-import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from dataclasses import replace
@@ -16,7 +10,7 @@ from pathlib import Path
 import ipywidgets as widgets
 import nbformat
 import pytest
-from browser import wait_for_server
+from browser import served
 from conftest import TINY
 
 import selfflow.workbench as module
@@ -207,28 +201,10 @@ def test_a_port_that_is_taken_is_said_before_anything_is_begun(tmp_path):
 
 
 def test_the_app_answers_only_to_its_token_and_ends_with_its_files(runs, tmp_path):
-    command = [sys.executable, "-m", "selfflow.cli", "app", "--folder", str(runs["tiny"].path.parent), "--port", "0", "--no-browser"]
-    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1",
-                                "PYTHONUNBUFFERED": "1", "HOME": str(tmp_path)}
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=tmp_path)
-    try:
-        end = time.monotonic() + 120
-        while not (found := re.search(r"(http://127\.0\.0\.1:\d+)/voila/render/workbench\.ipynb\?token=(\w+)", said(tmp_path))):
-            assert server.poll() is None and time.monotonic() < end, said(tmp_path)
-            time.sleep(0.2)
-        address, token = found.groups()
-        wait_for_server(address, token, server, tmp_path / "log")
+    with served(runs["tiny"].path.parent, tmp_path) as (address, _):
         with urllib.request.urlopen(f"{address}/voila/render/workbench.ipynb", timeout=30) as answer:
             assert "/login" in answer.url, "without the token it asks for it"
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(f"{address}/api/contents", timeout=30)
-        assert list(tmp_path.glob("selfflow-app-*/served/*")) != []
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(60)
+        assert len(list(tmp_path.glob("selfflow-app-*/served/*"))) == 1
     assert not list(tmp_path.glob("selfflow-app-*"))
-
-
-def said(folder):
-    return (folder / "log").read_text()
