@@ -110,6 +110,13 @@ def _button(text: str, name: str, does: Callable) -> widgets.Button:
     return button
 
 
+def _close(widget: widgets.Widget) -> None:
+    "Let go of a widget and those in it: the page and the kernel keep what is not closed."
+    for inner in getattr(widget, "children", ()):
+        _close(inner)
+    widget.close()
+
+
 class Workbench:
     """A chosen run, and tools to open on it; shown by being the last value of a cell.
 
@@ -165,7 +172,9 @@ class Workbench:
             if tuple(options) != self.run.options:
                 usable = [self.runs[name] for name in self._usable()]
                 first = next((path for path in usable if path.parent.name == "quickstart" and path.name == "self-flow"), None)
-                self._open = {key: shown for key, shown in self._open.items() if key[0] != before}
+                gone_on = {path for _, path in set(self.run.options) - set(options)}
+                for key in [key for key in self._open if key[0] in gone_on]:
+                    _close(self._open.pop(key))
                 self._listing = True  # a chooser first takes the first of new options
                 self.run.options = options or [("(none yet)", None)]
                 first = first or next(iter(usable or self.runs.values()), None)
@@ -202,12 +211,11 @@ class Workbench:
                     break
             else:
                 self._say("Both runs of the quickstart are trained." if len(self.configs) == 2 else "The run is trained.")
-                self.live.children = ()
         except Exception as error:  # whatever it is, the page says so; what was saved is whole
             self._say(f"The quickstart was not trained: {error}", alert=True)
         finally:
             with self._state:
-                self._trains = False
+                self._trains, self.live.children = False, ()
                 self._state.notify_all()
             self.look()
 
@@ -249,8 +257,10 @@ class Workbench:
             self._show()
 
     def _forget(self, key: tuple) -> None:
-        self._open.pop(key, None)
+        failed = self._open.pop(key, None)
         self._show()
+        if failed is not None:
+            _close(failed)
 
     def settle(self, seconds: float = 120.0) -> None:
         "Wait until nothing is being trained or opened. Raises TimeoutError."
