@@ -7,6 +7,7 @@ __all__ = ['LEAST', 'previews_of', 'preview_html', 'marks_of', 'figure_of', 'Map
 
 # %% ../nbs/447_map_explorer.ipynb #fcb68e6d
 import base64
+import threading
 from html import escape
 
 import ipywidgets as widgets
@@ -16,7 +17,7 @@ from PIL import Image
 from plotly.colors import get_colorscale
 from torch import Tensor
 
-from .controls import choice, number, png_of
+from .controls import DARK, LIGHT, Surroundings, Theme, choice, number, png_of
 from .notes import to_wav
 from .pages import Page, _pixels
 from .panel import beside
@@ -64,17 +65,19 @@ def preview_html(files: list[tuple[str, bytes]], words: str, width: int = 160) -
 _SYMBOLS = dict(zip(SHAPES, ("circle", "square", "triangle-up", "diamond"), strict=True))
 
 
-def marks_of(values, names=None, factor: str = "") -> tuple[dict, list[tuple[str, str, str]]]:
+def marks_of(values, names=None, factor: str = "", theme: Theme = LIGHT) -> tuple[dict, list[tuple[str, str, str]]]:
     """The look of points, as plotly's marker, and the legend [(name, colour, symbol), ...], empty for numbers.
 
-    values, names: as in `projection_plots.kinds_of`, which says what raises ValueError; factor: what the values are.
+    values, names: as in `projection_plots.kinds_of`, which says what raises ValueError; factor: what the values are;
+    theme: of the page.
     """
     kinds = kinds_of(values, names)
     if kinds is None:
         bar = {"title": {"text": escape(factor)}, "thickness": 12}
         return {"color": _array(values).tolist(), "colorscale": get_colorscale("Viridis"), "showscale": True, "colorbar": bar,
                 "symbol": "circle", "size": 7}, []
-    looks = [(HUES[kind % len(HUES)], _SYMBOLS[SHAPES[kind % len(SHAPES)]]) for kind in range(len(kinds[1]))]
+    hues = [theme.ink if hue == "#000000" and theme is DARK else hue for hue in HUES]  # black on black is not seen
+    looks = [(hues[kind % len(HUES)], _SYMBOLS[SHAPES[kind % len(SHAPES)]]) for kind in range(len(kinds[1]))]
     marker = {"color": [looks[kind][0] for kind in kinds[0]], "symbol": [looks[kind][1] for kind in kinds[0]], "showscale": False,
               "size": 7}
     return marker, [(escape(name), *look) for name, look in zip(kinds[1], looks, strict=True)]
@@ -101,6 +104,12 @@ def figure_of(points, values, names=None, factor: str = "", words=None, title: s
     return figure
 
 
+def _dress(theme: Theme) -> dict:
+    "The part of a layout that follows the theme of the page."
+    return {"paper_bgcolor": theme.paper, "plot_bgcolor": theme.paper, "font": {"color": theme.ink},
+            "modebar": {"bgcolor": theme.paper, "color": theme.quiet, "activecolor": theme.accent}}
+
+
 def _entry(name: str, colour: str, symbol: str) -> go.Scatter:
     return go.Scatter(x=[None], y=[None], mode="markers", name=name, marker={"color": colour, "symbol": symbol, "size": 8},
                       hoverinfo="skip")
@@ -110,41 +119,59 @@ class MapExplorer:
     """A projection to look into; shown by being the last value of a cell.
 
     selected: indices (m,) that were chosen, sorted; figure: plotly's widget; colour, sample: the controls; preview, chosen,
-    message: HTML; box: all of it. `pointed`, `choose` and `recolour` are what the pointer does.
+    message: HTML; box: all of it. `pointed`, `clicked`, `choose`, `recolour` and `move` are what the pointer and controls do.
     """
     SHOWN = 24  # samples of a selection that are shown
 
     def __init__(self, points, previews, factors: dict, names: dict | None = None, captions=None, title: str = ""):
         self.points, self.previews, self.factors, self.names, self.captions = points, previews, factors, names or {}, captions
-        self.selected, self.title = np.zeros(0, int), "; ".join(filter(None, (title, _said(points))))
+        self.selected, self.title = np.zeros(0, int), _titled(title, points)
+        self._one = threading.RLock()  # for what is shown: controls may be heard on several threads
         first, *_ = factors
         look = figure_of(points, factors[first], self.names.get(first), first, self._captions(), self.title)
         self.figure, self._coloured = go.FigureWidget(look), first
+        self.figure.update_layout(width=None, autosize=True)
+        self.figure._config = {**self.figure._config, "responsive": True}  # as wide as the page lets it
         self.colour, self.sample = choice("colour by", list(factors)), number("sample", 0, 0, len(previews) - 1)
         self.preview, self.chosen, self.message = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        for control in (self.colour, self.sample):
-            beside(control)
+        self.surroundings = Surroundings()
+        self._lay_out({"colour": self.colour, "sample": self.sample})
         self.colour.observe(self.recolour, "value")
+        self.surroundings.observe(self.recolour, "dark")
         self.sample.observe(self._preview, "value")
         trace = self.figure.data[0]
         trace.on_hover(self.pointed)
-        trace.on_click(self.pointed)
+        trace.on_click(self.clicked)
         trace.on_selection(self.choose)
         trace.on_deselect(self.choose)
-        side = widgets.VBox([self.colour, self.sample, self.preview, self.message], layout=widgets.Layout(flex="1 1 240px"))
-        above = widgets.Box([self.figure, side], layout=widgets.Layout(flex_flow="row wrap"))
-        self.box = widgets.VBox([above, self.chosen], layout=widgets.Layout(max_width="1100px"))
         self._preview()
         self._gather()
+
+    def _lay_out(self, controls: dict, below=()):
+        "The figure, controls by name and the preview beside it, and what stands below."
+        for name, control in {**controls, "figure": self.figure, "surroundings": self.surroundings}.items():
+            beside(control)
+            control.add_class(f"selfflow-control-{name}")
+        side = widgets.VBox([*controls.values(), self.message, self.preview, self.surroundings],
+                            layout=widgets.Layout(flex="1 1 300px", min_width="0"))
+        frame = widgets.VBox([self.figure], layout=widgets.Layout(flex="4 1 440px", min_width="0", max_width="720px"))
+        above = widgets.Box([frame, side], layout=widgets.Layout(flex_flow="row wrap"))
+        self.box = widgets.VBox([above, *below, self.chosen], layout=widgets.Layout(max_width="1280px"))
+        self.box.add_class("selfflow-explorer")
 
     def _repr_mimebundle_(self, **options):
         return {**self.box._repr_mimebundle_(**options), "text/plain": repr(self)}
 
     def __repr__(self) -> str:
-        return f"MapExplorer({len(self.previews)} points, coloured by {self._coloured}, {len(self.selected)} chosen)"
+        return f"{type(self).__name__}({len(self.previews)} points, coloured by {self._coloured}, {len(self.selected)} chosen)"
 
     def _captions(self) -> list[str]:
         return [f"{place}: {text}".rstrip(": ") for place, text in enumerate(self.captions or [""] * len(self.previews))]
+
+    @property
+    def theme(self) -> Theme:
+        "The theme of the page."
+        return DARK if self.surroundings.dark else LIGHT
 
     def words(self, place: int) -> str:
         "What is said of a sample: its index, caption and factors."
@@ -156,13 +183,17 @@ class MapExplorer:
         if points is not None and points.point_inds:
             self.sample.value = int(points.point_inds[0])
 
+    clicked = pointed
+
     def _preview(self, _=None) -> None:
-        self.preview.value = preview_html(self.previews[self.sample.value], self.words(self.sample.value))
+        with self._one:
+            self.preview.value = preview_html(self.previews[self.sample.value], self.words(self.sample.value))
 
     def choose(self, trace=None, points=None, state=None) -> None:
         "Take what lies in the lasso or box as `selected`, nothing where the selection was ended."
-        self.selected = np.unique(np.asarray(getattr(points, "point_inds", []) if state is not None else [], int))
-        self._gather()
+        with self._one:
+            self.selected = np.unique(np.asarray(getattr(points, "point_inds", []) if state is not None else [], int))
+            self._gather()
 
     def _gather(self) -> None:
         count, shown = len(self.selected), self.selected[:self.SHOWN]
@@ -171,20 +202,41 @@ class MapExplorer:
         cells = "".join(preview_html(self.previews[place], self._captions()[place], 72) for place in shown)
         self.chosen.value = f'<div role="status">{words}</div>{cells}'
 
+    def _tell(self, problem: str = "") -> None:
+        words = f'<div role="alert"><b>Cannot be shown:</b> {escape(problem)}</div>' if problem else ""
+        self.message.value = words
+
     def recolour(self, _=None) -> None:
-        "Colour by the factor of the control."
-        factor = self.colour.value
-        try:
-            marker, legend = marks_of(self.factors[factor], self.names.get(factor), factor)
-        except ValueError as error:
-            self.message.value = f'<div role="alert"><b>Cannot be shown:</b> {escape(factor)}: {escape(str(error))}</div>'
-            return
-        with self.figure.batch_update():
-            self.figure.data = self.figure.data[:1]
-            self.figure.data[0].marker = marker
-            self.figure.layout.legend.title.text = escape(factor)
-        self.figure.add_traces([_entry(*entry) for entry in legend])
-        self._coloured, self.message.value = factor, ""
+        "Colour by the factor of the control, in the colours of the page."
+        with self._one:
+            factor = self.colour.value
+            try:
+                marker, legend = marks_of(self.factors[factor], self.names.get(factor), factor, self.theme)
+            except ValueError as error:
+                self._tell(f"{factor}: {error}")
+                return
+            with self.figure.batch_update():
+                self.figure.data = [trace for trace in self.figure.data if trace.showlegend is False]  # entries go
+                self.figure.data[0].marker = marker
+                self.figure.update_layout(_dress(self.theme))
+                self.figure.layout.legend.title.text = escape(factor)
+            self.figure.add_traces([_entry(*entry) for entry in legend])
+            self._coloured = factor
+            self._tell()
+
+    def move(self, points, title: str = "") -> None:
+        """Other points for the same samples: (n, 2) or a `Projection`; title: above.
+
+        What was chosen stays chosen; what was drawn around it goes, as it would be drawn around others.
+        """
+        plane = plane_of(points, len(self.previews))
+        with self._one, self.figure.batch_update():
+            self.points, self.title = points, _titled(title, points)
+            trace = self.figure.data[0]
+            trace.x, trace.y = plane.T
+            trace.selectedpoints = self.selected if len(self.selected) else None
+            self.figure.layout.title.text = escape(self.title)
+            self.figure.layout.selections = ()
 
     def twin(self, size: float = 4.2) -> Page:
         "The same as a figure that lies still, with what was chosen ringed."
@@ -192,6 +244,10 @@ class MapExplorer:
         title = self.title.replace("; ", "\n")
         return draw_projection({title: self.points}, _array(self.factors[factor]), self.names.get(factor), factor,
                                self.selected, size)
+
+
+def _titled(title: str, points) -> str:
+    return "; ".join(filter(None, (title, _said(points))))
 
 
 def _said(points) -> str:
