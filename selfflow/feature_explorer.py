@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .controls import choice, slider
+from .controls import DARK, LIGHT, choice, slider
 from .feature_maps import Asked, Atlas, Opened, draw_maps
 from .features import FeatureStore, Items
 from .images import choose
@@ -95,17 +95,20 @@ class FeatureMap(MapExplorer):
                                    tooltip="As a click on its point")
         factors = {first: atlas.factors[first], **atlas.factors}
         super().__init__(atlas.planes[self.place], previews, factors, atlas.names, captions, self._where())
-        reach = 1.06 * max(np.abs(plane.points).max() for plane in atlas.planes.values())
-        for _ in range(2):
-            self.figure.add_scatter(x=[], y=[], mode="markers", hoverinfo="skip", showlegend=False)
-        self.figure.update_xaxes(range=[-reach, reach])
-        self.figure.update_yaxes(range=[-reach, reach])
         for control in (self.method, self.layer, self.level):
             control.observe(self._moved, "value")
         self.count.observe(self._seek_anew, "value")
         self.seek.on_click(lambda _: self.seek_near(self.sample.value))
-        self.recolour()
-        self._seek_anew()
+        for _ in range(2):  # rings around neighbours, and around the sample that they are of
+            self.figure.add_scatter(x=[], y=[], mode="markers", hoverinfo="skip", showlegend=False)
+        self.figure.data = (self.figure.data[0], *self.figure.data[-2:], *self.figure.data[1:-2])
+        self._moved()
+
+    def _range(self) -> list[float]:
+        "The same for all planes of a method, so that points move and not the frame."
+        planes = (plane.points for place, plane in self.atlas.planes.items() if place[0] == self.method.value)
+        reach = 1.06 * max(float(np.abs(points).max()) for points in planes)
+        return [-reach, reach]
 
     def _lay_out(self, controls: dict, below=()):
         own = {"method": self.method, "layer": self.layer, "level": self.level, "colour": controls["colour"],
@@ -121,10 +124,13 @@ class FeatureMap(MapExplorer):
         return f"{self.atlas.items.name}, layer {self.layer.value}, t = {self.level.value:g}"
 
     def _moved(self, _=None) -> None:
-        with self._one, self.figure.batch_update():
-            self.move(self.atlas.planes[self.place], self._where())
-            self._ring()
-        self._seek_anew()
+        with self._one:
+            with self.figure.batch_update():
+                self.move(self.atlas.planes[self.place], self._where())
+                self._ring()
+                self.figure.update_xaxes(range=self._range()).update_yaxes(range=self._range())
+            self._publish()
+            self._seek_anew()
 
     def clicked(self, trace=None, points=None, state=None) -> None:
         "Show the nearest neighbours of the point that was clicked."
@@ -136,9 +142,7 @@ class FeatureMap(MapExplorer):
         "Show and ring the nearest neighbours of a sample in feature space, or of none."
         with self._one:
             self.anchor = sample
-            self._seek_anew()
-            with self.figure.batch_update():
-                self._ring()
+            self._seek_anew(change=True)
 
     def nearest(self) -> np.ndarray:
         "The indices of the neighbours that are shown, nearest first."
@@ -147,9 +151,9 @@ class FeatureMap(MapExplorer):
         return none if self.anchor is None else self.atlas.near(layer, level)[0][self.anchor, :self.count.value]
 
     def _ring(self) -> None:
-        plane, theme = self.points.points, self.theme
+        plane, theme = self.points.points, DARK if self.surroundings.dark else LIGHT
         rings = ((self.nearest(), 13, theme.ink), ([] if self.anchor is None else [self.anchor], 19, theme.accent))
-        for trace, (places, size, colour) in zip(self.figure.data[1:3], rings, strict=True):
+        for trace, (places, size, colour) in zip(self._own[1:], rings, strict=True):
             trace.x, trace.y = plane[np.asarray(places, int)].T
             trace.marker = {"symbol": "circle-open", "size": size, "color": colour, "line": {"width": 2.5}}
             trace.selected, trace.unselected = ({"marker": {"opacity": 1}},) * 2
@@ -159,6 +163,7 @@ class FeatureMap(MapExplorer):
             if change is not None:
                 with self.figure.batch_update():
                     self._ring()
+                self._publish()
             if self.anchor is None:
                 self.near.value = '<div role="status">Click on a point to see its nearest neighbours in feature space.</div>'
                 return

@@ -60,7 +60,7 @@ class Seen:
             self.page.wait_for_timeout(100)
         else:
             raise AssertionError(f"the points are not those of {self.method}, layer {self.layer}, t = {self.level}")
-        title = self.page.locator(".gtitle").first.inner_text()
+        title = self.page.locator(".gtitle").first.text_content()
         assert f"layer {self.layer}, t = {self.level:g}; {self.method}, trustworthiness {plane.trustworthiness:.3f}" in title
 
     def alone(self, distance=16):
@@ -112,6 +112,7 @@ def hover_and_click(seen):
         page.locator(".widget-html", has_text=f"{place}: ").first.wait_for()
     sample = alone[3]
     page.mouse.move(*screen[sample], steps=3)
+    page.locator(".widget-html", has_text=f"{sample}: ").first.wait_for()  # plotly clicks what it hovers over
     page.mouse.click(*screen[sample])
     neighbours(seen, sample, 8)
     shoot(page, "features-neighbours")
@@ -143,7 +144,8 @@ def neighbours(seen, sample, count):
     points = seen.atlas.planes[seen.method, seen.layer, seen.level].points
     for _ in range(100):
         ringed, clicked = seen.drawn(1)[1], seen.drawn(2)[1]
-        if ringed.shape == (count, 2) and np.allclose(ringed, points[order], atol=1e-5) and np.allclose(clicked, points[[sample]]):
+        if ringed.shape == (count, 2) and np.allclose(ringed, points[order], atol=1e-5):
+            assert np.allclose(clicked, points[[sample]], atol=1e-5)
             return
         seen.page.wait_for_timeout(100)
     raise AssertionError("other points are ringed")
@@ -239,8 +241,7 @@ def measure(seen):
             await pause(100);
         }
         return times }""")
-    median = record_latency("features", times, model="360 samples of digits, as points", what="a step of the layer's slider until "
-                            "points have moved")
+    median = record_latency("features", times, model="360 samples of digits", what="a step of the slider until points have moved")
     assert median < 1500  # on a machine that does other things too; see data/results/latency.json
     seen.shows(layer=1)
 
