@@ -101,6 +101,7 @@ class FeatureMap(MapExplorer):
         self.seek.on_click(lambda _: self.seek_near(self.sample.value))
         for _ in range(2):  # rings around neighbours, and around the sample that they are of
             self.figure.add_scatter(x=[], y=[], mode="markers", hoverinfo="skip", showlegend=False)
+        self.figure.layout.margin.t = 66
         self.figure.data = (self.figure.data[0], *self.figure.data[-2:], *self.figure.data[1:-2])
         self._moved()
 
@@ -128,6 +129,7 @@ class FeatureMap(MapExplorer):
             with self.figure.batch_update():
                 self.move(self.atlas.planes[self.place], self._where())
                 self._ring()
+                self.figure.layout.title.text = escape(self.title).replace("; ", "<br>", 1)  # it fits a half page
                 self.figure.update_xaxes(range=self._range()).update_yaxes(range=self._range())
             self._publish()
             self._seek_anew()

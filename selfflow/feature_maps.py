@@ -263,7 +263,7 @@ def draw_maps(atlas: Atlas, method: str = "", factor: str = "", layers=None, lev
     layers, levels = layers or _spread(atlas.layers, 4), _spread(atlas.levels, 3) if levels is None else levels
     places = [(layer, level) for level in levels for layer in layers]
     if bad := [place for place in places if (method, *place) not in atlas.planes]:
-        raise ValueError(f"layer {bad[0][0]} at t = {bad[0][1]} is not laid out; there is an {atlas!r}")
+        raise ValueError(f"layer {bad[0][0]} at t = {bad[0][1]:g} is not laid out; there is an {atlas!r}")
     planes = {place: atlas.planes[method, *place] for place in places}
     titles = {f"layer {layer}, t = {level:g}: {plane.trustworthiness:.2f}": plane for (layer, level), plane in planes.items()}
     return draw_projection(titles, atlas.factors[factor], atlas.names.get(factor), factor, chosen, size, columns=len(layers))

@@ -61,7 +61,7 @@ class Seen:
         else:
             raise AssertionError(f"the points are not those of {self.method}, layer {self.layer}, t = {self.level}")
         title = self.page.locator(".gtitle").first.text_content()
-        assert f"layer {self.layer}, t = {self.level:g}; {self.method}, trustworthiness {plane.trustworthiness:.3f}" in title
+        assert f"layer {self.layer}, t = {self.level:g}{self.method}, trustworthiness {plane.trustworthiness:.3f}" in title
 
     def alone(self, distance=16):
         "Points that have no other near them on the screen."
@@ -82,6 +82,7 @@ def seen(lab, page):
 def test_points_follow_the_controls_and_neighbours_are_those_of_the_features(seen):
     page = seen.page
     seen.shows()
+    assert page.locator(".legend .traces").count() == 10, "one entry for each digit"
     shoot(page, "features")
     for name, key, value in (("layer", "ArrowRight", 3), ("level", "ArrowRight", 0.25), ("layer", "ArrowRight", 6),
                              ("level", "ArrowRight", 0.5), ("layer", "ArrowLeft", 3)):
