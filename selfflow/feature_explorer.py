@@ -276,8 +276,8 @@ def explore_features(run: Run | Path | str, store: FeatureStore | Path | str | N
     """The explorer of a run's features, which opens at once and computes what is missing beside the page.
 
     store: where features and planes are kept, None = the run's folder; asked: of `feature_maps.Asked`: layers, levels, count,
-    split, data, part, seed, methods, neighbours, weights. Raises ValueError for what is not among these or out of range; what is
-    wrong with the run is said in the panel.
+    split, data, part, seed, methods, neighbours, min_dist, weights. Raises ValueError for what is not among these or out of
+    range; what is wrong with the run is said in the panel.
     """
     for name in asked:
         choose(name, Asked.__dataclass_fields__, "option")

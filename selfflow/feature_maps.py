@@ -44,7 +44,8 @@ class Asked:
 
     layers: 1-based, None = all; levels: in [0, 1]; count: of the first samples of a split, all where there are fewer; data: which
     data set, where there are several; part: of joint sequences, "" = all tokens; seed: of the noise and of UMAP; methods: in
-    `METHODS`; neighbours: of UMAP and of trustworthiness, fewer where samples are few; weights: teacher, or model (the student).
+    `METHODS`; neighbours: of UMAP and of trustworthiness, fewer where samples are few; min_dist: of UMAP, in [0, 1], wide to
+    tell points apart; weights: teacher, or model (the student).
     Raises ValueError for values out of range.
     """
     layers: tuple[int, ...] | None = None
@@ -56,6 +57,7 @@ class Asked:
     seed: int = 0
     methods: tuple[str, ...] = METHODS
     neighbours: int = 15
+    min_dist: float = 0.5
     weights: str = "teacher"
 
     def __post_init__(self):
@@ -69,7 +71,7 @@ class Asked:
             choose(method, METHODS, "method")
         if bad := [level for level in self.levels if not 0 <= level <= 1]:
             raise ValueError(f"level {bad[0]} is outside [0, 1]: 1 is noise, 0 is data")
-        for name, low, high in (("count", 6, MOST), ("neighbours", 2, 500), ("seed", 0, 2**31)):
+        for name, low, high in (("count", 6, MOST), ("neighbours", 2, 500), ("min_dist", 0, 1), ("seed", 0, 2**31)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be from {low:,} to {high:,}")
         choose(self.split, SPLITS, "split")
@@ -83,6 +85,7 @@ class PlaneKey:
     part: str
     method: str
     neighbours: int
+    min_dist: float
     seed: int
 
     @property
@@ -152,7 +155,7 @@ class Opened:
         self.neighbours = min(asked.neighbours, (count - 1) // 2)
         self.weights, data = weights_fingerprint(self.model), self.items.fingerprint
         self.keys = {(method, layer, level): PlaneKey(FeatureKey(self.weights, data, layer, float(level)), asked.part, method,
-                                                      self.neighbours, asked.seed)
+                                                      self.neighbours, asked.min_dist, asked.seed)
                      for method in asked.methods for layer in self.layers for level in asked.levels}
 
     @cached_property
@@ -169,7 +172,7 @@ class Opened:
         if (plane := read_plane(self.store, key, len(features))) is None:
             with _LAYING, warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Graph is not fully connected")
-                plane = project(features, key.method, self.neighbours, seed=key.seed)
+                plane = project(features, key.method, self.neighbours, key.min_dist, seed=key.seed)
             write_plane(self.store, key, plane)
         return plane
 
