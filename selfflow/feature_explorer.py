@@ -60,8 +60,9 @@ def say_near(atlas: Atlas, factor: str, layer: int, level: float, sample: int, c
 def show_near(atlas: Atlas, previews: list, layer: int, level: float, sample: int, count: int) -> str:
     "A sample and its nearest neighbours as HTML: what is shown of each, its distance, and all its factors."
     order, away = (found[sample, :count] for found in atlas.near(layer, level))
-    cells = [preview_html(previews[sample], f"{sample}, clicked\n{_known(atlas, sample)}", 84)]
-    cells += [preview_html(previews[place], f"{place}, distance {far:.3f}\n{_known(atlas, place)}", 84)
+    width = 160 if any(kind.startswith("audio/") for kind, _ in previews[sample]) else 84  # a player needs more
+    cells = [preview_html(previews[sample], f"{sample}, clicked\n{_known(atlas, sample)}", width)]
+    cells += [preview_html(previews[place], f"{place}, distance {far:.3f}\n{_known(atlas, place)}", width)
               for place, far in zip(order.tolist(), away.tolist(), strict=True)]
     return f'<div style="white-space: pre-line">{"".join(cells)}</div>'
 
@@ -232,7 +233,7 @@ class FeatureExplorer:
 
     def _tell(self, done: int, of: int, words: str) -> None:
         self.bar.max, self.bar.value = of, done
-        self.said.value = f'<div role="status">step {done + 1} of {of}: {escape(words)}</div>' if words else ""
+        self.said.value = f'<div role="status">{f"step {done + 1} of {of}: " * (of > 1)}{escape(words)}</div>' if words else ""
 
     def _make(self) -> None:
         try:
