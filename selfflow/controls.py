@@ -253,6 +253,13 @@ function render({ model, el }) {
     name();
     watchers.push(new MutationObserver(name));
     watchers[1].observe(box, { childList: true, subtree: true });
+    let wide = 0;
+    watchers.push(new ResizeObserver(() => {                // plotly follows the window alone, not a pane of it
+      if (box.clientWidth === wide) return;
+      wide = box.clientWidth;
+      requestAnimationFrame(() => window.dispatchEvent(new Event("resize")));
+    }));
+    watchers[2].observe(box);
   }, 50);
   theme();
   return () => { clearInterval(timer); watchers.forEach(watcher => watcher.disconnect()); };

@@ -196,19 +196,22 @@ class FeatureStore:
 # %% ../nbs/300_features.ipynb #bd378136
 @torch.no_grad()
 def stream_features(model: Transformer, items: Items, level: float, layers, store: FeatureStore, pooled: bool = True,
-                    batch: int = 256, weights: str | None = None, desc: str = "features") -> dict[int, np.ndarray]:
+                    batch: int = 256, weights: str | None = None, desc: str = "features",
+                    bar: bool = True) -> dict[int, np.ndarray]:
     """Hidden states of all items at one level under the null label: {layer: (samples, parts or tokens, d)}, memory-mapped.
 
     What the store lacks is computed in one pass and added. layers: 1-based; pooled: means over the tokens of each part, else
-    every token; weights: the model's fingerprint where it is known. Raises ValueError for layers that there are not.
+    every token; weights: the model's fingerprint where it is known; bar: of progress.
+    Raises ValueError for layers that there are not.
     """
     keys = _keys(model, items, level, layers, pooled, weights)
     missing = {layer: key for layer, key in keys.items() if store.read(key) is None}
     if missing:
         shape = (len(items), len(items.parts) if pooled else items.layout.tokens, model.config.width)
-        bar = tqdm(items.batches(batch), f"{desc}, t = {level:g}", math.ceil(len(items) / batch), unit="batch", leave=False)
+        batches = tqdm(items.batches(batch), f"{desc}, t = {level:g}", math.ceil(len(items) / batch), unit="batch", leave=False,
+                       disable=not bar)
         with store.writing(missing, shape) as write:
-            for x0, x1 in bar:
+            for x0, x1 in batches:
                 for layer, hidden in _hidden(model, x0, x1, level, missing, items.present).items():
                     write(layer, (_means(hidden, items.parts) if pooled else hidden).float().cpu())
     return {layer: store.read(key) for layer, key in keys.items()}

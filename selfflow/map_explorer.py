@@ -7,6 +7,8 @@ __all__ = ['LEAST', 'previews_of', 'preview_html', 'marks_of', 'figure_of', 'Map
 
 # %% ../nbs/447_map_explorer.ipynb #fcb68e6d
 import base64
+import threading
+import time
 from html import escape
 
 import ipywidgets as widgets
@@ -16,7 +18,7 @@ from PIL import Image
 from plotly.colors import get_colorscale
 from torch import Tensor
 
-from .controls import choice, number, png_of
+from .controls import DARK, LIGHT, Surroundings, Theme, choice, number, png_of
 from .notes import to_wav
 from .pages import Page, _pixels
 from .panel import beside
@@ -64,17 +66,19 @@ def preview_html(files: list[tuple[str, bytes]], words: str, width: int = 160) -
 _SYMBOLS = dict(zip(SHAPES, ("circle", "square", "triangle-up", "diamond"), strict=True))
 
 
-def marks_of(values, names=None, factor: str = "") -> tuple[dict, list[tuple[str, str, str]]]:
+def marks_of(values, names=None, factor: str = "", theme: Theme = LIGHT) -> tuple[dict, list[tuple[str, str, str]]]:
     """The look of points, as plotly's marker, and the legend [(name, colour, symbol), ...], empty for numbers.
 
-    values, names: as in `projection_plots.kinds_of`, which says what raises ValueError; factor: what the values are.
+    values, names: as in `projection_plots.kinds_of`, which says what raises ValueError; factor: what the values are;
+    theme: of the page.
     """
     kinds = kinds_of(values, names)
     if kinds is None:
         bar = {"title": {"text": escape(factor)}, "thickness": 12}
         return {"color": _array(values).tolist(), "colorscale": get_colorscale("Viridis"), "showscale": True, "colorbar": bar,
                 "symbol": "circle", "size": 7}, []
-    looks = [(HUES[kind % len(HUES)], _SYMBOLS[SHAPES[kind % len(SHAPES)]]) for kind in range(len(kinds[1]))]
+    hues = [theme.ink if hue == "#000000" and theme is DARK else hue for hue in HUES]  # black on black is not seen
+    looks = [(hues[kind % len(HUES)], _SYMBOLS[SHAPES[kind % len(SHAPES)]]) for kind in range(len(kinds[1]))]
     marker = {"color": [looks[kind][0] for kind in kinds[0]], "symbol": [looks[kind][1] for kind in kinds[0]], "showscale": False,
               "size": 7}
     return marker, [(escape(name), *look) for name, look in zip(kinds[1], looks, strict=True)]
@@ -96,7 +100,8 @@ def figure_of(points, values, names=None, factor: str = "", words=None, title: s
     figure.add_traces([_entry(*entry) for entry in legend])
     axis = {"showticklabels": False, "showgrid": False, "zeroline": False, "title": None}
     figure.update_layout(template="plotly_white", width=620, height=470, dragmode="lasso", xaxis=axis, yaxis=axis,
-                         margin={"l": 8, "r": 8, "t": 46, "b": 8}, title={"text": escape(title), "font": {"size": 12}},
+                         margin={"l": 8, "r": 8, "t": 56, "b": 8},
+                         title={"text": escape(title), "font": {"size": 12}, "y": 0.91, "yanchor": "middle"},  # below the buttons
                          legend={"title": {"text": escape(factor)}, "itemclick": False, "itemdoubleclick": False})
     return figure
 
@@ -110,38 +115,62 @@ class MapExplorer:
     """A projection to look into; shown by being the last value of a cell.
 
     selected: indices (m,) that were chosen, sorted; figure: plotly's widget; colour, sample: the controls; preview, chosen,
-    message: HTML; box: all of it. `pointed`, `choose` and `recolour` are what the pointer does.
+    message: HTML; box: all of it. `pointed`, `clicked`, `choose`, `recolour` and `move` are what the pointer and controls do.
     """
     SHOWN = 24  # samples of a selection that are shown
 
     def __init__(self, points, previews, factors: dict, names: dict | None = None, captions=None, title: str = ""):
         self.points, self.previews, self.factors, self.names, self.captions = points, previews, factors, names or {}, captions
-        self.selected, self.title = np.zeros(0, int), "; ".join(filter(None, (title, _said(points))))
+        self.selected, self.title = np.zeros(0, int), _titled(title, points)
+        self._around, self._forgets = False, 0.0  # whether a lasso is drawn, until when one that ends was not ended by the user
+        self._one = threading.RLock()  # for what is shown: controls may be heard on several threads
         first, *_ = factors
         look = figure_of(points, factors[first], self.names.get(first), first, self._captions(), self.title)
+        look.update_layout(width=None, autosize=True)
         self.figure, self._coloured = go.FigureWidget(look), first
+        self.figure._config = {**self.figure._config, "responsive": True}  # as wide as the page lets it
         self.colour, self.sample = choice("colour by", list(factors)), number("sample", 0, 0, len(previews) - 1)
-        self.preview, self.chosen, self.message = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        for control in (self.colour, self.sample):
-            beside(control)
+        self.preview, self.chosen, self.message, self.surroundings = *(widgets.HTML() for _ in range(3)), Surroundings()
+        self._lay_out({"colour": self.colour, "sample": self.sample})
         self.colour.observe(self.recolour, "value")
+        self.surroundings.observe(self.recolour, "dark")
         self.sample.observe(self._preview, "value")
         trace = self.figure.data[0]
         trace.on_hover(self.pointed)
-        trace.on_click(self.pointed)
+        trace.on_click(self.clicked)
         trace.on_selection(self.choose)
         trace.on_deselect(self.choose)
-        side = widgets.VBox([self.colour, self.sample, self.preview, self.message], layout=widgets.Layout(flex="1 1 240px"))
-        above = widgets.Box([self.figure, side], layout=widgets.Layout(flex_flow="row wrap"))
-        self.box = widgets.VBox([above, self.chosen], layout=widgets.Layout(max_width="1100px"))
         self._preview()
         self._gather()
+
+    @property
+    def _own(self) -> list:
+        "The traces that are not entries of the legend; the points come first."
+        return [trace for trace in self.figure.data if trace.showlegend is False]
+
+    def _publish(self) -> None:
+        "Keep what is shown where a page finds it that opens later or still loads plotly: messages reach loaded figures alone."
+        if not self.figure._in_batch_mode:
+            self.figure._widget_data = _plain(self.figure._data)
+            self.figure._widget_layout = _plain(self.figure._layout_obj._props)
+
+    def _lay_out(self, controls: dict, below=()):
+        "The figure, controls by name and the preview beside it, and what stands below."
+        for name, control in {**controls, "figure": self.figure, "surroundings": self.surroundings}.items():
+            beside(control)
+            control.add_class(f"selfflow-control-{name}")
+        side = widgets.VBox([*controls.values(), self.message, self.preview, self.surroundings], layout={
+            "flex": "1 1 300px", "min_width": "0"})
+        frame = widgets.VBox([self.figure], layout={"flex": "4 1 440px", "min_width": "0", "max_width": "720px"})
+        above = widgets.Box([frame, side], layout={"flex_flow": "row wrap"})
+        self.box = widgets.VBox([above, *below, self.chosen], layout=widgets.Layout(max_width="1280px"))
+        self.box.add_class("selfflow-explorer")
 
     def _repr_mimebundle_(self, **options):
         return {**self.box._repr_mimebundle_(**options), "text/plain": repr(self)}
 
     def __repr__(self) -> str:
-        return f"MapExplorer({len(self.previews)} points, coloured by {self._coloured}, {len(self.selected)} chosen)"
+        return f"{type(self).__name__}({len(self.previews)} points, coloured by {self._coloured}, {len(self.selected)} chosen)"
 
     def _captions(self) -> list[str]:
         return [f"{place}: {text}".rstrip(": ") for place, text in enumerate(self.captions or [""] * len(self.previews))]
@@ -156,48 +185,90 @@ class MapExplorer:
         if points is not None and points.point_inds:
             self.sample.value = int(points.point_inds[0])
 
+    clicked = pointed
+
     def _preview(self, _=None) -> None:
-        self.preview.value = preview_html(self.previews[self.sample.value], self.words(self.sample.value))
+        with self._one:
+            self.preview.value = preview_html(self.previews[self.sample.value], self.words(self.sample.value))
 
     def choose(self, trace=None, points=None, state=None) -> None:
         "Take what lies in the lasso or box as `selected`, nothing where the selection was ended."
-        self.selected = np.unique(np.asarray(getattr(points, "point_inds", []) if state is not None else [], int))
-        self._gather()
+        with self._one:
+            if state is None and time.monotonic() < self._forgets:  # the page says so of what it was asked to forget
+                self._forgets = 0.0
+                self._fade()
+                return
+            self.selected = np.unique(np.asarray(getattr(points, "point_inds", []) if state is not None else [], int))
+            self._around = len(self.selected) > 0
+            self._gather()
+
+    def _fade(self) -> None:
+        self.figure._send_restyle_msg({"selectedpoints": [self.selected.tolist()]}, [0])
 
     def _gather(self) -> None:
         count, shown = len(self.selected), self.selected[:self.SHOWN]
-        words = f"{count} chosen" + f", the first {len(shown)} shown" * (count > len(shown))
-        words = words if count else "Draw around points to choose them; their indices are in .selected"
+        words = (f"{count} chosen" + f", the first {len(shown)} shown" * (count > len(shown)) if count else
+                 "Draw around points to choose them; their indices are in .selected")
         cells = "".join(preview_html(self.previews[place], self._captions()[place], 72) for place in shown)
         self.chosen.value = f'<div role="status">{words}</div>{cells}'
 
+    def _tell(self, problem: str = "") -> None:
+        self.message.value = f'<div role="alert"><b>Cannot be shown:</b> {escape(problem)}</div>' if problem else ""
+
     def recolour(self, _=None) -> None:
-        "Colour by the factor of the control."
-        factor = self.colour.value
-        try:
-            marker, legend = marks_of(self.factors[factor], self.names.get(factor), factor)
-        except ValueError as error:
-            self.message.value = f'<div role="alert"><b>Cannot be shown:</b> {escape(factor)}: {escape(str(error))}</div>'
-            return
-        with self.figure.batch_update():
-            self.figure.data = self.figure.data[:1]
-            self.figure.data[0].marker = marker
-            self.figure.layout.legend.title.text = escape(factor)
-        self.figure.add_traces([_entry(*entry) for entry in legend])
-        self._coloured, self.message.value = factor, ""
+        "Colour by the factor of the control, in the colours of the page."
+        with self._one:
+            factor, theme = self.colour.value, DARK if self.surroundings.dark else LIGHT
+            self.figure.update_layout(paper_bgcolor=theme.paper, plot_bgcolor=theme.paper, font={"color": theme.ink}, modebar={
+                "bgcolor": theme.paper, "color": theme.quiet, "activecolor": theme.accent})
+            try:
+                marker, legend = marks_of(self.factors[factor], self.names.get(factor), factor, theme)
+            except ValueError as error:
+                self._tell(f"{factor}: {error}")
+                return
+            with self.figure.batch_update():
+                self.figure.data = self._own  # entries of the legend go
+                self.figure.data[0].marker = marker
+                self.figure.layout.legend.title.text = escape(factor)
+            self.figure.add_traces([_entry(*entry) for entry in legend])
+            self._publish()
+            self._coloured = factor
+            self._tell()
+
+    def move(self, points, title: str = "") -> None:
+        "Other points for the same samples; what was chosen stays chosen, what was drawn around it goes. title: above."
+        plane = plane_of(points, len(self.previews))
+        with self._one:
+            with self.figure.batch_update():
+                self.points, self.title = points, _titled(title, points)
+                trace = self.figure.data[0]
+                trace.x, trace.y = plane.T
+                trace.selectedpoints = self.selected if len(self.selected) else None
+                self.figure.layout.title.text = escape(self.title)
+            if self._around:  # plotly does not tell what was drawn, and forgets what was chosen with it
+                self._around, self._forgets = False, time.monotonic() + 10
+                self.figure._send_relayout_msg({"selections": []})
+                self._fade()
+            self._publish()
 
     def twin(self, size: float = 4.2) -> Page:
         "The same as a figure that lies still, with what was chosen ringed."
-        factor = self._coloured
-        title = self.title.replace("; ", "\n")
-        return draw_projection({title: self.points}, _array(self.factors[factor]), self.names.get(factor), factor,
-                               self.selected, size)
+        factor, points = self._coloured, {self.title.replace("; ", "\n"): self.points}
+        return draw_projection(points, _array(self.factors[factor]), self.names.get(factor), factor, self.selected, size)
 
 
-def _said(points) -> str:
-    "How points were come by, of a `Projection`; trustworthiness is never left out."
+def _titled(title: str, points) -> str:
+    "A title with how points were come by, of a `Projection`; trustworthiness is never left out."
     recipe = getattr(points, "recipe", None)
-    return f"{recipe['method']}, trustworthiness {points.trustworthiness:.3f}; distances mean nothing" if recipe else ""
+    said = f"{recipe['method']}, trustworthiness {points.trustworthiness:.3f}; distances mean nothing" if recipe else ""
+    return "; ".join(filter(None, (title, said)))
+
+
+def _plain(value):
+    "A copy of what plotly keeps, but for the places that a page has unset, which are marked by bare objects."
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items() if type(part) is not object}
+    return [_plain(part) for part in value if type(part) is not object] if isinstance(value, list | tuple) else value
 
 
 def _value(value, names) -> str:

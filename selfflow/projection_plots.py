@@ -43,19 +43,25 @@ def kinds_of(values, names=None) -> tuple[np.ndarray, list[str]] | None:
     return places, [str(kind) if names is None else str(names[int(kind)]) for kind in kinds]
 
 # %% ../nbs/406_projection_plots.ipynb #feb2a59e
-def draw_projection(points: dict, values, names=None, factor: str = "", chosen=(), size: float = 3.2) -> Page:
+def draw_projection(points: dict, values, names=None, factor: str = "", chosen=(), size: float = 3.2,
+                    columns: int | None = None) -> Page:
     """Points in the plane, a panel for each projection of the same samples, coloured by one factor.
 
     points: {title: (n, 2)} or {title: `projection.Projection`}; values, names: as in `kinds_of`; factor: what the values are;
-    chosen: indices of points to be ringed; size: of a panel in inches. Raises ValueError as `kinds_of`, and for other shapes.
+    chosen: indices of points to be ringed; size: of a panel in inches; columns: in a row, None = all.
+    Raises ValueError as `kinds_of`, and for other shapes.
     """
     planes = {title: plane_of(plane, len(values)) for title, plane in points.items()}
     if not planes:
         raise ValueError("there is no projection to draw; give {title: points}")
     kinds = kinds_of(values, names)
-    figure = Page(figsize=(size * len(planes) + 1.3, size + 0.3), layout="constrained")
-    axes = figure.subplots(1, len(planes), squeeze=False)[0]
-    for axis, (title, plane) in zip(axes, planes.items(), strict=True):
+    columns = min(columns or len(planes), len(planes))
+    rows = -(-len(planes) // columns)
+    figure = Page(figsize=(size * columns + 1.3, (size + 0.3) * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[len(planes):]:
+        axis.set_visible(False)
+    for axis, (title, plane) in zip(axes, planes.items(), strict=False):
         _scatter(axis, plane, values, kinds)
         axis.scatter(*plane[np.asarray(chosen, int)].T, s=60, facecolors="none", edgecolors="black", linewidths=1.1)
         axis.set(xticks=[], yticks=[])
