@@ -65,12 +65,12 @@ PAGE = 640  # width of the pictures, on the page
 def laid_over(board: Board, tokens: torch.Tensor, times, theme: Theme = LIGHT) -> np.ndarray:
     "Attention (n,) over a picture of tokens (n, c), from 0 to the largest: (h, w, 3) bytes; NaN leaves the picture in grey."
     values, most = board.spread(times), _most(times)
-    share = np.nan_to_num(0.35 + 0.5 * (values / most).clip(0, 1))[..., None]
+    share = np.nan_to_num(0.5 + 0.35 * (values / most).clip(0, 1))[..., None]
     return tinted(board.pixels(tokens), coloured(values, 0, most, "viridis", theme.paper), share)
 
 
 def _most(times) -> float:
-    return max(float(np.nan_to_num(times).max()), 1e-6)
+    return max(float(np.nan_to_num(np.asarray(times)).max()), 1e-6)
 
 
 def framed(pixels: np.ndarray, owner: np.ndarray, token: int | None, width: int) -> np.ndarray:
@@ -99,7 +99,7 @@ def draw_shown(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     window, forward, n, times = _window(scene), scene.forward, scene.watched.subject.tokens, scene.relative[0]
     width = (PAGE - 30) // 4
     tau = coloured(window.spread(forward.levels.per_token()[0]), colours="cividis", paper=theme.paper)
-    scale = ("0", f"{_most(times[:n]):.1f} x counting", "viridis")
+    scale = ("0", f"{_most(times[:n]):.2g} x counting", "viridis")
     film = f", frame {scene.values['frame']}" if "video" in scene.watched.slices else ""
     row = [("data" + film, window.pixels(forward.x0)), ("the network sees", window.pixels(forward.xt)),
            ("level of each token", tau, ("0 data", "noise 1", "cividis")),
@@ -117,7 +117,7 @@ def draw_heads(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     columns = next(c for c in (4, 6, 8, 12) if c >= len(heads) or len(heads) <= 2 * c or c == 12)
     width = (PAGE - 10 * (columns - 1)) // columns
     found = [_panel(scene, f"head {number}" + (", chosen" if number == scene.values["head"] else ""),
-                    laid_over(window, scene.forward.x0, times[:n], theme), width, ("0", f"{_most(times[:n]):.1f} x", "viridis"))
+                    laid_over(window, scene.forward.x0, times[:n], theme), width, ("0", f"{_most(times[:n]):.2g} x", "viridis"))
              for number, times in enumerate(heads, 1)]
     return panels([found[i:i + columns] for i in range(0, len(found), columns)], theme, width)
 
@@ -158,7 +158,7 @@ def draw_caption(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     times = scene.relative[0, n:].nan_to_num().numpy()
     pieces = pieces_of(scene.forward, scene.watched.config.caption_stride, len(times))
     verb = "from" if scene.values["way"] == WAYS[1] else "on"
-    plot = Plot(f"attention {verb} the caption, {_most(times):.1f} x counting at most; the line is 1 x", "tokens of the caption",
+    plot = Plot(f"attention {verb} the caption, {_most(times):.2g} x counting at most; the line is 1 x", "tokens of the caption",
                 (-0.5, len(times) - 0.5), (0, max(_most(times), 1.0)), theme, (PAGE, 150),
                 tuple((place, piece) for place, piece in enumerate(pieces)))
     for place, value in enumerate(times):
@@ -176,7 +176,7 @@ def draw(scene: Scene, theme: Theme = LIGHT) -> dict[str, bytes]:
     if not 1 <= frame <= frames_in(subject.layout):
         raise ValueError(f"frame is {frame}, but frames are counted 1 to {frames_in(subject.layout)}")
     times = scene.relative[0, :subject.tokens]
-    whole = framed(laid_over(subject.board, scene.forward.x0, times, theme), subject.board.owner, None, GRID * SHARP)
+    whole = framed(laid_over(subject.board, scene.forward.x0, times, theme), subject.board.owner, scene.token, GRID * SHARP)
     found = {"tokens": Image.fromarray(whole), "layers": draw_layers(scene, theme), "shown": draw_shown(scene, theme),
              "heads": draw_heads(scene, theme)}
     if len(scene.even) > subject.tokens:
@@ -216,7 +216,7 @@ def _controls(watched: Watched) -> dict[str, widgets.Widget]:
     objective, frames = subject.run.config.objective, frames_in(subject.layout)
     form = {"layout": widgets.Layout(width="98%", max_width="420px", min_width="0"), "style": {"description_width": "104px"}}
     grid = TokenGrid(places=subject.board.places, names=subject.board.names, words=["the token", "not chosen"], many=False,
-                     value=[subject.tokens // 2], description="click the token whose attention is to be seen",
+                     marked=False, value=[subject.tokens // 2], description="click the token whose attention is to be seen",
                      layout=widgets.Layout(width=f"{GRID}px", max_width="100%"))
     controls = {"way": choice("show", WAYS), "layer": slider("layer", (config.depth + 1) // 2, 1, config.depth, 1),
                 "head": widgets.SelectionSlider(options=["mean", *range(1, config.heads + 1)], description="head", **form)}

@@ -204,7 +204,7 @@ def _shares(scene: Scene, masses: Tensor, row: Tensor) -> list[str]:
     said = dict(zip(RELATIONS, zip((masses / whole).tolist(), (counted / counted.sum()).tolist(), strict=True), strict=True))
     parts = ["no token is cleaner than it" if scene.token is not None else "no token is cleaner than another"]
     if said["cleaner"][1] > 0:
-        parts = [f"{said['cleaner'][0]:.0%} {verb} cleaner tokens, where counting gives {said['cleaner'][1]:.0%}"]
+        parts = [f"{said['cleaner'][0]:.0%} of the attention {verb} cleaner tokens, by counting {said['cleaner'][1]:.0%}"]
     if said["condition"][1] > 0:
         parts.append(f"{said['condition'][0]:.0%} {verb} the caption ({said['condition'][1]:.0%})")
     for name, place in scene.watched.slices.items() if len(scene.watched.slices) > 1 else ():
@@ -219,10 +219,10 @@ def say(scene: Scene) -> str:
     row, masses = (scene.of_head(part)[values["layer"] - 1] for part in (scene.rows, scene.masses))
     times = scene.relative[0].nan_to_num()
     most = f"{at[times.argmax()]}, {times.max():.1f} times as much as by counting"
-    who = "all tokens, on average" if scene.token is None else at[scene.token]
+    who = "all tokens, on average," if scene.token is None else at[scene.token]
     verb = {WAYS[0]: "looks most at", WAYS[1]: "is looked at most by", WAYS[2]: "look most at"}[values["way"]]
     head = "mean of heads" if values["head"] == "mean" else f"head {values['head']}"
-    parts = [f"{values['network']}, layer {values['layer']}, {head}: {who}, {verb} {most}", *_shares(scene, masses, row)]
+    parts = [f"{values['network']}, layer {values['layer']}, {head}: {who} {verb} {most}", *_shares(scene, masses, row)]
     if values["way"] == WAYS[1]:
         parts.append(f"in sum it receives {row.sum():.2f} where the average token receives 1")
     if (told := values.get("told", "").strip()) and scene.forward.text is not None:
