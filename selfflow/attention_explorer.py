@@ -20,11 +20,12 @@ from .attention_scene import NETWORKS, WAYS, Scene, Watched, compute, pieces_of,
 from .boards import SHARP, Board, Panel, Plot, _frames_of, _owner_of, _stretch, coloured, panels, tinted
 from .controls import LIGHT, Theme, TokenGrid, choice, font, number, png_of, slider, switch
 from .explorer import Explorer, Strip
+from .flow import Uniform
 from .images import choose
 from .modality import Layout, VideoPatches
 from .playground import player
 from .run import Run
-from .subject import Subject
+from .subject import Subject, levels_of, schedule_of
 
 # %% ../nbs/452_attention_explorer.ipynb #8ab9902d
 class Window(Board):
@@ -65,7 +66,7 @@ PAGE = 640  # width of the pictures, on the page
 def laid_over(board: Board, tokens: torch.Tensor, times, theme: Theme = LIGHT) -> np.ndarray:
     "Attention (n,) over a picture of tokens (n, c), from 0 to the largest: (h, w, 3) bytes; NaN leaves the picture in grey."
     values, most = board.spread(times), _most(times)
-    share = np.nan_to_num(0.5 + 0.35 * (values / most).clip(0, 1))[..., None]
+    share = np.nan_to_num(0.4 + 0.25 * (values / most).clip(0, 1))[..., None]
     return tinted(board.pixels(tokens), coloured(values, 0, most, "viridis", theme.paper), share)
 
 
@@ -119,7 +120,10 @@ def draw_heads(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     found = [_panel(scene, f"head {number}" + (", chosen" if number == scene.values["head"] else ""),
                     laid_over(window, scene.forward.x0, times[:n], theme), width, ("0", f"{_most(times[:n]):.2g} x", "viridis"))
              for number, times in enumerate(heads, 1)]
-    return panels([found[i:i + columns] for i in range(0, len(found), columns)], theme, width)
+    drawn = panels([found[i:i + columns] for i in range(0, len(found), columns)], theme, width)
+    page = Image.new("RGB", (PAGE * SHARP, drawn.height), theme.paper)  # of that width however few heads there are
+    page.paste(drawn, (0, 0))
+    return page
 
 # %% ../nbs/452_attention_explorer.ipynb #20fb287d
 SHADES = dict(zip(RELATIONS, ("#999999", "#56b4e9", "#e69f00", "#0072b2", "#cc79a7"), strict=True))  # told apart by all eyes
@@ -133,12 +137,12 @@ def draw_layers(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     ticks = ((-0.3, "counted"), *((layer, str(layer)) for layer in range(1, depth + 1) if layer % step == 0))
     title = "comes from" if scene.values["way"] == WAYS[1] else "goes to"
     plot = Plot(f"where attention {title}, {_head(scene)}", "layer", (-0.9, depth + 0.5), (0, max(1.0, ends.max())), theme,
-                (330, 240), ticks)
+                (300, 220), ticks)
     for place, tops in zip((-0.3, *range(1, depth + 1)), ends, strict=True):
         for colour, top in list(zip(SHADES.values(), tops, strict=True))[::-1]:
             plot.bars((place - 0.4, place + 0.4), (top,), colour)
     (left, top), (right, bottom) = plot.at(chosen - 0.4, ends[chosen, -1]), plot.at(chosen + 0.4, 0)
-    plot.ink.rectangle((left - 3, top - 3, right, bottom), outline=theme.accent, width=2 * SHARP)
+    plot.ink.rectangle((left - 3, top - 3, right, bottom), outline=theme.ink, width=2 * SHARP)
     _legend(plot, [name for name, share in zip(RELATIONS, masses.max(0), strict=True) if share > 0])
     return plot.image
 
@@ -211,19 +215,28 @@ class AttentionExplorer(Explorer):
         return super().strip(*changes, columns=columns, width=width, only=only)
 
 
+def _first(tokens: int, t: float, s: float, mask_ratio: float) -> int:
+    "A noisier token near the middle, so that there are cleaner ones."
+    tau = levels_of("dual", t, s, schedule_of("dual", Uniform(), mask_ratio), tokens, 0).per_token()[0]
+    noisy = (tau == tau.max()).nonzero().flatten()
+    return int(noisy[(noisy - tokens // 2).abs().argmin()])
+
+
 def _controls(watched: Watched) -> dict[str, widgets.Widget]:
     subject, config = watched.subject, watched.config
     objective, frames = subject.run.config.objective, frames_in(subject.layout)
+    ratio = min(objective.mask_ratio or 0.25, 0.5)
     form = {"layout": widgets.Layout(width="98%", max_width="420px", min_width="0"), "style": {"description_width": "104px"}}
     grid = TokenGrid(places=subject.board.places, names=subject.board.names, words=["the token", "not chosen"], many=False,
-                     marked=False, value=[subject.tokens // 2], description="click the token whose attention is to be seen",
+                     marked=False, value=[_first(subject.tokens, 0.8, 0.2, ratio)],
+                     description="click the token whose attention is to be seen",
                      layout=widgets.Layout(width=f"{GRID}px", max_width="100%"))
     controls = {"way": choice("show", WAYS), "layer": slider("layer", (config.depth + 1) // 2, 1, config.depth, 1),
                 "head": widgets.SelectionSlider(options=["mean", *range(1, config.heads + 1)], description="head", **form)}
     if frames > 1:
         controls["frame"] = slider("frame", 1, 1, frames, 1)
     controls |= {"t": slider("level t", 0.8), "s": slider("level s", 0.2),
-                 "mask_ratio": slider("mask ratio", min(objective.mask_ratio or 0.25, 0.5), 0.0, 0.5, 0.01),
+                 "mask_ratio": slider("mask ratio", ratio, 0.0, 0.5, 0.01),
                  "sample": slider("sample", 0, 0, max(1, len(subject.x0) - 1), 1), "seed": number("seed", 0, 0, 9999),
                  "network": choice("network", NETWORKS),
                  "separated": switch("attention within levels alone", objective.separated)}
@@ -257,8 +270,8 @@ def explore_attention(run: Run | Subject | Path | str, data: str = "", split: st
         controls[choose(name, controls, "control")].value = value
     way, grid = controls["way"], controls["tokens"]
     grid.observe(lambda _: setattr(way, "value", WAYS[0] if way.value == WAYS[2] else way.value), "value")
-    explorer = AttentionExplorer(controls, partial(_with_frame, watched), draw, say, widths={
-        "layers": "330px", "sound": "330px", "shown": f"{PAGE}px", "heads": f"{PAGE}px", "caption": f"{PAGE}px"})
+    explorer = AttentionExplorer(controls, partial(_with_frame, watched), draw, say, below=("layers", "sound"), widths={
+        "layers": "300px", "sound": "300px", "shown": f"{PAGE}px", "heads": f"{PAGE}px", "caption": f"{PAGE}px"})
     if "frame" in controls:
         play = widgets.Play(value=1, min=1, max=controls["frame"].max, interval=400)
         play.add_class("selfflow-play")

@@ -206,9 +206,9 @@ def _shares(scene: Scene, masses: Tensor, row: Tensor) -> list[str]:
     if said["cleaner"][1] > 0:
         parts = [f"{said['cleaner'][0]:.0%} of the attention {verb} cleaner tokens, by counting {said['cleaner'][1]:.0%}"]
     if said["condition"][1] > 0:
-        parts.append(f"{said['condition'][0]:.0%} {verb} the caption ({said['condition'][1]:.0%})")
+        parts.append(f"{said['condition'][0]:.0%} {verb} the caption (counting: {said['condition'][1]:.0%})")
     for name, place in scene.watched.slices.items() if len(scene.watched.slices) > 1 else ():
-        parts.append(f"{row[place].sum() / whole:.0%} {verb} {name} ({scene.even[place].sum() / scene.even.sum():.0%})")
+        parts.append(f"{row[place].sum() / whole:.0%} {verb} {name} (counting: {scene.even[place].sum() / scene.even.sum():.0%})")
     return parts
 
 

@@ -227,7 +227,7 @@ def test_pictures_follow_what_they_show_and_nothing_else(watched):
 def test_captions_are_shown_and_10_000_characters_are_answered(more):
     watched = Watched(Subject(more["texts"], count=3))
     scene = compute(watched, {**VALUES, "told": ""})
-    assert "caption" in draw(scene) and "the caption (" in say(scene)
+    assert "caption" in draw(scene) and "the caption (counting: " in say(scene)
     stride, n = watched.config.caption_stride, watched.subject.tokens
     pieces = pieces_of(scene.forward, stride, len(scene.even) - n)
     assert "".join(pieces).startswith("a ") and len(pieces) == watched.config.caption // stride
@@ -281,6 +281,11 @@ def test_the_panel_shows_what_the_pure_functions_draw(runs):
     assert {name: bytes(explorer.pictures[name].value) for name in wanted if name != "tokens"} == {
         name: png for name, png in wanted.items() if name != "tokens"}
     assert bytes(explorer.controls["tokens"].picture) == wanted["tokens"]
+
+
+def test_the_first_token_has_cleaner_ones(runs):
+    scene = explore_attention(runs["tiny"], count=1).data
+    assert scene.counted[1] > 0 and scene.forward.levels.per_token()[0, scene.token] == pytest.approx(0.8)
 
 
 def test_clicking_a_token_asks_for_that_token(runs):

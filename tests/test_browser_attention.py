@@ -1,4 +1,4 @@
-"""The attention explorer in a real browser: every control by keys and pointer, tokens clicked, a film with sound, long captions."""
+"""The attention explorer in a real browser: every control by keys and pointer, clicks, a film with sound, captions."""
 import pytest
 from browser import record_latency, run_all, shoot, until_shown, write_notebook
 
@@ -15,7 +15,7 @@ from selfflow.config import PRESETS, Config, DataConfig, ModelConfig, TrainConfi
 from selfflow.training import train
 config = PRESETS["digits"]  # the model of the quickstart
 training = replace(config.training, steps=2, batch=8, shards=1, validate_every=2, validation=8, save_every=2, sample_every=0)
-explore_attention(train(replace(config, name="looks", training=training), "runs", bar=False, device="cpu"))
+explore_attention(train(replace(config, name="looks", training=training), "runs", bar=False, device="cpu"), tokens=[8])
 """, """
 short = TrainConfig(steps=2, batch=4, shards=1, validate_every=2, validation=4, save_every=2, sample_every=0)
 small = ModelConfig(width=16, depth=3, heads=2)
@@ -23,18 +23,18 @@ kinds = {"scenes": DataConfig("scenes", size=16, frames=8, patch=4),
          "texts": DataConfig("shapes", size=16, patch=4, condition="caption")}
 made = {name: train(Config(name=name, data=data, model=small, training=short), "more", bar=False, device="cpu")
         for name, data in kinds.items()}
-explore_attention(made["scenes"], count=4)
-""", "explore_attention(made['texts'], count=4)", "explore_attention('nothing')")
-START = {"way": WAYS[0], "tokens": [8], "layer": 3, "head": "mean", "t": 0.8, "s": 0.2, "mask_ratio": 0.25, "sample": 0, "seed": 0,
-         "network": "EMA teacher", "separated": False, "frame": 1}
+explore_attention(made["scenes"], count=4, tokens=[8])
+""", "explore_attention(made['texts'], count=4, tokens=[8])", "explore_attention('nothing')")
+START = {"way": WAYS[0], "tokens": [8], "layer": 3, "head": "mean", "t": 0.8, "s": 0.2, "mask_ratio": 0.25, "sample": 0,
+         "seed": 0, "network": "EMA teacher", "separated": False, "frame": 1}
 
 
 class Looked:
     "One of the explorers on the page, and the values that its controls should have."
 
     def __init__(self, page, place, run, count=24, **start):
-        self.page, self.values, self.theme = page, {**START, **start}, LIGHT
-        self.watched, self.box = Watched(Subject(run, count=count)), f".selfflow-explorer >> nth={place} >> "
+        self.page, self.theme, self.watched = page, LIGHT, Watched(Subject(run, count=count))
+        self.values, self.box = {**START, **start}, f".selfflow-explorer >> nth={place} >> "
 
     def control(self, name, inner=""):
         return self.page.locator(f"{self.box}.selfflow-control-{name} {inner}".strip())
@@ -175,9 +175,8 @@ def drag(looked):
 def test_films_sounds_captions_and_a_folder_without_runs(lab, opened):
     page = opened
     scenes = Looked(page, 1, Run.open(lab[2] / "more/scenes", "cpu"), 4)
-    first = scenes.watched.subject.tokens // 2
     page.locator(scenes.picture("tokens")).scroll_into_view_if_needed()
-    scenes.shows(tokens=[first], layer=2)
+    scenes.shows(layer=2)
     scenes.press("frame", "ArrowRight")
     scenes.shows(frame=2)
     sound = scenes.watched.slices["audio"].start + 3
@@ -196,7 +195,7 @@ def test_films_sounds_captions_and_a_folder_without_runs(lab, opened):
     shoot(page, "attention-scenes")
     texts = Looked(page, 2, Run.open(lab[2] / "more/texts", "cpu"), 4)
     texts.control("told", "input").scroll_into_view_if_needed()
-    texts.shows(tokens=[texts.watched.subject.tokens // 2], layer=2, told="")
+    texts.shows(layer=2, told="")
     told = "a red star " * 909 + "?"
     texts.control("told", "input").fill(told)
     texts.control("told", "input").press("Enter")
