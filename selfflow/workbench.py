@@ -17,9 +17,11 @@ from typing import NamedTuple
 import ipywidgets as widgets
 
 from .asymmetry import explore as explore_asymmetry
+from .attention_explorer import explore_attention
 from .checkpoint import find_runs, step_paths
 from .config import Config
 from .controls import choice
+from .feature_explorer import explore_features
 from .method import ObjectiveConfig
 from .panel import beside, watch
 from .paths import SideBySide
@@ -67,6 +69,10 @@ TOOLS = (
          lambda chosen: explore_asymmetry(chosen.run)),
     Tool("Sampling", "From noise to data, for several runs from the same noise; painted tokens are drawn anew.",
          lambda chosen: explore_sampling(SideBySide(chosen.alike()))),
+    Tool("Attention", "Which token looks at which, in any layer and head, and how much of it goes to cleaner tokens.",
+         lambda chosen: explore_attention(chosen.run)),
+    Tool("Features", "What lies close to what, in any layer and at any level; neighbours of a sample, and samples by hand.",
+         lambda chosen: explore_features(chosen.run)),
     Tool("Training", "Losses and samples of the run, live while any process trains it.", lambda chosen: watch(chosen.path)),
 )
 
