@@ -128,7 +128,9 @@ class MapsCost:
     def __str__(self) -> str:
         todo = ", ".join(f"{count} by {method}" for method, count in self.planes.items() if count)
         passes = f"features: {self.features}" if self.features.passes else "features: all kept from before"
-        return f"{self.count} samples; {passes}; planes: {todo or 'none'} to be laid out, {self.kept} kept from before"
+        laid = self.planes.get("UMAP", 0)
+        umap = f", UMAP about {10 + laid * self.count / 800:.0f} s as one CPU thread of another machine tells" if laid else ""
+        return f"{self.count} samples; {passes}; planes: {todo or 'none'} to be laid out, {self.kept} kept from before{umap}"
 
 
 _LAYING = threading.Lock()  # numba, within UMAP, has thread pools that bear no second caller

@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from selfflow import feature_explorer
 from selfflow.config import Config, DataConfig, ModelConfig, TrainConfig
 from selfflow.feature_explorer import explore_features, item_previews, say_near, shown
-from selfflow.feature_maps import Asked, Opened, draw_maps, known_factors
+from selfflow.feature_maps import Asked, MapsCost, Opened, draw_maps, known_factors
 from selfflow.features import FeatureStore, Items, extract
 from selfflow.neighbours import aligned, nearest, sharing, standardised, turned
 from selfflow.projection import project
@@ -97,6 +97,8 @@ def test_a_second_opening_reads_and_other_questions_do_not(run, tmp_path, capsys
     store = FeatureStore(tmp_path)
     first = Opened(run, Asked(**FEW), store)
     assert first.cost.features.passes == 2 and first.cost.planes == {"PCA": 4} and "4 by PCA" in str(first.cost)
+    both = MapsCost(first.cost.features, {"UMAP": 24, "PCA": 24}, 0, 400)
+    assert "24 by UMAP, 24 by PCA" in str(both) and "UMAP about 22 s" in str(both)
     told = []
     atlas = first.atlas(lambda *step: told.append(step))
     assert [step[:2] for step in told] == [(done, 6) for done in range(7)] and told[2][2] == "PCA, layer 1, t = 0"
