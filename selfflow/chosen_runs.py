@@ -84,7 +84,8 @@ class ChosenRuns(Explorer):
         drawn = [self.drawing({**self.values(), **change})[1] for change in changes or ({},)]
         settings = [[_half(picture) for name, picture in pictures.items() if name != "table" and (not only or name in only)]
                     for pictures in drawn]
-        return Strip(settings, [", ".join(self._titled(*pair) for pair in change.items()) for change in changes], columns, width)
+        titles = [", ".join(self._titled(*pair).strip() for pair in change.items()) for change in changes]
+        return Strip(settings, titles, columns, width)
 
 
 def _half(picture: bytes) -> Image.Image:

@@ -49,6 +49,12 @@ def _tell(text: widgets.HTML, words: str, alert: bool = False) -> None:
         text.value = value
 
 
+def _choice(label: str, options, width: str = "98%") -> widgets.Dropdown:
+    control = choice(label, options)
+    control.layout = widgets.Layout(width=width, max_width="420px", min_width="0")  # its own: others are not hidden with it
+    return control
+
+
 def _row(*children) -> widgets.Box:
     return widgets.Box(children, layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
 
@@ -91,10 +97,9 @@ class RunBrowser:
         self.head, self.list = _text("folder"), RunList()
         self.again = _button("again", "Look again", "refresh", "Look at the folder now, and at all checkpoints")
         self.again.on_click(lambda _: self.look(anew=True))
-        narrow = {"button_width": "auto", "description_width": "50px"}
-        views = widgets.ToggleButtons(options=SHOWN, description="show", style=narrow)
-        controls = {"runs": self.list, "view": views, "measure": choice("measure", self.listing.measures),
-                    "against": choice("against", list(AGAINST))}
+        views = widgets.ToggleButtons(options=SHOWN, style={"button_width": "auto"})
+        controls = {"runs": self.list, "view": views, "measure": _choice("measure", self.listing.measures),
+                    "against": _choice("against", list(AGAINST))}
         self.seen = ChosenRuns(controls, lambda values: compute(self.listing, values), draw, say)
         self.seen.side.children = [child for child in self.seen.side.children if child not in (self.list, views)]
         self.probe = _button("probe", "Probe them", "calculator", "Say what probes of the chosen runs would cost")
@@ -103,18 +108,17 @@ class RunBrowser:
         self.halt.on_click(lambda _: self.probing and self.probing.stop())
         self.probe_said, self.open_said, self.trouble = _text("probe-said"), _text("open-said"), _text("trouble")
         self.probes = _row(self.probe, self.halt, self.probe_said)
-        self.which, self.step, self.opener = choice("run", [("-", ())]), choice("checkpoint", [("-", 0)]), choice(
-            "explorer", list(self.openers) or ["-"])
+        self.which, self.step = _choice("run", [("-", ())], "310px"), _choice("checkpoint", [("-", 0)], "310px")
+        self.opener = _choice("explorer", list(self.openers) or ["-"], "310px")
         for name, control in {"which": self.which, "step": self.step, "opener": self.opener}.items():
             control.add_class(f"selfflow-open-{name}")
-            control.layout.width = "310px"
             beside(control)
         self.button = _button("open", "Open", "search", "Show this explorer of this run, below")
         self.button.on_click(lambda _: self._in_thread(self.open))
         self.live, self.opened = widgets.VBox(), widgets.VBox()
         opening = _row(self.which, self.step, self.opener, self.button, self.open_said)
-        above = _row(self.again, self.head), self.trouble, self.list, views
-        self.box = widgets.VBox([*above, self.seen.box, self.probes, self.live, opening, self.opened],
+        self.below = widgets.VBox([self.list, views, self.seen.box, self.probes, self.live, opening])
+        self.box = widgets.VBox([_row(self.again, self.head), self.trouble, self.below, self.opened],
                                 layout=widgets.Layout(max_width="1280px"))
         self.box.add_class("selfflow-browser")
         beside(self.list)
@@ -160,6 +164,7 @@ class RunBrowser:
         training = sum(run.training for run in runs.values())
         words = f"{len(runs)} run{'s' * (len(runs) != 1)} in {self.listing.folder}" + f", {training} training" * bool(training)
         _tell(self.head, self.listing.said or f"{words}; changed at {time.strftime(CLOCK)}", alert=bool(self.listing.said))
+        self.below.layout.display = "" if runs else "none"
         _set_options(self.seen.controls["measure"], self.listing.measures)
 
     def _on_page(self) -> None:

@@ -79,7 +79,9 @@ function render({ model, el }) {
   const timer = setInterval(() => {                          // until it is on the page
     const whole = el.closest(".selfflow-browser");
     if (++tries > 200 || whole) clearInterval(timer);
-    if (whole) whole.dataset.lmSuppressShortcuts = "true";
+    whole?.addEventListener("keydown", event => {            // keys without Ctrl are for what has the focus, not for the notebook
+      if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation();
+    });
   }, 50);
   const seen = change => {
     model.views = (model.views ?? 0) + change;
