@@ -24,6 +24,7 @@ function render({ model, el }) {
   table.setAttribute("aria-label", "runs");
   const head = make(make(table, "thead"), "tr"), body = make(table, "tbody");
   ["", ...model.get("columns")].forEach(text => make(head, "th", text).scope = "col");
+  el.style.overflowX = "auto";
   el.append(table);
   function set(name, on) {
     const chosen = new Set(model.get("value"));
@@ -100,15 +101,16 @@ export default { render };
 _LIST_STYLE = """
 .selfflow-runs { width: 100%; border-collapse: collapse; font-size: var(--jp-widgets-font-size, 13px); line-height: 1.4;
                  color: var(--jp-widgets-label-color, inherit); table-layout: auto; }
-.selfflow-runs th, .selfflow-runs td { padding: 2px 12px 2px 4px; text-align: left; vertical-align: top;
-                                       overflow-wrap: anywhere; }
+.selfflow-runs th, .selfflow-runs td { padding: 2px 12px 2px 4px; text-align: left; vertical-align: top; }
+.selfflow-runs td:nth-child(2), .selfflow-runs td:nth-child(6) { overflow-wrap: anywhere; }
 .selfflow-runs th { border-bottom: 1px solid var(--jp-border-color1, #999); }
 .selfflow-runs td:first-child { width: 22px; }
-.selfflow-runs td:nth-child(2) { min-width: 110px; }
+.selfflow-runs td:nth-child(2), .selfflow-runs td:nth-child(6) { min-width: 72px; }
 .selfflow-runs td:nth-child(5) { white-space: nowrap; font-variant-numeric: tabular-nums; }
 .selfflow-runs tbody tr { cursor: pointer; }
 .selfflow-runs tbody tr:hover { background: var(--jp-layout-color2, #eee); }
 .selfflow-runs tr.chosen td { font-weight: bold; }
+.selfflow-settings th, .selfflow-settings td { padding: 2px 16px 2px 0; text-align: left; vertical-align: top; }
 .selfflow-runs input:focus-visible { outline: 3px solid #e8590c; outline-offset: 1px; }
 """
 

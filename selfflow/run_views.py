@@ -98,7 +98,7 @@ def _other_noise(group: dict[str, Run], measure: str) -> list[str]:
             (run.config.objective for run in group.values())}
     if len(seen) < 2 or measure.startswith("validation"):
         return []
-    return ["these runs see other noise levels while they train: of validation_flow_loss all have the same"]
+    return ["these runs see different noise levels while they train; those of validation_flow_loss are the same for all"]
 
 
 def levels_of(runs: dict[str, Run]) -> View:
@@ -215,7 +215,7 @@ def _pairs(found: dict[str, object], alike: Callable) -> tuple[list[dict], list[
 
 def _stale(found: dict[str, int], runs: dict[str, Run]) -> list[str]:
     newest = {name: max(map(step_of, runs[name].checkpoints()), default=0) for name in found}
-    return [f"the probes of {name} are of step {step:,}, its newest checkpoint of {newest[name]:,}"
+    return [f"the probes of {name} are of step {step:,}, its newest checkpoint of {newest[name]:,} (`selfflow probe`)"
             for name, step in found.items() if step != newest[name]]
 
 

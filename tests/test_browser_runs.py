@@ -156,7 +156,7 @@ def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab
     inner(".selfflow-open-opener select").select_option(label="sampling playground")
     page.wait_for_timeout(300)
     inner("button.selfflow-open").click()
-    inner(".selfflow-opened", has_text="sampling playground: plain at step 6, self_flow at step 6").wait_for()
+    inner(".selfflow-opened", has_text="sampling playground: plain at step 4, self_flow at step 4").wait_for()
     inner("img.selfflow-picture-film").wait_for()
 
     page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
