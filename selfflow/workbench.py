@@ -19,6 +19,7 @@ import ipywidgets as widgets
 from .asymmetry import explore as explore_asymmetry
 from .attention_explorer import explore_attention
 from .checkpoint import find_runs, step_paths
+from .chosen_runs import OPENERS, alone
 from .config import Config
 from .controls import choice
 from .feature_explorer import explore_features
@@ -27,6 +28,7 @@ from .panel import beside, watch
 from .paths import SideBySide
 from .playground import explore as explore_sampling
 from .run import Run
+from .run_browser import browse
 from .training import train
 
 # %% ../nbs/460_workbench.ipynb #13d834a8
@@ -64,6 +66,7 @@ class Tool(NamedTuple):
     open: Callable[[Chosen], object]
 
 
+_ON_CHECKPOINTS = OPENERS | {"attention": alone(explore_attention), "features": alone(explore_features)}
 TOOLS = (
     Tool("Noise asymmetry", "Two noise levels in one sample: what student and teacher see, and what each makes of it.",
          lambda chosen: explore_asymmetry(chosen.run)),
@@ -74,6 +77,8 @@ TOOLS = (
     Tool("Features", "What lies close to what, in any layer and at any level; neighbours of a sample, and samples by hand.",
          lambda chosen: explore_features(chosen.run)),
     Tool("Training", "Losses and samples of the run, live while any process trains it.", lambda chosen: watch(chosen.path)),
+    Tool("Runs", "All runs of the folder: curves, settings, probes and their differences; any tool on any checkpoint.",
+         lambda chosen: browse(chosen.folder, _ON_CHECKPOINTS)),
 )
 
 # %% ../nbs/460_workbench.ipynb #4e6a2997
