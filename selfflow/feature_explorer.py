@@ -95,6 +95,7 @@ class FeatureMap(MapExplorer):
         self.seek = widgets.Button(description="Neighbours of this sample", layout=widgets.Layout(width="auto"),
                                    tooltip="As a click on its point")
         factors = {first: atlas.factors[first], **atlas.factors}
+        captions = captions and [text if len(text) <= 300 else f"{text[:300]}..." for text in captions]
         super().__init__(atlas.planes[self.place], previews, factors, atlas.names, captions, self._where())
         for control in (self.method, self.layer, self.level):
             control.observe(self._moved, "value")

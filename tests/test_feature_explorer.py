@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 
 from selfflow import feature_explorer
 from selfflow.config import Config, DataConfig, ModelConfig, TrainConfig
-from selfflow.feature_explorer import explore_features, item_previews, say_near, shown
+from selfflow.feature_explorer import FeatureMap, explore_features, item_previews, say_near, shown
 from selfflow.feature_maps import Asked, MapsCost, Opened, draw_maps, known_factors
 from selfflow.features import FeatureStore, Items, extract
 from selfflow.neighbours import aligned, nearest, sharing, standardised, turned
@@ -175,6 +175,12 @@ def test_a_factor_that_cannot_be_shown_is_said_and_the_panel_goes_on(view):
     assert 'role="alert"' in view.message.value and 'role="alert"' in view.near.value and view.near.value.count("<img") == 9
     view.colour.value, view.layer.value = "kind", 3
     assert view.message.value == "" and "share its kind" in view.near.value
+
+
+def test_a_long_caption_is_cut(view):
+    long = FeatureMap(view.atlas, view.previews, ["a red star " * 909 + "?"] * 40)
+    assert len(long.words(0)) < 600 and max(map(len, long.figure.data[0].hovertext)) < 320
+    assert FeatureMap(view.atlas, view.previews).words(3).startswith("3; kind ")
 
 
 def test_a_folder_without_a_run_is_said_and_can_be_tried_again(run, tmp_path):
