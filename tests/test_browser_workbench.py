@@ -17,8 +17,8 @@ bench = workbench("front", (replace(config, name="self-flow", training=training)
 bench
 """
 OPEN = {"Noise asymmetry": "img.selfflow-picture-views", "Sampling": "img.selfflow-picture-film",
-        "Attention": "img.selfflow-picture-heads", "Features": ".js-plotly-plot .scatterlayer", "Training": "img.selfflow-dashboard",
-        "Runs": ".selfflow-browser"}
+        "Attention": "img.selfflow-picture-heads", "Features": ".js-plotly-plot .scatterlayer",
+        "Training": "img.selfflow-dashboard", "Runs": ".selfflow-browser"}
 
 
 def press(page, title, key=None):
