@@ -13,12 +13,13 @@ from collections.abc import Callable
 import ipywidgets as widgets
 from PIL import Image
 
-from . import asymmetry, playground
+from .asymmetry import explore as explore_asymmetry
 from .boards import SHARP
 from .controls import LIGHT, Theme
 from .explorer import Explorer, Strip
 from .images import choose
 from .listing import Listing
+from .playground import explore as explore_samples
 from .run import Run
 from .run_views import VIEWS, View, picture_of
 
@@ -79,7 +80,7 @@ class ChosenRuns(Explorer):
         super().refresh()
         self.took = time.monotonic() - started
 
-    def strip(self, *changes: dict, columns: int = 1, width: int = 760, only: tuple[str, ...] = ()) -> Strip:
+    def strip(self, *changes: dict, columns: int = 1, width: int = 820, only: tuple[str, ...] = ()) -> Strip:
         "As an explorer's; tables are not on it."
         drawn = [self.drawing({**self.values(), **change})[1] for change in changes or ({},)]
         settings = [[_half(picture) for name, picture in pictures.items() if name != "table" and (not only or name in only)]
@@ -102,4 +103,4 @@ def alone(explore: Callable) -> Callable:
     return opener
 
 
-OPENERS = {"noise asymmetry": alone(asymmetry.explore), "sampling playground": playground.explore}
+OPENERS = {"noise asymmetry": alone(explore_asymmetry), "sampling playground": explore_samples}

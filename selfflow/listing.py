@@ -68,7 +68,7 @@ class Listing:
         self._followed = {name: self._followed.get(name) or Following(path, rows=1) for name, path in found.items()}
         self.runs = {name: self._listed(following) for name, following in self._followed.items()}
         tables = [following.log.table for following in self._followed.values()]
-        known = {name for table in tables for name, values in table.items() if isinstance(values[-1], int | float)} - {"step"}
+        known = {name for table in tables for name, values in table.items() if _is_number(values)} - {"step"}
         self.measures = (*sorted(known, key=lambda name: (name != "flow_loss", name)),) or ("flow_loss",)
         return before != (self.runs, self.said)
 
@@ -95,6 +95,10 @@ class Listing:
             there = {step_of(path): problem for path, problem in problems.items() if path.exists()}  # or removed meanwhile
             self._checked[run.path] = key, there
         return self._checked[run.path][1]
+
+
+def _is_number(values: list) -> bool:
+    return isinstance(next((value for value in reversed(values) if value is not None), None), int | float)
 
 
 def _state(following: Following, step: int, known: dict[int, str]) -> str:

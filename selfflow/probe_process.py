@@ -38,7 +38,7 @@ class Probing:
         for name, run in runs.items():
             cells = len(PROBE_LEVELS) * run.transformer.depth
             small = f"{cells} probes of the class, as many of the untrained network, and of the raw pixels"
-            words.append(f"{name}: " + (f"{cells} cells of {factors_cost(run)}" if _by_factors(run) else small))
+            words.append(f"{name}: " + (f"{cells} cells, and untrained; {factors_cost(run)}" if _by_factors(run) else small))
         return "; ".join(words) + ". What is found is kept in the run's folder"
 
     def stop(self) -> None:

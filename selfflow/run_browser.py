@@ -143,10 +143,11 @@ class RunBrowser:
         with self._lock:
             try:
                 before, first = self._stamps(), not self.listing.runs
-                if self.listing.look(anew) or anew:
+                changed = self.listing.look(anew) or anew
+                self._stale = self._stale or anew or before != self._stamps()  # first, so that it is not lost by what follows
+                if changed:
                     self._show_list(first)
                     self._follow_choice()
-                self._stale = self._stale or anew or before != self._stamps()
                 if self._stale and (anew or time.monotonic() >= self._due):
                     self._stale, self._due = False, time.monotonic() + self.seen.took * (1 / SHARE - 1)
                     self.seen.again()
@@ -208,19 +209,18 @@ class RunBrowser:
         self._woken.set()
 
     def _follow_training(self) -> None:
-        "Panels of the chosen runs that train, and of all chosen where training is looked at."
-        with self._lock:
-            chosen = [name for name in self.list.value if name in self.listing.runs]
-            self._followed = {name for name in chosen if name in self._followed or self.listing.runs[name].training}
-            every = self.seen.controls["view"].value == "training"
-            wanted = [name for name in chosen if every or name in self._followed][:MOST] if self.list.shown else []
-            for name in [name for name in self.panels if name not in wanted]:
-                self.panels.pop(name).close()
-            for name in wanted:
-                self.panels[name] = self.panels.get(name) or watch(self.listing.runs[name].path, self.pause)
-            boxes = tuple(self.panels[name].box for name in wanted)
-            if self.live.children != boxes:
-                self.live.children = boxes
+        "Panels of the chosen runs that train, and of all chosen where training is looked at; for the thread alone."
+        chosen = [name for name in self.list.value if name in self.listing.runs]
+        self._followed = {name for name in chosen if name in self._followed or self.listing.runs[name].training}
+        every = self.seen.controls["view"].value == "training"
+        wanted = [name for name in chosen if every or name in self._followed][:MOST] if self.list.shown else []
+        for name in [name for name in self.panels if name not in wanted]:
+            self.panels.pop(name).close()
+        for name in wanted:
+            self.panels[name] = self.panels.get(name) or watch(self.listing.runs[name].path, self.pause)
+        boxes = tuple(self.panels[name].box for name in wanted)
+        if self.live.children != boxes:
+            self.live.children = boxes
 
     # probes
 

@@ -167,7 +167,7 @@ def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab
     page.wait_for_timeout(300)
     edge = page.locator(".selfflow-browser").first.bounding_box()
     assert all((box := found.bounding_box())["x"] + box["width"] <= edge["x"] + edge["width"] + 4
-               for found in inner("img, table, button, select").all() if found.is_visible())
+               for found in inner("img, button, select").all() if found.is_visible())
     shoot(page, "runs-dark-narrow")
     page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
 

@@ -91,6 +91,7 @@ def test_a_run_that_trains_is_seen_to_and_nothing_new_is_nothing_new(folder, lis
         with run.log_path.open("a") as log:
             log.write('{"step": 14, "flow_loss": 1.0}\n')
         assert listing.look() and listing.runs["tiny"].step == 14 and listing.runs["tiny"].stamp != before
+        assert "validation_flow_loss" in listing.measures and "cosine" in listing.measures  # though the last line has none
     assert listing.look() and listing.runs["tiny"].state == "finished" and listing.runs["tiny"].step == 12
     shutil.rmtree(folder / "tiny")
     assert listing.look() and "tiny" not in listing.runs
