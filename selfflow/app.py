@@ -20,7 +20,8 @@ from .workbench import runs_in
 # %% ../nbs/465_app.ipynb #50c4d68b
 def page_of(folder: Path) -> nbformat.NotebookNode:
     "A notebook that shows the workbench of a folder of runs, and nothing else."
-    source = f"from selfflow.workbench import workbench\nworkbench({str(folder.resolve())!r})"
+    # Voila shows the page when the cell is done: a tool that is open by then need not race with the page
+    source = f"from selfflow.workbench import workbench\nworkbench({str(folder.resolve())!r}).settle(trained=False)"
     cell = nbformat.v4.new_code_cell(source, id="workbench")
     kernel = {"name": "python3", "display_name": "selfflow", "language": "python"}
     return nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel, "title": "selfflow"})

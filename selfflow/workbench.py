@@ -273,11 +273,12 @@ class Workbench:
         if failed is not None:
             _close(failed)
 
-    def settle(self, seconds: float = 120.0) -> None:
-        "Wait until nothing is being trained or opened. Raises TimeoutError."
+    def settle(self, seconds: float = 120.0, trained: bool = True) -> "Workbench":
+        "The workbench, once nothing is being opened, nor trained unless `trained` is False. Raises TimeoutError."
         with self._state:
-            if not self._state.wait_for(lambda: not self._opening and not self._trains, seconds):
+            if not self._state.wait_for(lambda: not self._opening and not (trained and self._trains), seconds):
                 raise TimeoutError(f"the workbench was still at work after {seconds} seconds")
+        return self
 
 
 def workbench(folder: Path | str = "runs", configs: tuple[Config, ...] | None = None) -> Workbench:

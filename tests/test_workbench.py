@@ -184,9 +184,11 @@ def test_the_notebook_of_the_app_runs_nothing_else(tmp_path):
     book = page_of(folder)
     nbformat.validate(book)
     seen = []
-    source = book.cells[0].source.replace("from selfflow.workbench import workbench", "workbench = seen.append")
-    exec(source, {"seen": seen})
-    assert seen == [str(folder.resolve())] and len(book.cells) == 1
+    class Bench:
+        settle = staticmethod(lambda **options: seen.append(options))
+    source = book.cells[0].source.replace("from selfflow.workbench import workbench", "")
+    exec(source, {"workbench": lambda path: seen.append(path) or Bench})
+    assert seen == [str(folder.resolve()), {"trained": False}] and len(book.cells) == 1
 
 
 def test_a_port_that_is_taken_is_said_before_anything_is_begun(tmp_path):
