@@ -33,7 +33,7 @@ from .transformer import Transformer, TransformerConfig
 def flops_per_step(config: Config, transformer: TransformerConfig, feature_width: int = 1) -> int:
     "Operations of one training step, of the whole batch; feature_width: of the encoder's features, for REPA alone."
     objective, batch = config.objective, config.training.batch
-    plain = replace(objective, flow_tokens="all", rep_tokens="all", separated=False)  # which tokens count costs nothing
+    plain = replace(objective, flow_tokens="all", rep_tokens="all", given="", separated=False)  # which count costs nothing
     flops = batch * _flops_of_sample(plain, transformer, config.training.checkpointing, feature_width)
     if not objective.separated:
         return flops
@@ -47,7 +47,8 @@ def flops_per_step(config: Config, transformer: TransformerConfig, feature_width
 def _flops_of_sample(objective: ObjectiveConfig, shape: TransformerConfig, checkpointing: bool, feature_width: int) -> int:
     with torch.device("meta"):
         student, learner = Transformer(shape), build_objective(objective, shape, feature_width)
-        x0, labels = torch.zeros(1, shape.tokens, shape.channels), torch.zeros(1, dtype=torch.int64)
+        x0, told = torch.zeros(1, shape.tokens, shape.channels), (1, shape.caption) if shape.caption else (1,)
+        labels = torch.zeros(*told, shape.caption_width) if shape.caption_width else torch.zeros(told, dtype=torch.int64)
         features = torch.zeros(1, feature_width) if objective.name == "repa" else None
     student.checkpointing, teacher = checkpointing, make_teacher(student)
     with sdpa_kernel(SDPBackend.MATH):

@@ -59,7 +59,7 @@ class Still:
         return png_of(self.image.quantize(128, dither=Image.Dither.NONE), level=9)
 
 # %% ../nbs/435_controls.ipynb #8155e55e
-_STYLE, _WIDTH = {"description_width": "104px"}, widgets.Layout(width="98%", max_width="420px", min_width="0")
+_STYLE, _WIDTH = {"description_width": "104px"}, {"width": "98%", "max_width": "420px", "min_width": "0"}  # each has its own
 
 
 def slider(label: str, value: float, low: float = 0.0, high: float = 1.0, step: float = 0.01, form: str = ".2f"):
@@ -250,6 +250,9 @@ function render({ model, el }) {
       if (label && handle.ariaLabel !== label.textContent) handle.ariaLabel = label.textContent;
     });
     box.dataset.lmSuppressShortcuts = "true";
+    box.addEventListener("keydown", event => {              // a choice that has the focus answers to keys, not the notebook
+      if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation();
+    });
     name();
     watchers.push(new MutationObserver(name));
     watchers[1].observe(box, { childList: true, subtree: true });

@@ -9,6 +9,7 @@ __all__ = ['PAD', 'Part', 'grid_coordinates', 'ImagePatches', 'VideoPatches', 'L
 # %% ../nbs/020_modality.ipynb #510bd7f7
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -232,7 +233,7 @@ class Places(NamedTuple):
     @classmethod
     def of(cls, parts: tuple[Part, ...]) -> "Places":
         "The places in a sequence of these parts."
-        ends = torch.tensor([0, *(part.tokens for part in parts)]).cumsum(0).tolist()
+        ends = [0, *accumulate(part.tokens for part in parts)]  # numbers, also where tensors are on the meta device
         slices = {part.name: slice(a, b) for part, a, b in zip(parts, ends, ends[1:], strict=False)}
         return cls(slices, torch.cat([torch.full((part.tokens,), part.channels) for part in parts]))
 

@@ -17,11 +17,12 @@ from selfflow.benchmark import count_flops
 from selfflow.checkpoint import FORMAT, find_runs
 from selfflow.cli import main
 from selfflow.comparison import AGAINST, fit_table, flops_per_step, readable, run_curves, runs_table
-from selfflow.config import ModelConfig, ObjectiveConfig, TrainConfig
+from selfflow.config import Config, ModelConfig, ObjectiveConfig, TrainConfig
 from selfflow.layers import Groups
 from selfflow.probing import probe_run
 from selfflow.run import Run
 from selfflow.schedule import NoiseLevels
+from selfflow.sources import DataConfig
 from selfflow.training import train
 from selfflow.transformer import TransformerConfig
 
@@ -384,3 +385,16 @@ def test_files_that_are_no_weights_do_not_break_the_table(runs, tmp_path):
     manifest.write_text(json.dumps(stored))
     (tmp_path / "head").unlink()
     assert runs_table(tmp_path).loc["repa", "state"].startswith("damaged: SafetensorError")
+
+
+@pytest.mark.parametrize("data, given", [(DataConfig("motion", size=16, frames=8, patch=4), "first_frame"),
+                                         (DataConfig("scenes", size=16, frames=8, columns=1, patch=4), "either"),
+                                         (DataConfig("shapes", size=16, patch=4, condition="caption"), "")])
+def test_runs_of_films_sounds_and_captions_stand_in_the_table(tmp_path, data, given):
+    config = Config("made", data=data, model=ModelConfig(16, 3, 2), objective=ObjectiveConfig(given=given),
+                    training=TrainConfig(steps=1, batch=2, validation=2, sample_every=0))
+    run = train(config, tmp_path, bar=False)
+    table = runs_table(tmp_path)
+    assert table.loc["made", "FLOPs"] == flops_per_step(config, run.transformer) > 0 and table.loc["made", "state"] == "finished"
+    plain = replace(config, objective=replace(config.objective, given=""))
+    assert flops_per_step(plain, run.transformer) == table.loc["made", "FLOPs"]
