@@ -34,7 +34,7 @@ from .training import train
 # %% ../nbs/460_workbench.ipynb #13d834a8
 @dataclass(frozen=True)
 class Chosen:
-    "The run that is chosen, opened when asked for; folder: of all runs; path: of this one; others: {name: path} beside it."
+    "The run that is chosen, opened when asked for; folder: of all runs; path: of this one; others: {name: path} of all."
     folder: Path
     path: Path
     others: dict[str, Path]
@@ -46,7 +46,8 @@ class Chosen:
 
     def alike(self, most: int = 4) -> dict[str, Run]:
         "The run, and others of the same data that can be opened: {name: run}, `most` at most."
-        found = {self.path.name: self.run}
+        own = next((name for name, path in self.others.items() if path == self.path), self.path.name)
+        found = {own: self.run}
         for name, path in self.others.items():
             if path == self.path or len(found) >= most or not saved_step(path):
                 continue

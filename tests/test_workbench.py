@@ -156,6 +156,8 @@ def test_runs_of_the_same_data_stand_side_by_side(runs, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text("{")
     others = runs_in(runs["tiny"].path.parent) | runs_in(tmp_path)
+    found = Chosen(tmp_path, runs["tiny"].path, {"a/tiny" if name == "tiny" else name: p for name, p in others.items()}).alike()
+    assert list(found)[:2] == ["a/tiny", "vanilla"], "all by the names of the list"
     found = Chosen(tmp_path, runs["tiny"].path, others).alike()
     assert list(found)[:2] == ["tiny", "vanilla"] and not {"other", "broken"} & set(found)
     assert len(Chosen(tmp_path, runs["tiny"].path, others).alike(most=1)) == 1
