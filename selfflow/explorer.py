@@ -16,7 +16,7 @@ import ipywidgets as widgets
 from PIL import Image, ImageDraw
 
 from .controls import DARK, LIGHT, Still, Surroundings, Theme, TokenGrid, font
-from .panel import DRAWING, beside
+from .panel import DRAWING, beside, rests
 
 # %% ../nbs/440_explorer.ipynb #4f230a2f
 LINGER = 5.0  # seconds for which a worker waits for another change before it ends
@@ -38,7 +38,7 @@ class Explorer:
         self.widths, self.below, self.pictures, self.drawn, self.data = widths or {}, below, {}, 0, None
         self.surroundings, self.message = Surroundings(), widgets.HTML()
         self.message.add_class("selfflow-message")
-        self._one, self._state = threading.RLock(), threading.Condition()  # for computing and drawing; for the numbers below
+        self._one, self._state = rests(threading.RLock()), threading.Condition()  # for drawing; for the numbers below
         self._asked, self._shown, self._worker = 0, 0, None
         self._lay_out()
         for control in (*self.controls.values(), self.surroundings):
