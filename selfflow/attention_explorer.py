@@ -273,10 +273,5 @@ def explore_attention(run: Run | Subject | Path | str, data: str = "", split: st
     explorer = AttentionExplorer(controls, partial(_with_frame, watched), draw, say, below=("layers", "sound"), widths={
         "layers": "300px", "sound": "300px", "shown": f"{PAGE}px", "heads": f"{PAGE}px", "caption": f"{PAGE}px"})
     if "frame" in controls:
-        play = widgets.Play(value=1, min=1, max=controls["frame"].max, interval=400)
-        play.add_class("selfflow-play")
-        widgets.jslink((play, "value"), (controls["frame"], "value"))
-        children = list(explorer.side.children)
-        children.insert(children.index(controls["frame"]) + 1, play)
-        explorer.side.children = children
+        explorer.let_play("frame", 1, 400)
     return explorer

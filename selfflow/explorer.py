@@ -138,6 +138,16 @@ class Explorer:
                 self._shown = asked
                 self._state.notify_all()
 
+    def let_play(self, name: str, step: int, interval: int) -> None:
+        "Put buttons below the slider `name` that let it run by a step every `interval` milliseconds, to its end."
+        control = self.controls[name]
+        play = widgets.Play(value=control.value, min=control.min, max=control.max, step=step, interval=interval)
+        play.add_class("selfflow-play")
+        widgets.jslink((play, "value"), (control, "value"))
+        children = list(self.side.children)
+        children.insert(children.index(control) + 1, play)
+        self.side.children = children
+
     def settle(self, seconds: float = 30.0) -> None:
         "Wait until what is shown is what the controls say. Raises TimeoutError."
         with self._state:

@@ -270,10 +270,5 @@ def explore(runs: SideBySide | Run | dict | Folder | str, **start) -> Explorer:
     controls["tokens"].observe(lambda _: setattr(controls["inpaint"], "value", True), "value")
     explorer = Playground(controls, partial(compute, side), draw, say, pause=0.05, widths={
         "views": f"{PAGE}px", "film": f"{PAGE}px", "moving": f"{PAGE}px", **{f"sound-{i + 1}": "330px" for i in range(MOST)}})
-    play = widgets.Play(value=100, min=0, max=100, step=4, interval=250)
-    play.add_class("selfflow-play")
-    widgets.jslink((play, "value"), (controls["film"], "value"))
-    children = list(explorer.side.children)
-    children.insert(children.index(controls["film"]) + 1, play)
-    explorer.side.children = children
+    explorer.let_play("film", 4, 250)
     return explorer

@@ -69,7 +69,7 @@ def _in_groups(view: Callable, runs: dict[str, Run]) -> View:
     for group in groups:
         try:
             whole = whole.add(view(group))
-        except (*UNREADABLE, NotImplementedError) as error:
+        except UNREADABLE as error:
             whole.notes.append(f"{', '.join(group)} cannot be shown: {error}")
     return View(whole.pictures, None, _apart(groups) + whole.notes)
 

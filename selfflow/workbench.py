@@ -22,6 +22,7 @@ from .checkpoint import find_runs, step_paths
 from .chosen_runs import OPENERS, alone
 from .config import Config
 from .controls import choice
+from .disk import step_of
 from .feature_explorer import explore_features
 from .method import ObjectiveConfig
 from .panel import beside, watch
@@ -99,8 +100,7 @@ def runs_in(folder: Path) -> dict[str, Path]:
 
 def saved_step(path: Path) -> int:
     "The step of the newest checkpoint of a run, unchecked; 0 where there is none."
-    steps = step_paths(path / "checkpoints")
-    return int(steps[-1].name.removeprefix("step-")) if steps else 0
+    return max(map(step_of, step_paths(path / "checkpoints")), default=0)
 
 
 def label_of(name: str, path: Path) -> str:

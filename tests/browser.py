@@ -187,6 +187,24 @@ def until_shown(page, selector, png, seconds=60):
         page.wait_for_timeout(50)
 
 
+def step_times(page, picture, control, steps=40):
+    "Milliseconds from a key on a slider to its picture, for steps to and fro."
+    page.locator(f".selfflow-control-{control} .noUi-handle").first.focus()
+    return page.evaluate("""async ([picture, control, steps]) => {
+        const image = document.querySelector(`img.selfflow-picture-${picture}`), times = [];
+        const handle = document.querySelector(`.selfflow-control-${control} .noUi-handle`);
+        for (let step = 0; step < steps; step++) {
+            const changed = new Promise(resolve => new MutationObserver((_, self) => { self.disconnect(); resolve(); })
+                .observe(image, { attributes: true, attributeFilter: ['src'] }));
+            const started = performance.now();
+            handle.dispatchEvent(new KeyboardEvent('keydown', { key: step % 2 ? 'ArrowLeft' : 'ArrowRight', bubbles: true }));
+            await changed;
+            await image.decode();
+            times.push(performance.now() - started);
+        }
+        return times }""", [picture, control, steps])
+
+
 def record_latency(name, milliseconds, **about):
     "Keep how long the picture took to follow, with SELFFLOW_RECORD=1, in data/results/latency.json; the median in any case."
     median = statistics.median(milliseconds)

@@ -1,6 +1,6 @@
 """The explorer of noise asymmetry in a real browser: every control by keys and pointer, painted masks, rapid drags, a restart."""
 import pytest
-from browser import record_latency, run_all, shoot, until_shown, write_notebook
+from browser import record_latency, run_all, shoot, step_times, until_shown, write_notebook
 
 from selfflow.asymmetry import compute, draw
 from selfflow.config import PRESETS
@@ -105,20 +105,7 @@ def drag(explored):
 
 
 def measure(explored):
-    explored.handle("t").focus()
-    times = explored.page.evaluate("""async () => {
-        const image = document.querySelector('img.selfflow-picture-views'), times = [];
-        const handle = document.querySelector('.selfflow-control-t .noUi-handle');
-        for (let step = 0; step < 40; step++) {
-            const changed = new Promise(resolve => new MutationObserver((_, self) => { self.disconnect(); resolve(); })
-                .observe(image, { attributes: true, attributeFilter: ['src'] }));
-            const started = performance.now();
-            handle.dispatchEvent(new KeyboardEvent('keydown', { key: step % 2 ? 'ArrowLeft' : 'ArrowRight', bubbles: true }));
-            await changed;
-            await image.decode();
-            times.push(performance.now() - started);
-        }
-        return times }""")
+    times = step_times(explored.page, "views", "t")
     shape = explored.subject.run.transformer
     median = record_latency("asymmetry", times, model=f"width {shape.width}, depth {shape.depth}, {shape.tokens} tokens")
     assert median < 1000  # on a machine that does other things too; see data/results/latency.json

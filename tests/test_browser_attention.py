@@ -1,6 +1,6 @@
 """The attention explorer in a real browser: every control by keys and pointer, clicks, a film with sound, captions."""
 import pytest
-from browser import record_latency, run_all, shoot, until_shown, write_notebook
+from browser import record_latency, run_all, shoot, step_times, until_shown, write_notebook
 
 from selfflow.attention_explorer import draw
 from selfflow.attention_scene import WAYS, Watched, compute
@@ -139,19 +139,7 @@ def measure(looked):
     looked.handle("layer").focus()
     looked.page.keyboard.press("ArrowLeft")
     looked.shows(layer=5)
-    times = looked.page.evaluate("""async () => {
-        const image = document.querySelector('img.selfflow-picture-heads'), times = [];
-        const handle = document.querySelector('.selfflow-control-layer .noUi-handle');
-        for (let step = 0; step < 40; step++) {
-            const changed = new Promise(resolve => new MutationObserver((_, self) => { self.disconnect(); resolve(); })
-                .observe(image, { attributes: true, attributeFilter: ['src'] }));
-            const started = performance.now();
-            handle.dispatchEvent(new KeyboardEvent('keydown', { key: step % 2 ? 'ArrowLeft' : 'ArrowRight', bubbles: true }));
-            await changed;
-            await image.decode();
-            times.push(performance.now() - started);
-        }
-        return times }""")
+    times = step_times(looked.page, "heads", "layer")
     shape = looked.watched.config
     median = record_latency("attention", times, model=f"width {shape.width}, depth {shape.depth}, {shape.tokens} tokens",
                             moved="layer: all pictures are drawn again, no forward")
