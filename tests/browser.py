@@ -164,9 +164,17 @@ def run_all(page, lab, name):
     page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")  # does not wait for its end
 
 
+# decode() fails when the picture is replaced meanwhile: then it is the next one that is waited for
+SHOWN = """async image => {
+    for (let address; address !== image.src;) {
+        address = image.src;
+        await image.decode().catch(error => { if (address === image.src) throw error; });
+    } }"""
+
+
 def pixels(page, selector):
     "What an image on the page shows: (h, w, 3) bytes."
-    found = page.locator(selector).evaluate("""async image => { await image.decode();
+    found = page.locator(selector).evaluate(f"async image => {{ await ({SHOWN})(image);" + """
         const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
         return btoa(bytes.reduce((text, byte) => text + String.fromCharCode(byte), '')) }""")
     return decoded(base64.b64decode(found))
@@ -190,7 +198,7 @@ def until_shown(page, selector, png, seconds=60):
 def step_times(page, picture, control, steps=40):
     "Milliseconds from a key on a slider to its picture, for steps to and fro."
     page.locator(f".selfflow-control-{control} .noUi-handle").first.focus()
-    return page.evaluate("""async ([picture, control, steps]) => {
+    return page.evaluate(f"async ([picture, control, steps]) => {{ const shown = {SHOWN};" + """
         const image = document.querySelector(`img.selfflow-picture-${picture}`), times = [];
         const handle = document.querySelector(`.selfflow-control-${control} .noUi-handle`);
         for (let step = 0; step < steps; step++) {
@@ -199,7 +207,7 @@ def step_times(page, picture, control, steps=40):
             const started = performance.now();
             handle.dispatchEvent(new KeyboardEvent('keydown', { key: step % 2 ? 'ArrowLeft' : 'ArrowRight', bubbles: true }));
             await changed;
-            await image.decode();
+            await shown(image);
             times.push(performance.now() - started);
         }
         return times }""", [picture, control, steps])
