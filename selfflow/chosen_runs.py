@@ -14,14 +14,14 @@ import ipywidgets as widgets
 from PIL import Image
 
 from .asymmetry import explore as explore_asymmetry
-from .boards import SHARP
+from .boards import SHARP, picture_of
 from .controls import LIGHT, Theme
 from .explorer import Explorer, Strip
 from .images import choose
 from .listing import Listing
 from .playground import explore as explore_samples
 from .run import Run
-from .run_views import VIEWS, View, picture_of
+from .run_views import VIEWS, View
 
 # %% ../nbs/455_chosen_runs.ipynb #dcefa9f7
 SHOWN = (*VIEWS, "training")

@@ -1,6 +1,11 @@
 """The panel in a real browser: a cell that is busy training in JupyterLab, a picture that changes, buttons that answer."""
 import pytest
-from browser import run_all, shoot, source, write_notebook
+from browser import run_all, shoot, source, until_shown, write_notebook
+
+from selfflow.boards import picture_of
+from selfflow.controls import DARK, LIGHT
+from selfflow.dashboard import draw_dashboard
+from selfflow.follow import Following
 
 CELLS = {"train": """
 from selfflow import panel
@@ -77,3 +82,10 @@ def test_another_kernel_shows_the_same_from_the_folder_alone(lab, page):
     for name in ("Stop", "Sample now"):
         assert page.locator(".selfflow-panel").get_by_role("button", name=name).is_disabled()
     shoot(page, "look")
+    following = Following(lab[2] / "runs/mine")
+    following.read()
+    data = following.log.table, following.timing.table, following.film, following.steps, following.run.config.training.clip
+    for name, theme in (("Light", LIGHT), ("Dark", DARK), ("Light", LIGHT)):
+        page.evaluate(f"() => window.jupyterapp.commands.execute('apputils:change-theme', {{theme: 'JupyterLab {name}'}})")
+        until_shown(page, "img.selfflow-dashboard", picture_of(draw_dashboard(*data), theme, dpi=140))
+        shoot(page, f"look-{name.lower()}")

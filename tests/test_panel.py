@@ -1,5 +1,6 @@
 """The panel with a simulated trainer: what it shows, what its buttons do, that it goes on after errors and ends."""
 import gc
+import io
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from jupyter_client import KernelManager
+from PIL import Image
 from simulated import SimulatedTrainer
 
 from selfflow import panel as module
@@ -66,6 +68,26 @@ def test_a_folder_that_does_not_exist_is_waited_for(path):
     trainer.log_lines(7)
     until(lambda: "stopped at step 7" in panel.header.value)
     assert png(panel.picture).startswith(b"\x89PNG") and not panel.trouble.value
+
+
+def corner(image):
+    "The colour of the paper."
+    return Image.open(io.BytesIO(png(image))).convert("RGB").getpixel((0, 0))
+
+
+def test_the_pictures_follow_the_theme_of_the_page_also_when_nothing_else_changes(path):
+    trainer = SimulatedTrainer(path, steps=7)
+    trainer.log_lines(7)
+    panel = watch(path, refresh=60.0)
+    panel.unfold.selected_index = 0
+    until(lambda: png(panel.film))
+    assert corner(panel.picture) == corner(panel.film) == (255, 255, 255)
+    panel.surroundings.dark = True
+    until(lambda: corner(panel.picture) == corner(panel.film) == (17, 17, 17))
+    panel.close()
+    panel.thread.join(10)
+    panel.surroundings.dark = False  # after the end it is done at once
+    assert corner(panel.picture) == corner(panel.film) == (255, 255, 255)
 
 
 def test_the_header_says_who_trains_how_fast_and_how_long(training):

@@ -15,6 +15,7 @@ from PIL import Image
 from simulated import SimulatedTrainer
 
 from selfflow import probe_process
+from selfflow.boards import picture_of
 from selfflow.chosen_runs import OPENERS, alone, compute, draw, say
 from selfflow.comparison import run_curves
 from selfflow.controls import DARK, LIGHT
@@ -25,7 +26,7 @@ from selfflow.probing import ProbeGrid, ProbeResult
 from selfflow.run import Run
 from selfflow.run_browser import browse
 from selfflow.run_list import RunList
-from selfflow.run_views import groups_of, picture_of, probes_of, settings_of, short_name
+from selfflow.run_views import groups_of, probes_of, settings_of, short_name
 
 VALUES = {"runs": ["tiny", "vanilla"], "view": "curves", "measure": "flow_loss", "against": "steps"}
 
@@ -216,7 +217,8 @@ def fails(run):
 
 def test_a_dark_page_turns_all_but_the_maps(listing):
     figure = draw_probe_grids({"a": grid(0).table("accuracy")}, (1, 2), (0.0, 0.5))
-    light, dark = (np.asarray(Image.open(io.BytesIO(picture_of(figure, theme)))).astype(int) for theme in (LIGHT, DARK))
+    light, dark = (np.asarray(Image.open(io.BytesIO(picture_of(figure, theme))).convert("RGB")).astype(int)
+                   for theme in (LIGHT, DARK))
     box = figure.axes[0].get_position()
     high, wide = light.shape[:2]
     inside = (slice(round((1 - box.y1) * high) + 2, round((1 - box.y0) * high) - 2),
