@@ -195,6 +195,18 @@ def until_shown(page, selector, png, seconds=60):
         page.wait_for_timeout(50)
 
 
+def until_within(page, box, *parts, seconds=20):
+    "Wait until a box lies within the page, and what is seen of `parts` within the box: a page gets narrower after a while."
+    end = time.monotonic() + seconds
+    while True:
+        shapes = [shape for part in (box, *parts) for found in part.all() if (shape := found.bounding_box())]
+        edge, *ends = (shape["x"] + shape["width"] for shape in shapes)
+        if ends and max(ends) <= edge + 4 and edge <= page.viewport_size["width"]:
+            return
+        assert time.monotonic() < end, f"a box ends at {edge:.0f}, what lies in it at {', '.join(f'{e:.0f}' for e in ends)}"
+        page.wait_for_timeout(100)
+
+
 def step_times(page, picture, control, steps=40):
     "Milliseconds from a key on a slider to its picture, for steps to and fro."
     page.locator(f".selfflow-control-{control} .noUi-handle").first.focus()

@@ -1,6 +1,6 @@
 """The panel in a real browser: a cell that is busy training in JupyterLab, a picture that changes, buttons that answer."""
 import pytest
-from browser import run_all, shoot, source, until_shown, write_notebook
+from browser import run_all, shoot, source, until_shown, until_within, write_notebook
 
 from selfflow.boards import picture_of
 from selfflow.controls import DARK, LIGHT
@@ -66,9 +66,7 @@ def test_the_panel_lives_while_the_cell_is_busy(lab, page):
     shoot(page, "stopped")
     page.locator(".selfflow-header").scroll_into_view_if_needed()
     page.set_viewport_size({"width": 900, "height": 1100})
-    page.wait_for_timeout(500)
-    panel, picture = page.locator(".selfflow-panel").bounding_box(), page.locator("img.selfflow-dashboard").bounding_box()
-    assert picture["width"] <= panel["width"] + 1 and picture["x"] + picture["width"] <= 900  # it fits into half a screen
+    until_within(page, page.locator(".selfflow-panel"), page.locator("img.selfflow-dashboard"))
     shoot(page, "narrow")
 
 

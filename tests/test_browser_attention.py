@@ -1,6 +1,6 @@
 """The attention explorer in a real browser: every control by keys and pointer, clicks, a film with sound, captions."""
 import pytest
-from browser import record_latency, run_all, shoot, step_times, until_shown, write_notebook
+from browser import record_latency, run_all, shoot, step_times, until_shown, until_within, write_notebook
 
 from selfflow.attention_explorer import draw
 from selfflow.attention_scene import WAYS, Watched, compute
@@ -126,11 +126,8 @@ def test_every_control_is_followed(lab, opened):
     looked.shows()
     shoot(page, "attention-dark")
     page.set_viewport_size({"width": 800, "height": 1150})
-    page.wait_for_timeout(300)
-    edge = page.locator(".selfflow-explorer").first.bounding_box()
-    ends = {name: (box := page.locator(looked.picture(name)).bounding_box())["x"] + box["width"]
-            for name in ("tokens", "layers", "shown", "heads")}
-    assert max(ends.values()) <= edge["x"] + edge["width"] + 4, (ends, edge)  # it fits into half a screen, but for a margin
+    until_within(page, page.locator(".selfflow-explorer").first,
+                 *(page.locator(looked.picture(name)) for name in ("tokens", "layers", "shown", "heads")))
     shoot(page, "attention-dark-narrow")
     page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
 

@@ -1,7 +1,7 @@
 """The feature explorer in a real browser: sliders by keys and rapid drags, hover, clicked neighbours, a lasso, both themes."""
 import numpy as np
 import pytest
-from browser import record_latency, run_all, shoot, write_notebook
+from browser import record_latency, run_all, shoot, until_within, write_notebook
 
 from selfflow.feature_explorer import say_near
 from selfflow.feature_maps import Asked, Opened
@@ -254,11 +254,9 @@ def other_colours(seen):
     seen.shows()
     shoot(page, "features-dark")
     page.set_viewport_size({"width": 800, "height": 1150})
-    page.wait_for_timeout(800)
-    edge = page.locator(".selfflow-features").first.bounding_box()
-    for what in (".js-plotly-plot .main-svg", ".selfflow-control-layer", ".selfflow-control-sample"):
-        box = page.locator(what).first.bounding_box()
-        assert box["x"] + box["width"] <= edge["x"] + edge["width"] + 4, what  # it fits into half a screen
+    until_within(page, page.locator(".selfflow-features").first,
+                 *(page.locator(what).first for what in (".js-plotly-plot .main-svg", ".selfflow-control-layer",
+                                                         ".selfflow-control-sample")))
     seen.shows()
     shoot(page, "features-dark-narrow")
     page.set_viewport_size({"width": 1280, "height": 1150})

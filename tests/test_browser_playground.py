@@ -1,6 +1,6 @@
 """The playground in a real browser: every control by keys or pointer, painted tokens, a film that plays, a long caption."""
 import pytest
-from browser import run_all, shoot, until_shown, write_notebook
+from browser import run_all, shoot, until_shown, until_within, write_notebook
 
 from selfflow.controls import DARK, LIGHT
 from selfflow.paths import SideBySide
@@ -105,10 +105,7 @@ def test_every_control_is_followed_and_a_long_caption_is_answered(played):
     played.theme = DARK
     played.shows()
     page.set_viewport_size({"width": 800, "height": 1250})
-    page.wait_for_timeout(300)
-    edge = page.locator(".selfflow-explorer").first.bounding_box()
-    assert all((box := page.locator(selector).first.bounding_box())["x"] + box["width"] <= edge["x"] + edge["width"] + 4
-               for selector in IMAGES.values())  # it fits into half a screen, but for a margin
+    until_within(page, page.locator(".selfflow-explorer").first, *map(page.locator, IMAGES.values()))
     shoot(page, "playground-dark-narrow")
     page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
     texts = page.locator(".selfflow-explorer").nth(1)

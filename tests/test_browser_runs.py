@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from browser import ROOT, record_latency, run_all, shoot, source, until_shown, write_notebook
+from browser import ROOT, record_latency, run_all, shoot, source, until_shown, until_within, write_notebook
 
 from selfflow import asymmetry
 from selfflow.chosen_runs import SHOWN, compute, draw
@@ -164,10 +164,7 @@ def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab
     browsed.shows()
     inner(".selfflow-runs").scroll_into_view_if_needed()
     page.set_viewport_size({"width": 800, "height": 1250})
-    page.wait_for_timeout(300)
-    edge = page.locator(".selfflow-browser").first.bounding_box()
-    assert all((box := found.bounding_box())["x"] + box["width"] <= edge["x"] + edge["width"] + 4
-               for found in inner("img, button, select").all() if found.is_visible())
+    until_within(page, page.locator(".selfflow-browser").first, inner("img, button, select"))
     shoot(page, "runs-dark-narrow")
     page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
 
