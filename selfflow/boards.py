@@ -246,8 +246,8 @@ class Plot:
 # %% ../nbs/437_boards.ipynb #b384ed4b
 def picture_of(figure: Picture, theme: Theme = LIGHT, dpi: int = 90 * SHARP) -> bytes:
     "A figure as the bytes of a PNG file for a theme; on a dark one lightness is turned around, but for maps and images."
-    png = to_png(figure, dpi=dpi)
-    return png if theme == LIGHT else png_of(_turned(figure, Image.open(io.BytesIO(png)).convert("RGB"), theme))
+    pixels = Image.open(io.BytesIO(to_png(figure, dpi=dpi))).convert("RGB")
+    return png_of(pixels if theme == LIGHT else _turned(figure, pixels, theme))
 
 
 def _turned(figure: Picture, image: Image.Image, theme: Theme) -> Image.Image:
