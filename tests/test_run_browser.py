@@ -217,8 +217,7 @@ def fails(run):
 
 def test_a_dark_page_turns_all_but_the_maps(listing):
     figure = draw_probe_grids({"a": grid(0).table("accuracy")}, (1, 2), (0.0, 0.5))
-    light, dark = (np.asarray(Image.open(io.BytesIO(picture_of(figure, theme))).convert("RGB")).astype(int)
-                   for theme in (LIGHT, DARK))
+    light, dark = (np.asarray(Image.open(io.BytesIO(picture_of(figure, theme)))).astype(int) for theme in (LIGHT, DARK))
     box = figure.axes[0].get_position()
     high, wide = light.shape[:2]
     inside = (slice(round((1 - box.y1) * high) + 2, round((1 - box.y0) * high) - 2),
