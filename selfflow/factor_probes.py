@@ -73,7 +73,8 @@ def token_covers(items: Items) -> np.ndarray:
     "How far the figure covers each token, (samples, tokens) in [0, 1]. Raises ValueError for data without known masks."
     patches = next(iter(items.layout.patches.values()))
     if not hasattr(items.data, "masks") or len(items.parts) > 1 or getattr(items.data, "pair", False):
-        raise ValueError(f"which tokens belong to a figure is not known of {items.name}; shapes and motion of one figure tell it")
+        raise ValueError(f"which tokens belong to a figure is not known of {items.name}; shapes, emblems and motion of one "
+                         "figure tell it")
     one = ImagePatches(1, patches.height, patches.width, patches.patch) if isinstance(patches, ImagePatches) else \
         VideoPatches(1, patches.frames, patches.height, patches.width, patches.patch, patches.span)
     blocks = (items.data.masks(indices)[:, None] for indices in torch.arange(len(items)).split(256))

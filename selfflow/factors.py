@@ -17,17 +17,19 @@ from .images import Examples, choose
 from .motion import DIRECTIONS
 from .notes import PITCHES, TIMBRES, note_name
 from .scenes import MATERIALS
-from .shapes import COLOURS, KINDS, PLACES, thirds
+from .shapes import COLOURS, KINDS, LARGE, PLACES, RANGES, thirds
 
 # %% ../nbs/320_factors.ipynb #a057e435
+_FIGURES = {"figure": {"kind": KINDS}, "image": {"colour": COLOURS, "ground": COLOURS, "place": PLACES}}
 HEADS = {  # data set: {view of a signal: {factor: its words}}
-    "shapes": {"figure": {"kind": KINDS},
-               "image": {"colour": COLOURS, "ground": COLOURS, "place": PLACES}},
+    "shapes": _FIGURES,
+    "emblems": _FIGURES,
     "motion": {"course": {"direction": DIRECTIONS}, "video": {"colour": COLOURS}},
     "notes": {"audio": {"pitch": tuple(map(note_name, PITCHES)), "timbre": TIMBRES}},
     "scenes": {"video": {"material_seen": MATERIALS}, "audio": {"material_heard": MATERIALS}},
 }
-CLASS = {"shapes": ("kind",), "motion": ("direction",), "notes": ("pitch",), "scenes": ("material_seen", "material_heard")}
+CLASS = {"shapes": ("kind",), "emblems": ("kind",), "motion": ("direction",), "notes": ("pitch",),
+         "scenes": ("material_seen", "material_heard")}
 
 
 def known(name: str, examples: Examples) -> dict[str, Tensor]:
@@ -37,8 +39,9 @@ def known(name: str, examples: Examples) -> dict[str, Tensor]:
     """
     factors = {factor for heads in HEADS[choose(name, HEADS, "data set with a judge")].values() for factor in heads}
     values = {factor: examples.factors[factor] for factor in factors & examples.factors.keys()}
-    if name == "shapes":
-        columns, rows = (torch.tensor(thirds(axis, examples.factors[axis])) for axis in "xy")
+    if name in ("shapes", "emblems"):
+        ranges = RANGES if name == "shapes" else LARGE
+        columns, rows = (torch.tensor(thirds(axis, examples.factors[axis], ranges)) for axis in "xy")
         values["place"] = 3 * rows + columns
     elif name == "notes":
         values["pitch"] = examples.labels

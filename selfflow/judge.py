@@ -90,7 +90,7 @@ class Judge:
             temporary.write_bytes(save(tensors | {"correct": self.correct}, {"judge": json.dumps(known_of_it)}))
 
 # %% ../nbs/380_judge.ipynb #f602bbb3
-_STEPS = {"shapes": 800, "motion": 300, "notes": 300, "scenes": 200}
+_STEPS = {"shapes": 800, "emblems": 800, "motion": 300, "notes": 300, "scenes": 200}
 
 
 def _source(name: str, data: DataConfig | None, split: str) -> DataSet:
@@ -144,7 +144,7 @@ def shipped(name: str) -> Path:
 
 
 def judge_for(name: str, data: DataConfig | None = None, folder: Path | str = "data/cache/judges") -> Judge:
-    """The judge of shapes, motion, notes or scenes.
+    """The judge of shapes, emblems, motion, notes or scenes.
 
     data: their sizes, the defaults if None. For the default sizes it comes with the project; for others it is trained at first
     use, for a minute or two, and kept in `folder`. What was made for other data, or is damaged, is said and not used.

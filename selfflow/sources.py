@@ -23,11 +23,12 @@ from .modality import ImagePatches, Layout, Part, VideoPatches
 from .motion import Motion
 from .notes import Notes
 from .scenes import Scenes
-from .shapes import Shapes
+from .shapes import Emblems, Shapes
 from .texts import Bytes, open_encoder
 
 # %% ../nbs/210_sources.ipynb #12958334
-SIGNALS = {"digits": ("image",), "shapes": ("image",), "motion": ("video",), "notes": ("audio",), "scenes": ("video", "audio")}
+SIGNALS = {"digits": ("image",), "shapes": ("image",), "emblems": ("image",), "motion": ("video",), "notes": ("audio",),
+           "scenes": ("video", "audio")}
 STORED = ("folder", "huggingface", "latents")
 CONDITIONS = ("class", "caption", "none")
 SOUNDS = {"mel": LogMel, "mdct": partial(Mdct, power=0.5)}  # the powers of noise-like spectra are too uneven to be learned
@@ -39,7 +40,7 @@ class DataConfig:
 
     Sizes matter only where data are made or read in a size; those of the digits and of latents are theirs.
     """
-    name: str = "digits"      # digits, shapes, motion, notes, scenes, folder, huggingface, latents; with + between: in turn
+    name: str = "digits"      # digits, shapes, emblems, motion, notes, scenes, folder, huggingface, latents; + between: in turn
     patch: int = 2            # side of a patch, pixels
     span: int = 2             # frames of a film in a token
     columns: int = 2          # columns of a spectrum in a token
@@ -117,6 +118,7 @@ def _stored(kind: type, config: DataConfig, split: str) -> DataSet:
 DATASETS: dict[str, Callable[[DataConfig, str], DataSet]] = {
     "digits": lambda config, split: digits(split),
     "shapes": lambda config, split: Shapes(split, size=config.size),
+    "emblems": lambda config, split: Emblems(split, size=config.size),
     "motion": lambda config, split: Motion(split, size=config.size, frames=config.frames),
     "notes": lambda config, split: Notes(split),
     "scenes": lambda config, split: Scenes(split, size=config.size, frames=config.frames),

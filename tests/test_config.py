@@ -256,7 +256,7 @@ def test_presets_are_the_published_settings():
     layers = build_objective(PRESETS["XL"].objective, PRESETS["XL"].model.transformer(16, (16, 16), 1000))
     assert (layers.student_layer, layers.teacher_layer) == (8, 20)
     assert PRESETS["digits"] == Config()
-    assert list(PRESETS) == ["digits", "digits-small", "shapes", "motion", "notes", "scenes", *SIZES]
+    assert list(PRESETS) == ["digits", "digits-small", "shapes", "emblems", "motion", "notes", "scenes", *SIZES]
 
 
 def test_presets_differ_from_the_default_only_where_the_table_says():

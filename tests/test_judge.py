@@ -50,7 +50,7 @@ def test_known_factors_are_what_the_captions_tell(name, examples):
     for index, caption in enumerate(examples[name].captions):
         said = {factor: words[factor][values[index]] for factor, values in found.items()}
         assert all(word in caption for word in said.values()), (caption, said)
-        if name == "shapes":
+        if name in ("shapes", "emblems"):
             assert f" {said['colour']} {said['kind']} on a {said['ground']} " in caption
             assert caption.endswith(f" ground, {said['place']}")
         if name == "motion":
@@ -59,7 +59,8 @@ def test_known_factors_are_what_the_captions_tell(name, examples):
 
 def test_there_is_no_judge_of_other_data():
     for call in (partial(judge_for, "digits"), partial(known, "digits", None), partial(train_judge_for, "digits")):
-        with pytest.raises(ValueError, match="unknown data set with a judge 'digits'; known are shapes, motion, notes, scenes"):
+        known_ones = "shapes, emblems, motion, notes, scenes"
+        with pytest.raises(ValueError, match=f"unknown data set with a judge 'digits'; known are {known_ones}"):
             call()
 
 
@@ -205,7 +206,8 @@ def test_the_judges_that_come_along_fit_the_data_and_are_good(name, judges, exam
     assert said["accuracy"] == judge.accuracy and judge.correct.shape == (1000, len(judge.names))
     right, read = known(name, examples[name]), judge.read(examples[name].signals)
     for column, (factor, words) in enumerate(judge.names.items()):
-        assert judge.accuracy[factor] >= (0.95 if factor == "place" else 0.97)
+        least = 0.97 if factor != "place" else {"shapes": 0.95, "emblems": 0.92}[name]  # thirds of 5.3 and of 2.7 pixels
+        assert judge.accuracy[factor] >= least
         again = read[factor] == right[factor]
         assert (again != judge.correct[:96, column].bool()).sum() <= 1, "what was measured is measured again"
         assert read[factor].dtype == torch.int64 and 0 <= read[factor].min() and read[factor].max() < len(words)

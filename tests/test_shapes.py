@@ -15,11 +15,13 @@ from selfflow.shapes import (
     COLOURS,
     CONTRAST,
     KINDS,
+    LARGE,
     PALETTE,
     PLACES,
     RANGES,
     SYMMETRY,
     TEXTURES,
+    Emblems,
     Shapes,
     captions_of,
     cover,
@@ -178,8 +180,9 @@ def test_stripes_have_the_period_and_the_direction_of_their_grain():
     assert [(min(row, 64 - row), column) for row, column in peaks] == [(0, 4), (6, 0)]
 
 
-def test_every_sample_is_its_own_whatever_it_is_asked_for_with():
-    data = Shapes(size=32)
+@pytest.mark.parametrize("made", [Shapes, Emblems])
+def test_every_sample_is_its_own_whatever_it_is_asked_for_with(made):
+    data = made(size=32)
     many = data.take(torch.arange(300))
     for indices in (torch.tensor([7]), torch.arange(250, 300), torch.arange(299, -1, -7)):
         some = data.take(indices)
@@ -191,8 +194,9 @@ def test_every_sample_is_its_own_whatever_it_is_asked_for_with():
 
 
 @pytest.mark.parametrize("size", [32, 64])
-def test_the_contract(size):
-    data = Shapes("validation", 500, size)
+@pytest.mark.parametrize("made", [Shapes, Emblems])
+def test_the_contract(made, size):
+    data = made("validation", 500, size)
     examples = data.take(torch.arange(500))
     image = examples.signals["image"]
     assert image.dtype == torch.float32 and image.shape[1:] == data.shapes["image"] == (3, size, size)
@@ -202,24 +206,26 @@ def test_the_contract(size):
     for name, values in examples.factors.items():
         assert values.dtype == (torch.int64 if name in CATEGORIES else torch.float32)
     assert torch.equal(image, draw_figures(**examples.factors, size=size))
-    assert examples.captions == captions_of(**examples.factors)
+    assert examples.captions == captions_of(**examples.factors, ranges=data.ranges)
     assert data.masks(torch.arange(500)).shape == (500, size, size)
 
 
 def test_splits_and_options_are_other_data():
     first = [Shapes(split).take(torch.arange(50)).factors["x"] for split in SPLITS]
     assert len(torch.cat(first).unique()) == 150
-    prints = {Shapes(*options).fingerprint for options in (("train",), ("test",), ("train", 10), ("train", 10, 64))}
-    assert len(prints) == 4 and len(Shapes()) == 100_000 and len(Shapes("test")) == 1_000
+    prints = {made(*options).fingerprint for options in (("train",), ("test",), ("train", 10), ("train", 10, 64))
+              for made in (Shapes, Emblems)}
+    assert len(prints) == 8 and len(Shapes()) == 100_000 and len(Shapes("test")) == 1_000
     assert torch.equal(Shapes(size=64).factors(torch.arange(50))["x"], first[0]), "the same samples at every size"
 
 
-def test_factors_are_uniform_in_their_ranges_and_independent():
-    factors = Shapes().factors(torch.arange(20_000))
+@pytest.mark.parametrize("made, ranges", [(Shapes, RANGES), (Emblems, LARGE)])
+def test_factors_are_uniform_in_their_ranges_and_independent(made, ranges):
+    factors = made().factors(torch.arange(20_000))
     for name, known in CATEGORIES.items():
         share = factors[name].bincount(minlength=len(known)) / 20_000
         assert len(share) == len(known) and (share * len(known) - 1).abs().max() < 0.1, name
-    for name, (low, high) in RANGES.items():
+    for name, (low, high) in ranges.items():
         assert factors[name].min() >= low and factors[name].max() <= high + 1e-6
         assert torch.quantile(factors[name], 0.25).item() == pytest.approx(low + (high - low) / 4, abs=0.02 * (high - low))
     assert (factors["colour"] != factors["ground"]).all()
@@ -234,6 +240,19 @@ def test_figures_are_always_seen():
     assert len(COLOURS) == len(PALETTE) and distance.min() > 2 * CONTRAST * math.sqrt(3)
     data = Shapes()
     assert (data.masks(torch.arange(2000)).sum((1, 2)) > 0.8 * math.pi / 4 * (0.3 * 32)**2).all()
+
+
+def test_emblems_fill_more_of_the_picture_and_are_told_in_their_own_thirds():
+    shapes, emblems = Shapes().take(torch.arange(300)), Emblems().take(torch.arange(300))
+    covered = [made().masks(torch.arange(300)).mean() for made in (Shapes, Emblems)]
+    assert covered[1] > 2 * covered[0] and emblems.factors["scale"].min() >= shapes.factors["scale"].max()
+    for examples in (shapes, emblems):
+        words = [caption.split(", ")[1] for caption in examples.captions]
+        assert all(20 < words.count(place) < 50 for place in PLACES), "a third of the range each way, in both"
+        sizes = [caption.split()[1] for caption in examples.captions]
+        assert 70 < sizes.count("small") < 130 and 70 < sizes.count("large") < 130
+    left = [caption.endswith("left") for caption in emblems.captions]
+    assert emblems.factors["x"][left].max() < emblems.factors["x"][[not one for one in left]].min() + 1e-6
 
 
 def test_captions_say_the_coarse_factors_and_nothing_else():

@@ -22,7 +22,7 @@ from selfflow.sources import Columns, DataConfig, SoundPatches, Sources, images_
 from selfflow.training import train
 from selfflow.transformer import Transformer
 
-MADE = {"shapes": "image", "motion": "video", "notes": "audio", "scenes": "video+audio"}
+MADE = {"shapes": "image", "emblems": "image", "motion": "video", "notes": "audio", "scenes": "video+audio"}
 SMALL = {"size": 16, "patch": 8}
 
 
