@@ -29,8 +29,7 @@ from .texts import Bytes, open_encoder
 # %% ../nbs/210_sources.ipynb #12958334
 SIGNALS = {"digits": ("image",), "shapes": ("image",), "emblems": ("image",), "motion": ("video",), "notes": ("audio",),
            "scenes": ("video", "audio")}
-STORED = ("folder", "huggingface", "latents")
-CONDITIONS = ("class", "caption", "none")
+STORED, CONDITIONS = ("folder", "huggingface", "latents"), ("class", "caption", "none")
 SOUNDS = {"mel": LogMel, "mdct": partial(Mdct, power=0.5)}  # the powers of noise-like spectra are too uneven to be learned
 
 
@@ -122,8 +121,7 @@ DATASETS: dict[str, Callable[[DataConfig, str], DataSet]] = {
     "motion": lambda config, split: Motion(split, size=config.size, frames=config.frames),
     "notes": lambda config, split: Notes(split),
     "scenes": lambda config, split: Scenes(split, size=config.size, frames=config.frames),
-    "folder": partial(_stored, Folder),
-    "huggingface": partial(_stored, HuggingFace),
+    "folder": partial(_stored, Folder), "huggingface": partial(_stored, HuggingFace),
     "latents": lambda config, split: Latents(config.path, split),
 }
 
