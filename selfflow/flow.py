@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['interpolate', 'velocity', 'Density', 'Uniform', 'LogitNormal', 'PlateauLogitNormal', 'check_shares', 'draw_index',
-           'Mixture', 'shift', 'Shifted', 'keyed', 'by_shard', 'numbered']
+           'Mixture', 'shift', 'Shifted', 'keyed', 'by_shard', 'noise_like', 'numbered']
 
 # %% ../nbs/000_flow.ipynb #99c1f5cb
 import hashlib
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from statistics import NormalDist
 from typing import Protocol
@@ -238,6 +239,26 @@ def by_shard(draw, purpose: str, batch, function: Callable) -> list:
     if len(batch) % len(draws):
         raise ValueError(f"{len(batch)} samples cannot be divided into {len(draws)} shards of one size")
     return [function(part, one(purpose)) for part, one in zip(batch.chunk(len(draws)), draws, strict=True)]
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "noise")
+
+
+def noise_like(x: Tensor, draw) -> Tensor:
+    """Gaussian noise of the shape, type and device of x (b, ...), for the purpose "noise"; draw: see `by_shard`, on the CPU.
+
+    Shards are drawn at the same time, one on each thread: a step's millions of numbers would keep a GPU waiting.
+    """
+    noise = torch.empty(x.shape, pin_memory=x.is_cuda)
+    if (threads := torch.get_num_threads()) == 1:
+        by_shard(draw, "noise", noise, lambda part, generator: part.normal_(generator=generator))
+    else:
+        pool = _pool(threads)
+        for drawn in by_shard(draw, "noise", noise, lambda part, generator: pool.submit(part.normal_, generator=generator)):
+            drawn.result()
+    return noise.to(x, non_blocking=True)
 
 # %% ../nbs/000_flow.ipynb #d7ea3222
 def _mixed(z: Tensor) -> Tensor:

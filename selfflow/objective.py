@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .alignment import DISTANCES, Alignment, average, counted_tokens, flow_error, mean_over, normalise
-from .flow import by_shard, interpolate, velocity
+from .flow import by_shard, interpolate, noise_like, velocity
 from .modality import Places
 from .schedule import DualTimestep, NoiseLevels, SingleLevel
 from .transformer import Transformer, drop_labels
@@ -36,9 +36,10 @@ class Noised(NamedTuple):
 def add_noise(x0: Tensor, labels: Tensor, null_label: int, schedule, label_drop: float, draw) -> Noised:
     """Clean tokens noised at levels drawn from `schedule`, with some labels dropped.
 
-    x0: (b, n, c); labels: (b,) int64; draw: from a purpose ("noise", "levels", "label drop") to a generator, see `by_shard`.
+    x0: (b, n, c); labels: (b,) int64; draw: from a purpose ("noise", "levels", "label drop") to a generator of the CPU, see
+    `by_shard`.
     """
-    x1 = torch.cat(by_shard(draw, "noise", x0, lambda x, g: torch.randn(x.shape, generator=g, device=g.device))).to(x0)
+    x1 = noise_like(x0, draw)
     levels = NoiseLevels.cat(by_shard(draw, "levels", x0, lambda x, g: schedule.sample(*x.shape[:2], g))).to(x0.device)
     condition = torch.cat(by_shard(draw, "label drop", labels, lambda y, g: drop_labels(y, null_label, label_drop, g)))
     return Noised(interpolate(x0, x1, levels.per_token()), x1, levels, condition)

@@ -1,6 +1,7 @@
 """The same paths on a GPU, where there is one: device mistakes do not show on a CPU."""
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import TINY, VANILLA
 
 from selfflow.benchmark import Case, measure
 from selfflow.config import ObjectiveConfig
+from selfflow.flow import keyed, noise_like
 from selfflow.images import digits
 from selfflow.probing import probe_run
 from selfflow.run import Run
@@ -27,6 +29,12 @@ def test_training_agrees_with_the_cpu(tmp_path, config, precision):
     shutil.rmtree(gpu.path / "checkpoints/step-00000012")
     again = train(config, tmp_path / "gpu", "cuda")
     assert again.log["flow_loss"].tolist() == pytest.approx(gpu.log["flow_loss"].tolist(), rel=tolerance)
+
+
+def test_noise_is_that_of_the_cpu():
+    draws, x = [partial(keyed, 0, shard=shard) for shard in range(8)], torch.zeros(64, 100, 3)
+    drawn = [noise_like(x.cuda(), draws).cpu() for _ in range(3)]  # the pinned memory of one is another's
+    assert all(torch.equal(noise, noise_like(x, draws)) for noise in drawn)
 
 
 def test_looking_inside_agrees_with_the_cpu(tmp_path):
