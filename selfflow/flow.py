@@ -9,6 +9,7 @@ __all__ = ['interpolate', 'velocity', 'Density', 'Uniform', 'LogitNormal', 'Plat
 # %% ../nbs/000_flow.ipynb #99c1f5cb
 import hashlib
 import math
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -242,7 +243,7 @@ def by_shard(draw, purpose: str, batch, function: Callable) -> list:
 
 
 @lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:  # of this process: threads do not go along when it is forked
     return ThreadPoolExecutor(threads, "noise")
 
 
@@ -255,7 +256,7 @@ def noise_like(x: Tensor, draw) -> Tensor:
     if (threads := torch.get_num_threads()) == 1:
         by_shard(draw, "noise", noise, lambda part, generator: part.normal_(generator=generator))
     else:
-        pool = _pool(threads)
+        pool = _pool(threads, os.getpid())
         for drawn in by_shard(draw, "noise", noise, lambda part, generator: pool.submit(part.normal_, generator=generator)):
             drawn.result()
     return noise.to(x, non_blocking=True)

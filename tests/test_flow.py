@@ -1,5 +1,7 @@
 """Oracles for the path, the densities and the keyed draws: each formula derived again, independently."""
 import math
+import multiprocessing
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 
 from selfflow.flow import (LogitNormal, Mixture, PlateauLogitNormal, Shifted, Uniform, check_shares, draw_index, interpolate,
-                           keyed, shift, velocity)
+                           keyed, noise_like, shift, velocity)
 
 
 def unshift(t, alpha):
@@ -254,3 +256,31 @@ def test_keyed_draws_depend_on_every_part_of_the_key_and_on_nothing_else():
 
 
 GOLDEN = [1.432212233543396, 0.6305968761444092]
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def drawn_in_shards(dtype=torch.float32):
+    return noise_like(torch.zeros(12, 5, 3, dtype=dtype), [partial(keyed, 0, shard=shard) for shard in range(4)])
+
+
+def test_noise_is_that_of_its_shards_one_after_the_other(two_threads):
+    in_turn = torch.cat([torch.randn(3, 5, 3, generator=keyed(0, "noise", shard=shard)) for shard in range(4)])
+    assert torch.equal(drawn_in_shards(), in_turn)
+    assert torch.equal(drawn_in_shards(torch.float64), in_turn.double())
+    torch.set_num_threads(1)
+    assert torch.equal(drawn_in_shards(), in_turn)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes are not forked here")
+def test_a_forked_process_draws_noise_too(two_threads):
+    "The threads of its parent do not exist in it: to wait for them would be to wait for ever."
+    noise = drawn_in_shards()
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert torch.equal(pool.apply_async(drawn_in_shards).get(timeout=60), noise)
