@@ -66,6 +66,7 @@ def test_notebooks_have_the_form(path):
     book, text, code = json.loads(path.read_text()), cells(path, "markdown"), cells(path, "code")
     assert book["metadata"]["kernelspec"]["name"] == "python3"
     assert text[0].startswith("# ") and "\n> " in text[0]
+    assert "widgets" not in book["metadata"] or "widget-view" in path.read_text(), "the state of widgets that no cell shows"
     assert path.stat().st_size < (500_000 if path in STUDIES else 100_000)
     assert len(book["cells"]) <= 60
     if path not in STUDIES:
@@ -124,6 +125,10 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
     assert names["images"].shape == (3, 1, 8, 8) and (tmp_path / "runs/mine/config.json").exists()
 
 
+def recorded(name: str):
+    return json.loads((ROOT / f"data/results/{name}.json").read_text())
+
+
 def test_the_numbers_of_the_readme_are_the_recorded_ones():
     record = json.loads((ROOT / "data/results/quickstart_seeds.json").read_text())
     table = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ") and "±" in line]
@@ -137,12 +142,27 @@ def test_the_numbers_of_the_readme_are_the_recorded_ones():
 
 def test_the_speeds_of_the_readme_are_the_recorded_ones():
     readme = (ROOT / "README.md").read_text()
-    for record in json.loads((ROOT / "data/results/benchmark_cpu.json").read_text()):
+    for record in [*recorded("benchmark_cpu"), *recorded("benchmark_gpu")]:
         case, ours, rival = record["case"], record["results"]["Self-Flow"], record["results"]["published form"]
         name = f"{case['size']}, {case['tokens']} tokens x {case['batch']}, {case['precision']}" + ", compiled" * case["compile"]
+        name += ", H200" * (record["device"] == "NVIDIA H200")
         low, median, high = ours["speed_ratio"]
         assert (f"| {name} | {ours['flops'] / rival['flops']:.3f} | {median:.2f} ({low:.2f} to {high:.2f}) | "
                 f"{ours['ceiling_share'][1]:.0%} | {ours['peak_bytes'] / rival['peak_bytes']:.2f} |") in readme
+
+
+@pytest.mark.parametrize("record, what, factor, scale", [
+    ("train_video", "film", "direction", 3),
+    ("train_video", "film", "direction", 8),
+    ("train_video", "film", "direction, tracked", 8),
+    ("train_video_gpu", "film of full size, GPU", "direction", 8),
+    ("train_video_gpu", "film of full size, GPU", "direction, tracked", 8)])
+def test_the_films_of_the_readme_are_the_recorded_ones(record, what, factor, scale):
+    found = [row["right (95 %)"] for row in recorded(record)["rows"] if (row["factor"], row["CFG"]) == (factor, scale)]
+    shown = ["{} ({} to {})".format(*re.findall(r"[\d.]+", share)) for share in found]
+    name = factor if "tracked" in factor else f"{factor}, by the judge"
+    line = f"| {what}: {name}, guidance {scale} | {' | '.join(shown)} |"
+    assert len(found) == 2 and line in (ROOT / "README.md").read_text().replace("**", "")
 
 
 def test_the_rivals_of_the_readme_are_the_recorded_ones():
