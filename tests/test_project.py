@@ -50,15 +50,10 @@ def test_imports_go_downwards_only():
 @pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
 def test_modules_export_what_they_say_and_document_it(module):
     loaded = importlib.import_module(f"selfflow.{module.stem}")
-    tree = ast.parse(module.read_text())
     for name in loaded.__all__:
         value = getattr(loaded, name)
         if callable(value) and getattr(value, "__module__", "") == loaded.__name__:
             assert value.__doc__, f"{module.stem}.{name} has no docstring"
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
-    assert len(module.read_text().splitlines()) <= 300
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS + STUDIES, ids=lambda p: p.stem)
@@ -68,7 +63,6 @@ def test_notebooks_have_the_form(path):
     assert text[0].startswith("# ") and "\n> " in text[0]
     assert "widgets" not in book["metadata"] or "widget-view" in path.read_text(), "the state of widgets that no cell shows"
     assert path.stat().st_size < (500_000 if path in STUDIES else 100_000)
-    assert len(book["cells"]) <= 60
     if path not in STUDIES:
         assert any("assert" in source for source in code if "#| export" not in source), "a lesson asserts what it shows"
     for source in code:
