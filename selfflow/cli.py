@@ -20,6 +20,7 @@ import tyro
 from .benchmark import Case, bench_table, device_name
 from .benchmark import bench as run_bench
 from .checkpoint import find_runs
+from .choices import choose
 from .comparison import AGAINST, fit_table, run_curves, runs_table
 from .config import Config
 from .document import printer, write_pdf
@@ -27,7 +28,6 @@ from .execution import execute
 from .extractors import open_extractor
 from .factor_probes import factors_cost, probe_factors, write_factors
 from .features import FeatureStore
-from .images import choose
 from .options import read_command, read_features, starting_point
 from .plots import draw_runs, to_png
 from .probing import probe_baselines, probe_run, probe_table

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .checkpoint import migrate
+from .choices import choose
 from .config import PRESETS, Config, draft, overlaid
-from .images import choose
 
 # %% ../nbs/480_options.ipynb #10bb2f5a
 def _given(args: list[str], option: str) -> str | None:

@@ -8,9 +8,13 @@ from dataclasses import asdict, fields, is_dataclass, replace
 import pytest
 import torch
 
+from selfflow.choices import SIZES
 from selfflow.config import (
-    PRESET_FIELDS,
+    DENSITIES,
+    OBJECTIVES,
     PRESETS,
+    PRESET_FIELDS,
+    SCHEDULES,
     Config,
     DataConfig,
     ModelConfig,
@@ -24,10 +28,10 @@ from selfflow.config import (
     overlaid,
 )
 from selfflow.flow import LogitNormal, Mixture, PlateauLogitNormal, Shifted, Uniform
-from selfflow.method import DENSITIES, OBJECTIVES, SCHEDULES, build_density, build_objective, build_schedule
+from selfflow.method import build_density, build_objective, build_schedule
 from selfflow.objective import REPA, SRA, FlowMatching, LayerSync, SelfFlow, ema_decay
 from selfflow.schedule import DiffusionForcing, DualTimestep, FullMasking, MultiTimestep, SingleLevel
-from selfflow.blocks import SIZES, TransformerConfig
+from selfflow.blocks import TransformerConfig
 
 
 def test_json_and_back():
