@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIGNALS', 'STORED', 'CONDITIONS', 'SOUNDS', 'DENSITIES', 'SCHEDULES', 'OBJECTIVES', 'MASK_RATIOS', 'GIVEN',
-           'PRECISIONS', 'PARALLEL', 'OPTIMIZERS', 'PRESET_FIELDS', 'PRESETS', 'DataConfig', 'ModelConfig',
+           'PRECISIONS', 'PARALLEL', 'OPTIMIZERS', 'DEFAULTS', 'PRESET_FIELDS', 'PRESETS', 'DataConfig', 'ModelConfig',
            'ObjectiveConfig', 'TrainConfig', 'Config', 'flatten', 'nested', 'differences', 'half_life', 'overlaid',
            'draft']
 
@@ -211,6 +211,7 @@ class ObjectiveConfig:
 PRECISIONS = ("fp32", "bf16")
 PARALLEL = ("ddp", "fsdp")
 OPTIMIZERS = ("adamw", "muon")
+DEFAULTS = (3, 4)
 
 
 @dataclass(frozen=True)
@@ -268,9 +269,12 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
+    defaults: int = 4     # of the project, those that hold: 3 in runs of formats 1 to 3
 
     def __post_init__(self):
         check_types(self)
+        if self.defaults not in DEFAULTS:
+            raise ValueError(f"defaults is {self.defaults}; take 4, or 3 for what runs of formats 1 to 3 computed")
         if not re.fullmatch(r"\w[\w.-]*", self.name, re.ASCII):
             raise ValueError(f"{self.name!r} is no name for a run: use letters, digits, -, _ and dots, no folders")
         self._complete()
