@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['SIGNALS', 'STORED', 'CONDITIONS', 'SOUNDS', 'DATASETS', 'TICK', 'DataConfig', 'load', 'images_of', 'SoundPatches',
-           'Columns', 'layout_of', 'Sources']
+           'Columns', 'layout_of', 'class_number', 'Sources']
 
 # %% ../nbs/210_sources.ipynb #694d5daa
-from collections.abc import Callable
+import difflib
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from .audio import LogMel, Mdct
 from .folders import Folder, HuggingFace
-from .images import DataSet, Examples, ImageSet, choose, digits
+from .images import DataSet, Examples, ImageSet, caption_text, choose, digits
 from .latents import Latents
 from .method import check_positive, check_types
 from .modality import ImagePatches, Layout, Part, VideoPatches
@@ -215,6 +217,25 @@ def layout_of(data: DataSet, config: DataConfig) -> Layout:
     return Layout(patches)
 
 # %% ../nbs/210_sources.ipynb #983fdf1f
+def class_number(label: int | str, names: Sequence[str]) -> int:
+    """The number of a class that is given by name or number; a name that looks like a number is the name first.
+
+    Raises ValueError for a class that is not there, with the nearest names, or with the numbers that there are.
+    """
+    names = list(map(str, names))
+    if isinstance(label, str) and label in names:
+        return names.index(label)
+    known = ", ".join(names[:10]) + ", ..." * (len(names) > 10)
+    if isinstance(label, str) and not re.fullmatch(r"[+-]?\d+", label):
+        lower = {name.lower(): name for name in reversed(names)}
+        near = [lower[name] for name in difflib.get_close_matches(label.lower(), lower, n=3)]
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else f"; classes are {known}"
+        raise ValueError(f"there is no class {label!r}{hint}")
+    if not 0 <= (number := int(label)) < len(names):
+        raise ValueError(f"there is no class {number}: labels run from 0 to {len(names) - 1} ({known})")
+    return number
+
+
 class Sources:
     """The data of a run: what `DataConfig` names, of one split.
 
@@ -268,26 +289,38 @@ class Sources:
             return torch.zeros(len(examples), dtype=torch.int64)
         return examples.labels + self._before(name)
 
-    def wanted(self, told, name: str = "") -> Tensor:
-        """What a model is told of samples that it is to draw: classes (b,) by number, or captions, as texts or encoded.
+    def wanted(self, asked, name: str = "") -> Tensor:
+        """The conditions of samples that are to be drawn: classes (b,) by number or name, or captions, as texts or encoded.
 
         name: the data set whose classes these are, where there are several; the first by default.
-        Raises ValueError for texts where classes are wanted, and the other way round.
+        Raises ValueError for a class that is not there and for captions where classes are wanted, or the other way round.
         """
-        texts = not isinstance(told, Tensor) and any(isinstance(text, str) for text in told)
+        name = choose(name or next(iter(self.data)), list(self.data), "data set")
         if self.config.condition == "caption":
-            if texts:
-                return self.encoder.encode(told, self.config.caption)
-            if not isinstance(told, Tensor) or told.ndim != 2 + bool(self.encoder.width):
-                raise ValueError(f"{self.config.name} are drawn by captions here: give texts, not {told!r}")
-            return told
-        if texts:
-            raise ValueError(f"{self.config.name} are drawn by class here, not by captions: give numbers, not {told!r}")
-        labels = torch.as_tensor(told, dtype=torch.int64)
+            if not isinstance(asked, Tensor) and len(asked) and all(isinstance(text, str) for text in asked):
+                return self.encoder.encode(asked, self.config.caption)
+            if not isinstance(asked, Tensor) or asked.ndim != 2 + bool(self.encoder.width):
+                raise ValueError(f"{self.config.name} are drawn by captions here: give texts, not {asked!r}")
+            return asked
         if self.config.condition == "none":
-            return torch.zeros_like(labels)
-        names = list(self.data)
-        return labels + self._before(choose(name or names[0], names, "data set"))
+            return torch.zeros(len(asked), dtype=torch.int64)
+        labels = asked if isinstance(asked, Tensor) else [class_number(label, self.data[name].names) for label in asked]
+        labels = torch.as_tensor(labels, dtype=torch.int64)
+        for number in labels.flatten().tolist():
+            class_number(number, self.data[name].names)
+        return labels + self._before(name)
+
+    def texts(self, asked, name: str = "") -> list[str]:
+        "What is asked for, as `wanted` takes it, in words: names of classes, or captions; empty texts where there is neither."
+        if self.config.condition == "none":
+            return [""] * len(asked)
+        if self.config.condition == "caption":
+            known = not isinstance(asked, Tensor) or not self.encoder.width
+            rows = [text if isinstance(text, str) else caption_text(text) for text in asked] if known else [""] * len(asked)
+            return rows
+        name = name or next(iter(self.data))
+        labels = self.wanted(asked, name) - self._before(name)
+        return [str(self.data[name].names[label]) for label in labels.flatten().tolist()]
 
     def _before(self, name: str) -> int:
         "How many classes the data sets before this one have."
