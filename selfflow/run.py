@@ -19,10 +19,10 @@ from tqdm.auto import tqdm
 
 from .checkpoint import (FORMAT, agree, migrate, newest_whole, problem_of, prune, read_part, read_pictures, read_state,
                                  write_checkpoint, write_picture)
+from .choices import choose
 from .config import Config
 from .disk import cut_lines, discard, not_written, read_lines, replacing, step_paths, write_json
 from .flow import keyed
-from .images import choose
 from .lock import free_name, sole_writer, writer_of
 from .modality import ImagePatches, Layout
 from .sampling import guided_velocity, sample

@@ -13,12 +13,11 @@ from test_training import assert_same
 from selfflow.autoencoder import Haar
 from selfflow.batches import Batches, Validation, shape_of, validation_tokens
 from selfflow.cli import main
-from selfflow.config import Config
+from selfflow.config import Config, DataConfig, ObjectiveConfig
 from selfflow.images import DataSet, Examples, digits
 from selfflow.latents import encode_latents
-from selfflow.method import ObjectiveConfig
 from selfflow.run import Run
-from selfflow.sources import Columns, DataConfig, SoundPatches, Sources, images_of, layout_of, load
+from selfflow.sources import Columns, SoundPatches, Sources, images_of, layout_of, load
 from selfflow.training import train
 from selfflow.transformer import Transformer
 
