@@ -89,7 +89,7 @@ def write_samples(run: Run, labels, steps: int = 50, method: str = "euler", cfg_
     save_file({"images": images.contiguous(), "labels": wanted, **signals}, file, about)
     _show_samples(file, images, signals.get("video"), waves, texts, run.sources.data[data])
     if factor < 1:
-        print(f"the sounds reach {1 / factor:.3g} of full scale, so all WAV files are at {factor:.3g} of their loudness")
+        print(f"the sounds reach {1 / factor:.3g} times full scale, so all WAV files are at {factor:.3g} of their loudness")
     return images, file
 
 

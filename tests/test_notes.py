@@ -220,5 +220,6 @@ def test_sounds_of_one_call_get_one_factor_and_soft_ones_stay_as_they_are():
     quieter, factor = within_full_scale(sounds)
     assert factor == 0.2
     torch.testing.assert_close(quieter, sounds / 5)
-    same, factor = within_full_scale(sounds[1])
-    assert same is sounds[1] and factor == 1 == within_full_scale(torch.zeros(0, 4))[1]
+    soft = sounds[1]
+    same, factor = within_full_scale(soft)
+    assert same is soft and factor == 1 == within_full_scale(torch.zeros(0, 4))[1]
