@@ -29,7 +29,8 @@ class TransformerConfig:
     keys; modulation: of each "block" or "shared" by all. The defaults are the published model.
     parts: the kinds of tokens in a sequence, each with projections of its own; channels and grid then follow (0 and () will do);
     caption: bytes of a caption, or vectors of an outside encoder, 0 = none; caption_width: of these vectors, 0 = bytes;
-    caption_level: its tokens are at the "mean" level of their sample, or "clean"; caption_stride: bytes in one of its tokens.
+    caption_level: its tokens are at the "mean" level of their sample, or "clean"; caption_stride: bytes in one of its tokens;
+    fp32_levels: levels are embedded in fp32 even where the rest is in bf16, which runs of formats 1 to 3 did not.
     Raises ValueError when width does not divide among heads or among the parts of the position code, for captions beside
     classes, and for films or sounds with "sincos" positions, which know no time.
     """
@@ -49,6 +50,7 @@ class TransformerConfig:
     caption_width: int = 0
     caption_level: str = "mean"
     caption_stride: int = 4
+    fp32_levels: bool = True
 
     def __post_init__(self):
         parts = tuple(part if isinstance(part, Part) else Part(**part) for part in self.parts)  # JSON gives lists and dicts
