@@ -144,7 +144,7 @@ def judge_for(name: str, data: DataConfig | None = None, folder: Path | str = "d
     """The judge of shapes, emblems, motion, notes or scenes.
 
     data: their sizes, the defaults if None. For the default sizes it comes with the project; for others it is trained at first
-    use, which is reported with the reason, and kept in `folder`. One that was made for other data, or is damaged, is reported too.
+    use, which is reported with the reason, and kept in `folder`. One of other data, or a damaged one, is reported too.
     Raises ValueError for unknown data sets, NotWritten where the folder cannot be written to.
     """
     source, default = _source(name, data, "train"), _source(name, None, "train")
