@@ -10,6 +10,7 @@ import glob
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -101,14 +102,14 @@ def runs(folder: tyro.conf.Positional[Path] = Path("runs"), names: tuple[str, ..
 
 
 @command
-def sample(run: tyro.conf.Positional[Path], labels: tuple[int, ...] = (), captions: tuple[str, ...] = (), each: int = 10,
+def sample(run: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), captions: tuple[str, ...] = (), each: int = 10,
            steps: int = 50, method: str = "euler", cfg_scale: float = 1.0, seed: int = 0, shift: float = 1.0,
            interval: tuple[float, float] = (0.0, 1.0), data: str = "", device: str = "auto") -> None:
     """Draw samples from a run into its folder.
 
     Args:
         run: The run's folder.
-        labels: Classes to draw; none means all.
+        labels: Classes to draw, by name or number; none means all.
         captions: Texts to draw, for a run that was trained with captions; none means those of the first ten test samples.
         each: How many of each.
         steps: Steps of the sampler.
@@ -126,8 +127,9 @@ def sample(run: tyro.conf.Positional[Path], labels: tuple[int, ...] = (), captio
     name = choose(data or opened.config.data.names[0], opened.config.data.names, "data set (data)")
     wanted = to_draw(opened, name, labels, captions, each)
     _, file = write_samples(opened, wanted, steps, method, cfg_scale, seed, shift, interval, name)
-    beside = ", ".join(f".{path.suffix[1:]}" for path in sorted(file.parent.glob(f"{glob.escape(file.stem)}.*")) if path != file)
-    print(f"{len(wanted)} samples are in {file} and, to look at and listen to, in the files beside it ({beside})")
+    beside = Counter(path.suffix for path in file.parent.glob(f"{glob.escape(file.stem)}*") if path != file)
+    shown = ", ".join(f"{count} {suffix}" for suffix, count in sorted(beside.items()))
+    print(f"{len(wanted)} samples are in {file} and, to look at and listen to, in the files beside it ({shown})")
 
 
 @command

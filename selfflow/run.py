@@ -269,8 +269,9 @@ class Run:
 
     def film_picture(self, model: Transformer) -> tuple[Tensor, Tensor]:
         "One sample of each class, of ten at most, or of ten captions, from the same noise: images and their numbers."
-        labels = torch.arange(min(10, self.transformer.classes) or 10)
-        wanted = self.sources.data[self.config.data.names[0]].take(labels).captions if self.transformer.caption else labels
+        source = self.sources.data[self.config.data.names[0]]
+        labels = torch.arange(min(10, len(source.names)) if self.transformer.classes else 10)
+        wanted = source.take(labels).captions if self.transformer.caption else labels
         drawn = self.sample(wanted, steps=25, model=model)
         return (drawn if isinstance(drawn, Tensor) else self._layout("")[0].picture(drawn)), labels
 
