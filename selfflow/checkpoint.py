@@ -189,7 +189,8 @@ def _from_2(stored: dict) -> dict:
 
 def _from_3(stored: dict) -> dict:
     "Format 3 had other defaults, see `Config.defaults`."
-    return {**stored, "format": 4, "config": {**stored["config"], "defaults": 3}}
+    shape = {"transformer": {**stored["transformer"], "fp32_levels": False}} if "transformer" in stored else {}
+    return {**stored, **shape, "format": 4, "config": {**stored["config"], "defaults": 3}}
 
 
 MIGRATIONS = {1: _from_1, 2: _from_2, 3: _from_3}  # to the next format

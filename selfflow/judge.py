@@ -20,14 +20,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from .choices import choose
+from .config import DataConfig
 from .disk import make_folder, replacing, write_json
 from .factors import CLASS, HEADS, Reader, directions_seen, known, pitch_errors
 from .flow import keyed
-from .images import DataSet, choose
+from .images import DataSet
 from .metrics import Share
 from .notes import PITCHES
 from .run import Run
-from .sources import DATASETS, DataConfig, Sources
+from .sources import DATASETS, Sources
 from .verdict import Verdict, bounce_verdict, compared, share_of
 
 # %% ../nbs/380_judge.ipynb #1f9ceb5c

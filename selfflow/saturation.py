@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from .agreement import Compared, compare, cosine_by_gap, fit_directions, look_up, mean_of_samples
+from .choices import choose
 from .flow import keyed
-from .images import choose
 from .method import build_objective
 from .objective import FeatureObjective
 from .intervals import mean_interval, paired_difference

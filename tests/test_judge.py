@@ -13,13 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from selfflow import judge as module
-from selfflow.config import Config
+from selfflow.config import Config, DataConfig
 from selfflow.factors import CLASS, HEADS, SIGNAL_OF, Reader, courses, covered, directions_seen, known, pitch_errors, unrolled
 from selfflow.flow import keyed
 from selfflow.judge import followed, judge_for, on_samples, shipped, train_judge_for
 from selfflow.scenes import Scenes, sound_on_bounce
 from selfflow.shapes import KINDS, SYMMETRY, Shapes, draw_figures
-from selfflow.sources import DATASETS, DataConfig
+from selfflow.sources import DATASETS
 from selfflow.verdict import bounce_verdict, compared
 
 NAMES = tuple(HEADS)

@@ -9,7 +9,7 @@ import torch
 from conftest import TINY
 
 from selfflow import cli
-from selfflow.config import ModelConfig
+from selfflow.config import DataConfig, ModelConfig
 from selfflow.factor_probes import (FactorProbes, factor_targets, factors_cost, probe_factors, read_factors, token_covers,
                                     write_factors)
 from selfflow.features import Items, items_of
@@ -17,7 +17,7 @@ from selfflow.images import SPLITS
 from selfflow.probe_plots import draw_layer_curves, draw_score_maps
 from selfflow.probes import (HeadFit, field_probe, knn_probe, majority_score, regression_probe, ridge_probe, shuffled)
 from selfflow.run import Run
-from selfflow.sources import DataConfig, Sources
+from selfflow.sources import Sources
 from selfflow.token_probes import attentive_probe, position_score, token_probe
 from selfflow.training import train
 

@@ -43,8 +43,10 @@ def test_imports_go_downwards_only():
     order = {re.sub(r"^\d+_", "", p.stem): int(p.stem.split("_")[0]) for p in NOTEBOOKS}
     for module in MODULES:
         for node in ast.walk(ast.parse(module.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                assert order[node.module] < order[module.stem], f"{module.stem} imports {node.module}, which stands above it"
+            if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith("selfflow")):
+                module_name = (node.module or "").removeprefix("selfflow").lstrip(".")
+                for name in [module_name] if module_name else [alias.name for alias in node.names if alias.name in order]:
+                    assert order[name] < order[module.stem], f"{module.stem} imports {name}, which stands above it"
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
