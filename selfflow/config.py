@@ -278,7 +278,6 @@ class Config:
         if not re.fullmatch(r"\w[\w.-]*", self.name, re.ASCII):
             raise ValueError(f"{self.name!r} is no name for a run: use letters, digits, -, _ and dots, no folders")
         self._complete()
-        self._check_parts()
         if not self.objective.usual or self.model.depth < 2:
             import_module("selfflow.method").check_layers(self.objective, self.model.depth, self.data.signals_named)
 
@@ -291,15 +290,6 @@ class Config:
         ratios = {MASK_RATIOS[signal] for signal in signals}
         if self.objective.mask_ratio is None and len(ratios) == 1:
             object.__setattr__(self, "objective", replace(self.objective, mask_ratio=ratios.pop()))
-
-    def _check_parts(self):
-        features = () if self.objective.name == "flow_matching" else ("rep_tokens", "normalise")
-        for name in ("flow_tokens", *features) if self.training.accumulate > 1 else ():
-            if (value := getattr(self.objective, name)) != type(self.objective).__dataclass_fields__[name].default:
-                what = "takes means" if name == "normalise" else "counts tokens"
-                raise ValueError(f"accumulate is {self.training.accumulate}, but {name} {value!r} {what} over the whole batch, "
-                                 "which parts that are passed one after the other do not know. Take training.accumulate 1, and "
-                                 "for less memory more processes or training.checkpointing")
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
