@@ -88,7 +88,7 @@ def test_what_is_taken_belongs_to_the_caller(photos):
     ({"size": 0}, "size is 0"), ({"size": 31.5}, "size is 31.5"), ({"frames": -1}, "frames is -1"), ({"fps": 0}, "fps is 0"),
     ({"rate": 1}, "rate is 1"), ({"samples": 0}, "samples is 0"),
     ({"shares": (0.5, 0.6, 0.1)}, "shares are"), ({"shares": (0.5, 0.5)}, "expected three"),
-    ({"signals": "audio"}, "no sample of split 'train'; it holds 3 '.webp', 3 '.gif', 3 '.png', 3 '.bmp'$"),
+    ({"signals": "audio"}, "no sample of split 'train'; it holds 3 '.webp', 3 '.gif', 3 '.png', 3 '.bmp'; not used: cannot be read as audio"),
     ({"signals": ("image", "audio")}, r"no sample.*has no audio of its name \(12\)"),
 ])
 def test_what_cannot_be(photos, change, words):
@@ -131,12 +131,14 @@ def test_folders_that_are_splits(tmp_path, name, capsys):
             picture(tmp_path / split / "deep/er" / f"{i}.png", 10 * count)
     picture(tmp_path / name / "cat/x.png")
     picture(tmp_path / "top.png")
-    train, validation = Folder(tmp_path), Folder(tmp_path, split="validation")
-    assert (len(train), len(validation)) == (3, 3) and train.names == validation.names == ("cat", "deep")
+    train, validation, test = (Folder(tmp_path, split=split) for split in SPLITS)
+    assert (len(train), len(validation), len(test)) == (2, 3, 1) and train.names == validation.names == ("cat", "deep")
     assert train.skipped == {"lies beside the split folders": ["extra/deep/er/0.png", "top.png"]}
-    assert "no sample of class 'cat'; not used: lies beside the split folders (2)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "no test split is there: 1 of train, chosen by a hash of their names, are used; no sample of class 'cat'" in out
+    assert "not used: lies beside the split folders (2): 'extra/deep/er/0.png', 'top.png'" in out
     with pytest.raises(ValueError, match="no sample of split 'test'; no sample of class 'cat', 'deep'; not used: lies beside"):
-        Folder(tmp_path, split="test")
+        Folder(tmp_path, split="test", **ALL)
 
 
 def test_a_split_that_got_nothing_is_named(photos):
@@ -194,7 +196,7 @@ def test_a_table_without_labels_leaves_the_classes(photos):
 
 def test_a_table_of_which_nothing_is_there(photos):
     (photos / "metadata.csv").write_text("file,label\n/etc/passwd,x\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"no sample of split.*leads out of the folder \(1\), is not in the table \(12\)"):
+    with pytest.raises(ValueError, match=r"no sample of split.*leads out of the folder \(1\).*is not in the table \(12\)"):
         Folder(photos)
 
 
