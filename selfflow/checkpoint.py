@@ -188,8 +188,11 @@ def _from_2(stored: dict) -> dict:
 
 
 def _from_3(stored: dict) -> dict:
-    "Format 3 had other defaults, see `Config.defaults`."
-    return {**stored, "format": 4, "config": {**stored["config"], "defaults": 3}}
+    "Format 3 had other defaults, see `Config.defaults`, and took the splits of folders as they are."
+    data = stored["config"].get("data", {})
+    if {"folder", "huggingface"} & {*data.get("name", "").split("+")}:
+        data = {**data, "carve": False}
+    return {**stored, "format": 4, "config": {**stored["config"], "defaults": 3} | ({"data": data} if data else {})}
 
 
 MIGRATIONS = {1: _from_1, 2: _from_2, 3: _from_3}  # to the next format

@@ -25,7 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy.signal import resample_poly
 from torch import Tensor
 
-from .files import SIGNALS, Inside, Refused, Source, check_whole, kind_of, opened, refusing
+from .files import SIGNALS, SUFFIXES, Inside, Refused, Source, check_whole, kind_of, opened, refusing
 
 # %% ../nbs/172_decoding.ipynb #7a563012
 RATES, SIDE = (1_000, 400_000), 8_192  # lowest and highest sample rate, in Hz; largest side of a picture asked for
@@ -323,11 +323,16 @@ def _begun(source: Inside | bytes, signal: str) -> Iterator[tuple[BinaryIO, str]
 
 @dataclass(frozen=True)
 class Header:
-    "The beginning of a file. sides: width and height of a picture; grey: it has no colour; seconds: its length, 0 = unknown."
+    """The beginning of a file.
+
+    sides: width and height of a picture; grey: it has no colour; seconds: its length, 0 = unknown; renamed: its suffix is that
+    of another kind.
+    """
     kind: str
     sides: tuple[int, int] | None = None
     grey: bool = False
     seconds: float = 0.0
+    renamed: bool = False
 
 
 def look(source: Source, signal: str, timed: bool = False) -> Header:
@@ -339,6 +344,7 @@ def look(source: Source, signal: str, timed: bool = False) -> Header:
     if isinstance(source, tuple):
         return look(source[0], "image")
     with _begun(source, signal) as (file, kind):
+        renamed = SUFFIXES.get(Path(getattr(source, "name", "")).suffix.lower(), kind) != kind
         if kind in SIGNALS["image"]:
             image, seconds = _picture(file, kind), 0.0
             sides, grey = image.size, image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
@@ -346,13 +352,13 @@ def look(source: Source, signal: str, timed: bool = False) -> Header:
                 count = image.n_frames
                 image.load()  # which tells the duration
                 seconds = count * (image.info.get("duration") or 100) / 1_000
-            return Header(kind, sides, grey, seconds)
+            return Header(kind, sides, grey, seconds, renamed)
         if signal == "audio":
             rate, frames, _ = _sound(file, kind)
-            return Header(kind, seconds=frames / rate)
+            return Header(kind, seconds=frames / rate, renamed=renamed)
         with _container(file, kind) as (container, stream):
             return Header(kind, (stream.codec_context.width, stream.codec_context.height),
-                          seconds=(container.duration or 0) / 1_000_000)
+                          seconds=(container.duration or 0) / 1_000_000, renamed=renamed)
 
 
 def read(source: Source, signal: str, form: Form, begin: float = 0.0) -> Tensor:

@@ -310,6 +310,7 @@ def carve(splits: dict[str, str], shares: tuple[float, float, float], given: boo
         now = tuple(empty.get(split, 0.0) for split in SPLITS[1:])
         parts = {name: split_of(name, (1 - sum(now), *now)) for name, split in splits.items() if split == "train"}
         moved = {name: part for name, part in parts.items() if part != "train"}
+        moved = moved if len(moved) < len(parts) else {}
     for split, share in empty.items():
         if split in moved.values():
             continue

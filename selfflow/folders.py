@@ -43,8 +43,8 @@ def _suffix(name: str) -> str:
 def _carved(moved: dict[str, str], given: bool) -> Iterator[str]:
     "The note on samples that fill empty splits."
     for split, count in Counter(moved.values()).items():
-        yield (f"no {split} split is there: {count:,} of train, chosen by a hash of their names, are used" if given else
-               f"the hash of names left {split} empty: the {count:,} with the smallest are used")
+        yield (f"there is no {split} split: {count:,} of the training samples, chosen by a hash of their names, are used" if given
+               else f"the hash of names leaves {split} empty: the {count:,} with the smallest are used")
 
 
 @dataclass(eq=False)
@@ -75,8 +75,8 @@ class Folder(Stored):
         classes = {label for _, label, _, _ in found}
         self.names = tuple(sorted(classes, key=natural))
         looked = {name: self._look(sources[name]) for _, _, name, _ in found} if len(found) <= SMALL else {}
-        moved = carve({_stem(name): split for split, _, name, _ in found if not isinstance(looked.get(name), Refused)},
-                      self.shares, base)
+        usable = {_stem(name): split for split, _, name, _ in found if not isinstance(looked.get(name), Refused)}
+        moved = carve(usable, self.shares, base) if self.carve else {}
         entries, headers = [], {}
         for split, label, name, caption in found:
             if moved.get(_stem(name), split) == self.split:
@@ -177,17 +177,17 @@ class Folder(Stored):
 
     def _odd(self, looked: dict[str, dict[str, Header]]) -> Iterator[str]:
         "Notes on files that are used, but perhaps not as expected."
-        by_name = {name: header for name, headers in looked.items() for header in headers.values()}
-        other = [name for name, header in by_name.items() if SUFFIXES.get(_suffix(name), header.kind) != header.kind]
-        sides = {name: header.sides for name, header in by_name.items() if header.sides}
-        oblong = [name for name, side in sides.items() if max(side) > 3 * min(side)]
-        small = [name for name, side in sides.items() if 2 * min(side) < self.size]
+        headers = [(name, header) for name, headers in looked.items() for header in headers.values()]
+        other = [name for name, header in headers if header.renamed]
+        pictures = [(name, header) for name, header in headers if header.sides]
+        oblong = [name for name, header in pictures if max(header.sides) > 3 * min(header.sides)]
+        small = [name for name, header in pictures if 2 * min(header.sides) < self.size]
         for names, text in ((other, "read as what they are, not as their suffix says"),
                             (oblong, "more than three times as long as wide: only the middle is used"),
                             (small, f"smaller than {ceil(self.size / 2)} pixels: enlarged to {self.size}")):
             if names:
                 yield f"{text} ({len(names):,}): {_few(names)}"
-        if self.channels == 3 and sides and all(by_name[name].grey for name in sides):
+        if self.channels == 3 and pictures and all(header.grey for _, header in pictures):
             yield "all pictures are grey; data.channels 1 keeps them so"
         yield from self._cut([self._length(headers) for headers in looked.values()])
 
@@ -235,7 +235,7 @@ class HuggingFace(Stored):
                              f"({type(error).__name__}: {error})") from error
         parts = {SPLIT_FOLDERS.get(name, name): part for name, part in loaded.items()} if isinstance(loaded, dict) else {}
         share = dict(zip(SPLITS, self.shares, strict=True))[self.split]
-        if parts and self.split not in parts and ("train" not in parts or not share):
+        if parts and self.split not in parts and not ("train" in parts and share and self.carve):
             raise ValueError(f"{self.path} has no split {self.split!r}, but {', '.join(map(repr, loaded))}")
         self.data = parts.get(self.split, parts["train"]) if parts else loaded
         if not all(Path(file["filename"]).resolve().is_relative_to(self.root) for file in self.data.cache_files):
@@ -250,9 +250,10 @@ class HuggingFace(Stored):
     def _rows(self, parts: dict) -> tuple[Sequence, list[str]]:
         "The rows of this split, with crop all as often as they have windows, and the notes on them."
         self.carved, notes, rows = False, [], range(len(self.data))
-        if not parts or {"validation", "test"} - {*parts} and self.split not in ({*parts} - {"train"}):
+        if not parts or self.carve and {*SPLITS} - {*parts} and self.split not in {*parts} - {"train"}:
             splits = {f"row {row}": "train" if parts else split_of(f"row {row}", self.shares) for row in rows}
-            moved = carve(splits | {part: part for part in parts if part in SPLITS[1:]}, self.shares, bool(parts))
+            given = {part: part for part in parts if part in SPLITS[1:]}
+            moved = carve(splits | given, self.shares, bool(parts)) if self.carve else {}
             self.carved, notes = bool(moved), [*_carved(moved, bool(parts))]
             rows = [row for row in rows if (splits | moved)[f"row {row}"] == self.split] if moved or not parts else rows
         if not self.window:

@@ -48,7 +48,7 @@ class DataConfig:
     """What is trained on, and how it becomes tokens.
 
     Sizes matter only where data are made or read in a size; those of the digits and of latents are theirs. rate, seconds, crop,
-    fps and channels are of folder and huggingface.
+    fps, channels and carve are of folder and huggingface.
     """
     name: str = "digits"      # digits, shapes, emblems, motion, notes, scenes, folder, huggingface, latents; + between: in turn
     patch: int = 2            # side of a patch, pixels
@@ -69,6 +69,7 @@ class DataConfig:
     crop: str = "start"       # the part of longer sounds, and of videos with fps: start, centre, random (by name) or all
     fps: float = 0.0          # frames taken in a second of a video; 0 = over its whole length, or as long as its sound
     channels: int = 3         # of images and videos: 3 = colour, 1 = grey
+    carve: bool = True        # fill splits that are missing or empty; False in runs of formats 1 to 3
 
     def __post_init__(self):
         check_types(self)
@@ -142,7 +143,7 @@ def _stored(kind: type, config: DataConfig, split: str) -> DataSet:
     signals = tuple(config.signals.split("+"))
     both = config.frames * config.rate / config.samples if {"video", "audio"} <= {*signals} else None  # as long as its sound
     return kind(config.path, signals, split, config.size, config.frames, config.fps or both, config.rate, config.samples,
-                crop=config.crop, channels=config.channels)
+                crop=config.crop, channels=config.channels, carve=config.carve)
 
 
 DATASETS: dict[str, Callable[[DataConfig, str], DataSet]] = {

@@ -64,7 +64,8 @@ class Stored:
     path: a folder; signals: image, video, audio, or several that belong together; split: train, validation or test; size,
     frames, fps, rate, samples, channels: as in `Form`; crop: the part of longer sounds and videos that is used, see `begins_of`;
     captions: auto (the caption of a sample, else its class), class or none;
-    shares: of the splits, where the data are not split already; cache: bytes of decoded samples that are kept.
+    shares: of the splits, where the data are not split already; carve: fill splits that are missing or empty; cache: bytes of
+    decoded samples that are kept.
     Has names (of the classes), found (the samples), skipped {reason: what is not used}, broken {what could not be decoded: why}
     and silent. Raises ValueError for settings that cannot be, for no folder, and for a split without a sample.
     """
@@ -81,6 +82,7 @@ class Stored:
     cache: int = 2**28
     crop: str = "start"
     channels: int = 3
+    carve: bool = True
 
     def __post_init__(self):
         self.signals = (self.signals,) if isinstance(self.signals, str) else tuple(self.signals)

@@ -83,7 +83,8 @@ STARTS = {"PNG": PNG, "JPEG": b"\xff\xd8\xff\xe0", "GIF": b"GIF89a", "BMP": b"BM
           "MATROSKA": b"\x1a\x45\xdf\xa3\1", "TIFF": b"II*\0\x08\0\0\0", "AVIF": b"\0\0\0\x1cftypmif1\0\0\0\0avifmiaf",
           "HEIF": b"\0\0\0\x1cftypheic\0\0\0\0mif1heic", "JPEG2000": b"\0\0\0\x0cjP  \r\n\x87\n", "PPM": b"P6 4 4 255 ",
           "MP3": b"\xff\xfb\x90\x64", "OGG": b"OggS\0\2", "AIFF": b"FORM\0\0\0\x20AIFFCOMM",
-          "AU": b".snd\0\0\0\x18", "CAF": b"caff\0\1", "RF64": b"RF64\xff\xff\xff\xffWAVEds64", "M4A": b"\0\0\0\x20ftypM4A isom", "AAC": b"\xff\xf1\x50\x80"}
+          "AU": b".snd\0\0\0\x18", "CAF": b"caff\0\1", "RF64": b"RF64\xff\xff\xff\xffWAVEds64",
+          "M4A": b"\0\0\0\x20ftypM4A isom", "AAC": b"\xff\xf1\x50\x80"}
 
 
 @pytest.mark.parametrize("signal", SIGNALS)

@@ -374,7 +374,8 @@ def test_a_run_on_foreign_films_and_sounds_bears_the_bad_ones(tmp_path, capsys):
     run = train(config, tmp_path / "runs", "cpu", bar=False)
     said = capsys.readouterr().out
     assert run.log["flow_loss"].notna().all() and len(run.log) == 4
-    for words in ("clips: 28 samples (video, audio) of split train", "read as what they are, not as their suffix says (1)", "has no audio of its name (1)", "is empty (1)",
+    for words in ("clips: 28 samples (video, audio) of split train", "read as what they are, not as their suffix says (1)",
+                  "has no audio of its name (1)", "is empty (1)",
                   "is shorter than it declares (1)", "is not what its suffix says (1)", "'train/cat/silent' is silent",
                   "the next good sample stands for it"):
         assert words in said
