@@ -10,7 +10,7 @@ __all__ = ['VALIDATION_LEVELS', 'shape_of', 'too_wide', 'batch_indices', 'shards
 import hashlib
 import signal
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -29,10 +29,13 @@ from .transformer import Transformer, TransformerConfig
 def shape_of(config: Config, sources: Sources) -> TransformerConfig:
     "The transformer that a config asks for on this data. Raises ValueError where they do not fit."
     caption = (config.data.caption, sources.encoder.width) if config.data.condition == "caption" else (0, 0)
+    size = (0, ())
     if sources.plain:
         part, = sources.parts
-        return config.model.transformer(part.channels, part.grid[1:], len(sources.names), (), *caption)
-    return config.model.transformer(0, (), len(sources.names), sources.parts, *caption)
+        size = (part.channels, part.grid[1:])
+    parts = () if sources.plain else sources.parts
+    shape = config.model.transformer(*size, len(sources.names), parts, *caption)
+    return replace(shape, fp32_levels=config.defaults > 3)
 
 # %% ../nbs/250_batches.ipynb #7b744cdc
 _SMALLER = {"image": "data.patch", "video": "data.patch or data.span", "audio": "data.columns"}

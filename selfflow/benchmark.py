@@ -20,13 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from tqdm.auto import tqdm
 
 from .checkpoint import write_json
+from .choices import SIZES
 from .flow import keyed
 from .objective import FlowMatching, SelfFlow, make_teacher, update_ema
 from .published import PerTokenTransformer, PublishedSelfFlow
 from .recording import device_name
 from .run import device_for
 from .schedule import NoiseLevels
-from .blocks import SIZES, TransformerConfig
+from .blocks import TransformerConfig
 from .transformer import Transformer
 
 # %% ../nbs/340_benchmark.ipynb #00a5582d

@@ -192,7 +192,8 @@ def _from_3(stored: dict) -> dict:
     data = stored["config"].get("data", {})
     if {"folder", "huggingface"} & {*data.get("name", "").split("+")}:
         data = {**data, "carve": False}
-    return {**stored, "format": 4, "config": {**stored["config"], "defaults": 3} | ({"data": data} if data else {})}
+    shape = {"transformer": {**stored["transformer"], "fp32_levels": False}} if "transformer" in stored else {}
+    return {**stored, **shape, "format": 4, "config": {**stored["config"], "defaults": 3} | ({"data": data} if data else {})}
 
 
 MIGRATIONS = {1: _from_1, 2: _from_2, 3: _from_3}  # to the next format

@@ -10,32 +10,20 @@ import glob
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import pandas as pd
 import tyro
 
-from .benchmark import Case, bench_table, device_name
-from .benchmark import bench as run_bench
-from .checkpoint import find_runs
-from .comparison import AGAINST, fit_table, run_curves, runs_table
-from .config import Config
-from .document import printer, write_pdf
-from .execution import execute
-from .extractors import open_extractor
-from .factor_probes import factors_cost, probe_factors, write_factors
-from .features import FeatureStore
-from .images import choose
+from . import __version__
+from .choices import choose
+from .config import PRESETS, Config
 from .options import read_command, read_features, starting_point
-from .plots import draw_runs, to_png
-from .probing import probe_baselines, probe_run, probe_table
-from .processes import launch
-from .report import make_missing, run_report, to_draw, write_samples
-from .run import Run, device_for
-from .sample_metrics import run_metrics
-from .training import train as train_run
+
+if TYPE_CHECKING:
+    from selfflow.run import Run
 
 # %% ../nbs/490_cli.ipynb #1519600c
 COMMANDS = {}
@@ -48,7 +36,8 @@ def command(function: Callable) -> Callable:
 
 
 @command
-def train(config: Annotated[Config, tyro.conf.arg(name="")], preset: str = "digits",
+def train(config: Annotated[Config, tyro.conf.arg(name="")],
+          preset: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(PRESETS)}}}")] = "digits",
           config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None, folder: Path = Path("runs"),
           device: str = "auto", features: Path | None = None, processes: int = 1, workers: int = 0,
           track: tuple[str, ...] = ()) -> None:
@@ -56,7 +45,7 @@ def train(config: Annotated[Config, tyro.conf.arg(name="")], preset: str = "digi
 
     Args:
         config: What to train.
-        preset: Settings to start from: digits, digits-small, S, B, L or XL; the defaults shown here are then its own.
+        preset: Settings to start from; the defaults shown here are then its own.
         config_file: A JSON file with settings to start from: a run's config.json, or some of them by name, over the preset's.
         folder: Where runs are kept; with the config.json of a run, where that lies.
         device: auto (a GPU where there is one), cpu, cuda, ...
@@ -66,6 +55,8 @@ def train(config: Annotated[Config, tyro.conf.arg(name="")], preset: str = "digi
         track: Also tell tensorboard, wandb, mlflow; without it nothing leaves the folder.
     """
     # preset and config_file were read before the options: config has them in it, see `starting_point`
+    from selfflow.processes import launch
+    from selfflow.training import train as train_run
     if processes > 1:
         run = launch(config, processes, folder, device, features, workers, track)
     else:
@@ -74,7 +65,7 @@ def train(config: Annotated[Config, tyro.conf.arg(name="")], preset: str = "digi
         return  # one of several processes that a launcher has started: the first speaks
     if run.state()["step"] < config.training.steps:
         return  # stopped as somebody asked, which was said
-    losses = run.log.get("validation_flow_loss", pd.Series(dtype=float)).dropna()
+    losses = run.log["validation_flow_loss"].dropna() if "validation_flow_loss" in run.log else ()
     print(f"{run.path} is trained: {run.state()['step']} steps"
           + (f", validation flow loss {losses.iloc[-1]:.4f}. " if len(losses) else ". ") +
           f"Next: selfflow sample {run.path}; selfflow probe {run.path}; selfflow report {run.path}")
@@ -93,6 +84,9 @@ def runs(folder: tyro.conf.Positional[Path] = Path("runs"), names: tuple[str, ..
         output: The picture to write, PNG; comparison.png in the folder if only --against is given.
         width: Columns of the table; none means the terminal's, 120 where there is none.
     """
+    from selfflow.checkpoint import find_runs
+    from selfflow.comparison import AGAINST, fit_table, run_curves, runs_table
+    from selfflow.plots import draw_runs, to_png
     found = find_runs(folder)
     chosen = {name: found[choose(name, found, f"run in {folder}")] for name in names} or found
     table = runs_table(chosen)
@@ -108,14 +102,14 @@ def runs(folder: tyro.conf.Positional[Path] = Path("runs"), names: tuple[str, ..
 
 
 @command
-def sample(run: tyro.conf.Positional[Path], labels: tuple[int, ...] = (), captions: tuple[str, ...] = (), each: int = 10,
+def sample(run: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), captions: tuple[str, ...] = (), each: int = 10,
            steps: int = 50, method: str = "euler", cfg_scale: float = 1.0, seed: int = 0, shift: float = 1.0,
            interval: tuple[float, float] = (0.0, 1.0), data: str = "", device: str = "auto") -> None:
     """Draw samples from a run into its folder.
 
     Args:
         run: The run's folder.
-        labels: Classes to draw; none means all.
+        labels: Classes to draw, by name or number; none means all.
         captions: Texts to draw, for a run that was trained with captions; none means those of the first ten test samples.
         each: How many of each.
         steps: Steps of the sampler.
@@ -127,12 +121,15 @@ def sample(run: tyro.conf.Positional[Path], labels: tuple[int, ...] = (), captio
         data: The data set to draw from, for a run that was trained on several.
         device: auto (a GPU where there is one), cpu, cuda, ...
     """
+    from selfflow.report import to_draw, write_samples
+    from selfflow.run import Run
     opened = Run.open(run, device)
     name = choose(data or opened.config.data.names[0], opened.config.data.names, "data set (data)")
     wanted = to_draw(opened, name, labels, captions, each)
     _, file = write_samples(opened, wanted, steps, method, cfg_scale, seed, shift, interval, name)
-    beside = ", ".join(f".{path.suffix[1:]}" for path in sorted(file.parent.glob(f"{glob.escape(file.stem)}.*")) if path != file)
-    print(f"{len(wanted)} samples are in {file} and, to look at and listen to, in the files beside it ({beside})")
+    beside = Counter(path.suffix for path in file.parent.glob(f"{glob.escape(file.stem)}*") if path != file)
+    shown = ", ".join(f"{count} {suffix}" for suffix, count in sorted(beside.items()))
+    print(f"{len(wanted)} samples are in {file} and, to look at and listen to, in the files beside it ({shown})")
 
 
 @command
@@ -151,6 +148,8 @@ def probe(run: tyro.conf.Positional[Path], factors: bool = False, field: bool = 
         features: With factors, the folder to keep features in, by default that of the run.
         device: auto (a GPU where there is one), cpu, cuda, ...
     """
+    from selfflow.probing import probe_baselines, probe_run, probe_table
+    from selfflow.run import Run
     opened = Run.open(run, device)
     if factors:
         counts = {"train": samples, "validation": samples // 4, "test": samples // 2}
@@ -163,7 +162,9 @@ def probe(run: tyro.conf.Positional[Path], factors: bool = False, field: bool = 
     print(f"The cell is chosen on validation, intervals are over test items. All cells: {run}/probe.json")
 
 
-def _probe_factors(run: Run, field: bool, part: str, store: Path | None, **what) -> None:
+def _probe_factors(run: "Run", field: bool, part: str, store: Path | None, **what) -> None:
+    from selfflow.factor_probes import factors_cost, probe_factors, write_factors
+    from selfflow.features import FeatureStore
     store = FeatureStore(store or run.path / "features")
     print(f"features: {factors_cost(run, store=store, **what)}, in {store.folder}", flush=True)
     found = probe_factors(run, part=part, store=store, **what)
@@ -189,6 +190,9 @@ def metrics(run: tyro.conf.Positional[Path], count: int = 500, steps: int = 25, 
         resamples: Halves that the intervals are from; 0 gives none.
         device: auto (a GPU where there is one), cpu, cuda, ...
     """
+    from selfflow.extractors import open_extractor
+    from selfflow.run import Run
+    from selfflow.sample_metrics import run_metrics
     opened = Run.open(run, device)
     features = open_extractor(extractor, device=opened.device) if extractor else None
     print(run_metrics(opened, count, steps, cfg_scale, seed, data, features, resamples=resamples))
@@ -210,6 +214,9 @@ def bench(sizes: tuple[str, ...] = ("S",), precisions: tuple[str, ...] = ("fp32"
         output: The file for the record, JSON.
         device: auto (a GPU where there is one), cpu, cuda, ...
     """
+    from selfflow.benchmark import Case, bench_table, device_name
+    from selfflow.benchmark import bench as run_bench
+    from selfflow.run import device_for
     cases = [Case(size, tokens, batch, precision, compiled) for size in sizes for precision in precisions]
     print(bench_table(run_bench(cases, output, rounds, device)).to_string(index=False))
     print(f"{device_name(device_for(device))}; the record is {output}")
@@ -229,6 +236,9 @@ def report(runs: tyro.conf.Positional[tuple[Path, ...]], output: Path | None = N
     """
     if not runs:
         raise ValueError("name at least one run folder")
+    from selfflow.document import printer, write_pdf
+    from selfflow.report import make_missing, run_report
+    from selfflow.run import Run
     if pdf:
         printer()  # or nothing is begun
     names = [path.name for path in runs]
@@ -250,6 +260,7 @@ def notebook(source: tyro.conf.Positional[Path], output: tyro.conf.Positional[Pa
         source: The notebook.
         output: The file to write.
     """
+    from selfflow.execution import execute
     execute(source, output)
 
 # %% ../nbs/490_cli.ipynb #3fde013f
@@ -262,7 +273,7 @@ def app(folder: Path = Path("runs"), port: int = 8866, browser: bool = True) -> 
         port: On 127.0.0.1; 0 takes any that is free.
         browser: Open one; the address, with its token, is printed in any case.
     """
-    from selfflow.app import serve  # a server is a second to import, and nothing else needs it
+    from selfflow.app import serve
     serve(folder, port, browser)
 
 # %% ../nbs/490_cli.ipynb #fd50ede9
@@ -272,6 +283,8 @@ def main(args: list[str] | None = None) -> None:
     With SELFFLOW_TRACEBACK=1 in the environment errors show where they come from.
     """
     args = sys.argv[1:] if args is None else args
+    if args == ["--version"]:
+        return print(f"selfflow {__version__}")
     try:
         starts = starting_point(args) if args[:1] == ["train"] else {}
         read_command(COMMANDS, args, **starts)()

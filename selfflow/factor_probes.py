@@ -21,9 +21,10 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .choices import choose
 from .disk import replacing, write_json, write_tensors
 from .features import FeatureCost, FeatureStore, Items, feature_cost, items_of, stream_features, weights_fingerprint
-from .images import SPLITS, choose
+from .images import SPLITS
 from .intervals import Comparison, compare_items
 from .modality import ImagePatches, VideoPatches
 from .probes import FEW_STRENGTHS, ProbeScore, field_probe, majority_score, regression_probe, shuffled

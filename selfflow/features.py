@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .choices import choose
 from .disk import discard, make_folder, replacing, say_once, write_json
 from .flow import interpolate, keyed
-from .images import choose
 from .modality import Places
 from .run import Run
 from .schedule import NoiseLevels

@@ -19,10 +19,11 @@ import numpy as np
 from PIL import Image
 from scipy.io import wavfile
 
+from .choices import choose
 from .decoding import Header, look
 from .files import SIGNALS, STILLS, SUFFIXES, TABLES, Inside, Refused, Row, Skipped, Source, carve, digest, kind_of
 from .files import listing, natural, plain, refusing, rows, split_of
-from .images import SPLITS, choose
+from .images import SPLITS
 from .stored import Entry, Stored, _few, begins_of
 
 # %% ../nbs/174_folders.ipynb #3256c6e9

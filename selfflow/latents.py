@@ -20,8 +20,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .autoencoder import Autoencoder, open_autoencoder
+from .choices import choose
 from .disk import discard, make_folder, replacing, write_json, write_tensors
-from .images import SPLITS, DataSet, Examples, choose
+from .images import SPLITS, DataSet, Examples
 
 # %% ../nbs/182_latents.ipynb #5a62c37c
 _FORMAT = 1

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from .images import Examples, Made, choose, digits
+from .choices import choose
+from .images import Examples, Made, digits
 from .shapes import COLOURS, KINDS, PALETTE, SYMMETRY, TEXTURES, cover, figure_masks, grounds, plane
 
 # %% ../nbs/130_motion.ipynb #b306e66d

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .flow import keyed
 from .images import SPLITS
-from .intervals import proportion_interval, score_interval, score_of
+from .intervals import score_interval, score_of
 from .probing import linear_probe
 
 # %% ../nbs/312_probes.ipynb #c57c08cb
@@ -47,10 +47,10 @@ class ProbeScore:
 
 
 def scored(protocol: str, measure: str, errors, spreads, validation: float, chosen: str, sizes: dict) -> ProbeScore:
-    "A `ProbeScore` with its interval: Wilson's for accuracy, else a bootstrap."
+    "A `ProbeScore` with its interval over test items, by `score_interval`."
     errors, spreads = np.asarray(errors, np.float32), np.asarray(spreads, np.float32)
-    interval = proportion_interval(errors == 0) if measure == "accuracy" else score_interval(errors, spreads)
-    return ProbeScore(protocol, measure, score_of(errors, spreads), interval, validation, chosen, sizes, errors, spreads)
+    return ProbeScore(protocol, measure, score_of(errors, spreads), score_interval(errors, spreads), validation, chosen, sizes,
+                      errors, spreads)
 
 
 def is_class(targets: dict) -> bool:

@@ -19,10 +19,10 @@ from tqdm.auto import tqdm
 
 from .checkpoint import (FORMAT, agree, migrate, newest_whole, problem_of, prune, read_part, read_pictures, read_state,
                                  write_checkpoint, write_picture)
+from .choices import choose
 from .config import Config
 from .disk import cut_lines, discard, not_written, read_lines, replacing, step_paths, write_json
 from .flow import keyed
-from .images import choose
 from .lock import free_name, sole_writer, writer_of
 from .modality import ImagePatches, Layout
 from .sampling import guided_velocity, sample
@@ -266,8 +266,9 @@ class Run:
 
     def film_picture(self, model: Transformer) -> tuple[Tensor, Tensor]:
         "One sample of each class, of ten at most, or of ten captions, from the same noise: images and their numbers."
-        labels = torch.arange(min(10, self.transformer.classes) or 10)
-        wanted = self.sources.data[self.config.data.names[0]].take(labels).captions if self.transformer.caption else labels
+        source = self.sources.data[self.config.data.names[0]]
+        labels = torch.arange(min(10, len(source.names)) if self.transformer.classes else 10)
+        wanted = source.take(labels).captions if self.transformer.caption else labels
         drawn = self.sample(wanted, steps=25, model=model)
         return (drawn if isinstance(drawn, Tensor) else self._layout("")[0].picture(drawn)), labels
 

@@ -15,11 +15,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .choices import choose
 from .disk import write_json
 from .distances import METRICS, Measured, measure
 from .extractors import Extractor, built_in
 from .factors import CLASS, HEADS, known
-from .images import Examples, choose
+from .images import Examples
 from .judge import followed, judge_for
 from .metrics import Share, train_judge
 from .run import Run
