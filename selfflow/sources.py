@@ -40,7 +40,7 @@ CODECS = {"mel": LogMel, "mdct": partial(Mdct, power=0.5)}  # the powers of nois
 def _place(config: DataConfig) -> str:
     "Where stored data lie. Raises FileNotFoundError where there is nothing."
     if not os.path.exists(config.path):
-        raise FileNotFoundError(f"there are no data at {config.path} (data.path). If the data of a run have moved, name their new "
+        raise FileNotFoundError(f"there are no data at {config.path} (data.path). If a run's data have moved, name their new "
                                 "place: selfflow relocate RUN NEW_PATH")
     return config.path
 
