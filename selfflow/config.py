@@ -243,7 +243,7 @@ class TrainConfig:
     sample_every: int = 250      # steps; a picture of the same noise, for the film strip; 0 = never
 
     def __post_init__(self):
-        check_types(self)
+        check_types(self, infinite=("clip",))
         choose(self.precision, PRECISIONS, "precision (training.precision)")
         choose(self.parallel, PARALLEL, "parallel (training.parallel)")
         if choose(self.optimizer, OPTIMIZERS, "optimizer (training.optimizer)") == "muon" and self.parallel == "fsdp":

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'Picture', 'to_png', 'draw_images', 'draw_maps', 'draw_views', 'draw_curves', 'smooth', 'draw_training',
-           'mean_interval', 'draw_loss_by_level', 'draw_runs', 'draw_probe_grids']
+           'draw_loss_by_level', 'draw_runs', 'draw_probe_grids']
 
 # %% ../nbs/400_plots.ipynb #4db3a358
 import io
@@ -15,6 +15,8 @@ import numpy as np
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
+
+from .intervals import mean_interval
 
 # %% ../nbs/400_plots.ipynb #d2a5e4ad
 class Picture(Figure):
@@ -158,13 +160,6 @@ def draw_training(logs: dict) -> Picture:
         if axis.has_data():
             axis.legend(frameon=False)
     return figure
-
-
-def mean_interval(values, axis: int = -1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "The mean of values and its 95 % interval by the normal approximation: (mean, low, high)."
-    values = _array(values)
-    mean, half = values.mean(axis), 1.96 * values.std(axis, ddof=1) / math.sqrt(values.shape[axis])
-    return mean, mean - half, mean + half
 
 
 def draw_loss_by_level(levels, losses: dict) -> Picture:

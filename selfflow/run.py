@@ -27,6 +27,7 @@ from .flow import keyed
 from .lock import free_name, sole_writer, writer_of
 from .modality import ImagePatches, Layout
 from .sampling import guided_velocity, sample
+from .settings import own_settings
 from .sources import Outline, Sources, outlines
 from .transformer import Transformer, TransformerConfig
 
@@ -207,6 +208,7 @@ class Run:
         "state.json of the checkpoint: format, step, device, version of torch. FileNotFoundError without one."
         return read_state(self.checkpoint)
 
+    @own_settings()
     def _network(self, part: str) -> Transformer:
         with torch.random.fork_rng():  # weights are about to be replaced: the caller's random numbers are not touched
             model = Transformer(self.transformer)
@@ -246,6 +248,7 @@ class Run:
         patch, (rows, columns) = self.config.data.patch, self.transformer.grid
         return ImagePatches(self.transformer.channels // patch**2, rows * patch, columns * patch, patch)
 
+    @own_settings()
     def sample(self, labels, steps: int = 50, method: str = "euler", cfg_scale: float = 1.0, seed: int = 0,
                batch: int = 128, shift: float = 1.0, interval: tuple[float, float] = (0.0, 1.0),
                model: Transformer | None = None, data: str = "", given: dict[str, Tensor] | None = None):

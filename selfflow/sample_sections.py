@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .attention import grids_of
 from .document import Section
-from .intervals import Comparison
+from .intervals import Comparison, smallest_effect
 from .pages import compared, sheet
 from .plots import Picture, draw_images
 from .projection import project, token_colours
@@ -172,9 +172,8 @@ def shares_apart(first: dict, second: dict, names: tuple[str, str]) -> Compariso
     p, q = first["value"], second["value"]
     (a, b), (c, d) = first["interval"], second["interval"]
     low, high = q - p - math.hypot(q - c, b - p), q - p + math.hypot(d - q, p - a)
-    spread = math.sqrt(sum(max(s["value"] * (1 - s["value"]), 1 / s["count"]) / s["count"] for s in (first, second)))
     over = f"{first['count']:,} and {second['count']:,} samples, not paired; one pair of trained models"
-    return Comparison(*names, q - p, (low, high), (1.96 + 0.842) * spread, over)
+    return Comparison(*names, q - p, (low, high), smallest_effect((low, high)), over)
 
 
 def _kept(run: Run, pattern: str) -> dict[str, dict]:

@@ -13,9 +13,11 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy.stats import t
 from torch import Tensor
 
 from .alignment import constant_cosine, effective_rank
+from .intervals import mean_interval
 
 # %% ../nbs/332_similarity.ipynb #86a4ed5e
 def _checked(*features, least: int = 4) -> list[Tensor]:
@@ -118,7 +120,8 @@ def jackknife(measure: Callable, *features, groups: int = 20) -> tuple[float, fl
         raise ValueError(f"{groups} groups of {n} samples: take 2 at least, and no more than there are samples")
     value, group = measure(*features), torch.arange(n) % groups
     without = np.array([measure(*(part[group != left] for part in features)) for left in range(groups)], float)
-    half = 1.96 * math.sqrt((groups - 1) / groups * ((without - without.mean()) ** 2).sum())
+    error = math.sqrt((groups - 1) / groups * ((without - without.mean()) ** 2).sum())
+    half = t.ppf(0.975, groups - 1) * error
     return float(value), float(value - half), float(value + half)
 
 # %% ../nbs/332_similarity.ipynb #b31c335f
@@ -168,7 +171,7 @@ def describe_layers(features: dict[int, Tensor], grid: tuple[int, ...]) -> pd.Da
         row = {"effective rank": effective_rank(hidden).item(), "common direction": constant_cosine(hidden.float()).item(),
                "local": local.mean().item(), "distant": distant.mean().item()}
         for name, values in {"norm": hidden.norm(dim=-1).mean(1).double(), "local - distant": local - distant}.items():
-            mean, half = values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
-            row |= {name: mean, f"{name}, low": mean - half, f"{name}, high": mean + half}
+            mean, low, high = map(float, mean_interval(values.cpu()))
+            row |= {name: mean, f"{name}, low": low, f"{name}, high": high}
         rows[layer] = row
     return pd.DataFrame(rows).T

@@ -27,6 +27,7 @@ from .modality import ImagePatches, Layout, Part, VideoPatches
 from .motion import Motion
 from .notes import Notes
 from .scenes import Scenes
+from .settings import own_settings
 from .shapes import Emblems, Shapes
 from .texts import Bytes, open_encoder
 
@@ -227,6 +228,7 @@ class Sources:
     name and another shape, FileNotFoundError where there are no data, and as `open_encoder` does.
     """
 
+    @own_settings()
     def __init__(self, config: DataConfig, split: str = "train", data: dict[str, DataSet] | None = None):
         self.config, self.split = config, split
         self.encoder = open_encoder(config.encoder) if config.encoder else Bytes()
@@ -312,6 +314,7 @@ class Sources:
         names = list(self.data)
         return sum(len(self.data[other].names) for other in names[:names.index(name)])
 
+    @own_settings()
     def take(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
         "Tokens (b, n, c) and conditions of some samples of a data set."
         examples = self.data[name].take(indices)
