@@ -10,7 +10,7 @@ __all__ = ['SIGNALS', 'STORED', 'CONDITIONS', 'SOUNDS', 'CROPS', 'DENSITIES', 'S
 
 # %% ../nbs/095_config.ipynb #edd6e4f6
 import math
-import re
+import os
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -63,6 +63,9 @@ class DataConfig:
 
     def __post_init__(self):
         check_types(self)
+        for name in ("path", "encoder"):  # absolute: a run is opened from any folder
+            if value := getattr(self, name):
+                object.__setattr__(self, name, os.path.abspath(os.path.expanduser(value)))
         check_positive(self, "patch", "span", "columns", "size", "frames", "caption", "seconds")
         for name in self.names:
             choose(name, (*SIGNALS, *STORED), "data set (data.name)")
@@ -266,7 +269,7 @@ class TrainConfig:
     sample_every: int = 250      # steps; a picture of the same noise, for the film strip; 0 = never
 
     def __post_init__(self):
-        check_types(self)
+        check_types(self, infinite=("clip",))
         choose(self.precision, PRECISIONS, "precision (training.precision)")
         choose(self.parallel, PARALLEL, "parallel (training.parallel)")
         if choose(self.optimizer, OPTIMIZERS, "optimizer (training.optimizer)") == "muon" and self.parallel == "fsdp":
@@ -301,8 +304,10 @@ class Config:
         check_types(self)
         if self.defaults not in DEFAULTS:
             raise ValueError(f"defaults is {self.defaults}; take 4, or 3 for what runs of formats 1 to 3 computed")
-        if not re.fullmatch(r"\w[\w.-]*", self.name, re.ASCII):
-            raise ValueError(f"{self.name!r} is no name for a run: use letters, digits, -, _ and dots, no folders")
+        if not self.name.isprintable() or self.name != self.name.strip() or self.name[:1] in ("", ".", "-") \
+                or {"/", "\\"} & {*self.name}:
+            raise ValueError(f"{self.name!r} is no name for a run: it is a folder's, with no / or \\, and begins with neither a "
+                             "dot nor a dash nor a space")
         self._complete()
         self._check_parts()
         if not self.objective.usual or self.model.depth < 2:
