@@ -6,6 +6,7 @@
 __all__ = ['write_not_finite', 'train']
 
 # %% ../nbs/290_training.ipynb #b5785d47
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .batches import Batches, Validation, feature_source, shape_of, shards_of, too_wide
-from .checkpoint import FREE, migrate, read_state
+from .checkpoint import free_fields, migrate, read_state
 from .config import Config, flatten
 from .disk import NotWritten, write_json
 from .flow import keyed
@@ -27,7 +28,7 @@ from .recording import Recorder, check_trackers
 from .run import Run
 from .schedule import NoiseLevels
 from .settings import own_settings
-from .sources import Sources
+from .sources import Sources, outlines
 from .state import TrainState, compile_blocks, diverged, share_state, start_state, train_step
 
 # %% ../nbs/290_training.ipynb #2c62eed0
@@ -158,7 +159,7 @@ class _Loop:
         if self.state.step < self.training.steps:
             why = {signal.SIGINT: "by Ctrl-C", signal.SIGTERM: "by SIGTERM"}.get(number, "as asked" if asked else "by a signal")
             print(f"{self.config.name}: stopped {why} after step {self.state.step} of {self.training.steps}, which is saved; the "
-                  f"same call goes on, or: selfflow train --config {self.run.path}/config.json --folder {self.run.path.parent}")
+                  f"same call goes on, or: selfflow train --config {self.run.quoted}/config.json")
         return number
 
 
@@ -203,12 +204,14 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
         first = torch.arange(1)  # refuses features of another shape
         state.objective.target(None, sources.take(config.data.name, first)[0], None, None, None, features_of(first))
     shards_of(config.training, processes.rank, processes.count)
-    fingerprints = {"train": sources.fingerprint, "validation": Sources(config.data, "validation").fingerprint}
+    validation = Sources(config.data, "validation")
+    fingerprints = {"train": sources.fingerprint, "validation": validation.fingerprint}
     fingerprints |= {"features": fingerprint} if fingerprint else {}
     fingerprints |= {"encoder": sources.encoder.fingerprint} if config.data.encoder else {}
-    run, number = Run(Path(folder) / config.name, config, shape, processes.device), None
+    outline = outlines(sources, validation, config.defaults)
+    run, number = Run(Path(folder) / config.name, config, shape, processes.device, fingerprints, outline), None
     with ExitStack() as stack:
-        if not processes.lead(lambda: _open(run, fingerprints, stack)):
+        if not processes.lead(lambda: _open(run, stack)):
             spent = _resume(run, state, processes)
             for said in too_wide(config, sources) if not state.step else ():  # later it can no more be changed
                 processes.say(f"{config.name}: {said}")
@@ -217,7 +220,7 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
             share_state(state, config, processes)
             number = _Loop(run, state, batches, judged, features_of, processes).go(workers, track, bar, spent)
     raise_again(number)
-    return Run(run.path, config, shape, processes.device)  # looks at the newest checkpoint
+    return Run(run.path, config, shape, processes.device, run.data, run.outline)  # looks at the newest checkpoint
 
 
 def _with_its_defaults(config: Config, folder: Path, processes: Processes) -> Config:
@@ -225,15 +228,17 @@ def _with_its_defaults(config: Config, folder: Path, processes: Processes) -> Co
     path = folder / config.name
     if config.defaults != Config.defaults or not (path / "config.json").is_file():
         return config
-    defaults = Run.open(path, "cpu").config.defaults
+    stored = Run.open(path, "cpu").config
+    defaults = stored.defaults
     if defaults != config.defaults:
         processes.say(f"{config.name}: began with defaults {defaults} of the project, and goes on with them")
+        config = replace(config, data=replace(config.data, carve=stored.data.carve))
     return replace(config, defaults=defaults)
 
 
-def _open(run: Run, fingerprints: dict[str, str | None], stack: ExitStack) -> bool:
+def _open(run: Run, stack: ExitStack) -> bool:
     "Make the folder or check the one that is there, and keep others out; whether it is finished and can only be read."
-    Run.create(run.path, run.config, run.transformer, run.device, fingerprints)
+    Run.create(run.path, run.config, run.transformer, run.device, run.data, run.outline)
     try:
         stack.enter_context(run.locked())
     except NotWritten:
@@ -252,8 +257,9 @@ def _same_config(run: Run, path: Path) -> None:
     "Raise ValueError if a checkpoint was made with another config than the run has now, by a hand in config.json."
     state = read_state(path)
     made = flatten(migrate(state)["config"]) if "config" in state else {}  # the first versions kept none
-    now = flatten(asdict(run.config))
-    other = {name: value for name, value in made.items() if name not in FREE and now.get(name) != value}
+    made |= {"data.path": os.path.abspath(made["data.path"])} if made.get("data.path") else {}  # older versions kept it as given
+    now, free = flatten(asdict(run.config)), free_fields(run.data)
+    other = {name: value for name, value in made.items() if name not in free and now.get(name) != value}
     if other:
         lines = [f"  {name}: {value!r} when it was saved, {now.get(name)!r} now" for name, value in other.items()]
         raise ValueError("\n".join([f"{path} was made with another config than {run.path}/config.json says:", *lines,
