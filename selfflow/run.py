@@ -227,6 +227,11 @@ class Run:
 
     # pictures
 
+    @property
+    def shift(self) -> float:
+        "Of the levels along which samples are drawn: that of the levels that it was trained on, 1 for runs of formats 1 to 3."
+        return self.config.objective.density_shift if self.config.defaults > 3 else 1.0
+
     @cached_property
     def sources(self) -> Sources:
         """What it is trained on; of data on the disk the outline that the run keeps, which has all but the samples.
@@ -250,12 +255,13 @@ class Run:
 
     @own_settings()
     def sample(self, labels, steps: int = 50, method: str = "euler", cfg_scale: float = 1.0, seed: int = 0,
-               batch: int = 128, shift: float = 1.0, interval: tuple[float, float] = (0.0, 1.0),
+               batch: int = 128, shift: float | None = None, interval: tuple[float, float] = (0.0, 1.0),
                model: Transformer | None = None, data: str = "", given: dict[str, Tensor] | None = None):
         """Samples, on the CPU, of the classes `labels` (b,) or of b captions; all noise depends on the seed alone.
 
         An image run gives images (b, c, h, w), others a dict of signals by name. A run in bf16 draws in bf16, but for the states.
-        steps, method, shift, cfg_scale, interval: see `sampling`; batch: how many are drawn at once; model: the transformer to
+        steps, method, shift, cfg_scale, interval: see `sampling`, shift: None = `self.shift`.
+        batch: how many are drawn at once; model: the transformer to
         draw with, on any device; by default the teacher of the checkpoint; data: which data set to draw from, where there are
         several; given: signals that are kept, by name (audio to draw its film, video to draw its sound), or the `first_frame`
         of a film (b, c, span, h, w).
@@ -269,6 +275,7 @@ class Run:
             raise ValueError(f"cfg_scale is {cfg_scale}, but this run was trained with label_drop 0 and does not know the null "
                              "label that guidance starts from; take cfg_scale 1, or train with objective.label_drop 0.1")
         model = self.teacher if model is None else model
+        shift = self.shift if shift is None else shift
         layout, parts = self._layout(data)
         size = (layout.tokens, layout.channels) if layout else (self.transformer.tokens, self.transformer.channels)
         shape, device = (len(labels), *size), next(model.parameters()).device
