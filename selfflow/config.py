@@ -266,6 +266,7 @@ class TrainConfig:
     save_every: int = 500        # steps
     keep_last: int = 3           # checkpoints; older ones are removed
     keep_every: int = 0          # steps; checkpoints of a multiple of it are never removed; 0 = none
+    keep_optimizers: int = 0     # newest checkpoints that keep their optimiser; older ones only sample and probe; 0 = all
     sample_every: int = 250      # steps; a picture of the same noise, for the film strip; 0 = never
 
     def __post_init__(self):
@@ -285,8 +286,9 @@ class TrainConfig:
         if not 0 <= self.cooldown <= 1:
             raise ValueError(f"cooldown is {self.cooldown}, but it is a share of the steps, from 0 (a constant rate) to 1 "
                              "(training.cooldown)")
-        if self.keep_every < 0 or self.sample_every < 0:
-            raise ValueError(f"keep_every {self.keep_every} and sample_every {self.sample_every} must be 0 (never) or more")
+        if self.keep_every < 0 or self.sample_every < 0 or self.keep_optimizers < 0:
+            raise ValueError(f"keep_every {self.keep_every}, sample_every {self.sample_every} and keep_optimizers "
+                             f"{self.keep_optimizers} must be 0 (never; of optimisers, all) or more")
 
 # %% ../nbs/095_config.ipynb #e92e8140
 @dataclass(frozen=True)

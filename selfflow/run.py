@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .checkpoint import (FORMAT, agree, migrate, newest_whole, problem_of, prune, read_part, read_pictures, read_state,
-                                 write_checkpoint, write_picture)
+from .checkpoint import (FORMAT, agree, migrate, newest_whole, problem_of, prune, read_part, read_pictures,
+                                 read_state, resumable, write_checkpoint, write_picture)
 from .choices import choose
 from .config import Config
-from .disk import cut_lines, discard, not_written, read_lines, replacing, step_paths, write_json
+from .disk import cut_lines, discard, not_written, read_lines, replacing, step_of, step_paths, write_json
 from .flow import keyed
 from .lock import free_name, sole_writer, writer_of
 from .modality import ImagePatches, Layout
@@ -82,6 +82,10 @@ class Run:
 
     def _go_on(self, asked: "Run") -> "Run":
         changes = agree(self.path, self._stored(), asked._stored())
+        last = newest_whole(self.checkpoints(), self._whole) if "training.steps" in changes else None
+        if last and step_of(last) > (steps := asked.config.training.steps):
+            raise ValueError(f"{self.path} has done {step_of(last)} steps, more than the {steps} asked for; take training.steps "
+                             f"{step_of(last)} or more, or another name")
         self.config = asked.config
         self.data, self.outline = asked.data | self.data, asked.outline | self.outline  # what was not known is added
         stored, file = json.loads(json.dumps(self._stored())), self.path / "config.json"
@@ -158,7 +162,7 @@ class Run:
         """
         path = self.path / "checkpoints" / f"step-{step:08d}"
         try:
-            if not path.is_dir() or problem_of(path):
+            if not path.is_dir() or problem_of(path) or not resumable(path):
                 write_checkpoint(path, tensors, {"format": FORMAT, "step": step, **state})
         except OSError as error:
             last = newest_whole(self.checkpoints(), self._whole)
@@ -169,7 +173,8 @@ class Run:
 
     def prune(self) -> None:
         "Remove older checkpoints, but for the last `training.keep_last` whole ones and the multiples of `training.keep_every`."
-        prune(self.path / "checkpoints", self.config.training.keep_last, self.config.training.keep_every, self._whole)
+        training = self.config.training
+        prune(self.path / "checkpoints", training.keep_last, training.keep_every, self._whole, training.keep_optimizers)
 
     def checkpoints(self) -> list[Path]:
         "The folders of all checkpoints, oldest first, checked or not; what has another name than step-NNNNNNNN is not one."
@@ -181,14 +186,20 @@ class Run:
         for path in [path for pattern in patterns for path in self.path.glob(pattern)]:
             discard(path)
 
-    def latest(self) -> Path | None:
-        "The newest checkpoint that passes its check, None if there is none; what is skipped is printed."
+    def latest(self, resume: bool = False) -> Path | None:
+        """The newest checkpoint that passes its check, None if there is none; what is skipped is printed.
+
+        resume: to go on from, so with its optimiser.
+        """
         for path in reversed(self.checkpoints()):
-            if (problem := problem_of(path)) is None:
+            problem = problem_of(path)
+            if problem is None:
                 self._whole.add(path)
-                return path
+                if resumable(path) or not resume:
+                    return path
+                problem = "it has no optimiser: it can be sampled and probed, but not gone on from"
             if not path.exists():
-                return self.latest()  # removed while we looked: there is a newer one
+                return self.latest(resume)  # removed while we looked: there is a newer one
             print(f"skipped {path}: {problem}")
         return None
 

@@ -142,14 +142,17 @@ class TrainState:
                  "head": self.objective.parameters(), "optimizer": slots}
         return [name for name, values in parts.items() if not _finite(values)]
 
-    def restore(self, path: Path) -> None:
-        "Take up a checkpoint. Raises FileNotFoundError for a part that is missing: nothing is made up for it."
+    def restore(self, path: Path, optimizer: bool = True) -> None:
+        """Take up a checkpoint; optimizer: its own too, without which no step can follow.
+
+        Raises FileNotFoundError for a part that is missing: nothing is made up for it.
+        """
         self.student.load_state_dict(read_part(path, "model"))
         self.teacher.load_state_dict(read_part(path, "teacher"))
         if self.objective.state_dict():
             self.objective.load_state_dict(read_part(path, "objective"))
         slots = {}
-        for key, value in read_part(path, "optimizer").items():
+        for key, value in read_part(path, "optimizer").items() if optimizer else ():
             name, slot = key.rsplit("/", 1)
             slots.setdefault(name, {})[slot] = value
         known = {p: slots[name] for name, p in self.named_parameters().items() if name in slots}  # others had no step yet

@@ -277,7 +277,7 @@ def test_a_config_from_before_there_were_so_many_choices_opens(run):
 
 # going on
 
-OTHER = {"save_every": 7, "keep_last": 1, "keep_every": 8, "sample_every": 3, "parallel": "fsdp", "checkpointing": True}
+OTHER = {"steps": 20, "keep_optimizers": 2, "save_every": 7, "keep_last": 1, "keep_every": 8, "sample_every": 3, "parallel": "fsdp", "checkpointing": True}
 
 
 @pytest.mark.parametrize("name", sorted(OTHER))
