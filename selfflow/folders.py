@@ -12,12 +12,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from functools import cached_property
 from math import isclose
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import torch
 from PIL import Image
 from scipy.io import wavfile
+from torch import Tensor
 
 from .decoding import look
 from .files import SIGNALS, SUFFIXES, Inside, Refused, Row, Skipped, Source, digest, listing, natural, plain, refusing
@@ -136,6 +139,11 @@ class Folder(Stored):
             if self.fps is None or not isclose(self.fps, fps, rel_tol=0.01):
                 yield f"films and sounds are not of the same length; with fps {fps:.4g} they would be"
 
+    @property
+    def labels(self) -> Tensor:
+        "The class (n,) of every sample, by number."
+        return torch.tensor([entry.label for entry in self.found], dtype=torch.int64)
+
     def entry(self, known: Entry) -> Entry:
         return known
 
@@ -201,6 +209,18 @@ class HuggingFace(Stored):
         self.numbered = listed is not None
         values = {_text(value) for part in parts for value in part.unique(self.column["label"])} if listed is None else ()
         return tuple(listed or sorted(values, key=natural))
+
+    @cached_property
+    def labels(self) -> Tensor:
+        "The class (n,) of every sample, by number; -1 where it has none."
+        if "label" not in self.column:
+            return torch.zeros(len(self.found), dtype=torch.int64)
+        values = self.data.select_columns(self.column["label"])[:][self.column["label"]]
+        if not self.numbered:
+            number = {name: place for place, name in enumerate(self.names)}
+            values = [number.get(_text(value), -1) for value in values]
+        known = [value if isinstance(value, int) and 0 <= value < len(self.names) else -1 for value in values]
+        return torch.tensor(known, dtype=torch.int64)[torch.tensor(self.found)]
 
     def entry(self, known: int) -> Entry:
         with refusing("cannot be read"):

@@ -18,7 +18,7 @@ from torch import Tensor
 from .boards import Board
 from .checkpoint import find_runs
 from .flow import keyed
-from .images import caption_text, choose
+from .images import caption_text, choose, subset
 from .inpainting import inpaint, shown
 from .method import build_schedule
 from .run import Run
@@ -105,7 +105,7 @@ class SideBySide:
         data = sources.data[self.name]
         self.board, self.rate, self.shapes = Board(self.layout), getattr(data, "rate", 8000), data.shapes
         self.names = tuple(data.names) if config.condition == "class" else ()
-        examples = data.take(torch.arange(min(count, len(data))))
+        examples = data.take(subset(data, count))
         self.x0, self.captions = self.layout.patchify(examples.signals), examples.captions
 
     @classmethod

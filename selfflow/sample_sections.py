@@ -27,6 +27,8 @@ from .plots import Picture, draw_images
 from .projection import project, token_colours
 from .representation_sections import LEVEL, looked_at
 from .run import Run
+from .run_sections import ask_for
+from .sample_metrics import metric_data
 
 # %% ../nbs/417_sample_sections.ipynb #cea416ce
 METHOD, SHOWN = "UMAP", 6  # how features come into the plane; how many samples are shown as colours of their tokens
@@ -72,9 +74,9 @@ def plane_section(runs: dict[str, Run]) -> Section:
         rows.append((name, layer, found.recipe["method"], len(found.points), found.trustworthiness, found.recipe["neighbours"]))
         grid = next(iter(grids_of(run.teacher, items.present).values()))
         if len(grid) > 1:
-            pictures[name] = _colours(features[layer][:SHOWN], grid)
+            pictures[name] = _colours(features[layer][items.few(SHOWN)], grid)
     factor, classes = _classes(items)
-    section = Section("Features in the plane", f"Means over tokens of the first {len(items)} test samples of {items.name} at t = "
+    section = Section("Features in the plane", f"Means over tokens of test samples of {items.name} ({items.chosen}) at t = "
                       f"{LEVEL:g}, after the block at 0.7 of the depth, by {method}, seed 0; numbers are {factor}.")
     section.figure(draw_plane(points, classes, titles), f"Each number is a sample, by {factor}.")
     columns = ["run", "block", "method", "samples", "trustworthiness", "neighbours"]
@@ -100,7 +102,7 @@ def _colours(features, grid) -> np.ndarray:
 
 
 def _token_part(section, items, pictures: dict) -> None:
-    signals = items.data.take(torch.arange(min(SHOWN, len(items)))).signals[next(iter(items.parts))]
+    signals = items.examples(items.few(SHOWN)).signals[next(iter(items.parts))]
     signals = signals[:, :, signals.shape[2] // 2] if signals.ndim == 5 else signals
     if signals.shape[1] not in (1, 3):
         return  # latents are no pictures
@@ -184,7 +186,7 @@ def metric_section(runs: dict[str, Run]) -> Section:
             section.missing(f"{name}: {error}")
             continue
         if not measured[name]:
-            section.missing(f"No metrics of {name} yet; this makes them:", f"selfflow metrics {run.path}")
+            ask_for(section, f"No metrics of {name} yet; this makes them:", f"selfflow metrics {run.path}", metric_data, run)
         for values in [*measured[name].values(), *old.values()]:
             if values["recipe"].get("step") not in (None, run.state()["step"]):
                 section.missing(f"Numbers of {name} are of step {values['recipe']['step']}, not of its newest checkpoint.",
