@@ -167,7 +167,7 @@ def read_pictures(folder: Path) -> list[tuple[int, Tensor, Tensor]]:
     return pictures
 
 # %% ../nbs/230_checkpoint.ipynb #e3423813
-FORMAT = 3
+FORMAT = 4
 
 
 def _from_1(stored: dict) -> dict:
@@ -187,7 +187,12 @@ def _from_2(stored: dict) -> dict:
     return {**stored, **shape, "config": {**config, "model": each | config.get("model", {})}}
 
 
-MIGRATIONS = {1: _from_1, 2: _from_2}  # to the next format
+def _from_3(stored: dict) -> dict:
+    "Format 3 had other defaults, see `Config.defaults`."
+    return {**stored, "format": 4, "config": {**stored["config"], "defaults": 3}}
+
+
+MIGRATIONS = {1: _from_1, 2: _from_2, 3: _from_3}  # to the next format
 
 
 def migrate(stored: dict) -> dict:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .batches import Batches, Validation, feature_source, shape_of, shards_of, too_wide
-from .checkpoint import FREE, read_state
+from .checkpoint import FREE, migrate, read_state
 from .config import Config, flatten
 from .disk import NotWritten, write_json
 from .flow import keyed
@@ -161,7 +161,9 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
     or other data, OSError for a folder in use or a disk that is full; FloatingPointError when a loss is not finite.
     """
     check_trackers(track)
-    processes, sources = Processes.start(device), Sources(config.data)
+    processes = Processes.start(device)
+    config = _with_its_defaults(config, Path(folder), processes)
+    sources = Sources(config.data)
     judged = Validation.of(config)  # what is wrong with the validation data is said now, not at the first validation
     shape, batches = shape_of(config, sources), Batches(sources, config, processes.rank, processes.count)
     features_of, width, fingerprint = feature_source(features, config, sources, processes.device)
@@ -187,6 +189,17 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
     return Run(run.path, config, shape, processes.device)  # looks at the newest checkpoint
 
 
+def _with_its_defaults(config: Config, folder: Path, processes: Processes) -> Config:
+    "The config with the `defaults` of the run that is gone on with, where it asks for the present ones."
+    path = folder / config.name
+    if config.defaults != Config.defaults or not (path / "config.json").is_file():
+        return config
+    defaults = Run.open(path, "cpu").config.defaults
+    if defaults != config.defaults:
+        processes.say(f"{config.name}: began with defaults {defaults} of the project, and goes on with them")
+    return replace(config, defaults=defaults)
+
+
 def _open(run: Run, fingerprints: dict[str, str | None], stack: ExitStack) -> bool:
     "Make the folder or check the one that is there, and keep others out; whether it is finished and can only be read."
     Run.create(run.path, run.config, run.transformer, run.device, fingerprints)
@@ -206,7 +219,9 @@ def _open(run: Run, fingerprints: dict[str, str | None], stack: ExitStack) -> bo
 
 def _same_config(run: Run, path: Path) -> None:
     "Raise ValueError if a checkpoint was made with another config than the run has now, by a hand in config.json."
-    made, now = flatten(read_state(path).get("config", {})), flatten(asdict(run.config))  # the first versions kept none
+    state = read_state(path)
+    made = flatten(migrate(state)["config"]) if "config" in state else {}  # the first versions kept none
+    now = flatten(asdict(run.config))
     other = {name: value for name, value in made.items() if name not in FREE and now.get(name) != value}
     if other:
         lines = [f"  {name}: {value!r} when it was saved, {now.get(name)!r} now" for name, value in other.items()]

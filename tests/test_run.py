@@ -265,11 +265,12 @@ def test_a_config_from_before_there_were_so_many_choices_opens(run):
     for part in ("data", "model", "objective", "training"):
         assert OLD[part] <= set(stored["config"][part])
         stored["config"][part] = {name: stored["config"][part][name] for name in OLD[part]}
-    assert OLD["config"] == set(stored["config"])
+    assert OLD["config"] | {"defaults"} == set(stored["config"])
+    del stored["config"]["defaults"]
     stored = {"format": 1, "config": stored["config"], "transformer": {n: stored["transformer"][n] for n in OLD_TRANSFORMER}}
     (run.path / "config.json").write_text(json.dumps(stored))
     opened = Run.open(run.path)
-    assert opened.config == replace(TINY, training=replace(TINY.training, shards=1))
+    assert opened.config == replace(TINY, training=replace(TINY.training, shards=1), defaults=3)
     assert opened.transformer == run.transformer and opened.teacher.config == run.transformer
 
 
