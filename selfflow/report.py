@@ -24,7 +24,7 @@ from .factor_sections import factor_section
 from .images import caption_bytes, subset
 from .notes import to_wav
 from .pages import to_webp
-from .plots import draw_images, to_png
+from .plots import draw_images, to_png, viewable
 from .probing import PROBE_LEVELS, class_data, of_first, probe_baselines, probe_run, read_probes
 from .representation_sections import attention_section, layer_section, looked_at, saturation_section, similarity_section
 from .run import Run
@@ -76,7 +76,7 @@ def write_samples(run: Run, labels, steps: int = 50, method: str = "euler", cfg_
     save_file({"images": images.contiguous(), "labels": wanted, **signals}, file)
     columns = max(1, min(10, 10 * images.shape[2] // images.shape[3]))
     size = 0.6 * max(1.0, images.shape[3] / images.shape[2]) * (10 // columns) ** 0.5
-    file.with_suffix(".png").write_bytes(to_png(draw_images(images[:100], columns=columns, size=size)))
+    file.with_suffix(".png").write_bytes(to_png(draw_images(viewable(images[:100]), columns=columns, size=size)))
     if "audio" in signals:
         name = data or run.config.data.names[0]
         rate = getattr(run.sources.data[name], "rate", 8000)

@@ -19,7 +19,7 @@ from .attention_plots import draw_mass, draw_on_film, draw_on_image, draw_on_sou
 from .document import Section
 from .features import Items, extract, items_of
 from .flow import interpolate, keyed
-from .plots import Picture, draw_curves
+from .plots import Picture, draw_curves, viewable
 from .run import Run
 from .run_sections import SAMPLES_ONLY
 from .saturation import saturation
@@ -185,7 +185,7 @@ def _looking(run: Run, items: Items, maps: np.ndarray, middle: tuple[int, ...], 
         spectrum = items.layout.patches[name].spectra(items.layout.split(items.take(torch.arange(1))[0])[name])[0].numpy()
         return draw_on_sound(spectrum, maps, titles, middle[0])
     draw = draw_on_image if len(middle) == 2 else draw_on_film
-    return draw(items.examples(torch.arange(1)).signals[name][0], maps, titles, middle, most=most)
+    return draw(viewable(items.examples(torch.arange(1)).signals[name])[0], maps, titles, middle, most=most)
 
 
 def _mass(run: Run, items: Items) -> pd.DataFrame:

@@ -23,7 +23,7 @@ from .attention import grids_of
 from .document import Section
 from .intervals import Comparison
 from .pages import compared
-from .plots import Picture, draw_images
+from .plots import Picture, draw_images, viewable
 from .projection import project, token_colours
 from .representation_sections import LEVEL, looked_at
 from .run import Run
@@ -130,7 +130,7 @@ def sample_section(runs: dict[str, Run]) -> Section:
             section.missing(f"No samples of {name} yet; this draws them:", f"selfflow sample {run.path}")
             if film := run.film():
                 step, images, _ = film[-1]
-                section.figure(draw_images(images, columns=10, size=0.8), f"{name}: drawn while training, at step {step}, 25 "
+                section.figure(draw_images(viewable(images), columns=10, size=0.8), f"{name}: drawn while training, at step {step}, 25 "
                                "Euler steps, a class or test caption each.")
     return section.limits("A few samples show what a model can draw, not how often it does.")
 
@@ -147,7 +147,7 @@ def _sample_file(section: Section, name: str, file: Path) -> None:
     if film.exists() and film.stat().st_size < LARGEST:
         section.media("image/webp", film.read_bytes(), f"{name}: {file.stem}, the first films")
     else:
-        section.figure(draw_images(shown, columns=3 if wide else 10, size=2 if wide else 0.8), f"{name}: {file.stem}, the first "
+        section.figure(draw_images(viewable(shown), columns=3 if wide else 10, size=2 if wide else 0.8), f"{name}: {file.stem}, the first "
                        f"{len(shown)} of {len(images)}")
     if sound.exists() and sound.stat().st_size < LARGEST:
         section.media("audio/wav", sound.read_bytes(), f"{name}: {file.stem}, the first sounds, one after the other")
