@@ -1,17 +1,33 @@
 """Packaging: everything is read from settings.ini, which nbdev reads too."""
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+SHIPPED = ("judges",)  # folders of data/ that are copied into a wheel, where selfflow.shipped finds them
 parser = ConfigParser(delimiters=["="])
 parser.read(ROOT / "settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]
 extras = {key.removesuffix("_requirements"): listed.split("\n")
           for key, listed in settings.items() if key.endswith("_requirements")}
 
+
+class Build(build_py):
+    """The package and the files that come with it."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:  # a checkout has them in data/
+            for name in SHIPPED:
+                target = Path(self.build_lib, settings["lib_path"], "_shipped", name)
+                shutil.copytree(ROOT / "data" / name, target, dirs_exist_ok=True)
+
+
 setup(
+    cmdclass={"build_py": Build},
     name=settings["lib_name"],
     version=settings["version"],
     description=settings["description"],

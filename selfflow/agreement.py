@@ -17,7 +17,9 @@ from torch import Tensor
 
 from .alignment import counted_tokens, normalise
 from .flow import keyed
+from .intervals import mean_interval
 from .objective import FeatureObjective, SelfFlow
+from .settings import own_settings
 
 # %% ../nbs/333_agreement.ipynb #95f1d591
 @dataclass
@@ -68,6 +70,7 @@ ANSWERS = {"another image, other noise": ("other", "new"), "another image": ("ot
            "another image of its label": ("alike", "same"), "its image, other noise": ("own", "new")}  # beside the student's own
 
 
+@own_settings()
 @torch.no_grad()
 def compare(objective: FeatureObjective, student, teacher, x0: Tensor, conditions: Tensor, labels: Tensor, purpose: str,
             seed: int = 0, batch: int = 64, others: bool = True, features: Tensor | None = None,
@@ -178,7 +181,7 @@ def cosine_by_gap(fitted: Compared, scored: Compared, gaps: tuple[float, ...] = 
             row = {"tokens": tokens, "from": low, "to": high, "samples": int(there.sum())}
             for name, answer in {"cosine": scored.predicted, "constant": constant}.items():
                 values = mean_of_samples(F.cosine_similarity(answer, scored.target, dim=-1), chosen[1])[there].double()
-                mean, half = values.mean().item(), 1.96 * values.std().item() / len(values) ** 0.5
-                row |= {name: mean, f"{name}, low": mean - half, f"{name}, high": mean + half}
+                mean, low, high = map(float, mean_interval(values.cpu()))
+                row |= {name: mean, f"{name}, low": low, f"{name}, high": high}
             rows.append(row)
     return pd.DataFrame(rows)

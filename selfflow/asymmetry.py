@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 
 from .boards import SHARP, Board, Panel, Plot, coloured, panels, tinted
+from .choices import choose
+from .config import DENSITIES
 from .controls import LIGHT, Theme, TokenGrid, choice, number, png_of, slider, switch
 from .explorer import Explorer
 from .flow import Density, keyed
-from .images import choose
-from .method import DENSITIES, build_density
+from .method import build_density
 from .run import Run
 from .schedule import NoiseLevels
 from .subject import KINDS, Subject, View, levels_of, many_levels, schedule_of

@@ -11,12 +11,14 @@ __all__ = ['RELATIONS', 'GAPS', 'visible_keys', 'attention_weights', 'Seen', 'wa
 import math
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from .alignment import flow_error
 from .flow import interpolate
+from .intervals import mean_interval
 from .layers import Attention, Groups
 from .modality import Places, rotate
 from .schedule import NoiseLevels
@@ -191,6 +193,12 @@ def _directions(weights, groups, levels, layer, rows, among) -> pd.DataFrame:
 GAPS = (0.0, 0.1, 0.25, 0.5, 1.0)  # ends of the bins of |t - s|
 
 
+def _ends(grouped) -> dict[str, np.ndarray]:
+    "The 95 % interval of the mean of each group, in the order of the groups: low and high."
+    ends = np.array([mean_interval(values)[1:] for _, values in grouped]).reshape(-1, 2)
+    return {"low": ends[:, 0], "high": ends[:, 1]}
+
+
 def summarise_mass(frame: pd.DataFrame, gaps: tuple[float, ...] = GAPS) -> pd.DataFrame:
     """What `mass_between_levels` found by direction, layer and gap: samples, mean mass and uniform, share, counted, and excess.
 
@@ -200,8 +208,7 @@ def summarise_mass(frame: pd.DataFrame, gaps: tuple[float, ...] = GAPS) -> pd.Da
     frame = frame.assign(excess=frame["share"] - frame["counted"], gap=pd.cut(frame["gap"], list(gaps), include_lowest=True))
     grouped = frame.groupby(["direction", "layer", "gap"], observed=True)
     found = grouped[["mass", "uniform", "share", "counted", "own", "condition", "excess"]].mean()
-    half = 1.96 * grouped["excess"].std() / grouped.size() ** 0.5
-    found = found.assign(samples=grouped.size(), low=found["excess"] - half, high=found["excess"] + half)
+    found = found.assign(samples=grouped.size(), **_ends(grouped["excess"]))
     return found[found["samples"] > 1].reset_index()
 
 # %% ../nbs/334_attention.ipynb #acf49aec
@@ -241,8 +248,8 @@ def summarise_closing(frame: pd.DataFrame, gaps: tuple[float, ...] = GAPS) -> pd
     """
     frame = frame.assign(difference=frame["separated"] - frame["full"], gap=pd.cut(frame["gap"], list(gaps), include_lowest=True))
     grouped = frame.groupby(["tokens", "gap"], observed=True)
-    found, half = grouped[["full", "separated", "difference"]].mean(), 1.96 * grouped["difference"].std() / grouped.size() ** 0.5
-    found = found.assign(samples=grouped.size(), low=found["difference"] - half, high=found["difference"] + half)
+    found = grouped[["full", "separated", "difference"]].mean()
+    found = found.assign(samples=grouped.size(), **_ends(grouped["difference"]))
     return found[found["samples"] > 1].reset_index()
 
 # %% ../nbs/334_attention.ipynb #4fabc72b

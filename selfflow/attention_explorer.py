@@ -18,10 +18,10 @@ from PIL import Image, ImageDraw
 from .attention import RELATIONS
 from .attention_scene import NETWORKS, WAYS, Scene, Watched, compute, pieces_of, say
 from .boards import SHARP, Board, Panel, Plot, _frames_of, _owner_of, _stretch, coloured, panels, tinted
+from .choices import choose
 from .controls import LIGHT, Theme, TokenGrid, choice, font, number, png_of, slider, switch
 from .explorer import Explorer, Strip
 from .flow import Uniform
-from .images import choose
 from .modality import Layout, VideoPatches
 from .playground import player
 from .run import Run

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .attention import RELATIONS, Seen, attention_weights, mass, relations, visible_keys, watch_attention
+from .choices import choose
 from .flow import Uniform, interpolate
-from .images import choose
 from .modality import PAD, Places
 from .notes import to_wav
 from .schedule import NoiseLevels

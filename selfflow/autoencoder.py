@@ -16,7 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .images import choose
+from .choices import choose
 
 # %% ../nbs/181_autoencoder.ipynb #5b3b6736
 class Autoencoder(Protocol):

@@ -10,7 +10,7 @@ __all__ = ['VALIDATION_LEVELS', 'shape_of', 'too_wide', 'batch_indices', 'shards
 import hashlib
 import signal
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -23,6 +23,7 @@ from .flow import draw_index, interpolate, keyed
 from .images import subset, subset_words
 from .modality import Places
 from .schedule import NoiseLevels
+from .settings import own_settings
 from .sources import Sources
 from .transformer import Transformer, TransformerConfig
 
@@ -30,10 +31,13 @@ from .transformer import Transformer, TransformerConfig
 def shape_of(config: Config, sources: Sources) -> TransformerConfig:
     "The transformer that a config asks for on this data. Raises ValueError where they do not fit."
     caption = (config.data.caption, sources.encoder.width) if config.data.condition == "caption" else (0, 0)
+    size = (0, ())
     if sources.plain:
         part, = sources.parts
-        return config.model.transformer(part.channels, part.grid[1:], len(sources.names), (), *caption)
-    return config.model.transformer(0, (), len(sources.names), sources.parts, *caption)
+        size = (part.channels, part.grid[1:])
+    parts = () if sources.plain else sources.parts
+    shape = config.model.transformer(*size, len(sources.names), parts, *caption)
+    return replace(shape, fp32_levels=config.defaults > 3)
 
 # %% ../nbs/250_batches.ipynb #7b744cdc
 _SMALLER = {"image": "data.patch", "video": "data.patch or data.span", "audio": "data.columns"}
@@ -153,6 +157,7 @@ def feature_source(features: Tensor | Callable | None, config: Config, sources: 
 VALIDATION_LEVELS = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))  # the levels that validation looks at
 
 
+@own_settings()
 @torch.no_grad()
 def loss_by_level(model: Transformer, x0: Tensor, labels: Tensor, x1: Tensor, levels, batch: int = 512,
                   parts: tuple[str, ...] = ()) -> Tensor:
@@ -181,6 +186,7 @@ class Validation:
     chosen: dict[str, str] = field(default_factory=dict)
 
     @classmethod
+    @own_settings()
     def of(cls, config: Config, split: str = "validation") -> "Validation":
         """Samples of a split as `subset` chooses them, with noise that is fixed by the data alone; all of the training part.
 

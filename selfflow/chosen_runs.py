@@ -15,9 +15,9 @@ from PIL import Image
 
 from .asymmetry import explore as explore_asymmetry
 from .boards import SHARP, picture_of
+from .choices import choose
 from .controls import LIGHT, Theme
 from .explorer import Explorer, Strip
-from .images import choose
 from .listing import Listing
 from .playground import explore as explore_samples
 from .run import Run

@@ -18,12 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .benchmark import count_flops
 from .checkpoint import check_checkpoint, find_runs, read_not_finite
-from .config import Config, flatten
+from .choices import choose
+from .config import Config, ObjectiveConfig, flatten
 from .disk import step_of
 from .flow import keyed
-from .images import choose
 from .layers import Groups
-from .method import ObjectiveConfig, build_objective, build_schedule
+from .method import build_objective, build_schedule
 from .objective import make_teacher
 from .probing import read_probes
 from .run import Run

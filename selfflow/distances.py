@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import linalg
+from scipy.stats import t
 from sklearn.metrics.pairwise import euclidean_distances, polynomial_kernel
 
 # %% ../nbs/352_distances.ipynb #d2611a52
@@ -163,7 +164,7 @@ def measure(metric: str, real, drawn, resamples: int = 40, seed: int = 0, **opti
     halves = [numbers(real[rng.permutation(n)[:n // 2]], drawn[rng.permutation(m)[:m // 2]]) for _ in range(resamples)]
     measured = {}
     for name, value in whole.items():
-        reach = 1.96 * np.std([half[name] for half in halves], ddof=1) if halves else None
+        reach = t.ppf(0.975, resamples - 1) * np.std([half[name] for half in halves], ddof=1) if halves else None
         top = 1.0 if name in ("precision", "recall", "coverage") else high
         interval = None if reach is None else (float(max(low, value - reach)), float(min(top, value + reach)))
         measured[name] = Measured(value, interval, (n, m), _doubts(metric, n, m, real.shape[1]))

@@ -20,10 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchaudio.functional import resample
 
+from .choices import choose
+from .config import DataConfig
 from .factors import HEADS
-from .images import choose, subset
+from .images import subset
 from .judge import Judge, judge_for
-from .sources import DATASETS, DataConfig
+from .sources import DATASETS
 
 # %% ../nbs/382_extractors.ipynb #f4519755
 @dataclass(frozen=True)

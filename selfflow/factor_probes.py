@@ -21,15 +21,17 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .choices import choose
 from .disk import replacing, write_json, write_tensors
 from .features import FeatureCost, FeatureStore, Items, feature_cost, items_of, stream_features, weights_fingerprint
-from .images import SPLITS, choose, labels_of
+from .images import SPLITS, labels_of
 from .intervals import Comparison, compare_items
 from .modality import ImagePatches, VideoPatches
 from .probes import FEW_STRENGTHS, ProbeScore, field_probe, majority_score, regression_probe, shuffled
 from .probing import PROBE_LEVELS, untrained_network
 from .recording import device_name
 from .run import Run
+from .settings import own_settings
 from .transformer import Transformer
 
 # %% ../nbs/315_factor_probes.ipynb #1a8090d4
@@ -169,6 +171,7 @@ class FactorProbes:
         return pd.DataFrame(rows).set_index("factor")
 
 # %% ../nbs/315_factor_probes.ipynb #23558ade
+@own_settings()
 def probe_factors(run: Run, levels=PROBE_LEVELS, layers=None, counts: dict[str, int] = COUNTS, weights: str = "teacher",
                   data: str = "", part: str = "", families=tuple(FAMILIES), store: FeatureStore | None = None,
                   strengths=FEW_STRENGTHS) -> FactorProbes:
@@ -194,6 +197,7 @@ def probe_factors(run: Run, levels=PROBE_LEVELS, layers=None, counts: dict[str, 
     return FactorProbes(about, (*rows, *_shuffled(found, model, items, targets, families, store, strengths)))
 
 
+@own_settings()
 def factors_cost(run: Run, levels=PROBE_LEVELS, layers=None, counts: dict[str, int] = COUNTS, weights: str = "teacher",
                  data: str = "", store: FeatureStore | None = None) -> FeatureCost:
     "What the features of `probe_factors` cost that are not there yet: of the model and of the untrained network, all splits."

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .audio import LogMel, pitch_of
-from .images import Examples, choose
+from .choices import choose
+from .images import Examples
 from .motion import DIRECTIONS
 from .notes import PITCHES, TIMBRES, note_name
 from .scenes import MATERIALS

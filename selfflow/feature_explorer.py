@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .choices import choose
 from .controls import DARK, LIGHT, choice, slider
 from .feature_maps import Asked, Atlas, Opened, draw_maps
 from .features import FeatureStore, Items
-from .images import choose
 from .map_explorer import MapExplorer, _value, preview_html, previews_of
 from .pages import Page
 from .panel import beside

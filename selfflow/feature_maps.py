@@ -18,10 +18,11 @@ from functools import cached_property
 
 import numpy as np
 
+from .choices import choose
 from .disk import say_once, write_json
 from .factor_probes import CIRCULAR
 from .features import FeatureCost, FeatureKey, FeatureStore, Items, feature_cost, items_of, stream_features, weights_fingerprint
-from .images import SPLITS, choose
+from .images import SPLITS
 from .motion import DIRECTIONS
 from .neighbours import Sharing, aligned, nearest, sharing
 from .notes import PITCHES, TIMBRES, note_name

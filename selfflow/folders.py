@@ -22,10 +22,10 @@ from PIL import Image
 from scipy.io import wavfile
 from torch import Tensor
 
+from .choices import choose
 from .decoding import look
 from .files import SIGNALS, SUFFIXES, Inside, Refused, Row, Skipped, Source, digest, listing, natural, plain, refusing
 from .files import rows, split_of
-from .images import choose
 from .stored import Entry, Stored
 
 # %% ../nbs/174_folders.ipynb #3256c6e9

@@ -8,6 +8,7 @@ __all__ = ['TimestepEmbedder', 'TokenMap', 'spread', 'collect', 'modulated_norm'
 
 # %% ../nbs/030_layers.ipynb #c9ef15e1
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -20,15 +21,19 @@ from .schedule import NoiseLevels
 
 # %% ../nbs/030_layers.ipynb #d663ac04
 class TimestepEmbedder(nn.Module):
-    "Vectors (b, k, d) of noise levels (b, k): a 256-wide sinusoid of t itself (not of 1000 t) and a small MLP."
+    """Vectors (b, k, d) of noise levels (b, k): a 256-wide sinusoid of t itself (not of 1000 t) and a small MLP.
 
-    def __init__(self, width: int, frequencies: int = 256):
+    fp32: stay out of autocast, whose bf16 would make neighbouring levels one.
+    """
+
+    def __init__(self, width: int, frequencies: int = 256, fp32: bool = True):
         super().__init__()
-        self.frequencies = frequencies
+        self.frequencies, self.fp32 = frequencies, fp32
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(sinusoid(t, self.frequencies).to(self.mlp[0].weight.dtype))
+        with torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False) if self.fp32 else nullcontext():
+            return self.mlp(sinusoid(t, self.frequencies).to(self.mlp[0].weight.dtype))
 
 # %% ../nbs/030_layers.ipynb #9b3aa0cc
 class TokenMap(NamedTuple):

@@ -15,15 +15,15 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import partial, wraps
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
-from .checkpoint import migrate
+from .choices import choose
 from .config import PRESETS, Config, draft, overlaid
-from .images import choose
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # %% ../nbs/480_options.ipynb #10bb2f5a
 def _given(args: list[str], option: str) -> str | None:
@@ -47,8 +47,10 @@ def read_settings(path: Path) -> tuple[dict, bool]:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("it holds no settings by name")
-        whole = {"format", "config"} <= values.keys()
-        return (Config.from_dict(migrate(values)["config"]).explicit() if whole else values), whole
+        if not {"format", "config"} <= values.keys():
+            return values, False
+        from selfflow.checkpoint import migrate
+        return Config.from_dict(migrate(values)["config"]).explicit(), True
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be used: {error}") from None
 
@@ -73,8 +75,10 @@ def starting_point(args: list[str]) -> dict:
     return {"config": draft({**above, **name}), "folder": folder}
 
 # %% ../nbs/480_options.ipynb #98fc586d
-def read_features(path: Path) -> Tensor:
+def read_features(path: Path) -> "Tensor":
     "The tensor `features` of a safetensors file. Raises ValueError for a file that has none, naming what it has."
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
     try:
         found = load_file(path)
     except SafetensorError as error:
@@ -115,7 +119,8 @@ def read_command(commands: dict[str, Callable], args: list[str], prog: str = "se
         choose(args[0], commands, "command")
     known = {name: _later(function) for name, function in commands.items()}
     known |= {name: partial(known[name], **starts) for name in args[:1] if name in known}
-    ask = partial(tyro.extras.subcommand_cli_from_dict, known, prog=prog, description="Self-supervised flow matching.")
+    ask = partial(tyro.extras.subcommand_cli_from_dict, known, prog=prog,
+                  description=f"Self-supervised flow matching. {prog} --version prints the version.")
     try:
         with redirect_stderr(io.StringIO()) as said:
             return ask(args=args)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from .boards import Board
 from .checkpoint import find_runs
+from .choices import choose
 from .flow import keyed
-from .images import caption_text, choose, subset
+from .images import caption_text, subset
 from .inpainting import inpaint, shown
 from .method import build_schedule
 from .run import Run

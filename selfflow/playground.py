@@ -20,9 +20,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .boards import SHARP, Panel, panels, tinted
+from .choices import choose
 from .controls import LIGHT, Theme, TokenGrid, choice, font, number, png_of, slider, switch
 from .explorer import Explorer, Strip
-from .images import choose
 from .notes import to_wav
 from .pages import to_webp
 from .paths import KEPT, Path, Settings, SideBySide, estimate, path_of

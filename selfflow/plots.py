@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'Picture', 'to_png', 'viewable', 'draw_images', 'draw_maps', 'draw_views', 'draw_curves', 'smooth',
-           'draw_training', 'mean_interval', 'draw_loss_by_level', 'draw_runs', 'draw_probe_grids']
+           'draw_training', 'draw_loss_by_level', 'draw_runs', 'draw_probe_grids']
 
 # %% ../nbs/400_plots.ipynb #4db3a358
 import io
@@ -15,6 +15,8 @@ import numpy as np
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
+
+from .intervals import mean_interval
 
 # %% ../nbs/400_plots.ipynb #d2a5e4ad
 class Picture(Figure):
@@ -48,10 +50,11 @@ def _array(values) -> np.ndarray:
     return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
 
 
-def _panels(count: int, columns: int, size: float, extra: float = 0.0, titles: bool = False):
-    "A figure with `count` square panels of `size` inches without ticks, `columns` to a row, and its axes."
+def _panels(count: int, columns: int, size: float, extra: float = 0.0, titles: bool = False, shape: tuple[int, int] = (1, 1)):
+    "A figure with `count` panels for pictures of a shape (h, w), `size` inches wide, without ticks, and its axes."
     columns, rows = min(columns, count), math.ceil(count / min(columns, count))
-    figure = Picture(figsize=(size * columns + extra, (size + 0.27 * titles) * rows), layout="constrained")
+    height = size * min(1.0, shape[0] / shape[1])  # no white above and below a wide picture
+    figure = Picture(figsize=(size * columns + extra, (height + 0.27 * titles) * rows), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.025, h_pad=0.03)
     axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     for axis in axes:
@@ -73,7 +76,7 @@ def draw_images(images, titles=None, columns: int = 10, limits=(-1, 1), size: fl
     images = _array(images)
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images have shape {images.shape}, expected (n, 1 or 3, h, w)")
-    figure, axes = _panels(len(images), columns, size, titles=titles is not None)
+    figure, axes = _panels(len(images), columns, size, titles=titles is not None, shape=images.shape[2:])
     shown = ((images - limits[0]) / (limits[1] - limits[0])).clip(0, 1).transpose(0, 2, 3, 1)
     for index, image in enumerate(shown):
         axes[index].imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
@@ -162,13 +165,6 @@ def draw_training(logs: dict) -> Picture:
         if axis.has_data():
             axis.legend(frameon=False)
     return figure
-
-
-def mean_interval(values, axis: int = -1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "The mean of values and its 95 % interval by the normal approximation: (mean, low, high)."
-    values = _array(values)
-    mean, half = values.mean(axis), 1.96 * values.std(axis, ddof=1) / math.sqrt(values.shape[axis])
-    return mean, mean - half, mean + half
 
 
 def draw_loss_by_level(levels, losses: dict) -> Picture:

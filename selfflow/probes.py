@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from .flow import keyed
 from .images import SPLITS
-from .intervals import proportion_interval, score_interval, score_of
+from .intervals import score_interval, score_of
 from .probing import linear_probe
+from .settings import own_settings
 
 # %% ../nbs/312_probes.ipynb #c57c08cb
 @dataclass(frozen=True, eq=False)
@@ -47,10 +48,10 @@ class ProbeScore:
 
 
 def scored(protocol: str, measure: str, errors, spreads, validation: float, chosen: str, sizes: dict) -> ProbeScore:
-    "A `ProbeScore` with its interval: Wilson's for accuracy, else a bootstrap."
+    "A `ProbeScore` with its interval over test items, by `score_interval`."
     errors, spreads = np.asarray(errors, np.float32), np.asarray(spreads, np.float32)
-    interval = proportion_interval(errors == 0) if measure == "accuracy" else score_interval(errors, spreads)
-    return ProbeScore(protocol, measure, score_of(errors, spreads), interval, validation, chosen, sizes, errors, spreads)
+    return ProbeScore(protocol, measure, score_of(errors, spreads), score_interval(errors, spreads), validation, chosen, sizes,
+                      errors, spreads)
 
 
 def is_class(targets: dict) -> bool:
@@ -172,6 +173,7 @@ class HeadFit:
         return f"Adam {self.lr:g}, cosine, {self.epochs} epochs of batches of {self.batch}"
 
 
+@own_settings()
 def fit_head(head: nn.Module, loss, features: np.ndarray, targets: tuple, how: HeadFit) -> nn.Module:
     """The head, trained: loss(head(features (b, ...)), *targets (b, ...)) is made small. It sees one batch at once.
 
@@ -196,6 +198,7 @@ def fit_head(head: nn.Module, loss, features: np.ndarray, targets: tuple, how: H
     return head.eval()
 
 
+@own_settings()
 @torch.no_grad()
 def head_outputs(head: nn.Module, features: np.ndarray, batch: int = 256) -> np.ndarray:
     "What a head says of features (n, ...), a batch at once."

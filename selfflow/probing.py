@@ -29,6 +29,7 @@ from .flow import keyed
 from .images import SPLITS, DataSet, labels_of, subset, subset_words
 from .intervals import paired_difference, proportion_interval
 from .run import Run
+from .settings import own_settings
 from .state import start_state
 from .sources import DATASETS, STORED, DataConfig
 from .transformer import Transformer
@@ -208,6 +209,7 @@ def untrained_network(run: Run) -> Transformer:
     return model
 
 
+@own_settings()
 def probe_run(run: Run, levels=PROBE_LEVELS, layers=None, strengths=STRENGTHS) -> ProbeGrid:
     """The grid of probes of a run's teacher on the run's data, also written to probe.json in its folder.
 
@@ -232,6 +234,7 @@ class Baselines:
     untrained: ProbeGrid
 
 
+@own_settings()
 def probe_baselines(run: Run, levels=PROBE_LEVELS, layers=None, strengths=STRENGTHS) -> Baselines:
     "The baselines of a run's probes, also written to baselines.json in its folder. Raises ValueError as `probe_run`."
     data = labelled(run.config.data)

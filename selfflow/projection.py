@@ -14,9 +14,10 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness
 from torch import Tensor
 
+from .choices import choose
 from .features import extract
 from .flow import keyed
-from .images import Examples, choose, subset
+from .images import Examples, subset
 from .run import Run
 from .sources import Sources
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from .batches import VALIDATION_LEVELS
+from .choices import choose
 from .config import flatten
 from .disk import not_written
-from .images import choose
 from .processes import Processes
 from .run import Run
 

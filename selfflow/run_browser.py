@@ -14,11 +14,11 @@ from pathlib import Path
 
 import ipywidgets as widgets
 
+from .choices import choose
 from .chosen_runs import OPENERS, SHOWN, ChosenRuns, compute, draw, say
 from .comparison import AGAINST
 from .controls import choice
 from .explorer import Strip
-from .images import choose
 from .listing import Listing, open_runs, steps_of
 from .panel import CLOCK, beside, watch
 from .probe_process import Probing

@@ -26,8 +26,8 @@ from .config import Config, flatten
 from .document import Section
 from .features import extract
 from .flow import keyed
-from .intervals import Comparison, cells_in_words, compare_items, compare_seeds, paired_difference
-from .plots import Picture, draw_loss_by_level, draw_probe_grids, draw_training, mean_interval
+from .intervals import Comparison, cells_in_words, compare_items, compare_seeds, compare_values, mean_interval
+from .plots import Picture, draw_loss_by_level, draw_probe_grids, draw_training
 from .probe_plots import draw_layer_curves
 from .probing import ProbeGrid, class_data, labelled, of_first, probe_table, read_probes
 from .run import Run
@@ -95,7 +95,6 @@ def loss_section(runs: dict[str, Run]) -> Section:
         config = replace(run.config, training=replace(run.config.training, validation=count), defaults=Config.defaults)
         judged = Validation.of(config)
         losses[name] = judged.losses(run.teacher).numpy()
-    number = next(iter(losses.values())).shape[1]
     chosen = ", ".join(f"{words} of {name}" if len(judged.chosen) > 1 else words for name, words in judged.chosen.items())
     section = Section("Flow loss by level", f"The averaged weights (teacher) on validation samples ({chosen}), all "
                       "tokens at one level, noise fixed and the same for all runs; the mean is over the ten levels with equal "
@@ -112,20 +111,14 @@ def loss_section(runs: dict[str, Run]) -> Section:
                   folded=True)
     first, *others = means
     for other in others:
-        section.found(f"Flow loss, lower is better: {_paired(first, other, means, f'{number:,} validation samples')}")
+        pair = compare_values(means[first], means[other], (first, other), "validation samples", scale=1.0, unit="")
+        section.found(f"Flow loss, lower is better: {pair}")
     numbers = {name: float(values.mean()) for name, values in means.items()}
     section.found(*(f"Flow loss, lower is better: {one}" for one in over_seeds(runs, numbers, scale=1.0, unit="")))
     return section.limits("A lower flow loss is no promise of better samples or features." + SAMPLES_ONLY)
 
 
 SAMPLES_ONLY = " Intervals over samples are about these trained models; only intervals over seeds speak of another training."
-
-
-def _paired(first, other, values, over) -> Comparison:
-    gap, low, high = paired_difference(values[first], values[other])
-    spread = float((values[other] - values[first]).std(ddof=1)) / len(values[first]) ** 0.5
-    over = f"{over}, paired; one pair of trained models"
-    return Comparison(first, other, gap, (low, high), (1.96 + 0.842) * spread, over, 1.0, "")
 
 # %% ../nbs/413_run_sections.ipynb #1617c431
 def draw_confusion(matrix, names, title: str = "") -> Picture:

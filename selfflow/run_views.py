@@ -14,12 +14,12 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
+from .choices import choose
 from .comparison import AGAINST, UNREADABLE, run_curves
 from .config import flatten
 from .disk import step_of
 from .factor_probes import read_factors
 from .follow import Following
-from .images import choose
 from .intervals import cells_in_words
 from .plots import Picture, draw_curves, draw_images, draw_probe_grids, draw_runs
 from .probe_plots import draw_score_maps

@@ -15,14 +15,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .choices import choose
 from .disk import write_json
 from .distances import METRICS, Measured, measure
 from .extractors import Extractor, built_in
 from .factors import CLASS, HEADS, known
-from .images import DataSet, Examples, choose, subset, subset_words
+from .images import DataSet, Examples, subset, subset_words
 from .judge import followed, judge_for
 from .metrics import Share, train_judge
 from .run import Run
+from .settings import own_settings
 from .sources import Sources
 
 # %% ../nbs/384_sample_metrics.ipynb #4cb67558
@@ -117,6 +119,7 @@ def metric_data(run: Run, count: int = 500, data: str = "", extractor: Extractor
     return name, parts
 
 
+@own_settings()
 def run_metrics(run: Run, count: int = 500, steps: int = 25, cfg_scale: float = 1.0, seed: int = 0, data: str = "",
                 extractor: Extractor | None = None, neighbours: int = 5, resamples: int = 40,
                 folder: Path | str = "data/cache/judges") -> SampleMetrics:

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from .agreement import Compared, compare, cosine_by_gap, fit_directions, look_up, mean_of_samples
+from .choices import choose
 from .flow import keyed
-from .images import choose
 from .method import build_objective
 from .objective import FeatureObjective
-from .intervals import paired_difference
+from .intervals import mean_interval, paired_difference
 from .run import Run
 from .sources import Sources
 
@@ -55,9 +55,7 @@ class Ladder:
         rows = []
         for name, values in self.cosines.items():
             values = values[~np.isnan(values)]
-            half = 1.96 * values.std(ddof=1) / len(values) ** 0.5
-            rows.append((name, values.mean(), values.mean() - half, values.mean() + half,
-                         name not in self.free, len(values)))
+            rows.append((name, *map(float, mean_interval(values)), name not in self.free, len(values)))
         return pd.DataFrame(rows, columns=["answer", "cosine", "low", "high", "knows the image", "samples"])
 
     def verdict(self) -> str:

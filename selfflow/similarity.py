@@ -13,9 +13,11 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy.stats import t
 from torch import Tensor
 
 from .alignment import constant_cosine, effective_rank
+from .intervals import mean_interval
 
 # %% ../nbs/332_similarity.ipynb #86a4ed5e
 def _checked(*features, least: int = 4) -> list[Tensor]:
@@ -118,7 +120,8 @@ def jackknife(measure: Callable, *features, groups: int = 20) -> tuple[float, fl
         raise ValueError(f"{groups} groups of {n} samples: take 2 at least, and no more than there are samples")
     value, group = measure(*features), torch.arange(n) % groups
     without = np.array([measure(*(part[group != left] for part in features)) for left in range(groups)], float)
-    half = 1.96 * math.sqrt((groups - 1) / groups * ((without - without.mean()) ** 2).sum())
+    error = math.sqrt((groups - 1) / groups * ((without - without.mean()) ** 2).sum())
+    half = t.ppf(0.975, groups - 1) * error
     return float(value), float(value - half), float(value + half)
 
 # %% ../nbs/332_similarity.ipynb #b31c335f
@@ -136,8 +139,8 @@ def self_similarity(features: Tensor, grid: tuple[int, ...], near: int = 1, far:
     """Mean cosine of tokens at most `near` steps apart, and of tokens `far` steps or more apart: (b, 2).
 
     features: (b, n, d); grid: of the n tokens, such as (rows, columns), (moments, rows, columns) or (moments,); steps are
-    counted along the grid's axes; far: default half of the longest way, more than near; batch: samples at once. Raises ValueError for
-    a grid that does not fit or has no two such tokens. Source: arXiv 2512.10794, local against distant similarity.
+    counted along the grid's axes; far: default half of the longest way, more than near; batch: samples at once. Raises
+    ValueError for a grid that does not fit or has no two such tokens. Source: arXiv 2512.10794, local against distant similarity.
     """
     if features.ndim != 3 or features.shape[1] != math.prod(grid):
         raise ValueError(f"features have shape {tuple(features.shape)}, expected (b, {math.prod(grid)}, d) for a grid of {grid}")
@@ -170,7 +173,7 @@ def describe_layers(features: dict[int, Tensor], grid: tuple[int, ...]) -> pd.Da
         row = {"effective rank": effective_rank(hidden).item(), "common direction": constant_cosine(hidden.float()).item(),
                "local": local.mean().item(), "distant": distant.mean().item()}
         for name, values in {"norm": hidden.norm(dim=-1).mean(1).double(), "local - distant": local - distant}.items():
-            mean, half = values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
-            row |= {name: mean, f"{name}, low": mean - half, f"{name}, high": mean + half}
+            mean, low, high = map(float, mean_interval(values.cpu()))
+            row |= {name: mean, f"{name}, low": low, f"{name}, high": high}
         rows[layer] = row
     return pd.DataFrame(rows).T

@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .choices import choose
 from .decoding import Form, read
 from .files import SIGNALS, Refused, Skipped, Source, plain
 from .flow import check_shares
-from .images import SPLITS, Examples, choose
+from .images import SPLITS, Examples
 
 # %% ../nbs/173_stored.ipynb #f7901cbb
 CAPTIONS = ("auto", "class", "none")

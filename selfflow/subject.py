@@ -17,8 +17,9 @@ from torch import Tensor
 
 from .alignment import constant_cosine, flow_error
 from .boards import Board
+from .choices import choose
 from .flow import Density, interpolate, keyed
-from .images import choose, subset
+from .images import subset
 from .method import build_objective
 from .modality import Places
 from .objective import SelfFlow

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .images import caption_bytes, choose
+from .choices import choose
+from .images import caption_bytes
 
 # %% ../nbs/205_texts.ipynb #4bae0917
 class Bytes:

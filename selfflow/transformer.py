@@ -45,7 +45,7 @@ class Transformer(nn.Module):
         self.config, width = config, config.width
         self.checkpointing = False  # True: the backward pass computes each block again instead of keeping its activations
         self.x_embedder = PartLinears(config.parts, width) if config.parts else nn.Linear(config.channels, width)
-        self.t_embedder = TimestepEmbedder(width)
+        self.t_embedder = TimestepEmbedder(width, fp32=config.fp32_levels)
         self.y_embedder = nn.Embedding(config.classes + 1, width)
         self.adaLN_shared = Modulation(width, 6) if config.modulation == "shared" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))

@@ -20,11 +20,10 @@ from .asymmetry import explore as explore_asymmetry
 from .attention_explorer import explore_attention
 from .checkpoint import find_runs, step_paths
 from .chosen_runs import OPENERS, alone
-from .config import Config
+from .config import Config, ObjectiveConfig
 from .controls import choice
 from .disk import step_of
 from .feature_explorer import explore_features
-from .method import ObjectiveConfig
 from .panel import beside, watch
 from .paths import SideBySide
 from .playground import explore as explore_sampling

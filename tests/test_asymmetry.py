@@ -13,12 +13,12 @@ from PIL import Image
 
 from selfflow.asymmetry import compute, draw, explore, say
 from selfflow.boards import Board, Panel, Plot, coloured, panels
-from selfflow.config import Config, ModelConfig, ObjectiveConfig, TrainConfig
+from selfflow.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from selfflow.controls import DARK, LIGHT, Surroundings, TokenGrid, grid_places, number, png_of, slider
 from selfflow.explorer import Explorer
 from selfflow.flow import LogitNormal, Uniform
 from selfflow.schedule import NoiseLevels
-from selfflow.sources import DataConfig, Sources
+from selfflow.sources import Sources
 from selfflow.subject import KINDS, Subject, levels_of, many_levels, schedule_of
 from selfflow.training import train
 from selfflow.transformer import Output

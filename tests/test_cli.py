@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-from selfflow import cli, options
+from selfflow import __version__, checkpoint, options, training
 from selfflow.cli import COMMANDS, main
 from selfflow.comparison import runs_table
 from selfflow.config import PRESETS, Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig, differences, flatten
@@ -60,8 +60,8 @@ def test_the_config_of_a_run_is_trained_again(config_of, runs):
 def test_a_run_that_was_renamed_and_moved_goes_on_where_it_is(runs, tmp_path, monkeypatch, capsys):
     place = tmp_path / "elsewhere/renamed"
     shutil.copytree(runs["tiny"].path, place)
-    for checkpoint in ("step-00000008", "step-00000012"):
-        shutil.rmtree(place / "checkpoints" / checkpoint)
+    for later in ("step-00000008", "step-00000012"):
+        shutil.rmtree(place / "checkpoints" / later)
     monkeypatch.chdir(tmp_path)
     main(["train", "--config", "elsewhere/renamed/config.json"])
     run = Run.open(place, "cpu")
@@ -86,7 +86,7 @@ def test_the_config_of_a_run_says_where_it_lies(runs, tmp_path, monkeypatch, whe
     (tmp_path / "runs/b/checkpoints").mkdir()
     monkeypatch.chdir(tmp_path / where)
     args, asked = ["train", "--config", file, *options], {}
-    monkeypatch.setattr(cli, "train_run", lambda config, place, *rest: asked.update(config=config, folder=place) or runs["tiny"])
+    monkeypatch.setattr(training, "train", lambda config, place, *rest: asked.update(config=config, folder=place) or runs["tiny"])
     main(args)
     assert Path(asked["folder"]).resolve() == Path(folder).resolve() and asked["config"].name == name
 
@@ -205,6 +205,27 @@ def test_every_command_explains_its_options(capsys):
         assert all(words in text for name, words in documented.items() if name != "config"), command
 
 
+@pytest.mark.parametrize("line", ["--help", "train --help", "train --preset S --help", "sample --help", "app --help", "--version",
+                                  "trian", "train --objective.mask-ration 0.1", "train --preset digit", "sample --stepz 5 x"])
+def test_help_and_typing_errors_need_no_torch(line):
+    script = ("import sys; from selfflow.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+              "heavy = sys.modules.keys() & {'torch', 'numpy', 'pandas', 'scipy', 'sklearn', 'matplotlib', 'safetensors'}\n"
+              "raise SystemExit(','.join(heavy) or None)")
+    done = subprocess.run([sys.executable, "-c", script, *line.split()], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout or done.stderr.startswith("selfflow: ")
+
+
+def test_the_version_is_printed_and_presets_are_all_listed(capsys, monkeypatch):
+    main(["--version"])
+    assert capsys.readouterr().out == f"selfflow {__version__}\n"
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert f"--preset {{{','.join(PRESETS)}}}" in capsys.readouterr().out
+
+
 # how it ends
 
 @pytest.mark.parametrize("error, code, words", [
@@ -217,7 +238,7 @@ def test_every_command_explains_its_options(capsys):
 def test_how_training_ended_is_told_by_the_exit_status(monkeypatch, capsys, error, code, words):
     def stopped(*args, **options):
         raise error
-    monkeypatch.setattr(cli, "train_run", stopped)
+    monkeypatch.setattr(training, "train", stopped)
     with pytest.raises(SystemExit) as stop:
         main(["train"])
     assert stop.value.code == code and words in capsys.readouterr().err
@@ -245,14 +266,14 @@ def test_a_signal_ends_training_after_a_step_and_the_same_command_goes_on(tmp_pa
 def test_interrupting_another_command_promises_nothing(monkeypatch, capsys):
     def stopped(*args, **options):
         raise KeyboardInterrupt
-    monkeypatch.setattr(cli, "find_runs", stopped)
+    monkeypatch.setattr(checkpoint, "find_runs", stopped)
     with pytest.raises(SystemExit) as stop:
         main(["runs"])
     assert stop.value.code == 130 and capsys.readouterr().err == "\nselfflow: interrupted.\n"
 
 
 def test_an_unknown_error_shows_where_it_comes_from(monkeypatch):
-    monkeypatch.setattr(cli, "train_run", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr(training, "train", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["train"])
     monkeypatch.setenv("SELFFLOW_TRACEBACK", "1")

@@ -17,12 +17,11 @@ from selfflow.benchmark import count_flops
 from selfflow.checkpoint import FORMAT, find_runs
 from selfflow.cli import main
 from selfflow.comparison import AGAINST, fit_table, flops_per_step, readable, run_curves, runs_table
-from selfflow.config import Config, ModelConfig, ObjectiveConfig, TrainConfig
+from selfflow.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from selfflow.layers import Groups
 from selfflow.probing import probe_run
 from selfflow.run import Run
 from selfflow.schedule import NoiseLevels
-from selfflow.sources import DataConfig
 from selfflow.training import train
 from selfflow.transformer import TransformerConfig
 

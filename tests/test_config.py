@@ -8,9 +8,15 @@ from dataclasses import asdict, fields, is_dataclass, replace
 import pytest
 import torch
 
+from selfflow.choices import SIZES
 from selfflow.config import (
-    PRESET_FIELDS,
+    DENSITIES,
+    MASK_RATIOS,
+    OBJECTIVES,
     PRESETS,
+    PRESET_FIELDS,
+    SCHEDULES,
+    SOUNDS,
     Config,
     DataConfig,
     ModelConfig,
@@ -24,10 +30,11 @@ from selfflow.config import (
     overlaid,
 )
 from selfflow.flow import LogitNormal, Mixture, PlateauLogitNormal, Shifted, Uniform
-from selfflow.method import DENSITIES, OBJECTIVES, SCHEDULES, build_density, build_objective, build_schedule
+from selfflow.method import build_density, build_objective, build_schedule, check_layers, check_levels
 from selfflow.objective import REPA, SRA, FlowMatching, LayerSync, SelfFlow, ema_decay
 from selfflow.schedule import DiffusionForcing, DualTimestep, FullMasking, MultiTimestep, SingleLevel
-from selfflow.blocks import SIZES, TransformerConfig
+from selfflow.blocks import TransformerConfig
+from selfflow.sources import CODECS
 
 
 def test_json_and_back():
@@ -61,7 +68,7 @@ def test_json_and_back():
     ({"objective": {"mask_ratio": "0.2"}}, "mask_ratio is '0.2', expected float"), ({"seed": "0"}, "seed is '0'"),
     ({"objective": {"student_layer": 1.0}}, "student_layer is 1.0"), ({"training": 5}, "training is 5, expected its fields"),
     ({"data": "digits"}, "data is 'digits', expected its fields"), ({"model": {"width": 0}}, "width is 0"),
-    ({"name": "a b"}, "no name"), ({"name": "a\n"}, "no name"), ({"name": ".hidden"}, "no name"),
+    ({"name": " a"}, "no name"), ({"name": "-a"}, "no name"), ({"name": "a\n"}, "no name"), ({"name": ".hidden"}, "no name"),
     ({"name": "../x"}, "no name for a run"), ({"name": "a/b"}, "no name"), ({"name": ""}, "no name"),
     ({"name": ".."}, "no name"),
     ({"name": "a\\b"}, "no name"),
@@ -234,6 +241,21 @@ def test_a_config_draws_no_random_numbers_and_makes_no_weights():
     for name in OBJECTIVES:
         Config(objective=ObjectiveConfig(name, density="logit_normal"))
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("ratio", [None, *MASK_RATIOS.values()])
+def test_what_is_taken_without_a_look_fits_at_every_depth(ratio):
+    usual = ObjectiveConfig(mask_ratio=ratio, rep_weight=0.3, label_drop=0.5)
+    assert usual.usual and not replace(usual, near=0.5).usual and not ObjectiveConfig("flow_matching").usual
+    check_levels(usual)
+    for depth in range(2, 40):
+        check_layers(usual, depth, set())
+    with pytest.raises(ValueError, match="teacher_layer 2 do not fit"):
+        Config(model=ModelConfig(depth=1))
+
+
+def test_codecs_and_their_names_are_the_same():
+    assert SOUNDS == tuple(CODECS)
 
 
 def test_configs_are_plain_values():

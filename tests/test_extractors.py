@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 from selfflow import cli
-from selfflow.config import Config
+from selfflow.config import Config, DataConfig
 from selfflow.distances import frechet
 from selfflow.extractors import Extractor, built_in, inception, judge_extractor, open_extractor, penultimate
 from selfflow.factors import HEADS
 from selfflow.judge import judge_for
 from selfflow.run import Run
 from selfflow.sample_metrics import run_metrics
-from selfflow.sources import DATASETS, DataConfig
+from selfflow.sources import DATASETS
 
 NAMES = tuple(HEADS)
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from selfflow.config import DataConfig
 from selfflow.disk import NotWritten
 from selfflow.features import (FeatureKey, FeatureStore, Items, extract, feature_cost, items_of, stream_features,
                                weights_fingerprint)
-from selfflow.sources import DataConfig, Sources
+from selfflow.sources import Sources
 from selfflow.transformer import Transformer, TransformerConfig
 
 
@@ -166,8 +167,9 @@ def test_the_cost_is_what_is_spent(runs, store, forwards):
 MEASURE = """
 import resource, sys, torch
 torch.set_num_threads(1)
+from selfflow.config import DataConfig
 from selfflow.features import FeatureStore, Items, stream_features
-from selfflow.sources import DataConfig, Sources
+from selfflow.sources import Sources
 from selfflow.transformer import Transformer, TransformerConfig
 model = Transformer(TransformerConfig(48, (8, 8), 64, 4, 2, classes=1)).eval()
 items = lambda count: Items(Sources(DataConfig("shapes", patch=4, condition="none")), count=count)

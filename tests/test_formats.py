@@ -47,6 +47,7 @@ def test_an_old_run_keeps_its_defaults_whoever_asks(tmp_path, capsys):
     old = Run.open(tmp_path / "digits", "cpu").config
     asked = replace(old, defaults=4)
     assert old.defaults == 3 and Config().defaults == 4
+    assert not Run.open(tmp_path / "digits", "cpu").teacher.t_embedder.fp32
     with pytest.raises(ValueError, match="defaults: 3 in the folder, 4 asked for"):
         Run.create(tmp_path / "digits", asked, Run.open(tmp_path / "digits").transformer)
     for _ in range(2):  # of format 3, then of the present one
@@ -54,6 +55,7 @@ def test_an_old_run_keeps_its_defaults_whoever_asks(tmp_path, capsys):
         assert run.config == old and run.state()["step"] == 8
         assert "digits: began with defaults 3 of the project, and goes on with them\n" in capsys.readouterr().out
     new = train(replace(asked, name="new"), tmp_path, "cpu", bar=False)
+    assert new.teacher.t_embedder.fp32
     assert new.config.defaults == 4 and "defaults" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="defaults: 4 in the folder, 3 asked for"):
         train(replace(new.config, defaults=3), tmp_path, "cpu", bar=False)

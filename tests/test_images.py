@@ -5,7 +5,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from selfflow.images import SPLITS, ImageSet, choose, digits
+from selfflow.choices import choose
+from selfflow.images import SPLITS, ImageSet, digits
 
 
 def test_the_split_is_whole_disjoint_stratified_and_never_changes():

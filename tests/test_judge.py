@@ -13,13 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from selfflow import judge as module
-from selfflow.config import Config
+from selfflow.config import Config, DataConfig
 from selfflow.factors import CLASS, HEADS, SIGNAL_OF, Reader, courses, covered, directions_seen, known, pitch_errors, unrolled
 from selfflow.flow import keyed
-from selfflow.judge import followed, judge_for, on_samples, shipped, train_judge_for
+from selfflow.judge import followed, judge_for, on_samples, train_judge_for
 from selfflow.scenes import Scenes, sound_on_bounce
 from selfflow.shapes import KINDS, SYMMETRY, Shapes, draw_figures
-from selfflow.sources import DATASETS, DataConfig
+from selfflow.shipped import shipped
+from selfflow.sources import DATASETS
 from selfflow.verdict import bounce_verdict, compared
 
 NAMES = tuple(HEADS)
@@ -197,7 +198,7 @@ def test_sounds_on_bounces_and_their_chance():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_judges_that_come_along_fit_the_data_and_are_good(name, judges, examples):
-    judge, path = judges[name], shipped(name)
+    judge, path = judges[name], shipped(f"judges/{name}.safetensors")
     assert path.exists() and path.stat().st_size < 400_000
     with safe_open(path, "pt") as file:
         said = json.loads(file.metadata()["judge"])
@@ -278,7 +279,9 @@ def test_a_judge_of_another_size_is_trained_once_and_what_does_not_fit_is_said(t
     first = judge_for("shapes", data, tmp_path)
     file, = tmp_path.iterdir()
     assert len(calls) == 1 and judge_for("shapes", data, tmp_path).fingerprint == first.fingerprint and len(calls) == 1
-    assert capsys.readouterr().out == ""
+    said, = capsys.readouterr().out.splitlines()
+    assert said == ("a judge of shapes is trained now (800 steps, a minute or two on a CPU), because the one that comes with the "
+                    f"project is for other sizes; it is kept in {file}")
     whole = file.read_bytes()
     for damaged in (whole[:-100], b"", b"{}" * 40, save({"x": torch.zeros(2)}), whole.replace(b"correct", b"corrupt")):
         file.write_bytes(damaged)
@@ -289,8 +292,9 @@ def test_a_judge_of_another_size_is_trained_once_and_what_does_not_fit_is_said(t
     stale.write_bytes(whole)  # of other data
     monkeypatch.setattr(module, "shipped", lambda name: stale)
     assert judge_for("shapes", None, tmp_path).data == Shapes().fingerprint and len(calls) == 7
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and f"data {first.data} is not {Shapes().fingerprint}; another judge of shapes" in said
+    refused, trained = capsys.readouterr().out.splitlines()
+    assert f"data {first.data} is not {Shapes().fingerprint}; another judge of shapes" in refused
+    assert f"because {stale} cannot be used" in trained
 
 
 @pytest.mark.parametrize("name, condition, factors", [

@@ -286,6 +286,25 @@ def test_levels_are_embedded_as_they_are():
     assert TimestepEmbedder(8).bfloat16()(torch.rand(2, 3)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("std", [0.02, 0.3])
+def test_autocast_leaves_all_levels_apart(std):
+    levels, near = torch.linspace(0, 1, 1001)[None], torch.tensor([[0.682, 0.6835]])
+    exact, coarse = TimestepEmbedder(32), TimestepEmbedder(32, fp32=False)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for layer in (exact.mlp[0], exact.mlp[2]):
+            layer.weight.normal_(std=std)
+    coarse.load_state_dict(exact.state_dict())
+    expected = exact(levels)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(exact(levels), expected, rtol=0, atol=0)  # sinusoid and MLP
+        assert exact(levels).dtype == torch.float32 and len(exact(levels)[0].unique(dim=0)) == 1001
+        steps = [(vectors[0, 1] - vectors[0, 0]).float().norm() for vectors in (exact(near), coarse(near))]
+        assert len(coarse(levels)[0].unique(dim=0)) < 1001, "as runs of formats 1 to 3 have it"
+    true = exact(near)[0].diff(dim=0).norm()
+    assert steps[0] == true and abs(steps[1] / true - 1) > 0.3
+
+
 def test_normalised_queries_and_keys_do_not_feel_their_scale():
     torch.manual_seed(0)
     attention, x = Attention(16, 2, qk_norm=True), torch.randn(1, 5, 16)

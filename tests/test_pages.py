@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from matplotlib import colormaps
 from PIL import Image
 
-from selfflow.pages import captioned, compared, film_strip, level_map, to_webp
+from selfflow.pages import captioned, compared, film_strip, level_map, sheet, sheet_rows, to_webp
+from selfflow.plots import to_png
 
 
 def noise(*shape, seed=0):
@@ -40,14 +41,14 @@ def test_a_webp_holds_every_film_at_its_place(count, channels, frames, columns, 
     across = min(columns, count)
     down = -(-count // across)
     assert len(shown) == frames and shown[0][1] in (50, None)
-    for frame, (sheet, _) in enumerate(shown):
-        assert sheet.shape == (down * 8 * scale + 2 * (down - 1), across * 16 * scale + 2 * (across - 1), 3)
+    for frame, (canvas, _) in enumerate(shown):
+        assert canvas.shape == (down * 8 * scale + 2 * (down - 1), across * 16 * scale + 2 * (across - 1), 3)
         for film in range(count):
             y, x = (film // across) * (8 * scale + 2) + 4 * scale, (film % across) * (16 * scale + 2) + 8 * scale
             expected = (films[film, 0, frame, 0, 0].item() + 1) * 127.5
-            assert abs(sheet[y, x].astype(float) - expected).max() < 12, "lossy, but this"
+            assert abs(canvas[y, x].astype(float) - expected).max() < 12, "lossy, but this"
         if across * down > count:
-            assert (sheet[-2, -2] > 245).all(), "where there is no film it is white"
+            assert (canvas[-2, -2] > 245).all(), "where there is no film it is white"
 
 
 def test_a_webp_begins_again_and_lasts_as_long_as_asked():
@@ -186,3 +187,41 @@ def test_rows_that_are_compared_share_their_captions():
 def test_rows_of_several_shapes_are_refused(rows, found):
     with pytest.raises(ValueError, match=f"one shape; these are {found}"):
         compared(rows)
+
+
+# a sheet of samples
+
+def white(page) -> float:
+    "The share of a sheet that is paper."
+    pixels = np.asarray(Image.open(io.BytesIO(to_png(page))).convert("L"))
+    return float((pixels > 250).mean())
+
+
+@pytest.mark.parametrize("shape, count, texts, size", [
+    ((3, 32, 256), 6, ["fractal", "life", "test"], (823, 600)),  # six videos of eight frames: it was 1517 x 9107
+    ((1, 8, 8), 100, [str(i) for i in range(10)], (914, 920)),
+    ((3, 64, 8), 20, ["tall"], (194, 136)),
+    ((4, 16, 16), 10, [], (880, 88)),  # latents: the first channel
+    ((3, 5, 3000), 2, ["a strip"], (1100, 12)),
+    ((3, 512, 512), 4, ["large", "larger"], (590, 520)),
+])
+def test_a_sheet_is_as_large_as_its_pictures(shape, count, texts, size):
+    texts = [text for text in texts for _ in range(count // len(texts))] or None
+    page = sheet(-torch.ones(count, *shape), texts)
+    pixels = Image.open(io.BytesIO(to_png(page))).size
+    assert all(abs(a - b) <= 40 for a, b in zip(pixels, size, strict=True)), pixels
+    assert white(page) < 0.3 or shape[1] < 8, "what is not a picture is a narrow margin"
+
+
+def test_a_sheet_has_a_row_for_each_text_and_shows_as_many_of_each():
+    texts = ["b", "a", "b", "a", "b", "a"]
+    assert sheet_rows(texts) == [[0, 2, 4], [1, 3, 5]] and sheet_rows(texts, most=4) == [[0, 2], [1, 3]]
+    assert sheet_rows([str(i) for i in range(200)], 100) == [[i] for i in range(100)]
+    shown = [text.get_text() for text in sheet(torch.zeros(6, 1, 8, 8), texts).axes[0].texts]
+    assert [text for text in shown if text] == ["b", "a"], "at the left of their rows"
+    below = [text.get_text() for text in sheet(torch.zeros(3, 3, 8, 8), ["$x$", "a red star", ""]).axes[0].texts]
+    assert [text.replace("\n", " ") for text in below if text] == ["$x$", "a red star"], "below, where each is there once"
+    with pytest.raises(ValueError, match="2 texts for 3 samples"):
+        sheet(torch.zeros(3, 1, 8, 8), ["a", "b"])
+    with pytest.raises(ValueError, match="pictures have shape"):
+        sheet(torch.zeros(0, 1, 8, 8))

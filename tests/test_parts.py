@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from selfflow.alignment import flow_error
 from selfflow.blocks import Context, TransformerConfig
+from selfflow.config import ObjectiveConfig
 from selfflow.flow import keyed, numbered
 from selfflow.images import caption_bytes, caption_text
 from selfflow.layers import TokenMap
-from selfflow.method import ObjectiveConfig, build_objective, build_schedule, given_tokens, mask_ratio_of
+from selfflow.method import build_objective, build_schedule, given_tokens, mask_ratio_of
 from selfflow.modality import PAD, ImagePatches, Layout, Part, Places, VideoPatches
 from selfflow.objective import FlowMatching, SelfFlow, make_teacher
 from selfflow.schedule import Conditioned, DualTimestep, NoiseLevels, SingleLevel

@@ -16,9 +16,8 @@ from conftest import TINY
 
 from selfflow.alignment import Alignment, constant_cosine, effective_rank, mean_over
 from selfflow.batches import shards_of, validation_tokens
-from selfflow.config import Config, DataConfig, TrainConfig
+from selfflow.config import Config, DataConfig, ObjectiveConfig, TrainConfig
 from selfflow.lock import RunInUse
-from selfflow.method import ObjectiveConfig
 from selfflow.processes import Processes, launch
 from selfflow.run import Run
 from selfflow.training import train

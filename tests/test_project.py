@@ -2,14 +2,19 @@
 import ast
 import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
+
+from selfflow.factors import HEADS
+from selfflow.judge import judge_for
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
@@ -43,8 +48,10 @@ def test_imports_go_downwards_only():
     order = {re.sub(r"^\d+_", "", p.stem): int(p.stem.split("_")[0]) for p in NOTEBOOKS}
     for module in MODULES:
         for node in ast.walk(ast.parse(module.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                assert order[node.module] < order[module.stem], f"{module.stem} imports {node.module}, which stands above it"
+            if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith("selfflow")):
+                module_name = (node.module or "").removeprefix("selfflow").lstrip(".")
+                for name in [module_name] if module_name else [alias.name for alias in node.names if alias.name in order]:
+                    assert order[name] < order[module.stem], f"{module.stem} imports {name}, which stands above it"
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
@@ -76,6 +83,7 @@ def copy(tmp_path):
     "A copy of the project that shares its environment."
     for name in ("nbs", "selfflow"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    shutil.copytree(ROOT / "data/judges", tmp_path / "data/judges")
     for name in ("README.md", "settings.ini", "setup.py", "pyproject.toml", "Makefile", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / ".venv").mkdir()
@@ -103,6 +111,36 @@ def test_a_source_distribution_can_be_installed_from(copy):
     shown = subprocess.run([sys.executable, "setup.py", "--version"], cwd=inside, capture_output=True, text=True, check=True)
     assert shown.stdout.strip().endswith(importlib.import_module("selfflow").__version__)
     assert {p.name for p in (inside / "selfflow").glob("*.py")} >= {p.name for p in MODULES}
+
+
+READ = """
+import sys
+from pathlib import Path
+import selfflow
+from selfflow import judge
+assert Path(selfflow.__file__).is_relative_to(sys.argv[1]), selfflow.__file__
+judge.train_judge_for = None  # nothing is trained
+print({name: judge.judge_for(name).fingerprint for name in judge.HEADS})
+"""
+
+
+def test_a_wheel_holds_the_same_judges_as_the_checkout(copy, tmp_path_factory):
+    def build(root):
+        subprocess.run([sys.executable, "setup.py", "-q", "bdist_wheel"], cwd=root, check=True, capture_output=True)
+        wheel, = (root / "dist").glob("*.whl")
+        return wheel
+    wheel = build(copy)
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=copy, check=True, capture_output=True)
+    shutil.unpack_archive(next((copy / "dist").glob("*.tar.gz")), copy / "unpacked", filter="data")
+    again = build(next((copy / "unpacked").iterdir()))
+    assert sorted(ZipFile(wheel).namelist()) == sorted(ZipFile(again).namelist()), "a source distribution is complete"
+    installed = tmp_path_factory.mktemp("installed")
+    shutil.unpack_archive(wheel, installed, "zip")
+    shown = subprocess.run([sys.executable, "-c", READ, str(installed)], cwd=installed, capture_output=True, text=True,
+                           env={**os.environ, "PYTHONPATH": str(installed)})
+    assert shown.returncode == 0, shown.stderr
+    assert ast.literal_eval(shown.stdout) == {name: judge_for(name).fingerprint for name in HEADS}, "and says nothing else"
+    assert not list(installed.glob("data*"))
 
 
 def test_pictures_and_links_of_the_readme_exist():

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from test_training import assert_same
 
 from selfflow import training
+from selfflow.config import ObjectiveConfig
 from selfflow.disk import NotWritten
 from selfflow.lock import RunInUse
-from selfflow.method import ObjectiveConfig
 from selfflow.probing import probe_run
 from selfflow.recording import Recorder
 from selfflow.run import Run

@@ -10,6 +10,7 @@ from selfflow.agreement import (Compared, another, compare, cosine_by_gap, fit_d
                                 mean_of_samples)
 from selfflow.alignment import constant_cosine
 from selfflow.flow import keyed
+from selfflow.intervals import mean_interval
 from selfflow.objective import REPA, SRA, FlowMatching, LayerSync, SelfFlow, make_teacher
 from selfflow.saturation import Ladder, ladder, run_at, saturation
 from selfflow.similarity import cka, cknna, describe_layers, jackknife, self_similarity, similarities
@@ -127,7 +128,7 @@ def test_what_cannot_be_compared_is_said(call, says):
 def test_jackknife_of_a_mean_is_the_usual_interval():
     x = torch.randn(200, 1, generator=keyed(1, "x")).double()
     value, low, high = jackknife(lambda part: part.mean(), x, groups=200)
-    half = 1.96 * x.std().item() / 200**0.5
+    half = 1.971957 * x.std().item() / 200**0.5  # Student's, with 199 degrees of freedom
     assert value == pytest.approx(x.mean().item()) and (low, high) == pytest.approx((value - half, value + half))
 
 
@@ -163,7 +164,7 @@ def test_layers_are_described_as_their_parts_are_measured():
     norms = x.norm(dim=-1).mean(1).double()
     assert row["common direction"] == pytest.approx(constant_cosine(x).item())
     assert row["norm"] == pytest.approx(norms.mean().item())
-    assert row["norm, high"] - row["norm"] == pytest.approx(1.96 * norms.std().item() / 20**0.5)
+    assert (row["norm"], row["norm, low"], row["norm, high"]) == pytest.approx(mean_interval(norms))
     assert row["local - distant"] == pytest.approx(row["local"] - row["distant"])
     assert len(draw_layers({"a": describe_layers({1: x, 2: x}, (3, 3))}).axes) == 4
 

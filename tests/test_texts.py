@@ -21,11 +21,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from selfflow import texts
 from selfflow.batches import Batches, Validation, shape_of
 from selfflow.cli import main
-from selfflow.config import Config
+from selfflow.config import Config, DataConfig, ObjectiveConfig
 from selfflow.images import caption_bytes, caption_text
-from selfflow.method import ObjectiveConfig
 from selfflow.run import Run
-from selfflow.sources import DataConfig, Sources
+from selfflow.sources import Sources
 from selfflow.texts import SENTENCES, Bytes, open_encoder
 from selfflow.training import train
 

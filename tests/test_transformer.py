@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfflow.blocks import SIZES, TransformerConfig
+from selfflow.blocks import TransformerConfig
+from selfflow.choices import SIZES
 from selfflow.modality import grid_coordinates
 from selfflow.schedule import DualTimestep, NoiseLevels
 from selfflow.transformer import Transformer, drop_labels
