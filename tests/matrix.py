@@ -170,12 +170,15 @@ def at_small_cost(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(probing, "MOST", 24)
     for split, count in few.items():
         patch.setitem(factor_probes.COUNTS, split, count)
-    for module in (report, __import__("selfflow.cli").cli):
-        for name in ("probe_run", "probe_baselines"):
-            patch.setattr(module, name, functools.partial(getattr(probing, name), levels=(0.0, 0.5), strengths=(0.1,)))
-        patch.setattr(module, "probe_factors", functools.partial(factor_probes.probe_factors, levels=(0.0, 0.5), layers=(1, 3)))
+    weak = {"strengths": (0.1,)}
+    for name, module, options in (("probe_run", probing, weak), ("probe_baselines", probing, weak),
+                                  ("probe_factors", factor_probes, {"layers": (1, 3)})):
+        small = functools.partial(getattr(module, name), levels=(0.0, 0.5), **options)
+        for place in (module, report):
+            patch.setattr(place, name, small)
     patch.setattr(report, "run_metrics", functools.partial(report.run_metrics, count=12, steps=2, resamples=2))
-    patch.setattr(report, "write_samples", functools.partial(report.write_samples, steps=2))
+    write = report.write_samples
+    patch.setattr(report, "write_samples", lambda run, asked, steps=2, *rest, **named: write(run, asked, steps, *rest, **named))
     patch.setattr(representation_sections, "FITTED", 24)
     patch.setattr(representation_sections, "SCORED", 12)
     patch.setattr(sample_sections, "METHOD", "PCA")
