@@ -122,7 +122,7 @@ def test_points_are_coloured_by_names_and_the_rarest_of_many_classes_are_joined(
 def test_the_film_strip_has_names_below(runs, tmp_path):
     film = [(2, torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 2]))]
     axis, = draw_film(film, names=("T-shirt", "a very long name of a class")).axes
-    assert [label.get_text() for label in axis.get_xticklabels()] == ["T-shirt", "a very long\nname of...", "2"]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["T-shirt", "a very long\nname of a...", "2"]
     run = Run.open(runs["notes"].path, "cpu")
     assert run.class_names[:2] == ("C4", "C#4") and Run.open(runs["told"].path, "cpu").class_names == ()
 
