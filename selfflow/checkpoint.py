@@ -188,9 +188,12 @@ def _from_2(stored: dict) -> dict:
 
 
 def _from_3(stored: dict) -> dict:
-    "Format 3 had other defaults, see `Config.defaults`."
+    "Format 3 had other defaults, see `Config.defaults`, and took the splits of folders as they are."
+    data = stored["config"].get("data", {})
+    if {"folder", "huggingface"} & {*data.get("name", "").split("+")}:
+        data = {**data, "carve": False}
     shape = {"transformer": {**stored["transformer"], "fp32_levels": False}} if "transformer" in stored else {}
-    return {**stored, **shape, "format": 4, "config": {**stored["config"], "defaults": 3}}
+    return {**stored, **shape, "format": 4, "config": {**stored["config"], "defaults": 3} | ({"data": data} if data else {})}
 
 
 MIGRATIONS = {1: _from_1, 2: _from_2, 3: _from_3}  # to the next format

@@ -121,14 +121,14 @@ def saturation_section(runs: dict[str, Run]) -> Section:
                             "selfflow.saturation.saturation(run, features=encoder)")
         else:
             _ladder_part(section, name, run)
-    return section.limits("The best answer without the image is chosen on the test samples, in its favour. A low floor does not "
-                          "show that features are useful, only that the image is needed to predict them." + SAMPLES_ONLY)
+    return section.limits("The best answer without the sample is chosen on the test samples, in its favour. A low floor does not "
+                          "show that features are useful, only that the sample is needed to predict them." + SAMPLES_ONLY)
 
 
 def _ladder_part(section, name: str, run: Run) -> None:
     found = saturation(run, FITTED, SCORED)
     section.figure(draw_ladder(found.table(), name), f"{name}: who reaches which cosine with the teacher's features; filled: "
-                   "knows the image; the dashed line is the best of those that do not.")
+                   "knows the sample; the dashed line is the best of those that do not.")
     section.table(found.table(), f"Answers of {name}", folded=True)
     if len(found.by_gap):
         noisier = found.by_gap[found.by_gap["tokens"] == "noisier"]

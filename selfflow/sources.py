@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .audio import LogMel, Mdct
 from .choices import choose
-from .config import STORED, DataConfig
+from .config import STORED, DataConfig, hop_of
 from .folders import Folder, HuggingFace
 from .images import DataSet, Examples, ImageSet, caption_text, digits, subset
 from .latents import Latents
@@ -32,7 +32,8 @@ from .shapes import Emblems, Shapes
 from .texts import Bytes, open_encoder
 
 # %% ../nbs/210_sources.ipynb #12958334
-CODECS = {"mel": LogMel, "mdct": partial(Mdct, power=0.5)}  # the powers of noise-like spectra are too uneven to be learned
+CODECS = {"mel": lambda samples, rate: LogMel(samples, rate, hop=hop_of(rate), window=4 * hop_of(rate)),
+          "mdct": lambda samples, rate: Mdct(samples, rate, bins=hop_of(rate), power=0.5)}  # else too uneven to be learned
 
 
 
@@ -48,8 +49,9 @@ def _place(config: DataConfig) -> str:
 
 def _stored(kind: type, config: DataConfig, split: str) -> DataSet:
     signals = tuple(config.signals.split("+"))
-    both = config.frames * 8_000 / 8_192 if {"video", "audio"} <= {*signals} else None  # frames a second: as long as its sound
-    return kind(_place(config), signals, split, config.size, config.frames, both)
+    both = config.frames * config.rate / config.samples if {"video", "audio"} <= {*signals} else None  # as long as its sound
+    return kind(_place(config), signals, split, config.size, config.frames, config.fps or both, config.rate, config.samples,
+                crop=config.crop, channels=config.channels, carve=config.carve)
 
 
 DATASETS: dict[str, Callable[[DataConfig, str], DataSet]] = {

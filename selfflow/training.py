@@ -228,9 +228,11 @@ def _with_its_defaults(config: Config, folder: Path, processes: Processes) -> Co
     path = folder / config.name
     if config.defaults != Config.defaults or not (path / "config.json").is_file():
         return config
-    defaults = Run.open(path, "cpu").config.defaults
+    stored = Run.open(path, "cpu").config
+    defaults = stored.defaults
     if defaults != config.defaults:
         processes.say(f"{config.name}: began with defaults {defaults} of the project, and goes on with them")
+        config = replace(config, data=replace(config.data, carve=stored.data.carve))
     return replace(config, defaults=defaults)
 
 

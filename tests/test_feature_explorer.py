@@ -14,7 +14,8 @@ from sklearn.preprocessing import StandardScaler
 from selfflow import feature_explorer
 from selfflow.config import Config, DataConfig, ModelConfig, TrainConfig
 from selfflow.feature_explorer import FeatureMap, explore_features, item_previews, say_near, shown
-from selfflow.feature_maps import Asked, MapsCost, Opened, draw_maps, known_factors
+from selfflow.factors import known_factors
+from selfflow.feature_maps import Asked, MapsCost, Opened, draw_maps
 from selfflow.features import FeatureStore, Items, extract
 from selfflow.neighbours import aligned, nearest, sharing, standardised, turned
 from selfflow.projection import project
