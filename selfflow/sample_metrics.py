@@ -144,7 +144,8 @@ def run_metrics(run: Run, count: int = 500, steps: int = 25, cfg_scale: float = 
     against, floor_of = (f"{split} examples ({subset_words(part, count)})" for split, part in parts.items())
     recipe = {**extractor.recipe, "data": name, "count": count, "against": against, "floor": floor_of, "sampler": "euler",
               "steps": steps, "shift": shift, "cfg_scale": cfg_scale, "seed": seed, "neighbours": neighbours,
-              "resamples": resamples, "step": state["step"], "device": str(run.device), "torch": torch.__version__, "selfflow": version("selfflow")}
+              "resamples": resamples, "step": state["step"], "device": str(run.device),
+              "torch": torch.__version__, "selfflow": version("selfflow")}
     metrics = SampleMetrics(found, floor, *_judged(run, name, drawn, examples, folder), recipe)
     write_json(run.path / f"metrics{'-' * bool(data)}{data}.json", metrics.to_dict())
     return metrics
