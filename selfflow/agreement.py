@@ -19,6 +19,7 @@ from .alignment import counted_tokens, normalise
 from .flow import keyed
 from .intervals import mean_interval
 from .objective import FeatureObjective, SelfFlow
+from .settings import own_settings
 
 # %% ../nbs/333_agreement.ipynb #95f1d591
 @dataclass
@@ -69,6 +70,7 @@ ANSWERS = {"another image, other noise": ("other", "new"), "another image": ("ot
            "another image of its label": ("alike", "same"), "its image, other noise": ("own", "new")}  # beside the student's own
 
 
+@own_settings()
 @torch.no_grad()
 def compare(objective: FeatureObjective, student, teacher, x0: Tensor, conditions: Tensor, labels: Tensor, purpose: str,
             seed: int = 0, batch: int = 64, others: bool = True, features: Tensor | None = None,

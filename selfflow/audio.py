@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .settings import own_settings
+
 # %% ../nbs/140_audio.ipynb #5ac893c7
 def _torchaudio():
     "torchaudio, or an ImportError that says what to install."
@@ -103,7 +105,7 @@ class Spectra:
 @cache
 def _mel(rate: int, bins: int, hop: int, window: int, device: torch.device, dtype: torch.dtype):
     "torchaudio's magnitudes in mel bands, made once for each setting."
-    with torch.inference_mode(False):  # what is kept must also serve where gradients are wanted
+    with own_settings():  # what is kept must serve everywhere
         return _torchaudio().transforms.MelSpectrogram(
             rate, window, hop_length=hop, n_mels=bins, power=1, pad_mode="constant").to(device, dtype)
 
@@ -166,7 +168,7 @@ class LogMel(Spectra):
 @cache
 def _lapped(bins: int, columns: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     "The windows (columns, 2 bins) and the cosines (2 bins, bins) of an MDCT, made once for each setting."
-    with torch.inference_mode(False):
+    with own_settings():
         n, j = torch.arange(2 * bins, dtype=torch.float64), torch.arange(bins, dtype=torch.float64)
         cosines = math.sqrt(2 / bins) * torch.cos(math.pi / bins * (n[:, None] + (1 + bins) / 2) * (j + 0.5))
         windows = torch.sin(math.pi / (2 * bins) * (n + 0.5)).repeat(columns, 1)

@@ -22,6 +22,7 @@ from .config import Config, TrainConfig
 from .flow import draw_index, interpolate, keyed
 from .modality import Places
 from .schedule import NoiseLevels
+from .settings import own_settings
 from .sources import Sources
 from .transformer import Transformer, TransformerConfig
 
@@ -155,6 +156,7 @@ def feature_source(features: Tensor | Callable | None, config: Config, sources: 
 VALIDATION_LEVELS = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))  # the levels that validation looks at
 
 
+@own_settings()
 @torch.no_grad()
 def loss_by_level(model: Transformer, x0: Tensor, labels: Tensor, x1: Tensor, levels, batch: int = 512,
                   parts: tuple[str, ...] = ()) -> Tensor:
@@ -179,6 +181,7 @@ class Validation:
     data: dict[str, tuple[Tensor, Tensor, Tensor, tuple[str, ...]]]
 
     @classmethod
+    @own_settings()
     def of(cls, config: Config, split: str = "validation") -> "Validation":
         "The first samples of a split, with noise that is fixed by the data alone; of the training part all that there are."
         sources, found = Sources(config.data, split), {}

@@ -29,6 +29,7 @@ from .recording import device_name
 from .run import device_for
 from .schedule import NoiseLevels
 from .blocks import TransformerConfig
+from .settings import own_settings
 from .transformer import Transformer
 
 # %% ../nbs/340_benchmark.ipynb #00a5582d
@@ -182,6 +183,7 @@ def _quartiles(values: list[float]) -> list[float]:
     return torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
 
 
+@own_settings()
 def measure(case: Case, rounds: int = 5, device: str = "auto") -> dict:
     """Operations, seconds and bytes of all contenders: a dict for JSON.
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'MIGRATIONS', 'FREE', 'write_checkpoint', 'read_part', 'read_state', 'check_checkpoint', 'problem_of',
-           'newest_whole', 'prune', 'read_not_finite', 'write_picture', 'read_pictures', 'migrate', 'agree',
-           'find_runs']
+           'newest_whole', 'prune', 'read_not_finite', 'write_picture', 'read_pictures', 'migrate', 'free_fields',
+           'agree', 'find_runs']
 
 # %% ../nbs/230_checkpoint.ipynb #a937e358
 import hashlib
@@ -188,9 +188,12 @@ def _from_2(stored: dict) -> dict:
 
 
 def _from_3(stored: dict) -> dict:
-    "Format 3 had other defaults, see `Config.defaults`."
+    "Format 3 had other defaults, see `Config.defaults`, and took the splits of folders as they are."
+    data = stored["config"].get("data", {})
+    if {"folder", "huggingface"} & {*data.get("name", "").split("+")}:
+        data = {**data, "carve": False}
     shape = {"transformer": {**stored["transformer"], "fp32_levels": False}} if "transformer" in stored else {}
-    return {**stored, **shape, "format": 4, "config": {**stored["config"], "defaults": 3}}
+    return {**stored, **shape, "format": 4, "config": {**stored["config"], "defaults": 3} | ({"data": data} if data else {})}
 
 
 MIGRATIONS = {1: _from_1, 2: _from_2, 3: _from_3}  # to the next format
@@ -210,15 +213,22 @@ FREE = {"name", *(f"training.{name}" for name in ("save_every", "keep_last", "ke
         "data.encoder"}
 
 
+def free_fields(fingerprints: dict[str, str]) -> set[str]:
+    "The fields that may change; with a known fingerprint of its training data a run also recognises them at another place."
+    return FREE | ({"data.path"} if fingerprints.get("train") else set())
+
+
 def agree(path: Path, there: dict, asked: dict) -> dict[str, tuple]:
     """The fields that change from here on, {name: (before, after)}, when a run is gone on with as `asked`; all of them are free.
 
     there, asked: config.json, as it is and as it would be. Fingerprints of data that both have must be equal too. One that only
     one has could not be told by the other: an older version took none, and features that a function makes have none.
-    Raises ValueError with the differences and a free name.
+    The place of data may change where their fingerprints are known and equal. Raises ValueError with the differences and a free
+    name.
     """
     found = differences(*({**stored["config"], "transformer": stored["transformer"]} for stored in (there, asked)))
-    other = {name: pair for name, pair in found.items() if name not in FREE}
+    free = free_fields(there["data"] if there["data"].get("train") == asked["data"].get("train") else {})
+    other = {name: pair for name, pair in found.items() if name not in free}
     changed = {f"data.{name}": (there["data"][name], value) for name, value in asked["data"].items()
                if there["data"].get(name, value) != value}
     if other or changed:

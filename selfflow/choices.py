@@ -7,6 +7,7 @@ __all__ = ['SIZES', 'CHOICES', 'choose', 'check_types', 'check_positive']
 
 # %% ../nbs/005_choices.ipynb #8bbf1b0c
 import difflib
+import math
 from dataclasses import fields
 
 # %% ../nbs/005_choices.ipynb #978e081d
@@ -24,8 +25,11 @@ def choose(name: str, known, what: str) -> str:
     raise ValueError(f"unknown {what} {name!r}; known are {', '.join(known)}{hint}")
 
 # %% ../nbs/005_choices.ipynb #0c220fd9
-def check_types(config) -> None:
-    "Raise ValueError for a field whose value is not of the type it is declared with (an int serves as a float)."
+def check_types(config, infinite: tuple[str, ...] = ()) -> None:
+    """Raise ValueError for a field whose value has not the type it is declared with (an int serves as a float), or is NaN.
+
+    infinite: the fields that may be infinite.
+    """
     for f in fields(config):
         value, wanted = getattr(config, f.name), f.type
         known = wanted | int if isinstance(0.0, wanted) else wanted
@@ -33,6 +37,8 @@ def check_types(config) -> None:
         if not fits:
             name = getattr(wanted, "__name__", str(wanted))
             raise ValueError(f"{type(config).__name__}.{f.name} is {value!r}, expected {name}")
+        if isinstance(value, float) and (math.isnan(value) or math.isinf(value) and f.name not in infinite):
+            raise ValueError(f"{f.name} is {value}, but must be a finite number ({type(config).__name__}.{f.name})")
 
 
 def check_positive(config, *names: str) -> None:

@@ -31,6 +31,7 @@ from .probes import FEW_STRENGTHS, ProbeScore, field_probe, majority_score, regr
 from .probing import PROBE_LEVELS, untrained_network
 from .recording import device_name
 from .run import Run
+from .settings import own_settings
 from .transformer import Transformer
 
 # %% ../nbs/315_factor_probes.ipynb #1a8090d4
@@ -164,6 +165,7 @@ class FactorProbes:
         return pd.DataFrame(rows).set_index("factor")
 
 # %% ../nbs/315_factor_probes.ipynb #23558ade
+@own_settings()
 def probe_factors(run: Run, levels=PROBE_LEVELS, layers=None, counts: dict[str, int] = COUNTS, weights: str = "teacher",
                   data: str = "", part: str = "", families=tuple(FAMILIES), store: FeatureStore | None = None,
                   strengths=FEW_STRENGTHS) -> FactorProbes:
@@ -188,6 +190,7 @@ def probe_factors(run: Run, levels=PROBE_LEVELS, layers=None, counts: dict[str, 
     return FactorProbes(about, (*rows, *_shuffled(found, model, items, targets, families, store, strengths)))
 
 
+@own_settings()
 def factors_cost(run: Run, levels=PROBE_LEVELS, layers=None, counts: dict[str, int] = COUNTS, weights: str = "teacher",
                  data: str = "", store: FeatureStore | None = None) -> FeatureCost:
     "What the features of `probe_factors` cost that are not there yet: of the model and of the untrained network, all splits."

@@ -28,10 +28,12 @@ from .flow import interpolate, keyed
 from .modality import Places
 from .run import Run
 from .schedule import NoiseLevels
+from .settings import own_settings
 from .sources import Sources
 from .transformer import Transformer
 
 # %% ../nbs/300_features.ipynb #3a692090
+@own_settings()
 @torch.no_grad()
 def extract(model: Transformer, x0: Tensor, x1: Tensor, level: float, layers: tuple[int, ...],
             pooled: bool = True, batch: int = 512) -> dict[int, Tensor]:
@@ -194,6 +196,7 @@ class FeatureStore:
             self._checked.add(key)
 
 # %% ../nbs/300_features.ipynb #bd378136
+@own_settings()
 @torch.no_grad()
 def stream_features(model: Transformer, items: Items, level: float, layers, store: FeatureStore, pooled: bool = True,
                     batch: int = 256, weights: str | None = None, desc: str = "features",
@@ -247,6 +250,7 @@ class FeatureCost:
                 f"{self.bytes / 1e6:,.1f} MB on disk, about {time_} on {self.device} as one batch tells")
 
 
+@own_settings()
 @torch.no_grad()
 def feature_cost(model: Transformer, items: Items, levels, layers, store: FeatureStore, pooled: bool = True,
                  batch: int = 256) -> FeatureCost:

@@ -20,6 +20,7 @@ from torch import Tensor
 from .choices import choose
 from .flow import numbered
 from .modality import PAD
+from .settings import own_settings
 
 # %% ../nbs/100_images.ipynb #42775c7c
 SPLITS = ("train", "validation", "test")
@@ -160,6 +161,7 @@ class ImageSet:
 
 # %% ../nbs/100_images.ipynb #0fb871e1
 @cache
+@own_settings()
 def _digits() -> dict[str, ImageSet]:
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1

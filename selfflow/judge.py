@@ -28,6 +28,7 @@ from .images import DataSet
 from .metrics import Share
 from .notes import PITCHES
 from .run import Run
+from .settings import own_settings
 from .shipped import shipped
 from .sources import DATASETS, Sources
 from .verdict import Verdict, bounce_verdict, compared, share_of
@@ -62,6 +63,7 @@ class Judge:
         columns = [list(self.names).index(factor) for factor in factors]
         return share_of(self.correct[:, columns].all(1))
 
+    @own_settings()
     def read(self, signals: dict[str, Tensor] | Tensor) -> dict[str, Tensor]:
         """The factors (b,) as indices into `names`, of those signals that are there; -1 for a sample that is not finite.
 
@@ -105,6 +107,7 @@ def _untrained(name: str, rate: int) -> nn.ModuleDict:
         return nn.ModuleDict({view: Reader(view, heads, rate) for view, heads in HEADS[name].items()})
 
 
+@own_settings()
 def train_judge_for(name: str, data: DataConfig | None = None, steps: int | None = None, batch: int = 64,
                     tests: int = 1000) -> Judge:
     """The judge of a data set, trained on its training part and measured on the first `tests` test samples.
@@ -140,6 +143,7 @@ def _correct(name: str, readers: nn.ModuleDict, test: DataSet, tests: int) -> Te
     return torch.cat(rows).byte()
 
 # %% ../nbs/380_judge.ipynb #a418188b
+@own_settings()
 def judge_for(name: str, data: DataConfig | None = None, folder: Path | str = "data/cache/judges") -> Judge:
     """The judge of shapes, emblems, motion, notes or scenes.
 
@@ -212,6 +216,7 @@ def _alone(what: str, answers: Tensor, wanted: Tensor) -> Verdict:
     return Verdict({what: found.right[what]}, {}, {what: found.chance[what]})
 
 
+@own_settings()
 def on_samples(run: Run, count: int = 64, steps: int = 25, cfg_scale: float = 1.0, seed: int = 0, data: str = "",
                folder: Path | str = "data/cache/judges") -> Verdict:
     """The verdict on `count` samples that a run draws with the conditions of the first test examples.

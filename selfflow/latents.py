@@ -23,6 +23,7 @@ from .autoencoder import Autoencoder, open_autoencoder
 from .choices import choose
 from .disk import discard, make_folder, replacing, write_json, write_tensors
 from .images import SPLITS, DataSet, Examples
+from .settings import own_settings
 
 # %% ../nbs/182_latents.ipynb #5a62c37c
 _FORMAT = 1
@@ -204,6 +205,7 @@ def _kept(place: Path, plan: dict) -> list[dict | None]:
             for number, record in enumerate(stored["shards"])]
 
 
+@own_settings()
 def encode_latents(dataset: DataSet, autoencoder: Autoencoder | Sequence[Autoencoder], folder: Path | str, split: str = "train",
                    batch: int = 32, shard_size: int = 1024, device: torch.device | str = "auto", bar: bool = True) -> Latents:
     """The latents of a data set, encoded into folder/split; what is there already is kept, and what was damaged is made again.

@@ -17,6 +17,7 @@ from torch.nn.functional import grid_sample
 
 from .choices import choose
 from .images import Examples, Made, digits
+from .settings import own_settings
 from .shapes import COLOURS, KINDS, PALETTE, SYMMETRY, TEXTURES, cover, figure_masks, grounds, plane
 
 # %% ../nbs/130_motion.ipynb #b306e66d
@@ -46,6 +47,7 @@ def paths(start: Tensor, direction: Tensor, speed: Tensor, bounce: Tensor, scale
 
 # %% ../nbs/130_motion.ipynb #acfa721e
 @cache
+@own_settings()
 def _handwriting(split: str) -> tuple[Tensor, Tensor, Tensor]:
     "Ink in [0, 1] (n, 1, 8, 8), its centre of mass (n, 2) in [-1, 1] from the left and from the top, and the digits (n,)."
     known = digits(split)

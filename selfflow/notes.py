@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .images import Examples, Made
+from .settings import own_settings
 
 # %% ../nbs/150_notes.ipynb #a782c30f
 PITCHES = range(60, 84)
@@ -41,7 +42,7 @@ def note_name(pitch: int) -> str:
 @cache
 def _spectra() -> Tensor:
     "Amplitudes (timbre, kept, harmonic) when the lowest 0 to 16 harmonics are kept, with a peak of 1 where any are."
-    with torch.inference_mode(False):
+    with own_settings():
         table = torch.tensor([(*row, *[0.0] * (16 - len(row))) for row in AMPLITUDES], dtype=torch.float64)
         kept = table[:, None] * torch.ones(17, 16).tril(-1)
         angles = torch.arange(1, 17) * (torch.arange(4096, dtype=torch.float64) * math.pi / 4096)[:, None]

@@ -170,7 +170,7 @@ def draw_loss_by_level(levels, losses: dict) -> Picture:
     first, *others = losses
     figure = Picture(figsize=(8 if others else 4.4, 2.6), layout="constrained")
     left, *rest = figure.subplots(1, 2 if others else 1, squeeze=False)[0]
-    _curves(left, {name: mean_interval(values) for name, values in losses.items()}, levels,
+    _curves(left, {name: mean_interval(_array(values)) for name, values in losses.items()}, levels,
             "level t (0 data, 1 noise)", "flow loss (validation)")
     for right in rest:
         _differences(right, levels, losses, first, others)

@@ -20,6 +20,7 @@ from .flow import keyed
 from .images import SPLITS
 from .intervals import score_interval, score_of
 from .probing import linear_probe
+from .settings import own_settings
 
 # %% ../nbs/312_probes.ipynb #c57c08cb
 @dataclass(frozen=True, eq=False)
@@ -172,6 +173,7 @@ class HeadFit:
         return f"Adam {self.lr:g}, cosine, {self.epochs} epochs of batches of {self.batch}"
 
 
+@own_settings()
 def fit_head(head: nn.Module, loss, features: np.ndarray, targets: tuple, how: HeadFit) -> nn.Module:
     """The head, trained: loss(head(features (b, ...)), *targets (b, ...)) is made small. It sees one batch at once.
 
@@ -196,6 +198,7 @@ def fit_head(head: nn.Module, loss, features: np.ndarray, targets: tuple, how: H
     return head.eval()
 
 
+@own_settings()
 @torch.no_grad()
 def head_outputs(head: nn.Module, features: np.ndarray, batch: int = 256) -> np.ndarray:
     "What a head says of features (n, ...), a batch at once."

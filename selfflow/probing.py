@@ -28,6 +28,7 @@ from .flow import keyed
 from .images import SPLITS
 from .intervals import paired_difference, proportion_interval
 from .run import Run
+from .settings import own_settings
 from .state import start_state
 from .sources import images_of
 from .transformer import Transformer
@@ -162,6 +163,7 @@ def _probe_data(run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return {s: run.patches.patchify(d.images) for s, d in parts.items()}, {s: d.labels for s, d in parts.items()}
 
 
+@own_settings()
 def probe_run(run: Run, levels=PROBE_LEVELS, layers=None, strengths=STRENGTHS) -> ProbeGrid:
     "The grid of probes of a run's teacher on the run's data, also written to probe.json in its folder."
     grid = probe_grid(run.teacher, *_probe_data(run), levels, layers, strengths, run.state()["step"], run.config.name)
@@ -177,6 +179,7 @@ class Baselines:
     untrained: ProbeGrid
 
 
+@own_settings()
 def probe_baselines(run: Run, levels=PROBE_LEVELS, layers=None, strengths=STRENGTHS) -> Baselines:
     "The baselines of a run's probes, also written to baselines.json in its folder."
     name = run.config.data.name

@@ -33,7 +33,7 @@ from .run import Run
 from .run_sections import arms, loss_section, probe_section, run_section, training_section
 from .sample_metrics import run_metrics
 from .sample_sections import metric_section, plane_section, sample_section
-from .sources import Sources, class_number
+from .sources import class_number
 
 # %% ../nbs/420_report.ipynb #d1481e8c
 def to_draw(run: Run, data: str, labels: tuple[int | str, ...] = (), captions: tuple[str, ...] = (), each: int = 1):
@@ -51,8 +51,7 @@ def to_draw(run: Run, data: str, labels: tuple[int | str, ...] = (), captions: t
     if labels and run.transformer.caption:
         raise ValueError(f"{run.path} draws by caption, not by class; take captions instead of labels {labels}")
     if run.transformer.caption:
-        test = Sources(run.config.data, "test").data[data]
-        return [text for text in captions or test.take(torch.arange(min(10, len(test)))).captions for _ in range(each)]
+        return [text for text in captions or run.captions(10, "test", data) for _ in range(each)]
     names = run.sources.data[data].names if run.transformer.classes else ("",)
     numbers = [class_number(label, names) for label in labels] if run.transformer.classes else [0] * len(labels)
     return torch.tensor(numbers or range(len(names))).repeat_interleave(each)
@@ -201,13 +200,9 @@ def _factors(run: Run) -> None:
 
 
 def _samples(run: Run) -> None:
-    data = Sources(run.config.data, "test").data[run.config.data.names[0]]
-    if run.transformer.caption:
-        wanted = [text for text in data.take(torch.arange(min(10, len(data)))).captions for _ in range(4)]
-    else:
-        wanted = torch.arange(run.transformer.classes or 1).repeat_interleave(10)
-        wanted = wanted[:: math.ceil(len(wanted) / 100)]
-    write_samples(run, wanted)
+    each = 4 if run.transformer.caption else 10
+    wanted = to_draw(run, run.config.data.names[0], each=each)
+    write_samples(run, wanted[:: math.ceil(len(wanted) / 100)])
 
 
 def make_missing(runs: dict[str, Run]) -> list[str]:

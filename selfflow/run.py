@@ -7,8 +7,9 @@ __all__ = ['device_for', 'Run']
 
 # %% ../nbs/240_run.ipynb #f8ee4ef5
 import json
+import shlex
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from .flow import keyed
 from .lock import free_name, sole_writer, writer_of
 from .modality import ImagePatches, Layout
 from .sampling import guided_velocity, sample
-from .sources import Sources
+from .settings import own_settings
+from .sources import Outline, Sources, outlines
 from .transformer import Transformer, TransformerConfig
 
 # %% ../nbs/240_run.ipynb #b9e87f5b
@@ -46,21 +48,23 @@ class Run:
     "A run folder: config, log (a table), checkpoints, and the models in the newest whole one, on a device."
 
     def __init__(self, path: Path, config: Config, transformer: TransformerConfig, device: torch.device,
-                 data: dict[str, str] | None = None):
-        self.path, self.config, self.transformer, self.device, self.data = path, config, transformer, device, data or {}
+                 data: dict[str, str] | None = None, outline: dict[str, Outline] | None = None):
+        self.path, self.config, self.transformer, self.device = path, config, transformer, device
+        self.data, self.outline = data or {}, outline or {}
         self.log_path, self.timing_path = path / "log.jsonl", path / "timing.jsonl"  # one JSON object per line
         self._whole: set[Path] = set()  # checkpoints that this object has written or read through
 
     @classmethod
     def create(cls, path: Path | str, config: Config, transformer: TransformerConfig, device: str | torch.device = "auto",
-               data: dict[str, str] | None = None) -> "Run":
+               data: dict[str, str] | None = None, outline: dict[str, Outline] | None = None) -> "Run":
         """A new run, or the one that stands there, with what may change (`checkpoint.FREE`) as asked for; each change is printed.
 
-        data: fingerprints by name, {"train": ..., "validation": ...}, as far as they can be told.
+        data: fingerprints by name, {"train": ..., "validation": ...}, as far as they can be told;
+        outline: of data on the disk, by name, so that sampling needs no data.
         Raises ValueError with the differences when the folder has another config or data; where config.json is to be written,
         RunInUse when another process trains the run and NotWritten when the folder cannot be written to.
         """
-        asked = cls(Path(path), config, transformer, device_for(device), data)
+        asked = cls(Path(path), config, transformer, device_for(device), data, outline)
         if not (file := asked.path / "config.json").exists():
             with asked.locked():
                 if not file.exists():  # still
@@ -72,12 +76,14 @@ class Run:
         return cls.open(path, device)._go_on(asked)
 
     def _stored(self) -> dict:
-        return {"format": FORMAT, "config": asdict(self.config), "transformer": asdict(self.transformer), "data": self.data}
+        outline = {name: asdict(outline) for name, outline in self.outline.items()}
+        return {"format": FORMAT, "config": asdict(self.config), "transformer": asdict(self.transformer), "data": self.data,
+                "outline": outline}
 
     def _go_on(self, asked: "Run") -> "Run":
         changes = agree(self.path, self._stored(), asked._stored())
         self.config = asked.config
-        self.data = asked.data | self.data  # what was not known is added
+        self.data, self.outline = asked.data | self.data, asked.outline | self.outline  # what was not known is added
         stored, file = json.loads(json.dumps(self._stored())), self.path / "config.json"
         if stored != json.loads(file.read_text(encoding="utf-8")):  # an older format, or something changed
             with self.locked():
@@ -95,10 +101,27 @@ class Run:
         try:
             stored = migrate(json.loads((path / "config.json").read_text(encoding="utf-8")))
             return cls(path, Config.from_dict(stored["config"]), TransformerConfig(**stored["transformer"]), device,
-                       dict(stored["data"]))
+                       dict(stored["data"]),
+                       {name: Outline(**values) for name, values in stored.get("outline", {}).items()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}/config.json cannot be used: {type(error).__name__}: {error}. "
                              "The checkpoints beside it are not touched") from error
+
+    def relocate(self, path: Path | str) -> "Run":
+        """Name the place that the data have moved to: config.json says so from then on, and the change is printed.
+
+        Raises ValueError where other data lie there, or where the run is so old that it could not tell; RunInUse and NotWritten.
+        """
+        data = replace(self.config.data, path=str(path))
+        parts = [Sources(data, split) for split in ("train", "validation")]
+        fingerprints = {part.split: part.fingerprint for part in parts}
+        outline = outlines(*parts, self.config.defaults)
+        return self._go_on(Run(self.path, replace(self.config, data=data), self.transformer, self.device, fingerprints, outline))
+
+    @property
+    def quoted(self) -> str:
+        "Its folder as a shell wants it."
+        return shlex.quote(str(self.path))
 
     # who trains it, and what it is asked to do
 
@@ -185,6 +208,7 @@ class Run:
         "state.json of the checkpoint: format, step, device, version of torch. FileNotFoundError without one."
         return read_state(self.checkpoint)
 
+    @own_settings()
     def _network(self, part: str) -> Transformer:
         with torch.random.fork_rng():  # weights are about to be replaced: the caller's random numbers are not touched
             model = Transformer(self.transformer)
@@ -205,8 +229,11 @@ class Run:
 
     @cached_property
     def sources(self) -> Sources:
-        "What it is trained on. Raises what opening the data raises, where they are no longer there, and for another encoder."
-        sources, known = Sources(self.config.data), self.data.get("encoder")
+        """What it is trained on; of data on the disk the outline that the run keeps, which has all but the samples.
+
+        Raises what opening the data raises, for older runs that keep none, and ValueError for another encoder.
+        """
+        sources, known = Sources(self.config.data, data=self.outline), self.data.get("encoder")
         if known and sources.encoder.fingerprint != known:
             raise ValueError(f"{self.path} was trained with text encoder {known}, but that in {self.config.data.encoder} is "
                              f"{sources.encoder.fingerprint}; put the first one there again")
@@ -221,6 +248,7 @@ class Run:
         patch, (rows, columns) = self.config.data.patch, self.transformer.grid
         return ImagePatches(self.transformer.channels // patch**2, rows * patch, columns * patch, patch)
 
+    @own_settings()
     def sample(self, labels, steps: int = 50, method: str = "euler", cfg_scale: float = 1.0, seed: int = 0,
                batch: int = 128, shift: float = 1.0, interval: tuple[float, float] = (0.0, 1.0),
                model: Transformer | None = None, data: str = "", given: dict[str, Tensor] | None = None):
@@ -268,9 +296,21 @@ class Run:
         "One sample of each class, of ten at most, or of ten captions, from the same noise: images and their numbers."
         source = self.sources.data[self.config.data.names[0]]
         labels = torch.arange(min(10, len(source.names)) if self.transformer.classes else 10)
-        wanted = source.take(labels).captions if self.transformer.caption else labels
+        wanted = labels if not self.transformer.caption else self.captions(len(labels))
+        labels = labels[:len(wanted)]
         drawn = self.sample(wanted, steps=25, model=model)
         return (drawn if isinstance(drawn, Tensor) else self._layout("")[0].picture(drawn)), labels
+
+    def captions(self, count: int, split: str = "train", name: str = "") -> tuple[str, ...]:
+        """Examples of captions of a data set, by default the first one.
+
+        They are those that the run keeps of data on the disk, which are not trained on; else of the first samples of a split.
+        """
+        name = name or self.config.data.names[0]
+        if name in self.outline:
+            return self.outline[name].captions[:count]
+        data = (self.sources if split == "train" else Sources(self.config.data, split)).data[name]
+        return data.take(torch.arange(min(count, len(data)))).captions
 
     def save_film(self, step: int, images: Tensor, labels: Tensor) -> Path:
         "Keep the picture of a step for the film strip; see `checkpoint.write_picture`."

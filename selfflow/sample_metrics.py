@@ -24,6 +24,7 @@ from .images import Examples
 from .judge import followed, judge_for
 from .metrics import Share, train_judge
 from .run import Run
+from .settings import own_settings
 from .sources import Sources
 
 # %% ../nbs/384_sample_metrics.ipynb #4cb67558
@@ -96,6 +97,7 @@ def _judged(run: Run, name: str, drawn: dict[str, Tensor], examples: Examples,
     return verdict.shares, verdict.own
 
 
+@own_settings()
 def run_metrics(run: Run, count: int = 500, steps: int = 25, cfg_scale: float = 1.0, seed: int = 0, data: str = "",
                 extractor: Extractor | None = None, neighbours: int = 5, resamples: int = 40,
                 folder: Path | str = "data/cache/judges") -> SampleMetrics:

@@ -152,7 +152,8 @@ def sample(velocity_fn: Callable[[Tensor, Tensor], Tensor], x1: Tensor, steps: i
     x0, start: known tokens (b, n, c) and the levels in [0, 1], (b, n) or (n,), from which they begin: 0 keeps a token bit for
     bit, 1 makes it anew. Steps in which nothing moves are not evaluated.
     Raises ValueError for an unknown method, too few steps, values that are not finite, shapes that do not fit, start
-    outside [0, 1], sde without a source of noise, dopri5 without its package or beyond its precision.
+    outside [0, 1], sde without a source of noise, dopri5 without its package or beyond its precision; FloatingPointError for
+    velocities that lead to samples that are not finite.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; known are {', '.join(METHODS)}")
@@ -173,6 +174,9 @@ def sample(velocity_fn: Callable[[Tensor, Tensor], Tensor], x1: Tensor, steps: i
         extra = (draw(i) if i < steps - 1 else None,) if draw else ()  # drawn even where nothing moves: the stream stays
         if moves[i]:
             x = STEPS.get(method, sde_step)(velocity_fn, x, torch.minimum(start, t), torch.minimum(start, t_next), *extra)
+        if (x.device.type == "cpu" or i == steps - 1) and not x.isfinite().all():  # a GPU is waited for once, at the end
+            raise FloatingPointError(f"samples are not finite at level {t_next.item():.3g}: the velocities are those of a model "
+                                     "that has diverged")
         states = [*states, x] if trajectory else [x]
     return torch.stack(states) if trajectory else x
 

@@ -6,9 +6,10 @@
 __all__ = ['write_not_finite', 'train']
 
 # %% ../nbs/290_training.ipynb #b5785d47
+import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .batches import Batches, Validation, feature_source, shape_of, shards_of, too_wide
-from .checkpoint import FREE, migrate, read_state
+from .checkpoint import free_fields, migrate, read_state
 from .config import Config, flatten
 from .disk import NotWritten, write_json
 from .flow import keyed
@@ -26,8 +27,9 @@ from .processes import Interrupt, Processes, raise_again
 from .recording import Recorder, check_trackers
 from .run import Run
 from .schedule import NoiseLevels
-from .sources import Sources
-from .state import TrainState, compile_blocks, share_state, start_state, train_step
+from .settings import own_settings
+from .sources import Sources, outlines
+from .state import TrainState, compile_blocks, diverged, share_state, start_state, train_step
 
 # %% ../nbs/290_training.ipynb #2c62eed0
 class _Loop:
@@ -36,7 +38,7 @@ class _Loop:
     def __init__(self, run: Run, state: TrainState, batches: Batches, judged: Validation, features_of: Callable,
                  processes: Processes):
         self.run, self.state, self.batches, self.judged, self.processes = run, state, batches, judged, processes
-        self.features_of = features_of
+        self.features_of, self.checked = features_of, state.step
         self.config, self.training = run.config, run.config.training
 
     def go(self, workers: int, track: tuple[str, ...], bar: bool, spent: dict | None) -> signal.Signals | None:
@@ -47,34 +49,52 @@ class _Loop:
                      disable=not (bar and processes.main)) as line:
             loader = iter(self.batches.loader(state.step, workers, pin=cuda))
             while state.step < self.training.steps:
-                began = time.perf_counter()
-                chosen, x0, labels, parts = next(loader)
-                waited = time.perf_counter() - began
-                values = self.step(chosen, x0.to(processes.device, non_blocking=True), labels.to(processes.device), parts)
-                recorder.passed(waited, time.perf_counter() - began - waited)
-                broken = self.look(values, recorder, line)
-                stop, picture, failed = processes.any(interrupt.signal is not None or processes.main and self.run.asked("stop"),
-                                                      processes.main and self.run.asked("sample"), broken is not None)
-                if failed:
-                    raise broken or OSError("the main process cannot write the log, as it says")
-                self.draw(picture)
-                self.save(recorder, stop)
+                done = state.step
+                try:
+                    stop = self.turn(loader, recorder, line, interrupt)
+                except FloatingPointError as error:  # of the loss, the weights, a validation or a picture
+                    if processes.main:
+                        write_not_finite(self.run, state, self.batches, str(error), done)
+                    raise FloatingPointError(f"{error} What was in this step is in {self.run.path}/not_finite.json") from None
                 line.update()
                 if stop:
                     break
         return processes.lead(lambda: self.stopped(interrupt.signal))
 
+    def turn(self, loader: Iterator, recorder: Recorder, line: tqdm, interrupt: Interrupt) -> bool:
+        "A step and all that is due after it; returns whether to stop. Nothing is validated, drawn or saved that is not finite."
+        processes = self.processes
+        began = time.perf_counter()
+        chosen, x0, labels, parts = next(loader)
+        waited = time.perf_counter() - began
+        values = self.step(chosen, x0.to(processes.device, non_blocking=True), labels.to(processes.device), parts)
+        recorder.passed(waited, time.perf_counter() - began - waited)
+        broken = self.look(values, recorder, line)
+        stop, picture, failed = processes.any(interrupt.signal is not None or processes.main and self.run.asked("stop"),
+                                              processes.main and self.run.asked("sample"), broken is not None)
+        if failed:
+            raise broken or OSError("the main process cannot write the log, as it says")
+        self.draw(picture)
+        self.save(recorder, stop)
+        return stop
+
     def step(self, chosen: Tensor, x0: Tensor, labels: Tensor, parts: tuple[str, ...]) -> dict:
-        "Train a step; what is not finite is written down before the error goes on."
+        "Train a step."
         step = self.state.step + 1
-        try:
-            validate = self.due("validate", step)
-            return train_step(self.state, self.config, x0, labels, self.features_of(chosen), diagnose=validate,
-                              report=validate or step % self.training.log_every == 0, parts=tuple(parts))
-        except FloatingPointError as error:
-            if self.processes.main:
-                write_not_finite(self.run, self.state, self.batches, str(error))
-            raise FloatingPointError(f"{error} What was in this step is in {self.run.path}/not_finite.json") from None
+        validate = self.due("validate", step)
+        return train_step(self.state, self.config, x0, labels, self.features_of(chosen), diagnose=validate,
+                          report=validate or step % self.training.log_every == 0, parts=tuple(parts))
+
+    def check(self) -> None:
+        "Raise FloatingPointError if the last step left numbers in the state that are not finite. A step is looked at once."
+        if self.checked == self.state.step:
+            return
+        parts, own = ("student", "teacher", "head", "optimizer"), self.state.not_finite()
+        broken = self.processes.any(*(name in own for name in parts))
+        if any(broken):
+            names = ", ".join(name for name, is_broken in zip(parts, broken, strict=True) if is_broken)
+            raise diverged(self.state.step, f"it left NaN or infinite numbers in {names}")
+        self.checked = self.state.step
 
     def due(self, what: str, step: int) -> bool:
         "Whether it is time to log, validate, save or sample after so many steps; 0 means never."
@@ -85,9 +105,12 @@ class _Loop:
         "Validate and log, if it is time; what kept the main process from writing."
         step, validate = self.state.step, self.due("validate", self.state.step)
         if validate:
+            self.check()
             rank, count = self.processes.rank, self.processes.count
             losses, counts = self.judged.losses(self.state.teacher, rank=rank, processes=count), self.judged.counts
             losses = self.processes.gather(losses).flatten(1)[:, :sum(counts.values())]
+            if not losses.isfinite().all():
+                raise diverged(step, f"the validation loss after it is {losses.mean().item()}")
             values |= {"validation_flow_loss": losses.mean().item(), "flow_loss_by_level": losses.mean(1).tolist()}
             if len(counts) > 1:
                 each = losses.split(list(counts.values()), dim=1)
@@ -102,7 +125,11 @@ class _Loop:
     def draw(self, asked: bool) -> None:
         "A picture of the same noise, one sample of each class (of ten at most), if it is time or somebody asks."
         if asked or self.due("sample", self.state.step):
-            images, labels = self.run.film_picture(self.state.teacher)
+            self.check()
+            try:
+                images, labels = self.run.film_picture(self.state.teacher)
+            except FloatingPointError as error:
+                raise diverged(self.state.step, str(error)) from None
 
             def write():
                 self.run.save_film(self.state.step, images, labels)
@@ -113,6 +140,7 @@ class _Loop:
         "A checkpoint, if it is time or the run stops; older ones are removed as the config says."
         if not (stop or self.due("save", self.state.step)):
             return
+        self.check()
         known = {"device": recorder.device, "torch": torch.__version__, "processes": self.processes.count, **recorder.spent(),
                  "config": asdict(self.config)}
         tensors = self.state.tensors(keep=self.processes.main)
@@ -131,23 +159,27 @@ class _Loop:
         if self.state.step < self.training.steps:
             why = {signal.SIGINT: "by Ctrl-C", signal.SIGTERM: "by SIGTERM"}.get(number, "as asked" if asked else "by a signal")
             print(f"{self.config.name}: stopped {why} after step {self.state.step} of {self.training.steps}, which is saved; the "
-                  f"same call goes on, or: selfflow train --config {self.run.path}/config.json --folder {self.run.path.parent}")
+                  f"same call goes on, or: selfflow train --config {self.run.quoted}/config.json")
         return number
 
 
-def write_not_finite(run: Run, state: TrainState, batches: Batches, message: str) -> None:
-    "Write the step, its samples and a histogram of its noise levels to the run's not_finite.json, as far as the disk allows."
+def write_not_finite(run: Run, state: TrainState, batches: Batches, message: str, done: int) -> None:
+    """Write a step, its samples and a histogram of its noise levels to the run's not_finite.json, as far as the disk allows.
+
+    done: the steps before it.
+    """
     training, seed = run.config.training, run.config.seed
-    name, (samples, x0, _, parts) = batches.name(state.step), replace(batches, rank=0, processes=1)[state.step]
+    name, (samples, x0, _, parts) = batches.name(done), replace(batches, rank=0, processes=1)[done]
     schedule, labels = state.objective.schedule_of(parts), batches.sources.data[name].take(samples).labels
     levels = NoiseLevels.cat([schedule.sample(training.batch // training.shards, x0.shape[1],
-                                              keyed(seed, "levels", state.step, shard)) for shard in range(training.shards)])
-    found = {"step": state.step + 1, "message": message, "data": name, "samples": samples.tolist(), "labels": labels.tolist(),
+                                              keyed(seed, "levels", done, shard)) for shard in range(training.shards)])
+    found = {"step": done + 1, "message": message, "data": name, "samples": samples.tolist(), "labels": labels.tolist(),
              "levels": {"from": 0.0, "to": 1.0, "tokens": levels.per_token().histc(20, 0, 1).long().tolist()}}
     with suppress(OSError):  # the message matters more
         write_json(run.path / "not_finite.json", found)
 
 # %% ../nbs/290_training.ipynb #29adfdff
+@own_settings()
 def train(config: Config, folder: Path | str = "runs", device: str = "auto", features: Tensor | Callable | None = None,
           workers: int = 0, track: tuple[str, ...] = (), bar: bool = True) -> Run:
     """Train what the config asks for in folder / config.name and return the run; goes on where the folder stands.
@@ -172,12 +204,14 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
         first = torch.arange(1)  # refuses features of another shape
         state.objective.target(None, sources.take(config.data.name, first)[0], None, None, None, features_of(first))
     shards_of(config.training, processes.rank, processes.count)
-    fingerprints = {"train": sources.fingerprint, "validation": Sources(config.data, "validation").fingerprint}
+    validation = Sources(config.data, "validation")
+    fingerprints = {"train": sources.fingerprint, "validation": validation.fingerprint}
     fingerprints |= {"features": fingerprint} if fingerprint else {}
     fingerprints |= {"encoder": sources.encoder.fingerprint} if config.data.encoder else {}
-    run, number = Run(Path(folder) / config.name, config, shape, processes.device), None
+    outline = outlines(sources, validation, config.defaults)
+    run, number = Run(Path(folder) / config.name, config, shape, processes.device, fingerprints, outline), None
     with ExitStack() as stack:
-        if not processes.lead(lambda: _open(run, fingerprints, stack)):
+        if not processes.lead(lambda: _open(run, stack)):
             spent = _resume(run, state, processes)
             for said in too_wide(config, sources) if not state.step else ():  # later it can no more be changed
                 processes.say(f"{config.name}: {said}")
@@ -186,7 +220,7 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
             share_state(state, config, processes)
             number = _Loop(run, state, batches, judged, features_of, processes).go(workers, track, bar, spent)
     raise_again(number)
-    return Run(run.path, config, shape, processes.device)  # looks at the newest checkpoint
+    return Run(run.path, config, shape, processes.device, run.data, run.outline)  # looks at the newest checkpoint
 
 
 def _with_its_defaults(config: Config, folder: Path, processes: Processes) -> Config:
@@ -194,15 +228,17 @@ def _with_its_defaults(config: Config, folder: Path, processes: Processes) -> Co
     path = folder / config.name
     if config.defaults != Config.defaults or not (path / "config.json").is_file():
         return config
-    defaults = Run.open(path, "cpu").config.defaults
+    stored = Run.open(path, "cpu").config
+    defaults = stored.defaults
     if defaults != config.defaults:
         processes.say(f"{config.name}: began with defaults {defaults} of the project, and goes on with them")
+        config = replace(config, data=replace(config.data, carve=stored.data.carve))
     return replace(config, defaults=defaults)
 
 
-def _open(run: Run, fingerprints: dict[str, str | None], stack: ExitStack) -> bool:
+def _open(run: Run, stack: ExitStack) -> bool:
     "Make the folder or check the one that is there, and keep others out; whether it is finished and can only be read."
-    Run.create(run.path, run.config, run.transformer, run.device, fingerprints)
+    Run.create(run.path, run.config, run.transformer, run.device, run.data, run.outline)
     try:
         stack.enter_context(run.locked())
     except NotWritten:
@@ -221,8 +257,9 @@ def _same_config(run: Run, path: Path) -> None:
     "Raise ValueError if a checkpoint was made with another config than the run has now, by a hand in config.json."
     state = read_state(path)
     made = flatten(migrate(state)["config"]) if "config" in state else {}  # the first versions kept none
-    now = flatten(asdict(run.config))
-    other = {name: value for name, value in made.items() if name not in FREE and now.get(name) != value}
+    made |= {"data.path": os.path.abspath(made["data.path"])} if made.get("data.path") else {}  # older versions kept it as given
+    now, free = flatten(asdict(run.config)), free_fields(run.data)
+    other = {name: value for name, value in made.items() if name not in free and now.get(name) != value}
     if other:
         lines = [f"  {name}: {value!r} when it was saved, {now.get(name)!r} now" for name, value in other.items()]
         raise ValueError("\n".join([f"{path} was made with another config than {run.path}/config.json says:", *lines,
@@ -238,6 +275,9 @@ def _resume(run: Run, state: TrainState, processes: Processes) -> dict | None:
     if path is not None:
         _same_config(run, path)
         state.restore(path)
+        if names := state.not_finite():
+            raise ValueError(f"{path} holds NaN or infinite numbers ({', '.join(names)}), from an older version that did not "
+                             "check them. Remove this folder, and the run goes on from the checkpoint before it")
         known = read_state(path)
         spent = {name: known[name] for name in spent} if known.get("seconds") is not None else None
         if state.step < run.config.training.steps:

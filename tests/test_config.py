@@ -68,7 +68,7 @@ def test_json_and_back():
     ({"objective": {"mask_ratio": "0.2"}}, "mask_ratio is '0.2', expected float"), ({"seed": "0"}, "seed is '0'"),
     ({"objective": {"student_layer": 1.0}}, "student_layer is 1.0"), ({"training": 5}, "training is 5, expected its fields"),
     ({"data": "digits"}, "data is 'digits', expected its fields"), ({"model": {"width": 0}}, "width is 0"),
-    ({"name": "a b"}, "no name"), ({"name": "a\n"}, "no name"), ({"name": ".hidden"}, "no name"),
+    ({"name": " a"}, "no name"), ({"name": "-a"}, "no name"), ({"name": "a\n"}, "no name"), ({"name": ".hidden"}, "no name"),
     ({"name": "../x"}, "no name for a run"), ({"name": "a/b"}, "no name"), ({"name": ""}, "no name"),
     ({"name": ".."}, "no name"),
     ({"name": "a\\b"}, "no name"),

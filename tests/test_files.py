@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfflow.files import ENDS, SIGNALS, SUFFIXES, Inside, Refused, Row, Skipped
-from selfflow.files import digest, kind_of, listing, natural, plain, refusing, rows, split_of
+from selfflow.files import carve, digest, kind_of, listing, natural, plain, refusing, rows, split_of
+from selfflow.images import SPLITS
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -79,20 +80,33 @@ def test_whatever_a_decoder_raises_is_refused():
 
 STARTS = {"PNG": PNG, "JPEG": b"\xff\xd8\xff\xe0", "GIF": b"GIF89a", "BMP": b"BM6", "WEBP": b"RIFF\x0a\x0a\x0a\x0aWEBPVP8 ",
           "WAV": b"RIFF\0\0\0\0WAVEfmt ", "AVI": b"RIFF\xff\xff\xff\xffAVI LIST", "MP4": b"\0\0\0\x20ftypisom", "FLAC": b"fLaC\0",
-          "MATROSKA": b"\x1a\x45\xdf\xa3\1"}
+          "MATROSKA": b"\x1a\x45\xdf\xa3\1", "TIFF": b"II*\0\x08\0\0\0", "AVIF": b"\0\0\0\x1cftypmif1\0\0\0\0avifmiaf",
+          "HEIF": b"\0\0\0\x1cftypheic\0\0\0\0mif1heic", "JPEG2000": b"\0\0\0\x0cjP  \r\n\x87\n", "PPM": b"P6 4 4 255 ",
+          "MP3": b"\xff\xfb\x90\x64", "OGG": b"OggS\0\2", "AIFF": b"FORM\0\0\0\x20AIFFCOMM",
+          "AU": b".snd\0\0\0\x18", "CAF": b"caff\0\1", "RF64": b"RF64\xff\xff\xff\xffWAVEds64",
+          "M4A": b"\0\0\0\x20ftypM4A isom", "AAC": b"\xff\xf1\x50\x80"}
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
 @pytest.mark.parametrize("suffix", ["", *SUFFIXES, ".PNG", ".txt"])
 @pytest.mark.parametrize("kind", [*STARTS, "other"])
-def test_kinds_go_by_content_and_a_suffix_must_agree(kind, suffix, signal):
+def test_kinds_go_by_content_whatever_the_suffix(kind, suffix, signal):
     file = io.BytesIO(STARTS.get(kind, b"hello, there") + bytes(50))
-    if SUFFIXES.get(suffix.lower(), kind) != kind:
-        assert reason_of(kind_of, file, signal, suffix) == "is not what its suffix says"
-    elif kind not in SIGNALS[signal]:
-        assert reason_of(kind_of, file, signal, suffix) == f"cannot be read as {signal}"
-    else:
+    kind = "M4A" if (kind, SUFFIXES.get(suffix)) == ("MP4", "M4A") else kind  # which begin alike
+    if kind in SIGNALS[signal]:
         assert kind_of(file, signal, suffix) == kind and file.tell() == 0
+    elif SUFFIXES.get(suffix.lower()) in SIGNALS[signal]:
+        assert reason_of(kind_of, file, signal, suffix) == "is not what its suffix says"
+    else:
+        assert reason_of(kind_of, file, signal, suffix) == f"cannot be read as {signal}"
+
+
+@pytest.mark.parametrize("data, suffix, reason", [
+    (b"\xff\x0a", ".jxl", "is JPEG XL, which is not read"), (b"\0\0\0\x0cJXL \r\n", ".jpg", "is JPEG XL, which is not read"),
+    (b"%PDF-1.7", ".pdf", "is PDF, which is not read"), (b"PK\3\4", ".zip", "is an archive, which is not read"),
+    (b"II*\0\x10\0\0\0CR", ".CR2", "is a camera's raw file, which is not read")])
+def test_kinds_that_are_known_but_not_read_are_named(data, suffix, reason):
+    assert reason_of(kind_of, io.BytesIO(data + bytes(50)), "image", suffix) == reason
 
 
 def test_empty_and_large_files(monkeypatch):
@@ -163,6 +177,10 @@ JSONL = ('{"file_name": "a.png", "label": "cat", "text": "a, b\\n\u732b"}\n\n{"f
 
 
 @pytest.mark.parametrize("name, text", [("metadata.csv", CSV), ("metadata.jsonl", JSONL), ("metadata.csv", "\ufeff" + CSV),
+                                        ("labels.csv", CSV.replace("file", "filename").replace("label", "class")),
+                                        ("labels.tsv", CSV.replace("a, b", "a; b").replace(",", "\t").replace("a; b", "a, b")),
+                                        ("metadata.tsv", CSV), ("labels.jsonl", JSONL),
+                                        ("metadata.csv", CSV.replace("a, b", "a| b").replace(",", ";").replace("a| b", "a, b")),
                                         ("metadata.csv", CSV.replace("file", "file_name").replace("caption", "text"))])
 def test_tables(root, name, text):
     (root / name).write_bytes(text.encode())
@@ -224,6 +242,27 @@ def test_splits_follow_from_the_name_alone(name, train, validation):
     expected = "train" if place < shares[0] else "validation" if place < shares[0] + shares[1] else "test"
     assert split_of(name, shares) == expected
     assert split_of(name, (1.0, 0.0, 0.0)) == "train" and split_of(name, (0.0, 0.0, 1.0)) == "test"
+
+
+@given(st.sets(st.text(max_size=4), max_size=40), st.booleans(), st.sampled_from([(0.8, 0.1, 0.1), (0.5, 0.5, 0), (1, 0, 0)]))
+def test_empty_splits_are_filled_from_what_there_is(names, given_folders, shares):
+    splits = {name: "train" if given_folders else split_of(name, shares) for name in names}
+    moved = carve(splits, shares, given_folders)
+    assert moved == carve(dict(reversed(splits.items())), shares, given_folders), "the order makes no difference"
+    found, asked = {**splits, **moved}, {split for split, share in zip(SPLITS, shares, strict=True) if share}
+    assert {*found} == names and {*found.values()} <= asked
+    assert len(names) < 3 or {*found.values()} == asked
+    if {*splits.values()} == asked:
+        assert not moved, "where no split is empty, nothing changes"
+
+
+def test_of_given_splits_only_what_is_missing_comes_from_train_and_stays():
+    splits = {f"train/{i}": "train" for i in range(1_000)} | {f"test/{i}": "test" for i in range(100)}
+    moved = carve(splits, (0.8, 0.1, 0.1), given=True)
+    assert {*moved.values()} == {"validation"} and all(splits[name] == "train" for name in moved) and 70 < len(moved) < 130
+    more = carve(splits | {f"train/more{i}": "train" for i in range(500)}, (0.8, 0.1, 0.1), given=True)
+    assert {name: split for name, split in more.items() if name in splits} == moved, "more files move none that were there"
+    assert not carve({"test/1": "test"}, (0.8, 0.1, 0.1), given=True), "train is never filled from test"
 
 
 def test_splits_have_their_shares():

@@ -88,7 +88,7 @@ def test_what_is_taken_belongs_to_the_caller(photos):
     ({"size": 0}, "size is 0"), ({"size": 31.5}, "size is 31.5"), ({"frames": -1}, "frames is -1"), ({"fps": 0}, "fps is 0"),
     ({"rate": 1}, "rate is 1"), ({"samples": 0}, "samples is 0"),
     ({"shares": (0.5, 0.6, 0.1)}, "shares are"), ({"shares": (0.5, 0.5)}, "expected three"),
-    ({"signals": "audio"}, "no sample of split 'train'; it holds 3 '.webp', 3 '.gif', 3 '.png', 3 '.bmp'$"),
+    ({"signals": "audio"}, "no sample of split 'train'; it holds 3 '.webp', 3 '.gif', 3 '.png', 3 '.bmp'; not used: cannot"),
     ({"signals": ("image", "audio")}, r"no sample.*has no audio of its name \(12\)"),
 ])
 def test_what_cannot_be(photos, change, words):
@@ -131,12 +131,15 @@ def test_folders_that_are_splits(tmp_path, name, capsys):
             picture(tmp_path / split / "deep/er" / f"{i}.png", 10 * count)
     picture(tmp_path / name / "cat/x.png")
     picture(tmp_path / "top.png")
-    train, validation = Folder(tmp_path), Folder(tmp_path, split="validation")
-    assert (len(train), len(validation)) == (3, 3) and train.names == validation.names == ("cat", "deep")
+    train, validation, test = (Folder(tmp_path, split=split) for split in SPLITS)
+    assert (len(train), len(validation), len(test)) == (2, 3, 1) and train.names == validation.names == ("cat", "deep")
     assert train.skipped == {"lies beside the split folders": ["extra/deep/er/0.png", "top.png"]}
-    assert "no sample of class 'cat'; not used: lies beside the split folders (2)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "there is no test split: 1 of the training samples, chosen by a hash of their names, are used" in out
+    assert "no sample of class 'cat'" in out
+    assert "not used: lies beside the split folders (2): 'extra/deep/er/0.png', 'top.png'" in out
     with pytest.raises(ValueError, match="no sample of split 'test'; no sample of class 'cat', 'deep'; not used: lies beside"):
-        Folder(tmp_path, split="test")
+        Folder(tmp_path, split="test", **ALL)
 
 
 def test_a_split_that_got_nothing_is_named(photos):
@@ -194,7 +197,7 @@ def test_a_table_without_labels_leaves_the_classes(photos):
 
 def test_a_table_of_which_nothing_is_there(photos):
     (photos / "metadata.csv").write_text("file,label\n/etc/passwd,x\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"no sample of split.*leads out of the folder \(1\), is not in the table \(12\)"):
+    with pytest.raises(ValueError, match=r"no sample of split.*leads out of the folder \(1\).*is not in the table \(12\)"):
         Folder(photos)
 
 
@@ -239,20 +242,20 @@ def hostile(folder):
 def test_hostile_files_are_counted_and_harm_nothing(tmp_path, capsys):
     hostile(tmp_path / "data")
     data = Folder(tmp_path / "data", **ALL)
-    assert [entry.name for entry in data.found] == ["good.png", "within.png"] and greys(data) == [50, 50]
+    assert [entry.name for entry in data.found] == ["good.png", "png.jpg", "within.png"] and greys(data) == [50, 50, 50]
     assert {reason: sorted(names) for reason, names in data.skipped.items()} == {
         "is no regular file": ["nowhere.png", "pipe.png", "zero.png"], "is a link to a folder": ["up"],
         "lies too deep": ["1/2/3/4/5/6/7/8/9"], "declares too many pixels": ["bomb.gif"], "is empty": ["empty.png"],
         "cannot be decoded": ["head.png"], "leads out of the folder": ["out.png"],
-        "is not what its suffix says": ["junk.bmp", "png.jpg", "text.png"]}
+        "is not what its suffix says": ["junk.bmp", "text.png"]}
     out = capsys.readouterr().out
-    assert out.startswith("data: 2 samples (image) of split train, no classes; no sample of class '1'; not used: ")
-    assert out.count("\n") == 1 and "is not what its suffix says (3)" in out
+    assert out.startswith("data: 3 samples (image) of split train, no classes; no sample of class '1'; read as what they are")
+    assert out.count("\n") == 1 and "is not what its suffix says (2): 'junk.bmp', 'text.png'" in out
 
 
 def test_only_hostile_files(tmp_path):
     hostile(tmp_path / "data")
-    for name in ("good.png", "within.png"):
+    for name in ("good.png", "within.png", "png.jpg"):
         (tmp_path / "data" / name).unlink()
     with pytest.raises(ValueError, match=r"no sample of split 'train'.*is empty \(1\)"):
         Folder(tmp_path / "data", **ALL)
@@ -377,6 +380,7 @@ def test_pairs_by_stem(tmp_path, capsys):
     assert [entry.name for entry in data.found] == ["x/one", "x/two.b", "y/three"] and data.names == ("x", "y")
     assert {key: value.shape for key, value in data.take(torch.arange(3)).signals.items()} == {
         "video": (3, 3, 2, 32, 32), "audio": (3, 50)}
+    assert data.skipped.pop("cannot be read as video or audio") == ["x/one.png"]
     assert data.skipped == {"has the name of another": ["x/one.webp"], "has no video of its name": ["x/lone"],
                             "has no audio of its name": ["z/lone"]}
     out = capsys.readouterr().out
@@ -504,13 +508,13 @@ def stored(tmp_path):
 
 def test_a_data_set_of_hugging_face(stored):
     path = stored({"train": some(4), "valid": some(2, 50)})
-    data = HuggingFace(path, size=4)
+    data = HuggingFace(path, size=4, carve=False)
     taken = data.take(torch.arange(4))
     assert data.names == ("b", "a") and taken.labels.tolist() == [0, 1, 0, 1] and greys(data) == [0, 10, 20, 30]
     assert taken.captions == ("number 0", "number 1", "number 2", "number 3") and data.shapes == {"image": (3, 4, 4)}
     assert greys(HuggingFace(path, split="validation", size=4, captions="class")) == [50, 60]
     with pytest.raises(ValueError, match="has no split 'test', but 'train', 'valid'"):
-        HuggingFace(path, split="test")
+        HuggingFace(path, split="test", carve=False)
 
 
 def test_without_splits_a_hash_of_the_row_makes_them(stored):
@@ -527,7 +531,7 @@ def test_columns_and_labels_of_other_names_and_kinds(stored):
     rows = [{"img": png(i), "kind": kind, "said": said} for i, (kind, said) in enumerate(
         [("10", "x"), ("9", None), (None, "\u732b \U0001f408 e\u0301 "), ("9", ""), ("only here", "z")])]
     data = HuggingFace(stored({"train": rows[:3], "test": rows[3:]}, features),
-                       columns={"image": "img", "label": "kind", "caption": "said"})
+                       columns={"image": "img", "label": "kind", "caption": "said"}, carve=False)
     assert data.names == ("", "9", "10", "only here")
     assert data.take(torch.arange(3)).labels.tolist() == [2, 1, 0]
     assert data.take(torch.arange(3)).captions == ("x", "9", "\u732b \U0001f408 \u00e9")
@@ -583,7 +587,8 @@ def test_pictures_and_sounds_in_files_of_their_own_are_stored_with_the_rows(stor
 def test_sounds_are_decoded_here_and_need_no_torchcodec(stored, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torchcodec", None)
     sounds = [tone(), tone(44_100, 2_000, 2), tone(48_000, 2_000, 6, "WAV", "PCM_24"), tone(22_050, 1_000, 1, "FLAC", "PCM_16"),
-              tone(count=5), tone(value=0.0), tone(value=np.nan), tone()[:90], b"", tone(kind="OGG", subtype="VORBIS"), tone()]
+              tone(count=5), tone(value=0.0), tone(value=np.nan), tone()[:90], b"",
+              tone(kind="OGG", subtype="VORBIS")[:99], tone()]
     path = stored([{"audio": {"bytes": data, "path": None}, "text": None} for data in sounds],
                   {"audio": datasets.Audio(sampling_rate=16_000), "text": datasets.Value("string")})
     data = HuggingFace(path, "audio", samples=300, **ALL)
@@ -595,7 +600,7 @@ def test_sounds_are_decoded_here_and_need_no_torchcodec(stored, monkeypatch, cap
     assert all(torch.equal(taken[i], taken[10]) for i in range(6, 10))
     assert {name: why.split(" (")[0] for name, why in data.broken.items()} == {
         "row 6": "holds NaN or infinity", "row 7": "is shorter than it declares", "row 8": "is empty",
-        "row 9": "cannot be read as audio"} and list(data.silent) == ["row 5"]
+        "row 9": "cannot be decoded"} and list(data.silent) == ["row 5"]
     assert "'row 5' is silent; it is used" in capsys.readouterr().out
 
 

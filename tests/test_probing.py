@@ -12,8 +12,9 @@ from selfflow import metrics
 from selfflow.features import extract
 from selfflow.flow import keyed
 from selfflow.images import SPLITS, digits
-from selfflow.probing import (ProbeGrid, linear_probe, majority_accuracy, paired_difference, probe_baselines, probe_grid,
-                              probe_pixels, probe_run, probe_table, proportion_interval, read_probes, untrained_network)
+from selfflow.intervals import paired_difference, proportion_interval
+from selfflow.probing import (ProbeGrid, linear_probe, majority_accuracy, probe_baselines, probe_grid, probe_pixels, probe_run,
+                              probe_table, read_probes, untrained_network)
 from selfflow.run import Run
 from selfflow.schedule import NoiseLevels
 from selfflow.state import start_state

@@ -7,11 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TINY, VANILLA
+from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 import selfflow.sources
+from selfflow.checkpoint import write_checkpoint
 from selfflow.config import DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from selfflow.flow import keyed
+from selfflow.follow import Following
 from selfflow.images import ImageSet, digits
 from selfflow.run import Run
 from selfflow.schedule import DualTimestep, NoiseLevels
@@ -192,6 +195,64 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     monkeypatch.undo()
     assert_same(train(TINY, tmp_path / "whole"), train(TINY, tmp_path))
     assert not (run.path / "not_finite.json").exists(), "it was passed"
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"steps": 1, "lr": 1e38}, "step 1 is not finite: "),
+    ({"steps": 1, "lr": 1e38, "validate_every": 9, "sample_every": 0}, "step 1 is not finite: it left NaN or infinite"),
+    ({"lr": 1e38, "save_every": 2}, "is not finite"),
+    ({"lr": 1e6, "sample_every": 1}, "is not finite"),
+    ({"lr": 1e6, "validate_every": 1}, "is not finite"),
+    ({"lr": 1e6}, "is not finite"),
+], ids=["last step", "save alone", "save", "picture", "validation", "loss"])
+def test_divergence_has_one_message_whoever_meets_it_first(tmp_path, changes, message):
+    values = {"steps": 30, "batch": 8, "validation": 20, "save_every": 1, "sample_every": 0, "log_every": 1, **changes}
+    config = replace(TINY, training=TrainConfig(**values))
+    with pytest.raises(FloatingPointError, match=f"^step .*{message}|^{message}") as error:
+        train(config, tmp_path)
+    assert "a smaller training.lr or training.clip" in str(error.value) and "look at the data" not in str(error.value)
+    run = Run.open(tmp_path / "tiny")
+    found = json.loads((run.path / "not_finite.json").read_text())
+    assert str(error.value).startswith(found["message"]) and f"step {found['step']} is" in found["message"]
+    assert found["samples"] == batch_indices(len(digits("train")), 8, TINY.seed, found["step"] - 1).tolist()
+    last = run.latest()
+    assert last is None or run.state()["step"] < found["step"]
+    for path in run.checkpoints():
+        assert all(value.isfinite().all() for part in path.glob("*.safetensors") for value in load_file(part).values())
+    following = Following(run.path)
+    following.read()
+    assert not following.finished and f"stopped at step {found['step']}: the loss was not finite" in following.state
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path):
+    run = train(replace(TINY, training=replace(TINY.training, steps=8, save_every=4)), tmp_path)
+    path = run.latest()
+    tensors = {part.stem: load_file(part) for part in path.glob("*.safetensors")}
+    next(iter(tensors["teacher"].values())).fill_(torch.nan)
+    state = run.state()
+    shutil.rmtree(path)
+    write_checkpoint(path, tensors, state)
+    with pytest.raises(ValueError, match=r"step-00000008 holds NaN or infinite numbers \(teacher\).*Remove this folder"):
+        train(run.config, tmp_path)
+    shutil.rmtree(path)
+    assert train(run.config, tmp_path).state()["step"] == 8
+
+
+@pytest.mark.parametrize("part, field", [
+    (TrainConfig, "lr"), (TrainConfig, "weight_decay"), (TrainConfig, "ema_half_life"), (TrainConfig, "cooldown"),
+    (ObjectiveConfig, "rep_weight"), (ObjectiveConfig, "density_mean"), (ObjectiveConfig, "density_std"),
+    (ObjectiveConfig, "density_shift"), (ObjectiveConfig, "near"), (ModelConfig, "mlp_ratio"),
+])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), float("-inf")])
+def test_numbers_that_are_not_finite_are_refused(part, field, value):
+    with pytest.raises(ValueError, match=field):
+        part(**{field: value})
+
+
+def test_a_gradient_may_be_clipped_at_infinity_but_not_at_nan():
+    assert TrainConfig(clip=float("inf")).clip == float("inf")
+    with pytest.raises(ValueError, match="clip is nan"):
+        TrainConfig(clip=float("nan"))
 
 
 def first_batch(config=TINY, count=16):
