@@ -15,7 +15,7 @@ from sklearn.svm import SVC
 
 from .images import ImageSet
 from .sources import images_of
-from .probing import proportion_interval
+from .intervals import proportion_interval
 
 # %% ../nbs/350_metrics.ipynb #cceaeaa0
 @dataclass(frozen=True)

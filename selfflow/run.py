@@ -301,6 +301,15 @@ class Run:
         drawn = self.sample(wanted, steps=25, model=model)
         return (drawn if isinstance(drawn, Tensor) else self._layout("")[0].picture(drawn)), labels
 
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        "The names of the classes of the first data set, as far as they are known without trouble; none where it has no classes."
+        try:
+            source = self.sources.data[self.config.data.names[0]]
+        except (OSError, ValueError, ImportError):  # data of an older run that are gone: numbers are shown then
+            return ()
+        return tuple(map(str, source.names)) if self.transformer.classes else ()
+
     def captions(self, count: int, split: str = "train", name: str = "") -> tuple[str, ...]:
         """Examples of captions of a data set, by default the first one.
 
