@@ -30,10 +30,10 @@ def factor_section(runs: dict[str, Run]) -> Section:
             section.missing(f"{name}: {error}")
             continue
         if found[name] is None:
-            section.missing(f"No probes of the factors of {name} yet; this makes them:", f"selfflow probe {run.path} --factors")
+            section.missing(f"No probes of the factors of {name} yet; this makes them:", f"selfflow probe {run.quoted} --factors")
         elif found[name].about["step"] != run.state()["step"]:
             section.missing(f"The probes of {name} are of step {found[name].about['step']}, not of its newest checkpoint.",
-                            f"selfflow probe {run.path} --factors")
+                            f"selfflow probe {run.quoted} --factors")
     found = {name: one for name, one in found.items() if one is not None}
     if not found:
         return section

@@ -187,13 +187,13 @@ def probe_section(runs: dict[str, Run]) -> Section:
     found = {name: read_probes(run) for name, run in runs.items()}
     grids = {name: grid for name, (grid, _) in found.items() if grid is not None}
     for name in runs.keys() - grids.keys():
-        section.missing(f"No probes of {name} yet; this makes them:", f"selfflow probe {runs[name].path}")
+        section.missing(f"No probes of {name} yet; this makes them:", f"selfflow probe {runs[name].quoted}")
     if not grids:
         return section
     current = {name: grid for name, grid in grids.items() if grid.step == runs[name].state()["step"]}
     for name in [name for name in grids if name not in current]:
         section.missing(f"The probes of {name} are of step {grids[name].step}, not of its newest checkpoint.",
-                        f"selfflow probe {runs[name].path}")
+                        f"selfflow probe {runs[name].quoted}")
     baselines = next((base for _, base in found.values() if base is not None), None)
     section.table(probe_table(grids, baselines), "The chosen cell of each run on test, under what it has to beat.", name="probes")
     groups = {}
