@@ -40,7 +40,7 @@ MOST = 5_000  # samples: a picture of more is a blot
 class Asked:
     """Which features are laid out, and how.
 
-    layers: 1-based, None = all; levels: in [0, 1]; count: of the first samples of a split, all where there are fewer; data: which
+    layers: 1-based, None = all; levels: in [0, 1]; count: of samples of a split, chosen by `subset`; data: which
     data set, where there are several; part: of joint sequences, "" = all tokens; seed: of the noise and of UMAP; methods: in
     `METHODS`; neighbours: of UMAP and of trustworthiness, fewer where samples are few; min_dist: of UMAP, in [0, 1], wide to
     tell points apart; weights: teacher, or model (the student).
@@ -117,18 +117,23 @@ def write_plane(store: FeatureStore, key: PlaneKey, plane: Projection) -> None:
 # %% ../nbs/453_feature_maps.ipynb #a4ed2ae4
 @dataclass(frozen=True)
 class MapsCost:
-    "What is to be computed: features, and how many planes of each method; kept: planes that are there; count: of samples."
+    """What is to be computed: features, and how many planes of each method; kept: planes that are there; count: of samples.
+
+    chosen: which samples of how many, in words.
+    """
     features: FeatureCost
     planes: dict[str, int]
     kept: int
     count: int
+    chosen: str = ""
 
     def __str__(self) -> str:
         todo = ", ".join(f"{count} by {method}" for method, count in self.planes.items() if count)
         passes = f"features: {self.features}" if self.features.passes else "features: all kept from before"
         laid = self.planes.get("UMAP", 0)
         umap = f", UMAP about {10 + laid * self.count / 800:.0f} s as one CPU thread of another machine tells" if laid else ""
-        return f"{self.count} samples; {passes}; planes: {todo or 'none'} to be laid out, {self.kept} kept from before{umap}"
+        return (f"samples: {self.chosen or self.count}; {passes}; planes: {todo or 'none'} to be laid out, {self.kept} kept from "
+                f"before{umap}")
 
 
 _LAYING = threading.Lock()  # numba, within UMAP, has thread pools that bear no second caller
@@ -164,7 +169,7 @@ class Opened:
         missing = [place for place, key in self.keys.items() if not (self.store.folder / f"{key.name}.json").exists()]
         features = feature_cost(self.model, self.items, self.asked.levels, self.layers, self.store)
         planes = {method: sum(place[0] == method for place in missing) for method in self.asked.methods}
-        return MapsCost(features, planes, len(self.keys) - len(missing), len(self.items))
+        return MapsCost(features, planes, len(self.keys) - len(missing), len(self.items), self.items.chosen)
 
     def plane(self, place: tuple, features: np.ndarray) -> Projection:
         "The plane of a method, layer and level: the one that is kept, or made now and kept."

@@ -25,11 +25,13 @@ from .factors import known_factors
 from .features import Items
 from .intervals import Comparison, smallest_effect
 from .pages import compared, sheet
-from .plots import draw_images
+from .plots import draw_images, viewable
 from .projection import project, token_colours
 from .projection_plots import MOST, draw_projection
 from .representation_sections import LEVEL, looked_at
 from .run import Run
+from .run_sections import ask_for
+from .sample_metrics import metric_data
 
 # %% ../nbs/417_sample_sections.ipynb #cea416ce
 METHOD, SHOWN = "UMAP", 6  # how features come into the plane; how many samples are shown as colours of their tokens
@@ -66,9 +68,9 @@ def plane_section(runs: dict[str, Run]) -> Section:
         rows.append((name, layer, found.recipe["method"], len(found.points), found.trustworthiness, found.recipe["neighbours"]))
         grid = next(iter(grids_of(run.teacher, items.present).values()))
         if len(grid) > 1:
-            pictures[name] = _colours(features[layer][:SHOWN], grid)
+            pictures[name] = _colours(features[layer][items.few(SHOWN)], grid)
     factor, classes = plane_colours(items)
-    section = Section("Features in the plane", f"Means over tokens of the first {len(items)} test samples of {items.name} at t = "
+    section = Section("Features in the plane", f"Means over tokens of test samples of {items.name} ({items.chosen}) at t = "
                       f"{LEVEL:g}, after the block at 0.7 of the depth, by {method}, seed 0; colours are {factor}.")
     planes = {titles[name]: places for name, places in points.items()}
     section.figure(draw_projection(planes, classes, factor=factor), f"Each point is a sample, coloured by {factor}.")
@@ -95,7 +97,7 @@ def _colours(features, grid) -> np.ndarray:
 
 
 def _token_part(section, items, pictures: dict) -> None:
-    signals = items.data.take(torch.arange(min(SHOWN, len(items)))).signals[next(iter(items.parts))]
+    signals = items.examples(items.few(SHOWN)).signals[next(iter(items.parts))]
     signals = signals[:, :, signals.shape[2] // 2] if signals.ndim == 5 else signals
     if signals.shape[1] not in (1, 3):
         return  # latents are no pictures
@@ -123,8 +125,8 @@ def sample_section(runs: dict[str, Run]) -> Section:
             section.missing(f"No samples of {name} yet; this draws them:", f"selfflow sample {run.quoted}")
             if film := run.film():
                 step, images, _ = film[-1]
-                section.figure(draw_images(images, columns=10, size=0.8), f"{name}: drawn while training, at step {step}, 25 "
-                               "Euler steps, a class or test caption each.")
+                caption = f"{name}: drawn while training, at step {step}, 25 Euler steps, a class or test caption each."
+                section.figure(draw_images(viewable(images), columns=10, size=0.8), caption)
     return section.limits("A few samples show what a model can draw, not how often it does.")
 
 
@@ -190,7 +192,7 @@ def metric_section(runs: dict[str, Run]) -> Section:
             section.missing(f"{name}: {error}")
             continue
         if not measured[name]:
-            section.missing(f"No metrics of {name} yet; this makes them:", f"selfflow metrics {run.quoted}")
+            ask_for(section, f"No metrics of {name} yet; this makes them:", f"selfflow metrics {run.quoted}", metric_data, run)
         for values in [*measured[name].values(), *old.values()]:
             if values["recipe"].get("step") not in (None, run.state()["step"]):
                 section.missing(f"Numbers of {name} are of step {values['recipe']['step']}, not of its newest checkpoint.",
