@@ -10,7 +10,7 @@ __all__ = ['VALIDATION_LEVELS', 'shape_of', 'too_wide', 'batch_indices', 'shards
 import hashlib
 import signal
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from .alignment import flow_error
 from .config import Config, TrainConfig
 from .flow import draw_index, interpolate, keyed
+from .images import subset, subset_words
 from .modality import Places
 from .schedule import NoiseLevels
 from .settings import own_settings
@@ -177,20 +178,30 @@ def loss_by_level(model: Transformer, x0: Tensor, labels: Tensor, x1: Tensor, le
 
 @dataclass(frozen=True)
 class Validation:
-    "What a model is judged on, by data set: (tokens x0, conditions, noise x1, parts of the sequence)."
+    """What a model is judged on, by data set: (tokens x0, conditions, noise x1, parts of the sequence).
+
+    chosen: which samples of each data set these are, in words.
+    """
     data: dict[str, tuple[Tensor, Tensor, Tensor, tuple[str, ...]]]
+    chosen: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     @own_settings()
     def of(cls, config: Config, split: str = "validation") -> "Validation":
-        "The first samples of a split, with noise that is fixed by the data alone; of the training part all that there are."
-        sources, found = Sources(config.data, split), {}
+        """Samples of a split as `subset` chooses them, with noise that is fixed by the data alone; all of the training part.
+
+        A run with the defaults of a version before 4 keeps the first samples, and with them its numbers.
+        """
+        sources, found, chosen = Sources(config.data, split), {}, {}
         for name, data in sources.data.items():
-            most = len(data) if split == "train" else min(len(data), config.training.validation)
-            x0, conditions = sources.take(name, torch.arange(most))
+            most = None if split == "train" else config.training.validation
+            indices, chosen[name] = subset(data, most), subset_words(data, most)
+            if config.defaults < 4 and len(indices) < len(data):
+                indices, chosen[name] = torch.arange(most), f"the first {most:,} of {len(data):,}"
+            x0, conditions = sources.take(name, indices)
             which = f"validation noise, {split}" + (f", {name}" if len(sources.data) > 1 else "")
             found[name] = x0, conditions, torch.randn(x0.shape, generator=keyed(0, which)), sources.parts_in(name)
-        return cls(found)
+        return cls(found, chosen)
 
     @property
     def counts(self) -> dict[str, int]:

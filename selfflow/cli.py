@@ -171,11 +171,14 @@ def probe(run: tyro.conf.Positional[Path], factors: bool = False, field: bool = 
         counts = {"train": samples, "validation": samples // 4, "test": samples // 2}
         _probe_factors(opened, field, weights=weights, data=data, counts=counts, part=part, store=features)
         return
-    if opened.transformer.parts:
-        raise ValueError(f"{run} is no run of images alone; selfflow probe {run} --factors looks at what its data are made from")
     grid = probe_run(opened)
     print(probe_table({opened.config.name: grid}, probe_baselines(opened)).to_string(index=False))
-    print(f"The cell is chosen on validation, intervals are over test items. All cells: {run}/probe.json")
+    _print_protocol(grid.chosen, f"{run}/probe.json")
+
+
+def _print_protocol(chosen: dict[str, str], file: Path | str) -> None:
+    print(f"Samples: {', '.join(f'{split} {words}' for split, words in chosen.items())}.")
+    print(f"The cell is chosen on validation, intervals are over test items. All cells: {file}")
 
 
 def _probe_factors(run: "Run", field: bool, part: str, store: Path | None, **what) -> None:
@@ -187,7 +190,7 @@ def _probe_factors(run: "Run", field: bool, part: str, store: Path | None, **wha
     write_factors(run, found)
     table = found.table("field" if field else "regression")
     print(table.drop(columns="protocol").to_string(), *sorted(set(table["protocol"])), sep="\n")
-    print(f"The cell is chosen on validation, intervals are over test items. All cells: {run.path}/factors.json")
+    _print_protocol(found.about["chosen"], run.path / "factors.json")
 
 
 @command

@@ -7,6 +7,7 @@ __all__ = ['INK', 'QUIET', 'thin', 'film_strip', 'draw_film', 'draw_dashboard']
 
 # %% ../nbs/410_dashboard.ipynb #fbcb7fd5
 import math
+import textwrap
 
 import numpy as np
 import pandas as pd
@@ -56,21 +57,29 @@ def film_strip(film, rows: int = 8, columns: int = 10) -> tuple[np.ndarray, list
     return picture, [int(step) for step, *_ in chosen], [int(label) for label in film[-1][2][:samples]], gap
 
 
-def _film(axis, film, rows=8, columns=10):
+def _called(label: int, names=()) -> str:
+    "The name of a class in two short lines at most, its number where it has none."
+    text = str(names[label]) if label < len(names) else str(label)
+    return "\n".join(textwrap.wrap(text, 12, max_lines=2, placeholder="...")) or text
+
+
+def _film(axis, film, rows=8, columns=10, names=()):
     picture, steps, labels, gap = film_strip(film, rows, columns)
     axis.imshow(picture, interpolation="nearest" if picture.shape[1] < 600 else "antialiased")
     height, width = (picture.shape[0] + gap) / len(steps), (picture.shape[1] + gap) / max(1, len(labels))
     axis.set_yticks([(i + 0.5) * height - gap / 2 - 0.5 for i in range(len(steps))], [f"{s:,}" for s in steps])
-    axis.set_xticks([(i + 0.5) * width - gap / 2 - 0.5 for i in range(len(labels))], [str(label) for label in labels])
+    axis.set_xticks([(i + 0.5) * width - gap / 2 - 0.5 for i in range(len(labels))],
+                    [_called(label, names) for label in labels], parse_math=False)
     axis.tick_params(length=0, labelsize=8.5, labelcolor=INK)
     axis.spines[:].set_visible(False)
     axis.set_anchor("NW")
 
 
-def draw_film(film, rows: int = 8, columns: int = 10, size: float = 0.85) -> Picture:
+def draw_film(film, rows: int = 8, columns: int = 10, size: float = 0.85, names=()) -> Picture:
     """The film strip: a row for each of at most `rows` steps, the step at its left, the label below its column.
 
-    film: (step, images (n, c, h, w) in [-1, 1], labels (n,)), oldest first, may be empty; size: of a picture in inches.
+    film: (step, images (n, c, h, w) in [-1, 1], labels (n,)), oldest first, may be empty; size: of a picture in inches; names:
+    of the classes.
     """
     if not len(film):
         figure = Picture(figsize=(size * columns, size))
@@ -78,9 +87,11 @@ def draw_film(film, rows: int = 8, columns: int = 10, size: float = 0.85) -> Pic
         return figure
     picture, _, labels, _ = film_strip(film, rows, columns)
     across = size * len(labels)
-    wide, high = across + 0.7, across * picture.shape[0] / picture.shape[1] + 0.3
+    below = 0.25 + 0.12 * any("\n" in _called(label, names) for label in labels)
+    wide, high = across + 0.7, across * picture.shape[0] / picture.shape[1] + 0.05 + below
     figure = Picture(figsize=(wide, high))
-    _film(figure.add_axes((0.65 / wide, 0.25 / high, across / wide, 1 - 0.3 / high)), film, rows, columns)
+    axis = figure.add_axes((0.65 / wide, below / high, across / wide, 1 - (0.05 + below) / high))
+    _film(axis, film, rows, columns, names)
     return figure
 
 
@@ -235,11 +246,12 @@ def _validation(axis, log, limit):
     _end_labels(axis, [(x[-1], y[-1], short(y[-1]), COLOURS[0])])
 
 
-def draw_dashboard(log, timing=None, film=(), steps: int | None = None, clip: float | None = None) -> Picture:
+def draw_dashboard(log, timing=None, film=(), steps: int | None = None, clip: float | None = None, names=()) -> Picture:
     """The curves of a run, its loss by noise level and its film in one figure, as far as there is something to draw.
 
     log, timing: tables as in log.jsonl and timing.jsonl, or None; film: (step, images (n, c, h, w) in [-1, 1], labels (n,)),
-    oldest first; steps: how many the run is to have; clip: where the norm of the gradient is clipped.
+    oldest first; steps: how many the run is to have; clip: where the norm of the gradient is clipped; names: of
+    the classes of the film.
     """
     figure = Picture(figsize=(9, 6.2))
     left, right = figure.add_gridspec(1, 2, left=0.055, right=0.93, top=0.95, bottom=0.075, wspace=0.32, width_ratios=(1.12, 1))
@@ -254,7 +266,7 @@ def draw_dashboard(log, timing=None, film=(), steps: int | None = None, clip: fl
     axis = figure.add_subplot(lower)
     if len(film):
         axis.set_title("samples from the same noise, by step", loc="left", fontsize=9.5, color=INK, pad=4)
-        _film(axis, film)
+        _film(axis, film, names=names)
     else:
         _say(axis, "no samples yet")
     return figure

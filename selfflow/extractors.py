@@ -23,6 +23,7 @@ from torchaudio.functional import resample
 from .choices import choose
 from .config import DataConfig
 from .factors import HEADS
+from .images import subset
 from .judge import Judge, judge_for
 from .sources import DATASETS
 
@@ -104,7 +105,7 @@ def built_in(data: DataConfig, name: str = "", count: int = 1000, axes: int = 64
     if name not in HEADS:
         raise ValueError(f"there is no built-in judge of {name}; give an extractor with weights of yours, see open_extractor")
     real = DATASETS[name](data, "train")
-    return judge_extractor(judge_for(name, data, folder), real.take(torch.arange(min(count, len(real)))).signals, axes)
+    return judge_extractor(judge_for(name, data, folder), real.take(subset(real, count)).signals, axes)
 
 # %% ../nbs/382_extractors.ipynb #7fd35c93
 def _tensors(path: Path) -> dict[str, Tensor]:

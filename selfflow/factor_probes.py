@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NUISANCE', 'CIRCULAR', 'CLASSES', 'FAMILIES', 'COUNTS', 'COMPONENTS', 'factor_targets', 'token_covers', 'FactorRow',
-           'FactorProbes', 'probe_factors', 'factors_cost', 'write_factors', 'read_factors']
+           'FactorProbes', 'probe_factors', 'factors_cost', 'factor_items', 'write_factors', 'read_factors']
 
 # %% ../nbs/315_factor_probes.ipynb #eb72c0a3
 import hashlib
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .choices import choose
 from .disk import replacing, write_json, write_tensors
 from .features import FeatureCost, FeatureStore, Items, feature_cost, items_of, stream_features, weights_fingerprint
-from .images import SPLITS
+from .images import SPLITS, labels_of
 from .intervals import Comparison, compare_items
 from .modality import ImagePatches, VideoPatches
 from .probes import FEW_STRENGTHS, ProbeScore, field_probe, majority_score, regression_probe, shuffled
@@ -37,7 +37,7 @@ from .transformer import Transformer
 # %% ../nbs/315_factor_probes.ipynb #1a8090d4
 NUISANCE = ("grain", "handwriting")
 CIRCULAR = {"angle": 2 * math.pi, "phase": 1.0}  # and their periods
-CLASSES = 64  # more different whole numbers than this are values
+CLASSES = 64  # more different whole numbers than this are values, unless they are the class
 
 
 def factor_targets(items: dict[str, Items]) -> dict[str, dict[str, np.ndarray]]:
@@ -47,24 +47,30 @@ def factor_targets(items: dict[str, Items]) -> dict[str, dict[str, np.ndarray]]:
     """
     found = {}
     for name in items["train"].factors:
-        columns = {split: _columns_of(name, one.factors[name]) for split, one in items.items()}
+        kinds = torch.cat([one.factors[name].flatten() for one in items.values()]).unique()
+        few = name == "class" or len(kinds) <= CLASSES
+        columns = {split: _columns_of(name, one.factors[name], few) for split, one in items.items()}
         for column, values in columns["train"].items():
             parts = {split: np.asarray(own[column]) for split, own in columns.items()}
             if all(np.isfinite(part).all() for part in parts.values()) and (values != values[:1]).any():
                 found[column] = parts
     if not found:
-        raise ValueError(f"nothing that varies is known of the samples of {items['train'].name}: there is nothing to probe for")
+        raise ValueError(_NOTHING.format(items["train"].name))
     return found
 
 
-def _columns_of(name: str, values: Tensor) -> dict[str, Tensor]:
+_NOTHING = ("nothing that varies is known of the samples of {}: there is nothing to probe for. Put files into a folder for each "
+            "class, or give a table with a column label")
+
+
+def _columns_of(name: str, values: Tensor, few: bool) -> dict[str, Tensor]:
     if name in NUISANCE:
         return {}
     if name in CIRCULAR:
         turns = values.flatten(1) if values.ndim > 1 else values[:, None]
         angle = turns * (2 * math.pi / CIRCULAR[name])
         return {name: torch.cat([angle.cos(), angle.sin()], 1)}
-    if values.is_floating_point() or values.ndim > 1 and values[0].numel() > 4 or len(values.unique()) > CLASSES:
+    if values.is_floating_point() or values.ndim > 1 and values[0].numel() > 4 or not few:
         return {name: values.float().flatten(1) if values.ndim > 1 else values.float()[:, None]}
     if values.ndim == 1:
         return {name: values.long()}
@@ -79,7 +85,7 @@ def token_covers(items: Items) -> np.ndarray:
                          "figure tell it")
     one = ImagePatches(1, patches.height, patches.width, patches.patch) if isinstance(patches, ImagePatches) else \
         VideoPatches(1, patches.frames, patches.height, patches.width, patches.patch, patches.span)
-    blocks = (items.data.masks(indices)[:, None] for indices in torch.arange(len(items)).split(256))
+    blocks = (items.data.masks(indices)[:, None] for indices in items.indices.split(256))
     return torch.cat([one.patchify(block).mean(-1) for block in blocks]).numpy()
 
 # %% ../nbs/315_factor_probes.ipynb #0f74530c
@@ -185,6 +191,7 @@ def probe_factors(run: Run, levels=PROBE_LEVELS, layers=None, counts: dict[str, 
         rows += _cells(name, network, items, targets, levels, layers, part, families, store, strengths)
     about = {"run": run.config.name, "step": run.state()["step"], "weights": weights, "data": items["test"].name, "part": part,
              "layers": list(layers), "levels": list(levels), "counts": {split: len(one) for split, one in items.items()},
+             "chosen": {split: one.chosen for split, one in items.items()},
              "seed": run.config.seed, "device": device_name(run.device), "items": items["test"].fingerprint}
     found = FactorProbes(about, tuple(rows))
     return FactorProbes(about, (*rows, *_shuffled(found, model, items, targets, families, store, strengths)))
@@ -201,11 +208,21 @@ def factors_cost(run: Run, levels=PROBE_LEVELS, layers=None, counts: dict[str, i
     return FeatureCost(device=costs[0].device, **totals)
 
 
+def factor_items(run: Run, counts: dict[str, int] = COUNTS, data: str = "") -> dict[str, Items]:
+    "The samples of each split that probes of factors look at. Raises ValueError where nothing to probe for is known of them."
+    items = {split: items_of(run, split, counts[split], data) for split in SPLITS}
+    train = items["train"]
+    labels = labels_of(train.data)
+    if labels is not None and len(labels[train.indices].unique()) < 2 and not train.examples(torch.arange(1)).factors:
+        raise ValueError(_NOTHING.format(train.name))
+    return items
+
+
 def _opened(run, layers, counts, weights, data, store):
     if missing := [split for split in SPLITS if split not in counts]:
         raise ValueError(f"counts {counts} say nothing of {', '.join(missing)}")
     model = getattr(run, choose(weights, ("teacher", "model"), "weights (model is the student)"))
-    items = {split: items_of(run, split, counts[split], data) for split in SPLITS}
+    items = factor_items(run, counts, data)
     return model, items, tuple(layers or range(1, model.config.depth + 1)), store or FeatureStore(run.path / "features")
 
 
@@ -284,4 +301,4 @@ def read_factors(run: Run) -> FactorProbes | None:
             rows.append(FactorRow(**place, probe=probe))
         return FactorProbes(kept["about"], tuple(rows))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be used: {error}; `selfflow probe {run.path} --factors` makes it again") from error
+        raise ValueError(f"{file} cannot be used: {error}; `selfflow probe {run.quoted} --factors` makes it again") from error

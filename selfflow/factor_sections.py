@@ -10,14 +10,15 @@ import numpy as np
 import pandas as pd
 
 from .document import Section
-from .factor_probes import FactorProbes, factor_targets, read_factors
+from .factor_probes import FactorProbes, factor_items, factor_targets, read_factors
 from .factors import HEADS
 from .features import FeatureStore, items_of, stream_features
 from .images import SPLITS
 from .intervals import Comparison, cells_in_words
 from .probe_plots import draw_layer_curves, draw_score_maps
+from .probing import of_first
 from .run import Run
-from .run_sections import SAMPLES_ONLY, answers, confusion_part
+from .run_sections import SAMPLES_ONLY, answers, ask_for, confusion_part
 
 # %% ../nbs/414_factor_sections.ipynb #3b4cece7
 def factor_section(runs: dict[str, Run]) -> Section:
@@ -30,18 +31,23 @@ def factor_section(runs: dict[str, Run]) -> Section:
             section.missing(f"{name}: {error}")
             continue
         if found[name] is None:
-            section.missing(f"No probes of the factors of {name} yet; this makes them:", f"selfflow probe {run.path} --factors")
+            command = f"selfflow probe {run.quoted} --factors"
+            ask_for(section, f"No probes of the factors of {name} yet; this makes them:", command, factor_items, run)
         elif found[name].about["step"] != run.state()["step"]:
             section.missing(f"The probes of {name} are of step {found[name].about['step']}, not of its newest checkpoint.",
-                            f"selfflow probe {run.path} --factors")
+                            f"selfflow probe {run.quoted} --factors")
+        elif of_first(found[name].about.get("chosen"), run.config.data):
+            section.missing(f"The probes of {name} are of an earlier version, which took the first samples, of few classes.",
+                            f"selfflow probe {run.quoted} --factors")
     found = {name: one for name, one in found.items() if one is not None}
     if not found:
         return section
     about = next(iter(found.values())).about
-    counts = ", ".join(f"{count:,} {split}" for split, count in about["counts"].items())
+    chosen = {split: f"{count:,}" for split, count in about["counts"].items()} | about.get("chosen", {})
+    counts = ", ".join(f"{split} {words}" for split, words in chosen.items())
     section.protocol = (f"Means over tokens of the {about['weights']} under the null label; classes by logistic regression, "
-                        f"values by ridge regression, strength and cell chosen on validation, numbers of test ({counts} "
-                        "samples).")
+                        f"values by ridge regression, strength and cell chosen on validation, numbers of test (samples: "
+                        f"{counts}).")
     columns = ("factor", "measure", "majority", "shuffled labels", "raw input", "untrained network", "model", "cell")
     tables = [one.table().reset_index()[list(columns)].assign(run=name) for name, one in found.items()]
     section.table(pd.concat(tables)[["run", *columns]], "The cell that validation chose, on test (95 %), beside all that it has "

@@ -40,7 +40,7 @@ def shown(signals: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def item_previews(items: Items) -> tuple[list, list[str]]:
     "Of all items what is shown, as `previews_of` gives it, and the captions; a batch at a time, as films are large."
-    found = [items.data.take(indices) for indices in torch.arange(len(items)).split(64)]
+    found = [items.examples(positions) for positions in torch.arange(len(items)).split(64)]
     rate = getattr(items.data, "rate", 8000)
     return ([files for examples in found for files in previews_of(shown(examples.signals), rate)],
             [caption for examples in found for caption in examples.captions])
@@ -245,8 +245,8 @@ class FeatureExplorer:
             self.said.value = '<div role="status">previews of the samples</div>'
             self.view = FeatureMap(atlas, *item_previews(opened.items))
             self.said.value, self.bar.layout.display = "", "none"
-            self.cost.value = (f'<div role="status">{len(atlas)} samples, {len(atlas.planes)} planes in {atlas.seconds:.1f} s; '
-                               'they are kept, so that the next opening only reads them.</div>')
+            self.cost.value = (f'<div role="status">samples: {opened.items.chosen}; {len(atlas.planes)} planes in '
+                               f'{atlas.seconds:.1f} s; they are kept, so that the next opening only reads them.</div>')
             self.box.children = (self.cost, self.view.box)
         except Exception as error:  # whatever it is, the panel says so and can be asked again
             words = f"{error}" if isinstance(error, ValueError | FileNotFoundError) else f"{type(error).__name__}: {error}"

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from .choices import choose
 from .disk import discard, make_folder, replacing, say_once, write_json
 from .flow import interpolate, keyed
+from .images import Examples, subset, subset_words
 from .modality import Places
 from .run import Run
 from .schedule import NoiseLevels
@@ -58,9 +59,10 @@ def _hidden(model, x0, x1, level, layers, parts=()) -> dict[int, Tensor]:
 
 # %% ../nbs/300_features.ipynb #6e4198fe
 class Items:
-    """The first samples of a data set as a model takes them: tokens and fixed noise, fetched in batches.
+    """Samples of a data set, chosen by `subset`, as a model takes them: tokens and fixed noise, fetched in batches.
 
     sources: of one split; name: of the data set, "" = the first; count: of samples, None = all; seed: of the noise.
+    indices: (count,) of the samples in the data set, chosen: the choice in words; positions count from 0 within these.
     parts: {name: slice of the tokens}; present: what the model is to be told of them. Raises ValueError for unknown names and
     counts below 1.
     """
@@ -71,26 +73,35 @@ class Items:
         self.data, self.layout = sources.data[self.name], sources.layouts[self.name]
         if count is not None and count < 1:
             raise ValueError(f"count is {count}, but features need at least one sample")
-        self.count = min(count or len(self.data), len(self.data))
+        self.indices, self.chosen = subset(self.data, count), subset_words(self.data, count)
         self.parts, self.present = Places.of(self.layout.parts).slices, sources.parts_in(self.name)
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.indices)
 
-    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        "Tokens of the data and of the noise, (b, n, c) each, of samples (b,)."
-        x0 = self.layout.patchify(self.data.take(indices).signals)
-        keys = (keyed(self.seed, f"probe noise, {self.sources.split}", index) for index in indices.tolist())
+    def examples(self, positions: Tensor) -> Examples:
+        "The samples at positions (b,)."
+        return self.data.take(self.indices[positions])
+
+    def few(self, count: int) -> Tensor:
+        "The positions of a smaller part, chosen by `subset` as well."
+        return torch.isin(self.indices, subset(self.data, count)).nonzero().flatten()
+
+    def take(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        "Tokens of the data and of the noise, (b, n, c) each, of the samples at positions (b,)."
+        x0 = self.layout.patchify(self.examples(positions).signals)
+        indices = self.indices[positions].tolist()
+        keys = (keyed(self.seed, f"probe noise, {self.sources.split}", index) for index in indices)
         return x0, torch.stack([torch.randn(x0.shape[1:], generator=key) for key in keys])
 
     def batches(self, size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
         "All samples in order, `size` at once, as `take` gives them."
-        return (self.take(indices) for indices in torch.arange(self.count).split(size))
+        return (self.take(positions) for positions in torch.arange(len(self)).split(size))
 
     @cached_property
     def factors(self) -> dict[str, Tensor]:
         "What is known of the samples, (count, ...) each; their labels as `class` where nothing else is."
-        found = [self.data.take(indices) for indices in torch.arange(self.count).split(256)]
+        found = [self.examples(positions) for positions in torch.arange(len(self)).split(256)]
         found = [examples.factors or {"class": examples.labels} for examples in found]
         return {name: torch.cat([factors[name] for factors in found]) for name in found[0]}
 
@@ -98,8 +109,10 @@ class Items:
     def fingerprint(self) -> str:
         "16 hex digits that change with the samples, their noise, and how they become tokens."
         config = self.sources.config
-        made = (self.data.fingerprint, self.name, self.sources.split, self.count, self.seed, config.patch, config.span,
+        made = (self.data.fingerprint, self.name, self.sources.split, len(self), self.seed, config.patch, config.span,
                 config.columns, config.sound, self.present)
+        if not torch.equal(self.indices, torch.arange(len(self))):
+            made += (self.indices.tolist(),)
         return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
 
     def pooled(self, features, part: str = "") -> np.ndarray:
@@ -111,7 +124,7 @@ class Items:
 
 
 def items_of(run: Run, split: str = "test", count: int | None = 2000, name: str = "", seed: int = 0) -> Items:
-    "The first samples of one split of a run's data, of any modality; see `Items`."
+    "Samples of one split of a run's data, of any modality; see `Items`."
     return Items(Sources(run.config.data, split), name, count, seed)
 
 # %% ../nbs/300_features.ipynb #acc35c9e

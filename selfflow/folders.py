@@ -12,12 +12,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from functools import cached_property
 from math import ceil, isclose
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import torch
 from PIL import Image
 from scipy.io import wavfile
+from torch import Tensor
 
 from .choices import choose
 from .decoding import Header, look
@@ -206,6 +209,11 @@ class Folder(Stored):
             if self.fps is None or not isclose(self.fps, fps, rel_tol=0.01):
                 yield f"films and sounds are not of the same length; with fps {fps:.4g} they would be"
 
+    @property
+    def labels(self) -> Tensor:
+        "The class (n,) of every sample, by number."
+        return torch.tensor([entry.label for entry in self.found], dtype=torch.int64)
+
     def entry(self, known: Entry) -> Entry:
         return known
 
@@ -298,6 +306,19 @@ class HuggingFace(Stored):
         self.numbered = listed is not None
         values = {_text(value) for part in parts for value in part.unique(self.column["label"])} if listed is None else ()
         return tuple(listed or sorted(values, key=natural))
+
+    @cached_property
+    def labels(self) -> Tensor:
+        "The class (n,) of every sample, by number; -1 where it has none."
+        if "label" not in self.column:
+            return torch.zeros(len(self.found), dtype=torch.int64)
+        values = self.data.select_columns(self.column["label"])[:][self.column["label"]]
+        if not self.numbered:
+            number = {name: place for place, name in enumerate(self.names)}
+            values = [number.get(_text(value), -1) for value in values]
+        rows = [found[0] if isinstance(found, tuple) else found for found in self.found]
+        known = [value if isinstance(value, int) and 0 <= value < len(self.names) else -1 for value in values]
+        return torch.tensor(known, dtype=torch.int64)[torch.tensor(rows)]
 
     def name_of(self, known: int | tuple[int, float]) -> str:
         row, begin = known if isinstance(known, tuple) else (known, 0.0)

@@ -233,6 +233,11 @@ class Following:
             return None
 
     @property
+    def names(self) -> tuple[str, ...]:
+        "The names of the classes of the film, as far as they are known."
+        return self.run.class_names if self.run and self.film else ()
+
+    @property
     def steps(self) -> int | None:
         "How many steps the run is to have."
         return self.run.config.training.steps if self.run else None

@@ -24,7 +24,7 @@ from .config import DataConfig
 from .disk import make_folder, replacing, write_json
 from .factors import CLASS, HEADS, Reader, directions_seen, known, pitch_errors
 from .flow import keyed
-from .images import DataSet
+from .images import DataSet, subset
 from .metrics import Share
 from .notes import PITCHES
 from .run import Run
@@ -41,7 +41,7 @@ VERSION = 1  # of the judges: to be raised when they look in another way
 class Judge:
     """Networks that read the factors of a data set. name, data: the data set and its fingerprint; readers: by view.
 
-    correct: (n, factors) uint8, where the judge was right on the first test samples, factors in the order of `names`.
+    correct: (n, factors) uint8, where the judge was right on test samples, factors in the order of `names`.
     """
     name: str
     data: str
@@ -110,7 +110,7 @@ def _untrained(name: str, rate: int) -> nn.ModuleDict:
 @own_settings()
 def train_judge_for(name: str, data: DataConfig | None = None, steps: int | None = None, batch: int = 64,
                     tests: int = 1000) -> Judge:
-    """The judge of a data set, trained on its training part and measured on the first `tests` test samples.
+    """The judge of a data set, trained on its training part and measured on `tests` test samples.
 
     data: its sizes, the defaults if None; steps: None = as many as this data set needs. Raises ValueError for unknown data sets.
     To ship it: train_judge_for(name).save(shipped(f"judges/{name}.safetensors")).
@@ -136,7 +136,7 @@ def train_judge_for(name: str, data: DataConfig | None = None, steps: int | None
 
 def _correct(name: str, readers: nn.ModuleDict, test: DataSet, tests: int) -> Tensor:
     judge, rows = Judge(name, "", readers, torch.empty(0)), []
-    for part in torch.arange(min(tests, len(test))).split(128):
+    for part in subset(test, tests).split(128):
         examples = test.take(part)
         right, read = known(name, examples), judge.read(examples.signals)
         rows.append(torch.stack([read[factor] == right[factor] for factor in judge.names], 1))
@@ -219,7 +219,7 @@ def _alone(what: str, answers: Tensor, wanted: Tensor) -> Verdict:
 @own_settings()
 def on_samples(run: Run, count: int = 64, steps: int = 25, cfg_scale: float = 1.0, seed: int = 0, data: str = "",
                folder: Path | str = "data/cache/judges") -> Verdict:
-    """The verdict on `count` samples that a run draws with the conditions of the first test examples.
+    """The verdict on `count` samples that a run draws with the conditions of as many test examples.
 
     A run by class is judged on the factor that its classes name, a run by captions on all that the judge reads; what can be
     measured plainly stands beside. data: which data set, where there are several. Also written to judged.json in the run's folder
@@ -230,7 +230,7 @@ def on_samples(run: Run, count: int = 64, steps: int = 25, cfg_scale: float = 1.
     if config.condition == "none":
         raise ValueError(f"{run.path} was trained without conditions: nothing was asked for; see bounce_verdict and Judge.read")
     judge, source = judge_for(name, config, folder), Sources(config, "test").data[name]
-    examples = source.take(torch.arange(min(count, len(source))))
+    examples = source.take(subset(source, count))
     wanted, told = known(name, examples), examples.captions
     if config.condition == "class":
         wanted, told = {factor: wanted[factor] for factor in CLASS[name]}, examples.labels

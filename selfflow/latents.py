@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -137,6 +137,12 @@ class Latents:
 
     def __len__(self) -> int:
         return self.index["count"]
+
+    @cached_property
+    def labels(self) -> Tensor:
+        "The class (n,) of every sample, by number, read from the disk."
+        files = [_mapped(_shard_path(self.place, number), shard["sha256"]) for number, shard in enumerate(self.index["shards"])]
+        return torch.cat([file.get_tensor("labels") for file in files])
 
     def take(self, indices: Tensor) -> Examples:
         "The samples at indices (b,), read from the disk. Raises IndexError for samples that are not there."

@@ -19,7 +19,7 @@ from plotly.colors import get_colorscale
 from torch import Tensor
 
 from .controls import DARK, LIGHT, Surroundings, Theme, choice, number, png_of
-from .notes import to_wav
+from .notes import to_wav, within_full_scale
 from .pages import Page, _pixels
 from .panel import beside
 from .plots import _array
@@ -44,7 +44,7 @@ def previews_of(signals: dict[str, Tensor], rate: int = 8000) -> list[list[tuple
 
 def _files(name: str, values: Tensor, rate: int) -> list[tuple[str, bytes]]:
     if values.ndim == 2:
-        return [("audio/wav", to_wav(wave, rate)) for wave in values]
+        return [("audio/wav", to_wav(wave, rate)) for wave in within_full_scale(values)[0]]
     still = values[:, :, values.shape[2] // 2] if values.ndim == 5 else values
     pixels = _pixels(still, 4, name)
     times = -(-LEAST // max(pixels.shape[1:3]))

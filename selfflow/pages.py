@@ -77,11 +77,12 @@ def sheet_rows(texts: list[str], most: int = 100) -> list[list[int]]:
     return [places[:each] for places in groups.values()][:most]
 
 
-def sheet(pictures, texts=None, most: int = 100) -> Page:
+def sheet(pictures, texts=None, most: int = 100, title: str = "") -> Page:
     """Pictures of samples, a row for each text, which stands at its left; below each picture where no text is there twice.
 
     pictures: (n, c, h, w) in [-1, 1], the first channel is shown where c is not 3; texts: n classes or captions, or None;
-    most: pictures on the sheet at most, as many of each text. Raises ValueError for no pictures and another number of texts.
+    most: pictures on the sheet at most, as many of each text; title: above them. Raises ValueError for no
+    pictures and another number of texts.
     """
     pictures = pictures.detach().cpu().numpy() if hasattr(pictures, "detach") else np.asarray(pictures)
     if pictures.ndim != 4 or 0 in pictures.shape:
@@ -95,7 +96,7 @@ def sheet(pictures, texts=None, most: int = 100) -> Page:
             for start in range(0, len(group), columns)]
     shown = pictures if pictures.shape[1] == 3 else pictures[:, :1].repeat(3, 1)
     cells = {place: _cell(shown[place], max(len(row) for _, row in rows)) for _, row in rows for place in row}
-    return _laid_out(rows, cells, [] if beside else texts)
+    return _laid_out(rows, cells, [] if beside else texts, title)
 
 
 def _cell(picture: np.ndarray, columns: int) -> Image.Image:
@@ -108,7 +109,7 @@ def _cell(picture: np.ndarray, columns: int) -> Image.Image:
     return image
 
 
-def _laid_out(rows: list[tuple[str, list[int]]], cells: dict[int, Image.Image], below: list[str]) -> Page:
+def _laid_out(rows: list[tuple[str, list[int]]], cells: dict[int, Image.Image], below: list[str], title: str) -> Page:
     "The sheet: rows of (text at the left, numbers of cells), and a text below each cell, by its number, where there are any."
     width, height = next(iter(cells.values())).size
     below = {place: textwrap.fill(below[place], max(9, int(width / LETTER))) for place in cells if below and below[place]}
@@ -117,10 +118,13 @@ def _laid_out(rows: list[tuple[str, list[int]]], cells: dict[int, Image.Image], 
     margin = round(max(LETTER * len(line) + 8 * bool(line) for text in lefts for line in text.split("\n")))
     heights = [max(height + LINE * max(_lines(below.get(place, "")) for place in row), LINE * _lines(text)) + 4
                for text, (_, row) in zip(lefts, rows, strict=True)]
-    wide, high = margin + step * max(len(row) for _, row in rows), sum(heights)
+    head = (LINE + 6) * bool(title)
+    wide = max(margin + step * max(len(row) for _, row in rows), round(1.25 * LETTER * len(title)))
+    high = head + sum(heights)
     canvas = Image.new("RGB", (wide, high), "white")
     figure = Page(figsize=(wide / 100, high / 100), dpi=100)
-    axis, top = figure.add_axes((0, 0, 1, 1)), 0
+    axis, top = figure.add_axes((0, 0, 1, 1)), head
+    axis.text(0, 2, title, fontsize=9, va="top", parse_math=False)
     for text, (_, row), tall in zip(lefts, rows, heights, strict=True):
         axis.text(margin - 6, top + height / 2, text, fontsize=7.5, ha="right", va="center", linespacing=1.2,
                   parse_math=False)

@@ -167,10 +167,10 @@ class Panel:
         if self._stale:
             clip = following.run.config.training.clip if following.run else None
             self._show(self.picture, draw_dashboard, following.log.table, following.timing.table, following.film, following.steps,
-                       clip)
+                       clip, following.names)
             self._stale, self.drawn = False, self.drawn + 1
         if self._film_stale and self.unfold.selected_index == 0:
-            self._show(self.film, draw_film, following.film)
+            self._show(self.film, draw_film, following.film, 8, 10, 0.85, following.names)
             self._film_stale, drawn = False, True
         return drawn
 

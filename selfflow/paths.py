@@ -19,7 +19,7 @@ from .boards import Board
 from .checkpoint import find_runs
 from .choices import choose
 from .flow import keyed
-from .images import caption_text
+from .images import caption_text, subset
 from .inpainting import inpaint, shown
 from .method import build_schedule
 from .run import Run
@@ -106,7 +106,7 @@ class SideBySide:
         data = sources.data[self.name]
         self.board, self.rate, self.shapes = Board(self.layout), getattr(data, "rate", 8000), data.shapes
         self.names = tuple(data.names) if config.condition == "class" else ()
-        examples = data.take(torch.arange(min(count, len(data))))
+        examples = data.take(subset(data, count))
         self.x0, self.captions = self.layout.patchify(examples.signals), examples.captions
 
     @classmethod

@@ -9,7 +9,7 @@ __all__ = ['MOST', 'PAGE', 'Scene', 'settings_of', 'compute', 'say', 'draw_views
 # %% ../nbs/450_playground.ipynb #a0eb6c30
 import base64
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from html import escape
 from pathlib import Path as Folder
 
@@ -23,7 +23,7 @@ from .boards import SHARP, Panel, panels, tinted
 from .choices import choose
 from .controls import LIGHT, Theme, TokenGrid, choice, font, number, png_of, slider, switch
 from .explorer import Explorer, Strip
-from .notes import to_wav
+from .notes import to_wav, within_full_scale
 from .pages import to_webp
 from .paths import KEPT, Path, Settings, SideBySide, estimate, path_of
 from .run import Run
@@ -54,6 +54,17 @@ class Scene:
     def names(self) -> list[str]:
         "Of the runs, in their order."
         return list(self.paths)
+
+    @cached_property
+    def sounds(self) -> tuple[Tensor, float]:
+        "A sound (samples,) of each run's first sample, made quieter by one factor where one exceeds full scale, and the factor."
+        drawn = torch.stack([path.states[-1][0] for path in self.paths.values()])
+        return within_full_scale(self.side.layout.unpatchify(drawn)["audio"].float().nan_to_num())
+
+    @property
+    def heard(self) -> bool:
+        "True if samples are sounds, not latents of sounds."
+        return "audio" in self.side.layout.patches and len(self.side.shapes["audio"]) == 1
 
     @property
     def only_images(self) -> bool:
@@ -128,6 +139,8 @@ def say(scene: Scene) -> str:
     if unguided := [name for name, path in paths.items() if path.cfg_scale != s.cfg_scale]:
         why = "nothing is told that could guide" if s.told is None else "trained without label drop, they know no null label"
         parts.append(f"without guidance: {', '.join(unguided)} ({why})")
+    if scene.heard and (factor := scene.sounds[1]) < 1:
+        parts.append(f"sounds reach {1 / factor:.3g} times full scale and are played at {factor:.3g} of their loudness")
     left = list(scene.side.left_out.items())
     parts += [f"left out: {name} ({_short(reason)})" for name, reason in left[:4]]
     return "; ".join([*parts, *([f"and {len(left) - 4} more left out"] if len(left) > 4 else [])]) + "."
@@ -194,9 +207,8 @@ def draw(scene: Scene, theme: Theme = LIGHT) -> dict[str, bytes]:
     if "video" in patches and patches["video"].channels in (1, 3):
         films = torch.cat([scene.side.layout.unpatchify(x)["video"] for x in drawn]).nan_to_num()
         found["moving"] = to_webp(films, columns=len(drawn[0]), scale=max(1, 160 // films.shape[-1]))
-    if "audio" in patches and len(scene.side.shapes["audio"]) == 1:
-        waves = scene.side.layout.unpatchify(torch.stack([x[0] for x in drawn]))["audio"].float().nan_to_num()
-        found |= {f"sound-{i + 1}": to_wav(wave, scene.side.rate) for i, wave in enumerate(waves)}
+    if scene.heard:
+        found |= {f"sound-{i + 1}": to_wav(wave, scene.side.rate) for i, wave in enumerate(scene.sounds[0])}
     return found
 
 # %% ../nbs/450_playground.ipynb #4c8c59c0

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .factor_probes import factors_cost
-from .probing import PROBE_LEVELS
+from .probing import PROBE_LEVELS, class_data
 from .run import Run
 
 # %% ../nbs/432_probe_process.ipynb #7609cfc7
@@ -73,7 +73,12 @@ class Probing:
 
 
 def _by_factors(run: Run) -> bool:
-    return bool(run.transformer.parts) or not run.transformer.classes
+    "True where probes of the class cannot be made, or nothing was trained by class."
+    try:
+        class_data(run.config.data)
+    except ValueError:
+        return True
+    return not run.transformer.classes
 
 
 def _bar_of(text: bytes) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .choices import choose
 from .features import extract
 from .flow import keyed
-from .images import Examples
+from .images import Examples, subset
 from .run import Run
 from .sources import Sources
 
@@ -86,11 +86,11 @@ def run_features(run: Run, layers: tuple[int, ...], level: float = 0.0, count: i
                  split: str = "test", seed: int = 0) -> tuple[dict[int, Tensor], Examples]:
     """Features of the teacher of a run at one level, {layer: (n, d) or (n, tokens, d)}, and the examples they are of.
 
-    count: of the first examples of a split; seed: of the noise. Raises ValueError for layers that do not exist.
+    count: of examples of a split, chosen by `subset`; seed: of the noise. Raises ValueError for layers that do not exist.
     """
     sources = Sources(run.config.data, split)
     name = run.config.data.names[0]
-    index = torch.arange(min(count, len(sources.data[name])))
+    index = subset(sources.data[name], count)
     x0, _ = sources.take(name, index)
     x1 = torch.randn(x0.shape, generator=keyed(seed, f"projection noise, {split}"))
     return extract(run.teacher, x0, x1, level, layers, pooled), sources.data[name].take(index)

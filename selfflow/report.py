@@ -21,17 +21,17 @@ from tqdm.auto import tqdm
 
 from .disk import check_writable, write_files
 from .document import Report, Section
-from .factor_probes import factors_cost, probe_factors, read_factors, write_factors
+from .factor_probes import factor_items, factors_cost, probe_factors, read_factors, write_factors
 from .factor_sections import factor_section
 from .images import caption_bytes
 from .notes import to_wav, within_full_scale
 from .pages import sheet, sheet_rows, to_webp
 from .plots import to_png
-from .probing import PROBE_LEVELS, probe_baselines, probe_run, read_probes
+from .probing import PROBE_LEVELS, class_data, of_first, probe_baselines, probe_run, read_probes
 from .representation_sections import attention_section, layer_section, looked_at, saturation_section, similarity_section
 from .run import Run
 from .run_sections import arms, loss_section, probe_section, run_section, training_section
-from .sample_metrics import run_metrics
+from .sample_metrics import metric_data, run_metrics
 from .sample_sections import metric_section, plane_section, sample_section
 from .sources import class_number
 
@@ -128,7 +128,7 @@ def run_report(runs: dict[str, Run], report: Report | None = None, sections=SECT
     sections: functions from runs to a `Section`, in their order.
     Raises ValueError without runs or when their data differ; FileNotFoundError for a run that has no checkpoint.
     """
-    if len({(run.config.data, run.transformer.channels) for run in runs.values()}) != 1:
+    if len({(str(run.trained_on), run.transformer.channels) for run in runs.values()}) != 1:
         raise ValueError("a report needs at least one run, and runs on the same data")
     for run in runs.values():
         run.checkpoint  # noqa: B018, which raises now rather than after minutes
@@ -168,23 +168,34 @@ def summary(runs: dict[str, Run], sections: list[Section]) -> list[str]:
 
 # %% ../nbs/420_report.ipynb #f59d9d1c
 def missing_parts(runs: dict[str, Run]) -> list[tuple[str, str, Callable]]:
-    "What a report of runs would find missing or of another step: (what, what it costs in words, the function that makes it)."
+    """What a report of runs would lack, or has of another step: (what, what it costs in words, the function that makes it).
+
+    What cannot be made of a run's data is left out: the report gives the reason.
+    """
     found = []
     for name, run in runs.items():
-        step = run.state()["step"]
-        if not run.transformer.parts:
+        step, data = run.state()["step"], run.config.data
+        if not run.transformer.parts and _possible(class_data, data):
             (grid, base), cells = read_probes(run), f"{len(PROBE_LEVELS) * run.transformer.depth} probes"
-            if grid is None or grid.step != step:
+            if grid is None or grid.step != step or of_first(grid.chosen, data):
                 found.append((f"probes of the class of {name}", cells, partial(probe_run, run)))
-            if base is None:
+            if base is None or of_first(base.untrained.chosen, data):
                 found.append((f"baselines of {name}", cells, partial(probe_baselines, run)))
-        if not _fresh(run, step):
+        if not _fresh(run, step) and _possible(factor_items, run):
             found.append((f"probes of all factors of {name}", str(factors_cost(run)), partial(_factors, run)))
         if not any((run.path / "samples").glob("*.safetensors")):
             found.append((f"samples of {name}", "40 to 100 samples, 50 forwards each", partial(_samples, run)))
-        if not any(run.path.glob("metrics*.json")):
+        if not any(run.path.glob("metrics*.json")) and _possible(metric_data, run):
             found.append((f"metrics of {name}", "500 samples at most, 25 forwards each", partial(run_metrics, run)))
     return found
+
+
+def _possible(check: Callable, *given) -> bool:
+    try:
+        check(*given)
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def _fresh(run: Run, step: int) -> bool:
@@ -192,7 +203,7 @@ def _fresh(run: Run, step: int) -> bool:
         found = read_factors(run)
     except ValueError:
         return False
-    return found is not None and found.about["step"] == step
+    return found is not None and found.about["step"] == step and not of_first(found.about.get("chosen"), run.config.data)
 
 
 def _factors(run: Run) -> None:

@@ -19,7 +19,7 @@ from .attention_plots import draw_mass, draw_on_film, draw_on_image, draw_on_sou
 from .document import Section
 from .features import Items, extract, items_of
 from .flow import interpolate, keyed
-from .plots import Picture, draw_curves
+from .plots import Picture, draw_curves, viewable
 from .run import Run
 from .run_sections import SAMPLES_ONLY
 from .saturation import saturation
@@ -33,7 +33,7 @@ SAMPLES, LEVEL = 200, 0.25  # how many test samples are looked at, and at which 
 
 @lru_cache(maxsize=16)
 def looked_at(run: Run, count: int = SAMPLES, level: float = LEVEL) -> tuple[Items, dict[int, Tensor]]:
-    "The first test samples of a run's first data set, and their features (b, n, d) by layer, of the tokens of the first part."
+    "Test samples of a run's first data set, and their features (b, n, d) by layer, of the tokens of the first part."
     items = items_of(run, "test", count)
     x0, x1 = items.take(torch.arange(len(items)))
     levels = NoiseLevels.single(torch.full((1,), level), x0.shape[1])
@@ -58,7 +58,7 @@ def _of_parts(run, items, x0, x1, levels) -> dict[int, Tensor]:
 
 def _protocol(items: Items) -> str:
     part = f", tokens of the {next(iter(items.parts))}" if len(items.parts) > 1 else ""
-    return (f"The averaged weights (teacher) under the null label on the first {len(items)} test samples of {items.name}{part}, "
+    return (f"The averaged weights (teacher) under the null label on test samples of {items.name} ({items.chosen}){part}, "
             f"noise level t = {LEVEL:g}, noise fixed and the same for all runs.")
 
 # %% ../nbs/415_representation_sections.ipynb #e15c4b10
@@ -111,8 +111,8 @@ FITTED, SCORED = 400, 150  # training samples that constants are fitted on, and 
 def saturation_section(runs: dict[str, Run]) -> Section:
     "What the student's cosine with the teacher is made of, and how it falls with the gap of levels."
     section = Section("Student and teacher", f"Noised as in training: constants are mean directions of at most {FITTED} training "
-                      f"samples, all answers are scored on at most {SCORED} test samples under new noise; 95 % intervals over "
-                      "these.")
+                      f"samples, all answers are scored on at most {SCORED} test samples under new noise, both chosen at random; "
+                      "95 % intervals over these.")
     for name, run in runs.items():
         if run.config.objective.name == "flow_matching":
             section.text(f"{name} compares no features: there is no cosine that could saturate.")
@@ -121,14 +121,14 @@ def saturation_section(runs: dict[str, Run]) -> Section:
                             "selfflow.saturation.saturation(run, features=encoder)")
         else:
             _ladder_part(section, name, run)
-    return section.limits("The best answer without the image is chosen on the test samples, in its favour. A low floor does not "
-                          "show that features are useful, only that the image is needed to predict them." + SAMPLES_ONLY)
+    return section.limits("The best answer without the sample is chosen on the test samples, in its favour. A low floor does not "
+                          "show that features are useful, only that the sample is needed to predict them." + SAMPLES_ONLY)
 
 
 def _ladder_part(section, name: str, run: Run) -> None:
     found = saturation(run, FITTED, SCORED)
     section.figure(draw_ladder(found.table(), name), f"{name}: who reaches which cosine with the teacher's features; filled: "
-                   "knows the image; the dashed line is the best of those that do not.")
+                   "knows the sample; the dashed line is the best of those that do not.")
     section.table(found.table(), f"Answers of {name}", folded=True)
     if len(found.by_gap):
         noisier = found.by_gap[found.by_gap["tokens"] == "noisier"]
@@ -148,8 +148,8 @@ MASKED = 64  # samples for the mass between levels
 def attention_section(runs: dict[str, Run]) -> Section:
     "Where the token in the middle looks, layer by layer, and how much goes from noisy to clean tokens."
     items = looked_at(next(iter(runs.values())))[0]
-    section = Section("Attention", f"Maps: the first test sample of {items.name} at t = {LEVEL:g}, null label, mean over heads; "
-                      f"1 is what uniform attention gives. Mass: {min(MASKED, len(items))} test samples with two levels, drawn "
+    section = Section("Attention", f"Maps: a test sample of {items.name} at t = {LEVEL:g}, null label, mean over heads; "
+                      f"1 is what uniform attention gives. Mass: {len(items.few(MASKED))} test samples with two levels, drawn "
                       "uniformly, a quarter of the tokens at the second, the same for all runs.")
     tables = {}
     maps = {name: _maps(run, looked_at(run)[0]) for name, run in runs.items()}
@@ -185,11 +185,11 @@ def _looking(run: Run, items: Items, maps: np.ndarray, middle: tuple[int, ...], 
         spectrum = items.layout.patches[name].spectra(items.layout.split(items.take(torch.arange(1))[0])[name])[0].numpy()
         return draw_on_sound(spectrum, maps, titles, middle[0])
     draw = draw_on_image if len(middle) == 2 else draw_on_film
-    return draw(items.data.take(torch.arange(1)).signals[name][0], maps, titles, middle, most=most)
+    return draw(viewable(items.examples(torch.arange(1)).signals[name])[0], maps, titles, middle, most=most)
 
 
 def _mass(run: Run, items: Items) -> pd.DataFrame:
-    x0, x1 = items.take(torch.arange(min(MASKED, len(items))))
+    x0, x1 = items.take(items.few(MASKED))
     levels = DualTimestep().sample(len(x0), x0.shape[1], keyed(0, "report, levels"))
     among = torch.zeros(x0.shape[1], dtype=torch.bool)
     among[next(iter(items.parts.values()))] = True

@@ -119,6 +119,12 @@ class Run:
         return self._go_on(Run(self.path, replace(self.config, data=data), self.transformer, self.device, fingerprints, outline))
 
     @property
+    def trained_on(self) -> dict:
+        "The settings of its data; runs on the same data in the same form have the same, wherever these lie, if they know them."
+        settings = asdict(self.config.data)
+        return settings | ({"path": self.data["train"]} if settings["path"] and self.data.get("train") else {})
+
+    @property
     def quoted(self) -> str:
         "Its folder as a shell wants it."
         return shlex.quote(str(self.path))
@@ -300,6 +306,15 @@ class Run:
         labels = labels[:len(wanted)]
         drawn = self.sample(wanted, steps=25, model=model)
         return (drawn if isinstance(drawn, Tensor) else self._layout("")[0].picture(drawn)), labels
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        "The names of the classes of the first data set, as far as they are known without trouble; none where it has no classes."
+        try:
+            source = self.sources.data[self.config.data.names[0]]
+        except (OSError, ValueError, ImportError):  # data of an older run that are gone: numbers are shown then
+            return ()
+        return tuple(map(str, source.names)) if self.transformer.classes else ()
 
     def captions(self, count: int, split: str = "train", name: str = "") -> tuple[str, ...]:
         """Examples of captions of a data set, by default the first one.

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SAMPLES_ONLY', 'arms', 'over_seeds', 'config_table', 'run_section', 'training_section', 'loss_section',
-           'draw_confusion', 'answers', 'confusion_part', 'probe_section']
+           'draw_confusion', 'answers', 'confusion_part', 'ask_for', 'probe_section']
 
 # %% ../nbs/413_run_sections.ipynb #d3760efe
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import product
 
@@ -19,18 +20,17 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from .batches import VALIDATION_LEVELS, validation_losses
+from .batches import VALIDATION_LEVELS, Validation
 from .comparison import readable, runs_table
-from .config import flatten
+from .config import Config, flatten
 from .document import Section
 from .features import extract
 from .flow import keyed
 from .intervals import Comparison, cells_in_words, compare_items, compare_seeds, compare_values, mean_interval
 from .plots import Picture, draw_loss_by_level, draw_probe_grids, draw_training
 from .probe_plots import draw_layer_curves
-from .probing import ProbeGrid, probe_table, read_probes
+from .probing import ProbeGrid, class_data, labelled, of_first, probe_table, read_probes
 from .run import Run
-from .sources import images_of
 
 # %% ../nbs/413_run_sections.ipynb #f9c1c791
 def arms(runs: dict[str, Run]) -> list[dict[int, str]]:
@@ -91,11 +91,12 @@ def loss_section(runs: dict[str, Run]) -> Section:
     "Validation flow loss at fixed noise by level, and the differences to the first run."
     count = min(run.config.training.validation for run in runs.values())
     losses = {}
-    for name, run in runs.items():
-        config = replace(run.config, training=replace(run.config.training, validation=count))
-        losses[name] = validation_losses(run.teacher, config).numpy()
-    number = next(iter(losses.values())).shape[1]
-    section = Section("Flow loss by level", f"The averaged weights (teacher) on the first {number} validation samples, all "
+    for name, run in runs.items():  # on the same samples, whichever its own validation looked at
+        config = replace(run.config, training=replace(run.config.training, validation=count), defaults=Config.defaults)
+        judged = Validation.of(config)
+        losses[name] = judged.losses(run.teacher).numpy()
+    chosen = ", ".join(f"{words} of {name}" if len(judged.chosen) > 1 else words for name, words in judged.chosen.items())
+    section = Section("Flow loss by level", f"The averaged weights (teacher) on validation samples ({chosen}), all "
                       "tokens at one level, noise fixed and the same for all runs; the mean is over the ten levels with equal "
                       "weight.")
     rows = [(name, level, *(values[place] for values in mean_interval(own))) for name, own in losses.items()
@@ -153,13 +154,12 @@ def answers(features: dict, labels: dict, strength: float) -> np.ndarray:
 # %% ../nbs/413_run_sections.ipynb #5bfaae09
 def _class_answers(run: Run, grid: ProbeGrid) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     layer, level, best = grid.best()
-    sets = {split: images_of(run.config.data, split) for split in ("train", "test")}
-    features = {}
-    for split, images in sets.items():
-        x0 = run.patches.patchify(images.images)
+    data, features = labelled(run.config.data), {}
+    for split in ("train", "test"):
+        x0 = run.patches.patchify(data.images[split])
         features[split] = extract(run.teacher, x0, _noise(x0, split), level, (layer,))[layer]
-    found = answers(features, {split: images.labels for split, images in sets.items()}, best.strength)
-    return sets["test"].labels.numpy(), found, sets["test"].names
+    found = answers(features, data.labels, best.strength)
+    return data.labels["test"].numpy(), found, data.names
 
 
 def _noise(x0, split):
@@ -177,6 +177,16 @@ def confusion_part(section: Section, name: str, cell: str, true, found, names, k
     section.table(frame, f"Confusion of {name}", folded=True)
 
 
+def ask_for(section: Section, text: str, command: str, check: Callable, *given) -> None:
+    "Add what is missing and the command that makes it; if `check(*given)` refuses that, add the reason and no command."
+    try:
+        check(*given)
+    except (ValueError, OSError) as error:
+        section.text(f"{command} is refused: {error}.")
+    else:
+        section.missing(text, command)
+
+
 def probe_section(runs: dict[str, Run]) -> Section:
     "Linear probes of the class, as `selfflow probe` left them."
     section = Section("Linear probes of the class", "Logistic regression on standardised features, means over tokens of the "
@@ -186,19 +196,31 @@ def probe_section(runs: dict[str, Run]) -> Section:
         return section.text("This part is of images alone; see the probes of factors.")
     found = {name: read_probes(run) for name, run in runs.items()}
     grids = {name: grid for name, (grid, _) in found.items() if grid is not None}
-    for name in runs.keys() - grids.keys():
-        section.missing(f"No probes of {name} yet; this makes them:", f"selfflow probe {runs[name].path}")
+    for name, run in runs.items():
+        if name not in grids:
+            command = f"selfflow probe {run.quoted}"
+            ask_for(section, f"No probes of {name} yet; this makes them:", command, class_data, run.config.data)
     if not grids:
         return section
     current = {name: grid for name, grid in grids.items() if grid.step == runs[name].state()["step"]}
     for name in [name for name in grids if name not in current]:
         section.missing(f"The probes of {name} are of step {grids[name].step}, not of its newest checkpoint.",
-                        f"selfflow probe {runs[name].path}")
-    baselines = next((base for _, base in found.values() if base is not None), None)
+                        f"selfflow probe {runs[name].quoted}")
+    for name in [name for name, grid in grids.items() if of_first(grid.chosen, runs[name].config.data)]:
+        section.missing(f"The probes of {name} are of an earlier version, which took the first samples, of few classes.",
+                        f"selfflow probe {runs[name].quoted}")
+    chosen = next(iter(grids.values())).chosen
+    for name in [name for name, grid in grids.items() if grid.chosen != chosen]:
+        section.missing(f"The probes of {name} are of other samples than those of {next(iter(grids))} and are not compared.",
+                        f"selfflow probe {runs[name].quoted}")
+        current.pop(name, None)
+    if chosen:
+        section.text(f"Images: {', '.join(f'{split} {words}' for split, words in chosen.items())}.")
+    baselines = next((base for _, base in found.values() if base is not None and base.untrained.chosen == chosen), None)
     section.table(probe_table(grids, baselines), "The chosen cell of each run on test, under what it has to beat.", name="probes")
     groups = {}
     for name, grid in grids.items():
-        groups.setdefault((grid.layers, grid.levels), {})[name] = grid
+        groups.setdefault((grid.layers, grid.levels, *grid.chosen.values()), {})[name] = grid
     for own in groups.values():
         _class_maps(section, own, baselines)
     _class_findings(section, runs, current)

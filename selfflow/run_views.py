@@ -21,7 +21,8 @@ from .disk import step_of
 from .factor_probes import read_factors
 from .follow import Following
 from .intervals import cells_in_words
-from .plots import Picture, draw_curves, draw_images, draw_probe_grids, draw_runs
+from .pages import sheet
+from .plots import draw_curves, draw_probe_grids, draw_runs
 from .probe_plots import draw_score_maps
 from .probing import read_probes
 from .run import Run
@@ -32,7 +33,7 @@ def groups_of(runs: dict[str, Run]) -> list[dict[str, Run]]:
     "Runs on the same data in the same tokens, together, in their order."
     found = {}
     for name, run in runs.items():
-        own = {key: value for key, value in asdict(run.config.data).items() if key not in ("condition", "caption", "encoder")}
+        own = {key: value for key, value in run.trained_on.items() if key not in ("condition", "caption", "encoder")}
         found.setdefault(repr((own, run.data.get("validation"))), {})[name] = run
     return list(found.values())
 
@@ -147,19 +148,12 @@ def samples_of(runs: dict[str, Run]) -> View:
         following.read()
         view.notes += [f"{name}: {problem}" for problem in following.problems]
         if not following.film:
-            view.notes.append(f"{name} has no samples yet: `selfflow sample {run.path}` draws some")
+            view.notes.append(f"{name} has no samples yet: `selfflow sample {run.quoted}` draws some")
             continue
-        step, images, _ = following.film[-1]
-        view.pictures.append(partial(_samples, images, f"{name}, step {step:,}"))
+        step, images, labels = following.film[-1]
+        texts = [run.class_names[label] if label < len(run.class_names) else "" for label in labels.tolist()]
+        view.pictures.append(partial(sheet, images, texts, title=f"{name}, step {step:,}"))
     return view
-
-
-def _samples(images, title: str) -> Picture:
-    high, wide = images.shape[-2:]
-    columns = max(1, min(10, 10 * high // wide))  # what is wide, such as the moments of a film, has more room
-    figure = draw_images(images, columns=columns, size=0.75 * 10 / columns if columns > 5 else 1.5)
-    figure.suptitle(title, fontsize=9)
-    return figure
 
 
 def probes_of(runs: dict[str, Run]) -> View:

@@ -38,6 +38,7 @@ class Ladder:
     by_gap: pd.DataFrame
     sizes: dict[str, int]
     gradient_share: float | None = None
+    word: str = "image"  # what a sample is: image, video, audio or sample; answers are named by it in table and verdict
 
     @property
     def floor(self) -> str:
@@ -55,11 +56,15 @@ class Ladder:
         rows = []
         for name, values in self.cosines.items():
             values = values[~np.isnan(values)]
-            rows.append((name, *map(float, mean_interval(values)), name not in self.free, len(values)))
-        return pd.DataFrame(rows, columns=["answer", "cosine", "low", "high", "knows the image", "samples"])
+            answer = name.replace("image", self.word)
+            rows.append((answer, *map(float, mean_interval(values)), name not in self.free, len(values)))
+        return pd.DataFrame(rows, columns=["answer", "cosine", "low", "high", f"knows the {self.word}", "samples"])
 
     def verdict(self) -> str:
         "In words: what the cosine is made of, and whether the representation loss still teaches anything."
+        return self._verdict().replace("image", self.word)
+
+    def _verdict(self) -> str:
         student, floor = (np.nanmean(self.cosines[name]) for name in ("student", self.floor))
         gain, low, high = self.difference(self.floor, "student")
         said = f"Step {self.step}: the student reaches {student:.3f}; without its image, {self.floor} reaches {floor:.3f}."
@@ -86,7 +91,8 @@ class Ladder:
         return said
 
 # %% ../nbs/335_saturation.ipynb #6c6314d6
-def ladder(fitted: Compared, scored: Compared, bins: int = 8, step: int = 0, gradient_share: float | None = None) -> Ladder:
+def ladder(fitted: Compared, scored: Compared, bins: int = 8, step: int = 0, gradient_share: float | None = None,
+           word: str = "image") -> Ladder:
     """The ladder: mean directions of `fitted` (training images) tried on `scored` (test images), beside the student's answers.
 
     bins: of the level of the teacher's view, with as many training samples each.
@@ -112,7 +118,7 @@ def ladder(fitted: Compared, scored: Compared, bins: int = 8, step: int = 0, gra
     free = (*names[:rungs], *(name for name in cosines if name.startswith("another")))
     return Ladder(step, {name: values.double().numpy() for name, values in cosines.items()}, free,
                   earned.double().numpy(), cosine_by_gap(fitted, scored), {"fitted": len(fitted.tau), "scored": len(scored.tau)},
-                  gradient_share)
+                  gradient_share, word)
 
 # %% ../nbs/335_saturation.ipynb #c5a19c7e
 def saturation(run: Run, fitted: int = 1000, scored: int = 300, bins: int = 8, seed: int = 0, batch: int = 64, data: str = "",
@@ -139,7 +145,9 @@ def saturation(run: Run, fitted: int = 1000, scored: int = 300, bins: int = 8, s
                                known, sources.parts_in(name))
     step, log = run.state()["step"], run.log
     shares = log[log["step"] <= step]["rep_gradient_share"].dropna() if "rep_gradient_share" in log else []
-    return ladder(found["train"], found["test"], bins, step, float(shares.iloc[-1]) if len(shares) else None)
+    signals = list(sources.layouts[name].patches)
+    return ladder(found["train"], found["test"], bins, step, float(shares.iloc[-1]) if len(shares) else None,
+                  signals[0] if len(signals) == 1 else "sample")
 
 
 def _objective(run: Run) -> FeatureObjective:

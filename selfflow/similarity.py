@@ -139,14 +139,14 @@ def self_similarity(features: Tensor, grid: tuple[int, ...], near: int = 1, far:
     """Mean cosine of tokens at most `near` steps apart, and of tokens `far` steps or more apart: (b, 2).
 
     features: (b, n, d); grid: of the n tokens, such as (rows, columns), (moments, rows, columns) or (moments,); steps are
-    counted along the grid's axes; far: default half of the longest way; batch: samples at once. Raises ValueError for a grid
-    that does not fit or has no two such tokens. Source: arXiv 2512.10794, local against distant similarity.
+    counted along the grid's axes; far: default half of the longest way, more than near; batch: samples at once. Raises
+    ValueError for a grid that does not fit or has no two such tokens. Source: arXiv 2512.10794, local against distant similarity.
     """
     if features.ndim != 3 or features.shape[1] != math.prod(grid):
         raise ValueError(f"features have shape {tuple(features.shape)}, expected (b, {math.prod(grid)}, d) for a grid of {grid}")
     places = torch.cartesian_prod(*(torch.arange(float(side)) for side in grid)).reshape(features.shape[1], -1)
     steps = torch.cdist(places, places, p=1)
-    far = math.ceil(steps.max().item() / 2) if far is None else far
+    far = max(near + 1, math.ceil(steps.max().item() / 2)) if far is None else far
     chosen = [(steps > 0) & (steps <= near), steps >= max(far, 1)]
     if not all(pairs.any() for pairs in chosen) or far <= near:
         raise ValueError(f"near {near} and far {far} on a grid of {grid}, whose longest way is {steps.max():g} steps: there must "
@@ -163,11 +163,13 @@ def describe_layers(features: dict[int, Tensor], grid: tuple[int, ...]) -> pd.Da
     """A row for each layer: effective rank, norm, common direction, and local, distant and local - distant similarity.
 
     features: {layer: (b, n, d)}; grid: of the n tokens. Norm and similarities are means; `..., low` and `..., high` are the
-    ends of the 95 % interval over samples of norm and local - distant.
+    ends of the 95 % interval over samples of norm and local - distant. Similarities are NaN where a grid has two tokens or one.
     """
     rows = {}
     for layer, hidden in features.items():
-        local, distant = self_similarity(hidden, grid).double().unbind(1)
+        alone = sum(side - 1 for side in grid) < 2  # no token is distant from another
+        pairs = hidden.new_full((len(hidden), 2), torch.nan) if alone else self_similarity(hidden, grid)
+        local, distant = pairs.double().unbind(1)
         row = {"effective rank": effective_rank(hidden).item(), "common direction": constant_cosine(hidden.float()).item(),
                "local": local.mean().item(), "distant": distant.mean().item()}
         for name, values in {"norm": hidden.norm(dim=-1).mean(1).double(), "local - distant": local - distant}.items():

@@ -69,15 +69,15 @@ def draw_layers(tables: dict, measures: tuple[str, ...] = MEASURES) -> Picture:
 # %% ../nbs/402_similarity_plots.ipynb #39f75bab
 def draw_ladder(table, title: str = "") -> Picture:
     "The answers of `saturation.Ladder.table()` with their intervals; the dashed line is the best of those without the image."
+    knowing = table.filter(like="knows the").iloc[:, 0].astype(bool)
     figure = Picture(figsize=(6.2, 0.27 * len(table) + 0.9), layout="constrained")
     axis = figure.subplots()
-    for place, (_, row) in enumerate(table.iterrows()):
-        knows = bool(row["knows the image"])
+    for place, ((_, row), knows) in enumerate(zip(table.iterrows(), knowing, strict=True)):
         colour = COLOURS[0] if knows else COLOURS[1]
         axis.plot([row["low"], row["high"]], [place] * 2, color=colour, linewidth=1.4)
         axis.plot(row["cosine"], place, "o", color=colour, markersize=5, markerfacecolor=colour if knows else "white")
         axis.annotate(f"{row['cosine']:.3f}", (row["high"], place), (5, 0), textcoords="offset points", va="center", fontsize=7.5)
-    axis.axvline(table.loc[~table["knows the image"], "cosine"].max(), color=COLOURS[4], linewidth=0.9, linestyle="--")
+    axis.axvline(table.loc[~knowing, "cosine"].max(), color=COLOURS[4], linewidth=0.9, linestyle="--")
     axis.set(yticks=range(len(table)), yticklabels=table["answer"], xlabel="cosine with the teacher's features", title=title)
     axis.set_xlim(right=min(1.0, table["high"].max()) + 0.09 * (min(1.0, table["high"].max()) - table["low"].min()))
     axis.invert_yaxis()

@@ -21,7 +21,7 @@ from .audio import LogMel, Mdct
 from .choices import choose
 from .config import STORED, DataConfig, hop_of
 from .folders import Folder, HuggingFace
-from .images import DataSet, Examples, ImageSet, caption_text, digits
+from .images import DataSet, Examples, ImageSet, caption_text, digits, subset
 from .latents import Latents
 from .modality import ImagePatches, Layout, Part, VideoPatches
 from .motion import Motion
@@ -34,9 +34,6 @@ from .texts import Bytes, open_encoder
 # %% ../nbs/210_sources.ipynb #12958334
 CODECS = {"mel": lambda samples, rate: LogMel(samples, rate, hop=hop_of(rate), window=4 * hop_of(rate)),
           "mdct": lambda samples, rate: Mdct(samples, rate, bins=hop_of(rate), power=0.5)}  # else too uneven to be learned
-
-
-
 
 # %% ../nbs/210_sources.ipynb #810b12ea
 def _place(config: DataConfig) -> str:
@@ -73,14 +70,14 @@ def load(name: str, split: str = "train", **options) -> DataSet:
 
 
 def images_of(config: DataConfig | str, split: str = "train", most: int = 2000) -> ImageSet:
-    "The first images of a data set of images, all where there are fewer than `most`. Raises ValueError for other signals."
+    "Images of a data set of images, all or as many as `most`, chosen by `subset`. Raises ValueError for other signals."
     config = DataConfig(config) if isinstance(config, str) else config
     data = DATASETS[config.name](config, split) if config.name in DATASETS else None
     if data is None or set(data.shapes) != {"image"}:
         raise ValueError(f"{config.name} are no images, which is what is looked at here")
     if isinstance(data, ImageSet) and len(data) <= most:
         return data
-    examples = data.take(torch.arange(min(len(data), most)))
+    examples = data.take(subset(data, most))
     return ImageSet(examples.signals["image"], examples.labels, tuple(data.names))
 
 # %% ../nbs/210_sources.ipynb #c644014b

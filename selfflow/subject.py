@@ -19,6 +19,7 @@ from .alignment import constant_cosine, flow_error
 from .boards import Board
 from .choices import choose
 from .flow import Density, interpolate, keyed
+from .images import subset
 from .method import build_objective
 from .modality import Places
 from .objective import SelfFlow
@@ -109,12 +110,12 @@ class Subject:
         self.run, self.name = run, choose(data or run.config.data.names[0], run.config.data.names, "data set")
         self.layout, self.parts = sources.layouts[self.name], sources.parts_in(self.name)
         self.board = Board(self.layout)
-        count = min(count, len(sources.data[self.name]))
-        self.x0, condition = sources.take(self.name, torch.arange(count))
+        indices = subset(sources.data[self.name], count)
+        self.x0, condition = sources.take(self.name, indices)
         self.condition = condition if run.transformer.classes or run.transformer.caption else None
         self.widths = Places.of(self.layout.parts).widths
         self.grid = run.transformer.grid if not run.transformer.parts else None
-        self.spread = (self.x0.var(0).sum(-1) / self.widths).mean().item() if count > 1 else 1.0
+        self.spread = (self.x0.var(0).sum(-1) / self.widths).mean().item() if len(indices) > 1 else 1.0
         self.student, self.teacher = run.model.to("cpu"), run.teacher.to("cpu")
         head = build_objective(run.config.objective, run.transformer, 1, sources.sequences, run.config.data.weight_of)
         self.head = head.eval().requires_grad_(False) if isinstance(head, SelfFlow) else None

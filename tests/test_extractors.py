@@ -13,6 +13,7 @@ from selfflow.config import Config, DataConfig
 from selfflow.distances import frechet
 from selfflow.extractors import Extractor, built_in, inception, judge_extractor, open_extractor, penultimate
 from selfflow.factors import HEADS
+from selfflow.images import subset
 from selfflow.judge import judge_for
 from selfflow.run import Run
 from selfflow.sample_metrics import run_metrics
@@ -184,7 +185,7 @@ def stand_in(path, name, condition, spoiled=0):
     source = DATASETS[name](DataConfig(name), "validation")
 
     def draw(told, **options):
-        signals = {key: values.clone() for key, values in source.take(torch.arange(len(told))).signals.items()}
+        signals = {key: values.clone() for key, values in source.take(subset(source, len(told))).signals.items()}
         for values in signals.values():
             values[:spoiled] = torch.randn(values[:spoiled].shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
         return signals["image"] if set(signals) == {"image"} else signals

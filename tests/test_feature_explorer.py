@@ -14,7 +14,8 @@ from sklearn.preprocessing import StandardScaler
 from selfflow import feature_explorer
 from selfflow.config import Config, DataConfig, ModelConfig, TrainConfig
 from selfflow.feature_explorer import FeatureMap, explore_features, item_previews, say_near, shown
-from selfflow.feature_maps import Asked, MapsCost, Opened, draw_maps, known_factors
+from selfflow.factors import known_factors
+from selfflow.feature_maps import Asked, MapsCost, Opened, draw_maps
 from selfflow.features import FeatureStore, Items, extract
 from selfflow.neighbours import aligned, nearest, sharing, standardised, turned
 from selfflow.projection import project
@@ -97,7 +98,7 @@ def test_a_second_opening_reads_and_other_questions_do_not(run, tmp_path, capsys
     store = FeatureStore(tmp_path)
     first = Opened(run, Asked(**FEW), store)
     assert first.cost.features.passes == 2 and first.cost.planes == {"PCA": 4} and "4 by PCA" in str(first.cost)
-    both = MapsCost(first.cost.features, {"UMAP": 24, "PCA": 24}, 0, 400)
+    both = MapsCost(first.cost.features, {"UMAP": 24, "PCA": 24}, 0, 400, "400 of 1,000, at random")
     assert "24 by UMAP, 24 by PCA" in str(both) and "UMAP about 22 s" in str(both)
     told = []
     atlas = first.atlas(lambda *step: told.append(step))

@@ -13,8 +13,8 @@ from selfflow.features import extract
 from selfflow.flow import keyed
 from selfflow.images import SPLITS, digits
 from selfflow.intervals import paired_difference, proportion_interval
-from selfflow.probing import (ProbeGrid, linear_probe, majority_accuracy, probe_baselines, probe_grid, probe_pixels, probe_run,
-                              probe_table, read_probes, untrained_network)
+from selfflow.probing import (ProbeGrid, labelled, linear_probe, majority_accuracy, probe_baselines, probe_grid, probe_pixels,
+                              probe_run, probe_table, read_probes, untrained_network)
 from selfflow.run import Run
 from selfflow.schedule import NoiseLevels
 from selfflow.state import start_state
@@ -160,8 +160,8 @@ def test_probing_is_repeatable_and_sees_noise(runs):
 
 
 def test_baselines():
-    assert majority_accuracy("digits") == pytest.approx(0.1, abs=0.01)
-    assert probe_pixels("digits").accuracy > 0.93
+    assert majority_accuracy(labelled("digits")) == pytest.approx(0.1, abs=0.01)
+    assert probe_pixels(labelled("digits")).accuracy > 0.93
 
 
 def test_the_judge_is_chosen_on_validation(monkeypatch):

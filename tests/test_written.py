@@ -1,6 +1,7 @@
 """What was asked for is what is written, seen and heard."""
 import json
 import wave
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,15 @@ from safetensors import safe_open
 
 from selfflow.cli import main
 from selfflow.config import Config, DataConfig, ModelConfig, TrainConfig
+from selfflow.dashboard import draw_film
+from selfflow.features import Items
+from selfflow.notes import PITCHES, note_name
 from selfflow.report import to_draw, write_samples
-from selfflow.sources import class_number
+from selfflow.run import Run
+from selfflow.sample_sections import plane_colours
+from selfflow.saturation import saturation
+from selfflow.similarity_plots import draw_ladder
+from selfflow.sources import Sources, class_number
 from selfflow.training import train
 
 TINY = {"model": ModelConfig(width=32, depth=2, heads=2), "training": TrainConfig(steps=2, batch=8, validation=4, sample_every=0)}
@@ -91,3 +99,35 @@ def test_videos_and_captions_are_laid_out_as_asked(runs):
     _, file = write_samples(runs["told"], ["a red star"] * 2 + ["a blue disk"] * 2, steps=1)
     with safe_open(file, "pt") as stored:
         assert json.loads(stored.metadata()["asked"]) == ["a red star"] * 2 + ["a blue disk"] * 2
+
+
+# names, not numbers
+
+def test_points_are_coloured_by_names_and_the_rarest_of_many_classes_are_joined():
+    class Data:
+        names = tuple(f"class {i}" for i in range(40))
+
+    def items(labels, name="folder"):
+        return SimpleNamespace(factors={"class": torch.tensor(labels)}, data=Data(), name=name)
+    factor, values = plane_colours(items([0, 14, 3, 14]))
+    assert factor == "class" and values.tolist() == ["class 0", "class 14", "class 3", "class 14"]
+    factor, values = plane_colours(items([*range(40), *range(27)]))
+    assert len(set(values)) == 28 and (values == "13 others").sum() == 13 and values[0] == "class 0"
+    factor, values = plane_colours(Items(Sources(DataConfig("notes"), "test"), count=30))
+    assert factor == "pitch" and set(values) <= set(map(note_name, PITCHES))
+    moved = SimpleNamespace(factors={"speed": torch.tensor([0.5, 0.1])}, data=Data(), name="folder")
+    assert plane_colours(moved)[1].tolist() == pytest.approx([0.5, 0.1]), "a number stays one"
+
+
+def test_the_film_strip_has_names_below(runs, tmp_path):
+    film = [(2, torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 2]))]
+    axis, = draw_film(film, names=("T-shirt", "a very long name of a class")).axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["T-shirt", "a very long\nname of a...", "2"]
+    run = Run.open(runs["notes"].path, "cpu")
+    assert run.class_names[:2] == ("C4", "C#4") and Run.open(runs["told"].path, "cpu").class_names == ()
+
+
+def test_a_sound_is_not_called_an_image(runs):
+    found = saturation(runs["notes"], 8, 8)
+    assert "image" not in found.verdict() and found.table()["answer"].str.contains("another audio").any()
+    assert "knows the audio" in found.table() and len(draw_ladder(found.table()).axes) == 1

@@ -1,0 +1,337 @@
+"""Kinds of data x everything a user can do, for test_matrix_images and test_matrix_signals: each kind is trained once."""
+import csv
+import functools
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import nbformat
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import wavfile
+
+from selfflow import factor_probes, features, probing, report, representation_sections, sample_sections
+from selfflow.asymmetry import explore as explore_asymmetry
+from selfflow.attention_explorer import explore_attention
+from selfflow.autoencoder import Haar
+from selfflow.batches import Validation
+from selfflow.cli import main
+from selfflow.feature_explorer import explore_features, item_previews
+from selfflow.features import items_of
+from selfflow.folders import Folder
+from selfflow.latents import encode_latents
+from selfflow.map_explorer import explore_map
+from selfflow.paths import SideBySide
+from selfflow.playground import explore as explore_sampling
+from selfflow.probe_process import Probing
+from selfflow.projection import project, run_features
+from selfflow.run import Run
+from selfflow.subject import Subject
+from selfflow.transformer import Transformer
+from selfflow.workbench import TOOLS, Chosen
+
+NOTEBOOKS = Path(__file__).parent.parent / "nbs/studies"
+CLASSES = ("circle", "square", "star")
+SIZES = {"train": 12, "validation": 6, "test": 6}  # of a class
+
+# data: classes lie one after the other, as they do in folders
+
+
+def _picture(path: Path, label: int, number: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng((label, number)).integers(0, 60, (16, 16, 3), np.uint8)
+    pixels[2 + 4 * label: 6 + 4 * label, 2:14] += 150
+    Image.fromarray(pixels).save(path)
+
+
+def _video(path: Path, label: int, number: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = [Image.new("L", (16, 16), 20 * number % 100 + (frame * label * 10) % 100) for frame in range(8)]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
+
+
+def _sound(path: Path, label: int, number: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    times = np.arange(8_192) / 8_000
+    wavfile.write(path, 8_000, (0.3 * np.sin(2 * np.pi * 200 * 2**label * times + number)).astype(np.float32))
+
+
+def _folder(root: Path, *writers: tuple[Callable, str], classes=CLASSES) -> None:
+    for split, count in SIZES.items():
+        for label, name in enumerate(classes or [""] * 3):
+            for number in range(count):
+                for write, suffix in writers:
+                    write(root / split / name / f"{label}{number:02d}{suffix}", label, number)
+
+
+def _table(root: Path, *columns: str) -> None:
+    _folder(root, (_picture, ".png"), classes=())
+    for split, count in SIZES.items():
+        with (root / split / "metadata.csv").open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(("file_name", *columns))
+            for label, name in enumerate(CLASSES):
+                values = {"label": name, "caption": f"a bright {name}"}
+                rows.writerows((f"{label}{number:02d}.png", *(values[column] for column in columns)) for number in range(count))
+
+
+def _huggingface(root: Path) -> None:
+    _folder(root / "files", (_picture, ".png"))
+    found = datasets.Features({"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+                               "label": datasets.ClassLabel(names=list(CLASSES))})
+    parts = {}
+    for split in SIZES:
+        files = sorted((root / "files" / split).rglob("*.png"))
+        rows = [{"image": {"bytes": file.read_bytes(), "path": None}, "label": CLASSES.index(file.parent.name)} for file in files]
+        parts[split] = datasets.Dataset.from_list(rows, features=found)
+    datasets.disable_progress_bars()
+    datasets.DatasetDict(parts).save_to_disk(str(root / "saved"))
+
+
+def _latents(root: Path) -> None:
+    _folder(root / "files", (_picture, ".png"))
+    for split in SIZES:
+        encode_latents(Folder(root / "files", size=16, split=split), Haar(), root / "latents", split, bar=False)
+
+
+# kinds: what is written, and the options of `selfflow train`
+
+FILES, FILMS = {"patch": 8, "size": 16}, {"patch": 8, "size": 16, "frames": 8}
+
+
+@dataclass(frozen=True)
+class Kind:
+    "write: makes the data in a folder; path: of the data in it; data: options; refused: {cell: the reason, a part of it}."
+    write: Callable | None
+    data: dict
+    path: str = ""
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+NO_CLASS = {"probe": "a probe needs two", "probe factors": "nothing to probe for", "probe notebook": "nothing to probe for"}
+NO_JUDGE = {"metrics": "need an extractor"}
+SIGNAL = {"probe": "probed for images alone"}
+IMAGES = {
+    "digits": Kind(None, {"name": "digits"}),
+    "digits, no condition": Kind(None, {"name": "digits", "condition": "none"}),
+    "shapes": Kind(None, {"name": "shapes", "patch": 8}),
+    "shapes, captions": Kind(None, {"name": "shapes", "patch": 8, "condition": "caption", "caption": 32}),
+    "folder": Kind(lambda root: _folder(root, (_picture, ".png")), {"name": "folder", **FILES}, refused=NO_JUDGE),
+    "folder, no classes": Kind(lambda root: _folder(root, (_picture, ".png"), classes=()),
+                               {"name": "folder", "condition": "none", **FILES}, refused=NO_CLASS | NO_JUDGE),
+    "folder, one class": Kind(lambda root: _folder(root, (_picture, ".png"), classes=("only",)),
+                              {"name": "folder", **FILES}, refused=NO_CLASS | NO_JUDGE),
+    "table, captions": Kind(lambda root: _table(root, "label", "caption"),
+                            {"name": "folder", "condition": "caption", "caption": 24, **FILES}, refused=NO_JUDGE),
+    "table, captions alone": Kind(lambda root: _table(root, "caption"), {
+        "name": "folder", "condition": "caption", "caption": 24, **FILES}, refused=NO_CLASS | NO_JUDGE),
+    "Hugging Face": Kind(_huggingface, {"name": "huggingface", **FILES}, "saved", refused=NO_JUDGE),
+    "latents": Kind(_latents, {"name": "latents", "patch": 4}, "latents", {"metrics": "a run of latents draws latents"}),
+}
+SIGNALS = {
+    "motion": Kind(None, {"name": "motion", "patch": 8, "span": 4}, refused=SIGNAL),
+    "notes": Kind(None, {"name": "notes", "columns": 8}, refused=SIGNAL),
+    "scenes": Kind(None, {"name": "scenes", "patch": 16, "span": 4, "columns": 8}, refused=SIGNAL),
+    "sounds": Kind(lambda root: _folder(root, (_sound, ".wav")), {"name": "folder", "signals": "audio", "columns": 1},
+                   refused=SIGNAL | NO_JUDGE),
+    "videos": Kind(lambda root: _folder(root, (_video, ".gif")), {"name": "folder", "signals": "video", **FILMS},
+                   refused=SIGNAL | NO_JUDGE),
+    "pairs": Kind(lambda root: _folder(root, (_video, ".gif"), (_sound, ".wav")),
+                  {"name": "folder", "signals": "video+audio", "columns": 1, **FILMS}, refused=SIGNAL | NO_JUDGE),
+    "pairs, no classes": Kind(lambda root: _folder(root, (_video, ".gif"), (_sound, ".wav"), classes=()), {
+        "name": "folder", "condition": "none", "signals": "video+audio", "columns": 1, **FILMS},
+        refused=SIGNAL | NO_JUDGE | {name: NO_CLASS[name] for name in ("probe factors", "probe notebook")}),
+}
+TRAINING = {"steps": 8, "batch": 8, "log_every": 1, "validate_every": 4, "save_every": 4, "validation": 12, "keep_last": 9,
+            "sample_every": 8}
+MODEL = {"width": 16, "depth": 3, "heads": 1}
+
+
+def trained(kind: Kind, folder: Path) -> Path:
+    "The folder of a run of this kind, trained from the command line."
+    data = dict(kind.data)
+    if kind.write:
+        kind.write(folder / "data")
+        data["path"] = str(folder / "data" / kind.path)
+    options = [("--name", "run")] + [(f"--data.{name}", str(value)) for name, value in data.items()]
+    options += [(f"--model.{name}", str(value)) for name, value in MODEL.items()]
+    options += [(f"--training.{name.replace('_', '-')}", str(value)) for name, value in TRAINING.items()]
+    main(["train", *(part for option in options for part in option), "--folder", str(folder / "runs"), "--device", "cpu"])
+    return folder / "runs/run"
+
+
+def at_small_cost(patch: pytest.MonkeyPatch) -> None:
+    "Fewer samples, levels and steps where a command has no option for it."
+    few = {"train": 24, "validation": 12, "test": 12}
+    patch.setattr(probing, "MOST", 24)
+    for split, count in few.items():
+        patch.setitem(factor_probes.COUNTS, split, count)
+    weak = {"strengths": (0.1,)}
+    for name, module, options in (("probe_run", probing, weak), ("probe_baselines", probing, weak),
+                                  ("probe_factors", factor_probes, {"layers": (1, 3)})):
+        small = functools.partial(getattr(module, name), levels=(0.0, 0.5), **options)
+        for place in (module, report):
+            patch.setattr(place, name, small)
+    patch.setattr(report, "run_metrics", functools.partial(report.run_metrics, count=12, steps=2, resamples=2))
+    write = report.write_samples
+    patch.setattr(report, "write_samples", lambda run, asked, steps=2, *rest, **named: write(run, asked, steps, *rest, **named))
+    patch.setattr(representation_sections, "FITTED", 24)
+    patch.setattr(representation_sections, "SCORED", 12)
+    patch.setattr(sample_sections, "METHOD", "PCA")
+    few_items = lambda run, split="test", count=12, *rest: features.items_of(run, split, min(count or 12, 12), *rest)  # noqa: E731
+    patch.setattr(representation_sections, "items_of", few_items)
+
+
+# cells: what is done with a run
+
+
+def _command(*arguments) -> None:
+    main([str(argument) for argument in arguments] + (["--device", "cpu"] if arguments[0] != "runs" else []))
+
+
+def _resume(run: Path, place: Path) -> None:
+    shutil.copytree(run, place / "again")
+    shutil.rmtree(place / "again/checkpoints/step-00000008")
+    _command("train", "--config", place / "again/config.json")
+    logs = [Run.open(path, "cpu").log.set_index("step")["total"] for path in (run, place / "again")]
+    assert logs[1].tolist() == pytest.approx(logs[0].tolist(), rel=1e-5)
+
+
+def _report(run: Path, place: Path) -> None:
+    _command("report", run, "--full", "--output", place / "report.html")
+    page = (place / "report.html").read_text()
+    assert "could not be made" not in page, page[page.index("could not be made") - 200:][:600]
+    assert "this makes them" not in page, "what can be made was made, and what cannot is not recommended"
+
+
+def _explorer(made) -> None:
+    made.strip({}, width=400, only=tuple(made.pictures) or ("views",))
+
+
+def _asymmetry(run: Path, place: Path) -> None:
+    _explorer(explore_asymmetry(Subject(Run.open(run, "cpu")), t=0.9, s=0.2))
+
+
+def _attention(run: Path, place: Path) -> None:
+    _explorer(explore_attention(Run.open(run, "cpu")))
+
+
+def _sampling(run: Path, place: Path) -> None:
+    _explorer(explore_sampling(SideBySide({"run": Run.open(run, "cpu")}), steps=2))
+
+
+def _features(run: Path, place: Path) -> None:
+    found = explore_features(Run.open(run, "cpu"), place, layers=(1, 2), levels=(0.0,), count=12, methods=("PCA",))
+    found.wait(120).seek_near(3)
+
+
+def _map(run: Path, place: Path) -> None:
+    opened = Run.open(run, "cpu")
+    found, _ = run_features(opened, (2,), 0.5, 12)
+    items = items_of(opened, "test", 12)
+    previews, captions = item_previews(items)
+    factors = {name: values.numpy() for name, values in items.factors.items() if values.ndim == 1}
+    explore_map(project(found[2], "PCA", 3), previews, factors, captions=captions)
+
+
+def _workbench(run: Path, place: Path) -> None:
+    chosen = Chosen(run.parent, run, {"run": run})
+    for tool in TOOLS:
+        if tool.title in ("Training", "Runs"):
+            tool.open(chosen)
+
+
+def _probe_panel(run: Path, place: Path) -> None:
+    Probing.cost({"run": Run.open(run, "cpu")})
+
+
+def _notebook(name: str, run: Path, path: str, **changes) -> None:
+    "Execute the code of a companion notebook on a run; changes: lines that are replaced."
+    cells = [cell.source for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells if cell.cell_type == "code"]
+    source = "\n".join(cells)
+    for old, new in {path: repr(str(run)), **changes}.items():
+        assert old in source, f"{name} has no {old!r} any more"
+        source = source.replace(old, new)
+    exec(compile(source, f"{name}.ipynb", "exec"), {"__name__": "__main__"})
+
+
+def _asymmetry_notebook(run: Path, place: Path) -> None:
+    _notebook("asymmetry", run, '"../../runs/shapes-self_flow"', **{"samples = 8 if tiny else 96": "samples = 8"})
+
+
+def _probe_notebook(run: Path, place: Path) -> None:
+    shutil.copytree(run, place / "other")
+    _notebook("probe", run, '"../../runs/shapes-self_flow"', **{
+        '"../../runs/shapes-flow_matching"': repr(str(place / "other")),
+        '"../../data/cache/features"': repr(str(place / "store")),
+        "tiny = bool(os.environ.get(\"IN_TEST\"))": "tiny = True", "there = not tiny and all": "there = all",
+        '"../../data/results/probe.json"': repr(str(place / "probe.json"))})
+
+
+CELLS: dict[str, Callable[[Path, Path], None]] = {
+    "resume": _resume,
+    "sample": lambda run, place: _command("sample", run, "--each", 1, "--steps", 2),
+    "probe": lambda run, place: _command("probe", run),
+    "probe factors": lambda run, place: _command("probe", run, "--factors", "--samples", 24),
+    "metrics": lambda run, place: _command("metrics", run, "--count", 12, "--steps", 2, "--resamples", 2),
+    "report": _report,
+    "runs": lambda run, place: _command("runs", run.parent, "--output", place / "runs.png"),
+    "asymmetry": _asymmetry, "attention": _attention, "sampling": _sampling, "features": _features, "map": _map,
+    "workbench": _workbench, "probe panel": _probe_panel,
+    "asymmetry notebook": _asymmetry_notebook, "probe notebook": _probe_notebook,
+}
+COMMANDS = ("sample", "probe", "probe factors", "metrics", "report", "runs")
+
+
+def contents(run: Path) -> dict[str, float]:
+    "All files of a run and when they were written."
+    return {str(path): path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+
+
+def check(kind: Kind, cell: str, run: Path, place: Path, capsys) -> None:
+    "A cell works, or is refused in one line before any work: no model is asked anything and no file is written."
+    reason = kind.refused.get(cell)
+    if reason is None:
+        CELLS[cell](run, place)
+        out = capsys.readouterr().out
+        if cell == "probe" and kind.write:
+            assert "24 of 36, balanced" in out and "test 18" not in out, out
+        return
+    before = contents(run)
+    with pytest.MonkeyPatch.context() as patch:
+        def asked(*rest, **named):
+            raise AssertionError("work was done before it was refused")
+        patch.setattr(Transformer, "forward", asked)
+        if cell in COMMANDS:
+            with pytest.raises(SystemExit) as ended:
+                CELLS[cell](run, place)
+            assert ended.value.code == 2
+            said = capsys.readouterr().err.strip().splitlines()
+            said = [line for line in said if line.startswith("selfflow: ")]
+        else:
+            with pytest.raises(ValueError) as ended:
+                CELLS[cell](run, place)
+            said = str(ended.value).splitlines()
+    assert len(said) == 1 and reason in said[0], said
+    assert contents(run) == before
+
+
+def check_choice(kind: Kind, run: Path) -> None:
+    "Every part that is taken of stored data has as many of each class: validation, items and explorers."
+    opened = Run.open(run, "cpu")
+    assert opened.state()["step"] == 8 and len(opened.log) == 8
+    if not kind.write:
+        return
+    judged = Validation.of(opened.config)
+    assert judged.chosen[opened.config.data.name].startswith("12 of 18")
+    labels = items_of(opened, "test", 9).examples(torch.arange(9)).labels
+    alike = len(opened.sources.data[opened.config.data.name].names) < 2
+    assert alike or labels.bincount().tolist() == [3, 3, 3]
+    conditions = judged.data[opened.config.data.name][1]
+    if opened.config.data.condition == "class" and not alike:
+        assert conditions.bincount().tolist() == [4, 4, 4]
+        assert Subject(opened, count=6).condition.bincount().tolist() == [2, 2, 2]

@@ -1,0 +1,23 @@
+"""Everything a user can do with runs of video, audio and both; see matrix.py."""
+import pytest
+from matrix import CELLS, SIGNALS, at_small_cost, check, check_choice, trained
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory):
+    "From the name of a kind to the folder of its run, trained once."
+    known = {}
+    with pytest.MonkeyPatch.context() as patch:
+        at_small_cost(patch)
+        yield lambda kind: known[kind] if kind in known else known.setdefault(
+            kind, trained(SIGNALS[kind], tmp_path_factory.mktemp(kind.replace(" ", "-").replace(",", ""))))
+
+
+@pytest.mark.parametrize("cell", ["train", *CELLS])
+@pytest.mark.parametrize("kind", SIGNALS)
+def test_it_works_or_is_refused_before_any_work(kind, cell, run_of, tmp_path, capsys):
+    run = run_of(kind)
+    if cell == "train":
+        check_choice(SIGNALS[kind], run)
+    else:
+        check(SIGNALS[kind], cell, run, tmp_path, capsys)
