@@ -102,10 +102,10 @@ def check_checkpoint(path: Path, contents: bool = True) -> str | None:
     return None
 
 # %% ../nbs/230_checkpoint.ipynb #1db7dee2
-def problem_of(path: Path) -> str | None:
-    "What is wrong with the checkpoint of the step that its name says, in words; None when it can be gone on from."
+def problem_of(path: Path, contents: bool = True) -> str | None:
+    "The problem, in words, of the checkpoint of the step that its name says; None when it is whole. contents: as above."
     try:
-        problem = check_checkpoint(path)
+        problem = check_checkpoint(path, contents)
         if problem is None and (step := read_state(path)["step"]) != step_of(path):
             return f"its state.json is of step {step}: the folder was renamed or copied"
         return problem
@@ -127,7 +127,7 @@ def prune(folder: Path, last: int, every: int = 0, known: set[Path] | None = Non
     if len(paths) <= last:
         return  # nothing is read when nothing can go
     for path in reversed(paths):
-        if (check_checkpoint(path, contents=False) if path in known else problem_of(path)) is None:
+        if problem_of(path, contents=path not in known) is None:
             known.add(path)
             whole.append(path)
             if len(whole) == last:
