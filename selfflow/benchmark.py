@@ -6,9 +6,10 @@
 __all__ = ['count_flops', 'peak_memory', 'Case', 'contenders', 'make_student', 'ceiling', 'measure', 'bench_table', 'bench']
 
 # %% ../nbs/340_benchmark.ipynb #232e0d0f
+import os
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm.auto import tqdm
 
-from .checkpoint import write_json
 from .choices import SIZES
+from .disk import check_writable, write_json
 from .flow import keyed
 from .objective import FlowMatching, SelfFlow, make_teacher, update_ema
 from .published import PerTokenTransformer, PublishedSelfFlow
@@ -51,6 +52,19 @@ def count_flops(function: Callable) -> int:
     return counter.get_total_flops()
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    "No lines on standard error, which the profiler writes past sys.stderr."
+    before = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+
+
 def peak_memory(function: Callable, device: torch.device) -> int:
     "Bytes that one call has allocated at its worst moment, beyond those that were allocated before it."
     if device.type == "cuda":
@@ -58,7 +72,7 @@ def peak_memory(function: Callable, device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+    with _silent(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
         function()
     held = peak = 0
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -234,7 +248,7 @@ def bench(cases: list[Case], path: Path | str, rounds: int = 5, device: str = "a
     if not cases:
         raise ValueError("no case to measure: name at least one size and one precision")
     records, path = [], Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path)
     for case in cases:
         records.append(measure(case, rounds, device))
         write_json(path, records)

@@ -64,8 +64,8 @@ def train(config: Annotated[Config, tyro.conf.arg(name="")],
         run = train_run(config, folder, device, read_features(features) if features else None, workers, track)
     if int(os.environ.get("RANK", 0)):
         return  # one of several processes that a launcher has started: the first speaks
-    if run.state()["step"] < config.training.steps:
-        return  # stopped as somebody asked, which was said
+    if processes > 1 or run.state()["step"] < config.training.steps:
+        return  # the first of the processes has said it, or it was stopped as somebody asked, which was said
     losses = run.log["validation_flow_loss"].dropna() if "validation_flow_loss" in run.log else ()
     print(f"{run.path} is trained: {run.state()['step']} steps"
           + (f", validation flow loss {losses.iloc[-1]:.4f}. " if len(losses) else ". ") +
@@ -87,6 +87,7 @@ def runs(folder: tyro.conf.Positional[Path] = Path("runs"), names: tuple[str, ..
     """
     from selfflow.checkpoint import find_runs
     from selfflow.comparison import AGAINST, fit_table, run_curves, runs_table
+    from selfflow.disk import write_files
     from selfflow.plots import draw_runs, to_png
     found = find_runs(folder)
     chosen = {name: found[choose(name, found, f"run in {folder}")] for name in names} or found
@@ -97,7 +98,7 @@ def runs(folder: tyro.conf.Positional[Path] = Path("runs"), names: tuple[str, ..
         curves = run_curves(whole, measure, against or "steps")
         label, units = AGAINST[against or "steps"]
         output = output or folder / "comparison.png"
-        output.write_bytes(to_png(draw_runs(curves, label, measure.replace("_", " "), units), dpi=150))
+        write_files({output: to_png(draw_runs(curves, label, measure.replace("_", " "), units), dpi=150)})
         absent = [name for name in chosen if name not in curves]
         print(f"the picture is {output}" + (f"; it has no curve of {', '.join(absent)}" if absent else ""))
 
@@ -162,9 +163,11 @@ def probe(run: tyro.conf.Positional[Path], factors: bool = False, field: bool = 
         features: With factors, the folder to keep features in, by default that of the run.
         device: auto (a GPU where there is one), cpu, cuda, ...
     """
+    from selfflow.disk import check_writable
     from selfflow.probing import probe_baselines, probe_run, probe_table
     from selfflow.run import Run
     opened = Run.open(run, device)
+    check_writable(run / "probe.json")
     if factors:
         counts = {"train": samples, "validation": samples // 4, "test": samples // 2}
         _probe_factors(opened, field, weights=weights, data=data, counts=counts, part=part, store=features)
@@ -209,10 +212,12 @@ def metrics(run: tyro.conf.Positional[Path], count: int = 500, steps: int = 25, 
         resamples: Halves that the intervals are from; 0 gives none.
         device: auto (a GPU where there is one), cpu, cuda, ...
     """
+    from selfflow.disk import check_writable
     from selfflow.extractors import open_extractor
     from selfflow.run import Run
     from selfflow.sample_metrics import run_metrics
     opened = Run.open(run, device)
+    check_writable(run / "metrics.json")
     features = open_extractor(extractor, device=opened.device) if extractor else None
     print(run_metrics(opened, count, steps, cfg_scale, seed, data, features, resamples=resamples, shift=shift))
     print(f"All of it: {run}/metrics{'-' * bool(data)}{data}.json")
@@ -255,6 +260,7 @@ def report(runs: tyro.conf.Positional[tuple[Path, ...]], output: Path | None = N
     """
     if not runs:
         raise ValueError("name at least one run folder")
+    from selfflow.disk import check_writable
     from selfflow.document import printer, write_pdf
     from selfflow.report import make_missing, run_report
     from selfflow.run import Run
@@ -263,9 +269,11 @@ def report(runs: tyro.conf.Positional[tuple[Path, ...]], output: Path | None = N
     names = [path.name for path in runs]
     shown = [str(path) if names.count(path.name) > 1 else path.name for path in runs]
     opened = {name: Run.open(path, device) for name, path in zip(shown, runs, strict=True)}
+    output = output or runs[0] / "report.html"
+    check_writable(output)
     if full:
         make_missing(opened)
-    page = run_report(opened).write(output or runs[0] / "report.html")
+    page = run_report(opened).write(output)
     print(f"the report is {page}; its tables as CSV and all numbers are in {page.with_name(page.stem + '_files')}")
     if pdf:
         print(f"printed: {write_pdf(page)}")
@@ -296,18 +304,30 @@ def app(folder: Path = Path("runs"), port: int = 8866, browser: bool = True) -> 
     serve(folder, port, browser)
 
 # %% ../nbs/490_cli.ipynb #fd50ede9
+def _leave_if_nobody_reads(wrote: bool = False) -> None:
+    "End without a word if standard output was closed, as `| head` does; with the status that a shell expects, 128 + SIGPIPE."
+    # wrote: what could not be written may be gone from the buffer, so one more line is tried
+    try:
+        print(end="\n" * wrote, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        raise SystemExit(141) from None
+
+
 def main(args: list[str] | None = None) -> None:
     """The `selfflow` command. Exit status: 0; 2 for input that cannot be used; 130 when interrupted, 143 when terminated.
 
     With SELFFLOW_TRACEBACK=1 in the environment errors show where they come from.
     """
     args = sys.argv[1:] if args is None else args
-    if args == ["--version"]:
-        return print(f"selfflow {__version__}")
     try:
+        if args == ["--version"]:
+            return print(f"selfflow {__version__}")
         starts = starting_point(args) if args[:1] == ["train"] else {}
         read_command(COMMANDS, args, **starts)()
     except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError):
+            _leave_if_nobody_reads(wrote=True)
         unknown = isinstance(error, RuntimeError) and "memory" not in str(error)  # a CPU without memory raises it
         if os.environ.get("SELFFLOW_TRACEBACK") or unknown:
             raise
@@ -319,6 +339,8 @@ def main(args: list[str] | None = None) -> None:
         kept = f" {kept}" if args[:1] == ["train"] else ""
         print(f"\nselfflow: interrupted.{kept}", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        _leave_if_nobody_reads()
 
 
 if __name__ == "__main__" and Path(globals().get("__file__", "")).name == "cli.py":  # not in a notebook, which has that name too

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .benchmark import count_flops
-from .checkpoint import check_checkpoint, find_runs, read_not_finite
+from .checkpoint import find_runs, problem_of, read_not_finite
 from .choices import choose
 from .config import Config, ObjectiveConfig, flatten
 from .disk import step_of
@@ -59,7 +59,7 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexErr
 
 
 def _whole(run: Run) -> list[Path]:
-    return [path for path in run.checkpoints() if check_checkpoint(path, contents=False) is None]  # by names and sizes alone
+    return [path for path in run.checkpoints() if problem_of(path, contents=False) is None]  # by names and sizes alone
 
 
 _LOSSES = {"flow loss": "flow_loss", "cosine": "cosine", "constant cosine": "constant_cosine"}

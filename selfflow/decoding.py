@@ -159,13 +159,17 @@ def _wav(file: BinaryIO) -> Sound:
     return rate, length // block, read
 
 
+_LEAD = 2**14  # frames before a place that a decoder of MP3 needs to be right from there on
+
+
 def _soundfile(file: BinaryIO) -> Sound:
     sound = _extra("soundfile").SoundFile(file)
 
     def read(begin: int, count: int) -> np.ndarray:
+        lead = min(begin, _LEAD)
         if begin:
-            sound.seek(begin)
-        return sound.read(count, dtype="float32", always_2d=True)
+            sound.seek(begin - lead)
+        return sound.read(lead + count, dtype="float32", always_2d=True)[lead:]
     return sound.samplerate, sound.frames, read
 
 

@@ -7,6 +7,7 @@ __all__ = ['Parts', 'Section', 'Report', 'printer', 'write_pdf']
 
 # %% ../nbs/412_document.ipynb #ece1a98e
 import base64
+import json
 import math
 import os
 import re
@@ -20,7 +21,7 @@ import pandas as pd
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
-from .disk import make_folder, replacing, write_json
+from .disk import write_files
 from .plots import to_png
 
 # %% ../nbs/412_document.ipynb #e549982e
@@ -188,16 +189,13 @@ class Report(Parts):
         "Write the page to NAME.html, its tables and numbers to NAME_files, and return the page's path. Raises NotWritten."
         path = Path(path)
         folder = path.with_name(f"{path.stem}_files")
-        make_folder(folder)
-        for old in folder.glob("[0-9][0-9]-*.csv"):  # of a report that stood here before
-            old.unlink()
-        for part in self._numbered():
-            if part["kind"] == "table":
-                with replacing(folder / part["file"]) as file:
-                    part["frame"].to_csv(file, index=False)
-        write_json(folder / "report.json", self.numbers())
-        with replacing(path) as file:
-            file.write_text(self.html(folder.name), encoding="utf-8")
+        tables = {folder / part["file"]: part["frame"].to_csv(index=False).encode()
+                  for part in self._numbered() if part["kind"] == "table"}
+        numbers = json.dumps(self.numbers(), indent=1) + "\n"
+        write_files({**tables, folder / "report.json": numbers.encode(), path: self.html(folder.name).encode()})
+        for old in folder.glob("[0-9][0-9]-*.csv"):
+            if old not in tables:  # of a report that stood here before
+                old.unlink()
         return path
 
 

@@ -13,6 +13,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
+from .disk import check_writable, write_files
+
 # %% ../nbs/485_execution.ipynb #d0e6dabc
 _TEXT_BARS = "from tqdm import auto, std; auto.tqdm = std.tqdm"  # a terminal shows text, not widgets
 
@@ -29,10 +31,12 @@ class _Client(NotebookClient):
 def execute(source: Path, output: Path) -> None:
     """Execute a notebook from its own folder and save it, outputs included, elsewhere.
 
-    Raises FileNotFoundError without the notebook and ValueError for a cell that fails; what came before is saved.
+    Raises FileNotFoundError without the notebook, NotWritten where it cannot be saved, and ValueError for a cell that fails; what
+    came before is saved.
     """
     if not source.is_file():
         raise FileNotFoundError(f"there is no notebook {source}")
+    check_writable(output)
     book = nbformat.read(source, as_version=4)
     book.cells.insert(0, nbformat.v4.new_code_cell(_TEXT_BARS))
     try:
@@ -41,5 +45,4 @@ def execute(source: Path, output: Path) -> None:
         raise ValueError(f"a cell of {source} failed; the notebook as far as it came is {output}.\n{error}") from None
     finally:
         del book.cells[0]
-        output.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(book, output)
+        write_files({output: nbformat.writes(book).encode()})

@@ -301,4 +301,4 @@ def read_factors(run: Run) -> FactorProbes | None:
             rows.append(FactorRow(**place, probe=probe))
         return FactorProbes(kept["about"], tuple(rows))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be used: {error}; `selfflow probe {run.path} --factors` makes it again") from error
+        raise ValueError(f"{file} cannot be used: {error}; `selfflow probe {run.quoted} --factors` makes it again") from error

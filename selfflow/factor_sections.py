@@ -31,14 +31,14 @@ def factor_section(runs: dict[str, Run]) -> Section:
             section.missing(f"{name}: {error}")
             continue
         if found[name] is None:
-            command = f"selfflow probe {run.path} --factors"
+            command = f"selfflow probe {run.quoted} --factors"
             ask_for(section, f"No probes of the factors of {name} yet; this makes them:", command, factor_items, run)
         elif found[name].about["step"] != run.state()["step"]:
             section.missing(f"The probes of {name} are of step {found[name].about['step']}, not of its newest checkpoint.",
-                            f"selfflow probe {run.path} --factors")
+                            f"selfflow probe {run.quoted} --factors")
         elif of_first(found[name].about.get("chosen"), run.config.data):
             section.missing(f"The probes of {name} are of an earlier version, which took the first samples, of few classes.",
-                            f"selfflow probe {run.path} --factors")
+                            f"selfflow probe {run.quoted} --factors")
     found = {name: one for name, one in found.items() if one is not None}
     if not found:
         return section

@@ -9,7 +9,7 @@ __all__ = ['EMPTY', 'Listed', 'Listing', 'steps_of', 'open_runs']
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .checkpoint import check_checkpoint, find_runs, problem_of
+from .checkpoint import find_runs, problem_of
 from .comparison import UNREADABLE
 from .config import Config
 from .disk import step_of
@@ -91,7 +91,7 @@ class Listing:
         paths = run.checkpoints()
         key = tuple(path.name for path in paths)
         if self._checked.get(run.path, (None,))[0] != key:
-            problems = {path: check_checkpoint(path, contents=False) or "" for path in paths}
+            problems = {path: problem_of(path, contents=False) or "" for path in paths}
             there = {step_of(path): problem for path, problem in problems.items() if path.exists()}  # or removed meanwhile
             self._checked[run.path] = key, there
         return self._checked[run.path][1]

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .checkpoint import write_json
+from .config import DataConfig
 from .features import extract
 from .flow import keyed
 from .images import SPLITS, DataSet, labels_of, subset, subset_words
@@ -31,7 +32,7 @@ from .intervals import paired_difference, proportion_interval
 from .run import Run
 from .settings import own_settings
 from .state import start_state
-from .sources import DATASETS, STORED, DataConfig
+from .sources import DATASETS, STORED
 from .transformer import Transformer
 
 # %% ../nbs/310_probing.ipynb #1bfce236

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -122,8 +123,10 @@ def share(learner: nn.Module, processes: Processes, unused: bool = False) -> nn.
     if processes.count == 1 or not any(p.requires_grad for p in learner.parameters()):
         return learner
     own = [processes.device] if processes.device.type == "cuda" else None
-    return DistributedDataParallel(learner, device_ids=own, broadcast_buffers=False,  # they never change
-                                   find_unused_parameters=unused)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the new name of broadcast_buffers is not in all versions of torch
+        return DistributedDataParallel(learner, device_ids=own, broadcast_buffers=False,  # they never change
+                                       find_unused_parameters=unused)
 
 
 def slice_weights(module: nn.Module, blocks, processes: Processes) -> None:
@@ -201,15 +204,31 @@ def launch(config: Config, count: int, folder: Path | str = "runs", device: str 
         program = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True,  # signals come as a wish
                                    env={**os.environ, "OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"})
     number = _follow(program, path, config)
-    said = list(dict.fromkeys(takewhile(lambda line: not re.match(r"[WE]\d{4} ", line),  # what torchrun says to a failure
-                                        (path / "launch.log").read_text(encoding="utf-8").splitlines())))
+    log = (path / "launch.log").read_text(encoding="utf-8")
+    if killed := _killed(log):
+        raise ChildProcessError(f"{killed} of {count} that train {path}; the same command goes on from the last checkpoint. All "
+                                f"they said is in {path}/launch.log")
+    lines = list(dict.fromkeys(takewhile(lambda line: not re.match(r"[WE]\d{4} ", line),  # what torchrun says to a failure
+                                         (line for line in log.splitlines() if not _BAR.search(line)))))
     if program.returncode:
-        why = list(dropwhile(lambda line: not line.startswith("selfflow:"), said))[:15] or said[-15:]
+        why = list(dropwhile(lambda line: not line.startswith("selfflow:"), lines))[:15] or lines[-15:]
         raise ChildProcessError("\n".join([f"the processes that train {path} failed (status {program.returncode}):", *why,
                                            f"All they said is in {path}/launch.log."]))
-    print(*said, sep="\n")
+    print(*lines, sep="\n")
     raise_again(number)
     return Run.open(path, device)
+
+
+_BAR = re.compile(r"\d%\|.*\|")  # a progress bar; this process has its own
+
+
+def _killed(log: str) -> str:
+    "Which process a signal has ended and which signal, by torchrun's account of a failure; nothing where none has."
+    for rank, number in re.findall(r"rank +: (\d+) .*\n +exitcode +: -(\d+) ", log):
+        if int(number) not in (signal.SIGTERM, signal.SIGINT):  # with these torchrun ends the others
+            memory = " (the system does that when memory runs out)" if int(number) == signal.SIGKILL else ""
+            return f"process {rank} was killed by {signal.Signals(int(number)).name}{memory}, one"
+    return ""
 
 
 def _follow(program: subprocess.Popen, path: Path, config: Config) -> signal.Signals | None:

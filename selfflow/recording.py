@@ -58,8 +58,11 @@ def check_trackers(names: tuple[str, ...]) -> None:
             raise ValueError(f"tracker {name} is not installed: pip install {name}, or selfflow[track] for all")
 
 
-def open_trackers(names: tuple[str, ...], run: Run) -> list:
-    "Trackers of accelerate, told the run's config. Raises as `check_trackers`."
+def open_trackers(names: tuple[str, ...], run: Run, step: int = 0) -> list:
+    """Trackers of accelerate that have the run's config. Raises as `check_trackers`.
+
+    step: the last one that was saved; what TensorBoard shows of later ones, from before a crash, goes.
+    """
     check_trackers(names)
     if not names:
         return []
@@ -69,7 +72,10 @@ def open_trackers(names: tuple[str, ...], run: Run) -> list:
     made, settings = [], {key: "none" if value is None else value for key, value in flatten(asdict(run.config)).items()}
     for name in names:
         kind = LOGGER_TYPE_TO_CLASS[name]
-        made.append(kind(run.config.name, **({"logging_dir": run.path / name} if kind.requires_logging_directory else {})))
+        options = {"logging_dir": run.path / name} if kind.requires_logging_directory else {}
+        if name == "tensorboard" and step:
+            options["purge_step"] = step + 1
+        made.append(kind(run.config.name, **options))
         made[-1].start()
         made[-1].store_init_configuration(settings)
     return made
@@ -97,7 +103,7 @@ class Recorder:
         self.since = self.waited = 0.0
         if processes.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(processes.device)
-        self.trackers = open_trackers(track, run) if processes.main else []
+        self.trackers = open_trackers(track, run, step) if processes.main else []
 
     def passed(self, waited: float, worked: float) -> None:
         "Count the seconds of a step: what was waited for data, and the rest."

@@ -15,10 +15,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .disk import check_writable, write_files
 from .document import Report, Section
 from .factor_probes import factor_items, factors_cost, probe_factors, read_factors, write_factors
 from .factor_sections import factor_section
@@ -73,6 +74,7 @@ def write_samples(run: Run, labels, steps: int = 50, method: str = "euler", cfg_
     wanted, texts = run.sources.wanted(labels, data), run.sources.texts(labels, data)
     if run.config.data.encoder and not isinstance(labels, Tensor):  # what is kept are the texts, in bytes, as of other runs
         wanted = caption_bytes(labels, max(1, *(len(text.encode("utf-8", "replace")) for text in labels)))
+    check_writable(run.path / "samples" / "x")
     drawn = run.sample(labels, steps, method, cfg_scale, seed, shift=shift, interval=interval, data=data)
     images = drawn if isinstance(drawn, Tensor) else run.sources.layouts[data].picture(drawn)
     classes = hashlib.blake2b(wanted.numpy().tobytes(), digest_size=3).hexdigest()
@@ -81,12 +83,11 @@ def write_samples(run: Run, labels, steps: int = 50, method: str = "euler", cfg_
     name = (f"step-{run.state()['step']}-{method}-{steps}{grid}-cfg-{cfg_scale:g}{guided}-seed-{seed}"
             f"-{len(wanted)}-labels-{classes}.safetensors")
     file = run.path / "samples" / name
-    file.parent.mkdir(exist_ok=True)
     signals = {} if isinstance(drawn, Tensor) else {name: signal.contiguous() for name, signal in drawn.items()}
     waves, factor = within_full_scale(signals["audio"]) if _heard(signals) else (None, 1.0)
     about = {"asked": json.dumps(texts)} | ({"sound_factor": str(factor)} if waves is not None else {})
-    save_file({"images": images.contiguous(), "labels": wanted, **signals}, file, about)
-    _show_samples(file, images, signals.get("video"), waves, texts, run.sources.data[data])
+    shown = _shown_samples(file, images, signals.get("video"), waves, texts, run.sources.data[data])
+    write_files({file: save({"images": images.contiguous(), "labels": wanted, **signals}, about), **shown})
     if factor < 1:
         print(f"the sounds reach {1 / factor:.3g} times full scale, so all WAV files are at {factor:.3g} of their loudness")
     return images, file
@@ -97,21 +98,23 @@ def _heard(signals: dict[str, Tensor]) -> bool:
     return "audio" in signals and signals["audio"].ndim == 2
 
 
-def _show_samples(file: Path, images: Tensor, videos: Tensor | None, waves: Tensor | None, texts: list[str], source) -> None:
+def _shown_samples(file: Path, images: Tensor, videos: Tensor | None, waves: Tensor | None, texts: list[str],
+                   source) -> dict[Path, bytes]:
     "The files next to `file` to look at and to listen to; prints what is not in them."
-    file.with_suffix(".png").write_bytes(to_png(sheet(images, texts, SHEET)))
+    files = {file.with_suffix(".png"): to_png(sheet(images, texts, SHEET))}
     counts = {"pictures": (sum(map(len, sheet_rows(texts, SHEET))), len(images))}
     if waves is not None:
         for place, wave in enumerate(waves[:SOUNDS]):
-            file.with_name(f"{file.stem}-{place:03d}.wav").write_bytes(to_wav(wave, getattr(source, "rate", 8000)))
+            files[file.with_name(f"{file.stem}-{place:03d}.wav")] = to_wav(wave, getattr(source, "rate", 8000))
         counts["sounds"] = len(waves[:SOUNDS]), len(waves)
     if videos is not None:
         shown = videos if videos.shape[1] in (1, 3) else videos[:, :1]  # of latents the first channel
-        file.with_suffix(".webp").write_bytes(to_webp(shown[:VIDEOS], fps=getattr(source, "fps", None) or 16))
+        files[file.with_suffix(".webp")] = to_webp(shown[:VIDEOS], fps=getattr(source, "fps", None) or 16)
         counts["videos"] = len(videos[:VIDEOS]), len(videos)
     for what, (written, total) in counts.items():
         if written < total:
             print(f"{written} of {total} {what} are written to be looked at or listened to; all {total} are in {file.name}")
+    return files
 
 # %% ../nbs/420_report.ipynb #64449500
 SECTIONS = (run_section, training_section, loss_section, probe_section, factor_section, layer_section, similarity_section,
@@ -125,7 +128,7 @@ def run_report(runs: dict[str, Run], report: Report | None = None, sections=SECT
     sections: functions from runs to a `Section`, in their order.
     Raises ValueError without runs or when their data differ; FileNotFoundError for a run that has no checkpoint.
     """
-    if len({(run.config.data, run.transformer.channels) for run in runs.values()}) != 1:
+    if len({(str(run.trained_on), run.transformer.channels) for run in runs.values()}) != 1:
         raise ValueError("a report needs at least one run, and runs on the same data")
     for run in runs.values():
         run.checkpoint  # noqa: B018, which raises now rather than after minutes

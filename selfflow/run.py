@@ -123,6 +123,12 @@ class Run:
         return self._go_on(Run(self.path, replace(self.config, data=data), self.transformer, self.device, fingerprints, outline))
 
     @property
+    def trained_on(self) -> dict:
+        "The settings of its data; runs on the same data in the same form have the same, wherever these lie, if they know them."
+        settings = asdict(self.config.data)
+        return settings | ({"path": self.data["train"]} if settings["path"] and self.data.get("train") else {})
+
+    @property
     def quoted(self) -> str:
         "Its folder as a shell wants it."
         return shlex.quote(str(self.path))

@@ -198,21 +198,21 @@ def probe_section(runs: dict[str, Run]) -> Section:
     grids = {name: grid for name, (grid, _) in found.items() if grid is not None}
     for name, run in runs.items():
         if name not in grids:
-            command = f"selfflow probe {run.path}"
+            command = f"selfflow probe {run.quoted}"
             ask_for(section, f"No probes of {name} yet; this makes them:", command, class_data, run.config.data)
     if not grids:
         return section
     current = {name: grid for name, grid in grids.items() if grid.step == runs[name].state()["step"]}
     for name in [name for name in grids if name not in current]:
         section.missing(f"The probes of {name} are of step {grids[name].step}, not of its newest checkpoint.",
-                        f"selfflow probe {runs[name].path}")
+                        f"selfflow probe {runs[name].quoted}")
     for name in [name for name, grid in grids.items() if of_first(grid.chosen, runs[name].config.data)]:
         section.missing(f"The probes of {name} are of an earlier version, which took the first samples, of few classes.",
-                        f"selfflow probe {runs[name].path}")
+                        f"selfflow probe {runs[name].quoted}")
     chosen = next(iter(grids.values())).chosen
     for name in [name for name, grid in grids.items() if grid.chosen != chosen]:
         section.missing(f"The probes of {name} are of other samples than those of {next(iter(grids))} and are not compared.",
-                        f"selfflow probe {runs[name].path}")
+                        f"selfflow probe {runs[name].quoted}")
         current.pop(name, None)
     if chosen:
         section.text(f"Images: {', '.join(f'{split} {words}' for split, words in chosen.items())}.")

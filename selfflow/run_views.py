@@ -33,7 +33,7 @@ def groups_of(runs: dict[str, Run]) -> list[dict[str, Run]]:
     "Runs on the same data in the same tokens, together, in their order."
     found = {}
     for name, run in runs.items():
-        own = {key: value for key, value in asdict(run.config.data).items() if key not in ("condition", "caption", "encoder")}
+        own = {key: value for key, value in run.trained_on.items() if key not in ("condition", "caption", "encoder")}
         found.setdefault(repr((own, run.data.get("validation"))), {})[name] = run
     return list(found.values())
 
@@ -148,7 +148,7 @@ def samples_of(runs: dict[str, Run]) -> View:
         following.read()
         view.notes += [f"{name}: {problem}" for problem in following.problems]
         if not following.film:
-            view.notes.append(f"{name} has no samples yet: `selfflow sample {run.path}` draws some")
+            view.notes.append(f"{name} has no samples yet: `selfflow sample {run.quoted}` draws some")
             continue
         step, images, labels = following.film[-1]
         texts = [run.class_names[label] if label < len(run.class_names) else "" for label in labels.tolist()]

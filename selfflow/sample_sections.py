@@ -122,7 +122,7 @@ def sample_section(runs: dict[str, Run]) -> Section:
         for file in files[-FILES:]:
             _sample_file(section, name, file)
         if not files:
-            section.missing(f"No samples of {name} yet; this draws them:", f"selfflow sample {run.path}")
+            section.missing(f"No samples of {name} yet; this draws them:", f"selfflow sample {run.quoted}")
             if film := run.film():
                 step, images, _ = film[-1]
                 caption = f"{name}: drawn while training, at step {step}, 25 Euler steps, a class or test caption each."
@@ -177,7 +177,7 @@ def _kept(run: Run, pattern: str) -> dict[str, dict]:
     for file in sorted(run.path.glob(pattern)):
         values = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or "recipe" not in values:
-            raise ValueError(f"{file} is no record of measured samples; `selfflow metrics {run.path}` makes it again")
+            raise ValueError(f"{file} is no record of measured samples; `selfflow metrics {run.quoted}` makes it again")
         found[file.stem] = values
     return found
 
@@ -192,11 +192,11 @@ def metric_section(runs: dict[str, Run]) -> Section:
             section.missing(f"{name}: {error}")
             continue
         if not measured[name]:
-            ask_for(section, f"No metrics of {name} yet; this makes them:", f"selfflow metrics {run.path}", metric_data, run)
+            ask_for(section, f"No metrics of {name} yet; this makes them:", f"selfflow metrics {run.quoted}", metric_data, run)
         for values in [*measured[name].values(), *old.values()]:
             if values["recipe"].get("step") not in (None, run.state()["step"]):
                 section.missing(f"Numbers of {name} are of step {values['recipe']['step']}, not of its newest checkpoint.",
-                                f"selfflow metrics {run.path}")
+                                f"selfflow metrics {run.quoted}")
         judged[name] = _verdicts(measured[name], old)
     section.protocol = ("Distances of drawn samples from test data, beside those of other real data (the floor); shares of "
                         "samples that a judge finds as asked for, beside those of real ones. Each recipe stands below its table.")

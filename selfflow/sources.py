@@ -35,9 +35,6 @@ from .texts import Bytes, open_encoder
 CODECS = {"mel": lambda samples, rate: LogMel(samples, rate, hop=hop_of(rate), window=4 * hop_of(rate)),
           "mdct": lambda samples, rate: Mdct(samples, rate, bins=hop_of(rate), power=0.5)}  # else too uneven to be learned
 
-
-
-
 # %% ../nbs/210_sources.ipynb #810b12ea
 def _place(config: DataConfig) -> str:
     "Where stored data lie. Raises FileNotFoundError where there is nothing."

@@ -55,7 +55,7 @@ class Chosen:
                 run = Run.open(path)
             except (ValueError, OSError):
                 continue
-            if run.config.data == self.run.config.data and run.transformer.parts == self.run.transformer.parts:
+            if run.trained_on == self.run.trained_on and run.transformer.parts == self.run.transformer.parts:
                 found[name] = run
         return found
 

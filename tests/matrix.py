@@ -60,10 +60,10 @@ def _sound(path: Path, label: int, number: int) -> None:
     wavfile.write(path, 8_000, (0.3 * np.sin(2 * np.pi * 200 * 2**label * times + number)).astype(np.float32))
 
 
-def _folder(root: Path, *writers: tuple[Callable, str], classes=CLASSES) -> None:
+def _folder(root: Path, *writers: tuple[Callable, str], classes=CLASSES, times: int = 1) -> None:
     for split, count in SIZES.items():
         for label, name in enumerate(classes or [""] * 3):
-            for number in range(count):
+            for number in range(times * count):
                 for write, suffix in writers:
                     write(root / split / name / f"{label}{number:02d}{suffix}", label, number)
 
@@ -112,7 +112,8 @@ class Kind:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-NO_CLASS = {"probe": "a probe needs two", "probe factors": "nothing to probe for", "probe notebook": "nothing to probe for"}
+NO_CLASS = {"probe": "a probe needs two"} | dict.fromkeys(
+    ("probe factors", "probe panel", "probe notebook"), "nothing to probe for")
 NO_JUDGE = {"metrics": "need an extractor"}
 SIGNAL = {"probe": "probed for images alone"}
 IMAGES = {
@@ -123,7 +124,7 @@ IMAGES = {
     "folder": Kind(lambda root: _folder(root, (_picture, ".png")), {"name": "folder", **FILES}, refused=NO_JUDGE),
     "folder, no classes": Kind(lambda root: _folder(root, (_picture, ".png"), classes=()),
                                {"name": "folder", "condition": "none", **FILES}, refused=NO_CLASS | NO_JUDGE),
-    "folder, one class": Kind(lambda root: _folder(root, (_picture, ".png"), classes=("only",)),
+    "folder, one class": Kind(lambda root: _folder(root, (_picture, ".png"), classes=("only",), times=3),
                               {"name": "folder", **FILES}, refused=NO_CLASS | NO_JUDGE),
     "table, captions": Kind(lambda root: _table(root, "label", "caption"),
                             {"name": "folder", "condition": "caption", "caption": 24, **FILES}, refused=NO_JUDGE),
@@ -144,7 +145,7 @@ SIGNALS = {
                   {"name": "folder", "signals": "video+audio", "columns": 1, **FILMS}, refused=SIGNAL | NO_JUDGE),
     "pairs, no classes": Kind(lambda root: _folder(root, (_video, ".gif"), (_sound, ".wav"), classes=()), {
         "name": "folder", "condition": "none", "signals": "video+audio", "columns": 1, **FILMS},
-        refused=SIGNAL | NO_JUDGE | {name: NO_CLASS[name] for name in ("probe factors", "probe notebook")}),
+        refused=NO_CLASS | SIGNAL | NO_JUDGE),
 }
 TRAINING = {"steps": 8, "batch": 8, "log_every": 1, "validate_every": 4, "save_every": 4, "validation": 12, "keep_last": 9,
             "sample_every": 8}
@@ -170,12 +171,12 @@ def at_small_cost(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(probing, "MOST", 24)
     for split, count in few.items():
         patch.setitem(factor_probes.COUNTS, split, count)
-    weak = {"strengths": (0.1,)}
-    for name, module, options in (("probe_run", probing, weak), ("probe_baselines", probing, weak),
-                                  ("probe_factors", factor_probes, {"layers": (1, 3)})):
-        small = functools.partial(getattr(module, name), levels=(0.0, 0.5), **options)
-        for place in (module, report):
-            patch.setattr(place, name, small)
+    few_cells, all_factors = {"levels": (0.0, 0.5), "strengths": (0.1,)}, factor_probes.probe_factors
+    small = {name: functools.partial(getattr(probing, name), **few_cells) for name in ("probe_run", "probe_baselines")}
+    small["probe_factors"] = lambda run, levels=(0.0, 0.5), layers=(1, 3), **named: all_factors(run, levels, layers, **named)
+    for name, function in small.items():
+        patch.setattr(factor_probes if name == "probe_factors" else probing, name, function)
+        patch.setattr(report, name, function)
     patch.setattr(report, "run_metrics", functools.partial(report.run_metrics, count=12, steps=2, resamples=2))
     write = report.write_samples
     patch.setattr(report, "write_samples", lambda run, asked, steps=2, *rest, **named: write(run, asked, steps, *rest, **named))

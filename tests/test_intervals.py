@@ -132,11 +132,14 @@ TARGETS = {  # with mean 0 and variance 1
     "exponential": lambda rng, size: rng.exponential(size=size) - 1,
     "two values": lambda rng, size: rng.choice([-1.0, 1.0], size),
 }
+HARD = {  # the variance itself is hardly known from 50 items: nothing here reaches 95 %
+    "lognormal": lambda rng, size: (rng.lognormal(size=size) - np.exp(0.5)) / np.sqrt(np.exp(2) - np.exp(1)),
+}
 
 
 def residuals(rng, samples: int, n: int, target: str, *sizes: float, shared: float = 0.0):
     "Spreads (samples, n) and the squared errors of models whose R^2 are 1 - size^2; shared: the share of equal noise."
-    y = TARGETS[target](rng, (samples, n))
+    y = (TARGETS | HARD)[target](rng, (samples, n))
     common = rng.normal(size=y.shape)
     same = rng.random(y.shape) < shared
     errors = [(size * np.where(same, common, rng.normal(size=y.shape)))**2 for size in sizes]
@@ -168,6 +171,11 @@ def simulated_pair(target: str, n: int, samples: int, sizes=(0.6, 0.4), shared: 
 def test_means_of_skewed_values_are_covered(name, n, least):
     found = simulated_mean(name, n, 1000)
     assert found["now"][0] >= max(least, found["percentile"][0]) and found["now"][1] < 2 * found["Student"][1]
+
+
+def test_a_very_skewed_target_is_covered_far_better_than_before():
+    found = simulated_score("lognormal", 50, 500)
+    assert found["percentile"][0] < 0.75 and found["now"][0] > 0.85
 
 
 @pytest.mark.parametrize("n, least", [(20, 0.90), (50, 0.91)])
@@ -329,9 +337,9 @@ def records() -> list[dict]:
                              "now": expected(tango(n), n, p, q, tie)})
     for n in (20, 50, 100):
         rows += [{"of": "mean", "case": name, "n": n, **simulated_mean(name, n, 4000)} for name in MEANS]
-        rows += [{"of": "R^2", "case": f"{name} target", "n": n, **simulated_score(name, n, 4000)} for name in TARGETS]
+        rows += [{"of": "R^2", "case": f"{name} target", "n": n, **simulated_score(name, n, 4000)} for name in TARGETS | HARD]
         rows += [{"of": "R^2, paired difference", "case": f"{name} target", "n": n, **simulated_pair(name, n, 4000)}
-                 for name in TARGETS]
+                 for name in TARGETS | HARD]
     return rows
 
 
@@ -344,8 +352,10 @@ def extremes() -> list[dict]:
 
 def test_the_record_is_what_the_tests_claim():
     kept = json.loads(RECORD.read_text(encoding="utf-8"))
-    assert {row["n"] for row in kept["rows"]} == {20, 50, 100} and len(kept["rows"]) == 54 + 36
+    assert {row["n"] for row in kept["rows"]} == {20, 50, 100} and len(kept["rows"]) == 54 + 42
     for row in kept["rows"]:
+        if row["case"] == "lognormal target":
+            continue
         least = 0.90 if row["n"] == 20 else 0.93 if row["of"] == "paired proportions" else 0.91
         assert row["now"][0] >= least, row
     for row in kept["rows"][:54:9]:

@@ -11,7 +11,9 @@ from PIL import Image
 from selfflow.checkpoint import agree
 from selfflow.cli import main
 from selfflow.config import Config, DataConfig, ModelConfig, TrainConfig
+from selfflow.report import run_report
 from selfflow.run import Run
+from selfflow.run_sections import run_section
 from selfflow.sources import Outline, Sources
 from selfflow.training import train
 
@@ -134,3 +136,15 @@ def test_an_outline_has_captions_that_are_not_trained_on(tmp_path):
     shutil.rmtree(tmp_path / "photos")
     assert Run.open(told.path, "cpu").film_picture(told.teacher)[0].shape[0] == len(outline.captions)
     main(["sample", str(told.path), "--steps", "1", "--each", "1", "--device", "cpu"])
+
+
+def test_runs_on_the_same_data_at_two_places_are_compared(trained, monkeypatch, capsys):
+    home = trained.parents[1]
+    shutil.copytree(home / "photos", home / "copy")
+    other = train(config(str(home / "copy"), "other"), trained.parent, "cpu", bar=False)
+    first, second = Run.open(trained, "cpu"), Run.open(other.path, "cpu")
+    assert first.config.data != second.config.data and first.trained_on == second.trained_on
+    assert "could not" not in run_report({"a": first, "b": second}, sections=(run_section,)).html()
+    first.data.clear()  # a run that knows no fingerprint
+    with pytest.raises(ValueError, match="runs on the same data"):
+        run_report({"a": first, "b": second}, sections=(run_section,))

@@ -156,7 +156,7 @@ def test_a_report_of_runs_tells_what_is_there_and_what_is_not(runs, tmp_path):
     assert "objective.name" in page and "First &lt;words&gt;." in page and "No probes of A yet" in page
     assert "Something is missing, or out of date, in: Linear probes of the class." in page
     single = config_table({"A": runs["tiny"]})
-    count = 2 + sum(len(fields(part)) for part in (DataConfig, ModelConfig, ObjectiveConfig, TrainConfig))
+    count = 3 + sum(len(fields(part)) for part in (DataConfig, ModelConfig, ObjectiveConfig, TrainConfig))  # name, seed, defaults
     assert len(single) == count > 40 and single.set_index("setting").loc["training.steps", "A"] == 12
     assert set(config_table({"A": runs["tiny"], "B": runs["vanilla"]})["setting"]) == {"name", "objective.name"}
     with pytest.raises(ValueError, match="at least one run"):

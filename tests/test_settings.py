@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from selfflow.batches import Validation
-from selfflow.config import Config, ModelConfig, ObjectiveConfig, TrainConfig
+from selfflow.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from selfflow.features import extract
 from selfflow.images import digits
 from selfflow.run import Run
 from selfflow.settings import own_settings
-from selfflow.sources import DataConfig, Sources
+from selfflow.sources import Sources
 from selfflow.training import train
 
 

@@ -1,7 +1,11 @@
 """The front door: runs are found or made, tools are opened when they are asked for, and the app is for this machine alone."""
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from dataclasses import replace
@@ -10,7 +14,8 @@ from pathlib import Path
 import ipywidgets as widgets
 import nbformat
 import pytest
-from browser import served
+import websocket
+from browser import ROOT, served, wait_for_server
 from conftest import TINY
 
 import selfflow.workbench as module
@@ -215,3 +220,59 @@ def test_the_app_answers_only_to_its_token_and_ends_with_its_files(runs, tmp_pat
             urllib.request.urlopen(f"{address}/api/contents", timeout=30)
         assert len(list(tmp_path.glob("selfflow-app-*/served/*"))) == 1
     assert not list(tmp_path.glob("selfflow-app-*"))
+
+
+SERVE = """
+import os, sys
+from pathlib import Path
+import nbformat
+from jupyter_server.serverapp import ServerApp
+from selfflow.app import options_of, write_page
+root = Path(sys.argv[1])
+write_page(root, root)
+book = nbformat.read(root / "served/workbench.ipynb", 4)
+book.cells[0].source = "1 + 1"  # a small page
+nbformat.write(book, root / "served/workbench.ipynb")
+os.environ["JUPYTER_PATH"] = f"{root}/data"
+options = [option for option in options_of(root, int(sys.argv[2]), False) if "cull_i" not in option]
+assert len(options) == len(options_of(root, 0, False)) - 2
+ServerApp.launch_instance([*options, "--IdentityProvider.token=x", "--MappingKernelManager.cull_idle_timeout=3",
+                           "--MappingKernelManager.cull_interval=1"])
+"""
+
+
+def test_the_kernel_of_a_closed_page_goes_and_that_of_an_open_page_stays(tmp_path):
+    root, port = tmp_path / "app", free_port(0)
+    root.mkdir()
+    address, log = f"127.0.0.1:{port}", tmp_path / "log"
+
+    def kernels():
+        with urllib.request.urlopen(f"http://{address}/api/kernels?token=x", timeout=30) as answer:
+            return {kernel["id"] for kernel in json.load(answer)}
+
+    def opened():
+        "The kernel of a page that is opened now, and the page's connection to it."
+        before = kernels()
+        urllib.request.urlopen(f"http://{address}/voila/render/workbench.ipynb?token=x", timeout=120).read()
+        kernel, = kernels() - before
+        return kernel, websocket.create_connection(f"ws://{address}/api/kernels/{kernel}/channels?token=x", timeout=60)
+
+    def gone(kernel, seconds=60):
+        end = time.monotonic() + seconds
+        while kernel in kernels() and time.monotonic() < end:
+            time.sleep(0.5)
+        return kernel not in kernels()
+    with log.open("w") as file:
+        server = subprocess.Popen([sys.executable, "-c", SERVE, str(root), str(port)], stdout=file, stderr=subprocess.STDOUT,
+                                  env={**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    try:
+        wait_for_server(f"http://{address}", "x", server, log)
+        stays, connection = opened()
+        closed, other = opened()
+        other.close()
+        assert gone(closed) and not gone(stays, seconds=8), "it has been idle for longer than is allowed without a page"
+        connection.close()
+        assert gone(stays)
+    finally:
+        server.terminate()
+        server.wait(60)
