@@ -120,10 +120,10 @@ def check_checkpoint(path: Path, contents: bool = True) -> str | None:
     return None
 
 # %% ../nbs/230_checkpoint.ipynb #1db7dee2
-def problem_of(path: Path) -> str | None:
-    "What is wrong with the checkpoint of the step that its name says, in words; None when it can be used."
+def problem_of(path: Path, contents: bool = True) -> str | None:
+    "The problem, in words, of the checkpoint of the step that its name says; None when it is whole. contents: as above."
     try:
-        problem = check_checkpoint(path)
+        problem = check_checkpoint(path, contents)
         if problem is None and (step := read_state(path)["step"]) != step_of(path):
             return f"its state.json is of step {step}: the folder was renamed or copied"
         return problem
@@ -160,7 +160,7 @@ def _nth_whole(paths: list[Path], count: int, known: set[Path]) -> Path | None:
         return None  # nothing is read when nothing can go
     whole = []
     for path in reversed(paths):
-        if (check_checkpoint(path, contents=False) if path in known else problem_of(path)) is None:
+        if problem_of(path, contents=path not in known) is None:
             known.add(path)
             whole.append(path)
             if len(whole) == count:
