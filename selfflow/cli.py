@@ -105,7 +105,7 @@ def runs(folder: tyro.conf.Positional[Path] = Path("runs"), names: tuple[str, ..
 
 @command
 def sample(run: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), captions: tuple[str, ...] = (), each: int = 10,
-           steps: int = 50, method: str = "euler", cfg_scale: float = 1.0, seed: int = 0, shift: float = 1.0,
+           steps: int = 50, method: str = "euler", cfg_scale: float = 1.0, seed: int = 0, shift: float | None = None,
            interval: tuple[float, float] = (0.0, 1.0), data: str = "", device: str = "auto") -> None:
     """Draw samples from a run into its folder.
 
@@ -118,7 +118,7 @@ def sample(run: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), captio
         method: euler, heun, midpoint, sde (take 250 steps) or dopri5 (adaptive).
         cfg_scale: Classifier-free guidance; 1 is none.
         seed: Of the noise.
-        shift: Of the sampler's levels; more than 1 takes smaller steps near noise.
+        shift: Of the sampler's levels; more than 1 takes smaller steps near noise. None means that of the levels in training.
         interval: Levels between which guidance acts.
         data: The data set to draw from, for a run that was trained on several.
         device: auto (a GPU where there is one), cpu, cuda, ...
@@ -131,7 +131,8 @@ def sample(run: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), captio
     _, file = write_samples(opened, wanted, steps, method, cfg_scale, seed, shift, interval, name)
     beside = Counter(path.suffix for path in file.parent.glob(f"{glob.escape(file.stem)}*") if path != file)
     shown = ", ".join(f"{count} {suffix}" for suffix, count in sorted(beside.items()))
-    print(f"{len(wanted)} samples are in {file} and, to look at and listen to, in the files beside it ({shown})")
+    shift = opened.shift if shift is None else shift
+    print(f"{len(wanted)} samples are in {file} and, to look at and listen to, in the files beside it ({shown}); shift {shift:g}")
 
 
 @command
@@ -195,7 +196,8 @@ def _probe_factors(run: "Run", field: bool, part: str, store: Path | None, **wha
 
 @command
 def metrics(run: tyro.conf.Positional[Path], count: int = 500, steps: int = 25, cfg_scale: float = 1.0, seed: int = 0,
-            data: str = "", extractor: Path | None = None, resamples: int = 40, device: str = "auto") -> None:
+            shift: float | None = None, data: str = "", extractor: Path | None = None, resamples: int = 40,
+            device: str = "auto") -> None:
     """Draw samples of a run and measure how far they lie from test data, beside how far other real data do.
 
     Args:
@@ -204,6 +206,7 @@ def metrics(run: tyro.conf.Positional[Path], count: int = 500, steps: int = 25, 
         steps: Steps of the sampler (Euler).
         cfg_scale: Classifier-free guidance; 1 is none.
         seed: Of the noise.
+        shift: Of the sampler's levels, as in selfflow sample. None means that of the levels in training.
         data: The data set to draw from, for a run that was trained on several.
         extractor: A folder with DINOv2, CLAP or VideoMAE, or a file with the weights of InceptionV3; none: the built-in judge.
         resamples: Halves that the intervals are from; 0 gives none.
@@ -216,7 +219,7 @@ def metrics(run: tyro.conf.Positional[Path], count: int = 500, steps: int = 25, 
     opened = Run.open(run, device)
     check_writable(run / "metrics.json")
     features = open_extractor(extractor, device=opened.device) if extractor else None
-    print(run_metrics(opened, count, steps, cfg_scale, seed, data, features, resamples=resamples))
+    print(run_metrics(opened, count, steps, cfg_scale, seed, data, features, resamples=resamples, shift=shift))
     print(f"All of it: {run}/metrics{'-' * bool(data)}{data}.json")
 
 

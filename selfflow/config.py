@@ -266,6 +266,7 @@ class TrainConfig:
     save_every: int = 500        # steps
     keep_last: int = 3           # checkpoints; older ones are removed
     keep_every: int = 0          # steps; checkpoints of a multiple of it are never removed; 0 = none
+    keep_optimizers: int = 0     # newest checkpoints that keep their optimiser; older ones only sample and probe; 0 = all
     sample_every: int = 250      # steps; a picture of the same noise, for the film strip; 0 = never
 
     def __post_init__(self):
@@ -285,8 +286,9 @@ class TrainConfig:
         if not 0 <= self.cooldown <= 1:
             raise ValueError(f"cooldown is {self.cooldown}, but it is a share of the steps, from 0 (a constant rate) to 1 "
                              "(training.cooldown)")
-        if self.keep_every < 0 or self.sample_every < 0:
-            raise ValueError(f"keep_every {self.keep_every} and sample_every {self.sample_every} must be 0 (never) or more")
+        if self.keep_every < 0 or self.sample_every < 0 or self.keep_optimizers < 0:
+            raise ValueError(f"keep_every {self.keep_every}, sample_every {self.sample_every} and keep_optimizers "
+                             f"{self.keep_optimizers} must be 0 (never; of optimisers, all) or more")
 
 # %% ../nbs/095_config.ipynb #e92e8140
 @dataclass(frozen=True)
@@ -309,7 +311,6 @@ class Config:
             raise ValueError(f"{self.name!r} is no name for a run: it is a folder's, with no / or \\, and begins with neither a "
                              "dot nor a dash nor a space")
         self._complete()
-        self._check_parts()
         if not self.objective.usual or self.model.depth < 2:
             import_module("selfflow.method").check_layers(self.objective, self.model.depth, self.data.signals_named)
 
@@ -322,15 +323,6 @@ class Config:
         ratios = {MASK_RATIOS[signal] for signal in signals}
         if self.objective.mask_ratio is None and len(ratios) == 1:
             object.__setattr__(self, "objective", replace(self.objective, mask_ratio=ratios.pop()))
-
-    def _check_parts(self):
-        features = () if self.objective.name == "flow_matching" else ("rep_tokens", "normalise")
-        for name in ("flow_tokens", *features) if self.training.accumulate > 1 else ():
-            if (value := getattr(self.objective, name)) != type(self.objective).__dataclass_fields__[name].default:
-                what = "takes means" if name == "normalise" else "counts tokens"
-                raise ValueError(f"accumulate is {self.training.accumulate}, but {name} {value!r} {what} over the whole batch, "
-                                 "which parts that are passed one after the other do not know. Take training.accumulate 1, and "
-                                 "for less memory more processes or training.checkpointing")
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":

@@ -101,7 +101,7 @@ def check_writable(path: Path) -> None:
         make_folder(path.parent)
         probe.touch()
     except OSError as error:
-        raise not_written(str(path), error, "Nothing was computed for it yet.") from None
+        raise not_written(f"A file in {path.parent}", error, "Nothing was computed for it yet.") from None
     finally:
         with suppress(OSError):
             probe.unlink()

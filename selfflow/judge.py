@@ -218,11 +218,12 @@ def _alone(what: str, answers: Tensor, wanted: Tensor) -> Verdict:
 
 @own_settings()
 def on_samples(run: Run, count: int = 64, steps: int = 25, cfg_scale: float = 1.0, seed: int = 0, data: str = "",
-               folder: Path | str = "data/cache/judges") -> Verdict:
+               folder: Path | str = "data/cache/judges", shift: float | None = None) -> Verdict:
     """The verdict on `count` samples that a run draws with the conditions of as many test examples.
 
     A run by class is judged on the factor that its classes name, a run by captions on all that the judge reads; what can be
-    measured plainly stands beside. data: which data set, where there are several. Also written to judged.json in the run's folder
+    measured plainly stands beside. shift: as in Run.sample.
+    data: which data set, where there are several. Also written to judged.json in the run's folder
     (judged-NAME.json for a named data set). Raises ValueError for a run without conditions, and as Run.sample does.
     """
     config = run.config.data
@@ -234,11 +235,12 @@ def on_samples(run: Run, count: int = 64, steps: int = 25, cfg_scale: float = 1.
     wanted, told = known(name, examples), examples.captions
     if config.condition == "class":
         wanted, told = {factor: wanted[factor] for factor in CLASS[name]}, examples.labels
-    drawn = run.sample(told, steps=steps, cfg_scale=cfg_scale, seed=seed, data=name)
+    shift = run.shift if shift is None else shift
+    drawn = run.sample(told, steps=steps, cfg_scale=cfg_scale, seed=seed, shift=shift, data=name)
     drawn = {"image": drawn} if isinstance(drawn, Tensor) else drawn
     verdict = followed(judge, drawn, wanted)
-    recipe = {"data": name, "count": len(examples), "steps": steps, "cfg_scale": cfg_scale, "seed": seed,
-              "step": run.state()["step"], "judge": judge.fingerprint}
+    recipe = {"data": name, "count": len(examples), "steps": steps, "shift": shift, "cfg_scale": cfg_scale,
+              "seed": seed, "step": run.state()["step"], "judge": judge.fingerprint}
     if also := _measured(source, name, drawn, wanted):
         real = _measured(source, name, examples.signals, wanted)
         own = {what: share.value for what, share in real.shares.items()}

@@ -245,6 +245,7 @@ def _refuse(words: str, values: dict):
 
 def _controls(side: SideBySide) -> dict[str, widgets.Widget]:
     names, controls = list(side.runs), {}
+    shift = side.runs[names[0]].shift if names else 1.0
     form = {"layout": widgets.Layout(width="98%", max_width="420px", min_width="0"), "style": {"description_width": "104px"}}
     if len(names) > 1:
         controls["runs"] = widgets.SelectMultiple(options=names, value=names[:2], rows=min(5, len(names)), description="runs",
@@ -258,7 +259,7 @@ def _controls(side: SideBySide) -> dict[str, widgets.Widget]:
                      layout=widgets.Layout(width="220px", max_width="100%"))
     return controls | {
         "steps": slider("steps", 20, 1, 100, 1), "method": choice("sampler", METHODS),
-        "shift": slider("shift", 1.0, 0.1, 15.0, 0.1),
+        "shift": slider("shift", shift, min(0.1, shift), max(15.0, shift), 0.1),
         "cfg_scale": slider("guidance", 1.0, 0.0, 8.0, 0.1), "seed": number("seed", 0, 0, 9999),
         "count": slider("samples", 4, 1, 6, 1), "film": slider("film, % done", 100, 0, 100, 2),
         "inpaint": switch("keep the tokens that are not painted"),

@@ -61,7 +61,7 @@ SHEET, SOUNDS, VIDEOS = 100, 100, 16  # pictures, sounds and videos that are wri
 
 
 def write_samples(run: Run, labels, steps: int = 50, method: str = "euler", cfg_scale: float = 1.0, seed: int = 0,
-                  shift: float = 1.0, interval: tuple[float, float] = (0.0, 1.0), data: str = "") -> tuple[Tensor, Path]:
+                  shift: float | None = None, interval: tuple[float, float] = (0.0, 1.0), data: str = "") -> tuple[Tensor, Path]:
     """Pictures (b, c, h, w) of samples of the classes `labels` (b,) or of captions, and the file in the run that keeps them.
 
     Drawn by `Run.sample`. The file's name gives the training step and all settings; what was asked for is in it by number and
@@ -70,7 +70,7 @@ def write_samples(run: Run, labels, steps: int = 50, method: str = "euler", cfg_
     caption), NAME-000.wav, NAME-001.wav, ... (at most 100 sounds, all multiplied by one factor where one exceeds full scale) and
     NAME.webp (at most 16 videos). What was left out or made quieter is printed.
     """
-    data = data or run.config.data.names[0]
+    data, shift = data or run.config.data.names[0], run.shift if shift is None else shift
     wanted, texts = run.sources.wanted(labels, data), run.sources.texts(labels, data)
     if run.config.data.encoder and not isinstance(labels, Tensor):  # what is kept are the texts, in bytes, as of other runs
         wanted = caption_bytes(labels, max(1, *(len(text.encode("utf-8", "replace")) for text in labels)))

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .checkpoint import (FORMAT, agree, migrate, newest_whole, problem_of, prune, read_part, read_pictures, read_state,
-                                 write_checkpoint, write_picture)
+from .checkpoint import (FORMAT, agree, migrate, newest_whole, problem_of, prune, read_part, read_pictures,
+                                 read_state, resumable, write_checkpoint, write_picture)
 from .choices import choose
 from .config import Config
-from .disk import cut_lines, discard, not_written, read_lines, replacing, step_paths, write_json
+from .disk import cut_lines, discard, not_written, read_lines, replacing, step_of, step_paths, write_json
 from .flow import keyed
 from .lock import free_name, sole_writer, writer_of
 from .modality import ImagePatches, Layout
@@ -82,6 +82,10 @@ class Run:
 
     def _go_on(self, asked: "Run") -> "Run":
         changes = agree(self.path, self._stored(), asked._stored())
+        last = newest_whole(self.checkpoints(), self._whole) if "training.steps" in changes else None
+        if last and step_of(last) > (steps := asked.config.training.steps):
+            raise ValueError(f"{self.path} has done {step_of(last)} steps, more than the {steps} asked for; take training.steps "
+                             f"{step_of(last)} or more, or another name")
         self.config = asked.config
         self.data, self.outline = asked.data | self.data, asked.outline | self.outline  # what was not known is added
         stored, file = json.loads(json.dumps(self._stored())), self.path / "config.json"
@@ -164,7 +168,7 @@ class Run:
         """
         path = self.path / "checkpoints" / f"step-{step:08d}"
         try:
-            if not path.is_dir() or problem_of(path):
+            if not path.is_dir() or problem_of(path) or not resumable(path):
                 write_checkpoint(path, tensors, {"format": FORMAT, "step": step, **state})
         except OSError as error:
             last = newest_whole(self.checkpoints(), self._whole)
@@ -175,7 +179,8 @@ class Run:
 
     def prune(self) -> None:
         "Remove older checkpoints, but for the last `training.keep_last` whole ones and the multiples of `training.keep_every`."
-        prune(self.path / "checkpoints", self.config.training.keep_last, self.config.training.keep_every, self._whole)
+        training = self.config.training
+        prune(self.path / "checkpoints", training.keep_last, training.keep_every, self._whole, training.keep_optimizers)
 
     def checkpoints(self) -> list[Path]:
         "The folders of all checkpoints, oldest first, checked or not; what has another name than step-NNNNNNNN is not one."
@@ -187,14 +192,20 @@ class Run:
         for path in [path for pattern in patterns for path in self.path.glob(pattern)]:
             discard(path)
 
-    def latest(self) -> Path | None:
-        "The newest checkpoint that passes its check, None if there is none; what is skipped is printed."
+    def latest(self, resume: bool = False) -> Path | None:
+        """The newest checkpoint that passes its check, None if there is none; what is skipped is printed.
+
+        resume: to go on from, so with its optimiser.
+        """
         for path in reversed(self.checkpoints()):
-            if (problem := problem_of(path)) is None:
+            problem = problem_of(path)
+            if problem is None:
                 self._whole.add(path)
-                return path
+                if resumable(path) or not resume:
+                    return path
+                problem = "it has no optimiser: it can be sampled and probed, but not gone on from"
             if not path.exists():
-                return self.latest()  # removed while we looked: there is a newer one
+                return self.latest(resume)  # removed while we looked: there is a newer one
             print(f"skipped {path}: {problem}")
         return None
 
@@ -233,6 +244,11 @@ class Run:
 
     # pictures
 
+    @property
+    def shift(self) -> float:
+        "Of the levels along which samples are drawn: that of the levels that it was trained on, 1 for runs of formats 1 to 3."
+        return self.config.objective.density_shift if self.config.defaults > 3 else 1.0
+
     @cached_property
     def sources(self) -> Sources:
         """What it is trained on; of data on the disk the outline that the run keeps, which has all but the samples.
@@ -256,12 +272,13 @@ class Run:
 
     @own_settings()
     def sample(self, labels, steps: int = 50, method: str = "euler", cfg_scale: float = 1.0, seed: int = 0,
-               batch: int = 128, shift: float = 1.0, interval: tuple[float, float] = (0.0, 1.0),
+               batch: int = 128, shift: float | None = None, interval: tuple[float, float] = (0.0, 1.0),
                model: Transformer | None = None, data: str = "", given: dict[str, Tensor] | None = None):
         """Samples, on the CPU, of the classes `labels` (b,) or of b captions; all noise depends on the seed alone.
 
         An image run gives images (b, c, h, w), others a dict of signals by name. A run in bf16 draws in bf16, but for the states.
-        steps, method, shift, cfg_scale, interval: see `sampling`; batch: how many are drawn at once; model: the transformer to
+        steps, method, shift, cfg_scale, interval: see `sampling`, shift: None = `self.shift`.
+        batch: how many are drawn at once; model: the transformer to
         draw with, on any device; by default the teacher of the checkpoint; data: which data set to draw from, where there are
         several; given: signals that are kept, by name (audio to draw its film, video to draw its sound), or the `first_frame`
         of a film (b, c, span, h, w).
@@ -275,6 +292,7 @@ class Run:
             raise ValueError(f"cfg_scale is {cfg_scale}, but this run was trained with label_drop 0 and does not know the null "
                              "label that guidance starts from; take cfg_scale 1, or train with objective.label_drop 0.1")
         model = self.teacher if model is None else model
+        shift = self.shift if shift is None else shift
         layout, parts = self._layout(data)
         size = (layout.tokens, layout.channels) if layout else (self.transformer.tokens, self.transformer.channels)
         shape, device = (len(labels), *size), next(model.parameters()).device

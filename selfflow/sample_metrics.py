@@ -122,10 +122,10 @@ def metric_data(run: Run, count: int = 500, data: str = "", extractor: Extractor
 @own_settings()
 def run_metrics(run: Run, count: int = 500, steps: int = 25, cfg_scale: float = 1.0, seed: int = 0, data: str = "",
                 extractor: Extractor | None = None, neighbours: int = 5, resamples: int = 40,
-                folder: Path | str = "data/cache/judges") -> SampleMetrics:
+                folder: Path | str = "data/cache/judges", shift: float | None = None) -> SampleMetrics:
     """The metrics of `count` samples of a run against as many test examples, also written to metrics.json in its folder.
 
-    steps (Euler), cfg_scale, seed: as in Run.sample; data: which data set, where there are several (then metrics-NAME.json);
+    steps (Euler), cfg_scale, seed, shift: as in Run.sample; data: which set, where there are several (then metrics-NAME.json);
     extractor: of the features, by default that of built-in data; neighbours, resamples: as in `all_metrics`; folder: of judges.
     Raises ValueError for fewer samples than neighbours need, for data without built-in features, for samples that are not
     finite, and as Run.sample does.
@@ -136,14 +136,16 @@ def run_metrics(run: Run, count: int = 500, steps: int = 25, cfg_scale: float = 
     examples, others = (part.take(subset(part, count)) for part in parts.values())
     real = extractor(examples.signals)  # before anything is drawn: the extractor may not fit
     told = examples.captions if config.condition == "caption" else examples.labels
-    drawn = run.sample(told, steps=steps, cfg_scale=cfg_scale, seed=seed, data=name)
+    shift = run.shift if shift is None else shift
+    drawn = run.sample(told, steps=steps, cfg_scale=cfg_scale, seed=seed, shift=shift, data=name)
     drawn = {"image": drawn} if isinstance(drawn, Tensor) else drawn
     found, floor = (all_metrics(real, extractor(signals), neighbours, resamples, seed) for signals in (drawn, others.signals))
     state = run.state()
     against, floor_of = (f"{split} examples ({subset_words(part, count)})" for split, part in parts.items())
     recipe = {**extractor.recipe, "data": name, "count": count, "against": against, "floor": floor_of, "sampler": "euler",
-              "steps": steps, "cfg_scale": cfg_scale, "seed": seed, "neighbours": neighbours, "resamples": resamples,
-              "step": state["step"], "device": str(run.device), "torch": torch.__version__, "selfflow": version("selfflow")}
+              "steps": steps, "shift": shift, "cfg_scale": cfg_scale, "seed": seed, "neighbours": neighbours,
+              "resamples": resamples, "step": state["step"], "device": str(run.device),
+              "torch": torch.__version__, "selfflow": version("selfflow")}
     metrics = SampleMetrics(found, floor, *_judged(run, name, drawn, examples, folder), recipe)
     write_json(run.path / f"metrics{'-' * bool(data)}{data}.json", metrics.to_dict())
     return metrics

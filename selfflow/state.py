@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .alignment import average
+from .alignment import average, moments_of
 from .batches import shards_of
 from .checkpoint import read_part, read_state
 from .config import Config, TrainConfig
 from .flow import keyed
 from .method import build_objective
-from .objective import Losses, ema_decay, make_teacher, update_ema
+from .objective import WHOLE, Losses, Whole, ema_decay, make_teacher, update_ema
 from .processes import Processes, like, share, slice_weights, unsynced, whole
 from .settings import own_settings
 from .transformer import Transformer, TransformerConfig
@@ -92,10 +92,15 @@ class Learner(nn.Module):
         super().__init__()
         self.student, self.objective = student, objective
 
-    def forward(self, teacher, x0: Tensor, labels: Tensor, draw, features: Tensor | None,
-                parts: tuple[str, ...] = ()) -> tuple[Tensor, Losses]:
-        "What is differentiated, by itself so that wrappers find it, and all losses."
-        losses = self.objective(self.student, teacher, x0, labels, draw, features, parts)
+    def forward(self, teacher, x0: Tensor, labels: Tensor, draw, features: Tensor | None, parts: tuple[str, ...] = (),
+                whole: Whole = WHOLE, target_means: bool = False) -> tuple[Tensor, Losses] | Tensor:
+        """What is differentiated, by itself so that wrappers find it, and all losses.
+
+        target_means: instead what `FeatureObjective.target_means` gives.
+        """
+        if target_means:
+            return self.objective.target_means(self.student, teacher, x0, labels, draw, features, parts)
+        losses = self.objective(self.student, teacher, x0, labels, draw, features, parts, whole)
         return losses.total, losses
 
 
@@ -137,14 +142,17 @@ class TrainState:
                  "head": self.objective.parameters(), "optimizer": slots}
         return [name for name, values in parts.items() if not _finite(values)]
 
-    def restore(self, path: Path) -> None:
-        "Take up a checkpoint. Raises FileNotFoundError for a part that is missing: nothing is made up for it."
+    def restore(self, path: Path, optimizer: bool = True) -> None:
+        """Take up a checkpoint; optimizer: its own too, without which no step can follow.
+
+        Raises FileNotFoundError for a part that is missing: nothing is made up for it.
+        """
         self.student.load_state_dict(read_part(path, "model"))
         self.teacher.load_state_dict(read_part(path, "teacher"))
         if self.objective.state_dict():
             self.objective.load_state_dict(read_part(path, "objective"))
         slots = {}
-        for key, value in read_part(path, "optimizer").items():
+        for key, value in read_part(path, "optimizer").items() if optimizer else ():
             name, slot = key.rsplit("/", 1)
             slots.setdefault(name, {})[slot] = value
         known = {p: slots[name] for name, p in self.named_parameters().items() if name in slots}  # others had no step yet
@@ -212,10 +220,14 @@ def _draws(state: TrainState, config: Config) -> list:
     return [partial(keyed, config.seed, step=state.step, shard=shard) for shard in state.shards]
 
 
-def _mean(found: list[dict[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for values in found for name in values)
-    known = {name: [values[name] for values in found if name in values] for name in names}
-    return {name: math.fsum(values) / len(values) for name, values in known.items()}
+def _whole(state: TrainState, config: Config, x0: Tensor, pieces: list[tuple], parts: tuple[str, ...]) -> Whole:
+    "What the pieces of a batch x0 need to know of it."
+    counts = state.objective.counts(state.student.config, x0, _draws(state, config), len(pieces), parts)
+    if getattr(state.objective, "normalise", "raw") == "raw":
+        return Whole(counts)
+    with torch.no_grad(), _autocast(config, x0.device):
+        means = [state.learner(state.teacher, *piece, parts, target_means=True) for piece in pieces]
+    return Whole(counts, moments_of(torch.stack(means).mean(0)))
 
 
 def diverged(step: int, what: str) -> FloatingPointError:
@@ -233,19 +245,22 @@ def train_step(state: TrainState, config: Config, x0: Tensor, labels: Tensor, fe
     representation loss more closely; report: False leaves out all but the total and the gradient's norm.
     Raises FloatingPointError when the loss or its gradient is not finite in any process, before any weight is changed.
     """
-    training, found = config.training, []
-    pieces, draws = training.accumulate, _draws(state, config)
-    own = len(draws) // pieces
+    training, draws, found = config.training, _draws(state, config), []
+    count = training.accumulate
+    own = len(draws) // count
+    pieces = list(zip(x0.chunk(count), labels.chunk(count), [draws[i * own:(i + 1) * own] for i in range(count)],
+                      [None] * count if features is None else features.chunk(count), strict=True))
+    whole_batch = _whole(state, config, x0, pieces, parts) if count > 1 else WHOLE
     state.optimizer.zero_grad()
-    for piece, (x, y) in enumerate(zip(x0.chunk(pieces), labels.chunk(pieces), strict=True)):
-        given = None if features is None else features.chunk(pieces)[piece]
-        with unsynced(state.learner, piece + 1 < pieces):
+    for number, piece in enumerate(pieces, 1):
+        with unsynced(state.learner, number < count):
             with _autocast(config, x0.device):
-                total, losses = state.learner(state.teacher, x, y, draws[piece * own:(piece + 1) * own], given, parts)
-            (total / pieces).backward()
-        found.append(losses.floats(diagnose) if report else {"total": average(total).item()})
+                total, losses = state.learner(state.teacher, *piece, parts, whole_batch)
+            (total / count).backward()
+        found.append(losses.kept(diagnose) if report else Losses(total.detach(), losses.flow_loss.detach()))
+    losses = Losses.join(found)
     norm = whole(nn.utils.clip_grad_norm_(state.named_parameters().values(), training.clip)).item()
-    values = {**_mean(found), "grad_norm": norm}
+    values = {**(losses.floats(diagnose) if report else {"total": average(losses.total).item()}), "grad_norm": norm}
     if not all(map(math.isfinite, values.values())):
         raise diverged(state.step + 1, str(values))
     state.optimizer.step(learning_rate(training, state.step))

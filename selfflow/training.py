@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .batches import Batches, Validation, feature_source, shape_of, shards_of, too_wide
-from .checkpoint import free_fields, migrate, read_state
-from .config import Config, flatten
+from .checkpoint import OPTIMIZER, free_fields, migrate, read_state, resumable
+from .config import Config, TrainConfig, flatten
 from .disk import NotWritten, write_json
 from .flow import keyed
 from .processes import Interrupt, Processes, raise_again
@@ -268,23 +268,43 @@ def _same_config(run: Run, path: Path) -> None:
 
 def _resume(run: Run, state: TrainState, processes: Processes) -> dict | None:
     "Take up the newest whole checkpoint, if there is any; the seconds that were spent until then, None if nobody knows."
-    path, spent = processes.lead(run.latest), {"seconds": 0.0, "wall": 0.0}
+    path, spent, training = processes.lead(run.latest), {"seconds": 0.0, "wall": 0.0}, run.config.training
+    finished = path is not None and read_state(path)["step"] >= training.steps
+    if path is not None and not finished and not resumable(path):
+        newest, path = path, processes.lead(lambda: run.latest(resume=True))
+        if path is None:
+            raise ValueError(f"no checkpoint in {run.path} has its optimiser, so they can be sampled and probed, but not gone on "
+                             f"from. Put {newest / OPTIMIZER} back, or begin a run with another name")
     if path is None and run.checkpoints():
         raise ValueError(f"no checkpoint in {run.path} is whole, so there is nothing to go on from; "
                          "repair them, or remove the folder to start anew")
     if path is not None:
         _same_config(run, path)
-        state.restore(path)
+        state.restore(path, optimizer=not finished)
         if names := state.not_finite():
             raise ValueError(f"{path} holds NaN or infinite numbers ({', '.join(names)}), from an older version that did not "
                              "check them. Remove this folder, and the run goes on from the checkpoint before it")
         known = read_state(path)
         spent = {name: known[name] for name in spent} if known.get("seconds") is not None else None
-        if state.step < run.config.training.steps:
-            processes.say(f"{run.config.name}: goes on from step {state.step}")
+        if not finished:
+            processes.say(f"{run.config.name}: goes on from step {state.step}{_of_steps(known, training)}")
         processes.lead(run.prune)  # who was killed after saving had no time for it
     processes.lead(lambda: run.cut_log(state.step))
     return spent
+
+
+def _of_steps(known: dict, training: TrainConfig) -> str:
+    "The consequences of another number of steps than that a checkpoint was made with; known: its state.json."
+    before = known.get("config", {}).get("training", {}).get("steps", training.steps)  # the first versions kept none
+    if before == training.steps:
+        return ""
+    lives = [f"{training.ema_half_life * steps:g}" for steps in (training.steps, before)]
+    words = (f"; {training.steps} steps now (were {before}): the average's half-life is {lives[0]} steps from here "
+             f"(was {lives[1]})")
+    if not training.cooldown:
+        return words
+    last = training.cooldown * training.steps
+    return f"{words}, the learning rate is {training.lr:g} and falls to 0 over the last {last:g} steps"
 
 
 def _compile(state: TrainState, config: Config, batch: tuple, features_of: Callable, processes: Processes) -> None:

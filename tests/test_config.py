@@ -106,24 +106,12 @@ def test_json_and_back():
     ({"objective": {"separated": 1}}, "separated is 1, expected bool"),
     ({"objective": {"name": "layer_sync", "teacher_layer": 1}}, "teacher_layer 1 do not fit"),
     ({"objective": {"name": "repa", "student_layer": 7}}, "student_layer is 7, but the model has layers 1 to 6"),
-    ({"training": {"accumulate": 2}, "objective": {"flow_tokens": "masked"}},
-     "accumulate is 2, but flow_tokens 'masked' counts tokens over the whole batch.*Take training.accumulate 1, .*processes"),
-    ({"training": {"accumulate": 4}, "objective": {"rep_tokens": "noisier"}}, "rep_tokens 'noisier' counts tokens"),
-    ({"training": {"accumulate": 2}, "objective": {"name": "sra", "normalise": "centred"}}, "normalise 'centred' takes means"),
-    ({"training": {"accumulate": 2}, "objective": {"name": "flow_matching", "schedule": "dual", "flow_tokens": "masked"}},
-     "accumulate is 2, but flow_tokens"),
     ({"training": {"compile": "yes"}}, "compile is 'yes'"), ({"training": {"checkpointing": 0}}, "checkpointing is 0"),
 ])
 def test_bad_configs_are_refused(values, words):
     with pytest.raises(ValueError, match=words):
         Config.from_dict(values)
 
-
-def test_what_knows_no_whole_batch_may_be_passed_in_parts():
-    for objective in (ObjectiveConfig(separated=True), ObjectiveConfig("flow_matching", rep_tokens="masked", schedule="dual"),
-                      ObjectiveConfig("flow_matching", normalise="standardised")):
-        assert Config(objective=objective, training=TrainConfig(accumulate=2)).training.accumulate == 2
-    assert Config(objective=ObjectiveConfig(flow_tokens="masked", normalise="centred")).training.accumulate == 1
 
 
 def test_differences_are_named_by_their_path():

@@ -190,7 +190,7 @@ def stand_in(path, name, condition, spoiled=0):
             values[:spoiled] = torch.randn(values[:spoiled].shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
         return signals["image"] if set(signals) == {"image"} else signals
     data = DataConfig(name, patch=2 if name in ("digits", "notes") else 8, condition=condition)
-    return SimpleNamespace(path=path, sample=draw, state=lambda: {"step": 7}, device=torch.device("cpu"),
+    return SimpleNamespace(path=path, sample=draw, state=lambda: {"step": 7}, device=torch.device("cpu"), shift=1.0,
                            config=Config(data=data))
 
 

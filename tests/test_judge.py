@@ -314,12 +314,12 @@ def test_the_samples_of_a_run_are_judged_by_what_it_was_told(tmp_path, name, con
         index = torch.arange(12)
         signals = source.take(torch.where(index < 10, index, 700 + index)).signals
         return signals["image"] if name == "shapes" else signals
-    run = SimpleNamespace(path=tmp_path, sample=draw, state=lambda: {"step": 7},
+    run = SimpleNamespace(path=tmp_path, sample=draw, state=lambda: {"step": 7}, shift=3.0,
                           config=Config(data=DataConfig(name, patch=2 if name == "notes" else 8, condition=condition)))
     verdict = on_samples(run, count=12, steps=3, cfg_scale=1.5, seed=4)
     examples = source.take(torch.arange(12))
     assert list(asked["told"]) == list(examples.captions if condition == "caption" else examples.labels)
-    assert asked["options"] == {"steps": 3, "cfg_scale": 1.5, "seed": 4, "data": name}
+    assert asked["options"] == {"steps": 3, "cfg_scale": 1.5, "seed": 4, "shift": 3.0, "data": name}
     assert set(verdict.right) == factors
     for factor, right in verdict.right.items():
         assert right[:10].float().mean() >= (0.9 if factor in ("place", "all") else 1), factor
@@ -327,7 +327,8 @@ def test_the_samples_of_a_run_are_judged_by_what_it_was_told(tmp_path, name, con
     assert not verdict.right["all"][10:].all()
     written = json.loads((tmp_path / "judged.json").read_text())
     assert written == verdict.to_dict() and set(written["factors"]) == factors
-    recipe = {"data": name, "count": 12, "steps": 3, "cfg_scale": 1.5, "seed": 4, "step": 7, "judge": judge_for(name).fingerprint}
+    recipe = {"data": name, "count": 12, "steps": 3, "shift": 3.0, "cfg_scale": 1.5, "seed": 4, "step": 7,
+              "judge": judge_for(name).fingerprint}
     assert written["recipe"].items() >= recipe.items()
 
 
