@@ -210,7 +210,7 @@ def _report(run: Path, place: Path) -> None:
 
 
 def _explorer(made) -> None:
-    made.strip({}, width=400, only=tuple(made.pictures) or ("views",))
+    made.strip({}, width=400)
 
 
 def _asymmetry(run: Path, place: Path) -> None:
