@@ -200,7 +200,7 @@ def white(page) -> float:
 @pytest.mark.parametrize("shape, count, texts, size", [
     ((3, 32, 256), 6, ["fractal", "life", "test"], (823, 600)),  # six videos of eight frames: it was 1517 x 9107
     ((1, 8, 8), 100, [str(i) for i in range(10)], (914, 920)),
-    ((3, 64, 8), 20, ["tall"], (194, 136)),
+    ((3, 64, 8), 20, ["tall"], (232, 264)),
     ((4, 16, 16), 10, [], (880, 88)),  # latents: the first channel
     ((3, 5, 3000), 2, ["a strip"], (1100, 12)),
     ((3, 512, 512), 4, ["large", "larger"], (590, 520)),
