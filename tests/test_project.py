@@ -213,6 +213,14 @@ def test_the_long_run_of_the_readme_is_the_recorded_one():
     assert f"memory grew by {last - first:.1f} of {last:.0f} MiB" in readme
 
 
+def test_the_probes_of_own_data_in_the_readme_are_the_recorded_ones():
+    readme, found = " ".join((ROOT / "README.md").read_text().split()), recorded("own_data")
+    shown = ["{:.1f} % ({:.1f} to {:.1f})".format(*(100 * share for share in (row["probe"], *row["interval"])))
+             for row in found["rows"]]
+    assert f"reads the class in {' and '.join(shown)}" in readme
+    assert found["pixels"].replace("%", "").replace(" (", " % (") in readme
+
+
 def test_packaging_reads_settings():
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini")
