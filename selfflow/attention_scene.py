@@ -19,6 +19,7 @@ from .flow import Uniform, interpolate
 from .modality import PAD, Places
 from .notes import to_wav
 from .schedule import NoiseLevels
+from .settings import own_settings
 from .subject import Subject, levels_of, schedule_of
 from .texts import Bytes, open_encoder
 from .transformer import Transformer
@@ -74,6 +75,7 @@ class Watched:
         self.forward, self.sound = lru_cache(4)(self._forward), lru_cache(4)(self._sound)
         self.slices = Places.of(subject.layout.parts).slices
 
+    @own_settings()
     @torch.inference_mode()
     def _forward(self, sample: int, seed: int, t: float, s: float, mask_ratio: float, network: str, separated: bool, told: str):
         subject, model = self.subject, self.networks[choose(network, NETWORKS, "network")]
@@ -163,6 +165,7 @@ def _checked(watched: Watched, values: dict) -> None:
         raise ValueError(f"token {wrong[0]} was chosen, but there are {n}, numbered from 0")
 
 
+@own_settings()
 @torch.inference_mode()
 def compute(watched: Watched, values: dict) -> Scene:
     """The scene of some values: way, tokens (one), layer, head ("mean" or a number), t, s, mask_ratio, sample, seed, network,

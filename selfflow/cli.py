@@ -65,7 +65,7 @@ def train(config: Annotated[Config, tyro.conf.arg(name="")],
     if int(os.environ.get("RANK", 0)):
         return  # one of several processes that a launcher has started: the first speaks
     if processes > 1 or run.state()["step"] < config.training.steps:
-        return  # the first of the processes has said it, or it was stopped as somebody asked, which was said
+        return  # the first of the processes has printed it, or the run was stopped, which was reported
     losses = run.log["validation_flow_loss"].dropna() if "validation_flow_loss" in run.log else ()
     print(f"{run.path} is trained: {run.state()['step']} steps"
           + (f", validation flow loss {losses.iloc[-1]:.4f}. " if len(losses) else ". ") +
@@ -112,7 +112,7 @@ def sample(run: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), captio
     Args:
         run: The run's folder.
         labels: Classes to draw, by name or number; none means all.
-        captions: Texts to draw, for a run that was trained with captions; none means those of the first ten test samples.
+        captions: Texts to draw, for a run that was trained with captions; none means ten captions of the data.
         each: How many of each.
         steps: Steps of the sampler.
         method: euler, heun, midpoint, sde (take 250 steps) or dopri5 (adaptive).

@@ -74,9 +74,11 @@ class DataConfig:
         choose(self.condition, CONDITIONS, "condition (data.condition)")
         choose(self.sound, SOUNDS, "sound (data.sound)")
         choose(self.crop, CROPS, "crop (data.crop)")
-        for name, low, high in (("rate", 1_000, 400_000), ("fps", 0, 10_000), ("channels", 1, 3)):
+        for name, low, high in (("rate", 1_000, 400_000), ("fps", 0, 10_000)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"data.{name} is {getattr(self, name)}, expected {low:,} to {high:,}")
+        if self.channels not in (1, 3):
+            raise ValueError(f"data.channels is {self.channels}; take 3 for colour or 1 for grey")
         long = self.samples / self.rate
         if self.fps and {"video", "audio"} <= self.signals_named and not math.isclose(self.frames / self.fps, long, rel_tol=0.01):
             raise ValueError(f"{self.frames} frames at data.fps {self.fps:g} last {self.frames / self.fps:.4g} s, their sounds "
@@ -404,8 +406,6 @@ _ROWS = {
     "L":           ("digits", 2, "class"  , "L"  , 1024, 24, 16,   400_000, 256, 1e-4, _EMA / 4e5, "bf16", 100, 5000, 5000, 5000),
     "XL":          ("digits", 2, "class"  , "XL" , 1152, 28, 16, 4_000_000, 256, 1e-4, _EMA / 4e6, "bf16", 100, 5000, 5000, 5000),
 }
-
-
 
 
 PRESETS = {name: Config.from_dict({"name": name, **nested(dict(zip(PRESET_FIELDS, row, strict=True)))})

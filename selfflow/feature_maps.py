@@ -117,7 +117,7 @@ def write_plane(store: FeatureStore, key: PlaneKey, plane: Projection) -> None:
 # %% ../nbs/453_feature_maps.ipynb #a4ed2ae4
 @dataclass(frozen=True)
 class MapsCost:
-    """What is to be computed: features, and how many planes of each method; kept: planes that are there; count: of samples.
+    """The work to be done: features, and how many planes of each method; kept: planes that are there; count: of samples.
 
     chosen: which samples of how many, in words.
     """

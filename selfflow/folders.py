@@ -9,7 +9,7 @@ __all__ = ['SPLIT_FOLDERS', 'SMALL', 'LOOKED', 'Folder', 'HuggingFace']
 import importlib
 import io
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from functools import cached_property
@@ -342,10 +342,26 @@ class HuggingFace(Stored):
 
     def content(self) -> Iterator:
         "What the fingerprint follows from, besides the settings."
-        files = [name for name in listing(self.root, Skipped())[0]
-                 if not PurePosixPath(name).match("cache-*.arrow")]  # the package leaves these there when it opens a split
+        return self._content(lambda name: not _is_cache(name))
+
+    @property
+    def earlier_fingerprints(self) -> tuple[str, ...]:
+        """The fingerprints that versions before format 4 took of these files.
+
+        They counted the cache files too: of all splits, or of all but test, which training does not open.
+        """
+        return (self._fingerprint_of(self._content(lambda name: True)),
+                self._fingerprint_of(self._content(lambda name: not (_is_cache(name) and name.startswith("test/")))))
+
+    def _content(self, counts: Callable[[str], bool]) -> Iterator:
+        files = [name for name in listing(self.root, Skipped())[0] if counts(name)]
         carved = [["carved"]] * self.carved
         return chain([self.shares, self.column], carved, ([name, digest(Inside(self.root, name))] for name in files))
+
+
+def _is_cache(name: str) -> bool:
+    "True for a file that the package leaves next to its tables when it opens a split."
+    return PurePosixPath(name).match("cache-*.arrow")
 
 
 def _single(feature) -> bool:

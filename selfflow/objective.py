@@ -58,7 +58,7 @@ def flow_loss(predicted: Tensor, x0: Tensor, x1: Tensor, counted: Tensor | None 
 
 
 class Whole(NamedTuple):
-    """What the losses of a piece need to know of the batch that it is a piece of.
+    """Properties of a whole batch that the losses of one of its pieces depend on.
 
     counts: of tokens, by loss and by part, see `count_of`; moments: mean and deviation of the target, where it is normalised.
     """
@@ -93,7 +93,7 @@ class Losses:
 
     @classmethod
     def join(cls, pieces: list["Losses"]) -> "Losses":
-        "Those of a batch from those of its pieces, which know the whole, as `kept`."
+        "The losses of a batch from those of its pieces, as `kept` gives them, each computed with the batch's `Whole`."
         first = pieces[0]
 
         def mean(of: Callable) -> Tensor:

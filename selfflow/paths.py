@@ -24,6 +24,7 @@ from .inpainting import inpaint, shown
 from .method import build_schedule
 from .run import Run
 from .sampling import METHODS, SDE_LAST, guided_velocity, time_grid
+from .settings import own_settings
 from .sources import Sources
 
 # %% ../nbs/449_paths.ipynb #12b240a0
@@ -187,6 +188,7 @@ def _problem(side: SideBySide, settings: Settings) -> None:
         raise ValueError(f"token {unknown[0]} was painted, but there are {side.tokens}, numbered from 0")
 
 
+@own_settings()
 @torch.inference_mode()
 def path_of(side: SideBySide, name: str, settings: Settings) -> Path:
     "The path of a run. Raises ValueError for a run, class, token or sample that is not there, and what sampling refuses."
@@ -228,6 +230,7 @@ def _drawn(side: SideBySide, name: str, run: Run, settings: Settings) -> Path:
     return Path(states.cpu(), grid, len(calls), given, mixed, scale)
 
 
+@own_settings()
 @torch.inference_mode()
 def estimate(side: SideBySide, name: str, settings: Settings, indices: list[int], sample: int = 0) -> Tensor:
     "What a run takes the data to be at some states of a sample's path: (states, n, c); at the last it is the data."

@@ -206,14 +206,14 @@ def launch(config: Config, count: int, folder: Path | str = "runs", device: str 
     number = _follow(program, path, config)
     log = (path / "launch.log").read_text(encoding="utf-8")
     if killed := _killed(log):
-        raise ChildProcessError(f"{killed} of {count} that train {path}; the same command goes on from the last checkpoint. All "
-                                f"they said is in {path}/launch.log")
+        raise ChildProcessError(f"{killed} of {count} that train {path}; the same command goes on from the last checkpoint. "
+                                f"Their full output is in {path}/launch.log")
     lines = list(dict.fromkeys(takewhile(lambda line: not re.match(r"[WE]\d{4} ", line),  # what torchrun says to a failure
                                          (line for line in log.splitlines() if not _BAR.search(line)))))
     if program.returncode:
         why = list(dropwhile(lambda line: not line.startswith("selfflow:"), lines))[:15] or lines[-15:]
         raise ChildProcessError("\n".join([f"the processes that train {path} failed (status {program.returncode}):", *why,
-                                           f"All they said is in {path}/launch.log."]))
+                                           f"Their full output is in {path}/launch.log."]))
     print(*lines, sep="\n")
     raise_again(number)
     return Run.open(path, device)

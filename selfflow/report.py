@@ -33,14 +33,15 @@ from .run import Run
 from .run_sections import arms, loss_section, probe_section, run_section, training_section
 from .sample_metrics import metric_data, run_metrics
 from .sample_sections import metric_section, plane_section, sample_section
+from .settings import own_settings
 from .sources import class_number
 
 # %% ../nbs/420_report.ipynb #d1481e8c
 def to_draw(run: Run, data: str, labels: tuple[int | str, ...] = (), captions: tuple[str, ...] = (), each: int = 1):
     """The conditions for `write_samples`: `each` of some classes, by name or number, or of some texts.
 
-    Without either, all classes, or the captions of ten test samples. Raises ValueError for fewer than one of each, for classes
-    and texts together, and for the one where the run knows the other.
+    Without either, all classes, or ten captions of the data, see `Run.captions`. Raises ValueError for fewer than one of each,
+    for classes and texts together, and for the one where the run knows the other.
     """
     if each < 1:
         raise ValueError(f"each is {each}, but at least 1 sample of each class must be drawn")
@@ -121,6 +122,7 @@ SECTIONS = (run_section, training_section, loss_section, probe_section, factor_s
             saturation_section, attention_section, plane_section, sample_section, metric_section)
 
 
+@own_settings()
 def run_report(runs: dict[str, Run], report: Report | None = None, sections=SECTIONS) -> Report:
     """A report of one run or a comparison of several that were trained on the same data.
 
@@ -168,7 +170,7 @@ def summary(runs: dict[str, Run], sections: list[Section]) -> list[str]:
 
 # %% ../nbs/420_report.ipynb #f59d9d1c
 def missing_parts(runs: dict[str, Run]) -> list[tuple[str, str, Callable]]:
-    """What a report of runs would lack, or has of another step: (what, what it costs in words, the function that makes it).
+    """The parts that a report of runs would lack, or has of another step: (name, cost in words, function to make it).
 
     What cannot be made of a run's data is left out: the report gives the reason.
     """

@@ -59,7 +59,7 @@ class Run:
                data: dict[str, str] | None = None, outline: dict[str, Outline] | None = None) -> "Run":
         """A new run, or the one that stands there, with what may change (`checkpoint.FREE`) as asked for; each change is printed.
 
-        data: fingerprints by name, {"train": ..., "validation": ...}, as far as they can be told;
+        data: fingerprints by name, {"train": ..., "validation": ...}, as far as they are known;
         outline: of data on the disk, by name, so that sampling needs no data.
         Raises ValueError with the differences when the folder has another config or data; where config.json is to be written,
         RunInUse when another process trains the run and NotWritten when the folder cannot be written to.
@@ -118,7 +118,7 @@ class Run:
         """
         data = replace(self.config.data, path=str(path))
         parts = [Sources(data, split) for split in ("train", "validation")]
-        fingerprints = {part.split: part.fingerprint for part in parts}
+        fingerprints = {part.split: part.fingerprint_as(self.data.get(part.split)) for part in parts}
         outline = outlines(*parts, self.config.defaults)
         return self._go_on(Run(self.path, replace(self.config, data=data), self.transformer, self.device, fingerprints, outline))
 
@@ -130,7 +130,7 @@ class Run:
 
     @property
     def quoted(self) -> str:
-        "Its folder as a shell wants it."
+        "Its folder, quoted for a shell."
         return shlex.quote(str(self.path))
 
     # who trains it, and what it is asked to do
@@ -251,7 +251,7 @@ class Run:
 
     @cached_property
     def sources(self) -> Sources:
-        """What it is trained on; of data on the disk the outline that the run keeps, which has all but the samples.
+        """The data it is trained on; of data on the disk the outline that the run keeps, which has all but the samples.
 
         Raises what opening the data raises, for older runs that keep none, and ValueError for another encoder.
         """

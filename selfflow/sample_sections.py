@@ -38,9 +38,9 @@ METHOD, SHOWN = "UMAP", 6  # how features come into the plane; how many samples 
 
 
 def plane_colours(items: Items) -> tuple[str, np.ndarray]:
-    """What points are coloured by, and its values (n,): names where there are kinds, else numbers.
+    """The factor that points are coloured by, and its values (n,): names where there are kinds, else numbers.
 
-    It is the first factor that has kinds, but no more than can be told apart; of classes that are more, the rarest become others.
+    It is the first factor that has kinds, but no more than a reader can distinguish; of more classes the rarest become others.
     """
     factors, names = known_factors(items)
     named = {name: np.asarray(names[name])[values] if name in names else values for name, values in factors.items()}

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -176,7 +177,7 @@ CAPTIONS_KEPT = 10  # of a data set, in the outline that a run keeps of it
 
 @dataclass(frozen=True)
 class Outline:
-    """What a run keeps of a data set on the disk, so that sampling needs no data: all of a `DataSet` but the samples.
+    """All of a `DataSet` on the disk but the samples. A run keeps it, so that sampling needs no data.
 
     captions: of some samples that are not trained on; rate: of sounds; fps: of videos, None where it is not known.
     """
@@ -258,6 +259,13 @@ class Sources:
         "The fingerprints of all data sets."
         return "+".join(source.fingerprint for source in self.data.values())
 
+    def fingerprint_as(self, known: str | None) -> str:
+        "The fingerprints of all data sets, or the known ones where an earlier version took these of the same data."
+        if known in (None, self.fingerprint):
+            return self.fingerprint
+        earlier = [getattr(source, "earlier_fingerprints", (source.fingerprint,)) for source in self.data.values()]
+        return known if known in map("+".join, product(*earlier)) else self.fingerprint
+
     @property
     def plain(self) -> bool:
         "Whether these are images alone, whose tokens need no name."
@@ -297,7 +305,7 @@ class Sources:
         return labels + self._before(name)
 
     def texts(self, asked, name: str = "") -> list[str]:
-        "What is asked for, as `wanted` takes it, in words: names of classes, or captions; empty texts where there is neither."
+        "The names of classes, or captions, that `asked` stands for, see `wanted`; empty texts where there is neither."
         if self.config.condition == "none":
             return [""] * len(asked)
         if self.config.condition == "caption":

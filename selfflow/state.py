@@ -221,7 +221,7 @@ def _draws(state: TrainState, config: Config) -> list:
 
 
 def _whole(state: TrainState, config: Config, x0: Tensor, pieces: list[tuple], parts: tuple[str, ...]) -> Whole:
-    "What the pieces of a batch x0 need to know of it."
+    "The properties of a batch x0 that the losses of its pieces depend on."
     counts = state.objective.counts(state.student.config, x0, _draws(state, config), len(pieces), parts)
     if getattr(state.objective, "normalise", "raw") == "raw":
         return Whole(counts)

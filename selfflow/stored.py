@@ -163,11 +163,14 @@ class Stored:
     @cached_property
     def fingerprint(self) -> str:
         "16 hex digits that follow from the settings and the files: names, sizes and their first and last 64 KiB, read for this."
+        return self._fingerprint_of(self.content())
+
+    def _fingerprint_of(self, content: Iterable) -> str:
         settings = [type(self).__name__, self.signals, self.split, self.captions, self.names, self.shapes,
                     self.fps if "video" in self.signals else 0, self.rate if "audio" in self.signals else 0]
         settings += [self.crop] if self.window and self.crop != "start" else []
         found = hashlib.sha256(json.dumps(settings).encode())
-        for part in self.content():
+        for part in content:
             found.update(json.dumps(part).encode())
         return found.hexdigest()[:16]
 

@@ -25,6 +25,7 @@ from .modality import Places
 from .objective import SelfFlow
 from .run import Run
 from .schedule import DiffusionForcing, DualTimestep, FullMasking, NoiseLevels, SingleLevel
+from .settings import own_settings
 from .sources import Sources
 
 # %% ../nbs/443_subject.ipynb #375c7c00
@@ -131,6 +132,7 @@ class Subject:
         "Noise (draws, n, c) that depends on the seed alone."
         return torch.randn(draws, *self.x0.shape[1:], generator=keyed(seed, "noise"))
 
+    @own_settings()
     @torch.inference_mode()
     def estimate(self, network, x0: Tensor, x1: Tensor, levels: NoiseLevels, index: Tensor, layer: int | None = None):
         "Input, estimate of the data (b, n, c), its error (b, n), and hidden states of a layer; index (b,): of the samples."
@@ -141,6 +143,7 @@ class Subject:
         error = tau.square() * flow_error(out.velocity, x0, x1, self.widths)
         return xt, xt - tau[..., None] * out.velocity, error, out.features.get(layer)
 
+    @own_settings()
     @torch.inference_mode()
     def see(self, index: int, levels: NoiseLevels, seed: int) -> View:
         "What is seen of a sample at some levels; seed: of the noise. Raises ValueError for a sample that is not there."

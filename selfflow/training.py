@@ -205,7 +205,8 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
         state.objective.target(None, sources.take(config.data.name, first)[0], None, None, None, features_of(first))
     shards_of(config.training, processes.rank, processes.count)
     validation = Sources(config.data, "validation")
-    fingerprints = {"train": sources.fingerprint, "validation": validation.fingerprint}
+    known = _fingerprints_in(Path(folder) / config.name)
+    fingerprints = {part.split: part.fingerprint_as(known.get(part.split)) for part in (sources, validation)}
     fingerprints |= {"features": fingerprint} if fingerprint else {}
     fingerprints |= {"encoder": sources.encoder.fingerprint} if config.data.encoder else {}
     outline = outlines(sources, validation, config.defaults)
@@ -234,6 +235,11 @@ def _with_its_defaults(config: Config, folder: Path, processes: Processes) -> Co
         processes.say(f"{config.name}: began with defaults {defaults} of the project, and goes on with them")
         config = replace(config, data=replace(config.data, carve=stored.data.carve))
     return replace(config, defaults=defaults)
+
+
+def _fingerprints_in(path: Path) -> dict[str, str]:
+    "The fingerprints of data that a run has in its config.json; none where there is no run yet."
+    return Run.open(path, "cpu").data if (path / "config.json").is_file() else {}
 
 
 def _open(run: Run, stack: ExitStack) -> bool:

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -18,10 +19,12 @@ from PIL import Image
 from scipy.io import wavfile
 from torch.utils.data import DataLoader
 
+from selfflow.config import Config
 from selfflow.files import split_of
 from selfflow.folders import Folder, HuggingFace
 from selfflow.images import SPLITS
 from selfflow.stored import Entry, Stored
+from selfflow.training import train
 
 ALL = {"shares": (1, 0, 0)}
 
@@ -515,6 +518,28 @@ def test_a_data_set_of_hugging_face(stored):
     assert greys(HuggingFace(path, split="validation", size=4, captions="class")) == [50, 60]
     with pytest.raises(ValueError, match="has no split 'test', but 'train', 'valid'"):
         HuggingFace(path, split="test", carve=False)
+
+
+def test_cache_files_of_the_package_are_no_data_but_a_run_that_counted_them_goes_on(stored, tmp_path, capsys):
+    video = [{"video": [png(10 * i), png(10 * i)], "label": i % 2} for i in range(8)]
+    features = {"video": datasets.Sequence(datasets.Image()), "label": LABELS}
+    path = stored(dict.fromkeys(SPLITS, video), features)
+    before = HuggingFace(path, "video", size=4, frames=2).fingerprint
+    config = Config.from_dict({"name": "old", "defaults": 3, "model": {"width": 32, "depth": 2, "heads": 2}, "data": {
+        "name": "huggingface", "path": str(path), "signals": "video", "size": 4, "frames": 2, "patch": 2, "carve": False},
+        "training": {"steps": 2, "batch": 4, "sample_every": 0}})
+    run = train(config, tmp_path, "cpu", bar=False)
+    assert run.data["train"] == before and len([*path.rglob("cache-*.arrow")]) == 2
+    counted = {split: HuggingFace(path, "video", split, 4, 2).earlier_fingerprints[1] for split in ("train", "validation")}
+    assert counted["train"] != before and HuggingFace(path, "video", size=4, frames=2).fingerprint == before
+    HuggingFace(path, "video", "test", 4, 2)  # as a probe does
+    written = json.loads((run.path / "config.json").read_text())
+    (run.path / "config.json").write_text(json.dumps(written | {"data": counted}))
+    longer = replace(config, training=replace(config.training, steps=4))
+    assert train(longer, tmp_path, "cpu", bar=False).state()["step"] == 4
+    (path / "train/another").write_text("a file that is no cache")
+    with pytest.raises(ValueError, match="other data"):
+        train(replace(config, training=replace(config.training, steps=6)), tmp_path, "cpu", bar=False)
 
 
 def test_without_splits_a_hash_of_the_row_makes_them(stored):

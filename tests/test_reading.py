@@ -409,7 +409,7 @@ def test_the_defaults_are_the_numbers_of_before():
 
 @pytest.mark.parametrize("change, words", [({"rate": 10}, "data.rate is 10"), ({"seconds": 0.0}, "seconds"),
                                            ({"fps": -1.0}, "data.fps"),
-                                           ({"crop": "middle"}, "unknown crop"), ({"channels": 4}, "data.channels is 4"),
+                                           ({"crop": "middle"}, "unknown crop"), ({"channels": 2}, "data.channels is 2; take 3"),
                                            ({"signals": "video+audio", "fps": 12.0}, "set data.seconds to 1.333")])
 def test_settings_that_cannot_be(change, words):
     with pytest.raises(ValueError, match=words):

@@ -1,4 +1,4 @@
-"""What a caller has set for torch does not reach into a run, and holds again afterwards."""
+"""A caller's settings of torch do not reach into a run, and hold again afterwards."""
 
 from contextlib import contextmanager
 
