@@ -76,7 +76,7 @@ class DataConfig:
         choose(self.crop, CROPS, "crop (data.crop)")
         for name, low, high in (("rate", 1_000, 400_000), ("fps", 0, 10_000)):
             if not low <= getattr(self, name) <= high:
-                raise ValueError(f"data.{name} is {getattr(self, name)}, expected {low:,} to {high:,}")
+                raise ValueError(f"data.{name} is {getattr(self, name)}, expected {low} to {high}")  # commas would be split
         if self.channels not in (1, 3):
             raise ValueError(f"data.channels is {self.channels}; take 3 for colour or 1 for grey")
         long = self.samples / self.rate

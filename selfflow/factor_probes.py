@@ -227,13 +227,17 @@ def _opened(run, layers, counts, weights, data, store):
 
 
 def _raw(items: dict[str, Items], part: str) -> dict[str, np.ndarray]:
-    "The clean tokens, flattened, or their first principal components where they are more."
+    """The clean tokens, flattened, or their first principal components where they are more.
+
+    They are half as many as training samples at most: standardised, as many as samples hold each of them alone, and a probe of
+    them reads nothing.
+    """
     places = {split: one.parts[choose(part, one.parts, "part")] if part else slice(None) for split, one in items.items()}
     flat = {split: np.concatenate([x0[:, places[split]].flatten(1).numpy() for x0, _ in one.batches()])
             for split, one in items.items()}
     if flat["train"].shape[1] <= COMPONENTS:
         return flat
-    components = PCA(min(COMPONENTS, len(flat["train"])), svd_solver="randomized", random_state=0).fit(flat["train"])
+    components = PCA(min(COMPONENTS, max(1, len(flat["train"]) // 2)), svd_solver="randomized", random_state=0).fit(flat["train"])
     return {split: components.transform(values) for split, values in flat.items()}
 
 

@@ -126,6 +126,8 @@ def _factor_confusion(section, name: str, run: Run, found: FactorProbes) -> None
                                            about["part"]) for split in ("train", "test")}
     said = answers(features, labels, float(best.probe.chosen.split("=")[1]))
     words = {head: words for heads in HEADS.get(about["data"], {}).values() for head, words in heads.items()}.get(factor, ())
+    if factor == "class":
+        words = tuple(map(str, run.sources.data[about["data"]].names))
     count = 1 + int(max(part.max() for part in labels.values()))
     names = words if len(words) == count else [str(value) for value in range(count)]
     cell = f"block {best.layer}, t = {best.level:g}"

@@ -199,8 +199,7 @@ class Folder(Stored):
         if not any(kind in SIGNALS[signal] for kind in kinds.values() for signal in self.signals):
             suffixes = Counter(PurePosixPath(name).suffix for name in files).most_common(5)
             yield f"it holds {', '.join(f'{count:,} {suffix!r}' for suffix, count in suffixes) or 'no files'}"
-        elif unused:
-            few = sorted(unused, key=natural)
+        elif few := sorted(unused - {""}, key=natural):
             yield f"no sample of class {', '.join(map(repr, few[:5]))}" + f" and {len(few) - 5:,} more" * (len(few) > 5)
         if "" in self.names and len(self.names) > 1:
             yield "class '' is what lies in no class folder or has no label"

@@ -79,6 +79,8 @@ def read_features(path: Path) -> "Tensor":
     "The tensor `features` of a safetensors file. Raises ValueError for a file that has none, naming what it has."
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a safetensors file")
     try:
         found = load_file(path)
     except SafetensorError as error:

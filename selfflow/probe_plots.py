@@ -74,7 +74,8 @@ def draw_layer_curves(panels: dict, layers, baselines: dict | None = None, measu
         raise ValueError("there is no factor to draw")
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Picture(figsize=(2.05 * columns, 1.7 * rows + 0.5), layout="constrained")
+    wide = max(columns, 2)  # of one panel the legend would be cut
+    figure = Picture(figsize=(2.05 * wide, 1.7 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes[len(panels):]:
         axis.set_axis_off()
@@ -93,7 +94,7 @@ def draw_layer_curves(panels: dict, layers, baselines: dict | None = None, measu
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, wide), frameon=False, fontsize=8)
     for axis in axes[max(0, len(panels) - columns):len(panels)]:
         axis.set_xlabel("after block", fontsize=8)
     return figure

@@ -68,6 +68,10 @@ class Ladder:
         student, floor = (np.nanmean(self.cosines[name]) for name in ("student", self.floor))
         gain, low, high = self.difference(self.floor, "student")
         said = f"Step {self.step}: the student reaches {student:.3f}; without its image, {self.floor} reaches {floor:.3f}."
+        if high < 0:
+            return (f"{said} The difference, {gain:+.3f} ({low:+.3f} to {high:+.3f}), is below 0: what needs no image "
+                    "predicts the teacher better than the student does; these test samples do not show that the "
+                    "representation loss has taught anything about the image.")
         if low <= 0:
             return (f"{said} The difference, {gain:+.3f} ({low:+.3f} to {high:+.3f}), cannot be told from 0: these test samples "
                     "do not show that the representation loss has taught anything about the image.")

@@ -152,6 +152,12 @@ def test_a_split_that_got_nothing_is_named(photos):
 
 # Classes, captions and tables
 
+def test_a_folder_of_one_image_lacks_a_split_but_no_class(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="has no sample of split 'validation'$"):
+        Folder(tmp_path, split="validation")
+
+
 def test_classes_without_samples_are_said(photos, capsys):
     (photos / "empty/below").mkdir(parents=True)
     for i in range(7):

@@ -2,13 +2,14 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY
 
-from selfflow import cli
+from selfflow import cli, factor_probes
 from selfflow.config import DataConfig, ModelConfig
 from selfflow.factor_probes import (FactorProbes, factor_targets, factors_cost, probe_factors, read_factors, token_covers,
                                     write_factors)
@@ -226,6 +227,27 @@ def test_runs_of_sound_are_probed_too(tmp_path):
     assert {"pitch", "timbre", "attack", "vibrato", "loudness", "phase"} == set(found.factors)
     with pytest.raises(SystemExit):
         cli.main(["probe", str(run.path)])
+
+
+def test_the_raw_input_is_read_from_few_long_samples():
+    generator = torch.Generator().manual_seed(0)
+    x, targets = {}, {}
+    for split, count in (("train", 120), ("validation", 60), ("test", 60)):
+        labels = torch.arange(count) % 3
+        x[split] = torch.randn(count, 20, 20, generator=generator) + 2 * labels[:, None, None] * (torch.arange(20) < 10)
+        targets[split] = labels.numpy()
+    items = {split: SimpleNamespace(parts={}, batches=lambda values=values: [(values, None)]) for split, values in x.items()}
+    raw = factor_probes._raw(items, "")
+    assert raw["train"].shape == (120, 60) and raw["test"].shape == (60, 60)  # half as many as samples
+    assert factor_probes._probed(raw, {"class": targets}, "regression", (0.1, 1.0))["class"].score > 0.9
+
+
+def test_the_legend_of_one_factor_is_not_cut():
+    across = {"a": {"raw input": 0.7, "untrained network": 0.6}}
+    figure = draw_layer_curves({"a": {"a run": [0.1, 0.2]}}, (1, 2), across)
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert 0 <= box.x0 and box.x1 <= figure.bbox.width
 
 
 def test_figures_take_arrays():

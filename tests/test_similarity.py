@@ -239,6 +239,7 @@ def test_the_verdict_weighs_what_is_open():
     assert "nearly all" in verdict(0.52, 0.5) and "still has something to teach" in verdict(0.8, 0.5)
     assert "gradients at the student's layer was 60%" in verdict(0.8, 0.5, gradient_share=0.6)
     assert "little is left" in verdict(0.99, 0.5)
+    assert "is below 0" in verdict(0.4, 0.5) and "cannot be told" not in verdict(0.4, 0.5)
 
 
 def test_other_samples_of_a_label():
