@@ -26,7 +26,7 @@ from .factor_sections import factor_section
 from .images import caption_bytes
 from .notes import to_wav, within_full_scale
 from .pages import sheet, sheet_rows, to_webp
-from .plots import to_png
+from .plots import to_png, viewable
 from .probing import PROBE_LEVELS, class_data, of_first, probe_baselines, probe_run, read_probes
 from .representation_sections import attention_section, layer_section, looked_at, saturation_section, similarity_section
 from .run import Run
@@ -109,8 +109,7 @@ def _shown_samples(file: Path, images: Tensor, videos: Tensor | None, waves: Ten
             files[file.with_name(f"{file.stem}-{place:03d}.wav")] = to_wav(wave, getattr(source, "rate", 8000))
         counts["sounds"] = len(waves[:SOUNDS]), len(waves)
     if videos is not None:
-        shown = videos if videos.shape[1] in (1, 3) else videos[:, :1]  # of latents the first channel
-        files[file.with_suffix(".webp")] = to_webp(shown[:VIDEOS], fps=getattr(source, "fps", None) or 16)
+        files[file.with_suffix(".webp")] = to_webp(viewable(videos[:VIDEOS]), fps=getattr(source, "fps", None) or 16)
         counts["videos"] = len(videos[:VIDEOS]), len(videos)
     for what, (written, total) in counts.items():
         if written < total:

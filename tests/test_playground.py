@@ -167,7 +167,7 @@ def test_runs_that_cannot_be_used_are_left_out_with_the_reason(runs, tmp_path):
     ({"steps": 0}, "steps is 0"), ({"steps": 10**12}, "steps is 1000000000000"), ({"shift": float("nan")}, "shift is nan"),
     ({"shift": 0.0}, "shift is 0"), ({"cfg_scale": float("inf")}, "cfg_scale is inf"), ({"seed": -1}, "seed is -1"),
     ({"seed": 1e300}, "seed is 1e"), ({"count": 10**9}, "count is"), ({"method": "leap"}, "leap"), ({"told": 99}, "99"),
-    ({"told": "a red star"}, "drawn by class here, not by captions"), ({"sample": 10**6}, "sample is 1000000, but there are"),
+    ({"told": "a red star"}, "there is no class 'a red star'"), ({"sample": 10**6}, "sample is 1000000, but there are"),
     ({"inpaint": True, "tokens": [99]}, "token 99 was painted, but there are 16"), ({"film": 300}, "film is 300"),
     ({"level": -1.0}, "level is -1"), ({"kept": "?"}, "way of given tokens"), ({"runs": ()}, "0 runs are chosen"),
     ({"runs": ("nobody",)}, "nobody"),

@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -231,7 +232,7 @@ from selfflow.app import options_of, write_page
 root = Path(sys.argv[1])
 write_page(root, root)
 book = nbformat.read(root / "served/workbench.ipynb", 4)
-book.cells[0].source = "1 + 1"  # a small page
+book.cells[0].source = sys.argv[3]  # a small page
 nbformat.write(book, root / "served/workbench.ipynb")
 os.environ["JUPYTER_PATH"] = f"{root}/data"
 options = [option for option in options_of(root, int(sys.argv[2]), False) if "cull_i" not in option]
@@ -241,7 +242,9 @@ ServerApp.launch_instance([*options, "--IdentityProvider.token=x", "--MappingKer
 """
 
 
-def test_the_kernel_of_a_closed_page_goes_and_that_of_an_open_page_stays(tmp_path):
+@contextmanager
+def pages(tmp_path, source: str):
+    "A server whose page is this cell, and which removes kernels after 3 seconds: (open a page, wait until a kernel is gone)."
     root, port = tmp_path / "app", free_port(0)
     root.mkdir()
     address, log = f"127.0.0.1:{port}", tmp_path / "log"
@@ -263,16 +266,40 @@ def test_the_kernel_of_a_closed_page_goes_and_that_of_an_open_page_stays(tmp_pat
             time.sleep(0.5)
         return kernel not in kernels()
     with log.open("w") as file:
-        server = subprocess.Popen([sys.executable, "-c", SERVE, str(root), str(port)], stdout=file, stderr=subprocess.STDOUT,
+        server = subprocess.Popen([sys.executable, "-c", SERVE, str(root), str(port), source], stdout=file,
+                                  stderr=subprocess.STDOUT,
                                   env={**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     try:
         wait_for_server(f"http://{address}", "x", server, log)
+        yield opened, gone
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def test_the_kernel_of_a_closed_page_goes_and_that_of_an_open_page_stays(tmp_path):
+    with pages(tmp_path, "1 + 1") as (opened, gone):
         stays, connection = opened()
         closed, other = opened()
         other.close()
         assert gone(closed) and not gone(stays, seconds=8), "it has been idle for longer than is allowed without a page"
         connection.close()
         assert gone(stays)
-    finally:
-        server.terminate()
-        server.wait(60)
+
+
+TRAINS = """
+import threading, time, ipywidgets
+step = ipywidgets.IntText()
+def train():  # as the panel of a training does: it goes on showing where it is
+    for step.value in range(20):
+        time.sleep(1)
+threading.Thread(target=train).start()
+step
+"""
+
+
+def test_a_closed_page_that_trains_keeps_its_kernel_until_it_has_trained(tmp_path):
+    with pages(tmp_path, TRAINS) as (opened, gone):
+        kernel, connection = opened()
+        connection.close()
+        assert not gone(kernel, seconds=12) and gone(kernel)
