@@ -67,11 +67,12 @@ def train(config: Annotated[Config, tyro.conf.arg(name="")],
     if processes > 1 or run.state()["step"] < config.training.steps:
         return  # the first of the processes has printed it, or the run was stopped, which was reported
     losses = run.log["validation_flow_loss"].dropna() if "validation_flow_loss" in run.log else ()
-    kinds = [set(data.shapes) for data in run.sources.data.values()]
-    factors = "" if kinds == [{"image"}] else " --factors"  # the class alone is probed for images
+    sources = run.sources.data.values()
+    factors = "" if [set(data.shapes) for data in sources] == [{"image"}] else " --factors"  # the class: of images alone
+    probe = f"selfflow probe {run.quoted}{factors}; " if any(len(data.names) > 1 for data in sources) else ""
     print(f"{run.path} is trained: {run.state()['step']} steps"
           + (f", validation flow loss {losses.iloc[-1]:.4f}. " if len(losses) else ". ") +
-          f"Next: selfflow sample {run.quoted}; selfflow probe {run.quoted}{factors}; selfflow report {run.quoted}")
+          f"Next: selfflow sample {run.quoted}; {probe}selfflow report {run.quoted}")
 
 
 @command

@@ -215,7 +215,8 @@ def fit_table(table: pd.DataFrame, width: int = 120) -> str:
     """
     short = table["state"].str.split(":").str[0]
     shown, dropped = readable(table.assign(state=short)), []
-    for name in ("", "processes", "device", "constant cosine", "cosine", "FLOPs", "time", *shown.columns[:0:-1]):
+    data = [name for name in shown if name.startswith("data.")]  # long, and known to who trained them
+    for name in ("", *data, "processes", "device", "constant cosine", "cosine", "FLOPs", "time", *shown.columns[:0:-1]):
         dropped += [name] if name in shown and name not in dropped else []
         for form in (shown.drop(columns=dropped), shown.drop(columns=dropped).T):
             lines = form.rename_axis(index=None, columns=None).to_string().splitlines()

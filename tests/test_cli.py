@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
+from PIL import Image
 
 from selfflow import __version__, checkpoint, options, training
 from selfflow.cli import COMMANDS, main
@@ -296,3 +297,16 @@ def test_the_module_is_the_command_and_nothing_happens_on_import(tmp_path):
     assert found.returncode == 0 and found.stdout == "not called\n"
     (tmp_path / "cli.py").write_text((tmp_path / "guard.py").read_text())
     assert call("cli.py").returncode == 9, "the guard itself works"
+
+
+@pytest.mark.parametrize("classes", [("cat", "dog"), ("",)])
+def test_the_next_commands_are_those_that_work(tmp_path, capsys, classes):
+    for number in range(12):
+        file = tmp_path / "pictures" / classes[number % len(classes)] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 20 * number).save(file)
+    sizes = ["--model.width", "16", "--model.depth", "4", "--model.heads", "2", "--data.size", "8", "--training.batch", "4"]
+    main(["train", "--name", "mine", "--folder", str(tmp_path / "runs"), "--data.name", "folder", "--data.path",
+          str(tmp_path / "pictures"), "--training.steps", "1", *sizes])
+    printed = capsys.readouterr().out
+    assert "Next: selfflow sample" in printed and ("selfflow probe" in printed) == (len(classes) > 1)
