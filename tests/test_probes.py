@@ -14,7 +14,7 @@ from selfflow.config import DataConfig, ModelConfig
 from selfflow.factor_probes import (FactorProbes, factor_targets, factors_cost, probe_factors, read_factors, token_covers,
                                     write_factors)
 from selfflow.features import Items, items_of
-from selfflow.images import SPLITS
+from selfflow.images import SPLITS, subset
 from selfflow.probe_plots import draw_layer_curves, draw_score_maps
 from selfflow.probes import (HeadFit, field_probe, knn_probe, majority_score, regression_probe, ridge_probe, shuffled)
 from selfflow.run import Run
@@ -203,7 +203,7 @@ def test_items_of_a_run_hold_its_noise_fixed(probed):
     run, _ = probed
     items = items_of(run, "test", 8)
     assert torch.equal(items.take(torch.tensor([3]))[1][0], list(items.batches(4))[0][1][3])
-    assert torch.equal(items.factors["class"], items.data.labels[:8])
+    assert torch.equal(items.factors["class"], items.data.labels[subset(items.data, 8)])
 
 
 def test_the_command_probes_factors_and_says_the_cost_first(probed, capsys, tmp_path):

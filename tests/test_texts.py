@@ -462,7 +462,7 @@ def run_with(folder, steps=4, **data):
 
 def test_an_encoder_needs_captions():
     for condition in ("class", "none"):
-        with pytest.raises(ValueError, match=f"data.encoder 'x' reads captions, data.condition is '{condition}'; take caption"):
+        with pytest.raises(ValueError, match=f"data.encoder '.*x' reads captions, data.condition is '{condition}'; take caption"):
             DataConfig("shapes", condition=condition, encoder="x")
     assert DataConfig("shapes").encoder == "" and Config.from_dict({"data": {"name": "shapes"}}).data.encoder == ""
 
@@ -545,7 +545,7 @@ def test_the_command_line_draws_texts(told, capsys):
         torch.tensor([0])).captions[0]
     with pytest.raises(SystemExit):
         main(["sample", str(told.path), "--labels", "1", "--device", "cpu"])
-    assert "drawn by captions here" in capsys.readouterr().err
+    assert "draws by caption, not by class" in capsys.readouterr().err
 
 
 def test_another_encoder_does_not_go_on_and_does_not_draw(told, folders, tmp_path):
