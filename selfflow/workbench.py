@@ -227,8 +227,8 @@ class Workbench:
         finally:
             with self._state:
                 self._trains, self.live.children = False, ()
+                self.look()  # before anybody who waits goes on
                 self._state.notify_all()
-            self.look()
 
     def _say(self, text: str, alert: bool = False) -> None:
         self.said.value = _words(text, alert).value
