@@ -3,7 +3,7 @@ import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
@@ -37,7 +37,7 @@ setup(
     author_email=settings["author_email"],
     license="Apache-2.0",
     keywords=settings["keywords"],
-    packages=[settings["lib_path"]],
+    packages=find_packages(include=["selfflow*"]),
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split("\n"),
     extras_require=extras,

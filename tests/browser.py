@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from selfflow.recording import device_name
-from selfflow.run import device_for
+from selfflow.training.recording import device_name
+from selfflow.training.run import device_for
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

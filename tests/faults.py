@@ -16,7 +16,7 @@ import torch
 
 import selfflow.disk
 from selfflow.disk import read_lines, step_of
-from selfflow.run import Run
+from selfflow.training.run import Run
 
 CALLS = [(os, name) for name in ("open", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "chmod", "utime")]
 CALLS += [(io, "open"), (selfflow.disk, "save_file")]

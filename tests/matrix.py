@@ -14,25 +14,26 @@ import torch
 from PIL import Image
 from scipy.io import wavfile
 
-from selfflow import factor_probes, features, probing, report, representation_sections, sample_sections
-from selfflow.asymmetry import explore as explore_asymmetry
-from selfflow.attention_explorer import explore_attention
-from selfflow.autoencoder import Haar
-from selfflow.batches import Validation
+from selfflow.analysis import factor_probes, features, probing
+from selfflow.report import report, representation_sections, sample_sections
+from selfflow.workbench.asymmetry import explore as explore_asymmetry
+from selfflow.workbench.attention_explorer import explore_attention
+from selfflow.data.autoencoder import Haar
+from selfflow.training.batches import Validation
 from selfflow.cli import main
-from selfflow.feature_explorer import explore_features, item_previews
-from selfflow.features import items_of
-from selfflow.folders import Folder
-from selfflow.latents import encode_latents
-from selfflow.map_explorer import explore_map
-from selfflow.paths import SideBySide
-from selfflow.playground import explore as explore_sampling
-from selfflow.probe_process import Probing
-from selfflow.projection import project, run_features
-from selfflow.run import Run
-from selfflow.subject import Subject
-from selfflow.transformer import Transformer
-from selfflow.workbench import TOOLS, Chosen
+from selfflow.workbench.feature_explorer import explore_features, item_previews
+from selfflow.analysis.features import items_of
+from selfflow.data.folders import Folder
+from selfflow.data.latents import encode_latents
+from selfflow.workbench.map_explorer import explore_map
+from selfflow.workbench.paths import SideBySide
+from selfflow.workbench.playground import explore as explore_sampling
+from selfflow.workbench.probe_process import Probing
+from selfflow.analysis.projection import project, run_features
+from selfflow.training.run import Run
+from selfflow.workbench.viewed_run import Subject
+from selfflow.method.transformer import Transformer
+from selfflow.workbench.page import TOOLS, Chosen
 
 NOTEBOOKS = Path(__file__).parent.parent / "nbs/studies"
 CLASSES = ("circle", "square", "star")

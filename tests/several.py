@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from selfflow import training
-from selfflow.alignment import processes
-from selfflow.batches import Batches, validation_tokens
-from selfflow.config import Config
+from selfflow.training import loop as training
+from selfflow.method.alignment import processes
+from selfflow.training.batches import Batches, validation_tokens
+from selfflow.training.config import Config
 
 torch.set_num_threads(1)
 

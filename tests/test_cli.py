@@ -15,12 +15,13 @@ import pytest
 from conftest import TINY
 from PIL import Image
 
-from selfflow import __version__, checkpoint, options, training
+from selfflow import __version__, options
+from selfflow.training import checkpoint, loop as training
 from selfflow.cli import COMMANDS, main
-from selfflow.comparison import runs_table
-from selfflow.config import PRESETS, Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig, differences, flatten
+from selfflow.analysis.comparison import runs_table
+from selfflow.training.config import PRESETS, Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig, differences, flatten
 from selfflow.options import read_command, read_settings, starting_point
-from selfflow.run import Run
+from selfflow.training.run import Run
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,8 +13,8 @@ from zipfile import ZipFile
 
 import pytest
 
-from selfflow.factors import HEADS
-from selfflow.judge import judge_for
+from selfflow.analysis.factors import HEADS
+from selfflow.analysis.judge import judge_for
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
@@ -117,7 +117,7 @@ READ = """
 import sys
 from pathlib import Path
 import selfflow
-from selfflow import judge
+from selfflow.analysis import judge
 assert Path(selfflow.__file__).is_relative_to(sys.argv[1]), selfflow.__file__
 judge.train_judge_for = None  # nothing is trained
 print({name: judge.judge_for(name).fingerprint for name in judge.HEADS})

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from selfflow import recording, run, training
-from selfflow.config import Config
+from selfflow.training import loop as training, recording, run
+from selfflow.training.config import Config
 
 torch.set_num_threads(1)
 DOING = ("starting", "training", "saving", "logging", "pruning", "drawing")

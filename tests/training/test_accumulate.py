@@ -1,0 +1,101 @@
+"""A batch that is passed in pieces gives the losses, the gradient and all that is logged of the batch in one piece."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from selfflow.training.batches import Batches, shape_of
+from selfflow.training.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from selfflow.method.flow import keyed
+from selfflow.settings import own_settings
+from selfflow.data.sources import Sources
+from selfflow.training.state import start_state, train_step
+
+SMALL = {"size": 16, "frames": 8, "patch": 8, "columns": 8}
+DATA = {
+    "digits": DataConfig(),
+    "motion": DataConfig("motion", **SMALL),
+    "scenes": DataConfig("scenes", weights="audio=0.5", **SMALL),
+    "in turn": DataConfig("notes+shapes", size=16, patch=8, columns=8),
+}
+STEPS = 2
+
+
+def logged(config: Config) -> tuple[list[dict], list[torch.Tensor]]:
+    "What is logged of some steps, all of it, and the weights after them."
+    sources = Sources(config.data)
+    width = 5 if config.objective.name == "repa" else 1
+    state = start_state(config, shape_of(config, sources), torch.device("cpu"), width, sources.sequences)
+    with torch.no_grad():  # as after some training: every layer says something
+        for name, parameter in state.named_parameters().items():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=keyed(0, name)))
+    batches, found = Batches(sources, config), []
+    for step in range(STEPS):
+        chosen, x0, labels, parts = batches[step]
+        features = torch.randn(8, 5, generator=keyed(0, "features", step)) if width > 1 else None
+        found.append(train_step(state, config, x0, labels, features, diagnose=step > 0, parts=tuple(parts)))
+    return found, [parameter.detach() for parameter in state.named_parameters().values()]
+
+
+def combinations():
+    "Objectives, conditions, counted tokens, normalisations, weights and kinds of data, each with each other kind somewhere."
+    for name in ("self_flow", "sra", "layer_sync", "repa"):
+        for normalise in ("raw", "centred", "standardised"):
+            schedule = {} if name == "self_flow" else {"schedule": "dual"}
+            for tokens in ("all", "masked", "noisier"):
+                options = {"normalise": normalise, "rep_tokens": tokens, "flow_tokens": tokens, **schedule}
+                yield f"digits {name} {normalise} {tokens}", "digits", ObjectiveConfig(name, **options)
+    for tokens in ("all", "masked", "noisier"):
+        for data, given in (("motion", "first_frame"), ("scenes", "either"), ("scenes", "audio"), ("scenes", "first_frame"),
+                            ("scenes", ""), ("in turn", "")):
+            for name in ("flow_matching", "self_flow"):
+                objective = ObjectiveConfig(name, schedule="dual", flow_tokens=tokens, given=given)
+                yield f"{data} {name} {given or 'nothing'} {tokens}", data, objective
+    yield "scenes sra given centred", "scenes", ObjectiveConfig("sra", given="either", normalise="centred", distance="l2")
+    yield "scenes forcing", "scenes", ObjectiveConfig(schedule="diffusion_forcing", normalise="standardised", mask_ratio=0.25)
+    yield "digits single share", "digits", ObjectiveConfig(single_share=0.5, rep_tokens="noisier", distance="smooth_l1")
+
+
+@pytest.mark.parametrize("data, objective", [pytest.param(*rest, id=name) for name, *rest in combinations()])
+def test_pieces_give_what_the_whole_batch_gives(data, objective):
+    config = Config(data=DATA[data], objective=objective, model=ModelConfig(width=16, depth=4, heads=1),
+                    training=TrainConfig(steps=STEPS, batch=8, shards=8, lr=1e-3))
+    whole, weights = logged(config)
+    for pieces in (2, 4, 8):
+        found, others = logged(replace(config, training=replace(config.training, accumulate=pieces)))
+        for step, (values, expected) in enumerate(zip(found, whole, strict=True)):
+            assert values.keys() == expected.keys()
+            for name in expected:  # the second step starts from weights that rounding has moved
+                near = 1e-6 if step == 0 else 2e-4
+                assert values[name] == pytest.approx(expected[name], rel=near, abs=near), (pieces, step, name)
+
+
+@pytest.mark.parametrize("objective", [ObjectiveConfig(), ObjectiveConfig("layer_sync", normalise="standardised")])
+def test_pieces_in_bf16_know_the_whole_batch_too(objective):
+    config = Config(objective=objective, model=ModelConfig(width=16, depth=4, heads=1),
+                    training=TrainConfig(steps=STEPS, batch=8, shards=8, precision="bf16"))
+    whole, _ = logged(config)
+    found, _ = logged(replace(config, training=replace(config.training, accumulate=4)))
+    assert found[0] == {name: pytest.approx(value, rel=0.01) for name, value in whole[0].items()}
+
+
+def test_the_target_is_looked_at_once_more_only_where_it_is_normalised(monkeypatch):
+    from selfflow.method.transformer import Transformer
+    real, passes = Transformer.forward, []
+    monkeypatch.setattr(Transformer, "forward", lambda self, *a, **k: passes.append(self.training) or real(self, *a, **k))
+    counted = {}
+    for normalise in ("raw", "centred"):
+        passes.clear()
+        config = Config(objective=ObjectiveConfig(normalise=normalise), model=ModelConfig(width=16, depth=4, heads=1),
+                        training=TrainConfig(steps=STEPS, batch=8, shards=8, accumulate=4))
+        logged(config)
+        counted[normalise] = (passes.count(True) // STEPS, passes.count(False) // STEPS)
+    assert counted == {"raw": (4, 4), "centred": (4, 8)}
+
+
+def test_no_cosine_exceeds_one():
+    from selfflow.method.alignment import Alignment, constant_cosine
+    with own_settings():
+        rows = torch.rand(1, 7, generator=keyed(0, "row")).expand(1000, 7).contiguous()
+        assert constant_cosine(rows) <= 1 and Alignment(rows, rows, torch.zeros(1000)).means()["constant_cosine"] <= 1

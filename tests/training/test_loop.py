@@ -1,0 +1,510 @@
+"""The loop: falls, stays finite, resumes bit for bit, pairs its arms, refuses bad input before the first step."""
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TINY, VANILLA
+from safetensors.torch import load_file
+from torch._dynamo.utils import counters
+
+import selfflow.data.sources
+from selfflow.training.checkpoint import write_checkpoint
+from selfflow.training.config import DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from selfflow.method.flow import keyed
+from selfflow.training.watching import Following
+from selfflow.data.datasets import ImageSet, digits
+from selfflow.training.run import Run
+from selfflow.method.schedule import DualTimestep, NoiseLevels
+from selfflow.data.sources import Sources
+from selfflow.training.batches import batch_indices, loss_by_level, shape_of, too_wide, validation_losses, validation_tokens
+from selfflow.training.state import compile_blocks, start_state, train_step
+from selfflow.training.loop import train
+
+
+def parts_of(run):
+    parts = [path.stem for path in run.latest().glob("*.safetensors")]
+    assert {"model", "teacher", "optimizer"} <= set(parts)
+    return {f"{part}/{name}": value for part in parts for name, value in run.load(part).items()}
+
+
+def assert_same(run, other):
+    expected, actual = parts_of(run), parts_of(other)
+    assert expected.keys() == actual.keys() and all(torch.equal(expected[k], actual[k]) for k in expected)
+    assert run.log_path.read_text() == other.log_path.read_text()
+
+
+def test_both_objectives_fall_and_stay_finite(tmp_path):
+    longer = replace(TINY.training, steps=80, batch=32, lr=3e-3, validate_every=40, save_every=80)
+    for config in (TINY, VANILLA):
+        log = train(replace(config, training=longer), tmp_path).log
+        seldom = log.columns[log.isna().any()]  # what is looked at in the steps that validate
+        validated = log["step"].isin([40, 80])
+        assert {"validation_flow_loss"} <= set(seldom) and log.loc[~validated, seldom].isna().all().all()
+        if config is TINY:
+            assert {"cosine_gap_0", "feature_std", "effective_rank", "rep_gradient_share", "validation_flow_loss"} <= set(seldom)
+            assert log.loc[validated, "rep_gradient_share"].between(0.001, 0.999).all()
+            assert log.loc[validated, "effective_rank"].between(1, 16).all()
+        assert log["flow_loss"].tail(10).mean() < 0.75 * log["flow_loss"].head(5).mean()
+        assert log["validation_flow_loss"].dropna().is_monotonic_decreasing
+    assert log.columns.tolist() == ["step", "total", "flow_loss", "grad_norm", "validation_flow_loss", "flow_loss_by_level"]
+
+
+@pytest.mark.parametrize("config", [TINY, VANILLA], ids=lambda c: c.name)
+@pytest.mark.parametrize("lost", [[12], [12, 8], [12, 8, 4]])
+def test_resuming_gives_the_uninterrupted_run_bit_for_bit(runs, tmp_path, config, lost):
+    whole = runs[config.name]
+    shutil.copytree(whole.path, tmp_path / config.name)
+    for step in lost:
+        shutil.rmtree(tmp_path / config.name / f"checkpoints/step-{step:08d}")
+    torch.manual_seed(123)  # the global stream plays no part
+    again = train(config, tmp_path)
+    assert_same(whole, again)
+
+
+SMALL = replace(TINY, name="small", model=ModelConfig(width=8, depth=3, heads=1),
+                training=TrainConfig(steps=4, batch=8, log_every=1, validate_every=3, save_every=2))
+EVERY = [(name, {"schedule": schedule}) for name in ("self_flow", "flow_matching", "sra", "layer_sync")
+         for schedule in ("single", "dual", "diffusion_forcing", "full_masking")] + [
+    ("repa", {}), ("repa", {"schedule": "dual", "rep_tokens": "noisier", "distance": "smooth_l1"}),
+    ("self_flow", {"levels": 3, "density": "logit_normal", "density_shift": 2.0, "noisy_share": 0.2, "distance": "l2",
+                   "normalise": "standardised"}),
+    ("self_flow", {"mask_ratio": 0.5, "order": "cleaner", "exact": True, "near": 0.3, "block": 2, "single_share": 0.3,
+                   "separated": True, "density": "plateau_logit_normal"}),
+    ("sra", {"schedule": "dual", "flow_tokens": "masked", "rep_tokens": "masked", "normalise": "centred"}),
+    ("flow_matching", {"schedule": "dual", "mask_ratio": 0.5, "separated": True, "flow_tokens": "noisier"}),
+]
+
+
+def outside(tokens):
+    "Features of an outside encoder, the same bits in any batch."
+    return torch.cat([tokens * 2, -tokens], dim=-1)
+
+
+@pytest.mark.parametrize("name, switches", EVERY, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())))
+def test_every_objective_and_schedule_trains_and_resumes_bit_for_bit(tmp_path, name, switches):
+    config = replace(SMALL, objective=ObjectiveConfig(name, **switches))
+    features = outside if name == "repa" else None
+    run = train(config, tmp_path / "whole", features=features)
+    assert run.log["step"].tolist() == [1, 2, 3, 4] and run.log[["total", "flow_loss", "grad_norm"]].notna().all().all()
+    assert ("cosine" in run.log) == (name != "flow_matching") and run.log["grad_norm"].min() > 0
+    start = start_state(config, run.transformer, torch.device("cpu"), 8)
+    assert not torch.equal(start.student.blocks[0].attn.proj.weight, run.model.blocks[0].attn.proj.weight)
+    shutil.copytree(run.path, tmp_path / "again/small")
+    shutil.rmtree(tmp_path / "again/small/checkpoints/step-00000004")
+    if features is not None:  # as a tensor this time, which goes with a function: nobody can tell
+        features = outside(validation_tokens(config, "train")[0])
+    assert_same(run, train(config, tmp_path / "again", features=features))
+
+
+def test_checkpointing_trains_the_same_run_bit_for_bit(runs, tmp_path):
+    again = train(replace(TINY, training=replace(TINY.training, checkpointing=True)), tmp_path)
+    assert_same(runs["tiny"], again)
+    assert start_state(again.config, again.transformer, torch.device("cpu")).student.checkpointing
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint(runs, tmp_path, monkeypatch):
+    real, calls = train_step, []
+    def interrupted(*args, **options):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+    monkeypatch.setattr("selfflow.training.loop.train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(TINY, tmp_path)
+    monkeypatch.undo()
+    assert_same(runs["tiny"], train(TINY, tmp_path))
+
+
+def test_looking_at_a_run_in_the_middle_changes_nothing(runs, tmp_path):
+    half = train(TINY, tmp_path)
+    shutil.rmtree(half.path / "checkpoints/step-00000012")
+    half.sample(torch.tensor([1, 2]), steps=3)
+    validation_losses(half.teacher, TINY)
+    expected, actual = parts_of(runs["tiny"]), parts_of(train(TINY, tmp_path))
+    assert all(torch.equal(expected[k], actual[k]) for k in expected)
+
+
+def test_a_finished_run_is_returned_as_it_is(runs):
+    before = {p: p.stat().st_mtime_ns for p in runs["tiny"].path.rglob("*.safetensors")}
+    train(TINY, runs["tiny"].path.parent)
+    assert before == {p: p.stat().st_mtime_ns for p in runs["tiny"].path.rglob("*.safetensors")}
+
+
+def test_the_arms_are_paired():
+    shape = shape_of(TINY, Sources(TINY.data))
+    full, plain = (start_state(config, shape, torch.device("cpu")) for config in (TINY, VANILLA))
+    assert all(torch.equal(a, b) for a, b in zip(full.student.parameters(), plain.student.parameters(), strict=True))
+    other = start_state(replace(TINY, seed=1), shape, torch.device("cpu"))
+    assert not torch.equal(full.student.x_embedder.weight, other.student.x_embedder.weight)
+
+
+def test_the_teacher_is_the_average_after_the_step():
+    shape = shape_of(TINY, Sources(TINY.data))
+    state = start_state(TINY, shape, torch.device("cpu"))
+    before = state.teacher.x_embedder.bias.clone()
+    train_step(state, TINY, *first_batch())
+    decay = 0.5 ** (1 / (TINY.training.ema_half_life * TINY.training.steps))
+    torch.testing.assert_close(state.teacher.x_embedder.bias, decay * before + (1 - decay) * state.student.x_embedder.bias)
+    assert not state.teacher.training and state.step == 1
+
+
+def test_every_sample_once_per_epoch_in_an_order_of_the_seed():
+    steps = [batch_indices(50, 16, seed=3, step=step) for step in range(25)]
+    everything = torch.cat(steps)
+    for epoch in everything.split(50):
+        assert sorted(epoch.tolist()) == list(range(50))
+    assert not torch.equal(everything[:50], everything[50:100])
+    assert not torch.equal(everything[:50], torch.cat([batch_indices(50, 16, 4, step) for step in range(4)])[:50])
+    assert len(batch_indices(5, 16, 0, 0)) == 16  # a batch larger than the data goes on into the next epochs
+
+
+def test_bf16_trains(tmp_path):
+    run = train(replace(TINY, name="bf16", training=replace(TINY.training, precision="bf16")), tmp_path)
+    log, reference = run.log, train(TINY, tmp_path).log
+    assert log["flow_loss"].tolist() == pytest.approx(reference["flow_loss"].tolist(), rel=0.02)
+    assert log["flow_loss"].tolist() != reference["flow_loss"].tolist()
+    whole = Run(run.path, TINY, run.transformer, run.device)  # the same weights, drawn in fp32
+    half, full = (one.sample(torch.arange(4), steps=4, cfg_scale=2.0) for one in (run, whole))
+    assert half.dtype == torch.float32 and not torch.equal(half, full)
+    torch.testing.assert_close(half, full, atol=0.05, rtol=0.05)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    real = batch_indices
+    def poisoned(count, batch, seed, step):
+        if step == 6:
+            raise_for.fill_(float("nan"))
+        return real(count, batch, seed, step)
+    raise_for = torch.zeros(1)
+    monkeypatch.setattr("selfflow.training.batches.batch_indices", poisoned)
+    monkeypatch.setattr("selfflow.method.objective.velocity", lambda x0, x1: x1 - x0 + raise_for)
+    with pytest.raises(FloatingPointError, match="step 7 is not finite.*What was saved before is whole"):
+        train(TINY, tmp_path)
+    run = Run.open(tmp_path / "tiny")
+    assert run.latest().name == "step-00000004" and run.log["step"].tolist() == [1, 2, 3, 4, 5, 6] and run.writer() is None
+    found = json.loads((run.path / "not_finite.json").read_text())
+    samples = real(len(digits("train")), 16, TINY.seed, 6)
+    assert found["step"] == 7 and "step 7 is not finite" in found["message"] and found["samples"] == samples.tolist()
+    assert found["labels"] == digits("train").labels[samples].tolist()
+    drawn = [DualTimestep().sample(2, 16, keyed(TINY.seed, "levels", 6, shard)).per_token() for shard in range(8)]
+    assert found["levels"]["tokens"] == torch.cat(drawn).histc(20, 0, 1).tolist() and sum(found["levels"]["tokens"]) == 256
+    monkeypatch.undo()
+    assert_same(train(TINY, tmp_path / "whole"), train(TINY, tmp_path))
+    assert not (run.path / "not_finite.json").exists(), "it was passed"
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"steps": 1, "lr": 1e38}, "step 1 is not finite: "),
+    ({"steps": 1, "lr": 1e38, "validate_every": 9, "sample_every": 0}, "step 1 is not finite: it left NaN or infinite"),
+    ({"lr": 1e38, "save_every": 2}, "is not finite"),
+    ({"lr": 1e6, "sample_every": 1}, "is not finite"),
+    ({"lr": 1e6, "validate_every": 1}, "is not finite"),
+    ({"lr": 1e6}, "is not finite"),
+], ids=["last step", "save alone", "save", "picture", "validation", "loss"])
+def test_divergence_has_one_message_whoever_meets_it_first(tmp_path, changes, message):
+    values = {"steps": 30, "batch": 8, "validation": 20, "save_every": 1, "sample_every": 0, "log_every": 1, **changes}
+    config = replace(TINY, training=TrainConfig(**values))
+    with pytest.raises(FloatingPointError, match=f"^step .*{message}|^{message}") as error:
+        train(config, tmp_path)
+    assert "a smaller training.lr or training.clip" in str(error.value) and "look at the data" not in str(error.value)
+    run = Run.open(tmp_path / "tiny")
+    found = json.loads((run.path / "not_finite.json").read_text())
+    assert str(error.value).startswith(found["message"]) and f"step {found['step']} is" in found["message"]
+    assert found["samples"] == batch_indices(len(digits("train")), 8, TINY.seed, found["step"] - 1).tolist()
+    last = run.latest()
+    assert last is None or run.state()["step"] < found["step"]
+    for path in run.checkpoints():
+        assert all(value.isfinite().all() for part in path.glob("*.safetensors") for value in load_file(part).values())
+    following = Following(run.path)
+    following.read()
+    assert not following.finished and f"stopped at step {found['step']}: the loss was not finite" in following.state
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path):
+    run = train(replace(TINY, training=replace(TINY.training, steps=8, save_every=4)), tmp_path)
+    path = run.latest()
+    tensors = {part.stem: load_file(part) for part in path.glob("*.safetensors")}
+    next(iter(tensors["teacher"].values())).fill_(torch.nan)
+    state = run.state()
+    shutil.rmtree(path)
+    write_checkpoint(path, tensors, state)
+    with pytest.raises(ValueError, match=r"step-00000008 holds NaN or infinite numbers \(teacher\).*Remove this folder"):
+        train(run.config, tmp_path)
+    shutil.rmtree(path)
+    assert train(run.config, tmp_path).state()["step"] == 8
+
+
+@pytest.mark.parametrize("part, field", [
+    (TrainConfig, "lr"), (TrainConfig, "weight_decay"), (TrainConfig, "ema_half_life"), (TrainConfig, "cooldown"),
+    (ObjectiveConfig, "rep_weight"), (ObjectiveConfig, "density_mean"), (ObjectiveConfig, "density_std"),
+    (ObjectiveConfig, "density_shift"), (ObjectiveConfig, "near"), (ModelConfig, "mlp_ratio"),
+])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), float("-inf")])
+def test_numbers_that_are_not_finite_are_refused(part, field, value):
+    with pytest.raises(ValueError, match=field):
+        part(**{field: value})
+
+
+def test_a_gradient_may_be_clipped_at_infinity_but_not_at_nan():
+    assert TrainConfig(clip=float("inf")).clip == float("inf")
+    with pytest.raises(ValueError, match="clip is nan"):
+        TrainConfig(clip=float("nan"))
+
+
+def first_batch(config=TINY, count=16):
+    tokens, labels = validation_tokens(config, "train")
+    return tokens[:count], labels[:count]
+
+
+@pytest.mark.parametrize("where", ["student", "teacher"])
+def test_features_that_are_not_finite_are_named_by_their_step(where):
+    state = start_state(TINY, shape_of(TINY, Sources(TINY.data)), torch.device("cpu"))
+    with torch.no_grad():
+        getattr(state, where).x_embedder.weight.fill_(torch.nan)
+    before = state.student.blocks[0].attn.qkv.weight.clone()
+    with pytest.raises(FloatingPointError, match="step 1 is not finite"):
+        train_step(state, TINY, *first_batch(), diagnose=True)
+    assert torch.equal(state.student.blocks[0].attn.qkv.weight, before) and state.step == 0
+
+
+def test_every_step_draws_its_own_numbers():
+    state, seen = start_state(TINY, shape_of(TINY, Sources(TINY.data)), torch.device("cpu")), []
+    real = state.objective.forward
+    def watched(student, teacher, x0, labels, draw, *more):
+        seen.append([[shard(purpose).initial_seed() for shard in draw] for purpose in ("noise", "levels", "label drop")])
+        return real(student, teacher, x0, labels, draw, *more)
+    state.objective.forward = watched
+    for _ in range(3):
+        train_step(state, TINY, *first_batch())
+    assert seen == [[[keyed(TINY.seed, purpose, step, shard).initial_seed() for shard in range(8)]
+                     for purpose in ("noise", "levels", "label drop")] for step in range(3)]
+
+
+def test_steps_in_which_no_token_counts_go_on():
+    config = replace(TINY, objective=ObjectiveConfig(mask_ratio=1e-9, rep_tokens="masked"))
+    state = start_state(config, shape_of(config, Sources(config.data)), torch.device("cpu"))
+    values = train_step(state, config, *first_batch(), diagnose=True)
+    assert values["rep_loss"] == 0 and "cosine" not in values and values["flow_loss"] > 0 and state.step == 1
+
+
+# compilation
+
+def random_state(config=TINY):
+    state = start_state(config, shape_of(config, Sources(config.data)), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for model in (state.student, state.teacher):
+            for parameter in model.parameters():
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return state
+
+
+def snapshot(state):
+    slots = {f"{name}/{k}": v for name, p in state.named_parameters().items()
+             for k, v in state.optimizer.state.get(p, {}).items()}
+    parts = {"student": state.student, "teacher": state.teacher, "objective": state.objective}
+    tensors = {f"{n}.{k}": v.clone() for n, part in parts.items() for k, v in part.state_dict().items()} | slots
+    return tensors, state.step, torch.get_rng_state()
+
+
+def assert_unchanged(state, before):
+    tensors, step, stream = snapshot(state)
+    assert tensors.keys() == before[0].keys() and all(torch.equal(tensors[k], before[0][k]) for k in tensors)
+    assert step == before[1] and torch.equal(stream, before[2])
+    assert all(p.grad is None for part in (state.student, state.teacher, state.objective) for p in part.parameters())
+
+
+def no_compiler(after=0):
+    "A torch.compile whose functions fail when they are called, from the call number `after` on."
+    calls = []
+    def compiled(function, **_):
+        def call(*args, **options):
+            calls.append(1)
+            if len(calls) > after:
+                raise RuntimeError("no C++ compiler found\nand much more")
+            return function(*args, **options)
+        return call
+    return compiled
+
+
+@pytest.mark.parametrize("after", [0, 5])  # at the first block of the student, or at one of the teacher
+def test_without_a_compiler_blocks_run_as_they_are(monkeypatch, after):
+    eager, state = random_state(), random_state()
+    before = snapshot(state)
+    monkeypatch.setattr(torch, "compile", no_compiler(after))
+    assert compile_blocks(state, TINY, *first_batch()) == "RuntimeError: no C++ compiler found"
+    assert_unchanged(state, before)
+    for _ in range(2):
+        assert train_step(state, TINY, *first_batch()) == train_step(eager, TINY, *first_batch())
+
+
+def test_the_trial_leaves_no_trace_where_it_succeeds(monkeypatch):
+    state = random_state()
+    before = snapshot(state)
+    monkeypatch.setattr(torch, "compile", no_compiler(after=10**6))
+    assert compile_blocks(state, TINY, *first_batch()) is None
+    assert_unchanged(state, before)
+    assert all(block._compiled_call_impl is not None for model in (state.student, state.teacher) for block in model.blocks)
+
+
+def test_a_run_says_why_it_is_not_compiled_and_trains_the_same(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", no_compiler())
+    config = replace(TINY, training=replace(TINY.training, compile=True))
+    run = train(config, tmp_path)
+    assert "not compiled, trains as it is (RuntimeError: no C++ compiler found)" in capsys.readouterr().out
+    assert_same(runs["tiny"], run)
+    train(config, tmp_path)
+    assert "not compiled" not in capsys.readouterr().out, "a finished run compiles nothing"
+
+
+NARROW = replace(TINY, name="narrow", data=DataConfig("digits", patch=8), model=ModelConfig(width=16, depth=2, heads=2),
+                 objective=ObjectiveConfig("flow_matching"), training=replace(TINY.training, steps=2, save_every=1))
+
+
+def test_tokens_of_more_numbers_than_the_model_is_wide_are_said_when_a_run_begins(tmp_path, capsys):
+    run = train(NARROW, tmp_path)
+    assert capsys.readouterr().out == (
+        "narrow: a token of image holds 64 numbers, but the model is 16 wide, so that at least 75% of its noise stays in the "
+        "error of the velocity; take a smaller data.patch, or model.width 64 or more\n")
+    train(NARROW, tmp_path)
+    shutil.rmtree(run.latest())
+    train(NARROW, tmp_path)
+    assert capsys.readouterr().out == "narrow: goes on from step 1\n", "and nothing of a finished one"
+    train(replace(NARROW, name="fits", model=ModelConfig(width=64, depth=1, heads=2)), tmp_path)
+    assert "numbers" not in capsys.readouterr().out
+
+
+def test_of_several_parts_those_are_named_that_do_not_fit():
+    data = DataConfig("scenes", patch=8, size=16, frames=8, columns=2)
+    for width, named in ((16, {"video": "data.patch or data.span", "audio": "data.columns"}), (1_024, {})):
+        config = replace(TINY, data=data, model=ModelConfig(width=width, depth=2, heads=2))
+        sources = Sources(data)
+        channels = {part.name: part.channels for part in sources.parts}
+        said = too_wide(config, sources)
+        assert len(said) == len(named)
+        for line, (name, smaller) in zip(said, named.items(), strict=True):
+            assert f"token of {name} holds {channels[name]} numbers" in line and f"take a smaller {smaller}, or" in line
+
+
+def test_what_such_a_model_says_lies_in_as_many_directions_as_it_is_wide():
+    sources = Sources(NARROW.data)
+    state = start_state(NARROW, shape_of(NARROW, sources), torch.device("cpu"))
+    for parameter in state.student.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=keyed(0, str(tuple(parameter.shape))))
+    x = torch.randn(500, 1, 64, generator=keyed(0, "x"))
+    levels = NoiseLevels.single(torch.rand(500, generator=keyed(0, "t")), 1)
+    found = state.student(x, levels, torch.zeros(500, dtype=torch.int64)).velocity.detach()[:, 0]
+    assert torch.linalg.matrix_rank(found - found.mean(0), rtol=1e-4) == 16
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+def test_compiled_blocks_give_the_same_losses():
+    config = replace(SMALL, objective=ObjectiveConfig("flow_matching", schedule="dual", mask_ratio=0.5))
+    eager, state = random_state(config), random_state(config)
+    before, graphs = snapshot(state), counters["stats"]["unique_graphs"]
+    assert compile_blocks(state, config, *first_batch(config)) is None
+    assert_unchanged(state, before)
+    assert counters["stats"]["unique_graphs"] == graphs + 1 and not counters["graph_break"], "all blocks share one graph"
+    for _ in range(3):
+        found, expected = (train_step(one, config, *first_batch(config)) for one in (state, eager))
+        assert found == pytest.approx(expected, rel=1e-5)
+    for a, b in zip(state.student.parameters(), eager.student.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+# what is refused
+
+FEATURES = torch.zeros(1078, 16, 5)
+
+
+@pytest.mark.parametrize("name, features, words", [
+    ("repa", None, "needs features of an encoder: train.config, features=....* or selfflow train --features FILE"),
+    ("self_flow", FEATURES, "objective 'self_flow' takes no features of an outside encoder"),
+    ("flow_matching", outside, "'flow_matching' takes no features"),
+    ("repa", FEATURES[:-1], "features of 1077 samples, but 1078 to train on"),
+    ("repa", torch.zeros(359, 5), "features of 359 samples"),
+    ("repa", FEATURES[:, :-1], r"features have shape \(1, 15, 5\), expected \(1, 16, 5\)"),
+    ("repa", torch.zeros(1078, 4, 4, 5), r"\(1, 4, 4, 5\), expected"),
+    ("repa", torch.zeros(1078), r"\(1,\), expected"),
+    ("repa", torch.full((1078, 5), torch.nan), "5390 numbers of the encoder's features are NaN"),
+    ("repa", lambda tokens: tokens[:, :3], r"\(1, 3, 4\), expected \(1, 16, 4\)"),
+])
+def test_features_that_do_not_fit_are_refused_before_a_folder_is_made(tmp_path, name, features, words):
+    with pytest.raises(ValueError, match=words):
+        train(replace(SMALL, objective=ObjectiveConfig(name)), tmp_path, features=features)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_block_that_does_not_divide_the_grid_is_refused_before_a_folder_is_made(tmp_path):
+    with pytest.raises(ValueError, match=r"block 3 does not divide grid \(4, 4\)"):
+        train(replace(SMALL, objective=ObjectiveConfig(block=3)), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_loss_by_level_is_per_sample_and_does_not_depend_on_the_batch_size():
+    model, (x0, labels) = random_state().student, first_batch(count=12)
+    x1 = torch.randn(x0.shape, generator=torch.Generator().manual_seed(5))
+    losses = loss_by_level(model, x0, labels, x1, [0.2, 0.9], batch=7)
+    torch.testing.assert_close(losses, loss_by_level(model, x0, labels, x1, [0.2, 0.9]))
+    v = model(0.1 * x0[3:4] + 0.9 * x1[3:4], NoiseLevels.single(torch.tensor([0.9]), 16), labels[3:4]).velocity
+    torch.testing.assert_close(losses[1, 3], (v - x1[3] + x0[3]).square().mean())
+
+
+def with_data(monkeypatch, only=None, **change):
+    def broken(config, split):
+        good = digits(split)
+        if only not in (None, split):
+            return good
+        return ImageSet(**{"images": good.images, "labels": good.labels, "names": good.names, **change})
+    monkeypatch.setitem(selfflow.data.sources.DATASETS, "digits", broken)
+
+
+@pytest.mark.parametrize("change, error, words", [
+    ({"images": torch.full((1078, 1, 8, 8), torch.nan)}, ValueError, "NaN"),
+    ({"images": torch.zeros(1078, 1, 8, 8, dtype=torch.int32)}, TypeError, "torch.int32"),
+    ({"labels": torch.full((1078,), 10)}, ValueError, "outside 0 to 9"),
+    ({"images": torch.zeros(1078, 1, 9, 9)}, ValueError, "not divisible by patch 2"),
+])
+def test_bad_data_is_refused_before_a_folder_is_made(tmp_path, monkeypatch, change, error, words):
+    with_data(monkeypatch, only="train", **change)
+    with pytest.raises(error, match=words):
+        train(TINY, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_validation_data_is_refused_before_a_folder_is_made(tmp_path, monkeypatch):
+    with_data(monkeypatch, only="validation", images=torch.full((359, 1, 8, 8), torch.nan))
+    with pytest.raises(ValueError, match="NaN"):
+        train(TINY, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_leaves_the_callers_random_numbers_alone(tmp_path):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train(TINY, tmp_path)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("config, words", [
+    (replace(TINY, data=DataConfig(patch=3)), "not divisible by patch 3"),
+    (replace(TINY, model=ModelConfig(width=18, depth=4)), "width 18"),
+])
+def test_bad_sizes_are_refused_before_a_folder_is_made(tmp_path, config, words):
+    with pytest.raises(ValueError, match=words):
+        train(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_device_is_refused_before_a_folder_is_made(tmp_path):
+    with pytest.raises(ValueError, match="device 'gpu' cannot be used here"):
+        train(TINY, tmp_path, device="gpu")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_default_is_the_quickstart():
+    assert TrainConfig().steps == 1000 and ModelConfig().width == 96

@@ -1,0 +1,479 @@
+"""Run folders: what was saved is read back or refused, never half believed."""
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+from selfflow.training.batches import validation_losses
+from selfflow.training.checkpoint import FORMAT, FREE, check_checkpoint, migrate
+from selfflow.training.config import Config, TrainConfig
+from selfflow.method.flow import keyed
+from selfflow.training.lock import RunInUse, sole_writer
+from selfflow.training.run import Run
+from selfflow.method.sampling import guided_velocity, sample
+from selfflow.training.loop import train
+
+FIRST = Path(__file__).parents[1] / "fixtures/runs/format-1"  # written by the first version
+SECOND = FIRST.with_name("format-2")  # with captions, each byte of which was a token
+
+
+@pytest.fixture
+def run(runs, tmp_path):
+    "A copy of the tiny run, to be damaged."
+    shutil.copytree(runs["tiny"].path, tmp_path / "tiny")
+    return Run.open(tmp_path / "tiny")
+
+
+def steps_of(run):
+    return sorted(p.name for p in run.path.glob("checkpoints/*"))
+
+
+def test_a_run_opens_from_its_folder_alone(run):
+    assert run.config == TINY and steps_of(run) == ["step-00000004", "step-00000008", "step-00000012"]
+    assert run.latest().name == "step-00000012" and run.state()["step"] == 12
+    assert {p.name for p in run.latest().iterdir()} == {"model.safetensors", "teacher.safetensors", "objective.safetensors",
+                                                        "optimizer.safetensors", "state.json", "manifest.json"}
+    assert run.log["step"].tolist() == list(range(1, 13)) and {"flow_loss", "rep_loss", "cosine"} <= set(run.log)
+    assert not run.teacher.training and not any(p.requires_grad for p in run.teacher.parameters())
+    assert run.sample(torch.tensor([0, 9]), steps=2).shape == (2, 1, 8, 8)
+    assert not list(run.path.rglob("*.tmp")) and not list(run.path.rglob("*.p*t")), "no leftovers, no pickle"
+
+
+def damage(kind, file):
+    content = bytearray(file.read_bytes())
+    if kind == "flipped bit":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif kind == "truncated":
+        file.write_bytes(content[:-7])
+    elif kind == "empty":
+        file.write_bytes(b"")
+    elif kind == "longer":
+        file.write_bytes(content + b"\n")
+    elif kind == "of another step":
+        shutil.copy(file.parent.with_name("step-00000004") / file.name, file)
+    else:
+        file.unlink()
+
+
+@pytest.mark.parametrize("kind", ["flipped bit", "truncated", "empty", "missing", "longer", "of another step"])
+@pytest.mark.parametrize("name", ["model.safetensors", "teacher.safetensors", "objective.safetensors", "optimizer.safetensors",
+                                  "state.json"])
+def test_a_damaged_checkpoint_is_skipped_and_said(run, capsys, kind, name):
+    damage(kind, run.path / "checkpoints/step-00000012" / name)
+    unfit = (kind, name) == ("missing", "optimizer.safetensors")  # to go on from, and for nothing else
+    assert run.latest().name == ("step-00000012" if unfit else "step-00000008")
+    assert run.latest(resume=True).name == "step-00000008"
+    assert "skipped" in (said := capsys.readouterr().out) and (name in said or unfit and "no optimiser" in said)
+
+
+def test_training_goes_on_from_the_newest_whole_checkpoint(run, runs):
+    damage("flipped bit", run.path / "checkpoints/step-00000012/teacher.safetensors")
+    damage("missing", run.path / "checkpoints/step-00000008/manifest.json")
+    again = train(TINY, run.path.parent)
+    assert again.latest().name == "step-00000012" and check_checkpoint(again.latest()) is None
+    for part in ("model", "teacher", "objective", "optimizer"):
+        expected, actual = runs["tiny"].load(part), again.load(part)
+        assert expected.keys() == actual.keys() and all(torch.equal(expected[k], actual[k]) for k in expected)
+
+
+def test_a_teacher_that_is_missing_is_an_error_and_no_silent_fall_back(run):
+    path = run.path / "checkpoints/step-00000012"
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["teacher.safetensors"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "teacher.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="has no teacher"):
+        run.teacher  # noqa: B018
+    with pytest.raises(FileNotFoundError, match="has no teacher"):
+        train(TINY, run.path.parent)
+
+
+def test_when_no_checkpoint_is_whole_training_does_not_start_over_by_itself(run):
+    for path in run.path.glob("checkpoints/step-*"):
+        damage("flipped bit", path / "model.safetensors")
+    before = run.log_path.read_text()
+    with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
+        train(TINY, run.path.parent)
+    assert run.log_path.read_text() == before and len(steps_of(run)) == 3
+
+
+def test_another_config_does_not_enter_the_folder(run):
+    before = (run.path / "config.json").read_bytes()
+    (run.path.parent / "tiny-2").mkdir()
+    asked = replace(TINY, seed=1, training=replace(TINY.training, keep_last=9))
+    with pytest.raises(ValueError, match=r"another config:\n  seed: 0 in the folder, 1 asked for\n"
+                                         r"Give this run another name \(tiny-3 is free\), or remove the folder."):
+        Run.create(run.path, asked, run.transformer)
+    with pytest.raises(ValueError, match="seed: 0 in the folder, 1 asked for"):
+        train(replace(TINY, seed=1), run.path.parent)
+    assert steps_of(run)[-1] == "step-00000012" and len(run.log) == 12 and (run.path / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"objective": replace(TINY.objective, separated=True)}, "objective.separated: False in the folder, True asked for"),
+    ({"model": replace(TINY.model, positions="rotary", heads=1)}, "model.positions: 'sincos' in the folder, 'rotary' asked for"),
+    ({"training": replace(TINY.training, compile=True)}, "training.compile: False in the folder, True asked for"),
+])
+def test_a_new_choice_is_another_config(run, change, words):
+    with pytest.raises(ValueError, match=words):
+        train(replace(TINY, **change), run.path.parent)
+
+
+def test_another_shape_of_model_does_not_enter_the_folder(run):
+    stored = json.loads((run.path / "config.json").read_text())
+    stored["transformer"]["classes"] = 7
+    (run.path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="transformer.classes: 7 in the folder, 10 asked for"):
+        train(TINY, run.path.parent)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', '{"format": 1, "config": {"x": 1}, "transformer": {}}'])
+def test_a_damaged_config_is_named(run, content):
+    (run.path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="tiny/config.json cannot be used"):
+        Run.open(run.path)
+
+
+def test_a_run_looks_at_one_checkpoint_until_it_is_opened_again(run):
+    shutil.rmtree(run.path / "checkpoints/step-00000012")
+    early = Run.open(run.path)
+    assert early.state()["step"] == 8
+    later = train(TINY, run.path.parent)
+    assert early.state()["step"] == 8 and later.state()["step"] == 12
+    assert not torch.equal(early.teacher.x_embedder.weight, later.teacher.x_embedder.weight)
+
+
+@pytest.mark.parametrize("number", [0, FORMAT + 1, 99, -1, "1", "2", None, [1], {}, 1.5])
+def test_a_format_that_is_not_known_is_refused(run, number):
+    stored = json.loads((run.path / "config.json").read_text())
+    (run.path / "config.json").write_text(json.dumps({**stored, "format": number}))
+    for opening in (lambda: Run.open(run.path), lambda: Run.create(run.path, TINY, run.transformer)):
+        with pytest.raises(ValueError) as error:
+            opening()
+        assert f"has format {number!r}, but this version reads formats 1 to {FORMAT}" in str(error.value)
+
+
+def test_no_run_no_checkpoint(tmp_path, run):
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        Run.open(tmp_path / "nothing")
+    shutil.rmtree(run.path / "checkpoints")
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint yet"):
+        run.teacher  # noqa: B018
+
+
+def test_an_unfinished_staging_folder_is_not_a_checkpoint_and_goes_when_training_goes_on(tmp_path, run):
+    (run.path / "checkpoints/.step-00000016-abc").mkdir()
+    assert run.latest().name == "step-00000012"
+    train(TINY, run.path.parent)
+    assert steps_of(run) == ["step-00000004", "step-00000008", "step-00000012"]
+
+
+def test_an_unfinished_line_of_the_log_is_cut(run):
+    with run.log_path.open("a") as file:
+        file.write('{"step": 13, "flow')
+    run.cut_log(8)
+    assert run.log["step"].tolist() == list(range(1, 9))
+
+
+def test_a_run_with_a_token_for_each_byte_of_a_caption_is_what_it_was(tmp_path):
+    shutil.copytree(SECOND, tmp_path / "format-2")
+    run = Run.open(tmp_path / "format-2", "cpu")
+    assert run.config.model.caption_stride == run.transformer.caption_stride == 1
+    loss = validation_losses(run.teacher, run.config).mean().item()
+    assert loss == pytest.approx(run.log["validation_flow_loss"].iloc[-1], 1e-5)
+    config = replace(run.config, training=replace(run.config.training, steps=6))
+    with pytest.raises(ValueError, match="caption_stride"):
+        train(replace(config, model=replace(config.model, caption_stride=4)), tmp_path)
+
+
+
+# formats
+
+@pytest.fixture
+def first(tmp_path):
+    "A copy of the run that the first version wrote."
+    shutil.copytree(FIRST, tmp_path / "format-1")
+    return tmp_path / "format-1"
+
+
+def test_a_run_of_the_first_version_opens_as_it_is(first):
+    before = {path: path.read_bytes() for path in first.rglob("*.*") if path.is_file()}
+    run = Run.open(first)
+    stored = json.loads((first / "config.json").read_text())
+    assert stored["format"] == 1 and "shards" not in stored["config"]["training"]
+    assert run.config.training.shards == 1 and run.config.training.keep_last == TrainConfig().keep_last and run.data == {}
+    assert run.state()["step"] == 4 and run.state()["format"] == 1 and len(run.log) == 8 and run.timing.empty and run.film() == []
+    for model in (run.model, run.teacher):
+        assert model.config == run.transformer and sum(p.numel() for p in model.parameters()) > 5000
+    assert run.sample(torch.tensor([3, 7]), 2).isfinite().all() and run.writer() is None
+    assert before == {path: path.read_bytes() for path in first.rglob("*.*") if path.is_file()}, "opening changes nothing"
+
+
+def test_a_run_of_the_first_version_resumes_to_the_same_losses(first):
+    whole = Run.open(FIRST).log
+    run = train(Run.open(first).config, first.parent)
+    assert run.state()["step"] == 8 and run.state()["format"] == FORMAT and check_checkpoint(run.latest()) is None
+    stored = json.loads((first / "config.json").read_text())
+    assert stored["format"] == FORMAT and stored["config"]["training"]["shards"] == 1 and "data" in stored
+    assert Run.open(first).config == run.config
+    assert run.log_path.read_text().splitlines()[:4] == (FIRST / "log.jsonl").read_text().splitlines()[:4], "what was there stays"
+    for name in ("total", "flow_loss", "rep_loss", "grad_norm"):
+        assert run.log["step"].tolist() == list(range(1, 9))
+        assert run.log[name].tolist() == pytest.approx(whole[name].tolist(), rel=1e-5), name
+    assert run.log["validation_flow_loss"].iloc[7] == pytest.approx(whole["validation_flow_loss"].iloc[7], rel=1e-5)
+
+
+def test_another_number_of_shards_is_another_run(first):
+    config = Run.open(first).config
+    with pytest.raises(ValueError, match="training.shards: 1 in the folder, 8 asked for"):
+        Run.create(first, replace(config, training=replace(config.training, shards=8)), Run.open(first).transformer)
+    script = Config.from_dict({**(stored := json.loads((first / "config.json").read_text()))["config"], "name": "format-1"})
+    with pytest.raises(ValueError, match="began before batches had shards has one: with training.shards=1 it goes on"):
+        train(script, first.parent)
+    assert "shards" not in stored["config"]["training"] and script.training.shards == 8
+    with pytest.raises(ValueError, match="seed: .*") as error:
+        train(replace(script, seed=9), first.parent)
+    assert "it goes on" not in str(error.value), "that alone would not help"
+    assert train(replace(script, training=replace(script.training, shards=1)), first.parent).state()["step"] == 8
+    shutil.copyfile(FIRST / "config.json", first / "config.json")
+    with pytest.raises(ValueError, match="training.shards: 1 in the folder, 8 asked for"):
+        Run.create(first, script, Run.open(first).transformer)
+    assert json.loads((first / "config.json").read_text())["format"] == 1, "who is refused changes nothing"
+
+
+def test_migration_keeps_what_is_there():
+    stored = json.loads((FIRST / "config.json").read_text())
+    new = migrate(stored)
+    assert new["format"] == FORMAT and new["data"] == {} and migrate(new) == new
+    assert {**new["config"]["training"], "shards": None} == {**stored["config"]["training"], "shards": None}
+    assert new["transformer"] == {**stored["transformer"], "fp32_levels": False} and stored["format"] == 1
+
+
+OLD = {"config": {"name", "seed", "data", "model", "objective", "training"}, "data": {"name", "patch"},
+       "model": {"width", "depth", "heads", "mlp_ratio"},
+       "objective": {"name", "density", "mask_ratio", "student_layer", "teacher_layer", "rep_weight", "label_drop"},
+       "training": {"steps", "batch", "lr", "weight_decay", "clip", "ema_half_life", "precision", "log_every", "validate_every",
+                    "save_every"}}
+OLD_TRANSFORMER = {"channels", "grid", "width", "depth", "heads", "mlp_ratio", "classes"}
+
+
+def test_a_config_from_before_there_were_so_many_choices_opens(run):
+    stored = json.loads((run.path / "config.json").read_text())
+    for part in ("data", "model", "objective", "training"):
+        assert OLD[part] <= set(stored["config"][part])
+        stored["config"][part] = {name: stored["config"][part][name] for name in OLD[part]}
+    assert OLD["config"] | {"defaults"} == set(stored["config"])
+    del stored["config"]["defaults"]
+    stored = {"format": 1, "config": stored["config"], "transformer": {n: stored["transformer"][n] for n in OLD_TRANSFORMER}}
+    (run.path / "config.json").write_text(json.dumps(stored))
+    opened = Run.open(run.path)
+    assert opened.config == replace(TINY, training=replace(TINY.training, shards=1), defaults=3)
+    old = replace(run.transformer, fp32_levels=False)
+    assert opened.transformer == old and opened.teacher.config == old
+
+
+# going on
+
+OTHER = {"steps": 20, "keep_optimizers": 2, "save_every": 7, "keep_last": 1, "keep_every": 8, "sample_every": 3,
+         "parallel": "fsdp", "checkpointing": True}
+
+
+@pytest.mark.parametrize("name", sorted(OTHER))
+def test_what_does_not_change_the_result_may_change_on_the_way(run, capsys, name):
+    assert {"name", "data.encoder", *(f"training.{name}" for name in OTHER)} == FREE
+    asked = replace(TINY, training=replace(TINY.training, **{name: OTHER[name]}))
+    again = Run.create(run.path, asked, run.transformer)
+    before = getattr(TINY.training, name)
+    assert capsys.readouterr().out == f"training.{name}: {before} -> {OTHER[name]} from here on\n"
+    assert again.config == asked == Run.open(run.path).config and again.state()["step"] == 12
+    Run.create(run.path, asked, run.transformer)
+    assert not capsys.readouterr().out
+
+
+def test_all_that_may_change_at_once_and_nothing_while_another_trains(run, capsys):
+    asked = replace(TINY, training=replace(TINY.training, **OTHER))
+    before = (run.path / "config.json").read_bytes()
+    with run.locked():
+        assert Run.create(run.path, TINY, run.transformer).config == TINY, "nothing is to be written"
+        with pytest.raises(RunInUse):
+            Run.create(run.path, asked, run.transformer)
+        assert (run.path / "config.json").read_bytes() == before and not capsys.readouterr().out
+    assert Run.create(run.path, asked, run.transformer).config == asked
+    assert len(capsys.readouterr().out.splitlines()) == len(OTHER)
+
+
+def test_who_renames_the_folder_renames_the_run(run, capsys):
+    moved = run.path.rename(run.path.with_name("renamed"))
+    config = replace(TINY, name="renamed", training=replace(TINY.training, keep_last=9))
+    again = train(config, moved.parent)
+    assert "name: tiny -> renamed from here on\n" in capsys.readouterr().out
+    assert again.path == moved and Run.open(moved).config == config and len(steps_of(again)) == 3 and not run.path.exists()
+
+
+A, B = "a" * 16, "b" * 16
+
+
+@pytest.mark.parametrize("there, asked, words", [
+    ({"train": A, "validation": A}, {"train": B, "validation": A}, [f"data.train: '{A}' in the folder, '{B}' asked for"]),
+    ({"train": A, "validation": A}, {"train": B, "validation": B}, ["data.train", "data.validation"]),
+    ({"train": A, "features": A}, {"features": B, "train": A}, [f"data.features: '{A}' in the folder, '{B}' asked for"]),
+])
+def test_other_data_do_not_enter_the_folder(tmp_path, run, there, asked, words):
+    Run.create(tmp_path / "new", TINY, run.transformer, data=there)
+    before = (tmp_path / "new/config.json").read_bytes()
+    with pytest.raises(ValueError, match="(?s)new holds a run with other data:\n.*\nGive this run another name .new-2") as error:
+        Run.create(tmp_path / "new", TINY, run.transformer, data=asked)
+    assert all(word in str(error.value) for word in (*words, "or remove the folder. With the data as they were it goes on."))
+    assert (tmp_path / "new/config.json").read_bytes() == before
+    with pytest.raises(ValueError, match="another config and other data:\n  seed: 0 .*\n  data"):
+        Run.create(tmp_path / "new", replace(TINY, seed=1), run.transformer, data=asked)
+
+
+@pytest.mark.parametrize("there, asked, then", [
+    ({"train": A}, {"train": A}, {"train": A}), ({"train": A}, None, {"train": A}), ({}, {"train": A}, {"train": A}),
+    ({"train": A}, {"train": A, "features": B}, {"train": A, "features": B}),
+    ({"train": A, "features": B}, {"train": A}, {"train": A, "features": B}),
+])
+def test_data_that_agree_and_what_was_not_known_is_added(tmp_path, run, there, asked, then):
+    Run.create(tmp_path / "new", TINY, run.transformer, data=there)
+    assert Run.create(tmp_path / "new", TINY, run.transformer, data=asked).data == then == Run.open(tmp_path / "new").data
+
+
+def test_a_folder_without_its_config_is_not_taken_for_a_new_run(run):
+    (run.path / "config.json").unlink()
+    with pytest.raises(ValueError, match="has checkpoints or a log, but no config.json. Put it back, .*tiny-2 is free"):
+        Run.create(run.path, TINY, run.transformer)
+    assert not (run.path / "config.json").exists() and run.writer() is None and len(steps_of(run)) == 3
+
+
+def test_a_folder_that_a_kill_left_empty_is_a_new_run(tmp_path, run):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/.config.json-0123abcd").write_text("{")
+    new = Run.create(tmp_path / "new", TINY, run.transformer)
+    assert Run.open(new.path).config == TINY
+    with new.locked():
+        new.clear_staging()
+    assert {path.name for path in new.path.iterdir()} == {"config.json", "lock"}
+
+
+def test_a_new_run_that_another_makes_at_the_same_moment(tmp_path, run, monkeypatch):
+    def first_the_other(folder):
+        monkeypatch.undo()
+        Run.create(folder, replace(TINY, seed=5), run.transformer)
+        return sole_writer(folder)
+    monkeypatch.setattr("selfflow.training.run.sole_writer", first_the_other)
+    with pytest.raises(ValueError, match="seed: 5 in the folder, 0 asked for"):
+        Run.create(tmp_path / "new", TINY, run.transformer)
+
+
+# requests and film
+
+def test_requests_are_asked_for_and_answered(run):
+    for what in ("stop", "sample"):
+        assert not run.asked(what)
+        run.ask(what)
+        run.ask(what)
+        assert Run.open(run.path).asked(what) and (run.path / what).read_bytes() == b""
+        run.answered(what)
+        run.answered(what)
+        assert not run.asked(what)
+    for request in (run.ask, run.asked, run.answered):
+        with pytest.raises(ValueError, match="unknown request 'stpo'; known are stop, sample. Did you mean 'stop'"):
+            request("stpo")
+
+
+def test_the_film_strip_is_read_back_in_order_and_bears_damage(runs, tmp_path, capsys):
+    run = Run.create(tmp_path / "new", TINY, runs["tiny"].transformer)
+    assert run.film() == [] and not (run.path / "samples").exists()
+    pictures = {step: torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(step)) for step in (500, 250, 1000)}
+    for step, images in pictures.items():
+        assert run.save_film(step, images.double(), torch.tensor([1, 2, step % 7])).name == f"step-{step:08d}.safetensors"
+    for step, images, labels in run.film():
+        assert torch.equal(images, pictures[step]) and images.dtype == torch.float32 and labels.tolist() == [1, 2, step % 7]
+    assert [step for step, *_ in run.film()] == [250, 500, 1000]
+    run.save_film(250, pictures[500], torch.tensor([1, 2, 3]))
+    assert torch.equal(run.film()[0][1], pictures[500]), "again, for the same step"
+    place = run.path / "samples/film"
+    (place / "step-00000500.safetensors").write_bytes(b"no tensors")
+    (place / "step-best.safetensors").write_bytes(b"nobody's")
+    (place / ".tmpAbc").write_bytes(b"left by a kill")
+    assert [step for step, *_ in run.film()] == [step for step, *_ in run.film()] == [250, 1000]
+    assert capsys.readouterr().out.count("skipped") == 1, "said once"
+    run.clear_staging()
+    assert not (place / ".tmpAbc").exists() and [step for step, *_ in run.film()] == [250, 1000]
+
+
+# samples
+
+@pytest.mark.parametrize("method", ["euler", "sde", "heun", "midpoint"])
+def test_samples_depend_on_the_seed_alone(runs, method):
+    run, labels = runs["tiny"], torch.tensor([3, 1, 4, 1, 5])
+    assert not run.teacher.training
+    torch.manual_seed(1)
+    stream = torch.get_rng_state()
+    images = run.sample(labels, 4, method, seed=2)
+    assert torch.equal(images, run.sample(labels, 4, method, seed=2)), "again"
+    assert images.shape == (5, 1, 8, 8) and images.isfinite().all() and torch.equal(stream, torch.get_rng_state())
+    for batch in (1, 2, 3):
+        torch.testing.assert_close(run.sample(labels, 4, method, seed=2, batch=batch), images, atol=1e-5, rtol=1e-5)
+    assert (run.sample(labels, 4, method, seed=3) - images).abs().max() > 0.1
+    assert (images[1] - images[3]).abs().max() > 0.1, "one class, two noises"
+
+
+def test_the_sde_adds_noise_of_its_own(runs):
+    run, labels = runs["tiny"], torch.tensor([0, 1])
+    x1 = torch.randn(2, 16, 4, generator=keyed(5, "samples"))
+    noise = [torch.stack([torch.randn(16, 4, generator=keyed(5, "sampling noise", step, sample)) for sample in range(2)])
+             for step in range(6)]
+    expected = sample(guided_velocity(run.teacher, labels), x1, 6, "sde", noise=lambda step: noise[step])
+    torch.testing.assert_close(run.sample(labels, 6, "sde", seed=5), run.patches.unpatchify(expected))
+    assert (run.sample(labels, 6, "sde", seed=5) - run.sample(labels, 6, seed=5)).abs().max() > 0.1
+
+
+def test_shift_and_interval_are_those_of_the_sampler(runs):
+    run, labels = runs["tiny"], torch.tensor([0, 1, 2])
+    x1 = torch.randn(3, 16, 4, generator=keyed(0, "samples"))
+    velocity_fn = guided_velocity(run.teacher, labels, 4.0, (0.3, 0.8))
+    expected = run.patches.unpatchify(sample(velocity_fn, x1, 5, "heun", shift=3.0))
+    found = run.sample(labels, 5, "heun", 4.0, shift=3.0, interval=(0.3, 0.8))
+    torch.testing.assert_close(found, expected)
+    for change in ({"shift": 1.0}, {"interval": (0.0, 1.0)}, {"cfg_scale": 1.0}):
+        options = {"cfg_scale": 4.0, "shift": 3.0, "interval": (0.3, 0.8), **change}
+        assert (run.sample(labels, 5, "heun", **options) - expected).abs().max() > 1e-4, change
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"shift": 0.0}, "shift"), ({"interval": (0.5, 0.5), "cfg_scale": 2.0}, r"interval is \(0.5, 0.5\)"),
+    ({"interval": (-0.1, 1), "cfg_scale": 2.0}, "interval"), ({"method": "rk4"}, "method is 'rk4'"),
+    ({"method": "sde", "steps": 1}, "at least 2"), ({"labels": torch.tensor([], dtype=torch.int64)}, "0 labels in batches of"),
+])
+def test_bad_requests_for_samples_are_refused(runs, options, words):
+    with pytest.raises(ValueError, match=words):
+        runs["tiny"].sample(**{"labels": torch.tensor([1]), **options})
+
+
+def test_guidance_needs_a_model_that_knows_the_null_label(run):
+    stored = json.loads((run.path / "config.json").read_text())
+    stored["config"]["objective"]["label_drop"] = 0.0
+    (run.path / "config.json").write_text(json.dumps(stored))
+    never, labels = Run.open(run.path), torch.tensor([1, 2])
+    for cfg_scale in (2.0, 0.0):
+        with pytest.raises(ValueError, match=f"cfg_scale is {cfg_scale}, but this run was trained with label_drop 0"):
+            never.sample(labels, 2, cfg_scale=cfg_scale)
+    assert torch.equal(never.sample(labels, 2), run.sample(labels, 2))
+
+
+def test_samples_of_a_model_that_is_given(runs, tmp_path):
+    run, labels = runs["tiny"], torch.tensor([1, 2, 3])
+    assert torch.equal(run.sample(labels, 3, model=run.teacher), run.sample(labels, 3))
+    expected = run.sample(labels, 3, cfg_scale=2.0, model=run.model)
+    assert (expected - run.sample(labels, 3, cfg_scale=2.0)).abs().max() > 1e-3
+    new = Run.create(tmp_path / "new", TINY, run.transformer)
+    assert torch.equal(new.sample(labels, 3, cfg_scale=2.0, model=run.model), expected), "no checkpoint is needed"
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint yet"):
+        new.sample(labels, 3)

@@ -1,0 +1,123 @@
+"""A finished run goes on when its steps grow; a checkpoint without an optimiser can be looked at, but not gone on from."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file
+
+from selfflow.training.checkpoint import check_checkpoint, drop_optimizer, resumable
+from selfflow.training.config import ObjectiveConfig
+from selfflow.analysis.features import extract
+from selfflow.training.watching import Following
+from selfflow.training.run import Run
+from selfflow.training.loop import train
+
+SHORT = replace(TINY, objective=ObjectiveConfig(), training=replace(TINY.training, steps=8, save_every=4, validate_every=8,
+                                                                    log_every=1, sample_every=0, cooldown=0.0))
+
+
+def longer(config, steps, **changes):
+    return replace(config, training=replace(config.training, steps=steps, **changes))
+
+
+@pytest.fixture
+def run(tmp_path):
+    return train(SHORT, tmp_path, "cpu", bar=False)
+
+
+def names(run):
+    return [path.name[-2:] for path in run.checkpoints()], [path.name[-2:] for path in run.checkpoints() if resumable(path)]
+
+
+def test_a_finished_run_goes_on_and_says_what_that_means(run, capsys):
+    first = run.log_path.read_text()
+    again = train(longer(SHORT, 16), run.path.parent, "cpu", bar=False)
+    shown = capsys.readouterr().out
+    assert "training.steps: 8 -> 16 from here on\n" in shown
+    assert "tiny: goes on from step 8; 16 steps now (were 8): the average's half-life is 0.8 steps from here (was 0.4)\n" in shown
+    assert again.state()["step"] == 16 and again.log_path.read_text().startswith(first)
+    assert Run.open(run.path).config == longer(SHORT, 16)
+    following = Following(run.path)
+    following.read()
+    assert following.finished
+
+
+def test_the_students_steps_are_those_of_a_run_that_was_longer_from_the_start(tmp_path):
+    flow = replace(SHORT, objective=ObjectiveConfig("flow_matching"))  # without a teacher in the loss nothing else differs
+    train(flow, tmp_path / "grown", "cpu", bar=False)
+    grown = train(longer(flow, 12), tmp_path / "grown", "cpu", bar=False)
+    whole = train(longer(flow, 12), tmp_path / "whole", "cpu", bar=False)
+    assert grown.log["total"].tolist() == whole.log["total"].tolist()
+    for part in ("model", "optimizer"):
+        assert all(torch.equal(value, grown.load(part)[name]) for name, value in whole.load(part).items())
+
+
+def test_a_cool_down_comes_at_the_new_end(tmp_path, capsys):
+    config = longer(SHORT, 8, cooldown=0.5)
+    train(config, tmp_path, "cpu", bar=False)
+    train(longer(config, 20), tmp_path, "cpu", bar=False)
+    assert "(was 0.4), the learning rate is 0.002 and falls to 0 over the last 10 steps\n" in capsys.readouterr().out.replace(
+        f"{config.training.lr:g}", "0.002")
+
+
+def test_fewer_steps_than_are_done_are_refused_in_a_line(run):
+    before = (run.path / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="has done 8 steps, more than the 6 asked for; take training.steps 8 or more") as error:
+        train(longer(SHORT, 6), run.path.parent, "cpu", bar=False)
+    assert "\n" not in str(error.value) and (run.path / "config.json").read_bytes() == before
+    stopped = train(longer(SHORT, 20), run.path.parent, "cpu", bar=False)
+    for path in stopped.checkpoints()[-1:]:
+        shutil.rmtree(path)
+    done = train(longer(SHORT, 16), run.path.parent, "cpu", bar=False)
+    assert done.state()["step"] == 16, "fewer than before, but not than are done"
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_checkpoint_without_an_optimiser_is_used_but_not_gone_on_from(run, by_hand, capsys):
+    config = longer(SHORT, 12)
+    last = run.latest()
+    if by_hand:
+        (last / "optimizer.safetensors").unlink()
+    else:
+        drop_optimizer(last)
+        assert "optimizer.safetensors" not in json.loads((last / "manifest.json").read_text())
+    assert check_checkpoint(last) is None and not resumable(last)
+    opened = Run.open(run.path, "cpu")
+    assert opened.state()["step"] == 8 and opened.sample([1], steps=2).isfinite().all()
+    x = torch.randn(4, 16, 4)
+    assert extract(opened.teacher, x, x, 0.5, (2,))[2].isfinite().all()
+    assert train(SHORT, run.path.parent, "cpu", bar=False).state()["step"] == 8, "a finished run needs none"
+    again = train(config, run.path.parent, "cpu", bar=False)
+    shown = capsys.readouterr().out
+    assert f"skipped {last}: it has no optimiser" in shown and "goes on from step 4" in shown
+    assert again.state()["step"] == 12 and names(again)[1] == ["04", "08", "12"], "the one that had none was written again"
+    for path in again.checkpoints():
+        drop_optimizer(path)
+    with pytest.raises(ValueError, match="no checkpoint in .* has its optimiser.*Put .*step-00000012/optimizer.safetensors back"):
+        train(longer(SHORT, 16), run.path.parent, "cpu", bar=False)
+
+
+def test_the_newest_keep_their_optimisers(tmp_path):
+    config = longer(SHORT, 12, save_every=2, keep_last=4, keep_optimizers=2)
+    run = train(config, tmp_path, "cpu", bar=False)
+    assert names(run) == (["06", "08", "10", "12"], ["10", "12"])
+    for path in run.checkpoints():
+        manifest = json.loads((path / "manifest.json").read_text())
+        assert check_checkpoint(path) is None and ("optimizer.safetensors" in manifest) == resumable(path)
+        assert load_file(path / "teacher.safetensors")
+    shutil.rmtree(run.checkpoints()[-1])
+    (run.checkpoints()[-1] / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="no checkpoint in .* has its optimiser"):
+        train(config, tmp_path, "cpu", bar=False)
+
+
+def test_how_many_keep_it_may_change_on_the_way(run, capsys):
+    again = train(longer(SHORT, 8, keep_optimizers=1), run.path.parent, "cpu", bar=False)
+    assert "training.keep_optimizers: 0 -> 1 from here on" in capsys.readouterr().out
+    assert names(again) == (["04", "08"], ["08"])
+    with pytest.raises(ValueError, match="keep_optimizers -1 must be 0"):
+        longer(SHORT, 8, keep_optimizers=-1)

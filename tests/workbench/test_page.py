@@ -1,0 +1,306 @@
+"""The front door: runs are found or made, tools are opened when they are asked for, and the app is for this machine alone."""
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import ipywidgets as widgets
+import nbformat
+import pytest
+import websocket
+from browser import ROOT, served, wait_for_server
+from conftest import TINY
+
+import selfflow.workbench.page as module
+from selfflow.method import build as method
+from selfflow.training import config
+from selfflow.workbench.app import free_port, options_of, page_of, serve
+from selfflow.training.run import Run
+from selfflow.workbench.page import TOOLS, Chosen, Tool, Workbench, label_of, quickstart, runs_in, saved_step, workbench
+
+QUICK = (replace(TINY, name="self-flow"), replace(TINY, name="flow-matching"))
+WORDS = Tool("Words", "Says which run it was given.", lambda chosen: widgets.HTML(chosen.path.name))
+
+
+def page(bench):
+    bench.settle()
+    return bench.page.children[0]
+
+
+def test_the_quickstart_is_that_of_the_notebook():
+    cells = json.loads((Path(__file__).parents[2] / "nbs/studies/quickstart.ipynb").read_text())["cells"]
+    source = next("".join(cell["source"]) for cell in cells if "vanilla = Config(" in "".join(cell["source"]))
+    named = {"os": type("Os", (), {"environ": {}}), "tempfile": None, "Path": Path, "replace": replace}
+    exec(source, named | vars(config) | vars(method), found := {})
+    assert quickstart() == (found["selfflow"], found["vanilla"])
+    assert found["folder"].name == "quickstart" and found["folder"].parent.name == "runs"
+
+
+def test_without_a_run_the_quickstart_is_trained_and_opened(tmp_path):
+    bench = Workbench(tmp_path / "runs", (WORDS,), QUICK)
+    assert page(bench).value == "self-flow" and list(bench.runs) == ["quickstart/flow-matching", "quickstart/self-flow"]
+    assert [label for label, _ in bench.run.options] == ["quickstart/flow-matching: step 12", "quickstart/self-flow: step 12"]
+    assert "Both runs" in bench.said.value and not bench.live.children and bench.more.layout.display == "none"
+    again = Workbench(tmp_path / "runs", (WORDS,), QUICK)
+    assert not again._trains and page(again).value == "self-flow"
+
+
+def test_a_stopped_quickstart_goes_on(tmp_path, monkeypatch):
+    real, seen = module.train, []
+    def train(asked, folder, **options):
+        seen.append(asked.name)
+        if len(seen) == 1:  # as the panel's button does, once the run is being trained
+            save = Run.save
+            def asks(run, step, *rest):
+                run.ask("stop")
+                return save(run, step, *rest)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Run, "save", asks)
+                return real(asked, folder, **options)
+        return real(asked, folder, **options)
+    monkeypatch.setattr(module, "train", train)
+    bench = Workbench(tmp_path, (WORDS,), QUICK)
+    bench.settle()
+    assert seen == ["self-flow"] and "Stopped at step" in bench.said.value and bench.more.layout.display == ""
+    assert 0 < saved_step(tmp_path / "quickstart/self-flow") < 12 and page(bench).value == "self-flow"
+    bench.more.click()
+    bench.settle()
+    assert seen == ["self-flow", "self-flow", "flow-matching"] and bench.more.layout.display == "none"
+    assert {saved_step(path) for path in bench.runs.values()} == {12}
+
+
+def test_what_cannot_be_trained_is_said(tmp_path):
+    (tmp_path / "quickstart").mkdir()
+    (tmp_path / "quickstart/self-flow").write_text("a file where a folder should be")
+    bench = Workbench(tmp_path, (WORDS,), QUICK)
+    bench.settle()
+    assert 'role="alert"' in bench.said.value and "self-flow" in bench.said.value
+    assert bench.more.layout.display == "" and "no run" in page(bench).value
+
+
+def test_tools_are_opened_once_when_they_are_asked_for(runs):
+    opened = []
+    def tool(title):
+        return Tool(title, f"about <{title}>", lambda chosen: opened.append((title, chosen.path.name)) or widgets.HTML(title))
+    bench = Workbench(runs["tiny"].path.parent, (tool("a"), tool("b")), ())
+    assert page(bench).value == "a" and opened == [("a", "tiny")] and bench.about.value == "<i>about &lt;a&gt;</i>"
+    bench.tool.value = "b"
+    assert page(bench).value == "b"
+    bench.tool.value = "a"
+    assert page(bench).value == "a" and len(opened) == 2
+    bench.run.value = runs["vanilla"].path
+    assert page(bench).value == "a" and opened[-1] == ("a", "vanilla") and len(opened) == 3
+    bench.run.value = runs["tiny"].path
+    assert page(bench).value == "a" and len(opened) == 3, "what was open is still there"
+
+
+def test_what_is_shown_is_what_was_asked_for_last(runs):
+    gates = {name: threading.Event() for name in ("slow", "quick")}
+    def tool(title):
+        return Tool(title, title, lambda chosen: gates[title].wait(30) and widgets.HTML(title))
+    bench = Workbench(runs["tiny"].path.parent, (tool("slow"), tool("quick")), ())
+    bench.tool.value = "quick"
+    gates["quick"].set()
+    with bench._state:
+        assert bench._state.wait_for(lambda: len(bench._opening) == 1, 30)
+    assert bench.page.children[0].value == "quick"
+    gates["slow"].set()
+    assert page(bench).value == "quick", "the slow one comes last and is not shown"
+    bench.tool.value = "slow"
+    assert page(bench).value == "slow"
+
+
+def test_a_tool_that_fails_says_so_and_can_be_tried_again(runs):
+    tries = []
+    def fails(chosen):
+        tries.append(1)
+        if len(tries) == 1:
+            raise ValueError("<img onerror=alert(1)> is no layer")
+        return widgets.HTML("there")
+    bench = Workbench(runs["tiny"].path.parent, (Tool("t", "t", fails), WORDS), ())
+    words, again = page(bench).children
+    assert "&lt;img onerror" in words.value and 'role="alert"' in words.value and "<img" not in words.value
+    bench.tool.value = "Words"
+    assert page(bench).value == "tiny"
+    bench.tool.value = "t"
+    again.click()
+    assert page(bench).value == "there" and len(tries) == 2
+
+
+def test_a_run_without_a_checkpoint_is_listed_and_refused_in_words(runs, tmp_path):
+    Run.create(tmp_path / "begun", TINY, runs["tiny"].transformer)
+    train_nothing = Workbench(tmp_path, TOOLS[:1], ())
+    assert label_of("begun", tmp_path / "begun") == "begun: no checkpoint yet"
+    words, _ = page(train_nothing).children
+    assert "no whole checkpoint yet" in words.value
+
+
+def test_a_run_that_has_gone_on_is_opened_anew(runs, tmp_path):
+    run = Run.create(tmp_path / "goes-on", TINY, runs["tiny"].transformer)
+    tensors = {part: runs["tiny"].load(part) for part in ("model", "teacher", "objective", "optimizer")}
+    run.save(4, tensors, {})
+    opened = []
+    bench = Workbench(tmp_path, (Tool("t", "t", lambda chosen: opened.append(1) or widgets.HTML(str(len(opened)))),), ())
+    assert page(bench).value == "1"
+    bench.look()
+    assert page(bench).value == "1" and len(opened) == 1, "nothing has changed"
+    run.save(8, tensors, {})
+    bench.look()
+    assert page(bench).value == "2" and bench.run.options[0][0] == "goes-on: step 8"
+
+
+def test_runs_of_the_same_data_stand_side_by_side(runs, tmp_path):
+    other = tmp_path / "other"
+    Run.create(other, TINY, runs["tiny"].transformer)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.json").write_text("{")
+    others = runs_in(runs["tiny"].path.parent) | runs_in(tmp_path)
+    found = Chosen(tmp_path, runs["tiny"].path, {"a/tiny" if name == "tiny" else name: p for name, p in others.items()}).alike()
+    assert list(found)[:2] == ["a/tiny", "vanilla"], "all by the names of the list"
+    found = Chosen(tmp_path, runs["tiny"].path, others).alike()
+    assert list(found)[:2] == ["tiny", "vanilla"] and not {"other", "broken"} & set(found)
+    assert len(Chosen(tmp_path, runs["tiny"].path, others).alike(most=1)) == 1
+
+
+def test_every_tool_opens_on_a_run(runs):
+    bench = Workbench(runs["tiny"].path.parent, configs=())
+    for tool in TOOLS:
+        bench.tool.value = tool.title
+        shown = page(bench)
+        assert isinstance(shown, widgets.Widget) and "alert" not in str(getattr(shown, "children", [shown])[0]), tool.title
+    for thread in threading.enumerate():
+        if thread.name == "feature explorer":  # it lays out all planes, and must not be at it when the process ends
+            thread.join(300)
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        workbench(tmp_path / "file")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        serve(tmp_path / "file", 0, False)
+
+
+# --- the app
+
+def test_the_notebook_of_the_app_runs_nothing_else(tmp_path):
+    folder = tmp_path / "it's \"\n#"
+    book = page_of(folder)
+    nbformat.validate(book)
+    seen = []
+    class Bench:
+        settle = staticmethod(lambda **options: seen.append(options))
+    source = book.cells[0].source.replace("from selfflow.workbench.page import workbench", "")
+    exec(source, {"workbench": lambda path: seen.append(path) or Bench})
+    assert seen == [str(folder.resolve()), {"trained": False}] and len(book.cells) == 1
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_begun(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ValueError, match=f"port {taken.getsockname()[1]} cannot be had .*--port"):
+            serve(tmp_path, taken.getsockname()[1], False)
+    with pytest.raises(ValueError, match="port 70000 cannot be had"):
+        free_port(70000)
+    assert "--ServerApp.ip=127.0.0.1" in options_of(tmp_path, 1, False)
+
+
+def test_the_app_answers_only_to_its_token_and_ends_with_its_files(runs, tmp_path):
+    with served(runs["tiny"].path.parent, tmp_path) as (address, _):
+        with urllib.request.urlopen(f"{address}/voila/render/workbench.ipynb", timeout=30) as answer:
+            assert "/login" in answer.url, "without the token it asks for it"
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"{address}/api/contents", timeout=30)
+        assert len(list(tmp_path.glob("selfflow-app-*/served/*"))) == 1
+    assert not list(tmp_path.glob("selfflow-app-*"))
+
+
+SERVE = """
+import os, sys
+from pathlib import Path
+import nbformat
+from jupyter_server.serverapp import ServerApp
+from selfflow.workbench.app import options_of, write_page
+root = Path(sys.argv[1])
+write_page(root, root)
+book = nbformat.read(root / "served/workbench.ipynb", 4)
+book.cells[0].source = sys.argv[3]  # a small page
+nbformat.write(book, root / "served/workbench.ipynb")
+os.environ["JUPYTER_PATH"] = f"{root}/data"
+options = [option for option in options_of(root, int(sys.argv[2]), False) if "cull_i" not in option]
+assert len(options) == len(options_of(root, 0, False)) - 2
+ServerApp.launch_instance([*options, "--IdentityProvider.token=x", "--MappingKernelManager.cull_idle_timeout=3",
+                           "--MappingKernelManager.cull_interval=1"])
+"""
+
+
+@contextmanager
+def pages(tmp_path, source: str):
+    "A server whose page is this cell, and which removes kernels after 3 seconds: (open a page, wait until a kernel is gone)."
+    root, port = tmp_path / "app", free_port(0)
+    root.mkdir()
+    address, log = f"127.0.0.1:{port}", tmp_path / "log"
+
+    def kernels():
+        with urllib.request.urlopen(f"http://{address}/api/kernels?token=x", timeout=30) as answer:
+            return {kernel["id"] for kernel in json.load(answer)}
+
+    def opened():
+        "The kernel of a page that is opened now, and the page's connection to it."
+        before = kernels()
+        urllib.request.urlopen(f"http://{address}/voila/render/workbench.ipynb?token=x", timeout=120).read()
+        kernel, = kernels() - before
+        return kernel, websocket.create_connection(f"ws://{address}/api/kernels/{kernel}/channels?token=x", timeout=60)
+
+    def gone(kernel, seconds=60):
+        end = time.monotonic() + seconds
+        while kernel in kernels() and time.monotonic() < end:
+            time.sleep(0.5)
+        return kernel not in kernels()
+    with log.open("w") as file:
+        server = subprocess.Popen([sys.executable, "-c", SERVE, str(root), str(port), source], stdout=file,
+                                  stderr=subprocess.STDOUT,
+                                  env={**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    try:
+        wait_for_server(f"http://{address}", "x", server, log)
+        yield opened, gone
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def test_the_kernel_of_a_closed_page_goes_and_that_of_an_open_page_stays(tmp_path):
+    with pages(tmp_path, "1 + 1") as (opened, gone):
+        stays, connection = opened()
+        closed, other = opened()
+        other.close()
+        assert gone(closed) and not gone(stays, seconds=8), "it has been idle for longer than is allowed without a page"
+        connection.close()
+        assert gone(stays)
+
+
+TRAINS = """
+import threading, time, ipywidgets
+step = ipywidgets.IntText()
+def train():  # as the panel of a training does: it goes on showing where it is
+    for step.value in range(20):
+        time.sleep(1)
+threading.Thread(target=train).start()
+step
+"""
+
+
+def test_a_closed_page_that_trains_keeps_its_kernel_until_it_has_trained(tmp_path):
+    with pages(tmp_path, TRAINS) as (opened, gone):
+        kernel, connection = opened()
+        connection.close()
+        assert not gone(kernel, seconds=12) and gone(kernel)
