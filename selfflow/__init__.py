@@ -1,1 +1,22 @@
+"""Self-Flow: self-supervised flow matching. The names below are loaded when they are first used."""
+
+from importlib import import_module
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Config": "training.config",
+    "Run": "training.run",
+    "train": "training.loop",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -126,7 +126,7 @@ def sample(run: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), captio
         data: The data set to draw from, for a run that was trained on several.
         device: auto (a GPU where there is one), cpu, cuda, ...
     """
-    from selfflow.report.report import to_draw, write_samples
+    from selfflow.training.samples import to_draw, write_samples
     from selfflow.training.run import Run
     opened = Run.open(run, device)
     name = choose(data or opened.config.data.names[0], opened.config.data.names, "data set (data)")
@@ -241,7 +241,8 @@ def bench(sizes: tuple[str, ...] = ("S",), precisions: tuple[str, ...] = ("fp32"
         output: The file for the record, JSON.
         device: auto (a GPU where there is one), cpu, cuda, ...
     """
-    from selfflow.analysis.benchmark import Case, bench_table, device_name
+    from selfflow.analysis.benchmark import Case, bench_table
+    from selfflow.training.recording import device_name
     from selfflow.analysis.benchmark import bench as run_bench
     from selfflow.training.run import device_for
     cases = [Case(size, tokens, batch, precision, compiled) for size in sizes for precision in precisions]

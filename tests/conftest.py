@@ -8,7 +8,8 @@ import torch
 from browser import lab, page  # noqa: F401, fixtures
 from hypothesis import HealthCheck, settings
 
-from selfflow.training.config import Config, ModelConfig, ObjectiveConfig, TrainConfig
+from selfflow.method.options import ModelConfig, ObjectiveConfig
+from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
 
 torch.set_num_threads(1)

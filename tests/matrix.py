@@ -15,25 +15,25 @@ from PIL import Image
 from scipy.io import wavfile
 
 from selfflow.analysis import factor_probes, features, probing
-from selfflow.report import report, representation_sections, sample_sections
-from selfflow.workbench.asymmetry import explore as explore_asymmetry
-from selfflow.workbench.attention_explorer import explore_attention
-from selfflow.data.autoencoder import Haar
-from selfflow.training.batches import Validation
-from selfflow.cli import main
-from selfflow.workbench.feature_explorer import explore_features, item_previews
 from selfflow.analysis.features import items_of
+from selfflow.analysis.projection import project, run_features
+from selfflow.cli import main
+from selfflow.data.autoencoder import Haar
 from selfflow.data.folders import Folder
 from selfflow.data.latents import encode_latents
+from selfflow.method.transformer import Transformer
+from selfflow.report import report, representation_sections, sample_sections
+from selfflow.training.batches import Validation
+from selfflow.training.run import Run
+from selfflow.workbench.asymmetry import explore as explore_asymmetry
+from selfflow.workbench.attention_explorer import explore_attention
+from selfflow.workbench.feature_explorer import explore_features, item_previews
 from selfflow.workbench.map_explorer import explore_map
+from selfflow.workbench.page import TOOLS, Chosen
 from selfflow.workbench.paths import SideBySide
 from selfflow.workbench.playground import explore as explore_sampling
 from selfflow.workbench.probe_process import Probing
-from selfflow.analysis.projection import project, run_features
-from selfflow.training.run import Run
 from selfflow.workbench.viewed_run import Subject
-from selfflow.method.transformer import Transformer
-from selfflow.workbench.page import TOOLS, Chosen
 
 NOTEBOOKS = Path(__file__).parent.parent / "nbs/studies"
 CLASSES = ("circle", "square", "star")

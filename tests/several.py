@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from selfflow.training import loop as training
 from selfflow.method.alignment import processes
+from selfflow.training import loop as training
 from selfflow.training.batches import Batches, validation_tokens
 from selfflow.training.config import Config
 

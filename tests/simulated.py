@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from selfflow.method.transformer import TransformerConfig
 from selfflow.training.config import Config, TrainConfig
 from selfflow.training.run import Run
-from selfflow.method.transformer import TransformerConfig
 
 LEVELS = [0.05 + 0.1 * i for i in range(10)]
 

@@ -16,11 +16,14 @@ from conftest import TINY
 from PIL import Image
 
 from selfflow import __version__, options
-from selfflow.training import checkpoint, loop as training
-from selfflow.cli import COMMANDS, main
 from selfflow.analysis.comparison import runs_table
-from selfflow.training.config import PRESETS, Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig, differences, flatten
+from selfflow.cli import COMMANDS, main
+from selfflow.data.options import DataConfig
+from selfflow.method.options import ModelConfig, ObjectiveConfig
 from selfflow.options import read_command, read_settings, starting_point
+from selfflow.training import checkpoint
+from selfflow.training import loop as training
+from selfflow.training.config import PRESETS, Config, TrainConfig, differences, flatten
 from selfflow.training.run import Run
 
 ROOT = Path(__file__).parent.parent

@@ -16,13 +16,13 @@ from faults import at_call
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from selfflow.training import loop as training
 from selfflow.analysis.benchmark import peak_memory
-from selfflow.cli import main
 from selfflow.analysis.comparison import runs_table
+from selfflow.cli import main
 from selfflow.disk import NotWritten, write_files
-from selfflow.training.watching import Listing
+from selfflow.training import loop as training
 from selfflow.training.run import Run
+from selfflow.training.watching import Listing
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

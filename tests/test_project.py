@@ -17,9 +17,20 @@ from selfflow.analysis.factors import HEADS
 from selfflow.analysis.judge import judge_for
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*/*.ipynb"))
 STUDIES = sorted((ROOT / "nbs/studies").glob("*.ipynb"))
-MODULES = sorted(p for p in (ROOT / "selfflow").glob("*.py") if not p.name.startswith("_"))
+MODULES = sorted(p for p in (ROOT / "selfflow").rglob("*.py") if not p.name.startswith("_"))
+LEFT_OF = {  # the folders that a folder may import; "" is the ground, "cli" what stands on top
+    "": {""},
+    "figures": {""},
+    "method": {"", "figures"},
+    "data": {"", "figures", "method"},
+    "training": {"", "figures", "method", "data"},
+    "analysis": {"", "figures", "method", "data", "training"},
+    "report": {"", "figures", "method", "data", "training", "analysis"},
+    "workbench": {"", "figures", "method", "data", "training", "analysis"},
+    "cli": {"", "figures", "method", "data", "training", "analysis", "report", "workbench"},
+}
 
 
 def cells(path, kind):
@@ -27,7 +38,33 @@ def cells(path, kind):
 
 
 def default_exp(path):
-    return [m[1] for source in cells(path, "code") if (m := re.search(r"#\| default_exp (\w+)", source))]
+    return [m[1] for source in cells(path, "code") if (m := re.search(r"#\| default_exp ([\w.]+)", source))]
+
+
+def dotted(module):
+    return ".".join(module.relative_to(ROOT).with_suffix("").parts)
+
+
+def folder_of(path):
+    "The folder of a notebook, as the rule calls it."
+    folder = path.parent.name.partition("_")[2]
+    return "" if folder == "ground" else folder
+
+
+def imports(module):
+    "The names that a module of the package imports from others of the package: (module, name, its folder and order)."
+    known = {dotted(path) for path in MODULES}
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            package = dotted(module).split(".")[:-node.level]
+            source = ".".join([*package, *filter(None, [node.module])])
+        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "selfflow":
+            source = node.module
+        else:
+            continue
+        for alias in node.names:
+            whole = f"{source}.{alias.name}"
+            yield (whole, None) if whole in known else (source, alias.name)
 
 
 def tracked():
@@ -38,29 +75,60 @@ def tracked():
 
 
 def test_one_notebook_one_module_and_no_stale_ones():
-    assert [default_exp(p) for p in NOTEBOOKS] == [[re.sub(r"^\d+_", "", p.stem)] for p in NOTEBOOKS]
-    assert {p.stem for p in MODULES} == {default_exp(p)[0] for p in NOTEBOOKS}
-    numbers = [p.stem[:3] for p in NOTEBOOKS]
+    for path in NOTEBOOKS:
+        place = "" if folder_of(path) in ("", "cli") else f"{folder_of(path)}."
+        assert default_exp(path) == [place + re.sub(r"^\d+_", "", path.stem)], path
+    assert {dotted(p) for p in MODULES} == {f"selfflow.{default_exp(p)[0]}" for p in NOTEBOOKS}
+    numbers = [(p.parent, p.stem[:2]) for p in NOTEBOOKS]
     assert len(set(numbers)) == len(numbers) and not any(default_exp(p) for p in STUDIES)
 
 
-def test_imports_go_downwards_only():
-    order = {re.sub(r"^\d+_", "", p.stem): int(p.stem.split("_")[0]) for p in NOTEBOOKS}
+def test_a_folder_imports_only_to_its_left_and_inside_it_lower_numbers():
+    home = {f"selfflow.{default_exp(p)[0]}": (folder_of(p), p.stem) for p in NOTEBOOKS}
     for module in MODULES:
-        for node in ast.walk(ast.parse(module.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith("selfflow")):
-                module_name = (node.module or "").removeprefix("selfflow").lstrip(".")
-                for name in [module_name] if module_name else [alias.name for alias in node.names if alias.name in order]:
-                    assert order[name] < order[module.stem], f"{module.stem} imports {name}, which stands above it"
+        folder, number = home[dotted(module)]
+        for source, name in imports(module):
+            if source == "selfflow" and name == "__version__":
+                continue
+            other, lower = home[source]
+            allowed = lower < number if other == folder else other in LEFT_OF[folder]
+            assert allowed, f"{dotted(module)} imports {name or 'all'} of {source}, which is not to its left"
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
+def test_names_are_public_and_imported_from_where_they_are_defined():
+    for module in MODULES:
+        for source, name in imports(module):
+            if name is None or source == "selfflow":
+                continue
+            tree = ast.parse((ROOT / f"{source.replace('.', '/')}.py").read_text())
+            defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+            for node in tree.body:
+                for target in getattr(node, "targets", [getattr(node, "target", None)]):
+                    defined |= {part.id for part in ast.walk(target) if isinstance(part, ast.Name)} if target else set()
+            assert name in defined, f"{dotted(module)} imports {name} from {source}, which does not define it"
+            assert not name.startswith("_"), f"{dotted(module)} imports {name}, which is private to {source}"
+
+
+HEAVY = "import sys, selfflow; selfflow.Config; print(sorted({'torch', 'numpy', 'pandas', 'matplotlib'} & {*sys.modules}))"
+
+
+def test_importing_selfflow_pulls_in_nothing_heavy():
+    shown = subprocess.run([sys.executable, "-c", HEAVY], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
+    from selfflow import Config, Run, train
+    assert Config().name == "digits"
+    assert (Run.__module__, train.__module__) == ("selfflow.training.run", "selfflow.training.loop")
+    with pytest.raises(AttributeError, match="nothing_such"):
+        importlib.import_module("selfflow").nothing_such  # noqa: B018
+
+
+@pytest.mark.parametrize("module", MODULES, ids=dotted)
 def test_modules_export_what_they_say_and_document_it(module):
-    loaded = importlib.import_module(f"selfflow.{module.stem}")
+    loaded = importlib.import_module(dotted(module))
     for name in loaded.__all__:
         value = getattr(loaded, name)
         if callable(value) and getattr(value, "__module__", "") == loaded.__name__:
-            assert value.__doc__, f"{module.stem}.{name} has no docstring"
+            assert value.__doc__, f"{dotted(module)}.{name} has no docstring"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS + STUDIES, ids=lambda p: p.stem)
@@ -92,7 +160,7 @@ def copy(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("file", ["selfflow/flow.py", "README.md"])
+@pytest.mark.parametrize("file", ["selfflow/method/flow.py", "README.md"])
 def test_what_is_out_of_step_is_said_and_left_alone(copy, file):
     assert subprocess.run(["make", "-s", "check-step"], cwd=copy).returncode == 0
     with (copy / file).open("a") as changed:
@@ -110,7 +178,7 @@ def test_a_source_distribution_can_be_installed_from(copy):
     inside, = (copy / "unpacked").iterdir()
     shown = subprocess.run([sys.executable, "setup.py", "--version"], cwd=inside, capture_output=True, text=True, check=True)
     assert shown.stdout.strip().endswith(importlib.import_module("selfflow").__version__)
-    assert {p.name for p in (inside / "selfflow").glob("*.py")} >= {p.name for p in MODULES}
+    assert {p.relative_to(inside) for p in inside.rglob("*.py")} >= {p.relative_to(ROOT) for p in MODULES}
 
 
 READ = """
@@ -143,9 +211,12 @@ def test_a_wheel_holds_the_same_judges_as_the_checkout(copy, tmp_path_factory):
     assert not list(installed.glob("data*"))
 
 
-def test_pictures_and_links_of_the_readme_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+def test_pictures_and_links_exist():
+    texts = {ROOT / "README.md": (ROOT / "README.md").read_text()}
+    texts |= {path: "\n".join(cells(path, "markdown")) for path in [*NOTEBOOKS, *STUDIES]}
+    for path, text in texts.items():
+        for target in re.findall(r"\]\(([^)#\s]+)\)", text):
+            assert target.startswith("https://") or (path.parent / target).exists(), f"{path}: {target}"
 
 
 def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):

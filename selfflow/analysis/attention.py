@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..method.alignment import flow_error
 from ..method.flow import interpolate
-from .intervals import mean_interval
+from ..intervals import mean_interval
 from ..method.layers import Attention, Groups
 from ..method.tokens import Places, rotate
 from ..method.schedule import NoiseLevels

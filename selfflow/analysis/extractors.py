@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchaudio.functional import resample
 
 from ..checks import choose
-from ..training.config import DataConfig
+from ..data.options import DataConfig
 from .factors import HEADS
 from ..data.datasets import subset
 from .judge import Judge, judge_for

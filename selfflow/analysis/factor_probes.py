@@ -21,18 +21,19 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import choose
-from ..disk import replacing, write_json, write_tensors
-from .features import FeatureCost, FeatureStore, Items, feature_cost, items_of, stream_features, weights_fingerprint
-from ..data.datasets import SPLITS, labels_of
-from .intervals import Comparison, compare_items
-from ..method.tokens import ImagePatches, VideoPatches
+from .features import (FeatureCost, FeatureStore, Items, feature_cost, items_of, stream_features,
+                                        weights_fingerprint)
 from .probes import FEW_STRENGTHS, ProbeScore, field_probe, majority_score, regression_probe, shuffled
 from .probing import PROBE_LEVELS, untrained_network
+from ..checks import choose
+from ..data.datasets import SPLITS, labels_of
+from ..disk import replacing, write_json, write_tensors
+from ..intervals import Comparison, compare_items
+from ..method.tokens import ImagePatches, VideoPatches
+from ..method.transformer import Transformer
+from ..settings import own_settings
 from ..training.recording import device_name
 from ..training.run import Run
-from ..settings import own_settings
-from ..method.transformer import Transformer
 
 # %% ../../nbs/4_analysis/07_factor_probes.ipynb #1a8090d4
 NUISANCE = ("grain", "handwriting")

@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 
 from ..checks import choose
 from ..disk import discard, make_folder, replacing, say_once, write_json
-from ..method.flow import interpolate, keyed
+from ..draws import keyed
+from ..method.flow import interpolate
 from ..data.datasets import Examples, subset, subset_words
 from ..method.tokens import Places
 from ..training.run import Run

@@ -20,18 +20,17 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from ..checks import choose
-from ..training.config import DataConfig
+from ..data.options import DataConfig
 from ..disk import make_folder, replacing, write_json
 from .factors import CLASS, HEADS, Reader, directions_seen, known, pitch_errors
-from ..method.flow import keyed
+from ..draws import keyed
 from ..data.datasets import DataSet, subset
-from .verdict import Share
+from .verdict import Share, Verdict, bounce_verdict, compared, share_of
 from ..data.notes import PITCHES
 from ..training.run import Run
 from ..settings import own_settings
 from ..shipped import shipped
 from ..data.sources import DATASETS, Sources
-from .verdict import Verdict, bounce_verdict, compared, share_of
 
 # %% ../../nbs/4_analysis/13_judge.ipynb #1f9ceb5c
 VERSION = 1  # of the judges: to be raised when they look in another way

@@ -16,9 +16,9 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..method.flow import keyed
+from ..draws import keyed
 from ..data.datasets import SPLITS
-from .intervals import score_interval, score_of
+from ..intervals import score_interval, score_of
 from .probing import linear_probe
 from ..settings import own_settings
 

@@ -23,16 +23,16 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..training.checkpoint import write_json
-from ..training.config import DataConfig
+from ..disk import write_json
+from ..data.options import STORED, DataConfig
 from .features import extract
-from ..method.flow import keyed
+from ..draws import keyed
 from ..data.datasets import SPLITS, DataSet, labels_of, subset, subset_words
-from .intervals import paired_difference, proportion_interval
+from ..intervals import paired_difference, proportion_interval
 from ..training.run import Run
 from ..settings import own_settings
 from ..training.state import start_state
-from ..data.sources import DATASETS, STORED
+from ..data.sources import DATASETS
 from ..method.transformer import Transformer
 
 # %% ../../nbs/4_analysis/04_probing.ipynb #1bfce236

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checks import choose
 from .features import extract
-from ..method.flow import keyed
+from ..draws import keyed
 from ..data.datasets import Examples, subset
 from ..training.run import Run
 from ..data.sources import Sources

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ANSWERS', 'PRIORS', 'GAPS', 'Compared', 'mean_of_samples', 'another', 'compare', 'mean_directions', 'look_up',
-           'fit_directions', 'cosine_by_gap', 'Ladder', 'ladder', 'saturation', 'run_at']
+           'fit_directions', 'cosine_by_gap', 'Ladder', 'ladder', 'saturation']
 
 # %% ../../nbs/4_analysis/10_saturation.ipynb #a3429bf6
 from dataclasses import dataclass, field
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..method.alignment import counted_tokens, normalise
 from ..checks import choose
-from ..method.flow import keyed
-from .intervals import mean_interval, paired_difference
+from ..draws import keyed
+from ..intervals import mean_interval, paired_difference
 from ..method.build import build_objective
 from ..method.objective import FeatureObjective, SelfFlow
 from ..training.run import Run
@@ -333,14 +333,3 @@ def _objective(run: Run) -> FeatureObjective:
                                     run.config.data.weight_of)
     objective.load_state_dict(stored)
     return objective.to(run.device).eval().requires_grad_(False)
-
-
-def run_at(run: Run, step: int) -> Run:
-    "The same run as it was at a step. Raises FileNotFoundError, naming the steps that were kept, for others."
-    path = run.path / "checkpoints" / f"step-{step:08d}"
-    if path not in (kept := run.checkpoints()):
-        names = ", ".join(folder.name for folder in kept) or "none"
-        raise FileNotFoundError(f"{run.path} kept no checkpoint of step {step}; it has {names}")
-    earlier = Run.open(run.path, run.device)
-    earlier.checkpoint = path
-    return earlier

@@ -17,7 +17,7 @@ from scipy.stats import t
 from torch import Tensor
 
 from ..method.alignment import constant_cosine, effective_rank
-from .intervals import mean_interval
+from ..intervals import mean_interval
 
 # %% ../../nbs/4_analysis/08_similarity.ipynb #86a4ed5e
 def _checked(*features, least: int = 4) -> list[Tensor]:

@@ -18,7 +18,7 @@ from sklearn.svm import SVC
 from torch import Tensor
 
 from ..data.datasets import ImageSet
-from .intervals import proportion_interval
+from ..intervals import proportion_interval
 from ..data.scenes import sound_on_bounce
 from ..data.sources import images_of
 

@@ -13,7 +13,9 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
-from .flow import Density, Uniform, check_shares, draw_index
+from ..checks import check_shares
+from ..draws import draw_index
+from .flow import Density, Uniform
 
 # %% ../../nbs/1_method/02_schedule.ipynb #e84d30b9
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..analysis.factor_probes import FactorProbes, factor_items, factor_targets,
 from ..analysis.factors import HEADS
 from ..analysis.features import FeatureStore, items_of, stream_features
 from ..data.datasets import SPLITS
-from ..analysis.intervals import Comparison, cells_in_words
+from ..intervals import Comparison, cells_in_words
 from ..figures.layers import draw_layer_curves, draw_score_maps
 from ..analysis.probing import of_first
 from ..training.run import Run

@@ -18,7 +18,8 @@ from ..analysis.attention import attention_maps, grids_of, maps_by_part, mass_be
 from ..figures.attention import draw_mass, draw_on_film, draw_on_image, draw_on_sound
 from .document import Section
 from ..analysis.features import Items, extract, items_of
-from ..method.flow import interpolate, keyed
+from ..draws import keyed
+from ..method.flow import interpolate
 from ..figures.plots import Picture, draw_curves, viewable
 from ..training.run import Run
 from .run_sections import SAMPLES_ONLY

@@ -23,7 +23,7 @@ from ..analysis.attention import grids_of
 from .document import Section
 from ..analysis.factors import known_factors
 from ..analysis.features import Items
-from ..analysis.intervals import Comparison, smallest_effect
+from ..intervals import Comparison, smallest_effect
 from ..figures.pages import compared, sheet
 from ..figures.plots import draw_images, viewable
 from ..analysis.projection import project, token_colours

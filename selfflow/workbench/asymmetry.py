@@ -16,10 +16,11 @@ from PIL import Image
 
 from .boards import SHARP, Board, Panel, Plot, coloured, panels, tinted
 from ..checks import choose
-from ..training.config import DENSITIES
+from ..method.options import DENSITIES
 from .controls import LIGHT, Theme, TokenGrid, choice, number, png_of, slider, switch
 from .explorer import Explorer
-from ..method.flow import Density, keyed
+from ..draws import keyed
+from ..method.flow import Density
 from ..method.build import build_density
 from ..training.run import Run
 from ..method.schedule import NoiseLevels

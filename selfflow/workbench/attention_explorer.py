@@ -16,15 +16,15 @@ import torch
 from PIL import Image, ImageDraw
 
 from ..analysis.attention import RELATIONS
-from .attention_scene import NETWORKS, WAYS, Scene, Watched, compute, pieces_of, say
-from .boards import SHARP, Board, Panel, Plot, _frames_of, _owner_of, _stretch, coloured, panels, tinted
 from ..checks import choose
-from .controls import LIGHT, Theme, TokenGrid, choice, font, number, png_of, slider, switch
-from .explorer import Explorer, Strip
 from ..method.flow import Uniform
 from ..method.tokens import Layout, VideoPatches
-from .playground import player
 from ..training.run import Run
+from .attention_scene import NETWORKS, WAYS, Scene, Watched, compute, pieces_of, say
+from .boards import SHARP, Board, Panel, Plot, coloured, frames_of, owner_of, panels, stretch, tinted
+from .controls import LIGHT, Theme, TokenGrid, choice, font, number, png_of, slider, switch
+from .explorer import Explorer, Strip
+from .playground import player
 from .viewed_run import Subject, levels_of, schedule_of
 
 # %% ../../nbs/7_workbench/10_attention_explorer.ipynb #8ab9902d
@@ -34,18 +34,18 @@ class Window(Board):
     def __init__(self, layout: Layout, frame: int = 0):
         self.layout, self.frame, first, parts = layout, frame, 0, []
         for patches in layout.patches.values():
-            owner = _owner_of(patches)
+            owner = owner_of(patches)
             parts.append(first + owner[frame // patches.span if isinstance(patches, VideoPatches) else 0])
             first += patches.part().tokens
         width = max(part.shape[1] for part in parts)
         most = [width] if len(parts) == 1 else [2 * width, *[width // 2] * (len(parts) - 1)]
-        self._rows = [_stretch(part, width, high) for part, high in zip(parts, most, strict=True)]
+        self._rows = [stretch(part, width, high) for part, high in zip(parts, most, strict=True)]
         self.owner = np.concatenate([part[rows][:, columns] for part, (rows, columns) in zip(parts, self._rows, strict=True)])
 
     def _part(self, patches, tokens: torch.Tensor) -> np.ndarray:
         if isinstance(patches, VideoPatches):
             return patches.unpatchify(tokens[None])[0, :, self.frame].permute(1, 2, 0).numpy()
-        return _frames_of(patches, tokens)[0]
+        return frames_of(patches, tokens)[0]
 
     def pixels(self, tokens: torch.Tensor) -> np.ndarray:
         "Tokens (n, c) as a picture (h, w, 3) of bytes, as `Board.pixels` shows them."

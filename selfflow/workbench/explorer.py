@@ -15,8 +15,7 @@ from html import escape
 import ipywidgets as widgets
 from PIL import Image, ImageDraw
 
-from .controls import DARK, LIGHT, Still, Surroundings, Theme, TokenGrid, font
-from .panel import DRAWING, beside, rests
+from .controls import DARK, DRAWING, LIGHT, Still, Surroundings, Theme, TokenGrid, beside, font, rests
 
 # %% ../../nbs/7_workbench/03_explorer.ipynb #4f230a2f
 LINGER = 5.0  # seconds for which a worker waits for another change before it ends

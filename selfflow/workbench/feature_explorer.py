@@ -15,15 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import choose
-from .controls import DARK, LIGHT, choice, slider
-from .feature_maps import Asked, Atlas, Opened, draw_maps
 from ..analysis.features import FeatureStore, Items
-from .map_explorer import MapExplorer, _value, preview_html, previews_of
+from ..checks import choose
 from ..figures.pages import Page
-from .panel import beside
 from ..figures.projection import kinds_of
 from ..training.run import Run
+from .controls import DARK, LIGHT, beside, choice, slider
+from .feature_maps import Asked, Atlas, Opened, draw_maps
+from .map_explorer import MapExplorer, preview_html, previews_of, value_text
 
 # %% ../../nbs/7_workbench/13_feature_explorer.ipynb #35c788a8
 def shown(signals: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -68,7 +67,7 @@ def show_near(atlas: Atlas, previews: list, layer: int, level: float, sample: in
 
 
 def _known(atlas: Atlas, place: int) -> str:
-    return "\n".join(f"{name} {_value(values[place], atlas.names.get(name))}" for name, values in atlas.factors.items())
+    return "\n".join(f"{name} {value_text(values[place], atlas.names.get(name))}" for name, values in atlas.factors.items())
 
 # %% ../../nbs/7_workbench/13_feature_explorer.ipynb #ca3be724
 def _stops(label: str, values: tuple, form: str = ""):

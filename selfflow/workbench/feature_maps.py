@@ -18,15 +18,15 @@ from functools import cached_property
 
 import numpy as np
 
-from ..checks import choose
-from ..disk import say_once, write_json
 from ..analysis.factor_probes import CIRCULAR
 from ..analysis.factors import known_factors
-from ..analysis.features import FeatureCost, FeatureKey, FeatureStore, Items, feature_cost, items_of, stream_features, weights_fingerprint
+from ..analysis.features import (FeatureCost, FeatureKey, FeatureStore, Items, feature_cost, items_of, stream_features,
+                                        weights_fingerprint)
+from ..analysis.projection import Projection, Sharing, aligned, nearest, project, sharing
+from ..checks import choose
 from ..data.datasets import SPLITS
-from ..analysis.projection import Sharing, aligned, nearest, sharing
+from ..disk import say_once, write_json
 from ..figures.pages import Page
-from ..analysis.projection import Projection, project
 from ..figures.projection import draw_projection
 from ..training.run import Run
 

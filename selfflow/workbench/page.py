@@ -18,13 +18,14 @@ import ipywidgets as widgets
 
 from .asymmetry import explore as explore_asymmetry
 from .attention_explorer import explore_attention
-from ..training.checkpoint import find_runs, step_paths
+from ..disk import step_of, step_paths
+from ..training.checkpoint import find_runs
 from .run_views import OPENERS, alone
-from ..training.config import Config, ObjectiveConfig
-from .controls import choice
-from ..disk import step_of
+from ..method.options import ObjectiveConfig
+from ..training.config import Config
+from .controls import beside, choice
 from .feature_explorer import explore_features
-from .panel import beside, watch
+from .panel import watch
 from .paths import SideBySide
 from .playground import explore as explore_sampling
 from ..training.run import Run

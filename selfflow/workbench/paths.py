@@ -18,12 +18,11 @@ from torch import Tensor
 from .boards import Board
 from ..training.checkpoint import find_runs
 from ..checks import choose
-from ..method.flow import keyed
+from ..draws import keyed
 from ..data.datasets import caption_text, subset
-from ..method.sampling import inpaint, shown
+from ..method.sampling import METHODS, SDE_LAST, guided_velocity, inpaint, shown, time_grid
 from ..method.build import build_schedule
 from ..training.run import Run
-from ..method.sampling import METHODS, SDE_LAST, guided_velocity, time_grid
 from ..settings import own_settings
 from ..data.sources import Sources
 

@@ -21,22 +21,20 @@ from PIL import Image
 from .asymmetry import explore as explore_asymmetry
 from .boards import SHARP, picture_of
 from ..checks import choose
-from ..analysis.comparison import AGAINST, UNREADABLE, run_curves
+from ..analysis.comparison import AGAINST, config_table, run_curves
+from ..training.run import UNREADABLE, Run
 from ..training.config import flatten
 from .controls import LIGHT, Theme
 from ..disk import step_of
 from .explorer import Explorer, Strip
 from ..analysis.factor_probes import read_factors
-from ..training.watching import Following
-from ..analysis.intervals import cells_in_words
-from ..training.watching import Listing
+from ..training.watching import Following, Listing
+from ..intervals import cells_in_words
 from ..figures.pages import sheet
 from .playground import explore as explore_samples
 from ..figures.plots import draw_curves, draw_probe_grids, draw_runs
 from ..figures.layers import draw_score_maps
 from ..analysis.probing import read_probes
-from ..training.run import Run
-from ..report.run_sections import config_table
 
 # %% ../../nbs/7_workbench/15_run_views.ipynb #b168df9b
 def groups_of(runs: dict[str, Run]) -> list[dict[str, Run]]:

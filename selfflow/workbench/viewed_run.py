@@ -18,7 +18,8 @@ from torch import Tensor
 from ..method.alignment import constant_cosine, flow_error
 from .boards import Board
 from ..checks import choose
-from ..method.flow import Density, interpolate, keyed
+from ..draws import keyed
+from ..method.flow import Density, interpolate
 from ..data.datasets import subset
 from ..method.build import build_objective
 from ..method.tokens import Places

@@ -6,13 +6,27 @@ import pandas as pd
 import pytest
 import torch
 
-from selfflow.analysis.attention import (RELATIONS, attention_maps, attention_weights, closing_the_way, grids_of, maps_by_part, mass,
-                                mass_between_levels, relations, summarise_closing, summarise_mass, visible_keys, watch_attention)
+from selfflow.analysis.attention import (
+    RELATIONS,
+    attention_maps,
+    attention_weights,
+    closing_the_way,
+    grids_of,
+    maps_by_part,
+    mass,
+    mass_between_levels,
+    relations,
+    summarise_closing,
+    summarise_mass,
+    visible_keys,
+    watch_attention,
+)
+from selfflow.draws import keyed
 from selfflow.figures.attention import draw_closing, draw_mass, draw_on_film, draw_on_image, draw_on_sound, token_at
-from selfflow.method.flow import interpolate, keyed
+from selfflow.method.flow import interpolate
 from selfflow.method.layers import Groups
-from selfflow.method.tokens import Part
 from selfflow.method.schedule import Conditioned, DualTimestep, NoiseLevels, SingleLevel
+from selfflow.method.tokens import Part
 from selfflow.method.transformer import Transformer, TransformerConfig
 
 PARTS = (Part("video", 4, (2, 3, 2), 2.0), Part("audio", 3, (5, 1, 1)))

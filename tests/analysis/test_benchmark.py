@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from selfflow.analysis.benchmark import Case, bench, bench_table, contenders, count_flops, measure, peak_memory
 from selfflow.cli import main
-from selfflow.method.flow import keyed
+from selfflow.draws import keyed
 from selfflow.method.objective import SelfFlow, make_teacher
 from selfflow.method.per_token import PerTokenTransformer, PublishedSelfFlow
 from selfflow.method.schedule import DualTimestep

@@ -13,17 +13,20 @@ from conftest import TINY
 from safetensors.torch import save_file
 
 from selfflow.analysis import comparison
-from selfflow.analysis.benchmark import count_flops
-from selfflow.training.checkpoint import FORMAT, find_runs
-from selfflow.cli import main
-from selfflow.analysis.comparison import AGAINST, fit_table, flops_per_step, readable, run_curves, runs_table
-from selfflow.training.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
-from selfflow.method.layers import Groups
+from selfflow.analysis.benchmark import count_flops, flops_per_step
+from selfflow.analysis.comparison import AGAINST, fit_table, readable, run_curves, runs_table
 from selfflow.analysis.probing import probe_run
-from selfflow.training.run import Run
+from selfflow.cli import main
+from selfflow.data.options import DataConfig
+from selfflow.method.build import transformer_config
+from selfflow.method.layers import Groups
+from selfflow.method.options import ModelConfig, ObjectiveConfig
 from selfflow.method.schedule import NoiseLevels
-from selfflow.training.loop import train
 from selfflow.method.transformer import TransformerConfig
+from selfflow.training.checkpoint import FORMAT, find_runs
+from selfflow.training.config import Config, TrainConfig
+from selfflow.training.loop import train
+from selfflow.training.run import Run
 
 
 def flops_of_training(config, folder, features=None):
@@ -48,7 +51,7 @@ def test_operations_are_those_of_a_training_step(name, switches, checkpointing, 
     training = replace(TINY.training, checkpointing=checkpointing)
     config = replace(TINY, objective=ObjectiveConfig(name, **switches), training=training)
     features = torch.randn(1078, 5) if name == "repa" else None
-    counted = flops_per_step(config, config.model.transformer(4, (4, 4), 10), 5)
+    counted = flops_per_step(config, transformer_config(config.model, 4, (4, 4), 10), 5)
     found = flops_of_training(config, tmp_path, features)
     # exact; but where not all tokens count, the diagnosis of the last step is of more of them in one run than in the other
     assert found == counted if switches is not MASKED else found == pytest.approx(counted, rel=1e-3)
@@ -57,12 +60,12 @@ def test_operations_are_those_of_a_training_step(name, switches, checkpointing, 
 def test_operations_of_a_model_in_modern_form_are_those_of_a_training_step(tmp_path):
     config = replace(TINY, model=ModelConfig(32, 3, 2, 2.5, "own", "rotary", "swiglu", True, "shared"),
                      training=replace(TINY.training, precision="bf16", accumulate=2))
-    assert flops_of_training(config, tmp_path) == flops_per_step(config, config.model.transformer(4, (4, 4), 10))
+    assert flops_of_training(config, tmp_path) == flops_per_step(config, transformer_config(config.model, 4, (4, 4), 10))
 
 
 def test_attention_within_levels_is_counted_for_a_draw(tmp_path):
     config = replace(TINY, objective=ObjectiveConfig(separated=True, mask_ratio=0.5))
-    shape = config.model.transformer(4, (4, 4), 10)
+    shape = transformer_config(config.model, 4, (4, 4), 10)
     whole = flops_per_step(replace(config, objective=ObjectiveConfig(mask_ratio=0.5)), shape)
     counted, found = flops_per_step(config, shape), flops_of_training(config, tmp_path)
     assert counted == pytest.approx(found, rel=0.02) and counted != whole

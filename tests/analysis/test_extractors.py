@@ -9,15 +9,16 @@ import torch
 from safetensors.torch import save_file
 
 from selfflow import cli
-from selfflow.training.config import Config, DataConfig
 from selfflow.analysis.distances import frechet
 from selfflow.analysis.extractors import Extractor, built_in, inception, judge_extractor, open_extractor, penultimate
 from selfflow.analysis.factors import HEADS
-from selfflow.data.datasets import subset
 from selfflow.analysis.judge import judge_for
-from selfflow.training.run import Run
 from selfflow.analysis.sample_metrics import run_metrics
+from selfflow.data.datasets import subset
+from selfflow.data.options import DataConfig
 from selfflow.data.sources import DATASETS
+from selfflow.training.config import Config
+from selfflow.training.run import Run
 
 NAMES = tuple(HEADS)
 

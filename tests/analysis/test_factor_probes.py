@@ -11,17 +11,25 @@ from conftest import TINY
 
 from selfflow import cli
 from selfflow.analysis import factor_probes
-from selfflow.training.config import DataConfig, ModelConfig
-from selfflow.analysis.factor_probes import (FactorProbes, factor_targets, factors_cost, probe_factors, read_factors, token_covers,
-                                    write_factors)
+from selfflow.analysis.factor_probes import (
+    FactorProbes,
+    factor_targets,
+    factors_cost,
+    probe_factors,
+    read_factors,
+    token_covers,
+    write_factors,
+)
 from selfflow.analysis.features import Items, items_of
-from selfflow.data.datasets import SPLITS, subset
-from selfflow.figures.layers import draw_layer_curves, draw_score_maps
-from selfflow.analysis.probes import (HeadFit, field_probe, knn_probe, majority_score, regression_probe, ridge_probe, shuffled)
-from selfflow.training.run import Run
-from selfflow.data.sources import Sources
+from selfflow.analysis.probes import HeadFit, field_probe, knn_probe, majority_score, regression_probe, ridge_probe, shuffled
 from selfflow.analysis.token_probes import attentive_probe, position_score, token_probe
+from selfflow.data.datasets import SPLITS, subset
+from selfflow.data.options import DataConfig
+from selfflow.data.sources import Sources
+from selfflow.figures.layers import draw_layer_curves, draw_score_maps
+from selfflow.method.options import ModelConfig
 from selfflow.training.loop import train
+from selfflow.training.run import Run
 
 SIZES = {"train": 400, "validation": 150, "test": 300}
 SHORT = HeadFit(epochs=25)

@@ -8,11 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from selfflow.training.config import DataConfig
-from selfflow.disk import NotWritten
-from selfflow.analysis.features import (FeatureKey, FeatureStore, Items, extract, feature_cost, items_of, stream_features,
-                               weights_fingerprint)
+from selfflow.analysis.features import (
+    FeatureKey,
+    FeatureStore,
+    Items,
+    extract,
+    feature_cost,
+    items_of,
+    stream_features,
+    weights_fingerprint,
+)
+from selfflow.data.options import DataConfig
 from selfflow.data.sources import Sources
+from selfflow.disk import NotWritten
 from selfflow.method.transformer import Transformer, TransformerConfig
 
 

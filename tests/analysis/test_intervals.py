@@ -12,8 +12,20 @@ import pytest
 from scipy.special import gammaln, xlogy
 from scipy.stats import t
 
-from selfflow.analysis.intervals import (cells_in_words, compare_items, compare_seeds, compare_values, mean_interval, paired_difference,
-                                proportion_interval, score_interval, score_of, seeds_interval, smallest_effect, tango_interval)
+from selfflow.intervals import (
+    cells_in_words,
+    compare_items,
+    compare_seeds,
+    compare_values,
+    mean_interval,
+    paired_difference,
+    proportion_interval,
+    score_interval,
+    score_of,
+    seeds_interval,
+    smallest_effect,
+    tango_interval,
+)
 
 RECORD = Path(__file__).parents[2] / "data/results/interval_coverage.json"
 SHARES = (0.02, 0.03, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.97, 0.98)

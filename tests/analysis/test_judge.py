@@ -13,15 +13,27 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from selfflow.analysis import judge as module
-from selfflow.training.config import Config, DataConfig
-from selfflow.analysis.factors import CLASS, HEADS, SIGNAL_OF, Reader, courses, covered, directions_seen, known, pitch_errors, unrolled
-from selfflow.method.flow import keyed
+from selfflow.analysis.factors import (
+    CLASS,
+    HEADS,
+    SIGNAL_OF,
+    Reader,
+    courses,
+    covered,
+    directions_seen,
+    known,
+    pitch_errors,
+    unrolled,
+)
 from selfflow.analysis.judge import followed, judge_for, on_samples, train_judge_for
+from selfflow.analysis.verdict import bounce_verdict, compared
+from selfflow.data.options import DataConfig
 from selfflow.data.scenes import Scenes, sound_on_bounce
 from selfflow.data.shapes import KINDS, SYMMETRY, Shapes, draw_figures
-from selfflow.shipped import shipped
 from selfflow.data.sources import DATASETS
-from selfflow.analysis.verdict import bounce_verdict, compared
+from selfflow.draws import keyed
+from selfflow.shipped import shipped
+from selfflow.training.config import Config
 
 NAMES = tuple(HEADS)
 

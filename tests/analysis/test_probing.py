@@ -10,13 +10,24 @@ from sklearn.preprocessing import StandardScaler
 
 from selfflow.analysis import verdict as metrics
 from selfflow.analysis.features import extract
-from selfflow.method.flow import keyed
+from selfflow.analysis.probing import (
+    ProbeGrid,
+    labelled,
+    linear_probe,
+    majority_accuracy,
+    probe_baselines,
+    probe_grid,
+    probe_pixels,
+    probe_run,
+    probe_table,
+    read_probes,
+    untrained_network,
+)
 from selfflow.data.datasets import SPLITS, digits
-from selfflow.analysis.intervals import paired_difference, proportion_interval
-from selfflow.analysis.probing import (ProbeGrid, labelled, linear_probe, majority_accuracy, probe_baselines, probe_grid, probe_pixels,
-                              probe_run, probe_table, read_probes, untrained_network)
-from selfflow.training.run import Run
+from selfflow.draws import keyed
+from selfflow.intervals import paired_difference, proportion_interval
 from selfflow.method.schedule import NoiseLevels
+from selfflow.training.run import Run
 from selfflow.training.state import start_state
 
 FEW = {"levels": (0.0, 0.5), "strengths": (0.1,)}

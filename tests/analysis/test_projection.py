@@ -5,8 +5,8 @@ import torch
 from sklearn.manifold import trustworthiness
 
 from selfflow.analysis.features import extract
-from selfflow.method.flow import keyed
 from selfflow.analysis.projection import project, run_features, token_colours
+from selfflow.draws import keyed
 
 
 def test_colours_are_the_three_main_axes():

@@ -6,15 +6,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from selfflow.analysis.saturation import (Compared, Ladder, another, compare, cosine_by_gap, fit_directions, ladder, look_up,
-                                          mean_directions, mean_of_samples, run_at, saturation)
-from selfflow.method.alignment import constant_cosine
-from selfflow.method.flow import keyed
-from selfflow.analysis.intervals import mean_interval
-from selfflow.method.objective import REPA, SRA, FlowMatching, LayerSync, SelfFlow, make_teacher
+from selfflow.analysis.saturation import (
+    Compared,
+    Ladder,
+    another,
+    compare,
+    cosine_by_gap,
+    fit_directions,
+    ladder,
+    look_up,
+    mean_directions,
+    mean_of_samples,
+    saturation,
+)
 from selfflow.analysis.similarity import cka, cknna, describe_layers, jackknife, self_similarity, similarities
+from selfflow.draws import keyed
 from selfflow.figures.layers import draw_ladder, draw_layers, draw_saturation, draw_similarities
+from selfflow.intervals import mean_interval
+from selfflow.method.alignment import constant_cosine
+from selfflow.method.objective import REPA, SRA, FlowMatching, LayerSync, SelfFlow, make_teacher
 from selfflow.method.transformer import Transformer, TransformerConfig
+from selfflow.training.run import run_at
 
 EVERY = torch.ones(6, 4, dtype=torch.bool)
 

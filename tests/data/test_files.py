@@ -9,9 +9,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfflow.data.files import (ENDS, SIGNALS, SUFFIXES, Inside, Refused, Row, Skipped, carve, digest, kind_of, listing,
-                                 natural, plain, refusing, rows, split_of)
 from selfflow.data.datasets import SPLITS
+from selfflow.data.files import (
+    ENDS,
+    SIGNALS,
+    SUFFIXES,
+    Inside,
+    Refused,
+    Row,
+    Skipped,
+    carve,
+    digest,
+    kind_of,
+    listing,
+    natural,
+    plain,
+    refusing,
+    rows,
+    split_of,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -19,11 +19,11 @@ from PIL import Image
 from scipy.io import wavfile
 from torch.utils.data import DataLoader
 
-from selfflow.training.config import Config
+from selfflow.data.datasets import SPLITS
 from selfflow.data.files import split_of
 from selfflow.data.folders import Folder, HuggingFace
-from selfflow.data.datasets import SPLITS
 from selfflow.data.stored import Entry, Stored
+from selfflow.training.config import Config
 from selfflow.training.loop import train
 
 ALL = {"shares": (1, 0, 0)}

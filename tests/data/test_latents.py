@@ -18,9 +18,9 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader
 
 from selfflow.data.autoencoder import Haar
-from selfflow.disk import NotWritten
 from selfflow.data.datasets import Examples, ImageSet, Made, digits
 from selfflow.data.latents import Latents, _moments, _pooled, _read_index, _write_index, encode_latents
+from selfflow.disk import NotWritten
 from selfflow.method.tokens import ImagePatches
 
 DATA = digits()[:50]

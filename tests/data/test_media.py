@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import selfflow.data.decoding as decoding
-from selfflow.training.config import DataConfig, ModelConfig, ObjectiveConfig
 from selfflow.data.decoding import Form, Header, look, moments, read
 from selfflow.data.files import Inside, Refused
 from selfflow.data.folders import Folder
+from selfflow.data.options import DataConfig
+from selfflow.method.options import ModelConfig, ObjectiveConfig
 from selfflow.training.loop import train
 
 GREYS = [0, 40, 80, 120, 160, 200]

@@ -19,15 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from selfflow.training.config import Config, DataConfig, ModelConfig, ObjectiveConfig
+from selfflow.data.datasets import SPLITS
 from selfflow.data.decoding import Form, Header, look, read
 from selfflow.data.files import SUFFIXES, Inside, Refused
 from selfflow.data.folders import Folder, HuggingFace
-from selfflow.data.datasets import SPLITS
-from selfflow.report.report import write_samples
+from selfflow.data.options import DataConfig
 from selfflow.data.sources import Sources
 from selfflow.data.stored import begins_of
+from selfflow.method.options import ModelConfig, ObjectiveConfig
+from selfflow.training.config import Config
 from selfflow.training.loop import train
+from selfflow.training.samples import write_samples
 
 ALL = {"shares": (1, 0, 0)}
 HEIC = Path(__file__).parents[1] / "fixtures/two_colours.heic"  # 32 x 24, blue and orange; nothing that is installed writes HEIC

@@ -8,10 +8,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfflow.method.flow import keyed
 from selfflow.data.datasets import SPLITS
-from selfflow.data.scenes import (GROUNDS, LOUDEST, MATERIALS, PITCHES, RADII, SPEEDS, Scenes, _onsets, draw_ball, impact_sound,
-                             impacts, impacts_seen, matched, sound_on_bounce, trajectory)
+from selfflow.data.scenes import (
+    GROUNDS,
+    LOUDEST,
+    MATERIALS,
+    PITCHES,
+    RADII,
+    SPEEDS,
+    Scenes,
+    _onsets,
+    draw_ball,
+    impact_sound,
+    impacts,
+    impacts_seen,
+    matched,
+    sound_on_bounce,
+    trajectory,
+)
+from selfflow.draws import keyed
 
 NONE = float("nan")
 

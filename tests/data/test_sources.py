@@ -10,16 +10,18 @@ from conftest import TINY
 from PIL import Image
 from test_loop import assert_same
 
-from selfflow.data.autoencoder import Haar
-from selfflow.training.batches import Batches, Validation, shape_of, validation_tokens
 from selfflow.cli import main
-from selfflow.training.config import Config, DataConfig, ObjectiveConfig
+from selfflow.data.autoencoder import Haar
 from selfflow.data.datasets import DataSet, Examples, digits
 from selfflow.data.latents import encode_latents
-from selfflow.training.run import Run
+from selfflow.data.options import DataConfig
 from selfflow.data.sources import Columns, SoundPatches, Sources, images_of, layout_of, load
-from selfflow.training.loop import train
+from selfflow.method.options import ObjectiveConfig
 from selfflow.method.transformer import Transformer
+from selfflow.training.batches import Batches, Validation, shape_of, validation_tokens
+from selfflow.training.config import Config
+from selfflow.training.loop import train
+from selfflow.training.run import Run
 
 MADE = {"shapes": "image", "emblems": "image", "motion": "video", "notes": "audio", "scenes": "video+audio"}
 SMALL = {"size": 16, "patch": 8}

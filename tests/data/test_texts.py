@@ -18,15 +18,17 @@ from safetensors.torch import load_file, save_file
 from test_loop import assert_same
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from selfflow.data import texts
-from selfflow.training.batches import Batches, Validation, shape_of
 from selfflow.cli import main
-from selfflow.training.config import Config, DataConfig, ObjectiveConfig
+from selfflow.data import texts
 from selfflow.data.datasets import caption_bytes, caption_text
-from selfflow.training.run import Run
+from selfflow.data.options import DataConfig
 from selfflow.data.sources import Sources
 from selfflow.data.texts import SENTENCES, Bytes, open_encoder
+from selfflow.method.options import ObjectiveConfig
+from selfflow.training.batches import Batches, Validation, shape_of
+from selfflow.training.config import Config
 from selfflow.training.loop import train
+from selfflow.training.run import Run
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

@@ -7,8 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfflow.method.alignment import (DISTANCES, GAPS, NORMALISATIONS, TOKENS, Alignment, constant_cosine, counted_tokens,
-                                effective_rank, mean_over, normalise)
+from selfflow.method.alignment import (
+    DISTANCES,
+    GAPS,
+    NORMALISATIONS,
+    TOKENS,
+    Alignment,
+    constant_cosine,
+    counted_tokens,
+    effective_rank,
+    mean_over,
+    normalise,
+)
 from selfflow.method.schedule import Conditioned, DiffusionForcing, DualTimestep, NoiseLevels, SingleLevel
 
 

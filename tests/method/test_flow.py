@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 
-from selfflow.method.flow import (LogitNormal, Mixture, PlateauLogitNormal, Shifted, Uniform, check_shares, draw_index, interpolate,
-                           keyed, noise_like, shift, velocity)
+from selfflow.checks import check_shares
+from selfflow.draws import draw_index, keyed, noise_like
+from selfflow.method.flow import LogitNormal, Mixture, PlateauLogitNormal, Shifted, Uniform, interpolate, shift, velocity
 
 
 def unshift(t, alpha):

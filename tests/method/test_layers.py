@@ -7,10 +7,20 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfflow.method.layers import (Attention, Groups, TimestepEmbedder, TokenMap, attend, attend_within, collect, gated_add,
-                             modulated_norm, spread)
-from selfflow.method.tokens import position_code, rotary_code, rotate, sinusoid
+from selfflow.method.layers import (
+    Attention,
+    Groups,
+    TimestepEmbedder,
+    TokenMap,
+    attend,
+    attend_within,
+    collect,
+    gated_add,
+    modulated_norm,
+    spread,
+)
 from selfflow.method.schedule import NoiseLevels
+from selfflow.method.tokens import position_code, rotary_code, rotate, sinusoid
 
 few = settings(deadline=None, max_examples=30)
 

@@ -5,9 +5,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from selfflow.method.flow import keyed
-from selfflow.method.objective import (REPA, SRA, FeatureObjective, FlowMatching, LayerSync, Losses, Projector, SelfFlow, default_layers,
-                                ema_decay, make_teacher, update_ema)
+from selfflow.draws import keyed
+from selfflow.method.objective import (
+    REPA,
+    SRA,
+    FeatureObjective,
+    FlowMatching,
+    LayerSync,
+    Losses,
+    Projector,
+    SelfFlow,
+    default_layers,
+    ema_decay,
+    make_teacher,
+    update_ema,
+)
 from selfflow.method.schedule import Conditioned, DiffusionForcing, DualTimestep, FullMasking, NoiseLevels, SingleLevel
 from selfflow.method.transformer import Transformer, TransformerConfig
 

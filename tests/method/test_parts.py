@@ -7,16 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfflow.method.alignment import flow_error
-from selfflow.method.transformer import Context, Transformer, TransformerConfig, drop_labels
-from selfflow.training.config import ObjectiveConfig
-from selfflow.method.flow import keyed, numbered
 from selfflow.data.datasets import caption_bytes, caption_text
-from selfflow.method.layers import TokenMap
+from selfflow.draws import keyed, numbered
+from selfflow.method.alignment import flow_error
 from selfflow.method.build import build_objective, build_schedule, given_tokens, mask_ratio_of
-from selfflow.method.tokens import PAD, ImagePatches, Layout, Part, Places, VideoPatches
+from selfflow.method.layers import TokenMap
 from selfflow.method.objective import FlowMatching, SelfFlow, make_teacher
+from selfflow.method.options import ObjectiveConfig
 from selfflow.method.schedule import Conditioned, DualTimestep, NoiseLevels, SingleLevel
+from selfflow.method.tokens import PAD, ImagePatches, Layout, Part, Places, VideoPatches
+from selfflow.method.transformer import Context, Transformer, TransformerConfig, drop_labels
 
 few = settings(max_examples=25, deadline=None)
 VIDEO, AUDIO = Part("video", 6, (3, 2, 1), 2.0), Part("audio", 4, (6, 1, 1), 1.0)

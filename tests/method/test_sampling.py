@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp, kstest
 
-from selfflow.method.flow import interpolate, keyed, shift
+from selfflow.draws import keyed
+from selfflow.method.flow import interpolate, shift
 from selfflow.method.sampling import METHODS, guided_velocity, sample, time_grid
 from selfflow.method.schedule import NoiseLevels
 from selfflow.method.transformer import Transformer, TransformerConfig

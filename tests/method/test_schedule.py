@@ -9,8 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from selfflow.method.flow import LogitNormal, Mixture, Shifted, Uniform, keyed
-from selfflow.method.schedule import Conditioned, DiffusionForcing, DualTimestep, FullMasking, MultiTimestep, NoiseLevels, SingleLevel
+from selfflow.draws import keyed
+from selfflow.method.flow import LogitNormal, Mixture, Shifted, Uniform
+from selfflow.method.schedule import (
+    Conditioned,
+    DiffusionForcing,
+    DualTimestep,
+    FullMasking,
+    MultiTimestep,
+    NoiseLevels,
+    SingleLevel,
+)
 
 DENSITIES = [Uniform(), LogitNormal(-0.4, 1.3), Shifted(Uniform(), 3.0)]
 MORE = [*DENSITIES, Uniform(0.2, 0.7), Mixture((Uniform(), Uniform(0.95, 1)), (0.95, 0.05))]

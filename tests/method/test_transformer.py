@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfflow.method.transformer import Transformer, TransformerConfig, drop_labels
-from selfflow.checks import SIZES
-from selfflow.method.tokens import grid_coordinates
+from selfflow.method.options import SIZES
 from selfflow.method.schedule import DualTimestep, NoiseLevels
+from selfflow.method.tokens import grid_coordinates
+from selfflow.method.transformer import Transformer, TransformerConfig, drop_labels
 
 VARIANTS = [dict(zip(("positions", "mlp", "qk_norm", "modulation"), values, strict=True))
             for values in product(("sincos", "rotary"), ("gelu", "swiglu"), (False, True), ("block", "shared"))]

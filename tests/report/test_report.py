@@ -18,21 +18,25 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from safetensors.torch import load_file, save_file
 
-from selfflow.figures import plots
-from selfflow.cli import main
-from selfflow.options import read_features
-from selfflow.training.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from selfflow.analysis.comparison import arms, config_table, over_seeds
+from selfflow.analysis.factor_probes import probe_factors, write_factors
 from selfflow.analysis.probing import probe_baselines, probe_run
+from selfflow.cli import main
+from selfflow.data.options import DataConfig
+from selfflow.figures import plots
+from selfflow.intervals import proportion_interval
+from selfflow.method.options import ModelConfig, ObjectiveConfig
+from selfflow.options import read_features
 from selfflow.report import report, representation_sections, sample_sections
 from selfflow.report.document import Report, Section, write_pdf
-from selfflow.analysis.intervals import proportion_interval
-from selfflow.analysis.factor_probes import probe_factors, write_factors
-from selfflow.report.report import SECTIONS, make_missing, missing_parts, run_report, summary, write_samples
-from selfflow.report.run_sections import arms, config_table, loss_section, over_seeds, probe_section, run_section
+from selfflow.report.report import SECTIONS, make_missing, missing_parts, run_report, summary
+from selfflow.report.run_sections import loss_section, probe_section, run_section
 from selfflow.report.sample_sections import plane_section, shares_apart
+from selfflow.training.batches import validation_tokens
+from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
 from selfflow.training.run import Run
-from selfflow.training.batches import validation_tokens
+from selfflow.training.samples import write_samples
 
 EVIL = "<img src=x onerror=alert(1)>"
 QUICK = (run_section, probe_section)

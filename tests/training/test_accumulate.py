@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from selfflow.training.batches import Batches, shape_of
-from selfflow.training.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
-from selfflow.method.flow import keyed
-from selfflow.settings import own_settings
+from selfflow.data.options import DataConfig
 from selfflow.data.sources import Sources
+from selfflow.draws import keyed
+from selfflow.method.options import ModelConfig, ObjectiveConfig
+from selfflow.settings import own_settings
+from selfflow.training.batches import Batches, shape_of
+from selfflow.training.config import Config, TrainConfig
 from selfflow.training.state import start_state, train_step
 
 SMALL = {"size": 16, "frames": 8, "patch": 8, "columns": 8}

@@ -8,19 +8,18 @@ from dataclasses import asdict, fields, is_dataclass, replace
 import pytest
 import torch
 
-from selfflow.checks import SIZES
+from selfflow.data.options import SOUNDS, DataConfig
+from selfflow.data.sources import CODECS
+from selfflow.method.build import build_density, build_objective, build_schedule, check_layers, check_levels, transformer_config
+from selfflow.method.flow import LogitNormal, Mixture, PlateauLogitNormal, Shifted, Uniform
+from selfflow.method.objective import REPA, SRA, FlowMatching, LayerSync, SelfFlow, ema_decay
+from selfflow.method.options import DENSITIES, MASK_RATIOS, OBJECTIVES, SCHEDULES, SIZES, ModelConfig, ObjectiveConfig
+from selfflow.method.schedule import DiffusionForcing, DualTimestep, FullMasking, MultiTimestep, SingleLevel
+from selfflow.method.transformer import TransformerConfig
 from selfflow.training.config import (
-    DENSITIES,
-    MASK_RATIOS,
-    OBJECTIVES,
-    PRESETS,
     PRESET_FIELDS,
-    SCHEDULES,
-    SOUNDS,
+    PRESETS,
     Config,
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
     TrainConfig,
     differences,
     draft,
@@ -29,12 +28,6 @@ from selfflow.training.config import (
     nested,
     overlaid,
 )
-from selfflow.method.flow import LogitNormal, Mixture, PlateauLogitNormal, Shifted, Uniform
-from selfflow.method.build import build_density, build_objective, build_schedule, check_layers, check_levels
-from selfflow.method.objective import REPA, SRA, FlowMatching, LayerSync, SelfFlow, ema_decay
-from selfflow.method.schedule import DiffusionForcing, DualTimestep, FullMasking, MultiTimestep, SingleLevel
-from selfflow.method.transformer import TransformerConfig
-from selfflow.data.sources import CODECS
 
 
 def test_json_and_back():
@@ -203,16 +196,16 @@ def test_what_flow_matching_has_no_use_for_is_not_checked_against_it():
 def test_a_size_sets_width_depth_and_heads(size, numbers):
     config = ModelConfig(size=size, width=96)
     assert (config.width, config.depth, config.heads) == numbers and ModelConfig(**asdict(config)) == config
-    shape = config.transformer(16, (16, 16), 1000)
+    shape = transformer_config(config, 16, (16, 16), 1000)
     assert shape == TransformerConfig.of_size(size, 16, (16, 16), classes=1000)
     assert Config(model=config, objective=ObjectiveConfig("layer_sync", teacher_layer=numbers[1])).model.size == size
 
 
 def test_variants_reach_the_transformer():
     config = ModelConfig(64, 2, 4, 3.0, "own", "rotary", "swiglu", True, "shared")
-    assert config.transformer(4, (4, 6), 3) == TransformerConfig(4, (4, 6), 64, 2, 4, 3.0, 3, "rotary", "swiglu", True, "shared")
+    assert transformer_config(config, 4, (4, 6), 3) == TransformerConfig(4, (4, 6), 64, 2, 4, 3.0, 3, "rotary", "swiglu", True, "shared")
     with pytest.raises(ValueError, match=r"width 96 .* 64 would be"):
-        ModelConfig(96, heads=8, positions="rotary").transformer(4, (4, 6), 3)
+        transformer_config(ModelConfig(96, heads=8, positions="rotary"), 4, (4, 6), 3)
 
 
 def test_every_name_makes_a_config_that_goes_to_json_and_back():
@@ -263,7 +256,7 @@ def test_presets_are_the_published_settings():
         assert (objective.name, objective.mask_ratio, objective.rep_weight) == ("self_flow", 0.25, 0.8)
         assert ema_decay(training.ema_half_life * training.steps) == pytest.approx(0.9999, abs=1e-12)
     assert published["XL"].training.steps == 4_000_000
-    layers = build_objective(PRESETS["XL"].objective, PRESETS["XL"].model.transformer(16, (16, 16), 1000))
+    layers = build_objective(PRESETS["XL"].objective, transformer_config(PRESETS["XL"].model, 16, (16, 16), 1000))
     assert (layers.student_layer, layers.teacher_layer) == (8, 20)
     assert PRESETS["digits"] == Config()
     assert list(PRESETS) == ["digits", "digits-small", "shapes", "emblems", "motion", "notes", "scenes", *SIZES]

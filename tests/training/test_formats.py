@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from selfflow.cli import main
-from selfflow.training.config import Config, flatten
 from selfflow.options import starting_point
-from selfflow.training.run import Run
+from selfflow.training.config import Config, flatten
 from selfflow.training.loop import train
+from selfflow.training.run import Run
 
 RUNS = Path(__file__).parents[1] / "fixtures/runs/format-3"
 sys.path.insert(0, str(RUNS.parents[1]))

@@ -8,13 +8,13 @@ import torch
 from conftest import TINY, VANILLA
 
 from selfflow.analysis.benchmark import Case, measure
-from selfflow.training.config import ObjectiveConfig
-from selfflow.method.flow import keyed, noise_like
-from selfflow.data.datasets import digits
 from selfflow.analysis.probing import probe_run
-from selfflow.training.run import Run
+from selfflow.data.datasets import digits
+from selfflow.draws import keyed, noise_like
+from selfflow.method.options import ObjectiveConfig
 from selfflow.training.batches import validation_losses
 from selfflow.training.loop import train
+from selfflow.training.run import Run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

@@ -11,17 +11,19 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 import selfflow.data.sources
-from selfflow.training.checkpoint import write_checkpoint
-from selfflow.training.config import DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
-from selfflow.method.flow import keyed
-from selfflow.training.watching import Following
 from selfflow.data.datasets import ImageSet, digits
-from selfflow.training.run import Run
-from selfflow.method.schedule import DualTimestep, NoiseLevels
+from selfflow.data.options import DataConfig
 from selfflow.data.sources import Sources
+from selfflow.draws import keyed
+from selfflow.method.options import ModelConfig, ObjectiveConfig
+from selfflow.method.schedule import DualTimestep, NoiseLevels
 from selfflow.training.batches import batch_indices, loss_by_level, shape_of, too_wide, validation_losses, validation_tokens
-from selfflow.training.state import compile_blocks, start_state, train_step
+from selfflow.training.checkpoint import write_checkpoint
+from selfflow.training.config import TrainConfig
 from selfflow.training.loop import train
+from selfflow.training.run import Run
+from selfflow.training.state import compile_blocks, start_state, train_step
+from selfflow.training.watching import Following
 
 
 def parts_of(run):

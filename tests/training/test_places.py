@@ -8,14 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from selfflow.training.checkpoint import agree
 from selfflow.cli import main
-from selfflow.training.config import Config, DataConfig, ModelConfig, TrainConfig
-from selfflow.report.report import run_report
-from selfflow.training.run import Run
-from selfflow.report.run_sections import run_section
+from selfflow.data.options import DataConfig
 from selfflow.data.sources import Outline, Sources
+from selfflow.method.options import ModelConfig
+from selfflow.report.report import run_report
+from selfflow.report.run_sections import run_section
+from selfflow.training.checkpoint import agree
+from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
+from selfflow.training.run import Run
 
 
 def pictures(folder, seed=0):

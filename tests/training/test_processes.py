@@ -14,13 +14,15 @@ import pytest
 import torch
 from conftest import TINY
 
+from selfflow.data.options import DataConfig
 from selfflow.method.alignment import Alignment, constant_cosine, effective_rank, mean_over
+from selfflow.method.options import ObjectiveConfig
 from selfflow.training.batches import shards_of, validation_tokens
-from selfflow.training.config import Config, DataConfig, ObjectiveConfig, TrainConfig
+from selfflow.training.config import Config, TrainConfig
 from selfflow.training.lock import RunInUse
+from selfflow.training.loop import train
 from selfflow.training.processes import Processes, launch
 from selfflow.training.run import Run
-from selfflow.training.loop import train
 
 SEVERAL = Path(__file__).parents[1] / "several.py"
 FIFTY = replace(TINY, training=replace(TINY.training, steps=50, save_every=25, validate_every=25, sample_every=25))

@@ -19,15 +19,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_loop import assert_same
 
-from selfflow.training import loop as training
-from selfflow.training.config import ObjectiveConfig
-from selfflow.disk import NotWritten
-from selfflow.training.lock import RunInUse
 from selfflow.analysis.probing import probe_run
-from selfflow.training.recording import Recorder
-from selfflow.training.run import Run
+from selfflow.disk import NotWritten
+from selfflow.method.options import ObjectiveConfig
+from selfflow.training import loop as training
+from selfflow.training.lock import RunInUse
 from selfflow.training.loop import train
 from selfflow.training.processes import Interrupt
+from selfflow.training.recording import Recorder
+from selfflow.training.run import Run
 
 HERE = Path(__file__).parents[1]
 GOLDEN = HERE / "fixtures/golden.json"

@@ -8,14 +8,14 @@ import pytest
 import torch
 from conftest import TINY
 
+from selfflow.draws import keyed
+from selfflow.method.sampling import guided_velocity, sample
 from selfflow.training.batches import validation_losses
 from selfflow.training.checkpoint import FORMAT, FREE, check_checkpoint, migrate
 from selfflow.training.config import Config, TrainConfig
-from selfflow.method.flow import keyed
 from selfflow.training.lock import RunInUse, sole_writer
-from selfflow.training.run import Run
-from selfflow.method.sampling import guided_velocity, sample
 from selfflow.training.loop import train
+from selfflow.training.run import Run
 
 FIRST = Path(__file__).parents[1] / "fixtures/runs/format-1"  # written by the first version
 SECOND = FIRST.with_name("format-2")  # with captions, each byte of which was a token

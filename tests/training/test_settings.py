@@ -5,14 +5,16 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from selfflow.training.batches import Validation
-from selfflow.training.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from selfflow.analysis.features import extract
 from selfflow.data.datasets import digits
-from selfflow.training.run import Run
-from selfflow.settings import own_settings
+from selfflow.data.options import DataConfig
 from selfflow.data.sources import Sources
+from selfflow.method.options import ModelConfig, ObjectiveConfig
+from selfflow.settings import own_settings
+from selfflow.training.batches import Validation
+from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
+from selfflow.training.run import Run
 
 
 @contextmanager

@@ -9,13 +9,13 @@ import torch
 from conftest import TINY
 from test_formats import RUNS
 
-from selfflow.cli import main
-from selfflow.training.config import ObjectiveConfig
-from selfflow.workbench.playground import explore
-from selfflow.report.report import write_samples
-from selfflow.training.run import Run
 from selfflow.analysis.sample_metrics import run_metrics
+from selfflow.cli import main
+from selfflow.method.options import ObjectiveConfig
 from selfflow.training.loop import train
+from selfflow.training.run import Run
+from selfflow.training.samples import write_samples
+from selfflow.workbench.playground import explore
 
 SHIFTED = replace(TINY, name="shifted", objective=ObjectiveConfig(density="logit_normal", density_shift=4.0),
                   training=replace(TINY.training, steps=4, sample_every=4))

@@ -9,12 +9,12 @@ import torch
 from conftest import TINY
 from safetensors.torch import load_file
 
-from selfflow.training.checkpoint import check_checkpoint, drop_optimizer, resumable
-from selfflow.training.config import ObjectiveConfig
 from selfflow.analysis.features import extract
-from selfflow.training.watching import Following
-from selfflow.training.run import Run
+from selfflow.method.options import ObjectiveConfig
+from selfflow.training.checkpoint import check_checkpoint, drop_optimizer, resumable
 from selfflow.training.loop import train
+from selfflow.training.run import Run
+from selfflow.training.watching import Following
 
 SHORT = replace(TINY, objective=ObjectiveConfig(), training=replace(TINY.training, steps=8, save_every=4, validate_every=8,
                                                                     log_every=1, sample_every=0, cooldown=0.0))

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from simulated import SimulatedTrainer
 
+from selfflow.figures.style import clock, column, memory, series, short, spread
 from selfflow.training import watching as follow
-from selfflow.training.watching import (Following, Lines, clock, column, memory, progress_line, run_state, series, short, speed, spread,
-                             status)
+from selfflow.training.watching import Following, Lines, progress_line, run_state, speed, status
 
 
 def write(path, rows, mode="w"):

@@ -9,18 +9,20 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from selfflow.cli import main
-from selfflow.training.config import Config, DataConfig, ModelConfig, TrainConfig
-from selfflow.figures.dashboard import draw_film
 from selfflow.analysis.features import Items
-from selfflow.data.notes import PITCHES, note_name
-from selfflow.report.report import to_draw, write_samples
-from selfflow.training.run import Run
-from selfflow.report.sample_sections import plane_colours
 from selfflow.analysis.saturation import saturation
-from selfflow.figures.layers import draw_ladder
+from selfflow.cli import main
+from selfflow.data.notes import PITCHES, note_name
+from selfflow.data.options import DataConfig
 from selfflow.data.sources import Sources, class_number
+from selfflow.figures.dashboard import draw_film
+from selfflow.figures.layers import draw_ladder
+from selfflow.method.options import ModelConfig
+from selfflow.report.sample_sections import plane_colours
+from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
+from selfflow.training.run import Run
+from selfflow.training.samples import to_draw, write_samples
 
 TINY = {"model": ModelConfig(width=32, depth=2, heads=2), "training": TrainConfig(steps=2, batch=8, validation=4, sample_every=0)}
 

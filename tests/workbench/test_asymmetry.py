@@ -11,17 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from selfflow.data.options import DataConfig
+from selfflow.data.sources import Sources
+from selfflow.method.flow import LogitNormal, Uniform
+from selfflow.method.options import ModelConfig, ObjectiveConfig
+from selfflow.method.schedule import NoiseLevels
+from selfflow.method.transformer import Output
+from selfflow.training.config import Config, TrainConfig
+from selfflow.training.loop import train
 from selfflow.workbench.asymmetry import compute, draw, explore, say
 from selfflow.workbench.boards import Board, Panel, Plot, coloured, panels
-from selfflow.training.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from selfflow.workbench.controls import DARK, LIGHT, Surroundings, TokenGrid, grid_places, number, png_of, slider
 from selfflow.workbench.explorer import Explorer
-from selfflow.method.flow import LogitNormal, Uniform
-from selfflow.method.schedule import NoiseLevels
-from selfflow.data.sources import Sources
 from selfflow.workbench.viewed_run import KINDS, Subject, levels_of, many_levels, schedule_of
-from selfflow.training.loop import train
-from selfflow.method.transformer import Output
 
 VALUES = {"t": 0.8, "s": 0.2, "mask_ratio": 0.25, "seed": 0, "sample": 0, "schedule": "dual", "density": "uniform", "shift": 1.0,
           "drawn": False, "hand": False, "tokens": []}

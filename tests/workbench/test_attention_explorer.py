@@ -10,17 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
-from selfflow.workbench import attention_scene
 from selfflow.analysis.attention import RELATIONS
+from selfflow.data.options import DataConfig
+from selfflow.data.sources import Sources
+from selfflow.method.options import ModelConfig
+from selfflow.training.config import Config, TrainConfig
+from selfflow.training.loop import train
+from selfflow.training.run import Run
+from selfflow.workbench import attention_scene
 from selfflow.workbench.attention_explorer import Window, draw, draw_caption, draw_layers, explore_attention, frames_in, laid_over
 from selfflow.workbench.attention_scene import WAYS, Forward, Watched, compute, pieces_of, read, say
 from selfflow.workbench.boards import Board
-from selfflow.training.config import Config, DataConfig, ModelConfig, TrainConfig
 from selfflow.workbench.controls import DARK
-from selfflow.training.run import Run
-from selfflow.data.sources import Sources
 from selfflow.workbench.viewed_run import Subject
-from selfflow.training.loop import train
 
 VALUES = {"way": WAYS[0], "tokens": [5], "layer": 2, "head": "mean", "t": 0.9, "s": 0.1, "mask_ratio": 0.25, "sample": 1,
           "seed": 3, "network": "EMA teacher", "separated": False, "frame": 1}

@@ -2,10 +2,10 @@
 import pytest
 from browser import run_all, shoot, source, until_shown, until_within, write_notebook
 
-from selfflow.workbench.boards import picture_of
-from selfflow.workbench.controls import DARK, LIGHT
 from selfflow.figures.dashboard import draw_dashboard
 from selfflow.training.watching import Following
+from selfflow.workbench.boards import picture_of
+from selfflow.workbench.controls import DARK, LIGHT
 
 CELLS = {"train": """
 from selfflow.workbench import panel

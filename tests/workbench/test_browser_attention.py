@@ -2,10 +2,10 @@
 import pytest
 from browser import record_latency, run_all, shoot, step_times, until_shown, until_within, write_notebook
 
+from selfflow.training.run import Run
 from selfflow.workbench.attention_explorer import draw
 from selfflow.workbench.attention_scene import WAYS, Watched, compute
 from selfflow.workbench.controls import DARK, LIGHT
-from selfflow.training.run import Run
 from selfflow.workbench.viewed_run import Subject
 
 CELLS = ("""

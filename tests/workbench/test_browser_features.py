@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 from browser import record_latency, run_all, shoot, until_within, write_notebook
 
+from selfflow.training.run import Run
 from selfflow.workbench.feature_explorer import say_near
 from selfflow.workbench.feature_maps import Asked, Opened
-from selfflow.training.run import Run
 
 CELLS = ("""
 from dataclasses import replace

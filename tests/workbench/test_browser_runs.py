@@ -8,11 +8,11 @@ import time
 import pytest
 from browser import ROOT, record_latency, run_all, shoot, source, until_shown, until_within, write_notebook
 
-from selfflow.workbench import asymmetry
-from selfflow.workbench.run_views import SHOWN, compute, draw
-from selfflow.workbench.controls import DARK, LIGHT
-from selfflow.training.watching import Listing, open_runs
 from selfflow.training.run import Run
+from selfflow.training.watching import Listing, open_runs
+from selfflow.workbench import asymmetry
+from selfflow.workbench.controls import DARK, LIGHT
+from selfflow.workbench.run_views import SHOWN, compute, draw
 from selfflow.workbench.viewed_run import Subject
 
 TRAIN = """

@@ -2,8 +2,8 @@
 import pytest
 from browser import run_all, served, shoot, until_shown, write_notebook
 
-from selfflow.workbench.asymmetry import compute, draw, explore
 from selfflow.training.run import Run
+from selfflow.workbench.asymmetry import compute, draw, explore
 from selfflow.workbench.page import TOOLS
 
 CELL = """

@@ -11,16 +11,18 @@ from scipy.linalg import orthogonal_procrustes
 from sklearn.metrics.pairwise import cosine_distances
 from sklearn.preprocessing import StandardScaler
 
-from selfflow.workbench import feature_explorer
-from selfflow.training.config import Config, DataConfig, ModelConfig, TrainConfig
-from selfflow.workbench.feature_explorer import FeatureMap, explore_features, item_previews, say_near, shown
 from selfflow.analysis.factors import known_factors
-from selfflow.workbench.feature_maps import Asked, MapsCost, Opened, draw_maps
 from selfflow.analysis.features import FeatureStore, Items, extract
 from selfflow.analysis.projection import aligned, nearest, project, sharing, standardised, turned
-from selfflow.training.run import Run
+from selfflow.data.options import DataConfig
 from selfflow.data.sources import Sources
+from selfflow.method.options import ModelConfig
+from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
+from selfflow.training.run import Run
+from selfflow.workbench import feature_explorer
+from selfflow.workbench.feature_explorer import FeatureMap, explore_features, item_previews, say_near, shown
+from selfflow.workbench.feature_maps import Asked, MapsCost, Opened, draw_maps
 
 TRAINING = TrainConfig(steps=2, batch=8, shards=1, validate_every=2, validation=8, save_every=2, sample_every=0)
 FEW = {"layers": (1, 3), "levels": (0.0, 0.5), "count": 40, "methods": ("PCA",)}

@@ -11,9 +11,9 @@ from matplotlib.colors import to_hex
 from PIL import Image
 from plotly.callbacks import BoxSelector, LassoSelector, Points
 
-from selfflow.workbench.map_explorer import MapExplorer, explore_map, figure_of, preview_html, previews_of
 from selfflow.analysis.projection import Projection
 from selfflow.figures.projection import HUES, MOST, draw_projection, draw_token_colours, kinds_of
+from selfflow.workbench.map_explorer import MapExplorer, explore_map, figure_of, preview_html, previews_of
 
 COUNT = 40
 PLANE = np.random.default_rng(0).normal(size=(COUNT, 2)).astype(np.float32)

@@ -22,8 +22,8 @@ from conftest import TINY
 import selfflow.workbench.page as module
 from selfflow.method import build as method
 from selfflow.training import config
-from selfflow.workbench.app import free_port, options_of, page_of, serve
 from selfflow.training.run import Run
+from selfflow.workbench.app import free_port, options_of, page_of, serve
 from selfflow.workbench.page import TOOLS, Chosen, Tool, Workbench, label_of, quickstart, runs_in, saved_step, workbench
 
 QUICK = (replace(TINY, name="self-flow"), replace(TINY, name="flow-matching"))

@@ -14,10 +14,11 @@ from jupyter_client import KernelManager
 from PIL import Image
 from simulated import SimulatedTrainer
 
-from selfflow.workbench import panel as module
-from selfflow.training.watching import Following, clock
-from selfflow.workbench.panel import Panel, header_html, train, watch
 from selfflow.figures.plots import Picture
+from selfflow.figures.style import clock
+from selfflow.training.watching import Following
+from selfflow.workbench import panel as module
+from selfflow.workbench.panel import Panel, header_html, train, watch
 
 
 def until(condition, seconds=20.0):

@@ -9,13 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from selfflow.training.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
-from selfflow.method.flow import interpolate, keyed
+from selfflow.data.options import DataConfig
+from selfflow.draws import keyed
+from selfflow.method.flow import interpolate
+from selfflow.method.options import ModelConfig, ObjectiveConfig
 from selfflow.method.sampling import METHODS, SDE_LAST, inpaint, sample, shown, time_grid
+from selfflow.training.config import Config, TrainConfig
+from selfflow.training.loop import train
+from selfflow.training.run import Run
 from selfflow.workbench.paths import Settings, SideBySide, estimate, path_of
 from selfflow.workbench.playground import compute, draw, explore, player, say
-from selfflow.training.run import Run
-from selfflow.training.loop import train
 
 VALUES = {"told": 3, "steps": 3, "method": "euler", "shift": 1.0, "cfg_scale": 1.0, "seed": 0, "count": 2, "film": 50,
           "sample": 1, "kept": "as trained", "level": 0.0, "inpaint": False, "tokens": []}

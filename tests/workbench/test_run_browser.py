@@ -14,17 +14,17 @@ import pytest
 from PIL import Image
 from simulated import SimulatedTrainer
 
+from selfflow.analysis.comparison import run_curves
+from selfflow.analysis.probing import ProbeGrid, ProbeResult
+from selfflow.figures.plots import draw_probe_grids, draw_runs
+from selfflow.training.run import Run
+from selfflow.training.watching import Listing, open_runs, steps_of
 from selfflow.workbench import probe_process
 from selfflow.workbench.boards import picture_of
-from selfflow.workbench.run_views import OPENERS, alone, compute, draw, groups_of, probes_of, say, settings_of, short_name
-from selfflow.analysis.comparison import run_curves
 from selfflow.workbench.controls import DARK, LIGHT, RunList
-from selfflow.training.watching import Listing, open_runs, steps_of
-from selfflow.figures.plots import draw_probe_grids, draw_runs
 from selfflow.workbench.probe_process import Probing
-from selfflow.analysis.probing import ProbeGrid, ProbeResult
-from selfflow.training.run import Run
 from selfflow.workbench.run_browser import browse
+from selfflow.workbench.run_views import OPENERS, alone, compute, draw, groups_of, probes_of, say, settings_of, short_name
 
 VALUES = {"runs": ["tiny", "vanilla"], "view": "curves", "measure": "flow_loss", "against": "steps"}
 
