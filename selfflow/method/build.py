@@ -26,12 +26,13 @@ def transformer_config(model: ModelConfig, channels: int, grid: tuple[int, ...],
                        caption: int = 0, caption_width: int = 0) -> TransformerConfig:
     """The shape of a transformer of the size that a config names.
 
-    channels, grid: of the tokens; parts: of the sequence; caption, caption_width: its tokens, and the width of an encoder's vectors.
+    channels, grid: of the tokens; parts: of the sequence; caption, caption_width: its tokens, and the width of an
+    encoder's vectors.
     Raises ValueError where it does not fit.
     """
     positions = model.positions or ("rotary" if parts else "sincos")
-    return TransformerConfig(channels, grid, model.width, model.depth, model.heads, model.mlp_ratio, classes, positions, model.mlp,
-                             model.qk_norm, model.modulation, parts, caption, caption_width, model.caption_level,
+    return TransformerConfig(channels, grid, model.width, model.depth, model.heads, model.mlp_ratio, classes, positions,
+                             model.mlp, model.qk_norm, model.modulation, parts, caption, caption_width, model.caption_level,
                              model.caption_stride)
 
 # %% ../../nbs/1_method/10_build.ipynb #1224445c

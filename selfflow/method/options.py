@@ -8,13 +8,8 @@ __all__ = ['SIZES', 'CHOICES', 'DENSITIES', 'SCHEDULES', 'OBJECTIVES', 'MASK_RAT
 # %% ../../nbs/1_method/05_options.ipynb #48c589ca
 from dataclasses import dataclass, fields
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 from ..checks import check_positive, check_types, choose
-
-if TYPE_CHECKING:
-    from selfflow.method.tokens import Part
-    from selfflow.method.transformer import TransformerConfig
 
 # %% ../../nbs/1_method/05_options.ipynb #4cbdb83c
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads; as DiT and SiT

@@ -203,7 +203,8 @@ def test_a_size_sets_width_depth_and_heads(size, numbers):
 
 def test_variants_reach_the_transformer():
     config = ModelConfig(64, 2, 4, 3.0, "own", "rotary", "swiglu", True, "shared")
-    assert transformer_config(config, 4, (4, 6), 3) == TransformerConfig(4, (4, 6), 64, 2, 4, 3.0, 3, "rotary", "swiglu", True, "shared")
+    expected = TransformerConfig(4, (4, 6), 64, 2, 4, 3.0, 3, "rotary", "swiglu", True, "shared")
+    assert transformer_config(config, 4, (4, 6), 3) == expected
     with pytest.raises(ValueError, match=r"width 96 .* 64 would be"):
         transformer_config(ModelConfig(96, heads=8, positions="rotary"), 4, (4, 6), 3)
 
