@@ -20,8 +20,8 @@ import tyro
 
 from . import __version__
 from .checks import choose
-from .training.config import PRESETS, Config
 from .options import read_command, read_features, starting_point
+from .training.config import PRESETS, Config
 
 if TYPE_CHECKING:
     from selfflow.training.run import Run
@@ -56,8 +56,8 @@ def train(config: Annotated[Config, tyro.conf.arg(name="")],
         track: Also tell tensorboard, wandb, mlflow; without it nothing leaves the folder.
     """
     # preset and config_file were read before the options: config has them in it, see `starting_point`
-    from selfflow.training.processes import launch
     from selfflow.training.loop import train as train_run
+    from selfflow.training.processes import launch
     if processes > 1:
         run = launch(config, processes, folder, device, features, workers, track)
     else:
@@ -88,10 +88,10 @@ def runs(folder: tyro.conf.Positional[Path] = Path("runs"), names: tuple[str, ..
         output: The picture to write, PNG; comparison.png in the folder if only --against is given.
         width: Columns of the table; none means the terminal's, 120 where there is none.
     """
-    from selfflow.training.checkpoint import find_runs
     from selfflow.analysis.comparison import AGAINST, fit_table, run_curves, runs_table
     from selfflow.disk import write_files
     from selfflow.figures.plots import draw_runs, to_png
+    from selfflow.training.checkpoint import find_runs
     found = find_runs(folder)
     chosen = {name: found[choose(name, found, f"run in {folder}")] for name in names} or found
     table = runs_table(chosen)
@@ -126,8 +126,8 @@ def sample(run: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), captio
         data: The data set to draw from, for a run that was trained on several.
         device: auto (a GPU where there is one), cpu, cuda, ...
     """
-    from selfflow.training.samples import to_draw, write_samples
     from selfflow.training.run import Run
+    from selfflow.training.samples import to_draw, write_samples
     opened = Run.open(run, device)
     name = choose(data or opened.config.data.names[0], opened.config.data.names, "data set (data)")
     wanted = to_draw(opened, name, labels, captions, each)
@@ -166,8 +166,8 @@ def probe(run: tyro.conf.Positional[Path], factors: bool = False, field: bool = 
         features: With factors, the folder to keep features in, by default that of the run.
         device: auto (a GPU where there is one), cpu, cuda, ...
     """
-    from selfflow.disk import check_writable
     from selfflow.analysis.probing import probe_baselines, probe_run, probe_table
+    from selfflow.disk import check_writable
     from selfflow.training.run import Run
     opened = Run.open(run, device)
     check_writable(run / "probe.json")
@@ -215,10 +215,10 @@ def metrics(run: tyro.conf.Positional[Path], count: int = 500, steps: int = 25, 
         resamples: Halves that the intervals are from; 0 gives none.
         device: auto (a GPU where there is one), cpu, cuda, ...
     """
-    from selfflow.disk import check_writable
     from selfflow.analysis.extractors import open_extractor
-    from selfflow.training.run import Run
     from selfflow.analysis.sample_metrics import run_metrics
+    from selfflow.disk import check_writable
+    from selfflow.training.run import Run
     opened = Run.open(run, device)
     check_writable(run / "metrics.json")
     features = open_extractor(extractor, device=opened.device) if extractor else None
@@ -242,8 +242,8 @@ def bench(sizes: tuple[str, ...] = ("S",), precisions: tuple[str, ...] = ("fp32"
         device: auto (a GPU where there is one), cpu, cuda, ...
     """
     from selfflow.analysis.benchmark import Case, bench_table
-    from selfflow.training.recording import device_name
     from selfflow.analysis.benchmark import bench as run_bench
+    from selfflow.training.recording import device_name
     from selfflow.training.run import device_for
     cases = [Case(size, tokens, batch, precision, compiled) for size in sizes for precision in precisions]
     print(bench_table(run_bench(cases, output, rounds, device)).to_string(index=False))

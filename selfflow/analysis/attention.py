@@ -16,12 +16,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..intervals import mean_interval
 from ..method.alignment import flow_error
 from ..method.flow import interpolate
-from ..intervals import mean_interval
 from ..method.layers import Attention, Groups
-from ..method.tokens import Places, rotate
 from ..method.schedule import NoiseLevels
+from ..method.tokens import Places, rotate
 from ..method.transformer import Transformer
 
 # %% ../../nbs/4_analysis/09_attention.ipynb #fe031341

@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchaudio.functional import resample
 
-from ..checks import choose
-from ..data.options import DataConfig
 from .factors import HEADS
-from ..data.datasets import subset
 from .judge import Judge, judge_for
+from ..checks import choose
+from ..data.datasets import subset
+from ..data.options import DataConfig
 from ..data.sources import DATASETS
 
 # %% ../../nbs/4_analysis/15_extractors.ipynb #f4519755

@@ -21,8 +21,15 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .features import (FeatureCost, FeatureStore, Items, feature_cost, items_of, stream_features,
-                                        weights_fingerprint)
+from selfflow.analysis.features import (
+    FeatureCost,
+    FeatureStore,
+    Items,
+    feature_cost,
+    items_of,
+    stream_features,
+    weights_fingerprint,
+)
 from .probes import FEW_STRENGTHS, ProbeScore, field_probe, majority_score, regression_probe, shuffled
 from .probing import PROBE_LEVELS, untrained_network
 from ..checks import choose

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.audio import LogMel, pitch_of
 from ..checks import choose
+from ..data.audio import LogMel, pitch_of
 from ..data.datasets import Examples
 from ..data.motion import DIRECTIONS
 from ..data.notes import PITCHES, TIMBRES, note_name

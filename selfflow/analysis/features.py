@@ -23,16 +23,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import choose
+from ..data.datasets import Examples, subset, subset_words
+from ..data.sources import Sources
 from ..disk import discard, make_folder, replacing, say_once, write_json
 from ..draws import keyed
 from ..method.flow import interpolate
-from ..data.datasets import Examples, subset, subset_words
-from ..method.tokens import Places
-from ..training.run import Run
 from ..method.schedule import NoiseLevels
-from ..settings import own_settings
-from ..data.sources import Sources
+from ..method.tokens import Places
 from ..method.transformer import Transformer
+from ..settings import own_settings
+from ..training.run import Run
 
 # %% ../../nbs/4_analysis/01_features.ipynb #3a692090
 @own_settings()

@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from ..checks import choose
-from ..data.options import DataConfig
-from ..disk import make_folder, replacing, write_json
 from .factors import CLASS, HEADS, Reader, directions_seen, known, pitch_errors
-from ..draws import keyed
-from ..data.datasets import DataSet, subset
 from .verdict import Share, Verdict, bounce_verdict, compared, share_of
+from ..checks import choose
+from ..data.datasets import DataSet, subset
 from ..data.notes import PITCHES
-from ..training.run import Run
+from ..data.options import DataConfig
+from ..data.sources import DATASETS, Sources
+from ..disk import make_folder, replacing, write_json
+from ..draws import keyed
 from ..settings import own_settings
 from ..shipped import shipped
-from ..data.sources import DATASETS, Sources
+from ..training.run import Run
 
 # %% ../../nbs/4_analysis/13_judge.ipynb #1f9ceb5c
 VERSION = 1  # of the judges: to be raised when they look in another way

@@ -16,10 +16,10 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..draws import keyed
-from ..data.datasets import SPLITS
-from ..intervals import score_interval, score_of
 from .probing import linear_probe
+from ..data.datasets import SPLITS
+from ..draws import keyed
+from ..intervals import score_interval, score_of
 from ..settings import own_settings
 
 # %% ../../nbs/4_analysis/05_probes.ipynb #c57c08cb

@@ -23,17 +23,17 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..disk import write_json
-from ..data.options import STORED, DataConfig
 from .features import extract
-from ..draws import keyed
 from ..data.datasets import SPLITS, DataSet, labels_of, subset, subset_words
-from ..intervals import paired_difference, proportion_interval
-from ..training.run import Run
-from ..settings import own_settings
-from ..training.state import start_state
+from ..data.options import STORED, DataConfig
 from ..data.sources import DATASETS
+from ..disk import write_json
+from ..draws import keyed
+from ..intervals import paired_difference, proportion_interval
 from ..method.transformer import Transformer
+from ..settings import own_settings
+from ..training.run import Run
+from ..training.state import start_state
 
 # %% ../../nbs/4_analysis/04_probing.ipynb #1bfce236
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)

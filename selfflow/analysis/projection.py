@@ -16,12 +16,12 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness
 from torch import Tensor
 
-from ..checks import choose
 from .features import extract
-from ..draws import keyed
+from ..checks import choose
 from ..data.datasets import Examples, subset
-from ..training.run import Run
 from ..data.sources import Sources
+from ..draws import keyed
+from ..training.run import Run
 
 # %% ../../nbs/4_analysis/11_projection.ipynb #84f66b2f
 def standardised(features) -> np.ndarray:

@@ -15,17 +15,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..checks import choose
-from ..disk import write_json
 from .distances import METRICS, Measured, measure
 from .extractors import Extractor, built_in
 from .factors import CLASS, HEADS, known
-from ..data.datasets import DataSet, Examples, subset, subset_words
 from .judge import followed, judge_for
 from .verdict import Share, train_judge
-from ..training.run import Run
-from ..settings import own_settings
+from ..checks import choose
+from ..data.datasets import DataSet, Examples, subset, subset_words
 from ..data.sources import Sources
+from ..disk import write_json
+from ..settings import own_settings
+from ..training.run import Run
 
 # %% ../../nbs/4_analysis/16_sample_metrics.ipynb #4cb67558
 def all_metrics(real: np.ndarray, drawn: np.ndarray, neighbours: int = 5, resamples: int = 40,

@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..method.alignment import counted_tokens, normalise
 from ..checks import choose
+from ..data.sources import Sources
 from ..draws import keyed
 from ..intervals import mean_interval, paired_difference
+from ..method.alignment import counted_tokens, normalise
 from ..method.build import build_objective
 from ..method.objective import FeatureObjective, SelfFlow
-from ..training.run import Run
 from ..settings import own_settings
-from ..data.sources import Sources
+from ..training.run import Run
 
 # %% ../../nbs/4_analysis/10_saturation.ipynb #95f1d591
 @dataclass

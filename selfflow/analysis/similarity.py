@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from scipy.stats import t
 from torch import Tensor
 
-from ..method.alignment import constant_cosine, effective_rank
 from ..intervals import mean_interval
+from ..method.alignment import constant_cosine, effective_rank
 
 # %% ../../nbs/4_analysis/08_similarity.ipynb #86a4ed5e
 def _checked(*features, least: int = 4) -> list[Tensor]:

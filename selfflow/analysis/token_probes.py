@@ -11,9 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selfflow.analysis.probes import (
+    HeadFit,
+    ProbeScore,
+    Reading,
+    TokenNorm,
+    checked_parts,
+    fit_head,
+    head_outputs,
+    scored,
+    sizes_of,
+    zero_linear,
+)
 from ..intervals import score_of
-from .probes import (HeadFit, ProbeScore, Reading, TokenNorm, checked_parts, fit_head, head_outputs, scored,
-                                      sizes_of, zero_linear)
 
 # %% ../../nbs/4_analysis/06_token_probes.ipynb #a86aae04
 ATTENTIVE, BY_TOKEN = HeadFit(), HeadFit(epochs=10, batch=64)

@@ -18,9 +18,9 @@ from sklearn.svm import SVC
 from torch import Tensor
 
 from ..data.datasets import ImageSet
-from ..intervals import proportion_interval
 from ..data.scenes import sound_on_bounce
 from ..data.sources import images_of
+from ..intervals import proportion_interval
 
 # %% ../../nbs/4_analysis/12_verdict.ipynb #cceaeaa0
 @dataclass(frozen=True)

@@ -25,8 +25,26 @@ from torch import Tensor
 from ..checks import choose
 from .datasets import SPLITS
 from .decoding import Header, look
-from .files import (SIGNALS, STILLS, SUFFIXES, TABLES, Inside, Refused, Row, Skipped, Source, carve, digest,
-                                 kind_of, listing, natural, plain, refusing, rows, split_of)
+from selfflow.data.files import (
+    SIGNALS,
+    STILLS,
+    SUFFIXES,
+    TABLES,
+    Inside,
+    Refused,
+    Row,
+    Skipped,
+    Source,
+    carve,
+    digest,
+    kind_of,
+    listing,
+    natural,
+    plain,
+    refusing,
+    rows,
+    split_of,
+)
 from .stored import Entry, Stored, begins_of, quoted_few
 
 # %% ../../nbs/2_data/11_folders.ipynb #3256c6e9

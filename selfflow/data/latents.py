@@ -19,10 +19,10 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .autoencoder import Autoencoder, open_autoencoder
 from ..checks import choose
-from ..disk import discard, make_folder, replacing, write_json, write_tensors
+from .autoencoder import Autoencoder, open_autoencoder
 from .datasets import SPLITS, DataSet, Examples
+from ..disk import discard, make_folder, replacing, write_json, write_tensors
 from ..settings import own_settings
 
 # %% ../../nbs/2_data/13_latents.ipynb #5a62c37c

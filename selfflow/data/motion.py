@@ -17,8 +17,8 @@ from torch.nn.functional import grid_sample
 
 from ..checks import choose
 from .datasets import Examples, Made, digits
-from ..settings import own_settings
 from .shapes import COLOURS, KINDS, PALETTE, SYMMETRY, TEXTURES, cover, figure_masks, grounds, plane
+from ..settings import own_settings
 
 # %% ../../nbs/2_data/04_motion.ipynb #b306e66d
 DIRECTIONS = ("right", "up right", "up", "up left", "left", "down left", "down", "down right")

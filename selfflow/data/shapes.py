@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..draws import numbered
 from .datasets import Examples, Made
+from ..draws import numbered
 
 # %% ../../nbs/2_data/03_shapes.ipynb #c3483623
 def _fold(x: Tensor, y: Tensor, axes: int) -> tuple[Tensor, Tensor]:

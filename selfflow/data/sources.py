@@ -18,19 +18,19 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from .audio import LogMel, Mdct
 from ..checks import choose
-from .options import STORED, DataConfig, hop_of
-from .folders import Folder, HuggingFace
+from .audio import LogMel, Mdct
 from .datasets import DataSet, Examples, ImageSet, caption_text, digits, subset
+from .folders import Folder, HuggingFace
 from .latents import Latents
-from ..method.tokens import ImagePatches, Layout, Part, VideoPatches
 from .motion import Motion
 from .notes import Notes
+from .options import STORED, DataConfig, hop_of
 from .scenes import Scenes
-from ..settings import own_settings
 from .shapes import Emblems, Shapes
 from .texts import Bytes, open_encoder
+from ..method.tokens import ImagePatches, Layout, Part, VideoPatches
+from ..settings import own_settings
 
 # %% ../../nbs/2_data/15_sources.ipynb #12958334
 CODECS = {"mel": lambda samples, rate: LogMel(samples, rate, hop=hop_of(rate), window=4 * hop_of(rate)),

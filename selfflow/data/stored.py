@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from ..checks import check_shares, choose
-from .options import CROPS
+from .datasets import SPLITS, Examples
 from .decoding import Form, Header, read
 from .files import SIGNALS, Refused, Skipped, Source, place_of, plain
-from .datasets import SPLITS, Examples
+from .options import CROPS
 
 # %% ../../nbs/2_data/10_stored.ipynb #f7901cbb
 CAPTIONS = ("auto", "class", "none")

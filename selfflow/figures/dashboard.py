@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from .style import column, digits_for, series, short, spread
 from .plots import COLOURS, Picture
+from .style import column, digits_for, series, short, spread
 
 # %% ../../nbs/5_figures/07_dashboard.ipynb #8e2d396d
 def thin(x: np.ndarray, y: np.ndarray, most: int = 600) -> tuple[np.ndarray, np.ndarray]:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .tokens import rotate, sinusoid
 from .schedule import NoiseLevels
+from .tokens import rotate, sinusoid
 
 # %% ../../nbs/1_method/04_layers.ipynb #d663ac04
 class TimestepEmbedder(nn.Module):

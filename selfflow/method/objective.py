@@ -19,8 +19,17 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..draws import by_shard, noise_like
-from .alignment import (DISTANCES, Alignment, average, count_of, counted_tokens, flow_error, mean_over, means_of,
-                                       normalise)
+from selfflow.method.alignment import (
+    DISTANCES,
+    Alignment,
+    average,
+    count_of,
+    counted_tokens,
+    flow_error,
+    mean_over,
+    means_of,
+    normalise,
+)
 from .flow import interpolate, velocity
 from .schedule import DualTimestep, NoiseLevels, SingleLevel
 from .tokens import Places

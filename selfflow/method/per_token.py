@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .flow import interpolate, velocity
-from .tokens import sinusoid
 from .objective import SelfFlow, add_noise
+from .tokens import sinusoid
 from .transformer import Transformer
 
 # %% ../../nbs/1_method/12_per_token.ipynb #0c28ca5a

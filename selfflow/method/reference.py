@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .tokens import grid_coordinates, position_code
 from .objective import Projector
+from .tokens import grid_coordinates, position_code
 from .transformer import Transformer, TransformerConfig
 
 # %% ../../nbs/1_method/11_reference.ipynb #b6ba02e2

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .options import CHOICES, SIZES
 from .layers import Attention, Groups, TimestepEmbedder, TokenMap, gated_add, modulated_norm
-from .tokens import PAD, Part, Places, grid_coordinates, position_code, rotary_code, sinusoid
+from .options import CHOICES, SIZES
 from .schedule import NoiseLevels
+from .tokens import PAD, Part, Places, grid_coordinates, position_code, rotary_code, sinusoid
 
 # %% ../../nbs/1_method/06_transformer.ipynb #79afb12e
 @dataclass(frozen=True)

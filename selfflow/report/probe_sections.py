@@ -9,16 +9,16 @@ __all__ = ['factor_section']
 import numpy as np
 import pandas as pd
 
-from .document import Section
 from ..analysis.factor_probes import FactorProbes, factor_items, factor_targets, read_factors
 from ..analysis.factors import HEADS
 from ..analysis.features import FeatureStore, items_of, stream_features
-from ..data.datasets import SPLITS
-from ..intervals import Comparison, cells_in_words
-from ..figures.layers import draw_layer_curves, draw_score_maps
 from ..analysis.probing import of_first
-from ..training.run import Run
+from ..data.datasets import SPLITS
+from ..figures.layers import draw_layer_curves, draw_score_maps
+from ..intervals import Comparison, cells_in_words
+from .document import Section
 from .run_sections import SAMPLES_ONLY, answers, ask_for, confusion_part
+from ..training.run import Run
 
 # %% ../../nbs/6_report/03_probe_sections.ipynb #3b4cece7
 def factor_section(runs: dict[str, Run]) -> Section:

@@ -18,8 +18,13 @@ from ..analysis.probing import PROBE_LEVELS, class_data, of_first, probe_baselin
 from ..analysis.sample_metrics import metric_data, run_metrics
 from .document import Report, Section
 from .probe_sections import factor_section
-from .representation_sections import (attention_section, layer_section, looked_at, saturation_section,
-                                                     similarity_section)
+from selfflow.report.representation_sections import (
+    attention_section,
+    layer_section,
+    looked_at,
+    saturation_section,
+    similarity_section,
+)
 from .run_sections import loss_section, probe_section, run_section, training_section
 from .sample_sections import metric_section, plane_section, sample_section
 from ..settings import own_settings

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from ..analysis.attention import attention_maps, grids_of, maps_by_part, mass_between_levels, summarise_mass
-from ..figures.attention import draw_mass, draw_on_film, draw_on_image, draw_on_sound
-from .document import Section
 from ..analysis.features import Items, extract, items_of
-from ..draws import keyed
-from ..method.flow import interpolate
-from ..figures.plots import Picture, draw_curves, viewable
-from ..training.run import Run
-from .run_sections import SAMPLES_ONLY
 from ..analysis.saturation import saturation
-from ..method.schedule import DualTimestep, NoiseLevels
 from ..analysis.similarity import cka, describe_layers, jackknife, similarities
+from ..draws import keyed
+from ..figures.attention import draw_mass, draw_on_film, draw_on_image, draw_on_sound
 from ..figures.layers import draw_ladder, draw_layers, draw_similarities
+from ..figures.plots import Picture, draw_curves, viewable
+from ..method.flow import interpolate
+from ..method.schedule import DualTimestep, NoiseLevels
+from .document import Section
+from .run_sections import SAMPLES_ONLY
+from ..training.run import Run
 
 # %% ../../nbs/6_report/04_representation_sections.ipynb #fb9cfe51
 SAMPLES, LEVEL = 200, 0.25  # how many test samples are looked at, and at which noise level

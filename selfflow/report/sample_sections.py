@@ -20,18 +20,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..analysis.attention import grids_of
-from .document import Section
 from ..analysis.factors import known_factors
 from ..analysis.features import Items
-from ..intervals import Comparison, smallest_effect
+from ..analysis.projection import project, token_colours
+from ..analysis.sample_metrics import metric_data
 from ..figures.pages import compared, sheet
 from ..figures.plots import draw_images, viewable
-from ..analysis.projection import project, token_colours
 from ..figures.projection import MOST, draw_projection
+from ..intervals import Comparison, smallest_effect
+from .document import Section
 from .representation_sections import LEVEL, looked_at
-from ..training.run import Run
 from .run_sections import ask_for
-from ..analysis.sample_metrics import metric_data
+from ..training.run import Run
 
 # %% ../../nbs/6_report/05_sample_sections.ipynb #cea416ce
 METHOD, SHOWN = "UMAP", 6  # how features come into the plane; how many samples are shown as colours of their tokens

@@ -19,9 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..disk import discard, flush, hidden, make_folder, replacing, say_once, step_of, step_paths, write_json, write_tensors
 from .config import differences
-from ..disk import (discard, flush, hidden, make_folder, replacing, say_once, step_of, step_paths, write_json,
-                           write_tensors)
 from .lock import free_name
 
 # %% ../../nbs/3_training/03_checkpoint.ipynb #422cb435

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..data.sources import Sources, outlines
+from ..disk import NotWritten, write_json
+from ..draws import keyed
+from ..method.schedule import NoiseLevels
+from ..settings import own_settings
 from .batches import Batches, Validation, feature_source, shape_of, shards_of, too_wide
 from .checkpoint import OPTIMIZER, free_fields, migrate, read_state, resumable
 from .config import Config, TrainConfig, flatten
-from ..disk import NotWritten, write_json
-from ..draws import keyed
 from .processes import Interrupt, Processes, raise_again
 from .recording import Recorder, check_trackers
 from .run import Run
-from ..method.schedule import NoiseLevels
-from ..settings import own_settings
-from ..data.sources import Sources, outlines
 from .state import TrainState, compile_blocks, diverged, share_state, start_state, train_step
 
 # %% ../../nbs/3_training/10_loop.ipynb #2c62eed0

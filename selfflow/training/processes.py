@@ -31,9 +31,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
+from ..disk import write_json
 from .batches import shards_of
 from .config import Config
-from ..disk import write_json
 from .lock import sole_writer
 from .run import Run, device_for
 

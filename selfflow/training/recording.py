@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from .batches import VALIDATION_LEVELS
 from ..checks import choose
-from .config import flatten
 from ..disk import not_written
+from .batches import VALIDATION_LEVELS
+from .config import flatten
 from .processes import Processes
 from .run import Run
 

@@ -27,8 +27,20 @@ from ..method.sampling import guided_velocity, sample
 from ..method.tokens import ImagePatches, Layout
 from ..method.transformer import Transformer, TransformerConfig
 from ..settings import own_settings
-from .checkpoint import (FORMAT, agree, migrate, newest_whole, problem_of, prune, read_part, read_pictures,
-                                          read_state, resumable, write_checkpoint, write_picture)
+from selfflow.training.checkpoint import (
+    FORMAT,
+    agree,
+    migrate,
+    newest_whole,
+    problem_of,
+    prune,
+    read_part,
+    read_pictures,
+    read_state,
+    resumable,
+    write_checkpoint,
+    write_picture,
+)
 from .config import Config
 from .lock import free_name, sole_writer, writer_of
 

@@ -8,8 +8,10 @@ __all__ = ['SHEET', 'SOUNDS', 'VIDEOS', 'to_draw', 'write_samples']
 # %% ../../nbs/3_training/05_samples.ipynb #a4c3902f
 import hashlib
 import json
+from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from ..data.datasets import caption_bytes
@@ -18,9 +20,7 @@ from ..data.sources import class_number
 from ..disk import check_writable, write_files
 from ..figures.pages import sheet, sheet_rows, to_webp
 from ..figures.plots import to_png, viewable
-from safetensors.torch import save
 from .run import Run
-from pathlib import Path
 
 # %% ../../nbs/3_training/05_samples.ipynb #a9a9560f
 def to_draw(run: Run, data: str, labels: tuple[int | str, ...] = (), captions: tuple[str, ...] = (), each: int = 1):

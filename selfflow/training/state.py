@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..draws import keyed
 from ..method.alignment import average, moments_of
+from ..method.build import build_objective
+from ..method.objective import WHOLE, Losses, Whole, ema_decay, make_teacher, update_ema
+from ..method.transformer import Transformer, TransformerConfig
+from ..settings import own_settings
 from .batches import shards_of
 from .checkpoint import read_part, read_state
 from .config import Config, TrainConfig
-from ..draws import keyed
-from ..method.build import build_objective
-from ..method.objective import WHOLE, Losses, Whole, ema_decay, make_teacher, update_ema
 from .processes import Processes, like, share, slice_weights, unsynced, whole
-from ..settings import own_settings
-from ..method.transformer import Transformer, TransformerConfig
 
 # %% ../../nbs/3_training/08_state.ipynb #6cba6c98
 class Optimizers:

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .boards import SHARP, Board, Panel, Plot, coloured, panels, tinted
 from ..checks import choose
+from ..draws import keyed
+from ..method.build import build_density
+from ..method.flow import Density
 from ..method.options import DENSITIES
+from ..method.schedule import NoiseLevels
+from ..training.run import Run
+from .boards import SHARP, Board, Panel, Plot, coloured, panels, tinted
 from .controls import LIGHT, Theme, TokenGrid, choice, number, png_of, slider, switch
 from .explorer import Explorer
-from ..draws import keyed
-from ..method.flow import Density
-from ..method.build import build_density
-from ..training.run import Run
-from ..method.schedule import NoiseLevels
 from .viewed_run import KINDS, Subject, View, levels_of, many_levels, schedule_of
 
 # %% ../../nbs/7_workbench/06_asymmetry.ipynb #502b3add

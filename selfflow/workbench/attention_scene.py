@@ -15,14 +15,14 @@ from torch import Tensor
 
 from ..analysis.attention import RELATIONS, Seen, attention_weights, mass, relations, visible_keys, watch_attention
 from ..checks import choose
-from ..method.flow import Uniform, interpolate
-from ..method.tokens import PAD, Places
 from ..data.notes import to_wav
+from ..data.texts import Bytes, open_encoder
+from ..method.flow import Uniform, interpolate
 from ..method.schedule import NoiseLevels
+from ..method.tokens import PAD, Places
+from ..method.transformer import Transformer
 from ..settings import own_settings
 from .viewed_run import Subject, levels_of, schedule_of
-from ..data.texts import Bytes, open_encoder
-from ..method.transformer import Transformer
 
 # %% ../../nbs/7_workbench/09_attention_scene.ipynb #0ee13dbe
 KEPT = 256 * 2**20  # bytes of weights of one forward that are remembered; more are computed again each time

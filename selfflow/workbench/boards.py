@@ -17,9 +17,9 @@ import torch
 from matplotlib import colormaps
 from PIL import Image, ImageDraw
 
-from .controls import LIGHT, Theme, font, png_of
-from ..method.tokens import ImagePatches, Layout, VideoPatches
 from ..figures.plots import Picture, to_png
+from ..method.tokens import ImagePatches, Layout, VideoPatches
+from .controls import LIGHT, Theme, font, png_of
 
 # %% ../../nbs/7_workbench/02_boards.ipynb #63c6ab68
 def _columns(moments: int) -> int:

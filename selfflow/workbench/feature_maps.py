@@ -20,8 +20,16 @@ import numpy as np
 
 from ..analysis.factor_probes import CIRCULAR
 from ..analysis.factors import known_factors
-from ..analysis.features import (FeatureCost, FeatureKey, FeatureStore, Items, feature_cost, items_of, stream_features,
-                                        weights_fingerprint)
+from selfflow.analysis.features import (
+    FeatureCost,
+    FeatureKey,
+    FeatureStore,
+    Items,
+    feature_cost,
+    items_of,
+    stream_features,
+    weights_fingerprint,
+)
 from ..analysis.projection import Projection, Sharing, aligned, nearest, project, sharing
 from ..checks import choose
 from ..data.datasets import SPLITS

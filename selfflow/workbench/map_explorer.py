@@ -18,11 +18,11 @@ from PIL import Image
 from plotly.colors import get_colorscale
 from torch import Tensor
 
-from .controls import DARK, LIGHT, Surroundings, Theme, beside, choice, number, png_of
 from ..data.notes import to_wav, within_full_scale
 from ..figures.pages import Page, to_pixels
 from ..figures.plots import to_array
 from ..figures.projection import HUES, SHAPES, draw_projection, kinds_of, plane_of
+from .controls import DARK, LIGHT, Surroundings, Theme, beside, choice, number, png_of
 
 # %% ../../nbs/7_workbench/11_map_explorer.ipynb #e791b071
 LEAST = 96  # pixels: smaller images are shown larger by whole steps

@@ -16,21 +16,21 @@ from typing import NamedTuple
 
 import ipywidgets as widgets
 
+from ..disk import step_of, step_paths
+from ..method.options import ObjectiveConfig
+from ..training.checkpoint import find_runs
+from ..training.config import Config
+from ..training.loop import train
+from ..training.run import Run
 from .asymmetry import explore as explore_asymmetry
 from .attention_explorer import explore_attention
-from ..disk import step_of, step_paths
-from ..training.checkpoint import find_runs
-from .run_views import OPENERS, alone
-from ..method.options import ObjectiveConfig
-from ..training.config import Config
 from .controls import beside, choice
 from .feature_explorer import explore_features
 from .panel import watch
 from .paths import SideBySide
 from .playground import explore as explore_sampling
-from ..training.run import Run
 from .run_browser import browse
-from ..training.loop import train
+from .run_views import OPENERS, alone
 
 # %% ../../nbs/7_workbench/17_page.ipynb #13d834a8
 @dataclass(frozen=True)

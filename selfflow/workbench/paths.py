@@ -15,16 +15,16 @@ from pathlib import Path as Folder
 import torch
 from torch import Tensor
 
-from .boards import Board
-from ..training.checkpoint import find_runs
 from ..checks import choose
-from ..draws import keyed
 from ..data.datasets import caption_text, subset
-from ..method.sampling import METHODS, SDE_LAST, guided_velocity, inpaint, shown, time_grid
-from ..method.build import build_schedule
-from ..training.run import Run
-from ..settings import own_settings
 from ..data.sources import Sources
+from ..draws import keyed
+from ..method.build import build_schedule
+from ..method.sampling import METHODS, SDE_LAST, guided_velocity, inpaint, shown, time_grid
+from ..settings import own_settings
+from ..training.checkpoint import find_runs
+from ..training.run import Run
+from .boards import Board
 
 # %% ../../nbs/7_workbench/07_paths.ipynb #12b240a0
 KEPT = ("as trained", "clean", "noised along")  # how given tokens are shown to a run; as trained: clean if it saw mixed levels

@@ -19,15 +19,15 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .boards import SHARP, Panel, panels, tinted
 from ..checks import choose
-from .controls import LIGHT, Theme, TokenGrid, choice, font, number, png_of, slider, switch
-from .explorer import Explorer, Strip
 from ..data.notes import to_wav, within_full_scale
 from ..figures.pages import to_webp
-from .paths import KEPT, Path, Settings, SideBySide, estimate, path_of
-from ..training.run import Run
 from ..method.sampling import METHODS
+from ..training.run import Run
+from .boards import SHARP, Panel, panels, tinted
+from .controls import LIGHT, Theme, TokenGrid, choice, font, number, png_of, slider, switch
+from .explorer import Explorer, Strip
+from .paths import KEPT, Path, Settings, SideBySide, estimate, path_of
 
 # %% ../../nbs/7_workbench/08_playground.ipynb #8c086851
 MOST = 4  # runs side by side

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import ipywidgets as widgets
 
-from ..checks import choose
-from .run_views import OPENERS, SHOWN, ChosenRuns, compute, draw, has_probes, say
 from ..analysis.comparison import AGAINST
+from ..checks import choose
+from ..training.watching import Listing, open_runs, steps_of
 from .controls import RunList, beside, choice
 from .explorer import Strip
-from ..training.watching import Listing, open_runs, steps_of
 from .panel import CLOCK, watch
 from .probe_process import Probing
+from .run_views import OPENERS, SHOWN, ChosenRuns, compute, draw, has_probes, say
 
 # %% ../../nbs/7_workbench/16_run_browser.ipynb #1405c130
 MOST, SHARE = 4, 0.05  # panels at once; of the time, at most, for drawing what has changed on the disk

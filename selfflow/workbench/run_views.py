@@ -18,23 +18,23 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from ..analysis.comparison import AGAINST, config_table, run_curves
+from ..analysis.factor_probes import read_factors
+from ..analysis.probing import read_probes
+from ..checks import choose
+from ..disk import step_of
+from ..figures.layers import draw_score_maps
+from ..figures.pages import sheet
+from ..figures.plots import draw_curves, draw_probe_grids, draw_runs
+from ..intervals import cells_in_words
+from ..training.config import flatten
+from ..training.run import UNREADABLE, Run
+from ..training.watching import Following, Listing
 from .asymmetry import explore as explore_asymmetry
 from .boards import SHARP, picture_of
-from ..checks import choose
-from ..analysis.comparison import AGAINST, config_table, run_curves
-from ..training.run import UNREADABLE, Run
-from ..training.config import flatten
 from .controls import LIGHT, Theme
-from ..disk import step_of
 from .explorer import Explorer, Strip
-from ..analysis.factor_probes import read_factors
-from ..training.watching import Following, Listing
-from ..intervals import cells_in_words
-from ..figures.pages import sheet
 from .playground import explore as explore_samples
-from ..figures.plots import draw_curves, draw_probe_grids, draw_runs
-from ..figures.layers import draw_score_maps
-from ..analysis.probing import read_probes
 
 # %% ../../nbs/7_workbench/15_run_views.ipynb #b168df9b
 def groups_of(runs: dict[str, Run]) -> list[dict[str, Run]]:

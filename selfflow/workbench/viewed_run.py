@@ -15,19 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..method.alignment import constant_cosine, flow_error
-from .boards import Board
 from ..checks import choose
-from ..draws import keyed
-from ..method.flow import Density, interpolate
 from ..data.datasets import subset
-from ..method.build import build_objective
-from ..method.tokens import Places
-from ..method.objective import SelfFlow
-from ..training.run import Run
-from ..method.schedule import DiffusionForcing, DualTimestep, FullMasking, NoiseLevels, SingleLevel
-from ..settings import own_settings
 from ..data.sources import Sources
+from ..draws import keyed
+from ..method.alignment import constant_cosine, flow_error
+from ..method.build import build_objective
+from ..method.flow import Density, interpolate
+from ..method.objective import SelfFlow
+from ..method.schedule import DiffusionForcing, DualTimestep, FullMasking, NoiseLevels, SingleLevel
+from ..method.tokens import Places
+from ..settings import own_settings
+from ..training.run import Run
+from .boards import Board
 
 # %% ../../nbs/7_workbench/05_viewed_run.ipynb #375c7c00
 KINDS = ("dual", "single", "sorted", "diffusion forcing", "full masking", "block masks")
