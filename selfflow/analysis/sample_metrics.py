@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .distances import METRICS, Measured, measure
+from .distances import Measured, NeighbourOptions, measure
 from .extractors import Extractor, built_in
 from .factors import CLASS, HEADS, known
 from .judge import followed, judge_for
@@ -24,19 +24,28 @@ from ..checks import choose
 from ..data.datasets import DataSet, Examples, subset, subset_words
 from ..data.sources import Sources
 from ..disk import write_json
+from ..registries import metrics
 from ..settings import own_settings
 from ..training.run import Run
 
 # %% ../../nbs/4_analysis/16_sample_metrics.ipynb #4cb67558
-def all_metrics(real: np.ndarray, drawn: np.ndarray, neighbours: int = 5, resamples: int = 40,
-                seed: int = 0) -> dict[str, Measured]:
-    """Every metric of `distances` of two sets of features (n, d), (m, d), by name.
+def all_metrics(real: np.ndarray, drawn: np.ndarray, resamples: int = 40, seed: int = 0,
+                options: dict[str, object] | None = None) -> dict[str, Measured]:
+    """Every registered metric of two sets of features (n, d), (m, d), by name.
 
-    neighbours: of precision, recall, density and coverage; resamples, seed: of the intervals. Raises ValueError as these do.
+    resamples, seed: of the intervals; options: {metric: its options}, the defaults for others. Raises ValueError as `measure`,
+    and for two metrics that call a number alike.
     """
-    return {name: found for metric in METRICS
-            for name, found in measure(metric, real, drawn, resamples, seed,
-                                       **({"neighbours": neighbours} if metric == "neighbourhoods" else {})).items()}
+    options = options or {}
+    for metric in options:
+        metrics[metric]  # raises for an unknown name
+    results = {}
+    for metric in metrics:
+        measured = measure(metric, real, drawn, resamples, seed, options.get(metric))
+        if shared := sorted(results.keys() & measured.keys()):
+            raise ValueError(f"metric {metric!r} and another one both return {', '.join(shared)}; give one another name")
+        results |= measured
+    return results
 
 
 @dataclass(frozen=True, repr=False)
@@ -119,18 +128,28 @@ def metric_data(run: Run, count: int = 500, data: str = "", extractor: Extractor
     return name, parts
 
 
+def _settings(options: dict[str, object]) -> dict[str, object]:
+    "The options that every registered metric was used with, by name; after its metric's name where two metrics share one."
+    settings = {}
+    for metric in metrics:
+        for name, value in asdict(options.get(metric) or metrics[metric].options()).items():
+            settings[f"{metric}: {name}" if name in settings else name] = value
+    return settings
+
+
 @own_settings()
 def run_metrics(run: Run, count: int = 500, steps: int = 25, cfg_scale: float = 1.0, seed: int = 0, data: str = "",
-                extractor: Extractor | None = None, neighbours: int = 5, resamples: int = 40,
+                extractor: Extractor | None = None, resamples: int = 40, options: dict[str, object] | None = None,
                 folder: Path | str = "data/cache/judges", shift: float | None = None) -> SampleMetrics:
     """The metrics of `count` samples of a run against as many test examples, also written to metrics.json in its folder.
 
     steps (Euler), cfg_scale, seed, shift: as in Run.sample; data: which set, where there are several (then metrics-NAME.json);
-    extractor: of the features, by default that of built-in data; neighbours, resamples: as in `all_metrics`; folder: of judges.
+    extractor: of the features, by default that of built-in data; resamples, options: as in `all_metrics`; folder: of judges.
     Raises ValueError for fewer samples than neighbours need, for data without built-in features, for samples that are not
     finite, and as Run.sample does.
     """
-    name, parts = metric_data(run, count, data, extractor, neighbours)
+    options = options or {}
+    name, parts = metric_data(run, count, data, extractor, options.get("neighbourhoods", NeighbourOptions()).neighbours)
     config, count = run.config.data, min(count, *map(len, parts.values()))
     extractor = extractor or built_in(config, name, folder=folder)
     examples, others = (part.take(subset(part, count)) for part in parts.values())
@@ -139,13 +158,14 @@ def run_metrics(run: Run, count: int = 500, steps: int = 25, cfg_scale: float = 
     shift = run.shift if shift is None else shift
     drawn = run.sample(told, steps=steps, cfg_scale=cfg_scale, seed=seed, shift=shift, data=name)
     drawn = {"image": drawn} if isinstance(drawn, Tensor) else drawn
-    found, floor = (all_metrics(real, extractor(signals), neighbours, resamples, seed) for signals in (drawn, others.signals))
+    drawn_metrics, floor = (all_metrics(real, extractor(signals), resamples, seed, options)
+                            for signals in (drawn, others.signals))
     state = run.state()
     against, floor_of = (f"{split} examples ({subset_words(part, count)})" for split, part in parts.items())
     recipe = {**extractor.recipe, "data": name, "count": count, "against": against, "floor": floor_of, "sampler": "euler",
-              "steps": steps, "shift": shift, "cfg_scale": cfg_scale, "seed": seed, "neighbours": neighbours,
+              "steps": steps, "shift": shift, "cfg_scale": cfg_scale, "seed": seed, **_settings(options),
               "resamples": resamples, "step": state["step"], "device": str(run.device),
               "torch": torch.__version__, "selfflow": version("selfflow")}
-    metrics = SampleMetrics(found, floor, *_judged(run, name, drawn, examples, folder), recipe)
-    write_json(run.path / f"metrics{'-' * bool(data)}{data}.json", metrics.to_dict())
-    return metrics
+    result = SampleMetrics(drawn_metrics, floor, *_judged(run, name, drawn, examples, folder), recipe)
+    write_json(run.path / f"metrics{'-' * bool(data)}{data}.json", result.to_dict())
+    return result

@@ -11,7 +11,8 @@ from scipy.stats import wasserstein_distance
 from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.neighbors import NearestNeighbors
 
-from selfflow.analysis.distances import METRICS, frechet, kernel_distance, measure, neighbourhoods, sliced_wasserstein
+from selfflow.analysis.distances import frechet, kernel_distance, measure, neighbourhoods, sliced_wasserstein
+from selfflow.registries import metrics
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
 
@@ -146,12 +147,12 @@ def test_equal_to_scikit_learn():
 # what holds of all of them
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", list(metrics))
 def test_order_of_samples_and_turning_do_not_matter(metric):
     real, drawn = clouds(80, 80, 4)
     rng = np.random.default_rng(3)
     turn = np.linalg.qr(rng.normal(size=(4, 4)))[0]
-    function = METRICS[metric][0]
+    function = metrics[metric].load()
     shuffled = function(rng.permutation(real), rng.permutation(drawn))
     assert shuffled == pytest.approx(function(real, drawn))
     turned = function(real @ turn, drawn @ turn)
@@ -160,10 +161,10 @@ def test_order_of_samples_and_turning_do_not_matter(metric):
         assert function(drawn, real) == pytest.approx(function(real, drawn))
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", list(metrics))
 def test_bad_input_is_refused_with_the_value(metric):
     real, drawn = clouds()
-    function, bad = METRICS[metric][0], drawn.copy()
+    function, bad = metrics[metric].load(), drawn.copy()
     bad[3, 1] = np.nan
     for first, second, words in ((real, bad, "1 of 45 drawn samples are not finite, first 3"), (bad, real, "45 real samples"),
                                  (real, drawn[:, :4], "6 dimensions, drawn ones 4"), (real[0], drawn, r"shape \(6,\)"),
@@ -181,7 +182,7 @@ def test_settings_are_checked():
                         (lambda: neighbourhoods(real, drawn, 0), "neighbours is 0"),
                         (lambda: sliced_wasserstein(real, drawn, 0), "directions 0"),
                         (lambda: sliced_wasserstein(real, drawn, order=0.5), "order 0.5"),
-                        (lambda: measure("FID", real, drawn), "known are Frechet distance"),
+                        (lambda: measure("FID", real, drawn), "known are Frechet"),
                         (lambda: measure("kernel distance", real, drawn, 1), "1 resamples")):
         with pytest.raises(ValueError, match=words):
             call()
@@ -206,7 +207,7 @@ def test_an_interval_is_as_wide_as_fresh_samples_spread():
 
     def fresh():
         return rng.normal(size=(150, 3)), rng.normal(0.7, 1, (150, 3))
-    for metric in METRICS:
+    for metric in metrics:
         numbers = [measure(metric, *fresh(), resamples=0) for _ in range(60)]
         intervals = [measure(metric, *fresh(), resamples=30, seed=seed) for seed in range(6)]
         for name in numbers[0]:

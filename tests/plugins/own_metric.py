@@ -1,0 +1,8 @@
+import numpy as np
+
+from selfflow.registries import metrics
+
+
+@metrics.register("distance of means")
+def distance_of_means(real, drawn):
+    return np.linalg.norm(real.mean(0) - drawn.mean(0))
