@@ -21,7 +21,7 @@ from ..method.alignment import flow_error
 from ..method.flow import interpolate
 from ..method.layers import Attention, Groups
 from ..method.schedule import NoiseLevels
-from ..method.tokens import Places, rotate
+from ..method.tokens import Part, Places, rotate
 from ..method.transformer import Transformer
 
 # %% ../../nbs/4_analysis/09_attention.ipynb #fe031341
@@ -214,7 +214,7 @@ def summarise_mass(frame: pd.DataFrame, gaps: tuple[float, ...] = GAPS) -> pd.Da
 # %% ../../nbs/4_analysis/09_attention.ipynb #acf49aec
 @torch.no_grad()
 def closing_the_way(model: Transformer, x0: Tensor, x1: Tensor, levels: NoiseLevels, condition: Tensor | None = None,
-                    batch: int = 64, parts: tuple[str, ...] = ()) -> pd.DataFrame:
+                    batch: int = 64, parts: tuple[Part, ...] = ()) -> pd.DataFrame:
     """Flow error of a model with full attention and with attention within levels, a row for each sample and kind of tokens.
 
     x0, x1: (b, n, c) data and noise; levels: of two levels. Columns: sample, tokens ("noisier" or "cleaner"), gap, full,
@@ -222,8 +222,8 @@ def closing_the_way(model: Transformer, x0: Tensor, x1: Tensor, levels: NoiseLev
     """
     if levels.k - levels.condition != 2:
         raise ValueError(f"there are {levels.k - levels.condition} levels beside the condition; this compares two")
-    device, frames, present = next(model.parameters()).device, [], model.config.named(parts)
-    widths = Places.of(present).widths.to(device) if present else None
+    device, frames = next(model.parameters()).device, []
+    widths = Places.of(parts or model.config.parts).widths.to(device)
     for rows in torch.arange(len(x0)).split(batch):
         part = NoiseLevels(levels.levels[rows], levels.assign[rows], levels.condition).to(device)
         clean, noise = x0[rows].to(device), x1[rows].to(device)
@@ -268,11 +268,9 @@ def maps_by_part(weights: Tensor, grids: dict[str, tuple[int, ...]], relative: b
     return found | ({"caption": pieces[-1]} if left else {})
 
 
-def grids_of(model: Transformer, parts: tuple[str, ...] = ()) -> dict[str, tuple[int, ...]]:
+def grids_of(model: Transformer, parts: tuple[Part, ...] = ()) -> dict[str, tuple[int, ...]]:
     "The grid of each part of a model's sequence: (rows, columns), (moments, rows, columns) or (moments,)."
-    if not model.config.parts:
-        return {"image": tuple(model.config.grid)}
-    return {part.name: _lean(part.grid) for part in model.config.named(parts)}
+    return {part.name: _lean(part.grid) for part in parts or model.config.parts}
 
 
 def _lean(grid):

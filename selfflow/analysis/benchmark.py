@@ -111,7 +111,7 @@ class Case:
     def shape(self) -> TransformerConfig:
         "The transformer: tokens of 16 numbers, 1000 classes, as the published model on 32 x 32 x 4 latents."
         width, depth, heads = SIZES.get(self.size, (128, 6, 4))
-        return TransformerConfig(16, (round(self.tokens**0.5),) * 2, width, depth, heads, classes=1000)
+        return TransformerConfig.of_image(16, (round(self.tokens**0.5),) * 2, width, depth, heads, classes=1000)
 
 
 def _training_step(student, objective, case: Case, x0: Tensor, labels: Tensor, published: bool = False) -> Callable:
@@ -266,7 +266,7 @@ def flops_per_step(config: Config, transformer: TransformerConfig, feature_width
     flops = batch * _flops_of_sample(plain, transformer, config.training.checkpointing, feature_width)
     if not objective.separated:
         return flops
-    levels = build_schedule(objective, transformer.grid).sample(batch, transformer.tokens, keyed(config.seed, "levels"))
+    levels = build_schedule(objective, transformer.parts).sample(batch, transformer.tokens, keyed(config.seed, "levels"))
     pairs = sum(len(group.rows) * (len(group.keys) // batch) for group in Groups.of(levels).groups)
     passes = 3 + config.training.checkpointing  # a backward pass is twice a forward
     return flops - passes * 4 * transformer.width * transformer.depth * (batch * transformer.tokens**2 - pairs)

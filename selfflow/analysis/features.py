@@ -64,7 +64,7 @@ class Items:
 
     sources: of one split; name: of the data set, "" = the first; count: of samples, None = all; seed: of the noise.
     indices: (count,) of the samples in the data set, chosen: the choice in words; positions count from 0 within these.
-    parts: {name: slice of the tokens}; present: what the model is to be told of them. Raises ValueError for unknown names and
+    parts: {name: slice of the tokens}; present: the parts themselves. Raises ValueError for unknown names and
     counts below 1.
     """
 
@@ -75,7 +75,7 @@ class Items:
         if count is not None and count < 1:
             raise ValueError(f"count is {count}, but features need at least one sample")
         self.indices, self.chosen = subset(self.data, count), subset_words(self.data, count)
-        self.parts, self.present = Places.of(self.layout.parts).slices, sources.parts_in(self.name)
+        self.parts, self.present = Places.of(self.layout.parts).slices, self.layout.parts
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -111,7 +111,7 @@ class Items:
         "16 hex digits that change with the samples, their noise, and how they become tokens."
         config = self.sources.config
         made = (self.data.fingerprint, self.name, self.sources.split, len(self), self.seed, config.patch, config.span,
-                config.columns, config.sound, self.present)
+                config.columns, config.sound, list(self.parts))
         if not torch.equal(self.indices, torch.arange(len(self))):
             made += (self.indices.tolist(),)
         return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]

@@ -236,7 +236,6 @@ def on_samples(run: Run, count: int = 64, steps: int = 25, cfg_scale: float = 1.
         wanted, told = {factor: wanted[factor] for factor in CLASS[name]}, examples.labels
     shift = run.shift if shift is None else shift
     drawn = run.sample(told, steps=steps, cfg_scale=cfg_scale, seed=seed, shift=shift, data=name)
-    drawn = {"image": drawn} if isinstance(drawn, Tensor) else drawn
     verdict = followed(judge, drawn, wanted)
     recipe = {"data": name, "count": len(examples), "steps": steps, "shift": shift, "cfg_scale": cfg_scale,
               "seed": seed, "step": run.state()["step"], "judge": judge.fingerprint}

@@ -224,7 +224,7 @@ def probe_run(run: Run, levels=PROBE_LEVELS, layers=None, strengths=STRENGTHS) -
 
 
 def _tokens(run: Run, data: Labelled) -> dict[str, Tensor]:
-    return {split: run.patches.patchify(images) for split, images in data.images.items()}
+    return {split: run.layout().patchify({"image": images}) for split, images in data.images.items()}
 
 
 @dataclass(frozen=True)

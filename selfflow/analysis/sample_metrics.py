@@ -157,7 +157,6 @@ def run_metrics(run: Run, count: int = 500, steps: int = 25, cfg_scale: float = 
     told = examples.captions if config.condition == "caption" else examples.labels
     shift = run.shift if shift is None else shift
     drawn = run.sample(told, steps=steps, cfg_scale=cfg_scale, seed=seed, shift=shift, data=name)
-    drawn = {"image": drawn} if isinstance(drawn, Tensor) else drawn
     drawn_metrics, floor = (all_metrics(real, extractor(signals), resamples, seed, options)
                             for signals in (drawn, others.signals))
     state = run.state()

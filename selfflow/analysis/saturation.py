@@ -23,6 +23,7 @@ from ..intervals import mean_interval, paired_difference
 from ..method.alignment import counted_tokens, normalise
 from ..method.build import build_objective
 from ..method.objective import FeatureObjective, SelfFlow
+from ..method.tokens import Part
 from ..settings import own_settings
 from ..training.run import Run
 
@@ -79,7 +80,7 @@ ANSWERS = {"another image, other noise": ("other", "new"), "another image": ("ot
 @torch.no_grad()
 def compare(objective: FeatureObjective, student, teacher, x0: Tensor, conditions: Tensor, labels: Tensor, purpose: str,
             seed: int = 0, batch: int = 64, others: bool = True, features: Tensor | None = None,
-            parts: tuple[str, ...] = ()) -> Compared:
+            parts: tuple[Part, ...] = ()) -> Compared:
     """What the student predicts and the teacher says of some samples, noised as in training; on the CPU, without gradient.
 
     x0: (b, n, c) clean tokens; conditions: what the model is told; labels: (b,) what samples are told apart by; purpose, seed:
@@ -315,7 +316,7 @@ def saturation(run: Run, fitted: int = 1000, scored: int = 300, bins: int = 8, s
         x0, conditions = sources.take(name, rows)
         known = None if features is None else features(x0)
         found[split] = compare(objective, run.model, run.teacher, x0, conditions, labels, split, seed, batch, split == "test",
-                               known, sources.parts_in(name))
+                               known, sources.layouts[name].parts)
     step, log = run.state()["step"], run.log
     shares = log[log["step"] <= step]["rep_gradient_share"].dropna() if "rep_gradient_share" in log else []
     signals = list(sources.layouts[name].patches)

@@ -223,7 +223,7 @@ def outlines(train: "Sources", others: "Sources", defaults: int) -> dict[str, Ou
 class Sources:
     """The data of a run: what `DataConfig` names, of one split.
 
-    data, layouts: by name; names: of all classes; parts: of all sequences; sequences: the parts' names in each of them; encoder:
+    data, layouts: by name; names: of all classes; parts: of all sequences; sequences: the kinds of them; encoder:
     of captions. Given data, or outlines of them, are not opened. Raises ValueError where two data sets have a part of the same
     name and another shape, FileNotFoundError where there are no data, and as `open_encoder` does.
     """
@@ -248,11 +248,9 @@ class Sources:
         return tuple(name for source in self.data.values() for name in source.names)
 
     @property
-    def sequences(self) -> tuple[tuple[str, ...], ...]:
-        "The names of the parts of each kind of sequence; empty where there is one kind, of all parts."
-        if len(self.data) == 1:
-            return ()
-        return tuple(dict.fromkeys(tuple(part.name for part in layout.parts) for layout in self.layouts.values()))
+    def sequences(self) -> tuple[tuple[Part, ...], ...]:
+        "The parts of each kind of sequence."
+        return tuple(dict.fromkeys(layout.parts for layout in self.layouts.values()))
 
     @property
     def fingerprint(self) -> str:
@@ -265,15 +263,6 @@ class Sources:
             return self.fingerprint
         earlier = [getattr(source, "earlier_fingerprints", (source.fingerprint,)) for source in self.data.values()]
         return known if known in map("+".join, product(*earlier)) else self.fingerprint
-
-    @property
-    def plain(self) -> bool:
-        "Whether these are images alone, whose tokens need no name."
-        return [part.name for part in self.parts] == ["image"]
-
-    def parts_in(self, name: str) -> tuple[str, ...]:
-        "The parts of the sequences of a data set, as a transformer wants to be told: () where there is nothing to tell."
-        return tuple(part.name for part in self.layouts[name].parts) if self.sequences else ()
 
     def condition(self, name: str, examples: Examples) -> Tensor:
         "What a model is told of samples of a data set: labels (b,) among all classes, or captions (b, l) or (b, l, e)."

@@ -22,17 +22,17 @@ from .tokens import Part, Places
 from .transformer import TransformerConfig
 
 # %% ../../nbs/1_method/12_build.ipynb #40543836
-def transformer_config(model: ModelConfig, channels: int, grid: tuple[int, ...], classes: int, parts: tuple[Part, ...] = (),
-                       caption: int = 0, caption_width: int = 0) -> TransformerConfig:
+def transformer_config(model: ModelConfig, parts: tuple[Part, ...], classes: int = 0, caption: int = 0,
+                       caption_width: int = 0) -> TransformerConfig:
     """The shape of a transformer of the size that a config names.
 
-    channels, grid: of the tokens; parts: of the sequence; caption, caption_width: its tokens, and the width of an
-    encoder's vectors.
+    parts: of the sequence; caption, caption_width: its tokens, and the width of an encoder's vectors.
     Raises ValueError where it does not fit.
     """
-    positions = model.positions or ("rotary" if parts else "sincos")
-    return TransformerConfig(channels, grid, model.width, model.depth, model.heads, model.mlp_ratio, classes, positions,
-                             model.mlp, model.qk_norm, model.modulation, parts, caption, caption_width, model.caption_level,
+    images = [part.name for part in parts] == ["image"]
+    positions = model.positions or ("sincos" if images else "rotary")
+    return TransformerConfig(parts, model.width, model.depth, model.heads, model.mlp_ratio, classes, positions,
+                             model.mlp, model.qk_norm, model.modulation, caption, caption_width, model.caption_level,
                              model.caption_stride)
 
 # %% ../../nbs/1_method/12_build.ipynb #1224445c
@@ -53,9 +53,9 @@ def mask_ratio_of(config: ObjectiveConfig, parts: tuple[Part, ...] = ()) -> floa
     "The mask ratio of a sequence of these parts: as the config says, or as is usual for each; one for all tokens, or for each."
     if config.mask_ratio is not None:
         return config.mask_ratio
-    ratios = [MASK_RATIOS.get(part.name, MASK_RATIOS["image"]) for part in parts] or [MASK_RATIOS["image"]]
-    if len(set(ratios)) == 1:
-        return ratios[0]
+    ratios = [MASK_RATIOS.get(part.name, MASK_RATIOS["image"]) for part in parts]
+    if len(set(ratios)) <= 1:
+        return ratios[0] if ratios else MASK_RATIOS["image"]
     return tuple(ratio for part, ratio in zip(parts, ratios, strict=True) for _ in range(part.tokens))
 
 
@@ -64,10 +64,10 @@ def given_tokens(given: str, parts: tuple[Part, ...]) -> tuple[tuple[int, ...], 
 
     Raises ValueError where the sequence has no such part, or nothing beside it.
     """
-    known, slices = {part.name: part for part in parts}, Places.of(parts).slices if parts else {}
+    known, slices = {part.name: part for part in parts}, Places.of(parts).slices
     names = {"first_frame": ("video",), "either": ("video", "audio")}.get(given, (given,))
     if any(name not in known for name in names) or given != "first_frame" and len(known) < 2:
-        raise ValueError(f"given is {given!r}, but the sequence consists of {', '.join(known) or 'images'}: "
+        raise ValueError(f"given is {given!r}, but the sequence consists of {', '.join(known)}: "
                          "first_frame needs a film, the others film and sound")
     places = [range(slices[name].start, slices[name].stop) for name in names]
     if given == "first_frame":
@@ -75,16 +75,23 @@ def given_tokens(given: str, parts: tuple[Part, ...]) -> tuple[tuple[int, ...], 
     return tuple(map(tuple, places))
 
 
-def build_schedule(config: ObjectiveConfig, grid: tuple[int, int] | None = None, parts: tuple[Part, ...] = ()):
-    """The schedule of noise levels that a config names, for tokens on a grid (needed for block masks alone) or of some parts.
+def build_schedule(config: ObjectiveConfig, parts: tuple[Part, ...] = ()):
+    """The schedule of noise levels that a config names, for a sequence of some parts; () checks the numbers alone.
 
     Raises ValueError for numbers out of range, for switches that the schedule does not have, and for a condition that the parts
     do not have.
     """
-    schedule = _free_schedule(config, grid, mask_ratio_of(config, parts))
-    if not (config.given and grid):
-        return schedule  # without a grid only the numbers are checked
+    schedule = _free_schedule(config, _grid(parts), mask_ratio_of(config, parts))
+    if not (config.given and parts):
+        return schedule
     return Conditioned(schedule, given_tokens(config.given, parts), config.given_level, config.given_share)
+
+
+def _grid(parts: tuple[Part, ...]) -> tuple[int, int] | None:
+    "Rows and columns of the tokens, for block masks; several parts or moments are one row."
+    if len(parts) == 1 and parts[0].grid[0] == 1:
+        return parts[0].grid[1:]
+    return (1, sum(part.tokens for part in parts)) if parts else None
 
 
 def _free_schedule(config: ObjectiveConfig, grid, mask_ratio):
@@ -127,16 +134,15 @@ def check_levels(config: ObjectiveConfig) -> None:
 
 # %% ../../nbs/1_method/12_build.ipynb #177e2cda
 def build_objective(config: ObjectiveConfig, transformer: TransformerConfig, feature_width: int = 1,
-                    sequences: tuple[tuple[str, ...], ...] = (), weights: dict[str, float] | None = None) -> FlowMatching:
+                    sequences: tuple[tuple[Part, ...], ...] = (), weights: dict[str, float] | None = None) -> FlowMatching:
     """The objective that a config names, for a model of the given shape.
 
-    feature_width: of the encoder's features, for REPA alone; sequences: the names of the parts of each kind of sequence that is
-    trained on in turn, () = one kind, of all parts; weights: of the parts in the losses.
+    feature_width: of the encoder's features, for REPA alone; sequences: the parts of each kind of sequence that is trained on in
+    turn, () = one kind, of all parts; weights: of the parts in the losses.
     Raises ValueError for layers, levels, masks and conditions that do not fit.
     """
-    named = {names: transformer.named(names) for names in sequences}
-    schedule = {names: build_schedule(config, (1, sum(part.tokens for part in parts)), parts) for names, parts in named.items()}
-    schedule = schedule or build_schedule(config, transformer.grid, transformer.parts)
+    schedule = {parts: build_schedule(config, parts) for parts in sequences or (transformer.parts,)}
+    schedule = schedule if len(schedule) > 1 else next(iter(schedule.values()))
     options = {"label_drop": config.label_drop, "flow_tokens": config.flow_tokens, "separated": config.separated,
                "weights": weights}
     if config.name == "flow_matching":
@@ -153,6 +159,6 @@ def check_layers(config: ObjectiveConfig, depth: int, signals: set[str]) -> None
     "Raise ValueError for layers that a transformer of this depth does not have, and for a condition that the signals lack."
     grid = (config.block,) * 2  # the data's is not known here; layers are what is checked
     with torch.device("meta"):  # no weights: the caller's random numbers are not touched
-        build_objective(replace(config, given=""), TransformerConfig(1, grid, 4, depth, 1))
+        build_objective(replace(config, given=""), TransformerConfig.of_image(1, grid, 4, depth, 1))
     if config.given and signals:
         given_tokens(config.given, tuple(Part(name, 1, (1, 1, 1)) for name in sorted(signals)))

@@ -19,20 +19,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..draws import by_shard, noise_like
-from selfflow.method.alignment import (
-    DISTANCES,
-    Alignment,
-    average,
-    count_of,
-    counted_tokens,
-    flow_error,
-    mean_over,
-    means_of,
-    normalise,
-)
+from .alignment import (DISTANCES, Alignment, average, count_of, counted_tokens, flow_error, mean_over, means_of,
+                                       normalise)
 from .flow import interpolate, velocity
 from .schedule import DualTimestep, NoiseLevels, SingleLevel
-from .tokens import Places
+from .tokens import Part, Places
 from .transformer import Transformer, drop_labels
 
 # %% ../../nbs/1_method/10_objective.ipynb #1835c23b
@@ -42,7 +33,7 @@ class Noised(NamedTuple):
     x1: Tensor
     levels: NoiseLevels
     condition: Tensor
-    parts: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
 
 
 def draw_levels(x0: Tensor, schedule, draw) -> NoiseLevels:
@@ -141,7 +132,7 @@ class FlowMatching(nn.Module):
         self.label_drop, self.flow_tokens, self.separated = label_drop, flow_tokens, separated
 
     def forward(self, student, teacher, x0: Tensor, labels: Tensor, draw, features: Tensor | None = None,
-                parts: tuple[str, ...] = (), whole: Whole = WHOLE) -> Losses:
+                parts: tuple[Part, ...] = (), whole: Whole = WHOLE) -> Losses:
         """Losses of a batch of clean tokens x0 (b, n, c), of some parts, with labels (b,); teacher and features are not asked.
 
         whole: of what this is a piece; the average of the pieces' losses is then that of the whole.
@@ -150,7 +141,7 @@ class FlowMatching(nn.Module):
         loss, by_part = self.flow(student, out.velocity, x0, noised, whole)
         return Losses(total=loss, flow_loss=loss, by_part=by_part)
 
-    def schedule_of(self, parts: tuple[str, ...] = ()):
+    def schedule_of(self, parts: tuple[Part, ...] = ()):
         "The schedule for sequences of these parts."
         return self.schedule[parts] if isinstance(self.schedule, dict) else self.schedule
 
@@ -172,22 +163,19 @@ class FlowMatching(nn.Module):
         "Which tokens each loss counts."
         return {"flow": counted_tokens(levels, self.flow_tokens)}
 
-    def counts(self, config, x0: Tensor, draw, pieces: int, parts: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    def counts(self, config, x0: Tensor, draw, pieces: int, parts: tuple[Part, ...] = ()) -> dict[str, Tensor]:
         "For `Whole`: of tokens x0 that are passed in `pieces`, as `forward` will draw their levels; config: of the student."
         counted = {loss: tokens for loss, tokens in self.counted(draw_levels(x0, self.schedule_of(parts), draw)).items()
                    if tokens is not None}
-        present = config.named(parts)
-        if present and "flow" in counted:
-            counted |= {name: counted["flow"][:, place] for name, place in Places.of(present).slices.items()}
+        if "flow" in counted:
+            counted |= {name: counted["flow"][:, place] for name, place in Places.of(parts or config.parts).slices.items()}
         return {name: count_of(tokens, pieces) for name, tokens in counted.items()}
 
     def flow(self, student, predicted: Tensor, x0: Tensor, noised: Noised,
              whole: Whole = WHOLE) -> tuple[Tensor, dict[str, Tensor]]:
         "The flow loss, and that of each part."
-        counted, present, counts = self.counted(noised.levels)["flow"], student.config.named(noised.parts), whole.counts
-        if not present:
-            return flow_loss(predicted, x0, noised.x1, counted, counts.get("flow")), {}
-        slices, widths = Places.of(present)
+        counted, counts = self.counted(noised.levels)["flow"], whole.counts
+        slices, widths = Places.of(noised.parts or student.config.parts)
         error = flow_error(predicted, x0, noised.x1, widths.to(x0.device))
         by_part = {name: mean_over(error.detach()[:, place], None if counted is None else counted[:, place], counts.get(name))
                    for name, place in slices.items() if len(slices) > 1}
@@ -197,8 +185,8 @@ class FlowMatching(nn.Module):
         "Values (b, n) of the tokens, times the weights of their parts."
         if not self.weights:
             return values
-        present = student.config.named(noised.parts)
-        weights = [torch.full((part.tokens,), self.weights.get(part.name, 1.0), device=values.device) for part in present]
+        weights = [torch.full((part.tokens,), self.weights.get(part.name, 1.0), device=values.device)
+                   for part in noised.parts or student.config.parts]
         return values * torch.cat(weights)
 
 # %% ../../nbs/1_method/10_objective.ipynb #83061173
@@ -252,7 +240,7 @@ class FeatureObjective(FlowMatching):
 
     @torch.no_grad()
     def target_means(self, student, teacher, x0: Tensor, labels: Tensor, draw, features: Tensor | None = None,
-                     parts: tuple[str, ...] = ()) -> Tensor:
+                     parts: tuple[Part, ...] = ()) -> Tensor:
         "Means (2, d) of the target and of its square over samples and tokens, in float64, as `moments_of` wants them."
         noised = self.noised(student, x0, labels, draw, parts)
         hidden = self.look(student, noised, self.taps, stop=True).features if self.own_target else {}
@@ -260,7 +248,7 @@ class FeatureObjective(FlowMatching):
         return torch.stack([target.mean((0, 1)), target.square().mean((0, 1))])
 
     def forward(self, student, teacher, x0: Tensor, labels: Tensor, draw, features: Tensor | None = None,
-                parts: tuple[str, ...] = (), whole: Whole = WHOLE) -> Losses:
+                parts: tuple[Part, ...] = (), whole: Whole = WHOLE) -> Losses:
         """Losses of a batch of clean tokens x0 (b, n, c), of some parts, with labels (b,); features: of an encoder, for `REPA`.
 
         whole: of what this is a piece; the average of the pieces' losses is then that of the whole.

@@ -53,7 +53,7 @@ class PerTokenTransformer(nn.Module):
         self.final_layer = nn.ModuleDict({"linear": nn.Linear(width, config.channels),
                                           "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))})
         self.register_buffer("positions", model.positions.clone(), persistent=False)
-        self.load_state_dict(model.state_dict())
+        self.load_state_dict({name.replace(".image.", "."): value for name, value in model.state_dict().items()})
 
     def forward(self, x: Tensor, tau: Tensor, labels: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         h = self.x_embedder(x) + self.positions

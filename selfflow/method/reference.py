@@ -21,14 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .objective import Projector
-from .tokens import grid_coordinates, position_code
+from .tokens import position_code
 from .transformer import Transformer, TransformerConfig
 
 # %% ../../nbs/1_method/13_reference.ipynb #b6ba02e2
 PUBLISHED = {"input_size": 32, "patch_size": 2, "in_channels": 4, "hidden_size": 1152, "depth": 28, "num_heads": 16,
              "mlp_ratio": 4.0, "num_classes": 1001, "learn_sigma": True, "compatibility_mode": True}  # the ImageNet model
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width, for sizes S, B, L, XL
-_NAMES = {"x_embedder.": "x_embedder.proj.", "y_embedder.": "y_embedder.embedding_table.",  # ours, theirs
+_NAMES = {"x_embedder.image.": "x_embedder.proj.", "final_layer.linear.image.": "final_layer.linear.",
+          "y_embedder.": "y_embedder.embedding_table.",  # ours, theirs
           "projector.0.": "projector.linear1.", "projector.2.": "projector.linear2."}
 _PARTS = {"positions": "sincos", "mlp": "gelu", "qk_norm": False, "modulation": "block"}  # of a model that it can express
 _LAST = ("final_layer.linear.weight", "final_layer.linear.bias")
@@ -41,11 +42,11 @@ def _published(name: str) -> str:
 def _modules(config: dict) -> tuple[Transformer, Projector]:
     "Model and projector without memory for weights, for complete published arguments."
     side = config["input_size"] // config["patch_size"]
-    shape = TransformerConfig(config["in_channels"] * config["patch_size"]**2, (side, side), config["hidden_size"],
-                              config["depth"], config["num_heads"], config["mlp_ratio"], config["num_classes"] - 1)
+    shape = TransformerConfig.of_image(config["in_channels"] * config["patch_size"]**2, (side, side), config["hidden_size"],
+                                       config["depth"], config["num_heads"], config["mlp_ratio"], config["num_classes"] - 1)
     with torch.device("meta"):
         model, projector = Transformer(shape), Projector(shape.width)
-    model.positions = position_code(grid_coordinates(shape.grid), shape.width)  # a constant: no weight will replace it
+    model.positions = position_code(shape.parts[0].coordinates(), shape.width)  # a constant: no weight will replace it
     return model, projector
 
 
@@ -214,7 +215,10 @@ def published_config(config: TransformerConfig, known: dict | None = None) -> di
     known = _known(known)
     if other := [f"{name}={getattr(config, name)!r}" for name, usual in _PARTS.items() if getattr(config, name) != usual]:
         raise ValueError(f"the published form has no {', '.join(other)}: keep such a model in the folder of its run")
-    rows, columns = config.grid
+    if [(part.name, part.grid[0]) for part in config.parts] != [("image", 1)] or config.caption:
+        raise ValueError("the published form knows images by class alone, not "
+                         f"{', '.join(part.name for part in config.parts)}: keep such a model in the folder of its run")
+    _, rows, columns = config.parts[0].grid
     if rows != columns:
         raise ValueError(f"the grid is {rows} x {columns}, but the published form knows square ones alone")
     patch = known.get("patch_size", 2)

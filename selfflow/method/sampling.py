@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 
 from .flow import interpolate, shift as shift_levels
 from .schedule import NoiseLevels
+from .tokens import Part
 from .transformer import Transformer
 
 # %% ../../nbs/1_method/11_sampling.ipynb #a103b472
@@ -182,7 +183,7 @@ def sample(velocity_fn: Callable[[Tensor, Tensor], Tensor], x1: Tensor, steps: i
 
 # %% ../../nbs/1_method/11_sampling.ipynb #882f316e
 def guided_velocity(model: Transformer, labels: Tensor | None = None, cfg_scale: float = 1.0,
-                    interval: tuple[float, float] = (0.0, 1.0), parts: tuple[str, ...] = ()) -> Callable:
+                    interval: tuple[float, float] = (0.0, 1.0), parts: tuple[Part, ...] = ()) -> Callable:
     """The function v(x, t) of a model, for `sample`, under labels and classifier-free guidance.
 
     labels: (b,) int64, or captions, None = neither; parts: of the sequence, () = all that the model has; cfg_scale: w, 1 = no

@@ -20,26 +20,24 @@ from .backbone import Output
 from .layers import Attention, Groups, TimestepEmbedder, TokenMap, gated_add, modulated_norm
 from .options import CHOICES, SIZES
 from .schedule import NoiseLevels
-from .tokens import PAD, Part, Places, grid_coordinates, position_code, rotary_code, sinusoid
+from .tokens import PAD, Part, Places, position_code, rotary_code, sinusoid
 
 # %% ../../nbs/1_method/08_transformer.ipynb #79afb12e
 @dataclass(frozen=True)
 class TransformerConfig:
     """The shape of a Transformer.
 
-    channels: numbers in a token; grid: rows and columns of tokens; width: of the hidden states; depth: blocks; heads: of
-    attention; mlp_ratio: hidden width of the MLP over width; classes: label classes, 0 = none (a null label is added);
+    parts: the kinds of tokens in a sequence, each with projections of its own; width: of the hidden states; depth: blocks;
+    heads: of attention; mlp_ratio: hidden width of the MLP over width; classes: label classes, 0 = none (a null label is added);
     positions: "sincos" (added once) or "rotary" (in every attention); mlp: "gelu" or "swiglu"; qk_norm: normalise queries and
     keys; modulation: of each "block" or "shared" by all. The defaults are the published model.
-    parts: the kinds of tokens in a sequence, each with projections of its own; channels and grid then follow (0 and () will do);
     caption: bytes of a caption, or vectors of an outside encoder, 0 = none; caption_width: of these vectors, 0 = bytes;
     caption_level: its tokens are at the "mean" level of their sample, or "clean"; caption_stride: bytes in one of its tokens;
     fp32_levels: levels are embedded in fp32 even where the rest is in bf16, which runs of formats 1 to 3 did not.
     Raises ValueError when width does not divide among heads or among the parts of the position code, for captions beside
     classes, and for films or sounds with "sincos" positions, which know no time.
     """
-    channels: int
-    grid: tuple[int, ...]
+    parts: tuple[Part, ...]
     width: int = 128
     depth: int = 6
     heads: int = 4
@@ -49,7 +47,6 @@ class TransformerConfig:
     mlp: str = "gelu"
     qk_norm: bool = False
     modulation: str = "block"
-    parts: tuple[Part, ...] = ()
     caption: int = 0
     caption_width: int = 0
     caption_level: str = "mean"
@@ -59,11 +56,9 @@ class TransformerConfig:
     def __post_init__(self):
         parts = tuple(part if isinstance(part, Part) else Part(**part) for part in self.parts)  # JSON gives lists and dicts
         object.__setattr__(self, "parts", parts)
-        if parts:
-            object.__setattr__(self, "channels", max(part.channels for part in parts))
-            object.__setattr__(self, "grid", (1, sum(part.tokens for part in parts)))
-        object.__setattr__(self, "grid", tuple(self.grid))
-        for name in ("channels", "width", "depth", "heads", "caption_stride"):
+        if not parts:
+            raise ValueError("a sequence needs at least one part, such as Part('image', channels, (1, rows, columns))")
+        for name in ("width", "depth", "heads", "caption_stride"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
         if not 1 <= self.width * self.mlp_ratio < math.inf:
@@ -71,38 +66,41 @@ class TransformerConfig:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; known are {', '.join(known)}")
-        parts = 8 * self.heads if self.positions == "rotary" else math.lcm(self.heads, 4)
-        if self.width % parts:
+        divisor = 8 * self.heads if self.positions == "rotary" else math.lcm(self.heads, 4)
+        if self.width % divisor:
             raise ValueError(f"width {self.width} must be divisible by heads ({self.heads}) and by 4, with rotary positions by "
-                             f"8 heads; {parts * max(1, self.width // parts)} would be")
+                             f"8 heads; {divisor * max(1, self.width // divisor)} would be")
         if self.classes and self.caption:
             raise ValueError(f"a model of {self.classes} classes with captions of {self.caption} tokens: choose one of the two")
         if self.positions == "sincos" and (len(self.parts) > 1 or any(part.grid[0] > 1 for part in self.parts)):
             raise ValueError("sincos positions know rows and columns, but neither time nor several parts; take rotary")
 
     @classmethod
-    def of_size(cls, size: str, channels: int, grid: tuple[int, int], **options) -> "TransformerConfig":
+    def of_image(cls, channels: int, grid: tuple[int, int], *size, **options) -> "TransformerConfig":
+        "The shape for images alone, whose tokens of `channels` numbers lie on a grid of rows and columns."
+        return cls((Part("image", channels, (1, *grid)),), *size, **options)
+
+    @classmethod
+    def of_size(cls, size: str, parts: tuple[Part, ...], **options) -> "TransformerConfig":
         "The published sizes: S, B, L, XL. Source: DiT (arXiv 2212.09748), table 1. Raises ValueError for another name."
         if size not in SIZES:
             raise ValueError(f"size is {size!r}; known are {', '.join(SIZES)}")
-        return cls(channels, grid, *SIZES[size], **options)
+        return cls(parts, *SIZES[size], **options)
 
     @property
     def tokens(self) -> int:
         "Number of tokens n."
-        return self.grid[0] * self.grid[1]
+        return sum(part.tokens for part in self.parts)
+
+    @property
+    def channels(self) -> int:
+        "Numbers in the widest token."
+        return max(part.channels for part in self.parts)
 
     @property
     def caption_tokens(self) -> int:
         "How many tokens of a sequence are a caption's."
         return self.caption if self.caption_width else -(-self.caption // self.caption_stride)
-
-    def named(self, parts: tuple[str, ...] = ()) -> tuple[Part, ...]:
-        "The parts of these names, () = all. Raises ValueError for one that the model was not built with."
-        known = {part.name: part for part in self.parts}
-        if unknown := [name for name in parts if name not in known]:
-            raise ValueError(f"the model was not built with {unknown[0]!r}, but with {', '.join(known) or 'one unnamed kind'}")
-        return tuple(known[name] for name in parts) if parts else self.parts
 
 # %% ../../nbs/1_method/08_transformer.ipynb #f0dc60e9
 class Modulation(nn.Sequential):
@@ -205,13 +203,12 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        parts, width = config.parts, config.width
-        self.linear = PartLinears(parts, width, outward=True) if parts else nn.Linear(width, config.channels)
-        self.adaLN_modulation = Modulation(width, 2)
+        self.linear = PartLinears(config.parts, config.width, outward=True)
+        self.adaLN_modulation = Modulation(config.width, 2)
 
-    def forward(self, x: Tensor, c: Tensor, tokens: TokenMap | None, *places) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, tokens: TokenMap | None, slices: dict[str, slice], channels: int) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return self.linear(modulated_norm(x, shift, scale, tokens), *places)
+        return self.linear(modulated_norm(x, shift, scale, tokens), slices, channels)
 
 # %% ../../nbs/1_method/08_transformer.ipynb #6a038b59
 def drop_labels(labels: Tensor, null_label: int, probability: float, generator: Generator | None = None) -> Tensor:
@@ -234,14 +231,14 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, width = config, config.width
         self.checkpointing = False  # True: the backward pass computes each block again instead of keeping its activations
-        self.x_embedder = PartLinears(config.parts, width) if config.parts else nn.Linear(config.channels, width)
+        self.x_embedder = PartLinears(config.parts, width)
         self.t_embedder = TimestepEmbedder(width, fp32=config.fp32_levels)
         self.y_embedder = nn.Embedding(config.classes + 1, width)
         self.adaLN_shared = Modulation(width, 6) if config.modulation == "shared" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
-        places = [part.coordinates() for part in config.parts] or [grid_coordinates(config.grid)]
-        self.register_buffer("positions", self._positions(torch.cat(places)), persistent=False)
+        places = torch.cat([part.coordinates() for part in config.parts])
+        self.register_buffer("positions", self._positions(places), persistent=False)
         if config.caption:
             vectors = config.caption_width
             self.caption_embedder = nn.Linear(vectors, width) if vectors else CaptionEmbedder(width, config.caption_stride)
@@ -258,7 +255,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, levels: NoiseLevels, condition: Tensor | None = None, taps: tuple[int, ...] = (),
                 stop: bool = False, separated: bool = False, coordinates: Tensor | None = None,
-                parts: tuple[str, ...] = ()) -> Output:
+                parts: tuple[Part, ...] = ()) -> Output:
         """Velocities, and the hidden states after the blocks named in `taps`.
 
         x: (b, n, c) tokens; levels: of b samples and n tokens; condition: (b,) int64 labels, or captions: (b, l) int64 bytes or
@@ -268,11 +265,11 @@ class Transformer(nn.Module):
         Raises ValueError for tokens, coordinates or levels that do not fit, unknown layers and parts, stop without taps and, on
         the CPU, tokens that are not finite and labels that do not exist; TypeError for labels that are not int64.
         """
-        present = self.config.named(parts)
-        self._check(x, levels, taps, stop, coordinates, present)
+        parts = parts or self.config.parts
+        self._check(x, levels, taps, stop, coordinates, parts)
         condition = self._condition(condition, x)
-        places = (Places.of(present).slices,) if present else ()
-        h = self.x_embedder(x, *places, self.config.width) if present else self.x_embedder(x)
+        slices = Places.of(parts).slices
+        h = self.x_embedder(x, slices, self.config.width)                               # (b, n, d)
         rotary = self._where(parts, coordinates)
         if self.config.positions == "sincos":
             h, rotary = h + rotary, None
@@ -292,17 +289,16 @@ class Transformer(nn.Module):
                 if self.config.caption:  # what is tapped stays on the way to the velocity: gradients are looked at there
                     features[layer] = h[:, :x.shape[1]]
                     h = torch.cat([features[layer], h[:, x.shape[1]:]], dim=1)
-        places = (*places, x.shape[2]) if present else ()
-        return Output(None if stop else self.final_layer(h, c, tokens, *places)[:, :x.shape[1]], features)
+        return Output(None if stop else self.final_layer(h, c, tokens, slices, x.shape[2])[:, :x.shape[1]], features)
 
     def _where(self, parts, coordinates):
         "The position code of the tokens of some parts, or at other places."
         if coordinates is not None:
             return self._positions(coordinates).to(self.positions)
-        if not parts:
+        if parts == self.config.parts:
             return self.positions
         slices = Places.of(self.config.parts).slices
-        return torch.cat([self.positions[..., slices[name], :] for name in parts], dim=-2)
+        return torch.cat([self.positions[..., slices[part.name], :] for part in parts], dim=-2)
 
     def _with_caption(self, h, levels, rotary, caption):
         "The sequence with the caption's tokens at its end: a condition, with a level of its own."
@@ -343,9 +339,12 @@ class Transformer(nn.Module):
         return labels
 
     def _check(self, x, levels, taps, stop, coordinates, parts):
-        n = sum(part.tokens for part in parts) or self.config.tokens
-        n = n if coordinates is None or x.ndim != 3 or parts else x.shape[1]
-        channels = max((part.channels for part in parts), default=self.config.channels)
+        known = {part.name: part for part in self.config.parts}
+        for part in parts:
+            if part.name not in known or coordinates is None and part != known[part.name]:
+                raise ValueError(f"the model was not built with {part}, but with {', '.join(map(str, known.values()))}")
+        n = sum(part.tokens for part in parts)
+        channels = max(part.channels for part in parts)
         if x.ndim != 3 or not len(x) or x.shape[1:] != (n, channels):
             raise ValueError(f"tokens have shape {tuple(x.shape)}, the model expects (b, {n}, {channels})")
         if x.device.type == "cpu" and not x.isfinite().all():  # on a GPU the host would wait for the answer

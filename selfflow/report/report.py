@@ -91,7 +91,7 @@ def missing_parts(runs: dict[str, Run]) -> list[tuple[str, str, Callable]]:
     found = []
     for name, run in runs.items():
         step, data = run.state()["step"], run.config.data
-        if not run.transformer.parts and _possible(class_data, data):
+        if _possible(class_data, data):
             (grid, base), cells = read_probes(run), f"{len(PROBE_LEVELS) * run.transformer.depth} probes"
             if grid is None or grid.step != step or of_first(grid.chosen, data):
                 found.append((f"probes of the class of {name}", cells, partial(probe_run, run)))

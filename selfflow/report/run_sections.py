@@ -130,7 +130,7 @@ def _class_answers(run: Run, grid: ProbeGrid) -> tuple[np.ndarray, np.ndarray, t
     layer, level, best = grid.best()
     data, features = labelled(run.config.data), {}
     for split in ("train", "test"):
-        x0 = run.patches.patchify(data.images[split])
+        x0 = run.layout().patchify({"image": data.images[split]})
         features[split] = extract(run.teacher, x0, _noise(x0, split), level, (layer,))[layer]
     found = answers(features, data.labels, best.strength)
     return data.labels["test"].numpy(), found, data.names
@@ -166,7 +166,7 @@ def probe_section(runs: dict[str, Run]) -> Section:
     section = Section("Linear probes of the class", "Logistic regression on standardised features, means over tokens of the "
                       "averaged weights (teacher) under the null label; its strength and the cell are chosen on validation, "
                       "numbers are of test.")
-    if any(run.transformer.parts for run in runs.values()):
+    if any([part.name for part in run.transformer.parts] != ["image"] for run in runs.values()):
         return section.text("This part is of images alone; see the probes of factors.")
     found = {name: read_probes(run) for name, run in runs.items()}
     grids = {name: grid for name, (grid, _) in found.items() if grid is not None}

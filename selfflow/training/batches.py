@@ -24,7 +24,7 @@ from ..method.alignment import flow_error
 from ..method.build import transformer_config
 from ..method.flow import interpolate
 from ..method.schedule import NoiseLevels
-from ..method.tokens import Places
+from ..method.tokens import Part, Places
 from ..method.transformer import Transformer, TransformerConfig
 from ..settings import own_settings
 from .config import Config, TrainConfig
@@ -33,12 +33,7 @@ from .config import Config, TrainConfig
 def shape_of(config: Config, sources: Sources) -> TransformerConfig:
     "The transformer that a config asks for on this data. Raises ValueError where they do not fit."
     caption = (config.data.caption, sources.encoder.width) if config.data.condition == "caption" else (0, 0)
-    size = (0, ())
-    if sources.plain:
-        part, = sources.parts
-        size = (part.channels, part.grid[1:])
-    parts = () if sources.plain else sources.parts
-    shape = transformer_config(config.model, *size, len(sources.names), parts, *caption)
+    shape = transformer_config(config.model, sources.parts, len(sources.names), *caption)
     return replace(shape, fp32_levels=config.defaults > 3)
 
 # %% ../../nbs/3_training/06_batches.ipynb #7b744cdc
@@ -99,10 +94,10 @@ class Batches:
         count = len(self.sources.data[self.name(step)])
         return batch_indices(count, self.config.training.batch, self.config.seed, step)
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor, tuple[Part, ...]]:
         "(samples (b,), tokens (b, n, c), conditions (b, ...), parts of the sequence) of this process in a step."
         name, chosen = self.name(step), self.samples(step).chunk(self.processes)[self.rank]
-        return chosen, *self.sources.take(name, chosen), self.sources.parts_in(name)
+        return chosen, *self.sources.take(name, chosen), self.sources.layouts[name].parts
 
     def __len__(self) -> int:
         return self.config.training.steps
@@ -162,13 +157,13 @@ VALIDATION_LEVELS = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))  # the le
 @own_settings()
 @torch.no_grad()
 def loss_by_level(model: Transformer, x0: Tensor, labels: Tensor, x1: Tensor, levels, batch: int = 512,
-                  parts: tuple[str, ...] = ()) -> Tensor:
+                  parts: tuple[Part, ...] = ()) -> Tensor:
     """Flow loss of every sample at every level, all its tokens at that level: (levels, samples), on the CPU.
 
     x0, x1: (b, n, c) tokens of data and fixed noise, of some parts; labels: (b,) or captions; levels: numbers in [0, 1].
     """
-    device, losses, present = next(model.parameters()).device, [], model.config.named(parts)
-    widths = Places.of(present).widths.to(device) if present else None
+    device, losses = next(model.parameters()).device, []
+    widths = Places.of(parts or model.config.parts).widths.to(device)
     for t in levels:
         for x0_, x1_, labels_ in zip(x0.split(batch), x1.split(batch), labels.split(batch), strict=True):
             x0_, x1_, labels_ = x0_.to(device), x1_.to(device), labels_.to(device)
@@ -184,7 +179,7 @@ class Validation:
 
     chosen: which samples of each data set these are, in words.
     """
-    data: dict[str, tuple[Tensor, Tensor, Tensor, tuple[str, ...]]]
+    data: dict[str, tuple[Tensor, Tensor, Tensor, tuple[Part, ...]]]
     chosen: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -202,7 +197,7 @@ class Validation:
                 indices, chosen[name] = torch.arange(most), f"the first {most:,} of {len(data):,}"
             x0, conditions = sources.take(name, indices)
             which = f"validation noise, {split}" + (f", {name}" if len(sources.data) > 1 else "")
-            found[name] = x0, conditions, torch.randn(x0.shape, generator=keyed(0, which)), sources.parts_in(name)
+            found[name] = x0, conditions, torch.randn(x0.shape, generator=keyed(0, which)), sources.layouts[name].parts
         return cls(found, chosen)
 
     @property

@@ -69,7 +69,7 @@ def read_part(path: Path, part: str) -> dict[str, Tensor]:
     if not file.exists():
         raise FileNotFoundError(f"{path} has no {part}: this run was trained without one or the checkpoint was edited")
     try:
-        return load_file(file)
+        return {_in_part(name): value for name, value in load_file(file).items()}
     except SafetensorError as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
 
@@ -227,8 +227,18 @@ def _from_3(stored: dict) -> dict:
 
 
 def _from_4(stored: dict) -> dict:
-    "Format 4 had other names for some settings."
-    return {**stored, "format": 5}
+    "Format 4 had images alone without a part."
+    return {**stored, "format": 5} | ({"transformer": _with_parts(stored["transformer"])} if "transformer" in stored else {})
+
+
+def _with_parts(shape: dict) -> dict:
+    parts = shape.get("parts") or [{"name": "image", "channels": shape["channels"], "grid": [1, *shape["grid"]], "ticks": 1.0}]
+    return {name: value for name, value in shape.items() if name not in ("channels", "grid")} | {"parts": parts}
+
+
+def _in_part(name: str) -> str:
+    "The name of a weight of format 4 or earlier, where the part of images alone has none, as it is now."
+    return re.sub(r"(^|\.)(x_embedder|final_layer\.linear)\.(?=(weight|bias)(/|$))", r"\1\2.image.", name)
 
 
 MIGRATIONS = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}  # to the next format

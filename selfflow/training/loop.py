@@ -22,6 +22,7 @@ from ..data.sources import Sources, outlines
 from ..disk import NotWritten, write_json
 from ..draws import keyed
 from ..method.schedule import NoiseLevels
+from ..method.tokens import Part
 from ..settings import own_settings
 from .batches import Batches, Validation, feature_source, shape_of, shards_of, too_wide
 from .checkpoint import OPTIMIZER, free_fields, migrate, read_state, resumable
@@ -78,7 +79,7 @@ class _Loop:
         self.save(recorder, stop)
         return stop
 
-    def step(self, chosen: Tensor, x0: Tensor, labels: Tensor, parts: tuple[str, ...]) -> dict:
+    def step(self, chosen: Tensor, x0: Tensor, labels: Tensor, parts: tuple[Part, ...]) -> dict:
         "Train a step."
         step = self.state.step + 1
         validate = self.due("validate", step)

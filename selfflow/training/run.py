@@ -24,23 +24,11 @@ from ..data.sources import Outline, Sources, outlines
 from ..disk import cut_lines, discard, not_written, read_lines, replacing, step_of, step_paths, write_json
 from ..draws import keyed
 from ..method.sampling import guided_velocity, sample
-from ..method.tokens import ImagePatches, Layout
+from ..method.tokens import Layout
 from ..method.transformer import Transformer, TransformerConfig
 from ..settings import own_settings
-from selfflow.training.checkpoint import (
-    FORMAT,
-    agree,
-    migrate,
-    newest_whole,
-    problem_of,
-    prune,
-    read_part,
-    read_pictures,
-    read_state,
-    resumable,
-    write_checkpoint,
-    write_picture,
-)
+from .checkpoint import (FORMAT, agree, migrate, newest_whole, problem_of, prune, read_part, read_pictures,
+                                          read_state, resumable, write_checkpoint, write_picture)
 from .config import Config
 from .lock import free_name, sole_writer, writer_of
 
@@ -274,22 +262,18 @@ class Run:
                              f"{sources.encoder.fingerprint}; put the first one there again")
         return sources
 
-    @property
-    def patches(self) -> ImagePatches:
-        "How this run's images become tokens. Raises ValueError for a run of other signals; see `Sources.layouts`."
-        if self.transformer.parts:
-            names = ", ".join(part.name for part in self.transformer.parts)
-            raise ValueError(f"{self.path} was trained on {names}; run.sources.layouts say how its signals become tokens")
-        patch, (rows, columns) = self.config.data.patch, self.transformer.grid
-        return ImagePatches(self.transformer.channels // patch**2, rows * patch, columns * patch, patch)
+    def layout(self, data: str = "") -> Layout:
+        "How the samples of a data set, by default the first, become tokens."
+        return self.sources.layouts[choose(data or self.config.data.names[0], self.config.data.names, "data set")]
 
     @own_settings()
     def sample(self, labels, steps: int = 50, method: str = "euler", cfg_scale: float = 1.0, seed: int = 0,
                batch: int = 128, shift: float | None = None, interval: tuple[float, float] = (0.0, 1.0),
-               model: Transformer | None = None, data: str = "", given: dict[str, Tensor] | None = None):
+               model: Transformer | None = None, data: str = "",
+               given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Samples, on the CPU, of the classes `labels` (b,) or of b captions; all noise depends on the seed alone.
 
-        An image run gives images (b, c, h, w), others a dict of signals by name. A run in bf16 draws in bf16, but for the states.
+        The signals by name, such as {"image": (b, c, h, w)}. A run in bf16 draws in bf16, but for the states.
         steps, method, shift, cfg_scale, interval: see `sampling`, shift: None = `self.shift`.
         batch: how many are drawn at once; model: the transformer to
         draw with, on any device; by default the teacher of the checkpoint; data: which data set to draw from, where there are
@@ -306,28 +290,20 @@ class Run:
                              "label that guidance starts from; take cfg_scale 1, or train with objective.label_drop 0.1")
         model = self.teacher if model is None else model
         shift = self.shift if shift is None else shift
-        layout, parts = self._layout(data)
-        size = (layout.tokens, layout.channels) if layout else (self.transformer.tokens, self.transformer.channels)
-        shape, device = (len(labels), *size), next(model.parameters()).device
-        x0, start = layout.kept(given, len(labels)) if given and layout else (None, None)
+        layout, device = self.layout(data), next(model.parameters()).device
+        shape = len(labels), layout.tokens, layout.channels
+        x0, start = layout.kept(given, len(labels)) if given else (None, None)
         x1, chosen, tokens = torch.randn(shape, generator=keyed(seed, "samples")), torch.arange(len(labels)), []
         for part in tqdm(chosen.split(batch), "samples", unit="batch", disable=len(labels) <= batch):
             def noise(step, part=part):  # keyed by sample, so the same whatever the batch
                 generators = (keyed(seed, "sampling noise", step, sample) for sample in part.tolist())
                 return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(device)
             told = labels[part].to(device) if self.transformer.classes or self.transformer.caption else None
-            velocity_fn = guided_velocity(model, told, cfg_scale, interval, parts)
+            velocity_fn = guided_velocity(model, told, cfg_scale, interval, layout.parts)
             known = {} if x0 is None else {"x0": x0[part].to(device), "start": start}
             with torch.autocast(device.type, torch.bfloat16, enabled=self.config.training.precision == "bf16"):
                 tokens.append(sample(velocity_fn, x1[part].to(device), steps, method, shift, noise=noise, **known).cpu())
-        return (layout or self.patches).unpatchify(torch.cat(tokens))
-
-    def _layout(self, data: str) -> tuple[Layout | None, tuple[str, ...]]:
-        "How the samples of a data set become tokens, and their parts; None where images alone are all there is."
-        if not self.transformer.parts:
-            return None, ()
-        name = choose(data or self.config.data.names[0], self.config.data.names, "data set")
-        return self.sources.layouts[name], self.sources.parts_in(name)
+        return layout.unpatchify(torch.cat(tokens))
 
     def film_picture(self, model: Transformer) -> tuple[Tensor, Tensor]:
         "One sample of each class, of ten at most, or of ten captions, from the same noise: images and their numbers."
@@ -335,8 +311,7 @@ class Run:
         labels = torch.arange(min(10, len(source.names)) if self.transformer.classes else 10)
         wanted = labels if not self.transformer.caption else self.captions(len(labels))
         labels = labels[:len(wanted)]
-        drawn = self.sample(wanted, steps=25, model=model)
-        return (drawn if isinstance(drawn, Tensor) else self._layout("")[0].picture(drawn)), labels
+        return self.layout().picture(self.sample(wanted, steps=25, model=model)), labels
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:

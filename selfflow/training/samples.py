@@ -63,14 +63,16 @@ def write_samples(run: Run, labels, steps: int = 50, method: str = "euler", cfg_
         wanted = caption_bytes(labels, max(1, *(len(text.encode("utf-8", "replace")) for text in labels)))
     check_writable(run.path / "samples" / "x")
     drawn = run.sample(labels, steps, method, cfg_scale, seed, shift=shift, interval=interval, data=data)
-    images = drawn if isinstance(drawn, Tensor) else run.sources.layouts[data].picture(drawn)
+    images = run.layout(data).picture(drawn)
     classes = hashlib.blake2b(wanted.numpy().tobytes(), digest_size=3).hexdigest()
     grid = "" if shift == 1 else f"-shift-{shift:g}"
     guided = "" if tuple(interval) == (0, 1) else f"-in-{interval[0]:g}-{interval[1]:g}"
     name = (f"step-{run.state()['step']}-{method}-{steps}{grid}-cfg-{cfg_scale:g}{guided}-seed-{seed}"
             f"-{len(wanted)}-labels-{classes}.safetensors")
     file = run.path / "samples" / name
-    signals = {} if isinstance(drawn, Tensor) else {name: signal.contiguous() for name, signal in drawn.items()}
+    signals = {name: signal.contiguous() for name, signal in drawn.items()}
+    if list(signals) == ["image"]:
+        signals = {}  # the pictures themselves
     waves, factor = within_full_scale(signals["audio"]) if _heard(signals) else (None, 1.0)
     about = {"asked": json.dumps(texts)} | ({"sound_factor": str(factor)} if waves is not None else {})
     shown = _shown_samples(file, images, signals.get("video"), waves, texts, run.sources.data[data])

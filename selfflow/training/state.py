@@ -22,6 +22,7 @@ from ..draws import keyed
 from ..method.alignment import average, moments_of
 from ..method.build import build_objective
 from ..method.objective import WHOLE, Losses, Whole, ema_decay, make_teacher, update_ema
+from ..method.tokens import Part
 from ..method.transformer import Transformer, TransformerConfig
 from ..settings import own_settings
 from .batches import shards_of
@@ -92,7 +93,7 @@ class Learner(nn.Module):
         super().__init__()
         self.student, self.objective = student, objective
 
-    def forward(self, teacher, x0: Tensor, labels: Tensor, draw, features: Tensor | None, parts: tuple[str, ...] = (),
+    def forward(self, teacher, x0: Tensor, labels: Tensor, draw, features: Tensor | None, parts: tuple[Part, ...] = (),
                 whole: Whole = WHOLE, target_means: bool = False) -> tuple[Tensor, Losses] | Tensor:
         """What is differentiated, by itself so that wrappers find it, and all losses.
 
@@ -178,7 +179,7 @@ def _named(student: nn.Module, objective: nn.Module) -> dict[str, nn.Parameter]:
 
 @own_settings()
 def start_state(config: Config, shape: TransformerConfig, device: torch.device, feature_width: int = 1,
-                sequences: tuple[tuple[str, ...], ...] = ()) -> TrainState:
+                sequences: tuple[tuple[Part, ...], ...] = ()) -> TrainState:
     """The state before the first step; weights come from the seed alone, and the student's do not depend on the objective.
 
     feature_width: of an outside encoder, for the head of REPA alone; sequences: see `build_objective`.
@@ -220,7 +221,7 @@ def _draws(state: TrainState, config: Config) -> list:
     return [partial(keyed, config.seed, step=state.step, shard=shard) for shard in state.shards]
 
 
-def _whole(state: TrainState, config: Config, x0: Tensor, pieces: list[tuple], parts: tuple[str, ...]) -> Whole:
+def _whole(state: TrainState, config: Config, x0: Tensor, pieces: list[tuple], parts: tuple[Part, ...]) -> Whole:
     "The properties of a batch x0 that the losses of its pieces depend on."
     counts = state.objective.counts(state.student.config, x0, _draws(state, config), len(pieces), parts)
     if getattr(state.objective, "normalise", "raw") == "raw":
@@ -238,7 +239,7 @@ def diverged(step: int, what: str) -> FloatingPointError:
 
 @own_settings()
 def train_step(state: TrainState, config: Config, x0: Tensor, labels: Tensor, features: Tensor | None = None,
-               diagnose: bool = False, report: bool = True, parts: tuple[str, ...] = ()) -> dict[str, float]:
+               diagnose: bool = False, report: bool = True, parts: tuple[Part, ...] = ()) -> dict[str, float]:
     """One step on clean tokens x0 (b, n, c), of some parts, with labels (b,): changes the state, returns what a log wants.
 
     x0, labels, features: of this process; features: of an outside encoder (b, n, e) or (b, e), for REPA; diagnose: look at the
@@ -270,7 +271,7 @@ def train_step(state: TrainState, config: Config, x0: Tensor, labels: Tensor, fe
 
 # %% ../../nbs/3_training/08_state.ipynb #0b99a465
 def compile_blocks(state: TrainState, config: Config, x0: Tensor, labels: Tensor, features: Tensor | None = None,
-                   parts: tuple[str, ...] = ()) -> str | None:
+                   parts: tuple[Part, ...] = ()) -> str | None:
     """Compile the blocks of student and teacher and try them on a batch; why not, where that cannot be done here.
 
     Nothing in the state changes. Blocks that cannot be compiled (no C++ compiler, an unknown device) run as they are.

@@ -102,7 +102,7 @@ class SideBySide:
         config = self._first.config.data
         self.name, self.condition = first[0], config.condition
         sources = Sources(config, "validation")
-        self.layout, self.parts = sources.layouts[self.name], sources.parts_in(self.name)
+        self.layout, self.parts = sources.layouts[self.name], sources.layouts[self.name].parts
         data = sources.data[self.name]
         self.board, self.rate, self.shapes = Board(self.layout), getattr(data, "rate", 8000), data.shapes
         self.names = tuple(data.names) if config.condition == "class" else ()

@@ -110,13 +110,13 @@ class Subject:
     def __init__(self, run: Run, data: str = "", split: str = "validation", count: int = 24):
         sources = Sources(run.config.data, split)
         self.run, self.name = run, choose(data or run.config.data.names[0], run.config.data.names, "data set")
-        self.layout, self.parts = sources.layouts[self.name], sources.parts_in(self.name)
+        self.layout, self.parts = sources.layouts[self.name], sources.layouts[self.name].parts
         self.board = Board(self.layout)
         indices = subset(sources.data[self.name], count)
         self.x0, condition = sources.take(self.name, indices)
         self.condition = condition if run.transformer.classes or run.transformer.caption else None
         self.widths = Places.of(self.layout.parts).widths
-        self.grid = run.transformer.grid if not run.transformer.parts else None
+        self.grid = self.parts[0].grid[1:] if [part.name for part in self.parts] == ["image"] else None
         self.spread = (self.x0.var(0).sum(-1) / self.widths).mean().item() if len(indices) > 1 else 1.0
         self.student, self.teacher = run.model.to("cpu"), run.teacher.to("cpu")
         head = build_objective(run.config.objective, run.transformer, 1, sources.sequences, run.config.data.weight_of)

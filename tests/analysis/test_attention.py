@@ -30,7 +30,7 @@ from selfflow.method.tokens import Part
 from selfflow.method.transformer import Transformer, TransformerConfig
 
 PARTS = (Part("video", 4, (2, 3, 2), 2.0), Part("audio", 3, (5, 1, 1)))
-BASE = TransformerConfig(4, (3, 4), width=32, depth=3, heads=2)
+BASE = TransformerConfig.of_image(4, (3, 4), width=32, depth=3, heads=2)
 SHAPES = {
     "plain": BASE,
     "labels": replace(BASE, classes=3),
@@ -38,8 +38,8 @@ SHAPES = {
     "normed": replace(BASE, qk_norm=True, mlp="swiglu", modulation="shared"),
     "caption": replace(BASE, caption=5, positions="rotary", qk_norm=True),
     "vectors": replace(BASE, caption=5, caption_width=6),
-    "parts": TransformerConfig(0, (), width=32, depth=3, heads=2, positions="rotary", parts=PARTS),
-    "parts and caption": TransformerConfig(0, (), width=32, depth=3, heads=2, positions="rotary", parts=PARTS, caption=4,
+    "parts": TransformerConfig(width=32, depth=3, heads=2, positions="rotary", parts=PARTS),
+    "parts and caption": TransformerConfig(width=32, depth=3, heads=2, positions="rotary", parts=PARTS, caption=4,
                                            caption_stride=1),
 }
 SCHEDULES = {"one level": SingleLevel(), "two levels": DualTimestep(mask_ratio=0.4),

@@ -22,6 +22,7 @@ from selfflow.method.build import transformer_config
 from selfflow.method.layers import Groups
 from selfflow.method.options import ModelConfig, ObjectiveConfig
 from selfflow.method.schedule import NoiseLevels
+from selfflow.method.tokens import Part
 from selfflow.method.transformer import TransformerConfig
 from selfflow.training.checkpoint import FORMAT, find_runs
 from selfflow.training.config import Config, TrainConfig
@@ -51,7 +52,7 @@ def test_operations_are_those_of_a_training_step(name, switches, checkpointing, 
     training = replace(TINY.training, checkpointing=checkpointing)
     config = replace(TINY, objective=ObjectiveConfig(name, **switches), training=training)
     features = torch.randn(1078, 5) if name == "repa" else None
-    counted = flops_per_step(config, transformer_config(config.model, 4, (4, 4), 10), 5)
+    counted = flops_per_step(config, transformer_config(config.model, (Part("image", 4, (1, 4, 4)),), 10), 5)
     found = flops_of_training(config, tmp_path, features)
     # exact; but where not all tokens count, the diagnosis of the last step is of more of them in one run than in the other
     assert found == counted if switches is not MASKED else found == pytest.approx(counted, rel=1e-3)
@@ -60,12 +61,13 @@ def test_operations_are_those_of_a_training_step(name, switches, checkpointing, 
 def test_operations_of_a_model_in_modern_form_are_those_of_a_training_step(tmp_path):
     config = replace(TINY, model=ModelConfig(32, 3, 2, 2.5, "own", "rotary", "swiglu", True, "shared"),
                      training=replace(TINY.training, precision="bf16", accumulate=2))
-    assert flops_of_training(config, tmp_path) == flops_per_step(config, transformer_config(config.model, 4, (4, 4), 10))
+    shape = transformer_config(config.model, (Part("image", 4, (1, 4, 4)),), 10)
+    assert flops_of_training(config, tmp_path) == flops_per_step(config, shape)
 
 
 def test_attention_within_levels_is_counted_for_a_draw(tmp_path):
     config = replace(TINY, objective=ObjectiveConfig(separated=True, mask_ratio=0.5))
-    shape = transformer_config(config.model, 4, (4, 4), 10)
+    shape = transformer_config(config.model, (Part("image", 4, (1, 4, 4)),), 10)
     whole = flops_per_step(replace(config, objective=ObjectiveConfig(mask_ratio=0.5)), shape)
     counted, found = flops_per_step(config, shape), flops_of_training(config, tmp_path)
     assert counted == pytest.approx(found, rel=0.02) and counted != whole
@@ -74,7 +76,7 @@ def test_attention_within_levels_is_counted_for_a_draw(tmp_path):
 
 
 def test_operations_scale_as_they_should():
-    shape = TransformerConfig(16, (16, 16), 64, 4, 2, classes=10)
+    shape = TransformerConfig.of_image(16, (16, 16), 64, 4, 2, classes=10)
     config = replace(TINY, objective=ObjectiveConfig("flow_matching"))
     one, two = (flops_per_step(replace(config, training=TrainConfig(batch=b)), shape) for b in (1, 2))
     assert two == 2 * one
@@ -89,7 +91,7 @@ def test_the_largest_model_is_counted_in_a_moment_and_in_no_memory(monkeypatch):
     original = benchmark.Transformer
     monkeypatch.setattr(benchmark, "Transformer", lambda config: made.append(original(config)) or made[-1])
     benchmark._flops_of_sample.cache_clear()
-    shape = TransformerConfig.of_size("XL", 16, (16, 16), classes=1000)
+    shape = TransformerConfig.of_size("XL", (Part("image", 16, (1, 16, 16)),), classes=1000)
     config = replace(TINY, model=ModelConfig(size="XL"), training=TrainConfig(batch=256))
     assert 2.0e14 < flops_per_step(config, shape) < 2.5e14
     assert all(p.is_meta for p in made[0].parameters())

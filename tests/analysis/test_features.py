@@ -45,8 +45,7 @@ def scenes(split="test", count=5, **options):
 def model_of(items, depth=3, width=16):
     torch.manual_seed(0)
     parts = items.layout.parts
-    model = Transformer(TransformerConfig(items.layout.channels, (1, 1), width, depth, 2, classes=1, positions="rotary",
-                                          parts=parts)).eval()
+    model = Transformer(TransformerConfig(parts, width, depth, 2, classes=1, positions="rotary")).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
@@ -92,7 +91,7 @@ def test_one_pass_a_level_and_only_what_is_missing(runs, store, forwards):
 
 def test_ten_thousand_shapes_at_width_384_take_one_pass_a_level(monkeypatch, store):
     items = Items(Sources(DataConfig("shapes", size=16, patch=4, condition="none")), count=10_000)
-    model, passed = Transformer(TransformerConfig(48, (4, 4), 384, 12, 6, classes=1)).eval(), []
+    model, passed = Transformer(TransformerConfig.of_image(48, (4, 4), 384, 12, 6, classes=1)).eval(), []
 
     def forward(self, x, levels, taps, **options):  # what the blocks compute is not the point: the count is, at full size
         passed.append(len(x))
@@ -179,7 +178,7 @@ from selfflow.training.config import DataConfig
 from selfflow.analysis.features import FeatureStore, Items, stream_features
 from selfflow.data.sources import Sources
 from selfflow.method.transformer import Transformer, TransformerConfig
-model = Transformer(TransformerConfig(48, (8, 8), 64, 4, 2, classes=1)).eval()
+model = Transformer(TransformerConfig.of_image(48, (8, 8), 64, 4, 2, classes=1)).eval()
 items = lambda count: Items(Sources(DataConfig("shapes", patch=4, condition="none")), count=count)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 stream_features(model, items(64), 0.1, (1, 2, 3, 4), FeatureStore(sys.argv[1]), pooled=False, batch=32)

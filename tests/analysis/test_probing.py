@@ -108,7 +108,7 @@ def test_bad_features_are_refused(spoil, words):
 
 def test_features_are_those_of_the_model(runs):
     run, data = runs["tiny"], digits("test")[:20]
-    x0 = run.patches.patchify(data.images)
+    x0 = run.layout().patchify({"image": data.images})
     x1 = torch.randn(x0.shape, generator=keyed(0, "x"))
     expected = run.teacher((0.7 * x0 + 0.3 * x1), NoiseLevels.single(torch.full((20,), 0.3), 16), None, taps=(2, 3)).features
     for batch in (3, 512):
@@ -146,7 +146,7 @@ def test_a_difference_of_grids_is_the_paired_difference_of_each_cell(copies):
 def test_the_untrained_network_computes_something_and_is_not_trained(runs):
     run = runs["tiny"]
     model, data = untrained_network(run), digits("test")[:50]
-    x0 = run.patches.patchify(data.images)
+    x0 = run.layout().patchify({"image": data.images})
     features = extract(model, x0, torch.zeros_like(x0), 0.0, (1, 2, 3, 4))
     assert all(not torch.allclose(features[a], features[a + 1], atol=1e-2) for a in (1, 2, 3)), "its blocks are no identity"
     start = start_state(run.config, run.transformer, torch.device("cpu")).student
@@ -164,7 +164,7 @@ def test_baselines_are_kept_and_read(copies):
 
 def test_probing_is_repeatable_and_sees_noise(runs):
     run = runs["vanilla"]
-    tokens = {split: run.patches.patchify(digits(split).images) for split in SPLITS}
+    tokens = {split: run.layout().patchify({"image": digits(split).images}) for split in SPLITS}
     labels = {split: digits(split).labels for split in SPLITS}
     first, again = (probe_grid(run.teacher, tokens, labels, layers=(2,), **FEW) for _ in range(2))
     assert first == again and first.results[0].accuracy > first.results[1].accuracy, "noise hides the class"

@@ -57,7 +57,7 @@ def test_features_of_a_run_are_those_of_its_teacher(runs):
     run = runs["tiny"]
     found, examples = run_features(run, (1, 3), 0.25, 10, pooled=False)
     assert len(examples) == 10 and found[3].shape == (10, 16, 16)
-    x0 = run.patches.patchify(examples.signals["image"])
+    x0 = run.layout().patchify(examples.signals)
     x1 = torch.randn(x0.shape, generator=keyed(0, "projection noise, test"))
     assert torch.equal(found[1], extract(run.teacher, x0, x1, 0.25, (1,), pooled=False)[1])
     pooled, _ = run_features(run, (3,), 0.25, 10)

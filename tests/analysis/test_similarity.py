@@ -263,7 +263,7 @@ def test_other_samples_of_a_label():
 
 
 def model(seed=0, **options):
-    config = TransformerConfig(4, (4, 4), width=16, depth=4, heads=2, classes=3, **options)
+    config = TransformerConfig.of_image(4, (4, 4), width=16, depth=4, heads=2, classes=3, **options)
     torch.manual_seed(seed)
     net = Transformer(config).eval()
     with torch.no_grad():

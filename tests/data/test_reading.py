@@ -328,7 +328,7 @@ def test_twelve_pictures_are_enough_to_train(tmp_path, layout, store, capsys):
     config = Config("few", data=config, model=ModelConfig(32, 2, 2), objective=ObjectiveConfig("flow_matching"),
                     training=replace(TINY.training, steps=3, batch=32))  # a batch of more than there are
     run = train(config, tmp_path / "runs", "cpu", bar=False)
-    assert run.log["flow_loss"].notna().all() and len(run.sample([0, 0])) == 2
+    assert run.log["flow_loss"].notna().all() and len(run.sample([0, 0])["image"]) == 2
 
 
 def test_three_files_are_enough_for_three_splits_and_a_bad_one_does_not_count(tmp_path):

@@ -524,12 +524,12 @@ def told(folders, tmp_path_factory):
 def test_texts_are_drawn_with_guidance(told):
     run = Run.open(told.path, "cpu")
     captions = ["a red star", "étoile \U0001f31f", "", "a blue circle"]
-    plain, guided = (run.sample(captions, steps=3, cfg_scale=w) for w in (1.0, 4.0))
+    plain, guided = (run.sample(captions, steps=3, cfg_scale=w)["image"] for w in (1.0, 4.0))
     assert plain.shape == guided.shape == (4, 3, 16, 16) and plain.isfinite().all() and guided.isfinite().all()
     assert not torch.equal(plain[0], guided[0])
     torch.testing.assert_close(plain[2], guided[2], atol=1e-5, rtol=1e-4)  # to say nothing is what guidance starts from
-    torch.testing.assert_close(plain, run.sample(captions, steps=3, batch=3), atol=1e-5, rtol=1e-4)
-    assert torch.equal(plain, run.sample(run.sources.wanted(captions), steps=3))
+    torch.testing.assert_close(plain, run.sample(captions, steps=3, batch=3)["image"], atol=1e-5, rtol=1e-4)
+    assert torch.equal(plain, run.sample(run.sources.wanted(captions), steps=3)["image"])
 
 
 def test_the_command_line_draws_texts(told, capsys):

@@ -23,7 +23,7 @@ from selfflow.method.objective import (
 from selfflow.method.schedule import Conditioned, DiffusionForcing, DualTimestep, FullMasking, NoiseLevels, SingleLevel
 from selfflow.method.transformer import Transformer, TransformerConfig
 
-CONFIG = TransformerConfig(channels=3, grid=(2, 3), width=16, depth=4, heads=2, classes=5)
+CONFIG = TransformerConfig.of_image(channels=3, grid=(2, 3), width=16, depth=4, heads=2, classes=5)
 
 
 def random_model(seed, config=CONFIG):
@@ -316,7 +316,7 @@ def test_gradient_reaches_student_and_head_and_never_the_teacher(student, teache
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters()) and not teacher.training
     assert all(p.grad.abs().sum() > 0 for p in objective.parameters())
     assert [block.attn.qkv.weight.grad is not None for block in student.blocks] == [True, True, False, False]
-    assert student.final_layer.linear.weight.grad is None
+    assert student.final_layer.linear.image.weight.grad is None
     assert all(torch.equal(value, teacher.state_dict()[name]) for name, value in before.items())
 
 
@@ -427,7 +427,7 @@ def test_default_layers(depth, layers):
 
 @pytest.mark.parametrize("depth, layers", [(28, (8, 16)), (12, (4, 7)), (4, (1, 2)), (2, (1, 2))])
 def test_default_layers_of_layer_sync(depth, layers):
-    objective = LayerSync(TransformerConfig(channels=3, grid=(2, 3), width=16, depth=depth, heads=2))
+    objective = LayerSync(TransformerConfig.of_image(channels=3, grid=(2, 3), width=16, depth=depth, heads=2))
     assert (objective.student_layer, objective.teacher_layer) == layers == objective.taps
 
 

@@ -20,7 +20,7 @@ from selfflow.method.transformer import Context, Transformer, TransformerConfig,
 
 few = settings(max_examples=25, deadline=None)
 VIDEO, AUDIO = Part("video", 6, (3, 2, 1), 2.0), Part("audio", 4, (6, 1, 1), 1.0)
-BOTH = {"channels": 0, "grid": (), "parts": (VIDEO, AUDIO), "width": 32, "depth": 3, "heads": 2, "positions": "rotary"}
+BOTH = {"parts": (VIDEO, AUDIO), "width": 32, "depth": 3, "heads": 2, "positions": "rotary"}
 
 
 def model_of(std=0.2, **changes):
@@ -105,7 +105,7 @@ def test_captions_in_any_script_are_cut_at_whole_characters(text, length):
 @pytest.mark.parametrize("level", ["mean", "clean"])
 def test_a_caption_is_tokens_of_the_sequence_at_a_level_of_their_own(positions, level):
     "Against the same network that is handed one longer sequence, with a condition for every token."
-    model = model_of(0.1, channels=4, grid=(2, 2), parts=(), positions=positions, caption=5, caption_level=level,
+    model = model_of(0.1, parts=(Part("image", 4, (1, 2, 2)),), positions=positions, caption=5, caption_level=level,
                      caption_stride=2)
     x, caption = torch.randn(3, 4, 4), caption_bytes(["a", "two", "longest"], 5)
     levels = DualTimestep(mask_ratio=0.5).sample(3, 4, keyed(0, "levels"))
@@ -113,7 +113,7 @@ def test_a_caption_is_tokens_of_the_sequence_at_a_level_of_their_own(positions, 
     tau = levels.per_token()
     own = torch.zeros(3, 3) if level == "clean" else tau.mean(1, keepdim=True).expand(3, 3)
     every = NoiseLevels(torch.cat([tau, own], 1), torch.arange(7).expand(3, 7))
-    h, text = model.x_embedder(x), model.caption_embedder(caption)
+    h, text = model.x_embedder.image(x), model.caption_embedder(caption)
     places = torch.nn.functional.pad(torch.tensor([[1.0], [3.0], [5.0]]), (3, 0))
     if positions == "sincos":
         h, text, rotary = h + model.positions, text + model.caption_positions, None
@@ -124,7 +124,8 @@ def test_a_caption_is_tokens_of_the_sequence_at_a_level_of_their_own(positions, 
     for block in model.blocks:
         h = block(h, Context(c, TokenMap.of(every), rotary))
     torch.testing.assert_close(out.features[3], h[:, :4], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(out.velocity, model.final_layer(h, c, TokenMap.of(every))[:, :4], atol=1e-4, rtol=1e-4)
+    velocity = model.final_layer(h, c, TokenMap.of(every), {"image": slice(0, 4)}, 4)
+    torch.testing.assert_close(out.velocity, velocity, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(out.velocity, model(x, levels, caption.flip(0)).velocity), "other words, other answers"
     null = torch.full((3, 5), PAD)
     assert torch.equal(model(x, levels, null).velocity, model(x, levels).velocity) and model.null_label == PAD
@@ -157,28 +158,28 @@ def test_each_part_has_its_own_projections_and_reads_nothing_of_what_fills_it_up
     other = x.clone()
     other[:, 6:, 4:] = 9.0
     assert torch.equal(out, model(other, levels).velocity) and not out[:, 6:, 4:].any() and out[:, 6:, :4].all()
-    grid = Transformer(TransformerConfig(channels=6, grid=(3, 2), width=32, depth=3, heads=2, positions="rotary"))
+    alone = Transformer(TransformerConfig(**BOTH | {"parts": (VIDEO,)}))
     state = {name: value for name, value in model.state_dict().items() if "audio" not in name}
-    grid.load_state_dict({name.replace(".video", ""): value for name, value in state.items()})
+    alone.load_state_dict(state)
     own = NoiseLevels(levels.levels, levels.assign[:, :6])
-    expected = grid(x[:, :6], own, coordinates=VIDEO.coordinates()).velocity
-    torch.testing.assert_close(model(x[:, :6], own, parts=("video",)).velocity, expected)
+    expected = alone(x[:, :6], own).velocity
+    torch.testing.assert_close(model(x[:, :6], own, parts=(VIDEO,)).velocity, expected)
 
 
 def test_parts_of_a_model_may_be_used_alone():
     model = model_of()
     sound = torch.randn(2, 6, 4)
-    out = model(sound, NoiseLevels.single(torch.rand(2), 6), parts=("audio",))
+    out = model(sound, NoiseLevels.single(torch.rand(2), 6), parts=(AUDIO,))
     assert out.velocity.shape == (2, 6, 4)
     with pytest.raises(ValueError, match="tokens have shape .*expects \\(b, 6, 4\\)"):
-        model(batch(), NoiseLevels.single(torch.rand(3), 12), parts=("audio",))
-    with pytest.raises(ValueError, match="was not built with 'image', but with video, audio"):
-        model(sound, NoiseLevels.single(torch.rand(2), 6), parts=("image",))
+        model(batch(), NoiseLevels.single(torch.rand(3), 12), parts=(AUDIO,))
+    with pytest.raises(ValueError, match="was not built with Part.name='image'.*, but with Part.name='video'.*audio"):
+        model(sound, NoiseLevels.single(torch.rand(2), 6), parts=(Part("image", 4, (1, 6, 1)),))
 
 
 def test_a_config_of_parts_survives_json():
     config = TransformerConfig(**BOTH, caption=7)
-    assert (config.channels, config.grid, config.tokens) == (6, (1, 12), 12)
+    assert (config.channels, config.tokens) == (6, 12)
     assert TransformerConfig(**json.loads(json.dumps(asdict(config)))) == config
 
 
@@ -223,13 +224,13 @@ def test_weights_of_parts_weigh_their_tokens_in_every_loss(weights):
 
 def test_sequences_in_turn_have_schedules_of_their_own():
     config = ObjectiveConfig("self_flow", student_layer=1, teacher_layer=2)
-    objective = build_objective(config, TransformerConfig(**BOTH), sequences=(("video",), ("audio",)))
-    assert objective.schedule_of(("video",)).mask_ratio == 0.1 and objective.schedule_of(("audio",)).mask_ratio == 0.5
+    objective = build_objective(config, TransformerConfig(**BOTH), sequences=((VIDEO,), (AUDIO,)))
+    assert objective.schedule_of((VIDEO,)).mask_ratio == 0.1 and objective.schedule_of((AUDIO,)).mask_ratio == 0.5
     joint = build_objective(config, TransformerConfig(**BOTH))
     assert joint.schedule_of().mask_ratio == 6 * (0.1,) + 6 * (0.5,)
     model = model_of()
     losses = objective(model, make_teacher(model), torch.randn(2, 6, 4), torch.zeros(2, dtype=torch.int64),
-                       lambda purpose: keyed(0, purpose), parts=("audio",))
+                       lambda purpose: keyed(0, purpose), parts=(AUDIO,))
     assert losses.total.isfinite() and not losses.by_part
 
 
@@ -267,11 +268,12 @@ def test_what_is_given_follows_from_the_parts():
     assert given_tokens("first_frame", (VIDEO, AUDIO)) == ((0, 1),)
     assert given_tokens("audio", (VIDEO, AUDIO)) == (tuple(range(6, 12)),)
     assert given_tokens("either", (VIDEO, AUDIO)) == (tuple(range(6)), tuple(range(6, 12)))
-    for name, parts in (("audio", (AUDIO,)), ("first_frame", (AUDIO,)), ("either", (VIDEO,)), ("first_frame", ())):
+    image = Part("image", 4, (1, 2, 2))
+    for name, parts in (("audio", (AUDIO,)), ("first_frame", (AUDIO,)), ("either", (VIDEO,)), ("first_frame", (image,))):
         with pytest.raises(ValueError, match=f"given is '{name}', but the sequence consists of"):
             given_tokens(name, parts)
     config = ObjectiveConfig(given="either", given_share=0.5)
-    assert build_schedule(config, (1, 12), (VIDEO, AUDIO)).share == 0.5
+    assert build_schedule(config, (VIDEO, AUDIO)).share == 0.5
     assert mask_ratio_of(replace(config, mask_ratio=0.3), (VIDEO, AUDIO)) == 0.3
 
 

@@ -18,6 +18,7 @@ from selfflow.method.objective import Projector
 from selfflow.method.reference import PUBLISHED, export, fold_time, infer_config, layout, load, published_config, save
 from selfflow.method.sampling import guided_velocity, sample
 from selfflow.method.schedule import NoiseLevels
+from selfflow.method.tokens import Part
 from selfflow.method.transformer import Transformer, TransformerConfig
 
 FILES = [Path(__file__).parents[1] / f"fixtures/reference_dit_small_{part}.safetensors" for part in ("blocks", "rest")]
@@ -307,7 +308,8 @@ def test_without_projector(weights, config, loaded):
 def test_what_is_loaded_is_a_model_like_any_other(weights, config, loaded):
     model, projector = loaded
     assert not model.training and not projector.training
-    assert model.config == TransformerConfig(channels=16, grid=(4, 4), width=48, depth=3, heads=4, mlp_ratio=4.0, classes=10)
+    expected = TransformerConfig.of_image(16, (4, 4), width=48, depth=3, heads=4, mlp_ratio=4.0, classes=10)
+    assert model.config == expected
     assert all(p.requires_grad and p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
     assert model.positions.device.type == "cpu" and "positions" not in model.state_dict()
     model(torch.randn(1, 16, 16), NoiseLevels.single(torch.tensor([0.5]), 16)).velocity.sum().backward()
@@ -499,7 +501,7 @@ class ModernConfig(TransformerConfig):
 
 @pytest.mark.parametrize("part", [{}, {"positions": "rotary"}, {"mlp": "swiglu"}, {"qk_norm": True}, {"modulation": "shared"}])
 def test_models_with_other_parts_are_refused(part):
-    shape = {"channels": 4, "grid": (2, 2), "width": 16, "depth": 1, "heads": 2}
+    shape = {"parts": (Part("image", 4, (1, 2, 2)),), "width": 16, "depth": 1, "heads": 2}
     if not part:
         assert published_config(ModernConfig(**shape)) == published_config(TransformerConfig(**shape))
         return
@@ -515,7 +517,7 @@ def test_models_with_other_parts_are_refused(part):
     ({"channels": 4, "grid": (2, 2)}, {"classes": 7}, "config has classes"),
 ])
 def test_models_that_cannot_be_written_are_refused(shape, known, words):
-    model = Transformer(TransformerConfig(**shape, width=16, depth=1, heads=2))
+    model = Transformer(TransformerConfig.of_image(**shape, width=16, depth=1, heads=2))
     with pytest.raises(ValueError, match=words):
         export(model, config=known)
 
@@ -526,7 +528,7 @@ def test_a_projector_of_another_width_is_refused(loaded):
 
 
 def test_tokens_that_are_pixels():
-    model = Transformer(TransformerConfig(channels=3, grid=(2, 2), width=16, depth=1, heads=2))
+    model = Transformer(TransformerConfig.of_image(channels=3, grid=(2, 2), width=16, depth=1, heads=2))
     written = export(model, config={"patch_size": 1, "learn_sigma": False})
     assert written["final_layer.linear.weight"].shape == (3, 16)
     assert load(written, {"patch_size": 1, "num_heads": 2})[0].config == model.config

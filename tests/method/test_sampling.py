@@ -320,7 +320,7 @@ def test_steps_in_which_nothing_moves_cost_nothing(method, calls):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    model = Transformer(TransformerConfig(channels=3, grid=(2, 2), width=16, depth=2, heads=2, classes=4))
+    model = Transformer(TransformerConfig.of_image(channels=3, grid=(2, 2), width=16, depth=2, heads=2, classes=4))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model

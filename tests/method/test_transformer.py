@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from selfflow.method.options import SIZES
 from selfflow.method.schedule import DualTimestep, NoiseLevels
-from selfflow.method.tokens import grid_coordinates
+from selfflow.method.tokens import Part, grid_coordinates
 from selfflow.method.transformer import Transformer, TransformerConfig, drop_labels
 
 VARIANTS = [dict(zip(("positions", "mlp", "qk_norm", "modulation"), values, strict=True))
@@ -22,7 +22,7 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".j
 def model_of(dtype=torch.float32, seed=0, std=0.1, **changes):
     torch.manual_seed(seed)
     shape = {"channels": 3, "grid": (2, 3), "width": 16, "depth": 3, "heads": 2, "classes": 5, **changes}
-    model = Transformer(TransformerConfig(**shape))
+    model = Transformer(TransformerConfig.of_image(**shape))
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if "_norm" in name else 0.0, std=std)
     return model.to(dtype)
@@ -47,7 +47,7 @@ def turned(part, coordinates):
 def plain_forward(model, x, tau, y, layer, mask=None, coordinates=None):
     """DiT with a condition for every token, written as the papers write it, straight from the weights; mask: (b, n, n)."""
     w, config = dict(model.named_parameters()), model.config
-    d, places = config.width, (grid_coordinates(config.grid) if coordinates is None else coordinates).double()
+    d, places = config.width, (config.parts[0].coordinates() if coordinates is None else coordinates).double()
 
     def norm(h):
         return (h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
@@ -62,7 +62,7 @@ def plain_forward(model, x, tau, y, layer, mask=None, coordinates=None):
     angles = tau[..., None] * frequencies
     code = torch.cat([angles.cos(), angles.sin()], -1)
     c = linear(F.silu(linear(code, "t_embedder.mlp.0")), "t_embedder.mlp.2") + w["y_embedder.weight"][y][:, None]
-    h = linear(x, "x_embedder")
+    h = linear(x, "x_embedder.image")
     if config.positions == "sincos":
         h = h + sincos_positions(places, d)
     for i in range(config.depth):
@@ -92,7 +92,7 @@ def plain_forward(model, x, tau, y, layer, mask=None, coordinates=None):
         if i + 1 == layer:
             feature = h
     shift, scale = linear(F.silu(c), "final_layer.adaLN_modulation.1").chunk(2, -1)
-    return linear(norm(h) * (1 + scale) + shift, "final_layer.linear"), feature
+    return linear(norm(h) * (1 + scale) + shift, "final_layer.linear.image"), feature
 
 
 def drawn(k, seed=0, b=4, n=6, condition=0, edges=False):
@@ -155,10 +155,12 @@ def test_places_off_the_grid(variant):
     model, (x, y, levels) = model_of(torch.float64, **variant), drawn(3, n=9)
     coordinates = 10 * torch.rand(4, 9, 4, generator=torch.Generator().manual_seed(1))
     velocity, _ = plain_forward(model, x, levels.per_token(), y, 1, coordinates=coordinates)
-    torch.testing.assert_close(model(x, levels, y, coordinates=coordinates).velocity, velocity, atol=1e-5, rtol=1e-5)
+    parts = Part("image", 3, (1, 3, 3)),
+    torch.testing.assert_close(model(x, levels, y, coordinates=coordinates, parts=parts).velocity, velocity, atol=1e-5, rtol=1e-5)
     larger = model_of(torch.float64, **variant, grid=(3, 3))  # the grid is in no weight
     expected = larger(x, levels, y).velocity
-    torch.testing.assert_close(model(x, levels, y, coordinates=grid_coordinates((3, 3))).velocity, expected)
+    found = model(x, levels, y, coordinates=grid_coordinates((3, 3)), parts=parts).velocity
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (4,), (5, 4), (3, 6, 4), (1, 2, 6, 4), (2, 5, 4)])
@@ -221,31 +223,31 @@ def test_without_gradients_nothing_is_checkpointed(monkeypatch):
 @pytest.mark.parametrize("size, millions", [("S", 33), ("B", 130), ("L", 458), ("XL", 675)])
 def test_the_published_sizes(size, millions):
     width, depth, heads = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}[size]
-    config = TransformerConfig.of_size(size, 16, (16, 16), classes=1000)
+    config = TransformerConfig.of_size(size, (Part("image", 16, (1, 16, 16)),), classes=1000)
     assert (config.width, config.depth, config.heads, config.mlp_ratio) == (width, depth, heads, 4)
     counted = []
     for variant in ({}, {"mlp": "swiglu"}, {"modulation": "shared"}):
         with torch.device("meta"):
-            model = Transformer(TransformerConfig.of_size(size, 16, (16, 16), classes=1000, **variant))
+            model = Transformer(TransformerConfig.of_size(size, (Part("image", 16, (1, 16, 16)),), classes=1000, **variant))
         counted.append(sum(p.numel() for p in model.parameters()))
     assert counted[0] == pytest.approx(millions * 1e6, rel=0.015)
     assert counted[1] == pytest.approx(counted[0], rel=0.01), "SwiGLU is as large as the MLP"
     assert counted[0] - counted[2] == (depth - 1) * (6 * width**2 + 6 * width) - depth * 6 * width
     with pytest.raises(ValueError, match="size is 'M'; known are S, B, L, XL"):
-        TransformerConfig.of_size("M", 16, (16, 16))
+        TransformerConfig.of_size("M", (Part("image", 16, (1, 16, 16)),))
     assert set(SIZES) == {"S", "B", "L", "XL"}
 
 
 @every_variant
 def test_a_fresh_block_is_the_identity(variant):
-    model = Transformer(TransformerConfig(channels=3, grid=(2, 3), width=16, depth=3, heads=2, classes=5, **variant))
+    model = Transformer(TransformerConfig.of_image(channels=3, grid=(2, 3), width=16, depth=3, heads=2, classes=5, **variant))
     x, _, levels = drawn(2)
     x, levels = x.float(), NoiseLevels(levels.levels.float(), levels.assign)
     out = model(x, levels, taps=(1, 2, 3))
-    embedded = model.x_embedder(x) + (0 if variant["positions"] == "rotary" else model.positions)
+    embedded = model.x_embedder.image(x) + (0 if variant["positions"] == "rotary" else model.positions)
     assert all(torch.equal(h, embedded) for h in out.features.values()) and (out.velocity == 0).all()
     out.velocity.sum().backward()
-    assert model.final_layer.linear.bias.grad.abs().sum() > 0, "and it can leave it"
+    assert model.final_layer.linear.image.bias.grad.abs().sum() > 0, "and it can leave it"
 
 
 def test_a_model_in_bf16_takes_coordinates():
@@ -256,7 +258,7 @@ def test_a_model_in_bf16_takes_coordinates():
 
 
 def test_a_fresh_model_answers_zero_and_its_blocks_are_the_identity():
-    model = Transformer(TransformerConfig(channels=3, grid=(2, 3), width=16, depth=3, heads=2, classes=5))
+    model = Transformer(TransformerConfig.of_image(channels=3, grid=(2, 3), width=16, depth=3, heads=2, classes=5))
     out = model(torch.randn(2, 6, 3), DualTimestep().sample(2, 6), torch.tensor([1, 2]), taps=(1, 3))
     assert (out.velocity == 0).all() and torch.equal(out.features[1], out.features[3])
     assert all((p == 0).all() for name, p in model.named_parameters() if name.endswith("bias"))
@@ -303,7 +305,7 @@ def test_bad_labels_are_refused(labels, error, words):
 
 @pytest.mark.parametrize("changes, words", [({"width": 18}, "width 18 must be divisible"), ({"heads": 3}, r"heads \(3\)"),
                                             ({"depth": 0}, "depth is 0"), ({"mlp_ratio": 0.0}, "mlp_ratio is 0.0"),
-                                            ({"channels": 0}, "channels is 0"), ({"mlp_ratio": math.nan}, "mlp_ratio is nan"),
+                                            ({"channels": 0}, "is no part of"), ({"mlp_ratio": math.nan}, "mlp_ratio is nan"),
                                             ({"positions": "alibi"}, "positions is 'alibi'; known are sincos, rotary"),
                                             ({"mlp": "relu"}, "mlp is 'relu'; known are gelu, swiglu"),
                                             ({"modulation": "none"}, "modulation is 'none'; known are block, shared"),

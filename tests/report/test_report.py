@@ -294,8 +294,8 @@ def test_samples_stay_with_their_run(runs):
     images, file = write_samples(run, torch.tensor([1, 2, 3]), steps=3, seed=5)
     stored = load_file(file)
     assert torch.equal(stored["images"], images) and stored["labels"].tolist() == [1, 2, 3]
-    assert torch.equal(images, run.sample(torch.tensor([1, 2, 3]), steps=3, seed=5))
-    assert not torch.equal(images, run.sample(torch.tensor([1, 2, 3]), steps=3, seed=6))
+    assert torch.equal(images, run.sample(torch.tensor([1, 2, 3]), steps=3, seed=5)["image"])
+    assert not torch.equal(images, run.sample(torch.tensor([1, 2, 3]), steps=3, seed=6)["image"])
     assert file.parent == run.path / "samples" and file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     before = file.read_bytes()
     others = {write_samples(run, torch.tensor(labels), steps=3, seed=seed)[1]
@@ -409,7 +409,7 @@ def test_the_command_line_samples_as_it_is_told(runs, tmp_path):
           "--cfg-scale", "1.5", "--shift", "2.5", "--interval", "0.1", "0.7"])
     file, = (tmp_path / "tiny/samples").glob("*.safetensors")
     assert file.name.startswith("step-12-sde-3-shift-2.5-cfg-1.5-in-0.1-0.7-seed-4-4-labels-")
-    expected = runs["tiny"].sample(torch.tensor([3, 3, 5, 5]), 3, "sde", 1.5, 4, shift=2.5, interval=(0.1, 0.7))
+    expected = runs["tiny"].sample(torch.tensor([3, 3, 5, 5]), 3, "sde", 1.5, 4, shift=2.5, interval=(0.1, 0.7))["image"]
     assert torch.equal(load_file(file)["images"], expected)
 
 

@@ -15,6 +15,7 @@ from selfflow.method.flow import LogitNormal, Mixture, PlateauLogitNormal, Shift
 from selfflow.method.objective import REPA, SRA, FlowMatching, LayerSync, SelfFlow, ema_decay
 from selfflow.method.options import DENSITIES, MASK_RATIOS, OBJECTIVES, SCHEDULES, SIZES, ModelConfig, ObjectiveConfig
 from selfflow.method.schedule import DiffusionForcing, DualTimestep, FullMasking, MultiTimestep, SingleLevel
+from selfflow.method.tokens import Part
 from selfflow.method.transformer import TransformerConfig
 from selfflow.training.config import (
     PRESET_FIELDS,
@@ -115,7 +116,7 @@ def test_differences_are_named_by_their_path():
 
 
 def test_objectives_are_what_their_config_says():
-    shape = TransformerConfig(1, (2, 2), 8, depth=6, heads=2)
+    shape = TransformerConfig.of_image(1, (2, 2), 8, depth=6, heads=2)
     plain = build_objective(ObjectiveConfig("flow_matching", density="logit_normal", label_drop=0.2), shape)
     assert isinstance(plain, FlowMatching) and plain.schedule == SingleLevel(LogitNormal()) and plain.label_drop == 0.2
     full = build_objective(ObjectiveConfig("self_flow", mask_ratio=0.4, rep_weight=0.3, teacher_layer=5), shape)
@@ -129,7 +130,7 @@ def test_the_weight_of_the_representation_loss_is_the_published_one(name, weight
     assert build_objective(ObjectiveConfig(name), SHAPE).rep_weight == weight
 
 
-SHAPE = TransformerConfig(4, (4, 6), 16, depth=6, heads=2)
+SHAPE = TransformerConfig.of_image(4, (4, 6), 16, depth=6, heads=2)
 
 
 @pytest.mark.parametrize("values, expected", [
@@ -160,7 +161,7 @@ def test_densities_are_what_their_config_says(values, expected):
 ])
 def test_schedules_are_what_their_config_says(values, expected):
     config = ObjectiveConfig(**values)
-    found = build_schedule(config, (4, 6))
+    found = build_schedule(config, (Part("image", 1, (1, 4, 6)),))
     assert type(found) is type(expected) and vars(found) == vars(expected)
     assert vars(build_objective(config, SHAPE, 3).schedule) == vars(expected)
 
@@ -196,17 +197,17 @@ def test_what_flow_matching_has_no_use_for_is_not_checked_against_it():
 def test_a_size_sets_width_depth_and_heads(size, numbers):
     config = ModelConfig(size=size, width=96)
     assert (config.width, config.depth, config.heads) == numbers and ModelConfig(**asdict(config)) == config
-    shape = transformer_config(config, 16, (16, 16), 1000)
-    assert shape == TransformerConfig.of_size(size, 16, (16, 16), classes=1000)
+    shape = transformer_config(config, (Part("image", 16, (1, 16, 16)),), 1000)
+    assert shape == TransformerConfig.of_size(size, (Part("image", 16, (1, 16, 16)),), classes=1000)
     assert Config(model=config, objective=ObjectiveConfig("layer_sync", teacher_layer=numbers[1])).model.size == size
 
 
 def test_variants_reach_the_transformer():
     config = ModelConfig(64, 2, 4, 3.0, "own", "rotary", "swiglu", True, "shared")
-    expected = TransformerConfig(4, (4, 6), 64, 2, 4, 3.0, 3, "rotary", "swiglu", True, "shared")
-    assert transformer_config(config, 4, (4, 6), 3) == expected
+    expected = TransformerConfig.of_image(4, (4, 6), 64, 2, 4, 3.0, 3, "rotary", "swiglu", True, "shared")
+    assert transformer_config(config, (Part("image", 4, (1, 4, 6)),), 3) == expected
     with pytest.raises(ValueError, match=r"width 96 .* 64 would be"):
-        transformer_config(ModelConfig(96, heads=8, positions="rotary"), 4, (4, 6), 3)
+        transformer_config(ModelConfig(96, heads=8, positions="rotary"), (Part("image", 4, (1, 4, 6)),), 3)
 
 
 def test_every_name_makes_a_config_that_goes_to_json_and_back():
@@ -257,7 +258,7 @@ def test_presets_are_the_published_settings():
         assert (objective.name, objective.mask_ratio, objective.rep_weight) == ("self_flow", 0.25, 0.8)
         assert ema_decay(training.ema_half_life * training.steps) == pytest.approx(0.9999, abs=1e-12)
     assert published["XL"].training.steps == 4_000_000
-    layers = build_objective(PRESETS["XL"].objective, transformer_config(PRESETS["XL"].model, 16, (16, 16), 1000))
+    layers = build_objective(PRESETS["XL"].objective, transformer_config(PRESETS["XL"].model, (Part("image", 16, (1, 16, 16)),)))
     assert (layers.student_layer, layers.teacher_layer) == (8, 20)
     assert PRESETS["digits"] == Config()
     assert list(PRESETS) == ["digits", "digits-small", "shapes", "emblems", "motion", "notes", "scenes", *SIZES]

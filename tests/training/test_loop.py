@@ -129,16 +129,17 @@ def test_the_arms_are_paired():
     full, plain = (start_state(config, shape, torch.device("cpu")) for config in (TINY, VANILLA))
     assert all(torch.equal(a, b) for a, b in zip(full.student.parameters(), plain.student.parameters(), strict=True))
     other = start_state(replace(TINY, seed=1), shape, torch.device("cpu"))
-    assert not torch.equal(full.student.x_embedder.weight, other.student.x_embedder.weight)
+    assert not torch.equal(full.student.x_embedder.image.weight, other.student.x_embedder.image.weight)
 
 
 def test_the_teacher_is_the_average_after_the_step():
     shape = shape_of(TINY, Sources(TINY.data))
     state = start_state(TINY, shape, torch.device("cpu"))
-    before = state.teacher.x_embedder.bias.clone()
+    before = state.teacher.x_embedder.image.bias.clone()
     train_step(state, TINY, *first_batch())
     decay = 0.5 ** (1 / (TINY.training.ema_half_life * TINY.training.steps))
-    torch.testing.assert_close(state.teacher.x_embedder.bias, decay * before + (1 - decay) * state.student.x_embedder.bias)
+    expected = decay * before + (1 - decay) * state.student.x_embedder.image.bias
+    torch.testing.assert_close(state.teacher.x_embedder.image.bias, expected)
     assert not state.teacher.training and state.step == 1
 
 
@@ -254,7 +255,7 @@ def first_batch(config=TINY, count=16):
 def test_features_that_are_not_finite_are_named_by_their_step(where):
     state = start_state(TINY, shape_of(TINY, Sources(TINY.data)), torch.device("cpu"))
     with torch.no_grad():
-        getattr(state, where).x_embedder.weight.fill_(torch.nan)
+        getattr(state, where).x_embedder.image.weight.fill_(torch.nan)
     before = state.student.blocks[0].attn.qkv.weight.clone()
     with pytest.raises(FloatingPointError, match="step 1 is not finite"):
         train_step(state, TINY, *first_batch(), diagnose=True)

@@ -99,7 +99,7 @@ def test_muon_and_a_falling_rate_go_on_where_they_stood(tmp_path):
     config = replace(TINY, training=replace(TINY.training, optimizer="muon", cooldown=0.8))
     whole = train(config, tmp_path / "whole")
     slots = {name.rsplit("/", 1)[1] for name in whole.load("optimizer") if "blocks.0.mlp.fc1.weight" in name}
-    assert slots == {"momentum_buffer"} and "model.x_embedder.weight/exp_avg" in whole.load("optimizer")
+    assert slots == {"momentum_buffer"} and "model.x_embedder.image.weight/exp_avg" in whole.load("optimizer")
     with pytest.MonkeyPatch.context() as patch:
         Stops(patch, {5})
         assert [train(config, tmp_path).state()["step"] for _ in range(2)] == [5, 12]

@@ -39,7 +39,7 @@ def test_a_run_opens_from_its_folder_alone(run):
                                                         "optimizer.safetensors", "state.json", "manifest.json"}
     assert run.log["step"].tolist() == list(range(1, 13)) and {"flow_loss", "rep_loss", "cosine"} <= set(run.log)
     assert not run.teacher.training and not any(p.requires_grad for p in run.teacher.parameters())
-    assert run.sample(torch.tensor([0, 9]), steps=2).shape == (2, 1, 8, 8)
+    assert run.sample(torch.tensor([0, 9]), steps=2)["image"].shape == (2, 1, 8, 8)
     assert not list(run.path.rglob("*.tmp")) and not list(run.path.rglob("*.p*t")), "no leftovers, no pickle"
 
 
@@ -145,7 +145,7 @@ def test_a_run_looks_at_one_checkpoint_until_it_is_opened_again(run):
     assert early.state()["step"] == 8
     later = train(TINY, run.path.parent)
     assert early.state()["step"] == 8 and later.state()["step"] == 12
-    assert not torch.equal(early.teacher.x_embedder.weight, later.teacher.x_embedder.weight)
+    assert not torch.equal(early.teacher.x_embedder.image.weight, later.teacher.x_embedder.image.weight)
 
 
 @pytest.mark.parametrize("number", [0, FORMAT + 1, 99, -1, "1", "2", None, [1], {}, 1.5])
@@ -210,7 +210,7 @@ def test_a_run_of_the_first_version_opens_as_it_is(first):
     assert run.state()["step"] == 4 and run.state()["format"] == 1 and len(run.log) == 8 and run.timing.empty and run.film() == []
     for model in (run.model, run.teacher):
         assert model.config == run.transformer and sum(p.numel() for p in model.parameters()) > 5000
-    assert run.sample(torch.tensor([3, 7]), 2).isfinite().all() and run.writer() is None
+    assert run.sample(torch.tensor([3, 7]), 2)["image"].isfinite().all() and run.writer() is None
     assert before == {path: path.read_bytes() for path in first.rglob("*.*") if path.is_file()}, "opening changes nothing"
 
 
@@ -251,7 +251,9 @@ def test_migration_keeps_what_is_there():
     new = migrate(stored)
     assert new["format"] == FORMAT and new["data"] == {} and migrate(new) == new
     assert {**new["config"]["training"], "shards": None} == {**stored["config"]["training"], "shards": None}
-    assert new["transformer"] == {**stored["transformer"], "fp32_levels": False} and stored["format"] == 1
+    image = {"name": "image", "channels": 4, "grid": [1, 4, 4], "ticks": 1.0}
+    kept = {name: value for name, value in stored["transformer"].items() if name not in ("channels", "grid")}
+    assert new["transformer"] == {**kept, "parts": [image], "fp32_levels": False} and stored["format"] == 1
 
 
 OLD = {"config": {"name", "seed", "data", "model", "objective", "training"}, "data": {"name", "patch"},
@@ -269,6 +271,7 @@ def test_a_config_from_before_there_were_so_many_choices_opens(run):
         stored["config"][part] = {name: stored["config"][part][name] for name in OLD[part]}
     assert OLD["config"] | {"defaults"} == set(stored["config"])
     del stored["config"]["defaults"]
+    stored["transformer"] |= {"channels": 4, "grid": [4, 4]}
     stored = {"format": 1, "config": stored["config"], "transformer": {n: stored["transformer"][n] for n in OLD_TRANSFORMER}}
     (run.path / "config.json").write_text(json.dumps(stored))
     opened = Run.open(run.path)
@@ -416,12 +419,12 @@ def test_samples_depend_on_the_seed_alone(runs, method):
     assert not run.teacher.training
     torch.manual_seed(1)
     stream = torch.get_rng_state()
-    images = run.sample(labels, 4, method, seed=2)
-    assert torch.equal(images, run.sample(labels, 4, method, seed=2)), "again"
+    images = run.sample(labels, 4, method, seed=2)["image"]
+    assert torch.equal(images, run.sample(labels, 4, method, seed=2)["image"]), "again"
     assert images.shape == (5, 1, 8, 8) and images.isfinite().all() and torch.equal(stream, torch.get_rng_state())
     for batch in (1, 2, 3):
-        torch.testing.assert_close(run.sample(labels, 4, method, seed=2, batch=batch), images, atol=1e-5, rtol=1e-5)
-    assert (run.sample(labels, 4, method, seed=3) - images).abs().max() > 0.1
+        torch.testing.assert_close(run.sample(labels, 4, method, seed=2, batch=batch)["image"], images, atol=1e-5, rtol=1e-5)
+    assert (run.sample(labels, 4, method, seed=3)["image"] - images).abs().max() > 0.1
     assert (images[1] - images[3]).abs().max() > 0.1, "one class, two noises"
 
 
@@ -431,20 +434,20 @@ def test_the_sde_adds_noise_of_its_own(runs):
     noise = [torch.stack([torch.randn(16, 4, generator=keyed(5, "sampling noise", step, sample)) for sample in range(2)])
              for step in range(6)]
     expected = sample(guided_velocity(run.teacher, labels), x1, 6, "sde", noise=lambda step: noise[step])
-    torch.testing.assert_close(run.sample(labels, 6, "sde", seed=5), run.patches.unpatchify(expected))
-    assert (run.sample(labels, 6, "sde", seed=5) - run.sample(labels, 6, seed=5)).abs().max() > 0.1
+    torch.testing.assert_close(run.sample(labels, 6, "sde", seed=5)["image"], run.layout().unpatchify(expected)["image"])
+    assert (run.sample(labels, 6, "sde", seed=5)["image"] - run.sample(labels, 6, seed=5)["image"]).abs().max() > 0.1
 
 
 def test_shift_and_interval_are_those_of_the_sampler(runs):
     run, labels = runs["tiny"], torch.tensor([0, 1, 2])
     x1 = torch.randn(3, 16, 4, generator=keyed(0, "samples"))
     velocity_fn = guided_velocity(run.teacher, labels, 4.0, (0.3, 0.8))
-    expected = run.patches.unpatchify(sample(velocity_fn, x1, 5, "heun", shift=3.0))
-    found = run.sample(labels, 5, "heun", 4.0, shift=3.0, interval=(0.3, 0.8))
+    expected = run.layout().unpatchify(sample(velocity_fn, x1, 5, "heun", shift=3.0))["image"]
+    found = run.sample(labels, 5, "heun", 4.0, shift=3.0, interval=(0.3, 0.8))["image"]
     torch.testing.assert_close(found, expected)
     for change in ({"shift": 1.0}, {"interval": (0.0, 1.0)}, {"cfg_scale": 1.0}):
         options = {"cfg_scale": 4.0, "shift": 3.0, "interval": (0.3, 0.8), **change}
-        assert (run.sample(labels, 5, "heun", **options) - expected).abs().max() > 1e-4, change
+        assert (run.sample(labels, 5, "heun", **options)["image"] - expected).abs().max() > 1e-4, change
 
 
 @pytest.mark.parametrize("options, words", [
@@ -464,16 +467,16 @@ def test_guidance_needs_a_model_that_knows_the_null_label(run):
     never, labels = Run.open(run.path), torch.tensor([1, 2])
     for cfg_scale in (2.0, 0.0):
         with pytest.raises(ValueError, match=f"cfg_scale is {cfg_scale}, but this run was trained with label_drop 0"):
-            never.sample(labels, 2, cfg_scale=cfg_scale)
-    assert torch.equal(never.sample(labels, 2), run.sample(labels, 2))
+            never.sample(labels, 2, cfg_scale=cfg_scale)["image"]
+    assert torch.equal(never.sample(labels, 2)["image"], run.sample(labels, 2)["image"])
 
 
 def test_samples_of_a_model_that_is_given(runs, tmp_path):
     run, labels = runs["tiny"], torch.tensor([1, 2, 3])
-    assert torch.equal(run.sample(labels, 3, model=run.teacher), run.sample(labels, 3))
-    expected = run.sample(labels, 3, cfg_scale=2.0, model=run.model)
-    assert (expected - run.sample(labels, 3, cfg_scale=2.0)).abs().max() > 1e-3
+    assert torch.equal(run.sample(labels, 3, model=run.teacher)["image"], run.sample(labels, 3)["image"])
+    expected = run.sample(labels, 3, cfg_scale=2.0, model=run.model)["image"]
+    assert (expected - run.sample(labels, 3, cfg_scale=2.0)["image"]).abs().max() > 1e-3
     new = Run.create(tmp_path / "new", TINY, run.transformer)
-    assert torch.equal(new.sample(labels, 3, cfg_scale=2.0, model=run.model), expected), "no checkpoint is needed"
+    assert torch.equal(new.sample(labels, 3, cfg_scale=2.0, model=run.model)["image"], expected), "no checkpoint is needed"
     with pytest.raises(FileNotFoundError, match="no whole checkpoint yet"):
         new.sample(labels, 3)

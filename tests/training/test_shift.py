@@ -39,9 +39,9 @@ def shifts(monkeypatch):
 
 def test_the_default_is_that_of_training_and_can_be_chosen(run, shifts):
     labels = torch.arange(3)
-    default = run.sample(labels, steps=3)
-    assert torch.equal(default, run.sample(labels, steps=3, shift=4.0))
-    assert not torch.equal(default, run.sample(labels, steps=3, shift=1.0))
+    default = run.sample(labels, steps=3)["image"]
+    assert torch.equal(default, run.sample(labels, steps=3, shift=4.0)["image"])
+    assert not torch.equal(default, run.sample(labels, steps=3, shift=1.0)["image"])
     assert shifts == [4.0, 4.0, 1.0] and run.shift == 4.0
     film = run.film()[-1][1]
     assert torch.equal(run.film_picture(run.teacher)[0], film)

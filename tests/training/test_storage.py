@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 from selfflow.disk import NotWritten, cut_lines, read_lines, step_of, write_json
 from selfflow.method.build import transformer_config
 from selfflow.method.options import ModelConfig
+from selfflow.method.tokens import Part
 from selfflow.training.checkpoint import FREE, _sha256, check_checkpoint, problem_of, prune, write_checkpoint
 from selfflow.training.config import Config, TrainConfig, differences
 from selfflow.training.lock import RunInUse, sole_writer, writer_of
 from selfflow.training.run import Run
 
 CONFIG = Config(name="tiny", model=ModelConfig(width=8, depth=3, heads=1), training=TrainConfig(keep_last=2))
-SHAPE = transformer_config(CONFIG.model, 4, (4, 4), 10)
+SHAPE = transformer_config(CONFIG.model, (Part("image", 4, (1, 4, 4)),), 10)
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

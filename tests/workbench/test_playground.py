@@ -112,7 +112,7 @@ def test_a_path_ends_at_what_run_sample_draws(side, asked):
         path = path_of(side, name, settings)
         assert path.states.shape == (settings.steps + 1, 3, side.tokens, 4) and path.evaluations == (
             settings.steps * (2 if settings.method == "heun" else 1))
-        assert torch.equal(side.layout.unpatchify(path.states[-1])["image"], run.sample(torch.full((3,), 5), **options))
+        assert torch.equal(side.layout.unpatchify(path.states[-1])["image"], run.sample(torch.full((3,), 5), **options)["image"])
         looks = estimate(side, name, settings, [0, settings.steps], sample=2)
         assert torch.equal(looks[-1], path.states[-1, 2]) and not torch.equal(looks[0], path.states[0, 2])
     first, second = (path_of(side, name, settings) for name in side.runs)
