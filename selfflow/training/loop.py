@@ -219,8 +219,8 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
         check_callback(callback)
     processes = Processes.start(device)
     config = _with_its_defaults(config, Path(folder), processes)
-    sources = Sources(config.data)
-    judged = Validation.of(config)  # what is wrong with the validation data is said now, not at the first validation
+    sources, validation = (Sources(config.data, split) for split in ("train", "validation"))
+    judged = Validation.of(config, sources=validation)  # bad validation data are reported now, not at the first validation
     shape, batches = shape_of(config, sources), Batches(sources, config, processes.rank, processes.count)
     features_of, width, fingerprint = feature_source(features, config, sources, processes.device)
     state = start_state(config, shape, processes.device, width, sources.sequences)
@@ -228,7 +228,6 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
         first = torch.arange(1)  # refuses features of another shape
         state.objective.target(None, sources.take(config.data.name, first)[0], None, None, None, features_of(first))
     shards_of(config.training, processes.rank, processes.count)
-    validation = Sources(config.data, "validation")
     known = _fingerprints_in(Path(folder) / config.name)
     fingerprints = {part.split: part.fingerprint_as(known.get(part.split)) for part in (sources, validation)}
     fingerprints |= {"features": fingerprint} if fingerprint else {}

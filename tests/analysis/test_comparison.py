@@ -12,7 +12,7 @@ import torch
 from conftest import TINY
 from safetensors.torch import save_file
 
-from selfflow.analysis import comparison
+from selfflow.analysis import benchmark, comparison
 from selfflow.analysis.benchmark import count_flops, flops_per_step
 from selfflow.analysis.comparison import AGAINST, fit_table, readable, run_curves, runs_table
 from selfflow.analysis.probing import probe_run
@@ -86,9 +86,9 @@ def test_operations_scale_as_they_should():
 
 def test_the_largest_model_is_counted_in_a_moment_and_in_no_memory(monkeypatch):
     made = []
-    original = comparison.Transformer
-    monkeypatch.setattr(comparison, "Transformer", lambda config: made.append(original(config)) or made[-1])
-    comparison._flops_of_sample.cache_clear()
+    original = benchmark.Transformer
+    monkeypatch.setattr(benchmark, "Transformer", lambda config: made.append(original(config)) or made[-1])
+    benchmark._flops_of_sample.cache_clear()
     shape = TransformerConfig.of_size("XL", 16, (16, 16), classes=1000)
     config = replace(TINY, model=ModelConfig(size="XL"), training=TrainConfig(batch=256))
     assert 2.0e14 < flops_per_step(config, shape) < 2.5e14

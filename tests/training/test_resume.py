@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, assert_same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_loop import assert_same
 
 from selfflow.analysis.probing import probe_run
 from selfflow.disk import NotWritten
