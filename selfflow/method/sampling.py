@@ -14,8 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Generator, Tensor
 
-from .flow import interpolate
-from .flow import shift as shift_levels
+from .flow import interpolate, shift as shift_levels
 from .schedule import NoiseLevels
 from .transformer import Transformer
 
