@@ -29,7 +29,7 @@ from selfflow.workbench.asymmetry import explore as explore_asymmetry
 from selfflow.workbench.attention_explorer import explore_attention
 from selfflow.workbench.feature_explorer import explore_features, item_previews
 from selfflow.workbench.map_explorer import explore_map
-from selfflow.workbench.page import TOOLS, Chosen
+from selfflow.workbench.page import Chosen, registered_tools
 from selfflow.workbench.paths import SideBySide
 from selfflow.workbench.playground import explore as explore_sampling
 from selfflow.workbench.probe_process import Probing
@@ -242,7 +242,7 @@ def _map(run: Path, place: Path) -> None:
 
 def _workbench(run: Path, place: Path) -> None:
     chosen = Chosen(run.parent, run, {"run": run})
-    for tool in TOOLS:
+    for tool in registered_tools():
         if tool.title in ("Training", "Runs"):
             tool.open(chosen)
 
