@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 
 from .features import extract
 from ..data.datasets import SPLITS, DataSet, labels_of, subset, subset_words
-from ..data.options import STORED, DataConfig
-from ..data.sources import DATASETS
+from ..data.options import DataConfig
+from ..data.sources import open_dataset
 from ..disk import write_json
 from ..draws import keyed
 from ..intervals import paired_difference, proportion_interval
@@ -93,7 +93,7 @@ def class_data(config: DataConfig | str) -> dict[str, DataSet]:
     name, *others = config.names
     if others:
         raise ValueError(f"{config.name} are several data sets, and the class is probed for one alone; add --factors and --data")
-    data = {split: DATASETS[name](config, split) for split in SPLITS}
+    data = {split: open_dataset(config, split, name) for split in SPLITS}
     if signals := set(data["train"].shapes) - {"image"}:
         raise ValueError(f"{name} holds {' and '.join(sorted(signals))}, and the class is probed for images alone; add --factors")
     labels = labels_of(data["train"])
@@ -256,7 +256,7 @@ def read_probes(run: Run) -> tuple[ProbeGrid | None, Baselines | None]:
 
 def of_first(chosen: dict[str, str] | None, data: DataConfig) -> bool:
     "True for probes of an earlier version, which took the first samples: of stored data these may be of a few classes."
-    return not chosen and bool({*STORED} & {*data.names})
+    return not chosen and not data.always_there
 
 
 def probe_table(grids: dict[str, ProbeGrid], baselines: Baselines | None) -> pd.DataFrame:
