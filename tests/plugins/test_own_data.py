@@ -53,7 +53,8 @@ def test_a_run_on_tensors_opens_with_its_data_and_with_no_other(tmp_path):
 
 def test_a_registered_torch_data_set_trains_samples_probes_and_is_reported_from_a_shell(tmp_path):
     use(HERE / "own_dataset.py")
-    run = train(Config("stripes", data=DataConfig("stripes"), training=TrainConfig(steps=2, batch=8)), tmp_path / "runs", bar=False)
+    config = Config("stripes", data=DataConfig("stripes"), training=TrainConfig(steps=2, batch=8))
+    run = train(config, tmp_path / "runs", bar=False)
     assert run.sources.names == ("across", "down")
     lines = ["sample runs/stripes --each 1 --steps 2 --device cpu", "probe runs/stripes --device cpu",
              "report runs/stripes --device cpu"]
