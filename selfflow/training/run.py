@@ -118,15 +118,9 @@ class Run:
         try:
             stored = migrate(json.loads((path / "config.json").read_text(encoding="utf-8")))
             run = cls(path, Config.from_dict(stored["config"]), TransformerConfig(**stored["transformer"]), device,
-<<<<<<< HEAD
-                      dict(stored["data"]),
-                      {name: Outline(**values) for name, values in stored.get("outline", {}).items()}, given)
-=======
                        dict(stored["data"]),
-                       {name: Outline(**values) for name, values in stored.get("outline", {}).items()})
+                       {name: Outline(**values) for name, values in stored.get("outline", {}).items()}, given)
             run.exported = dict(stored.get("exported", {}))
-            return run
->>>>>>> main
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}/config.json cannot be used: {type(error).__name__}: {error}. "
                              "The checkpoints beside it are not touched") from error
