@@ -25,6 +25,18 @@ TINY = Config(name="tiny", model=ModelConfig(width=16, depth=4, heads=2),
 VANILLA = replace(TINY, name="vanilla", objective=ObjectiveConfig("flow_matching"))
 
 
+def parts_of(run):
+    parts = [path.stem for path in run.latest().glob("*.safetensors")]
+    assert {"model", "teacher", "optimizer"} <= set(parts)
+    return {f"{part}/{name}": value for part in parts for name, value in run.load(part).items()}
+
+
+def assert_same(run, other):
+    expected, actual = parts_of(run), parts_of(other)
+    assert expected.keys() == actual.keys() and all(torch.equal(expected[k], actual[k]) for k in expected)
+    assert run.log_path.read_text() == other.log_path.read_text()
+
+
 @pytest.fixture(autouse=True)
 def no_connection_leaves_this_machine(monkeypatch):
     real = socket.socket.connect

@@ -21,8 +21,7 @@ from selfflow.cli import COMMANDS, main
 from selfflow.data.options import DataConfig
 from selfflow.method.options import ModelConfig, ObjectiveConfig
 from selfflow.options import read_command, read_settings, starting_point
-from selfflow.training import checkpoint
-from selfflow.training import loop as training
+from selfflow.training import checkpoint, loop as training
 from selfflow.training.config import PRESETS, Config, TrainConfig, differences, flatten
 from selfflow.training.run import Run
 

@@ -55,6 +55,7 @@ def begins_of(name: str, length: float, window: float, crop: str) -> list[float]
 
 
 def quoted_few(names: Sequence[str], most: int = 3) -> str:
+    "The first few names, quoted, with dots where there are more."
     return ", ".join(map(repr, names[:most])) + ", ..." * (len(names) > most)
 
 

@@ -197,7 +197,7 @@ def read_pictures(folder: Path) -> list[tuple[int, Tensor, Tensor]]:
     return pictures
 
 # %% ../../nbs/3_training/03_checkpoint.ipynb #e3423813
-FORMAT = 4
+FORMAT = 5
 
 
 def _from_1(stored: dict) -> dict:
@@ -226,7 +226,12 @@ def _from_3(stored: dict) -> dict:
     return {**stored, **shape, "format": 4, "config": {**stored["config"], "defaults": 3} | ({"data": data} if data else {})}
 
 
-MIGRATIONS = {1: _from_1, 2: _from_2, 3: _from_3}  # to the next format
+def _from_4(stored: dict) -> dict:
+    "Format 4 had other names for some settings."
+    return {**stored, "format": 5}
+
+
+MIGRATIONS = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}  # to the next format
 
 
 def migrate(stored: dict) -> dict:

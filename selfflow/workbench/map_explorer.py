@@ -271,6 +271,7 @@ def _plain(value):
 
 
 def value_text(value, names) -> str:
+    "The value of a factor as a reader wants it: the name of a kind, else a number of three digits."
     value = value.item() if hasattr(value, "item") else value
     return str(names[int(value)]) if names is not None else f"{value:.3g}" if isinstance(value, float) else str(value)
 

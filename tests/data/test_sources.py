@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, assert_same
 from PIL import Image
-from test_loop import assert_same
 
 from selfflow.cli import main
 from selfflow.data.autoencoder import Haar

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TINY
+from conftest import TINY, assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_loop import assert_same
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from selfflow.cli import main

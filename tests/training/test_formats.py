@@ -14,17 +14,23 @@ from selfflow.training.config import Config, flatten
 from selfflow.training.loop import train
 from selfflow.training.run import Run
 
-RUNS = Path(__file__).parents[1] / "fixtures/runs/format-3"
-sys.path.insert(0, str(RUNS.parents[1]))
-from write_runs import KINDS, config_of, features_of, measured  # noqa: E402
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+RUNS = FIXTURES / "runs/format-3"
+sys.path.insert(0, str(FIXTURES))
+from write_runs import config_of, features_of, measured  # noqa: E402
 
-EXPECTED = json.loads((RUNS / "expected.json").read_text())
+EXPECTED = {
+    folder: json.loads((FIXTURES / "runs" / folder / "expected.json").read_text())
+    for folder in ("format-3", "format-4")
+}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_of_format_3_goes_on_samples_and_probes_as_it_did(kind, tmp_path, monkeypatch):
-    for name in (kind, "latents-data"):
-        shutil.copytree(RUNS / name, tmp_path / name)
+@pytest.mark.parametrize(
+    ("folder", "kind"), [(folder, kind) for folder, kinds in EXPECTED.items() for kind in kinds]
+)
+def test_an_older_run_goes_on_samples_and_probes_as_it_did(folder, kind, tmp_path, monkeypatch):
+    shutil.copytree(FIXTURES / "runs" / folder / kind, tmp_path / kind)
+    shutil.copytree(RUNS / "latents-data", tmp_path / "latents-data")
     monkeypatch.chdir(tmp_path)  # where the relative path of the latents leads
     before = Run.open(kind, "cpu")
     logged = before.log.set_index("step")
@@ -36,7 +42,7 @@ def test_a_run_of_format_3_goes_on_samples_and_probes_as_it_did(kind, tmp_path, 
         assert again[column].dropna().tolist() == pytest.approx(
             logged[column].dropna().tolist(), near
         ), column
-    found, expected = measured(run), EXPECTED[kind]
+    found, expected = measured(run), EXPECTED[folder][kind]
     for name, values in expected["samples"].items():
         assert found["samples"][name] == pytest.approx(values, rel=near, abs=20 * near), name
     assert found["probe"] == pytest.approx(expected["probe"], rel=1e-3, abs=0.03)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, VANILLA
+from conftest import TINY, VANILLA, assert_same, parts_of
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
@@ -24,18 +24,6 @@ from selfflow.training.loop import train
 from selfflow.training.run import Run
 from selfflow.training.state import compile_blocks, start_state, train_step
 from selfflow.training.watching import Following
-
-
-def parts_of(run):
-    parts = [path.stem for path in run.latest().glob("*.safetensors")]
-    assert {"model", "teacher", "optimizer"} <= set(parts)
-    return {f"{part}/{name}": value for part in parts for name, value in run.load(part).items()}
-
-
-def assert_same(run, other):
-    expected, actual = parts_of(run), parts_of(other)
-    assert expected.keys() == actual.keys() and all(torch.equal(expected[k], actual[k]) for k in expected)
-    assert run.log_path.read_text() == other.log_path.read_text()
 
 
 def test_both_objectives_fall_and_stay_finite(tmp_path):

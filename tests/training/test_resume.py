@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, assert_same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_loop import assert_same
 
 from selfflow.analysis.probing import probe_run
 from selfflow.disk import NotWritten
@@ -127,7 +126,7 @@ def test_sampling_validating_and_probing_in_the_middle_change_nothing(runs, tmp_
         seen = Run.open(run.path)
         seen.sample(torch.tensor([1, 2]), steps=3, method="sde")
         torch.manual_seed(len(looked))
-        probe_run(seen, levels=(0.5,), strengths=(0.1,))
+        probe_run(seen, levels=(0.5,), families=("regression",), strengths=(0.1,))
         looked.append(seen.state()["step"])
         real(run)
     monkeypatch.setattr(Run, "prune", looking)
