@@ -189,12 +189,13 @@ class Validation:
 
     @classmethod
     @own_settings()
-    def of(cls, config: Config, split: str = "validation") -> "Validation":
+    def of(cls, config: Config, split: str = "validation", sources: Sources | None = None) -> "Validation":
         """Samples of a split as `subset` chooses them, with noise that is fixed by the data alone; all of the training part.
 
-        A run with the defaults of a version before 4 keeps the first samples, and with them its numbers.
+        sources: those of the split, if they are already open. A run with the defaults of a version before 4 keeps the first
+        samples, and with them its numbers.
         """
-        sources, found, chosen = Sources(config.data, split), {}, {}
+        sources, found, chosen = sources or Sources(config.data, split), {}, {}
         for name, data in sources.data.items():
             most = None if split == "train" else config.training.validation
             indices, chosen[name] = subset(data, most), subset_words(data, most)

@@ -16,7 +16,7 @@ from selfflow.data.sources import Sources
 from selfflow.method.flow import LogitNormal, Uniform
 from selfflow.method.options import ModelConfig, ObjectiveConfig
 from selfflow.method.schedule import NoiseLevels
-from selfflow.method.transformer import Output
+from selfflow.method.backbone import Output
 from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
 from selfflow.workbench.asymmetry import compute, draw, explore, say
