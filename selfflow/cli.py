@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
@@ -22,9 +22,6 @@ from . import __version__
 from .checks import choose
 from .options import read_command, read_features, starting_point
 from .training.config import PRESETS, Config
-
-if TYPE_CHECKING:
-    from selfflow.training.run import Run
 
 # %% ../nbs/8_cli/03_cli.ipynb #1519600c
 COMMANDS = {}
