@@ -157,13 +157,24 @@ class Named(type):
     registry: Registry
 
     def __call__(cls, *args: Any, **values: Any) -> Any:
+        names = {"name": args[0]} if args else {}
+        chosen = cls.chosen(names | {name: value for name, value in values.items() if not cls._is_default_option(name, value)})
+        if chosen is not cls and "base" in cls.__dict__:  # `replace(part, name=...)`: what was a default there is one here
+            values = {name: value for name, value in values.items() if not cls._is_default_option(name, value)}
+        return type.__call__(chosen, *args, **values)
+
+    def _is_default_option(cls, name: str, value: Any) -> bool:
+        options = getattr(cls, "options_type", None)
+        return options is not None and any(f.name == name and f.default == value for f in fields(options))
+
+    def chosen(cls, values: dict[str, Any]) -> type:
+        "Return the class of the entry that `values` name. Raises ValueError for values that are none of its settings."
         base = cls.__dict__.get("base", cls)
-        default = base.__dataclass_fields__["name"].default
-        concrete = base.of(args[0] if args else values.get("name", default))
+        concrete = base.of(values.get("name", base.__dataclass_fields__["name"].default))
         for field_name in values:
             if field_name not in concrete.__dataclass_fields__:
                 _refuse(base, concrete, field_name)
-        return type.__call__(concrete, *args, **values)
+        return concrete
 
     def of(cls, name: str) -> type:
         "Return the class of the entry `name`."

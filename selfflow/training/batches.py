@@ -26,6 +26,7 @@ from ..method.flow import interpolate
 from ..method.schedule import NoiseLevels
 from ..method.tokens import Places
 from ..method.transformer import Transformer, TransformerConfig
+from ..registries import objectives
 from ..settings import own_settings
 from .config import Config, TrainConfig
 
@@ -133,7 +134,7 @@ def feature_source(features: Tensor | Callable | None, config: Config, sources: 
     Raises ValueError for features that are missing, not asked for, not finite or of another number of samples, and for several
     data sets.
     """
-    if (features is not None) != (config.objective.name == "repa"):
+    if (features is not None) != objectives[config.objective.name].load().needs_features:
         raise ValueError(f"objective {config.objective.name!r} "
                          + ("takes no features of an outside encoder" if features is not None else
                             "needs features of an encoder: train(config, features=...) or selfflow train --features FILE"))

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..disk import discard, flush, hidden, make_folder, replacing, say_once, step_of, step_paths, write_json, write_tensors
+from ..method.options import ObjectiveConfig
 from .config import differences
 from .lock import free_name
 
@@ -227,8 +228,22 @@ def _from_3(stored: dict) -> dict:
 
 
 def _from_4(stored: dict) -> dict:
-    "Format 4 had other names for some settings."
-    return {**stored, "format": 5}
+    "Format 4 had other names for some settings, and the options of all objectives with each."
+    config = stored["config"]
+    if "objective" in config:
+        config = {**config, "objective": _own_options(config["objective"])}
+    return {**stored, "format": 5, "config": config}
+
+
+def _own_options(objective: dict) -> dict:
+    known = ObjectiveConfig.of(objective.get("name", "self_flow")).__dataclass_fields__
+    own = {name: value for name, value in objective.items() if name in known or name not in _OPTIONS_OF_4}
+    if own.get("rep_weight", 0) is None:  # as published
+        del own["rep_weight"]
+    return own
+
+
+_OPTIONS_OF_4 = ("student_layer", "teacher_layer", "rep_weight", "rep_tokens", "distance", "normalise")
 
 
 MIGRATIONS = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}  # to the next format

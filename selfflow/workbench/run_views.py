@@ -26,6 +26,7 @@ from ..figures.layers import draw_score_maps
 from ..figures.pages import sheet
 from ..figures.plots import draw_curves, draw_runs
 from ..intervals import cells_in_words
+from ..method.build import build_schedule
 from ..training.config import flatten
 from ..training.run import UNREADABLE, Run
 from ..training.watching import Following, Listing
@@ -98,8 +99,7 @@ def curves_of(runs: dict[str, Run], measure: str = "flow_loss", against: str = "
 
 
 def _other_noise(group: dict[str, Run], measure: str) -> list[str]:
-    seen = {(own.name == "flow_matching", own.density, own.density_shift, own.mask_ratio) for own in
-            (run.config.objective for run in group.values())}
+    seen = {str(build_schedule(run.config.objective)) for run in group.values()}
     if len(seen) < 2 or measure.startswith("validation"):
         return []
     return ["these runs see different noise levels while they train; those of validation_flow_loss are the same for all"]
