@@ -395,7 +395,8 @@ def _read_class(run: Run) -> Probes:
     sizes = grid["results"][0]["sizes"]
     chosen = grid.get("chosen", {})
     about = {"run": run.config.name, "step": grid["step"], "weights": "teacher", "data": run.config.data.names[0], "part": "",
-             "layers": grid["layers"], "levels": grid["levels"], "counts": sizes, "items": f"{sizes['test']} {chosen.get('test')}"}
+             "layers": grid["layers"], "levels": grid["levels"], "counts": sizes,
+             "items": f"{sizes['test']} {chosen.get('test')}"}
     if chosen:
         about["chosen"] = chosen
     rows = []

@@ -107,10 +107,11 @@ def older_grid(step, seed):
     rng, results = np.random.default_rng(seed), []
     for place in range(4):
         correct = rng.random(360) < 0.5 + 0.1 * place
-        results.append({"accuracy": correct.mean(), "interval": list(proportion_interval(correct)), "validation": 0.5 + place / 10,
-                        "strength": 0.1, "sizes": {"train": 1078, "validation": 359, "test": 360}, "correct": correct.tolist()})
+        results.append({"accuracy": correct.mean(), "interval": list(proportion_interval(correct)),
+                        "validation": 0.5 + place / 10, "strength": 0.1,
+                        "sizes": {"train": 1078, "validation": 359, "test": 360}, "correct": correct.tolist()})
     return {"step": step, "layers": [1, 4], "levels": [0.0, 0.5], "results": results,
-            "chosen": {split: "all" for split in SPLITS}}
+            "chosen": dict.fromkeys(SPLITS, "all")}
 
 
 def test_records_of_earlier_versions_are_read_with_their_numbers(runs, tmp_path):
