@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..analysis.factor_probes import factors_cost
 from ..analysis.probing import PROBE_LEVELS, class_data
+from ..registries import used
 from ..training.run import Run
 
 # %% ../../nbs/7_workbench/14_probe_process.ipynb #7609cfc7
@@ -59,7 +60,8 @@ class Probing:
 
     def _one(self, name: str, path: Path) -> None:
         more = ["--factors"] if _by_factors(Run.open(path, "cpu")) else []
-        command = [sys.executable, "-m", "selfflow.cli", "probe", str(path.resolve()), *more]
+        command = [sys.executable, "-m", "selfflow.cli", "probe", str(path.resolve()), *more,
+                   *(f"--use={source}" for source in used())]
         self._process = process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         atexit.register(process.terminate)
         last = b""
