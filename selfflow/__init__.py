@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Config": "training.config",
     "Run": "training.run",
+    "load": "training.export",
     "register_backbone": "registries",
     "register_dataset": "registries",
     "register_explorer": "registries",

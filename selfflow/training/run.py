@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ..checks import choose
 from ..data.sources import Outline, Sources, outlines
-from ..disk import cut_lines, discard, not_written, read_lines, replacing, step_of, step_paths, write_json
+from ..disk import cut_lines, discard, not_written, read_lines, replacing, sha256, step_of, step_paths, write_json
 from ..draws import keyed
 from ..method.sampling import guided_velocity, sample
 from ..method.tokens import ImagePatches, Layout
@@ -54,6 +54,7 @@ class Run:
         self.path, self.config, self.transformer, self.device = path, config, transformer, device
         self.data, self.outline = data or {}, outline or {}
         self.log_path, self.timing_path = path / "log.jsonl", path / "timing.jsonl"  # one JSON object per line
+        self.exported: dict = {}  # of a model that `export` wrote: its step, dtype, size and sha256
         self._whole: set[Path] = set()  # checkpoints that this object has written or read through
 
     @classmethod
@@ -73,27 +74,31 @@ class Run:
                     if asked.checkpoints() or asked.log_path.exists():
                         raise ValueError(f"{path} has checkpoints or a log, but no config.json. Put it back, or give this run "
                                          f"another name ({free_name(asked.path)} is free).")
-                    write_json(file, asked._stored())
+                    write_json(file, asked.stored())
                     return asked
-        return cls.open(path, device)._go_on(asked)
+        opened = cls.open(path, device)
+        if opened.exported:
+            raise ValueError(f"{path} holds an exported model, which cannot be trained; give this run another name or folder")
+        return opened._go_on(asked)
 
-    def _stored(self) -> dict:
+    def stored(self) -> dict:
+        "What config.json holds."
         outline = {name: asdict(outline) for name, outline in self.outline.items()}
         parts = [getattr(self.config, part.name) for part in fields(self.config)]
         sources = [type(part).registry[part.name].source for part in parts if isinstance(type(part), Named)]
         own = {"use": sorted({*filter(None, sources)})} if any(sources) else {}
         return {"format": FORMAT, "config": asdict(self.config), "transformer": asdict(self.transformer), "data": self.data,
-                "outline": outline, **own}
+                "outline": outline, **own} | ({"exported": self.exported} if self.exported else {})
 
     def _go_on(self, asked: "Run") -> "Run":
-        changes = agree(self.path, self._stored(), asked._stored())
+        changes = agree(self.path, self.stored(), asked.stored())
         last = newest_whole(self.checkpoints(), self._whole) if "training.steps" in changes else None
         if last and step_of(last) > (steps := asked.config.training.steps):
             raise ValueError(f"{self.path} has done {step_of(last)} steps, more than the {steps} asked for; take training.steps "
                              f"{step_of(last)} or more, or another name")
         self.config = asked.config
         self.data, self.outline = asked.data | self.data, asked.outline | self.outline  # what was not known is added
-        stored, file = json.loads(json.dumps(self._stored())), self.path / "config.json"
+        stored, file = json.loads(json.dumps(self.stored())), self.path / "config.json"
         if stored != json.loads(file.read_text(encoding="utf-8")):  # an older format, or something changed
             with self.locked():
                 write_json(file, stored)
@@ -112,9 +117,11 @@ class Run:
             written = json.loads((path / "config.json").read_text(encoding="utf-8"))
             missing = [source for source in written.get("use", ()) if source not in used()]
             stored = migrate(written)
-            return cls(path, Config.from_dict(stored["config"]), TransformerConfig(**stored["transformer"]), device,
+            run = cls(path, Config.from_dict(stored["config"]), TransformerConfig(**stored["transformer"]), device,
                        dict(stored["data"]),
                        {name: Outline(**values) for name, values in stored.get("outline", {}).items()})
+            run.exported = dict(stored.get("exported", {}))
+            return run
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if missing:
                 options = " ".join(f"--use {shlex.quote(source)}" for source in missing)
@@ -223,6 +230,12 @@ class Run:
     @cached_property
     def checkpoint(self) -> Path:
         "The checkpoint that this object looks at: the newest whole one when first asked for. Open the run again for a newer."
+        if self.exported:
+            file = self.path / "model.safetensors"
+            if not file.is_file() or sha256(file) != self.exported["sha256"]:
+                problem = "damaged" if file.is_file() else "missing"
+                raise ValueError(f"{file} is {problem}; export the run again, or copy it again")
+            return self.path
         path = self.latest()
         if path is None:
             raise FileNotFoundError(f"{self.path} has no whole checkpoint yet; train it first")
@@ -230,11 +243,13 @@ class Run:
 
     def load(self, part: str) -> dict[str, Tensor]:
         "Tensors of one part (model, teacher, objective, optimizer) of the checkpoint; FileNotFoundError without it."
-        return read_part(self.checkpoint, part)
+        if self.exported and part not in ("model", "teacher"):
+            raise FileNotFoundError(f"{self.path} holds an exported model: averaged weights alone, no {part}")
+        return read_part(self.checkpoint, "model" if self.exported else part)
 
     def state(self) -> dict:
         "state.json of the checkpoint: format, step, device, version of torch. FileNotFoundError without one."
-        return read_state(self.checkpoint)
+        return self.exported if self.exported else read_state(self.checkpoint)
 
     @own_settings()
     def _network(self, part: str) -> Transformer:

@@ -23,7 +23,8 @@ def page_of(folder: Path) -> nbformat.NotebookNode:
     "A notebook that shows the workbench of a folder of runs, and nothing else."
     # Voila shows the page when the cell is done: a tool that is open by then need not race with the page
     uses = "".join(f"use({source!r})\n" for source in used())
-    source = f"from selfflow import use\nfrom selfflow.workbench.page import workbench\n{uses}workbench({str(folder.resolve())!r}).settle(trained=False)"
+    uses = f"from selfflow import use\n{uses}from selfflow.workbench.page import workbench\n"
+    source = f"{uses}workbench({str(folder.resolve())!r}).settle(trained=False)"
     cell = nbformat.v4.new_code_cell(source, id="workbench")
     kernel = {"name": "python3", "display_name": "selfflow", "language": "python"}
     return nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel, "title": "selfflow"})
