@@ -21,7 +21,7 @@ import tyro
 
 from . import __version__
 from .checks import choose
-from .options import read_command, read_features, starting_point
+from .options import read_command, read_features, starting_point, use_files
 from .training.config import PRESETS, Config
 
 # %% ../nbs/8_cli/03_cli.ipynb #1519600c
@@ -327,6 +327,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         if args == ["--version"]:
             return print(f"selfflow {__version__}")
+        args = use_files(args)
         starts = starting_point(args) if args[:1] == ["train"] else {}
         read_command(COMMANDS, args, **starts)()
     except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:

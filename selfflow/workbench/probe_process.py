@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..analysis.probing import PROBE_LEVELS, probes_cost
+from ..registries import used
 from ..training.run import Run
 
 # %% ../../nbs/7_workbench/14_probe_process.ipynb #7609cfc7
@@ -56,7 +57,8 @@ class Probing:
         self.said()
 
     def _one(self, name: str, path: Path) -> None:
-        command = [sys.executable, "-m", "selfflow.cli", "probe", str(path.resolve())]
+        command = [sys.executable, "-m", "selfflow.cli", "probe", str(path.resolve()),
+                   *(f"--use={source}" for source in used())]
         self._process = process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         atexit.register(process.terminate)
         last = b""
