@@ -9,7 +9,7 @@ __all__ = ['UNREADABLE', 'device_for', 'Run', 'run_at']
 import json
 import shlex
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from ..draws import keyed
 from ..method.sampling import guided_velocity, sample
 from ..method.tokens import ImagePatches, Layout
 from ..method.transformer import Transformer, TransformerConfig
+from ..registries import Named, used
 from ..settings import own_settings
 from .checkpoint import (FORMAT, agree, migrate, newest_whole, problem_of, prune, read_part, read_pictures,
                                           read_state, resumable, write_checkpoint, write_picture)
@@ -87,8 +88,11 @@ class Run:
     def stored(self) -> dict:
         "What config.json holds."
         outline = {name: asdict(outline) for name, outline in self.outline.items()}
+        parts = [getattr(self.config, part.name) for part in fields(self.config)]
+        sources = [type(part).registry[part.name].source for part in parts if isinstance(type(part), Named)]
+        own = {"use": sorted({*filter(None, sources)})} if any(sources) else {}
         return {"format": FORMAT, "config": asdict(self.config), "transformer": asdict(self.transformer), "data": self.data,
-                "outline": outline} | ({"exported": self.exported} if self.exported else {})
+                "outline": outline, **own} | ({"exported": self.exported} if self.exported else {})
 
     def _go_on(self, asked: "Run") -> "Run":
         changes = agree(self.path, self.stored(), asked.stored())
@@ -115,13 +119,19 @@ class Run:
         path, device, given = Path(path), device_for(device), {} if data is None else splits_of(data)
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{path} holds no run (no config.json); `selfflow train` makes one")
+        missing = []
         try:
-            stored = migrate(json.loads((path / "config.json").read_text(encoding="utf-8")))
+            written = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            missing = [source for source in written.get("use", ()) if source not in used()]
+            stored = migrate(written)
             run = cls(path, Config.from_dict(stored["config"]), TransformerConfig(**stored["transformer"]), device,
                        dict(stored["data"]),
                        {name: Outline(**values) for name, values in stored.get("outline", {}).items()}, given)
             run.exported = dict(stored.get("exported", {}))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if missing:
+                options = " ".join(f"--use {shlex.quote(source)}" for source in missing)
+                raise ValueError(f"{path} was made with {options}; give that too, or in Python: selfflow.use(FILE)") from error
             raise ValueError(f"{path}/config.json cannot be used: {type(error).__name__}: {error}. "
                              "The checkpoints beside it are not touched") from error
         if given and (given["train"].fingerprint != run.data.get("train") or run.config.data.name != GIVEN_DATA):

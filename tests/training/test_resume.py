@@ -126,7 +126,7 @@ def test_sampling_validating_and_probing_in_the_middle_change_nothing(runs, tmp_
         seen = Run.open(run.path)
         seen.sample(torch.tensor([1, 2]), steps=3, method="sde")
         torch.manual_seed(len(looked))
-        probe_run(seen, levels=(0.5,), strengths=(0.1,))
+        probe_run(seen, levels=(0.5,), families=("regression",), strengths=(0.1,))
         looked.append(seen.state()["step"])
         real(run)
     monkeypatch.setattr(Run, "prune", looking)
