@@ -115,7 +115,7 @@ def sample(run: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), captio
         captions: Texts to draw, for a run that was trained with captions; none means ten captions of the data.
         each: How many of each.
         steps: Steps of the sampler.
-        method: euler, heun, midpoint, sde (take 250 steps) or dopri5 (adaptive).
+        method: euler, heun, midpoint, sde (take 250 steps), dopri5 (adaptive), or your own (--use).
         cfg_scale: Classifier-free guidance; 1 is none.
         seed: Of the noise.
         shift: Of the sampler's levels; more than 1 takes smaller steps near noise. None means that of the levels in training.
