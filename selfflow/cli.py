@@ -15,17 +15,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from . import __version__
 from .checks import choose
-from .options import read_command, read_features, starting_point
+from .options import read_command, read_features, starting_point, use_files
 from .training.config import PRESETS, Config
-
-if TYPE_CHECKING:
-    from selfflow.training.run import Run
 
 # %% ../nbs/8_cli/03_cli.ipynb #1519600c
 COMMANDS = {}
@@ -69,8 +66,7 @@ def train(config: Annotated[Config, tyro.conf.arg(name="")],
         return  # the first of the processes has printed it, or the run was stopped, which was reported
     losses = run.log["validation_flow_loss"].dropna() if "validation_flow_loss" in run.log else ()
     sources = run.sources.data.values()
-    factors = "" if [set(data.shapes) for data in sources] == [{"image"}] else " --factors"  # the class: of images alone
-    probe = f"selfflow probe {run.quoted}{factors}; " if any(len(data.names) > 1 for data in sources) else ""
+    probe = f"selfflow probe {run.quoted}; " if any(len(data.names) > 1 for data in sources) else ""
     print(f"{run.path} is trained: {run.state()['step']} steps"
           + (f", validation flow loss {losses.iloc[-1]:.4f}. " if len(losses) else ". ") +
           f"Next: selfflow sample {run.quoted}; {probe}selfflow report {run.quoted}")
@@ -119,7 +115,7 @@ def sample(run: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), captio
         captions: Texts to draw, for a run that was trained with captions; none means ten captions of the data.
         each: How many of each.
         steps: Steps of the sampler.
-        method: euler, heun, midpoint, sde (take 250 steps) or dopri5 (adaptive).
+        method: euler, heun, midpoint, sde (take 250 steps), dopri5 (adaptive), or your own (--use).
         cfg_scale: Classifier-free guidance; 1 is none.
         seed: Of the noise.
         shift: Of the sampler's levels; more than 1 takes smaller steps near noise. None means that of the levels in training.
@@ -166,50 +162,39 @@ def export(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path], 
 
 
 @command
-def probe(run: tyro.conf.Positional[Path], factors: bool = False, field: bool = False, weights: str = "teacher", data: str = "",
-          part: str = "", samples: int = 2000, features: Path | None = None, device: str = "auto") -> None:
-    """Probe every layer of a run at several noise levels, and what it has to beat.
+def probe(run: tyro.conf.Positional[Path], field: bool = False, weights: str = "teacher", data: str = "", part: str = "",
+          samples: int = 2000, features: Path | None = None, device: str = "auto") -> None:
+    """Probe every layer of a run at several noise levels for all that is known of its data, and what that has to beat.
 
     Args:
         run: The run's folder.
-        factors: All factors that the data are made from, of images, films or sounds, instead of the class of images alone.
-        field: With factors, show the table of the field's protocol (BatchNorm + linear, Adam); both are kept.
-        weights: With factors, whose features: teacher or model (the student).
-        data: With factors, which data set, for a run that was trained on several.
-        part: With factors, of which part of the sequence tokens are averaged: image, video or audio; all by default.
-        samples: With factors, to train probes on; a quarter as many for validation, half as many for test.
-        features: With factors, the folder to keep features in, by default that of the run.
+        field: Show the table of the field's protocol (BatchNorm + linear, Adam); both are stored.
+        weights: Whose features: teacher or model (the student).
+        data: Which data set, for a run that was trained on several.
+        part: The part of the sequence whose tokens are averaged: image, video or audio; all by default.
+        samples: To train probes on; a quarter as many for validation, half as many for test.
+        features: The folder to keep features in, by default that of the run.
         device: auto (a GPU where there is one), cpu, cuda, ...
     """
-    from selfflow.analysis.probing import probe_baselines, probe_run, probe_table
+    from selfflow.analysis.features import FeatureStore
+    from selfflow.analysis.probing import probe_run, probe_table, probes_cost, write_probes
     from selfflow.disk import check_writable
     from selfflow.training.run import Run
     opened = Run.open(run, device)
-    check_writable(run / "probe.json")
-    if factors:
-        counts = {"train": samples, "validation": samples // 4, "test": samples // 2}
-        _probe_factors(opened, field, weights=weights, data=data, counts=counts, part=part, store=features)
-        return
-    grid = probe_run(opened)
-    print(probe_table({opened.config.name: grid}, probe_baselines(opened)).to_string(index=False))
-    _print_protocol(grid.chosen, f"{run}/probe.json")
-
-
-def _print_protocol(chosen: dict[str, str], file: Path | str) -> None:
-    print(f"Samples: {', '.join(f'{split} {words}' for split, words in chosen.items())}.")
-    print(f"The cell is chosen on validation, intervals are over test items. All cells: {file}")
-
-
-def _probe_factors(run: "Run", field: bool, part: str, store: Path | None, **what) -> None:
-    from selfflow.analysis.factor_probes import factors_cost, probe_factors, write_factors
-    from selfflow.analysis.features import FeatureStore
-    store = FeatureStore(store or run.path / "features")
-    print(f"features: {factors_cost(run, store=store, **what)}, in {store.folder}", flush=True)
-    found = probe_factors(run, part=part, store=store, **what)
-    write_factors(run, found)
-    table = found.table("field" if field else "regression")
-    print(table.drop(columns="protocol").to_string(), *sorted(set(table["protocol"])), sep="\n")
-    _print_protocol(found.about["chosen"], run.path / "factors.json")
+    check_writable(run / "probes.json")
+    store = FeatureStore(features or opened.path / "features")
+    settings = {"weights": weights, "data": data, "store": store,
+                "counts": {"train": samples, "validation": samples // 4, "test": samples // 2}}
+    print(f"features: {probes_cost(opened, **settings)}, in {store.folder}", flush=True)
+    probes = write_probes(opened, probe_run(opened, part=part, **settings))
+    table = probes.table("field" if field else "regression")
+    if len(probes.factors) == 1 and not field:
+        print(probe_table({opened.config.name: probes}).to_string(index=False))
+    else:
+        print(table.drop(columns="protocol").to_string())
+    print(*sorted(set(table["protocol"])), sep="\n")
+    print(f"Samples: {', '.join(f'{split} {words}' for split, words in probes.about['chosen'].items())}.")
+    print(f"The cell is chosen on validation, intervals are over test items. All cells: {run}/probes.json")
 
 
 @command
@@ -342,6 +327,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         if args == ["--version"]:
             return print(f"selfflow {__version__}")
+        args = use_files(args)
         starts = starting_point(args) if args[:1] == ["train"] else {}
         read_command(COMMANDS, args, **starts)()
     except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:

@@ -76,11 +76,11 @@ def _losses(log: pd.DataFrame) -> dict:
 
 
 def _probe(run: Run) -> dict:
-    grid, _ = read_probes(run)
-    if grid is None:
+    probes = read_probes(run)
+    if probes is None:
         return {}
-    layer, level, best = grid.best()
-    return {"probe": best.accuracy, "probe cell": f"block {layer}, t = {level:g}, step {grid.step}"}
+    best = probes.best(probes.main_factor)
+    return {"probe": best.probe.score, "probe cell": f"{best.cell}, step {probes.about['step']}"}
 
 
 def _spent(run: Run) -> dict:

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'CHOICES', 'DENSITIES', 'SCHEDULES', 'MASK_RATIOS', 'GIVEN', 'ModelConfig', 'FeatureOptions',
-           'SelfFlowOptions', 'SRAOptions', 'LayerSyncOptions', 'REPAOptions', 'ObjectiveConfig']
+           'SelfFlowOptions', 'SRAOptions', 'LayerSyncOptions', 'REPAOptions', 'Dopri5Options', 'ObjectiveConfig']
 
 # %% ../../nbs/1_method/07_options.ipynb #48c589ca
 from dataclasses import dataclass, fields
 from importlib import import_module
 
 from ..checks import check_positive, check_types, choose
-from ..registries import Named, NoOptions, objectives
+from ..registries import Named, NoOptions, objectives, samplers
 
 # %% ../../nbs/1_method/07_options.ipynb #4cbdb83c
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads; as DiT and SiT
@@ -87,6 +87,19 @@ class REPAOptions(FeatureOptions):
     "Options of REPA."
     rep_weight: float = 0.5  # gamma, of the representation loss
 
+
+@dataclass(frozen=True)
+class Dopri5Options:
+    "Tolerances of the adaptive sampler."
+    rtol: float = 1e-5  # relative
+    atol: float = 1e-5  # absolute
+
+
+samplers.register("euler", "selfflow.method.sampling:euler_step")
+samplers.register("heun", "selfflow.method.sampling:heun_step")
+samplers.register("midpoint", "selfflow.method.sampling:midpoint_step")
+samplers.register("sde", "selfflow.method.sampling:sde_step")
+samplers.register("dopri5", "selfflow.method.sampling:dopri5_path", Dopri5Options)
 
 objectives.register("self_flow", "selfflow.method.objective:SelfFlow", SelfFlowOptions)
 objectives.register("flow_matching", "selfflow.method.objective:FlowMatching", NoOptions)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..checks import choose
-from ..data.sources import Outline, Sources
+from ..data.sources import Outline
 from ..disk import flush, not_written, replacing_folder, sha256, write_json, write_tensors
 from .run import Run
 
@@ -92,7 +92,7 @@ def _outline_of(run: Run) -> dict[str, Outline]:
     sources = run.sources
     if all(name in run.outline for name in sources.data):
         return run.outline
-    validation = Sources(run.config.data, "validation")
+    validation = run.sources_of("validation")
     return {name: run.outline.get(name) or Outline.of(data, validation.data[name]) for name, data in sources.data.items()}
 
 

@@ -13,10 +13,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..data.datasets import DataSet
+from ..data.options import DataConfig
+from ..data.own import GIVEN_DATA, splits_of
 from ..data.sources import Sources, outlines
 from ..disk import NotWritten, write_json
 from ..draws import keyed
@@ -24,7 +28,7 @@ from ..method.schedule import NoiseLevels
 from ..settings import own_settings
 from .batches import Batches, Validation, feature_source, shape_of, shards_of, too_wide
 from .checkpoint import OPTIMIZER, free_fields, migrate, read_state, resumable
-from .config import Config, TrainConfig, flatten
+from .config import Config, TrainConfig, flatten, overlaid
 from .processes import Interrupt, Processes, raise_again
 from .recording import (Callback, FilmStrip, Moment, ProgressBar, Recorder, Trackers, check_callback,
                                          check_trackers)
@@ -202,12 +206,14 @@ def write_not_finite(run: Run, state: TrainState, batches: Batches, message: str
 @own_settings()
 def train(config: Config, folder: Path | str = "runs", device: str = "auto", features: Tensor | Callable | None = None,
           workers: int = 0, track: tuple[str, ...] = (), bar: bool = True,
-          callbacks: Iterable[Callback] = ()) -> Run:
+          callbacks: Iterable[Callback] = (), data: Any = None) -> Run:
     """Train what the config asks for in folder / config.name and return the run; goes on where the folder stands.
 
     device: "auto", "cpu", "cuda", ...; features: for REPA, what an outside encoder finds in the clean training samples: a tensor
     (samples, n, e) or (samples, e) in their order, or a function of tokens (b, n, c); workers: processes that fetch data ahead;
-    track: any of recording.TRACKERS; bar: show one; callbacks: see `recording.Callback`.
+    track: any of recording.TRACKERS; bar: show one; callbacks: see `recording.Callback`;
+    data: your own, in place of what the config names: images (n, c, h, w) and labels (n,), tensors by signal, any torch
+    `Dataset`, or these by split, {"train": ..., "validation": ...}; see `splits_of`.
     Under `torchrun` or `accelerate launch` all processes train one run.
     Ctrl-C, SIGTERM and `run.ask("stop")` end it after a step: it is saved, and the signals are raised again, see `raise_again`,
     while the last returns the run as it stands.
@@ -218,8 +224,12 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
     for callback in (callbacks := tuple(callbacks)):
         check_callback(callback)
     processes = Processes.start(device)
+    given = {} if data is None else splits_of(data)
+    if given:
+        config = _on_given(config, given["train"])
     config = _with_its_defaults(config, Path(folder), processes)
-    sources, validation = (Sources(config.data, split) for split in ("train", "validation"))
+    sources, validation = (Sources(config.data, split, {GIVEN_DATA: given[split]} if given else None)
+                           for split in ("train", "validation"))
     judged = Validation.of(config, sources=validation)  # bad validation data are reported now, not at the first validation
     shape, batches = shape_of(config, sources), Batches(sources, config, processes.rank, processes.count)
     features_of, width, fingerprint = feature_source(features, config, sources, processes.device)
@@ -233,7 +243,7 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
     fingerprints |= {"features": fingerprint} if fingerprint else {}
     fingerprints |= {"encoder": sources.encoder.fingerprint} if config.data.encoder else {}
     outline = outlines(sources, validation, config.defaults)
-    run, number = Run(Path(folder) / config.name, config, shape, processes.device, fingerprints, outline), None
+    run, number = Run(Path(folder) / config.name, config, shape, processes.device, fingerprints, outline, given), None
     with ExitStack() as stack:
         if not processes.lead(lambda: _open(run, stack)):
             spent = _resume(run, state, processes)
@@ -244,7 +254,14 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
             share_state(state, config, processes)
             number = _Loop(run, state, batches, judged, features_of, processes).go(workers, track, bar, spent, callbacks)
     raise_again(number)
-    return Run(run.path, config, shape, processes.device, run.data, run.outline)  # looks at the newest checkpoint
+    return Run(run.path, config, shape, processes.device, run.data, run.outline, given)  # looks at the newest checkpoint
+
+
+def _on_given(config: Config, data: DataSet) -> Config:
+    "The config for data that were passed to `train`. What follows from the kind of signals is filled in anew."
+    if config.data.name not in (DataConfig.name, GIVEN_DATA):
+        raise ValueError(f"data were passed to train, but data.name is {config.data.name!r}; leave one of them out")
+    return Config.from_dict(overlaid(config.explicit(), {"data": {"name": GIVEN_DATA, "signals": "+".join(data.shapes)}}))
 
 
 def _with_its_defaults(config: Config, folder: Path, processes: Processes) -> Config:

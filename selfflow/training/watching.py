@@ -314,7 +314,7 @@ def _data_of(config: Config) -> str:
     return f"{config.data.name}, {told}"
 
 
-_SHOWN = ("config.json", "log.jsonl", "probe.json", "factors.json", "samples", "samples/film")
+_SHOWN = ("config.json", "log.jsonl", "probes.json", "probe.json", "factors.json", "samples", "samples/film")
 
 
 def _stamp(following: Following) -> tuple:

@@ -450,7 +450,7 @@ def with_data(monkeypatch, only=None, **change):
         if only not in (None, split):
             return good
         return ImageSet(**{"images": good.images, "labels": good.labels, "names": good.names, **change})
-    monkeypatch.setitem(selfflow.data.sources.DATASETS, "digits", broken)
+    monkeypatch.setattr(selfflow.data.sources, "open_digits", broken)
 
 
 @pytest.mark.parametrize("change, error, words", [

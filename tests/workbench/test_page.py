@@ -338,4 +338,4 @@ def test_an_explorer_in_a_file_of_the_user_is_a_tool(runs, tmp_path):
     shown = subprocess.run(command, capture_output=True, text=True)
     first, *cell = shown.stdout.splitlines()
     assert first == "<i>Says &lt;which&gt; run it was given.</i> tiny Noise asymmetry", shown.stderr
-    assert cell[1] == f"use({str(tmp_path / 'mine.py')!r})", "the kernel of the app uses it too"
+    assert f"use({str(tmp_path / 'mine.py')!r})" in cell, "the kernel of the app uses it too"
