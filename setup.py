@@ -38,6 +38,7 @@ setup(
     license="Apache-2.0",
     keywords=settings["keywords"],
     packages=find_packages(include=["selfflow*"]),
+    package_data={"selfflow.workbench": ["js/*"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split("\n"),
     extras_require=extras,

@@ -7,7 +7,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "Config": "training.config",
     "Run": "training.run",
+    "load": "training.export",
+    "register_backbone": "registries",
+    "register_dataset": "registries",
+    "register_explorer": "registries",
+    "register_metric": "registries",
+    "register_objective": "registries",
+    "register_sampler": "registries",
     "train": "training.loop",
+    "use": "registries",
 }
 __all__ = list(_HOMES)
 

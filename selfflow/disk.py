@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['NotWritten', 'not_written', 'flush', 'hidden', 'make_folder', 'replacing', 'write_files', 'check_writable',
-           'write_json', 'write_tensors', 'discard', 'step_of', 'step_paths', 'say_once', 'read_lines', 'cut_lines']
+           'write_json', 'write_tensors', 'discard', 'sha256', 'replacing_folder', 'step_of', 'step_paths', 'say_once',
+           'read_lines', 'cut_lines']
 
 # %% ../nbs/0_ground/02_disk.ipynb #14bd85ab
 import errno
+import hashlib
 import json
 import os
 import re
@@ -137,6 +139,34 @@ def discard(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)  # what cannot go now goes at the next start
     else:
         path.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    "The SHA-256 of a file, in hexadecimal."
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    "A folder to fill, that takes the place of `path` when all went well; else what stood there still does. Raises OSError."
+    staging, aside = hidden(path), hidden(path)
+    try:
+        make_folder(path.parent)
+        staging.mkdir()
+        yield staging
+        if os.path.lexists(path):
+            path.rename(aside)
+        try:
+            staging.rename(path)
+        except OSError:
+            if os.path.lexists(aside):
+                aside.rename(path)
+            raise
+        flush(path.parent)
+    finally:
+        discard(staging)
+        discard(aside)
 
 
 def step_of(path: Path) -> int:

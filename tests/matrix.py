@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from scipy.io import wavfile
 
-from selfflow.analysis import factor_probes, features, probing
+from selfflow.analysis import features, probing
 from selfflow.analysis.features import items_of
 from selfflow.analysis.projection import project, run_features
 from selfflow.cli import main
@@ -29,7 +29,7 @@ from selfflow.workbench.asymmetry import explore as explore_asymmetry
 from selfflow.workbench.attention_explorer import explore_attention
 from selfflow.workbench.feature_explorer import explore_features, item_previews
 from selfflow.workbench.map_explorer import explore_map
-from selfflow.workbench.page import TOOLS, Chosen
+from selfflow.workbench.page import Chosen, registered_tools
 from selfflow.workbench.paths import SideBySide
 from selfflow.workbench.playground import explore as explore_sampling
 from selfflow.workbench.probe_process import Probing
@@ -113,10 +113,8 @@ class Kind:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-NO_CLASS = {"probe": "a probe needs two"} | dict.fromkeys(
-    ("probe factors", "probe panel", "probe notebook"), "nothing to probe for")
+NO_CLASS = dict.fromkeys(("probe", "probe panel", "probe notebook"), "nothing to probe for")
 NO_JUDGE = {"metrics": "need an extractor"}
-SIGNAL = {"probe": "probed for images alone"}
 IMAGES = {
     "digits": Kind(None, {"name": "digits"}),
     "digits, no condition": Kind(None, {"name": "digits", "condition": "none"}),
@@ -135,18 +133,18 @@ IMAGES = {
     "latents": Kind(_latents, {"name": "latents", "patch": 4}, "latents", {"metrics": "a run of latents draws latents"}),
 }
 SIGNALS = {
-    "motion": Kind(None, {"name": "motion", "patch": 8, "span": 4}, refused=SIGNAL),
-    "notes": Kind(None, {"name": "notes", "columns": 8}, refused=SIGNAL),
-    "scenes": Kind(None, {"name": "scenes", "patch": 16, "span": 4, "columns": 8}, refused=SIGNAL),
+    "motion": Kind(None, {"name": "motion", "patch": 8, "span": 4}),
+    "notes": Kind(None, {"name": "notes", "columns": 8}),
+    "scenes": Kind(None, {"name": "scenes", "patch": 16, "span": 4, "columns": 8}),
     "sounds": Kind(lambda root: _folder(root, (_sound, ".wav")), {"name": "folder", "signals": "audio", "columns": 1},
-                   refused=SIGNAL | NO_JUDGE),
+                   refused=NO_JUDGE),
     "videos": Kind(lambda root: _folder(root, (_video, ".gif")), {"name": "folder", "signals": "video", **FILMS},
-                   refused=SIGNAL | NO_JUDGE),
+                   refused=NO_JUDGE),
     "pairs": Kind(lambda root: _folder(root, (_video, ".gif"), (_sound, ".wav")),
-                  {"name": "folder", "signals": "video+audio", "columns": 1, **FILMS}, refused=SIGNAL | NO_JUDGE),
+                  {"name": "folder", "signals": "video+audio", "columns": 1, **FILMS} | NO_JUDGE),
     "pairs, no classes": Kind(lambda root: _folder(root, (_video, ".gif"), (_sound, ".wav"), classes=()), {
         "name": "folder", "condition": "none", "signals": "video+audio", "columns": 1, **FILMS},
-        refused=NO_CLASS | SIGNAL | NO_JUDGE),
+        refused=NO_CLASS | NO_JUDGE),
 }
 TRAINING = {"steps": 8, "batch": 8, "log_every": 1, "validate_every": 4, "save_every": 4, "validation": 12, "keep_last": 9,
             "sample_every": 8}
@@ -169,15 +167,12 @@ def trained(kind: Kind, folder: Path) -> Path:
 def at_small_cost(patch: pytest.MonkeyPatch) -> None:
     "Fewer samples, levels and steps where a command has no option for it."
     few = {"train": 24, "validation": 12, "test": 12}
-    patch.setattr(probing, "MOST", 24)
     for split, count in few.items():
-        patch.setitem(factor_probes.COUNTS, split, count)
-    few_cells, all_factors = {"levels": (0.0, 0.5), "strengths": (0.1,)}, factor_probes.probe_factors
-    small = {name: functools.partial(getattr(probing, name), **few_cells) for name in ("probe_run", "probe_baselines")}
-    small["probe_factors"] = lambda run, levels=(0.0, 0.5), layers=(1, 3), **named: all_factors(run, levels, layers, **named)
-    for name, function in small.items():
-        patch.setattr(factor_probes if name == "probe_factors" else probing, name, function)
-        patch.setattr(report, name, function)
+        patch.setitem(probing.COUNTS, split, count)
+    all_cells = probing.probe_run
+    for module in (probing, report):
+        patch.setattr(module, "probe_run",
+                      lambda run, levels=(0.0, 0.5), layers=(1, 3), **named: all_cells(run, levels, layers, **named))
     patch.setattr(report, "run_metrics", functools.partial(report.run_metrics, count=12, steps=2, resamples=2))
     write = report.write_samples
     patch.setattr(report, "write_samples", lambda run, asked, steps=2, *rest, **named: write(run, asked, steps, *rest, **named))
@@ -242,7 +237,7 @@ def _map(run: Path, place: Path) -> None:
 
 def _workbench(run: Path, place: Path) -> None:
     chosen = Chosen(run.parent, run, {"run": run})
-    for tool in TOOLS:
+    for tool in registered_tools():
         if tool.title in ("Training", "Runs"):
             tool.open(chosen)
 
@@ -277,8 +272,7 @@ def _probe_notebook(run: Path, place: Path) -> None:
 CELLS: dict[str, Callable[[Path, Path], None]] = {
     "resume": _resume,
     "sample": lambda run, place: _command("sample", run, "--each", 1, "--steps", 2),
-    "probe": lambda run, place: _command("probe", run),
-    "probe factors": lambda run, place: _command("probe", run, "--factors", "--samples", 24),
+    "probe": lambda run, place: _command("probe", run, "--samples", 24),
     "metrics": lambda run, place: _command("metrics", run, "--count", 12, "--steps", 2, "--resamples", 2),
     "report": _report,
     "runs": lambda run, place: _command("runs", run.parent, "--output", place / "runs.png"),
@@ -286,7 +280,7 @@ CELLS: dict[str, Callable[[Path, Path], None]] = {
     "workbench": _workbench, "probe panel": _probe_panel,
     "asymmetry notebook": _asymmetry_notebook, "probe notebook": _probe_notebook,
 }
-COMMANDS = ("sample", "probe", "probe factors", "metrics", "report", "runs")
+COMMANDS = ("sample", "probe", "metrics", "report", "runs")
 
 
 def contents(run: Path) -> dict[str, float]:

@@ -19,10 +19,9 @@ from selfflow import __version__, options
 from selfflow.analysis.comparison import runs_table
 from selfflow.cli import COMMANDS, main
 from selfflow.data.options import DataConfig
-from selfflow.method.options import ModelConfig, ObjectiveConfig
+from selfflow.method.options import FeatureOptions, ModelConfig, ObjectiveConfig, SelfFlowOptions
 from selfflow.options import read_command, read_settings, starting_point
-from selfflow.training import checkpoint
-from selfflow.training import loop as training
+from selfflow.training import checkpoint, loop as training
 from selfflow.training.config import PRESETS, Config, TrainConfig, differences, flatten
 from selfflow.training.run import Run
 
@@ -185,9 +184,11 @@ def test_help_names_every_field_its_meaning_and_the_default_of_the_preset(capsys
         text = " ".join(re.sub(r"[│─╭╮╰╯]", " ", capsys.readouterr().out).split())
         shown[preset] = {part.split()[0].strip("-,"): part for part in re.split(r" (?=--[\w.]+)(?<!, )", text)[1:]}
     meant = {}
-    for prefix, part in {"": Config, "data.": DataConfig, "model.": ModelConfig, "objective.": ObjectiveConfig,
+    for prefix, part in {"": Config, "data.": DataConfig, "model.": ModelConfig,
+                         "objective.": (ObjectiveConfig, FeatureOptions, SelfFlowOptions),
                          "training.": TrainConfig}.items():
-        comments = re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(part), re.M)
+        sources = "\n".join(map(inspect.getsource, part if isinstance(part, tuple) else (part,)))
+        comments = re.findall(r"^    (\w+): .+?  # (.+)$", sources, re.M)
         meant |= {prefix + name: text for name, text in comments}
     assert meant.keys() == flatten(asdict(Config())).keys()
     follows = {"model.width", "model.depth", "model.heads", "model.positions", "training.shards", "objective.rep_weight",

@@ -202,6 +202,8 @@ def test_a_wheel_holds_the_same_judges_as_the_checkout(copy, tmp_path_factory):
     shutil.unpack_archive(next((copy / "dist").glob("*.tar.gz")), copy / "unpacked", filter="data")
     again = build(next((copy / "unpacked").iterdir()))
     assert sorted(ZipFile(wheel).namelist()) == sorted(ZipFile(again).namelist()), "a source distribution is complete"
+    scripts = {str(path.relative_to(copy)) for path in (copy / "selfflow/workbench/js").iterdir()}
+    assert scripts and scripts <= set(ZipFile(wheel).namelist()), "what runs in the browser is there"
     installed = tmp_path_factory.mktemp("installed")
     shutil.unpack_archive(wheel, installed, "zip")
     shown = subprocess.run([sys.executable, "-c", READ, str(installed)], cwd=installed, capture_output=True, text=True,

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import torch
 
-from selfflow.training import loop as training
-from selfflow.training import recording, run
+from selfflow.training import loop as training, recording, run
 from selfflow.training.config import Config
 
 torch.set_num_threads(1)

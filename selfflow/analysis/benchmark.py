@@ -262,7 +262,8 @@ def bench(cases: list[Case], path: Path | str, rounds: int = 5, device: str = "a
 def flops_per_step(config: Config, transformer: TransformerConfig, feature_width: int = 1) -> int:
     "Operations of one training step, of the whole batch; feature_width: of the encoder's features, for REPA alone."
     objective, batch = config.objective, config.training.batch
-    plain = replace(objective, flow_tokens="all", rep_tokens="all", given="", separated=False)  # which count costs nothing
+    rep = {"rep_tokens": "all"} if hasattr(objective, "rep_tokens") else {}
+    plain = replace(objective, flow_tokens="all", given="", separated=False, **rep)  # which count costs nothing
     flops = batch * _flops_of_sample(plain, transformer, config.training.checkpointing, feature_width)
     if not objective.separated:
         return flops
@@ -278,7 +279,7 @@ def _flops_of_sample(objective: ObjectiveConfig, shape: TransformerConfig, check
         student, learner = Transformer(shape), build_objective(objective, shape, feature_width)
         x0, told = torch.zeros(1, shape.tokens, shape.channels), (1, shape.caption) if shape.caption else (1,)
         labels = torch.zeros(*told, shape.caption_width) if shape.caption_width else torch.zeros(told, dtype=torch.int64)
-        features = torch.zeros(1, feature_width) if objective.name == "repa" else None
+        features = torch.zeros(1, feature_width) if learner.needs_features else None
     student.checkpointing, teacher = checkpointing, make_teacher(student)
     with sdpa_kernel(SDPBackend.MATH):
         return count_flops(lambda: learner(student, teacher, x0, labels, partial(keyed, 0), features).total.backward())

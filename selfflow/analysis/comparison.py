@@ -18,8 +18,9 @@ from .probing import read_probes
 from ..checks import choose
 from ..disk import step_of
 from ..intervals import Comparison, compare_seeds
+from ..registries import objectives
 from ..training.checkpoint import find_runs, problem_of, read_not_finite
-from ..training.config import flatten
+from ..training.config import differing, flatten
 from ..training.run import UNREADABLE, Run
 
 # %% ../../nbs/4_analysis/18_comparison.ipynb #28eade98
@@ -75,11 +76,11 @@ def _losses(log: pd.DataFrame) -> dict:
 
 
 def _probe(run: Run) -> dict:
-    grid, _ = read_probes(run)
-    if grid is None:
+    probes = read_probes(run)
+    if probes is None:
         return {}
-    layer, level, best = grid.best()
-    return {"probe": best.accuracy, "probe cell": f"block {layer}, t = {level:g}, step {grid.step}"}
+    best = probes.best(probes.main_factor)
+    return {"probe": best.probe.score, "probe cell": f"{best.cell}, step {probes.about['step']}"}
 
 
 def _spent(run: Run) -> dict:
@@ -87,8 +88,8 @@ def _spent(run: Run) -> dict:
 
 
 def _flops(run: Run) -> float:
-    "Operations of a step; NaN for REPA without a checkpoint, which alone tells how wide the encoder's features are."
-    if run.config.objective.name != "repa":
+    "Operations of a step; NaN without a checkpoint where it alone tells how wide an encoder's features are."
+    if not objectives[run.config.objective.name].load().needs_features:
         return flops_per_step(run.config, run.transformer)
     if not (whole := _whole(run)):
         return math.nan
@@ -127,10 +128,9 @@ def runs_table(runs: dict[str, Run | Path | str] | Path | str) -> pd.DataFrame:
     rows, settings = {}, {}
     for name, run in (runs if isinstance(runs, dict) else find_runs(runs)).items():
         rows[name], settings[name] = _row(run)
-    known = [values for values in settings.values() if values]
-    differing = [key for key in (known[0] if known else ()) if key != "name" and len({repr(own[key]) for own in known}) > 1]
-    records = [{**{key: settings[name].get(key) for key in differing}, **row} for name, row in rows.items()]
-    return pd.DataFrame(records, index=pd.Index(rows, name="run"), columns=[*COLUMNS[:3], *differing, *COLUMNS[3:]])
+    shown = [key for key in differing(settings) if key != "name"]
+    records = [{**{key: settings[name].get(key) for key in shown}, **row} for name, row in rows.items()]
+    return pd.DataFrame(records, index=pd.Index(rows, name="run"), columns=[*COLUMNS[:3], *shown, *COLUMNS[3:]])
 
 # %% ../../nbs/4_analysis/18_comparison.ipynb #36351352
 AGAINST = {"steps": ("step", ((1, ""),)),
@@ -248,6 +248,6 @@ def over_seeds(runs: dict[str, Run], values: dict[str, float], **written) -> lis
 def config_table(runs: dict[str, Run]) -> pd.DataFrame:
     "The settings in which runs differ, a row each, a column per run; all of them for a single run."
     flat = {name: flatten(asdict(run.config)) for name, run in runs.items()}
-    keys = [key for key in next(iter(flat.values())) if len(runs) == 1 or len({str(f[key]) for f in flat.values()}) > 1]
-    return pd.DataFrame([{"setting": key, **{name: values[key] for name, values in flat.items()}} for key in keys],
+    keys = next(iter(flat.values())) if len(runs) == 1 else differing(flat)
+    return pd.DataFrame([{"setting": key, **{name: values.get(key) for name, values in flat.items()}} for key in keys],
                         columns=["setting", *flat])

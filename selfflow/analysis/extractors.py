@@ -25,7 +25,7 @@ from .judge import Judge, judge_for
 from ..checks import choose
 from ..data.datasets import subset
 from ..data.options import DataConfig
-from ..data.sources import DATASETS
+from ..data.sources import open_dataset
 
 # %% ../../nbs/4_analysis/15_extractors.ipynb #f4519755
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def built_in(data: DataConfig, name: str = "", count: int = 1000, axes: int = 64
         return Extractor(pixel_features, {"features": "pixels", "dimensions": 64})
     if name not in HEADS:
         raise ValueError(f"there is no built-in judge of {name}; give an extractor with weights of yours, see open_extractor")
-    real = DATASETS[name](data, "train")
+    real = open_dataset(data, "train", name)
     return judge_extractor(judge_for(name, data, folder), real.take(subset(real, count)).signals, axes)
 
 # %% ../../nbs/4_analysis/15_extractors.ipynb #7fd35c93

@@ -126,7 +126,7 @@ class Items:
 
 def items_of(run: Run, split: str = "test", count: int | None = 2000, name: str = "", seed: int = 0) -> Items:
     "Samples of one split of a run's data, of any modality; see `Items`."
-    return Items(Sources(run.config.data, split), name, count, seed)
+    return Items(run.sources_of(split), name, count, seed)
 
 # %% ../../nbs/4_analysis/01_features.ipynb #acc35c9e
 def weights_fingerprint(model: Transformer) -> str:

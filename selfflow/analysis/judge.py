@@ -25,7 +25,7 @@ from ..checks import choose
 from ..data.datasets import DataSet, subset
 from ..data.notes import PITCHES
 from ..data.options import DataConfig
-from ..data.sources import DATASETS, Sources
+from ..data.sources import Sources, open_dataset
 from ..disk import make_folder, replacing, write_json
 from ..draws import keyed
 from ..settings import own_settings
@@ -97,7 +97,7 @@ _STEPS = {"shapes": 800, "emblems": 800, "motion": 300, "notes": 300, "scenes": 
 
 
 def _source(name: str, data: DataConfig | None, split: str) -> DataSet:
-    return DATASETS[choose(name, HEADS, "data set with a judge")](data or DataConfig(name), split)
+    return open_dataset(data or DataConfig(name), split, choose(name, HEADS, "data set with a judge"))
 
 
 def _untrained(name: str, rate: int) -> nn.ModuleDict:

@@ -19,7 +19,6 @@ from torch import Tensor
 from .features import extract
 from ..checks import choose
 from ..data.datasets import Examples, subset
-from ..data.sources import Sources
 from ..draws import keyed
 from ..training.run import Run
 
@@ -173,7 +172,7 @@ def run_features(run: Run, layers: tuple[int, ...], level: float = 0.0, count: i
 
     count: of examples of a split, chosen by `subset`; seed: of the noise. Raises ValueError for layers that do not exist.
     """
-    sources = Sources(run.config.data, split)
+    sources = run.sources_of(split)
     name = run.config.data.names[0]
     index = subset(sources.data[name], count)
     x0, _ = sources.take(name, index)

@@ -24,6 +24,7 @@ from ..method.alignment import counted_tokens, normalise
 from ..method.build import build_objective
 from ..method.objective import FeatureObjective, SelfFlow
 from ..method.tokens import Part
+from ..registries import objectives
 from ..settings import own_settings
 from ..training.run import Run
 
@@ -304,8 +305,8 @@ def saturation(run: Run, fitted: int = 1000, scored: int = 300, bins: int = 8, s
     Raises TypeError for a run whose objective compares no features, ValueError for a REPA run without its encoder.
     """
     objective, config = _objective(run), run.config
-    if config.objective.name == "repa" and features is None:
-        raise ValueError("the target of a REPA run is what its encoder says: saturation(run, features=encoder)")
+    if objective.needs_features and features is None:
+        raise ValueError(f"the target of {config.objective.name} is what its encoder says: saturation(run, features=encoder)")
     found = {}
     for split, most in {"train": fitted, "test": scored}.items():
         sources = Sources(config.data, split)
@@ -325,12 +326,15 @@ def saturation(run: Run, fitted: int = 1000, scored: int = 300, bins: int = 8, s
 
 
 def _objective(run: Run) -> FeatureObjective:
-    if run.config.objective.name == "flow_matching":
-        raise TypeError(f"{run.path} was trained with flow_matching alone: it compares no features, so nothing can saturate")
-    stored = run.load("objective") if run.config.objective.name != "layer_sync" else {}
+    kind = objectives[run.config.objective.name].load()
+    if not kind.compares_features:
+        raise TypeError(f"{run.path} was trained with {run.config.objective.name} alone: it compares no features, so nothing can "
+                        "saturate")
+    stored = run.load("objective") if kind.needs_features else {}
     width = next((value.shape[0] for name, value in reversed(stored.items()) if name.endswith("4.bias")), 1)
     with torch.random.fork_rng():
         objective = build_objective(run.config.objective, run.transformer, width, run.sources.sequences,
                                     run.config.data.weight_of)
-    objective.load_state_dict(stored)
+    if objective.state_dict():  # LayerSync has no head
+        objective.load_state_dict(run.load("objective"))
     return objective.to(run.device).eval().requires_grad_(False)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'Picture', 'to_png', 'line_styles', 'to_array', 'viewable', 'draw_images', 'draw_maps', 'draw_views',
-           'draw_curves', 'smooth', 'draw_training', 'draw_loss_by_level', 'draw_runs', 'draw_probe_grids']
+           'draw_curves', 'smooth', 'draw_training', 'draw_loss_by_level', 'draw_runs']
 
 # %% ../../nbs/5_figures/02_plots.ipynb #4db3a358
 import io
@@ -225,37 +225,3 @@ def _name_ends(axis, ends: dict):
         leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "linestyle": ":", "relpos": (0, 0.5)}
         axis.annotate(name, (x, y), (1.03, height), textcoords="axes fraction", color=colour, va="center", fontsize=9,
                       annotation_clip=False, arrowprops=leader)
-
-# %% ../../nbs/5_figures/02_plots.ipynb #c41cab9f
-def _heatmap(axis, values, texts, layers, levels, title, bold=None, **colours):
-    image = axis.imshow(values, aspect="auto", **colours)
-    axis.set(xticks=range(len(levels)), xticklabels=[f"{t:g}" for t in levels], yticks=range(len(layers)),
-             yticklabels=layers, xlabel="noise level t", title=title)
-    for row, column in np.ndindex(values.shape):
-        red, green, blue, _ = image.cmap(image.norm(values[row, column]))
-        axis.text(column, row, texts[row, column], ha="center", va="center", fontsize=6.5, linespacing=1.1,
-                  weight="bold" if bold is not None and bold[row, column] else "normal",
-                  color="black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white")
-
-
-def draw_probe_grids(grids: dict, layers, levels, difference=None) -> Picture:
-    """Probe accuracy by layer (rows) and noise level (columns) of each run, in percent.
-
-    grids: {name: (layers, levels) accuracies in [0, 1]}; difference: (3, layers, levels), the mean, low and high end of the
-    difference of two of them, drawn last, in percentage points.
-    """
-    widths = [len(levels) * 0.45 + 0.8] * len(grids) + [len(levels) * 0.62 + 0.8] * (difference is not None)
-    figure = Picture(figsize=(sum(widths), 0.4 * len(layers) + 1.0), layout="constrained")
-    axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
-    percent = {name: 100 * to_array(grid) for name, grid in grids.items()}
-    scale = {"vmin": min(grid.min() for grid in percent.values()), "vmax": max(grid.max() for grid in percent.values())}
-    for axis, (name, grid) in zip(axes, percent.items(), strict=False):
-        texts = np.vectorize("{:.0f}".format)(grid)
-        _heatmap(axis, grid, texts, layers, levels, f"{name}, %", cmap="viridis", **scale)
-    if difference is not None:
-        mean, low, high = 100 * to_array(difference)
-        texts, reach = np.vectorize("{:+.1f}\n({:.0f} to {:.0f})".format)(mean, low, high), max(1.0, abs(mean).max())
-        _heatmap(axes[-1], mean, texts, layers, levels, "difference, points", (low > 0) | (high < 0),
-                 cmap="RdBu", vmin=-reach, vmax=reach)
-    axes[0].set_ylabel("after block")
-    return figure

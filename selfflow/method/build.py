@@ -8,15 +8,16 @@ __all__ = ['transformer_config', 'build_density', 'mask_ratio_of', 'given_tokens
 
 # %% ../../nbs/1_method/12_build.ipynb #f9592cfc
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 
 from ..checks import choose
 from .alignment import DISTANCES, NORMALISATIONS, TOKENS, counted_tokens
 from .flow import Density, LogitNormal, Mixture, PlateauLogitNormal, Shifted, Uniform
-from .objective import REPA, SRA, FlowMatching, LayerSync, SelfFlow
+from .objective import FlowMatching
 from .options import MASK_RATIOS, ModelConfig, ObjectiveConfig
+from ..registries import objectives
 from .schedule import Conditioned, DiffusionForcing, DualTimestep, FullMasking, MultiTimestep, SingleLevel
 from .tokens import Part, Places
 from .transformer import TransformerConfig
@@ -97,7 +98,7 @@ def _grid(parts: tuple[Part, ...]) -> tuple[int, int] | None:
 def _free_schedule(config: ObjectiveConfig, grid, mask_ratio):
     density, kind = build_density(config), config.schedule
     if kind == "auto":
-        kind = "dual" if config.name == "self_flow" else "single"
+        kind = objectives[config.name].load().usual_schedule
     if isinstance(mask_ratio, tuple) and (kind not in ("single", "dual") or config.levels != 2):
         raise ValueError(f"the schedule {kind} of {config.levels} levels needs one mask ratio for all tokens; "
                          "give objective.mask_ratio")
@@ -121,9 +122,10 @@ def _free_schedule(config: ObjectiveConfig, grid, mask_ratio):
 def check_levels(config: ObjectiveConfig) -> None:
     "Raise ValueError for names, levels and masks of a config that do not fit together."
     for name, known in {"distance": DISTANCES, "flow_tokens": TOKENS, "rep_tokens": TOKENS, "normalise": NORMALISATIONS}.items():
-        choose(getattr(config, name), known, f"{name} (objective.{name})")
+        if hasattr(config, name):
+            choose(getattr(config, name), known, f"{name} (objective.{name})")
     levels = build_schedule(config).sample(1, 2, torch.Generator())
-    for which in (config.flow_tokens, config.rep_tokens if config.name != "flow_matching" else "all"):
+    for which in (config.flow_tokens, getattr(config, "rep_tokens", "all")):
         counted_tokens(levels, which)  # refuses masked tokens where there is one level
         if which != "all" and (config.schedule == "diffusion_forcing" or config.mask_ratio == 0 or config.single_share == 1):
             raise ValueError(f"tokens are {which!r}, but here none is masked: mask_ratio {config.mask_ratio}, single_share "
@@ -143,16 +145,9 @@ def build_objective(config: ObjectiveConfig, transformer: TransformerConfig, fea
     """
     schedule = {parts: build_schedule(config, parts) for parts in sequences or (transformer.parts,)}
     schedule = schedule if len(schedule) > 1 else next(iter(schedule.values()))
-    options = {"label_drop": config.label_drop, "flow_tokens": config.flow_tokens, "separated": config.separated,
-               "weights": weights}
-    if config.name == "flow_matching":
-        return FlowMatching(schedule, **options)
-    options |= {"rep_weight": config.rep_weight, "distance": config.distance, "normalise": config.normalise,
-                "rep_tokens": config.rep_tokens, "student_layer": config.student_layer}
-    if config.name == "repa":
-        return REPA(transformer, feature_width, schedule=schedule, **options)
-    kind = {"self_flow": SelfFlow, "sra": SRA, "layer_sync": LayerSync}[config.name]
-    return kind(transformer, schedule, teacher_layer=config.teacher_layer, **options)
+    shared = {"label_drop": config.label_drop, "flow_tokens": config.flow_tokens, "separated": config.separated}
+    own = {f.name: getattr(config, f.name) for f in fields(config.options_type)}
+    return objectives[config.name].load().build(transformer, feature_width, schedule=schedule, weights=weights, **shared, **own)
 
 
 def check_layers(config: ObjectiveConfig, depth: int, signals: set[str]) -> None:

@@ -125,6 +125,19 @@ class FlowMatching(nn.Module):
     label_drop: probability that a label is replaced by the null label; flow_tokens: which tokens count, see `counted_tokens`;
     separated: attention within levels only; weights: of the parts' tokens in all losses, 1 for those not named.
     """
+
+    compares_features = False  # with a target: there is a representation loss
+    needs_features = False     # of an outside encoder, with every batch
+    usual_schedule = "single"  # what objective.schedule auto stands for
+
+    @classmethod
+    def build(cls, model, feature_width: int = 1, **options) -> "FlowMatching":
+        """The objective for a student like `model`, of which width and depth are read.
+
+        feature_width: of an outside encoder; options: schedule, label_drop, flow_tokens, separated, weights, and its own.
+        """
+        return cls(**options)
+
     def __init__(self, schedule=None, label_drop: float = 0.1, flow_tokens: str = "all", separated: bool = False,
                  weights: dict[str, float] | None = None):
         super().__init__()
@@ -232,7 +245,13 @@ class FeatureObjective(FlowMatching):
         self.student_layer, self.taps, self.rep_weight = student_layer, (student_layer,), rep_weight
         self.distance, self.normalise, self.rep_tokens = distance, normalise, rep_tokens
 
-    own_target = False  # whether the target is made of the student's pass
+    compares_features = True
+    own_target = False  # the target is not made of the student's pass
+
+    @classmethod
+    def build(cls, model, feature_width: int = 1, **options) -> "FeatureObjective":
+        "As of `FlowMatching`; the constructor of a subclass takes the model first."
+        return cls(model, **options)
 
     def counted(self, levels: NoiseLevels) -> dict[str, Tensor | None]:
         "Which tokens each loss counts."
@@ -293,6 +312,8 @@ class SelfFlow(FeatureObjective):
     Raises ValueError unless 1 <= student_layer < teacher_layer <= depth. Source: Self-Flow, section 3.
     """
 
+    usual_schedule = "dual"
+
     def __init__(self, config, schedule=None, student_layer: int | None = None, teacher_layer: int | None = None,
                  rep_weight: float = 0.8, label_drop: float = 0.1, **options):
         student_layer, teacher_layer = _layers(config, student_layer, teacher_layer, 0.7)
@@ -318,6 +339,8 @@ class SRA(SelfFlow):
     Arguments as `SelfFlow`, schedule SingleLevel() by default. Head, layers and distance are those of Self-Flow too, so that
     only the levels differ. Source: arXiv 2505.02831, as compared with in Self-Flow, section 4.
     """
+
+    usual_schedule = "single"
 
     def __init__(self, config, schedule=None, *layers, offset: float = 0.2, **options):
         super().__init__(config, schedule or SingleLevel(), *layers, **options)
@@ -360,6 +383,14 @@ class REPA(FeatureObjective):
     (b, feature_width) for one vector a sample; None when features are given with every batch. Its weights are not trained.
     student_layer: default 0.3 of the depth (8 of 28). Source: arXiv 2410.06940: weight 0.5, head of three layers, 2048 wide.
     """
+
+    needs_features = True
+
+    @classmethod
+    def build(cls, model, feature_width: int = 1, **options) -> "REPA":
+        "As of `FeatureObjective`, with a head for features of `feature_width`."
+        return cls(model, feature_width, **options)
+
     def __init__(self, config, feature_width: int, encoder: Callable | None = None, schedule=None,
                  student_layer: int | None = None, rep_weight: float = 0.5, label_drop: float = 0.1, head_width: int = 2048,
                  **options):

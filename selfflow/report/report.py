@@ -13,11 +13,10 @@ from functools import partial
 from tqdm.auto import tqdm
 
 from ..analysis.comparison import arms
-from ..analysis.factor_probes import factor_items, factors_cost, probe_factors, read_factors, write_factors
-from ..analysis.probing import PROBE_LEVELS, class_data, of_first, probe_baselines, probe_run, read_probes
+from ..analysis.probing import outdated, probe_items, probe_run, probes_cost, read_probes, write_probes
 from ..analysis.sample_metrics import metric_data, run_metrics
 from .document import Report, Section
-from .probe_sections import factor_section
+from .probe_sections import probe_section
 from selfflow.report.representation_sections import (
     attention_section,
     layer_section,
@@ -25,14 +24,14 @@ from selfflow.report.representation_sections import (
     saturation_section,
     similarity_section,
 )
-from .run_sections import loss_section, probe_section, run_section, training_section
+from .run_sections import loss_section, run_section, training_section
 from .sample_sections import metric_section, plane_section, sample_section
 from ..settings import own_settings
 from ..training.run import Run
 from ..training.samples import to_draw, write_samples
 
 # %% ../../nbs/6_report/06_report.ipynb #64449500
-SECTIONS = (run_section, training_section, loss_section, probe_section, factor_section, layer_section, similarity_section,
+SECTIONS = (run_section, training_section, loss_section, probe_section, layer_section, similarity_section,
             saturation_section, attention_section, plane_section, sample_section, metric_section)
 
 
@@ -90,15 +89,8 @@ def missing_parts(runs: dict[str, Run]) -> list[tuple[str, str, Callable]]:
     """
     found = []
     for name, run in runs.items():
-        step, data = run.state()["step"], run.config.data
-        if _possible(class_data, data):
-            (grid, base), cells = read_probes(run), f"{len(PROBE_LEVELS) * run.transformer.depth} probes"
-            if grid is None or grid.step != step or of_first(grid.chosen, data):
-                found.append((f"probes of the class of {name}", cells, partial(probe_run, run)))
-            if base is None or of_first(base.untrained.chosen, data):
-                found.append((f"baselines of {name}", cells, partial(probe_baselines, run)))
-        if not _fresh(run, step) and _possible(factor_items, run):
-            found.append((f"probes of all factors of {name}", str(factors_cost(run)), partial(_factors, run)))
+        if not _fresh(run) and _possible(probe_items, run):
+            found.append((f"probes of {name}", str(probes_cost(run)), partial(_probe, run)))
         if not any((run.path / "samples").glob("*.safetensors")):
             found.append((f"samples of {name}", "40 to 100 samples, 50 forwards each", partial(_samples, run)))
         if not any(run.path.glob("metrics*.json")) and _possible(metric_data, run):
@@ -114,16 +106,16 @@ def _possible(check: Callable, *given) -> bool:
     return True
 
 
-def _fresh(run: Run, step: int) -> bool:
+def _fresh(run: Run) -> bool:
     try:
-        found = read_factors(run)
+        probes = read_probes(run)
     except ValueError:
         return False
-    return found is not None and found.about["step"] == step and not of_first(found.about.get("chosen"), run.config.data)
+    return probes is not None and not outdated(probes, run)
 
 
-def _factors(run: Run) -> None:
-    write_factors(run, probe_factors(run))
+def _probe(run: Run) -> None:
+    write_probes(run, probe_run(run))
 
 
 def _samples(run: Run) -> None:

@@ -24,6 +24,7 @@ from ..figures.layers import draw_ladder, draw_layers, draw_similarities
 from ..figures.plots import Picture, draw_curves, viewable
 from ..method.flow import interpolate
 from ..method.schedule import DualTimestep, NoiseLevels
+from ..registries import objectives
 from .document import Section
 from .run_sections import SAMPLES_ONLY
 from ..training.run import Run
@@ -115,9 +116,10 @@ def saturation_section(runs: dict[str, Run]) -> Section:
                       f"samples, all answers are scored on at most {SCORED} test samples under new noise, both chosen at random; "
                       "95 % intervals over these.")
     for name, run in runs.items():
-        if run.config.objective.name == "flow_matching":
+        objective = objectives[run.config.objective.name].load()
+        if not objective.compares_features:
             section.text(f"{name} compares no features: there is no cosine that could saturate.")
-        elif run.config.objective.name == "repa":
+        elif objective.needs_features:
             section.missing(f"The target of {name} is what an encoder says, which is not kept with the run; in a notebook:",
                             "selfflow.analysis.saturation.saturation(run, features=encoder)")
         else:

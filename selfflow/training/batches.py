@@ -26,6 +26,7 @@ from ..method.flow import interpolate
 from ..method.schedule import NoiseLevels
 from ..method.tokens import Part, Places
 from ..method.transformer import Transformer, TransformerConfig
+from ..registries import objectives
 from ..settings import own_settings
 from .config import Config, TrainConfig
 
@@ -128,7 +129,7 @@ def feature_source(features: Tensor | Callable | None, config: Config, sources: 
     Raises ValueError for features that are missing, not asked for, not finite or of another number of samples, and for several
     data sets.
     """
-    if (features is not None) != (config.objective.name == "repa"):
+    if (features is not None) != objectives[config.objective.name].load().needs_features:
         raise ValueError(f"objective {config.objective.name!r} "
                          + ("takes no features of an outside encoder" if features is not None else
                             "needs features of an encoder: train(config, features=...) or selfflow train --features FILE"))
@@ -184,12 +185,13 @@ class Validation:
 
     @classmethod
     @own_settings()
-    def of(cls, config: Config, split: str = "validation") -> "Validation":
+    def of(cls, config: Config, split: str = "validation", sources: Sources | None = None) -> "Validation":
         """Samples of a split as `subset` chooses them, with noise that is fixed by the data alone; all of the training part.
 
-        A run with the defaults of a version before 4 keeps the first samples, and with them its numbers.
+        sources: those of the split, if they are already open. A run with the defaults of a version before 4 keeps the first
+        samples, and with them its numbers.
         """
-        sources, found, chosen = Sources(config.data, split), {}, {}
+        sources, found, chosen = sources or Sources(config.data, split), {}, {}
         for name, data in sources.data.items():
             most = None if split == "train" else config.training.validation
             indices, chosen[name] = subset(data, most), subset_words(data, most)

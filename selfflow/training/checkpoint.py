@@ -8,7 +8,6 @@ __all__ = ['OPTIMIZER', 'FORMAT', 'MIGRATIONS', 'FREE', 'write_checkpoint', 'rea
            'read_pictures', 'migrate', 'free_fields', 'agree', 'find_runs']
 
 # %% ../../nbs/3_training/03_checkpoint.ipynb #a937e358
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..disk import discard, flush, hidden, make_folder, replacing, say_once, step_of, step_paths, write_json, write_tensors
+from ..disk import (discard, flush, make_folder, replacing, replacing_folder, say_once, sha256, step_of, step_paths,
+                           write_json, write_tensors)
+from ..method.options import ObjectiveConfig
 from .config import differences
 from .lock import free_name
 
@@ -32,23 +33,8 @@ def write_checkpoint(path: Path, tensors: dict[str, dict[str, Tensor]], state: d
 
     A damaged one that stands there is replaced. Raises OSError, and leaves nothing then.
     """
-    staging, aside = hidden(path), hidden(path)
-    try:
-        make_folder(path.parent)
-        staging.mkdir()
+    with replacing_folder(path) as staging:
         _fill(staging, tensors, state)
-        if os.path.lexists(path):
-            path.rename(aside)
-        staging.rename(path)
-        flush(path.parent)
-    finally:
-        discard(staging)
-        discard(aside)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fill(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
@@ -58,7 +44,7 @@ def _fill(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> N
     files = sorted(folder.iterdir())
     for file in files:
         flush(file)
-    write_json(folder / "manifest.json", {f.name: {"size": f.stat().st_size, "sha256": _sha256(f)} for f in files})
+    write_json(folder / "manifest.json", {f.name: {"size": f.stat().st_size, "sha256": sha256(f)} for f in files})
 
 
 def read_part(path: Path, part: str) -> dict[str, Tensor]:
@@ -112,7 +98,7 @@ def check_checkpoint(path: Path, contents: bool = True) -> str | None:
                 return f"{name} is missing"
             if (size := (path / name).stat().st_size) != expected["size"]:
                 return f"{name} has {size} bytes, not {expected['size']}"
-            if contents and _sha256(path / name) != expected["sha256"]:
+            if contents and sha256(path / name) != expected["sha256"]:
                 return f"{name} has changed since it was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
@@ -227,8 +213,23 @@ def _from_3(stored: dict) -> dict:
 
 
 def _from_4(stored: dict) -> dict:
-    "Format 4 had images alone without a part."
-    return {**stored, "format": 5} | ({"transformer": _with_parts(stored["transformer"])} if "transformer" in stored else {})
+    "Format 4 had images alone without a part, and the options of all objectives with each."
+    config = stored["config"]
+    if "objective" in config:
+        config = {**config, "objective": _own_options(config["objective"])}
+    shape = {"transformer": _with_parts(stored["transformer"])} if "transformer" in stored else {}
+    return {**stored, "format": 5, "config": config} | shape
+
+
+def _own_options(objective: dict) -> dict:
+    known = ObjectiveConfig.of(objective.get("name", "self_flow")).__dataclass_fields__
+    own = {name: value for name, value in objective.items() if name in known or name not in _OPTIONS_OF_4}
+    if own.get("rep_weight", 0) is None:  # as published
+        del own["rep_weight"]
+    return own
+
+
+_OPTIONS_OF_4 = ("student_layer", "teacher_layer", "rep_weight", "rep_tokens", "distance", "normalise")
 
 
 def _with_parts(shape: dict) -> dict:

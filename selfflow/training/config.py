@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'PARALLEL', 'OPTIMIZERS', 'DEFAULTS', 'PRESET_FIELDS', 'PRESETS', 'TrainConfig', 'Config', 'flatten',
-           'nested', 'differences', 'half_life', 'overlaid', 'draft']
+           'nested', 'differing', 'differences', 'half_life', 'overlaid', 'draft']
 
 # %% ../../nbs/3_training/01_config.ipynb #edd6e4f6
 import math
@@ -13,6 +13,7 @@ from importlib import import_module
 
 from ..checks import check_positive, check_types, choose
 from ..data.options import DataConfig
+from ..registries import Named
 from ..method.options import MASK_RATIOS, ModelConfig, ObjectiveConfig
 
 # %% ../../nbs/3_training/01_config.ipynb #a8a49c61
@@ -120,6 +121,7 @@ class Config:
 def _from_dict(cls, values: dict, make, where: str = ""):
     if not isinstance(values, dict):
         raise ValueError(f"{where or 'config'} is {values!r}, expected its fields by name")
+    cls = cls.chosen(values) if isinstance(cls, Named) else cls
     types = {f.name: f.default_factory for f in fields(cls)}
     for name in values:
         choose(name, types, f"field in {where or 'config'}")
@@ -152,6 +154,18 @@ def nested(flat: dict) -> dict:
             inner = inner.setdefault(part, {})
         inner[last] = value
     return values
+
+
+def differing(settings: dict[str, dict]) -> list[str]:
+    """The dotted names of the settings, by run and flat, that are not the same in all runs that have them.
+
+    What only one objective has follows from its name.
+    """
+    values = {}
+    for own in settings.values():
+        for name, value in own.items():
+            values.setdefault(name, set()).add(repr(value))
+    return [name for name, different in values.items() if len(different) > 1]
 
 
 def differences(a: dict, b: dict) -> dict[str, tuple]:
@@ -203,6 +217,7 @@ def draft(values: dict) -> Config:
 
 
 def _unchecked(cls, values: dict):
+    cls = cls.chosen(values) if isinstance(cls, Named) else cls
     part = object.__new__(cls)
     for f in fields(cls):
         default = _unchecked(f.default_factory, {}) if is_dataclass(f.default_factory) else f.default

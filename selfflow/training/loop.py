@@ -9,15 +9,18 @@ __all__ = ['write_not_finite', 'train']
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from ..data.datasets import DataSet
+from ..data.options import DataConfig
+from ..data.own import GIVEN_DATA, splits_of
 from ..data.sources import Sources, outlines
 from ..disk import NotWritten, write_json
 from ..draws import keyed
@@ -26,9 +29,10 @@ from ..method.tokens import Part
 from ..settings import own_settings
 from .batches import Batches, Validation, feature_source, shape_of, shards_of, too_wide
 from .checkpoint import OPTIMIZER, free_fields, migrate, read_state, resumable
-from .config import Config, TrainConfig, flatten
+from .config import Config, TrainConfig, flatten, overlaid
 from .processes import Interrupt, Processes, raise_again
-from .recording import Recorder, check_trackers
+from .recording import (Callback, FilmStrip, Moment, ProgressBar, Recorder, Trackers, check_callback,
+                                         check_trackers)
 from .run import Run
 from .state import TrainState, compile_blocks, diverged, share_state, start_state, train_step
 
@@ -41,42 +45,87 @@ class _Loop:
         self.run, self.state, self.batches, self.judged, self.processes = run, state, batches, judged, processes
         self.features_of, self.checked = features_of, state.step
         self.config, self.training = run.config, run.config.training
+        self.callbacks = []
 
-    def go(self, workers: int, track: tuple[str, ...], bar: bool, spent: dict | None) -> signal.Signals | None:
+    def go(self, workers: int, track: tuple[str, ...], bar: bool, spent: dict | None,
+           callbacks: Iterable[Callback]) -> signal.Signals | None:
         "Train to the end, or until somebody wishes to stop; the signal that said so, if one did."
         state, processes, cuda = self.state, self.processes, self.processes.device.type == "cuda"
-        with Interrupt() as interrupt, Recorder(self.run, state.step, processes, track, spent) as recorder, \
-                tqdm(total=self.training.steps, initial=state.step, desc=self.config.name, unit="step", mininterval=0.5,
-                     disable=not (bar and processes.main)) as line:
+        with Interrupt() as interrupt, ExitStack() as stack:
+            self.add(recorder := Recorder(self.run, state.step, processes, spent), stack)
+            self.add(Trackers(recorder, track, self.run, state.step), stack)
+            if bar and processes.main:
+                self.add(ProgressBar(self.config, state.step), stack)
+            self.add(FilmStrip(), stack)
+            for callback in callbacks:
+                self.add(callback, stack)
             loader = iter(self.batches.loader(state.step, workers, pin=cuda))
             while state.step < self.training.steps:
                 done = state.step
                 try:
-                    stop = self.turn(loader, recorder, line, interrupt)
+                    stop = self.turn(loader, interrupt)
                 except FloatingPointError as error:  # of the loss, the weights, a validation or a picture
                     if processes.main:
                         write_not_finite(self.run, state, self.batches, str(error), done)
                     raise FloatingPointError(f"{error} What was in this step is in {self.run.path}/not_finite.json") from None
-                line.update()
                 if stop:
                     break
         return processes.lead(lambda: self.stopped(interrupt.signal))
 
-    def turn(self, loader: Iterator, recorder: Recorder, line: tqdm, interrupt: Interrupt) -> bool:
+    def add(self, callback: Callback, stack: ExitStack) -> None:
+        "A callback, which hears of the end even when those before it fail."
+        self.callbacks.append(callback)
+
+        def end(kind, error, traceback):
+            if hasattr(callback, "on_end"):
+                callback.on_end(self.moment({}, error=error))
+        stack.push(end)
+
+    def moment(self, values: dict, **more) -> Moment:
+        "Where training stands."
+        return Moment(self.state.step, values, self.run, self.state, self.processes, **more)
+
+    def notify(self, event: str, moment: Moment) -> Exception | None:
+        "Call a method of all callbacks, until one fails; its error."
+        for callback in self.callbacks:
+            try:
+                getattr(callback, event, lambda moment: None)(moment)
+            except Exception as error:
+                return error
+
+    def notify_together(self, event: str, moment: Moment) -> None:
+        "Call a method of all callbacks in all processes; raise the error of one that fails, everywhere."
+        error = self.notify(event, moment)
+        self.agree(error, *self.processes.any(error is not None))
+
+    def agree(self, error: Exception | None, failed: bool) -> None:
+        "Raise the error of this process, or that another one has failed."
+        if failed:
+            raise error or OSError("another process cannot go on, as it says")
+
+    def turn(self, loader: Iterator, interrupt: Interrupt) -> bool:
         "A step and all that is due after it; returns whether to stop. Nothing is validated, drawn or saved that is not finite."
         processes = self.processes
         began = time.perf_counter()
         chosen, x0, labels, parts = next(loader)
         waited = time.perf_counter() - began
         values = self.step(chosen, x0.to(processes.device, non_blocking=True), labels.to(processes.device), parts)
-        recorder.passed(waited, time.perf_counter() - began - waited)
-        broken = self.look(values, recorder, line)
+        seconds = time.perf_counter() - began
+        validated = self.due("validate", self.state.step)
+        if validated:
+            values |= self.validate()
+        moment = self.moment(values, validated=validated, waited=waited, seconds=seconds)
+        error = self.notify("on_validation", moment) if validated else None
+        error = error or self.notify("on_step", moment)
         stop, picture, failed = processes.any(interrupt.signal is not None or processes.main and self.run.asked("stop"),
-                                              processes.main and self.run.asked("sample"), broken is not None)
-        if failed:
-            raise broken or OSError("the main process cannot write the log, as it says")
-        self.draw(picture)
-        self.save(recorder, stop)
+                                              processes.main and self.run.asked("sample"), error is not None)
+        self.agree(error, failed)
+        if picture or self.due("sample", self.state.step):
+            self.check()
+            self.notify_together("on_sample", moment)
+        if stop or self.due("save", self.state.step):
+            self.check()
+            self.save()
         return stop
 
     def step(self, chosen: Tensor, x0: Tensor, labels: Tensor, parts: tuple[Part, ...]) -> dict:
@@ -102,52 +151,27 @@ class _Loop:
         every = getattr(self.training, f"{what}_every")
         return bool(every) and (step == self.training.steps or step % every == 0)
 
-    def look(self, values: dict, recorder: Recorder, line) -> OSError | None:
-        "Validate and log, if it is time; what kept the main process from writing."
-        step, validate = self.state.step, self.due("validate", self.state.step)
-        if validate:
-            self.check()
-            rank, count = self.processes.rank, self.processes.count
-            losses, counts = self.judged.losses(self.state.teacher, rank=rank, processes=count), self.judged.counts
-            losses = self.processes.gather(losses).flatten(1)[:, :sum(counts.values())]
-            if not losses.isfinite().all():
-                raise diverged(step, f"the validation loss after it is {losses.mean().item()}")
-            values |= {"validation_flow_loss": losses.mean().item(), "flow_loss_by_level": losses.mean(1).tolist()}
-            if len(counts) > 1:
-                each = losses.split(list(counts.values()), dim=1)
-                values |= {f"validation_flow_loss_{name}": loss.mean().item() for name, loss in zip(counts, each, strict=True)}
-        if validate or step % self.training.log_every == 0:
-            try:
-                recorder.write(step, values)
-            except OSError as error:
-                return error
-            line.set_postfix({key: f"{values[key]:.3f}" for key in ("flow_loss", "cosine") if key in values}, refresh=False)
-
-    def draw(self, asked: bool) -> None:
-        "A picture of the same noise, one sample of each class (of ten at most), if it is time or somebody asks."
-        if asked or self.due("sample", self.state.step):
-            self.check()
-            try:
-                images, labels = self.run.film_picture(self.state.teacher)
-            except FloatingPointError as error:
-                raise diverged(self.state.step, str(error)) from None
-
-            def write():
-                self.run.save_film(self.state.step, images, labels)
-                self.run.answered("sample")
-            self.processes.lead(write)
-
-    def save(self, recorder: Recorder, stop: bool) -> None:
-        "A checkpoint, if it is time or the run stops; older ones are removed as the config says."
-        if not (stop or self.due("save", self.state.step)):
-            return
+    def validate(self) -> dict:
+        "The teacher's losses on the validation data, over all processes."
         self.check()
-        known = {"device": recorder.device, "torch": torch.__version__, "processes": self.processes.count, **recorder.spent(),
-                 "config": asdict(self.config)}
+        rank, count = self.processes.rank, self.processes.count
+        losses, counts = self.judged.losses(self.state.teacher, rank=rank, processes=count), self.judged.counts
+        losses = self.processes.gather(losses).flatten(1)[:, :sum(counts.values())]
+        if not losses.isfinite().all():
+            raise diverged(self.state.step, f"the validation loss after it is {losses.mean().item()}")
+        values = {"validation_flow_loss": losses.mean().item(), "flow_loss_by_level": losses.mean(1).tolist()}
+        if len(counts) > 1:
+            each = losses.split(list(counts.values()), dim=1)
+            values |= {f"validation_flow_loss_{name}": loss.mean().item() for name, loss in zip(counts, each, strict=True)}
+        return values
+
+    def save(self) -> None:
+        "Write a checkpoint; older ones are removed as the config says."
+        known = {"torch": torch.__version__, "processes": self.processes.count, "config": asdict(self.config)}
+        self.notify_together("on_checkpoint", self.moment(known))
         tensors = self.state.tensors(keep=self.processes.main)
 
         def write():
-            recorder.flush()
             self.run.save(self.state.step, tensors, known)
             (self.run.path / "not_finite.json").unlink(missing_ok=True)  # of a step that has been passed
             self.run.prune()
@@ -182,22 +206,32 @@ def write_not_finite(run: Run, state: TrainState, batches: Batches, message: str
 # %% ../../nbs/3_training/10_loop.ipynb #29adfdff
 @own_settings()
 def train(config: Config, folder: Path | str = "runs", device: str = "auto", features: Tensor | Callable | None = None,
-          workers: int = 0, track: tuple[str, ...] = (), bar: bool = True) -> Run:
+          workers: int = 0, track: tuple[str, ...] = (), bar: bool = True,
+          callbacks: Iterable[Callback] = (), data: Any = None) -> Run:
     """Train what the config asks for in folder / config.name and return the run; goes on where the folder stands.
 
     device: "auto", "cpu", "cuda", ...; features: for REPA, what an outside encoder finds in the clean training samples: a tensor
     (samples, n, e) or (samples, e) in their order, or a function of tokens (b, n, c); workers: processes that fetch data ahead;
-    track: any of recording.TRACKERS; bar: show one. Under `torchrun` or `accelerate launch` all processes train one run.
+    track: any of recording.TRACKERS; bar: show one; callbacks: see `recording.Callback`;
+    data: your own, in place of what the config names: images (n, c, h, w) and labels (n,), tensors by signal, any torch
+    `Dataset`, or these by split, {"train": ..., "validation": ...}; see `splits_of`.
+    Under `torchrun` or `accelerate launch` all processes train one run.
     Ctrl-C, SIGTERM and `run.ask("stop")` end it after a step: it is saved, and the signals are raised again, see `raise_again`,
     while the last returns the run as it stands.
     Raises ValueError for data, sizes, layers, features, shards and trackers that do not fit and for a folder with another config
     or other data, OSError for a folder in use or a disk that is full; FloatingPointError when a loss is not finite.
     """
     check_trackers(track)
+    for callback in (callbacks := tuple(callbacks)):
+        check_callback(callback)
     processes = Processes.start(device)
+    given = {} if data is None else splits_of(data)
+    if given:
+        config = _on_given(config, given["train"])
     config = _with_its_defaults(config, Path(folder), processes)
-    sources = Sources(config.data)
-    judged = Validation.of(config)  # what is wrong with the validation data is said now, not at the first validation
+    sources, validation = (Sources(config.data, split, {GIVEN_DATA: given[split]} if given else None)
+                           for split in ("train", "validation"))
+    judged = Validation.of(config, sources=validation)  # bad validation data are reported now, not at the first validation
     shape, batches = shape_of(config, sources), Batches(sources, config, processes.rank, processes.count)
     features_of, width, fingerprint = feature_source(features, config, sources, processes.device)
     state = start_state(config, shape, processes.device, width, sources.sequences)
@@ -205,13 +239,12 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
         first = torch.arange(1)  # refuses features of another shape
         state.objective.target(None, sources.take(config.data.name, first)[0], None, None, None, features_of(first))
     shards_of(config.training, processes.rank, processes.count)
-    validation = Sources(config.data, "validation")
     known = _fingerprints_in(Path(folder) / config.name)
     fingerprints = {part.split: part.fingerprint_as(known.get(part.split)) for part in (sources, validation)}
     fingerprints |= {"features": fingerprint} if fingerprint else {}
     fingerprints |= {"encoder": sources.encoder.fingerprint} if config.data.encoder else {}
     outline = outlines(sources, validation, config.defaults)
-    run, number = Run(Path(folder) / config.name, config, shape, processes.device, fingerprints, outline), None
+    run, number = Run(Path(folder) / config.name, config, shape, processes.device, fingerprints, outline, given), None
     with ExitStack() as stack:
         if not processes.lead(lambda: _open(run, stack)):
             spent = _resume(run, state, processes)
@@ -220,9 +253,16 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
             if config.training.compile and state.step < config.training.steps:
                 _compile(state, config, batches[state.step], features_of, processes)
             share_state(state, config, processes)
-            number = _Loop(run, state, batches, judged, features_of, processes).go(workers, track, bar, spent)
+            number = _Loop(run, state, batches, judged, features_of, processes).go(workers, track, bar, spent, callbacks)
     raise_again(number)
-    return Run(run.path, config, shape, processes.device, run.data, run.outline)  # looks at the newest checkpoint
+    return Run(run.path, config, shape, processes.device, run.data, run.outline, given)  # looks at the newest checkpoint
+
+
+def _on_given(config: Config, data: DataSet) -> Config:
+    "The config for data that were passed to `train`. What follows from the kind of signals is filled in anew."
+    if config.data.name not in (DataConfig.name, GIVEN_DATA):
+        raise ValueError(f"data were passed to train, but data.name is {config.data.name!r}; leave one of them out")
+    return Config.from_dict(overlaid(config.explicit(), {"data": {"name": GIVEN_DATA, "signals": "+".join(data.shapes)}}))
 
 
 def _with_its_defaults(config: Config, folder: Path, processes: Processes) -> Config:

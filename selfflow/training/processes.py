@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from ..disk import write_json
+from ..registries import used
 from .batches import shards_of
 from .config import Config
 from .lock import sole_writer
@@ -198,7 +199,7 @@ def launch(config: Config, count: int, folder: Path | str = "runs", device: str 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
                "-m", "selfflow.cli", "train", "--config", str(path / "launch.json"), "--folder", str(folder), "--device", device,
                "--workers", str(workers), *(["--track", *track] if track else []),
-               *(["--features", str(features)] if features else [])]
+               *(["--features", str(features)] if features else []), *(f"--use={source}" for source in used())]
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     with (path / "launch.log").open("w", encoding="utf-8") as output:
         program = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True,  # signals come as a wish

@@ -9,9 +9,10 @@ __all__ = ['UNREADABLE', 'device_for', 'Run', 'run_at']
 import json
 import shlex
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -20,12 +21,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import choose
+from ..data.datasets import DataSet
+from ..data.own import GIVEN_DATA, splits_of
 from ..data.sources import Outline, Sources, outlines
-from ..disk import cut_lines, discard, not_written, read_lines, replacing, step_of, step_paths, write_json
+from ..disk import cut_lines, discard, not_written, read_lines, replacing, sha256, step_of, step_paths, write_json
 from ..draws import keyed
 from ..method.sampling import guided_velocity, sample
 from ..method.tokens import Layout
 from ..method.transformer import Transformer, TransformerConfig
+from ..registries import Named, used
 from ..settings import own_settings
 from .checkpoint import (FORMAT, agree, migrate, newest_whole, problem_of, prune, read_part, read_pictures,
                                           read_state, resumable, write_checkpoint, write_picture)
@@ -49,10 +53,12 @@ class Run:
     "A run folder: config, log (a table), checkpoints, and the models in the newest whole one, on a device."
 
     def __init__(self, path: Path, config: Config, transformer: TransformerConfig, device: torch.device,
-                 data: dict[str, str] | None = None, outline: dict[str, Outline] | None = None):
+                 data: dict[str, str] | None = None, outline: dict[str, Outline] | None = None,
+                 given: dict[str, DataSet] | None = None):
         self.path, self.config, self.transformer, self.device = path, config, transformer, device
-        self.data, self.outline = data or {}, outline or {}
+        self.data, self.outline, self.given = data or {}, outline or {}, given or {}  # given: data sets by split
         self.log_path, self.timing_path = path / "log.jsonl", path / "timing.jsonl"  # one JSON object per line
+        self.exported: dict = {}  # of a model that `export` wrote: its step, dtype, size and sha256
         self._whole: set[Path] = set()  # checkpoints that this object has written or read through
 
     @classmethod
@@ -72,24 +78,31 @@ class Run:
                     if asked.checkpoints() or asked.log_path.exists():
                         raise ValueError(f"{path} has checkpoints or a log, but no config.json. Put it back, or give this run "
                                          f"another name ({free_name(asked.path)} is free).")
-                    write_json(file, asked._stored())
+                    write_json(file, asked.stored())
                     return asked
-        return cls.open(path, device)._go_on(asked)
+        opened = cls.open(path, device)
+        if opened.exported:
+            raise ValueError(f"{path} holds an exported model, which cannot be trained; give this run another name or folder")
+        return opened._go_on(asked)
 
-    def _stored(self) -> dict:
+    def stored(self) -> dict:
+        "What config.json holds."
         outline = {name: asdict(outline) for name, outline in self.outline.items()}
+        parts = [getattr(self.config, part.name) for part in fields(self.config)]
+        sources = [type(part).registry[part.name].source for part in parts if isinstance(type(part), Named)]
+        own = {"use": sorted({*filter(None, sources)})} if any(sources) else {}
         return {"format": FORMAT, "config": asdict(self.config), "transformer": asdict(self.transformer), "data": self.data,
-                "outline": outline}
+                "outline": outline, **own} | ({"exported": self.exported} if self.exported else {})
 
     def _go_on(self, asked: "Run") -> "Run":
-        changes = agree(self.path, self._stored(), asked._stored())
+        changes = agree(self.path, self.stored(), asked.stored())
         last = newest_whole(self.checkpoints(), self._whole) if "training.steps" in changes else None
         if last and step_of(last) > (steps := asked.config.training.steps):
             raise ValueError(f"{self.path} has done {step_of(last)} steps, more than the {steps} asked for; take training.steps "
                              f"{step_of(last)} or more, or another name")
         self.config = asked.config
         self.data, self.outline = asked.data | self.data, asked.outline | self.outline  # what was not known is added
-        stored, file = json.loads(json.dumps(self._stored())), self.path / "config.json"
+        stored, file = json.loads(json.dumps(self.stored())), self.path / "config.json"
         if stored != json.loads(file.read_text(encoding="utf-8")):  # an older format, or something changed
             with self.locked():
                 write_json(file, stored)
@@ -98,19 +111,38 @@ class Run:
         return self
 
     @classmethod
-    def open(cls, path: Path | str, device: str | torch.device = "auto") -> "Run":
-        "The run in a folder. Raises FileNotFoundError when there is none and ValueError for a format that is not known."
-        path, device = Path(path), device_for(device)
+    def open(cls, path: Path | str, device: str | torch.device = "auto", data: Any = None) -> "Run":
+        """The run in a folder. data: what it was trained on, if that was passed to `train`.
+
+        Raises FileNotFoundError when there is none, ValueError for a format that is not known and for other data.
+        """
+        path, device, given = Path(path), device_for(device), {} if data is None else splits_of(data)
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{path} holds no run (no config.json); `selfflow train` makes one")
+        missing = []
         try:
-            stored = migrate(json.loads((path / "config.json").read_text(encoding="utf-8")))
-            return cls(path, Config.from_dict(stored["config"]), TransformerConfig(**stored["transformer"]), device,
+            written = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            missing = [source for source in written.get("use", ()) if source not in used()]
+            stored = migrate(written)
+            run = cls(path, Config.from_dict(stored["config"]), TransformerConfig(**stored["transformer"]), device,
                        dict(stored["data"]),
-                       {name: Outline(**values) for name, values in stored.get("outline", {}).items()})
+                       {name: Outline(**values) for name, values in stored.get("outline", {}).items()}, given)
+            run.exported = dict(stored.get("exported", {}))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if missing:
+                options = " ".join(f"--use {shlex.quote(source)}" for source in missing)
+                raise ValueError(f"{path} was made with {options}; give that too, or in Python: selfflow.use(FILE)") from error
             raise ValueError(f"{path}/config.json cannot be used: {type(error).__name__}: {error}. "
                              "The checkpoints beside it are not touched") from error
+        if given and (given["train"].fingerprint != run.data.get("train") or run.config.data.name != GIVEN_DATA):
+            raise ValueError(f"{path} was trained on other data than these")
+        return run
+
+    def sources_of(self, split: str) -> Sources:
+        "The samples of a split of the data that it is trained on. Raises ValueError for a split that was not given."
+        if self.given:
+            choose(split, self.given, "split of the data that were passed to train")
+        return Sources(self.config.data, split, {GIVEN_DATA: self.given[split]} if self.given else None)
 
     def relocate(self, path: Path | str) -> "Run":
         """Name the place that the data have moved to: config.json says so from then on, and the change is printed.
@@ -213,6 +245,12 @@ class Run:
     @cached_property
     def checkpoint(self) -> Path:
         "The checkpoint that this object looks at: the newest whole one when first asked for. Open the run again for a newer."
+        if self.exported:
+            file = self.path / "model.safetensors"
+            if not file.is_file() or sha256(file) != self.exported["sha256"]:
+                problem = "damaged" if file.is_file() else "missing"
+                raise ValueError(f"{file} is {problem}; export the run again, or copy it again")
+            return self.path
         path = self.latest()
         if path is None:
             raise FileNotFoundError(f"{self.path} has no whole checkpoint yet; train it first")
@@ -220,11 +258,13 @@ class Run:
 
     def load(self, part: str) -> dict[str, Tensor]:
         "Tensors of one part (model, teacher, objective, optimizer) of the checkpoint; FileNotFoundError without it."
-        return read_part(self.checkpoint, part)
+        if self.exported and part not in ("model", "teacher"):
+            raise FileNotFoundError(f"{self.path} holds an exported model: averaged weights alone, no {part}")
+        return read_part(self.checkpoint, "model" if self.exported else part)
 
     def state(self) -> dict:
         "state.json of the checkpoint: format, step, device, version of torch. FileNotFoundError without one."
-        return read_state(self.checkpoint)
+        return self.exported if self.exported else read_state(self.checkpoint)
 
     @own_settings()
     def _network(self, part: str) -> Transformer:
@@ -330,7 +370,7 @@ class Run:
         name = name or self.config.data.names[0]
         if name in self.outline:
             return self.outline[name].captions[:count]
-        data = (self.sources if split == "train" else Sources(self.config.data, split)).data[name]
+        data = (self.sources if split == "train" else self.sources_of(split)).data[name]
         return data.take(torch.arange(min(count, len(data)))).captions
 
     def save_film(self, step: int, images: Tensor, labels: Tensor) -> Path:
@@ -366,6 +406,7 @@ def run_at(run: Run, step: int) -> Run:
         names = ", ".join(folder.name for folder in kept) or "none"
         raise FileNotFoundError(f"{run.path} kept no checkpoint of step {step}; it has {names}")
     earlier = Run.open(run.path, run.device)
+    earlier.given = run.given
     earlier.checkpoint = path
     return earlier
 

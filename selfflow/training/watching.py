@@ -154,6 +154,7 @@ class Following:
         saved = max(map(step_of, step_paths(self.path / "checkpoints")), default=0)
         changed = [self.log.read(), self.timing.read(), self._read_film()]
         logged = column({"step": self.log.table.get("step", [])[-1:]}, "step")
+        saved = self.run.exported["step"] if self.run and self.run.exported else saved
         self.step = max([saved, *(int(step) for step in logged if step > 0 and self.writer)])
         self.not_finite = read_not_finite(self.path, saved)
         return any(changed)
@@ -197,13 +198,15 @@ class Following:
         "What the run is doing, in words."
         if self.run is None:
             return "no run here yet"
+        if self.run.exported:
+            return f"exported at step {self.step:,}"
         state = run_state(self.step, self.steps, self.writer, self.not_finite)
         return "stopped before anything was saved" if state == "not started" and self.log.count else state
 
     @property
     def finished(self) -> bool:
         "Whether all steps are done and nobody is at it any more."
-        return bool(self.run) and self.writer is None and self.step >= self.steps
+        return bool(self.run) and self.writer is None and (bool(self.run.exported) or self.step >= self.steps)
 
     def status(self) -> list[str]:
         "The parts of the header, see `status`."
@@ -274,7 +277,7 @@ class Listing:
         config, known = following.run.config, self._checkpoints(following.run)
         whole = [step for step, problem in known.items() if not problem]
         logged = following.step if following.writer else 0
-        step = max([0, *whole, logged])
+        step = following.step if following.run.exported else max([0, *whole, logged])
         return Listed(following.path, _state(following, step, known), step, config.training.steps, config.objective.name,
                       _data_of(config), following.writer is not None, known, _stamp(following))
 
@@ -295,7 +298,8 @@ def _is_number(values: list) -> bool:
 
 def _state(following: Following, step: int, known: dict[int, str]) -> str:
     bad = [f"step {number:,}: {problem}" for number, problem in known.items() if problem]
-    state = run_state(step, following.steps, following.writer, following.not_finite)
+    state = following.state if following.run.exported else run_state(step, following.steps, following.writer,
+                                                                     following.not_finite)
     if state == "not started":
         state = "stopped before anything was saved" if following.log.count else "not started"
     if bad and len(bad) == len(known) and not following.writer:
@@ -310,7 +314,7 @@ def _data_of(config: Config) -> str:
     return f"{config.data.name}, {told}"
 
 
-_SHOWN = ("config.json", "log.jsonl", "probe.json", "factors.json", "samples", "samples/film")
+_SHOWN = ("config.json", "log.jsonl", "probes.json", "probe.json", "factors.json", "samples", "samples/film")
 
 
 def _stamp(following: Following) -> tuple:

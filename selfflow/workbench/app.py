@@ -15,13 +15,16 @@ from pathlib import Path
 import nbformat
 from jupyter_server.serverapp import ServerApp
 
+from ..registries import used
 from .page import runs_in
 
 # %% ../../nbs/7_workbench/18_app.ipynb #50c4d68b
 def page_of(folder: Path) -> nbformat.NotebookNode:
     "A notebook that shows the workbench of a folder of runs, and nothing else."
     # Voila shows the page when the cell is done: a tool that is open by then need not race with the page
-    source = f"from selfflow.workbench.page import workbench\nworkbench({str(folder.resolve())!r}).settle(trained=False)"
+    uses = "".join(f"use({source!r})\n" for source in used())
+    uses = f"from selfflow import use\n{uses}from selfflow.workbench.page import workbench\n"
+    source = f"{uses}workbench({str(folder.resolve())!r}).settle(trained=False)"
     cell = nbformat.v4.new_code_cell(source, id="workbench")
     kernel = {"name": "python3", "display_name": "selfflow", "language": "python"}
     return nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel, "title": "selfflow"})

@@ -18,7 +18,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..analysis.factor_probes import CIRCULAR
+from ..analysis.probing import CIRCULAR
 from ..analysis.factors import known_factors
 from selfflow.analysis.features import (
     FeatureCost,

@@ -20,7 +20,8 @@ from ..data.datasets import caption_text, subset
 from ..data.sources import Sources
 from ..draws import keyed
 from ..method.build import build_schedule
-from ..method.sampling import METHODS, SDE_LAST, guided_velocity, inpaint, shown, time_grid
+from ..method.sampling import SDE_LAST, guided_velocity, inpaint, shown, time_grid
+from ..registries import samplers
 from ..settings import own_settings
 from ..training.checkpoint import find_runs
 from ..training.run import Run
@@ -51,7 +52,7 @@ class Settings:
     level: float = 0.0
 
     def __post_init__(self):
-        choose(self.method, METHODS, "sampler")
+        choose(self.method, samplers, "sampler")
         choose(self.kept, KEPT, "way of given tokens")
         for name, low, high in (("steps", 1, 1000), ("shift", 0.01, 100), ("cfg_scale", -100, 100), ("seed", 0, 2**31),
                                 ("count", 1, 64), ("level", 0, 1)):

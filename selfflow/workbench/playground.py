@@ -22,7 +22,7 @@ from torch import Tensor
 from ..checks import choose
 from ..data.notes import to_wav, within_full_scale
 from ..figures.pages import to_webp
-from ..method.sampling import METHODS
+from ..registries import samplers
 from ..training.run import Run
 from .boards import SHARP, Panel, panels, tinted
 from .controls import LIGHT, Theme, TokenGrid, choice, font, number, png_of, slider, switch
@@ -258,7 +258,7 @@ def _controls(side: SideBySide) -> dict[str, widgets.Widget]:
                      description="click or paint tokens: they are drawn anew",
                      layout=widgets.Layout(width="220px", max_width="100%"))
     return controls | {
-        "steps": slider("steps", 20, 1, 100, 1), "method": choice("sampler", METHODS),
+        "steps": slider("steps", 20, 1, 100, 1), "method": choice("sampler", [*samplers]),
         "shift": slider("shift", shift, min(0.1, shift), max(15.0, shift), 0.1),
         "cfg_scale": slider("guidance", 1.0, 0.0, 8.0, 0.1), "seed": number("seed", 0, 0, 9999),
         "count": slider("samples", 4, 1, 6, 1), "film": slider("film, % done", 100, 0, 100, 2),

@@ -14,8 +14,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from ..analysis.factor_probes import factors_cost
-from ..analysis.probing import PROBE_LEVELS, class_data
+from ..analysis.probing import PROBE_LEVELS, probes_cost
+from ..registries import used
 from ..training.run import Run
 
 # %% ../../nbs/7_workbench/14_probe_process.ipynb #7609cfc7
@@ -37,8 +37,7 @@ class Probing:
         words = []
         for name, run in runs.items():
             cells = len(PROBE_LEVELS) * run.transformer.depth
-            small = f"{cells} probes of the class, as many of the untrained network, and of the raw pixels"
-            words.append(f"{name}: " + (f"{cells} cells, and untrained; {factors_cost(run)}" if _by_factors(run) else small))
+            words.append(f"{name}: {cells} cells, and as many of the untrained network; {probes_cost(run)}")
         return "; ".join(words) + ". What is found is kept in the run's folder"
 
     def stop(self) -> None:
@@ -58,8 +57,8 @@ class Probing:
         self.said()
 
     def _one(self, name: str, path: Path) -> None:
-        more = ["--factors"] if _by_factors(Run.open(path, "cpu")) else []
-        command = [sys.executable, "-m", "selfflow.cli", "probe", str(path.resolve()), *more]
+        command = [sys.executable, "-m", "selfflow.cli", "probe", str(path.resolve()),
+                   *(f"--use={source}" for source in used())]
         self._process = process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         atexit.register(process.terminate)
         last = b""
@@ -70,15 +69,6 @@ class Probing:
         atexit.unregister(process.terminate)
         if process.wait() and not self._stopped:
             raise ValueError(last.decode(errors="replace").strip().splitlines()[-1] if last.strip() else "it ended at once")
-
-
-def _by_factors(run: Run) -> bool:
-    "True where probes of the class cannot be made, or nothing was trained by class."
-    try:
-        class_data(run.config.data)
-    except ValueError:
-        return True
-    return not run.transformer.classes
 
 
 def _bar_of(text: bytes) -> str:

@@ -19,14 +19,14 @@ import pandas as pd
 from PIL import Image
 
 from ..analysis.comparison import AGAINST, config_table, run_curves
-from ..analysis.factor_probes import read_factors
-from ..analysis.probing import read_probes
+from ..analysis.probing import RECORDS, Probes, read_probes
 from ..checks import choose
 from ..disk import step_of
 from ..figures.layers import draw_score_maps
 from ..figures.pages import sheet
-from ..figures.plots import draw_curves, draw_probe_grids, draw_runs
+from ..figures.plots import draw_curves, draw_runs
 from ..intervals import cells_in_words
+from ..method.build import build_schedule
 from ..training.config import flatten
 from ..training.run import UNREADABLE, Run
 from ..training.watching import Following, Listing
@@ -99,8 +99,7 @@ def curves_of(runs: dict[str, Run], measure: str = "flow_loss", against: str = "
 
 
 def _other_noise(group: dict[str, Run], measure: str) -> list[str]:
-    seen = {(own.name == "flow_matching", own.density, own.density_shift, own.mask_ratio) for own in
-            (run.config.objective for run in group.values())}
+    seen = {str(build_schedule(run.config.objective)) for run in group.values()}
     if len(seen) < 2 or measure.startswith("validation"):
         return []
     return ["these runs see different noise levels while they train; those of validation_flow_loss are the same for all"]
@@ -166,68 +165,61 @@ def samples_of(runs: dict[str, Run]) -> View:
 
 def probes_of(runs: dict[str, Run]) -> View:
     "The maps of stored probes by layer and level, and the difference of each other run to the first with paired intervals."
-    view = _in_groups(lambda group: _class_probes(group).add(_factor_probes(group)), runs)
-    lacking = [name for name, run in runs.items() if not has_probes(run)]
-    return View(view.pictures, None, view.notes + ([f"no probes yet of {', '.join(lacking)}"] if lacking else []))
+    view = _in_groups(_probes, runs)
+    missing = [name for name, run in runs.items() if not has_probes(run)]
+    return View(view.pictures, None, view.notes + ([f"no probes yet of {', '.join(missing)}"] if missing else []))
 
 
 def has_probes(run: Run) -> bool:
-    "Whether some probes of a run are kept in its folder."
-    return (run.path / "probe.json").exists() or (run.path / "factors.json").exists()
+    "True if the run's folder contains probes."
+    return any((run.path / name).exists() for name in RECORDS)
 
 
-def _pairs(found: dict[str, object], alike: Callable) -> tuple[list[dict], list[str]]:
-    "Each other result with the first where they can be subtracted, else alone; and what stands alone, in words."
-    (first, base), *others = found.items()
-    same = [name for name, one in others if alike(base, one)]
-    shown = [{first: base, name: found[name]} for name in same] or [{first: base}]
-    alone = [{name: one} for name, one in others if name not in same]
-    notes = [f"{', '.join(*alone_names)} was probed at other layers, levels or items than {first}: there is no difference"
-             for alone_names in [[list(one)] for one in alone]]
-    return shown + alone, notes
+def _pair_with_baseline(probes: dict[str, Probes]) -> tuple[list[dict[str, Probes]], list[str]]:
+    """Group each run's probes with those of the first run, the baseline, if the two can be compared.
+
+    Returns the groups to draw and a note for every run that has to stand alone.
+    """
+    (baseline_name, baseline), *others = probes.items()
+    pairs, singles, notes = [], [], []
+    for name, other in others:
+        if other.cells == baseline.cells:
+            pairs.append({baseline_name: baseline, name: other})
+        else:
+            singles.append({name: other})
+            notes.append(f"{name} was probed at other layers, levels or items than {baseline_name}; no difference is shown")
+    return (pairs or [{baseline_name: baseline}]) + singles, notes
 
 
-def _stale(found: dict[str, int], runs: dict[str, Run]) -> list[str]:
-    newest = {name: max(map(step_of, runs[name].checkpoints()), default=0) for name in found}
-    return [f"the probes of {name} are of step {step:,}, its newest checkpoint of {newest[name]:,} (`selfflow probe`)"
-            for name, step in found.items() if step != newest[name]]
+def _stale(probes: dict[str, Probes], runs: dict[str, Run]) -> list[str]:
+    notes = []
+    for name, one in probes.items():
+        newest = max(map(step_of, runs[name].checkpoints()), default=0)
+        if one.about["step"] != newest:
+            notes.append(f"the probes of {name} are of step {one.about['step']:,}, its newest checkpoint of {newest:,} "
+                         "(`selfflow probe`)")
+    return notes
 
 
-def _class_probes(runs: dict[str, Run]) -> View:
-    found = {name: grid for name, run in runs.items() if (grid := read_probes(run)[0]) is not None}
-    if not found:
+def _probes(runs: dict[str, Run], most: int = 6) -> View:
+    probes = {name: one for name, run in runs.items() if (one := read_probes(run)) is not None}
+    if not probes:
         return View()
-    pairs, notes = _pairs(found, lambda a, b: (a.layers, a.levels, len(a.results[0].correct)) ==
-                          (b.layers, b.levels, len(b.results[0].correct)))
-    pictures, notes = [], notes + _stale({name: grid.step for name, grid in found.items()}, runs)
-    for pair in pairs:
-        first, *rest = pair.values()
-        gaps = first.difference(rest[0]) if rest else None
-        maps = {short_name(name): grid.table("accuracy") for name, grid in pair.items()}
-        pictures.append(partial(draw_probe_grids, maps, first.layers, first.levels, gaps))
-        if rest:
-            notes.append(f"probes of the class, {list(pair)[1]} minus {list(pair)[0]}: {cells_in_words(gaps)}")
-    return View(pictures, None, notes)
-
-
-def _factor_probes(runs: dict[str, Run], most: int = 6) -> View:
-    found = {name: probes for name, run in runs.items() if (probes := read_factors(run)) is not None}
-    if not found:
-        return View()
-    pairs, notes = _pairs(found, lambda a, b: all(a.about[key] == b.about[key] for key in ("layers", "levels", "items")))
-    pictures, notes = [], notes + _stale({name: probes.about["step"] for name, probes in found.items()}, runs)
-    for pair in pairs:
-        first, *rest = pair.values()
+    groups, notes = _pair_with_baseline(probes)
+    notes += _stale(probes, runs)
+    pictures = []
+    for group in groups:
+        first, *rest = group.values()
         gaps = {factor: first.difference(rest[0], factor) for factor in first.factors} if rest else None
         measures = {factor: first.best(factor).probe.measure for factor in first.factors}
         for place in range(0, len(first.factors), most):
             chosen = first.factors[place:place + most]
-            maps = {factor: {short_name(name): one.grid(factor) for name, one in pair.items()} for factor in chosen}
+            maps = {factor: {short_name(name): one.grid(factor) for name, one in group.items()} for factor in chosen}
             own = gaps and {factor: gaps[factor] for factor in chosen}
             pictures.append(partial(draw_score_maps, maps, first.about["layers"], first.about["levels"], own, measures))
-        if rest:
+        if gaps:
             cells = np.concatenate([gap.reshape(3, -1) for gap in gaps.values()], 1)
-            notes.append(f"probes of factors, {list(pair)[1]} minus {list(pair)[0]}: {cells_in_words(cells)}")
+            notes.append(f"probes, {list(group)[1]} minus {list(group)[0]}: {cells_in_words(cells)}")
     return View(pictures, None, notes)
 
 

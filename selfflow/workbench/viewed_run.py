@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..checks import choose
 from ..data.datasets import subset
-from ..data.sources import Sources
 from ..draws import keyed
 from ..method.alignment import constant_cosine, flow_error
 from ..method.build import build_objective
@@ -108,7 +107,7 @@ class Subject:
     """
 
     def __init__(self, run: Run, data: str = "", split: str = "validation", count: int = 24):
-        sources = Sources(run.config.data, split)
+        sources = run.sources_of(split)
         self.run, self.name = run, choose(data or run.config.data.names[0], run.config.data.names, "data set")
         self.layout, self.parts = sources.layouts[self.name], sources.layouts[self.name].parts
         self.board = Board(self.layout)

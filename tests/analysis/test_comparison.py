@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from selfflow.analysis import benchmark, comparison
 from selfflow.analysis.benchmark import count_flops, flops_per_step
 from selfflow.analysis.comparison import AGAINST, fit_table, readable, run_curves, runs_table
-from selfflow.analysis.probing import probe_run
+from selfflow.analysis.probing import probe_run, write_probes
 from selfflow.cli import main
 from selfflow.data.options import DataConfig
 from selfflow.method.build import transformer_config
@@ -185,7 +185,8 @@ def test_who_trains_is_named(folder):
 
 
 def test_probes_times_and_runs_that_are_not_finite_are_shown(folder):
-    probe_run(Run.open(folder / "run2", "cpu"), levels=(0.0, 0.5), layers=(2,), strengths=(0.1,))
+    run = Run.open(folder / "run2", "cpu")
+    write_probes(run, probe_run(run, levels=(0.0, 0.5), layers=(2,), families=("regression",), strengths=(0.1,)))
     (folder / "run10/probe.json").write_text("[]")
     timed(folder / "run2")
     for name, step in {"stopped": 5, "run2": 5, "run10": 13}.items():

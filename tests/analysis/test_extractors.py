@@ -16,7 +16,7 @@ from selfflow.analysis.judge import judge_for
 from selfflow.analysis.sample_metrics import run_metrics
 from selfflow.data.datasets import subset
 from selfflow.data.options import DataConfig
-from selfflow.data.sources import DATASETS
+from selfflow.data.sources import load
 from selfflow.training.config import Config
 from selfflow.training.run import Run
 
@@ -24,7 +24,7 @@ NAMES = tuple(HEADS)
 
 
 def some(name, count, split="test", start=0):
-    return DATASETS[name](DataConfig(name), split).take(torch.arange(start, start + count)).signals
+    return load(name, split).take(torch.arange(start, start + count)).signals
 
 
 # the judges
@@ -183,7 +183,7 @@ def test_damaged_files_and_other_models_are_refused(tmp_path, models):
 
 def stand_in(path, name, condition, spoiled=0):
     "A run that draws validation examples, the first of them spoiled."
-    source = DATASETS[name](DataConfig(name), "validation")
+    source = load(name, "validation")
 
     def draw(told, **options):
         signals = {key: values.clone() for key, values in source.take(subset(source, len(told))).signals.items()}

@@ -10,19 +10,30 @@ import torch
 from conftest import TINY
 
 from selfflow import cli
-from selfflow.analysis import factor_probes
-from selfflow.analysis.factor_probes import (
-    FactorProbes,
-    factor_targets,
-    factors_cost,
-    probe_factors,
-    read_factors,
-    token_covers,
-    write_factors,
-)
+from selfflow.analysis import probing
 from selfflow.analysis.features import Items, items_of
-from selfflow.analysis.probes import HeadFit, field_probe, knn_probe, majority_score, regression_probe, ridge_probe, shuffled
-from selfflow.analysis.token_probes import attentive_probe, position_score, token_probe
+from selfflow.analysis.probes import (
+    HeadFit,
+    attentive_probe,
+    field_probe,
+    knn_probe,
+    majority_score,
+    position_score,
+    regression_probe,
+    ridge_probe,
+    shuffled,
+    token_probe,
+)
+from selfflow.analysis.probing import (
+    Probes,
+    probe_run,
+    probe_table,
+    probe_targets,
+    probes_cost,
+    read_probes,
+    token_covers,
+    write_probes,
+)
 from selfflow.data.datasets import SPLITS, subset
 from selfflow.data.options import DataConfig
 from selfflow.data.sources import Sources
@@ -139,14 +150,14 @@ def test_features_of_tokens_are_asked_for():
 
 def test_factors_become_targets():
     made = {split: Items(Sources(DataConfig("motion", size=16, patch=4, frames=8), split), count=50) for split in SPLITS}
-    targets = factor_targets(made)
+    targets = probe_targets(made)
     assert targets["direction"]["train"].dtype == np.int64 and targets["positions"]["train"].shape == (50, 16)
     assert targets["bounce"]["test"].shape == (50,) and "grain" not in targets and targets["angle"]["train"].shape == (50, 2)
     np.testing.assert_allclose((targets["angle"]["test"]**2).sum(1), 1, atol=1e-5)
     scenes = {split: Items(Sources(DataConfig("scenes", size=16, patch=4), split), count=20) for split in SPLITS}
-    assert "impact_times" not in factor_targets(scenes), "what is missing for some is no target"
+    assert "impact_times" not in probe_targets(scenes), "what is missing for some is no target"
     with pytest.raises(ValueError, match="nothing that varies"):
-        factor_targets({split: Items(Sources(DataConfig("digits"), split), count=1) for split in SPLITS})
+        probe_targets({split: Items(Sources(DataConfig("digits"), split), count=1) for split in SPLITS})
 
 
 @pytest.mark.parametrize("name, patch", [("shapes", 4), ("motion", 4)])
@@ -167,7 +178,7 @@ def probed(runs, tmp_path_factory):
     path = tmp_path_factory.mktemp("probed") / "tiny"
     shutil.copytree(runs["tiny"].path, path)
     run = Run.open(path)
-    return run, probe_factors(run, **FEW)
+    return run, probe_run(run, **FEW)
 
 
 def test_a_run_is_probed_beside_all_baselines_and_every_row_states_its_protocol(probed):
@@ -180,29 +191,31 @@ def test_a_run_is_probed_beside_all_baselines_and_every_row_states_its_protocol(
     assert best.probe.validation == found.grid("class", "validation").max()
     own = found.difference(found, "class")
     assert found.grid("class").shape == (2, 2) and (own[0] == 0).all() and (own[1] < 0).all() and (own[2] > 0).all()
-    assert factors_cost(run, **FEW).passes == 0, "features are kept"
+    assert probes_cost(run, **FEW).passes == 0, "features are kept"
     assert set(found.table()) == {"measure", "majority", "shuffled labels", "raw input", "untrained network", "model", "cell",
                                   "protocol"}
+    table = probe_table({"x": found})
+    assert len(table) == 4 and table.iloc[1, 0] == "raw input" and table.columns[1] == "test accuracy (95 %)"
     with pytest.raises(ValueError, match="Did you mean 'class'"):
         found.of("clas")
 
 
 def test_probes_are_read_as_written_and_damage_is_said(probed):
     run, found = probed
-    assert read_factors(Run.open(run.path)) is None
-    write_factors(run, found)
-    again = read_factors(run)
+    assert read_probes(Run.open(run.path)) is None
+    write_probes(run, found)
+    again = read_probes(run)
     assert again.about == json.loads(json.dumps(found.about)) and again.table("field").equals(found.table("field"))
     assert not again.compare(found, "class").seen
-    items = run.path / "factors.safetensors"
+    items = run.path / "probes.safetensors"
     items.write_bytes(items.read_bytes()[:-8])
     with pytest.raises(ValueError, match="makes it again"):
-        read_factors(run)
+        read_probes(run)
 
 
 def test_other_items_cannot_be_compared(probed):
     _, found = probed
-    other = FactorProbes({**found.about, "items": "others"}, found.rows)
+    other = Probes({**found.about, "items": "others"}, found.rows)
     for call in (found.compare, found.difference):
         with pytest.raises(ValueError, match="test items"):
             call(other, "class")
@@ -217,12 +230,12 @@ def test_items_of_a_run_hold_its_noise_fixed(probed):
 
 def test_the_command_probes_factors_and_says_the_cost_first(probed, capsys, tmp_path):
     run, _ = probed
-    cli.probe(run.path, factors=True, field=True, samples=40, features=tmp_path / "features", device="cpu")
+    cli.probe(run.path, field=True, samples=40, features=tmp_path / "features", device="cpu")
     said = capsys.readouterr().out
     assert said.index("features: 30 passes") < said.index("majority") and "BatchNorm + linear" in said
-    assert (run.path / "factors.json").exists() and len(list((tmp_path / "features").glob("*.npy"))) == 120
+    assert (run.path / "probes.json").exists() and len(list((tmp_path / "features").glob("*.npy"))) == 120
     with pytest.raises(SystemExit):
-        cli.main(["probe", str(run.path), "--factors", "--weights", "studnet"])
+        cli.main(["probe", str(run.path), "--weights", "studnet"])
     assert "known are teacher, model" in capsys.readouterr().err
 
 
@@ -231,11 +244,9 @@ def test_runs_of_sound_are_probed_too(tmp_path):
                      model=ModelConfig(width=16, depth=4, heads=2),
                      training=replace(TINY.training, steps=2, validate_every=2, save_every=2, validation=8))
     run = train(config, tmp_path, bar=False)
-    found = probe_factors(run, levels=(0.0,), layers=(2,), counts={"train": 60, "validation": 30, "test": 30}, part="audio",
+    found = probe_run(run, levels=(0.0,), layers=(2,), counts={"train": 60, "validation": 30, "test": 30}, part="audio",
                           families=("regression",))
     assert {"pitch", "timbre", "attack", "vibrato", "loudness", "phase"} == set(found.factors)
-    with pytest.raises(SystemExit):
-        cli.main(["probe", str(run.path)])
 
 
 def test_the_raw_input_is_read_from_few_long_samples():
@@ -246,9 +257,9 @@ def test_the_raw_input_is_read_from_few_long_samples():
         x[split] = torch.randn(count, 20, 20, generator=generator) + 2 * labels[:, None, None] * (torch.arange(20) < 10)
         targets[split] = labels.numpy()
     items = {split: SimpleNamespace(parts={}, batches=lambda values=values: [(values, None)]) for split, values in x.items()}
-    raw = factor_probes._raw(items, "")
+    raw = probing._raw(items, "")
     assert raw["train"].shape == (120, 60) and raw["test"].shape == (60, 60)  # half as many as samples
-    assert factor_probes._probed(raw, {"class": targets}, "regression", (0.1, 1.0))["class"].score > 0.9
+    assert probing._probed(raw, {"class": targets}, "regression", (0.1, 1.0))["class"].score > 0.9
 
 
 def test_the_legend_of_one_factor_is_not_cut():

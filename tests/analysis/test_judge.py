@@ -30,7 +30,7 @@ from selfflow.analysis.verdict import bounce_verdict, compared
 from selfflow.data.options import DataConfig
 from selfflow.data.scenes import Scenes, sound_on_bounce
 from selfflow.data.shapes import KINDS, SYMMETRY, Shapes, draw_figures
-from selfflow.data.sources import DATASETS
+from selfflow.data.sources import load
 from selfflow.draws import keyed
 from selfflow.shipped import shipped
 from selfflow.training.config import Config
@@ -39,7 +39,7 @@ NAMES = tuple(HEADS)
 
 
 def some(name, count=96, split="test"):
-    return DATASETS[name](DataConfig(name), split).take(torch.arange(count))
+    return load(name, split).take(torch.arange(count))
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def test_the_judges_that_come_along_fit_the_data_and_are_good(name, judges, exam
     with safe_open(path, "pt") as file:
         said = json.loads(file.metadata()["judge"])
         assert {file.get_tensor(key).dtype for key in file.keys()} <= {torch.float16, torch.int64, torch.uint8}
-    assert said["data"] == DATASETS[name](DataConfig(name), "train").fingerprint, "the data changed: train and ship another judge"
+    assert said["data"] == load(name).fingerprint, "the data changed: train and ship another judge"
     assert said["accuracy"] == judge.accuracy and judge.correct.shape == (1000, len(judge.names))
     right, read = known(name, examples[name]), judge.read(examples[name].signals)
     for column, (factor, words) in enumerate(judge.names.items()):
@@ -318,7 +318,7 @@ def test_a_judge_of_another_size_is_trained_once_and_what_does_not_fit_is_said(t
 ])
 def test_the_samples_of_a_run_are_judged_by_what_it_was_told(tmp_path, name, condition, factors):
     "The run is a stand-in that draws what was asked for, but for the last two samples."
-    source = DATASETS[name](DataConfig(name), "test")
+    source = load(name, "test")
     asked = {}
 
     def draw(told, **options):

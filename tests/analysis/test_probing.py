@@ -10,34 +10,14 @@ from sklearn.preprocessing import StandardScaler
 
 from selfflow.analysis import verdict as metrics
 from selfflow.analysis.features import extract
-from selfflow.analysis.probing import (
-    ProbeGrid,
-    labelled,
-    linear_probe,
-    majority_accuracy,
-    probe_baselines,
-    probe_grid,
-    probe_pixels,
-    probe_run,
-    probe_table,
-    read_probes,
-    untrained_network,
-)
+from selfflow.analysis.probes import logistic_probe
+from selfflow.analysis.probing import outdated, probe_table, read_probes, untrained_network
 from selfflow.data.datasets import SPLITS, digits
 from selfflow.draws import keyed
 from selfflow.intervals import paired_difference, proportion_interval
 from selfflow.method.schedule import NoiseLevels
 from selfflow.training.run import Run
 from selfflow.training.state import start_state
-
-FEW = {"levels": (0.0, 0.5), "strengths": (0.1,)}
-
-
-@pytest.fixture(scope="module")
-def copies(runs, tmp_path_factory):
-    "The runs of all tests as copies: probes leave their results in the folder."
-    folder = tmp_path_factory.mktemp("probed")
-    return {name: Run.open(shutil.copytree(run.path, folder / name)) for name, run in runs.items()}
 
 
 def toy(separation, sizes=(200, 100, 100), seed=0):
@@ -69,30 +49,31 @@ def test_paired_difference_agrees_with_the_normal_approximation_and_uses_the_pai
 
 def test_probe_against_scikit_learn_by_hand():
     x, y = toy(2.0)
-    result = linear_probe(x, y, strengths=(0.01, 1.0))
+    result = logistic_probe(x, y, strengths=(0.01, 1.0))
     scaler = StandardScaler().fit(x["train"])
     models = {c: LogisticRegression(C=c, max_iter=2000).fit(scaler.transform(x["train"]), y["train"]) for c in (0.01, 1.0)}
     scores = {c: m.score(scaler.transform(x["validation"]), y["validation"]) for c, m in models.items()}
-    assert result.validation == max(scores.values()) == scores[result.strength]
-    correct = models[result.strength].predict(scaler.transform(x["test"])) == y["test"]
-    assert result.accuracy == correct.mean() and result.correct == correct.tolist()
-    assert result.interval[0] < result.accuracy < result.interval[1]
+    strength = float(result.chosen.removeprefix("C = "))
+    assert result.validation == max(scores.values()) == scores[strength]
+    correct = models[strength].predict(scaler.transform(x["test"])) == y["test"]
+    assert result.score == pytest.approx(correct.mean()) and (result.errors == ~correct).all()
+    assert result.interval[0] < result.score < result.interval[1]
     assert result.sizes == {"train": 200, "validation": 100, "test": 100}
 
 
 def test_test_labels_decide_nothing_but_the_score():
     x, y = toy(1.0)
     flipped = {**y, "test": (y["test"] + 1) % 3}
-    a, b = linear_probe(x, y), linear_probe(x, flipped)
-    assert (a.strength, a.validation) == (b.strength, b.validation) and a.accuracy != b.accuracy
+    a, b = logistic_probe(x, y), logistic_probe(x, flipped)
+    assert (a.chosen, a.validation) == (b.chosen, b.validation) and a.score != b.score
 
 
 def test_separable_and_hopeless_features():
-    assert linear_probe(*toy(20.0)).accuracy == 1.0
-    assert linear_probe(*toy(0.0)).accuracy < 0.5
+    assert logistic_probe(*toy(20.0)).score == 1.0
+    assert logistic_probe(*toy(0.0)).score < 0.5
     x, y = toy(2.0)
     constant = {split: np.concatenate([part, np.ones((len(part), 1))], 1) for split, part in x.items()}
-    assert linear_probe(constant, y).accuracy == linear_probe(x, y).accuracy, "a constant feature changes nothing"
+    assert logistic_probe(constant, y).score == logistic_probe(x, y).score, "a constant feature changes nothing"
 
 
 @pytest.mark.parametrize("spoil, words", [
@@ -103,7 +84,7 @@ def test_bad_features_are_refused(spoil, words):
     x, y = toy(1.0)
     spoil(x, y)
     with pytest.raises(ValueError, match=words):
-        linear_probe(x, y)
+        logistic_probe(x, y)
 
 
 def test_features_are_those_of_the_model(runs):
@@ -121,26 +102,44 @@ def test_features_are_those_of_the_model(runs):
         extract(run.teacher, x0, x1, 0.3, (5,))
 
 
-def test_grids_are_read_as_written_and_the_best_cell_is_chosen_on_validation(copies):
-    run = copies["tiny"]
-    grid = probe_run(run, **FEW)
-    assert read_probes(run) == (grid, None) and grid.step == 12 == json.loads((run.path / "probe.json").read_text())["step"]
-    assert grid.table("accuracy").shape == (4, 2) and grid.table("correct").shape == (4, 2, 360)
-    layer, level, best = grid.best()
-    assert best.validation == grid.table("validation").max()
-    assert grid.results[grid.layers.index(layer) * 2 + grid.levels.index(level)] is best
-    same = grid.difference(grid)
-    assert same.shape == (3, 4, 2) and (same[0] == 0).all() and np.allclose(same[2], 0.010558, atol=1e-6)  # of 360 images
-    with pytest.raises(ValueError, match="other layers or levels"):
-        grid.difference(ProbeGrid(12, (1,), (0.0,), grid.results[:1]))
+def older_grid(step, seed):
+    "Probes of the class as formats 1 to 4 stored them, with their random numbers of right answers."
+    rng, results = np.random.default_rng(seed), []
+    for place in range(4):
+        correct = rng.random(360) < 0.5 + 0.1 * place
+        results.append({"accuracy": correct.mean(), "interval": list(proportion_interval(correct)),
+                        "validation": 0.5 + place / 10, "strength": 0.1,
+                        "sizes": {"train": 1078, "validation": 359, "test": 360}, "correct": correct.tolist()})
+    return {"step": step, "layers": [1, 4], "levels": [0.0, 0.5], "results": results,
+            "chosen": dict.fromkeys(SPLITS, "all")}
 
 
-def test_a_difference_of_grids_is_the_paired_difference_of_each_cell(copies):
-    first, second = probe_run(copies["tiny"], **FEW), probe_run(copies["vanilla"], **FEW)
-    cells = first.difference(second)
-    for row, column in np.ndindex(4, 2):
-        a, b = (grid.results[2 * row + column].correct for grid in (first, second))
-        assert tuple(cells[:, row, column]) == paired_difference(a, b)
+def test_records_of_earlier_versions_are_read_with_their_numbers(runs, tmp_path):
+    shutil.copytree(runs["tiny"].path, tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    assert read_probes(run) is None
+    grid, fresh = older_grid(12, 0), older_grid(0, 1)
+    (run.path / "probe.json").write_text(json.dumps(grid))
+    alone = read_probes(run)
+    assert [row.probe.score for row in alone.of("class")] == [result["accuracy"] for result in grid["results"]]
+    assert alone.best("class").cell == "block 4, t = 0.5" and alone.table()["raw input"].tolist() == ["-"]
+    assert not outdated(alone, run) and len(probe_table({"x": alone})) == 1
+    (run.path / "baselines.json").write_text(json.dumps(
+        {"majority": 0.1, "pixels": grid["results"][3], "untrained": fresh}))
+    both = read_probes(run)
+    assert both.of("class", "majority")[0].probe.score == pytest.approx(0.1)
+    assert both.grid("class", features="untrained network")[1, 1] == fresh["results"][3]["accuracy"]
+    words = probe_table({"x": both}).iloc[:, 0].tolist()
+    assert words == ["most frequent class", "raw input", "untrained network, block 4, t = 0.5", "x, block 4, t = 0.5"]
+    (run.path / "probe.json").write_text(json.dumps({**grid, "step": 4}))
+    assert outdated(read_probes(run), run) == "are of step 4, not of its newest checkpoint"
+    other = read_probes(run).difference(both, "class")
+    a, b = (np.array(result["correct"], float) for result in (grid["results"][0], grid["results"][0]))
+    assert tuple(other[:, 0, 0]) == pytest.approx(paired_difference(a, b))
+    for damaged in ("{half", "[]", "{}"):
+        (run.path / "probe.json").write_text(damaged)
+        with pytest.raises(ValueError, match="`selfflow probe .*` makes it again"):
+            read_probes(run)
 
 
 def test_the_untrained_network_computes_something_and_is_not_trained(runs):
@@ -153,26 +152,6 @@ def test_the_untrained_network_computes_something_and_is_not_trained(runs):
     for (name, ours), (_, theirs) in zip(model.named_parameters(), start.named_parameters(), strict=True):
         changed = ours != theirs
         assert changed.sum() == (2 * 16 if "blocks" in name and name.endswith("adaLN_modulation.1.bias") else 0)
-
-
-def test_baselines_are_kept_and_read(copies):
-    baselines = probe_baselines(copies["vanilla"], **FEW)
-    assert read_probes(copies["vanilla"])[1] == baselines and baselines.untrained.step == 0
-    table = probe_table({"x": baselines.untrained}, baselines)
-    assert table.iloc[:, 0].str.contains("class|pixels|untrained|x").all() and len(table) == 4
-
-
-def test_probing_is_repeatable_and_sees_noise(runs):
-    run = runs["vanilla"]
-    tokens = {split: run.layout().patchify({"image": digits(split).images}) for split in SPLITS}
-    labels = {split: digits(split).labels for split in SPLITS}
-    first, again = (probe_grid(run.teacher, tokens, labels, layers=(2,), **FEW) for _ in range(2))
-    assert first == again and first.results[0].accuracy > first.results[1].accuracy, "noise hides the class"
-
-
-def test_baselines():
-    assert majority_accuracy(labelled("digits")) == pytest.approx(0.1, abs=0.01)
-    assert probe_pixels(labelled("digits")).accuracy > 0.93
 
 
 def test_the_judge_is_chosen_on_validation(monkeypatch):

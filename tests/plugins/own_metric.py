@@ -1,8 +1,8 @@
 import numpy as np
 
-from selfflow.registries import metrics
+from selfflow import register_metric
 
 
-@metrics.register("distance of means")
+@register_metric("distance of means")
 def distance_of_means(real, drawn):
     return np.linalg.norm(real.mean(0) - drawn.mean(0))

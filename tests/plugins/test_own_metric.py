@@ -16,8 +16,8 @@ OWN = Path(__file__).parent / "own_metric.py"
 
 
 def shell(use, *args):
-    code = "import sys; from selfflow.cli import main; from selfflow.registries import use; use(sys.argv[1]); main(sys.argv[2:])"
-    return subprocess.run([sys.executable, "-c", code, use, *map(str, args)], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "selfflow.cli", *map(str, args), "--use", str(use)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_a_metric_of_ones_own_is_measured_and_reported(runs, tmp_path):
@@ -45,7 +45,7 @@ def test_a_metric_of_ones_own_is_measured_and_reported(runs, tmp_path):
 ])
 def test_what_a_metric_does_wrong_is_one_line(runs, tmp_path, body, message):
     file = tmp_path / "mine.py"
-    file.write_text("from selfflow.registries import metrics\n\n@metrics.register('mine')\n"
+    file.write_text("from selfflow import register_metric\n\n@register_metric('mine')\n"
                     f"def mine(real, drawn):\n    return {body}\n")
     folder = shutil.copytree(runs["tiny"].path, tmp_path / "run")
     done = shell(file, "metrics", folder, "--count", 12, "--steps", 1, "--resamples", 0, "--device", "cpu")

@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,18 +19,19 @@ from matplotlib.text import Text
 from safetensors.torch import load_file, save_file
 
 from selfflow.analysis.comparison import arms, config_table, over_seeds
-from selfflow.analysis.factor_probes import probe_factors, write_factors
-from selfflow.analysis.probing import probe_baselines, probe_run
+from selfflow.analysis.probing import probe_run, read_probes, write_probes
 from selfflow.cli import main
 from selfflow.data.options import DataConfig
 from selfflow.figures import plots
+from selfflow.figures.layers import draw_score_maps
 from selfflow.intervals import proportion_interval
-from selfflow.method.options import ModelConfig, ObjectiveConfig
+from selfflow.method.options import FeatureOptions, ModelConfig, ObjectiveConfig
 from selfflow.options import read_features
 from selfflow.report import report, representation_sections, sample_sections
 from selfflow.report.document import Report, Section, write_pdf
+from selfflow.report.probe_sections import probe_section
 from selfflow.report.report import SECTIONS, make_missing, missing_parts, run_report, summary
-from selfflow.report.run_sections import loss_section, probe_section, run_section
+from selfflow.report.run_sections import loss_section, run_section
 from selfflow.report.sample_sections import plane_section, shares_apart
 from selfflow.training.batches import validation_tokens
 from selfflow.training.config import Config, TrainConfig
@@ -58,8 +59,6 @@ FIGURES = {
     "training": lambda: plots.draw_training({"a": LOG, "b": {**LOG, "cosine": some(9), "constant_cosine": some(9)}}),
     "loss by level": lambda: plots.draw_loss_by_level([0.1, 0.9], {"a": some(2, 30), "b": some(2, 30)}),
     "loss of one run": lambda: plots.draw_loss_by_level([0.1, 0.9], {"a": some(2, 30)}),
-    "probe grids": lambda: plots.draw_probe_grids({"a": some(3, 2), "b": some(3, 2)}, (1, 2, 3), (0, 0.5),
-                                                  some(3, 3, 2) - 0.5),
 }
 
 
@@ -76,10 +75,10 @@ def test_figures_are_pure(name):
 def test_a_heat_map_shows_the_numbers_it_is_given():
     accuracy = np.array([[0.5, 0.75], [0.25, 1.0]])
     gain = accuracy - 0.5
-    figure = plots.draw_probe_grids({"a": accuracy}, (1, 2), (0, 0.5), np.stack([gain, gain - 0.3, gain + 0.2]))
+    gaps = np.stack([gain, gain - 0.3, gain + 0.2])
+    figure = draw_score_maps({"class": {"a": accuracy}}, (1, 2), (0, 0.5), {"class": gaps})
     texts = [[t.get_text() for t in axis.texts] for axis in figure.axes]
-    assert texts[0] == ["50", "75", "25", "100"]
-    assert texts[1] == ["+0.0\n(-30 to 20)", "+25.0\n(-5 to 45)", "-25.0\n(-55 to -5)", "+50.0\n(20 to 70)"]
+    assert texts[0] == ["50", "75", "25", "100"] and texts[1] == ["+0", "+25", "-25", "+50"]
     assert [t.get_weight() for t in figure.axes[1].texts] == ["normal", "normal", "bold", "bold"]
 
 
@@ -159,9 +158,10 @@ def test_the_tables_of_a_page_lie_beside_it_with_all_digits(tmp_path):
 def test_a_report_of_runs_tells_what_is_there_and_what_is_not(runs, tmp_path):
     page = run_report({"A": runs["tiny"], "B": runs["vanilla"]}, Report("Two").text("First <words>."), QUICK).html()
     assert "objective.name" in page and "First &lt;words&gt;." in page and "No probes of A yet" in page
-    assert "Something is missing, or out of date, in: Linear probes of the class." in page
+    assert "Something is missing, or out of date, in: Linear probes." in page
     single = config_table({"A": runs["tiny"]})
-    count = 3 + sum(len(fields(part)) for part in (DataConfig, ModelConfig, ObjectiveConfig, TrainConfig))  # name, seed, defaults
+    parts = (DataConfig, ModelConfig, ObjectiveConfig.of("self_flow"), TrainConfig)
+    count = 3 + sum(len(fields(part)) for part in parts)  # name, seed, defaults
     assert len(single) == count > 40 and single.set_index("setting").loc["training.steps", "A"] == 12
     assert set(config_table({"A": runs["tiny"], "B": runs["vanilla"]})["setting"]) == {"name", "objective.name"}
     with pytest.raises(ValueError, match="at least one run"):
@@ -205,13 +205,13 @@ def test_shares_of_other_samples_have_the_published_interval():
 
 def test_a_part_that_cannot_be_made_says_why_and_the_others_come(runs, tmp_path):
     shutil.copytree(runs["tiny"].path, tmp_path / "run")
-    for name in ("probe.json", "factors.json", "metrics.json", "judged.json"):
+    for name in ("probes.json", "metrics.json", "judged.json"):
         (tmp_path / "run" / name).write_text("{not json")
     (tmp_path / "run/samples").mkdir(exist_ok=True)
     (tmp_path / "run/samples/broken.safetensors").write_text("nothing")
     sections = [section for section in SECTIONS if section not in (plane_section,)]
     page = run_report({"run": Run.open(tmp_path / "run")}, sections=sections).html()
-    assert "This part could not be made" in page and "factors.json cannot be used" in page
+    assert "probes.json cannot be used" in page
     assert "broken.safetensors cannot be read" in page
     for title in ("Flow loss by level", "Curves by layer", "Student and teacher", "Attention", "Metrics of samples"):
         assert f">{title}</h2>" in page
@@ -228,7 +228,7 @@ def test_sound_and_film_are_reported_too(tmp_path, monkeypatch):
     plain = representation_sections.items_of
     monkeypatch.setattr(representation_sections, "items_of", lambda run, split, count: plain(run, split, 12))
     page = run_report({"scenes": run}).html()
-    assert "could not be made" not in page and "This part is of images alone" in page
+    assert "could not be made" not in page
     assert "tokens of the video" in page and page.count("data:image/png") >= 8
 
 
@@ -236,13 +236,13 @@ def test_what_is_missing_is_named_with_its_cost_and_made(runs, tmp_path, capsys,
     shutil.copytree(runs["tiny"].path, tmp_path / "run")
     run = Run.open(tmp_path / "run")
     whats = {what.split(" of ")[0] for what, cost, _ in missing_parts({"run": run}) if cost}
-    assert whats == {"probes", "baselines", "samples", "metrics"}
-    for name in ("probe_run", "probe_baselines", "run_metrics", "_samples"):
+    assert whats == {"probes", "samples", "metrics"}
+    for name in ("run_metrics", "_samples"):
         monkeypatch.setattr(report, name, lambda run: None)
     def refuse(run):
         raise ValueError("there is nothing")
-    monkeypatch.setattr(report, "_factors", refuse)
-    assert make_missing({"run": run}) == ["probes of all factors of run: there is nothing"]
+    monkeypatch.setattr(report, "_probe", refuse)
+    assert make_missing({"run": run}) == ["probes of run: there is nothing"]
     said = capsys.readouterr().out
     assert said.index("to make: metrics of run") < said.index("not made") and "samples through the model" in said
 
@@ -258,10 +258,7 @@ def test_a_report_opens_in_a_browser_without_a_network_or_a_complaint(runs, tmp_
     api = playwright()
     monkeypatch.setattr(sample_sections, "METHOD", "PCA")
     first, second = (probed(runs[name], tmp_path / name)[0] for name in ("tiny", "vanilla"))
-    probe_baselines(first, levels=(0.0, 0.5), strengths=(0.1,))
     for run in (first, second):
-        counts = {"train": 80, "validation": 40, "test": 60}
-        write_factors(run, probe_factors(run, (0.0,), (1, 2), counts, families=("regression",)))
         share = {"share": 0.5, "interval": [0.4, 0.6], "count": 100, "own": 0.9, "chance": 0.1}
         judged = {"recipe": {"step": 12, EVIL: EVIL}, "factors": {EVIL: share}}
         (run.path / "judged.json").write_text(json.dumps(judged))
@@ -310,16 +307,16 @@ def test_samples_do_not_depend_on_how_many_are_drawn_at_once(runs):
 
 def probed(run, path, **few):
     shutil.copytree(run.path, path)
-    return Run.open(path), probe_run(Run.open(path), levels=(0.0, 0.5), strengths=(0.1,), **few)
+    run = Run.open(path)
+    return run, write_probes(run, probe_run(run, levels=(0.0, 0.5), families=("regression",), strengths=(0.1,), **few))
 
 
 def test_a_report_compares_probes_shows_baselines_and_flags_old_ones(runs, tmp_path):
     (first, _), (second, _) = (probed(runs[name], tmp_path / name) for name in ("tiny", "vanilla"))
-    probe_baselines(first, levels=(0.0, 0.5), strengths=(0.1,))
     page = run_report({"A": first, "B": second}, sections=QUICK).html()
-    assert "B minus A" in page and "raw pixels" in page and "untrained network" in page and "not of its newest" not in page
-    stored = json.loads((first.path / "probe.json").read_text())
-    (first.path / "probe.json").write_text(json.dumps({**stored, "step": 4}))
+    assert "B minus A" in page and "raw input" in page and "untrained network" in page and "not of its newest" not in page
+    stored = read_probes(first)
+    write_probes(first, replace(stored, about={**stored.about, "step": 4}))
     page = run_report({"A": first, "B": second}, sections=QUICK).html()
     assert "The probes of A are of step 4, not of its newest checkpoint" in page
 
@@ -327,7 +324,7 @@ def test_a_report_compares_probes_shows_baselines_and_flags_old_ones(runs, tmp_p
 def test_probes_of_other_layers_stand_beside_each_other(runs, tmp_path):
     (first, _), (second, _) = probed(runs["tiny"], tmp_path / "a"), probed(runs["vanilla"], tmp_path / "b", layers=(1, 4))
     page = run_report({"A": first, "B": second}, sections=QUICK).html()
-    assert page.count("Test accuracy by block and noise level.") == 4 and "Right: " not in page  # two figures, alt and caption
+    assert page.count("Test score by block and noise level.") == 4 and "Right: " not in page  # two figures, alt and caption
 
 
 @pytest.mark.parametrize("args, words", [
@@ -417,8 +414,8 @@ def test_the_command_line_probes(runs, tmp_path, capsys):
     shutil.copytree(runs["tiny"].path, tmp_path / "tiny")
     main(["probe", str(tmp_path / "tiny")])
     said = capsys.readouterr().out
-    assert "raw pixels" in said and "untrained network" in said and "tiny, block" in said
-    assert json.loads((tmp_path / "tiny/probe.json").read_text())["levels"] == [0.0, 0.1, 0.25, 0.5, 0.75]
+    assert "raw input" in said and "untrained network" in said and "tiny, block" in said
+    assert json.loads((tmp_path / "tiny/probes.json").read_text())["about"]["levels"] == [0.0, 0.1, 0.25, 0.5, 0.75]
 
 
 def test_a_notebook_runs_without_a_screen_and_keeps_its_progress_to_itself(tmp_path, capfd):
@@ -444,7 +441,7 @@ def test_the_installed_command_has_help_for_every_field():
     def words(text):
         return " ".join(re.findall(r"\w+", text))
 
-    for part in (Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig):
+    for part in (Config, DataConfig, ModelConfig, ObjectiveConfig, FeatureOptions, TrainConfig):
         lines = re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(part), re.M)
         assert lines
         for name, text in lines:

@@ -13,10 +13,11 @@ from selfflow.data.sources import CODECS
 from selfflow.method.build import build_density, build_objective, build_schedule, check_layers, check_levels, transformer_config
 from selfflow.method.flow import LogitNormal, Mixture, PlateauLogitNormal, Shifted, Uniform
 from selfflow.method.objective import REPA, SRA, FlowMatching, LayerSync, SelfFlow, ema_decay
-from selfflow.method.options import DENSITIES, MASK_RATIOS, OBJECTIVES, SCHEDULES, SIZES, ModelConfig, ObjectiveConfig
+from selfflow.method.options import DENSITIES, MASK_RATIOS, SCHEDULES, SIZES, ModelConfig, ObjectiveConfig
 from selfflow.method.schedule import DiffusionForcing, DualTimestep, FullMasking, MultiTimestep, SingleLevel
 from selfflow.method.tokens import Part
 from selfflow.method.transformer import TransformerConfig
+from selfflow.registries import objectives
 from selfflow.training.config import (
     PRESET_FIELDS,
     PRESETS,
@@ -188,7 +189,11 @@ def test_every_switch_reaches_the_objective(name, kind, weight):
 
 
 def test_what_flow_matching_has_no_use_for_is_not_checked_against_it():
-    assert ObjectiveConfig("flow_matching", rep_tokens="masked").schedule == "auto"
+    with pytest.raises(ValueError, match="rep_tokens is an option of objective self_flow, .*, which flow_matching does not"):
+        ObjectiveConfig("flow_matching", rep_tokens="masked")
+    assert replace(ObjectiveConfig("sra", label_drop=0.3), name="repa") == ObjectiveConfig("repa", label_drop=0.3)
+    with pytest.raises(ValueError, match="offset is an option of objective sra, which self_flow does not have"):
+        replace(ObjectiveConfig("sra", offset=0.1), name="self_flow")
     assert ObjectiveConfig("flow_matching", schedule="dual", flow_tokens="masked").flow_tokens == "masked"
 
 
@@ -211,7 +216,7 @@ def test_variants_reach_the_transformer():
 
 
 def test_every_name_makes_a_config_that_goes_to_json_and_back():
-    for name in OBJECTIVES:
+    for name in objectives:
         for schedule in SCHEDULES:
             for density in DENSITIES:
                 config = Config(objective=ObjectiveConfig(name, density, schedule=schedule))
@@ -221,7 +226,7 @@ def test_every_name_makes_a_config_that_goes_to_json_and_back():
 def test_a_config_draws_no_random_numbers_and_makes_no_weights():
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    for name in OBJECTIVES:
+    for name in objectives:
         Config(objective=ObjectiveConfig(name, density="logit_normal"))
     assert torch.equal(before, torch.get_rng_state())
 
@@ -229,7 +234,7 @@ def test_a_config_draws_no_random_numbers_and_makes_no_weights():
 @pytest.mark.parametrize("ratio", [None, *MASK_RATIOS.values()])
 def test_what_is_taken_without_a_look_fits_at_every_depth(ratio):
     usual = ObjectiveConfig(mask_ratio=ratio, rep_weight=0.3, label_drop=0.5)
-    assert usual.usual and not replace(usual, near=0.5).usual and not ObjectiveConfig("flow_matching").usual
+    assert usual.usual and not replace(usual, near=0.5).usual and ObjectiveConfig("flow_matching").usual
     check_levels(usual)
     for depth in range(2, 40):
         check_layers(usual, depth, set())
@@ -298,7 +303,7 @@ def test_settings_lie_over_each_other():
 
 def test_a_draft_leaves_open_what_follows_from_the_rest():
     start = draft({"training": {"batch": 24}, "model": {"size": "S"}})
-    assert start.training.shards is None and start.objective.rep_weight is None and start.model.width == ModelConfig().width
+    assert start.training.shards is None and start.objective.mask_ratio is None and start.model.width == ModelConfig().width
     finished = replace(start, objective=replace(start.objective, name="repa"), model=replace(start.model, size="B"))
     assert finished.objective.rep_weight == 0.5 and finished.model.width == 768
     assert {f.name for f in fields(start)} == set(vars(start)), "every field is there"

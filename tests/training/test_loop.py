@@ -451,7 +451,7 @@ def with_data(monkeypatch, only=None, **change):
         if only not in (None, split):
             return good
         return ImageSet(**{"images": good.images, "labels": good.labels, "names": good.names, **change})
-    monkeypatch.setitem(selfflow.data.sources.DATASETS, "digits", broken)
+    monkeypatch.setattr(selfflow.data.sources, "open_digits", broken)
 
 
 @pytest.mark.parametrize("change, error, words", [
@@ -499,3 +499,62 @@ def test_an_unknown_device_is_refused_before_a_folder_is_made(tmp_path):
 
 def test_the_default_is_the_quickstart():
     assert TrainConfig().steps == 1000 and ModelConfig().width == 96
+
+
+class Watcher:
+    "A user's callback."
+
+    def __init__(self, fails_at=None):
+        self.events, self.fails_at = [], fails_at
+
+    def on_step(self, moment):
+        self.events.append(("step", moment.step, set(moment.values)))
+        if moment.step == self.fails_at:
+            raise LookupError("the user's own")
+
+    def on_validation(self, moment):
+        self.events.append(("validation", moment.step, moment.values["validation_flow_loss"]))
+
+    def on_sample(self, moment):
+        self.events.append(("sample", moment.step))
+
+    def on_checkpoint(self, moment):
+        moment.values["seen"] = len(self.events)
+        self.events.append(("checkpoint", moment.step))
+
+    def on_end(self, moment):
+        self.events.append(("end", moment.step, moment.error))
+
+
+def test_a_callback_of_the_user_sees_all_and_changes_nothing(runs, tmp_path):
+    watcher = Watcher()
+    run = train(TINY, tmp_path, callbacks=[watcher])
+    assert_same(runs["tiny"], run)
+    events = {kind: [event[1] for event in watcher.events if event[0] == kind] for kind, *_ in watcher.events}
+    training = TINY.training
+    assert events["step"] == list(range(1, training.steps + 1)) and events["end"] == [training.steps]
+    assert events["checkpoint"] == [step for step in events["step"] if step % training.save_every == 0]
+    assert events["validation"] and watcher.events[-1] == ("end", training.steps, None)
+    assert run.state()["seen"] == len(watcher.events) - 2, "what it adds is kept"
+
+
+@pytest.mark.parametrize("step, saved", [(2, None), (6, 4)])
+def test_a_callback_that_fails_ends_the_training_in_order(runs, tmp_path, step, saved):
+    failing, other = Watcher(step), Watcher()
+    with pytest.raises(LookupError, match="the user's own"):
+        train(TINY, tmp_path, callbacks=[failing, other])
+    run = Run.open(tmp_path / "tiny")
+    assert run.writer() is None and (run.state()["step"] if saved else None) == saved
+    assert isinstance(other.events[-1][2], LookupError) and other.events[-1][0] == failing.events[-1][0] == "end"
+    assert run.log["step"].tolist() == list(range(1, step + 1)) and not list(run.path.rglob(".*-*"))
+    assert_same(runs["tiny"], train(TINY, tmp_path))
+
+
+def test_a_callback_that_would_never_be_called_is_refused(tmp_path):
+    class Misspelt:
+        on_stp = print
+    for callback, message in ((Misspelt(), "unknown method of callback Misspelt 'on_stp'.*Did you mean 'on_step'"),
+                              (print, "has none of on_step, on_validation")):
+        with pytest.raises(ValueError, match=message):
+            train(TINY, tmp_path, callbacks=[callback])
+    assert not list(tmp_path.iterdir())

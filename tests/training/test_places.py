@@ -56,6 +56,12 @@ def test_a_relative_path_is_made_absolute_when_a_config_is_made(tmp_path, monkey
     assert Config(data=DataConfig("folder", path="x")) == Config(data=DataConfig("folder", path=str(tmp_path / "x")))
 
 
+def test_a_folder_is_opened_once_for_each_split_of_a_training(tmp_path, capsys):
+    train(config(str(pictures(tmp_path / "photos"))), tmp_path / "runs", "cpu", bar=False)
+    output = capsys.readouterr().out
+    assert [output.count(f"of split {split},") for split in ("train", "validation", "test")] == [1, 1, 0]
+
+
 def test_a_run_is_used_from_any_folder_and_samples_without_its_data(trained, capsys):
     stored = json.loads((trained / "config.json").read_text(encoding="utf-8"))
     assert stored["outline"]["folder"]["names"] == ["bright", "dark"]

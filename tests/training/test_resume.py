@@ -126,7 +126,7 @@ def test_sampling_validating_and_probing_in_the_middle_change_nothing(runs, tmp_
         seen = Run.open(run.path)
         seen.sample(torch.tensor([1, 2]), steps=3, method="sde")
         torch.manual_seed(len(looked))
-        probe_run(seen, levels=(0.5,), strengths=(0.1,))
+        probe_run(seen, levels=(0.5,), families=("regression",), strengths=(0.1,))
         looked.append(seen.state()["step"])
         real(run)
     monkeypatch.setattr(Run, "prune", looking)
@@ -287,17 +287,17 @@ def test_a_finished_run_in_a_folder_that_cannot_be_written_is_returned(runs, mon
 
 
 def test_data_that_changed_since_the_run_began_are_refused(tmp_path, monkeypatch):
+    from selfflow.data import sources
     from selfflow.data.datasets import ImageSet
-    from selfflow.data.sources import DATASETS
     config = replace(TINY, objective=ObjectiveConfig("flow_matching"))
     run = train(config, tmp_path)
-    before, digits = run.log_path.read_text(), DATASETS["digits"]
+    before, digits = run.log_path.read_text(), sources.open_digits
     def changed(asked, split):
         data = digits(asked, split)
         labels = data.labels.clone()
         labels[0] = (labels[0] + 1) % 10
         return ImageSet(data.images, labels, data.names) if split == "train" else data
-    monkeypatch.setitem(DATASETS, "digits", changed)
+    monkeypatch.setattr(sources, "open_digits", changed)
     with pytest.raises(ValueError, match=r"data.*train"):
         train(config, tmp_path)
     assert run.log_path.read_text() == before

@@ -452,7 +452,7 @@ def test_shift_and_interval_are_those_of_the_sampler(runs):
 
 @pytest.mark.parametrize("options, words", [
     ({"shift": 0.0}, "shift"), ({"interval": (0.5, 0.5), "cfg_scale": 2.0}, r"interval is \(0.5, 0.5\)"),
-    ({"interval": (-0.1, 1), "cfg_scale": 2.0}, "interval"), ({"method": "rk4"}, "method is 'rk4'"),
+    ({"interval": (-0.1, 1), "cfg_scale": 2.0}, "interval"), ({"method": "rk4"}, "unknown sampler 'rk4'"),
     ({"method": "sde", "steps": 1}, "at least 2"), ({"labels": torch.tensor([], dtype=torch.int64)}, "0 labels in batches of"),
 ])
 def test_bad_requests_for_samples_are_refused(runs, options, words):

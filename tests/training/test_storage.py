@@ -17,11 +17,11 @@ from faults import Worker, at_call, tensors
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from selfflow.disk import NotWritten, cut_lines, read_lines, step_of, write_json
+from selfflow.disk import NotWritten, cut_lines, read_lines, sha256, step_of, write_json
 from selfflow.method.build import transformer_config
 from selfflow.method.options import ModelConfig
 from selfflow.method.tokens import Part
-from selfflow.training.checkpoint import FREE, _sha256, check_checkpoint, problem_of, prune, write_checkpoint
+from selfflow.training.checkpoint import FREE, check_checkpoint, problem_of, prune, write_checkpoint
 from selfflow.training.config import Config, TrainConfig, differences
 from selfflow.training.lock import RunInUse, sole_writer, writer_of
 from selfflow.training.run import Run
@@ -405,7 +405,7 @@ def test_pruning_keeps_the_last_whole_ones(tmp_path, last, every, broken, kept):
 def test_each_checkpoint_is_read_through_once_to_prune(tmp_path, monkeypatch):
     read, run = [], saved(tmp_path / "tiny", (1, 2, 3))
     run = Run.open(run.path, "cpu")
-    monkeypatch.setattr("selfflow.training.checkpoint._sha256", lambda path: read.append(path.parent.name) or _sha256(path))
+    monkeypatch.setattr("selfflow.training.checkpoint.sha256", lambda path: read.append(path.parent.name) or sha256(path))
     run.prune()
     assert steps_of(run) == [2, 3] and set(read) == {"step-00000002", "step-00000003"}, "another process wrote them"
     for step in (4, 5):

@@ -133,8 +133,8 @@ def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab
     browsed.view("probes")
     inner(".selfflow-probe-said", has_text="no probes yet of plain, self_flow").wait_for()
     inner("button.selfflow-probe").click()
-    inner(".selfflow-probe-said", has_text="plain: 20 probes of the class").wait_for()
-    assert not (lab[2] / "browsed/plain/probe.json").exists(), "what it costs is said before"
+    inner(".selfflow-probe-said", has_text="plain: 20 cells").wait_for()
+    assert not (lab[2] / "browsed/plain/probes.json").exists(), "what it costs is said before"
     inner("button.selfflow-probe", has_text="Start").click()
     inner(".selfflow-probe-said", has_text="probing plain").wait_for()
     inner("button.selfflow-halt").click()

@@ -24,7 +24,17 @@ from selfflow.method import build as method
 from selfflow.training import config
 from selfflow.training.run import Run
 from selfflow.workbench.app import free_port, options_of, page_of, serve
-from selfflow.workbench.page import TOOLS, Chosen, Tool, Workbench, label_of, quickstart, runs_in, saved_step, workbench
+from selfflow.workbench.page import (
+    Chosen,
+    Tool,
+    Workbench,
+    label_of,
+    quickstart,
+    registered_tools,
+    runs_in,
+    saved_step,
+    workbench,
+)
 
 QUICK = (replace(TINY, name="self-flow"), replace(TINY, name="flow-matching"))
 WORDS = Tool("Words", "Says which run it was given.", lambda chosen: widgets.HTML(chosen.path.name))
@@ -137,7 +147,7 @@ def test_a_tool_that_fails_says_so_and_can_be_tried_again(runs):
 
 def test_a_run_without_a_checkpoint_is_listed_and_refused_in_words(runs, tmp_path):
     Run.create(tmp_path / "begun", TINY, runs["tiny"].transformer)
-    train_nothing = Workbench(tmp_path, TOOLS[:1], ())
+    train_nothing = Workbench(tmp_path, registered_tools()[:1], ())
     assert label_of("begun", tmp_path / "begun") == "begun: no checkpoint yet"
     words, _ = page(train_nothing).children
     assert "no whole checkpoint yet" in words.value
@@ -172,7 +182,7 @@ def test_runs_of_the_same_data_stand_side_by_side(runs, tmp_path):
 
 def test_every_tool_opens_on_a_run(runs):
     bench = Workbench(runs["tiny"].path.parent, configs=())
-    for tool in TOOLS:
+    for tool in registered_tools():
         bench.tool.value = tool.title
         shown = page(bench)
         assert isinstance(shown, widgets.Widget) and "alert" not in str(getattr(shown, "children", [shown])[0]), tool.title
@@ -304,3 +314,28 @@ def test_a_closed_page_that_trains_keeps_its_kernel_until_it_has_trained(tmp_pat
         kernel, connection = opened()
         connection.close()
         assert not gone(kernel, seconds=12) and gone(kernel)
+
+
+MINE = """
+import ipywidgets as widgets
+from selfflow.registries import explorers
+
+@explorers.register("Name of the run")
+def name(chosen):
+    "Says <which> run it was given."
+    return widgets.HTML(chosen.run.config.name)
+"""
+
+
+def test_an_explorer_in_a_file_of_the_user_is_a_tool(runs, tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    script = ("import sys, nbformat\nfrom pathlib import Path\nfrom selfflow.registries import use\n"
+              "from selfflow.workbench.app import page_of\nfrom selfflow.workbench.page import Workbench\n"
+              "use(sys.argv[1])\nbench = Workbench(sys.argv[2], configs=())\nbench.tool.value = 'Name of the run'\n"
+              "bench.settle()\nprint(bench.about.value, bench.page.children[0].value, list(bench.tools)[0])\n"
+              "print(page_of(Path(sys.argv[2])).cells[0].source)")
+    command = [sys.executable, "-c", script, tmp_path / "mine.py", runs["tiny"].path]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    first, *cell = shown.stdout.splitlines()
+    assert first == "<i>Says &lt;which&gt; run it was given.</i> tiny Noise asymmetry", shown.stderr
+    assert f"use({str(tmp_path / 'mine.py')!r})" in cell, "the kernel of the app uses it too"

@@ -13,7 +13,8 @@ from selfflow.data.options import DataConfig
 from selfflow.draws import keyed
 from selfflow.method.flow import interpolate
 from selfflow.method.options import ModelConfig, ObjectiveConfig
-from selfflow.method.sampling import METHODS, SDE_LAST, inpaint, sample, shown, time_grid
+from selfflow.registries import samplers
+from selfflow.method.sampling import SDE_LAST, inpaint, sample, shown, time_grid
 from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
 from selfflow.training.run import Run
@@ -41,7 +42,7 @@ def drawn(name, *shape):
     return torch.randn(*shape, generator=keyed(0, name), dtype=torch.float64)
 
 
-METHODS_HERE = [method for method in METHODS if method != "dopri5"]
+METHODS_HERE = [method for method in tuple(samplers) if method != "dopri5"]
 
 
 @pytest.mark.parametrize("method", METHODS_HERE)
@@ -94,7 +95,7 @@ def test_what_the_model_is_shown(mixed, level):
     ({"level": 1.5}, "level is 1.5, outside"), ({"level": float("nan")}, "level is nan"),
     ({"x0": torch.zeros(2, 4, 3)}, "both must be \\(b, n, c\\) of one dtype"),
     ({"x0": torch.full((2, 4, 3), float("nan"), dtype=torch.float64)}, "6 numbers of given tokens are NaN"),
-    ({"steps": 0}, "steps is 0"), ({"method": "leap"}, "method is 'leap'"),
+    ({"steps": 0}, "steps is 0"), ({"method": "leap"}, "unknown sampler 'leap'"),
 ])
 def test_what_cannot_be_inpainted_is_refused(changes, words):
     asked = {"x1": drawn("x1", 2, 4, 3), "x0": drawn("x0", 2, 4, 3), "given": torch.tensor([True, False, False, False])}

@@ -6,7 +6,6 @@ import stat
 import sys
 import threading
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,10 @@ from PIL import Image
 from simulated import SimulatedTrainer
 
 from selfflow.analysis.comparison import run_curves
-from selfflow.analysis.probing import ProbeGrid, ProbeResult
-from selfflow.figures.plots import draw_probe_grids, draw_runs
+from selfflow.analysis.probes import scored
+from selfflow.analysis.probing import ProbeRow, Probes, write_probes
+from selfflow.figures.layers import draw_score_maps
+from selfflow.figures.plots import draw_runs
 from selfflow.training.run import Run
 from selfflow.training.watching import Listing, open_runs, steps_of
 from selfflow.workbench import probe_process
@@ -164,32 +165,29 @@ def test_bad_choices_are_answered_and_the_rest_is_shown(listing):
 
 
 def grid(seed, levels=(0.0, 0.5), items=40, step=12):
-    random = np.random.default_rng(seed)
-    results = []
-    for place in range(2 * len(levels)):
-        correct = random.random(items) < 0.3 + 0.1 * place
-        results.append(ProbeResult(float(correct.mean()), (0.0, 1.0), 0.5, 1.0, {"test": items}, correct.tolist()))
-    return ProbeGrid(step, (1, 2), tuple(levels), tuple(results))
-
-
-def keep(run, found):
-    (run.path / "probe.json").write_text(json.dumps(asdict(found)))
+    random, rows = np.random.default_rng(seed), []
+    for place, (layer, level) in enumerate((layer, level) for layer in (1, 2) for level in levels):
+        wrong = random.random(items) > 0.3 + 0.1 * place
+        probe = scored("made up", "accuracy", wrong, np.ones(items), 0.5, "C = 1", {"test": items})
+        rows.append(ProbeRow("class", "model", "regression", layer, level, probe))
+    about = {"run": "made up", "step": step, "layers": [1, 2], "levels": list(levels), "items": "some", "data": "digits"}
+    return Probes(about, tuple(rows))
 
 
 def test_probe_maps_have_their_difference_with_paired_intervals(listing, folder):
     runs = {name: Run.open(folder / name, "cpu") for name in ("tiny", "vanilla")}
     assert "no probes yet of tiny, vanilla" in probes_of(runs).notes
-    keep(runs["tiny"], grid(0))
-    keep(runs["vanilla"], grid(1))
+    write_probes(runs["tiny"], grid(0))
+    write_probes(runs["vanilla"], grid(1))
     view = probes_of(runs)
-    maps = {name: grid(seed).table("accuracy") for name, seed in (("tiny", 0), ("vanilla", 1))}
-    wanted = draw_probe_grids(maps, (1, 2), (0.0, 0.5), grid(0).difference(grid(1)))
-    assert picture_of(view.pictures[0]()) == picture_of(wanted) and "vanilla minus tiny: of 4 cells" in view.notes[0]
-    keep(runs["vanilla"], grid(1, levels=(0.1, 0.9), step=8))
+    maps = {"class": {name: grid(seed).grid("class") for name, seed in (("tiny", 0), ("vanilla", 1))}}
+    expected = draw_score_maps(maps, (1, 2), (0.0, 0.5), {"class": grid(0).difference(grid(1), "class")})
+    assert picture_of(view.pictures[0]()) == picture_of(expected) and "vanilla minus tiny: of 4 cells" in view.notes[0]
+    write_probes(runs["vanilla"], grid(1, levels=(0.1, 0.9), step=8))
     view = probes_of(runs)
     assert len(view.pictures) == 2 and "vanilla was probed at other layers, levels or items" in view.notes[0]
     assert "probes of vanilla are of step 8, its newest checkpoint of 12" in view.notes[1]
-    (folder / "tiny/probe.json").write_text("{half")
+    (folder / "tiny/probes.json").write_text("{half")
     assert any("cannot be shown" in note for note in probes_of(runs).notes)
 
 
@@ -214,7 +212,7 @@ def fails(run):
 
 
 def test_a_dark_page_turns_all_but_the_maps(listing):
-    figure = draw_probe_grids({"a": grid(0).table("accuracy")}, (1, 2), (0.0, 0.5))
+    figure = draw_score_maps({"class": {"a": grid(0).grid("class")}}, (1, 2), (0.0, 0.5))
     light, dark = (np.asarray(Image.open(io.BytesIO(picture_of(figure, theme)))).astype(int) for theme in (LIGHT, DARK))
     box = figure.axes[0].get_position()
     high, wide = light.shape[:2]
@@ -331,7 +329,7 @@ def test_the_button_says_the_cost_first_and_then_begins(folder, command):
     browser = browse(folder, device="cpu", view="probes")
     assert browser.probes.layout.display == "" and "no probes yet of tiny, vanilla" in browser.probe_said.value
     browser._probe()
-    assert "20 probes of the class" in browser.probe_said.value and browser.probe.description == "Start"
+    assert "20 cells" in browser.probe_said.value and browser.probe.description == "Start"
     assert browser.probing is None
     browser.list.value = ["vanilla"]  # another choice leaves it
     assert browser.probe.description == "Probe them"

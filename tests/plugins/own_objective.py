@@ -1,0 +1,29 @@
+"""An objective of one's own: the target is what the teacher makes of the clean sample."""
+from dataclasses import dataclass
+
+import torch
+
+from selfflow import register_objective
+from selfflow.method.objective import FeatureObjective, Projector
+
+
+@dataclass(frozen=True)
+class Options:
+    student_layer: int = 1  # 1-based
+    teacher_layer: int = 2  # 1-based
+    rep_weight: float = 0.3  # of the representation loss
+
+
+@register_objective("clean_view", options=Options)
+class CleanView(FeatureObjective):
+    "The student predicts the teacher's features of the clean sample."
+
+    def __init__(self, model, schedule, student_layer, teacher_layer, rep_weight, **options):
+        super().__init__(schedule, student_layer, rep_weight, **options)
+        self.teacher_layer = teacher_layer
+        self.projector = Projector(model.width)
+
+    def target(self, teacher, x0, noised, hidden, draw, features):
+        levels = type(noised.levels).single(torch.zeros(len(x0), device=x0.device), x0.shape[1])
+        out = teacher(x0, levels, noised.condition, taps=(self.teacher_layer,), stop=True, parts=noised.parts)
+        return out.features[self.teacher_layer], levels.per_token()
