@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 @given(st.integers(1, 3), st.sampled_from([(1, 1), (2, 3), (4, 4)]), st.integers(2, 4), st.integers(0, 99), st.floats(0, 0.5))
 def test_the_published_form_is_the_same_function(batch, grid, depth, seed, mask_ratio):
     torch.manual_seed(seed)
-    ours = Transformer(TransformerConfig(3, grid, 16, depth, 2, classes=5))
+    ours = Transformer(TransformerConfig.of_image(3, grid, 16, depth, 2, classes=5))
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     theirs, teacher = PerTokenTransformer(ours), make_teacher(ours)

@@ -42,7 +42,7 @@ def test_tensors_train_and_their_run_is_sampled_and_reported_in_another_process(
 def test_a_run_on_tensors_opens_with_its_data_and_with_no_other(tmp_path):
     images = torch.rand(60, 1, 8, 8) * 2 - 1
     run = train(Config("mine", training=TrainConfig(steps=2, batch=8)), tmp_path, data=images, bar=False)
-    assert run.sample([0], steps=1).shape == (1, 1, 8, 8)
+    assert run.sample([0], steps=1)["image"].shape == (1, 1, 8, 8)
     opened = Run.open(run.path, "cpu", data=images)
     held = [opened.sources_of(split).data["given"].take(torch.arange(1)).signals["image"] for split in ("train", "test")]
     assert all((images == one).flatten(1).all(1).any() for one in held) and not torch.equal(*held)
