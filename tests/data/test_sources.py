@@ -157,7 +157,8 @@ def test_steps_take_turns_by_their_shares_and_nothing_else():
     assert 0.2 < names.count("shapes") / 1000 < 0.3 and names == [batches.name(step) for step in range(1000)]
     for step in range(4):
         chosen, x0, conditions, parts = batches[step]
-        assert parts == (("image",) if names[step] == "shapes" else ("audio",)) and len(x0) == len(conditions) == 8
+        assert [part.name for part in parts] == ["image" if names[step] == "shapes" else "audio"]
+        assert len(x0) == len(conditions) == 8
         halves = [replace(batches, rank=rank, processes=2)[step] for rank in range(2)]
         assert torch.equal(x0, torch.cat([half[1] for half in halves]))
 
