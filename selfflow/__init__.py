@@ -6,7 +6,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Config": "training.config",
+    "DataConfig": "data.options",
+    "ModelConfig": "method.options",
+    "ObjectiveConfig": "method.options",
     "Run": "training.run",
+    "TrainConfig": "training.config",
     "load": "training.export",
     "register_backbone": "registries",
     "register_dataset": "registries",
