@@ -47,6 +47,11 @@ def _fill(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> N
     write_json(folder / "manifest.json", {f.name: {"size": f.stat().st_size, "sha256": sha256(f)} for f in files})
 
 
+def _in_part(name: str) -> str:
+    "The name of a weight of format 4 or earlier, where the part of images alone has none, as it is now."
+    return re.sub(r"(^|\.)(x_embedder|final_layer\.linear)\.(?=(weight|bias)(/|$))", r"\1\2.image.", name)
+
+
 def read_part(path: Path, part: str) -> dict[str, Tensor]:
     "Tensors of one part of a checkpoint, on the CPU. Raises FileNotFoundError when it has none: nothing is made up for it."
     file = path / f"{part}.safetensors"
@@ -235,11 +240,6 @@ _OPTIONS_OF_4 = ("student_layer", "teacher_layer", "rep_weight", "rep_tokens", "
 def _with_parts(shape: dict) -> dict:
     parts = shape.get("parts") or [{"name": "image", "channels": shape["channels"], "grid": [1, *shape["grid"]], "ticks": 1.0}]
     return {name: value for name, value in shape.items() if name not in ("channels", "grid")} | {"parts": parts}
-
-
-def _in_part(name: str) -> str:
-    "The name of a weight of format 4 or earlier, where the part of images alone has none, as it is now."
-    return re.sub(r"(^|\.)(x_embedder|final_layer\.linear)\.(?=(weight|bias)(/|$))", r"\1\2.image.", name)
 
 
 MIGRATIONS = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}  # to the next format

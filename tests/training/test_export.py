@@ -17,9 +17,9 @@ def test_samples_of_an_export_are_those_of_the_run_in_another_process(runs, tmp_
     run = runs["tiny"]
     place = export(run, tmp_path / "model")
     script = ("import sys, torch\nfrom selfflow import load\nfrom safetensors.torch import save_file\n"
-              "model = load(sys.argv[1], 'cpu')\nsave_file({'images': model.sample([1, 2, 3], steps=3)}, sys.argv[2])")
+              "model = load(sys.argv[1], 'cpu')\nsave_file({'images': model.sample([1, 2, 3], steps=3)['image']}, sys.argv[2])")
     subprocess.run([sys.executable, "-c", script, place, tmp_path / "drawn"], check=True, cwd=tmp_path)
-    assert torch.equal(load_file(tmp_path / "drawn")["images"], run.sample([1, 2, 3], steps=3))
+    assert torch.equal(load_file(tmp_path / "drawn")["images"], run.sample([1, 2, 3], steps=3)["image"])
     assert {path.name for path in place.iterdir()} >= {"config.json", "model.safetensors", "README.md"}
     assert load(place, "cpu").class_names == run.class_names and load(place, "cpu").state()["step"] == 12
 
@@ -30,9 +30,9 @@ def test_half_precision_is_close_and_computes_in_float32(runs, tmp_path, dtype):
     half = load(export(run, tmp_path / "model", dtype), "cpu")
     assert {value.dtype for value in load_file(tmp_path / "model/model.safetensors").values()} == {getattr(torch, dtype)}
     assert {value.dtype for value in half.teacher.parameters()} == {torch.float32}
-    drawn = half.sample([1, 2], steps=3)
-    torch.testing.assert_close(drawn, run.sample([1, 2], steps=3), atol=0.05, rtol=0.05)
-    assert not torch.equal(drawn, run.sample([1, 2], steps=3))
+    drawn = half.sample([1, 2], steps=3)["image"]
+    torch.testing.assert_close(drawn, run.sample([1, 2], steps=3)["image"], atol=0.05, rtol=0.05)
+    assert not torch.equal(drawn, run.sample([1, 2], steps=3)["image"])
 
 
 def test_the_card_names_data_steps_and_losses(runs, tmp_path):
@@ -88,4 +88,4 @@ def test_an_export_is_listed_as_one(runs, tmp_path):
     listing = Listing(tmp_path)
     listing.look()
     assert listing.runs["exported"].state == "exported at step 12"
-    assert Run.open(place, "cpu").sample([1], steps=1).isfinite().all()
+    assert Run.open(place, "cpu").sample([1], steps=1)["image"].isfinite().all()
