@@ -70,7 +70,7 @@ class Registry:
         if not is_dataclass(options) or not options.__dataclass_params__.frozen:
             raise TypeError(f"the options of {self.kind} {name!r} must be a class with @dataclass(frozen=True), not {options!r}")
         known = self._entries.get(name)
-        if known and _address(known.target) != _address(target):
+        if known and not _same(_address(known.target), _address(target)):
             raise ValueError(f"{self.kind} {name!r} is registered twice, as {_address(known.target)} and as {_address(target)}; "
                              "give one of them another name")
         self._entries[name] = Entry(name, options, target, _loading[-1] if _loading else "")
@@ -89,6 +89,12 @@ class Registry:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
+
+
+def _same(address: str, other: str) -> bool:
+    "True for one address, and for a definition in a notebook of what a module defines too."
+    (module, _, name), (other_module, _, other_name) = address.partition(":"), other.partition(":")
+    return name == other_name and (module == other_module or "__main__" in (module, other_module))
 
 
 def _address(target: Any) -> str:

@@ -141,7 +141,7 @@ SIGNALS = {
     "videos": Kind(lambda root: _folder(root, (_video, ".gif")), {"name": "folder", "signals": "video", **FILMS},
                    refused=NO_JUDGE),
     "pairs": Kind(lambda root: _folder(root, (_video, ".gif"), (_sound, ".wav")),
-                  {"name": "folder", "signals": "video+audio", "columns": 1, **FILMS} | NO_JUDGE),
+                  {"name": "folder", "signals": "video+audio", "columns": 1, **FILMS}, refused=NO_JUDGE),
     "pairs, no classes": Kind(lambda root: _folder(root, (_video, ".gif"), (_sound, ".wav"), classes=()), {
         "name": "folder", "condition": "none", "signals": "video+audio", "columns": 1, **FILMS},
         refused=NO_CLASS | NO_JUDGE),

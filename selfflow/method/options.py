@@ -144,7 +144,7 @@ class ObjectiveConfig(metaclass=Named):
         check_types(self)
         for name, known in {"density": DENSITIES, "schedule": SCHEDULES, "given": GIVEN}.items():
             choose(getattr(self, name), known, f"{name} (objective.{name})")
-        check_positive(self, "density_shift")
+        check_positive(self, "density_shift", "block")
         if not 0 <= self.label_drop <= 1:
             raise ValueError(f"label_drop is {self.label_drop}, but a probability is in [0, 1]")
         if not 0 < self.given_share <= 1 or not 0 <= self.given_level <= 1:

@@ -102,7 +102,7 @@ def test_weights_of_one_head_by_loops():
 
 
 def test_a_longer_sequence_takes_another_fused_path_and_agrees():
-    config = replace(BASE, grid=(12, 12))  # 144 tokens: scaled_dot_product_attention
+    config = replace(BASE, parts=(Part("image", 4, (1, 12, 12)),))  # 144 tokens: scaled_dot_product_attention
     model = model_of(config)
     x, levels, _ = batch_of(config)
     for separated in (False, True):
@@ -255,7 +255,7 @@ def test_three_levels_are_not_two():
 
 def test_maps_lie_where_the_tokens_do():
     model = model_of(SHAPES["parts and caption"])
-    assert grids_of(model) == {"video": (2, 3, 2), "audio": (5,)} and grids_of(model, ("audio",)) == {"audio": (5,)}
+    assert grids_of(model) == {"video": (2, 3, 2), "audio": (5,)} and grids_of(model, model.config.parts[1:]) == {"audio": (5,)}
     weights = torch.arange(21.0)
     found = maps_by_part(weights, grids_of(model), relative=False)
     assert found["video"].flatten().tolist() == list(range(12)) and found["video"][1, 2, 0] == 10

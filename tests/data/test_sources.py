@@ -242,8 +242,9 @@ def test_samples_are_written_to_be_seen_and_heard(tmp_path, capsys, name, option
 # bad input
 
 @pytest.mark.parametrize("values, words", [
-    ({"name": "shape"}, "Did you mean 'shapes'"), ({"name": "shapes+shapes"}, "named twice"), ({"name": "folder"}, "need one"),
-    ({"path": "x"}, "others none"), ({"name": "shapes+notes", "shares": "1"}, "needs 2 numbers"),
+    ({"name": "shape"}, "Did you mean 'shapes'"), ({"name": "shapes+shapes"}, "named twice"),
+    ({"name": "folder"}, "needs the place"),
+    ({"path": "x"}, "has no place"), ({"name": "shapes+notes", "shares": "1"}, "needs 2 numbers"),
     ({"name": "shapes+notes", "shares": "1+-1"}, "above 0"), ({"weights": "sound=2"}, "expected such as audio"),
     ({"weights": "audio"}, "expected such as audio"), ({"condition": "text"}, "unknown condition"),
     ({"sound": "mp3"}, "unknown sound"),

@@ -159,7 +159,7 @@ def test_bf16_trains(tmp_path):
     assert log["flow_loss"].tolist() == pytest.approx(reference["flow_loss"].tolist(), rel=0.02)
     assert log["flow_loss"].tolist() != reference["flow_loss"].tolist()
     whole = Run(run.path, TINY, run.transformer, run.device)  # the same weights, drawn in fp32
-    half, full = (one.sample(torch.arange(4), steps=4, cfg_scale=2.0) for one in (run, whole))
+    half, full = (one.sample(torch.arange(4), steps=4, cfg_scale=2.0)["image"] for one in (run, whole))
     assert half.dtype == torch.float32 and not torch.equal(half, full)
     torch.testing.assert_close(half, full, atol=0.05, rtol=0.05)
 
@@ -172,7 +172,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         return real(count, batch, seed, step)
     raise_for = torch.zeros(1)
     monkeypatch.setattr("selfflow.training.batches.batch_indices", poisoned)
-    monkeypatch.setattr("selfflow.method.objective.velocity", lambda x0, x1: x1 - x0 + raise_for)
+    monkeypatch.setattr("selfflow.method.alignment.velocity", lambda x0, x1: x1 - x0 + raise_for)
     with pytest.raises(FloatingPointError, match="step 7 is not finite.*What was saved before is whole"):
         train(TINY, tmp_path)
     run = Run.open(tmp_path / "tiny")
