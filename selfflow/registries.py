@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['backbones', 'objectives', 'datasets', 'samplers', 'metrics', 'explorers', 'register_backbone', 'register_objective',
            'register_dataset', 'register_sampler', 'register_metric', 'register_explorer', 'NoOptions', 'Entry',
-           'Registry', 'use', 'used', 'Named']
+           'Registry', 'use', 'used', 'trial', 'Named']
 
 # %% ../nbs/0_ground/07_registries.ipynb #00d7c7ad
 import importlib
@@ -13,6 +13,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, make_dataclass
 from typing import Any
 
@@ -158,6 +159,21 @@ def _import_file(path: str) -> None:
 def used() -> tuple[str, ...]:
     "Return all files and modules that were used, in order, for a process that has to use them too."
     return tuple(_used)
+
+
+@contextmanager
+def trial() -> Iterator[None]:
+    "Forget at its end what was registered and used inside, as in a lesson or a test."
+    registries = (backbones, objectives, datasets, samplers, metrics, explorers)
+    before = [dict(registry._entries) for registry in registries]
+    used_before = dict(_used)
+    try:
+        yield
+    finally:
+        for registry, entries in zip(registries, before, strict=True):
+            registry._entries = entries
+        _used.clear()
+        _used.update(used_before)
 
 # %% ../nbs/0_ground/07_registries.ipynb #81ab4791
 class Named(type):

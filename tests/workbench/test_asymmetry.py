@@ -13,7 +13,7 @@ from PIL import Image
 
 from selfflow.data.options import DataConfig
 from selfflow.data.sources import Sources
-from selfflow.method.transformer import Output
+from selfflow.method.backbone import Output
 from selfflow.method.flow import LogitNormal, Uniform
 from selfflow.method.options import ModelConfig, ObjectiveConfig
 from selfflow.method.schedule import NoiseLevels
