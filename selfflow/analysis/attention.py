@@ -77,9 +77,9 @@ def watch_attention(model: Transformer, x: Tensor, levels: NoiseLevels, conditio
     x, levels, condition, options: of the model's forward; layers: 1-based, () = all. Tokens of a caption come after those of x.
     Raises ValueError for layers that do not exist.
     """
-    layers = tuple(layers) or tuple(range(1, model.config.depth + 1))
-    if unknown := [layer for layer in layers if not 1 <= layer <= model.config.depth]:
-        raise ValueError(f"no layer {unknown}: layers are counted 1 to {model.config.depth}")
+    layers = tuple(layers) or tuple(range(1, model.depth + 1))
+    if unknown := [layer for layer in layers if not 1 <= layer <= model.depth]:
+        raise ValueError(f"no layer {unknown}: layers are counted 1 to {model.depth}")
     found, handles = {}, []
     for number in layers:
         def note(module, given, output, number=number):

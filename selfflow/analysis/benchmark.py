@@ -275,7 +275,8 @@ def flops_per_step(config: Config, transformer: TransformerConfig, feature_width
 @lru_cache(maxsize=256)
 def _flops_of_sample(objective: ObjectiveConfig, shape: TransformerConfig, checkpointing: bool, feature_width: int) -> int:
     with torch.device("meta"):
-        student, learner = Transformer(shape), build_objective(objective, shape, feature_width)
+        student = Transformer(shape)
+        learner = build_objective(objective, student, (shape.parts,), feature_width)
         x0, told = torch.zeros(1, shape.tokens, shape.channels), (1, shape.caption) if shape.caption else (1,)
         labels = torch.zeros(*told, shape.caption_width) if shape.caption_width else torch.zeros(told, dtype=torch.int64)
         features = torch.zeros(1, feature_width) if learner.needs_features else None

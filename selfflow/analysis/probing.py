@@ -231,7 +231,7 @@ def probe_table(probes: dict[str, Probes], factor: str = "") -> pd.DataFrame:
 # %% ../../nbs/4_analysis/04_probing.ipynb #23558ade
 def untrained_network(run: Run) -> Transformer:
     "The network that a run started from, with the gates of its blocks opened to 1, so that they compute something."
-    model = start_state(run.config, run.transformer, run.device).teacher
+    model = start_state(run.config, run.sources, run.device).teacher
     for block in model.blocks:
         bias = block.adaLN_bias if hasattr(block, "adaLN_bias") else block.adaLN_modulation[1].bias
         _, _, first, _, _, second = bias.chunk(6)  # the gates of attention and MLP
@@ -294,7 +294,7 @@ def _opened(run, layers, counts, weights, data, store):
         raise ValueError(f"counts {counts} say nothing of {', '.join(missing)}")
     model = getattr(run, choose(weights, ("teacher", "model"), "weights (model is the student)"))
     items = probe_items(run, counts, data)
-    return model, items, tuple(layers or range(1, model.config.depth + 1)), store or FeatureStore(run.path / "features")
+    return model, items, tuple(layers or range(1, model.depth + 1)), store or FeatureStore(run.path / "features")
 
 
 def _raw(items: dict[str, Items], part: str) -> dict[str, np.ndarray]:

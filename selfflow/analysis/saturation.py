@@ -333,7 +333,7 @@ def _objective(run: Run) -> FeatureObjective:
     stored = run.load("objective") if kind.needs_features else {}
     width = next((value.shape[0] for name, value in reversed(stored.items()) if name.endswith("4.bias")), 1)
     with torch.random.fork_rng():
-        objective = build_objective(run.config.objective, run.transformer, width, run.sources.sequences,
+        objective = build_objective(run.config.objective, run.model, run.sources.sequences, width,
                                     run.config.data.weight_of)
     if objective.state_dict():  # LayerSync has no head
         objective.load_state_dict(run.load("objective"))

@@ -234,7 +234,7 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
     judged = Validation.of(config, sources=validation)  # bad validation data are reported now, not at the first validation
     shape, batches = shape_of(config, sources), Batches(sources, config, processes.rank, processes.count)
     features_of, width, fingerprint = feature_source(features, config, sources, processes.device)
-    state = start_state(config, shape, processes.device, width, sources.sequences)
+    state = start_state(config, sources, processes.device, width)
     if features is not None:
         first = torch.arange(1)  # refuses features of another shape
         state.objective.target(None, sources.take(config.data.name, first)[0], None, None, None, features_of(first))

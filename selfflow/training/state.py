@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..data.sources import Sources
 from ..draws import keyed
 from ..method.alignment import average, moments_of
 from ..method.build import build_objective
 from ..method.objective import WHOLE, Losses, Whole, ema_decay, make_teacher, update_ema
 from ..method.tokens import Part
-from ..method.transformer import Transformer, TransformerConfig
+from ..method.transformer import Transformer
 from ..settings import own_settings
-from .batches import shards_of
+from .batches import shape_of, shards_of
 from .checkpoint import read_part, read_state
 from .config import Config, TrainConfig
 from .processes import Processes, like, share, slice_weights, unsynced, whole
@@ -178,18 +179,18 @@ def _named(student: nn.Module, objective: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @own_settings()
-def start_state(config: Config, shape: TransformerConfig, device: torch.device, feature_width: int = 1,
-                sequences: tuple[tuple[Part, ...], ...] = ()) -> TrainState:
+def start_state(config: Config, sources: Sources, device: torch.device, feature_width: int = 1) -> TrainState:
     """The state before the first step; weights come from the seed alone, and the student's do not depend on the objective.
 
-    feature_width: of an outside encoder, for the head of REPA alone; sequences: see `build_objective`.
+    feature_width: of an outside encoder, for the head of REPA alone.
     """
     with torch.random.fork_rng():  # the caller's random numbers are not touched
         torch.manual_seed(keyed(config.seed, "weights").initial_seed())
-        student = Transformer(shape).to(device)
+        student = Transformer(shape_of(config, sources)).to(device)
         student.checkpointing = config.training.checkpointing
         torch.manual_seed(keyed(config.seed, "projector").initial_seed())
-        objective = build_objective(config.objective, shape, feature_width, sequences, config.data.weight_of).to(device)
+        objective = build_objective(config.objective, student, sources.sequences, feature_width, config.data.weight_of)
+        objective = objective.to(device)
     optimizer = build_optimizer(config.training, _named(student, objective))
     return TrainState(student, make_teacher(student), objective, optimizer, Learner(student, objective),
                       shards_of(config.training))
