@@ -64,7 +64,7 @@ class Settings:
 def _kind(run: Run, name: str) -> tuple:
     "What must agree for the same noise to mean the same."
     source = run.sources
-    return source.layouts[name].parts, run.config.data.condition, source.names, run.transformer.caption
+    return source.layouts[name].parts, run.config.data.condition, source.names, run.inputs.caption
 
 
 def _said(kind: tuple) -> str:
@@ -168,7 +168,7 @@ class Path:
 def _velocity(side: SideBySide, run: Run, settings: Settings, rows: int, cfg_scale: float):
     "The velocity of so many samples that are told the same, as `Run.sample` has it."
     told = settings.told
-    if told is not None and (run.transformer.classes or run.transformer.caption):
+    if told is not None and (run.inputs.classes or run.inputs.caption):
         told = run.sources.wanted([told] * rows, side.name).to(run.device)
     else:
         told = None
