@@ -294,32 +294,32 @@ def default_layers(depth: int, teacher: float = 0.7) -> tuple[int, int]:
     return student, max(student + 1, round(teacher * depth))
 
 
-def _layers(config, student: int | None, teacher: int | None, share: float) -> tuple[int, int]:
-    defaults = default_layers(config.depth, share)
+def _layers(model, student: int | None, teacher: int | None, share: float) -> tuple[int, int]:
+    defaults = default_layers(model.depth, share)
     student = defaults[0] if student is None else student
     teacher = defaults[1] if teacher is None else teacher
-    if not 1 <= student < teacher <= config.depth:
+    if not 1 <= student < teacher <= model.depth:
         raise ValueError(f"student_layer {student} and teacher_layer {teacher} do not fit: "
-                         f"need 1 <= student_layer < teacher_layer <= depth = {config.depth}")
+                         f"need 1 <= student_layer < teacher_layer <= depth = {model.depth}")
     return student, teacher
 
 
 class SelfFlow(FeatureObjective):
     """Self-Flow: flow matching under two levels, and features that match those of an EMA teacher with the cleaner view.
 
-    config: of the student (width and depth are read); schedule: default DualTimestep(); student_layer, teacher_layer:
+    model: the student, of which width and depth are read; schedule: default DualTimestep(); student_layer, teacher_layer:
     1-based, default 0.3 and 0.7 of the depth; rep_weight: gamma; options: of `FeatureObjective`.
     Raises ValueError unless 1 <= student_layer < teacher_layer <= depth. Source: Self-Flow, section 3.
     """
 
     usual_schedule = "dual"
 
-    def __init__(self, config, schedule=None, student_layer: int | None = None, teacher_layer: int | None = None,
+    def __init__(self, model, schedule=None, student_layer: int | None = None, teacher_layer: int | None = None,
                  rep_weight: float = 0.8, label_drop: float = 0.1, **options):
-        student_layer, teacher_layer = _layers(config, student_layer, teacher_layer, 0.7)
+        student_layer, teacher_layer = _layers(model, student_layer, teacher_layer, 0.7)
         super().__init__(schedule or DualTimestep(), student_layer, rep_weight, label_drop, **options)
         self.teacher_layer = teacher_layer
-        self.projector = Projector(config.width)
+        self.projector = Projector(model.width)
 
     def target(self, teacher: Transformer, x0: Tensor, noised: Noised, hidden, draw, features) -> tuple[Tensor, Tensor]:
         "The teacher's features (b, n, d) of the same noise at a cleaner level, and that level (b, n)."
@@ -342,8 +342,8 @@ class SRA(SelfFlow):
 
     usual_schedule = "single"
 
-    def __init__(self, config, schedule=None, *layers, offset: float = 0.2, **options):
-        super().__init__(config, schedule or SingleLevel(), *layers, **options)
+    def __init__(self, model, schedule=None, *layers, offset: float = 0.2, **options):
+        super().__init__(model, schedule or SingleLevel(), *layers, **options)
         if not 0 <= offset <= 1:
             raise ValueError(f"offset is {offset}, outside [0, 1]: it is the most by which the teacher's level is lower")
         self.offset = offset
@@ -365,9 +365,9 @@ class LayerSync(FeatureObjective):
 
     own_target = True
 
-    def __init__(self, config, schedule=None, student_layer: int | None = None, teacher_layer: int | None = None,
+    def __init__(self, model, schedule=None, student_layer: int | None = None, teacher_layer: int | None = None,
                  rep_weight: float = 0.2, label_drop: float = 0.1, **options):
-        layers = _layers(config, student_layer, teacher_layer, 4 / 7)
+        layers = _layers(model, student_layer, teacher_layer, 4 / 7)
         super().__init__(schedule, layers[0], rep_weight, label_drop, **options)
         self.teacher_layer, self.taps, self.projector = layers[1], layers, nn.Identity()
 
@@ -391,21 +391,21 @@ class REPA(FeatureObjective):
         "As of `FeatureObjective`, with a head for features of `feature_width`."
         return cls(model, feature_width, **options)
 
-    def __init__(self, config, feature_width: int, encoder: Callable | None = None, schedule=None,
+    def __init__(self, model, feature_width: int, encoder: Callable | None = None, schedule=None,
                  student_layer: int | None = None, rep_weight: float = 0.5, label_drop: float = 0.1, head_width: int = 2048,
                  **options):
-        layer = default_layers(config.depth)[0] if student_layer is None else student_layer
-        if not 1 <= layer <= config.depth:
-            raise ValueError(f"student_layer is {layer}, but the model has layers 1 to {config.depth}")
+        layer = default_layers(model.depth)[0] if student_layer is None else student_layer
+        if not 1 <= layer <= model.depth:
+            raise ValueError(f"student_layer is {layer}, but the model has layers 1 to {model.depth}")
         super().__init__(schedule, layer, rep_weight, label_drop, **options)
         self._encoder = (encoder,)  # in a tuple: a module would otherwise be trained and saved as part of the objective
-        self.projector = nn.Sequential(nn.Linear(config.width, head_width), nn.SiLU(), nn.Linear(head_width, head_width),
+        self.projector = nn.Sequential(nn.Linear(model.width, head_width), nn.SiLU(), nn.Linear(head_width, head_width),
                                        nn.SiLU(), nn.Linear(head_width, feature_width))
 
     def target(self, teacher, x0: Tensor, noised: Noised, hidden, draw, features: Tensor | None) -> tuple[Tensor, Tensor]:
         "The encoder's features (b, n, feature_width) and level 0."
         if features is None and self._encoder[0] is None:
-            raise ValueError("REPA needs features with every batch, or an encoder: REPA(config, width, encoder=...)")
+            raise ValueError("REPA needs features with every batch, or an encoder: REPA(model, width, encoder=...)")
         found = self._encoder[0](x0) if features is None else features
         found = found[:, None].expand(-1, x0.shape[1], -1) if found.ndim == 2 else found
         if found.shape != (expected := (*x0.shape[:2], self.projector[-1].out_features)):

@@ -229,7 +229,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.config, width = config, config.width
+        self.config, self.width, self.depth = config, config.width, config.depth
+        width = config.width
         self.checkpointing = False  # True: the backward pass computes each block again instead of keeping its activations
         self.x_embedder = PartLinears(config.parts, width)
         self.t_embedder = TimestepEmbedder(width, fp32=config.fp32_levels)
@@ -353,8 +354,8 @@ class Transformer(nn.Module):
             raise ValueError(f"coordinates have shape {tuple(coordinates.shape)}, expected ({n}, 4) or ({len(x)}, {n}, 4)")
         if levels.assign.shape != x.shape[:2]:
             raise ValueError(f"levels are for {tuple(levels.assign.shape)} samples and tokens, x has {tuple(x.shape[:2])}")
-        if unknown := [layer for layer in taps if not 1 <= layer <= self.config.depth]:
-            raise ValueError(f"no layer {unknown}: layers are counted after each block, 1 to {self.config.depth}")
+        if unknown := [layer for layer in taps if not 1 <= layer <= self.depth]:
+            raise ValueError(f"no layer {unknown}: layers are counted after each block, 1 to {self.depth}")
         if stop and not taps:
             raise ValueError("stop=True needs taps: the forward ends at the last of them")
 

@@ -118,7 +118,7 @@ class Subject:
         self.grid = self.parts[0].grid[1:] if [part.name for part in self.parts] == ["image"] else None
         self.spread = (self.x0.var(0).sum(-1) / self.widths).mean().item() if len(indices) > 1 else 1.0
         self.student, self.teacher = run.model.to("cpu"), run.teacher.to("cpu")
-        head = build_objective(run.config.objective, run.transformer, 1, sources.sequences, run.config.data.weight_of)
+        head = build_objective(run.config.objective, self.student, sources.sequences, weights=run.config.data.weight_of)
         self.head = head.eval().requires_grad_(False) if isinstance(head, SelfFlow) else None
         if self.head is not None:
             self.head.load_state_dict(run.load("objective"))
