@@ -222,7 +222,9 @@ def _from_4(stored: dict) -> dict:
     if "objective" in config:
         config = {**config, "objective": _own_options(config["objective"])}
     stored = {**stored, "format": 5, "config": config}
-    return stored | {"inputs": _inputs(stored.pop("transformer"))} if "transformer" in stored else stored
+    if "transformer" in stored:
+        stored["inputs"] = _inputs(stored.pop("transformer"))
+    return stored
 
 
 def _own_options(objective: dict) -> dict:

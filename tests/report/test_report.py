@@ -27,6 +27,7 @@ from selfflow.figures.layers import draw_score_maps
 from selfflow.intervals import proportion_interval
 from selfflow.method.options import FeatureOptions, ModelConfig, ObjectiveConfig, TransformerOptions
 from selfflow.options import read_features
+from selfflow.registries import Named
 from selfflow.report import report, representation_sections, sample_sections
 from selfflow.report.document import Report, Section, write_pdf
 from selfflow.report.probe_sections import probe_section
@@ -445,4 +446,6 @@ def test_the_installed_command_has_help_for_every_field():
         lines = re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(part), re.M)
         assert lines
         for name, text in lines:
+            if isinstance(part, Named) and name == "name":
+                text = f"one of {', '.join(part.registry)}"
             assert words(name.replace("_", "-")) in words(shown) and words(text) in words(shown), name
