@@ -9,6 +9,7 @@ _HOMES = {
     "DataConfig": "data.options",
     "ModelConfig": "method.options",
     "ObjectiveConfig": "method.options",
+    "Output": "method.backbone",
     "Run": "training.run",
     "TrainConfig": "training.config",
     "load": "training.export",

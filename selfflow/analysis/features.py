@@ -131,7 +131,7 @@ def items_of(run: Run, split: str = "test", count: int | None = 2000, name: str 
 # %% ../../nbs/4_analysis/01_features.ipynb #acc35c9e
 def weights_fingerprint(model: Transformer) -> str:
     "16 hex digits that follow from the shape and all weights of a model: two checkpoints with equal weights are one model."
-    digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
+    digest = hashlib.sha256(model.extra_repr().encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -230,13 +230,10 @@ def probe_table(probes: dict[str, Probes], factor: str = "") -> pd.DataFrame:
 
 # %% ../../nbs/4_analysis/04_probing.ipynb #23558ade
 def untrained_network(run: Run) -> Transformer:
-    "The network that a run started from, with the gates of its blocks opened to 1, so that they compute something."
-    model = start_state(run.config, run.sources, run.device).teacher
-    for block in model.blocks:
-        bias = block.adaLN_bias if hasattr(block, "adaLN_bias") else block.adaLN_modulation[1].bias
-        _, _, first, _, _, second = bias.chunk(6)  # the gates of attention and MLP
-        first.fill_(1.0)
-        second.fill_(1.0)
+    "The network that a run started from; one whose blocks do nothing at first has their gates opened, see `open_gates`."
+    model = start_state(run.config, run.sources, run.device, builder=run.builder).teacher
+    if hasattr(model, "open_gates"):
+        model.open_gates()
     return model
 
 

@@ -169,8 +169,8 @@ class FlowMatching(nn.Module):
 
     def look(self, student, noised: Noised, taps: tuple[int, ...] = (), stop: bool = False):
         "What the student makes of a noised batch."
-        return student(noised.xt, noised.levels, noised.condition, taps=taps, stop=stop, separated=self.separated,
-                       parts=noised.parts)
+        within_levels = {"separated": True} if self.separated else {}  # not every backbone can
+        return student(noised.xt, noised.levels, noised.condition, taps=taps, stop=stop, parts=noised.parts, **within_levels)
 
     def counted(self, levels: NoiseLevels) -> dict[str, Tensor | None]:
         "Which tokens each loss counts."

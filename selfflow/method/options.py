@@ -51,6 +51,7 @@ class TransformerOptions:
                 choose(getattr(self, name), known, f"{name} (model.{name})")
 
 backbones.register("transformer", "selfflow.method.build:build_transformer", TransformerOptions)
+backbones.register("given", "selfflow.method.build:build_given")
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ __all__ = ['TransformerConfig', 'Modulation', 'Mlp', 'SwiGlu', 'PartLinears', 'C
            'drop_labels', 'Transformer']
 
 # %% ../../nbs/1_method/08_transformer.ipynb #68360cd6
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
@@ -248,6 +249,18 @@ class Transformer(nn.Module):
             code = self._positions(place) if config.positions == "rotary" else sinusoid(place[:, 3], width)
             self.register_buffer("caption_positions", code, persistent=False)
         self._initialise()
+
+    def extra_repr(self) -> str:
+        "Its shape, which not all follows from the weights."
+        return json.dumps(asdict(self.config), sort_keys=True)
+
+    def open_gates(self) -> None:
+        "Set the gates of all blocks to 1: an untrained network, whose blocks do nothing, then computes something."
+        for block in self.blocks:
+            bias = block.adaLN_bias if hasattr(block, "adaLN_bias") else block.adaLN_modulation[1].bias
+            _, _, attention, _, _, mlp = bias.chunk(6)
+            attention.fill_(1.0)
+            mlp.fill_(1.0)
 
     @property
     def null_label(self) -> int:

@@ -24,6 +24,8 @@ from ..data.own import GIVEN_DATA, splits_of
 from ..data.sources import Sources, outlines
 from ..disk import NotWritten, write_json
 from ..draws import keyed
+from ..method.build import GIVEN_BACKBONE, as_builder
+from ..method.options import ModelConfig
 from ..method.schedule import NoiseLevels
 from ..method.tokens import Part
 from ..settings import own_settings
@@ -207,7 +209,7 @@ def _write_not_finite(run: Run, state: TrainState, batches: Batches, message: st
 @own_settings()
 def train(config: Config, folder: Path | str = "runs", device: str = "auto", features: Tensor | Callable | None = None,
           workers: int = 0, track: tuple[str, ...] = (), bar: bool = True,
-          callbacks: Iterable[Callback] = (), data: Any = None) -> Run:
+          callbacks: Iterable[Callback] = (), data: Any = None, backbone: Any = None) -> Run:
     """Train what the config asks for in folder / config.name and return the run; goes on where the folder stands.
 
     device: "auto", "cpu", "cuda", ...; features: for REPA, what an outside encoder finds in the clean training samples: a tensor
@@ -215,6 +217,8 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
     track: any of recording.TRACKERS; bar: show one; callbacks: see `recording.Callback`;
     data: your own, in place of what the config names: images (n, c, h, w) and labels (n,), tensors by signal, any torch
     `Dataset`, or these by split, {"train": ..., "validation": ...}; see `splits_of`.
+    backbone: your own, in place of what the config names: an `nn.Module` that keeps the Protocol `Backbone`, or a function or
+    class called as build(inputs); see `Inputs`. A module is copied, and its weights are those of the first step.
     Under `torchrun` or `accelerate launch` all processes train one run.
     Ctrl-C, SIGTERM and `run.ask("stop")` end it after a step: it is saved, and the signals are raised again, see `raise_again`,
     while the last returns the run as it stands.
@@ -228,13 +232,16 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
     given = {} if data is None else splits_of(data)
     if given:
         config = _on_given(config, given["train"])
+    builder = None if backbone is None else as_builder(backbone)
+    if builder:
+        config = _with_given_backbone(config)
     config = _with_its_defaults(config, Path(folder), processes)
     sources, validation = (Sources(config.data, split, {GIVEN_DATA: given[split]} if given else None)
                            for split in ("train", "validation"))
     judged = Validation.of(config, sources=validation)  # bad validation data are reported now, not at the first validation
     batches = Batches(sources, config, processes.rank, processes.count)
     features_of, width, fingerprint = feature_source(features, config, sources, processes.device)
-    state = start_state(config, sources, processes.device, width)
+    state = start_state(config, sources, processes.device, width, builder)
     if features is not None:
         first = torch.arange(1)  # refuses features of another shape
         state.objective.target(None, sources.take(config.data.name, first)[0], None, None, None, features_of(first))
@@ -244,7 +251,8 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
     fingerprints |= {"features": fingerprint} if fingerprint else {}
     fingerprints |= {"encoder": sources.encoder.fingerprint} if config.data.encoder else {}
     outline = outlines(sources, validation, config.defaults)
-    run, number = Run(Path(folder) / config.name, config, sources.inputs, processes.device, fingerprints, outline, given), None
+    run, number = Run(Path(folder) / config.name, config, sources.inputs, processes.device, fingerprints, outline, given,
+                      builder), None
     with ExitStack() as stack:
         if not processes.lead(lambda: _open(run, stack)):
             spent = _resume(run, state, processes)
@@ -256,7 +264,8 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
             share_state(state, config, processes)
             number = _Loop(run, state, batches, judged, features_of, processes).go(workers, track, bar, spent, callbacks)
     raise_again(number)
-    return Run(run.path, config, run.inputs, processes.device, run.data, run.outline, given)  # looks at the newest checkpoint
+    # one that looks at the newest checkpoint
+    return Run(run.path, config, run.inputs, processes.device, run.data, run.outline, given, builder)
 
 
 def _on_given(config: Config, data: DataSet) -> Config:
@@ -264,6 +273,15 @@ def _on_given(config: Config, data: DataSet) -> Config:
     if config.data.name not in (DataConfig.name, GIVEN_DATA):
         raise ValueError(f"data were passed to train, but data.name is {config.data.name!r}; leave one of them out")
     return Config.from_dict(overlaid(config.explicit(), {"data": {"name": GIVEN_DATA, "signals": "+".join(data.shapes)}}))
+
+
+def _with_given_backbone(config: Config) -> Config:
+    "The config for a backbone that was passed to `train`."
+    settings = config.explicit().get("model", {})
+    if settings and settings != {"name": GIVEN_BACKBONE}:
+        raise ValueError(f"a backbone was passed to train, but the config has settings of another one, {settings}; leave one of "
+                         "them out")
+    return replace(config, model=ModelConfig(GIVEN_BACKBONE))
 
 
 def _with_its_defaults(config: Config, folder: Path, processes: Processes) -> Config:

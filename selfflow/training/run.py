@@ -28,15 +28,15 @@ from ..data.sources import Outline, Sources, outlines
 from ..disk import cut_lines, discard, not_written, read_lines, replacing, sha256, step_of, step_paths, write_json
 from ..draws import keyed
 from ..method.backbone import Inputs
-from ..method.build import build_backbone
+from ..method.build import GIVEN_BACKBONE, as_builder, build_backbone
 from ..method.options import TransformerOptions, sampler_options
 from ..method.sampling import guided_velocity, sample
 from ..method.tokens import Layout
 from ..method.transformer import Transformer
 from ..registries import Named, used
 from ..settings import own_settings
-from .checkpoint import (FORMAT, agree, migrate, newest_whole, problem_of, prune, read_part, read_pictures,
-                                          read_state, resumable, write_checkpoint, write_picture)
+from .checkpoint import (FORMAT, agree, load_weights, migrate, newest_whole, problem_of, prune, read_part,
+                                          read_pictures, read_state, resumable, write_checkpoint, write_picture)
 from .config import Config
 from .lock import free_name, sole_writer, writer_of
 
@@ -53,10 +53,10 @@ def device_for(name: str | torch.device = "auto") -> torch.device:
     return torch.device(name)
 
 
-def new_backbone(config: Config, inputs: Inputs) -> nn.Module:
-    "The backbone of a config, with new weights; of runs of formats 1 to 3 as these were."
+def new_backbone(config: Config, inputs: Inputs, builder: Callable | None = None) -> nn.Module:
+    "The backbone of a config, with new weights; of runs of formats 1 to 3 as these were. builder: see `build_backbone`."
     older = {"fp32_levels": False} if config.defaults < 4 and isinstance(config.model, TransformerOptions) else {}
-    return build_backbone(config.model, inputs, **older)
+    return build_backbone(config.model, inputs, builder, **older)
 
 
 def step_noise(seed: int, samples: list[int], shape: tuple[int, ...], step: int) -> Tensor:
@@ -70,9 +70,10 @@ class Run:
 
     def __init__(self, path: Path, config: Config, inputs: Inputs, device: torch.device,
                  data: dict[str, str] | None = None, outline: dict[str, Outline] | None = None,
-                 given: dict[str, DataSet] | None = None):
+                 given: dict[str, DataSet] | None = None, builder: Callable[[Inputs], nn.Module] | None = None):
         self.path, self.config, self.inputs, self.device = path, config, inputs, device
         self.data, self.outline, self.given = data or {}, outline or {}, given or {}  # given: data sets by split
+        self.builder = builder  # of a backbone that was passed to `train`
         self.log_path, self.timing_path = path / "log.jsonl", path / "timing.jsonl"  # one JSON object per line
         self.exported: dict = {}  # of a model that `export` wrote: its step, dtype, size and sha256
         self._whole: set[Path] = set()  # checkpoints that this object has written or read through
@@ -127,10 +128,11 @@ class Run:
         return self
 
     @classmethod
-    def open(cls, path: Path | str, device: str | torch.device = "auto", data: Any = None) -> "Run":
-        """The run in a folder. data: what it was trained on, if that was passed to `train`.
+    def open(cls, path: Path | str, device: str | torch.device = "auto", data: Any = None, backbone: Any = None) -> "Run":
+        """The run in a folder. data, backbone: what it was trained on and with, if these were passed to `train`.
 
-        Raises FileNotFoundError when there is none, ValueError for a format that is not known and for other data.
+        Raises FileNotFoundError when there is none, ValueError for a format that is not known, for other data and another
+        backbone.
         """
         path, device, given = Path(path), device_for(device), {} if data is None else splits_of(data)
         if not (path / "config.json").is_file():
@@ -152,6 +154,10 @@ class Run:
                              "The checkpoints beside it are not touched") from error
         if given and (given["train"].fingerprint != run.data.get("train") or run.config.data.name != GIVEN_DATA):
             raise ValueError(f"{path} was trained on other data than these")
+        if backbone is not None and run.config.model.name != GIVEN_BACKBONE:
+            raise ValueError(f"{path} was trained with backbone {run.config.model.name}, not with one that was passed to train; "
+                             "open it without backbone=")
+        run.builder = None if backbone is None else as_builder(backbone)
         return run
 
     def sources_of(self, split: str) -> Sources:
@@ -285,8 +291,8 @@ class Run:
     @own_settings()
     def _network(self, part: str) -> nn.Module:
         with torch.random.fork_rng():  # weights are about to be replaced: the caller's random numbers are not touched
-            model = new_backbone(self.config, self.inputs)
-        model.load_state_dict(self.load(part))
+            model = new_backbone(self.config, self.inputs, self.builder)
+        load_weights(model, self.load(part), self.path)
         return model.to(self.device).eval().requires_grad_(False)
 
     @cached_property
@@ -432,7 +438,7 @@ def run_at(run: Run, step: int) -> Run:
         names = ", ".join(folder.name for folder in kept) or "none"
         raise FileNotFoundError(f"{run.path} kept no checkpoint of step {step}; it has {names}")
     earlier = Run.open(run.path, run.device)
-    earlier.given = run.given
+    earlier.given, earlier.builder = run.given, run.builder
     earlier.checkpoint = path
     return earlier
 

@@ -7,8 +7,9 @@ __all__ = ['build_optimizer', 'learning_rate', 'Learner', 'TrainState', 'start_s
            'compile_blocks']
 
 # %% ../../nbs/3_training/08_state.ipynb #9bb37e08
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,13 +22,14 @@ from torch.distributed.tensor import DTensor
 from ..data.sources import Sources
 from ..draws import keyed
 from ..method.alignment import average, moments_of
+from ..method.backbone import ability, check_backbone
 from ..method.build import build_objective
 from ..method.objective import WHOLE, Losses, Whole, ema_decay, make_teacher, update_ema
 from ..method.tokens import Part
 from ..method.transformer import Transformer
 from ..settings import own_settings
 from .batches import shards_of
-from .checkpoint import read_part, read_state
+from .checkpoint import load_weights, read_part, read_state
 from .config import Config, TrainConfig
 from .processes import Processes, like, share, slice_weights, unsynced, whole
 from .run import new_backbone
@@ -150,8 +152,8 @@ class TrainState:
 
         Raises FileNotFoundError for a part that is missing: nothing is made up for it.
         """
-        self.student.load_state_dict(read_part(path, "model"))
-        self.teacher.load_state_dict(read_part(path, "teacher"))
+        load_weights(self.student, read_part(path, "model"), path)
+        load_weights(self.teacher, read_part(path, "teacher"), path)
         if self.objective.state_dict():
             self.objective.load_state_dict(read_part(path, "objective"))
         slots = {}
@@ -179,19 +181,46 @@ def _named(student: nn.Module, objective: nn.Module) -> dict[str, nn.Parameter]:
     return {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
 
 
+def _check_abilities(student: nn.Module, config: Config) -> None:
+    "Raise ValueError for settings that need something of a backbone that this one does not have."
+    training = config.training
+    needed = {"training.compile": (training.compile, "blocks"), "training.parallel fsdp": (training.parallel == "fsdp", "blocks"),
+              "training.optimizer muon": (training.optimizer == "muon", "blocks"),
+              "training.checkpointing": (training.checkpointing, "checkpointing")}
+    for purpose, (asked, name) in needed.items():
+        if asked:
+            ability(student, name, purpose)
+    if config.objective.separated and "separated" not in inspect.signature(student.forward).parameters:
+        raise ValueError(f"{type(student).__name__}.forward has no argument 'separated', which objective.separated needs")
+
+
+def _check_forward(student: nn.Module, objective: nn.Module, sources: Sources, device: torch.device) -> None:
+    "Look at the backbone's answer to two samples of each kind; see `check_backbone`."
+    layers = {*getattr(objective, "taps", ()), getattr(objective, "teacher_layer", None)} - {None}
+    for name, layout in sources.layouts.items():
+        x0, condition = sources.take(name, torch.arange(min(2, len(sources.data[name]))))
+        check_backbone(student, x0.to(device), condition.to(device), layout.parts, layers)
+
+
 @own_settings()
-def start_state(config: Config, sources: Sources, device: torch.device, feature_width: int = 1) -> TrainState:
+def start_state(config: Config, sources: Sources, device: torch.device, feature_width: int = 1,
+                builder: Callable | None = None) -> TrainState:
     """The state before the first step; weights come from the seed alone, and the student's do not depend on the objective.
 
-    feature_width: of an outside encoder, for the head of REPA alone.
+    feature_width: of an outside encoder, for the head of REPA alone; builder: of a backbone that was passed to `train`.
+    Raises ValueError for a backbone of the user's own that does not keep the Protocol or lacks an ability that is asked for.
     """
     with torch.random.fork_rng():  # the caller's random numbers are not touched
         torch.manual_seed(keyed(config.seed, "weights").initial_seed())
-        student = new_backbone(config, sources.inputs).to(device)
-        student.checkpointing = config.training.checkpointing
+        student = new_backbone(config, sources.inputs, builder).to(device)
+        _check_abilities(student, config)
+        if config.training.checkpointing:
+            student.checkpointing = True
         torch.manual_seed(keyed(config.seed, "projector").initial_seed())
         objective = build_objective(config.objective, student, sources.sequences, feature_width, config.data.weight_of)
         objective = objective.to(device)
+        if not isinstance(student, Transformer):  # which checks its own input at every call
+            _check_forward(student, objective, sources, device)
     optimizer = build_optimizer(config.training, _named(student, objective))
     return TrainState(student, make_teacher(student), objective, optimizer, Learner(student, objective),
                       shards_of(config.training))
