@@ -17,7 +17,8 @@ from .benchmark import flops_per_step
 from .probing import read_probes
 from ..checks import choose
 from ..intervals import Comparison, compare_seeds
-from ..registries import objectives
+from ..method.build import GIVEN_BACKBONE
+from ..registries import backbones, objectives
 from ..training.checkpoint import find_runs, problem_of
 from ..training.config import differing, flatten
 from ..training.run import UNREADABLE, Run
@@ -82,7 +83,17 @@ def _spent(run: Run) -> dict:
 
 
 def _flops(run: Run) -> float:
-    "Operations of a step; NaN without a checkpoint where it alone tells how wide an encoder's features are."
+    "Operations of a step; NaN where they cannot be counted."
+    try:
+        return _counted_flops(run)
+    except Exception:
+        if run.config.model.name != GIVEN_BACKBONE and not backbones[run.config.model.name].source:
+            raise
+        return math.nan  # a backbone of the user's own need not be built or run without memory
+
+
+def _counted_flops(run: Run) -> float:
+    "NaN without a checkpoint where it alone tells how wide an encoder's features are."
     if not objectives[run.config.objective.name].load().needs_features:
         return flops_per_step(run.config, run.inputs)
     if not (whole := _whole(run)):

@@ -13,7 +13,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..analysis.attention import attention_maps, grids_of, maps_by_part, mass_between_levels, summarise_mass
+from ..analysis.attention import (attention_maps, attention_of, grids_of, maps_by_part, mass_between_levels,
+                                         summarise_mass)
 from ..analysis.features import Items, extract, items_of
 from ..analysis.saturation import saturation
 from ..analysis.similarity import cka, describe_layers, jackknife, similarities
@@ -153,7 +154,16 @@ def attention_section(runs: dict[str, Run]) -> Section:
     section = Section("Attention", f"Maps: a test sample of {items.name} at t = {LEVEL:g}, null label, mean over heads; "
                       f"1 is what uniform attention gives. Mass: {len(items.few(_MASKED))} test samples with two levels, drawn "
                       "uniformly, a quarter of the tokens at the second, the same for all runs.")
-    tables = {}
+    tables, seen = {}, {}
+    for name, run in runs.items():
+        try:
+            attention_of(run.teacher)
+            seen[name] = run
+        except ValueError as error:
+            section.text(f"{name}: {error}.")
+    if not seen:
+        return section
+    runs = seen
     maps = {name: _maps(run, looked_at(run)[0]) for name, run in runs.items()}
     most = max(float(own[0].max()) for own in maps.values())
     for name, run in runs.items():

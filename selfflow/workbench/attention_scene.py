@@ -13,7 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..analysis.attention import RELATIONS, Seen, attention_weights, mass, relations, visible_keys, watch_attention
+from ..analysis.attention import (RELATIONS, Seen, attention_of, attention_weights, mass, relations, visible_keys,
+                                         watch_attention)
 from ..checks import choose
 from ..data.notes import to_wav
 from ..data.texts import Bytes, open_encoder
@@ -53,7 +54,7 @@ class Forward:
         "The attention of a layer (h, m, m), float32; its rows sum to 1."
         if layer in self.known:
             return self.known[layer]
-        found = attention_weights(self.model.blocks[layer - 1].attn, *self.seen[layer][:3])[0][0].float()
+        found = attention_weights(attention_of(self.model)[layer - 1], *self.seen[layer][:3])[0][0].float()
         if found.nbytes * len(self.seen) <= KEPT:
             self.known[layer] = found
         return found
@@ -70,6 +71,7 @@ class Watched:
     """
 
     def __init__(self, subject: Subject):
+        attention_of(subject.teacher)  # refuses a backbone that has none
         self.subject, self.config = subject, subject.teacher.config
         self.networks = dict(zip(NETWORKS, deepcopy((subject.teacher, subject.student)), strict=True))
         self.forward, self.sound = lru_cache(4)(self._forward), lru_cache(4)(self._sound)
