@@ -16,7 +16,7 @@ from scipy.io import wavfile
 
 from selfflow.analysis import features, probing
 from selfflow.analysis.features import items_of
-from selfflow.analysis.projection import project, run_features
+from selfflow.analysis.projection import project
 from selfflow.cli import main
 from selfflow.data.autoencoder import Haar
 from selfflow.data.folders import Folder
@@ -228,8 +228,8 @@ def _features(run: Path, place: Path) -> None:
 
 def _map(run: Path, place: Path) -> None:
     opened = Run.open(run, "cpu")
-    found, _ = run_features(opened, (2,), 0.5, 12)
     items = items_of(opened, "test", 12)
+    found = items.features(opened.teacher, 0.5, (2,))
     previews, captions = item_previews(items)
     factors = {name: values.numpy() for name, values in items.factors.items() if values.ndim == 1}
     explore_map(project(found[2], "PCA", 3), previews, factors, captions=captions)

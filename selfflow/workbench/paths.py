@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..checks import choose
-from ..data.datasets import caption_text, subset
+from ..data.datasets import caption_text, rate_of, subset
 from ..data.sources import Sources
 from ..draws import keyed
 from ..method.build import build_schedule
@@ -106,7 +106,7 @@ class SideBySide:
         sources = Sources(config, "validation")
         self.layout, self.parts = sources.layouts[self.name], sources.layouts[self.name].parts
         data = sources.data[self.name]
-        self.board, self.rate, self.shapes = Board(self.layout), getattr(data, "rate", 8000), data.shapes
+        self.board, self.rate, self.shapes = Board(self.layout), rate_of(data), data.shapes
         self.names = tuple(data.names) if config.condition == "class" else ()
         examples = data.take(subset(data, count))
         self.x0, self.captions = self.layout.patchify(examples.signals), examples.captions
