@@ -36,7 +36,7 @@ _SAMPLES, LEVEL = 200, 0.25  # how many test samples are looked at, and at which
 def looked_at(run: Run, count: int = _SAMPLES, level: float = LEVEL) -> tuple[Items, dict[int, Tensor]]:
     "Test samples of a run's first data set, and their features (b, n, d) by layer, of the tokens of the first part."
     items = items_of(run, "test", count)
-    found = items.features(run.teacher, level, tuple(range(1, run.transformer.depth + 1)), pooled=False)
+    found = items.features(run.teacher, level, tuple(range(1, run.teacher.depth + 1)), pooled=False)
     place = next(iter(items.parts.values()))
     return items, {layer: hidden[:, place].contiguous() for layer, hidden in found.items()}
 
