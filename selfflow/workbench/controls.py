@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['LIGHT', 'DARK', 'SCRIPTS', 'DRAWING', 'Theme', 'font', 'png_of', 'Still', 'slider', 'choice', 'number', 'switch',
-           'TokenGrid', 'grid_places', 'Surroundings', 'RunList', 'rests', 'beside']
+           'TokenGrid', 'grid_places', 'Surroundings', 'RunList', 'rests', 'beside', 'button', 'message', 'text_box']
 
 # %% ../../nbs/7_workbench/01_controls.ipynb #da254b3a
 import atexit
 import io
 import threading
 import weakref
+from collections.abc import Callable
 from functools import lru_cache
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -171,3 +173,25 @@ def _rest() -> None:
 def beside(widget: widgets.Widget) -> None:
     "Let what the browser says to a widget be heard where JupyterLab asks for, beside the busy cell; older kernels do so anyway."
     widget.comm._reply_subshell_for = lambda data, subshell: subshell
+
+
+def button(label: str, name: str, does: Callable[[], object], **options) -> widgets.Button:
+    "A button that calls `does`, of the class selfflow-`name`; options: of `widgets.Button`, such as icon and tooltip."
+    made = widgets.Button(description=label, **options)
+    made.add_class(f"selfflow-{name}")
+    made.on_click(lambda _: does())
+    beside(made)
+    return made
+
+
+def message(text: str, alert: bool = False, begin: str = "") -> str:
+    "A message as HTML, which a screen reader announces; begin: words in bold before those of an alert."
+    role, begin = ("alert", f"<b>{begin}</b> " if begin else "") if alert else ("status", "")
+    return f'<div role="{role}" style="line-height: 1.45; overflow-wrap: anywhere">{begin}{escape(text)}</div>'
+
+
+def text_box(name: str) -> widgets.HTML:
+    "A place for a message, of the class selfflow-`name`."
+    made = widgets.HTML()
+    made.add_class(f"selfflow-{name}")
+    return made

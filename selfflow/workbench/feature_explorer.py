@@ -20,7 +20,7 @@ from ..checks import choose
 from ..figures.pages import Page
 from ..figures.projection import kinds_of
 from ..training.run import Run
-from .controls import DARK, LIGHT, beside, choice, slider
+from .controls import DARK, LIGHT, button, choice, slider
 from .feature_maps import Asked, Atlas, Opened, draw_maps
 from .map_explorer import MapExplorer, preview_html, previews_of, value_text
 
@@ -208,13 +208,11 @@ class FeatureExplorer:
 
     def __init__(self, run: Run | Path | str, asked: Asked, store: FeatureStore | None = None):
         self.run, self.asked, self.store, self.view, self.problem = run, asked, store, None, ""
-        self.cost, self.said, self.again = widgets.HTML(), widgets.HTML(), widgets.Button(description="Try again")
+        self.cost, self.said, self.again = widgets.HTML(), widgets.HTML(), button("Try again", "again", self.start)
         self.bar = widgets.IntProgress(layout=widgets.Layout(width="98%", max_width="420px"))
         self.box = widgets.VBox([self.cost, self.bar, self.said, self.again], layout=widgets.Layout(max_width="1280px"))
         self.box.add_class("selfflow-features")
         self.again.layout.display = "none"
-        beside(self.again)
-        self.again.on_click(lambda _: self.start())
         self._ready = threading.Event()
         self.start()
 
