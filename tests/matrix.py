@@ -29,7 +29,8 @@ from selfflow.workbench.asymmetry import explore as explore_asymmetry
 from selfflow.workbench.attention_explorer import explore_attention
 from selfflow.workbench.feature_explorer import explore_features, item_previews
 from selfflow.workbench.map_explorer import explore_map
-from selfflow.workbench.page import Chosen, registered_tools
+from selfflow.workbench.page import tools_on_page
+from selfflow.workbench.tools import Chosen
 from selfflow.workbench.paths import SideBySide
 from selfflow.workbench.playground import explore as explore_sampling
 from selfflow.workbench.probe_process import Probing
@@ -237,7 +238,7 @@ def _map(run: Path, place: Path) -> None:
 
 def _workbench(run: Path, place: Path) -> None:
     chosen = Chosen(run.parent, run, {"run": run})
-    for tool in registered_tools():
+    for tool in tools_on_page():
         if tool.title in ("Training", "Runs"):
             tool.open(chosen)
 
