@@ -224,7 +224,7 @@ def stream_features(model: Transformer, items: Items, level: float, layers, stor
     keys = _keys(model, items, level, layers, pooled, weights)
     missing = {layer: key for layer, key in keys.items() if store.read(key) is None}
     if missing:
-        shape = (len(items), len(items.parts) if pooled else items.layout.tokens, model.config.width)
+        shape = (len(items), len(items.parts) if pooled else items.layout.tokens, model.width)
         batches = tqdm(items.batches(batch), f"{desc}, t = {level:g}", math.ceil(len(items) / batch), unit="batch", leave=False,
                        disable=not bar)
         with store.writing(missing, shape) as write:
@@ -235,8 +235,8 @@ def stream_features(model: Transformer, items: Items, level: float, layers, stor
 
 
 def _keys(model, items, level, layers, pooled, weights=None) -> dict[int, FeatureKey]:
-    if unknown := [layer for layer in layers if not 1 <= layer <= model.config.depth]:
-        raise ValueError(f"no layer {unknown}: layers are counted after each block, 1 to {model.config.depth}")
+    if unknown := [layer for layer in layers if not 1 <= layer <= model.depth]:
+        raise ValueError(f"no layer {unknown}: layers are counted after each block, 1 to {model.depth}")
     weights, data = weights or weights_fingerprint(model), items.fingerprint
     return {layer: FeatureKey(weights, data, layer, float(level), pooled) for layer in layers}
 
@@ -280,6 +280,6 @@ def feature_cost(model: Transformer, items: Items, levels, layers, store: Featur
         start = time.perf_counter()
         _hidden(model, *items.take(indices), 0.0, deepest, items.present)[deepest[0]].cpu()
         seconds = (time.perf_counter() - start) * passes * len(items) / len(indices)
-    each = len(items) * (len(items.parts) if pooled else items.layout.tokens) * model.config.width * 4
+    each = len(items) * (len(items.parts) if pooled else items.layout.tokens) * model.width * 4
     forwards = passes * math.ceil(len(items) / batch)
     return FeatureCost(passes, passes * len(items), forwards, each * sum(map(len, missing)), seconds, device)

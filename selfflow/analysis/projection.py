@@ -175,6 +175,6 @@ def run_features(run: Run, layers: tuple[int, ...], level: float = 0.0, count: i
     sources = run.sources_of(split)
     name = run.config.data.names[0]
     index = subset(sources.data[name], count)
-    x0, _ = sources.take(name, index)
+    x0 = sources.take(name, index).x0
     x1 = torch.randn(x0.shape, generator=keyed(seed, f"projection noise, {split}"))
     return extract(run.teacher, x0, x1, level, layers, pooled), sources.data[name].take(index)

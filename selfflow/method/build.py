@@ -9,6 +9,7 @@ __all__ = ['transformer_config', 'build_density', 'mask_ratio_of', 'given_tokens
 # %% ../../nbs/1_method/12_build.ipynb #f9592cfc
 import math
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import torch
 
@@ -135,25 +136,25 @@ def check_levels(config: ObjectiveConfig) -> None:
                          "take schedule='dual' with it")
 
 # %% ../../nbs/1_method/12_build.ipynb #177e2cda
-def build_objective(config: ObjectiveConfig, transformer: TransformerConfig, feature_width: int = 1,
-                    sequences: tuple[tuple[Part, ...], ...] = (), weights: dict[str, float] | None = None) -> FlowMatching:
-    """The objective that a config names, for a model of the given shape.
+def build_objective(config: ObjectiveConfig, model, sequences: tuple[tuple[Part, ...], ...], feature_width: int = 1,
+                    weights: dict[str, float] | None = None) -> FlowMatching:
+    """The objective that a config names, for a model of which width and depth are read.
 
-    feature_width: of the encoder's features, for REPA alone; sequences: the parts of each kind of sequence that is trained on in
-    turn, () = one kind, of all parts; weights: of the parts in the losses.
+    sequences: the parts of each kind of sequence that is trained on in turn; feature_width: of the encoder's features, for REPA
+    alone; weights: of the parts in the losses.
     Raises ValueError for layers, levels, masks and conditions that do not fit.
     """
-    schedule = {parts: build_schedule(config, parts) for parts in sequences or (transformer.parts,)}
+    schedule = {parts: build_schedule(config, parts) for parts in sequences}
     schedule = schedule if len(schedule) > 1 else next(iter(schedule.values()))
     shared = {"label_drop": config.label_drop, "flow_tokens": config.flow_tokens, "separated": config.separated}
     own = {f.name: getattr(config, f.name) for f in fields(config.options_type)}
-    return objectives[config.name].load().build(transformer, feature_width, schedule=schedule, weights=weights, **shared, **own)
+    return objectives[config.name].load().build(model, feature_width, schedule=schedule, weights=weights, **shared, **own)
 
 
 def check_layers(config: ObjectiveConfig, depth: int, signals: set[str]) -> None:
     "Raise ValueError for layers that a transformer of this depth does not have, and for a condition that the signals lack."
     grid = (config.block,) * 2  # the data's is not known here; layers are what is checked
     with torch.device("meta"):  # no weights: the caller's random numbers are not touched
-        build_objective(replace(config, given=""), TransformerConfig.of_image(1, grid, 4, depth, 1))
+        build_objective(replace(config, given=""), SimpleNamespace(width=1, depth=depth), ((Part("image", 1, (1, *grid)),),))
     if config.given and signals:
         given_tokens(config.given, tuple(Part(name, 1, (1, 1, 1)) for name in sorted(signals)))

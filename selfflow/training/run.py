@@ -311,7 +311,7 @@ class Run:
                batch: int = 128, shift: float | None = None, interval: tuple[float, float] = (0.0, 1.0),
                model: Transformer | None = None, data: str = "",
                given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Samples, on the CPU, of the classes `labels` (b,) or of b captions; all noise depends on the seed alone.
+        """Samples, on the CPU, of classes `labels` (b,), of b captions or of a `Condition`; all noise depends on the seed alone.
 
         The signals by name, such as {"image": (b, c, h, w)}. A run in bf16 draws in bf16, but for the states.
         steps, method, shift, cfg_scale, interval: see `sampling`, shift: None = `self.shift`.
@@ -322,23 +322,23 @@ class Run:
         Raises ValueError for no labels at all, for signals that the run does not have, and for guidance of a model that was
         trained without label drop: it never saw the null label.
         """
-        labels = self.sources.wanted(labels, data)
-        if not labels.numel() or batch < 1:
-            raise ValueError(f"{len(labels)} labels in batches of {batch}: name at least one class to draw, batch at least 1")
+        condition = self.sources.wanted(labels, data)
+        if not (count := len(condition)) or batch < 1:
+            raise ValueError(f"{count} labels in batches of {batch}: name at least one class to draw, batch at least 1")
         if cfg_scale != 1 and not self.config.objective.label_drop:
             raise ValueError(f"cfg_scale is {cfg_scale}, but this run was trained with label_drop 0 and does not know the null "
                              "label that guidance starts from; take cfg_scale 1, or train with objective.label_drop 0.1")
         model = self.teacher if model is None else model
         shift = self.shift if shift is None else shift
         layout, device = self.layout(data), next(model.parameters()).device
-        shape = len(labels), layout.tokens, layout.channels
-        x0, start = layout.kept(given, len(labels)) if given else (None, None)
-        x1, chosen, tokens = torch.randn(shape, generator=keyed(seed, "samples")), torch.arange(len(labels)), []
-        for part in tqdm(chosen.split(batch), "samples", unit="batch", disable=len(labels) <= batch):
+        shape = count, layout.tokens, layout.channels
+        x0, start = layout.kept(given, count) if given else (None, None)
+        x1, chosen, tokens = torch.randn(shape, generator=keyed(seed, "samples")), torch.arange(count), []
+        for part in tqdm(chosen.split(batch), "samples", unit="batch", disable=count <= batch):
             def noise(step, part=part):  # keyed by sample, so the same whatever the batch
                 generators = (keyed(seed, "sampling noise", step, sample) for sample in part.tolist())
                 return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(device)
-            told = labels[part].to(device) if self.transformer.classes or self.transformer.caption else None
+            told = condition[part].to(device) if self.config.data.condition != "none" else None
             velocity_fn = guided_velocity(model, told, cfg_scale, interval, layout.parts)
             known = {} if x0 is None else {"x0": x0[part].to(device), "start": start}
             with torch.autocast(device.type, torch.bfloat16, enabled=self.config.training.precision == "bf16"):

@@ -159,7 +159,7 @@ class Opened:
         self.items = items_of(run, asked.split, asked.count, asked.data, asked.seed)
         if asked.part:
             choose(asked.part, self.items.parts, "part")
-        depth = self.model.config.depth
+        depth = self.model.depth
         self.layers = asked.layers or tuple(range(1, depth + 1))
         if unknown := [layer for layer in self.layers if layer not in range(1, depth + 1)]:
             raise ValueError(f"no layer {unknown[0]}: layers are counted after each block, 1 to {depth}")

@@ -143,8 +143,7 @@ class SideBySide:
     def read_of(self, caption: str) -> str:
         "What a run reads of a caption, where that can be told: of bytes, as many as it has room for."
         config = self._first.config.data
-        row = self._first.sources.encoder.encode([caption], config.caption) if not config.encoder else None
-        return caption if row is None else caption_text(row[0])
+        return caption if config.encoder else caption_text(self._first.sources.wanted([caption]).values[0])
 
 # %% ../../nbs/7_workbench/07_paths.ipynb #ec8fca9f
 REMEMBERED = 256 * 2**20  # bytes of paths
@@ -167,11 +166,9 @@ class Path:
 
 def _velocity(side: SideBySide, run: Run, settings: Settings, rows: int, cfg_scale: float):
     "The velocity of so many samples that are told the same, as `Run.sample` has it."
-    told = settings.told
-    if told is not None and (run.transformer.classes or run.transformer.caption):
-        told = run.sources.wanted([told] * rows, side.name).to(run.device)
-    else:
-        told = None
+    told = None
+    if settings.told is not None and run.config.data.condition != "none":
+        told = run.sources.wanted([settings.told] * rows, side.name).to(run.device)
     velocity_fn = guided_velocity(run.teacher, told, cfg_scale, parts=side.parts)
 
     def velocity(x, t):

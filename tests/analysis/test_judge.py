@@ -16,7 +16,7 @@ from selfflow.analysis import judge as module
 from selfflow.analysis.factors import (
     CLASS,
     HEADS,
-    SIGNAL_OF,
+    _SIGNAL_OF,
     Reader,
     courses,
     covered,
@@ -280,7 +280,7 @@ def test_training_depends_on_nothing_else_and_disturbs_nothing(tmp_path):
 def test_any_size_is_seen_on_one_grid(view, size, frames):
     heads = next(heads[view] for heads in HEADS.values() if view in heads)
     values = {"image": (2, 3, size, size), "video": (2, 3, frames, size, size), "audio": (2, 512 * frames)}
-    read = Reader(view, heads, 8000).eval().read(torch.rand(values[SIGNAL_OF.get(view, view)], generator=keyed(0, view)))
+    read = Reader(view, heads, 8000).eval().read(torch.rand(values[_SIGNAL_OF.get(view, view)], generator=keyed(0, view)))
     assert {factor: found.shape for factor, found in read.items()} == dict.fromkeys(heads, (2,))
 
 

@@ -148,7 +148,7 @@ def test_the_untrained_network_computes_something_and_is_not_trained(runs):
     x0 = run.layout().patchify({"image": data.images})
     features = extract(model, x0, torch.zeros_like(x0), 0.0, (1, 2, 3, 4))
     assert all(not torch.allclose(features[a], features[a + 1], atol=1e-2) for a in (1, 2, 3)), "its blocks are no identity"
-    start = start_state(run.config, run.transformer, torch.device("cpu")).student
+    start = start_state(run.config, run.sources, torch.device("cpu")).student
     for (name, ours), (_, theirs) in zip(model.named_parameters(), start.named_parameters(), strict=True):
         changed = ours != theirs
         assert changed.sum() == (2 * 16 if "blocks" in name and name.endswith("adaLN_modulation.1.bias") else 0)

@@ -224,9 +224,9 @@ def test_weights_of_parts_weigh_their_tokens_in_every_loss(weights):
 
 def test_sequences_in_turn_have_schedules_of_their_own():
     config = ObjectiveConfig("self_flow", student_layer=1, teacher_layer=2)
-    objective = build_objective(config, TransformerConfig(**BOTH), sequences=((VIDEO,), (AUDIO,)))
+    objective = build_objective(config, TransformerConfig(**BOTH), ((VIDEO,), (AUDIO,)))
     assert objective.schedule_of((VIDEO,)).mask_ratio == 0.1 and objective.schedule_of((AUDIO,)).mask_ratio == 0.5
-    joint = build_objective(config, TransformerConfig(**BOTH))
+    joint = build_objective(config, TransformerConfig(**BOTH), ((VIDEO, AUDIO),))
     assert joint.schedule_of().mask_ratio == 6 * (0.1,) + 6 * (0.5,)
     model = model_of()
     losses = objective(model, make_teacher(model), torch.randn(2, 6, 4), torch.zeros(2, dtype=torch.int64),

@@ -10,7 +10,7 @@ from selfflow.data.sources import Sources
 from selfflow.draws import keyed
 from selfflow.method.options import ModelConfig, ObjectiveConfig
 from selfflow.settings import own_settings
-from selfflow.training.batches import Batches, shape_of
+from selfflow.training.batches import Batches
 from selfflow.training.config import Config, TrainConfig
 from selfflow.training.state import start_state, train_step
 
@@ -28,7 +28,7 @@ def logged(config: Config) -> tuple[list[dict], list[torch.Tensor]]:
     "What is logged of some steps, all of it, and the weights after them."
     sources = Sources(config.data)
     width = 5 if config.objective.name == "repa" else 1
-    state = start_state(config, shape_of(config, sources), torch.device("cpu"), width, sources.sequences)
+    state = start_state(config, sources, torch.device("cpu"), width)
     with torch.no_grad():  # as after some training: every layer says something
         for name, parameter in state.named_parameters().items():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=keyed(0, name)))

@@ -118,9 +118,9 @@ def test_differences_are_named_by_their_path():
 
 def test_objectives_are_what_their_config_says():
     shape = TransformerConfig.of_image(1, (2, 2), 8, depth=6, heads=2)
-    plain = build_objective(ObjectiveConfig("flow_matching", density="logit_normal", label_drop=0.2), shape)
+    plain = build_objective(ObjectiveConfig("flow_matching", density="logit_normal", label_drop=0.2), shape, (shape.parts,))
     assert isinstance(plain, FlowMatching) and plain.schedule == SingleLevel(LogitNormal()) and plain.label_drop == 0.2
-    full = build_objective(ObjectiveConfig("self_flow", mask_ratio=0.4, rep_weight=0.3, teacher_layer=5), shape)
+    full = build_objective(ObjectiveConfig("self_flow", mask_ratio=0.4, rep_weight=0.3, teacher_layer=5), shape, (shape.parts,))
     assert isinstance(full, SelfFlow) and full.schedule == DualTimestep(mask_ratio=0.4, grid=(2, 2))
     assert (full.student_layer, full.teacher_layer, full.rep_weight) == (2, 5, 0.3)
 
@@ -128,7 +128,7 @@ def test_objectives_are_what_their_config_says():
 @pytest.mark.parametrize("name, weight", [("self_flow", 0.8), ("sra", 0.8), ("layer_sync", 0.2), ("repa", 0.5)])
 def test_the_weight_of_the_representation_loss_is_the_published_one(name, weight):
     assert ObjectiveConfig(name).rep_weight == weight and ObjectiveConfig(name, rep_weight=0.0).rep_weight == 0.0
-    assert build_objective(ObjectiveConfig(name), SHAPE).rep_weight == weight
+    assert build_objective(ObjectiveConfig(name), SHAPE, (SHAPE.parts,)).rep_weight == weight
 
 
 SHAPE = TransformerConfig.of_image(4, (4, 6), 16, depth=6, heads=2)
@@ -164,13 +164,13 @@ def test_schedules_are_what_their_config_says(values, expected):
     config = ObjectiveConfig(**values)
     found = build_schedule(config, (Part("image", 1, (1, 4, 6)),))
     assert type(found) is type(expected) and vars(found) == vars(expected)
-    assert vars(build_objective(config, SHAPE, 3).schedule) == vars(expected)
+    assert vars(build_objective(config, SHAPE, (SHAPE.parts,), 3).schedule) == vars(expected)
 
 
 def test_a_block_that_does_not_divide_the_grid_is_refused_where_the_grid_is_known():
     config = Config(objective=ObjectiveConfig(block=5))
     with pytest.raises(ValueError, match=r"block 5 does not divide grid \(4, 6\)"):
-        build_objective(config.objective, SHAPE)
+        build_objective(config.objective, SHAPE, (SHAPE.parts,))
 
 
 @pytest.mark.parametrize("name, kind, weight", [("self_flow", SelfFlow, 0.8), ("sra", SRA, 0.8), ("layer_sync", LayerSync, 0.2),
@@ -179,7 +179,7 @@ def test_every_switch_reaches_the_objective(name, kind, weight):
     layers = {"student_layer": 1} if name == "repa" else {"student_layer": 1, "teacher_layer": 6}
     config = ObjectiveConfig(name, schedule="dual", rep_weight=weight, label_drop=0.3, separated=True, flow_tokens="noisier",
                              rep_tokens="masked", distance="l2", normalise="centred", **layers)
-    objective = build_objective(config, SHAPE, 3)
+    objective = build_objective(config, SHAPE, (SHAPE.parts,), 3)
     assert type(objective) is kind
     for field, value in {"student_layer": 1, "rep_weight": weight, "label_drop": 0.3, "separated": True, "flow_tokens": "noisier",
                          "rep_tokens": "masked", "distance": "l2", "normalise": "centred", **layers}.items():
@@ -263,7 +263,8 @@ def test_presets_are_the_published_settings():
         assert (objective.name, objective.mask_ratio, objective.rep_weight) == ("self_flow", 0.25, 0.8)
         assert ema_decay(training.ema_half_life * training.steps) == pytest.approx(0.9999, abs=1e-12)
     assert published["XL"].training.steps == 4_000_000
-    layers = build_objective(PRESETS["XL"].objective, transformer_config(PRESETS["XL"].model, (Part("image", 16, (1, 16, 16)),)))
+    parts = (Part("image", 16, (1, 16, 16)),)
+    layers = build_objective(PRESETS["XL"].objective, transformer_config(PRESETS["XL"].model, parts), (parts,))
     assert (layers.student_layer, layers.teacher_layer) == (8, 20)
     assert PRESETS["digits"] == Config()
     assert list(PRESETS) == ["digits", "digits-small", "shapes", "emblems", "motion", "notes", "scenes", *SIZES]

@@ -17,7 +17,7 @@ from selfflow.data.sources import Sources
 from selfflow.draws import keyed
 from selfflow.method.options import ModelConfig, ObjectiveConfig
 from selfflow.method.schedule import DualTimestep, NoiseLevels
-from selfflow.training.batches import batch_indices, loss_by_level, shape_of, too_wide, validation_losses, validation_tokens
+from selfflow.training.batches import batch_indices, loss_by_level, too_wide, validation_losses, validation_tokens
 from selfflow.training.checkpoint import write_checkpoint
 from selfflow.training.config import TrainConfig
 from selfflow.training.loop import train
@@ -80,7 +80,7 @@ def test_every_objective_and_schedule_trains_and_resumes_bit_for_bit(tmp_path, n
     run = train(config, tmp_path / "whole", features=features)
     assert run.log["step"].tolist() == [1, 2, 3, 4] and run.log[["total", "flow_loss", "grad_norm"]].notna().all().all()
     assert ("cosine" in run.log) == (name != "flow_matching") and run.log["grad_norm"].min() > 0
-    start = start_state(config, run.transformer, torch.device("cpu"), 8)
+    start = start_state(config, run.sources, torch.device("cpu"), 8)
     assert not torch.equal(start.student.blocks[0].attn.proj.weight, run.model.blocks[0].attn.proj.weight)
     shutil.copytree(run.path, tmp_path / "again/small")
     shutil.rmtree(tmp_path / "again/small/checkpoints/step-00000004")
@@ -92,7 +92,7 @@ def test_every_objective_and_schedule_trains_and_resumes_bit_for_bit(tmp_path, n
 def test_checkpointing_trains_the_same_run_bit_for_bit(runs, tmp_path):
     again = train(replace(TINY, training=replace(TINY.training, checkpointing=True)), tmp_path)
     assert_same(runs["tiny"], again)
-    assert start_state(again.config, again.transformer, torch.device("cpu")).student.checkpointing
+    assert start_state(again.config, again.sources, torch.device("cpu")).student.checkpointing
 
 
 def test_an_interrupted_run_goes_on_from_its_checkpoint(runs, tmp_path, monkeypatch):
@@ -125,16 +125,16 @@ def test_a_finished_run_is_returned_as_it_is(runs):
 
 
 def test_the_arms_are_paired():
-    shape = shape_of(TINY, Sources(TINY.data))
-    full, plain = (start_state(config, shape, torch.device("cpu")) for config in (TINY, VANILLA))
+    sources = Sources(TINY.data)
+    full, plain = (start_state(config, sources, torch.device("cpu")) for config in (TINY, VANILLA))
     assert all(torch.equal(a, b) for a, b in zip(full.student.parameters(), plain.student.parameters(), strict=True))
-    other = start_state(replace(TINY, seed=1), shape, torch.device("cpu"))
+    other = start_state(replace(TINY, seed=1), sources, torch.device("cpu"))
     assert not torch.equal(full.student.x_embedder.image.weight, other.student.x_embedder.image.weight)
 
 
 def test_the_teacher_is_the_average_after_the_step():
-    shape = shape_of(TINY, Sources(TINY.data))
-    state = start_state(TINY, shape, torch.device("cpu"))
+    sources = Sources(TINY.data)
+    state = start_state(TINY, sources, torch.device("cpu"))
     before = state.teacher.x_embedder.image.bias.clone()
     train_step(state, TINY, *first_batch())
     decay = 0.5 ** (1 / (TINY.training.ema_half_life * TINY.training.steps))
@@ -253,7 +253,7 @@ def first_batch(config=TINY, count=16):
 
 @pytest.mark.parametrize("where", ["student", "teacher"])
 def test_features_that_are_not_finite_are_named_by_their_step(where):
-    state = start_state(TINY, shape_of(TINY, Sources(TINY.data)), torch.device("cpu"))
+    state = start_state(TINY, Sources(TINY.data), torch.device("cpu"))
     with torch.no_grad():
         getattr(state, where).x_embedder.image.weight.fill_(torch.nan)
     before = state.student.blocks[0].attn.qkv.weight.clone()
@@ -263,7 +263,7 @@ def test_features_that_are_not_finite_are_named_by_their_step(where):
 
 
 def test_every_step_draws_its_own_numbers():
-    state, seen = start_state(TINY, shape_of(TINY, Sources(TINY.data)), torch.device("cpu")), []
+    state, seen = start_state(TINY, Sources(TINY.data), torch.device("cpu")), []
     real = state.objective.forward
     def watched(student, teacher, x0, labels, draw, *more):
         seen.append([[shard(purpose).initial_seed() for shard in draw] for purpose in ("noise", "levels", "label drop")])
@@ -277,7 +277,7 @@ def test_every_step_draws_its_own_numbers():
 
 def test_steps_in_which_no_token_counts_go_on():
     config = replace(TINY, objective=ObjectiveConfig(mask_ratio=1e-9, rep_tokens="masked"))
-    state = start_state(config, shape_of(config, Sources(config.data)), torch.device("cpu"))
+    state = start_state(config, Sources(config.data), torch.device("cpu"))
     values = train_step(state, config, *first_batch(), diagnose=True)
     assert values["rep_loss"] == 0 and "cosine" not in values and values["flow_loss"] > 0 and state.step == 1
 
@@ -285,7 +285,7 @@ def test_steps_in_which_no_token_counts_go_on():
 # compilation
 
 def random_state(config=TINY):
-    state = start_state(config, shape_of(config, Sources(config.data)), torch.device("cpu"))
+    state = start_state(config, Sources(config.data), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for model in (state.student, state.teacher):
@@ -383,7 +383,7 @@ def test_of_several_parts_those_are_named_that_do_not_fit():
 
 def test_what_such_a_model_says_lies_in_as_many_directions_as_it_is_wide():
     sources = Sources(NARROW.data)
-    state = start_state(NARROW, shape_of(NARROW, sources), torch.device("cpu"))
+    state = start_state(NARROW, sources, torch.device("cpu"))
     for parameter in state.student.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=keyed(0, str(tuple(parameter.shape))))
     x = torch.randn(500, 1, 64, generator=keyed(0, "x"))
