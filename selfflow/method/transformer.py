@@ -327,6 +327,8 @@ class Transformer(nn.Module):
         if levels.assign.shape != x.shape[:2]:
             raise ValueError(f"levels are for {tuple(levels.assign.shape)} samples and tokens, x has {tuple(x.shape[:2])}")
         expected = self.nothing(x)
+        if not isinstance(condition, Condition):
+            raise TypeError(f"the condition is a {type(condition).__name__}; make labels (b,) a Condition(labels, classes)")
         if condition.values.shape != expected.values.shape or condition.classes != expected.classes:
             raise ValueError(f"the condition is {condition}, the model expects {expected}")
         if unknown := [layer for layer in taps if not 1 <= layer <= self.depth]:
