@@ -7,6 +7,7 @@ __all__ = ['Extractor', 'penultimate', 'judge_extractor', 'built_in', 'inception
 
 # %% ../../nbs/4_analysis/12_extractors.ipynb #87d20c8f
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -47,25 +48,11 @@ def _signal(signals: dict[str, Tensor], name: str, what: str) -> Tensor:
         raise ValueError(f"{int((~values.isfinite().flatten(1).all(1)).sum())} of {len(values)} {name} samples are not finite")
     return values
 
-
-def _pixel_features(signals: dict[str, Tensor]) -> np.ndarray:
-    "The pixels of images (n, c, h, w) themselves, which is what the judge of the digits looks at: (n, c h w)."
-    return _signal(signals, "image", "the comparison of pixels").flatten(1).numpy()
-
 # %% ../../nbs/4_analysis/12_extractors.ipynb #d292175b
-@torch.inference_mode()
 def penultimate(judge: Judge, signals: dict[str, Tensor]) -> dict[str, Tensor]:
-    "What each view of a judge knows before its last layer: {view: (n, d)}. Raises ValueError as `Judge.read`, and for NaN."
-    found = {}
-    for view, reader in judge.readers.items():
-        values, seen = _signal(signals, reader.signal, f"the judge of {judge.name}"), []
-        handle = reader.body.register_forward_hook(lambda body, given, features, seen=seen: seen.append(features))
-        try:
-            reader.read(values)
-        finally:
-            handle.remove()
-        found[view] = torch.cat(seen)
-    return found
+    "Return what each view of a judge knows before its last layer, {view: (n, d)}. Raises ValueError as `Judge.read`, or for NaN."
+    return {view: reader.features(_signal(signals, reader.signal, f"the judge of {judge.name}"))
+            for view, reader in judge.readers.items()}
 
 
 def judge_extractor(judge: Judge, real: dict[str, Tensor], axes: int = 64) -> Extractor:
@@ -94,18 +81,19 @@ def judge_extractor(judge: Judge, real: dict[str, Tensor], axes: int = 64) -> Ex
 
 def built_in(data: DataConfig, name: str = "", count: int = 1000, axes: int = 64,
              folder: Path | str = "data/cache/judges") -> Extractor:
-    """The extractor that belongs to built-in data: of its judge, or the pixels of digits.
+    """Return the extractor that belongs to built-in data: of its judge, or pixels where that looks at pixels.
 
     data, name: which data, and which of several; count: training samples for the axes; folder: as in `judge.judge_for`.
     Raises ValueError for data that have none: give one of `open_extractor`.
     """
     name = name or data.names[0]
-    if name == "digits":
-        return Extractor(_pixel_features, {"features": "pixels", "dimensions": 64})
     if name not in HEADS:
         raise ValueError(f"there is no built-in judge of {name}; give an extractor with weights of yours, see open_extractor")
-    real = open_dataset(data, "train", name)
-    return judge_extractor(judge_for(name, data, folder), real.take(subset(real, count)).signals, axes)
+    judge, real = judge_for(name, data, folder), open_dataset(data, "train", name)
+    if "pixels" in judge.readers:
+        return Extractor(lambda signals: penultimate(judge, signals)["pixels"].numpy(),
+                         {"features": "pixels", "dimensions": math.prod(real.shapes["image"])})
+    return judge_extractor(judge, real.take(subset(real, count)).signals, axes)
 
 # %% ../../nbs/4_analysis/12_extractors.ipynb #7fd35c93
 def _tensors(path: Path) -> dict[str, Tensor]:

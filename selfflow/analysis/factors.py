@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 # %% ../../nbs/4_analysis/02_factors.ipynb #a057e435
 _FIGURES = {"figure": {"kind": KINDS}, "image": {"colour": COLOURS, "ground": COLOURS, "place": PLACES}}
 HEADS = {  # data set: {view of a signal: {factor: its words}}
+    "digits": {"pixels": {"digit": tuple("0123456789")}},
     "shapes": _FIGURES,
     "emblems": _FIGURES,
     "motion": {"course": {"direction": DIRECTIONS}, "video": {"colour": COLOURS}},
     "notes": {"audio": {"pitch": tuple(map(note_name, PITCHES)), "timbre": TIMBRES}},
     "scenes": {"video": {"material_seen": MATERIALS}, "audio": {"material_heard": MATERIALS}},
 }
-CLASS = {"shapes": ("kind",), "emblems": ("kind",), "motion": ("direction",), "notes": ("pitch",),
+CLASS = {"digits": ("digit",), "shapes": ("kind",), "emblems": ("kind",), "motion": ("direction",), "notes": ("pitch",),
          "scenes": ("material_seen", "material_heard")}
 
 
@@ -50,10 +51,10 @@ def known(name: str, examples: Examples) -> dict[str, Tensor]:
         ranges = RANGES if name == "shapes" else LARGE
         columns, rows = (torch.tensor(thirds(axis, examples.factors[axis], ranges)) for axis in "xy")
         values["place"] = 3 * rows + columns
-    elif name == "notes":
-        values["pitch"] = examples.labels
     elif name == "scenes":
         values = dict.fromkeys(CLASS[name], examples.factors["material"])
+    else:
+        values[CLASS[name][0]] = examples.labels
     return {factor: values[factor] for heads in HEADS[name].values() for factor in heads}
 
 
@@ -121,6 +122,10 @@ class Reader(nn.Module):
 
     def forward(self, values: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         "With a generator, of the signal with some noise and blur: samples are not as clean as data."
+        seen = self._seen(values, generator)
+        return {factor: head(seen) for factor, head in self.heads.items()}
+
+    def _seen(self, values: Tensor, generator: torch.Generator | None = None) -> Tensor:
         if generator:
             values = self._worse(values, generator)
         if self.view == "audio":
@@ -136,18 +141,22 @@ class Reader(nn.Module):
         grid = _GRID[self.view]
         if tuple(values.shape[1:]) != grid:
             values = (F.adaptive_avg_pool3d if len(grid) == 4 else F.adaptive_avg_pool2d)(values, grid[1:])
-        seen = self.body(values)
-        return {factor: head(seen) for factor, head in self.heads.items()}
+        return self.body(values)
 
     @torch.inference_mode()
-    def read(self, values: Tensor) -> dict[str, Tensor]:
-        "The factors (b,) of a signal, -1 where it is not finite. Raises ValueError for another shape."
+    def features(self, values: Tensor) -> Tensor:
+        "Return what stands before the last layer, (b, d), of a signal that is finite. Raises ValueError for another shape."
         values, axes = values.detach().float().cpu(), _AXES[self.signal].split()
         if values.ndim != len(axes) or "3" in axes and values.shape[1] != 3 or not values.numel():
             raise ValueError(f"{self.signal} has shape {tuple(values.shape)}, expected ({', '.join(axes)}), not empty")
-        finite = values.isfinite().flatten(1).all(1)
-        parts = [self(part) for part in values.nan_to_num(0, 0, 0).split(128)]
-        return {factor: torch.cat([part[factor].argmax(1) for part in parts]).where(finite, -1) for factor in parts[0]}
+        return torch.cat([self._seen(part) for part in values.split(128)])
+
+    @torch.inference_mode()
+    def read(self, values: Tensor) -> dict[str, Tensor]:
+        "Return the factors (b,) of a signal, -1 where it is not finite. Raises ValueError for another shape."
+        seen = self.features(values.nan_to_num(0, 0, 0))
+        finite = values.isfinite().flatten(1).all(1).cpu()
+        return {factor: head(seen).argmax(1).where(finite, -1) for factor, head in self.heads.items()}
 
     def _worse(self, values: Tensor, generator: torch.Generator) -> Tensor:
         noise, blur = torch.rand(2, len(values), *(1,) * (values.ndim - 1), generator=generator)

@@ -49,7 +49,8 @@ _SHEET, _SOUNDS, _VIDEOS = 100, 100, 16  # pictures, sounds and videos that are 
 
 
 def write_samples(run: Run, labels, steps: int = 50, method: str = "euler", cfg_scale: float = 1.0, seed: int = 0,
-                  shift: float | None = None, interval: tuple[float, float] = (0.0, 1.0), data: str = "") -> tuple[Tensor, Path]:
+                  shift: float | None = None, interval: tuple[float, float] = (0.0, 1.0), data: str = "",
+                  **options) -> tuple[Tensor, Path]:
     """Pictures (b, c, h, w) of samples of the classes `labels` (b,) or of captions, and the file in the run that keeps them.
 
     Drawn by `Run.sample`. The file's name gives the training step and all settings; what was asked for is in it by number and
@@ -63,12 +64,13 @@ def write_samples(run: Run, labels, steps: int = 50, method: str = "euler", cfg_
     if run.config.data.encoder and not isinstance(labels, Condition):  # what is kept are the texts, in bytes, as of other runs
         wanted = caption_bytes(labels, max(1, *(len(text.encode("utf-8", "replace")) for text in labels)))
     check_writable(run.path / "samples" / "x")
-    drawn = run.sample(labels, steps, method, cfg_scale, seed, shift=shift, interval=interval, data=data)
+    drawn = run.sample(labels, steps, method, cfg_scale, seed, shift=shift, interval=interval, data=data, **options)
     images = run.layout(data).picture(drawn)
     classes = hashlib.blake2b(wanted.numpy().tobytes(), digest_size=3).hexdigest()
     grid = "" if shift == 1 else f"-shift-{shift:g}"
+    own = "".join(f"-{option}-{value}" for option, value in options.items())
     guided = "" if tuple(interval) == (0, 1) else f"-in-{interval[0]:g}-{interval[1]:g}"
-    name = (f"step-{run.state()['step']}-{method}-{steps}{grid}-cfg-{cfg_scale:g}{guided}-seed-{seed}"
+    name = (f"step-{run.state()['step']}-{method}{own}-{steps}{grid}-cfg-{cfg_scale:g}{guided}-seed-{seed}"
             f"-{len(wanted)}-labels-{classes}.safetensors")
     file = run.path / "samples" / name
     signals = {name: signal.contiguous() for name, signal in drawn.items()}

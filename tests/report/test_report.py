@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from selfflow.analysis.comparison import arms, config_table, over_seeds
 from selfflow.analysis.probing import probe_run, read_probes, write_probes
 from selfflow.cli import main
+from selfflow.data.sources import Sources
 from selfflow.data.options import DataConfig
 from selfflow.figures import plots
 from selfflow.figures.layers import draw_score_maps
