@@ -27,6 +27,7 @@ from ..data.own import GIVEN_DATA, splits_of
 from ..data.sources import Outline, Sources, outlines
 from ..disk import cut_lines, discard, not_written, read_lines, replacing, sha256, step_of, step_paths, write_json
 from ..draws import keyed
+from ..method.batch import Condition
 from ..method.options import sampler_options
 from ..method.sampling import guided_velocity, sample
 from ..method.tokens import Layout
