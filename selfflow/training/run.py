@@ -356,8 +356,8 @@ class Run:
         "The function v(x, t) of a model, in the precision of the run; arguments as in `sample`."
         model = self.teacher if model is None else model
         device = next(model.parameters()).device
-        conditional = condition is not None and self.config.data.condition != "none"
-        guided = guided_velocity(model, condition.to(device) if conditional else None, cfg_scale, interval, self.layout(data).parts)
+        told = None if condition is None or self.config.data.condition == "none" else condition.to(device)
+        guided = guided_velocity(model, told, cfg_scale, interval, self.layout(data).parts)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             with torch.autocast(device.type, torch.bfloat16, enabled=self.config.training.precision == "bf16"):
