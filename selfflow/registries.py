@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['backbones', 'objectives', 'datasets', 'samplers', 'metrics', 'explorers', 'register_backbone', 'register_objective',
            'register_dataset', 'register_sampler', 'register_metric', 'register_explorer', 'NoOptions', 'Entry',
-           'Registry', 'use', 'used', 'trial', 'Named']
+           'Registry', 'use', 'used', 'trial', 'Named', 'own_options']
 
 # %% ../nbs/0_ground/07_registries.ipynb #00d7c7ad
 import importlib
@@ -216,6 +216,11 @@ class Named(type):
         if cache.get(name, (None,))[0] is not options:
             cache[name] = options, _combine(base, options)
         return cache[name][1]
+
+
+def own_options(part: Any) -> dict[str, Any]:
+    "Return the options of the entry that a config part names, without the settings that all entries have."
+    return {f.name: getattr(part, f.name) for f in fields(part.options_type)}
 
 
 def _combine(base: type, options: type) -> type:

@@ -16,18 +16,18 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm.auto import tqdm
 
 from ..disk import check_writable, write_json
 from ..draws import keyed
-from ..method.batch import Batch, Condition
-from ..method.build import build_objective, build_schedule
+from ..method.backbone import Inputs
+from ..method.build import build_backbone, build_objective, build_schedule
 from ..method.layers import Groups
 from ..method.objective import FlowMatching, SelfFlow, make_teacher, update_ema
-from ..method.options import SIZES, ObjectiveConfig
+from ..method.options import SIZES, ModelConfig, ObjectiveConfig
 from ..method.per_token import PerTokenTransformer, PublishedSelfFlow
 from ..method.schedule import NoiseLevels
 from ..method.transformer import Transformer, TransformerConfig
@@ -114,16 +114,16 @@ class Case:
         return TransformerConfig.of_image(16, (round(self.tokens**0.5),) * 2, width, depth, heads, classes=1000)
 
 
-def _training_step(student, objective, case: Case, batch: Batch, published: bool = False) -> Callable:
-    objective, teacher = objective.to(batch.x0.device), make_teacher(student)
+def _training_step(student, objective, case: Case, x0: Tensor, labels: Tensor, published: bool = False) -> Callable:
+    objective, teacher = objective.to(x0.device), make_teacher(student)
     optimizer = torch.optim.AdamW([*student.parameters(), *objective.parameters()], lr=1e-4, fused=True)
     if case.compile:
         for block in [*student.blocks, *teacher.blocks]:
             block.compile()
 
     def step():
-        with _autocast(case, batch.x0.device):
-            losses = objective(student, teacher, batch, partial(keyed, 0))
+        with _autocast(case, x0.device):
+            losses = objective(student, teacher, x0, labels, partial(keyed, 0))
         optimizer.zero_grad()
         (losses if published else losses.total).backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -140,13 +140,12 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable]:
     "Functions without arguments by name: three training steps and two evaluations of a sampler."
     torch.manual_seed(0)
     model = Transformer(case.shape).to(device)
-    x0 = torch.randn(case.batch, case.tokens, 16, generator=keyed(0, "benchmark"))
-    condition = Condition(torch.randint(0, 1000, (case.batch,), generator=keyed(0, "labels")), classes=1000)
-    batch = Batch(x0, condition, case.shape.parts).to(device)
-    steps = {"Self-Flow": _training_step(_make_student(model), SelfFlow(case.shape), case, batch),
-             "published form": _training_step(PerTokenTransformer(model).to(device), PublishedSelfFlow(case.shape), case, batch,
-                                              published=True),
-             "flow matching": _training_step(_make_student(model), FlowMatching(), case, batch)}
+    x0 = torch.randn(case.batch, case.tokens, 16, generator=keyed(0, "benchmark")).to(device)
+    labels = torch.randint(0, 1000, (case.batch,), generator=keyed(0, "labels")).to(device)
+    steps = {"Self-Flow": _training_step(_make_student(model), SelfFlow(case.shape), case, x0, labels),
+             "published form": _training_step(PerTokenTransformer(model).to(device), PublishedSelfFlow(case.shape), case, x0,
+                                              labels, published=True),
+             "flow matching": _training_step(_make_student(model), FlowMatching(), case, x0, labels)}
     ours, published = make_teacher(model), make_teacher(PerTokenTransformer(model).to(device))
     if case.compile:
         for block in [*ours.blocks, *published.blocks]:
@@ -156,9 +155,9 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable]:
     def sampling(evaluate):
         with torch.no_grad(), _autocast(case, device):
             evaluate()
-    steps["sampling"] = partial(sampling, lambda: ours(batch.x0, NoiseLevels.single(t, case.tokens), batch.condition))
+    steps["sampling"] = partial(sampling, lambda: ours(x0, NoiseLevels.single(t, case.tokens), labels))
     steps["sampling, published form"] = partial(
-        sampling, lambda: published(batch.x0, t[:, None].expand(-1, case.tokens), batch.condition.values, case.shape.depth))
+        sampling, lambda: published(x0, t[:, None].expand(-1, case.tokens), labels, case.shape.depth))
     return steps
 
 
@@ -260,28 +259,29 @@ def bench(cases: list[Case], path: Path | str, rounds: int = 5, device: str = "a
     return records
 
 # %% ../../nbs/4_analysis/14_benchmark.ipynb #a54724d4
-def flops_per_step(config: Config, transformer: TransformerConfig, feature_width: int = 1) -> int:
+def flops_per_step(config: Config, inputs: Inputs, feature_width: int = 1) -> int:
     "Operations of one training step, of the whole batch; feature_width: of the encoder's features, for REPA alone."
     objective, batch = config.objective, config.training.batch
     rep = {"rep_tokens": "all"} if hasattr(objective, "rep_tokens") else {}
     plain = replace(objective, flow_tokens="all", given="", separated=False, **rep)  # which count costs nothing
-    flops = batch * _flops_of_sample(plain, transformer, config.training.checkpointing, feature_width)
+    flops = batch * _flops_of_sample(plain, config.model, inputs, config.training.checkpointing, feature_width)
     if not objective.separated:
         return flops
-    levels = build_schedule(objective, transformer.parts).sample(batch, transformer.tokens, keyed(config.seed, "levels"))
+    levels = build_schedule(objective, inputs.parts).sample(batch, inputs.tokens, keyed(config.seed, "levels"))
     pairs = sum(len(group.rows) * (len(group.keys) // batch) for group in Groups.of(levels).groups)
     passes = 3 + config.training.checkpointing  # a backward pass is twice a forward
-    return flops - passes * 4 * transformer.width * transformer.depth * (batch * transformer.tokens**2 - pairs)
+    return flops - passes * 4 * config.model.width * config.model.depth * (batch * inputs.tokens**2 - pairs)
 
 
 @lru_cache(maxsize=256)
-def _flops_of_sample(objective: ObjectiveConfig, shape: TransformerConfig, checkpointing: bool, feature_width: int) -> int:
+def _flops_of_sample(objective: ObjectiveConfig, model: ModelConfig, inputs: Inputs, checkpointing: bool,
+                     feature_width: int) -> int:
     with torch.device("meta"):
-        student = Transformer(shape)
-        learner = build_objective(objective, student, (shape.parts,), feature_width)
-        x0 = torch.zeros(1, shape.tokens, shape.channels)
+        student = build_backbone(model, inputs)
+        learner = build_objective(objective, student, (inputs.parts,), feature_width)
+        x0, told = torch.zeros(1, inputs.tokens, inputs.channels), (1, inputs.caption) if inputs.caption else (1,)
+        labels = torch.zeros(*told, inputs.caption_width) if inputs.caption_width else torch.zeros(told, dtype=torch.int64)
         features = torch.zeros(1, feature_width) if learner.needs_features else None
-        batch = Batch(x0, student.nothing(x0), shape.parts, features=features)
     student.checkpointing, teacher = checkpointing, make_teacher(student)
     with sdpa_kernel(SDPBackend.MATH):
-        return count_flops(lambda: learner(student, teacher, batch, partial(keyed, 0)).total.backward())
+        return count_flops(lambda: learner(student, teacher, x0, labels, partial(keyed, 0), features).total.backward())

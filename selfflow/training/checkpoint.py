@@ -26,6 +26,7 @@ from .lock import free_name
 
 # %% ../../nbs/3_training/03_checkpoint.ipynb #422cb435
 OPTIMIZER = "optimizer.safetensors"
+FORMAT = 5
 
 
 def write_checkpoint(path: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
@@ -60,9 +61,13 @@ def read_part(path: Path, part: str) -> dict[str, Tensor]:
     if not file.exists():
         raise FileNotFoundError(f"{path} has no {part}: this run was trained without one or the checkpoint was edited")
     try:
-        return {_in_part(name): value for name, value in load_file(file).items()}
+        tensors = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
+    state = path / "state.json"
+    if json.loads((state if state.is_file() else path / "config.json").read_text(encoding="utf-8")).get("format", 5) >= 5:
+        return tensors
+    return {_in_part(name): value for name, value in tensors.items()}
 
 
 def resumable(path: Path) -> bool:
@@ -188,9 +193,6 @@ def read_pictures(folder: Path) -> list[tuple[int, Tensor, Tensor]]:
     return pictures
 
 # %% ../../nbs/3_training/03_checkpoint.ipynb #e3423813
-FORMAT = 5
-
-
 def _from_1(stored: dict) -> dict:
     "Format 1 had no shards, which is what one shard computes, and no fingerprints."
     config = {**stored["config"], "training": {"shards": 1, **stored["config"]["training"]}}
@@ -203,9 +205,7 @@ def _from_2(stored: dict) -> dict:
     data = config.get("data", {})
     if data.get("condition") != "caption" or data.get("encoder"):
         return stored
-    each = {"caption_stride": 1}
-    shape = {"transformer": each | stored["transformer"]} if "transformer" in stored else {}
-    return {**stored, **shape, "config": {**config, "model": each | config.get("model", {})}}
+    return {**stored, "config": {**config, "model": {"caption_stride": 1} | config.get("model", {})}}
 
 
 def _from_3(stored: dict) -> dict:
@@ -213,17 +213,18 @@ def _from_3(stored: dict) -> dict:
     data = stored["config"].get("data", {})
     if {"folder", "huggingface"} & {*data.get("name", "").split("+")}:
         data = {**data, "carve": False}
-    shape = {"transformer": {**stored["transformer"], "fp32_levels": False}} if "transformer" in stored else {}
-    return {**stored, **shape, "format": 4, "config": {**stored["config"], "defaults": 3} | ({"data": data} if data else {})}
+    return {**stored, "format": 4, "config": {**stored["config"], "defaults": 3} | ({"data": data} if data else {})}
 
 
 def _from_4(stored: dict) -> dict:
-    "Format 4 had images alone without a part, and the options of all objectives with each."
+    "Format 4 had the shape of a transformer, images alone without a part, and the options of all objectives with each."
     config = stored["config"]
     if "objective" in config:
         config = {**config, "objective": _own_options(config["objective"])}
-    shape = {"transformer": _with_parts(stored["transformer"])} if "transformer" in stored else {}
-    return {**stored, "format": 5, "config": config} | shape
+    stored = {**stored, "format": 5, "config": config}
+    if "transformer" in stored:
+        stored["inputs"] = _inputs(stored.pop("transformer"))
+    return stored
 
 
 def _own_options(objective: dict) -> dict:
@@ -237,9 +238,10 @@ def _own_options(objective: dict) -> dict:
 _OPTIONS_OF_4 = ("student_layer", "teacher_layer", "rep_weight", "rep_tokens", "distance", "normalise")
 
 
-def _with_parts(shape: dict) -> dict:
+def _inputs(shape: dict) -> dict:
+    "Of the shape of a transformer what does not follow from the config."
     parts = shape.get("parts") or [{"name": "image", "channels": shape["channels"], "grid": [1, *shape["grid"]], "ticks": 1.0}]
-    return {name: value for name, value in shape.items() if name not in ("channels", "grid")} | {"parts": parts}
+    return {"parts": parts} | {name: shape.get(name, 0) for name in ("classes", "caption", "caption_width")}
 
 
 _MIGRATIONS = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}  # to the next format
@@ -272,7 +274,7 @@ def agree(path: Path, there: dict, asked: dict) -> dict[str, tuple]:
     The place of data may change where their fingerprints are known and equal. Raises ValueError with the differences and a free
     name.
     """
-    found = differences(*({**stored["config"], "transformer": stored["transformer"]} for stored in (there, asked)))
+    found = differences(*({**stored["config"], "inputs": stored["inputs"]} for stored in (there, asked)))
     free = free_fields(there["data"] if there["data"].get("train") == asked["data"].get("train") else {})
     other = {name: pair for name, pair in found.items() if name not in free}
     changed = {f"data.{name}": (there["data"][name], value) for name, value in asked["data"].items()
