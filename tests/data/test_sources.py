@@ -16,7 +16,6 @@ from selfflow.data.latents import encode_latents
 from selfflow.data.options import DataConfig
 from selfflow.data.sources import Columns, SoundPatches, Sources, images_of, layout_of, load
 from selfflow.method.options import ObjectiveConfig
-from selfflow.method.transformer import Transformer
 from selfflow.training.batches import Batches, Validation
 from selfflow.training.config import Config
 from selfflow.training.loop import train
