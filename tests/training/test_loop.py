@@ -17,6 +17,7 @@ from selfflow.data.sources import Sources
 from selfflow.draws import keyed
 from selfflow.method.options import ModelConfig, ObjectiveConfig
 from selfflow.method.schedule import DualTimestep, NoiseLevels
+from selfflow.training.batches import batch_indices, channel_warnings, loss_by_level, validation_losses
 from selfflow.training.checkpoint import write_checkpoint
 from selfflow.training.config import TrainConfig
 from selfflow.training.loop import train
