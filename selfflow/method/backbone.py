@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from .batch import Condition
+from .batch import Batch, Condition
 from .schedule import NoiseLevels
 from .tokens import Part
 
@@ -77,12 +77,12 @@ def ability(model: nn.Module, name: str, purpose: str) -> Any:
 
 # %% ../../nbs/1_method/05_backbone.ipynb #b0c4ec02
 @torch.no_grad()
-def check_backbone(model: nn.Module, x: Tensor, condition: Any, parts: tuple[Part, ...], layers: Iterable[int] = ()) -> None:
+def check_backbone(model: nn.Module, batch: Batch, layers: Iterable[int] = ()) -> None:
     """Raise ValueError, naming class, value and remedy, for a module that does not keep the Protocol.
 
-    x: (b, n, c) tokens of a few samples, condition: theirs; layers: those that the objective reads. The module is not changed.
+    batch: a few samples; layers: those that the objective reads. The module is not changed.
     """
-    name, samples = type(model).__name__, f"{len(x)} samples"
+    name, x, samples = type(model).__name__, batch.x0, f"{len(batch)} samples"
     for size in ("width", "depth"):
         value = getattr(model, size, None)
         if type(value) is not int or value < 1:
@@ -95,12 +95,12 @@ def check_backbone(model: nn.Module, x: Tensor, condition: Any, parts: tuple[Par
                          f"{model.depth} (objective.student_layer, objective.teacher_layer)")
     levels = NoiseLevels(torch.tensor([[0.8, 0.3]] * len(x)), torch.arange(x.shape[1]).expand(x.shape[:2]) % 2).to(x.device)
     taps = tuple(sorted({1, model.depth, *layers}))
-    training, calls = model.training, {"": (condition, False), " without a condition, stopped": (None, True)}
+    training, calls = model.training, {"": (batch.condition, False), " without a condition, stopped": (None, True)}
     try:
         model.eval()  # running statistics stay as they are
         for words, (told, stop) in calls.items():
             try:
-                output = model(x, levels, told, taps=taps, stop=stop, parts=parts)
+                output = model(x, levels, told, taps=taps, stop=stop, parts=batch.parts)
             except Exception as error:  # whatever a user's module does wrong
                 reason = (str(error).splitlines() or ["no reason given"])[0]
                 raise ValueError(f"{name}{words} failed on {samples} of {tuple(x.shape[1:])} tokens and channels: "

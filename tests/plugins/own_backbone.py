@@ -30,7 +30,7 @@ class Mixer(nn.Module):
         each = self.level(levels.levels[..., None])  # (b, k, d): once for each level, then gathered for each token
         h = self.inward(x) + each.gather(1, levels.assign[..., None].expand(-1, -1, self.width))
         if condition is not None:
-            h = h + self.label(condition)[:, None]
+            h = h + self.label(condition.values)[:, None]
         features = {}
         for layer, (tokens, channels) in enumerate(zip(self.over_tokens, self.over_channels, strict=True), start=1):
             h = h + tokens(h.mT).mT

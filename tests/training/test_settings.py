@@ -68,8 +68,8 @@ def all_of(folder, precision):
     found = [run.log_path.read_text(), opened.film()[-1][1], *(drawn.values() if isinstance(drawn, dict) else [drawn])]
     assert not any(p.is_inference() for p in opened.model.parameters())
     if precision == "bf16":
-        x0, _, x1, _ = Validation.of(opened.config).data["digits"]
-        found.append(extract(opened.teacher, x0, x1, 0.5, (2,))[2])
+        digits, x1 = Validation.of(opened.config).data["digits"]
+        found.append(extract(opened.teacher, digits.x0, x1, 0.5, (2,))[2])
     return found
 
 
