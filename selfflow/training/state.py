@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from ..data.sources import Sources
 from ..draws import keyed
 from ..method.alignment import average, moments_of
-from ..method.backbone import ability, check_backbone
+from ..method.backbone import ability, check_backbone, check_size
 from ..method.batch import Batch
 from ..method.build import build_objective
 from ..method.objective import WHOLE, Losses, Whole, ema_decay, make_teacher, update_ema
@@ -212,6 +212,7 @@ def start_state(config: Config, sources: Sources, device: torch.device, feature_
     with torch.random.fork_rng():  # the caller's random numbers are not touched
         torch.manual_seed(keyed(config.seed, "weights").initial_seed())
         student = new_backbone(config, sources.inputs, builder).to(device)
+        check_size(student)
         _check_abilities(student, config)
         if config.training.checkpointing:
             student.checkpointing = True
