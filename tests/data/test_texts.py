@@ -509,9 +509,10 @@ def test_workers_give_the_batches_that_none_give(folders):
     batches = Batches(Sources(config.data), config)
     alone = list(batches.loader())
     for workers in (1, 2):
-        for (chosen, x0, told, _), (others, theirs_, told_, _) in zip(alone, batches.loader(workers=workers), strict=True):
-            assert torch.equal(chosen, others) and torch.equal(x0, theirs_) and torch.equal(told, told_)
-    assert told.ndim == 3 and told.any()
+        for one, other in zip(alone, batches.loader(workers=workers), strict=True):
+            assert torch.equal(one.indices, other.indices) and torch.equal(one.x0, other.x0)
+            assert torch.equal(one.condition.values, other.condition.values)
+    assert one.condition.kind == "vectors" and one.condition.values.any()
 
 
 @pytest.fixture(scope="module")
