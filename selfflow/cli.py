@@ -126,7 +126,7 @@ def sample(run: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), captio
     from selfflow.training.run import Run
     from selfflow.training.samples import to_draw, write_samples
     opened = Run.open(run, device)
-    name = choose(data or opened.config.data.names[0], opened.config.data.names, "data set (data)")
+    name = opened.config.data_name(data)
     wanted = to_draw(opened, name, labels, captions, each)
     _, file = write_samples(opened, wanted, steps, method, cfg_scale, seed, shift, interval, name)
     beside = Counter(path.suffix for path in file.parent.glob(f"{glob.escape(file.stem)}*") if path != file)

@@ -217,6 +217,11 @@ class Named(type):
             cache[name] = options, _combine(base, options)
         return cache[name][1]
 
+    def owners(cls, field_name: str) -> list[str]:
+        "Return the names of the entries that have an option."
+        base = cls.__dict__.get("base", cls)
+        return [name for name in base.registry if field_name in {f.name for f in fields(base.registry[name].options)}]
+
 
 def _combine(base: type, options: type) -> type:
     clash = {f.name for f in fields(base)} & {f.name for f in fields(options)}
@@ -246,7 +251,7 @@ def _rebuild(base: type, values: dict, source: str) -> Any:
 
 def _refuse(base: type, concrete: type, field_name: str) -> None:
     kind = base.registry.kind
-    owners = [name for name in base.registry if field_name in base.of(name).__dataclass_fields__]
+    owners = base.owners(field_name)
     named = next(name for name in base.registry if base.of(name) is concrete)
     if owners:
         raise ValueError(f"{field_name} is an option of {kind} {', '.join(owners)}, which {named} does not have")

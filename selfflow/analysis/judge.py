@@ -97,7 +97,8 @@ _STEPS = {"shapes": 800, "emblems": 800, "motion": 300, "notes": 300, "scenes": 
 
 
 def _source(name: str, data: DataConfig | None, split: str) -> DataSet:
-    return open_dataset(data or DataConfig(name), split, choose(name, HEADS, "data set with a judge"))
+    choose(name, HEADS, "data set with a judge")
+    return open_dataset(data or DataConfig(name), split)
 
 
 def _untrained(name: str, rate: int) -> nn.ModuleDict:
@@ -225,14 +226,14 @@ def on_samples(run: Run, count: int = 64, steps: int = 25, cfg_scale: float = 1.
     data: which data set, where there are several. Also written to judged.json in the run's folder
     (judged-NAME.json for a named data set). Raises ValueError for a run without conditions, and as Run.sample does.
     """
-    config = run.config.data
-    name = choose(data or config.names[0], config.names, "data set")
-    if config.condition == "none":
+    config = run.config
+    name = config.data_name(data)
+    if config.shared.condition == "none":
         raise ValueError(f"{run.path} was trained without conditions: nothing was asked for; see bounce_verdict and Judge.read")
-    judge, source = judge_for(name, config, folder), Sources(config, "test").data[name]
+    judge, source = judge_for(name, config.datasets[name], folder), Sources(config.data, "test").data[name]
     examples = source.take(subset(source, count))
     wanted, told = known(name, examples), examples.captions
-    if config.condition == "class":
+    if config.shared.condition == "class":
         wanted, told = {factor: wanted[factor] for factor in CLASS[name]}, examples.labels
     shift = run.shift if shift is None else shift
     drawn = run.sample(told, steps=steps, cfg_scale=cfg_scale, seed=seed, shift=shift, data=name)

@@ -173,7 +173,7 @@ def run_features(run: Run, layers: tuple[int, ...], level: float = 0.0, count: i
     count: of examples of a split, chosen by `subset`; seed: of the noise. Raises ValueError for layers that do not exist.
     """
     sources = run.sources_of(split)
-    name = run.config.data.names[0]
+    name = run.config.data_name()
     index = subset(sources.data[name], count)
     x0, _ = sources.take(name, index)
     x1 = torch.randn(x0.shape, generator=keyed(seed, f"projection noise, {split}"))

@@ -20,7 +20,6 @@ from .extractors import Extractor, built_in
 from .factors import CLASS, HEADS, known
 from .judge import followed, judge_for
 from .verdict import Share, train_judge
-from ..checks import choose
 from ..data.datasets import DataSet, Examples, subset, subset_words
 from ..data.sources import Sources
 from ..disk import write_json
@@ -91,8 +90,8 @@ class SampleMetrics:
 def _judged(run: Run, name: str, drawn: dict[str, Tensor], examples: Examples,
             folder: Path | str) -> tuple[dict[str, Share], dict[str, float]]:
     "The shares of samples that are what was asked for, and of real ones; empty where nothing was, or nothing judges it."
-    config = run.config.data
-    if config.condition == "none":
+    config = run.config
+    if config.shared.condition == "none":
         return {}, {}
     if name == "digits":
         judge = train_judge(name)
@@ -100,9 +99,9 @@ def _judged(run: Run, name: str, drawn: dict[str, Tensor], examples: Examples,
     if name not in HEADS:
         return {}, {}
     wanted = known(name, examples)
-    if config.condition == "class":
+    if config.shared.condition == "class":
         wanted = {factor: wanted[factor] for factor in CLASS[name]}
-    verdict = followed(judge_for(name, config, folder), drawn, wanted)
+    verdict = followed(judge_for(name, config.datasets[name], folder), drawn, wanted)
     return verdict.shares, verdict.own
 
 
@@ -112,15 +111,15 @@ def metric_data(run: Run, count: int = 500, data: str = "", extractor: Extractor
 
     Raises ValueError for fewer samples than neighbours need, for latents, and for data without built-in features.
     """
-    config = run.config.data
-    name = choose(data or config.names[0], config.names, "data set")
+    config = run.config
+    name = config.data_name(data)
     if extractor is None and name == "latents":
         raise ValueError("metrics look at pixels, frames or sounds, and a run of latents draws latents; decode samples with "
                          "Latents.decode and measure them with all_metrics")
     if extractor is None and name != "digits" and name not in HEADS:
         raise ValueError(f"metrics of {name} need an extractor of features, as none is built in for them: "
                          f"selfflow metrics {run.path} --extractor FOLDER, with DINOv2, CLAP, VideoMAE or InceptionV3")
-    parts = {split: Sources(config, split).data[name] for split in ("test", "validation")}
+    parts = {split: Sources(config.data, split).data[name] for split in ("test", "validation")}
     count = min(count, *map(len, parts.values()))
     if count < 2 * neighbours + 2:
         raise ValueError(f"{count} samples are too few for halves with {neighbours} neighbours; "
@@ -150,11 +149,11 @@ def run_metrics(run: Run, count: int = 500, steps: int = 25, cfg_scale: float = 
     """
     options = options or {}
     name, parts = metric_data(run, count, data, extractor, options.get("neighbourhoods", NeighbourOptions()).neighbours)
-    config, count = run.config.data, min(count, *map(len, parts.values()))
-    extractor = extractor or built_in(config, name, folder=folder)
+    config, count = run.config, min(count, *map(len, parts.values()))
+    extractor = extractor or built_in(config.datasets[name], folder=folder)
     examples, others = (part.take(subset(part, count)) for part in parts.values())
     real = extractor(examples.signals)  # before anything is drawn: the extractor may not fit
-    told = examples.captions if config.condition == "caption" else examples.labels
+    told = examples.captions if config.shared.condition == "caption" else examples.labels
     shift = run.shift if shift is None else shift
     drawn = run.sample(told, steps=steps, cfg_scale=cfg_scale, seed=seed, shift=shift, data=name)
     drawn_metrics, floor = (all_metrics(real, extractor(signals), resamples, seed, options)

@@ -33,7 +33,7 @@ from .config import Config, TrainConfig
 # %% ../../nbs/3_training/06_batches.ipynb #78de18a7
 def shape_of(config: Config, sources: Sources) -> TransformerConfig:
     "The transformer that a config asks for on this data. Raises ValueError where they do not fit."
-    caption = (config.data.caption, sources.encoder.width) if config.data.condition == "caption" else (0, 0)
+    caption = (config.shared.caption, sources.encoder.width) if config.shared.condition == "caption" else (0, 0)
     shape = transformer_config(config.model, sources.parts, len(sources.names), *caption)
     return replace(shape, fp32_levels=config.defaults > 3)
 
@@ -88,7 +88,9 @@ class Batches:
         names = tuple(self.sources.data)
         if len(names) == 1:
             return names[0]
-        return names[int(draw_index(self.config.data.share_of, (1,), keyed(self.config.seed, "data set", step)))]
+        shares = [data.share for data in self.config.datasets.values()]
+        shares = tuple(share / sum(shares) for share in shares)
+        return names[int(draw_index(shares, (1,), keyed(self.config.seed, "data set", step)))]
 
     def samples(self, step: int) -> Tensor:
         "The samples of a step, in all processes."
@@ -136,7 +138,7 @@ def feature_source(features: Tensor | Callable | None, config: Config, sources: 
     if features is None:
         return lambda chosen: None, 1, None
     if len(sources.data) > 1:
-        raise ValueError(f"features of an encoder belong to one data set, but {config.data.name} are several")
+        raise ValueError(f"features of an encoder belong to one data set, but {', '.join(config.datasets)} are several")
     (name, data), = sources.data.items()
     if callable(features):
         encode = torch.no_grad()(features)
@@ -228,7 +230,7 @@ def validation_tokens(config: Config, split: str = "validation") -> tuple[Tensor
     "Tokens (n, tokens, c) and conditions (n, ...) of what a model is judged on. Raises ValueError where data sets are several."
     data = Validation.of(config, split).data
     if len(data) > 1:
-        raise ValueError(f"{config.data.name} are several data sets, whose tokens are not alike; see Validation")
+        raise ValueError(f"{', '.join(config.datasets)} are several data sets, whose tokens are not alike; see Validation")
     return next(iter(data.values()))[:2]
 
 
