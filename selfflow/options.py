@@ -80,8 +80,8 @@ def _renamed(kind: Named, before: dict, name: str | None) -> dict:
     "The settings of one part with another entry: what all entries have stays, options of the former go."
     if name is None or before.get("name") == name:
         return before
-    former = kind.chosen(before).__dataclass_fields__ if "name" in before else ()
-    own = kind.of(name).__dataclass_fields__
+    former = {f.name for f in fields(kind.chosen(before))} if "name" in before else ()
+    own = {f.name for f in fields(kind.of(name))}
     return {key: value for key, value in before.items() if key in own or key not in former} | {"name": name}
 
 
@@ -106,7 +106,8 @@ def _several(data: dict | list, args: list[str]) -> dict | list:
 def _in_new_form(args: list[str], start: dict | list) -> str:
     """The options of the data as they are written now, of a command line that puts several values into one; else empty.
 
-    start: the settings that they change. Until format 4: --data.name shapes+notes --data.shares 0.6+0.4 --data.weights audio=0.5 --data.signals video+audio.
+    start: the settings that they change. Until format 4 it was --data.name shapes+notes --data.shares 0.6+0.4
+    --data.weights audio=0.5, and --data.signals video+audio.
     """
     typed = {}
     for place, arg in enumerate(args):

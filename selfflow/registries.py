@@ -201,8 +201,9 @@ class Named(type):
         "Return the class of the entry that `values` name. Raises ValueError for values that are none of its settings."
         base = cls.__dict__.get("base", cls)
         concrete = base.of(values.get("name", base.__dataclass_fields__["name"].default))
+        known = {f.name for f in fields(concrete)}
         for field_name in values:
-            if field_name not in concrete.__dataclass_fields__:
+            if field_name not in known:
                 _refuse(base, concrete, field_name)
         return concrete
 
@@ -255,4 +256,4 @@ def _refuse(base: type, concrete: type, field_name: str) -> None:
     named = next(name for name in base.registry if base.of(name) is concrete)
     if owners:
         raise ValueError(f"{field_name} is an option of {kind} {', '.join(owners)}, which {named} does not have")
-    choose(field_name, concrete.__dataclass_fields__, f"setting of {kind} {named}")
+    choose(field_name, [f.name for f in fields(concrete)], f"setting of {kind} {named}")

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Container
+from dataclasses import fields
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -253,7 +254,7 @@ def data_from_4(data: dict) -> dict | list[dict]:
     several = []
     for name, share in zip(names, shares, strict=True):
         kind = DataConfig.of(name)
-        known = kind.__dataclass_fields__
+        known = {f.name for f in fields(kind)}
         own = {key: value for key, value in data.items() if key in known or key not in _DATA_OPTIONS_OF_4} | {"name": name}
         signals = kind.signals
         if "signals" in own:
