@@ -154,8 +154,8 @@ SOUNDS = ("mel", "mdct")
 class DataConfig(metaclass=Named):
     "What is trained on, and how it becomes tokens; with the options of the named data set."
     registry = datasets
-    signals: ClassVar[tuple[str, ...]] = ()    # kinds of signals, () where only the opened data tell
-    always_there: ClassVar[bool] = False
+    signals = ()  # kinds of signals, where the options do not name them: only the opened data tell
+    always_there = False
 
     name: str = "digits"      # digits, shapes, emblems, motion, notes, scenes, folder, huggingface, latents, or your own (--use)
     share: float = 1.0        # of the batches, in proportion to those of the other data sets
