@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -21,11 +22,17 @@ import tyro
 
 from . import __version__
 from .checks import choose
-from .options import read_command, read_features, starting_point, use_files
+from .options import read_command, read_features, sampler_of, starting_point, use_files
+from .registries import NoOptions, Registry, samplers
 from .training.config import PRESETS, Config
 
 # %% ../nbs/8_cli/03_cli.ipynb #1519600c
 COMMANDS = {}
+
+
+def _one_of(registry: Registry) -> Callable[[str], str]:
+    "What the help says after an option that takes a registered name; read when the help is shown, after --use."
+    return lambda default: f"(one of {', '.join(registry)}; default: {default})"
 
 
 def command(function: Callable) -> Callable:
@@ -105,8 +112,9 @@ def runs(folder: tyro.conf.Positional[Path] = Path("runs"), names: tuple[str, ..
 
 @command
 def sample(run: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), captions: tuple[str, ...] = (), each: int = 10,
-           steps: int = 50, method: str = "euler", cfg_scale: float = 1.0, seed: int = 0, shift: float | None = None,
-           interval: tuple[float, float] = (0.0, 1.0), data: str = "", device: str = "auto") -> None:
+           steps: int = 50, method: Annotated[str, tyro.conf.arg(help_behavior_hint=_one_of(samplers))] = "euler",
+           options: Annotated[object, tyro.conf.arg(name="")] = NoOptions(), cfg_scale: float = 1.0, seed: int = 0,
+           shift: float | None = None, interval: tuple[float, float] = (0.0, 1.0), data: str = "", device: str = "auto") -> None:
     """Draw samples from a run into its folder.
 
     Args:
@@ -115,7 +123,8 @@ def sample(run: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), captio
         captions: Texts to draw, for a run that was trained with captions; none means ten captions of the data.
         each: How many of each.
         steps: Steps of the sampler.
-        method: euler, heun, midpoint, sde (take 250 steps), dopri5 (adaptive), or your own (--use).
+        method: The sampler; --method NAME --help shows its options.
+        options: Of the sampler.
         cfg_scale: Classifier-free guidance; 1 is none.
         seed: Of the noise.
         shift: Of the sampler's levels; more than 1 takes smaller steps near noise. None means that of the levels in training.
@@ -128,7 +137,9 @@ def sample(run: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), captio
     opened = Run.open(run, device)
     name = opened.config.data_name(data)
     wanted = to_draw(opened, name, labels, captions, each)
-    _, file = write_samples(opened, wanted, steps, method, cfg_scale, seed, shift, interval, name)
+    usual = asdict(type(options)())
+    own = {name: value for name, value in asdict(options).items() if value != usual[name]}
+    _, file = write_samples(opened, wanted, steps, method, cfg_scale, seed, shift, interval, name, **own)
     beside = Counter(path.suffix for path in file.parent.glob(f"{glob.escape(file.stem)}*") if path != file)
     shown = ", ".join(f"{count} {suffix}" for suffix, count in sorted(beside.items()))
     shift = opened.shift if shift is None else shift
@@ -328,7 +339,7 @@ def main(args: list[str] | None = None) -> None:
         if args == ["--version"]:
             return print(f"selfflow {__version__}")
         args = use_files(args)
-        starts = starting_point(args) if args[:1] == ["train"] else {}
+        starts = {"train": starting_point, "sample": sampler_of}.get(args[0], lambda _: {})(args) if args else {}
         read_command(COMMANDS, args, **starts)()
     except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
         if isinstance(error, BrokenPipeError):

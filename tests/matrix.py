@@ -178,9 +178,9 @@ def at_small_cost(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(report, "run_metrics", functools.partial(report.run_metrics, count=12, steps=2, resamples=2))
     write = report.write_samples
     patch.setattr(report, "write_samples", lambda run, asked, steps=2, *rest, **named: write(run, asked, steps, *rest, **named))
-    patch.setattr(representation_sections, "FITTED", 24)
-    patch.setattr(representation_sections, "SCORED", 12)
-    patch.setattr(sample_sections, "METHOD", "PCA")
+    patch.setattr(representation_sections, "_FITTED", 24)
+    patch.setattr(representation_sections, "_SCORED", 12)
+    patch.setattr(sample_sections, "_METHOD", "PCA")
     few_items = lambda run, split="test", count=12, *rest: features.items_of(run, split, min(count or 12, 12), *rest)  # noqa: E731
     patch.setattr(representation_sections, "items_of", few_items)
 

@@ -188,7 +188,7 @@ import selfflow
 from selfflow.analysis import judge
 assert Path(selfflow.__file__).is_relative_to(sys.argv[1]), selfflow.__file__
 judge.train_judge_for = None  # nothing is trained
-print({name: judge.judge_for(name).fingerprint for name in judge.HEADS})
+print({name: judge.judge_for(name).fingerprint for name in judge.HEADS if name != "digits"})
 """
 
 
@@ -209,7 +209,8 @@ def test_a_wheel_holds_the_same_judges_as_the_checkout(copy, tmp_path_factory):
     shown = subprocess.run([sys.executable, "-c", READ, str(installed)], cwd=installed, capture_output=True, text=True,
                            env={**os.environ, "PYTHONPATH": str(installed)})
     assert shown.returncode == 0, shown.stderr
-    assert ast.literal_eval(shown.stdout) == {name: judge_for(name).fingerprint for name in HEADS}, "and says nothing else"
+    judges = {name: judge_for(name).fingerprint for name in HEADS if name != "digits"}
+    assert ast.literal_eval(shown.stdout) == judges, "and says nothing else"
     assert not list(installed.glob("data*"))
 
 

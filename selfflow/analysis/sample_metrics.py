@@ -17,9 +17,8 @@ from torch import Tensor
 
 from .distances import Measured, NeighbourOptions, measure
 from .extractors import Extractor, built_in
-from .factors import CLASS, HEADS, known
-from .judge import followed, judge_for
-from .verdict import Share, train_judge
+from .factors import HEADS
+from .judge import Share, followed, judge_for, wishes
 from ..data.datasets import DataSet, Examples, subset, subset_words
 from ..data.sources import Sources
 from ..disk import write_json
@@ -90,18 +89,10 @@ class SampleMetrics:
 def _judged(run: Run, name: str, drawn: dict[str, Tensor], examples: Examples,
             folder: Path | str) -> tuple[dict[str, Share], dict[str, float]]:
     "The shares of samples that are what was asked for, and of real ones; empty where nothing was, or nothing judges it."
-    config = run.config
-    if config.shared.condition == "none":
+    config = run.config.datasets[name]
+    if config.condition == "none" or name not in HEADS:
         return {}, {}
-    if name == "digits":
-        judge = train_judge(name)
-        return {"digit": judge.recognised(drawn["image"], examples.labels)}, {"digit": judge.own.value}
-    if name not in HEADS:
-        return {}, {}
-    wanted = known(name, examples)
-    if config.shared.condition == "class":
-        wanted = {factor: wanted[factor] for factor in CLASS[name]}
-    verdict = followed(judge_for(name, config.datasets[name], folder), drawn, wanted)
+    verdict = followed(judge_for(name, config, folder), drawn, wishes(config, name, examples))
     return verdict.shares, verdict.own
 
 
@@ -116,7 +107,7 @@ def metric_data(run: Run, count: int = 500, data: str = "", extractor: Extractor
     if extractor is None and name == "latents":
         raise ValueError("metrics look at pixels, frames or sounds, and a run of latents draws latents; decode samples with "
                          "Latents.decode and measure them with all_metrics")
-    if extractor is None and name != "digits" and name not in HEADS:
+    if extractor is None and name not in HEADS:
         raise ValueError(f"metrics of {name} need an extractor of features, as none is built in for them: "
                          f"selfflow metrics {run.path} --extractor FOLDER, with DINOv2, CLAP, VideoMAE or InceptionV3")
     parts = {split: Sources(config.data, split).data[name] for split in ("test", "validation")}

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'CHOICES', 'DENSITIES', 'SCHEDULES', 'MASK_RATIOS', 'GIVEN', 'ModelConfig', 'FeatureOptions',
-           'SelfFlowOptions', 'SRAOptions', 'LayerSyncOptions', 'REPAOptions', 'Dopri5Options', 'ObjectiveConfig']
+           'SelfFlowOptions', 'SRAOptions', 'LayerSyncOptions', 'REPAOptions', 'ObjectiveConfig', 'StochasticOptions',
+           'AdaptiveOptions', 'sampler_options']
 
 # %% ../../nbs/1_method/07_options.ipynb #48c589ca
 from dataclasses import dataclass, fields
 from importlib import import_module
+from typing import Any
 
 from ..checks import check_positive, check_types, choose
 from ..registries import Named, NoOptions, objectives, samplers
@@ -88,19 +90,6 @@ class REPAOptions(FeatureOptions):
     rep_weight: float = 0.5  # gamma, of the representation loss
 
 
-@dataclass(frozen=True)
-class Dopri5Options:
-    "Tolerances of the adaptive sampler."
-    rtol: float = 1e-5  # relative
-    atol: float = 1e-5  # absolute
-
-
-samplers.register("euler", "selfflow.method.sampling:euler_step")
-samplers.register("heun", "selfflow.method.sampling:heun_step")
-samplers.register("midpoint", "selfflow.method.sampling:midpoint_step")
-samplers.register("sde", "selfflow.method.sampling:sde_step")
-samplers.register("dopri5", "selfflow.method.sampling:dopri5_path", Dopri5Options)
-
 objectives.register("self_flow", "selfflow.method.objective:SelfFlow", SelfFlowOptions)
 objectives.register("flow_matching", "selfflow.method.objective:FlowMatching", NoOptions)
 objectives.register("sra", "selfflow.method.objective:SRA", SRAOptions)
@@ -119,7 +108,7 @@ class ObjectiveConfig(metaclass=Named):
     "What is learned, and at which noise levels; with the options of the named objective. Masks matter only with several levels."
     registry = objectives
 
-    name: str = "self_flow"           # self_flow, flow_matching, sra, layer_sync, repa, or your own (--use)
+    name: str = "self_flow"           # of a registered objective
     density: str = "uniform"          # of the noise levels: uniform, logit_normal or plateau_logit_normal
     mask_ratio: float | None = None   # share of tokens at the second level, in [0, 0.5]; None = 0.25 image, 0.1 video, 0.5 audio
     label_drop: float = 0.1           # probability that a label becomes the null label
@@ -159,3 +148,34 @@ class ObjectiveConfig(metaclass=Named):
         free = {"name", "mask_ratio", "rep_weight", "label_drop", "given_share", "given_level"}
         return (isinstance(objectives[self.name].target, str) and self.mask_ratio in (None, *MASK_RATIOS.values())
                 and all(getattr(self, f.name) == f.default for f in fields(self) if f.name not in free))
+
+# %% ../../nbs/1_method/07_options.ipynb #1d501480
+@dataclass(frozen=True)
+class StochasticOptions:
+    "Options of a sampler whose step is given noise."
+    last: float = 0.04  # level at which the last step, without noise, begins; as published
+
+
+@dataclass(frozen=True)
+class AdaptiveOptions:
+    "Options of a sampler that chooses its steps by tolerances."
+    rtol: float = 1e-5  # relative tolerance of a step
+    atol: float = 1e-5  # absolute tolerance of a step
+
+
+samplers.register("euler", "selfflow.method.sampling:euler_step")
+samplers.register("heun", "selfflow.method.sampling:heun_step")
+samplers.register("midpoint", "selfflow.method.sampling:midpoint_step")
+samplers.register("sde", "selfflow.method.sampling:sde_step", StochasticOptions)
+samplers.register("dopri5", "selfflow.method.sampling:dopri5_path", AdaptiveOptions)
+
+
+def sampler_options(method: str, values: dict[str, Any]) -> Any:
+    "Options of a registered sampler. Raises ValueError for a name or an option that is not known."
+    options = samplers[method].options
+    known = [field.name for field in fields(options)]
+    if values and not known:
+        raise ValueError(f"sampler {method} has no options, but {', '.join(values)} is given")
+    for name in values:
+        choose(name, known, f"option of sampler {method}")
+    return options(**values)

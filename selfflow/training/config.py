@@ -73,10 +73,10 @@ class TrainConfig:
 # %% ../../nbs/3_training/01_config.ipynb #e92e8140
 @dataclass(frozen=True)
 class Config:
-    "A whole run."
+    "A whole run. data: one data set, or several, of which each step takes one."
     name: str = "digits"  # its folder
     seed: int = 0         # of every draw
-    data: DataConfig | tuple[DataConfig, ...] = field(default_factory=DataConfig)  # one data set, or several in turn
+    data: DataConfig | tuple[DataConfig, ...] = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     training: TrainConfig = field(default_factory=TrainConfig)

@@ -10,6 +10,7 @@ import math
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path as Folder
 
 import torch
@@ -20,11 +21,11 @@ from ..data.datasets import caption_text, subset
 from ..data.sources import Sources
 from ..draws import keyed
 from ..method.build import build_schedule
-from ..method.sampling import SDE_LAST, guided_velocity, inpaint, shown, time_grid
+from ..method.sampling import levels_of, sample, shown
 from ..registries import samplers
 from ..settings import own_settings
 from ..training.checkpoint import find_runs
-from ..training.run import Run
+from ..training.run import Run, step_noise
 from .boards import Board
 
 # %% ../../nbs/7_workbench/07_paths.ipynb #12b240a0
@@ -165,18 +166,9 @@ class Path:
 
 
 def _velocity(side: SideBySide, run: Run, settings: Settings, rows: int, cfg_scale: float):
-    "The velocity of so many samples that are told the same, as `Run.sample` has it."
-    told = settings.told
-    if told is not None and (run.transformer.classes or run.transformer.caption):
-        told = run.sources.wanted([told] * rows, side.name).to(run.device)
-    else:
-        told = None
-    velocity_fn = guided_velocity(run.teacher, told, cfg_scale, parts=side.parts)
-
-    def velocity(x, t):
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.training.precision == "bf16"):
-            return velocity_fn(x, t)
-    return velocity
+    "The velocity of several samples under one condition."
+    told = None if settings.told is None else run.sources.wanted([settings.told] * rows, side.name)
+    return run.velocity_fn(told, cfg_scale, data=side.name)
 
 
 def _problem(side: SideBySide, settings: Settings) -> None:
@@ -208,7 +200,7 @@ def _noise(side: SideBySide, settings: Settings) -> Tensor:
 
 
 def _drawn(side: SideBySide, name: str, run: Run, settings: Settings) -> Path:
-    shape, calls = (settings.count, *side.x0.shape[1:]), []
+    calls = []
     x1, given = _noise(side, settings), torch.zeros(side.tokens, dtype=torch.bool)
     if settings.anew is not None:
         given = ~torch.isin(torch.arange(side.tokens), torch.tensor(settings.anew, dtype=torch.int64))
@@ -219,14 +211,16 @@ def _drawn(side: SideBySide, name: str, run: Run, settings: Settings) -> Path:
         calls.append(t)
         return velocity_fn(x, t)
 
-    def noise(step):
-        generators = (keyed(settings.seed, "sampling noise", step, sample) for sample in range(settings.count))
-        return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(run.device)
-    x0 = side.x0[settings.sample].expand(shape)
-    states = inpaint(counted, x1.to(run.device), x0.to(run.device), given, settings.steps, settings.method, settings.shift, True,
-                     mixed, settings.level, noise=noise)
-    grid = time_grid(settings.steps, settings.shift, SDE_LAST if settings.method == "sde" else 0.0)
-    return Path(states.cpu(), grid, len(calls), given, mixed, scale)
+    x0, level, known = side.x0[settings.sample].expand_as(x1), settings.level if mixed else None, {}
+    if given.any():
+        known = {"x0": x0.to(run.device), "start": (~given).float(), "kept_level": level}
+    noise = partial(step_noise, settings.seed, range(settings.count), x1.shape[1:])
+    states = sample(counted, x1.to(run.device), settings.steps, settings.method, settings.shift, True, noise, **known).cpu()
+    levels = levels_of(settings.method, settings.steps, settings.shift)
+    if not mixed:  # the film shows what the model is shown
+        kept = given.expand(len(x1), -1)
+        states = torch.stack([shown(x, t, x0, x1, kept, level)[0] for x, t in zip(states, levels, strict=True)])
+    return Path(states, levels, len(calls), given, mixed, scale)
 
 
 @own_settings()
@@ -237,7 +231,7 @@ def estimate(side: SideBySide, name: str, settings: Settings, indices: list[int]
     x, t = path.states[indices, sample], path.levels[indices]
     x1 = _noise(side, settings)[sample]
     x0, given = side.x0[settings.sample].expand_as(x), path.given.expand(len(x), -1)
-    seen, tau = shown(x, t, x0, x1.expand_as(x), given, path.mixed, settings.level)
+    seen, tau = shown(x, t, x0, x1.expand_as(x), given, settings.level if path.mixed else None)
     with side._lock:
         v = _velocity(side, run, settings, len(indices), path.cfg_scale)(seen.to(run.device), tau.to(run.device)).cpu()
     found = torch.where(given[..., None], x0, seen - tau[..., None] * v)

@@ -16,7 +16,7 @@ from selfflow.analysis import judge as module
 from selfflow.analysis.factors import (
     CLASS,
     HEADS,
-    SIGNAL_OF,
+    _SIGNAL_OF,
     Reader,
     courses,
     covered,
@@ -25,8 +25,7 @@ from selfflow.analysis.factors import (
     pitch_errors,
     unrolled,
 )
-from selfflow.analysis.judge import followed, judge_for, on_samples, train_judge_for
-from selfflow.analysis.verdict import bounce_verdict, compared
+from selfflow.analysis.judge import bounce_verdict, compared, followed, judge_for, on_samples, train_judge_for
 from selfflow.data.options import DataConfig
 from selfflow.data.scenes import Scenes, sound_on_bounce
 from selfflow.data.shapes import KINDS, SYMMETRY, Shapes, draw_figures
@@ -36,6 +35,7 @@ from selfflow.shipped import shipped
 from selfflow.training.config import Config
 
 NAMES = tuple(HEADS)
+NETWORKS = tuple(name for name in HEADS if name != "digits")
 
 
 def some(name, count=96, split="test"):
@@ -55,7 +55,7 @@ def examples():
 # factors
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_known_factors_are_what_the_captions_tell(name, examples):
     words = {factor: names for heads in HEADS[name].values() for factor, names in heads.items()}
     found = known(name, examples[name])
@@ -71,9 +71,9 @@ def test_known_factors_are_what_the_captions_tell(name, examples):
 
 
 def test_there_is_no_judge_of_other_data():
-    for call in (partial(judge_for, "digits"), partial(known, "digits", None), partial(train_judge_for, "digits")):
-        known_ones = "shapes, emblems, motion, notes, scenes"
-        with pytest.raises(ValueError, match=f"unknown data set with a judge 'digits'; known are {known_ones}"):
+    for call in (partial(judge_for, "folder"), partial(known, "folder", None), partial(train_judge_for, "folder")):
+        known_ones = "digits, shapes, emblems, motion, notes, scenes"
+        with pytest.raises(ValueError, match=f"unknown data set with a judge 'folder'; known are {known_ones}"):
             call()
 
 
@@ -208,7 +208,7 @@ def test_sounds_on_bounces_and_their_chance():
 # judges
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_the_judges_that_come_along_fit_the_data_and_are_good(name, judges, examples):
     judge, path = judges[name], shipped(f"judges/{name}.safetensors")
     assert path.exists() and path.stat().st_size < 400_000
@@ -246,9 +246,45 @@ def test_only_what_is_there_is_read_and_other_things_are_refused(judges, example
                                  ("shapes", {"video": scenes["video"]}, "judge of shapes looks at image"),
                                  ("shapes", torch.zeros(2, 1, 8, 9), r"image has shape \(2, 1, 8, 9\), expected \(b, 3, h, w\)"),
                                  ("motion", torch.zeros(2, 3, 32, 32), r"expected \(b, 3, f, h, w\)"),
-                                 ("notes", torch.zeros(0, 8192), r"expected \(b, samples\), not empty")):
+                                 ("notes", torch.zeros(0, 8192), r"expected \(b, samples\), not empty"),
+                                 ("digits", torch.zeros(2, 1, 8, 9), r"expected \(b, 1, 8, 8\), not empty")):
         with pytest.raises(ValueError, match=words):
             judges[name].read(signals)
+
+
+def test_the_judge_of_digits_is_chosen_on_validation_and_never_sees_test_images(monkeypatch, examples):
+    asked = []
+
+    class Fixed:
+        support_vectors_ = np.zeros((1, 64))
+
+        def __init__(self, C, gamma):
+            self.strength = C
+
+        def fit(self, images, labels):
+            asked.append(images)
+            return self
+
+        def score(self, images, labels):
+            np.testing.assert_array_equal(images, load("digits", "validation").images.flatten(1))
+            return {1.0: 0.5, 10.0: 0.9, 100.0: 0.7}[self.strength]
+
+        def predict(self, images):
+            return np.full(len(images), int(self.strength))
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "SVC", Fixed)
+        chosen = judge_for("digits")
+    assert chosen.read(examples["digits"].signals)["digit"].eq(10).all()
+    assert all(np.array_equal(images, load("digits", "train").images.flatten(1)) for images in asked) and len(asked) == 3
+
+
+def test_digits_are_read_and_other_digits_are_not_right(judges):
+    judge, test = judges["digits"], load("digits", "test")
+    assert judge.own(["digit"]).value > 0.97 and "n = 360" in str(judge.own(["digit"]))
+    for shift, least, most in ((0, 0.97, 1), (1, 0, 0.03)):
+        wrong = followed(judge, test.images, {"digit": (test.labels + shift) % 10})
+        assert least <= wrong.shares["digit"].value <= most and torch.equal(wrong.right["digit"], wrong.right["all"])
+    assert judge.fingerprint == judge_for("digits").fingerprint
 
 
 def test_wishes_are_checked(judges, examples):
@@ -275,12 +311,12 @@ def test_training_depends_on_nothing_else_and_disturbs_nothing(tmp_path):
     assert again.fingerprint == first.fingerprint and again.accuracy == first.accuracy
 
 
-@pytest.mark.parametrize("view", [view for heads in HEADS.values() for view in heads])
+@pytest.mark.parametrize("view", [view for name in NETWORKS for view in HEADS[name]])
 @pytest.mark.parametrize("size, frames", [(16, 8), (48, 24)])
 def test_any_size_is_seen_on_one_grid(view, size, frames):
     heads = next(heads[view] for heads in HEADS.values() if view in heads)
     values = {"image": (2, 3, size, size), "video": (2, 3, frames, size, size), "audio": (2, 512 * frames)}
-    read = Reader(view, heads, 8000).eval().read(torch.rand(values[SIGNAL_OF.get(view, view)], generator=keyed(0, view)))
+    read = Reader(view, heads, 8000).eval().read(torch.rand(values[_SIGNAL_OF.get(view, view)], generator=keyed(0, view)))
     assert {factor: found.shape for factor, found in read.items()} == dict.fromkeys(heads, (2,))
 
 

@@ -8,7 +8,6 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from selfflow.analysis import verdict as metrics
 from selfflow.analysis.features import extract
 from selfflow.analysis.probes import logistic_probe
 from selfflow.analysis.probing import outdated, probe_table, read_probes, untrained_network
@@ -152,31 +151,3 @@ def test_the_untrained_network_computes_something_and_is_not_trained(runs):
     for (name, ours), (_, theirs) in zip(model.named_parameters(), start.named_parameters(), strict=True):
         changed = ours != theirs
         assert changed.sum() == (2 * 16 if "blocks" in name and name.endswith("adaLN_modulation.1.bias") else 0)
-
-
-def test_the_judge_is_chosen_on_validation(monkeypatch):
-    class Fixed:
-        def __init__(self, c):
-            self.c = c
-
-        def score(self, images, labels):
-            assert len(images) == 359, "validation images decide"
-            return {1.0: 0.5, 10.0: 0.9, 100.0: 0.7}[self.c]
-
-        def predict(self, images):
-            return np.full(len(images), self.c)
-
-    monkeypatch.setattr(metrics, "_fit", lambda data, c: Fixed(c))
-    assert metrics.train_judge("digits").classifier.c == 10.0
-
-
-def test_the_judge_never_sees_test_images(monkeypatch):
-    fitted = []
-    real = metrics._fit
-    monkeypatch.setattr(metrics, "_fit", lambda data, c: fitted.append(data) or real(data, c))
-    judge = metrics.train_judge("digits")
-    assert fitted and all(torch.equal(data.images, digits("train").images) for data in fitted)
-    test = digits("test")
-    assert judge.own.value > 0.97 and judge.own.count == 360
-    assert judge.recognised(test.images, (test.labels + 1) % 10).value < 0.03
-    assert "n = 360" in str(judge.own)

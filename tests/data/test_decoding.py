@@ -418,11 +418,11 @@ def test_a_gif_without_durations_has_ten_pictures_a_second():
 @pytest.mark.parametrize("kind", ["GIF", "WEBP"])
 def test_films_that_are_too_long(kind, monkeypatch):
     data = film([0, 50, 100, 150, 200], 100, kind)
-    monkeypatch.setattr("selfflow.data.decoding.FRAMES", 4)
+    monkeypatch.setattr("selfflow.data.decoding._FRAMES", 4)
     assert reason_of(data, "video", Form(2, 2)) == "is too long a film"
     assert read(data, "video", Form(2, 2, 10))[0, :, 0, 0].tolist() == [0, 50], "of which the beginning is short"
-    monkeypatch.setattr("selfflow.data.decoding.FRAMES", 100)
-    monkeypatch.setattr("selfflow.data.decoding.FILM_PIXELS", 4 * 36)
+    monkeypatch.setattr("selfflow.data.decoding._FRAMES", 100)
+    monkeypatch.setattr("selfflow.data.decoding._FILM_PIXELS", 4 * 36)
     assert reason_of(data, "video", Form(2, 2)) == "is too long a film"
 
 

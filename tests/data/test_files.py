@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from selfflow.data.datasets import SPLITS
 from selfflow.data.files import (
-    ENDS,
+    _ENDS,
     SIGNALS,
     SUFFIXES,
     Inside,
@@ -127,7 +127,7 @@ def test_kinds_that_are_known_but_not_read_are_named(data, suffix, reason):
 
 def test_empty_and_large_files(monkeypatch):
     assert reason_of(kind_of, io.BytesIO(), "image", ".png") == "is empty"
-    monkeypatch.setattr("selfflow.data.files.FILE_BYTES", 100)
+    monkeypatch.setattr("selfflow.data.files._FILE_BYTES", 100)
     assert reason_of(kind_of, io.BytesIO(PNG + bytes(93)), "image") == "is too large"
     assert kind_of(io.BytesIO(PNG + bytes(92)), "image") == "PNG"
     assert kind_of(io.BytesIO(STARTS["WAV"] + bytes(500)), "audio") == "WAV", "of a long sound only the beginning is read"
@@ -241,7 +241,7 @@ def test_two_tables_and_tables_that_are_links_or_too_large(root, monkeypatch):
     with pytest.raises(ValueError, match="both metadata.csv and metadata.jsonl.*keep one"):
         rows(root, "", Skipped())
     (root / "metadata.jsonl").unlink()
-    monkeypatch.setattr("selfflow.data.files.FILE_BYTES", 4)
+    monkeypatch.setattr("selfflow.data.files._FILE_BYTES", 4)
     with pytest.raises(ValueError, match="is too large"):
         rows(root, "", Skipped())
     (root / "metadata.csv").unlink()
@@ -288,11 +288,11 @@ def test_splits_have_their_shares():
 
 
 @settings(deadline=None)
-@given(st.integers(0, 3 * ENDS), st.integers(0, 3 * ENDS - 1))
+@given(st.integers(0, 3 * _ENDS), st.integers(0, 3 * _ENDS - 1))
 def test_digests_see_size_and_ends(size, at):
     data = bytes(size)
     changed = data[:at] + b"x" + data[at + 1:] if at < size else data + b"\0"
-    unseen = ENDS <= at < size - ENDS
+    unseen = _ENDS <= at < size - _ENDS
     assert (digest(data) == digest(changed)) == unseen
 
 

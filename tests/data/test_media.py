@@ -302,19 +302,19 @@ def two_sizes(container, codec, first, second):
 def test_a_header_that_says_fewer_pixels_than_there_are(container, codec, monkeypatch):
     data = two_sizes(container, codec, (16, 16), (64, 64))
     shows(data, Form(8, 6, 10), [0, 20, 40, 60, 80, 100])
-    monkeypatch.setattr(decoding, "PIXELS", 1_000)
+    monkeypatch.setattr(decoding, "_PIXELS", 1_000)
     assert reason_of(data, form=Form(8, 6)) == "cannot be decoded", "by FFmpeg, before there is room for them"
-    monkeypatch.setattr(decoding, "PIXELS", 2**26)
-    monkeypatch.setattr(decoding, "FILM_PIXELS", 6 * 64 * 64 - 1)
+    monkeypatch.setattr(decoding, "_PIXELS", 2**26)
+    monkeypatch.setattr(decoding, "_FILM_PIXELS", 6 * 64 * 64 - 1)
     assert reason_of(data, form=Form(8, 6)) == "is too long a film"
 
 
 def test_films_that_are_too_long_or_too_large(monkeypatch):
     data = encoded(GREYS)
-    monkeypatch.setattr(decoding, "FILM_PIXELS", 3 * 32 * 32)
+    monkeypatch.setattr(decoding, "_FILM_PIXELS", 3 * 32 * 32)
     assert reason_of(data) == "is too long a film"
     shows(data, Form(8, 3, 10), GREYS[:3])
-    monkeypatch.setattr(decoding, "PIXELS", 1_000)
+    monkeypatch.setattr(decoding, "_PIXELS", 1_000)
     assert reason_of(data, look) == reason_of(data) == "declares too many pixels"
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
 
 from selfflow.data.datasets import SPLITS, digits
-from selfflow.data.motion import DIRECTIONS, RANGES, WALL, Motion, digit_masks, headings, paths
+from selfflow.data.motion import DIRECTIONS, _RANGES, _WALL, Motion, digit_masks, headings, paths
 from selfflow.data.shapes import COLOURS, KINDS, PALETTE, TEXTURES, draw_figures, figure_masks, grounds
 
 OPTIONS = [{}, {"size": 16, "frames": 9}, {"figures": "digits"}, {"pair": True}, {"figures": "digits", "pair": True, "frames": 8}]
@@ -40,7 +40,7 @@ def test_paths_are_those_of_a_ball(direction, bounce):
     words = np.sum([WORDS[word] for word in DIRECTIONS[direction].split()], 0)
     way = paths(torch.tensor([start]), torch.tensor([direction]), torch.tensor([1.9]), torch.tensor([bounce]),
                 torch.tensor([scale]), 11)
-    ball = stepped(start, words / np.hypot(*words), 1.9, WALL * scale, 1 - WALL * scale, bounce, 11)
+    ball = stepped(start, words / np.hypot(*words), 1.9, _WALL * scale, 1 - _WALL * scale, bounce, 11)
     apart = abs(way[0].numpy() - ball)
     assert np.minimum(apart, 1 - apart * (not bounce)).max() < 1e-4
 
@@ -59,7 +59,7 @@ def test_directions_are_named_anticlockwise_from_the_right():
 def test_paths_never_leave(direction, speed, scale, bounce, frames):
     way = paths(torch.tensor([[0.5, 0.5]]), torch.tensor([direction]), torch.tensor([speed]), torch.tensor([bounce]),
                 torch.tensor([scale]), frames)
-    low = WALL * scale if bounce else 0
+    low = _WALL * scale if bounce else 0
     assert way.shape == (1, frames, 2) and (way >= low - 1e-5).all() and (way <= 1 - low + 1e-5).all()
 
 
@@ -232,7 +232,7 @@ def test_factors_are_uniform_independent_and_in_time(frames):
     turning = f["rotation"][f["rotation"] != 0]
     assert len(turning) / 12_000 == pytest.approx(0.5, abs=0.02)
     assert (turning > 0).float().mean().item() == pytest.approx(0.5, abs=0.02)
-    assert turning.abs().min() >= RANGES["rotation"][0] and turning.abs().max() <= RANGES["rotation"][1]
+    assert turning.abs().min() >= _RANGES["rotation"][0] and turning.abs().max() <= _RANGES["rotation"][1]
     names = ("kind", "colour", "direction", "speed", "bounce", "rotation", "scale", "appears", "texture")
     related = torch.corrcoef(torch.stack([f[name].float() for name in names])) - torch.eye(len(names))
     assert related.abs().max() < 0.05
@@ -248,8 +248,8 @@ def test_a_wall_is_met_in_time_and_only_by_what_bounces():
     first = torch.where(turned.any(1), turned.int().argmax(1), 60) / 60
     bounce = f["bounce"]
     assert not turned[~bounce].any() and first[bounce].min() >= 0.45 - 1 / 60 and first[bounce].max() <= 0.6 + 1e-6
-    assert (f["positions"][bounce] >= WALL * f["scale"][bounce, None, None] - 1e-5).all()
-    assert (f["positions"][bounce] <= 1 - WALL * f["scale"][bounce, None, None] + 1e-5).all()
+    assert (f["positions"][bounce] >= _WALL * f["scale"][bounce, None, None] - 1e-5).all()
+    assert (f["positions"][bounce] <= 1 - _WALL * f["scale"][bounce, None, None] + 1e-5).all()
     before = f["speed"][bounce] * (first[bounce] - f["appears"][bounce] / 60)
     assert before.min() > 0.11, "an eighth of the picture, less a frame"
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from selfflow.data.audio import LogMel, Mdct, onsets_of, pitch_of
 from selfflow.data.datasets import SPLITS
-from selfflow.data.notes import AMPLITUDES, FADES, PITCHES, TIMBRES, Notes, note_name, synthesise, to_wav, within_full_scale
+from selfflow.data.notes import _AMPLITUDES, _FADES, PITCHES, TIMBRES, Notes, note_name, synthesise, to_wav, within_full_scale
 
 
 def by_hand(pitch, timbre, attack, vibrato, loudness, phase, samples, rate):
@@ -21,10 +21,10 @@ def by_hand(pitch, timbre, attack, vibrato, loudness, phase, samples, rate):
     frequency = base * (1 + share * np.sin(2 * np.pi * 6 * fine))
     theta = 2 * np.pi * (phase + np.concatenate([[0], np.cumsum(frequency) / (16 * rate)])[:-1][::16])
     seconds = np.arange(samples) / rate
-    harmonics = [(k, a) for k, a in enumerate(AMPLITUDES[timbre], start=1) if k * base * (1 + share) < rate / 2]
+    harmonics = [(k, a) for k, a in enumerate(_AMPLITUDES[timbre], start=1) if k * base * (1 + share) < rate / 2]
     circle = np.linspace(0, 2 * np.pi, 20_001)
     peak = np.abs(sum(a * np.sin(k * circle) for k, a in harmonics)).max()
-    total, each = FADES[timbre]
+    total, each = _FADES[timbre]
     tones = sum(a / peak * np.exp(-each * k * seconds) * np.sin(k * theta) for k, a in harmonics)
     rise = np.array([math.sin(math.pi / 2 * min(1, s / attack)) ** 2 for s in seconds])
     fall = np.array([math.sin(math.pi / 2 * min(1, (samples / rate - s) / 0.03)) ** 2 for s in seconds])
@@ -50,7 +50,7 @@ def test_full_scale_is_reached_and_never_passed(timbre):
     at = [torch.full_like(pitch, value) for value in (0.005, 0.3, 0.0)]
     waves = synthesise(pitch, torch.full(pitch.shape, timbre), *at, phase=torch.linspace(0, 1, len(pitch)))
     assert waves.abs().max() <= 1
-    if FADES[timbre] == (0, 0):
+    if _FADES[timbre] == (0, 0):
         assert waves.abs().amax(1).min() > 0.97, "a rate of 8000 may miss the very top"
 
 
@@ -64,13 +64,13 @@ def test_nothing_is_aliased(pitch, timbre, vibrato):
     k = k[k * base * 2 ** (vibrato / 12) < 4000]
     near = ((hz[:, None] - k * base).abs() < 40 + (0.04 * k * base if vibrato else 0)).any(1)
     assert near.float().mean() < (1 if vibrato else 0.4) and power[~near].sum() < 1e-6 * power.sum()
-    assert power[near & (hz > (k[-1] - 0.5) * base)].sum() > 1e-6 * power.sum() or AMPLITUDES[timbre][k[-1] - 1] == 0
+    assert power[near & (hz > (k[-1] - 0.5) * base)].sum() > 1e-6 * power.sum() or _AMPLITUDES[timbre][k[-1] - 1] == 0
 
 
 def test_names_and_pitches():
     assert [note_name(p) for p in (21, 60, 61, 70, 83, 108)] == ["A0", "C4", "C#4", "A#4", "B5", "C8"]
     assert len(Notes.names) == len(set(Notes.names)) == len(PITCHES) == 24 and Notes.names[0] == "C4"
-    assert len(TIMBRES) == len(AMPLITUDES) == len(FADES)
+    assert len(TIMBRES) == len(_AMPLITUDES) == len(_FADES)
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from selfflow.data.datasets import SPLITS
 from selfflow.data.scenes import (
     GROUNDS,
-    LOUDEST,
+    _LOUDEST,
     MATERIALS,
     PITCHES,
-    RADII,
-    SPEEDS,
+    _RADII,
+    _SPEEDS,
     Scenes,
     _onsets,
     draw_ball,
@@ -112,7 +112,7 @@ def test_the_centre_of_mass_is_the_position(size):
 
 
 def test_the_covered_area_is_that_of_the_disc():
-    radius = torch.linspace(*RADII, 5)
+    radius = torch.linspace(*_RADII, 5)
     video = draw_ball(torch.full((5, 1, 2), 0.45), radius, torch.full((5,), 2), torch.zeros(5, dtype=torch.int64), 64)
     share = (video[:, 0, 0] - video[:, 0, 0, :1, :1]) / (2 * (0.60 - 0.18))  # stone is plain: red 0.60 on grey 0.18
     torch.testing.assert_close(share.mean((1, 2)), math.pi * radius**2, rtol=0.01, atol=0)
@@ -137,7 +137,7 @@ def test_the_sound_is_the_sum_of_decaying_partials(rate):
         for n in range(samples):
             since = n / rate - time
             if since >= 0:
-                wanted[n] += LOUDEST * speed / SPEEDS[1] * sum(
+                wanted[n] += _LOUDEST * speed / _SPEEDS[1] * sum(
                     share * math.exp(-since * ratio / decay) * math.sin(2 * math.pi * pitch * ratio * since)
                     for ratio, share in zip(ratios, shares, strict=True))
     heard = impact_sound(torch.tensor([2]), torch.tensor([[*times, NONE]], dtype=torch.float64),
@@ -147,7 +147,7 @@ def test_the_sound_is_the_sum_of_decaying_partials(rate):
 
 
 def test_two_of_the_loudest_at_once_stay_in_range():
-    at_once = torch.full((5, 2), SPEEDS[1] / math.sqrt(2))
+    at_once = torch.full((5, 2), _SPEEDS[1] / math.sqrt(2))
     heard = impact_sound(torch.arange(5), torch.full((5, 2), 0.1), at_once, 4000, 8000)
     assert 0.5 < heard.abs().max() <= 1
     none = impact_sound(torch.arange(5), torch.full((5, 2), NONE), torch.full((5, 2), NONE), 4000, 8000)
@@ -193,7 +193,7 @@ def test_clips_keep_the_rules():
         assert (shares - 1 / 13).abs().max() < 0.025, "no time is much more likely than another"
         for row, marked in zip(times[:64].tolist(), frames[:64], strict=True):
             assert {int(time * data.fps) for time in row if not math.isnan(time)} == set(marked.nonzero().flatten().tolist())
-        assert speeds[speeds.isfinite()].min() > SPEEDS[0] * math.sin(math.radians(24.9))
+        assert speeds[speeds.isfinite()].min() > _SPEEDS[0] * math.sin(math.radians(24.9))
 
 
 def test_factors_are_drawn_evenly_and_independently():
@@ -204,7 +204,7 @@ def test_factors_are_drawn_evenly_and_independently():
     assert (table / 4096 - 0.04).abs().max() < 0.013 and len(GROUNDS) == len(MATERIALS) == 5
     numbers = torch.stack([get["material"].float(), get["ground"].float(), get["radius"], get["speed"]])
     assert (torch.corrcoef(numbers) - torch.eye(4)).abs().max() < 0.07
-    for name, (low, high) in (("radius", RADII), ("speed", SPEEDS)):
+    for name, (low, high) in (("radius", _RADII), ("speed", _SPEEDS)):
         assert low <= get[name].min() and get[name].max() <= high
         assert (torch.histc(get[name], 4, low, high) / 4096 - 0.25).abs().max() < 0.03
     torch.testing.assert_close(get["velocity"].norm(dim=1), get["speed"])

@@ -22,7 +22,7 @@ from selfflow.data import texts
 from selfflow.data.datasets import caption_bytes, caption_text
 from selfflow.data.options import SHARED, DataConfig
 from selfflow.data.sources import Sources
-from selfflow.data.texts import SENTENCES, Bytes, open_encoder
+from selfflow.data.texts import _SENTENCES, Bytes, open_encoder
 from selfflow.method.options import ObjectiveConfig
 from selfflow.training.batches import Batches, Validation, shape_of
 from selfflow.training.config import Config
@@ -171,7 +171,7 @@ def test_a_text_has_its_vectors_whatever_stands_beside_it(folders, captions, tok
 @pytest.mark.parametrize("kind", KINDS)
 def test_vectors_are_of_unit_size(folders, kind):
     opened = open_encoder(folders[kind])
-    rows = opened.encode(SENTENCES, 64)
+    rows = opened.encode(_SENTENCES, 64)
     written = rows[rows.any(-1)]
     limit = {} if kind[0] != "c" else {"atol": 1e-2}
     torch.testing.assert_close(written.square().mean().sqrt(), torch.tensor(1.0), **({"atol": 6e-3, "rtol": 0} | limit))
@@ -219,7 +219,7 @@ def test_each_text_is_encoded_once_and_the_oldest_is_forgotten(encoder, monkeypa
     assert met == ["a red star", "a blue star"]
     encoder.encode(["a red star"], 5)
     assert met[2:] == ["a red star"], "another length is another thing"
-    monkeypatch.setattr(texts, "REMEMBERED", 3 * 6 * encoder.width * 4)
+    monkeypatch.setattr(texts, "_REMEMBERED", 3 * 6 * encoder.width * 4)
     forget(encoder)
     met.clear()
     long = [f"{word} star on the green ground" for word in ("red", "blue", "small", "large")]
@@ -228,7 +228,7 @@ def test_each_text_is_encoded_once_and_the_oldest_is_forgotten(encoder, monkeypa
     assert met == long and encoder._held == sum(own.nbytes for own in encoder._known.values()) == 3 * 6 * encoder.width * 4
     encoder.encode([long[1]], 6)
     assert met == [*long, long[1]]
-    monkeypatch.setattr(texts, "REMEMBERED", 0)
+    monkeypatch.setattr(texts, "_REMEMBERED", 0)
     assert torch.equal(encoder.encode(long, 6), encoder.encode(long, 6)) and encoder._held == 0 and not encoder._known
 
 

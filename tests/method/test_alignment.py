@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from selfflow.method.alignment import (
     DISTANCES,
-    GAPS,
+    _GAPS,
     NORMALISATIONS,
     TOKENS,
     Alignment,
@@ -159,7 +159,7 @@ def test_the_diagnosis_by_loops():
     gap[:15], gap[20], gap[21] = 0, 0.25, 0.5
     found = Alignment(predicted, target, gap).diagnosis()
     cosines = [a_cosine(p, h) for p, h in zip(predicted.tolist(), target.tolist(), strict=True)]
-    ends = [-1, *GAPS]
+    ends = [-1, *_GAPS]
     for low, high in zip(ends, ends[1:], strict=False):
         inside = [c for c, g in zip(cosines, gap.tolist(), strict=True) if low < g <= high]
         assert len(inside) > 3 and found[f"cosine_gap_{high:g}"] == pytest.approx(sum(inside) / len(inside), abs=1e-6)
@@ -167,7 +167,7 @@ def test_the_diagnosis_by_loops():
     assert found["feature_std"] == pytest.approx(target.numpy().std(0).mean(), rel=1e-5)
     assert found["constant_cosine"] == pytest.approx(constant_cosine(target).item())
     assert found["effective_rank"] == pytest.approx(effective_rank(target).item())
-    assert GAPS == (0.0, 0.25, 0.5, 1.0) and "rep_gradient_share" not in found
+    assert _GAPS == (0.0, 0.25, 0.5, 1.0) and "rep_gradient_share" not in found
     assert Alignment(predicted, target, gap).means() == {name: found[name] for name in ("cosine", "constant_cosine")}
     zero = Alignment(predicted, target, torch.zeros(60)).diagnosis()
     assert [name for name in zero if "gap" in name] == ["cosine_gap_0"] and zero["cosine_gap_0"] == pytest.approx(zero["cosine"])

@@ -414,6 +414,7 @@ X = torch.zeros(2, 3, 1)
     (lambda m: sample(still, X, x0=X, start=torch.tensor([0.0, 1.5, 1])), "start runs from 0 to 1.5, outside"),
     (lambda m: sample(still, X, x0=X, start=torch.tensor([0.0, -0.1, 1])), "start runs from -0.1 to 1, outside"),
     (lambda m: sample(still, X, x0=X, start=torch.tensor([0.0, math.nan, 1])), "start runs from nan"),
+    (lambda m: sample(still, X, x0=X, start=torch.zeros(3), kept_level=1.5), "kept_level is 1.5, outside"),
     (lambda m: sample(still, X, 5, "sde"), "give generator=keyed"),
     (lambda m: sample(still, X, 5, "sde", noise=torch.zeros(5, 2, 3, 1)), r"\(5, 2, 3, 1\), expected \(4, 2, 3, 1\)"),
     (lambda m: sample(still, X, 5, "sde", noise=lambda i: torch.zeros(3)), r"step's noise has shape \(3,\)"),

@@ -218,12 +218,12 @@ def test_a_part_that_cannot_be_made_says_why_and_the_others_come(runs, tmp_path)
 
 
 def test_sound_and_film_are_reported_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(sample_sections, "METHOD", "PCA")
-    for module, name in ((representation_sections, "FITTED"), (representation_sections, "SCORED")):
+    monkeypatch.setattr(sample_sections, "_METHOD", "PCA")
+    for module, name in ((representation_sections, "_FITTED"), (representation_sections, "_SCORED")):
         monkeypatch.setattr(module, name, 16)
     config = Config(name="scenes", data=DataConfig("scenes"), model=ModelConfig(width=16, depth=2, heads=2),
                     training=TrainConfig(steps=1, batch=4, validate_every=1, validation=4, sample_every=0))
-    monkeypatch.setattr(representation_sections, "MASKED", 4)
+    monkeypatch.setattr(representation_sections, "_MASKED", 4)
     run = train(config, tmp_path)
     plain = representation_sections.items_of
     monkeypatch.setattr(representation_sections, "items_of", lambda run, split, count: plain(run, split, 12))
@@ -256,7 +256,7 @@ def test_a_pdf_without_a_browser_is_refused_before_work_is_done(runs, tmp_path, 
 
 def test_a_report_opens_in_a_browser_without_a_network_or_a_complaint(runs, tmp_path, monkeypatch):
     api = playwright()
-    monkeypatch.setattr(sample_sections, "METHOD", "PCA")
+    monkeypatch.setattr(sample_sections, "_METHOD", "PCA")
     first, second = (probed(runs[name], tmp_path / name)[0] for name in ("tiny", "vanilla"))
     for run in (first, second):
         share = {"share": 0.5, "interval": [0.4, 0.6], "count": 100, "own": 0.9, "chance": 0.1}
@@ -371,7 +371,7 @@ def test_mistakes_are_answered_in_words(runs, monkeypatch, capsys, args, words):
 
 
 def test_the_command_line_trains_what_it_is_told(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sample_sections, "METHOD", "PCA")
+    monkeypatch.setattr(sample_sections, "_METHOD", "PCA")
     main(["train", "--name", "cli", "--folder", str(tmp_path), "--model.width", "16", "--model.depth", "4",
           "--model.heads", "2", "--training.steps", "3", "--training.batch", "8", "--objective.name", "flow_matching"])
     main(["sample", str(tmp_path / "cli"), "--labels", "3", "--each", "2", "--steps", "2", "--cfg-scale", "2"])

@@ -17,7 +17,7 @@ from selfflow.method.options import DENSITIES, MASK_RATIOS, SCHEDULES, SIZES, Mo
 from selfflow.method.schedule import DiffusionForcing, DualTimestep, FullMasking, MultiTimestep, SingleLevel
 from selfflow.method.tokens import Part
 from selfflow.method.transformer import TransformerConfig
-from selfflow.registries import objectives
+from selfflow.registries import datasets, objectives
 from selfflow.training.config import (
     PRESET_FIELDS,
     PRESETS,

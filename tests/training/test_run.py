@@ -11,7 +11,7 @@ from conftest import TINY
 from selfflow.draws import keyed
 from selfflow.method.sampling import guided_velocity, sample
 from selfflow.training.batches import validation_losses
-from selfflow.training.checkpoint import FORMAT, FREE, check_checkpoint, migrate
+from selfflow.training.checkpoint import FORMAT, _FREE, check_checkpoint, migrate
 from selfflow.training.config import Config, TrainConfig
 from selfflow.training.lock import RunInUse, sole_writer
 from selfflow.training.loop import train
@@ -288,7 +288,7 @@ OTHER = {"steps": 20, "keep_optimizers": 2, "save_every": 7, "keep_last": 1, "ke
 
 @pytest.mark.parametrize("name", sorted(OTHER))
 def test_what_does_not_change_the_result_may_change_on_the_way(run, capsys, name):
-    assert {"name", "data.encoder", *(f"training.{name}" for name in OTHER)} == FREE
+    assert {"name", "data.encoder", *(f"training.{name}" for name in OTHER)} == _FREE
     asked = replace(TINY, training=replace(TINY.training, **{name: OTHER[name]}))
     again = Run.create(run.path, asked, run.transformer)
     before = getattr(TINY.training, name)

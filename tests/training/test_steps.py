@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from selfflow.analysis.features import extract
 from selfflow.method.options import ObjectiveConfig
-from selfflow.training.checkpoint import check_checkpoint, drop_optimizer, resumable
+from selfflow.training.checkpoint import check_checkpoint, _drop_optimizer, resumable
 from selfflow.training.loop import train
 from selfflow.training.run import Run
 from selfflow.training.watching import Following
@@ -83,7 +83,7 @@ def test_a_checkpoint_without_an_optimiser_is_used_but_not_gone_on_from(run, by_
     if by_hand:
         (last / "optimizer.safetensors").unlink()
     else:
-        drop_optimizer(last)
+        _drop_optimizer(last)
         assert "optimizer.safetensors" not in json.loads((last / "manifest.json").read_text())
     assert check_checkpoint(last) is None and not resumable(last)
     opened = Run.open(run.path, "cpu")
@@ -96,7 +96,7 @@ def test_a_checkpoint_without_an_optimiser_is_used_but_not_gone_on_from(run, by_
     assert f"skipped {last}: it has no optimiser" in shown and "goes on from step 4" in shown
     assert again.state()["step"] == 12 and names(again)[1] == ["04", "08", "12"], "the one that had none was written again"
     for path in again.checkpoints():
-        drop_optimizer(path)
+        _drop_optimizer(path)
     with pytest.raises(ValueError, match="no checkpoint in .* has its optimiser.*Put .*step-00000012/optimizer.safetensors back"):
         train(longer(SHORT, 16), run.path.parent, "cpu", bar=False)
 

@@ -21,7 +21,7 @@ from selfflow.disk import NotWritten, cut_lines, read_lines, sha256, step_of, wr
 from selfflow.method.build import transformer_config
 from selfflow.method.options import ModelConfig
 from selfflow.method.tokens import Part
-from selfflow.training.checkpoint import FREE, check_checkpoint, problem_of, prune, write_checkpoint
+from selfflow.training.checkpoint import _FREE, check_checkpoint, problem_of, prune, write_checkpoint
 from selfflow.training.config import Config, TrainConfig, differences
 from selfflow.training.lock import RunInUse, sole_writer, writer_of
 from selfflow.training.run import Run
@@ -307,7 +307,7 @@ def test_damage_of_the_config_is_refused_where_it_matters_and_put_right_elsewher
         except ValueError:
             assert broken.strip() != whole.strip() and file.read_bytes() == broken
         else:
-            assert differences(json.loads(broken), json.loads(whole)).keys() <= {f"config.{name}" for name in FREE}
+            assert differences(json.loads(broken), json.loads(whole)).keys() <= {f"config.{name}" for name in _FREE}
             assert json.loads(file.read_bytes()) == json.loads(whole)
         try:
             Run.open(run.path, "cpu")

@@ -18,7 +18,7 @@ from selfflow.data.sources import Sources, class_number
 from selfflow.figures.dashboard import draw_film
 from selfflow.figures.layers import draw_ladder
 from selfflow.method.options import ModelConfig
-from selfflow.report.sample_sections import plane_colours
+from selfflow.report.sample_sections import _plane_colours
 from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
 from selfflow.training.run import Run
@@ -111,14 +111,14 @@ def test_points_are_coloured_by_names_and_the_rarest_of_many_classes_are_joined(
 
     def items(labels, name="folder"):
         return SimpleNamespace(factors={"class": torch.tensor(labels)}, data=Data(), name=name)
-    factor, values = plane_colours(items([0, 14, 3, 14]))
+    factor, values = _plane_colours(items([0, 14, 3, 14]))
     assert factor == "class" and values.tolist() == ["class 0", "class 14", "class 3", "class 14"]
-    factor, values = plane_colours(items([*range(40), *range(27)]))
+    factor, values = _plane_colours(items([*range(40), *range(27)]))
     assert len(set(values)) == 28 and (values == "13 others").sum() == 13 and values[0] == "class 0"
-    factor, values = plane_colours(Items(Sources(DataConfig("notes"), "test"), count=30))
+    factor, values = _plane_colours(Items(Sources(DataConfig("notes"), "test"), count=30))
     assert factor == "pitch" and set(values) <= set(map(note_name, PITCHES))
     moved = SimpleNamespace(factors={"speed": torch.tensor([0.5, 0.1])}, data=Data(), name="folder")
-    assert plane_colours(moved)[1].tolist() == pytest.approx([0.5, 0.1]), "a number stays one"
+    assert _plane_colours(moved)[1].tolist() == pytest.approx([0.5, 0.1]), "a number stays one"
 
 
 def test_the_film_strip_has_names_below(runs, tmp_path):

@@ -14,7 +14,7 @@ from selfflow.draws import keyed
 from selfflow.method.flow import interpolate
 from selfflow.method.options import ModelConfig, ObjectiveConfig
 from selfflow.registries import samplers
-from selfflow.method.sampling import SDE_LAST, inpaint, sample, shown, time_grid
+from selfflow.method.sampling import sample, shown, time_grid
 from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
 from selfflow.training.run import Run
@@ -42,65 +42,36 @@ def drawn(name, *shape):
     return torch.randn(*shape, generator=keyed(0, name), dtype=torch.float64)
 
 
-METHODS_HERE = [method for method in tuple(samplers) if method != "dopri5"]
+METHODS_HERE = [method for method in samplers if method != "dopri5"]
 
 
 @pytest.mark.parametrize("method", METHODS_HERE)
-@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("level", [0.0, 0.2, None])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_given_tokens_are_kept_and_none_given_is_plain_sampling(method, mixed, shift):
+def test_kept_tokens_come_back_and_a_sample_without_any_is_plain(method, level, shift):
     x1, x0, noise = drawn("x1", 3, 5, 2), drawn("x0", 3, 5, 2), drawn("noise", 3, 3, 5, 2)
-    given = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    kept = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
     options = {"steps": 4, "method": method, "shift": shift, "noise": noise}
-    out = inpaint(curl, x1, x0, given, mixed=mixed, **options)
-    assert torch.equal(out[given], x0[given]) and not torch.isclose(out, x0)[~given].all(-1).any()
-    states = inpaint(curl, x1, x0, given, mixed=mixed, trajectory=True, **options)
-    assert torch.equal(states[-1], out) and torch.equal(states[0][~given], x1[~given])
-    grid = time_grid(4, shift, SDE_LAST if method == "sde" else 0.0).double()
-    for state, t in zip(states, grid, strict=True):
-        wanted = x0 if mixed else interpolate(x0, x1, t)
-        torch.testing.assert_close(state[given], wanted[given], atol=1e-6, rtol=1e-6)
-    none = torch.zeros(5, dtype=torch.bool)
-    assert torch.equal(inpaint(curl, x1, x0, none, mixed=mixed, **options), sample(curl, x1, **options))
-    assert torch.equal(inpaint(None, x1, x0, ~none, mixed=mixed, **options), x0)  # no velocity is asked for
+    states = sample(curl, x1, x0=x0, start=(~kept).double(), kept_level=level, trajectory=True, **options)
+    assert torch.equal(states[:, kept], x0[kept].expand(5, -1, -1))
+    assert not torch.isclose(states[-1], x0)[~kept].all(-1).any() and torch.equal(states[0][~kept], x1[~kept])
+    torch.testing.assert_close(states[-1, 1], sample(curl, x1, **options)[1])
+    assert torch.equal(sample(None, x1, x0=x0, start=torch.zeros(5), kept_level=level, **options), x0)  # v is not asked for
 
 
-@pytest.mark.parametrize("method", METHODS_HERE)
-def test_clean_tokens_are_those_of_sample_with_a_start_of_0(method):
-    x1, x0, noise = drawn("x1", 2, 4, 3), drawn("x0", 2, 4, 3), drawn("noise", 4, 2, 4, 3)
-    given = torch.tensor([True, False, True, False])
-    wanted = sample(curl, x1, 5, method, x0=x0, start=(~given).double(), noise=noise)
-    torch.testing.assert_close(inpaint(curl, x1, x0, given, 5, method, noise=noise), wanted)
-
-
-@pytest.mark.parametrize("mixed, level", [(True, 0.0), (True, 0.2), (False, 0.2)])
-def test_what_the_model_is_shown(mixed, level):
-    x1, x0, given, seen = drawn("x1", 2, 4, 3), drawn("x0", 2, 4, 3), torch.tensor([True, False, True, False]), []
+@pytest.mark.parametrize("level", [0.0, 0.2, None])
+def test_what_the_model_is_shown(level):
+    x1, x0, kept, seen = drawn("x1", 2, 4, 3), drawn("x0", 2, 4, 3), torch.tensor([True, False, True, False]), []
 
     def spy(x, t):
         seen.append((x, t))
         return curl(x, t)
-    states = inpaint(spy, x1, x0, given, 4, mixed=mixed, level=level, trajectory=True)
+    states = sample(spy, x1, 4, x0=x0, start=(~kept).double(), kept_level=level, trajectory=True)
     for (x, t), clock, state in zip(seen, time_grid(4)[:-1], states[:-1], strict=True):
-        assert (t.shape == (2, 4)) if mixed else (t.ndim == 0)
-        a = level if mixed else clock.item()
-        assert t.expand(2, 4)[:, 0].tolist() == pytest.approx([a, a]) and (t.expand(2, 4)[:, 1] == clock).all()
-        torch.testing.assert_close(x[:, given], interpolate(x0, x1, a)[:, given], atol=1e-6, rtol=1e-6)
-        assert torch.equal(x[:, ~given], state[:, ~given])
-
-
-@pytest.mark.parametrize("changes, words", [
-    ({"given": torch.ones(4)}, "given is torch.float32 \\(4,\\), expected a bool"),
-    ({"given": torch.ones(5, dtype=torch.bool)}, "expected a bool for each token, \\(2, 4\\) or \\(4,\\)"),
-    ({"level": 1.5}, "level is 1.5, outside"), ({"level": float("nan")}, "level is nan"),
-    ({"x0": torch.zeros(2, 4, 3)}, "both must be \\(b, n, c\\) of one dtype"),
-    ({"x0": torch.full((2, 4, 3), float("nan"), dtype=torch.float64)}, "6 numbers of given tokens are NaN"),
-    ({"steps": 0}, "steps is 0"), ({"method": "leap"}, "unknown sampler 'leap'"),
-])
-def test_what_cannot_be_inpainted_is_refused(changes, words):
-    asked = {"x1": drawn("x1", 2, 4, 3), "x0": drawn("x0", 2, 4, 3), "given": torch.tensor([True, False, False, False])}
-    with pytest.raises(ValueError, match=words):
-        inpaint(curl, **asked | changes)
+        a = clock.item() if level is None else level
+        assert t.shape == (2, 4) and t[:, 0].tolist() == pytest.approx([a, a]) and (t[:, 1] == clock).all()
+        torch.testing.assert_close(x[:, kept], interpolate(x0, x1, a)[:, kept], atol=1e-6, rtol=1e-6)
+        assert torch.equal(x[:, ~kept], state[:, ~kept])
 
 
 # paths
