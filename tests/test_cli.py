@@ -20,7 +20,7 @@ from selfflow.analysis.comparison import runs_table
 from selfflow.cli import COMMANDS, main
 from selfflow.data.options import DataConfig
 from selfflow.method.options import FeatureOptions, ModelConfig, ObjectiveConfig, SelfFlowOptions
-from selfflow.registries import objectives
+from selfflow.registries import datasets, objectives
 from selfflow.options import read_command, read_settings, starting_point
 from selfflow.training import checkpoint, loop as training
 from selfflow.training.config import PRESETS, Config, TrainConfig, differences, flatten
@@ -191,7 +191,8 @@ def test_help_names_every_field_its_meaning_and_the_default_of_the_preset(capsys
         sources = "\n".join(map(inspect.getsource, part if isinstance(part, tuple) else (part,)))
         comments = re.findall(r"^    (\w+): .+?  # (.+)$", sources, re.M)
         meant |= {prefix + name: text for name, text in comments}
-    meant["objective.name"] = f"one of {', '.join(objectives)}"
+    for part, registry in {"data": datasets, "objective": objectives}.items():
+        meant[f"{part}.name"] = f"one of {', '.join(registry)}"
     assert meant.keys() == flatten(asdict(Config())).keys()
     follows = {"model.width", "model.depth", "model.heads", "model.positions", "training.shards", "objective.rep_weight",
                "objective.mask_ratio"}
