@@ -1,6 +1,7 @@
 """A run folder written as the loop writes it, by a thread that can be slow, stopped and asked."""
 import json
 import math
+import shutil
 import threading
 import time
 from datetime import datetime
@@ -41,8 +42,11 @@ class SimulatedTrainer:
         "A checkpoint of the last step, so far as one who watches looks at it; older ones are removed."
         new = self.path / f"checkpoints/step-{self.step:08d}"
         new.mkdir(parents=True, exist_ok=True)
+        state = json.dumps({"step": self.step})
+        (new / "state.json").write_text(state)
+        (new / "manifest.json").write_text(json.dumps({"state.json": {"size": len(state)}}))
         for path in set(new.parent.iterdir()) - {new}:
-            path.rmdir()
+            shutil.rmtree(path)
 
     def _log_lines(self, count: int, rate: float = 20.0) -> None:
         with (self.path / "log.jsonl").open("a") as log, (self.path / "timing.jsonl").open("a") as timing:

@@ -269,7 +269,7 @@ def test_a_signal_ends_training_after_a_step_and_the_same_command_goes_on(tmp_pa
     assert running.returncode == code and "Traceback" not in said
     run = Run.open(tmp_path / "it", "cpu")
     assert run.state()["step"] == run.log["step"].iloc[-1] > 3, "the step was finished and saved"
-    assert runs_table(tmp_path).loc["it", "state"] == f"stopped at {run.state()['step']}"
+    assert runs_table(tmp_path).loc["it", "state"] == f"stopped at step {run.state()['step']}"
 
 
 def test_interrupting_another_command_promises_nothing(monkeypatch, capsys):

@@ -16,12 +16,12 @@ from safetensors import safe_open
 from .benchmark import flops_per_step
 from .probing import read_probes
 from ..checks import choose
-from ..disk import step_of
 from ..intervals import Comparison, compare_seeds
 from ..registries import objectives
-from ..training.checkpoint import find_runs, problem_of, read_not_finite
+from ..training.checkpoint import find_runs, problem_of
 from ..training.config import differing, flatten
 from ..training.run import UNREADABLE, Run
+from ..training.watching import checkpoint_problems, run_state
 
 # %% ../../nbs/4_analysis/15_comparison.ipynb #28eade98
 def _whole(run: Run) -> list[Path]:
@@ -51,18 +51,12 @@ def _times(run: Run) -> pd.DataFrame:
 
 
 def _progress(run: Run) -> dict:
-    steps, writer, whole = run.config.training.steps, run.writer(), _whole(run)
+    writer = run.writer()
     log = _numbers(run.log, run.log_path, "step", *_LOSSES.values(), "validation_flow_loss")
-    done = step_of(whole[-1]) if whole else 0
-    if writer:
-        done = max(done, int(log["step"].iloc[-1]) if len(log) else 0)
-        state = f"training (pid {writer['pid']} on {writer['host']})"
-    elif not whole:
-        state = "damaged: no checkpoint is whole" if run.checkpoints() else "stopped at 0" if len(log) else "never begun"
-    else:
-        state = "finished" if done >= steps else f"stopped at {done}"
-    state += ", not finite" if state.startswith("stopped") and read_not_finite(run.path, done) else ""
-    return {"state": state, "step": done, "steps": steps, **_losses(log[log["step"] <= done] if len(log) else log)}
+    logged = int(log["step"].iloc[-1]) if len(log) else None
+    done, state = run_state(run, writer, logged, checkpoint_problems(run))
+    losses = _losses(log[log["step"] <= done] if len(log) else log)
+    return {"state": state, "step": done, "steps": run.config.training.steps, **losses}
 
 
 def _losses(log: pd.DataFrame) -> dict:
@@ -178,7 +172,7 @@ def fit_table(table: pd.DataFrame, width: int = 120) -> str:
 
     What fits neither way is left out, the least telling first, and named below; so is what is wrong with damaged runs.
     """
-    short = table["state"].str.split(":").str[0]
+    short = table["state"].str.split("[:;]").str[0]
     shown, dropped = readable(table.assign(state=short)), []
     data = [name for name in shown if name.startswith("data.")]  # long, and known to who trained them
     for name in ("", *data, "processes", "device", "constant cosine", "cosine", "FLOPs", "time", *shown.columns[:0:-1]):

@@ -153,9 +153,9 @@ def test_runs_are_found_in_their_order(folder):
 def test_the_table_says_how_each_run_stands(folder):
     table = runs_table(folder)
     states = dict(table["state"])
-    assert states["run2"] == states["deep/inside"] == "finished" and states["fresh"] == "never begun"
-    assert states["stopped"] == "stopped at 4" and table.loc["stopped", "step"] == 4 and table.loc["run2", "steps"] == 12
-    assert states["halved"] == "damaged: no checkpoint is whole"
+    assert states["run2"] == states["deep/inside"] == "finished" and states["fresh"] == "not started"
+    assert states["stopped"] == "stopped at step 4" and table.loc["stopped", "step"] == 4 and table.loc["run2", "steps"] == 12
+    assert states["halved"].startswith("damaged: no checkpoint is whole (step ")
     for name, words in {"edited": "config.json", "strange": "config.json", "no config": "no config.json"}.items():
         assert states[name].startswith("damaged: ") and words in states[name]
     log = Run.open(folder / "run2", "cpu").log
@@ -181,7 +181,7 @@ def test_who_trains_is_named(folder):
     with run.locked():
         state = runs_table({"it": run}).loc["it"]
     assert str(os.getpid()) in state["state"] and state["state"].startswith("training") and state["step"] == 12
-    assert runs_table({"it": run}).loc["it", "state"] == "stopped at 4"
+    assert runs_table({"it": run}).loc["it", "state"] == "stopped at step 4"
 
 
 def test_probes_times_and_runs_that_are_not_finite_are_shown(folder):
@@ -195,9 +195,10 @@ def test_probes_times_and_runs_that_are_not_finite_are_shown(folder):
     row = table.loc["run2"]
     assert 0 < row["probe"] < 1 and row["probe cell"].startswith("block 2, t = ") and row["probe cell"].endswith("step 12")
     assert (row["seconds"], row["device"], row["processes"]) == (24.0, "a small machine", 2)
-    assert table.loc["stopped", "state"] == "stopped at 4, not finite" and table.loc["run2", "state"] == "finished"
+    assert table.loc["stopped", "state"] == "stopped at step 5: the loss was not finite"
+    assert table.loc["run2", "state"] == "finished"
     (folder / "stopped/not_finite.json").write_text('{"step": 4}')  # it has got past that since
-    assert runs_table(folder).loc["stopped", "state"] == "stopped at 4"
+    assert runs_table(folder).loc["stopped", "state"] == "stopped at step 4"
     assert table.loc["run10", "state"].startswith("damaged: ") and table.loc["run10", "step"] == 12, "the rest of the row stands"
     text = readable(table).loc["run2"]
     assert text["step"] == "12/12" and text["time"] == "0:00:24" and text["probe"].endswith("step 12)") and "%" in text["probe"]
@@ -229,7 +230,7 @@ def test_operations_of_repa_need_the_width_of_its_features(runs, tmp_path):
     Run.open(tmp_path / "repa", "cpu")
     place(runs["tiny"], tmp_path / "tiny")
     (tmp_path / "tiny/checkpoints/step-00000012/objective.safetensors").write_bytes(b"x")
-    assert runs_table(tmp_path).loc["tiny", "state"] == "stopped at 8"
+    assert runs_table(tmp_path).loc["tiny", "state"].startswith("stopped at step 8; 1 of 3 checkpoints damaged")
 
 
 @pytest.mark.parametrize("file, content, words", [
@@ -352,7 +353,7 @@ def test_the_command_shows_and_draws(folder, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "90")
     main(["runs", str(folder)])
     said = capsys.readouterr().out
-    assert "stopped at 4" in said and "damaged" in said and not list(folder.glob("*.png"))
+    assert "stopped at step 4" in said and "damaged" in said and not list(folder.glob("*.png"))
     timed(folder / "run2")
     main(["runs", str(folder), "--names", "run2", "run10", "--against", "flops", "--measure", "cosine"])
     said = capsys.readouterr().out

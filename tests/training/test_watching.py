@@ -2,6 +2,8 @@
 import json
 import math
 import os
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,7 +15,7 @@ from simulated import SimulatedTrainer
 
 from selfflow.figures.style import clock, column, memory, series, short, spread
 from selfflow.training import watching as follow
-from selfflow.training.watching import Following, Lines, progress_line, run_state, speed, status
+from selfflow.training.watching import Following, Lines, run_state, speed, status
 
 
 def write(path, rows, mode="w"):
@@ -135,18 +137,25 @@ def test_numbers_are_short():
 WRITER = {"pid": 4711, "host": "ada", "since": "2026-01-01"}
 
 
-@pytest.mark.parametrize("arguments, expected", [
-    ((0, 100, None, None), "not started"),
-    ((0, 100, WRITER, None), "training: process 4711 on ada"),
-    ((100, 100, WRITER, None), "training: process 4711 on ada"),  # the last checkpoint is still being written
-    ((100, 100, None, None), "finished"),
-    ((1500, 2000, None, None), "stopped at step 1,500"),
-    ((50, 100, None, {"step": 51}), "stopped at step 51: the loss was not finite"),
-    ((50, 100, WRITER, {"step": 51}), "training: process 4711 on ada"),  # resumed since
-    ((100, 100, None, {"step": 51}), "finished"),
-    ((7, None, None, None), "stopped at step 7")])
-def test_the_state_in_words(arguments, expected):
-    assert run_state(*arguments) == expected
+@pytest.mark.parametrize("problems, logged, writer, not_finite, expected", [
+    ({}, None, None, None, (0, "not started")),
+    ({}, 3, None, None, (0, "stopped before anything was saved")),
+    ({}, None, WRITER, None, (0, "training: process 4711 on ada")),
+    ({90: ""}, 100, WRITER, None, (100, "training: process 4711 on ada")),  # the last checkpoint is still being written
+    ({90: "", 100: ""}, 100, None, None, (100, "finished")),
+    ({15: ""}, 19, None, None, (15, "stopped at step 15")),
+    ({50: ""}, 51, None, {"step": 51}, (50, "stopped at step 51: the loss was not finite")),
+    ({50: ""}, 51, WRITER, {"step": 51}, (51, "training: process 4711 on ada")),  # resumed since
+    ({100: ""}, 100, None, {"step": 51}, (100, "finished")),
+    ({50: "", 100: "torn"}, 100, None, None, (50, "stopped at step 50; 1 of 2 checkpoints damaged (step 100: torn)")),
+    ({50: "bad", 100: "torn"}, 100, None, None, (0, "damaged: no checkpoint is whole (step 100: torn)"))])
+def test_the_state_in_words(tmp_path, problems, logged, writer, not_finite, expected):
+    run = SimpleNamespace(exported=None, path=tmp_path, config=SimpleNamespace(training=SimpleNamespace(steps=100)))
+    if not_finite:
+        (tmp_path / "not_finite.json").write_text(json.dumps(not_finite))
+    assert run_state(run, writer, logged, problems) == expected
+    run.exported = {"step": 1500}
+    assert run_state(run, writer, logged, problems) == (1500, "exported at step 1,500")
 
 
 def timing(steps, rate, overhead=0.0, **last):
@@ -158,9 +167,9 @@ def timing(steps, rate, overhead=0.0, **last):
 def test_the_time_left_counts_what_is_not_training():
     alone, wall = speed(timing([100, 200], rate=10.0, overhead=0.25))
     assert alone == pytest.approx(10) and wall == pytest.approx(8)
-    line = progress_line("mine", 200, 1000, "training: process 1 on a", timing([100, 200], 10.0, 0.25))
-    assert line == ("mine | training: process 1 on a | step 200 of 1,000 (20 %) | 10 it/s | 0:01:40 left | data wait 1.2 % | "
-                    "peak memory 2.5 GB | NVIDIA H100")
+    parts = status("mine", 200, 1000, "training: process 1 on a", timing([100, 200], 10.0, 0.25))
+    assert " | ".join(parts) == ("mine | training: process 1 on a | step 200 of 1,000 (20 %) | 10 it/s | 0:01:40 left | "
+                                 "data wait 1.2 % | peak memory 2.5 GB | NVIDIA H100")
 
 
 def test_a_slow_run_says_seconds_per_step_and_several_processes_are_counted():
@@ -222,7 +231,8 @@ def test_a_run_that_comes_into_being_is_seen(tmp_path):
 
 def test_a_saved_step_counts_when_nobody_trains(run):
     run.log_lines(5)
-    (run.path / "checkpoints/step-00000100").mkdir()
+    run.step = 100
+    run.save()
     (run.path / "checkpoints/.step-00000200-abc").mkdir()
     (run.path / "checkpoints/step-odd").mkdir()
     following = Following(run.path)
@@ -243,7 +253,7 @@ def test_without_a_writer_the_newest_checkpoint_counts_and_no_later_line(tmp_pat
         assert following.step == 12 and not following.finished
     following.read()
     assert (following.step, following.state, following.finished) == (8, "stopped at step 8", False)
-    (run.path / "checkpoints/step-00000008").rmdir()
+    shutil.rmtree(run.path / "checkpoints/step-00000008")
     following.read()
     assert (following.step, following.state) == (0, "stopped before anything was saved")
 

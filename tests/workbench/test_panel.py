@@ -262,7 +262,7 @@ def test_speed_and_time_left_are_said_of_a_run_whose_first_steps_were_not_timed(
     (path / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     following = Following(path)
     following.read()
-    following.writer = {"pid": 1, "host": "a"}
+    following.state = "training: process 1 on a"
     parts = following.status()
     assert "20 it/s" in parts and parts[-1] == "AMD EPYC"
     assert [part for part in parts if part.endswith(" left")] == [f"{clock(100_000 / 20)} left"]
