@@ -157,7 +157,7 @@ class DataConfig(metaclass=Named):
     signals = ()  # kinds of signals, where the options do not name them: only the opened data tell
     always_there = False
 
-    name: str = "digits"      # digits, shapes, emblems, motion, notes, scenes, folder, huggingface, latents, or your own (--use)
+    name: str = "digits"      # one of the registered data sets, or your own (--use)
     share: float = 1.0        # of the batches, in proportion to those of the other data sets
     weight: float | dict[str, float] = 1.0  # of its losses: a number, or one for each signal, such as audio 0.5 video 2
     patch: int = 2            # side of a patch, pixels
