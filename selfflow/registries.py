@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['backbones', 'objectives', 'datasets', 'samplers', 'metrics', 'explorers', 'register_backbone', 'register_objective',
            'register_dataset', 'register_sampler', 'register_metric', 'register_explorer', 'NoOptions', 'Entry',
-           'Registry', 'use', 'used', 'trial', 'Named']
+           'Registry', 'use', 'used', 'trial', 'Named', 'own_options']
 
 # %% ../nbs/0_ground/07_registries.ipynb #00d7c7ad
 import importlib
@@ -222,6 +222,11 @@ class Named(type):
         "Return the names of the entries that have an option."
         base = cls.__dict__.get("base", cls)
         return [name for name in base.registry if field_name in {f.name for f in fields(base.registry[name].options)}]
+
+
+def own_options(part: Any) -> dict[str, Any]:
+    "Return the options of the entry that a config part names, without the settings that all entries have."
+    return {f.name: getattr(part, f.name) for f in fields(part.options_type)}
 
 
 def _combine(base: type, options: type) -> type:

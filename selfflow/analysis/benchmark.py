@@ -23,10 +23,11 @@ from tqdm.auto import tqdm
 
 from ..disk import check_writable, write_json
 from ..draws import keyed
-from ..method.build import build_objective, build_schedule
+from ..method.backbone import Inputs
+from ..method.build import build_backbone, build_objective, build_schedule
 from ..method.layers import Groups
 from ..method.objective import FlowMatching, SelfFlow, make_teacher, update_ema
-from ..method.options import SIZES, ObjectiveConfig
+from ..method.options import SIZES, ModelConfig, ObjectiveConfig
 from ..method.per_token import PerTokenTransformer, PublishedSelfFlow
 from ..method.schedule import NoiseLevels
 from ..method.transformer import Transformer, TransformerConfig
@@ -258,27 +259,28 @@ def bench(cases: list[Case], path: Path | str, rounds: int = 5, device: str = "a
     return records
 
 # %% ../../nbs/4_analysis/14_benchmark.ipynb #a54724d4
-def flops_per_step(config: Config, transformer: TransformerConfig, feature_width: int = 1) -> int:
+def flops_per_step(config: Config, inputs: Inputs, feature_width: int = 1) -> int:
     "Operations of one training step, of the whole batch; feature_width: of the encoder's features, for REPA alone."
     objective, batch = config.objective, config.training.batch
     rep = {"rep_tokens": "all"} if hasattr(objective, "rep_tokens") else {}
     plain = replace(objective, flow_tokens="all", given="", separated=False, **rep)  # which count costs nothing
-    flops = batch * _flops_of_sample(plain, transformer, config.training.checkpointing, feature_width)
+    flops = batch * _flops_of_sample(plain, config.model, inputs, config.training.checkpointing, feature_width)
     if not objective.separated:
         return flops
-    levels = build_schedule(objective, transformer.parts).sample(batch, transformer.tokens, keyed(config.seed, "levels"))
+    levels = build_schedule(objective, inputs.parts).sample(batch, inputs.tokens, keyed(config.seed, "levels"))
     pairs = sum(len(group.rows) * (len(group.keys) // batch) for group in Groups.of(levels).groups)
     passes = 3 + config.training.checkpointing  # a backward pass is twice a forward
-    return flops - passes * 4 * transformer.width * transformer.depth * (batch * transformer.tokens**2 - pairs)
+    return flops - passes * 4 * config.model.width * config.model.depth * (batch * inputs.tokens**2 - pairs)
 
 
 @lru_cache(maxsize=256)
-def _flops_of_sample(objective: ObjectiveConfig, shape: TransformerConfig, checkpointing: bool, feature_width: int) -> int:
+def _flops_of_sample(objective: ObjectiveConfig, model: ModelConfig, inputs: Inputs, checkpointing: bool,
+                     feature_width: int) -> int:
     with torch.device("meta"):
-        student = Transformer(shape)
-        learner = build_objective(objective, student, (shape.parts,), feature_width)
-        x0, told = torch.zeros(1, shape.tokens, shape.channels), (1, shape.caption) if shape.caption else (1,)
-        labels = torch.zeros(*told, shape.caption_width) if shape.caption_width else torch.zeros(told, dtype=torch.int64)
+        student = build_backbone(model, inputs)
+        learner = build_objective(objective, student, (inputs.parts,), feature_width)
+        x0, told = torch.zeros(1, inputs.tokens, inputs.channels), (1, inputs.caption) if inputs.caption else (1,)
+        labels = torch.zeros(*told, inputs.caption_width) if inputs.caption_width else torch.zeros(told, dtype=torch.int64)
         features = torch.zeros(1, feature_width) if learner.needs_features else None
     student.checkpointing, teacher = checkpointing, make_teacher(student)
     with sdpa_kernel(SDPBackend.MATH):

@@ -84,11 +84,11 @@ def _spent(run: Run) -> dict:
 def _flops(run: Run) -> float:
     "Operations of a step; NaN without a checkpoint where it alone tells how wide an encoder's features are."
     if not objectives[run.config.objective.name].load().needs_features:
-        return flops_per_step(run.config, run.transformer)
+        return flops_per_step(run.config, run.inputs)
     if not (whole := _whole(run)):
         return math.nan
     with safe_open(whole[-1] / "objective.safetensors", "pt") as head:
-        return flops_per_step(run.config, run.transformer, head.get_slice("projector.4.weight").get_shape()[0])
+        return flops_per_step(run.config, run.inputs, head.get_slice("projector.4.weight").get_shape()[0])
 
 # %% ../../nbs/4_analysis/15_comparison.ipynb #0c840972
 COLUMNS = ("state", "step", "steps", "flow loss", "validation", "cosine", "constant cosine", "probe", "probe cell", "seconds",

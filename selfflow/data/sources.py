@@ -31,6 +31,7 @@ from .own import as_dataset
 from .scenes import Scenes
 from .shapes import Emblems, Shapes
 from .texts import Bytes, open_encoder
+from ..method.backbone import Inputs
 from ..method.tokens import ImagePatches, Layout, Part, VideoPatches
 from ..registries import datasets
 from ..settings import own_settings
@@ -322,6 +323,12 @@ class Sources:
     def sequences(self) -> tuple[tuple[Part, ...], ...]:
         "The parts of each kind of sequence."
         return tuple(dict.fromkeys(layout.parts for layout in self.layouts.values()))
+
+    @property
+    def inputs(self) -> Inputs:
+        "What a backbone for these data is built for."
+        caption = (self.config.caption, self.encoder.width) if self.config.condition == "caption" else (0, 0)
+        return Inputs(self.parts, len(self.names), *caption)
 
     @property
     def fingerprint(self) -> str:

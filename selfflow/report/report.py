@@ -43,7 +43,7 @@ def run_report(runs: dict[str, Run], report: Report | None = None, sections=SECT
     sections: functions from runs to a `Section`, in their order.
     Raises ValueError without runs or when their data differ; FileNotFoundError for a run that has no checkpoint.
     """
-    if len({(str(run.trained_on), run.transformer.channels) for run in runs.values()}) != 1:
+    if len({(str(run.trained_on), run.inputs.channels) for run in runs.values()}) != 1:
         raise ValueError("a report needs at least one run, and runs on the same data")
     for run in runs.values():
         run.checkpoint  # noqa: B018, which raises now rather than after minutes
@@ -119,7 +119,7 @@ def _probe(run: Run) -> None:
 
 
 def _samples(run: Run) -> None:
-    each = 4 if run.transformer.caption else 10
+    each = 4 if run.inputs.caption else 10
     wanted = to_draw(run, run.config.data_name(), each=each)
     write_samples(run, wanted[:: math.ceil(len(wanted) / 100)])
 

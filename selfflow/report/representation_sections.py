@@ -41,14 +41,14 @@ def looked_at(run: Run, count: int = _SAMPLES, level: float = LEVEL) -> tuple[It
     if items.present:
         found = _of_parts(run, items, x0, x1, levels)
     else:
-        found = extract(run.teacher, x0, x1, level, tuple(range(1, run.transformer.depth + 1)), pooled=False, batch=64)
+        found = extract(run.teacher, x0, x1, level, tuple(range(1, run.teacher.depth + 1)), pooled=False, batch=64)
     place = next(iter(items.parts.values()))
     return items, {layer: hidden[:, place].contiguous() for layer, hidden in found.items()}
 
 
 @torch.no_grad()
 def _of_parts(run, items, x0, x1, levels) -> dict[int, Tensor]:
-    found, taps = {}, tuple(range(1, run.transformer.depth + 1))
+    found, taps = {}, tuple(range(1, run.teacher.depth + 1))
     for clean, noise in zip(x0.split(32), x1.split(32), strict=True):
         one = NoiseLevels(levels.levels.expand(len(clean), -1), levels.assign.expand(len(clean), -1)).to(run.device)
         xt = interpolate(clean, noise, one.per_token().cpu()).to(run.device)

@@ -60,7 +60,7 @@ def plane_section(runs: dict[str, Run]) -> Section:
     points, titles, rows, pictures = {}, {}, [], {}
     for name, run in runs.items():
         items, features = looked_at(run)
-        layer = max(1, round(0.7 * run.transformer.depth))
+        layer = max(1, round(0.7 * run.teacher.depth))
         method = _METHOD if len(items) > 30 else "PCA"
         found = project(features[layer].mean(1), method, min(15, len(items) // 3))
         points[name], titles[name] = found.points, f"{name}, block {layer}"

@@ -28,6 +28,7 @@ from .lock import free_name
 
 # %% ../../nbs/3_training/03_checkpoint.ipynb #422cb435
 OPTIMIZER = "optimizer.safetensors"
+FORMAT = 5
 
 
 def write_checkpoint(path: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
@@ -62,9 +63,13 @@ def read_part(path: Path, part: str) -> dict[str, Tensor]:
     if not file.exists():
         raise FileNotFoundError(f"{path} has no {part}: this run was trained without one or the checkpoint was edited")
     try:
-        return {_in_part(name): value for name, value in load_file(file).items()}
+        tensors = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
+    state = path / "state.json"
+    if json.loads((state if state.is_file() else path / "config.json").read_text(encoding="utf-8")).get("format", 5) >= 5:
+        return tensors
+    return {_in_part(name): value for name, value in tensors.items()}
 
 
 def resumable(path: Path) -> bool:
@@ -190,9 +195,6 @@ def read_pictures(folder: Path) -> list[tuple[int, Tensor, Tensor]]:
     return pictures
 
 # %% ../../nbs/3_training/03_checkpoint.ipynb #e3423813
-FORMAT = 5
-
-
 def _from_1(stored: dict) -> dict:
     "Format 1 had no shards, which is what one shard computes, and no fingerprints."
     config = {**stored["config"], "training": {"shards": 1, **stored["config"]["training"]}}
@@ -205,9 +207,7 @@ def _from_2(stored: dict) -> dict:
     data = config.get("data", {})
     if data.get("condition") != "caption" or data.get("encoder"):
         return stored
-    each = {"caption_stride": 1}
-    shape = {"transformer": each | stored["transformer"]} if "transformer" in stored else {}
-    return {**stored, **shape, "config": {**config, "model": each | config.get("model", {})}}
+    return {**stored, "config": {**config, "model": {"caption_stride": 1} | config.get("model", {})}}
 
 
 def _from_3(stored: dict) -> dict:
@@ -215,19 +215,20 @@ def _from_3(stored: dict) -> dict:
     data = stored["config"].get("data", {})
     if {"folder", "huggingface"} & {*data.get("name", "").split("+")}:
         data = {**data, "carve": False}
-    shape = {"transformer": {**stored["transformer"], "fp32_levels": False}} if "transformer" in stored else {}
-    return {**stored, **shape, "format": 4, "config": {**stored["config"], "defaults": 3} | ({"data": data} if data else {})}
+    return {**stored, "format": 4, "config": {**stored["config"], "defaults": 3} | ({"data": data} if data else {})}
 
 
 def _from_4(stored: dict) -> dict:
-    "Format 4 had images alone without a part, the options of all objectives with each, and one set of settings for all data."
+    "Format 4 had a transformer's shape, images without a part, options of all objectives, and one text for several data sets."
     config = stored["config"]
     if "data" in config:
         config = {**config, "data": data_from_4(config["data"])}
     if "objective" in config:
         config = {**config, "objective": _own_options(config["objective"])}
-    shape = {"transformer": _with_parts(stored["transformer"])} if "transformer" in stored else {}
-    return {**stored, "format": 5, "config": config} | shape
+    stored = {**stored, "format": 5, "config": config}
+    if "transformer" in stored:
+        stored["inputs"] = _inputs(stored.pop("transformer"))
+    return stored
 
 
 def _own_options(objective: dict) -> dict:
@@ -271,9 +272,10 @@ _DATA_OPTIONS_OF_4 = ("shares", "weights", "size", "frames", "path", "signals", 
                       "carve")
 
 
-def _with_parts(shape: dict) -> dict:
+def _inputs(shape: dict) -> dict:
+    "Of the shape of a transformer what does not follow from the config."
     parts = shape.get("parts") or [{"name": "image", "channels": shape["channels"], "grid": [1, *shape["grid"]], "ticks": 1.0}]
-    return {name: value for name, value in shape.items() if name not in ("channels", "grid")} | {"parts": parts}
+    return {"parts": parts} | {name: shape.get(name, 0) for name in ("classes", "caption", "caption_width")}
 
 
 _MIGRATIONS = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}  # to the next format
@@ -307,7 +309,7 @@ def agree(path: Path, there: dict, asked: dict) -> dict[str, tuple]:
     The place of data may change where their fingerprints are known and equal. Raises ValueError with the differences and a free
     name.
     """
-    found = differences(*({**stored["config"], "transformer": stored["transformer"]} for stored in (there, asked)))
+    found = differences(*({**stored["config"], "inputs": stored["inputs"]} for stored in (there, asked)))
     known = there["data"] if there["data"].get("train") == asked["data"].get("train") else {}
     other = {name: pair for name, pair in found.items() if not is_free(name, known)}
     changed = {f"data.{name}": (there["data"][name], value) for name, value in asked["data"].items()

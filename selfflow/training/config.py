@@ -13,8 +13,8 @@ from importlib import import_module
 
 from ..checks import check_positive, check_types, choose
 from ..data.options import DataConfig, by_name
+from ..method.options import MASK_RATIOS, ModelConfig, ObjectiveConfig, TransformerOptions
 from ..registries import Named
-from ..method.options import MASK_RATIOS, ModelConfig, ObjectiveConfig
 
 # %% ../../nbs/3_training/01_config.ipynb #a8a49c61
 PRECISIONS = ("fp32", "bf16")
@@ -94,8 +94,9 @@ class Config:
             raise ValueError(f"{self.name!r} is no name for a run: it is a folder's, with no / or \\, and begins with neither a "
                              "dot nor a dash nor a space")
         self._complete()
-        if not self.objective.usual or self.model.depth < 2:
-            import_module("selfflow.method.build").check_layers(self.objective, self.model.depth, self.signals)
+        depth = getattr(self.model, "depth", None)  # of a backbone that has no such option it is known once it is built
+        if depth is not None and (not self.objective.usual or depth < 2):
+            import_module("selfflow.method.build").check_layers(self.objective, depth, self.signals)
 
     @property
     def datasets(self) -> dict[str, DataConfig]:
@@ -121,7 +122,7 @@ class Config:
         "Fill in what follows from the kind of data: nothing is left open where it is known."
         signals = self.signals
         positions = "sincos" if signals == {"image"} and self.shared.condition != "caption" else "rotary"
-        if self.model.positions is None and signals:
+        if isinstance(self.model, TransformerOptions) and self.model.positions is None and signals:
             object.__setattr__(self, "model", replace(self.model, positions=positions))
         ratios = {MASK_RATIOS[signal] for signal in signals}
         if self.objective.mask_ratio is None and len(ratios) == 1:

@@ -50,8 +50,8 @@ tags:
 # {config.name}
 
 A flow matching model, trained with the objective `{config.objective.name}` for {step:,} steps and conditioned on {condition}.
-The file `model.safetensors` holds the averaged (EMA) weights in {dtype}: width {run.transformer.width},
-depth {run.transformer.depth}.
+The file `model.safetensors` holds the averaged (EMA) weights in {dtype}: width {run.teacher.width},
+depth {run.teacher.depth}.
 
 ## Data
 

@@ -27,7 +27,7 @@ from ..draws import keyed
 from ..method.schedule import NoiseLevels
 from ..method.tokens import Part
 from ..settings import own_settings
-from .batches import Batches, Validation, feature_source, shape_of, shards_of, too_wide
+from .batches import Batches, Validation, channel_warnings, feature_source, shards_of
 from .checkpoint import OPTIMIZER, is_free, migrate, read_state, resumable
 from .config import Config, TrainConfig, flatten, overlaid
 from .processes import Interrupt, Processes, raise_again
@@ -232,7 +232,7 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
     sources, validation = (Sources(config.data, split, {GIVEN_DATA: given[split]} if given else None)
                            for split in ("train", "validation"))
     judged = Validation.of(config, sources=validation)  # bad validation data are reported now, not at the first validation
-    shape, batches = shape_of(config, sources), Batches(sources, config, processes.rank, processes.count)
+    batches = Batches(sources, config, processes.rank, processes.count)
     features_of, width, fingerprint = feature_source(features, config, sources, processes.device)
     state = start_state(config, sources, processes.device, width)
     if features is not None:
@@ -244,18 +244,19 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
     fingerprints |= {"features": fingerprint} if fingerprint else {}
     fingerprints |= {"encoder": sources.encoder.fingerprint} if config.shared.encoder else {}
     outline = outlines(sources, validation, config.defaults)
-    run, number = Run(Path(folder) / config.name, config, shape, processes.device, fingerprints, outline, given), None
+    run, number = Run(Path(folder) / config.name, config, sources.inputs, processes.device, fingerprints, outline, given), None
     with ExitStack() as stack:
         if not processes.lead(lambda: _open(run, stack)):
             spent = _resume(run, state, processes)
-            for said in too_wide(config, sources) if not state.step else ():  # later it can no more be changed
-                processes.say(f"{config.name}: {said}")
+            warnings = channel_warnings(state.student.width, sources) if not state.step else ()  # later nothing can be changed
+            for warning in warnings:
+                processes.say(f"{config.name}: {warning}")
             if config.training.compile and state.step < config.training.steps:
                 _compile(state, config, batches[state.step], features_of, processes)
             share_state(state, config, processes)
             number = _Loop(run, state, batches, judged, features_of, processes).go(workers, track, bar, spent, callbacks)
     raise_again(number)
-    return Run(run.path, config, shape, processes.device, run.data, run.outline, given)  # looks at the newest checkpoint
+    return Run(run.path, config, run.inputs, processes.device, run.data, run.outline, given)  # looks at the newest checkpoint
 
 
 def _on_given(config: Config, data: DataSet) -> Config:
@@ -288,7 +289,7 @@ def _fingerprints_in(path: Path) -> dict[str, str]:
 
 def _open(run: Run, stack: ExitStack) -> bool:
     "Make the folder or check the one that is there, and keep others out; whether it is finished and can only be read."
-    Run.create(run.path, run.config, run.transformer, run.device, run.data, run.outline)
+    Run.create(run.path, run.config, run.inputs, run.device, run.data, run.outline)
     try:
         stack.enter_context(run.locked())
     except NotWritten:

@@ -33,14 +33,14 @@ def to_draw(run: Run, data: str, labels: tuple[int | str, ...] = (), captions: t
         raise ValueError(f"each is {each}, but at least 1 sample of each class must be drawn")
     if labels and captions:
         raise ValueError(f"labels {labels} and captions {captions}: a run knows one of the two")
-    if captions and not run.transformer.caption:
+    if captions and not run.inputs.caption:
         raise ValueError(f"{run.path} draws by class, not by caption; take labels instead of captions {captions}")
-    if labels and run.transformer.caption:
+    if labels and run.inputs.caption:
         raise ValueError(f"{run.path} draws by caption, not by class; take captions instead of labels {labels}")
-    if run.transformer.caption:
+    if run.inputs.caption:
         return [text for text in captions or run.captions(10, "test", data) for _ in range(each)]
-    names = run.sources.data[data].names if run.transformer.classes else ("",)
-    numbers = [class_number(label, names) for label in labels] if run.transformer.classes else [0] * len(labels)
+    names = run.sources.data[data].names if run.inputs.classes else ("",)
+    numbers = [class_number(label, names) for label in labels] if run.inputs.classes else [0] * len(labels)
     return torch.tensor(numbers or range(len(names))).repeat_interleave(each)
 
 

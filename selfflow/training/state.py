@@ -26,10 +26,11 @@ from ..method.objective import WHOLE, Losses, Whole, ema_decay, make_teacher, up
 from ..method.tokens import Part
 from ..method.transformer import Transformer
 from ..settings import own_settings
-from .batches import shape_of, shards_of
+from .batches import shards_of
 from .checkpoint import read_part, read_state
 from .config import Config, TrainConfig
 from .processes import Processes, like, share, slice_weights, unsynced, whole
+from .run import new_backbone
 
 # %% ../../nbs/3_training/08_state.ipynb #6cba6c98
 class _Optimizers:
@@ -186,7 +187,7 @@ def start_state(config: Config, sources: Sources, device: torch.device, feature_
     """
     with torch.random.fork_rng():  # the caller's random numbers are not touched
         torch.manual_seed(keyed(config.seed, "weights").initial_seed())
-        student = Transformer(shape_of(config, sources)).to(device)
+        student = new_backbone(config, sources.inputs).to(device)
         student.checkpointing = config.training.checkpointing
         torch.manual_seed(keyed(config.seed, "projector").initial_seed())
         objective = build_objective(config.objective, student, sources.sequences, feature_width, sources.weights)

@@ -70,7 +70,7 @@ class Watched:
     """
 
     def __init__(self, subject: Subject):
-        self.subject, self.config = subject, subject.run.transformer
+        self.subject, self.config = subject, subject.teacher.config
         self.networks = dict(zip(NETWORKS, deepcopy((subject.teacher, subject.student)), strict=True))
         self.forward, self.sound = lru_cache(4)(self._forward), lru_cache(4)(self._sound)
         self.slices = Places.of(subject.layout.parts).slices

@@ -60,7 +60,7 @@ class Chosen:
                 run = Run.open(path)
             except (ValueError, OSError):
                 continue
-            if run.trained_on == self.run.trained_on and run.transformer.parts == self.run.transformer.parts:
+            if run.trained_on == self.run.trained_on and run.inputs.parts == self.run.inputs.parts:
                 found[name] = run
         return found
 

@@ -65,7 +65,7 @@ class Settings:
 def _kind(run: Run, name: str) -> tuple:
     "What must agree for the same noise to mean the same."
     source = run.sources
-    return source.layouts[name].parts, run.config.shared.condition, source.names, run.transformer.caption
+    return source.layouts[name].parts, run.config.shared.condition, source.names, run.inputs.caption
 
 
 def _said(kind: tuple) -> str:

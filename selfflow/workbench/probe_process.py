@@ -36,7 +36,7 @@ class Probing:
         "What it would cost, in words: computed without doing it."
         words = []
         for name, run in runs.items():
-            cells = len(PROBE_LEVELS) * run.transformer.depth
+            cells = len(PROBE_LEVELS) * run.teacher.depth
             words.append(f"{name}: {cells} cells, and as many of the untrained network; {probes_cost(run)}")
         return "; ".join(words) + ". What is found is kept in the run's folder"
 

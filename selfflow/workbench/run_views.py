@@ -140,10 +140,10 @@ def settings_of(runs: dict[str, Run]) -> View:
     table = config_table(runs)
     if len(runs) == 1:
         return View([], table, ["one run is chosen: these are all its settings"])
-    shapes = {name: flatten(asdict(run.transformer)) for name, run in runs.items()}
-    other = sorted({key for own in shapes.values() for key in own if len({str(one.get(key)) for one in shapes.values()}) > 1})
+    inputs = {name: flatten(asdict(run.inputs)) for name, run in runs.items()}
+    other = sorted({key for own in inputs.values() for key in own if len({str(one.get(key)) for one in inputs.values()}) > 1})
     many = len(table.query("setting not in ('name', 'seed')")) > 1
-    notes = [f"so do their networks: {', '.join(other)}"] if other else []
+    notes = [f"so do the inputs of their networks: {', '.join(other)}"] if other else []
     notes += ["the runs differ in more than one setting: a difference between them belongs to no single one"] if many else []
     return View([], table, [f"{len(table)} settings differ", *notes])
 

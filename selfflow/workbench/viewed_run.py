@@ -113,7 +113,7 @@ class Subject:
         self.board = Board(self.layout)
         indices = subset(sources.data[self.name], count)
         self.x0, condition = sources.take(self.name, indices)
-        self.condition = condition if run.transformer.classes or run.transformer.caption else None
+        self.condition = condition if run.inputs.classes or run.inputs.caption else None
         self.widths = Places.of(self.layout.parts).widths
         self.grid = self.parts[0].grid[1:] if [part.name for part in self.parts] == ["image"] else None
         self.spread = (self.x0.var(0).sum(-1) / self.widths).mean().item() if len(indices) > 1 else 1.0

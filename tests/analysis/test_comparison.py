@@ -12,18 +12,17 @@ import torch
 from conftest import TINY
 from safetensors.torch import save_file
 
+from selfflow.method.backbone import Inputs
 from selfflow.analysis import benchmark, comparison
 from selfflow.analysis.benchmark import count_flops, flops_per_step
 from selfflow.analysis.comparison import AGAINST, fit_table, readable, run_curves, runs_table
 from selfflow.analysis.probing import probe_run, write_probes
 from selfflow.cli import main
 from selfflow.data.options import DataConfig
-from selfflow.method.build import transformer_config
 from selfflow.method.layers import Groups
 from selfflow.method.options import ModelConfig, ObjectiveConfig
 from selfflow.method.schedule import NoiseLevels
 from selfflow.method.tokens import Part
-from selfflow.method.transformer import TransformerConfig
 from selfflow.training.checkpoint import FORMAT, find_runs
 from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
@@ -52,22 +51,23 @@ def test_operations_are_those_of_a_training_step(name, switches, checkpointing, 
     training = replace(TINY.training, checkpointing=checkpointing)
     config = replace(TINY, objective=ObjectiveConfig(name, **switches), training=training)
     features = torch.randn(1078, 5) if name == "repa" else None
-    counted = flops_per_step(config, transformer_config(config.model, (Part("image", 4, (1, 4, 4)),), 10), 5)
+    counted = flops_per_step(config, Inputs((Part("image", 4, (1, 4, 4)),), 10), 5)
     found = flops_of_training(config, tmp_path, features)
     # exact; but where not all tokens count, the diagnosis of the last step is of more of them in one run than in the other
     assert found == counted if switches is not MASKED else found == pytest.approx(counted, rel=1e-3)
 
 
 def test_operations_of_a_model_in_modern_form_are_those_of_a_training_step(tmp_path):
-    config = replace(TINY, model=ModelConfig(32, 3, 2, 2.5, "own", "rotary", "swiglu", True, "shared"),
+    config = replace(TINY, model=ModelConfig(width=32, depth=3, heads=2, mlp_ratio=2.5, positions="rotary", mlp="swiglu",
+                                              qk_norm=True, modulation="shared"),
                      training=replace(TINY.training, precision="bf16", accumulate=2))
-    shape = transformer_config(config.model, (Part("image", 4, (1, 4, 4)),), 10)
+    shape = Inputs((Part("image", 4, (1, 4, 4)),), 10)
     assert flops_of_training(config, tmp_path) == flops_per_step(config, shape)
 
 
 def test_attention_within_levels_is_counted_for_a_draw(tmp_path):
     config = replace(TINY, objective=ObjectiveConfig(separated=True, mask_ratio=0.5))
-    shape = transformer_config(config.model, (Part("image", 4, (1, 4, 4)),), 10)
+    shape = Inputs((Part("image", 4, (1, 4, 4)),), 10)
     whole = flops_per_step(replace(config, objective=ObjectiveConfig(mask_ratio=0.5)), shape)
     counted, found = flops_per_step(config, shape), flops_of_training(config, tmp_path)
     assert counted == pytest.approx(found, rel=0.02) and counted != whole
@@ -76,8 +76,8 @@ def test_attention_within_levels_is_counted_for_a_draw(tmp_path):
 
 
 def test_operations_scale_as_they_should():
-    shape = TransformerConfig.of_image(16, (16, 16), 64, 4, 2, classes=10)
-    config = replace(TINY, objective=ObjectiveConfig("flow_matching"))
+    shape = Inputs((Part("image", 16, (1, 16, 16)),), 10)
+    config = replace(TINY, model=ModelConfig(width=64, depth=4, heads=2), objective=ObjectiveConfig("flow_matching"))
     one, two = (flops_per_step(replace(config, training=TrainConfig(batch=b)), shape) for b in (1, 2))
     assert two == 2 * one
     n, d, depth = 256, 64, 4
@@ -88,10 +88,10 @@ def test_operations_scale_as_they_should():
 
 def test_the_largest_model_is_counted_in_a_moment_and_in_no_memory(monkeypatch):
     made = []
-    original = benchmark.Transformer
-    monkeypatch.setattr(benchmark, "Transformer", lambda config: made.append(original(config)) or made[-1])
+    original = benchmark.build_backbone
+    monkeypatch.setattr(benchmark, "build_backbone", lambda *args: made.append(original(*args)) or made[-1])
     benchmark._flops_of_sample.cache_clear()
-    shape = TransformerConfig.of_size("XL", (Part("image", 16, (1, 16, 16)),), classes=1000)
+    shape = Inputs((Part("image", 16, (1, 16, 16)),), 1000)
     config = replace(TINY, model=ModelConfig(size="XL"), training=TrainConfig(batch=256))
     assert 2.0e14 < flops_per_step(config, shape) < 2.5e14
     assert all(p.is_meta for p in made[0].parameters())
@@ -131,7 +131,7 @@ def folder(runs, tmp_path):
     (root / "strange/config.json").write_text('{"model_type": "bert"}')
     (root / "unlogged/log.jsonl").write_text("\0\0\n")
     (root / "no config/config.json").unlink()
-    Run.create(root / "fresh", replace(TINY, name="fresh"), runs["tiny"].transformer, "cpu")
+    Run.create(root / "fresh", replace(TINY, name="fresh"), runs["tiny"].inputs, "cpu")
     (root / "notes").mkdir()
     (root / "notes/read me.txt").write_text("no run")
     (root / ".hidden").mkdir()
@@ -165,7 +165,7 @@ def test_the_table_says_how_each_run_stands(folder):
     assert table.loc["stopped", "flow loss"] == pytest.approx(log["flow_loss"][:4].mean()), "what was lost does not count"
     assert all(pd.isna(table.loc[place]) for place in (("run10", "cosine"), ("run2", "seconds"), ("fresh", "cosine")))
     run = Run.open(folder / "run2", "cpu")
-    assert table.loc["run2", "FLOPs"] == 12 * flops_per_step(run.config, run.transformer)
+    assert table.loc["run2", "FLOPs"] == 12 * flops_per_step(run.config, run.inputs)
 
 
 def test_only_settings_that_differ_are_shown(folder):
@@ -205,7 +205,7 @@ def test_probes_times_and_runs_that_are_not_finite_are_shown(folder):
 
 
 @pytest.mark.parametrize("file, content", [
-    ("config.json", "[]"), ("config.json", f'{{"format": {FORMAT}, "config": [], "transformer": 3, "data": {{}}}}'),
+    ("config.json", "[]"), ("config.json", f'{{"format": {FORMAT}, "config": [], "inputs": 3, "data": {{}}}}'),
     ("config.json", "\0"), ("log.jsonl", '{"step": "x"}\n'), ("log.jsonl", "[1]\n"), ("timing.jsonl", '{"step": 1}\n'),
     ("probe.json", "{}"), ("probe.json", "{"), ("checkpoints/step-00000012/manifest.json", "[]"),
     ("checkpoints/step-00000012/manifest.json", '{"state.json": 1}'), ("checkpoints/step-x/state.json", ""),
@@ -224,7 +224,7 @@ def test_nothing_in_a_folder_breaks_the_table(runs, tmp_path, file, content):
 def test_operations_of_repa_need_the_width_of_its_features(runs, tmp_path):
     config = replace(TINY, name="repa", objective=ObjectiveConfig("repa"), training=replace(TINY.training, steps=2))
     run = train(config, tmp_path, "cpu", torch.randn(1078, 7))
-    assert runs_table(tmp_path).loc["repa", "FLOPs"] == 2 * flops_per_step(config, run.transformer, 7)
+    assert runs_table(tmp_path).loc["repa", "FLOPs"] == 2 * flops_per_step(config, run.inputs, 7)
     shutil.rmtree(tmp_path / "repa/checkpoints")
     assert pd.isna(runs_table(tmp_path).loc["repa", "FLOPs"])
     Run.open(tmp_path / "repa", "cpu")
@@ -311,7 +311,7 @@ def test_curves_are_those_of_the_log(folder):
     assert list(run_curves(pair, "cosine")) == ["run2"], "flow matching has none"
     curves = run_curves(pair, against="flops")
     for name, objective in {"run2": ObjectiveConfig(), "run10": ObjectiveConfig("flow_matching")}.items():
-        each = flops_per_step(replace(TINY, objective=objective), Run.open(folder / name).transformer)
+        each = flops_per_step(replace(TINY, objective=objective), Run.open(folder / name).inputs)
         assert curves[name][0].tolist() == [step * each for step in range(1, 13)]
     assert curves["run2"][0][-1] > 1.2 * curves["run10"][0][-1]
 
@@ -397,10 +397,10 @@ def test_files_that_are_no_weights_do_not_break_the_table(runs, tmp_path):
                                          (DataConfig("scenes", size=16, frames=8, columns=1, patch=4), "either"),
                                          (DataConfig("shapes", size=16, patch=4, condition="caption"), "")])
 def test_runs_of_films_sounds_and_captions_stand_in_the_table(tmp_path, data, given):
-    config = Config("made", data=data, model=ModelConfig(16, 3, 2), objective=ObjectiveConfig(given=given),
+    config = Config("made", data=data, model=ModelConfig(width=16, depth=3, heads=2), objective=ObjectiveConfig(given=given),
                     training=TrainConfig(steps=1, batch=2, validation=2, sample_every=0))
     run = train(config, tmp_path, bar=False)
     table = runs_table(tmp_path)
-    assert table.loc["made", "FLOPs"] == flops_per_step(config, run.transformer) > 0 and table.loc["made", "state"] == "finished"
+    assert table.loc["made", "FLOPs"] == flops_per_step(config, run.inputs) > 0 and table.loc["made", "state"] == "finished"
     plain = replace(config, objective=replace(config.objective, given=""))
-    assert flops_per_step(plain, run.transformer) == table.loc["made", "FLOPs"]
+    assert flops_per_step(plain, run.inputs) == table.loc["made", "FLOPs"]

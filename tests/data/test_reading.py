@@ -325,7 +325,7 @@ def test_twelve_pictures_are_enough_to_train(tmp_path, layout, store, capsys):
     sizes = [len(Sources(config, split).data[store]) for split in SPLITS]
     assert sum(sizes) == 12 * len(parts) and min(sizes) >= 1
     assert "chosen by a hash of their names, are used" in capsys.readouterr().out or layout == "flat"
-    config = Config("few", data=config, model=ModelConfig(32, 2, 2), objective=ObjectiveConfig("flow_matching"),
+    config = Config("few", data=config, model=ModelConfig(width=32, depth=2, heads=2), objective=ObjectiveConfig("flow_matching"),
                     training=replace(TINY.training, steps=3, batch=32))  # a batch of more than there are
     run = train(config, tmp_path / "runs", "cpu", bar=False)
     assert run.log["flow_loss"].notna().all() and len(run.sample([0, 0])["image"]) == 2
@@ -372,7 +372,7 @@ def test_sounds_of_another_rate_and_length_train_and_are_written_at_that_rate(tm
         before, after = (torch.fft.rfft(values).abs()[0].argmax() * rate / length
                          for values in (waves, codec.decode(codec.encode(waves))))
         assert abs(before - after) < 12, "the pitch stays"
-    config = Config("tones", data=data, model=ModelConfig(32, 2, 2), objective=ObjectiveConfig("flow_matching"),
+    config = Config("tones", data=data, model=ModelConfig(width=32, depth=2, heads=2), objective=ObjectiveConfig("flow_matching"),
                     training=replace(TINY.training, steps=3, batch=8))
     run = train(config, tmp_path / "runs", "cpu", bar=False)
     _, file = write_samples(run, [0, 0], steps=2)
@@ -397,8 +397,8 @@ def test_grey_pictures_and_videos_train_with_one_channel(tmp_path):
         first.save(tmp_path / f"{i}.gif", save_all=True, append_images=rest, duration=100)
     for signal in ("image", "video"):
         data = DataConfig("folder", path=str(tmp_path), signals=(signal,), size=8, frames=2, patch=4, channels=1)
-        config = Config(signal, data=data, model=ModelConfig(32, 2, 2), objective=ObjectiveConfig("flow_matching"),
-                        training=replace(TINY.training, steps=3, batch=8))
+        config = Config(signal, data=data, model=ModelConfig(width=32, depth=2, heads=2),
+                        objective=ObjectiveConfig("flow_matching"), training=replace(TINY.training, steps=3, batch=8))
         run = train(config, tmp_path / "runs", "cpu", bar=False)
         images, file = write_samples(run, [0, 0], steps=2)
         assert images.shape[:2] == (2, 1) and file.with_suffix(".png").exists()

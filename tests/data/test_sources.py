@@ -16,11 +16,10 @@ from selfflow.data.latents import encode_latents
 from selfflow.data.options import DataConfig
 from selfflow.data.sources import Columns, SoundPatches, Sources, images_of, layout_of, load
 from selfflow.method.options import ObjectiveConfig
-from selfflow.method.transformer import Transformer
-from selfflow.training.batches import Batches, Validation, shape_of, validation_tokens
+from selfflow.training.batches import Batches, Validation, validation_tokens
 from selfflow.training.config import Config
 from selfflow.training.loop import train
-from selfflow.training.run import Run
+from selfflow.training.run import Run, new_backbone
 
 MADE = {"shapes": "image", "emblems": "image", "motion": "video", "notes": "audio", "scenes": "video, audio"}
 
@@ -171,9 +170,9 @@ def test_steps_take_turns_by_their_shares_and_nothing_else():
 
 def test_validation_of_several_data_sets_is_the_same_in_several_processes():
     config = CASES["in turn"]
-    judged, shape = Validation.of(config), shape_of(config, Sources(config.data))
+    judged, inputs = Validation.of(config), Sources(config.data).inputs
     torch.manual_seed(0)
-    model = Transformer(shape).eval()
+    model = new_backbone(config, inputs).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     whole = judged.losses(model, (0.3, 0.8))
@@ -210,7 +209,7 @@ def test_a_folder_of_pictures_and_its_latents_are_trained_on(tmp_path, capsys):
         Image.new("RGB", (20, 24), (number, 40, 128 * (number % 2))).save(place / f"{number}.png")
     config = small("folder", path=str(tmp_path / "pictures"))
     run = train(config, tmp_path / "runs", "cpu", bar=False)
-    assert run.transformer.classes == 2 and run.sample([0, 1], steps=2)["image"].shape == (2, 3, 16, 16)
+    assert run.inputs.classes == 2 and run.sample([0, 1], steps=2)["image"].shape == (2, 3, 16, 16)
     for split in ("train", "validation", "test"):
         encode_latents(load("folder", split, path=str(tmp_path / "pictures"), size=16), Haar(), tmp_path / "latents", split)
     config = small("latents", path=str(tmp_path / "latents"), patch=2)
@@ -316,6 +315,6 @@ def test_what_follows_from_the_data_is_filled_in():
 def test_a_run_of_parts_opens_from_its_folder_alone(tmp_path):
     run = train(CASES["scenes, either"], tmp_path, "cpu", bar=False)
     again = Run.open(run.path, "cpu")
-    assert again.transformer == run.transformer and again.config == run.config
+    assert again.inputs == run.inputs and again.config == run.config
     assert again.config.data.weight == {"audio": 0.5} and again.sources.weights == {"audio": 0.5}
-    assert layout_of(again.sources.data["scenes"], again.config.data).parts == run.transformer.parts
+    assert layout_of(again.sources.data["scenes"], again.config.data).parts == run.inputs.parts

@@ -24,7 +24,7 @@ from selfflow.data.options import SHARED, DataConfig
 from selfflow.data.sources import Sources
 from selfflow.data.texts import _SENTENCES, Bytes, open_encoder
 from selfflow.method.options import ObjectiveConfig
-from selfflow.training.batches import Batches, Validation, shape_of
+from selfflow.training.batches import Batches, Validation
 from selfflow.training.config import Config
 from selfflow.training.loop import train
 from selfflow.training.run import Run
@@ -472,8 +472,8 @@ def test_an_encoder_needs_captions():
 def test_conditions_are_vectors(folders, kind):
     config, opened = run_with(folders[kind]), open_encoder(folders[kind])
     sources = Sources(config.data)
-    shape = shape_of(config, sources)
-    assert (shape.caption, shape.caption_width, shape.classes) == (12, opened.width, 0)
+    inputs = sources.inputs
+    assert (inputs.caption, inputs.caption_width, inputs.classes) == (12, opened.width, 0)
     _, condition = sources.take("shapes", torch.arange(4))
     said = sources.data["shapes"].take(torch.arange(4)).captions
     assert torch.equal(condition, opened.encode(said, 12)) and torch.equal(condition, sources.wanted(said))
@@ -485,8 +485,8 @@ def test_conditions_are_vectors(folders, kind):
     assert judged[1].shape == (5, 12, opened.width)
     notes = DataConfig("notes", **{name: getattr(config.data, name) for name in SHARED})
     several = replace(config, data=(config.data, notes), model=replace(config.model, positions=None))
-    shape = shape_of(several, Sources(several.data))
-    assert (shape.caption, shape.caption_width) == (12, opened.width) and len(shape.parts) == 2
+    inputs = Sources(several.data).inputs
+    assert (inputs.caption, inputs.caption_width) == (12, opened.width) and len(inputs.parts) == 2
 
 
 @pytest.mark.parametrize("kind", ["t5", "clip"])
@@ -595,7 +595,7 @@ def test_captions_that_are_too_short_for_the_encoder_leave_no_folder(folders, tm
 @pytest.mark.parametrize("caption", [3, 40])
 def test_shorter_and_longer_captions_train(folders, tmp_path, caption):
     run = train(run_with(folders["clip"], steps=2, caption=caption), tmp_path, "cpu", bar=False)
-    assert run.transformer.caption == caption and run.log["flow_loss"].notna().all()
+    assert run.inputs.caption == caption and run.log["flow_loss"].notna().all()
 
 
 def test_the_command_line_trains_and_says_what_is_wrong(folders, tmp_path, capsys):

@@ -25,8 +25,9 @@ from selfflow.data.options import DataConfig
 from selfflow.figures import plots
 from selfflow.figures.layers import draw_score_maps
 from selfflow.intervals import proportion_interval
-from selfflow.method.options import FeatureOptions, ModelConfig, ObjectiveConfig
+from selfflow.method.options import FeatureOptions, ModelConfig, ObjectiveConfig, TransformerOptions
 from selfflow.options import read_features
+from selfflow.registries import Named
 from selfflow.report import report, representation_sections, sample_sections
 from selfflow.report.document import Report, Section, write_pdf
 from selfflow.report.probe_sections import probe_section
@@ -160,7 +161,7 @@ def test_a_report_of_runs_tells_what_is_there_and_what_is_not(runs, tmp_path):
     assert "objective.name" in page and "First &lt;words&gt;." in page and "No probes of A yet" in page
     assert "Something is missing, or out of date, in: Linear probes." in page
     single = config_table({"A": runs["tiny"]})
-    parts = (DataConfig, ModelConfig, ObjectiveConfig.of("self_flow"), TrainConfig)
+    parts = (DataConfig, ModelConfig.of("transformer"), ObjectiveConfig.of("self_flow"), TrainConfig)
     count = 3 + sum(len(fields(part)) for part in parts)  # name, seed, defaults
     assert len(single) == count > 40 and single.set_index("setting").loc["training.steps", "A"] == 12
     assert set(config_table({"A": runs["tiny"], "B": runs["vanilla"]})["setting"]) == {"name", "objective.name"}
@@ -441,8 +442,10 @@ def test_the_installed_command_has_help_for_every_field():
     def words(text):
         return " ".join(re.findall(r"\w+", text))
 
-    for part in (Config, DataConfig, ModelConfig, ObjectiveConfig, FeatureOptions, TrainConfig):
+    for part in (Config, DataConfig, ModelConfig, TransformerOptions, ObjectiveConfig, FeatureOptions, TrainConfig):
         lines = re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(part), re.M)
         assert lines
         for name, text in lines:
+            if isinstance(part, Named) and name == "name":
+                text = f"one of {', '.join(part.registry)}"
             assert words(name.replace("_", "-")) in words(shown) and words(text) in words(shown), name

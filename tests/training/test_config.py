@@ -8,16 +8,25 @@ from dataclasses import asdict, fields, is_dataclass, replace
 import pytest
 import torch
 
+from selfflow.method.backbone import Inputs
 from selfflow.data.options import SOUNDS, DataConfig
 from selfflow.data.sources import CODECS
-from selfflow.method.build import build_density, build_objective, build_schedule, check_layers, check_levels, transformer_config
+from selfflow.method.build import (
+    build_backbone,
+    build_density,
+    build_objective,
+    build_schedule,
+    check_layers,
+    check_levels,
+    transformer_config,
+)
 from selfflow.method.flow import LogitNormal, Mixture, PlateauLogitNormal, Shifted, Uniform
 from selfflow.method.objective import REPA, SRA, FlowMatching, LayerSync, SelfFlow, ema_decay
-from selfflow.method.options import DENSITIES, MASK_RATIOS, SCHEDULES, SIZES, ModelConfig, ObjectiveConfig
+from selfflow.method.options import DENSITIES, MASK_RATIOS, SCHEDULES, SIZES, ModelConfig, ObjectiveConfig, TransformerOptions
 from selfflow.method.schedule import DiffusionForcing, DualTimestep, FullMasking, MultiTimestep, SingleLevel
 from selfflow.method.tokens import Part
 from selfflow.method.transformer import TransformerConfig
-from selfflow.registries import datasets, objectives
+from selfflow.registries import datasets, objectives, own_options
 from selfflow.training.config import (
     PRESET_FIELDS,
     PRESETS,
@@ -202,17 +211,19 @@ def test_what_flow_matching_has_no_use_for_is_not_checked_against_it():
 def test_a_size_sets_width_depth_and_heads(size, numbers):
     config = ModelConfig(size=size, width=96)
     assert (config.width, config.depth, config.heads) == numbers and ModelConfig(**asdict(config)) == config
-    shape = transformer_config(config, (Part("image", 16, (1, 16, 16)),), 1000)
+    shape = transformer_config(Inputs((Part("image", 16, (1, 16, 16)),), 1000), **own_options(config))
     assert shape == TransformerConfig.of_size(size, (Part("image", 16, (1, 16, 16)),), classes=1000)
     assert Config(model=config, objective=ObjectiveConfig("layer_sync", teacher_layer=numbers[1])).model.size == size
 
 
 def test_variants_reach_the_transformer():
-    config = ModelConfig(64, 2, 4, 3.0, "own", "rotary", "swiglu", True, "shared")
+    config = ModelConfig(width=64, depth=2, heads=4, mlp_ratio=3.0, positions="rotary", mlp="swiglu", qk_norm=True,
+                         modulation="shared")
     expected = TransformerConfig.of_image(4, (4, 6), 64, 2, 4, 3.0, 3, "rotary", "swiglu", True, "shared")
-    assert transformer_config(config, (Part("image", 4, (1, 4, 6)),), 3) == expected
+    inputs = Inputs((Part("image", 4, (1, 4, 6)),), 3)
+    assert transformer_config(inputs, **own_options(config)) == build_backbone(config, inputs).config == expected
     with pytest.raises(ValueError, match=r"width 96 .* 64 would be"):
-        transformer_config(ModelConfig(96, heads=8, positions="rotary"), (Part("image", 4, (1, 4, 6)),), 3)
+        build_backbone(ModelConfig(width=96, heads=8, positions="rotary"), inputs)
 
 
 def test_every_name_makes_a_config_that_goes_to_json_and_back():
@@ -264,7 +275,7 @@ def test_presets_are_the_published_settings():
         assert ema_decay(training.ema_half_life * training.steps) == pytest.approx(0.9999, abs=1e-12)
     assert published["XL"].training.steps == 4_000_000
     parts = (Part("image", 16, (1, 16, 16)),)
-    layers = build_objective(PRESETS["XL"].objective, transformer_config(PRESETS["XL"].model, parts), (parts,))
+    layers = build_objective(PRESETS["XL"].objective, PRESETS["XL"].model, (parts,))
     assert (layers.student_layer, layers.teacher_layer) == (8, 20)
     assert PRESETS["digits"] == Config()
     assert list(PRESETS) == ["digits", "digits-small", "shapes", "emblems", "motion", "notes", "scenes", *SIZES]
@@ -316,7 +327,7 @@ def test_a_draft_leaves_open_what_follows_from_the_rest():
 
 
 def test_every_field_says_what_it_is():
-    for part in (Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig):
+    for part in (Config, DataConfig, ModelConfig, TransformerOptions, ObjectiveConfig, TrainConfig):
         said = dict(re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(part), re.M))
         wanted = {f.name for f in fields(part) if not is_dataclass(f.default_factory)}
         assert wanted and wanted == {name for name, text in said.items() if len(text) > 4}, part

@@ -55,7 +55,7 @@ def test_an_old_run_keeps_its_defaults_whoever_asks(tmp_path, capsys):
     assert old.defaults == 3 and Config().defaults == 4
     assert not Run.open(tmp_path / "digits", "cpu").teacher.t_embedder.fp32
     with pytest.raises(ValueError, match="defaults: 3 in the folder, 4 asked for"):
-        Run.create(tmp_path / "digits", asked, Run.open(tmp_path / "digits").transformer)
+        Run.create(tmp_path / "digits", asked, Run.open(tmp_path / "digits").inputs)
     for _ in range(2):  # of format 3, then of the present one
         run = train(asked, tmp_path, "cpu", bar=False)
         assert run.config == old and run.state()["step"] == 8

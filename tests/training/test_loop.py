@@ -17,7 +17,7 @@ from selfflow.data.sources import Sources
 from selfflow.draws import keyed
 from selfflow.method.options import ModelConfig, ObjectiveConfig
 from selfflow.method.schedule import DualTimestep, NoiseLevels
-from selfflow.training.batches import batch_indices, loss_by_level, too_wide, validation_losses, validation_tokens
+from selfflow.training.batches import batch_indices, loss_by_level, channel_warnings, validation_losses, validation_tokens
 from selfflow.training.checkpoint import write_checkpoint
 from selfflow.training.config import TrainConfig
 from selfflow.training.loop import train
@@ -158,7 +158,7 @@ def test_bf16_trains(tmp_path):
     log, reference = run.log, train(TINY, tmp_path).log
     assert log["flow_loss"].tolist() == pytest.approx(reference["flow_loss"].tolist(), rel=0.02)
     assert log["flow_loss"].tolist() != reference["flow_loss"].tolist()
-    whole = Run(run.path, TINY, run.transformer, run.device)  # the same weights, drawn in fp32
+    whole = Run(run.path, TINY, run.inputs, run.device)  # the same weights, drawn in fp32
     half, full = (one.sample(torch.arange(4), steps=4, cfg_scale=2.0)["image"] for one in (run, whole))
     assert half.dtype == torch.float32 and not torch.equal(half, full)
     torch.testing.assert_close(half, full, atol=0.05, rtol=0.05)
@@ -372,10 +372,9 @@ def test_tokens_of_more_numbers_than_the_model_is_wide_are_said_when_a_run_begin
 def test_of_several_parts_those_are_named_that_do_not_fit():
     data = DataConfig("scenes", patch=8, size=16, frames=8, columns=2)
     for width, named in ((16, {"video": "data.patch or data.span", "audio": "data.columns"}), (1_024, {})):
-        config = replace(TINY, data=data, model=ModelConfig(width=width, depth=2, heads=2))
         sources = Sources(data)
         channels = {part.name: part.channels for part in sources.parts}
-        said = too_wide(config, sources)
+        said = channel_warnings(width, sources)
         assert len(said) == len(named)
         for line, (name, smaller) in zip(said, named.items(), strict=True):
             assert f"token of {name} holds {channels[name]} numbers" in line and f"take a smaller {smaller}, or" in line

@@ -66,7 +66,7 @@ def test_a_run_is_used_from_any_folder_and_samples_without_its_data(trained, cap
     stored = json.loads((trained / "config.json").read_text(encoding="utf-8"))
     assert stored["outline"]["folder"]["names"] == ["bright", "dark"]
     assert stored["outline"]["folder"]["shapes"] == {"image": [3, 8, 8]}
-    before = Run.open(trained, "cpu").sample(["dark", 0], steps=2)
+    before = Run.open(trained, "cpu").sample(["dark", 0], steps=2)["image"]
     shutil.move(trained.parents[1] / "photos", trained.parents[1] / "moved")
     capsys.readouterr()
     run = Run.open(trained, "cpu")
@@ -106,7 +106,7 @@ def test_data_that_moved_are_named_once(trained, capsys):
 
 def test_the_place_may_change_only_where_the_data_are_known_to_be_the_same(tmp_path):
     def stored(path, data):
-        return {"config": {"data": {"path": path}}, "transformer": {}, "data": data}
+        return {"config": {"data": {"path": path}}, "inputs": {}, "data": data}
     assert agree(tmp_path, stored("a", {"train": "1"}), stored("b", {"train": "1"})) == {"data.path": ("a", "b")}
     for there, asked in (({}, {"train": "1"}), ({}, {}), ({"train": "1"}, {"train": "2"})):
         with pytest.raises(ValueError, match="data.path: 'a' in the folder, 'b' asked for"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY
 
+from selfflow.method.transformer import TransformerConfig
 from selfflow.draws import keyed
 from selfflow.method.sampling import guided_velocity, sample
 from selfflow.training.batches import validation_losses
@@ -108,7 +109,7 @@ def test_another_config_does_not_enter_the_folder(run):
     asked = replace(TINY, seed=1, training=replace(TINY.training, keep_last=9))
     with pytest.raises(ValueError, match=r"another config:\n  seed: 0 in the folder, 1 asked for\n"
                                          r"Give this run another name \(tiny-3 is free\), or remove the folder."):
-        Run.create(run.path, asked, run.transformer)
+        Run.create(run.path, asked, run.inputs)
     with pytest.raises(ValueError, match="seed: 0 in the folder, 1 asked for"):
         train(replace(TINY, seed=1), run.path.parent)
     assert steps_of(run)[-1] == "step-00000012" and len(run.log) == 12 and (run.path / "config.json").read_bytes() == before
@@ -126,9 +127,9 @@ def test_a_new_choice_is_another_config(run, change, words):
 
 def test_another_shape_of_model_does_not_enter_the_folder(run):
     stored = json.loads((run.path / "config.json").read_text())
-    stored["transformer"]["classes"] = 7
+    stored["inputs"]["classes"] = 7
     (run.path / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match="transformer.classes: 7 in the folder, 10 asked for"):
+    with pytest.raises(ValueError, match="inputs.classes: 7 in the folder, 10 asked for"):
         train(TINY, run.path.parent)
 
 
@@ -152,7 +153,7 @@ def test_a_run_looks_at_one_checkpoint_until_it_is_opened_again(run):
 def test_a_format_that_is_not_known_is_refused(run, number):
     stored = json.loads((run.path / "config.json").read_text())
     (run.path / "config.json").write_text(json.dumps({**stored, "format": number}))
-    for opening in (lambda: Run.open(run.path), lambda: Run.create(run.path, TINY, run.transformer)):
+    for opening in (lambda: Run.open(run.path), lambda: Run.create(run.path, TINY, run.inputs)):
         with pytest.raises(ValueError) as error:
             opening()
         assert f"has format {number!r}, but this version reads formats 1 to {FORMAT}" in str(error.value)
@@ -183,7 +184,7 @@ def test_an_unfinished_line_of_the_log_is_cut(run):
 def test_a_run_with_a_token_for_each_byte_of_a_caption_is_what_it_was(tmp_path):
     shutil.copytree(SECOND, tmp_path / "format-2")
     run = Run.open(tmp_path / "format-2", "cpu")
-    assert run.config.model.caption_stride == run.transformer.caption_stride == 1
+    assert run.config.model.caption_stride == run.teacher.config.caption_stride == 1
     loss = validation_losses(run.teacher, run.config).mean().item()
     assert loss == pytest.approx(run.log["validation_flow_loss"].iloc[-1], 1e-5)
     config = replace(run.config, training=replace(run.config.training, steps=6))
@@ -201,6 +202,12 @@ def first(tmp_path):
     return tmp_path / "format-1"
 
 
+def first_shape():
+    "The transformer that the first version said it had."
+    shape = json.loads((FIRST / "config.json").read_text())["transformer"]
+    return TransformerConfig.of_image(shape.pop("channels"), shape.pop("grid"), fp32_levels=False, **shape)
+
+
 def test_a_run_of_the_first_version_opens_as_it_is(first):
     before = {path: path.read_bytes() for path in first.rglob("*.*") if path.is_file()}
     run = Run.open(first)
@@ -209,7 +216,7 @@ def test_a_run_of_the_first_version_opens_as_it_is(first):
     assert run.config.training.shards == 1 and run.config.training.keep_last == TrainConfig().keep_last and run.data == {}
     assert run.state()["step"] == 4 and run.state()["format"] == 1 and len(run.log) == 8 and run.timing.empty and run.film() == []
     for model in (run.model, run.teacher):
-        assert model.config == run.transformer and sum(p.numel() for p in model.parameters()) > 5000
+        assert model.config == first_shape() and sum(p.numel() for p in model.parameters()) > 5000
     assert run.sample(torch.tensor([3, 7]), 2)["image"].isfinite().all() and run.writer() is None
     assert before == {path: path.read_bytes() for path in first.rglob("*.*") if path.is_file()}, "opening changes nothing"
 
@@ -231,7 +238,7 @@ def test_a_run_of_the_first_version_resumes_to_the_same_losses(first):
 def test_another_number_of_shards_is_another_run(first):
     config = Run.open(first).config
     with pytest.raises(ValueError, match="training.shards: 1 in the folder, 8 asked for"):
-        Run.create(first, replace(config, training=replace(config.training, shards=8)), Run.open(first).transformer)
+        Run.create(first, replace(config, training=replace(config.training, shards=8)), Run.open(first).inputs)
     script = Config.from_dict({**(stored := json.loads((first / "config.json").read_text()))["config"], "name": "format-1"})
     with pytest.raises(ValueError, match="began before batches had shards has one: with training.shards=1 it goes on"):
         train(script, first.parent)
@@ -242,7 +249,7 @@ def test_another_number_of_shards_is_another_run(first):
     assert train(replace(script, training=replace(script.training, shards=1)), first.parent).state()["step"] == 8
     shutil.copyfile(FIRST / "config.json", first / "config.json")
     with pytest.raises(ValueError, match="training.shards: 1 in the folder, 8 asked for"):
-        Run.create(first, script, Run.open(first).transformer)
+        Run.create(first, script, Run.open(first).inputs)
     assert json.loads((first / "config.json").read_text())["format"] == 1, "who is refused changes nothing"
 
 
@@ -272,8 +279,8 @@ def test_migration_keeps_what_is_there():
     assert new["format"] == FORMAT and new["data"] == {} and migrate(new) == new
     assert {**new["config"]["training"], "shards": None} == {**stored["config"]["training"], "shards": None}
     image = {"name": "image", "channels": 4, "grid": [1, 4, 4], "ticks": 1.0}
-    kept = {name: value for name, value in stored["transformer"].items() if name not in ("channels", "grid")}
-    assert new["transformer"] == {**kept, "parts": [image], "fp32_levels": False} and stored["format"] == 1
+    inputs = {"parts": [image], "classes": stored["transformer"]["classes"], "caption": 0, "caption_width": 0}
+    assert new["inputs"] == inputs and "transformer" not in new and stored["format"] == 1
 
 
 OLD = {"config": {"name", "seed", "data", "model", "objective", "training"}, "data": {"name", "patch"},
@@ -291,13 +298,12 @@ def test_a_config_from_before_there_were_so_many_choices_opens(run):
         stored["config"][part] = {name: stored["config"][part][name] for name in OLD[part]}
     assert OLD["config"] | {"defaults"} == set(stored["config"])
     del stored["config"]["defaults"]
-    stored["transformer"] |= {"channels": 4, "grid": [4, 4]}
-    stored = {"format": 1, "config": stored["config"], "transformer": {n: stored["transformer"][n] for n in OLD_TRANSFORMER}}
+    shape = {"channels": 4, "grid": [4, 4], "classes": 10, **stored["config"]["model"]}
+    stored = {"format": 1, "config": stored["config"], "transformer": {n: shape[n] for n in OLD_TRANSFORMER}}
     (run.path / "config.json").write_text(json.dumps(stored))
     opened = Run.open(run.path)
     assert opened.config == replace(TINY, training=replace(TINY.training, shards=1), defaults=3)
-    old = replace(run.transformer, fp32_levels=False)
-    assert opened.transformer == old and opened.teacher.config == old
+    assert opened.inputs == run.inputs and opened.teacher.config == replace(run.teacher.config, fp32_levels=False)
 
 
 # going on
@@ -310,11 +316,11 @@ OTHER = {"steps": 20, "keep_optimizers": 2, "save_every": 7, "keep_last": 1, "ke
 def test_what_does_not_change_the_result_may_change_on_the_way(run, capsys, name):
     assert {"name", "data.encoder", *(f"training.{name}" for name in OTHER)} == _FREE
     asked = replace(TINY, training=replace(TINY.training, **{name: OTHER[name]}))
-    again = Run.create(run.path, asked, run.transformer)
+    again = Run.create(run.path, asked, run.inputs)
     before = getattr(TINY.training, name)
     assert capsys.readouterr().out == f"training.{name}: {before} -> {OTHER[name]} from here on\n"
     assert again.config == asked == Run.open(run.path).config and again.state()["step"] == 12
-    Run.create(run.path, asked, run.transformer)
+    Run.create(run.path, asked, run.inputs)
     assert not capsys.readouterr().out
 
 
@@ -322,11 +328,11 @@ def test_all_that_may_change_at_once_and_nothing_while_another_trains(run, capsy
     asked = replace(TINY, training=replace(TINY.training, **OTHER))
     before = (run.path / "config.json").read_bytes()
     with run.locked():
-        assert Run.create(run.path, TINY, run.transformer).config == TINY, "nothing is to be written"
+        assert Run.create(run.path, TINY, run.inputs).config == TINY, "nothing is to be written"
         with pytest.raises(RunInUse):
-            Run.create(run.path, asked, run.transformer)
+            Run.create(run.path, asked, run.inputs)
         assert (run.path / "config.json").read_bytes() == before and not capsys.readouterr().out
-    assert Run.create(run.path, asked, run.transformer).config == asked
+    assert Run.create(run.path, asked, run.inputs).config == asked
     assert len(capsys.readouterr().out.splitlines()) == len(OTHER)
 
 
@@ -347,14 +353,14 @@ A, B = "a" * 16, "b" * 16
     ({"train": A, "features": A}, {"features": B, "train": A}, [f"data.features: '{A}' in the folder, '{B}' asked for"]),
 ])
 def test_other_data_do_not_enter_the_folder(tmp_path, run, there, asked, words):
-    Run.create(tmp_path / "new", TINY, run.transformer, data=there)
+    Run.create(tmp_path / "new", TINY, run.inputs, data=there)
     before = (tmp_path / "new/config.json").read_bytes()
     with pytest.raises(ValueError, match="(?s)new holds a run with other data:\n.*\nGive this run another name .new-2") as error:
-        Run.create(tmp_path / "new", TINY, run.transformer, data=asked)
+        Run.create(tmp_path / "new", TINY, run.inputs, data=asked)
     assert all(word in str(error.value) for word in (*words, "or remove the folder. With the data as they were it goes on."))
     assert (tmp_path / "new/config.json").read_bytes() == before
     with pytest.raises(ValueError, match="another config and other data:\n  seed: 0 .*\n  data"):
-        Run.create(tmp_path / "new", replace(TINY, seed=1), run.transformer, data=asked)
+        Run.create(tmp_path / "new", replace(TINY, seed=1), run.inputs, data=asked)
 
 
 @pytest.mark.parametrize("there, asked, then", [
@@ -363,21 +369,21 @@ def test_other_data_do_not_enter_the_folder(tmp_path, run, there, asked, words):
     ({"train": A, "features": B}, {"train": A}, {"train": A, "features": B}),
 ])
 def test_data_that_agree_and_what_was_not_known_is_added(tmp_path, run, there, asked, then):
-    Run.create(tmp_path / "new", TINY, run.transformer, data=there)
-    assert Run.create(tmp_path / "new", TINY, run.transformer, data=asked).data == then == Run.open(tmp_path / "new").data
+    Run.create(tmp_path / "new", TINY, run.inputs, data=there)
+    assert Run.create(tmp_path / "new", TINY, run.inputs, data=asked).data == then == Run.open(tmp_path / "new").data
 
 
 def test_a_folder_without_its_config_is_not_taken_for_a_new_run(run):
     (run.path / "config.json").unlink()
     with pytest.raises(ValueError, match="has checkpoints or a log, but no config.json. Put it back, .*tiny-2 is free"):
-        Run.create(run.path, TINY, run.transformer)
+        Run.create(run.path, TINY, run.inputs)
     assert not (run.path / "config.json").exists() and run.writer() is None and len(steps_of(run)) == 3
 
 
 def test_a_folder_that_a_kill_left_empty_is_a_new_run(tmp_path, run):
     (tmp_path / "new").mkdir()
     (tmp_path / "new/.config.json-0123abcd").write_text("{")
-    new = Run.create(tmp_path / "new", TINY, run.transformer)
+    new = Run.create(tmp_path / "new", TINY, run.inputs)
     assert Run.open(new.path).config == TINY
     with new.locked():
         new.clear_staging()
@@ -387,11 +393,11 @@ def test_a_folder_that_a_kill_left_empty_is_a_new_run(tmp_path, run):
 def test_a_new_run_that_another_makes_at_the_same_moment(tmp_path, run, monkeypatch):
     def first_the_other(folder):
         monkeypatch.undo()
-        Run.create(folder, replace(TINY, seed=5), run.transformer)
+        Run.create(folder, replace(TINY, seed=5), run.inputs)
         return sole_writer(folder)
     monkeypatch.setattr("selfflow.training.run.sole_writer", first_the_other)
     with pytest.raises(ValueError, match="seed: 5 in the folder, 0 asked for"):
-        Run.create(tmp_path / "new", TINY, run.transformer)
+        Run.create(tmp_path / "new", TINY, run.inputs)
 
 
 # requests and film
@@ -411,7 +417,7 @@ def test_requests_are_asked_for_and_answered(run):
 
 
 def test_the_film_strip_is_read_back_in_order_and_bears_damage(runs, tmp_path, capsys):
-    run = Run.create(tmp_path / "new", TINY, runs["tiny"].transformer)
+    run = Run.create(tmp_path / "new", TINY, runs["tiny"].inputs)
     assert run.film() == [] and not (run.path / "samples").exists()
     pictures = {step: torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(step)) for step in (500, 250, 1000)}
     for step, images in pictures.items():
@@ -496,7 +502,7 @@ def test_samples_of_a_model_that_is_given(runs, tmp_path):
     assert torch.equal(run.sample(labels, 3, model=run.teacher)["image"], run.sample(labels, 3)["image"])
     expected = run.sample(labels, 3, cfg_scale=2.0, model=run.model)["image"]
     assert (expected - run.sample(labels, 3, cfg_scale=2.0)["image"]).abs().max() > 1e-3
-    new = Run.create(tmp_path / "new", TINY, run.transformer)
+    new = Run.create(tmp_path / "new", TINY, run.inputs)
     assert torch.equal(new.sample(labels, 3, cfg_scale=2.0, model=run.model)["image"], expected), "no checkpoint is needed"
     with pytest.raises(FileNotFoundError, match="no whole checkpoint yet"):
         new.sample(labels, 3)

@@ -17,8 +17,8 @@ from faults import Worker, at_call, tensors
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from selfflow.method.backbone import Inputs
 from selfflow.disk import NotWritten, cut_lines, read_lines, sha256, step_of, write_json
-from selfflow.method.build import transformer_config
 from selfflow.method.options import ModelConfig
 from selfflow.method.tokens import Part
 from selfflow.training.checkpoint import _FREE, check_checkpoint, problem_of, prune, write_checkpoint
@@ -27,13 +27,13 @@ from selfflow.training.lock import RunInUse, sole_writer, writer_of
 from selfflow.training.run import Run
 
 CONFIG = Config(name="tiny", model=ModelConfig(width=8, depth=3, heads=1), training=TrainConfig(keep_last=2))
-SHAPE = transformer_config(CONFIG.model, (Part("image", 4, (1, 4, 4)),), 10)
+INPUTS = Inputs((Part("image", 4, (1, 4, 4)),), 10)
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def saved(folder, steps=(1, 2)):
     "A run with checkpoints, logged as far as the last."
-    run = Run.create(folder, CONFIG, SHAPE, "cpu")
+    run = Run.create(folder, CONFIG, INPUTS, "cpu")
     for step in steps:
         run.save(step, tensors(step), {})
     run.log_path.write_text("".join(f'{{"step": {step}}}\n' for step in steps))
@@ -151,7 +151,7 @@ def test_an_error_at_each_single_call_of_a_save_leaves_what_was_good(tmp_path):
     lambda run: write_json(run.path / "config.json", {"new": 1}), lambda run: run.cut_log(1),
     lambda run: run.save_film(1, torch.ones(1, 1, 8, 8), torch.tensor([1])), lambda run: run.ask("stop"),
     lambda run: run.locked().__enter__(),
-    lambda run: Run.create(run.path.with_name(f"{run.path.name}-new"), CONFIG, SHAPE, "cpu"),
+    lambda run: Run.create(run.path.with_name(f"{run.path.name}-new"), CONFIG, INPUTS, "cpu"),
 ], ids=["config", "log", "film", "request", "lock", "create"])
 def test_an_error_at_each_single_call_of_other_writes_is_said_and_leaves_what_was_there(tmp_path, write):
     for k in range(1, 100):
@@ -227,10 +227,10 @@ def test_a_read_only_folder_can_be_looked_at_and_is_refused_before_training(moun
     assert mount("remount,ro") == 0
     again = Run.open(run.path, "cpu")
     assert again.writer() is None and again.latest().name == "step-00000002" and len(again.log) == 2 and not again.asked("stop")
-    assert Run.create(run.path, CONFIG, SHAPE, "cpu").config == CONFIG, "nothing is to be written"
+    assert Run.create(run.path, CONFIG, INPUTS, "cpu").config == CONFIG, "nothing is to be written"
     for write in (lambda: again.locked().__enter__(), lambda: again.ask("stop"), lambda: again.save(3, tensors(3), {}),
-                  lambda: Run.create(place / "other", CONFIG, SHAPE, "cpu"), lambda: again.cut_log(1),
-                  lambda: Run.create(run.path, CONFIG, SHAPE, "cpu", {"train": "0" * 16})):
+                  lambda: Run.create(place / "other", CONFIG, INPUTS, "cpu"), lambda: again.cut_log(1),
+                  lambda: Run.create(run.path, CONFIG, INPUTS, "cpu", {"train": "0" * 16})):
         with pytest.raises(NotWritten, match="Read-only file system.*See that the folder can be written to") as error:
             write()
         assert error.value.errno == errno.EROFS
@@ -245,7 +245,7 @@ def test_a_folder_without_permission_is_said(tmp_path, monkeypatch):
                                          "step-00000002, is intact. See that the folder can be written to"):
         run.save(3, tensors(3), {})
     with pytest.raises(NotWritten, match="Permission denied. Nothing was changed."):
-        Run.create(tmp_path / "new", CONFIG, SHAPE, "cpu")
+        Run.create(tmp_path / "new", CONFIG, INPUTS, "cpu")
 
 
 def test_files_have_the_rights_that_new_files_get(tmp_path):
@@ -303,7 +303,7 @@ def test_damage_of_the_config_is_refused_where_it_matters_and_put_right_elsewher
         broken = damaged(whole, kind, position % len(whole), bit)
         file.write_bytes(broken)
         try:
-            Run.create(run.path, CONFIG, SHAPE, "cpu")
+            Run.create(run.path, CONFIG, INPUTS, "cpu")
         except ValueError:
             assert broken.strip() != whole.strip() and file.read_bytes() == broken
         else:
@@ -495,8 +495,8 @@ def test_another_process_is_named_and_a_killed_one_is_taken_over(worker, tmp_pat
         with run.locked():
             pass
     with pytest.raises(RunInUse):
-        Run.create(run.path, CONFIG, SHAPE, "cpu", {"train": "0" * 16})
-    assert Run.open(run.path, "cpu").data == {} and Run.create(run.path, CONFIG, SHAPE, "cpu").latest() is not None
+        Run.create(run.path, CONFIG, INPUTS, "cpu", {"train": "0" * 16})
+    assert Run.open(run.path, "cpu").data == {} and Run.create(run.path, CONFIG, INPUTS, "cpu").latest() is not None
     os.kill(pid, signal.SIGKILL)
     worker.wait()
     assert (run.path / "writer.json").exists() and run.writer() is None, "left behind, and seen to be"

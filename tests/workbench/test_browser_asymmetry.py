@@ -106,7 +106,7 @@ def drag(explored):
 
 def measure(explored):
     times = step_times(explored.page, "views", "t")
-    shape = explored.subject.run.transformer
+    shape = explored.subject.teacher.config
     median = record_latency("asymmetry", times, model=f"width {shape.width}, depth {shape.depth}, {shape.tokens} tokens")
     assert median < 1000  # on a machine that does other things too; see data/results/latency.json
     explored.shows()

@@ -146,7 +146,7 @@ def test_a_tool_that_fails_says_so_and_can_be_tried_again(runs):
 
 
 def test_a_run_without_a_checkpoint_is_listed_and_refused_in_words(runs, tmp_path):
-    Run.create(tmp_path / "begun", TINY, runs["tiny"].transformer)
+    Run.create(tmp_path / "begun", TINY, runs["tiny"].inputs)
     train_nothing = Workbench(tmp_path, registered_tools()[:1], ())
     assert label_of("begun", tmp_path / "begun") == "begun: no checkpoint yet"
     words, _ = page(train_nothing).children
@@ -154,7 +154,7 @@ def test_a_run_without_a_checkpoint_is_listed_and_refused_in_words(runs, tmp_pat
 
 
 def test_a_run_that_has_gone_on_is_opened_anew(runs, tmp_path):
-    run = Run.create(tmp_path / "goes-on", TINY, runs["tiny"].transformer)
+    run = Run.create(tmp_path / "goes-on", TINY, runs["tiny"].inputs)
     tensors = {part: runs["tiny"].load(part) for part in ("model", "teacher", "objective", "optimizer")}
     run.save(4, tensors, {})
     opened = []
@@ -169,7 +169,7 @@ def test_a_run_that_has_gone_on_is_opened_anew(runs, tmp_path):
 
 def test_runs_of_the_same_data_stand_side_by_side(runs, tmp_path):
     other = tmp_path / "other"
-    Run.create(other, TINY, runs["tiny"].transformer)
+    Run.create(other, TINY, runs["tiny"].inputs)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text("{")
     others = runs_in(runs["tiny"].path.parent) | runs_in(tmp_path)
