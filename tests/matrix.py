@@ -16,7 +16,7 @@ from scipy.io import wavfile
 
 from selfflow.analysis import features, probing
 from selfflow.analysis.features import items_of
-from selfflow.analysis.projection import project, run_features
+from selfflow.analysis.projection import project
 from selfflow.cli import main
 from selfflow.data.autoencoder import Haar
 from selfflow.data.folders import Folder
@@ -29,7 +29,8 @@ from selfflow.workbench.asymmetry import explore as explore_asymmetry
 from selfflow.workbench.attention_explorer import explore_attention
 from selfflow.workbench.feature_explorer import explore_features, item_previews
 from selfflow.workbench.map_explorer import explore_map
-from selfflow.workbench.page import Chosen, registered_tools
+from selfflow.workbench.page import tools_on_page
+from selfflow.workbench.tools import Chosen
 from selfflow.workbench.paths import SideBySide
 from selfflow.workbench.playground import explore as explore_sampling
 from selfflow.workbench.probe_process import Probing
@@ -230,8 +231,8 @@ def _features(run: Path, place: Path) -> None:
 
 def _map(run: Path, place: Path) -> None:
     opened = Run.open(run, "cpu")
-    found, _ = run_features(opened, (2,), 0.5, 12)
     items = items_of(opened, "test", 12)
+    found = items.features(opened.teacher, 0.5, (2,))
     previews, captions = item_previews(items)
     factors = {name: values.numpy() for name, values in items.factors.items() if values.ndim == 1}
     explore_map(project(found[2], "PCA", 3), previews, factors, captions=captions)
@@ -239,7 +240,7 @@ def _map(run: Path, place: Path) -> None:
 
 def _workbench(run: Path, place: Path) -> None:
     chosen = Chosen(run.parent, run, {"run": run})
-    for tool in registered_tools():
+    for tool in tools_on_page():
         if tool.title in ("Training", "Runs"):
             tool.open(chosen)
 

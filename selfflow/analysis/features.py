@@ -29,7 +29,7 @@ from ..disk import discard, make_folder, replacing, say_once, write_json
 from ..draws import keyed
 from ..method.flow import interpolate
 from ..method.schedule import NoiseLevels
-from ..method.tokens import Places
+from ..method.tokens import Part, Places
 from ..method.transformer import Transformer
 from ..settings import own_settings
 from ..training.run import Run
@@ -38,20 +38,21 @@ from ..training.run import Run
 @own_settings()
 @torch.no_grad()
 def extract(model: Transformer, x0: Tensor, x1: Tensor, level: float, layers: tuple[int, ...],
-            pooled: bool = True, batch: int = 512) -> dict[int, Tensor]:
-    """Hidden states at one noise level under the null label: {layer: (samples, d) or (samples, n, d)}, on the CPU.
+            pooled: bool = True, batch: int = 512, parts: tuple[Part, ...] = ()) -> dict[int, Tensor]:
+    """Return hidden states at one noise level under the null label: {layer: (samples, d) or (samples, n, d)}, on the CPU.
 
-    x0, x1: (samples, n, c) tokens of data and fixed noise; level in [0, 1]; layers: 1-based; pooled: mean over tokens.
+    x0, x1: (samples, n, c) tokens of data and fixed noise; level in [0, 1]; layers: 1-based; pooled: mean over tokens; parts: of
+    the sequence, where the model knows several.
     Raises ValueError for layers that do not exist. Source of the protocol: REPA's probes and Self-Flow's authors (issue 3).
     """
     found = {layer: [] for layer in layers}
     for x0_, x1_ in zip(x0.split(batch), x1.split(batch), strict=True):
-        for layer, hidden in _hidden(model, x0_, x1_, level, layers).items():
+        for layer, hidden in _hidden(model, x0_, x1_, level, layers, parts).items():
             found[layer].append((hidden.mean(1) if pooled else hidden).float().cpu())
     return {layer: torch.cat(hidden) for layer, hidden in found.items()}
 
 
-def _hidden(model, x0, x1, level, layers, parts=()) -> dict[int, Tensor]:
+def _hidden(model, x0, x1, level, layers, parts) -> dict[int, Tensor]:
     "The hidden states (b, n, d) of one batch, on the model's device."
     device = next(model.parameters()).device
     levels = NoiseLevels.single(torch.full((len(x0),), float(level), device=device), x0.shape[1])
@@ -98,6 +99,10 @@ class Items:
     def batches(self, size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
         "All samples in order, `size` at once, as `take` gives them."
         return (self.take(positions) for positions in torch.arange(len(self)).split(size))
+
+    def features(self, model: Transformer, level: float, layers: tuple[int, ...], pooled: bool = True) -> dict[int, Tensor]:
+        "Return hidden states of all samples in memory, as `extract` does; `stream_features` keeps those of many on disk."
+        return extract(model, *self.take(torch.arange(len(self))), level, layers, pooled, 64, self.present)
 
     @cached_property
     def factors(self) -> dict[str, Tensor]:

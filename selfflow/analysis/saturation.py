@@ -25,6 +25,7 @@ from ..method.objective import FeatureObjective, SelfFlow
 from ..method.tokens import Part
 from ..registries import objectives
 from ..settings import own_settings
+from ..training.checkpoint import head_width
 from ..training.run import Run
 
 # %% ../../nbs/4_analysis/07_saturation.ipynb #95f1d591
@@ -330,9 +331,8 @@ def _objective(run: Run) -> FeatureObjective:
         raise TypeError(f"{run.path} was trained with {run.config.objective.name} alone: it compares no features, so nothing can "
                         "saturate")
     stored = run.load("objective") if kind.needs_features else {}
-    width = next((value.shape[0] for name, value in reversed(stored.items()) if name.endswith("4.bias")), 1)
     with torch.random.fork_rng():
-        objective = build_objective(run.config.objective, run.model, run.sources.sequences, width,
+        objective = build_objective(run.config.objective, run.model, run.sources.sequences, head_width(stored),
                                     run.sources.weights)
     if objective.state_dict():  # LayerSync has no head
         objective.load_state_dict(run.load("objective"))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..checks import choose
 from .audio import LogMel, Mdct
-from .datasets import DataSet, Examples, ImageSet, caption_text, digits, subset
+from .datasets import DataSet, Examples, ImageSet, caption_text, digits, rate_of, subset
 from .folders import Folder, HuggingFace
 from .latents import Latents
 from .motion import Motion
@@ -196,7 +196,7 @@ def layout_of(data: DataSet, config: DataConfig) -> Layout:
 
     Raises ValueError where the sizes of patches do not fit.
     """
-    patches, rate = {}, getattr(data, "rate", 8000)
+    patches, rate = {}, rate_of(data)
     for name, shape in data.shapes.items():
         if name == "image":
             patches[name] = ImagePatches(*shape, config.patch)
@@ -257,7 +257,7 @@ class Outline:
         chosen = torch.linspace(0, len(others) - 1, min(CAPTIONS_KEPT, len(others))).round().long()
         captions = others.take(chosen).captions
         return cls(tuple(map(str, data.names)), dict(data.shapes), data.fingerprint, len(data), captions,
-                   getattr(data, "rate", 8000), getattr(data, "fps", None))
+                   rate_of(data), getattr(data, "fps", None))
 
     def __len__(self) -> int:
         return self.count

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ..data.datasets import caption_bytes
+from ..data.datasets import caption_bytes, rate_of
 from ..data.notes import to_wav, within_full_scale
 from ..data.sources import class_number
 from ..disk import check_writable, write_files
@@ -96,7 +96,7 @@ def _shown_samples(file: Path, images: Tensor, videos: Tensor | None, waves: Ten
     counts = {"pictures": (sum(map(len, sheet_rows(texts, _SHEET))), len(images))}
     if waves is not None:
         for place, wave in enumerate(waves[:_SOUNDS]):
-            files[file.with_name(f"{file.stem}-{place:03d}.wav")] = to_wav(wave, getattr(source, "rate", 8000))
+            files[file.with_name(f"{file.stem}-{place:03d}.wav")] = to_wav(wave, rate_of(source))
         counts["sounds"] = len(waves[:_SOUNDS]), len(waves)
     if videos is not None:
         files[file.with_suffix(".webp")] = to_webp(viewable(videos[:_VIDEOS]), fps=getattr(source, "fps", None) or 16)

@@ -10,12 +10,12 @@ import io
 import threading
 import time
 from collections.abc import Callable
-from html import escape
 
 import ipywidgets as widgets
 from PIL import Image, ImageDraw
 
-from .controls import DARK, DRAWING, LIGHT, Still, Surroundings, Theme, TokenGrid, beside, font, rests
+from .controls import (DARK, DRAWING, LIGHT, Still, Surroundings, Theme, TokenGrid, beside, font, message,
+                                         rests)
 
 # %% ../../nbs/7_workbench/03_explorer.ipynb #4f230a2f
 LINGER = 5.0  # seconds for which a worker waits for another change before it ends
@@ -91,8 +91,7 @@ class Explorer:
             self.drawn += not alert
 
     def _tell(self, words: str, alert: bool) -> None:
-        role, text = ("alert", f"<b>Cannot be shown:</b> {escape(words)}") if alert else ("status", escape(words))
-        self.message.value = f'<div role="{role}" style="line-height: 1.45; overflow-wrap: anywhere">{text}</div>'
+        self.message.value = message(words, alert, "Cannot be shown:")
 
     def _show(self, name: str, picture: bytes) -> None:
         if isinstance(self.controls.get(name), TokenGrid):

@@ -22,25 +22,13 @@ from ..training.loop import train as train_run
 from ..training.run import Run
 from ..training.watching import Following
 from .boards import picture_of
-from .controls import DARK, DRAWING, LIGHT, Surroundings, beside, rests
+from .controls import DARK, DRAWING, LIGHT, Surroundings, beside, button, rests, text_box
 
 # %% ../../nbs/7_workbench/04_panel.ipynb #e1a80686
 SHARE = 0.05                # of the time, at most, is spent on drawing while a run trains
 CLOCK = "%H:%M:%S"
 
 ASKED = {"stop": "Stop: finish the step, save, end", "sample": "Sample now: draw a picture for the film between two steps"}
-
-
-def _button(what: str, description: str, icon: str) -> widgets.Button:
-    button = widgets.Button(description=description, icon=icon, tooltip=ASKED[what], disabled=True)
-    button.add_class(f"selfflow-{what}")
-    return button
-
-
-def _text(name: str) -> widgets.HTML:
-    text = widgets.HTML()
-    text.add_class(f"selfflow-{name}")
-    return text
 
 
 def _picture(name: str, width: str) -> widgets.Image:
@@ -70,8 +58,10 @@ class Panel:
         if not refresh > 0:
             raise ValueError(f"refresh is {refresh} seconds; take a positive number, such as 2")
         self.following, self.pause, self.drawn = Following(path), refresh, 0
-        self.header, self.said, self.trouble = _text("header"), _text("said"), _text("trouble")
-        self.stop, self.sample = _button("stop", "Stop", "stop"), _button("sample", "Sample now", "image")
+        self.header, self.said, self.trouble = text_box("header"), text_box("said"), text_box("trouble")
+        self.stop = button("Stop", "stop", lambda: self.ask("stop"), icon="stop", tooltip=ASKED["stop"], disabled=True)
+        self.sample = button("Sample now", "sample", lambda: self.ask("sample"), icon="image", tooltip=ASKED["sample"],
+                             disabled=True)
         self.picture, self.film = _picture("dashboard", "100%"), _picture("film", "auto")
         self.unfold = widgets.Accordion([self.film], titles=("Film, large",), selected_index=None)
         buttons = widgets.HBox([self.stop, self.sample, self.said], layout=widgets.Layout(flex_flow="row wrap"))
@@ -81,10 +71,8 @@ class Panel:
         self.box.add_class("selfflow-panel")
         self._lock, self._woken, self._closed = rests(threading.RLock()), threading.Event(), False
         self._asked, self._stale, self._film_stale, self._due, self._words = {}, True, True, 0.0, ""
-        for widget in (self.stop, self.sample, self.unfold, self.surroundings):
+        for widget in (self.unfold, self.surroundings):
             beside(widget)
-        self.stop.on_click(lambda _: self.ask("stop"))
-        self.sample.on_click(lambda _: self.ask("sample"))
         self.unfold.observe(lambda _: self._look(), "selected_index")
         self.surroundings.observe(lambda _: self._redraw(), "dark")
         self.thread = threading.Thread(target=self._follow, name=f"panel of {path}", daemon=True)
@@ -177,15 +165,15 @@ class Panel:
 
     def _buttons(self):
         run, training = self.following.run, self.following.writer is not None
-        for what, button in (("stop", self.stop), ("sample", self.sample)):
+        for what, asks in (("stop", self.stop), ("sample", self.sample)):
             waiting = run is not None and run.asked(what)
             if waiting and training:
                 self._words = f"{what} asked at {self._asked.setdefault(what, time.strftime(CLOCK))}, waiting for the loop"
             elif what in self._asked:
                 asked, answer = self._asked.pop(what), "not answered: nobody trains" if waiting else "answered"
                 self._words = f"{what} asked at {asked}, {answer} ({time.strftime(CLOCK)})"
-            button.disabled = waiting or not training or self._closed
-            button.tooltip = ASKED[what] if training else "Nobody is training this run"
+            asks.disabled = waiting or not training or self._closed
+            asks.tooltip = ASKED[what] if training else "Nobody is training this run"
         idle = "" if training else "nobody is training this run: nothing to stop, nothing to sample"
         words = escape("; ".join(words for words in (self._words, idle) if words))
         self.said.value = f'<span role="status" style="margin-left: 1em">{words}</span>'

@@ -21,7 +21,7 @@ from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
 from selfflow.workbench.asymmetry import compute, draw, explore, say
 from selfflow.workbench.boards import Board, Panel, Plot, coloured, panels
-from selfflow.workbench.controls import DARK, LIGHT, Surroundings, TokenGrid, grid_places, number, png_of, slider
+from selfflow.workbench.controls import DARK, LIGHT, Surroundings, TokenGrid, number, png_of, slider
 from selfflow.workbench.explorer import Explorer
 from selfflow.workbench.viewed_run import KINDS, Subject, levels_of, many_levels, schedule_of
 
@@ -160,7 +160,7 @@ def test_absurd_numbers_are_kept_within_the_limits():
 
 
 def test_tokens_that_do_not_exist_cannot_be_chosen():
-    grid = TokenGrid(places=grid_places(2, 2))
+    grid = TokenGrid(places=[[x, y, 0.5, 0.5] for y in (0, 0.5) for x in (0, 0.5)])
     for wrong in ([4], [-1], [0, 99]):
         with pytest.raises(traitlets.TraitError, match="from 0 to 3"):
             grid.value = wrong

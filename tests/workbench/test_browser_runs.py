@@ -141,11 +141,11 @@ def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab
     inner(".selfflow-probe-said", has_text="stopped").wait_for()
     browsed.view("levels")
 
-    for name, label in (("which", "self_flow"), ("step", "step 4"), ("opener", "noise asymmetry")):
+    for name, label in (("which", "self_flow"), ("step", "step 4"), ("opener", "Noise asymmetry")):
         inner(f".selfflow-open-{name} select").select_option(label=label)
         page.wait_for_timeout(300)
     inner("button.selfflow-open").click()
-    inner(".selfflow-opened", has_text="noise asymmetry: self_flow at step 4").wait_for()
+    inner(".selfflow-opened", has_text="Noise asymmetry: self_flow at step 4").wait_for()
     subject = Subject(open_runs(browsed.listing, ["self_flow"], 4, "cpu")["self_flow"])
     values = asymmetry.explore(subject).values()
     until_shown(page, FIRST + "img.selfflow-picture-views", asymmetry.draw(asymmetry.compute(subject, values))["views"])
@@ -153,11 +153,11 @@ def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab
     inner(".selfflow-open-which select").select_option(label="all 2 chosen")
     page.wait_for_timeout(300)
     inner("button.selfflow-open").click()
-    inner(".selfflow-open-said [role=alert]", has_text="looks into one run").wait_for()
-    inner(".selfflow-open-opener select").select_option(label="sampling playground")
+    inner(".selfflow-open-said [role=alert]", has_text="shows one run").wait_for()
+    inner(".selfflow-open-opener select").select_option(label="Sampling")
     page.wait_for_timeout(300)
     inner("button.selfflow-open").click()
-    inner(".selfflow-opened", has_text="sampling playground: plain at step 4, self_flow at step 4").wait_for()
+    inner(".selfflow-opened", has_text="Sampling: plain at step 4, self_flow at step 4").wait_for()
     inner("img.selfflow-picture-film").wait_for()
 
     page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")

@@ -4,7 +4,7 @@ from browser import run_all, served, shoot, until_shown, write_notebook
 
 from selfflow.training.run import Run
 from selfflow.workbench.asymmetry import compute, draw, explore
-from selfflow.workbench.page import registered_tools
+from selfflow.workbench.page import tools_on_page
 
 CELL = """
 from dataclasses import replace
@@ -46,7 +46,7 @@ def test_a_run_is_trained_stopped_and_looked_at_with_every_tool(lab, page):
     page.get_by_text("which is kept").wait_for(timeout=60_000)
     press(page, "Noise asymmetry")
     asymmetry_is_that_of(page, Run.open(lab[2] / "front/quickstart/self-flow", "cpu"))
-    for turn, tool in enumerate(registered_tools()):
+    for turn, tool in enumerate(tools_on_page()):
         press(page, tool.title, ("Enter", " ", None)[turn % 3])
         shoot(page, f"workbench-{turn}")
     page.set_viewport_size({"width": 760, "height": 1000})  # a half-width pane
@@ -69,7 +69,7 @@ def test_without_cells_and_without_a_network(runs, lab, page, tmp_path):
         asymmetry_is_that_of(page, Run.open(runs["tiny"].path, "cpu"))
         shoot(page, "app")
         assert not page.locator(".jp-InputArea, .jp-CodeMirrorEditor, .cm-editor").count()
-        for tool in registered_tools():
+        for tool in tools_on_page():
             press(page, tool.title, "Enter")
         page.goto("about:blank")
 

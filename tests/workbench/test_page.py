@@ -24,17 +24,8 @@ from selfflow.method import build as method
 from selfflow.training import config
 from selfflow.training.run import Run
 from selfflow.workbench.app import free_port, options_of, page_of, serve
-from selfflow.workbench.page import (
-    Chosen,
-    Tool,
-    Workbench,
-    label_of,
-    quickstart,
-    registered_tools,
-    runs_in,
-    saved_step,
-    workbench,
-)
+from selfflow.workbench.page import Tool, Workbench, label_of, quickstart, tools_on_page, runs_in, saved_step, workbench
+from selfflow.workbench.tools import Chosen
 
 QUICK = (replace(TINY, name="self-flow"), replace(TINY, name="flow-matching"))
 WORDS = Tool("Words", "Says which run it was given.", lambda chosen: widgets.HTML(chosen.path.name))
@@ -147,7 +138,7 @@ def test_a_tool_that_fails_says_so_and_can_be_tried_again(runs):
 
 def test_a_run_without_a_checkpoint_is_listed_and_refused_in_words(runs, tmp_path):
     Run.create(tmp_path / "begun", TINY, runs["tiny"].inputs)
-    train_nothing = Workbench(tmp_path, registered_tools()[:1], ())
+    train_nothing = Workbench(tmp_path, tools_on_page()[:1], ())
     assert label_of("begun", tmp_path / "begun") == "begun: no checkpoint yet"
     words, _ = page(train_nothing).children
     assert "no whole checkpoint yet" in words.value
@@ -182,7 +173,7 @@ def test_runs_of_the_same_data_stand_side_by_side(runs, tmp_path):
 
 def test_every_tool_opens_on_a_run(runs):
     bench = Workbench(runs["tiny"].path.parent, configs=())
-    for tool in registered_tools():
+    for tool in tools_on_page():
         bench.tool.value = tool.title
         shown = page(bench)
         assert isinstance(shown, widgets.Widget) and "alert" not in str(getattr(shown, "children", [shown])[0]), tool.title

@@ -25,7 +25,9 @@ from selfflow.workbench.boards import picture_of
 from selfflow.workbench.controls import DARK, LIGHT, RunList
 from selfflow.workbench.probe_process import Probing
 from selfflow.workbench.run_browser import browse
-from selfflow.workbench.run_views import OPENERS, alone, compute, draw, groups_of, probes_of, say, settings_of, short_name
+from selfflow.workbench.tools import Chosen
+from selfflow.registries import explorers, trial
+from selfflow.workbench.run_views import compute, draw, groups_of, probes_of, say, settings_of, short_name
 
 VALUES = {"runs": ["tiny", "vanilla"], "view": "curves", "measure": "flow_loss", "against": "steps"}
 
@@ -199,15 +201,18 @@ def test_names_stay_text_and_long_ones_are_cut(listing, folder):
     assert "&lt;img" in table and "<img" not in table
     browser = browse(folder, device="cpu", runs=["tiny", evil])
     browser.which.value = (evil,)
-    browser.openers["noise asymmetry"] = alone(fails)
-    browser.open()
+    with trial():
+        explorers.register("Broken", fails)
+        browser.opener.options = [*browser.opener.options, "Broken"]
+        browser.opener.value = "Broken"
+        browser.open()
     for text in (browser.head, browser.open_said, browser.seen.message):
         assert "<img" not in text.value and "<i>" not in text.value
     assert "&lt;i&gt;not today" in browser.open_said.value and 'role="alert"' in browser.open_said.value
     assert len(short_name("long" * 2500)) == 26 and short_name("short") == "short"
 
 
-def fails(run):
+def fails(chosen):
     raise RuntimeError("<i>not today</i>")
 
 
@@ -285,9 +290,8 @@ def test_bad_options_are_refused(folder):
     for options, words in (({"refresh": 0}, "refresh is 0"), ({"runs": ["tin"]}, "tin"), ({"vew": "curves"}, "vew")):
         with pytest.raises(ValueError, match=words):
             browse(folder, device="cpu", **options)
-    with pytest.raises(ValueError, match="looks into one run, but 2"):
-        OPENERS["noise asymmetry"]({"a": None, "b": None})
-    assert browse(folder, openers={}, device="cpu").opener.value == "-"
+    with pytest.raises(ValueError, match="shows one run, but 2 are chosen"):
+        explorers["Noise asymmetry"].load()(Chosen(folder, folder, opened={"a": None, "b": None}))
 
 
 @pytest.fixture
