@@ -70,7 +70,7 @@ def test_a_run_is_used_from_any_folder_and_samples_without_its_data(trained, cap
     shutil.move(trained.parents[1] / "photos", trained.parents[1] / "moved")
     capsys.readouterr()
     run = Run.open(trained, "cpu")
-    assert torch.equal(run.sample(["dark", 0], steps=2)["image"], before["image"])
+    assert torch.equal(run.sample(["dark", 0], steps=2)["image"], before)
     assert run.film_picture(run.teacher)[1].tolist() == [0, 1]
     main(["sample", str(trained), "--labels", "dark", "--each", "2", "--steps", "2", "--device", "cpu"])
     assert "2 samples are in" in capsys.readouterr().out
