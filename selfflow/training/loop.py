@@ -24,12 +24,11 @@ from ..data.own import GIVEN_DATA, splits_of
 from ..data.sources import Sources, outlines
 from ..disk import NotWritten, write_json
 from ..draws import keyed
-from ..method.batch import Batch
-from ..method.objective import Noised
 from ..method.schedule import NoiseLevels
+from ..method.tokens import Part
 from ..settings import own_settings
 from .batches import Batches, Validation, channel_warnings, feature_source, shards_of
-from .checkpoint import OPTIMIZER, free_fields, migrate, read_state, resumable
+from .checkpoint import OPTIMIZER, is_free, migrate, read_state, resumable
 from .config import Config, TrainConfig, flatten, overlaid
 from .processes import Interrupt, Processes, raise_again
 from .recording import (Callback, FilmStrip, Moment, ProgressBar, Recorder, Trackers, check_callback,
@@ -41,10 +40,10 @@ from .state import TrainState, compile_blocks, diverged, share_state, start_stat
 class _Loop:
     "A run, its state and its data, in one of the processes that train it."
 
-    def __init__(self, run: Run, state: TrainState, batches: Batches, judged: Validation, complete: Callable,
+    def __init__(self, run: Run, state: TrainState, batches: Batches, judged: Validation, features_of: Callable,
                  processes: Processes):
         self.run, self.state, self.batches, self.judged, self.processes = run, state, batches, judged, processes
-        self.complete, self.checked = complete, state.step  # complete: a batch, with features
+        self.features_of, self.checked = features_of, state.step
         self.config, self.training = run.config, run.config.training
         self.callbacks = []
 
@@ -108,9 +107,9 @@ class _Loop:
         "A step and all that is due after it; returns whether to stop. Nothing is validated, drawn or saved that is not finite."
         processes = self.processes
         began = time.perf_counter()
-        batch = next(loader)
+        chosen, x0, labels, parts = next(loader)
         waited = time.perf_counter() - began
-        values = self.step(self.complete(batch).to(processes.device, non_blocking=True))
+        values = self.step(chosen, x0.to(processes.device, non_blocking=True), labels.to(processes.device), parts)
         seconds = time.perf_counter() - began
         validated = self.due("validate", self.state.step)
         if validated:
@@ -129,11 +128,12 @@ class _Loop:
             self.save()
         return stop
 
-    def step(self, batch: Batch) -> dict:
+    def step(self, chosen: Tensor, x0: Tensor, labels: Tensor, parts: tuple[Part, ...]) -> dict:
         "Train a step."
         step = self.state.step + 1
         validate = self.due("validate", step)
-        return train_step(self.state, self.config, batch, validate, validate or step % self.training.log_every == 0)
+        return train_step(self.state, self.config, x0, labels, self.features_of(chosen), diagnose=validate,
+                          report=validate or step % self.training.log_every == 0, parts=tuple(parts))
 
     def check(self) -> None:
         "Raise FloatingPointError if the last step left numbers in the state that are not finite. A step is looked at once."
@@ -194,11 +194,11 @@ def _write_not_finite(run: Run, state: TrainState, batches: Batches, message: st
     done: the steps before it.
     """
     training, seed = run.config.training, run.config.seed
-    name, batch = batches.name(done), replace(batches, rank=0, processes=1)[done]
-    schedule, labels = state.objective.schedule_of(batch.parts), batches.sources.data[name].take(batch.indices).labels
-    levels = NoiseLevels.cat([schedule.sample(training.batch // training.shards, batch.x0.shape[1],
+    name, (samples, x0, _, parts) = batches.name(done), replace(batches, rank=0, processes=1)[done]
+    schedule, labels = state.objective.schedule_of(parts), batches.sources.data[name].take(samples).labels
+    levels = NoiseLevels.cat([schedule.sample(training.batch // training.shards, x0.shape[1],
                                               keyed(seed, "levels", done, shard)) for shard in range(training.shards)])
-    found = {"step": done + 1, "message": message, "data": name, "samples": batch.indices.tolist(), "labels": labels.tolist(),
+    found = {"step": done + 1, "message": message, "data": name, "samples": samples.tolist(), "labels": labels.tolist(),
              "levels": {"from": 0.0, "to": 1.0, "tokens": levels.per_token().histc(20, 0, 1).long().tolist()}}
     with suppress(OSError):  # the message matters more
         write_json(run.path / "not_finite.json", found)
@@ -233,16 +233,16 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
                            for split in ("train", "validation"))
     judged = Validation.of(config, sources=validation)  # bad validation data are reported now, not at the first validation
     batches = Batches(sources, config, processes.rank, processes.count)
-    complete, width, fingerprint = feature_source(features, config, sources, processes.device)
+    features_of, width, fingerprint = feature_source(features, config, sources, processes.device)
     state = start_state(config, sources, processes.device, width)
     if features is not None:
-        first = complete(sources.take(config.data.name, torch.arange(1)))
-        state.objective.target(None, Noised(first, first.x0, first.x0, None), {}, None)  # refuses features of another shape
+        first = torch.arange(1)  # refuses features of another shape
+        state.objective.target(None, sources.take(config.data_name(), first)[0], None, None, None, features_of(first))
     shards_of(config.training, processes.rank, processes.count)
     known = _fingerprints_in(Path(folder) / config.name)
     fingerprints = {part.split: part.fingerprint_as(known.get(part.split)) for part in (sources, validation)}
     fingerprints |= {"features": fingerprint} if fingerprint else {}
-    fingerprints |= {"encoder": sources.encoder.fingerprint} if config.data.encoder else {}
+    fingerprints |= {"encoder": sources.encoder.fingerprint} if config.shared.encoder else {}
     outline = outlines(sources, validation, config.defaults)
     run, number = Run(Path(folder) / config.name, config, sources.inputs, processes.device, fingerprints, outline, given), None
     with ExitStack() as stack:
@@ -252,18 +252,18 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
             for warning in warnings:
                 processes.say(f"{config.name}: {warning}")
             if config.training.compile and state.step < config.training.steps:
-                _compile(state, config, complete(batches[state.step]), processes)
+                _compile(state, config, batches[state.step], features_of, processes)
             share_state(state, config, processes)
-            number = _Loop(run, state, batches, judged, complete, processes).go(workers, track, bar, spent, callbacks)
+            number = _Loop(run, state, batches, judged, features_of, processes).go(workers, track, bar, spent, callbacks)
     raise_again(number)
     return Run(run.path, config, run.inputs, processes.device, run.data, run.outline, given)  # looks at the newest checkpoint
 
 
 def _on_given(config: Config, data: DataSet) -> Config:
     "The config for data that were passed to `train`. What follows from the kind of signals is filled in anew."
-    if config.data.name not in (DataConfig.name, GIVEN_DATA):
-        raise ValueError(f"data were passed to train, but data.name is {config.data.name!r}; leave one of them out")
-    return Config.from_dict(overlaid(config.explicit(), {"data": {"name": GIVEN_DATA, "signals": "+".join(data.shapes)}}))
+    if {*config.datasets} - {DataConfig().name, GIVEN_DATA}:
+        raise ValueError(f"data were passed to train, but data.name is {', '.join(config.datasets)}; leave one of them out")
+    return Config.from_dict(overlaid(config.explicit(), {"data": {"name": GIVEN_DATA, "signals": tuple(data.shapes)}}))
 
 
 def _with_its_defaults(config: Config, folder: Path, processes: Processes) -> Config:
@@ -275,7 +275,10 @@ def _with_its_defaults(config: Config, folder: Path, processes: Processes) -> Co
     defaults = stored.defaults
     if defaults != config.defaults:
         processes.say(f"{config.name}: began with defaults {defaults} of the project, and goes on with them")
-        config = replace(config, data=replace(config.data, carve=stored.data.carve))
+        pairs = zip(config.datasets.values(), stored.datasets.values(), strict=False)  # others are refused later
+        data = [replace(own, carve=before.carve) if hasattr(own, "carve") and hasattr(before, "carve") else own
+                for own, before in pairs]
+        config = replace(config, data=data)
     return replace(config, defaults=defaults)
 
 
@@ -305,9 +308,9 @@ def _same_config(run: Run, path: Path) -> None:
     "Raise ValueError if a checkpoint was made with another config than the run has now, by a hand in config.json."
     state = read_state(path)
     made = flatten(migrate(state)["config"]) if "config" in state else {}  # the first versions kept none
-    made |= {"data.path": os.path.abspath(made["data.path"])} if made.get("data.path") else {}  # older versions kept it as given
-    now, free = flatten(asdict(run.config)), free_fields(run.data)
-    other = {name: value for name, value in made.items() if name not in free and now.get(name) != value}
+    made |= {name: os.path.abspath(value) for name, value in made.items() if name.endswith(".path")}  # once kept as given
+    now = flatten(asdict(run.config))
+    other = {name: value for name, value in made.items() if not is_free(name, run.data) and now.get(name) != value}
     if other:
         lines = [f"  {name}: {value!r} when it was saved, {now.get(name)!r} now" for name, value in other.items()]
         raise ValueError("\n".join([f"{path} was made with another config than {run.path}/config.json says:", *lines,
@@ -355,8 +358,9 @@ def _of_steps(known: dict, training: TrainConfig) -> str:
     return f"{words}, the learning rate is {training.lr:g} and falls to 0 over the last {last:g} steps"
 
 
-def _compile(state: TrainState, config: Config, batch: Batch, processes: Processes) -> None:
-    reason = compile_blocks(state, config, batch.to(processes.device))
+def _compile(state: TrainState, config: Config, batch: tuple, features_of: Callable, processes: Processes) -> None:
+    chosen, x0, labels, parts = batch
+    reason = compile_blocks(state, config, x0.to(processes.device), labels.to(processes.device), features_of(chosen), parts)
     if processes.any(reason is not None)[0]:  # all as they are, or none
         for block in (*state.student.blocks, *state.teacher.blocks):
             block._compiled_call_impl = None

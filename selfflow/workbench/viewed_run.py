@@ -108,17 +108,17 @@ class Subject:
 
     def __init__(self, run: Run, data: str = "", split: str = "validation", count: int = 24):
         sources = run.sources_of(split)
-        self.run, self.name = run, choose(data or run.config.data.names[0], run.config.data.names, "data set")
-        self.layout = sources.layouts[self.name]
+        self.run, self.name = run, run.config.data_name(data)
+        self.layout, self.parts = sources.layouts[self.name], sources.layouts[self.name].parts
         self.board = Board(self.layout)
         indices = subset(sources.data[self.name], count)
-        batch = sources.take(self.name, indices)
-        self.x0, self.condition, self.parts = batch.x0, batch.condition, batch.parts
-        self.widths = Places.of(self.parts).widths
+        self.x0, condition = sources.take(self.name, indices)
+        self.condition = condition if run.inputs.classes or run.inputs.caption else None
+        self.widths = Places.of(self.layout.parts).widths
         self.grid = self.parts[0].grid[1:] if [part.name for part in self.parts] == ["image"] else None
         self.spread = (self.x0.var(0).sum(-1) / self.widths).mean().item() if len(indices) > 1 else 1.0
         self.student, self.teacher = run.model.to("cpu"), run.teacher.to("cpu")
-        head = build_objective(run.config.objective, self.student, sources.sequences, weights=run.config.data.weight_of)
+        head = build_objective(run.config.objective, self.student, sources.sequences, weights=sources.weights)
         self.head = head.eval().requires_grad_(False) if isinstance(head, SelfFlow) else None
         if self.head is not None:
             self.head.load_state_dict(run.load("objective"))
@@ -138,7 +138,8 @@ class Subject:
         "Input, estimate of the data (b, n, c), its error (b, n), and hidden states of a layer; index (b,): of the samples."
         tau = levels.per_token()
         xt = interpolate(x0, x1, tau)
-        out = network(xt, levels, self.condition[index], taps=() if layer is None else (layer,), parts=self.parts)
+        told = None if self.condition is None else self.condition[index]
+        out = network(xt, levels, told, taps=() if layer is None else (layer,), parts=self.parts)
         error = tau.square() * flow_error(out.velocity, x0, x1, self.widths)
         return xt, xt - tau[..., None] * out.velocity, error, out.features.get(layer)
 
