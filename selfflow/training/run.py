@@ -377,7 +377,7 @@ class Run:
         "The function v(x, t) of a model, in the precision of the run; arguments as in `sample`."
         model = self.teacher if model is None else model
         device = next(model.parameters()).device
-        told = None if condition is None or self.config.data.condition == "none" else condition.to(device)
+        told = None if condition is None or self.config.shared.condition == "none" else condition.to(device)
         guided = guided_velocity(model, told, cfg_scale, interval, self.layout(data).parts)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
