@@ -217,7 +217,7 @@ def start_state(config: Config, sources: Sources, device: torch.device, feature_
         if config.training.checkpointing:
             student.checkpointing = True
         torch.manual_seed(keyed(config.seed, "projector").initial_seed())
-        objective = build_objective(config.objective, student, sources.sequences, feature_width, config.data.weight_of)
+        objective = build_objective(config.objective, student, sources.sequences, feature_width, sources.weights)
         objective = objective.to(device)
         if not isinstance(student, Transformer):  # which checks its own input at every call
             _check_forward(student, objective, sources, device)
@@ -241,7 +241,7 @@ def share_state(state: TrainState, config: Config, processes: Processes) -> None
             if values:
                 state.optimizer.parts[0].state[parameter] = {name: like(value, parameter) for name, value in values.items()}
     else:
-        state.learner = share(state.learner, processes, unused=len(config.data.names) > 1)  # each step has the parts of one
+        state.learner = share(state.learner, processes, unused=len(config.datasets) > 1)  # each step has the parts of one
 
 # %% ../../nbs/3_training/08_state.ipynb #2f67ec5b
 def _autocast(config: Config, device: torch.device):

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from selfflow.cli import main
 from selfflow.data import texts
 from selfflow.data.datasets import caption_bytes, caption_text
-from selfflow.data.options import DataConfig
+from selfflow.data.options import SHARED, DataConfig
 from selfflow.data.sources import Sources
 from selfflow.data.texts import _SENTENCES, Bytes, open_encoder
 from selfflow.method.options import ObjectiveConfig
@@ -484,7 +484,8 @@ def test_conditions_are_vectors(folders, kind):
             sources.wanted(wrong)
     judged, _ = Validation.of(config).data["shapes"]
     assert judged.condition.values.shape == (5, 12, opened.width)
-    several = replace(config, data=replace(config.data, name="shapes+notes"), model=replace(config.model, positions=None))
+    notes = DataConfig("notes", **{name: getattr(config.data, name) for name in SHARED})
+    several = replace(config, data=(config.data, notes), model=replace(config.model, positions=None))
     inputs = Sources(several.data).inputs
     assert (inputs.caption, inputs.caption_width) == (12, opened.width) and len(inputs.parts) == 2
 
@@ -509,9 +510,10 @@ def test_workers_give_the_batches_that_none_give(folders):
     batches = Batches(Sources(config.data), config)
     alone = list(batches.loader())
     for workers in (1, 2):
-        for (chosen, x0, told, _), (others, theirs_, told_, _) in zip(alone, batches.loader(workers=workers), strict=True):
-            assert torch.equal(chosen, others) and torch.equal(x0, theirs_) and torch.equal(told, told_)
-    assert told.ndim == 3 and told.any()
+        for one, other in zip(alone, batches.loader(workers=workers), strict=True):
+            assert torch.equal(one.indices, other.indices) and torch.equal(one.x0, other.x0)
+            assert torch.equal(one.condition.values, other.condition.values)
+    assert one.condition.kind == "vectors" and one.condition.values.any()
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,7 @@ def test_data_that_are_kept_do_not_keep_what_the_caller_had_set(name):
     try:
         with AMBIENT[name]():
             inside = digits().images
-            made = Sources(DataConfig("motion", size=16, frames=8, patch=8)).take("motion", torch.tensor([0, 1], device="cpu"))[0]
+            made = Sources(DataConfig("motion", size=16, frames=8, patch=8)).take("motion", torch.tensor([0, 1], device="cpu")).x0
     finally:
         digits.__globals__["_digits"].cache_clear()
     for values in (inside, made):
