@@ -53,7 +53,8 @@ def _stored(kind: type, config: DataConfig, split: str) -> DataSet:
     fps = config.fps or None
     if not fps and {"video", "audio"} <= {*config.signals}:  # a video lasts as long as its sound
         fps = config.frames * config.rate / config.samples
-    return kind(_place(config), config.signals, split, config.size, config.frames, fps, config.rate, config.samples,
+    size = config.height, config.width
+    return kind(_place(config), config.signals, split, size, config.frames, fps, config.rate, config.samples,
                 crop=config.crop, channels=config.channels, carve=config.carve)
 
 
@@ -299,7 +300,7 @@ class Sources:
         self.parts = tuple(dict.fromkeys(part for layout in self.layouts.values() for part in layout.parts))
         if len({part.name for part in self.parts}) < len(self.parts):
             raise ValueError(f"{', '.join(self.data)} have parts of one name and different shapes, "
-                             f"{', '.join(map(str, self.parts))}; give them the same size, frames and patch")
+                             f"{', '.join(map(str, self.parts))}; give them the same sides, frames and patch")
         self.weights = self._weights()
 
     def _weights(self) -> dict[str, float]:
