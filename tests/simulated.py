@@ -23,7 +23,7 @@ class SimulatedTrainer:
     def __init__(self, path: Path, steps: int = 100, features: bool = True):
         self.path, self.features, self.step, self.answers = Path(path), features, 0, []
         config = Config(name=self.path.name, training=TrainConfig(steps=steps))
-        self.run = Run.create(path, config, Inputs((Part("image", (1, 4, 4), 4),), classes=10), "cpu")
+        self.run = Run.create(path, config, Inputs((Part("image", 4, (1, 4, 4)),), classes=10), "cpu")
 
     def line(self, step: int) -> dict:
         fall = math.exp(-step / 50)

@@ -71,7 +71,7 @@ class Items:
 
     def __init__(self, sources: Sources, name: str = "", count: int | None = None, seed: int = 0):
         self.sources, self.seed = sources, seed
-        self.name = choose(name or sources.config.names[0], list(sources.data), "data set")
+        self.name = choose(name or next(iter(sources.data)), sources.data, "data set")
         self.data, self.layout = sources.data[self.name], sources.layouts[self.name]
         if count is not None and count < 1:
             raise ValueError(f"count is {count}, but features need at least one sample")
@@ -114,7 +114,7 @@ class Items:
     @property
     def fingerprint(self) -> str:
         "16 hex digits that change with the samples, their noise, and how they become tokens."
-        config = self.sources.config
+        config = self.sources.settings[self.name]
         made = (self.data.fingerprint, self.name, self.sources.split, len(self), self.seed, config.patch, config.span,
                 config.columns, config.sound, list(self.parts))
         if not torch.equal(self.indices, torch.arange(len(self))):

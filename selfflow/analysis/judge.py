@@ -200,7 +200,7 @@ _STEPS = {"shapes": 800, "emblems": 800, "motion": 300, "notes": 300, "scenes": 
 
 def _source(name: str, data: DataConfig | None, split: str) -> DataSet:
     choose(name, HEADS, "data set with a judge")
-    return open_dataset(data or DataConfig(name), split, name)
+    return open_dataset(data or DataConfig(name), split)
 
 
 class _PixelReader(nn.Module):
@@ -384,12 +384,12 @@ def on_samples(run: Run, count: int = 64, steps: int = 25, cfg_scale: float = 1.
     data: which data set, where there are several. Also written to judged.json in the run's folder
     (judged-NAME.json for a named data set). Raises ValueError for a run without conditions, and as Run.sample does.
     """
-    config = run.config.data
-    name = choose(data or config.names[0], config.names, "data set")
-    source = Sources(config, "test").data[name]
+    config = run.config
+    name = config.data_name(data)
+    source = Sources(config.data, "test").data[name]
     examples = source.take(subset(source, count))
-    wanted, judge = wishes(config, name, examples), judge_for(name, config, folder)
-    told = examples.labels if config.condition == "class" else examples.captions
+    wanted, judge = wishes(config.datasets[name], name, examples), judge_for(name, config.datasets[name], folder)
+    told = examples.labels if config.shared.condition == "class" else examples.captions
     shift = run.shift if shift is None else shift
     drawn = run.sample(told, steps=steps, cfg_scale=cfg_scale, seed=seed, shift=shift, data=name)
     verdict = followed(judge, drawn, wanted)

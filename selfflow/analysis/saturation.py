@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import choose
 from ..data.sources import Sources
 from ..draws import keyed
 from ..intervals import mean_interval, paired_difference
@@ -310,7 +309,7 @@ def saturation(run: Run, fitted: int = 1000, scored: int = 300, bins: int = 8, s
     found = {}
     for split, most in {"train": fitted, "test": scored}.items():
         sources = Sources(config.data, split)
-        name = choose(data or config.data.names[0], config.data.names, "data set")
+        name = config.data_name(data)
         count = min(most, len(sources.data[name]))
         rows = torch.randperm(len(sources.data[name]), generator=keyed(seed, f"saturation, {split}"))[:count]
         labels = sources.data[name].take(rows).labels
@@ -333,7 +332,7 @@ def _objective(run: Run) -> FeatureObjective:
     stored = run.load("objective") if kind.needs_features else {}
     with torch.random.fork_rng():
         objective = build_objective(run.config.objective, run.model, run.sources.sequences, head_width(stored),
-                                    run.config.data.weight_of)
+                                    run.sources.weights)
     if objective.state_dict():  # LayerSync has no head
         objective.load_state_dict(run.load("objective"))
     return objective.to(run.device).eval().requires_grad_(False)

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZER', 'FORMAT', 'write_checkpoint', 'head_width', 'read_part', 'resumable', 'read_state', 'check_checkpoint',
-           'problem_of', 'newest_whole', 'prune', 'read_not_finite', 'write_picture', 'read_pictures', 'migrate',
-           'free_fields', 'agree', 'find_runs']
+           'problem_of', 'newest_whole', 'prune', 'read_not_finite', 'write_picture', 'read_pictures', 'data_from_4',
+           'migrate', 'is_free', 'agree', 'find_runs']
 
 # %% ../../nbs/3_training/03_checkpoint.ipynb #a937e358
 import json
 import os
 import re
 from collections.abc import Container
+from dataclasses import fields
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..disk import (discard, flush, make_folder, replacing, replacing_folder, say_once, sha256, step_of, step_paths,
                            write_json, write_tensors)
+from ..data.options import DataConfig
 from ..method.options import ObjectiveConfig
 from .config import differences
 from .lock import free_name
@@ -223,8 +225,10 @@ def _from_3(stored: dict) -> dict:
 
 
 def _from_4(stored: dict) -> dict:
-    "Format 4 had the shape of a transformer, images alone without a part, and the options of all objectives with each."
+    "Format 4 had a transformer's shape, images without a part, options of all objectives, and one text for several data sets."
     config = stored["config"]
+    if "data" in config:
+        config = {**config, "data": data_from_4(config["data"])}
     if "objective" in config:
         config = {**config, "objective": _own_options(config["objective"])}
     stored = {**stored, "format": 5, "config": config}
@@ -242,6 +246,36 @@ def _own_options(objective: dict) -> dict:
 
 
 _OPTIONS_OF_4 = ("student_layer", "teacher_layer", "rep_weight", "rep_tokens", "distance", "normalise")
+
+
+def data_from_4(data: dict) -> dict | list[dict]:
+    """Settings of the data as format 4 had them, now those of one data set or a list of several.
+
+    Format 4 wrote several values as a text, such as name shapes+notes, shares 0.6+0.4, weights audio=0.5+video=2.
+    """
+    names = data.get("name", DataConfig().name).split("+")
+    shares = [float(share) for share in data.get("shares", "").split("+") if share] or [1.0] * len(names)
+    if len(shares) != len(names):
+        raise ValueError(f"data.shares are {data['shares']}, but there are {len(names)} data sets")
+    weights = dict(pair.split("=") for pair in data.get("weights", "").split("+") if pair)
+    several = []
+    for name, share in zip(names, shares, strict=True):
+        kind = DataConfig.of(name)
+        known = {f.name for f in fields(kind)}
+        own = {key: value for key, value in data.items() if key in known or key not in _DATA_OPTIONS_OF_4} | {"name": name}
+        signals = kind.signals
+        if "signals" in own:
+            own["signals"] = signals = own["signals"].split("+")
+        if len(names) > 1 and data.get("shares"):
+            own["share"] = share
+        if weight := {signal: float(weight) for signal, weight in weights.items() if not signals or signal in signals}:
+            own["weight"] = weight
+        several.append(own)
+    return several if len(several) > 1 else several[0]
+
+
+_DATA_OPTIONS_OF_4 = ("shares", "weights", "size", "frames", "path", "signals", "rate", "seconds", "crop", "fps", "channels",
+                      "carve")
 
 
 def _inputs(shape: dict) -> dict:
@@ -267,9 +301,10 @@ _FREE = {"name", *(f"training.{name}" for name in ("steps", "save_every", "keep_
         "data.encoder"}
 
 
-def free_fields(fingerprints: dict[str, str]) -> set[str]:
-    "The fields that may change; with a known fingerprint of its training data a run also recognises them at another place."
-    return _FREE | ({"data.path"} if fingerprints.get("train") else set())
+def is_free(name: str, fingerprints: dict[str, str]) -> bool:
+    "True for a field that may change; with a known fingerprint of its training data a run also recognises them at another place."
+    of_any = re.sub(r"^data\.\d+\.", "data.", name)
+    return of_any in _FREE or of_any == "data.path" and bool(fingerprints.get("train"))
 
 
 def agree(path: Path, there: dict, asked: dict) -> dict[str, tuple]:
@@ -281,8 +316,8 @@ def agree(path: Path, there: dict, asked: dict) -> dict[str, tuple]:
     name.
     """
     found = differences(*({**stored["config"], "inputs": stored["inputs"]} for stored in (there, asked)))
-    free = free_fields(there["data"] if there["data"].get("train") == asked["data"].get("train") else {})
-    other = {name: pair for name, pair in found.items() if name not in free}
+    known = there["data"] if there["data"].get("train") == asked["data"].get("train") else {}
+    other = {name: pair for name, pair in found.items() if not is_free(name, known)}
     changed = {f"data.{name}": (there["data"][name], value) for name, value in asked["data"].items()
                if there["data"].get(name, value) != value}
     if other or changed:

@@ -58,9 +58,9 @@ def write_samples(run: Run, labels, steps: int = 50, method: str = "euler", cfg_
     caption), NAME-000.wav, NAME-001.wav, ... (at most 100 sounds, all multiplied by one factor where one exceeds full scale) and
     NAME.webp (at most 16 videos). What was left out or made quieter is printed.
     """
-    data, shift = data or run.config.data.names[0], run.shift if shift is None else shift
+    data, shift = run.config.data_name(data), run.shift if shift is None else shift
     wanted, texts = run.sources.wanted(labels, data), run.sources.texts(labels, data)
-    if run.config.data.encoder and not isinstance(labels, Tensor):  # what is kept are the texts, in bytes, as of other runs
+    if run.config.shared.encoder and not isinstance(labels, Tensor):  # what is kept are the texts, in bytes, as of other runs
         wanted = caption_bytes(labels, max(1, *(len(text.encode("utf-8", "replace")) for text in labels)))
     check_writable(run.path / "samples" / "x")
     drawn = run.sample(labels, steps, method, cfg_scale, seed, shift=shift, interval=interval, data=data, **options)
