@@ -20,7 +20,7 @@ from selfflow.analysis.probes import (
     majority_score,
     position_score,
     regression_probe,
-    ridge_probe,
+    _ridge_probe,
     shuffled,
     token_probe,
 )
@@ -85,7 +85,7 @@ def test_all_probes_find_a_planted_factor_and_nothing_in_shuffled_labels():
 def test_ridge_is_ridge():
     x, _, values = planted()
     for features in (x, {split: np.concatenate([part] * 40, 1) for split, part in x.items()}):  # d < n and d > n
-        found = ridge_probe(features, values, (0.01,))
+        found = _ridge_probe(features, values, (0.01,))
         train = (features["train"] - features["train"].mean(0)) / features["train"].std(0)
         test = (features["test"] - features["train"].mean(0)) / features["train"].std(0)
         y, n = (values["train"] - values["train"].mean()) / values["train"].std(), len(train)
@@ -135,7 +135,7 @@ def test_tokens_of_the_figure_are_found_and_position_is_not_enough():
 def test_bad_features_are_refused(spoil, words):
     x, kinds, _ = planted()
     spoil(x, kinds)
-    for probe in (ridge_probe, knn_probe, lambda x, y: field_probe(x, {"f": y}, SHORT)):
+    for probe in (_ridge_probe, knn_probe, lambda x, y: field_probe(x, {"f": y}, SHORT)):
         with pytest.raises(ValueError, match=words):
             probe(x, kinds)
 

@@ -9,8 +9,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from selfflow.analysis.features import extract
-from selfflow.analysis.probes import logistic_probe
-from selfflow.analysis.probing import outdated, probe_table, read_probes, untrained_network
+from selfflow.analysis.probes import _logistic_probe
+from selfflow.analysis.probing import outdated, probe_table, read_probes, _untrained_network
 from selfflow.data.datasets import SPLITS, digits
 from selfflow.draws import keyed
 from selfflow.intervals import paired_difference, proportion_interval
@@ -48,7 +48,7 @@ def test_paired_difference_agrees_with_the_normal_approximation_and_uses_the_pai
 
 def test_probe_against_scikit_learn_by_hand():
     x, y = toy(2.0)
-    result = logistic_probe(x, y, strengths=(0.01, 1.0))
+    result = _logistic_probe(x, y, strengths=(0.01, 1.0))
     scaler = StandardScaler().fit(x["train"])
     models = {c: LogisticRegression(C=c, max_iter=2000).fit(scaler.transform(x["train"]), y["train"]) for c in (0.01, 1.0)}
     scores = {c: m.score(scaler.transform(x["validation"]), y["validation"]) for c, m in models.items()}
@@ -63,16 +63,16 @@ def test_probe_against_scikit_learn_by_hand():
 def test_test_labels_decide_nothing_but_the_score():
     x, y = toy(1.0)
     flipped = {**y, "test": (y["test"] + 1) % 3}
-    a, b = logistic_probe(x, y), logistic_probe(x, flipped)
+    a, b = _logistic_probe(x, y), _logistic_probe(x, flipped)
     assert (a.chosen, a.validation) == (b.chosen, b.validation) and a.score != b.score
 
 
 def test_separable_and_hopeless_features():
-    assert logistic_probe(*toy(20.0)).score == 1.0
-    assert logistic_probe(*toy(0.0)).score < 0.5
+    assert _logistic_probe(*toy(20.0)).score == 1.0
+    assert _logistic_probe(*toy(0.0)).score < 0.5
     x, y = toy(2.0)
     constant = {split: np.concatenate([part, np.ones((len(part), 1))], 1) for split, part in x.items()}
-    assert logistic_probe(constant, y).score == logistic_probe(x, y).score, "a constant feature changes nothing"
+    assert _logistic_probe(constant, y).score == _logistic_probe(x, y).score, "a constant feature changes nothing"
 
 
 @pytest.mark.parametrize("spoil, words", [
@@ -83,7 +83,7 @@ def test_bad_features_are_refused(spoil, words):
     x, y = toy(1.0)
     spoil(x, y)
     with pytest.raises(ValueError, match=words):
-        logistic_probe(x, y)
+        _logistic_probe(x, y)
 
 
 def test_features_are_those_of_the_model(runs):
@@ -143,7 +143,7 @@ def test_records_of_earlier_versions_are_read_with_their_numbers(runs, tmp_path)
 
 def test_the_untrained_network_computes_something_and_is_not_trained(runs):
     run = runs["tiny"]
-    model, data = untrained_network(run), digits("test")[:50]
+    model, data = _untrained_network(run), digits("test")[:50]
     x0 = run.layout().patchify({"image": data.images})
     features = extract(model, x0, torch.zeros_like(x0), 0.0, (1, 2, 3, 4))
     assert all(not torch.allclose(features[a], features[a + 1], atol=1e-2) for a in (1, 2, 3)), "its blocks are no identity"

@@ -11,10 +11,10 @@ from PIL import Image
 
 from selfflow.cli import main
 from selfflow.data.autoencoder import Haar
-from selfflow.data.datasets import DataSet, Examples, digits
+from selfflow.data.datasets import DataSet, Examples
 from selfflow.data.latents import encode_latents
 from selfflow.data.options import DataConfig
-from selfflow.data.sources import Columns, SoundPatches, Sources, images_of, layout_of, load
+from selfflow.data.sources import Columns, SoundPatches, Sources, layout_of, load
 from selfflow.method.options import ObjectiveConfig
 from selfflow.training.batches import Batches, Validation
 from selfflow.training.config import Config
@@ -294,12 +294,6 @@ def test_sincos_positions_for_a_film_are_refused_with_the_remedy(tmp_path):
     config = small("motion")
     with pytest.raises(ValueError, match="neither time nor several parts; take rotary"):
         train(replace(config, model=replace(config.model, positions="sincos")), tmp_path, "cpu", bar=False)
-
-
-def test_what_looks_at_images_says_so_for_other_signals():
-    with pytest.raises(ValueError, match="notes are no images"):
-        images_of("notes")
-    assert images_of("digits") is digits() and len(images_of("shapes", most=7)) == 7
 
 
 def test_what_follows_from_the_data_is_filled_in():
