@@ -91,7 +91,8 @@ def test_its_options_are_settings_like_others(tmp_path, capsys):
 def test_options_need_defaults_and_may_be_written_as_strings(tmp_path):
     file = tmp_path / "later.py"
     file.write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n"
-                    "from selfflow import register_dataset\n@dataclass(frozen=True)\nclass Options:\n    count: int = 3\n    share_of: tuple[float, ...] = ()\n"
+                    "from selfflow import register_dataset\n"
+                    "@dataclass(frozen=True)\nclass Options:\n    count: int = 3\n    share_of: tuple[float, ...] = ()\n"
                     "@register_dataset('later', options=Options)\ndef later(config, split): ...\n"
                     "@dataclass(frozen=True)\nclass Bad:\n    root: str\n"
                     "if False:\n    register_dataset('bad', later, Bad)\n")
