@@ -8,7 +8,10 @@ __all__ = ['choose', 'check_types', 'check_positive', 'check_shares']
 # %% ../nbs/0_ground/01_checks.ipynb #8bbf1b0c
 import difflib
 import math
+from collections.abc import Iterator
 from dataclasses import fields
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 # %% ../nbs/0_ground/01_checks.ipynb #8f571890
 def choose(name: str, known, what: str) -> str:
@@ -23,17 +26,40 @@ def choose(name: str, known, what: str) -> str:
 def check_types(config, infinite: tuple[str, ...] = ()) -> None:
     """Raise ValueError for a field whose value has not the type it is declared with (an int serves as a float), or is NaN.
 
-    infinite: the fields that may be infinite.
+    Types may be unions, tuples and dicts of types. infinite: the fields that may be infinite.
     """
     for f in fields(config):
-        value, wanted = getattr(config, f.name), f.type
-        known = wanted | int if isinstance(0.0, wanted) else wanted
-        fits = isinstance(value, known) and (wanted is bool or not isinstance(value, bool))
-        if not fits:
-            name = getattr(wanted, "__name__", str(wanted))
+        value = getattr(config, f.name)
+        if not _fits(value, f.type):
+            name = str(f.type) if get_args(f.type) else getattr(f.type, "__name__", str(f.type))
             raise ValueError(f"{type(config).__name__}.{f.name} is {value!r}, expected {name}")
-        if isinstance(value, float) and (math.isnan(value) or math.isinf(value) and f.name not in infinite):
-            raise ValueError(f"{f.name} is {value}, but must be a finite number ({type(config).__name__}.{f.name})")
+        for number in _numbers(value):
+            if math.isnan(number) or math.isinf(number) and f.name not in infinite:
+                raise ValueError(f"{f.name} is {value}, but must be a finite number ({type(config).__name__}.{f.name})")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    "True if a value has a type."
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is tuple:
+        kinds = inner[:1] * len(value) if inner[-1] is ... and isinstance(value, tuple) else inner
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(key, inner[0]) and _fits(one, inner[1]) for key, one in value.items())
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    "The floats in a value, also within tuples and dicts."
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    for one in value if isinstance(value, tuple) else (value,):
+        if isinstance(one, float):
+            yield one
 
 
 def check_positive(config, *names: str) -> None:

@@ -135,7 +135,7 @@ def sample(run: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), captio
     from selfflow.training.run import Run
     from selfflow.training.samples import to_draw, write_samples
     opened = Run.open(run, device)
-    name = choose(data or opened.config.data.names[0], opened.config.data.names, "data set (data)")
+    name = opened.config.data_name(data)
     wanted = to_draw(opened, name, labels, captions, each)
     usual = asdict(type(options)())
     own = {name: value for name, value in asdict(options).items() if value != usual[name]}

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import fields
@@ -21,8 +22,9 @@ from typing import TYPE_CHECKING
 import tyro
 
 from .checks import choose
+from .data.options import SHARED
 from .registries import Named, samplers, use
-from .training.config import PRESETS, Config, draft, overlaid
+from .training.config import PRESETS, Config, draft, flatten, overlaid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,15 +76,62 @@ def read_settings(path: Path) -> tuple[dict, bool]:
 NAMED = {part.name: part.default_factory for part in fields(Config) if isinstance(part.default_factory, Named)}
 
 
-def _renamed(values: dict, names: dict[str, str]) -> dict:
-    "Nested settings with other entries for some parts: settings that all entries have stay, options of the former go."
-    values = dict(values)
-    for part, name in names.items():
-        before, kind = values.get(part, {}), NAMED[part]
-        former = kind.chosen(before).__dataclass_fields__
-        own = kind.of(name).__dataclass_fields__
-        values[part] = {key: value for key, value in before.items() if key in own or key not in former} | {"name": name}
-    return values
+def _renamed(kind: Named, before: dict, name: str | None) -> dict:
+    "The settings of one part with another entry: what all entries have stays, options of the former go."
+    if name is None or before.get("name") == name:
+        return before
+    former = {f.name for f in fields(kind.chosen(before))} if "name" in before else ()
+    own = {f.name for f in fields(kind.of(name))}
+    return {key: value for key, value in before.items() if key in own or key not in former} | {"name": name}
+
+
+def _several(data: dict | list, args: list[str]) -> dict | list:
+    "The settings of the data to start from: a list where options name data.0, data.1, ..."
+    places = [int(found[1]) for arg in args if (found := re.match(r"--data\.(\d+)\.", arg))]
+    if not places:
+        return data
+    start = data if isinstance(data, list) else [data] * (max(places) + 1)
+    if isinstance(data, list):
+        common = {name: start[0][name] for name in SHARED if name in start[0]}
+        start = [*start, *[common] * (max(places) + 1 - len(start))]
+    several = []
+    for place, before in enumerate(start):
+        name = _given(args, f"--data.{place}.name")
+        if name is None and (place or isinstance(data, list)) and (before is data or "name" not in before):
+            raise ValueError(f"--data.{place}.name is missing: the data sets are numbered from 0, and each needs a name")
+        several.append(_renamed(NAMED["data"], before, name))
+    return several
+
+
+def _in_new_form(args: list[str], start: dict | list) -> str:
+    """The options of the data as they are written now, of a command line that puts several values into one; else empty.
+
+    start: the settings that they change. Until format 4 it was --data.name shapes+notes --data.shares 0.6+0.4
+    --data.weights audio=0.5, and --data.signals video+audio.
+    """
+    typed = {}
+    for place, arg in enumerate(args):
+        option, equals, value = arg.partition("=")
+        if option.startswith("--data.") and not option[7].isdigit():
+            following = args[place + 1] if place + 1 < len(args) and not args[place + 1].startswith("--") else None
+            typed[option[7:]] = value if equals else following
+    old = {"shares", "weights"} & typed.keys() or any("+" in (typed.get(option) or "") for option in ("name", "signals"))
+    if not old:
+        return ""
+    from selfflow.training.checkpoint import data_from_4
+    name = {"name": start["name"]} if isinstance(start, dict) and "name" in start else {}
+    values = data_from_4(name | typed)
+    if isinstance(values, dict) and "name" not in typed:
+        del values["name"]
+    words = []
+    for option, value in flatten({"data": values}).items():
+        signal = re.fullmatch(r"(data\.(?:\d+\.)?weight)\.(\w+)", option)
+        if signal:  # a dict is written as its names and values, one after the other
+            option, value = signal[1], (signal[2], value)
+        many = value if isinstance(value, tuple) else (value,)
+        written = [f"{one:g}" if isinstance(one, float) else shlex.quote(one) for one in many if one is not None]
+        words += [*([] if f"--{option}" in words and signal else [f"--{option}"]), *written]
+    return " ".join(words)
 
 
 def starting_point(args: list[str]) -> dict:
@@ -97,16 +146,24 @@ def starting_point(args: list[str]) -> dict:
     if preset and whole:
         raise ValueError(f"{file} is the config of a whole run, of which preset {preset} would change nothing; leave one out")
     place = Path(os.path.abspath(file)) if whole else Path()
-    named = {part: name for part in NAMED if (name := _given(args, f"--{part}.name"))}
-    below = _renamed(_renamed(below, {part: values["name"] for part, values in above.items() if part in NAMED
-                                      and isinstance(values, dict) and "name" in values}), named)
-    above = _renamed(above, named)
+    if written := _in_new_form(args, overlaid(below, above).get("data", {})):
+        raise ValueError(f"several values in one option of the data are now options of their own: {written}")
+    names = {part: _given(args, f"--{part}.name") for part in NAMED}
+    for part, kind in NAMED.items():
+        before, over = below.get(part, {}), above.get(part, {})
+        if isinstance(over, dict):
+            below = below | {part: _renamed(kind, _renamed(kind, before, over.get("name")), names[part])}
+            above = above | {part: _renamed(kind, over, names[part])}
+    values = overlaid(below, above)
+    data = values["data"]
+    values["data"] = _several(data, args)
+    complete = values["data"] is data and not any(names.values())
     if place.name != "config.json":
-        return {"config": draft(overlaid(below, above))}
+        return {"config": draft(values, complete)}
     shown = Path(file).parent  # as it was written, if that says where it lies
     folder = shown.parent if shown.name not in ("", "..") else place.parent.parent
     name = {} if _given(args, "--name") else {"name": place.parent.name}  # folders may have names that runs cannot
-    return {"config": draft({**above, **name}), "folder": folder}
+    return {"config": draft({**values, **name}, complete), "folder": folder}
 
 # %% ../nbs/8_cli/01_options.ipynb #bf96576b
 def sampler_of(args: list[str]) -> dict:
@@ -141,6 +198,10 @@ def _unknown_option(help_text: str, args: list[str]) -> str:
     known = sorted(set(re.findall(r"--[\w.-]*\w", help_text)))
     for name in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
         if name.replace("_", "-") not in known:
+            part, _, setting = re.sub(r"^--|\.\d+", "", name).rpartition(".")
+            if part in NAMED and (owners := NAMED[part].owners(setting.replace("-", "_"))):
+                chooser = f"{name.rpartition('.')[0]}.name"
+                return f"{name} is an option of {NAMED[part].registry.kind} {', '.join(owners)}; choose one by {chooser}"
             near = difflib.get_close_matches(name, known, n=1)
             return f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else "")
     return ""
@@ -162,7 +223,7 @@ def read_command(commands: dict[str, Callable], args: list[str], prog: str = "se
     known |= {name: partial(known[name], **starts) for name in args[:1] if name in known}
     for part in NAMED.values():  # tyro takes the help of a field from its metadata
         part.__dataclass_fields__["name"].metadata = {"help": f"one of {', '.join(part.registry)}"}
-    ask = partial(tyro.extras.subcommand_cli_from_dict, known, prog=prog,
+    ask = partial(tyro.extras.subcommand_cli_from_dict, known, prog=prog, config=(tyro.conf.AvoidSubcommands,),
                   description=f"Self-supervised flow matching. {prog} --version prints the version; "
                               "with --use FILE, a Python file of your own adds objectives, metrics, ... to any command.")
     try:

@@ -201,8 +201,9 @@ class Named(type):
         "Return the class of the entry that `values` name. Raises ValueError for values that are none of its settings."
         base = cls.__dict__.get("base", cls)
         concrete = base.of(values.get("name", base.__dataclass_fields__["name"].default))
+        known = {f.name for f in fields(concrete)}
         for field_name in values:
-            if field_name not in concrete.__dataclass_fields__:
+            if field_name not in known:
                 _refuse(base, concrete, field_name)
         return concrete
 
@@ -216,6 +217,11 @@ class Named(type):
         if cache.get(name, (None,))[0] is not options:
             cache[name] = options, _combine(base, options)
         return cache[name][1]
+
+    def owners(cls, field_name: str) -> list[str]:
+        "Return the names of the entries that have an option."
+        base = cls.__dict__.get("base", cls)
+        return [name for name in base.registry if field_name in {f.name for f in fields(base.registry[name].options)}]
 
 
 def own_options(part: Any) -> dict[str, Any]:
@@ -251,8 +257,8 @@ def _rebuild(base: type, values: dict, source: str) -> Any:
 
 def _refuse(base: type, concrete: type, field_name: str) -> None:
     kind = base.registry.kind
-    owners = [name for name in base.registry if field_name in base.of(name).__dataclass_fields__]
+    owners = base.owners(field_name)
     named = next(name for name in base.registry if base.of(name) is concrete)
     if owners:
         raise ValueError(f"{field_name} is an option of {kind} {', '.join(owners)}, which {named} does not have")
-    choose(field_name, concrete.__dataclass_fields__, f"setting of {kind} {named}")
+    choose(field_name, [f.name for f in fields(concrete)], f"setting of {kind} {named}")

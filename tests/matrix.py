@@ -16,7 +16,7 @@ from scipy.io import wavfile
 
 from selfflow.analysis import features, probing
 from selfflow.analysis.features import items_of
-from selfflow.analysis.projection import project, run_features
+from selfflow.analysis.projection import project
 from selfflow.cli import main
 from selfflow.data.autoencoder import Haar
 from selfflow.data.folders import Folder
@@ -137,14 +137,14 @@ SIGNALS = {
     "motion": Kind(None, {"name": "motion", "patch": 8, "span": 4}),
     "notes": Kind(None, {"name": "notes", "columns": 8}),
     "scenes": Kind(None, {"name": "scenes", "patch": 16, "span": 4, "columns": 8}),
-    "sounds": Kind(lambda root: _folder(root, (_sound, ".wav")), {"name": "folder", "signals": "audio", "columns": 1},
+    "sounds": Kind(lambda root: _folder(root, (_sound, ".wav")), {"name": "folder", "signals": ("audio",), "columns": 1},
                    refused=NO_JUDGE),
-    "videos": Kind(lambda root: _folder(root, (_video, ".gif")), {"name": "folder", "signals": "video", **FILMS},
+    "videos": Kind(lambda root: _folder(root, (_video, ".gif")), {"name": "folder", "signals": ("video",), **FILMS},
                    refused=NO_JUDGE),
     "pairs": Kind(lambda root: _folder(root, (_video, ".gif"), (_sound, ".wav")),
-                  {"name": "folder", "signals": "video+audio", "columns": 1, **FILMS}, refused=NO_JUDGE),
+                  {"name": "folder", "signals": ("video", "audio"), "columns": 1, **FILMS}, refused=NO_JUDGE),
     "pairs, no classes": Kind(lambda root: _folder(root, (_video, ".gif"), (_sound, ".wav"), classes=()), {
-        "name": "folder", "condition": "none", "signals": "video+audio", "columns": 1, **FILMS},
+        "name": "folder", "condition": "none", "signals": ("video", "audio"), "columns": 1, **FILMS},
         refused=NO_CLASS | NO_JUDGE),
 }
 TRAINING = {"steps": 8, "batch": 8, "log_every": 1, "validate_every": 4, "save_every": 4, "validation": 12, "keep_last": 9,
@@ -158,7 +158,9 @@ def trained(kind: Kind, folder: Path) -> Path:
     if kind.write:
         kind.write(folder / "data")
         data["path"] = str(folder / "data" / kind.path)
-    options = [("--name", "run")] + [(f"--data.{name}", str(value)) for name, value in data.items()]
+    options = [("--name", "run")]
+    for name, value in data.items():
+        options.append((f"--data.{name}", *map(str, value if isinstance(value, tuple) else (value,))))
     options += [(f"--model.{name}", str(value)) for name, value in MODEL.items()]
     options += [(f"--training.{name.replace('_', '-')}", str(value)) for name, value in TRAINING.items()]
     main(["train", *(part for option in options for part in option), "--folder", str(folder / "runs"), "--device", "cpu"])
@@ -229,8 +231,8 @@ def _features(run: Path, place: Path) -> None:
 
 def _map(run: Path, place: Path) -> None:
     opened = Run.open(run, "cpu")
-    found, _ = run_features(opened, (2,), 0.5, 12)
     items = items_of(opened, "test", 12)
+    found = items.features(opened.teacher, 0.5, (2,))
     previews, captions = item_previews(items)
     factors = {name: values.numpy() for name, values in items.factors.items() if values.ndim == 1}
     explore_map(project(found[2], "PCA", 3), previews, factors, captions=captions)

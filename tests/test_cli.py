@@ -20,7 +20,7 @@ from selfflow.analysis.comparison import runs_table
 from selfflow.cli import COMMANDS, main
 from selfflow.data.options import DataConfig
 from selfflow.method.options import FeatureOptions, ModelConfig, ObjectiveConfig, SelfFlowOptions, TransformerOptions
-from selfflow.registries import backbones, objectives
+from selfflow.registries import backbones, datasets, objectives
 from selfflow.options import read_command, read_settings, starting_point
 from selfflow.training import checkpoint, loop as training
 from selfflow.training.config import PRESETS, Config, TrainConfig, differences, flatten
@@ -191,7 +191,8 @@ def test_help_names_every_field_its_meaning_and_the_default_of_the_preset(capsys
         sources = "\n".join(map(inspect.getsource, part if isinstance(part, tuple) else (part,)))
         comments = re.findall(r"^    (\w+): .+?  # (.+)$", sources, re.M)
         meant |= {prefix + name: text for name, text in comments}
-    meant |= {f"{part}.name": f"one of {', '.join(known)}" for part, known in (("model", backbones), ("objective", objectives))}
+    for part, known in {"data": datasets, "model": backbones, "objective": objectives}.items():
+        meant[f"{part}.name"] = f"one of {', '.join(known)}"
     assert meant.keys() == flatten(asdict(Config())).keys()
     follows = {"model.width", "model.depth", "model.heads", "model.positions", "training.shards", "objective.rep_weight",
                "objective.mask_ratio"}
@@ -304,6 +305,52 @@ def test_the_module_is_the_command_and_nothing_happens_on_import(tmp_path):
     assert found.returncode == 0 and found.stdout == "not called\n"
     (tmp_path / "cli.py").write_text((tmp_path / "guard.py").read_text())
     assert call("cli.py").returncode == 9, "the guard itself works"
+
+
+@pytest.mark.parametrize("typed, written", [
+    ("--data.name shapes+notes", "--data.0.name shapes --data.1.name notes"),
+    ("--data.name=shapes+notes --data.shares 0.6+0.4 --data.patch 4 --data.size 16 --data.weights audio=0.5",
+     "--data.0.name shapes --data.0.patch 4 --data.0.size 16 --data.0.share 0.6 "
+     "--data.1.name notes --data.1.patch 4 --data.1.share 0.4 --data.1.weight audio 0.5"),
+    ("--preset scenes --data.weights audio=0.5+video=2", "--data.weight audio 0.5 video 2"),
+    ("--data.name folder --data.path photos --data.signals video+audio",
+     "--data.name folder --data.path photos --data.signals video audio"),
+])
+def test_an_old_command_line_is_answered_with_the_new_one(capsys, typed, written):
+    with pytest.raises(SystemExit):
+        main(["train", *typed.split()])
+    said = capsys.readouterr().err
+    assert said == f"selfflow: several values in one option of the data are now options of their own: {written}\n"
+    if "photos" not in written:
+        preset = typed.split()[:2] if "--preset" in typed else []
+        starting_point(["train", *preset, *written.split()])
+
+
+@pytest.mark.parametrize("typed, words", [
+    ("--data.path x", "--data.path is an option of data set folder, huggingface, latents; choose one by --data.name"),
+    ("--data.0.name notes --data.0.size 8", "--data.0.size is an option of data set shapes"),
+    ("--data.1.name notes --data.2.name shapes --data.3.patch 2", "--data.3.name is missing"),
+    ("--data.0.name folder --data.1.name notes", "data.path is empty"),
+    ("--data.0.name shapes --data.1.name notes --data.1.condition none", "data.1.condition is 'none', but data.0.condition"),
+    ("--data.0.name shapes --data.0.shar 2", "unknown option --data.0.shar; did you mean --data.0.share?"),
+    ("--data.name shapes --data.weight video 2", "unknown signal of data set shapes"),
+    ("--data.share 0", "share is 0.0"), ("--data.share nan", "share is nan"), ("--data.weight -1", "weight is -1"),
+])
+def test_settings_of_data_that_cannot_be_are_refused_in_a_line(capsys, tmp_path, typed, words):
+    with pytest.raises(SystemExit):
+        main(["train", "--folder", str(tmp_path), *typed.split()])
+    said = capsys.readouterr().err
+    assert words in said and len(said.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_config_file_may_list_data_sets_and_options_change_one(tmp_path):
+    file = tmp_path / "two.json"
+    file.write_text('{"data": [{"name": "shapes", "share": 3}, {"name": "notes", "weight": {"audio": 2}}]}')
+    first, second = starting_point(["train", "--config", str(file), "--data.1.name", "scenes"])["config"].data
+    assert (first.name, first.share, first.size) == ("shapes", 3, 32)
+    assert (second.name, second.weight, second.frames) == ("scenes", {"audio": 2}, 16)
+    third = starting_point(["train", "--config", str(file), "--data.2.name", "digits"])["config"].data[2]
+    assert third.name == "digits" and third.share == 1
 
 
 @pytest.mark.parametrize("classes", [("cat", "dog"), ("",)])

@@ -11,14 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
-from safetensors import safe_open
 
 from .benchmark import flops_per_step
 from .probing import read_probes
 from ..checks import choose
 from ..intervals import Comparison, compare_seeds
 from ..registries import objectives
-from ..training.checkpoint import find_runs, problem_of
+from ..training.checkpoint import find_runs, head_width, problem_of, read_part
 from ..training.config import differing, flatten
 from ..training.run import UNREADABLE, Run
 from ..training.watching import checkpoint_problems, run_state
@@ -87,8 +86,7 @@ def _flops(run: Run) -> float:
         return flops_per_step(run.config, run.inputs)
     if not (whole := _whole(run)):
         return math.nan
-    with safe_open(whole[-1] / "objective.safetensors", "pt") as head:
-        return flops_per_step(run.config, run.inputs, head.get_slice("projector.4.weight").get_shape()[0])
+    return flops_per_step(run.config, run.inputs, head_width(read_part(whole[-1], "objective")))
 
 # %% ../../nbs/4_analysis/15_comparison.ipynb #0c840972
 COLUMNS = ("state", "step", "steps", "flow loss", "validation", "cosine", "constant cosine", "probe", "probe cell", "seconds",

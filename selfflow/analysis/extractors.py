@@ -79,17 +79,17 @@ def judge_extractor(judge: Judge, real: dict[str, Tensor], axes: int = 64) -> Ex
                                 "axes": f"main axes of {len(together)} training samples, {share:.1%} of their variance"})
 
 
-def built_in(data: DataConfig, name: str = "", count: int = 1000, axes: int = 64,
+def built_in(data: DataConfig, count: int = 1000, axes: int = 64,
              folder: Path | str = "data/cache/judges") -> Extractor:
     """Return the extractor that belongs to built-in data: of its judge, or pixels where that looks at pixels.
 
-    data, name: which data, and which of several; count: training samples for the axes; folder: as in `judge.judge_for`.
+    data: which data; count: training samples for the axes; folder: as in `judge.judge_for`.
     Raises ValueError for data that have none: give one of `open_extractor`.
     """
-    name = name or data.names[0]
+    name = data.name
     if name not in HEADS:
         raise ValueError(f"there is no built-in judge of {name}; give an extractor with weights of yours, see open_extractor")
-    judge, real = judge_for(name, data, folder), open_dataset(data, "train", name)
+    judge, real = judge_for(name, data, folder), open_dataset(data, "train")
     if "pixels" in judge.readers:
         return Extractor(lambda signals: penultimate(judge, signals)["pixels"].numpy(),
                          {"features": "pixels", "dimensions": math.prod(real.shapes["image"])})

@@ -29,7 +29,7 @@ from ..disk import discard, make_folder, replacing, say_once, write_json
 from ..draws import keyed
 from ..method.flow import interpolate
 from ..method.schedule import NoiseLevels
-from ..method.tokens import Places
+from ..method.tokens import Part, Places
 from ..method.transformer import Transformer
 from ..settings import own_settings
 from ..training.run import Run
@@ -38,20 +38,21 @@ from ..training.run import Run
 @own_settings()
 @torch.no_grad()
 def extract(model: Transformer, x0: Tensor, x1: Tensor, level: float, layers: tuple[int, ...],
-            pooled: bool = True, batch: int = 512) -> dict[int, Tensor]:
-    """Hidden states at one noise level under the null label: {layer: (samples, d) or (samples, n, d)}, on the CPU.
+            pooled: bool = True, batch: int = 512, parts: tuple[Part, ...] = ()) -> dict[int, Tensor]:
+    """Return hidden states at one noise level under the null label: {layer: (samples, d) or (samples, n, d)}, on the CPU.
 
-    x0, x1: (samples, n, c) tokens of data and fixed noise; level in [0, 1]; layers: 1-based; pooled: mean over tokens.
+    x0, x1: (samples, n, c) tokens of data and fixed noise; level in [0, 1]; layers: 1-based; pooled: mean over tokens; parts: of
+    the sequence, where the model knows several.
     Raises ValueError for layers that do not exist. Source of the protocol: REPA's probes and Self-Flow's authors (issue 3).
     """
     found = {layer: [] for layer in layers}
     for x0_, x1_ in zip(x0.split(batch), x1.split(batch), strict=True):
-        for layer, hidden in _hidden(model, x0_, x1_, level, layers).items():
+        for layer, hidden in _hidden(model, x0_, x1_, level, layers, parts).items():
             found[layer].append((hidden.mean(1) if pooled else hidden).float().cpu())
     return {layer: torch.cat(hidden) for layer, hidden in found.items()}
 
 
-def _hidden(model, x0, x1, level, layers, parts=()) -> dict[int, Tensor]:
+def _hidden(model, x0, x1, level, layers, parts) -> dict[int, Tensor]:
     "The hidden states (b, n, d) of one batch, on the model's device."
     device = next(model.parameters()).device
     levels = NoiseLevels.single(torch.full((len(x0),), float(level), device=device), x0.shape[1])
@@ -70,7 +71,7 @@ class Items:
 
     def __init__(self, sources: Sources, name: str = "", count: int | None = None, seed: int = 0):
         self.sources, self.seed = sources, seed
-        self.name = choose(name or sources.config.names[0], list(sources.data), "data set")
+        self.name = choose(name or next(iter(sources.data)), sources.data, "data set")
         self.data, self.layout = sources.data[self.name], sources.layouts[self.name]
         if count is not None and count < 1:
             raise ValueError(f"count is {count}, but features need at least one sample")
@@ -99,6 +100,10 @@ class Items:
         "All samples in order, `size` at once, as `take` gives them."
         return (self.take(positions) for positions in torch.arange(len(self)).split(size))
 
+    def features(self, model: Transformer, level: float, layers: tuple[int, ...], pooled: bool = True) -> dict[int, Tensor]:
+        "Return hidden states of all samples in memory, as `extract` does; `stream_features` keeps those of many on disk."
+        return extract(model, *self.take(torch.arange(len(self))), level, layers, pooled, 64, self.present)
+
     @cached_property
     def factors(self) -> dict[str, Tensor]:
         "What is known of the samples, (count, ...) each; their labels as `class` where nothing else is."
@@ -109,7 +114,7 @@ class Items:
     @property
     def fingerprint(self) -> str:
         "16 hex digits that change with the samples, their noise, and how they become tokens."
-        config = self.sources.config
+        config = self.sources.settings[self.name]
         made = (self.data.fingerprint, self.name, self.sources.split, len(self), self.seed, config.patch, config.span,
                 config.columns, config.sound, list(self.parts))
         if not torch.equal(self.indices, torch.arange(len(self))):

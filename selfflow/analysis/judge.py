@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from .factors import CLASS, HEADS, Reader, directions_seen, known, pitch_errors
 from ..checks import choose
-from ..data.datasets import DataSet, Examples, subset
+from ..data.datasets import DataSet, Examples, rate_of, subset
 from ..data.notes import PITCHES
 from ..data.options import DataConfig
 from ..data.scenes import sound_on_bounce
@@ -200,7 +200,7 @@ _STEPS = {"shapes": 800, "emblems": 800, "motion": 300, "notes": 300, "scenes": 
 
 def _source(name: str, data: DataConfig | None, split: str) -> DataSet:
     choose(name, HEADS, "data set with a judge")
-    return open_dataset(data or DataConfig(name), split, name)
+    return open_dataset(data or DataConfig(name), split)
 
 
 class PixelReader(nn.Module):
@@ -255,7 +255,7 @@ def train_judge_for(name: str, data: DataConfig | None = None, steps: int | None
         factor, = HEADS[name]["pixels"]
         readers = nn.ModuleDict({"pixels": PixelReader(factor, few, checked)})
         return Judge(name, train.fingerprint, readers, _correct(name, readers, test, tests))
-    readers, generator = _untrained(name, getattr(train, "rate", 0)).train(), keyed(0, f"judge/{name}/training")
+    readers, generator = _untrained(name, rate_of(train)).train(), keyed(0, f"judge/{name}/training")
     optimizer, steps = torch.optim.AdamW(readers.parameters(), weight_decay=0.01), steps or _STEPS[name]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps, pct_start=0.1)
     for _ in tqdm(range(steps), f"judge of {name}", unit="step"):
@@ -318,7 +318,7 @@ def _load(path: Path, name: str, source: DataSet) -> Judge | str:
         expected = {"version": _VERSION, "name": name, "data": source.fingerprint}
         if other := [f"{key} {said.get(key)} is not {value}" for key, value in expected.items() if said.get(key) != value]:
             return ", ".join(other)
-        correct, readers = tensors.pop("correct"), _untrained(name, getattr(source, "rate", 0))
+        correct, readers = tensors.pop("correct"), _untrained(name, rate_of(source))
         readers.load_state_dict(tensors)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         return f"it cannot be read ({type(error).__name__})"
@@ -384,12 +384,12 @@ def on_samples(run: Run, count: int = 64, steps: int = 25, cfg_scale: float = 1.
     data: which data set, where there are several. Also written to judged.json in the run's folder
     (judged-NAME.json for a named data set). Raises ValueError for a run without conditions, and as Run.sample does.
     """
-    config = run.config.data
-    name = choose(data or config.names[0], config.names, "data set")
-    source = Sources(config, "test").data[name]
+    config = run.config
+    name = config.data_name(data)
+    source = Sources(config.data, "test").data[name]
     examples = source.take(subset(source, count))
-    wanted, judge = wishes(config, name, examples), judge_for(name, config, folder)
-    told = examples.labels if config.condition == "class" else examples.captions
+    wanted, judge = wishes(config.datasets[name], name, examples), judge_for(name, config.datasets[name], folder)
+    told = examples.labels if config.shared.condition == "class" else examples.captions
     shift = run.shift if shift is None else shift
     drawn = run.sample(told, steps=steps, cfg_scale=cfg_scale, seed=seed, shift=shift, data=name)
     verdict = followed(judge, drawn, wanted)

@@ -394,7 +394,7 @@ def _read_class(run: Run) -> Probes:
     grid = json.loads((run.path / "probe.json").read_text(encoding="utf-8"))
     sizes = grid["results"][0]["sizes"]
     chosen = grid.get("chosen", {})
-    about = {"run": run.config.name, "step": grid["step"], "weights": "teacher", "data": run.config.data.names[0], "part": "",
+    about = {"run": run.config.name, "step": grid["step"], "weights": "teacher", "data": run.config.data_name(), "part": "",
              "layers": grid["layers"], "levels": grid["levels"], "counts": sizes,
              "items": f"{sizes['test']} {chosen.get('test')}"}
     if chosen:
@@ -429,6 +429,6 @@ def outdated(probes: Probes, run: Run) -> str:
     "Why stored probes are not those of the run's newest checkpoint, in words; empty if they are."
     if probes.about["step"] != run.state()["step"]:
         return f"are of step {probes.about['step']}, not of its newest checkpoint"
-    if not probes.about.get("chosen") and not run.config.data.always_there:
+    if not probes.about.get("chosen") and not all(data.always_there for data in run.config.datasets.values()):
         return "are of an earlier version, which took the first samples, of few classes"
     return ""

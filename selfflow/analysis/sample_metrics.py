@@ -19,7 +19,6 @@ from .distances import Measured, NeighbourOptions, measure
 from .extractors import Extractor, built_in
 from .factors import HEADS
 from .judge import Share, followed, judge_for, wishes
-from ..checks import choose
 from ..data.datasets import DataSet, Examples, subset, subset_words
 from ..data.sources import Sources
 from ..disk import write_json
@@ -90,7 +89,7 @@ class SampleMetrics:
 def _judged(run: Run, name: str, drawn: dict[str, Tensor], examples: Examples,
             folder: Path | str) -> tuple[dict[str, Share], dict[str, float]]:
     "The shares of samples that are what was asked for, and of real ones; empty where nothing was, or nothing judges it."
-    config = run.config.data
+    config = run.config.datasets[name]
     if config.condition == "none" or name not in HEADS:
         return {}, {}
     verdict = followed(judge_for(name, config, folder), drawn, wishes(config, name, examples))
@@ -103,15 +102,15 @@ def metric_data(run: Run, count: int = 500, data: str = "", extractor: Extractor
 
     Raises ValueError for fewer samples than neighbours need, for latents, and for data without built-in features.
     """
-    config = run.config.data
-    name = choose(data or config.names[0], config.names, "data set")
+    config = run.config
+    name = config.data_name(data)
     if extractor is None and name == "latents":
         raise ValueError("metrics look at pixels, frames or sounds, and a run of latents draws latents; decode samples with "
                          "Latents.decode and measure them with all_metrics")
     if extractor is None and name not in HEADS:
         raise ValueError(f"metrics of {name} need an extractor of features, as none is built in for them: "
                          f"selfflow metrics {run.path} --extractor FOLDER, with DINOv2, CLAP, VideoMAE or InceptionV3")
-    parts = {split: Sources(config, split).data[name] for split in ("test", "validation")}
+    parts = {split: Sources(config.data, split).data[name] for split in ("test", "validation")}
     count = min(count, *map(len, parts.values()))
     if count < 2 * neighbours + 2:
         raise ValueError(f"{count} samples are too few for halves with {neighbours} neighbours; "
@@ -141,11 +140,11 @@ def run_metrics(run: Run, count: int = 500, steps: int = 25, cfg_scale: float = 
     """
     options = options or {}
     name, parts = metric_data(run, count, data, extractor, options.get("neighbourhoods", NeighbourOptions()).neighbours)
-    config, count = run.config.data, min(count, *map(len, parts.values()))
-    extractor = extractor or built_in(config, name, folder=folder)
+    config, count = run.config, min(count, *map(len, parts.values()))
+    extractor = extractor or built_in(config.datasets[name], folder=folder)
     examples, others = (part.take(subset(part, count)) for part in parts.values())
     real = extractor(examples.signals)  # before anything is drawn: the extractor may not fit
-    told = examples.captions if config.condition == "caption" else examples.labels
+    told = examples.captions if config.shared.condition == "caption" else examples.labels
     shift = run.shift if shift is None else shift
     drawn = run.sample(told, steps=steps, cfg_scale=cfg_scale, seed=seed, shift=shift, data=name)
     drawn_metrics, floor = (all_metrics(real, extractor(signals), resamples, seed, options)

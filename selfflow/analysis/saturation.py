@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import choose
 from ..data.sources import Sources
 from ..draws import keyed
 from ..intervals import mean_interval, paired_difference
@@ -26,6 +25,7 @@ from ..method.objective import FeatureObjective, SelfFlow
 from ..method.tokens import Part
 from ..registries import objectives
 from ..settings import own_settings
+from ..training.checkpoint import head_width
 from ..training.run import Run
 
 # %% ../../nbs/4_analysis/07_saturation.ipynb #95f1d591
@@ -310,7 +310,7 @@ def saturation(run: Run, fitted: int = 1000, scored: int = 300, bins: int = 8, s
     found = {}
     for split, most in {"train": fitted, "test": scored}.items():
         sources = Sources(config.data, split)
-        name = choose(data or config.data.names[0], config.data.names, "data set")
+        name = config.data_name(data)
         count = min(most, len(sources.data[name]))
         rows = torch.randperm(len(sources.data[name]), generator=keyed(seed, f"saturation, {split}"))[:count]
         labels = sources.data[name].take(rows).labels
@@ -331,10 +331,9 @@ def _objective(run: Run) -> FeatureObjective:
         raise TypeError(f"{run.path} was trained with {run.config.objective.name} alone: it compares no features, so nothing can "
                         "saturate")
     stored = run.load("objective") if kind.needs_features else {}
-    width = next((value.shape[0] for name, value in reversed(stored.items()) if name.endswith("4.bias")), 1)
     with torch.random.fork_rng():
-        objective = build_objective(run.config.objective, run.model, run.sources.sequences, width,
-                                    run.config.data.weight_of)
+        objective = build_objective(run.config.objective, run.model, run.sources.sequences, head_width(stored),
+                                    run.sources.weights)
     if objective.state_dict():  # LayerSync has no head
         objective.load_state_dict(run.load("objective"))
     return objective.to(run.device).eval().requires_grad_(False)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..checks import choose
-from .datasets import SPLITS, DataSet, Examples
+from .datasets import SPLITS, DataSet, Examples, rate_of
 from .files import carve, split_of
 
 # %% ../../nbs/2_data/15_own.ipynb #54c58e0a
@@ -92,7 +92,7 @@ class Own:
         if not (hasattr(self.items, "__len__") and hasattr(self.items, "__getitem__")):
             raise TypeError(f"{type(source).__name__} is no data set: expected tensors, or an object with a length and items, "
                             "such as a torch Dataset")
-        self.rate, self.fps = getattr(source, "rate", 8_000), getattr(source, "fps", None)
+        self.rate, self.fps = rate_of(source), getattr(source, "fps", None)
         self.count = len(self.items)
         if not self.count:
             raise ValueError("the data set has no items")

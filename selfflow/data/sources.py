@@ -21,12 +21,12 @@ from torch import Tensor
 
 from ..checks import choose
 from .audio import LogMel, Mdct
-from .datasets import DataSet, Examples, ImageSet, caption_text, digits, subset
+from .datasets import DataSet, Examples, ImageSet, caption_text, digits, rate_of, subset
 from .folders import Folder, HuggingFace
 from .latents import Latents
 from .motion import Motion
 from .notes import Notes
-from .options import DataConfig, hop_of
+from .options import DataConfig, by_name, hop_of
 from .own import as_dataset
 from .scenes import Scenes
 from .shapes import Emblems, Shapes
@@ -50,9 +50,10 @@ def _place(config: DataConfig) -> str:
 
 
 def _stored(kind: type, config: DataConfig, split: str) -> DataSet:
-    signals = tuple(config.signals.split("+"))
-    both = config.frames * config.rate / config.samples if {"video", "audio"} <= {*signals} else None  # as long as its sound
-    return kind(_place(config), signals, split, config.size, config.frames, config.fps or both, config.rate, config.samples,
+    fps = config.fps or None
+    if not fps and {"video", "audio"} <= {*config.signals}:  # a video lasts as long as its sound
+        fps = config.frames * config.rate / config.samples
+    return kind(_place(config), config.signals, split, config.size, config.frames, fps, config.rate, config.samples,
                 crop=config.crop, channels=config.channels, carve=config.carve)
 
 
@@ -107,18 +108,18 @@ def open_given(config: DataConfig, split: str) -> DataSet:
                      "with the same data: Run.open(path, data=...)")
 
 
-def open_dataset(config: DataConfig, split: str, name: str = "") -> DataSet:
-    """A part of the data set of a config: train, validation or test; name: which one, where the config names several.
+def open_dataset(config: DataConfig, split: str) -> DataSet:
+    """A part of the data set of a config: train, validation or test.
 
     One of the user's own that is no `DataSet` yet becomes one; see `as_dataset`.
     """
-    name = name or config.name
+    entry = datasets[config.name]
     try:
-        return as_dataset(datasets[name].load()(config, split))
+        return as_dataset(entry.load()(config, split))
     except (TypeError, ValueError) as error:
-        if not datasets[name].source:
+        if not entry.source:
             raise
-        raise ValueError(f"data set {name} ({datasets[name].source}), split {split}: {error}") from error
+        raise ValueError(f"data set {config.name} ({entry.source}), split {split}: {error}") from error
 
 
 def load(name: str, split: str = "train", **options) -> DataSet:
@@ -129,8 +130,8 @@ def load(name: str, split: str = "train", **options) -> DataSet:
 def images_of(config: DataConfig | str, split: str = "train", most: int = 2000) -> ImageSet:
     "Images of a data set of images, all or as many as `most`, chosen by `subset`. Raises ValueError for other signals."
     config = DataConfig(config) if isinstance(config, str) else config
-    data = open_dataset(config, split) if len(config.names) == 1 else None
-    if data is None or set(data.shapes) != {"image"}:
+    data = open_dataset(config, split)
+    if set(data.shapes) != {"image"}:
         raise ValueError(f"{config.name} are no images, which is what is looked at here")
     if isinstance(data, ImageSet) and len(data) <= most:
         return data
@@ -195,7 +196,7 @@ def layout_of(data: DataSet, config: DataConfig) -> Layout:
 
     Raises ValueError where the sizes of patches do not fit.
     """
-    patches, rate = {}, getattr(data, "rate", 8000)
+    patches, rate = {}, rate_of(data)
     for name, shape in data.shapes.items():
         if name == "image":
             patches[name] = ImagePatches(*shape, config.patch)
@@ -256,7 +257,7 @@ class Outline:
         chosen = torch.linspace(0, len(others) - 1, min(CAPTIONS_KEPT, len(others))).round().long()
         captions = others.take(chosen).captions
         return cls(tuple(map(str, data.names)), dict(data.shapes), data.fingerprint, len(data), captions,
-                   getattr(data, "rate", 8000), getattr(data, "fps", None))
+                   rate_of(data), getattr(data, "fps", None))
 
     def __len__(self) -> int:
         return self.count
@@ -273,29 +274,43 @@ def outlines(train: "Sources", others: "Sources", defaults: int) -> dict[str, Ou
     """
     if defaults < 4 and train.config.condition == "caption":
         return {}
-    return {name: Outline.of(data, others.data[name]) for name, data in train.data.items() 
-            if not getattr(datasets[name].options, "always_there", False)}
+    return {name: Outline.of(data, others.data[name]) for name, data in train.data.items()
+            if not train.settings[name].always_there}
 
 
 class Sources:
-    """The data of a run: what `DataConfig` names, of one split.
+    """The data of a run, one data set or several, of one split.
 
-    data, layouts: by name; names: of all classes; parts: of all sequences; sequences: the kinds of them; encoder:
-    of captions. Given data, or outlines of them, are not opened. Raises ValueError where two data sets have a part of the same
-    name and another shape, FileNotFoundError where there are no data, and as `open_encoder` does.
+    data, layouts, settings: by name; config: the settings of the first, of which condition, caption and encoder hold for all;
+    names: of all classes; parts: of all sequences; sequences: the kinds of them; encoder: of captions; weights: of the parts in
+    the losses, but for 1. Given data, or outlines of them, are not opened. Raises ValueError where two data sets have a part of
+    the same name and another shape or weight, FileNotFoundError where there are no data, and as `open_encoder` does.
     """
 
     @own_settings()
-    def __init__(self, config: DataConfig, split: str = "train", data: dict[str, DataSet] | None = None):
-        self.config, self.split = config, split
-        self.encoder = open_encoder(config.encoder) if config.encoder else Bytes()
+    def __init__(self, config: DataConfig | tuple[DataConfig, ...], split: str = "train",
+                 data: dict[str, DataSet] | None = None):
+        self.settings, self.split = by_name(config), split
+        self.config = next(iter(self.settings.values()))
+        self.encoder = open_encoder(self.config.encoder) if self.config.encoder else Bytes()
         given = data or {}
-        self.data = {name: given[name] if name in given else open_dataset(config, split, name) for name in config.names}
-        self.layouts = {name: layout_of(source, config) for name, source in self.data.items()}
+        self.data = {name: given[name] if name in given else open_dataset(own, split) for name, own in self.settings.items()}
+        self.layouts = {name: layout_of(source, self.settings[name]) for name, source in self.data.items()}
         self.parts = tuple(dict.fromkeys(part for layout in self.layouts.values() for part in layout.parts))
         if len({part.name for part in self.parts}) < len(self.parts):
-            raise ValueError(f"{config.name} have parts of one name and different shapes, {', '.join(map(str, self.parts))}; "
-                             "give them the same size, frames and patch")
+            raise ValueError(f"{', '.join(self.data)} have parts of one name and different shapes, "
+                             f"{', '.join(map(str, self.parts))}; give them the same size, frames and patch")
+        self.weights = self._weights()
+
+    def _weights(self) -> dict[str, float]:
+        weights = {}
+        for name, layout in self.layouts.items():
+            for part in layout.parts:
+                weight = self.settings[name].weight_of(part.name)
+                if weights.setdefault(part.name, weight) != weight:
+                    raise ValueError(f"data set {name} gives {part.name} the weight {weight:g}, another one "
+                                     f"{weights[part.name]:g}; in a run, every kind of signal has one weight (data.weight)")
+        return {name: weight for name, weight in weights.items() if weight != 1}
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -346,7 +361,7 @@ class Sources:
             if not isinstance(asked, Tensor) and len(asked) and all(isinstance(text, str) for text in asked):
                 return self.encoder.encode(asked, self.config.caption)
             if not isinstance(asked, Tensor) or asked.ndim != 2 + bool(self.encoder.width):
-                raise ValueError(f"{self.config.name} are drawn by captions here: give texts, not {asked!r}")
+                raise ValueError(f"{', '.join(self.data)} are drawn by captions here: give texts, not {asked!r}")
             return asked
         if self.config.condition == "none":
             return torch.zeros(len(asked), dtype=torch.int64)

@@ -120,7 +120,7 @@ def _probe(run: Run) -> None:
 
 def _samples(run: Run) -> None:
     each = 4 if run.inputs.caption else 10
-    wanted = to_draw(run, run.config.data.names[0], each=each)
+    wanted = to_draw(run, run.config.data_name(), each=each)
     write_samples(run, wanted[:: math.ceil(len(wanted) / 100)])
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..analysis.attention import attention_maps, grids_of, maps_by_part, mass_between_levels, summarise_mass
-from ..analysis.features import Items, extract, items_of
+from ..analysis.features import Items, items_of
 from ..analysis.saturation import saturation
 from ..analysis.similarity import cka, describe_layers, jackknife, similarities
 from ..draws import keyed
@@ -36,25 +36,9 @@ _SAMPLES, LEVEL = 200, 0.25  # how many test samples are looked at, and at which
 def looked_at(run: Run, count: int = _SAMPLES, level: float = LEVEL) -> tuple[Items, dict[int, Tensor]]:
     "Test samples of a run's first data set, and their features (b, n, d) by layer, of the tokens of the first part."
     items = items_of(run, "test", count)
-    x0, x1 = items.take(torch.arange(len(items)))
-    levels = NoiseLevels.single(torch.full((1,), level), x0.shape[1])
-    if items.present:
-        found = _of_parts(run, items, x0, x1, levels)
-    else:
-        found = extract(run.teacher, x0, x1, level, tuple(range(1, run.teacher.depth + 1)), pooled=False, batch=64)
+    found = items.features(run.teacher, level, tuple(range(1, run.teacher.depth + 1)), pooled=False)
     place = next(iter(items.parts.values()))
     return items, {layer: hidden[:, place].contiguous() for layer, hidden in found.items()}
-
-
-@torch.no_grad()
-def _of_parts(run, items, x0, x1, levels) -> dict[int, Tensor]:
-    found, taps = {}, tuple(range(1, run.teacher.depth + 1))
-    for clean, noise in zip(x0.split(32), x1.split(32), strict=True):
-        one = NoiseLevels(levels.levels.expand(len(clean), -1), levels.assign.expand(len(clean), -1)).to(run.device)
-        xt = interpolate(clean, noise, one.per_token().cpu()).to(run.device)
-        for layer, hidden in run.teacher(xt, one, taps=taps, stop=True, parts=items.present).features.items():
-            found.setdefault(layer, []).append(hidden.float().cpu())
-    return {layer: torch.cat(hidden) for layer, hidden in found.items()}
 
 
 def _protocol(items: Items) -> str:

@@ -80,7 +80,9 @@ class Batches:
         names = tuple(self.sources.data)
         if len(names) == 1:
             return names[0]
-        return names[int(draw_index(self.config.data.share_of, (1,), keyed(self.config.seed, "data set", step)))]
+        shares = [data.share for data in self.config.datasets.values()]
+        shares = tuple(share / sum(shares) for share in shares)
+        return names[int(draw_index(shares, (1,), keyed(self.config.seed, "data set", step)))]
 
     def samples(self, step: int) -> Tensor:
         "The samples of a step, in all processes."
@@ -128,7 +130,7 @@ def feature_source(features: Tensor | Callable | None, config: Config, sources: 
     if features is None:
         return lambda chosen: None, 1, None
     if len(sources.data) > 1:
-        raise ValueError(f"features of an encoder belong to one data set, but {config.data.name} are several")
+        raise ValueError(f"features of an encoder belong to one data set, but {', '.join(config.datasets)} are several")
     (name, data), = sources.data.items()
     if callable(features):
         encode = torch.no_grad()(features)
@@ -220,7 +222,7 @@ def validation_tokens(config: Config, split: str = "validation") -> tuple[Tensor
     "Tokens (n, tokens, c) and conditions (n, ...) of what a model is judged on. Raises ValueError where data sets are several."
     data = Validation.of(config, split).data
     if len(data) > 1:
-        raise ValueError(f"{config.data.name} are several data sets, whose tokens are not alike; see Validation")
+        raise ValueError(f"{', '.join(config.datasets)} are several data sets, whose tokens are not alike; see Validation")
     return next(iter(data.values()))[:2]
 
 

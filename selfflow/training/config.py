@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import import_module
 
 from ..checks import check_positive, check_types, choose
-from ..data.options import DataConfig
+from ..data.options import DataConfig, by_name
 from ..method.options import MASK_RATIOS, ModelConfig, ObjectiveConfig, TransformerOptions
 from ..registries import Named
 
@@ -73,17 +73,20 @@ class TrainConfig:
 # %% ../../nbs/3_training/01_config.ipynb #e92e8140
 @dataclass(frozen=True)
 class Config:
-    "A whole run."
+    "A whole run. data: one data set, or several, of which each step takes one."
     name: str = "digits"  # its folder
     seed: int = 0         # of every draw
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig | tuple[DataConfig, ...] = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
     defaults: int = 4     # of the project, those that hold: 3 in runs of formats 1 to 3
 
     def __post_init__(self):
+        if isinstance(self.data, list | tuple):
+            object.__setattr__(self, "data", self.data[0] if len(self.data) == 1 else tuple(self.data))
         check_types(self)
+        by_name(self.data)  # refuses data sets that do not fit together
         if self.defaults not in DEFAULTS:
             raise ValueError(f"defaults is {self.defaults}; take 4, or 3 for what runs of formats 1 to 3 computed")
         if not self.name.isprintable() or self.name != self.name.strip() or self.name[:1] in ("", ".", "-") \
@@ -93,12 +96,32 @@ class Config:
         self._complete()
         depth = getattr(self.model, "depth", None)  # of a backbone that has no such option it is known once it is built
         if depth is not None and (not self.objective.usual or depth < 2):
-            import_module("selfflow.method.build").check_layers(self.objective, depth, self.data.signals_named)
+            import_module("selfflow.method.build").check_layers(self.objective, depth, self.signals)
+
+    @property
+    def datasets(self) -> dict[str, DataConfig]:
+        "The settings of every data set by its name."
+        return by_name(self.data)
+
+    @property
+    def shared(self) -> DataConfig:
+        "The settings of the first data set; condition, caption, encoder and sound of all are the same."
+        return self.data[0] if isinstance(self.data, tuple) else self.data
+
+    def data_name(self, name: str = "") -> str:
+        "The name of one of the data sets, by default of the first. Raises ValueError for one that there is not."
+        return choose(name, self.datasets, "data set") if name else next(iter(self.datasets))
+
+    @property
+    def signals(self) -> set[str]:
+        "The kinds of signals that are trained on; none where only the opened data tell."
+        known = [data.signals for data in self.datasets.values()]
+        return {signal for signals in known for signal in signals} if all(known) else set()
 
     def _complete(self):
         "Fill in what follows from the kind of data: nothing is left open where it is known."
-        signals = self.data.signals_named
-        positions = "sincos" if signals == {"image"} and self.data.condition != "caption" else "rotary"
+        signals = self.signals
+        positions = "sincos" if signals == {"image"} and self.shared.condition != "caption" else "rotary"
         if isinstance(self.model, TransformerOptions) and self.model.positions is None and signals:
             object.__setattr__(self, "model", replace(self.model, positions=positions))
         ratios = {MASK_RATIOS[signal] for signal in signals}
@@ -126,8 +149,15 @@ def _from_dict(cls, values: dict, make, where: str = ""):
     types = {f.name: f.default_factory for f in fields(cls)}
     for name in values:
         choose(name, types, f"field in {where or 'config'}")
-    return make(cls, {name: _from_dict(types[name], value, make, name) if is_dataclass(types[name]) else value
-                      for name, value in values.items()})
+    return make(cls, {name: _part_from(types[name], value, make, name) for name, value in values.items()})
+
+
+def _part_from(kind, value, make, name: str):
+    if isinstance(kind, Named) and isinstance(value, list | tuple):  # several data sets
+        return tuple(_from_dict(kind, one, make, f"{name}.{place}") for place, one in enumerate(value))
+    if is_dataclass(kind):
+        return _from_dict(kind, value, make, name)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _same(values: dict, config: Config) -> bool:
@@ -138,9 +168,12 @@ def _same(values: dict, config: Config) -> bool:
 
 
 def flatten(values: dict, prefix: str = "") -> dict:
-    "A nested dict as one of dotted names."
+    "A nested dict as one of dotted names; several data sets are data.0, data.1, ..."
     flat = {}
     for name, value in values.items():
+        if isinstance(value, list | tuple):
+            numbered = {str(place): one for place, one in enumerate(value) if isinstance(one, dict)}
+            value = numbered or tuple(value)  # JSON gives lists
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
@@ -154,7 +187,11 @@ def nested(flat: dict) -> dict:
         for part in parts:
             inner = inner.setdefault(part, {})
         inner[last] = value
-    return values
+    return {name: _as_list(value) for name, value in values.items()}
+
+
+def _as_list(value):
+    return list(value.values()) if isinstance(value, dict) and "0" in value else value
 
 
 def differing(settings: dict[str, dict]) -> list[str]:
@@ -205,15 +242,19 @@ PRESETS = {name: Config.from_dict({"name": name, **nested(dict(zip(PRESET_FIELDS
 
 # %% ../../nbs/3_training/01_config.ipynb #e5746629
 def overlaid(below: dict, above: dict) -> dict:
-    "Nested values `below` with those of `above` in their place."
+    "Nested values `below` with those of `above` in their place; a list replaces what is there."
     both = {name: overlaid(below[name], above[name]) for name in below.keys() & above.keys()
             if isinstance(below[name], dict) and isinstance(above[name], dict)}
     return {**below, **above, **both}
 
 
-def draft(values: dict) -> Config:
-    "A Config of nested `values`, otherwise defaults, not yet checked or filled in. Raises ValueError where it could not be."
-    Config.from_dict(values)
+def draft(values: dict, complete: bool = True) -> Config:
+    """A Config of nested `values`, otherwise defaults, not yet filled in.
+
+    complete: False if options are still to come that its checks may need. Raises ValueError where it could not be a config.
+    """
+    if complete:
+        Config.from_dict(values)
     return _from_dict(Config, values, _unchecked)
 
 
@@ -223,4 +264,5 @@ def _unchecked(cls, values: dict):
     for f in fields(cls):
         default = _unchecked(f.default_factory, {}) if is_dataclass(f.default_factory) else f.default
         object.__setattr__(part, f.name, values.get(f.name, default))
+    check_types(part, infinite=tuple(f.name for f in fields(cls)))
     return part

@@ -30,14 +30,14 @@ def _model_card(run: Run, dtype: str, outline: dict[str, Outline]) -> str:
               if column in log and len(log[column].dropna())]
     kinds = {kind for data in outline.values() for kind in data.shapes}
     tag = ""
-    if len(kinds) == 1 and config.data.condition == "caption":
+    if len(kinds) == 1 and config.shared.condition == "caption":
         tag = f"pipeline_tag: text-to-{next(iter(kinds))}\n"
     elif kinds == {"image"}:
         tag = "pipeline_tag: unconditional-image-generation\n"
     data = [f"- {name}: {source.count:,} training samples, "
             + ", ".join(f"{kind} {' x '.join(map(str, shape))}" for kind, shape in source.shapes.items())
             for name, source in outline.items()]
-    condition = {"class": "a class", "caption": "a text", "none": "nothing"}[config.data.condition]
+    condition = {"class": "a class", "caption": "a text", "none": "nothing"}[config.shared.condition]
     return f"""---
 library_name: selfflow
 license: other
@@ -66,7 +66,7 @@ depth {run.teacher.depth}.
 ```python
 from selfflow import load
 model = load("FOLDER")  # this folder
-samples = model.sample({"['a text']" if config.data.condition == "caption" else "[0]"})
+samples = model.sample({"['a text']" if config.shared.condition == "caption" else "[0]"})
 ```
 
 ## Licence

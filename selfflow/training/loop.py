@@ -28,7 +28,7 @@ from ..method.schedule import NoiseLevels
 from ..method.tokens import Part
 from ..settings import own_settings
 from .batches import Batches, Validation, channel_warnings, feature_source, shards_of
-from .checkpoint import OPTIMIZER, free_fields, migrate, read_state, resumable
+from .checkpoint import OPTIMIZER, is_free, migrate, read_state, resumable
 from .config import Config, TrainConfig, flatten, overlaid
 from .processes import Interrupt, Processes, raise_again
 from .recording import (Callback, FilmStrip, Moment, ProgressBar, Recorder, Trackers, check_callback,
@@ -237,12 +237,12 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
     state = start_state(config, sources, processes.device, width)
     if features is not None:
         first = torch.arange(1)  # refuses features of another shape
-        state.objective.target(None, sources.take(config.data.name, first)[0], None, None, None, features_of(first))
+        state.objective.target(None, sources.take(config.data_name(), first)[0], None, None, None, features_of(first))
     shards_of(config.training, processes.rank, processes.count)
     known = _fingerprints_in(Path(folder) / config.name)
     fingerprints = {part.split: part.fingerprint_as(known.get(part.split)) for part in (sources, validation)}
     fingerprints |= {"features": fingerprint} if fingerprint else {}
-    fingerprints |= {"encoder": sources.encoder.fingerprint} if config.data.encoder else {}
+    fingerprints |= {"encoder": sources.encoder.fingerprint} if config.shared.encoder else {}
     outline = outlines(sources, validation, config.defaults)
     run, number = Run(Path(folder) / config.name, config, sources.inputs, processes.device, fingerprints, outline, given), None
     with ExitStack() as stack:
@@ -261,9 +261,9 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
 
 def _on_given(config: Config, data: DataSet) -> Config:
     "The config for data that were passed to `train`. What follows from the kind of signals is filled in anew."
-    if config.data.name not in (DataConfig.name, GIVEN_DATA):
-        raise ValueError(f"data were passed to train, but data.name is {config.data.name!r}; leave one of them out")
-    return Config.from_dict(overlaid(config.explicit(), {"data": {"name": GIVEN_DATA, "signals": "+".join(data.shapes)}}))
+    if {*config.datasets} - {DataConfig().name, GIVEN_DATA}:
+        raise ValueError(f"data were passed to train, but data.name is {', '.join(config.datasets)}; leave one of them out")
+    return Config.from_dict(overlaid(config.explicit(), {"data": {"name": GIVEN_DATA, "signals": tuple(data.shapes)}}))
 
 
 def _with_its_defaults(config: Config, folder: Path, processes: Processes) -> Config:
@@ -275,7 +275,10 @@ def _with_its_defaults(config: Config, folder: Path, processes: Processes) -> Co
     defaults = stored.defaults
     if defaults != config.defaults:
         processes.say(f"{config.name}: began with defaults {defaults} of the project, and goes on with them")
-        config = replace(config, data=replace(config.data, carve=stored.data.carve))
+        pairs = zip(config.datasets.values(), stored.datasets.values(), strict=False)  # others are refused later
+        data = [replace(own, carve=before.carve) if hasattr(own, "carve") and hasattr(before, "carve") else own
+                for own, before in pairs]
+        config = replace(config, data=data)
     return replace(config, defaults=defaults)
 
 
@@ -305,9 +308,9 @@ def _same_config(run: Run, path: Path) -> None:
     "Raise ValueError if a checkpoint was made with another config than the run has now, by a hand in config.json."
     state = read_state(path)
     made = flatten(migrate(state)["config"]) if "config" in state else {}  # the first versions kept none
-    made |= {"data.path": os.path.abspath(made["data.path"])} if made.get("data.path") else {}  # older versions kept it as given
-    now, free = flatten(asdict(run.config)), free_fields(run.data)
-    other = {name: value for name, value in made.items() if name not in free and now.get(name) != value}
+    made |= {name: os.path.abspath(value) for name, value in made.items() if name.endswith(".path")}  # once kept as given
+    now = flatten(asdict(run.config))
+    other = {name: value for name, value in made.items() if not is_free(name, run.data) and now.get(name) != value}
     if other:
         lines = [f"  {name}: {value!r} when it was saved, {now.get(name)!r} now" for name, value in other.items()]
         raise ValueError("\n".join([f"{path} was made with another config than {run.path}/config.json says:", *lines,

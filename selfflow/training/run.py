@@ -104,7 +104,8 @@ class Run:
     def stored(self) -> dict:
         "What config.json holds."
         outline = {name: asdict(outline) for name, outline in self.outline.items()}
-        parts = [getattr(self.config, part.name) for part in fields(self.config)]
+        parts = [getattr(self.config, part.name) for part in fields(self.config) if part.name != "data"]
+        parts += self.config.datasets.values()
         sources = [type(part).registry[part.name].source for part in parts if isinstance(type(part), Named)]
         own = {"use": sorted({*filter(None, sources)})} if any(sources) else {}
         return {"format": FORMAT, "config": asdict(self.config), "inputs": asdict(self.inputs), "data": self.data,
@@ -150,7 +151,7 @@ class Run:
                 raise ValueError(f"{path} was made with {options}; give that too, or in Python: selfflow.use(FILE)") from error
             raise ValueError(f"{path}/config.json cannot be used: {type(error).__name__}: {error}. "
                              "The checkpoints beside it are not touched") from error
-        if given and (given["train"].fingerprint != run.data.get("train") or run.config.data.name != GIVEN_DATA):
+        if given and (given["train"].fingerprint != run.data.get("train") or list(run.config.datasets) != [GIVEN_DATA]):
             raise ValueError(f"{path} was trained on other data than these")
         return run
 
@@ -160,22 +161,34 @@ class Run:
             choose(split, self.given, "split of the data that were passed to train")
         return Sources(self.config.data, split, {GIVEN_DATA: self.given[split]} if self.given else None)
 
-    def relocate(self, path: Path | str) -> "Run":
+    def relocate(self, path: Path | str, data: str = "") -> "Run":
         """Name the place that the data have moved to: config.json says so from then on, and the change is printed.
 
-        Raises ValueError where other data lie there, or where the run is so old that it could not tell; RunInUse and NotWritten.
+        data: which data set has moved, where several have a place. Raises ValueError where other data lie there, or where the run
+        is so old that it could not tell; RunInUse and NotWritten.
         """
-        data = replace(self.config.data, path=str(path))
-        parts = [Sources(data, split) for split in ("train", "validation")]
+        datasets = self.config.datasets
+        placed = [name for name, own in datasets.items() if getattr(own, "path", "")]
+        if not placed:
+            raise ValueError(f"{self.path} was trained on {', '.join(datasets)}, which has no place (data.path)")
+        if not data and len(placed) > 1:
+            raise ValueError(f"{self.path} was trained on {', '.join(placed)}; name the one that has moved (data)")
+        name = choose(data or placed[0], placed, "data set")
+        datasets[name] = replace(datasets[name], path=str(path))
+        config = replace(self.config, data=tuple(datasets.values()))
+        parts = [Sources(config.data, split) for split in ("train", "validation")]
         fingerprints = {part.split: part.fingerprint_as(self.data.get(part.split)) for part in parts}
-        outline = outlines(*parts, self.config.defaults)
-        return self._go_on(Run(self.path, replace(self.config, data=data), self.inputs, self.device, fingerprints, outline))
+        outline = outlines(*parts, config.defaults)
+        return self._go_on(Run(self.path, config, self.inputs, self.device, fingerprints, outline))
 
     @property
-    def trained_on(self) -> dict:
-        "The settings of its data; runs on the same data in the same form have the same, wherever these lie, if they know them."
-        settings = asdict(self.config.data)
-        return settings | ({"path": self.data["train"]} if settings["path"] and self.data.get("train") else {})
+    def trained_on(self) -> list[dict]:
+        "The settings of its data sets; runs on the same data in the same form have the same, wherever these lie."
+        settings = [asdict(own) for own in self.config.datasets.values()]
+        for own in settings:
+            if own.get("path") and self.data.get("train"):
+                own["path"] = self.data["train"]
+        return settings
 
     @property
     def quoted(self) -> str:
@@ -314,13 +327,13 @@ class Run:
         """
         sources, known = Sources(self.config.data, data=self.outline), self.data.get("encoder")
         if known and sources.encoder.fingerprint != known:
-            raise ValueError(f"{self.path} was trained with text encoder {known}, but that in {self.config.data.encoder} is "
+            raise ValueError(f"{self.path} was trained with text encoder {known}, but that in {self.config.shared.encoder} is "
                              f"{sources.encoder.fingerprint}; put the first one there again")
         return sources
 
     def layout(self, data: str = "") -> Layout:
         "How the samples of a data set, by default the first, become tokens."
-        return self.sources.layouts[choose(data or self.config.data.names[0], self.config.data.names, "data set")]
+        return self.sources.layouts[self.config.data_name(data)]
 
     @own_settings()
     def sample(self, labels, steps: int = 50, method: str = "euler", cfg_scale: float = 1.0, seed: int = 0,
@@ -373,7 +386,7 @@ class Run:
 
     def film_picture(self, model: Transformer) -> tuple[Tensor, Tensor]:
         "One sample of each class, of ten at most, or of ten captions, from the same noise: images and their numbers."
-        source = self.sources.data[self.config.data.names[0]]
+        source = self.sources.data[self.config.data_name()]
         labels = torch.arange(min(10, len(source.names)) if self.inputs.classes else 10)
         wanted = labels if not self.inputs.caption else self.captions(len(labels))
         labels = labels[:len(wanted)]
@@ -383,7 +396,7 @@ class Run:
     def class_names(self) -> tuple[str, ...]:
         "The names of the classes of the first data set, as far as they are known without trouble; none where it has no classes."
         try:
-            source = self.sources.data[self.config.data.names[0]]
+            source = self.sources.data[self.config.data_name()]
         except (OSError, ValueError, ImportError):  # data of an older run that are gone: numbers are shown then
             return ()
         return tuple(map(str, source.names)) if self.inputs.classes else ()
@@ -393,7 +406,7 @@ class Run:
 
         They are those that the run keeps of data on the disk, which are not trained on; else of the first samples of a split.
         """
-        name = name or self.config.data.names[0]
+        name = self.config.data_name(name)
         if name in self.outline:
             return self.outline[name].captions[:count]
         data = (self.sources if split == "train" else self.sources_of(split)).data[name]

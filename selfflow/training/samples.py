@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ..data.datasets import caption_bytes
+from ..data.datasets import caption_bytes, rate_of
 from ..data.notes import to_wav, within_full_scale
 from ..data.sources import class_number
 from ..disk import check_writable, write_files
@@ -58,9 +58,9 @@ def write_samples(run: Run, labels, steps: int = 50, method: str = "euler", cfg_
     caption), NAME-000.wav, NAME-001.wav, ... (at most 100 sounds, all multiplied by one factor where one exceeds full scale) and
     NAME.webp (at most 16 videos). What was left out or made quieter is printed.
     """
-    data, shift = data or run.config.data.names[0], run.shift if shift is None else shift
+    data, shift = run.config.data_name(data), run.shift if shift is None else shift
     wanted, texts = run.sources.wanted(labels, data), run.sources.texts(labels, data)
-    if run.config.data.encoder and not isinstance(labels, Tensor):  # what is kept are the texts, in bytes, as of other runs
+    if run.config.shared.encoder and not isinstance(labels, Tensor):  # what is kept are the texts, in bytes, as of other runs
         wanted = caption_bytes(labels, max(1, *(len(text.encode("utf-8", "replace")) for text in labels)))
     check_writable(run.path / "samples" / "x")
     drawn = run.sample(labels, steps, method, cfg_scale, seed, shift=shift, interval=interval, data=data, **options)
@@ -96,7 +96,7 @@ def _shown_samples(file: Path, images: Tensor, videos: Tensor | None, waves: Ten
     counts = {"pictures": (sum(map(len, sheet_rows(texts, _SHEET))), len(images))}
     if waves is not None:
         for place, wave in enumerate(waves[:_SOUNDS]):
-            files[file.with_name(f"{file.stem}-{place:03d}.wav")] = to_wav(wave, getattr(source, "rate", 8000))
+            files[file.with_name(f"{file.stem}-{place:03d}.wav")] = to_wav(wave, rate_of(source))
         counts["sounds"] = len(waves[:_SOUNDS]), len(waves)
     if videos is not None:
         files[file.with_suffix(".webp")] = to_webp(viewable(videos[:_VIDEOS]), fps=getattr(source, "fps", None) or 16)

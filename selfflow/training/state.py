@@ -190,7 +190,7 @@ def start_state(config: Config, sources: Sources, device: torch.device, feature_
         student = new_backbone(config, sources.inputs).to(device)
         student.checkpointing = config.training.checkpointing
         torch.manual_seed(keyed(config.seed, "projector").initial_seed())
-        objective = build_objective(config.objective, student, sources.sequences, feature_width, config.data.weight_of)
+        objective = build_objective(config.objective, student, sources.sequences, feature_width, sources.weights)
         objective = objective.to(device)
     optimizer = build_optimizer(config.training, _named(student, objective))
     return TrainState(student, make_teacher(student), objective, optimizer, Learner(student, objective),
@@ -212,7 +212,7 @@ def share_state(state: TrainState, config: Config, processes: Processes) -> None
             if values:
                 state.optimizer.parts[0].state[parameter] = {name: like(value, parameter) for name, value in values.items()}
     else:
-        state.learner = share(state.learner, processes, unused=len(config.data.names) > 1)  # each step has the parts of one
+        state.learner = share(state.learner, processes, unused=len(config.datasets) > 1)  # each step has the parts of one
 
 # %% ../../nbs/3_training/08_state.ipynb #2f67ec5b
 def _autocast(config: Config, device: torch.device):

@@ -301,8 +301,8 @@ def _is_number(values: list) -> bool:
 
 
 def _data_of(config: Config) -> str:
-    told = {"class": "classes", "caption": "captions", "none": "told nothing"}[config.data.condition]
-    return f"{config.data.name}, {told}"
+    told = {"class": "classes", "caption": "captions", "none": "told nothing"}[config.shared.condition]
+    return f"{' + '.join(config.datasets)}, {told}"
 
 
 _SHOWN = ("config.json", "log.jsonl", "probes.json", "probe.json", "factors.json", "samples", "samples/film")

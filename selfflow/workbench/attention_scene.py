@@ -93,7 +93,7 @@ class Watched:
         subject = self.subject
         if not told.strip() or not self.config.caption:
             return None if subject.condition is None else subject.condition[[sample]]
-        data = subject.run.config.data
+        data = subject.run.config.shared
         return (open_encoder(data.encoder) if data.encoder else Bytes()).encode([told], data.caption)
 
     def _sound(self, sample: int) -> bytes | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..analysis.features import FeatureStore, Items
 from ..checks import choose
+from ..data.datasets import rate_of
 from ..figures.pages import Page
 from ..figures.projection import kinds_of
 from ..training.run import Run
@@ -40,7 +41,7 @@ def shown(signals: dict[str, Tensor]) -> dict[str, Tensor]:
 def item_previews(items: Items) -> tuple[list, list[str]]:
     "Of all items what is shown, as `previews_of` gives it, and the captions; a batch at a time, as films are large."
     found = [items.examples(positions) for positions in torch.arange(len(items)).split(64)]
-    rate = getattr(items.data, "rate", 8000)
+    rate = rate_of(items.data)
     return ([files for examples in found for files in previews_of(shown(examples.signals), rate)],
             [caption for examples in found for caption in examples.captions])
 

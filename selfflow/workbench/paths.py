@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..checks import choose
-from ..data.datasets import caption_text, subset
+from ..data.datasets import caption_text, rate_of, subset
 from ..data.sources import Sources
 from ..draws import keyed
 from ..method.build import build_schedule
@@ -65,7 +65,7 @@ class Settings:
 def _kind(run: Run, name: str) -> tuple:
     "What must agree for the same noise to mean the same."
     source = run.sources
-    return source.layouts[name].parts, run.config.data.condition, source.names, run.inputs.caption
+    return source.layouts[name].parts, run.config.shared.condition, source.names, run.inputs.caption
 
 
 def _said(kind: tuple) -> str:
@@ -88,8 +88,7 @@ class SideBySide:
         self.runs, self.left_out, first = {}, {}, None
         for name, run in runs.items():
             try:
-                known = run.config.data.names
-                chosen = choose(data or known[0], known, "data set")
+                chosen = run.config.data_name(data)
                 kind = _kind(run, chosen)
                 if first is not None and kind != first[1]:
                     raise ValueError(f"draws {_said(kind)}, the others {_said(first[1])}")
@@ -101,12 +100,12 @@ class SideBySide:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.left_out.items()) or "there is none"
             raise ValueError(f"no run can be sampled from: {reasons}. `selfflow train` makes one")
         self._lock, self._known, self._first = threading.Lock(), OrderedDict(), next(iter(self.runs.values()))
-        config = self._first.config.data
+        config = self._first.config.shared
         self.name, self.condition = first[0], config.condition
-        sources = Sources(config, "validation")
+        sources = Sources(self._first.config.data, "validation")
         self.layout, self.parts = sources.layouts[self.name], sources.layouts[self.name].parts
         data = sources.data[self.name]
-        self.board, self.rate, self.shapes = Board(self.layout), getattr(data, "rate", 8000), data.shapes
+        self.board, self.rate, self.shapes = Board(self.layout), rate_of(data), data.shapes
         self.names = tuple(data.names) if config.condition == "class" else ()
         examples = data.take(subset(data, count))
         self.x0, self.captions = self.layout.patchify(examples.signals), examples.captions
@@ -143,7 +142,7 @@ class SideBySide:
 
     def read_of(self, caption: str) -> str:
         "What a run reads of a caption, where that can be told: of bytes, as many as it has room for."
-        config = self._first.config.data
+        config = self._first.config.shared
         row = self._first.sources.encoder.encode([caption], config.caption) if not config.encoder else None
         return caption if row is None else caption_text(row[0])
 

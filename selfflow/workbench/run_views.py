@@ -39,7 +39,8 @@ def groups_of(runs: dict[str, Run]) -> list[dict[str, Run]]:
     "Runs on the same data in the same tokens, together, in their order."
     found = {}
     for name, run in runs.items():
-        own = {key: value for key, value in run.trained_on.items() if key not in ("condition", "caption", "encoder")}
+        own = [{key: value for key, value in data.items() if key not in ("condition", "caption", "encoder")}
+               for data in run.trained_on]
         found.setdefault(repr((own, run.data.get("validation"))), {})[name] = run
     return list(found.values())
 

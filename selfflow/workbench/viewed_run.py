@@ -108,7 +108,7 @@ class Subject:
 
     def __init__(self, run: Run, data: str = "", split: str = "validation", count: int = 24):
         sources = run.sources_of(split)
-        self.run, self.name = run, choose(data or run.config.data.names[0], run.config.data.names, "data set")
+        self.run, self.name = run, run.config.data_name(data)
         self.layout, self.parts = sources.layouts[self.name], sources.layouts[self.name].parts
         self.board = Board(self.layout)
         indices = subset(sources.data[self.name], count)
@@ -118,7 +118,7 @@ class Subject:
         self.grid = self.parts[0].grid[1:] if [part.name for part in self.parts] == ["image"] else None
         self.spread = (self.x0.var(0).sum(-1) / self.widths).mean().item() if len(indices) > 1 else 1.0
         self.student, self.teacher = run.model.to("cpu"), run.teacher.to("cpu")
-        head = build_objective(run.config.objective, self.student, sources.sequences, weights=run.config.data.weight_of)
+        head = build_objective(run.config.objective, self.student, sources.sequences, weights=sources.weights)
         self.head = head.eval().requires_grad_(False) if isinstance(head, SelfFlow) else None
         if self.head is not None:
             self.head.load_state_dict(run.load("objective"))

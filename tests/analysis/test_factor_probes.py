@@ -160,13 +160,13 @@ def test_factors_become_targets():
         probe_targets({split: Items(Sources(DataConfig("digits"), split), count=1) for split in SPLITS})
 
 
-@pytest.mark.parametrize("name, patch", [("shapes", 4), ("motion", 4)])
-def test_covers_of_tokens_are_means_of_masks(name, patch):
-    items = Items(Sources(DataConfig(name, size=16, patch=patch, frames=8), "test"), count=3)
+@pytest.mark.parametrize("data", [DataConfig("shapes", size=16, patch=4), DataConfig("motion", size=16, patch=4, frames=8)])
+def test_covers_of_tokens_are_means_of_masks(data):
+    items = Items(Sources(data, "test"), count=3)
     covers, masks = token_covers(items), items.data.masks(torch.arange(3))
     grid = items.layout.parts[0].grid
     assert covers.shape == (3, np.prod(grid)) and covers.mean() == pytest.approx(masks.mean().item(), abs=1e-6)
-    corner = masks.reshape(3, -1, 16, 16)[:, :16 * 0 + masks.reshape(3, -1, 16, 16).shape[1] // grid[0], :patch, :patch]
+    corner = masks.reshape(3, -1, 16, 16)[:, :16 * 0 + masks.reshape(3, -1, 16, 16).shape[1] // grid[0], :4, :4]
     np.testing.assert_allclose(covers[:, 0], corner.mean((1, 2, 3)), atol=1e-6)
     with pytest.raises(ValueError, match="not known of digits"):
         token_covers(Items(Sources(DataConfig("digits"), "test"), count=3))

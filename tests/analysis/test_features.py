@@ -57,7 +57,9 @@ def test_streamed_features_are_those_at_once(runs, store, weights):
     x0, x1 = items.take(torch.arange(30))
     for pooled in (True, False):
         streamed = stream_features(model, items, 0.3, (2, 4), store, pooled, batch=7)
+        at_once = items.features(model, 0.3, (2, 4), pooled)
         for layer, expected in extract(model, x0, x1, 0.3, (2, 4), pooled).items():
+            torch.testing.assert_close(at_once[layer], expected)
             found = items.pooled(streamed[layer]) if pooled else streamed[layer]
             assert isinstance(streamed[layer], np.memmap) and not streamed[layer].flags.writeable
             torch.testing.assert_close(torch.tensor(np.array(found)), expected)

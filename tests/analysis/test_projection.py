@@ -4,9 +4,7 @@ import pytest
 import torch
 from sklearn.manifold import trustworthiness
 
-from selfflow.analysis.features import extract
-from selfflow.analysis.projection import project, run_features, token_colours
-from selfflow.draws import keyed
+from selfflow.analysis.projection import project, token_colours
 
 
 def test_colours_are_the_three_main_axes():
@@ -51,14 +49,3 @@ def test_bad_input_is_refused():
                         (lambda: token_colours(bad[None], (4, 5)), "1 of 1 tokens are not finite")):
         with pytest.raises(ValueError, match=words):
             call()
-
-
-def test_features_of_a_run_are_those_of_its_teacher(runs):
-    run = runs["tiny"]
-    found, examples = run_features(run, (1, 3), 0.25, 10, pooled=False)
-    assert len(examples) == 10 and found[3].shape == (10, 16, 16)
-    x0 = run.layout().patchify(examples.signals)
-    x1 = torch.randn(x0.shape, generator=keyed(0, "projection noise, test"))
-    assert torch.equal(found[1], extract(run.teacher, x0, x1, 0.25, (1,), pooled=False)[1])
-    pooled, _ = run_features(run, (3,), 0.25, 10)
-    torch.testing.assert_close(pooled[3], found[3].mean(1))

@@ -358,7 +358,7 @@ def test_sounds_of_another_rate_and_length_train_and_are_written_at_that_rate(tm
     (tmp_path / "data").mkdir()
     for i in range(12):
         wav_of(tmp_path / f"data/{i}.wav", 44_100, 1, 300 + 20 * i)
-    data = DataConfig("folder", path=str(tmp_path / "data"), signals="audio", rate=rate, seconds=seconds, columns=columns,
+    data = DataConfig("folder", path=str(tmp_path / "data"), signals=("audio",), rate=rate, seconds=seconds, columns=columns,
                       sound=sound)
     sources = Sources(data)
     length = sources.data["folder"].shapes["audio"][0]
@@ -386,7 +386,7 @@ def test_old_data_keep_their_fingerprints(tmp_path):
         with wave.open(str(tmp_path / "xy"[i % 2] / f"{i}.wav"), "wb") as file:
             file.setparams((1, 2, 11_025, 0, "NONE", ""))
             file.writeframes((np.sin(np.arange(20_000) * (i + 1) / 99) * 9_999).astype("<i2").tobytes())
-    config = DataConfig("folder", path=str(tmp_path), signals="audio")
+    config = DataConfig("folder", path=str(tmp_path), signals=("audio",))
     assert [(Sources(config, split).fingerprint, len(Sources(config, split).data["folder"])) for split in SPLITS] == [
         ("43a24beb84ce45c9", 31), ("f17f7089f85d00e5", 2), ("8833756c5b323b86", 7)], "as before there were these settings"
 
@@ -396,7 +396,7 @@ def test_grey_pictures_and_videos_train_with_one_channel(tmp_path):
         first, *rest = (Image.new("L", (8, 8), grey) for grey in (10 * i, 10 * i + 40))
         first.save(tmp_path / f"{i}.gif", save_all=True, append_images=rest, duration=100)
     for signal in ("image", "video"):
-        data = DataConfig("folder", path=str(tmp_path), signals=signal, size=8, frames=2, patch=4, channels=1)
+        data = DataConfig("folder", path=str(tmp_path), signals=(signal,), size=8, frames=2, patch=4, channels=1)
         config = Config(signal, data=data, model=ModelConfig(width=32, depth=2, heads=2),
                         objective=ObjectiveConfig("flow_matching"), training=replace(TINY.training, steps=3, batch=8))
         run = train(config, tmp_path / "runs", "cpu", bar=False)
@@ -405,14 +405,15 @@ def test_grey_pictures_and_videos_train_with_one_channel(tmp_path):
 
 
 def test_the_defaults_are_the_numbers_of_before():
-    assert DataConfig().samples == DataConfig(columns=64).samples == 8_192
-    assert DataConfig(rate=16_000, seconds=2).samples == 31_744, "62 tokens of 32 ms"
+    data = DataConfig("folder", path="x")
+    assert data.samples == replace(data, columns=64).samples == 8_192
+    assert replace(data, rate=16_000, seconds=2).samples == 31_744, "62 tokens of 32 ms"
 
 
 @pytest.mark.parametrize("change, words", [({"rate": 10}, "data.rate is 10"), ({"seconds": 0.0}, "seconds"),
                                            ({"fps": -1.0}, "data.fps"),
                                            ({"crop": "middle"}, "unknown crop"), ({"channels": 2}, "data.channels is 2; take 3"),
-                                           ({"signals": "video+audio", "fps": 12.0}, "set data.seconds to 1.333")])
+                                           ({"signals": ("video", "audio"), "fps": 12.0}, "set data.seconds to 1.333")])
 def test_settings_that_cannot_be(change, words):
     with pytest.raises(ValueError, match=words):
         DataConfig("folder", path="x", **change)
@@ -422,9 +423,8 @@ def test_video_with_sound_lasts_as_long_as_asked(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.mp4").write_bytes(encoded(list(range(0, 240, 20)), "mp4", "mpeg4", [100 * k for k in range(12)]))
         wav_of(tmp_path / f"{i}.wav", 8_000, 1.2, 440)
-    config = DataConfig("folder", path=str(tmp_path), signals="video+audio", frames=4, size=8, patch=4, seconds=0.512, crop="all")
-    data = Sources(config).data["folder"]
+    both = DataConfig("folder", path=str(tmp_path), signals=("video", "audio"), frames=4, size=8, patch=4, seconds=0.512)
+    data = Sources(replace(both, crop="all")).data["folder"]
     assert data.fps == pytest.approx(4 / 0.512) and data.shapes["audio"] == (4_096,)
     assert [round(entry.begin, 3) for entry in data.found] == [0, 0.344, 0.688]
-    same = DataConfig("folder", path=str(tmp_path), signals="video+audio", frames=4, size=8, patch=4, seconds=0.512, fps=7.8)
-    assert Sources(same).data["folder"].fps == 7.8
+    assert Sources(replace(both, fps=7.8)).data["folder"].fps == 7.8

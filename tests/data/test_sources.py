@@ -21,15 +21,21 @@ from selfflow.training.config import Config
 from selfflow.training.loop import train
 from selfflow.training.run import Run, new_backbone
 
-MADE = {"shapes": "image", "emblems": "image", "motion": "video", "notes": "audio", "scenes": "video+audio"}
-SMALL = {"size": 16, "patch": 8}
+MADE = {"shapes": "image", "emblems": "image", "motion": "video", "notes": "audio", "scenes": "video, audio"}
 
 
-def small(name, objective=None, **data):
+def little(name, **data):
+    "The settings of little data."
+    size = {} if name in ("notes", "latents") else {"size": 16}
+    return DataConfig(name, **size | {"patch": 8} | data)
+
+
+def small(*data, objective=None, **options):
     "A run of six steps on little data."
+    data = tuple(little(one, **options) if isinstance(one, str) else one for one in data)
     training = replace(TINY.training, steps=6, batch=8, shards=4, save_every=3, validate_every=3, validation=5, sample_every=6,
                        log_every=1)
-    return Config(name="small", data=DataConfig(name, **SMALL | data), training=training,
+    return Config(name="small", data=data, training=training,
                   model=replace(TINY.model, width=32, heads=2, depth=4, positions=None), objective=objective or ObjectiveConfig())
 
 
@@ -95,7 +101,7 @@ def test_a_spectrum_that_is_one_already_is_cut_as_it_is():
 # conditions
 
 def test_classes_of_several_data_sets_are_counted_on():
-    sources = Sources(DataConfig("shapes+notes", **SMALL))
+    sources = Sources((little("shapes"), little("notes")))
     kinds, pitches = (len(data.names) for data in sources.data.values())
     assert len(sources.names) == kinds + pitches
     assert [[part.name for part in parts] for parts in sources.sequences] == [["image"], ["audio"]]
@@ -111,19 +117,19 @@ def test_classes_of_several_data_sets_are_counted_on():
 ])
 def test_what_is_wanted_in_the_wrong_form_is_refused(condition, told, words):
     with pytest.raises(ValueError, match=words):
-        Sources(DataConfig("shapes", condition=condition, **SMALL)).wanted(told)
+        Sources(little("shapes", condition=condition)).wanted(told)
 
 
 # training
 
 CASES = {
     "shapes, captions": small("shapes", condition="caption"),
-    "motion, first frame": small("motion", ObjectiveConfig(given="first_frame", given_level=0.2), frames=8),
-    "notes": small("notes", ObjectiveConfig("sra")), "notes, mdct": small("notes", sound="mdct", condition="none"),
-    "scenes, either": small("scenes", ObjectiveConfig(given="either", given_share=0.6), weights="audio=0.5"),
-    "scenes, vanilla": small("scenes", ObjectiveConfig("flow_matching")),
-    "in turn": small("shapes+notes", shares="1+3", weights="audio=2"),
-    "in turn, captions": small("notes+scenes+shapes", condition="caption"),
+    "motion, first frame": small("motion", objective=ObjectiveConfig(given="first_frame", given_level=0.2), frames=8),
+    "notes": small("notes", objective=ObjectiveConfig("sra")), "notes, mdct": small("notes", sound="mdct", condition="none"),
+    "scenes, either": small("scenes", objective=ObjectiveConfig(given="either", given_share=0.6), weight={"audio": 0.5}),
+    "scenes, vanilla": small("scenes", objective=ObjectiveConfig("flow_matching")),
+    "in turn": small("shapes", little("notes", share=3, weight=2)),
+    "in turn, captions": small("notes", "scenes", "shapes", condition="caption"),
 }
 
 
@@ -217,11 +223,12 @@ def test_a_folder_of_pictures_and_its_latents_are_trained_on(tmp_path, capsys):
 # the command line
 
 @pytest.mark.parametrize("name, options, suffixes", [
-    ("scenes", [], {".safetensors", ".png", ".wav", ".webp"}), ("notes", [], {".safetensors", ".png", ".wav"}),
-    ("shapes", ["--data.condition", "caption"], {".safetensors", ".png"}),
+    ("scenes", ["--data.size", "16"], {".safetensors", ".png", ".wav", ".webp"}),
+    ("notes", [], {".safetensors", ".png", ".wav"}),
+    ("shapes", ["--data.size", "16", "--data.condition", "caption"], {".safetensors", ".png"}),
 ])
 def test_samples_are_written_to_be_seen_and_heard(tmp_path, capsys, name, options, suffixes):
-    main(["train", "--name", "cli", "--folder", str(tmp_path), "--data.name", name, "--data.size", "16", "--data.patch", "8",
+    main(["train", "--name", "cli", "--folder", str(tmp_path), "--data.name", name, "--data.patch", "8",
           "--model.width", "32", "--model.depth", "2", "--model.heads", "2", "--training.steps", "2", "--training.batch", "8",
           "--training.validation", "4", "--training.sample-every", "0", "--device", "cpu", *options])
     main(["sample", str(tmp_path / "cli"), "--each", "1", "--steps", "2", "--device", "cpu"])
@@ -241,13 +248,21 @@ def test_samples_are_written_to_be_seen_and_heard(tmp_path, capsys, name, option
 # bad input
 
 @pytest.mark.parametrize("values, words", [
-    ({"name": "shape"}, "Did you mean 'shapes'"), ({"name": "shapes+shapes"}, "named twice"),
-    ({"name": "folder"}, "needs the place"),
-    ({"path": "x"}, "has no place"), ({"name": "shapes+notes", "shares": "1"}, "needs 2 numbers"),
-    ({"name": "shapes+notes", "shares": "1+-1"}, "above 0"), ({"weights": "sound=2"}, "expected such as audio"),
-    ({"weights": "audio"}, "expected such as audio"), ({"condition": "text"}, "unknown condition"),
-    ({"sound": "mp3"}, "unknown sound"),
-    ({"signals": "video+sound"}, "unknown signal"), ({"size": 0}, "size is 0"), ({"caption": -1}, "caption is -1"),
+    ({"name": "shape"}, "Did you mean 'shapes'"), ({"name": "folder"}, "needs the place"),
+    ({"path": "x"}, "path is an option of data set folder, huggingface, latents, which digits does not have"),
+    ({"name": "notes", "size": 16}, "size is an option of data set shapes, .*, which notes does not have"),
+    ({"pach": 4}, "unknown setting of data set digits 'pach'.*Did you mean 'patch'"),
+    ({"share": 0}, "share is 0, but must be greater"), ({"share": float("nan")}, "share is nan"),
+    ({"share": float("inf")}, "share is inf"), ({"share": "2"}, "share is '2', expected float"),
+    ({"weight": {"sound": 2}}, "unknown signal of data set digits .*'sound'"), ({"weight": -1}, "weight is -1, expected"),
+    ({"name": "scenes", "weight": {"video": 1, "audio": -0.5}}, "one for each signal"), ({"weight": {}}, "weight is {}"),
+    ({"weight": {"image": float("nan")}}, "must be a finite number"), ({"weight": "audio"}, r"'audio', expected float \| dict"),
+    ({"weight": {"image": "2"}}, "expected float"), ({"condition": "text"}, "unknown condition"),
+    ({"sound": "mp3"}, "unknown sound"), ({"name": "shapes", "size": 0}, "size is 0"), ({"caption": -1}, "caption is -1"),
+    ({"name": "folder", "path": "x", "signals": ("video", "sound")}, "unknown signal"),
+    ({"name": "folder", "path": "x", "signals": "video"}, r"signals is 'video', expected tuple\[str, ...\]"),
+    ({"name": "folder", "path": "x", "signals": ("video", "video")}, "each once"),
+    ({"name": "folder", "path": "x", "signals": ()}, "one or several of image, video, audio"),
 ])
 def test_a_config_that_cannot_be_is_refused_with_a_remedy(values, words):
     with pytest.raises(ValueError, match=words):
@@ -258,14 +273,20 @@ def test_a_config_that_cannot_be_is_refused_with_a_remedy(values, words):
     ({"name": "shapes", "patch": 5}, {}, "not divisible by patch 5; choose a patch from"),
     ({"name": "motion", "span": 3}, {}, "frames 16 is not divisible by patch 3"),
     ({"name": "notes", "columns": 7}, {}, "not divisible by data.columns 7"),
-    ({"name": "digits+shapes"}, {}, "parts of one name and different shapes"),
+    ([{"name": "digits"}, {"name": "shapes"}], {}, "parts of one name and different shapes"),
+    ([{"name": "shapes"}, {"name": "emblems", "weight": 2}], {}, "data set emblems gives image the weight 2, another one 1"),
+    ([{"name": "shapes"}, {"name": "notes", "condition": "caption"}], {}, "data.1.condition is 'caption', but data.0.condition"),
+    ([{"name": "shapes"}, {"name": "notes", "size": 16}], {}, "size is an option of data set shapes.* which notes does not have"),
+    ([{"name": "shapes"}, "notes"], {}, "data.1 is 'notes', expected its fields by name"), ([], {}, "data is an empty list"),
     ({"name": "shapes"}, {"given": "audio"}, "given is 'audio', but the sequence consists of image"),
     ({"name": "notes"}, {"given": "first_frame"}, "first_frame needs a film"),
     ({"name": "scenes"}, {"schedule": "full_masking"}, "needs one mask ratio for all tokens; give objective.mask_ratio"),
 ])
 def test_a_run_that_cannot_be_leaves_no_folder(tmp_path, data, objective, words):
     with pytest.raises(ValueError, match=words):
-        config = Config(name="bad", data=DataConfig(**{"patch": 8} | data), objective=ObjectiveConfig(**objective))
+        patch = {"patch": 8}
+        data = [one if isinstance(one, str) else patch | one for one in data] if isinstance(data, list) else patch | data
+        config = Config.from_dict({"name": "bad", "data": data, "objective": objective})
         train(config, tmp_path, "cpu", bar=False)
     assert not list(tmp_path.iterdir())
 
@@ -284,8 +305,8 @@ def test_what_looks_at_images_says_so_for_other_signals():
 
 def test_what_follows_from_the_data_is_filled_in():
     for name, positions, ratio in (("digits", "sincos", 0.25), ("shapes", "sincos", 0.25), ("motion", "rotary", 0.1),
-                                   ("notes", "rotary", 0.5), ("scenes", "rotary", None), ("shapes+notes", "rotary", None)):
-        config = Config(data=DataConfig(name, patch=8))
+                                   ("notes", "rotary", 0.5), ("scenes", "rotary", None), ("shapes, notes", "rotary", None)):
+        config = Config(data=tuple(DataConfig(one, patch=8) for one in name.split(", ")))
         assert (config.model.positions, config.objective.mask_ratio) == (positions, ratio), name
         assert Config.from_dict(json.loads(json.dumps(config.explicit()))) == config
     assert Config(data=DataConfig("motion"), objective=ObjectiveConfig(mask_ratio=0.4)).objective.mask_ratio == 0.4
@@ -295,4 +316,5 @@ def test_a_run_of_parts_opens_from_its_folder_alone(tmp_path):
     run = train(CASES["scenes, either"], tmp_path, "cpu", bar=False)
     again = Run.open(run.path, "cpu")
     assert again.inputs == run.inputs and again.config == run.config
+    assert again.config.data.weight == {"audio": 0.5} and again.sources.weights == {"audio": 0.5}
     assert layout_of(again.sources.data["scenes"], again.config.data).parts == run.inputs.parts

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from selfflow.cli import main
 from selfflow.data import texts
 from selfflow.data.datasets import caption_bytes, caption_text
-from selfflow.data.options import DataConfig
+from selfflow.data.options import SHARED, DataConfig
 from selfflow.data.sources import Sources
 from selfflow.data.texts import _SENTENCES, Bytes, open_encoder
 from selfflow.method.options import ObjectiveConfig
@@ -483,7 +483,8 @@ def test_conditions_are_vectors(folders, kind):
             sources.wanted(wrong)
     judged = Validation.of(config).data["shapes"]
     assert judged[1].shape == (5, 12, opened.width)
-    several = replace(config, data=replace(config.data, name="shapes+notes"), model=replace(config.model, positions=None))
+    notes = DataConfig("notes", **{name: getattr(config.data, name) for name in SHARED})
+    several = replace(config, data=(config.data, notes), model=replace(config.model, positions=None))
     inputs = Sources(several.data).inputs
     assert (inputs.caption, inputs.caption_width) == (12, opened.width) and len(inputs.parts) == 2
 

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import Dataset
 
 from selfflow.data.own import Own, splits_of
-from selfflow.registries import use
+from selfflow.cli import main
+from selfflow.registries import trial, use
 from selfflow.data.options import DataConfig
 from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
@@ -61,6 +62,30 @@ def test_a_registered_torch_data_set_trains_samples_probes_and_is_reported_from_
              "report runs/stripes --device cpu"]
     output = commands(lines, tmp_path, f"use({str(HERE / 'own_dataset.py')!r})")
     assert "2 samples are in" in output and (tmp_path / "runs/stripes/report.html").is_file()
+
+
+def test_its_options_are_settings_like_others(tmp_path, capsys):
+    file = ["--use", str(HERE / "own_dataset.py")]
+    small = ["--model.width", "16", "--model.depth", "2", "--model.heads", "2", "--training.steps", "1", "--training.batch", "8"]
+    with trial():
+        main(["train", *file, "--name", "thick", "--folder", str(tmp_path), "--data.0.name", "stripes", "--data.0.thickness", "3",
+              "--data.0.share", "2", "--data.1.name", "notes", *small, "--device", "cpu"])
+        stored = json.loads((tmp_path / "thick/config.json").read_text(encoding="utf-8"))
+        assert stored["use"] == file[1:] and [data["name"] for data in stored["config"]["data"]] == ["stripes", "notes"]
+        opened = Run.open(tmp_path / "thick", "cpu")
+        assert opened.config.datasets["stripes"].thickness == 3 and opened.config.datasets["stripes"].share == 2
+        image = opened.sources_of("test").data["stripes"].take(torch.tensor([1])).signals["image"]
+        assert (image > 0).sum() == 3 * 8
+        for name, shown in (("stripes", True), ("digits", False)):
+            capsys.readouterr()
+            with pytest.raises(SystemExit):
+                main(["train", *file, "--data.name", name, "--help"])
+            assert ("of a stripe, pixels" in capsys.readouterr().out) == shown
+        with pytest.raises(SystemExit):
+            main(["train", *file, "--data.thickness", "3"])
+        assert "--data.thickness is an option of data set stripes; choose one by --data.name" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="thickness is '3', expected int"):
+            Config.from_dict({"data": {"name": "stripes", "thickness": "3"}})
 
 
 class Odd(Dataset):

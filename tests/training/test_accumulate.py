@@ -18,8 +18,8 @@ SMALL = {"size": 16, "frames": 8, "patch": 8, "columns": 8}
 DATA = {
     "digits": DataConfig(),
     "motion": DataConfig("motion", **SMALL),
-    "scenes": DataConfig("scenes", weights="audio=0.5", **SMALL),
-    "in turn": DataConfig("notes+shapes", size=16, patch=8, columns=8),
+    "scenes": DataConfig("scenes", weight={"audio": 0.5}, **SMALL),
+    "in turn": (DataConfig("notes", columns=8), DataConfig("shapes", size=16, patch=8)),
 }
 STEPS = 2
 

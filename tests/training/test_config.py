@@ -26,7 +26,7 @@ from selfflow.method.options import DENSITIES, MASK_RATIOS, SCHEDULES, SIZES, Mo
 from selfflow.method.schedule import DiffusionForcing, DualTimestep, FullMasking, MultiTimestep, SingleLevel
 from selfflow.method.tokens import Part
 from selfflow.method.transformer import TransformerConfig
-from selfflow.registries import objectives, own_options
+from selfflow.registries import datasets, objectives, own_options
 from selfflow.training.config import (
     PRESET_FIELDS,
     PRESETS,
@@ -285,6 +285,7 @@ def test_presets_differ_from_the_default_only_where_the_table_says():
     for name, preset in PRESETS.items():
         found = differences(asdict(Config()), asdict(preset))
         follow = {"model.positions", "objective.mask_ratio"}  # from the kind of data
+        follow |= {f"data.{f.name}" for f in fields(datasets[preset.data.name].options)}
         assert found.keys() <= {"name", *PRESET_FIELDS, *follow} and preset.name == name
         assert Config.from_dict(preset.explicit()) == preset == Config.from_dict(json.loads(json.dumps(asdict(preset))))
 

@@ -28,9 +28,12 @@ SEVERAL = Path(__file__).parents[1] / "several.py"
 FIFTY = replace(TINY, training=replace(TINY.training, steps=50, save_every=25, validate_every=25, sample_every=25))
 
 
-def of_parts(name, **training):
+SHAPES_NOTES = DataConfig("shapes", size=16, patch=8), DataConfig("notes", patch=8)
+
+
+def of_parts(data, **training):
     "A run of several kinds of tokens, together or in turn."
-    return replace(TINY, data=DataConfig(name, size=16, patch=8), model=replace(TINY.model, positions="rotary"),
+    return replace(TINY, data=data, model=replace(TINY.model, positions="rotary"),
                    objective=ObjectiveConfig(mask_ratio=None), training=replace(TINY.training, validation=6, **training))
 
 
@@ -52,8 +55,8 @@ TASKS = {  # name: (config, what else)
                                       training=replace(TINY.training, accumulate=2, parallel="fsdp")), {}),
     "accumulate-fsdp": (replace(TINY, training=replace(TINY.training, accumulate=2, parallel="fsdp")), {}),
     "bf16": (replace(TINY, training=replace(TINY.training, precision="bf16")), {}),
-    "joint": (of_parts("scenes"), {}), "in turn": (of_parts("shapes+notes"), {}),
-    "in turn-fsdp": (of_parts("shapes+notes", parallel="fsdp"), {}),
+    "joint": (of_parts(DataConfig("scenes", size=16, patch=8)), {}), "in turn": (of_parts(SHAPES_NOTES), {}),
+    "in turn-fsdp": (of_parts(SHAPES_NOTES, parallel="fsdp"), {}),
     "poisoned": (TINY, {"poison": 6}),
     "stopped": (TINY, {"stop": 5}),
     "undividable": (replace(TINY, training=replace(TINY.training, shards=1)), {}),

@@ -253,6 +253,26 @@ def test_another_number_of_shards_is_another_run(first):
     assert json.loads((first / "config.json").read_text())["format"] == 1, "who is refused changes nothing"
 
 
+@pytest.mark.parametrize("old, new", [
+    ({"name": "digits", "patch": 4, "size": 32, "path": "", "shares": "", "weights": "", "signals": "image"},
+     {"name": "digits", "patch": 4}),
+    ({"name": "scenes", "size": 16, "frames": 8, "rate": 8000, "weights": "audio=0.5+video=2"},
+     {"name": "scenes", "size": 16, "frames": 8, "weight": {"audio": 0.5, "video": 2.0}}),
+    ({"name": "folder", "path": "x", "signals": "video+audio", "channels": 1, "shares": ""},
+     {"name": "folder", "path": "x", "signals": ["video", "audio"], "channels": 1}),
+    ({"name": "shapes+notes+latents", "shares": "0.57+0.3+0.13", "path": "x", "patch": 8, "size": 16, "weights": "audio=2"},
+     [{"name": "shapes", "share": 0.57, "patch": 8, "size": 16},
+      {"name": "notes", "share": 0.3, "patch": 8, "weight": {"audio": 2.0}},
+      {"name": "latents", "share": 0.13, "path": "x", "patch": 8, "weight": {"audio": 2.0}}]),
+])
+def test_settings_of_the_data_of_format_4_become_those_of_each_data_set(old, new):
+    assert migrate({"format": 4, "config": {"data": old}, "data": {}})["config"]["data"] == new
+    Config.from_dict({"data": new})
+    for data in new if isinstance(new, list) else [new]:
+        with pytest.raises(ValueError, match="unknown setting"):
+            Config.from_dict({"data": data | {"shares": ""}})
+
+
 def test_migration_keeps_what_is_there():
     stored = json.loads((FIRST / "config.json").read_text())
     new = migrate(stored)
