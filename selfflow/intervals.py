@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['proportion_interval', 'tango_interval', 'mean_interval', 'paired_difference', 'score_of', 'score_interval',
-           'Comparison', 'smallest_effect', 'compare_values', 'compare_items', 'seeds_interval', 'compare_seeds',
-           'cells_in_words']
+           'Comparison', 'smallest_effect', 'compare_values', 'compare_items', 'compare_seeds', 'cells_in_words']
 
 # %% ../nbs/0_ground/06_intervals.ipynb #5cd5016a
 from collections.abc import Mapping
@@ -248,7 +247,7 @@ def _error(values: np.ndarray, scale: float) -> float:
     return values.std(ddof=1) / np.sqrt(len(values))
 
 
-def seeds_interval(values) -> tuple[float, float, float]:
+def _seeds_interval(values) -> tuple[float, float, float]:
     """Mean and Student's 95 % interval over training seeds: (mean, low, high).
 
     Equal values are no proof that the next seed gives the same: only if all are 0 the width is 0. Raises ValueError for less
@@ -262,7 +261,7 @@ def seeds_interval(values) -> tuple[float, float, float]:
 def compare_seeds(first: Mapping, second: Mapping, names: tuple[str, str] = ("first", "second"), **written) -> Comparison:
     """Two arms over training seeds. first, second: {seed: value}; paired where the seeds are the same, else Welch's interval.
 
-    Equal differences are no proof, as in `seeds_interval`. Raises ValueError for less than two seeds.
+    Equal differences are no proof, as in `_seeds_interval`. Raises ValueError for less than two seeds.
     """
     values = [_several(arm.values()) for arm in (first, second)]
     scale = max(np.abs(arm).max() for arm in values)

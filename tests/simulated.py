@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from selfflow.method.transformer import TransformerConfig
+from selfflow.method.backbone import Inputs
+from selfflow.method.tokens import Part
 from selfflow.training.config import Config, TrainConfig
 from selfflow.training.run import Run
 
@@ -22,7 +23,7 @@ class SimulatedTrainer:
     def __init__(self, path: Path, steps: int = 100, features: bool = True):
         self.path, self.features, self.step, self.answers = Path(path), features, 0, []
         config = Config(name=self.path.name, training=TrainConfig(steps=steps))
-        self.run = Run.create(path, config, TransformerConfig.of_image(4, (4, 4), 16, 4, 2, classes=10), "cpu")
+        self.run = Run.create(path, config, Inputs((Part("image", 4, (1, 4, 4)),), classes=10), "cpu")
 
     def line(self, step: int) -> dict:
         fall = math.exp(-step / 50)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CIRCULAR', 'FAMILIES', 'PROBE_LEVELS', 'COUNTS', 'BASELINES', 'RECORDS', 'probe_targets', 'token_covers', 'ProbeRow',
-           'Probes', 'probe_table', 'untrained_network', 'probe_run', 'probes_cost', 'probe_items', 'write_probes',
-           'read_probes', 'outdated']
+           'Probes', 'probe_table', 'probe_run', 'probes_cost', 'probe_items', 'write_probes', 'read_probes',
+           'outdated']
 
 # %% ../../nbs/4_analysis/04_probing.ipynb #eb72c0a3
 import hashlib
@@ -229,7 +229,7 @@ def probe_table(probes: dict[str, Probes], factor: str = "") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["features", f"test {next(iter(best.values())).probe.measure} (95 %)"])
 
 # %% ../../nbs/4_analysis/04_probing.ipynb #23558ade
-def untrained_network(run: Run) -> Transformer:
+def _untrained_network(run: Run) -> Transformer:
     "The network that a run started from, with the gates of its blocks opened to 1, so that they compute something."
     model = start_state(run.config, run.sources, run.device).teacher
     for block in model.blocks:
@@ -258,7 +258,7 @@ def probe_run(run: Run, levels=PROBE_LEVELS, layers=None, counts: dict[str, int]
     rows = [ProbeRow(factor, "majority", "", None, None, majority_score(parts)) for factor, parts in targets.items()]
     rows += [ProbeRow(factor, "raw input", family, None, None, probe)
              for family in families for factor, probe in _probed(raw, targets, family, strengths).items()]
-    for name, network in {"untrained network": untrained_network(run), "model": model}.items():
+    for name, network in {"untrained network": _untrained_network(run), "model": model}.items():
         rows += _cells(name, network, items, targets, levels, layers, part, families, store, strengths)
     about = {"run": run.config.name, "step": run.state()["step"], "weights": weights, "data": items["test"].name, "part": part,
              "layers": list(layers), "levels": list(levels), "counts": {split: len(one) for split, one in items.items()},
@@ -273,7 +273,7 @@ def probes_cost(run: Run, levels=PROBE_LEVELS, layers=None, counts: dict[str, in
                 data: str = "", store: FeatureStore | None = None) -> FeatureCost:
     "What the features of `probe_run` cost that are not there yet: of the model and of the untrained network, all splits."
     model, items, layers, store = _opened(run, layers, counts, weights, data, store)
-    costs = [feature_cost(network, one, levels, layers, store) for network in (model, untrained_network(run))
+    costs = [feature_cost(network, one, levels, layers, store) for network in (model, _untrained_network(run))
              for one in items.values()]
     totals = {name: sum(getattr(cost, name) for cost in costs) for name in ("passes", "samples", "forwards", "bytes", "seconds")}
     return FeatureCost(device=costs[0].device, **totals)

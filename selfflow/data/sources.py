@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CODECS', 'TICK', 'CAPTIONS_KEPT', 'open_digits', 'open_shapes', 'open_emblems', 'open_motion', 'open_notes',
            'open_scenes', 'open_folder', 'open_huggingface', 'open_latents', 'open_given', 'open_dataset', 'load',
-           'images_of', 'SoundPatches', 'Columns', 'layout_of', 'class_number', 'Outline', 'outlines', 'Sources']
+           'SoundPatches', 'Columns', 'layout_of', 'class_number', 'Outline', 'outlines', 'Sources']
 
 # %% ../../nbs/2_data/16_sources.ipynb #694d5daa
 import difflib
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..checks import choose
 from .audio import LogMel, Mdct
-from .datasets import DataSet, Examples, ImageSet, caption_text, digits, rate_of, subset
+from .datasets import DataSet, Examples, ImageSet, caption_text, digits, rate_of
 from .folders import Folder, HuggingFace
 from .latents import Latents
 from .motion import Motion
@@ -53,7 +53,8 @@ def _stored(kind: type, config: DataConfig, split: str) -> DataSet:
     fps = config.fps or None
     if not fps and {"video", "audio"} <= {*config.signals}:  # a video lasts as long as its sound
         fps = config.frames * config.rate / config.samples
-    return kind(_place(config), config.signals, split, config.size, config.frames, fps, config.rate, config.samples,
+    size = config.height, config.width
+    return kind(_place(config), config.signals, split, size, config.frames, fps, config.rate, config.samples,
                 crop=config.crop, channels=config.channels, carve=config.carve)
 
 
@@ -125,18 +126,6 @@ def open_dataset(config: DataConfig, split: str) -> DataSet:
 def load(name: str, split: str = "train", **options) -> DataSet:
     "A part of the data set `name`: train, validation or test; options: as in DataConfig. Raises ValueError for unknown names."
     return open_dataset(DataConfig(name, **options), split)
-
-
-def images_of(config: DataConfig | str, split: str = "train", most: int = 2000) -> ImageSet:
-    "Images of a data set of images, all or as many as `most`, chosen by `subset`. Raises ValueError for other signals."
-    config = DataConfig(config) if isinstance(config, str) else config
-    data = open_dataset(config, split)
-    if set(data.shapes) != {"image"}:
-        raise ValueError(f"{config.name} are no images, which is what is looked at here")
-    if isinstance(data, ImageSet) and len(data) <= most:
-        return data
-    examples = data.take(subset(data, most))
-    return ImageSet(examples.signals["image"], examples.labels, tuple(data.names))
 
 # %% ../../nbs/2_data/16_sources.ipynb #c644014b
 @dataclass(frozen=True)
@@ -299,7 +288,7 @@ class Sources:
         self.parts = tuple(dict.fromkeys(part for layout in self.layouts.values() for part in layout.parts))
         if len({part.name for part in self.parts}) < len(self.parts):
             raise ValueError(f"{', '.join(self.data)} have parts of one name and different shapes, "
-                             f"{', '.join(map(str, self.parts))}; give them the same size, frames and patch")
+                             f"{', '.join(map(str, self.parts))}; give them the same sides, frames and patch")
         self.weights = self._weights()
 
     def _weights(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfflow.analysis.benchmark import Case, bench, bench_table, contenders, count_flops, measure, peak_memory
+from selfflow.analysis.benchmark import Case, bench, bench_table, _contenders, count_flops, measure, peak_memory
 from selfflow.cli import main
 from selfflow.draws import keyed
 from selfflow.method.objective import SelfFlow, make_teacher
@@ -42,7 +42,7 @@ def test_the_published_form_is_the_same_function(batch, grid, depth, seed, mask_
 
 def test_operations_follow_from_the_shapes():
     case = Case("tiny", tokens=16, batch=2)
-    flops = {name: count_flops(step) for name, step in contenders(case, CPU).items()}
+    flops = {name: count_flops(step) for name, step in _contenders(case, CPU).items()}
     d, depth, n, b, k = 128, 6, 16, 2, 2
     block = 2 * b * n * (12 * d**2 + 2 * n * d)                # attention and MLP, forward
     once = 2 * b * 6 * d**2                                    # modulation of one condition a sample
@@ -60,7 +60,7 @@ def test_operations_follow_from_the_shapes():
 
 
 def test_the_aims_in_operations_are_reached_at_the_sizes_of_the_field():
-    steps = contenders(Case("S", batch=1), CPU)
+    steps = _contenders(Case("S", batch=1), CPU)
     ours, published, vanilla = (count_flops(steps[name]) for name in ("Self-Flow", "published form", "flow matching"))
     assert ours <= 0.64 * published and ours <= 1.27 * vanilla
 
@@ -77,7 +77,7 @@ def test_peak_memory_is_that_of_the_worst_moment():
 
 
 def test_modulation_per_token_is_gone_from_memory():
-    steps = contenders(Case("tiny", tokens=64, batch=8), CPU)
+    steps = _contenders(Case("tiny", tokens=64, batch=8), CPU)
     for step in steps.values():
         step()
     peak = {name: peak_memory(steps[name], CPU) for name in ("Self-Flow", "published form", "flow matching")}
@@ -94,7 +94,7 @@ def test_records_are_written_after_each_case(tmp_path, monkeypatch):
     assert found["seconds"] == sorted(found["seconds"]) and found["speed_ratio"][1] > 0 and 0 < found["ceiling_share"][1] < 2
     assert records[0]["results"]["published form"]["speed_ratio"] == [1, 1, 1]
     assert len(bench_table(records)) == 10
-    monkeypatch.setattr("selfflow.analysis.benchmark.contenders", lambda *_: 1 / 0)
+    monkeypatch.setattr("selfflow.analysis.benchmark._contenders", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         bench(cases[:1], path)
     assert json.loads(path.read_text()) == records, "a failure leaves the old record"

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from selfflow import cli
 from selfflow.analysis.distances import frechet
-from selfflow.analysis.extractors import Extractor, built_in, inception, judge_extractor, open_extractor, penultimate
+from selfflow.analysis.extractors import Extractor, built_in, inception, _judge_extractor, open_extractor, _penultimate
 from selfflow.analysis.factors import HEADS
 from selfflow.analysis.judge import judge_for
 from selfflow.analysis.sample_metrics import run_metrics
@@ -33,7 +33,7 @@ def some(name, count, split="test", start=0):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_stands_before_the_last_layer_gives_the_answers(name):
     judge, signals = judge_for(name), some(name, 20)
-    found, read = penultimate(judge, signals), judge.read(signals)
+    found, read = _penultimate(judge, signals), judge.read(signals)
     assert set(found) == set(judge.readers)
     for view, reader in judge.readers.items():
         for factor, head in reader.heads.items():
@@ -42,9 +42,9 @@ def test_what_stands_before_the_last_layer_gives_the_answers(name):
 
 def test_axes_are_those_of_training_data_and_keep_distances():
     judge, train, test = judge_for("shapes"), some("shapes", 50, "train"), some("shapes", 30)
-    extractor = judge_extractor(judge, train, axes=64)
+    extractor = _judge_extractor(judge, train, axes=64)
     assert extractor.recipe["dimensions"] == 50 and "50 training samples, 100.0%" in extractor.recipe["axes"]
-    parts = penultimate(judge, train)
+    parts = _penultimate(judge, train)
     joined = torch.cat([values / values.var(0).sum().sqrt() for values in parts.values()], 1)
     features = extractor(train)
     assert np.allclose(features.mean(0), 0, atol=1e-5) and features.var(0, ddof=1).sum() == pytest.approx(len(parts), rel=1e-3)

@@ -22,7 +22,7 @@ from selfflow.intervals import (
     proportion_interval,
     score_interval,
     score_of,
-    seeds_interval,
+    _seeds_interval,
     smallest_effect,
     tango_interval,
 )
@@ -319,8 +319,8 @@ def test_seeds_are_paired_where_they_are_shared():
     half = 4.302653 * 0.01 / 3**0.5
     assert paired.interval == pytest.approx((0.03 - half, 0.03 + half)) and paired.seen and not apart.seen
     assert "3 training seeds, paired" in str(paired) and "3 and 3 training seeds, not paired" in str(apart)
-    assert seeds_interval([1, 2, 3])[0] == 2
-    for call in (lambda: seeds_interval([1.0]), lambda: compare_seeds({0: 1.0}, {0: 2.0})):
+    assert _seeds_interval([1, 2, 3])[0] == 2
+    for call in (lambda: _seeds_interval([1.0]), lambda: compare_seeds({0: 1.0}, {0: 2.0})):
         with pytest.raises(ValueError, match="another seed"):
             call()
 
@@ -332,8 +332,8 @@ def test_equal_gains_of_two_seeds_are_no_proof():
         assert not found.seen and found.interval[1] > 0.01
     reach = 1.959964**2 / (2 + 1.959964**2)
     assert compare_seeds({0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0}).interval == pytest.approx((-reach, reach))
-    assert seeds_interval([0.5, 0.5]) == pytest.approx((0.5, 0.5 - reach / 2, 0.5 + reach / 2))
-    assert seeds_interval([0, 0]) == (0, 0, 0) and compare_seeds({0: 0.0, 1: 0.0}, {2: 0.0, 3: 0.0}).interval == (0, 0)
+    assert _seeds_interval([0.5, 0.5]) == pytest.approx((0.5, 0.5 - reach / 2, 0.5 + reach / 2))
+    assert _seeds_interval([0, 0]) == (0, 0, 0) and compare_seeds({0: 0.0, 1: 0.0}, {2: 0.0, 3: 0.0}).interval == (0, 0)
 
 
 # the record

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from selfflow.analysis.saturation import (
     Compared,
     Ladder,
-    another,
+    _another,
     compare,
     cosine_by_gap,
     fit_directions,
     ladder,
     look_up,
-    mean_directions,
-    mean_of_samples,
+    _mean_directions,
+    _mean_of_samples,
     saturation,
 )
 from selfflow.analysis.similarity import cka, cknna, describe_layers, jackknife, self_similarity, similarities
@@ -126,7 +126,7 @@ def test_unrelated_features_have_none_however_wide():
     (lambda: jackknife(cka, torch.randn(9, 3), torch.randn(9, 3), groups=10), "no more than"),
     (lambda: self_similarity(torch.randn(2, 9, 3), (2, 4)), "expected"),
     (lambda: self_similarity(torch.randn(2, 2, 3), (2,)), "both kinds"),
-    (lambda: another(torch.zeros(1).long(), False), "take more"),
+    (lambda: _another(torch.zeros(1).long(), False), "take more"),
     (lambda: fit_directions(torch.randn(1, 2, 3), [torch.zeros(1, 2).long()], [1], EVERY[:1, :2]), "take more"),
     (lambda: draw_similarities({"a": np.eye(3)}, ["x", "y"]), "shape"),
     (lambda: draw_saturation([0, 1], {"student": [1, 1]}), "above 0"),
@@ -188,7 +188,7 @@ def test_mean_directions_by_hand():
     place, bins = torch.arange(4).expand(6, 4), torch.tensor([0, 0, 1, 1, 1, 2])[:, None].expand(6, 4)
     counted = torch.rand(6, 4, generator=keyed(0, "counted")) < 0.7
     zero = torch.zeros(6, 4).long()
-    found = mean_directions(unit, [zero, place, bins], [1, 4, 4], counted, prior=2.0)
+    found = _mean_directions(unit, [zero, place, bins], [1, 4, 4], counted, prior=2.0)
     constant = unit[counted].mean(0)
     torch.testing.assert_close(found[0][0], constant)
     for p in range(4):
@@ -255,11 +255,11 @@ def test_the_verdict_weighs_what_is_open():
 
 def test_other_samples_of_a_label():
     labels = torch.tensor([2, 0, 2, 1, 0, 2])
-    found = another(labels, within=True)
+    found = _another(labels, within=True)
     assert found.tolist()[3] == -1, "the only one of its label"
     for i, j in enumerate(found.tolist()):
         assert j == -1 or (labels[i] == labels[j] and i != j)
-    assert sorted(another(labels, within=False).tolist()) == list(range(6))
+    assert sorted(_another(labels, within=False).tolist()) == list(range(6))
 
 
 def model(seed=0, **options):
@@ -329,5 +329,5 @@ def test_gaps_are_told_apart_and_the_constant_is_that_of_the_gap():
 
 
 def test_a_mean_over_no_token_is_not_a_number():
-    found = mean_of_samples(torch.tensor([[1.0, torch.nan], [2.0, 4.0]]), torch.tensor([[True, False], [False, False]]))
+    found = _mean_of_samples(torch.tensor([[1.0, torch.nan], [2.0, 4.0]]), torch.tensor([[True, False], [False, False]]))
     assert found[0] == 1 and found[1].isnan()

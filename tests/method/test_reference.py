@@ -15,7 +15,7 @@ from torch import save as write_pt  # what the published file was written with; 
 
 from selfflow.method import reference
 from selfflow.method.objective import Projector
-from selfflow.method.reference import PUBLISHED, export, fold_time, infer_config, layout, load, published_config, save
+from selfflow.method.reference import PUBLISHED, export, fold_time, infer_config, layout, load, _published_config, save
 from selfflow.method.sampling import guided_velocity, sample
 from selfflow.method.schedule import NoiseLevels
 from selfflow.method.tokens import Part
@@ -198,7 +198,7 @@ def test_there_and_back(config):
     weights = random_weights(config)
     known = {name: config[name] for name in ("patch_size", "num_heads")}
     model, projector = load(weights, known)  # the rest is read off the shapes
-    assert published_config(model.config, {"patch_size": config["patch_size"], "learn_sigma": config["learn_sigma"]}) == config
+    assert _published_config(model.config, {"patch_size": config["patch_size"], "learn_sigma": config["learn_sigma"]}) == config
     back = export(model, projector, config)
     rows = len(weights["final_layer.linear.bias"])
     used = torch.arange(rows) % (rows // config["patch_size"]**2) < config["in_channels"]
@@ -503,11 +503,11 @@ class ModernConfig(TransformerConfig):
 def test_models_with_other_parts_are_refused(part):
     shape = {"parts": (Part("image", 4, (1, 2, 2)),), "width": 16, "depth": 1, "heads": 2}
     if not part:
-        assert published_config(ModernConfig(**shape)) == published_config(TransformerConfig(**shape))
+        assert _published_config(ModernConfig(**shape)) == _published_config(TransformerConfig(**shape))
         return
     (name, value), = part.items()
     with pytest.raises(ValueError, match=f"the published form has no {name}={value!r}"):
-        published_config(ModernConfig(**shape, **part))
+        _published_config(ModernConfig(**shape, **part))
 
 
 @pytest.mark.parametrize("shape, known, words", [

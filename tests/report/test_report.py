@@ -31,7 +31,7 @@ from selfflow.registries import Named
 from selfflow.report import report, representation_sections, sample_sections
 from selfflow.report.document import Report, Section, write_pdf
 from selfflow.report.probe_sections import probe_section
-from selfflow.report.report import SECTIONS, make_missing, missing_parts, run_report, summary
+from selfflow.report.report import SECTIONS, make_missing, missing_parts, run_report, _summary
 from selfflow.report.run_sections import loss_section, run_section
 from selfflow.report.sample_sections import plane_section, shares_apart
 from selfflow.training.batches import validation_tokens
@@ -185,10 +185,10 @@ def test_seeds_are_compared_only_where_there_are_several(runs, tmp_path):
     pair, = over_seeds(many, {"tiny 0": 1.0, "tiny 1": 1.1, "vanilla 0": 2.0, "vanilla 1": 2.2})
     assert pair.difference == pytest.approx(1.05) and "2 training seeds, paired" in str(pair)
     assert over_seeds(many, {"tiny 0": 1.0, "vanilla 0": 2.0}) == []
-    said = summary(many, [])
+    said = _summary(many, [])
     assert "4 runs" in said[0] and "2/2 training seeds" in said[0] and not any("one training seed" in line for line in said)
     few = {name: many[name] for name in ("tiny 0", "vanilla 0")}
-    assert any("one training seed" in line for line in summary(few, []))
+    assert any("one training seed" in line for line in _summary(few, []))
 
 
 def test_losses_of_a_run_and_itself_show_no_difference(runs):

@@ -15,7 +15,7 @@ from simulated import SimulatedTrainer
 
 from selfflow.figures.style import clock, column, memory, series, short, spread
 from selfflow.training import watching as follow
-from selfflow.training.watching import Following, Lines, run_state, speed, status
+from selfflow.training.watching import Following, Lines, run_state, _speed, status
 
 
 def write(path, rows, mode="w"):
@@ -165,7 +165,7 @@ def timing(steps, rate, overhead=0.0, **last):
 
 
 def test_the_time_left_counts_what_is_not_training():
-    alone, wall = speed(timing([100, 200], rate=10.0, overhead=0.25))
+    alone, wall = _speed(timing([100, 200], rate=10.0, overhead=0.25))
     assert alone == pytest.approx(10) and wall == pytest.approx(8)
     parts = status("mine", 200, 1000, "training: process 1 on a", timing([100, 200], 10.0, 0.25))
     assert " | ".join(parts) == ("mine | training: process 1 on a | step 200 of 1,000 (20 %) | 10 it/s | 0:01:40 left | "

@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 
 from selfflow.analysis.factors import known_factors
 from selfflow.analysis.features import FeatureStore, Items, extract
-from selfflow.analysis.projection import aligned, nearest, project, sharing, standardised, turned
+from selfflow.analysis.projection import aligned, nearest, project, sharing, _standardised, _turned
 from selfflow.data.options import DataConfig
 from selfflow.data.sources import Sources
 from selfflow.method.options import ModelConfig
@@ -52,7 +52,7 @@ def test_neighbours_are_those_of_the_cosine_of_standardised_features(shape):
 def test_what_does_not_vary_does_not_count():
     features = np.random.default_rng(0).normal(size=(9, 3))
     still = np.c_[features, np.full(9, 7.3)]
-    assert (standardised(still)[:, 3] == 0).all() and np.array_equal(nearest(features, 4)[0], nearest(still, 4)[0])
+    assert (_standardised(still)[:, 3] == 0).all() and np.array_equal(nearest(features, 4)[0], nearest(still, 4)[0])
     assert np.isfinite(nearest(np.zeros((4, 2)), 2)[1]).all()
 
 
@@ -77,10 +77,10 @@ def test_planes_are_turned_as_procrustes_turns_them():
     planes = {(layer, level): generator.normal(size=(20, 2)) for layer in (2, 5) for level in (0.0, 0.3)}
     found = aligned(planes, (2, 5), (0.0, 0.3))
     onto = found[2, 0.3] + found[5, 0.0]
-    rotation = orthogonal_procrustes(turned(planes[5, 0.3]), onto)[0]
-    np.testing.assert_allclose(found[5, 0.3], turned(planes[5, 0.3]) @ rotation, atol=1e-12)
+    rotation = orthogonal_procrustes(_turned(planes[5, 0.3]), onto)[0]
+    np.testing.assert_allclose(found[5, 0.3], _turned(planes[5, 0.3]) @ rotation, atol=1e-12)
     for place, plane in planes.items():  # neighbours within a plane are what they were
-        apart = [np.linalg.norm(points[:, None] - points[None], axis=2) for points in (found[place], turned(plane))]
+        apart = [np.linalg.norm(points[:, None] - points[None], axis=2) for points in (found[place], _turned(plane))]
         np.testing.assert_allclose(*apart, atol=1e-12)
 
 
@@ -91,7 +91,8 @@ def test_features_and_planes_are_those_that_are_made_one_by_one(run):
     wanted = extract(run.teacher, x0, x1, 0.5, (3,))[3]
     torch.testing.assert_close(torch.tensor(atlas.features[3, 0.5]), wanted)
     plane = project(wanted, "PCA", 15)
-    np.testing.assert_allclose(np.abs(np.corrcoef(turned(plane.points).T, turned(atlas.planes["PCA", 3, 0.5].points).T)).max(), 1)
+    found = atlas.planes["PCA", 3, 0.5].points
+    np.testing.assert_allclose(np.abs(np.corrcoef(_turned(plane.points).T, _turned(found).T)).max(), 1)
     assert atlas.planes["PCA", 3, 0.5].trustworthiness == pytest.approx(plane.trustworthiness, abs=1e-6)
 
 
