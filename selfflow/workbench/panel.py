@@ -145,7 +145,7 @@ class Panel:
         image.layout.display = ""
 
     def _say_trouble(self, problems):
-        self.trouble.value = "".join(message(problem, True, "Cannot be shown:") for problem in problems)
+        self.trouble.value = "".join(message(f"Cannot be shown: {problem}", alert=True) for problem in problems)
 
     # requests
 
