@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 import tyro
 
 from .checks import choose
-from .data.options import SHARED
-from .registries import Named, samplers, use
+from .data.options import SHARED, DataConfig
+from .registries import Named, datasets, samplers, use
 from .training.config import PRESETS, Config, draft, flatten, overlaid
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _in_new_form(args: list[str], start: dict | list) -> str:
     """The options of the data as they are written now, of a command line that puts several values into one; else empty.
 
     start: the settings that they change. Until format 4 it was --data.name shapes+notes --data.shares 0.6+0.4
-    --data.weights audio=0.5, and --data.signals video+audio.
+    --data.weights audio=0.5, --data.signals video+audio, and --data.size 32 of files.
     """
     typed = {}
     for place, arg in enumerate(args):
@@ -115,11 +115,13 @@ def _in_new_form(args: list[str], start: dict | list) -> str:
         if option.startswith("--data.") and not option[7].isdigit():
             following = args[place + 1] if place + 1 < len(args) and not args[place + 1].startswith("--") else None
             typed[option[7:]] = value if equals else following
+    name = {"name": start["name"]} if isinstance(start, dict) and "name" in start else {}
+    chosen = (name | typed).get("name")
     old = {"shares", "weights"} & typed.keys() or any("+" in (typed.get(option) or "") for option in ("name", "signals"))
+    old = old or "size" in typed and chosen in datasets and "height" in {f.name for f in fields(DataConfig.of(chosen))}
     if not old:
         return ""
     from selfflow.training.checkpoint import data_from_4
-    name = {"name": start["name"]} if isinstance(start, dict) and "name" in start else {}
     values = data_from_4(name | typed)
     if isinstance(values, dict) and "name" not in typed:
         del values["name"]

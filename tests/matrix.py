@@ -102,7 +102,8 @@ def _latents(root: Path) -> None:
 
 # kinds: what is written, and the options of `selfflow train`
 
-FILES, FILMS = {"patch": 8, "size": 16}, {"patch": 8, "size": 16, "frames": 8}
+FILES = {"patch": 8, "height": 16, "width": 16}
+FILMS = FILES | {"frames": 8}
 
 
 @dataclass(frozen=True)

@@ -315,6 +315,8 @@ def test_the_module_is_the_command_and_nothing_happens_on_import(tmp_path):
     ("--preset scenes --data.weights audio=0.5+video=2", "--data.weight audio 0.5 video 2"),
     ("--data.name folder --data.path photos --data.signals video+audio",
      "--data.name folder --data.path photos --data.signals video audio"),
+    ("--data.path photos --data.size 28 --data.name folder",
+     "--data.path photos --data.name folder --data.height 28 --data.width 28"),
 ])
 def test_an_old_command_line_is_answered_with_the_new_one(capsys, typed, written):
     with pytest.raises(SystemExit):
@@ -359,7 +361,8 @@ def test_the_next_commands_are_those_that_work(tmp_path, capsys, classes):
         file = tmp_path / "pictures" / classes[number % len(classes)] / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8), 20 * number).save(file)
-    sizes = ["--model.width", "16", "--model.depth", "4", "--model.heads", "2", "--data.size", "8", "--training.batch", "4"]
+    sizes = ["--model.width", "16", "--model.depth", "4", "--model.heads", "2", "--training.batch", "4",
+             "--data.height", "8", "--data.width", "8"]
     main(["train", "--name", "mine", "--folder", str(tmp_path / "runs"), "--data.name", "folder", "--data.path",
           str(tmp_path / "pictures"), "--training.steps", "1", *sizes])
     printed = capsys.readouterr().out

@@ -37,7 +37,7 @@ _LOUDEST = 8.0  # what a sound of floating-point numbers may reach; it is cut at
 @dataclass(frozen=True)
 class Form:
     "What every file is brought to. Raises ValueError for what is no such number."
-    size: int = 32            # pixels, of either side of a picture
+    size: int | tuple[int, int] = 32  # of a picture, pixels: its side, or height and width
     frames: int = 16          # pictures of a film
     fps: float | None = None  # of these, in a second; None = over the whole film
     rate: int = 8_000         # Hz
@@ -45,8 +45,9 @@ class Form:
     channels: int = 3         # of a picture: 3 = RGB, 1 = grey
 
     def __post_init__(self):
-        for name, low, high in (("size", 1, _SIDE), ("frames", 1, 2**16), ("rate", *_RATES), ("samples", 1, 2**28)):
-            value = getattr(self, name)
+        values = [("size", side, 1, _SIDE) for side in self.sides]
+        values += [("frames", self.frames, 1, 2**16), ("rate", self.rate, *_RATES), ("samples", self.samples, 1, 2**28)]
+        for name, value, low, high in values:
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(f"{name} is {value!r}, expected a whole number from {low:,} to {high:,}")
         if self.channels not in (1, 3):
@@ -54,10 +55,15 @@ class Form:
         if self.fps is not None and not (isinstance(self.fps, int | float) and isfinite(self.fps) and 1e-3 <= self.fps <= 1e4):
             raise ValueError(f"fps is {self.fps!r}, expected pictures per second, or None to take them over the whole film")
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        "Height and width of a picture."
+        return self.size if isinstance(self.size, tuple) else (self.size, self.size)
+
     def shapes(self, signals: Sequence[str]) -> dict[str, tuple[int, ...]]:
         "The shape of one sample of each signal: image (c, h, w), video (c, f, h, w), audio (samples,)."
-        c, side = self.channels, self.size
-        known = {"image": (c, side, side), "video": (c, self.frames, side, side), "audio": (self.samples,)}
+        c, (height, width) = self.channels, self.sides
+        known = {"image": (c, height, width), "video": (c, self.frames, height, width), "audio": (self.samples,)}
         return {signal: known[signal] for signal in signals}
 
     def seconds(self, signals: Sequence[str]) -> float | None:
@@ -88,8 +94,8 @@ def _check_pixels(width: int, height: int, count: int = 1) -> None:
         raise Refused("is too long a film", f"{count:,} pictures of {width:,} x {height:,}; cut it into clips, or give fps")
 
 
-def _square(image: Image.Image, size: int, channels: int = 3) -> Tensor:
-    "The central square of a picture: uint8 (channels, size, size)."
+def _middle(image: Image.Image, form: Form) -> Tensor:
+    "The largest part of the middle of a picture that has the sides of the form: uint8 (channels, height, width)."
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":  # floating-point numbers, which Pillow would cut at 0 and 255
         values = np.asarray(image)
@@ -101,16 +107,20 @@ def _square(image: Image.Image, size: int, channels: int = 3) -> Tensor:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    side, (width, height) = min(image.size), image.size
-    box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
-    image = image.convert("RGB" if channels == 3 else "L").resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.array(image)).view(size, size, channels).permute(2, 0, 1).contiguous()
+    (height, width), (whole_width, whole_height) = form.sides, image.size
+    box_width = min(whole_width, whole_height * width / height)
+    box_height = min(whole_height, whole_width * height / width)
+    left, top = (whole_width - box_width) / 2, (whole_height - box_height) / 2
+    box = (left, top, min(left + box_width, whole_width), min(top + box_height, whole_height))
+    image = image.convert("RGB" if form.channels == 3 else "L").resize((width, height), Image.Resampling.BICUBIC, box=box)
+    return torch.from_numpy(np.array(image)).view(height, width, form.channels).permute(2, 0, 1).contiguous()
 
 
 def _image(file: BinaryIO, kind: str, form: Form) -> Tensor:
     image = _picture(file, kind)
-    image.draft(None, (2 * form.size, 2 * form.size))  # a large JPEG is decoded smaller, but at twice the size at least
-    return _square(image, form.size, form.channels)
+    height, width = form.sides
+    image.draft(None, (2 * width, 2 * height))  # a large JPEG is decoded smaller, but at twice the size at least
+    return _middle(image, form)
 
 # %% ../../nbs/2_data/09_decoding.ipynb #11d0551a
 _Sound = tuple[int, int, Callable[[int, int], np.ndarray]]  # rate, frames, and a function that reads count from a place on
@@ -272,7 +282,7 @@ def _animation(file: BinaryIO, kind: str, form: Form, begin: float = 0.0) -> Ten
     chosen = moments(starts[:-1], starts[-1], form.frames, form.fps, begin)
     for i in sorted(set(chosen)):
         image.seek(i)
-        pictures[i] = _square(image, form.size, form.channels)
+        pictures[i] = _middle(image, form)
     return _stacked(chosen, pictures)
 
 
@@ -311,7 +321,7 @@ def _video(file: BinaryIO, kind: str, form: Form, begin: float = 0.0) -> Tensor:
             _check_pixels(frame.width, frame.height, chosen[-1] + 1)
             if i in chosen:
                 upright = frame.to_image().rotate(90 * round(frame.rotation / 90), expand=True)
-                pictures[i] = _square(upright, form.size, form.channels)
+                pictures[i] = _middle(upright, form)
             if i >= chosen[-1]:
                 break
     return _stacked(chosen, pictures)

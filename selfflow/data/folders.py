@@ -202,11 +202,13 @@ class Folder(Stored):
         headers = [(name, header) for name, headers in looked.items() for header in headers.values()]
         other = [name for name, header in headers if header.renamed]
         pictures = [(name, header) for name, header in headers if header.sides]
-        oblong = [name for name, header in pictures if max(header.sides) > 3 * min(header.sides)]
-        small = [name for name, header in pictures if 2 * min(header.sides) < self.size]
+        height, width = self.form.sides
+        scales = {name: (header.sides[0] / width, header.sides[1] / height) for name, header in pictures}
+        oblong = [name for name, scale in scales.items() if max(scale) > 3 * min(scale)]
+        small = [name for name, scale in scales.items() if 2 * min(scale) < 1]
         for names, text in ((other, "read as what they are, not as their suffix says"),
-                            (oblong, "more than three times as long as wide: only the middle is used"),
-                            (small, f"smaller than {ceil(self.size / 2)} pixels: enlarged to {self.size}")):
+                            (oblong, "more than three times too long or too wide: only the middle is used"),
+                            (small, f"smaller than half of {height} x {width} pixels: enlarged")):
             if names:
                 yield f"{text} ({len(names):,}): {quoted_few(names)}"
         if self.channels == 3 and pictures and all(header.grey for _, header in pictures):

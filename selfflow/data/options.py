@@ -86,7 +86,8 @@ class StoredOptions:
 class FileOptions(StoredOptions):
     "Options of images, videos and sounds in files or tables."
     signals: tuple[str, ...] = ("image",)  # image, video, audio, or several that belong together
-    size: int = 32            # side of an image or frame, pixels
+    height: int = 32          # of an image or frame, pixels
+    width: int = 32           # of an image or frame, pixels
     frames: int = 16          # of a video
     rate: int = 8000          # of sounds, Hz
     seconds: float = 1.024    # of a sound, brought to whole tokens
@@ -96,7 +97,7 @@ class FileOptions(StoredOptions):
     carve: bool = True        # fill splits that are missing or empty; False in runs of formats 1 to 3
 
     def __post_init__(self):
-        check_positive(self, "size", "frames", "seconds")
+        check_positive(self, "height", "width", "frames", "seconds")
         check_signals(self.signals)
         choose(self.crop, CROPS, "crop (data.crop)")
         for name, low, high in (("rate", 1_000, 400_000), ("fps", 0, 10_000)):

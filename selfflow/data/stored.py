@@ -74,7 +74,7 @@ class Stored:
     path: str | Path
     signals: tuple[str, ...] = ("image",)
     split: str = "train"
-    size: int = 32
+    size: int | tuple[int, int] = 32
     frames: int = 16
     fps: float | None = None
     rate: int = 8_000

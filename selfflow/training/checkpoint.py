@@ -263,6 +263,8 @@ def data_from_4(data: dict) -> dict | list[dict]:
         kind = DataConfig.of(name)
         known = {f.name for f in fields(kind)}
         own = {key: value for key, value in data.items() if key in known or key not in _DATA_OPTIONS_OF_4} | {"name": name}
+        if "size" in data and {"height", "width"} <= known:
+            own |= {"height": data["size"], "width": data["size"]}
         signals = kind.signals
         if "signals" in own:
             own["signals"] = signals = own["signals"].split("+")

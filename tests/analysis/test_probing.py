@@ -1,22 +1,292 @@
-"""Probes: choose on validation, report on test, beat what must be beaten; intervals against independent formulas."""
+"""Probes: choose on validation, report on test, find what is planted, beat their baselines; intervals against other formulas."""
 import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from selfflow.analysis.features import extract
-from selfflow.analysis.probes import _logistic_probe
-from selfflow.analysis.probing import outdated, probe_table, read_probes, _untrained_network
-from selfflow.data.datasets import SPLITS, digits
+from selfflow import cli
+from selfflow.analysis import probing
+from selfflow.analysis.features import Items, extract, items_of
+from selfflow.analysis.probes import (
+    HeadFit,
+    _logistic_probe,
+    _ridge_probe,
+    attentive_probe,
+    field_probe,
+    knn_probe,
+    majority_score,
+    position_score,
+    regression_probe,
+    shuffled,
+    token_probe,
+)
+from selfflow.analysis.probing import (
+    Probes,
+    _untrained_network,
+    outdated,
+    probe_run,
+    probe_table,
+    probe_targets,
+    probes_cost,
+    read_probes,
+    token_covers,
+    write_probes,
+)
+from selfflow.data.datasets import SPLITS, digits, subset
+from selfflow.data.options import DataConfig
+from selfflow.data.sources import Sources
 from selfflow.draws import keyed
+from selfflow.figures.layers import draw_layer_curves, draw_score_maps
 from selfflow.intervals import paired_difference, proportion_interval
+from selfflow.method.options import ModelConfig
 from selfflow.method.schedule import NoiseLevels
+from selfflow.training.loop import train
 from selfflow.training.run import Run
 from selfflow.training.state import start_state
+
+SIZES = {"train": 400, "validation": 150, "test": 300}
+SHORT = HeadFit(epochs=25)
+FEW = {"levels": (0.0, 0.5), "layers": (1, 4), "counts": {"train": 60, "validation": 30, "test": 40}}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_waiting_for_the_disk():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("selfflow.disk.flush", lambda path: None)
+        yield
+
+
+def planted(seed=0, noise=0.3):
+    "Features with a class and a value in directions of their own."
+    rng = np.random.default_rng(seed)
+    x = {split: rng.normal(size=(n, 12)).astype(np.float32) for split, n in SIZES.items()}
+    ways = np.linalg.qr(rng.normal(size=(12, 12)))[0]
+    kinds = {split: (part @ ways[:, :3]).argmax(1) for split, part in x.items()}
+    values = {split: part @ ways[:, 3] + noise * rng.normal(size=len(part)) for split, part in x.items()}
+    return x, kinds, values
+
+
+def every(x, targets):
+    by_token = {split: np.stack([part, part], 1) for split, part in x.items()}
+    return {"regression": regression_probe(x, targets), "field": field_probe(x, {"f": targets}, SHORT)["f"],
+            "neighbours": knn_probe(x, targets), "attentive": attentive_probe(by_token, {"f": targets}, SHORT)["f"]}
+
+
+def test_all_probes_find_a_planted_factor_and_nothing_in_shuffled_labels():
+    x, kinds, values = planted()
+    for name, found in every(x, kinds).items():
+        assert found.score > (0.75 if name == "neighbours" else 0.9), name
+        assert found.measure == "accuracy" and found.protocol and found.interval[0] < found.score < found.interval[1]
+    for name, found in every(x, values).items():
+        assert found.score > (0.3 if name == "neighbours" else 0.85) and found.measure == "R^2", name
+    for name, found in every(x, shuffled(kinds)).items():
+        assert found.interval[0] < majority_score(kinds).score + 0.05, name
+    assert all(found.score < 0.1 for found in every(x, shuffled(values)).values())
+
+
+def test_ridge_is_ridge():
+    x, _, values = planted()
+    for features in (x, {split: np.concatenate([part] * 40, 1) for split, part in x.items()}):  # d < n and d > n
+        found = _ridge_probe(features, values, (0.01,))
+        train = (features["train"] - features["train"].mean(0)) / features["train"].std(0)
+        test = (features["test"] - features["train"].mean(0)) / features["train"].std(0)
+        y, n = (values["train"] - values["train"].mean()) / values["train"].std(), len(train)
+        weights = np.linalg.solve(train.T @ train + 0.01 * n * np.eye(train.shape[1]), train.T @ y)
+        truth = (values["test"] - values["train"].mean()) / values["train"].std()
+        expected = 1 - ((test @ weights - truth)**2).sum() / ((truth - truth.mean())**2).sum()
+        assert found.score == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("probe", [regression_probe, knn_probe, lambda x, y: field_probe(x, {"f": y}, SHORT)["f"]])
+def test_test_targets_decide_nothing_but_the_score(probe):
+    x, kinds, values = planted()
+    for targets in (kinds, values):
+        spoiled = {**targets, "test": targets["test"][::-1].copy()}
+        a, b = probe(x, targets), probe(x, spoiled)
+        assert (a.validation, a.chosen) == (b.validation, b.chosen) and a.score != b.score
+
+
+def test_the_field_protocol_is_repeatable_and_does_not_touch_the_callers_random_numbers():
+    x, kinds, values = planted()
+    state = torch.get_rng_state()
+    first, again = (field_probe(x, {"a": kinds, "b": values}, SHORT) for _ in range(2))
+    assert torch.equal(state, torch.get_rng_state())
+    for name in "ab":
+        np.testing.assert_array_equal(first[name].errors, again[name].errors)
+    alone = field_probe(x, {"b": values}, SHORT)["b"]
+    assert alone.score == pytest.approx(first["b"].score, abs=1e-5), "factors do not disturb each other"
+
+
+def test_tokens_of_the_figure_are_found_and_position_is_not_enough():
+    rng, x, covers = np.random.default_rng(0), {}, {}
+    for split, n in {"train": 120, "validation": 60, "test": 80}.items():
+        covers[split] = (rng.random((n, 9)) < 0.3) * rng.uniform(0.6, 1, (n, 9))
+        x[split] = rng.normal(size=(n, 9, 6)).astype(np.float32)
+        x[split][..., 2] += 5 * (covers[split] > 0.5)
+    found = token_probe(x, covers, how := HeadFit(30, 32))
+    assert found.score > 0.75 and found.errors.shape == (80,) and position_score(covers).score < 0.5
+    assert token_probe(x, shuffled(covers), how).score < 0.5
+    with pytest.raises(ValueError, match="no token is covered"):
+        token_probe(x, {split: 0 * part for split, part in covers.items()})
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda x, y: x.pop("test"), "test part"), (lambda x, y: y.pop("validation"), "validation part"),
+    (lambda x, y: y.update(train=y["train"][:-1]), "train part"),
+    (lambda x, y: x["validation"].__setitem__((0, 0), np.nan), "not finite"),
+    (lambda x, y: x.update(train=x["train"][:, None]), "pooled ones"), (lambda x, y: y.update(test=y["test"][:0]), "test part")])
+def test_bad_features_are_refused(spoil, words):
+    x, kinds, _ = planted()
+    spoil(x, kinds)
+    for probe in (_logistic_probe, _ridge_probe, knn_probe, lambda x, y: field_probe(x, {"f": y}, SHORT)):
+        with pytest.raises(ValueError, match=words):
+            probe(x, kinds)
+
+
+def test_features_of_tokens_are_asked_for():
+    x, kinds, _ = planted()
+    with pytest.raises(ValueError, match="those of every token"):
+        attentive_probe(x, {"f": kinds})
+
+
+# runs
+
+def test_factors_become_targets():
+    made = {split: Items(Sources(DataConfig("motion", size=16, patch=4, frames=8), split), count=50) for split in SPLITS}
+    targets = probe_targets(made)
+    assert targets["direction"]["train"].dtype == np.int64 and targets["positions"]["train"].shape == (50, 16)
+    assert targets["bounce"]["test"].shape == (50,) and "grain" not in targets and targets["angle"]["train"].shape == (50, 2)
+    np.testing.assert_allclose((targets["angle"]["test"]**2).sum(1), 1, atol=1e-5)
+    scenes = {split: Items(Sources(DataConfig("scenes", size=16, patch=4), split), count=20) for split in SPLITS}
+    assert "impact_times" not in probe_targets(scenes), "what is missing for some is no target"
+    with pytest.raises(ValueError, match="nothing that varies"):
+        probe_targets({split: Items(Sources(DataConfig("digits"), split), count=1) for split in SPLITS})
+
+
+@pytest.mark.parametrize("data", [DataConfig("shapes", size=16, patch=4), DataConfig("motion", size=16, patch=4, frames=8)])
+def test_covers_of_tokens_are_means_of_masks(data):
+    items = Items(Sources(data, "test"), count=3)
+    covers, masks = token_covers(items), items.data.masks(torch.arange(3))
+    grid = items.layout.parts[0].grid
+    assert covers.shape == (3, np.prod(grid)) and covers.mean() == pytest.approx(masks.mean().item(), abs=1e-6)
+    corner = masks.reshape(3, -1, 16, 16)[:, :16 * 0 + masks.reshape(3, -1, 16, 16).shape[1] // grid[0], :4, :4]
+    np.testing.assert_allclose(covers[:, 0], corner.mean((1, 2, 3)), atol=1e-6)
+    with pytest.raises(ValueError, match="not known of digits"):
+        token_covers(Items(Sources(DataConfig("digits"), "test"), count=3))
+
+
+@pytest.fixture(scope="module")
+def probed(runs, tmp_path_factory):
+    "A copy of a run of digits, and its probes."
+    path = tmp_path_factory.mktemp("probed") / "tiny"
+    shutil.copytree(runs["tiny"].path, path)
+    run = Run.open(path)
+    return run, probe_run(run, **FEW)
+
+
+def test_a_run_is_probed_beside_all_baselines_and_every_row_states_its_protocol(probed):
+    run, found = probed
+    assert found.factors == ("class",) and {row.features for row in found.rows} == {
+        "majority", "raw input", "untrained network", "model", "shuffled labels"}
+    assert all(row.probe.protocol and len(row.probe.errors) == 40 for row in found.rows)
+    assert len(found.of("class")) == len(found.of("class", "untrained network", "field")) == 4
+    best = found.best("class")
+    assert best.probe.validation == found.grid("class", "validation").max()
+    own = found.difference(found, "class")
+    assert found.grid("class").shape == (2, 2) and (own[0] == 0).all() and (own[1] < 0).all() and (own[2] > 0).all()
+    assert probes_cost(run, **FEW).passes == 0, "features are kept"
+    assert set(found.table()) == {"measure", "majority", "shuffled labels", "raw input", "untrained network", "model", "cell",
+                                  "protocol"}
+    table = probe_table({"x": found})
+    assert len(table) == 4 and table.iloc[1, 0] == "raw input" and table.columns[1] == "test accuracy (95 %)"
+    with pytest.raises(ValueError, match="Did you mean 'class'"):
+        found.of("clas")
+
+
+def test_probes_are_read_as_written_and_damage_is_said(probed):
+    run, found = probed
+    assert read_probes(Run.open(run.path)) is None
+    write_probes(run, found)
+    again = read_probes(run)
+    assert again.about == json.loads(json.dumps(found.about)) and again.table("field").equals(found.table("field"))
+    assert not again.compare(found, "class").seen
+    items = run.path / "probes.safetensors"
+    items.write_bytes(items.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="makes it again"):
+        read_probes(run)
+
+
+def test_other_items_cannot_be_compared(probed):
+    _, found = probed
+    other = Probes({**found.about, "items": "others"}, found.rows)
+    for call in (found.compare, found.difference):
+        with pytest.raises(ValueError, match="test items"):
+            call(other, "class")
+
+
+def test_items_of_a_run_hold_its_noise_fixed(probed):
+    run, _ = probed
+    items = items_of(run, "test", 8)
+    assert torch.equal(items.take(torch.tensor([3]))[1][0], list(items.batches(4))[0][1][3])
+    assert torch.equal(items.factors["class"], items.data.labels[subset(items.data, 8)])
+
+
+def test_the_command_probes_factors_and_says_the_cost_first(probed, capsys, tmp_path):
+    run, _ = probed
+    cli.probe(run.path, field=True, samples=40, features=tmp_path / "features", device="cpu")
+    said = capsys.readouterr().out
+    assert said.index("features: 30 passes") < said.index("majority") and "BatchNorm + linear" in said
+    assert (run.path / "probes.json").exists() and len(list((tmp_path / "features").glob("*.npy"))) == 120
+    with pytest.raises(SystemExit):
+        cli.main(["probe", str(run.path), "--weights", "studnet"])
+    assert "known are teacher, model" in capsys.readouterr().err
+
+
+def test_runs_of_sound_are_probed_too(tmp_path):
+    config = replace(TINY, name="notes", data=DataConfig("notes", columns=8, condition="none"),
+                     model=ModelConfig(width=16, depth=4, heads=2),
+                     training=replace(TINY.training, steps=2, validate_every=2, save_every=2, validation=8))
+    run = train(config, tmp_path, bar=False)
+    found = probe_run(run, levels=(0.0,), layers=(2,), counts={"train": 60, "validation": 30, "test": 30}, part="audio",
+                          families=("regression",))
+    assert {"pitch", "timbre", "attack", "vibrato", "loudness", "phase"} == set(found.factors)
+
+
+def test_the_raw_input_is_read_from_few_long_samples():
+    generator = torch.Generator().manual_seed(0)
+    x, targets = {}, {}
+    for split, count in (("train", 120), ("validation", 60), ("test", 60)):
+        labels = torch.arange(count) % 3
+        x[split] = torch.randn(count, 20, 20, generator=generator) + 2 * labels[:, None, None] * (torch.arange(20) < 10)
+        targets[split] = labels.numpy()
+    items = {split: SimpleNamespace(parts={}, batches=lambda values=values: [(values, None)]) for split, values in x.items()}
+    raw = probing._raw(items, "")
+    assert raw["train"].shape == (120, 60) and raw["test"].shape == (60, 60)  # half as many as samples
+    assert probing._probed(raw, {"class": targets}, "regression", (0.1, 1.0))["class"].score > 0.9
+
+
+def test_the_legend_of_one_factor_is_not_cut():
+    across = {"a": {"raw input": 0.7, "untrained network": 0.6}}
+    figure = draw_layer_curves({"a": {"a run": [0.1, 0.2]}}, (1, 2), across)
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert 0 <= box.x0 and box.x1 <= figure.bbox.width
+
+
+def test_figures_take_arrays():
+    cells, maps = np.zeros((3, 2, 2)), {"a": {"x": np.ones((2, 2)), "y": np.zeros((2, 2))}}
+    assert len(draw_score_maps(maps, (1, 2), (0.0, 0.5), {"a": cells}).axes) == 3
+    assert len(draw_layer_curves({"a": {"x": np.ones((3, 2))}, "b": {"x": [0, 1]}}, (1, 2), {"a": {"raw": 0.1}}).axes) == 2
+    for draw in (lambda: draw_score_maps({}, (1,), (0.0,)), lambda: draw_layer_curves({}, (1,))):
+        with pytest.raises(ValueError, match="no factor"):
+            draw()
 
 
 def toy(separation, sizes=(200, 100, 100), seed=0):
@@ -60,30 +330,12 @@ def test_probe_against_scikit_learn_by_hand():
     assert result.sizes == {"train": 200, "validation": 100, "test": 100}
 
 
-def test_test_labels_decide_nothing_but_the_score():
-    x, y = toy(1.0)
-    flipped = {**y, "test": (y["test"] + 1) % 3}
-    a, b = _logistic_probe(x, y), _logistic_probe(x, flipped)
-    assert (a.chosen, a.validation) == (b.chosen, b.validation) and a.score != b.score
-
-
 def test_separable_and_hopeless_features():
     assert _logistic_probe(*toy(20.0)).score == 1.0
     assert _logistic_probe(*toy(0.0)).score < 0.5
     x, y = toy(2.0)
     constant = {split: np.concatenate([part, np.ones((len(part), 1))], 1) for split, part in x.items()}
     assert _logistic_probe(constant, y).score == _logistic_probe(x, y).score, "a constant feature changes nothing"
-
-
-@pytest.mark.parametrize("spoil, words", [
-    (lambda x, y: x.pop("test"), "test part"), (lambda x, y: y.pop("validation"), "validation part"),
-    (lambda x, y: x.update(train=x["train"][:-1]), "train part"),
-    (lambda x, y: x["train"].__setitem__((0, 0), np.nan), "not finite")])
-def test_bad_features_are_refused(spoil, words):
-    x, y = toy(1.0)
-    spoil(x, y)
-    with pytest.raises(ValueError, match=words):
-        _logistic_probe(x, y)
 
 
 def test_features_are_those_of_the_model(runs):

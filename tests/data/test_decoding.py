@@ -50,11 +50,28 @@ def test_forms_that_cannot_be(change):
 
 
 def test_shapes():
+    assert Form((4, 9), 5).shapes(("video", "image")) == {"video": (3, 5, 4, 9), "image": (3, 4, 9)}
+    with pytest.raises(ValueError, match="size is 0, expected"):
+        Form((8, 0))
     assert Form(9, 5, None, 8_000, 77).shapes(("audio", "video", "image")) == {
         "audio": (77,), "video": (3, 5, 9, 9), "image": (3, 9, 9)}
 
 
 # Pictures
+
+@pytest.mark.parametrize("whole, wanted", [((12, 20), (12, 8)), ((12, 20), (6, 20)), ((20, 12), (4, 12)), ((14, 6), (14, 6))])
+def test_the_middle_has_the_sides_that_are_asked_for(whole, wanted):
+    values = pixels(*whole, 3)
+    found = read(saved(Image.fromarray(values), "PNG"), "image", Form(wanted))
+    top, left = (whole[0] - wanted[0]) // 2, (whole[1] - wanted[1]) // 2
+    assert np.array_equal(found, values[top:top + wanted[0], left:left + wanted[1]].transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("height, width, wanted", [(7, 13, (3, 5)), (640, 427, (32, 48)), (1, 9, (5, 7)), (333, 1000, (31, 17))])
+def test_a_picture_of_any_sides_is_brought_to_others(height, width, wanted):
+    found = read(saved(Image.new("RGB", (width, height), (200, 100, 50)), "PNG"), "image", Form(wanted))
+    assert found.shape == (3, *wanted) and found.flatten(1).unique(dim=1).flatten().tolist() == [200, 100, 50]
+
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP"])
 @pytest.mark.parametrize("height, width", [(8, 8), (8, 13), (12, 8), (8, 9)])

@@ -532,7 +532,8 @@ def test_cache_files_of_the_package_are_no_data_but_a_run_that_counted_them_goes
     path = stored(dict.fromkeys(SPLITS, video), features)
     before = HuggingFace(path, "video", size=4, frames=2).fingerprint
     config = Config.from_dict({"name": "old", "defaults": 3, "model": {"width": 32, "depth": 2, "heads": 2}, "data": {
-        "name": "huggingface", "path": str(path), "signals": "video", "size": 4, "frames": 2, "patch": 2, "carve": False},
+        "name": "huggingface", "path": str(path), "signals": ["video"], "height": 4, "width": 4, "frames": 2, "patch": 2,
+        "carve": False},
         "training": {"steps": 2, "batch": 4, "sample_every": 0}})
     run = train(config, tmp_path, "cpu", bar=False)
     assert run.data["train"] == before and len([*path.rglob("cache-*.arrow")]) == 2

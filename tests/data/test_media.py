@@ -369,7 +369,8 @@ def test_a_run_on_foreign_films_and_sounds_bears_the_bad_ones(tmp_path, capsys):
         clip(bad / name, content)
     clip(bad / "nan.mp4", film, np.nan), clip(bad / "silent.mp4", film, 0.0), clip(bad / "lone.mp4", film)
     (bad / "lone.wav").unlink()
-    both = DataConfig("folder", path=str(data), signals=("video", "audio"), size=8, frames=4, patch=4, columns=4)
+    both = DataConfig("folder", path=str(data), signals=("video", "audio"), height=8, width=8, frames=4, patch=4,
+                      columns=4)
     config = replace(TINY, data=both, model=ModelConfig(width=32, depth=2, heads=2), objective=ObjectiveConfig("flow_matching"),
                      training=replace(TINY.training, steps=4, batch=16))
     run = train(config, tmp_path / "runs", "cpu", bar=False)

@@ -154,8 +154,8 @@ def test_pictures_that_are_odd_are_mentioned(tmp_path, capsys):
         Image.new("L", size).save(tmp_path / f"{name}.png")
     Folder(tmp_path, size=64, **ALL)
     out = capsys.readouterr().out
-    assert "more than three times as long as wide: only the middle is used (1): 'strip.png'" in out
-    assert "smaller than 32 pixels: enlarged to 64 (2): 'pixel.png', 'strip.png'" in out
+    assert "more than three times too long or too wide: only the middle is used (1): 'strip.png'" in out
+    assert "smaller than half of 64 x 64 pixels: enlarged (2): 'pixel.png', 'strip.png'" in out
     assert "all pictures are grey; data.channels 1 keeps them so" in out
     data = Folder(tmp_path, size=64, channels=1, **ALL)
     assert data.shapes == {"image": (1, 64, 64)} and "grey" not in capsys.readouterr().out
@@ -321,7 +321,7 @@ def test_twelve_pictures_are_enough_to_train(tmp_path, layout, store, capsys):
                                                     for i, data in enumerate(files)], features=features)
                   for part, files in pictures.items()}
         (tables["flat"] if layout == "flat" else datasets.DatasetDict(tables)).save_to_disk(str(path))
-    config = DataConfig(store, path=str(path), size=8, patch=4)
+    config = DataConfig(store, path=str(path), height=8, width=8, patch=4)
     sizes = [len(Sources(config, split).data[store]) for split in SPLITS]
     assert sum(sizes) == 12 * len(parts) and min(sizes) >= 1
     assert "chosen by a hash of their names, are used" in capsys.readouterr().out or layout == "flat"
@@ -396,7 +396,8 @@ def test_grey_pictures_and_videos_train_with_one_channel(tmp_path):
         first, *rest = (Image.new("L", (8, 8), grey) for grey in (10 * i, 10 * i + 40))
         first.save(tmp_path / f"{i}.gif", save_all=True, append_images=rest, duration=100)
     for signal in ("image", "video"):
-        data = DataConfig("folder", path=str(tmp_path), signals=(signal,), size=8, frames=2, patch=4, channels=1)
+        data = DataConfig("folder", path=str(tmp_path), signals=(signal,), height=8, width=8, frames=2, patch=4,
+                          channels=1)
         config = Config(signal, data=data, model=ModelConfig(width=32, depth=2, heads=2),
                         objective=ObjectiveConfig("flow_matching"), training=replace(TINY.training, steps=3, batch=8))
         run = train(config, tmp_path / "runs", "cpu", bar=False)
@@ -423,7 +424,8 @@ def test_video_with_sound_lasts_as_long_as_asked(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.mp4").write_bytes(encoded(list(range(0, 240, 20)), "mp4", "mpeg4", [100 * k for k in range(12)]))
         wav_of(tmp_path / f"{i}.wav", 8_000, 1.2, 440)
-    both = DataConfig("folder", path=str(tmp_path), signals=("video", "audio"), frames=4, size=8, patch=4, seconds=0.512)
+    both = DataConfig("folder", path=str(tmp_path), signals=("video", "audio"), frames=4, height=8, width=8, patch=4,
+                      seconds=0.512)
     data = Sources(replace(both, crop="all")).data["folder"]
     assert data.fps == pytest.approx(4 / 0.512) and data.shapes["audio"] == (4_096,)
     assert [round(entry.begin, 3) for entry in data.found] == [0, 0.344, 0.688]

@@ -26,7 +26,8 @@ MADE = {"shapes": "image", "emblems": "image", "motion": "video", "notes": "audi
 
 def little(name, **data):
     "The settings of little data."
-    size = {} if name in ("notes", "latents") else {"size": 16}
+    sizes = {"notes": {}, "latents": {}, "folder": {"height": 16, "width": 16}}
+    size = sizes.get(name, {"size": 16})
     return DataConfig(name, **size | {"patch": 8} | data)
 
 
@@ -210,13 +211,30 @@ def test_a_folder_of_pictures_and_its_latents_are_trained_on(tmp_path, capsys):
     run = train(config, tmp_path / "runs", "cpu", bar=False)
     assert run.inputs.classes == 2 and run.sample([0, 1], steps=2)["image"].shape == (2, 3, 16, 16)
     for split in ("train", "validation", "test"):
-        encode_latents(load("folder", split, path=str(tmp_path / "pictures"), size=16), Haar(), tmp_path / "latents", split)
+        pictures = load("folder", split, path=str(tmp_path / "pictures"), height=16, width=16)
+        encode_latents(pictures, Haar(), tmp_path / "latents", split)
     config = small("latents", path=str(tmp_path / "latents"), patch=2)
     run = train(config, tmp_path / "encoded", "cpu", bar=False)
     assert run.config.objective.mask_ratio is None and run.log["flow_loss"].notna().all()
     Image.new("RGB", (20, 24)).save(tmp_path / "pictures/dark/new.png")
     with pytest.raises(ValueError, match="holds a run with other data"):
         train(small("folder", path=str(tmp_path / "pictures")), tmp_path / "runs", "cpu", bar=False)
+
+
+@pytest.mark.parametrize("signal", ["image", "video"])
+def test_images_and_videos_need_not_be_square(tmp_path, signal):
+    for number in range(30):
+        first, second = (Image.new("RGB", (48, 20), (8 * number, level, 99)) for level in (0, 200))
+        (tmp_path / "files").mkdir(exist_ok=True)
+        first.save(tmp_path / f"files/{number}.gif", save_all=True, append_images=[second], duration=100)
+    data = DataConfig("folder", path=str(tmp_path / "files"), signals=(signal,), height=8, width=24, patch=4, frames=2)
+    run = train(small(data), tmp_path / "runs", "cpu", bar=False)
+    part, = run.inputs.parts
+    assert part.grid == (1, 2, 6) and run.log["flow_loss"].notna().all()
+    assert run.sample([0, 0], steps=2)[signal].shape[-2:] == (8, 24)
+    main(["sample", str(run.path), "--each", "1", "--steps", "1", "--device", "cpu"])
+    with pytest.raises(ValueError, match="not divisible by patch 5|not divisible by patch 16"):
+        Sources(replace(data, patch=16))
 
 
 # the command line

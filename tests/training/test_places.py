@@ -30,7 +30,7 @@ def pictures(folder, seed=0):
 
 
 def config(path="photos", name="own", **data):
-    data = DataConfig("folder", path=path, size=8, patch=4, **data)
+    data = DataConfig("folder", path=path, height=8, width=8, patch=4, **data)
     return Config(name, data=data, model=ModelConfig(width=48, depth=2, heads=2),
                   training=TrainConfig(steps=4, batch=8, validation=4, save_every=2, sample_every=2))
 
