@@ -331,7 +331,7 @@ def check_choice(kind: Kind, run: Path) -> None:
     labels = items_of(opened, "test", 9).examples(torch.arange(9)).labels
     alike = len(opened.sources.data[opened.config.data.name].names) < 2
     assert alike or labels.bincount().tolist() == [3, 3, 3]
-    conditions = judged.data[opened.config.data.name][1]
+    conditions = judged.data[opened.config.data.name][0].condition.values
     if opened.config.data.condition == "class" and not alike:
         assert conditions.bincount().tolist() == [4, 4, 4]
         assert Subject(opened, count=6).condition.bincount().tolist() == [2, 2, 2]

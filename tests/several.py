@@ -7,13 +7,15 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from selfflow.method.alignment import processes
 from selfflow.training import loop as training
-from selfflow.training.batches import Batches, validation_tokens
+from selfflow.data.sources import Sources
+from selfflow.training.batches import Batches
 from selfflow.training.config import Config
 
 torch.set_num_threads(1)
@@ -24,10 +26,10 @@ def disturb(task: dict):
     last, read = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1, Batches.__getitem__
 
     def disturbed(self, step):
-        chosen, x0, labels, parts = read(self, step)
+        batch = read(self, step)
         if last and step + 1 == task.get("stop"):
             os.kill(os.getpid(), signal.SIGTERM)
-        return chosen, x0 * 1e30 if last and step == task.get("poison") else x0, labels, parts
+        return replace(batch, x0=batch.x0 * 1e30) if last and step == task.get("poison") else batch
     return disturbed
 
 
@@ -37,7 +39,9 @@ def main(file: Path) -> None:
         config, raised = Config.from_dict(task["config"]), None
         features = None
         if task.get("features"):
-            tokens = validation_tokens(config, "train")[0]
+            sources = Sources(config.data)
+            name, = sources.data
+            tokens = sources.take(name, torch.arange(len(sources.data[name]))).x0
             features = torch.cat([tokens, -tokens], -1)
         Batches.__getitem__ = disturb(task)
         try:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..intervals import mean_interval
 from ..method.alignment import flow_error
+from ..method.batch import Condition
 from ..method.flow import interpolate
 from ..method.layers import Attention, Groups
 from ..method.schedule import NoiseLevels
@@ -70,7 +71,7 @@ class Seen(NamedTuple):
 
 
 @torch.no_grad()
-def watch_attention(model: Transformer, x: Tensor, levels: NoiseLevels, condition: Tensor | None = None,
+def watch_attention(model: Transformer, x: Tensor, levels: NoiseLevels, condition: Condition | None = None,
                     layers: tuple[int, ...] = (), **options) -> dict[int, Seen]:
     """What the attention of some layers was given and gave: {layer: Seen}.
 
@@ -94,7 +95,7 @@ def watch_attention(model: Transformer, x: Tensor, levels: NoiseLevels, conditio
 
 
 @torch.no_grad()
-def attention_maps(model: Transformer, x: Tensor, levels: NoiseLevels, condition: Tensor | None = None,
+def attention_maps(model: Transformer, x: Tensor, levels: NoiseLevels, condition: Condition | None = None,
                    layers: tuple[int, ...] = (), queries: Tensor | None = None, batch: int = 16, **options) -> dict[int, Tensor]:
     """The exact attention of some layers: {layer: (b, h, q, n)}, float32 on the CPU; rows sum to 1.
 
@@ -138,7 +139,7 @@ def mass(weights: Tensor, relation: Tensor) -> Tensor:
 
 # %% ../../nbs/4_analysis/06_attention.ipynb #31d7e60b
 @torch.no_grad()
-def mass_between_levels(model: Transformer, x0: Tensor, x1: Tensor, levels: NoiseLevels, condition: Tensor | None = None,
+def mass_between_levels(model: Transformer, x0: Tensor, x1: Tensor, levels: NoiseLevels, condition: Condition | None = None,
                         layers: tuple[int, ...] = (), batch: int = 16, among: Tensor | None = None, **options) -> pd.DataFrame:
     """How attention goes between tokens of two levels: a row for each sample, layer and direction, averaged over heads.
 
@@ -212,7 +213,7 @@ def summarise_mass(frame: pd.DataFrame, gaps: tuple[float, ...] = _GAPS) -> pd.D
 
 # %% ../../nbs/4_analysis/06_attention.ipynb #acf49aec
 @torch.no_grad()
-def closing_the_way(model: Transformer, x0: Tensor, x1: Tensor, levels: NoiseLevels, condition: Tensor | None = None,
+def closing_the_way(model: Transformer, x0: Tensor, x1: Tensor, levels: NoiseLevels, condition: Condition | None = None,
                     batch: int = 64, parts: tuple[Part, ...] = ()) -> pd.DataFrame:
     """Flow error of a model with full attention and with attention within levels, a row for each sample and kind of tokens.
 

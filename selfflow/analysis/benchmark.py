@@ -16,15 +16,16 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm.auto import tqdm
 
 from ..disk import check_writable, write_json
 from ..draws import keyed
-from ..method.backbone import Inputs
+from ..method.batch import Batch, Condition
 from ..method.build import build_backbone, build_objective, build_schedule
+from ..method.backbone import Inputs
 from ..method.layers import Groups
 from ..method.objective import FlowMatching, SelfFlow, make_teacher, update_ema
 from ..method.options import SIZES, ModelConfig, ObjectiveConfig
@@ -114,16 +115,16 @@ class Case:
         return TransformerConfig.of_image(16, (round(self.tokens**0.5),) * 2, width, depth, heads, classes=1000)
 
 
-def _training_step(student, objective, case: Case, x0: Tensor, labels: Tensor, published: bool = False) -> Callable:
-    objective, teacher = objective.to(x0.device), make_teacher(student)
+def _training_step(student, objective, case: Case, batch: Batch, published: bool = False) -> Callable:
+    objective, teacher = objective.to(batch.x0.device), make_teacher(student)
     optimizer = torch.optim.AdamW([*student.parameters(), *objective.parameters()], lr=1e-4, fused=True)
     if case.compile:
         for block in [*student.blocks, *teacher.blocks]:
             block.compile()
 
     def step():
-        with _autocast(case, x0.device):
-            losses = objective(student, teacher, x0, labels, partial(keyed, 0))
+        with _autocast(case, batch.x0.device):
+            losses = objective(student, teacher, batch, partial(keyed, 0))
         optimizer.zero_grad()
         (losses if published else losses.total).backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -140,12 +141,13 @@ def _contenders(case: Case, device: torch.device) -> dict[str, Callable]:
     "Functions without arguments by name: three training steps and two evaluations of a sampler."
     torch.manual_seed(0)
     model = Transformer(case.shape).to(device)
-    x0 = torch.randn(case.batch, case.tokens, 16, generator=keyed(0, "benchmark")).to(device)
-    labels = torch.randint(0, 1000, (case.batch,), generator=keyed(0, "labels")).to(device)
-    steps = {"Self-Flow": _training_step(_make_student(model), SelfFlow(case.shape), case, x0, labels),
-             "published form": _training_step(PerTokenTransformer(model).to(device), PublishedSelfFlow(case.shape), case, x0,
-                                              labels, published=True),
-             "flow matching": _training_step(_make_student(model), FlowMatching(), case, x0, labels)}
+    x0 = torch.randn(case.batch, case.tokens, 16, generator=keyed(0, "benchmark"))
+    condition = Condition(torch.randint(0, 1000, (case.batch,), generator=keyed(0, "labels")), classes=1000)
+    batch = Batch(x0, condition, case.shape.parts).to(device)
+    steps = {"Self-Flow": _training_step(_make_student(model), SelfFlow(case.shape), case, batch),
+             "published form": _training_step(PerTokenTransformer(model).to(device), PublishedSelfFlow(case.shape), case, batch,
+                                              published=True),
+             "flow matching": _training_step(_make_student(model), FlowMatching(), case, batch)}
     ours, published = make_teacher(model), make_teacher(PerTokenTransformer(model).to(device))
     if case.compile:
         for block in [*ours.blocks, *published.blocks]:
@@ -155,9 +157,9 @@ def _contenders(case: Case, device: torch.device) -> dict[str, Callable]:
     def sampling(evaluate):
         with torch.no_grad(), _autocast(case, device):
             evaluate()
-    steps["sampling"] = partial(sampling, lambda: ours(x0, NoiseLevels.single(t, case.tokens), labels))
+    steps["sampling"] = partial(sampling, lambda: ours(batch.x0, NoiseLevels.single(t, case.tokens), batch.condition))
     steps["sampling, published form"] = partial(
-        sampling, lambda: published(x0, t[:, None].expand(-1, case.tokens), labels, case.shape.depth))
+        sampling, lambda: published(batch.x0, t[:, None].expand(-1, case.tokens), batch.condition.values, case.shape.depth))
     return steps
 
 
@@ -279,9 +281,11 @@ def _flops_of_sample(objective: ObjectiveConfig, model: ModelConfig, inputs: Inp
     with torch.device("meta"):
         student = build_backbone(model, inputs)
         learner = build_objective(objective, student, (inputs.parts,), feature_width)
-        x0, told = torch.zeros(1, inputs.tokens, inputs.channels), (1, inputs.caption) if inputs.caption else (1,)
-        labels = torch.zeros(*told, inputs.caption_width) if inputs.caption_width else torch.zeros(told, dtype=torch.int64)
+        x0 = torch.zeros(1, inputs.tokens, inputs.channels)
+        sizes = [size for size in (inputs.caption, inputs.caption_width) if size]
+        told = torch.zeros(1, *sizes, dtype=torch.float32 if inputs.caption_width else torch.int64)
         features = torch.zeros(1, feature_width) if learner.needs_features else None
+        batch = Batch(x0, Condition(told, inputs.classes), inputs.parts, features=features)
     student.checkpointing, teacher = checkpointing, make_teacher(student)
     with sdpa_kernel(SDPBackend.MATH):
-        return count_flops(lambda: learner(student, teacher, x0, labels, partial(keyed, 0), features).total.backward())
+        return count_flops(lambda: learner(student, teacher, batch, partial(keyed, 0)).total.backward())

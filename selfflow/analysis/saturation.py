@@ -6,7 +6,7 @@
 __all__ = ['Compared', 'compare', 'look_up', 'fit_directions', 'cosine_by_gap', 'Ladder', 'ladder', 'saturation']
 
 # %% ../../nbs/4_analysis/07_saturation.ipynb #a3429bf6
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -19,9 +19,9 @@ from ..data.sources import Sources
 from ..draws import keyed
 from ..intervals import mean_interval, paired_difference
 from ..method.alignment import counted_tokens, normalise
+from ..method.batch import Batch
 from ..method.build import build_objective
 from ..method.objective import FeatureObjective, SelfFlow
-from ..method.tokens import Part
 from ..registries import objectives
 from ..settings import own_settings
 from ..training.checkpoint import head_width
@@ -78,38 +78,40 @@ _ANSWERS = {"another image, other noise": ("other", "new"), "another image": ("o
 
 @own_settings()
 @torch.no_grad()
-def compare(objective: FeatureObjective, student, teacher, x0: Tensor, conditions: Tensor, labels: Tensor, purpose: str,
-            seed: int = 0, batch: int = 64, others: bool = True, features: Tensor | None = None,
-            parts: tuple[Part, ...] = ()) -> Compared:
+def compare(objective: FeatureObjective, student, teacher, samples: Batch, labels: Tensor, purpose: str, seed: int = 0,
+            batch: int = 64, others: bool = True) -> Compared:
     """What the student predicts and the teacher says of some samples, noised as in training; on the CPU, without gradient.
 
-    x0: (b, n, c) clean tokens; conditions: what the model is told; labels: (b,) what samples are told apart by; purpose, seed:
-    the key of noise, levels and label drop; others: also the answers to other images; features: of an encoder, for REPA.
-    Raises TypeError for an objective that compares no features.
+    labels: (b,) what samples are told apart by; purpose, seed: the key of noise, levels and label drop; batch: samples at once;
+    others: also the answers to other images. Raises TypeError for an objective that compares no features.
     """
     if not isinstance(objective, FeatureObjective):
         raise TypeError(f"{type(objective).__name__} compares no features: there is no cosine that could saturate")
     device, found = next(student.parameters()).device, []
-    order = {"other": _another(labels, False), "alike": _another(labels, True), "own": torch.arange(len(x0))} if others else {}
-    for step, rows in enumerate(torch.arange(len(x0)).split(batch)):
+    order = {}
+    if others:
+        order = {"other": _another(labels, False), "alike": _another(labels, True), "own": torch.arange(len(samples))}
+    for step, rows in enumerate(torch.arange(len(samples)).split(batch)):
         def draw(what, noise="same", step=step):  # levels, mask and label drop are those of the key, whatever is shown
             return keyed(seed, f"agreement, {purpose}, {what}{', again' * (what == 'noise' and noise == 'new')}", step)
 
-        def see(tokens, noise="same", rows=rows, draw=draw):
-            told, own = conditions[rows].to(device), partial(draw, noise=noise)
-            noised, out = objective.see(student, tokens.to(device), told, own, parts, objective.taps)
+        piece = samples[rows].to(device)
+
+        def see(tokens, noise="same", piece=piece, draw=draw):
+            shown = replace(piece, x0=tokens.to(device))
+            noised, out = objective.see(student, shown, partial(draw, noise=noise), objective.taps)
             return noised, out, objective.projector(out.features[objective.student_layer]).float().cpu()
-        clean, known = x0[rows].to(device), None if features is None else features[rows].to(device)
-        noised, out, predicted = see(clean)
-        target, level = objective.target(teacher, clean, noised, out.features, draw, known)
+        noised, out, predicted = see(piece.x0)
+        target, level = objective.target(teacher, noised, out.features, draw)
         counted = counted_tokens(noised.levels, objective.rep_tokens)
         part = {"predicted": predicted, "target": normalise(target.float(), objective.normalise).cpu(),
                 "tau": noised.levels.per_token().cpu(), "level": level.cpu(),
                 "counted": (torch.ones_like(level, dtype=torch.bool) if counted is None else counted).cpu()}
         for name, (image, noise) in _ANSWERS.items() if others else ():
-            part[name] = see(x0[order[image][rows].clamp(min=0)], noise)[2]
+            part[name] = see(samples.x0[order[image][rows].clamp(min=0)], noise)[2]
         if isinstance(objective, SelfFlow) and others:
-            deeper = teacher(noised.xt, noised.levels, noised.condition, taps=(objective.teacher_layer,), stop=True, parts=parts)
+            deeper = teacher(noised.xt, noised.levels, noised.batch.condition, taps=(objective.teacher_layer,), stop=True,
+                             parts=samples.parts)
             part["deeper layer, student's view"] = deeper.features[objective.teacher_layer].float().cpu()
         found.append(part)
     whole = {name: torch.cat([part[name] for part in found]) for name in found[0]}
@@ -313,10 +315,9 @@ def saturation(run: Run, fitted: int = 1000, scored: int = 300, bins: int = 8, s
         count = min(most, len(sources.data[name]))
         rows = torch.randperm(len(sources.data[name]), generator=keyed(seed, f"saturation, {split}"))[:count]
         labels = sources.data[name].take(rows).labels
-        x0, conditions = sources.take(name, rows)
-        known = None if features is None else features(x0)
-        found[split] = compare(objective, run.model, run.teacher, x0, conditions, labels, split, seed, batch, split == "test",
-                               known, sources.layouts[name].parts)
+        samples = sources.take(name, rows)
+        samples = samples if features is None else replace(samples, features=features(samples.x0))
+        found[split] = compare(objective, run.model, run.teacher, samples, labels, split, seed, batch, split == "test")
     step, log = run.state()["step"], run.log
     shares = log[log["step"] <= step]["rep_gradient_share"].dropna() if "rep_gradient_share" in log else []
     signals = list(sources.layouts[name].patches)

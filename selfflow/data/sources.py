@@ -31,6 +31,7 @@ from .own import as_dataset
 from .scenes import Scenes
 from .shapes import Emblems, Shapes
 from .texts import Bytes, open_encoder
+from ..method.batch import Batch, Condition
 from ..method.backbone import Inputs
 from ..method.tokens import ImagePatches, Layout, Part, VideoPatches
 from ..registries import datasets
@@ -331,46 +332,46 @@ class Sources:
         earlier = [getattr(source, "earlier_fingerprints", (source.fingerprint,)) for source in self.data.values()]
         return known if known in map("+".join, product(*earlier)) else self.fingerprint
 
-    def condition(self, name: str, examples: Examples) -> Tensor:
-        "What a model is told of samples of a data set: labels (b,) among all classes, or captions (b, l) or (b, l, e)."
+    def condition(self, name: str, examples: Examples) -> Condition:
+        "What a model is told of samples of a data set: their class among all classes, or their captions."
         if self.config.condition == "caption":
-            return self.encoder.encode(examples.captions, self.config.caption)
+            return Condition(self.encoder.encode(examples.captions, self.config.caption))
         if self.config.condition == "none":
-            return torch.zeros(len(examples), dtype=torch.int64)
-        return examples.labels + self._before(name)
+            return Condition(torch.zeros(len(examples), dtype=torch.int64))
+        return Condition(examples.labels + self._before(name), len(self.names))
 
-    def wanted(self, asked, name: str = "") -> Tensor:
-        """The conditions of samples that are to be drawn: classes (b,) by number or name, or captions, as texts or encoded.
+    def wanted(self, asked, name: str = "") -> Condition:
+        """The condition of samples that are to be drawn: classes (b,) by number or name, or texts, or a condition as it is.
 
         name: the data set whose classes these are, where there are several; the first by default.
-        Raises ValueError for a class that is not there and for captions where classes are wanted, or the other way round.
+        Raises ValueError for a class that is not there and for texts where classes are wanted, or the other way round.
         """
+        if isinstance(asked, Condition):
+            return asked
         name = choose(name or next(iter(self.data)), list(self.data), "data set")
         if self.config.condition == "caption":
-            if not isinstance(asked, Tensor) and len(asked) and all(isinstance(text, str) for text in asked):
-                return self.encoder.encode(asked, self.config.caption)
-            if not isinstance(asked, Tensor) or asked.ndim != 2 + bool(self.encoder.width):
+            if isinstance(asked, Tensor) or not len(asked) or not all(isinstance(text, str) for text in asked):
                 raise ValueError(f"{', '.join(self.data)} are drawn by captions here: give texts, not {asked!r}")
-            return asked
+            return Condition(self.encoder.encode(asked, self.config.caption))
         if self.config.condition == "none":
-            return torch.zeros(len(asked), dtype=torch.int64)
+            return Condition(torch.zeros(len(asked), dtype=torch.int64))
         labels = asked if isinstance(asked, Tensor) else [class_number(label, self.data[name].names) for label in asked]
         labels = torch.as_tensor(labels, dtype=torch.int64)
         for number in labels.flatten().tolist():
             class_number(number, self.data[name].names)
-        return labels + self._before(name)
+        return Condition(labels + self._before(name), len(self.names))
 
     def texts(self, asked, name: str = "") -> list[str]:
-        "The names of classes, or captions, that `asked` stands for, see `wanted`; empty texts where there is neither."
+        "The names of classes, or texts, that `asked` stands for, see `wanted`; empty where there is neither."
         if self.config.condition == "none":
             return [""] * len(asked)
-        if self.config.condition == "caption":
-            known = not isinstance(asked, Tensor) or not self.encoder.width
-            rows = [text if isinstance(text, str) else caption_text(text) for text in asked] if known else [""] * len(asked)
-            return rows
-        name = name or next(iter(self.data))
-        labels = self.wanted(asked, name) - self._before(name)
-        return [str(self.data[name].names[label]) for label in labels.flatten().tolist()]
+        if self.config.condition == "class":
+            name = name or next(iter(self.data))
+            labels = self.wanted(asked, name).values - self._before(name)
+            return [str(self.data[name].names[label]) for label in labels.tolist()]
+        if not isinstance(asked, Condition):
+            return list(asked)
+        return [""] * len(asked) if self.encoder.width else list(map(caption_text, asked.values))
 
     def _before(self, name: str) -> int:
         "How many classes the data sets before this one have."
@@ -378,7 +379,7 @@ class Sources:
         return sum(len(self.data[other].names) for other in names[:names.index(name)])
 
     @own_settings()
-    def take(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
-        "Tokens (b, n, c) and conditions of some samples of a data set."
-        examples = self.data[name].take(indices)
-        return self.layouts[name].patchify(examples.signals), self.condition(name, examples)
+    def take(self, name: str, indices: Tensor) -> Batch:
+        "Some samples of a data set."
+        examples, layout = self.data[name].take(indices), self.layouts[name]
+        return Batch(layout.patchify(examples.signals), self.condition(name, examples), layout.parts, indices)

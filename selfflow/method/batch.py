@@ -18,29 +18,39 @@ from .tokens import PAD, Part
 # %% ../../nbs/1_method/04_batch.ipynb #1ca21052
 @dataclass(frozen=True)
 class Condition:
-    """What the samples of a batch are conditioned on; indexed, it gives that of some samples.
+    """What samples are conditioned on: classes, texts, or vectors of a text encoder; indexed, that of some samples.
 
-    values: class labels (b,) int64, texts as bytes (b, l) int64, or vectors of a text encoder (b, l, e);
-    null: the value that stands for no condition.
+    values: class labels (b,) int64 in [0, classes], texts as bytes (b, l) int64, or vectors (b, l, e);
+    classes: how many there are. The label `classes`, the byte `PAD` and zeros mean that there is no condition.
+    Raises TypeError for other values and, on the CPU, ValueError for labels out of range.
     """
 
     values: Tensor
-    null: int
+    classes: int = 0
 
-    @classmethod
-    def classes(cls, labels: Tensor, count: int = 0) -> "Condition":
-        "The condition on classes: labels (b,) below `count`, or the null label, `count` itself."
-        return cls(labels, count)
-
-    @classmethod
-    def texts(cls, values: Tensor) -> "Condition":
-        "The condition on texts: bytes (b, l), or vectors (b, l, e)."
-        return cls(values, 0 if values.is_floating_point() else PAD)
+    def __post_init__(self):
+        values = self.values
+        if not 1 <= values.ndim <= 3 or (values.dtype != torch.int64 if values.ndim < 3 else not values.is_floating_point()):
+            raise TypeError(f"a condition is int64 labels (b,), int64 bytes (b, l) or vectors (b, l, e), not {values.dtype} "
+                            f"{tuple(values.shape)}")
+        if values.ndim > 1 or not len(values) or values.device.type != "cpu":  # on a GPU the host would wait for the answer
+            return
+        if not (0 <= values.min() and values.max() <= self.classes):
+            raise ValueError(f"labels run from {values.min()} to {values.max()}, but classes from 0 to {self.classes - 1}, and "
+                             f"{self.classes} is none")
 
     @property
     def kind(self) -> str:
         "class, text or vectors."
         return ("class", "text", "vectors")[self.values.ndim - 1]
+
+    @property
+    def null(self) -> int:
+        "The value that stands for no condition."
+        return {"class": self.classes, "text": PAD, "vectors": 0}[self.kind]
+
+    def __str__(self) -> str:
+        return f"{self.kind} {tuple(self.values.shape)}" + f" of {self.classes} classes" * (self.kind == "class")
 
     def __len__(self) -> int:
         return len(self.values)
@@ -52,32 +62,30 @@ class Condition:
         "The same on another device."
         return replace(self, values=self.values.to(*target, **options))
 
+    def pin_memory(self) -> "Condition":
+        "The same in memory from which a GPU copies fast."
+        return replace(self, values=self.values.pin_memory())
+
     def cat(self, other: "Condition") -> "Condition":
         "The condition of these samples, then of the others."
         return replace(self, values=torch.cat([self.values, other.values]))
 
     def nothing(self) -> "Condition":
-        "The null condition of as many samples."
+        "No condition, for as many samples."
         return replace(self, values=torch.full_like(self.values, self.null))
 
-    def drop(self, probability: float, generator: Generator | None = None) -> "Condition":
-        """The condition of each sample replaced by the null condition with a probability, one draw per sample.
+    def drop(self, probability: float, draw) -> "Condition":
+        """The condition, of each sample dropped with a probability: one draw per sample, for the purpose "label drop".
 
-        Source: arXiv 2207.12598.
+        draw: see `by_shard`. Source: arXiv 2207.12598.
         """
-        device = generator.device if generator is not None else self.values.device
-        dropped = torch.rand(len(self), generator=generator, device=device).to(self.values.device) < probability
-        dropped = dropped.reshape(-1, *[1] * (self.values.ndim - 1))
-        return replace(self, values=torch.where(dropped, self.null, self.values))
-
-    def drop_by_shard(self, probability: float, draw) -> "Condition":
-        "As `drop`, with random numbers that do not depend on the number of processes; draw: see `draws.by_shard`."
 
         def dropped(values: Tensor, generator: Generator) -> Tensor:
-            return replace(self, values=values).drop(probability, generator).values
+            chosen = torch.rand(len(values), generator=generator, device=generator.device) < probability
+            chosen = chosen.to(values.device).reshape(-1, *[1] * (values.ndim - 1))
+            return torch.where(chosen, self.null, values)
 
-        pieces = by_shard(draw, "label drop", self.values, dropped)
-        return replace(self, values=torch.cat(pieces))
+        return replace(self, values=torch.cat(by_shard(draw, "label drop", self.values, dropped)))
 
 # %% ../../nbs/1_method/04_batch.ipynb #9645e24c
 @dataclass(frozen=True)
@@ -114,5 +122,4 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         "The same in memory from which a GPU copies fast; the data loader asks for it."
-        values = self.condition.values.pin_memory()
-        return replace(self, x0=self.x0.pin_memory(), condition=replace(self.condition, values=values))
+        return self._each(lambda value: value.pin_memory())

@@ -10,7 +10,7 @@ __all__ = ['WHOLE', 'Noised', 'draw_levels', 'add_noise', 'flow_loss', 'Whole', 
 # %% ../../nbs/1_method/10_objective.ipynb #771d70ba
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -21,19 +21,23 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ..draws import by_shard, noise_like
 from .alignment import (DISTANCES, Alignment, average, count_of, counted_tokens, flow_error, mean_over, means_of,
                                        normalise)
+from .backbone import Output
+from .batch import Batch
 from .flow import interpolate, velocity
 from .schedule import DualTimestep, NoiseLevels, SingleLevel
 from .tokens import Part, Places
-from .transformer import Transformer, drop_labels
+from .transformer import Transformer
 
 # %% ../../nbs/1_method/10_objective.ipynb #1835c23b
 class Noised(NamedTuple):
-    "A batch as the student sees it. xt, x1: (b, n, c); levels: NoiseLevels; condition: labels or captions, some dropped."
+    """A batch as the student sees it.
+
+    batch: the clean samples, some without their condition; xt, x1: noised tokens and noise, (b, n, c); levels: of the tokens.
+    """
+    batch: Batch
     xt: Tensor
     x1: Tensor
     levels: NoiseLevels
-    condition: Tensor
-    parts: tuple[Part, ...] = ()
 
 
 def draw_levels(x0: Tensor, schedule, draw) -> NoiseLevels:
@@ -41,15 +45,14 @@ def draw_levels(x0: Tensor, schedule, draw) -> NoiseLevels:
     return NoiseLevels.cat(by_shard(draw, "levels", x0, lambda x, g: schedule.sample(*x.shape[:2], g))).to(x0.device)
 
 
-def add_noise(x0: Tensor, labels: Tensor, null_label: int, schedule, label_drop: float, draw) -> Noised:
-    """Clean tokens noised at levels drawn from `schedule`, with some labels dropped.
+def add_noise(batch: Batch, schedule, label_drop: float, draw) -> Noised:
+    """A batch noised at levels drawn from `schedule`, of which some samples lose their condition.
 
-    x0: (b, n, c); labels: (b,) int64; draw: from a purpose ("noise", "levels", "label drop") to a generator of the CPU, see
-    `by_shard`.
+    draw: from a purpose ("noise", "levels", "label drop") to a generator of the CPU, see `by_shard`.
     """
-    x1, levels = noise_like(x0, draw), draw_levels(x0, schedule, draw)
-    condition = torch.cat(by_shard(draw, "label drop", labels, lambda y, g: drop_labels(y, null_label, label_drop, g)))
-    return Noised(interpolate(x0, x1, levels.per_token()), x1, levels, condition)
+    x1, levels = noise_like(batch.x0, draw), draw_levels(batch.x0, schedule, draw)
+    shown = replace(batch, condition=batch.condition.drop(label_drop, draw))
+    return Noised(shown, interpolate(batch.x0, x1, levels.per_token()), x1, levels)
 
 # %% ../../nbs/1_method/10_objective.ipynb #2fe2ee9e
 def flow_loss(predicted: Tensor, x0: Tensor, x1: Tensor, counted: Tensor | None = None, count: Tensor | None = None) -> Tensor:
@@ -144,62 +147,59 @@ class FlowMatching(nn.Module):
         self.schedule, self.weights = schedule or SingleLevel(), weights or {}
         self.label_drop, self.flow_tokens, self.separated = label_drop, flow_tokens, separated
 
-    def forward(self, student, teacher, x0: Tensor, labels: Tensor, draw, features: Tensor | None = None,
-                parts: tuple[Part, ...] = (), whole: Whole = WHOLE) -> Losses:
-        """Losses of a batch of clean tokens x0 (b, n, c), of some parts, with labels (b,); teacher and features are not asked.
+    def forward(self, student, teacher, batch: Batch, draw, whole: Whole = WHOLE) -> Losses:
+        """Losses of a batch; the teacher is not asked. draw: see `add_noise`.
 
         whole: of what this is a piece; the average of the pieces' losses is then that of the whole.
         """
-        noised, out = self.see(student, x0, labels, draw, parts)
-        loss, by_part = self.flow(student, out.velocity, x0, noised, whole)
+        noised, out = self.see(student, batch, draw)
+        loss, by_part = self.flow(out.velocity, noised, whole)
         return Losses(total=loss, flow_loss=loss, by_part=by_part)
 
-    def schedule_of(self, parts: tuple[Part, ...] = ()):
+    def schedule_of(self, parts: tuple[Part, ...]):
         "The schedule for sequences of these parts."
         return self.schedule[parts] if isinstance(self.schedule, dict) else self.schedule
 
-    def see(self, student, x0, labels, draw, parts, taps: tuple[int, ...] = ()):
+    def see(self, student, batch: Batch, draw, taps: tuple[int, ...] = ()) -> tuple[Noised, Output]:
         "A batch noised, and what the student makes of it."
-        noised = self.noised(student, x0, labels, draw, parts)
+        noised = self.noised(batch, draw)
         return noised, self.look(student, noised, taps)
 
-    def noised(self, student, x0, labels, draw, parts) -> Noised:
+    def noised(self, batch: Batch, draw) -> Noised:
         "A batch noised."
-        return add_noise(x0, labels, student.null_label, self.schedule_of(parts), self.label_drop, draw)._replace(parts=parts)
+        return add_noise(batch, self.schedule_of(batch.parts), self.label_drop, draw)
 
-    def look(self, student, noised: Noised, taps: tuple[int, ...] = (), stop: bool = False):
+    def look(self, student, noised: Noised, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
         "What the student makes of a noised batch."
-        return student(noised.xt, noised.levels, noised.condition, taps=taps, stop=stop, separated=self.separated,
-                       parts=noised.parts)
+        return student(noised.xt, noised.levels, noised.batch.condition, taps=taps, stop=stop, parts=noised.batch.parts,
+                       separated=self.separated)
 
     def counted(self, levels: NoiseLevels) -> dict[str, Tensor | None]:
         "Which tokens each loss counts."
         return {"flow": counted_tokens(levels, self.flow_tokens)}
 
-    def counts(self, config, x0: Tensor, draw, pieces: int, parts: tuple[Part, ...] = ()) -> dict[str, Tensor]:
-        "For `Whole`: of tokens x0 that are passed in `pieces`, as `forward` will draw their levels; config: of the student."
-        counted = {loss: tokens for loss, tokens in self.counted(draw_levels(x0, self.schedule_of(parts), draw)).items()
-                   if tokens is not None}
+    def counts(self, batch: Batch, draw, pieces: int) -> dict[str, Tensor]:
+        "For `Whole`: of a batch that is passed in `pieces`, as `forward` will draw its levels."
+        levels = draw_levels(batch.x0, self.schedule_of(batch.parts), draw)
+        counted = {loss: tokens for loss, tokens in self.counted(levels).items() if tokens is not None}
         if "flow" in counted:
-            counted |= {name: counted["flow"][:, place] for name, place in Places.of(parts or config.parts).slices.items()}
+            counted |= {name: counted["flow"][:, place] for name, place in Places.of(batch.parts).slices.items()}
         return {name: count_of(tokens, pieces) for name, tokens in counted.items()}
 
-    def flow(self, student, predicted: Tensor, x0: Tensor, noised: Noised,
-             whole: Whole = WHOLE) -> tuple[Tensor, dict[str, Tensor]]:
+    def flow(self, predicted: Tensor, noised: Noised, whole: Whole = WHOLE) -> tuple[Tensor, dict[str, Tensor]]:
         "The flow loss, and that of each part."
         counted, counts = self.counted(noised.levels)["flow"], whole.counts
-        slices, widths = Places.of(noised.parts or student.config.parts)
-        error = flow_error(predicted, x0, noised.x1, widths.to(x0.device))
+        slices, widths = Places.of(noised.batch.parts)
+        error = flow_error(predicted, noised.batch.x0, noised.x1, widths.to(predicted.device))
         by_part = {name: mean_over(error.detach()[:, place], None if counted is None else counted[:, place], counts.get(name))
                    for name, place in slices.items() if len(slices) > 1}
-        return mean_over(self.weighted(error, student, noised), counted, counts.get("flow")), by_part
+        return mean_over(self.weighted(error, noised.batch.parts), counted, counts.get("flow")), by_part
 
-    def weighted(self, values: Tensor, student, noised: Noised) -> Tensor:
+    def weighted(self, values: Tensor, parts: tuple[Part, ...]) -> Tensor:
         "Values (b, n) of the tokens, times the weights of their parts."
         if not self.weights:
             return values
-        weights = [torch.full((part.tokens,), self.weights.get(part.name, 1.0), device=values.device)
-                   for part in noised.parts or student.config.parts]
+        weights = [torch.full((part.tokens,), self.weights.get(part.name, 1.0), device=values.device) for part in parts]
         return values * torch.cat(weights)
 
 # %% ../../nbs/1_method/10_objective.ipynb #83061173
@@ -258,23 +258,21 @@ class FeatureObjective(FlowMatching):
         return {**super().counted(levels), "rep": counted_tokens(levels, self.rep_tokens)}
 
     @torch.no_grad()
-    def target_means(self, student, teacher, x0: Tensor, labels: Tensor, draw, features: Tensor | None = None,
-                     parts: tuple[Part, ...] = ()) -> Tensor:
+    def target_means(self, student, teacher, batch: Batch, draw) -> Tensor:
         "Means (2, d) of the target and of its square over samples and tokens, in float64, as `moments_of` wants them."
-        noised = self.noised(student, x0, labels, draw, parts)
+        noised = self.noised(batch, draw)
         hidden = self.look(student, noised, self.taps, stop=True).features if self.own_target else {}
-        target = self.target(teacher, x0, noised, hidden, draw, features)[0].double()
+        target = self.target(teacher, noised, hidden, draw)[0].double()
         return torch.stack([target.mean((0, 1)), target.square().mean((0, 1))])
 
-    def forward(self, student, teacher, x0: Tensor, labels: Tensor, draw, features: Tensor | None = None,
-                parts: tuple[Part, ...] = (), whole: Whole = WHOLE) -> Losses:
-        """Losses of a batch of clean tokens x0 (b, n, c), of some parts, with labels (b,); features: of an encoder, for `REPA`.
+    def forward(self, student, teacher, batch: Batch, draw, whole: Whole = WHOLE) -> Losses:
+        """Losses of a batch; draw: see `add_noise`.
 
         whole: of what this is a piece; the average of the pieces' losses is then that of the whole.
         """
-        noised, out = self.see(student, x0, labels, draw, parts, self.taps)
+        noised, out = self.see(student, batch, draw, self.taps)
         with torch.no_grad():
-            target, level = self.target(teacher, x0, noised, out.features, draw, features)
+            target, level = self.target(teacher, noised, out.features, draw)
             target = target.detach().float()  # LayerSync's is part of the student's graph
             target = normalise(target, self.normalise, whole.moments)
         counted = self.counted(noised.levels)["rep"]
@@ -282,9 +280,9 @@ class FeatureObjective(FlowMatching):
         alignment = Alignment(None, target[chosen].flatten(0, -2), (noised.levels.per_token() - level)[chosen].flatten())
         predicted = self.projector(alignment.watch(out.features[self.student_layer])).float()
         alignment.predicted = predicted.detach()[chosen].flatten(0, -2)
-        rep = mean_over(self.weighted(DISTANCES[self.distance](predicted, target), student, noised), counted,
+        rep = mean_over(self.weighted(DISTANCES[self.distance](predicted, target), noised.batch.parts), counted,
                         whole.counts.get("rep"))
-        flow, by_part = self.flow(student, out.velocity, x0, noised, whole)
+        flow, by_part = self.flow(out.velocity, noised, whole)
         return Losses(flow + self.rep_weight * rep, flow, rep, alignment, by_part)
 
 
@@ -321,11 +319,12 @@ class SelfFlow(FeatureObjective):
         self.teacher_layer = teacher_layer
         self.projector = Projector(model.width)
 
-    def target(self, teacher: Transformer, x0: Tensor, noised: Noised, hidden, draw, features) -> tuple[Tensor, Tensor]:
+    def target(self, teacher: Transformer, noised: Noised, hidden, draw) -> tuple[Tensor, Tensor]:
         "The teacher's features (b, n, d) of the same noise at a cleaner level, and that level (b, n)."
         levels = self.teacher_levels(noised.levels, draw)
-        xt = interpolate(x0, noised.x1, levels.per_token())
-        out = teacher(xt, levels, noised.condition, taps=(self.teacher_layer,), stop=True, parts=noised.parts)
+        batch = noised.batch
+        xt = interpolate(batch.x0, noised.x1, levels.per_token())
+        out = teacher(xt, levels, batch.condition, taps=(self.teacher_layer,), stop=True, parts=batch.parts)
         return out.features[self.teacher_layer], levels.per_token()
 
     def teacher_levels(self, levels: NoiseLevels, draw) -> NoiseLevels:
@@ -371,7 +370,7 @@ class LayerSync(FeatureObjective):
         super().__init__(schedule, layers[0], rep_weight, label_drop, **options)
         self.teacher_layer, self.taps, self.projector = layers[1], layers, nn.Identity()
 
-    def target(self, teacher, x0, noised: Noised, hidden, draw, features) -> tuple[Tensor, Tensor]:
+    def target(self, teacher, noised: Noised, hidden, draw) -> tuple[Tensor, Tensor]:
         "The deeper layer's features and the same levels."
         return hidden[self.teacher_layer], noised.levels.per_token()
 
@@ -402,8 +401,9 @@ class REPA(FeatureObjective):
         self.projector = nn.Sequential(nn.Linear(model.width, head_width), nn.SiLU(), nn.Linear(head_width, head_width),
                                        nn.SiLU(), nn.Linear(head_width, feature_width))
 
-    def target(self, teacher, x0: Tensor, noised: Noised, hidden, draw, features: Tensor | None) -> tuple[Tensor, Tensor]:
+    def target(self, teacher, noised: Noised, hidden, draw) -> tuple[Tensor, Tensor]:
         "The encoder's features (b, n, feature_width) and level 0."
+        x0, features = noised.batch.x0, noised.batch.features
         if features is None and self._encoder[0] is None:
             raise ValueError("REPA needs features with every batch, or an encoder: REPA(model, width, encoder=...)")
         found = self._encoder[0](x0) if features is None else features

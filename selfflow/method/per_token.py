@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batch import Batch
 from .flow import interpolate, velocity
-from .objective import SelfFlow, add_noise
+from .objective import SelfFlow
 from .tokens import sinusoid
 from .transformer import Transformer
 
@@ -69,12 +70,12 @@ class PerTokenTransformer(nn.Module):
 class PublishedSelfFlow(SelfFlow):
     "Self-Flow as published, for two `PerTokenTransformer`: conditions for every token and a whole forward of the teacher."
 
-    def forward(self, student, teacher, x0: Tensor, labels: Tensor, draw, features=None) -> Tensor:
+    def forward(self, student, teacher, batch: Batch, draw) -> Tensor:
         "The total loss of a batch."
-        noised = add_noise(x0, labels, student.y_embedder.num_embeddings - 1, self.schedule, self.label_drop, draw)
-        v, h = student(noised.xt, noised.levels.per_token(), noised.condition, self.student_layer)
-        clean = noised.levels.cleanest().per_token()
+        noised = self.noised(batch, draw)
+        labels, clean = noised.batch.condition.values, noised.levels.cleanest().per_token()
+        v, h = student(noised.xt, noised.levels.per_token(), labels, self.student_layer)
         with torch.no_grad():
-            target = teacher(interpolate(x0, noised.x1, clean), clean, noised.condition, self.teacher_layer)[1]
+            target = teacher(interpolate(batch.x0, noised.x1, clean), clean, labels, self.teacher_layer)[1]
         cosine = F.cosine_similarity(self.projector(h).float(), target.float(), dim=-1).mean()
-        return F.mse_loss(v.float(), velocity(x0, noised.x1)) + self.rep_weight * (1 - cosine)
+        return F.mse_loss(v.float(), velocity(batch.x0, noised.x1)) + self.rep_weight * (1 - cosine)

@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Generator, Tensor
 
+from .batch import Condition
 from .flow import interpolate, shift as shift_levels
 from .options import AdaptiveOptions, StochasticOptions, sampler_options
 from .schedule import NoiseLevels
@@ -205,28 +206,24 @@ def sample(velocity_fn: Callable[[Tensor, Tensor], Tensor], x1: Tensor, steps: i
     return torch.stack(states) if trajectory else x
 
 # %% ../../nbs/1_method/11_sampling.ipynb #882f316e
-def guided_velocity(model: Transformer, labels: Tensor | None = None, cfg_scale: float = 1.0,
+def guided_velocity(model: Transformer, condition: Condition | None = None, cfg_scale: float = 1.0,
                     interval: tuple[float, float] = (0.0, 1.0), parts: tuple[Part, ...] = ()) -> Callable:
-    """The function v(x, t) of a model, for `sample`, under labels and classifier-free guidance.
+    """The function v(x, t) of a model, for `sample`, under a condition and classifier-free guidance.
 
-    labels: (b,) int64, or captions, None = neither; parts: of the sequence, () = all that the model has; cfg_scale: w, 1 = no
-    guidance; interval: the levels, ends included, at which it acts; elsewhere one forward is enough. t: a number, (b,), or per
-    token (b, n), where a sample's noisiest token, the clock of `sample`, says whether it is guided. Raises ValueError for labels
-    that the model does not have, guidance without labels and intervals outside [0, 1]; whether the model was trained with label
-    drop only its run knows (`Run.sample` asks).
-    Source: arXiv 2207.12598; interval: arXiv 2404.07724.
+    condition: of the b samples, None = none; parts: of the sequence, () = all that the model has; cfg_scale: w, 1 = no guidance;
+    interval: the levels, ends included, at which it acts; elsewhere one forward is enough. t: a number, (b,), or per token
+    (b, n), where a sample's noisiest token, the clock of `sample`, says whether it is guided. Raises ValueError for guidance
+    without a condition and intervals outside [0, 1]; whether the model was trained with label drop only its run knows
+    (`Run.sample` asks). Source: arXiv 2207.12598; interval: arXiv 2404.07724.
     """
-    classes = model.config.classes
-    if labels is not None and len(labels) and labels.ndim == 1 and not (0 <= int(labels.min()) and int(labels.max()) < classes):
-        raise ValueError(f"labels run from {labels.min()} to {labels.max()}; the model has classes 0 to {classes - 1}")
     if not math.isfinite(cfg_scale):
         raise ValueError(f"cfg_scale is {cfg_scale}, but must be a number; 1 is no guidance")
-    if labels is None and cfg_scale != 1:
-        raise ValueError(f"cfg_scale is {cfg_scale}, but guidance needs labels to guide to; give labels or cfg_scale=1")
+    if condition is None and cfg_scale != 1:
+        raise ValueError(f"cfg_scale is {cfg_scale}, but guidance needs a condition to guide to; give one, or cfg_scale=1")
     if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
         raise ValueError(f"interval is {interval}, but must be two levels, 0 <= low < high <= 1; (0, 1) guides everywhere")
 
-    def plain(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+    def plain(x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
         levels = NoiseLevels.of_tokens(t) if t.ndim == 2 else NoiseLevels.single(t.expand(len(x)), x.shape[1])
         return model(x, levels.to(x.device), condition, parts=parts).velocity.to(x.dtype)  # autocast: guided in full
 
@@ -234,12 +231,12 @@ def guided_velocity(model: Transformer, labels: Tensor | None = None, cfg_scale:
         clock = t.amax(1) if t.ndim == 2 else t
         inside = (clock >= interval[0]) & (clock <= interval[1])
         if not inside.any():
-            return plain(x, t, labels)
-        condition = torch.cat([labels, torch.full_like(labels, model.null_label)])
-        with_label, without = plain(torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t, condition).chunk(2)
-        return torch.where(inside.reshape(-1, 1, 1).to(x.device), without + cfg_scale * (with_label - without), with_label)
+            return plain(x, t, condition)
+        both = condition.cat(condition.nothing())
+        guiding, without = plain(torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t, both).chunk(2)
+        return torch.where(inside.reshape(-1, 1, 1).to(x.device), without + cfg_scale * (guiding - without), guiding)
 
-    return guided if cfg_scale != 1 else lambda x, t: plain(x, t, labels)
+    return guided if cfg_scale != 1 else lambda x, t: plain(x, t, condition)
 
 # %% ../../nbs/1_method/11_sampling.ipynb #001b2884
 def shown(x: Tensor, t: Tensor, x0: Tensor, x1: Tensor, kept: Tensor, level: float | None = 0.0) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TransformerConfig', 'Modulation', 'Mlp', 'SwiGlu', 'PartLinears', 'CaptionEmbedder', 'Context', 'Block', 'FinalLayer',
-           'drop_labels', 'Transformer']
+           'Transformer']
 
 # %% ../../nbs/1_method/08_transformer.ipynb #68360cd6
 import math
@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .backbone import Output
+from .batch import Condition
 from .layers import Attention, Groups, TimestepEmbedder, TokenMap, gated_add, modulated_norm
 from .options import CHOICES, SIZES
 from .schedule import NoiseLevels
@@ -211,16 +212,6 @@ class FinalLayer(nn.Module):
         return self.linear(modulated_norm(x, shift, scale, tokens), slices, channels)
 
 # %% ../../nbs/1_method/08_transformer.ipynb #6a038b59
-def drop_labels(labels: Tensor, null_label: int, probability: float, generator: Generator | None = None) -> Tensor:
-    """Labels (b,) or captions (b, ...) with each replaced by `null_label` with `probability`, one draw per sample.
-
-    Source: arXiv 2207.12598.
-    """
-    device = generator.device if generator is not None else labels.device
-    dropped = torch.rand(labels.shape[:1], generator=generator, device=device).to(labels.device) < probability
-    return torch.where(dropped.reshape(-1, *[1] * (labels.ndim - 1)), null_label, labels)
-
-# %% ../../nbs/1_method/08_transformer.ipynb #725412ab
 class Transformer(nn.Module):
     """The velocity model: tokens (b, n, c) at NoiseLevels to velocities (b, n, c).
 
@@ -249,35 +240,29 @@ class Transformer(nn.Module):
             self.register_buffer("caption_positions", code, persistent=False)
         self._initialise()
 
-    @property
-    def null_label(self) -> int:
-        "The label that says: no class; in captions the byte that is none, in vectors of an outside encoder 0."
-        return self.config.classes if not self.config.caption else 0 if self.config.caption_width else PAD
-
-    def forward(self, x: Tensor, levels: NoiseLevels, condition: Tensor | None = None, taps: tuple[int, ...] = (),
-                stop: bool = False, separated: bool = False, coordinates: Tensor | None = None,
-                parts: tuple[Part, ...] = ()) -> Output:
+    def forward(self, x: Tensor, levels: NoiseLevels, condition: Condition | None = None, taps: tuple[int, ...] = (),
+                stop: bool = False, parts: tuple[Part, ...] = (), separated: bool = False,
+                coordinates: Tensor | None = None) -> Output:
         """Velocities, and the hidden states after the blocks named in `taps`.
 
-        x: (b, n, c) tokens; levels: of b samples and n tokens; condition: (b,) int64 labels, or captions: (b, l) int64 bytes or
-        (b, l, e) vectors; None = no class or caption; taps: 1-based layers; stop: end at the last tap, velocity None;
-        separated: tokens attend to their own level alone (and to a condition); coordinates: (n, 4) or (b, n, 4) places
-        (t, h, w, l) of the tokens, None = those of the config; parts: what the sequence consists of, () = all of the config.
-        Raises ValueError for tokens, coordinates or levels that do not fit, unknown layers and parts, stop without taps and, on
-        the CPU, tokens that are not finite and labels that do not exist; TypeError for labels that are not int64.
+        x: (b, n, c) tokens; levels: of b samples and n tokens; condition: None = none; taps: 1-based layers; stop: end at the
+        last tap, velocity None; parts: what the sequence consists of, () = all of the config; separated: tokens attend to their
+        own level alone (and to a condition); coordinates: (n, 4) or (b, n, 4) places (t, h, w, l) of the tokens, None = those of
+        the config. Raises ValueError for tokens, coordinates, levels or a condition that do not fit, unknown layers and parts,
+        stop without taps and, on the CPU, tokens that are not finite.
         """
         parts = parts or self.config.parts
-        self._check(x, levels, taps, stop, coordinates, parts)
-        condition = self._condition(condition, x)
+        condition = self.nothing(x) if condition is None else condition
+        self._check(x, levels, condition, taps, stop, coordinates, parts)
         slices = Places.of(parts).slices
         h = self.x_embedder(x, slices, self.config.width)                               # (b, n, d)
         rotary = self._where(parts, coordinates)
         if self.config.positions == "sincos":
             h, rotary = h + rotary, None
-        labels = condition
+        labels = condition.values
         if self.config.caption:
-            labels = torch.full((len(x),), self.config.classes, device=x.device)
-            h, levels, rotary = self._with_caption(h, levels, rotary, condition)
+            h, levels, rotary = self._with_caption(h, levels, rotary, condition.values)
+            labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)  # there is no class
         c = self.t_embedder(levels.levels) + self.y_embedder(labels)[:, None]           # (b, k, d)
         tokens, groups = TokenMap.of(levels), Groups.of(levels) if separated and levels.k > 1 else None
         context = Context(c if self.adaLN_shared is None else self.adaLN_shared(c), tokens, rotary, groups)
@@ -320,26 +305,13 @@ class Transformer(nn.Module):
             return rotary_code(coordinates, self.config.width // self.config.heads)
         return position_code(coordinates, self.config.width)
 
-    def _condition(self, labels, x):
-        config = self.config
-        shape = (len(x), *(config.caption, config.caption_width)[:bool(config.caption) + bool(config.caption_width)])
-        if labels is None:
-            return torch.full(shape, self.null_label, device=x.device, dtype=x.dtype if config.caption_width else torch.int64)
-        if config.caption:
-            if labels.shape != shape or labels.is_floating_point() != bool(config.caption_width):
-                raise ValueError(f"captions are {labels.dtype} {tuple(labels.shape)}, the model expects "
-                                 f"{'vectors' if config.caption_width else 'int64 bytes'} of shape {shape}")
-            return labels
-        if labels.dtype != torch.int64:
-            raise TypeError(f"labels are {labels.dtype}, expected torch.int64")
-        if labels.shape != x.shape[:1]:
-            raise ValueError(f"labels have shape {tuple(labels.shape)}, expected one for each of {len(x)} samples")
-        if labels.device.type == "cpu" and not (0 <= labels.min() and labels.max() <= self.null_label):
-            raise ValueError(f"labels run from {labels.min()} to {labels.max()}; the model has classes 0 to "
-                             f"{self.config.classes - 1} and the null label {self.null_label}")
-        return labels
+    def nothing(self, x: Tensor) -> Condition:
+        "No condition for tokens x (b, n, c), of the kind that the model knows."
+        shape = (len(x), *(size for size in (self.config.caption, self.config.caption_width) if size))
+        values = torch.zeros(shape, dtype=x.dtype if len(shape) == 3 else torch.int64, device=x.device)
+        return Condition(values, self.config.classes).nothing()
 
-    def _check(self, x, levels, taps, stop, coordinates, parts):
+    def _check(self, x, levels, condition, taps, stop, coordinates, parts):
         known = {part.name: part for part in self.config.parts}
         for part in parts:
             if part.name not in known or coordinates is None and part != known[part.name]:
@@ -354,6 +326,11 @@ class Transformer(nn.Module):
             raise ValueError(f"coordinates have shape {tuple(coordinates.shape)}, expected ({n}, 4) or ({len(x)}, {n}, 4)")
         if levels.assign.shape != x.shape[:2]:
             raise ValueError(f"levels are for {tuple(levels.assign.shape)} samples and tokens, x has {tuple(x.shape[:2])}")
+        expected = self.nothing(x)
+        if not isinstance(condition, Condition):
+            raise TypeError(f"the condition is a {type(condition).__name__}; make labels (b,) a Condition(labels, classes)")
+        if condition.values.shape != expected.values.shape or condition.classes != expected.classes:
+            raise ValueError(f"the condition is {condition}, the model expects {expected}")
         if unknown := [layer for layer in taps if not 1 <= layer <= self.depth]:
             raise ValueError(f"no layer {unknown}: layers are counted after each block, 1 to {self.depth}")
         if stop and not taps:

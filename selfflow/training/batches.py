@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['VALIDATION_LEVELS', 'channel_warnings', 'batch_indices', 'shards_of', 'Batches', 'feature_source', 'loss_by_level',
-           'Validation', 'validation_tokens', 'validation_losses']
+           'Validation', 'validation_losses']
 
 # %% ../../nbs/3_training/06_batches.ipynb #c4ecf914
 import hashlib
 import signal
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -21,9 +21,10 @@ from ..data.datasets import subset, subset_words
 from ..data.sources import Sources
 from ..draws import draw_index, keyed
 from ..method.alignment import flow_error
+from ..method.batch import Batch
 from ..method.flow import interpolate
 from ..method.schedule import NoiseLevels
-from ..method.tokens import Part, Places
+from ..method.tokens import Places
 from ..method.transformer import Transformer
 from ..registries import objectives
 from ..settings import own_settings
@@ -89,10 +90,9 @@ class Batches:
         count = len(self.sources.data[self.name(step)])
         return batch_indices(count, self.config.training.batch, self.config.seed, step)
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor, tuple[Part, ...]]:
-        "(samples (b,), tokens (b, n, c), conditions (b, ...), parts of the sequence) of this process in a step."
-        name, chosen = self.name(step), self.samples(step).chunk(self.processes)[self.rank]
-        return chosen, *self.sources.take(name, chosen), self.sources.layouts[name].parts
+    def __getitem__(self, step: int) -> Batch:
+        "The samples of this process in a step."
+        return self.sources.take(self.name(step), self.samples(step).chunk(self.processes)[self.rank])
 
     def __len__(self) -> int:
         return self.config.training.steps
@@ -116,8 +116,8 @@ def _ignore_signals(worker: int) -> None:
 
 # %% ../../nbs/3_training/06_batches.ipynb #6a9110be
 def feature_source(features: Tensor | Callable | None, config: Config, sources: Sources,
-                   device: torch.device) -> tuple[Callable, int, str | None]:
-    """(a function from samples to their features, their width, their fingerprint); None is all there is for other objectives.
+                   device: torch.device) -> tuple[Callable[[Batch], Batch], int, str | None]:
+    """(a function that adds the features to a batch, their width, their fingerprint); other objectives have none.
 
     features: (samples, n, e) or (samples, e), or a function of tokens (b, n, c), which has no fingerprint.
     Raises ValueError for features that are missing, not asked for, not finite or of another number of samples, and for several
@@ -128,22 +128,24 @@ def feature_source(features: Tensor | Callable | None, config: Config, sources: 
                          + ("takes no features of an outside encoder" if features is not None else
                             "needs features of an encoder: train(config, features=...) or selfflow train --features FILE"))
     if features is None:
-        return lambda chosen: None, 1, None
+        return lambda batch: batch, 1, None
     if len(sources.data) > 1:
         raise ValueError(f"features of an encoder belong to one data set, but {', '.join(config.datasets)} are several")
     (name, data), = sources.data.items()
     if callable(features):
         encode = torch.no_grad()(features)
-        def found(chosen):
-            return encode(sources.take(name, chosen)[0].to(device))
-        return found, found(torch.arange(1)).shape[-1], None
+        def encoded(batch):
+            return replace(batch, features=encode(batch.x0.to(device)))
+        return encoded, encoded(sources.take(name, torch.arange(1))).features.shape[-1], None
     if not features.isfinite().all():
         raise ValueError(f"{int((~features.isfinite()).sum())} numbers of the encoder's features are NaN or infinite")
     if len(features) != len(data):
         raise ValueError(f"there are features of {len(features)} samples, but {len(data)} to train on, in the same order")
     digest = hashlib.sha256(str((features.dtype, tuple(features.shape))).encode())
     digest.update(features.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return lambda chosen: features[chosen.to(features.device)].to(device), features.shape[-1], digest.hexdigest()[:16]
+    def indexed(batch):
+        return replace(batch, features=features[batch.indices.to(features.device)])
+    return indexed, features.shape[-1], digest.hexdigest()[:16]
 
 # %% ../../nbs/3_training/06_batches.ipynb #b963cfdd
 VALIDATION_LEVELS = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))  # the levels that validation looks at
@@ -151,30 +153,29 @@ VALIDATION_LEVELS = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))  # the le
 
 @own_settings()
 @torch.no_grad()
-def loss_by_level(model: Transformer, x0: Tensor, labels: Tensor, x1: Tensor, levels, batch: int = 512,
-                  parts: tuple[Part, ...] = ()) -> Tensor:
+def loss_by_level(model: Transformer, batch: Batch, x1: Tensor, levels, size: int = 512) -> Tensor:
     """Flow loss of every sample at every level, all its tokens at that level: (levels, samples), on the CPU.
 
-    x0, x1: (b, n, c) tokens of data and fixed noise, of some parts; labels: (b,) or captions; levels: numbers in [0, 1].
+    x1: fixed noise like batch.x0; levels: numbers in [0, 1]; size: how many samples are looked at once.
     """
     device, losses = next(model.parameters()).device, []
-    widths = Places.of(parts or model.config.parts).widths.to(device)
+    widths = Places.of(batch.parts).widths.to(device)
     for t in levels:
-        for x0_, x1_, labels_ in zip(x0.split(batch), x1.split(batch), labels.split(batch), strict=True):
-            x0_, x1_, labels_ = x0_.to(device), x1_.to(device), labels_.to(device)
-            at = NoiseLevels.single(torch.full((len(x0_),), float(t), device=device), x0_.shape[1])
-            predicted = model(interpolate(x0_, x1_, t), at, labels_, parts=parts).velocity
-            losses.append(flow_error(predicted, x0_, x1_, widths).mean(1).cpu())
+        for piece, noise in zip(batch.split(size), x1.split(size), strict=True):
+            piece, noise = piece.to(device), noise.to(device)
+            at = NoiseLevels.single(torch.full((len(piece),), float(t), device=device), noise.shape[1])
+            predicted = model(interpolate(piece.x0, noise, t), at, piece.condition, parts=piece.parts).velocity
+            losses.append(flow_error(predicted, piece.x0, noise, widths).mean(1).cpu())
     return torch.cat(losses).reshape(len(levels), -1)
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What a model is judged on, by data set: (tokens x0, conditions, noise x1, parts of the sequence).
+    """What a model is judged on, by data set: samples, and noise x1 (b, n, c).
 
     chosen: which samples of each data set these are, in words.
     """
-    data: dict[str, tuple[Tensor, Tensor, Tensor, tuple[Part, ...]]]
+    data: dict[str, tuple[Batch, Tensor]]
     chosen: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -191,15 +192,15 @@ class Validation:
             indices, chosen[name] = subset(data, most), subset_words(data, most)
             if config.defaults < 4 and len(indices) < len(data):
                 indices, chosen[name] = torch.arange(most), f"the first {most:,} of {len(data):,}"
-            x0, conditions = sources.take(name, indices)
+            batch = sources.take(name, indices)
             which = f"validation noise, {split}" + (f", {name}" if len(sources.data) > 1 else "")
-            found[name] = x0, conditions, torch.randn(x0.shape, generator=keyed(0, which)), sources.layouts[name].parts
+            found[name] = batch, torch.randn(batch.x0.shape, generator=keyed(0, which))
         return cls(found, chosen)
 
     @property
     def counts(self) -> dict[str, int]:
         "How many samples of each data set there are."
-        return {name: len(x0) for name, (x0, *_) in self.data.items()}
+        return {name: len(batch) for name, (batch, _) in self.data.items()}
 
     def losses(self, model: Transformer, levels=VALIDATION_LEVELS, rank: int = 0, processes: int = 1) -> Tensor:
         """Flow loss of a model: (levels, samples), the samples of several data sets one after the other.
@@ -209,21 +210,13 @@ class Validation:
         total, first = sum(self.counts.values()), 0
         own = torch.arange(rank, -(-total // processes) * processes, processes) % total
         losses = torch.empty(len(levels), len(own))
-        for name, (x0, conditions, x1, parts) in self.data.items():
+        for name, (batch, x1) in self.data.items():
             here = ((own >= first) & (own < first + self.counts[name])).nonzero().flatten()
             if len(here):
                 chosen = own[here] - first
-                losses[:, here] = loss_by_level(model, x0[chosen], conditions[chosen], x1[chosen], levels, parts=parts)
+                losses[:, here] = loss_by_level(model, batch[chosen], x1[chosen], levels)
             first += self.counts[name]
         return losses
-
-
-def validation_tokens(config: Config, split: str = "validation") -> tuple[Tensor, Tensor]:
-    "Tokens (n, tokens, c) and conditions (n, ...) of what a model is judged on. Raises ValueError where data sets are several."
-    data = Validation.of(config, split).data
-    if len(data) > 1:
-        raise ValueError(f"{', '.join(config.datasets)} are several data sets, whose tokens are not alike; see Validation")
-    return next(iter(data.values()))[:2]
 
 
 def validation_losses(model: Transformer, config: Config, split: str = "validation", levels=VALIDATION_LEVELS) -> Tensor:

@@ -24,8 +24,9 @@ from ..data.own import GIVEN_DATA, splits_of
 from ..data.sources import Sources, outlines
 from ..disk import NotWritten, write_json
 from ..draws import keyed
+from ..method.batch import Batch
+from ..method.objective import Noised
 from ..method.schedule import NoiseLevels
-from ..method.tokens import Part
 from ..settings import own_settings
 from .batches import Batches, Validation, channel_warnings, feature_source, shards_of
 from .checkpoint import OPTIMIZER, is_free, migrate, read_state, resumable
@@ -40,10 +41,10 @@ from .state import TrainState, compile_blocks, diverged, share_state, start_stat
 class _Loop:
     "A run, its state and its data, in one of the processes that train it."
 
-    def __init__(self, run: Run, state: TrainState, batches: Batches, judged: Validation, features_of: Callable,
+    def __init__(self, run: Run, state: TrainState, batches: Batches, judged: Validation, complete: Callable,
                  processes: Processes):
         self.run, self.state, self.batches, self.judged, self.processes = run, state, batches, judged, processes
-        self.features_of, self.checked = features_of, state.step
+        self.complete, self.checked = complete, state.step  # complete: a batch, with features
         self.config, self.training = run.config, run.config.training
         self.callbacks = []
 
@@ -107,9 +108,9 @@ class _Loop:
         "A step and all that is due after it; returns whether to stop. Nothing is validated, drawn or saved that is not finite."
         processes = self.processes
         began = time.perf_counter()
-        chosen, x0, labels, parts = next(loader)
+        batch = next(loader)
         waited = time.perf_counter() - began
-        values = self.step(chosen, x0.to(processes.device, non_blocking=True), labels.to(processes.device), parts)
+        values = self.step(self.complete(batch).to(processes.device, non_blocking=True))
         seconds = time.perf_counter() - began
         validated = self.due("validate", self.state.step)
         if validated:
@@ -128,12 +129,11 @@ class _Loop:
             self.save()
         return stop
 
-    def step(self, chosen: Tensor, x0: Tensor, labels: Tensor, parts: tuple[Part, ...]) -> dict:
+    def step(self, batch: Batch) -> dict:
         "Train a step."
         step = self.state.step + 1
         validate = self.due("validate", step)
-        return train_step(self.state, self.config, x0, labels, self.features_of(chosen), diagnose=validate,
-                          report=validate or step % self.training.log_every == 0, parts=tuple(parts))
+        return train_step(self.state, self.config, batch, validate, validate or step % self.training.log_every == 0)
 
     def check(self) -> None:
         "Raise FloatingPointError if the last step left numbers in the state that are not finite. A step is looked at once."
@@ -194,11 +194,11 @@ def _write_not_finite(run: Run, state: TrainState, batches: Batches, message: st
     done: the steps before it.
     """
     training, seed = run.config.training, run.config.seed
-    name, (samples, x0, _, parts) = batches.name(done), replace(batches, rank=0, processes=1)[done]
-    schedule, labels = state.objective.schedule_of(parts), batches.sources.data[name].take(samples).labels
-    levels = NoiseLevels.cat([schedule.sample(training.batch // training.shards, x0.shape[1],
+    name, batch = batches.name(done), replace(batches, rank=0, processes=1)[done]
+    schedule, labels = state.objective.schedule_of(batch.parts), batches.sources.data[name].take(batch.indices).labels
+    levels = NoiseLevels.cat([schedule.sample(training.batch // training.shards, batch.x0.shape[1],
                                               keyed(seed, "levels", done, shard)) for shard in range(training.shards)])
-    found = {"step": done + 1, "message": message, "data": name, "samples": samples.tolist(), "labels": labels.tolist(),
+    found = {"step": done + 1, "message": message, "data": name, "samples": batch.indices.tolist(), "labels": labels.tolist(),
              "levels": {"from": 0.0, "to": 1.0, "tokens": levels.per_token().histc(20, 0, 1).long().tolist()}}
     with suppress(OSError):  # the message matters more
         write_json(run.path / "not_finite.json", found)
@@ -233,11 +233,11 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
                            for split in ("train", "validation"))
     judged = Validation.of(config, sources=validation)  # bad validation data are reported now, not at the first validation
     batches = Batches(sources, config, processes.rank, processes.count)
-    features_of, width, fingerprint = feature_source(features, config, sources, processes.device)
+    complete, width, fingerprint = feature_source(features, config, sources, processes.device)
     state = start_state(config, sources, processes.device, width)
     if features is not None:
-        first = torch.arange(1)  # refuses features of another shape
-        state.objective.target(None, sources.take(config.data_name(), first)[0], None, None, None, features_of(first))
+        first = complete(sources.take(config.data_name(), torch.arange(1)))
+        state.objective.target(None, Noised(first, first.x0, first.x0, None), {}, None)  # refuses features of another shape
     shards_of(config.training, processes.rank, processes.count)
     known = _fingerprints_in(Path(folder) / config.name)
     fingerprints = {part.split: part.fingerprint_as(known.get(part.split)) for part in (sources, validation)}
@@ -252,9 +252,9 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
             for warning in warnings:
                 processes.say(f"{config.name}: {warning}")
             if config.training.compile and state.step < config.training.steps:
-                _compile(state, config, batches[state.step], features_of, processes)
+                _compile(state, config, complete(batches[state.step]), processes)
             share_state(state, config, processes)
-            number = _Loop(run, state, batches, judged, features_of, processes).go(workers, track, bar, spent, callbacks)
+            number = _Loop(run, state, batches, judged, complete, processes).go(workers, track, bar, spent, callbacks)
     raise_again(number)
     return Run(run.path, config, run.inputs, processes.device, run.data, run.outline, given)  # looks at the newest checkpoint
 
@@ -358,9 +358,8 @@ def _of_steps(known: dict, training: TrainConfig) -> str:
     return f"{words}, the learning rate is {training.lr:g} and falls to 0 over the last {last:g} steps"
 
 
-def _compile(state: TrainState, config: Config, batch: tuple, features_of: Callable, processes: Processes) -> None:
-    chosen, x0, labels, parts = batch
-    reason = compile_blocks(state, config, x0.to(processes.device), labels.to(processes.device), features_of(chosen), parts)
+def _compile(state: TrainState, config: Config, batch: Batch, processes: Processes) -> None:
+    reason = compile_blocks(state, config, batch.to(processes.device))
     if processes.any(reason is not None)[0]:  # all as they are, or none
         for block in (*state.student.blocks, *state.teacher.blocks):
             block._compiled_call_impl = None

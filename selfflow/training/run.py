@@ -27,9 +27,10 @@ from ..data.own import GIVEN_DATA, splits_of
 from ..data.sources import Outline, Sources, outlines
 from ..disk import cut_lines, discard, not_written, read_lines, replacing, sha256, step_of, step_paths, write_json
 from ..draws import keyed
+from ..method.batch import Condition
+from ..method.options import TransformerOptions, sampler_options
 from ..method.backbone import Inputs
 from ..method.build import build_backbone
-from ..method.options import TransformerOptions, sampler_options
 from ..method.sampling import guided_velocity, sample
 from ..method.tokens import Layout
 from ..method.transformer import Transformer
@@ -340,7 +341,7 @@ class Run:
                batch: int = 128, shift: float | None = None, interval: tuple[float, float] = (0.0, 1.0),
                model: nn.Module | None = None, data: str = "", given: dict[str, Tensor] | None = None,
                **options) -> dict[str, Tensor]:
-        """Samples, on the CPU, of the classes `labels` (b,) or of b captions; all noise depends on the seed alone.
+        """Samples, on the CPU, of classes `labels` (b,), of b captions or of a `Condition`; all noise depends on the seed alone.
 
         The signals by name, such as {"image": (b, c, h, w)}. A run in bf16 draws in bf16, but for the states.
         steps, method, shift, cfg_scale, interval, options: see `sampling`, shift: None = `self.shift`.
@@ -351,32 +352,33 @@ class Run:
         guidance of a model that was trained without label drop: it never saw the null label.
         """
         sampler_options(method, options)  # refused before the weights are read
-        labels = self.sources.wanted(labels, data)
-        if not labels.numel() or batch < 1:
-            raise ValueError(f"{len(labels)} labels in batches of {batch}: name at least one class to draw, batch at least 1")
+        condition = self.sources.wanted(labels, data)
+        count = len(condition)
+        if not count or batch < 1:
+            raise ValueError(f"{count} labels in batches of {batch}: name at least one class to draw, batch at least 1")
         if cfg_scale != 1 and not self.config.objective.label_drop:
             raise ValueError(f"cfg_scale is {cfg_scale}, but this run was trained with label_drop 0 and does not know the null "
                              "label that guidance starts from; take cfg_scale 1, or train with objective.label_drop 0.1")
         model = self.teacher if model is None else model
         shift = self.shift if shift is None else shift
         layout, device = self.layout(data), next(model.parameters()).device
-        shape = len(labels), layout.tokens, layout.channels
-        x0, start = layout.kept(given, len(labels)) if given else (None, None)
-        x1, chosen, tokens = torch.randn(shape, generator=keyed(seed, "samples")), torch.arange(len(labels)), []
-        for part in tqdm(chosen.split(batch), "samples", unit="batch", disable=len(labels) <= batch):
+        shape = count, layout.tokens, layout.channels
+        x0, start = layout.kept(given, count) if given else (None, None)
+        x1, chosen, tokens = torch.randn(shape, generator=keyed(seed, "samples")), torch.arange(count), []
+        for part in tqdm(chosen.split(batch), "samples", unit="batch", disable=count <= batch):
             noise = partial(step_noise, seed, part.tolist(), shape[1:])
-            velocity_fn = self.velocity_fn(labels[part], cfg_scale, interval, model, data)
+            velocity_fn = self.velocity_fn(condition[part], cfg_scale, interval, model, data)
             known = {} if x0 is None else {"x0": x0[part].to(device), "start": start}
             tokens.append(sample(velocity_fn, x1[part].to(device), steps, method, shift, noise=noise, **known, **options).cpu())
         return layout.unpatchify(torch.cat(tokens))
 
-    def velocity_fn(self, labels: Tensor | None, cfg_scale: float = 1.0, interval: tuple[float, float] = (0.0, 1.0),
+    def velocity_fn(self, condition: Condition | None, cfg_scale: float = 1.0, interval: tuple[float, float] = (0.0, 1.0),
                     model: Transformer | None = None, data: str = "") -> Callable[[Tensor, Tensor], Tensor]:
-        "The function v(x, t) of a model, in the precision of the run; labels: of `Sources.wanted`; the others as in `sample`."
+        "The function v(x, t) of a model, in the precision of the run; arguments as in `sample`."
         model = self.teacher if model is None else model
         device = next(model.parameters()).device
-        conditional = labels is not None and (self.inputs.classes or self.inputs.caption)
-        guided = guided_velocity(model, labels.to(device) if conditional else None, cfg_scale, interval, self.layout(data).parts)
+        told = None if condition is None or self.config.shared.condition == "none" else condition.to(device)
+        guided = guided_velocity(model, told, cfg_scale, interval, self.layout(data).parts)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             with torch.autocast(device.type, torch.bfloat16, enabled=self.config.training.precision == "bf16"):

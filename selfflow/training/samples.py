@@ -20,6 +20,7 @@ from ..data.sources import class_number
 from ..disk import check_writable, write_files
 from ..figures.pages import sheet, sheet_rows, to_webp
 from ..figures.plots import to_png, viewable
+from ..method.batch import Condition
 from .run import Run
 
 # %% ../../nbs/3_training/05_samples.ipynb #a9a9560f
@@ -59,8 +60,8 @@ def write_samples(run: Run, labels, steps: int = 50, method: str = "euler", cfg_
     NAME.webp (at most 16 videos). What was left out or made quieter is printed.
     """
     data, shift = run.config.data_name(data), run.shift if shift is None else shift
-    wanted, texts = run.sources.wanted(labels, data), run.sources.texts(labels, data)
-    if run.config.shared.encoder and not isinstance(labels, Tensor):  # what is kept are the texts, in bytes, as of other runs
+    wanted, texts = run.sources.wanted(labels, data).values, run.sources.texts(labels, data)
+    if run.config.shared.encoder and not isinstance(labels, Condition):  # what is kept are the texts, in bytes, as of other runs
         wanted = caption_bytes(labels, max(1, *(len(text.encode("utf-8", "replace")) for text in labels)))
     check_writable(run.path / "samples" / "x")
     drawn = run.sample(labels, steps, method, cfg_scale, seed, shift=shift, interval=interval, data=data, **options)

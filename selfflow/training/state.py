@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor
 from ..data.sources import Sources
 from ..draws import keyed
 from ..method.alignment import average, moments_of
+from ..method.batch import Batch
 from ..method.build import build_objective
 from ..method.objective import WHOLE, Losses, Whole, ema_decay, make_teacher, update_ema
-from ..method.tokens import Part
 from ..method.transformer import Transformer
 from ..settings import own_settings
 from .batches import shards_of
@@ -95,15 +95,15 @@ class _Learner(nn.Module):
         super().__init__()
         self.student, self.objective = student, objective
 
-    def forward(self, teacher, x0: Tensor, labels: Tensor, draw, features: Tensor | None, parts: tuple[Part, ...] = (),
-                whole: Whole = WHOLE, target_means: bool = False) -> tuple[Tensor, Losses] | Tensor:
+    def forward(self, teacher, batch: Batch, draw, whole: Whole = WHOLE,
+                target_means: bool = False) -> tuple[Tensor, Losses] | Tensor:
         """What is differentiated, by itself so that wrappers find it, and all losses.
 
         target_means: instead what `FeatureObjective.target_means` gives.
         """
         if target_means:
-            return self.objective.target_means(self.student, teacher, x0, labels, draw, features, parts)
-        losses = self.objective(self.student, teacher, x0, labels, draw, features, parts, whole)
+            return self.objective.target_means(self.student, teacher, batch, draw)
+        losses = self.objective(self.student, teacher, batch, draw, whole)
         return losses.total, losses
 
 
@@ -223,13 +223,13 @@ def _draws(state: TrainState, config: Config) -> list:
     return [partial(keyed, config.seed, step=state.step, shard=shard) for shard in state.shards]
 
 
-def _whole(state: TrainState, config: Config, x0: Tensor, pieces: list[tuple], parts: tuple[Part, ...]) -> Whole:
-    "The properties of a batch x0 that the losses of its pieces depend on."
-    counts = state.objective.counts(state.student.config, x0, _draws(state, config), len(pieces), parts)
+def _whole(state: TrainState, config: Config, batch: Batch, pieces: list[tuple]) -> Whole:
+    "The properties of a batch that the losses of its pieces depend on."
+    counts = state.objective.counts(batch, _draws(state, config), len(pieces))
     if getattr(state.objective, "normalise", "raw") == "raw":
         return Whole(counts)
-    with torch.no_grad(), _autocast(config, x0.device):
-        means = [state.learner(state.teacher, *piece, parts, target_means=True) for piece in pieces]
+    with torch.no_grad(), _autocast(config, batch.x0.device):
+        means = [state.learner(state.teacher, *piece, target_means=True) for piece in pieces]
     return Whole(counts, moments_of(torch.stack(means).mean(0)))
 
 
@@ -240,25 +240,22 @@ def diverged(step: int, what: str) -> FloatingPointError:
 
 
 @own_settings()
-def train_step(state: TrainState, config: Config, x0: Tensor, labels: Tensor, features: Tensor | None = None,
-               diagnose: bool = False, report: bool = True, parts: tuple[Part, ...] = ()) -> dict[str, float]:
-    """One step on clean tokens x0 (b, n, c), of some parts, with labels (b,): changes the state, returns what a log wants.
+def train_step(state: TrainState, config: Config, batch: Batch, diagnose: bool = False, report: bool = True) -> dict[str, float]:
+    """One step on the samples of this process: changes the state, returns what a log wants.
 
-    x0, labels, features: of this process; features: of an outside encoder (b, n, e) or (b, e), for REPA; diagnose: look at the
-    representation loss more closely; report: False leaves out all but the total and the gradient's norm.
+    diagnose: look at the representation loss more closely; report: False leaves out all but the total and the gradient's norm.
     Raises FloatingPointError when the loss or its gradient is not finite in any process, before any weight is changed.
     """
     training, draws, found = config.training, _draws(state, config), []
     count = training.accumulate
     own = len(draws) // count
-    pieces = list(zip(x0.chunk(count), labels.chunk(count), [draws[i * own:(i + 1) * own] for i in range(count)],
-                      [None] * count if features is None else features.chunk(count), strict=True))
-    whole_batch = _whole(state, config, x0, pieces, parts) if count > 1 else WHOLE
+    pieces = [(piece, draws[i * own:(i + 1) * own]) for i, piece in enumerate(batch.split(len(batch) // count))]
+    whole_batch = _whole(state, config, batch, pieces) if count > 1 else WHOLE
     state.optimizer.zero_grad()
     for number, piece in enumerate(pieces, 1):
         with unsynced(state.learner, number < count):
-            with _autocast(config, x0.device):
-                total, losses = state.learner(state.teacher, *piece, parts, whole_batch)
+            with _autocast(config, batch.x0.device):
+                total, losses = state.learner(state.teacher, *piece, whole_batch)
             (total / count).backward()
         found.append(losses.kept(diagnose) if report else Losses(total.detach(), losses.flow_loss.detach()))
     losses = Losses.join(found)
@@ -272,8 +269,7 @@ def train_step(state: TrainState, config: Config, x0: Tensor, labels: Tensor, fe
     return values
 
 # %% ../../nbs/3_training/08_state.ipynb #0b99a465
-def compile_blocks(state: TrainState, config: Config, x0: Tensor, labels: Tensor, features: Tensor | None = None,
-                   parts: tuple[Part, ...] = ()) -> str | None:
+def compile_blocks(state: TrainState, config: Config, batch: Batch) -> str | None:
     """Compile the blocks of student and teacher and try them on a batch; why not, where that cannot be done here.
 
     Nothing in the state changes. Blocks that cannot be compiled (no C++ compiler, an unknown device) run as they are.
@@ -282,8 +278,8 @@ def compile_blocks(state: TrainState, config: Config, x0: Tensor, labels: Tensor
     for block in blocks:
         block.compile()
     try:
-        with _autocast(config, x0.device):
-            losses = state.objective(state.student, state.teacher, x0, labels, _draws(state, config), features, parts)
+        with _autocast(config, batch.x0.device):
+            losses = state.objective(state.student, state.teacher, batch, _draws(state, config))
         losses.total.backward()
     except Exception as error:  # compilers fail in many ways, and a run need not fail with them
         for block in blocks:

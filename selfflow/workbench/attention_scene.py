@@ -16,7 +16,7 @@ from torch import Tensor
 from ..analysis.attention import RELATIONS, Seen, attention_weights, mass, relations, visible_keys, watch_attention
 from ..checks import choose
 from ..data.notes import to_wav
-from ..data.texts import Bytes, open_encoder
+from ..method.batch import Condition
 from ..method.flow import Uniform, interpolate
 from ..method.schedule import NoiseLevels
 from ..method.tokens import PAD, Places
@@ -85,16 +85,15 @@ class Watched:
         condition, x0 = self._condition(sample, told), subject.x0[[sample]]
         xt = interpolate(x0, subject.noise(seed), levels.per_token())
         seen = watch_attention(model, xt, levels, condition, separated=separated, parts=subject.parts)
-        text = condition[0] if condition is not None and condition.ndim == 2 else None
+        text = condition.values[0] if condition.kind == "text" else None
         return Forward(model, seen, levels, x0[0], xt[0], text)
 
-    def _condition(self, sample: int, told: str) -> Tensor | None:
+    def _condition(self, sample: int, told: str) -> Condition:
         "What the network is told: the sample's class or caption, or another caption."
         subject = self.subject
         if not told.strip() or not self.config.caption:
-            return None if subject.condition is None else subject.condition[[sample]]
-        data = subject.run.config.shared
-        return (open_encoder(data.encoder) if data.encoder else Bytes()).encode([told], data.caption)
+            return subject.condition[[sample]]
+        return subject.run.sources.wanted([told])
 
     def _sound(self, sample: int) -> bytes | None:
         "The sound of a sample as its tokens give it; None for what is no sound to be heard."

@@ -143,8 +143,7 @@ class SideBySide:
     def read_of(self, caption: str) -> str:
         "What a run reads of a caption, where that can be told: of bytes, as many as it has room for."
         config = self._first.config.shared
-        row = self._first.sources.encoder.encode([caption], config.caption) if not config.encoder else None
-        return caption if row is None else caption_text(row[0])
+        return caption if config.encoder else caption_text(self._first.sources.wanted([caption]).values[0])
 
 # %% ../../nbs/7_workbench/07_paths.ipynb #ec8fca9f
 _REMEMBERED = 256 * 2**20  # bytes of paths

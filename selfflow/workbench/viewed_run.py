@@ -109,12 +109,12 @@ class Subject:
     def __init__(self, run: Run, data: str = "", split: str = "validation", count: int = 24):
         sources = run.sources_of(split)
         self.run, self.name = run, run.config.data_name(data)
-        self.layout, self.parts = sources.layouts[self.name], sources.layouts[self.name].parts
+        self.layout = sources.layouts[self.name]
         self.board = Board(self.layout)
         indices = subset(sources.data[self.name], count)
-        self.x0, condition = sources.take(self.name, indices)
-        self.condition = condition if run.inputs.classes or run.inputs.caption else None
-        self.widths = Places.of(self.layout.parts).widths
+        batch = sources.take(self.name, indices)
+        self.x0, self.condition, self.parts = batch.x0, batch.condition, batch.parts
+        self.widths = Places.of(self.parts).widths
         self.grid = self.parts[0].grid[1:] if [part.name for part in self.parts] == ["image"] else None
         self.spread = (self.x0.var(0).sum(-1) / self.widths).mean().item() if len(indices) > 1 else 1.0
         self.student, self.teacher = run.model.to("cpu"), run.teacher.to("cpu")
@@ -138,8 +138,7 @@ class Subject:
         "Input, estimate of the data (b, n, c), its error (b, n), and hidden states of a layer; index (b,): of the samples."
         tau = levels.per_token()
         xt = interpolate(x0, x1, tau)
-        told = None if self.condition is None else self.condition[index]
-        out = network(xt, levels, told, taps=() if layer is None else (layer,), parts=self.parts)
+        out = network(xt, levels, self.condition[index], taps=() if layer is None else (layer,), parts=self.parts)
         error = tau.square() * flow_error(out.velocity, x0, x1, self.widths)
         return xt, xt - tau[..., None] * out.velocity, error, out.features.get(layer)
 

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
+from selfflow.method.batch import Condition
 from selfflow.analysis.attention import (
     RELATIONS,
     attention_maps,
@@ -60,10 +61,10 @@ def batch_of(config, schedule=SCHEDULES["two levels"], count=3, seed=0):
     x = torch.randn(count, config.tokens, config.channels, generator=g)
     condition = None
     if config.caption:
-        condition = (torch.randn(count, config.caption, config.caption_width, generator=g) if config.caption_width else
-                     torch.randint(0, 256, (count, config.caption), generator=g))
+        condition = Condition(torch.randn(count, config.caption, config.caption_width, generator=g) if config.caption_width else
+                              torch.randint(0, 256, (count, config.caption), generator=g))
     elif config.classes:
-        condition = torch.randint(0, config.classes, (count,), generator=g)
+        condition = Condition(torch.randint(0, config.classes, (count,), generator=g), config.classes)
     return x, schedule.sample(count, config.tokens, g), condition
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from selfflow.method.batch import Batch, Condition
 from selfflow.analysis.saturation import (
     Compared,
     Ladder,
@@ -276,15 +277,16 @@ def model(seed=0, **options):
 def test_the_cosine_compared_is_that_of_the_training_loss(kind):
     config, student, teacher = model()
     x0, labels = torch.randn(12, 16, 4, generator=keyed(0, "x0")), torch.arange(12) % 3
+    samples = Batch(x0, Condition(labels, 3), config.parts)
     options = {"feature_width": 5, "encoder": lambda x: x.mean(1) @ torch.ones(4, 5) + torch.arange(5.0)} if kind is REPA else {}
     objective = kind(config, **options)
-    found = compare(objective, student, teacher, x0, labels, labels, "test", batch=12)
-    losses = objective(student, teacher, x0, labels, lambda what: keyed(0, f"agreement, test, {what}", 0))
+    found = compare(objective, student, teacher, samples, labels, "test", batch=12)
+    losses = objective(student, teacher, samples, lambda what: keyed(0, f"agreement, test, {what}", 0))
     assert found.cosines().mean().item() == pytest.approx(1 - losses.rep_loss.item(), abs=1e-5)
     assert ("deeper layer, student's view" in found.answers) == issubclass(kind, SelfFlow)
     if kind is SelfFlow:
         torch.testing.assert_close((found.tau - found.level).flatten(), losses.alignment.gap)
-    again = compare(objective, student, teacher, x0.roll(1, 0), labels.roll(1), labels, "test", batch=12)
+    again = compare(objective, student, teacher, samples[torch.arange(12).roll(1)], labels, "test", batch=12)
     if kind is SelfFlow:  # told the condition of the sample it answers for, not that of the one it is shown
         assert not torch.equal(found.answers["another image"], again.predicted)
     assert found.missing["another image of its label"].sum() == 0
@@ -293,7 +295,8 @@ def test_the_cosine_compared_is_that_of_the_training_loss(kind):
 def test_no_features_no_saturation(runs):
     config, student, teacher = model()
     with pytest.raises(TypeError, match="compares no features"):
-        compare(FlowMatching(), student, teacher, torch.randn(4, 16, 4), torch.zeros(4).long(), torch.zeros(4).long(), "test")
+        samples = Batch(torch.randn(4, 16, 4), Condition(torch.zeros(4).long(), 3), config.parts)
+        compare(FlowMatching(), student, teacher, samples, torch.zeros(4).long(), "test")
     with pytest.raises(TypeError, match="flow_matching alone"):
         saturation(runs["vanilla"], 20, 20)
 

@@ -474,15 +474,16 @@ def test_conditions_are_vectors(folders, kind):
     sources = Sources(config.data)
     inputs = sources.inputs
     assert (inputs.caption, inputs.caption_width, inputs.classes) == (12, opened.width, 0)
-    _, condition = sources.take("shapes", torch.arange(4))
+    condition = sources.take("shapes", torch.arange(4)).condition
     said = sources.data["shapes"].take(torch.arange(4)).captions
-    assert torch.equal(condition, opened.encode(said, 12)) and torch.equal(condition, sources.wanted(said))
-    assert torch.equal(sources.wanted(condition), condition), "vectors are taken as they are"
+    assert condition.kind == "vectors" and torch.equal(condition.values, opened.encode(said, 12))
+    assert torch.equal(condition.values, sources.wanted(said).values)
+    assert sources.wanted(condition) is condition, "a condition is taken as it is"
     for wrong in ([1, 2], torch.zeros(2, dtype=torch.int64), caption_bytes(said, 12)):
         with pytest.raises(ValueError, match="drawn by captions here: give texts"):
             sources.wanted(wrong)
-    judged = Validation.of(config).data["shapes"]
-    assert judged[1].shape == (5, 12, opened.width)
+    judged, _ = Validation.of(config).data["shapes"]
+    assert judged.condition.values.shape == (5, 12, opened.width)
     notes = DataConfig("notes", **{name: getattr(config.data, name) for name in SHARED})
     several = replace(config, data=(config.data, notes), model=replace(config.model, positions=None))
     inputs = Sources(several.data).inputs
@@ -509,9 +510,10 @@ def test_workers_give_the_batches_that_none_give(folders):
     batches = Batches(Sources(config.data), config)
     alone = list(batches.loader())
     for workers in (1, 2):
-        for (chosen, x0, told, _), (others, theirs_, told_, _) in zip(alone, batches.loader(workers=workers), strict=True):
-            assert torch.equal(chosen, others) and torch.equal(x0, theirs_) and torch.equal(told, told_)
-    assert told.ndim == 3 and told.any()
+        for one, other in zip(alone, batches.loader(workers=workers), strict=True):
+            assert torch.equal(one.indices, other.indices) and torch.equal(one.x0, other.x0)
+            assert torch.equal(one.condition.values, other.condition.values)
+    assert one.condition.kind == "vectors" and one.condition.values.any()
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,12 @@
 """Self-Flow and its rivals derived again from their equations, and every trap of the method as a test."""
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from selfflow.method.batch import Batch, Condition
 from selfflow.draws import keyed
 from selfflow.method.objective import (
     REPA,
@@ -47,7 +49,8 @@ def teacher():
 @pytest.fixture
 def batch():
     g = torch.Generator().manual_seed(2)
-    return torch.randn(12, 6, 3, generator=g), torch.randint(0, 5, (12,), generator=g)
+    x0, labels = torch.randn(12, 6, 3, generator=g), torch.randint(0, 5, (12,), generator=g)
+    return Batch(x0, Condition(labels, 5), CONFIG.parts)
 
 
 def draws(seed=0):
@@ -59,7 +62,7 @@ class Watched:
 
     def __init__(self, model):
         self.model, self.calls, self.answers = model, [], []
-        self.null_label, self.config = model.null_label, model.config
+        self.config = model.config
 
     def __call__(self, *args, **options):
         self.calls.append((*args, options))
@@ -88,15 +91,17 @@ def distance(name, p, h):
     return ((gap**2 if name == "l2" else torch.where(gap < 1, gap**2 / 2, gap - 0.5)).sum()) / len(p)
 
 
-def derive(objective, student, teacher, x0, labels, features=None, offset=None):
+def derive(objective, student, teacher, batch, features=None, offset=None):
     """Flow loss, representation loss, cosines, targets and gaps, sample by sample and token by token.
 
     offset: of SRA; features: of REPA; with neither and no teacher it is LayerSync.
     """
+    x0 = batch.x0
     b, n, _ = x0.shape
     x1 = torch.randn(x0.shape, generator=keyed(0, "noise"))
     drawn = objective.schedule.sample(b, n, keyed(0, "levels"))
-    y = torch.where(torch.rand(b, generator=keyed(0, "label drop")) < objective.label_drop, 5, labels)
+    dropped = torch.rand(b, generator=keyed(0, "label drop")) < objective.label_drop
+    y = Condition(torch.where(dropped, 5, batch.condition.values), 5)
     lower = torch.rand(b, 1, generator=keyed(0, "teacher level"))
     first, weights = drawn.k - drawn.condition, list(objective.projector.parameters())
     flow, predictions, targets, gaps = [], [], [], []
@@ -144,8 +149,8 @@ def derive(objective, student, teacher, x0, labels, features=None, offset=None):
 
 def check(objective, student, teacher, batch, features=None, given=None, offset=None):
     "Values and gradients of an objective against `derive`; given: features handed to the objective."
-    losses = objective(student, teacher if teacher is not None else Unasked(), *batch, draws(), given)
-    flow, rep, cosine, direction, gap = derive(objective, student, teacher, *batch, features, offset)
+    losses = objective(student, teacher if teacher is not None else Unasked(), replace(batch, features=given), draws())
+    flow, rep, cosine, direction, gap = derive(objective, student, teacher, batch, features, offset)
     close = {"rtol": 1e-4, "atol": 2e-5}
     torch.testing.assert_close(losses.flow_loss, flow, **close)
     torch.testing.assert_close(losses.rep_loss, rep, **close)
@@ -206,7 +211,7 @@ def test_layer_sync_derived_again(student, batch, options):
 
 def test_layer_sync_teaches_only_what_is_below_its_layer(student, batch):
     objective = LayerSync(CONFIG, student_layer=2, teacher_layer=4)
-    losses = objective(student, Unasked(), *batch, draws())
+    losses = objective(student, Unasked(), batch, draws())
     assert not losses.alignment.target.requires_grad and not losses.alignment.predicted.requires_grad
     losses.rep_loss.backward()
     assert [block.attn.qkv.weight.grad is not None for block in student.blocks] == [True, True, False, False]
@@ -221,7 +226,7 @@ def test_repa_derived_again(student, batch, pooled, way):
     def encoder(x0):
         return weights(x0).mean(1) if pooled else weights(x0)
     module = torch.nn.Sequential(weights, torch.nn.Tanh()) if way == "module" and not pooled else None
-    features = (module or encoder)(batch[0]).detach()
+    features = (module or encoder)(batch.x0).detach()
     objective = REPA(CONFIG, 7, {"with the batch": None, "encoder": encoder, "module": module or encoder}[way], HALF,
                      head_width=9, rep_tokens="masked")
     assert objective.student_layer == 1 and objective.rep_weight == 0.5
@@ -235,7 +240,7 @@ def test_the_encoder_of_repa_is_neither_trained_nor_saved_nor_moved(student, bat
     before = encoder.weight.clone()
     parameters = [*student.parameters(), *objective.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.1)
-    objective(student, Unasked(), *batch, draws()).total.backward()
+    objective(student, Unasked(), batch, draws()).total.backward()
     optimizer.step()
     assert all(p.grad is not None for p in parameters), "and all else is trained"
     assert encoder.weight.grad is None and torch.equal(encoder.weight, before)
@@ -253,15 +258,15 @@ def test_the_encoder_of_repa_is_neither_trained_nor_saved_nor_moved(student, bat
 ])
 def test_features_that_do_not_fit_are_refused(student, batch, features, words):
     with pytest.raises(ValueError, match=words):
-        REPA(CONFIG, 7, head_width=9)(student, Unasked(), *batch, draws(), features)
+        REPA(CONFIG, 7, head_width=9)(student, Unasked(), replace(batch, features=features), draws())
 
 
 def test_flow_matching_derived_again(student, batch):
-    x0, labels = batch
-    losses = FlowMatching(SingleLevel(), label_drop=0.0)(student, Unasked(), x0, labels, draws())
+    x0 = batch.x0
+    losses = FlowMatching(SingleLevel(), label_drop=0.0)(student, Unasked(), batch, draws())
     x1 = torch.randn(x0.shape, generator=keyed(0, "noise"))
     t = torch.rand(12, generator=keyed(0, "levels"))[:, None, None]
-    out = student((1 - t) * x0 + t * x1, NoiseLevels.single(t[:, 0, 0], 6), labels)
+    out = student((1 - t) * x0 + t * x1, NoiseLevels.single(t[:, 0, 0], 6), batch.condition)
     torch.testing.assert_close(losses.total, ((out.velocity - (x1 - x0)) ** 2).mean())
     assert losses.rep_loss is None and losses.alignment is None and list(losses.floats()) == ["total", "flow_loss"]
 
@@ -269,12 +274,12 @@ def test_flow_matching_derived_again(student, batch):
 @pytest.mark.parametrize("separated", [False, True])
 @pytest.mark.parametrize("which", ["all", "masked", "noisier"])
 def test_flow_matching_with_conditions_and_chosen_tokens(student, batch, separated, which):
-    x0, labels = batch
+    x0 = batch.x0
     schedule = Conditioned(HALF, (1,), 0.5)
-    losses = FlowMatching(schedule, 0.0, which, separated)(student, Unasked(), x0, labels, draws())
+    losses = FlowMatching(schedule, 0.0, which, separated)(student, Unasked(), batch, draws())
     levels, x1 = schedule.sample(12, 6, keyed(0, "levels")), torch.randn(x0.shape, generator=keyed(0, "noise"))
     tau = levels.per_token()[..., None]
-    error = (student((1 - tau) * x0 + tau * x1, levels, labels, separated=separated).velocity - x1 + x0) ** 2
+    error = (student((1 - tau) * x0 + tau * x1, levels, batch.condition, separated=separated).velocity - x1 + x0) ** 2
     kept = [error[i, k].mean() for i in range(12) for k in range(6) if counts(which, levels.assign[i, k], levels.levels[i], 2)]
     assert 0 < len(kept) <= 60
     torch.testing.assert_close(losses.total, torch.stack(kept).mean())
@@ -282,16 +287,16 @@ def test_flow_matching_with_conditions_and_chosen_tokens(student, batch, separat
 
 @pytest.mark.parametrize("kind", [SelfFlow, SRA])
 def test_the_two_views_share_noise_and_labels_and_the_teacher_sees_the_cleaner_level(student, teacher, batch, kind):
-    x0, labels = batch
+    x0 = batch.x0
     student, teacher = Watched(student), Watched(teacher)
     objective = kind(CONFIG, HALF, label_drop=0.5, separated=True)
-    objective(student, teacher, x0, labels, draws())
+    objective(student, teacher, batch, draws())
     (xs, levels, ys, seen), (xc, clean, yc, options) = student.calls[0], teacher.calls[0]
-    assert torch.equal(ys, yc) and 5 in ys and (ys != 5).any()
+    assert torch.equal(ys.values, yc.values) and 5 in ys.values and (ys.values != 5).any()
     cleanest = levels.levels.amin(1)
     assert clean.k == 1 and (torch.equal(clean.levels[:, 0], cleanest) if kind is SelfFlow else
                              (clean.levels[:, 0] <= cleanest).all() and (cleanest - clean.levels[:, 0]).max() > 0.05)
-    assert options == {"taps": (objective.teacher_layer,), "stop": True, "parts": ()}, "it ends there, never separated"
+    assert options == {"taps": (objective.teacher_layer,), "stop": True, "parts": CONFIG.parts}, "it ends there, never separated"
     assert seen["separated"] and len(student.calls) == len(teacher.calls) == 1
     tau, low = levels.per_token()[..., None], clean.per_token()[..., None]
     noise_s, noise_c = (xs - (1 - tau) * x0) / tau, (xc - (1 - low) * x0) / low
@@ -302,7 +307,7 @@ def test_the_two_views_share_noise_and_labels_and_the_teacher_sees_the_cleaner_l
 def test_single_samples_show_the_teacher_the_lower_of_two_levels(student, teacher, batch):
     student, teacher = Watched(student), Watched(teacher)
     schedule = DualTimestep(mask_ratio=0.5, single_share=1.0)
-    SelfFlow(CONFIG, schedule)(student, teacher, *batch, draws())
+    SelfFlow(CONFIG, schedule)(student, teacher, batch, draws())
     levels, clean = student.calls[0][1], teacher.calls[0][1]
     assert (levels.per_token() == levels.levels[:, :1]).all(), "all tokens at t"
     assert torch.equal(clean.levels[:, 0], levels.levels.amin(1)) and (clean.levels[:, 0] < levels.levels[:, 0]).any()
@@ -312,7 +317,7 @@ def test_single_samples_show_the_teacher_the_lower_of_two_levels(student, teache
 def test_gradient_reaches_student_and_head_and_never_the_teacher(student, teacher, batch, kind):
     objective = kind(CONFIG, student_layer=2, teacher_layer=3)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    objective(student, teacher, *batch, draws()).rep_loss.backward()
+    objective(student, teacher, batch, draws()).rep_loss.backward()
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters()) and not teacher.training
     assert all(p.grad.abs().sum() > 0 for p in objective.parameters())
     assert [block.attn.qkv.weight.grad is not None for block in student.blocks] == [True, True, False, False]
@@ -322,7 +327,7 @@ def test_gradient_reaches_student_and_head_and_never_the_teacher(student, teache
 
 def test_a_teacher_that_could_learn_gets_no_gradient_either(student, batch):
     willing = random_model(1)
-    SelfFlow(CONFIG)(student, willing, *batch, draws()).total.backward()
+    SelfFlow(CONFIG)(student, willing, batch, draws()).total.backward()
     assert all(p.grad is None for p in willing.parameters())
 
 
@@ -332,7 +337,7 @@ def test_a_teacher_that_could_learn_gets_no_gradient_either(student, batch):
 def test_the_gradient_share_against_two_backward_passes(student, teacher, batch, make, checkpointing):
     student.checkpointing = checkpointing
     watched, objective = Watched(student), make(CONFIG)
-    losses = objective(watched, teacher, *batch, draws())
+    losses = objective(watched, teacher, batch, draws())
     assert "rep_gradient_share" not in losses.floats(diagnose=True), "before the backward pass nobody knows"
     hidden = watched.answers[0].features[objective.student_layer]
     flow, = torch.autograd.grad(losses.flow_loss, hidden, retain_graph=True)
@@ -343,7 +348,7 @@ def test_the_gradient_share_against_two_backward_passes(student, teacher, batch,
 
 
 def test_a_representation_loss_without_weight_has_no_share(student, teacher, batch):
-    losses = SelfFlow(CONFIG, rep_weight=0.0)(student, teacher, *batch, draws())
+    losses = SelfFlow(CONFIG, rep_weight=0.0)(student, teacher, batch, draws())
     losses.total.backward()
     assert losses.floats(diagnose=True)["rep_gradient_share"] == 0
 
@@ -354,8 +359,8 @@ def test_losses_are_in_float32_under_autocast(student, teacher, batch, make):
     torch.manual_seed(0)
     objective = make(CONFIG)
     with torch.autocast("cpu", torch.bfloat16):
-        losses = objective(student, teacher, *batch, draws())
-    exact = objective(student, teacher, *batch, draws())
+        losses = objective(student, teacher, batch, draws())
+    exact = objective(student, teacher, batch, draws())
     assert {getattr(losses, name).dtype for name in ("total", "flow_loss", "rep_loss")} == {torch.float32}
     assert {getattr(losses.alignment, name).dtype for name in ("predicted", "target", "gap")} == {torch.float32}
     torch.testing.assert_close(losses.total, exact.total, rtol=0.05, atol=0)
@@ -363,7 +368,7 @@ def test_losses_are_in_float32_under_autocast(student, teacher, batch, make):
 
 def test_when_no_token_counts_the_losses_are_zero_and_the_log_says_nothing(student, teacher, batch):
     objective = SelfFlow(CONFIG, DualTimestep(mask_ratio=0.0), flow_tokens="masked", rep_tokens="masked")
-    losses = objective(student, teacher, *batch, draws())
+    losses = objective(student, teacher, batch, draws())
     losses.total.backward()
     found = losses.floats(diagnose=True)
     assert found["total"] == found["flow_loss"] == found["rep_loss"] == 0 and "cosine" not in found
@@ -375,7 +380,7 @@ def test_masked_tokens_need_a_mask(student, teacher, batch, kind):
     for which in ("flow_tokens", "rep_tokens"):
         objective = kind(CONFIG, SingleLevel(), **{which: "masked"})
         with pytest.raises(ValueError, match="with one level no token is"):
-            objective(student, teacher, *batch, draws())
+            objective(student, teacher, batch, draws())
 
 
 def test_unknown_distances_and_offsets_are_refused():
@@ -445,7 +450,7 @@ def test_the_head_is_the_published_one():
 
 def test_losses_as_numbers(student, teacher, batch):
     assert Losses(torch.tensor(1.0), torch.tensor(1.0)).floats(diagnose=True) == {"total": 1.0, "flow_loss": 1.0}
-    losses = SelfFlow(CONFIG)(student, teacher, *batch, draws())
+    losses = SelfFlow(CONFIG)(student, teacher, batch, draws())
     few, many = losses.floats(), losses.floats(diagnose=True)
     assert list(few) == ["total", "flow_loss", "rep_loss", "cosine", "constant_cosine"]
     assert few["cosine"] == pytest.approx(1 - few["rep_loss"], abs=1e-6) and few["total"] == losses.total.item()

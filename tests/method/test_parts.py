@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selfflow.method.batch import Batch, Condition
 from selfflow.data.datasets import caption_bytes, caption_text
 from selfflow.draws import keyed, numbered
 from selfflow.method.alignment import flow_error
@@ -16,7 +17,7 @@ from selfflow.method.objective import FlowMatching, SelfFlow, make_teacher
 from selfflow.method.options import ObjectiveConfig
 from selfflow.method.schedule import Conditioned, DualTimestep, NoiseLevels, SingleLevel
 from selfflow.method.tokens import PAD, ImagePatches, Layout, Part, Places, VideoPatches
-from selfflow.method.transformer import Context, Transformer, TransformerConfig, drop_labels
+from selfflow.method.transformer import Context, Transformer, TransformerConfig
 
 few = settings(max_examples=25, deadline=None)
 VIDEO, AUDIO = Part("video", 6, (3, 2, 1), 2.0), Part("audio", 4, (6, 1, 1), 1.0)
@@ -107,13 +108,13 @@ def test_a_caption_is_tokens_of_the_sequence_at_a_level_of_their_own(positions, 
     "Against the same network that is handed one longer sequence, with a condition for every token."
     model = model_of(0.1, parts=(Part("image", 4, (1, 2, 2)),), positions=positions, caption=5, caption_level=level,
                      caption_stride=2)
-    x, caption = torch.randn(3, 4, 4), caption_bytes(["a", "two", "longest"], 5)
+    x, caption = torch.randn(3, 4, 4), Condition(caption_bytes(["a", "two", "longest"], 5))
     levels = DualTimestep(mask_ratio=0.5).sample(3, 4, keyed(0, "levels"))
     out = model(x, levels, caption, taps=(1, 3))
     tau = levels.per_token()
     own = torch.zeros(3, 3) if level == "clean" else tau.mean(1, keepdim=True).expand(3, 3)
     every = NoiseLevels(torch.cat([tau, own], 1), torch.arange(7).expand(3, 7))
-    h, text = model.x_embedder.image(x), model.caption_embedder(caption)
+    h, text = model.x_embedder.image(x), model.caption_embedder(caption.values)
     places = torch.nn.functional.pad(torch.tensor([[1.0], [3.0], [5.0]]), (3, 0))
     if positions == "sincos":
         h, text, rotary = h + model.positions, text + model.caption_positions, None
@@ -126,9 +127,9 @@ def test_a_caption_is_tokens_of_the_sequence_at_a_level_of_their_own(positions, 
     torch.testing.assert_close(out.features[3], h[:, :4], atol=1e-4, rtol=1e-4)
     velocity = model.final_layer(h, c, TokenMap.of(every), {"image": slice(0, 4)}, 4)
     torch.testing.assert_close(out.velocity, velocity, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(out.velocity, model(x, levels, caption.flip(0)).velocity), "other words, other answers"
-    null = torch.full((3, 5), PAD)
-    assert torch.equal(model(x, levels, null).velocity, model(x, levels).velocity) and model.null_label == PAD
+    assert not torch.allclose(out.velocity, model(x, levels, caption[[2, 1, 0]]).velocity), "other words, other answers"
+    null = Condition(torch.full((3, 5), PAD))
+    assert torch.equal(model(x, levels, null).velocity, model(x, levels).velocity)
     early = model(x, levels, caption, taps=(1,), stop=True)
     assert torch.equal(early.features[1], out.features[1])
 
@@ -136,15 +137,17 @@ def test_a_caption_is_tokens_of_the_sequence_at_a_level_of_their_own(positions, 
 def test_captions_may_be_vectors_of_an_outside_encoder():
     model = model_of(caption=3, caption_width=7)
     vectors, levels = torch.randn(2, 3, 7), NoiseLevels.single(torch.tensor([0.2, 0.8]), 12)
-    assert model(batch(2), levels, vectors).velocity.shape == (2, 12, 6)
-    assert torch.equal(model(batch(2), levels).velocity, model(batch(2), levels, torch.zeros(2, 3, 7)).velocity)
-    with pytest.raises(ValueError, match="captions are torch.int64 .*the model expects vectors of shape"):
-        model(batch(2), levels, torch.zeros(2, 3, 7, dtype=torch.int64))
+    assert model(batch(2), levels, Condition(vectors)).velocity.shape == (2, 12, 6)
+    assert torch.equal(model(batch(2), levels).velocity, model(batch(2), levels, Condition(torch.zeros(2, 3, 7))).velocity)
+    with pytest.raises(ValueError, match=r"condition is text \(2, 3\), the model expects vectors \(2, 3, 7\)"):
+        model(batch(2), levels, Condition(torch.zeros(2, 3, dtype=torch.int64)))
+    with pytest.raises(TypeError, match=r"or vectors \(b, l, e\), not torch.int64 \(2, 3, 7\)"):
+        Condition(torch.zeros(2, 3, 7, dtype=torch.int64))
 
 
 def test_a_caption_is_dropped_as_a_whole_for_both_views():
     captions = caption_bytes(["some words"] * 4000, 12)
-    dropped = drop_labels(captions, PAD, 0.3, keyed(0, "drop"))
+    dropped = Condition(captions).drop(0.3, lambda purpose: keyed(0, purpose)).values
     gone = (dropped == PAD).all(1)
     assert abs(gone.float().mean() - 0.3) < 0.03 and torch.equal(dropped[~gone], captions[~gone])
 
@@ -207,17 +210,17 @@ def test_what_fills_up_a_token_is_not_counted():
 @pytest.mark.parametrize("weights", [None, {"audio": 0.25}, {"video": 2.0, "audio": 0.0}])
 def test_weights_of_parts_weigh_their_tokens_in_every_loss(weights):
     model, x = model_of(), batch(4)
+    samples = Batch(x, Condition(torch.zeros(4, dtype=torch.int64)), (VIDEO, AUDIO))
     draw = lambda purpose: keyed(0, purpose)  # noqa: E731
-    labels = torch.zeros(4, dtype=torch.int64)
     objective = SelfFlow(model.config, student_layer=1, teacher_layer=2, weights=weights)
     teacher = make_teacher(model)
-    losses = objective(model, teacher, x, labels, draw)
-    noised, out = objective.see(model, x, labels, draw, (), (1,))
+    losses = objective(model, teacher, samples, draw)
+    noised, out = objective.see(model, samples, draw, (1,))
     w = torch.tensor([(weights or {}).get(name, 1.0) for name in 6 * ["video"] + 6 * ["audio"]])
     error = flow_error(out.velocity, x, noised.x1, Places.of((VIDEO, AUDIO)).widths)
     torch.testing.assert_close(losses.flow_loss, (error * w).mean())
     torch.testing.assert_close(losses.by_part["video"], error[:, :6].mean())
-    target, _ = objective.target(teacher, x, noised, out.features, draw, None)
+    target, _ = objective.target(teacher, noised, out.features, draw)
     cosine = torch.nn.functional.cosine_similarity(objective.projector(out.features[1]), target, dim=-1)
     torch.testing.assert_close(losses.rep_loss, ((1 - cosine) * w).mean(), atol=1e-6, rtol=1e-5)
 
@@ -227,10 +230,10 @@ def test_sequences_in_turn_have_schedules_of_their_own():
     objective = build_objective(config, TransformerConfig(**BOTH), ((VIDEO,), (AUDIO,)))
     assert objective.schedule_of((VIDEO,)).mask_ratio == 0.1 and objective.schedule_of((AUDIO,)).mask_ratio == 0.5
     joint = build_objective(config, TransformerConfig(**BOTH), ((VIDEO, AUDIO),))
-    assert joint.schedule_of().mask_ratio == 6 * (0.1,) + 6 * (0.5,)
+    assert joint.schedule_of((VIDEO, AUDIO)).mask_ratio == 6 * (0.1,) + 6 * (0.5,)
     model = model_of()
-    losses = objective(model, make_teacher(model), torch.randn(2, 6, 4), torch.zeros(2, dtype=torch.int64),
-                       lambda purpose: keyed(0, purpose), parts=(AUDIO,))
+    samples = Batch(torch.randn(2, 6, 4), Condition(torch.zeros(2, dtype=torch.int64)), (AUDIO,))
+    losses = objective(model, make_teacher(model), samples, lambda purpose: keyed(0, purpose))
     assert losses.total.isfinite() and not losses.by_part
 
 
@@ -280,8 +283,9 @@ def test_what_is_given_follows_from_the_parts():
 def test_flow_matching_counts_no_token_that_is_given():
     model, x = model_of(), batch(64)
     objective = FlowMatching(Conditioned(SingleLevel(), (tuple(range(6)), tuple(range(6, 12)))))
-    losses = objective(model, None, x, torch.zeros(64, dtype=torch.int64), lambda purpose: keyed(0, purpose))
-    noised, out = objective.see(model, x, torch.zeros(64, dtype=torch.int64), lambda purpose: keyed(0, purpose), ())
+    samples = Batch(x, Condition(torch.zeros(64, dtype=torch.int64)), (VIDEO, AUDIO))
+    losses = objective(model, None, samples, lambda purpose: keyed(0, purpose))
+    noised, out = objective.see(model, samples, lambda purpose: keyed(0, purpose))
     error, counted = flow_error(out.velocity, x, noised.x1, Places.of((VIDEO, AUDIO)).widths), ~noised.levels.is_condition()
     torch.testing.assert_close(losses.flow_loss, error[counted].mean())
     torch.testing.assert_close(losses.by_part["audio"], error[:, 6:][counted[:, 6:]].mean())

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import save as write_pt  # what the published file was written with; only tests write one, to read it
 
+from selfflow.method.batch import Condition
 from selfflow.method import reference
 from selfflow.method.objective import Projector
 from selfflow.method.reference import PUBLISHED, export, fold_time, infer_config, layout, load, _published_config, save
@@ -114,10 +115,14 @@ def levels_of(fixture):
             "per token": NoiseLevels(fixture["input.tau"], torch.arange(16).expand(3, -1).contiguous())}
 
 
+def told(fixture, model):
+    return Condition(fixture["input.y"], model.config.classes)
+
+
 @pytest.mark.parametrize("levels, output", [("single", "homogeneous"), ("dual", "dual"), ("per token", "dual")])
 @torch.no_grad()
 def test_velocity_is_the_published_one(fixture, loaded, levels, output):
-    velocity = loaded[0](fixture["input.x"], levels_of(fixture)[levels], fixture["input.y"]).velocity
+    velocity = loaded[0](fixture["input.x"], levels_of(fixture)[levels], told(fixture, loaded[0])).velocity
     torch.testing.assert_close(velocity, fixture[f"output.velocity.{output}"], **EXACT)
 
 
@@ -125,20 +130,20 @@ def test_velocity_is_the_published_one(fixture, loaded, levels, output):
 def test_features_are_the_published_ones(fixture, meta, loaded):
     model, projector = loaded
     student, teacher, levels = int(meta["student_layer"]), int(meta["teacher_layer"]), levels_of(fixture)["dual"]
-    out = model(fixture["input.x"], levels, fixture["input.y"], taps=(student,))
+    out = model(fixture["input.x"], levels, told(fixture, model), taps=(student,))
     torch.testing.assert_close(projector(out.features[student]), fixture["output.features.student_projected"], **EXACT)
-    out = model(fixture["input.x"], levels.cleanest(), fixture["input.y"], taps=(teacher,), stop=True)
+    out = model(fixture["input.x"], levels.cleanest(), told(fixture, model), taps=(teacher,), stop=True)
     torch.testing.assert_close(out.features[teacher], fixture["output.features.teacher_raw"], **EXACT)
 
 
 @torch.no_grad()
 def test_samples_are_the_published_ones_by_a_loop(fixture, loaded):
-    samples = sde(guided_velocity(loaded[0], fixture["input.y"]), fixture["input.sde.x1"], fixture["input.sde.noise"])
+    samples = sde(guided_velocity(loaded[0], told(fixture, loaded[0])), fixture["input.sde.x1"], fixture["input.sde.noise"])
     torch.testing.assert_close(samples, fixture["output.sde.samples"], **EXACT)
 
 
 def test_samples_are_the_published_ones_by_the_sampler(fixture, loaded):
-    velocity = guided_velocity(loaded[0], fixture["input.y"])
+    velocity = guided_velocity(loaded[0], told(fixture, loaded[0]))
     samples = sample(velocity, fixture["input.sde.x1"], steps=12, method="sde", noise=fixture["input.sde.noise"])
     torch.testing.assert_close(samples, fixture["output.sde.samples"], **EXACT)
 
@@ -186,7 +191,7 @@ def test_any_layout_computes_the_published_function(config):
     velocity, features = published_forward(weights, config, x, tau, y)
     levels = NoiseLevels(tau, torch.arange(tau.shape[1]).expand(2, -1).contiguous())
     with torch.no_grad():
-        out = model(x, levels, y, taps=(config["depth"],))
+        out = model(x, levels, Condition(y, model.config.classes), taps=(config["depth"],))
     torch.testing.assert_close(out.velocity.double(), velocity, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(out.features[config["depth"]].double(), features[-1], atol=1e-3, rtol=1e-3)
     assert sum(p.numel() for p in projector.parameters()) == 4 * config["hidden_size"]**2 + 3 * config["hidden_size"]

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp, kstest
 
+from selfflow.method.batch import Condition
 from selfflow.draws import keyed
 from selfflow.method.flow import interpolate, shift
 from selfflow.registries import samplers
@@ -337,28 +338,28 @@ def forwards(model):
 
 
 def test_guidance_derived_again(model):
-    x, t, labels = torch.randn(3, 4, 3), torch.tensor(0.4), torch.tensor([0, 3, 2])
+    x, t, condition = torch.randn(3, 4, 3), torch.tensor(0.4), Condition(torch.tensor([0, 3, 2]), 4)
     levels = NoiseLevels.single(t.expand(3), 4)
-    label, null = model(x, levels, labels).velocity, model(x, levels, torch.full((3,), 4)).velocity
+    label, null = model(x, levels, condition).velocity, model(x, levels, condition.nothing()).velocity
     for scale in (0.0, 1.0, 1.5, 4.0):
         expected = null + scale * (label - null)
         for t_ in (t, t.expand(3), t.expand(3, 4)):  # one level, one per sample, one per token
-            torch.testing.assert_close(guided_velocity(model, labels, scale)(x, t_), expected, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(guided_velocity(model, condition, scale)(x, t_), expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(guided_velocity(model)(x, t), null)
 
 
 def test_guidance_at_levels_per_token_derived_again(model):
-    x, labels, tau = torch.randn(3, 4, 3), torch.tensor([0, 3, 2]), torch.rand(3, 4)
+    x, condition, tau = torch.randn(3, 4, 3), Condition(torch.tensor([0, 3, 2]), 4), torch.rand(3, 4)
     levels = NoiseLevels(tau, torch.arange(4).expand(3, 4))
-    label, null = model(x, levels, labels).velocity, model(x, levels, torch.full((3,), 4)).velocity
-    torch.testing.assert_close(guided_velocity(model, labels, 2.5)(x, tau), null + 2.5 * (label - null), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(guided_velocity(model, labels)(x, tau), label, atol=1e-6, rtol=1e-5)
+    label, null = model(x, levels, condition).velocity, model(x, levels, condition.nothing()).velocity
+    torch.testing.assert_close(guided_velocity(model, condition, 2.5)(x, tau), null + 2.5 * (label - null), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(guided_velocity(model, condition)(x, tau), label, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.6), (0.0, 0.35), (0.75, 1.0)])
 def test_guidance_acts_and_costs_in_its_interval_alone(model, forwards, interval):
-    x, labels = torch.randn(3, 4, 3), torch.tensor([0, 3, 2])
-    limited, always, never = (guided_velocity(model, labels, *more) for more in ((3.0, interval), (3.0,), ()))
+    x, condition = torch.randn(3, 4, 3), Condition(torch.tensor([0, 3, 2]), 4)
+    limited, always, never = (guided_velocity(model, condition, *more) for more in ((3.0, interval), (3.0,), ()))
     for t in torch.linspace(0, 1, 11):
         inside = interval[0] - 1e-6 < t.item() < interval[1] + 1e-6
         forwards.clear()
@@ -369,22 +370,22 @@ def test_guidance_acts_and_costs_in_its_interval_alone(model, forwards, interval
 
 
 def test_the_noisiest_token_says_whether_a_sample_is_guided(model):
-    x, labels = torch.randn(2, 4, 3), torch.tensor([0, 3])
+    x, condition = torch.randn(2, 4, 3), Condition(torch.tensor([0, 3]), 4)
     tau = torch.tensor([[0.0, 0.3, 0.5, 0.5], [0.0, 0.3, 0.5, 0.9]])
-    limited, always, never = (guided_velocity(model, labels, *more)(x, tau) for more in ((3.0, (0.2, 0.6)), (3.0,), ()))
+    limited, always, never = (guided_velocity(model, condition, *more)(x, tau) for more in ((3.0, (0.2, 0.6)), (3.0,), ()))
     torch.testing.assert_close(limited, torch.stack([always[0], never[1]]))
     assert (always - never).abs().amax((1, 2)).min() > 1e-3
 
 
 def test_levels_reach_the_model_exactly_and_few(model, forwards):
-    x1, x0, labels = torch.randn(3, 4, 3), torch.randn(3, 4, 3), torch.tensor([0, 3, 2])
-    sample(guided_velocity(model, labels, 2.0), x1, 5, x0=x0, start=torch.tensor([0.0, 1.0, 1.0, 0.0]))
+    x1, x0, condition = torch.randn(3, 4, 3), torch.randn(3, 4, 3), Condition(torch.tensor([0, 3, 2]), 4)
+    sample(guided_velocity(model, condition, 2.0), x1, 5, x0=x0, start=torch.tensor([0.0, 1.0, 1.0, 0.0]))
     assert [levels.k for _, levels in forwards] == [2] * 5
     for (_, levels), t in zip(forwards, torch.linspace(1, 0, 6)[:-1], strict=True):
         assert torch.equal(levels.per_token(), torch.stack([0 * t, t, t, 0 * t]).expand(6, 4))
     forwards.clear()
     tau = torch.rand(3, 4)
-    guided_velocity(model, labels)(x1, tau)
+    guided_velocity(model, condition)(x1, tau)
     (_, levels), = forwards
     assert levels.k == 4 and torch.equal(levels.per_token(), tau)
 
@@ -419,16 +420,14 @@ X = torch.zeros(2, 3, 1)
     (lambda m: sample(still, X, 5, "sde", noise=torch.zeros(5, 2, 3, 1)), r"\(5, 2, 3, 1\), expected \(4, 2, 3, 1\)"),
     (lambda m: sample(still, X, 5, "sde", noise=lambda i: torch.zeros(3)), r"step's noise has shape \(3,\)"),
     (lambda m: sample(still, X, 5, "dopri5", rtol=0.0), "rtol is 0.0"),
-    (lambda m: guided_velocity(m, torch.tensor([4])), "classes 0 to 3"),
-    (lambda m: guided_velocity(m, torch.tensor([-1])), "labels run from -1"),
-    (lambda m: guided_velocity(m, None, 2.0), "guidance needs labels"),
-    (lambda m: guided_velocity(m, torch.tensor([1]), math.inf), "cfg_scale is inf"),
-    (lambda m: guided_velocity(m, torch.tensor([1]), 2.0, (0.6, 0.2)), r"interval is \(0.6, 0.2\)"),
-    (lambda m: guided_velocity(m, torch.tensor([1]), 2.0, (0.5, 0.5)), "interval"),
-    (lambda m: guided_velocity(m, torch.tensor([1]), 2.0, (-0.1, 0.5)), "interval"),
-    (lambda m: guided_velocity(m, torch.tensor([1]), 2.0, (0.1, 1.5)), "interval"),
-    (lambda m: guided_velocity(m, torch.tensor([1]), 2.0, (math.nan, 1.0)), "interval"),
-    (lambda m: guided_velocity(m, torch.tensor([1]), 2.0, (0.5,)), "interval"),
+    (lambda m: guided_velocity(m, None, 2.0), "guidance needs a condition"),
+    (lambda m: guided_velocity(m, Condition(torch.tensor([1]), 4), math.inf), "cfg_scale is inf"),
+    (lambda m: guided_velocity(m, Condition(torch.tensor([1]), 4), 2.0, (0.6, 0.2)), r"interval is \(0.6, 0.2\)"),
+    (lambda m: guided_velocity(m, Condition(torch.tensor([1]), 4), 2.0, (0.5, 0.5)), "interval"),
+    (lambda m: guided_velocity(m, Condition(torch.tensor([1]), 4), 2.0, (-0.1, 0.5)), "interval"),
+    (lambda m: guided_velocity(m, Condition(torch.tensor([1]), 4), 2.0, (0.1, 1.5)), "interval"),
+    (lambda m: guided_velocity(m, Condition(torch.tensor([1]), 4), 2.0, (math.nan, 1.0)), "interval"),
+    (lambda m: guided_velocity(m, Condition(torch.tensor([1]), 4), 2.0, (0.5,)), "interval"),
 ])
 def test_bad_input_is_refused(model, wrong, words):
     with pytest.raises(ValueError, match=words):

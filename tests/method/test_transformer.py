@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selfflow.method.batch import Condition
 from selfflow.method.options import SIZES
 from selfflow.method.schedule import DualTimestep, NoiseLevels
 from selfflow.method.tokens import Part, grid_coordinates
-from selfflow.method.transformer import Transformer, TransformerConfig, drop_labels
+from selfflow.method.transformer import Transformer, TransformerConfig
 
 VARIANTS = [dict(zip(("positions", "mlp", "qk_norm", "modulation"), values, strict=True))
             for values in product(("sincos", "rotary"), ("gelu", "swiglu"), (False, True), ("block", "shared"))]
@@ -61,7 +62,7 @@ def plain_forward(model, x, tau, y, layer, mask=None, coordinates=None):
     frequencies = torch.tensor([10_000 ** (-i / 128) for i in range(128)], dtype=x.dtype)
     angles = tau[..., None] * frequencies
     code = torch.cat([angles.cos(), angles.sin()], -1)
-    c = linear(F.silu(linear(code, "t_embedder.mlp.0")), "t_embedder.mlp.2") + w["y_embedder.weight"][y][:, None]
+    c = linear(F.silu(linear(code, "t_embedder.mlp.0")), "t_embedder.mlp.2") + w["y_embedder.weight"][y.values][:, None]
     h = linear(x, "x_embedder.image")
     if config.positions == "sincos":
         h = h + sincos_positions(places, d)
@@ -96,9 +97,9 @@ def plain_forward(model, x, tau, y, layer, mask=None, coordinates=None):
 
 
 def drawn(k, seed=0, b=4, n=6, condition=0, edges=False):
-    "Tokens in float64, labels and levels of a batch."
+    "Tokens in float64, classes and levels of a batch."
     g = torch.Generator().manual_seed(seed)
-    x, y = torch.randn(b, n, 3, generator=g, dtype=torch.float64), torch.randint(0, 6, (b,), generator=g)
+    x, y = torch.randn(b, n, 3, generator=g, dtype=torch.float64), Condition(torch.randint(0, 6, (b,), generator=g), 5)
     values = torch.rand(b, k, generator=g, dtype=torch.float64)
     levels = NoiseLevels(values.round() if edges else values, torch.randint(0, k, (b, n), generator=g), condition)
     return x, y, levels
@@ -176,7 +177,7 @@ def test_coordinates_of_another_shape_are_refused(shape, positions):
 def test_gradients_in_float64(variant, separated):
     model = model_of(torch.float64, depth=2, **variant)
     x = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
-    levels, y = DualTimestep(mask_ratio=0.5).sample(2, 6, torch.Generator().manual_seed(0)), torch.tensor([0, 5])
+    levels, y = DualTimestep(mask_ratio=0.5).sample(2, 6, torch.Generator().manual_seed(0)), Condition(torch.tensor([0, 5]), 5)
     wanted = ("blocks.0.adaLN_modulation.1.bias", "blocks.0.adaLN_bias", "blocks.1.attn.q_norm.weight", "y_embedder.weight",
               "t_embedder.mlp.2.bias")
     inputs = [parameter for name, parameter in model.named_parameters() if name in wanted]
@@ -259,7 +260,7 @@ def test_a_model_in_bf16_takes_coordinates():
 
 def test_a_fresh_model_answers_zero_and_its_blocks_are_the_identity():
     model = Transformer(TransformerConfig.of_image(channels=3, grid=(2, 3), width=16, depth=3, heads=2, classes=5))
-    out = model(torch.randn(2, 6, 3), DualTimestep().sample(2, 6), torch.tensor([1, 2]), taps=(1, 3))
+    out = model(torch.randn(2, 6, 3), DualTimestep().sample(2, 6), Condition(torch.tensor([1, 2]), 5), taps=(1, 3))
     assert (out.velocity == 0).all() and torch.equal(out.features[1], out.features[3])
     assert all((p == 0).all() for name, p in model.named_parameters() if name.endswith("bias"))
     assert model.y_embedder.weight.std().item() == pytest.approx(0.02, rel=0.3)
@@ -278,29 +279,31 @@ def test_stop_ends_at_the_last_tap_and_touches_nothing_deeper():
 
 def test_no_condition_means_the_null_label():
     model, x, levels = model_of(), torch.randn(2, 6, 3), DualTimestep().sample(2, 6)
-    assert model.null_label == 5
-    torch.testing.assert_close(model(x, levels).velocity, model(x, levels, torch.tensor([5, 5])).velocity)
-    assert not torch.allclose(model(x, levels).velocity, model(x, levels, torch.tensor([0, 1])).velocity)
+    torch.testing.assert_close(model(x, levels).velocity, model(x, levels, Condition(torch.tensor([5, 5]), 5)).velocity)
+    assert not torch.allclose(model(x, levels).velocity, model(x, levels, Condition(torch.tensor([0, 1]), 5)).velocity)
 
 
-def test_drop_labels_is_one_draw_per_sample():
-    labels = torch.arange(5).repeat(4000)
-    dropped = drop_labels(labels, 5, 0.1, torch.Generator().manual_seed(0))
+def test_a_condition_is_dropped_by_one_draw_per_sample():
+    condition = Condition(torch.arange(5).repeat(4000), 5)
+    dropped = condition.drop(0.1, lambda purpose: torch.Generator().manual_seed(0)).values
     assert (dropped == 5).float().mean() == pytest.approx(0.1, abs=0.01)
     kept = dropped != 5
-    assert torch.equal(dropped[kept], labels[kept])
-    assert torch.equal(drop_labels(labels, 5, 0.0), labels) and (drop_labels(labels, 5, 1.0) == 5).all()
+    assert torch.equal(dropped[kept], condition.values[kept])
+    never, always = (condition.drop(p, lambda purpose: torch.Generator().manual_seed(0)).values for p in (0.0, 1.0))
+    assert torch.equal(never, condition.values) and (always == 5).all()
 
 
-@pytest.mark.parametrize("labels, error, words", [
-    (torch.tensor([0, 6]), ValueError, "labels run from 0 to 6; the model has classes 0 to 4 and the null label 5"),
-    (torch.tensor([0, -1]), ValueError, "labels run from -1"),
-    (torch.tensor([0]), ValueError, r"labels have shape \(1,\)"),
-    (torch.tensor([0.0, 1.0]), TypeError, "labels are torch.float32"),
+@pytest.mark.parametrize("condition, error, words", [
+    (lambda: Condition(torch.tensor([0, 6]), 5), ValueError, "labels run from 0 to 6, but classes from 0 to 4, and 5 is none"),
+    (lambda: Condition(torch.tensor([0, -1]), 5), ValueError, "labels run from -1"),
+    (lambda: Condition(torch.tensor([0.0, 1.0]), 5), TypeError, "not torch.float32"),
+    (lambda: Condition(torch.tensor([0]), 5), ValueError, r"class \(1,\) of 5 classes, the model expects class \(2,\) of 5"),
+    (lambda: Condition(torch.tensor([0, 1]), 4), ValueError, r"class \(2,\) of 4 classes, the model expects class \(2,\) of 5"),
+    (lambda: torch.tensor([0, 1]), TypeError, r"the condition is a Tensor; make labels \(b,\) a Condition"),
 ])
-def test_bad_labels_are_refused(labels, error, words):
+def test_conditions_that_do_not_fit_are_refused(condition, error, words):
     with pytest.raises(error, match=words):
-        model_of()(torch.zeros(2, 6, 3), DualTimestep().sample(2, 6), labels)
+        model_of()(torch.zeros(2, 6, 3), DualTimestep().sample(2, 6), condition())
 
 
 @pytest.mark.parametrize("changes, words", [({"width": 18}, "width 18 must be divisible"), ({"heads": 3}, r"heads \(3\)"),

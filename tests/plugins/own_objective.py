@@ -5,6 +5,7 @@ import torch
 
 from selfflow import register_objective
 from selfflow.method.objective import FeatureObjective, Projector
+from selfflow.method.schedule import NoiseLevels
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class CleanView(FeatureObjective):
         self.teacher_layer = teacher_layer
         self.projector = Projector(model.width)
 
-    def target(self, teacher, x0, noised, hidden, draw, features):
-        levels = type(noised.levels).single(torch.zeros(len(x0), device=x0.device), x0.shape[1])
-        out = teacher(x0, levels, noised.condition, taps=(self.teacher_layer,), stop=True, parts=noised.parts)
+    def target(self, teacher, noised, hidden, draw):
+        batch = noised.batch
+        levels = NoiseLevels.single(torch.zeros(len(batch), device=batch.x0.device), batch.x0.shape[1])
+        out = teacher(batch.x0, levels, batch.condition, taps=(self.teacher_layer,), stop=True, parts=batch.parts)
         return out.features[self.teacher_layer], levels.per_token()

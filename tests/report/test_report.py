@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from selfflow.analysis.comparison import arms, config_table, over_seeds
 from selfflow.analysis.probing import probe_run, read_probes, write_probes
 from selfflow.cli import main
+from selfflow.data.sources import Sources
 from selfflow.data.options import DataConfig
 from selfflow.figures import plots
 from selfflow.figures.layers import draw_score_maps
@@ -34,7 +35,6 @@ from selfflow.report.probe_sections import probe_section
 from selfflow.report.report import SECTIONS, make_missing, missing_parts, run_report, _summary
 from selfflow.report.run_sections import loss_section, run_section
 from selfflow.report.sample_sections import plane_section, shares_apart
-from selfflow.training.batches import validation_tokens
 from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
 from selfflow.training.run import Run
@@ -386,7 +386,8 @@ def test_the_command_line_trains_what_it_is_told(tmp_path, capsys, monkeypatch):
 
 
 def test_the_command_line_hands_features_to_repa(tmp_path, capsys):
-    tokens, _ = validation_tokens(Config(), "train")
+    sources = Sources(Config().data)
+    tokens = sources.take("digits", torch.arange(len(sources.data["digits"]))).x0
     save_file({"features": tokens.mean(1), "other": tokens}, tmp_path / "pooled.safetensors")
     save_file({"features": tokens[1:]}, tmp_path / "short.safetensors")
     assert torch.equal(read_features(tmp_path / "pooled.safetensors"), tokens.mean(1))

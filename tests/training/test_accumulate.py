@@ -34,9 +34,8 @@ def logged(config: Config) -> tuple[list[dict], list[torch.Tensor]]:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=keyed(0, name)))
     batches, found = Batches(sources, config), []
     for step in range(STEPS):
-        chosen, x0, labels, parts = batches[step]
         features = torch.randn(8, 5, generator=keyed(0, "features", step)) if width > 1 else None
-        found.append(train_step(state, config, x0, labels, features, diagnose=step > 0, parts=tuple(parts)))
+        found.append(train_step(state, config, replace(batches[step], features=features), diagnose=step > 0))
     return found, [parameter.detach() for parameter in state.named_parameters().values()]
 
 

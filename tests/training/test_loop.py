@@ -17,7 +17,7 @@ from selfflow.data.sources import Sources
 from selfflow.draws import keyed
 from selfflow.method.options import ModelConfig, ObjectiveConfig
 from selfflow.method.schedule import DualTimestep, NoiseLevels
-from selfflow.training.batches import batch_indices, loss_by_level, channel_warnings, validation_losses, validation_tokens
+from selfflow.training.batches import batch_indices, channel_warnings, loss_by_level, validation_losses
 from selfflow.training.checkpoint import write_checkpoint
 from selfflow.training.config import TrainConfig
 from selfflow.training.loop import train
@@ -85,7 +85,7 @@ def test_every_objective_and_schedule_trains_and_resumes_bit_for_bit(tmp_path, n
     shutil.copytree(run.path, tmp_path / "again/small")
     shutil.rmtree(tmp_path / "again/small/checkpoints/step-00000004")
     if features is not None:  # as a tensor this time, which goes with a function: nobody can tell
-        features = outside(validation_tokens(config, "train")[0])
+        features = outside(first_batch(config, 1078).x0)
     assert_same(run, train(config, tmp_path / "again", features=features))
 
 
@@ -136,7 +136,7 @@ def test_the_teacher_is_the_average_after_the_step():
     sources = Sources(TINY.data)
     state = start_state(TINY, sources, torch.device("cpu"))
     before = state.teacher.x_embedder.image.bias.clone()
-    train_step(state, TINY, *first_batch())
+    train_step(state, TINY, first_batch())
     decay = 0.5 ** (1 / (TINY.training.ema_half_life * TINY.training.steps))
     expected = decay * before + (1 - decay) * state.student.x_embedder.image.bias
     torch.testing.assert_close(state.teacher.x_embedder.image.bias, expected)
@@ -247,8 +247,7 @@ def test_a_gradient_may_be_clipped_at_infinity_but_not_at_nan():
 
 
 def first_batch(config=TINY, count=16):
-    tokens, labels = validation_tokens(config, "train")
-    return tokens[:count], labels[:count]
+    return Sources(config.data).take(config.data.name, torch.arange(count))
 
 
 @pytest.mark.parametrize("where", ["student", "teacher"])
@@ -258,19 +257,19 @@ def test_features_that_are_not_finite_are_named_by_their_step(where):
         getattr(state, where).x_embedder.image.weight.fill_(torch.nan)
     before = state.student.blocks[0].attn.qkv.weight.clone()
     with pytest.raises(FloatingPointError, match="step 1 is not finite"):
-        train_step(state, TINY, *first_batch(), diagnose=True)
+        train_step(state, TINY, first_batch(), diagnose=True)
     assert torch.equal(state.student.blocks[0].attn.qkv.weight, before) and state.step == 0
 
 
 def test_every_step_draws_its_own_numbers():
     state, seen = start_state(TINY, Sources(TINY.data), torch.device("cpu")), []
     real = state.objective.forward
-    def watched(student, teacher, x0, labels, draw, *more):
+    def watched(student, teacher, batch, draw, *more):
         seen.append([[shard(purpose).initial_seed() for shard in draw] for purpose in ("noise", "levels", "label drop")])
-        return real(student, teacher, x0, labels, draw, *more)
+        return real(student, teacher, batch, draw, *more)
     state.objective.forward = watched
     for _ in range(3):
-        train_step(state, TINY, *first_batch())
+        train_step(state, TINY, first_batch())
     assert seen == [[[keyed(TINY.seed, purpose, step, shard).initial_seed() for shard in range(8)]
                      for purpose in ("noise", "levels", "label drop")] for step in range(3)]
 
@@ -278,7 +277,7 @@ def test_every_step_draws_its_own_numbers():
 def test_steps_in_which_no_token_counts_go_on():
     config = replace(TINY, objective=ObjectiveConfig(mask_ratio=1e-9, rep_tokens="masked"))
     state = start_state(config, Sources(config.data), torch.device("cpu"))
-    values = train_step(state, config, *first_batch(), diagnose=True)
+    values = train_step(state, config, first_batch(), diagnose=True)
     assert values["rep_loss"] == 0 and "cosine" not in values and values["flow_loss"] > 0 and state.step == 1
 
 
@@ -327,17 +326,17 @@ def test_without_a_compiler_blocks_run_as_they_are(monkeypatch, after):
     eager, state = random_state(), random_state()
     before = snapshot(state)
     monkeypatch.setattr(torch, "compile", no_compiler(after))
-    assert compile_blocks(state, TINY, *first_batch()) == "RuntimeError: no C++ compiler found"
+    assert compile_blocks(state, TINY, first_batch()) == "RuntimeError: no C++ compiler found"
     assert_unchanged(state, before)
     for _ in range(2):
-        assert train_step(state, TINY, *first_batch()) == train_step(eager, TINY, *first_batch())
+        assert train_step(state, TINY, first_batch()) == train_step(eager, TINY, first_batch())
 
 
 def test_the_trial_leaves_no_trace_where_it_succeeds(monkeypatch):
     state = random_state()
     before = snapshot(state)
     monkeypatch.setattr(torch, "compile", no_compiler(after=10**6))
-    assert compile_blocks(state, TINY, *first_batch()) is None
+    assert compile_blocks(state, TINY, first_batch()) is None
     assert_unchanged(state, before)
     assert all(block._compiled_call_impl is not None for model in (state.student, state.teacher) for block in model.blocks)
 
@@ -387,7 +386,7 @@ def test_what_such_a_model_says_lies_in_as_many_directions_as_it_is_wide():
         torch.nn.init.normal_(parameter, std=0.3, generator=keyed(0, str(tuple(parameter.shape))))
     x = torch.randn(500, 1, 64, generator=keyed(0, "x"))
     levels = NoiseLevels.single(torch.rand(500, generator=keyed(0, "t")), 1)
-    found = state.student(x, levels, torch.zeros(500, dtype=torch.int64)).velocity.detach()[:, 0]
+    found = state.student(x, levels).velocity.detach()[:, 0]
     assert torch.linalg.matrix_rank(found - found.mean(0), rtol=1e-4) == 16
 
 
@@ -396,11 +395,11 @@ def test_compiled_blocks_give_the_same_losses():
     config = replace(SMALL, objective=ObjectiveConfig("flow_matching", schedule="dual", mask_ratio=0.5))
     eager, state = random_state(config), random_state(config)
     before, graphs = snapshot(state), counters["stats"]["unique_graphs"]
-    assert compile_blocks(state, config, *first_batch(config)) is None
+    assert compile_blocks(state, config, first_batch(config)) is None
     assert_unchanged(state, before)
     assert counters["stats"]["unique_graphs"] == graphs + 1 and not counters["graph_break"], "all blocks share one graph"
     for _ in range(3):
-        found, expected = (train_step(one, config, *first_batch(config)) for one in (state, eager))
+        found, expected = (train_step(one, config, first_batch(config)) for one in (state, eager))
         assert found == pytest.approx(expected, rel=1e-5)
     for a, b in zip(state.student.parameters(), eager.student.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
@@ -436,11 +435,12 @@ def test_a_block_that_does_not_divide_the_grid_is_refused_before_a_folder_is_mad
 
 
 def test_loss_by_level_is_per_sample_and_does_not_depend_on_the_batch_size():
-    model, (x0, labels) = random_state().student, first_batch(count=12)
+    model, batch = random_state().student, first_batch(count=12)
+    x0 = batch.x0
     x1 = torch.randn(x0.shape, generator=torch.Generator().manual_seed(5))
-    losses = loss_by_level(model, x0, labels, x1, [0.2, 0.9], batch=7)
-    torch.testing.assert_close(losses, loss_by_level(model, x0, labels, x1, [0.2, 0.9]))
-    v = model(0.1 * x0[3:4] + 0.9 * x1[3:4], NoiseLevels.single(torch.tensor([0.9]), 16), labels[3:4]).velocity
+    losses = loss_by_level(model, batch, x1, [0.2, 0.9], size=7)
+    torch.testing.assert_close(losses, loss_by_level(model, batch, x1, [0.2, 0.9]))
+    v = model(0.1 * x0[3:4] + 0.9 * x1[3:4], NoiseLevels.single(torch.tensor([0.9]), 16), batch.condition[3:4]).velocity
     torch.testing.assert_close(losses[1, 3], (v - x1[3] + x0[3]).square().mean())
 
 

@@ -17,7 +17,8 @@ from conftest import TINY
 from selfflow.data.options import DataConfig
 from selfflow.method.alignment import Alignment, constant_cosine, effective_rank, mean_over
 from selfflow.method.options import ObjectiveConfig
-from selfflow.training.batches import shards_of, validation_tokens
+from selfflow.data.sources import Sources
+from selfflow.training.batches import shards_of
 from selfflow.training.config import Config, TrainConfig
 from selfflow.training.lock import RunInUse
 from selfflow.training.loop import train
@@ -98,7 +99,9 @@ def one(tmp_path_factory):
             config, more = TASKS[name]
             features = None
             if more.get("features"):
-                tokens = validation_tokens(config, "train")[0]
+                sources = Sources(config.data)
+                name, = sources.data
+                tokens = sources.take(name, torch.arange(len(sources.data[name]))).x0
                 features = torch.cat([tokens, -tokens], -1)
             known[name] = train(config, folder / name, "cpu", features)
         return known[name]

@@ -459,7 +459,7 @@ def test_the_sde_adds_noise_of_its_own(runs):
     x1 = torch.randn(2, 16, 4, generator=keyed(5, "samples"))
     noise = [torch.stack([torch.randn(16, 4, generator=keyed(5, "sampling noise", step, sample)) for sample in range(2)])
              for step in range(6)]
-    expected = sample(guided_velocity(run.teacher, labels), x1, 6, "sde", noise=lambda step: noise[step])
+    expected = sample(guided_velocity(run.teacher, run.sources.wanted(labels)), x1, 6, "sde", noise=lambda step: noise[step])
     torch.testing.assert_close(run.sample(labels, 6, "sde", seed=5)["image"], run.layout().unpatchify(expected)["image"])
     assert (run.sample(labels, 6, "sde", seed=5)["image"] - run.sample(labels, 6, seed=5)["image"]).abs().max() > 0.1
 
@@ -467,7 +467,7 @@ def test_the_sde_adds_noise_of_its_own(runs):
 def test_shift_and_interval_are_those_of_the_sampler(runs):
     run, labels = runs["tiny"], torch.tensor([0, 1, 2])
     x1 = torch.randn(3, 16, 4, generator=keyed(0, "samples"))
-    velocity_fn = guided_velocity(run.teacher, labels, 4.0, (0.3, 0.8))
+    velocity_fn = guided_velocity(run.teacher, run.sources.wanted(labels), 4.0, (0.3, 0.8))
     expected = run.layout().unpatchify(sample(velocity_fn, x1, 5, "heun", shift=3.0))["image"]
     found = run.sample(labels, 5, "heun", 4.0, shift=3.0, interval=(0.3, 0.8))["image"]
     torch.testing.assert_close(found, expected)

@@ -68,8 +68,8 @@ def all_of(folder, precision):
     found = [run.log_path.read_text(), opened.film()[-1][1], *(drawn.values() if isinstance(drawn, dict) else [drawn])]
     assert not any(p.is_inference() for p in opened.model.parameters())
     if precision == "bf16":
-        x0, _, x1, _ = Validation.of(opened.config).data["digits"]
-        found.append(extract(opened.teacher, x0, x1, 0.5, (2,))[2])
+        digits, x1 = Validation.of(opened.config).data["digits"]
+        found.append(extract(opened.teacher, digits.x0, x1, 0.5, (2,))[2])
     return found
 
 
@@ -96,7 +96,7 @@ def test_data_that_are_kept_do_not_keep_what_the_caller_had_set(name):
     try:
         with AMBIENT[name]():
             inside = digits().images
-            made = Sources(DataConfig("motion", size=16, frames=8, patch=8)).take("motion", torch.tensor([0, 1], device="cpu"))[0]
+            made = Sources(DataConfig("motion", size=16, frames=8, patch=8)).take("motion", torch.tensor([0, 1], device="cpu")).x0
     finally:
         digits.__globals__["_digits"].cache_clear()
     for values in (inside, made):

@@ -180,7 +180,7 @@ def test_what_the_browser_runs_asks_nobody():
                                     DataConfig("notes"), DataConfig("scenes", size=16, frames=8)], ids=lambda c: c.name)
 def test_every_token_has_pixels_a_place_and_a_name(config):
     sources = Sources(config, "validation")
-    board, tokens = Board(sources.layouts[config.name]), sources.take(config.name, torch.arange(1))[0][0]
+    board, tokens = Board(sources.layouts[config.name]), sources.take(config.name, torch.arange(1)).x0[0]
     n = len(tokens)
     assert len(board.places) == len(board.names) == len(set(board.names)) == n
     assert set(board.owner.ravel()) - {-1} == set(range(n))

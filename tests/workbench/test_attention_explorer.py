@@ -185,7 +185,7 @@ def test_words_say_who_looks_where_and_how_much_of_it_is_cleaner(watched):
                                     DataConfig("scenes", size=16, frames=8)], ids=lambda c: c.name)
 def test_a_window_shows_the_tokens_of_its_moment(config):
     sources = Sources(config, "validation")
-    layout, tokens = sources.layouts[config.name], sources.take(config.name, torch.arange(1))[0][0]
+    layout, tokens = sources.layouts[config.name], sources.take(config.name, torch.arange(1)).x0[0]
     frame = frames_in(layout) - 1
     window, board = Window(layout, frame), Board(layout)
     shown = set(window.owner.ravel())
