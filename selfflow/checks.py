@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import fields
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 # %% ../nbs/0_ground/01_checks.ipynb #8f571890
 def choose(name: str, known, what: str) -> str:
@@ -28,10 +28,11 @@ def check_types(config, infinite: tuple[str, ...] = ()) -> None:
 
     Types may be unions, tuples and dicts of types. infinite: the fields that may be infinite.
     """
+    kinds = get_type_hints(type(config)) if any(isinstance(f.type, str) for f in fields(config)) else {}
     for f in fields(config):
-        value = getattr(config, f.name)
-        if not _fits(value, f.type):
-            name = str(f.type) if get_args(f.type) else getattr(f.type, "__name__", str(f.type))
+        value, kind = getattr(config, f.name), kinds.get(f.name, f.type)
+        if not _fits(value, kind):
+            name = str(kind) if get_args(kind) else getattr(kind, "__name__", str(kind))
             raise ValueError(f"{type(config).__name__}.{f.name} is {value!r}, expected {name}")
         for number in _numbers(value):
             if math.isnan(number) or math.isinf(number) and f.name not in infinite:

@@ -147,15 +147,16 @@ def sample(run: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), captio
 
 
 @command
-def relocate(run: tyro.conf.Positional[Path], path: tyro.conf.Positional[Path]) -> None:
+def relocate(run: tyro.conf.Positional[Path], path: tyro.conf.Positional[Path], data: str = "") -> None:
     """Name the new place of a run's data, after they have moved. Other data than those that it was trained on are refused.
 
     Args:
         run: The run's folder.
         path: Where its data lie now.
+        data: Which data set, for a run that was trained on several with a place.
     """
     from selfflow.training.run import Run
-    Run.open(run, "cpu").relocate(path)
+    Run.open(run, "cpu").relocate(path, data)
 
 
 @command

@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass, make_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, make_dataclass
 from typing import Any
 
 from .checks import choose
@@ -64,12 +64,15 @@ class Registry:
         """Register `target`, or, without one, decorate what follows: `@registry.register("mine", options=MyOptions)`.
 
         A cell or file that is run again replaces its own entry. Raises ValueError for a name that is taken by something else,
-        TypeError for options that are not a frozen dataclass.
+        TypeError for options that are not a frozen dataclass with defaults.
         """
         if target is None:
             return lambda decorated: self.register(name, decorated, options)
         if not is_dataclass(options) or not options.__dataclass_params__.frozen:
             raise TypeError(f"the options of {self.kind} {name!r} must be a class with @dataclass(frozen=True), not {options!r}")
+        missing = [f.name for f in fields(options) if f.default is MISSING and f.default_factory is MISSING]
+        if missing:
+            raise TypeError(f"option {missing[0]} of {self.kind} {name!r} has no default; give it one in {options.__name__}")
         known = self._entries.get(name)
         if known and not _same(_address(known.target), _address(target)):
             raise ValueError(f"{self.kind} {name!r} is registered twice, as {_address(known.target)} and as {_address(target)}; "

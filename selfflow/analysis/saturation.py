@@ -88,8 +88,9 @@ def compare(objective: FeatureObjective, student, teacher, samples: Batch, label
     if not isinstance(objective, FeatureObjective):
         raise TypeError(f"{type(objective).__name__} compares no features: there is no cosine that could saturate")
     device, found = next(student.parameters()).device, []
-    order = {"other": _another(labels, False), "alike": _another(labels, True), "own": torch.arange(len(samples))}
-    order = order if others else {}
+    order = {}
+    if others:
+        order = {"other": _another(labels, False), "alike": _another(labels, True), "own": torch.arange(len(samples))}
     for step, rows in enumerate(torch.arange(len(samples)).split(batch)):
         def draw(what, noise="same", step=step):  # levels, mask and label drop are those of the key, whatever is shown
             return keyed(seed, f"agreement, {purpose}, {what}{', again' * (what == 'noise' and noise == 'new')}", step)

@@ -21,7 +21,7 @@ from ..data.datasets import rate_of
 from ..figures.pages import Page
 from ..figures.projection import kinds_of
 from ..training.run import Run
-from .controls import DARK, LIGHT, button, choice, slider
+from .controls import DARK, LIGHT, button, choice, message, slider
 from .feature_maps import Asked, Atlas, Opened, draw_maps
 from .map_explorer import MapExplorer, preview_html, previews_of, value_text
 
@@ -169,13 +169,13 @@ class FeatureMap(MapExplorer):
                     self._ring()
                 self._publish()
             if self.anchor is None:
-                self.near.value = '<div role="status">Click on a point to see its nearest neighbours in feature space.</div>'
+                self.near.value = message("Click on a point to see its nearest neighbours in feature space.")
                 return
             about = (*self.place[1:], self.anchor, self.count.value)
             try:
-                words = f'<div role="status">{escape(say_near(self.atlas, self.colour.value, *about))}</div>'
+                words = message(say_near(self.atlas, self.colour.value, *about))
             except ValueError as error:
-                words = f'<div role="alert"><b>Cannot be told:</b> {escape(self.colour.value)}: {escape(str(error))}</div>'
+                words = message(f"{self.colour.value}: {error}", True, "Cannot be shown:")
             self.near.value = words + _show_near(self.atlas, self.previews, *about)
 
     def recolour(self, _=None) -> None:
@@ -232,24 +232,24 @@ class FeatureExplorer:
 
     def _tell(self, done: int, of: int, words: str) -> None:
         self.bar.max, self.bar.value = of, done
-        self.said.value = f'<div role="status">{f"step {done + 1} of {of}: " * (of > 1)}{escape(words)}</div>' if words else ""
+        self.said.value = message(f"step {done + 1} of {of}: " * (of > 1) + words) if words else ""
 
     def _make(self) -> None:
         try:
             run = self.run if isinstance(self.run, Run) else Run.open(self.run)
             opened = Opened(run, self.asked, self.store)
-            self.cost.value = f'<div role="status">{escape(str(opened.cost))}</div>'
+            self.cost.value = message(str(opened.cost))
             atlas = opened.atlas(self._tell)
-            self.said.value = '<div role="status">previews of the samples</div>'
+            self.said.value = message("previews of the samples")
             self.view = FeatureMap(atlas, *item_previews(opened.items))
             self.said.value, self.bar.layout.display = "", "none"
-            self.cost.value = (f'<div role="status">samples: {opened.items.chosen}; {len(atlas.planes)} planes in '
-                               f'{atlas.seconds:.1f} s; they are kept, so that the next opening only reads them.</div>')
+            self.cost.value = message(f"samples: {opened.items.chosen}; {len(atlas.planes)} planes in {atlas.seconds:.1f} s; "
+                                      "they are kept, so that the next opening only reads them.")
             self.box.children = (self.cost, self.view.box)
         except Exception as error:  # whatever it is, the panel says so and can be asked again
             words = f"{error}" if isinstance(error, ValueError | FileNotFoundError) else f"{type(error).__name__}: {error}"
             self.problem = words
-            self.said.value = (f'<div role="alert" style="overflow-wrap: anywhere"><b>Cannot be shown:</b> {escape(words)}</div>')
+            self.said.value = message(words, True, "Cannot be shown:")
             self.bar.layout.display, self.again.layout.display = "none", ""
         finally:
             self._ready.set()

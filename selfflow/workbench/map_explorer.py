@@ -22,7 +22,7 @@ from ..data.notes import to_wav, within_full_scale
 from ..figures.pages import Page, to_pixels
 from ..figures.plots import to_array
 from ..figures.projection import HUES, SHAPES, draw_projection, kinds_of, plane_of
-from .controls import DARK, LIGHT, Surroundings, Theme, beside, choice, number, png_of
+from .controls import DARK, LIGHT, Surroundings, Theme, beside, choice, message, number, png_of
 
 # %% ../../nbs/7_workbench/11_map_explorer.ipynb #e791b071
 _LEAST = 96  # pixels: smaller images are shown larger by whole steps
@@ -212,7 +212,7 @@ class MapExplorer:
         self.chosen.value = f'<div role="status">{words}</div>{cells}'
 
     def _tell(self, problem: str = "") -> None:
-        self.message.value = f'<div role="alert"><b>Cannot be shown:</b> {escape(problem)}</div>' if problem else ""
+        self.message.value = message(problem, True, "Cannot be shown:") if problem else ""
 
     def recolour(self, _=None) -> None:
         "Colour by the factor of the control, in the colours of the page."

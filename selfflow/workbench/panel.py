@@ -22,7 +22,7 @@ from ..training.loop import train as train_run
 from ..training.run import Run
 from ..training.watching import Following
 from .boards import picture_of
-from .controls import DARK, DRAWING, LIGHT, Surroundings, beside, button, rests, text_box
+from .controls import DARK, DRAWING, LIGHT, Surroundings, beside, button, message, rests, text_box
 
 # %% ../../nbs/7_workbench/04_panel.ipynb #e1a80686
 SHARE = 0.05                # of the time, at most, is spent on drawing while a run trains
@@ -145,7 +145,7 @@ class Panel:
         image.layout.display = ""
 
     def _say_trouble(self, problems):
-        self.trouble.value = "".join(f'<div role="alert">Cannot be shown: {escape(problem)}</div>' for problem in problems)
+        self.trouble.value = "".join(message(f"Cannot be shown: {problem}", alert=True) for problem in problems)
 
     # requests
 

@@ -23,7 +23,7 @@ from selfflow.analysis.attention import (
     watch_attention,
 )
 from selfflow.draws import keyed
-from selfflow.figures.attention import draw_closing, draw_mass, draw_on_film, draw_on_image, draw_on_sound, token_at
+from selfflow.figures.attention import draw_closing, draw_mass, draw_on_film, draw_on_image, draw_on_sound
 from selfflow.method.flow import interpolate
 from selfflow.method.layers import Groups
 from selfflow.method.schedule import Conditioned, DualTimestep, NoiseLevels, SingleLevel
@@ -273,18 +273,11 @@ def test_maps_lie_where_the_tokens_do():
     (lambda: draw_on_film(torch.zeros(3, 4, 8, 8), torch.ones(1, 3, 4, 4)), "do not fit a film"),
     (lambda: draw_on_sound(torch.zeros(10, 8), torch.ones(1, 3)), "do not fit a spectrum"),
     (lambda: draw_on_sound(torch.zeros(10, 8), torch.ones(1, 4), token=4), "no moment"),
-    (lambda: token_at(8, 0, (8, 8), (4, 4)), "beside"),
     (lambda: draw_mass({"a": pd.DataFrame({"direction": ["clean to noisy"]})}), "no row of direction"),
 ])
 def test_what_cannot_be_is_said(call, says):
     with pytest.raises(ValueError, match=says):
         call()
-
-
-def test_a_click_on_every_token_finds_it():
-    for row in range(4):
-        for column in range(2):
-            assert token_at(column * 6 + 3, row * 2 + 1, (8, 12), (4, 2)) == (row, column)
 
 
 def test_what_is_drawn_is_what_was_measured():

@@ -88,6 +88,25 @@ def test_its_options_are_settings_like_others(tmp_path, capsys):
             Config.from_dict({"data": {"name": "stripes", "thickness": "3"}})
 
 
+def test_options_need_defaults_and_may_be_written_as_strings(tmp_path):
+    file = tmp_path / "later.py"
+    file.write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n"
+                    "from selfflow import register_dataset\n"
+                    "@dataclass(frozen=True)\nclass Options:\n    count: int = 3\n    share_of: tuple[float, ...] = ()\n"
+                    "@register_dataset('later', options=Options)\ndef later(config, split): ...\n"
+                    "@dataclass(frozen=True)\nclass Bad:\n    root: str\n"
+                    "if False:\n    register_dataset('bad', later, Bad)\n")
+    with trial():
+        use(file)
+        assert DataConfig("later", count=4, share_of=(0.5,)).count == 4
+        with pytest.raises(ValueError, match="count is 2.5, expected int"):
+            DataConfig("later", count=2.5)
+        bad = tmp_path / "bad.py"
+        bad.write_text(file.read_text().replace("if False", "if True").replace("'later'", "'sooner'"))
+        with pytest.raises(ValueError, match="option root of data set 'bad' has no default; give it one in Bad"):
+            use(bad)
+
+
 class Odd(Dataset):
     def __init__(self, count=9, **at):
         self.count, self.at = count, at

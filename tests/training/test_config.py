@@ -10,7 +10,7 @@ import torch
 
 from selfflow.method.backbone import Inputs
 from selfflow.data.options import SOUNDS, DataConfig
-from selfflow.data.sources import CODECS
+from selfflow.data.sources import _CODECS
 from selfflow.method.build import (
     build_backbone,
     build_density,
@@ -254,7 +254,7 @@ def test_what_is_taken_without_a_look_fits_at_every_depth(ratio):
 
 
 def test_codecs_and_their_names_are_the_same():
-    assert SOUNDS == tuple(CODECS)
+    assert SOUNDS == tuple(_CODECS)
 
 
 def test_configs_are_plain_values():

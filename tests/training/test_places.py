@@ -113,6 +113,21 @@ def test_the_place_may_change_only_where_the_data_are_known_to_be_the_same(tmp_p
             agree(tmp_path, stored("a", there), stored("b", asked))
 
 
+def test_two_folders_are_two_data_sets_and_each_may_move(tmp_path, capsys):
+    first, second = (config(str(pictures(tmp_path / name, seed))).data for seed, name in enumerate(("first", "second")))
+    run = train(replace(config(), data=(first, replace(second, share=2))), tmp_path / "runs", "cpu", bar=False)
+    assert list(run.sources.data) == list(run.outline) == ["folder", "folder-2"] and len(run.sources.names) == 4
+    shutil.move(tmp_path / "second", tmp_path / "third")
+    assert run.sample(["dark"], steps=1, data="folder-2")["image"].shape == (1, 3, 8, 8)
+    with pytest.raises(ValueError, match="was trained on folder, folder-2; name the one that has moved"):
+        run.relocate(tmp_path / "third")
+    main(["relocate", str(run.path), str(tmp_path / "third"), "--data", "folder-2"])
+    assert f"data.1.path: {tmp_path / 'second'} -> {tmp_path / 'third'} from here on" in capsys.readouterr().out
+    assert len(Run.open(run.path, "cpu").sources_of("test").data["folder-2"]) > 0
+    with pytest.raises(ValueError, match="other data"):
+        run.relocate(tmp_path / "first", "folder-2")
+
+
 @pytest.mark.parametrize("name", ["mein läuf 2", "run #1 (best) 'x' $HOME", "運転"])
 def test_a_run_folder_of_any_name_goes_on_and_is_sampled(trained, name, capsys):
     folder = trained.rename(trained.with_name(name))

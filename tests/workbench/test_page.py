@@ -284,7 +284,7 @@ def test_the_kernel_of_a_closed_page_goes_and_that_of_an_open_page_stays(tmp_pat
         stays, connection = opened()
         closed, other = opened()
         other.close()
-        assert gone(closed) and not gone(stays, seconds=8), "it has been idle for longer than is allowed without a page"
+        assert gone(closed) and not gone(stays, seconds=5), "it has been idle for longer than is allowed without a page"
         connection.close()
         assert gone(stays)
 
@@ -293,7 +293,7 @@ TRAINS = """
 import threading, time, ipywidgets
 step = ipywidgets.IntText()
 def train():  # as the panel of a training does: it goes on showing where it is
-    for step.value in range(20):
+    for step.value in range(10):
         time.sleep(1)
 threading.Thread(target=train).start()
 step
@@ -304,29 +304,20 @@ def test_a_closed_page_that_trains_keeps_its_kernel_until_it_has_trained(tmp_pat
     with pages(tmp_path, TRAINS) as (opened, gone):
         kernel, connection = opened()
         connection.close()
-        assert not gone(kernel, seconds=12) and gone(kernel)
+        assert not gone(kernel, seconds=6) and gone(kernel)
 
 
-MINE = """
-import ipywidgets as widgets
-from selfflow.registries import explorers
-
-@explorers.register("Name of the run")
-def name(chosen):
-    "Says <which> run it was given."
-    return widgets.HTML(chosen.run.config.name)
-"""
+MINE = ROOT / "tests/plugins/own_explorer.py"
 
 
-def test_an_explorer_in_a_file_of_the_user_is_a_tool(runs, tmp_path):
-    (tmp_path / "mine.py").write_text(MINE)
+def test_an_explorer_in_a_file_of_the_user_is_a_tool(runs):
     script = ("import sys, nbformat\nfrom pathlib import Path\nfrom selfflow.registries import use\n"
               "from selfflow.workbench.app import page_of\nfrom selfflow.workbench.page import Workbench\n"
               "use(sys.argv[1])\nbench = Workbench(sys.argv[2], configs=())\nbench.tool.value = 'Name of the run'\n"
               "bench.settle()\nprint(bench.about.value, bench.page.children[0].value, list(bench.tools)[0])\n"
               "print(page_of(Path(sys.argv[2])).cells[0].source)")
-    command = [sys.executable, "-c", script, tmp_path / "mine.py", runs["tiny"].path]
+    command = [sys.executable, "-c", script, MINE, runs["tiny"].path]
     shown = subprocess.run(command, capture_output=True, text=True)
     first, *cell = shown.stdout.splitlines()
     assert first == "<i>Says &lt;which&gt; run it was given.</i> tiny Noise asymmetry", shown.stderr
-    assert f"use({str(tmp_path / 'mine.py')!r})" in cell, "the kernel of the app uses it too"
+    assert f"use({str(MINE)!r})" in cell, "the kernel of the app uses it too"
