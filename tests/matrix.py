@@ -334,4 +334,4 @@ def check_choice(kind: Kind, run: Path) -> None:
     conditions = judged.data[opened.config.data.name][0].condition.values
     if opened.config.data.condition == "class" and not alike:
         assert conditions.bincount().tolist() == [4, 4, 4]
-        assert Subject(opened, count=6).condition.bincount().tolist() == [2, 2, 2]
+        assert Subject(opened, count=6).condition.values.bincount().tolist() == [2, 2, 2]
