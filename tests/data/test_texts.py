@@ -564,7 +564,7 @@ def test_another_encoder_does_not_go_on_and_does_not_draw(told, folders, tmp_pat
     finally:
         (place / "model.safetensors").write_bytes(kept)
     assert Run.open(told.path, "cpu").sample(["a red star"], steps=2)["image"].isfinite().all()
-    with pytest.raises(ValueError, match="another config.*\n  transformer.caption_width: 16 in the folder, 0 asked for"):
+    with pytest.raises(ValueError, match="another config.*\n  inputs.caption_width: 16 in the folder, 0 asked for"):
         train(run_with(""), told.path.parent, "cpu", bar=False)
     assert (told.path / "config.json").read_bytes() == config
 

@@ -347,7 +347,7 @@ def test_probes_of_other_layers_stand_beside_each_other(runs, tmp_path):
     (["train", "--objective.name", "repa", "--features", "nowhere.safetensors"], "nowhere.safetensors"),
     (["train", "--features", "tiny/config.json"], "tiny/config.json is no safetensors file"),
     (["train", "--features", "tiny"], "tiny is a folder, not a safetensors file"),
-    (["train", "--data.rate", "0"], "data.rate is 0, expected 1000 to 400000"),
+    (["train", "--data.name", "folder", "--data.path", ".", "--data.rate", "0"], "data.rate is 0, expected 1000 to 400000"),
     (["train", "--features", "tiny/checkpoints/step-00000012/model.safetensors"], "has no tensor 'features', only"),
     (["train", "--objective.schedule", "duel"], "'dual'"),
     (["train", "--objective.block", "3"], "block 3 does not divide grid (4, 4)"),
