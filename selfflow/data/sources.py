@@ -333,7 +333,7 @@ class Sources:
         return known if known in map("+".join, product(*earlier)) else self.fingerprint
 
     def condition(self, name: str, examples: Examples) -> Condition:
-        "What a model is told of samples of a data set: their class among all classes, or their captions."
+        "Return the condition of samples of a data set: their class among all classes, or their captions."
         if self.config.condition == "caption":
             return Condition(self.encoder.encode(examples.captions, self.config.caption))
         if self.config.condition == "none":

@@ -293,9 +293,9 @@ def _with_its_defaults(config: Config, folder: Path, processes: Processes) -> Co
     defaults = stored.defaults
     if defaults != config.defaults:
         processes.say(f"{config.name}: began with defaults {defaults} of the project, and goes on with them")
-        pairs = zip(config.datasets.values(), stored.datasets.values(), strict=False)  # others are refused later
-        data = [replace(own, carve=before.carve) if hasattr(own, "carve") and hasattr(before, "carve") else own
-                for own, before in pairs]
+        before = stored.datasets  # a data set that is not among them is refused later
+        data = [replace(own, carve=before[name].carve) if hasattr(before.get(name), "carve") else own
+                for name, own in config.datasets.items()]
         config = replace(config, data=data)
     return replace(config, defaults=defaults)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from selfflow.cli import main
+from selfflow.data.options import DataConfig
 from selfflow.options import starting_point
 from selfflow.training.config import Config, flatten
 from selfflow.training.loop import train
@@ -60,6 +61,9 @@ def test_an_old_run_keeps_its_defaults_whoever_asks(tmp_path, capsys):
         run = train(asked, tmp_path, "cpu", bar=False)
         assert run.config == old and run.state()["step"] == 8
         assert "digits: began with defaults 3 of the project, and goes on with them\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="sincos"):  # a second data set is not left out
+        train(replace(asked, data=(asked.data, DataConfig("notes"))), tmp_path, "cpu", bar=False)
+    capsys.readouterr()
     new = train(replace(asked, name="new"), tmp_path, "cpu", bar=False)
     assert new.teacher.t_embedder.fp32
     assert new.config.defaults == 4 and "defaults" not in capsys.readouterr().out
