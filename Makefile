@@ -4,10 +4,11 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+SOURCES := nbs tests setup.py
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .NOTPARALLEL:
-.PHONY: help demo test lab setup export clean-notebooks readme check-step
+.PHONY: help demo test lab setup export format clean-notebooks readme check-step
 .DEFAULT_GOAL := help
 
 help:  ## these lines
@@ -20,15 +21,20 @@ demo: setup  ## train Self-Flow and flow matching on digits, compare them, write
 	@echo "To look around in JupyterLab: make lab"
 
 test: setup check-step  ## notebooks and package in step, ruff, every notebook executed, all tests
-	$(BIN)/ruff check selfflow tests setup.py
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES) selfflow
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(BIN)/pytest -n 2 --dist loadfile
 
 lab: setup  ## JupyterLab on nbs/, at the workbench
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/studies/workbench.ipynb nbs
 
-export: setup clean-notebooks readme  ## notebooks to package and README
+export: setup format clean-notebooks readme  ## format, then notebooks to package and README
 	$(BIN)/nbdev_export
+
+format: setup  ## ruff: imports in order, 88 columns
+	$(BIN)/ruff check --select I --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
 
 clean-notebooks: setup  ## drop metadata that changes from run to run
 	$(BIN)/nbdev_clean

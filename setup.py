@@ -1,4 +1,5 @@
 """Packaging: everything is read from settings.ini, which nbdev reads too."""
+
 import shutil
 from configparser import ConfigParser
 from pathlib import Path
@@ -7,12 +8,16 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-SHIPPED = ("judges",)  # folders of data/ that are copied into a wheel, where selfflow.shipped finds them
+# folders of data/ that are copied into a wheel, where selfflow.shipped finds them
+SHIPPED = ("judges",)
 parser = ConfigParser(delimiters=["="])
 parser.read(ROOT / "settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]
-extras = {key.removesuffix("_requirements"): listed.split("\n")
-          for key, listed in settings.items() if key.endswith("_requirements")}
+extras = {
+    key.removesuffix("_requirements"): listed.split("\n")
+    for key, listed in settings.items()
+    if key.endswith("_requirements")
+}
 
 
 class Build(build_py):

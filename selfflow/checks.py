@@ -28,15 +28,23 @@ def check_types(config, infinite: tuple[str, ...] = ()) -> None:
 
     Types may be unions, tuples and dicts of types. infinite: the fields that may be infinite.
     """
-    kinds = get_type_hints(type(config)) if any(isinstance(f.type, str) for f in fields(config)) else {}
+    kinds = (
+        get_type_hints(type(config))
+        if any(isinstance(f.type, str) for f in fields(config))
+        else {}
+    )
     for f in fields(config):
         value, kind = getattr(config, f.name), kinds.get(f.name, f.type)
         if not _fits(value, kind):
             name = str(kind) if get_args(kind) else getattr(kind, "__name__", str(kind))
-            raise ValueError(f"{type(config).__name__}.{f.name} is {value!r}, expected {name}")
+            raise ValueError(
+                f"{type(config).__name__}.{f.name} is {value!r}, expected {name}"
+            )
         for number in _numbers(value):
             if math.isnan(number) or math.isinf(number) and f.name not in infinite:
-                raise ValueError(f"{f.name} is {value}, but must be a finite number ({type(config).__name__}.{f.name})")
+                raise ValueError(
+                    f"{f.name} is {value}, but must be a finite number ({type(config).__name__}.{f.name})"
+                )
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -45,10 +53,20 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in inner)
     if origin is tuple:
-        kinds = inner[:1] * len(value) if inner[-1] is ... and isinstance(value, tuple) else inner
-        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+        kinds = (
+            inner[:1] * len(value)
+            if inner[-1] is ... and isinstance(value, tuple)
+            else inner
+        )
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(kinds)
+            and all(map(_fits, value, kinds))
+        )
     if origin is dict:
-        return isinstance(value, dict) and all(_fits(key, inner[0]) and _fits(one, inner[1]) for key, one in value.items())
+        return isinstance(value, dict) and all(
+            _fits(key, inner[0]) and _fits(one, inner[1]) for key, one in value.items()
+        )
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
@@ -67,10 +85,16 @@ def check_positive(config, *names: str) -> None:
     "Raise ValueError for the first of the named fields that is not greater than 0."
     for name in names:
         if not getattr(config, name) > 0:
-            raise ValueError(f"{name} is {getattr(config, name)}, but must be greater than 0")
+            raise ValueError(
+                f"{name} is {getattr(config, name)}, but must be greater than 0"
+            )
 
 # %% ../nbs/0_ground/01_checks.ipynb #c412a677
 def check_shares(shares: tuple[float, ...], name: str) -> None:
     "Nothing, but ValueError unless `shares` are not negative and sum to 1; name: what the message calls them."
-    if not (shares and all(share >= 0 for share in shares) and abs(sum(shares) - 1) <= 1e-6):
-        raise ValueError(f"{name} are {shares}, but they are probabilities: none negative, their sum 1")
+    if not (
+        shares and all(share >= 0 for share in shares) and abs(sum(shares) - 1) <= 1e-6
+    ):
+        raise ValueError(
+            f"{name} are {shares}, but they are probabilities: none negative, their sum 1"
+        )

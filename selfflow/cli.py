@@ -22,7 +22,13 @@ import tyro
 
 from . import __version__
 from .checks import choose
-from .options import read_command, read_features, sampler_of, starting_point, use_files
+from selfflow.options import (
+    read_command,
+    read_features,
+    sampler_of,
+    starting_point,
+    use_files,
+)
 from .registries import NoOptions, Registry, samplers
 from .training.config import PRESETS, Config
 
@@ -42,11 +48,19 @@ def command(function: Callable) -> Callable:
 
 
 @command
-def train(config: Annotated[Config, tyro.conf.arg(name="")],
-          preset: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(PRESETS)}}}")] = "digits",
-          config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None, folder: Path = Path("runs"),
-          device: str = "auto", features: Path | None = None, processes: int = 1, workers: int = 0,
-          track: tuple[str, ...] = ()) -> None:
+def train(
+    config: Annotated[Config, tyro.conf.arg(name="")],
+    preset: Annotated[
+        str, tyro.conf.arg(metavar=f"{{{','.join(PRESETS)}}}")
+    ] = "digits",
+    config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None,
+    folder: Path = Path("runs"),
+    device: str = "auto",
+    features: Path | None = None,
+    processes: int = 1,
+    workers: int = 0,
+    track: tuple[str, ...] = (),
+) -> None:
     """Train a run, or go on with it where it stands. Ctrl-C saves and ends it; the same command goes on.
 
     Args:
@@ -60,28 +74,55 @@ def train(config: Annotated[Config, tyro.conf.arg(name="")],
         workers: Processes that fetch data ahead, for each of them; 0 is none.
         track: Also tell tensorboard, wandb, mlflow; without it nothing leaves the folder.
     """
-    # preset and config_file were read before the options: config has them in it, see `starting_point`
+    # preset and config_file were read before the options: config has them in it, see
+    # `starting_point`
     from selfflow.training.loop import train as train_run
     from selfflow.training.processes import launch
+
     if processes > 1:
         run = launch(config, processes, folder, device, features, workers, track)
     else:
-        run = train_run(config, folder, device, read_features(features) if features else None, workers, track)
+        run = train_run(
+            config,
+            folder,
+            device,
+            read_features(features) if features else None,
+            workers,
+            track,
+        )
     if int(os.environ.get("RANK", 0)):
         return  # one of several processes that a launcher has started: the first speaks
     if processes > 1 or run.state()["step"] < config.training.steps:
-        return  # the first of the processes has printed it, or the run was stopped, which was reported
-    losses = run.log["validation_flow_loss"].dropna() if "validation_flow_loss" in run.log else ()
+        # the first of the processes has printed it, or the run was stopped, which was
+        # reported
+        return
+    losses = (
+        run.log["validation_flow_loss"].dropna()
+        if "validation_flow_loss" in run.log
+        else ()
+    )
     sources = run.sources.data.values()
-    probe = f"selfflow probe {run.quoted}; " if any(len(data.names) > 1 for data in sources) else ""
-    print(f"{run.path} is trained: {run.state()['step']} steps"
-          + (f", validation flow loss {losses.iloc[-1]:.4f}. " if len(losses) else ". ") +
-          f"Next: selfflow sample {run.quoted}; {probe}selfflow report {run.quoted}")
+    probe = (
+        f"selfflow probe {run.quoted}; "
+        if any(len(data.names) > 1 for data in sources)
+        else ""
+    )
+    print(
+        f"{run.path} is trained: {run.state()['step']} steps"
+        + (f", validation flow loss {losses.iloc[-1]:.4f}. " if len(losses) else ". ")
+        + f"Next: selfflow sample {run.quoted}; {probe}selfflow report {run.quoted}"
+    )
 
 
 @command
-def runs(folder: tyro.conf.Positional[Path] = Path("runs"), names: tuple[str, ...] = (), measure: str = "flow_loss",
-         against: str | None = None, output: Path | None = None, width: int | None = None) -> None:
+def runs(
+    folder: tyro.conf.Positional[Path] = Path("runs"),
+    names: tuple[str, ...] = (),
+    measure: str = "flow_loss",
+    against: str | None = None,
+    output: Path | None = None,
+    width: int | None = None,
+) -> None:
     """Show all runs of a folder in a table, and draw what they reached for what they cost.
 
     Args:
@@ -96,25 +137,54 @@ def runs(folder: tyro.conf.Positional[Path] = Path("runs"), names: tuple[str, ..
     from selfflow.disk import write_files
     from selfflow.figures.plots import draw_runs, to_png
     from selfflow.training.checkpoint import find_runs
+
     found = find_runs(folder)
-    chosen = {name: found[choose(name, found, f"run in {folder}")] for name in names} or found
+    chosen = {
+        name: found[choose(name, found, f"run in {folder}")] for name in names
+    } or found
     table = runs_table(chosen)
     print(fit_table(table, width or shutil.get_terminal_size((120, 24)).columns))
     if against or output:
-        whole = {name: path for name, path in chosen.items() if not table.loc[name, "state"].startswith("damaged")}
+        whole = {
+            name: path
+            for name, path in chosen.items()
+            if not table.loc[name, "state"].startswith("damaged")
+        }
         curves = run_curves(whole, measure, against or "steps")
         label, units = AGAINST[against or "steps"]
         output = output or folder / "comparison.png"
-        write_files({output: to_png(draw_runs(curves, label, measure.replace("_", " "), units), dpi=150)})
+        write_files(
+            {
+                output: to_png(
+                    draw_runs(curves, label, measure.replace("_", " "), units), dpi=150
+                )
+            }
+        )
         absent = [name for name in chosen if name not in curves]
-        print(f"the picture is {output}" + (f"; it has no curve of {', '.join(absent)}" if absent else ""))
+        print(
+            f"the picture is {output}"
+            + (f"; it has no curve of {', '.join(absent)}" if absent else "")
+        )
 
 
 @command
-def sample(run: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), captions: tuple[str, ...] = (), each: int = 10,
-           steps: int = 50, method: Annotated[str, tyro.conf.arg(help_behavior_hint=_one_of(samplers))] = "euler",
-           options: Annotated[object, tyro.conf.arg(name="")] = NoOptions(), cfg_scale: float = 1.0, seed: int = 0,
-           shift: float | None = None, interval: tuple[float, float] = (0.0, 1.0), data: str = "", device: str = "auto") -> None:
+def sample(
+    run: tyro.conf.Positional[Path],
+    labels: tuple[str, ...] = (),
+    captions: tuple[str, ...] = (),
+    each: int = 10,
+    steps: int = 50,
+    method: Annotated[
+        str, tyro.conf.arg(help_behavior_hint=_one_of(samplers))
+    ] = "euler",
+    options: Annotated[object, tyro.conf.arg(name="")] = NoOptions(),
+    cfg_scale: float = 1.0,
+    seed: int = 0,
+    shift: float | None = None,
+    interval: tuple[float, float] = (0.0, 1.0),
+    data: str = "",
+    device: str = "auto",
+) -> None:
     """Draw samples from a run into its folder.
 
     Args:
@@ -134,20 +204,33 @@ def sample(run: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), captio
     """
     from selfflow.training.run import Run
     from selfflow.training.samples import to_draw, write_samples
+
     opened = Run.open(run, device)
     name = opened.config.data_name(data)
     wanted = to_draw(opened, name, labels, captions, each)
     usual = asdict(type(options)())
-    own = {name: value for name, value in asdict(options).items() if value != usual[name]}
-    _, file = write_samples(opened, wanted, steps, method, cfg_scale, seed, shift, interval, name, **own)
-    beside = Counter(path.suffix for path in file.parent.glob(f"{glob.escape(file.stem)}*") if path != file)
+    own = {
+        name: value for name, value in asdict(options).items() if value != usual[name]
+    }
+    _, file = write_samples(
+        opened, wanted, steps, method, cfg_scale, seed, shift, interval, name, **own
+    )
+    beside = Counter(
+        path.suffix
+        for path in file.parent.glob(f"{glob.escape(file.stem)}*")
+        if path != file
+    )
     shown = ", ".join(f"{count} {suffix}" for suffix, count in sorted(beside.items()))
     shift = opened.shift if shift is None else shift
-    print(f"{len(wanted)} samples are in {file} and, to look at and listen to, in the files beside it ({shown}); shift {shift:g}")
+    print(
+        f"{len(wanted)} samples are in {file} and, to look at and listen to, in the files beside it ({shown}); shift {shift:g}"
+    )
 
 
 @command
-def relocate(run: tyro.conf.Positional[Path], path: tyro.conf.Positional[Path], data: str = "") -> None:
+def relocate(
+    run: tyro.conf.Positional[Path], path: tyro.conf.Positional[Path], data: str = ""
+) -> None:
     """Name the new place of a run's data, after they have moved. Other data than those that it was trained on are refused.
 
     Args:
@@ -156,11 +239,16 @@ def relocate(run: tyro.conf.Positional[Path], path: tyro.conf.Positional[Path], 
         data: Which data set, for a run that was trained on several with a place.
     """
     from selfflow.training.run import Run
+
     Run.open(run, "cpu").relocate(path, data)
 
 
 @command
-def export(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path], dtype: str = "float32") -> None:
+def export(
+    run: tyro.conf.Positional[Path],
+    folder: tyro.conf.Positional[Path],
+    dtype: str = "float32",
+) -> None:
     """Write the averaged weights of a run, its config and a model card to a folder, which opens like a run.
 
     Args:
@@ -169,13 +257,24 @@ def export(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path], 
         dtype: float32, bfloat16 or float16, of the weights in the file.
     """
     from selfflow.training.export import export as export_run
+
     place = export_run(run, folder, dtype)
-    print(f"the model is in {place}; open it with selfflow.load, or: selfflow sample {shlex.quote(str(place))}")
+    print(
+        f"the model is in {place}; open it with selfflow.load, or: selfflow sample {shlex.quote(str(place))}"
+    )
 
 
 @command
-def probe(run: tyro.conf.Positional[Path], field: bool = False, weights: str = "teacher", data: str = "", part: str = "",
-          samples: int = 2000, features: Path | None = None, device: str = "auto") -> None:
+def probe(
+    run: tyro.conf.Positional[Path],
+    field: bool = False,
+    weights: str = "teacher",
+    data: str = "",
+    part: str = "",
+    samples: int = 2000,
+    features: Path | None = None,
+    device: str = "auto",
+) -> None:
     """Probe every layer of a run at several noise levels for all that is known of its data, and what that has to beat.
 
     Args:
@@ -189,14 +288,24 @@ def probe(run: tyro.conf.Positional[Path], field: bool = False, weights: str = "
         device: auto (a GPU where there is one), cpu, cuda, ...
     """
     from selfflow.analysis.features import FeatureStore
-    from selfflow.analysis.probing import probe_run, probe_table, probes_cost, write_probes
+    from selfflow.analysis.probing import (
+        probe_run,
+        probe_table,
+        probes_cost,
+        write_probes,
+    )
     from selfflow.disk import check_writable
     from selfflow.training.run import Run
+
     opened = Run.open(run, device)
     check_writable(run / "probes.json")
     store = FeatureStore(features or opened.path / "features")
-    settings = {"weights": weights, "data": data, "store": store,
-                "counts": {"train": samples, "validation": samples // 4, "test": samples // 2}}
+    settings = {
+        "weights": weights,
+        "data": data,
+        "store": store,
+        "counts": {"train": samples, "validation": samples // 4, "test": samples // 2},
+    }
     print(f"features: {probes_cost(opened, **settings)}, in {store.folder}", flush=True)
     probes = write_probes(opened, probe_run(opened, part=part, **settings))
     table = probes.table("field" if field else "regression")
@@ -205,14 +314,27 @@ def probe(run: tyro.conf.Positional[Path], field: bool = False, weights: str = "
     else:
         print(table.drop(columns="protocol").to_string())
     print(*sorted(set(table["protocol"])), sep="\n")
-    print(f"Samples: {', '.join(f'{split} {words}' for split, words in probes.about['chosen'].items())}.")
-    print(f"The cell is chosen on validation, intervals are over test items. All cells: {run}/probes.json")
+    print(
+        f"Samples: {', '.join(f'{split} {words}' for split, words in probes.about['chosen'].items())}."
+    )
+    print(
+        f"The cell is chosen on validation, intervals are over test items. All cells: {run}/probes.json"
+    )
 
 
 @command
-def metrics(run: tyro.conf.Positional[Path], count: int = 500, steps: int = 25, cfg_scale: float = 1.0, seed: int = 0,
-            shift: float | None = None, data: str = "", extractor: Path | None = None, resamples: int = 40,
-            device: str = "auto") -> None:
+def metrics(
+    run: tyro.conf.Positional[Path],
+    count: int = 500,
+    steps: int = 25,
+    cfg_scale: float = 1.0,
+    seed: int = 0,
+    shift: float | None = None,
+    data: str = "",
+    extractor: Path | None = None,
+    resamples: int = 40,
+    device: str = "auto",
+) -> None:
     """Draw samples of a run and measure how far they lie from test data, beside how far other real data do.
 
     Args:
@@ -231,16 +353,37 @@ def metrics(run: tyro.conf.Positional[Path], count: int = 500, steps: int = 25, 
     from selfflow.analysis.sample_metrics import run_metrics
     from selfflow.disk import check_writable
     from selfflow.training.run import Run
+
     opened = Run.open(run, device)
     check_writable(run / "metrics.json")
     features = open_extractor(extractor, device=opened.device) if extractor else None
-    print(run_metrics(opened, count, steps, cfg_scale, seed, data, features, resamples=resamples, shift=shift))
+    print(
+        run_metrics(
+            opened,
+            count,
+            steps,
+            cfg_scale,
+            seed,
+            data,
+            features,
+            resamples=resamples,
+            shift=shift,
+        )
+    )
     print(f"All of it: {run}/metrics{'-' * bool(data)}{data}.json")
 
 
 @command
-def bench(sizes: tuple[str, ...] = ("S",), precisions: tuple[str, ...] = ("fp32", "bf16"), tokens: int = 256, batch: int = 8,
-          compiled: bool = False, rounds: int = 5, output: Path = Path("benchmark.json"), device: str = "auto") -> None:
+def bench(
+    sizes: tuple[str, ...] = ("S",),
+    precisions: tuple[str, ...] = ("fp32", "bf16"),
+    tokens: int = 256,
+    batch: int = 8,
+    compiled: bool = False,
+    rounds: int = 5,
+    output: Path = Path("benchmark.json"),
+    device: str = "auto",
+) -> None:
     """Measure training and sampling steps against the published form and a large matrix product.
 
     Args:
@@ -257,14 +400,24 @@ def bench(sizes: tuple[str, ...] = ("S",), precisions: tuple[str, ...] = ("fp32"
     from selfflow.analysis.benchmark import bench as run_bench
     from selfflow.training.recording import device_name
     from selfflow.training.run import device_for
-    cases = [Case(size, tokens, batch, precision, compiled) for size in sizes for precision in precisions]
+
+    cases = [
+        Case(size, tokens, batch, precision, compiled)
+        for size in sizes
+        for precision in precisions
+    ]
     print(bench_table(run_bench(cases, output, rounds, device)).to_string(index=False))
     print(f"{device_name(device_for(device))}; the record is {output}")
 
 
 @command
-def report(runs: tyro.conf.Positional[tuple[Path, ...]], output: Path | None = None, full: bool = False, pdf: bool = False,
-           device: str = "auto") -> None:
+def report(
+    runs: tyro.conf.Positional[tuple[Path, ...]],
+    output: Path | None = None,
+    full: bool = False,
+    pdf: bool = False,
+    device: str = "auto",
+) -> None:
     """Write a one-file HTML report of a run, or a comparison of several with the first; tables and numbers lie beside it.
 
     Args:
@@ -280,23 +433,30 @@ def report(runs: tyro.conf.Positional[tuple[Path, ...]], output: Path | None = N
     from selfflow.report.document import printer, write_pdf
     from selfflow.report.report import make_missing, run_report
     from selfflow.training.run import Run
+
     if pdf:
         printer()  # or nothing is begun
     names = [path.name for path in runs]
     shown = [str(path) if names.count(path.name) > 1 else path.name for path in runs]
-    opened = {name: Run.open(path, device) for name, path in zip(shown, runs, strict=True)}
+    opened = {
+        name: Run.open(path, device) for name, path in zip(shown, runs, strict=True)
+    }
     output = output or runs[0] / "report.html"
     check_writable(output)
     if full:
         make_missing(opened)
     page = run_report(opened).write(output)
-    print(f"the report is {page}; its tables as CSV and all numbers are in {page.with_name(page.stem + '_files')}")
+    print(
+        f"the report is {page}; its tables as CSV and all numbers are in {page.with_name(page.stem + '_files')}"
+    )
     if pdf:
         print(f"printed: {write_pdf(page)}")
 
 # %% ../nbs/8_cli/03_cli.ipynb #665e0e47
 @command
-def notebook(source: tyro.conf.Positional[Path], output: tyro.conf.Positional[Path]) -> None:
+def notebook(
+    source: tyro.conf.Positional[Path], output: tyro.conf.Positional[Path]
+) -> None:
     """Execute a notebook from its own folder and save it, outputs included, elsewhere.
 
     Args:
@@ -304,6 +464,7 @@ def notebook(source: tyro.conf.Positional[Path], output: tyro.conf.Positional[Pa
         output: The file to write.
     """
     from selfflow.execution import execute
+
     execute(source, output)
 
 # %% ../nbs/8_cli/03_cli.ipynb #3fde013f
@@ -317,16 +478,19 @@ def app(folder: Path = Path("runs"), port: int = 8866, browser: bool = True) -> 
         browser: Open one; the address, with its token, is printed in any case.
     """
     from selfflow.workbench.app import serve
+
     serve(folder, port, browser)
 
 # %% ../nbs/8_cli/03_cli.ipynb #fd50ede9
 def _leave_if_nobody_reads(wrote: bool = False) -> None:
     "End without a word if standard output was closed, as `| head` does; with the status that a shell expects, 128 + SIGPIPE."
-    # wrote: what could not be written may be gone from the buffer, so one more line is tried
+    # wrote: what could not be written may be gone from the buffer, so one more line is
+    # tried
     try:
         print(end="\n" * wrote, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        # Python flushes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
 
 
@@ -340,19 +504,30 @@ def main(args: list[str] | None = None) -> None:
         if args == ["--version"]:
             return print(f"selfflow {__version__}")
         args = use_files(args)
-        starts = {"train": starting_point, "sample": sampler_of}.get(args[0], lambda _: {})(args) if args else {}
+        starts = (
+            {"train": starting_point, "sample": sampler_of}.get(args[0], lambda _: {})(
+                args
+            )
+            if args
+            else {}
+        )
         read_command(COMMANDS, args, **starts)()
     except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
         if isinstance(error, BrokenPipeError):
             _leave_if_nobody_reads(wrote=True)
-        unknown = isinstance(error, RuntimeError) and "memory" not in str(error)  # a CPU without memory raises it
+        # a CPU without memory raises it
+        unknown = isinstance(error, RuntimeError) and "memory" not in str(error)
         if os.environ.get("SELFFLOW_TRACEBACK") or unknown:
             raise
         print(f"selfflow: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as error:
         lost = "What was not saved is lost; the same command goes on from the last checkpoint."
-        kept = "Nothing was lost; the same command goes on from here." if error.args == ("saved",) else lost
+        kept = (
+            "Nothing was lost; the same command goes on from here."
+            if error.args == ("saved",)
+            else lost
+        )
         kept = f" {kept}" if args[:1] == ["train"] else ""
         print(f"\nselfflow: interrupted.{kept}", file=sys.stderr)
         raise SystemExit(130) from None
@@ -360,5 +535,6 @@ def main(args: list[str] | None = None) -> None:
         _leave_if_nobody_reads()
 
 
-if __name__ == "__main__" and Path(globals().get("__file__", "")).name == "cli.py":  # not in a notebook, which has that name too
+# not in a notebook, which has that name too
+if __name__ == "__main__" and Path(globals().get("__file__", "")).name == "cli.py":
     main()

@@ -36,8 +36,13 @@ def not_written(what: str, error: OSError, safe: str) -> NotWritten:
     "The error that says that `what` could not be written, why, what is `safe`, and what to do."
     reason = os.strerror(error.errno) if error.errno else str(error)
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    remedy = "Make room on the disk" if full else "See that the folder can be written to"
-    return NotWritten(error.errno or errno.EIO, f"{what} could not be written: {reason}. {safe} {remedy}, then start again.")
+    remedy = (
+        "Make room on the disk" if full else "See that the folder can be written to"
+    )
+    return NotWritten(
+        error.errno or errno.EIO,
+        f"{what} could not be written: {reason}. {safe} {remedy}, then start again.",
+    )
 
 
 def flush(path: Path) -> None:
@@ -77,7 +82,9 @@ def replacing(path: Path) -> Iterator[Path]:
     except NotWritten:  # of another file that is written with it
         raise
     except OSError as error:
-        raise not_written(str(path), error, "What stood there before is unchanged.") from error
+        raise not_written(
+            str(path), error, "What stood there before is unchanged."
+        ) from error
     finally:
         with suppress(OSError):  # gone already when all went well
             temporary.unlink()
@@ -87,13 +94,17 @@ def write_files(contents: dict[Path, bytes]) -> None:
     "Write several files: all of them are there in the end, or none is new. Raises NotWritten."
     with ExitStack() as stack:
         temporaries = [stack.enter_context(replacing(path)) for path in contents]
-        for (path, content), temporary in zip(contents.items(), temporaries, strict=True):
+        for (path, content), temporary in zip(
+            contents.items(), temporaries, strict=True
+        ):
             try:
                 make_folder(path.parent)
                 temporary.write_bytes(content)
                 flush(temporary)  # from here on there is only renaming
             except OSError as error:
-                raise not_written(str(path), error, "What stood there before is unchanged.") from error
+                raise not_written(
+                    str(path), error, "What stood there before is unchanged."
+                ) from error
 
 
 def check_writable(path: Path) -> None:
@@ -103,7 +114,9 @@ def check_writable(path: Path) -> None:
         make_folder(path.parent)
         probe.touch()
     except OSError as error:
-        raise not_written(f"A file in {path.parent}", error, "Nothing was computed for it yet.") from None
+        raise not_written(
+            f"A file in {path.parent}", error, "Nothing was computed for it yet."
+        ) from None
     finally:
         with suppress(OSError):
             probe.unlink()
@@ -118,9 +131,16 @@ def write_json(path: Path, value) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     "Write a safetensors file, with the rights that other new files get. Raises OSError."
     path.touch()
-    rights = path.stat().st_mode  # safetensors makes a file of its own, for the owner alone
+    # safetensors makes a file of its own, for the owner alone
+    rights = path.stat().st_mode
     try:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+        save_file(
+            {
+                name: value.detach().cpu().contiguous()
+                for name, value in tensors.items()
+            },
+            path,
+        )
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         number = int(number[1]) if number else errno.EIO
@@ -136,7 +156,8 @@ def discard(path: Path) -> None:
         path = path.rename(_hidden(path))
         flush(path.parent)
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)  # what cannot go now goes at the next start
+        # what cannot go now goes at the next start
+        shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
@@ -178,7 +199,14 @@ def step_paths(folder: Path, suffix: str = "") -> list[Path]:
     "What is named step-NNNNNNNN in a folder, oldest first: folders, or files with a suffix. Other names are ignored."
     exact = re.compile(r"step-(\d{8}|[1-9]\d{8,})" + re.escape(suffix), re.ASCII)
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted((p for p in found if exact.fullmatch(p.name) and (p.is_file() if suffix else p.is_dir())), key=step_of)
+    return sorted(
+        (
+            p
+            for p in found
+            if exact.fullmatch(p.name) and (p.is_file() if suffix else p.is_dir())
+        ),
+        key=step_of,
+    )
 
 # %% ../nbs/0_ground/02_disk.ipynb #36bf3e90
 @cache
@@ -208,7 +236,9 @@ def read_lines(path: Path) -> list[dict]:
 
 def cut_lines(path: Path, step: int) -> None:
     "Drop what was written after a step, and what is damaged or unfinished. Touches nothing where nothing is to be dropped."
-    kept = b"".join(line + b"\n" for line, row in _good_lines(path) if row["step"] <= step)
+    kept = b"".join(
+        line + b"\n" for line, row in _good_lines(path) if row["step"] <= step
+    )
     if path.exists() and kept != path.read_bytes():
         with replacing(path) as temporary:
             temporary.write_bytes(kept)

@@ -17,13 +17,23 @@ import torch
 from torch import Generator, Tensor
 
 # %% ../nbs/0_ground/05_draws.ipynb #c197c57b
-def keyed(seed: int, purpose: str, step: int = 0, shard: int = 0, device: str | torch.device = "cpu") -> Generator:
+def keyed(
+    seed: int,
+    purpose: str,
+    step: int = 0,
+    shard: int = 0,
+    device: str | torch.device = "cpu",
+) -> Generator:
     """A generator that depends on its key (seed, purpose, step, shard) alone.
 
     The same key gives the same numbers on any machine with the same device type; keys that differ anywhere are unrelated.
     """
-    digest = hashlib.blake2b(f"{seed}/{purpose}/{step}/{shard}".encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little", signed=True))
+    digest = hashlib.blake2b(
+        f"{seed}/{purpose}/{step}/{shard}".encode(), digest_size=8
+    ).digest()
+    return torch.Generator(device).manual_seed(
+        int.from_bytes(digest, "little", signed=True)
+    )
 
 
 def by_shard(draw, purpose: str, batch, function: Callable) -> list:
@@ -35,12 +45,18 @@ def by_shard(draw, purpose: str, batch, function: Callable) -> list:
     """
     draws = draw if isinstance(draw, list) else [draw]
     if len(batch) % len(draws):
-        raise ValueError(f"{len(batch)} samples cannot be divided into {len(draws)} shards of one size")
-    return [function(part, one(purpose)) for part, one in zip(batch.chunk(len(draws)), draws, strict=True)]
+        raise ValueError(
+            f"{len(batch)} samples cannot be divided into {len(draws)} shards of one size"
+        )
+    return [
+        function(part, one(purpose))
+        for part, one in zip(batch.chunk(len(draws)), draws, strict=True)
+    ]
 
 
 @lru_cache(maxsize=1)
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:  # of this process: threads do not go along when it is forked
+# of this process: threads do not go along when it is forked
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "noise")
 
 
@@ -51,17 +67,30 @@ def noise_like(x: Tensor, draw) -> Tensor:
     """
     noise = torch.empty(x.shape, pin_memory=x.is_cuda)
     if (threads := torch.get_num_threads()) == 1:
-        by_shard(draw, "noise", noise, lambda part, generator: part.normal_(generator=generator))
+        by_shard(
+            draw,
+            "noise",
+            noise,
+            lambda part, generator: part.normal_(generator=generator),
+        )
     else:
         pool = _pool(threads, os.getpid())
-        for drawn in by_shard(draw, "noise", noise, lambda part, generator: pool.submit(part.normal_, generator=generator)):
+        for drawn in by_shard(
+            draw,
+            "noise",
+            noise,
+            lambda part, generator: pool.submit(part.normal_, generator=generator),
+        ):
             drawn.result()
     return noise.to(x, non_blocking=True)
 
 # %% ../nbs/0_ground/05_draws.ipynb #d7ea3222
 def _mixed(z: Tensor) -> Tensor:
     "The bits of int64 numbers, mixed."
-    for right, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
+    for right, factor in (
+        (30, 0xBF58476D1CE4E5B9 - 2**64),
+        (27, 0x94D049BB133111EB - 2**64),
+    ):
         z = (z ^ (z >> right & (1 << 64 - right) - 1)) * factor
     return z ^ (z >> 31 & (1 << 33) - 1)
 
@@ -71,18 +100,24 @@ def numbered(purpose: str, indices: Tensor, count: int) -> Tensor:
 
     Other indices, and how many numbers are asked for, change nothing. Source: SplitMix64, doi 10.1145/2714064.2660195.
     """
-    key = int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little", signed=True)
+    key = int.from_bytes(
+        hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little", signed=True
+    )
     golden = 0x9E3779B97F4A7C15 - 2**64
     row = _mixed(_mixed(indices.long() * golden + key))[:, None]
     z = _mixed(row + torch.arange(1, count + 1, device=indices.device) * golden)
     return (z >> 40 & (1 << 24) - 1).float() / 2**24
 
 # %% ../nbs/0_ground/05_draws.ipynb #9b3e5a54
-def draw_index(shares: tuple[float, ...], shape, generator: Generator | None = None) -> Tensor:
+def draw_index(
+    shares: tuple[float, ...], shape, generator: Generator | None = None
+) -> Tensor:
     """Independent indices, j with probability shares[j]: int64 of the given shape, on the generator's device.
 
     Small uniform numbers give index 1, then 2, ..., the largest 0: with shares (1 - r, r), index 1 is `rand < r`.
     """
-    drawn = torch.rand(shape, generator=generator, device=generator.device if generator else "cpu")
+    drawn = torch.rand(
+        shape, generator=generator, device=generator.device if generator else "cpu"
+    )
     edges = torch.tensor(list(accumulate(shares[1:])), device=drawn.device)
     return (torch.bucketize(drawn, edges, right=True) + 1) % len(shares)

@@ -16,7 +16,8 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from .disk import check_writable, write_files
 
 # %% ../nbs/8_cli/02_execution.ipynb #d0e6dabc
-_TEXT_BARS = "from tqdm import auto, std; auto.tqdm = std.tqdm"  # a terminal shows text, not widgets
+# a terminal shows text, not widgets
+_TEXT_BARS = "from tqdm import auto, std; auto.tqdm = std.tqdm"
 
 
 class _Client(NotebookClient):
@@ -40,9 +41,15 @@ def execute(source: Path, output: Path) -> None:
     book = nbformat.read(source, as_version=4)
     book.cells.insert(0, nbformat.v4.new_code_cell(_TEXT_BARS))
     try:
-        _Client(book, store_widget_state=False, resources={"metadata": {"path": str(source.parent)}}).execute()
+        _Client(
+            book,
+            store_widget_state=False,
+            resources={"metadata": {"path": str(source.parent)}},
+        ).execute()
     except (CellExecutionError, DeadKernelError) as error:
-        raise ValueError(f"a cell of {source} failed; the notebook as far as it came is {output}.\n{error}") from None
+        raise ValueError(
+            f"a cell of {source} failed; the notebook as far as it came is {output}.\n{error}"
+        ) from None
     finally:
         del book.cells[0]
         write_files({output: nbformat.writes(book).encode()})

@@ -21,7 +21,9 @@ _Z = float(norm.ppf(0.975))
 def proportion_interval(correct) -> tuple[float, float]:
     "Wilson's 95 % interval of the share of True in `correct` (n,)."
     correct = np.asarray(correct)
-    interval = binomtest(int(correct.sum()), len(correct)).proportion_ci(method="wilson")
+    interval = binomtest(int(correct.sum()), len(correct)).proportion_ci(
+        method="wilson"
+    )
     return float(interval.low), float(interval.high)
 
 # %% ../nbs/0_ground/06_intervals.ipynb #0082932f
@@ -32,7 +34,7 @@ def _within(only_second, only_first, items, difference) -> np.ndarray:
     constant = -c * difference * (1 - difference)
     share = (np.sqrt(np.maximum(linear**2 - 8 * n * constant, 0)) - linear) / (4 * n)
     variance = n * (2 * share + difference * (1 - difference))
-    return (b - c - n * difference)**2 <= _Z**2 * variance
+    return (b - c - n * difference) ** 2 <= _Z**2 * variance
 
 
 def tango_interval(only_second, only_first, items) -> tuple[np.ndarray, np.ndarray]:
@@ -41,14 +43,22 @@ def tango_interval(only_second, only_first, items) -> tuple[np.ndarray, np.ndarr
     only_second, only_first: how many of `items` have the property in that arm alone; numbers or arrays.
     Source: Tango, Statistics in Medicine 17 (1998).
     """
-    counts = np.broadcast_arrays(*(np.asarray(part, float) for part in (only_second, only_first, items)))
+    counts = np.broadcast_arrays(
+        *(np.asarray(part, float) for part in (only_second, only_first, items))
+    )
     ends = []
     for outside in (-1.0, 1.0):
-        inner, outer = (counts[0] - counts[1]) / counts[2], np.full(counts[2].shape, outside)
+        inner, outer = (
+            (counts[0] - counts[1]) / counts[2],
+            np.full(counts[2].shape, outside),
+        )
         for _ in range(40):  # to 1e-12
             middle = (inner + outer) / 2
             inside = _within(*counts, middle)
-            inner, outer = np.where(inside, middle, inner), np.where(inside, outer, middle)
+            inner, outer = (
+                np.where(inside, middle, inner),
+                np.where(inside, outer, middle),
+            )
         ends.append(outer)
     return ends[0], ends[1]
 
@@ -59,7 +69,11 @@ _RESAMPLES = 1000
 @lru_cache(maxsize=2)
 def _counts(items: int, resamples: int) -> np.ndarray:
     "How often each item is drawn in each resample, (resamples, items); always the same, so that all comparisons are paired."
-    return np.random.default_rng(0).multinomial(items, np.full(items, 1 / items), resamples).astype(float)
+    return (
+        np.random.default_rng(0)
+        .multinomial(items, np.full(items, 1 / items), resamples)
+        .astype(float)
+    )
 
 
 def _unseen(items: int) -> float:
@@ -71,7 +85,9 @@ def _all_equal(values: np.ndarray, scale: float) -> bool:
     return bool(np.ptp(values) <= 1e-9 * scale)
 
 
-def _ratio_interval(arms, scale: float, resamples: int = _RESAMPLES) -> tuple[float, float, float]:
+def _ratio_interval(
+    arms, scale: float, resamples: int = _RESAMPLES
+) -> tuple[float, float, float]:
     """Sum of values / sum of weights with its 95 % interval over items, less that of a second arm: (ratio, low, high).
 
     arms: one or two (values, weights), (n,) each; scale: how far off an item can be, where all are alike.
@@ -81,8 +97,12 @@ def _ratio_interval(arms, scale: float, resamples: int = _RESAMPLES) -> tuple[fl
         mean = weights.mean()
         own = values.mean() / mean if mean else np.nan
         ratio += sign * own
-        columns += [sign * (values - own * weights) / (mean or np.nan), weights / (mean or np.nan)]
-    columns = np.stack(columns, 1)      # (n, 2 or 4): an item's influence on the ratio, and its weight, by arm
+        columns += [
+            sign * (values - own * weights) / (mean or np.nan),
+            weights / (mean or np.nan),
+        ]
+    # (n, 2 or 4): an item's influence on the ratio, and its weight, by arm
+    columns = np.stack(columns, 1)
     influence = columns[:, ::2].sum(1)
     if not np.isfinite(columns).all():
         return float(ratio), np.nan, np.nan
@@ -93,20 +113,34 @@ def _ratio_interval(arms, scale: float, resamples: int = _RESAMPLES) -> tuple[fl
         return float(ratio), float(ratio - reach), float(ratio + reach)
     low, high = _studentised(columns, _counts(items, resamples))
     student = t.ppf(0.975, items - 1) / np.sqrt(items - 1)
-    return float(ratio), float(ratio - max(high, student) * influence.std()), float(ratio + max(-low, student) * influence.std())
+    return (
+        float(ratio),
+        float(ratio - max(high, student) * influence.std()),
+        float(ratio + max(-low, student) * influence.std()),
+    )
 
 
 def _studentised(columns: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     "The 2.5 and 97.5 % points of the ratio's change over the spread of influences, over resamples."
     items, wide = columns.shape
     means = counts @ columns / items
-    squares = counts @ (columns[:, :, None] * columns[:, None]).reshape(items, wide**2) / items
-    weights = np.where(means[:, 1::2] > 0, means[:, 1::2], np.nan)  # resamples without any weight are left out
+    squares = (
+        counts
+        @ (columns[:, :, None] * columns[:, None]).reshape(items, wide**2)
+        / items
+    )
+    # resamples without any weight are left out
+    weights = np.where(means[:, 1::2] > 0, means[:, 1::2], np.nan)
     shifts = means[:, ::2] / weights
     turned = np.stack([1 / weights, -shifts / weights], 2).reshape(len(means), wide)
-    variance = np.einsum("ri,rij,rj->r", turned, squares.reshape(-1, wide, wide), turned)
-    least = columns[:, ::2].sum(1).var() / items  # no resample is taken to be surer than one item allows
-    low, high = np.nanpercentile(shifts.sum(1) / np.sqrt(np.maximum(variance, least)), (2.5, 97.5))
+    variance = np.einsum(
+        "ri,rij,rj->r", turned, squares.reshape(-1, wide, wide), turned
+    )
+    # no resample is taken to be surer than one item allows
+    least = columns[:, ::2].sum(1).var() / items
+    low, high = np.nanpercentile(
+        shifts.sum(1) / np.sqrt(np.maximum(variance, least)), (2.5, 97.5)
+    )
     return float(low), float(high)
 
 # %% ../nbs/0_ground/06_intervals.ipynb #99cc92a8
@@ -120,12 +154,16 @@ def mean_interval(values, axis: int = -1) -> tuple[np.ndarray, np.ndarray, np.nd
     if not values.shape[-1]:
         raise ValueError("an interval needs at least one value; there are none")
     rows = values.reshape(-1, values.shape[-1])
-    found = np.array([_ratio_interval([(row, np.ones(len(row)))], np.abs(row).max()) for row in rows]).reshape(-1, 3)
+    found = np.array(
+        [_ratio_interval([(row, np.ones(len(row)))], np.abs(row).max()) for row in rows]
+    ).reshape(-1, 3)
     mean, low, high = found.T.reshape(3, *values.shape[:-1])
     return mean, low, high
 
 
-def paired_difference(first, second, resamples: int = _RESAMPLES) -> tuple[float, float, float]:
+def paired_difference(
+    first, second, resamples: int = _RESAMPLES
+) -> tuple[float, float, float]:
     """Mean of second - first and its 95 % interval over items: (difference, low, high).
 
     first, second: (n,) values on the same items. Where all are 0 or 1 (right or wrong) the interval is Tango's, else that of
@@ -134,7 +172,9 @@ def paired_difference(first, second, resamples: int = _RESAMPLES) -> tuple[float
     """
     first, second = np.asarray(first, float), np.asarray(second, float)
     if first.shape != second.shape or first.ndim != 1 or not len(first):
-        raise ValueError(f"paired values must belong to the same items, (n,) each, not {first.shape} and {second.shape}")
+        raise ValueError(
+            f"paired values must belong to the same items, (n,) each, not {first.shape} and {second.shape}"
+        )
     gaps = second - first
     if _zero_or_one(first) and _zero_or_one(second):
         low, high = tango_interval((gaps > 0).sum(), (gaps < 0).sum(), len(gaps))
@@ -159,7 +199,10 @@ def _is_accuracy(errors: np.ndarray, spreads: np.ndarray) -> bool:
 
 def _scale(*arms) -> float:
     "The largest error or spread, as a share of the mean spread."
-    return max(max(errors.max(), spreads.max()) / (spreads.mean() or np.nan) for errors, spreads in arms)
+    return max(
+        max(errors.max(), spreads.max()) / (spreads.mean() or np.nan)
+        for errors, spreads in arms
+    )
 
 
 def score_interval(errors, spreads) -> tuple[float, float]:
@@ -177,6 +220,7 @@ class Comparison:
 
     over: what the interval is over: items or seeds, how many, paired or not; scale, unit: in which numbers are written.
     """
+
     first: str
     second: str
     difference: float
@@ -192,12 +236,20 @@ class Comparison:
         return self.interval[0] > 0 or self.interval[1] < 0
 
     def __str__(self) -> str:
-        gap, low, high, least = (self.scale * value for value in (self.difference, *self.interval, self.smallest))
+        gap, low, high, least = (
+            self.scale * value
+            for value in (self.difference, *self.interval, self.smallest)
+        )
         digits = ".1f" if self.scale >= 10 else ".3g"
-        found = "a difference is seen" if self.seen else \
-            f"no difference seen; one of {least:{digits}}{self.unit} would have been seen in 8 of 10 such tests"
-        return f"{self.second} minus {self.first}: {gap:+{digits}}{self.unit} (95 % {low:+{digits}} to {high:+{digits}}, " \
-               f"over {self.over}): {found}"
+        found = (
+            "a difference is seen"
+            if self.seen
+            else f"no difference seen; one of {least:{digits}}{self.unit} would have been seen in 8 of 10 such tests"
+        )
+        return (
+            f"{self.second} minus {self.first}: {gap:+{digits}}{self.unit} (95 % {low:+{digits}} to {high:+{digits}}, "
+            f"over {self.over}): {found}"
+        )
 
 
 def smallest_effect(interval: tuple[float, float]) -> float:
@@ -205,38 +257,64 @@ def smallest_effect(interval: tuple[float, float]) -> float:
     return float((1 + norm.ppf(0.8) / _Z) * (interval[1] - interval[0]) / 2)
 
 
-def compare_values(first, second, names: tuple[str, str] = ("first", "second"), over: str = "test items",
-                   **written) -> Comparison:
+def compare_values(
+    first,
+    second,
+    names: tuple[str, str] = ("first", "second"),
+    over: str = "test items",
+    **written,
+) -> Comparison:
     "The mean of values (n,) of two trained models on the same items, as `paired_difference`; over: of which items."
     gap, *interval = paired_difference(first, second)
-    return Comparison(*names, gap, tuple(interval), smallest_effect(interval),
-                      f"{len(first):,} {over}, paired; one pair of trained models", **written)
+    return Comparison(
+        *names,
+        gap,
+        tuple(interval),
+        smallest_effect(interval),
+        f"{len(first):,} {over}, paired; one pair of trained models",
+        **written,
+    )
 
 
-def compare_items(first: tuple, second: tuple, names: tuple[str, str] = ("first", "second"), **written) -> Comparison:
+def compare_items(
+    first: tuple, second: tuple, names: tuple[str, str] = ("first", "second"), **written
+) -> Comparison:
     """Two trained models on the same test items, paired. first, second: (errors, spreads), (n,) each, as for `score_of`.
 
     The interval is Tango's for accuracies, else from the bootstrap-t of the difference. It says nothing about other training
     seeds. Raises ValueError when the numbers of items differ.
     """
-    first, second = (tuple(np.asarray(part, float) for part in arm) for arm in (first, second))
+    first, second = (
+        tuple(np.asarray(part, float) for part in arm) for arm in (first, second)
+    )
     if len(first[0]) != len(second[0]):
-        raise ValueError(f"paired scores must be of the same test items, not of {len(first[0])} and {len(second[0])}")
+        raise ValueError(
+            f"paired scores must be of the same test items, not of {len(first[0])} and {len(second[0])}"
+        )
     if _is_accuracy(*first) and _is_accuracy(*second):
         return compare_values(1 - first[0], 1 - second[0], names, **written)
     arms = [first, second]
-    if np.array_equal(first[1], second[1]):  # one ratio of differences is the same and keeps all digits
+    # one ratio of differences is the same and keeps all digits
+    if np.array_equal(first[1], second[1]):
         arms = [(first[0] - second[0], first[1])]
     gap, *interval = _ratio_interval(arms, _scale(first, second))
-    return Comparison(*names, gap, tuple(interval), smallest_effect(interval),
-                      f"{len(first[0]):,} test items, paired; one pair of trained models", **written)
+    return Comparison(
+        *names,
+        gap,
+        tuple(interval),
+        smallest_effect(interval),
+        f"{len(first[0]):,} test items, paired; one pair of trained models",
+        **written,
+    )
 
 # %% ../nbs/0_ground/06_intervals.ipynb #f26c68ee
 def _several(values) -> np.ndarray:
     values = np.asarray(list(values), float)
     if len(values) < 2 or not np.isfinite(values).all():
-        raise ValueError(f"an interval over training seeds needs at least two finite numbers, not {values.tolist()}; train "
-                         "with another seed")
+        raise ValueError(
+            f"an interval over training seeds needs at least two finite numbers, not {values.tolist()}; train "
+            "with another seed"
+        )
     return values
 
 
@@ -255,10 +333,19 @@ def _seeds_interval(values) -> tuple[float, float, float]:
     """
     values = _several(values)
     half = t.ppf(0.975, len(values) - 1) * _error(values, np.abs(values).max())
-    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
+    return (
+        float(values.mean()),
+        float(values.mean() - half),
+        float(values.mean() + half),
+    )
 
 
-def compare_seeds(first: Mapping, second: Mapping, names: tuple[str, str] = ("first", "second"), **written) -> Comparison:
+def compare_seeds(
+    first: Mapping,
+    second: Mapping,
+    names: tuple[str, str] = ("first", "second"),
+    **written,
+) -> Comparison:
     """Two arms over training seeds. first, second: {seed: value}; paired where the seeds are the same, else Welch's interval.
 
     Equal differences are no proof, as in `_seeds_interval`. Raises ValueError for less than two seeds.
@@ -266,21 +353,39 @@ def compare_seeds(first: Mapping, second: Mapping, names: tuple[str, str] = ("fi
     values = [_several(arm.values()) for arm in (first, second)]
     scale = max(np.abs(arm).max() for arm in values)
     if paired := first.keys() == second.keys():
-        error, freedom = _error(np.array([second[seed] - first[seed] for seed in first]), scale), len(first) - 1
+        error, freedom = (
+            _error(np.array([second[seed] - first[seed] for seed in first]), scale),
+            len(first) - 1,
+        )
     else:
-        variances = [(_error(arm, scale)**2, len(arm) - 1) for arm in values]
+        variances = [(_error(arm, scale) ** 2, len(arm) - 1) for arm in values]
         total = sum(variance for variance, _ in variances)
-        error, freedom = np.sqrt(total), total**2 / sum(v**2 / n for v, n in variances) if total else 1
+        error, freedom = (
+            np.sqrt(total),
+            total**2 / sum(v**2 / n for v, n in variances) if total else 1,
+        )
     gap = float(values[1].mean() - values[0].mean())
     half = float(t.ppf(0.975, freedom) * error)
-    over = f"{len(first)} training seeds, paired" if paired else f"{len(first)} and {len(second)} training seeds, not paired"
-    return Comparison(*names, gap, (gap - half, gap + half), float((t.ppf(0.975, freedom) + t.ppf(0.8, freedom)) * error), over,
-                      **written)
+    over = (
+        f"{len(first)} training seeds, paired"
+        if paired
+        else f"{len(first)} and {len(second)} training seeds, not paired"
+    )
+    return Comparison(
+        *names,
+        gap,
+        (gap - half, gap + half),
+        float((t.ppf(0.975, freedom) + t.ppf(0.8, freedom)) * error),
+        over,
+        **written,
+    )
 
 # %% ../nbs/0_ground/06_intervals.ipynb #00703b61
 def cells_in_words(cells) -> str:
     "How many cells of differences (3, ...), the mean, low and high of each, leave out 0, and how many would by chance."
     low, high = np.asarray(cells)[1:]
     total = np.isfinite(low).sum()
-    return (f"of {total} cells, {int((low > 0).sum())} are above 0 and {int((high < 0).sum())} below with their own 95 % "
-            f"interval; about {0.05 * total:.1f} would be, together, if nothing differed")
+    return (
+        f"of {total} cells, {int((low > 0).sum())} are above 0 and {int((high < 0).sum())} below with their own 95 % "
+        f"interval; about {0.05 * total:.1f} would be, together, if nothing differed"
+    )

@@ -35,7 +35,9 @@ def _given(args: list[str], option: str) -> str | None:
     for place in reversed(range(len(args))):
         name, equals, value = args[place].partition("=")
         if name == option:
-            return value if equals else args[place + 1] if place + 1 < len(args) else None
+            return (
+                value if equals else args[place + 1] if place + 1 < len(args) else None
+            )
     return None
 
 
@@ -59,7 +61,11 @@ def read_settings(path: Path) -> tuple[dict, bool]:
     Raises FileNotFoundError for no file and ValueError for one that is no such thing.
     """
     if not path.is_file():
-        near = f", only a folder; take {path / 'config.json'}" if (path / "config.json").is_file() else ""
+        near = (
+            f", only a folder; take {path / 'config.json'}"
+            if (path / "config.json").is_file()
+            else ""
+        )
         raise FileNotFoundError(f"there is no config file {path}{near}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -68,12 +74,17 @@ def read_settings(path: Path) -> tuple[dict, bool]:
         if not {"format", "config"} <= values.keys():
             return values, False
         from selfflow.training.checkpoint import migrate
+
         return Config.from_dict(migrate(values)["config"]).explicit(), True
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be used: {error}") from None
 
 
-NAMED = {part.name: part.default_factory for part in fields(Config) if isinstance(part.default_factory, Named)}
+NAMED = {
+    part.name: part.default_factory
+    for part in fields(Config)
+    if isinstance(part.default_factory, Named)
+}
 
 
 def _renamed(kind: Named, before: dict, name: str | None) -> dict:
@@ -82,12 +93,16 @@ def _renamed(kind: Named, before: dict, name: str | None) -> dict:
         return before
     former = {f.name for f in fields(kind.chosen(before))} if "name" in before else ()
     own = {f.name for f in fields(kind.of(name))}
-    return {key: value for key, value in before.items() if key in own or key not in former} | {"name": name}
+    return {
+        key: value for key, value in before.items() if key in own or key not in former
+    } | {"name": name}
 
 
 def _several(data: dict | list, args: list[str]) -> dict | list:
     "The settings of the data to start from: a list where options name data.0, data.1, ..."
-    places = [int(found[1]) for arg in args if (found := re.match(r"--data\.(\d+)\.", arg))]
+    places = [
+        int(found[1]) for arg in args if (found := re.match(r"--data\.(\d+)\.", arg))
+    ]
     if not places:
         return data
     start = data if isinstance(data, list) else [data] * (max(places) + 1)
@@ -97,8 +112,14 @@ def _several(data: dict | list, args: list[str]) -> dict | list:
     several = []
     for place, before in enumerate(start):
         name = _given(args, f"--data.{place}.name")
-        if name is None and (place or isinstance(data, list)) and (before is data or "name" not in before):
-            raise ValueError(f"--data.{place}.name is missing: the data sets are numbered from 0, and each needs a name")
+        if (
+            name is None
+            and (place or isinstance(data, list))
+            and (before is data or "name" not in before)
+        ):
+            raise ValueError(
+                f"--data.{place}.name is missing: the data sets are numbered from 0, and each needs a name"
+            )
         several.append(_renamed(NAMED["data"], before, name))
     return several
 
@@ -113,15 +134,29 @@ def _in_new_form(args: list[str], start: dict | list) -> str:
     for place, arg in enumerate(args):
         option, equals, value = arg.partition("=")
         if option.startswith("--data.") and not option[7].isdigit():
-            following = args[place + 1] if place + 1 < len(args) and not args[place + 1].startswith("--") else None
+            following = (
+                args[place + 1]
+                if place + 1 < len(args) and not args[place + 1].startswith("--")
+                else None
+            )
             typed[option[7:]] = value if equals else following
-    name = {"name": start["name"]} if isinstance(start, dict) and "name" in start else {}
+    name = (
+        {"name": start["name"]} if isinstance(start, dict) and "name" in start else {}
+    )
     chosen = (name | typed).get("name")
-    old = {"shares", "weights"} & typed.keys() or any("+" in (typed.get(option) or "") for option in ("name", "signals"))
-    old = old or "size" in typed and chosen in datasets and "height" in {f.name for f in fields(DataConfig.of(chosen))}
+    old = {"shares", "weights"} & typed.keys() or any(
+        "+" in (typed.get(option) or "") for option in ("name", "signals")
+    )
+    old = (
+        old
+        or "size" in typed
+        and chosen in datasets
+        and "height" in {f.name for f in fields(DataConfig.of(chosen))}
+    )
     if not old:
         return ""
     from selfflow.training.checkpoint import data_from_4
+
     values = data_from_4(name | typed)
     if isinstance(values, dict) and "name" not in typed:
         del values["name"]
@@ -131,8 +166,15 @@ def _in_new_form(args: list[str], start: dict | list) -> str:
         if signal:  # a dict is written as its names and values, one after the other
             option, value = signal[1], (signal[2], value)
         many = value if isinstance(value, tuple) else (value,)
-        written = [f"{one:g}" if isinstance(one, float) else shlex.quote(one) for one in many if one is not None]
-        words += [*([] if f"--{option}" in words and signal else [f"--{option}"]), *written]
+        written = [
+            f"{one:g}" if isinstance(one, float) else shlex.quote(one)
+            for one in many
+            if one is not None
+        ]
+        words += [
+            *([] if f"--{option}" in words and signal else [f"--{option}"]),
+            *written,
+        ]
     return " ".join(words)
 
 
@@ -146,15 +188,23 @@ def starting_point(args: list[str]) -> dict:
     below = PRESETS[choose(preset, PRESETS, "preset")].explicit() if preset else {}
     above, whole = read_settings(Path(file)) if file else ({}, False)
     if preset and whole:
-        raise ValueError(f"{file} is the config of a whole run, of which preset {preset} would change nothing; leave one out")
+        raise ValueError(
+            f"{file} is the config of a whole run, of which preset {preset} would change nothing; leave one out"
+        )
     place = Path(os.path.abspath(file)) if whole else Path()
     if written := _in_new_form(args, overlaid(below, above).get("data", {})):
-        raise ValueError(f"several values in one option of the data are now options of their own: {written}")
+        raise ValueError(
+            f"several values in one option of the data are now options of their own: {written}"
+        )
     names = {part: _given(args, f"--{part}.name") for part in NAMED}
     for part, kind in NAMED.items():
         before, over = below.get(part, {}), above.get(part, {})
         if isinstance(over, dict):
-            below = below | {part: _renamed(kind, _renamed(kind, before, over.get("name")), names[part])}
+            below = below | {
+                part: _renamed(
+                    kind, _renamed(kind, before, over.get("name")), names[part]
+                )
+            }
             above = above | {part: _renamed(kind, over, names[part])}
     values = overlaid(below, above)
     data = values["data"]
@@ -164,7 +214,8 @@ def starting_point(args: list[str]) -> dict:
         return {"config": draft(values, complete)}
     shown = Path(file).parent  # as it was written, if that says where it lies
     folder = shown.parent if shown.name not in ("", "..") else place.parent.parent
-    name = {} if _given(args, "--name") else {"name": place.parent.name}  # folders may have names that runs cannot
+    # folders may have names that runs cannot
+    name = {} if _given(args, "--name") else {"name": place.parent.name}
     return {"config": draft({**values, **name}, complete), "folder": folder}
 
 # %% ../nbs/8_cli/01_options.ipynb #bf96576b
@@ -177,6 +228,7 @@ def read_features(path: Path) -> "Tensor":
     "The tensor `features` of a safetensors file. Raises ValueError for a file that has none, naming what it has."
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not a safetensors file")
     try:
@@ -184,15 +236,23 @@ def read_features(path: Path) -> "Tensor":
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from None
     if "features" not in found:
-        raise ValueError(f"{path} has no tensor 'features', only {', '.join(found) or 'nothing'}")
+        raise ValueError(
+            f"{path} has no tensor 'features', only {', '.join(found) or 'nothing'}"
+        )
     return found["features"]
 
 # %% ../nbs/8_cli/01_options.ipynb #f1ba7607
 def _first_words(box: str) -> str:
     "What a box of tyro says between its title and its next rule, in a line."
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    rows = [re.sub(r"^╭.*╮$", "-" * 9, row.strip()).strip("│ ") for row in plain.splitlines()]  # a title is above a first rule
-    return " ".join(re.split(r"^[─-]{9,}$", "\n".join(rows), flags=re.M)[:2][-1].split())
+    # a title is above a first rule
+    rows = [
+        re.sub(r"^╭.*╮$", "-" * 9, row.strip()).strip("│ ")
+        for row in plain.splitlines()
+    ]
+    return " ".join(
+        re.split(r"^[─-]{9,}$", "\n".join(rows), flags=re.M)[:2][-1].split()
+    )
 
 
 def _unknown_option(help_text: str, args: list[str]) -> str:
@@ -201,11 +261,15 @@ def _unknown_option(help_text: str, args: list[str]) -> str:
     for name in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
         if name.replace("_", "-") not in known:
             part, _, setting = re.sub(r"^--|\.\d+", "", name).rpartition(".")
-            if part in NAMED and (owners := NAMED[part].owners(setting.replace("-", "_"))):
+            if part in NAMED and (
+                owners := NAMED[part].owners(setting.replace("-", "_"))
+            ):
                 chooser = f"{name.rpartition('.')[0]}.name"
                 return f"{name} is an option of {NAMED[part].registry.kind} {', '.join(owners)}; choose one by {chooser}"
             near = difflib.get_close_matches(name, known, n=1)
-            return f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else "")
+            return f"unknown option {name}" + (
+                f"; did you mean {near[0]}?" if near else ""
+            )
     return ""
 
 
@@ -214,7 +278,9 @@ def _later(function: Callable) -> Callable:
     return wraps(function)(lambda *args, **options: partial(function, *args, **options))
 
 
-def read_command(commands: dict[str, Callable], args: list[str], prog: str = "selfflow", **starts) -> Callable[[], None]:
+def read_command(
+    commands: dict[str, Callable], args: list[str], prog: str = "selfflow", **starts
+) -> Callable[[], None]:
     """What a command line asks for, to be called. commands: functions by name; starts: arguments of the chosen one.
 
     Raises ValueError for one that cannot be understood, and SystemExit(0) after --help.
@@ -222,22 +288,35 @@ def read_command(commands: dict[str, Callable], args: list[str], prog: str = "se
     if args and not args[0].startswith("-"):
         choose(args[0], commands, "command")
     known = {name: _later(function) for name, function in commands.items()}
-    known |= {name: partial(known[name], **starts) for name in args[:1] if name in known}
+    known |= {
+        name: partial(known[name], **starts) for name in args[:1] if name in known
+    }
     for part in NAMED.values():  # tyro takes the help of a field from its metadata
-        part.__dataclass_fields__["name"].metadata = {"help": f"one of {', '.join(part.registry)}"}
-    ask = partial(tyro.extras.subcommand_cli_from_dict, known, prog=prog, config=(tyro.conf.AvoidSubcommands,),
-                  description=f"Self-supervised flow matching. {prog} --version prints the version; "
-                              "with --use FILE, a Python file of your own adds objectives, metrics, ... to any command.")
+        part.__dataclass_fields__["name"].metadata = {
+            "help": f"one of {', '.join(part.registry)}"
+        }
+    ask = partial(
+        tyro.extras.subcommand_cli_from_dict,
+        known,
+        prog=prog,
+        config=(tyro.conf.AvoidSubcommands,),
+        description=f"Self-supervised flow matching. {prog} --version prints the version; "
+        "with --use FILE, a Python file of your own adds objectives, metrics, ... to any command.",
+    )
     try:
         with redirect_stderr(io.StringIO()) as said:
             return ask(args=args)
     except SystemExit as stop:
         if not stop.code:
             raise
-    of_value, words = re.fullmatch(r"(Error parsing __tyro[^:]*: )?(.*)", _first_words(said.getvalue())).groups()
+    of_value, words = re.fullmatch(
+        r"(Error parsing __tyro[^:]*: )?(.*)", _first_words(said.getvalue())
+    ).groups()
     if of_value:  # a dataclass has refused it in its own words
         raise ValueError(words)
     helped = [*(name for name in args[:1] if name in known), "--help"]
     with redirect_stdout(io.StringIO()) as shown, suppress(SystemExit):
         ask(args=helped)
-    raise ValueError(f"{_unknown_option(shown.getvalue(), args) or words} ({' '.join([prog, *helped])} lists all)")
+    raise ValueError(
+        f"{_unknown_option(shown.getvalue(), args) or words} ({' '.join([prog, *helped])} lists all)"
+    )

@@ -69,15 +69,27 @@ class Registry:
         if target is None:
             return lambda decorated: self.register(name, decorated, options)
         if not is_dataclass(options) or not options.__dataclass_params__.frozen:
-            raise TypeError(f"the options of {self.kind} {name!r} must be a class with @dataclass(frozen=True), not {options!r}")
-        missing = [f.name for f in fields(options) if f.default is MISSING and f.default_factory is MISSING]
+            raise TypeError(
+                f"the options of {self.kind} {name!r} must be a class with @dataclass(frozen=True), not {options!r}"
+            )
+        missing = [
+            f.name
+            for f in fields(options)
+            if f.default is MISSING and f.default_factory is MISSING
+        ]
         if missing:
-            raise TypeError(f"option {missing[0]} of {self.kind} {name!r} has no default; give it one in {options.__name__}")
+            raise TypeError(
+                f"option {missing[0]} of {self.kind} {name!r} has no default; give it one in {options.__name__}"
+            )
         known = self._entries.get(name)
         if known and not _same(_address(known.target), _address(target)):
-            raise ValueError(f"{self.kind} {name!r} is registered twice, as {_address(known.target)} and as {_address(target)}; "
-                             "give one of them another name")
-        self._entries[name] = Entry(name, options, target, _loading[-1] if _loading else "")
+            raise ValueError(
+                f"{self.kind} {name!r} is registered twice, as {_address(known.target)} and as {_address(target)}; "
+                "give one of them another name"
+            )
+        self._entries[name] = Entry(
+            name, options, target, _loading[-1] if _loading else ""
+        )
         return target
 
     def __getitem__(self, name: str) -> Entry:
@@ -85,7 +97,9 @@ class Registry:
             try:
                 choose(name, self._entries, self.kind)
             except ValueError as error:
-                raise ValueError(f"{error}. One of your own is made known by --use FILE, or by use(FILE) in Python") from None
+                raise ValueError(
+                    f"{error}. One of your own is made known by --use FILE, or by use(FILE) in Python"
+                ) from None
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
@@ -97,8 +111,13 @@ class Registry:
 
 def _same(address: str, other: str) -> bool:
     "True for one address, and for a definition in a notebook of what a module defines too."
-    (module, _, name), (other_module, _, other_name) = address.partition(":"), other.partition(":")
-    return name == other_name and (module == other_module or "__main__" in (module, other_module))
+    (module, _, name), (other_module, _, other_name) = (
+        address.partition(":"),
+        other.partition(":"),
+    )
+    return name == other_name and (
+        module == other_module or "__main__" in (module, other_module)
+    )
 
 
 def _address(target: Any) -> str:
@@ -141,14 +160,18 @@ def use(source: str | os.PathLike) -> None:
         else:
             importlib.import_module(known)
     except Exception as error:  # whatever a user's file does wrong
-        raise ValueError(f"--use {source} failed on import: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"--use {source} failed on import: {type(error).__name__}: {error}"
+        ) from error
     finally:
         _loading.pop()
     _used[known] = None
 
 
 def _import_file(path: str) -> None:
-    name = "selfflow_use_" + "".join(letter if letter.isalnum() else "_" for letter in path)
+    name = "selfflow_use_" + "".join(
+        letter if letter.isalnum() else "_" for letter in path
+    )
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # pickle finds its classes there, in other processes too
@@ -191,19 +214,35 @@ class Named(type):
 
     def __call__(cls, *args: Any, **values: Any) -> Any:
         names = {"name": args[0]} if args else {}
-        chosen = cls.chosen(names | {name: value for name, value in values.items() if not cls._is_default_option(name, value)})
-        if chosen is not cls and "base" in cls.__dict__:  # `replace(part, name=...)`: what was a default there is one here
-            values = {name: value for name, value in values.items() if not cls._is_default_option(name, value)}
+        chosen = cls.chosen(
+            names
+            | {
+                name: value
+                for name, value in values.items()
+                if not cls._is_default_option(name, value)
+            }
+        )
+        # `replace(part, name=...)`: what was a default there is one here
+        if chosen is not cls and "base" in cls.__dict__:
+            values = {
+                name: value
+                for name, value in values.items()
+                if not cls._is_default_option(name, value)
+            }
         return type.__call__(chosen, *args, **values)
 
     def _is_default_option(cls, name: str, value: Any) -> bool:
         options = getattr(cls, "options_type", None)
-        return options is not None and any(f.name == name and f.default == value for f in fields(options))
+        return options is not None and any(
+            f.name == name and f.default == value for f in fields(options)
+        )
 
     def chosen(cls, values: dict[str, Any]) -> type:
         "Return the class of the entry that `values` name. Raises ValueError for values that are none of its settings."
         base = cls.__dict__.get("base", cls)
-        concrete = base.of(values.get("name", base.__dataclass_fields__["name"].default))
+        concrete = base.of(
+            values.get("name", base.__dataclass_fields__["name"].default)
+        )
         known = {f.name for f in fields(concrete)}
         for field_name in values:
             if field_name not in known:
@@ -224,7 +263,11 @@ class Named(type):
     def owners(cls, field_name: str) -> list[str]:
         "Return the names of the entries that have an option."
         base = cls.__dict__.get("base", cls)
-        return [name for name in base.registry if field_name in {f.name for f in fields(base.registry[name].options)}]
+        return [
+            name
+            for name in base.registry
+            if field_name in {f.name for f in fields(base.registry[name].options)}
+        ]
 
 
 def own_options(part: Any) -> dict[str, Any]:
@@ -235,20 +278,42 @@ def own_options(part: Any) -> dict[str, Any]:
 def _combine(base: type, options: type) -> type:
     clash = {f.name for f in fields(base)} & {f.name for f in fields(options)}
     if clash:
-        raise ValueError(f"{', '.join(sorted(clash))} of {options.__name__} is a setting that every {base.registry.kind} has; "
-                         "give the option another name")
-    checks = [checked.__post_init__ for checked in (base, options) if hasattr(checked, "__post_init__")]
+        raise ValueError(
+            f"{', '.join(sorted(clash))} of {options.__name__} is a setting that every {base.registry.kind} has; "
+            "give the option another name"
+        )
+    checks = [
+        checked.__post_init__
+        for checked in (base, options)
+        if hasattr(checked, "__post_init__")
+    ]
 
     def check_all(part: Any) -> None:
         for check in checks:
             check(part)
 
-    def reduce(part: Any) -> tuple:  # a class made here has no address that pickle could find
-        return _rebuild, (base, {f.name: getattr(part, f.name) for f in fields(part)}, base.registry[part.name].source)
+    # a class made here has no address that pickle could find
+    def reduce(part: Any) -> tuple:
+        return _rebuild, (
+            base,
+            {f.name: getattr(part, f.name) for f in fields(part)},
+            base.registry[part.name].source,
+        )
 
-    namespace = {"base": base, "options_type": options, "__post_init__": check_all, "__reduce__": reduce}
-    made = make_dataclass(base.__name__, [], bases=(options, base), frozen=True, namespace=namespace)
-    made.__module__, made.__qualname__, made.__doc__ = base.__module__, base.__qualname__, base.__doc__
+    namespace = {
+        "base": base,
+        "options_type": options,
+        "__post_init__": check_all,
+        "__reduce__": reduce,
+    }
+    made = make_dataclass(
+        base.__name__, [], bases=(options, base), frozen=True, namespace=namespace
+    )
+    made.__module__, made.__qualname__, made.__doc__ = (
+        base.__module__,
+        base.__qualname__,
+        base.__doc__,
+    )
     return made
 
 
@@ -263,5 +328,7 @@ def _refuse(base: type, concrete: type, field_name: str) -> None:
     owners = base.owners(field_name)
     named = next(name for name in base.registry if base.of(name) is concrete)
     if owners:
-        raise ValueError(f"{field_name} is an option of {kind} {', '.join(owners)}, which {named} does not have")
+        raise ValueError(
+            f"{field_name} is an option of {kind} {', '.join(owners)}, which {named} does not have"
+        )
     choose(field_name, [f.name for f in fields(concrete)], f"setting of {kind} {named}")

@@ -29,7 +29,9 @@ def own_settings() -> Iterator[None]:
             stack.enter_context(torch.device("cpu"))
         for kind in _AUTOCAST:
             if kind == "cpu" or torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
+                stack.enter_context(
+                    torch.autocast(kind, enabled=False, cache_enabled=False)
+                )
         try:
             torch.set_default_dtype(torch.float32)
             yield

@@ -1,4 +1,5 @@
 """A real JupyterLab and a real browser, for the tests that look at what a user sees."""
+
 import base64
 import io
 import json
@@ -24,21 +25,36 @@ from PIL import Image
 from selfflow.training.recording import device_name
 from selfflow.training.run import device_for
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+    None,
+)
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 ROOT = Path(__file__).parent.parent
 
 
 def playwright():
     "The library, or the reason to skip."
     if os.environ.get("SELFFLOW_NEEDS_BROWSER"):
-        assert CHROMIUM, "SELFFLOW_NEEDS_BROWSER is set, but there is no chromium or google-chrome on the path"
+        assert CHROMIUM, (
+            "SELFFLOW_NEEDS_BROWSER is set, but there is no chromium or google-chrome on the path"
+        )
         import playwright.sync_api as api
+
         return api
     if CHROMIUM is None:
         pytest.skip("no chromium or google-chrome on the path")
-    return pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    return pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -49,24 +65,56 @@ def lab(tmp_path_factory):
     settings = folder / "data/lab/settings"
     settings.mkdir(parents=True)
     quiet = {"checkForUpdates": False, "doNotDisturbMode": True, "fetchNews": "false"}
-    (settings / "overrides.json").write_text(json.dumps({"@jupyterlab/apputils-extension:notification": quiet}))
+    (settings / "overrides.json").write_text(
+        json.dumps({"@jupyterlab/apputils-extension:notification": quiet})
+    )
     work = folder / "work"
     work.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     token = secrets.token_hex(16)
-    places = {f"JUPYTER_{name}_DIR": str(folder / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
-    environment = os.environ | places | {"IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-                                         "HOME": str(folder), "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
-                                         "JUPYTERLAB_SETTINGS_DIR": str(folder / "user")}
+    places = {
+        f"JUPYTER_{name}_DIR": str(folder / name.lower())
+        for name in ("CONFIG", "DATA", "RUNTIME")
+    }
+    environment = (
+        os.environ
+        | places
+        | {
+            "IPYTHONDIR": str(folder / "ipython"),
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "HOME": str(folder),
+            "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
+            "JUPYTERLAB_SETTINGS_DIR": str(folder / "user"),
+        }
+    )
     with (folder / "lab.log").open("w") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-             "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True",
-             "--LabApp.extension_manager=readonly", f"--LabApp.app_settings_dir={settings}",
-             "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", str(work)],
-            stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=work)
+            [
+                sys.executable,
+                "-m",
+                "jupyter",
+                "lab",
+                "--no-browser",
+                "--allow-root",
+                "--ip=127.0.0.1",
+                f"--port={port}",
+                "--ServerApp.port_retries=0",
+                f"--IdentityProvider.token={token}",
+                "--LabApp.expose_app_in_browser=True",
+                "--LabApp.extension_manager=readonly",
+                f"--LabApp.app_settings_dir={settings}",
+                "--LabApp.news_url=",
+                "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+                str(work),
+            ],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=work,
+        )
     address = f"http://127.0.0.1:{port}"
     try:
         wait_for_server(address, token, server, folder / "lab.log")
@@ -82,34 +130,80 @@ def lab(tmp_path_factory):
 
 def write_notebook(lab, name, *sources):
     "A notebook of some cells in the folder of the laboratory."
-    empty = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
-    cells = [{**empty, "id": f"cell-{number}", "source": source} for number, source in enumerate(sources)]
-    (lab[2] / f"{name}.ipynb").write_text(json.dumps({
-        "cells": cells, "nbformat": 4, "nbformat_minor": 5,
-        "metadata": {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}}))
+    empty = {
+        "cell_type": "code",
+        "metadata": {},
+        "outputs": [],
+        "execution_count": None,
+    }
+    cells = [
+        {**empty, "id": f"cell-{number}", "source": source}
+        for number, source in enumerate(sources)
+    ]
+    (lab[2] / f"{name}.ipynb").write_text(
+        json.dumps(
+            {
+                "cells": cells,
+                "nbformat": 4,
+                "nbformat_minor": 5,
+                "metadata": {
+                    "kernelspec": {
+                        "name": "python3",
+                        "display_name": "python3",
+                        "language": "python",
+                    }
+                },
+            }
+        )
+    )
 
 
-def wait_for_server(address, token, server, log, seconds=180):  # of a machine that is busy
+# of a machine that is busy
+def wait_for_server(address, token, server, log, seconds=180):
     end = time.monotonic() + seconds
     while True:
         try:
-            return urllib.request.urlopen(f"{address}/api/status?token={token}", timeout=2).close()
+            return urllib.request.urlopen(
+                f"{address}/api/status?token={token}", timeout=2
+            ).close()
         except (urllib.error.URLError, ConnectionError, TimeoutError):
-            assert server.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+            assert server.poll() is None and time.monotonic() < end, log.read_text()[
+                -3000:
+            ]
             time.sleep(0.1)
 
 
 @contextmanager
 def served(runs, folder):
     "`selfflow app` on a folder of runs until the block ends: (address, token); what it leaves behind lies in `folder`."
-    command = [sys.executable, "-m", "selfflow.cli", "app", "--folder", str(runs), "--port", "0", "--no-browser"]
-    environment = os.environ | {"TMPDIR": str(folder), "HOME": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-                                "PYTHONUNBUFFERED": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "selfflow.cli",
+        "app",
+        "--folder",
+        str(runs),
+        "--port",
+        "0",
+        "--no-browser",
+    ]
+    environment = os.environ | {
+        "TMPDIR": str(folder),
+        "HOME": str(folder),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
     log = folder / "app.log"
     with log.open("w") as file:
-        server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder)
+        server = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder
+        )
     try:
-        end, form = time.monotonic() + 180, r"(http://127\.0\.0\.1:\d+)/voila/render/workbench\.ipynb\?token=(\w+)"
+        end, form = (
+            time.monotonic() + 180,
+            r"(http://127\.0\.0\.1:\d+)/voila/render/workbench\.ipynb\?token=(\w+)",
+        )
         while not (found := re.search(form, log.read_text())):
             assert server.poll() is None and time.monotonic() < end, log.read_text()
             time.sleep(0.2)
@@ -130,12 +224,19 @@ def page(lab):
         page = browser.new_context(viewport={"width": 1600, "height": 1250}).new_page()
         page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on(
+            "console",
+            lambda message: (
+                errors.append(message.text) if message.type == "error" else None
+            ),
+        )
+
         def local(route):
             if route.request.url.startswith(("http://127.0.0.1:", "data:", "blob:")):
                 return route.continue_()
             elsewhere.append(route.request.url)
             route.abort()
+
         page.route("**/*", local)
         yield page
         shoot(page, "last")
@@ -158,13 +259,20 @@ def run_all(page, lab, name):
     address, token, _ = lab
     page.goto(f"{address}/lab/tree/{name}.ipynb?reset&token={token}")
     page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell", timeout=60_000)
-    page.wait_for_function("""name => { const notebook = window.jupyterapp.shell.currentWidget;
+    page.wait_for_function(
+        """name => { const notebook = window.jupyterapp.shell.currentWidget;
         return notebook?.context?.path === name && notebook.sessionContext?.session?.kernel?.status === 'idle' }""",
-                           arg=f"{name}.ipynb", timeout=60_000)
-    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")  # does not wait for its end
+        arg=f"{name}.ipynb",
+        timeout=60_000,
+    )
+    # does not wait for its end
+    page.evaluate(
+        "() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }"
+    )
 
 
-# decode() fails when the picture is replaced meanwhile: then it is the next one that is waited for
+# decode() fails when the picture is replaced meanwhile: then it is the next one that is
+# waited for
 SHOWN = """async image => {
     for (let address; address !== image.src;) {
         address = image.src;
@@ -174,9 +282,12 @@ SHOWN = """async image => {
 
 def pixels(page, selector):
     "What an image on the page shows: (h, w, 3) bytes."
-    found = page.locator(selector).evaluate(f"async image => {{ await ({SHOWN})(image);" + """
+    found = page.locator(selector).evaluate(
+        f"async image => {{ await ({SHOWN})(image);"
+        + """
         const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
-        return btoa(bytes.reduce((text, byte) => text + String.fromCharCode(byte), '')) }""")
+        return btoa(bytes.reduce((text, byte) => text + String.fromCharCode(byte), '')) }"""
+    )
     return decoded(base64.b64decode(found))
 
 
@@ -191,7 +302,9 @@ def until_shown(page, selector, png, seconds=60):
         shown = pixels(page, selector)
         if shown.shape == wanted.shape and abs(shown - wanted).mean() < 0.05:
             return
-        assert time.monotonic() < end, f"{selector} differs from what was drawn: {shown.shape}, {wanted.shape}"
+        assert time.monotonic() < end, (
+            f"{selector} differs from what was drawn: {shown.shape}, {wanted.shape}"
+        )
         page.wait_for_timeout(50)
 
 
@@ -199,18 +312,27 @@ def until_within(page, box, *parts, seconds=20):
     "Wait until a box lies within the page, and what is seen of `parts` within the box: a page gets narrower after a while."
     end = time.monotonic() + seconds
     while True:
-        shapes = [shape for part in (box, *parts) for found in part.all() if (shape := found.bounding_box())]
+        shapes = [
+            shape
+            for part in (box, *parts)
+            for found in part.all()
+            if (shape := found.bounding_box())
+        ]
         edge, *ends = (shape["x"] + shape["width"] for shape in shapes)
         if ends and max(ends) <= edge + 4 and edge <= page.viewport_size["width"]:
             return
-        assert time.monotonic() < end, f"a box ends at {edge:.0f}, what lies in it at {', '.join(f'{e:.0f}' for e in ends)}"
+        assert time.monotonic() < end, (
+            f"a box ends at {edge:.0f}, what lies in it at {', '.join(f'{e:.0f}' for e in ends)}"
+        )
         page.wait_for_timeout(100)
 
 
 def step_times(page, picture, control, steps=40):
     "Milliseconds from a key on a slider to its picture, for steps to and fro."
     page.locator(f".selfflow-control-{control} .noUi-handle").first.focus()
-    return page.evaluate(f"async ([picture, control, steps]) => {{ const shown = {SHOWN};" + """
+    return page.evaluate(
+        f"async ([picture, control, steps]) => {{ const shown = {SHOWN};"
+        + """
         const image = document.querySelector(`img.selfflow-picture-${picture}`), times = [];
         const handle = document.querySelector(`.selfflow-control-${control} .noUi-handle`);
         for (let step = 0; step < steps; step++) {
@@ -222,7 +344,9 @@ def step_times(page, picture, control, steps=40):
             await shown(image);
             times.push(performance.now() - started);
         }
-        return times }""", [picture, control, steps])
+        return times }""",
+        [picture, control, steps],
+    )
 
 
 def record_latency(name, milliseconds, **about):
@@ -232,8 +356,15 @@ def record_latency(name, milliseconds, **about):
         path = ROOT / "data/results/latency.json"
         records = json.loads(path.read_text()) if path.exists() else {}
         tenth = sorted(milliseconds)[-max(1, len(milliseconds) // 10)]
-        records[name] = {"milliseconds": {"median": round(median, 1), "slowest tenth from": round(tenth, 1)},
-                         "steps": len(milliseconds), "device": device_name(device_for("cpu")), "browser": "headless Chromium",
-                         **about}
+        records[name] = {
+            "milliseconds": {
+                "median": round(median, 1),
+                "slowest tenth from": round(tenth, 1),
+            },
+            "steps": len(milliseconds),
+            "device": device_name(device_for("cpu")),
+            "browser": "headless Chromium",
+            **about,
+        }
         path.write_text(json.dumps(records, indent=1) + "\n")
     return median

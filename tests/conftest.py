@@ -1,4 +1,5 @@
 """Shared by the tests: one tiny pair of runs, trained once."""
+
 import os
 import socket
 from dataclasses import replace
@@ -14,36 +15,60 @@ from selfflow.training.loop import train
 
 torch.set_num_threads(1)
 
-# Properties are tested with the same examples each time and without a clock: neither chance nor a slow machine fails a commit.
-# To look further: HYPOTHESIS_PROFILE=search pytest tests/test_x.py, with others each time, and more where no test says how many.
-for name, options in {"same": {"derandomize": True}, "search": {"derandomize": False, "max_examples": 2_000}}.items():
-    settings.register_profile(name, deadline=None, suppress_health_check=[HealthCheck.too_slow], **options)
+# Properties are tested with the same examples each time and without a clock: neither
+# chance nor a slow machine fails a commit.
+# To look further: HYPOTHESIS_PROFILE=search pytest tests/test_x.py, with others each
+# time, and more where no test says how many.
+for name, options in {
+    "same": {"derandomize": True},
+    "search": {"derandomize": False, "max_examples": 2_000},
+}.items():
+    settings.register_profile(
+        name, deadline=None, suppress_health_check=[HealthCheck.too_slow], **options
+    )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
-TINY = Config(name="tiny", model=ModelConfig(width=16, depth=4, heads=2),
-              training=TrainConfig(steps=12, batch=16, log_every=1, validate_every=6, save_every=4))
+TINY = Config(
+    name="tiny",
+    model=ModelConfig(width=16, depth=4, heads=2),
+    training=TrainConfig(
+        steps=12, batch=16, log_every=1, validate_every=6, save_every=4
+    ),
+)
 VANILLA = replace(TINY, name="vanilla", objective=ObjectiveConfig("flow_matching"))
 
 
 def parts_of(run):
     parts = [path.stem for path in run.latest().glob("*.safetensors")]
     assert {"model", "teacher", "optimizer"} <= set(parts)
-    return {f"{part}/{name}": value for part in parts for name, value in run.load(part).items()}
+    return {
+        f"{part}/{name}": value
+        for part in parts
+        for name, value in run.load(part).items()
+    }
 
 
 def assert_same(run, other):
     expected, actual = parts_of(run), parts_of(other)
-    assert expected.keys() == actual.keys() and all(torch.equal(expected[k], actual[k]) for k in expected)
+    assert expected.keys() == actual.keys() and all(
+        torch.equal(expected[k], actual[k]) for k in expected
+    )
     assert run.log_path.read_text() == other.log_path.read_text()
 
 
 @pytest.fixture(autouse=True)
 def no_connection_leaves_this_machine(monkeypatch):
     real = socket.socket.connect
+
     def connect(self, address):
-        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in (
+            "127.0.0.1",
+            "::1",
+            "localhost",
+        ):
             raise AssertionError(f"a test wants to connect to {address}")
         return real(self, address)
+
     monkeypatch.setattr(socket.socket, "connect", connect)
 
 

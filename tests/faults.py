@@ -2,6 +2,7 @@
 
 The parent has torch loaded and forks a child for each line that it reads, `ACTION FOLDER [K]`; so a child starts in milliseconds.
 """
+
 import io
 import os
 import select
@@ -18,20 +19,38 @@ import selfflow.disk
 from selfflow.disk import read_lines, step_of
 from selfflow.training.run import Run
 
-CALLS = [(os, name) for name in ("open", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "chmod", "utime")]
+CALLS = [
+    (os, name)
+    for name in (
+        "open",
+        "fsync",
+        "rename",
+        "replace",
+        "mkdir",
+        "unlink",
+        "rmdir",
+        "chmod",
+        "utime",
+    )
+]
 CALLS += [(io, "open"), (selfflow.disk, "save_file")]
 
 
 def writes(args, options):
     "Whether a call of `open` may change the disk."
     how = args[1] if len(args) > 1 else options.get("mode", "r")
-    return bool(set(how) & set("wax+")) if isinstance(how, str) else bool(how & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    return (
+        bool(set(how) & set("wax+"))
+        if isinstance(how, str)
+        else bool(how & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    )
 
 
 @contextmanager
 def at_call(k, fault):
     "What changes the disk is counted; `fault()` comes before the k-th. Yields the names of the calls so far."
     seen, real = [], {(module, name): getattr(module, name) for module, name in CALLS}
+
     def counted(module, name):
         def call(*args, **options):
             if name != "open" or writes(args, options):
@@ -39,7 +58,9 @@ def at_call(k, fault):
                 if len(seen) == k:
                     fault()
             return real[module, name](*args, **options)
+
         return call
+
     for module, name in CALLS:
         setattr(module, name, counted(module, name))
     try:
@@ -51,7 +72,10 @@ def at_call(k, fault):
 
 def tensors(step):
     "The parts of a tiny checkpoint."
-    return {part: {"x": torch.full((50,), float(step))} for part in ("model", "teacher", "optimizer")}
+    return {
+        part: {"x": torch.full((50,), float(step))}
+        for part in ("model", "teacher", "optimizer")
+    }
 
 
 def say(text):
@@ -93,14 +117,17 @@ def hold_with_child(folder):
 
 def hold_softly(folder):
     import fcntl
+
     def missing(*args):
         raise OSError(38, "no flock here")
+
     fcntl.flock = missing
     hold(folder)
 
 
 def small_files_only(folder):
     import resource
+
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
     run = Run.open(folder, "cpu")
     try:
@@ -122,7 +149,9 @@ def cut(folder):
 
 
 def film(folder):
-    Run.open(folder, "cpu").save_film(3, torch.full((2, 1, 8, 8), 3.0), torch.tensor([1, 2]))
+    Run.open(folder, "cpu").save_film(
+        3, torch.full((2, 1, 8, 8), 3.0), torch.tensor([1, 2])
+    )
 
 
 def child(action, folder, k=None):
@@ -142,17 +171,27 @@ def serve():
             except BaseException as error:
                 say(f"{type(error).__name__}: {error}")
             os._exit(0)
-        say(f"\npid {pid}")  # on a line of its own: a child may have been killed in the middle of one
+        # on a line of its own: a child may have been killed in the middle of one
+        say(f"\npid {pid}")
         _, status = os.waitpid(pid, 0)
         say(f"\nended {os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0}")
 
 
 class Worker:
     "The parent, seen from the tests."
+
     def __init__(self):
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        start_new_session=True, env={**os.environ, "PYTHONFAULTHANDLER": "1",
-                                        "PYTHONPATH": str(Path(__file__).parent.parent)})
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            env={
+                **os.environ,
+                "PYTHONFAULTHANDLER": "1",
+                "PYTHONPATH": str(Path(__file__).parent.parent),
+            },
+        )
         self.unread, self.early = b"", []
 
     def start(self, *words):
@@ -160,15 +199,19 @@ class Worker:
         self.process.stdin.write((" ".join(map(str, words)) + "\n").encode())
         self.process.stdin.flush()
         said = self.early = []
-        while not (line := self.read()).startswith("pid "):  # a child may be faster than its parent
+        # a child may be faster than its parent
+        while not (line := self.read()).startswith("pid "):
             said.append(line)  # read before `wait`
         return int(line.split()[1])
 
     def read(self):
         while b"\n" not in self.unread:
             if not select.select([self.process.stdout], [], [], 60)[0]:
-                os.killpg(self.process.pid, signal.SIGABRT)  # says where each of them stands
-                raise AssertionError(f"nothing was said for a minute after {self.early}")
+                # says where each of them stands
+                os.killpg(self.process.pid, signal.SIGABRT)
+                raise AssertionError(
+                    f"nothing was said for a minute after {self.early}"
+                )
             part = os.read(self.process.stdout.fileno(), 10000)
             assert part, "the worker has died"
             self.unread += part
@@ -179,7 +222,9 @@ class Worker:
         "Wait until the child says a step."
         while not any(line.isdigit() for line in self.early):
             self.early.append(self.read())
-            assert not self.early[-1].startswith("ended "), f"the child ended before it saved: {self.early}"
+            assert not self.early[-1].startswith("ended "), (
+                f"the child ended before it saved: {self.early}"
+            )
 
     def wait(self):
         "Wait for the child; returns the signal that ended it (0 = none) and what it said."

@@ -1,4 +1,5 @@
 """Kinds of data x everything a user can do, for test_matrix_images and test_matrix_signals: each kind is trained once."""
+
 import csv
 import functools
 import shutil
@@ -30,10 +31,10 @@ from selfflow.workbench.attention_explorer import explore_attention
 from selfflow.workbench.feature_explorer import explore_features, item_previews
 from selfflow.workbench.map_explorer import explore_map
 from selfflow.workbench.page import tools_on_page
-from selfflow.workbench.tools import Chosen
 from selfflow.workbench.paths import SideBySide
 from selfflow.workbench.playground import explore as explore_sampling
 from selfflow.workbench.probe_process import Probing
+from selfflow.workbench.tools import Chosen
 from selfflow.workbench.viewed_run import Subject
 
 NOTEBOOKS = Path(__file__).parent.parent / "nbs/studies"
@@ -45,29 +46,44 @@ SIZES = {"train": 12, "validation": 6, "test": 6}  # of a class
 
 def _picture(path: Path, label: int, number: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng((label, number)).integers(0, 60, (16, 16, 3), np.uint8)
-    pixels[2 + 4 * label: 6 + 4 * label, 2:14] += 150
+    pixels = np.random.default_rng((label, number)).integers(
+        0, 60, (16, 16, 3), np.uint8
+    )
+    pixels[2 + 4 * label : 6 + 4 * label, 2:14] += 150
     Image.fromarray(pixels).save(path)
 
 
 def _video(path: Path, label: int, number: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    frames = [Image.new("L", (16, 16), 20 * number % 100 + (frame * label * 10) % 100) for frame in range(8)]
+    frames = [
+        Image.new("L", (16, 16), 20 * number % 100 + (frame * label * 10) % 100)
+        for frame in range(8)
+    ]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
 
 
 def _sound(path: Path, label: int, number: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     times = np.arange(8_192) / 8_000
-    wavfile.write(path, 8_000, (0.3 * np.sin(2 * np.pi * 200 * 2**label * times + number)).astype(np.float32))
+    wavfile.write(
+        path,
+        8_000,
+        (0.3 * np.sin(2 * np.pi * 200 * 2**label * times + number)).astype(np.float32),
+    )
 
 
-def _folder(root: Path, *writers: tuple[Callable, str], classes=CLASSES, times: int = 1) -> None:
+def _folder(
+    root: Path, *writers: tuple[Callable, str], classes=CLASSES, times: int = 1
+) -> None:
     for split, count in SIZES.items():
         for label, name in enumerate(classes or [""] * 3):
             for number in range(times * count):
                 for write, suffix in writers:
-                    write(root / split / name / f"{label}{number:02d}{suffix}", label, number)
+                    write(
+                        root / split / name / f"{label}{number:02d}{suffix}",
+                        label,
+                        number,
+                    )
 
 
 def _table(root: Path, *columns: str) -> None:
@@ -78,17 +94,36 @@ def _table(root: Path, *columns: str) -> None:
             rows.writerow(("file_name", *columns))
             for label, name in enumerate(CLASSES):
                 values = {"label": name, "caption": f"a bright {name}"}
-                rows.writerows((f"{label}{number:02d}.png", *(values[column] for column in columns)) for number in range(count))
+                rows.writerows(
+                    (
+                        f"{label}{number:02d}.png",
+                        *(values[column] for column in columns),
+                    )
+                    for number in range(count)
+                )
 
 
 def _huggingface(root: Path) -> None:
     _folder(root / "files", (_picture, ".png"))
-    found = datasets.Features({"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
-                               "label": datasets.ClassLabel(names=list(CLASSES))})
+    found = datasets.Features(
+        {
+            "image": {
+                "bytes": datasets.Value("binary"),
+                "path": datasets.Value("string"),
+            },
+            "label": datasets.ClassLabel(names=list(CLASSES)),
+        }
+    )
     parts = {}
     for split in SIZES:
         files = sorted((root / "files" / split).rglob("*.png"))
-        rows = [{"image": {"bytes": file.read_bytes(), "path": None}, "label": CLASSES.index(file.parent.name)} for file in files]
+        rows = [
+            {
+                "image": {"bytes": file.read_bytes(), "path": None},
+                "label": CLASSES.index(file.parent.name),
+            }
+            for file in files
+        ]
         parts[split] = datasets.Dataset.from_list(rows, features=found)
     datasets.disable_progress_bars()
     datasets.DatasetDict(parts).save_to_disk(str(root / "saved"))
@@ -97,7 +132,13 @@ def _huggingface(root: Path) -> None:
 def _latents(root: Path) -> None:
     _folder(root / "files", (_picture, ".png"))
     for split in SIZES:
-        encode_latents(Folder(root / "files", size=16, split=split), Haar(), root / "latents", split, bar=False)
+        encode_latents(
+            Folder(root / "files", size=16, split=split),
+            Haar(),
+            root / "latents",
+            split,
+            bar=False,
+        )
 
 
 # kinds: what is written, and the options of `selfflow train`
@@ -109,47 +150,100 @@ FILMS = FILES | {"frames": 8}
 @dataclass(frozen=True)
 class Kind:
     "write: makes the data in a folder; path: of the data in it; data: options; refused: {cell: the reason, a part of it}."
+
     write: Callable | None
     data: dict
     path: str = ""
     refused: dict[str, str] = field(default_factory=dict)
 
 
-NO_CLASS = dict.fromkeys(("probe", "probe panel", "probe notebook"), "nothing to probe for")
+NO_CLASS = dict.fromkeys(
+    ("probe", "probe panel", "probe notebook"), "nothing to probe for"
+)
 NO_JUDGE = {"metrics": "need an extractor"}
 IMAGES = {
     "digits": Kind(None, {"name": "digits"}),
     "digits, no condition": Kind(None, {"name": "digits", "condition": "none"}),
     "shapes": Kind(None, {"name": "shapes", "patch": 8}),
-    "shapes, captions": Kind(None, {"name": "shapes", "patch": 8, "condition": "caption", "caption": 32}),
-    "folder": Kind(lambda root: _folder(root, (_picture, ".png")), {"name": "folder", **FILES}, refused=NO_JUDGE),
-    "folder, no classes": Kind(lambda root: _folder(root, (_picture, ".png"), classes=()),
-                               {"name": "folder", "condition": "none", **FILES}, refused=NO_CLASS | NO_JUDGE),
-    "folder, one class": Kind(lambda root: _folder(root, (_picture, ".png"), classes=("only",), times=3),
-                              {"name": "folder", **FILES}, refused=NO_CLASS | NO_JUDGE),
-    "table, captions": Kind(lambda root: _table(root, "label", "caption"),
-                            {"name": "folder", "condition": "caption", "caption": 24, **FILES}, refused=NO_JUDGE),
-    "table, captions alone": Kind(lambda root: _table(root, "caption"), {
-        "name": "folder", "condition": "caption", "caption": 24, **FILES}, refused=NO_CLASS | NO_JUDGE),
-    "Hugging Face": Kind(_huggingface, {"name": "huggingface", **FILES}, "saved", refused=NO_JUDGE),
-    "latents": Kind(_latents, {"name": "latents", "patch": 4}, "latents", {"metrics": "a run of latents draws latents"}),
+    "shapes, captions": Kind(
+        None, {"name": "shapes", "patch": 8, "condition": "caption", "caption": 32}
+    ),
+    "folder": Kind(
+        lambda root: _folder(root, (_picture, ".png")),
+        {"name": "folder", **FILES},
+        refused=NO_JUDGE,
+    ),
+    "folder, no classes": Kind(
+        lambda root: _folder(root, (_picture, ".png"), classes=()),
+        {"name": "folder", "condition": "none", **FILES},
+        refused=NO_CLASS | NO_JUDGE,
+    ),
+    "folder, one class": Kind(
+        lambda root: _folder(root, (_picture, ".png"), classes=("only",), times=3),
+        {"name": "folder", **FILES},
+        refused=NO_CLASS | NO_JUDGE,
+    ),
+    "table, captions": Kind(
+        lambda root: _table(root, "label", "caption"),
+        {"name": "folder", "condition": "caption", "caption": 24, **FILES},
+        refused=NO_JUDGE,
+    ),
+    "table, captions alone": Kind(
+        lambda root: _table(root, "caption"),
+        {"name": "folder", "condition": "caption", "caption": 24, **FILES},
+        refused=NO_CLASS | NO_JUDGE,
+    ),
+    "Hugging Face": Kind(
+        _huggingface, {"name": "huggingface", **FILES}, "saved", refused=NO_JUDGE
+    ),
+    "latents": Kind(
+        _latents,
+        {"name": "latents", "patch": 4},
+        "latents",
+        {"metrics": "a run of latents draws latents"},
+    ),
 }
 SIGNALS = {
     "motion": Kind(None, {"name": "motion", "patch": 8, "span": 4}),
     "notes": Kind(None, {"name": "notes", "columns": 8}),
     "scenes": Kind(None, {"name": "scenes", "patch": 16, "span": 4, "columns": 8}),
-    "sounds": Kind(lambda root: _folder(root, (_sound, ".wav")), {"name": "folder", "signals": ("audio",), "columns": 1},
-                   refused=NO_JUDGE),
-    "videos": Kind(lambda root: _folder(root, (_video, ".gif")), {"name": "folder", "signals": ("video",), **FILMS},
-                   refused=NO_JUDGE),
-    "pairs": Kind(lambda root: _folder(root, (_video, ".gif"), (_sound, ".wav")),
-                  {"name": "folder", "signals": ("video", "audio"), "columns": 1, **FILMS}, refused=NO_JUDGE),
-    "pairs, no classes": Kind(lambda root: _folder(root, (_video, ".gif"), (_sound, ".wav"), classes=()), {
-        "name": "folder", "condition": "none", "signals": ("video", "audio"), "columns": 1, **FILMS},
-        refused=NO_CLASS | NO_JUDGE),
+    "sounds": Kind(
+        lambda root: _folder(root, (_sound, ".wav")),
+        {"name": "folder", "signals": ("audio",), "columns": 1},
+        refused=NO_JUDGE,
+    ),
+    "videos": Kind(
+        lambda root: _folder(root, (_video, ".gif")),
+        {"name": "folder", "signals": ("video",), **FILMS},
+        refused=NO_JUDGE,
+    ),
+    "pairs": Kind(
+        lambda root: _folder(root, (_video, ".gif"), (_sound, ".wav")),
+        {"name": "folder", "signals": ("video", "audio"), "columns": 1, **FILMS},
+        refused=NO_JUDGE,
+    ),
+    "pairs, no classes": Kind(
+        lambda root: _folder(root, (_video, ".gif"), (_sound, ".wav"), classes=()),
+        {
+            "name": "folder",
+            "condition": "none",
+            "signals": ("video", "audio"),
+            "columns": 1,
+            **FILMS,
+        },
+        refused=NO_CLASS | NO_JUDGE,
+    ),
 }
-TRAINING = {"steps": 8, "batch": 8, "log_every": 1, "validate_every": 4, "save_every": 4, "validation": 12, "keep_last": 9,
-            "sample_every": 8}
+TRAINING = {
+    "steps": 8,
+    "batch": 8,
+    "log_every": 1,
+    "validate_every": 4,
+    "save_every": 4,
+    "validation": 12,
+    "keep_last": 9,
+    "sample_every": 8,
+}
 MODEL = {"width": 16, "depth": 3, "heads": 1}
 
 
@@ -161,10 +255,27 @@ def trained(kind: Kind, folder: Path) -> Path:
         data["path"] = str(folder / "data" / kind.path)
     options = [("--name", "run")]
     for name, value in data.items():
-        options.append((f"--data.{name}", *map(str, value if isinstance(value, tuple) else (value,))))
+        options.append(
+            (
+                f"--data.{name}",
+                *map(str, value if isinstance(value, tuple) else (value,)),
+            )
+        )
     options += [(f"--model.{name}", str(value)) for name, value in MODEL.items()]
-    options += [(f"--training.{name.replace('_', '-')}", str(value)) for name, value in TRAINING.items()]
-    main(["train", *(part for option in options for part in option), "--folder", str(folder / "runs"), "--device", "cpu"])
+    options += [
+        (f"--training.{name.replace('_', '-')}", str(value))
+        for name, value in TRAINING.items()
+    ]
+    main(
+        [
+            "train",
+            *(part for option in options for part in option),
+            "--folder",
+            str(folder / "runs"),
+            "--device",
+            "cpu",
+        ]
+    )
     return folder / "runs/run"
 
 
@@ -175,15 +286,33 @@ def at_small_cost(patch: pytest.MonkeyPatch) -> None:
         patch.setitem(probing.COUNTS, split, count)
     all_cells = probing.probe_run
     for module in (probing, report):
-        patch.setattr(module, "probe_run",
-                      lambda run, levels=(0.0, 0.5), layers=(1, 3), **named: all_cells(run, levels, layers, **named))
-    patch.setattr(report, "run_metrics", functools.partial(report.run_metrics, count=12, steps=2, resamples=2))
+        patch.setattr(
+            module,
+            "probe_run",
+            lambda run, levels=(0.0, 0.5), layers=(1, 3), **named: all_cells(
+                run, levels, layers, **named
+            ),
+        )
+    patch.setattr(
+        report,
+        "run_metrics",
+        functools.partial(report.run_metrics, count=12, steps=2, resamples=2),
+    )
     write = report.write_samples
-    patch.setattr(report, "write_samples", lambda run, asked, steps=2, *rest, **named: write(run, asked, steps, *rest, **named))
+    patch.setattr(
+        report,
+        "write_samples",
+        lambda run, asked, steps=2, *rest, **named: write(
+            run, asked, steps, *rest, **named
+        ),
+    )
     patch.setattr(representation_sections, "_FITTED", 24)
     patch.setattr(representation_sections, "_SCORED", 12)
     patch.setattr(sample_sections, "_METHOD", "PCA")
-    few_items = lambda run, split="test", count=12, *rest: features.items_of(run, split, min(count or 12, 12), *rest)  # noqa: E731
+
+    def few_items(run, split="test", count=12, *rest):
+        return features.items_of(run, split, min(count or 12, 12), *rest)  # noqa: E731
+
     patch.setattr(representation_sections, "items_of", few_items)
 
 
@@ -191,22 +320,32 @@ def at_small_cost(patch: pytest.MonkeyPatch) -> None:
 
 
 def _command(*arguments) -> None:
-    main([str(argument) for argument in arguments] + (["--device", "cpu"] if arguments[0] != "runs" else []))
+    main(
+        [str(argument) for argument in arguments]
+        + (["--device", "cpu"] if arguments[0] != "runs" else [])
+    )
 
 
 def _resume(run: Path, place: Path) -> None:
     shutil.copytree(run, place / "again")
     shutil.rmtree(place / "again/checkpoints/step-00000008")
     _command("train", "--config", place / "again/config.json")
-    logs = [Run.open(path, "cpu").log.set_index("step")["total"] for path in (run, place / "again")]
+    logs = [
+        Run.open(path, "cpu").log.set_index("step")["total"]
+        for path in (run, place / "again")
+    ]
     assert logs[1].tolist() == pytest.approx(logs[0].tolist(), rel=1e-5)
 
 
 def _report(run: Path, place: Path) -> None:
     _command("report", run, "--full", "--output", place / "report.html")
     page = (place / "report.html").read_text()
-    assert "could not be made" not in page, page[page.index("could not be made") - 200:][:600]
-    assert "this makes them" not in page, "what can be made was made, and what cannot is not recommended"
+    assert "could not be made" not in page, page[
+        page.index("could not be made") - 200 :
+    ][:600]
+    assert "this makes them" not in page, (
+        "what can be made was made, and what cannot is not recommended"
+    )
 
 
 def _explorer(made) -> None:
@@ -226,7 +365,14 @@ def _sampling(run: Path, place: Path) -> None:
 
 
 def _features(run: Path, place: Path) -> None:
-    found = explore_features(Run.open(run, "cpu"), place, layers=(1, 2), levels=(0.0,), count=12, methods=("PCA",))
+    found = explore_features(
+        Run.open(run, "cpu"),
+        place,
+        layers=(1, 2),
+        levels=(0.0,),
+        count=12,
+        methods=("PCA",),
+    )
     found.wait(120).seek_near(3)
 
 
@@ -235,7 +381,11 @@ def _map(run: Path, place: Path) -> None:
     items = items_of(opened, "test", 12)
     found = items.features(opened.teacher, 0.5, (2,))
     previews, captions = item_previews(items)
-    factors = {name: values.numpy() for name, values in items.factors.items() if values.ndim == 1}
+    factors = {
+        name: values.numpy()
+        for name, values in items.factors.items()
+        if values.ndim == 1
+    }
     explore_map(project(found[2], "PCA", 3), previews, factors, captions=captions)
 
 
@@ -252,7 +402,11 @@ def _probe_panel(run: Path, place: Path) -> None:
 
 def _notebook(name: str, run: Path, path: str, **changes) -> None:
     "Execute the code of a companion notebook on a run; changes: lines that are replaced."
-    cells = [cell.source for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells if cell.cell_type == "code"]
+    cells = [
+        cell.source
+        for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells
+        if cell.cell_type == "code"
+    ]
     source = "\n".join(cells)
     for old, new in {path: repr(str(run)), **changes}.items():
         assert old in source, f"{name} has no {old!r} any more"
@@ -261,35 +415,59 @@ def _notebook(name: str, run: Path, path: str, **changes) -> None:
 
 
 def _asymmetry_notebook(run: Path, place: Path) -> None:
-    _notebook("asymmetry", run, '"../../runs/shapes-self_flow"', **{"samples = 8 if tiny else 96": "samples = 8"})
+    _notebook(
+        "asymmetry",
+        run,
+        '"../../runs/shapes-self_flow"',
+        **{"samples = 8 if tiny else 96": "samples = 8"},
+    )
 
 
 def _probe_notebook(run: Path, place: Path) -> None:
     shutil.copytree(run, place / "other")
-    _notebook("probe", run, '"../../runs/shapes-self_flow"', **{
-        '"../../runs/shapes-flow_matching"': repr(str(place / "other")),
-        '"../../data/cache/features"': repr(str(place / "store")),
-        "tiny = bool(os.environ.get(\"IN_TEST\"))": "tiny = True", "there = not tiny and all": "there = all",
-        '"../../data/results/probe.json"': repr(str(place / "probe.json"))})
+    _notebook(
+        "probe",
+        run,
+        '"../../runs/shapes-self_flow"',
+        **{
+            '"../../runs/shapes-flow_matching"': repr(str(place / "other")),
+            '"../../data/cache/features"': repr(str(place / "store")),
+            'tiny = bool(os.environ.get("IN_TEST"))': "tiny = True",
+            "there = not tiny and all": "there = all",
+            '"../../data/results/probe.json"': repr(str(place / "probe.json")),
+        },
+    )
 
 
 CELLS: dict[str, Callable[[Path, Path], None]] = {
     "resume": _resume,
     "sample": lambda run, place: _command("sample", run, "--each", 1, "--steps", 2),
     "probe": lambda run, place: _command("probe", run, "--samples", 24),
-    "metrics": lambda run, place: _command("metrics", run, "--count", 12, "--steps", 2, "--resamples", 2),
+    "metrics": lambda run, place: _command(
+        "metrics", run, "--count", 12, "--steps", 2, "--resamples", 2
+    ),
     "report": _report,
-    "runs": lambda run, place: _command("runs", run.parent, "--output", place / "runs.png"),
-    "asymmetry": _asymmetry, "attention": _attention, "sampling": _sampling, "features": _features, "map": _map,
-    "workbench": _workbench, "probe panel": _probe_panel,
-    "asymmetry notebook": _asymmetry_notebook, "probe notebook": _probe_notebook,
+    "runs": lambda run, place: _command(
+        "runs", run.parent, "--output", place / "runs.png"
+    ),
+    "asymmetry": _asymmetry,
+    "attention": _attention,
+    "sampling": _sampling,
+    "features": _features,
+    "map": _map,
+    "workbench": _workbench,
+    "probe panel": _probe_panel,
+    "asymmetry notebook": _asymmetry_notebook,
+    "probe notebook": _probe_notebook,
 }
 COMMANDS = ("sample", "probe", "metrics", "report", "runs")
 
 
 def contents(run: Path) -> dict[str, float]:
     "All files of a run and when they were written."
-    return {str(path): path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    return {
+        str(path): path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()
+    }
 
 
 def check(kind: Kind, cell: str, run: Path, place: Path, capsys) -> None:
@@ -303,8 +481,10 @@ def check(kind: Kind, cell: str, run: Path, place: Path, capsys) -> None:
         return
     before = contents(run)
     with pytest.MonkeyPatch.context() as patch:
+
         def asked(*rest, **named):
             raise AssertionError("work was done before it was refused")
+
         patch.setattr(Transformer, "forward", asked)
         if cell in COMMANDS:
             with pytest.raises(SystemExit) as ended:
@@ -334,4 +514,8 @@ def check_choice(kind: Kind, run: Path) -> None:
     conditions = judged.data[opened.config.data.name][0].condition.values
     if opened.config.data.condition == "class" and not alike:
         assert conditions.bincount().tolist() == [4, 4, 4]
-        assert Subject(opened, count=6).condition.values.bincount().tolist() == [2, 2, 2]
+        assert Subject(opened, count=6).condition.values.bincount().tolist() == [
+            2,
+            2,
+            2,
+        ]

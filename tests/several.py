@@ -3,6 +3,7 @@
 Called by torchrun: several.py TASKS.json. A task: config, folder, and optionally poison (the step whose data become huge in
 the last process), stop (the step after which the last process gets a SIGTERM) or features (train REPA on made ones).
 """
+
 import json
 import os
 import signal
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import torch
 
+from selfflow.data.sources import Sources
 from selfflow.method.alignment import processes
 from selfflow.training import loop as training
-from selfflow.data.sources import Sources
 from selfflow.training.batches import Batches
 from selfflow.training.config import Config
 
@@ -23,13 +24,21 @@ torch.set_num_threads(1)
 
 def disturb(task: dict):
     "Batches as they are, but for what the task asks for."
-    last, read = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1, Batches.__getitem__
+    last, read = (
+        int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1,
+        Batches.__getitem__,
+    )
 
     def disturbed(self, step):
         batch = read(self, step)
         if last and step + 1 == task.get("stop"):
             os.kill(os.getpid(), signal.SIGTERM)
-        return replace(batch, x0=batch.x0 * 1e30) if last and step == task.get("poison") else batch
+        return (
+            replace(batch, x0=batch.x0 * 1e30)
+            if last and step == task.get("poison")
+            else batch
+        )
+
     return disturbed
 
 
@@ -40,7 +49,7 @@ def main(file: Path) -> None:
         features = None
         if task.get("features"):
             sources = Sources(config.data)
-            name, = sources.data
+            (name,) = sources.data
             tokens = sources.take(name, torch.arange(len(sources.data[name]))).x0
             features = torch.cat([tokens, -tokens], -1)
         Batches.__getitem__ = disturb(task)
@@ -49,7 +58,9 @@ def main(file: Path) -> None:
         except (Exception, SystemExit) as error:
             raised = f"{type(error).__name__}: {error}"
         Batches.__getitem__ = read
-        report = Path(task["folder"]) / f"raised-{os.environ['RANK']}-of-{processes()}.json"
+        report = (
+            Path(task["folder"]) / f"raised-{os.environ['RANK']}-of-{processes()}.json"
+        )
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(json.dumps(raised))
 

@@ -1,4 +1,5 @@
 """A run folder written as the loop writes it, by a thread that can be slow, stopped and asked."""
+
 import json
 import math
 import shutil
@@ -23,15 +24,29 @@ class SimulatedTrainer:
     def __init__(self, path: Path, steps: int = 100, features: bool = True):
         self.path, self.features, self.step, self.answers = Path(path), features, 0, []
         config = Config(name=self.path.name, training=TrainConfig(steps=steps))
-        self.run = Run.create(path, config, Inputs((Part("image", 4, (1, 4, 4)),), classes=10), "cpu")
+        self.run = Run.create(
+            path, config, Inputs((Part("image", 4, (1, 4, 4)),), classes=10), "cpu"
+        )
 
     def line(self, step: int) -> dict:
         fall = math.exp(-step / 50)
-        values = {"step": step, "total": 1 + fall, "flow_loss": 0.4 + fall, "grad_norm": 0.5 + fall}
+        values = {
+            "step": step,
+            "total": 1 + fall,
+            "flow_loss": 0.4 + fall,
+            "grad_norm": 0.5 + fall,
+        }
         if self.features:
-            values |= {"rep_loss": 0.2 + fall, "cosine": 0.8 - 0.6 * fall, "constant_cosine": 0.6 - 0.5 * fall}
+            values |= {
+                "rep_loss": 0.2 + fall,
+                "cosine": 0.8 - 0.6 * fall,
+                "constant_cosine": 0.6 - 0.5 * fall,
+            }
         if step % 10 == 0:
-            values |= {"validation_flow_loss": 0.5 + fall, "flow_loss_by_level": [t + fall for t in LEVELS]}
+            values |= {
+                "validation_flow_loss": 0.5 + fall,
+                "flow_loss_by_level": [t + fall for t in LEVELS],
+            }
         return values
 
     def log_lines(self, count: int, rate: float = 20.0) -> None:
@@ -45,22 +60,43 @@ class SimulatedTrainer:
         new.mkdir(parents=True, exist_ok=True)
         state = json.dumps({"step": self.step})
         (new / "state.json").write_text(state)
-        (new / "manifest.json").write_text(json.dumps({"state.json": {"size": len(state)}}))
+        (new / "manifest.json").write_text(
+            json.dumps({"state.json": {"size": len(state)}})
+        )
         for path in set(new.parent.iterdir()) - {new}:
             shutil.rmtree(path)
 
     def _log_lines(self, count: int, rate: float = 20.0) -> None:
-        with (self.path / "log.jsonl").open("a") as log, (self.path / "timing.jsonl").open("a") as timing:
+        with (
+            (self.path / "log.jsonl").open("a") as log,
+            (self.path / "timing.jsonl").open("a") as timing,
+        ):
             for _ in range(count):
                 self.step += 1
                 log.write(json.dumps(self.line(self.step)) + "\n")
-                timing.write(json.dumps({"step": self.step, "seconds": self.step / rate, "wall": self.step / rate,
-                                         "steps_per_second": rate, "data_wait": 0.004, "peak_memory": 1_300_000_000,
-                                         "device": "cpu", "processes": 1}) + "\n")
+                timing.write(
+                    json.dumps(
+                        {
+                            "step": self.step,
+                            "seconds": self.step / rate,
+                            "wall": self.step / rate,
+                            "steps_per_second": rate,
+                            "data_wait": 0.004,
+                            "peak_memory": 1_300_000_000,
+                            "device": "cpu",
+                            "processes": 1,
+                        }
+                    )
+                    + "\n"
+                )
 
     def save_picture(self, step: int, count: int = 4) -> None:
-        noise = torch.randn((count, 1, 8, 8), generator=torch.Generator().manual_seed(0))
-        self.run.save_film(step, noise.clamp(-1, 1) * math.exp(-step / 50), torch.arange(count))
+        noise = torch.randn(
+            (count, 1, 8, 8), generator=torch.Generator().manual_seed(0)
+        )
+        self.run.save_film(
+            step, noise.clamp(-1, 1) * math.exp(-step / 50), torch.arange(count)
+        )
 
     def train(self, pause: float = 0.02) -> None:
         "Hold the lock and log until all steps are done or a stop is asked for."

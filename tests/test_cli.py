@@ -1,4 +1,5 @@
 """The command line: where settings come from, how mistakes are answered, how it ends."""
+
 import inspect
 import json
 import os
@@ -19,10 +20,17 @@ from selfflow import __version__, options
 from selfflow.analysis.comparison import runs_table
 from selfflow.cli import COMMANDS, main
 from selfflow.data.options import DataConfig
-from selfflow.method.options import FeatureOptions, ModelConfig, ObjectiveConfig, SelfFlowOptions, TransformerOptions
-from selfflow.registries import backbones, datasets, objectives
+from selfflow.method.options import (
+    FeatureOptions,
+    ModelConfig,
+    ObjectiveConfig,
+    SelfFlowOptions,
+    TransformerOptions,
+)
 from selfflow.options import read_command, read_settings, starting_point
-from selfflow.training import checkpoint, loop as training
+from selfflow.registries import backbones, datasets, objectives
+from selfflow.training import checkpoint
+from selfflow.training import loop as training
 from selfflow.training.config import PRESETS, Config, TrainConfig, differences, flatten
 from selfflow.training.run import Run
 
@@ -32,10 +40,13 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def config_of():
     "From the options of `selfflow train` to the config that it would train with."
-    return lambda *args: read_command(COMMANDS, ["train", *args], **starting_point(["train", *args])).keywords["config"]
+    return lambda *args: read_command(
+        COMMANDS, ["train", *args], **starting_point(["train", *args])
+    ).keywords["config"]
 
 
 # settings
+
 
 def test_without_options_the_default_is_trained(config_of):
     assert config_of() == Config() == config_of("--preset", "digits")
@@ -47,11 +58,26 @@ def test_presets_are_what_their_table_says(config_of, name):
 
 
 def test_options_lie_over_a_preset(config_of):
-    config = config_of("--training.batch", "100", "--preset", "S", "--name", "mine", "--objective.name", "layer_sync")
+    config = config_of(
+        "--training.batch",
+        "100",
+        "--preset",
+        "S",
+        "--name",
+        "mine",
+        "--objective.name",
+        "layer_sync",
+    )
     assert differences(asdict(PRESETS["S"]), asdict(config)) == {
-        "name": ("S", "mine"), "training.batch": (256, 100), "training.shards": (8, 4),
-        "objective.name": ("self_flow", "layer_sync"), "objective.rep_weight": (0.8, 0.2)}
-    assert config_of("--preset", "S", "--model.size", "B").model.width == 768, "a size sets its own width"
+        "name": ("S", "mine"),
+        "training.batch": (256, 100),
+        "training.shards": (8, 4),
+        "objective.name": ("self_flow", "layer_sync"),
+        "objective.rep_weight": (0.8, 0.2),
+    }
+    assert config_of("--preset", "S", "--model.size", "B").model.width == 768, (
+        "a size sets its own width"
+    )
 
 
 def test_the_config_of_a_run_is_trained_again(config_of, runs):
@@ -59,10 +85,15 @@ def test_the_config_of_a_run_is_trained_again(config_of, runs):
     assert config_of("--config", file) == runs["tiny"].config
     again = config_of("--config", file, "--name", "again", "--seed", "3")
     assert again == replace(TINY, name="again", seed=3)
-    assert config_of("--config", file, "--objective.name", "repa").objective.rep_weight == 0.5, "what follows is not fixed"
+    assert (
+        config_of("--config", file, "--objective.name", "repa").objective.rep_weight
+        == 0.5
+    ), "what follows is not fixed"
 
 
-def test_a_run_that_was_renamed_and_moved_goes_on_where_it_is(runs, tmp_path, monkeypatch, capsys):
+def test_a_run_that_was_renamed_and_moved_goes_on_where_it_is(
+    runs, tmp_path, monkeypatch, capsys
+):
     place = tmp_path / "elsewhere/renamed"
     shutil.copytree(runs["tiny"].path, place)
     for later in ("step-00000008", "step-00000012"):
@@ -70,19 +101,34 @@ def test_a_run_that_was_renamed_and_moved_goes_on_where_it_is(runs, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     main(["train", "--config", "elsewhere/renamed/config.json"])
     run = Run.open(place, "cpu")
-    assert run.state()["step"] == 12 and run.config == replace(TINY, name="renamed") and run.path == place
-    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"] and [p.name for p in place.parent.iterdir()] == ["renamed"]
+    assert (
+        run.state()["step"] == 12
+        and run.config == replace(TINY, name="renamed")
+        and run.path == place
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"] and [
+        p.name for p in place.parent.iterdir()
+    ] == ["renamed"]
     assert "goes on from step 4" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("where, file, options, folder, name", [
-    (".", "runs/b/config.json", [], "runs", "b"), ("runs/b", "config.json", [], "..", "b"),
-    ("runs", "b/config.json", [], ".", "b"), ("runs/b/checkpoints", "../config.json", [], "../..", "b"),
-    (".", "runs/b/config.json", ["--folder", "other"], "other", "b"), (".", "runs/b/config.json", ["--name", "c"], "runs", "c"),
-    (".", "my runs/one run/config.json", ["--name", "c"], "my runs", "c"), (".", "kept.json", [], "runs", "tiny"),
-    (".", "plain/config.json", [], "runs", "digits"),
-])
-def test_the_config_of_a_run_says_where_it_lies(runs, tmp_path, monkeypatch, where, file, options, folder, name):
+@pytest.mark.parametrize(
+    "where, file, options, folder, name",
+    [
+        (".", "runs/b/config.json", [], "runs", "b"),
+        ("runs/b", "config.json", [], "..", "b"),
+        ("runs", "b/config.json", [], ".", "b"),
+        ("runs/b/checkpoints", "../config.json", [], "../..", "b"),
+        (".", "runs/b/config.json", ["--folder", "other"], "other", "b"),
+        (".", "runs/b/config.json", ["--name", "c"], "runs", "c"),
+        (".", "my runs/one run/config.json", ["--name", "c"], "my runs", "c"),
+        (".", "kept.json", [], "runs", "tiny"),
+        (".", "plain/config.json", [], "runs", "digits"),
+    ],
+)
+def test_the_config_of_a_run_says_where_it_lies(
+    runs, tmp_path, monkeypatch, where, file, options, folder, name
+):
     for place in ("runs/b/config.json", "my runs/one run/config.json", "kept.json"):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(runs["tiny"].path / "config.json", tmp_path / place)
@@ -91,39 +137,77 @@ def test_the_config_of_a_run_says_where_it_lies(runs, tmp_path, monkeypatch, whe
     (tmp_path / "runs/b/checkpoints").mkdir()
     monkeypatch.chdir(tmp_path / where)
     args, asked = ["train", "--config", file, *options], {}
-    monkeypatch.setattr(training, "train", lambda config, place, *rest: asked.update(config=config, folder=place) or runs["tiny"])
+    monkeypatch.setattr(
+        training,
+        "train",
+        lambda config, place, *rest: (
+            asked.update(config=config, folder=place) or runs["tiny"]
+        ),
+    )
     main(args)
-    assert Path(asked["folder"]).resolve() == Path(folder).resolve() and asked["config"].name == name
+    assert (
+        Path(asked["folder"]).resolve() == Path(folder).resolve()
+        and asked["config"].name == name
+    )
 
 
 def test_a_folder_is_no_config_file_and_its_own_is_named(runs, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--config", str(runs["tiny"].path)])
-    assert f"only a folder; take {runs['tiny'].path}/config.json" in capsys.readouterr().err
+    assert (
+        f"only a folder; take {runs['tiny'].path}/config.json"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_run_of_an_old_format_is_trained_as_it_was(config_of):
-    config = config_of("--config", str(ROOT / "tests/fixtures/runs/format-1/config.json"))
-    assert config == Run.open(ROOT / "tests/fixtures/runs/format-1", "cpu").config and config.training.shards == 1
+    config = config_of(
+        "--config", str(ROOT / "tests/fixtures/runs/format-1/config.json")
+    )
+    assert (
+        config == Run.open(ROOT / "tests/fixtures/runs/format-1", "cpu").config
+        and config.training.shards == 1
+    )
 
 
 def test_a_plain_file_lies_between_preset_and_options(config_of, tmp_path):
     file = tmp_path / "settings.json"
     file.write_text('{"training": {"batch": 12, "lr": 0.5}, "name": "of-the-file"}')
     config = config_of("--preset", "S", "--config", str(file), "--training.lr", "0.25")
-    assert (config.model.size, config.training.batch, config.training.lr, config.name) == ("S", 12, 0.25, "of-the-file")
-    assert config.training.shards == 4 and config_of("--config", str(file)).model == Config().model
+    assert (
+        config.model.size,
+        config.training.batch,
+        config.training.lr,
+        config.name,
+    ) == ("S", 12, 0.25, "of-the-file")
+    assert (
+        config.training.shards == 4
+        and config_of("--config", str(file)).model == Config().model
+    )
     assert read_settings(file) == (json.loads(file.read_text()), False)
 
 
-@pytest.mark.parametrize("content, words", [
-    ("{", "cannot be used: "), ("[]", "it holds no settings by name"), ('{"trainin": {}}', "Did you mean 'training'"),
-    ('{"training": {"step": 3}}', "unknown field in training 'step'.*Did you mean 'steps'"),
-    ('{"objective": {"mask_ratio": 0.9}}', "outside"), ('{"training": {"steps": "3"}}', "expected int"),
-    ('{"format": 99, "config": {}}', "format 99"),
-    ('{"format": 1, "config": {"nam": "x", "training": {}}}', "Did you mean 'name'"),
-    ('{"format": 1, "config": []}', "cannot be used"), ('{"training": 3}', "expected its fields"),
-])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("{", "cannot be used: "),
+        ("[]", "it holds no settings by name"),
+        ('{"trainin": {}}', "Did you mean 'training'"),
+        (
+            '{"training": {"step": 3}}',
+            "unknown field in training 'step'.*Did you mean 'steps'",
+        ),
+        ('{"objective": {"mask_ratio": 0.9}}', "outside"),
+        ('{"training": {"steps": "3"}}', "expected int"),
+        ('{"format": 99, "config": {}}', "format 99"),
+        (
+            '{"format": 1, "config": {"nam": "x", "training": {}}}',
+            "Did you mean 'name'",
+        ),
+        ('{"format": 1, "config": []}', "cannot be used"),
+        ('{"training": 3}', "expected its fields"),
+    ],
+)
 def test_config_files_that_cannot_be_used_are_refused(tmp_path, capsys, content, words):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(SystemExit) as stop:
@@ -134,48 +218,94 @@ def test_config_files_that_cannot_be_used_are_refused(tmp_path, capsys, content,
 
 def test_a_preset_has_no_say_over_a_whole_run(runs, capsys):
     with pytest.raises(SystemExit):
-        main(["train", "--preset", "S", "--config", str(runs["tiny"].path / "config.json")])
+        main(
+            [
+                "train",
+                "--preset",
+                "S",
+                "--config",
+                str(runs["tiny"].path / "config.json"),
+            ]
+        )
     assert "preset S would change nothing" in capsys.readouterr().err
 
 
 # mistakes
 
-@pytest.mark.parametrize("line, words", [
-    ("train --objective.mask-ration 0.1", "unknown option --objective.mask-ration; did you mean --objective.mask-ratio?"),
-    ("train --objektive.name x", "did you mean --objective.name?"),
-    ("train --mask_ratio=0.1", "did you mean --objective.mask-ratio?"),
-    ("train --preset digit", "unknown preset 'digit'; known are digits, .* Did you mean 'digits'"),
-    ("train --confg x", "did you mean --config?"), ("train --training.steps many", "invalid literal for int.* 'many'"),
-    ("train --training.steps", "Missing value for argument '--training.steps'"),
-    ("trian", "unknown command 'trian'.*Did you mean 'train'"),
-    ("sample --stepz 5 x", "unknown option --stepz; did you mean --steps?"), ("sample", "Missing from selfflow sample: PATH"),
-    ("train over there", "Unrecognized options: over, there"), ("train --preset", "Missing value for argument '--preset'"),
-    ("", "Expected one of"), ("--hlep", "did you mean --help?"),
-    ("train --xyzxyz 1", "unknown option --xyzxyz .selfflow train --help"),
-    ("train --objective.name selfflow", "unknown objective .*Did you mean 'self_flow'"),
-    ("train --config nowhere.json", "there is no config file nowhere.json"),
-    ("train --preset S --model.width 512", "width is 512, but size S has 384"), ("runs nowhere", "there is no folder nowhere"),
-])
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        (
+            "train --objective.mask-ration 0.1",
+            "unknown option --objective.mask-ration; did you mean --objective.mask-ratio?",
+        ),
+        ("train --objektive.name x", "did you mean --objective.name?"),
+        ("train --mask_ratio=0.1", "did you mean --objective.mask-ratio?"),
+        (
+            "train --preset digit",
+            "unknown preset 'digit'; known are digits, .* Did you mean 'digits'",
+        ),
+        ("train --confg x", "did you mean --config?"),
+        ("train --training.steps many", "invalid literal for int.* 'many'"),
+        ("train --training.steps", "Missing value for argument '--training.steps'"),
+        ("trian", "unknown command 'trian'.*Did you mean 'train'"),
+        ("sample --stepz 5 x", "unknown option --stepz; did you mean --steps?"),
+        ("sample", "Missing from selfflow sample: PATH"),
+        ("train over there", "Unrecognized options: over, there"),
+        ("train --preset", "Missing value for argument '--preset'"),
+        ("", "Expected one of"),
+        ("--hlep", "did you mean --help?"),
+        ("train --xyzxyz 1", "unknown option --xyzxyz .selfflow train --help"),
+        (
+            "train --objective.name selfflow",
+            "unknown objective .*Did you mean 'self_flow'",
+        ),
+        ("train --config nowhere.json", "there is no config file nowhere.json"),
+        ("train --preset S --model.width 512", "width is 512, but size S has 384"),
+        ("runs nowhere", "there is no folder nowhere"),
+    ],
+)
 @pytest.mark.parametrize("drawing", ["utf-8", "ascii"])
 def test_mistakes_are_answered_in_a_line(monkeypatch, capfd, line, words, drawing):
     from tyro import _fmtlib
-    monkeypatch.setattr(_fmtlib, "_should_use_utf8_drawing_chars", lambda: drawing == "utf-8")
+
+    monkeypatch.setattr(
+        _fmtlib, "_should_use_utf8_drawing_chars", lambda: drawing == "utf-8"
+    )
     with pytest.raises(SystemExit) as stop:
         main(line.split())
     shown, said = capfd.readouterr()
-    assert stop.value.code == 2 and re.search(words.replace("?", r"\?"), said) and not shown
-    assert said.startswith("selfflow: ") and said.count("\n") == 1 and "tyro" not in said and len(said) < 250
+    assert (
+        stop.value.code == 2
+        and re.search(words.replace("?", r"\?"), said)
+        and not shown
+    )
+    assert (
+        said.startswith("selfflow: ")
+        and said.count("\n") == 1
+        and "tyro" not in said
+        and len(said) < 250
+    )
 
 
 def test_a_box_in_colours_is_read_as_well():
-    box = ("\x1b[31m╭─\x1b[0m Title ─────────╮\n\x1b[31m│\x1b[0m What is \x1b[1mwrong\x1b[0m │\n│ here.   │\n"
-           "│ ─────────── │\n│ More. │\n╰────╯")
-    assert options._first_words(box) == "What is wrong here." and options._first_words("no box") == "no box"
+    box = (
+        "\x1b[31m╭─\x1b[0m Title ─────────╮\n\x1b[31m│\x1b[0m What is \x1b[1mwrong\x1b[0m │\n│ here.   │\n"
+        "│ ─────────── │\n│ More. │\n╰────╯"
+    )
+    assert (
+        options._first_words(box) == "What is wrong here."
+        and options._first_words("no box") == "no box"
+    )
 
 
 # help
 
-def test_help_names_every_field_its_meaning_and_the_default_of_the_preset(capsys, monkeypatch):
+
+def test_help_names_every_field_its_meaning_and_the_default_of_the_preset(
+    capsys, monkeypatch
+):
     monkeypatch.setenv("COLUMNS", "100")
     shown = {}
     for preset in ("digits", "S"):
@@ -183,23 +313,46 @@ def test_help_names_every_field_its_meaning_and_the_default_of_the_preset(capsys
             main(["train", "--preset", preset, "--help"])
         assert stop.value.code == 0
         text = " ".join(re.sub(r"[│─╭╮╰╯]", " ", capsys.readouterr().out).split())
-        shown[preset] = {part.split()[0].strip("-,"): part for part in re.split(r" (?=--[\w.]+)(?<!, )", text)[1:]}
+        shown[preset] = {
+            part.split()[0].strip("-,"): part
+            for part in re.split(r" (?=--[\w.]+)(?<!, )", text)[1:]
+        }
     meant = {}
-    for prefix, part in {"": Config, "data.": DataConfig, "model.": (ModelConfig, TransformerOptions),
-                         "objective.": (ObjectiveConfig, FeatureOptions, SelfFlowOptions),
-                         "training.": TrainConfig}.items():
-        sources = "\n".join(map(inspect.getsource, part if isinstance(part, tuple) else (part,)))
+    for prefix, part in {
+        "": Config,
+        "data.": DataConfig,
+        "model.": (ModelConfig, TransformerOptions),
+        "objective.": (ObjectiveConfig, FeatureOptions, SelfFlowOptions),
+        "training.": TrainConfig,
+    }.items():
+        sources = "\n".join(
+            map(inspect.getsource, part if isinstance(part, tuple) else (part,))
+        )
         comments = re.findall(r"^    (\w+): .+?  # (.+)$", sources, re.M)
         meant |= {prefix + name: text for name, text in comments}
-    for part, known in {"data": datasets, "model": backbones, "objective": objectives}.items():
+    for part, known in {
+        "data": datasets,
+        "model": backbones,
+        "objective": objectives,
+    }.items():
         meant[f"{part}.name"] = f"one of {', '.join(known)}"
     assert meant.keys() == flatten(asdict(Config())).keys()
-    follows = {"model.width", "model.depth", "model.heads", "model.positions", "training.shards", "objective.rep_weight",
-               "objective.mask_ratio"}
+    follows = {
+        "model.width",
+        "model.depth",
+        "model.heads",
+        "model.positions",
+        "training.shards",
+        "objective.rep_weight",
+        "objective.mask_ratio",
+    }
     for name, value in flatten(asdict(PRESETS["S"])).items():
         said = shown["S"][name.replace("_", "-")]
         assert meant[name] in said, f"{name} is not explained"
-        assert f"(default: {value if value != '' else repr('')})" in said or name in follows, f"{name}: {said}"
+        assert (
+            f"(default: {value if value != '' else repr('')})" in said
+            or name in follows
+        ), f"{name}: {said}"
     assert shown["digits"]["training.lr"].count("(default: 0.002)") == 1
 
 
@@ -208,20 +361,47 @@ def test_every_command_explains_its_options(capsys):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         said = capsys.readouterr().out
-        documented = dict(re.findall(r"^ +(\w+): (.+)", inspect.getdoc(function).partition("Args:")[2], re.M))
+        documented = dict(
+            re.findall(
+                r"^ +(\w+): (.+)", inspect.getdoc(function).partition("Args:")[2], re.M
+            )
+        )
         assert sorted(documented) == sorted(inspect.signature(function).parameters)
         text = " ".join(re.sub(r"[│─╭╮╰╯]", " ", said).split())
-        assert all(words in text for name, words in documented.items() if name not in ("config", "options")), command
+        assert all(
+            words in text
+            for name, words in documented.items()
+            if name not in ("config", "options")
+        ), command
 
 
-@pytest.mark.parametrize("line", ["--help", "train --help", "train --preset S --help", "sample --help", "app --help", "--version",
-                                  "trian", "train --objective.mask-ration 0.1", "train --preset digit", "sample --stepz 5 x"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--help",
+        "train --help",
+        "train --preset S --help",
+        "sample --help",
+        "app --help",
+        "--version",
+        "trian",
+        "train --objective.mask-ration 0.1",
+        "train --preset digit",
+        "sample --stepz 5 x",
+    ],
+)
 def test_help_and_typing_errors_need_no_torch(line):
-    script = ("import sys; from selfflow.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
-              "heavy = sys.modules.keys() & {'torch', 'numpy', 'pandas', 'scipy', 'sklearn', 'matplotlib', 'safetensors'}\n"
-              "raise SystemExit(','.join(heavy) or None)")
-    done = subprocess.run([sys.executable, "-c", script, *line.split()], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    script = (
+        "import sys; from selfflow.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "heavy = sys.modules.keys() & {'torch', 'numpy', 'pandas', 'scipy', 'sklearn', 'matplotlib', 'safetensors'}\n"
+        "raise SystemExit(','.join(heavy) or None)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *line.split()],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout or done.stderr.startswith("selfflow: ")
 
@@ -237,16 +417,32 @@ def test_the_version_is_printed_and_presets_are_all_listed(capsys, monkeypatch):
 
 # how it ends
 
-@pytest.mark.parametrize("error, code, words", [
-    (KeyboardInterrupt("saved"), 130, "interrupted. Nothing was lost; the same command goes on from here.\n"),
-    (KeyboardInterrupt(), 130, "interrupted. What was not saved is lost; the same command goes on from the last checkpoint.\n"),
-    (SystemExit(143), 143, ""),
-    (OSError("the disk is full"), 2, "selfflow: the disk is full"), (FloatingPointError("not finite"), 2, "selfflow: not finite"),
-    (RuntimeError("out of memory"), 2, "out of memory"),
-])
-def test_how_training_ended_is_told_by_the_exit_status(monkeypatch, capsys, error, code, words):
+
+@pytest.mark.parametrize(
+    "error, code, words",
+    [
+        (
+            KeyboardInterrupt("saved"),
+            130,
+            "interrupted. Nothing was lost; the same command goes on from here.\n",
+        ),
+        (
+            KeyboardInterrupt(),
+            130,
+            "interrupted. What was not saved is lost; the same command goes on from the last checkpoint.\n",
+        ),
+        (SystemExit(143), 143, ""),
+        (OSError("the disk is full"), 2, "selfflow: the disk is full"),
+        (FloatingPointError("not finite"), 2, "selfflow: not finite"),
+        (RuntimeError("out of memory"), 2, "out of memory"),
+    ],
+)
+def test_how_training_ended_is_told_by_the_exit_status(
+    monkeypatch, capsys, error, code, words
+):
     def stopped(*args, **options):
         raise error
+
     monkeypatch.setattr(training, "train", stopped)
     with pytest.raises(SystemExit) as stop:
         main(["train"])
@@ -254,11 +450,33 @@ def test_how_training_ended_is_told_by_the_exit_status(monkeypatch, capsys, erro
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_training_after_a_step_and_the_same_command_goes_on(tmp_path, number, code):
-    command = [sys.executable, "-m", "selfflow.cli", "train", "--preset", "digits-small", "--name", "it", "--folder",
-               str(tmp_path), "--training.log-every", "1", "--training.steps", "100000"]
+def test_a_signal_ends_training_after_a_step_and_the_same_command_goes_on(
+    tmp_path, number, code
+):
+    command = [
+        sys.executable,
+        "-m",
+        "selfflow.cli",
+        "train",
+        "--preset",
+        "digits-small",
+        "--name",
+        "it",
+        "--folder",
+        str(tmp_path),
+        "--training.log-every",
+        "1",
+        "--training.steps",
+        "100000",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    running = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
     log = tmp_path / "it/log.jsonl"
     for _ in range(600):
         if log.exists() and log.read_text().count("\n") > 3:
@@ -268,17 +486,26 @@ def test_a_signal_ends_training_after_a_step_and_the_same_command_goes_on(tmp_pa
     shown, said = running.communicate(timeout=60)
     assert running.returncode == code and "Traceback" not in said
     run = Run.open(tmp_path / "it", "cpu")
-    assert run.state()["step"] == run.log["step"].iloc[-1] > 3, "the step was finished and saved"
-    assert runs_table(tmp_path).loc["it", "state"] == f"stopped at step {run.state()['step']}"
+    assert run.state()["step"] == run.log["step"].iloc[-1] > 3, (
+        "the step was finished and saved"
+    )
+    assert (
+        runs_table(tmp_path).loc["it", "state"]
+        == f"stopped at step {run.state()['step']}"
+    )
 
 
 def test_interrupting_another_command_promises_nothing(monkeypatch, capsys):
     def stopped(*args, **options):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(checkpoint, "find_runs", stopped)
     with pytest.raises(SystemExit) as stop:
         main(["runs"])
-    assert stop.value.code == 130 and capsys.readouterr().err == "\nselfflow: interrupted.\n"
+    assert (
+        stop.value.code == 130
+        and capsys.readouterr().err == "\nselfflow: interrupted.\n"
+    )
 
 
 def test_an_unknown_error_shows_where_it_comes_from(monkeypatch):
@@ -292,66 +519,124 @@ def test_an_unknown_error_shows_where_it_comes_from(monkeypatch):
 
 def test_the_module_is_the_command_and_nothing_happens_on_import(tmp_path):
     def call(*args):
-        return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=tmp_path,
-                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+        return subprocess.run(
+            [sys.executable, *args],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+
     found = call("-m", "selfflow.cli", "train", "--preset", "M")
-    assert found.returncode == 2 and found.stderr.startswith("selfflow: unknown preset 'M'")
+    assert found.returncode == 2 and found.stderr.startswith(
+        "selfflow: unknown preset 'M'"
+    )
     assert call("-m", "selfflow.cli", "--help").returncode == 0
     source = (ROOT / "selfflow/cli.py").read_text()
     in_a_notebook = "__name__ = '__main__'; exec(compile(open('guard.py').read(), 'cell', 'exec')); print('not called')"
-    guard = source[source.index('if __name__ == "__main__"'):]
-    (tmp_path / "guard.py").write_text("from pathlib import Path\ndef main(): raise SystemExit(9)\n" + guard)
+    guard = source[source.index('if __name__ == "__main__"') :]
+    (tmp_path / "guard.py").write_text(
+        "from pathlib import Path\ndef main(): raise SystemExit(9)\n" + guard
+    )
     found = call("-c", in_a_notebook)
     assert found.returncode == 0 and found.stdout == "not called\n"
     (tmp_path / "cli.py").write_text((tmp_path / "guard.py").read_text())
     assert call("cli.py").returncode == 9, "the guard itself works"
 
 
-@pytest.mark.parametrize("typed, written", [
-    ("--data.name shapes+notes", "--data.0.name shapes --data.1.name notes"),
-    ("--data.name=shapes+notes --data.shares 0.6+0.4 --data.patch 4 --data.size 16 --data.weights audio=0.5",
-     "--data.0.name shapes --data.0.patch 4 --data.0.size 16 --data.0.share 0.6 "
-     "--data.1.name notes --data.1.patch 4 --data.1.share 0.4 --data.1.weight audio 0.5"),
-    ("--preset scenes --data.weights audio=0.5+video=2", "--data.weight audio 0.5 video 2"),
-    ("--data.name folder --data.path photos --data.signals video+audio",
-     "--data.name folder --data.path photos --data.signals video audio"),
-    ("--data.path photos --data.size 28 --data.name folder",
-     "--data.path photos --data.name folder --data.height 28 --data.width 28"),
-])
+@pytest.mark.parametrize(
+    "typed, written",
+    [
+        ("--data.name shapes+notes", "--data.0.name shapes --data.1.name notes"),
+        (
+            "--data.name=shapes+notes --data.shares 0.6+0.4 --data.patch 4 --data.size 16 --data.weights audio=0.5",
+            "--data.0.name shapes --data.0.patch 4 --data.0.size 16 --data.0.share 0.6 "
+            "--data.1.name notes --data.1.patch 4 --data.1.share 0.4 --data.1.weight audio 0.5",
+        ),
+        (
+            "--preset scenes --data.weights audio=0.5+video=2",
+            "--data.weight audio 0.5 video 2",
+        ),
+        (
+            "--data.name folder --data.path photos --data.signals video+audio",
+            "--data.name folder --data.path photos --data.signals video audio",
+        ),
+        (
+            "--data.path photos --data.size 28 --data.name folder",
+            "--data.path photos --data.name folder --data.height 28 --data.width 28",
+        ),
+    ],
+)
 def test_an_old_command_line_is_answered_with_the_new_one(capsys, typed, written):
     with pytest.raises(SystemExit):
         main(["train", *typed.split()])
     said = capsys.readouterr().err
-    assert said == f"selfflow: several values in one option of the data are now options of their own: {written}\n"
+    assert (
+        said
+        == f"selfflow: several values in one option of the data are now options of their own: {written}\n"
+    )
     if "photos" not in written:
         preset = typed.split()[:2] if "--preset" in typed else []
         starting_point(["train", *preset, *written.split()])
 
 
-@pytest.mark.parametrize("typed, words", [
-    ("--data.path x", "--data.path is an option of data set folder, huggingface, latents; choose one by --data.name"),
-    ("--data.0.name notes --data.0.size 8", "--data.0.size is an option of data set shapes"),
-    ("--data.1.name notes --data.2.name shapes --data.3.patch 2", "--data.3.name is missing"),
-    ("--data.0.name folder --data.1.name notes", "data.path is empty"),
-    ("--data.0.name shapes --data.1.name notes --data.1.condition none", "data.1.condition is 'none', but data.0.condition"),
-    ("--data.0.name shapes --data.0.shar 2", "unknown option --data.0.shar; did you mean --data.0.share?"),
-    ("--data.name shapes --data.weight video 2", "unknown signal of data set shapes"),
-    ("--data.share 0", "share is 0.0"), ("--data.share nan", "share is nan"), ("--data.weight -1", "weight is -1"),
-])
-def test_settings_of_data_that_cannot_be_are_refused_in_a_line(capsys, tmp_path, typed, words):
+@pytest.mark.parametrize(
+    "typed, words",
+    [
+        (
+            "--data.path x",
+            "--data.path is an option of data set folder, huggingface, latents; choose one by --data.name",
+        ),
+        (
+            "--data.0.name notes --data.0.size 8",
+            "--data.0.size is an option of data set shapes",
+        ),
+        (
+            "--data.1.name notes --data.2.name shapes --data.3.patch 2",
+            "--data.3.name is missing",
+        ),
+        ("--data.0.name folder --data.1.name notes", "data.path is empty"),
+        (
+            "--data.0.name shapes --data.1.name notes --data.1.condition none",
+            "data.1.condition is 'none', but data.0.condition",
+        ),
+        (
+            "--data.0.name shapes --data.0.shar 2",
+            "unknown option --data.0.shar; did you mean --data.0.share?",
+        ),
+        (
+            "--data.name shapes --data.weight video 2",
+            "unknown signal of data set shapes",
+        ),
+        ("--data.share 0", "share is 0.0"),
+        ("--data.share nan", "share is nan"),
+        ("--data.weight -1", "weight is -1"),
+    ],
+)
+def test_settings_of_data_that_cannot_be_are_refused_in_a_line(
+    capsys, tmp_path, typed, words
+):
     with pytest.raises(SystemExit):
         main(["train", "--folder", str(tmp_path), *typed.split()])
     said = capsys.readouterr().err
-    assert words in said and len(said.splitlines()) == 1 and not list(tmp_path.iterdir())
+    assert (
+        words in said and len(said.splitlines()) == 1 and not list(tmp_path.iterdir())
+    )
 
 
 def test_a_config_file_may_list_data_sets_and_options_change_one(tmp_path):
     file = tmp_path / "two.json"
-    file.write_text('{"data": [{"name": "shapes", "share": 3}, {"name": "notes", "weight": {"audio": 2}}]}')
-    first, second = starting_point(["train", "--config", str(file), "--data.1.name", "scenes"])["config"].data
+    file.write_text(
+        '{"data": [{"name": "shapes", "share": 3}, {"name": "notes", "weight": {"audio": 2}}]}'
+    )
+    first, second = starting_point(
+        ["train", "--config", str(file), "--data.1.name", "scenes"]
+    )["config"].data
     assert (first.name, first.share, first.size) == ("shapes", 3, 32)
     assert (second.name, second.weight, second.frames) == ("scenes", {"audio": 2}, 16)
-    third = starting_point(["train", "--config", str(file), "--data.2.name", "digits"])["config"].data[2]
+    third = starting_point(["train", "--config", str(file), "--data.2.name", "digits"])[
+        "config"
+    ].data[2]
     assert third.name == "digits" and third.share == 1
 
 
@@ -361,9 +646,37 @@ def test_the_next_commands_are_those_that_work(tmp_path, capsys, classes):
         file = tmp_path / "pictures" / classes[number % len(classes)] / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8), 20 * number).save(file)
-    sizes = ["--model.width", "16", "--model.depth", "4", "--model.heads", "2", "--training.batch", "4",
-             "--data.height", "8", "--data.width", "8"]
-    main(["train", "--name", "mine", "--folder", str(tmp_path / "runs"), "--data.name", "folder", "--data.path",
-          str(tmp_path / "pictures"), "--training.steps", "1", *sizes])
+    sizes = [
+        "--model.width",
+        "16",
+        "--model.depth",
+        "4",
+        "--model.heads",
+        "2",
+        "--training.batch",
+        "4",
+        "--data.height",
+        "8",
+        "--data.width",
+        "8",
+    ]
+    main(
+        [
+            "train",
+            "--name",
+            "mine",
+            "--folder",
+            str(tmp_path / "runs"),
+            "--data.name",
+            "folder",
+            "--data.path",
+            str(tmp_path / "pictures"),
+            "--training.steps",
+            "1",
+            *sizes,
+        ]
+    )
     printed = capsys.readouterr().out
-    assert "Next: selfflow sample" in printed and ("selfflow probe" in printed) == (len(classes) > 1)
+    assert "Next: selfflow sample" in printed and ("selfflow probe" in printed) == (
+        len(classes) > 1
+    )

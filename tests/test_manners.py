@@ -1,4 +1,5 @@
 """What a user sees when something outside goes wrong: a full disk, a closed pipe, a killed process, a copied folder."""
+
 import errno
 import os
 import shutil
@@ -36,9 +37,11 @@ def run(runs, tmp_path):
 
 # what cannot be written
 
+
 def test_several_files_are_all_there_or_none_is_new(tmp_path):
     def full():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     for k in range(1, 40):
         folder = tmp_path / str(k)
         folder.mkdir()
@@ -50,7 +53,11 @@ def test_several_files_are_all_there_or_none_is_new(tmp_path):
                 break
             except NotWritten as error:
                 assert "No space left on device" in str(error)
-        names = {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+        names = {
+            path.name: path.read_bytes()
+            for path in folder.iterdir()
+            if not path.name.startswith(".")
+        }
         if "replace" not in calls:
             assert names == {"b": b"old"}
         assert set(names.values()) <= {b"old", b"new" * 50}, "and none is half there"
@@ -60,15 +67,23 @@ def test_several_files_are_all_there_or_none_is_new(tmp_path):
 def commands(folder):
     "A line for each command that writes a file, and the files it would write."
     run = f"{folder}/tiny"
-    return {"sample": f"sample {run} --each 1 --steps 1 --device cpu", "report": f"report {run} --device cpu",
-            "probe": f"probe {run} --device cpu",
-            "metrics": f"metrics {run} --count 12 --steps 1 --resamples 0 --device cpu",
-            "runs": f"runs {folder} --output {folder}/x.png", "notebook": f"notebook {folder}/in.ipynb {folder}/out.ipynb",
-            "bench": f"bench --sizes tiny --precisions fp32 --tokens 4 --batch 1 --device cpu --output {folder}/b.json"}
+    return {
+        "sample": f"sample {run} --each 1 --steps 1 --device cpu",
+        "report": f"report {run} --device cpu",
+        "probe": f"probe {run} --device cpu",
+        "metrics": f"metrics {run} --count 12 --steps 1 --resamples 0 --device cpu",
+        "runs": f"runs {folder} --output {folder}/x.png",
+        "notebook": f"notebook {folder}/in.ipynb {folder}/out.ipynb",
+        "bench": f"bench --sizes tiny --precisions fp32 --tokens 4 --batch 1 --device cpu --output {folder}/b.json",
+    }
 
 
 def files_of(folder):
-    return {path: path.stat().st_size for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    return {
+        path: path.stat().st_size
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
 
 
 @pytest.fixture
@@ -79,24 +94,35 @@ def folder(run):
 
 
 @pytest.mark.parametrize("command", commands(""))
-def test_a_disk_that_can_only_be_read_is_reported_in_a_line_before_any_work(folder, command, monkeypatch, capsys):
+def test_a_disk_that_can_only_be_read_is_reported_in_a_line_before_any_work(
+    folder, command, monkeypatch, capsys
+):
     def refused(*_, **__):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
     before = files_of(folder)
     monkeypatch.setattr(Path, "touch", refused)
     monkeypatch.setattr(Path, "write_bytes", refused)
     for name in ("sample", "transformer_of", "read"):
         if hasattr(Run, name):
-            monkeypatch.setattr(Run, name, lambda *_, **__: pytest.fail("work was done"))
+            monkeypatch.setattr(
+                Run, name, lambda *_, **__: pytest.fail("work was done")
+            )
     with pytest.raises(SystemExit) as stop:
         main(commands(folder)[command].split())
     said = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and said[-1].startswith("selfflow: ") and "Read-only file system" in said[-1]
+    assert (
+        stop.value.code == 2
+        and said[-1].startswith("selfflow: ")
+        and "Read-only file system" in said[-1]
+    )
     assert files_of(folder) == before
 
 
 @pytest.mark.parametrize("command", commands(""))
-def test_a_disk_that_fills_up_leaves_no_part_of_a_result(folder, command, monkeypatch, capsys):
+def test_a_disk_that_fills_up_leaves_no_part_of_a_result(
+    folder, command, monkeypatch, capsys
+):
     def half(path, content):
         with path.open("wb") as file:
             file.write(content[: len(content) // 2])
@@ -104,24 +130,46 @@ def test_a_disk_that_fills_up_leaves_no_part_of_a_result(folder, command, monkey
 
     def half_a_text(path, text, **_):
         half(path, text.encode())
+
     before = files_of(folder)
     monkeypatch.setattr(Path, "write_bytes", half)
     monkeypatch.setattr(Path, "write_text", half_a_text)
     with pytest.raises(SystemExit) as stop:
         main(commands(folder)[command].split())
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("selfflow: ")]
-    assert stop.value.code == 2 and len(said) == 1 and "No space left on device" in said[0] and "Make room" in said[0]
-    assert {path: size for path, size in files_of(folder).items() if "features" not in path.parts} == before
+    said = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if line.startswith("selfflow: ")
+    ]
+    assert (
+        stop.value.code == 2
+        and len(said) == 1
+        and "No space left on device" in said[0]
+        and "Make room" in said[0]
+    )
+    assert {
+        path: size
+        for path, size in files_of(folder).items()
+        if "features" not in path.parts
+    } == before
 
 
 # pipes
 
-@pytest.mark.parametrize("line", ["--help", "train --help", "--version", "runs {folder}"])
+
+@pytest.mark.parametrize(
+    "line", ["--help", "train --help", "--version", "runs {folder}"]
+)
 def test_a_reader_that_has_left_ends_a_command_quietly(folder, line):
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-m", "selfflow.cli", *line.format(folder=folder).split()], stdout=write,
-                          stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    done = subprocess.run(
+        [sys.executable, "-m", "selfflow.cli", *line.format(folder=folder).split()],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
 
@@ -129,6 +177,7 @@ def test_a_reader_that_has_left_ends_a_command_quietly(folder, line):
 def test_another_broken_pipe_is_an_error(monkeypatch, capsys):
     def broken(*_, **__):
         raise BrokenPipeError(errno.EPIPE, "a worker is gone")
+
     monkeypatch.setattr(training, "train", broken)
     with pytest.raises(SystemExit) as stop:
         main(["train"])
@@ -137,29 +186,70 @@ def test_another_broken_pipe_is_an_error(monkeypatch, capsys):
 
 # processes
 
+
 def test_a_killed_process_is_named_with_its_signal_and_all_is_printed_once(tmp_path):
     def command(steps):
-        return [sys.executable, "-m", "selfflow.cli", "train", "--name", "it", "--folder", str(tmp_path), "--preset",
-                "digits-small", "--model.width", "16", "--device", "cpu", "--processes", "2", "--training.steps", str(steps),
-                "--training.sample-every", "0", "--training.log-every", "1"]
+        return [
+            sys.executable,
+            "-m",
+            "selfflow.cli",
+            "train",
+            "--name",
+            "it",
+            "--folder",
+            str(tmp_path),
+            "--preset",
+            "digits-small",
+            "--model.width",
+            "16",
+            "--device",
+            "cpu",
+            "--processes",
+            "2",
+            "--training.steps",
+            str(steps),
+            "--training.sample-every",
+            "0",
+            "--training.log-every",
+            "1",
+        ]
+
     done = subprocess.run(command(2), capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0 and done.stdout.count("is trained") == 1, done.stderr
     assert "FutureWarning" not in done.stdout and "%|" not in done.stdout
     shutil.rmtree(tmp_path / "it")
-    program = subprocess.Popen(command(100_000), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    program = subprocess.Popen(
+        command(100_000),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
     end = time.monotonic() + 120
     while not (log := tmp_path / "it/log.jsonl").exists() or not log.stat().st_size:
         assert time.monotonic() < end and program.poll() is None
         time.sleep(0.05)
     writer = Run.open(tmp_path / "it", "cpu").writer()["pid"]  # the first of the two
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.split()
+    listed = subprocess.run(
+        ["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True
+    ).stdout.split()
     parents = dict(zip(map(int, listed[::2]), map(int, listed[1::2]), strict=True))
-    other, = (pid for pid, parent in parents.items() if parent == parents[writer] and pid != writer)
+    (other,) = (
+        pid
+        for pid, parent in parents.items()
+        if parent == parents[writer] and pid != writer
+    )
     os.kill(other, signal.SIGKILL)
     _, problems = program.communicate(timeout=120)
-    said = [line for line in problems.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
+    said = [
+        line
+        for line in problems.replace("\r", "\n").splitlines()
+        if line.strip() and "%|" not in line
+    ]
     assert program.returncode == 2 and len(said) == 1
-    assert said[0].startswith("selfflow: process 1 was killed by SIGKILL (the system does that when memory runs out), one of 2")
+    assert said[0].startswith(
+        "selfflow: process 1 was killed by SIGKILL (the system does that when memory runs out), one of 2"
+    )
 
 
 def test_tensorboard_shows_each_step_once_after_a_crash(tmp_path, monkeypatch):
@@ -170,14 +260,23 @@ def test_tensorboard_shows_each_step_once_after_a_crash(tmp_path, monkeypatch):
         if len(steps) == 11:
             raise RuntimeError("a crash")
         return real(*args, **options)
+
     monkeypatch.setattr(training, "train_step", crashes)
     with pytest.raises(RuntimeError, match="a crash"):
         training.train(TINY, tmp_path, "cpu", track=("tensorboard",))
     run = training.train(TINY, tmp_path, "cpu", track=("tensorboard",))
-    folder, = {path.parent for path in (run.path / "tensorboard").rglob("events.*") if path.parent.name == "tiny"}
+    (folder,) = {
+        path.parent
+        for path in (run.path / "tensorboard").rglob("events.*")
+        if path.parent.name == "tiny"
+    }
     events = EventAccumulator(str(folder))
     events.Reload()
-    assert [event.step for event in events.Scalars("flow_loss")] == run.log["step"].tolist() == list(range(1, 13))
+    assert (
+        [event.step for event in events.Scalars("flow_loss")]
+        == run.log["step"].tolist()
+        == list(range(1, 13))
+    )
 
 
 def test_measuring_memory_is_silent(capfd):
@@ -189,16 +288,25 @@ def test_measuring_memory_is_silent(capfd):
 
 # a folder that was copied
 
+
 def test_a_copied_checkpoint_counts_nowhere(run):
-    shutil.copytree(run / "checkpoints/step-00000008", run / "checkpoints/step-00000016")
+    shutil.copytree(
+        run / "checkpoints/step-00000008", run / "checkpoints/step-00000016"
+    )
     row = runs_table(run.parent).loc["tiny"]
     assert (row["step"], row["steps"]) == (12, 12)
-    assert row["state"].startswith("finished; 1 of 4 checkpoints damaged (step 16: its state.json is of step 8")
+    assert row["state"].startswith(
+        "finished; 1 of 4 checkpoints damaged (step 16: its state.json is of step 8"
+    )
     listing = Listing(run.parent)
     listing.look()
     listed = listing.runs["tiny"]
-    assert listed.step == 12 and "1 of 4 checkpoints damaged (step 16: its state.json is of step 8" in listed.state
+    assert (
+        listed.step == 12
+        and "1 of 4 checkpoints damaged (step 16: its state.json is of step 8"
+        in listed.state
+    )
     assert Run.open(run, "cpu").state()["step"] == 12
     main(["sample", str(run), "--each", "1", "--steps", "1", "--device", "cpu"])
-    file, = (run / "samples").glob("step-12-*.safetensors")
+    (file,) = (run / "samples").glob("step-12-*.safetensors")
     assert load_file(file)["images"].shape[0] == 10

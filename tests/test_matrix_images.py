@@ -1,4 +1,5 @@
 """Everything a user can do with runs of images, of every kind of data and condition; see matrix.py."""
+
 import pytest
 from matrix import CELLS, IMAGES, at_small_cost, check, check_choice, trained
 
@@ -9,8 +10,21 @@ def run_of(tmp_path_factory):
     known = {}
     with pytest.MonkeyPatch.context() as patch:
         at_small_cost(patch)
-        yield lambda kind: known[kind] if kind in known else known.setdefault(
-            kind, trained(IMAGES[kind], tmp_path_factory.mktemp(kind.replace(" ", "-").replace(",", ""))))
+        yield (
+            lambda kind: (
+                known[kind]
+                if kind in known
+                else known.setdefault(
+                    kind,
+                    trained(
+                        IMAGES[kind],
+                        tmp_path_factory.mktemp(
+                            kind.replace(" ", "-").replace(",", "")
+                        ),
+                    ),
+                )
+            )
+        )
 
 
 @pytest.mark.parametrize("cell", ["train", *CELLS])

@@ -3,6 +3,7 @@
 victims.py FOLDER CONFIG.json SEED KILLS: prints what the children were doing when they were killed, as JSON {doing: times}. At
 least KILLS children are killed: a run that is finished earlier is made anew under the next number.
 """
+
 import collections
 import json
 import mmap
@@ -16,18 +17,21 @@ from pathlib import Path
 
 import torch
 
-from selfflow.training import loop as training, recording, run
+from selfflow.training import loop as training
+from selfflow.training import recording, run
 from selfflow.training.config import Config
 
 torch.set_num_threads(1)
 DOING = ("starting", "training", "saving", "logging", "pruning", "drawing")
-shared = mmap.mmap(-1, 2)  # which of these the child is at, and whether it has trained a step
+# which of these the child is at, and whether it has trained a step
+shared = mmap.mmap(-1, 2)
 
 
 def told(name, function):
     def telling(*args, **options):
         shared[1] = shared[1] or name == "training"
-        if name == "pruning" and not shared[1]:  # what is pruned when a run goes on: a kill here would never let it come on
+        # what is pruned when a run goes on: a kill here would never let it come on
+        if name == "pruning" and not shared[1]:
             return function(*args, **options)
         before = shared[0]
         shared[0] = DOING.index(name)
@@ -35,12 +39,17 @@ def told(name, function):
             return function(*args, **options)
         finally:
             shared[0] = before
+
     return telling
 
 
 training.train_step = told("training", training.train_step)
 recording.Recorder.write = told("logging", recording.Recorder.write)
-for method, name in (("save", "saving"), ("prune", "pruning"), ("save_film", "drawing")):
+for method, name in (
+    ("save", "saving"),
+    ("prune", "pruning"),
+    ("save_film", "drawing"),
+):
     setattr(run.Run, method, told(name, getattr(run.Run, method)))
 
 
@@ -51,16 +60,27 @@ def main(folder: Path, config: Config, seed: int, kills: int) -> None:
         child = os.fork()
         if not child:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            os.dup2(os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-            training.train(replace(config, name=f"{config.name}-{number}"), folder, "cpu")
+            os.dup2(
+                os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1
+            )
+            training.train(
+                replace(config, name=f"{config.name}-{number}"), folder, "cpu"
+            )
             os._exit(0)
         if lives == 6:  # enough: this one may come to the end
             os.waitpid(child, 0)
             number, lives = number + 1, 0
             continue
         shared[:2], patience = bytes(2), chance.uniform(0.02, 0.6)
-        began, wanted = time.monotonic(), chance.choice((None, "saving", "saving", "pruning", "logging"))
-        while time.monotonic() - began < patience or wanted and shared[0] != DOING.index(wanted):
+        began, wanted = (
+            time.monotonic(),
+            chance.choice((None, "saving", "saving", "pruning", "logging")),
+        )
+        while (
+            time.monotonic() - began < patience
+            or wanted
+            and shared[0] != DOING.index(wanted)
+        ):
             if os.waitpid(child, os.WNOHANG)[0]:
                 number, lives = number + 1, 0  # it came to the end
                 break
@@ -75,4 +95,8 @@ def main(folder: Path, config: Config, seed: int, kills: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Config.from_dict(json.loads(Path(sys.argv[2]).read_text())), *map(int, sys.argv[3:]))
+    main(
+        Path(sys.argv[1]),
+        Config.from_dict(json.loads(Path(sys.argv[2]).read_text())),
+        *map(int, sys.argv[3:]),
+    )

@@ -33,24 +33,40 @@ def visible_keys(groups: Groups, batch: int) -> Tensor:
     seen, sizes = [], []
     for group in groups.groups:
         keys = group.keys.unflatten(0, (batch, -1)) - first
-        real = torch.ones_like(keys, dtype=torch.bool) if group.visible is None else group.visible
+        real = (
+            torch.ones_like(keys, dtype=torch.bool)
+            if group.visible is None
+            else group.visible
+        )
         seen.append(real.new_zeros(batch, n).scatter(1, keys, real))
         sizes.append(len(group.rows) // batch)
     ends = torch.tensor(sizes, device=first.device).cumsum(0)
-    row = groups.place.unflatten(0, (batch, n)) % ends[-1]                             # of a token among its sample's results
-    return torch.stack(seen, 1).gather(1, torch.bucketize(row, ends, right=True)[..., None].expand(-1, -1, n))
+    # of a token among its sample's results
+    row = groups.place.unflatten(0, (batch, n)) % ends[-1]
+    return torch.stack(seen, 1).gather(
+        1, torch.bucketize(row, ends, right=True)[..., None].expand(-1, -1, n)
+    )
 
 
-def attention_weights(layer: Attention, x: Tensor, rotary: Tensor | None = None, groups: Groups | None = None,
-                      queries: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def attention_weights(
+    layer: Attention,
+    x: Tensor,
+    rotary: Tensor | None = None,
+    groups: Groups | None = None,
+    queries: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The weights (b, h, q, n) that an attention layer gives all tokens, and the values (b, n, h, e) that they weigh.
 
     x, rotary, groups: what the layer is called with; queries: (q,) positions of the tokens that look, None = all n.
     Computed in float32 at least; rows sum to 1.
     """
-    q, k, v = layer.qkv(x).unflatten(-1, (3, layer.heads, -1)).unbind(2)               # (b, n, h, e)
+    # (b, n, h, e)
+    q, k, v = layer.qkv(x).unflatten(-1, (3, layer.heads, -1)).unbind(2)
     if layer.q_norm is not None:
-        q, k = (norm(part.to(norm.weight.dtype)).to(v.dtype) for norm, part in ((layer.q_norm, q), (layer.k_norm, k)))
+        q, k = (
+            norm(part.to(norm.weight.dtype)).to(v.dtype)
+            for norm, part in ((layer.q_norm, q), (layer.k_norm, k))
+        )
     if rotary is not None:
         q, k = rotate(q, rotary), rotate(k, rotary)
     visible = None if groups is None else visible_keys(groups, len(x))
@@ -65,6 +81,7 @@ def attention_weights(layer: Attention, x: Tensor, rotary: Tensor | None = None,
 # %% ../../nbs/4_analysis/06_attention.ipynb #8cbeaadc
 class Seen(NamedTuple):
     "What an attention layer was called with (x, rotary, groups), and what its fused computation made of it, (b, n, d)."
+
     x: Tensor
     rotary: Tensor | None
     groups: Groups | None
@@ -75,14 +92,22 @@ def attention_of(model: nn.Module) -> list[Attention]:
     "Return the attention of each layer. Raises ValueError for a backbone that has none of this kind."
     found = [getattr(block, "attn", None) for block in getattr(model, "blocks", ())]
     if not found or not all(isinstance(one, Attention) for one in found):
-        raise ValueError(f"{type(model).__name__} has no attention maps: its `blocks` would need a layer `attn` each, of "
-                         "selfflow.method.layers.Attention")
+        raise ValueError(
+            f"{type(model).__name__} has no attention maps: its `blocks` would need a layer `attn` each, of "
+            "selfflow.method.layers.Attention"
+        )
     return found
 
 
 @torch.no_grad()
-def watch_attention(model: Transformer, x: Tensor, levels: NoiseLevels, condition: Condition | None = None,
-                    layers: tuple[int, ...] = (), **options) -> dict[int, Seen]:
+def watch_attention(
+    model: Transformer,
+    x: Tensor,
+    levels: NoiseLevels,
+    condition: Condition | None = None,
+    layers: tuple[int, ...] = (),
+    **options,
+) -> dict[int, Seen]:
     """What the attention of some layers was given and gave: {layer: Seen}.
 
     x, levels, condition, options: of the model's forward; layers: 1-based, () = all. Tokens of a caption come after those of x.
@@ -93,8 +118,10 @@ def watch_attention(model: Transformer, x: Tensor, levels: NoiseLevels, conditio
         raise ValueError(f"no layer {unknown}: layers are counted 1 to {model.depth}")
     attention, found, handles = attention_of(model), {}, []
     for number in layers:
+
         def note(module, given, output, number=number):
             found[number] = Seen(*given, output)
+
         handles.append(attention[number - 1].register_forward_hook(note))
     try:
         model(x, levels, condition, taps=(max(layers),), stop=True, **options)
@@ -105,8 +132,16 @@ def watch_attention(model: Transformer, x: Tensor, levels: NoiseLevels, conditio
 
 
 @torch.no_grad()
-def attention_maps(model: Transformer, x: Tensor, levels: NoiseLevels, condition: Condition | None = None,
-                   layers: tuple[int, ...] = (), queries: Tensor | None = None, batch: int = 16, **options) -> dict[int, Tensor]:
+def attention_maps(
+    model: Transformer,
+    x: Tensor,
+    levels: NoiseLevels,
+    condition: Condition | None = None,
+    layers: tuple[int, ...] = (),
+    queries: Tensor | None = None,
+    batch: int = 16,
+    **options,
+) -> dict[int, Tensor]:
     """The exact attention of some layers: {layer: (b, h, q, n)}, float32 on the CPU; rows sum to 1.
 
     x: (b, n, c) noised tokens; layers: 1-based, () = all; queries: (q,) positions of the tokens that look, None = all; batch:
@@ -115,10 +150,16 @@ def attention_maps(model: Transformer, x: Tensor, levels: NoiseLevels, condition
     """
     device, found = next(model.parameters()).device, {}
     for rows in torch.arange(len(x)).split(batch):
-        part = NoiseLevels(levels.levels[rows], levels.assign[rows], levels.condition).to(device)
+        part = NoiseLevels(
+            levels.levels[rows], levels.assign[rows], levels.condition
+        ).to(device)
         told = None if condition is None else condition[rows].to(device)
-        for number, seen in watch_attention(model, x[rows].to(device), part, told, layers, **options).items():
-            weights, _ = attention_weights(attention_of(model)[number - 1], *seen[:3], queries)
+        for number, seen in watch_attention(
+            model, x[rows].to(device), part, told, layers, **options
+        ).items():
+            weights, _ = attention_weights(
+                attention_of(model)[number - 1], *seen[:3], queries
+            )
             found.setdefault(number, []).append(weights.float().cpu())
     return {number: torch.cat(weights) for number, weights in found.items()}
 
@@ -134,12 +175,17 @@ def relations(levels: NoiseLevels, tokens: int | None = None) -> Tensor:
     tau, given = levels.per_token(), levels.is_condition()
     more = 0 if tokens is None else tokens - tau.shape[1]
     if more < 0:
-        raise ValueError(f"the levels are of {tau.shape[1]} tokens, the sequence has only {tokens}")
+        raise ValueError(
+            f"the levels are of {tau.shape[1]} tokens, the sequence has only {tokens}"
+        )
     tau = torch.nn.functional.pad(tau, (0, more))
     given = torch.nn.functional.pad(given, (0, more), value=True)
-    found = 2 + (tau[:, None] - tau[..., None]).sign().long()                          # of the column's level minus the row's
+    # of the column's level minus the row's
+    found = 2 + (tau[:, None] - tau[..., None]).sign().long()
     found = torch.where(given[:, None], 4, found)
-    return found.masked_fill(torch.eye(tau.shape[1], dtype=torch.bool, device=tau.device), 0)
+    return found.masked_fill(
+        torch.eye(tau.shape[1], dtype=torch.bool, device=tau.device), 0
+    )
 
 
 def mass(weights: Tensor, relation: Tensor) -> Tensor:
@@ -149,8 +195,17 @@ def mass(weights: Tensor, relation: Tensor) -> Tensor:
 
 # %% ../../nbs/4_analysis/06_attention.ipynb #31d7e60b
 @torch.no_grad()
-def mass_between_levels(model: Transformer, x0: Tensor, x1: Tensor, levels: NoiseLevels, condition: Condition | None = None,
-                        layers: tuple[int, ...] = (), batch: int = 16, among: Tensor | None = None, **options) -> pd.DataFrame:
+def mass_between_levels(
+    model: Transformer,
+    x0: Tensor,
+    x1: Tensor,
+    levels: NoiseLevels,
+    condition: Condition | None = None,
+    layers: tuple[int, ...] = (),
+    batch: int = 16,
+    among: Tensor | None = None,
+    **options,
+) -> pd.DataFrame:
     """How attention goes between tokens of two levels: a row for each sample, layer and direction, averaged over heads.
 
     x0, x1: (b, n, c) data and noise; levels: of two levels (and a condition), for example of `DualTimestep`; options: of the
@@ -162,41 +217,92 @@ def mass_between_levels(model: Transformer, x0: Tensor, x1: Tensor, levels: Nois
     condition: film and sound have different mask ratios, so ask within one. Raises ValueError for levels of another number.
     """
     if levels.k - levels.condition != 2:
-        raise ValueError(f"there are {levels.k - levels.condition} levels beside the condition, but mass goes between two; take "
-                         "DualTimestep")
+        raise ValueError(
+            f"there are {levels.k - levels.condition} levels beside the condition, but mass goes between two; take "
+            "DualTimestep"
+        )
     device, frames = next(model.parameters()).device, []
     for rows in torch.arange(len(x0)).split(batch):
-        part = NoiseLevels(levels.levels[rows], levels.assign[rows], levels.condition).to(device)
+        part = NoiseLevels(
+            levels.levels[rows], levels.assign[rows], levels.condition
+        ).to(device)
         xt = interpolate(x0[rows].to(device), x1[rows].to(device), part.per_token())
         told = None if condition is None else condition[rows].to(device)
-        for number, seen in watch_attention(model, xt, part, told, layers, **options).items():
+        for number, seen in watch_attention(
+            model, xt, part, told, layers, **options
+        ).items():
             weights, _ = attention_weights(attention_of(model)[number - 1], *seen[:3])
-            frames.append(_directions(weights.mean(1, keepdim=True), seen.groups, part, number, rows, among))
+            frames.append(
+                _directions(
+                    weights.mean(1, keepdim=True),
+                    seen.groups,
+                    part,
+                    number,
+                    rows,
+                    among,
+                )
+            )
     return pd.concat(frames, ignore_index=True)
 
 
 def _directions(weights, groups, levels, layer, rows, among) -> pd.DataFrame:
-    n, relation, free = levels.assign.shape[1], relations(levels, weights.shape[-1]), ~levels.is_condition()
+    n, relation, free = (
+        levels.assign.shape[1],
+        relations(levels, weights.shape[-1]),
+        ~levels.is_condition(),
+    )
     if among is not None:
         among = among.to(free.device)
-        relation[..., :n] = relation[..., :n].masked_fill(~among & (relation[..., :n] != 0), 4)
+        relation[..., :n] = relation[..., :n].masked_fill(
+            ~among & (relation[..., :n] != 0), 4
+        )
         free = free & among
-    visible = torch.ones_like(relation, dtype=torch.bool) if groups is None else visible_keys(groups, len(relation))
+    visible = (
+        torch.ones_like(relation, dtype=torch.bool)
+        if groups is None
+        else visible_keys(groups, len(relation))
+    )
     even = (visible / visible.sum(-1, keepdim=True)).float()[:, None]
     found, flat = (mass(part.float(), relation)[:, 0, :n] for part in (weights, even))
     counts = mass(torch.ones_like(even), relation)[:, 0, :n]
     tau, (t, s) = levels.per_token(), levels.levels[:, :2].unbind(1)
     frames = []
-    for direction, other, level in (("noisy to clean", 1, torch.maximum(t, s)), ("clean to noisy", 3, torch.minimum(t, s))):
-        looks = free & (tau == level[:, None]) & (t != s)[:, None] & (counts[..., other] > 0)
-        values = {"mass": found[..., other], "uniform": flat[..., other],
-                  "share": found[..., other] / found[..., 1:4].sum(-1).clamp(min=1e-12),
-                  "counted": counts[..., other] / counts[..., 1:4].sum(-1).clamp(min=1),
-                  "own": found[..., 0], "condition": found[..., 4]}
+    for direction, other, level in (
+        ("noisy to clean", 1, torch.maximum(t, s)),
+        ("clean to noisy", 3, torch.minimum(t, s)),
+    ):
+        looks = (
+            free
+            & (tau == level[:, None])
+            & (t != s)[:, None]
+            & (counts[..., other] > 0)
+        )
+        values = {
+            "mass": found[..., other],
+            "uniform": flat[..., other],
+            "share": found[..., other] / found[..., 1:4].sum(-1).clamp(min=1e-12),
+            "counted": counts[..., other] / counts[..., 1:4].sum(-1).clamp(min=1),
+            "own": found[..., 0],
+            "condition": found[..., 4],
+        }
         there = looks.any(1).cpu()
-        means = {name: ((part * looks).sum(1) / looks.sum(1).clamp(min=1)).cpu()[there].numpy() for name, part in values.items()}
-        frames.append(pd.DataFrame({"sample": rows[there].numpy(), "layer": layer, "direction": direction,
-                                    "gap": (t - s).abs().cpu()[there].numpy(), **means}))
+        means = {
+            name: ((part * looks).sum(1) / looks.sum(1).clamp(min=1))
+            .cpu()[there]
+            .numpy()
+            for name, part in values.items()
+        }
+        frames.append(
+            pd.DataFrame(
+                {
+                    "sample": rows[there].numpy(),
+                    "layer": layer,
+                    "direction": direction,
+                    "gap": (t - s).abs().cpu()[there].numpy(),
+                    **means,
+                }
+            )
+        )
     return pd.concat(frames)
 
 # %% ../../nbs/4_analysis/06_attention.ipynb #583cb079
@@ -209,76 +315,143 @@ def _ends(grouped) -> dict[str, np.ndarray]:
     return {"low": ends[:, 0], "high": ends[:, 1]}
 
 
-def summarise_mass(frame: pd.DataFrame, gaps: tuple[float, ...] = _GAPS) -> pd.DataFrame:
+def summarise_mass(
+    frame: pd.DataFrame, gaps: tuple[float, ...] = _GAPS
+) -> pd.DataFrame:
     """What `mass_between_levels` found by direction, layer and gap: samples, mean mass and uniform, share, counted, and excess.
 
     excess: share - counted, with its 95 % interval over samples: above 0, tokens of the other level are looked at more than
     tokens of the own level. Bins of less than 2 samples are left out.
     """
-    frame = frame.assign(excess=frame["share"] - frame["counted"], gap=pd.cut(frame["gap"], list(gaps), include_lowest=True))
+    frame = frame.assign(
+        excess=frame["share"] - frame["counted"],
+        gap=pd.cut(frame["gap"], list(gaps), include_lowest=True),
+    )
     grouped = frame.groupby(["direction", "layer", "gap"], observed=True)
-    found = grouped[["mass", "uniform", "share", "counted", "own", "condition", "excess"]].mean()
+    found = grouped[
+        ["mass", "uniform", "share", "counted", "own", "condition", "excess"]
+    ].mean()
     found = found.assign(samples=grouped.size(), **_ends(grouped["excess"]))
     return found[found["samples"] > 1].reset_index()
 
 # %% ../../nbs/4_analysis/06_attention.ipynb #acf49aec
 @torch.no_grad()
-def closing_the_way(model: Transformer, x0: Tensor, x1: Tensor, levels: NoiseLevels, condition: Condition | None = None,
-                    batch: int = 64, parts: tuple[Part, ...] = ()) -> pd.DataFrame:
+def closing_the_way(
+    model: Transformer,
+    x0: Tensor,
+    x1: Tensor,
+    levels: NoiseLevels,
+    condition: Condition | None = None,
+    batch: int = 64,
+    parts: tuple[Part, ...] = (),
+) -> pd.DataFrame:
     """Flow error of a model with full attention and with attention within levels, a row for each sample and kind of tokens.
 
     x0, x1: (b, n, c) data and noise; levels: of two levels. Columns: sample, tokens ("noisier" or "cleaner"), gap, full,
     separated. Samples in which no token has that level are left out. Raises ValueError for levels of another number.
     """
     if levels.k - levels.condition != 2:
-        raise ValueError(f"there are {levels.k - levels.condition} levels beside the condition; this compares two")
+        raise ValueError(
+            f"there are {levels.k - levels.condition} levels beside the condition; this compares two"
+        )
     device, frames = next(model.parameters()).device, []
     widths = Places.of(parts or model.config.parts).widths.to(device)
     for rows in torch.arange(len(x0)).split(batch):
-        part = NoiseLevels(levels.levels[rows], levels.assign[rows], levels.condition).to(device)
+        part = NoiseLevels(
+            levels.levels[rows], levels.assign[rows], levels.condition
+        ).to(device)
         clean, noise = x0[rows].to(device), x1[rows].to(device)
-        xt, told = interpolate(clean, noise, part.per_token()), None if condition is None else condition[rows].to(device)
-        errors = {name: flow_error(model(xt, part, told, separated=apart, parts=parts).velocity, clean, noise, widths)
-                  for name, apart in {"full": False, "separated": True}.items()}
-        tau, free, (t, s) = part.per_token(), ~part.is_condition(), part.levels[:, :2].unbind(1)
-        for kind, level in {"noisier": torch.maximum(t, s), "cleaner": torch.minimum(t, s)}.items():
+        xt, told = (
+            interpolate(clean, noise, part.per_token()),
+            None if condition is None else condition[rows].to(device),
+        )
+        errors = {
+            name: flow_error(
+                model(xt, part, told, separated=apart, parts=parts).velocity,
+                clean,
+                noise,
+                widths,
+            )
+            for name, apart in {"full": False, "separated": True}.items()
+        }
+        tau, free, (t, s) = (
+            part.per_token(),
+            ~part.is_condition(),
+            part.levels[:, :2].unbind(1),
+        )
+        for kind, level in {
+            "noisier": torch.maximum(t, s),
+            "cleaner": torch.minimum(t, s),
+        }.items():
             counted = free & (tau == level[:, None]) & (t != s)[:, None]
-            there = (counted.any(1) & (free & ~counted).any(1)).cpu()                  # both kinds, or there is no way to close
-            means = {name: ((error * counted).sum(1) / counted.sum(1).clamp(min=1)).cpu()[there].numpy()
-                     for name, error in errors.items()}
-            frames.append(pd.DataFrame({"sample": rows[there].numpy(), "tokens": kind, "gap": (t - s).abs().cpu()[there].numpy(),
-                                        **means}))
+            # both kinds, or there is no way to close
+            there = (counted.any(1) & (free & ~counted).any(1)).cpu()
+            means = {
+                name: ((error * counted).sum(1) / counted.sum(1).clamp(min=1))
+                .cpu()[there]
+                .numpy()
+                for name, error in errors.items()
+            }
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "sample": rows[there].numpy(),
+                        "tokens": kind,
+                        "gap": (t - s).abs().cpu()[there].numpy(),
+                        **means,
+                    }
+                )
+            )
     return pd.concat(frames, ignore_index=True)
 
 
-def summarise_closing(frame: pd.DataFrame, gaps: tuple[float, ...] = _GAPS) -> pd.DataFrame:
+def summarise_closing(
+    frame: pd.DataFrame, gaps: tuple[float, ...] = _GAPS
+) -> pd.DataFrame:
     """What `closing_the_way` found by tokens and gap: samples, both errors, and separated - full with its 95 % interval.
 
     The interval is over samples, paired. Bins of less than 2 samples are left out.
     """
-    frame = frame.assign(difference=frame["separated"] - frame["full"], gap=pd.cut(frame["gap"], list(gaps), include_lowest=True))
+    frame = frame.assign(
+        difference=frame["separated"] - frame["full"],
+        gap=pd.cut(frame["gap"], list(gaps), include_lowest=True),
+    )
     grouped = frame.groupby(["tokens", "gap"], observed=True)
     found = grouped[["full", "separated", "difference"]].mean()
     found = found.assign(samples=grouped.size(), **_ends(grouped["difference"]))
     return found[found["samples"] > 1].reset_index()
 
 # %% ../../nbs/4_analysis/06_attention.ipynb #4fabc72b
-def maps_by_part(weights: Tensor, grids: dict[str, tuple[int, ...]], relative: bool = True) -> dict[str, Tensor]:
+def maps_by_part(
+    weights: Tensor, grids: dict[str, tuple[int, ...]], relative: bool = True
+) -> dict[str, Tensor]:
     """Attention rows (..., n) as maps of each part: {name: (..., *grid)}; tokens of a caption come last, as "caption" (..., l).
 
     grids: of the parts' tokens in order, such as {"image": (8, 8)} or {"video": (8, 4, 4), "audio": (16,)}; relative: times n,
     so that 1 is what uniform attention gives. Raises ValueError for grids with more tokens than there are.
     """
-    sizes, n = {name: math.prod(grid) for name, grid in grids.items()}, weights.shape[-1]
+    sizes, n = (
+        {name: math.prod(grid) for name, grid in grids.items()},
+        weights.shape[-1],
+    )
     left = n - sum(sizes.values())
     if left < 0:
-        raise ValueError(f"grids {grids} have {sum(sizes.values())} tokens, the attention only {n}")
-    pieces = (weights * n if relative else weights).split([*sizes.values(), left], dim=-1)
-    found = {name: piece.unflatten(-1, grid) for (name, grid), piece in zip(grids.items(), pieces, strict=False)}
+        raise ValueError(
+            f"grids {grids} have {sum(sizes.values())} tokens, the attention only {n}"
+        )
+    pieces = (weights * n if relative else weights).split(
+        [*sizes.values(), left], dim=-1
+    )
+    found = {
+        name: piece.unflatten(-1, grid)
+        for (name, grid), piece in zip(grids.items(), pieces, strict=False)
+    }
     return found | ({"caption": pieces[-1]} if left else {})
 
 
-def grids_of(model: Transformer, parts: tuple[Part, ...] = ()) -> dict[str, tuple[int, ...]]:
+def grids_of(
+    model: Transformer, parts: tuple[Part, ...] = ()
+) -> dict[str, tuple[int, ...]]:
     "The grid of each part of a model's sequence: (rows, columns), (moments, rows, columns) or (moments,)."
     return {part.name: _lean(part.grid) for part in parts or model.config.parts}
 

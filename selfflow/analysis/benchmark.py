@@ -18,14 +18,18 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 from tqdm.auto import tqdm
 
 from ..disk import check_writable, write_json
 from ..draws import keyed
+from ..method.backbone import Inputs
 from ..method.batch import Batch, Condition
 from ..method.build import build_backbone, build_objective, build_schedule
-from ..method.backbone import Inputs
 from ..method.layers import Groups
 from ..method.objective import FlowMatching, SelfFlow, make_teacher, update_ema
 from ..method.options import SIZES, ModelConfig, ObjectiveConfig
@@ -42,12 +46,16 @@ def _attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
     return sdpa_flop_count(query, key, value)
 
 
-def _attention_backward_flops(gradient, query, key, value, *args, out_shape=None, **kwargs) -> int:
+def _attention_backward_flops(
+    gradient, query, key, value, *args, out_shape=None, **kwargs
+) -> int:
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
-_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-                  torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops}
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
 
 
 def count_flops(function: Callable) -> int:
@@ -77,10 +85,17 @@ def peak_memory(function: Callable, device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
-    with _silent(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+    with (
+        _silent(),
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as record,
+    ):
         function()
     held = peak = 0
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [
+        e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"
+    ]
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
@@ -94,6 +109,7 @@ class Case:
     size: S, B, L, XL, or "tiny" (128 wide, 6 deep, 4 heads); tokens: a square number; batch: samples in a step; precision:
     fp32 or bf16 (autocast); compile: the blocks of all contenders. Raises ValueError for other values.
     """
+
     size: str = "S"
     tokens: int = 256
     batch: int = 8
@@ -102,22 +118,38 @@ class Case:
 
     def __post_init__(self):
         if self.size not in (*SIZES, "tiny"):
-            raise ValueError(f"size is {self.size!r}; known are {', '.join(SIZES)} and tiny")
-        if self.tokens < 1 or round(self.tokens**0.5) ** 2 != self.tokens or self.batch < 1:
-            raise ValueError(f"tokens {self.tokens} must be a square number and batch {self.batch} at least 1")
+            raise ValueError(
+                f"size is {self.size!r}; known are {', '.join(SIZES)} and tiny"
+            )
+        if (
+            self.tokens < 1
+            or round(self.tokens**0.5) ** 2 != self.tokens
+            or self.batch < 1
+        ):
+            raise ValueError(
+                f"tokens {self.tokens} must be a square number and batch {self.batch} at least 1"
+            )
         if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision is {self.precision!r}; known are fp32 and bf16")
+            raise ValueError(
+                f"precision is {self.precision!r}; known are fp32 and bf16"
+            )
 
     @property
     def shape(self) -> TransformerConfig:
         "The transformer: tokens of 16 numbers, 1000 classes, as the published model on 32 x 32 x 4 latents."
         width, depth, heads = SIZES.get(self.size, (128, 6, 4))
-        return TransformerConfig.of_image(16, (round(self.tokens**0.5),) * 2, width, depth, heads, classes=1000)
+        return TransformerConfig.of_image(
+            16, (round(self.tokens**0.5),) * 2, width, depth, heads, classes=1000
+        )
 
 
-def _training_step(student, objective, case: Case, batch: Batch, published: bool = False) -> Callable:
+def _training_step(
+    student, objective, case: Case, batch: Batch, published: bool = False
+) -> Callable:
     objective, teacher = objective.to(batch.x0.device), make_teacher(student)
-    optimizer = torch.optim.AdamW([*student.parameters(), *objective.parameters()], lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(
+        [*student.parameters(), *objective.parameters()], lr=1e-4, fused=True
+    )
     if case.compile:
         for block in [*student.blocks, *teacher.blocks]:
             block.compile()
@@ -130,11 +162,16 @@ def _training_step(student, objective, case: Case, batch: Batch, published: bool
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         update_ema(teacher, student, 0.999)
+
     return step
 
 
 def _autocast(case: Case, device: torch.device):
-    return torch.autocast(device.type, torch.bfloat16) if case.precision == "bf16" else nullcontext()
+    return (
+        torch.autocast(device.type, torch.bfloat16)
+        if case.precision == "bf16"
+        else nullcontext()
+    )
 
 
 def _contenders(case: Case, device: torch.device) -> dict[str, Callable]:
@@ -142,13 +179,30 @@ def _contenders(case: Case, device: torch.device) -> dict[str, Callable]:
     torch.manual_seed(0)
     model = Transformer(case.shape).to(device)
     x0 = torch.randn(case.batch, case.tokens, 16, generator=keyed(0, "benchmark"))
-    condition = Condition(torch.randint(0, 1000, (case.batch,), generator=keyed(0, "labels")), classes=1000)
+    condition = Condition(
+        torch.randint(0, 1000, (case.batch,), generator=keyed(0, "labels")),
+        classes=1000,
+    )
     batch = Batch(x0, condition, case.shape.parts).to(device)
-    steps = {"Self-Flow": _training_step(_make_student(model), SelfFlow(case.shape), case, batch),
-             "published form": _training_step(PerTokenTransformer(model).to(device), PublishedSelfFlow(case.shape), case, batch,
-                                              published=True),
-             "flow matching": _training_step(_make_student(model), FlowMatching(), case, batch)}
-    ours, published = make_teacher(model), make_teacher(PerTokenTransformer(model).to(device))
+    steps = {
+        "Self-Flow": _training_step(
+            _make_student(model), SelfFlow(case.shape), case, batch
+        ),
+        "published form": _training_step(
+            PerTokenTransformer(model).to(device),
+            PublishedSelfFlow(case.shape),
+            case,
+            batch,
+            published=True,
+        ),
+        "flow matching": _training_step(
+            _make_student(model), FlowMatching(), case, batch
+        ),
+    }
+    ours, published = (
+        make_teacher(model),
+        make_teacher(PerTokenTransformer(model).to(device)),
+    )
     if case.compile:
         for block in [*ours.blocks, *published.blocks]:
             block.compile()
@@ -157,9 +211,20 @@ def _contenders(case: Case, device: torch.device) -> dict[str, Callable]:
     def sampling(evaluate):
         with torch.no_grad(), _autocast(case, device):
             evaluate()
-    steps["sampling"] = partial(sampling, lambda: ours(batch.x0, NoiseLevels.single(t, case.tokens), batch.condition))
+
+    steps["sampling"] = partial(
+        sampling,
+        lambda: ours(batch.x0, NoiseLevels.single(t, case.tokens), batch.condition),
+    )
     steps["sampling, published form"] = partial(
-        sampling, lambda: published(batch.x0, t[:, None].expand(-1, case.tokens), batch.condition.values, case.shape.depth))
+        sampling,
+        lambda: published(
+            batch.x0,
+            t[:, None].expand(-1, case.tokens),
+            batch.condition.values,
+            case.shape.depth,
+        ),
+    )
     return steps
 
 
@@ -181,12 +246,21 @@ def _seconds(function: Callable, device: torch.device) -> float:
 def _ceiling(precision: str, device: torch.device) -> Callable[[], float]:
     "A function that measures the operations a second of a large matrix product: 2048 wide on a CPU, 8192 on a GPU."
     n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device).to(torch.bfloat16 if precision == "bf16" else torch.float32) for _ in range(2))
+    a, b = (
+        torch.randn(n, n, device=device).to(
+            torch.bfloat16 if precision == "bf16" else torch.float32
+        )
+        for _ in range(2)
+    )
     return lambda: 2 * n**3 / min(_seconds(lambda: a @ b, device) for _ in range(5))
 
 
 def _quartiles(values: list[float]) -> list[float]:
-    return torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+    return (
+        torch.tensor(values, dtype=torch.float64)
+        .quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+        .tolist()
+    )
 
 
 @own_settings()
@@ -201,8 +275,13 @@ def measure(case: Case, rounds: int = 5, device: str = "auto") -> dict:
         raise ValueError(f"rounds is {rounds}, but at least 1 is needed")
     device = device_for(device)
     steps, top = _contenders(case, device), _ceiling(case.precision, device)
-    plain = _contenders(replace(case, compile=False), device) if case.compile else steps  # compiled kernels cannot be counted
-    flops, seconds, tops = {name: count_flops(step) for name, step in plain.items()}, {name: [] for name in steps}, []
+    # compiled kernels cannot be counted
+    plain = _contenders(replace(case, compile=False), device) if case.compile else steps
+    flops, seconds, tops = (
+        {name: count_flops(step) for name, step in plain.items()},
+        {name: [] for name in steps},
+        [],
+    )
     del plain
     try:
         for step in steps.values():
@@ -210,22 +289,43 @@ def measure(case: Case, rounds: int = 5, device: str = "auto") -> dict:
     except Exception as error:
         if not case.compile:
             raise
-        raise ValueError(f"the blocks cannot be compiled here, measure without: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"the blocks cannot be compiled here, measure without: {str(error).splitlines()[0]}"
+        ) from error
     for turn in tqdm(range(rounds), f"{case.size}, {case.precision}", unit="round"):
         tops.append(top())
-        order = list(steps)[turn % len(steps):] + list(steps)[: turn % len(steps)]
+        order = list(steps)[turn % len(steps) :] + list(steps)[: turn % len(steps)]
         for name in order:
             seconds[name].append(_seconds(steps[name], device))
     results = {}
     for name, step in steps.items():
-        rival = seconds["sampling, published form" if name.startswith("sampling") else "published form"]
-        results[name] = {"flops": flops[name], "seconds": _quartiles(seconds[name]),
-                         "speed_ratio": _quartiles([theirs / own for theirs, own in zip(rival, seconds[name], strict=True)]),
-                         "ceiling_share": _quartiles([flops[name] / own / limit
-                                                      for own, limit in zip(seconds[name], tops, strict=True)]),
-                         "peak_bytes": peak_memory(step, device)}
-    return {"case": asdict(case), "rounds": rounds, "device": device_name(device), "torch": torch.__version__,
-            "ceiling_flops_per_second": _quartiles(tops), "results": results}
+        rival = seconds[
+            "sampling, published form"
+            if name.startswith("sampling")
+            else "published form"
+        ]
+        results[name] = {
+            "flops": flops[name],
+            "seconds": _quartiles(seconds[name]),
+            "speed_ratio": _quartiles(
+                [theirs / own for theirs, own in zip(rival, seconds[name], strict=True)]
+            ),
+            "ceiling_share": _quartiles(
+                [
+                    flops[name] / own / limit
+                    for own, limit in zip(seconds[name], tops, strict=True)
+                ]
+            ),
+            "peak_bytes": peak_memory(step, device),
+        }
+    return {
+        "case": asdict(case),
+        "rounds": rounds,
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "ceiling_flops_per_second": _quartiles(tops),
+        "results": results,
+    }
 
 
 def bench_table(records: list[dict]) -> pd.DataFrame:
@@ -238,18 +338,32 @@ def bench_table(records: list[dict]) -> pd.DataFrame:
     for record in records:
         case, results = record["case"], record["results"]
         for name, found in results.items():
-            rival = results["sampling, published form" if name.startswith("sampling") else "published form"]
-            rows.append({
-                "case": f"{case['size']}, {case['tokens']} tokens x {case['batch']}, {case['precision']}"
-                        + (", compiled" if case["compile"] else ""),
-                "step": name, "GFLOP": f"{found['flops'] / 1e9:.1f}", "of published": f"{found['flops'] / rival['flops']:.3f}",
-                "seconds": f"{found['seconds'][1]:.3f}",
-                "times as fast": "{1:.2f} ({0:.2f} to {2:.2f})".format(*found["speed_ratio"]),
-                "ceiling": f"{found['ceiling_share'][1]:.0%}", "peak MiB": f"{found['peak_bytes'] / 2**20:.0f}"})
+            rival = results[
+                "sampling, published form"
+                if name.startswith("sampling")
+                else "published form"
+            ]
+            rows.append(
+                {
+                    "case": f"{case['size']}, {case['tokens']} tokens x {case['batch']}, {case['precision']}"
+                    + (", compiled" if case["compile"] else ""),
+                    "step": name,
+                    "GFLOP": f"{found['flops'] / 1e9:.1f}",
+                    "of published": f"{found['flops'] / rival['flops']:.3f}",
+                    "seconds": f"{found['seconds'][1]:.3f}",
+                    "times as fast": "{1:.2f} ({0:.2f} to {2:.2f})".format(
+                        *found["speed_ratio"]
+                    ),
+                    "ceiling": f"{found['ceiling_share'][1]:.0%}",
+                    "peak MiB": f"{found['peak_bytes'] / 2**20:.0f}",
+                }
+            )
     return pd.DataFrame(rows)
 
 
-def bench(cases: list[Case], path: Path | str, rounds: int = 5, device: str = "auto") -> list[dict]:
+def bench(
+    cases: list[Case], path: Path | str, rounds: int = 5, device: str = "auto"
+) -> list[dict]:
     "Measure cases one after the other and write the records to a JSON file after each; what is there already is replaced."
     if not cases:
         raise ValueError("no case to measure: name at least one size and one precision")
@@ -265,27 +379,48 @@ def flops_per_step(config: Config, inputs: Inputs, feature_width: int = 1) -> in
     "Operations of one training step, of the whole batch; feature_width: of the encoder's features, for REPA alone."
     objective, batch = config.objective, config.training.batch
     rep = {"rep_tokens": "all"} if hasattr(objective, "rep_tokens") else {}
-    plain = replace(objective, flow_tokens="all", given="", separated=False, **rep)  # which count costs nothing
-    flops = batch * _flops_of_sample(plain, config.model, inputs, config.training.checkpointing, feature_width)
+    # which count costs nothing
+    plain = replace(objective, flow_tokens="all", given="", separated=False, **rep)
+    flops = batch * _flops_of_sample(
+        plain, config.model, inputs, config.training.checkpointing, feature_width
+    )
     if not objective.separated:
         return flops
-    levels = build_schedule(objective, inputs.parts).sample(batch, inputs.tokens, keyed(config.seed, "levels"))
-    pairs = sum(len(group.rows) * (len(group.keys) // batch) for group in Groups.of(levels).groups)
+    levels = build_schedule(objective, inputs.parts).sample(
+        batch, inputs.tokens, keyed(config.seed, "levels")
+    )
+    pairs = sum(
+        len(group.rows) * (len(group.keys) // batch)
+        for group in Groups.of(levels).groups
+    )
     passes = 3 + config.training.checkpointing  # a backward pass is twice a forward
-    return flops - passes * 4 * config.model.width * config.model.depth * (batch * inputs.tokens**2 - pairs)
+    return flops - passes * 4 * config.model.width * config.model.depth * (
+        batch * inputs.tokens**2 - pairs
+    )
 
 
 @lru_cache(maxsize=256)
-def _flops_of_sample(objective: ObjectiveConfig, model: ModelConfig, inputs: Inputs, checkpointing: bool,
-                     feature_width: int) -> int:
+def _flops_of_sample(
+    objective: ObjectiveConfig,
+    model: ModelConfig,
+    inputs: Inputs,
+    checkpointing: bool,
+    feature_width: int,
+) -> int:
     with torch.device("meta"):
         student = build_backbone(model, inputs)
         learner = build_objective(objective, student, (inputs.parts,), feature_width)
         x0 = torch.zeros(1, inputs.tokens, inputs.channels)
         sizes = [size for size in (inputs.caption, inputs.caption_width) if size]
-        told = torch.zeros(1, *sizes, dtype=torch.float32 if inputs.caption_width else torch.int64)
+        told = torch.zeros(
+            1, *sizes, dtype=torch.float32 if inputs.caption_width else torch.int64
+        )
         features = torch.zeros(1, feature_width) if learner.needs_features else None
-        batch = Batch(x0, Condition(told, inputs.classes), inputs.parts, features=features)
+        batch = Batch(
+            x0, Condition(told, inputs.classes), inputs.parts, features=features
+        )
     student.checkpointing, teacher = checkpointing, make_teacher(student)
     with sdpa_kernel(SDPBackend.MATH):
-        return count_flops(lambda: learner(student, teacher, batch, partial(keyed, 0)).total.backward())
+        return count_flops(
+            lambda: learner(student, teacher, batch, partial(keyed, 0)).total.backward()
+        )

@@ -25,34 +25,60 @@ from ..training.watching import checkpoint_problems, run_state
 
 # %% ../../nbs/4_analysis/15_comparison.ipynb #28eade98
 def _whole(run: Run) -> list[Path]:
-    return [path for path in run.checkpoints() if problem_of(path, contents=False) is None]  # by names and sizes alone
+    # by names and sizes alone
+    return [
+        path for path in run.checkpoints() if problem_of(path, contents=False) is None
+    ]
 
 
-_LOSSES = {"flow loss": "flow_loss", "cosine": "cosine", "constant cosine": "constant_cosine"}
+_LOSSES = {
+    "flow loss": "flow_loss",
+    "cosine": "cosine",
+    "constant cosine": "constant_cosine",
+}
 
 
 def _numbers(table: pd.DataFrame, file: Path, *names: str) -> pd.DataFrame:
     "A table of a run, in which these columns, where it has them, hold numbers or nothing. Raises ValueError with a remedy."
-    if wrong := [name for name in names if name in table and (_as_numbers(table[name]).isna() & table[name].notna()).any()]:
-        raise ValueError(f"{file} has what is no number in {', '.join(wrong)}; remove those lines, training needs none")
-    return table.assign(**{name: _as_numbers(table[name]) for name in names if name in table})
+    if wrong := [
+        name
+        for name in names
+        if name in table
+        and (_as_numbers(table[name]).isna() & table[name].notna()).any()
+    ]:
+        raise ValueError(
+            f"{file} has what is no number in {', '.join(wrong)}; remove those lines, training needs none"
+        )
+    return table.assign(
+        **{name: _as_numbers(table[name]) for name in names if name in table}
+    )
 
 
 def _as_numbers(column: pd.Series) -> pd.Series:
-    return column.map(lambda value: value if isinstance(value, int | float) else math.nan).astype(float)
+    return column.map(
+        lambda value: value if isinstance(value, int | float) else math.nan
+    ).astype(float)
 
 
 def _times(run: Run) -> pd.DataFrame:
     "timing.jsonl as a table, a time that is not known as NaN. Raises ValueError with a remedy for one that cannot be used."
     timing = run.timing
-    if len(timing) and (lacking := [name for name in ("seconds", "device", "processes") if name not in timing]):
-        raise ValueError(f"{run.timing_path} has no {', '.join(lacking)}; remove it, the run does not need it")
+    if len(timing) and (
+        lacking := [
+            name for name in ("seconds", "device", "processes") if name not in timing
+        ]
+    ):
+        raise ValueError(
+            f"{run.timing_path} has no {', '.join(lacking)}; remove it, the run does not need it"
+        )
     return _numbers(timing, run.timing_path, "step", "seconds", "processes")
 
 
 def _progress(run: Run) -> dict:
     writer = run.writer()
-    log = _numbers(run.log, run.log_path, "step", *_LOSSES.values(), "validation_flow_loss")
+    log = _numbers(
+        run.log, run.log_path, "step", *_LOSSES.values(), "validation_flow_loss"
+    )
     logged = int(log["step"].iloc[-1]) if len(log) else None
     done, state = run_state(run, writer, logged, checkpoint_problems(run))
     losses = _losses(log[log["step"] <= done] if len(log) else log)
@@ -74,11 +100,18 @@ def _probe(run: Run) -> dict:
     if probes is None:
         return {}
     best = probes.best(probes.main_factor)
-    return {"probe": best.probe.score, "probe cell": f"{best.cell}, step {probes.about['step']}"}
+    return {
+        "probe": best.probe.score,
+        "probe cell": f"{best.cell}, step {probes.about['step']}",
+    }
 
 
 def _spent(run: Run) -> dict:
-    return dict(timing[["seconds", "device", "processes"]].iloc[-1]) if len(timing := _times(run)) else {}
+    return (
+        dict(timing[["seconds", "device", "processes"]].iloc[-1])
+        if len(timing := _times(run))
+        else {}
+    )
 
 
 def _flops(run: Run) -> float:
@@ -86,9 +119,13 @@ def _flops(run: Run) -> float:
     try:
         return _counted_flops(run)
     except Exception:
-        if run.config.model.name != GIVEN_BACKBONE and not backbones[run.config.model.name].source:
+        if (
+            run.config.model.name != GIVEN_BACKBONE
+            and not backbones[run.config.model.name].source
+        ):
             raise
-        return math.nan  # a backbone of the user's own need not be built or run without memory
+        # a backbone of the user's own need not be built or run without memory
+        return math.nan
 
 
 def _counted_flops(run: Run) -> float:
@@ -97,11 +134,26 @@ def _counted_flops(run: Run) -> float:
         return flops_per_step(run.config, run.inputs)
     if not (whole := _whole(run)):
         return math.nan
-    return flops_per_step(run.config, run.inputs, head_width(read_part(whole[-1], "objective")))
+    return flops_per_step(
+        run.config, run.inputs, head_width(read_part(whole[-1], "objective"))
+    )
 
 # %% ../../nbs/4_analysis/15_comparison.ipynb #0c840972
-_COLUMNS = ("state", "step", "steps", "flow loss", "validation", "cosine", "constant cosine", "probe", "probe cell", "seconds",
-           "FLOPs", "device", "processes")
+_COLUMNS = (
+    "state",
+    "step",
+    "steps",
+    "flow loss",
+    "validation",
+    "cosine",
+    "constant cosine",
+    "probe",
+    "probe cell",
+    "seconds",
+    "FLOPs",
+    "device",
+    "processes",
+)
 
 
 def _row(run: Run | Path | str) -> tuple[dict, dict]:
@@ -115,10 +167,17 @@ def _row(run: Run | Path | str) -> tuple[dict, dict]:
         try:
             row |= look(run)
         except UNREADABLE as error:
-            words = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"  # the former are our own
+            # the former are our own
+            words = (
+                str(error)
+                if type(error) is ValueError
+                else f"{type(error).__name__}: {error}"
+            )
             row["problem"] = row.get("problem") or f"damaged: {words}"
     row["FLOPs"] = row.get("FLOPs", math.nan) * row.get("step", math.nan)
-    return {**row, "state": row.get("problem") or row["state"]}, flatten(asdict(run.config))
+    return {**row, "state": row.get("problem") or row["state"]}, flatten(
+        asdict(run.config)
+    )
 
 
 def runs_table(runs: dict[str, Run | Path | str] | Path | str) -> pd.DataFrame:
@@ -132,18 +191,35 @@ def runs_table(runs: dict[str, Run | Path | str] | Path | str) -> pd.DataFrame:
     for name, run in (runs if isinstance(runs, dict) else find_runs(runs)).items():
         rows[name], settings[name] = _row(run)
     shown = [key for key in differing(settings) if key != "name"]
-    records = [{**{key: settings[name].get(key) for key in shown}, **row} for name, row in rows.items()]
-    return pd.DataFrame(records, index=pd.Index(rows, name="run"), columns=[*_COLUMNS[:3], *shown, *_COLUMNS[3:]])
+    records = [
+        {**{key: settings[name].get(key) for key in shown}, **row}
+        for name, row in rows.items()
+    ]
+    return pd.DataFrame(
+        records,
+        index=pd.Index(rows, name="run"),
+        columns=[*_COLUMNS[:3], *shown, *_COLUMNS[3:]],
+    )
 
 # %% ../../nbs/4_analysis/15_comparison.ipynb #36351352
-AGAINST = {"steps": ("step", ((1, ""),)),
-           "flops": ("operations of training", tuple((10.0**power, f"{letter}FLOP") for power, letter in
-                                                     zip(range(6, 24, 3), "MGTPEZ", strict=True))),
-           "seconds": ("time of training", ((1, "s"), (60, "min"), (3600, "h"), (86400, "d")))}
+AGAINST = {
+    "steps": ("step", ((1, ""),)),
+    "flops": (
+        "operations of training",
+        tuple(
+            (10.0**power, f"{letter}FLOP")
+            for power, letter in zip(range(6, 24, 3), "MGTPEZ", strict=True)
+        ),
+    ),
+    "seconds": ("time of training", ((1, "s"), (60, "min"), (3600, "h"), (86400, "d"))),
+}
 
 
 def _with_unit(value: float) -> str:
-    size, unit = [(1, "FLOP"), *(pair for pair in AGAINST["flops"][1] if pair[0] <= value)][-1]
+    size, unit = [
+        (1, "FLOP"),
+        *(pair for pair in AGAINST["flops"][1] if pair[0] <= value),
+    ][-1]
     return f"{value / size:.3g} {unit}"
 
 
@@ -156,13 +232,24 @@ def _shortened(text: str, most: int = 40) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-_WRITE = {"state": _shortened, "device": lambda name: _shortened(str(name).split(",")[0], 24), "flow loss": "{:.4f}".format,
-          "validation": "{:.4f}".format, "cosine": "{:.3f}".format, "constant cosine": "{:.3f}".format, "seconds": _time,
-          "FLOPs": _with_unit, "processes": "{:.0f}".format}
+_WRITE = {
+    "state": _shortened,
+    "device": lambda name: _shortened(str(name).split(",")[0], 24),
+    "flow loss": "{:.4f}".format,
+    "validation": "{:.4f}".format,
+    "cosine": "{:.3f}".format,
+    "constant cosine": "{:.3f}".format,
+    "seconds": _time,
+    "FLOPs": _with_unit,
+    "processes": "{:.0f}".format,
+}
 
 
 def _joined(form: str, first, second) -> list:
-    return [form.format(*pair) if pd.notna(pair[0]) else None for pair in zip(first, second, strict=True)]
+    return [
+        form.format(*pair) if pd.notna(pair[0]) else None
+        for pair in zip(first, second, strict=True)
+    ]
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
@@ -172,7 +259,11 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
         shown[name] = shown[name].map(write, na_action="ignore")
     shown["step"] = _joined("{:.0f}/{:.0f}", table["step"], table["steps"])
     shown["probe"] = _joined("{:.1%} ({})", table["probe"], table["probe cell"])
-    shown = shown.drop(columns=["steps", "probe cell"]).rename(columns={"seconds": "time"}).astype(object)
+    shown = (
+        shown.drop(columns=["steps", "probe cell"])
+        .rename(columns={"seconds": "time"})
+        .astype(object)
+    )
     return shown.where(shown.notna(), "").astype(str).loc[:, shown.notna().any()]
 
 
@@ -183,20 +274,42 @@ def fit_table(table: pd.DataFrame, width: int = 120) -> str:
     """
     short = table["state"].str.split("[:;]").str[0]
     shown, dropped = readable(table.assign(state=short)), []
-    data = [name for name in shown if name.startswith("data.")]  # long, and known to who trained them
-    for name in ("", *data, "processes", "device", "constant cosine", "cosine", "FLOPs", "time", *shown.columns[:0:-1]):
+    # long, and known to who trained them
+    data = [name for name in shown if name.startswith("data.")]
+    for name in (
+        "",
+        *data,
+        "processes",
+        "device",
+        "constant cosine",
+        "cosine",
+        "FLOPs",
+        "time",
+        *shown.columns[:0:-1],
+    ):
         dropped += [name] if name in shown and name not in dropped else []
         for form in (shown.drop(columns=dropped), shown.drop(columns=dropped).T):
             lines = form.rename_axis(index=None, columns=None).to_string().splitlines()
             if max(map(len, lines)) <= width:
-                lines += [f"Left out for the width of {width}: {', '.join(dropped)}."] if dropped else []
-                lines += [f"{run}: {state}" for run, state in table["state"].items() if state != short[run]]
+                lines += (
+                    [f"Left out for the width of {width}: {', '.join(dropped)}."]
+                    if dropped
+                    else []
+                )
+                lines += [
+                    f"{run}: {state}"
+                    for run, state in table["state"].items()
+                    if state != short[run]
+                ]
                 return "\n".join(lines)
     return "\n".join(f"{run}: {state}" for run, state in table["state"].items())
 
 # %% ../../nbs/4_analysis/15_comparison.ipynb #b34398b9
-def run_curves(runs: dict[str, Run | Path | str] | Path | str, measure: str = "flow_loss",
-               against: str = "steps") -> dict[str, tuple]:
+def run_curves(
+    runs: dict[str, Run | Path | str] | Path | str,
+    measure: str = "flow_loss",
+    against: str = "steps",
+) -> dict[str, tuple]:
     """A measure of each run's log against what it cost so far: {name: (x, y)}; runs that do not log the measure are left out.
 
     measure: a column of the log, flow_loss, validation_flow_loss, cosine, ...; against: steps, flops (operations) or seconds
@@ -204,18 +317,31 @@ def run_curves(runs: dict[str, Run | Path | str] | Path | str, measure: str = "f
     """
     choose(against, AGAINST, "cost (against)")
     runs = runs if isinstance(runs, dict) else find_runs(runs)
-    opened = {name: run if isinstance(run, Run) else Run.open(run, "cpu") for name, run in runs.items()}
+    opened = {
+        name: run if isinstance(run, Run) else Run.open(run, "cpu")
+        for name, run in runs.items()
+    }
     logs = {name: run.log for name, run in opened.items()}
-    known = sorted({column for log in logs.values() for column in log} - {"step", "flow_loss_by_level"})
+    known = sorted(
+        {column for log in logs.values() for column in log}
+        - {"step", "flow_loss_by_level"}
+    )
     if not known:
-        raise ValueError(f"there is nothing to draw: no run {'has logged a step yet' if runs else 'could be read'}")
+        raise ValueError(
+            f"there is nothing to draw: no run {'has logged a step yet' if runs else 'could be read'}"
+        )
     choose(measure, known, "measure")
     curves = {}
     for name, log in logs.items():
         if measure in log:
-            rows = _numbers(log, opened[name].log_path, "step", measure).dropna(subset=[measure])
+            rows = _numbers(log, opened[name].log_path, "step", measure).dropna(
+                subset=[measure]
+            )
             cost = _cost(name, opened[name], rows["step"], against)
-            curves[name] = cost.dropna().to_numpy(float), rows[measure][cost.notna()].to_numpy(float)
+            curves[name] = (
+                cost.dropna().to_numpy(float),
+                rows[measure][cost.notna()].to_numpy(float),
+            )
     return curves
 
 
@@ -223,10 +349,15 @@ def _cost(name: str, run: Run, steps: pd.Series, against: str) -> pd.Series:
     if against != "seconds":
         return steps * (1 if against == "steps" else _flops(run))
     timing = _times(run)
-    seconds = steps.map(dict(zip(timing["step"], timing["seconds"], strict=True)) if len(timing) else {})
-    if not len(timing) or seconds[steps <= timing["step"].iloc[-1]].isna().any():  # the newest may be on its way
-        raise ValueError(f"run {name} did not keep its time from the start (see timing.jsonl in {run.path}); "
-                         "compare it against steps or flops, or leave it out")
+    seconds = steps.map(
+        dict(zip(timing["step"], timing["seconds"], strict=True)) if len(timing) else {}
+    )
+    # the newest may be on its way
+    if not len(timing) or seconds[steps <= timing["step"].iloc[-1]].isna().any():
+        raise ValueError(
+            f"run {name} did not keep its time from the start (see timing.jsonl in {run.path}); "
+            "compare it against steps or flops, or leave it out"
+        )
     return seconds
 
 # %% ../../nbs/4_analysis/15_comparison.ipynb #0b65ae54
@@ -235,22 +366,42 @@ def arms(runs: dict[str, Run]) -> list[dict[int, str]]:
     found = {}
     for name, run in runs.items():
         settings = flatten(asdict(run.config))
-        key = tuple(f"{setting}={value!r}" for setting, value in settings.items() if setting not in ("name", "seed"))
+        key = tuple(
+            f"{setting}={value!r}"
+            for setting, value in settings.items()
+            if setting not in ("name", "seed")
+        )
         found.setdefault(key, {}).setdefault(run.config.seed, name)
     return list(found.values())
 
 
-def over_seeds(runs: dict[str, Run], values: dict[str, float], **written) -> list[Comparison]:
+def over_seeds(
+    runs: dict[str, Run], values: dict[str, float], **written
+) -> list[Comparison]:
     "The first arm with each other one over training seeds, where both have two or more; values: a number by run."
-    kept = [{seed: name for seed, name in arm.items() if name in values} for arm in arms(runs)]
+    kept = [
+        {seed: name for seed, name in arm.items() if name in values}
+        for arm in arms(runs)
+    ]
     several = [arm for arm in kept if len(arm) > 1]
-    named = [(" and ".join(arm.values()), {seed: values[name] for seed, name in arm.items()}) for arm in several]
-    return [compare_seeds(named[0][1], own, (named[0][0], name), **written) for name, own in named[1:]]
+    named = [
+        (" and ".join(arm.values()), {seed: values[name] for seed, name in arm.items()})
+        for arm in several
+    ]
+    return [
+        compare_seeds(named[0][1], own, (named[0][0], name), **written)
+        for name, own in named[1:]
+    ]
 
 
 def config_table(runs: dict[str, Run]) -> pd.DataFrame:
     "The settings in which runs differ, a row each, a column per run; all of them for a single run."
     flat = {name: flatten(asdict(run.config)) for name, run in runs.items()}
     keys = next(iter(flat.values())) if len(runs) == 1 else differing(flat)
-    return pd.DataFrame([{"setting": key, **{name: values.get(key) for name, values in flat.items()}} for key in keys],
-                        columns=["setting", *flat])
+    return pd.DataFrame(
+        [
+            {"setting": key, **{name: values.get(key) for name, values in flat.items()}}
+            for key in keys
+        ],
+        columns=["setting", *flat],
+    )

@@ -20,16 +20,26 @@ def _pair(real, drawn, least: int = 2) -> tuple[np.ndarray, np.ndarray]:
     "Both sets as float64. Raises ValueError for other shapes, too few samples and values that are not finite."
     sets = []
     for what, values in (("real", real), ("drawn", drawn)):
-        values = values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
+        values = (
+            values.detach().cpu().numpy()
+            if hasattr(values, "detach")
+            else np.asarray(values)
+        )
         if values.ndim != 2 or len(values) < least or not values.shape[1]:
-            raise ValueError(f"{what} features have shape {values.shape}, expected (n, d) with n of {least} or more")
+            raise ValueError(
+                f"{what} features have shape {values.shape}, expected (n, d) with n of {least} or more"
+            )
         bad = ~np.isfinite(values).all(1)
         if bad.any():
-            raise ValueError(f"{bad.sum()} of {len(bad)} {what} samples are not finite, first {np.flatnonzero(bad)[0]}; "
-                             "find out why they were drawn so: a metric without them would hide it")
+            raise ValueError(
+                f"{bad.sum()} of {len(bad)} {what} samples are not finite, first {np.flatnonzero(bad)[0]}; "
+                "find out why they were drawn so: a metric without them would hide it"
+            )
         sets.append(values.astype(np.float64))
     if sets[0].shape[1] != sets[1].shape[1]:
-        raise ValueError(f"real features have {sets[0].shape[1]} dimensions, drawn ones {sets[1].shape[1]}; use one extractor")
+        raise ValueError(
+            f"real features have {sets[0].shape[1]} dimensions, drawn ones {sets[1].shape[1]}; use one extractor"
+        )
     return sets[0], sets[1]
 
 
@@ -43,7 +53,9 @@ def _root(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     centred = (features - mean) / np.sqrt(len(features) - 1)
     if len(features) <= features.shape[1]:
         return mean, centred
-    values, vectors = linalg.eigh(centred.T @ centred, overwrite_a=True, check_finite=False, driver="evd")
+    values, vectors = linalg.eigh(
+        centred.T @ centred, overwrite_a=True, check_finite=False, driver="evd"
+    )
     return mean, np.sqrt(values.clip(0))[:, None] * vectors.T
 
 
@@ -54,13 +66,24 @@ def frechet(real, drawn) -> float:
     """
     (mean, root), (other, other_root) = map(_root, _pair(real, drawn))
     shared = linalg.svdvals(root @ other_root.T, check_finite=False).sum()
-    return max(0.0, float(np.square(mean - other).sum() + np.square(root).sum() + np.square(other_root).sum() - 2 * shared))
+    return max(
+        0.0,
+        float(
+            np.square(mean - other).sum()
+            + np.square(root).sum()
+            + np.square(other_root).sum()
+            - 2 * shared
+        ),
+    )
 
 # %% ../../nbs/4_analysis/11_distances.ipynb #3d17b57e
 def _mean_kernel(first: np.ndarray, second: np.ndarray | None = None) -> float:
     "Mean of the kernel over all pairs; within one set, over those of different samples."
     other = first if second is None else second
-    total = sum(polynomial_kernel(part, other, degree=3, coef0=1).sum() for part in _blocks(first))
+    total = sum(
+        polynomial_kernel(part, other, degree=3, coef0=1).sum()
+        for part in _blocks(first)
+    )
     if second is not None:
         return total / (len(first) * len(second))
     own = ((np.square(first).sum(1) / first.shape[1] + 1) ** 3).sum()
@@ -74,10 +97,14 @@ def kernel_distance(real, drawn) -> float:
     Source: Binkowski et al. 2018, eq. 4, with its kernel.
     """
     real, drawn = _pair(real, drawn)
-    return float(_mean_kernel(real) + _mean_kernel(drawn) - 2 * _mean_kernel(real, drawn))
+    return float(
+        _mean_kernel(real) + _mean_kernel(drawn) - 2 * _mean_kernel(real, drawn)
+    )
 
 # %% ../../nbs/4_analysis/11_distances.ipynb #83869775
-def sliced_wasserstein(real, drawn, directions: int = 256, order: float = 2, seed: int = 0) -> float:
+def sliced_wasserstein(
+    real, drawn, directions: int = 256, order: float = 2, seed: int = 0
+) -> float:
     """The sliced Wasserstein distance of an order, over random directions; in the unit of the features.
 
     real, drawn: (n, d), (m, d), of any two counts; seed: of the directions. Raises ValueError as `frechet`, and for an order
@@ -85,12 +112,15 @@ def sliced_wasserstein(real, drawn, directions: int = 256, order: float = 2, see
     """
     real, drawn = _pair(real, drawn, 1)
     if order < 1 or directions < 1:
-        raise ValueError(f"order {order} and directions {directions}: both are 1 or more")
+        raise ValueError(
+            f"order {order} and directions {directions}: both are 1 or more"
+        )
     theta = np.random.default_rng(seed).normal(size=(real.shape[1], directions))
     theta /= np.linalg.norm(theta, axis=0)
     one, other = (np.sort(values @ theta, 0) for values in (real, drawn))
     n, m = len(one), len(other)
-    ends = np.union1d(np.arange(1, n + 1) * m, np.arange(1, m + 1) * n)  # where either quantile function jumps, times n m
+    # where either quantile function jumps, times n m
+    ends = np.union1d(np.arange(1, n + 1) * m, np.arange(1, m + 1) * n)
     gaps = np.abs(one[(ends - 1) // m] - other[(ends - 1) // n]) ** order
     shares = np.diff(ends, prepend=0) / (n * m)
     return float((shares @ gaps).mean() ** (1 / order))
@@ -98,7 +128,10 @@ def sliced_wasserstein(real, drawn, directions: int = 256, order: float = 2, see
 # %% ../../nbs/4_analysis/11_distances.ipynb #2d62b1d5
 def _radii(features: np.ndarray, neighbours: int) -> np.ndarray:
     "The distance (n,) of each sample to its k-th neighbour in its set; the 0-th is the sample itself."
-    parts = [np.partition(euclidean_distances(part, features), neighbours, 1)[:, neighbours] for part in _blocks(features)]
+    parts = [
+        np.partition(euclidean_distances(part, features), neighbours, 1)[:, neighbours]
+        for part in _blocks(features)
+    ]
     return np.concatenate(parts)
 
 
@@ -110,9 +143,14 @@ def neighbourhoods(real, drawn, neighbours: int = 5) -> dict[str, float]:
     """
     real, drawn = _pair(real, drawn)
     if not 1 <= neighbours < min(len(real), len(drawn)):
-        raise ValueError(f"neighbours is {neighbours}, but the smaller set has {min(len(real), len(drawn))} samples; "
-                         "take 1 or more, and fewer than these")
-    real_radii, drawn_radii = _radii(real, neighbours)[:, None], _radii(drawn, neighbours)
+        raise ValueError(
+            f"neighbours is {neighbours}, but the smaller set has {min(len(real), len(drawn))} samples; "
+            "take 1 or more, and fewer than these"
+        )
+    real_radii, drawn_radii = (
+        _radii(real, neighbours)[:, None],
+        _radii(drawn, neighbours),
+    )
     balls, reached, covered = 0, [], []
     for part, radii in zip(_blocks(real), _blocks(real_radii), strict=True):
         distances = euclidean_distances(part, drawn)
@@ -121,20 +159,29 @@ def neighbourhoods(real, drawn, neighbours: int = 5) -> dict[str, float]:
         covered.append(inside.any(1))
         reached.append((distances <= drawn_radii).any(1))
     reached, covered = np.concatenate(reached), np.concatenate(covered)
-    return {"precision": float((balls > 0).mean()), "recall": float(reached.mean()),
-            "density": float(balls.mean() / neighbours), "coverage": float(covered.mean())}
+    return {
+        "precision": float((balls > 0).mean()),
+        "recall": float(reached.mean()),
+        "density": float(balls.mean() / neighbours),
+        "coverage": float(covered.mean()),
+    }
 
 # %% ../../nbs/4_analysis/11_distances.ipynb #2a8f28d3
 @dataclass(frozen=True)
 class Measured:
     """A number of two sets. interval: 95 %, over samples, or None; counts: of real and drawn samples; doubts: in words."""
+
     value: float
     interval: tuple[float, float] | None
     counts: tuple[int, int]
     doubts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        between = f" ({self.interval[0]:.3g} to {self.interval[1]:.3g})" if self.interval else ""
+        between = (
+            f" ({self.interval[0]:.3g} to {self.interval[1]:.3g})"
+            if self.interval
+            else ""
+        )
         return f"{self.value:.3g}{between}"
 
 
@@ -145,17 +192,29 @@ class NeighbourOptions:
     neighbours: int = 5
 
 
-# Limits of a metric's values cut its interval. A metric of your own may carry such an attribute; without it nothing is cut.
+# Limits of a metric's values cut its interval. A metric of your own may carry such an
+# attribute; without it nothing is cut.
 frechet.limits = sliced_wasserstein.limits = (0, np.inf)
-neighbourhoods.limits = {"precision": (0, 1), "recall": (0, 1), "density": (0, np.inf), "coverage": (0, 1)}
+neighbourhoods.limits = {
+    "precision": (0, 1),
+    "recall": (0, 1),
+    "density": (0, np.inf),
+    "coverage": (0, 1),
+}
 
 metrics.register("Frechet distance", "selfflow.analysis.distances:frechet")
 metrics.register("kernel distance", "selfflow.analysis.distances:kernel_distance")
 metrics.register("sliced Wasserstein", "selfflow.analysis.distances:sliced_wasserstein")
-metrics.register("neighbourhoods", "selfflow.analysis.distances:neighbourhoods", options=NeighbourOptions)
+metrics.register(
+    "neighbourhoods",
+    "selfflow.analysis.distances:neighbourhoods",
+    options=NeighbourOptions,
+)
 
 
-def measure(metric: str, real, drawn, resamples: int = 40, seed: int = 0, options=None) -> dict[str, Measured]:
+def measure(
+    metric: str, real, drawn, resamples: int = 40, seed: int = 0, options=None
+) -> dict[str, Measured]:
     """A registered metric with 95 % intervals over samples, from halves of both sets: {its name: Measured}.
 
     A metric that returns several numbers by name, such as neighbourhoods, gives an entry for each of them.
@@ -165,7 +224,9 @@ def measure(metric: str, real, drawn, resamples: int = 40, seed: int = 0, option
     """
     entry = metrics[metric]
     if resamples < 0 or resamples == 1:
-        raise ValueError(f"metric {metric!r} with {resamples} resamples: take 0 for no interval, or at least 2")
+        raise ValueError(
+            f"metric {metric!r} with {resamples} resamples: take 0 for no interval, or at least 2"
+        )
     function = entry.load()
     keywords = asdict(options or entry.options())
     real, drawn = _pair(real, drawn)
@@ -177,13 +238,23 @@ def measure(metric: str, real, drawn, resamples: int = 40, seed: int = 0, option
         except ValueError:
             raise
         except Exception as error:  # whatever a user's metric does wrong
-            raise ValueError(f"metric {metric!r} failed: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"metric {metric!r} failed: {type(error).__name__}: {error}"
+            ) from error
         by_name = result if isinstance(result, dict) else {metric: result}
-        if not all(isinstance(value, float | int | np.number) for value in by_name.values()):
-            raise ValueError(f"metric {metric!r} returned {result!r}; expected a number, or a dict of numbers by name")
+        if not all(
+            isinstance(value, float | int | np.number) for value in by_name.values()
+        ):
+            raise ValueError(
+                f"metric {metric!r} returned {result!r}; expected a number, or a dict of numbers by name"
+            )
         return {name: float(value) for name, value in by_name.items()}
+
     values = numbers(real, drawn)
-    halves = [numbers(real[rng.permutation(n)[:n // 2]], drawn[rng.permutation(m)[:m // 2]]) for _ in range(resamples)]
+    halves = [
+        numbers(real[rng.permutation(n)[: n // 2]], drawn[rng.permutation(m)[: m // 2]])
+        for _ in range(resamples)
+    ]
     doubts = _doubts(metric, n, m, real.shape[1])
     limits = getattr(function, "limits", (-np.inf, np.inf))
     measured = {}
@@ -191,7 +262,9 @@ def measure(metric: str, real, drawn, resamples: int = 40, seed: int = 0, option
         interval = None
         if halves:
             low, high = limits[name] if isinstance(limits, dict) else limits
-            reach = t.ppf(0.975, resamples - 1) * np.std([half[name] for half in halves], ddof=1)
+            reach = t.ppf(0.975, resamples - 1) * np.std(
+                [half[name] for half in halves], ddof=1
+            )
             interval = (float(max(low, value - reach)), float(min(high, value + reach)))
         measured[name] = Measured(value, interval, (n, m), doubts)
     return measured
@@ -200,9 +273,13 @@ def measure(metric: str, real, drawn, resamples: int = 40, seed: int = 0, option
 def _doubts(metric: str, n: int, m: int, dimensions: int) -> tuple[str, ...]:
     few = min(n, m)
     if metric == "Frechet distance" and few <= dimensions:
-        return (f"{few} samples span less than {dimensions} dimensions: compare only with numbers of the same counts",)
+        return (
+            f"{few} samples span less than {dimensions} dimensions: compare only with numbers of the same counts",
+        )
     if metric == "Frechet distance" and few < 10 * dimensions:
-        return (f"{few} samples in {dimensions} dimensions: mostly bias where sets are alike, see real against real",)
+        return (
+            f"{few} samples in {dimensions} dimensions: mostly bias where sets are alike, see real against real",
+        )
     if few < 50:
         return (f"{few} samples are few",)
     return ()

@@ -32,39 +32,58 @@ from ..data.sources import open_dataset
 @dataclass(frozen=True)
 class Extractor:
     """Features of signals. features: from {name: signals} to (n, d); recipe: what a reader of a number has to know of them."""
+
     features: Callable[[dict[str, Tensor]], np.ndarray]
     recipe: dict = field(default_factory=dict)
 
     def __call__(self, signals: dict[str, Tensor] | Tensor) -> np.ndarray:
         "Features (n, d) of signals by name, or of images (n, c, h, w) alone. Raises ValueError for signals it does not look at."
-        return self.features({"image": signals} if isinstance(signals, Tensor) else signals)
+        return self.features(
+            {"image": signals} if isinstance(signals, Tensor) else signals
+        )
 
 
 def _signal(signals: dict[str, Tensor], name: str, what: str) -> Tensor:
     if name not in signals:
-        raise ValueError(f"{what} looks at {name}, but there is only {', '.join(signals) or 'nothing'}")
+        raise ValueError(
+            f"{what} looks at {name}, but there is only {', '.join(signals) or 'nothing'}"
+        )
     values = signals[name].detach().float().cpu()
     if not values.isfinite().all():
-        raise ValueError(f"{int((~values.isfinite().flatten(1).all(1)).sum())} of {len(values)} {name} samples are not finite")
+        raise ValueError(
+            f"{int((~values.isfinite().flatten(1).all(1)).sum())} of {len(values)} {name} samples are not finite"
+        )
     return values
 
 # %% ../../nbs/4_analysis/12_extractors.ipynb #d292175b
 def _penultimate(judge: Judge, signals: dict[str, Tensor]) -> dict[str, Tensor]:
     "Return what each view of a judge knows before its last layer, {view: (n, d)}. Raises ValueError as `Judge.read`, or for NaN."
-    return {view: reader.features(_signal(signals, reader.signal, f"the judge of {judge.name}"))
-            for view, reader in judge.readers.items()}
+    return {
+        view: reader.features(
+            _signal(signals, reader.signal, f"the judge of {judge.name}")
+        )
+        for view, reader in judge.readers.items()
+    }
 
 
-def _judge_extractor(judge: Judge, real: dict[str, Tensor], axes: int = 64) -> Extractor:
+def _judge_extractor(
+    judge: Judge, real: dict[str, Tensor], axes: int = 64
+) -> Extractor:
     """The features of a judge on the main axes of real training signals.
 
     real: signals by name, a few hundred or more of each; axes: how many, fewer where there are fewer samples or features.
     """
     parts = _penultimate(judge, real)
-    scales = {view: values.var(0).sum().sqrt().clamp(min=1e-12) for view, values in parts.items()}
+    scales = {
+        view: values.var(0).sum().sqrt().clamp(min=1e-12)
+        for view, values in parts.items()
+    }
 
     def joined(found):
-        return torch.cat([found[view] / scale for view, scale in scales.items()], 1).double()
+        return torch.cat(
+            [found[view] / scale for view, scale in scales.items()], 1
+        ).double()
+
     together = joined(parts)
     mean = together.mean(0)
     _, sizes, turn = torch.linalg.svd(together - mean, full_matrices=False)
@@ -73,14 +92,26 @@ def _judge_extractor(judge: Judge, real: dict[str, Tensor], axes: int = 64) -> E
 
     def features(signals):
         return ((joined(_penultimate(judge, signals)) - mean) @ turn).numpy()
+
     views = ", ".join(f"{view} {values.shape[1]}" for view, values in parts.items())
-    return Extractor(features, {"features": f"judge of {judge.name}, before its last layer", "judge": judge.fingerprint,
-                                "views": views, "dimensions": turn.shape[1],
-                                "axes": f"main axes of {len(together)} training samples, {share:.1%} of their variance"})
+    return Extractor(
+        features,
+        {
+            "features": f"judge of {judge.name}, before its last layer",
+            "judge": judge.fingerprint,
+            "views": views,
+            "dimensions": turn.shape[1],
+            "axes": f"main axes of {len(together)} training samples, {share:.1%} of their variance",
+        },
+    )
 
 
-def built_in(data: DataConfig, count: int = 1000, axes: int = 64,
-             folder: Path | str = "data/cache/judges") -> Extractor:
+def built_in(
+    data: DataConfig,
+    count: int = 1000,
+    axes: int = 64,
+    folder: Path | str = "data/cache/judges",
+) -> Extractor:
     """Return the extractor that belongs to built-in data: of its judge, or pixels where that looks at pixels.
 
     data: which data; count: training samples for the axes; folder: as in `judge.judge_for`.
@@ -88,27 +119,50 @@ def built_in(data: DataConfig, count: int = 1000, axes: int = 64,
     """
     name = data.name
     if name not in HEADS:
-        raise ValueError(f"there is no built-in judge of {name}; give an extractor with weights of yours, see open_extractor")
+        raise ValueError(
+            f"there is no built-in judge of {name}; give an extractor with weights of yours, see open_extractor"
+        )
     judge, real = judge_for(name, data, folder), open_dataset(data, "train")
     if "pixels" in judge.readers:
-        return Extractor(lambda signals: _penultimate(judge, signals)["pixels"].numpy(),
-                         {"features": "pixels", "dimensions": math.prod(real.shapes["image"])})
+        return Extractor(
+            lambda signals: _penultimate(judge, signals)["pixels"].numpy(),
+            {"features": "pixels", "dimensions": math.prod(real.shapes["image"])},
+        )
     return _judge_extractor(judge, real.take(subset(real, count)).signals, axes)
 
 # %% ../../nbs/4_analysis/12_extractors.ipynb #7fd35c93
 def _tensors(path: Path) -> dict[str, Tensor]:
     "The tensors of a file of safetensors, or of a .pth that holds nothing else."
     if not path.is_file():
-        raise FileNotFoundError(f"there are no weights {path}; nothing is downloaded here")
+        raise FileNotFoundError(
+            f"there are no weights {path}; nothing is downloaded here"
+        )
     try:
-        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as tensors ({type(error).__name__})") from None
+        return (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except (
+        SafetensorError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        KeyError,
+        OSError,
+    ) as error:
+        raise ValueError(
+            f"{path} cannot be read as tensors ({type(error).__name__})"
+        ) from None
     except Exception as error:  # what a pickle may raise is named by no one module
-        raise ValueError(f"{path} holds more than tensors, and is not opened ({type(error).__name__})") from None
+        raise ValueError(
+            f"{path} holds more than tensors, and is not opened ({type(error).__name__})"
+        ) from None
 
 
-def inception(weights: Path | str, batch: int = 32, device: str | torch.device = "cpu") -> Extractor:
+def inception(
+    weights: Path | str, batch: int = 32, device: str | torch.device = "cpu"
+) -> Extractor:
     """InceptionV3 as of the published FID, by torch-fidelity: images are bytes, resized to 299 x 299 as TensorFlow 1 did.
 
     weights: a local file with its tensors, .safetensors or .pth. Raises ImportError without torch-fidelity, FileNotFoundError
@@ -116,47 +170,86 @@ def inception(weights: Path | str, batch: int = 32, device: str | torch.device =
     """
     tensors = _tensors(Path(weights))
     if not find_spec("torch_fidelity"):
-        raise ImportError("InceptionV3 is torch-fidelity's, which is not installed: pip install 'selfflow[metrics]'")
+        raise ImportError(
+            "InceptionV3 is torch-fidelity's, which is not installed: pip install 'selfflow[metrics]'"
+        )
     from torch_fidelity import feature_extractor_inceptionv3 as module
-    # Its constructor would fetch the weights, or unpickle a file: what was read above is handed to it instead.
-    with patch.object(module, "load_state_dict_from_url", lambda *address, **options: tensors), torch.random.fork_rng(devices=[]):
+
+    # Its constructor would fetch the weights, or unpickle a file: what was read above
+    # is handed to it instead.
+    with (
+        patch.object(
+            module, "load_state_dict_from_url", lambda *address, **options: tensors
+        ),
+        torch.random.fork_rng(devices=[]),
+    ):
         try:
-            network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device)
+            network = module.FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048"]
+            ).to(device)
         except (RuntimeError, TypeError, AttributeError) as error:
-            raise ValueError(f"{weights} does not fit InceptionV3 of torch-fidelity: {str(error)[:200]}") from None
+            raise ValueError(
+                f"{weights} does not fit InceptionV3 of torch-fidelity: {str(error)[:200]}"
+            ) from None
 
     @torch.inference_mode()
     def features(signals):
         images = _signal(signals, "image", "InceptionV3")
         images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-        parts = [network((part.clamp(-1, 1) * 127.5 + 127.5).round().byte().to(device))[0] for part in images.split(batch)]
+        parts = [
+            network((part.clamp(-1, 1) * 127.5 + 127.5).round().byte().to(device))[0]
+            for part in images.split(batch)
+        ]
         return torch.cat(parts).cpu().numpy()
-    return Extractor(features, {"features": "InceptionV3, pool 2048, torch-fidelity", "weights": Path(weights).name,
-                                "resize": "299 x 299, bilinear as TensorFlow 1", "dimensions": 2048})
+
+    return Extractor(
+        features,
+        {
+            "features": "InceptionV3, pool 2048, torch-fidelity",
+            "weights": Path(weights).name,
+            "resize": "299 x 299, bilinear as TensorFlow 1",
+            "dimensions": 2048,
+        },
+    )
 
 # %% ../../nbs/4_analysis/12_extractors.ipynb #bda67207
 _SIGNAL_OF = {"dinov2": "image", "clap": "audio", "videomae": "video"}
 
 
-def _look(kind: str, processor, network: nn.Module, values: Tensor, rate: int) -> Tensor:
+def _look(
+    kind: str, processor, network: nn.Module, values: Tensor, rate: int
+) -> Tensor:
     "Features (b, d) of a batch of signals."
     device = next(network.parameters()).device
     if kind == "clap":
         waves = resample(values, rate, processor.sampling_rate)
-        given = processor(list(waves.numpy()), sampling_rate=processor.sampling_rate, return_tensors="pt")
+        given = processor(
+            list(waves.numpy()),
+            sampling_rate=processor.sampling_rate,
+            return_tensors="pt",
+        )
         return network.get_audio_features(**given.to(device)).pooler_output
     pixels = ((values.clamp(-1, 1) + 1) * 127.5).round().byte()
     pixels = pixels.expand(-1, 3, *pixels.shape[2:]) if pixels.shape[1] == 1 else pixels
     if kind == "dinov2":
-        given = processor(list(pixels), input_data_format="channels_first", return_tensors="pt")
+        given = processor(
+            list(pixels), input_data_format="channels_first", return_tensors="pt"
+        )
         return network(**given.to(device)).pooler_output
-    chosen = torch.linspace(0, pixels.shape[2] - 1, network.config.num_frames).round().long()
+    chosen = (
+        torch.linspace(0, pixels.shape[2] - 1, network.config.num_frames).round().long()
+    )
     films = [list(film) for film in pixels[:, :, chosen].transpose(1, 2).numpy()]
     given = processor(films, input_data_format="channels_first", return_tensors="pt")
     return network(**given.to(device)).last_hidden_state.mean(1)
 
 
-def open_extractor(path: Path | str, rate: int = 8000, batch: int = 32, device: str | torch.device = "cpu") -> Extractor:
+def open_extractor(
+    path: Path | str,
+    rate: int = 8000,
+    batch: int = 32,
+    device: str | torch.device = "cpu",
+) -> Extractor:
     """DINOv2, CLAP or VideoMAE from a local folder with config.json, model.safetensors and preprocessor_config.json.
 
     A file is taken for the weights of InceptionV3. rate: of the sounds, samples a second. Raises FileNotFoundError for a folder
@@ -165,24 +258,48 @@ def open_extractor(path: Path | str, rate: int = 8000, batch: int = 32, device: 
     path = Path(path)
     if path.is_file():
         return inception(path, batch, device)
-    if not (path / "config.json").is_file() or not (path / "model.safetensors").is_file():
-        raise FileNotFoundError(f"{path} holds no model: expected config.json, model.safetensors and preprocessor_config.json")
+    if (
+        not (path / "config.json").is_file()
+        or not (path / "model.safetensors").is_file()
+    ):
+        raise FileNotFoundError(
+            f"{path} holds no model: expected config.json, model.safetensors and preprocessor_config.json"
+        )
     if not find_spec("transformers"):
-        raise ImportError("DINOv2, CLAP and VideoMAE are read by transformers: pip install 'selfflow[metrics]'")
+        raise ImportError(
+            "DINOv2, CLAP and VideoMAE are read by transformers: pip install 'selfflow[metrics]'"
+        )
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel
+
     try:
-        kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+        kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get(
+            "model_type"
+        )
         signal = _SIGNAL_OF[choose(kind, _SIGNAL_OF, "model_type")]
         reader = AutoFeatureExtractor if signal == "audio" else AutoImageProcessor
         processor = reader.from_pretrained(path, local_files_only=True)
-        network = AutoModel.from_pretrained(path, local_files_only=True, use_safetensors=True).to(device).eval()
+        network = (
+            AutoModel.from_pretrained(path, local_files_only=True, use_safetensors=True)
+            .to(device)
+            .eval()
+        )
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be loaded: {str(error)[:200]}") from None
 
     @torch.inference_mode()
     def features(signals):
         values = _signal(signals, signal, kind)
-        return torch.cat([_look(kind, processor, network, part, rate).float().cpu() for part in values.split(batch)]).numpy()
+        return torch.cat(
+            [
+                _look(kind, processor, network, part, rate).float().cpu()
+                for part in values.split(batch)
+            ]
+        ).numpy()
+
     size = getattr(processor, "crop_size", None) or getattr(processor, "size", None)
-    resize = f"{processor.sampling_rate} samples a second" if signal == "audio" else f"{dict(size)}, by its processor"
+    resize = (
+        f"{processor.sampling_rate} samples a second"
+        if signal == "audio"
+        else f"{dict(size)}, by its processor"
+    )
     return Extractor(features, {"features": f"{kind}, {path.name}", "resize": resize})

@@ -27,17 +27,29 @@ if TYPE_CHECKING:
     from selfflow.analysis.features import Items
 
 # %% ../../nbs/4_analysis/02_factors.ipynb #a057e435
-_FIGURES = {"figure": {"kind": KINDS}, "image": {"colour": COLOURS, "ground": COLOURS, "place": PLACES}}
+_FIGURES = {
+    "figure": {"kind": KINDS},
+    "image": {"colour": COLOURS, "ground": COLOURS, "place": PLACES},
+}
 HEADS = {  # data set: {view of a signal: {factor: its words}}
     "digits": {"pixels": {"digit": tuple("0123456789")}},
     "shapes": _FIGURES,
     "emblems": _FIGURES,
     "motion": {"course": {"direction": DIRECTIONS}, "video": {"colour": COLOURS}},
     "notes": {"audio": {"pitch": tuple(map(note_name, PITCHES)), "timbre": TIMBRES}},
-    "scenes": {"video": {"material_seen": MATERIALS}, "audio": {"material_heard": MATERIALS}},
+    "scenes": {
+        "video": {"material_seen": MATERIALS},
+        "audio": {"material_heard": MATERIALS},
+    },
 }
-CLASS = {"digits": ("digit",), "shapes": ("kind",), "emblems": ("kind",), "motion": ("direction",), "notes": ("pitch",),
-         "scenes": ("material_seen", "material_heard")}
+CLASS = {
+    "digits": ("digit",),
+    "shapes": ("kind",),
+    "emblems": ("kind",),
+    "motion": ("direction",),
+    "notes": ("pitch",),
+    "scenes": ("material_seen", "material_heard"),
+}
 
 
 def known(name: str, examples: Examples) -> dict[str, Tensor]:
@@ -45,19 +57,27 @@ def known(name: str, examples: Examples) -> dict[str, Tensor]:
 
     Raises ValueError for an unknown data set, and for one without such factors.
     """
-    factors = {factor for heads in HEADS[choose(name, HEADS, "data set with a judge")].values() for factor in heads}
-    values = {factor: examples.factors[factor] for factor in factors & examples.factors.keys()}
+    factors = {
+        factor
+        for heads in HEADS[choose(name, HEADS, "data set with a judge")].values()
+        for factor in heads
+    }
+    values = {
+        factor: examples.factors[factor] for factor in factors & examples.factors.keys()
+    }
     if name in ("shapes", "emblems"):
         ranges = RANGES if name == "shapes" else LARGE
-        columns, rows = (torch.tensor(thirds(axis, examples.factors[axis], ranges)) for axis in "xy")
+        columns, rows = (
+            torch.tensor(thirds(axis, examples.factors[axis], ranges)) for axis in "xy"
+        )
         values["place"] = 3 * rows + columns
     elif name == "scenes":
         values = dict.fromkeys(CLASS[name], examples.factors["material"])
     else:
         values[CLASS[name][0]] = examples.labels
-    return {factor: values[factor] for heads in HEADS[name].values() for factor in heads}
-
-
+    return {
+        factor: values[factor] for heads in HEADS[name].values() for factor in heads
+    }
 
 # %% ../../nbs/4_analysis/02_factors.ipynb #50574d0e
 def covered(signals: Tensor) -> Tensor:
@@ -67,7 +87,9 @@ def covered(signals: Tensor) -> Tensor:
     far = away.square().sum(1, keepdim=True)
     most = (far > 0.5 * far.amax(2, keepdim=True)).float()
     colour = (away * most).sum(2, keepdim=True) / most.sum(2, keepdim=True).clamp(min=1)
-    cover = (away * colour).sum(1, keepdim=True) / colour.square().sum(1, keepdim=True).clamp(min=1e-4)
+    cover = (away * colour).sum(1, keepdim=True) / colour.square().sum(
+        1, keepdim=True
+    ).clamp(min=1e-4)
     return cover.clamp(0, 1).view(len(signals), 1, *signals.shape[2:])
 
 
@@ -75,32 +97,55 @@ def unrolled(cover: Tensor, radii: int = 16, angles: int = 32) -> Tensor:
     "Covers (b, 1, h, w) on circles around the figures' centres, (b, 1, radii, angles), to twice the radius of their area's disc."
     mass = (2 * cover[:, 0] - 0.5).clamp(0, 1)  # a texture is no mass
     total = mass.sum((1, 2)).clamp(min=1)
-    across, down = ((torch.arange(n, device=cover.device) + 0.5) * 2 / n - 1 for n in (cover.shape[3], cover.shape[2]))
+    across, down = (
+        (torch.arange(n, device=cover.device) + 0.5) * 2 / n - 1
+        for n in (cover.shape[3], cover.shape[2])
+    )
     centre = torch.stack([mass.sum(1) @ across, mass.sum(2) @ down], 1) / total[:, None]
     reach = 2 * (total * 4 / mass[0].numel() / math.pi).sqrt()
     turn = torch.arange(angles, device=cover.device) * (2 * math.pi / angles)
-    circle = torch.stack([turn.cos(), turn.sin()], 1) * ((torch.arange(radii, device=cover.device) + 0.5) / radii)[:, None, None]
-    return F.grid_sample(cover, centre[:, None, None] + circle * reach[:, None, None, None], align_corners=False)
+    circle = (
+        torch.stack([turn.cos(), turn.sin()], 1)
+        * ((torch.arange(radii, device=cover.device) + 0.5) / radii)[:, None, None]
+    )
+    return F.grid_sample(
+        cover,
+        centre[:, None, None] + circle * reach[:, None, None, None],
+        align_corners=False,
+    )
 
 # %% ../../nbs/4_analysis/02_factors.ipynb #2458e84c
 def courses(cover: Tensor) -> Tensor:
     "Where the figures of films are in each frame, from covers (b, 1, f, h, w): (b, 2, f, n) shares of n columns, and of n rows."
     mass = (2 * cover[:, 0] - 0.5).clamp(0, 1)
-    sides = [F.adaptive_avg_pool2d(mass.sum(axis), (mass.shape[1], 32)) for axis in (2, 3)]
+    sides = [
+        F.adaptive_avg_pool2d(mass.sum(axis), (mass.shape[1], 32)) for axis in (2, 3)
+    ]
     sides = torch.stack(sides, 1)
     return sides / sides.sum(3, keepdim=True).amax(2, keepdim=True).clamp(min=1e-3)
 
 # %% ../../nbs/4_analysis/02_factors.ipynb #5335d7a9
-_GRID = {"image": (7, 32, 32), "figure": (1, 16, 32), "video": (7, 4, 16, 16), "course": (2, 16, 32), "audio": (1, 128, 32)}
-_LAYERS = {  # view: the widths of the convolutions and their strides
-    "image":  ((16, 24, 32, 48), (1, 2, 2, 2)),
-    "figure": ((24, 32, 48, 64), (1, 2, 2, 1)),
-    "video":  ((16, 32, 48), (1, (1, 2, 2), 2)),
-    "course": ((24, 32, 48), (1, (1, 2), 2)),
-    "audio":  ((12, 24, 32, 48), ((1, 2), 2, 2, 2)),
+_GRID = {
+    "image": (7, 32, 32),
+    "figure": (1, 16, 32),
+    "video": (7, 4, 16, 16),
+    "course": (2, 16, 32),
+    "audio": (1, 128, 32),
 }
-_POOL = {"figure": nn.AdaptiveAvgPool2d((None, 1)), "video": nn.AdaptiveAvgPool3d((None, 1, 1))}  # angle and place: no matter
-_SIGNAL_OF = {"figure": "image", "course": "video"}  # of views that are not named like theirs
+_LAYERS = {  # view: the widths of the convolutions and their strides
+    "image": ((16, 24, 32, 48), (1, 2, 2, 2)),
+    "figure": ((24, 32, 48, 64), (1, 2, 2, 1)),
+    "video": ((16, 32, 48), (1, (1, 2, 2), 2)),
+    "course": ((24, 32, 48), (1, (1, 2), 2)),
+    "audio": ((12, 24, 32, 48), ((1, 2), 2, 2, 2)),
+}
+# angle and place: no matter
+_POOL = {
+    "figure": nn.AdaptiveAvgPool2d((None, 1)),
+    "video": nn.AdaptiveAvgPool3d((None, 1, 1)),
+}
+# of views that are not named like theirs
+_SIGNAL_OF = {"figure": "image", "course": "video"}
 _AXES = {"image": "b 3 h w", "video": "b 3 f h w", "audio": "b samples"}
 
 
@@ -111,16 +156,28 @@ class Reader(nn.Module):
         super().__init__()
         self.view, self.signal, self.rate = view, _SIGNAL_OF.get(view, view), rate
         layers, width = [], _GRID[view][0]
-        conv, norm = (nn.Conv3d, nn.BatchNorm3d) if view == "video" else (nn.Conv2d, nn.BatchNorm2d)
+        conv, norm = (
+            (nn.Conv3d, nn.BatchNorm3d)
+            if view == "video"
+            else (nn.Conv2d, nn.BatchNorm2d)
+        )
         around = "circular" if view in ("figure", "course") else "zeros"
         for wide, stride in zip(*_LAYERS[view], strict=True):
-            layers += [conv(width, wide, 3, stride, 1, bias=False, padding_mode=around), norm(wide), nn.ReLU()]
+            layers += [
+                conv(width, wide, 3, stride, 1, bias=False, padding_mode=around),
+                norm(wide),
+                nn.ReLU(),
+            ]
             width = wide
         self.body = nn.Sequential(*layers, _POOL.get(view, nn.Identity()), nn.Flatten())
         size = self.body.eval()(torch.zeros(1, *_GRID[view])).shape[1]
-        self.heads = nn.ModuleDict({factor: nn.Linear(size, len(words)) for factor, words in heads.items()})
+        self.heads = nn.ModuleDict(
+            {factor: nn.Linear(size, len(words)) for factor, words in heads.items()}
+        )
 
-    def forward(self, values: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, values: Tensor, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
         "With a generator, of the signal with some noise and blur: samples are not as clean as data."
         seen = self._seen(values, generator)
         return {factor: head(seen) for factor, head in self.heads.items()}
@@ -130,7 +187,9 @@ class Reader(nn.Module):
             values = self._worse(values, generator)
         if self.view == "audio":
             samples = values.shape[1] // 256 * 256
-            values = LogMel(samples, self.rate, bins=128, hop=256, window=1024).encode(values[:, :samples])[:, None]
+            values = LogMel(samples, self.rate, bins=128, hop=256, window=1024).encode(
+                values[:, :samples]
+            )[:, None]
         elif self.view == "course":
             values = 8 * courses(covered(values))
         elif self.view == "figure":
@@ -140,15 +199,24 @@ class Reader(nn.Module):
             values = torch.cat([values, cover, values * cover], 1)
         grid = _GRID[self.view]
         if tuple(values.shape[1:]) != grid:
-            values = (F.adaptive_avg_pool3d if len(grid) == 4 else F.adaptive_avg_pool2d)(values, grid[1:])
+            values = (
+                F.adaptive_avg_pool3d if len(grid) == 4 else F.adaptive_avg_pool2d
+            )(values, grid[1:])
         return self.body(values)
 
     @torch.inference_mode()
     def features(self, values: Tensor) -> Tensor:
         "Return what stands before the last layer, (b, d), of a signal that is finite. Raises ValueError for another shape."
         values, axes = values.detach().float().cpu(), _AXES[self.signal].split()
-        if values.ndim != len(axes) or "3" in axes and values.shape[1] != 3 or not values.numel():
-            raise ValueError(f"{self.signal} has shape {tuple(values.shape)}, expected ({', '.join(axes)}), not empty")
+        if (
+            values.ndim != len(axes)
+            or "3" in axes
+            and values.shape[1] != 3
+            or not values.numel()
+        ):
+            raise ValueError(
+                f"{self.signal} has shape {tuple(values.shape)}, expected ({', '.join(axes)}), not empty"
+            )
         return torch.cat([self._seen(part) for part in values.split(128)])
 
     @torch.inference_mode()
@@ -156,20 +224,31 @@ class Reader(nn.Module):
         "Return the factors (b,) of a signal, -1 where it is not finite. Raises ValueError for another shape."
         seen = self.features(values.nan_to_num(0, 0, 0))
         finite = values.isfinite().flatten(1).all(1).cpu()
-        return {factor: head(seen).argmax(1).where(finite, -1) for factor, head in self.heads.items()}
+        return {
+            factor: head(seen).argmax(1).where(finite, -1)
+            for factor, head in self.heads.items()
+        }
 
     def _worse(self, values: Tensor, generator: torch.Generator) -> Tensor:
-        noise, blur = torch.rand(2, len(values), *(1,) * (values.ndim - 1), generator=generator)
+        noise, blur = torch.rand(
+            2, len(values), *(1,) * (values.ndim - 1), generator=generator
+        )
         if self.view != "audio":
-            smooth = F.avg_pool2d(values.flatten(1, -3), 3, 1, 1, count_include_pad=False).view_as(values)
+            smooth = F.avg_pool2d(
+                values.flatten(1, -3), 3, 1, 1, count_include_pad=False
+            ).view_as(values)
             values = values + 0.7 * blur * (smooth - values)
-        return values + (0.01 if self.view == "audio" else 0.2) * noise.square() * torch.randn(values.shape, generator=generator)
+        return values + (
+            0.01 if self.view == "audio" else 0.2
+        ) * noise.square() * torch.randn(values.shape, generator=generator)
 
 # %% ../../nbs/4_analysis/02_factors.ipynb #48b00011
 def pitch_errors(waves: Tensor, rate: int, wanted_midi: Tensor | float) -> Tensor:
     "By how many semitones (b,) sounds (b, n) are too high, by `audio.pitch_of`; NaN where no pitch is heard."
     waves = waves.detach().float().cpu()
-    hz = pitch_of(waves.nan_to_num(0, 0, 0), rate).where(waves.isfinite().all(1), torch.nan)
+    hz = pitch_of(waves.nan_to_num(0, 0, 0), rate).where(
+        waves.isfinite().all(1), torch.nan
+    )
     return 69 + 12 * (hz / 440).log2() - torch.as_tensor(wanted_midi).cpu()
 
 
@@ -181,33 +260,64 @@ def directions_seen(videos: Tensor) -> Tensor:
     Raises ValueError for less than 8 frames.
     """
     if videos.ndim != 5 or videos.shape[1] != 3 or videos.shape[2] < 8:
-        raise ValueError(f"films have shape {tuple(videos.shape)}, expected (b, 3, f, h, w) with 8 frames or more")
+        raise ValueError(
+            f"films have shape {tuple(videos.shape)}, expected (b, 3, f, h, w) with 8 frames or more"
+        )
     frames = int(0.45 * (videos.shape[2] - 1)) + 1
     videos = videos.detach().float().cpu()
     sides = courses(covered(videos.nan_to_num(0, 0, 0)))[:, :, :frames]
     turn = torch.polar(torch.ones(32), (torch.arange(32) + 0.5) * (2 * math.pi / 32))
     place = sides.to(turn.dtype) @ turn  # (b, 2, frames)
     weight = sides.sum(3)
-    middle = int(0.3 * (videos.shape[2] - 1))  # by then the figure has appeared; the others are less than half a turn away
-    way = (place * place[..., middle:middle + 1].conj()).angle()
-    moment = torch.arange(frames) - (weight * torch.arange(frames)).sum(2, keepdim=True) / weight.sum(2, keepdim=True)
+    # by then the figure has appeared; the others are less than half a turn away
+    middle = int(0.3 * (videos.shape[2] - 1))
+    way = (place * place[..., middle : middle + 1].conj()).angle()
+    moment = torch.arange(frames) - (weight * torch.arange(frames)).sum(
+        2, keepdim=True
+    ) / weight.sum(2, keepdim=True)
     speed = (weight * moment * way).sum(2) / (weight * moment.square()).sum(2)
-    seen = (torch.atan2(-speed[:, 1], speed[:, 0]) / (math.pi / 4)).round().nan_to_num(0).long() % 8
-    return seen.where((speed.square().sum(1) > 1e-4) & videos.isfinite().flatten(1).all(1), -1)
+    seen = (torch.atan2(-speed[:, 1], speed[:, 0]) / (math.pi / 4)).round().nan_to_num(
+        0
+    ).long() % 8
+    return seen.where(
+        (speed.square().sum(1) > 1e-4) & videos.isfinite().flatten(1).all(1), -1
+    )
 
 # %% ../../nbs/4_analysis/02_factors.ipynb #a0ecda89
-_WORDS = {"kind": KINDS, "colour": COLOURS, "texture": TEXTURES, "direction": DIRECTIONS, "timbre": TIMBRES,
-          "material": MATERIALS}
+_WORDS = {
+    "kind": KINDS,
+    "colour": COLOURS,
+    "texture": TEXTURES,
+    "direction": DIRECTIONS,
+    "timbre": TIMBRES,
+    "material": MATERIALS,
+}
 
 
-def known_factors(items: "Items") -> tuple[dict[str, np.ndarray], dict[str, tuple[str, ...]]]:
+def known_factors(
+    items: "Items",
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, ...]]]:
     "What is known of samples, {factor: (n,)}, first what has kinds, and the names of kinds {factor: names}."
-    found = {name: np.asarray(values) for name, values in items.factors.items() if values.ndim == 1}
+    found = {
+        name: np.asarray(values)
+        for name, values in items.factors.items()
+        if values.ndim == 1
+    }
     if "pitch" in found:
         found["pitch"] = found["pitch"] - PITCHES[0]
-    words = _WORDS | {"ground": GROUNDS if items.name == "scenes" else COLOURS, "pitch": tuple(map(note_name, PITCHES)),
-                      "class": tuple(items.data.names), "kind": tuple(getattr(items.data, "kinds", KINDS))}
+    words = _WORDS | {
+        "ground": GROUNDS if items.name == "scenes" else COLOURS,
+        "pitch": tuple(map(note_name, PITCHES)),
+        "class": tuple(items.data.names),
+        "kind": tuple(getattr(items.data, "kinds", KINDS)),
+    }
     if not found:
         found = {"all": np.zeros(len(items), int)}
-    return (dict(sorted(found.items(), key=lambda pair: pair[1].dtype.kind == "f")),
-            {name: words[name] for name, values in found.items() if values.dtype.kind == "i" and name in words})
+    return (
+        dict(sorted(found.items(), key=lambda pair: pair[1].dtype.kind == "f")),
+        {
+            name: words[name]
+            for name, values in found.items()
+            if values.dtype.kind == "i" and name in words
+        },
+    )

@@ -37,8 +37,16 @@ from ..training.run import Run
 # %% ../../nbs/4_analysis/01_features.ipynb #3a692090
 @own_settings()
 @torch.no_grad()
-def extract(model: Transformer, x0: Tensor, x1: Tensor, level: float, layers: tuple[int, ...],
-            pooled: bool = True, batch: int = 512, parts: tuple[Part, ...] = ()) -> dict[int, Tensor]:
+def extract(
+    model: Transformer,
+    x0: Tensor,
+    x1: Tensor,
+    level: float,
+    layers: tuple[int, ...],
+    pooled: bool = True,
+    batch: int = 512,
+    parts: tuple[Part, ...] = (),
+) -> dict[int, Tensor]:
     """Return hidden states at one noise level under the null label: {layer: (samples, d) or (samples, n, d)}, on the CPU.
 
     x0, x1: (samples, n, c) tokens of data and fixed noise; level in [0, 1]; layers: 1-based; pooled: mean over tokens; parts: of
@@ -55,7 +63,9 @@ def extract(model: Transformer, x0: Tensor, x1: Tensor, level: float, layers: tu
 def _hidden(model, x0, x1, level, layers, parts) -> dict[int, Tensor]:
     "The hidden states (b, n, d) of one batch, on the model's device."
     device = next(model.parameters()).device
-    levels = NoiseLevels.single(torch.full((len(x0),), float(level), device=device), x0.shape[1])
+    levels = NoiseLevels.single(
+        torch.full((len(x0),), float(level), device=device), x0.shape[1]
+    )
     xt = interpolate(x0, x1, level).to(device)
     return model(xt, levels, taps=tuple(layers), stop=True, parts=parts).features
 
@@ -69,14 +79,22 @@ class Items:
     counts below 1.
     """
 
-    def __init__(self, sources: Sources, name: str = "", count: int | None = None, seed: int = 0):
+    def __init__(
+        self, sources: Sources, name: str = "", count: int | None = None, seed: int = 0
+    ):
         self.sources, self.seed = sources, seed
         self.name = choose(name or next(iter(sources.data)), sources.data, "data set")
         self.data, self.layout = sources.data[self.name], sources.layouts[self.name]
         if count is not None and count < 1:
             raise ValueError(f"count is {count}, but features need at least one sample")
-        self.indices, self.chosen = subset(self.data, count), subset_words(self.data, count)
-        self.parts, self.present = Places.of(self.layout.parts).slices, self.layout.parts
+        self.indices, self.chosen = (
+            subset(self.data, count),
+            subset_words(self.data, count),
+        )
+        self.parts, self.present = (
+            Places.of(self.layout.parts).slices,
+            self.layout.parts,
+        )
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -93,30 +111,65 @@ class Items:
         "Tokens of the data and of the noise, (b, n, c) each, of the samples at positions (b,)."
         x0 = self.layout.patchify(self.examples(positions).signals)
         indices = self.indices[positions].tolist()
-        keys = (keyed(self.seed, f"probe noise, {self.sources.split}", index) for index in indices)
-        return x0, torch.stack([torch.randn(x0.shape[1:], generator=key) for key in keys])
+        keys = (
+            keyed(self.seed, f"probe noise, {self.sources.split}", index)
+            for index in indices
+        )
+        return x0, torch.stack(
+            [torch.randn(x0.shape[1:], generator=key) for key in keys]
+        )
 
     def batches(self, size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
         "All samples in order, `size` at once, as `take` gives them."
-        return (self.take(positions) for positions in torch.arange(len(self)).split(size))
+        return (
+            self.take(positions) for positions in torch.arange(len(self)).split(size)
+        )
 
-    def features(self, model: Transformer, level: float, layers: tuple[int, ...], pooled: bool = True) -> dict[int, Tensor]:
+    def features(
+        self,
+        model: Transformer,
+        level: float,
+        layers: tuple[int, ...],
+        pooled: bool = True,
+    ) -> dict[int, Tensor]:
         "Return hidden states of all samples in memory, as `extract` does; `stream_features` keeps those of many on disk."
-        return extract(model, *self.take(torch.arange(len(self))), level, layers, pooled, 64, self.present)
+        return extract(
+            model,
+            *self.take(torch.arange(len(self))),
+            level,
+            layers,
+            pooled,
+            64,
+            self.present,
+        )
 
     @cached_property
     def factors(self) -> dict[str, Tensor]:
         "What is known of the samples, (count, ...) each; their labels as `class` where nothing else is."
-        found = [self.examples(positions) for positions in torch.arange(len(self)).split(256)]
+        found = [
+            self.examples(positions) for positions in torch.arange(len(self)).split(256)
+        ]
         found = [examples.factors or {"class": examples.labels} for examples in found]
-        return {name: torch.cat([factors[name] for factors in found]) for name in found[0]}
+        return {
+            name: torch.cat([factors[name] for factors in found]) for name in found[0]
+        }
 
     @property
     def fingerprint(self) -> str:
         "16 hex digits that change with the samples, their noise, and how they become tokens."
         config = self.sources.settings[self.name]
-        made = (self.data.fingerprint, self.name, self.sources.split, len(self), self.seed, config.patch, config.span,
-                config.columns, config.sound, list(self.parts))
+        made = (
+            self.data.fingerprint,
+            self.name,
+            self.sources.split,
+            len(self),
+            self.seed,
+            config.patch,
+            config.span,
+            config.columns,
+            config.sound,
+            list(self.parts),
+        )
         if not torch.equal(self.indices, torch.arange(len(self))):
             made += (self.indices.tolist(),)
         return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
@@ -125,11 +178,21 @@ class Items:
         "Means over all tokens, or over those of one part: (samples, d) from the means of each part (samples, parts, d)."
         sizes = {name: place.stop - place.start for name, place in self.parts.items()}
         if part or len(sizes) == 1:
-            return features[:, list(sizes).index(choose(part or list(sizes)[0], sizes, "part"))]
-        return np.average(features, axis=1, weights=list(sizes.values())).astype(np.float32)
+            return features[
+                :, list(sizes).index(choose(part or list(sizes)[0], sizes, "part"))
+            ]
+        return np.average(features, axis=1, weights=list(sizes.values())).astype(
+            np.float32
+        )
 
 
-def items_of(run: Run, split: str = "test", count: int | None = 2000, name: str = "", seed: int = 0) -> Items:
+def items_of(
+    run: Run,
+    split: str = "test",
+    count: int | None = 2000,
+    name: str = "",
+    seed: int = 0,
+) -> Items:
     "Samples of one split of a run's data, of any modality; see `Items`."
     return Items(run.sources_of(split), name, count, seed)
 
@@ -139,13 +202,16 @@ def weights_fingerprint(model: Transformer) -> str:
     digest = hashlib.sha256(model.extra_repr().encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(
+            value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        )
     return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class FeatureKey:
     "What features are of. weights, data: fingerprints; layer: 1-based; level in [0, 1]; pooled: means of parts, else all tokens."
+
     weights: str
     data: str
     layer: int
@@ -155,7 +221,10 @@ class FeatureKey:
     @property
     def name(self) -> str:
         "The name of its file, without a suffix."
-        return f"block-{self.layer:02d}-t-{self.level:g}-" + hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+        return (
+            f"block-{self.layer:02d}-t-{self.level:g}-"
+            + hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+        )
 
 
 def _sha256(path: Path) -> str:
@@ -192,7 +261,9 @@ class FeatureStore:
             return np.load(file, mmap_mode="r")
         except (OSError, ValueError, KeyError, TypeError) as error:
             self._checked.discard(key)
-            say_once(f"{file} is left out and made again when it is needed: {type(error).__name__}: {error}")
+            say_once(
+                f"{file} is left out and made again when it is needed: {type(error).__name__}: {error}"
+            )
             return None
 
     @contextmanager
@@ -203,23 +274,45 @@ class FeatureStore:
         """
         make_folder(self.folder)
         with ExitStack() as stack:
-            temporary = {name: stack.enter_context(replacing(self._file(key))) for name, key in keys.items()}
+            temporary = {
+                name: stack.enter_context(replacing(self._file(key)))
+                for name, key in keys.items()
+            }
             with ExitStack() as opened:
-                files = {name: opened.enter_context(path.open("wb")) for name, path in temporary.items()}
+                files = {
+                    name: opened.enter_context(path.open("wb"))
+                    for name, path in temporary.items()
+                }
                 for file in files.values():
-                    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-                yield lambda name, values: files[name].write(np.ascontiguousarray(values, "<f4").data)
+                    np.lib.format.write_array_header_1_0(
+                        file, {"descr": "<f4", "fortran_order": False, "shape": shape}
+                    )
+                yield lambda name, values: files[name].write(
+                    np.ascontiguousarray(values, "<f4").data
+                )
             digests = {name: _sha256(path) for name, path in temporary.items()}
         for name, key in keys.items():
-            write_json(self._file(key).with_suffix(".json"), {**asdict(key), "shape": shape, "sha256": digests[name]})
+            write_json(
+                self._file(key).with_suffix(".json"),
+                {**asdict(key), "shape": shape, "sha256": digests[name]},
+            )
             self._checked.add(key)
 
 # %% ../../nbs/4_analysis/01_features.ipynb #bd378136
 @own_settings()
 @torch.no_grad()
-def stream_features(model: Transformer, items: Items, level: float, layers, store: FeatureStore, pooled: bool = True,
-                    batch: int = 256, weights: str | None = None, desc: str = "features",
-                    bar: bool = True) -> dict[int, np.ndarray]:
+def stream_features(
+    model: Transformer,
+    items: Items,
+    level: float,
+    layers,
+    store: FeatureStore,
+    pooled: bool = True,
+    batch: int = 256,
+    weights: str | None = None,
+    desc: str = "features",
+    bar: bool = True,
+) -> dict[int, np.ndarray]:
     """Hidden states of all items at one level under the null label: {layer: (samples, parts or tokens, d)}, memory-mapped.
 
     What the store lacks is computed in one pass and added. layers: 1-based; pooled: means over the tokens of each part, else
@@ -229,21 +322,43 @@ def stream_features(model: Transformer, items: Items, level: float, layers, stor
     keys = _keys(model, items, level, layers, pooled, weights)
     missing = {layer: key for layer, key in keys.items() if store.read(key) is None}
     if missing:
-        shape = (len(items), len(items.parts) if pooled else items.layout.tokens, model.width)
-        batches = tqdm(items.batches(batch), f"{desc}, t = {level:g}", math.ceil(len(items) / batch), unit="batch", leave=False,
-                       disable=not bar)
+        shape = (
+            len(items),
+            len(items.parts) if pooled else items.layout.tokens,
+            model.width,
+        )
+        batches = tqdm(
+            items.batches(batch),
+            f"{desc}, t = {level:g}",
+            math.ceil(len(items) / batch),
+            unit="batch",
+            leave=False,
+            disable=not bar,
+        )
         with store.writing(missing, shape) as write:
             for x0, x1 in batches:
-                for layer, hidden in _hidden(model, x0, x1, level, missing, items.present).items():
-                    write(layer, (_means(hidden, items.parts) if pooled else hidden).float().cpu())
+                for layer, hidden in _hidden(
+                    model, x0, x1, level, missing, items.present
+                ).items():
+                    write(
+                        layer,
+                        (_means(hidden, items.parts) if pooled else hidden)
+                        .float()
+                        .cpu(),
+                    )
     return {layer: store.read(key) for layer, key in keys.items()}
 
 
 def _keys(model, items, level, layers, pooled, weights=None) -> dict[int, FeatureKey]:
     if unknown := [layer for layer in layers if not 1 <= layer <= model.depth]:
-        raise ValueError(f"no layer {unknown}: layers are counted after each block, 1 to {model.depth}")
+        raise ValueError(
+            f"no layer {unknown}: layers are counted after each block, 1 to {model.depth}"
+        )
     weights, data = weights or weights_fingerprint(model), items.fingerprint
-    return {layer: FeatureKey(weights, data, layer, float(level), pooled) for layer in layers}
+    return {
+        layer: FeatureKey(weights, data, layer, float(level), pooled)
+        for layer in layers
+    }
 
 
 def _means(hidden: Tensor, parts: dict[str, slice]) -> Tensor:
@@ -256,6 +371,7 @@ class FeatureCost:
 
     bytes: on disk; seconds: on `device`, as one batch tells.
     """
+
     passes: int
     samples: int
     forwards: int
@@ -264,27 +380,69 @@ class FeatureCost:
     device: str
 
     def __str__(self) -> str:
-        time_ = f"{self.seconds:.0f} s" if self.seconds < 120 else f"{self.seconds / 60:.0f} min"
-        return (f"{self.passes} passes, {self.samples:,} samples through the model in {self.forwards} forwards, "
-                f"{self.bytes / 1e6:,.1f} MB on disk, about {time_} on {self.device} as one batch tells")
+        time_ = (
+            f"{self.seconds:.0f} s"
+            if self.seconds < 120
+            else f"{self.seconds / 60:.0f} min"
+        )
+        return (
+            f"{self.passes} passes, {self.samples:,} samples through the model in {self.forwards} forwards, "
+            f"{self.bytes / 1e6:,.1f} MB on disk, about {time_} on {self.device} as one batch tells"
+        )
 
 
 @own_settings()
 @torch.no_grad()
-def feature_cost(model: Transformer, items: Items, levels, layers, store: FeatureStore, pooled: bool = True,
-                 batch: int = 256) -> FeatureCost:
+def feature_cost(
+    model: Transformer,
+    items: Items,
+    levels,
+    layers,
+    store: FeatureStore,
+    pooled: bool = True,
+    batch: int = 256,
+) -> FeatureCost:
     "What `stream_features` would cost at these levels; what the store has costs nothing."
     weights = weights_fingerprint(model)
-    missing = [[layer for layer, key in _keys(model, items, level, layers, pooled, weights).items() if store.read(key) is None]
-               for level in levels]
-    passes, seconds, device = sum(map(bool, missing)), 0.0, str(next(model.parameters()).device)
-    deepest = tuple({max(layer for found in missing for layer in found)}) if passes else ()
+    missing = [
+        [
+            layer
+            for layer, key in _keys(
+                model, items, level, layers, pooled, weights
+            ).items()
+            if store.read(key) is None
+        ]
+        for level in levels
+    ]
+    passes, seconds, device = (
+        sum(map(bool, missing)),
+        0.0,
+        str(next(model.parameters()).device),
+    )
+    deepest = (
+        tuple({max(layer for found in missing for layer in found)}) if passes else ()
+    )
     if passes:
         indices = torch.arange(min(batch, len(items), 64))  # enough to tell
-        _hidden(model, *items.take(indices[:2]), 0.0, deepest, items.present)  # the first forward pays for what comes once
+        # the first forward pays for what comes once
+        _hidden(model, *items.take(indices[:2]), 0.0, deepest, items.present)
         start = time.perf_counter()
-        _hidden(model, *items.take(indices), 0.0, deepest, items.present)[deepest[0]].cpu()
+        _hidden(model, *items.take(indices), 0.0, deepest, items.present)[
+            deepest[0]
+        ].cpu()
         seconds = (time.perf_counter() - start) * passes * len(items) / len(indices)
-    each = len(items) * (len(items.parts) if pooled else items.layout.tokens) * model.width * 4
+    each = (
+        len(items)
+        * (len(items.parts) if pooled else items.layout.tokens)
+        * model.width
+        * 4
+    )
     forwards = passes * math.ceil(len(items) / batch)
-    return FeatureCost(passes, passes * len(items), forwards, each * sum(map(len, missing)), seconds, device)
+    return FeatureCost(
+        passes,
+        passes * len(items),
+        forwards,
+        each * sum(map(len, missing)),
+        seconds,
+        device,
+    )

@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from .factors import CLASS, HEADS, Reader, directions_seen, known, pitch_errors
+from selfflow.analysis.factors import (
+    CLASS,
+    HEADS,
+    Reader,
+    directions_seen,
+    known,
+    pitch_errors,
+)
 from ..checks import choose
 from ..data.datasets import DataSet, Examples, rate_of, subset
 from ..data.notes import PITCHES
@@ -41,6 +48,7 @@ from ..training.run import Run
 @dataclass(frozen=True)
 class Share:
     "A share of `count` items with its 95 % interval over items (Wilson)."
+
     value: float
     interval: tuple[float, float]
     count: int
@@ -61,6 +69,7 @@ class Verdict:
     right: which of them are right, (b,) bool, by factor and for "all" of them at once; own: the share of real samples that are
     found right in the same way; chance: the share that is right when wishes are shuffled; recipe: how the samples were made.
     """
+
     right: dict[str, Tensor]
     own: dict[str, float]
     chance: dict[str, float]
@@ -73,14 +82,24 @@ class Verdict:
 
     def table(self) -> pd.DataFrame:
         "A row for each factor."
-        rows = [(factor, str(share), *(_percent(side.get(factor)) for side in (self.own, self.chance)))
-                for factor, share in self.shares.items()]
-        return pd.DataFrame(rows, columns=["factor", "right (95 %)", "of real ones", "by chance"])
+        rows = [
+            (
+                factor,
+                str(share),
+                *(_percent(side.get(factor)) for side in (self.own, self.chance)),
+            )
+            for factor, share in self.shares.items()
+        ]
+        return pd.DataFrame(
+            rows, columns=["factor", "right (95 %)", "of real ones", "by chance"]
+        )
 
     def __str__(self) -> str:
         factor = "all" if "all" in self.right else next(iter(self.right))
-        beside = [f"{what} {_percent(side.get(factor))}"
-                  for what, side in (("of real ones", self.own), ("by chance", self.chance))]
+        beside = [
+            f"{what} {_percent(side.get(factor))}"
+            for what, side in (("of real ones", self.own), ("by chance", self.chance))
+        ]
         return f"{'what was asked for' if factor == 'all' else factor}: right in {self.shares[factor]}; {', '.join(beside)}"
 
     __repr__ = __str__
@@ -90,10 +109,19 @@ class Verdict:
 
     def to_dict(self) -> dict:
         "What is written to judged.json; None where there is no number."
-        return {"recipe": self.recipe, "factors": {
-            factor: {"share": share.value, "interval": list(share.interval), "count": share.count,
-                     "own": _number(self.own.get(factor)), "chance": _number(self.chance.get(factor))}
-            for factor, share in self.shares.items()}}
+        return {
+            "recipe": self.recipe,
+            "factors": {
+                factor: {
+                    "share": share.value,
+                    "interval": list(share.interval),
+                    "count": share.count,
+                    "own": _number(self.own.get(factor)),
+                    "chance": _number(self.chance.get(factor)),
+                }
+                for factor, share in self.shares.items()
+            },
+        }
 
 
 def _number(value: float | None) -> float | None:
@@ -104,7 +132,12 @@ def _percent(value: float | None) -> str:
     return "-" if _number(value) is None else f"{value:.1%}"
 
 
-def compared(answers: dict[str, Tensor], wanted: dict[str, Tensor], own: dict[str, float], rolls: int = 64) -> Verdict:
+def compared(
+    answers: dict[str, Tensor],
+    wanted: dict[str, Tensor],
+    own: dict[str, float],
+    rolls: int = 64,
+) -> Verdict:
     """The verdict on answers (b,) to wishes (b,) by factor, and on all of them at once.
 
     own: of real samples; rolls: how often wishes are shuffled, by giving each sample the wish of the one at some distance.
@@ -112,27 +145,61 @@ def compared(answers: dict[str, Tensor], wanted: dict[str, Tensor], own: dict[st
     count = len(next(iter(wanted.values())))
 
     def right(distance: int) -> dict[str, Tensor]:
-        each = {factor: answers[factor] == values.roll(distance) for factor, values in wanted.items()}
+        each = {
+            factor: answers[factor] == values.roll(distance)
+            for factor, values in wanted.items()
+        }
         return each | {"all": torch.stack(list(each.values())).all(0)}
+
     distances = torch.linspace(1, count - 1, min(rolls, count - 1)).long().tolist()
-    others = [{factor: hits.float().mean().item() for factor, hits in right(d).items()} for d in distances]
-    chance = {factor: sum(other[factor] for other in others) / len(others) if others else math.nan for factor in (*wanted, "all")}
+    others = [
+        {factor: hits.float().mean().item() for factor, hits in right(d).items()}
+        for d in distances
+    ]
+    chance = {
+        factor: sum(other[factor] for other in others) / len(others)
+        if others
+        else math.nan
+        for factor in (*wanted, "all")
+    }
     return Verdict(right(0), own, chance)
 
 # %% ../../nbs/4_analysis/10_judge.ipynb #4db297ae
-def bounce_verdict(videos: Tensor, waves: Tensor, fps: float = 15.625, rate: int = 8000, tolerance: float = 1.0,
-                   rolls: int = 8) -> Verdict:
+def bounce_verdict(
+    videos: Tensor,
+    waves: Tensor,
+    fps: float = 15.625,
+    rate: int = 8000,
+    tolerance: float = 1.0,
+    rolls: int = 8,
+) -> Verdict:
     """Whether the sounds of scenes fall on the bounces: right where each bounce is heard, and each sound seen, to some frames.
 
     videos, waves, fps, rate, tolerance: as in `scenes.sound_on_bounce`; chance: of films with the sounds of others. The recipe
     holds the mean shares of bounces heard and of sounds seen.
     """
     hits, heard, seen = sound_on_bounce(videos, waves, fps, rate, tolerance)
-    distances = torch.linspace(1, len(hits) - 1, min(rolls, len(hits) - 1)).long().tolist()
-    others = [sound_on_bounce(videos, waves.roll(d, 0), fps, rate, tolerance)[0].float().mean().item() for d in distances]
+    distances = (
+        torch.linspace(1, len(hits) - 1, min(rolls, len(hits) - 1)).long().tolist()
+    )
+    others = [
+        sound_on_bounce(videos, waves.roll(d, 0), fps, rate, tolerance)[0]
+        .float()
+        .mean()
+        .item()
+        for d in distances
+    ]
     chance = sum(others) / len(others) if others else math.nan
-    return Verdict({"sound on bounce": hits}, {}, {"sound on bounce": chance},
-                   {"tolerance": tolerance, "bounces heard": heard.mean().item(), "sounds seen": seen.mean().item()})
+    return Verdict(
+        {"sound on bounce": hits},
+        {},
+        {"sound on bounce": chance},
+        {
+            "tolerance": tolerance,
+            "bounces heard": heard.mean().item(),
+            "sounds seen": seen.mean().item(),
+        },
+    )
 
 # %% ../../nbs/4_analysis/10_judge.ipynb #1f9ceb5c
 _VERSION = 1  # of the judges: to be raised when they look in another way
@@ -144,6 +211,7 @@ class Judge:
 
     correct: (n, factors) uint8, where the judge was right on test samples, factors in the order of `names`.
     """
+
     name: str
     data: str
     readers: nn.ModuleDict
@@ -152,7 +220,11 @@ class Judge:
     @property
     def names(self) -> dict[str, tuple[str, ...]]:
         "The words of each factor."
-        return {factor: words for heads in HEADS[self.name].values() for factor, words in heads.items()}
+        return {
+            factor: words
+            for heads in HEADS[self.name].values()
+            for factor, words in heads.items()
+        }
 
     @property
     def accuracy(self) -> dict[str, float]:
@@ -174,8 +246,14 @@ class Judge:
         if isinstance(signals, Tensor):
             signals = {name: signals for name in needed if len(needed) == 1}
         if not signals.keys() & needed:
-            raise ValueError(f"the judge of {self.name} looks at {' and '.join(sorted(needed))}: give a dict of it")
-        found = [reader.read(signals[reader.signal]) for reader in self.readers.values() if reader.signal in signals]
+            raise ValueError(
+                f"the judge of {self.name} looks at {' and '.join(sorted(needed))}: give a dict of it"
+            )
+        found = [
+            reader.read(signals[reader.signal])
+            for reader in self.readers.values()
+            if reader.signal in signals
+        ]
         return {factor: values for one in found for factor, values in one.items()}
 
     @cached_property
@@ -188,11 +266,24 @@ class Judge:
 
     def save(self, path: Path | str) -> None:
         "Write it as safetensors in half precision, with what is known of it. Raises NotWritten."
-        tensors = {k: v.half() if v.is_floating_point() else v for k, v in self.readers.state_dict().items()}
-        known_of_it = {"version": _VERSION, "name": self.name, "data": self.data, "accuracy": self.accuracy}
+        tensors = {
+            k: v.half() if v.is_floating_point() else v
+            for k, v in self.readers.state_dict().items()
+        }
+        known_of_it = {
+            "version": _VERSION,
+            "name": self.name,
+            "data": self.data,
+            "accuracy": self.accuracy,
+        }
         make_folder(Path(path).parent)
         with replacing(Path(path)) as temporary:
-            temporary.write_bytes(save(tensors | {"correct": self.correct}, {"judge": json.dumps(known_of_it)}))
+            temporary.write_bytes(
+                save(
+                    tensors | {"correct": self.correct},
+                    {"judge": json.dumps(known_of_it)},
+                )
+            )
 
 # %% ../../nbs/4_analysis/10_judge.ipynb #f602bbb3
 _STEPS = {"shapes": 800, "emblems": 800, "motion": 300, "notes": 300, "scenes": 200}
@@ -208,6 +299,7 @@ class _PixelReader(nn.Module):
 
     factor: the name of the class; strength: C, the best of several on validation images.
     """
+
     signal = "image"
 
     def __init__(self, factor: str, train: Examples, validation: Examples):
@@ -215,8 +307,13 @@ class _PixelReader(nn.Module):
         self.factor, self.shape = factor, train.signals["image"].shape[1:]
         scores = {}
         for strength in (1.0, 10.0, 100.0):
-            machine = SVC(C=strength, gamma="scale").fit(self.features(train.signals["image"]).numpy(), train.labels.numpy())
-            score = machine.score(self.features(validation.signals["image"]).numpy(), validation.labels.numpy())
+            machine = SVC(C=strength, gamma="scale").fit(
+                self.features(train.signals["image"]).numpy(), train.labels.numpy()
+            )
+            score = machine.score(
+                self.features(validation.signals["image"]).numpy(),
+                validation.labels.numpy(),
+            )
             scores[strength] = score, machine
         self.strength = max(scores, key=lambda strength: scores[strength][0])
         self.machine = scores[self.strength][1]
@@ -225,25 +322,37 @@ class _PixelReader(nn.Module):
     def features(self, values: Tensor) -> Tensor:
         "Return the pixels themselves, (b, d). Raises ValueError for another shape."
         if values.shape[1:] != self.shape or not values.numel():
-            raise ValueError(f"image has shape {tuple(values.shape)}, expected (b, {', '.join(map(str, self.shape))}), not empty")
+            raise ValueError(
+                f"image has shape {tuple(values.shape)}, expected (b, {', '.join(map(str, self.shape))}), not empty"
+            )
         return values.detach().float().cpu().flatten(1)
 
     def read(self, values: Tensor) -> dict[str, Tensor]:
         "Return the class (b,) of each image, -1 where it is not finite. Raises ValueError for another shape."
-        answers = self.machine.predict(self.features(values.nan_to_num(0, 0, 0)).numpy())
+        answers = self.machine.predict(
+            self.features(values.nan_to_num(0, 0, 0)).numpy()
+        )
         finite = values.isfinite().flatten(1).all(1).cpu()
         return {self.factor: torch.from_numpy(answers).where(finite, -1)}
 
 
 def _untrained(name: str, rate: int) -> nn.ModuleDict:
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not touched
+    # the caller's random numbers are not touched
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed(0, f"judge/{name}").initial_seed())
-        return nn.ModuleDict({view: Reader(view, heads, rate) for view, heads in HEADS[name].items()})
+        return nn.ModuleDict(
+            {view: Reader(view, heads, rate) for view, heads in HEADS[name].items()}
+        )
 
 
 @own_settings()
-def train_judge_for(name: str, data: DataConfig | None = None, steps: int | None = None, batch: int = 64,
-                    tests: int = 1000) -> Judge:
+def train_judge_for(
+    name: str,
+    data: DataConfig | None = None,
+    steps: int | None = None,
+    batch: int = 64,
+    tests: int = 1000,
+) -> Judge:
     """Train the judge of a data set on its training part and measure it on `tests` test samples.
 
     data: its sizes, the defaults if None; steps: None = as many as this data set needs. Raises ValueError for unknown data sets.
@@ -251,25 +360,50 @@ def train_judge_for(name: str, data: DataConfig | None = None, steps: int | None
     """
     train, test = (_source(name, data, split) for split in ("train", "test"))
     if "pixels" in HEADS[name]:
-        few, checked = (part.take(subset(part, 2000)) for part in (train, _source(name, data, "validation")))
-        factor, = HEADS[name]["pixels"]
+        few, checked = (
+            part.take(subset(part, 2000))
+            for part in (train, _source(name, data, "validation"))
+        )
+        (factor,) = HEADS[name]["pixels"]
         readers = nn.ModuleDict({"pixels": _PixelReader(factor, few, checked)})
-        return Judge(name, train.fingerprint, readers, _correct(name, readers, test, tests))
-    readers, generator = _untrained(name, rate_of(train)).train(), keyed(0, f"judge/{name}/training")
-    optimizer, steps = torch.optim.AdamW(readers.parameters(), weight_decay=0.01), steps or _STEPS[name]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps, pct_start=0.1)
+        return Judge(
+            name, train.fingerprint, readers, _correct(name, readers, test, tests)
+        )
+    readers, generator = (
+        _untrained(name, rate_of(train)).train(),
+        keyed(0, f"judge/{name}/training"),
+    )
+    optimizer, steps = (
+        torch.optim.AdamW(readers.parameters(), weight_decay=0.01),
+        steps or _STEPS[name],
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 4e-3, steps, pct_start=0.1
+    )
     for _ in tqdm(range(steps), f"judge of {name}", unit="step"):
         examples = train.take(torch.randint(len(train), (batch,), generator=generator))
         right = known(name, examples)
-        logits = {factor: values for reader in readers.values()
-                  for factor, values in reader(examples.signals[reader.signal], generator).items()}
-        loss = sum(cross_entropy(values, right[factor]) for factor, values in logits.items())
+        logits = {
+            factor: values
+            for reader in readers.values()
+            for factor, values in reader(
+                examples.signals[reader.signal], generator
+            ).items()
+        }
+        loss = sum(
+            cross_entropy(values, right[factor]) for factor, values in logits.items()
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     readers.eval().requires_grad_(False)
-    readers.load_state_dict({key: values.half().to(values.dtype) for key, values in readers.state_dict().items()})
+    readers.load_state_dict(
+        {
+            key: values.half().to(values.dtype)
+            for key, values in readers.state_dict().items()
+        }
+    )
     return Judge(name, train.fingerprint, readers, _correct(name, readers, test, tests))
 
 
@@ -278,12 +412,16 @@ def _correct(name: str, readers: nn.ModuleDict, test: DataSet, tests: int) -> Te
     for part in subset(test, tests).split(128):
         examples = test.take(part)
         right, read = known(name, examples), judge.read(examples.signals)
-        rows.append(torch.stack([read[factor] == right[factor] for factor in judge.names], 1))
+        rows.append(
+            torch.stack([read[factor] == right[factor] for factor in judge.names], 1)
+        )
     return torch.cat(rows).byte()
 
 # %% ../../nbs/4_analysis/10_judge.ipynb #a418188b
 @own_settings()
-def judge_for(name: str, data: DataConfig | None = None, folder: Path | str = "data/cache/judges") -> Judge:
+def judge_for(
+    name: str, data: DataConfig | None = None, folder: Path | str = "data/cache/judges"
+) -> Judge:
     """Return the judge of digits, shapes, emblems, motion, notes or scenes.
 
     data: their sizes, the defaults if None. That of digits is trained within a second whenever it is asked for. For the default
@@ -301,10 +439,19 @@ def judge_for(name: str, data: DataConfig | None = None, folder: Path | str = "d
             judge = _load(path, name, source)
             if isinstance(judge, Judge):
                 return judge
-            print(f"{path.name} is not used: {judge}; another judge of {name} is looked for or trained")
-    why = f"{ours[0]} cannot be used" if ours else "the one that comes with the project is for other sizes"
-    print(f"a judge of {name} is trained now ({_STEPS[name]} steps, a minute or two on a CPU), because {why}; "
-          f"it is kept in {kept}", flush=True)
+            print(
+                f"{path.name} is not used: {judge}; another judge of {name} is looked for or trained"
+            )
+    why = (
+        f"{ours[0]} cannot be used"
+        if ours
+        else "the one that comes with the project is for other sizes"
+    )
+    print(
+        f"a judge of {name} is trained now ({_STEPS[name]} steps, a minute or two on a CPU), because {why}; "
+        f"it is kept in {kept}",
+        flush=True,
+    )
     judge = train_judge_for(name, data)
     judge.save(kept)
     return judge
@@ -314,18 +461,37 @@ def _load(path: Path, name: str, source: DataSet) -> Judge | str:
     "The judge in a file, or why it cannot be used."
     try:
         with safe_open(path, "pt") as file:
-            said, tensors = json.loads(file.metadata()["judge"]), {key: file.get_tensor(key) for key in file.keys()}
+            said, tensors = (
+                json.loads(file.metadata()["judge"]),
+                {key: file.get_tensor(key) for key in file.keys()},
+            )
         expected = {"version": _VERSION, "name": name, "data": source.fingerprint}
-        if other := [f"{key} {said.get(key)} is not {value}" for key, value in expected.items() if said.get(key) != value]:
+        if other := [
+            f"{key} {said.get(key)} is not {value}"
+            for key, value in expected.items()
+            if said.get(key) != value
+        ]:
             return ", ".join(other)
         correct, readers = tensors.pop("correct"), _untrained(name, rate_of(source))
         readers.load_state_dict(tensors)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         return f"it cannot be read ({type(error).__name__})"
-    return Judge(name, source.fingerprint, readers.eval().requires_grad_(False), correct)
+    return Judge(
+        name, source.fingerprint, readers.eval().requires_grad_(False), correct
+    )
 
 # %% ../../nbs/4_analysis/10_judge.ipynb #2e770d22
-def followed(judge: Judge, signals: dict[str, Tensor] | Tensor, wanted: dict[str, Tensor]) -> Verdict:
+def followed(
+    judge: Judge, signals: dict[str, Tensor] | Tensor, wanted: dict[str, Tensor]
+) -> Verdict:
     """Which samples are what was asked for.
 
     signals: as in `Judge.read`; wanted: indices (b,) into judge.names, of those factors that were asked for.
@@ -333,13 +499,21 @@ def followed(judge: Judge, signals: dict[str, Tensor] | Tensor, wanted: dict[str
     """
     answers = judge.read(signals)
     if not wanted or wanted.keys() - answers.keys():
-        raise ValueError(f"asked for {', '.join(wanted) or 'nothing'}, but the judge of {judge.name} reads {', '.join(answers)}")
-    wanted = {factor: torch.as_tensor(values).cpu() for factor, values in wanted.items()}
+        raise ValueError(
+            f"asked for {', '.join(wanted) or 'nothing'}, but the judge of {judge.name} reads {', '.join(answers)}"
+        )
+    wanted = {
+        factor: torch.as_tensor(values).cpu() for factor, values in wanted.items()
+    }
     for factor, values in wanted.items():
         if values.shape != answers[factor].shape or values.is_floating_point():
-            raise ValueError(f"{factor} has shape {tuple(values.shape)} and {values.dtype}, expected a whole number for each "
-                             f"of the {len(answers[factor])} samples")
-    own = {factor: judge.accuracy[factor] for factor in wanted} | {"all": judge.own(wanted).value}
+            raise ValueError(
+                f"{factor} has shape {tuple(values.shape)} and {values.dtype}, expected a whole number for each "
+                f"of the {len(answers[factor])} samples"
+            )
+    own = {factor: judge.accuracy[factor] for factor in wanted} | {
+        "all": judge.own(wanted).value
+    }
     return compared(answers, wanted, own)
 
 # %% ../../nbs/4_analysis/10_judge.ipynb #5143d9a0
@@ -349,9 +523,15 @@ def wishes(config: DataConfig, name: str, examples: Examples) -> dict[str, Tenso
     Classes name one factor or two, captions all that the judge reads. Raises ValueError where there are no conditions.
     """
     if config.condition == "none":
-        raise ValueError("the run was trained without conditions: nothing was asked for; see bounce_verdict and Judge.read")
+        raise ValueError(
+            "the run was trained without conditions: nothing was asked for; see bounce_verdict and Judge.read"
+        )
     wanted = known(name, examples)
-    return {factor: wanted[factor] for factor in CLASS[name]} if config.condition == "class" else wanted
+    return (
+        {factor: wanted[factor] for factor in CLASS[name]}
+        if config.condition == "class"
+        else wanted
+    )
 
 
 def _tracked(source: DataSet, signals: dict[str, Tensor], labels: Tensor) -> Verdict:
@@ -359,7 +539,12 @@ def _tracked(source: DataSet, signals: dict[str, Tensor], labels: Tensor) -> Ver
 
 
 def _heard(source: DataSet, signals: dict[str, Tensor], labels: Tensor) -> Verdict:
-    heard = pitch_errors(signals["audio"], source.rate, PITCHES[0]).round().nan_to_num(-1).long()
+    heard = (
+        pitch_errors(signals["audio"], source.rate, PITCHES[0])
+        .round()
+        .nan_to_num(-1)
+        .long()
+    )
     return _alone("pitch, measured", heard, labels)
 
 
@@ -367,7 +552,8 @@ def _on_bounce(source: DataSet, signals: dict[str, Tensor], labels: Tensor) -> V
     return bounce_verdict(signals["video"], signals["audio"], source.fps, source.rate)
 
 
-_MEASURED = {"motion": _tracked, "notes": _heard, "scenes": _on_bounce}  # what needs no network, by data set
+# what needs no network, by data set
+_MEASURED = {"motion": _tracked, "notes": _heard, "scenes": _on_bounce}
 
 
 def _alone(what: str, answers: Tensor, labels: Tensor) -> Verdict:
@@ -376,8 +562,16 @@ def _alone(what: str, answers: Tensor, labels: Tensor) -> Verdict:
 
 
 @own_settings()
-def on_samples(run: Run, count: int = 64, steps: int = 25, cfg_scale: float = 1.0, seed: int = 0, data: str = "",
-               folder: Path | str = "data/cache/judges", shift: float | None = None) -> Verdict:
+def on_samples(
+    run: Run,
+    count: int = 64,
+    steps: int = 25,
+    cfg_scale: float = 1.0,
+    seed: int = 0,
+    data: str = "",
+    folder: Path | str = "data/cache/judges",
+    shift: float | None = None,
+) -> Verdict:
     """Return the verdict on `count` samples that a run draws with the conditions of as many test examples.
 
     It says what the judge reads of what was asked for, and what can be measured without one. shift: as in Run.sample.
@@ -388,17 +582,35 @@ def on_samples(run: Run, count: int = 64, steps: int = 25, cfg_scale: float = 1.
     name = config.data_name(data)
     source = Sources(config.data, "test").data[name]
     examples = source.take(subset(source, count))
-    wanted, judge = wishes(config.datasets[name], name, examples), judge_for(name, config.datasets[name], folder)
+    wanted, judge = (
+        wishes(config.datasets[name], name, examples),
+        judge_for(name, config.datasets[name], folder),
+    )
     told = examples.labels if config.shared.condition == "class" else examples.captions
     shift = run.shift if shift is None else shift
-    drawn = run.sample(told, steps=steps, cfg_scale=cfg_scale, seed=seed, shift=shift, data=name)
+    drawn = run.sample(
+        told, steps=steps, cfg_scale=cfg_scale, seed=seed, shift=shift, data=name
+    )
     verdict = followed(judge, drawn, wanted)
-    recipe = {"data": name, "count": len(examples), "steps": steps, "shift": shift, "cfg_scale": cfg_scale,
-              "seed": seed, "step": run.state()["step"], "judge": judge.fingerprint}
+    recipe = {
+        "data": name,
+        "count": len(examples),
+        "steps": steps,
+        "shift": shift,
+        "cfg_scale": cfg_scale,
+        "seed": seed,
+        "step": run.state()["step"],
+        "judge": judge.fingerprint,
+    }
     if measure := _MEASURED.get(name):
-        also, real = (measure(source, signals, examples.labels) for signals in (drawn, examples.signals))
+        also, real = (
+            measure(source, signals, examples.labels)
+            for signals in (drawn, examples.signals)
+        )
         own = {what: share.value for what, share in real.shares.items()}
-        verdict = Verdict(verdict.right | also.right, verdict.own | own, verdict.chance | also.chance)
+        verdict = Verdict(
+            verdict.right | also.right, verdict.own | own, verdict.chance | also.chance
+        )
         recipe |= also.recipe
     verdict = Verdict(verdict.right, verdict.own, verdict.chance, recipe)
     write_json(run.path / f"judged{'-' * bool(data)}{data}.json", verdict.to_dict())

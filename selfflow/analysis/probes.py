@@ -33,6 +33,7 @@ class ProbeScore:
     protocol: what was done, in words; chosen: what validation chose; sizes: samples of each part; errors, spreads: (n,) over
     test items, of which the score is 1 - their ratio.
     """
+
     protocol: str
     measure: str
     score: float
@@ -50,11 +51,28 @@ class ProbeScore:
         return f"{self.score:.1%} ({low:.1%} to {high:.1%})"
 
 
-def scored(protocol: str, measure: str, errors, spreads, validation: float, chosen: str, sizes: dict) -> ProbeScore:
+def scored(
+    protocol: str,
+    measure: str,
+    errors,
+    spreads,
+    validation: float,
+    chosen: str,
+    sizes: dict,
+) -> ProbeScore:
     "A `ProbeScore` with its interval over test items, by `score_interval`."
     errors, spreads = np.asarray(errors, np.float32), np.asarray(spreads, np.float32)
-    return ProbeScore(protocol, measure, score_of(errors, spreads), score_interval(errors, spreads), validation, chosen, sizes,
-                      errors, spreads)
+    return ProbeScore(
+        protocol,
+        measure,
+        score_of(errors, spreads),
+        score_interval(errors, spreads),
+        validation,
+        chosen,
+        sizes,
+        errors,
+        spreads,
+    )
 
 
 def _is_class(targets: dict) -> bool:
@@ -64,15 +82,33 @@ def _is_class(targets: dict) -> bool:
 
 def _checked_parts(features: dict, targets: dict, axes: int = 2) -> tuple[dict, dict]:
     "Both as arrays. Raises ValueError for a missing part, numbers that differ, features of other axes or not finite."
-    x, y = ({split: np.asarray(part[split]) for split in SPLITS if split in part} for part in (features, targets))
+    x, y = (
+        {split: np.asarray(part[split]) for split in SPLITS if split in part}
+        for part in (features, targets)
+    )
     for split in SPLITS:
-        if split not in x or split not in y or len(x[split]) != len(y[split]) or not len(x[split]):
-            raise ValueError(f"features and targets of the {split} part are missing or differ in number")
+        if (
+            split not in x
+            or split not in y
+            or len(x[split]) != len(y[split])
+            or not len(x[split])
+        ):
+            raise ValueError(
+                f"features and targets of the {split} part are missing or differ in number"
+            )
         if x[split].ndim != axes:
-            raise ValueError(f"features of the {split} part have shape {x[split].shape}; this probe takes "
-                             f"{'(n, d): pooled ones' if axes == 2 else '(n, tokens, d): those of every token'}")
-        if not np.isfinite(y[split]).all() or axes == 2 and not np.isfinite(x[split]).all():
-            raise ValueError(f"features or targets of the {split} part are not finite; was the model's training?")
+            raise ValueError(
+                f"features of the {split} part have shape {x[split].shape}; this probe takes "
+                f"{'(n, d): pooled ones' if axes == 2 else '(n, tokens, d): those of every token'}"
+            )
+        if (
+            not np.isfinite(y[split]).all()
+            or axes == 2
+            and not np.isfinite(x[split]).all()
+        ):
+            raise ValueError(
+                f"features or targets of the {split} part are not finite; was the model's training?"
+            )
     return x, y
 
 
@@ -87,7 +123,7 @@ def _columns(values: np.ndarray) -> np.ndarray:
 
 def _distances(guess: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Squared residuals, and squared distances from the mean, (n,) each, of values (n, m)."
-    return ((guess - values)**2).sum(1), ((values - values.mean(0))**2).sum(1)
+    return ((guess - values) ** 2).sum(1), ((values - values.mean(0)) ** 2).sum(1)
 
 # %% ../../nbs/4_analysis/03_probes.ipynb #ef0cb5d8
 _ALPHAS = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
@@ -101,17 +137,30 @@ def _logistic_probe(features: dict, targets: dict, strengths=STRENGTHS) -> Probe
     strengths: inverse strengths C of the regularisation; one is chosen on validation. Raises ValueError as `_checked_parts`.
     """
     x, y = _checked_parts(features, targets)
-    # On matrices this small, threads wait for each other: one is 20 times faster than two. And a probe that has not converged
-    # after 2000 iterations, at next to no regularisation, is a candidate like the others: validation decides.
+    # On matrices this small, threads wait for each other: one is 20 times faster than
+    # two. And a probe that has not converged
+    # after 2000 iterations, at next to no regularisation, is a candidate like the
+    # others: validation decides.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        probes = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)).fit(x["train"], y["train"])
-                  for c in strengths]
+        probes = [
+            make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)).fit(
+                x["train"], y["train"]
+            )
+            for c in strengths
+        ]
         scores = [probe.score(x["validation"], y["validation"]) for probe in probes]
     best = int(np.argmax(scores))  # the first of equals: the strongest regularisation
     wrong = probes[best].predict(x["test"]) != y["test"]
-    return scored("standardised, logistic, C on validation", "accuracy", wrong, np.ones(len(wrong)), float(scores[best]),
-                  f"C = {strengths[best]:g}", _sizes_of(y))
+    return scored(
+        "standardised, logistic, C on validation",
+        "accuracy",
+        wrong,
+        np.ones(len(wrong)),
+        float(scores[best]),
+        f"C = {strengths[best]:g}",
+        _sizes_of(y),
+    )
 
 
 def _ridge_probe(features: dict, targets: dict, alphas=_ALPHAS) -> ProbeScore:
@@ -123,16 +172,31 @@ def _ridge_probe(features: dict, targets: dict, alphas=_ALPHAS) -> ProbeScore:
     x, y = _checked_parts(features, targets)
     y = {split: _columns(part) for split, part in y.items()}
     middle, scale = x["train"].mean(0), x["train"].std(0)
-    x = {split: ((part - middle) / np.where(scale > 1e-8, scale, 1)).astype(np.float64) for split, part in x.items()}
+    x = {
+        split: ((part - middle) / np.where(scale > 1e-8, scale, 1)).astype(np.float64)
+        for split, part in x.items()
+    }
     centre, spread = y["train"].mean(0), y["train"].std(0)
-    y = {split: (part - centre) / np.where(spread > 1e-12, spread, 1) for split, part in y.items()}
+    y = {
+        split: (part - centre) / np.where(spread > 1e-12, spread, 1)
+        for split, part in y.items()
+    }
     with threadpool_limits(1):  # as in `_logistic_probe`
         weights = _ridge(x["train"], y["train"], alphas)
-        found = [score_of(*_distances(x["validation"] @ w, y["validation"])) for w in weights]
+        found = [
+            score_of(*_distances(x["validation"] @ w, y["validation"])) for w in weights
+        ]
         best = int(np.nanargmax(found)) if np.isfinite(found).any() else 0
         errors, spreads = _distances(x["test"] @ weights[best], y["test"])
-    return scored("standardised, ridge, alpha on validation", "R^2", errors, spreads, found[best], f"alpha = {alphas[best]:g}",
-                  _sizes_of(y))
+    return scored(
+        "standardised, ridge, alpha on validation",
+        "R^2",
+        errors,
+        spreads,
+        found[best],
+        f"alpha = {alphas[best]:g}",
+        _sizes_of(y),
+    )
 
 
 def _ridge(x: np.ndarray, y: np.ndarray, alphas) -> list[np.ndarray]:
@@ -140,7 +204,9 @@ def _ridge(x: np.ndarray, y: np.ndarray, alphas) -> list[np.ndarray]:
     n, d = x.shape
     values, vectors = np.linalg.eigh(x.T @ x if d <= n else x @ x.T)
     seen = vectors.T @ (x.T @ y if d <= n else y)
-    solved = [vectors @ (seen / (values.clip(0) + alpha * n)[:, None]) for alpha in alphas]
+    solved = [
+        vectors @ (seen / (values.clip(0) + alpha * n)[:, None]) for alpha in alphas
+    ]
     return solved if d <= n else [x.T @ dual for dual in solved]
 
 
@@ -153,8 +219,12 @@ def regression_probe(features: dict, targets: dict, strengths=STRENGTHS) -> Prob
 # %% ../../nbs/4_analysis/03_probes.ipynb #9b482df1
 def shuffled(targets: dict, seed: int = 0) -> dict:
     "The same targets, given to other samples of the same part."
-    return {split: np.asarray(part)[np.random.default_rng((seed, place)).permutation(len(part))]
-            for place, (split, part) in enumerate(targets.items())}
+    return {
+        split: np.asarray(part)[
+            np.random.default_rng((seed, place)).permutation(len(part))
+        ]
+        for place, (split, part) in enumerate(targets.items())
+    }
 
 
 def majority_score(targets: dict) -> ProbeScore:
@@ -163,11 +233,28 @@ def majority_score(targets: dict) -> ProbeScore:
     if _is_class(y):
         kinds, counts = np.unique(y["train"], return_counts=True)
         wrong = {split: part != kinds[counts.argmax()] for split, part in y.items()}
-        return scored("most frequent class", "accuracy", wrong["test"], np.ones(len(y["test"])),
-                      float(1 - wrong["validation"].mean()), "", _sizes_of(y))
+        return scored(
+            "most frequent class",
+            "accuracy",
+            wrong["test"],
+            np.ones(len(y["test"])),
+            float(1 - wrong["validation"].mean()),
+            "",
+            _sizes_of(y),
+        )
     y = {split: _columns(part) for split, part in y.items()}
-    found = {split: _distances(y["train"].mean(0), y[split]) for split in ("validation", "test")}
-    return scored("mean of the training part", "R^2", *found["test"], score_of(*found["validation"]), "", _sizes_of(y))
+    found = {
+        split: _distances(y["train"].mean(0), y[split])
+        for split in ("validation", "test")
+    }
+    return scored(
+        "mean of the training part",
+        "R^2",
+        *found["test"],
+        score_of(*found["validation"]),
+        "",
+        _sizes_of(y),
+    )
 
 # %% ../../nbs/4_analysis/03_probes.ipynb #04c28b6e
 class _TokenNorm(nn.Module):
@@ -184,17 +271,22 @@ class _TokenNorm(nn.Module):
 @dataclass(frozen=True)
 class HeadFit:
     "How a head is trained: Adam from `lr`, falling to 0 as a cosine, over `epochs` of the training part in batches of `batch`."
+
     epochs: int = 40
     batch: int = 128
     lr: float = 0.01
     seed: int = 0
 
     def __str__(self) -> str:
-        return f"Adam {self.lr:g}, cosine, {self.epochs} epochs of batches of {self.batch}"
+        return (
+            f"Adam {self.lr:g}, cosine, {self.epochs} epochs of batches of {self.batch}"
+        )
 
 
 @own_settings()
-def _fit_head(head: nn.Module, loss, features: np.ndarray, targets: tuple, how: HeadFit) -> nn.Module:
+def _fit_head(
+    head: nn.Module, loss, features: np.ndarray, targets: tuple, how: HeadFit
+) -> nn.Module:
     """The head, trained: loss(head(features (b, ...)), *targets (b, ...)) is made small. It sees one batch at once.
 
     features may be mapped from disk; the order of samples follows from how.seed. Raises FloatingPointError if it diverges.
@@ -204,12 +296,17 @@ def _fit_head(head: nn.Module, loss, features: np.ndarray, targets: tuple, how: 
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     head.train()
     for epoch in range(how.epochs):
-        order = torch.randperm(len(features), generator=keyed(how.seed, "probe order", epoch))
+        order = torch.randperm(
+            len(features), generator=keyed(how.seed, "probe order", epoch)
+        )
         for rows in order.split(how.batch):
             rows = rows.sort().values.numpy()  # as they lie on disk
             if len(rows) > 1:  # BatchNorm needs two
                 optimizer.zero_grad()
-                total = loss(head(torch.from_numpy(features[rows])), *(target[rows] for target in targets))
+                total = loss(
+                    head(torch.from_numpy(features[rows])),
+                    *(target[rows] for target in targets),
+                )
                 total.backward()
                 optimizer.step()
             schedule.step()
@@ -220,9 +317,14 @@ def _fit_head(head: nn.Module, loss, features: np.ndarray, targets: tuple, how: 
 
 @own_settings()
 @torch.no_grad()
-def _head_outputs(head: nn.Module, features: np.ndarray, batch: int = 256) -> np.ndarray:
+def _head_outputs(
+    head: nn.Module, features: np.ndarray, batch: int = 256
+) -> np.ndarray:
     "What a head says of features (n, ...), a batch at once."
-    parts = [head(torch.from_numpy(np.ascontiguousarray(features[at:at + batch]))) for at in range(0, len(features), batch)]
+    parts = [
+        head(torch.from_numpy(np.ascontiguousarray(features[at : at + batch])))
+        for at in range(0, len(features), batch)
+    ]
     return torch.cat(parts).numpy()
 
 # %% ../../nbs/4_analysis/03_probes.ipynb #dd0170b0
@@ -230,18 +332,36 @@ class _Reading:
     "The targets of several factors as a head learns them, and their scores from its outputs."
 
     def __init__(self, targets: dict[str, dict], x: dict):
-        self.targets = {name: _checked_parts(x, parts, x["train"].ndim)[1] for name, parts in targets.items()}
+        self.targets = {
+            name: _checked_parts(x, parts, x["train"].ndim)[1]
+            for name, parts in targets.items()
+        }
         self.classes = {name: _is_class(parts) for name, parts in self.targets.items()}
-        self.widths = {name: int(max(part.max() for part in parts.values())) + 1 if self.classes[name] else
-                       _columns(parts["train"]).shape[1] for name, parts in self.targets.items()}
-        self.scales = {name: (_columns(parts["train"]).mean(0), np.maximum(_columns(parts["train"]).std(0), 1e-12))
-                       for name, parts in self.targets.items() if not self.classes[name]}
+        self.widths = {
+            name: int(max(part.max() for part in parts.values())) + 1
+            if self.classes[name]
+            else _columns(parts["train"]).shape[1]
+            for name, parts in self.targets.items()
+        }
+        self.scales = {
+            name: (
+                _columns(parts["train"]).mean(0),
+                np.maximum(_columns(parts["train"]).std(0), 1e-12),
+            )
+            for name, parts in self.targets.items()
+            if not self.classes[name]
+        }
 
     def learned(self) -> tuple[Tensor, ...]:
         "The training targets: class numbers, or standardised values."
-        return tuple(torch.as_tensor(parts["train"].astype(np.int64)) if self.classes[name] else
-                     torch.as_tensor(self._standard(name, parts["train"]), dtype=torch.float32)
-                     for name, parts in self.targets.items())
+        return tuple(
+            torch.as_tensor(parts["train"].astype(np.int64))
+            if self.classes[name]
+            else torch.as_tensor(
+                self._standard(name, parts["train"]), dtype=torch.float32
+            )
+            for name, parts in self.targets.items()
+        )
 
     def _standard(self, name: str, values: np.ndarray) -> np.ndarray:
         middle, scale = self.scales[name]
@@ -250,17 +370,33 @@ class _Reading:
     def loss(self, outputs: Tensor, *targets: Tensor) -> Tensor:
         "The sum of the losses of all factors."
         pieces = outputs.split(list(self.widths.values()), dim=1)
-        return sum(F.cross_entropy(piece, target) if target.ndim == 1 else F.mse_loss(piece, target)
-                   for piece, target in zip(pieces, targets, strict=True))
+        return sum(
+            F.cross_entropy(piece, target)
+            if target.ndim == 1
+            else F.mse_loss(piece, target)
+            for piece, target in zip(pieces, targets, strict=True)
+        )
 
-    def scores(self, outputs: dict[str, np.ndarray], protocol: str) -> dict[str, ProbeScore]:
+    def scores(
+        self, outputs: dict[str, np.ndarray], protocol: str
+    ) -> dict[str, ProbeScore]:
         "outputs: of validation and test, (n, all columns)."
         ends, found = np.cumsum([0, *self.widths.values()]), {}
         for name, first, last in zip(self.targets, ends, ends[1:], strict=False):
-            pairs = {split: self._compared(name, part[:, first:last], self.targets[name][split])
-                     for split, part in outputs.items()}
-            found[name] = scored(protocol, "accuracy" if self.classes[name] else "R^2", *pairs["test"],
-                                 score_of(*pairs["validation"]), "", _sizes_of(self.targets[name]))
+            pairs = {
+                split: self._compared(
+                    name, part[:, first:last], self.targets[name][split]
+                )
+                for split, part in outputs.items()
+            }
+            found[name] = scored(
+                protocol,
+                "accuracy" if self.classes[name] else "R^2",
+                *pairs["test"],
+                score_of(*pairs["validation"]),
+                "",
+                _sizes_of(self.targets[name]),
+            )
         return found
 
     def _compared(self, name, outputs, targets):
@@ -269,14 +405,19 @@ class _Reading:
         return _distances(outputs, self._standard(name, targets))
 
 
-def field_probe(features: dict, targets: dict[str, dict], how: HeadFit = HeadFit()) -> dict[str, ProbeScore]:
+def field_probe(
+    features: dict, targets: dict[str, dict], how: HeadFit = HeadFit()
+) -> dict[str, ProbeScore]:
     """Protocol (b) for several factors at once: {factor: score} on pooled features (n, d).
 
     targets: {factor: {"train", "validation", "test": classes (n,) or values (n,) or (n, m)}}. Raises ValueError as
     `_checked_parts`.
     """
     x = _checked_parts(features, next(iter(targets.values())))[0]
-    x, reading = {split: part.astype(np.float32) for split, part in x.items()}, _Reading(targets, x)
+    x, reading = (
+        {split: part.astype(np.float32) for split, part in x.items()},
+        _Reading(targets, x),
+    )
     width, outputs = x["train"].shape[1], sum(reading.widths.values())
     head = nn.Sequential(_TokenNorm(width), _zero_linear(width, outputs))
     _fit_head(head, reading.loss, x["train"], reading.learned(), how)
@@ -302,20 +443,51 @@ def knn_probe(features: dict, targets: dict, neighbours=_NEIGHBOURS) -> ProbeSco
     """
     x, y = _checked_parts(features, targets)
     middle, scale = x["train"].mean(0), x["train"].std(0)
-    x = {split: F.normalize(torch.from_numpy((part - middle) / np.where(scale > 1e-8, scale, 1)).float(), dim=1)
-         for split, part in x.items()}
+    x = {
+        split: F.normalize(
+            torch.from_numpy(
+                (part - middle) / np.where(scale > 1e-8, scale, 1)
+            ).float(),
+            dim=1,
+        )
+        for split, part in x.items()
+    }
     counts, classes = [k for k in neighbours if k <= len(y["train"])], _is_class(y)
-    near = {s: torch.cat([(part @ x["train"].T).topk(max(counts)).indices for part in x[s].split(512)]).numpy()
-            for s in ("validation", "test")}
-    learned = np.eye(int(y["train"].max()) + 1)[y["train"].astype(int)] if classes else _columns(y["train"])
-    found = {k: {s: _voted(learned[near[s][:, :k]].mean(1), y[s], classes) for s in near} for k in counts}
+    near = {
+        s: torch.cat(
+            [
+                (part @ x["train"].T).topk(max(counts)).indices
+                for part in x[s].split(512)
+            ]
+        ).numpy()
+        for s in ("validation", "test")
+    }
+    learned = (
+        np.eye(int(y["train"].max()) + 1)[y["train"].astype(int)]
+        if classes
+        else _columns(y["train"])
+    )
+    found = {
+        k: {s: _voted(learned[near[s][:, :k]].mean(1), y[s], classes) for s in near}
+        for k in counts
+    }
     best = max(counts, key=lambda k: score_of(*found[k]["validation"]))
-    return scored("cosine of standardised features, k neighbours, k on validation", "accuracy" if classes else "R^2",
-                  *found[best]["test"], score_of(*found[best]["validation"]), f"k = {best}", _sizes_of(y))
+    return scored(
+        "cosine of standardised features, k neighbours, k on validation",
+        "accuracy" if classes else "R^2",
+        *found[best]["test"],
+        score_of(*found[best]["validation"]),
+        f"k = {best}",
+        _sizes_of(y),
+    )
 
 
 def _voted(votes, targets, classes):
-    return (votes.argmax(1) != targets, np.ones(len(targets))) if classes else _distances(votes, _columns(targets))
+    return (
+        (votes.argmax(1) != targets, np.ones(len(targets)))
+        if classes
+        else _distances(votes, _columns(targets))
+    )
 
 # %% ../../nbs/4_analysis/03_probes.ipynb #88cae020
 _ATTENTIVE, _BY_TOKEN = HeadFit(), HeadFit(epochs=10, batch=64)
@@ -326,7 +498,10 @@ class _Attentive(nn.Module):
 
     def __init__(self, width: int, outputs: list[int]):
         super().__init__()
-        self.norm, self.queries = _TokenNorm(width), nn.Parameter(torch.zeros(len(outputs), width))
+        self.norm, self.queries = (
+            _TokenNorm(width),
+            nn.Parameter(torch.zeros(len(outputs), width)),
+        )
         self.readers = nn.ModuleList(_zero_linear(width, count) for count in outputs)
 
     def attention(self, h: Tensor) -> Tensor:
@@ -336,10 +511,15 @@ class _Attentive(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         h = self.norm(h)
         pooled = self.attention(h) @ h
-        return torch.cat([reader(pooled[:, place]) for place, reader in enumerate(self.readers)], dim=1)
+        return torch.cat(
+            [reader(pooled[:, place]) for place, reader in enumerate(self.readers)],
+            dim=1,
+        )
 
 
-def attentive_probe(features: dict, targets: dict[str, dict], how: HeadFit = _ATTENTIVE) -> dict[str, ProbeScore]:
+def attentive_probe(
+    features: dict, targets: dict[str, dict], how: HeadFit = _ATTENTIVE
+) -> dict[str, ProbeScore]:
     "An `_Attentive` head on every token (n, tokens, d), which may be mapped from disk; else as `field_probe`."
     x, _ = _checked_parts(features, next(iter(targets.values())), axes=3)
     reading = _Reading(targets, x)
@@ -357,16 +537,38 @@ def token_probe(features: dict, covered: dict, how: HeadFit = _BY_TOKEN) -> Prob
     """
     x, y = _checked_parts(features, covered, axes=3)
     truth = {split: part > 0.5 for split, part in y.items()}
-    if x["train"].shape[:2] != truth["train"].shape or not all(part.any() for part in truth.values()):
-        raise ValueError(f"covers have shape {truth['train'].shape} for features {x['train'].shape}, or no token is covered")
+    if x["train"].shape[:2] != truth["train"].shape or not all(
+        part.any() for part in truth.values()
+    ):
+        raise ValueError(
+            f"covers have shape {truth['train'].shape} for features {x['train'].shape}, or no token is covered"
+        )
     width = x["train"].shape[2]
     head = nn.Sequential(_TokenNorm(width), _zero_linear(width, 1), nn.Flatten())
-    _fit_head(head, F.binary_cross_entropy_with_logits, x["train"], (torch.from_numpy(truth["train"]).float(),), how)
-    outputs, at = {split: _head_outputs(head, x[split]) for split in ("validation", "test")}, (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5)
-    found = [score_of(*_overlap(outputs["validation"] > level, truth["validation"])) for level in at]
+    _fit_head(
+        head,
+        F.binary_cross_entropy_with_logits,
+        x["train"],
+        (torch.from_numpy(truth["train"]).float(),),
+        how,
+    )
+    outputs, at = (
+        {split: _head_outputs(head, x[split]) for split in ("validation", "test")},
+        (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5),
+    )
+    found = [
+        score_of(*_overlap(outputs["validation"] > level, truth["validation"]))
+        for level in at
+    ]
     best = int(np.argmax(found))
-    return scored(f"BatchNorm + linear on every token, threshold on validation, {how}", "IoU",
-                  *_overlap(outputs["test"] > at[best], truth["test"]), found[best], f"logit > {at[best]:g}", _sizes_of(y))
+    return scored(
+        f"BatchNorm + linear on every token, threshold on validation, {how}",
+        "IoU",
+        *_overlap(outputs["test"] > at[best], truth["test"]),
+        found[best],
+        f"logit > {at[best]:g}",
+        _sizes_of(y),
+    )
 
 
 def _overlap(guess: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -378,8 +580,23 @@ def position_score(covered: dict) -> ProbeScore:
     "What `token_probe` has to beat: the tokens that belong to the figure most often, whatever the image."
     truth = {split: np.asarray(part) > 0.5 for split, part in covered.items()}
     often, at = truth["train"].mean(0), np.linspace(0, 1, 21)[:-1]
-    found = [score_of(*_overlap(np.broadcast_to(often > level, truth["validation"].shape), truth["validation"])) for level in at]
+    found = [
+        score_of(
+            *_overlap(
+                np.broadcast_to(often > level, truth["validation"].shape),
+                truth["validation"],
+            )
+        )
+        for level in at
+    ]
     best = int(np.nanargmax(found))
-    return scored("the same tokens in every image, threshold on validation", "IoU",
-                  *_overlap(np.broadcast_to(often > at[best], truth["test"].shape), truth["test"]), found[best],
-                  f"share > {at[best]:g}", _sizes_of(truth))
+    return scored(
+        "the same tokens in every image, threshold on validation",
+        "IoU",
+        *_overlap(
+            np.broadcast_to(often > at[best], truth["test"].shape), truth["test"]
+        ),
+        found[best],
+        f"share > {at[best]:g}",
+        _sizes_of(truth),
+    )

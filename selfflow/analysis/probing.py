@@ -58,7 +58,8 @@ from ..training.state import start_state
 # %% ../../nbs/4_analysis/04_probing.ipynb #1a8090d4
 _NUISANCE = ("grain", "handwriting")
 CIRCULAR = {"angle": 2 * math.pi, "phase": 1.0}  # and their periods
-_CLASSES = 64  # more different whole numbers than this are values, unless they are the class
+# more different whole numbers than this are values, unless they are the class
+_CLASSES = 64
 
 
 def probe_targets(items: dict[str, Items]) -> dict[str, dict[str, np.ndarray]]:
@@ -68,20 +69,30 @@ def probe_targets(items: dict[str, Items]) -> dict[str, dict[str, np.ndarray]]:
     """
     found = {}
     for name in items["train"].factors:
-        kinds = torch.cat([one.factors[name].flatten() for one in items.values()]).unique()
+        kinds = torch.cat(
+            [one.factors[name].flatten() for one in items.values()]
+        ).unique()
         few = name == "class" or len(kinds) <= _CLASSES
-        columns = {split: _columns_of(name, one.factors[name], few) for split, one in items.items()}
+        columns = {
+            split: _columns_of(name, one.factors[name], few)
+            for split, one in items.items()
+        }
         for column, values in columns["train"].items():
             parts = {split: np.asarray(own[column]) for split, own in columns.items()}
-            if all(np.isfinite(part).all() for part in parts.values()) and (values != values[:1]).any():
+            if (
+                all(np.isfinite(part).all() for part in parts.values())
+                and (values != values[:1]).any()
+            ):
                 found[column] = parts
     if not found:
         raise ValueError(_NOTHING.format(items["train"].name))
     return found
 
 
-_NOTHING = ("nothing that varies is known of the samples of {}: there is nothing to probe for. Put files into a folder for each "
-            "class, or give a table with a column label")
+_NOTHING = (
+    "nothing that varies is known of the samples of {}: there is nothing to probe for. Put files into a folder for each "
+    "class, or give a table with a column label"
+)
 
 
 def _columns_of(name: str, values: Tensor, few: bool) -> dict[str, Tensor]:
@@ -91,26 +102,57 @@ def _columns_of(name: str, values: Tensor, few: bool) -> dict[str, Tensor]:
         turns = values.flatten(1) if values.ndim > 1 else values[:, None]
         angle = turns * (2 * math.pi / CIRCULAR[name])
         return {name: torch.cat([angle.cos(), angle.sin()], 1)}
-    if values.is_floating_point() or values.ndim > 1 and values[0].numel() > 4 or not few:
-        return {name: values.float().flatten(1) if values.ndim > 1 else values.float()[:, None]}
+    if (
+        values.is_floating_point()
+        or values.ndim > 1
+        and values[0].numel() > 4
+        or not few
+    ):
+        return {
+            name: values.float().flatten(1)
+            if values.ndim > 1
+            else values.float()[:, None]
+        }
     if values.ndim == 1:
         return {name: values.long()}
-    return {f"{name} {place + 1}": column.long() for place, column in enumerate(values.flatten(1).unbind(1))}
+    return {
+        f"{name} {place + 1}": column.long()
+        for place, column in enumerate(values.flatten(1).unbind(1))
+    }
 
 # %% ../../nbs/4_analysis/04_probing.ipynb #20ec4e81
 def token_covers(items: Items) -> np.ndarray:
     "How far the figure covers each token, (samples, tokens) in [0, 1]. Raises ValueError for data without known masks."
     patches = next(iter(items.layout.patches.values()))
-    if not hasattr(items.data, "masks") or len(items.parts) > 1 or getattr(items.data, "pair", False):
-        raise ValueError(f"which tokens belong to a figure is not known of {items.name}; shapes, emblems and motion of one "
-                         "figure tell it")
-    one = ImagePatches(1, patches.height, patches.width, patches.patch) if isinstance(patches, ImagePatches) else \
-        VideoPatches(1, patches.frames, patches.height, patches.width, patches.patch, patches.span)
-    blocks = (items.data.masks(indices)[:, None] for indices in items.indices.split(256))
+    if (
+        not hasattr(items.data, "masks")
+        or len(items.parts) > 1
+        or getattr(items.data, "pair", False)
+    ):
+        raise ValueError(
+            f"which tokens belong to a figure is not known of {items.name}; shapes, emblems and motion of one "
+            "figure tell it"
+        )
+    one = (
+        ImagePatches(1, patches.height, patches.width, patches.patch)
+        if isinstance(patches, ImagePatches)
+        else VideoPatches(
+            1,
+            patches.frames,
+            patches.height,
+            patches.width,
+            patches.patch,
+            patches.span,
+        )
+    )
+    blocks = (
+        items.data.masks(indices)[:, None] for indices in items.indices.split(256)
+    )
     return torch.cat([one.patchify(block).mean(-1) for block in blocks]).numpy()
 
 # %% ../../nbs/4_analysis/04_probing.ipynb #0f74530c
-FAMILIES = {"regression": regression_probe, "field": field_probe}  # protocols (a) and (b) of `probes`
+# protocols (a) and (b) of `probes`
+FAMILIES = {"regression": regression_probe, "field": field_probe}
 PROBE_LEVELS = (0.0, 0.1, 0.25, 0.5, 0.75)
 COUNTS = {"train": 2000, "validation": 500, "test": 1000}
 _COMPONENTS = 256
@@ -120,6 +162,7 @@ BASELINES = ("majority", "shuffled labels", "raw input", "untrained network")
 @dataclass(frozen=True, eq=False)
 class ProbeRow:
     "What one probe found. features: whose; family: of FAMILIES, or none; layer, level: None where there is none."
+
     factor: str
     features: str
     family: str
@@ -134,14 +177,23 @@ class ProbeRow:
 
     def flat(self) -> dict:
         "All of it but for the errors of single items."
-        names = [f.name for f in fields(ProbeScore) if f.name not in ("errors", "spreads")]
-        return {"factor": self.factor, "features": self.features, "family": self.family, "layer": self.layer, "level": self.level,
-                **{name: getattr(self.probe, name) for name in names}}
+        names = [
+            f.name for f in fields(ProbeScore) if f.name not in ("errors", "spreads")
+        ]
+        return {
+            "factor": self.factor,
+            "features": self.features,
+            "family": self.family,
+            "layer": self.layer,
+            "level": self.level,
+            **{name: getattr(self.probe, name) for name in names},
+        }
 
 
 @dataclass(frozen=True, eq=False)
 class Probes:
     "All probes of a run. about: what was probed and how; rows: one for each probe, cells layers outermost."
+
     about: dict
     rows: tuple[ProbeRow, ...]
 
@@ -153,50 +205,105 @@ class Probes:
     @property
     def main_factor(self) -> str:
         "The factor that the classes of the data name, else the first one."
-        names = [name for name in ("class", *CLASS.get(self.about["data"], ())) if name in self.factors]
+        names = [
+            name
+            for name in ("class", *CLASS.get(self.about["data"], ()))
+            if name in self.factors
+        ]
         return names[0] if names else self.factors[0]
 
     @property
     def cells(self) -> tuple:
         "Layers, levels and test items: probes of equal cells can be subtracted."
-        return tuple(self.about["layers"]), tuple(self.about["levels"]), self.about["items"]
+        return (
+            tuple(self.about["layers"]),
+            tuple(self.about["levels"]),
+            self.about["items"],
+        )
 
-    def of(self, factor: str, features: str = "model", family: str = "regression") -> list[ProbeRow]:
+    def of(
+        self, factor: str, features: str = "model", family: str = "regression"
+    ) -> list[ProbeRow]:
         "The rows of a factor. Raises ValueError where there is none."
         choose(factor, self.factors, "factor")
-        found = [row for row in self.rows if (row.factor, row.features) == (factor, features) and row.family in (family, "")]
+        found = [
+            row
+            for row in self.rows
+            if (row.factor, row.features) == (factor, features)
+            and row.family in (family, "")
+        ]
         if not found:
-            raise ValueError(f"there are no {family} probes of {features} here; there are "
-                             f"{', '.join(sorted({f'{row.features} ({row.family})' for row in self.rows}))}")
+            raise ValueError(
+                f"there are no {family} probes of {features} here; there are "
+                f"{', '.join(sorted({f'{row.features} ({row.family})' for row in self.rows}))}"
+            )
         return found
 
-    def grid(self, factor: str, name: str = "score", features: str = "model", family: str = "regression") -> np.ndarray:
+    def grid(
+        self,
+        factor: str,
+        name: str = "score",
+        features: str = "model",
+        family: str = "regression",
+    ) -> np.ndarray:
         "One entry of all cells as (layers, levels)."
-        cells = {(row.layer, row.level): getattr(row.probe, name) for row in self.of(factor, features, family)}
-        return np.array([[cells[layer, level] for level in self.about["levels"]] for layer in self.about["layers"]])
+        cells = {
+            (row.layer, row.level): getattr(row.probe, name)
+            for row in self.of(factor, features, family)
+        }
+        return np.array(
+            [
+                [cells[layer, level] for level in self.about["levels"]]
+                for layer in self.about["layers"]
+            ]
+        )
 
-    def best(self, factor: str, features: str = "model", family: str = "regression") -> ProbeRow:
+    def best(
+        self, factor: str, features: str = "model", family: str = "regression"
+    ) -> ProbeRow:
         "The cell with the highest validation score, the first of equals."
-        return max(self.of(factor, features, family), key=lambda row: np.nan_to_num(row.probe.validation, nan=-np.inf))
+        return max(
+            self.of(factor, features, family),
+            key=lambda row: np.nan_to_num(row.probe.validation, nan=-np.inf),
+        )
 
-    def difference(self, other: "Probes", factor: str, family: str = "regression") -> np.ndarray:
+    def difference(
+        self, other: "Probes", factor: str, family: str = "regression"
+    ) -> np.ndarray:
         "Other minus this, cell by cell, paired over test items: (3, layers, levels), the difference, low, high."
         if self.cells != other.cells:
-            raise ValueError("probes of other layers, levels or test items cannot be subtracted; probe both runs alike")
-        pairs = zip(self.of(factor, family=family), other.of(factor, family=family), strict=True)
-        found = [compare_items(*((row.probe.errors, row.probe.spreads) for row in pair)) for pair in pairs]
+            raise ValueError(
+                "probes of other layers, levels or test items cannot be subtracted; probe both runs alike"
+            )
+        pairs = zip(
+            self.of(factor, family=family), other.of(factor, family=family), strict=True
+        )
+        found = [
+            compare_items(*((row.probe.errors, row.probe.spreads) for row in pair))
+            for pair in pairs
+        ]
         cells = np.array([(one.difference, *one.interval) for one in found])
         return cells.T.reshape(3, len(self.about["layers"]), len(self.about["levels"]))
 
-    def compare(self, other: "Probes", factor: str, family: str = "regression",
-                names: tuple[str, str] | None = None) -> Comparison:
+    def compare(
+        self,
+        other: "Probes",
+        factor: str,
+        family: str = "regression",
+        names: tuple[str, str] | None = None,
+    ) -> Comparison:
         "The cells that validation chose of this run and of another, paired over test items."
         rows = self.best(factor, family=family), other.best(factor, family=family)
         if self.about["items"] != other.about["items"]:
-            raise ValueError("the two runs were probed on other test items; probe both with the same counts")
+            raise ValueError(
+                "the two runs were probed on other test items; probe both with the same counts"
+            )
         how = {"scale": 1.0, "unit": ""} if rows[0].probe.measure == "R^2" else {}
-        return compare_items(*((row.probe.errors, row.probe.spreads) for row in rows),
-                             names or (self.about["run"], other.about["run"]), **how)
+        return compare_items(
+            *((row.probe.errors, row.probe.spreads) for row in rows),
+            names or (self.about["run"], other.about["run"]),
+            **how,
+        )
 
     def table(self, family: str = "regression") -> pd.DataFrame:
         "A row for each factor: the cell that validation chose, on test, beside all baselines, and the protocol."
@@ -205,9 +312,20 @@ class Probes:
             best = self.best(factor, family=family)
             row = {"factor": factor, "measure": best.probe.measure}
             for name in BASELINES:
-                present = any((one.factor, one.features) == (factor, name) for one in self.rows)
-                row[name] = str(self.best(factor, name, family).probe) if present else "-"
-            rows.append({**row, "model": str(best.probe), "cell": best.cell, "protocol": best.probe.protocol})
+                present = any(
+                    (one.factor, one.features) == (factor, name) for one in self.rows
+                )
+                row[name] = (
+                    str(self.best(factor, name, family).probe) if present else "-"
+                )
+            rows.append(
+                {
+                    **row,
+                    "model": str(best.probe),
+                    "cell": best.cell,
+                    "protocol": best.probe.protocol,
+                }
+            )
         return pd.DataFrame(rows).set_index("factor")
 
 # %% ../../nbs/4_analysis/04_probing.ipynb #cc1f3a13
@@ -219,28 +337,48 @@ def probe_table(probes: dict[str, Probes], factor: str = "") -> pd.DataFrame:
     first = next(iter(probes.values()))
     factor = factor or first.main_factor
     rows = []
-    for name, words in {"majority": "most frequent class", "raw input": "raw input"}.items():
+    for name, words in {
+        "majority": "most frequent class",
+        "raw input": "raw input",
+    }.items():
         if any((row.factor, row.features) == (factor, name) for row in first.rows):
             rows.append((words, str(first.of(factor, name)[0].probe)))
     best = {name: one.best(factor) for name, one in probes.items()}
-    if any((row.factor, row.features) == (factor, "untrained network") for row in first.rows):
+    if any(
+        (row.factor, row.features) == (factor, "untrained network")
+        for row in first.rows
+    ):
         best = {"untrained network": first.best(factor, "untrained network"), **best}
     rows += [(f"{name}, {row.cell}", str(row.probe)) for name, row in best.items()]
-    return pd.DataFrame(rows, columns=["features", f"test {next(iter(best.values())).probe.measure} (95 %)"])
+    return pd.DataFrame(
+        rows,
+        columns=["features", f"test {next(iter(best.values())).probe.measure} (95 %)"],
+    )
 
 # %% ../../nbs/4_analysis/04_probing.ipynb #23558ade
 def _untrained_network(run: Run) -> Transformer:
     "The network that a run started from; one whose blocks do nothing at first has their gates opened, see `open_gates`."
-    model = start_state(run.config, run.sources, run.device, builder=run.builder).teacher
+    model = start_state(
+        run.config, run.sources, run.device, builder=run.builder
+    ).teacher
     if hasattr(model, "open_gates"):
         model.open_gates()
     return model
 
 
 @own_settings()
-def probe_run(run: Run, levels=PROBE_LEVELS, layers=None, counts: dict[str, int] = COUNTS, weights: str = "teacher",
-              data: str = "", part: str = "", families=tuple(FAMILIES), store: FeatureStore | None = None,
-              strengths=None) -> Probes:
+def probe_run(
+    run: Run,
+    levels=PROBE_LEVELS,
+    layers=None,
+    counts: dict[str, int] = COUNTS,
+    weights: str = "teacher",
+    data: str = "",
+    part: str = "",
+    families=tuple(FAMILIES),
+    store: FeatureStore | None = None,
+    strengths=None,
+) -> Probes:
     """Probes for all factors of a run's data at every layer (or `layers`) and level, with their baselines; any modality.
 
     counts: samples of each split; weights: teacher or model (the student); data: which data set, part: of which part of the
@@ -252,36 +390,88 @@ def probe_run(run: Run, levels=PROBE_LEVELS, layers=None, counts: dict[str, int]
     targets, levels = probe_targets(items), tuple(map(float, levels))
     strengths = strengths or (WIDE_STRENGTHS if len(targets) == 1 else STRENGTHS)
     raw = _raw(items, part)
-    rows = [ProbeRow(factor, "majority", "", None, None, majority_score(parts)) for factor, parts in targets.items()]
-    rows += [ProbeRow(factor, "raw input", family, None, None, probe)
-             for family in families for factor, probe in _probed(raw, targets, family, strengths).items()]
-    for name, network in {"untrained network": _untrained_network(run), "model": model}.items():
-        rows += _cells(name, network, items, targets, levels, layers, part, families, store, strengths)
-    about = {"run": run.config.name, "step": run.state()["step"], "weights": weights, "data": items["test"].name, "part": part,
-             "layers": list(layers), "levels": list(levels), "counts": {split: len(one) for split, one in items.items()},
-             "chosen": {split: one.chosen for split, one in items.items()},
-             "seed": run.config.seed, "device": device_name(run.device), "items": items["test"].fingerprint}
+    rows = [
+        ProbeRow(factor, "majority", "", None, None, majority_score(parts))
+        for factor, parts in targets.items()
+    ]
+    rows += [
+        ProbeRow(factor, "raw input", family, None, None, probe)
+        for family in families
+        for factor, probe in _probed(raw, targets, family, strengths).items()
+    ]
+    for name, network in {
+        "untrained network": _untrained_network(run),
+        "model": model,
+    }.items():
+        rows += _cells(
+            name,
+            network,
+            items,
+            targets,
+            levels,
+            layers,
+            part,
+            families,
+            store,
+            strengths,
+        )
+    about = {
+        "run": run.config.name,
+        "step": run.state()["step"],
+        "weights": weights,
+        "data": items["test"].name,
+        "part": part,
+        "layers": list(layers),
+        "levels": list(levels),
+        "counts": {split: len(one) for split, one in items.items()},
+        "chosen": {split: one.chosen for split, one in items.items()},
+        "seed": run.config.seed,
+        "device": device_name(run.device),
+        "items": items["test"].fingerprint,
+    }
     found = Probes(about, tuple(rows))
-    return Probes(about, (*rows, *_shuffled(found, model, items, targets, families, store, strengths)))
+    return Probes(
+        about,
+        (*rows, *_shuffled(found, model, items, targets, families, store, strengths)),
+    )
 
 
 @own_settings()
-def probes_cost(run: Run, levels=PROBE_LEVELS, layers=None, counts: dict[str, int] = COUNTS, weights: str = "teacher",
-                data: str = "", store: FeatureStore | None = None) -> FeatureCost:
+def probes_cost(
+    run: Run,
+    levels=PROBE_LEVELS,
+    layers=None,
+    counts: dict[str, int] = COUNTS,
+    weights: str = "teacher",
+    data: str = "",
+    store: FeatureStore | None = None,
+) -> FeatureCost:
     "What the features of `probe_run` cost that are not there yet: of the model and of the untrained network, all splits."
     model, items, layers, store = _opened(run, layers, counts, weights, data, store)
-    costs = [feature_cost(network, one, levels, layers, store) for network in (model, _untrained_network(run))
-             for one in items.values()]
-    totals = {name: sum(getattr(cost, name) for cost in costs) for name in ("passes", "samples", "forwards", "bytes", "seconds")}
+    costs = [
+        feature_cost(network, one, levels, layers, store)
+        for network in (model, _untrained_network(run))
+        for one in items.values()
+    ]
+    totals = {
+        name: sum(getattr(cost, name) for cost in costs)
+        for name in ("passes", "samples", "forwards", "bytes", "seconds")
+    }
     return FeatureCost(device=costs[0].device, **totals)
 
 
-def probe_items(run: Run, counts: dict[str, int] = COUNTS, data: str = "") -> dict[str, Items]:
+def probe_items(
+    run: Run, counts: dict[str, int] = COUNTS, data: str = ""
+) -> dict[str, Items]:
     "The samples of each split that probes look at. Raises ValueError where nothing to probe for is known of them."
     items = {split: items_of(run, split, counts[split], data) for split in SPLITS}
     train = items["train"]
     labels = labels_of(train.data)
-    if labels is not None and len(labels[train.indices].unique()) < 2 and not train.examples(torch.arange(1)).factors:
+    if (
+        labels is not None
+        and len(labels[train.indices].unique()) < 2
+        and not train.examples(torch.arange(1)).factors
+    ):
         raise ValueError(_NOTHING.format(train.name))
     return items
 
@@ -289,9 +479,16 @@ def probe_items(run: Run, counts: dict[str, int] = COUNTS, data: str = "") -> di
 def _opened(run, layers, counts, weights, data, store):
     if missing := [split for split in SPLITS if split not in counts]:
         raise ValueError(f"counts {counts} say nothing of {', '.join(missing)}")
-    model = getattr(run, choose(weights, ("teacher", "model"), "weights (model is the student)"))
+    model = getattr(
+        run, choose(weights, ("teacher", "model"), "weights (model is the student)")
+    )
     items = probe_items(run, counts, data)
-    return model, items, tuple(layers or range(1, model.depth + 1)), store or FeatureStore(run.path / "features")
+    return (
+        model,
+        items,
+        tuple(layers or range(1, model.depth + 1)),
+        store or FeatureStore(run.path / "features"),
+    )
 
 
 def _raw(items: dict[str, Items], part: str) -> dict[str, np.ndarray]:
@@ -300,9 +497,16 @@ def _raw(items: dict[str, Items], part: str) -> dict[str, np.ndarray]:
     They are half as many as training samples at most: standardised, as many as samples hold each of them alone, and a probe of
     them reads nothing.
     """
-    places = {split: one.parts[choose(part, one.parts, "part")] if part else slice(None) for split, one in items.items()}
-    flat = {split: np.concatenate([x0[:, places[split]].flatten(1).numpy() for x0, _ in one.batches()])
-            for split, one in items.items()}
+    places = {
+        split: one.parts[choose(part, one.parts, "part")] if part else slice(None)
+        for split, one in items.items()
+    }
+    flat = {
+        split: np.concatenate(
+            [x0[:, places[split]].flatten(1).numpy() for x0, _ in one.batches()]
+        )
+        for split, one in items.items()
+    }
     if flat["train"].shape[1] <= _COMPONENTS:
         return flat
     count = min(_COMPONENTS, max(1, len(flat["train"]) // 2))
@@ -313,46 +517,111 @@ def _raw(items: dict[str, Items], part: str) -> dict[str, np.ndarray]:
 def _probed(x: dict, targets: dict, family: str, strengths) -> dict[str, ProbeScore]:
     if choose(family, FAMILIES, "family of probes") == "field":
         return field_probe(x, targets)
-    return {factor: regression_probe(x, parts, strengths) for factor, parts in targets.items()}
+    return {
+        factor: regression_probe(x, parts, strengths)
+        for factor, parts in targets.items()
+    }
 
 
-def _cells(name, network: Transformer, items, targets, levels, layers, part, families, store, strengths) -> list[ProbeRow]:
+def _cells(
+    name,
+    network: Transformer,
+    items,
+    targets,
+    levels,
+    layers,
+    part,
+    families,
+    store,
+    strengths,
+) -> list[ProbeRow]:
     found, weights = {}, weights_fingerprint(network)
-    with tqdm(total=len(levels) * len(layers), desc=f"probes, {name}", unit="cell") as bar:
+    with tqdm(
+        total=len(levels) * len(layers), desc=f"probes, {name}", unit="cell"
+    ) as bar:
         for level in levels:
-            features = {split: stream_features(network, one, level, layers, store, weights=weights, desc=f"{name}, {split}")
-                        for split, one in items.items()}
+            features = {
+                split: stream_features(
+                    network,
+                    one,
+                    level,
+                    layers,
+                    store,
+                    weights=weights,
+                    desc=f"{name}, {split}",
+                )
+                for split, one in items.items()
+            }
             for layer in layers:
-                x = {split: np.asarray(items[split].pooled(features[split][layer], part)) for split in SPLITS}
+                x = {
+                    split: np.asarray(items[split].pooled(features[split][layer], part))
+                    for split in SPLITS
+                }
                 for family in families:
                     for factor, probe in _probed(x, targets, family, strengths).items():
-                        found[factor, family, layer, level] = ProbeRow(factor, name, family, layer, level, probe)
+                        found[factor, family, layer, level] = ProbeRow(
+                            factor, name, family, layer, level, probe
+                        )
                 bar.update()
-    return [found[factor, family, layer, level] for factor in targets for family in families for layer in layers
-            for level in levels]
+    return [
+        found[factor, family, layer, level]
+        for factor in targets
+        for family in families
+        for layer in layers
+        for level in levels
+    ]
 
 
-def _shuffled(found: Probes, model, items, targets, families, store, strengths) -> list[ProbeRow]:
+def _shuffled(
+    found: Probes, model, items, targets, families, store, strengths
+) -> list[ProbeRow]:
     rows, weights = [], weights_fingerprint(model)
     for family in families:
         for factor, parts in targets.items():
             best = found.best(factor, family=family)
-            x = {split: np.asarray(one.pooled(stream_features(model, one, best.level, (best.layer,), store,
-                                                              weights=weights)[best.layer], found.about["part"]))
-                 for split, one in items.items()}
+            x = {
+                split: np.asarray(
+                    one.pooled(
+                        stream_features(
+                            model,
+                            one,
+                            best.level,
+                            (best.layer,),
+                            store,
+                            weights=weights,
+                        )[best.layer],
+                        found.about["part"],
+                    )
+                )
+                for split, one in items.items()
+            }
             probe = _probed(x, {factor: shuffled(parts)}, family, strengths)[factor]
-            rows.append(ProbeRow(factor, "shuffled labels", family, best.layer, best.level, probe))
+            rows.append(
+                ProbeRow(
+                    factor, "shuffled labels", family, best.layer, best.level, probe
+                )
+            )
     return rows
 
 # %% ../../nbs/4_analysis/04_probing.ipynb #ae315861
 def write_probes(run: Run, probes: Probes) -> Probes:
     "Write probes to the run's folder, probes.json and probes.safetensors, and return them. Raises NotWritten."
-    items = {name: torch.from_numpy(np.stack([getattr(row.probe, name) for row in probes.rows]))
-             for name in ("errors", "spreads")}
+    items = {
+        name: torch.from_numpy(
+            np.stack([getattr(row.probe, name) for row in probes.rows])
+        )
+        for name in ("errors", "spreads")
+    }
     with replacing(run.path / "probes.safetensors") as file:
         write_tensors(file, items)
-    write_json(run.path / "probes.json", {"about": probes.about, "rows": [row.flat() for row in probes.rows],
-                                          "errors": _digest(items["errors"].numpy())})
+    write_json(
+        run.path / "probes.json",
+        {
+            "about": probes.about,
+            "rows": [row.flat() for row in probes.rows],
+            "errors": _digest(items["errors"].numpy()),
+        },
+    )
     return probes
 
 
@@ -365,23 +634,46 @@ RECORDS = ("probes.json", "factors.json", "probe.json")  # the newest form first
 
 def read_probes(run: Run) -> Probes | None:
     "Probes stored in a run's folder, by this version or an earlier one; None without any. Raises ValueError for damaged files."
-    file = next((run.path / name for name in RECORDS if (run.path / name).exists()), None)
+    file = next(
+        (run.path / name for name in RECORDS if (run.path / name).exists()), None
+    )
     if file is None:
         return None
     try:
         return _read_class(run) if file.name == "probe.json" else _read_record(file)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be used: {error}; `selfflow probe {run.quoted}` makes it again") from error
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        SafetensorError,
+    ) as error:
+        raise ValueError(
+            f"{file} cannot be used: {error}; `selfflow probe {run.quoted}` makes it again"
+        ) from error
 
 
 def _read_record(file: Path) -> Probes:
-    stored, items = json.loads(file.read_text(encoding="utf-8")), load_file(file.with_suffix(".safetensors"))
+    stored, items = (
+        json.loads(file.read_text(encoding="utf-8")),
+        load_file(file.with_suffix(".safetensors")),
+    )
     if stored["errors"] != _digest(items["errors"]):
         raise ValueError(f"{file.stem}.safetensors is of other probes")
     rows = []
-    for flat, errors, spreads in zip(stored["rows"], items["errors"], items["spreads"], strict=True):
-        place = {name: flat.pop(name) for name in ("factor", "features", "family", "layer", "level")}
-        probe = ProbeScore(**{**flat, "interval": tuple(flat["interval"])}, errors=errors, spreads=spreads)
+    for flat, errors, spreads in zip(
+        stored["rows"], items["errors"], items["spreads"], strict=True
+    ):
+        place = {
+            name: flat.pop(name)
+            for name in ("factor", "features", "family", "layer", "level")
+        }
+        probe = ProbeScore(
+            **{**flat, "interval": tuple(flat["interval"])},
+            errors=errors,
+            spreads=spreads,
+        )
         rows.append(ProbeRow(**place, probe=probe))
     return Probes(stored["about"], tuple(rows))
 
@@ -391,41 +683,81 @@ def _read_class(run: Run) -> Probes:
     grid = json.loads((run.path / "probe.json").read_text(encoding="utf-8"))
     sizes = grid["results"][0]["sizes"]
     chosen = grid.get("chosen", {})
-    about = {"run": run.config.name, "step": grid["step"], "weights": "teacher", "data": run.config.data_name(), "part": "",
-             "layers": grid["layers"], "levels": grid["levels"], "counts": sizes,
-             "items": f"{sizes['test']} {chosen.get('test')}"}
+    about = {
+        "run": run.config.name,
+        "step": grid["step"],
+        "weights": "teacher",
+        "data": run.config.data_name(),
+        "part": "",
+        "layers": grid["layers"],
+        "levels": grid["levels"],
+        "counts": sizes,
+        "items": f"{sizes['test']} {chosen.get('test')}",
+    }
     if chosen:
         about["chosen"] = chosen
     rows = []
     if (run.path / "baselines.json").exists():
-        baselines = json.loads((run.path / "baselines.json").read_text(encoding="utf-8"))
+        baselines = json.loads(
+            (run.path / "baselines.json").read_text(encoding="utf-8")
+        )
         if baselines["untrained"].get("chosen", {}) == chosen:
-            right = round(baselines["majority"] * sizes["test"])  # which ones were right was not recorded
+            # which ones were right was not recorded
+            right = round(baselines["majority"] * sizes["test"])
             wrong = np.arange(sizes["test"]) >= right
-            majority = scored("most frequent class", "accuracy", wrong, np.ones(len(wrong)), math.nan, "", sizes)
-            rows = [ProbeRow("class", "majority", "", None, None, majority),
-                    ProbeRow("class", "raw input", "regression", None, None, _class_score(baselines["pixels"])),
-                    *_class_cells("untrained network", baselines["untrained"])]
+            majority = scored(
+                "most frequent class",
+                "accuracy",
+                wrong,
+                np.ones(len(wrong)),
+                math.nan,
+                "",
+                sizes,
+            )
+            rows = [
+                ProbeRow("class", "majority", "", None, None, majority),
+                ProbeRow(
+                    "class",
+                    "raw input",
+                    "regression",
+                    None,
+                    None,
+                    _class_score(baselines["pixels"]),
+                ),
+                *_class_cells("untrained network", baselines["untrained"]),
+            ]
     return Probes(about, (*rows, *_class_cells("model", grid)))
 
 
 def _class_score(result: dict) -> ProbeScore:
     wrong = ~np.array(result["correct"], bool)
-    return ProbeScore("standardised, logistic, C on validation", "accuracy", result["accuracy"], tuple(result["interval"]),
-                      result["validation"], f"C = {result['strength']:g}", result["sizes"], wrong.astype(np.float32),
-                      np.ones(len(wrong), np.float32))
+    return ProbeScore(
+        "standardised, logistic, C on validation",
+        "accuracy",
+        result["accuracy"],
+        tuple(result["interval"]),
+        result["validation"],
+        f"C = {result['strength']:g}",
+        result["sizes"],
+        wrong.astype(np.float32),
+        np.ones(len(wrong), np.float32),
+    )
 
 
 def _class_cells(features: str, grid: dict) -> list[ProbeRow]:
     cells = product(grid["layers"], grid["levels"])
-    return [ProbeRow("class", features, "regression", layer, level, _class_score(result))
-            for (layer, level), result in zip(cells, grid["results"], strict=True)]
+    return [
+        ProbeRow("class", features, "regression", layer, level, _class_score(result))
+        for (layer, level), result in zip(cells, grid["results"], strict=True)
+    ]
 
 
 def outdated(probes: Probes, run: Run) -> str:
     "Why stored probes are not those of the run's newest checkpoint, in words; empty if they are."
     if probes.about["step"] != run.state()["step"]:
         return f"are of step {probes.about['step']}, not of its newest checkpoint"
-    if not probes.about.get("chosen") and not all(data.always_there for data in run.config.datasets.values()):
+    if not probes.about.get("chosen") and not all(
+        data.always_there for data in run.config.datasets.values()
+    ):
         return "are of an earlier version, which took the first samples, of few classes"
     return ""

@@ -20,7 +20,9 @@ def _standardised(features) -> np.ndarray:
     "Features (n, d) with mean 0 and deviation 1 in each coordinate, 0 where it does not vary."
     features = np.asarray(features, np.float64)
     spread = features.std(0)
-    return (features - features.mean(0)) / np.where(spread > 1e-9 * np.abs(features).max(initial=1e-30), spread, np.inf)
+    return (features - features.mean(0)) / np.where(
+        spread > 1e-9 * np.abs(features).max(initial=1e-30), spread, np.inf
+    )
 
 
 def nearest(features, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -29,16 +31,20 @@ def nearest(features, count: int) -> tuple[np.ndarray, np.ndarray]:
     features: (n, d), finite; ties go to the lower index. Raises ValueError for counts that are not from 1 to n - 1.
     """
     if not 1 <= count < len(features):
-        raise ValueError(f"{count} neighbours are asked for; of {len(features)} samples each has 1 to {len(features) - 1}")
+        raise ValueError(
+            f"{count} neighbours are asked for; of {len(features)} samples each has 1 to {len(features) - 1}"
+        )
     z = _standardised(features)
     z /= np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
     found, far = np.empty((2, len(z), count))
     for start in range(0, len(z), 512):  # not all pairs at once
-        away = 1 - z[start:start + 512] @ z.T
+        away = 1 - z[start : start + 512] @ z.T
         own = np.arange(len(away))
         away[own, start + own] = np.inf
-        found[start:start + 512] = order = np.argsort(away, axis=1, kind="stable")[:, :count]
-        far[start:start + 512] = np.take_along_axis(away, order, 1)
+        found[start : start + 512] = order = np.argsort(away, axis=1, kind="stable")[
+            :, :count
+        ]
+        far[start : start + 512] = np.take_along_axis(away, order, 1)
     return found.astype(int), far
 
 # %% ../../nbs/4_analysis/08_projection.ipynb #1dc541c0
@@ -47,6 +53,7 @@ class Sharing(NamedTuple):
 
     near: of one sample; near_chance: of it to all others; all, chance: the same over all samples; kinds: which of both it is.
     """
+
     near: float
     near_chance: float
     all: float
@@ -69,19 +76,35 @@ def sharing(values, neighbours, sample: int, period: float | None = None) -> Sha
     Raises ValueError for other shapes and values that are not finite.
     """
     values = np.asarray(values)
-    if values.shape != neighbours.shape[:1] or values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise ValueError(f"values have shape {values.shape}, expected ({len(neighbours)},), all of them finite")
+    if (
+        values.shape != neighbours.shape[:1]
+        or values.dtype.kind == "f"
+        and not np.isfinite(values).all()
+    ):
+        raise ValueError(
+            f"values have shape {values.shape}, expected ({len(neighbours)},), all of them finite"
+        )
     near = _apart(values[neighbours], values[:, None], period).mean(1)
     others = np.delete(values, sample)
-    chance = np.mean([_apart(values, np.roll(values, shift), period).mean() for shift in range(1, len(values))])
-    return Sharing(float(near[sample]), float(_apart(others, values[sample], period).mean()), float(near.mean()), float(chance),
-                   values.dtype.kind != "f")
+    chance = np.mean(
+        [
+            _apart(values, np.roll(values, shift), period).mean()
+            for shift in range(1, len(values))
+        ]
+    )
+    return Sharing(
+        float(near[sample]),
+        float(_apart(others, values[sample], period).mean()),
+        float(near.mean()),
+        float(chance),
+        values.dtype.kind != "f",
+    )
 
 # %% ../../nbs/4_analysis/08_projection.ipynb #ddc2f6b4
 def _turned(points, onto=None) -> np.ndarray:
     "Points (n, 2) with mean 0 and root mean square radius 1, and rotated or mirrored to be nearest to `onto` (n, 2)."
     points = np.asarray(points, np.float64) - np.mean(points, 0)
-    points = points / max(np.sqrt((points ** 2).sum(1).mean()), 1e-12)
+    points = points / max(np.sqrt((points**2).sum(1).mean()), 1e-12)
     if onto is None:
         return points
     left, _, right = np.linalg.svd(points.T @ onto)
@@ -93,19 +116,29 @@ def aligned(planes: dict, layers, levels) -> dict:
     found = {}
     for row, layer in enumerate(layers):
         for column, level in enumerate(levels):
-            before = [(layers[row - 1], level)] * bool(row) + [(layer, levels[column - 1])] * bool(column)
+            before = [(layers[row - 1], level)] * bool(row) + [
+                (layer, levels[column - 1])
+            ] * bool(column)
             onto = sum(found[place] for place in before) if before else None
             found[layer, level] = _turned(planes[layer, level], onto)
     return found
 
 # %% ../../nbs/4_analysis/08_projection.ipynb #bf18d095
 def _array(features, axes: int, what: str) -> np.ndarray:
-    values = features.detach().cpu().numpy() if hasattr(features, "detach") else np.asarray(features)
+    values = (
+        features.detach().cpu().numpy()
+        if hasattr(features, "detach")
+        else np.asarray(features)
+    )
     if values.ndim != axes or 0 in values.shape:
-        raise ValueError(f"{what} have shape {values.shape}, expected {'(n, d)' if axes == 2 else '(b, n, d)'}, none of them 0")
+        raise ValueError(
+            f"{what} have shape {values.shape}, expected {'(n, d)' if axes == 2 else '(b, n, d)'}, none of them 0"
+        )
     if not np.isfinite(values).all():
         bad = (~np.isfinite(values)).reshape(len(values), -1).any(1).sum()
-        raise ValueError(f"{bad} of {len(values)} {what} are not finite; find out why, and leave them out")
+        raise ValueError(
+            f"{bad} of {len(values)} {what} are not finite; find out why, and leave them out"
+        )
     return values.astype(np.float64)
 
 
@@ -117,28 +150,45 @@ def token_colours(tokens, grid: tuple[int, int]) -> tuple[np.ndarray, float]:
     """
     values = _array(tokens, 3, "tokens")
     if values.shape[1] != grid[0] * grid[1] or values.shape[2] < 3:
-        raise ValueError(f"tokens have shape {values.shape}, expected (b, {grid[0]} x {grid[1]}, 3 or more)")
+        raise ValueError(
+            f"tokens have shape {values.shape}, expected (b, {grid[0]} x {grid[1]}, 3 or more)"
+        )
     pca = PCA(3, random_state=0)
     scores = pca.fit_transform(values.reshape(-1, values.shape[2]))
     low, high = np.percentile(scores, (2, 98), axis=0)
-    pictures = (2 * (scores - low) / np.maximum(high - low, 1e-12) - 1).clip(-1, 1).reshape(len(values), *grid, 3)
-    return pictures.transpose(0, 3, 1, 2).astype(np.float32), float(pca.explained_variance_ratio_.sum())
+    pictures = (
+        (2 * (scores - low) / np.maximum(high - low, 1e-12) - 1)
+        .clip(-1, 1)
+        .reshape(len(values), *grid, 3)
+    )
+    return pictures.transpose(0, 3, 1, 2).astype(np.float32), float(
+        pca.explained_variance_ratio_.sum()
+    )
 
 # %% ../../nbs/4_analysis/08_projection.ipynb #093db584
 @dataclass(frozen=True, repr=False)
 class Projection:
     "Points (n, 2) in a plane; trustworthiness in [0, 1]; recipe: how they were come by."
+
     points: np.ndarray
     trustworthiness: float
     recipe: dict = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return (f"{self.recipe['method']} of {len(self.points)} points, trustworthiness {self.trustworthiness:.3f} at "
-                f"{self.recipe['neighbours']} neighbours, seed {self.recipe['seed']}; distances, areas and gaps mean nothing")
+        return (
+            f"{self.recipe['method']} of {len(self.points)} points, trustworthiness {self.trustworthiness:.3f} at "
+            f"{self.recipe['neighbours']} neighbours, seed {self.recipe['seed']}; distances, areas and gaps mean nothing"
+        )
 
 
-def project(features, method: str = "UMAP", neighbours: int = 15, min_dist: float = 0.1, axes: int = 50,
-            seed: int = 0) -> Projection:
+def project(
+    features,
+    method: str = "UMAP",
+    neighbours: int = 15,
+    min_dist: float = 0.1,
+    axes: int = 50,
+    seed: int = 0,
+) -> Projection:
     """Features in the plane, by UMAP on their main axes or by the first two main axes alone (PCA).
 
     features: (n, d), pooled or of tokens; neighbours, min_dist: of UMAP; axes: that come first; seed: the same gives the same.
@@ -147,13 +197,28 @@ def project(features, method: str = "UMAP", neighbours: int = 15, min_dist: floa
     values = _array(features, 2, "features")
     choose(method, ("UMAP", "PCA"), "method")
     if not 2 <= neighbours < len(values) / 2:
-        raise ValueError(f"neighbours is {neighbours} for {len(values)} points; take 2 or more, fewer than half of the points")
+        raise ValueError(
+            f"neighbours is {neighbours} for {len(values)} points; take 2 or more, fewer than half of the points"
+        )
     pca = PCA(min(axes if method == "UMAP" else 2, *values.shape), random_state=seed)
     points = pca.fit_transform(values)
     if method == "UMAP":
         from umap import UMAP  # its compilation takes seconds
-        points = UMAP(n_neighbors=neighbours, min_dist=min_dist, random_state=seed, n_jobs=1).fit_transform(points)
+
+        points = UMAP(
+            n_neighbors=neighbours, min_dist=min_dist, random_state=seed, n_jobs=1
+        ).fit_transform(points)
     kept = float(trustworthiness(values, points, n_neighbors=neighbours))
-    return Projection(np.asarray(points, np.float32), kept, {
-        "method": method, "neighbours": neighbours, "min_dist": min_dist, "axes": pca.n_components_,
-        "variance": float(pca.explained_variance_ratio_.sum()), "seed": seed, "count": len(values)})
+    return Projection(
+        np.asarray(points, np.float32),
+        kept,
+        {
+            "method": method,
+            "neighbours": neighbours,
+            "min_dist": min_dist,
+            "axes": pca.n_components_,
+            "variance": float(pca.explained_variance_ratio_.sum()),
+            "seed": seed,
+            "count": len(values),
+        },
+    )

@@ -27,8 +27,13 @@ from ..settings import own_settings
 from ..training.run import Run
 
 # %% ../../nbs/4_analysis/13_sample_metrics.ipynb #4cb67558
-def all_metrics(real: np.ndarray, drawn: np.ndarray, resamples: int = 40, seed: int = 0,
-                options: dict[str, object] | None = None) -> dict[str, Measured]:
+def all_metrics(
+    real: np.ndarray,
+    drawn: np.ndarray,
+    resamples: int = 40,
+    seed: int = 0,
+    options: dict[str, object] | None = None,
+) -> dict[str, Measured]:
     """Every registered metric of two sets of features (n, d), (m, d), by name.
 
     resamples, seed: of the intervals; options: {metric: its options}, the defaults for others. Raises ValueError as `measure`,
@@ -41,7 +46,9 @@ def all_metrics(real: np.ndarray, drawn: np.ndarray, resamples: int = 40, seed: 
     for metric in metrics:
         measured = measure(metric, real, drawn, resamples, seed, options.get(metric))
         if shared := sorted(results.keys() & measured.keys()):
-            raise ValueError(f"metric {metric!r} and another one both return {', '.join(shared)}; give one another name")
+            raise ValueError(
+                f"metric {metric!r} and another one both return {', '.join(shared)}; give one another name"
+            )
         results |= measured
     return results
 
@@ -53,6 +60,7 @@ class SampleMetrics:
     drawn: each metric of samples against test data; floor: of other real data against the same; judged: the share of samples
     that a judge finds as asked for, by factor; own: that of real samples; recipe: how all of these were come by.
     """
+
     drawn: dict[str, Measured]
     floor: dict[str, Measured]
     judged: dict[str, Share] = field(default_factory=dict)
@@ -61,43 +69,82 @@ class SampleMetrics:
 
     def table(self) -> pd.DataFrame:
         "A row for each metric and judged factor: samples, and real ones in their place."
-        rows = [(name, str(found), str(self.floor[name])) for name, found in self.drawn.items()]
-        rows += [(f"judged right: {name}", f"{share.value:.3g} ({share.interval[0]:.3g} to {share.interval[1]:.3g})",
-                  f"{self.own[name]:.3g}") for name, share in self.judged.items()]
-        return pd.DataFrame(rows, columns=["metric", "samples (95 %)", "real ones instead (95 %)"])
+        rows = [
+            (name, str(found), str(self.floor[name]))
+            for name, found in self.drawn.items()
+        ]
+        rows += [
+            (
+                f"judged right: {name}",
+                f"{share.value:.3g} ({share.interval[0]:.3g} to {share.interval[1]:.3g})",
+                f"{self.own[name]:.3g}",
+            )
+            for name, share in self.judged.items()
+        ]
+        return pd.DataFrame(
+            rows, columns=["metric", "samples (95 %)", "real ones instead (95 %)"]
+        )
 
     @property
     def doubts(self) -> tuple[str, ...]:
         "What is doubtful about the numbers, in words."
-        return tuple(dict.fromkeys(f"{name}: {doubt}" for name, found in self.drawn.items() for doubt in found.doubts))
+        return tuple(
+            dict.fromkeys(
+                f"{name}: {doubt}"
+                for name, found in self.drawn.items()
+                for doubt in found.doubts
+            )
+        )
 
     def __str__(self) -> str:
-        return "\n".join([self.table().to_string(index=False), *self.doubts,
-                          ", ".join(f"{key} {value}" for key, value in self.recipe.items())])
+        return "\n".join(
+            [
+                self.table().to_string(index=False),
+                *self.doubts,
+                ", ".join(f"{key} {value}" for key, value in self.recipe.items()),
+            ]
+        )
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        lines = [*self.doubts, ", ".join(f"{key} {value}" for key, value in self.recipe.items())]
-        return self.table().to_html(index=False) + pd.DataFrame(lines).to_html(index=False, header=False, border=0)
+        lines = [
+            *self.doubts,
+            ", ".join(f"{key} {value}" for key, value in self.recipe.items()),
+        ]
+        return self.table().to_html(index=False) + pd.DataFrame(lines).to_html(
+            index=False, header=False, border=0
+        )
 
     def to_dict(self) -> dict:
         "What is written to metrics.json."
         return asdict(self)
 
 # %% ../../nbs/4_analysis/13_sample_metrics.ipynb #f08404ca
-def _judged(run: Run, name: str, drawn: dict[str, Tensor], examples: Examples,
-            folder: Path | str) -> tuple[dict[str, Share], dict[str, float]]:
+def _judged(
+    run: Run,
+    name: str,
+    drawn: dict[str, Tensor],
+    examples: Examples,
+    folder: Path | str,
+) -> tuple[dict[str, Share], dict[str, float]]:
     "The shares of samples that are what was asked for, and of real ones; empty where nothing was, or nothing judges it."
     config = run.config.datasets[name]
     if config.condition == "none" or name not in HEADS:
         return {}, {}
-    verdict = followed(judge_for(name, config, folder), drawn, wishes(config, name, examples))
+    verdict = followed(
+        judge_for(name, config, folder), drawn, wishes(config, name, examples)
+    )
     return verdict.shares, verdict.own
 
 
-def metric_data(run: Run, count: int = 500, data: str = "", extractor: Extractor | None = None,
-                neighbours: int = 5) -> tuple[str, dict[str, DataSet]]:
+def metric_data(
+    run: Run,
+    count: int = 500,
+    data: str = "",
+    extractor: Extractor | None = None,
+    neighbours: int = 5,
+) -> tuple[str, dict[str, DataSet]]:
     """The name of the data set that samples are measured against, and its test and validation splits.
 
     Raises ValueError for fewer samples than neighbours need, for latents, and for data without built-in features.
@@ -105,16 +152,25 @@ def metric_data(run: Run, count: int = 500, data: str = "", extractor: Extractor
     config = run.config
     name = config.data_name(data)
     if extractor is None and name == "latents":
-        raise ValueError("metrics look at pixels, frames or sounds, and a run of latents draws latents; decode samples with "
-                         "Latents.decode and measure them with all_metrics")
+        raise ValueError(
+            "metrics look at pixels, frames or sounds, and a run of latents draws latents; decode samples with "
+            "Latents.decode and measure them with all_metrics"
+        )
     if extractor is None and name not in HEADS:
-        raise ValueError(f"metrics of {name} need an extractor of features, as none is built in for them: "
-                         f"selfflow metrics {run.path} --extractor FOLDER, with DINOv2, CLAP, VideoMAE or InceptionV3")
-    parts = {split: Sources(config.data, split).data[name] for split in ("test", "validation")}
+        raise ValueError(
+            f"metrics of {name} need an extractor of features, as none is built in for them: "
+            f"selfflow metrics {run.path} --extractor FOLDER, with DINOv2, CLAP, VideoMAE or InceptionV3"
+        )
+    parts = {
+        split: Sources(config.data, split).data[name]
+        for split in ("test", "validation")
+    }
     count = min(count, *map(len, parts.values()))
     if count < 2 * neighbours + 2:
-        raise ValueError(f"{count} samples are too few for halves with {neighbours} neighbours; "
-                         f"take {2 * neighbours + 2} or more")
+        raise ValueError(
+            f"{count} samples are too few for halves with {neighbours} neighbours; "
+            f"take {2 * neighbours + 2} or more"
+        )
     return name, parts
 
 
@@ -122,15 +178,27 @@ def _settings(options: dict[str, object]) -> dict[str, object]:
     "The options that every registered metric was used with, by name; after its metric's name where two metrics share one."
     settings = {}
     for metric in metrics:
-        for name, value in asdict(options.get(metric) or metrics[metric].options()).items():
+        for name, value in asdict(
+            options.get(metric) or metrics[metric].options()
+        ).items():
             settings[f"{metric}: {name}" if name in settings else name] = value
     return settings
 
 
 @own_settings()
-def run_metrics(run: Run, count: int = 500, steps: int = 25, cfg_scale: float = 1.0, seed: int = 0, data: str = "",
-                extractor: Extractor | None = None, resamples: int = 40, options: dict[str, object] | None = None,
-                folder: Path | str = "data/cache/judges", shift: float | None = None) -> SampleMetrics:
+def run_metrics(
+    run: Run,
+    count: int = 500,
+    steps: int = 25,
+    cfg_scale: float = 1.0,
+    seed: int = 0,
+    data: str = "",
+    extractor: Extractor | None = None,
+    resamples: int = 40,
+    options: dict[str, object] | None = None,
+    folder: Path | str = "data/cache/judges",
+    shift: float | None = None,
+) -> SampleMetrics:
     """The metrics of `count` samples of a run against as many test examples, also written to metrics.json in its folder.
 
     steps (Euler), cfg_scale, seed, shift: as in Run.sample; data: which set, where there are several (then metrics-NAME.json);
@@ -139,22 +207,54 @@ def run_metrics(run: Run, count: int = 500, steps: int = 25, cfg_scale: float = 
     finite, and as Run.sample does.
     """
     options = options or {}
-    name, parts = metric_data(run, count, data, extractor, options.get("neighbourhoods", NeighbourOptions()).neighbours)
+    name, parts = metric_data(
+        run,
+        count,
+        data,
+        extractor,
+        options.get("neighbourhoods", NeighbourOptions()).neighbours,
+    )
     config, count = run.config, min(count, *map(len, parts.values()))
     extractor = extractor or built_in(config.datasets[name], folder=folder)
     examples, others = (part.take(subset(part, count)) for part in parts.values())
-    real = extractor(examples.signals)  # before anything is drawn: the extractor may not fit
-    told = examples.captions if config.shared.condition == "caption" else examples.labels
+    # before anything is drawn: the extractor may not fit
+    real = extractor(examples.signals)
+    told = (
+        examples.captions if config.shared.condition == "caption" else examples.labels
+    )
     shift = run.shift if shift is None else shift
-    drawn = run.sample(told, steps=steps, cfg_scale=cfg_scale, seed=seed, shift=shift, data=name)
-    drawn_metrics, floor = (all_metrics(real, extractor(signals), resamples, seed, options)
-                            for signals in (drawn, others.signals))
+    drawn = run.sample(
+        told, steps=steps, cfg_scale=cfg_scale, seed=seed, shift=shift, data=name
+    )
+    drawn_metrics, floor = (
+        all_metrics(real, extractor(signals), resamples, seed, options)
+        for signals in (drawn, others.signals)
+    )
     state = run.state()
-    against, floor_of = (f"{split} examples ({subset_words(part, count)})" for split, part in parts.items())
-    recipe = {**extractor.recipe, "data": name, "count": count, "against": against, "floor": floor_of, "sampler": "euler",
-              "steps": steps, "shift": shift, "cfg_scale": cfg_scale, "seed": seed, **_settings(options),
-              "resamples": resamples, "step": state["step"], "device": str(run.device),
-              "torch": torch.__version__, "selfflow": version("selfflow")}
-    result = SampleMetrics(drawn_metrics, floor, *_judged(run, name, drawn, examples, folder), recipe)
+    against, floor_of = (
+        f"{split} examples ({subset_words(part, count)})"
+        for split, part in parts.items()
+    )
+    recipe = {
+        **extractor.recipe,
+        "data": name,
+        "count": count,
+        "against": against,
+        "floor": floor_of,
+        "sampler": "euler",
+        "steps": steps,
+        "shift": shift,
+        "cfg_scale": cfg_scale,
+        "seed": seed,
+        **_settings(options),
+        "resamples": resamples,
+        "step": state["step"],
+        "device": str(run.device),
+        "torch": torch.__version__,
+        "selfflow": version("selfflow"),
+    }
+    result = SampleMetrics(
+        drawn_metrics, floor, *_judged(run, name, drawn, examples, folder), recipe
+    )
     write_json(run.path / f"metrics{'-' * bool(data)}{data}.json", result.to_dict())
     return result

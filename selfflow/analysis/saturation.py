@@ -36,6 +36,7 @@ class Compared:
     the tokens in the loss; labels: (b,); answers: {name: (b, n, d)} other predictions; missing: {name: (b,) bool} where there
     is none.
     """
+
     predicted: Tensor
     target: Tensor
     tau: Tensor
@@ -47,7 +48,9 @@ class Compared:
 
     def cosines(self, predicted: Tensor | None = None) -> Tensor:
         "The mean cosine with the target of each sample, (b,), over the tokens that count; of the student, or of another answer."
-        cosine = F.cosine_similarity(self.predicted if predicted is None else predicted, self.target, dim=-1)
+        cosine = F.cosine_similarity(
+            self.predicted if predicted is None else predicted, self.target, dim=-1
+        )
         return _mean_of_samples(cosine, self.counted)
 
 
@@ -62,7 +65,9 @@ def _another(labels: Tensor, within: bool) -> Tensor:
     Raises ValueError for a single sample, which has no other.
     """
     if len(labels) < 2:
-        raise ValueError("there is one sample only, but another one is asked for; take more")
+        raise ValueError(
+            "there is one sample only, but another one is asked for; take more"
+        )
     if not within:
         return torch.arange(len(labels)).roll(1)
     found = torch.full_like(labels, -1)
@@ -72,73 +77,140 @@ def _another(labels: Tensor, within: bool) -> Tensor:
     return found
 
 
-_ANSWERS = {"another image, other noise": ("other", "new"), "another image": ("other", "same"),
-           "another image of its label": ("alike", "same"), "its image, other noise": ("own", "new")}  # beside the student's own
+_ANSWERS = {
+    "another image, other noise": ("other", "new"),
+    "another image": ("other", "same"),
+    # beside the student's own
+    "another image of its label": ("alike", "same"),
+    "its image, other noise": ("own", "new"),
+}
 
 
 @own_settings()
 @torch.no_grad()
-def compare(objective: FeatureObjective, student, teacher, samples: Batch, labels: Tensor, purpose: str, seed: int = 0,
-            batch: int = 64, others: bool = True) -> Compared:
+def compare(
+    objective: FeatureObjective,
+    student,
+    teacher,
+    samples: Batch,
+    labels: Tensor,
+    purpose: str,
+    seed: int = 0,
+    batch: int = 64,
+    others: bool = True,
+) -> Compared:
     """What the student predicts and the teacher says of some samples, noised as in training; on the CPU, without gradient.
 
     labels: (b,) what samples are told apart by; purpose, seed: the key of noise, levels and label drop; batch: samples at once;
     others: also the answers to other images. Raises TypeError for an objective that compares no features.
     """
     if not isinstance(objective, FeatureObjective):
-        raise TypeError(f"{type(objective).__name__} compares no features: there is no cosine that could saturate")
+        raise TypeError(
+            f"{type(objective).__name__} compares no features: there is no cosine that could saturate"
+        )
     device, found = next(student.parameters()).device, []
     order = {}
     if others:
-        order = {"other": _another(labels, False), "alike": _another(labels, True), "own": torch.arange(len(samples))}
+        order = {
+            "other": _another(labels, False),
+            "alike": _another(labels, True),
+            "own": torch.arange(len(samples)),
+        }
     for step, rows in enumerate(torch.arange(len(samples)).split(batch)):
-        def draw(what, noise="same", step=step):  # levels, mask and label drop are those of the key, whatever is shown
-            return keyed(seed, f"agreement, {purpose}, {what}{', again' * (what == 'noise' and noise == 'new')}", step)
+        # levels, mask and label drop are those of the key, whatever is shown
+        def draw(what, noise="same", step=step):
+            return keyed(
+                seed,
+                f"agreement, {purpose}, {what}{', again' * (what == 'noise' and noise == 'new')}",
+                step,
+            )
 
         piece = samples[rows].to(device)
 
         def see(tokens, noise="same", piece=piece, draw=draw):
             shown = replace(piece, x0=tokens.to(device))
-            noised, out = objective.see(student, shown, partial(draw, noise=noise), objective.taps)
-            return noised, out, objective.projector(out.features[objective.student_layer]).float().cpu()
+            noised, out = objective.see(
+                student, shown, partial(draw, noise=noise), objective.taps
+            )
+            return (
+                noised,
+                out,
+                objective.projector(out.features[objective.student_layer])
+                .float()
+                .cpu(),
+            )
+
         noised, out, predicted = see(piece.x0)
         target, level = objective.target(teacher, noised, out.features, draw)
         counted = counted_tokens(noised.levels, objective.rep_tokens)
-        part = {"predicted": predicted, "target": normalise(target.float(), objective.normalise).cpu(),
-                "tau": noised.levels.per_token().cpu(), "level": level.cpu(),
-                "counted": (torch.ones_like(level, dtype=torch.bool) if counted is None else counted).cpu()}
+        part = {
+            "predicted": predicted,
+            "target": normalise(target.float(), objective.normalise).cpu(),
+            "tau": noised.levels.per_token().cpu(),
+            "level": level.cpu(),
+            "counted": (
+                torch.ones_like(level, dtype=torch.bool) if counted is None else counted
+            ).cpu(),
+        }
         for name, (image, noise) in _ANSWERS.items() if others else ():
             part[name] = see(samples.x0[order[image][rows].clamp(min=0)], noise)[2]
         if isinstance(objective, SelfFlow) and others:
-            deeper = teacher(noised.xt, noised.levels, noised.batch.condition, taps=(objective.teacher_layer,), stop=True,
-                             parts=samples.parts)
-            part["deeper layer, student's view"] = deeper.features[objective.teacher_layer].float().cpu()
+            deeper = teacher(
+                noised.xt,
+                noised.levels,
+                noised.batch.condition,
+                taps=(objective.teacher_layer,),
+                stop=True,
+                parts=samples.parts,
+            )
+            part["deeper layer, student's view"] = (
+                deeper.features[objective.teacher_layer].float().cpu()
+            )
         found.append(part)
     whole = {name: torch.cat([part[name] for part in found]) for name in found[0]}
     own = ("predicted", "target", "tau", "level", "counted")
-    missing = {name: order[image] < 0 for name, (image, _) in _ANSWERS.items()} if others else {}
+    missing = (
+        {name: order[image] < 0 for name, (image, _) in _ANSWERS.items()}
+        if others
+        else {}
+    )
     return Compared(*(whole.pop(name) for name in own), labels, whole, missing)
 
 # %% ../../nbs/4_analysis/07_saturation.ipynb #efc71420
-def _mean_directions(unit: Tensor, keys: list[Tensor], sizes: list[int], counted: Tensor, prior: float = 1.0) -> list[Tensor]:
+def _mean_directions(
+    unit: Tensor,
+    keys: list[Tensor],
+    sizes: list[int],
+    counted: Tensor,
+    prior: float = 1.0,
+) -> list[Tensor]:
     """Mean directions by cell, for each rung: [(cells, d)]; the cells of a rung divide those of the one before.
 
     unit: (b, n, d) of length 1; keys: (b, n) int64 each, what a rung knows besides; sizes: how many values each key has;
     counted: (b, n) bool; prior: how many observations the mean of the coarser cell counts for.
     """
-    index, parent, found = torch.zeros_like(keys[0]), unit.new_zeros(1, unit.shape[-1]), []
+    index, parent, found = (
+        torch.zeros_like(keys[0]),
+        unit.new_zeros(1, unit.shape[-1]),
+        [],
+    )
     for key, size in zip(keys, sizes, strict=True):
         index, parent = index * size + key, parent.repeat_interleave(size, 0)
         cells = index[counted]
         sums = torch.zeros_like(parent).index_add(0, cells, unit[counted])
-        number = unit.new_zeros(len(parent)).index_add(0, cells, unit.new_ones(len(cells)))
-        weight = prior if found else 0.0                                               # the constant has nothing above it
+        number = unit.new_zeros(len(parent)).index_add(
+            0, cells, unit.new_ones(len(cells))
+        )
+        # the constant has nothing above it
+        weight = prior if found else 0.0
         parent = (sums + weight * parent) / (number + weight).clamp(min=1e-12)[:, None]
         found.append(parent)
     return found
 
 
-def look_up(directions: list[Tensor], keys: list[Tensor], sizes: list[int]) -> list[Tensor]:
+def look_up(
+    directions: list[Tensor], keys: list[Tensor], sizes: list[int]
+) -> list[Tensor]:
     "The mean direction of each token by each rung: [(b, n, d)]."
     index, found = torch.zeros_like(keys[0]), []
     for means, key, size in zip(directions, keys, sizes, strict=True):
@@ -150,23 +222,36 @@ def look_up(directions: list[Tensor], keys: list[Tensor], sizes: list[int]) -> l
 _PRIORS = (1.0, 4.0, 16.0, 64.0, 256.0)
 
 
-def fit_directions(unit: Tensor, keys: list[Tensor], sizes: list[int], counted: Tensor) -> list[Tensor]:
+def fit_directions(
+    unit: Tensor, keys: list[Tensor], sizes: list[int], counted: Tensor
+) -> list[Tensor]:
     "`_mean_directions` of all samples, with the prior of PRIORS by which one half of them tells most of the other half."
     if len(unit) < 2:
-        raise ValueError("one sample only: its two halves are to be compared; take more")
+        raise ValueError(
+            "one sample only: its two halves are to be compared; take more"
+        )
     first, second = torch.arange(len(unit)).chunk(2)
 
     def reached(prior):
-        means = _mean_directions(unit[first], [key[first] for key in keys], sizes, counted[first], prior)
+        means = _mean_directions(
+            unit[first], [key[first] for key in keys], sizes, counted[first], prior
+        )
         finest = look_up(means, [key[second] for key in keys], sizes)[-1]
-        return F.cosine_similarity(finest, unit[second], dim=-1)[counted[second]].mean().item()
+        return (
+            F.cosine_similarity(finest, unit[second], dim=-1)[counted[second]]
+            .mean()
+            .item()
+        )
+
     return _mean_directions(unit, keys, sizes, counted, max(_PRIORS, key=reached))
 
 # %% ../../nbs/4_analysis/07_saturation.ipynb #0f1e9e29
 _GAPS = (0.0, 0.1, 0.25, 0.5, 1.0)  # ends of the bins of |t - s|
 
 
-def cosine_by_gap(fitted: Compared, scored: Compared, gaps: tuple[float, ...] = _GAPS) -> pd.DataFrame:
+def cosine_by_gap(
+    fitted: Compared, scored: Compared, gaps: tuple[float, ...] = _GAPS
+) -> pd.DataFrame:
     """The cosine of the student and of the best constant by gap of the sample's levels, for its noisier and its cleaner tokens.
 
     fitted: where the constants are from; scored: where they are tried. The gap is the largest tau - level of a sample; tokens no
@@ -180,15 +265,35 @@ def cosine_by_gap(fitted: Compared, scored: Compared, gaps: tuple[float, ...] = 
             for part in (fitted, scored):
                 over = part.tau - part.level
                 widest = (over * part.counted).amax(1, keepdim=True)
-                inside = ((widest > low) | ((low == gaps[0]) & (widest >= low))) & (widest <= high)
-                chosen.append(part.counted & inside & ((over > 1e-6) if tokens == "noisier" else (over <= 1e-6)))
+                inside = ((widest > low) | ((low == gaps[0]) & (widest >= low))) & (
+                    widest <= high
+                )
+                chosen.append(
+                    part.counted
+                    & inside
+                    & ((over > 1e-6) if tokens == "noisier" else (over <= 1e-6))
+                )
             there = chosen[1].any(1)
             if there.sum() < 2 or not chosen[0].any():
                 continue
-            constant = F.normalize(fitted.target[chosen[0]], dim=-1).mean(0).expand_as(scored.target)
-            row = {"tokens": tokens, "from": low, "to": high, "samples": int(there.sum())}
-            for name, answer in {"cosine": scored.predicted, "constant": constant}.items():
-                values = _mean_of_samples(F.cosine_similarity(answer, scored.target, dim=-1), chosen[1])[there].double()
+            constant = (
+                F.normalize(fitted.target[chosen[0]], dim=-1)
+                .mean(0)
+                .expand_as(scored.target)
+            )
+            row = {
+                "tokens": tokens,
+                "from": low,
+                "to": high,
+                "samples": int(there.sum()),
+            }
+            for name, answer in {
+                "cosine": scored.predicted,
+                "constant": constant,
+            }.items():
+                values = _mean_of_samples(
+                    F.cosine_similarity(answer, scored.target, dim=-1), chosen[1]
+                )[there].double()
                 mean, low, high = map(float, mean_interval(values.cpu()))
                 row |= {name: mean, f"{name}, low": low, f"{name}, high": high}
             rows.append(row)
@@ -203,6 +308,7 @@ class Ladder:
     (b,) the part of the student's cosine that place, level and label cannot give; by_gap: table; sizes: samples fitted on and
     scored on; gradient_share: of the representation loss at the student's layer when last logged, None where it was not.
     """
+
     step: int
     cosines: dict[str, np.ndarray]
     free: tuple[str, ...]
@@ -210,7 +316,9 @@ class Ladder:
     by_gap: pd.DataFrame
     sizes: dict[str, int]
     gradient_share: float | None = None
-    word: str = "image"  # what a sample is: image, video, audio or sample; answers are named by it in table and verdict
+    # what a sample is: image, video, audio or sample; answers are named by it in table
+    # and verdict
+    word: str = "image"
 
     @property
     def floor(self) -> str:
@@ -229,32 +337,59 @@ class Ladder:
         for name, values in self.cosines.items():
             values = values[~np.isnan(values)]
             answer = name.replace("image", self.word)
-            rows.append((answer, *map(float, mean_interval(values)), name not in self.free, len(values)))
-        return pd.DataFrame(rows, columns=["answer", "cosine", "low", "high", f"knows the {self.word}", "samples"])
+            rows.append(
+                (
+                    answer,
+                    *map(float, mean_interval(values)),
+                    name not in self.free,
+                    len(values),
+                )
+            )
+        return pd.DataFrame(
+            rows,
+            columns=[
+                "answer",
+                "cosine",
+                "low",
+                "high",
+                f"knows the {self.word}",
+                "samples",
+            ],
+        )
 
     def verdict(self) -> str:
         "In words: what the cosine is made of, and whether the representation loss still teaches anything."
         return self._verdict().replace("image", self.word)
 
     def _verdict(self) -> str:
-        student, floor = (np.nanmean(self.cosines[name]) for name in ("student", self.floor))
+        student, floor = (
+            np.nanmean(self.cosines[name]) for name in ("student", self.floor)
+        )
         gain, low, high = self.difference(self.floor, "student")
         said = f"Step {self.step}: the student reaches {student:.3f}; without its image, {self.floor} reaches {floor:.3f}."
         if high < 0:
-            return (f"{said} The difference, {gain:+.3f} ({low:+.3f} to {high:+.3f}), is below 0: what needs no image "
-                    "predicts the teacher better than the student does; these test samples do not show that the "
-                    "representation loss has taught anything about the image.")
+            return (
+                f"{said} The difference, {gain:+.3f} ({low:+.3f} to {high:+.3f}), is below 0: what needs no image "
+                "predicts the teacher better than the student does; these test samples do not show that the "
+                "representation loss has taught anything about the image."
+            )
         if low <= 0:
-            return (f"{said} The difference, {gain:+.3f} ({low:+.3f} to {high:+.3f}), cannot be told from 0: these test samples "
-                    "do not show that the representation loss has taught anything about the image.")
+            return (
+                f"{said} The difference, {gain:+.3f} ({low:+.3f} to {high:+.3f}), cannot be told from 0: these test samples "
+                "do not show that the representation loss has taught anything about the image."
+            )
         share, left = gain / (1 - floor), 1 - student
-        said += (f" The image adds {gain:.3f} ({low:.3f} to {high:.3f}), {share:.0%} of what is open without it. "
-                 f"{self.earned.mean():.3f} of the cosine is more than place, level and label can tell.")
+        said += (
+            f" The image adds {gain:.3f} ({low:.3f} to {high:.3f}), {share:.0%} of what is open without it. "
+            f"{self.earned.mean():.3f} of the cosine is more than place, level and label can tell."
+        )
         if deep := [name for name in self.cosines if name.startswith("deeper")]:
             ahead, a, b = self.difference(deep[0], "student")
             kind = "ahead of" if a > 0 else "behind" if b < 0 else "level with"
-            said += (f" The student is {kind} the teacher's own layer under the student's view ({ahead:+.3f}, {a:+.3f} to "
-                     f"{b:+.3f}).")
+            said += (
+                f" The student is {kind} the teacher's own layer under the student's view ({ahead:+.3f}, {a:+.3f} to "
+                f"{b:+.3f})."
+            )
         if share > 0.9:
             ending = "little is left for it to teach"
         elif share > 0.1:
@@ -267,38 +402,84 @@ class Ladder:
         return said
 
 # %% ../../nbs/4_analysis/07_saturation.ipynb #6c6314d6
-def ladder(fitted: Compared, scored: Compared, bins: int = 8, step: int = 0, gradient_share: float | None = None,
-           word: str = "image") -> Ladder:
+def ladder(
+    fitted: Compared,
+    scored: Compared,
+    bins: int = 8,
+    step: int = 0,
+    gradient_share: float | None = None,
+    word: str = "image",
+) -> Ladder:
     """The ladder: mean directions of `fitted` (training images) tried on `scored` (test images), beside the student's answers.
 
     bins: of the level of the teacher's view, with as many training samples each.
     """
-    levels = fitted.level[fitted.counted].double().quantile(torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]).float()
-    count, n = int(max(fitted.labels.max(), scored.labels.max())) + 1, fitted.tau.shape[1]
+    levels = (
+        fitted.level[fitted.counted]
+        .double()
+        .quantile(torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1])
+        .float()
+    )
+    count, n = (
+        int(max(fitted.labels.max(), scored.labels.max())) + 1,
+        fitted.tau.shape[1],
+    )
 
     def keys(part):
-        return [torch.zeros_like(part.tau, dtype=torch.int64), torch.arange(n).expand_as(part.tau),
-                torch.bucketize(part.level.contiguous(), levels), part.labels[:, None].expand_as(part.tau)]
-    names, sizes = ["constant", "place", "place and level", "place, level and label"], [1, n, bins, count]
+        return [
+            torch.zeros_like(part.tau, dtype=torch.int64),
+            torch.arange(n).expand_as(part.tau),
+            torch.bucketize(part.level.contiguous(), levels),
+            part.labels[:, None].expand_as(part.tau),
+        ]
+
+    names, sizes = (
+        ["constant", "place", "place and level", "place, level and label"],
+        [1, n, bins, count],
+    )
     rungs = 3 if count == 1 else 4
-    means = fit_directions(F.normalize(fitted.target, dim=-1), keys(fitted)[:rungs], sizes[:rungs], fitted.counted)
+    means = fit_directions(
+        F.normalize(fitted.target, dim=-1),
+        keys(fitted)[:rungs],
+        sizes[:rungs],
+        fitted.counted,
+    )
     found = look_up(means, keys(scored)[:rungs], sizes[:rungs])
-    cosines = {name: scored.cosines(mean) for name, mean in zip(names, found, strict=False)}
+    cosines = {
+        name: scored.cosines(mean) for name, mean in zip(names, found, strict=False)
+    }
     for name, answer in scored.answers.items():
         missing = scored.missing.get(name, torch.zeros(len(answer), dtype=torch.bool))
         if not missing.all():
             cosines[name] = scored.cosines(answer).masked_fill(missing, torch.nan)
     rest = F.normalize(scored.target, dim=-1) - found[-1]
-    earned = _mean_of_samples((F.normalize(scored.predicted, dim=-1) * rest).sum(-1), scored.counted)
+    earned = _mean_of_samples(
+        (F.normalize(scored.predicted, dim=-1) * rest).sum(-1), scored.counted
+    )
     cosines["student"] = scored.cosines()
     free = (*names[:rungs], *(name for name in cosines if name.startswith("another")))
-    return Ladder(step, {name: values.double().numpy() for name, values in cosines.items()}, free,
-                  earned.double().numpy(), cosine_by_gap(fitted, scored), {"fitted": len(fitted.tau), "scored": len(scored.tau)},
-                  gradient_share, word)
+    return Ladder(
+        step,
+        {name: values.double().numpy() for name, values in cosines.items()},
+        free,
+        earned.double().numpy(),
+        cosine_by_gap(fitted, scored),
+        {"fitted": len(fitted.tau), "scored": len(scored.tau)},
+        gradient_share,
+        word,
+    )
 
 # %% ../../nbs/4_analysis/07_saturation.ipynb #c5a19c7e
-def saturation(run: Run, fitted: int = 1000, scored: int = 300, bins: int = 8, seed: int = 0, batch: int = 64, data: str = "",
-               features=None) -> Ladder:
+def saturation(
+    run: Run,
+    fitted: int = 1000,
+    scored: int = 300,
+    bins: int = 8,
+    seed: int = 0,
+    batch: int = 64,
+    data: str = "",
+    features=None,
+) -> Ladder:
     """The ladder of a run's checkpoint: mean directions of training images, all answers on test images under new noise.
 
     fitted, scored: at most so many samples of either part; data: which data set, where there are several; features: for a REPA
@@ -307,33 +488,68 @@ def saturation(run: Run, fitted: int = 1000, scored: int = 300, bins: int = 8, s
     """
     objective, config = _objective(run), run.config
     if objective.needs_features and features is None:
-        raise ValueError(f"the target of {config.objective.name} is what its encoder says: saturation(run, features=encoder)")
+        raise ValueError(
+            f"the target of {config.objective.name} is what its encoder says: saturation(run, features=encoder)"
+        )
     found = {}
     for split, most in {"train": fitted, "test": scored}.items():
         sources = Sources(config.data, split)
         name = config.data_name(data)
         count = min(most, len(sources.data[name]))
-        rows = torch.randperm(len(sources.data[name]), generator=keyed(seed, f"saturation, {split}"))[:count]
+        rows = torch.randperm(
+            len(sources.data[name]), generator=keyed(seed, f"saturation, {split}")
+        )[:count]
         labels = sources.data[name].take(rows).labels
         samples = sources.take(name, rows)
-        samples = samples if features is None else replace(samples, features=features(samples.x0))
-        found[split] = compare(objective, run.model, run.teacher, samples, labels, split, seed, batch, split == "test")
+        samples = (
+            samples
+            if features is None
+            else replace(samples, features=features(samples.x0))
+        )
+        found[split] = compare(
+            objective,
+            run.model,
+            run.teacher,
+            samples,
+            labels,
+            split,
+            seed,
+            batch,
+            split == "test",
+        )
     step, log = run.state()["step"], run.log
-    shares = log[log["step"] <= step]["rep_gradient_share"].dropna() if "rep_gradient_share" in log else []
+    shares = (
+        log[log["step"] <= step]["rep_gradient_share"].dropna()
+        if "rep_gradient_share" in log
+        else []
+    )
     signals = list(sources.layouts[name].patches)
-    return ladder(found["train"], found["test"], bins, step, float(shares.iloc[-1]) if len(shares) else None,
-                  signals[0] if len(signals) == 1 else "sample")
+    return ladder(
+        found["train"],
+        found["test"],
+        bins,
+        step,
+        float(shares.iloc[-1]) if len(shares) else None,
+        signals[0] if len(signals) == 1 else "sample",
+    )
 
 
 def _objective(run: Run) -> FeatureObjective:
     kind = objectives[run.config.objective.name].load()
     if not kind.compares_features:
-        raise TypeError(f"{run.path} was trained with {run.config.objective.name} alone: it compares no features, so nothing can "
-                        "saturate")
+        raise TypeError(
+            f"{run.path} was trained with {run.config.objective.name} alone: it compares no features, so nothing can "
+            "saturate"
+        )
     stored = run.load("objective") if kind.needs_features else {}
     with torch.random.fork_rng():
-        objective = build_objective(run.config.objective, run.model, run.sources.sequences, head_width(stored),
-                                    run.sources.weights)
+        objective = build_objective(
+            run.config.objective,
+            run.model,
+            run.sources.sequences,
+            head_width(stored),
+            run.sources.weights,
+        )
     if objective.state_dict():  # LayerSync has no head
         objective.load_state_dict(run.load("objective"))
     return objective.to(run.device).eval().requires_grad_(False)

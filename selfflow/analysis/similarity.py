@@ -26,10 +26,14 @@ def _checked(*features, least: int = 4) -> list[Tensor]:
     for part in found:
         if part.ndim != 2 or len(part) != len(found[0]) or len(part) < least:
             shapes = " and ".join(str(tuple(each.shape)) for each in found)
-            raise ValueError(f"features have shapes {shapes}, expected (n, d) of the same n samples, n at least {least}; take "
-                             "the mean over tokens, or lay samples and tokens out as rows")
+            raise ValueError(
+                f"features have shapes {shapes}, expected (n, d) of the same n samples, n at least {least}; take "
+                "the mean over tokens, or lay samples and tokens out as rows"
+            )
         if bad := int((~part.isfinite()).sum()):
-            raise ValueError(f"{bad} numbers of the features are NaN or infinite; look at the model first")
+            raise ValueError(
+                f"{bad} numbers of the features are NaN or infinite; look at the model first"
+            )
     return [part - part.mean(0) for part in found]
 
 
@@ -42,13 +46,18 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
 
 def _unbiased(x: Tensor, y: Tensor) -> Tensor:
     n, kept = len(x), [(part.square().sum(1), part) for part in (x, y)]
-    sums = [part @ part.sum(0) - own for own, part in kept]                            # rows of the kernels, without the diagonal
+    # rows of the kernels, without the diagonal
+    sums = [part @ part.sum(0) - own for own, part in kept]
     trace = _product(x, y) - (kept[0][0] * kept[1][0]).sum()
-    return (trace + sums[0].sum() * sums[1].sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (sums[0] * sums[1]).sum()) / (n * (n - 3))
+    return (
+        trace
+        + sums[0].sum() * sums[1].sum() / ((n - 1) * (n - 2))
+        - 2 / (n - 2) * (sums[0] * sums[1]).sum()
+    ) / (n * (n - 3))
 
 
 def _biased(x: Tensor, y: Tensor) -> Tensor:
-    return _product(x, y) / (len(x) - 1)**2
+    return _product(x, y) / (len(x) - 1) ** 2
 
 
 def cka(x, y, unbiased: bool = True) -> float:
@@ -62,7 +71,9 @@ def cka(x, y, unbiased: bool = True) -> float:
     hsic = _unbiased if unbiased else _biased
     own = [hsic(part, part) if part.abs().max() > 0 else part.sum() for part in (x, y)]
     if not min(own) > 0:
-        raise ValueError("the features of all samples are the same, or as good as: there is nothing to compare")
+        raise ValueError(
+            "the features of all samples are the same, or as good as: there is nothing to compare"
+        )
     return float(hsic(x, y) / (own[0] * own[1]).sqrt())
 
 # %% ../../nbs/4_analysis/05_similarity.ipynb #3c6b57a1
@@ -70,9 +81,12 @@ def _neighbours(x: Tensor, k: int, rows: int) -> Tensor:
     "The keys i n + j, in order, of the pairs in which j is among the k nearest of i, by inner product."
     n, found = len(x), []
     for start in range(0, n, rows):
-        block = x[start:start + rows] @ x.mT
+        block = x[start : start + rows] @ x.mT
         block.diagonal(start).fill_(-math.inf)
-        found.append(block.topk(k, dim=1).indices + n * torch.arange(start, start + len(block), device=x.device)[:, None])
+        found.append(
+            block.topk(k, dim=1).indices
+            + n * torch.arange(start, start + len(block), device=x.device)[:, None]
+        )
     return torch.cat(found).flatten().sort().values
 
 
@@ -80,10 +94,19 @@ def _masked_hsic(x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
     n, i, j = len(x), keys // len(x), keys % len(x)
     a, b = ((part[i] * part[j]).sum(1) for part in (x, y))
     place = torch.searchsorted(keys, j * n + i).clamp(max=len(keys) - 1)
-    both = keys[place] == j * n + i                                                   # pairs that are there the other way round
-    columns, lines = a.new_zeros(n).index_add(0, j, a), b.new_zeros(n).index_add(0, i, b)
-    trace = (a[both] * b[place[both]]).sum()  # the factor 1 / n (n - 3), common to all, is left out
-    return trace + a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (columns * lines).sum()
+    # pairs that are there the other way round
+    both = keys[place] == j * n + i
+    columns, lines = (
+        a.new_zeros(n).index_add(0, j, a),
+        b.new_zeros(n).index_add(0, i, b),
+    )
+    # the factor 1 / n (n - 3), common to all, is left out
+    trace = (a[both] * b[place[both]]).sum()
+    return (
+        trace
+        + a.sum() * b.sum() / ((n - 1) * (n - 2))
+        - 2 / (n - 2) * (columns * lines).sum()
+    )
 
 
 def cknna(x, y, neighbours: int = 10, unit: bool = True, rows: int = 1024) -> float:
@@ -100,42 +123,74 @@ def cknna(x, y, neighbours: int = 10, unit: bool = True, rows: int = 1024) -> fl
     if unit:
         x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
     if not 2 <= neighbours < len(x):
-        raise ValueError(f"{neighbours} neighbours of {len(x)} samples: take 2 at least, and fewer than there are samples")
+        raise ValueError(
+            f"{neighbours} neighbours of {len(x)} samples: take 2 at least, and fewer than there are samples"
+        )
     keys = [_neighbours(part, neighbours, rows) for part in (x, y)]
     common = keys[0][torch.isin(keys[0], keys[1], assume_unique=True)]
-    own = [_masked_hsic(part, part, key) for part, key in zip((x, y), keys, strict=True)]
+    own = [
+        _masked_hsic(part, part, key) for part, key in zip((x, y), keys, strict=True)
+    ]
     if not min(own) > 0:
-        raise ValueError(f"{len(x)} samples are too few for {neighbours} neighbours each, or their features do not differ; "
-                         "take more samples")
-    return float(_masked_hsic(x, y, common) / (own[0] * own[1]).sqrt()) if len(common) else 0.0
+        raise ValueError(
+            f"{len(x)} samples are too few for {neighbours} neighbours each, or their features do not differ; "
+            "take more samples"
+        )
+    return (
+        float(_masked_hsic(x, y, common) / (own[0] * own[1]).sqrt())
+        if len(common)
+        else 0.0
+    )
 
 # %% ../../nbs/4_analysis/05_similarity.ipynb #c950c679
-def jackknife(measure: Callable, *features, groups: int = 20) -> tuple[float, float, float]:
+def jackknife(
+    measure: Callable, *features, groups: int = 20
+) -> tuple[float, float, float]:
     """A measure of features (n, ...) of the same samples with its 95 % interval over them: (value, low, high).
 
     Each of `groups` interleaved groups is left out once. Raises ValueError for less than 2 groups or more than samples.
     """
     n = len(features[0])
     if not 2 <= groups <= n:
-        raise ValueError(f"{groups} groups of {n} samples: take 2 at least, and no more than there are samples")
+        raise ValueError(
+            f"{groups} groups of {n} samples: take 2 at least, and no more than there are samples"
+        )
     value, group = measure(*features), torch.arange(n) % groups
-    without = np.array([measure(*(part[group != left] for part in features)) for left in range(groups)], float)
+    without = np.array(
+        [
+            measure(*(part[group != left] for part in features))
+            for left in range(groups)
+        ],
+        float,
+    )
     error = math.sqrt((groups - 1) / groups * ((without - without.mean()) ** 2).sum())
     half = t.ppf(0.975, groups - 1) * error
     return float(value), float(value - half), float(value + half)
 
 # %% ../../nbs/4_analysis/05_similarity.ipynb #b31c335f
-def similarities(first: dict, second: dict | None = None, measure: Callable = cka) -> pd.DataFrame:
+def similarities(
+    first: dict, second: dict | None = None, measure: Callable = cka
+) -> pd.DataFrame:
     """A measure of every representation in `first` with every one in `second` (None: with each other), rows from `first`.
 
     first, second: {name: (n, d)} features of the same samples, for example what `features.extract` gives of two runs.
     """
     second = first if second is None else second
-    return pd.DataFrame([[measure(x, y) for y in second.values()] for x in first.values()], list(first), list(second))
+    return pd.DataFrame(
+        [[measure(x, y) for y in second.values()] for x in first.values()],
+        list(first),
+        list(second),
+    )
 
 # %% ../../nbs/4_analysis/05_similarity.ipynb #290c15e3
 @torch.no_grad()
-def self_similarity(features: Tensor, grid: tuple[int, ...], near: int = 1, far: int | None = None, batch: int = 64) -> Tensor:
+def self_similarity(
+    features: Tensor,
+    grid: tuple[int, ...],
+    near: int = 1,
+    far: int | None = None,
+    batch: int = 64,
+) -> Tensor:
     """Mean cosine of tokens at most `near` steps apart, and of tokens `far` steps or more apart: (b, 2).
 
     features: (b, n, d); grid: of the n tokens, such as (rows, columns), (moments, rows, columns) or (moments,); steps are
@@ -143,15 +198,25 @@ def self_similarity(features: Tensor, grid: tuple[int, ...], near: int = 1, far:
     ValueError for a grid that does not fit or has no two such tokens. Source: arXiv 2512.10794, local against distant similarity.
     """
     if features.ndim != 3 or features.shape[1] != math.prod(grid):
-        raise ValueError(f"features have shape {tuple(features.shape)}, expected (b, {math.prod(grid)}, d) for a grid of {grid}")
-    places = torch.cartesian_prod(*(torch.arange(float(side)) for side in grid)).reshape(features.shape[1], -1)
+        raise ValueError(
+            f"features have shape {tuple(features.shape)}, expected (b, {math.prod(grid)}, d) for a grid of {grid}"
+        )
+    places = torch.cartesian_prod(
+        *(torch.arange(float(side)) for side in grid)
+    ).reshape(features.shape[1], -1)
     steps = torch.cdist(places, places, p=1)
     far = max(near + 1, math.ceil(steps.max().item() / 2)) if far is None else far
     chosen = [(steps > 0) & (steps <= near), steps >= max(far, 1)]
     if not all(pairs.any() for pairs in chosen) or far <= near:
-        raise ValueError(f"near {near} and far {far} on a grid of {grid}, whose longest way is {steps.max():g} steps: there must "
-                         "be tokens of both kinds, and far above near")
-    weights = torch.stack([pairs / pairs.sum() for pairs in chosen]).flatten(1).to(features.device)
+        raise ValueError(
+            f"near {near} and far {far} on a grid of {grid}, whose longest way is {steps.max():g} steps: there must "
+            "be tokens of both kinds, and far above near"
+        )
+    weights = (
+        torch.stack([pairs / pairs.sum() for pairs in chosen])
+        .flatten(1)
+        .to(features.device)
+    )
     found = []
     for part in features.split(batch):
         unit = F.normalize(part.float(), dim=-1)
@@ -168,11 +233,22 @@ def describe_layers(features: dict[int, Tensor], grid: tuple[int, ...]) -> pd.Da
     rows = {}
     for layer, hidden in features.items():
         alone = sum(side - 1 for side in grid) < 2  # no token is distant from another
-        pairs = hidden.new_full((len(hidden), 2), torch.nan) if alone else self_similarity(hidden, grid)
+        pairs = (
+            hidden.new_full((len(hidden), 2), torch.nan)
+            if alone
+            else self_similarity(hidden, grid)
+        )
         local, distant = pairs.double().unbind(1)
-        row = {"effective rank": effective_rank(hidden).item(), "common direction": constant_cosine(hidden.float()).item(),
-               "local": local.mean().item(), "distant": distant.mean().item()}
-        for name, values in {"norm": hidden.norm(dim=-1).mean(1).double(), "local - distant": local - distant}.items():
+        row = {
+            "effective rank": effective_rank(hidden).item(),
+            "common direction": constant_cosine(hidden.float()).item(),
+            "local": local.mean().item(),
+            "distant": distant.mean().item(),
+        }
+        for name, values in {
+            "norm": hidden.norm(dim=-1).mean(1).double(),
+            "local - distant": local - distant,
+        }.items():
             mean, low, high = map(float, mean_interval(values.cpu()))
             row |= {name: mean, f"{name}, low": low, f"{name}, high": high}
         rows[layer] = row

@@ -22,20 +22,33 @@ def _torchaudio():
     "torchaudio, or an ImportError that says what to install."
     try:
         import torchaudio.transforms
-    except (ImportError, OSError, RuntimeError) as error:  # it fails in all these ways beside a torch that it was not built for
-        raise ImportError("this needs torchaudio, and torch below 2.15: pip install 'torchaudio==2.11.*' 'torch<2.15'") from error
+    # it fails in all these ways beside a torch that it was not built for
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ImportError(
+            "this needs torchaudio, and torch below 2.15: pip install 'torchaudio==2.11.*' 'torch<2.15'"
+        ) from error
     return torchaudio
 
 
 def _check(values: Tensor, shape: tuple, what: str, remedy: str):
     "ValueError unless `values` are (b, *shape), where ('n',) stands for any number, not empty, float32 or float64, and finite."
-    if not values.numel() or values.ndim != len(shape) + 1 or shape not in (("n",), tuple(values.shape[1:])):
-        raise ValueError(f"{what} have shape {tuple(values.shape)}, expected ({', '.join(map(str, ('b', *shape)))}); {remedy}")
+    if (
+        not values.numel()
+        or values.ndim != len(shape) + 1
+        or shape not in (("n",), tuple(values.shape[1:]))
+    ):
+        raise ValueError(
+            f"{what} have shape {tuple(values.shape)}, expected ({', '.join(map(str, ('b', *shape)))}); {remedy}"
+        )
     if values.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{what} are {values.dtype}, expected torch.float32: x.float(), of 16-bit sounds x.float() / 32768")
+        raise ValueError(
+            f"{what} are {values.dtype}, expected torch.float32: x.float(), of 16-bit sounds x.float() / 32768"
+        )
     bad = (~values.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"{len(bad)} {what} hold NaN or infinity, first at {bad[:5]}; remove or repair them")
+        raise ValueError(
+            f"{len(bad)} {what} hold NaN or infinity, first at {bad[:5]}; remove or repair them"
+        )
 
 
 def to_mono(waves: Tensor) -> Tensor:
@@ -57,12 +70,20 @@ def resample(waves: Tensor, rate: int, new_rate: int) -> Tensor:
     Raises ValueError for rates that are no whole numbers above 0 or share too small a divisor, ImportError without torchaudio.
     """
     if not all(isinstance(r, int) and r > 0 for r in (rate, new_rate)):
-        raise ValueError(f"rates are {rate!r} and {new_rate!r}, but samples a second are whole numbers above 0")
+        raise ValueError(
+            f"rates are {rate!r} and {new_rate!r}, but samples a second are whole numbers above 0"
+        )
     common = math.gcd(rate, new_rate)
     if (rate // common) * (new_rate // common) > 10_000_000:
-        raise ValueError(f"from {rate} to {new_rate} samples a second takes a table of {rate // common} x {new_rate // common} "
-                         f"numbers; if {rate} is right, bring it to a round rate with another tool first")
-    return waves if rate == new_rate else _torchaudio().functional.resample(waves, rate, new_rate)
+        raise ValueError(
+            f"from {rate} to {new_rate} samples a second takes a table of {rate // common} x {new_rate // common} "
+            f"numbers; if {rate} is right, bring it to a round rate with another tool first"
+        )
+    return (
+        waves
+        if rate == new_rate
+        else _torchaudio().functional.resample(waves, rate, new_rate)
+    )
 
 # %% ../../nbs/2_data/05_audio.ipynb #0a1e9ffa
 class _Spectra:
@@ -70,11 +91,18 @@ class _Spectra:
 
     Both ways keep device and precision, and raise ValueError for another shape and for what is not finite.
     """
+
     def __post_init__(self):
         step = max(2, self.step + self.step % 2)
-        if min(self.rate, self.samples) <= 0 or step != self.step or self.samples % step:
-            raise ValueError(f"{self.samples} samples at rate {self.rate} are not whole columns of {self.step}, an even number; "
-                             f"choose columns of {step} and {step * max(1, round(self.samples / step))} samples: see fit_length")
+        if (
+            min(self.rate, self.samples) <= 0
+            or step != self.step
+            or self.samples % step
+        ):
+            raise ValueError(
+                f"{self.samples} samples at rate {self.rate} are not whole columns of {self.step}, an even number; "
+                f"choose columns of {step} and {step * max(1, round(self.samples / step))} samples: see fit_length"
+            )
 
     @property
     def step(self) -> int:
@@ -93,21 +121,43 @@ class _Spectra:
 
     def encode(self, waves: Tensor) -> Tensor:
         "The spectra (b, bins, columns) of sounds (b, samples)."
-        _check(waves, (self.samples,), "sounds", f"fit_length(x, {self.samples}) cuts or fills them")
+        _check(
+            waves,
+            (self.samples,),
+            "sounds",
+            f"fit_length(x, {self.samples}) cuts or fills them",
+        )
         return self._encode(waves)
 
     def decode(self, spectra: Tensor) -> Tensor:
         "The sounds (b, samples) of spectra (b, bins, columns)."
-        _check(spectra, self.shape, "spectra", "decode what encode made, or a model of that shape")
+        _check(
+            spectra,
+            self.shape,
+            "spectra",
+            "decode what encode made, or a model of that shape",
+        )
         return self._decode(spectra)
 
 
 @cache
-def _mel(rate: int, bins: int, hop: int, window: int, device: torch.device, dtype: torch.dtype):
+def _mel(
+    rate: int,
+    bins: int,
+    hop: int,
+    window: int,
+    device: torch.device,
+    dtype: torch.dtype,
+):
     "torchaudio's magnitudes in mel bands, made once for each setting."
     with own_settings():  # what is kept must serve everywhere
-        return _torchaudio().transforms.MelSpectrogram(
-            rate, window, hop_length=hop, n_mels=bins, power=1, pad_mode="constant").to(device, dtype)
+        return (
+            _torchaudio()
+            .transforms.MelSpectrogram(
+                rate, window, hop_length=hop, n_mels=bins, power=1, pad_mode="constant"
+            )
+            .to(device, dtype)
+        )
 
 
 def _from_mel(mel: Tensor, filters: Tensor, rounds: int = 30) -> Tensor:
@@ -126,6 +176,7 @@ class LogMel(_Spectra):
     hop, window: in samples; floor: the magnitude added, where a full-scale sine is about 1; mean, std: of the logarithm, to be
     taken off; rounds: of Griffin and Lim. Raises ValueError for settings that do not fit, ImportError without torchaudio.
     """
+
     samples: int = 8192
     rate: int = 8000
     bins: int = 64
@@ -139,40 +190,77 @@ class LogMel(_Spectra):
     def __post_init__(self):
         super().__post_init__()
         if self.window % 2 or not 2 * self.hop <= self.window <= self.samples:
-            raise ValueError(f"window is {self.window}, but must be even, from two hops ({2 * self.hop}) to a sound's "
-                             f"{self.samples} samples; choose {4 * self.hop}, longer sounds or a shorter hop")
-        if not all(number > 0 for number in (self.bins, self.floor, self.std, self.rounds)):  # NaN is not above 0
-            raise ValueError(f"bins {self.bins}, floor {self.floor}, std {self.std} and rounds {self.rounds} must all be above 0")
-        with warnings.catch_warnings(action="ignore"):  # torchaudio warns of what is refused here
+            raise ValueError(
+                f"window is {self.window}, but must be even, from two hops ({2 * self.hop}) to a sound's "
+                f"{self.samples} samples; choose {4 * self.hop}, longer sounds or a shorter hop"
+            )
+        # NaN is not above 0
+        if not all(
+            number > 0 for number in (self.bins, self.floor, self.std, self.rounds)
+        ):
+            raise ValueError(
+                f"bins {self.bins}, floor {self.floor}, std {self.std} and rounds {self.rounds} must all be above 0"
+            )
+        # torchaudio warns of what is refused here
+        with warnings.catch_warnings(action="ignore"):
             if not self._transform(torch.zeros(())).mel_scale.fb.any(0).all():
-                raise ValueError(f"{self.bins} bins are too narrow for a window of {self.window}; fewer, or a longer window, fit")
+                raise ValueError(
+                    f"{self.bins} bins are too narrow for a window of {self.window}; fewer, or a longer window, fit"
+                )
 
     def _encode(self, waves: Tensor) -> Tensor:
-        mel = self._transform(waves)(F.pad(waves, (self.hop // 2, self.hop // 2)))[..., 1:-1]
-        return ((mel * (4 / self.window) + self.floor).log() - self.mean) / self.std  # 4 / window: a Hann window has the mean 1/2
+        mel = self._transform(waves)(F.pad(waves, (self.hop // 2, self.hop // 2)))[
+            ..., 1:-1
+        ]
+        # 4 / window: a Hann window has the mean 1/2
+        return ((mel * (4 / self.window) + self.floor).log() - self.mean) / self.std
 
     def _decode(self, spectra: Tensor) -> Tensor:
         transform = self._transform(spectra)
-        level = (spectra * self.std + self.mean).clamp(max=math.log(10))  # a model's slip must not become infinite
-        magnitudes = _from_mel((level.exp() - self.floor).clamp(min=0) * (self.window / 4), transform.mel_scale.fb)
-        around = F.pad(magnitudes, (1, 1), mode="replicate")  # half a column on either side, cut off again below
+        # a model's slip must not become infinite
+        level = (spectra * self.std + self.mean).clamp(max=math.log(10))
+        magnitudes = _from_mel(
+            (level.exp() - self.floor).clamp(min=0) * (self.window / 4),
+            transform.mel_scale.fb,
+        )
+        # half a column on either side, cut off again below
+        around = F.pad(magnitudes, (1, 1), mode="replicate")
         back = _torchaudio().functional.griffinlim(
-            around, transform.spectrogram.window, self.window, self.hop, self.window, power=1, n_iter=self.rounds, momentum=0.99,
-            length=self.samples + self.hop, rand_init=False)
-        return back[:, self.hop // 2: -self.hop // 2]
+            around,
+            transform.spectrogram.window,
+            self.window,
+            self.hop,
+            self.window,
+            power=1,
+            n_iter=self.rounds,
+            momentum=0.99,
+            length=self.samples + self.hop,
+            rand_init=False,
+        )
+        return back[:, self.hop // 2 : -self.hop // 2]
 
     def _transform(self, values: Tensor):
-        return _mel(self.rate, self.bins, self.hop, self.window, values.device, values.dtype)
+        return _mel(
+            self.rate, self.bins, self.hop, self.window, values.device, values.dtype
+        )
 
 # %% ../../nbs/2_data/05_audio.ipynb #8d6cacf1
 @cache
-def _lapped(bins: int, columns: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _lapped(
+    bins: int, columns: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     "The windows (columns, 2 bins) and the cosines (2 bins, bins) of an MDCT, made once for each setting."
     with own_settings():
-        n, j = torch.arange(2 * bins, dtype=torch.float64), torch.arange(bins, dtype=torch.float64)
-        cosines = math.sqrt(2 / bins) * torch.cos(math.pi / bins * (n[:, None] + (1 + bins) / 2) * (j + 0.5))
+        n, j = (
+            torch.arange(2 * bins, dtype=torch.float64),
+            torch.arange(bins, dtype=torch.float64),
+        )
+        cosines = math.sqrt(2 / bins) * torch.cos(
+            math.pi / bins * (n[:, None] + (1 + bins) / 2) * (j + 0.5)
+        )
         windows = torch.sin(math.pi / (2 * bins) * (n + 0.5)).repeat(columns, 1)
-        step = (n[:bins] >= bins // 2).double()  # in place of the rise into the first window and the fall out of the last
+        # in place of the rise into the first window and the fall out of the last
+        step = (n[:bins] >= bins // 2).double()
         windows[0, :bins], windows[-1, bins:] = step, step.flip(0)
         return windows.to(device, dtype), cosines.to(device, dtype)
 
@@ -184,6 +272,7 @@ class Mdct(_Spectra):
     bins: M above; power: of the magnitudes, 1 = as they are; scale: multiplies them. Raises ValueError for settings that do
     not fit. Source: Princen and Bradley, doi 10.1109/TASSP.1986.1164954; the window's ends: Edler, Frequenz 43 (1989).
     """
+
     samples: int = 8192
     rate: int = 8000
     bins: int = 128
@@ -193,23 +282,40 @@ class Mdct(_Spectra):
     def __post_init__(self):
         super().__post_init__()
         if not (0 < self.power <= 1 and 0 < self.scale < math.inf):
-            raise ValueError(f"power is {self.power} and scale {self.scale}, but need 0 < power <= 1 and scale > 0")
+            raise ValueError(
+                f"power is {self.power} and scale {self.scale}, but need 0 < power <= 1 and scale > 0"
+            )
 
     def _encode(self, waves: Tensor) -> Tensor:
         windows, cosines = _lapped(*self.shape, waves.device, waves.dtype)
-        spectra = F.pad(waves, (self.bins // 2, self.bins // 2)).unfold(1, 2 * self.bins, self.bins) * windows @ cosines
-        return self.scale * (spectra.sign() * spectra.abs() ** self.power).transpose(1, 2)
+        spectra = (
+            F.pad(waves, (self.bins // 2, self.bins // 2)).unfold(
+                1, 2 * self.bins, self.bins
+            )
+            * windows
+            @ cosines
+        )
+        return self.scale * (spectra.sign() * spectra.abs() ** self.power).transpose(
+            1, 2
+        )
 
     def _decode(self, spectra: Tensor) -> Tensor:
         windows, cosines = _lapped(*self.shape, spectra.device, spectra.dtype)
         spectra = (spectra / self.scale).transpose(1, 2)
-        parts = (spectra.sign() * spectra.abs() ** (1 / self.power)) @ cosines.T * windows
-        first, second = parts.chunk(2, dim=2)  # each is added to the other of the neighbouring column
-        waves = F.pad(first.flatten(1), (0, self.bins)) + F.pad(second.flatten(1), (self.bins, 0))
-        return waves[:, self.bins // 2: -self.bins // 2]
+        parts = (
+            (spectra.sign() * spectra.abs() ** (1 / self.power)) @ cosines.T * windows
+        )
+        # each is added to the other of the neighbouring column
+        first, second = parts.chunk(2, dim=2)
+        waves = F.pad(first.flatten(1), (0, self.bins)) + F.pad(
+            second.flatten(1), (self.bins, 0)
+        )
+        return waves[:, self.bins // 2 : -self.bins // 2]
 
 # %% ../../nbs/2_data/05_audio.ipynb #f3d25d69
-def pitch_of(waves: Tensor, rate: int, low: float = 60.0, high: float = 2000.0) -> Tensor:
+def pitch_of(
+    waves: Tensor, rate: int, low: float = 60.0, high: float = 2000.0
+) -> Tensor:
     """The frequency (b,) in Hz at which sounds (b, n) repeat; NaN for silence, and where nothing repeats (correlation below 0.2).
 
     rate: samples a second; low, high: the frequencies searched, in Hz. Raises ValueError unless 0 < low < high <= rate / 2, and
@@ -217,17 +323,25 @@ def pitch_of(waves: Tensor, rate: int, low: float = 60.0, high: float = 2000.0) 
     """
     _check(waves, ("n",), "sounds", "give one channel: see to_mono")
     if not 0 < low < high <= rate / 2:
-        raise ValueError(f"low is {low} and high {high}, but need 0 < low < high <= {rate / 2:g}, half the rate")
+        raise ValueError(
+            f"low is {low} and high {high}, but need 0 < low < high <= {rate / 2:g}, half the rate"
+        )
     samples, fine = waves.shape[1], 4
     if samples < 2 * rate / low:
-        raise ValueError(f"{samples} samples are less than two periods of {low} Hz; low >= {2 * rate / samples:.0f} would fit")
+        raise ValueError(
+            f"{samples} samples are less than two periods of {low} Hz; low >= {2 * rate / samples:.0f} would fit"
+        )
     size = 1 << (2 * samples - 1).bit_length()
     power = torch.fft.rfft(waves - waves.mean(1, keepdim=True), size).abs().square()
     lags = torch.arange(int(fine * rate / low) + 3, device=waves.device)
-    again = torch.fft.irfft(F.pad(power, (0, size * (fine - 1) // 2)), size * fine)[:, :len(lags)]
-    again = again / again[:, :1].clamp(min=1e-12) / (1 - lags / (fine * samples))  # fewer samples meet at a larger lag
+    again = torch.fft.irfft(F.pad(power, (0, size * (fine - 1) // 2)), size * fine)[
+        :, : len(lags)
+    ]
+    # fewer samples meet at a larger lag
+    again = again / again[:, :1].clamp(min=1e-12) / (1 - lags / (fine * samples))
     left, middle, right = again[:, :-2], again[:, 1:-1], again[:, 2:]
-    new = ((middle < 0).cumsum(1) > 0) & (lags[1:-1] >= int(fine * rate / high))  # no ripple on the slope from lag 0
+    # no ripple on the slope from lag 0
+    new = ((middle < 0).cumsum(1) > 0) & (lags[1:-1] >= int(fine * rate / high))
     peaks = torch.where((middle > left) & (middle >= right) & new, middle, 0)
     highest = peaks.amax(1)
     first = (peaks >= 0.95 * highest[:, None]).byte().argmax(1, keepdim=True)
@@ -236,7 +350,9 @@ def pitch_of(waves: Tensor, rate: int, low: float = 60.0, high: float = 2000.0) 
     return torch.where((highest > 0.2) & (waves.square().mean(1) > 1e-8), hz, torch.nan)
 
 # %% ../../nbs/2_data/05_audio.ipynb #775766b3
-def onsets_of(waves: Tensor, rate: int, threshold: float = 0.15, gap: float = 0.05) -> list[Tensor]:
+def onsets_of(
+    waves: Tensor, rate: int, threshold: float = 0.15, gap: float = 0.05
+) -> list[Tensor]:
     """When something begins in each of the sounds (b, n): b tensors of seconds, in order, empty for silence.
 
     rate: samples a second; threshold: of a rise, relative to the largest in the sound; gap: seconds between two onsets at least.
@@ -244,10 +360,13 @@ def onsets_of(waves: Tensor, rate: int, threshold: float = 0.15, gap: float = 0.
     """
     _check(waves, ("n",), "sounds", "give one channel: see to_mono")
     if not (0 < threshold <= 1 and 0 < gap < math.inf):
-        raise ValueError(f"threshold is {threshold} and gap {gap}, but need 0 < threshold <= 1 and gap > 0 seconds")
+        raise ValueError(
+            f"threshold is {threshold} and gap {gap}, but need 0 < threshold <= 1 and gap > 0 seconds"
+        )
     hop = max(1, round(0.004 * rate))
     window = 4 * hop
-    around = F.pad(waves, (2 * window, 0)).unfold(1, window, hop)  # a sound can begin at 0, but its end begins nothing
+    # a sound can begin at 0, but its end begins nothing
+    around = F.pad(waves, (2 * window, 0)).unfold(1, window, hop)
     shape = torch.hann_window(window, device=waves.device, dtype=waves.dtype)
     magnitudes = torch.fft.rfft(around * shape).abs().transpose(1, 2) * (4 / window)
     largest = magnitudes.amax((1, 2), keepdim=True)
@@ -255,7 +374,12 @@ def onsets_of(waves: Tensor, rate: int, threshold: float = 0.15, gap: float = 0.
     earlier = F.max_pool2d(level, (3, 1), stride=1, padding=(1, 0))
     rise = (level[..., 2:] - earlier[..., :-2]).clamp(min=0).sum(1)
     reach = max(1, round(gap * rate / hop))
-    least = (threshold * rise.amax(1, keepdim=True)).where(largest[:, 0] > 1e-3, torch.inf)
+    least = (threshold * rise.amax(1, keepdim=True)).where(
+        largest[:, 0] > 1e-3, torch.inf
+    )
     peaks = (rise == F.max_pool1d(rise, 2 * reach + 1, 1, reach)) & (rise > least)
-    times = (torch.arange(2, rise.shape[1] + 2, device=waves.device) * hop - 1.5 * window) / rate
-    return [times[found].clamp(min=0) for found in peaks]  # a window sees an onset 4 ms before its middle: allowed for
+    times = (
+        torch.arange(2, rise.shape[1] + 2, device=waves.device) * hop - 1.5 * window
+    ) / rate
+    # a window sees an onset 4 ms before its middle: allowed for
+    return [times[found].clamp(min=0) for found in peaks]

@@ -21,6 +21,7 @@ from ..checks import choose
 # %% ../../nbs/2_data/12_autoencoder.ipynb #5b3b6736
 class Autoencoder(Protocol):
     "signal: image, video or audio, the name of what it encodes; fingerprint: 16 hex digits that change with what it makes."
+
     signal: str
     fingerprint: str
 
@@ -39,8 +40,11 @@ class Autoencoder(Protocol):
 # %% ../../nbs/2_data/12_autoencoder.ipynb #211ce8d7
 class Haar:
     "The lossless `Autoencoder` of images (c, h, w) with even sides: latents (4 c, h / 2, w / 2)."
+
     signal, fingerprint = "image", hashlib.sha256(b"haar of 2 x 2").hexdigest()[:16]
-    matrix = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
+    matrix = (
+        torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
+    )
 
     def to(self, device: torch.device | str) -> "Haar":
         "Itself: it works where the images are."
@@ -49,7 +53,9 @@ class Haar:
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         "(4 c, h / 2, w / 2). Raises ValueError for odd sides."
         if len(shape) != 3 or shape[1] % 2 or shape[2] % 2:
-            raise ValueError(f"image has shape {tuple(shape)}, expected (c, h, w) with even h and w; cut or resize the data")
+            raise ValueError(
+                f"image has shape {tuple(shape)}, expected (c, h, w) with even h and w; cut or resize the data"
+            )
         return 4 * shape[0], shape[1] // 2, shape[2] // 2
 
     def encode(self, signals: Tensor) -> Tensor:
@@ -59,22 +65,40 @@ class Haar:
 
     def decode(self, latents: Tensor) -> Tensor:
         "Images (b, c, h, w) of latents (b, 4 c, h / 2, w / 2)."
-        blocks = rearrange(latents, "b (c k) h w -> b h w c k", k=4) @ self.matrix.to(latents)
+        blocks = rearrange(latents, "b (c k) h w -> b h w c k", k=4) @ self.matrix.to(
+            latents
+        )
         return rearrange(blocks, "b h w c (p q) -> b c (h p) (w q)", p=2, q=2)
 
 # %% ../../nbs/2_data/12_autoencoder.ipynb #862af576
-_SIGNALS = {"AutoencoderKL": "image", "AutoencoderKLWan": "video", "AutoencoderOobleck": "audio"}
+_SIGNALS = {
+    "AutoencoderKL": "image",
+    "AutoencoderKLWan": "video",
+    "AutoencoderOobleck": "audio",
+}
 
 
 def _sizes(name: str, config) -> tuple[int, int, tuple[int, ...]]:
     "Channels of the signal, channels of the latents, and how many values become one along each further axis."
     if name == "AutoencoderOobleck":
-        return config["audio_channels"], config["decoder_input_channels"], (math.prod(config["downsampling_ratios"]),)
+        return (
+            config["audio_channels"],
+            config["decoder_input_channels"],
+            (math.prod(config["downsampling_ratios"]),),
+        )
     if name == "AutoencoderKL":
-        return config["in_channels"], config["latent_channels"], (2 ** (len(config["block_out_channels"]) - 1),) * 2
+        return (
+            config["in_channels"],
+            config["latent_channels"],
+            (2 ** (len(config["block_out_channels"]) - 1),) * 2,
+        )
     patch = config["patch_size"] or 1
     side = patch * 2 ** (len(config["dim_mult"]) - 1)
-    return config["in_channels"] // patch**2, config["z_dim"], (2 ** sum(config["temperal_downsample"]), side, side)
+    return (
+        config["in_channels"] // patch**2,
+        config["z_dim"],
+        (2 ** sum(config["temperal_downsample"]), side, side),
+    )
 
 
 class _Pretrained(torch.nn.Module):
@@ -82,12 +106,24 @@ class _Pretrained(torch.nn.Module):
 
     def __init__(self, model: torch.nn.Module, name: str, fingerprint: str):
         super().__init__()
-        self.model, self.signal, self.fingerprint = model.float().requires_grad_(False), _SIGNALS[name], fingerprint
+        self.model, self.signal, self.fingerprint = (
+            model.float().requires_grad_(False),
+            _SIGNALS[name],
+            fingerprint,
+        )
         self.channels, self.latent_channels, self.steps = _sizes(name, model.config)
-        self.alone = tuple(int(self.signal == "video" and axis == 0) for axis in range(len(self.steps)))  # the first frame
+        # the first frame
+        self.alone = tuple(
+            int(self.signal == "video" and axis == 0) for axis in range(len(self.steps))
+        )
         said = model.config.get
-        shift, spread = (torch.tensor(value, dtype=torch.float32).reshape(-1, *[1] * len(self.steps))
-                         for value in (said("latents_mean") or said("shift_factor") or 0.0, said("latents_std") or 1.0))
+        shift, spread = (
+            torch.tensor(value, dtype=torch.float32).reshape(-1, *[1] * len(self.steps))
+            for value in (
+                said("latents_mean") or said("shift_factor") or 0.0,
+                said("latents_std") or 1.0,
+            )
+        )
         self.register_buffer("shift", shift)
         self.register_buffer("scale", (said("scaling_factor") or 1.0) / spread)
         self.eval()
@@ -95,28 +131,47 @@ class _Pretrained(torch.nn.Module):
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         "The shape (c, ...) of the latents of a signal of a shape. Raises ValueError for channels or sizes that do not fit."
         channels, *sizes = (1, *shape) if self.signal == "audio" else shape or (0,)
-        cut = [4 if first else step for step, first in zip(self.steps, self.alone, strict=True)]  # Wan takes frames by fours
-        fits = len(sizes) == len(cut) and all(size >= max(step * (not first), 1) and (size - first) % step == 0
-                                              for size, step, first in zip(sizes, cut, self.alone, strict=True))
+        # Wan takes frames by fours
+        cut = [
+            4 if first else step
+            for step, first in zip(self.steps, self.alone, strict=True)
+        ]
+        fits = len(sizes) == len(cut) and all(
+            size >= max(step * (not first), 1) and (size - first) % step == 0
+            for size, step, first in zip(sizes, cut, self.alone, strict=True)
+        )
         if not fits or channels not in (1, self.channels):
-            needed = " x ".join(f"({step} k + 1)" if first else f"{step} k" for step, first in zip(cut, self.alone, strict=True))
-            raise ValueError(f"{self.signal} has shape {tuple(shape)}, but this autoencoder takes 1 or {self.channels} channels "
-                             f"of {needed} values, k whole; cut or resize the data")
-        return self.latent_channels, *(first + (size - first) // step
-                                       for size, step, first in zip(sizes, self.steps, self.alone, strict=True))
+            needed = " x ".join(
+                f"({step} k + 1)" if first else f"{step} k"
+                for step, first in zip(cut, self.alone, strict=True)
+            )
+            raise ValueError(
+                f"{self.signal} has shape {tuple(shape)}, but this autoencoder takes 1 or {self.channels} channels "
+                f"of {needed} values, k whole; cut or resize the data"
+            )
+        return self.latent_channels, *(
+            first + (size - first) // step
+            for size, step, first in zip(sizes, self.steps, self.alone, strict=True)
+        )
 
     @torch.no_grad()
     def encode(self, signals: Tensor) -> Tensor:
         "Latents (b, c, ...) of signals (b, ...) in [-1, 1], on the device of the signals. Raises ValueError as latent_shape."
         self.latent_shape(signals.shape[1:])
-        wide = (signals[:, None] if self.signal == "audio" else signals).to(self.shift.device)
-        posterior = self.model.encode(wide.expand(-1, self.channels, *wide.shape[2:])).latent_dist
+        wide = (signals[:, None] if self.signal == "audio" else signals).to(
+            self.shift.device
+        )
+        posterior = self.model.encode(
+            wide.expand(-1, self.channels, *wide.shape[2:])
+        ).latent_dist
         return ((posterior.mode() - self.shift) * self.scale).to(signals.device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         "Signals (b, ...) of latents (b, c, ...), on the device of the latents; not clipped to [-1, 1]."
-        signals = self.model.decode(latents.to(self.shift.device) / self.scale + self.shift).sample.to(latents.device)
+        signals = self.model.decode(
+            latents.to(self.shift.device) / self.scale + self.shift
+        ).sample.to(latents.device)
         return signals.mean(1) if self.signal == "audio" else signals
 
 # %% ../../nbs/2_data/12_autoencoder.ipynb #40759cfc
@@ -126,19 +181,30 @@ _WEIGHTS = "diffusion_pytorch_model.safetensors"
 def _class_in(folder: Path) -> tuple[str, dict]:
     "Class and config of the autoencoder in a folder. Raises ValueError for what `open_autoencoder` does not read."
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a local folder with a config.json, and nothing is fetched: download the autoencoder "
-                         "yourself, often it is the folder 'vae' of a model, and give its folder")
+        raise ValueError(
+            f"{folder} is not a local folder with a config.json, and nothing is fetched: download the autoencoder "
+            "yourself, often it is the folder 'vae' of a model, and give its folder"
+        )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name = choose(config.get("_class_name"), _SIGNALS, "autoencoder")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder}/config.json cannot be used: {error}") from error
-    if not (folder / _WEIGHTS).is_file() or (folder / f"{_WEIGHTS}.index.json").exists():
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+    if (
+        not (folder / _WEIGHTS).is_file()
+        or (folder / f"{_WEIGHTS}.index.json").exists()
+    ):
+        pickled = sorted(
+            path.name
+            for path in folder.iterdir()
+            if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+        )
         remedy = "save it by save_pretrained of diffusers"
         if pickled:
             remedy = f"{', '.join(pickled)} is pickled, can run code when it is read, and is refused: get it as safetensors"
-        raise ValueError(f"{folder} does not have its weights in one file {_WEIGHTS}; {remedy}")
+        raise ValueError(
+            f"{folder} does not have its weights in one file {_WEIGHTS}; {remedy}"
+        )
     return name, config
 
 
@@ -153,15 +219,31 @@ def open_autoencoder(folder: Path | str) -> _Pretrained:
     try:
         import diffusers
     except ImportError as error:
-        raise ValueError(f"pretrained autoencoders need diffusers: pip install 'selfflow[latents]' ({error})") from error
+        raise ValueError(
+            f"pretrained autoencoders need diffusers: pip install 'selfflow[latents]' ({error})"
+        ) from error
     try:
-        model, info = getattr(diffusers, name).from_pretrained(str(folder), local_files_only=True, use_safetensors=True,
-                                                               output_loading_info=True)
+        model, info = getattr(diffusers, name).from_pretrained(
+            str(folder),
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     except Exception as error:  # of many kinds, and each means the same here
         raise ValueError(f"{folder} cannot be read as {name}: {error}") from error
-    if wrong := [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]:
-        raise ValueError(f"{folder}: {len(wrong)} weights do not fit config.json, first {wrong[0]}; get both from one source")
-    said = {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
+    if wrong := [
+        key
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        for key in info[kind]
+    ]:
+        raise ValueError(
+            f"{folder}: {len(wrong)} weights do not fit config.json, first {wrong[0]}; get both from one source"
+        )
+    said = {
+        key: value
+        for key, value in config.items()
+        if key == "_class_name" or not key.startswith("_")
+    }
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     with (folder / _WEIGHTS).open("rb") as file:
         digest.update(hashlib.file_digest(file, "sha256").digest())

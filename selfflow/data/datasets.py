@@ -34,6 +34,7 @@ class Examples:
     signals: by name, float32 in [-1, 1]: an image (b, c, h, w), a video (b, c, f, h, w), a sound (b, samples);
     labels: (b,) int64; captions: b texts; factors: what is known of them by name, (b, ...) each; empty where nothing is.
     """
+
     signals: dict[str, Tensor]
     labels: Tensor
     captions: tuple[str, ...]
@@ -45,6 +46,7 @@ class Examples:
 
 class DataSet(Protocol):
     "names: of the classes; shapes: of one sample of each signal, by name; fingerprint: 16 hex digits that change with the data."
+
     names: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
     fingerprint: str
@@ -64,15 +66,20 @@ class Made:
     Raises ValueError for another split or less than one sample. A subclass has names, shapes and `take`; `VERSION` is to be
     raised when it makes other samples than before, which then are other data.
     """
+
     split: str = "train"
     count: int | None = None
     VERSION = 1
 
     def __post_init__(self):
         if choose(self.split, SPLITS, "split") and self.count is None:
-            object.__setattr__(self, "count", 100_000 if self.split == "train" else 1_000)
+            object.__setattr__(
+                self, "count", 100_000 if self.split == "train" else 1_000
+            )
         if self.count < 1:
-            raise ValueError(f"count is {self.count}, but a data set has at least one sample")
+            raise ValueError(
+                f"count is {self.count}, but a data set has at least one sample"
+            )
 
     def __len__(self) -> int:
         return self.count
@@ -80,20 +87,33 @@ class Made:
     @property
     def fingerprint(self) -> str:
         "16 hex digits that follow from what is made, in which version, and how many."
-        made = [type(self).__name__, self.VERSION, *((f.name, getattr(self, f.name)) for f in fields(self))]
+        made = [
+            type(self).__name__,
+            self.VERSION,
+            *((f.name, getattr(self, f.name)) for f in fields(self)),
+        ]
         return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
 
     def numbers(self, purpose: str, indices: Tensor, count: int) -> Tensor:
         "Uniform numbers (b, count) in [0, 1) for samples (b,) and one purpose. Raises IndexError for samples that are not there."
-        if len(indices) and not (0 <= int(indices.min()) and int(indices.max()) < self.count):
-            raise IndexError(f"samples {int(indices.min())} to {int(indices.max())} of {self.count}")
+        if len(indices) and not (
+            0 <= int(indices.min()) and int(indices.max()) < self.count
+        ):
+            raise IndexError(
+                f"samples {int(indices.min())} to {int(indices.max())} of {self.count}"
+            )
         return numbered(f"{type(self).__name__}/{self.split}/{purpose}", indices, count)
 
 # %% ../../nbs/2_data/02_datasets.ipynb #2bfd68c6
 def caption_bytes(captions, length: int) -> Tensor:
     "Texts as int64 (b, length): their UTF-8 bytes, cut off at a whole character where they are too long, then PAD."
-    rows = [text.encode("utf-8", "replace")[:length].decode("utf-8", "ignore").encode() for text in captions]
-    return torch.tensor([[*row, *(PAD,) * (length - len(row))] for row in rows], dtype=torch.int64).reshape(len(rows), length)
+    rows = [
+        text.encode("utf-8", "replace")[:length].decode("utf-8", "ignore").encode()
+        for text in captions
+    ]
+    return torch.tensor(
+        [[*row, *(PAD,) * (length - len(row))] for row in rows], dtype=torch.int64
+    ).reshape(len(rows), length)
 
 
 def caption_text(row: Tensor) -> str:
@@ -108,32 +128,54 @@ class ImageSet:
     Raises TypeError for other dtypes, ValueError for NaN, infinite or far too large values, for labels out of range, for
     numbers that differ and for an empty set.
     """
+
     images: Tensor
     labels: Tensor
     names: tuple[str, ...]
 
     def __post_init__(self):
         if self.images.dtype != torch.float32:
-            raise TypeError(f"images are {self.images.dtype}, expected torch.float32 in [-1, 1]; "
-                            "bytes become that by images.float() / 127.5 - 1")
+            raise TypeError(
+                f"images are {self.images.dtype}, expected torch.float32 in [-1, 1]; "
+                "bytes become that by images.float() / 127.5 - 1"
+            )
         if self.labels.dtype != torch.int64:
-            raise TypeError(f"labels are {self.labels.dtype}, expected torch.int64; use labels.long()")
-        if self.images.ndim != 4 or self.labels.shape != self.images.shape[:1] or not len(self.images):
-            raise ValueError(f"images must be (n, c, h, w) and labels (n,) with one n >= 1, "
-                             f"not {tuple(self.images.shape)} and {tuple(self.labels.shape)}")
+            raise TypeError(
+                f"labels are {self.labels.dtype}, expected torch.int64; use labels.long()"
+            )
+        if (
+            self.images.ndim != 4
+            or self.labels.shape != self.images.shape[:1]
+            or not len(self.images)
+        ):
+            raise ValueError(
+                f"images must be (n, c, h, w) and labels (n,) with one n >= 1, "
+                f"not {tuple(self.images.shape)} and {tuple(self.labels.shape)}"
+            )
         self._check_values()
 
     def _check_values(self):
         bad = (~self.images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         if bad:
-            raise ValueError(f"{len(bad)} images hold NaN or infinity, first at {bad[:5]}; remove or repair them")
+            raise ValueError(
+                f"{len(bad)} images hold NaN or infinity, first at {bad[:5]}; remove or repair them"
+            )
         largest = self.images.abs().max().item()
         if largest > 1.001:
-            raise ValueError(f"image values reach {largest:g}, expected [-1, 1]; rescale them")
-        wrong = ((self.labels < 0) | (self.labels >= len(self.names))).nonzero().flatten().tolist()
+            raise ValueError(
+                f"image values reach {largest:g}, expected [-1, 1]; rescale them"
+            )
+        wrong = (
+            ((self.labels < 0) | (self.labels >= len(self.names)))
+            .nonzero()
+            .flatten()
+            .tolist()
+        )
         if wrong:
-            raise ValueError(f"{len(wrong)} labels are outside 0 to {len(self.names) - 1}, "
-                             f"first {self.labels[wrong[0]].item()} at {wrong[0]}; there are {len(self.names)} classes")
+            raise ValueError(
+                f"{len(wrong)} labels are outside 0 to {len(self.names) - 1}, "
+                f"first {self.labels[wrong[0]].item()} at {wrong[0]}; there are {len(self.names)} classes"
+            )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -150,7 +192,11 @@ class ImageSet:
     def take(self, indices: Tensor) -> Examples:
         "The images at indices (b,); the name of its class is an image's caption."
         labels = self.labels[indices]
-        return Examples({"image": self.images[indices]}, labels, tuple(self.names[label] for label in labels.tolist()))
+        return Examples(
+            {"image": self.images[indices]},
+            labels,
+            tuple(self.names[label] for label in labels.tolist()),
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -167,11 +213,17 @@ def _digits() -> dict[str, ImageSet]:
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
     labels = torch.tensor(digits.target, dtype=torch.int64)
-    train, rest = train_test_split(range(len(labels)), test_size=0.4, stratify=labels, random_state=0)
-    validation, test = train_test_split(rest, test_size=0.5, stratify=labels[rest], random_state=0)
+    train, rest = train_test_split(
+        range(len(labels)), test_size=0.4, stratify=labels, random_state=0
+    )
+    validation, test = train_test_split(
+        rest, test_size=0.5, stratify=labels[rest], random_state=0
+    )
     names = tuple(map(str, digits.target_names))
-    return {split: ImageSet(images[sorted(index)], labels[sorted(index)], names)
-            for split, index in zip(SPLITS, (train, validation, test), strict=True)}
+    return {
+        split: ImageSet(images[sorted(index)], labels[sorted(index)], names)
+        for split, index in zip(SPLITS, (train, validation, test), strict=True)
+    }
 
 
 def digits(split: str = "train") -> ImageSet:

@@ -25,35 +25,67 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy.signal import resample_poly
 from torch import Tensor
 
-from .files import SIGNALS, SUFFIXES, Inside, Refused, Source, check_whole, kind_of, opened, refusing
+from selfflow.data.files import (
+    SIGNALS,
+    SUFFIXES,
+    Inside,
+    Refused,
+    Source,
+    check_whole,
+    kind_of,
+    opened,
+    refusing,
+)
 
 # %% ../../nbs/2_data/09_decoding.ipynb #7a563012
-_RATES, _SIDE = (1_000, 400_000), 8_192  # lowest and highest sample rate, in Hz; largest side of a picture asked for
+# lowest and highest sample rate, in Hz; largest side of a picture asked for
+_RATES, _SIDE = (1_000, 400_000), 8_192
 _PIXELS = 2**26  # of one picture in a file
-_FRAMES, _FILM_PIXELS = 2**14, 2**31  # that one sample needs decoded: pictures, and pixels in all (a thousand of 1920 x 1080)
+# that one sample needs decoded: pictures, and pixels in all (a thousand of 1920 x 1080)
+_FRAMES, _FILM_PIXELS = 2**14, 2**31
 _LOUDEST = 8.0  # what a sound of floating-point numbers may reach; it is cut at 1
 
 
 @dataclass(frozen=True)
 class Form:
     "What every file is brought to. Raises ValueError for what is no such number."
-    size: int | tuple[int, int] = 32  # of a picture, pixels: its side, or height and width
-    frames: int = 16          # pictures of a film
+
+    # of a picture, pixels: its side, or height and width
+    size: int | tuple[int, int] = 32
+    frames: int = 16  # pictures of a film
     fps: float | None = None  # of these, in a second; None = over the whole film
-    rate: int = 8_000         # Hz
-    samples: int = 8_192      # of a sound
-    channels: int = 3         # of a picture: 3 = RGB, 1 = grey
+    rate: int = 8_000  # Hz
+    samples: int = 8_192  # of a sound
+    channels: int = 3  # of a picture: 3 = RGB, 1 = grey
 
     def __post_init__(self):
         values = [("size", side, 1, _SIDE) for side in self.sides]
-        values += [("frames", self.frames, 1, 2**16), ("rate", self.rate, *_RATES), ("samples", self.samples, 1, 2**28)]
+        values += [
+            ("frames", self.frames, 1, 2**16),
+            ("rate", self.rate, *_RATES),
+            ("samples", self.samples, 1, 2**28),
+        ]
         for name, value, low, high in values:
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise ValueError(f"{name} is {value!r}, expected a whole number from {low:,} to {high:,}")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int)
+                or not low <= value <= high
+            ):
+                raise ValueError(
+                    f"{name} is {value!r}, expected a whole number from {low:,} to {high:,}"
+                )
         if self.channels not in (1, 3):
-            raise ValueError(f"channels is {self.channels!r}, expected 3 for colour or 1 for grey")
-        if self.fps is not None and not (isinstance(self.fps, int | float) and isfinite(self.fps) and 1e-3 <= self.fps <= 1e4):
-            raise ValueError(f"fps is {self.fps!r}, expected pictures per second, or None to take them over the whole film")
+            raise ValueError(
+                f"channels is {self.channels!r}, expected 3 for colour or 1 for grey"
+            )
+        if self.fps is not None and not (
+            isinstance(self.fps, int | float)
+            and isfinite(self.fps)
+            and 1e-3 <= self.fps <= 1e4
+        ):
+            raise ValueError(
+                f"fps is {self.fps!r}, expected pictures per second, or None to take them over the whole film"
+            )
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -63,7 +95,11 @@ class Form:
     def shapes(self, signals: Sequence[str]) -> dict[str, tuple[int, ...]]:
         "The shape of one sample of each signal: image (c, h, w), video (c, f, h, w), audio (samples,)."
         c, (height, width) = self.channels, self.sides
-        known = {"image": (c, height, width), "video": (c, self.frames, height, width), "audio": (self.samples,)}
+        known = {
+            "image": (c, height, width),
+            "video": (c, self.frames, height, width),
+            "audio": (self.samples,),
+        }
         return {signal: known[signal] for signal in signals}
 
     def seconds(self, signals: Sequence[str]) -> float | None:
@@ -82,7 +118,9 @@ def _picture(file: BinaryIO, kind: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise Refused("declares too many pixels", str(error)) from error
     except UnidentifiedImageError as error:
-        raise Refused("cannot be decoded", f"its header is not that of {kind}") from error
+        raise Refused(
+            "cannot be decoded", f"its header is not that of {kind}"
+        ) from error
     _check_pixels(image.width, image.height)
     return image
 
@@ -91,7 +129,10 @@ def _check_pixels(width: int, height: int, count: int = 1) -> None:
     if width < 1 or height < 1 or width * height > _PIXELS:
         raise Refused("declares too many pixels", f"{width:,} x {height:,}")
     if count > _FRAMES or count * width * height > _FILM_PIXELS:
-        raise Refused("is too long a film", f"{count:,} pictures of {width:,} x {height:,}; cut it into clips, or give fps")
+        raise Refused(
+            "is too long a film",
+            f"{count:,} pictures of {width:,} x {height:,}; cut it into clips, or give fps",
+        )
 
 
 def _middle(image: Image.Image, form: Form) -> Tensor:
@@ -100,10 +141,15 @@ def _middle(image: Image.Image, form: Form) -> Tensor:
     if image.mode == "F":  # floating-point numbers, which Pillow would cut at 0 and 255
         values = np.asarray(image)
         if not (values.min() >= 0 and values.max() <= 1):  # NaN is not above 0
-            raise Refused("holds numbers outside 0 to 1", f"{values.min():g} to {values.max():g}; save it with 8 or 16 bits")
+            raise Refused(
+                "holds numbers outside 0 to 1",
+                f"{values.min():g} to {values.max():g}; save it with 8 or 16 bits",
+            )
         image = Image.fromarray((values * 255).round().astype(np.uint8))
     if image.mode.startswith("I"):  # 16 bits, which Pillow would cut at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65_535) / 257).round().astype(np.uint8))
+        image = Image.fromarray(
+            (np.asarray(image).clip(0, 65_535) / 257).round().astype(np.uint8)
+        )
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -111,31 +157,56 @@ def _middle(image: Image.Image, form: Form) -> Tensor:
     box_width = min(whole_width, whole_height * width / height)
     box_height = min(whole_height, whole_width * height / width)
     left, top = (whole_width - box_width) / 2, (whole_height - box_height) / 2
-    box = (left, top, min(left + box_width, whole_width), min(top + box_height, whole_height))
-    image = image.convert("RGB" if form.channels == 3 else "L").resize((width, height), Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.array(image)).view(height, width, form.channels).permute(2, 0, 1).contiguous()
+    box = (
+        left,
+        top,
+        min(left + box_width, whole_width),
+        min(top + box_height, whole_height),
+    )
+    image = image.convert("RGB" if form.channels == 3 else "L").resize(
+        (width, height), Image.Resampling.BICUBIC, box=box
+    )
+    return (
+        torch.from_numpy(np.array(image))
+        .view(height, width, form.channels)
+        .permute(2, 0, 1)
+        .contiguous()
+    )
 
 
 def _image(file: BinaryIO, kind: str, form: Form) -> Tensor:
     image = _picture(file, kind)
     height, width = form.sides
-    image.draft(None, (2 * width, 2 * height))  # a large JPEG is decoded smaller, but at twice the size at least
+    # a large JPEG is decoded smaller, but at twice the size at least
+    image.draft(None, (2 * width, 2 * height))
     return _middle(image, form)
 
 # %% ../../nbs/2_data/09_decoding.ipynb #11d0551a
-_Sound = tuple[int, int, Callable[[int, int], np.ndarray]]  # rate, frames, and a function that reads count from a place on
+# rate, frames, and a function that reads count from a place on
+_Sound = tuple[int, int, Callable[[int, int], np.ndarray]]
 
 
 def _extra(module: str, extra: str = "av"):
     try:
         return importlib.import_module(module)
-    except (ImportError, OSError) as error:  # soundfile raises OSError where libsndfile is missing
-        raise Refused(f"needs the package {module}: pip install 'selfflow[{extra}]'") from error
+    # soundfile raises OSError where libsndfile is missing
+    except (ImportError, OSError) as error:
+        raise Refused(
+            f"needs the package {module}: pip install 'selfflow[{extra}]'"
+        ) from error
 
 
-_NUMBERS = {(1, 8): ("u1", 128, 2**7), (1, 16): ("<i2", 0, 2**15), (1, 24): ("<i4", 0, 2**31), (1, 32): ("<i4", 0, 2**31),
-            (3, 32): ("<f4", 0, 1), (3, 64): ("<f8", 0, 1)}  # by tag and bits: numpy type, zero, and one
-_PACKED = {(2, 4), (6, 8), (7, 8), (17, 4)}  # ADPCM, A-law, mu-law and IMA, by tag and bits
+_NUMBERS = {
+    (1, 8): ("u1", 128, 2**7),
+    (1, 16): ("<i2", 0, 2**15),
+    (1, 24): ("<i4", 0, 2**31),
+    (1, 32): ("<i4", 0, 2**31),
+    # by tag and bits: numpy type, zero, and one
+    (3, 32): ("<f4", 0, 1),
+    (3, 64): ("<f8", 0, 1),
+}
+# ADPCM, A-law, mu-law and IMA, by tag and bits
+_PACKED = {(2, 4), (6, 8), (7, 8), (17, 4)}
 
 
 def _wav(file: BinaryIO) -> _Sound:
@@ -150,26 +221,46 @@ def _wav(file: BinaryIO) -> _Sound:
             form = file.read(min(length, 40))
         at += 8 + length + length % 2
     if name != b"data" or at + 8 + length > size:
-        raise Refused("is shorter than it declares", f"{length:,} bytes of sound in a file of {size:,}")
+        raise Refused(
+            "is shorter than it declares",
+            f"{length:,} bytes of sound in a file of {size:,}",
+        )
     tag, channels, rate, _, block, bits = unpack("<HHIIHH", form[:16])
-    tag, = unpack("<H", form[24:26]) if tag == 0xFFFE else (tag,)  # the extensible form says it later
+    # the extensible form says it later
+    (tag,) = unpack("<H", form[24:26]) if tag == 0xFFFE else (tag,)
     if (tag, bits) in _PACKED:
         file.seek(0)
         return _soundfile(file)
-    if (tag, bits) not in _NUMBERS or not 1 <= channels <= 64 or block != channels * bits // 8 or length < block:
-        raise Refused("is WAV of an unknown form", f"tag {tag}, {channels} channels, {bits} bits, {block} bytes a frame")
+    if (
+        (tag, bits) not in _NUMBERS
+        or not 1 <= channels <= 64
+        or block != channels * bits // 8
+        or length < block
+    ):
+        raise Refused(
+            "is WAV of an unknown form",
+            f"tag {tag}, {channels} channels, {bits} bits, {block} bytes a frame",
+        )
 
     def read(begin: int, count: int) -> np.ndarray:
         file.seek(at + 8 + begin * block)
         raw = file.read(count * block)
         if bits == 24:  # the same in 32, with a zero byte below
-            raw = np.pad(np.frombuffer(raw, np.uint8).reshape(-1, 3), ((0, 0), (1, 0))).tobytes()
+            raw = np.pad(
+                np.frombuffer(raw, np.uint8).reshape(-1, 3), ((0, 0), (1, 0))
+            ).tobytes()
         kind, zero, one = _NUMBERS[tag, bits]
-        return ((np.frombuffer(raw, kind) - float(zero)) / one).astype(np.float32).reshape(-1, channels)
+        return (
+            ((np.frombuffer(raw, kind) - float(zero)) / one)
+            .astype(np.float32)
+            .reshape(-1, channels)
+        )
+
     return rate, length // block, read
 
 
-_LEAD = 2**14  # frames before a place that a decoder of MP3 needs to be right from there on
+# frames before a place that a decoder of MP3 needs to be right from there on
+_LEAD = 2**14
 
 
 def _soundfile(file: BinaryIO) -> _Sound:
@@ -180,6 +271,7 @@ def _soundfile(file: BinaryIO) -> _Sound:
         if begin:
             sound.seek(begin - lead)
         return sound.read(lead + count, dtype="float32", always_2d=True)[lead:]
+
     return sound.samplerate, sound.frames, read
 
 
@@ -190,7 +282,9 @@ def _aac_stream(file: BinaryIO, kind: str) -> Iterator:
     if kind == "M4A":
         check_whole(file, "MP4")
     file.seek(0)
-    with av.open(file, mode="r", format={"M4A": "mov", "AAC": "aac"}[kind]) as container:
+    with av.open(
+        file, mode="r", format={"M4A": "mov", "AAC": "aac"}[kind]
+    ) as container:
         if not container.streams.audio:
             raise Refused("is no audio", "it has no sound")
         yield container, container.streams.audio[0]
@@ -200,24 +294,40 @@ def _aac(file: BinaryIO, kind: str) -> _Sound:
     "A sound of AAC or ALAC, by PyAV, mixed down. Its length is about that which it declares; silence fills it."
     with _aac_stream(file, kind) as (container, stream):
         rate = stream.rate
-        seconds = stream.duration * stream.time_base if stream.duration else Fraction(container.duration or 0, 1_000_000)
+        seconds = (
+            stream.duration * stream.time_base
+            if stream.duration
+            else Fraction(container.duration or 0, 1_000_000)
+        )
 
     def read(begin: int, count: int) -> np.ndarray:
         values, end = np.zeros((count, 1), np.float32), 0
         with _aac_stream(file, kind) as (container, stream):
             if kind == "M4A" and begin > rate:
-                container.seek(int((begin / rate - 0.5) / stream.time_base), stream=stream)
+                container.seek(
+                    int((begin / rate - 0.5) / stream.time_base), stream=stream
+                )
             for frame in container.decode(stream):
                 if frame.sample_rate != rate:
-                    raise Refused("changes its sample rate", f"{rate:,} to {frame.sample_rate:,} Hz")
-                start = round(frame.time * rate) if kind == "M4A" and frame.time is not None else end
+                    raise Refused(
+                        "changes its sample rate",
+                        f"{rate:,} to {frame.sample_rate:,} Hz",
+                    )
+                start = (
+                    round(frame.time * rate)
+                    if kind == "M4A" and frame.time is not None
+                    else end
+                )
                 end = start + frame.samples
                 if start >= begin + count:
                     break
                 if end > begin:
                     low, high = max(start, begin), min(end, begin + count)
-                    values[low - begin:high - begin, 0] = _mono(frame)[low - start:high - start]
+                    values[low - begin : high - begin, 0] = _mono(frame)[
+                        low - start : high - start
+                    ]
         return values
+
     return rate, ceil(seconds * rate), read
 
 
@@ -226,12 +336,22 @@ def _mono(frame) -> np.ndarray:
     values = frame.to_ndarray()
     scale = 1 if values.dtype.kind == "f" else 2.0 ** (8 * values.itemsize - 1)
     values = values.astype(np.float32) / scale
-    return values.mean(0) if frame.format.is_planar else values.reshape(-1, frame.layout.nb_channels).mean(1)
+    return (
+        values.mean(0)
+        if frame.format.is_planar
+        else values.reshape(-1, frame.layout.nb_channels).mean(1)
+    )
 
 
 def _sound(file: BinaryIO, kind: str) -> _Sound:
     "A sound of any kind, its frames read as (n, channels)."
-    rate, frames, read = _wav(file) if kind == "WAV" else _aac(file, kind) if kind in ("M4A", "AAC") else _soundfile(file)
+    rate, frames, read = (
+        _wav(file)
+        if kind == "WAV"
+        else _aac(file, kind)
+        if kind in ("M4A", "AAC")
+        else _soundfile(file)
+    )
     if not _RATES[0] <= rate <= _RATES[1]:
         raise Refused("has a strange sample rate", f"{rate:,} Hz")
     return rate, frames, read
@@ -240,11 +360,14 @@ def _sound(file: BinaryIO, kind: str) -> _Sound:
 def _audio(file: BinaryIO, kind: str, form: Form, begin: float = 0.0) -> Tensor:
     rate, frames, read = _sound(file, kind)
     ratio = Fraction(form.rate, rate)
-    up, down = ratio.limit_denominator(int(10_000 / max(1, ratio))).as_integer_ratio()  # a longer filter would not be heard
+    # a longer filter would not be heard
+    up, down = ratio.limit_denominator(int(10_000 / max(1, ratio))).as_integer_ratio()
     filter_length = 10 * max(up, down) // up + 1
     first = min(round(begin * rate), max(0, frames - 1))
     lead = min(first, filter_length)
-    needed = min(frames - first + lead, lead + ceil(form.samples * down / up) + filter_length)
+    needed = min(
+        frames - first + lead, lead + ceil(form.samples * down / up) + filter_length
+    )
     mono = read(first - lead, needed).mean(1)
     if len(mono) < needed:
         raise Refused("is shorter than it declares")
@@ -253,24 +376,37 @@ def _audio(file: BinaryIO, kind: str, form: Form, begin: float = 0.0) -> Tensor:
     if (peak := np.abs(mono).max()) > _LOUDEST:
         raise Refused("is too loud", f"it reaches {peak:g}, where 1 is full")
     skip = round(lead * up / down)
-    values = (resample_poly(mono, up, down) if up != down else mono)[skip:skip + form.samples].clip(-1, 1)
+    values = (resample_poly(mono, up, down) if up != down else mono)[
+        skip : skip + form.samples
+    ].clip(-1, 1)
     return torch.from_numpy(np.pad(values, (0, form.samples - len(values))))
 
 # %% ../../nbs/2_data/09_decoding.ipynb #7b2f5490
-def moments(starts: Sequence[float], end: float, count: int, fps: float | None = None, begin: float = 0.0) -> list[int]:
+def moments(
+    starts: Sequence[float],
+    end: float,
+    count: int,
+    fps: float | None = None,
+    begin: float = 0.0,
+) -> list[int]:
     """The pictures of a video that are shown in the middle of each of `count` slots.
 
     starts: when each picture begins, ascending, in seconds; end: of the last. fps: slots a second; None = they share the video.
     begin: of the first slot, in seconds from the beginning; matters only with fps.
     """
-    slot, middle = 1 / fps if fps else (end - starts[0]) / count, 0.5 + 1e-6  # so that rounding does not choose where one begins
+    # so that rounding does not choose where one begins
+    slot, middle = 1 / fps if fps else (end - starts[0]) / count, 0.5 + 1e-6
     zero = starts[0] + begin if fps else starts[0]
-    return [max(0, bisect_right(starts, zero + (i + middle) * slot) - 1) for i in range(count)]
+    return [
+        max(0, bisect_right(starts, zero + (i + middle) * slot) - 1)
+        for i in range(count)
+    ]
 
 
 def _animation(file: BinaryIO, kind: str, form: Form, begin: float = 0.0) -> Tensor:
     image, starts, pictures = _picture(file, kind), [0.0], {}
-    while not (form.fps and starts[-1] > begin + form.frames / form.fps):  # what comes later is not asked for
+    # what comes later is not asked for
+    while not (form.fps and starts[-1] > begin + form.frames / form.fps):
         try:
             image.seek(len(starts) - 1)
         except EOFError:
@@ -278,7 +414,8 @@ def _animation(file: BinaryIO, kind: str, form: Form, begin: float = 0.0) -> Ten
         _check_pixels(image.width, image.height, len(starts))
         if kind == "WEBP":
             image.load()  # which tells the duration
-        starts.append(starts[-1] + (image.info.get("duration") or 100) / 1_000)  # none said: a tenth of a second, as browsers
+        # none said: a tenth of a second, as browsers
+        starts.append(starts[-1] + (image.info.get("duration") or 100) / 1_000)
     chosen = moments(starts[:-1], starts[-1], form.frames, form.fps, begin)
     for i in sorted(set(chosen)):
         image.seek(i)
@@ -288,7 +425,13 @@ def _animation(file: BinaryIO, kind: str, form: Form, begin: float = 0.0) -> Ten
 
 def _stacked(chosen: list[int], pictures: dict[int, Tensor]) -> Tensor:
     "The chosen pictures (3, f, h, w); for one that could not be decoded stands the one before it."
-    return torch.stack([pictures[max((k for k in pictures if k <= i), default=min(pictures))] for i in chosen], dim=1)
+    return torch.stack(
+        [
+            pictures[max((k for k in pictures if k <= i), default=min(pictures))]
+            for i in chosen
+        ],
+        dim=1,
+    )
 
 
 @contextmanager
@@ -296,31 +439,56 @@ def _container(file: BinaryIO, kind: str) -> Iterator:
     "(a PyAV container, its film). The format is given: no other part of FFmpeg, such as playlists, ever sees the file."
     av = _extra("av")
     check_whole(file, kind)  # else FFmpeg shows as much as there is
-    with av.open(file, mode="r", format={"MP4": "mov", "MATROSKA": "matroska", "AVI": "avi"}[kind]) as container:
-        films = [stream for stream in container.streams.video if not stream.disposition & av.stream.Disposition.attached_pic]
+    with av.open(
+        file,
+        mode="r",
+        format={"MP4": "mov", "MATROSKA": "matroska", "AVI": "avi"}[kind],
+    ) as container:
+        films = [
+            stream
+            for stream in container.streams.video
+            if not stream.disposition & av.stream.Disposition.attached_pic
+        ]
         if not films:
             raise Refused("is no video", "it has no pictures")
         codec = films[0].codec_context
         _check_pixels(codec.width, codec.height)
-        codec.options = {"max_pixels": str(_PIXELS)}  # a picture within may say other sides than the header
+        # a picture within may say other sides than the header
+        codec.options = {"max_pixels": str(_PIXELS)}
         yield container, films[0]
 
 
 def _video(file: BinaryIO, kind: str, form: Form, begin: float = 0.0) -> Tensor:
     with _container(file, kind) as (container, stream):
-        shown = sorted((packet.pts, packet.duration or 0) for packet in container.demux(stream)
-                       if packet.pts is not None and not packet.is_discard)  # what an edit list cuts away is decoded, not shown
-        unit, sides = float(stream.time_base), (stream.codec_context.width, stream.codec_context.height)
+        shown = sorted(
+            (packet.pts, packet.duration or 0)
+            for packet in container.demux(stream)
+            # what an edit list cuts away is decoded, not shown
+            if packet.pts is not None and not packet.is_discard
+        )
+        unit, sides = (
+            float(stream.time_base),
+            (stream.codec_context.width, stream.codec_context.height),
+        )
     starts, pictures = [pts for pts, _ in shown], {}
-    last = max(1, shown[-1][1] or starts[-1] - starts[-2:][0])  # not said: as long as the one before
-    chosen = moments([pts * unit for pts in starts], (starts[-1] + last) * unit, form.frames, form.fps, begin)
+    # not said: as long as the one before
+    last = max(1, shown[-1][1] or starts[-1] - starts[-2:][0])
+    chosen = moments(
+        [pts * unit for pts in starts],
+        (starts[-1] + last) * unit,
+        form.frames,
+        form.fps,
+        begin,
+    )
     _check_pixels(*sides, chosen[-1] + 1)
     with _container(file, kind) as (container, stream):
         for frame in container.decode(stream):
             i = bisect_right(starts, frame.pts) - 1
             _check_pixels(frame.width, frame.height, chosen[-1] + 1)
             if i in chosen:
-                upright = frame.to_image().rotate(90 * round(frame.rotation / 90), expand=True)
+                upright = frame.to_image().rotate(
+                    90 * round(frame.rotation / 90), expand=True
+                )
                 pictures[i] = _middle(upright, form)
             if i >= chosen[-1]:
                 break
@@ -330,7 +498,11 @@ def _video(file: BinaryIO, kind: str, form: Form, begin: float = 0.0) -> Tensor:
 @contextmanager
 def _begun(source: Inside | bytes, signal: str) -> Iterator[tuple[BinaryIO, str]]:
     "(a source, opened, and its kind). What goes wrong from then on becomes Refused; warnings about what is odd are not shown."
-    with warnings.catch_warnings(), refusing("cannot be decoded"), opened(source) as file:
+    with (
+        warnings.catch_warnings(),
+        refusing("cannot be decoded"),
+        opened(source) as file,
+    ):
         warnings.simplefilter("ignore")
         yield file, kind_of(file, signal, Path(getattr(source, "name", "")).suffix)
 
@@ -342,6 +514,7 @@ class Header:
     sides: width and height of a picture; grey: it has no colour; seconds: its length, 0 = unknown; renamed: its suffix is that
     of another kind.
     """
+
     kind: str
     sides: tuple[int, int] | None = None
     grey: bool = False
@@ -358,10 +531,15 @@ def look(source: Source, signal: str, timed: bool = False) -> Header:
     if isinstance(source, tuple):
         return look(source[0], "image")
     with _begun(source, signal) as (file, kind):
-        renamed = SUFFIXES.get(Path(getattr(source, "name", "")).suffix.lower(), kind) != kind
+        renamed = (
+            SUFFIXES.get(Path(getattr(source, "name", "")).suffix.lower(), kind) != kind
+        )
         if kind in SIGNALS["image"]:
             image, seconds = _picture(file, kind), 0.0
-            sides, grey = image.size, image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
+            sides, grey = (
+                image.size,
+                image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I"),
+            )
             if timed and signal == "video":
                 count = image.n_frames
                 image.load()  # which tells the duration
@@ -371,8 +549,12 @@ def look(source: Source, signal: str, timed: bool = False) -> Header:
             rate, frames, _ = _sound(file, kind)
             return Header(kind, seconds=frames / rate, renamed=renamed)
         with _container(file, kind) as (container, stream):
-            return Header(kind, (stream.codec_context.width, stream.codec_context.height),
-                          seconds=(container.duration or 0) / 1_000_000, renamed=renamed)
+            return Header(
+                kind,
+                (stream.codec_context.width, stream.codec_context.height),
+                seconds=(container.duration or 0) / 1_000_000,
+                renamed=renamed,
+            )
 
 
 def read(source: Source, signal: str, form: Form, begin: float = 0.0) -> Tensor:
@@ -383,7 +565,9 @@ def read(source: Source, signal: str, form: Form, begin: float = 0.0) -> Tensor:
     """
     if isinstance(source, tuple):  # pictures without moments: even ones
         chosen = moments(range(len(source)), len(source), form.frames)
-        return _stacked(chosen, {i: read(source[i], "image", form) for i in sorted(set(chosen))})
+        return _stacked(
+            chosen, {i: read(source[i], "image", form) for i in sorted(set(chosen))}
+        )
     with _begun(source, signal) as (file, kind):
         film = _animation if kind in SIGNALS["image"] else _video
         if signal == "image":

@@ -57,6 +57,7 @@ def refusing(reason: str) -> Iterator[None]:
 @dataclass(frozen=True)
 class Inside:
     "A file within a folder. root: the folder, resolved; name: the way from there, with slashes."
+
     root: Path
     name: str
 
@@ -68,15 +69,20 @@ class Inside:
                 raise Refused("leads out of the folder")
             if not stat.S_ISREG(path.stat().st_mode):
                 raise Refused("is no regular file")
-            flags = (getattr(os, flag, 0) for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+            flags = (
+                getattr(os, flag, 0)
+                for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY")
+            )
             file = os.fdopen(os.open(path, os.O_RDONLY | sum(flags)), "rb")
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # another took its place since
+            # another took its place since
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 file.close()
                 raise Refused("is no regular file")
             return file
 
 
-Source = Inside | bytes | tuple["Source", ...]  # a file, what would stand in one, or the pictures of a film in their order
+# a file, what would stand in one, or the pictures of a film in their order
+Source = Inside | bytes | tuple["Source", ...]
 
 
 def opened(source: Inside | bytes) -> BinaryIO:
@@ -84,27 +90,91 @@ def opened(source: Inside | bytes) -> BinaryIO:
     return io.BytesIO(source) if isinstance(source, bytes) else source.open()
 
 # %% ../../nbs/2_data/08_files.ipynb #7c5a3854
-STILLS = ("PNG", "JPEG", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM")  # as Pillow calls them
-SIGNALS = {"image": (*STILLS, "WEBP", "GIF"), "video": ("GIF", "WEBP", "MP4", "MATROSKA", "AVI"),
-           "audio": ("WAV", "FLAC", "MP3", "OGG", "AIFF", "AU", "CAF", "RF64", "M4A", "AAC")}  # the kinds of file of each signal
-SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".webp": "WEBP", ".bmp": "BMP",
-            ".dib": "BMP", ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF", ".avif": "AVIF", ".heic": "HEIF", ".heif": "HEIF",
-            ".jp2": "JPEG2000", ".j2k": "JPEG2000", ".ppm": "PPM", ".pgm": "PPM", ".pbm": "PPM", ".wav": "WAV", ".flac": "FLAC",
-            ".mp3": "MP3", ".ogg": "OGG", ".oga": "OGG", ".opus": "OGG", ".aif": "AIFF", ".aiff": "AIFF", ".au": "AU",
-            ".caf": "CAF", ".m4a": "M4A", ".aac": "AAC", ".mp4": "MP4", ".m4v": "MP4", ".mov": "MP4", ".mkv": "MATROSKA",
-            ".webm": "MATROSKA", ".avi": "AVI"}
+# as Pillow calls them
+STILLS = ("PNG", "JPEG", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM")
+SIGNALS = {
+    "image": (*STILLS, "WEBP", "GIF"),
+    "video": ("GIF", "WEBP", "MP4", "MATROSKA", "AVI"),
+    # the kinds of file of each signal
+    "audio": ("WAV", "FLAC", "MP3", "OGG", "AIFF", "AU", "CAF", "RF64", "M4A", "AAC"),
+}
+SUFFIXES = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".jpe": "JPEG",
+    ".jfif": "JPEG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".dib": "BMP",
+    ".gif": "GIF",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".avif": "AVIF",
+    ".heic": "HEIF",
+    ".heif": "HEIF",
+    ".jp2": "JPEG2000",
+    ".j2k": "JPEG2000",
+    ".ppm": "PPM",
+    ".pgm": "PPM",
+    ".pbm": "PPM",
+    ".wav": "WAV",
+    ".flac": "FLAC",
+    ".mp3": "MP3",
+    ".ogg": "OGG",
+    ".oga": "OGG",
+    ".opus": "OGG",
+    ".aif": "AIFF",
+    ".aiff": "AIFF",
+    ".au": "AU",
+    ".caf": "CAF",
+    ".m4a": "M4A",
+    ".aac": "AAC",
+    ".mp4": "MP4",
+    ".m4v": "MP4",
+    ".mov": "MP4",
+    ".mkv": "MATROSKA",
+    ".webm": "MATROSKA",
+    ".avi": "AVI",
+}
 _FILE_BYTES = 2**28  # of a file that is read as a whole: a picture, a table
-_STARTS = {"PNG": rb"\x89PNG\r\n\x1a\n", "JPEG": rb"\xff\xd8\xff", "GIF": rb"GIF8[79]a", "BMP": rb"BM", "FLAC": rb"fLaC",
-           "WEBP": rb"RIFF....WEBP", "WAV": rb"RIFF....WAVE", "AVI": rb"RIFF....AVI ", "TIFF": rb"II[*+]\0|MM\0[*+]",
-           "JPEG2000": rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51", "PPM": rb"P[1-6]\s", "OGG": rb"OggS",
-           "MP3": rb"ID3|\xff[\xe2-\xe5\xf2-\xf5\xfa-\xfd]", "AAC": rb"\xff[\xf0\xf1\xf8\xf9]", "AIFF": rb"FORM....AIF[FC]",
-           "AU": rb"\.snd", "CAF": rb"caff", "RF64": rb"RF64....WAVE", "AVIF": rb"....ftyp(?:....)*?avi[fs]",
-           "HEIF": rb"....ftyp(?:....)*?(?:hei[cxms]|hev[cx]|mif1|msf1)", "M4A": rb"....ftypM4[AB] ", "MP4": rb"....ftyp",
-           "MATROSKA": rb"\x1a\x45\xdf\xa3"}  # regular expressions; the first that fits counts
-_UNREAD = {"JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ", "Windows Media": rb"\x30\x26\xb2\x75", "Flash video": rb"FLV\x01",
-           "MPEG": rb"\0\0\x01[\xb3\xba]", "Photoshop": rb"8BPS", "PDF": rb"%PDF",
-           "an archive": rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!"}
-_RAW = (".dng", ".nef", ".cr2", ".arw", ".orf", ".rw2", ".pef", ".srw")  # which begin as TIFF does, with a small preview
+_STARTS = {
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "JPEG": rb"\xff\xd8\xff",
+    "GIF": rb"GIF8[79]a",
+    "BMP": rb"BM",
+    "FLAC": rb"fLaC",
+    "WEBP": rb"RIFF....WEBP",
+    "WAV": rb"RIFF....WAVE",
+    "AVI": rb"RIFF....AVI ",
+    "TIFF": rb"II[*+]\0|MM\0[*+]",
+    "JPEG2000": rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
+    "PPM": rb"P[1-6]\s",
+    "OGG": rb"OggS",
+    "MP3": rb"ID3|\xff[\xe2-\xe5\xf2-\xf5\xfa-\xfd]",
+    "AAC": rb"\xff[\xf0\xf1\xf8\xf9]",
+    "AIFF": rb"FORM....AIF[FC]",
+    "AU": rb"\.snd",
+    "CAF": rb"caff",
+    "RF64": rb"RF64....WAVE",
+    "AVIF": rb"....ftyp(?:....)*?avi[fs]",
+    "HEIF": rb"....ftyp(?:....)*?(?:hei[cxms]|hev[cx]|mif1|msf1)",
+    "M4A": rb"....ftypM4[AB] ",
+    "MP4": rb"....ftyp",
+    # regular expressions; the first that fits counts
+    "MATROSKA": rb"\x1a\x45\xdf\xa3",
+}
+_UNREAD = {
+    "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
+    "Windows Media": rb"\x30\x26\xb2\x75",
+    "Flash video": rb"FLV\x01",
+    "MPEG": rb"\0\0\x01[\xb3\xba]",
+    "Photoshop": rb"8BPS",
+    "PDF": rb"%PDF",
+    "an archive": rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!",
+}
+# which begin as TIFF does, with a small preview
+_RAW = (".dng", ".nef", ".cr2", ".arw", ".orf", ".rw2", ".pef", ".srw")
 
 
 def kind_of(file: BinaryIO, signal: str, suffix: str = "") -> str:
@@ -117,16 +187,25 @@ def kind_of(file: BinaryIO, signal: str, suffix: str = "") -> str:
     file.seek(0)
     if not size:
         raise Refused("is empty")
-    kind = next((kind for kind, start in _STARTS.items() if re.match(start, head, re.DOTALL)), "")
+    kind = next(
+        (kind for kind, start in _STARTS.items() if re.match(start, head, re.DOTALL)),
+        "",
+    )
     if kind == "MP4" and SUFFIXES.get(suffix) == "M4A":
         kind = "M4A"
-    if unread := next((name for name, start in _UNREAD.items() if re.match(start, head, re.DOTALL)), ""):
+    if unread := next(
+        (name for name, start in _UNREAD.items() if re.match(start, head, re.DOTALL)),
+        "",
+    ):
         raise Refused(f"is {unread}, which is not read")
     if kind == "TIFF" and suffix in _RAW:
         raise Refused("is a camera's raw file, which is not read")
     if kind not in SIGNALS[signal]:
         known = SUFFIXES.get(suffix) in SIGNALS[signal]
-        raise Refused("is not what its suffix says" if known else f"cannot be read as {signal}", f"it begins with {head[:8]!r}")
+        raise Refused(
+            "is not what its suffix says" if known else f"cannot be read as {signal}",
+            f"it begins with {head[:8]!r}",
+        )
     if kind in SIGNALS["image"] and size > _FILE_BYTES:
         raise Refused("is too large", f"{size:,} bytes")
     return kind
@@ -136,9 +215,13 @@ def check_whole(file: BinaryIO, kind: str) -> None:
     "Raise Refused for a film, MP4, MATROSKA or AVI, that ends before it says so. The file then stands at its beginning."
     size = file.seek(0, io.SEEK_END)
     file.seek(4)
-    end = {"MP4": _mp4_end, "MATROSKA": _matroska_end, "AVI": _avi_end}[kind](file, size)
+    end = {"MP4": _mp4_end, "MATROSKA": _matroska_end, "AVI": _avi_end}[kind](
+        file, size
+    )
     if end > size:
-        raise Refused("is shorter than it declares", f"{end:,} bytes in a file of {size:,}")
+        raise Refused(
+            "is shorter than it declares", f"{end:,} bytes in a file of {size:,}"
+        )
     file.seek(0)
 
 
@@ -154,21 +237,24 @@ def _mp4_end(file: BinaryIO, size: int) -> int:
         length, name = unpack(">I4s", file.read(8)) if at + 8 <= size else (0, b"")
         length = unpack(">Q", file.read(8))[0] if length == 1 else length
         if not length or at + length > size:
-            return at + length if name in (b"moov", b"mdat", b"moof") else 0  # what follows a film may be anything
+            # what follows a film may be anything
+            return at + length if name in (b"moov", b"mdat", b"moof") else 0
         at += length
     return 0
 
 
 def _matroska_end(file: BinaryIO, size: int) -> int:
     file.seek(_ebml_size(file), io.SEEK_CUR)
-    length = _ebml_size(file) if file.read(4) == b"\x18\x53\x80\x67" else 0  # the segment, which holds all the rest
+    # the segment, which holds all the rest
+    length = _ebml_size(file) if file.read(4) == b"\x18\x53\x80\x67" else 0
     return length and file.tell() + length
 
 
 def _ebml_size(file: BinaryIO) -> int:
     "The size of a part of Matroska, from where the file stands; 0 for one that is not known (RFC 8794, 4)."
-    first, = file.read(1)
-    more = 8 - first.bit_length()  # bytes that follow, as many as there are zeros before the first one
+    (first,) = file.read(1)
+    # bytes that follow, as many as there are zeros before the first one
+    more = 8 - first.bit_length()
     length = int.from_bytes(bytes([first - (1 << 7 - more)]) + file.read(more), "big")
     return length if length < 2 ** (7 * more + 7) - 1 else 0
 
@@ -179,7 +265,10 @@ _DEPTH = 8  # of folders within folders
 def natural(name: str) -> tuple:
     "A key that sorts names with their numbers by size."
     parts = re.split(r"([0-9]+)", name)
-    return tuple((len(part.lstrip("0")), part.lstrip("0")) if i % 2 else part for i, part in enumerate(parts)), name
+    return tuple(
+        (len(part.lstrip("0")), part.lstrip("0")) if i % 2 else part
+        for i, part in enumerate(parts)
+    ), name
 
 
 def listing(root: Path, skipped: Skipped) -> tuple[list[str], list[str]]:
@@ -205,18 +294,33 @@ def listing(root: Path, skipped: Skipped) -> tuple[list[str], list[str]]:
             elif entry.is_file():
                 files.append(name)
             else:
-                skipped.add("lies too deep" if entry.is_dir(follow_symlinks=False) else
-                            "is a link to a folder" if entry.is_dir() else "is no regular file", name)
+                skipped.add(
+                    "lies too deep"
+                    if entry.is_dir(follow_symlinks=False)
+                    else "is a link to a folder"
+                    if entry.is_dir()
+                    else "is no regular file",
+                    name,
+                )
     return sorted(files, key=natural), sorted(folders, key=natural)
 
 # %% ../../nbs/2_data/08_files.ipynb #af4750db
-TABLES = tuple(f"{name}.{suffix}" for name in ("metadata", "labels") for suffix in ("csv", "tsv", "jsonl"))
-_FILE, _LABEL, _CAPTION = ("file", "file_name", "filename", "path", "image"), ("label", "class"), ("caption", "text")
+TABLES = tuple(
+    f"{name}.{suffix}"
+    for name in ("metadata", "labels")
+    for suffix in ("csv", "tsv", "jsonl")
+)
+_FILE, _LABEL, _CAPTION = (
+    ("file", "file_name", "filename", "path", "image"),
+    ("label", "class"),
+    ("caption", "text"),
+)
 
 
 @dataclass(frozen=True)
 class Row:
     "What a table says of a file. label and caption: None where it says nothing."
+
     file: str
     label: str | None
     caption: str | None
@@ -224,7 +328,9 @@ class Row:
 
 def plain(text: str) -> str:
     "A text that can be written as UTF-8, composed (NFC): the same name from every file system."
-    return unicodedata.normalize("NFC", text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    return unicodedata.normalize(
+        "NFC", text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    )
 
 
 def rows(root: Path, folder: str, skipped: Skipped) -> list[Row] | None:
@@ -238,7 +344,9 @@ def rows(root: Path, folder: str, skipped: Skipped) -> list[Row] | None:
         return None
     where = "/".join([folder] * bool(folder) + tables[:1])
     if len(tables) > 1:
-        raise ValueError(f"there are both {' and '.join(tables[:2])} in {root / folder}; keep one")
+        raise ValueError(
+            f"there are both {' and '.join(tables[:2])} in {root / folder}; keep one"
+        )
     try:
         with Inside(root, where).open() as file:
             text = file.read(_FILE_BYTES + 1)
@@ -247,7 +355,9 @@ def rows(root: Path, folder: str, skipped: Skipped) -> list[Row] | None:
         read = _jsonl if where.endswith(".jsonl") else _csv
         found = list(read(text.decode("utf-8-sig"), where, skipped))
     except (Refused, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{where}: {error}; a table is UTF-8 text with a column file") from error
+        raise ValueError(
+            f"{where}: {error}; a table is UTF-8 text with a column file"
+        ) from error
     return [row for values in found if (row := _row(values, folder, where, skipped))]
 
 
@@ -274,40 +384,65 @@ def _jsonl(text: str, where: str, skipped: Skipped) -> Iterator[dict]:
 
 
 def _row(values: dict, folder: str, where: str, skipped: Skipped) -> Row | None:
-    file, label, caption = (next((values[name] for name in names if name in values), None) for names in (_FILE, _LABEL, _CAPTION))
+    file, label, caption = (
+        next((values[name] for name in names if name in values), None)
+        for names in (_FILE, _LABEL, _CAPTION)
+    )
     if not isinstance(file, str) or not file.strip():
         return skipped.add("names no file", where)
     way = PurePosixPath(file.strip())
     if way.is_absolute() or ".." in way.parts:
         return skipped.add("leads out of the folder", file)
-    label, caption = (None if value is None else plain(str(value)).strip() for value in (label, caption))
+    label, caption = (
+        None if value is None else plain(str(value)).strip()
+        for value in (label, caption)
+    )
     return Row(plain(str(PurePosixPath(folder, way))), label, caption)
 
 # %% ../../nbs/2_data/08_files.ipynb #1f648a45
 def split_of(name: str, shares: tuple[float, float, float]) -> str:
     "train, validation or test for a name, with these probabilities, by SHA-256 of the composed name."
     place = place_of(name)
-    return next((split for split, edge in zip(SPLITS, accumulate(shares), strict=True) if place < edge), SPLITS[0])
+    return next(
+        (
+            split
+            for split, edge in zip(SPLITS, accumulate(shares), strict=True)
+            if place < edge
+        ),
+        SPLITS[0],
+    )
 
 
 def place_of(name: str) -> float:
     "A number in [0, 1) that follows from a name: SHA-256 of the composed name."
-    return int.from_bytes(hashlib.sha256(plain(name).encode()).digest()[:7], "big") / 2**56
+    return (
+        int.from_bytes(hashlib.sha256(plain(name).encode()).digest()[:7], "big") / 2**56
+    )
 
 
-def carve(splits: dict[str, str], shares: tuple[float, float, float], given: bool = False) -> dict[str, str]:
+def carve(
+    splits: dict[str, str], shares: tuple[float, float, float], given: bool = False
+) -> dict[str, str]:
     """{name: its new split} of the samples that fill splits without any.
 
     splits: by name; given: they are folders, of which only validation and test are filled, from train by the hash. Otherwise, or
     where the hash gives none, the smallest hashes of the largest split move, at least one sample, and one stays.
     """
-    empty = {split: share for split, share in zip(SPLITS, shares, strict=True) if share and split not in splits.values()}
+    empty = {
+        split: share
+        for split, share in zip(SPLITS, shares, strict=True)
+        if share and split not in splits.values()
+    }
     if given and empty.pop("train", None):
         return {}  # nothing to take from
     moved = {}
     if given:
         now = tuple(empty.get(split, 0.0) for split in SPLITS[1:])
-        parts = {name: split_of(name, (1 - sum(now), *now)) for name, split in splits.items() if split == "train"}
+        parts = {
+            name: split_of(name, (1 - sum(now), *now))
+            for name, split in splits.items()
+            if split == "train"
+        }
         moved = {name: part for name, part in parts.items() if part != "train"}
         moved = moved if len(moved) < len(parts) else {}
     for split, share in empty.items():
@@ -315,8 +450,13 @@ def carve(splits: dict[str, str], shares: tuple[float, float, float], given: boo
             continue
         held = Counter((splits | moved).values())
         largest = "train" if given else max(SPLITS, key=lambda one: held[one])
-        names = sorted((name for name, part in (splits | moved).items() if part == largest), key=place_of)
-        moved |= dict.fromkeys(names[:min(max(1, round(share * len(splits))), len(names) - 1)], split)
+        names = sorted(
+            (name for name, part in (splits | moved).items() if part == largest),
+            key=place_of,
+        )
+        moved |= dict.fromkeys(
+            names[: min(max(1, round(share * len(splits))), len(names) - 1)], split
+        )
     return moved
 
 # %% ../../nbs/2_data/08_files.ipynb #bb5f6eba

@@ -48,8 +48,15 @@ from selfflow.data.files import (
 from .stored import Entry, Stored, begins_of, quoted_few
 
 # %% ../../nbs/2_data/11_folders.ipynb #3256c6e9
-_SPLIT_FOLDERS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
-_SMALL = 200  # samples: of so few, all headers are looked at before empty splits are filled
+_SPLIT_FOLDERS = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "test": "test",
+}
+# samples: of so few, all headers are looked at before empty splits are filled
+_SMALL = 200
 _LOOKED = 1_000  # rows of Hugging Face whose length is looked at
 
 
@@ -65,8 +72,11 @@ def _suffix(name: str) -> str:
 def _carved(moved: dict[str, str], given: bool) -> Iterator[str]:
     "The note on samples that fill empty splits."
     for split, count in Counter(moved.values()).items():
-        yield (f"there is no {split} split: {count:,} of the training samples, chosen by a hash of their names, are used" if given
-               else f"the hash of names leaves {split} empty: the {count:,} with the smallest are used")
+        yield (
+            f"there is no {split} split: {count:,} of the training samples, chosen by a hash of their names, are used"
+            if given
+            else f"the hash of names leaves {split} empty: the {count:,} with the smallest are used"
+        )
 
 
 @dataclass(eq=False)
@@ -80,11 +90,17 @@ class Folder(Stored):
 
     def find(self) -> tuple[list[Entry], list[str]]:
         files, folders = listing(self.root, self.skipped)
-        parts = {name: _SPLIT_FOLDERS[name] for name in folders if name in _SPLIT_FOLDERS} if "train" in folders else {}
+        parts = (
+            {name: _SPLIT_FOLDERS[name] for name in folders if name in _SPLIT_FOLDERS}
+            if "train" in folders
+            else {}
+        )
         kinds = self._kinds(files, parts)
         sources = self._sources(kinds, folders, parts)
         said, base, found = self._said(sources, parts), bool(parts), []
-        labelled = said is not None and any(row.label is not None for row in said.values())
+        labelled = said is not None and any(
+            row.label is not None for row in said.values()
+        )
         for name in sorted(sources, key=natural):
             way, row = name.split("/"), (said or {}).get(name, Row(name, None, None))
             if base and way[0] not in parts:
@@ -92,12 +108,33 @@ class Folder(Stored):
             elif said is not None and name not in said:
                 self.skipped.add("is not in the table", name)
             else:
-                label = row.label or "" if labelled else plain(way[base]) if len(way) > 1 + base else ""
-                found.append((parts[way[0]] if base else split_of(_stem(name), self.shares), label, name, row.caption))
+                label = (
+                    row.label or ""
+                    if labelled
+                    else plain(way[base])
+                    if len(way) > 1 + base
+                    else ""
+                )
+                found.append(
+                    (
+                        parts[way[0]] if base else split_of(_stem(name), self.shares),
+                        label,
+                        name,
+                        row.caption,
+                    )
+                )
         classes = {label for _, label, _, _ in found}
         self.names = tuple(sorted(classes, key=natural))
-        looked = {name: self._look(sources[name]) for _, _, name, _ in found} if len(found) <= _SMALL else {}
-        usable = {_stem(name): split for split, _, name, _ in found if not isinstance(looked.get(name), Refused)}
+        looked = (
+            {name: self._look(sources[name]) for _, _, name, _ in found}
+            if len(found) <= _SMALL
+            else {}
+        )
+        usable = {
+            _stem(name): split
+            for split, _, name, _ in found
+            if not isinstance(looked.get(name), Refused)
+        }
         moved = carve(usable, self.shares, base) if self.carve else {}
         entries, headers = [], {}
         for split, label, name, caption in found:
@@ -107,18 +144,40 @@ class Folder(Stored):
                     self.skipped.add(header.reason, name)
                     continue
                 headers[name] = header
-                text = {"auto": caption or label, "class": label, "none": ""}[self.captions]
-                entries += self._windows(Entry(plain(name), sources[name], self.names.index(label), text), header)
+                text = {"auto": caption or label, "class": label, "none": ""}[
+                    self.captions
+                ]
+                entries += self._windows(
+                    Entry(plain(name), sources[name], self.names.index(label), text),
+                    header,
+                )
         if not labelled:  # a folder is a class, even an empty one
             ways = [name.split("/") for name in folders if name not in sources]
-            classes |= {plain(way[-1]) for way in ways if len(way) == 1 + base and (not base or way[0] in parts)}
+            classes |= {
+                plain(way[-1])
+                for way in ways
+                if len(way) == 1 + base and (not base or way[0] in parts)
+            }
         unused = classes - {self.names[entry.label] for entry in entries}
-        return entries, [*_carved(moved, base), *self._notes(unused, files, kinds), *self._odd(headers)]
+        return entries, [
+            *_carved(moved, base),
+            *self._notes(unused, files, kinds),
+            *self._odd(headers),
+        ]
 
     def _kinds(self, files: list[str], parts: dict[str, str]) -> dict[str, str]:
         "The kind of each file that may be part of a sample: by its suffix, else by its first bytes. The others are skipped."
-        wanted = {kind for signal in self.signals for kind in SIGNALS[signal]} | ({*STILLS} if "video" in self.signals else set())
-        tables, kinds = {"/".join([part] * bool(part) + [name]) for part in ("", *parts) for name in TABLES}, {}
+        wanted = {kind for signal in self.signals for kind in SIGNALS[signal]} | (
+            {*STILLS} if "video" in self.signals else set()
+        )
+        tables, kinds = (
+            {
+                "/".join([part] * bool(part) + [name])
+                for part in ("", *parts)
+                for name in TABLES
+            },
+            {},
+        )
         for name in files:
             if name in tables:
                 continue
@@ -126,53 +185,109 @@ class Folder(Stored):
                 kinds[name] = SUFFIXES[_suffix(name)]
                 continue
             if _suffix(name) in (".csv", ".tsv", ".jsonl"):
-                self.skipped.add("is a table of another name or place than metadata.csv", name)
+                self.skipped.add(
+                    "is a table of another name or place than metadata.csv", name
+                )
                 continue
             for signal in self.signals:
                 try:
-                    with refusing("cannot be opened"), Inside(self.root, name).open() as file:
+                    with (
+                        refusing("cannot be opened"),
+                        Inside(self.root, name).open() as file,
+                    ):
                         kinds[name] = kind_of(file, signal, _suffix(name))
                 except Refused as error:
                     refused = error
             if name not in kinds:
                 several = refused.reason.startswith("cannot be read as")
-                self.skipped.add(f"cannot be read as {' or '.join(self.signals)}" if several else refused.reason, name)
+                self.skipped.add(
+                    f"cannot be read as {' or '.join(self.signals)}"
+                    if several
+                    else refused.reason,
+                    name,
+                )
         return kinds
 
-    def _sources(self, kinds: dict[str, str], folders: list[str], parts: dict[str, str]) -> dict[str, dict[str, Source]]:
+    def _sources(
+        self, kinds: dict[str, str], folders: list[str], parts: dict[str, str]
+    ) -> dict[str, dict[str, Source]]:
         "The sources of each sample, by its name and by signal."
         within, found = defaultdict(list), defaultdict(dict)
         for name in kinds:
             within[name.rpartition("/")[0]].append(name)
 
         def is_video(names: list[str]) -> bool:
-            return len(names) > 1 and all(kinds[name] in STILLS and _stem(name)[-1].isdecimal() for name in names)
+            return len(names) > 1 and all(
+                kinds[name] in STILLS and _stem(name)[-1].isdecimal() for name in names
+            )
+
         whole = {"", *parts, *(name.rpartition("/")[0] for name in folders)}
-        films = [name for name in folders if "video" in self.signals and name not in whole and is_video(within[name])]
-        lone = [name for folder, names in within.items() if folder not in {*films} for name in names]
+        films = [
+            name
+            for name in folders
+            if "video" in self.signals and name not in whole and is_video(within[name])
+        ]
+        lone = [
+            name
+            for folder, names in within.items()
+            if folder not in {*films}
+            for name in names
+        ]
         for name in lone:
             if not any(kinds[name] in SIGNALS[signal] for signal in self.signals):
                 self.skipped.add(f"cannot be read as {' or '.join(self.signals)}", name)
         for name, signal, source in chain(
-                ((name, "video", tuple(Inside(self.root, picture) for picture in within[name])) for name in films),
-                ((name, signal, Inside(self.root, name)) for name in lone for signal in self.signals
-                 if kinds[name] in SIGNALS[signal])):
+            (
+                (
+                    name,
+                    "video",
+                    tuple(Inside(self.root, picture) for picture in within[name]),
+                )
+                for name in films
+            ),
+            (
+                (name, signal, Inside(self.root, name))
+                for name in lone
+                for signal in self.signals
+                if kinds[name] in SIGNALS[signal]
+            ),
+        ):
             key = name if len(self.signals) == 1 else _stem(name)
             if signal in found[key]:
                 self.skipped.add("has the name of another", name)
             else:
                 found[key][signal] = source
-        for key in [key for key, by_signal in found.items() if len(by_signal) < len(self.signals)]:
-            self.skipped.add(f"has no {next(signal for signal in self.signals if signal not in found[key])} of its name", key)
+        for key in [
+            key
+            for key, by_signal in found.items()
+            if len(by_signal) < len(self.signals)
+        ]:
+            self.skipped.add(
+                f"has no {next(signal for signal in self.signals if signal not in found[key])} of its name",
+                key,
+            )
             del found[key]
         return found
 
-    def _said(self, sources: dict[str, dict[str, Source]], parts: dict[str, str]) -> dict[str, Row] | None:
+    def _said(
+        self, sources: dict[str, dict[str, Source]], parts: dict[str, str]
+    ) -> dict[str, Row] | None:
         "What the tables say of each sample, by its name; None where there is no table."
-        tables = [table for folder in ("", *parts) if (table := rows(self.root, folder, self.skipped)) is not None]
+        tables = [
+            table
+            for folder in ("", *parts)
+            if (table := rows(self.root, folder, self.skipped)) is not None
+        ]
         known, said = {plain(name): name for name in sources}, {}
         for name, by_signal in sources.items():
-            for alias in (*(source.name for source in by_signal.values() if isinstance(source, Inside)), _stem(name)):
+            for alias in (
+                *(
+                    source.name
+                    for source in by_signal.values()
+                    if isinstance(source, Inside)
+                ),
+                _stem(name),
+            ):
                 known.setdefault(plain(alias), name)
         for row in chain.from_iterable(tables):
             if row.file not in known:
@@ -185,7 +300,10 @@ class Folder(Stored):
 
     def _look(self, by_signal: dict[str, Source]) -> dict[str, Header] | Refused:
         try:
-            return {signal: look(source, signal, timed=self.window is not None) for signal, source in by_signal.items()}
+            return {
+                signal: look(source, signal, timed=self.window is not None)
+                for signal, source in by_signal.items()
+            }
         except Refused as error:
             return error
 
@@ -194,33 +312,66 @@ class Folder(Stored):
         if not self.window or self.crop == "start":
             return [entry]
         begins = begins_of(entry.name, self._length(headers), self.window, self.crop)
-        names = [f"{entry.name} from {begin:.3f} s" if len(begins) > 1 else entry.name for begin in begins]
-        return [replace(entry, name=name, begin=begin) for name, begin in zip(names, begins, strict=True)]
+        names = [
+            f"{entry.name} from {begin:.3f} s" if len(begins) > 1 else entry.name
+            for begin in begins
+        ]
+        return [
+            replace(entry, name=name, begin=begin)
+            for name, begin in zip(names, begins, strict=True)
+        ]
 
     def _odd(self, looked: dict[str, dict[str, Header]]) -> Iterator[str]:
         "Notes on files that are used, but perhaps not as expected."
-        headers = [(name, header) for name, headers in looked.items() for header in headers.values()]
+        headers = [
+            (name, header)
+            for name, headers in looked.items()
+            for header in headers.values()
+        ]
         other = [name for name, header in headers if header.renamed]
         pictures = [(name, header) for name, header in headers if header.sides]
         height, width = self.form.sides
-        scales = {name: (header.sides[0] / width, header.sides[1] / height) for name, header in pictures}
+        scales = {
+            name: (header.sides[0] / width, header.sides[1] / height)
+            for name, header in pictures
+        }
         oblong = [name for name, scale in scales.items() if max(scale) > 3 * min(scale)]
         small = [name for name, scale in scales.items() if 2 * min(scale) < 1]
-        for names, text in ((other, "read as what they are, not as their suffix says"),
-                            (oblong, "more than three times too long or too wide: only the middle is used"),
-                            (small, f"smaller than half of {height} x {width} pixels: enlarged")):
+        for names, text in (
+            (other, "read as what they are, not as their suffix says"),
+            (
+                oblong,
+                "more than three times too long or too wide: only the middle is used",
+            ),
+            (small, f"smaller than half of {height} x {width} pixels: enlarged"),
+        ):
             if names:
                 yield f"{text} ({len(names):,}): {quoted_few(names)}"
-        if self.channels == 3 and pictures and all(header.grey for _, header in pictures):
+        if (
+            self.channels == 3
+            and pictures
+            and all(header.grey for _, header in pictures)
+        ):
             yield "all pictures are grey; data.channels 1 keeps them so"
         yield from self._cut([self._length(headers) for headers in looked.values()])
 
-    def _notes(self, unused: set[str], files: list[str], kinds: dict[str, str]) -> Iterator[str]:
-        if not any(kind in SIGNALS[signal] for kind in kinds.values() for signal in self.signals):
-            suffixes = Counter(PurePosixPath(name).suffix for name in files).most_common(5)
+    def _notes(
+        self, unused: set[str], files: list[str], kinds: dict[str, str]
+    ) -> Iterator[str]:
+        if not any(
+            kind in SIGNALS[signal]
+            for kind in kinds.values()
+            for signal in self.signals
+        ):
+            suffixes = Counter(
+                PurePosixPath(name).suffix for name in files
+            ).most_common(5)
             yield f"it holds {', '.join(f'{count:,} {suffix!r}' for suffix, count in suffixes) or 'no files'}"
         elif few := sorted(unused - {""}, key=natural):
-            yield f"no sample of class {', '.join(map(repr, few[:5]))}" + f" and {len(few) - 5:,} more" * (len(few) > 5)
+            yield (
+                f"no sample of class {', '.join(map(repr, few[:5]))}"
+                + f" and {len(few) - 5:,} more" * (len(few) > 5)
+            )
         if "" in self.names and len(self.names) > 1:
             yield "class '' is what lies in no class folder or has no label"
         if {"video", "audio"} <= {*self.signals}:
@@ -238,8 +389,15 @@ class Folder(Stored):
 
     def content(self) -> Iterator:
         "What the fingerprint follows from, besides the settings."
-        return ([entry.name, entry.label, entry.caption, {signal: digest(source) for signal, source in entry.sources.items()}]
-                for entry in self.found)  # with crop all, name by name of its windows
+        return (
+            [
+                entry.name,
+                entry.label,
+                entry.caption,
+                {signal: digest(source) for signal, source in entry.sources.items()},
+            ]
+            for entry in self.found
+        )  # with crop all, name by name of its windows
 
 # %% ../../nbs/2_data/11_folders.ipynb #f36e73d4
 @dataclass(eq=False)
@@ -249,48 +407,96 @@ class HuggingFace(Stored):
     columns: {a signal, label or caption: the name of its column}, where it has another name. The package decodes nothing: bytes
     are read as files are. Raises ImportError without the package datasets. Rows are not looked at before they are taken.
     """
+
     columns: dict[str, str] = field(default_factory=dict)
 
     def find(self) -> tuple[range | list[int], list[str]]:
         try:
             load = importlib.import_module("datasets").load_from_disk
         except ImportError as error:
-            raise ImportError("data sets of Hugging Face need a package: pip install datasets") from error
+            raise ImportError(
+                "data sets of Hugging Face need a package: pip install datasets"
+            ) from error
         try:
             loaded = load(str(self.root))
-        except Exception as error:  # files that are missing, cut off or of another kind: the package raises what it likes
-            raise ValueError(f"{self.path} is not what save_to_disk of the package datasets writes, or it is damaged "
-                             f"({type(error).__name__}: {error})") from error
-        parts = {_SPLIT_FOLDERS.get(name, name): part for name, part in loaded.items()} if isinstance(loaded, dict) else {}
+        # files that are missing, cut off or of another kind: the package raises what it
+        # likes
+        except Exception as error:
+            raise ValueError(
+                f"{self.path} is not what save_to_disk of the package datasets writes, or it is damaged "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        parts = (
+            {_SPLIT_FOLDERS.get(name, name): part for name, part in loaded.items()}
+            if isinstance(loaded, dict)
+            else {}
+        )
         share = dict(zip(SPLITS, self.shares, strict=True))[self.split]
-        if parts and self.split not in parts and not ("train" in parts and share and self.carve):
-            raise ValueError(f"{self.path} has no split {self.split!r}, but {', '.join(map(repr, loaded))}")
+        if (
+            parts
+            and self.split not in parts
+            and not ("train" in parts and share and self.carve)
+        ):
+            raise ValueError(
+                f"{self.path} has no split {self.split!r}, but {', '.join(map(repr, loaded))}"
+            )
         self.data = parts.get(self.split, parts["train"]) if parts else loaded
-        if not all(Path(file["filename"]).resolve().is_relative_to(self.root) for file in self.data.cache_files):
-            raise ValueError(f"{self.path} names tables that lie elsewhere; it is not used")
+        if not all(
+            Path(file["filename"]).resolve().is_relative_to(self.root)
+            for file in self.data.cache_files
+        ):
+            raise ValueError(
+                f"{self.path} names tables that lie elsewhere; it is not used"
+            )
         self.column = self._columns(self.data.features)
         self.names = self._classes([*parts.values()] or [loaded])
         for column in (self.column[signal] for signal in self.signals):
-            self.data = self.data.cast_column(column, _undecoded(self.data.features[column]))
-        self.data = self.data.with_format(None).select_columns(sorted({*self.column.values()}))
+            self.data = self.data.cast_column(
+                column, _undecoded(self.data.features[column])
+            )
+        self.data = self.data.with_format(None).select_columns(
+            sorted({*self.column.values()})
+        )
         return self._rows(parts)
 
     def _rows(self, parts: dict) -> tuple[Sequence, list[str]]:
         "The rows of this split, with crop all as often as they have windows, and the notes on them."
         self.carved, notes, rows = False, [], range(len(self.data))
-        if not parts or self.carve and {*SPLITS} - {*parts} and self.split not in {*parts} - {"train"}:
-            splits = {f"row {row}": "train" if parts else split_of(f"row {row}", self.shares) for row in rows}
+        if (
+            not parts
+            or self.carve
+            and {*SPLITS} - {*parts}
+            and self.split not in {*parts} - {"train"}
+        ):
+            splits = {
+                f"row {row}": "train" if parts else split_of(f"row {row}", self.shares)
+                for row in rows
+            }
             given = {part: part for part in parts if part in SPLITS[1:]}
-            moved = carve(splits | given, self.shares, bool(parts)) if self.carve else {}
+            moved = (
+                carve(splits | given, self.shares, bool(parts)) if self.carve else {}
+            )
             self.carved, notes = bool(moved), [*_carved(moved, bool(parts))]
-            rows = [row for row in rows if (splits | moved)[f"row {row}"] == self.split] if moved or not parts else rows
+            rows = (
+                [row for row in rows if (splits | moved)[f"row {row}"] == self.split]
+                if moved or not parts
+                else rows
+            )
         if not self.window:
             return rows, notes
-        some = rows if self.crop == "all" else rows[::ceil(max(1, len(rows)) / _LOOKED)]
+        some = (
+            rows if self.crop == "all" else rows[:: ceil(max(1, len(rows)) / _LOOKED)]
+        )
         lengths = {row: self._length_of(row) for row in some}
-        notes += self._cut(list(lengths.values()), " looked at" if len(some) < len(rows) else "")
+        notes += self._cut(
+            list(lengths.values()), " looked at" if len(some) < len(rows) else ""
+        )
         if self.crop == "all":
-            rows = [(row, begin) for row in rows for begin in begins_of(f"row {row}", lengths[row], self.window, "all")]
+            rows = [
+                (row, begin)
+                for row in rows
+                for begin in begins_of(f"row {row}", lengths[row], self.window, "all")
+            ]
         return rows, notes
 
     def _length_of(self, row: int) -> float:
@@ -298,7 +504,15 @@ class HuggingFace(Stored):
             with refusing("cannot be read"):
                 cells = self.data[row]
                 signal = "audio" if "audio" in self.signals else "video"
-                return self._length({signal: look(_source(cells[self.column[signal]], self.root), signal, timed=True)})
+                return self._length(
+                    {
+                        signal: look(
+                            _source(cells[self.column[signal]], self.root),
+                            signal,
+                            timed=True,
+                        )
+                    }
+                )
         except Refused:
             return 0.0  # which shows when it is taken
 
@@ -311,19 +525,34 @@ class HuggingFace(Stored):
         names |= self.columns
         for name in (*self.signals, *self.columns):
             if names[name] not in have:
-                raise ValueError(f"{self.path} has no column {names[name]!r}, but {', '.join(map(repr, have))}; "
-                                 f"say which is the {name}: columns={{{name!r}: ...}}")
+                raise ValueError(
+                    f"{self.path} has no column {names[name]!r}, but {', '.join(map(repr, have))}; "
+                    f"say which is the {name}: columns={{{name!r}: ...}}"
+                )
             if name not in self.signals and not _single(have[names[name]]):
-                raise ValueError(f"column {names[name]!r} of {self.path} cannot be the {name}: it holds {have[names[name]]}")
-        return {name: column for name, column in names.items()
-                if column in have and (name in self.signals or _single(have[column]))}
+                raise ValueError(
+                    f"column {names[name]!r} of {self.path} cannot be the {name}: it holds {have[names[name]]}"
+                )
+        return {
+            name: column
+            for name, column in names.items()
+            if column in have and (name in self.signals or _single(have[column]))
+        }
 
     def _classes(self, parts: list) -> tuple[str, ...]:
         if "label" not in self.column:
             return ("",)
         listed = getattr(self.data.features[self.column["label"]], "names", None)
         self.numbered = listed is not None
-        values = {_text(value) for part in parts for value in part.unique(self.column["label"])} if listed is None else ()
+        values = (
+            {
+                _text(value)
+                for part in parts
+                for value in part.unique(self.column["label"])
+            }
+            if listed is None
+            else ()
+        )
         return tuple(listed or sorted(values, key=natural))
 
     @cached_property
@@ -336,7 +565,10 @@ class HuggingFace(Stored):
             number = {name: place for place, name in enumerate(self.names)}
             values = [number.get(_text(value), -1) for value in values]
         rows = [found[0] if isinstance(found, tuple) else found for found in self.found]
-        known = [value if isinstance(value, int) and 0 <= value < len(self.names) else -1 for value in values]
+        known = [
+            value if isinstance(value, int) and 0 <= value < len(self.names) else -1
+            for value in values
+        ]
         return torch.tensor(known, dtype=torch.int64)[torch.tensor(rows)]
 
     def name_of(self, known: int | tuple[int, float]) -> str:
@@ -345,18 +577,42 @@ class HuggingFace(Stored):
 
     def entry(self, known: int | tuple[int, float]) -> Entry:
         with refusing("cannot be read"):
-            name, (index, begin) = self.name_of(known), known if isinstance(known, tuple) else (known, None)
+            name, (index, begin) = (
+                self.name_of(known),
+                known if isinstance(known, tuple) else (known, None),
+            )
             row = self.data[index]
-            sources = {signal: _source(row[self.column[signal]], self.root) for signal in self.signals}
+            sources = {
+                signal: _source(row[self.column[signal]], self.root)
+                for signal in self.signals
+            }
             label = row[self.column["label"]] if "label" in self.column else ""
-            number = label if "label" in self.column and self.numbered else self.names.index(_text(label))
+            number = (
+                label
+                if "label" in self.column and self.numbered
+                else self.names.index(_text(label))
+            )
             if not isinstance(number, int) or not 0 <= number < len(self.names):
                 raise Refused("has no label", f"but {label!r}")
-            caption = _text(row[self.column["caption"]]) if "caption" in self.column else ""
-            caption = {"auto": caption or self.names[number], "class": self.names[number], "none": ""}[self.captions]
+            caption = (
+                _text(row[self.column["caption"]]) if "caption" in self.column else ""
+            )
+            caption = {
+                "auto": caption or self.names[number],
+                "class": self.names[number],
+                "none": "",
+            }[self.captions]
             if begin is None:
-                length = self._length_of(index) if self.window and self.crop != "start" else 0.0
-                begin, = begins_of(name, length, self.window or 0.0, self.crop) if length else (0.0,)
+                length = (
+                    self._length_of(index)
+                    if self.window and self.crop != "start"
+                    else 0.0
+                )
+                (begin,) = (
+                    begins_of(name, length, self.window or 0.0, self.crop)
+                    if length
+                    else (0.0,)
+                )
             return Entry(name, sources, number, caption, begin)
 
     def content(self) -> Iterator:
@@ -369,13 +625,23 @@ class HuggingFace(Stored):
 
         They counted the cache files too: of all splits, or of all but test, which training does not open.
         """
-        return (self._fingerprint_of(self._content(lambda name: True)),
-                self._fingerprint_of(self._content(lambda name: not (_is_cache(name) and name.startswith("test/")))))
+        return (
+            self._fingerprint_of(self._content(lambda name: True)),
+            self._fingerprint_of(
+                self._content(
+                    lambda name: not (_is_cache(name) and name.startswith("test/"))
+                )
+            ),
+        )
 
     def _content(self, counts: Callable[[str], bool]) -> Iterator:
         files = [name for name in listing(self.root, Skipped())[0] if counts(name)]
         carved = [["carved"]] * self.carved
-        return chain([self.shares, self.column], carved, ([name, digest(Inside(self.root, name))] for name in files))
+        return chain(
+            [self.shares, self.column],
+            carved,
+            ([name, digest(Inside(self.root, name))] for name in files),
+        )
 
 
 def _is_cache(name: str) -> bool:
@@ -392,7 +658,11 @@ def _undecoded(feature):
     "The same feature, of which the package decodes nothing, also within lists."
     if getattr(feature, "decode", False):
         return replace(feature, decode=False)
-    return replace(feature, feature=_undecoded(feature.feature)) if hasattr(feature, "feature") else feature
+    return (
+        replace(feature, feature=_undecoded(feature.feature))
+        if hasattr(feature, "feature")
+        else feature
+    )
 
 
 def _text(value) -> str:
@@ -403,7 +673,11 @@ def _source(value, root) -> Source:
     "What a cell of a table holds, as a source: bytes, a path within the folder, a list of pictures, or numbers."
     if isinstance(value, dict) and "array" in value:
         written = io.BytesIO()
-        wavfile.write(written, int(value["sampling_rate"]), np.asarray(value["array"], np.float32).T)
+        wavfile.write(
+            written,
+            int(value["sampling_rate"]),
+            np.asarray(value["array"], np.float32).T,
+        )
         return written.getvalue()
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
@@ -417,6 +691,9 @@ def _source(value, root) -> Source:
         return tuple(_source(part, root) for part in value)
     written, pixels = io.BytesIO(), np.asarray(value)
     if pixels.min() < 0 or pixels.max() > 255 or pixels.dtype.kind not in "ui":
-        raise Refused("is no picture", f"its numbers are {pixels.dtype}, expected whole ones from 0 to 255")
+        raise Refused(
+            "is no picture",
+            f"its numbers are {pixels.dtype}, expected whole ones from 0 to 255",
+        )
     Image.fromarray(pixels.astype(np.uint8)).save(written, format="PNG")
     return written.getvalue()

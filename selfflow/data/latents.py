@@ -42,11 +42,19 @@ def _read_index(path: Path) -> dict:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         if index["format"] != _FORMAT:
-            raise ValueError(f"its format is {index['format']}, and only {_FORMAT} is known")
-        if index["fingerprint"] != _digest({key: value for key, value in index.items() if key != "fingerprint"}):
-            raise ValueError("its fingerprint does not follow from it, so it was edited")
+            raise ValueError(
+                f"its format is {index['format']}, and only {_FORMAT} is known"
+            )
+        if index["fingerprint"] != _digest(
+            {key: value for key, value in index.items() if key != "fingerprint"}
+        ):
+            raise ValueError(
+                "its fingerprint does not follow from it, so it was edited"
+            )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be used: {type(error).__name__}: {error}. Remove its folder and encode again") from error
+        raise ValueError(
+            f"{path} cannot be used: {type(error).__name__}: {error}. Remove its folder and encode again"
+        ) from error
     return index
 
 
@@ -57,7 +65,10 @@ def _shard_path(place: Path, number: int) -> Path:
 def _seal(path: Path) -> dict:
     "Size and sha256 of a file."
     with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {
+            "size": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
 
 
 def _damage(path: Path, record: dict, thorough: bool = True) -> str | None:
@@ -66,12 +77,18 @@ def _damage(path: Path, record: dict, thorough: bool = True) -> str | None:
         return "is missing"
     if path.stat().st_size != record["size"]:
         return f"has {path.stat().st_size} bytes instead of {record['size']}"
-    return "was changed: its sha256 is another" if thorough and _seal(path)["sha256"] != record["sha256"] else None
+    return (
+        "was changed: its sha256 is another"
+        if thorough and _seal(path)["sha256"] != record["sha256"]
+        else None
+    )
 
 # %% ../../nbs/2_data/13_latents.ipynb #40eb689f
 def _moments(latents: Tensor) -> list[list[float]]:
     "Mean and variance of each channel of latents (b, c, ...)."
-    variance, mean = torch.var_mean(latents.double().transpose(0, 1).flatten(1), 1, correction=0)
+    variance, mean = torch.var_mean(
+        latents.double().transpose(0, 1).flatten(1), 1, correction=0
+    )
     return [mean.tolist(), variance.tolist()]
 
 
@@ -83,21 +100,31 @@ def _pooled(counts: list[int], moments: list[list[list[float]]]) -> list[list[fl
     return [mean.tolist(), (share * (variances + (means - mean) ** 2)).sum(0).tolist()]
 
 # %% ../../nbs/2_data/13_latents.ipynb #26ee9873
-_mapped = lru_cache(maxsize=256)(lambda path, sha256: safe_open(path, "pt"))  # one name may mean another file later
+# one name may mean another file later
+_mapped = lru_cache(maxsize=256)(lambda path, sha256: safe_open(path, "pt"))
 
 
 def _of_train(folder: Path, index: dict) -> dict:
     "The index of the training split. Raises ValueError when it is not there or speaks of other latents than `index`."
     if not (path := folder / "train/index.json").exists():
-        raise ValueError(f"{folder} has no whole training split, by whose mean and variance all are given; encode it first")
+        raise ValueError(
+            f"{folder} has no whole training split, by whose mean and variance all are given; encode it first"
+        )
     train = _read_index(path)
-    if differ := [f"{key} are {train[key]} there, {index[key]} here" for key in ("autoencoders", "shapes", "signals")
-                  if train[key] != index[key]]:
-        raise ValueError(f"the training split in {folder} has other latents: {'; '.join(differ)}")
+    if differ := [
+        f"{key} are {train[key]} there, {index[key]} here"
+        for key in ("autoencoders", "shapes", "signals")
+        if train[key] != index[key]
+    ]:
+        raise ValueError(
+            f"the training split in {folder} has other latents: {'; '.join(differ)}"
+        )
     return train
 
 
-def _coders(autoencoder: Autoencoder | Sequence[Autoencoder], signals) -> dict[str, Autoencoder]:
+def _coders(
+    autoencoder: Autoencoder | Sequence[Autoencoder], signals
+) -> dict[str, Autoencoder]:
     "Autoencoders by the signal they are for. Raises ValueError for a signal that is not there."
     given = autoencoder if isinstance(autoencoder, Sequence) else (autoencoder,)
     return {choose(one.signal, signals, "signal of these data"): one for one in given}
@@ -112,28 +139,58 @@ class Latents:
     missing, cut or changed, or for another autoencoder than the one that encoded.
     """
 
-    def __init__(self, folder: Path | str, split: str = "train",
-                 autoencoder: Autoencoder | Sequence[Autoencoder] | Path | str | None = None, check: bool = True):
+    def __init__(
+        self,
+        folder: Path | str,
+        split: str = "train",
+        autoencoder: Autoencoder | Sequence[Autoencoder] | Path | str | None = None,
+        check: bool = True,
+    ):
         self.place = place = Path(folder) / choose(split, SPLITS, "split")
         if not (place / "index.json").exists():
             begun = (place / "unfinished.json").exists()
-            raise FileNotFoundError(f"{place} holds {'only a part of its' if begun else 'no'} latents; encode_latents makes them")
+            raise FileNotFoundError(
+                f"{place} holds {'only a part of its' if begun else 'no'} latents; encode_latents makes them"
+            )
         self.index = index = _read_index(place / "index.json")
-        found = [(_shard_path(place, number), record) for number, record in enumerate(index["shards"])]
-        if bad := [f"{path.name} {wrong}" for path, record in found if (wrong := _damage(path, record, check))]:
-            raise ValueError(f"{len(bad)} shards in {place} are damaged: {'; '.join(bad[:5])}. Encode again; what is whole stays")
+        found = [
+            (_shard_path(place, number), record)
+            for number, record in enumerate(index["shards"])
+        ]
+        if bad := [
+            f"{path.name} {wrong}"
+            for path, record in found
+            if (wrong := _damage(path, record, check))
+        ]:
+            raise ValueError(
+                f"{len(bad)} shards in {place} are damaged: {'; '.join(bad[:5])}. Encode again; what is whole stays"
+            )
         moments = _of_train(Path(folder), index)["moments"]
         self.fingerprint = _digest([index["fingerprint"], moments])
-        self.names, self.shapes = tuple(index["names"]), {name: tuple(shape) for name, shape in index["shapes"].items()}
+        self.names, self.shapes = (
+            tuple(index["names"]),
+            {name: tuple(shape) for name, shape in index["shapes"].items()},
+        )
         self.mean, self.deviation = {}, {}  # float32 (c, 1, ...)
         for name, values in moments.items():
-            mean, variance = torch.tensor(values).reshape(2, -1, *[1] * (len(self.shapes[name]) - 1))
-            self.mean[name], self.deviation[name] = mean, variance.sqrt().where(variance > 1e-12, 1.0)
-        given = open_autoencoder(autoencoder) if isinstance(autoencoder, (str, Path)) else autoencoder
+            mean, variance = torch.tensor(values).reshape(
+                2, -1, *[1] * (len(self.shapes[name]) - 1)
+            )
+            self.mean[name], self.deviation[name] = (
+                mean,
+                variance.sqrt().where(variance > 1e-12, 1.0),
+            )
+        given = (
+            open_autoencoder(autoencoder)
+            if isinstance(autoencoder, (str, Path))
+            else autoencoder
+        )
         self.coders = {} if given is None else _coders(given, self.shapes)
         for name, coder in self.coders.items():
             if coder.fingerprint != (by := index["autoencoders"].get(name)):
-                raise ValueError(f"{name} in {place} was encoded by autoencoder {by}, not by {coder.fingerprint}")
+                raise ValueError(
+                    f"{name} in {place} was encoded by autoencoder {by}, not by {coder.fingerprint}"
+                )
 
     def __len__(self) -> int:
         return self.index["count"]
@@ -141,79 +198,171 @@ class Latents:
     @cached_property
     def labels(self) -> Tensor:
         "The class (n,) of every sample, by number, read from the disk."
-        files = [_mapped(_shard_path(self.place, number), shard["sha256"]) for number, shard in enumerate(self.index["shards"])]
+        files = [
+            _mapped(_shard_path(self.place, number), shard["sha256"])
+            for number, shard in enumerate(self.index["shards"])
+        ]
         return torch.cat([file.get_tensor("labels") for file in files])
 
     def take(self, indices: Tensor) -> Examples:
         "The samples at indices (b,), read from the disk. Raises IndexError for samples that are not there."
-        if len(indices) and not (0 <= int(indices.min()) and int(indices.max()) < len(self)):
-            raise IndexError(f"samples {int(indices.min())} to {int(indices.max())} of {len(self)}")
-        numbers, rows, found, texts = indices // self.index["shard_size"], indices % self.index["shard_size"], {}, {}
+        if len(indices) and not (
+            0 <= int(indices.min()) and int(indices.max()) < len(self)
+        ):
+            raise IndexError(
+                f"samples {int(indices.min())} to {int(indices.max())} of {len(self)}"
+            )
+        numbers, rows, found, texts = (
+            indices // self.index["shard_size"],
+            indices % self.index["shard_size"],
+            {},
+            {},
+        )
         for number in numbers.unique().tolist() or [0]:
-            file = _mapped(_shard_path(self.place, number), self.index["shards"][number]["sha256"])
+            file = _mapped(
+                _shard_path(self.place, number), self.index["shards"][number]["sha256"]
+            )
             where = (numbers == number).nonzero().flatten()
             for name in set(file.keys()) - {"captions", "captions.begins"}:
                 values = file.get_slice(name)[rows[where]]
-                found.setdefault(name, values.new_empty(len(indices), *values.shape[1:]))[where] = values
-            begins, captions = file.get_slice("captions.begins"), file.get_slice("captions")
+                found.setdefault(
+                    name, values.new_empty(len(indices), *values.shape[1:])
+                )[where] = values
+            begins, captions = (
+                file.get_slice("captions.begins"),
+                file.get_slice("captions"),
+            )
             for i, row in zip(where.tolist(), rows[where].tolist(), strict=True):
-                texts[i] = bytes(captions[slice(*begins[row:row + 2].tolist())].tolist()).decode()
+                texts[i] = bytes(
+                    captions[slice(*begins[row : row + 2].tolist())].tolist()
+                ).decode()
         signals = {name: found[f"signals.{name}"] for name in self.shapes}
-        signals |= {name: (signals[name] - self.mean[name]) / self.deviation[name] for name in self.mean}
-        factors = {name.removeprefix("factors."): found[name] for name in sorted(found) if name.startswith("factors.")}
-        return Examples(signals, found["labels"], tuple(texts[i] for i in range(len(indices))), factors)
+        signals |= {
+            name: (signals[name] - self.mean[name]) / self.deviation[name]
+            for name in self.mean
+        }
+        factors = {
+            name.removeprefix("factors."): found[name]
+            for name in sorted(found)
+            if name.startswith("factors.")
+        }
+        return Examples(
+            signals,
+            found["labels"],
+            tuple(texts[i] for i in range(len(indices))),
+            factors,
+        )
 
     def decode(self, signals: dict[str, Tensor]) -> dict[str, Tensor]:
         "Pictures, videos and sounds of latents as `take` gives them, by name. Raises ValueError without their autoencoder."
         decoded = dict(signals)  # what was stored as it was stays so
         for name in signals.keys() & self.mean.keys():
             if name not in self.coders:
-                raise ValueError(f"to decode {name} the autoencoder is needed that encoded it: Latents(..., autoencoder=FOLDER)")
-            mean, deviation = self.mean[name].to(signals[name]), self.deviation[name].to(signals[name])
+                raise ValueError(
+                    f"to decode {name} the autoencoder is needed that encoded it: Latents(..., autoencoder=FOLDER)"
+                )
+            mean, deviation = (
+                self.mean[name].to(signals[name]),
+                self.deviation[name].to(signals[name]),
+            )
             decoded[name] = self.coders[name].decode(signals[name] * deviation + mean)
             if self.index["signals"][name][0] == 1:
-                decoded[name] = decoded[name].mean(1, keepdim=True)  # was given to each channel of the autoencoder
+                # was given to each channel of the autoencoder
+                decoded[name] = decoded[name].mean(1, keepdim=True)
         return decoded
 
 # %% ../../nbs/2_data/13_latents.ipynb #d7babbd0
-def _shard(dataset: DataSet, coders: dict[str, Autoencoder], plan: dict, number: int, batch: int) -> tuple[dict, dict]:
+def _shard(
+    dataset: DataSet,
+    coders: dict[str, Autoencoder],
+    plan: dict,
+    number: int,
+    batch: int,
+) -> tuple[dict, dict]:
     "The tensors of a shard, and the moments of its latents. Raises ValueError for latents of another shape and for NaN."
     first = number * plan["shard_size"]
-    batches = torch.arange(first, min(first + plan["shard_size"], plan["count"])).split(batch)
+    batches = torch.arange(first, min(first + plan["shard_size"], plan["count"])).split(
+        batch
+    )
     parts, moments, texts = [], {name: [] for name in coders}, []
     for chosen in batches:
         taken = dataset.take(chosen)
-        part = {"labels": taken.labels, **{f"factors.{name}": values for name, values in taken.factors.items()},
-                **{f"signals.{name}": signal for name, signal in taken.signals.items()}}
+        part = {
+            "labels": taken.labels,
+            **{f"factors.{name}": values for name, values in taken.factors.items()},
+            **{f"signals.{name}": signal for name, signal in taken.signals.items()},
+        }
         for name, coder in coders.items():
-            z = part[f"signals.{name}"] = coder.encode(taken.signals[name]).float().cpu()
+            z = part[f"signals.{name}"] = (
+                coder.encode(taken.signals[name]).float().cpu()
+            )
             if list(z.shape[1:]) != plan["shapes"][name] or not z.isfinite().all():
-                raise ValueError(f"latents of {name} have shape {list(z.shape[1:])}, expected {plan['shapes'][name]}, or are NaN "
-                                 f"or infinite, in samples {int(chosen[0])} to {int(chosen[-1])}; look at these")
+                raise ValueError(
+                    f"latents of {name} have shape {list(z.shape[1:])}, expected {plan['shapes'][name]}, or are NaN "
+                    f"or infinite, in samples {int(chosen[0])} to {int(chosen[-1])}; look at these"
+                )
             moments[name].append(_moments(z))
         parts.append(part)
-        texts += [text.encode("utf-8", "replace") for text in taken.captions or [""] * len(chosen)]
+        texts += [
+            text.encode("utf-8", "replace")
+            for text in taken.captions or [""] * len(chosen)
+        ]
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     tensors["captions"] = torch.tensor(list(b"".join(texts)), dtype=torch.uint8)
-    tensors["captions.begins"] = torch.tensor([0, *(len(text) for text in texts)]).cumsum(0)
-    return tensors, {name: _pooled([len(chosen) for chosen in batches], found) for name, found in moments.items()}
+    tensors["captions.begins"] = torch.tensor(
+        [0, *(len(text) for text in texts)]
+    ).cumsum(0)
+    return tensors, {
+        name: _pooled([len(chosen) for chosen in batches], found)
+        for name, found in moments.items()
+    }
 
 # %% ../../nbs/2_data/13_latents.ipynb #6e78b44e
 def _kept(place: Path, plan: dict) -> list[dict | None]:
     "What is noted of each shard, None for those to be made. Raises ValueError when the folder holds something else."
-    for left in (path for name in ("shard-", "index.json-", "unfinished.json-") for path in place.glob(f".{name}*")):
+    for left in (
+        path
+        for name in ("shard-", "index.json-", "unfinished.json-")
+        for path in place.glob(f".{name}*")
+    ):
         discard(left)  # of one that was killed
-    noted = [path for name in ("unfinished.json", "index.json") if (path := place / name).exists()]
-    stored = _read_index(noted[0]) if noted else plan | {"shards": [None] * math.ceil(plan["count"] / plan["shard_size"])}
-    if differ := [f"{key}: {stored[key]} there, {plan[key]} asked for" for key in plan if stored[key] != plan[key]]:
-        raise ValueError(f"{place} holds latents of something else. {'; '.join(differ)}. Take another folder")
-    return [record if record and _damage(_shard_path(place, number), record) is None else None
-            for number, record in enumerate(stored["shards"])]
+    noted = [
+        path
+        for name in ("unfinished.json", "index.json")
+        if (path := place / name).exists()
+    ]
+    stored = (
+        _read_index(noted[0])
+        if noted
+        else plan | {"shards": [None] * math.ceil(plan["count"] / plan["shard_size"])}
+    )
+    if differ := [
+        f"{key}: {stored[key]} there, {plan[key]} asked for"
+        for key in plan
+        if stored[key] != plan[key]
+    ]:
+        raise ValueError(
+            f"{place} holds latents of something else. {'; '.join(differ)}. Take another folder"
+        )
+    return [
+        record
+        if record and _damage(_shard_path(place, number), record) is None
+        else None
+        for number, record in enumerate(stored["shards"])
+    ]
 
 
 @own_settings()
-def encode_latents(dataset: DataSet, autoencoder: Autoencoder | Sequence[Autoencoder], folder: Path | str, split: str = "train",
-                   batch: int = 32, shard_size: int = 1024, device: torch.device | str = "auto", bar: bool = True) -> Latents:
+def encode_latents(
+    dataset: DataSet,
+    autoencoder: Autoencoder | Sequence[Autoencoder],
+    folder: Path | str,
+    split: str = "train",
+    batch: int = 32,
+    shard_size: int = 1024,
+    device: torch.device | str = "auto",
+    bar: bool = True,
+) -> Latents:
     """The latents of a data set, encoded into folder/split; what is there already is kept, and what was damaged is made again.
 
     autoencoder: one, or several for several signals; batch: samples encoded at a time; shard_size: samples in a file, which
@@ -221,33 +370,64 @@ def encode_latents(dataset: DataSet, autoencoder: Autoencoder | Sequence[Autoenc
     Nothing guards two processes that encode into one folder against each other. Raises ValueError when the folder holds
     latents of other data or of another autoencoder, and NotWritten when it cannot be written to.
     """
-    coders, place = _coders(autoencoder, dataset.shapes), Path(folder) / choose(split, SPLITS, "split")
+    coders, place = (
+        _coders(autoencoder, dataset.shapes),
+        Path(folder) / choose(split, SPLITS, "split"),
+    )
     if min(batch, shard_size, len(dataset)) < 1:
-        raise ValueError(f"batch is {batch}, shard_size {shard_size}, and samples are {len(dataset)}; all must be at least 1")
+        raise ValueError(
+            f"batch is {batch}, shard_size {shard_size}, and samples are {len(dataset)}; all must be at least 1"
+        )
     if getattr(dataset, "split", split) != split:
-        raise ValueError(f"these are the {dataset.split} data, to be encoded as {split}; say split={dataset.split!r}")
-    shapes = {name: coders[name].latent_shape(shape) if name in coders else shape for name, shape in dataset.shapes.items()}
-    plan = {"format": _FORMAT, "data": dataset.fingerprint, "count": len(dataset), "shard_size": shard_size,
-            "autoencoders": {name: coder.fingerprint for name, coder in coders.items()}, "names": list(dataset.names),
-            "signals": {name: list(shape) for name, shape in dataset.shapes.items()},
-            "shapes": {name: list(shape) for name, shape in shapes.items()}}
+        raise ValueError(
+            f"these are the {dataset.split} data, to be encoded as {split}; say split={dataset.split!r}"
+        )
+    shapes = {
+        name: coders[name].latent_shape(shape) if name in coders else shape
+        for name, shape in dataset.shapes.items()
+    }
+    plan = {
+        "format": _FORMAT,
+        "data": dataset.fingerprint,
+        "count": len(dataset),
+        "shard_size": shard_size,
+        "autoencoders": {name: coder.fingerprint for name, coder in coders.items()},
+        "names": list(dataset.names),
+        "signals": {name: list(shape) for name, shape in dataset.shapes.items()},
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
+    }
     if split != "train":
         _of_train(Path(folder), plan)  # before any work
     make_folder(place)
     shards = _kept(place, plan)
     missing = [number for number, record in enumerate(shards) if record is None]
     if missing:
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        device = (
+            ("cuda" if torch.cuda.is_available() else "cpu")
+            if device == "auto"
+            else device
+        )
         coders = {name: coder.to(device) for name, coder in coders.items()}
     for number in tqdm(missing, "latents", unit="shard", disable=not bar):
         tensors, moments = _shard(dataset, coders, plan, number, batch)
         with replacing(_shard_path(place, number)) as temporary:
             write_tensors(temporary, tensors)
-            shards[number] = {**_seal(temporary), "count": len(tensors["labels"]), "moments": moments}
+            shards[number] = {
+                **_seal(temporary),
+                "count": len(tensors["labels"]),
+                "moments": moments,
+            }
         _write_index(place / "unfinished.json", plan | {"shards": shards})
     if missing or not (place / "index.json").exists():
-        pooled = {name: _pooled([one["count"] for one in shards], [one["moments"][name] for one in shards]) for name in coders}
+        pooled = {
+            name: _pooled(
+                [one["count"] for one in shards],
+                [one["moments"][name] for one in shards],
+            )
+            for name in coders
+        }
         _write_index(place / "index.json", plan | {"shards": shards, "moments": pooled})
     with suppress(OSError):  # where it stays it says the same
         discard(place / "unfinished.json")
-    return Latents(folder, split, autoencoder, check=False)  # what was kept is checked already
+    # what was kept is checked already
+    return Latents(folder, split, autoencoder, check=False)

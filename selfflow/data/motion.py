@@ -17,29 +17,67 @@ from torch.nn.functional import grid_sample
 
 from ..checks import choose
 from .datasets import Examples, Made, digits
-from .shapes import COLOURS, KINDS, PALETTE, SYMMETRY, TEXTURES, cover, figure_masks, grounds, plane
+from selfflow.data.shapes import (
+    COLOURS,
+    KINDS,
+    PALETTE,
+    SYMMETRY,
+    TEXTURES,
+    cover,
+    figure_masks,
+    grounds,
+    plane,
+)
 from ..settings import own_settings
 
 # %% ../../nbs/2_data/04_motion.ipynb #b306e66d
-DIRECTIONS = ("right", "up right", "up", "up left", "left", "down left", "down", "down right")
+DIRECTIONS = (
+    "right",
+    "up right",
+    "up",
+    "up left",
+    "left",
+    "down left",
+    "down",
+    "down right",
+)
 _WALL = 0.55  # how far from the border a centre bounces, in diameters of the figure
 
 
 def headings(direction: Tensor) -> Tensor:
     "Unit vectors (..., 2), to the right and down, of indices into DIRECTIONS."
     half = math.sqrt(0.5)
-    table = ((1, 0), (half, -half), (0, -1), (-half, -half), (-1, 0), (-half, half), (0, 1), (half, half))
+    table = (
+        (1, 0),
+        (half, -half),
+        (0, -1),
+        (-half, -half),
+        (-1, 0),
+        (-half, half),
+        (0, 1),
+        (half, half),
+    )
     return torch.tensor(table, device=direction.device)[direction]
 
 
-def paths(start: Tensor, direction: Tensor, speed: Tensor, bounce: Tensor, scale: Tensor, frames: int) -> Tensor:
+def paths(
+    start: Tensor,
+    direction: Tensor,
+    speed: Tensor,
+    bounce: Tensor,
+    scale: Tensor,
+    frames: int,
+) -> Tensor:
     """Centres in each frame, (b, frames, 2): from the left and from the top, in sides of the picture.
 
     start: (b, 2); direction: index into DIRECTIONS; speed: way from the first frame to the last, in sides; bounce: True
     mirrors it at walls WALL * scale inside of the picture, False lets it enter where it left, opposite; (b,) each.
     """
     moment = torch.arange(frames, device=start.device) / (frames - 1)
-    straight = start[:, None] + (speed[:, None] * headings(direction))[:, None] * moment[:, None]
+    straight = (
+        start[:, None]
+        + (speed[:, None] * headings(direction))[:, None] * moment[:, None]
+    )
     wall = _WALL * scale[:, None, None]
     room = 1 - 2 * wall
     mirrored = wall + room * (1 - (1 - ((straight - wall) / room).remainder(2)).abs())
@@ -53,11 +91,25 @@ def _handwriting(split: str) -> tuple[Tensor, Tensor, Tensor]:
     known = digits(split)
     ink, place = (known.images + 1) / 2, (torch.arange(8) - 3.5) / 4
     mass = ink.sum((1, 2, 3))
-    return ink, torch.stack([ink.sum((1, 2)) @ place / mass, ink.sum((1, 3)) @ place / mass], 1), known.labels
+    return (
+        ink,
+        torch.stack(
+            [ink.sum((1, 2)) @ place / mass, ink.sum((1, 3)) @ place / mass], 1
+        ),
+        known.labels,
+    )
 
 
-def digit_masks(split: str, handwriting: Tensor, scale: Tensor, x: Tensor, y: Tensor, angle: Tensor, wrap: Tensor,
-                size: int) -> Tensor:
+def digit_masks(
+    split: str,
+    handwriting: Tensor,
+    scale: Tensor,
+    x: Tensor,
+    y: Tensor,
+    angle: Tensor,
+    wrap: Tensor,
+    size: int,
+) -> Tensor:
     """How far each pixel is inked, (b, size, size) in [0, 1], by the digits that are `handwriting` (b,) in their split.
 
     Their boxes have sides of 1.5 scales; the rest, (b,) each, is as in `shapes.figure_masks`.
@@ -66,7 +118,13 @@ def digit_masks(split: str, handwriting: Tensor, scale: Tensor, x: Tensor, y: Te
     across, up = plane(1.5 * scale, x, y, angle, wrap, size)
     right, down = centre[handwriting][:, :, None, None].unbind(1)
     grid = torch.stack([across.add_(right), torch.sub(down, up, out=up)], -1)
-    return grid_sample(ink[handwriting], grid, align_corners=False).squeeze(1).mul_(2).sub_(0.7).clamp_(0, 1)
+    return (
+        grid_sample(ink[handwriting], grid, align_corners=False)
+        .squeeze(1)
+        .mul_(2)
+        .sub_(0.7)
+        .clamp_(0, 1)
+    )
 
 # %% ../../nbs/2_data/04_motion.ipynb #edc0a516
 _RANGES = {"scale": (0.3, 0.4), "speed": (0.5, 1.0), "rotation": (0.25, 0.6)}
@@ -77,14 +135,20 @@ def _ranged(name: str, u: Tensor) -> Tensor:
     return low + (high - low) * u
 
 
-def _start(u: Tensor, direction: Tensor, speed: Tensor, bounce: Tensor, scale: Tensor) -> Tensor:
+def _start(
+    u: Tensor, direction: Tensor, speed: Tensor, bounce: Tensor, scale: Tensor
+) -> Tensor:
     "Where to start (b, 2), from four numbers (b, 4): anywhere, or so that a wall is met in time, and neither wall before."
     step, wall = speed[:, None] * headings(direction), _WALL * scale[:, None]
-    first = torch.where(step[:, 0] == 0, 1, torch.where(step[:, 1] == 0, 0, (u[:, 3] < 0.5).long()))[:, None]
+    first = torch.where(
+        step[:, 0] == 0, 1, torch.where(step[:, 1] == 0, 0, (u[:, 3] < 0.5).long())
+    )[:, None]
     along = step.gather(1, first).abs()
     moment = 0.45 + (((1 - 2 * wall) / along).clamp(max=0.6) - 0.45) * u[:, 2:3]
     way = (step * moment).abs()
-    where = torch.where(torch.arange(2, device=u.device) == first, 0.0, u[:, :2]) * (1 - 2 * wall - way).clamp(min=0)
+    where = torch.where(torch.arange(2, device=u.device) == first, 0.0, u[:, :2]) * (
+        1 - 2 * wall - way
+    ).clamp(min=0)
     bouncing = torch.where(step > 0, 1 - wall - way - where, wall + way + where)
     return torch.where(bounce[:, None], bouncing, u[:, :2])
 
@@ -99,6 +163,7 @@ class Motion(Made):
     Direction is that of the start. It changes only if the figure bounces, after 0.45 of the film or later; otherwise what leaves
     enters at the opposite border. It can be seen for a quarter of the film, an eighth of the picture, or more before it changes.
     """
+
     size: int = 32
     frames: int = 16
     figures: str = "shapes"
@@ -134,31 +199,70 @@ class Motion(Made):
         ground, texture = (8 * u[:, 0]).long(), (len(TEXTURES) * u[:, 1]).long()
         first, second = 1 + (7 * u[:, 2]).long(), 1 + (6 * u[:, 3]).long()
         second = second + (second >= first).long()
-        parts = [self._figure(self.numbers(f"figure {k}", indices, 15), 0.7**k) | {"colour": (ground + shift) % 8}
-                 for k, shift in enumerate((first, second)[:1 + self.pair])]
-        figures = {name: torch.stack([part[name] for part in parts], 1) if self.pair else parts[0][name] for name in parts[0]}
+        parts = [
+            self._figure(self.numbers(f"figure {k}", indices, 15), 0.7**k)
+            | {"colour": (ground + shift) % 8}
+            for k, shift in enumerate((first, second)[: 1 + self.pair])
+        ]
+        figures = {
+            name: torch.stack([part[name] for part in parts], 1)
+            if self.pair
+            else parts[0][name]
+            for name in parts[0]
+        }
         return figures | {"ground": ground, "texture": texture, "grain": u[:, 4:]}
 
     def _figure(self, u: Tensor, size: float) -> dict[str, Tensor]:
         "The factors of one figure from 15 numbers (b, 15)."
-        moved = {"direction": (8 * u[:, 1]).long(), "speed": _ranged("speed", u[:, 2]), "bounce": u[:, 3] < 0.5,
-                 "scale": size * _ranged("scale", u[:, 4])}
-        off = 1 + ((self.frames - 1) // 5 * u[:, 6]).long()  # frames that are missing at the start or at the end
-        turns = torch.where(u[:, 7] < 0.25, 1, -1) * _ranged("rotation", u[:, 8]) * (u[:, 7] < 0.5)
-        figure = moved | {"positions": paths(_start(u[:, 9:13], **moved), frames=self.frames, **moved), "rotation": turns,
-                          "appears": torch.where(u[:, 5] < 0.25, off, 0),
-                          "vanishes": self.frames - torch.where(u[:, 5] >= 0.75, off, 0)}
+        moved = {
+            "direction": (8 * u[:, 1]).long(),
+            "speed": _ranged("speed", u[:, 2]),
+            "bounce": u[:, 3] < 0.5,
+            "scale": size * _ranged("scale", u[:, 4]),
+        }
+        # frames that are missing at the start or at the end
+        off = 1 + ((self.frames - 1) // 5 * u[:, 6]).long()
+        turns = (
+            torch.where(u[:, 7] < 0.25, 1, -1)
+            * _ranged("rotation", u[:, 8])
+            * (u[:, 7] < 0.5)
+        )
+        figure = moved | {
+            "positions": paths(
+                _start(u[:, 9:13], **moved), frames=self.frames, **moved
+            ),
+            "rotation": turns,
+            "appears": torch.where(u[:, 5] < 0.25, off, 0),
+            "vanishes": self.frames - torch.where(u[:, 5] >= 0.75, off, 0),
+        }
         if self.figures == "shapes":
-            return figure | {"kind": (8 * u[:, 0]).long(), "angle": 2 * math.pi * u[:, 13]}
+            return figure | {
+                "kind": (8 * u[:, 0]).long(),
+                "angle": 2 * math.pi * u[:, 13],
+            }
         rows = _handwriting(self.split)[2].to(u.device)
         chosen = (len(rows) * u[:, 0]).long()
-        return figure | {"kind": rows[chosen], "handwriting": chosen, "angle": 0.5 * (u[:, 13] - 0.5)}  # digits stand upright
+        # digits stand upright
+        return figure | {
+            "kind": rows[chosen],
+            "handwriting": chosen,
+            "angle": 0.5 * (u[:, 13] - 0.5),
+        }
 
     def draw(self, factors: dict[str, Tensor]) -> Tensor:
         "Films (b, 3, frames, size, size) in [-1, 1] of factors like those of `factors`: the user's own, or these with a change."
-        film = grounds(factors["ground"], factors["texture"], factors["grain"], self.size)[:, :, None]
-        masks, palette = self.draw_masks(factors), torch.tensor(PALETTE, device=film.device)[factors["colour"]]
-        for mask, colour in [(masks[:, 1], palette[:, 1]), (masks[:, 0], palette[:, 0])] if self.pair else [(masks, palette)]:
+        film = grounds(
+            factors["ground"], factors["texture"], factors["grain"], self.size
+        )[:, :, None]
+        masks, palette = (
+            self.draw_masks(factors),
+            torch.tensor(PALETTE, device=film.device)[factors["colour"]],
+        )
+        for mask, colour in (
+            [(masks[:, 1], palette[:, 1]), (masks[:, 0], palette[:, 0])]
+            if self.pair
+            else [(masks, palette)]
+        ):
             film = cover(film, colour, mask)
         return film
 
@@ -166,39 +270,81 @@ class Motion(Made):
         "How far each pixel is covered by the figure, (b, frames, size, size), or of both, (b, 2, frames, size, size)."
         positions = factors["positions"]
         frame = torch.arange(self.frames, device=positions.device)
-        angle = factors["angle"][..., None] + 2 * math.pi * factors["rotation"][..., None] * (frame / (self.frames - 1))
-        still = {"x": positions[..., 0], "y": positions[..., 1], "angle": angle, "scale": factors["scale"][..., None],
-                 "wrap": ~factors["bounce"][..., None]}
-        still = {name: value.expand_as(angle).flatten() for name, value in still.items()}
-        which = factors["kind" if self.figures == "shapes" else "handwriting"][..., None].expand_as(angle).flatten()
-        draw = figure_masks if self.figures == "shapes" else partial(digit_masks, self.split)
-        masks = draw(which, **still, size=self.size).view(*angle.shape, self.size, self.size)
-        seen = (frame >= factors["appears"][..., None]) & (frame < factors["vanishes"][..., None])
+        angle = factors["angle"][..., None] + 2 * math.pi * factors["rotation"][
+            ..., None
+        ] * (frame / (self.frames - 1))
+        still = {
+            "x": positions[..., 0],
+            "y": positions[..., 1],
+            "angle": angle,
+            "scale": factors["scale"][..., None],
+            "wrap": ~factors["bounce"][..., None],
+        }
+        still = {
+            name: value.expand_as(angle).flatten() for name, value in still.items()
+        }
+        which = (
+            factors["kind" if self.figures == "shapes" else "handwriting"][..., None]
+            .expand_as(angle)
+            .flatten()
+        )
+        draw = (
+            figure_masks
+            if self.figures == "shapes"
+            else partial(digit_masks, self.split)
+        )
+        masks = draw(which, **still, size=self.size).view(
+            *angle.shape, self.size, self.size
+        )
+        seen = (frame >= factors["appears"][..., None]) & (
+            frame < factors["vanishes"][..., None]
+        )
         return masks * seen[..., None, None]
 
     def captions(self, factors: dict[str, Tensor]) -> tuple[str, ...]:
         "What can be seen, in words of at most 64 ASCII characters; the ground and the sense of turning are not told."
-        names = ("colour", "kind", "direction", "speed", "bounce", "rotation", "appears", "vanishes")
+        names = (
+            "colour",
+            "kind",
+            "direction",
+            "speed",
+            "bounce",
+            "rotation",
+            "appears",
+            "vanishes",
+        )
         rows = zip(*(factors[name].tolist() for name in names), strict=True)
         return tuple(self._pair(*row) if self.pair else self._one(*row) for row in rows)
 
-    def _one(self, colour, kind, direction, speed, bounce, rotation, appears, vanishes) -> str:
+    def _one(
+        self, colour, kind, direction, speed, bounce, rotation, appears, vanishes
+    ) -> str:
         low, high = _RANGES["speed"]
         third = (speed - low) / (high - low) * 3
-        turning = rotation and (self.figures == "digits" or SYMMETRY[kind])  # that a disc turns cannot be seen
-        return (f"a {COLOURS[colour]} {self.kinds[kind]} {'bounces' if bounce else 'moves'} {DIRECTIONS[direction]}"
-                + ", slow" * (third < 1) + ", fast" * (third >= 2) + ", turning" * bool(turning)
-                + ", appears" * (appears > 0) + ", vanishes" * (vanishes < self.frames))
+        # that a disc turns cannot be seen
+        turning = rotation and (self.figures == "digits" or SYMMETRY[kind])
+        return (
+            f"a {COLOURS[colour]} {self.kinds[kind]} {'bounces' if bounce else 'moves'} {DIRECTIONS[direction]}"
+            + ", slow" * (third < 1)
+            + ", fast" * (third >= 2)
+            + ", turning" * bool(turning)
+            + ", appears" * (appears > 0)
+            + ", vanishes" * (vanishes < self.frames)
+        )
 
     def _pair(self, colour, kind, direction, *others) -> str:
-        first, second = (f"a {COLOURS[c]} {self.kinds[k]}" for c, k in zip(colour, kind, strict=True))
+        first, second = (
+            f"a {COLOURS[c]} {self.kinds[k]}" for c, k in zip(colour, kind, strict=True)
+        )
         return f"{first} moves {DIRECTIONS[direction[0]]}, {second} {DIRECTIONS[direction[1]]}"
 
     def take(self, indices: Tensor) -> Examples:
         "The samples at indices (b,): films, directions, captions, factors."
         factors = self.factors(indices)
         direction = factors["direction"][:, 0] if self.pair else factors["direction"]
-        return Examples({"video": self.draw(factors)}, direction, self.captions(factors), factors)
+        return Examples(
+            {"video": self.draw(factors)}, direction, self.captions(factors), factors
+        )
 
     def masks(self, indices: Tensor) -> Tensor:
         "How far each pixel is covered by the figure, (b, frames, size, size), or of both, (b, 2, frames, size, size)."

@@ -25,32 +25,85 @@ _AMPLITUDES = (  # of harmonics 1, 2, ... up to 16
     (1, 0.25, 0.1, 0.03),
     (1, 0.7, 0, 0.5, 0, 0, 0, 0.4, 0, 0, 0, 0, 0, 0, 0, 0.2),
     tuple(1 / k for k in range(1, 17)),
-    (0.5, 0.9, 1, 0.8, 0.6, 0.45, 0.33, 0.25, 0.18, 0.13, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01),
+    (
+        0.5,
+        0.9,
+        1,
+        0.8,
+        0.6,
+        0.45,
+        0.33,
+        0.25,
+        0.18,
+        0.13,
+        0.1,
+        0.07,
+        0.05,
+        0.03,
+        0.02,
+        0.01,
+    ),
     (1, 0, 0, 0.7, 0, 0, 0, 0, 0, 0.4),
-    (1, 0.8, 0.6, 0.5, 0.4, 0.33, 0.28, 0.25, 0.2, 0.17, 0.15, 0.12, 0.1, 0.08, 0.06, 0.05))
-_FADES = ((0, 0), (0, 0), (0, 0), (0, 0), (2.5, 0.6), (2.5, 1.5))  # c of the whole and d of each harmonic, in 1 / second
+    (
+        1,
+        0.8,
+        0.6,
+        0.5,
+        0.4,
+        0.33,
+        0.28,
+        0.25,
+        0.2,
+        0.17,
+        0.15,
+        0.12,
+        0.1,
+        0.08,
+        0.06,
+        0.05,
+    ),
+)
+# c of the whole and d of each harmonic, in 1 / second
+_FADES = ((0, 0), (0, 0), (0, 0), (0, 0), (2.5, 0.6), (2.5, 1.5))
 _VIBRATO_HZ = 6.0
 _RELEASE = 0.03  # seconds in which a note ends
 
 
 def note_name(pitch: int) -> str:
     "The name of a MIDI number: 60 is C4, 61 is C#4."
-    return ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")[pitch % 12] + str(pitch // 12 - 1)
+    return ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")[
+        pitch % 12
+    ] + str(pitch // 12 - 1)
 
 
 @cache
 def _spectra() -> Tensor:
     "Amplitudes (timbre, kept, harmonic) when the lowest 0 to 16 harmonics are kept, with a peak of 1 where any are."
     with own_settings():
-        table = torch.tensor([(*row, *[0.0] * (16 - len(row))) for row in _AMPLITUDES], dtype=torch.float64)
+        table = torch.tensor(
+            [(*row, *[0.0] * (16 - len(row))) for row in _AMPLITUDES],
+            dtype=torch.float64,
+        )
         kept = table[:, None] * torch.ones(17, 16).tril(-1)
-        angles = torch.arange(1, 17) * (torch.arange(4096, dtype=torch.float64) * math.pi / 4096)[:, None]
-        peaks = 1.0001 * (kept @ angles.sin().T).abs().amax(-1, keepdim=True)  # a little more, for what lies between the angles
+        angles = (
+            torch.arange(1, 17)
+            * (torch.arange(4096, dtype=torch.float64) * math.pi / 4096)[:, None]
+        )
+        # a little more, for what lies between the angles
+        peaks = 1.0001 * (kept @ angles.sin().T).abs().amax(-1, keepdim=True)
         return (kept / peaks.clamp(min=1e-9)).float()
 
 # %% ../../nbs/2_data/06_notes.ipynb #3d2d40f1
-def synthesise(pitch: Tensor, timbre: Tensor, attack: Tensor, vibrato: Tensor, loudness: Tensor, phase: Tensor | None = None,
-               samples: int = 8192, rate: int = 8000) -> Tensor:
+def synthesise(
+    pitch: Tensor,
+    timbre: Tensor,
+    attack: Tensor,
+    vibrato: Tensor,
+    loudness: Tensor,
+    phase: Tensor | None = None,
+    samples: int = 8192,
+    rate: int = 8000,
+) -> Tensor:
     """Notes (b, samples), float32 in [-1, 1].
 
     pitch: (b,) MIDI numbers, whole or not; timbre: (b,) indices into TIMBRES; attack: (b,) seconds until a note is full; vibrato:
@@ -59,38 +112,72 @@ def synthesise(pitch: Tensor, timbre: Tensor, attack: Tensor, vibrato: Tensor, l
     """
     _check_notes(pitch, timbre, attack, vibrato, loudness, rate)
     seconds = torch.arange(samples, dtype=torch.float64, device=pitch.device) / rate
-    frequency, swing = (440 * 2 ** ((pitch.double() - 69) / 12))[:, None], (2 ** (vibrato.double() / 12) - 1)[:, None]
+    frequency, swing = (
+        (440 * 2 ** ((pitch.double() - 69) / 12))[:, None],
+        (2 ** (vibrato.double() / 12) - 1)[:, None],
+    )
     pace = 2 * math.pi * _VIBRATO_HZ
-    cycles = torch.addcmul(frequency * seconds, frequency * swing / pace, 1 - (pace * seconds).cos())
+    cycles = torch.addcmul(
+        frequency * seconds, frequency * swing / pace, 1 - (pace * seconds).cos()
+    )
     cycles += 0 if phase is None else phase.double()[:, None]
-    angle = cycles.frac().float() * (2 * math.pi)  # whole cycles go while there are digits enough
+    # whole cycles go while there are digits enough
+    angle = cycles.frac().float() * (2 * math.pi)
     seconds, fades = seconds.float(), torch.tensor(_FADES, device=pitch.device)[timbre]
-    kept = ((rate / 2) / (frequency * (1 + swing))).ceil().long().clamp(max=17)[:, 0] - 1
+    kept = ((rate / 2) / (frequency * (1 + swing))).ceil().long().clamp(max=17)[
+        :, 0
+    ] - 1
     amplitudes = _spectra().to(pitch.device)[timbre, kept]
     radius = (-fades[:, 1:] * seconds).exp()
     slope, square = 2 * radius * angle.cos(), -radius.square()
     first = second = torch.zeros_like(angle)
     for k in reversed(range(max(kept.tolist(), default=0))):
-        first, second = torch.addcmul(torch.addcmul(amplitudes[:, k, None], slope, first), square, second), first
+        first, second = (
+            torch.addcmul(
+                torch.addcmul(amplitudes[:, k, None], slope, first), square, second
+            ),
+            first,
+        )
     rise = ((seconds / attack[:, None]).clamp(max=1) * (math.pi / 2)).sin().square()
-    fall = (((samples / rate - seconds) / _RELEASE).clamp(max=1) * (math.pi / 2)).sin().square()
-    level = 10 ** (loudness[:, None] / 20) * (-fades[:, :1] * seconds).exp() * rise * fall
+    fall = (
+        (((samples / rate - seconds) / _RELEASE).clamp(max=1) * (math.pi / 2))
+        .sin()
+        .square()
+    )
+    level = (
+        10 ** (loudness[:, None] / 20) * (-fades[:, :1] * seconds).exp() * rise * fall
+    )
     return first * radius * angle.sin() * level
 
 
-def _check_notes(pitch: Tensor, timbre: Tensor, attack: Tensor, vibrato: Tensor, loudness: Tensor, rate: int):
+def _check_notes(
+    pitch: Tensor,
+    timbre: Tensor,
+    attack: Tensor,
+    vibrato: Tensor,
+    loudness: Tensor,
+    rate: int,
+):
     "ValueError for what no note can have; written so that NaN fails too."
-    if len(timbre) and not (0 <= int(timbre.min()) and int(timbre.max()) < len(TIMBRES)):
-        raise ValueError(f"timbre runs from {int(timbre.min())} to {int(timbre.max())}, outside 0 to {len(TIMBRES) - 1}: "
-                         f"{', '.join(TIMBRES)}")
-    for name, values, fits, remedy in (("attack", attack, attack > 0, "above 0 seconds"),
-                                       ("vibrato", vibrato, vibrato >= 0, "0 semitones or more"),
-                                       ("loudness", loudness, loudness <= 0, "at most 0 dB, full scale")):
+    if len(timbre) and not (
+        0 <= int(timbre.min()) and int(timbre.max()) < len(TIMBRES)
+    ):
+        raise ValueError(
+            f"timbre runs from {int(timbre.min())} to {int(timbre.max())}, outside 0 to {len(TIMBRES) - 1}: "
+            f"{', '.join(TIMBRES)}"
+        )
+    for name, values, fits, remedy in (
+        ("attack", attack, attack > 0, "above 0 seconds"),
+        ("vibrato", vibrato, vibrato >= 0, "0 semitones or more"),
+        ("loudness", loudness, loudness <= 0, "at most 0 dB, full scale"),
+    ):
         if not fits.all():
             raise ValueError(f"{name} is {values[~fits][0]:g}, but must be {remedy}")
     highest = 440 * 2 ** ((pitch + vibrato - 69) / 12)
     if not (highest < rate / 2).all():
-        raise ValueError(f"a note of {highest.max():.0f} Hz needs more than {rate} samples a second; take lower pitches")
+        raise ValueError(
+            f"a note of {highest.max():.0f} Hz needs more than {rate} samples a second; take lower pitches"
+        )
 
 # %% ../../nbs/2_data/06_notes.ipynb #22c5a607
 def within_full_scale(waves: Tensor) -> tuple[Tensor, float]:
@@ -110,14 +197,23 @@ def to_wav(waves: Tensor, rate: int = 8000, bits: int = 16) -> bytes:
     rate: samples a second. Raises ValueError for another shape, other bits, and values that are not finite.
     """
     if waves.ndim != 1 or bits not in (8, 16) or not waves.isfinite().all():
-        raise ValueError(f"a sound of shape {tuple(waves.shape)} cannot be written with {bits} bits; give finite numbers (n,) "
-                         "and 8 or 16 bits")
+        raise ValueError(
+            f"a sound of shape {tuple(waves.shape)} cannot be written with {bits} bits; give finite numbers (n,) "
+            "and 8 or 16 bits"
+        )
     values = within_full_scale(waves.detach().cpu().double())[0] * (2 ** (bits - 1) - 1)
-    values = (values + 128).round().to(torch.uint8) if bits == 8 else values.round().to(torch.int16)  # WAV's 8 bits have no sign
+    # WAV's 8 bits have no sign
+    values = (
+        (values + 128).round().to(torch.uint8)
+        if bits == 8
+        else values.round().to(torch.int16)
+    )
     with io.BytesIO() as buffer:
         with wave.open(buffer, "wb") as file:
             file.setparams((1, bits // 8, rate, 0, "NONE", ""))
-            file.writeframes(values.numpy().astype("u1" if bits == 8 else "<i2").tobytes())
+            file.writeframes(
+                values.numpy().astype("u1" if bits == 8 else "<i2").tobytes()
+            )
         return buffer.getvalue()
 
 # %% ../../nbs/2_data/06_notes.ipynb #19e3553c
@@ -130,6 +226,7 @@ class Notes(Made):
     (b, length), else (b,).
     Raises ValueError for a rate too low for the highest note, and notes shorter than 0.2 s or no whole number of samples long.
     """
+
     rate: int = 8000
     samples: int = 8192
     length: int = 1
@@ -138,12 +235,18 @@ class Notes(Made):
     def __post_init__(self):
         super().__post_init__()
         if self.rate < 4000:
-            raise ValueError(f"rate is {self.rate}, but {self.names[-1]} with its octave needs 4000 samples a second or more")
+            raise ValueError(
+                f"rate is {self.rate}, but {self.names[-1]} with its octave needs 4000 samples a second or more"
+            )
         if not 1 <= self.length <= 4:
             raise ValueError(f"length is {self.length}, but a sound has 1 to 4 notes")
         if self.samples % self.length or self.samples < 0.2 * self.rate * self.length:
-            least = self.length * math.ceil(max(0.2 * self.rate, self.samples / self.length))
-            raise ValueError(f"{self.samples} samples are not {self.length} equal notes of 0.2 s or more; take {least}")
+            least = self.length * math.ceil(
+                max(0.2 * self.rate, self.samples / self.length)
+            )
+            raise ValueError(
+                f"{self.samples} samples are not {self.length} equal notes of 0.2 s or more; take {least}"
+            )
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -152,21 +255,50 @@ class Notes(Made):
 
     def take(self, indices: Tensor) -> Examples:
         "The notes at indices (b,), each made from its index alone."
-        draw = {name: self.numbers(name, indices, self.length if name in ("pitch", "phase") else 1)
-                for name in ("pitch", "timbre", "attack", "vibrato", "loudness", "phase")}
-        factors = {"pitch": (draw["pitch"] * len(PITCHES)).long() + PITCHES[0],
-                   "timbre": (draw["timbre"] * len(TIMBRES)).long(),
-                   "attack": 0.005 * 16 ** draw["attack"],
-                   "vibrato": torch.where(draw["vibrato"] < 0.5, 0, 0.2 + 0.6 * (draw["vibrato"] - 0.5)),
-                   "loudness": 24 * draw["loudness"] - 24, "phase": draw["phase"]}
-        each = {name: values.expand(-1, self.length).flatten() for name, values in factors.items()}
-        waves = synthesise(**each, samples=self.samples // self.length, rate=self.rate).view(len(indices), self.samples)
-        captions = tuple(map(_caption, *(factors[name].tolist() for name in ("pitch", "timbre", "vibrato", "loudness"))))
-        single = {name: values if values.shape[1] > 1 else values[:, 0] for name, values in factors.items()}
-        return Examples({"audio": waves}, factors["pitch"][:, 0] - PITCHES[0], captions, single)
+        draw = {
+            name: self.numbers(
+                name, indices, self.length if name in ("pitch", "phase") else 1
+            )
+            for name in ("pitch", "timbre", "attack", "vibrato", "loudness", "phase")
+        }
+        factors = {
+            "pitch": (draw["pitch"] * len(PITCHES)).long() + PITCHES[0],
+            "timbre": (draw["timbre"] * len(TIMBRES)).long(),
+            "attack": 0.005 * 16 ** draw["attack"],
+            "vibrato": torch.where(
+                draw["vibrato"] < 0.5, 0, 0.2 + 0.6 * (draw["vibrato"] - 0.5)
+            ),
+            "loudness": 24 * draw["loudness"] - 24,
+            "phase": draw["phase"],
+        }
+        each = {
+            name: values.expand(-1, self.length).flatten()
+            for name, values in factors.items()
+        }
+        waves = synthesise(
+            **each, samples=self.samples // self.length, rate=self.rate
+        ).view(len(indices), self.samples)
+        captions = tuple(
+            map(
+                _caption,
+                *(
+                    factors[name].tolist()
+                    for name in ("pitch", "timbre", "vibrato", "loudness")
+                ),
+            )
+        )
+        single = {
+            name: values if values.shape[1] > 1 else values[:, 0]
+            for name, values in factors.items()
+        }
+        return Examples(
+            {"audio": waves}, factors["pitch"][:, 0] - PITCHES[0], captions, single
+        )
 
 
 def _caption(pitches: list, timbre: list, vibrato: list, loudness: list) -> str:
     "What is heard, in at most 64 characters."
-    return (f"a {'soft' if loudness[0] < -12 else 'loud'} {TIMBRES[timbre[0]]} plays {', '.join(map(note_name, pitches))}"
-            + " with vibrato" * (vibrato[0] > 0))
+    return (
+        f"a {'soft' if loudness[0] < -12 else 'loud'} {TIMBRES[timbre[0]]} plays {', '.join(map(note_name, pitches))}"
+        + " with vibrato" * (vibrato[0] > 0)
+    )

@@ -30,18 +30,21 @@ def hop_of(rate: int) -> int:
 @dataclass(frozen=True)
 class MadeOptions:
     "Options of a data set that comes with the library: a run keeps no outline of it, as it is made again wherever it is opened."
+
     always_there: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
 class DigitsOptions(MadeOptions):
     "Options of the handwritten digits."
+
     signals: ClassVar[tuple[str, ...]] = ("image",)
 
 
 @dataclass(frozen=True)
 class ShapesOptions(MadeOptions):
     "Options of made images."
+
     signals: ClassVar[tuple[str, ...]] = ("image",)
     size: int = 32  # side of an image, pixels
 
@@ -52,8 +55,9 @@ class ShapesOptions(MadeOptions):
 @dataclass(frozen=True)
 class MotionOptions(MadeOptions):
     "Options of made videos."
+
     signals: ClassVar[tuple[str, ...]] = ("video",)
-    size: int = 32    # side of a frame, pixels
+    size: int = 32  # side of a frame, pixels
     frames: int = 16  # of a video
 
     def __post_init__(self):
@@ -63,38 +67,50 @@ class MotionOptions(MadeOptions):
 @dataclass(frozen=True)
 class NotesOptions(MadeOptions):
     "Options of made sounds."
+
     signals: ClassVar[tuple[str, ...]] = ("audio",)
 
 
 @dataclass(frozen=True)
 class ScenesOptions(MotionOptions):
     "Options of made videos with sound."
+
     signals: ClassVar[tuple[str, ...]] = ("video", "audio")
 
 
 @dataclass(frozen=True)
 class StoredOptions:
     "Options of data on the disk. Latents say themselves of which signals they are."
+
     path: str = ""  # of the folder that holds the data
 
     def __post_init__(self):
         if not self.path:
-            raise ValueError(f"data.path is empty, but data.name {self.name} needs the place of the data")
+            raise ValueError(
+                f"data.path is empty, but data.name {self.name} needs the place of the data"
+            )
 
 
 @dataclass(frozen=True)
 class FileOptions(StoredOptions):
     "Options of images, videos and sounds in files or tables."
-    signals: tuple[str, ...] = ("image",)  # image, video, audio, or several that belong together
-    height: int = 32          # of an image or frame, pixels
-    width: int = 32           # of an image or frame, pixels
-    frames: int = 16          # of a video
-    rate: int = 8000          # of sounds, Hz
-    seconds: float = 1.024    # of a sound, brought to whole tokens
-    crop: str = "start"       # the part of longer sounds, and of videos with fps: start, centre, random (by name) or all
-    fps: float = 0.0          # frames taken in a second of a video; 0 = over its whole length, or as long as its sound
-    channels: int = 3         # of images and videos: 3 = colour, 1 = grey
-    carve: bool = True        # fill splits that are missing or empty; False in runs of formats 1 to 3
+
+    # image, video, audio, or several that belong together
+    signals: tuple[str, ...] = ("image",)
+    height: int = 32  # of an image or frame, pixels
+    width: int = 32  # of an image or frame, pixels
+    frames: int = 16  # of a video
+    rate: int = 8000  # of sounds, Hz
+    seconds: float = 1.024  # of a sound, brought to whole tokens
+    # the part of longer sounds, and of videos with fps: start, centre, random (by name)
+    # or all
+    crop: str = "start"
+    # frames taken in a second of a video; 0 = over its whole length, or as long as its
+    # sound
+    fps: float = 0.0
+    channels: int = 3  # of images and videos: 3 = colour, 1 = grey
+    # fill splits that are missing or empty; False in runs of formats 1 to 3
+    carve: bool = True
 
     def __post_init__(self):
         check_positive(self, "height", "width", "frames", "seconds")
@@ -102,13 +118,24 @@ class FileOptions(StoredOptions):
         choose(self.crop, CROPS, "crop (data.crop)")
         for name, low, high in (("rate", 1_000, 400_000), ("fps", 0, 10_000)):
             if not low <= getattr(self, name) <= high:
-                raise ValueError(f"data.{name} is {getattr(self, name)}, expected {low} to {high}")  # commas would be split
+                # commas would be split
+                raise ValueError(
+                    f"data.{name} is {getattr(self, name)}, expected {low} to {high}"
+                )
         if self.channels not in (1, 3):
-            raise ValueError(f"data.channels is {self.channels}; take 3 for colour or 1 for grey")
+            raise ValueError(
+                f"data.channels is {self.channels}; take 3 for colour or 1 for grey"
+            )
         long = self.samples / self.rate
-        if self.fps and {"video", "audio"} <= {*self.signals} and not math.isclose(self.frames / self.fps, long, rel_tol=0.01):
-            raise ValueError(f"{self.frames} frames at data.fps {self.fps:g} last {self.frames / self.fps:.4g} s, their sounds "
-                             f"{long:.4g} s; leave data.fps 0, or set data.seconds to {self.frames / self.fps:.4g}")
+        if (
+            self.fps
+            and {"video", "audio"} <= {*self.signals}
+            and not math.isclose(self.frames / self.fps, long, rel_tol=0.01)
+        ):
+            raise ValueError(
+                f"{self.frames} frames at data.fps {self.fps:g} last {self.frames / self.fps:.4g} s, their sounds "
+                f"{long:.4g} s; leave data.fps 0, or set data.seconds to {self.frames / self.fps:.4g}"
+            )
         super().__post_init__()
 
     @property
@@ -123,12 +150,15 @@ def check_signals(signals: Sequence[str]) -> None:
     for name in signals:
         choose(name, SIGNAL_NAMES, "signal (data.signals)")
     if not signals or len({*signals}) < len(signals):
-        raise ValueError(f"data.signals are {tuple(signals)}, expected one or several of {', '.join(SIGNAL_NAMES)}, each once")
+        raise ValueError(
+            f"data.signals are {tuple(signals)}, expected one or several of {', '.join(SIGNAL_NAMES)}, each once"
+        )
 
 
 @dataclass(frozen=True)
 class GivenOptions:
     "Options of data that a program passed to `train`, which fills them in."
+
     signals: tuple[str, ...] = ("image",)  # of these data
 
 
@@ -154,40 +184,61 @@ SOUNDS = ("mel", "mdct")
 @dataclass(frozen=True)
 class DataConfig(metaclass=Named):
     "What is trained on, and how it becomes tokens; with the options of the named data set."
+
     registry = datasets
-    signals = ()  # kinds of signals, where the options do not name them: only the opened data tell
+    # kinds of signals, where the options do not name them: only the opened data tell
+    signals = ()
     always_there = False
 
-    name: str = "digits"      # one of the registered data sets, or your own (--use)
-    share: float = 1.0        # of the batches, in proportion to those of the other data sets
-    weight: float | dict[str, float] = 1.0  # of its losses: a number, or one for each signal, such as audio 0.5 video 2
-    patch: int = 2            # side of a patch, pixels
-    span: int = 2             # frames of a video in a token
-    columns: int = 2          # columns of a spectrum in a token
-    sound: str = "mel"        # how sound is written: mel (log-mel, back by Griffin-Lim) or mdct (exact)
+    name: str = "digits"  # one of the registered data sets, or your own (--use)
+    # of the batches, in proportion to those of the other data sets
+    share: float = 1.0
+    # of its losses: a number, or one for each signal, such as audio 0.5 video 2
+    weight: float | dict[str, float] = 1.0
+    patch: int = 2  # side of a patch, pixels
+    span: int = 2  # frames of a video in a token
+    columns: int = 2  # columns of a spectrum in a token
+    # how sound is written: mel (log-mel, back by Griffin-Lim) or mdct (exact)
+    sound: str = "mel"
     condition: str = "class"  # what samples are conditioned on: class, caption or none
-    caption: int = 64         # longest caption, bytes, or tokens of the encoder
-    encoder: str = ""         # folder of a T5 or CLIP text encoder, for condition caption; empty = the bytes themselves
+    caption: int = 64  # longest caption, bytes, or tokens of the encoder
+    # folder of a T5 or CLIP text encoder, for condition caption; empty = the bytes
+    # themselves
+    encoder: str = ""
 
     def __post_init__(self):
         check_types(self)
         for name in ("path", "encoder"):  # absolute: a run is opened from any folder
             if value := getattr(self, name, ""):
-                object.__setattr__(self, name, os.path.abspath(os.path.expanduser(value)))
+                object.__setattr__(
+                    self, name, os.path.abspath(os.path.expanduser(value))
+                )
         check_positive(self, "share", "patch", "span", "columns", "caption")
         choose(self.condition, CONDITIONS, "condition (data.condition)")
         choose(self.sound, SOUNDS, "sound (data.sound)")
         weights = self.weight if isinstance(self.weight, dict) else {"": self.weight}
         for signal in weights.keys() - {""}:
-            choose(signal, self.signals or SIGNAL_NAMES, f"signal of data set {self.name} (data.weight)")
+            choose(
+                signal,
+                self.signals or SIGNAL_NAMES,
+                f"signal of data set {self.name} (data.weight)",
+            )
         if not weights or min(weights.values()) < 0:
-            raise ValueError(f"data.weight is {self.weight}, expected a number that is not negative, or one for each signal")
+            raise ValueError(
+                f"data.weight is {self.weight}, expected a number that is not negative, or one for each signal"
+            )
         if self.encoder and self.condition != "caption":
-            raise ValueError(f"data.encoder {self.encoder!r} reads captions, data.condition is {self.condition!r}; take caption")
+            raise ValueError(
+                f"data.encoder {self.encoder!r} reads captions, data.condition is {self.condition!r}; take caption"
+            )
 
     def weight_of(self, signal: str) -> float:
         "The weight of a signal in the losses."
-        return self.weight.get(signal, 1.0) if isinstance(self.weight, dict) else self.weight
+        return (
+            self.weight.get(signal, 1.0)
+            if isinstance(self.weight, dict)
+            else self.weight
+        )
 
 # %% ../../nbs/2_data/01_options.ipynb #9bc4528a
 SHARED = ("condition", "caption", "encoder", "sound")
@@ -204,8 +255,10 @@ def by_name(data: DataConfig | Sequence[DataConfig]) -> dict[str, DataConfig]:
     for place, other in enumerate(several):
         for name in SHARED:
             if getattr(other, name) != getattr(several[0], name):
-                raise ValueError(f"data.{place}.{name} is {getattr(other, name)!r}, but data.0.{name} is "
-                                 f"{getattr(several[0], name)!r}; all data sets of a run need the same")
+                raise ValueError(
+                    f"data.{place}.{name} is {getattr(other, name)!r}, but data.0.{name} is "
+                    f"{getattr(several[0], name)!r}; all data sets of a run need the same"
+                )
     named = {}
     for config in several:
         count = 1 + sum(other.name == config.name for other in named.values())

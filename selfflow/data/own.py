@@ -21,9 +21,11 @@ from .datasets import SPLITS, DataSet, Examples, rate_of
 from .files import carve, split_of
 
 # %% ../../nbs/2_data/15_own.ipynb #54c58e0a
-_KINDS = {1: "audio", 3: "image", 4: "video"}  # a tensor alone, by its dimensions: (samples,), (c, h, w) or (c, f, h, w)
-_READ_WHOLE = 20_000  # items: a larger data set is known by that many of its items, evenly spaced
-_LARGEST = 1.001      # of a value in [-1, 1], with room for rounding
+# a tensor alone, by its dimensions: (samples,), (c, h, w) or (c, f, h, w)
+_KINDS = {1: "audio", 3: "image", 4: "video"}
+# items: a larger data set is known by that many of its items, evenly spaced
+_READ_WHOLE = 20_000
+_LARGEST = 1.001  # of a value in [-1, 1], with room for rounding
 
 
 def read_item(item: Any, place: int) -> tuple[dict[str, Tensor], int | None, str]:
@@ -31,17 +33,24 @@ def read_item(item: Any, place: int) -> tuple[dict[str, Tensor], int | None, str
     label, caption = None, ""
     if isinstance(item, tuple | list):
         if len(item) != 2:
-            raise ValueError(f"item {place} is a {type(item).__name__} of {len(item)}, expected a pair (tensor, label)")
+            raise ValueError(
+                f"item {place} is a {type(item).__name__} of {len(item)}, expected a pair (tensor, label)"
+            )
         item, label = item
     if isinstance(item, Mapping):
         item = dict(item)
         label, caption = item.pop("label", label), item.pop("caption", "")
-        signals = {choose(name, _KINDS.values(), "signal"): torch.as_tensor(values) for name, values in item.items()}
+        signals = {
+            choose(name, _KINDS.values(), "signal"): torch.as_tensor(values)
+            for name, values in item.items()
+        }
     else:
         values = torch.as_tensor(item)
         if values.ndim not in _KINDS:
-            raise ValueError(f"item {place} is a tensor {tuple(values.shape)}; expected an image (c, h, w), a video (c, f, h, w) "
-                             "or a sound (samples,)")
+            raise ValueError(
+                f"item {place} is a tensor {tuple(values.shape)}; expected an image (c, h, w), a video (c, f, h, w) "
+                "or a sound (samples,)"
+            )
         signals = {_KINDS[values.ndim]: values}
     return signals, None if label is None else int(label), str(caption)
 
@@ -49,6 +58,7 @@ def read_item(item: Any, place: int) -> tuple[dict[str, Tensor], int | None, str
 @dataclass(frozen=True)
 class _Rows:
     "Tensors by name, as one item for each row."
+
     columns: dict[str, Any]
 
     def __len__(self) -> int:
@@ -68,7 +78,9 @@ def _rows_of(data: Any) -> Any:
         return data
     lengths = {name: len(values) for name, values in data.items()}
     if len(set(lengths.values())) != 1:
-        raise ValueError(f"tensors of different lengths: {', '.join(f'{name} has {count:,}' for name, count in lengths.items())}")
+        raise ValueError(
+            f"tensors of different lengths: {', '.join(f'{name} has {count:,}' for name, count in lengths.items())}"
+        )
     return _Rows(dict(data))
 
 # %% ../../nbs/2_data/15_own.ipynb #a73f3c52
@@ -80,35 +92,51 @@ class Own:
     `classes` (names), `rate` (Hz of its sounds) and `fps` are used. Raises ValueError and TypeError, with the item, for data
     that cannot be trained on: none, NaN, values outside [-1, 1], another dtype than float32, items of different shapes.
     """
+
     items: Any
     names: tuple[str, ...] = field(init=False)
     shapes: dict[str, tuple[int, ...]] = field(init=False)
     fingerprint: str = field(init=False)
-    labels: Tensor | None = field(init=False)  # (n,) int64, None where not all were read
+    # (n,) int64, None where not all were read
+    labels: Tensor | None = field(init=False)
 
     def __post_init__(self):
         source = self.items
         self.items = _rows_of(source)
         if not (hasattr(self.items, "__len__") and hasattr(self.items, "__getitem__")):
-            raise TypeError(f"{type(source).__name__} is no data set: expected tensors, or an object with a length and items, "
-                            "such as a torch Dataset")
+            raise TypeError(
+                f"{type(source).__name__} is no data set: expected tensors, or an object with a length and items, "
+                "such as a torch Dataset"
+            )
         self.rate, self.fps = rate_of(source), getattr(source, "fps", None)
         self.count = len(self.items)
         if not self.count:
             raise ValueError("the data set has no items")
-        self.shapes = {name: tuple(values.shape) for name, values in read_item(self.items[0], 0)[0].items()}
+        self.shapes = {
+            name: tuple(values.shape)
+            for name, values in read_item(self.items[0], 0)[0].items()
+        }
         if not self.shapes:
-            raise ValueError(f"item 0 has no signal; expected {', '.join(_KINDS.values())} by name")
+            raise ValueError(
+                f"item 0 has no signal; expected {', '.join(_KINDS.values())} by name"
+            )
         self._read(getattr(source, "classes", None))
 
     def _read(self, classes) -> None:
         "Read the items once: labels, names of the classes and fingerprint."
         chosen = range(self.count)
         if self.count > _READ_WHOLE:
-            chosen = torch.linspace(0, self.count - 1, _READ_WHOLE).round().long().tolist()
-        digest = hashlib.sha256(json.dumps([self.count, self.shapes, list(map(str, classes or ()))]).encode())
+            chosen = (
+                torch.linspace(0, self.count - 1, _READ_WHOLE).round().long().tolist()
+            )
+        digest = hashlib.sha256(
+            json.dumps(
+                [self.count, self.shapes, list(map(str, classes or ()))]
+            ).encode()
+        )
         labels = []
-        fixed = self._content(0) == self._content(0)  # not, if items are drawn at random
+        # not, if items are drawn at random
+        fixed = self._content(0) == self._content(0)
         for place in chosen:
             signals, label, caption = self._item(place)
             labels.append(label)
@@ -121,15 +149,25 @@ class Own:
         if len({label is None for label in labels}) > 1:
             raise ValueError("some items have a label and others none")
         if self.has_labels and classes is None and self.count > _READ_WHOLE:
-            raise ValueError(f"of {self.count:,} items not all are read for their labels; give the data set an attribute "
-                             "`classes`, the names of its classes")
+            raise ValueError(
+                f"of {self.count:,} items not all are read for their labels; give the data set an attribute "
+                "`classes`, the names of its classes"
+            )
         if self.has_labels and min(labels) < 0:
             raise ValueError(f"a label is {min(labels)}; classes are numbered from 0")
-        self.names = tuple(map(str, classes or (range(max(labels) + 1) if self.has_labels else ("",))))
+        self.names = tuple(
+            map(str, classes or (range(max(labels) + 1) if self.has_labels else ("",)))
+        )
         if self.has_labels and max(labels) >= len(self.names):
-            raise ValueError(f"a label is {max(labels)}, but `classes` names {len(self.names)}")
+            raise ValueError(
+                f"a label is {max(labels)}, but `classes` names {len(self.names)}"
+            )
         whole = self.count <= _READ_WHOLE
-        self.labels = torch.tensor([label or 0 for label in labels], dtype=torch.int64) if whole else None
+        self.labels = (
+            torch.tensor([label or 0 for label in labels], dtype=torch.int64)
+            if whole
+            else None
+        )
 
     def _content(self, place: int) -> list:
         return [values.tolist() for values in self._item(place)[0].values()]
@@ -138,16 +176,28 @@ class Own:
         signals, label, caption = read_item(self.items[place], place)
         shapes = {name: tuple(values.shape) for name, values in signals.items()}
         if shapes != self.shapes:
-            raise ValueError(f"item {place} has {shapes}, but item 0 has {self.shapes}; all items need the same shape")
+            raise ValueError(
+                f"item {place} has {shapes}, but item 0 has {self.shapes}; all items need the same shape"
+            )
         for name, values in signals.items():
             if values.dtype != torch.float32:
-                raise TypeError(f"item {place}: {name} is {values.dtype}, expected torch.float32 in [-1, 1]; bytes become that "
-                                "by values.float() / 127.5 - 1")
+                raise TypeError(
+                    f"item {place}: {name} is {values.dtype}, expected torch.float32 in [-1, 1]; bytes become that "
+                    "by values.float() / 127.5 - 1"
+                )
             if not values.isfinite().all():
-                raise ValueError(f"item {place}: {name} holds NaN or infinity; remove or repair it")
+                raise ValueError(
+                    f"item {place}: {name} holds NaN or infinity; remove or repair it"
+                )
             if (largest := values.abs().max().item()) > _LARGEST:
-                raise ValueError(f"item {place}: values of {name} reach {largest:g}, expected [-1, 1]; rescale them")
-        return {name: values.detach().cpu() for name, values in signals.items()}, label, caption
+                raise ValueError(
+                    f"item {place}: values of {name} reach {largest:g}, expected [-1, 1]; rescale them"
+                )
+        return (
+            {name: values.detach().cpu() for name, values in signals.items()},
+            label,
+            caption,
+        )
 
     def __len__(self) -> int:
         return self.count
@@ -155,29 +205,43 @@ class Own:
     def take(self, indices: Tensor) -> Examples:
         "The samples at indices (b,). Raises ValueError if the number of items is no longer what it was."
         if len(self.items) != self.count:
-            raise ValueError(f"the data set had {self.count:,} items when it was opened and has {len(self.items):,} now; its "
-                             "length must not change")
+            raise ValueError(
+                f"the data set had {self.count:,} items when it was opened and has {len(self.items):,} now; its "
+                "length must not change"
+            )
         items = [self._item(place) for place in indices.tolist()]
-        signals = {name: torch.stack([item[0][name] for item in items]) if items else torch.zeros(0, *shape)
-                   for name, shape in self.shapes.items()}
+        signals = {
+            name: torch.stack([item[0][name] for item in items])
+            if items
+            else torch.zeros(0, *shape)
+            for name, shape in self.shapes.items()
+        }
         labels = torch.tensor([label or 0 for _, label, _ in items], dtype=torch.int64)
-        captions = tuple(caption or self.names[label or 0] for _, label, caption in items)
+        captions = tuple(
+            caption or self.names[label or 0] for _, label, caption in items
+        )
         return Examples(signals, labels, captions)
 
 # %% ../../nbs/2_data/15_own.ipynb #45807adf
-GIVEN_DATA = "given"            # name of the data set that was passed to `train`
+GIVEN_DATA = "given"  # name of the data set that was passed to `train`
 _SHARES = (0.8, 0.1, 0.1)  # of train, validation and test
 
 
 @dataclass(eq=False)
 class _Portion:
     "Some of the samples of a data set. places: (n,) of these."
+
     data: DataSet
     places: Tensor
 
     def __post_init__(self):
         data = self.data
-        self.names, self.shapes, self.rate, self.fps = data.names, data.shapes, data.rate, data.fps
+        self.names, self.shapes, self.rate, self.fps = (
+            data.names,
+            data.shapes,
+            data.rate,
+            data.fps,
+        )
         labels = getattr(data, "labels", None)
         self.labels = None if labels is None else labels[self.places]
 
@@ -187,7 +251,9 @@ class _Portion:
     @cached_property
     def fingerprint(self) -> str:
         "16 hex digits that follow from those of the whole and the places."
-        return hashlib.sha256(json.dumps([self.data.fingerprint, self.places.tolist()]).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            json.dumps([self.data.fingerprint, self.places.tolist()]).encode()
+        ).hexdigest()[:16]
 
     def take(self, indices: Tensor) -> Examples:
         "The samples at indices (b,)."
@@ -196,17 +262,33 @@ class _Portion:
 
 def as_dataset(data: Any) -> DataSet:
     "Return an object that keeps the Protocol `DataSet` as it is, and anything else as `Own`."
-    return data if all(hasattr(data, name) for name in ("names", "shapes", "fingerprint", "take")) else Own(data)
+    return (
+        data
+        if all(
+            hasattr(data, name) for name in ("names", "shapes", "fingerprint", "take")
+        )
+        else Own(data)
+    )
 
 
 def _portion(data: Any, split: str) -> DataSet:
     "Return the part of a data set that belongs to a split, chosen by a hash. Raises ValueError for fewer than three samples."
     data = as_dataset(data)
     if len(data) < len(SPLITS):
-        raise ValueError(f"the data set has {len(data)} samples, but it is split into {', '.join(SPLITS)}: at least one for each")
-    splits = {f"item {place}": split_of(f"item {place}", _SHARES) for place in range(len(data))}
+        raise ValueError(
+            f"the data set has {len(data)} samples, but it is split into {', '.join(SPLITS)}: at least one for each"
+        )
+    splits = {
+        f"item {place}": split_of(f"item {place}", _SHARES)
+        for place in range(len(data))
+    }
     splits |= carve(splits, _SHARES)
-    return _Portion(data, torch.tensor([place for place, name in enumerate(splits.values()) if name == split]))
+    return _Portion(
+        data,
+        torch.tensor(
+            [place for place, name in enumerate(splits.values()) if name == split]
+        ),
+    )
 
 
 def splits_of(data: Any) -> dict[str, DataSet]:
@@ -218,18 +300,29 @@ def splits_of(data: Any) -> dict[str, DataSet]:
     if not (isinstance(data, Mapping) and {*data} & {*SPLITS}):
         whole = as_dataset(data)
         return {split: _portion(whole, split) for split in SPLITS}
-    parts = {choose(split, SPLITS, "split"): as_dataset(part) for split, part in data.items()}
+    parts = {
+        choose(split, SPLITS, "split"): as_dataset(part) for split, part in data.items()
+    }
     if "train" not in parts:
         raise ValueError(f"data have {', '.join(map(repr, parts))}, but no 'train'")
     if "validation" not in parts:
         train = parts["train"]
-        parts = {split: _portion(train, split) for split in SPLITS} | {**parts, "train": _portion(train, "train")}
+        parts = {split: _portion(train, split) for split in SPLITS} | {
+            **parts,
+            "train": _portion(train, "train"),
+        }
     names = max((part.names for part in parts.values()), key=len)
     for split, part in parts.items():
         if dict(part.shapes) != dict(parts["train"].shapes):
-            raise ValueError(f"{split} has {part.shapes}, but train has {parts['train'].shapes}")
+            raise ValueError(
+                f"{split} has {part.shapes}, but train has {parts['train'].shapes}"
+            )
         if tuple(part.names) != tuple(names):
-            if not isinstance(part, Own) or tuple(names[:len(part.names)]) != tuple(part.names):
-                raise ValueError(f"{split} has classes {part.names}, another part has {names}")
+            if not isinstance(part, Own) or tuple(names[: len(part.names)]) != tuple(
+                part.names
+            ):
+                raise ValueError(
+                    f"{split} has classes {part.names}, another part has {names}"
+                )
             part.names = names
     return parts

@@ -17,7 +17,9 @@ from torch.nn.functional import avg_pool1d, max_pool1d, pad
 from .datasets import Examples, Made
 
 # %% ../../nbs/2_data/07_scenes.ipynb #d5dc54b7
-def trajectory(start: Tensor, velocity: Tensor, radius: Tensor, times: Tensor) -> Tensor:
+def trajectory(
+    start: Tensor, velocity: Tensor, radius: Tensor, times: Tensor
+) -> Tensor:
     """Where the centres of the balls are: (b, t, 2), x to the right and y down in a box of side 1.
 
     start, velocity: (b, 2), the place at time 0 and its change a second; radius: (b,); times: (t,) seconds.
@@ -28,20 +30,29 @@ def trajectory(start: Tensor, velocity: Tensor, radius: Tensor, times: Tensor) -
     return radius + room - (unfolded.remainder(2 * room) - room).abs()
 
 
-def impacts(start: Tensor, velocity: Tensor, radius: Tensor, seconds: float, most: int) -> tuple[Tensor, Tensor]:
+def impacts(
+    start: Tensor, velocity: Tensor, radius: Tensor, seconds: float, most: int
+) -> tuple[Tensor, Tensor]:
     """When the balls hit a wall in [0, seconds) and how fast: (b, most) each, in order, NaN where there are no more.
 
     start, velocity, radius: as in `trajectory`. The speed is that towards the wall, in boxes a second.
     Raises ValueError where there are more than `most`.
     """
     room, speed = 1 - 2 * radius[:, None], velocity.abs()
-    behind = torch.where(velocity > 0, start - radius[:, None], room + radius[:, None] - start)
-    first = (room - behind).clamp(min=0)  # who starts at the wall hits it at 0, not a rounding before
-    times = (first[..., None] + room[..., None] * torch.arange(most + 1)) / speed[..., None]
+    behind = torch.where(
+        velocity > 0, start - radius[:, None], room + radius[:, None] - start
+    )
+    # who starts at the wall hits it at 0, not a rounding before
+    first = (room - behind).clamp(min=0)
+    times = (first[..., None] + room[..., None] * torch.arange(most + 1)) / speed[
+        ..., None
+    ]
     times = torch.where(times < seconds, times, torch.nan).flatten(1)
     times, order = times.sort(1)  # NaN comes last
     if times[:, most:].isfinite().any():
-        raise ValueError(f"there are more than {most} impacts within {seconds} s; raise `most` or take slower balls")
+        raise ValueError(
+            f"there are more than {most} impacts within {seconds} s; raise `most` or take slower balls"
+        )
     speeds = speed.repeat_interleave(most + 1, 1).gather(1, order)
     return times[:, :most], torch.where(times.isnan(), times, speeds)[:, :most]
 
@@ -49,6 +60,7 @@ def impacts(start: Tensor, velocity: Tensor, radius: Tensor, seconds: float, mos
 @dataclass(frozen=True)
 class _Material:
     "pitch: Hz; ratios, shares: of three partials, to the pitch and in the amplitude; decay: seconds until the pitch is at 1 / e."
+
     name: str
     pitch: float
     ratios: tuple[float, float, float]
@@ -58,68 +70,142 @@ class _Material:
     edge: tuple[float, float, float]
 
 
-_MATERIALS = (  # colours are red, green, blue in [0, 1], all of them brighter than any ground
-    _Material("rubber",  200.0, (1, 2.00, 3.10), (0.75, 0.20, 0.05), 0.024, (0.95, 0.30, 0.35), (0.90, 0.20, 0.25)),
-    _Material("wood",    450.0, (1, 2.41, 3.90), (0.70, 0.20, 0.10), 0.016, (0.95, 0.70, 0.35), (0.75, 0.45, 0.15)),
-    _Material("stone",   950.0, (1, 1.62, 2.43), (0.65, 0.25, 0.10), 0.012, (0.60, 0.60, 0.55), (0.60, 0.60, 0.55)),
-    _Material("metal",  1700.0, (1, 1.53, 2.09), (0.65, 0.20, 0.15), 0.030, (1.00, 1.00, 1.00), (0.55, 0.60, 0.75)),
-    _Material("glass",  2800.0, (1, 1.21, 1.33), (0.70, 0.20, 0.10), 0.020, (0.25, 0.65, 0.70), (0.65, 1.00, 1.00)),
+# colours are red, green, blue in [0, 1], all of them brighter than any ground
+_MATERIALS = (
+    _Material(
+        "rubber",
+        200.0,
+        (1, 2.00, 3.10),
+        (0.75, 0.20, 0.05),
+        0.024,
+        (0.95, 0.30, 0.35),
+        (0.90, 0.20, 0.25),
+    ),
+    _Material(
+        "wood",
+        450.0,
+        (1, 2.41, 3.90),
+        (0.70, 0.20, 0.10),
+        0.016,
+        (0.95, 0.70, 0.35),
+        (0.75, 0.45, 0.15),
+    ),
+    _Material(
+        "stone",
+        950.0,
+        (1, 1.62, 2.43),
+        (0.65, 0.25, 0.10),
+        0.012,
+        (0.60, 0.60, 0.55),
+        (0.60, 0.60, 0.55),
+    ),
+    _Material(
+        "metal",
+        1700.0,
+        (1, 1.53, 2.09),
+        (0.65, 0.20, 0.15),
+        0.030,
+        (1.00, 1.00, 1.00),
+        (0.55, 0.60, 0.75),
+    ),
+    _Material(
+        "glass",
+        2800.0,
+        (1, 1.21, 1.33),
+        (0.70, 0.20, 0.10),
+        0.020,
+        (0.25, 0.65, 0.70),
+        (0.65, 1.00, 1.00),
+    ),
 )
 MATERIALS = tuple(material.name for material in _MATERIALS)
 PITCHES = tuple(material.pitch for material in _MATERIALS)  # Hz
 GROUNDS = ("grey", "blue", "green", "purple", "brown")
-_GROUND_COLOURS = ((0.18, 0.18, 0.18), (0.05, 0.12, 0.35), (0.05, 0.25, 0.10), (0.25, 0.06, 0.30), (0.28, 0.16, 0.06))
+_GROUND_COLOURS = (
+    (0.18, 0.18, 0.18),
+    (0.05, 0.12, 0.35),
+    (0.05, 0.25, 0.10),
+    (0.25, 0.06, 0.30),
+    (0.28, 0.16, 0.06),
+)
 
 
 def _property(name: str, material: Tensor) -> Tensor:
     return torch.tensor([getattr(one, name) for one in _MATERIALS])[material]
 
 # %% ../../nbs/2_data/07_scenes.ipynb #083ec8fa
-def draw_ball(position: Tensor, radius: Tensor, material: Tensor, ground: Tensor, size: int) -> Tensor:
+def draw_ball(
+    position: Tensor, radius: Tensor, material: Tensor, ground: Tensor, size: int
+) -> Tensor:
     """Films (b, 3, f, size, size) in [-1, 1] of a ball on a plain ground.
 
     position: (b, f, 2), as `trajectory` returns it; radius: (b,); material, ground: (b,) int64 into MATERIALS and GROUNDS.
     """
     pixels = (torch.arange(size, dtype=torch.float32) + 0.5) / size
-    across, down = (pixels - position.float()[..., None]).square().unbind(2)  # (b, f, size) each
+    # (b, f, size) each
+    across, down = (pixels - position.float()[..., None]).square().unbind(2)
     square = down[..., None] + across[..., None, :]
     radius = radius.float()[:, None, None, None]
     cover = ((radius - square.sqrt()) * size + 0.5).clamp(0, 1)[:, None]
     core = cover * (1 - (square / radius.square()).clamp(max=1))[:, None]
-    colours = torch.tensor(_GROUND_COLOURS)[ground], _property("core", material), _property("edge", material)
+    colours = (
+        torch.tensor(_GROUND_COLOURS)[ground],
+        _property("core", material),
+        _property("edge", material),
+    )
     under, inner, outer = (2 * colour[:, :, None, None, None] - 1 for colour in colours)
-    return torch.addcmul(under, cover, outer - under).addcmul_(core, inner - outer).clamp_(-1, 1)
+    return (
+        torch.addcmul(under, cover, outer - under)
+        .addcmul_(core, inner - outer)
+        .clamp_(-1, 1)
+    )
 
 # %% ../../nbs/2_data/07_scenes.ipynb #a6fc2bd6
-_SPEEDS = (0.8, 2.2)    # boxes a second
-_RADII = (0.09, 0.16)   # boxes
-_LOUDEST = 0.65         # two impacts at once, on two walls, have together at most sqrt(2) of it
+_SPEEDS = (0.8, 2.2)  # boxes a second
+_RADII = (0.09, 0.16)  # boxes
+# two impacts at once, on two walls, have together at most sqrt(2) of it
+_LOUDEST = 0.65
 
 
-def impact_sound(material: Tensor, times: Tensor, speeds: Tensor, samples: int, rate: int) -> Tensor:
+def impact_sound(
+    material: Tensor, times: Tensor, speeds: Tensor, samples: int, rate: int
+) -> Tensor:
     """The sound (b, samples) in [-1, 1] of balls that hit walls; silence before the first impact.
 
     material: (b,) int64 into MATERIALS; times, speeds: (b, m) of the impacts, NaN where there are none, in seconds and in boxes
     a second (loudness is proportional to it, full at SPEEDS[1]); rate: samples a second.
     """
-    swing = [[ratio * complex(-1 / one.decay, math.tau * one.pitch) for ratio in one.ratios] for one in _MATERIALS]
-    swing = torch.tensor(swing, dtype=torch.complex128)  # the z of the partials, (materials, k)
+    swing = [
+        [ratio * complex(-1 / one.decay, math.tau * one.pitch) for ratio in one.ratios]
+        for one in _MATERIALS
+    ]
+    # the z of the partials, (materials, k)
+    swing = torch.tensor(swing, dtype=torch.complex128)
     length = math.ceil(7 * max(one.decay for one in _MATERIALS) * rate)
     table = (swing[..., None] * (torch.arange(length) / rate)).exp().cfloat()[material]
     first = (times.double() * rate).ceil().nan_to_num(samples).clamp(max=samples).long()
     late = (first.double() / rate - times.double()).nan_to_num(0)[..., None]
     loud = (_LOUDEST / _SPEEDS[1]) * speeds.double().nan_to_num(0)[..., None]
-    weight = ((swing[material][:, None] * late).exp() * loud * _property("shares", material)[:, None]).cfloat()
+    weight = (
+        (swing[material][:, None] * late).exp()
+        * loud
+        * _property("shares", material)[:, None]
+    ).cfloat()
     heard = torch.zeros(*times.shape, length)
     for k in range(3):  # one partial after the other needs a third of the memory
         heard.addcmul_(weight[..., k, None].real, table[:, None, k].imag)
         heard.addcmul_(weight[..., k, None].imag, table[:, None, k].real)
     places = (first[..., None] + torch.arange(length)).flatten(1)
-    return torch.zeros(len(times), samples + length).scatter_add_(1, places, heard.flatten(1))[:, :samples].contiguous()
+    return (
+        torch.zeros(len(times), samples + length)
+        .scatter_add_(1, places, heard.flatten(1))[:, :samples]
+        .contiguous()
+    )
 
 # %% ../../nbs/2_data/07_scenes.ipynb #1a505e5d
 _TRIES = 64
-_LEAST = {"size": 16, "frames": 8, "fps": 12, "rate": 7500}  # of pixels, of chances to bounce; 4 frames to cross; twice 3724 Hz
+# of pixels, of chances to bounce; 4 frames to cross; twice 3724 Hz
+_LEAST = {"size": 16, "frames": 8, "fps": 12, "rate": 7500}
 
 
 @dataclass(frozen=True)
@@ -131,6 +217,7 @@ class Scenes(Made):
     there are no more; impact_frames (b, frames) bool. Direction and place depend on radius and speed, the others on nothing.
     Raises ValueError for clips in which a bounce could not be seen or heard, and where a frame is no whole number of samples.
     """
+
     size: int = 32
     frames: int = 16
     fps: float = 15.625
@@ -142,11 +229,15 @@ class Scenes(Made):
         for name, least in _LEAST.items():
             value, kind = getattr(self, name), (int, float) if name == "fps" else int
             if not (isinstance(value, kind) and least <= value < math.inf):
-                raise ValueError(f"{name} is {value!r}; with less than {least} a bounce could not be seen or heard as it is: "
-                                 f"give a {'' if name == 'fps' else 'whole '}number from {least} on")
+                raise ValueError(
+                    f"{name} is {value!r}; with less than {least} a bounce could not be seen or heard as it is: "
+                    f"give a {'' if name == 'fps' else 'whole '}number from {least} on"
+                )
         if self.rate % self.fps:
             fitting = self.rate / max(1, self.rate // self.fps)
-            raise ValueError(f"a frame lasts {self.rate / self.fps:g} samples, not a whole number; take fps = {fitting:.10g}")
+            raise ValueError(
+                f"a frame lasts {self.rate / self.fps:g} samples, not a whole number; take fps = {fitting:.10g}"
+            )
 
     @property
     def samples(self) -> int:
@@ -156,50 +247,128 @@ class Scenes(Made):
     @property
     def most(self) -> int:
         "The largest number of impacts there can be in a clip: one for each room crossed on the two axes, and one more on each."
-        return int(self.frames / self.fps * math.sqrt(2) * _SPEEDS[1] / (1 - 2 * _RADII[1])) + 2
+        return (
+            int(
+                self.frames / self.fps * math.sqrt(2) * _SPEEDS[1] / (1 - 2 * _RADII[1])
+            )
+            + 2
+        )
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         "The shapes of a clip's signals."
-        return {"video": (3, self.frames, self.size, self.size), "audio": (self.samples,)}
+        return {
+            "video": (3, self.frames, self.size, self.size),
+            "audio": (self.samples,),
+        }
 
-    def _flight(self, indices: Tensor, radius: Tensor, speed: Tensor) -> tuple[Tensor, Tensor]:
+    def _flight(
+        self, indices: Tensor, radius: Tensor, speed: Tensor
+    ) -> tuple[Tensor, Tensor]:
         "Place and velocity at the start, (b, 2) each: the first of the tries that keeps the rules, or else the best."
         draws = self.numbers("flight", indices, 5 * _TRIES).double().view(-1, _TRIES, 5)
         angle = torch.deg2rad(25 + 40 * draws[..., 0])  # from the walls' normal
-        velocity = speed[:, None, None] * torch.stack([angle.cos(), angle.sin()], -1) * (1 - 2 * (draws[..., 1:3] < 0.5).double())
+        velocity = (
+            speed[:, None, None]
+            * torch.stack([angle.cos(), angle.sin()], -1)
+            * (1 - 2 * (draws[..., 1:3] < 0.5).double())
+        )
         start = radius[:, None, None] + (1 - 2 * radius[:, None, None]) * draws[..., 3:]
-        times, _ = impacts(start.flatten(0, 1), velocity.flatten(0, 1), radius.repeat_interleave(_TRIES),
-                           self.frames / self.fps, self.most)
+        times, _ = impacts(
+            start.flatten(0, 1),
+            velocity.flatten(0, 1),
+            radius.repeat_interleave(_TRIES),
+            self.frames / self.fps,
+            self.most,
+        )
         inside = torch.minimum(times * self.fps, self.frames - times * self.fps) - 1.5
-        spare = torch.cat([inside, times.diff(dim=1) * self.fps - 1], 1).nan_to_num(0).clamp(max=0).amin(1)
-        best = torch.where(times[:, 0].isnan(), -torch.inf, spare).view(-1, _TRIES).argmax(1)  # the first of equals
-        return tuple(values[torch.arange(len(indices)), best] for values in (start, velocity))
+        spare = (
+            torch.cat([inside, times.diff(dim=1) * self.fps - 1], 1)
+            .nan_to_num(0)
+            .clamp(max=0)
+            .amin(1)
+        )
+        # the first of equals
+        best = (
+            torch.where(times[:, 0].isnan(), -torch.inf, spare)
+            .view(-1, _TRIES)
+            .argmax(1)
+        )
+        return tuple(
+            values[torch.arange(len(indices)), best] for values in (start, velocity)
+        )
 
     def take(self, indices: Tensor) -> Examples:
         "The clips at indices (b,). Raises IndexError for clips that are not there."
         draws = self.numbers("scene", indices, 4).double()
-        material, ground = ((draws[:, k] * len(names)).long() for k, names in enumerate((MATERIALS, GROUNDS)))
-        radius, speed = (low + (high - low) * draws[:, k] for k, (low, high) in ((2, _RADII), (3, _SPEEDS)))
+        material, ground = (
+            (draws[:, k] * len(names)).long()
+            for k, names in enumerate((MATERIALS, GROUNDS))
+        )
+        radius, speed = (
+            low + (high - low) * draws[:, k]
+            for k, (low, high) in ((2, _RADII), (3, _SPEEDS))
+        )
         start, velocity = self._flight(indices, radius, speed)
-        times, speeds = impacts(start, velocity, radius, self.frames / self.fps, self.most)
-        position = trajectory(start, velocity, radius, (torch.arange(self.frames, dtype=torch.float64) + 0.5) / self.fps)
-        there = ((times[..., None] * self.fps).floor() == torch.arange(self.frames)).any(1)
-        factors = {"radius": radius, "speed": speed, "position": position, "velocity": velocity, "impact_times": times,
-                   "impact_speeds": speeds}
+        times, speeds = impacts(
+            start, velocity, radius, self.frames / self.fps, self.most
+        )
+        position = trajectory(
+            start,
+            velocity,
+            radius,
+            (torch.arange(self.frames, dtype=torch.float64) + 0.5) / self.fps,
+        )
+        there = (
+            (times[..., None] * self.fps).floor() == torch.arange(self.frames)
+        ).any(1)
+        factors = {
+            "radius": radius,
+            "speed": speed,
+            "position": position,
+            "velocity": velocity,
+            "impact_times": times,
+            "impact_speeds": speeds,
+        }
         factors = {name: values.float() for name, values in factors.items()}
         factors |= {"material": material, "ground": ground, "impact_frames": there}
-        signals = {"video": draw_ball(factors["position"], factors["radius"], material, ground, self.size),
-                   "audio": impact_sound(material, factors["impact_times"], factors["impact_speeds"], self.samples, self.rate)}
+        signals = {
+            "video": draw_ball(
+                factors["position"], factors["radius"], material, ground, self.size
+            ),
+            "audio": impact_sound(
+                material,
+                factors["impact_times"],
+                factors["impact_speeds"],
+                self.samples,
+                self.rate,
+            ),
+        }
         return Examples(signals, material, _captions(factors), factors)
 
 
 def _captions(factors: dict[str, Tensor]) -> tuple[str, ...]:
-    large, fast = ((factors[name] > sum(ends) / 2).tolist() for name, ends in (("radius", _RADII), ("speed", _SPEEDS)))
-    counts = [{1: "once", 2: "twice"}.get(n, f"{n} times") for n in factors["impact_times"].isfinite().sum(1).tolist()]
-    rows = zip(large, factors["material"].tolist(), fast, factors["ground"].tolist(), counts, strict=True)
-    return tuple(f"a {'large' if big else 'small'} {MATERIALS[material]} ball bounces {'fast' if quick else 'slowly'} "
-                 f"in a {GROUNDS[ground]} box, {count}" for big, material, quick, ground, count in rows)
+    large, fast = (
+        (factors[name] > sum(ends) / 2).tolist()
+        for name, ends in (("radius", _RADII), ("speed", _SPEEDS))
+    )
+    counts = [
+        {1: "once", 2: "twice"}.get(n, f"{n} times")
+        for n in factors["impact_times"].isfinite().sum(1).tolist()
+    ]
+    rows = zip(
+        large,
+        factors["material"].tolist(),
+        fast,
+        factors["ground"].tolist(),
+        counts,
+        strict=True,
+    )
+    return tuple(
+        f"a {'large' if big else 'small'} {MATERIALS[material]} ball bounces {'fast' if quick else 'slowly'} "
+        f"in a {GROUNDS[ground]} box, {count}"
+        for big, material, quick, ground, count in rows
+    )
 
 # %% ../../nbs/2_data/07_scenes.ipynb #15736bd4
 def impacts_seen(videos: Tensor, fps: float) -> Tensor:
@@ -208,54 +377,90 @@ def impacts_seen(videos: Tensor, fps: float) -> Tensor:
     None is seen in the first and the last frame and a half. Raises ValueError for other shapes.
     """
     if videos.ndim != 5 or videos.shape[1] != 3 or videos.shape[2] < 4:
-        raise ValueError(f"films have shape {tuple(videos.shape)}, expected (b, 3, f, h, w) with 4 frames or more")
+        raise ValueError(
+            f"films have shape {tuple(videos.shape)}, expected (b, 3, f, h, w) with 4 frames or more"
+        )
     videos = videos.detach().float().cpu()
     ground = videos.flatten(2).median(-1).values[:, :, None, None, None]
     ball = (videos - ground).square_().sum(1).sqrt_()
-    ball = (ball - ball.amax((1, 2, 3), keepdim=True) / 4).clamp(min=0)  # what is faint is noise
-    places = [mass @ (torch.arange(mass.shape[-1]) + 0.5) / mass.shape[-1] / mass.sum(-1) for mass in (ball.sum(2), ball.sum(3))]
+    # what is faint is noise
+    ball = (ball - ball.amax((1, 2, 3), keepdim=True) / 4).clamp(min=0)
+    places = [
+        mass @ (torch.arange(mass.shape[-1]) + 0.5) / mass.shape[-1] / mass.sum(-1)
+        for mass in (ball.sum(2), ball.sum(3))
+    ]
     moves = torch.stack(places, 1).diff()  # (b, 2, f - 1)
     pace = moves.abs().median(-1, keepdim=True).values
     before, here, after = moves[..., :-2], moves[..., 1:-1], moves[..., 2:]
-    turned = (before * after < 0) & (torch.minimum(before.abs(), after.abs()) > pace / 2) & (pace > 0.002)  # boxes
+    # boxes
+    turned = (
+        (before * after < 0)
+        & (torch.minimum(before.abs(), after.abs()) > pace / 2)
+        & (pace > 0.002)
+    )
     length = pad(torch.where(turned, here.abs(), torch.inf), (1, 1), value=torch.inf)
-    turned &= (length[..., 1:-1] < length[..., :-2]) & (length[..., 1:-1] <= length[..., 2:])  # one bounce, one step
+    # one bounce, one step
+    turned &= (length[..., 1:-1] < length[..., :-2]) & (
+        length[..., 1:-1] <= length[..., 2:]
+    )
     share = ((1 + here * before.sign() / pace) / 2).clamp(0, 1)
-    return _in_order(torch.where(turned, (torch.arange(1, here.shape[-1] + 1) + 0.5 + share) / fps, torch.nan).flatten(1))
+    return _in_order(
+        torch.where(
+            turned, (torch.arange(1, here.shape[-1] + 1) + 0.5 + share) / fps, torch.nan
+        ).flatten(1)
+    )
 
 
 def _in_order(times: Tensor) -> Tensor:
-    return times.sort(1).values[:, :max(times.isfinite().sum(1).tolist(), default=0)]  # NaN comes last
+    # NaN comes last
+    return times.sort(1).values[:, : max(times.isfinite().sum(1).tolist(), default=0)]
 
 # %% ../../nbs/2_data/07_scenes.ipynb #c731a42e
 def _onsets(waves: Tensor, rate: int) -> Tensor:
     "When sounds (b, samples) set in: (b, m) seconds in order, NaN where there are no more."
     hop = max(1, rate // 1000)
-    energy = avg_pool1d(pad(waves[:, None].detach().float().cpu().square(), (8 * hop, 8 * hop)), 8 * hop, hop)
-    energy = energy + energy.amax(-1, keepdim=True) / 100 + 1e-8  # what is 20 dB below the loudest is noise
+    energy = avg_pool1d(
+        pad(waves[:, None].detach().float().cpu().square(), (8 * hop, 8 * hop)),
+        8 * hop,
+        hop,
+    )
+    # what is 20 dB below the loudest is noise
+    energy = energy + energy.amax(-1, keepdim=True) / 100 + 1e-8
     rise = (energy[..., 8:] / energy[..., :-8]).log()
-    peak = (rise == max_pool1d(rise, 51, 1, 25)) & (rise > 1)  # the highest of 25 ms on each side
-    return _in_order(torch.where(peak, torch.arange(rise.shape[-1]) * hop / rate, torch.nan)[:, 0])
+    # the highest of 25 ms on each side
+    peak = (rise == max_pool1d(rise, 51, 1, 25)) & (rise > 1)
+    return _in_order(
+        torch.where(peak, torch.arange(rise.shape[-1]) * hop / rate, torch.nan)[:, 0]
+    )
 
 
-def matched(bounces: Tensor, onsets: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+def matched(
+    bounces: Tensor, onsets: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Hits, heard and seen of bounces (b, m) and onsets (b, n), in seconds with NaN for none: (b,) each.
 
     heard: share of the bounces with an onset within `tolerance` seconds; seen: share of the onsets with such a bounce;
     hits: bool, both shares are 1. Of nothing the share is 0.
     """
     near = (bounces[:, :, None] - onsets[:, None]).abs() <= tolerance
-    heard, seen = (near.any(axis).sum(1) / times.isfinite().sum(1).clamp(min=1) for axis, times in ((2, bounces), (1, onsets)))
+    heard, seen = (
+        near.any(axis).sum(1) / times.isfinite().sum(1).clamp(min=1)
+        for axis, times in ((2, bounces), (1, onsets))
+    )
     return (heard == 1) & (seen == 1), heard, seen
 
 
-def sound_on_bounce(videos: Tensor, waves: Tensor, fps: float, rate: int, tolerance: float = 1) -> tuple[Tensor, Tensor, Tensor]:
+def sound_on_bounce(
+    videos: Tensor, waves: Tensor, fps: float, rate: int, tolerance: float = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     """Hits, heard and seen (see `matched`) of sounds (b, samples) and films (b, 3, f, h, w), to `tolerance` frames.
 
     fps: frames a second, rate: samples a second. Raises ValueError where films and sounds differ in number or in length.
     """
     seconds = videos.shape[2] / fps, waves.shape[1] / rate
     if len(videos) != len(waves) or abs(seconds[0] - seconds[1]) > 1 / fps:
-        raise ValueError(f"{len(videos)} films of {seconds[0]:g} s and {len(waves)} sounds of {seconds[1]:g} s do not belong "
-                         "together; see fps and rate")
+        raise ValueError(
+            f"{len(videos)} films of {seconds[0]:g} s and {len(waves)} sounds of {seconds[1]:g} s do not belong "
+            "together; see fps and rate"
+        )
     return matched(impacts_seen(videos, fps), _onsets(waves, rate), tolerance / fps)

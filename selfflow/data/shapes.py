@@ -23,7 +23,8 @@ def _fold(x: Tensor, y: Tensor, axes: int) -> tuple[Tensor, Tensor]:
     "Points, mirrored at `axes` axes, the first of them upright, into the wedge of pi / axes to the right of it."
     x, reach = x.abs(), axes  # in units of the wedge
     while reach > 1:
-        reach = -(-reach // 3)  # the nearest mirror that leaves no point outside of itself
+        # the nearest mirror that leaves no point outside of itself
+        reach = -(-reach // 3)
         cos, sin = math.cos(reach * math.pi / axes), math.sin(reach * math.pi / axes)
         beyond = 2 * (x * cos - y * sin).clamp(min=0)
         x, y = (x - beyond * cos).abs(), y + beyond * sin
@@ -63,27 +64,51 @@ def _cross(x: Tensor, y: Tensor) -> Tensor:
 def _heart(x: Tensor, y: Tensor) -> Tensor:
     side = math.sqrt(math.pi / (1 + math.pi / 4))
     middle = side / math.sqrt(8)  # of an upper side, in x as in y
-    mass = side**2 / 4 * (middle + math.sqrt(2) * side / (3 * math.pi))  # moment of both half discs, per pi
+    # moment of both half discs, per pi
+    mass = side**2 / 4 * (middle + math.sqrt(2) * side / (3 * math.pi))
     x, y = x.abs(), y + mass
-    return torch.minimum((x + y.abs()) / math.sqrt(2) - side / 2, _length(x - middle, y - middle) - side / 2)
+    return torch.minimum(
+        (x + y.abs()) / math.sqrt(2) - side / 2,
+        _length(x - middle, y - middle) - side / 2,
+    )
 
 
 def _crescent(x: Tensor, y: Tensor, shift: float = 0.8) -> Tensor:
-    lens = 2 * math.acos(shift / 2) - shift / 2 * math.sqrt(4 - shift**2)  # what two unit discs have in common
+    # what two unit discs have in common
+    lens = 2 * math.acos(shift / 2) - shift / 2 * math.sqrt(4 - shift**2)
     radius = math.sqrt(math.pi / (math.pi - lens))
     x = x - lens * radius**3 * shift / (2 * math.pi)
-    return torch.maximum(_length(x, y) - radius, radius - _length(x - shift * radius, y))
+    return torch.maximum(
+        _length(x, y) - radius, radius - _length(x - shift * radius, y)
+    )
 
 
 KINDS = ("disc", "ring", "square", "triangle", "star", "cross", "heart", "crescent")
-SYMMETRY = (0, 0, 4, 3, 5, 4, 1, 1)  # a turn by 1 / so much of a circle cannot be seen; 0: no turn can
-_DISTANCES = (_disc, _ring, partial(_star, points=4, inner=math.sqrt(0.5)), partial(_star, points=3, inner=0.5),
-              partial(_star, points=5, inner=0.45), _cross, _heart, _crescent)
+# a turn by 1 / so much of a circle cannot be seen; 0: no turn can
+SYMMETRY = (0, 0, 4, 3, 5, 4, 1, 1)
+_DISTANCES = (
+    _disc,
+    _ring,
+    partial(_star, points=4, inner=math.sqrt(0.5)),
+    partial(_star, points=3, inner=0.5),
+    partial(_star, points=5, inner=0.45),
+    _cross,
+    _heart,
+    _crescent,
+)
 
 # %% ../../nbs/2_data/03_shapes.ipynb #e454c4b7
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan", "white", "black")
-PALETTE = ((0.8, -0.6, -0.6), (-0.6, 0.4, -0.6), (-0.6, -0.4, 0.8), (0.8, 0.7, -0.6),
-           (0.3, -0.7, 0.5), (-0.5, 0.7, 0.8), (0.8, 0.8, 0.8), (-0.8, -0.8, -0.8))
+PALETTE = (
+    (0.8, -0.6, -0.6),
+    (-0.6, 0.4, -0.6),
+    (-0.6, -0.4, 0.8),
+    (0.8, 0.7, -0.6),
+    (0.3, -0.7, 0.5),
+    (-0.5, 0.7, 0.8),
+    (0.8, 0.8, 0.8),
+    (-0.8, -0.8, -0.8),
+)
 TEXTURES = ("plain", "striped", "checked", "dotted", "noisy")
 CATEGORIES = {"kind": KINDS, "colour": COLOURS, "ground": COLOURS, "texture": TEXTURES}
 
@@ -95,30 +120,54 @@ def _samples(size: int, **factors) -> list[Tensor]:
     values = {name: torch.as_tensor(value) for name, value in factors.items()}
     for name, value in values.items():
         if name in CATEGORIES:
-            if value.is_floating_point() or not ((value >= 0) & (value < len(CATEGORIES[name]))).all():
-                raise ValueError(f"{name} is {value.tolist()}; it is an index from 0 to {len(CATEGORIES[name]) - 1} "
-                                 f"into {', '.join(CATEGORIES[name])}")
+            if (
+                value.is_floating_point()
+                or not ((value >= 0) & (value < len(CATEGORIES[name]))).all()
+            ):
+                raise ValueError(
+                    f"{name} is {value.tolist()}; it is an index from 0 to {len(CATEGORIES[name]) - 1} "
+                    f"into {', '.join(CATEGORIES[name])}"
+                )
             values[name] = value.long()
         elif not value.isfinite().all() or name == "scale" and (value <= 0).any():
-            raise ValueError(f"{name} is {value.tolist()}; it must be finite{' and above 0' * (name == 'scale')}")
+            raise ValueError(
+                f"{name} is {value.tolist()}; it must be finite{' and above 0' * (name == 'scale')}"
+            )
         else:
             values[name] = value.float()
-    columns = [torch.atleast_2d(v) if name == "grain" else torch.atleast_1d(v)[:, None] for name, v in values.items()]
+    columns = [
+        torch.atleast_2d(v) if name == "grain" else torch.atleast_1d(v)[:, None]
+        for name, v in values.items()
+    ]
     counts = {len(column) for column in columns} - {1}
-    if len(counts) > 1 or any(column.ndim != 2 or column.shape[1] not in (1, 5) for column in columns):
-        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in values.items())
-        raise ValueError(f"a factor has one value, or one for each sample (grain: five); these have {shapes}")
+    if len(counts) > 1 or any(
+        column.ndim != 2 or column.shape[1] not in (1, 5) for column in columns
+    ):
+        shapes = ", ".join(
+            f"{name} {tuple(value.shape)}" for name, value in values.items()
+        )
+        raise ValueError(
+            f"a factor has one value, or one for each sample (grain: five); these have {shapes}"
+        )
     columns = [column.expand(*(counts or {1}), 5) for column in columns]
-    return [column if name == "grain" else column[:, 0] for name, column in zip(values, columns, strict=True)]
+    return [
+        column if name == "grain" else column[:, 0]
+        for name, column in zip(values, columns, strict=True)
+    ]
 
 
 def _turn(across: Tensor, up: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     "Coordinates in a plane that is turned by an angle (b,), anticlockwise as seen."
-    cos, sin = (part.float()[:, None, None] for part in (angle.double().cos(), angle.double().sin()))
+    cos, sin = (
+        part.float()[:, None, None]
+        for part in (angle.double().cos(), angle.double().sin())
+    )
     return across * cos + up * sin, up * cos - across * sin
 
 
-def plane(scale: Tensor, x: Tensor, y: Tensor, angle: Tensor, wrap: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def plane(
+    scale: Tensor, x: Tensor, y: Tensor, angle: Tensor, wrap: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
     "Where the pixels lie in the planes of b figures, to the right and up, (b, size, size) each, in radii of the disc."
     places = (torch.arange(size, device=x.device) + 0.5) / size
     across, up = (places - x[:, None])[:, None, :], (y[:, None] - places)[:, :, None]
@@ -127,19 +176,28 @@ def plane(scale: Tensor, x: Tensor, y: Tensor, angle: Tensor, wrap: Tensor, size
     return _turn(across / radius, up / radius, angle)
 
 
-def figure_masks(kind, scale=0.4, x=0.5, y=0.5, angle=0.0, size: int = 32, wrap=False) -> Tensor:
+def figure_masks(
+    kind, scale=0.4, x=0.5, y=0.5, angle=0.0, size: int = 32, wrap=False
+) -> Tensor:
     """How far each pixel is covered by the figure, (b, size, size) in [0, 1].
 
     kind: index into KINDS; scale: diameter of the disc of the same area; x, y: centre of mass from the left and from the top; all
     of them in sides of the image; angle: radians, anticlockwise as seen; wrap: what leaves at one border enters at the other.
     Raises ValueError for values that cannot be drawn. Distances after Inigo Quilez, iquilezles.org/articles/distfunctions2d.
     """
-    kind, *rest = _samples(size, kind=kind, scale=scale, x=x, y=y, angle=angle, wrap=wrap)
+    kind, *rest = _samples(
+        size, kind=kind, scale=scale, x=x, y=y, angle=angle, wrap=wrap
+    )
     masks = torch.empty(len(kind), size, size, device=kind.device)
     for index in kind.unique().tolist():
-        for rows in (kind == index).nonzero().flatten().split(2**16 // size**2):  # blocks that stay in the cache
-            distance = _DISTANCES[index](*plane(*(values[rows] for values in rest), size))
-            masks[rows] = (0.5 - distance * (rest[0][rows, None, None] / 2 * size)).clamp_(0, 1)
+        # blocks that stay in the cache
+        for rows in (kind == index).nonzero().flatten().split(2**16 // size**2):
+            distance = _DISTANCES[index](
+                *plane(*(values[rows] for values in rest), size)
+            )
+            masks[rows] = (
+                0.5 - distance * (rest[0][rows, None, None] / 2 * size)
+            ).clamp_(0, 1)
     return masks
 
 # %% ../../nbs/2_data/03_shapes.ipynb #d9354bdb
@@ -152,12 +210,16 @@ def _stripes(u: Tensor, grain: Tensor, size: int) -> Tensor:
 
 def _dots(u: Tensor, v: Tensor, grain: Tensor, size: int) -> Tensor:
     light = 1 - 2 * (grain[:, 4] < 0.5).float()
-    return ((0.3 - _length(u - u.round(), v - v.round())) * (size / 6)).clamp_(0, 1) * light[:, None, None]
+    return ((0.3 - _length(u - u.round(), v - v.round())) * (size / 6)).clamp_(
+        0, 1
+    ) * light[:, None, None]
 
 
 def _noise(grain: Tensor, size: int) -> Tensor:
     cell = torch.arange(size, device=grain.device) * 16 // size
-    values = numbered("shapes/noise", (grain[:, 0] * 2**24).long(), 256).view(-1, 16, 16)
+    values = numbered("shapes/noise", (grain[:, 0] * 2**24).long(), 256).view(
+        -1, 16, 16
+    )
     return 2 * values[:, cell][:, :, cell] - 1
 
 
@@ -172,54 +234,134 @@ def grounds(ground, texture=0, grain=0.5, size: int = 32) -> Tensor:
     cells = (4 + 3 * grain[:, 3])[:, None, None]
     u, v = _turn(places * cells, places[:, None] * cells, math.pi * grain[:, 2])
     u, v = u + grain[:, 0, None, None], v + grain[:, 1, None, None]
-    patterns = {1: lambda r: _stripes(u[r], grain[r], size),
-                2: lambda r: _stripes(u[r], grain[r], size) * _stripes(v[r], grain[r], size),
-                3: lambda r: _dots(u[r], v[r], grain[r], size), 4: lambda r: _noise(grain[r], size)}
+    patterns = {
+        1: lambda r: _stripes(u[r], grain[r], size),
+        2: lambda r: _stripes(u[r], grain[r], size) * _stripes(v[r], grain[r], size),
+        3: lambda r: _dots(u[r], v[r], grain[r], size),
+        4: lambda r: _noise(grain[r], size),
+    }
     light = torch.zeros_like(u)
     for index in set(texture.tolist()) & set(patterns):
         rows = (texture == index).nonzero().flatten()
         light[rows] = patterns[index](rows)
-    return torch.tensor(PALETTE, device=ground.device)[ground][:, :, None, None] + CONTRAST * light[:, None]
+    return (
+        torch.tensor(PALETTE, device=ground.device)[ground][:, :, None, None]
+        + CONTRAST * light[:, None]
+    )
 
 # %% ../../nbs/2_data/03_shapes.ipynb #b98847ce
-def draw_figures(kind, colour, ground, texture=0, scale=0.4, x=0.5, y=0.5, angle=0.0, grain=0.5, size: int = 32) -> Tensor:
+def draw_figures(
+    kind,
+    colour,
+    ground,
+    texture=0,
+    scale=0.4,
+    x=0.5,
+    y=0.5,
+    angle=0.0,
+    grain=0.5,
+    size: int = 32,
+) -> Tensor:
     """Pictures of figures, (b, 3, size, size) float32 in [-1, 1], by their factors: one value for all, or one for each sample.
 
     kind, colour, ground, texture: indices into KINDS, COLOURS, COLOURS, TEXTURES; the others as in `figure_masks` and `grounds`.
     Raises ValueError for values that cannot be drawn.
     """
     kind, scale, x, y, angle, colour, ground, texture, grain = _samples(
-        size, kind=kind, scale=scale, x=x, y=y, angle=angle, colour=colour, ground=ground, texture=texture, grain=grain)
+        size,
+        kind=kind,
+        scale=scale,
+        x=x,
+        y=y,
+        angle=angle,
+        colour=colour,
+        ground=ground,
+        texture=texture,
+        grain=grain,
+    )
     below = grounds(ground, texture, grain, size)
-    return cover(below, torch.tensor(PALETTE, device=below.device)[colour], figure_masks(kind, scale, x, y, angle, size))
+    return cover(
+        below,
+        torch.tensor(PALETTE, device=below.device)[colour],
+        figure_masks(kind, scale, x, y, angle, size),
+    )
 
 
 def cover(below: Tensor, colour: Tensor, mask: Tensor) -> Tensor:
     "Pictures (b, 3, ...) painted over with colours (b, 3) as far as masks (b, ...) cover them."
-    return (colour.view(*colour.shape, *(1,) * (below.ndim - 2)) - below) * mask[:, None] + below
+    return (colour.view(*colour.shape, *(1,) * (below.ndim - 2)) - below) * mask[
+        :, None
+    ] + below
 
 # %% ../../nbs/2_data/03_shapes.ipynb #0433445b
-RANGES = {"scale": (0.3, 0.5), "x": (0.25, 0.75), "y": (0.25, 0.75), "angle": (0.0, 2 * math.pi)}
+RANGES = {
+    "scale": (0.3, 0.5),
+    "x": (0.25, 0.75),
+    "y": (0.25, 0.75),
+    "angle": (0.0, 2 * math.pi),
+}
 LARGE = RANGES | {"scale": (0.5, 0.75), "x": (0.375, 0.625), "y": (0.375, 0.625)}
 _SIZES = ("small", "", "large")
-PLACES = ("upper left", "top", "upper right", "left", "centre", "right", "lower left", "bottom", "lower right")
+PLACES = (
+    "upper left",
+    "top",
+    "upper right",
+    "left",
+    "centre",
+    "right",
+    "lower left",
+    "bottom",
+    "lower right",
+)
 
 
-def thirds(name: str, values: Tensor, ranges: dict[str, tuple[float, float]] = RANGES) -> list[int]:
+def thirds(
+    name: str, values: Tensor, ranges: dict[str, tuple[float, float]] = RANGES
+) -> list[int]:
     "Of each value, in which third of the range of the factor `name` it lies: 0, 1 or 2; outside, the nearest."
     low, high = ranges[name]
-    return (3 * (torch.as_tensor(values) - low) / (high - low)).floor().clamp(0, 2).long().tolist()
+    return (
+        (3 * (torch.as_tensor(values) - low) / (high - low))
+        .floor()
+        .clamp(0, 2)
+        .long()
+        .tolist()
+    )
 
 
-def captions_of(kind, colour, ground, texture, scale, x, y, ranges=RANGES, **others) -> tuple[str, ...]:
+def captions_of(
+    kind, colour, ground, texture, scale, x, y, ranges=RANGES, **others
+) -> tuple[str, ...]:
     """What can be seen in b pictures, in words of at most 64 ASCII characters, by their factors (b,); other factors are not told.
 
     ranges: of the factors, so that there is a small and a large.
     """
-    rows = zip(*(torch.as_tensor(v).tolist() for v in (kind, colour, ground, texture)),
-               *(thirds(name, values, ranges) for name, values in (("scale", scale), ("x", x), ("y", y))), strict=True)
-    return tuple(" ".join(filter(None, ("a", _SIZES[size], COLOURS[c], KINDS[k], "on a", COLOURS[g], TEXTURES[t] if t else "",
-                                        f"ground, {PLACES[3 * row + column]}"))) for k, c, g, t, size, column, row in rows)
+    rows = zip(
+        *(torch.as_tensor(v).tolist() for v in (kind, colour, ground, texture)),
+        *(
+            thirds(name, values, ranges)
+            for name, values in (("scale", scale), ("x", x), ("y", y))
+        ),
+        strict=True,
+    )
+    return tuple(
+        " ".join(
+            filter(
+                None,
+                (
+                    "a",
+                    _SIZES[size],
+                    COLOURS[c],
+                    KINDS[k],
+                    "on a",
+                    COLOURS[g],
+                    TEXTURES[t] if t else "",
+                    f"ground, {PLACES[3 * row + column]}",
+                ),
+            )
+        )
+        for k, c, g, t, size, column, row in rows
+    )
 
 # %% ../../nbs/2_data/03_shapes.ipynb #1ec16d38
 @dataclass(frozen=True)
@@ -228,6 +370,7 @@ class Shapes(Made):
 
     size: of the image in pixels, a multiple of 8 from 16 to 128. Raises ValueError for another.
     """
+
     size: int = 32
     names: ClassVar[tuple[str, ...]] = KINDS
     ranges: ClassVar[dict[str, tuple[float, float]]] = RANGES
@@ -244,24 +387,44 @@ class Shapes(Made):
     def factors(self, indices: Tensor) -> dict[str, Tensor]:
         "What samples (b,) are made from, (b,) each and grain (b, 5): the arguments of `draw_figures`."
         u = self.numbers("factors", indices, 13)
-        kind, colour, other, texture = (u[:, :4] * torch.tensor([8, 8, 7, 5], device=u.device)).long().unbind(1)
-        ranged = {name: low + (high - low) * u[:, 4 + i] for i, (name, (low, high)) in enumerate(self.ranges.items())}
-        return {"kind": kind, "colour": colour, "ground": (colour + 1 + other) % 8, "texture": texture,
-                **ranged, "grain": u[:, 8:]}
+        kind, colour, other, texture = (
+            (u[:, :4] * torch.tensor([8, 8, 7, 5], device=u.device)).long().unbind(1)
+        )
+        ranged = {
+            name: low + (high - low) * u[:, 4 + i]
+            for i, (name, (low, high)) in enumerate(self.ranges.items())
+        }
+        return {
+            "kind": kind,
+            "colour": colour,
+            "ground": (colour + 1 + other) % 8,
+            "texture": texture,
+            **ranged,
+            "grain": u[:, 8:],
+        }
 
     def take(self, indices: Tensor) -> Examples:
         "The samples at indices (b,): pictures, kinds, captions, factors."
         factors = self.factors(indices)
         captions = captions_of(**factors, ranges=self.ranges)
-        return Examples({"image": draw_figures(**factors, size=self.size)}, factors["kind"], captions, factors)
+        return Examples(
+            {"image": draw_figures(**factors, size=self.size)},
+            factors["kind"],
+            captions,
+            factors,
+        )
 
     def masks(self, indices: Tensor) -> Tensor:
         "How far each pixel is covered by the figure, (b, size, size) in [0, 1]."
         factors = self.factors(indices)
-        return figure_masks(*(factors[name] for name in ("kind", "scale", "x", "y", "angle")), size=self.size)
+        return figure_masks(
+            *(factors[name] for name in ("kind", "scale", "x", "y", "angle")),
+            size=self.size,
+        )
 
 # %% ../../nbs/2_data/03_shapes.ipynb #a1259eef
 @dataclass(frozen=True)
 class Emblems(Shapes):
     "Shapes whose figure is larger and nearer to the middle, so that more pixels tell its kind. Options: those of `Shapes`."
+
     ranges: ClassVar[dict[str, tuple[float, float]]] = LARGE

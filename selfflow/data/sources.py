@@ -21,7 +21,14 @@ from torch import Tensor
 
 from ..checks import choose
 from .audio import LogMel, Mdct
-from .datasets import DataSet, Examples, ImageSet, caption_text, digits, rate_of
+from selfflow.data.datasets import (
+    DataSet,
+    Examples,
+    ImageSet,
+    caption_text,
+    digits,
+    rate_of,
+)
 from .folders import Folder, HuggingFace
 from .latents import Latents
 from .motion import Motion
@@ -31,32 +38,51 @@ from .own import as_dataset
 from .scenes import Scenes
 from .shapes import Emblems, Shapes
 from .texts import Bytes, open_encoder
-from ..method.batch import Batch, Condition
 from ..method.backbone import Inputs
+from ..method.batch import Batch, Condition
 from ..method.tokens import ImagePatches, Layout, Part, VideoPatches
 from ..registries import datasets
 from ..settings import own_settings
 
 # %% ../../nbs/2_data/16_sources.ipynb #12958334
-_CODECS = {"mel": lambda samples, rate: LogMel(samples, rate, hop=hop_of(rate), window=4 * hop_of(rate)),
-          "mdct": lambda samples, rate: Mdct(samples, rate, bins=hop_of(rate), power=0.5)}  # else too uneven to be learned
+_CODECS = {
+    "mel": lambda samples, rate: LogMel(
+        samples, rate, hop=hop_of(rate), window=4 * hop_of(rate)
+    ),
+    # else too uneven to be learned
+    "mdct": lambda samples, rate: Mdct(samples, rate, bins=hop_of(rate), power=0.5),
+}
 
 # %% ../../nbs/2_data/16_sources.ipynb #810b12ea
 def _place(config: DataConfig) -> str:
     "Where stored data lie. Raises FileNotFoundError where there is nothing."
     if not os.path.exists(config.path):
-        raise FileNotFoundError(f"there are no data at {config.path} (data.path). If a run's data have moved, name their new "
-                                "place: selfflow relocate RUN NEW_PATH")
+        raise FileNotFoundError(
+            f"there are no data at {config.path} (data.path). If a run's data have moved, name their new "
+            "place: selfflow relocate RUN NEW_PATH"
+        )
     return config.path
 
 
 def _stored(kind: type, config: DataConfig, split: str) -> DataSet:
     fps = config.fps or None
-    if not fps and {"video", "audio"} <= {*config.signals}:  # a video lasts as long as its sound
+    # a video lasts as long as its sound
+    if not fps and {"video", "audio"} <= {*config.signals}:
         fps = config.frames * config.rate / config.samples
     size = config.height, config.width
-    return kind(_place(config), config.signals, split, size, config.frames, fps, config.rate, config.samples,
-                crop=config.crop, channels=config.channels, carve=config.carve)
+    return kind(
+        _place(config),
+        config.signals,
+        split,
+        size,
+        config.frames,
+        fps,
+        config.rate,
+        config.samples,
+        crop=config.crop,
+        channels=config.channels,
+        carve=config.carve,
+    )
 
 
 def open_digits(config: DataConfig, split: str) -> ImageSet:
@@ -106,8 +132,10 @@ def open_latents(config: DataConfig, split: str) -> Latents:
 
 def open_given(config: DataConfig, split: str) -> DataSet:
     "Raises ValueError: these data exist only in the program that passed them to `train`."
-    raise ValueError("this run was trained on data that a program passed to train(config, data=...); to see its samples, open it "
-                     "with the same data: Run.open(path, data=...)")
+    raise ValueError(
+        "this run was trained on data that a program passed to train(config, data=...); to see its samples, open it "
+        "with the same data: Run.open(path, data=...)"
+    )
 
 
 def open_dataset(config: DataConfig, split: str) -> DataSet:
@@ -121,7 +149,9 @@ def open_dataset(config: DataConfig, split: str) -> DataSet:
     except (TypeError, ValueError) as error:
         if not entry.source:
             raise
-        raise ValueError(f"data set {config.name} ({entry.source}), split {split}: {error}") from error
+        raise ValueError(
+            f"data set {config.name} ({entry.source}), split {split}: {error}"
+        ) from error
 
 
 def load(name: str, split: str = "train", **options) -> DataSet:
@@ -136,22 +166,29 @@ class SoundPatches:
     codec: `LogMel`, `Mdct` or `Columns`; columns: of the spectrum in a token; ticks: of the shared clock from one to the next.
     Raises ValueError when columns do not divide the spectrum.
     """
+
     codec: "LogMel | Mdct | Columns"
     columns: int = 2
     ticks: float = 1.0
 
     def __post_init__(self):
         if self.codec.shape[1] % self.columns:
-            raise ValueError(f"a spectrum of {self.codec.shape[1]} columns is not divisible by data.columns {self.columns}")
+            raise ValueError(
+                f"a spectrum of {self.codec.shape[1]} columns is not divisible by data.columns {self.columns}"
+            )
 
     def part(self, name: str = "audio") -> Part:
         "What a model needs to know of the tokens."
         bins, columns = self.codec.shape
-        return Part(name, bins * self.columns, (columns // self.columns, 1, 1), self.ticks)
+        return Part(
+            name, bins * self.columns, (columns // self.columns, 1, 1), self.ticks
+        )
 
     def patchify(self, waves: Tensor) -> Tensor:
         "Tokens (b, n, columns bins) of sounds (b, samples)."
-        return self.codec.encode(waves).mT.reshape(len(waves), -1, self.codec.shape[0] * self.columns)
+        return self.codec.encode(waves).mT.reshape(
+            len(waves), -1, self.codec.shape[0] * self.columns
+        )
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         "Sounds (b, samples) of tokens (b, n, columns bins)."
@@ -169,6 +206,7 @@ class SoundPatches:
 @dataclass(frozen=True)
 class Columns:
     "A codec that does nothing: what is a spectrum already, such as the latents of sounds. shape: (bins, columns)."
+
     shape: tuple[int, int]
 
     def encode(self, spectra: Tensor) -> Tensor:
@@ -178,7 +216,8 @@ class Columns:
     decode = encode
 
 
-_TICK = 0.064  # seconds: of the clock of a sound without a film, which is that of `scenes`
+# seconds: of the clock of a sound without a film, which is that of `scenes`
+_TICK = 0.064
 
 
 def layout_of(data: DataSet, config: DataConfig) -> Layout:
@@ -193,10 +232,21 @@ def layout_of(data: DataSet, config: DataConfig) -> Layout:
         elif name == "video":
             patches[name] = VideoPatches(*shape, config.patch, config.span)
         else:
-            codec = Columns(shape) if len(shape) == 2 else _CODECS[config.sound](shape[0], rate)
-            alone = shape[0] / rate / _TICK if len(shape) == 1 else codec.shape[1] / config.columns
-            lasts = data.shapes["video"][1] if "video" in data.shapes else alone  # in ticks
-            patches[name] = SoundPatches(codec, config.columns, lasts * config.columns / codec.shape[1])
+            codec = (
+                Columns(shape)
+                if len(shape) == 2
+                else _CODECS[config.sound](shape[0], rate)
+            )
+            alone = (
+                shape[0] / rate / _TICK
+                if len(shape) == 1
+                else codec.shape[1] / config.columns
+            )
+            # in ticks
+            lasts = data.shapes["video"][1] if "video" in data.shapes else alone
+            patches[name] = SoundPatches(
+                codec, config.columns, lasts * config.columns / codec.shape[1]
+            )
     return Layout(patches)
 
 # %% ../../nbs/2_data/16_sources.ipynb #983fdf1f
@@ -211,11 +261,19 @@ def class_number(label: int | str, names: Sequence[str]) -> int:
     known = ", ".join(names[:10]) + ", ..." * (len(names) > 10)
     if isinstance(label, str) and not re.fullmatch(r"[+-]?\d+", label):
         lower = {name.lower(): name for name in reversed(names)}
-        near = [lower[name] for name in difflib.get_close_matches(label.lower(), lower, n=3)]
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else f"; classes are {known}"
+        near = [
+            lower[name] for name in difflib.get_close_matches(label.lower(), lower, n=3)
+        ]
+        hint = (
+            f"; did you mean {' or '.join(map(repr, near))}?"
+            if near
+            else f"; classes are {known}"
+        )
         raise ValueError(f"there is no class {label!r}{hint}")
     if not 0 <= (number := int(label)) < len(names):
-        raise ValueError(f"there is no class {number}: labels run from 0 to {len(names) - 1} ({known})")
+        raise ValueError(
+            f"there is no class {number}: labels run from 0 to {len(names) - 1} ({known})"
+        )
     return number
 
 
@@ -228,6 +286,7 @@ class Outline:
 
     captions: of some samples that are not trained on; rate: of sounds; fps: of videos, None where it is not known.
     """
+
     names: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
     fingerprint: str
@@ -239,22 +298,37 @@ class Outline:
     def __post_init__(self):  # JSON gives lists
         for name in ("names", "captions"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "shapes", {name: tuple(shape) for name, shape in self.shapes.items()})
+        object.__setattr__(
+            self, "shapes", {name: tuple(shape) for name, shape in self.shapes.items()}
+        )
 
     @classmethod
     def of(cls, data: DataSet, others: DataSet) -> "Outline":
         "The outline of training data; others: the samples, not trained on, from all over which captions are taken."
-        chosen = torch.linspace(0, len(others) - 1, min(_CAPTIONS_KEPT, len(others))).round().long()
+        chosen = (
+            torch.linspace(0, len(others) - 1, min(_CAPTIONS_KEPT, len(others)))
+            .round()
+            .long()
+        )
         captions = others.take(chosen).captions
-        return cls(tuple(map(str, data.names)), dict(data.shapes), data.fingerprint, len(data), captions,
-                   rate_of(data), getattr(data, "fps", None))
+        return cls(
+            tuple(map(str, data.names)),
+            dict(data.shapes),
+            data.fingerprint,
+            len(data),
+            captions,
+            rate_of(data),
+            getattr(data, "fps", None),
+        )
 
     def __len__(self) -> int:
         return self.count
 
     def take(self, indices: Tensor) -> Examples:
         "Raises ValueError: an outline has no samples."
-        raise ValueError("this is the outline that a run keeps of its data, without samples; Sources(run.config.data) opens them")
+        raise ValueError(
+            "this is the outline that a run keeps of its data, without samples; Sources(run.config.data) opens them"
+        )
 
 
 def outlines(train: "Sources", others: "Sources", defaults: int) -> dict[str, Outline]:
@@ -264,8 +338,11 @@ def outlines(train: "Sources", others: "Sources", defaults: int) -> dict[str, Ou
     """
     if defaults < 4 and train.config.condition == "caption":
         return {}
-    return {name: Outline.of(data, others.data[name]) for name, data in train.data.items()
-            if not train.settings[name].always_there}
+    return {
+        name: Outline.of(data, others.data[name])
+        for name, data in train.data.items()
+        if not train.settings[name].always_there
+    }
 
 
 class Sources:
@@ -278,18 +355,36 @@ class Sources:
     """
 
     @own_settings()
-    def __init__(self, config: DataConfig | tuple[DataConfig, ...], split: str = "train",
-                 data: dict[str, DataSet] | None = None):
+    def __init__(
+        self,
+        config: DataConfig | tuple[DataConfig, ...],
+        split: str = "train",
+        data: dict[str, DataSet] | None = None,
+    ):
         self.settings, self.split = by_name(config), split
         self.config = next(iter(self.settings.values()))
-        self.encoder = open_encoder(self.config.encoder) if self.config.encoder else Bytes()
+        self.encoder = (
+            open_encoder(self.config.encoder) if self.config.encoder else Bytes()
+        )
         given = data or {}
-        self.data = {name: given[name] if name in given else open_dataset(own, split) for name, own in self.settings.items()}
-        self.layouts = {name: layout_of(source, self.settings[name]) for name, source in self.data.items()}
-        self.parts = tuple(dict.fromkeys(part for layout in self.layouts.values() for part in layout.parts))
+        self.data = {
+            name: given[name] if name in given else open_dataset(own, split)
+            for name, own in self.settings.items()
+        }
+        self.layouts = {
+            name: layout_of(source, self.settings[name])
+            for name, source in self.data.items()
+        }
+        self.parts = tuple(
+            dict.fromkeys(
+                part for layout in self.layouts.values() for part in layout.parts
+            )
+        )
         if len({part.name for part in self.parts}) < len(self.parts):
-            raise ValueError(f"{', '.join(self.data)} have parts of one name and different shapes, "
-                             f"{', '.join(map(str, self.parts))}; give them the same sides, frames and patch")
+            raise ValueError(
+                f"{', '.join(self.data)} have parts of one name and different shapes, "
+                f"{', '.join(map(str, self.parts))}; give them the same sides, frames and patch"
+            )
         self.weights = self._weights()
 
     def _weights(self) -> dict[str, float]:
@@ -298,8 +393,10 @@ class Sources:
             for part in layout.parts:
                 weight = self.settings[name].weight_of(part.name)
                 if weights.setdefault(part.name, weight) != weight:
-                    raise ValueError(f"data set {name} gives {part.name} the weight {weight:g}, another one "
-                                     f"{weights[part.name]:g}; in a run, every kind of signal has one weight (data.weight)")
+                    raise ValueError(
+                        f"data set {name} gives {part.name} the weight {weight:g}, another one "
+                        f"{weights[part.name]:g}; in a run, every kind of signal has one weight (data.weight)"
+                    )
         return {name: weight for name, weight in weights.items() if weight != 1}
 
     @cached_property
@@ -317,7 +414,11 @@ class Sources:
     @property
     def inputs(self) -> Inputs:
         "What a backbone for these data is built for."
-        caption = (self.config.caption, self.encoder.width) if self.config.condition == "caption" else (0, 0)
+        caption = (
+            (self.config.caption, self.encoder.width)
+            if self.config.condition == "caption"
+            else (0, 0)
+        )
         return Inputs(self.parts, len(self.names), *caption)
 
     @property
@@ -329,13 +430,18 @@ class Sources:
         "The fingerprints of all data sets, or the known ones where an earlier version took these of the same data."
         if known in (None, self.fingerprint):
             return self.fingerprint
-        earlier = [getattr(source, "earlier_fingerprints", (source.fingerprint,)) for source in self.data.values()]
+        earlier = [
+            getattr(source, "earlier_fingerprints", (source.fingerprint,))
+            for source in self.data.values()
+        ]
         return known if known in map("+".join, product(*earlier)) else self.fingerprint
 
     def condition(self, name: str, examples: Examples) -> Condition:
         "Return the condition of samples of a data set: their class among all classes, or their captions."
         if self.config.condition == "caption":
-            return Condition(self.encoder.encode(examples.captions, self.config.caption))
+            return Condition(
+                self.encoder.encode(examples.captions, self.config.caption)
+            )
         if self.config.condition == "none":
             return Condition(torch.zeros(len(examples), dtype=torch.int64))
         return Condition(examples.labels + self._before(name), len(self.names))
@@ -350,12 +456,22 @@ class Sources:
             return asked
         name = choose(name or next(iter(self.data)), list(self.data), "data set")
         if self.config.condition == "caption":
-            if isinstance(asked, Tensor) or not len(asked) or not all(isinstance(text, str) for text in asked):
-                raise ValueError(f"{', '.join(self.data)} are drawn by captions here: give texts, not {asked!r}")
+            if (
+                isinstance(asked, Tensor)
+                or not len(asked)
+                or not all(isinstance(text, str) for text in asked)
+            ):
+                raise ValueError(
+                    f"{', '.join(self.data)} are drawn by captions here: give texts, not {asked!r}"
+                )
             return Condition(self.encoder.encode(asked, self.config.caption))
         if self.config.condition == "none":
             return Condition(torch.zeros(len(asked), dtype=torch.int64))
-        labels = asked if isinstance(asked, Tensor) else [class_number(label, self.data[name].names) for label in asked]
+        labels = (
+            asked
+            if isinstance(asked, Tensor)
+            else [class_number(label, self.data[name].names) for label in asked]
+        )
         labels = torch.as_tensor(labels, dtype=torch.int64)
         for number in labels.flatten().tolist():
             class_number(number, self.data[name].names)
@@ -371,15 +487,24 @@ class Sources:
             return [str(self.data[name].names[label]) for label in labels.tolist()]
         if not isinstance(asked, Condition):
             return list(asked)
-        return [""] * len(asked) if self.encoder.width else list(map(caption_text, asked.values))
+        return (
+            [""] * len(asked)
+            if self.encoder.width
+            else list(map(caption_text, asked.values))
+        )
 
     def _before(self, name: str) -> int:
         "How many classes the data sets before this one have."
         names = list(self.data)
-        return sum(len(self.data[other].names) for other in names[:names.index(name)])
+        return sum(len(self.data[other].names) for other in names[: names.index(name)])
 
     @own_settings()
     def take(self, name: str, indices: Tensor) -> Batch:
         "Some samples of a data set."
         examples, layout = self.data[name].take(indices), self.layouts[name]
-        return Batch(layout.patchify(examples.signals), self.condition(name, examples), layout.parts, indices)
+        return Batch(
+            layout.patchify(examples.signals),
+            self.condition(name, examples),
+            layout.parts,
+            indices,
+        )

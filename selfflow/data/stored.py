@@ -34,6 +34,7 @@ _SILENT = 1e-4  # a sound that stays below it is silent: 80 dB below full
 @dataclass(frozen=True)
 class Entry:
     "One sample, not yet decoded. sources: by signal; label: its class, by number; begin: where it is read from, in seconds."
+
     name: str
     sources: dict[str, Source]
     label: int
@@ -71,6 +72,7 @@ class Stored:
     Has names (of the classes), found (the samples), skipped {reason: what is not used}, broken {what could not be decoded: why}
     and silent. Raises ValueError for settings that cannot be, for no folder, and for a split without a sample.
     """
+
     path: str | Path
     signals: tuple[str, ...] = ("image",)
     split: str = "train"
@@ -87,34 +89,58 @@ class Stored:
     carve: bool = True
 
     def __post_init__(self):
-        self.signals = (self.signals,) if isinstance(self.signals, str) else tuple(self.signals)
+        self.signals = (
+            (self.signals,) if isinstance(self.signals, str) else tuple(self.signals)
+        )
         if not self.signals or len(set(self.signals)) < len(self.signals):
-            raise ValueError(f"signals are {self.signals}, expected one or several of {', '.join(SIGNALS)}, each once")
-        for value, known, what in ((self.split, SPLITS, "split"), (self.captions, _CAPTIONS, "captions"),
-                                   (self.crop, CROPS, "crop"),
-                                   *((signal, SIGNALS, "signal") for signal in self.signals)):
+            raise ValueError(
+                f"signals are {self.signals}, expected one or several of {', '.join(SIGNALS)}, each once"
+            )
+        for value, known, what in (
+            (self.split, SPLITS, "split"),
+            (self.captions, _CAPTIONS, "captions"),
+            (self.crop, CROPS, "crop"),
+            *((signal, SIGNALS, "signal") for signal in self.signals),
+        ):
             choose(value, known, what)
         check_shares(self.shares, "shares")
         if len(self.shares) != len(SPLITS):
-            raise ValueError(f"shares are {self.shares}, expected three: of {', '.join(SPLITS)}")
-        self.form = Form(self.size, self.frames, self.fps, self.rate, self.samples, self.channels)
+            raise ValueError(
+                f"shares are {self.shares}, expected three: of {', '.join(SPLITS)}"
+            )
+        self.form = Form(
+            self.size, self.frames, self.fps, self.rate, self.samples, self.channels
+        )
         self.window = self.form.seconds(self.signals)
         self.root = Path(self.path).expanduser().resolve()
         self.title = plain(self.root.name)
         if not self.root.is_dir():
-            raise ValueError(f"{self.path} is no folder; give the path of the one that holds the data")
+            raise ValueError(
+                f"{self.path} is no folder; give the path of the one that holds the data"
+            )
         self.names, self.skipped, self.broken, self.silent = (), Skipped(), {}, {}
         self.kept = OrderedDict()
         self.found, notes = self.find()
         if not len(self.found):
-            raise ValueError("; ".join([f"{self.path} has no sample of split {self.split!r}", *notes, *self._reasons()]))
+            raise ValueError(
+                "; ".join(
+                    [
+                        f"{self.path} has no sample of split {self.split!r}",
+                        *notes,
+                        *self._reasons(),
+                    ]
+                )
+            )
         classes = f"{len(self.names):,} classes" if any(self.names) else "no classes"
         text = f"{self.title}: {len(self):,} samples ({', '.join(self.signals)}) of split {self.split}, {classes}"
         print("; ".join([text, *notes, *self._reasons()]))
 
     def _reasons(self) -> list[str]:
         "The reasons why files are not used, as nothing or one text."
-        reasons = "; ".join(f"{reason} ({len(names):,}): {quoted_few(names)}" for reason, names in self.skipped.items())
+        reasons = "; ".join(
+            f"{reason} ({len(names):,}): {quoted_few(names)}"
+            for reason, names in self.skipped.items()
+        )
         return [f"not used: {reasons}"] if reasons else []
 
     def _length(self, headers: dict[str, Header]) -> float:
@@ -124,16 +150,30 @@ class Stored:
 
     def _cut(self, lengths: Sequence[float], looked: str = "") -> Iterator[str]:
         "The note on what is cut off, of samples that have these lengths in seconds."
-        long = sum(length > self.window + 1e-3 for length in lengths) if self.window else 0
+        long = (
+            sum(length > self.window + 1e-3 for length in lengths) if self.window else 0
+        )
         if not long:
             return
-        what, more = ("sounds", "data.seconds") if "audio" in self.signals else ("videos", "more data.frames or a lower data.fps")
+        what, more = (
+            ("sounds", "data.seconds")
+            if "audio" in self.signals
+            else ("videos", "more data.frames or a lower data.fps")
+        )
         text = f"{long:,} of {len(lengths):,} {what}{looked} are longer than {self.window:.4g} s: "
         if self.crop == "all":
             yield f"{text}they are cut into windows"
         else:
-            used = {"start": "only their start", "centre": "only their middle", "random": "one window each, chosen by name,"}
-            takes = f"{more} {2 * self.window:.3g} takes more" if "audio" in self.signals else f"{more} take more"
+            used = {
+                "start": "only their start",
+                "centre": "only their middle",
+                "random": "one window each, chosen by name,",
+            }
+            takes = (
+                f"{more} {2 * self.window:.3g} takes more"
+                if "audio" in self.signals
+                else f"{more} take more"
+            )
             yield f"{text}{used[self.crop]} is used; data.crop all uses every window, {takes}"
 
     def find(self) -> tuple[Sequence, list[str]]:
@@ -166,8 +206,16 @@ class Stored:
         return self._fingerprint_of(self.content())
 
     def _fingerprint_of(self, content: Iterable) -> str:
-        settings = [type(self).__name__, self.signals, self.split, self.captions, self.names, self.shapes,
-                    self.fps if "video" in self.signals else 0, self.rate if "audio" in self.signals else 0]
+        settings = [
+            type(self).__name__,
+            self.signals,
+            self.split,
+            self.captions,
+            self.names,
+            self.shapes,
+            self.fps if "video" in self.signals else 0,
+            self.rate if "audio" in self.signals else 0,
+        ]
         settings += [self.crop] if self.window and self.crop != "start" else []
         found = hashlib.sha256(json.dumps(settings).encode())
         for part in content:
@@ -176,12 +224,22 @@ class Stored:
 
     def take(self, indices: Tensor) -> Examples:
         "The samples at indices (b,). Raises IndexError for those that are not there, RuntimeError when none can be decoded."
-        if len(indices) and not (0 <= int(indices.min()) and int(indices.max()) < len(self)):
-            raise IndexError(f"samples {int(indices.min())} to {int(indices.max())} of {len(self)}")
+        if len(indices) and not (
+            0 <= int(indices.min()) and int(indices.max()) < len(self)
+        ):
+            raise IndexError(
+                f"samples {int(indices.min())} to {int(indices.max())} of {len(self)}"
+            )
         found, signals = [self._good(place) for place in indices.tolist()], {}
         for signal, shape in self.shapes.items():
-            values = torch.stack([decoded[signal] for _, decoded in found]) if found else torch.zeros(0, *shape)
-            signals[signal] = values.float() / 127.5 - 1 if values.dtype == torch.uint8 else values
+            values = (
+                torch.stack([decoded[signal] for _, decoded in found])
+                if found
+                else torch.zeros(0, *shape)
+            )
+            signals[signal] = (
+                values.float() / 127.5 - 1 if values.dtype == torch.uint8 else values
+            )
         labels = torch.tensor([entry.label for entry, _ in found], dtype=torch.int64)
         return Examples(signals, labels, tuple(entry.caption for entry, _ in found))
 
@@ -194,23 +252,44 @@ class Stored:
                 if name not in self.broken:
                     return self._decoded(at, known)
             except Refused as error:
-                self._tell(self.broken, name, str(error), "; the next good sample stands for it")
-        raise RuntimeError(f"none of the {len(self):,} samples of {self.path} can be decoded; is the folder still there?")
+                self._tell(
+                    self.broken,
+                    name,
+                    str(error),
+                    "; the next good sample stands for it",
+                )
+        raise RuntimeError(
+            f"none of the {len(self):,} samples of {self.path} can be decoded; is the folder still there?"
+        )
 
     def _decoded(self, place: int, known) -> tuple[Entry, dict[str, Tensor]]:
         if place in self.kept:
             self.kept.move_to_end(place)
             return self.kept[place]
         entry = self.entry(known)
-        signals = {signal: read(entry.sources[signal], signal, self.form, entry.begin) for signal in self.signals}
-        if "audio" in signals and entry.name not in self.silent and signals["audio"].abs().max() < _SILENT:
+        signals = {
+            signal: read(entry.sources[signal], signal, self.form, entry.begin)
+            for signal in self.signals
+        }
+        if (
+            "audio" in signals
+            and entry.name not in self.silent
+            and signals["audio"].abs().max() < _SILENT
+        ):
             self._tell(self.silent, entry.name, "is silent", "; it is used")
         self.kept[place] = entry, signals
-        while len(self.kept) * sum(values.nbytes for values in signals.values()) > self.cache:
+        while (
+            len(self.kept) * sum(values.nbytes for values in signals.values())
+            > self.cache
+        ):
             self.kept.popitem(last=False)
         return entry, signals
 
     def _tell(self, known: dict[str, str], name: str, what: str, then: str) -> None:
         known[name] = what
-        if re.fullmatch("10*", str(len(known))):  # the first, the tenth, the hundredth: a disk that is gone fills no log
-            print(f"{self.title}: {name!r} {what}{then}" + f" ({len(known):,} such so far)" * (len(known) > 1))
+        # the first, the tenth, the hundredth: a disk that is gone fills no log
+        if re.fullmatch("10*", str(len(known))):
+            print(
+                f"{self.title}: {name!r} {what}{then}"
+                + f" ({len(known):,} such so far)" * (len(known) > 1)
+            )

@@ -25,6 +25,7 @@ from .datasets import caption_bytes
 # %% ../../nbs/2_data/14_texts.ipynb #4bae0917
 class Bytes:
     "Captions as the bytes that they are: no vectors, so that width is 0."
+
     width, fingerprint = 0, ""
 
     def encode(self, captions: Sequence[str], tokens: int) -> Tensor:
@@ -32,10 +33,21 @@ class Bytes:
         return caption_bytes(captions, tokens)
 
 # %% ../../nbs/2_data/14_texts.ipynb #0890cc8e
-_ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel", "clip": "CLIPTextModel",
-             "clip_text_model": "CLIPTextModel"}
-_VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.json")  # a tokenizer has one of them
-_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+_ENCODERS = {
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+    "clip": "CLIPTextModel",
+    "clip_text_model": "CLIPTextModel",
+}
+# a tokenizer has one of them
+_VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.json")
+_SETTINGS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+)
 
 
 def _read_json(path: Path) -> dict:
@@ -52,10 +64,14 @@ def _config_in(folder: Path) -> tuple[Path, str]:
     "The config of an encoder, and its class. Raises ValueError for what `open_encoder` does not read."
     place = folder if (folder / "config.json").is_file() else folder / "text_encoder"
     if not (place / "config.json").is_file():
-        raise ValueError(f"{folder} is not a local folder with a text encoder (config.json, or text_encoder and tokenizer), and "
-                         "nothing is fetched: download a T5 or CLIP yourself, and give its folder")
+        raise ValueError(
+            f"{folder} is not a local folder with a text encoder (config.json, or text_encoder and tokenizer), and "
+            "nothing is fetched: download a T5 or CLIP yourself, and give its folder"
+        )
     kind = str(_read_json(place / "config.json").get("model_type"))
-    return place / "config.json", _ENCODERS[choose(kind, _ENCODERS, f"text encoder, model_type in {place}/config.json,")]
+    return place / "config.json", _ENCODERS[
+        choose(kind, _ENCODERS, f"text encoder, model_type in {place}/config.json,")
+    ]
 
 
 def _weights_in(place: Path) -> list[Path]:
@@ -63,9 +79,21 @@ def _weights_in(place: Path) -> list[Path]:
     names, index = {"model.safetensors"}, place / "model.safetensors.index.json"
     if index.is_file() and not (place / "model.safetensors").exists():
         listed = _read_json(index).get("weight_map")
-        names = {str(name) for name in listed.values()} if isinstance(listed, dict) and listed else names
-    if absent := sorted(name for name in names if name != os.path.basename(name) or not (place / name).is_file()):
-        pickled = sorted(path.name for path in place.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+        names = (
+            {str(name) for name in listed.values()}
+            if isinstance(listed, dict) and listed
+            else names
+        )
+    if absent := sorted(
+        name
+        for name in names
+        if name != os.path.basename(name) or not (place / name).is_file()
+    ):
+        pickled = sorted(
+            path.name
+            for path in place.iterdir()
+            if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+        )
         remedy = "save it by save_pretrained of transformers"
         if pickled:
             remedy = f"{', '.join(pickled)} is pickled, can run code when it is read, and is refused: get it as safetensors"
@@ -76,18 +104,37 @@ def _weights_in(place: Path) -> list[Path]:
 def _tokenizer_in(place: Path) -> list[Path]:
     "The files of the tokenizer, which lies with the model or beside it. Raises ValueError for none, and for code of its own."
     beside = place.parent / place.name.replace("text_encoder", "tokenizer")
-    home = next((home for home in (place, beside) if any((home / name).is_file() for name in _VOCABULARIES)), None)
+    home = next(
+        (
+            home
+            for home in (place, beside)
+            if any((home / name).is_file() for name in _VOCABULARIES)
+        ),
+        None,
+    )
     if home is None:
-        raise ValueError(f"there is no tokenizer in {place} or {beside}, none of {', '.join(_VOCABULARIES)}; put it there")
+        raise ValueError(
+            f"there is no tokenizer in {place} or {beside}, none of {', '.join(_VOCABULARIES)}; put it there"
+        )
     for path in (place / "config.json", home / "tokenizer_config.json"):
         if path.is_file() and "auto_map" in _read_json(path):
-            raise ValueError(f"{path} asks for code of its own (auto_map), which is never run; take an encoder without")
-    return [home / name for name in (*_VOCABULARIES, *_SETTINGS) if (home / name).is_file()]
+            raise ValueError(
+                f"{path} asks for code of its own (auto_map), which is never run; take an encoder without"
+            )
+    return [
+        home / name for name in (*_VOCABULARIES, *_SETTINGS) if (home / name).is_file()
+    ]
 
 # %% ../../nbs/2_data/14_texts.ipynb #7152aa0c
-_SENTENCES = ("a small red star on a striped blue ground, upper left", "Two people walk along the beach at sunset.", "music",
-             "the sound of rain, then a door that closes", "abstract oil painting, green and gold, highly detailed",
-             "3 yellow balls bounce", "An old man in a long coat reads a newspaper while pigeons gather around his bench.")
+_SENTENCES = (
+    "a small red star on a striped blue ground, upper left",
+    "Two people walk along the beach at sunset.",
+    "music",
+    "the sound of rain, then a door that closes",
+    "abstract oil painting, green and gold, highly detailed",
+    "3 yellow balls bounce",
+    "An old man in a long coat reads a newspaper while pigeons gather around his bench.",
+)
 _REMEMBERED = 2**31  # bytes of vectors, in each process that encodes
 
 
@@ -98,43 +145,81 @@ class TextEncoder:
     Raises ValueError for a tokenizer of another encoder, and for hidden states that are 0 or not finite.
     """
 
-    def __init__(self, model: torch.nn.Module, tokenizer, fingerprint: str, folder: Path):
-        self.model, self.tokenizer = model.float().eval().requires_grad_(False), tokenizer
-        self.width, self.fingerprint, self.folder = model.config.hidden_size, fingerprint, folder
-        self.longest = getattr(model.config, "max_position_embeddings", None) or math.inf  # T5's positions have no end
+    def __init__(
+        self, model: torch.nn.Module, tokenizer, fingerprint: str, folder: Path
+    ):
+        self.model, self.tokenizer = (
+            model.float().eval().requires_grad_(False),
+            tokenizer,
+        )
+        self.width, self.fingerprint, self.folder = (
+            model.config.hidden_size,
+            fingerprint,
+            folder,
+        )
+        # T5's positions have no end
+        self.longest = (
+            getattr(model.config, "max_position_embeddings", None) or math.inf
+        )
         self._known, self._held, self._free = {}, 0, threading.Lock()
-        if (last := max(tokenizer.get_vocab().values(), default=-1)) >= (known := model.config.vocab_size):
-            raise ValueError(f"{folder}: the tokenizer counts to {last}, the encoder to {known - 1}; get both from one source")
-        size = torch.cat([self._states(text, 64) for text in _SENTENCES]).square().mean().sqrt().item()
+        if (last := max(tokenizer.get_vocab().values(), default=-1)) >= (
+            known := model.config.vocab_size
+        ):
+            raise ValueError(
+                f"{folder}: the tokenizer counts to {last}, the encoder to {known - 1}; get both from one source"
+            )
+        size = (
+            torch.cat([self._states(text, 64) for text in _SENTENCES])
+            .square()
+            .mean()
+            .sqrt()
+            .item()
+        )
         if not 0 < size < math.inf:
-            raise ValueError(f"{folder}: hidden states are of size {size}; the weights are damaged")
+            raise ValueError(
+                f"{folder}: hidden states are of size {size}; the weights are damaged"
+            )
         self.scale = float(f"{1 / size:.3g}")
 
     def __reduce__(self):
-        return open_encoder, (self.folder,)  # processes that are not forked open it themselves
+        # processes that are not forked open it themselves
+        return open_encoder, (self.folder,)
 
     def encode(self, captions: Sequence[str], tokens: int) -> Tensor:
         """Vectors (b, tokens, width) of b texts, float32; 0 after the end of a text, and everywhere for an empty one.
 
         Raises ValueError where `tokens` are too few for anything but begin and end, TypeError for what are no texts.
         """
-        if isinstance(captions, str) or not all(isinstance(text, str) for text in captions):
+        if isinstance(captions, str) or not all(
+            isinstance(text, str) for text in captions
+        ):
             raise TypeError(f"captions are {captions!r}, expected a sequence of texts")
         if tokens <= (marks := self.tokenizer.num_special_tokens_to_add()):
-            raise ValueError(f"{tokens} tokens hold marks of this encoder, no text; take data.caption {marks + 1} or more")
+            raise ValueError(
+                f"{tokens} tokens hold marks of this encoder, no text; take data.caption {marks + 1} or more"
+            )
         vectors = torch.zeros(len(captions), tokens, self.width)
         for row, text in zip(vectors, captions, strict=True):
             own = self._remembered(text.encode("utf-8", "replace").decode(), tokens)
-            row[:len(own)] = own
+            row[: len(own)] = own
         return vectors
 
     def _remembered(self, text: str, tokens: int) -> Tensor:
         "Vectors (n, width) of the n <= tokens tokens of a text; the least recently used are forgotten first."
         if (own := self._known.get((text, tokens))) is None:
-            own = self._states(text, tokens) * self.scale if text.strip() else torch.zeros(0, self.width)
-        if self._free.acquire(blocking=False):  # nobody waits for another thread, nor for one that was lost in a fork
+            own = (
+                self._states(text, tokens) * self.scale
+                if text.strip()
+                else torch.zeros(0, self.width)
+            )
+        # nobody waits for another thread, nor for one that was lost in a fork
+        if self._free.acquire(blocking=False):
             try:
-                self._held += 0 if self._known.pop((text, tokens), None) is not None else own.nbytes
+                self._held += (
+                    0
+                    if self._known.pop((text, tokens), None) is not None
+                    else own.nbytes
+                )
                 self._known[text, tokens] = own
                 while self._held > _REMEMBERED:
                     self._held -= self._known.pop(next(iter(self._known))).nbytes
@@ -148,8 +233,15 @@ class TextEncoder:
         torch.set_num_threads(1)  # more would add up in another order
         try:
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                told = self.tokenizer(text, truncation=True, max_length=min(tokens, self.longest), return_tensors="pt")
-                return self.model(told["input_ids"], attention_mask=told["attention_mask"]).last_hidden_state[0]
+                told = self.tokenizer(
+                    text,
+                    truncation=True,
+                    max_length=min(tokens, self.longest),
+                    return_tensors="pt",
+                )
+                return self.model(
+                    told["input_ids"], attention_mask=told["attention_mask"]
+                ).last_hidden_state[0]
         finally:
             torch.set_num_threads(threads)
 
@@ -162,7 +254,11 @@ def open_encoder(folder: Path | str) -> TextEncoder:
     """
     config, name = _config_in(Path(folder))
     files = [config, *_weights_in(config.parent), *_tokenizer_in(config.parent)]
-    stamps = tuple((path.absolute(), stat.st_size, stat.st_mtime_ns) for path in files for stat in [path.stat()])
+    stamps = tuple(
+        (path.absolute(), stat.st_size, stat.st_mtime_ns)
+        for path in files
+        for stat in [path.stat()]
+    )
     return _opened(Path(folder).absolute(), name, stamps)
 
 
@@ -176,26 +272,50 @@ def _hush(logging, stack: ExitStack) -> None:
 
 
 @lru_cache(maxsize=2)
-def _opened(folder: Path, name: str, stamps: tuple[tuple[Path, int, int], ...]) -> TextEncoder:
+def _opened(
+    folder: Path, name: str, stamps: tuple[tuple[Path, int, int], ...]
+) -> TextEncoder:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(f"text encoders need transformers: pip install 'selfflow[texts]' ({error})") from error
+        raise ValueError(
+            f"text encoders need transformers: pip install 'selfflow[texts]' ({error})"
+        ) from error
     config, *files = [path for path, *_ in stamps]
-    said = {key: value for key, value in _read_json(config).items() if key[:1] != "_" and key != "transformers_version"}
-    digest = hashlib.sha256(json.dumps([name, _SENTENCES, said], sort_keys=True).encode())
+    said = {
+        key: value
+        for key, value in _read_json(config).items()
+        if key[:1] != "_" and key != "transformers_version"
+    }
+    digest = hashlib.sha256(
+        json.dumps([name, _SENTENCES, said], sort_keys=True).encode()
+    )
     for path in files:
         with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts come one by one, and a fork would warn of its threads
+            digest.update(
+                path.name.encode() + hashlib.file_digest(file, "sha256").digest()
+            )
+    # texts come one by one, and a fork would warn of its threads
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with ExitStack() as stack, torch.random.fork_rng(devices=[]):
             _hush(transformers.utils.logging, stack)
-            model, info = getattr(transformers, name).from_pretrained(config.parent, local_files_only=True, use_safetensors=True,
-                                                                      output_loading_info=True)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(files[-1].parent, local_files_only=True)
+            model, info = getattr(transformers, name).from_pretrained(
+                config.parent,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                files[-1].parent, local_files_only=True
+            )
     except Exception as error:  # of many kinds, and each means the same here
-        raise ValueError(f"{folder} cannot be read as {name} with its tokenizer: {error}") from error
-    if wrong := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):  # what is left over belongs to other parts
-        raise ValueError(f"{folder}: {len(wrong)} weights do not fit config.json, first {wrong[0]}; get both from one source")
+        raise ValueError(
+            f"{folder} cannot be read as {name} with its tokenizer: {error}"
+        ) from error
+    # what is left over belongs to other parts
+    if wrong := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+        raise ValueError(
+            f"{folder}: {len(wrong)} weights do not fit config.json, first {wrong[0]}; get both from one source"
+        )
     return TextEncoder(model, tokenizer, digest.hexdigest()[:16], folder)

@@ -16,8 +16,16 @@ from .pages import Page, to_pixels
 from .plots import COLOURS, Picture, to_array
 
 # %% ../../nbs/5_figures/06_attention.ipynb #6efd5d88
-def draw_on_image(image, maps, titles=None, token: tuple[int, int] | None = None, columns: int = 4, most: float | None = None,
-                  label: str = "times uniform", size: float = 1.5) -> Page:
+def draw_on_image(
+    image,
+    maps,
+    titles=None,
+    token: tuple[int, int] | None = None,
+    columns: int = 4,
+    most: float | None = None,
+    label: str = "times uniform",
+    size: float = 1.5,
+) -> Page:
     """Attention maps over one image, or each over its own.
 
     image: (1 or 3, h, w), or (m, 1 or 3, h, w) one for each map, in [-1, 1]; maps: (m, rows, columns), of tokens that divide the
@@ -25,11 +33,22 @@ def draw_on_image(image, maps, titles=None, token: tuple[int, int] | None = None
     None = the largest. Raises ValueError for shapes that do not fit and a token that is not there.
     """
     maps, image = to_array(maps), to_array(image)
-    pixels = to_pixels(np.broadcast_to(image, (len(maps), *image.shape)) if image.ndim == 3 else image, 4, "images")
+    pixels = to_pixels(
+        np.broadcast_to(image, (len(maps), *image.shape)) if image.ndim == 3 else image,
+        4,
+        "images",
+    )
     height, width = pixels.shape[1:3]
-    if maps.ndim != 3 or len(maps) != len(pixels) or height % maps.shape[1] or width % maps.shape[2]:
-        raise ValueError(f"maps of shape {maps.shape} do not fit {len(pixels)} images of {height} x {width}: expected (m, rows, "
-                         "columns) that divide height and width")
+    if (
+        maps.ndim != 3
+        or len(maps) != len(pixels)
+        or height % maps.shape[1]
+        or width % maps.shape[2]
+    ):
+        raise ValueError(
+            f"maps of shape {maps.shape} do not fit {len(pixels)} images of {height} x {width}: expected (m, rows, "
+            "columns) that divide height and width"
+        )
     most, columns = float(maps.max()) if most is None else most, min(columns, len(maps))
     shown, rows = _laid_over(pixels, maps / most), -(-len(maps) // columns)
     tall = (size * height / width + 0.25 * (titles is not None)) * rows + 0.1
@@ -48,60 +67,109 @@ def draw_on_image(image, maps, titles=None, token: tuple[int, int] | None = None
 
 def _laid_over(pixels: np.ndarray, maps: np.ndarray) -> np.ndarray:
     "Pictures (n, h, w, 3) in grey under maps (n, rows, columns) in [0, 1], the more opaque the higher."
-    cells = np.kron(maps.clip(0, 1), np.ones((1, pixels.shape[1] // maps.shape[1], pixels.shape[2] // maps.shape[2])))
+    cells = np.kron(
+        maps.clip(0, 1),
+        np.ones(
+            (1, pixels.shape[1] // maps.shape[1], pixels.shape[2] // maps.shape[2])
+        ),
+    )
     share = (0.3 + 0.5 * cells)[..., None]
-    return share * colormaps["viridis"](cells)[..., :3] + (1 - share) * pixels.mean(-1, keepdims=True) / 255
+    return (
+        share * colormaps["viridis"](cells)[..., :3]
+        + (1 - share) * pixels.mean(-1, keepdims=True) / 255
+    )
 
 
 def _frame(axis, token, grid, size):
     if token is None:
         return
     if not all(0 <= place < count for place, count in zip(token, grid, strict=True)):
-        raise ValueError(f"there is no token {tuple(token)} on a grid of {tuple(grid)}; rows and columns are counted from 0")
+        raise ValueError(
+            f"there is no token {tuple(token)} on a grid of {tuple(grid)}; rows and columns are counted from 0"
+        )
     tall, wide = size[0] // grid[0], size[1] // grid[1]
     for colour, line in (("black", 2.6), ("white", 1.2)):  # seen on any ground
         corner = token[1] * wide - 0.5, token[0] * tall - 0.5
-        axis.add_patch(Rectangle(corner, wide, tall, fill=False, color=colour, linewidth=line))
+        axis.add_patch(
+            Rectangle(corner, wide, tall, fill=False, color=colour, linewidth=line)
+        )
 
 
 def _bar(figure, axes, most, label):
-    bar = figure.colorbar(ScalarMappable(Normalize(0, most), "viridis"), ax=axes.ravel().tolist(), fraction=0.03)
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(0, most), "viridis"),
+        ax=axes.ravel().tolist(),
+        fraction=0.03,
+    )
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
 # %% ../../nbs/5_figures/06_attention.ipynb #2ab723ef
-def draw_on_film(film, maps, titles=None, token: tuple[int, int, int] | None = None, most: float | None = None,
-                 label: str = "times uniform", size: float = 0.9) -> Page:
+def draw_on_film(
+    film,
+    maps,
+    titles=None,
+    token: tuple[int, int, int] | None = None,
+    most: float | None = None,
+    label: str = "times uniform",
+    size: float = 0.9,
+) -> Page:
     """Attention maps over the frames of one film.
 
     film: (1 or 3, f, h, w) in [-1, 1]; maps: (m, moments, rows, columns), evenly over the frames; titles: m texts at the left;
     token: (moment, row, column) of the one that looks; most, label: as in `draw_on_image`. Raises ValueError as that does.
     """
     maps, film = to_array(maps), to_array(film)
-    if maps.ndim != 4 or film.ndim != 4 or any(a % b for a, b in zip(film.shape[1:], maps.shape[1:], strict=True)):
-        raise ValueError(f"maps of shape {maps.shape} do not fit a film of {film.shape}: expected (m, moments, rows, columns) "
-                         "that divide its frames, height and width")
+    if (
+        maps.ndim != 4
+        or film.ndim != 4
+        or any(a % b for a, b in zip(film.shape[1:], maps.shape[1:], strict=True))
+    ):
+        raise ValueError(
+            f"maps of shape {maps.shape} do not fit a film of {film.shape}: expected (m, moments, rows, columns) "
+            "that divide its frames, height and width"
+        )
     moments, most = maps.shape[1], float(maps.max()) if most is None else most
-    frames = to_pixels(film[:, ::film.shape[1] // moments].swapaxes(0, 1), 4, "frames")
-    figure = Page(figsize=(size * moments + 1.9, size * frames.shape[1] / frames.shape[2] * len(maps) + 0.4), layout="compressed")
+    frames = to_pixels(film[:, :: film.shape[1] // moments].swapaxes(0, 1), 4, "frames")
+    figure = Page(
+        figsize=(
+            size * moments + 1.9,
+            size * frames.shape[1] / frames.shape[2] * len(maps) + 0.4,
+        ),
+        layout="compressed",
+    )
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.02)
     axes = figure.subplots(len(maps), moments, squeeze=False)
     for row, (line, own) in enumerate(zip(axes, maps, strict=True)):
-        for moment, (axis, picture) in enumerate(zip(line, _laid_over(frames, own / most), strict=True)):
+        for moment, (axis, picture) in enumerate(
+            zip(line, _laid_over(frames, own / most), strict=True)
+        ):
             axis.imshow(picture)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
             if token is not None and moment == token[0]:
                 _frame(axis, token[1:], maps.shape[2:], frames.shape[1:3])
-        line[0].set_ylabel("" if titles is None else titles[row], rotation=0, ha="right", va="center", fontsize=8)
+        line[0].set_ylabel(
+            "" if titles is None else titles[row],
+            rotation=0,
+            ha="right",
+            va="center",
+            fontsize=8,
+        )
     for moment, axis in enumerate(axes[0]):
         axis.set_title(f"moment {moment}" if moment == 0 else str(moment), fontsize=7)
     _bar(figure, axes, most, label)
     return figure
 
 # %% ../../nbs/5_figures/06_attention.ipynb #af2917b3
-def draw_on_sound(spectrum, maps, titles=None, token: int | None = None, label: str = "times uniform",
-                  seconds: float | None = None) -> Picture:
+def draw_on_sound(
+    spectrum,
+    maps,
+    titles=None,
+    token: int | None = None,
+    label: str = "times uniform",
+    seconds: float | None = None,
+) -> Picture:
     """Attention along a sound, above its spectrum.
 
     spectrum: (bins, columns), low tones first; maps: (m, moments), evenly over the columns; titles: m texts; token: the moment
@@ -109,22 +177,40 @@ def draw_on_sound(spectrum, maps, titles=None, token: int | None = None, label: 
     """
     maps, spectrum = to_array(maps), to_array(spectrum)
     if maps.ndim != 2 or spectrum.ndim != 2 or spectrum.shape[1] % maps.shape[1]:
-        raise ValueError(f"maps of shape {maps.shape} do not fit a spectrum of {spectrum.shape}: expected (m, moments) that "
-                         "divide its columns")
+        raise ValueError(
+            f"maps of shape {maps.shape} do not fit a spectrum of {spectrum.shape}: expected (m, moments) that "
+            "divide its columns"
+        )
     moments, ends = maps.shape[1], seconds or maps.shape[1]
     if token is not None and not 0 <= token < moments:
-        raise ValueError(f"there is no moment {token} of {moments}; they are counted from 0")
+        raise ValueError(
+            f"there is no moment {token} of {moments}; they are counted from 0"
+        )
     figure = Picture(figsize=(6.2, 3.4), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     edges = np.linspace(0, ends, moments + 1)
     for place, values in enumerate(maps):
         name = None if titles is None else str(titles[place])
-        above.stairs(values, edges, color=COLOURS[place % len(COLOURS)], label=name, linewidth=1.4,
-                     linestyle=("-", "--", "-.")[place // len(COLOURS) % 3])
+        above.stairs(
+            values,
+            edges,
+            color=COLOURS[place % len(COLOURS)],
+            label=name,
+            linewidth=1.4,
+            linestyle=("-", "--", "-.")[place // len(COLOURS) % 3],
+        )
     above.axhline(1, color=COLOURS[4], linewidth=0.8, linestyle=":")
-    below.imshow(spectrum, aspect="auto", origin="lower", cmap="gray", extent=(0, ends, 0, len(spectrum)))
+    below.imshow(
+        spectrum,
+        aspect="auto",
+        origin="lower",
+        cmap="gray",
+        extent=(0, ends, 0, len(spectrum)),
+    )
     for axis in (above, below) if token is not None else ():
-        axis.axvspan(edges[token], edges[token + 1], color=COLOURS[1], alpha=0.3, linewidth=0)
+        axis.axvspan(
+            edges[token], edges[token + 1], color=COLOURS[1], alpha=0.3, linewidth=0
+        )
     above.set(ylabel=label, ylim=(0, None))
     below.set(xlabel="seconds" if seconds else "moment", ylabel="band")
     above.spines[["top", "right"]].set_visible(False)
@@ -144,13 +230,30 @@ def draw_mass(tables: dict, direction: str = "noisy to clean", ylim=None) -> Pic
     for axis, (title, table) in zip(axes, tables.items(), strict=True):
         table = table[table["direction"] == direction]
         if not len(table):
-            raise ValueError(f"the table of {title} has no row of direction {direction!r}")
+            raise ValueError(
+                f"the table of {title} has no row of direction {direction!r}"
+            )
         groups = list(table.groupby("gap", observed=True))
-        for (gap, rows), shade in zip(groups, np.linspace(0.85, 0.1, len(groups)), strict=True):
+        for (gap, rows), shade in zip(
+            groups, np.linspace(0.85, 0.1, len(groups)), strict=True
+        ):
             colour = colormaps["viridis"](shade)
-            name = f"{max(gap.left, 0):g} to {gap.right:g}" if hasattr(gap, "left") else str(gap)
-            axis.plot(rows["layer"], rows["excess"], color=colour, marker=".", label=name)
-            axis.fill_between(rows["layer"], rows["low"], rows["high"], color=colour, alpha=0.18, linewidth=0)
+            name = (
+                f"{max(gap.left, 0):g} to {gap.right:g}"
+                if hasattr(gap, "left")
+                else str(gap)
+            )
+            axis.plot(
+                rows["layer"], rows["excess"], color=colour, marker=".", label=name
+            )
+            axis.fill_between(
+                rows["layer"],
+                rows["low"],
+                rows["high"],
+                color=colour,
+                alpha=0.18,
+                linewidth=0,
+            )
         axis.axhline(0, color=COLOURS[1], linewidth=1, linestyle="--")
         axis.set(xlabel="block", xticks=sorted(table["layer"].unique()))
         axis.set_title(title, fontsize=9)
@@ -170,11 +273,29 @@ def draw_closing(tables: dict, ylim=None) -> Picture:
     figure = Picture(figsize=(2.7 * len(tables) + 0.6, 2.6), layout="constrained")
     axes = figure.subplots(1, len(tables), squeeze=False, sharey=True)[0]
     for axis, (title, table) in zip(axes, tables.items(), strict=True):
-        for (tokens, rows), colour, shift in zip(table.groupby("tokens"), COLOURS, (-0.06, 0.06), strict=False):
+        for (tokens, rows), colour, shift in zip(
+            table.groupby("tokens"), COLOURS, (-0.06, 0.06), strict=False
+        ):
             places = np.arange(len(rows)) + shift
-            error = [rows["difference"] - rows["low"], rows["high"] - rows["difference"]]
-            axis.errorbar(places, rows["difference"], error, fmt="o", color=colour, label=f"{tokens} tokens", markersize=4)
-        names = [f"{max(gap.left, 0):g} to {gap.right:g}" if hasattr(gap, "left") else str(gap) for gap in rows["gap"]]
+            error = [
+                rows["difference"] - rows["low"],
+                rows["high"] - rows["difference"],
+            ]
+            axis.errorbar(
+                places,
+                rows["difference"],
+                error,
+                fmt="o",
+                color=colour,
+                label=f"{tokens} tokens",
+                markersize=4,
+            )
+        names = [
+            f"{max(gap.left, 0):g} to {gap.right:g}"
+            if hasattr(gap, "left")
+            else str(gap)
+            for gap in rows["gap"]
+        ]
         axis.axhline(0, color=COLOURS[4], linewidth=0.9, linestyle="--")
         axis.set(xticks=range(len(rows)), xlabel="gap |t - s|")
         axis.set_xticklabels(names, fontsize=7)

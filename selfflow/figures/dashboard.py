@@ -17,15 +17,27 @@ from .plots import COLOURS, Picture
 from .style import column, digits_for, series, short, spread
 
 # %% ../../nbs/5_figures/07_dashboard.ipynb #8e2d396d
-def thin(x: np.ndarray, y: np.ndarray, most: int = 600) -> tuple[np.ndarray, np.ndarray]:
+def thin(
+    x: np.ndarray, y: np.ndarray, most: int = 600
+) -> tuple[np.ndarray, np.ndarray]:
     "At most 2 x `most` points that draw the same line as x, y (n,): the lowest and the highest of every stretch."
     if len(y) <= 2 * most:
         return x, y
     width = math.ceil(len(y) / most)
     stretches = np.pad(y, (0, -len(y) % width), mode="edge").reshape(-1, width)
     gap = np.isnan(stretches)
-    ends = np.stack([np.where(gap, np.inf, stretches).argmin(1), np.where(gap, -np.inf, stretches).argmax(1)], 1)
-    places = (np.sort(ends, 1) + width * np.arange(len(stretches))[:, None]).ravel().clip(max=len(y) - 1)
+    ends = np.stack(
+        [
+            np.where(gap, np.inf, stretches).argmin(1),
+            np.where(gap, -np.inf, stretches).argmax(1),
+        ],
+        1,
+    )
+    places = (
+        (np.sort(ends, 1) + width * np.arange(len(stretches))[:, None])
+        .ravel()
+        .clip(max=len(y) - 1)
+    )
     return x[places], y[places]
 
 # %% ../../nbs/5_figures/07_dashboard.ipynb #0624a28b
@@ -34,12 +46,23 @@ _INK, _QUIET = "#333333", COLOURS[4]
 
 def _pixels(images) -> np.ndarray:
     "Images (n, c, h, w) in [-1, 1] as bytes (n, h, w, 3): three channels are colours, else the first is shown; NaN: black."
-    images = images.detach().cpu().numpy() if hasattr(images, "detach") else np.asarray(images)
+    images = (
+        images.detach().cpu().numpy()
+        if hasattr(images, "detach")
+        else np.asarray(images)
+    )
     images = images if images.shape[1] == 3 else images[:, :1].repeat(3, 1)
-    return np.nan_to_num((images + 1) * 127.5).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    return (
+        np.nan_to_num((images + 1) * 127.5)
+        .clip(0, 255)
+        .astype(np.uint8)
+        .transpose(0, 2, 3, 1)
+    )
 
 
-def film_strip(film, rows: int = 8, columns: int = 10) -> tuple[np.ndarray, list[int], list[int], int]:
+def film_strip(
+    film, rows: int = 8, columns: int = 10
+) -> tuple[np.ndarray, list[int], list[int], int]:
     """The film as one picture: (height, width, 3) bytes, its steps, its labels, and the side of a gap in pixels.
 
     film: (step, images (n, c, h, w) in [-1, 1], labels (n,)), oldest first; pictures of another shape than the newest are left
@@ -47,14 +70,26 @@ def film_strip(film, rows: int = 8, columns: int = 10) -> tuple[np.ndarray, list
     """
     shape = film[-1][1].shape[1:]
     fitting = [entry for entry in film if entry[1].shape[1:] == shape]
-    chosen, samples = [fitting[i] for i in spread(len(fitting), rows)], min(columns, len(film[-1][1]))
+    chosen, samples = (
+        [fitting[i] for i in spread(len(fitting), rows)],
+        min(columns, len(film[-1][1])),
+    )
     gap = max(1, shape[-1] // 12)
-    picture = np.full(((shape[-2] + gap) * len(chosen) - gap, (shape[-1] + gap) * samples - gap, 3), 255, np.uint8)
+    picture = np.full(
+        ((shape[-2] + gap) * len(chosen) - gap, (shape[-1] + gap) * samples - gap, 3),
+        255,
+        np.uint8,
+    )
     for row, (_, images, _) in enumerate(chosen):
         for place, tile in enumerate(_pixels(images[:samples])):
             top, left = row * (shape[-2] + gap), place * (shape[-1] + gap)
-            picture[top:top + shape[-2], left:left + shape[-1]] = tile
-    return picture, [int(step) for step, *_ in chosen], [int(label) for label in film[-1][2][:samples]], gap
+            picture[top : top + shape[-2], left : left + shape[-1]] = tile
+    return (
+        picture,
+        [int(step) for step, *_ in chosen],
+        [int(label) for label in film[-1][2][:samples]],
+        gap,
+    )
 
 
 def _called(label: int, names=()) -> str:
@@ -65,17 +100,30 @@ def _called(label: int, names=()) -> str:
 
 def _film(axis, film, rows=8, columns=10, names=()):
     picture, steps, labels, gap = film_strip(film, rows, columns)
-    axis.imshow(picture, interpolation="nearest" if picture.shape[1] < 600 else "antialiased")
-    height, width = (picture.shape[0] + gap) / len(steps), (picture.shape[1] + gap) / max(1, len(labels))
-    axis.set_yticks([(i + 0.5) * height - gap / 2 - 0.5 for i in range(len(steps))], [f"{s:,}" for s in steps])
-    axis.set_xticks([(i + 0.5) * width - gap / 2 - 0.5 for i in range(len(labels))],
-                    [_called(label, names) for label in labels], parse_math=False)
+    axis.imshow(
+        picture, interpolation="nearest" if picture.shape[1] < 600 else "antialiased"
+    )
+    height, width = (
+        (picture.shape[0] + gap) / len(steps),
+        (picture.shape[1] + gap) / max(1, len(labels)),
+    )
+    axis.set_yticks(
+        [(i + 0.5) * height - gap / 2 - 0.5 for i in range(len(steps))],
+        [f"{s:,}" for s in steps],
+    )
+    axis.set_xticks(
+        [(i + 0.5) * width - gap / 2 - 0.5 for i in range(len(labels))],
+        [_called(label, names) for label in labels],
+        parse_math=False,
+    )
     axis.tick_params(length=0, labelsize=8.5, labelcolor=_INK)
     axis.spines[:].set_visible(False)
     axis.set_anchor("NW")
 
 
-def draw_film(film, rows: int = 8, columns: int = 10, size: float = 0.85, names=()) -> Picture:
+def draw_film(
+    film, rows: int = 8, columns: int = 10, size: float = 0.85, names=()
+) -> Picture:
     """The film strip: a row for each of at most `rows` steps, the step at its left, the label below its column.
 
     film: (step, images (n, c, h, w) in [-1, 1], labels (n,)), oldest first, may be empty; size: of a picture in inches; names:
@@ -88,9 +136,14 @@ def draw_film(film, rows: int = 8, columns: int = 10, size: float = 0.85, names=
     picture, _, labels, _ = film_strip(film, rows, columns)
     across = size * len(labels)
     below = 0.25 + 0.12 * any("\n" in _called(label, names) for label in labels)
-    wide, high = across + 0.7, across * picture.shape[0] / picture.shape[1] + 0.05 + below
+    wide, high = (
+        across + 0.7,
+        across * picture.shape[0] / picture.shape[1] + 0.05 + below,
+    )
     figure = Picture(figsize=(wide, high))
-    axis = figure.add_axes((0.65 / wide, below / high, across / wide, 1 - (0.05 + below) / high))
+    axis = figure.add_axes(
+        (0.65 / wide, below / high, across / wide, 1 - (0.05 + below) / high)
+    )
     _film(axis, film, rows, columns, names)
     return figure
 
@@ -98,28 +151,62 @@ def draw_film(film, rows: int = 8, columns: int = 10, size: float = 0.85, names=
 def _say(axis, words):
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
-    axis.text(0.5, 0.5, words, ha="center", va="center", color=_QUIET, fontsize=9, transform=axis.transAxes)
+    axis.text(
+        0.5,
+        0.5,
+        words,
+        ha="center",
+        va="center",
+        color=_QUIET,
+        fontsize=9,
+        transform=axis.transAxes,
+    )
 
 # %% ../../nbs/5_figures/07_dashboard.ipynb #a9cb111e
 def _frame(axis, title, note=""):
     axis.set_title(title, loc="left", fontsize=9.5, color=_INK, pad=4)
-    axis.annotate(note, (1, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", ha="right", va="bottom",
-                  fontsize=8, color=_QUIET)
+    axis.annotate(
+        note,
+        (1, 1),
+        (0, 4),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=8,
+        color=_QUIET,
+    )
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set(linewidth=0.6, color=_QUIET)
     axis.tick_params(labelsize=8.5, labelcolor=_INK, color=_QUIET, width=0.6, length=3)
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value, digits_for(*axis.get_ylim()))))
+    axis.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: short(value, digits_for(*axis.get_ylim())))
+    )
 
 
 def _end_labels(axis, entries):
     "Texts at the ends of curves, (x, y, text, colour) each, moved apart where they would overlap, not above the axis."
     entries = sorted(entries, key=lambda entry: entry[1])
-    points = [axis.transData.transform(entry[:2])[1] * 72 / axis.figure.dpi for entry in entries]
+    points = [
+        axis.transData.transform(entry[:2])[1] * 72 / axis.figure.dpi
+        for entry in entries
+    ]
     steps = 10.5 * np.arange(len(points))
-    places = np.minimum(np.maximum.accumulate(points - steps) + steps, axis.bbox.y1 * 72 / axis.figure.dpi - steps[::-1])
+    places = np.minimum(
+        np.maximum.accumulate(points - steps) + steps,
+        axis.bbox.y1 * 72 / axis.figure.dpi - steps[::-1],
+    )
     for (x, y, text, colour), point, place in zip(entries, points, places, strict=True):
-        axis.annotate(text, (x, y), (5, place - point), textcoords="offset points", va="center", fontsize=8.5, color=colour,
-                      annotation_clip=False)
+        axis.annotate(
+            text,
+            (x, y),
+            (5, place - point),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            color=colour,
+            annotation_clip=False,
+        )
 
 
 def _line(axis, table, name, colour, dotted=False):
@@ -127,12 +214,23 @@ def _line(axis, table, name, colour, dotted=False):
     x, y = series(table, name)
     if not np.isfinite(y).any():
         return []
-    even = pd.Series(y).rolling(max(1, len(y) // 25), min_periods=1).mean().where(np.isfinite(y)).to_numpy()
+    even = (
+        pd.Series(y)
+        .rolling(max(1, len(y) // 25), min_periods=1)
+        .mean()
+        .where(np.isfinite(y))
+        .to_numpy()
+    )
     if dotted:
         axis.plot(*thin(x, even), ":", color=colour, linewidth=1.4)
     else:
         axis.plot(*thin(x, y), color=colour, alpha=0.28, linewidth=0.7)
-        axis.plot(*thin(x, even), color=colour, linewidth=1.5, marker="." if np.isfinite(y).sum() < 3 else "")
+        axis.plot(
+            *thin(x, even),
+            color=colour,
+            linewidth=1.5,
+            marker="." if np.isfinite(y).sum() < 3 else "",
+        )
     last = np.flatnonzero(np.isfinite(even))[-1]
     return [(x[last], even[last], short(even[last]), colour)]
 
@@ -140,7 +238,7 @@ def _line(axis, table, name, colour, dotted=False):
 def _loss(axis, table, name, colour, title, note="", bottom=None):
     "A column over steps; all but the first 3 % of its values set the limits of y."
     _frame(axis, title, note)
-    kept = (values := series(table, name)[1])[len(values) * 3 // 100:]
+    kept = (values := series(table, name)[1])[len(values) * 3 // 100 :]
     if np.isfinite(kept).any():
         low, high = np.nanmin(kept), np.nanmax(kept)
         margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
@@ -151,10 +249,14 @@ def _loss(axis, table, name, colour, title, note="", bottom=None):
 
 def _cosine(axis, log):
     _frame(axis, "cosine with the teacher", "dotted: reached by a constant")
-    ends = _line(axis, log, "constant_cosine", _QUIET, dotted=True) + _line(axis, log, "cosine", COLOURS[2])
+    ends = _line(axis, log, "constant_cosine", _QUIET, dotted=True) + _line(
+        axis, log, "cosine", COLOURS[2]
+    )
     values = series(log, "cosine")[1]
-    low = np.nanmin([0, *values[len(values) * 3 // 100:]]) - 0.05
-    axis.set(ylim=(low, 1.02), yticks=[tick for tick in (-1, -0.5, 0, 0.5, 1) if tick > low])
+    low = np.nanmin([0, *values[len(values) * 3 // 100 :]]) - 0.05
+    axis.set(
+        ylim=(low, 1.02), yticks=[tick for tick in (-1, -0.5, 0, 0.5, 1) if tick > low]
+    )
     return ends
 
 
@@ -162,9 +264,14 @@ def _log_ticks(low, high):
     "Ticks at powers of ten, at 1, 2 and 5 where these are few, evenly where there is no such number."
     tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits, least in (((1,), 3), ((1, 2, 5), 2)):
-        ticks = [digit * 10.0**power for power in tens for digit in digits if low <= digit * 10.0**power <= high]
+        ticks = [
+            digit * 10.0**power
+            for power in tens
+            for digit in digits
+            if low <= digit * 10.0**power <= high
+        ]
         if len(ticks) >= least:
-            return FixedLocator(ticks[::math.ceil(len(ticks) / 4)])
+            return FixedLocator(ticks[:: math.ceil(len(ticks) / 4)])
     return MaxNLocator(2)
 
 
@@ -176,8 +283,11 @@ def _gradient(axis, log, clip):
     axis.set_yscale("log")
     known = [*y[np.isfinite(y)], *([clip] if clip else [])] or [1.0]
     axis.set_ylim(min(known) / 1.3, max(known) * 1.3)
-    axis.yaxis.set(major_locator=_log_ticks(*axis.get_ylim()), minor_locator=NullLocator(),
-                   major_formatter=FuncFormatter(lambda value, _: short(value)))
+    axis.yaxis.set(
+        major_locator=_log_ticks(*axis.get_ylim()),
+        minor_locator=NullLocator(),
+        major_formatter=FuncFormatter(lambda value, _: short(value)),
+    )
     if clip:
         axis.axhline(clip, color=_QUIET, linestyle=":", linewidth=1.2)
     return ends
@@ -187,47 +297,97 @@ def _validations(log) -> list[tuple[int, np.ndarray]]:
     "The first, a middle and the newest validation by level: (step, losses (levels,))."
     if log is None or "flow_loss_by_level" not in log:
         return []
-    found = [(step, losses) for step, losses in zip(column(log, "step"), log["flow_loss_by_level"], strict=False)
-             if isinstance(losses, list | tuple | np.ndarray) and len(losses) and math.isfinite(step)]
-    return [(int(found[i][0]), np.array(found[i][1], float)) for i in spread(len(found), 3)]
+    found = [
+        (step, losses)
+        for step, losses in zip(
+            column(log, "step"), log["flow_loss_by_level"], strict=False
+        )
+        if isinstance(losses, list | tuple | np.ndarray)
+        and len(losses)
+        and math.isfinite(step)
+    ]
+    return [
+        (int(found[i][0]), np.array(found[i][1], float)) for i in spread(len(found), 3)
+    ]
 
 
 def _by_level(axis, validations):
     _frame(axis, "validation loss by noise level, same noise")
-    tones, ends = ("#8ea6c1", "#4f78a8", COLOURS[0])[-len(validations):], []
+    tones, ends = ("#8ea6c1", "#4f78a8", COLOURS[0])[-len(validations) :], []
     for (step, losses), tone in zip(validations, tones, strict=True):
         t = (np.arange(len(losses)) + 0.5) / len(losses)
-        axis.plot(t, losses, color=tone, linewidth=1.9 if tone == COLOURS[0] else 1.4, marker="." if len(t) == 1 else "")
+        axis.plot(
+            t,
+            losses,
+            color=tone,
+            linewidth=1.9 if tone == COLOURS[0] else 1.4,
+            marker="." if len(t) == 1 else "",
+        )
         if np.isfinite(losses).any():
             last = np.flatnonzero(np.isfinite(losses))[-1]
             ends.append((t[last], losses[last], f"step {short(step)}", tone))
-    axis.set(xlim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1], xticklabels=["0\ndata", "0.25", "0.5\nlevel t", "0.75", "1\nnoise"])
+    axis.set(
+        xlim=(0, 1),
+        xticks=[0, 0.25, 0.5, 0.75, 1],
+        xticklabels=["0\ndata", "0.25", "0.5\nlevel t", "0.75", "1\nnoise"],
+    )
     _end_labels(axis, ends)
 
 
 def _step_charts(log, timing, clip):
     "What is drawn over steps: (height, function of an axis that draws and returns the labels of its ends)."
-    note = f"mean of {window} lines; faint: each" if (window := len(series(log, "flow_loss")[0]) // 25) > 1 else ""
-    charts = [(2.0, lambda axis: _loss(axis, log, "flow_loss", COLOURS[0], "flow loss", note))]
+    note = (
+        f"mean of {window} lines; faint: each"
+        if (window := len(series(log, "flow_loss")[0]) // 25) > 1
+        else ""
+    )
+    charts = [
+        (2.0, lambda axis: _loss(axis, log, "flow_loss", COLOURS[0], "flow loss", note))
+    ]
     if np.isfinite(column(log, "rep_loss")).any():
-        charts.append((1.2, lambda axis: _loss(axis, log, "rep_loss", COLOURS[1], "representation loss")))
+        charts.append(
+            (
+                1.2,
+                lambda axis: _loss(
+                    axis, log, "rep_loss", COLOURS[1], "representation loss"
+                ),
+            )
+        )
     if np.isfinite(column(log, "cosine")).any():
         charts.append((1.2, lambda axis: _cosine(axis, log)))
     charts.append((1.2, lambda axis: _gradient(axis, log, clip)))
     if np.isfinite(column(timing, "steps_per_second")).any():
-        charts.append((1.0, lambda axis: _loss(axis, timing, "steps_per_second", _QUIET, "steps per second", bottom=0)))
+        charts.append(
+            (
+                1.0,
+                lambda axis: _loss(
+                    axis,
+                    timing,
+                    "steps_per_second",
+                    _QUIET,
+                    "steps per second",
+                    bottom=0,
+                ),
+            )
+        )
     return charts
 
 
 def _step_axis(axis, limit, name="step"):
     axis.set_xlim(0, limit)
     axis.set_xlabel(name, fontsize=9, color=_INK, labelpad=2)
-    axis.xaxis.set(major_formatter=FuncFormatter(lambda value, _: short(value)), major_locator=MaxNLocator(5, integer=True))
+    axis.xaxis.set(
+        major_formatter=FuncFormatter(lambda value, _: short(value)),
+        major_locator=MaxNLocator(5, integer=True),
+    )
 
 
 def _over_steps(grid, charts, limit, steps):
-    gap = 0.068 * len(charts) / (1 - 0.068 * (len(charts) - 1))  # the same between any number of charts
-    axes = grid.subgridspec(len(charts), 1, height_ratios=[height for height, _ in charts], hspace=gap).subplots(sharex=True)
+    # the same between any number of charts
+    gap = 0.068 * len(charts) / (1 - 0.068 * (len(charts) - 1))
+    axes = grid.subgridspec(
+        len(charts), 1, height_ratios=[height for height, _ in charts], hspace=gap
+    ).subplots(sharex=True)
     _step_axis(axes[-1], limit, f"step (of {steps:,})" if steps else "step")
     for axis, (_, draw) in zip(axes, charts, strict=True):
         _end_labels(axis, draw(axis))
@@ -241,12 +401,21 @@ def _validation(axis, log, limit):
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     if not len(x):
         return _say(axis, "no validation yet")
-    axis.plot(*thin(x, y), color=COLOURS[0], linewidth=1.5, marker="." if len(x) < 50 else "")
+    axis.plot(
+        *thin(x, y), color=COLOURS[0], linewidth=1.5, marker="." if len(x) < 50 else ""
+    )
     _step_axis(axis, limit)
     _end_labels(axis, [(x[-1], y[-1], short(y[-1]), COLOURS[0])])
 
 
-def draw_dashboard(log, timing=None, film=(), steps: int | None = None, clip: float | None = None, names=()) -> Picture:
+def draw_dashboard(
+    log,
+    timing=None,
+    film=(),
+    steps: int | None = None,
+    clip: float | None = None,
+    names=(),
+) -> Picture:
     """The curves of a run, its loss by noise level and its film in one figure, as far as there is something to draw.
 
     log, timing: tables as in log.jsonl and timing.jsonl, or None; film: (step, images (n, c, h, w) in [-1, 1], labels (n,)),
@@ -254,9 +423,22 @@ def draw_dashboard(log, timing=None, film=(), steps: int | None = None, clip: fl
     the classes of the film.
     """
     figure = Picture(figsize=(9, 6.2))
-    left, right = figure.add_gridspec(1, 2, left=0.055, right=0.93, top=0.95, bottom=0.075, wspace=0.32, width_ratios=(1.12, 1))
+    left, right = figure.add_gridspec(
+        1,
+        2,
+        left=0.055,
+        right=0.93,
+        top=0.95,
+        bottom=0.075,
+        wspace=0.32,
+        width_ratios=(1.12, 1),
+    )
     last = np.nanmax([0, *column(log, "step")])
-    limit = steps / 2 ** math.floor(math.log2(steps / last)) if steps and steps > last > 0 else max(last, 1)
+    limit = (
+        steps / 2 ** math.floor(math.log2(steps / last))
+        if steps and steps > last > 0
+        else max(last, 1)
+    )
     if last > 0:
         _over_steps(left, _step_charts(log, timing, clip), limit, steps)
     else:
@@ -265,7 +447,13 @@ def draw_dashboard(log, timing=None, film=(), steps: int | None = None, clip: fl
     _validation(figure.add_subplot(upper), log, limit)
     axis = figure.add_subplot(lower)
     if len(film):
-        axis.set_title("samples from the same noise, by step", loc="left", fontsize=9.5, color=_INK, pad=4)
+        axis.set_title(
+            "samples from the same noise, by step",
+            loc="left",
+            fontsize=9.5,
+            color=_INK,
+            pad=4,
+        )
         _film(axis, film, names=names)
     else:
         _say(axis, "no samples yet")

@@ -23,13 +23,26 @@ def _map(axis, values, texts, bold, **colours):
     image = axis.imshow(values, aspect="auto", **colours)
     for row, column in np.ndindex(values.shape):
         red, green, blue, _ = image.cmap(image.norm(values[row, column]))
-        axis.text(column, row, texts[row][column], ha="center", va="center", fontsize=7,
-                  weight="bold" if bold[row, column] else "normal",
-                  color="black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white")
+        axis.text(
+            column,
+            row,
+            texts[row][column],
+            ha="center",
+            va="center",
+            fontsize=7,
+            weight="bold" if bold[row, column] else "normal",
+            color="black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white",
+        )
 
 
-def draw_score_maps(maps: dict, layers, levels, differences: dict | None = None, measures: dict | None = None,
-                    difference_name: str = "difference") -> Picture:
+def draw_score_maps(
+    maps: dict,
+    layers,
+    levels,
+    differences: dict | None = None,
+    measures: dict | None = None,
+    difference_name: str = "difference",
+) -> Picture:
     """Scores by layer and noise level: a row of maps for each factor, a column for each run.
 
     maps: {factor: {run: (layers, levels)}}; differences: {factor: (3, layers, levels)}, the mean, low and high, drawn last;
@@ -39,25 +52,54 @@ def draw_score_maps(maps: dict, layers, levels, differences: dict | None = None,
         raise ValueError("there is no factor to draw")
     names = list(next(iter(maps.values())))
     columns = len(names) + (differences is not None)
-    size = 0.42 * len(levels) * columns + 1.1, (0.21 * len(layers) + 0.3) * len(maps) + 0.5
+    size = (
+        0.42 * len(levels) * columns + 1.1,
+        (0.21 * len(layers) + 0.3) * len(maps) + 0.5,
+    )
     figure = Picture(figsize=size, layout="constrained")
     axes = figure.subplots(len(maps), columns, squeeze=False)
     for (factor, grids), line in zip(maps.items(), axes, strict=True):
         measure = (measures or {}).get(factor, "accuracy")
-        scale, arrays = 1.0 if measure == "R^2" else 100.0, [np.asarray(grid, float) for grid in grids.values()]
+        scale, arrays = (
+            1.0 if measure == "R^2" else 100.0,
+            [np.asarray(grid, float) for grid in grids.values()],
+        )
         low, high = min(map(np.nanmin, arrays)), max(map(np.nanmax, arrays))
         for axis, grid in zip(line, arrays, strict=False):
             texts = [[_number(value, False, scale) for value in row] for row in grid]
-            _map(axis, grid, texts, np.zeros(grid.shape, bool), cmap="viridis", vmin=max(low, min(0.0, high)), vmax=high)
+            _map(
+                axis,
+                grid,
+                texts,
+                np.zeros(grid.shape, bool),
+                cmap="viridis",
+                vmin=max(low, min(0.0, high)),
+                vmax=high,
+            )
         if differences is not None:
             gap, least, most = np.asarray(differences[factor], float)
             reach = max(np.nanmax(np.abs(gap)), 0.01)
-            _map(line[-1], gap, [[_number(v, True, scale) for v in row] for row in gap], (least > 0) | (most < 0), cmap="RdBu",
-                 vmin=-reach, vmax=reach)
-        line[0].set_ylabel(f"{factor}\n{measure}{'' if scale == 1 else ', %'}", fontsize=8)
+            _map(
+                line[-1],
+                gap,
+                [[_number(v, True, scale) for v in row] for row in gap],
+                (least > 0) | (most < 0),
+                cmap="RdBu",
+                vmin=-reach,
+                vmax=reach,
+            )
+        line[0].set_ylabel(
+            f"{factor}\n{measure}{'' if scale == 1 else ', %'}", fontsize=8
+        )
     for place, axis in np.ndenumerate(axes):
-        axis.set(xticks=range(len(levels)), yticks=range(len(layers)), yticklabels=layers if place[1] == 0 else [],
-                 xticklabels=[f"{level:g}" for level in levels] if place[0] == len(maps) - 1 else [])
+        axis.set(
+            xticks=range(len(levels)),
+            yticks=range(len(layers)),
+            yticklabels=layers if place[1] == 0 else [],
+            xticklabels=[f"{level:g}" for level in levels]
+            if place[0] == len(maps) - 1
+            else [],
+        )
         axis.tick_params(labelsize=7, length=0)
     for axis, title in zip(axes[0], [*names, difference_name], strict=False):
         axis.set_title(title, fontsize=9)
@@ -65,8 +107,13 @@ def draw_score_maps(maps: dict, layers, levels, differences: dict | None = None,
     return figure
 
 # %% ../../nbs/5_figures/03_layers.ipynb #025b47ee
-def draw_layer_curves(panels: dict, layers, baselines: dict | None = None, measures: dict | None = None,
-                      columns: int = 4) -> Picture:
+def draw_layer_curves(
+    panels: dict,
+    layers,
+    baselines: dict | None = None,
+    measures: dict | None = None,
+    columns: int = 4,
+) -> Picture:
     """Scores against layers, a panel for each factor.
 
     panels: {factor: {run: (layers,) or (3, layers), score, low, high}}; baselines: {factor: {name: score}}; measures: as in
@@ -79,25 +126,46 @@ def draw_layer_curves(panels: dict, layers, baselines: dict | None = None, measu
     wide = max(columns, 2)  # of one panel the legend would be cut
     figure = Picture(figsize=(2.05 * wide, 1.7 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes[len(panels):]:
+    for axis in axes[len(panels) :]:
         axis.set_axis_off()
     for (factor, curves), axis in zip(panels.items(), axes, strict=False):
         measure = (measures or {}).get(factor, "accuracy")
         scale = 1 if measure == "R^2" else 100
         for (name, values), (colour, line) in zip(curves.items(), _LINES, strict=False):
             middle, *band = scale * np.atleast_2d(np.asarray(values, float))
-            axis.plot(list(layers), middle, color=colour, linestyle=line, linewidth=1.4, marker=".", label=name)
+            axis.plot(
+                list(layers),
+                middle,
+                color=colour,
+                linestyle=line,
+                linewidth=1.4,
+                marker=".",
+                label=name,
+            )
             if band:
-                axis.fill_between(list(layers), *band, color=to_rgba(colour, 0.18), linewidth=0)
-        for (name, value), (colour, dots) in zip((baselines or {}).get(factor, {}).items(), _ACROSS, strict=False):
-            axis.axhline(scale * value, color=colour, linestyle=dots, linewidth=1, label=name)
+                axis.fill_between(
+                    list(layers), *band, color=to_rgba(colour, 0.18), linewidth=0
+                )
+        for (name, value), (colour, dots) in zip(
+            (baselines or {}).get(factor, {}).items(), _ACROSS, strict=False
+        ):
+            axis.axhline(
+                scale * value, color=colour, linestyle=dots, linewidth=1, label=name
+            )
         axis.set_title(f"{factor}, {measure}{'' if scale == 1 else ' %'}", fontsize=8)
         axis.set_xticks(list(layers))
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, wide), frameon=False, fontsize=8)
-    for axis in axes[max(0, len(panels) - columns):len(panels)]:
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(5, wide),
+        frameon=False,
+        fontsize=8,
+    )
+    for axis in axes[max(0, len(panels) - columns) : len(panels)]:
         axis.set_xlabel("after block", fontsize=8)
     return figure
 
@@ -106,8 +174,15 @@ _LINES = (("#1f3a5f", "-"), ("#c4761b", "-"), ("#3c7d5a", "--"), ("#8c3b5e", "-.
 _ACROSS = (("#3c7d5a", "--"), ("#6b6b6b", ":"), ("#8c3b5e", "-."))
 
 # %% ../../nbs/5_figures/03_layers.ipynb #3b2cd2d2
-def draw_similarities(matrices: dict, rows, columns=None, label: str = "CKA", limits=(0, 1), xlabel: str = "",
-                      ylabel: str = "") -> Picture:
+def draw_similarities(
+    matrices: dict,
+    rows,
+    columns=None,
+    label: str = "CKA",
+    limits=(0, 1),
+    xlabel: str = "",
+    ylabel: str = "",
+) -> Picture:
     """Similarity matrices side by side under one colour bar, with their numbers.
 
     matrices: {title: (r, c)} of one shape; rows, columns: names of what is compared, None = the same for both; limits: of the
@@ -116,18 +191,42 @@ def draw_similarities(matrices: dict, rows, columns=None, label: str = "CKA", li
     columns, shape = rows if columns is None else columns, None
     values = {title: to_array(matrix) for title, matrix in matrices.items()}
     shape = len(rows), len(columns)
-    if wrong := [f"{title} {matrix.shape}" for title, matrix in values.items() if matrix.shape != shape]:
-        raise ValueError(f"matrices must have the shape {shape} of their names, not {', '.join(wrong)}")
-    figure = Picture(figsize=(len(values) * (0.42 * shape[1] + 0.6) + 1.3, 0.36 * shape[0] + 1.1), layout="constrained")
+    if wrong := [
+        f"{title} {matrix.shape}"
+        for title, matrix in values.items()
+        if matrix.shape != shape
+    ]:
+        raise ValueError(
+            f"matrices must have the shape {shape} of their names, not {', '.join(wrong)}"
+        )
+    figure = Picture(
+        figsize=(len(values) * (0.42 * shape[1] + 0.6) + 1.3, 0.36 * shape[0] + 1.1),
+        layout="constrained",
+    )
     axes = figure.subplots(1, len(values), squeeze=False)[0]
     for axis, (title, matrix) in zip(axes, values.items(), strict=True):
-        image = axis.imshow(matrix, cmap="viridis", vmin=limits[0], vmax=limits[1], aspect="auto")
-        axis.set(xticks=range(shape[1]), yticks=range(shape[0]), xticklabels=columns, yticklabels=rows, xlabel=xlabel)
+        image = axis.imshow(
+            matrix, cmap="viridis", vmin=limits[0], vmax=limits[1], aspect="auto"
+        )
+        axis.set(
+            xticks=range(shape[1]),
+            yticks=range(shape[0]),
+            xticklabels=columns,
+            yticklabels=rows,
+            xlabel=xlabel,
+        )
         axis.set_title(title, fontsize=9)
         for row, column in np.ndindex(shape):
             share = (matrix[row, column] - limits[0]) / (limits[1] - limits[0])
-            axis.text(column, row, f"{matrix[row, column]:.2f}", ha="center", va="center", fontsize=6.5,
-                      color="black" if share > 0.6 else "white")
+            axis.text(
+                column,
+                row,
+                f"{matrix[row, column]:.2f}",
+                ha="center",
+                va="center",
+                fontsize=6.5,
+                color="black" if share > 0.6 else "white",
+            )
     axes[0].set_ylabel(ylabel)
     figure.colorbar(image, ax=axes.tolist(), label=label, fraction=0.05)
     return figure
@@ -141,18 +240,31 @@ def draw_layers(tables: dict, measures: tuple[str, ...] = _MEASURES) -> Picture:
 
     tables: {name: table with a row for each layer}. Raises ValueError for a measure that a table lacks.
     """
-    if missing := [measure for measure in measures for table in tables.values() if measure not in table]:
-        raise ValueError(f"the tables have no {missing[0]!r}; they have {', '.join(next(iter(tables.values())))}")
+    if missing := [
+        measure
+        for measure in measures
+        for table in tables.values()
+        if measure not in table
+    ]:
+        raise ValueError(
+            f"the tables have no {missing[0]!r}; they have {', '.join(next(iter(tables.values())))}"
+        )
     figure = Picture(figsize=(2.3 * len(measures), 2.3), layout="constrained")
-    for axis, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
+    for axis, measure in zip(
+        figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True
+    ):
         for (name, table), style in zip(tables.items(), line_styles(), strict=False):
             axis.plot(table.index, table[measure], marker=".", label=name, **style)
             if f"{measure}, low" in table:
                 band = (table[f"{measure}, {end}"] for end in ("low", "high"))
-                axis.fill_between(table.index, *band, color=to_rgba(style["color"], 0.18), linewidth=0)
+                axis.fill_between(
+                    table.index, *band, color=to_rgba(style["color"], 0.18), linewidth=0
+                )
         axis.set(xlabel="after block", xticks=list(table.index))
         if measure != "local - distant":
-            axis.set_ylim(0, 1.08 * max(shown[measure].max() for shown in tables.values()))
+            axis.set_ylim(
+                0, 1.08 * max(shown[measure].max() for shown in tables.values())
+            )
         axis.set_title(measure, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False, fontsize=8)
@@ -164,33 +276,75 @@ def draw_ladder(table, title: str = "") -> Picture:
     knowing = table.filter(like="knows the").iloc[:, 0].astype(bool)
     figure = Picture(figsize=(6.2, 0.27 * len(table) + 0.9), layout="constrained")
     axis = figure.subplots()
-    for place, ((_, row), knows) in enumerate(zip(table.iterrows(), knowing, strict=True)):
+    for place, ((_, row), knows) in enumerate(
+        zip(table.iterrows(), knowing, strict=True)
+    ):
         colour = COLOURS[0] if knows else COLOURS[1]
         axis.plot([row["low"], row["high"]], [place] * 2, color=colour, linewidth=1.4)
-        axis.plot(row["cosine"], place, "o", color=colour, markersize=5, markerfacecolor=colour if knows else "white")
-        axis.annotate(f"{row['cosine']:.3f}", (row["high"], place), (5, 0), textcoords="offset points", va="center", fontsize=7.5)
-    axis.axvline(table.loc[~knowing, "cosine"].max(), color=COLOURS[4], linewidth=0.9, linestyle="--")
-    axis.set(yticks=range(len(table)), yticklabels=table["answer"], xlabel="cosine with the teacher's features", title=title)
-    axis.set_xlim(right=min(1.0, table["high"].max()) + 0.09 * (min(1.0, table["high"].max()) - table["low"].min()))
+        axis.plot(
+            row["cosine"],
+            place,
+            "o",
+            color=colour,
+            markersize=5,
+            markerfacecolor=colour if knows else "white",
+        )
+        axis.annotate(
+            f"{row['cosine']:.3f}",
+            (row["high"], place),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7.5,
+        )
+    axis.axvline(
+        table.loc[~knowing, "cosine"].max(),
+        color=COLOURS[4],
+        linewidth=0.9,
+        linestyle="--",
+    )
+    axis.set(
+        yticks=range(len(table)),
+        yticklabels=table["answer"],
+        xlabel="cosine with the teacher's features",
+        title=title,
+    )
+    axis.set_xlim(
+        right=min(1.0, table["high"].max())
+        + 0.09 * (min(1.0, table["high"].max()) - table["low"].min())
+    )
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 # %% ../../nbs/5_figures/03_layers.ipynb #dda24081
-def draw_saturation(steps, answers: dict, free: tuple[str, ...] = (), ylim=None) -> Picture:
+def draw_saturation(
+    steps, answers: dict, free: tuple[str, ...] = (), ylim=None
+) -> Picture:
     """Cosines over the steps of a run, each named at its end; those in `free` do not know the image and are drawn dotted.
 
     steps: (s,), above 0, for the axis is logarithmic; answers: {name: (s,) or three of them: mean, low and high}.
     """
     steps = to_array(steps)
     if not len(steps) or steps.min() <= 0:
-        raise ValueError(f"steps are {steps.tolist()}; the axis is logarithmic and needs steps above 0")
+        raise ValueError(
+            f"steps are {steps.tolist()}; the axis is logarithmic and needs steps above 0"
+        )
     figure = Picture(figsize=(6.6, 3.0), layout="constrained")
     axis, ends = figure.subplots(), {}
     colours = list(islice((style["color"] for style in line_styles()), len(answers)))
     for (name, values), colour in zip(answers.items(), colours, strict=True):
-        middle, *band = map(to_array, values) if isinstance(values, tuple) else (to_array(values),)
-        axis.plot(steps, middle, color=colour, linewidth=1.4, linestyle=":" if name in free else "-", marker=".")
+        middle, *band = (
+            map(to_array, values) if isinstance(values, tuple) else (to_array(values),)
+        )
+        axis.plot(
+            steps,
+            middle,
+            color=colour,
+            linewidth=1.4,
+            linestyle=":" if name in free else "-",
+            marker=".",
+        )
         if band:
             axis.fill_between(steps, *band, color=to_rgba(colour, 0.18), linewidth=0)
         ends[name] = (middle[-1], colour)
@@ -202,5 +356,13 @@ def draw_saturation(steps, answers: dict, free: tuple[str, ...] = (), ylim=None)
     place = -np.inf
     for name, (value, colour) in sorted(ends.items(), key=lambda end: end[1][0]):
         place = max((value - low) / (high - low), place + 0.075)
-        axis.annotate(name, (1.02, place), xycoords="axes fraction", color=colour, va="center", fontsize=8, annotation_clip=False)
+        axis.annotate(
+            name,
+            (1.02, place),
+            xycoords="axes fraction",
+            color=colour,
+            va="center",
+            fontsize=8,
+            annotation_clip=False,
+        )
     return figure

@@ -26,19 +26,33 @@ class Page(Picture):
 
 def to_pixels(signals, axes: int, what: str) -> np.ndarray:
     "Signals (n, 1 or 3, ..., h, w) with so many axes as bytes (n, ..., h, w, 3)."
-    values = signals.detach().cpu().numpy() if hasattr(signals, "detach") else np.asarray(signals)
+    values = (
+        signals.detach().cpu().numpy()
+        if hasattr(signals, "detach")
+        else np.asarray(signals)
+    )
     if values.ndim != axes or values.shape[1] not in (1, 3) or 0 in values.shape:
         expected = "(n, 1 or 3, f, h, w)" if axes == 5 else "(n, 1 or 3, h, w)"
-        raise ValueError(f"{what} have shape {values.shape}, expected {expected}, none of them 0")
+        raise ValueError(
+            f"{what} have shape {values.shape}, expected {expected}, none of them 0"
+        )
     if np.isnan(values).any():
-        raise ValueError(f"{int(np.isnan(values).sum())} values of the {what} are NaN, which cannot be shown; replace them first")
-    values = np.moveaxis(np.broadcast_to(values, (len(values), 3, *values.shape[2:])), 1, -1)
-    return np.round((values.astype(np.float32).clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+        raise ValueError(
+            f"{int(np.isnan(values).sum())} values of the {what} are NaN, which cannot be shown; replace them first"
+        )
+    values = np.moveaxis(
+        np.broadcast_to(values, (len(values), 3, *values.shape[2:])), 1, -1
+    )
+    return np.round((values.astype(np.float32).clip(-1, 1) + 1) * 127.5).astype(
+        np.uint8
+    )
 
 
 def _check_texts(texts, count: int, what: str) -> list[str]:
     if texts is not None and len(texts) != count:
-        raise ValueError(f"there are {len(texts)} {what} for {count} samples; give one for each, or None")
+        raise ValueError(
+            f"there are {len(texts)} {what} for {count} samples; give one for each, or None"
+        )
     return [""] * count if texts is None else [str(text) for text in texts]
 
 # %% ../../nbs/5_figures/04_pages.ipynb #91f338bd
@@ -49,11 +63,17 @@ def captioned(pictures, captions, columns: int = 6, size: float = 1.5) -> Page:
     Raises ValueError for other shapes, NaN, and another number of captions.
     """
     pixels = to_pixels(pictures, 4, "pictures")
-    wrapped = [textwrap.fill(text, max(8, round(15 * size))) for text in _check_texts(captions, len(pixels), "captions")]
+    wrapped = [
+        textwrap.fill(text, max(8, round(15 * size)))
+        for text in _check_texts(captions, len(pixels), "captions")
+    ]
     lines = max(text.count("\n") + bool(text) for text in wrapped)
     columns, rows = min(columns, len(pixels)), -(-len(pixels) // columns)
     height = size * pixels.shape[1] / pixels.shape[2]
-    figure = Page(figsize=(1.08 * size * columns, (height + 0.135 * lines + 0.17) * rows), layout="compressed")
+    figure = Page(
+        figsize=(1.08 * size * columns, (height + 0.135 * lines + 0.17) * rows),
+        layout="compressed",
+    )
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03)
     for place, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axis.set(xticks=[], yticks=[])
@@ -84,54 +104,132 @@ def sheet(pictures, texts=None, most: int = 100, title: str = "") -> Page:
     most: pictures on the sheet at most, as many of each text; title: above them. Raises ValueError for no
     pictures and another number of texts.
     """
-    pictures = pictures.detach().cpu().numpy() if hasattr(pictures, "detach") else np.asarray(pictures)
+    pictures = (
+        pictures.detach().cpu().numpy()
+        if hasattr(pictures, "detach")
+        else np.asarray(pictures)
+    )
     if pictures.ndim != 4 or 0 in pictures.shape:
-        raise ValueError(f"pictures have shape {pictures.shape}, expected (n, c, h, w), none of them 0")
+        raise ValueError(
+            f"pictures have shape {pictures.shape}, expected (n, c, h, w), none of them 0"
+        )
     texts = _check_texts(texts, len(pictures), "texts")
     groups = sheet_rows(texts, most)
     beside = any(texts) and max(map(len, groups)) > 1
     columns = max(1, min(10, 10 * pictures.shape[2] // pictures.shape[3]))
-    rows = [(texts[group[0]] if beside and start == 0 else "", group[start:start + columns])
-            for group in (groups if beside else [[place for group in groups for place in group]])
-            for start in range(0, len(group), columns)]
+    rows = [
+        (
+            texts[group[0]] if beside and start == 0 else "",
+            group[start : start + columns],
+        )
+        for group in (
+            groups if beside else [[place for group in groups for place in group]]
+        )
+        for start in range(0, len(group), columns)
+    ]
     shown = pictures if pictures.shape[1] == 3 else pictures[:, :1].repeat(3, 1)
-    cells = {place: _cell(shown[place], max(len(row) for _, row in rows)) for _, row in rows for place in row}
+    cells = {
+        place: _cell(shown[place], max(len(row) for _, row in rows))
+        for _, row in rows
+        for place in row
+    }
     return _laid_out(rows, cells, [] if beside else texts, title)
 
 
 def _cell(picture: np.ndarray, columns: int) -> Image.Image:
     "A picture (3, h, w) in whole multiples of its pixels, or reduced where it is too large for a sheet of so many columns."
-    image = Image.fromarray(np.round((np.nan_to_num(picture).clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0))
-    times = min(_SHEET_WIDTH // (columns * image.width), round(_CELL_HEIGHT / image.height))
+    image = Image.fromarray(
+        np.round((np.nan_to_num(picture).clip(-1, 1) + 1) * 127.5)
+        .astype(np.uint8)
+        .transpose(1, 2, 0)
+    )
+    times = min(
+        _SHEET_WIDTH // (columns * image.width), round(_CELL_HEIGHT / image.height)
+    )
     if times > 1:
-        return image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST)
+        return image.resize(
+            (times * image.width, times * image.height), Image.Resampling.NEAREST
+        )
     image.thumbnail(_LARGEST_CELL[::-1], Image.Resampling.LANCZOS)
     return image
 
 
-def _laid_out(rows: list[tuple[str, list[int]]], cells: dict[int, Image.Image], below: list[str], title: str) -> Page:
+def _laid_out(
+    rows: list[tuple[str, list[int]]],
+    cells: dict[int, Image.Image],
+    below: list[str],
+    title: str,
+) -> Page:
     "The sheet: rows of (text at the left, numbers of cells), and a text below each cell, by its number, where there are any."
     width, height = next(iter(cells.values())).size
-    below = {place: textwrap.fill(below[place], max(9, int(width / _LETTER))) for place in cells if below and below[place]}
-    step = round(max([width, *(_LETTER * len(line) for text in below.values() for line in text.split("\n"))])) + 4
+    below = {
+        place: textwrap.fill(below[place], max(9, int(width / _LETTER)))
+        for place in cells
+        if below and below[place]
+    }
+    step = (
+        round(
+            max(
+                [
+                    width,
+                    *(
+                        _LETTER * len(line)
+                        for text in below.values()
+                        for line in text.split("\n")
+                    ),
+                ]
+            )
+        )
+        + 4
+    )
     lefts = [textwrap.fill(text, 28) for text, _ in rows]
-    margin = round(max(_LETTER * len(line) + 8 * bool(line) for text in lefts for line in text.split("\n")))
-    heights = [max(height + _LINE * max(_lines(below.get(place, "")) for place in row), _LINE * _lines(text)) + 4
-               for text, (_, row) in zip(lefts, rows, strict=True)]
+    margin = round(
+        max(
+            _LETTER * len(line) + 8 * bool(line)
+            for text in lefts
+            for line in text.split("\n")
+        )
+    )
+    heights = [
+        max(
+            height + _LINE * max(_lines(below.get(place, "")) for place in row),
+            _LINE * _lines(text),
+        )
+        + 4
+        for text, (_, row) in zip(lefts, rows, strict=True)
+    ]
     head = (_LINE + 6) * bool(title)
-    wide = max(margin + step * max(len(row) for _, row in rows), round(1.25 * _LETTER * len(title)))
+    wide = max(
+        margin + step * max(len(row) for _, row in rows),
+        round(1.25 * _LETTER * len(title)),
+    )
     high = head + sum(heights)
     canvas = Image.new("RGB", (wide, high), "white")
     figure = Page(figsize=(wide / 100, high / 100), dpi=100)
     axis, top = figure.add_axes((0, 0, 1, 1)), head
     axis.text(0, 2, title, fontsize=9, va="top", parse_math=False)
     for text, (_, row), tall in zip(lefts, rows, heights, strict=True):
-        axis.text(margin - 6, top + height / 2, text, fontsize=7.5, ha="right", va="center", linespacing=1.2,
-                  parse_math=False)
+        axis.text(
+            margin - 6,
+            top + height / 2,
+            text,
+            fontsize=7.5,
+            ha="right",
+            va="center",
+            linespacing=1.2,
+            parse_math=False,
+        )
         for column, place in enumerate(row):
             canvas.paste(cells[place], (margin + column * step, top))
-            axis.text(margin + column * step, top + height + 2, below.get(place, ""), fontsize=7.5, va="top", linespacing=1.2,
-                      parse_math=False)
+            axis.text(
+                margin + column * step,
+                top + height + 2,
+                below.get(place, ""),
+                fontsize=7.5,
+                va="top",
+                linespacing=1.2,
+                parse_math=False,
+            )
         top += tall
     axis.imshow(canvas, extent=(0, wide, high, 0), interpolation="none", aspect="auto")
     axis.set_axis_off()
@@ -149,9 +247,16 @@ def compared(rows: dict, captions=None, size: float = 1.0) -> Page:
     Raises ValueError for no rows, shapes that differ, NaN, and another number of captions.
     """
     if len({tuple(pictures.shape) for pictures in rows.values()}) != 1:
-        shapes = ", ".join(f"{name} {tuple(pictures.shape)}" for name, pictures in rows.items())
-        raise ValueError(f"the rows of a page are pictures of one shape; these are {shapes or 'none'}")
-    pixels = {name: to_pixels(pictures, 4, f"pictures of {name}") for name, pictures in rows.items()}
+        shapes = ", ".join(
+            f"{name} {tuple(pictures.shape)}" for name, pictures in rows.items()
+        )
+        raise ValueError(
+            f"the rows of a page are pictures of one shape; these are {shapes or 'none'}"
+        )
+    pixels = {
+        name: to_pixels(pictures, 4, f"pictures of {name}")
+        for name, pictures in rows.items()
+    }
     texts = _check_texts(captions, len(next(iter(pixels.values()))), "captions")
     wrapped = [textwrap.fill(text, max(8, round(15 * size))) for text in texts]
     lines = max(text.count("\n") + bool(text) for text in wrapped)
@@ -161,10 +266,22 @@ def compared(rows: dict, captions=None, size: float = 1.0) -> Page:
     return figure
 
 
-def _rows(rows: dict[str, np.ndarray], titles: list[str], size: float, beside: float, around: float):
+def _rows(
+    rows: dict[str, np.ndarray],
+    titles: list[str],
+    size: float,
+    beside: float,
+    around: float,
+):
     "A figure with rows of pictures, named at the left, and its axes; beside, around: inches for what stands there."
     count, height, width = next(iter(rows.values())).shape[:3]
-    figure = Page(figsize=(size * count + beside, (size * height / width + 0.04) * len(rows) + around), layout="compressed")
+    figure = Page(
+        figsize=(
+            size * count + beside,
+            (size * height / width + 0.04) * len(rows) + around,
+        ),
+        layout="compressed",
+    )
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015)
     axes = figure.subplots(len(rows), count, squeeze=False)
     for (name, pictures), line in zip(rows.items(), axes, strict=True):
@@ -178,27 +295,45 @@ def _rows(rows: dict[str, np.ndarray], titles: list[str], size: float, beside: f
     return figure, axes
 
 # %% ../../nbs/5_figures/04_pages.ipynb #a4e0bfaf
-def to_webp(films, fps: float = 8, columns: int = 4, scale: int = 2, quality: int = 80) -> bytes:
+def to_webp(
+    films, fps: float = 8, columns: int = 4, scale: int = 2, quality: int = 80
+) -> bytes:
     """Films side by side in rows, as the bytes of one animated WebP file that begins again at its end.
 
     films: (b, 1 or 3, f, h, w) in [-1, 1]; fps: frames a second; columns: films in a row; scale: pixels a side for each of
     theirs; quality: 0 to 100, of lossy compression. Raises ValueError for other shapes, NaN, and numbers out of range.
     """
     if not (0 < fps <= 1000 and columns >= 1 and scale >= 1 and 0 <= quality <= 100):
-        raise ValueError(f"fps {fps} (above 0, at most 1000), columns {columns} and scale {scale} (1 or more) or quality "
-                         f"{quality} (0 to 100) is out of range")
+        raise ValueError(
+            f"fps {fps} (above 0, at most 1000), columns {columns} and scale {scale} (1 or more) or quality "
+            f"{quality} (0 to 100) is out of range"
+        )
     pixels = to_pixels(films, 5, "films").repeat(scale, 2).repeat(scale, 3)
     count, frames, height, width, _ = pixels.shape
     columns, rows, gap = min(columns, count), -(-count // columns), 2
-    sheet = np.full((frames, rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    sheet = np.full(
+        (frames, rows * (height + gap) - gap, columns * (width + gap) - gap, 3),
+        255,
+        np.uint8,
+    )
     if max(sheet.shape[1:3]) > 16383:
-        raise ValueError(f"the films make a sheet of {sheet.shape[2]} x {sheet.shape[1]} pixels, WebP ends at 16383; show fewer")
+        raise ValueError(
+            f"the films make a sheet of {sheet.shape[2]} x {sheet.shape[1]} pixels, WebP ends at 16383; show fewer"
+        )
     for place, film in enumerate(pixels):
         top, left = place // columns * (height + gap), place % columns * (width + gap)
-        sheet[:, top:top + height, left:left + width] = film
+        sheet[:, top : top + height, left : left + width] = film
     first, *others = map(Image.fromarray, sheet)
     buffer = io.BytesIO()
-    first.save(buffer, "WEBP", save_all=True, append_images=others, duration=round(1000 / fps), loop=0, quality=quality)
+    first.save(
+        buffer,
+        "WEBP",
+        save_all=True,
+        append_images=others,
+        duration=round(1000 / fps),
+        loop=0,
+        quality=quality,
+    )
     return buffer.getvalue()
 
 # %% ../../nbs/5_figures/04_pages.ipynb #78e7ccc6
@@ -209,27 +344,51 @@ def film_strip(films, titles=None, frames: int = 8, size: float = 0.75) -> Page:
     a frame in inches. Raises ValueError for other shapes, NaN, another number of titles and less than one frame.
     """
     pixels = to_pixels(films, 5, "films")
-    titles = [textwrap.fill(text, 26) for text in _check_texts(titles, len(pixels), "titles")]
+    titles = [
+        textwrap.fill(text, 26) for text in _check_texts(titles, len(pixels), "titles")
+    ]
     if frames < 1:
         raise ValueError(f"frames is {frames}, but a strip has 1 or more")
-    chosen = np.linspace(0, pixels.shape[1] - 1, min(frames, pixels.shape[1])).round().astype(int)
+    chosen = (
+        np.linspace(0, pixels.shape[1] - 1, min(frames, pixels.shape[1]))
+        .round()
+        .astype(int)
+    )
     height, width = pixels.shape[2:4]
     beside = 1.9 * any(titles)
-    figure = Page(figsize=(len(chosen) * size + beside, len(pixels) * size * height / width + 0.4), layout="compressed")
+    figure = Page(
+        figsize=(
+            len(chosen) * size + beside,
+            len(pixels) * size * height / width + 0.4,
+        ),
+        layout="compressed",
+    )
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.015)
-    for row, axis in enumerate(axes := figure.subplots(len(pixels), 1, squeeze=False)[:, 0]):
+    for row, axis in enumerate(
+        axes := figure.subplots(len(pixels), 1, squeeze=False)[:, 0]
+    ):
         gap = np.full((height, 1, 3), 255, np.uint8)
-        axis.imshow(np.concatenate([part for frame in chosen for part in (pixels[row, frame], gap)], 1)[:, :-1])
+        axis.imshow(
+            np.concatenate(
+                [part for frame in chosen for part in (pixels[row, frame], gap)], 1
+            )[:, :-1]
+        )
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
         axis.set_ylabel(titles[row], rotation=0, ha="right", va="center", fontsize=7)
-    axes[-1].set_xticks(np.arange(len(chosen)) * (width + 1) + width / 2, [str(frame) for frame in chosen], fontsize=7)
+    axes[-1].set_xticks(
+        np.arange(len(chosen)) * (width + 1) + width / 2,
+        [str(frame) for frame in chosen],
+        fontsize=7,
+    )
     axes[-1].tick_params(length=0)
     axes[-1].set_xlabel("frame", fontsize=7)
     return figure
 
 # %% ../../nbs/5_figures/04_pages.ipynb #bae13488
-def level_map(pictures, levels, views: dict | None = None, titles=None, size: float = 1.0) -> Page:
+def level_map(
+    pictures, levels, views: dict | None = None, titles=None, size: float = 1.0
+) -> Page:
     """Tokens' noise levels laid over the pictures they belong to, one picture to a column.
 
     pictures: (n, 1 or 3, h, w) in [-1, 1], for a film its moments; levels: (n, rows, columns) in [0, 1], 1 = noise, of tokens
@@ -237,16 +396,35 @@ def level_map(pictures, levels, views: dict | None = None, titles=None, size: fl
     of a picture in inches. Raises ValueError for shapes that do not fit, NaN and levels outside [0, 1].
     """
     pixels = to_pixels(pictures, 4, "pictures")
-    grid = levels.detach().cpu().numpy() if hasattr(levels, "detach") else np.asarray(levels)
-    if grid.ndim != 3 or len(grid) != len(pixels) or any(a % b for a, b in zip(pixels.shape[1:3], grid.shape[1:], strict=True)):
-        raise ValueError(f"levels of shape {grid.shape} do not fit pictures of {pixels.shape[1]} x {pixels.shape[2]}, "
-                         f"{len(pixels)} of them: expected ({len(pixels)}, rows, columns) that divide height and width")
+    grid = (
+        levels.detach().cpu().numpy()
+        if hasattr(levels, "detach")
+        else np.asarray(levels)
+    )
+    if (
+        grid.ndim != 3
+        or len(grid) != len(pixels)
+        or any(a % b for a, b in zip(pixels.shape[1:3], grid.shape[1:], strict=True))
+    ):
+        raise ValueError(
+            f"levels of shape {grid.shape} do not fit pictures of {pixels.shape[1]} x {pixels.shape[2]}, "
+            f"{len(pixels)} of them: expected ({len(pixels)}, rows, columns) that divide height and width"
+        )
     if not ((grid >= 0) & (grid <= 1)).all():
-        raise ValueError(f"levels run from {grid.min():g} to {grid.max():g}, outside [0, 1]: 1 is noise, 0 is data")
-    others = {name: to_pixels(view, 4, f"pictures of {name}") for name, view in (views or {}).items()}
+        raise ValueError(
+            f"levels run from {grid.min():g} to {grid.max():g}, outside [0, 1]: 1 is noise, 0 is data"
+        )
+    others = {
+        name: to_pixels(view, 4, f"pictures of {name}")
+        for name, view in (views or {}).items()
+    }
     titles = _check_texts(titles, len(pixels), "titles")
-    figure, axes = _rows({"levels": _tinted(pixels, grid), **others}, titles, size, 1.9, 0.25)
-    bar = figure.colorbar(ScalarMappable(cmap="viridis"), ax=axes.ravel().tolist(), fraction=0.02)
+    figure, axes = _rows(
+        {"levels": _tinted(pixels, grid), **others}, titles, size, 1.9, 0.25
+    )
+    bar = figure.colorbar(
+        ScalarMappable(cmap="viridis"), ax=axes.ravel().tolist(), fraction=0.02
+    )
     bar.set_label("level, 1 = noise", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     return figure
@@ -255,5 +433,10 @@ def level_map(pictures, levels, views: dict | None = None, titles=None, size: fl
 def _tinted(pixels: np.ndarray, levels: np.ndarray, share: float = 0.6) -> np.ndarray:
     "Pictures in grey under the colours of their tokens' levels, (n, h, w, 3) in [0, 1]; share: of the colour."
     grey = pixels.mean(-1, keepdims=True) / 255
-    cell = np.ones((1, pixels.shape[1] // levels.shape[1], pixels.shape[2] // levels.shape[2]))
-    return share * colormaps["viridis"](np.kron(levels, cell))[..., :3] + (1 - share) * grey
+    cell = np.ones(
+        (1, pixels.shape[1] // levels.shape[1], pixels.shape[2] // levels.shape[2])
+    )
+    return (
+        share * colormaps["viridis"](np.kron(levels, cell))[..., :3]
+        + (1 - share) * grey
+    )

@@ -31,30 +31,54 @@ def to_png(figure: Figure, dpi: int = 100, colours: int | None = None) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     if colours is not None:
-        image = Image.open(buffer).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+        image = (
+            Image.open(buffer)
+            .convert("RGB")
+            .quantize(colours, dither=Image.Dither.NONE)
+        )
         buffer = io.BytesIO()
         image.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 
 
-COLOURS = ("#1f3a5f", "#c4761b", "#3c7d5a", "#8c3b5e", "#6b6b6b")  # dark blue, orange, green, wine, grey
+# dark blue, orange, green, wine, grey
+COLOURS = ("#1f3a5f", "#c4761b", "#3c7d5a", "#8c3b5e", "#6b6b6b")
 
 
 def line_styles():
     "Colour and line style of the first curve, the second, and so on; colours come again with another line."
-    return ({"color": colour, "linestyle": line, "linewidth": 1.4} for line in cycle(("-", "--", "-.")) for colour in COLOURS)
+    return (
+        {"color": colour, "linestyle": line, "linewidth": 1.4}
+        for line in cycle(("-", "--", "-."))
+        for colour in COLOURS
+    )
 
 
 def to_array(values) -> np.ndarray:
     "Values as numpy; tensors may carry gradient or live on a GPU."
-    return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
+    return (
+        values.detach().cpu().numpy()
+        if hasattr(values, "detach")
+        else np.asarray(values)
+    )
 
 
-def _panels(count: int, columns: int, size: float, extra: float = 0.0, titles: bool = False, shape: tuple[int, int] = (1, 1)):
+def _panels(
+    count: int,
+    columns: int,
+    size: float,
+    extra: float = 0.0,
+    titles: bool = False,
+    shape: tuple[int, int] = (1, 1),
+):
     "A figure with `count` panels for pictures of a shape (h, w), `size` inches wide, without ticks, and its axes."
     columns, rows = min(columns, count), math.ceil(count / min(columns, count))
-    height = size * min(1.0, shape[0] / shape[1])  # no white above and below a wide picture
-    figure = Picture(figsize=(size * columns + extra, (height + 0.27 * titles) * rows), layout="constrained")
+    # no white above and below a wide picture
+    height = size * min(1.0, shape[0] / shape[1])
+    figure = Picture(
+        figsize=(size * columns + extra, (height + 0.27 * titles) * rows),
+        layout="constrained",
+    )
     figure.get_layout_engine().set(w_pad=0.025, h_pad=0.03)
     axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     for axis in axes:
@@ -67,7 +91,9 @@ def viewable(signals):
     return signals if signals.shape[1] in (1, 3) else signals[:, :1]
 
 
-def draw_images(images, titles=None, columns: int = 10, limits=(-1, 1), size: float = 1.1) -> Picture:
+def draw_images(
+    images, titles=None, columns: int = 10, limits=(-1, 1), size: float = 1.1
+) -> Picture:
     """A grid of images.
 
     images: (n, c, h, w) with c = 1 or 3; titles: one for each, or None; limits: the values of black and white;
@@ -75,22 +101,46 @@ def draw_images(images, titles=None, columns: int = 10, limits=(-1, 1), size: fl
     """
     images = to_array(images)
     if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"images have shape {images.shape}, expected (n, 1 or 3, h, w)")
-    figure, axes = _panels(len(images), columns, size, titles=titles is not None, shape=images.shape[2:])
-    shown = ((images - limits[0]) / (limits[1] - limits[0])).clip(0, 1).transpose(0, 2, 3, 1)
+        raise ValueError(
+            f"images have shape {images.shape}, expected (n, 1 or 3, h, w)"
+        )
+    figure, axes = _panels(
+        len(images), columns, size, titles=titles is not None, shape=images.shape[2:]
+    )
+    shown = (
+        ((images - limits[0]) / (limits[1] - limits[0]))
+        .clip(0, 1)
+        .transpose(0, 2, 3, 1)
+    )
     for index, image in enumerate(shown):
-        axes[index].imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
+        axes[index].imshow(
+            image.squeeze(-1) if image.shape[-1] == 1 else image,
+            cmap="gray",
+            vmin=0,
+            vmax=1,
+        )
         if titles is not None:
             axes[index].set_title(str(titles[index]), fontsize=8)
     return figure
 
 
-def draw_maps(maps, titles=None, columns: int = 8, limits=(0, 1), label: str = "", size: float = 1.1) -> Picture:
+def draw_maps(
+    maps,
+    titles=None,
+    columns: int = 8,
+    limits=(0, 1),
+    label: str = "",
+    size: float = 1.1,
+) -> Picture:
     "A row or grid of maps (n, h, w) under one colour bar; limits: the values at its ends; label: what they mean."
     maps = to_array(maps)
-    figure, axes = _panels(len(maps), columns, size, extra=0.8, titles=titles is not None)
+    figure, axes = _panels(
+        len(maps), columns, size, extra=0.8, titles=titles is not None
+    )
     for index, values in enumerate(maps):
-        image = axes[index].imshow(values, cmap="viridis", vmin=limits[0], vmax=limits[1])
+        image = axes[index].imshow(
+            values, cmap="viridis", vmin=limits[0], vmax=limits[1]
+        )
         if titles is not None:
             axes[index].set_title(str(titles[index]), fontsize=8)
     figure.colorbar(image, ax=axes.tolist(), label=label, fraction=0.03)
@@ -102,7 +152,12 @@ def draw_views(images, levels, student, teacher) -> Picture:
 
     images, student, teacher: (n, c, h, w) with values about [-1, 1]; levels: (n, rows, columns), 1 = noise.
     """
-    rows = {"image": images, "levels": levels, "student sees": student, "teacher sees": teacher}
+    rows = {
+        "image": images,
+        "levels": levels,
+        "student sees": student,
+        "teacher sees": teacher,
+    }
     figure = Picture(figsize=(len(images) + 1.9, 4.2), layout="compressed")
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01)
     axes = figure.subplots(4, len(images), squeeze=False)
@@ -113,13 +168,22 @@ def draw_views(images, levels, student, teacher) -> Picture:
                 bar = axis.imshow(value, cmap="viridis", vmin=0, vmax=1)
             else:
                 pixels = ((value + 1) / 2).clip(0, 1).transpose(1, 2, 0)
-                axis.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
+                axis.imshow(
+                    pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels,
+                    cmap="gray",
+                    vmin=0,
+                    vmax=1,
+                )
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
-    figure.colorbar(bar, ax=axes.ravel().tolist(), label="level (0 data, 1 noise)", fraction=0.02)
+    figure.colorbar(
+        bar, ax=axes.ravel().tolist(), label="level (0 data, 1 noise)", fraction=0.02
+    )
     return figure
 
 # %% ../../nbs/5_figures/02_plots.ipynb #8f763650
-def draw_curves(curves: dict, x, xlabel: str, ylabel: str, title: str = "", log: bool = False) -> Picture:
+def draw_curves(
+    curves: dict, x, xlabel: str, ylabel: str, title: str = "", log: bool = False
+) -> Picture:
     "Named curves over one x; each is an array, or three: middle, low and high, drawn as a line in a band."
     figure = Picture(figsize=(4.4, 2.6), layout="constrained")
     _curves(figure.subplots(), curves, x, xlabel, ylabel, title, log)
@@ -128,11 +192,17 @@ def draw_curves(curves: dict, x, xlabel: str, ylabel: str, title: str = "", log:
 
 def _curves(axis, curves, x, xlabel, ylabel, title="", log=False):
     for (name, values), style in zip(curves.items(), line_styles(), strict=False):
-        middle, *band = map(to_array, values) if isinstance(values, tuple) else (to_array(values),)
+        middle, *band = (
+            map(to_array, values) if isinstance(values, tuple) else (to_array(values),)
+        )
         axis.plot(to_array(x), middle, label=name, **style)
         if band:
-            axis.fill_between(to_array(x), *band, color=to_rgba(style["color"], 0.18), linewidth=0)
-    axis.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log" if log else "linear")
+            axis.fill_between(
+                to_array(x), *band, color=to_rgba(style["color"], 0.18), linewidth=0
+            )
+    axis.set(
+        xlabel=xlabel, ylabel=ylabel, title=title, yscale="log" if log else "linear"
+    )
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
 
@@ -142,7 +212,9 @@ def smooth(values, window: int) -> np.ndarray:
     values = to_array(values).astype(float)
     total = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)
-    return (total[ends] - total[np.maximum(0, ends - window)]) / np.minimum(ends, window)
+    return (total[ends] - total[np.maximum(0, ends - window)]) / np.minimum(
+        ends, window
+    )
 
 # %% ../../nbs/5_figures/02_plots.ipynb #fee69c7c
 def draw_training(logs: dict) -> Picture:
@@ -155,11 +227,29 @@ def draw_training(logs: dict) -> Picture:
         window = max(1, len(log["step"]) // 12)
         left.plot(log["step"], smooth(log["flow_loss"], window), label=name, **style)
         if "cosine" in log:
-            right.plot(log["step"], smooth(log["cosine"], window), label=f"{name}: cosine", **style)
-            right.plot(log["step"], smooth(log["constant_cosine"], window), ":", color=style["color"], linewidth=1,
-                       label="reached by a constant")
-    left.set(xlabel="step", ylabel="flow loss (training)", title="what it is trained on")
-    right.set(xlabel="step", ylabel="cosine", ylim=(-0.05, 1.02), title="student's features against teacher's")
+            right.plot(
+                log["step"],
+                smooth(log["cosine"], window),
+                label=f"{name}: cosine",
+                **style,
+            )
+            right.plot(
+                log["step"],
+                smooth(log["constant_cosine"], window),
+                ":",
+                color=style["color"],
+                linewidth=1,
+                label="reached by a constant",
+            )
+    left.set(
+        xlabel="step", ylabel="flow loss (training)", title="what it is trained on"
+    )
+    right.set(
+        xlabel="step",
+        ylabel="cosine",
+        ylim=(-0.05, 1.02),
+        title="student's features against teacher's",
+    )
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         if axis.has_data():
@@ -175,8 +265,13 @@ def draw_loss_by_level(levels, losses: dict) -> Picture:
     first, *others = losses
     figure = Picture(figsize=(8 if others else 4.4, 2.6), layout="constrained")
     left, *rest = figure.subplots(1, 2 if others else 1, squeeze=False)[0]
-    _curves(left, {name: mean_interval(to_array(values)) for name, values in losses.items()}, levels,
-            "level t (0 data, 1 noise)", "flow loss (validation)")
+    _curves(
+        left,
+        {name: mean_interval(to_array(values)) for name, values in losses.items()},
+        levels,
+        "level t (0 data, 1 noise)",
+        "flow loss (validation)",
+    )
     for right in rest:
         _differences(right, levels, losses, first, others)
     return figure
@@ -185,10 +280,22 @@ def draw_loss_by_level(levels, losses: dict) -> Picture:
 def _differences(right, levels, losses, first, others):
     right.axhline(0, color=COLOURS[0], linewidth=1, label=first)
     for name, style in zip(others, islice(line_styles(), 1, None), strict=False):
-        mean, low, high = mean_interval(to_array(losses[name]) - to_array(losses[first]))
+        mean, low, high = mean_interval(
+            to_array(losses[name]) - to_array(losses[first])
+        )
         right.plot(to_array(levels), mean, label=name, **style)
-        right.fill_between(to_array(levels), low, high, color=to_rgba(style["color"], 0.18), linewidth=0)
-    right.set(xlabel="level t (0 data, 1 noise)", ylabel=f"difference to {first}", title="below zero: better")
+        right.fill_between(
+            to_array(levels),
+            low,
+            high,
+            color=to_rgba(style["color"], 0.18),
+            linewidth=0,
+        )
+    right.set(
+        xlabel="level t (0 data, 1 noise)",
+        ylabel=f"difference to {first}",
+        title="below zero: better",
+    )
     right.spines[["top", "right"]].set_visible(False)
     right.legend(frameon=False)
 
@@ -198,7 +305,9 @@ def draw_runs(curves: dict, xlabel: str, ylabel: str, units=((1, ""),)) -> Pictu
 
     units: (size, name) of units of x, smallest first; taken is the largest of which there are 2 or more.
     """
-    curves = {name: (to_array(x), to_array(y)) for name, (x, y) in curves.items() if len(x)}
+    curves = {
+        name: (to_array(x), to_array(y)) for name, (x, y) in curves.items() if len(x)
+    }
     if not curves:
         raise ValueError("there is no curve to draw: nothing was logged yet")
     furthest, ends = max(x[-1] for x, _ in curves.values()), {}
@@ -206,11 +315,17 @@ def draw_runs(curves: dict, xlabel: str, ylabel: str, units=((1, ""),)) -> Pictu
     figure = Picture(figsize=(6, 2.9), layout="constrained")
     axis = figure.subplots()
     for (name, (x, y)), style in zip(curves.items(), line_styles(), strict=False):
-        middle, mean = (smooth(values, len(y) // 15 if len(y) >= 45 else 1) for values in (x / size, y))  # of the same window
+        # of the same window
+        middle, mean = (
+            smooth(values, len(y) // 15 if len(y) >= 45 else 1)
+            for values in (x / size, y)
+        )
         axis.plot(x / size, y, color=style["color"], linewidth=0.5, alpha=0.3)
         axis.plot(middle, mean, marker="" if len(y) > 25 else ".", **style)
         ends[name] = (middle[-1], mean[-1], style["color"])
-    axis.set(xlabel=f"{xlabel}, {unit}" if unit else xlabel, ylabel=ylabel, xlim=(0, None))
+    axis.set(
+        xlabel=f"{xlabel}, {unit}" if unit else xlabel, ylabel=ylabel, xlim=(0, None)
+    )
     axis.spines[["top", "right"]].set_visible(False)
     _name_ends(axis, dict(sorted(ends.items(), key=lambda end: end[1][1])))
     return figure
@@ -220,8 +335,26 @@ def _name_ends(axis, ends: dict):
     "Names {name: (x, y, colour)} at the right border, in the order of y and not over each other."
     stairs = min(0.075, 1 / len(ends)) * np.arange(len(ends))
     wanted = np.interp([y for _, y, _ in ends.values()], axis.get_ylim(), (0, 1))
-    heights = np.minimum(np.maximum.accumulate(wanted - stairs) + stairs, 1 - stairs[::-1])  # up from the last, down from the top
+    # up from the last, down from the top
+    heights = np.minimum(
+        np.maximum.accumulate(wanted - stairs) + stairs, 1 - stairs[::-1]
+    )
     for (name, (x, y, colour)), height in zip(ends.items(), heights, strict=True):
-        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "linestyle": ":", "relpos": (0, 0.5)}
-        axis.annotate(name, (x, y), (1.03, height), textcoords="axes fraction", color=colour, va="center", fontsize=9,
-                      annotation_clip=False, arrowprops=leader)
+        leader = {
+            "arrowstyle": "-",
+            "color": colour,
+            "linewidth": 0.6,
+            "linestyle": ":",
+            "relpos": (0, 0.5),
+        }
+        axis.annotate(
+            name,
+            (x, y),
+            (1.03, height),
+            textcoords="axes fraction",
+            color=colour,
+            va="center",
+            fontsize=9,
+            annotation_clip=False,
+            arrowprops=leader,
+        )

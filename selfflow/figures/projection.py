@@ -15,7 +15,8 @@ from .pages import Page, compared, to_pixels
 from .plots import to_array
 
 # %% ../../nbs/5_figures/05_projection.ipynb #248eba75
-HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito, without their yellow
+# Okabe and Ito, without their yellow
+HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 SHAPES = ("o", "s", "^", "D")
 MOST = len(HUES) * len(SHAPES)
 
@@ -28,23 +29,44 @@ def kinds_of(values, names=None) -> tuple[np.ndarray, list[str]] | None:
     """
     values = to_array(values)
     if values.ndim != 1 or not len(values):
-        raise ValueError(f"values have shape {values.shape}, expected (n,), one for each point")
+        raise ValueError(
+            f"values have shape {values.shape}, expected (n,), one for each point"
+        )
     if values.dtype.kind == "f":
         if not np.isfinite(values).all():
-            raise ValueError(f"{(~np.isfinite(values)).sum()} of {len(values)} values are not finite; leave these points out")
+            raise ValueError(
+                f"{(~np.isfinite(values)).sum()} of {len(values)} values are not finite; leave these points out"
+            )
         return None
     kinds, places = np.unique(values, return_inverse=True)
     if len(kinds) > MOST:
-        raise ValueError(f"{len(kinds)} kinds are more than the {MOST} that can be told apart; join some, or give "
-                         "numbers with a point")
-    if names is not None and not (values.dtype.kind in "iub" and 0 <= int(kinds[0]) and int(kinds[-1]) < len(names)):
-        raise ValueError(f"kinds {kinds[0]} to {kinds[-1]} have no names among {len(names)}; give a name for "
-                         "each, from kind 0 on")
-    return places, [str(kind) if names is None else str(names[int(kind)]) for kind in kinds]
+        raise ValueError(
+            f"{len(kinds)} kinds are more than the {MOST} that can be told apart; join some, or give "
+            "numbers with a point"
+        )
+    if names is not None and not (
+        values.dtype.kind in "iub"
+        and 0 <= int(kinds[0])
+        and int(kinds[-1]) < len(names)
+    ):
+        raise ValueError(
+            f"kinds {kinds[0]} to {kinds[-1]} have no names among {len(names)}; give a name for "
+            "each, from kind 0 on"
+        )
+    return places, [
+        str(kind) if names is None else str(names[int(kind)]) for kind in kinds
+    ]
 
 # %% ../../nbs/5_figures/05_projection.ipynb #feb2a59e
-def draw_projection(points: dict, values, names=None, factor: str = "", chosen=(), size: float = 3.2,
-                    columns: int | None = None) -> Page:
+def draw_projection(
+    points: dict,
+    values,
+    names=None,
+    factor: str = "",
+    chosen=(),
+    size: float = 3.2,
+    columns: int | None = None,
+) -> Page:
     """Points in the plane, a panel for each projection of the same samples, coloured by one factor.
 
     points: {title: (n, 2)} or {title: `projection.Projection`}; values, names: as in `kinds_of`; factor: what the values are;
@@ -57,23 +79,40 @@ def draw_projection(points: dict, values, names=None, factor: str = "", chosen=(
     kinds = kinds_of(values, names)
     columns = min(columns or len(planes), len(planes))
     rows = -(-len(planes) // columns)
-    figure = Page(figsize=(size * columns + 1.3, (size + 0.3) * rows), layout="constrained")
+    figure = Page(
+        figsize=(size * columns + 1.3, (size + 0.3) * rows), layout="constrained"
+    )
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes[len(planes):]:
+    for axis in axes[len(planes) :]:
         axis.set_visible(False)
     for axis, (title, plane) in zip(axes, planes.items(), strict=False):
         _scatter(axis, plane, values, kinds)
-        axis.scatter(*plane[np.asarray(chosen, int)].T, s=60, facecolors="none", edgecolors="black", linewidths=1.1)
+        axis.scatter(
+            *plane[np.asarray(chosen, int)].T,
+            s=60,
+            facecolors="none",
+            edgecolors="black",
+            linewidths=1.1,
+        )
         axis.set(xticks=[], yticks=[])
         axis.set_title(str(title).replace("$", r"\$"), fontsize=9)
     if kinds is None:
-        bar = figure.colorbar(ScalarMappable(_span(values), "viridis"), ax=axes.tolist(), fraction=0.04)
+        bar = figure.colorbar(
+            ScalarMappable(_span(values), "viridis"), ax=axes.tolist(), fraction=0.04
+        )
         bar.set_label(factor, fontsize=8)
         bar.ax.tick_params(labelsize=7)
     else:
         handles = axes[0].get_legend_handles_labels()
-        figure.legend(*handles, title=factor, loc="outside right center", frameon=False, fontsize=8, title_fontsize=8,
-                      ncols=1 + (len(kinds[1]) > 14))
+        figure.legend(
+            *handles,
+            title=factor,
+            loc="outside right center",
+            frameon=False,
+            fontsize=8,
+            title_fontsize=8,
+            ncols=1 + (len(kinds[1]) > 14),
+        )
     return figure
 
 
@@ -81,7 +120,9 @@ def plane_of(points, count: int) -> np.ndarray:
     "Points (n, 2) as numpy, of an array, a tensor or a `Projection`. Raises ValueError for another shape or count, and NaN."
     points = to_array(getattr(points, "points", points))
     if points.shape != (count, 2) or not np.isfinite(points).all():
-        raise ValueError(f"points have shape {points.shape}, expected ({count}, 2), finite, one for each value")
+        raise ValueError(
+            f"points have shape {points.shape}, expected ({count}, 2), finite, one for each value"
+        )
     return points
 
 
@@ -92,15 +133,29 @@ def _span(values) -> Normalize:
 
 def _scatter(axis, plane, values, kinds):
     if kinds is None:
-        axis.scatter(*plane.T, c=colormaps["viridis"](_span(values)(to_array(values))), s=14, linewidths=0)
+        axis.scatter(
+            *plane.T,
+            c=colormaps["viridis"](_span(values)(to_array(values))),
+            s=14,
+            linewidths=0,
+        )
         return
     for kind, name in enumerate(kinds[1]):
         own = plane[kinds[0] == kind]
-        axis.scatter(*own.T, color=HUES[kind % len(HUES)], marker=SHAPES[kind % len(SHAPES)], s=15, linewidths=0, alpha=0.85,
-                     label=name.replace("$", r"\$"))
+        axis.scatter(
+            *own.T,
+            color=HUES[kind % len(HUES)],
+            marker=SHAPES[kind % len(SHAPES)],
+            s=15,
+            linewidths=0,
+            alpha=0.85,
+            label=name.replace("$", r"\$"),
+        )
 
 # %% ../../nbs/5_figures/05_projection.ipynb #c9627368
-def draw_token_colours(pictures, colours: dict, captions=None, size: float = 1.0) -> Page:
+def draw_token_colours(
+    pictures, colours: dict, captions=None, size: float = 1.0
+) -> Page:
     """Pictures, and below each the colours of its tokens, a row for each set of them.
 
     pictures: (b, 1 or 3, h, w) in [-1, 1], of films a still; colours: {title: (b, 3, rows, columns)} of `token_colours`, whose
@@ -111,9 +166,21 @@ def draw_token_colours(pictures, colours: dict, captions=None, size: float = 1.0
     shown = {"picture": to_array(pictures)}
     for title, values in colours.items():
         values = to_array(values)
-        if values.ndim != 4 or values.shape[:2] != (count, 3) or height % values.shape[2] or width % values.shape[3]:
-            raise ValueError(f"colours of {title} have shape {values.shape}, expected ({count}, 3, rows, columns) that divide "
-                             f"{height} x {width}")
-        shown[str(title)] = values.repeat(height // values.shape[2], 2).repeat(width // values.shape[3], 3)
-    whole = {title: np.broadcast_to(values, (count, 3, height, width)) for title, values in shown.items()}
+        if (
+            values.ndim != 4
+            or values.shape[:2] != (count, 3)
+            or height % values.shape[2]
+            or width % values.shape[3]
+        ):
+            raise ValueError(
+                f"colours of {title} have shape {values.shape}, expected ({count}, 3, rows, columns) that divide "
+                f"{height} x {width}"
+            )
+        shown[str(title)] = values.repeat(height // values.shape[2], 2).repeat(
+            width // values.shape[3], 3
+        )
+    whole = {
+        title: np.broadcast_to(values, (count, 3, height, width))
+        for title, values in shown.items()
+    }
     return compared(whole, captions, size)

@@ -19,7 +19,9 @@ def column(table, name: str) -> np.ndarray:
     try:
         values = np.array(table[name], float)  # None becomes NaN
     except (ValueError, TypeError):  # something else is among them
-        values = pd.to_numeric(pd.Series(list(table[name]), dtype=object), errors="coerce").to_numpy(float)
+        values = pd.to_numeric(
+            pd.Series(list(table[name]), dtype=object), errors="coerce"
+        ).to_numpy(float)
     return np.where(np.isfinite(values), values, np.nan)
 
 

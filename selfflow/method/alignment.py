@@ -52,13 +52,16 @@ def _l2(predicted: Tensor, target: Tensor) -> Tensor:
     return (predicted - target).square().mean(-1)
 
 
-DISTANCES = {"cosine": _cosine_distance, "smooth_l1": _smooth_l1, "l2": _l2}  # (b, n) from predicted, target (b, n, d)
+# (b, n) from predicted, target (b, n, d)
+DISTANCES = {"cosine": _cosine_distance, "smooth_l1": _smooth_l1, "l2": _l2}
 
 # %% ../../nbs/1_method/09_alignment.ipynb #062e2adc
 NORMALISATIONS = ("raw", "centred", "standardised")
 
 
-def normalise(features: Tensor, how: str = "raw", moments: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def normalise(
+    features: Tensor, how: str = "raw", moments: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Features (b, n, d) as they are, minus their mean over samples and tokens, or divided by their deviation too.
 
     how: "raw" (as published), "centred" or "standardised" (per channel); moments: mean and deviation (d,) of the whole batch, of
@@ -68,10 +71,14 @@ def normalise(features: Tensor, how: str = "raw", moments: tuple[Tensor, Tensor]
         raise ValueError(f"normalise is {how!r}; known are {', '.join(NORMALISATIONS)}")
     if how == "raw":
         return features
-    centred = features - (average(features.mean((0, 1))) if moments is None else moments[0])
+    centred = features - (
+        average(features.mean((0, 1))) if moments is None else moments[0]
+    )
     if how == "centred":
         return centred
-    deviation = average(centred.square().mean((0, 1))).sqrt() if moments is None else moments[1]
+    deviation = (
+        average(centred.square().mean((0, 1))).sqrt() if moments is None else moments[1]
+    )
     return centred / deviation.clamp(min=1e-6)
 
 
@@ -93,14 +100,22 @@ def counted_tokens(levels: NoiseLevels, which: str = "all") -> Tensor | None:
     if which not in TOKENS:
         raise ValueError(f"tokens are {which!r}; known are {', '.join(TOKENS)}")
     if which != "all" and levels.k - levels.condition == 1:
-        raise ValueError(f"tokens are {which!r}, but with one level no token is; take 'all' or a schedule of several levels")
+        raise ValueError(
+            f"tokens are {which!r}, but with one level no token is; take 'all' or a schedule of several levels"
+        )
     if which == "all":
         return ~levels.is_condition() if levels.condition else None
-    chosen = levels.assign >= 1 if which == "masked" else levels.per_token() > levels.cleanest().per_token()
+    chosen = (
+        levels.assign >= 1
+        if which == "masked"
+        else levels.per_token() > levels.cleanest().per_token()
+    )
     return chosen & ~levels.is_condition()
 
 
-def flow_error(predicted: Tensor, x0: Tensor, x1: Tensor, widths: Tensor | None = None) -> Tensor:
+def flow_error(
+    predicted: Tensor, x0: Tensor, x1: Tensor, widths: Tensor | None = None
+) -> Tensor:
     """The mean of (v_hat - v)^2 over the numbers of each token: (b, n), in float32. Source: Self-Flow, section 3, L_gen.
 
     predicted, x0, x1: (b, n, c); widths: (n,) how many of a token's numbers count, None = all.
@@ -114,10 +129,14 @@ def flow_error(predicted: Tensor, x0: Tensor, x1: Tensor, widths: Tensor | None 
 
 def count_of(counted: Tensor, pieces: int = 1) -> Tensor:
     "How many tokens count, on average over the pieces of a batch and over all processes; no less than one in all of them."
-    return (average(counted.sum().float()) / pieces).clamp(min=1 / (processes() * pieces))
+    return (average(counted.sum().float()) / pieces).clamp(
+        min=1 / (processes() * pieces)
+    )
 
 
-def mean_over(values: Tensor, counted: Tensor | None, count: Tensor | None = None) -> Tensor:
+def mean_over(
+    values: Tensor, counted: Tensor | None, count: Tensor | None = None
+) -> Tensor:
     """The mean of values (b, n) over the tokens that count, None = all; 0 when none does.
 
     Where several processes train together they count theirs together: the average of their results is the mean over all. count:
@@ -128,7 +147,8 @@ def mean_over(values: Tensor, counted: Tensor | None, count: Tensor | None = Non
     return (values * counted).sum() / (count_of(counted) if count is None else count)
 
 # %% ../../nbs/1_method/09_alignment.ipynb #ccf269f6
-_GAPS = (0.0, 0.25, 0.5, 1.0)  # upper ends of the gaps |tau - level of the teacher| that are looked at by themselves
+# upper ends of the gaps |tau - level of the teacher| that are looked at by themselves
+_GAPS = (0.0, 0.25, 0.5, 1.0)
 
 
 def _mean(rows: Tensor, total: Callable) -> Tensor:
@@ -140,7 +160,10 @@ def constant_cosine(features: Tensor, total: Callable = lambda part: part) -> Te
 
     total: a function from a sum over the own features to that over all, where several processes hold them.
     """
-    return _mean(F.normalize(features, dim=-1).flatten(0, -2), total).norm().clamp(max=1)  # rounding
+    # rounding
+    return (
+        _mean(F.normalize(features, dim=-1).flatten(0, -2), total).norm().clamp(max=1)
+    )
 
 
 def effective_rank(features: Tensor, total: Callable = lambda part: part) -> Tensor:
@@ -166,7 +189,10 @@ def means_of(sums: Tensor) -> dict[str, float]:
     count, cosine, *direction = over_processes(sums).split([1, 1, len(sums) - 2])
     if not count:
         return {}
-    return {"cosine": (cosine / count).item(), "constant_cosine": (direction[0] / count).norm().clamp(max=1).item()}
+    return {
+        "cosine": (cosine / count).item(),
+        "constant_cosine": (direction[0] / count).norm().clamp(max=1).item(),
+    }
 
 
 @dataclass
@@ -176,6 +202,7 @@ class Alignment:
     predicted, target: (m, d) of the m tokens that the loss counts; gap: (m,) level of the token minus that of its target;
     rep_gradient, flow_gradient: norms of the two losses' gradients at the student's layer, filled in by the backward pass.
     """
+
     predicted: Tensor
     target: Tensor
     gap: Tensor
@@ -184,13 +211,28 @@ class Alignment:
     @classmethod
     def join(cls, pieces: list["Alignment"]) -> "Alignment":
         "That of a batch from those of its pieces."
-        norms = {loss: torch.stack([piece.gradient_norms[loss] for piece in pieces]).norm() for loss in pieces[0].gradient_norms}
-        return cls(*(torch.cat([getattr(piece, name) for piece in pieces]) for name in ("predicted", "target", "gap")), norms)
+        norms = {
+            loss: torch.stack([piece.gradient_norms[loss] for piece in pieces]).norm()
+            for loss in pieces[0].gradient_norms
+        }
+        return cls(
+            *(
+                torch.cat([getattr(piece, name) for piece in pieces])
+                for name in ("predicted", "target", "gap")
+            ),
+            norms,
+        )
 
     def sums(self) -> Tensor:
         "Over the tokens: their number, the sum of their cosines and that of their target's directions, (2 + d,)."
         cosine = F.cosine_similarity(self.predicted, self.target, dim=-1)
-        return torch.cat([cosine.new_tensor([len(cosine)]), cosine.sum()[None], F.normalize(self.target, dim=-1).sum(0)])
+        return torch.cat(
+            [
+                cosine.new_tensor([len(cosine)]),
+                cosine.sum()[None],
+                F.normalize(self.target, dim=-1).sum(0),
+            ]
+        )
 
     def means(self) -> dict[str, float]:
         "The mean cosine and that of the best constant, over all processes; nothing when no token counted."
@@ -201,18 +243,26 @@ class Alignment:
 
         Gaps without a token and, before the backward pass, the share are left out.
         """
-        found, cosine = self.means(), F.cosine_similarity(self.predicted, self.target, dim=-1)
+        found, cosine = (
+            self.means(),
+            F.cosine_similarity(self.predicted, self.target, dim=-1),
+        )
         for low, high in pairwise((-1.0, *_GAPS)):
             chosen = (self.gap > low) & (self.gap <= high)
             count = over_processes(chosen.sum().float()).item()
             if count:
-                found[f"cosine_gap_{high:g}"] = over_processes(cosine[chosen].sum()).item() / count
+                found[f"cosine_gap_{high:g}"] = (
+                    over_processes(cosine[chosen].sum()).item() / count
+                )
         if found:
             spread = (self.target - _mean(self.target, over_processes)).square()
             found["feature_std"] = _mean(spread, over_processes).sqrt().mean().item()
             found["effective_rank"] = effective_rank(self.target, over_processes).item()
         if self.gradient_norms:
-            rep, flow = (over_processes(self.gradient_norms[loss].square()).sqrt().item() for loss in ("rep", "flow"))
+            rep, flow = (
+                over_processes(self.gradient_norms[loss].square()).sqrt().item()
+                for loss in ("rep", "flow")
+            )
             found["rep_gradient_share"] = rep / (rep + flow) if rep + flow else 0.0
         return found
 
@@ -229,6 +279,7 @@ class Alignment:
         def of_total(gradient):  # runs after both have arrived
             rep = parts.pop("rep", torch.zeros_like(gradient))
             norms.update(rep=rep.norm(), flow=(gradient - rep).norm())
+
         branch.register_hook(lambda gradient: parts.update(rep=gradient))
         hidden.register_hook(of_total)
         return branch

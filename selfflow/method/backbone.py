@@ -32,7 +32,9 @@ class Inputs:
     caption_width: int = 0
 
     def __post_init__(self):  # JSON gives lists and dicts
-        parts = tuple(part if isinstance(part, Part) else Part(**part) for part in self.parts)
+        parts = tuple(
+            part if isinstance(part, Part) else Part(**part) for part in self.parts
+        )
         object.__setattr__(self, "parts", parts)
 
     @property
@@ -65,26 +67,42 @@ class Backbone(Protocol):
     width: int
     depth: int
 
-    def forward(self, x: Tensor, levels: NoiseLevels, condition: Condition | None = None, taps: tuple[int, ...] = (),
-                stop: bool = False, parts: tuple[Part, ...] = ()) -> Output: ...
+    def forward(
+        self,
+        x: Tensor,
+        levels: NoiseLevels,
+        condition: Condition | None = None,
+        taps: tuple[int, ...] = (),
+        stop: bool = False,
+        parts: tuple[Part, ...] = (),
+    ) -> Output: ...
 
 # %% ../../nbs/1_method/05_backbone.ipynb #e4d5f428
 def ability(model: nn.Module, name: str, purpose: str) -> Any:
     "An attribute that not every backbone has. Raises ValueError, naming the purpose, for a model that lacks it."
     if not hasattr(model, name):
-        raise ValueError(f"{type(model).__name__} has no {name!r}, which {purpose} needs")
+        raise ValueError(
+            f"{type(model).__name__} has no {name!r}, which {purpose} needs"
+        )
     return getattr(model, name)
 
 # %% ../../nbs/1_method/05_backbone.ipynb #b0c4ec02
 def check_size(model: nn.Module) -> None:
     "Raise ValueError, naming class, value and remedy, for a module without width, depth or parameters."
     name = type(model).__name__
-    for size, meaning in {"width": "width of the hidden states", "depth": "number of layers"}.items():
+    for size, meaning in {
+        "width": "width of the hidden states",
+        "depth": "number of layers",
+    }.items():
         value = getattr(model, size, None)
         if type(value) is not int or value < 1:
-            raise ValueError(f"{name}.{size} is {value!r}; set self.{size} in __init__ to the {meaning}, a positive int")
+            raise ValueError(
+                f"{name}.{size} is {value!r}; set self.{size} in __init__ to the {meaning}, a positive int"
+            )
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"{name} has no parameters to train; assign its layers to self in __init__")
+        raise ValueError(
+            f"{name} has no parameters to train; assign its layers to self in __init__"
+        )
 
 
 @torch.no_grad()
@@ -96,11 +114,19 @@ def check_backbone(model: nn.Module, batch: Batch, layers: Iterable[int] = ()) -
     name, x, samples = type(model).__name__, batch.x0, f"{len(batch)} samples"
     check_size(model)
     if deep := [layer for layer in layers if not 1 <= layer <= model.depth]:
-        raise ValueError(f"the objective reads layer {deep[0]}, but {name} has depth {model.depth}; take layers from 1 to "
-                         f"{model.depth} (objective.student_layer, objective.teacher_layer)")
-    levels = NoiseLevels(torch.tensor([[0.8, 0.3]] * len(x)), torch.arange(x.shape[1]).expand(x.shape[:2]) % 2).to(x.device)
+        raise ValueError(
+            f"the objective reads layer {deep[0]}, but {name} has depth {model.depth}; take layers from 1 to "
+            f"{model.depth} (objective.student_layer, objective.teacher_layer)"
+        )
+    levels = NoiseLevels(
+        torch.tensor([[0.8, 0.3]] * len(x)),
+        torch.arange(x.shape[1]).expand(x.shape[:2]) % 2,
+    ).to(x.device)
     taps = tuple(sorted({1, model.depth, *layers}))
-    training, calls = model.training, {"": (batch.condition, False), " without a condition, stopped": (None, True)}
+    training, calls = (
+        model.training,
+        {"": (batch.condition, False), " without a condition, stopped": (None, True)},
+    )
     try:
         model.eval()  # running statistics stay as they are
         for words, (told, stop) in calls.items():
@@ -108,27 +134,44 @@ def check_backbone(model: nn.Module, batch: Batch, layers: Iterable[int] = ()) -
                 output = model(x, levels, told, taps=taps, stop=stop, parts=batch.parts)
             except Exception as error:  # whatever a user's module does wrong
                 reason = (str(error).splitlines() or ["no reason given"])[0]
-                raise ValueError(f"{name}{words} failed on {samples} of {tuple(x.shape[1:])} tokens and channels: "
-                                 f"{type(error).__name__}: {reason}. It is called as "
-                                 "model(x, levels, condition, taps=, stop=, parts=)") from error
+                raise ValueError(
+                    f"{name}{words} failed on {samples} of {tuple(x.shape[1:])} tokens and channels: "
+                    f"{type(error).__name__}: {reason}. It is called as "
+                    "model(x, levels, condition, taps=, stop=, parts=)"
+                ) from error
             _check_output(f"{name}{words}", output, x, taps, model.width, stop)
     finally:
         model.train(training)
 
 
-def _check_output(name: str, output: Any, x: Tensor, taps: tuple[int, ...], width: int, stop: bool) -> None:
-    if not hasattr(output, "velocity") or not isinstance(getattr(output, "features", None), dict):
-        raise ValueError(f"{name} returned a {type(output).__name__}; return Output(velocity, features), features by layer")
+def _check_output(
+    name: str, output: Any, x: Tensor, taps: tuple[int, ...], width: int, stop: bool
+) -> None:
+    if not hasattr(output, "velocity") or not isinstance(
+        getattr(output, "features", None), dict
+    ):
+        raise ValueError(
+            f"{name} returned a {type(output).__name__}; return Output(velocity, features), features by layer"
+        )
     if missing := [layer for layer in taps if layer not in output.features]:
-        raise ValueError(f"{name} returned features of layers {sorted(output.features)} for taps {taps}; layer {missing[0]} is "
-                         "missing: keep the hidden states after each layer that is named in taps, counted from 1")
-    values = {f"features[{layer}]": (output.features[layer], (*x.shape[:2], width)) for layer in taps}
+        raise ValueError(
+            f"{name} returned features of layers {sorted(output.features)} for taps {taps}; layer {missing[0]} is "
+            "missing: keep the hidden states after each layer that is named in taps, counted from 1"
+        )
+    values = {
+        f"features[{layer}]": (output.features[layer], (*x.shape[:2], width))
+        for layer in taps
+    }
     if not stop:
         values["velocity"] = output.velocity, tuple(x.shape)
     for what, (value, expected) in values.items():
         shape = tuple(getattr(value, "shape", ())) or value
         if shape != expected:
-            raise ValueError(f"{name} returned {what} of shape {shape}, expected {expected}, (b, n, "
-                             f"{'c) like x' if what == 'velocity' else 'width)'}")
+            raise ValueError(
+                f"{name} returned {what} of shape {shape}, expected {expected}, (b, n, "
+                f"{'c) like x' if what == 'velocity' else 'width)'}"
+            )
         if not value.isfinite().all():
-            raise ValueError(f"{name} returned NaN or infinite numbers in {what}, untrained; look at its initialisation")
+            raise ValueError(
+                f"{name} returned NaN or infinite numbers in {what}, untrained; look at its initialisation"
+            )

@@ -30,14 +30,23 @@ class Condition:
 
     def __post_init__(self):
         values = self.values
-        if not 1 <= values.ndim <= 3 or (values.dtype != torch.int64 if values.ndim < 3 else not values.is_floating_point()):
-            raise TypeError(f"a condition is int64 labels (b,), int64 bytes (b, l) or vectors (b, l, e), not {values.dtype} "
-                            f"{tuple(values.shape)}")
-        if values.ndim > 1 or not len(values) or values.device.type != "cpu":  # on a GPU the host would wait for the answer
+        if not 1 <= values.ndim <= 3 or (
+            values.dtype != torch.int64
+            if values.ndim < 3
+            else not values.is_floating_point()
+        ):
+            raise TypeError(
+                f"a condition is int64 labels (b,), int64 bytes (b, l) or vectors (b, l, e), not {values.dtype} "
+                f"{tuple(values.shape)}"
+            )
+        # on a GPU the host would wait for the answer
+        if values.ndim > 1 or not len(values) or values.device.type != "cpu":
             return
         if not (0 <= values.min() and values.max() <= self.classes):
-            raise ValueError(f"labels run from {values.min()} to {values.max()}, but classes from 0 to {self.classes - 1}, and "
-                             f"{self.classes} is none")
+            raise ValueError(
+                f"labels run from {values.min()} to {values.max()}, but classes from 0 to {self.classes - 1}, and "
+                f"{self.classes} is none"
+            )
 
     @property
     def kind(self) -> str:
@@ -50,7 +59,10 @@ class Condition:
         return {"class": self.classes, "text": PAD, "vectors": 0}[self.kind]
 
     def __str__(self) -> str:
-        return f"{self.kind} {tuple(self.values.shape)}" + f" of {self.classes} classes" * (self.kind == "class")
+        return (
+            f"{self.kind} {tuple(self.values.shape)}"
+            + f" of {self.classes} classes" * (self.kind == "class")
+        )
 
     def __len__(self) -> int:
         return len(self.values)
@@ -81,11 +93,16 @@ class Condition:
         """
 
         def dropped(values: Tensor, generator: Generator) -> Tensor:
-            chosen = torch.rand(len(values), generator=generator, device=generator.device) < probability
+            chosen = (
+                torch.rand(len(values), generator=generator, device=generator.device)
+                < probability
+            )
             chosen = chosen.to(values.device).reshape(-1, *[1] * (values.ndim - 1))
             return torch.where(chosen, self.null, values)
 
-        return replace(self, values=torch.cat(by_shard(draw, "label drop", self.values, dropped)))
+        return replace(
+            self, values=torch.cat(by_shard(draw, "label drop", self.values, dropped))
+        )
 
 # %% ../../nbs/1_method/04_batch.ipynb #9645e24c
 @dataclass(frozen=True)
@@ -106,8 +123,19 @@ class Batch:
         return len(self.x0)
 
     def _each(self, change) -> "Batch":
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "parts"}
-        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
+        values = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name != "parts"
+        }
+        return replace(
+            self,
+            **{
+                name: change(value)
+                for name, value in values.items()
+                if value is not None
+            },
+        )
 
     def __getitem__(self, rows: Tensor | slice) -> "Batch":
         return self._each(lambda value: value[rows])

@@ -20,16 +20,32 @@ from torch import nn
 from ..checks import choose
 from .alignment import DISTANCES, NORMALISATIONS, TOKENS, counted_tokens
 from .backbone import Inputs
-from .flow import Density, LogitNormal, Mixture, PlateauLogitNormal, Shifted, Uniform
+from selfflow.method.flow import (
+    Density,
+    LogitNormal,
+    Mixture,
+    PlateauLogitNormal,
+    Shifted,
+    Uniform,
+)
 from .objective import FlowMatching
 from .options import MASK_RATIOS, ModelConfig, ObjectiveConfig
-from .schedule import Conditioned, DiffusionForcing, DualTimestep, FullMasking, MultiTimestep, SingleLevel
+from selfflow.method.schedule import (
+    Conditioned,
+    DiffusionForcing,
+    DualTimestep,
+    FullMasking,
+    MultiTimestep,
+    SingleLevel,
+)
 from .tokens import Part, Places
 from .transformer import Transformer, TransformerConfig
 from ..registries import backbones, objectives, own_options
 
 # %% ../../nbs/1_method/12_build.ipynb #40543836
-def transformer_config(inputs: Inputs, size: str = "own", positions: str | None = None, **options) -> TransformerConfig:
+def transformer_config(
+    inputs: Inputs, size: str = "own", positions: str | None = None, **options
+) -> TransformerConfig:
     """The shape of a transformer for some inputs.
 
     options: as in `TransformerOptions`, which has set width, depth and heads of a size. Raises ValueError where they do not fit.
@@ -50,21 +66,31 @@ GIVEN_BACKBONE = "given"  # name of the backbone that was passed to `train`
 
 def build_given(inputs: Inputs) -> nn.Module:
     "Raises ValueError: this backbone exists only in the program that passed it to `train`."
-    raise ValueError("this run was trained with a backbone that a program passed to train(config, backbone=...); open it with "
-                     "the same one: Run.open(path, backbone=...)")
+    raise ValueError(
+        "this run was trained with a backbone that a program passed to train(config, backbone=...); open it with "
+        "the same one: Run.open(path, backbone=...)"
+    )
 
 
-def as_builder(backbone: nn.Module | Callable[[Inputs], nn.Module]) -> Callable[[Inputs], nn.Module]:
+def as_builder(
+    backbone: nn.Module | Callable[[Inputs], nn.Module],
+) -> Callable[[Inputs], nn.Module]:
     "Return a function that makes a backbone from its inputs; a module is copied, with its weights. Raises TypeError."
     if isinstance(backbone, nn.Module):
         return lambda inputs: copy.deepcopy(backbone)
     if not callable(backbone):
-        raise TypeError(f"backbone is {backbone!r}; pass an nn.Module, or a function or class called as build(inputs)")
+        raise TypeError(
+            f"backbone is {backbone!r}; pass an nn.Module, or a function or class called as build(inputs)"
+        )
     return backbone
 
 
-def build_backbone(config: ModelConfig, inputs: Inputs, builder: Callable[[Inputs], nn.Module] | None = None,
-                   **more) -> nn.Module:
+def build_backbone(
+    config: ModelConfig,
+    inputs: Inputs,
+    builder: Callable[[Inputs], nn.Module] | None = None,
+    **more,
+) -> nn.Module:
     """The backbone that a config names, with new weights.
 
     builder: of a backbone that was passed to `train`; more: options that the config does not have. Raises ValueError, naming
@@ -74,12 +100,18 @@ def build_backbone(config: ModelConfig, inputs: Inputs, builder: Callable[[Input
     if builder is None and not entry.source:
         return entry.load()(inputs, **own_options(config), **more)
     try:
-        model = builder(inputs) if builder else entry.load()(inputs, **own_options(config))
+        model = (
+            builder(inputs) if builder else entry.load()(inputs, **own_options(config))
+        )
     except Exception as error:  # whatever a user's file does wrong
-        raise ValueError(f"backbone {config.name} {entry.source} cannot be built for {inputs}: {type(error).__name__}: "
-                         f"{error}") from error
+        raise ValueError(
+            f"backbone {config.name} {entry.source} cannot be built for {inputs}: {type(error).__name__}: "
+            f"{error}"
+        ) from error
     if not isinstance(model, nn.Module):
-        raise ValueError(f"backbone {config.name} {entry.source} made {model!r}, which is no nn.Module")
+        raise ValueError(
+            f"backbone {config.name} {entry.source} made {model!r}, which is no nn.Module"
+        )
     return model
 
 # %% ../../nbs/1_method/12_build.ipynb #1224445c
@@ -87,23 +119,34 @@ def build_density(config: ObjectiveConfig) -> Density:
     "The density of noise levels that a config names."
     logit = LogitNormal if config.density == "logit_normal" else PlateauLogitNormal
     density = Uniform()
-    if config.density != "uniform":  # a shift moves the mean: the same for a logit-normal, and a plateau stays one
-        density = logit(config.density_mean + math.log(config.density_shift), config.density_std)
+    # a shift moves the mean: the same for a logit-normal, and a plateau stays one
+    if config.density != "uniform":
+        density = logit(
+            config.density_mean + math.log(config.density_shift), config.density_std
+        )
     elif config.density_shift != 1:
         density = Shifted(density, config.density_shift)
     if config.noisy_share:
-        density = Mixture((density, Uniform(0.95, 1.0)), (1 - config.noisy_share, config.noisy_share))
+        density = Mixture(
+            (density, Uniform(0.95, 1.0)), (1 - config.noisy_share, config.noisy_share)
+        )
     return density
 
 
-def mask_ratio_of(config: ObjectiveConfig, parts: tuple[Part, ...] = ()) -> float | tuple[float, ...]:
+def mask_ratio_of(
+    config: ObjectiveConfig, parts: tuple[Part, ...] = ()
+) -> float | tuple[float, ...]:
     "The mask ratio of a sequence of these parts: as the config says, or as is usual for each; one for all tokens, or for each."
     if config.mask_ratio is not None:
         return config.mask_ratio
     ratios = [MASK_RATIOS.get(part.name, MASK_RATIOS["image"]) for part in parts]
     if len(set(ratios)) <= 1:
         return ratios[0] if ratios else MASK_RATIOS["image"]
-    return tuple(ratio for part, ratio in zip(parts, ratios, strict=True) for _ in range(part.tokens))
+    return tuple(
+        ratio
+        for part, ratio in zip(parts, ratios, strict=True)
+        for _ in range(part.tokens)
+    )
 
 
 def given_tokens(given: str, parts: tuple[Part, ...]) -> tuple[tuple[int, ...], ...]:
@@ -112,13 +155,21 @@ def given_tokens(given: str, parts: tuple[Part, ...]) -> tuple[tuple[int, ...], 
     Raises ValueError where the sequence has no such part, or nothing beside it.
     """
     known, slices = {part.name: part for part in parts}, Places.of(parts).slices
-    names = {"first_frame": ("video",), "either": ("video", "audio")}.get(given, (given,))
-    if any(name not in known for name in names) or given != "first_frame" and len(known) < 2:
-        raise ValueError(f"given is {given!r}, but the sequence consists of {', '.join(known)}: "
-                         "first_frame needs a film, the others film and sound")
+    names = {"first_frame": ("video",), "either": ("video", "audio")}.get(
+        given, (given,)
+    )
+    if (
+        any(name not in known for name in names)
+        or given != "first_frame"
+        and len(known) < 2
+    ):
+        raise ValueError(
+            f"given is {given!r}, but the sequence consists of {', '.join(known)}: "
+            "first_frame needs a film, the others film and sound"
+        )
     places = [range(slices[name].start, slices[name].stop) for name in names]
     if given == "first_frame":
-        places = [places[0][:known["video"].tokens // known["video"].grid[0]]]
+        places = [places[0][: known["video"].tokens // known["video"].grid[0]]]
     return tuple(map(tuple, places))
 
 
@@ -131,7 +182,12 @@ def build_schedule(config: ObjectiveConfig, parts: tuple[Part, ...] = ()):
     schedule = _free_schedule(config, _grid(parts), mask_ratio_of(config, parts))
     if not (config.given and parts):
         return schedule
-    return Conditioned(schedule, given_tokens(config.given, parts), config.given_level, config.given_share)
+    return Conditioned(
+        schedule,
+        given_tokens(config.given, parts),
+        config.given_level,
+        config.given_share,
+    )
 
 
 def _grid(parts: tuple[Part, ...]) -> tuple[int, int] | None:
@@ -145,44 +201,91 @@ def _free_schedule(config: ObjectiveConfig, grid, mask_ratio):
     density, kind = build_density(config), config.schedule
     if kind == "auto":
         kind = objectives[config.name].load().usual_schedule
-    if isinstance(mask_ratio, tuple) and (kind not in ("single", "dual") or config.levels != 2):
-        raise ValueError(f"the schedule {kind} of {config.levels} levels needs one mask ratio for all tokens; "
-                         "give objective.mask_ratio")
-    ratio = 0.25 if kind == "full_masking" else mask_ratio  # which may mask more than half
-    dual = DualTimestep(density, ratio, config.order, config.exact, config.near, config.block if grid else 1, grid,
-                        config.single_share)  # always made, so that its numbers are always checked
+    if isinstance(mask_ratio, tuple) and (
+        kind not in ("single", "dual") or config.levels != 2
+    ):
+        raise ValueError(
+            f"the schedule {kind} of {config.levels} levels needs one mask ratio for all tokens; "
+            "give objective.mask_ratio"
+        )
+    # which may mask more than half
+    ratio = 0.25 if kind == "full_masking" else mask_ratio
+    dual = DualTimestep(
+        density,
+        ratio,
+        config.order,
+        config.exact,
+        config.near,
+        config.block if grid else 1,
+        grid,
+        # always made, so that its numbers are always checked
+        config.single_share,
+    )
     plain = DualTimestep(density, ratio, grid=grid)
     switched = dual != plain or config.block != 1
-    if switched and (kind != "dual" or config.levels != 2) or kind != "dual" and config.levels != 2:
-        raise ValueError("levels belongs to the dual schedule; order, exact, near, block and single_share to that of 2 levels; "
-                         f"the schedule here is {kind} with {config.levels}")
+    if (
+        switched
+        and (kind != "dual" or config.levels != 2)
+        or kind != "dual"
+        and config.levels != 2
+    ):
+        raise ValueError(
+            "levels belongs to the dual schedule; order, exact, near, block and single_share to that of 2 levels; "
+            f"the schedule here is {kind} with {config.levels}"
+        )
     if kind == "dual" and config.levels != 2:
         if config.levels < 2:
-            raise ValueError(f"levels is {config.levels}, but the dual schedule needs at least 2; schedule='single' is one")
+            raise ValueError(
+                f"levels is {config.levels}, but the dual schedule needs at least 2; schedule='single' is one"
+            )
         shares = (mask_ratio / (config.levels - 1),) * (config.levels - 1)
         return MultiTimestep(density, (1 - mask_ratio, *shares))
-    return {"single": SingleLevel(density), "dual": dual, "diffusion_forcing": DiffusionForcing(density),
-            "full_masking": FullMasking(density, mask_ratio if kind == "full_masking" else 0.25)}[kind]
+    return {
+        "single": SingleLevel(density),
+        "dual": dual,
+        "diffusion_forcing": DiffusionForcing(density),
+        "full_masking": FullMasking(
+            density, mask_ratio if kind == "full_masking" else 0.25
+        ),
+    }[kind]
 
 
 def check_levels(config: ObjectiveConfig) -> None:
     "Raise ValueError for names, levels and masks of a config that do not fit together."
-    for name, known in {"distance": DISTANCES, "flow_tokens": TOKENS, "rep_tokens": TOKENS, "normalise": NORMALISATIONS}.items():
+    for name, known in {
+        "distance": DISTANCES,
+        "flow_tokens": TOKENS,
+        "rep_tokens": TOKENS,
+        "normalise": NORMALISATIONS,
+    }.items():
         if hasattr(config, name):
             choose(getattr(config, name), known, f"{name} (objective.{name})")
     levels = build_schedule(config).sample(1, 2, torch.Generator())
     for which in (config.flow_tokens, getattr(config, "rep_tokens", "all")):
         counted_tokens(levels, which)  # refuses masked tokens where there is one level
-        if which != "all" and (config.schedule == "diffusion_forcing" or config.mask_ratio == 0 or config.single_share == 1):
-            raise ValueError(f"tokens are {which!r}, but here none is masked: mask_ratio {config.mask_ratio}, single_share "
-                             f"{config.single_share}, schedule {config.schedule}")
+        if which != "all" and (
+            config.schedule == "diffusion_forcing"
+            or config.mask_ratio == 0
+            or config.single_share == 1
+        ):
+            raise ValueError(
+                f"tokens are {which!r}, but here none is masked: mask_ratio {config.mask_ratio}, single_share "
+                f"{config.single_share}, schedule {config.schedule}"
+            )
     if config.separated and levels.k == 1:
-        raise ValueError("separated is attention within noise levels, but with the single schedule there is one; "
-                         "take schedule='dual' with it")
+        raise ValueError(
+            "separated is attention within noise levels, but with the single schedule there is one; "
+            "take schedule='dual' with it"
+        )
 
 # %% ../../nbs/1_method/12_build.ipynb #177e2cda
-def build_objective(config: ObjectiveConfig, model, sequences: tuple[tuple[Part, ...], ...], feature_width: int = 1,
-                    weights: dict[str, float] | None = None) -> FlowMatching:
+def build_objective(
+    config: ObjectiveConfig,
+    model,
+    sequences: tuple[tuple[Part, ...], ...],
+    feature_width: int = 1,
+    weights: dict[str, float] | None = None,
+) -> FlowMatching:
     """The objective that a config names, for a model of which width and depth are read.
 
     sequences: the parts of each kind of sequence that is trained on in turn; feature_width: of the encoder's features, for REPA
@@ -191,16 +294,30 @@ def build_objective(config: ObjectiveConfig, model, sequences: tuple[tuple[Part,
     """
     schedule = {parts: build_schedule(config, parts) for parts in sequences}
     schedule = schedule if len(schedule) > 1 else next(iter(schedule.values()))
-    shared = {"label_drop": config.label_drop, "flow_tokens": config.flow_tokens, "separated": config.separated}
+    shared = {
+        "label_drop": config.label_drop,
+        "flow_tokens": config.flow_tokens,
+        "separated": config.separated,
+    }
     shared |= {"schedule": schedule, "weights": weights}
-    return objectives[config.name].load().build(model, feature_width, **shared, **own_options(config))
+    return (
+        objectives[config.name]
+        .load()
+        .build(model, feature_width, **shared, **own_options(config))
+    )
 
 
 def check_layers(config: ObjectiveConfig, depth: int, signals: set[str]) -> None:
     "Raise ValueError for layers that a transformer of this depth does not have, and for a condition that the signals lack."
-    grid = (config.block,) * 2  # the data's is not known here; layers are what is checked
-    with torch.device("meta"):  # no weights: the caller's random numbers are not touched
+    # the data's is not known here; layers are what is checked
+    grid = (config.block,) * 2
+    # no weights: the caller's random numbers are not touched
+    with torch.device("meta"):
         student = SimpleNamespace(width=1, depth=depth)
-        build_objective(replace(config, given=""), student, ((Part("image", 1, (1, *grid)),),))
+        build_objective(
+            replace(config, given=""), student, ((Part("image", 1, (1, *grid)),),)
+        )
     if config.given and signals:
-        given_tokens(config.given, tuple(Part(name, 1, (1, 1, 1)) for name in sorted(signals)))
+        given_tokens(
+            config.given, tuple(Part(name, 1, (1, 1, 1)) for name in sorted(signals))
+        )

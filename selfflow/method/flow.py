@@ -21,12 +21,23 @@ from ..draws import draw_index
 # %% ../../nbs/1_method/01_flow.ipynb #36315287
 def _broadcast(t: Tensor | float, x: Tensor) -> Tensor:
     "`t` as a tensor of `x`'s device with trailing axes of size 1, so that it multiplies `x` axis by axis."
-    t = torch.as_tensor(t, device=x.device, dtype=None if isinstance(t, Tensor) else torch.promote_types(x.dtype, torch.float32))
-    if t.device.type == "cpu" and t.numel() and not (0 <= t.min() and t.max() <= 1):  # written so that NaN fails too
-        raise ValueError(f"t runs from {t.min():g} to {t.max():g}, outside [0, 1]: 1 is noise, 0 is data")
+    t = torch.as_tensor(
+        t,
+        device=x.device,
+        dtype=None
+        if isinstance(t, Tensor)
+        else torch.promote_types(x.dtype, torch.float32),
+    )
+    # written so that NaN fails too
+    if t.device.type == "cpu" and t.numel() and not (0 <= t.min() and t.max() <= 1):
+        raise ValueError(
+            f"t runs from {t.min():g} to {t.max():g}, outside [0, 1]: 1 is noise, 0 is data"
+        )
     if t.shape != x.shape[: t.ndim]:
-        raise ValueError(f"t has shape {tuple(t.shape)}, which is no leading part of x's {tuple(x.shape)}; "
-                         "give one level, one per sample (b,) or one per token (b, n)")
+        raise ValueError(
+            f"t has shape {tuple(t.shape)}, which is no leading part of x's {tuple(x.shape)}; "
+            "give one level, one per sample (b,) or one per token (b, n)"
+        )
     return t.reshape(*t.shape, *[1] * (x.ndim - t.ndim))
 
 
@@ -38,7 +49,9 @@ def interpolate(x0: Tensor, x1: Tensor, t: Tensor | float) -> Tensor:
     Source: Self-Flow (arXiv 2603.06507), section 3; the linear path of rectified flow.
     """
     if x0.shape != x1.shape:
-        raise ValueError(f"data of shape {tuple(x0.shape)} and noise of shape {tuple(x1.shape)} do not belong together")
+        raise ValueError(
+            f"data of shape {tuple(x0.shape)} and noise of shape {tuple(x1.shape)} do not belong together"
+        )
     t = _broadcast(t, x0)
     return (1 - t) * x0 + t * x1
 
@@ -68,17 +81,21 @@ def _device(generator: Generator | None) -> torch.device:
 @dataclass(frozen=True)
 class Uniform:
     "The uniform density on [low, high]. Raises ValueError unless 0 <= low < high <= 1."
+
     low: float = 0.0
     high: float = 1.0
 
     def __post_init__(self):
         if not 0 <= self.low < self.high <= 1:
-            raise ValueError(f"low {self.low} and high {self.high} are no interval of levels: need 0 <= low < high <= 1")
+            raise ValueError(
+                f"low {self.low} and high {self.high} are no interval of levels: need 0 <= low < high <= 1"
+            )
 
     def sample(self, shape, generator: Generator | None = None) -> Tensor:
         "Levels of the given shape, float32, on the generator's device."
         drawn = torch.rand(shape, generator=generator, device=_device(generator))
-        return (self.low + (self.high - self.low) * drawn).clamp(max=self.high)  # rounding may carry it past high
+        # rounding may carry it past high
+        return (self.low + (self.high - self.low) * drawn).clamp(max=self.high)
 
     def pdf(self, t: Tensor) -> Tensor:
         "The density at t: 1 / (high - low) inside, 0 outside."
@@ -92,6 +109,7 @@ class LogitNormal:
     A larger mean moves mass towards noise (t = 1). Raises ValueError when std <= 0.
     Source: Esser et al., arXiv 2403.03206, section 3.1.
     """
+
     mean: float = 0.0
     std: float = 1.0
 
@@ -101,12 +119,18 @@ class LogitNormal:
 
     def sample(self, shape, generator: Generator | None = None) -> Tensor:
         "Levels of the given shape, float32, on the generator's device."
-        return torch.sigmoid(self.mean + self.std * torch.randn(shape, generator=generator, device=_device(generator)))
+        return torch.sigmoid(
+            self.mean
+            + self.std
+            * torch.randn(shape, generator=generator, device=_device(generator))
+        )
 
     def pdf(self, t: Tensor) -> Tensor:
         "The density at t in (0, 1)."
         z = (torch.logit(t) - self.mean) / self.std
-        return torch.exp(-z.square() / 2) / (self.std * math.sqrt(2 * math.pi) * t * (1 - t))
+        return torch.exp(-z.square() / 2) / (
+            self.std * math.sqrt(2 * math.pi) * t * (1 - t)
+        )
 
 # %% ../../nbs/1_method/01_flow.ipynb #b448cf04
 @dataclass(frozen=True)
@@ -121,25 +145,40 @@ class PlateauLogitNormal(LogitNormal):
     def __post_init__(self):
         super().__post_init__()
         if not (self.std <= math.sqrt(2) and abs(self.mean) <= 30):
-            raise ValueError(f"mean is {self.mean}, std is {self.std}: with std > sqrt(2) a logit-normal can have two modes, "
-                             "with a mean outside [-30, 30] its mode is as good as 0 or 1; choose smaller ones")
+            raise ValueError(
+                f"mean is {self.mean}, std is {self.std}: with std > sqrt(2) a logit-normal can have two modes, "
+                "with a mean outside [-30, 30] its mode is as good as 0 or 1; choose smaller ones"
+            )
 
     @cached_property
     def parts(self) -> tuple[float, float, float]:
         "The mode, the mass below it, and the mass of the plateau, both before renormalisation."
         low, high = self.mean - self.std**2, self.mean + self.std**2
-        for _ in range(80):  # in logits the mode is the zero of z - mean - std^2 tanh(z / 2), which grows while std^2 <= 2
+        # in logits the mode is the zero of z - mean - std^2 tanh(z / 2), which grows
+        # while std^2 <= 2
+        for _ in range(80):
             z = (low + high) / 2
-            low, high = (z, high) if z - self.mean < self.std**2 * math.tanh(z / 2) else (low, z)
+            low, high = (
+                (z, high)
+                if z - self.mean < self.std**2 * math.tanh(z / 2)
+                else (low, z)
+            )
         mode, normal = 1 / (1 + math.exp(-z)), NormalDist(self.mean, self.std)
-        return mode, normal.cdf(z), normal.pdf(z) / mode  # q(mode) = pdf(z) / (mode (1 - mode)), times the width 1 - mode
+        # q(mode) = pdf(z) / (mode (1 - mode)), times the width 1 - mode
+        return mode, normal.cdf(z), normal.pdf(z) / mode
 
     def sample(self, shape, generator: Generator | None = None) -> Tensor:
         "Levels of the given shape, float32, on the generator's device."
         mode, below, plateau = self.parts
-        mass = (below + plateau) * torch.rand(shape, generator=generator, device=_device(generator))
-        rising = torch.sigmoid(self.mean + self.std * torch.special.ndtri(mass.clamp(max=below)))
-        return (rising + (mass - below).clamp(min=0) * ((1 - mode) / plateau)).clamp(max=1)
+        mass = (below + plateau) * torch.rand(
+            shape, generator=generator, device=_device(generator)
+        )
+        rising = torch.sigmoid(
+            self.mean + self.std * torch.special.ndtri(mass.clamp(max=below))
+        )
+        return (rising + (mass - below).clamp(min=0) * ((1 - mode) / plateau)).clamp(
+            max=1
+        )
 
     def pdf(self, t: Tensor) -> Tensor:
         "The density at t in (0, 1]."
@@ -154,22 +193,30 @@ class Mixture:
     Raises ValueError unless there is one weight for each density, none negative, their sum 1.
     Source: Self-Flow, appendix: Mixture((Uniform(), Uniform(0.95, 1)), (0.95, 0.05)) for video.
     """
+
     densities: tuple[Density, ...]
     weights: tuple[float, ...]
 
     def __post_init__(self):
         if len(self.densities) != len(self.weights):
-            raise ValueError(f"{len(self.densities)} densities with {len(self.weights)} weights: give one weight for each")
+            raise ValueError(
+                f"{len(self.densities)} densities with {len(self.weights)} weights: give one weight for each"
+            )
         check_shares(self.weights, "weights")
 
     def sample(self, shape, generator: Generator | None = None) -> Tensor:
         "Levels of the given shape, float32, on the generator's device."
-        drawn = torch.stack([density.sample(shape, generator) for density in self.densities])
+        drawn = torch.stack(
+            [density.sample(shape, generator) for density in self.densities]
+        )
         return drawn.gather(0, draw_index(self.weights, shape, generator)[None])[0]
 
     def pdf(self, t: Tensor) -> Tensor:
         "The density at t in (0, 1)."
-        return sum(weight * density.pdf(t) for density, weight in zip(self.densities, self.weights, strict=True))
+        return sum(
+            weight * density.pdf(t)
+            for density, weight in zip(self.densities, self.weights, strict=True)
+        )
 
 # %% ../../nbs/1_method/01_flow.ipynb #2edc7f5b
 def shift(t: Tensor, alpha: float) -> Tensor:
@@ -178,13 +225,17 @@ def shift(t: Tensor, alpha: float) -> Tensor:
     t in [0, 1], any shape. Raises ValueError when alpha <= 0. Source: Self-Flow, appendix; arXiv 2403.03206, eq. 23.
     """
     if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha is {alpha}, but a shift needs alpha > 0 (1 leaves t as it is)")
-    return t / (t + (1 - t) / alpha)  # the same function, but rounding cannot carry it past 1
+        raise ValueError(
+            f"alpha is {alpha}, but a shift needs alpha > 0 (1 leaves t as it is)"
+        )
+    # the same function, but rounding cannot carry it past 1
+    return t / (t + (1 - t) / alpha)
 
 
 @dataclass(frozen=True)
 class Shifted:
     "The density of shift(t, alpha) with t drawn from `density`, any Density. Raises ValueError when alpha <= 0."
+
     density: Density
     alpha: float
 

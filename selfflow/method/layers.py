@@ -29,10 +29,16 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, width: int, frequencies: int = 256, fp32: bool = True):
         super().__init__()
         self.frequencies, self.fp32 = frequencies, fp32
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width)
+        )
 
     def forward(self, t: Tensor) -> Tensor:
-        with torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False) if self.fp32 else nullcontext():
+        with (
+            torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False)
+            if self.fp32
+            else nullcontext()
+        ):
             return self.mlp(sinusoid(t, self.frequencies).to(self.mlp[0].weight.dtype))
 
 # %% ../../nbs/1_method/06_layers.ipynb #9b3aa0cc
@@ -41,6 +47,7 @@ class TokenMap(NamedTuple):
 
     rows: (b n,) row of each token among the b k values; onehot: (b, k, n) the same as 0 and 1, None when k is large.
     """
+
     rows: Tensor
     onehot: Tensor | None
 
@@ -51,7 +58,11 @@ class TokenMap(NamedTuple):
         if k == 1:
             return None
         first = k * torch.arange(len(assign), device=assign.device)[:, None]
-        onehot = (assign[:, None] == torch.arange(k, device=assign.device)[:, None]).float() if k <= 8 else None
+        onehot = (
+            (assign[:, None] == torch.arange(k, device=assign.device)[:, None]).float()
+            if k <= 8
+            else None
+        )
         return cls((assign + first).flatten(), onehot)
 
 
@@ -59,7 +70,11 @@ def spread(values: Tensor, tokens: TokenMap | None) -> Tensor:
     "Values (b, k, d) of the levels as values of the tokens: (b, n, d), or (b, 1, d) when k = 1."
     if tokens is None:
         return values
-    return values.flatten(0, 1).index_select(0, tokens.rows).unflatten(0, (len(values), -1))
+    return (
+        values.flatten(0, 1)
+        .index_select(0, tokens.rows)
+        .unflatten(0, (len(values), -1))
+    )
 
 
 def collect(values: Tensor, tokens: TokenMap | None, k: int) -> Tensor:
@@ -75,11 +90,16 @@ def collect(values: Tensor, tokens: TokenMap | None, k: int) -> Tensor:
 def _product_dtype(x: Tensor) -> torch.dtype:
     "What a matrix product makes of x: under autocast its lower precision."
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else x.dtype
+    return (
+        torch.get_autocast_dtype(kind)
+        if kind != "meta" and torch.is_autocast_enabled(kind)
+        else x.dtype
+    )
 
 
 def _token_map(rows, onehot):
-    return None if rows is None else TokenMap(rows, onehot)  # autograd takes tensors one by one
+    # autograd takes tensors one by one
+    return None if rows is None else TokenMap(rows, onehot)
 
 
 class _ModulatedNorm(torch.autograd.Function):
@@ -88,29 +108,40 @@ class _ModulatedNorm(torch.autograd.Function):
         tokens = _token_map(rows, onehot)
         normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-6)
         ctx.save_for_backward(x, mean, rstd, scale, rows, onehot)
-        return normed.mul_(spread(scale.to(x.dtype) + 1, tokens)).add_(spread(shift.to(x.dtype), tokens)).to(dtype)
+        return (
+            normed.mul_(spread(scale.to(x.dtype) + 1, tokens))
+            .add_(spread(shift.to(x.dtype), tokens))
+            .to(dtype)
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         x, mean, rstd, scale, *tokens = ctx.saved_tensors
         tokens = _token_map(*tokens)
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # long sums stay in the precision of x
+        # long sums stay in the precision of x
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             g, k = gradient.to(x.dtype), scale.shape[1]
             g_shift = collect(g, tokens, k).to(scale.dtype)
             g_scale = collect((x - mean).mul_(rstd).mul_(g), tokens, k).to(scale.dtype)
             g = g * spread(scale.to(x.dtype) + 1, tokens)
             wanted = [True, False, False]  # no gradient for weights that are not there
-            g_x = torch.ops.aten.native_layer_norm_backward(g, x, x.shape[-1:], mean, rstd, None, None, wanted)[0]
+            g_x = torch.ops.aten.native_layer_norm_backward(
+                g, x, x.shape[-1:], mean, rstd, None, None, wanted
+            )[0]
         return g_x, g_shift, g_scale, None, None, None
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, tokens: TokenMap | None) -> Tensor:
+def modulated_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, tokens: TokenMap | None
+) -> Tensor:
     """(1 + scale) LN(x) + shift, in the precision in which a matrix product takes it; LN without weights, eps 1e-6.
 
     x: (b, n, d); shift, scale: (b, k, d), handed to the tokens by `tokens`. Source: DiT (arXiv 2212.09748), adaLN.
     """
-    return _ModulatedNorm.apply(x, shift, scale, *(tokens or (None, None)), _product_dtype(x))
+    return _ModulatedNorm.apply(
+        x, shift, scale, *(tokens or (None, None)), _product_dtype(x)
+    )
 
 
 class _GatedAdd(torch.autograd.Function):
@@ -126,12 +157,16 @@ class _GatedAdd(torch.autograd.Function):
         branch, gate, *tokens = ctx.saved_tensors
         tokens = _token_map(*tokens)
         with torch.autocast("cpu" if g.is_meta else g.device.type, enabled=False):
-            g_gate = collect(branch.to(g.dtype) * g, tokens, gate.shape[1]).to(gate.dtype)
+            g_gate = collect(branch.to(g.dtype) * g, tokens, gate.shape[1]).to(
+                gate.dtype
+            )
             g_branch = (spread(gate.to(g.dtype), tokens) * g).to(branch.dtype)
         return g, g_branch, g_gate, None, None
 
 
-def gated_add(x: Tensor, branch: Tensor, gate: Tensor, tokens: TokenMap | None) -> Tensor:
+def gated_add(
+    x: Tensor, branch: Tensor, gate: Tensor, tokens: TokenMap | None
+) -> Tensor:
     "x + gate branch; x, branch: (b, n, d); gate: (b, k, d), handed to the tokens by `tokens`. Source: DiT, adaLN-Zero."
     return _GatedAdd.apply(x, branch, gate, *(tokens or (None, None)))
 
@@ -144,7 +179,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Te
     if q.device.type == "cpu" and k.shape[1] <= (128 if q.dtype.itemsize > 2 else 512):
         return _attend_by_products(q, k, v, visible)
     mask = None if visible is None else visible[:, None, None, :]
-    return F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)), mask).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        *(part.transpose(1, 2) for part in (q, k, v)), mask
+    ).transpose(1, 2)
 
 
 def _attend_by_products(q, k, v, visible):
@@ -152,12 +189,17 @@ def _attend_by_products(q, k, v, visible):
     q, k, v = (part.transpose(1, 2).reshape(b * h, -1, e) for part in (q, k, v))
     scores = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=e**-0.5)
     if visible is not None:
-        scores = scores.view(b, h, n, -1).masked_fill(~visible[:, None, None], -math.inf).view_as(scores)
+        scores = (
+            scores.view(b, h, n, -1)
+            .masked_fill(~visible[:, None, None], -math.inf)
+            .view_as(scores)
+        )
     return (scores.softmax(-1).to(v.dtype) @ v).view(b, h, n, e).transpose(1, 2)
 
 # %% ../../nbs/1_method/06_layers.ipynb #0a77ee0d
 class _Group(NamedTuple):
     "Tokens that attend together. rows: (b m,) rows of the queries; keys: (b m',) of the keys; visible: (b, m') or None = all."
+
     rows: Tensor
     keys: Tensor
     visible: Tensor | None
@@ -165,6 +207,7 @@ class _Group(NamedTuple):
 
 class Groups(NamedTuple):
     "The groups of a batch and, for every token, its row among their results laid side by side: (b n,)."
+
     groups: tuple[_Group, ...]
     place: Tensor
 
@@ -172,14 +215,26 @@ class Groups(NamedTuple):
     def of(cls, levels: NoiseLevels) -> "Groups":
         "Tokens grouped by level. Source: arXiv 2607.02508, attention separation."
         generated, condition = levels.k - levels.condition, levels.is_condition()
-        group = levels.assign.clamp(max=generated)  # all condition tokens together come last
-        members = group[:, None] == torch.arange(generated + bool(levels.condition), device=group.device)[:, None]  # (b, k, n)
+        # all condition tokens together come last
+        group = levels.assign.clamp(max=generated)
+        # (b, k, n)
+        members = (
+            group[:, None]
+            == torch.arange(generated + bool(levels.condition), device=group.device)[
+                :, None
+            ]
+        )
         groups, starts = [], [0]
         for own in members.unbind(1):
             rows, _ = _padded_rows(own)
             groups.append(_Group(rows, *_padded_rows(own | condition)))
             starts.append(starts[-1] + len(rows) // len(group))
-        places = members.cumsum(2) - 1 + torch.tensor(starts[:-1], device=group.device)[:, None]  # among its own, shifted
+        # among its own, shifted
+        places = (
+            members.cumsum(2)
+            - 1
+            + torch.tensor(starts[:-1], device=group.device)[:, None]
+        )
         first = starts[-1] * torch.arange(len(group), device=group.device)[:, None]
         return cls(tuple(groups), (places.where(members, 0).sum(1) + first).flatten())
 
@@ -188,21 +243,38 @@ def _padded_rows(members: Tensor) -> tuple[Tensor, Tensor | None]:
     "Rows (b m,) of the tokens marked in (b, n), each sample padded to the same m by others, and which are real (None = all)."
     counts = members.sum(1)
     fewest, most = torch.stack(counts.aminmax()).tolist()
-    m = min(members.shape[1], max(1, most if fewest == most else -(-most // 16) * 16))  # few sizes: few kernels to compile
+    # few sizes: few kernels to compile
+    m = min(members.shape[1], max(1, most if fewest == most else -(-most // 16) * 16))
     order = members.int().sort(dim=1, descending=True, stable=True).indices[:, :m]
-    rows = (order + members.shape[1] * torch.arange(len(members), device=members.device)[:, None]).flatten()
+    rows = (
+        order
+        + members.shape[1] * torch.arange(len(members), device=members.device)[:, None]
+    ).flatten()
     if fewest == m:
         return rows, None
-    visible = torch.arange(m, device=members.device) < counts[:, None].clamp(min=1)  # a softmax over nothing would be NaN
+    # a softmax over nothing would be NaN
+    visible = torch.arange(m, device=members.device) < counts[:, None].clamp(min=1)
     return rows, visible
 
 
 def attend_within(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
     "Attention of every token to its group alone: (b, n, h, e) from q, k, v of that shape."
+
     def take(part, rows):
         return part.flatten(0, 1).index_select(0, rows).unflatten(0, (len(q), -1))
-    results = torch.cat([attend(take(q, group.rows), take(k, group.keys), take(v, group.keys), group.visible)
-                         for group in groups.groups], dim=1)
+
+    results = torch.cat(
+        [
+            attend(
+                take(q, group.rows),
+                take(k, group.keys),
+                take(v, group.keys),
+                group.visible,
+            )
+            for group in groups.groups
+        ],
+        dim=1,
+    )
     return take(results, groups.place)
 
 # %% ../../nbs/1_method/06_layers.ipynb #7a12c98b
@@ -217,12 +289,20 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.q_norm, self.k_norm = (nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else None for _ in range(2))
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else None for _ in range(2)
+        )
 
-    def forward(self, x: Tensor, rotary: Tensor | None = None, groups: Groups | None = None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)             # (b, n, h, e)
+    def forward(
+        self, x: Tensor, rotary: Tensor | None = None, groups: Groups | None = None
+    ) -> Tensor:
+        # (b, n, h, e)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
         if self.q_norm is not None:
-            q, k = (norm(part.to(norm.weight.dtype)).to(v.dtype) for norm, part in ((self.q_norm, q), (self.k_norm, k)))
+            q, k = (
+                norm(part.to(norm.weight.dtype)).to(v.dtype)
+                for norm, part in ((self.q_norm, q), (self.k_norm, k))
+            )
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         out = attend(q, k, v) if groups is None else attend_within(q, k, v, groups)

@@ -19,8 +19,17 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..draws import by_shard, noise_like
-from .alignment import (DISTANCES, Alignment, average, count_of, counted_tokens, flow_error, mean_over, means_of,
-                                       normalise)
+from selfflow.method.alignment import (
+    DISTANCES,
+    Alignment,
+    average,
+    count_of,
+    counted_tokens,
+    flow_error,
+    mean_over,
+    means_of,
+    normalise,
+)
 from .backbone import Output
 from .batch import Batch
 from .flow import interpolate, velocity
@@ -34,6 +43,7 @@ class Noised(NamedTuple):
 
     batch: the clean samples, some without their condition; xt, x1: noised tokens and noise, (b, n, c); levels: of the tokens.
     """
+
     batch: Batch
     xt: Tensor
     x1: Tensor
@@ -42,7 +52,9 @@ class Noised(NamedTuple):
 
 def draw_levels(x0: Tensor, schedule, draw) -> NoiseLevels:
     "The levels of tokens x0 (b, n, c), from `schedule`; draw: see `add_noise`."
-    return NoiseLevels.cat(by_shard(draw, "levels", x0, lambda x, g: schedule.sample(*x.shape[:2], g))).to(x0.device)
+    return NoiseLevels.cat(
+        by_shard(draw, "levels", x0, lambda x, g: schedule.sample(*x.shape[:2], g))
+    ).to(x0.device)
 
 
 def add_noise(batch: Batch, schedule, label_drop: float, draw) -> Noised:
@@ -55,7 +67,13 @@ def add_noise(batch: Batch, schedule, label_drop: float, draw) -> Noised:
     return Noised(shown, interpolate(batch.x0, x1, levels.per_token()), x1, levels)
 
 # %% ../../nbs/1_method/10_objective.ipynb #2fe2ee9e
-def flow_loss(predicted: Tensor, x0: Tensor, x1: Tensor, counted: Tensor | None = None, count: Tensor | None = None) -> Tensor:
+def flow_loss(
+    predicted: Tensor,
+    x0: Tensor,
+    x1: Tensor,
+    counted: Tensor | None = None,
+    count: Tensor | None = None,
+) -> Tensor:
     "The mean of `flow_error` over the tokens that count, (b, n), None = all; count: see `mean_over`."
     if counted is None:
         return F.mse_loss(predicted.float(), velocity(x0, x1).float())
@@ -67,6 +85,7 @@ class Whole(NamedTuple):
 
     counts: of tokens, by loss and by part, see `count_of`; moments: mean and deviation of the target, where it is normalised.
     """
+
     counts: dict[str, Tensor]
     moments: tuple[Tensor, Tensor] | None = None
 
@@ -81,6 +100,7 @@ class Losses:
     total: what is differentiated; flow_loss, rep_loss: its terms; alignment: the features compared, None like rep_loss where
     nothing is; by_part: the flow loss of each part of the sequence, not weighted; sums: of the alignment, where that is not kept.
     """
+
     total: Tensor
     flow_loss: Tensor
     rep_loss: Tensor | None = None
@@ -93,8 +113,14 @@ class Losses:
         by_part = {name: loss.detach() for name, loss in self.by_part.items()}
         if self.alignment is None:
             return Losses(self.total.detach(), self.flow_loss.detach(), by_part=by_part)
-        return Losses(self.total.detach(), self.flow_loss.detach(), self.rep_loss.detach(), self.alignment if features else None,
-                      by_part, None if features else self.alignment.sums())
+        return Losses(
+            self.total.detach(),
+            self.flow_loss.detach(),
+            self.rep_loss.detach(),
+            self.alignment if features else None,
+            by_part,
+            None if features else self.alignment.sums(),
+        )
 
     @classmethod
     def join(cls, pieces: list["Losses"]) -> "Losses":
@@ -103,22 +129,42 @@ class Losses:
 
         def mean(of: Callable) -> Tensor:
             return torch.stack([of(piece) for piece in pieces]).mean(0)
-        by_part = {name: mean(lambda piece, name=name: piece.by_part[name]) for name in first.by_part}
-        return cls(mean(lambda piece: piece.total), mean(lambda piece: piece.flow_loss),
-                   None if first.rep_loss is None else mean(lambda piece: piece.rep_loss),
-                   None if first.alignment is None else Alignment.join([piece.alignment for piece in pieces]),
-                   by_part, None if first.sums is None else torch.stack([piece.sums for piece in pieces]).sum(0))
+
+        by_part = {
+            name: mean(lambda piece, name=name: piece.by_part[name])
+            for name in first.by_part
+        }
+        return cls(
+            mean(lambda piece: piece.total),
+            mean(lambda piece: piece.flow_loss),
+            None if first.rep_loss is None else mean(lambda piece: piece.rep_loss),
+            None
+            if first.alignment is None
+            else Alignment.join([piece.alignment for piece in pieces]),
+            by_part,
+            None
+            if first.sums is None
+            else torch.stack([piece.sums for piece in pieces]).sum(0),
+        )
 
     def floats(self, diagnose: bool = False) -> dict[str, float]:
         "Numbers for a log: the losses, cosine and constant_cosine; with `diagnose` all that `Alignment.diagnosis` says."
-        found = {"total": average(self.total).item(), "flow_loss": average(self.flow_loss).item()}
-        found |= {f"flow_loss_{name}": average(loss).item() for name, loss in self.by_part.items()}
+        found = {
+            "total": average(self.total).item(),
+            "flow_loss": average(self.flow_loss).item(),
+        }
+        found |= {
+            f"flow_loss_{name}": average(loss).item()
+            for name, loss in self.by_part.items()
+        }
         if self.rep_loss is None:
             return found
         found["rep_loss"] = average(self.rep_loss).item()
         if diagnose:
             return found | self.alignment.diagnosis()
-        return found | means_of(self.alignment.sums() if self.sums is None else self.sums)
+        return found | means_of(
+            self.alignment.sums() if self.sums is None else self.sums
+        )
 
 # %% ../../nbs/1_method/10_objective.ipynb #18b1d51b
 class FlowMatching(nn.Module):
@@ -130,7 +176,7 @@ class FlowMatching(nn.Module):
     """
 
     compares_features = False  # with a target: there is a representation loss
-    needs_features = False     # of an outside encoder, with every batch
+    needs_features = False  # of an outside encoder, with every batch
     usual_schedule = "single"  # what objective.schedule auto stands for
 
     @classmethod
@@ -141,13 +187,25 @@ class FlowMatching(nn.Module):
         """
         return cls(**options)
 
-    def __init__(self, schedule=None, label_drop: float = 0.1, flow_tokens: str = "all", separated: bool = False,
-                 weights: dict[str, float] | None = None):
+    def __init__(
+        self,
+        schedule=None,
+        label_drop: float = 0.1,
+        flow_tokens: str = "all",
+        separated: bool = False,
+        weights: dict[str, float] | None = None,
+    ):
         super().__init__()
         self.schedule, self.weights = schedule or SingleLevel(), weights or {}
-        self.label_drop, self.flow_tokens, self.separated = label_drop, flow_tokens, separated
+        self.label_drop, self.flow_tokens, self.separated = (
+            label_drop,
+            flow_tokens,
+            separated,
+        )
 
-    def forward(self, student, teacher, batch: Batch, draw, whole: Whole = WHOLE) -> Losses:
+    def forward(
+        self, student, teacher, batch: Batch, draw, whole: Whole = WHOLE
+    ) -> Losses:
         """Losses of a batch; the teacher is not asked. draw: see `add_noise`.
 
         whole: of what this is a piece; the average of the pieces' losses is then that of the whole.
@@ -158,9 +216,13 @@ class FlowMatching(nn.Module):
 
     def schedule_of(self, parts: tuple[Part, ...]):
         "The schedule for sequences of these parts."
-        return self.schedule[parts] if isinstance(self.schedule, dict) else self.schedule
+        return (
+            self.schedule[parts] if isinstance(self.schedule, dict) else self.schedule
+        )
 
-    def see(self, student, batch: Batch, draw, taps: tuple[int, ...] = ()) -> tuple[Noised, Output]:
+    def see(
+        self, student, batch: Batch, draw, taps: tuple[int, ...] = ()
+    ) -> tuple[Noised, Output]:
         "A batch noised, and what the student makes of it."
         noised = self.noised(batch, draw)
         return noised, self.look(student, noised, taps)
@@ -169,11 +231,21 @@ class FlowMatching(nn.Module):
         "A batch noised."
         return add_noise(batch, self.schedule_of(batch.parts), self.label_drop, draw)
 
-    def look(self, student, noised: Noised, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
+    def look(
+        self, student, noised: Noised, taps: tuple[int, ...] = (), stop: bool = False
+    ) -> Output:
         "What the student makes of a noised batch."
-        within_levels = {"separated": True} if self.separated else {}  # not every backbone can
-        return student(noised.xt, noised.levels, noised.batch.condition, taps=taps, stop=stop, parts=noised.batch.parts,
-                       **within_levels)
+        # not every backbone can
+        within_levels = {"separated": True} if self.separated else {}
+        return student(
+            noised.xt,
+            noised.levels,
+            noised.batch.condition,
+            taps=taps,
+            stop=stop,
+            parts=noised.batch.parts,
+            **within_levels,
+        )
 
     def counted(self, levels: NoiseLevels) -> dict[str, Tensor | None]:
         "Which tokens each loss counts."
@@ -182,25 +254,50 @@ class FlowMatching(nn.Module):
     def counts(self, batch: Batch, draw, pieces: int) -> dict[str, Tensor]:
         "For `Whole`: of a batch that is passed in `pieces`, as `forward` will draw its levels."
         levels = draw_levels(batch.x0, self.schedule_of(batch.parts), draw)
-        counted = {loss: tokens for loss, tokens in self.counted(levels).items() if tokens is not None}
+        counted = {
+            loss: tokens
+            for loss, tokens in self.counted(levels).items()
+            if tokens is not None
+        }
         if "flow" in counted:
-            counted |= {name: counted["flow"][:, place] for name, place in Places.of(batch.parts).slices.items()}
+            counted |= {
+                name: counted["flow"][:, place]
+                for name, place in Places.of(batch.parts).slices.items()
+            }
         return {name: count_of(tokens, pieces) for name, tokens in counted.items()}
 
-    def flow(self, predicted: Tensor, noised: Noised, whole: Whole = WHOLE) -> tuple[Tensor, dict[str, Tensor]]:
+    def flow(
+        self, predicted: Tensor, noised: Noised, whole: Whole = WHOLE
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         "The flow loss, and that of each part."
         counted, counts = self.counted(noised.levels)["flow"], whole.counts
         slices, widths = Places.of(noised.batch.parts)
-        error = flow_error(predicted, noised.batch.x0, noised.x1, widths.to(predicted.device))
-        by_part = {name: mean_over(error.detach()[:, place], None if counted is None else counted[:, place], counts.get(name))
-                   for name, place in slices.items() if len(slices) > 1}
-        return mean_over(self.weighted(error, noised.batch.parts), counted, counts.get("flow")), by_part
+        error = flow_error(
+            predicted, noised.batch.x0, noised.x1, widths.to(predicted.device)
+        )
+        by_part = {
+            name: mean_over(
+                error.detach()[:, place],
+                None if counted is None else counted[:, place],
+                counts.get(name),
+            )
+            for name, place in slices.items()
+            if len(slices) > 1
+        }
+        return mean_over(
+            self.weighted(error, noised.batch.parts), counted, counts.get("flow")
+        ), by_part
 
     def weighted(self, values: Tensor, parts: tuple[Part, ...]) -> Tensor:
         "Values (b, n) of the tokens, times the weights of their parts."
         if not self.weights:
             return values
-        weights = [torch.full((part.tokens,), self.weights.get(part.name, 1.0), device=values.device) for part in parts]
+        weights = [
+            torch.full(
+                (part.tokens,), self.weights.get(part.name, 1.0), device=values.device
+            )
+            for part in parts
+        ]
         return values * torch.cat(weights)
 
 # %% ../../nbs/1_method/10_objective.ipynb #83061173
@@ -214,21 +311,27 @@ def make_teacher(student: Transformer) -> Transformer:
 def ema_decay(half_life: float) -> float:
     "The decay per step whose average forgets half in `half_life` steps. Raises ValueError when it is not positive."
     if not half_life > 0:
-        raise ValueError(f"half_life is {half_life}, but the average needs a positive number of steps")
+        raise ValueError(
+            f"half_life is {half_life}, but the average needs a positive number of steps"
+        )
     return 0.5 ** (1 / half_life)
 
 
 @torch.no_grad()
 def update_ema(teacher: nn.Module, student: nn.Module, decay: float) -> None:
     "Move the teacher's weights towards the student's: d teacher + (1 - d) student, in place."
-    get_ema_multi_avg_fn(decay)(list(teacher.parameters()), list(student.parameters()), None)
+    get_ema_multi_avg_fn(decay)(
+        list(teacher.parameters()), list(student.parameters()), None
+    )
 
 # %% ../../nbs/1_method/10_objective.ipynb #c47ca16c
 class Projector(nn.Sequential):
     "The head on the student's features: Linear(d, 2d), SiLU, Linear(2d, d), as in the released checkpoint."
 
     def __init__(self, width: int):
-        super().__init__(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+        super().__init__(
+            nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width)
+        )
 
 
 class FeatureObjective(FlowMatching):
@@ -238,12 +341,27 @@ class FeatureObjective(FlowMatching):
     rep_tokens: see `counted_tokens`; options: of `FlowMatching`. A subclass has a `projector` and a `target`.
     """
 
-    def __init__(self, schedule, student_layer: int, rep_weight: float, label_drop: float = 0.1, distance: str = "cosine",
-                 normalise: str = "raw", rep_tokens: str = "all", **options):
+    def __init__(
+        self,
+        schedule,
+        student_layer: int,
+        rep_weight: float,
+        label_drop: float = 0.1,
+        distance: str = "cosine",
+        normalise: str = "raw",
+        rep_tokens: str = "all",
+        **options,
+    ):
         super().__init__(schedule, label_drop, **options)
         if distance not in DISTANCES:
-            raise ValueError(f"distance is {distance!r}; known are {', '.join(DISTANCES)}")
-        self.student_layer, self.taps, self.rep_weight = student_layer, (student_layer,), rep_weight
+            raise ValueError(
+                f"distance is {distance!r}; known are {', '.join(DISTANCES)}"
+            )
+        self.student_layer, self.taps, self.rep_weight = (
+            student_layer,
+            (student_layer,),
+            rep_weight,
+        )
         self.distance, self.normalise, self.rep_tokens = distance, normalise, rep_tokens
 
     compares_features = True
@@ -256,17 +374,26 @@ class FeatureObjective(FlowMatching):
 
     def counted(self, levels: NoiseLevels) -> dict[str, Tensor | None]:
         "Which tokens each loss counts."
-        return {**super().counted(levels), "rep": counted_tokens(levels, self.rep_tokens)}
+        return {
+            **super().counted(levels),
+            "rep": counted_tokens(levels, self.rep_tokens),
+        }
 
     @torch.no_grad()
     def target_means(self, student, teacher, batch: Batch, draw) -> Tensor:
         "Means (2, d) of the target and of its square over samples and tokens, in float64, as `moments_of` wants them."
         noised = self.noised(batch, draw)
-        hidden = self.look(student, noised, self.taps, stop=True).features if self.own_target else {}
+        hidden = (
+            self.look(student, noised, self.taps, stop=True).features
+            if self.own_target
+            else {}
+        )
         target = self.target(teacher, noised, hidden, draw)[0].double()
         return torch.stack([target.mean((0, 1)), target.square().mean((0, 1))])
 
-    def forward(self, student, teacher, batch: Batch, draw, whole: Whole = WHOLE) -> Losses:
+    def forward(
+        self, student, teacher, batch: Batch, draw, whole: Whole = WHOLE
+    ) -> Losses:
         """Losses of a batch; draw: see `add_noise`.
 
         whole: of what this is a piece; the average of the pieces' losses is then that of the whole.
@@ -274,15 +401,27 @@ class FeatureObjective(FlowMatching):
         noised, out = self.see(student, batch, draw, self.taps)
         with torch.no_grad():
             target, level = self.target(teacher, noised, out.features, draw)
-            target = target.detach().float()  # LayerSync's is part of the student's graph
+            # LayerSync's is part of the student's graph
+            target = target.detach().float()
             target = normalise(target, self.normalise, whole.moments)
         counted = self.counted(noised.levels)["rep"]
         chosen = slice(None) if counted is None else counted
-        alignment = Alignment(None, target[chosen].flatten(0, -2), (noised.levels.per_token() - level)[chosen].flatten())
-        predicted = self.projector(alignment.watch(out.features[self.student_layer])).float()
+        alignment = Alignment(
+            None,
+            target[chosen].flatten(0, -2),
+            (noised.levels.per_token() - level)[chosen].flatten(),
+        )
+        predicted = self.projector(
+            alignment.watch(out.features[self.student_layer])
+        ).float()
         alignment.predicted = predicted.detach()[chosen].flatten(0, -2)
-        rep = mean_over(self.weighted(DISTANCES[self.distance](predicted, target), noised.batch.parts), counted,
-                        whole.counts.get("rep"))
+        rep = mean_over(
+            self.weighted(
+                DISTANCES[self.distance](predicted, target), noised.batch.parts
+            ),
+            counted,
+            whole.counts.get("rep"),
+        )
         flow, by_part = self.flow(out.velocity, noised, whole)
         return Losses(flow + self.rep_weight * rep, flow, rep, alignment, by_part)
 
@@ -293,13 +432,17 @@ def default_layers(depth: int, teacher: float = 0.7) -> tuple[int, int]:
     return student, max(student + 1, round(teacher * depth))
 
 
-def _layers(model, student: int | None, teacher: int | None, share: float) -> tuple[int, int]:
+def _layers(
+    model, student: int | None, teacher: int | None, share: float
+) -> tuple[int, int]:
     defaults = default_layers(model.depth, share)
     student = defaults[0] if student is None else student
     teacher = defaults[1] if teacher is None else teacher
     if not 1 <= student < teacher <= model.depth:
-        raise ValueError(f"student_layer {student} and teacher_layer {teacher} do not fit: "
-                         f"need 1 <= student_layer < teacher_layer <= depth = {model.depth}")
+        raise ValueError(
+            f"student_layer {student} and teacher_layer {teacher} do not fit: "
+            f"need 1 <= student_layer < teacher_layer <= depth = {model.depth}"
+        )
     return student, teacher
 
 
@@ -313,19 +456,38 @@ class SelfFlow(FeatureObjective):
 
     usual_schedule = "dual"
 
-    def __init__(self, model, schedule=None, student_layer: int | None = None, teacher_layer: int | None = None,
-                 rep_weight: float = 0.8, label_drop: float = 0.1, **options):
+    def __init__(
+        self,
+        model,
+        schedule=None,
+        student_layer: int | None = None,
+        teacher_layer: int | None = None,
+        rep_weight: float = 0.8,
+        label_drop: float = 0.1,
+        **options,
+    ):
         student_layer, teacher_layer = _layers(model, student_layer, teacher_layer, 0.7)
-        super().__init__(schedule or DualTimestep(), student_layer, rep_weight, label_drop, **options)
+        super().__init__(
+            schedule or DualTimestep(), student_layer, rep_weight, label_drop, **options
+        )
         self.teacher_layer = teacher_layer
         self.projector = Projector(model.width)
 
-    def target(self, teacher: Transformer, noised: Noised, hidden, draw) -> tuple[Tensor, Tensor]:
+    def target(
+        self, teacher: Transformer, noised: Noised, hidden, draw
+    ) -> tuple[Tensor, Tensor]:
         "The teacher's features (b, n, d) of the same noise at a cleaner level, and that level (b, n)."
         levels = self.teacher_levels(noised.levels, draw)
         batch = noised.batch
         xt = interpolate(batch.x0, noised.x1, levels.per_token())
-        out = teacher(xt, levels, batch.condition, taps=(self.teacher_layer,), stop=True, parts=batch.parts)
+        out = teacher(
+            xt,
+            levels,
+            batch.condition,
+            taps=(self.teacher_layer,),
+            stop=True,
+            parts=batch.parts,
+        )
         return out.features[self.teacher_layer], levels.per_token()
 
     def teacher_levels(self, levels: NoiseLevels, draw) -> NoiseLevels:
@@ -345,16 +507,26 @@ class SRA(SelfFlow):
     def __init__(self, model, schedule=None, *layers, offset: float = 0.2, **options):
         super().__init__(model, schedule or SingleLevel(), *layers, **options)
         if not 0 <= offset <= 1:
-            raise ValueError(f"offset is {offset}, outside [0, 1]: it is the most by which the teacher's level is lower")
+            raise ValueError(
+                f"offset is {offset}, outside [0, 1]: it is the most by which the teacher's level is lower"
+            )
         self.offset = offset
 
     def teacher_levels(self, levels: NoiseLevels, draw) -> NoiseLevels:
         "The cleanest level of each sample minus a number below `offset`."
         clean = levels.cleanest()
-        lower = torch.cat(by_shard(draw, "teacher level", clean.levels, lambda t, g: torch.rand(len(t), 1, generator=g,
-                                                                                                device=g.device))).to(clean.levels)
+        lower = torch.cat(
+            by_shard(
+                draw,
+                "teacher level",
+                clean.levels,
+                lambda t, g: torch.rand(len(t), 1, generator=g, device=g.device),
+            )
+        ).to(clean.levels)
         first = (clean.levels[:, :1] - self.offset * lower).clamp(min=0)
-        return NoiseLevels(torch.cat([first, clean.levels[:, 1:]], 1), clean.assign, clean.condition)
+        return NoiseLevels(
+            torch.cat([first, clean.levels[:, 1:]], 1), clean.assign, clean.condition
+        )
 
 
 class LayerSync(FeatureObjective):
@@ -365,8 +537,16 @@ class LayerSync(FeatureObjective):
 
     own_target = True
 
-    def __init__(self, model, schedule=None, student_layer: int | None = None, teacher_layer: int | None = None,
-                 rep_weight: float = 0.2, label_drop: float = 0.1, **options):
+    def __init__(
+        self,
+        model,
+        schedule=None,
+        student_layer: int | None = None,
+        teacher_layer: int | None = None,
+        rep_weight: float = 0.2,
+        label_drop: float = 0.1,
+        **options,
+    ):
         layers = _layers(model, student_layer, teacher_layer, 4 / 7)
         super().__init__(schedule, layers[0], rep_weight, label_drop, **options)
         self.teacher_layer, self.taps, self.projector = layers[1], layers, nn.Identity()
@@ -391,24 +571,50 @@ class REPA(FeatureObjective):
         "As of `FeatureObjective`, with a head for features of `feature_width`."
         return cls(model, feature_width, **options)
 
-    def __init__(self, model, feature_width: int, encoder: Callable | None = None, schedule=None,
-                 student_layer: int | None = None, rep_weight: float = 0.5, label_drop: float = 0.1, head_width: int = 2048,
-                 **options):
-        layer = default_layers(model.depth)[0] if student_layer is None else student_layer
+    def __init__(
+        self,
+        model,
+        feature_width: int,
+        encoder: Callable | None = None,
+        schedule=None,
+        student_layer: int | None = None,
+        rep_weight: float = 0.5,
+        label_drop: float = 0.1,
+        head_width: int = 2048,
+        **options,
+    ):
+        layer = (
+            default_layers(model.depth)[0] if student_layer is None else student_layer
+        )
         if not 1 <= layer <= model.depth:
-            raise ValueError(f"student_layer is {layer}, but the model has layers 1 to {model.depth}")
+            raise ValueError(
+                f"student_layer is {layer}, but the model has layers 1 to {model.depth}"
+            )
         super().__init__(schedule, layer, rep_weight, label_drop, **options)
-        self._encoder = (encoder,)  # in a tuple: a module would otherwise be trained and saved as part of the objective
-        self.projector = nn.Sequential(nn.Linear(model.width, head_width), nn.SiLU(), nn.Linear(head_width, head_width),
-                                       nn.SiLU(), nn.Linear(head_width, feature_width))
+        # in a tuple: a module would otherwise be trained and saved as part of the
+        # objective
+        self._encoder = (encoder,)
+        self.projector = nn.Sequential(
+            nn.Linear(model.width, head_width),
+            nn.SiLU(),
+            nn.Linear(head_width, head_width),
+            nn.SiLU(),
+            nn.Linear(head_width, feature_width),
+        )
 
     def target(self, teacher, noised: Noised, hidden, draw) -> tuple[Tensor, Tensor]:
         "The encoder's features (b, n, feature_width) and level 0."
         x0, features = noised.batch.x0, noised.batch.features
         if features is None and self._encoder[0] is None:
-            raise ValueError("REPA needs features with every batch, or an encoder: REPA(model, width, encoder=...)")
+            raise ValueError(
+                "REPA needs features with every batch, or an encoder: REPA(model, width, encoder=...)"
+            )
         found = self._encoder[0](x0) if features is None else features
         found = found[:, None].expand(-1, x0.shape[1], -1) if found.ndim == 2 else found
-        if found.shape != (expected := (*x0.shape[:2], self.projector[-1].out_features)):
-            raise ValueError(f"the encoder's features have shape {tuple(found.shape)}, expected {expected}")
+        if found.shape != (
+            expected := (*x0.shape[:2], self.projector[-1].out_features)
+        ):
+            raise ValueError(
+                f"the encoder's features have shape {tuple(found.shape)}, expected {expected}"
+            )
         return found, torch.zeros(expected[:2], device=x0.device)

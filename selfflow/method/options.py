@@ -16,96 +16,136 @@ from ..checks import check_positive, check_types, choose
 from ..registries import Named, NoOptions, backbones, objectives, samplers
 
 # %% ../../nbs/1_method/07_options.ipynb #4cbdb83c
-SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads; as DiT and SiT
-CHOICES = {"positions": ("sincos", "rotary"), "mlp": ("gelu", "swiglu"), "modulation": ("block", "shared"),
-           "caption_level": ("mean", "clean")}
+# width, depth, heads; as DiT and SiT
+SIZES = {
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+CHOICES = {
+    "positions": ("sincos", "rotary"),
+    "mlp": ("gelu", "swiglu"),
+    "modulation": ("block", "shared"),
+    "caption_level": ("mean", "clean"),
+}
 
 # %% ../../nbs/1_method/07_options.ipynb #d8abc43f
 @dataclass(frozen=True)
 class TransformerOptions:
     "Options of the transformer."
-    width: int = 96            # of the hidden states
-    depth: int = 6             # blocks
-    heads: int = 4             # of attention; must divide width
-    mlp_ratio: float = 4.0     # hidden width of the MLP over width
-    size: str = "own"          # S, B, L or XL set width, depth and heads as published; own = as given
-    positions: str | None = None  # sincos (added once) or rotary (in every attention); None: rotary, sincos for images by class
-    mlp: str = "gelu"          # gelu or swiglu
-    qk_norm: bool = False      # normalise queries and keys
+
+    width: int = 96  # of the hidden states
+    depth: int = 6  # blocks
+    heads: int = 4  # of attention; must divide width
+    mlp_ratio: float = 4.0  # hidden width of the MLP over width
+    # S, B, L or XL set width, depth and heads as published; own = as given
+    size: str = "own"
+    # sincos (added once) or rotary (in every attention); None: rotary, sincos for
+    # images by class
+    positions: str | None = None
+    mlp: str = "gelu"  # gelu or swiglu
+    qk_norm: bool = False  # normalise queries and keys
     modulation: str = "block"  # adaLN of each block, or shared by all
-    caption_level: str = "mean"  # noise level of a caption's tokens: the mean of their sample, or clean
-    caption_stride: int = 4    # bytes of a caption in one of its tokens; an encoder's tokens stay as they are
+    # noise level of a caption's tokens: the mean of their sample, or clean
+    caption_level: str = "mean"
+    # bytes of a caption in one of its tokens; an encoder's tokens stay as they are
+    caption_stride: int = 4
 
     def __post_init__(self):
         check_types(self)
         choose(self.size, ("own", *SIZES), "size (model.size)")
         if self.size != "own":
-            for name, value in zip(("width", "depth", "heads"), SIZES[self.size], strict=True):
-                if getattr(self, name) not in (value, type(self).__dataclass_fields__[name].default):
-                    raise ValueError(f"{name} is {getattr(self, name)}, but size {self.size} has {value}; "
-                                     "take model.size own to choose")
+            for name, value in zip(
+                ("width", "depth", "heads"), SIZES[self.size], strict=True
+            ):
+                if getattr(self, name) not in (
+                    value,
+                    type(self).__dataclass_fields__[name].default,
+                ):
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)}, but size {self.size} has {value}; "
+                        "take model.size own to choose"
+                    )
                 object.__setattr__(self, name, value)
         check_positive(self, "width", "depth", "heads", "mlp_ratio", "caption_stride")
         for name, known in CHOICES.items():
             if name != "positions" or self.positions is not None:
                 choose(getattr(self, name), known, f"{name} (model.{name})")
 
-backbones.register("transformer", "selfflow.method.build:build_transformer", TransformerOptions)
+
+backbones.register(
+    "transformer", "selfflow.method.build:build_transformer", TransformerOptions
+)
 backbones.register("given", "selfflow.method.build:build_given")
 
 
 @dataclass(frozen=True)
 class ModelConfig(metaclass=Named):
     "The backbone, with the options of the named one. Its inputs follow from the data."
+
     registry = backbones
 
     name: str = "transformer"  # transformer, or your own (--use)
-
 
 # %% ../../nbs/1_method/07_options.ipynb #dae6e679
 @dataclass(frozen=True)
 class FeatureOptions:
     "Options of every objective that compares the student's features with a target."
+
     student_layer: int | None = None  # 1-based, after which block; None = 0.3 depth
-    rep_weight: float = 0.8           # gamma, of the representation loss
-    rep_tokens: str = "all"           # which tokens the representation loss counts
-    distance: str = "cosine"          # of the features: cosine, smooth_l1 or l2
-    normalise: str = "raw"            # the target's features: raw, centred or standardised
+    rep_weight: float = 0.8  # gamma, of the representation loss
+    rep_tokens: str = "all"  # which tokens the representation loss counts
+    distance: str = "cosine"  # of the features: cosine, smooth_l1 or l2
+    # the target's features: raw, centred or standardised
+    normalise: str = "raw"
 
     def __post_init__(self):
         if not self.rep_weight >= 0:
-            raise ValueError(f"rep_weight is {self.rep_weight}, but must not be negative")
+            raise ValueError(
+                f"rep_weight is {self.rep_weight}, but must not be negative"
+            )
 
 
 @dataclass(frozen=True)
 class SelfFlowOptions(FeatureOptions):
     "Options of Self-Flow."
-    teacher_layer: int | None = None  # 1-based, deeper than student_layer; None = 0.7 depth
+
+    # 1-based, deeper than student_layer; None = 0.7 depth
+    teacher_layer: int | None = None
 
 
 @dataclass(frozen=True)
 class SRAOptions(SelfFlowOptions):
     "Options of SRA."
+
     offset: float = 0.2  # the teacher's level is lower by at most this
 
 
 @dataclass(frozen=True)
 class LayerSyncOptions(FeatureOptions):
     "Options of LayerSync."
-    rep_weight: float = 0.2           # gamma, of the representation loss
-    teacher_layer: int | None = None  # 1-based, deeper than student_layer; None = 4/7 depth
+
+    rep_weight: float = 0.2  # gamma, of the representation loss
+    # 1-based, deeper than student_layer; None = 4/7 depth
+    teacher_layer: int | None = None
 
 
 @dataclass(frozen=True)
 class REPAOptions(FeatureOptions):
     "Options of REPA."
+
     rep_weight: float = 0.5  # gamma, of the representation loss
 
 
 objectives.register("self_flow", "selfflow.method.objective:SelfFlow", SelfFlowOptions)
-objectives.register("flow_matching", "selfflow.method.objective:FlowMatching", NoOptions)
+objectives.register(
+    "flow_matching", "selfflow.method.objective:FlowMatching", NoOptions
+)
 objectives.register("sra", "selfflow.method.objective:SRA", SRAOptions)
-objectives.register("layer_sync", "selfflow.method.objective:LayerSync", LayerSyncOptions)
+objectives.register(
+    "layer_sync", "selfflow.method.objective:LayerSync", LayerSyncOptions
+)
 objectives.register("repa", "selfflow.method.objective:REPA", REPAOptions)
 
 # %% ../../nbs/1_method/07_options.ipynb #03c82e35
@@ -118,59 +158,100 @@ GIVEN = ("", "first_frame", "video", "audio", "either")
 @dataclass(frozen=True)
 class ObjectiveConfig(metaclass=Named):
     "What is learned, and at which noise levels; with the options of the named objective. Masks matter only with several levels."
+
     registry = objectives
 
-    name: str = "self_flow"           # of a registered objective
-    density: str = "uniform"          # of the noise levels: uniform, logit_normal or plateau_logit_normal
-    mask_ratio: float | None = None   # share of tokens at the second level, in [0, 0.5]; None = 0.25 image, 0.1 video, 0.5 audio
-    label_drop: float = 0.1           # probability that a label becomes the null label
-    density_mean: float = 0.0         # of the logit-normals
-    density_std: float = 1.0          # of the logit-normals
-    density_shift: float = 1.0        # more than 1 moves levels towards noise
-    noisy_share: float = 0.0          # this share of levels comes from U[0.95, 1]; 0.05 for the paper's video
-    schedule: str = "auto"            # single, dual, diffusion_forcing, full_masking; auto = dual for self_flow, else single
-    levels: int = 2                   # of the dual schedule; with more, masked tokens are spread over the others
-    order: str = "unsorted"           # masked tokens take the second level as it comes, or always the cleaner or noisier
-    exact: bool = False               # mask the same number of tokens in every sample
-    near: float | None = None         # draw the second level within this distance of the first
-    block: int = 1                    # mask squares of this many tokens a side
-    single_share: float = 0.0         # share of samples with all tokens at the first level
-    separated: bool = False           # tokens attend to those of their own level only, while training
-    flow_tokens: str = "all"          # which tokens the flow loss counts: all, masked or noisier
-    given: str = ""                   # a condition, not generated: first_frame (of a film), video, audio, or either of the two
-    given_share: float = 0.5          # share of samples that are given it
-    given_level: float = 0.0          # its own noise level is at most this; 0.2 for the paper's first frame
+    name: str = "self_flow"  # of a registered objective
+    # of the noise levels: uniform, logit_normal or plateau_logit_normal
+    density: str = "uniform"
+    # share of tokens at the second level, in [0, 0.5]; None = 0.25 image, 0.1 video,
+    # 0.5 audio
+    mask_ratio: float | None = None
+    label_drop: float = 0.1  # probability that a label becomes the null label
+    density_mean: float = 0.0  # of the logit-normals
+    density_std: float = 1.0  # of the logit-normals
+    density_shift: float = 1.0  # more than 1 moves levels towards noise
+    # this share of levels comes from U[0.95, 1]; 0.05 for the paper's video
+    noisy_share: float = 0.0
+    # single, dual, diffusion_forcing, full_masking; auto = dual for self_flow, else
+    # single
+    schedule: str = "auto"
+    # of the dual schedule; with more, masked tokens are spread over the others
+    levels: int = 2
+    # masked tokens take the second level as it comes, or always the cleaner or noisier
+    order: str = "unsorted"
+    exact: bool = False  # mask the same number of tokens in every sample
+    # draw the second level within this distance of the first
+    near: float | None = None
+    block: int = 1  # mask squares of this many tokens a side
+    # share of samples with all tokens at the first level
+    single_share: float = 0.0
+    # tokens attend to those of their own level only, while training
+    separated: bool = False
+    # which tokens the flow loss counts: all, masked or noisier
+    flow_tokens: str = "all"
+    # a condition, not generated: first_frame (of a film), video, audio, or either of
+    # the two
+    given: str = ""
+    given_share: float = 0.5  # share of samples that are given it
+    # its own noise level is at most this; 0.2 for the paper's first frame
+    given_level: float = 0.0
 
     def __post_init__(self):
         check_types(self)
-        for name, known in {"density": DENSITIES, "schedule": SCHEDULES, "given": GIVEN}.items():
+        for name, known in {
+            "density": DENSITIES,
+            "schedule": SCHEDULES,
+            "given": GIVEN,
+        }.items():
             choose(getattr(self, name), known, f"{name} (objective.{name})")
         check_positive(self, "density_shift", "block")
         if not 0 <= self.label_drop <= 1:
-            raise ValueError(f"label_drop is {self.label_drop}, but a probability is in [0, 1]")
+            raise ValueError(
+                f"label_drop is {self.label_drop}, but a probability is in [0, 1]"
+            )
         if not 0 < self.given_share <= 1 or not 0 <= self.given_level <= 1:
-            raise ValueError(f"given_share is {self.given_share} and given_level {self.given_level}, but a share is in (0, 1] "
-                             "and a level in [0, 1]")
+            raise ValueError(
+                f"given_share is {self.given_share} and given_level {self.given_level}, but a share is in (0, 1] "
+                "and a level in [0, 1]"
+            )
         if not self.usual:
             import_module("selfflow.method.build").check_levels(self)
 
     @property
     def usual(self) -> bool:
         "True for a published method with any weight and label drop. Its parts fit together; others are checked with torch."
-        free = {"name", "mask_ratio", "rep_weight", "label_drop", "given_share", "given_level"}
-        return (isinstance(objectives[self.name].target, str) and self.mask_ratio in (None, *MASK_RATIOS.values())
-                and all(getattr(self, f.name) == f.default for f in fields(self) if f.name not in free))
+        free = {
+            "name",
+            "mask_ratio",
+            "rep_weight",
+            "label_drop",
+            "given_share",
+            "given_level",
+        }
+        return (
+            isinstance(objectives[self.name].target, str)
+            and self.mask_ratio in (None, *MASK_RATIOS.values())
+            and all(
+                getattr(self, f.name) == f.default
+                for f in fields(self)
+                if f.name not in free
+            )
+        )
 
 # %% ../../nbs/1_method/07_options.ipynb #1d501480
 @dataclass(frozen=True)
 class StochasticOptions:
     "Options of a sampler whose step is given noise."
-    last: float = 0.04  # level at which the last step, without noise, begins; as published
+
+    # level at which the last step, without noise, begins; as published
+    last: float = 0.04
 
 
 @dataclass(frozen=True)
 class AdaptiveOptions:
     "Options of a sampler that chooses its steps by tolerances."
+
     rtol: float = 1e-5  # relative tolerance of a step
     atol: float = 1e-5  # absolute tolerance of a step
 
@@ -187,7 +268,9 @@ def sampler_options(method: str, values: dict[str, Any]) -> Any:
     options = samplers[method].options
     known = [field.name for field in fields(options)]
     if values and not known:
-        raise ValueError(f"sampler {method} has no options, but {', '.join(values)} is given")
+        raise ValueError(
+            f"sampler {method} has no options, but {', '.join(values)} is given"
+        )
     for name in values:
         choose(name, known, f"option of sampler {method}")
     return options(**values)

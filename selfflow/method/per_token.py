@@ -23,19 +23,35 @@ class PerTokenBlock(nn.Module):
     def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0):
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = (nn.LayerNorm(width, elementwise_affine=False, eps=1e-6) for _ in range(2))
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.norm1, self.norm2 = (
+            nn.LayerNorm(width, elementwise_affine=False, eps=1e-6) for _ in range(2)
+        )
+        self.attn = nn.ModuleDict(
+            {"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)}
+        )
         hidden = int(width * mlp_ratio)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
+        self.mlp = nn.ModuleDict(
+            {"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)}
+        )
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(
+            6, dim=-1
+        )
         y = self.norm1(x) * (1 + scale1) + shift1
-        q, k, v = self.attn["qkv"](y).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + gate1 * self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = (
+            self.attn["qkv"](y)
+            .unflatten(-1, (3, self.heads, -1))
+            .permute(2, 0, 3, 1, 4)
+        )
+        x = x + gate1 * self.attn["proj"](
+            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        )
         y = self.norm2(x) * (1 + scale2) + shift2
-        return x + gate2 * self.mlp["fc2"](F.gelu(self.mlp["fc1"](y), approximate="tanh"))
+        return x + gate2 * self.mlp["fc2"](
+            F.gelu(self.mlp["fc1"](y), approximate="tanh")
+        )
 
 
 class PerTokenTransformer(nn.Module):
@@ -48,23 +64,54 @@ class PerTokenTransformer(nn.Module):
     def __init__(self, model: Transformer):
         super().__init__()
         config, width = model.config, model.config.width
-        self.x_embedder, self.y_embedder = nn.Linear(config.channels, width), nn.Embedding(config.classes + 1, width)
-        self.t_embedder = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))})
-        self.blocks = nn.ModuleList(PerTokenBlock(width, config.heads, config.mlp_ratio) for _ in range(config.depth))
-        self.final_layer = nn.ModuleDict({"linear": nn.Linear(width, config.channels),
-                                          "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))})
+        self.x_embedder, self.y_embedder = (
+            nn.Linear(config.channels, width),
+            nn.Embedding(config.classes + 1, width),
+        )
+        self.t_embedder = nn.ModuleDict(
+            {
+                "mlp": nn.Sequential(
+                    nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width)
+                )
+            }
+        )
+        self.blocks = nn.ModuleList(
+            PerTokenBlock(width, config.heads, config.mlp_ratio)
+            for _ in range(config.depth)
+        )
+        self.final_layer = nn.ModuleDict(
+            {
+                "linear": nn.Linear(width, config.channels),
+                "adaLN_modulation": nn.Sequential(
+                    nn.SiLU(), nn.Linear(width, 2 * width)
+                ),
+            }
+        )
         self.register_buffer("positions", model.positions.clone(), persistent=False)
-        self.load_state_dict({name.replace(".image.", "."): value for name, value in model.state_dict().items()})
+        self.load_state_dict(
+            {
+                name.replace(".image.", "."): value
+                for name, value in model.state_dict().items()
+            }
+        )
 
-    def forward(self, x: Tensor, tau: Tensor, labels: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, tau: Tensor, labels: Tensor, layer: int
+    ) -> tuple[Tensor, Tensor]:
         h = self.x_embedder(x) + self.positions
-        c = self.t_embedder["mlp"](sinusoid(tau, 256)) + self.y_embedder(labels)[:, None]                    # (b, n, d)
+        # (b, n, d)
+        c = (
+            self.t_embedder["mlp"](sinusoid(tau, 256))
+            + self.y_embedder(labels)[:, None]
+        )
         for index, block in enumerate(self.blocks, start=1):
             h = block(h, c)
             if index == layer:
                 features = h
         shift, scale = self.final_layer["adaLN_modulation"](c).chunk(2, dim=-1)
-        return self.final_layer["linear"](F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift), features
+        return self.final_layer["linear"](
+            F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        ), features
 
 # %% ../../nbs/1_method/14_per_token.ipynb #39e98214
 class PublishedSelfFlow(SelfFlow):
@@ -73,9 +120,21 @@ class PublishedSelfFlow(SelfFlow):
     def forward(self, student, teacher, batch: Batch, draw) -> Tensor:
         "The total loss of a batch."
         noised = self.noised(batch, draw)
-        labels, clean = noised.batch.condition.values, noised.levels.cleanest().per_token()
+        labels, clean = (
+            noised.batch.condition.values,
+            noised.levels.cleanest().per_token(),
+        )
         v, h = student(noised.xt, noised.levels.per_token(), labels, self.student_layer)
         with torch.no_grad():
-            target = teacher(interpolate(batch.x0, noised.x1, clean), clean, labels, self.teacher_layer)[1]
-        cosine = F.cosine_similarity(self.projector(h).float(), target.float(), dim=-1).mean()
-        return F.mse_loss(v.float(), velocity(batch.x0, noised.x1)) + self.rep_weight * (1 - cosine)
+            target = teacher(
+                interpolate(batch.x0, noised.x1, clean),
+                clean,
+                labels,
+                self.teacher_layer,
+            )[1]
+        cosine = F.cosine_similarity(
+            self.projector(h).float(), target.float(), dim=-1
+        ).mean()
+        return F.mse_loss(
+            v.float(), velocity(batch.x0, noised.x1)
+        ) + self.rep_weight * (1 - cosine)

@@ -25,76 +25,132 @@ from .tokens import position_code
 from .transformer import Transformer, TransformerConfig
 
 # %% ../../nbs/1_method/13_reference.ipynb #b6ba02e2
-PUBLISHED = {"input_size": 32, "patch_size": 2, "in_channels": 4, "hidden_size": 1152, "depth": 28, "num_heads": 16,
-             "mlp_ratio": 4.0, "num_classes": 1001, "learn_sigma": True, "compatibility_mode": True}  # the ImageNet model
+PUBLISHED = {
+    "input_size": 32,
+    "patch_size": 2,
+    "in_channels": 4,
+    "hidden_size": 1152,
+    "depth": 28,
+    "num_heads": 16,
+    # the ImageNet model
+    "mlp_ratio": 4.0,
+    "num_classes": 1001,
+    "learn_sigma": True,
+    "compatibility_mode": True,
+}
 _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width, for sizes S, B, L, XL
-_NAMES = {"x_embedder.image.": "x_embedder.proj.", "final_layer.linear.image.": "final_layer.linear.",
-          "y_embedder.": "y_embedder.embedding_table.",  # ours, theirs
-          "projector.0.": "projector.linear1.", "projector.2.": "projector.linear2."}
-_PARTS = {"positions": "sincos", "mlp": "gelu", "qk_norm": False, "modulation": "block"}  # of a model that it can express
+_NAMES = {
+    "x_embedder.image.": "x_embedder.proj.",
+    "final_layer.linear.image.": "final_layer.linear.",
+    "y_embedder.": "y_embedder.embedding_table.",  # ours, theirs
+    "projector.0.": "projector.linear1.",
+    "projector.2.": "projector.linear2.",
+}
+# of a model that it can express
+_PARTS = {"positions": "sincos", "mlp": "gelu", "qk_norm": False, "modulation": "block"}
 _LAST = ("final_layer.linear.weight", "final_layer.linear.bias")
 
 
 def _published(name: str) -> str:
-    return next((theirs + name.removeprefix(ours) for ours, theirs in _NAMES.items() if name.startswith(ours)), name)
+    return next(
+        (
+            theirs + name.removeprefix(ours)
+            for ours, theirs in _NAMES.items()
+            if name.startswith(ours)
+        ),
+        name,
+    )
 
 
 def _modules(config: dict) -> tuple[Transformer, Projector]:
     "Model and projector without memory for weights, for complete published arguments."
     side = config["input_size"] // config["patch_size"]
-    shape = TransformerConfig.of_image(config["in_channels"] * config["patch_size"]**2, (side, side), config["hidden_size"],
-                                       config["depth"], config["num_heads"], config["mlp_ratio"], config["num_classes"] - 1)
+    shape = TransformerConfig.of_image(
+        config["in_channels"] * config["patch_size"] ** 2,
+        (side, side),
+        config["hidden_size"],
+        config["depth"],
+        config["num_heads"],
+        config["mlp_ratio"],
+        config["num_classes"] - 1,
+    )
     with torch.device("meta"):
         model, projector = Transformer(shape), Projector(shape.width)
-    model.positions = position_code(shape.parts[0].coordinates(), shape.width)  # a constant: no weight will replace it
+    # a constant: no weight will replace it
+    model.positions = position_code(shape.parts[0].coordinates(), shape.width)
     return model, projector
 
 
 def _state(model: Transformer, projector: Projector | None) -> dict[str, Tensor]:
     "The tensors of both by published name, position code included."
-    tensors = model.state_dict() | (projector.state_dict(prefix="projector.") if projector else {})
-    return {_published(name): value for name, value in tensors.items()} | {"pos_embed": model.positions[None]}
+    tensors = model.state_dict() | (
+        projector.state_dict(prefix="projector.") if projector else {}
+    )
+    return {_published(name): value for name, value in tensors.items()} | {
+        "pos_embed": model.positions[None]
+    }
 
 
 def layout(config: dict) -> dict[str, tuple[int, ...]]:
     "Name and shape of every tensor of a checkpoint with published constructor arguments `config` (complete, as PUBLISHED)."
-    shapes = {name: tuple(value.shape) for name, value in _state(*_modules(config)).items()}
-    return shapes | {name: ((1 + config["learn_sigma"]) * shapes[name][0], *shapes[name][1:]) for name in _LAST}
+    shapes = {
+        name: tuple(value.shape) for name, value in _state(*_modules(config)).items()
+    }
+    return shapes | {
+        name: ((1 + config["learn_sigma"]) * shapes[name][0], *shapes[name][1:])
+        for name in _LAST
+    }
 
 # %% ../../nbs/1_method/13_reference.ipynb #fe97ec61
 def fold_time(weight: Tensor) -> Tensor:
     "The first layer (d, 256) of the time embedding, cosines before sines, for t instead of 1 - t. It is its own inverse."
     cosine, sine = weight.double().chunk(2, dim=1)
-    f = 10_000.0 ** (-torch.arange(cosine.shape[1], dtype=torch.float64) / cosine.shape[1])
-    return torch.cat([cosine * f.cos() + sine * f.sin(), cosine * f.sin() - sine * f.cos()], dim=1).to(weight.dtype)
+    f = 10_000.0 ** (
+        -torch.arange(cosine.shape[1], dtype=torch.float64) / cosine.shape[1]
+    )
+    return torch.cat(
+        [cosine * f.cos() + sine * f.sin(), cosine * f.sin() - sine * f.cos()], dim=1
+    ).to(weight.dtype)
 
 # %% ../../nbs/1_method/13_reference.ipynb #f6f7264c
 def _last_layer(value: Tensor, config: dict) -> Tensor:
     "Rows (c p q) of a velocity from the published rows (p q c) or (p q 2c) of its negative; weight or bias."
     p = config["patch_size"]
-    return -rearrange(value, "(p q two c) ... -> two (c p q) ...", p=p, q=p, c=config["in_channels"])[0]
+    return -rearrange(
+        value, "(p q two c) ... -> two (c p q) ...", p=p, q=p, c=config["in_channels"]
+    )[0]
 
 
 def _last_layer_back(value: Tensor, config: dict) -> Tensor:
     "The inverse of _last_layer; the channels that nothing reads are zeros."
     p = config["patch_size"]
-    rows = torch.stack([-value, torch.zeros_like(value)] if config["learn_sigma"] else [-value])
-    return rearrange(rows, "two (c p q) ... -> (p q two c) ...", p=p, q=p, c=config["in_channels"])
+    rows = torch.stack(
+        [-value, torch.zeros_like(value)] if config["learn_sigma"] else [-value]
+    )
+    return rearrange(
+        rows, "two (c p q) ... -> (p q two c) ...", p=p, q=p, c=config["in_channels"]
+    )
 
 # %% ../../nbs/1_method/13_reference.ipynb #f7ad8baf
 def _check_patch(channels: int, patch: int) -> None:
     if patch < 1 or channels % patch**2:
-        raise ValueError(f"tokens of {channels} numbers are no patches of {patch} x {patch}: "
-                         "give the right one in config={'patch_size': ...}")
+        raise ValueError(
+            f"tokens of {channels} numbers are no patches of {patch} x {patch}: "
+            "give the right one in config={'patch_size': ...}"
+        )
 
 
 def _known(config: dict | None) -> dict:
     "Given published arguments, checked for names that do not exist and for a form that is not known."
     known = dict(config or {})
     if unknown := known.keys() - PUBLISHED.keys():
-        raise ValueError(f"config has {', '.join(sorted(unknown))}, but the published arguments are {', '.join(PUBLISHED)}")
+        raise ValueError(
+            f"config has {', '.join(sorted(unknown))}, but the published arguments are {', '.join(PUBLISHED)}"
+        )
     if not known.get("compatibility_mode", True):
-        raise ValueError("compatibility_mode is False, but the order of the published model's output is known for True alone")
+        raise ValueError(
+            "compatibility_mode is False, but the order of the published model's output is known for True alone"
+        )
     return known
 
 
@@ -110,26 +166,54 @@ def infer_config(weights: Mapping[str, Tensor], known: dict | None = None) -> di
         shape = weights[name].shape if name in weights else ()
         return shape[axis] if axis < len(shape) else default
 
-    first = weights["x_embedder.proj.weight"].shape if "x_embedder.proj.weight" in weights else (0, 16)
-    patch, channels = known.get("patch_size", first[-1] if len(first) == 4 else 2), math.prod(first[1:])
+    first = (
+        weights["x_embedder.proj.weight"].shape
+        if "x_embedder.proj.weight" in weights
+        else (0, 16)
+    )
+    patch, channels = (
+        known.get("patch_size", first[-1] if len(first) == 4 else 2),
+        math.prod(first[1:]),
+    )
     _check_patch(channels, patch)
     width = size("pos_embed", 2, PUBLISHED["hidden_size"])
     if (heads := known.get("num_heads", _HEADS.get(width))) is None:
-        raise ValueError(f"the number of heads cannot be seen in the weights, and width {width} is none of "
-                         f"{', '.join(map(str, _HEADS))}: give it in config={{'num_heads': ...}}")
+        raise ValueError(
+            f"the number of heads cannot be seen in the weights, and width {width} is none of "
+            f"{', '.join(map(str, _HEADS))}: give it in config={{'num_heads': ...}}"
+        )
     hidden = size("blocks.0.mlp.fc1.weight", 0, 4 * width)
-    ratio = hidden / width if int(width * (hidden / width)) == hidden else math.nextafter(hidden / width, math.inf)
-    blocks = {found[0] for name in weights if (found := re.match(r"blocks\.\d+\.", name))}
-    return {"input_size": math.isqrt(size("pos_embed", 1, 256)) * patch, "patch_size": patch, "in_channels": channels // patch**2,
-            "hidden_size": width, "depth": len(blocks) or PUBLISHED["depth"], "num_heads": heads,
-            "mlp_ratio": ratio, "num_classes": size("y_embedder.embedding_table.weight", 0, PUBLISHED["num_classes"]),
-            "learn_sigma": size("final_layer.linear.weight", 0, 2 * channels) == 2 * channels, "compatibility_mode": True} | known
+    ratio = (
+        hidden / width
+        if int(width * (hidden / width)) == hidden
+        else math.nextafter(hidden / width, math.inf)
+    )
+    blocks = {
+        found[0] for name in weights if (found := re.match(r"blocks\.\d+\.", name))
+    }
+    return {
+        "input_size": math.isqrt(size("pos_embed", 1, 256)) * patch,
+        "patch_size": patch,
+        "in_channels": channels // patch**2,
+        "hidden_size": width,
+        "depth": len(blocks) or PUBLISHED["depth"],
+        "num_heads": heads,
+        "mlp_ratio": ratio,
+        "num_classes": size(
+            "y_embedder.embedding_table.weight", 0, PUBLISHED["num_classes"]
+        ),
+        "learn_sigma": size("final_layer.linear.weight", 0, 2 * channels)
+        == 2 * channels,
+        "compatibility_mode": True,
+    } | known
 
 # %% ../../nbs/1_method/13_reference.ipynb #93e73542
 def _read(path: Path) -> tuple[dict, dict]:
     "What a file holds, and the published arguments it names (only safetensors written by `save` do)."
     if path.suffix not in (".safetensors", ".pt", ".pth"):
-        raise ValueError(f"{path} ends in {path.suffix!r}; weights are read from .safetensors, .pt and .pth")
+        raise ValueError(
+            f"{path} ends in {path.suffix!r}; weights are read from .safetensors, .pt and .pth"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
@@ -137,55 +221,106 @@ def _read(path: Path) -> tuple[dict, dict]:
             with safe_open(path, "pt") as file:
                 config = dict(json.loads((file.metadata() or {}).get("config", "{}")))
                 return {name: file.get_tensor(name) for name in file.keys()}, config
-        mapped = zipfile.is_zipfile(path)  # files of PyTorch before 1.6 are not, and cannot be mapped
-        return dict(torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)), {}
-    except Exception as error:  # a damaged or foreign file fails in many ways, and all mean the same to the reader
-        raise ValueError(f"{path} cannot be read: it is damaged or no dict of tensors ({type(error).__name__})") from error
+        # files of PyTorch before 1.6 are not, and cannot be mapped
+        mapped = zipfile.is_zipfile(path)
+        return dict(
+            torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
+        ), {}
+    # a damaged or foreign file fails in many ways, and all mean the same to the reader
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read: it is damaged or no dict of tensors ({type(error).__name__})"
+        ) from error
 
 
 def _flat(weights: Mapping) -> dict[str, Tensor]:
     "The tensors by name: out of the entry `ema`, `model` or `state_dict` of a training checkpoint, without a prefix `module.`."
-    inner = [weights[entry] for entry in ("ema", "model", "state_dict") if isinstance(weights.get(entry), Mapping)]
+    inner = [
+        weights[entry]
+        for entry in ("ema", "model", "state_dict")
+        if isinstance(weights.get(entry), Mapping)
+    ]
     weights = inner[0] if inner else weights
-    if wrong := [str(name) for name, value in weights.items() if not (isinstance(name, str) and isinstance(value, Tensor))]:
-        raise ValueError(f"weights must be a dict of tensors by name, but {', '.join(wrong)} are something else")
-    prefixed = all(name.startswith("module.") for name in weights)  # saved from inside a data-parallel wrapper
-    return {name.removeprefix("module.") if prefixed else name: value for name, value in weights.items()}
+    if wrong := [
+        str(name)
+        for name, value in weights.items()
+        if not (isinstance(name, str) and isinstance(value, Tensor))
+    ]:
+        raise ValueError(
+            f"weights must be a dict of tensors by name, but {', '.join(wrong)} are something else"
+        )
+    # saved from inside a data-parallel wrapper
+    prefixed = all(name.startswith("module.") for name in weights)
+    return {
+        name.removeprefix("module.") if prefixed else name: value
+        for name, value in weights.items()
+    }
 
 # %% ../../nbs/1_method/13_reference.ipynb #9145301a
 def _compare(weights: dict[str, Tensor], config: dict) -> None:
     "Raise one ValueError that names all differences from the published layout; the projector may be absent as a whole."
     expected = layout(config)
     if not any(name.startswith("projector.") for name in weights):
-        expected = {name: shape for name, shape in expected.items() if not name.startswith("projector.")}
+        expected = {
+            name: shape
+            for name, shape in expected.items()
+            if not name.startswith("projector.")
+        }
     if not expected.keys() & weights.keys():
-        raise ValueError(f"none of the published names is among the {len(weights)} given: they begin with "
-                         f"{', '.join(list(weights)[:3]) or 'nothing'}, expected {', '.join(list(expected)[:3])}, ...")
+        raise ValueError(
+            f"none of the published names is among the {len(weights)} given: they begin with "
+            f"{', '.join(list(weights)[:3]) or 'nothing'}, expected {', '.join(list(expected)[:3])}, ..."
+        )
     problems = [f"unexpected {name}" for name in weights if name not in expected]
     for name, shape in expected.items():
-        convolution = (shape[0], config["in_channels"], config["patch_size"], config["patch_size"])
+        convolution = (
+            shape[0],
+            config["in_channels"],
+            config["patch_size"],
+            config["patch_size"],
+        )
         if (value := weights.get(name)) is None:
             problems.append(f"missing {name}")
-        elif tuple(value.shape) not in ((shape, convolution) if name == "x_embedder.proj.weight" else (shape,)):
+        elif tuple(value.shape) not in (
+            (shape, convolution) if name == "x_embedder.proj.weight" else (shape,)
+        ):
             problems.append(f"{name} has shape {tuple(value.shape)} instead of {shape}")
         elif not value.is_floating_point():
             problems.append(f"{name} holds {value.dtype} instead of floats")
         elif name == "pos_embed":
-            off = (value.detach().float().cpu() - _modules(config)[0].positions).abs().max().item()
+            off = (
+                (value.detach().float().cpu() - _modules(config)[0].positions)
+                .abs()
+                .max()
+                .item()
+            )
             if not off <= 1e-5 + torch.finfo(value.dtype).eps:
-                problems.append(f"pos_embed differs by up to {off:.2g} from the sin-cos code, which is a constant here")
+                problems.append(
+                    f"pos_embed differs by up to {off:.2g} from the sin-cos code, which is a constant here"
+                )
     if problems:
-        raise ValueError("the weights do not fit and nothing was loaded: " + "; ".join(problems))
+        raise ValueError(
+            "the weights do not fit and nothing was loaded: " + "; ".join(problems)
+        )
 
 
-def _convert(tensors: Mapping[str, Tensor], config: dict, last_layer: Callable) -> dict[str, Tensor]:
+def _convert(
+    tensors: Mapping[str, Tensor], config: dict, last_layer: Callable
+) -> dict[str, Tensor]:
     "Copies in float32 on the CPU, by published name, with time folded and `last_layer` applied to the last layer."
-    tensors = {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in tensors.items()}
+    tensors = {
+        name: value.detach().to("cpu", torch.float32, copy=True)
+        for name, value in tensors.items()
+    }
     folded = {"t_embedder.mlp.0.weight": fold_time(tensors["t_embedder.mlp.0.weight"])}
-    return tensors | folded | {name: last_layer(tensors[name], config) for name in _LAST}
+    return (
+        tensors | folded | {name: last_layer(tensors[name], config) for name in _LAST}
+    )
 
 
-def load(weights: Mapping | Path | str, config: dict | None = None) -> tuple[Transformer, Projector | None]:
+def load(
+    weights: Mapping | Path | str, config: dict | None = None
+) -> tuple[Transformer, Projector | None]:
     """Transformer and Projector (None if there is none) with published weights, on the CPU, in float32, in eval mode.
 
     weights: a state dict (copied) or a file, .safetensors, .pt or .pth, from which no code is run; a training checkpoint's `ema`,
@@ -193,14 +328,24 @@ def load(weights: Mapping | Path | str, config: dict | None = None) -> tuple[Tra
     file and shapes say, see infer_config. Raises FileNotFoundError, and ValueError for files of another kind, for what is not
     tensors and, naming everything that is wrong, when weights and layout differ. Source: the released code of Self-Flow.
     """
-    weights, stored = (weights, {}) if isinstance(weights, Mapping) else _read(Path(weights))
+    weights, stored = (
+        (weights, {}) if isinstance(weights, Mapping) else _read(Path(weights))
+    )
     weights = _flat(weights)
     config = infer_config(weights, stored | (config or {}))
     _compare(weights, config)
-    tensors, (model, projector) = _convert(weights, config, _last_layer), _modules(config)
+    tensors, (model, projector) = (
+        _convert(weights, config, _last_layer),
+        _modules(config),
+    )
     with_projector = "projector.linear1.weight" in tensors
-    for prefix, module in (("", model), ("projector.", projector))[:1 + with_projector]:
-        state = {name: tensors[_published(prefix + name)].reshape(value.shape) for name, value in module.state_dict().items()}
+    for prefix, module in (("", model), ("projector.", projector))[
+        : 1 + with_projector
+    ]:
+        state = {
+            name: tensors[_published(prefix + name)].reshape(value.shape)
+            for name, value in module.state_dict().items()
+        }
         module.load_state_dict(state, assign=True)
     return model.eval(), projector.eval() if with_projector else None
 
@@ -213,25 +358,52 @@ def _published_config(config: TransformerConfig, known: dict | None = None) -> d
     parts (rotary positions, SwiGLU, normalised queries and keys, modulation shared by the blocks).
     """
     known = _known(known)
-    if other := [f"{name}={getattr(config, name)!r}" for name, usual in _PARTS.items() if getattr(config, name) != usual]:
-        raise ValueError(f"the published form has no {', '.join(other)}: keep such a model in the folder of its run")
-    if [(part.name, part.grid[0]) for part in config.parts] != [("image", 1)] or config.caption:
-        raise ValueError("the published form knows images by class alone, not "
-                         f"{', '.join(part.name for part in config.parts)}: keep such a model in the folder of its run")
+    if other := [
+        f"{name}={getattr(config, name)!r}"
+        for name, usual in _PARTS.items()
+        if getattr(config, name) != usual
+    ]:
+        raise ValueError(
+            f"the published form has no {', '.join(other)}: keep such a model in the folder of its run"
+        )
+    if [(part.name, part.grid[0]) for part in config.parts] != [
+        ("image", 1)
+    ] or config.caption:
+        raise ValueError(
+            "the published form knows images by class alone, not "
+            f"{', '.join(part.name for part in config.parts)}: keep such a model in the folder of its run"
+        )
     _, rows, columns = config.parts[0].grid
     if rows != columns:
-        raise ValueError(f"the grid is {rows} x {columns}, but the published form knows square ones alone")
+        raise ValueError(
+            f"the grid is {rows} x {columns}, but the published form knows square ones alone"
+        )
     patch = known.get("patch_size", 2)
     _check_patch(config.channels, patch)
-    made = {"input_size": rows * patch, "patch_size": patch, "in_channels": config.channels // patch**2,
-            "hidden_size": config.width, "depth": config.depth, "num_heads": config.heads, "mlp_ratio": config.mlp_ratio,
-            "num_classes": config.classes + 1, "learn_sigma": known.get("learn_sigma", True), "compatibility_mode": True}
-    if wrong := [f"{name} is {made[name]}, not {value}" for name, value in known.items() if made[name] != value]:
+    made = {
+        "input_size": rows * patch,
+        "patch_size": patch,
+        "in_channels": config.channels // patch**2,
+        "hidden_size": config.width,
+        "depth": config.depth,
+        "num_heads": config.heads,
+        "mlp_ratio": config.mlp_ratio,
+        "num_classes": config.classes + 1,
+        "learn_sigma": known.get("learn_sigma", True),
+        "compatibility_mode": True,
+    }
+    if wrong := [
+        f"{name} is {made[name]}, not {value}"
+        for name, value in known.items()
+        if made[name] != value
+    ]:
         raise ValueError(f"config does not describe this model: {', '.join(wrong)}")
     return made
 
 
-def export(model: Transformer, projector: Projector | None = None, config: dict | None = None) -> dict[str, Tensor]:
+def export(
+    model: Transformer, projector: Projector | None = None, config: dict | None = None
+) -> dict[str, Tensor]:
     """A model's weights under the published names, on the CPU, in float32: what `load` reads. Copies.
 
     config: what published_config should know. With learn_sigma, the half of the last layer that nothing reads is written
@@ -243,15 +415,25 @@ def export(model: Transformer, projector: Projector | None = None, config: dict 
     return made
 
 
-def save(path: Path | str, model: Transformer, projector: Projector | None = None, config: dict | None = None) -> None:
+def save(
+    path: Path | str,
+    model: Transformer,
+    projector: Projector | None = None,
+    config: dict | None = None,
+) -> None:
     """Write `export` to a .safetensors file that names its published arguments; an old one stays until the new one is whole.
 
     Raises ValueError for another suffix, and as `export` does.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path} ends in {path.suffix!r}; weights are written as .safetensors")
-    tensors, description = export(model, projector, config), {"config": json.dumps(_published_config(model.config, config))}
+        raise ValueError(
+            f"{path} ends in {path.suffix!r}; weights are written as .safetensors"
+        )
+    tensors, description = (
+        export(model, projector, config),
+        {"config": json.dumps(_published_config(model.config, config))},
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

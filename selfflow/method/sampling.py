@@ -16,7 +16,8 @@ import torch
 from torch import Generator, Tensor
 
 from .batch import Condition
-from .flow import interpolate, shift as shift_levels
+from .flow import interpolate
+from .flow import shift as shift_levels
 from .options import AdaptiveOptions, StochasticOptions, sampler_options
 from .schedule import NoiseLevels
 from .tokens import Part
@@ -24,21 +25,30 @@ from .transformer import Transformer
 from ..registries import samplers
 
 # %% ../../nbs/1_method/11_sampling.ipynb #a103b472
-def time_grid(steps: int, shift: float = 1.0, last: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
+def time_grid(
+    steps: int,
+    shift: float = 1.0,
+    last: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """The steps + 1 levels that a sampler visits, from 1 (noise) to 0 (data).
 
     shift: > 1 takes smaller steps near noise; last: where the last step begins, 0 = where the even grid has it.
     Raises ValueError for steps < 1 (< 2 when `last` is given), `last` outside [0, 1) and shift <= 0.
     """
     if not 0 <= last < 1:
-        raise ValueError(f"last is {last}, but the last step begins at a level in [0, 1); 0 is an even grid")
+        raise ValueError(
+            f"last is {last}, but the last step begins at a level in [0, 1); 0 is an even grid"
+        )
     least, why = (2, f", one from t = 1 to {last} and one to 0") if last else (1, "")
     if steps < least:
         raise ValueError(f"steps is {steps}, but sampling needs at least {least}{why}")
     grid = shift_levels(torch.linspace(1, 0, steps + 1, dtype=dtype), shift)
     if last:
         unshifted = shift_levels(torch.tensor(last, dtype=torch.float64), 1 / shift)
-        grid[:-1] = shift_levels(torch.linspace(1, unshifted.item(), steps, dtype=dtype), shift)
+        grid[:-1] = shift_levels(
+            torch.linspace(1, unshifted.item(), steps, dtype=dtype), shift
+        )
     return grid
 
 
@@ -47,7 +57,9 @@ def _wide(t: Tensor) -> Tensor:
     return t[..., None] if t.ndim else t
 
 
-def _walk(x: Tensor, t: Tensor, t_next: Tensor, slope: Tensor, kick: Tensor | float = 0.0) -> Tensor:
+def _walk(
+    x: Tensor, t: Tensor, t_next: Tensor, slope: Tensor, kick: Tensor | float = 0.0
+) -> Tensor:
     "x + (t_next - t) slope + kick; tokens whose level stays are kept bit for bit, whatever their slope."
     dt = _wide(t_next - t)
     return torch.where(dt == 0, x, (x + dt * slope + kick).to(x.dtype))
@@ -64,99 +76,190 @@ def heun_step(velocity_fn: Callable, x: Tensor, t: Tensor, t_next: Tensor) -> Te
     return _walk(x, t, t_next, (v + velocity_fn(_walk(x, t, t_next, v), t_next)) / 2)
 
 
-def midpoint_step(velocity_fn: Callable, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+def midpoint_step(
+    velocity_fn: Callable, x: Tensor, t: Tensor, t_next: Tensor
+) -> Tensor:
     "One midpoint step of dx = v dt (order 2, two evaluations); t, t_next: numbers or per token (b, n)."
     half = (t + t_next) / 2
     return _walk(x, t, t_next, velocity_fn(_walk(x, t, half, velocity_fn(x, t)), half))
 
 # %% ../../nbs/1_method/11_sampling.ipynb #2c880309
-def sde_step(velocity_fn: Callable, x: Tensor, t: Tensor, t_next: Tensor, noise: Tensor | None = None) -> Tensor:
+def sde_step(
+    velocity_fn: Callable,
+    x: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    noise: Tensor | None = None,
+) -> Tensor:
     """One Euler-Maruyama step of the SDE with the marginals of dx = v dt and noise of strength sqrt(2 t |dt|).
 
     t, t_next: numbers or per token (b, n); noise: standard normal like x, None = the mean, for the last step.
     Raises ValueError for noise of another shape. Source: SiT, arXiv 2401.08740, and Self-Flow's published sampler.
     """
     if noise is not None and noise.shape != x.shape:
-        raise ValueError(f"a step's noise has shape {tuple(noise.shape)}, expected that of x, {tuple(x.shape)}")
+        raise ValueError(
+            f"a step's noise has shape {tuple(noise.shape)}, expected that of x, {tuple(x.shape)}"
+        )
     slope = x + (2 - _wide(t)) * velocity_fn(x, t)
-    return _walk(x, t, t_next, slope, 0.0 if noise is None else _wide(2 * t * (t - t_next)).sqrt() * noise.to(x))
+    return _walk(
+        x,
+        t,
+        t_next,
+        slope,
+        0.0 if noise is None else _wide(2 * t * (t - t_next)).sqrt() * noise.to(x),
+    )
 
 # %% ../../nbs/1_method/11_sampling.ipynb #ffe7d6ad
-def dopri5_path(velocity_fn: Callable, x: Tensor, grid: Tensor, start: Tensor, rtol: float, atol: float) -> list[Tensor]:
+def dopri5_path(
+    velocity_fn: Callable,
+    x: Tensor,
+    grid: Tensor,
+    start: Tensor,
+    rtol: float,
+    atol: float,
+) -> list[Tensor]:
     "The states at the levels of `grid`; a token moves once the clock is below its `start`, a number or (b, n)."
     try:
         from torchdiffeq import odeint
     except ImportError:
-        raise ValueError("method 'dopri5' needs the package torchdiffeq: pip install 'selfflow[ode]'") from None
+        raise ValueError(
+            "method 'dopri5' needs the package torchdiffeq: pip install 'selfflow[ode]'"
+        ) from None
     if not (rtol > 0 and atol > 0):
-        raise ValueError(f"rtol is {rtol} and atol is {atol}, but both must be above 0; 1e-5 is usual")
+        raise ValueError(
+            f"rtol is {rtol} and atol is {atol}, but both must be above 0; 1e-5 is usual"
+        )
 
     def waits(t):
         return _wide((start <= t) & (start < 1))
+
     def slope(t, y):
         v = velocity_fn(y.to(x.dtype), torch.minimum(start, t))
         return torch.where(waits(t), 0.0, v.to(y.dtype))
 
-    options = {"jump_t": start[(start > 0) & (start < 1)].unique(),  # a token that sets out bends the path
-               "step_t": grid[-1:], "max_num_steps": 1000}           # no step beyond t = 0, where no level is
+    # a token that sets out bends the path
+    options = {
+        "jump_t": start[(start > 0) & (start < 1)].unique(),
+        # no step beyond t = 0, where no level is
+        "step_t": grid[-1:],
+        "max_num_steps": 1000,
+    }
     try:
-        path = odeint(slope, x.to(grid.dtype), grid, rtol=rtol, atol=atol, method="dopri5", options=options)
+        path = odeint(
+            slope,
+            x.to(grid.dtype),
+            grid,
+            rtol=rtol,
+            atol=atol,
+            method="dopri5",
+            options=options,
+        )
     except AssertionError as error:
-        raise ValueError(f"dopri5 found no step that meets rtol={rtol}, atol={atol} ({error}): the velocity is not finite, "
-                         f"or the tolerance is too small for {grid.dtype}") from None
-    return [torch.where(waits(t), x, y.to(x.dtype)) for t, y in zip(grid, path, strict=True)]  # interpolation would round x
+        raise ValueError(
+            f"dopri5 found no step that meets rtol={rtol}, atol={atol} ({error}): the velocity is not finite, "
+            f"or the tolerance is too small for {grid.dtype}"
+        ) from None
+    # interpolation would round x
+    return [
+        torch.where(waits(t), x, y.to(x.dtype)) for t, y in zip(grid, path, strict=True)
+    ]
 
 # %% ../../nbs/1_method/11_sampling.ipynb #cbdc2439
-def levels_of(method: str, steps: int, shift: float = 1.0, dtype: torch.dtype = torch.float32, **options) -> Tensor:
+def levels_of(
+    method: str,
+    steps: int,
+    shift: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    **options,
+) -> Tensor:
     "The steps + 1 levels that `sample` visits with these settings."
     chosen = sampler_options(method, options)
-    return time_grid(steps, shift, chosen.last if isinstance(chosen, StochasticOptions) else 0.0, dtype)
+    return time_grid(
+        steps,
+        shift,
+        chosen.last if isinstance(chosen, StochasticOptions) else 0.0,
+        dtype,
+    )
 
 
-def _check(x1: Tensor, x0: Tensor | None, start: Tensor | None, kept_level: float | None) -> None:
+def _check(
+    x1: Tensor, x0: Tensor | None, start: Tensor | None, kept_level: float | None
+) -> None:
     "Raises ValueError for what `sample` cannot begin with."
     for name, x in (("x1", x1), ("x0", x0)):
         if x is not None and not x.isfinite().all():
-            raise ValueError(f"{name} has {int((~x.isfinite()).sum())} values that are NaN or infinite; replace them first")
+            raise ValueError(
+                f"{name} has {int((~x.isfinite()).sum())} values that are NaN or infinite; replace them first"
+            )
     if x0 is None and start is None:
         return
     if x0 is None or start is None:
-        raise ValueError("x0 and start belong together: the known tokens, and the level from which each begins")
+        raise ValueError(
+            "x0 and start belong together: the known tokens, and the level from which each begins"
+        )
     shape = tuple(x1.shape)
     if x1.ndim != 3 or x0.shape != shape or x0.dtype != x1.dtype:
-        raise ValueError(f"x0 is {tuple(x0.shape)} {x0.dtype}, x1 {shape} {x1.dtype}; with start both are (b, n, c) of one dtype")
+        raise ValueError(
+            f"x0 is {tuple(x0.shape)} {x0.dtype}, x1 {shape} {x1.dtype}; with start both are (b, n, c) of one dtype"
+        )
     if start.shape not in (shape[:2], shape[1:2]):
-        raise ValueError(f"start has shape {tuple(start.shape)}, expected a level per token, {shape[:2]} or {shape[1:2]}")
+        raise ValueError(
+            f"start has shape {tuple(start.shape)}, expected a level per token, {shape[:2]} or {shape[1:2]}"
+        )
     if not ((start >= 0) & (start <= 1)).all():
-        raise ValueError(f"start runs from {float(start.min()):g} to {float(start.max()):g}, outside [0, 1]: "
-                         "0 keeps a token, 1 makes it anew")
+        raise ValueError(
+            f"start runs from {float(start.min()):g} to {float(start.max()):g}, outside [0, 1]: "
+            "0 keeps a token, 1 makes it anew"
+        )
     if kept_level is not None and not 0 <= kept_level <= 1:
-        raise ValueError(f"kept_level is {kept_level}, outside [0, 1]: 0 shows the tokens that are kept clean")
+        raise ValueError(
+            f"kept_level is {kept_level}, outside [0, 1]: 0 shows the tokens that are kept clean"
+        )
 
 
-def _around(velocity_fn: Callable, x0: Tensor, x1: Tensor, kept: Tensor, level: float | None) -> Callable:
+def _around(
+    velocity_fn: Callable, x0: Tensor, x1: Tensor, kept: Tensor, level: float | None
+) -> Callable:
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         return velocity_fn(*shown(x, t, x0, x1, kept, level))
 
     return velocity
 
 
-def _draws(noise: Tensor | Callable | None, generator: Generator | None, x1: Tensor, steps: int) -> Callable[[int], Tensor]:
+def _draws(
+    noise: Tensor | Callable | None, generator: Generator | None, x1: Tensor, steps: int
+) -> Callable[[int], Tensor]:
     "A function from the index of a step to its noise; `noise` as in `sample`."
     if noise is None and generator is None:
-        raise ValueError("this sampler draws noise at each step: give generator=keyed(seed, purpose), or noise")
+        raise ValueError(
+            "this sampler draws noise at each step: give generator=keyed(seed, purpose), or noise"
+        )
     if noise is None:
-        return lambda step: torch.randn(x1.shape, generator=generator, device=generator.device, dtype=x1.dtype)
+        return lambda step: torch.randn(
+            x1.shape, generator=generator, device=generator.device, dtype=x1.dtype
+        )
     if isinstance(noise, Tensor) and noise.shape != (steps - 1, *x1.shape):
-        raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {(steps - 1, *x1.shape)}: all steps but the last")
+        raise ValueError(
+            f"noise has shape {tuple(noise.shape)}, expected {(steps - 1, *x1.shape)}: all steps but the last"
+        )
     return noise if callable(noise) else noise.__getitem__
 
 
 @torch.no_grad()
-def sample(velocity_fn: Callable[[Tensor, Tensor], Tensor], x1: Tensor, steps: int = 50, method: str = "euler",
-           shift: float = 1.0, trajectory: bool = False, noise: Tensor | Callable[[int], Tensor] | None = None,
-           x0: Tensor | None = None, start: Tensor | None = None, kept_level: float | None = 0.0,
-           generator: Generator | None = None, **options) -> Tensor:
+def sample(
+    velocity_fn: Callable[[Tensor, Tensor], Tensor],
+    x1: Tensor,
+    steps: int = 50,
+    method: str = "euler",
+    shift: float = 1.0,
+    trajectory: bool = False,
+    noise: Tensor | Callable[[int], Tensor] | None = None,
+    x0: Tensor | None = None,
+    start: Tensor | None = None,
+    kept_level: float | None = 0.0,
+    generator: Generator | None = None,
+    **options,
+) -> Tensor:
     """Data x0 from noise x1 by following the velocity from t = 1 to t = 0.
 
     velocity_fn: v(x, t) with x like x1 and t a scalar tensor, or (b, n) when `start` is given.
@@ -175,7 +278,8 @@ def sample(velocity_fn: Callable[[Tensor, Tensor], Tensor], x1: Tensor, steps: i
     """
     chosen, step = sampler_options(method, options), samplers[method].load()
     _check(x1, x0, start, kept_level)
-    exact = torch.promote_types(x1.dtype, torch.float32)  # half precision is too coarse for levels
+    # half precision is too coarse for levels
+    exact = torch.promote_types(x1.dtype, torch.float32)
     grid = levels_of(method, steps, shift, exact, **options).to(x1.device)
     if start is None:
         x, start = x1, grid.new_ones(())  # one clock for all: levels stay numbers
@@ -186,7 +290,9 @@ def sample(velocity_fn: Callable[[Tensor, Tensor], Tensor], x1: Tensor, steps: i
             velocity_fn = _around(velocity_fn, x0, x1, start == 0, kept_level)
     own = asdict(chosen)
     if isinstance(chosen, AdaptiveOptions):
-        states = step(velocity_fn, x, grid if trajectory else grid[[0, -1]], start, **own)
+        states = step(
+            velocity_fn, x, grid if trajectory else grid[[0, -1]], start, **own
+        )
         return torch.stack(states) if trajectory else states[-1]
     stochastic = isinstance(chosen, StochasticOptions)
     if stochastic:
@@ -194,20 +300,38 @@ def sample(velocity_fn: Callable[[Tensor, Tensor], Tensor], x1: Tensor, steps: i
         draw = _draws(noise, generator, x1, steps)
     states, moves = [x], (grid[1:] < start.max()).tolist()
     for i, (t, t_next) in enumerate(pairwise(grid)):
-        extra = (draw(i) if i < steps - 1 else None,) if stochastic else ()  # drawn even where nothing moves: the stream stays
+        # drawn even where nothing moves: the stream stays
+        extra = (draw(i) if i < steps - 1 else None,) if stochastic else ()
         if moves[i]:
-            x = step(velocity_fn, x, torch.minimum(start, t), torch.minimum(start, t_next), *extra, **own)
+            x = step(
+                velocity_fn,
+                x,
+                torch.minimum(start, t),
+                torch.minimum(start, t_next),
+                *extra,
+                **own,
+            )
             if x.shape != x1.shape:
-                raise ValueError(f"sampler {method!r} made {tuple(x.shape)} of {tuple(x1.shape)}; a step must keep the shape")
-        if (x.device.type == "cpu" or i == steps - 1) and not x.isfinite().all():  # a GPU is waited for once, at the end
-            raise FloatingPointError(f"samples are not finite at level {t_next.item():.3g}: the velocities are those of a model "
-                                     "that has diverged")
+                raise ValueError(
+                    f"sampler {method!r} made {tuple(x.shape)} of {tuple(x1.shape)}; a step must keep the shape"
+                )
+        # a GPU is waited for once, at the end
+        if (x.device.type == "cpu" or i == steps - 1) and not x.isfinite().all():
+            raise FloatingPointError(
+                f"samples are not finite at level {t_next.item():.3g}: the velocities are those of a model "
+                "that has diverged"
+            )
         states = [*states, x] if trajectory else [x]
     return torch.stack(states) if trajectory else x
 
 # %% ../../nbs/1_method/11_sampling.ipynb #882f316e
-def guided_velocity(model: Transformer, condition: Condition | None = None, cfg_scale: float = 1.0,
-                    interval: tuple[float, float] = (0.0, 1.0), parts: tuple[Part, ...] = ()) -> Callable:
+def guided_velocity(
+    model: Transformer,
+    condition: Condition | None = None,
+    cfg_scale: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+    parts: tuple[Part, ...] = (),
+) -> Callable:
     """The function v(x, t) of a model, for `sample`, under a condition and classifier-free guidance.
 
     condition: of the b samples, None = none; parts: of the sequence, () = all that the model has; cfg_scale: w, 1 = no guidance;
@@ -217,15 +341,28 @@ def guided_velocity(model: Transformer, condition: Condition | None = None, cfg_
     (`Run.sample` asks). Source: arXiv 2207.12598; interval: arXiv 2404.07724.
     """
     if not math.isfinite(cfg_scale):
-        raise ValueError(f"cfg_scale is {cfg_scale}, but must be a number; 1 is no guidance")
+        raise ValueError(
+            f"cfg_scale is {cfg_scale}, but must be a number; 1 is no guidance"
+        )
     if condition is None and cfg_scale != 1:
-        raise ValueError(f"cfg_scale is {cfg_scale}, but guidance needs a condition to guide to; give one, or cfg_scale=1")
+        raise ValueError(
+            f"cfg_scale is {cfg_scale}, but guidance needs a condition to guide to; give one, or cfg_scale=1"
+        )
     if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
-        raise ValueError(f"interval is {interval}, but must be two levels, 0 <= low < high <= 1; (0, 1) guides everywhere")
+        raise ValueError(
+            f"interval is {interval}, but must be two levels, 0 <= low < high <= 1; (0, 1) guides everywhere"
+        )
 
     def plain(x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
-        levels = NoiseLevels.of_tokens(t) if t.ndim == 2 else NoiseLevels.single(t.expand(len(x)), x.shape[1])
-        return model(x, levels.to(x.device), condition, parts=parts).velocity.to(x.dtype)  # autocast: guided in full
+        levels = (
+            NoiseLevels.of_tokens(t)
+            if t.ndim == 2
+            else NoiseLevels.single(t.expand(len(x)), x.shape[1])
+        )
+        # autocast: guided in full
+        return model(x, levels.to(x.device), condition, parts=parts).velocity.to(
+            x.dtype
+        )
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         clock = t.amax(1) if t.ndim == 2 else t
@@ -233,19 +370,34 @@ def guided_velocity(model: Transformer, condition: Condition | None = None, cfg_
         if not inside.any():
             return plain(x, t, condition)
         both = condition.cat(condition.nothing())
-        guiding, without = plain(torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t, both).chunk(2)
-        return torch.where(inside.reshape(-1, 1, 1).to(x.device), without + cfg_scale * (guiding - without), guiding)
+        guiding, without = plain(
+            torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t, both
+        ).chunk(2)
+        return torch.where(
+            inside.reshape(-1, 1, 1).to(x.device),
+            without + cfg_scale * (guiding - without),
+            guiding,
+        )
 
     return guided if cfg_scale != 1 else lambda x, t: plain(x, t, condition)
 
 # %% ../../nbs/1_method/11_sampling.ipynb #001b2884
-def shown(x: Tensor, t: Tensor, x0: Tensor, x1: Tensor, kept: Tensor, level: float | None = 0.0) -> tuple[Tensor, Tensor]:
+def shown(
+    x: Tensor,
+    t: Tensor,
+    x0: Tensor,
+    x1: Tensor,
+    kept: Tensor,
+    level: float | None = 0.0,
+) -> tuple[Tensor, Tensor]:
     """Tokens (b, n, c) as a model is shown them while some are kept, and their levels (b, n).
 
     x: the state; t: its levels, a number, (b,) or (b, n); x0, x1: data and noise, all (b, n, c); kept: (b, n) bool; level: that
     of kept tokens, None = that of the noisiest other.
     """
     tau = (t if t.ndim == 2 else t.reshape(-1, 1)).expand(kept.shape)
-    own = torch.full_like(tau, level) if level is not None else tau.amax(1, keepdim=True)
+    own = (
+        torch.full_like(tau, level) if level is not None else tau.amax(1, keepdim=True)
+    )
     tau = torch.where(kept, own, tau)
     return torch.where(kept[..., None], interpolate(x0, x1, tau).to(x.dtype), x), tau

@@ -26,26 +26,49 @@ class NoiseLevels:
     those of tokens that are given and not generated. Raises ValueError for other shapes or a condition outside [0, k),
     TypeError for other dtypes; on the CPU also ValueError for values out of range.
     """
+
     levels: Tensor
     assign: Tensor
     condition: int = 0
 
     def __post_init__(self):
-        if self.levels.ndim != 2 or self.assign.ndim != 2 or len(self.levels) != len(self.assign):
-            raise ValueError(f"levels must be (b, k) and assign (b, n) with one b, "
-                             f"not {tuple(self.levels.shape)} and {tuple(self.assign.shape)}")
+        if (
+            self.levels.ndim != 2
+            or self.assign.ndim != 2
+            or len(self.levels) != len(self.assign)
+        ):
+            raise ValueError(
+                f"levels must be (b, k) and assign (b, n) with one b, "
+                f"not {tuple(self.levels.shape)} and {tuple(self.assign.shape)}"
+            )
         if not self.levels.is_floating_point() or self.assign.dtype != torch.int64:
-            raise TypeError(f"levels must be floats and assign int64, not {self.levels.dtype} and {self.assign.dtype}")
+            raise TypeError(
+                f"levels must be floats and assign int64, not {self.levels.dtype} and {self.assign.dtype}"
+            )
         if not 0 <= self.condition < self.k:
-            raise ValueError(f"condition is {self.condition} of {self.k} levels: one level at least is that of generated tokens")
-        if self.levels.device.type == "cpu":  # on a GPU the check would make the host wait for the device
-            _check_range(self.levels, 0.0, 1.0, "levels", "1 is noise, 0 is data; divide discrete timesteps by their number")
-            _check_range(self.assign, 0, self.k - 1, "assign", f"there are {self.k} levels")
+            raise ValueError(
+                f"condition is {self.condition} of {self.k} levels: one level at least is that of generated tokens"
+            )
+        # on a GPU the check would make the host wait for the device
+        if self.levels.device.type == "cpu":
+            _check_range(
+                self.levels,
+                0.0,
+                1.0,
+                "levels",
+                "1 is noise, 0 is data; divide discrete timesteps by their number",
+            )
+            _check_range(
+                self.assign, 0, self.k - 1, "assign", f"there are {self.k} levels"
+            )
 
     @classmethod
     def single(cls, levels: Tensor, tokens: int) -> "NoiseLevels":
         "One level for all tokens of a sample; levels: (b,)."
-        return cls(levels[:, None], torch.zeros(len(levels), tokens, dtype=torch.int64, device=levels.device))
+        return cls(
+            levels[:, None],
+            torch.zeros(len(levels), tokens, dtype=torch.int64, device=levels.device),
+        )
 
     @classmethod
     def of_tokens(cls, tau: Tensor) -> "NoiseLevels":
@@ -55,10 +78,15 @@ class NoiseLevels:
         cleanest() stays their own. Waits for a GPU, since k depends on the values. Raises ValueError when tau is not (b, n).
         """
         if tau.ndim != 2 or not tau.numel():
-            raise ValueError(f"tau has shape {tuple(tau.shape)}, expected one level for each token, (b, n)")
+            raise ValueError(
+                f"tau has shape {tuple(tau.shape)}, expected one level for each token, (b, n)"
+            )
         ordered, order = tau.sort(dim=1)
-        rank = (ordered.diff(dim=1, prepend=ordered[:, :1]) != 0).cumsum(1)  # of a value among the distinct ones of its sample
-        levels = ordered[:, -1:].repeat(1, int(rank.max()) + 1).scatter(1, rank, ordered)
+        # of a value among the distinct ones of its sample
+        rank = (ordered.diff(dim=1, prepend=ordered[:, :1]) != 0).cumsum(1)
+        levels = (
+            ordered[:, -1:].repeat(1, int(rank.max()) + 1).scatter(1, rank, ordered)
+        )
         return cls(levels, torch.empty_like(rank).scatter(1, order, rank))
 
     @property
@@ -76,8 +104,13 @@ class NoiseLevels:
         A level counts even where no token took it: the teacher always sees min(t, s). Source: Self-Flow, section 3.
         """
         first = self.k - self.condition  # of the condition's levels
-        levels = torch.cat([self.levels[:, :first].amin(1, keepdim=True), self.levels[:, first:]], dim=1)
-        return NoiseLevels(levels, (self.assign - first + 1).clamp(min=0), self.condition)
+        levels = torch.cat(
+            [self.levels[:, :first].amin(1, keepdim=True), self.levels[:, first:]],
+            dim=1,
+        )
+        return NoiseLevels(
+            levels, (self.assign - first + 1).clamp(min=0), self.condition
+        )
 
     def is_condition(self) -> Tensor:
         "Which tokens are a condition: (b, n) bool."
@@ -86,32 +119,45 @@ class NoiseLevels:
     @classmethod
     def cat(cls, parts: list["NoiseLevels"]) -> "NoiseLevels":
         "The levels of several batches that come one after the other; all have the same k and condition."
-        return cls(torch.cat([p.levels for p in parts]), torch.cat([p.assign for p in parts]), parts[0].condition)
+        return cls(
+            torch.cat([p.levels for p in parts]),
+            torch.cat([p.assign for p in parts]),
+            parts[0].condition,
+        )
 
     def to(self, device) -> "NoiseLevels":
         "The same levels on another device."
-        return NoiseLevels(self.levels.to(device), self.assign.to(device), self.condition)
+        return NoiseLevels(
+            self.levels.to(device), self.assign.to(device), self.condition
+        )
 
 
 def _check_range(values: Tensor, low, high, name: str, remedy: str) -> None:
     smallest, largest = (v.item() for v in values.aminmax())
     if not (smallest >= low and largest <= high):  # written so that NaN fails too
-        raise ValueError(f"{name} run from {smallest:g} to {largest:g}, outside [{low}, {high}]: {remedy}")
+        raise ValueError(
+            f"{name} run from {smallest:g} to {largest:g}, outside [{low}, {high}]: {remedy}"
+        )
 
 # %% ../../nbs/1_method/02_schedule.ipynb #b069851b
 class Schedule(Protocol):
     "What a schedule offers: the levels of a batch. Frozen dataclasses here; another class with this method is as good."
 
-    def sample(self, batch: int, tokens: int, generator: Generator | None = None) -> NoiseLevels:
+    def sample(
+        self, batch: int, tokens: int, generator: Generator | None = None
+    ) -> NoiseLevels:
         "NoiseLevels for `batch` samples of `tokens` tokens, on the generator's device."
 
 
 @dataclass(frozen=True)
 class SingleLevel:
     "Ordinary flow matching: one level t ~ density for all tokens of a sample (k = 1)."
+
     density: Density = field(default_factory=Uniform)
 
-    def sample(self, batch: int, tokens: int, generator: Generator | None = None) -> NoiseLevels:
+    def sample(
+        self, batch: int, tokens: int, generator: Generator | None = None
+    ) -> NoiseLevels:
         "NoiseLevels with k = 1 for `batch` samples of `tokens` tokens."
         return NoiseLevels.single(self.density.sample((batch,), generator), tokens)
 
@@ -129,6 +175,7 @@ class DualTimestep:
     and by sample() for tokens that are not rows * columns.
     Source: Self-Flow, section 3.2; unsorted as its authors confirm (their repository, issues 2 and 11); near: its ablation.
     """
+
     density: Density = field(default_factory=Uniform)
     mask_ratio: float | tuple[float, ...] = 0.25
     order: str = "unsorted"
@@ -142,31 +189,57 @@ class DualTimestep:
         many = isinstance(self.mask_ratio, tuple)
         for ratio in set(self.mask_ratio) if many else (self.mask_ratio,):
             if not 0 <= ratio <= 0.5:
-                raise ValueError(f"mask_ratio is {ratio}, outside [0, 0.5]: above one half t and s only change roles")
+                raise ValueError(
+                    f"mask_ratio is {ratio}, outside [0, 0.5]: above one half t and s only change roles"
+                )
         if many and (self.exact or self.block > 1):
-            raise ValueError("exact numbers of masked tokens and masked blocks need one mask_ratio for all tokens")
+            raise ValueError(
+                "exact numbers of masked tokens and masked blocks need one mask_ratio for all tokens"
+            )
         if self.order not in ("unsorted", "cleaner", "noisier"):
-            raise ValueError(f"order is {self.order!r}; choose unsorted, cleaner or noisier")
+            raise ValueError(
+                f"order is {self.order!r}; choose unsorted, cleaner or noisier"
+            )
         if self.near is not None and not 0 < self.near <= 1:
-            raise ValueError(f"near is {self.near}, outside (0, 1]: it is the largest |s - t|; None draws s independently")
+            raise ValueError(
+                f"near is {self.near}, outside (0, 1]: it is the largest |s - t|; None draws s independently"
+            )
         if not 0 <= self.single_share <= 1:
-            raise ValueError(f"single_share is {self.single_share}, outside [0, 1]: it is a share of the samples")
+            raise ValueError(
+                f"single_share is {self.single_share}, outside [0, 1]: it is a share of the samples"
+            )
         if self.block < 1 or (self.grid is None and self.block > 1):
-            raise ValueError(f"block is {self.block}, grid is {self.grid}: squares need block >= 1 and a grid (rows, columns)")
-        if self.grid is not None and (min(self.grid) < 1 or any(side % self.block for side in self.grid)):
-            raise ValueError(f"block {self.block} does not divide grid {self.grid}: choose a divisor of both sides")
+            raise ValueError(
+                f"block is {self.block}, grid is {self.grid}: squares need block >= 1 and a grid (rows, columns)"
+            )
+        if self.grid is not None and (
+            min(self.grid) < 1 or any(side % self.block for side in self.grid)
+        ):
+            raise ValueError(
+                f"block {self.block} does not divide grid {self.grid}: choose a divisor of both sides"
+            )
 
-    def sample(self, batch: int, tokens: int, generator: Generator | None = None) -> NoiseLevels:
+    def sample(
+        self, batch: int, tokens: int, generator: Generator | None = None
+    ) -> NoiseLevels:
         "NoiseLevels with k = 2 (unmasked tokens' level first) for `batch` samples of `tokens` tokens."
-        # t, s and the mask come first, whatever is switched on: variants share what they can under one generator
+        # t, s and the mask come first, whatever is switched on: variants share what
+        # they can under one generator
         t, s = (self.density.sample((batch,), generator) for _ in range(2))
         masked = self._mask(batch, tokens, generator, t.device)
         if self.near is not None:
-            s = (t + self.near * (2 * torch.rand(batch, generator=generator, device=t.device) - 1)).abs()
+            s = (
+                t
+                + self.near
+                * (2 * torch.rand(batch, generator=generator, device=t.device) - 1)
+            ).abs()
             s = torch.minimum(s, 2 - s)
         dual = torch.ones_like(t, dtype=torch.bool)
         if self.single_share > 0:
-            dual = torch.rand(batch, generator=generator, device=t.device) >= self.single_share
+            dual = (
+                torch.rand(batch, generator=generator, device=t.device)
+                >= self.single_share
+            )
         if self.order != "unsorted":
             swap = dual & ((s > t) if self.order == "cleaner" else (s < t))
             t, s = torch.where(swap, s, t), torch.where(swap, t, s)
@@ -175,18 +248,29 @@ class DualTimestep:
     def _mask(self, batch, tokens, generator, device):
         rows, columns = self.grid or (1, tokens)
         if rows * columns != tokens:
-            raise ValueError(f"{tokens} tokens are no grid of {rows} x {columns} = {rows * columns}")
+            raise ValueError(
+                f"{tokens} tokens are no grid of {rows} x {columns} = {rows * columns}"
+            )
         rows, columns = rows // self.block, columns // self.block
         scores = torch.rand(batch, rows * columns, generator=generator, device=device)
         if isinstance(self.mask_ratio, tuple):
             if len(self.mask_ratio) != tokens:
-                raise ValueError(f"there are {len(self.mask_ratio)} mask ratios for {tokens} tokens")
+                raise ValueError(
+                    f"there are {len(self.mask_ratio)} mask ratios for {tokens} tokens"
+                )
             return scores < torch.tensor(self.mask_ratio, device=device)
         masked = scores < self.mask_ratio
         if self.exact:
-            masked = scores.argsort(1).argsort(1) < round(self.mask_ratio * rows * columns)  # the units of the lowest scores
+            # the units of the lowest scores
+            masked = scores.argsort(1).argsort(1) < round(
+                self.mask_ratio * rows * columns
+            )
         squares = masked.reshape(batch, rows, columns)
-        return squares.repeat_interleave(self.block, 1).repeat_interleave(self.block, 2).flatten(1)
+        return (
+            squares.repeat_interleave(self.block, 1)
+            .repeat_interleave(self.block, 2)
+            .flatten(1)
+        )
 
 # %% ../../nbs/1_method/02_schedule.ipynb #b5e17a82
 @dataclass(frozen=True)
@@ -196,24 +280,32 @@ class MultiTimestep:
     Generalises DualTimestep: shares (1 - mask_ratio, mask_ratio) give the same numbers under one generator.
     Raises ValueError unless shares are not negative and sum to 1. An extension, not of the paper.
     """
+
     density: Density = field(default_factory=Uniform)
     shares: tuple[float, ...] = (0.5, 0.25, 0.25)
 
     def __post_init__(self):
         check_shares(self.shares, "shares")
 
-    def sample(self, batch: int, tokens: int, generator: Generator | None = None) -> NoiseLevels:
+    def sample(
+        self, batch: int, tokens: int, generator: Generator | None = None
+    ) -> NoiseLevels:
         "NoiseLevels with k = len(shares) for `batch` samples of `tokens` tokens."
-        levels = torch.stack([self.density.sample((batch,), generator) for _ in self.shares], dim=1)
+        levels = torch.stack(
+            [self.density.sample((batch,), generator) for _ in self.shares], dim=1
+        )
         return NoiseLevels(levels, draw_index(self.shares, (batch, tokens), generator))
 
 # %% ../../nbs/1_method/02_schedule.ipynb #87466541
 @dataclass(frozen=True)
 class DiffusionForcing:
     "An independent level for every token (k = n). Source: arXiv 2407.01392; rejected by Self-Flow, which reports that it hurts."
+
     density: Density = field(default_factory=Uniform)
 
-    def sample(self, batch: int, tokens: int, generator: Generator | None = None) -> NoiseLevels:
+    def sample(
+        self, batch: int, tokens: int, generator: Generator | None = None
+    ) -> NoiseLevels:
         "NoiseLevels with k = tokens for `batch` samples of `tokens` tokens."
         tau = self.density.sample((batch, tokens), generator)
         return NoiseLevels(tau, torch.arange(tokens, device=tau.device).expand_as(tau))
@@ -225,17 +317,24 @@ class FullMasking:
 
     Raises ValueError when mask_ratio is outside [0, 1]. Source: Self-Flow, which rejects it: it hurts.
     """
+
     density: Density = field(default_factory=Uniform)
     mask_ratio: float = 0.25
 
     def __post_init__(self):
         if not 0 <= self.mask_ratio <= 1:
-            raise ValueError(f"mask_ratio is {self.mask_ratio}, outside [0, 1]: it is the share of tokens at t = 1")
+            raise ValueError(
+                f"mask_ratio is {self.mask_ratio}, outside [0, 1]: it is the share of tokens at t = 1"
+            )
 
-    def sample(self, batch: int, tokens: int, generator: Generator | None = None) -> NoiseLevels:
+    def sample(
+        self, batch: int, tokens: int, generator: Generator | None = None
+    ) -> NoiseLevels:
         "NoiseLevels with k = 2 (t first, 1 second) for `batch` samples of `tokens` tokens."
         t = self.density.sample((batch,), generator)
-        masked = draw_index((1 - self.mask_ratio, self.mask_ratio), (batch, tokens), generator)
+        masked = draw_index(
+            (1 - self.mask_ratio, self.mask_ratio), (batch, tokens), generator
+        )
         return NoiseLevels(torch.stack([t, torch.ones_like(t)], dim=1), masked)
 
 # %% ../../nbs/1_method/02_schedule.ipynb #35fe2e5c
@@ -248,6 +347,7 @@ class Conditioned:
     Raises ValueError when tokens are empty or negative, max_level or share is outside [0, 1], and by sample() for positions that
     do not exist or leave nothing to generate. Source: Self-Flow, appendix: max_level = 0.2 for the first frame.
     """
+
     schedule: Schedule
     tokens: tuple[int, ...] | tuple[tuple[int, ...], ...]
     max_level: float = 0.0
@@ -256,23 +356,40 @@ class Conditioned:
     def __post_init__(self):
         for tokens in self._sets():
             if not tokens or min(tokens) < 0:
-                raise ValueError(f"tokens are {tokens}: name one position or more, counted from 0")
+                raise ValueError(
+                    f"tokens are {tokens}: name one position or more, counted from 0"
+                )
         if not 0 <= self.max_level <= 1 or not 0 <= self.share <= 1:
-            raise ValueError(f"max_level is {self.max_level} and share {self.share}, but both must be in [0, 1]: 0 is a clean "
-                             "condition, and no sample that has one")
+            raise ValueError(
+                f"max_level is {self.max_level} and share {self.share}, but both must be in [0, 1]: 0 is a clean "
+                "condition, and no sample that has one"
+            )
 
     def _sets(self):
-        return self.tokens if self.tokens and isinstance(self.tokens[0], tuple) else (self.tokens,)
+        return (
+            self.tokens
+            if self.tokens and isinstance(self.tokens[0], tuple)
+            else (self.tokens,)
+        )
 
-    def sample(self, batch: int, tokens: int, generator: Generator | None = None) -> NoiseLevels:
+    def sample(
+        self, batch: int, tokens: int, generator: Generator | None = None
+    ) -> NoiseLevels:
         "NoiseLevels of the wrapped schedule with one level more, the condition's, for `batch` samples of `tokens` tokens."
         sets = self._sets()
         for named in sets:
             if max(named) >= tokens or len(set(named)) == tokens:
-                raise ValueError(f"positions {named} must exist among {tokens} tokens and leave one at least to generate")
+                raise ValueError(
+                    f"positions {named} must exist among {tokens} tokens and leave one at least to generate"
+                )
         drawn = self.schedule.sample(batch, tokens, generator)
-        level = self.max_level * torch.rand(batch, 1, generator=generator, device=drawn.levels.device)
-        given = torch.zeros(len(sets) + 1, tokens, dtype=torch.bool, device=level.device)  # the last: nothing
+        level = self.max_level * torch.rand(
+            batch, 1, generator=generator, device=drawn.levels.device
+        )
+        # the last: nothing
+        given = torch.zeros(
+            len(sets) + 1, tokens, dtype=torch.bool, device=level.device
+        )
         for row, named in zip(given, sets, strict=False):
             row[list(named)] = True
         which = torch.zeros(batch, dtype=torch.int64, device=level.device)
@@ -280,4 +397,6 @@ class Conditioned:
             shares = (*(self.share / len(sets),) * len(sets), 1 - self.share)
             which = draw_index(shares, (batch,), generator)
         assign = drawn.assign.masked_fill(given[which], drawn.k)
-        return NoiseLevels(torch.cat([drawn.levels, level], dim=1), assign, drawn.condition + 1)
+        return NoiseLevels(
+            torch.cat([drawn.levels, level], dim=1), assign, drawn.condition + 1
+        )

@@ -24,6 +24,7 @@ class Part:
     name: a word; channels: numbers in a token; grid: moments, rows and columns, in this order; ticks: of the shared clock from
     one moment to the next. Raises ValueError for sizes that are not positive and for a name that is no word.
     """
+
     name: str
     channels: int
     grid: tuple[int, int, int]
@@ -31,9 +32,16 @@ class Part:
 
     def __post_init__(self):
         object.__setattr__(self, "grid", tuple(self.grid))  # JSON gives a list
-        if not self.name.isidentifier() or len(self.grid) != 3 or min(*self.grid, self.channels) < 1 or not self.ticks > 0:
-            raise ValueError(f"{self} is no part of a sequence: it needs a word for a name, channels and ticks above 0, and a "
-                             "grid of moments, rows and columns, 1 at least of each")
+        if (
+            not self.name.isidentifier()
+            or len(self.grid) != 3
+            or min(*self.grid, self.channels) < 1
+            or not self.ticks > 0
+        ):
+            raise ValueError(
+                f"{self} is no part of a sequence: it needs a word for a name, channels and ticks above 0, and a "
+                "grid of moments, rows and columns, 1 at least of each"
+            )
 
     @property
     def tokens(self) -> int:
@@ -43,7 +51,9 @@ class Part:
     def coordinates(self) -> Tensor:
         "Where each token sits, (n, 4) floats: time in ticks, row, column, place in a caption (0)."
         moments, rows, columns = (torch.arange(float(size)) for size in self.grid)
-        return torch.cartesian_prod(self.ticks * (moments + 0.5) - 0.5, rows, columns, torch.zeros(1))
+        return torch.cartesian_prod(
+            self.ticks * (moments + 0.5) - 0.5, rows, columns, torch.zeros(1)
+        )
 
 
 def grid_coordinates(grid: tuple[int, int]) -> Tensor:
@@ -54,14 +64,22 @@ def grid_coordinates(grid: tuple[int, int]) -> Tensor:
 def _check_sizes(sizes: dict[str, int], patch: int, what: str = "image") -> None:
     for name, size in sizes.items():
         if patch < 1 or size % patch:
-            fitting = [p for p in range(1, min(sizes.values()) + 1) if not any(other % p for other in sizes.values())]
-            raise ValueError(f"{what} {name} {size} is not divisible by patch {patch}; choose a patch from {fitting} or resize "
-                             f"the {what}s")
+            fitting = [
+                p
+                for p in range(1, min(sizes.values()) + 1)
+                if not any(other % p for other in sizes.values())
+            ]
+            raise ValueError(
+                f"{what} {name} {size} is not divisible by patch {patch}; choose a patch from {fitting} or resize "
+                f"the {what}s"
+            )
 
 
 def _check_shape(signals: Tensor, shape: tuple[int, ...], what: str) -> None:
     if tuple(signals.shape[1:]) != shape:
-        raise ValueError(f"{what} have shape {tuple(signals.shape)}, expected (b, {', '.join(map(str, shape))})")
+        raise ValueError(
+            f"{what} have shape {tuple(signals.shape)}, expected (b, {', '.join(map(str, shape))})"
+        )
 
 
 @dataclass(frozen=True)
@@ -71,6 +89,7 @@ class ImagePatches:
     channels, height, width: of the image, in pixels; patch: side of a patch in pixels.
     Raises ValueError when the patch does not divide the image.
     """
+
     channels: int
     height: int
     width: int
@@ -101,13 +120,22 @@ class ImagePatches:
     def patchify(self, images: Tensor) -> Tensor:
         "Tokens (b, n, c p q) of images (b, c, h, w). Raises ValueError for images of another size."
         _check_shape(images, (self.channels, self.height, self.width), "images")
-        return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
+        return rearrange(
+            images, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch
+        )
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         "Images (b, c, h, w) of tokens (b, n, c p q): the exact inverse of patchify."
         rows, columns = self.grid
-        return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)",
-                         h=rows, w=columns, c=self.channels, p=self.patch, q=self.patch)
+        return rearrange(
+            tokens,
+            "b (h w) (c p q) -> b c (h p) (w q)",
+            h=rows,
+            w=columns,
+            c=self.channels,
+            p=self.patch,
+            q=self.patch,
+        )
 
     def coordinates(self) -> Tensor:
         "Where each token sits, (n, 4) floats: time, row, column, place in a caption; the last three count patches."
@@ -125,6 +153,7 @@ class VideoPatches:
     channels, frames, height, width: of the film; patch: side of a patch in pixels; span: frames in a token.
     Raises ValueError when patch or span do not divide the film.
     """
+
     channels: int
     frames: int
     height: int
@@ -138,19 +167,39 @@ class VideoPatches:
 
     def part(self, name: str = "video") -> Part:
         "What a model needs to know of the tokens; its clock ticks with the frames."
-        grid = (self.frames // self.span, self.height // self.patch, self.width // self.patch)
+        grid = (
+            self.frames // self.span,
+            self.height // self.patch,
+            self.width // self.patch,
+        )
         return Part(name, self.channels * self.span * self.patch**2, grid, self.span)
 
     def patchify(self, films: Tensor) -> Tensor:
         "Tokens (b, n, c s p q) of films (b, c, f, h, w). Raises ValueError for films of another size."
-        _check_shape(films, (self.channels, self.frames, self.height, self.width), "films")
-        return rearrange(films, "b c (f s) (h p) (w q) -> b (f h w) (c s p q)", s=self.span, p=self.patch, q=self.patch)
+        _check_shape(
+            films, (self.channels, self.frames, self.height, self.width), "films"
+        )
+        return rearrange(
+            films,
+            "b c (f s) (h p) (w q) -> b (f h w) (c s p q)",
+            s=self.span,
+            p=self.patch,
+            q=self.patch,
+        )
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         "Films (b, c, f, h, w) of tokens (b, n, c s p q): the exact inverse of patchify."
         moments, rows, columns = self.part().grid
-        return rearrange(tokens, "b (f h w) (c s p q) -> b c (f s) (h p) (w q)", f=moments, h=rows, w=columns,
-                         s=self.span, p=self.patch, q=self.patch)
+        return rearrange(
+            tokens,
+            "b (f h w) (c s p q) -> b c (f s) (h p) (w q)",
+            f=moments,
+            h=rows,
+            w=columns,
+            s=self.span,
+            p=self.patch,
+            q=self.patch,
+        )
 
     def picture(self, films: Tensor) -> Tensor:
         "Eight frames at most side by side, evenly chosen: (b, c, h, 8 w)."
@@ -168,7 +217,10 @@ class Layout:
     """
 
     def __init__(self, patches: dict):
-        self.patches, self.parts = dict(patches), tuple(p.part(name) for name, p in patches.items())
+        self.patches, self.parts = (
+            dict(patches),
+            tuple(p.part(name) for name, p in patches.items()),
+        )
 
     @property
     def channels(self) -> int:
@@ -183,65 +235,111 @@ class Layout:
     def patchify(self, signals: dict[str, Tensor]) -> Tensor:
         "Tokens (b, n, c) of signals by name. Raises ValueError for a signal that is missing or of another shape."
         if missing := [name for name in self.patches if name not in signals]:
-            raise ValueError(f"the sequence has {', '.join(self.patches)}, but there is no {missing[0]}")
-        tokens = [patches.patchify(signals[name]) for name, patches in self.patches.items()]
-        return torch.cat([torch.nn.functional.pad(t, (0, self.channels - t.shape[-1])) for t in tokens], dim=1)
+            raise ValueError(
+                f"the sequence has {', '.join(self.patches)}, but there is no {missing[0]}"
+            )
+        tokens = [
+            patches.patchify(signals[name]) for name, patches in self.patches.items()
+        ]
+        return torch.cat(
+            [
+                torch.nn.functional.pad(t, (0, self.channels - t.shape[-1]))
+                for t in tokens
+            ],
+            dim=1,
+        )
 
     def split(self, tokens: Tensor) -> dict[str, Tensor]:
         "The tokens (b, n, c) of each part, without what fills them up."
         pieces = tokens.split([part.tokens for part in self.parts], dim=1)
-        return {part.name: piece[..., :part.channels] for part, piece in zip(self.parts, pieces, strict=True)}
+        return {
+            part.name: piece[..., : part.channels]
+            for part, piece in zip(self.parts, pieces, strict=True)
+        }
 
     def unpatchify(self, tokens: Tensor) -> dict[str, Tensor]:
         "Signals by name of tokens (b, n, c)."
-        return {name: self.patches[name].unpatchify(piece) for name, piece in self.split(tokens).items()}
+        return {
+            name: self.patches[name].unpatchify(piece)
+            for name, piece in self.split(tokens).items()
+        }
 
     def kept(self, given: dict[str, Tensor], count: int) -> tuple[Tensor, Tensor]:
         """Tokens (b, n, c) that are given, and the level (n,) from which each begins: 0 keeps it, 1 makes it anew.
 
         given: signals by name; `first_frame`: what a film's first tokens show, (b, c, span, h, w). Raises ValueError for others.
         """
-        x0, start = torch.zeros(count, self.tokens, self.channels), torch.ones(self.tokens)
+        x0, start = (
+            torch.zeros(count, self.tokens, self.channels),
+            torch.ones(self.tokens),
+        )
         places = Places.of(self.parts).slices
         for name, signals in given.items():
             part = "video" if name == "first_frame" else name
             if part not in places:
-                raise ValueError(f"{name} is given, but the sequence consists of {', '.join(places)}")
+                raise ValueError(
+                    f"{name} is given, but the sequence consists of {', '.join(places)}"
+                )
             patches, place = self.patches[part], places[part]
             if name == "first_frame":
-                place = slice(place.start, place.start + patches.part().tokens // patches.part().grid[0])
-                patches = VideoPatches(patches.channels, patches.span, patches.height, patches.width, patches.patch, patches.span)
+                place = slice(
+                    place.start,
+                    place.start + patches.part().tokens // patches.part().grid[0],
+                )
+                patches = VideoPatches(
+                    patches.channels,
+                    patches.span,
+                    patches.height,
+                    patches.width,
+                    patches.patch,
+                    patches.span,
+                )
             tokens = patches.patchify(signals)
-            x0[:, place, :tokens.shape[-1]], start[place] = tokens, 0.0
+            x0[:, place, : tokens.shape[-1]], start[place] = tokens, 0.0
         return x0, start
 
     def picture(self, signals: dict[str, Tensor]) -> Tensor:
         "All signals of a sample as one image (b, c, h, w), one below the other."
-        pictures = [patches.picture(signals[name]) for name, patches in self.patches.items()]
+        pictures = [
+            patches.picture(signals[name]) for name, patches in self.patches.items()
+        ]
         channels, width = (max(p.shape[axis] for p in pictures) for axis in (1, 3))
         heights = [round(p.shape[2] * width / p.shape[3]) for p in pictures]
         most = 2 * min(heights)  # a tall one would leave the others no room
-        wide = [torch.nn.functional.interpolate(p, (min(h, most), width)) for p, h in zip(pictures, heights, strict=True)]
+        wide = [
+            torch.nn.functional.interpolate(p, (min(h, most), width))
+            for p, h in zip(pictures, heights, strict=True)
+        ]
         return torch.cat([p.expand(-1, channels, -1, -1) for p in wide], dim=2)
 
 
 class Places(NamedTuple):
     "Which tokens belong to which part, and how many of their numbers count. slices: by name; widths: (n,)."
+
     slices: dict[str, slice]
     widths: Tensor
 
     @classmethod
     def of(cls, parts: tuple[Part, ...]) -> "Places":
         "The places in a sequence of these parts."
-        ends = [0, *accumulate(part.tokens for part in parts)]  # numbers, also where tensors are on the meta device
-        slices = {part.name: slice(a, b) for part, a, b in zip(parts, ends, ends[1:], strict=False)}
-        return cls(slices, torch.cat([torch.full((part.tokens,), part.channels) for part in parts]))
+        # numbers, also where tensors are on the meta device
+        ends = [0, *accumulate(part.tokens for part in parts)]
+        slices = {
+            part.name: slice(a, b)
+            for part, a, b in zip(parts, ends, ends[1:], strict=False)
+        }
+        return cls(
+            slices,
+            torch.cat([torch.full((part.tokens,), part.channels) for part in parts]),
+        )
 
 # %% ../../nbs/1_method/03_tokens.ipynb #12ae17cf
 def sinusoid(values: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
     "Cosines, then sines of `values` (...,) at width / 2 frequencies from 1 down to 1 / max_period: (..., width), float32."
     half = width // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=values.device) / half)
+    frequencies = torch.exp(
+        -math.log(max_period) * torch.arange(half, device=values.device) / half
+    )
     angles = values.float()[..., None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -252,23 +350,34 @@ def position_code(coordinates: Tensor, width: int) -> Tensor:
     The first half codes the column and the second the row, sines before cosines, as in MAE (arXiv 2111.06377) and DiT.
     """
     _, h, w, _ = coordinates.unbind(-1)
-    quarters = [part for axis in (w, h) for part in sinusoid(axis, width // 2).chunk(2, dim=-1)[::-1]]
+    quarters = [
+        part
+        for axis in (w, h)
+        for part in sinusoid(axis, width // 2).chunk(2, dim=-1)[::-1]
+    ]
     return torch.cat(quarters, dim=-1)
 
 # %% ../../nbs/1_method/03_tokens.ipynb #b2fcaad9
-def rotary_code(coordinates: Tensor, head_width: int, max_period: float = 2_000.0) -> Tensor:
+def rotary_code(
+    coordinates: Tensor, head_width: int, max_period: float = 2_000.0
+) -> Tensor:
     """Angles' cosines and sines (2, ..., head_width / 2) for `rotate`, from coordinates (..., 4) in the order (t, h, w, l).
 
     Every axis has head_width / 8 frequencies from 1 down to 1 / max_period (the period of FLUX.2, whose four axes these are).
     """
     per_axis = head_width // 8
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(per_axis, device=coordinates.device) / per_axis)
+    frequencies = torch.exp(
+        -math.log(max_period)
+        * torch.arange(per_axis, device=coordinates.device)
+        / per_axis
+    )
     angles = (coordinates.float()[..., None] * frequencies).flatten(-2)
     return torch.stack([angles.cos(), angles.sin()])
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     "x (b, n, h, e), its two halves turned against each other by the angles of `rotary` (2, n, e / 2) or (2, b, n, e / 2)."
-    cosine, sine = rotary[..., None, :].float().unbind(0)  # so that bf16 is turned in float32, and float64 stays
+    # so that bf16 is turned in float32, and float64 stays
+    cosine, sine = rotary[..., None, :].float().unbind(0)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cosine - b * sine, a * sine + b * cosine], dim=-1).to(x.dtype)

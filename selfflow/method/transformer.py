@@ -19,10 +19,24 @@ from torch.utils.checkpoint import checkpoint
 
 from .backbone import Output
 from .batch import Condition
-from .layers import Attention, Groups, TimestepEmbedder, TokenMap, gated_add, modulated_norm
+from selfflow.method.layers import (
+    Attention,
+    Groups,
+    TimestepEmbedder,
+    TokenMap,
+    gated_add,
+    modulated_norm,
+)
 from .options import CHOICES, SIZES
 from .schedule import NoiseLevels
-from .tokens import PAD, Part, Places, position_code, rotary_code, sinusoid
+from selfflow.method.tokens import (
+    PAD,
+    Part,
+    Places,
+    position_code,
+    rotary_code,
+    sinusoid,
+)
 
 # %% ../../nbs/1_method/08_transformer.ipynb #79afb12e
 @dataclass(frozen=True)
@@ -39,6 +53,7 @@ class TransformerConfig:
     Raises ValueError when width does not divide among heads or among the parts of the position code, for captions beside
     classes, and for films or sounds with "sincos" positions, which know no time.
     """
+
     parts: tuple[Part, ...]
     width: int = 128
     depth: int = 6
@@ -56,34 +71,59 @@ class TransformerConfig:
     fp32_levels: bool = True
 
     def __post_init__(self):
-        parts = tuple(part if isinstance(part, Part) else Part(**part) for part in self.parts)  # JSON gives lists and dicts
+        # JSON gives lists and dicts
+        parts = tuple(
+            part if isinstance(part, Part) else Part(**part) for part in self.parts
+        )
         object.__setattr__(self, "parts", parts)
         if not parts:
-            raise ValueError("a sequence needs at least one part, such as Part('image', channels, (1, rows, columns))")
+            raise ValueError(
+                "a sequence needs at least one part, such as Part('image', channels, (1, rows, columns))"
+            )
         for name in ("width", "depth", "heads", "caption_stride"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but must be at least 1"
+                )
         if not 1 <= self.width * self.mlp_ratio < math.inf:
-            raise ValueError(f"mlp_ratio is {self.mlp_ratio}, but the MLP must be at least 1 wide; 4 is usual")
+            raise ValueError(
+                f"mlp_ratio is {self.mlp_ratio}, but the MLP must be at least 1 wide; 4 is usual"
+            )
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; known are {', '.join(known)}")
-        divisor = 8 * self.heads if self.positions == "rotary" else math.lcm(self.heads, 4)
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; known are {', '.join(known)}"
+                )
+        divisor = (
+            8 * self.heads if self.positions == "rotary" else math.lcm(self.heads, 4)
+        )
         if self.width % divisor:
-            raise ValueError(f"width {self.width} must be divisible by heads ({self.heads}) and by 4, with rotary positions by "
-                             f"8 heads; {divisor * max(1, self.width // divisor)} would be")
+            raise ValueError(
+                f"width {self.width} must be divisible by heads ({self.heads}) and by 4, with rotary positions by "
+                f"8 heads; {divisor * max(1, self.width // divisor)} would be"
+            )
         if self.classes and self.caption:
-            raise ValueError(f"a model of {self.classes} classes with captions of {self.caption} tokens: choose one of the two")
-        if self.positions == "sincos" and (len(self.parts) > 1 or any(part.grid[0] > 1 for part in self.parts)):
-            raise ValueError("sincos positions know rows and columns, but neither time nor several parts; take rotary")
+            raise ValueError(
+                f"a model of {self.classes} classes with captions of {self.caption} tokens: choose one of the two"
+            )
+        if self.positions == "sincos" and (
+            len(self.parts) > 1 or any(part.grid[0] > 1 for part in self.parts)
+        ):
+            raise ValueError(
+                "sincos positions know rows and columns, but neither time nor several parts; take rotary"
+            )
 
     @classmethod
-    def of_image(cls, channels: int, grid: tuple[int, int], *size, **options) -> "TransformerConfig":
+    def of_image(
+        cls, channels: int, grid: tuple[int, int], *size, **options
+    ) -> "TransformerConfig":
         "The shape for images alone, whose tokens of `channels` numbers lie on a grid of rows and columns."
         return cls((Part("image", channels, (1, *grid)),), *size, **options)
 
     @classmethod
-    def of_size(cls, size: str, parts: tuple[Part, ...], **options) -> "TransformerConfig":
+    def of_size(
+        cls, size: str, parts: tuple[Part, ...], **options
+    ) -> "TransformerConfig":
         "The published sizes: S, B, L, XL. Source: DiT (arXiv 2212.09748), table 1. Raises ValueError for another name."
         if size not in SIZES:
             raise ValueError(f"size is {size!r}; known are {', '.join(SIZES)}")
@@ -102,7 +142,11 @@ class TransformerConfig:
     @property
     def caption_tokens(self) -> int:
         "How many tokens of a sequence are a caption's."
-        return self.caption if self.caption_width else -(-self.caption // self.caption_stride)
+        return (
+            self.caption
+            if self.caption_width
+            else -(-self.caption // self.caption_stride)
+        )
 
 # %% ../../nbs/1_method/08_transformer.ipynb #f0dc60e9
 class Modulation(nn.Sequential):
@@ -142,13 +186,21 @@ class PartLinears(nn.ModuleDict):
     "A linear map of each part's tokens: from their numbers to `width` (outward False), or back."
 
     def __init__(self, parts: tuple[Part, ...], width: int, outward: bool = False):
-        sizes = {part.name: (width, part.channels) if outward else (part.channels, width) for part in parts}
+        sizes = {
+            part.name: (width, part.channels) if outward else (part.channels, width)
+            for part in parts
+        }
         super().__init__({name: nn.Linear(*size) for name, size in sizes.items()})
 
     def forward(self, x: Tensor, slices: dict[str, slice], width: int) -> Tensor:
         "(b, n, width) of the tokens x (b, m, c) that lie at `slices`; what they have less than `width` is filled up with zeros."
-        found = [self[name](x[:, place, :self[name].in_features]) for name, place in slices.items()]
-        return torch.cat([F.pad(part, (0, width - part.shape[-1])) for part in found], dim=1)
+        found = [
+            self[name](x[:, place, : self[name].in_features])
+            for name, place in slices.items()
+        ]
+        return torch.cat(
+            [F.pad(part, (0, width - part.shape[-1])) for part in found], dim=1
+        )
 
 # %% ../../nbs/1_method/08_transformer.ipynb #ab6ec284
 class CaptionEmbedder(nn.Module):
@@ -160,12 +212,17 @@ class CaptionEmbedder(nn.Module):
     def __init__(self, width: int, stride: int = 4):
         super().__init__()
         self.stride, self.bytes = stride, nn.Embedding(PAD + 1, width)
-        self.spelling = nn.Sequential(nn.Conv1d(width, width, 5, padding=2), nn.GELU(approximate="tanh"),
-                                      nn.Conv1d(width, width, 5, stride, padding=2))
+        self.spelling = nn.Sequential(
+            nn.Conv1d(width, width, 5, padding=2),
+            nn.GELU(approximate="tanh"),
+            nn.Conv1d(width, width, 5, stride, padding=2),
+        )
 
     def forward(self, caption: Tensor) -> Tensor:
         byte = self.bytes(caption).mT
-        return (F.avg_pool1d(byte, self.stride, ceil_mode=True) + self.spelling(byte)).mT
+        return (
+            F.avg_pool1d(byte, self.stride, ceil_mode=True) + self.spelling(byte)
+        ).mT
 
 # %% ../../nbs/1_method/08_transformer.ipynb #25dc1cf8
 class Context(NamedTuple):
@@ -173,6 +230,7 @@ class Context(NamedTuple):
 
     c: (b, k, d) conditions, or the shared modulation (b, k, 6 d); tokens: which token has which; rotary, groups: of `Attention`.
     """
+
     c: Tensor
     tokens: TokenMap | None
     rotary: Tensor | None = None
@@ -186,7 +244,9 @@ class Block(nn.Module):
         super().__init__()
         width, hidden = config.width, int(config.width * config.mlp_ratio)
         self.attn = Attention(width, config.heads, config.qk_norm)
-        self.mlp = SwiGlu(width, hidden) if config.mlp == "swiglu" else Mlp(width, hidden)
+        self.mlp = (
+            SwiGlu(width, hidden) if config.mlp == "swiglu" else Mlp(width, hidden)
+        )
         if config.modulation == "shared":
             self.adaLN_bias = nn.Parameter(torch.zeros(6 * width))
         else:
@@ -194,10 +254,22 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         c, tokens, rotary, groups = context
-        modulation = c + self.adaLN_bias if hasattr(self, "adaLN_bias") else self.adaLN_modulation(c)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)      # (b, k, d) each
-        x = gated_add(x, self.attn(modulated_norm(x, shift1, scale1, tokens), rotary, groups), gate1, tokens)
-        return gated_add(x, self.mlp(modulated_norm(x, shift2, scale2, tokens)), gate2, tokens)
+        modulation = (
+            c + self.adaLN_bias
+            if hasattr(self, "adaLN_bias")
+            else self.adaLN_modulation(c)
+        )
+        # (b, k, d) each
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+        x = gated_add(
+            x,
+            self.attn(modulated_norm(x, shift1, scale1, tokens), rotary, groups),
+            gate1,
+            tokens,
+        )
+        return gated_add(
+            x, self.mlp(modulated_norm(x, shift2, scale2, tokens)), gate2, tokens
+        )
 
 
 class FinalLayer(nn.Module):
@@ -208,7 +280,14 @@ class FinalLayer(nn.Module):
         self.linear = PartLinears(config.parts, config.width, outward=True)
         self.adaLN_modulation = Modulation(config.width, 2)
 
-    def forward(self, x: Tensor, c: Tensor, tokens: TokenMap | None, slices: dict[str, slice], channels: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        tokens: TokenMap | None,
+        slices: dict[str, slice],
+        channels: int,
+    ) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         return self.linear(modulated_norm(x, shift, scale, tokens), slices, channels)
 
@@ -223,21 +302,35 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.width, self.depth = config, config.width, config.depth
         width = config.width
-        self.checkpointing = False  # True: the backward pass computes each block again instead of keeping its activations
+        # True: the backward pass computes each block again instead of keeping its
+        # activations
+        self.checkpointing = False
         self.x_embedder = PartLinears(config.parts, width)
         self.t_embedder = TimestepEmbedder(width, fp32=config.fp32_levels)
         self.y_embedder = nn.Embedding(config.classes + 1, width)
-        self.adaLN_shared = Modulation(width, 6) if config.modulation == "shared" else None
+        self.adaLN_shared = (
+            Modulation(width, 6) if config.modulation == "shared" else None
+        )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         places = torch.cat([part.coordinates() for part in config.parts])
         self.register_buffer("positions", self._positions(places), persistent=False)
         if config.caption:
             vectors = config.caption_width
-            self.caption_embedder = nn.Linear(vectors, width) if vectors else CaptionEmbedder(width, config.caption_stride)
-            first = torch.arange(1.0, config.caption + 1)[::1 if vectors else config.caption_stride]
+            self.caption_embedder = (
+                nn.Linear(vectors, width)
+                if vectors
+                else CaptionEmbedder(width, config.caption_stride)
+            )
+            first = torch.arange(1.0, config.caption + 1)[
+                :: 1 if vectors else config.caption_stride
+            ]
             place = torch.nn.functional.pad(first[:, None], (3, 0))
-            code = self._positions(place) if config.positions == "rotary" else sinusoid(place[:, 3], width)
+            code = (
+                self._positions(place)
+                if config.positions == "rotary"
+                else sinusoid(place[:, 3], width)
+            )
             self.register_buffer("caption_positions", code, persistent=False)
         self._initialise()
 
@@ -248,14 +341,26 @@ class Transformer(nn.Module):
     def open_gates(self) -> None:
         "Set the gates of all blocks to 1: an untrained network, whose blocks do nothing, then computes something."
         for block in self.blocks:
-            bias = block.adaLN_bias if hasattr(block, "adaLN_bias") else block.adaLN_modulation[1].bias
+            bias = (
+                block.adaLN_bias
+                if hasattr(block, "adaLN_bias")
+                else block.adaLN_modulation[1].bias
+            )
             _, _, attention, _, _, mlp = bias.chunk(6)
             attention.fill_(1.0)
             mlp.fill_(1.0)
 
-    def forward(self, x: Tensor, levels: NoiseLevels, condition: Condition | None = None, taps: tuple[int, ...] = (),
-                stop: bool = False, parts: tuple[Part, ...] = (), separated: bool = False,
-                coordinates: Tensor | None = None) -> Output:
+    def forward(
+        self,
+        x: Tensor,
+        levels: NoiseLevels,
+        condition: Condition | None = None,
+        taps: tuple[int, ...] = (),
+        stop: bool = False,
+        parts: tuple[Part, ...] = (),
+        separated: bool = False,
+        coordinates: Tensor | None = None,
+    ) -> Output:
         """Velocities, and the hidden states after the blocks named in `taps`.
 
         x: (b, n, c) tokens; levels: of b samples and n tokens; condition: None = none; taps: 1-based layers; stop: end at the
@@ -268,27 +373,52 @@ class Transformer(nn.Module):
         condition = self.nothing(x) if condition is None else condition
         self._check(x, levels, condition, taps, stop, coordinates, parts)
         slices = Places.of(parts).slices
-        h = self.x_embedder(x, slices, self.config.width)                               # (b, n, d)
+        # (b, n, d)
+        h = self.x_embedder(x, slices, self.config.width)
         rotary = self._where(parts, coordinates)
         if self.config.positions == "sincos":
             h, rotary = h + rotary, None
         labels = condition.values
         if self.config.caption:
             h, levels, rotary = self._with_caption(h, levels, rotary, condition.values)
-            labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)  # there is no class
-        c = self.t_embedder(levels.levels) + self.y_embedder(labels)[:, None]           # (b, k, d)
-        tokens, groups = TokenMap.of(levels), Groups.of(levels) if separated and levels.k > 1 else None
-        context = Context(c if self.adaLN_shared is None else self.adaLN_shared(c), tokens, rotary, groups)
+            # there is no class
+            labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        # (b, k, d)
+        c = self.t_embedder(levels.levels) + self.y_embedder(labels)[:, None]
+        tokens, groups = (
+            TokenMap.of(levels),
+            Groups.of(levels) if separated and levels.k > 1 else None,
+        )
+        context = Context(
+            c if self.adaLN_shared is None else self.adaLN_shared(c),
+            tokens,
+            rotary,
+            groups,
+        )
         features = {}
-        for layer, block in enumerate(self.blocks[: max(taps) if stop else None], start=1):
+        for layer, block in enumerate(
+            self.blocks[: max(taps) if stop else None], start=1
+        ):
             again = self.checkpointing and torch.is_grad_enabled()
-            h = checkpoint(block, h, context, use_reentrant=False) if again else block(h, context)  # (b, n, d)
+            # (b, n, d)
+            h = (
+                checkpoint(block, h, context, use_reentrant=False)
+                if again
+                else block(h, context)
+            )
             if layer in taps:
                 features[layer] = h
-                if self.config.caption:  # what is tapped stays on the way to the velocity: gradients are looked at there
-                    features[layer] = h[:, :x.shape[1]]
-                    h = torch.cat([features[layer], h[:, x.shape[1]:]], dim=1)
-        return Output(None if stop else self.final_layer(h, c, tokens, slices, x.shape[2])[:, :x.shape[1]], features)
+                # what is tapped stays on the way to the velocity: gradients are looked
+                # at there
+                if self.config.caption:
+                    features[layer] = h[:, : x.shape[1]]
+                    h = torch.cat([features[layer], h[:, x.shape[1] :]], dim=1)
+        return Output(
+            None
+            if stop
+            else self.final_layer(h, c, tokens, slices, x.shape[2])[:, : x.shape[1]],
+            features,
+        )
 
     def _where(self, parts, coordinates):
         "The position code of the tokens of some parts, or at other places."
@@ -297,20 +427,33 @@ class Transformer(nn.Module):
         if parts == self.config.parts:
             return self.positions
         slices = Places.of(self.config.parts).slices
-        return torch.cat([self.positions[..., slices[part.name], :] for part in parts], dim=-2)
+        return torch.cat(
+            [self.positions[..., slices[part.name], :] for part in parts], dim=-2
+        )
 
     def _with_caption(self, h, levels, rotary, caption):
         "The sequence with the caption's tokens at its end: a condition, with a level of its own."
-        text, clean = self.caption_embedder(caption), self.config.caption_level == "clean"
+        text, clean = (
+            self.caption_embedder(caption),
+            self.config.caption_level == "clean",
+        )
         if rotary is None:
             text = text + self.caption_positions
         else:
-            code = self.caption_positions if rotary.ndim == 3 else self.caption_positions[:, None].expand(-1, len(h), -1, -1)
+            code = (
+                self.caption_positions
+                if rotary.ndim == 3
+                else self.caption_positions[:, None].expand(-1, len(h), -1, -1)
+            )
             rotary = torch.cat([rotary, code], dim=-2)
         own = levels.per_token().mean(1, keepdim=True)
         own = torch.zeros_like(own) if clean else own.clamp(0, 1)
         place = levels.assign.new_full((len(h), text.shape[1]), levels.k)
-        both = NoiseLevels(torch.cat([levels.levels, own], 1), torch.cat([levels.assign, place], 1), levels.condition + 1)
+        both = NoiseLevels(
+            torch.cat([levels.levels, own], 1),
+            torch.cat([levels.assign, place], 1),
+            levels.condition + 1,
+        )
         return torch.cat([h, text.to(h.dtype)], dim=1), both, rotary
 
     def _positions(self, coordinates):
@@ -320,42 +463,88 @@ class Transformer(nn.Module):
 
     def nothing(self, x: Tensor) -> Condition:
         "No condition for tokens x (b, n, c), of the kind that the model knows."
-        shape = (len(x), *(size for size in (self.config.caption, self.config.caption_width) if size))
-        values = torch.zeros(shape, dtype=x.dtype if len(shape) == 3 else torch.int64, device=x.device)
+        shape = (
+            len(x),
+            *(
+                size
+                for size in (self.config.caption, self.config.caption_width)
+                if size
+            ),
+        )
+        values = torch.zeros(
+            shape, dtype=x.dtype if len(shape) == 3 else torch.int64, device=x.device
+        )
         return Condition(values, self.config.classes).nothing()
 
     def _check(self, x, levels, condition, taps, stop, coordinates, parts):
         known = {part.name: part for part in self.config.parts}
         for part in parts:
-            if part.name not in known or coordinates is None and part != known[part.name]:
-                raise ValueError(f"the model was not built with {part}, but with {', '.join(map(str, known.values()))}")
+            if (
+                part.name not in known
+                or coordinates is None
+                and part != known[part.name]
+            ):
+                raise ValueError(
+                    f"the model was not built with {part}, but with {', '.join(map(str, known.values()))}"
+                )
         n = sum(part.tokens for part in parts)
         channels = max(part.channels for part in parts)
         if x.ndim != 3 or not len(x) or x.shape[1:] != (n, channels):
-            raise ValueError(f"tokens have shape {tuple(x.shape)}, the model expects (b, {n}, {channels})")
-        if x.device.type == "cpu" and not x.isfinite().all():  # on a GPU the host would wait for the answer
-            raise ValueError(f"{int((~x.isfinite()).sum())} numbers of the tokens are NaN or infinite; look at the data first")
-        if coordinates is not None and coordinates.shape not in ((n, 4), (len(x), n, 4)):
-            raise ValueError(f"coordinates have shape {tuple(coordinates.shape)}, expected ({n}, 4) or ({len(x)}, {n}, 4)")
+            raise ValueError(
+                f"tokens have shape {tuple(x.shape)}, the model expects (b, {n}, {channels})"
+            )
+        # on a GPU the host would wait for the answer
+        if x.device.type == "cpu" and not x.isfinite().all():
+            raise ValueError(
+                f"{int((~x.isfinite()).sum())} numbers of the tokens are NaN or infinite; look at the data first"
+            )
+        if coordinates is not None and coordinates.shape not in (
+            (n, 4),
+            (len(x), n, 4),
+        ):
+            raise ValueError(
+                f"coordinates have shape {tuple(coordinates.shape)}, expected ({n}, 4) or ({len(x)}, {n}, 4)"
+            )
         if levels.assign.shape != x.shape[:2]:
-            raise ValueError(f"levels are for {tuple(levels.assign.shape)} samples and tokens, x has {tuple(x.shape[:2])}")
+            raise ValueError(
+                f"levels are for {tuple(levels.assign.shape)} samples and tokens, x has {tuple(x.shape[:2])}"
+            )
         expected = self.nothing(x)
         if not isinstance(condition, Condition):
-            raise TypeError(f"the condition is a {type(condition).__name__}; make labels (b,) a Condition(labels, classes)")
-        if condition.values.shape != expected.values.shape or condition.classes != expected.classes:
-            raise ValueError(f"the condition is {condition}, the model expects {expected}")
+            raise TypeError(
+                f"the condition is a {type(condition).__name__}; make labels (b,) a Condition(labels, classes)"
+            )
+        if (
+            condition.values.shape != expected.values.shape
+            or condition.classes != expected.classes
+        ):
+            raise ValueError(
+                f"the condition is {condition}, the model expects {expected}"
+            )
         if unknown := [layer for layer in taps if not 1 <= layer <= self.depth]:
-            raise ValueError(f"no layer {unknown}: layers are counted after each block, 1 to {self.depth}")
+            raise ValueError(
+                f"no layer {unknown}: layers are counted after each block, 1 to {self.depth}"
+            )
         if stop and not taps:
-            raise ValueError("stop=True needs taps: the forward ends at the last of them")
+            raise ValueError(
+                "stop=True needs taps: the forward ends at the last of them"
+            )
 
     def _initialise(self):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for embedding in (self.y_embedder, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+        for embedding in (
+            self.y_embedder,
+            self.t_embedder.mlp[0],
+            self.t_embedder.mlp[2],
+        ):
             nn.init.normal_(embedding.weight, std=0.02)
-        ends = [layer for layer in self.final_layer.linear.modules() if isinstance(layer, nn.Linear)]
+        ends = [
+            layer
+            for layer in self.final_layer.linear.modules()
+            if isinstance(layer, nn.Linear)
+        ]
         for zero in [m[1] for m in self.modules() if isinstance(m, Modulation)] + ends:
             nn.init.zeros_(zero.weight)

@@ -102,24 +102,49 @@ class _Parser:
         "A remark that something is not there, and the command that makes it."
         return self._add(kind="missing", text=text, command=command)
 
-    def table(self, table: pd.DataFrame, caption: str = "", folded: bool = False, name: str = ""):
-        "A table, its index left out; numbers are shown with four digits and kept whole. folded: opened by a click; name: of "
+    def table(
+        self,
+        table: pd.DataFrame,
+        caption: str = "",
+        folded: bool = False,
+        name: str = "",
+    ):
+        "A table, its index left out; numbers are shown with four digits and kept whole. folded: opened by a click; name: of"
         "the CSV."
         rows = [[_shown(value) for value in row] for row in table.values.tolist()]
         columns = [str(column) for column in table.columns]
-        return self._add(kind="table", columns=columns, rows=rows, caption=caption, folded=folded, name=name or caption,
-                         frame=table)
+        return self._add(
+            kind="table",
+            columns=columns,
+            rows=rows,
+            caption=caption,
+            folded=folded,
+            name=name or caption,
+            frame=table,
+        )
 
     def figure(self, figure: Figure, caption: str = ""):
         "A figure, embedded as PNG."
-        inches, source = float(figure.get_size_inches()[0]), base64.b64encode(to_png(figure, dpi=144)).decode()
-        return self._add(kind="figure", source=f"data:image/png;base64,{source}", caption=caption, width=round(110 * inches),
-                         wide=inches > 6)
+        inches, source = (
+            float(figure.get_size_inches()[0]),
+            base64.b64encode(to_png(figure, dpi=144)).decode(),
+        )
+        return self._add(
+            kind="figure",
+            source=f"data:image/png;base64,{source}",
+            caption=caption,
+            width=round(110 * inches),
+            wide=inches > 6,
+        )
 
     def media(self, kind: str, content: bytes, caption: str = ""):
         "The bytes of a picture or sound as they are; kind: of MIME, such as image/webp or audio/wav."
         source = f"data:{kind};base64,{base64.b64encode(content).decode()}"
-        return self._add(kind="sound" if kind.startswith("audio") else "figure", source=source, caption=caption)
+        return self._add(
+            kind="sound" if kind.startswith("audio") else "figure",
+            source=source,
+            caption=caption,
+        )
 
 # %% ../../nbs/6_report/01_document.ipynb #5381e114
 class Section(_Parser):
@@ -132,7 +157,11 @@ class Section(_Parser):
     def found(self, *sentences) -> "Section":
         "Sentences for the summary, which are shown here too."
         self.findings += [str(sentence) for sentence in sentences]
-        return self._add(kind="list", lines=[str(sentence) for sentence in sentences]) if sentences else self
+        return (
+            self._add(kind="list", lines=[str(sentence) for sentence in sentences])
+            if sentences
+            else self
+        )
 
     def limits(self, text: str) -> "Section":
         "What can and cannot be concluded; it stands last."
@@ -145,7 +174,11 @@ class Report(_Parser):
 
     def heading(self, text: str) -> "Report":
         "A heading, which the table of contents names."
-        return self._add(kind="heading", text=text, id=f"part-{sum(part['kind'] == 'heading' for part in self.parts) + 1}")
+        return self._add(
+            kind="heading",
+            text=text,
+            id=f"part-{sum(part['kind'] == 'heading' for part in self.parts) + 1}",
+        )
 
     def contents(self) -> "Report":
         "The table of contents, here."
@@ -161,7 +194,11 @@ class Report(_Parser):
         if section.protocol:
             self._add(kind="text", role="how", text=section.protocol)
         self.parts += section.parts
-        return self._add(kind="text", role="limits", text=section.limited) if section.limited else self
+        return (
+            self._add(kind="text", role="limits", text=section.limited)
+            if section.limited
+            else self
+        )
 
     def _numbered(self) -> list[dict]:
         "The parts, tables with the names of their files."
@@ -176,23 +213,39 @@ class Report(_Parser):
 
     def html(self, folder: str = "") -> str:
         "The whole page. folder: where the tables lie as CSV, relative to the page; without it there are no links to them."
-        return _PAGE.render(title=self.title, parts=self._numbered(), folder=quote(folder))
+        return _PAGE.render(
+            title=self.title, parts=self._numbered(), folder=quote(folder)
+        )
 
     def numbers(self) -> dict:
         "All that is said, numbers as they are, without pictures."
         kept = ("kind", "text", "lines", "caption", "command", "file")
-        return {"title": self.title, "parts": [
-            {name: part[name] for name in kept if name in part} | (_plain(part["frame"]) if "frame" in part else {})
-            for part in self._numbered()]}
+        return {
+            "title": self.title,
+            "parts": [
+                {name: part[name] for name in kept if name in part}
+                | (_plain(part["frame"]) if "frame" in part else {})
+                for part in self._numbered()
+            ],
+        }
 
     def write(self, path: Path | str) -> Path:
         "Write the page to NAME.html, its tables and numbers to NAME_files, and return the page's path. Raises NotWritten."
         path = Path(path)
         folder = path.with_name(f"{path.stem}_files")
-        tables = {folder / part["file"]: part["frame"].to_csv(index=False).encode()
-                  for part in self._numbered() if part["kind"] == "table"}
+        tables = {
+            folder / part["file"]: part["frame"].to_csv(index=False).encode()
+            for part in self._numbered()
+            if part["kind"] == "table"
+        }
         numbers = json.dumps(self.numbers(), indent=1) + "\n"
-        write_files({**tables, folder / "report.json": numbers.encode(), path: self.html(folder.name).encode()})
+        write_files(
+            {
+                **tables,
+                folder / "report.json": numbers.encode(),
+                path: self.html(folder.name).encode(),
+            }
+        )
         for old in folder.glob("[0-9][0-9]-*.csv"):
             if old not in tables:  # of a report that stood here before
                 old.unlink()
@@ -204,8 +257,16 @@ def _plain(frame: pd.DataFrame) -> dict:
         value = value.item() if hasattr(value, "item") else value
         if isinstance(value, float):
             return value if math.isfinite(value) else None
-        return value if isinstance(value, bool | int | str) or value is None else str(value)
-    return {"columns": [str(name) for name in frame.columns], "rows": [[plain(v) for v in row] for row in frame.values.tolist()]}
+        return (
+            value
+            if isinstance(value, bool | int | str) or value is None
+            else str(value)
+        )
+
+    return {
+        "columns": [str(name) for name in frame.columns],
+        "rows": [[plain(v) for v in row] for row in frame.values.tolist()],
+    }
 
 # %% ../../nbs/6_report/01_document.ipynb #fcf3f9bc
 def printer() -> str:
@@ -213,19 +274,32 @@ def printer() -> str:
     for name in ("chromium", "chromium-browser", "google-chrome"):
         if found := shutil.which(name):
             return found
-    raise FileNotFoundError("a PDF is printed by chromium or google-chrome, and neither is on the path; install one, or leave "
-                            "the "
-                            "PDF out and print the page from any browser")
+    raise FileNotFoundError(
+        "a PDF is printed by chromium or google-chrome, and neither is on the path; install one, or leave "
+        "the "
+        "PDF out and print the page from any browser"
+    )
 
 
 def write_pdf(page: Path | str) -> Path:
     "Print a page to a PDF beside it, and return its path. Raises FileNotFoundError without a browser, OSError when it fails."
     page = Path(page).resolve()
     file, browser = page.with_suffix(".pdf"), printer()
-    alone = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # which the root of a container needs
-    options = ["--headless", "--disable-gpu", "--no-pdf-header-footer", f"--print-to-pdf={file}", *alone]
+    # which the root of a container needs
+    alone = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+    options = [
+        "--headless",
+        "--disable-gpu",
+        "--no-pdf-header-footer",
+        f"--print-to-pdf={file}",
+        *alone,
+    ]
     file.unlink(missing_ok=True)
-    done = subprocess.run([browser, *options, page.as_uri()], capture_output=True, text=True, timeout=180)
+    done = subprocess.run(
+        [browser, *options, page.as_uri()], capture_output=True, text=True, timeout=180
+    )
     if not file.exists():
-        raise OSError(f"{browser} has written no PDF (status {done.returncode}): {done.stderr.strip()[-300:]}")
+        raise OSError(
+            f"{browser} has written no PDF (status {done.returncode}): {done.stderr.strip()[-300:]}"
+        )
     return file

@@ -17,7 +17,14 @@ from threadpoolctl import threadpool_limits
 from ..analysis.comparison import over_seeds
 from ..analysis.factors import known_factors
 from ..analysis.features import FeatureStore, items_of, stream_features
-from ..analysis.probing import BASELINES, Probes, outdated, probe_items, probe_targets, read_probes
+from selfflow.analysis.probing import (
+    BASELINES,
+    Probes,
+    outdated,
+    probe_items,
+    probe_targets,
+    read_probes,
+)
 from ..data.datasets import SPLITS
 from ..figures.layers import draw_layer_curves, draw_score_maps
 from ..figures.plots import Picture
@@ -41,9 +48,22 @@ def _draw_confusion(matrix, names, title: str = "") -> Picture:
     image = axis.imshow(shares, cmap="cividis", vmin=0, vmax=1)
     small = 7 if len(names) <= 20 else 5
     for row, column in np.argwhere(matrix) if len(names) <= 40 else ():
-        axis.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=small,
-                  color="black" if shares[row, column] > 0.55 else "white")
-    axis.set(xticks=range(len(names)), yticks=range(len(names)), yticklabels=names, xlabel="answered", ylabel="true")
+        axis.text(
+            column,
+            row,
+            str(matrix[row, column]),
+            ha="center",
+            va="center",
+            fontsize=small,
+            color="black" if shares[row, column] > 0.55 else "white",
+        )
+    axis.set(
+        xticks=range(len(names)),
+        yticks=range(len(names)),
+        yticklabels=names,
+        xlabel="answered",
+        ylabel="true",
+    )
     axis.set_xticklabels(names, rotation=90 if max(map(len, names)) > 2 else 0)
     axis.tick_params(labelsize=small, length=0)
     axis.set_title(title, fontsize=9)
@@ -54,29 +74,52 @@ def _draw_confusion(matrix, names, title: str = "") -> Picture:
 def _answers(features: dict, labels: dict, strength: float) -> np.ndarray:
     "What the chosen probe of classes, fitted again, answers to the test items: (n,). features, labels: by split."
     with threadpool_limits(1):
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
-        return probe.fit(np.asarray(features["train"]), np.asarray(labels["train"])).predict(np.asarray(features["test"]))
+        probe = make_pipeline(
+            StandardScaler(), LogisticRegression(C=strength, max_iter=2000)
+        )
+        return probe.fit(
+            np.asarray(features["train"]), np.asarray(labels["train"])
+        ).predict(np.asarray(features["test"]))
 
 
 def _confusion(section: Section, name: str, run: Run, probes: Probes) -> None:
     "The confusion of the classes in the chosen cell."
     factor, about = probes.main_factor, probes.about
     best = probes.best(factor)
-    items = {split: items_of(run, split, about["counts"][split], about["data"]) for split in SPLITS}
+    items = {
+        split: items_of(run, split, about["counts"][split], about["data"])
+        for split in SPLITS
+    }
     targets = probe_targets(items)
     if best.probe.measure != "accuracy" or factor not in targets:
         return
     labels = targets[factor]
-    model, store = (run.teacher if about["weights"] == "teacher" else run.model), FeatureStore(run.path / "features")
-    features = {split: items[split].pooled(stream_features(model, items[split], best.level, (best.layer,), store)[best.layer],
-                                           about["part"]) for split in ("train", "test")}
+    model, store = (
+        (run.teacher if about["weights"] == "teacher" else run.model),
+        FeatureStore(run.path / "features"),
+    )
+    features = {
+        split: items[split].pooled(
+            stream_features(model, items[split], best.level, (best.layer,), store)[
+                best.layer
+            ],
+            about["part"],
+        )
+        for split in ("train", "test")
+    }
     answered = _answers(features, labels, float(best.probe.chosen.split("=")[1]))
     words = known_factors(items["test"])[1].get(factor, ())
     count = 1 + int(max(part.max() for part in labels.values()))
     names = [str(word) for word in (words if len(words) == count else range(count))]
     agree = float((labels["test"] == answered).mean())
-    again = "" if abs(agree - best.probe.score) < 5e-4 else (f" Fitted again here it reaches {agree:.1%}; "
-                                                            f"{best.probe.score:.1%} is recorded.")
+    again = (
+        ""
+        if abs(agree - best.probe.score) < 5e-4
+        else (
+            f" Fitted again here it reaches {agree:.1%}; "
+            f"{best.probe.score:.1%} is recorded."
+        )
+    )
     matrix = confusion_matrix(labels["test"], answered, labels=range(count))
     caption = f"{name}, {factor}: confusion on test, {best.cell}.{again}"
     section.figure(_draw_confusion(matrix, names, f"{name}, {factor}"), caption)
@@ -97,7 +140,13 @@ def probe_section(runs: dict[str, Run]) -> Section:
             continue
         command = f"selfflow probe {run.quoted}"
         if probes is None:
-            ask_for(section, f"No probes of {name} yet; this makes them:", command, probe_items, run)
+            ask_for(
+                section,
+                f"No probes of {name} yet; this makes them:",
+                command,
+                probe_items,
+                run,
+            )
             continue
         stored[name] = probes
         if reason := outdated(probes, run):
@@ -105,102 +154,224 @@ def probe_section(runs: dict[str, Run]) -> Section:
     if not stored:
         return section
     about = next(iter(stored.values())).about
-    chosen = {split: f"{count:,}" for split, count in about["counts"].items()} | about.get("chosen", {})
+    chosen = {
+        split: f"{count:,}" for split, count in about["counts"].items()
+    } | about.get("chosen", {})
     counts = ", ".join(f"{split} {words}" for split, words in chosen.items())
-    section.protocol = (f"Means over tokens of the {about['weights']} under the null label; classes by logistic regression, "
-                        f"values by ridge regression, strength and cell chosen on validation, numbers of test (samples: "
-                        f"{counts}).")
+    section.protocol = (
+        f"Means over tokens of the {about['weights']} under the null label; classes by logistic regression, "
+        f"values by ridge regression, strength and cell chosen on validation, numbers of test (samples: "
+        f"{counts})."
+    )
     columns = ("factor", "measure", *BASELINES, "model", "cell")
-    tables = [probes.table().reset_index()[list(columns)].assign(run=name) for name, probes in stored.items()]
-    section.table(pd.concat(tables)[["run", *columns]], "The cell that validation chose, on test (95 %), and all baselines.",
-                  name="factors")
+    tables = [
+        probes.table().reset_index()[list(columns)].assign(run=name)
+        for name, probes in stored.items()
+    ]
+    section.table(
+        pd.concat(tables)[["run", *columns]],
+        "The cell that validation chose, on test (95 %), and all baselines.",
+        name="factors",
+    )
     groups = {}
     for name, probes in stored.items():
         groups.setdefault(probes.cells, {})[name] = probes
     for group in groups.values():
         _factor_maps(section, group)
         _factor_differences(section, group)
-    current = {name: probes for name, probes in stored.items() if not outdated(probes, runs[name])}
+    current = {
+        name: probes
+        for name, probes in stored.items()
+        if not outdated(probes, runs[name])
+    }
     _baseline_findings(section, current)
     _seed_findings(section, runs, current)
     _all_cells(section, stored)
     for name, probes in current.items():
         _confusion(section, name, runs[name], probes)
-    return section.limits("Each factor is a comparison of its own; of many, one in twenty leaves out zero by chance. What a "
-                          "factor is read from may be something else that goes with it, and what a linear probe does not read "
-                          "may be there in another form." + SAMPLES_ONLY)
+    return section.limits(
+        "Each factor is a comparison of its own; of many, one in twenty leaves out zero by chance. What a "
+        "factor is read from may be something else that goes with it, and what a linear probe does not read "
+        "may be there in another form." + SAMPLES_ONLY
+    )
 
 
 def _factor_maps(section, probes: dict[str, Probes], most: int = 6) -> None:
     first, *others = probes.values()
     measures = {factor: first.best(factor).probe.measure for factor in first.factors}
-    gaps = {factor: first.difference(others[0], factor) for factor in first.factors} if len(others) == 1 else None
+    gaps = (
+        {factor: first.difference(others[0], factor) for factor in first.factors}
+        if len(others) == 1
+        else None
+    )
     caption = "Test score by block and noise level."
     if gaps:
         cells = np.concatenate([gap.reshape(3, -1) for gap in gaps.values()], 1)
-        caption = (f"{caption} Right: the second run minus the first, bold where the paired 95 % interval over test items leaves "
-                   f"out zero. Of all {len(gaps)} factors: {cells_in_words(cells)}.")
+        caption = (
+            f"{caption} Right: the second run minus the first, bold where the paired 95 % interval over test items leaves "
+            f"out zero. Of all {len(gaps)} factors: {cells_in_words(cells)}."
+        )
     for place in range(0, len(first.factors), most):
-        chosen = first.factors[place:place + most]
-        maps = {factor: {name: one.grid(factor) for name, one in probes.items()} for factor in chosen}
-        section.figure(draw_score_maps(maps, first.about["layers"], first.about["levels"],
-                                       gaps and {factor: gaps[factor] for factor in chosen}, measures), caption)
+        chosen = first.factors[place : place + most]
+        maps = {
+            factor: {name: one.grid(factor) for name, one in probes.items()}
+            for factor in chosen
+        }
+        section.figure(
+            draw_score_maps(
+                maps,
+                first.about["layers"],
+                first.about["levels"],
+                gaps and {factor: gaps[factor] for factor in chosen},
+                measures,
+            ),
+            caption,
+        )
     curves, across = {}, {}
     for factor in first.factors:
         place = first.about["levels"].index(first.best(factor).level)
-        curves[factor] = {name: np.stack([one.grid(factor)[:, place], *one.grid(factor, "interval")[:, place].T])
-                          for name, one in probes.items()}
+        curves[factor] = {
+            name: np.stack(
+                [one.grid(factor)[:, place], *one.grid(factor, "interval")[:, place].T]
+            )
+            for name, one in probes.items()
+        }
         present = {row.features for row in first.rows if row.factor == factor}
-        across[factor] = {name: first.best(factor, name).probe.score
-                          for name in ("raw input", "untrained network") if name in present}
+        across[factor] = {
+            name: first.best(factor, name).probe.score
+            for name in ("raw input", "untrained network")
+            if name in present
+        }
     drawn = draw_layer_curves(curves, first.about["layers"], across, measures)
-    section.figure(drawn, "By block with 95 % bands, at the level that validation chose for the first run; the untrained "
-                          "network at its best cell.")
+    section.figure(
+        drawn,
+        "By block with 95 % bands, at the level that validation chose for the first run; the untrained "
+        "network at its best cell.",
+    )
 
 
 def _factor_differences(section, probes: dict[str, Probes]) -> None:
     (first, one), *others = probes.items()
     for name, other in others:
-        pairs = {factor: one.compare(other, factor, names=(first, name)) for factor in one.factors}
-        rows = [(factor, one.best(factor).probe.measure, pair.difference, *pair.interval, pair.smallest,
-                 "seen" if pair.seen else "not seen") for factor, pair in pairs.items()]
-        columns = ["factor", "measure", "difference", "95 % low", "95 % high", "would be seen in 8 of 10", "difference is"]
+        pairs = {
+            factor: one.compare(other, factor, names=(first, name))
+            for factor in one.factors
+        }
+        rows = [
+            (
+                factor,
+                one.best(factor).probe.measure,
+                pair.difference,
+                *pair.interval,
+                pair.smallest,
+                "seen" if pair.seen else "not seen",
+            )
+            for factor, pair in pairs.items()
+        ]
+        columns = [
+            "factor",
+            "measure",
+            "difference",
+            "95 % low",
+            "95 % high",
+            "would be seen in 8 of 10",
+            "difference is",
+        ]
         over = next(iter(pairs.values())).over
-        section.table(pd.DataFrame(rows, columns=columns), f"{name} minus {first}, each at its chosen cell; {over}.",
-                      name=f"differences {name}")
-        section.found(f"Probes of {len(pairs)} factors, {name} minus {first} (over {over}): {_in_words(pairs)}. About "
-                      f"{0.05 * len(pairs):.1f} would differ from 0 by chance.")
+        section.table(
+            pd.DataFrame(rows, columns=columns),
+            f"{name} minus {first}, each at its chosen cell; {over}.",
+            name=f"differences {name}",
+        )
+        section.found(
+            f"Probes of {len(pairs)} factors, {name} minus {first} (over {over}): {_in_words(pairs)}. About "
+            f"{0.05 * len(pairs):.1f} would differ from 0 by chance."
+        )
 
 
 def _in_words(pairs: dict[str, Comparison]) -> str:
     kinds = {"above 0": [], "below 0": [], "not told from 0": []}
     for factor, pair in pairs.items():
-        kind = "not told from 0" if not pair.seen else "above 0" if pair.difference > 0 else "below 0"
+        kind = (
+            "not told from 0"
+            if not pair.seen
+            else "above 0"
+            if pair.difference > 0
+            else "below 0"
+        )
         kinds[kind].append(f"{factor} {pair.difference:+.3f}")
-    return "; ".join(f"{kind}: {', '.join(kept)}" for kind, kept in kinds.items() if kept)
+    return "; ".join(
+        f"{kind}: {', '.join(kept)}" for kind, kept in kinds.items() if kept
+    )
 
 
 def _baseline_findings(section, stored: dict[str, Probes]) -> None:
     "Features do not always tell more of the class than the raw input does."
     for name, probes in stored.items():
         factor = probes.main_factor
-        if not any((row.factor, row.features) == (factor, "raw input") for row in probes.rows):
+        if not any(
+            (row.factor, row.features) == (factor, "raw input") for row in probes.rows
+        ):
             continue
         best, raw = probes.best(factor).probe, probes.of(factor, "raw input")[0].probe
         written = {"scale": 1.0, "unit": ""} if best.measure == "R^2" else {}
-        pair = compare_items((raw.errors, raw.spreads), (best.errors, best.spreads), ("raw input", name), **written)
-        section.found(f"Probe of the {factor}, {best} and {raw} of the raw input: {pair}")
+        pair = compare_items(
+            (raw.errors, raw.spreads),
+            (best.errors, best.spreads),
+            ("raw input", name),
+            **written,
+        )
+        section.found(
+            f"Probe of the {factor}, {best} and {raw} of the raw input: {pair}"
+        )
 
 
 def _seed_findings(section, runs: dict[str, Run], stored: dict[str, Probes]) -> None:
     if stored:
         factor = next(iter(stored.values())).main_factor
-        scores = {name: probes.best(factor).probe.score for name, probes in stored.items() if factor in probes.factors}
-        section.found(*(f"Probe of the {factor}, higher is better: {one}" for one in over_seeds(runs, scores)))
+        scores = {
+            name: probes.best(factor).probe.score
+            for name, probes in stored.items()
+            if factor in probes.factors
+        }
+        section.found(
+            *(
+                f"Probe of the {factor}, higher is better: {one}"
+                for one in over_seeds(runs, scores)
+            )
+        )
 
 
 def _all_cells(section, stored: dict[str, Probes]) -> None:
-    rows = [(name, row.factor, row.layer, row.level, row.probe.score, *row.probe.interval, row.probe.validation, row.probe.chosen)
-            for name, probes in stored.items() for factor in probes.factors for row in probes.of(factor)]
-    columns = ["run", "factor", "block", "level", "test", "95 % low", "95 % high", "validation", "chosen"]
-    section.table(pd.DataFrame(rows, columns=columns), "All cells", folded=True, name="probe cells")
+    rows = [
+        (
+            name,
+            row.factor,
+            row.layer,
+            row.level,
+            row.probe.score,
+            *row.probe.interval,
+            row.probe.validation,
+            row.probe.chosen,
+        )
+        for name, probes in stored.items()
+        for factor in probes.factors
+        for row in probes.of(factor)
+    ]
+    columns = [
+        "run",
+        "factor",
+        "block",
+        "level",
+        "test",
+        "95 % low",
+        "95 % high",
+        "validation",
+        "chosen",
+    ]
+    section.table(
+        pd.DataFrame(rows, columns=columns),
+        "All cells",
+        folded=True,
+        name="probe cells",
+    )

@@ -13,7 +13,14 @@ from functools import partial
 from tqdm.auto import tqdm
 
 from ..analysis.comparison import arms
-from ..analysis.probing import outdated, probe_items, probe_run, probes_cost, read_probes, write_probes
+from selfflow.analysis.probing import (
+    outdated,
+    probe_items,
+    probe_run,
+    probes_cost,
+    read_probes,
+    write_probes,
+)
 from ..analysis.sample_metrics import metric_data, run_metrics
 from .document import Report, Section
 from .probe_sections import probe_section
@@ -25,18 +32,35 @@ from selfflow.report.representation_sections import (
     similarity_section,
 )
 from .run_sections import loss_section, run_section, training_section
-from .sample_sections import metric_section, plane_section, sample_section
+from selfflow.report.sample_sections import (
+    metric_section,
+    plane_section,
+    sample_section,
+)
 from ..settings import own_settings
 from ..training.run import Run
 from ..training.samples import to_draw, write_samples
 
 # %% ../../nbs/6_report/06_report.ipynb #64449500
-SECTIONS = (run_section, training_section, loss_section, probe_section, layer_section, similarity_section,
-            saturation_section, attention_section, plane_section, sample_section, metric_section)
+SECTIONS = (
+    run_section,
+    training_section,
+    loss_section,
+    probe_section,
+    layer_section,
+    similarity_section,
+    saturation_section,
+    attention_section,
+    plane_section,
+    sample_section,
+    metric_section,
+)
 
 
 @own_settings()
-def run_report(runs: dict[str, Run], report: Report | None = None, sections=SECTIONS) -> Report:
+def run_report(
+    runs: dict[str, Run], report: Report | None = None, sections=SECTIONS
+) -> Report:
     """A report of one run or a comparison of several that were trained on the same data.
 
     runs: {shown name: Run}, others are compared with the first; report: one that is begun already and is to be continued;
@@ -48,10 +72,18 @@ def run_report(runs: dict[str, Run], report: Report | None = None, sections=SECT
     for run in runs.values():
         run.checkpoint  # noqa: B018, which raises now rather than after minutes
     try:
-        made = [_made(section, runs) for section in tqdm(sections, "report", unit="section", leave=False)]
+        made = [
+            _made(section, runs)
+            for section in tqdm(sections, "report", unit="section", leave=False)
+        ]
     finally:
         looked_at.cache_clear()
-    report = (report or Report(" and ".join(runs))).heading("Summary").lines(_summary(runs, made)).contents()
+    report = (
+        (report or Report(" and ".join(runs)))
+        .heading("Summary")
+        .lines(_summary(runs, made))
+        .contents()
+    )
     for section in made:
         report.section(section)
     return report
@@ -70,16 +102,32 @@ def _summary(runs: dict[str, Run], sections: list[Section]) -> list[str]:
     found = [sentence for section in sections for sentence in section.findings]
     groups = arms(runs)
     seeds = [len(arm) for arm in groups]
-    lines = [f"{len(runs)} run{'s' * (len(runs) > 1)}, trained {'/'.join(str(run.state()['step']) for run in runs.values())} "
-             f"steps, of {len(groups)} kind{'s' * (len(groups) > 1)} of settings with {'/'.join(map(str, seeds))} training "
-             f"seed{'s' * (max(seeds) > 1)}."]
-    lines += found or ["Nothing was compared: there is one run, or what would be compared is missing."]
+    lines = [
+        f"{len(runs)} run{'s' * (len(runs) > 1)}, trained {'/'.join(str(run.state()['step']) for run in runs.values())} "
+        f"steps, of {len(groups)} kind{'s' * (len(groups) > 1)} of settings with {'/'.join(map(str, seeds))} training "
+        f"seed{'s' * (max(seeds) > 1)}."
+    ]
+    lines += found or [
+        "Nothing was compared: there is one run, or what would be compared is missing."
+    ]
     if min(seeds) == 1 and len(runs) > 1:
-        lines.append("Where there is one training seed, a difference is between two trained models; another seed may reverse it.")
+        lines.append(
+            "Where there is one training seed, a difference is between two trained models; another seed may reverse it."
+        )
     if len(runs) > 1:
-        lines.append("What is not told from 0 is not shown to be equal. Intervals are 95 % each, not of all together.")
-    missing = [section.title for section in sections if any(part["kind"] == "missing" for part in section.parts)]
-    return lines + ([f"Something is missing, or out of date, in: {', '.join(missing)}."] if missing else [])
+        lines.append(
+            "What is not told from 0 is not shown to be equal. Intervals are 95 % each, not of all together."
+        )
+    missing = [
+        section.title
+        for section in sections
+        if any(part["kind"] == "missing" for part in section.parts)
+    ]
+    return lines + (
+        [f"Something is missing, or out of date, in: {', '.join(missing)}."]
+        if missing
+        else []
+    )
 
 # %% ../../nbs/6_report/06_report.ipynb #f59d9d1c
 def missing_parts(runs: dict[str, Run]) -> list[tuple[str, str, Callable]]:
@@ -90,11 +138,25 @@ def missing_parts(runs: dict[str, Run]) -> list[tuple[str, str, Callable]]:
     found = []
     for name, run in runs.items():
         if not _fresh(run) and _possible(probe_items, run):
-            found.append((f"probes of {name}", str(probes_cost(run)), partial(_probe, run)))
+            found.append(
+                (f"probes of {name}", str(probes_cost(run)), partial(_probe, run))
+            )
         if not any((run.path / "samples").glob("*.safetensors")):
-            found.append((f"samples of {name}", "40 to 100 samples, 50 forwards each", partial(_samples, run)))
+            found.append(
+                (
+                    f"samples of {name}",
+                    "40 to 100 samples, 50 forwards each",
+                    partial(_samples, run),
+                )
+            )
         if not any(run.path.glob("metrics*.json")) and _possible(metric_data, run):
-            found.append((f"metrics of {name}", "500 samples at most, 25 forwards each", partial(run_metrics, run)))
+            found.append(
+                (
+                    f"metrics of {name}",
+                    "500 samples at most, 25 forwards each",
+                    partial(run_metrics, run),
+                )
+            )
     return found
 
 

@@ -13,13 +13,24 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..analysis.attention import (attention_maps, attention_of, grids_of, maps_by_part, mass_between_levels,
-                                         summarise_mass)
+from selfflow.analysis.attention import (
+    attention_maps,
+    attention_of,
+    grids_of,
+    maps_by_part,
+    mass_between_levels,
+    summarise_mass,
+)
 from ..analysis.features import Items, items_of
 from ..analysis.saturation import saturation
 from ..analysis.similarity import cka, describe_layers, jackknife, similarities
 from ..draws import keyed
-from ..figures.attention import draw_mass, draw_on_film, draw_on_image, draw_on_sound
+from selfflow.figures.attention import (
+    draw_mass,
+    draw_on_film,
+    draw_on_image,
+    draw_on_sound,
+)
 from ..figures.layers import draw_ladder, draw_layers, draw_similarities
 from ..figures.plots import Picture, draw_curves, viewable
 from ..method.flow import interpolate
@@ -30,22 +41,31 @@ from .run_sections import SAMPLES_ONLY
 from ..training.run import Run
 
 # %% ../../nbs/6_report/04_representation_sections.ipynb #fb9cfe51
-_SAMPLES, LEVEL = 200, 0.25  # how many test samples are looked at, and at which noise level
+# how many test samples are looked at, and at which noise level
+_SAMPLES, LEVEL = 200, 0.25
 
 
 @lru_cache(maxsize=16)
-def looked_at(run: Run, count: int = _SAMPLES, level: float = LEVEL) -> tuple[Items, dict[int, Tensor]]:
+def looked_at(
+    run: Run, count: int = _SAMPLES, level: float = LEVEL
+) -> tuple[Items, dict[int, Tensor]]:
     "Test samples of a run's first data set, and their features (b, n, d) by layer, of the tokens of the first part."
     items = items_of(run, "test", count)
-    found = items.features(run.teacher, level, tuple(range(1, run.teacher.depth + 1)), pooled=False)
+    found = items.features(
+        run.teacher, level, tuple(range(1, run.teacher.depth + 1)), pooled=False
+    )
     place = next(iter(items.parts.values()))
-    return items, {layer: hidden[:, place].contiguous() for layer, hidden in found.items()}
+    return items, {
+        layer: hidden[:, place].contiguous() for layer, hidden in found.items()
+    }
 
 
 def _protocol(items: Items) -> str:
     part = f", tokens of the {next(iter(items.parts))}" if len(items.parts) > 1 else ""
-    return (f"The averaged weights (teacher) under the null label on test samples of {items.name} ({items.chosen}){part}, "
-            f"noise level t = {LEVEL:g}, noise fixed and the same for all runs.")
+    return (
+        f"The averaged weights (teacher) under the null label on test samples of {items.name} ({items.chosen}){part}, "
+        f"noise level t = {LEVEL:g}, noise fixed and the same for all runs."
+    )
 
 # %% ../../nbs/6_report/04_representation_sections.ipynb #e15c4b10
 def layer_section(runs: dict[str, Run]) -> Section:
@@ -56,75 +76,141 @@ def layer_section(runs: dict[str, Run]) -> Section:
     for name, (items, features) in looked.items():
         grid = next(iter(grids_of(runs[name].teacher, items.present).values()))
         tables[name] = describe_layers(features, grid)
-    section.figure(draw_layers(tables), "Effective rank of all tokens; mean norm; cosine of tokens with their mean direction; "
-                   "cosine of neighbouring tokens minus that of distant ones. Bands: 95 % over samples, where there are any.")
-    frames = [table.reset_index(names="block").assign(run=name) for name, table in tables.items()]
-    section.table(pd.concat(frames)[["run", *frames[0].columns[:-1]]], "Curves by layer", folded=True)
-    return section.limits("These describe how features are spread, not what they are good for. Rank and common direction have no "
-                          "interval here: differences in them are not told from chance." + SAMPLES_ONLY)
+    section.figure(
+        draw_layers(tables),
+        "Effective rank of all tokens; mean norm; cosine of tokens with their mean direction; "
+        "cosine of neighbouring tokens minus that of distant ones. Bands: 95 % over samples, where there are any.",
+    )
+    frames = [
+        table.reset_index(names="block").assign(run=name)
+        for name, table in tables.items()
+    ]
+    section.table(
+        pd.concat(frames)[["run", *frames[0].columns[:-1]]],
+        "Curves by layer",
+        folded=True,
+    )
+    return section.limits(
+        "These describe how features are spread, not what they are good for. Rank and common direction have no "
+        "interval here: differences in them are not told from chance." + SAMPLES_ONLY
+    )
 
 # %% ../../nbs/6_report/04_representation_sections.ipynb #19621c37
 def similarity_section(runs: dict[str, Run]) -> Section:
     "CKA of layers within each run, and between the first run and each other."
-    pooled = {name: {layer: hidden.mean(1) for layer, hidden in looked_at(run)[1].items()} for name, run in runs.items()}
+    pooled = {
+        name: {layer: hidden.mean(1) for layer, hidden in looked_at(run)[1].items()}
+        for name, run in runs.items()
+    }
     items = looked_at(next(iter(runs.values())))[0]
-    section = Section("Similarity of layers", f"{_protocol(items)} Linear CKA of means over tokens, the unbiased estimate; 1 is "
-                      "equal but for turning and scaling, 0 unrelated; intervals by a jackknife over samples.")
+    section = Section(
+        "Similarity of layers",
+        f"{_protocol(items)} Linear CKA of means over tokens, the unbiased estimate; 1 is "
+        "equal but for turning and scaling, 0 unrelated; intervals by a jackknife over samples.",
+    )
     groups = {}
     for name, features in pooled.items():
         groups.setdefault(len(features), {})[name] = similarities(features)
     for matrices in groups.values():
         layers = list(next(iter(matrices.values())).index)
-        section.figure(draw_similarities(matrices, layers, xlabel="block", ylabel="block"), "Within each run.")
+        section.figure(
+            draw_similarities(matrices, layers, xlabel="block", ylabel="block"),
+            "Within each run.",
+        )
     first, *others = pooled
     rows = []
     for other in others:
         matrix = similarities(pooled[first], pooled[other])
-        section.figure(draw_similarities({f"{first} and {other}": matrix}, list(matrix.index), list(matrix.columns),
-                                         xlabel=f"block of {other}", ylabel=f"block of {first}"), "Between two runs.")
-        rows += [(first, other, layer, *jackknife(cka, pooled[first][layer], pooled[other][layer]))
-                 for layer in pooled[first].keys() & pooled[other].keys()]
+        section.figure(
+            draw_similarities(
+                {f"{first} and {other}": matrix},
+                list(matrix.index),
+                list(matrix.columns),
+                xlabel=f"block of {other}",
+                ylabel=f"block of {first}",
+            ),
+            "Between two runs.",
+        )
+        rows += [
+            (
+                first,
+                other,
+                layer,
+                *jackknife(cka, pooled[first][layer], pooled[other][layer]),
+            )
+            for layer in pooled[first].keys() & pooled[other].keys()
+        ]
     if rows:
-        section.table(pd.DataFrame(rows, columns=["run", "other run", "block", "CKA", "95 % low", "95 % high"]), "The same block "
-                      "of two runs.", name="cka of blocks")
-    return section.limits("How alike two trainings of one arm with other seeds would be is the number to compare with; without "
-                          "such runs in the report, no CKA says that two methods learn different things.")
+        section.table(
+            pd.DataFrame(
+                rows,
+                columns=["run", "other run", "block", "CKA", "95 % low", "95 % high"],
+            ),
+            "The same block of two runs.",
+            name="cka of blocks",
+        )
+    return section.limits(
+        "How alike two trainings of one arm with other seeds would be is the number to compare with; without "
+        "such runs in the report, no CKA says that two methods learn different things."
+    )
 
 # %% ../../nbs/6_report/04_representation_sections.ipynb #1b58e319
-_FITTED, _SCORED = 400, 150  # training samples that constants are fitted on, and test samples
+# training samples that constants are fitted on, and test samples
+_FITTED, _SCORED = 400, 150
 
 
 def saturation_section(runs: dict[str, Run]) -> Section:
     "What the student's cosine with the teacher is made of, and how it falls with the gap of levels."
-    section = Section("Student and teacher", "Noised as in training: constants are mean directions of at most "
-                      f"{_FITTED} training samples, all answers are scored on at most {_SCORED} test samples "
-                      "under new noise, both chosen at random; 95 % intervals over these.")
+    section = Section(
+        "Student and teacher",
+        "Noised as in training: constants are mean directions of at most "
+        f"{_FITTED} training samples, all answers are scored on at most {_SCORED} test samples "
+        "under new noise, both chosen at random; 95 % intervals over these.",
+    )
     for name, run in runs.items():
         objective = objectives[run.config.objective.name].load()
         if not objective.compares_features:
-            section.text(f"{name} compares no features: there is no cosine that could saturate.")
+            section.text(
+                f"{name} compares no features: there is no cosine that could saturate."
+            )
         elif objective.needs_features:
-            section.missing(f"The target of {name} is what an encoder says, which is not kept with the run; in a notebook:",
-                            "selfflow.analysis.saturation.saturation(run, features=encoder)")
+            section.missing(
+                f"The target of {name} is what an encoder says, which is not kept with the run; in a notebook:",
+                "selfflow.analysis.saturation.saturation(run, features=encoder)",
+            )
         else:
             _ladder_part(section, name, run)
-    return section.limits("The best answer without the sample is chosen on the test samples, in its favour. A low floor does not "
-                          "show that features are useful, only that the sample is needed to predict them." + SAMPLES_ONLY)
+    return section.limits(
+        "The best answer without the sample is chosen on the test samples, in its favour. A low floor does not "
+        "show that features are useful, only that the sample is needed to predict them."
+        + SAMPLES_ONLY
+    )
 
 
 def _ladder_part(section, name: str, run: Run) -> None:
     found = saturation(run, _FITTED, _SCORED)
-    section.figure(draw_ladder(found.table(), name), f"{name}: who reaches which cosine with the teacher's features; filled: "
-                   "knows the sample; the dashed line is the best of those that do not.")
+    section.figure(
+        draw_ladder(found.table(), name),
+        f"{name}: who reaches which cosine with the teacher's features; filled: "
+        "knows the sample; the dashed line is the best of those that do not.",
+    )
     section.table(found.table(), f"Answers of {name}", folded=True)
     if len(found.by_gap):
         noisier = found.by_gap[found.by_gap["tokens"] == "noisier"]
-        curves = {kind: tuple(noisier[column].to_numpy(float) for column in (key, f"{key}, low", f"{key}, high"))
-                  for kind, key in {"student": "cosine", "best constant": "constant"}.items()}
+        curves = {
+            kind: tuple(
+                noisier[column].to_numpy(float)
+                for column in (key, f"{key}, low", f"{key}, high")
+            )
+            for kind, key in {"student": "cosine", "best constant": "constant"}.items()
+        }
         if len(noisier) > 1:
             middle = (noisier["from"] + noisier["to"]).to_numpy(float) / 2
-            section.figure(draw_curves(curves, middle, "gap of levels", "cosine", name), f"{name}: by the gap between the levels "
-                           "of a sample, tokens that are noisier than the teacher sees; middle of each bin.")
+            section.figure(
+                draw_curves(curves, middle, "gap of levels", "cosine", name),
+                f"{name}: by the gap between the levels "
+                "of a sample, tokens that are noisier than the teacher sees; middle of each bin.",
+            )
         section.table(found.by_gap, f"Cosine by gap of {name}", folded=True)
     section.found(f"Student and teacher of {name}. {found.verdict()}")
 
@@ -135,9 +221,12 @@ _MASKED = 64  # samples for the mass between levels
 def attention_section(runs: dict[str, Run]) -> Section:
     "Where the token in the middle looks, layer by layer, and how much goes from noisy to clean tokens."
     items = looked_at(next(iter(runs.values())))[0]
-    section = Section("Attention", f"Maps: a test sample of {items.name} at t = {LEVEL:g}, null label, mean over heads; "
-                      f"1 is what uniform attention gives. Mass: {len(items.few(_MASKED))} test samples with two levels, drawn "
-                      "uniformly, a quarter of the tokens at the second, the same for all runs.")
+    section = Section(
+        "Attention",
+        f"Maps: a test sample of {items.name} at t = {LEVEL:g}, null label, mean over heads; "
+        f"1 is what uniform attention gives. Mass: {len(items.few(_MASKED))} test samples with two levels, drawn "
+        "uniformly, a quarter of the tokens at the second, the same for all runs.",
+    )
     tables, seen = {}, {}
     for name, run in runs.items():
         try:
@@ -151,37 +240,86 @@ def attention_section(runs: dict[str, Run]) -> Section:
     maps = {name: _maps(run, looked_at(run)[0]) for name, run in runs.items()}
     most = max(float(own[0].max()) for own in maps.values())
     for name, run in runs.items():
-        section.figure(_looking(run, looked_at(run)[0], *maps[name], most), f"{name}: where the marked token looks.")
+        section.figure(
+            _looking(run, looked_at(run)[0], *maps[name], most),
+            f"{name}: where the marked token looks.",
+        )
         tables[name] = summarise_mass(_mass(run, looked_at(run)[0]))
-    shown = {name: table for name, table in tables.items() if (table["direction"] == "noisy to clean").any()}
+    shown = {
+        name: table
+        for name, table in tables.items()
+        if (table["direction"] == "noisy to clean").any()
+    }
     if shown:
-        section.figure(draw_mass(shown), "How much more than their number noisier tokens look at cleaner ones, by block and gap "
-                       "of levels; 95 % bands over samples; above 0: more than at their own kind.")
-    frames = [table.assign(run=name, gap=table["gap"].astype(str)) for name, table in tables.items()]
-    section.table(pd.concat(frames)[["run", *frames[0].columns[:-1]]], "Mass between levels", folded=True)
-    return section.limits("Where a token looks is not what it takes from there, and one sample is an example, not evidence. A "
-                          "run that was trained with one level for all tokens meets two for the first time." + SAMPLES_ONLY)
+        section.figure(
+            draw_mass(shown),
+            "How much more than their number noisier tokens look at cleaner ones, by block and gap "
+            "of levels; 95 % bands over samples; above 0: more than at their own kind.",
+        )
+    frames = [
+        table.assign(run=name, gap=table["gap"].astype(str))
+        for name, table in tables.items()
+    ]
+    section.table(
+        pd.concat(frames)[["run", *frames[0].columns[:-1]]],
+        "Mass between levels",
+        folded=True,
+    )
+    return section.limits(
+        "Where a token looks is not what it takes from there, and one sample is an example, not evidence. A "
+        "run that was trained with one level for all tokens meets two for the first time."
+        + SAMPLES_ONLY
+    )
 
 
 def _maps(run: Run, items: Items) -> tuple[np.ndarray, tuple[int, ...]]:
     "Maps (layers, *grid) of the token in the middle of the first part, and where that is."
     x0, x1 = items.take(torch.arange(1))
-    (_, place), grids = next(iter(items.parts.items())), grids_of(run.teacher, items.present)
+    (_, place), grids = (
+        next(iter(items.parts.items())),
+        grids_of(run.teacher, items.present),
+    )
     grid = next(iter(grids.values()))
     middle = tuple(side // 2 for side in grid)
     query = place.start + int(np.ravel_multi_index(middle, grid))
     levels = NoiseLevels.single(torch.full((1,), LEVEL), x0.shape[1])
-    found = attention_maps(run.teacher, interpolate(x0, x1, LEVEL), levels, queries=torch.tensor([query]), parts=items.present)
-    return np.stack([next(iter(maps_by_part(weights.mean(1)[0, 0], grids).values())) for weights in found.values()]), middle
+    found = attention_maps(
+        run.teacher,
+        interpolate(x0, x1, LEVEL),
+        levels,
+        queries=torch.tensor([query]),
+        parts=items.present,
+    )
+    return np.stack(
+        [
+            next(iter(maps_by_part(weights.mean(1)[0, 0], grids).values()))
+            for weights in found.values()
+        ]
+    ), middle
 
 
-def _looking(run: Run, items: Items, maps: np.ndarray, middle: tuple[int, ...], most: float) -> Picture:
-    name, titles = next(iter(items.parts)), [f"block {layer}" for layer in range(1, len(maps) + 1)]
+def _looking(
+    run: Run, items: Items, maps: np.ndarray, middle: tuple[int, ...], most: float
+) -> Picture:
+    name, titles = (
+        next(iter(items.parts)),
+        [f"block {layer}" for layer in range(1, len(maps) + 1)],
+    )
     if len(middle) == 1:
-        spectrum = items.layout.patches[name].spectra(items.layout.split(items.take(torch.arange(1))[0])[name])[0].numpy()
+        spectrum = (
+            items.layout.patches[name]
+            .spectra(items.layout.split(items.take(torch.arange(1))[0])[name])[0]
+            .numpy()
+        )
         return draw_on_sound(spectrum, maps, titles, middle[0])
     draw = draw_on_image if len(middle) == 2 else draw_on_film
-    return draw(viewable(items.examples(torch.arange(1)).signals[name])[0], maps, titles, middle, most=most)
+    return draw(
+        viewable(items.examples(torch.arange(1)).signals[name])[0],
+        maps,
+        titles,
+        middle,
+        most=most,
+    )
 
 
 def _mass(run: Run, items: Items) -> pd.DataFrame:
@@ -189,4 +327,11 @@ def _mass(run: Run, items: Items) -> pd.DataFrame:
     levels = DualTimestep().sample(len(x0), x0.shape[1], keyed(0, "report, levels"))
     among = torch.zeros(x0.shape[1], dtype=torch.bool)
     among[next(iter(items.parts.values()))] = True
-    return mass_between_levels(run.teacher, x0, x1, levels, among=None if among.all() else among, parts=items.present)
+    return mass_between_levels(
+        run.teacher,
+        x0,
+        x1,
+        levels,
+        among=None if among.all() else among,
+        parts=items.present,
+    )

@@ -11,7 +11,13 @@ from dataclasses import asdict, replace
 
 import pandas as pd
 
-from ..analysis.comparison import arms, config_table, over_seeds, readable, runs_table
+from selfflow.analysis.comparison import (
+    arms,
+    config_table,
+    over_seeds,
+    readable,
+    runs_table,
+)
 from ..figures.plots import draw_loss_by_level, draw_training
 from ..intervals import compare_values, mean_interval
 from .document import Section
@@ -22,61 +28,133 @@ from ..training.run import Run
 # %% ../../nbs/6_report/02_run_sections.ipynb #c8b58bb6
 def run_section(runs: dict[str, Run]) -> Section:
     "What was trained: a column for each run, the settings in which they differ, and all settings."
-    section = Section("Runs", "From config.json, log.jsonl and timing.jsonl of each run; nothing is computed here. Losses and "
-                      "cosines are means of the last 20 logged lines, without an interval.")
+    section = Section(
+        "Runs",
+        "From config.json, log.jsonl and timing.jsonl of each run; nothing is computed here. Losses and "
+        "cosines are means of the last 20 logged lines, without an interval.",
+    )
     shown = readable(runs_table(runs)).T.reset_index(names="")
     section.table(shown, "Runs")
     if len(runs) > 1:
-        section.table(config_table(runs), "Settings in which the runs differ", name="differences of settings")
+        section.table(
+            config_table(runs),
+            "Settings in which the runs differ",
+            name="differences of settings",
+        )
         whole = {name: flatten(asdict(run.config)) for name, run in runs.items()}
-        section.table(pd.DataFrame(whole).reset_index(names="setting"), "All settings", folded=True)
+        section.table(
+            pd.DataFrame(whole).reset_index(names="setting"),
+            "All settings",
+            folded=True,
+        )
     else:
         section.table(config_table(runs), "Settings", folded=True)
     alone = [name for arm in arms(runs) if len(arm) == 1 for name in arm.values()]
-    said = f"One training seed of {', '.join(alone)}: what is seen of them may be of this one training. " if alone else ""
-    several = len(config_table(runs).query("setting not in ('name', 'seed')")) > 1 and len(runs) > 1
-    said += "The runs differ in more than one setting: a difference between them belongs to no single one. " if several else ""
+    said = (
+        f"One training seed of {', '.join(alone)}: what is seen of them may be of this one training. "
+        if alone
+        else ""
+    )
+    several = (
+        len(config_table(runs).query("setting not in ('name', 'seed')")) > 1
+        and len(runs) > 1
+    )
+    said += (
+        "The runs differ in more than one setting: a difference between them belongs to no single one. "
+        if several
+        else ""
+    )
     return section.limits(said) if said else section
 
 
 def training_section(runs: dict[str, Run]) -> Section:
     "The losses of training."
-    section = Section("Training", "Running means over the log; noise levels differ from step to step, and runs with other "
-                      "schedules have other ones: their curves are not comparable with each other.")
+    section = Section(
+        "Training",
+        "Running means over the log; noise levels differ from step to step, and runs with other "
+        "schedules have other ones: their curves are not comparable with each other.",
+    )
     if all("flow_loss" not in run.log for run in runs.values()):
         return section.missing("Nothing was logged.")
-    return section.figure(draw_training({name: run.log for name, run in runs.items()}), "Flow loss and cosine while training.")
+    return section.figure(
+        draw_training({name: run.log for name, run in runs.items()}),
+        "Flow loss and cosine while training.",
+    )
 
 # %% ../../nbs/6_report/02_run_sections.ipynb #994cd89d
 def loss_section(runs: dict[str, Run]) -> Section:
     "Validation flow loss at fixed noise by level, and the differences to the first run."
     count = min(run.config.training.validation for run in runs.values())
     losses = {}
-    for name, run in runs.items():  # on the same samples, whichever its own validation looked at
-        config = replace(run.config, training=replace(run.config.training, validation=count), defaults=Config.defaults)
+    # on the same samples, whichever its own validation looked at
+    for name, run in runs.items():
+        config = replace(
+            run.config,
+            training=replace(run.config.training, validation=count),
+            defaults=Config.defaults,
+        )
         judged = Validation.of(config)
         losses[name] = judged.losses(run.teacher).numpy()
-    chosen = ", ".join(f"{words} of {name}" if len(judged.chosen) > 1 else words for name, words in judged.chosen.items())
-    section = Section("Flow loss by level", f"The averaged weights (teacher) on validation samples ({chosen}), all "
-                      "tokens at one level, noise fixed and the same for all runs; the mean is over the ten levels with equal "
-                      "weight.")
-    rows = [(name, level, *(values[place] for values in mean_interval(own))) for name, own in losses.items()
-            for place, level in enumerate(VALIDATION_LEVELS)]
+    chosen = ", ".join(
+        f"{words} of {name}" if len(judged.chosen) > 1 else words
+        for name, words in judged.chosen.items()
+    )
+    section = Section(
+        "Flow loss by level",
+        f"The averaged weights (teacher) on validation samples ({chosen}), all "
+        "tokens at one level, noise fixed and the same for all runs; the mean is over the ten levels with equal "
+        "weight.",
+    )
+    rows = [
+        (name, level, *(values[place] for values in mean_interval(own)))
+        for name, own in losses.items()
+        for place, level in enumerate(VALIDATION_LEVELS)
+    ]
     means = {name: own.mean(0) for name, own in losses.items()}
-    whole = [(name, runs[name].state()["step"], *map(float, mean_interval(own))) for name, own in means.items()]
-    section.table(pd.DataFrame(whole, columns=["run", "steps", "flow loss", "95 % low", "95 % high"]), "Mean over levels; "
-                  "interval over validation samples.", name="flow loss")
-    section.figure(draw_loss_by_level(VALIDATION_LEVELS, losses), "By level, with 95 % bands over validation samples"
-                   + (", and the paired difference to the first run." if len(runs) > 1 else "."))
-    section.table(pd.DataFrame(rows, columns=["run", "level", "flow loss", "95 % low", "95 % high"]), "Flow loss by level",
-                  folded=True)
+    whole = [
+        (name, runs[name].state()["step"], *map(float, mean_interval(own)))
+        for name, own in means.items()
+    ]
+    section.table(
+        pd.DataFrame(
+            whole, columns=["run", "steps", "flow loss", "95 % low", "95 % high"]
+        ),
+        "Mean over levels; interval over validation samples.",
+        name="flow loss",
+    )
+    section.figure(
+        draw_loss_by_level(VALIDATION_LEVELS, losses),
+        "By level, with 95 % bands over validation samples"
+        + (", and the paired difference to the first run." if len(runs) > 1 else "."),
+    )
+    section.table(
+        pd.DataFrame(
+            rows, columns=["run", "level", "flow loss", "95 % low", "95 % high"]
+        ),
+        "Flow loss by level",
+        folded=True,
+    )
     first, *others = means
     for other in others:
-        pair = compare_values(means[first], means[other], (first, other), "validation samples", scale=1.0, unit="")
+        pair = compare_values(
+            means[first],
+            means[other],
+            (first, other),
+            "validation samples",
+            scale=1.0,
+            unit="",
+        )
         section.found(f"Flow loss, lower is better: {pair}")
     numbers = {name: float(values.mean()) for name, values in means.items()}
-    section.found(*(f"Flow loss, lower is better: {one}" for one in over_seeds(runs, numbers, scale=1.0, unit="")))
-    return section.limits("A lower flow loss is no promise of better samples or features." + SAMPLES_ONLY)
+    section.found(
+        *(
+            f"Flow loss, lower is better: {one}"
+            for one in over_seeds(runs, numbers, scale=1.0, unit="")
+        )
+    )
+    return section.limits(
+        "A lower flow loss is no promise of better samples or features." + SAMPLES_ONLY
+    )
 
 
 SAMPLES_ONLY = " Intervals over samples are about these trained models; only intervals over seeds speak of another training."

@@ -33,7 +33,9 @@ from .run_sections import ask_for
 from ..training.run import Run
 
 # %% ../../nbs/6_report/05_sample_sections.ipynb #cea416ce
-_METHOD, _SHOWN = "UMAP", 6  # how features come into the plane; how many samples are shown as colours of their tokens
+# how features come into the plane; how many samples are shown as colours of their
+# tokens
+_METHOD, _SHOWN = "UMAP", 6
 
 
 def _plane_colours(items: Items) -> tuple[str, np.ndarray]:
@@ -42,17 +44,29 @@ def _plane_colours(items: Items) -> tuple[str, np.ndarray]:
     It is the first factor that has kinds, but no more than a reader can distinguish; of more classes the rarest become others.
     """
     factors, names = known_factors(items)
-    named = {name: np.asarray(names[name])[values] if name in names else values for name, values in factors.items()}
-    kinds = {name: np.unique(values, return_counts=True) for name, values in named.items() if values.dtype.kind != "f"}
+    named = {
+        name: np.asarray(names[name])[values] if name in names else values
+        for name, values in factors.items()
+    }
+    kinds = {
+        name: np.unique(values, return_counts=True)
+        for name, values in named.items()
+        if values.dtype.kind != "f"
+    }
     for name, (found, _) in kinds.items():
         if 1 < len(found) <= MOST:
             return name, named[name]
     if "class" in kinds and len(kinds["class"][0]) > MOST:
         found, counts = kinds["class"]
-        common = found[np.argsort(-counts, kind="stable")[:MOST - 1]]
+        common = found[np.argsort(-counts, kind="stable")[: MOST - 1]]
         others = f"{len(found) - len(common)} others"
-        return "class", np.where(np.isin(named["class"], common), named["class"].astype(str), others)
-    return next(((name, values) for name, values in named.items() if values.dtype.kind == "f"), next(iter(named.items())))
+        return "class", np.where(
+            np.isin(named["class"], common), named["class"].astype(str), others
+        )
+    return next(
+        ((name, values) for name, values in named.items() if values.dtype.kind == "f"),
+        next(iter(named.items())),
+    )
 
 
 def plane_section(runs: dict[str, Run]) -> Section:
@@ -64,25 +78,52 @@ def plane_section(runs: dict[str, Run]) -> Section:
         method = _METHOD if len(items) > 30 else "PCA"
         found = project(features[layer].mean(1), method, min(15, len(items) // 3))
         points[name], titles[name] = found.points, f"{name}, block {layer}"
-        rows.append((name, layer, found.recipe["method"], len(found.points), found.trustworthiness, found.recipe["neighbours"]))
+        rows.append(
+            (
+                name,
+                layer,
+                found.recipe["method"],
+                len(found.points),
+                found.trustworthiness,
+                found.recipe["neighbours"],
+            )
+        )
         grid = next(iter(grids_of(run.teacher, items.present).values()))
         if len(grid) > 1:
             pictures[name] = _colours(features[layer][items.few(_SHOWN)], grid)
     factor, classes = _plane_colours(items)
-    section = Section("Features in the plane", f"Means over tokens of test samples of {items.name} ({items.chosen}) at t = "
-                      f"{LEVEL:g}, after the block at 0.7 of the depth, by {method}, seed 0; colours are {factor}.")
+    section = Section(
+        "Features in the plane",
+        f"Means over tokens of test samples of {items.name} ({items.chosen}) at t = "
+        f"{LEVEL:g}, after the block at 0.7 of the depth, by {method}, seed 0; colours are {factor}.",
+    )
     planes = {titles[name]: places for name, places in points.items()}
-    section.figure(draw_projection(planes, classes, factor=factor), f"Each point is a sample, coloured by {factor}.")
+    section.figure(
+        draw_projection(planes, classes, factor=factor),
+        f"Each point is a sample, coloured by {factor}.",
+    )
     columns = ["run", "block", "method", "samples", "trustworthiness", "neighbours"]
-    section.table(pd.DataFrame(rows, columns=columns), "Trustworthiness: "
-                  "whether neighbours in the plane are neighbours among the features (1: all).", name="planes")
-    flat = [pd.DataFrame(places, columns=["x", "y"]).assign(run=name, sample=range(len(places)), factor=classes)
-            for name, places in points.items()]
-    section.table(pd.concat(flat)[["run", "sample", "factor", "x", "y"]], "Points", folded=True)
+    section.table(
+        pd.DataFrame(rows, columns=columns),
+        "Trustworthiness: "
+        "whether neighbours in the plane are neighbours among the features (1: all).",
+        name="planes",
+    )
+    flat = [
+        pd.DataFrame(places, columns=["x", "y"]).assign(
+            run=name, sample=range(len(places)), factor=classes
+        )
+        for name, places in points.items()
+    ]
+    section.table(
+        pd.concat(flat)[["run", "sample", "factor", "x", "y"]], "Points", folded=True
+    )
     if pictures:
         _token_part(section, items, pictures)
-    return section.limits("Distances, areas and gaps in such a plane mean nothing, and another seed gives another one; what "
-                          "seems apart here is apart only where a probe says so.")
+    return section.limits(
+        "Distances, areas and gaps in such a plane mean nothing, and another seed gives another one; what "
+        "seems apart here is apart only where a probe says so."
+    )
 
 
 def _colours(features, grid) -> np.ndarray:
@@ -91,7 +132,7 @@ def _colours(features, grid) -> np.ndarray:
     found = token_colours(features, (rows, columns))[0]
     if len(grid) == 3:
         first = grid[0] // 2 * grid[1]
-        found = found[:, :, first:first + grid[1]]
+        found = found[:, :, first : first + grid[1]]
     return found
 
 
@@ -101,32 +142,54 @@ def _token_part(section, items, pictures: dict) -> None:
     if signals.shape[1] not in (1, 3):
         return  # latents are no pictures
     size = signals.shape[2:]
-    shown = {name: F.interpolate(torch.from_numpy(own), size).numpy() for name, own in pictures.items()}
+    shown = {
+        name: F.interpolate(torch.from_numpy(own), size).numpy()
+        for name, own in pictures.items()
+    }
     rows = {"test sample": signals.expand(-1, 3, -1, -1).numpy(), **shown}
-    section.figure(compared(rows), "The three main axes of tokens as red, green and blue: equal colours are similar tokens "
-                   "within a run; colours of two runs have nothing to do with each other.")
+    section.figure(
+        compared(rows),
+        "The three main axes of tokens as red, green and blue: equal colours are similar tokens "
+        "within a run; colours of two runs have nothing to do with each other.",
+    )
 
 # %% ../../nbs/6_report/05_sample_sections.ipynb #dd080f24
-_LARGEST, _FILES, _HEARD = 1_500_000, 4, 4  # bytes of a video or sound that goes into the page; files of a run; sounds of a file
+# bytes of a video or sound that goes into the page; files of a run; sounds of a file
+_LARGEST, _FILES, _HEARD = 1_500_000, 4, 4
 
 
 def sample_section(runs: dict[str, Run]) -> Section:
     "What was drawn, as `selfflow sample` left it; else what was drawn while training."
-    section = Section("Samples", "As they were drawn, not chosen: the first of each file. Its name tells step, sampler, steps, "
-                      "guidance and seed; equal seeds begin from equal noise.")
+    section = Section(
+        "Samples",
+        "As they were drawn, not chosen: the first of each file. Its name tells step, sampler, steps, "
+        "guidance and seed; equal seeds begin from equal noise.",
+    )
     for name, run in runs.items():
-        files = sorted((run.path / "samples").glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
+        files = sorted(
+            (run.path / "samples").glob("*.safetensors"),
+            key=lambda file: file.stat().st_mtime,
+        )
         if len(files) > _FILES:
-            section.text(f"{name} has {len(files)} files of samples; the newest {_FILES} are shown.")
+            section.text(
+                f"{name} has {len(files)} files of samples; the newest {_FILES} are shown."
+            )
         for file in files[-_FILES:]:
             _sample_file(section, name, file)
         if not files:
-            section.missing(f"No samples of {name} yet; this draws them:", f"selfflow sample {run.quoted}")
+            section.missing(
+                f"No samples of {name} yet; this draws them:",
+                f"selfflow sample {run.quoted}",
+            )
             if film := run.film():
                 step, images, _ = film[-1]
                 caption = f"{name}: drawn while training, at step {step}, 25 Euler steps, a class or test caption each."
-                section.figure(draw_images(viewable(images), columns=10, size=0.8), caption)
-    return section.limits("A few samples show what a model can draw, not how often it does.")
+                section.figure(
+                    draw_images(viewable(images), columns=10, size=0.8), caption
+                )
+    return section.limits(
+        "A few samples show what a model can draw, not how often it does."
+    )
 
 
 def _sample_file(section: Section, name: str, file: Path) -> None:
@@ -135,16 +198,34 @@ def _sample_file(section: Section, name: str, file: Path) -> None:
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         section.missing(f"{file} cannot be read: {type(error).__name__}: {error}")
         return
-    moving, sounds = file.with_suffix(".webp"), sorted(file.parent.glob(f"{glob.escape(file.stem)}-*.wav"))
+    moving, sounds = (
+        file.with_suffix(".webp"),
+        sorted(file.parent.glob(f"{glob.escape(file.stem)}-*.wav")),
+    )
     if moving.exists() and moving.stat().st_size < _LARGEST:
         asked = _short(", ".join(dict.fromkeys(texts[:16])))
-        section.media("image/webp", moving.read_bytes(), f"{name}: {file.stem}, the first videos" + f": {asked}" * bool(asked))
+        section.media(
+            "image/webp",
+            moving.read_bytes(),
+            f"{name}: {file.stem}, the first videos" + f": {asked}" * bool(asked),
+        )
     else:
-        shown = sheet(images, texts, most=12 if images.shape[3] > 2 * images.shape[2] else 40)
-        section.figure(shown, f"{name}: {file.stem}, some of {len(images)}" if len(images) > 12 else f"{name}: {file.stem}")
+        shown = sheet(
+            images, texts, most=12 if images.shape[3] > 2 * images.shape[2] else 40
+        )
+        section.figure(
+            shown,
+            f"{name}: {file.stem}, some of {len(images)}"
+            if len(images) > 12
+            else f"{name}: {file.stem}",
+        )
     for place, sound in enumerate(sounds[:_HEARD]):
         if sound.stat().st_size < _LARGEST:
-            section.media("audio/wav", sound.read_bytes(), f"{name}: {file.stem}, sound {place + 1}: {_short(texts[place])}")
+            section.media(
+                "audio/wav",
+                sound.read_bytes(),
+                f"{name}: {file.stem}, sound {place + 1}: {_short(texts[place])}",
+            )
 
 
 def _drawn(file: Path) -> tuple[Tensor, list[str]]:
@@ -176,7 +257,9 @@ def _kept(run: Run, pattern: str) -> dict[str, dict]:
     for file in sorted(run.path.glob(pattern)):
         values = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or "recipe" not in values:
-            raise ValueError(f"{file} is no record of measured samples; `selfflow metrics {run.quoted}` makes it again")
+            raise ValueError(
+                f"{file} is no record of measured samples; `selfflow metrics {run.quoted}` makes it again"
+            )
         found[file.stem] = values
     return found
 
@@ -186,24 +269,39 @@ def metric_section(runs: dict[str, Run]) -> Section:
     section, measured, judged = Section("Metrics of samples"), {}, {}
     for name, run in runs.items():
         try:
-            measured[name], old = _kept(run, "metrics*.json"), _kept(run, "judged*.json")
+            measured[name], old = (
+                _kept(run, "metrics*.json"),
+                _kept(run, "judged*.json"),
+            )
         except (ValueError, OSError) as error:
             section.missing(f"{name}: {error}")
             continue
         if not measured[name]:
-            ask_for(section, f"No metrics of {name} yet; this makes them:", f"selfflow metrics {run.quoted}", metric_data, run)
+            ask_for(
+                section,
+                f"No metrics of {name} yet; this makes them:",
+                f"selfflow metrics {run.quoted}",
+                metric_data,
+                run,
+            )
         for values in [*measured[name].values(), *old.values()]:
             if values["recipe"].get("step") not in (None, run.state()["step"]):
-                section.missing(f"Numbers of {name} are of step {values['recipe']['step']}, not of its newest checkpoint.",
-                                f"selfflow metrics {run.quoted}")
+                section.missing(
+                    f"Numbers of {name} are of step {values['recipe']['step']}, not of its newest checkpoint.",
+                    f"selfflow metrics {run.quoted}",
+                )
         judged[name] = _verdicts(measured[name], old)
-    section.protocol = ("Distances of drawn samples from test data, beside those of other real data (the floor); shares of "
-                        "samples that a judge finds as asked for, beside those of real ones. Each recipe stands below its table.")
+    section.protocol = (
+        "Distances of drawn samples from test data, beside those of other real data (the floor); shares of "
+        "samples that a judge finds as asked for, beside those of real ones. Each recipe stands below its table."
+    )
     _distances(section, measured)
     _judged(section, judged)
-    return section.limits("Distances depend on features, counts and sampler: only numbers of one recipe can be compared. A judge "
-                          "is a small network that errs where samples look like nothing it knows. Intervals are over samples, "
-                          "not over seeds.")
+    return section.limits(
+        "Distances depend on features, counts and sampler: only numbers of one recipe can be compared. A judge "
+        "is a small network that errs where samples look like nothing it knows. Intervals are over samples, "
+        "not over seeds."
+    )
 
 
 def _verdicts(measured: dict, old: dict) -> dict[str, tuple[dict, dict]]:
@@ -211,52 +309,124 @@ def _verdicts(measured: dict, old: dict) -> dict[str, tuple[dict, dict]]:
     found = {}
     for values in old.values():
         for factor, one in values["factors"].items():
-            beside = {key: one.get(key) for key in ("interval", "count", "own", "chance")}
+            beside = {
+                key: one.get(key) for key in ("interval", "count", "own", "chance")
+            }
             found[factor] = {"value": one["share"], **beside}, values["recipe"]
     for values in measured.values():
         for factor, one in values.get("judged", {}).items():
-            found[factor] = {**one, "own": values["own"].get(factor), "chance": None}, values["recipe"]
+            found[factor] = (
+                {**one, "own": values["own"].get(factor), "chance": None},
+                values["recipe"],
+            )
     return found
 
 
 def _recipe(recipe: dict, without=()) -> str:
-    return ", ".join(f"{key} {value}" for key, value in recipe.items() if key not in without)
+    return ", ".join(
+        f"{key} {value}" for key, value in recipe.items() if key not in without
+    )
 
 
 _OF_RUN = ("step", "device")  # what may differ between recipes that are compared
 
 
 def _distances(section, measured: dict) -> None:
-    rows = [(name, file, metric, one["value"], *(one["interval"] or (math.nan,) * 2), values["floor"][metric]["value"],
-             *(values["floor"][metric]["interval"] or (math.nan,) * 2), "; ".join(one["doubts"]))
-            for name, files in measured.items() for file, values in files.items() for metric, one in values["drawn"].items()]
+    rows = [
+        (
+            name,
+            file,
+            metric,
+            one["value"],
+            *(one["interval"] or (math.nan,) * 2),
+            values["floor"][metric]["value"],
+            *(values["floor"][metric]["interval"] or (math.nan,) * 2),
+            "; ".join(one["doubts"]),
+        )
+        for name, files in measured.items()
+        for file, values in files.items()
+        for metric, one in values["drawn"].items()
+    ]
     if not rows:
         return
-    columns = ["run", "file", "metric", "samples", "95 % low", "95 % high", "real data instead", "its low", "its high", "doubts"]
-    section.table(pd.DataFrame(rows, columns=columns), "Distances, with 95 % intervals over samples.", name="distances")
-    recipes = {(name, file): values["recipe"] for name, files in measured.items() for file, values in files.items()}
+    columns = [
+        "run",
+        "file",
+        "metric",
+        "samples",
+        "95 % low",
+        "95 % high",
+        "real data instead",
+        "its low",
+        "its high",
+        "doubts",
+    ]
+    section.table(
+        pd.DataFrame(rows, columns=columns),
+        "Distances, with 95 % intervals over samples.",
+        name="distances",
+    )
+    recipes = {
+        (name, file): values["recipe"]
+        for name, files in measured.items()
+        for file, values in files.items()
+    }
     for (name, file), recipe in recipes.items():
         section.text(f"{name}, {file}: {_recipe(recipe)}.")
 
 
 def _judged(section, judged: dict) -> None:
-    rows = [(name, factor, one["value"], *one["interval"], one["count"], one["own"], one["chance"])
-            for name, factors in judged.items() for factor, (one, _) in factors.items()]
+    rows = [
+        (
+            name,
+            factor,
+            one["value"],
+            *one["interval"],
+            one["count"],
+            one["own"],
+            one["chance"],
+        )
+        for name, factors in judged.items()
+        for factor, (one, _) in factors.items()
+    ]
     if not rows:
         return
-    columns = ["run", "factor", "share", "95 % low", "95 % high", "samples", "of real ones", "by chance"]
-    section.table(pd.DataFrame(rows, columns=columns), "Shares of samples that are what was asked for.", name="judged")
+    columns = [
+        "run",
+        "factor",
+        "share",
+        "95 % low",
+        "95 % high",
+        "samples",
+        "of real ones",
+        "by chance",
+    ]
+    section.table(
+        pd.DataFrame(rows, columns=columns),
+        "Shares of samples that are what was asked for.",
+        name="judged",
+    )
     for name, factors in judged.items():
         for said in dict.fromkeys(_recipe(recipe) for _, recipe in factors.values()):
             section.text(f"{name}: {said}.")
     first, *others = [name for name in judged if judged[name]]
     for name in others:
         common = [factor for factor in judged[first] if factor in judged[name]]
-        pairs = {factor: (judged[first][factor], judged[name][factor]) for factor in common}
-        alike = [factor for factor, ((_, a), (_, b)) in pairs.items() if _recipe(a, _OF_RUN) == _recipe(b, _OF_RUN)]
+        pairs = {
+            factor: (judged[first][factor], judged[name][factor]) for factor in common
+        }
+        alike = [
+            factor
+            for factor, ((_, a), (_, b)) in pairs.items()
+            if _recipe(a, _OF_RUN) == _recipe(b, _OF_RUN)
+        ]
         if left := [factor for factor in common if factor not in alike]:
-            section.text(f"{first} and {name} were judged by other recipes in {', '.join(left)}; these are not compared.")
+            section.text(
+                f"{first} and {name} were judged by other recipes in {', '.join(left)}; these are not compared."
+            )
         chosen = "all" if "all" in alike else next(iter(alike), None)
         if chosen:
-            pair = shares_apart(judged[first][chosen][0], judged[name][chosen][0], (first, name))
+            pair = shares_apart(
+                judged[first][chosen][0], judged[name][chosen][0], (first, name)
+            )
             section.found(f"Samples that are what was asked for ({chosen}): {pair}")

@@ -31,7 +31,11 @@ from ..settings import own_settings
 from .config import Config, TrainConfig
 
 # %% ../../nbs/3_training/06_batches.ipynb #7b744cdc
-_SMALLER = {"image": "data.patch", "video": "data.patch or data.span", "audio": "data.columns"}
+_SMALLER = {
+    "image": "data.patch",
+    "video": "data.patch or data.span",
+    "audio": "data.columns",
+}
 
 
 def channel_warnings(width: int, sources: Sources) -> list[str]:
@@ -40,10 +44,13 @@ def channel_warnings(width: int, sources: Sources) -> list[str]:
     What leaves a model is usually a linear map of d numbers: of the noise, of variance 1 in all directions, c - d are out of
     reach.
     """
-    return [f"a token of {part.name} holds {part.channels} numbers, but the model is {width} wide, so that at least "
-            f"{1 - width / part.channels:.0%} of its noise stays in the error of the velocity; take a smaller "
-            f"{_SMALLER.get(part.name, 'data.patch')}, or model.width {part.channels} or more"
-            for part in sources.parts if part.channels > width]
+    return [
+        f"a token of {part.name} holds {part.channels} numbers, but the model is {width} wide, so that at least "
+        f"{1 - width / part.channels:.0%} of its noise stays in the error of the velocity; take a smaller "
+        f"{_SMALLER.get(part.name, 'data.patch')}, or model.width {part.channels} or more"
+        for part in sources.parts
+        if part.channels > width
+    ]
 
 # %% ../../nbs/3_training/06_batches.ipynb #d1495566
 @lru_cache(maxsize=4)
@@ -55,15 +62,22 @@ def batch_indices(count: int, batch: int, seed: int, step: int) -> Tensor:
     "The samples (batch,) of a step, of a set of `count`: every sample once per epoch, in an order keyed by the seed."
     places = torch.arange(step * batch, (step + 1) * batch)
     epochs, within = places // count, places % count
-    return torch.cat([_order(count, seed, int(epoch))[within[epochs == epoch]] for epoch in epochs.unique()])
+    return torch.cat(
+        [
+            _order(count, seed, int(epoch))[within[epochs == epoch]]
+            for epoch in epochs.unique()
+        ]
+    )
 
 # %% ../../nbs/3_training/06_batches.ipynb #efe661bf
 def shards_of(training: TrainConfig, rank: int = 0, processes: int = 1) -> range:
     "The shards of a batch that process `rank` holds. Raises ValueError unless processes and accumulate divide them."
     if training.shards % (processes * training.accumulate):
-        raise ValueError(f"{training.shards} shards cannot be divided among {processes} processes that pass them in "
-                         f"{training.accumulate} parts; begin the run with training.shards "
-                         f"{processes * training.accumulate} or a multiple of it that divides the batch")
+        raise ValueError(
+            f"{training.shards} shards cannot be divided among {processes} processes that pass them in "
+            f"{training.accumulate} parts; begin the run with training.shards "
+            f"{processes * training.accumulate} or a multiple of it that divides the batch"
+        )
     own = training.shards // processes
     return range(rank * own, (rank + 1) * own)
 
@@ -71,6 +85,7 @@ def shards_of(training: TrainConfig, rank: int = 0, processes: int = 1) -> range
 @dataclass(frozen=True)
 class Batches:
     "The batches of a run, by step, as one process sees them, on the CPU; each is of one of the data sets."
+
     sources: Sources
     config: Config
     rank: int = 0
@@ -83,7 +98,9 @@ class Batches:
             return names[0]
         shares = [data.share for data in self.config.datasets.values()]
         shares = tuple(share / sum(shares) for share in shares)
-        return names[int(draw_index(shares, (1,), keyed(self.config.seed, "data set", step)))]
+        return names[
+            int(draw_index(shares, (1,), keyed(self.config.seed, "data set", step)))
+        ]
 
     def samples(self, step: int) -> Tensor:
         "The samples of a step, in all processes."
@@ -92,7 +109,9 @@ class Batches:
 
     def __getitem__(self, step: int) -> Batch:
         "The samples of this process in a step."
-        return self.sources.take(self.name(step), self.samples(step).chunk(self.processes)[self.rank])
+        return self.sources.take(
+            self.name(step), self.samples(step).chunk(self.processes)[self.rank]
+        )
 
     def __len__(self) -> int:
         return self.config.training.steps
@@ -103,10 +122,19 @@ class Batches:
         Raises ValueError for less than 0 workers.
         """
         if workers < 0:
-            raise ValueError(f"workers is {workers}; 0 fetches in the loop itself, more fetch ahead")
-        return DataLoader(self, sampler=range(first, len(self)), batch_size=None, num_workers=workers, pin_memory=pin,
-                          worker_init_fn=_ignore_signals,
-                          generator=torch.Generator())  # of its own: the caller's random numbers are not touched
+            raise ValueError(
+                f"workers is {workers}; 0 fetches in the loop itself, more fetch ahead"
+            )
+        return DataLoader(
+            self,
+            sampler=range(first, len(self)),
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=pin,
+            worker_init_fn=_ignore_signals,
+            # of its own: the caller's random numbers are not touched
+            generator=torch.Generator(),
+        )
 
 
 def _ignore_signals(worker: int) -> None:
@@ -115,45 +143,73 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 # %% ../../nbs/3_training/06_batches.ipynb #6a9110be
-def feature_source(features: Tensor | Callable | None, config: Config, sources: Sources,
-                   device: torch.device) -> tuple[Callable[[Batch], Batch], int, str | None]:
+def feature_source(
+    features: Tensor | Callable | None,
+    config: Config,
+    sources: Sources,
+    device: torch.device,
+) -> tuple[Callable[[Batch], Batch], int, str | None]:
     """(a function that adds the features to a batch, their width, their fingerprint); other objectives have none.
 
     features: (samples, n, e) or (samples, e), or a function of tokens (b, n, c), which has no fingerprint.
     Raises ValueError for features that are missing, not asked for, not finite or of another number of samples, and for several
     data sets.
     """
-    if (features is not None) != objectives[config.objective.name].load().needs_features:
-        raise ValueError(f"objective {config.objective.name!r} "
-                         + ("takes no features of an outside encoder" if features is not None else
-                            "needs features of an encoder: train(config, features=...) or selfflow train --features FILE"))
+    if (features is not None) != objectives[
+        config.objective.name
+    ].load().needs_features:
+        raise ValueError(
+            f"objective {config.objective.name!r} "
+            + (
+                "takes no features of an outside encoder"
+                if features is not None
+                else "needs features of an encoder: train(config, features=...) or selfflow train --features FILE"
+            )
+        )
     if features is None:
         return lambda batch: batch, 1, None
     if len(sources.data) > 1:
-        raise ValueError(f"features of an encoder belong to one data set, but {', '.join(config.datasets)} are several")
-    (name, data), = sources.data.items()
+        raise ValueError(
+            f"features of an encoder belong to one data set, but {', '.join(config.datasets)} are several"
+        )
+    ((name, data),) = sources.data.items()
     if callable(features):
         encode = torch.no_grad()(features)
+
         def encoded(batch):
             return replace(batch, features=encode(batch.x0.to(device)))
-        return encoded, encoded(sources.take(name, torch.arange(1))).features.shape[-1], None
+
+        return (
+            encoded,
+            encoded(sources.take(name, torch.arange(1))).features.shape[-1],
+            None,
+        )
     if not features.isfinite().all():
-        raise ValueError(f"{int((~features.isfinite()).sum())} numbers of the encoder's features are NaN or infinite")
+        raise ValueError(
+            f"{int((~features.isfinite()).sum())} numbers of the encoder's features are NaN or infinite"
+        )
     if len(features) != len(data):
-        raise ValueError(f"there are features of {len(features)} samples, but {len(data)} to train on, in the same order")
+        raise ValueError(
+            f"there are features of {len(features)} samples, but {len(data)} to train on, in the same order"
+        )
     digest = hashlib.sha256(str((features.dtype, tuple(features.shape))).encode())
     digest.update(features.detach().cpu().contiguous().view(torch.uint8).numpy())
+
     def indexed(batch):
         return replace(batch, features=features[batch.indices.to(features.device)])
+
     return indexed, features.shape[-1], digest.hexdigest()[:16]
 
 # %% ../../nbs/3_training/06_batches.ipynb #b963cfdd
-VALIDATION_LEVELS = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))  # the levels that validation looks at
+# the levels that validation looks at
+VALIDATION_LEVELS = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))
 
 
 @own_settings()
 @torch.no_grad()
-def loss_by_level(model: Transformer, batch: Batch, x1: Tensor, levels, size: int = 512) -> Tensor:
+def loss_by_level(
+    model: Transformer, batch: Batch, x1: Tensor, levels, size: int = 512
+) -> Tensor:
     """Flow loss of every sample at every level, all its tokens at that level: (levels, samples), on the CPU.
 
     x1: fixed noise like batch.x0; levels: numbers in [0, 1]; size: how many samples are looked at once.
@@ -163,8 +219,12 @@ def loss_by_level(model: Transformer, batch: Batch, x1: Tensor, levels, size: in
     for t in levels:
         for piece, noise in zip(batch.split(size), x1.split(size), strict=True):
             piece, noise = piece.to(device), noise.to(device)
-            at = NoiseLevels.single(torch.full((len(piece),), float(t), device=device), noise.shape[1])
-            predicted = model(interpolate(piece.x0, noise, t), at, piece.condition, parts=piece.parts).velocity
+            at = NoiseLevels.single(
+                torch.full((len(piece),), float(t), device=device), noise.shape[1]
+            )
+            predicted = model(
+                interpolate(piece.x0, noise, t), at, piece.condition, parts=piece.parts
+            ).velocity
             losses.append(flow_error(predicted, piece.x0, noise, widths).mean(1).cpu())
     return torch.cat(losses).reshape(len(levels), -1)
 
@@ -175,12 +235,15 @@ class Validation:
 
     chosen: which samples of each data set these are, in words.
     """
+
     data: dict[str, tuple[Batch, Tensor]]
     chosen: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     @own_settings()
-    def of(cls, config: Config, split: str = "validation", sources: Sources | None = None) -> "Validation":
+    def of(
+        cls, config: Config, split: str = "validation", sources: Sources | None = None
+    ) -> "Validation":
         """Samples of a split as `subset` chooses them, with noise that is fixed by the data alone; all of the training part.
 
         sources: those of the split, if they are already open. A run with the defaults of a version before 4 keeps the first
@@ -191,9 +254,14 @@ class Validation:
             most = None if split == "train" else config.training.validation
             indices, chosen[name] = subset(data, most), subset_words(data, most)
             if config.defaults < 4 and len(indices) < len(data):
-                indices, chosen[name] = torch.arange(most), f"the first {most:,} of {len(data):,}"
+                indices, chosen[name] = (
+                    torch.arange(most),
+                    f"the first {most:,} of {len(data):,}",
+                )
             batch = sources.take(name, indices)
-            which = f"validation noise, {split}" + (f", {name}" if len(sources.data) > 1 else "")
+            which = f"validation noise, {split}" + (
+                f", {name}" if len(sources.data) > 1 else ""
+            )
             found[name] = batch, torch.randn(batch.x0.shape, generator=keyed(0, which))
         return cls(found, chosen)
 
@@ -202,7 +270,13 @@ class Validation:
         "How many samples of each data set there are."
         return {name: len(batch) for name, (batch, _) in self.data.items()}
 
-    def losses(self, model: Transformer, levels=VALIDATION_LEVELS, rank: int = 0, processes: int = 1) -> Tensor:
+    def losses(
+        self,
+        model: Transformer,
+        levels=VALIDATION_LEVELS,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> Tensor:
         """Flow loss of a model: (levels, samples), the samples of several data sets one after the other.
 
         rank, processes: look at every n-th of n = processes only, from the rank-th on, as many in each process.
@@ -211,14 +285,23 @@ class Validation:
         own = torch.arange(rank, -(-total // processes) * processes, processes) % total
         losses = torch.empty(len(levels), len(own))
         for name, (batch, x1) in self.data.items():
-            here = ((own >= first) & (own < first + self.counts[name])).nonzero().flatten()
+            here = (
+                ((own >= first) & (own < first + self.counts[name])).nonzero().flatten()
+            )
             if len(here):
                 chosen = own[here] - first
-                losses[:, here] = loss_by_level(model, batch[chosen], x1[chosen], levels)
+                losses[:, here] = loss_by_level(
+                    model, batch[chosen], x1[chosen], levels
+                )
             first += self.counts[name]
         return losses
 
 
-def validation_losses(model: Transformer, config: Config, split: str = "validation", levels=VALIDATION_LEVELS) -> Tensor:
+def validation_losses(
+    model: Transformer,
+    config: Config,
+    split: str = "validation",
+    levels=VALIDATION_LEVELS,
+) -> Tensor:
     "Flow loss of a model on a part of the config's data, noise fixed by the data alone: (levels, samples)."
     return Validation.of(config, split).losses(model, levels)

@@ -19,9 +19,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..disk import (discard, flush, make_folder, replacing, replacing_folder, say_once, sha256, step_of, step_paths,
-                           write_json, write_tensors)
 from ..data.options import DataConfig
+from selfflow.disk import (
+    discard,
+    flush,
+    make_folder,
+    replacing,
+    replacing_folder,
+    say_once,
+    sha256,
+    step_of,
+    step_paths,
+    write_json,
+    write_tensors,
+)
 from ..method.options import ObjectiveConfig
 from .config import differences
 from .lock import free_name
@@ -31,7 +42,9 @@ OPTIMIZER = "optimizer.safetensors"
 FORMAT = 5
 
 
-def write_checkpoint(path: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
+def write_checkpoint(
+    path: Path, tensors: dict[str, dict[str, Tensor]], state: dict
+) -> None:
     """A checkpoint folder: a safetensors file for each entry of `tensors`, state.json, and the manifest, written last.
 
     A damaged one that stands there is replaced. Raises OSError, and leaves nothing then.
@@ -47,33 +60,57 @@ def _fill(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> N
     files = sorted(folder.iterdir())
     for file in files:
         flush(file)
-    write_json(folder / "manifest.json", {f.name: {"size": f.stat().st_size, "sha256": sha256(f)} for f in files})
+    write_json(
+        folder / "manifest.json",
+        {f.name: {"size": f.stat().st_size, "sha256": sha256(f)} for f in files},
+    )
 
 
 def _in_part(name: str) -> str:
     "The name of a weight of format 4 or earlier, where the part of images alone has none, as it is now."
-    return re.sub(r"(^|\.)(x_embedder|final_layer\.linear)\.(?=(weight|bias)(/|$))", r"\1\2.image.", name)
+    return re.sub(
+        r"(^|\.)(x_embedder|final_layer\.linear)\.(?=(weight|bias)(/|$))",
+        r"\1\2.image.",
+        name,
+    )
 
 
 def head_width(tensors: dict[str, Tensor]) -> int:
     "Return the width of the features that the projection head in an objective's tensors predicts; 1 without a head."
-    layers = [name.split(".")[1] for name in tensors if re.fullmatch(r"projector\.\d+\.weight", name)]
-    return tensors[f"projector.{max(map(int, layers))}.weight"].shape[0] if layers else 1
+    layers = [
+        name.split(".")[1]
+        for name in tensors
+        if re.fullmatch(r"projector\.\d+\.weight", name)
+    ]
+    return (
+        tensors[f"projector.{max(map(int, layers))}.weight"].shape[0] if layers else 1
+    )
 
 
 def read_part(path: Path, part: str) -> dict[str, Tensor]:
     "Tensors of one part of a checkpoint, on the CPU. Raises FileNotFoundError when it has none: nothing is made up for it."
     file = path / f"{part}.safetensors"
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is gone: training removes older checkpoints (training.keep_last). Open it again")
+        raise FileNotFoundError(
+            f"{path} is gone: training removes older checkpoints (training.keep_last). Open it again"
+        )
     if not file.exists():
-        raise FileNotFoundError(f"{path} has no {part}: this run was trained without one or the checkpoint was edited")
+        raise FileNotFoundError(
+            f"{path} has no {part}: this run was trained without one or the checkpoint was edited"
+        )
     try:
         tensors = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     state = path / "state.json"
-    if json.loads((state if state.is_file() else path / "config.json").read_text(encoding="utf-8")).get("format", 5) >= 5:
+    if (
+        json.loads(
+            (state if state.is_file() else path / "config.json").read_text(
+                encoding="utf-8"
+            )
+        ).get("format", 5)
+        >= 5
+    ):
         return tensors
     return {_in_part(name): value for name, value in tensors.items()}
 
@@ -84,8 +121,10 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
         model.load_state_dict(weights)
     except RuntimeError as error:
         problem = str(error).splitlines()[-1].strip()
-        raise ValueError(f"the weights in {path} are not those of this {type(model).__name__} ({problem}); open it with the "
-                         "backbone that it was trained with") from error
+        raise ValueError(
+            f"the weights in {path} are not those of this {type(model).__name__} ({problem}); open it with the "
+            "backbone that it was trained with"
+        ) from error
 
 
 def resumable(path: Path) -> bool:
@@ -115,7 +154,9 @@ def check_checkpoint(path: Path, contents: bool = True) -> str | None:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if "state.json" not in manifest:
             return "manifest.json lists no state.json"
-        if extra := sorted({p.name for p in path.glob("*.safetensors")} - set(manifest)):
+        if extra := sorted(
+            {p.name for p in path.glob("*.safetensors")} - set(manifest)
+        ):
             return f"{extra[0]} is not in manifest.json: it was put there by hand"
         for name, expected in manifest.items():
             if not name or name != os.path.basename(name) or name in (".", ".."):
@@ -128,7 +169,14 @@ def check_checkpoint(path: Path, contents: bool = True) -> str | None:
                 return f"{name} has {size} bytes, not {expected['size']}"
             if contents and sha256(path / name) != expected["sha256"]:
                 return f"{name} has changed since it was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -146,10 +194,19 @@ def problem_of(path: Path, contents: bool = True) -> str | None:
 
 def newest_whole(paths: list[Path], known: Container[Path] = ()) -> Path | None:
     "The last of the checkpoints that is whole; those in `known` are taken to be. None if there is none."
-    return next((path for path in reversed(paths) if path in known or problem_of(path) is None), None)
+    return next(
+        (path for path in reversed(paths) if path in known or problem_of(path) is None),
+        None,
+    )
 
 
-def prune(folder: Path, last: int, every: int = 0, known: set[Path] | None = None, optimizers: int = 0) -> None:
+def prune(
+    folder: Path,
+    last: int,
+    every: int = 0,
+    known: set[Path] | None = None,
+    optimizers: int = 0,
+) -> None:
     """Remove checkpoints older than the last `last` whole ones, but for the multiples of `every` (0 = none).
 
     optimizers: how many of the newest keep their optimiser, 0 = all.
@@ -158,9 +215,13 @@ def prune(folder: Path, last: int, every: int = 0, known: set[Path] | None = Non
     known = set() if known is None else known
     oldest = _nth_whole(step_paths(folder), last, known)
     for path in step_paths(folder) if oldest else ():
-        if step_of(path) < step_of(oldest) and not (every and step_of(path) % every == 0):
+        if step_of(path) < step_of(oldest) and not (
+            every and step_of(path) % every == 0
+        ):
             discard(path)
-    able = [path for path in step_paths(folder) if resumable(path)] if optimizers else []
+    able = (
+        [path for path in step_paths(folder) if resumable(path)] if optimizers else []
+    )
     oldest = _nth_whole(able, optimizers, known)
     for path in able if oldest else ():
         if step_of(path) < step_of(oldest) and problem_of(path) is None:
@@ -213,7 +274,10 @@ def read_pictures(folder: Path) -> list[tuple[int, Tensor, Tensor]]:
 # %% ../../nbs/3_training/03_checkpoint.ipynb #e3423813
 def _from_1(stored: dict) -> dict:
     "Format 1 had no shards, which is what one shard computes, and no fingerprints."
-    config = {**stored["config"], "training": {"shards": 1, **stored["config"]["training"]}}
+    config = {
+        **stored["config"],
+        "training": {"shards": 1, **stored["config"]["training"]},
+    }
     return {**stored, "format": 2, "config": config, "data": {}}
 
 
@@ -223,7 +287,10 @@ def _from_2(stored: dict) -> dict:
     data = config.get("data", {})
     if data.get("condition") != "caption" or data.get("encoder"):
         return stored
-    return {**stored, "config": {**config, "model": {"caption_stride": 1} | config.get("model", {})}}
+    return {
+        **stored,
+        "config": {**config, "model": {"caption_stride": 1} | config.get("model", {})},
+    }
 
 
 def _from_3(stored: dict) -> dict:
@@ -231,7 +298,12 @@ def _from_3(stored: dict) -> dict:
     data = stored["config"].get("data", {})
     if {"folder", "huggingface"} & {*data.get("name", "").split("+")}:
         data = {**data, "carve": False}
-    return {**stored, "format": 4, "config": {**stored["config"], "defaults": 3} | ({"data": data} if data else {})}
+    return {
+        **stored,
+        "format": 4,
+        "config": {**stored["config"], "defaults": 3}
+        | ({"data": data} if data else {}),
+    }
 
 
 def _from_4(stored: dict) -> dict:
@@ -249,13 +321,24 @@ def _from_4(stored: dict) -> dict:
 
 def _own_options(objective: dict) -> dict:
     known = ObjectiveConfig.of(objective.get("name", "self_flow")).__dataclass_fields__
-    own = {name: value for name, value in objective.items() if name in known or name not in _OPTIONS_OF_4}
+    own = {
+        name: value
+        for name, value in objective.items()
+        if name in known or name not in _OPTIONS_OF_4
+    }
     if own.get("rep_weight", 0) is None:  # as published
         del own["rep_weight"]
     return own
 
 
-_OPTIONS_OF_4 = ("student_layer", "teacher_layer", "rep_weight", "rep_tokens", "distance", "normalise")
+_OPTIONS_OF_4 = (
+    "student_layer",
+    "teacher_layer",
+    "rep_weight",
+    "rep_tokens",
+    "distance",
+    "normalise",
+)
 
 
 def data_from_4(data: dict) -> dict | list[dict]:
@@ -264,15 +347,25 @@ def data_from_4(data: dict) -> dict | list[dict]:
     Format 4 wrote several values as a text, such as name shapes+notes, shares 0.6+0.4, weights audio=0.5+video=2.
     """
     names = data.get("name", DataConfig().name).split("+")
-    shares = [float(share) for share in data.get("shares", "").split("+") if share] or [1.0] * len(names)
+    shares = [float(share) for share in data.get("shares", "").split("+") if share] or [
+        1.0
+    ] * len(names)
     if len(shares) != len(names):
-        raise ValueError(f"data.shares are {data['shares']}, but there are {len(names)} data sets")
-    weights = dict(pair.split("=") for pair in data.get("weights", "").split("+") if pair)
+        raise ValueError(
+            f"data.shares are {data['shares']}, but there are {len(names)} data sets"
+        )
+    weights = dict(
+        pair.split("=") for pair in data.get("weights", "").split("+") if pair
+    )
     several = []
     for name, share in zip(names, shares, strict=True):
         kind = DataConfig.of(name)
         known = {f.name for f in fields(kind)}
-        own = {key: value for key, value in data.items() if key in known or key not in _DATA_OPTIONS_OF_4} | {"name": name}
+        own = {
+            key: value
+            for key, value in data.items()
+            if key in known or key not in _DATA_OPTIONS_OF_4
+        } | {"name": name}
         if "size" in data and {"height", "width"} <= known:
             own |= {"height": data["size"], "width": data["size"]}
         signals = kind.signals
@@ -280,20 +373,45 @@ def data_from_4(data: dict) -> dict | list[dict]:
             own["signals"] = signals = own["signals"].split("+")
         if len(names) > 1 and data.get("shares"):
             own["share"] = share
-        if weight := {signal: float(weight) for signal, weight in weights.items() if not signals or signal in signals}:
+        if weight := {
+            signal: float(weight)
+            for signal, weight in weights.items()
+            if not signals or signal in signals
+        }:
             own["weight"] = weight
         several.append(own)
     return several if len(several) > 1 else several[0]
 
 
-_DATA_OPTIONS_OF_4 = ("shares", "weights", "size", "frames", "path", "signals", "rate", "seconds", "crop", "fps", "channels",
-                      "carve")
+_DATA_OPTIONS_OF_4 = (
+    "shares",
+    "weights",
+    "size",
+    "frames",
+    "path",
+    "signals",
+    "rate",
+    "seconds",
+    "crop",
+    "fps",
+    "channels",
+    "carve",
+)
 
 
 def _inputs(shape: dict) -> dict:
     "Of the shape of a transformer what does not follow from the config."
-    parts = shape.get("parts") or [{"name": "image", "channels": shape["channels"], "grid": [1, *shape["grid"]], "ticks": 1.0}]
-    return {"parts": parts} | {name: shape.get(name, 0) for name in ("classes", "caption", "caption_width")}
+    parts = shape.get("parts") or [
+        {
+            "name": "image",
+            "channels": shape["channels"],
+            "grid": [1, *shape["grid"]],
+            "ticks": 1.0,
+        }
+    ]
+    return {"parts": parts} | {
+        name: shape.get(name, 0) for name in ("classes", "caption", "caption_width")
+    }
 
 
 _MIGRATIONS = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}  # to the next format
@@ -302,15 +420,31 @@ _MIGRATIONS = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}  # to the next fo
 def migrate(stored: dict) -> dict:
     "config.json of any known format, as one of the present format. Raises ValueError for a format that is not known."
     if stored["format"] not in (*_MIGRATIONS, FORMAT):
-        raise ValueError(f"it has format {stored['format']!r}, but this version reads formats 1 to {FORMAT}")
+        raise ValueError(
+            f"it has format {stored['format']!r}, but this version reads formats 1 to {FORMAT}"
+        )
     while stored["format"] != FORMAT:
         stored = _MIGRATIONS[stored["format"]](stored)
     return stored
 
 # %% ../../nbs/3_training/03_checkpoint.ipynb #2c03048e
-_FREE = {"name", *(f"training.{name}" for name in ("steps", "save_every", "keep_last", "keep_every", "keep_optimizers",
-                                                  "sample_every", "parallel", "checkpointing")),
-        "data.encoder"}
+_FREE = {
+    "name",
+    *(
+        f"training.{name}"
+        for name in (
+            "steps",
+            "save_every",
+            "keep_last",
+            "keep_every",
+            "keep_optimizers",
+            "sample_every",
+            "parallel",
+            "checkpointing",
+        )
+    ),
+    "data.encoder",
+}
 
 
 def is_free(name: str, fingerprints: dict[str, str]) -> bool:
@@ -327,20 +461,44 @@ def agree(path: Path, there: dict, asked: dict) -> dict[str, tuple]:
     The place of data may change where their fingerprints are known and equal. Raises ValueError with the differences and a free
     name.
     """
-    found = differences(*({**stored["config"], "inputs": stored["inputs"]} for stored in (there, asked)))
-    known = there["data"] if there["data"].get("train") == asked["data"].get("train") else {}
+    found = differences(
+        *({**stored["config"], "inputs": stored["inputs"]} for stored in (there, asked))
+    )
+    known = (
+        there["data"]
+        if there["data"].get("train") == asked["data"].get("train")
+        else {}
+    )
     other = {name: pair for name, pair in found.items() if not is_free(name, known)}
-    changed = {f"data.{name}": (there["data"][name], value) for name, value in asked["data"].items()
-               if there["data"].get(name, value) != value}
+    changed = {
+        f"data.{name}": (there["data"][name], value)
+        for name, value in asked["data"].items()
+        if there["data"].get(name, value) != value
+    }
     if other or changed:
-        what = " and ".join(["another config"] * bool(other) + ["other data"] * bool(changed))
-        lines = [f"  {name}: {a!r} in the folder, {b!r} asked for" for name, (a, b) in (other | changed).items()]
+        what = " and ".join(
+            ["another config"] * bool(other) + ["other data"] * bool(changed)
+        )
+        lines = [
+            f"  {name}: {a!r} in the folder, {b!r} asked for"
+            for name, (a, b) in (other | changed).items()
+        ]
         remedy = f"Give this run another name ({free_name(path)} is free), or remove the folder."
-        remedy += " With the data as they were it goes on." if changed and not other else ""
-        if not changed and other.keys() == {"training.shards"} and other["training.shards"][0] == 1:
-            remedy += (" A run that began before batches had shards has one: with training.shards=1 it goes on "
-                       "(selfflow train --training.shards 1).")
-        raise ValueError("\n".join([f"{path} holds a run with {what}:", *lines, remedy]))
+        remedy += (
+            " With the data as they were it goes on." if changed and not other else ""
+        )
+        if (
+            not changed
+            and other.keys() == {"training.shards"}
+            and other["training.shards"][0] == 1
+        ):
+            remedy += (
+                " A run that began before batches had shards has one: with training.shards=1 it goes on "
+                "(selfflow train --training.shards 1)."
+            )
+        raise ValueError(
+            "\n".join([f"{path} holds a run with {what}:", *lines, remedy])
+        )
     return found
 
 # %% ../../nbs/3_training/03_checkpoint.ipynb #f2d963fe
@@ -351,23 +509,54 @@ def find_runs(folder: Path | str) -> dict[str, Path]:
     """
     folder = Path(folder)
     if folder.is_file():
-        near = next((f", such as {place}" for place in list(folder.parents)[:3] if _is_run(place) or _runs_in(place)), "")
-        raise NotADirectoryError(f"{folder} is a file; name a folder of runs, or that of one run{near}")
+        near = next(
+            (
+                f", such as {place}"
+                for place in list(folder.parents)[:3]
+                if _is_run(place) or _runs_in(place)
+            ),
+            "",
+        )
+        raise NotADirectoryError(
+            f"{folder} is a file; name a folder of runs, or that of one run{near}"
+        )
     if _is_run(folder):
         return {folder.name: folder}
     if not (found := _runs_in(folder)):
-        there = f"{folder} holds no run yet" if folder.is_dir() else f"there is no folder {folder}"
-        raise FileNotFoundError(f"{there}; `selfflow train --folder {folder}` makes one")
-    return dict(sorted(((str(p.relative_to(folder)), p) for p in found), key=lambda pair: _natural(pair[0])))
+        there = (
+            f"{folder} holds no run yet"
+            if folder.is_dir()
+            else f"there is no folder {folder}"
+        )
+        raise FileNotFoundError(
+            f"{there}; `selfflow train --folder {folder}` makes one"
+        )
+    return dict(
+        sorted(
+            ((str(p.relative_to(folder)), p) for p in found),
+            key=lambda pair: _natural(pair[0]),
+        )
+    )
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    return [p for p in [*folder.glob("[!.]*"), *folder.glob("[!.]*/[!.]*")] if _is_run(p) and not _is_run(p.parent)]
+    return [
+        p
+        for p in [*folder.glob("[!.]*"), *folder.glob("[!.]*/[!.]*")]
+        if _is_run(p) and not _is_run(p.parent)
+    ]
 
 
 def _is_run(path: Path) -> bool:
-    return any(os.path.exists(path / name) for name in ("config.json", "log.jsonl", "checkpoints"))  # False where we may not look
+    # False where we may not look
+    return any(
+        os.path.exists(path / name)
+        for name in ("config.json", "log.jsonl", "checkpoints")
+    )
 
 
 def _natural(name: str) -> list:
-    return [(part.isdigit(), int(part) if part.isdigit() else part.lower()) for part in re.split(r"(\d+)", name)]
+    return [
+        (part.isdigit(), int(part) if part.isdigit() else part.lower())
+        for part in re.split(r"(\d+)", name)
+    ]

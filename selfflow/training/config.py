@@ -13,7 +13,12 @@ from importlib import import_module
 
 from ..checks import check_positive, check_types, choose
 from ..data.options import DataConfig, by_name
-from ..method.options import MASK_RATIOS, ModelConfig, ObjectiveConfig, TransformerOptions
+from selfflow.method.options import (
+    MASK_RATIOS,
+    ModelConfig,
+    ObjectiveConfig,
+    TransformerOptions,
+)
 from ..registries import Named
 
 # %% ../../nbs/3_training/01_config.ipynb #a8a49c61
@@ -26,77 +31,132 @@ _DEFAULTS = (3, 4)
 @dataclass(frozen=True)
 class TrainConfig:
     "How it is learned: an optimiser, its rate, and an average (EMA) of the weights."
-    steps: int = 1000            # of the optimiser
-    batch: int = 64              # samples in a step
-    lr: float = 2e-3             # learning rate
-    cooldown: float = 0.0        # share of the steps, the last ones, over which the learning rate falls to 0
-    optimizer: str = "adamw"     # adamw, or muon for the matrices inside the blocks and adamw for the rest
-    weight_decay: float = 0.0    # of the optimiser
-    clip: float = 1.0            # largest norm of the gradient
+
+    steps: int = 1000  # of the optimiser
+    batch: int = 64  # samples in a step
+    lr: float = 2e-3  # learning rate
+    # share of the steps, the last ones, over which the learning rate falls to 0
+    cooldown: float = 0.0
+    # adamw, or muon for the matrices inside the blocks and adamw for the rest
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0  # of the optimiser
+    clip: float = 1.0  # largest norm of the gradient
     ema_half_life: float = 0.05  # of the teacher, as a share of all steps
-    precision: str = "fp32"      # fp32 or bf16 (autocast)
-    compile: bool = False        # compile the blocks; pays in long runs, and on a GPU
-    checkpointing: bool = False  # compute activations again in the backward pass: less memory, a quarter to a third more time
-    shards: int | None = None    # parts of the batch with random numbers of their own; None = 8, or what divides the batch
-    accumulate: int = 1          # parts of the batch that are passed one after the other: less memory
-    parallel: str = "ddp"        # with several processes: ddp (each has all weights) or fsdp (weights are spread over them)
-    log_every: int = 5           # steps
-    validate_every: int = 250    # steps
-    validation: int = 400        # samples of each data set that validation looks at, at most
-    save_every: int = 500        # steps
-    keep_last: int = 3           # checkpoints; older ones are removed
-    keep_every: int = 0          # steps; checkpoints of a multiple of it are never removed; 0 = none
-    keep_optimizers: int = 0     # newest checkpoints that keep their optimiser; older ones only sample and probe; 0 = all
-    sample_every: int = 250      # steps; a picture of the same noise, for the film strip; 0 = never
+    precision: str = "fp32"  # fp32 or bf16 (autocast)
+    compile: bool = False  # compile the blocks; pays in long runs, and on a GPU
+    # compute activations again in the backward pass: less memory, a quarter to a third
+    # more time
+    checkpointing: bool = False
+    # parts of the batch with random numbers of their own; None = 8, or what divides the
+    # batch
+    shards: int | None = None
+    # parts of the batch that are passed one after the other: less memory
+    accumulate: int = 1
+    # with several processes: ddp (each has all weights) or fsdp (weights are spread
+    # over them)
+    parallel: str = "ddp"
+    log_every: int = 5  # steps
+    validate_every: int = 250  # steps
+    # samples of each data set that validation looks at, at most
+    validation: int = 400
+    save_every: int = 500  # steps
+    keep_last: int = 3  # checkpoints; older ones are removed
+    # steps; checkpoints of a multiple of it are never removed; 0 = none
+    keep_every: int = 0
+    # newest checkpoints that keep their optimiser; older ones only sample and probe; 0
+    # = all
+    keep_optimizers: int = 0
+    # steps; a picture of the same noise, for the film strip; 0 = never
+    sample_every: int = 250
 
     def __post_init__(self):
         check_types(self, infinite=("clip",))
         choose(self.precision, _PRECISIONS, "precision (training.precision)")
         choose(self.parallel, _PARALLEL, "parallel (training.parallel)")
-        if choose(self.optimizer, _OPTIMIZERS, "optimizer (training.optimizer)") == "muon" and self.parallel == "fsdp":
-            raise ValueError("optimizer muon moves whole matrices, but parallel fsdp spreads them; take training.parallel ddp")
-        check_positive(self, "steps", "batch", "lr", "clip", "ema_half_life", "log_every", "validate_every", "validation",
-                       "save_every", "keep_last", "accumulate")
+        if (
+            choose(self.optimizer, _OPTIMIZERS, "optimizer (training.optimizer)")
+            == "muon"
+            and self.parallel == "fsdp"
+        ):
+            raise ValueError(
+                "optimizer muon moves whole matrices, but parallel fsdp spreads them; take training.parallel ddp"
+            )
+        check_positive(
+            self,
+            "steps",
+            "batch",
+            "lr",
+            "clip",
+            "ema_half_life",
+            "log_every",
+            "validate_every",
+            "validation",
+            "save_every",
+            "keep_last",
+            "accumulate",
+        )
         if self.shards is None:
-            object.__setattr__(self, "shards", max(math.gcd(self.batch, 8), self.accumulate))
+            object.__setattr__(
+                self, "shards", max(math.gcd(self.batch, 8), self.accumulate)
+            )
         check_positive(self, "shards")
         if self.batch % self.shards or self.shards % self.accumulate:
-            raise ValueError(f"batch {self.batch}, shards {self.shards} and accumulate {self.accumulate}: each must be a "
-                             "multiple of the next, so that every part of the batch has the same number of samples")
+            raise ValueError(
+                f"batch {self.batch}, shards {self.shards} and accumulate {self.accumulate}: each must be a "
+                "multiple of the next, so that every part of the batch has the same number of samples"
+            )
         if not 0 <= self.cooldown <= 1:
-            raise ValueError(f"cooldown is {self.cooldown}, but it is a share of the steps, from 0 (a constant rate) to 1 "
-                             "(training.cooldown)")
+            raise ValueError(
+                f"cooldown is {self.cooldown}, but it is a share of the steps, from 0 (a constant rate) to 1 "
+                "(training.cooldown)"
+            )
         if self.keep_every < 0 or self.sample_every < 0 or self.keep_optimizers < 0:
-            raise ValueError(f"keep_every {self.keep_every}, sample_every {self.sample_every} and keep_optimizers "
-                             f"{self.keep_optimizers} must be 0 (never; of optimisers, all) or more")
+            raise ValueError(
+                f"keep_every {self.keep_every}, sample_every {self.sample_every} and keep_optimizers "
+                f"{self.keep_optimizers} must be 0 (never; of optimisers, all) or more"
+            )
 
 # %% ../../nbs/3_training/01_config.ipynb #e92e8140
 @dataclass(frozen=True)
 class Config:
     "A whole run. data: one data set, or several, of which each step takes one."
+
     name: str = "digits"  # its folder
-    seed: int = 0         # of every draw
+    seed: int = 0  # of every draw
     data: DataConfig | tuple[DataConfig, ...] = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
-    defaults: int = 4     # of the project, those that hold: 3 in runs of formats 1 to 3
+    defaults: int = 4  # of the project, those that hold: 3 in runs of formats 1 to 3
 
     def __post_init__(self):
         if isinstance(self.data, list | tuple):
-            object.__setattr__(self, "data", self.data[0] if len(self.data) == 1 else tuple(self.data))
+            object.__setattr__(
+                self, "data", self.data[0] if len(self.data) == 1 else tuple(self.data)
+            )
         check_types(self)
         by_name(self.data)  # refuses data sets that do not fit together
         if self.defaults not in _DEFAULTS:
-            raise ValueError(f"defaults is {self.defaults}; take 4, or 3 for what runs of formats 1 to 3 computed")
-        if not self.name.isprintable() or self.name != self.name.strip() or self.name[:1] in ("", ".", "-") \
-                or {"/", "\\"} & {*self.name}:
-            raise ValueError(f"{self.name!r} is no name for a run: it is a folder's, with no / or \\, and begins with neither a "
-                             "dot nor a dash nor a space")
+            raise ValueError(
+                f"defaults is {self.defaults}; take 4, or 3 for what runs of formats 1 to 3 computed"
+            )
+        if (
+            not self.name.isprintable()
+            or self.name != self.name.strip()
+            or self.name[:1] in ("", ".", "-")
+            or {"/", "\\"} & {*self.name}
+        ):
+            raise ValueError(
+                f"{self.name!r} is no name for a run: it is a folder's, with no / or \\, and begins with neither a "
+                "dot nor a dash nor a space"
+            )
         self._complete()
-        depth = getattr(self.model, "depth", None)  # of a backbone that has no such option it is known once it is built
+        # of a backbone that has no such option it is known once it is built
+        depth = getattr(self.model, "depth", None)
         if depth is not None and (not self.objective.usual or depth < 2):
-            import_module("selfflow.method.build").check_layers(self.objective, depth, self.signals)
+            import_module("selfflow.method.build").check_layers(
+                self.objective, depth, self.signals
+            )
 
     @property
     def datasets(self) -> dict[str, DataConfig]:
@@ -110,23 +170,39 @@ class Config:
 
     def data_name(self, name: str = "") -> str:
         "The name of one of the data sets, by default of the first. Raises ValueError for one that there is not."
-        return choose(name, self.datasets, "data set") if name else next(iter(self.datasets))
+        return (
+            choose(name, self.datasets, "data set")
+            if name
+            else next(iter(self.datasets))
+        )
 
     @property
     def signals(self) -> set[str]:
         "The kinds of signals that are trained on; none where only the opened data tell."
         known = [data.signals for data in self.datasets.values()]
-        return {signal for signals in known for signal in signals} if all(known) else set()
+        return (
+            {signal for signals in known for signal in signals} if all(known) else set()
+        )
 
     def _complete(self):
         "Fill in what follows from the kind of data: nothing is left open where it is known."
         signals = self.signals
-        positions = "sincos" if signals == {"image"} and self.shared.condition != "caption" else "rotary"
-        if isinstance(self.model, TransformerOptions) and self.model.positions is None and signals:
+        positions = (
+            "sincos"
+            if signals == {"image"} and self.shared.condition != "caption"
+            else "rotary"
+        )
+        if (
+            isinstance(self.model, TransformerOptions)
+            and self.model.positions is None
+            and signals
+        ):
             object.__setattr__(self, "model", replace(self.model, positions=positions))
         ratios = {MASK_RATIOS[signal] for signal in signals}
         if self.objective.mask_ratio is None and len(ratios) == 1:
-            object.__setattr__(self, "objective", replace(self.objective, mask_ratio=ratios.pop()))
+            object.__setattr__(
+                self, "objective", replace(self.objective, mask_ratio=ratios.pop())
+            )
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
@@ -137,24 +213,37 @@ class Config:
         "What `from_dict` needs to make this config again: its values but those that are defaults or follow from the others."
         values = asdict(self)
         for name in flatten(values):
-            without = nested({key: value for key, value in flatten(values).items() if key != name})
+            without = nested(
+                {key: value for key, value in flatten(values).items() if key != name}
+            )
             values = without if _same(without, self) else values
         return values
 
 
 def _from_dict(cls, values: dict, make, where: str = ""):
     if not isinstance(values, dict):
-        raise ValueError(f"{where or 'config'} is {values!r}, expected its fields by name")
+        raise ValueError(
+            f"{where or 'config'} is {values!r}, expected its fields by name"
+        )
     cls = cls.chosen(values) if isinstance(cls, Named) else cls
     types = {f.name: f.default_factory for f in fields(cls)}
     for name in values:
         choose(name, types, f"field in {where or 'config'}")
-    return make(cls, {name: _part_from(types[name], value, make, name) for name, value in values.items()})
+    return make(
+        cls,
+        {
+            name: _part_from(types[name], value, make, name)
+            for name, value in values.items()
+        },
+    )
 
 
 def _part_from(kind, value, make, name: str):
     if isinstance(kind, Named) and isinstance(value, list | tuple):  # several data sets
-        return tuple(_from_dict(kind, one, make, f"{name}.{place}") for place, one in enumerate(value))
+        return tuple(
+            _from_dict(kind, one, make, f"{name}.{place}")
+            for place, one in enumerate(value)
+        )
     if is_dataclass(kind):
         return _from_dict(kind, value, make, name)
     return tuple(value) if isinstance(value, list) else value
@@ -172,9 +261,17 @@ def flatten(values: dict, prefix: str = "") -> dict:
     flat = {}
     for name, value in values.items():
         if isinstance(value, list | tuple):
-            numbered = {str(place): one for place, one in enumerate(value) if isinstance(one, dict)}
+            numbered = {
+                str(place): one
+                for place, one in enumerate(value)
+                if isinstance(one, dict)
+            }
             value = numbered or tuple(value)  # JSON gives lists
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= (
+            flatten(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {prefix + name: value}
+        )
     return flat
 
 
@@ -209,7 +306,11 @@ def differing(settings: dict[str, dict]) -> list[str]:
 def differences(a: dict, b: dict) -> dict[str, tuple]:
     "The fields in which two nested dicts differ: {dotted name: (in a, in b)}; None where one has no such field."
     a, b = flatten(a), flatten(b)
-    return {name: (a.get(name), b.get(name)) for name in {**a, **b} if a.get(name) != b.get(name)}
+    return {
+        name: (a.get(name), b.get(name))
+        for name in {**a, **b}
+        if a.get(name) != b.get(name)
+    }
 
 # %% ../../nbs/3_training/01_config.ipynb #eaa06e70
 def half_life(decay: float, steps: float) -> float:
@@ -217,34 +318,244 @@ def half_life(decay: float, steps: float) -> float:
     return math.log(0.5) / math.log(decay) / steps
 
 
-PRESET_FIELDS = ("data.name", "data.patch", "data.condition", "model.size", "model.width", "model.depth", "model.heads",
-                 "training.steps", "training.batch", "training.lr", "training.ema_half_life", "training.precision",
-                 "training.log_every", "training.validate_every", "training.save_every", "training.sample_every")
+PRESET_FIELDS = (
+    "data.name",
+    "data.patch",
+    "data.condition",
+    "model.size",
+    "model.width",
+    "model.depth",
+    "model.heads",
+    "training.steps",
+    "training.batch",
+    "training.lr",
+    "training.ema_half_life",
+    "training.precision",
+    "training.log_every",
+    "training.validate_every",
+    "training.save_every",
+    "training.sample_every",
+)
 _EMA = half_life(0.9999, 1)  # of the published average, in steps
 _ROWS = {
-    #               data     patch condition size width depth heads steps batch   lr  half_life  precision log val. save sample
-    "digits":      ("digits", 2, "class"  , "own",   96,  6,  4,     1_000,  64, 2e-3, 0.05      , "fp32",   5,  250,  500,  250),
-    "digits-small":("digits", 2, "class"  , "own",   32,  4,  4,       200,  32, 2e-3, 0.05      , "fp32",   5,  100,  100,  100),
-    "shapes":      ("shapes", 4, "caption", "own",  128,  6,  4,     8_000,  32, 2e-3, 0.05      , "fp32",  20, 2000, 1000, 2000),
-    "emblems":     ("emblems",4, "caption", "own",  128,  6,  4,     8_000,  32, 2e-3, 0.05      , "fp32",  20, 2000, 1000, 2000),
-    "motion":      ("motion", 4, "class"  , "own",  128,  6,  4,     8_000,  16, 2e-3, 0.05      , "fp32",  20, 2000, 1000, 2000),
-    "notes":       ("notes" , 2, "class"  , "own",  128,  6,  4,     8_000,  32, 2e-3, 0.05      , "fp32",  20, 2000, 1000, 2000),
-    "scenes":      ("scenes", 4, "class"  , "own",  128,  6,  4,     8_000,  16, 2e-3, 0.05      , "fp32",  20, 2000, 1000, 2000),
-    "S":           ("digits", 2, "class"  , "S"  ,  384, 12,  6,   400_000, 256, 1e-4, _EMA / 4e5, "bf16", 100, 5000, 5000, 5000),
-    "B":           ("digits", 2, "class"  , "B"  ,  768, 12, 12,   400_000, 256, 1e-4, _EMA / 4e5, "bf16", 100, 5000, 5000, 5000),
-    "L":           ("digits", 2, "class"  , "L"  , 1024, 24, 16,   400_000, 256, 1e-4, _EMA / 4e5, "bf16", 100, 5000, 5000, 5000),
-    "XL":          ("digits", 2, "class"  , "XL" , 1152, 28, 16, 4_000_000, 256, 1e-4, _EMA / 4e6, "bf16", 100, 5000, 5000, 5000),
+    # data     patch condition size width depth heads steps batch   lr  half_life
+    # precision log val. save sample
+    "digits": (
+        "digits",
+        2,
+        "class",
+        "own",
+        96,
+        6,
+        4,
+        1_000,
+        64,
+        2e-3,
+        0.05,
+        "fp32",
+        5,
+        250,
+        500,
+        250,
+    ),
+    "digits-small": (
+        "digits",
+        2,
+        "class",
+        "own",
+        32,
+        4,
+        4,
+        200,
+        32,
+        2e-3,
+        0.05,
+        "fp32",
+        5,
+        100,
+        100,
+        100,
+    ),
+    "shapes": (
+        "shapes",
+        4,
+        "caption",
+        "own",
+        128,
+        6,
+        4,
+        8_000,
+        32,
+        2e-3,
+        0.05,
+        "fp32",
+        20,
+        2000,
+        1000,
+        2000,
+    ),
+    "emblems": (
+        "emblems",
+        4,
+        "caption",
+        "own",
+        128,
+        6,
+        4,
+        8_000,
+        32,
+        2e-3,
+        0.05,
+        "fp32",
+        20,
+        2000,
+        1000,
+        2000,
+    ),
+    "motion": (
+        "motion",
+        4,
+        "class",
+        "own",
+        128,
+        6,
+        4,
+        8_000,
+        16,
+        2e-3,
+        0.05,
+        "fp32",
+        20,
+        2000,
+        1000,
+        2000,
+    ),
+    "notes": (
+        "notes",
+        2,
+        "class",
+        "own",
+        128,
+        6,
+        4,
+        8_000,
+        32,
+        2e-3,
+        0.05,
+        "fp32",
+        20,
+        2000,
+        1000,
+        2000,
+    ),
+    "scenes": (
+        "scenes",
+        4,
+        "class",
+        "own",
+        128,
+        6,
+        4,
+        8_000,
+        16,
+        2e-3,
+        0.05,
+        "fp32",
+        20,
+        2000,
+        1000,
+        2000,
+    ),
+    "S": (
+        "digits",
+        2,
+        "class",
+        "S",
+        384,
+        12,
+        6,
+        400_000,
+        256,
+        1e-4,
+        _EMA / 4e5,
+        "bf16",
+        100,
+        5000,
+        5000,
+        5000,
+    ),
+    "B": (
+        "digits",
+        2,
+        "class",
+        "B",
+        768,
+        12,
+        12,
+        400_000,
+        256,
+        1e-4,
+        _EMA / 4e5,
+        "bf16",
+        100,
+        5000,
+        5000,
+        5000,
+    ),
+    "L": (
+        "digits",
+        2,
+        "class",
+        "L",
+        1024,
+        24,
+        16,
+        400_000,
+        256,
+        1e-4,
+        _EMA / 4e5,
+        "bf16",
+        100,
+        5000,
+        5000,
+        5000,
+    ),
+    "XL": (
+        "digits",
+        2,
+        "class",
+        "XL",
+        1152,
+        28,
+        16,
+        4_000_000,
+        256,
+        1e-4,
+        _EMA / 4e6,
+        "bf16",
+        100,
+        5000,
+        5000,
+        5000,
+    ),
 }
 
 
-PRESETS = {name: Config.from_dict({"name": name, **nested(dict(zip(PRESET_FIELDS, row, strict=True)))})
-           for name, row in _ROWS.items()}
+PRESETS = {
+    name: Config.from_dict(
+        {"name": name, **nested(dict(zip(PRESET_FIELDS, row, strict=True)))}
+    )
+    for name, row in _ROWS.items()
+}
 
 # %% ../../nbs/3_training/01_config.ipynb #e5746629
 def overlaid(below: dict, above: dict) -> dict:
     "Nested values `below` with those of `above` in their place; a list replaces what is there."
-    both = {name: overlaid(below[name], above[name]) for name in below.keys() & above.keys()
-            if isinstance(below[name], dict) and isinstance(above[name], dict)}
+    both = {
+        name: overlaid(below[name], above[name])
+        for name in below.keys() & above.keys()
+        if isinstance(below[name], dict) and isinstance(above[name], dict)
+    }
     return {**below, **above, **both}
 
 
@@ -262,7 +573,11 @@ def _unchecked(cls, values: dict):
     cls = cls.chosen(values) if isinstance(cls, Named) else cls
     part = object.__new__(cls)
     for f in fields(cls):
-        default = _unchecked(f.default_factory, {}) if is_dataclass(f.default_factory) else f.default
+        default = (
+            _unchecked(f.default_factory, {})
+            if is_dataclass(f.default_factory)
+            else f.default
+        )
         object.__setattr__(part, f.name, values.get(f.name, default))
     check_types(part, infinite=tuple(f.name for f in fields(cls)))
     return part

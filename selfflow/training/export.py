@@ -15,7 +15,14 @@ import torch
 
 from ..checks import choose
 from ..data.sources import Outline
-from ..disk import flush, not_written, replacing_folder, sha256, write_json, write_tensors
+from selfflow.disk import (
+    flush,
+    not_written,
+    replacing_folder,
+    sha256,
+    write_json,
+    write_tensors,
+)
 from .run import Run
 
 # %% ../../nbs/3_training/12_export.ipynb #0a86ee90
@@ -25,19 +32,31 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def _model_card(run: Run, dtype: str, outline: dict[str, Outline]) -> str:
     "README.md of an exported run, with the header that the Hugging Face Hub reads."
     config, step, log = run.config, run.state()["step"], run.log
-    losses = [f"{words} {log[column].dropna().iloc[-1]:.4f}"
-              for column, words in (("validation_flow_loss", "validation flow loss"), ("flow_loss", "flow loss while training"))
-              if column in log and len(log[column].dropna())]
+    losses = [
+        f"{words} {log[column].dropna().iloc[-1]:.4f}"
+        for column, words in (
+            ("validation_flow_loss", "validation flow loss"),
+            ("flow_loss", "flow loss while training"),
+        )
+        if column in log and len(log[column].dropna())
+    ]
     kinds = {kind for data in outline.values() for kind in data.shapes}
     tag = ""
     if len(kinds) == 1 and config.shared.condition == "caption":
         tag = f"pipeline_tag: text-to-{next(iter(kinds))}\n"
     elif kinds == {"image"}:
         tag = "pipeline_tag: unconditional-image-generation\n"
-    data = [f"- {name}: {source.count:,} training samples, "
-            + ", ".join(f"{kind} {' x '.join(map(str, shape))}" for kind, shape in source.shapes.items())
-            for name, source in outline.items()]
-    condition = {"class": "a class", "caption": "a text", "none": "nothing"}[config.shared.condition]
+    data = [
+        f"- {name}: {source.count:,} training samples, "
+        + ", ".join(
+            f"{kind} {' x '.join(map(str, shape))}"
+            for kind, shape in source.shapes.items()
+        )
+        for name, source in outline.items()
+    ]
+    condition = {"class": "a class", "caption": "a text", "none": "nothing"}[
+        config.shared.condition
+    ]
     return f"""---
 library_name: selfflow
 license: other
@@ -80,11 +99,15 @@ def _check_place(folder: Path) -> None:
     if not os.path.lexists(folder) or folder.is_dir() and not any(folder.iterdir()):
         return
     try:
-        exported = json.loads((folder / "config.json").read_text(encoding="utf-8"))["exported"]
+        exported = json.loads((folder / "config.json").read_text(encoding="utf-8"))[
+            "exported"
+        ]
     except (OSError, ValueError, KeyError, TypeError):
         exported = None
     if not exported:
-        raise ValueError(f"{folder} is not empty and holds no exported model; name a new folder")
+        raise ValueError(
+            f"{folder} is not empty and holds no exported model; name a new folder"
+        )
 
 
 def _outline_of(run: Run) -> dict[str, Outline]:
@@ -93,7 +116,10 @@ def _outline_of(run: Run) -> dict[str, Outline]:
     if all(name in run.outline for name in sources.data):
         return run.outline
     validation = run.sources_of("validation")
-    return {name: run.outline.get(name) or Outline.of(data, validation.data[name]) for name, data in sources.data.items()}
+    return {
+        name: run.outline.get(name) or Outline.of(data, validation.data[name])
+        for name, data in sources.data.items()
+    }
 
 
 def export(run: Run | Path | str, folder: Path | str, dtype: str = "float32") -> Path:
@@ -106,22 +132,36 @@ def export(run: Run | Path | str, folder: Path | str, dtype: str = "float32") ->
     run, folder = run if isinstance(run, Run) else Run.open(run, "cpu"), Path(folder)
     _check_place(folder)
     kind = getattr(torch, dtype)
-    weights = {name: value.to(kind) if value.is_floating_point() else value
-               for name, value in run.teacher.state_dict().items()}
+    weights = {
+        name: value.to(kind) if value.is_floating_point() else value
+        for name, value in run.teacher.state_dict().items()
+    }
     if not all(value.isfinite().all() for value in weights.values()):
-        raise ValueError(f"the weights of {run.path} exceed what {dtype} can hold; take bfloat16 or float32")
+        raise ValueError(
+            f"the weights of {run.path} exceed what {dtype} can hold; take bfloat16 or float32"
+        )
     outline = _outline_of(run)
-    stored = run.stored() | {"outline": {name: asdict(data) for name, data in outline.items()}}
+    stored = run.stored() | {
+        "outline": {name: asdict(data) for name, data in outline.items()}
+    }
     try:
         with replacing_folder(folder) as staging:
             write_tensors(staging / "model.safetensors", weights)
-            about = {"step": run.state()["step"], "dtype": dtype, "sha256": sha256(staging / "model.safetensors")}
-            (staging / "README.md").write_text(_model_card(run, dtype, outline), encoding="utf-8")
+            about = {
+                "step": run.state()["step"],
+                "dtype": dtype,
+                "sha256": sha256(staging / "model.safetensors"),
+            }
+            (staging / "README.md").write_text(
+                _model_card(run, dtype, outline), encoding="utf-8"
+            )
             for file in staging.iterdir():
                 flush(file)
             write_json(staging / "config.json", stored | {"exported": about})
     except OSError as error:
-        raise not_written(f"The export {folder}", error, "What stood there before is unchanged.") from error
+        raise not_written(
+            f"The export {folder}", error, "What stood there before is unchanged."
+        ) from error
     return folder
 
 
@@ -132,6 +172,8 @@ def load(folder: Path | str, device: str | torch.device = "auto") -> Run:
     """
     run = Run.open(folder, device)
     if not run.exported:
-        raise ValueError(f"{folder} is a training run, not an exported model; open it with Run.open, or export it first")
+        raise ValueError(
+            f"{folder} is a training run, not an exported model; open it with Run.open, or export it first"
+        )
     _ = run.checkpoint  # compares the checksum
     return run

@@ -26,7 +26,8 @@ except ImportError:  # not a Unix: locks are files that say who holds them
     fcntl = None
 
 # %% ../../nbs/3_training/02_lock.ipynb #5c4f6841
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}  # what file systems without locks answer
+# what file systems without locks answer
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 class RunInUse(OSError):
@@ -39,7 +40,8 @@ def _is_held(path: Path) -> bool | None:
         return None
     try:
         with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: those who ask do not see each other
+            # shared: those who ask do not see each other
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             fcntl.flock(file, fcntl.LOCK_UN)
     except FileNotFoundError:
         return False
@@ -85,12 +87,20 @@ def writer_of(folder: Path) -> dict | None:
 
 
 def _in_words(who: dict | None) -> str:
-    return f"process {who['pid']} on {who['host']} (since {who['since']})" if who else "another process"
+    return (
+        f"process {who['pid']} on {who['host']} (since {who['since']})"
+        if who
+        else "another process"
+    )
 
 # %% ../../nbs/3_training/02_lock.ipynb #84eaa4e8
 def free_name(path: Path) -> str:
     "The first name of NAME-2, NAME-3, ... that nothing beside `path` has."
-    return next(name for n in count(2) if not path.with_name(name := f"{path.name}-{n}").exists())
+    return next(
+        name
+        for n in count(2)
+        if not path.with_name(name := f"{path.name}-{n}").exists()
+    )
 
 
 @contextmanager
@@ -103,19 +113,31 @@ def sole_writer(folder: Path, seconds: float = 1.0) -> Iterator[None]:
         make_folder(folder)
         (folder / "lock").touch()
         soft = _is_held(folder / "lock") is None
-        lock = (SoftFileLock if soft else FileLock)(folder / ("lock.soft" if soft else "lock"), thread_local=False)
+        lock = (SoftFileLock if soft else FileLock)(
+            folder / ("lock.soft" if soft else "lock"), thread_local=False
+        )
         lock.acquire(timeout=seconds)
     except Timeout:
         ending = f" If no process does, remove {folder / 'lock.soft'}." if soft else ""
-        raise RunInUse(f"{folder} is in use: {_in_words(_named_writer(folder))} trains it. Stop that one (its Stop button, or "
-                       f"touch {folder / 'stop'}), or take another name ({free_name(folder)} is free).{ending}") from None
+        raise RunInUse(
+            f"{folder} is in use: {_in_words(_named_writer(folder))} trains it. Stop that one (its Stop button, or "
+            f"touch {folder / 'stop'}), or take another name ({free_name(folder)} is free).{ending}"
+        ) from None
     except OSError as error:
         raise not_written(f"{folder}/lock", error, "Nothing was changed.") from error
     try:
         if left := _named_writer(folder):
-            print(f"{folder} was left by {_in_words(left)}, which ended without letting go; its lock is free and is taken over")
-        write_json(folder / "writer.json", {"pid": os.getpid(), "host": socket.gethostname(),
-                                            "since": datetime.now().astimezone().isoformat(timespec="seconds")})
+            print(
+                f"{folder} was left by {_in_words(left)}, which ended without letting go; its lock is free and is taken over"
+            )
+        write_json(
+            folder / "writer.json",
+            {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "since": datetime.now().astimezone().isoformat(timespec="seconds"),
+            },
+        )
         yield
     finally:
         with suppress(OSError):

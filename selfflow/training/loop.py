@@ -24,38 +24,91 @@ from ..data.own import GIVEN_DATA, splits_of
 from ..data.sources import Sources, outlines
 from ..disk import NotWritten, write_json
 from ..draws import keyed
-from ..method.build import GIVEN_BACKBONE, as_builder
-from ..method.options import ModelConfig
 from ..method.batch import Batch
+from ..method.build import GIVEN_BACKBONE, as_builder
 from ..method.objective import Noised
+from ..method.options import ModelConfig
 from ..method.schedule import NoiseLevels
 from ..settings import own_settings
-from .batches import Batches, Validation, channel_warnings, feature_source, shards_of
-from .checkpoint import OPTIMIZER, is_free, migrate, read_state, resumable
+from selfflow.training.batches import (
+    Batches,
+    Validation,
+    channel_warnings,
+    feature_source,
+    shards_of,
+)
+from selfflow.training.checkpoint import (
+    OPTIMIZER,
+    is_free,
+    migrate,
+    read_state,
+    resumable,
+)
 from .config import Config, TrainConfig, flatten, overlaid
 from .processes import Interrupt, Processes, raise_again
-from .recording import (Callback, FilmStrip, Moment, ProgressBar, Recorder, Trackers, check_callback,
-                                         check_trackers)
+from selfflow.training.recording import (
+    Callback,
+    FilmStrip,
+    Moment,
+    ProgressBar,
+    Recorder,
+    Trackers,
+    check_callback,
+    check_trackers,
+)
 from .run import Run
-from .state import TrainState, compile_blocks, diverged, share_state, start_state, train_step
+from selfflow.training.state import (
+    TrainState,
+    compile_blocks,
+    diverged,
+    share_state,
+    start_state,
+    train_step,
+)
 
 # %% ../../nbs/3_training/10_loop.ipynb #2c62eed0
 class _Loop:
     "A run, its state and its data, in one of the processes that train it."
 
-    def __init__(self, run: Run, state: TrainState, batches: Batches, judged: Validation, complete: Callable,
-                 processes: Processes):
-        self.run, self.state, self.batches, self.judged, self.processes = run, state, batches, judged, processes
-        self.complete, self.checked = complete, state.step  # complete: a batch, with features
+    def __init__(
+        self,
+        run: Run,
+        state: TrainState,
+        batches: Batches,
+        judged: Validation,
+        complete: Callable,
+        processes: Processes,
+    ):
+        self.run, self.state, self.batches, self.judged, self.processes = (
+            run,
+            state,
+            batches,
+            judged,
+            processes,
+        )
+        # complete: a batch, with features
+        self.complete, self.checked = complete, state.step
         self.config, self.training = run.config, run.config.training
         self.callbacks = []
 
-    def go(self, workers: int, track: tuple[str, ...], bar: bool, spent: dict | None,
-           callbacks: Iterable[Callback]) -> signal.Signals | None:
+    def go(
+        self,
+        workers: int,
+        track: tuple[str, ...],
+        bar: bool,
+        spent: dict | None,
+        callbacks: Iterable[Callback],
+    ) -> signal.Signals | None:
         "Train to the end, or until somebody wishes to stop; the signal that said so, if one did."
-        state, processes, cuda = self.state, self.processes, self.processes.device.type == "cuda"
+        state, processes, cuda = (
+            self.state,
+            self.processes,
+            self.processes.device.type == "cuda",
+        )
         with Interrupt() as interrupt, ExitStack() as stack:
-            self.add(recorder := Recorder(self.run, state.step, processes, spent), stack)
+            self.add(
+                recorder := Recorder(self.run, state.step, processes, spent), stack
+            )
             self.add(Trackers(recorder, track, self.run, state.step), stack)
             if bar and processes.main:
                 self.add(ProgressBar(self.config, state.step), stack)
@@ -67,10 +120,15 @@ class _Loop:
                 done = state.step
                 try:
                     stop = self.turn(loader, interrupt)
-                except FloatingPointError as error:  # of the loss, the weights, a validation or a picture
+                # of the loss, the weights, a validation or a picture
+                except FloatingPointError as error:
                     if processes.main:
-                        _write_not_finite(self.run, state, self.batches, str(error), done)
-                    raise FloatingPointError(f"{error} What was in this step is in {self.run.path}/not_finite.json") from None
+                        _write_not_finite(
+                            self.run, state, self.batches, str(error), done
+                        )
+                    raise FloatingPointError(
+                        f"{error} What was in this step is in {self.run.path}/not_finite.json"
+                    ) from None
                 if stop:
                     break
         return processes.lead(lambda: self.stopped(interrupt.signal))
@@ -82,11 +140,14 @@ class _Loop:
         def end(kind, error, traceback):
             if hasattr(callback, "on_end"):
                 callback.on_end(self.moment({}, error=error))
+
         stack.push(end)
 
     def moment(self, values: dict, **more) -> Moment:
         "Where training stands."
-        return Moment(self.state.step, values, self.run, self.state, self.processes, **more)
+        return Moment(
+            self.state.step, values, self.run, self.state, self.processes, **more
+        )
 
     def notify(self, event: str, moment: Moment) -> Exception | None:
         "Call a method of all callbacks, until one fails; its error."
@@ -117,11 +178,16 @@ class _Loop:
         validated = self.due("validate", self.state.step)
         if validated:
             values |= self.validate()
-        moment = self.moment(values, validated=validated, waited=waited, seconds=seconds)
+        moment = self.moment(
+            values, validated=validated, waited=waited, seconds=seconds
+        )
         error = self.notify("on_validation", moment) if validated else None
         error = error or self.notify("on_step", moment)
-        stop, picture, failed = processes.any(interrupt.signal is not None or processes.main and self.run.asked("stop"),
-                                              processes.main and self.run.asked("sample"), error is not None)
+        stop, picture, failed = processes.any(
+            interrupt.signal is not None or processes.main and self.run.asked("stop"),
+            processes.main and self.run.asked("sample"),
+            error is not None,
+        )
         self.agree(error, failed)
         if picture or self.due("sample", self.state.step):
             self.check()
@@ -135,17 +201,30 @@ class _Loop:
         "Train a step."
         step = self.state.step + 1
         validate = self.due("validate", step)
-        return train_step(self.state, self.config, batch, validate, validate or step % self.training.log_every == 0)
+        return train_step(
+            self.state,
+            self.config,
+            batch,
+            validate,
+            validate or step % self.training.log_every == 0,
+        )
 
     def check(self) -> None:
         "Raise FloatingPointError if the last step left numbers in the state that are not finite. A step is looked at once."
         if self.checked == self.state.step:
             return
-        parts, own = ("student", "teacher", "head", "optimizer"), self.state.not_finite()
+        parts, own = (
+            ("student", "teacher", "head", "optimizer"),
+            self.state.not_finite(),
+        )
         broken = self.processes.any(*(name in own for name in parts))
         if any(broken):
-            names = ", ".join(name for name, is_broken in zip(parts, broken, strict=True) if is_broken)
-            raise diverged(self.state.step, f"it left NaN or infinite numbers in {names}")
+            names = ", ".join(
+                name for name, is_broken in zip(parts, broken, strict=True) if is_broken
+            )
+            raise diverged(
+                self.state.step, f"it left NaN or infinite numbers in {names}"
+            )
         self.checked = self.state.step
 
     def due(self, what: str, step: int) -> bool:
@@ -157,26 +236,44 @@ class _Loop:
         "The teacher's losses on the validation data, over all processes."
         self.check()
         rank, count = self.processes.rank, self.processes.count
-        losses, counts = self.judged.losses(self.state.teacher, rank=rank, processes=count), self.judged.counts
-        losses = self.processes.gather(losses).flatten(1)[:, :sum(counts.values())]
+        losses, counts = (
+            self.judged.losses(self.state.teacher, rank=rank, processes=count),
+            self.judged.counts,
+        )
+        losses = self.processes.gather(losses).flatten(1)[:, : sum(counts.values())]
         if not losses.isfinite().all():
-            raise diverged(self.state.step, f"the validation loss after it is {losses.mean().item()}")
-        values = {"validation_flow_loss": losses.mean().item(), "flow_loss_by_level": losses.mean(1).tolist()}
+            raise diverged(
+                self.state.step,
+                f"the validation loss after it is {losses.mean().item()}",
+            )
+        values = {
+            "validation_flow_loss": losses.mean().item(),
+            "flow_loss_by_level": losses.mean(1).tolist(),
+        }
         if len(counts) > 1:
             each = losses.split(list(counts.values()), dim=1)
-            values |= {f"validation_flow_loss_{name}": loss.mean().item() for name, loss in zip(counts, each, strict=True)}
+            values |= {
+                f"validation_flow_loss_{name}": loss.mean().item()
+                for name, loss in zip(counts, each, strict=True)
+            }
         return values
 
     def save(self) -> None:
         "Write a checkpoint; older ones are removed as the config says."
-        known = {"torch": torch.__version__, "processes": self.processes.count, "config": asdict(self.config)}
+        known = {
+            "torch": torch.__version__,
+            "processes": self.processes.count,
+            "config": asdict(self.config),
+        }
         self.notify_together("on_checkpoint", self.moment(known))
         tensors = self.state.tensors(keep=self.processes.main)
 
         def write():
             self.run.save(self.state.step, tensors, known)
-            (self.run.path / "not_finite.json").unlink(missing_ok=True)  # of a step that has been passed
+            # of a step that has been passed
+            (self.run.path / "not_finite.json").unlink(missing_ok=True)
             self.run.prune()
+
         self.processes.lead(write)
 
     def stopped(self, number: signal.Signals | None) -> signal.Signals | None:
@@ -184,32 +281,68 @@ class _Loop:
         asked = self.run.asked("stop")
         self.run.answered("stop")
         if self.state.step < self.training.steps:
-            why = {signal.SIGINT: "by Ctrl-C", signal.SIGTERM: "by SIGTERM"}.get(number, "as asked" if asked else "by a signal")
-            print(f"{self.config.name}: stopped {why} after step {self.state.step} of {self.training.steps}, which is saved; the "
-                  f"same call goes on, or: selfflow train --config {self.run.quoted}/config.json")
+            why = {signal.SIGINT: "by Ctrl-C", signal.SIGTERM: "by SIGTERM"}.get(
+                number, "as asked" if asked else "by a signal"
+            )
+            print(
+                f"{self.config.name}: stopped {why} after step {self.state.step} of {self.training.steps}, which is saved; the "
+                f"same call goes on, or: selfflow train --config {self.run.quoted}/config.json"
+            )
         return number
 
 
-def _write_not_finite(run: Run, state: TrainState, batches: Batches, message: str, done: int) -> None:
+def _write_not_finite(
+    run: Run, state: TrainState, batches: Batches, message: str, done: int
+) -> None:
     """Write a step, its samples and a histogram of its noise levels to the run's not_finite.json, as far as the disk allows.
 
     done: the steps before it.
     """
     training, seed = run.config.training, run.config.seed
     name, batch = batches.name(done), replace(batches, rank=0, processes=1)[done]
-    schedule, labels = state.objective.schedule_of(batch.parts), batches.sources.data[name].take(batch.indices).labels
-    levels = NoiseLevels.cat([schedule.sample(training.batch // training.shards, batch.x0.shape[1],
-                                              keyed(seed, "levels", done, shard)) for shard in range(training.shards)])
-    found = {"step": done + 1, "message": message, "data": name, "samples": batch.indices.tolist(), "labels": labels.tolist(),
-             "levels": {"from": 0.0, "to": 1.0, "tokens": levels.per_token().histc(20, 0, 1).long().tolist()}}
+    schedule, labels = (
+        state.objective.schedule_of(batch.parts),
+        batches.sources.data[name].take(batch.indices).labels,
+    )
+    levels = NoiseLevels.cat(
+        [
+            schedule.sample(
+                training.batch // training.shards,
+                batch.x0.shape[1],
+                keyed(seed, "levels", done, shard),
+            )
+            for shard in range(training.shards)
+        ]
+    )
+    found = {
+        "step": done + 1,
+        "message": message,
+        "data": name,
+        "samples": batch.indices.tolist(),
+        "labels": labels.tolist(),
+        "levels": {
+            "from": 0.0,
+            "to": 1.0,
+            "tokens": levels.per_token().histc(20, 0, 1).long().tolist(),
+        },
+    }
     with suppress(OSError):  # the message matters more
         write_json(run.path / "not_finite.json", found)
 
 # %% ../../nbs/3_training/10_loop.ipynb #29adfdff
 @own_settings()
-def train(config: Config, folder: Path | str = "runs", device: str = "auto", features: Tensor | Callable | None = None,
-          workers: int = 0, track: tuple[str, ...] = (), bar: bool = True,
-          callbacks: Iterable[Callback] = (), data: Any = None, backbone: Any = None) -> Run:
+def train(
+    config: Config,
+    folder: Path | str = "runs",
+    device: str = "auto",
+    features: Tensor | Callable | None = None,
+    workers: int = 0,
+    track: tuple[str, ...] = (),
+    bar: bool = True,
+    callbacks: Iterable[Callback] = (),
+    data: Any = None,
+    backbone: Any = None,
+) -> Run:
     """Train what the config asks for in folder / config.name and return the run; goes on where the folder stands.
 
     device: "auto", "cpu", "cuda", ...; features: for REPA, what an outside encoder finds in the clean training samples: a tensor
@@ -236,51 +369,96 @@ def train(config: Config, folder: Path | str = "runs", device: str = "auto", fea
     if builder:
         config = _with_given_backbone(config)
     config = _with_its_defaults(config, Path(folder), processes)
-    sources, validation = (Sources(config.data, split, {GIVEN_DATA: given[split]} if given else None)
-                           for split in ("train", "validation"))
-    judged = Validation.of(config, sources=validation)  # bad validation data are reported now, not at the first validation
+    sources, validation = (
+        Sources(config.data, split, {GIVEN_DATA: given[split]} if given else None)
+        for split in ("train", "validation")
+    )
+    # bad validation data are reported now, not at the first validation
+    judged = Validation.of(config, sources=validation)
     batches = Batches(sources, config, processes.rank, processes.count)
-    complete, width, fingerprint = feature_source(features, config, sources, processes.device)
+    complete, width, fingerprint = feature_source(
+        features, config, sources, processes.device
+    )
     state = start_state(config, sources, processes.device, width, builder)
     if features is not None:
         first = complete(sources.take(config.data_name(), torch.arange(1)))
-        state.objective.target(None, Noised(first, first.x0, first.x0, None), {}, None)  # refuses features of another shape
+        # refuses features of another shape
+        state.objective.target(None, Noised(first, first.x0, first.x0, None), {}, None)
     shards_of(config.training, processes.rank, processes.count)
     known = _fingerprints_in(Path(folder) / config.name)
-    fingerprints = {part.split: part.fingerprint_as(known.get(part.split)) for part in (sources, validation)}
+    fingerprints = {
+        part.split: part.fingerprint_as(known.get(part.split))
+        for part in (sources, validation)
+    }
     fingerprints |= {"features": fingerprint} if fingerprint else {}
-    fingerprints |= {"encoder": sources.encoder.fingerprint} if config.shared.encoder else {}
+    fingerprints |= (
+        {"encoder": sources.encoder.fingerprint} if config.shared.encoder else {}
+    )
     outline = outlines(sources, validation, config.defaults)
-    run, number = Run(Path(folder) / config.name, config, sources.inputs, processes.device, fingerprints, outline, given,
-                      builder), None
+    run, number = (
+        Run(
+            Path(folder) / config.name,
+            config,
+            sources.inputs,
+            processes.device,
+            fingerprints,
+            outline,
+            given,
+            builder,
+        ),
+        None,
+    )
     with ExitStack() as stack:
         if not processes.lead(lambda: _open(run, stack)):
             spent = _resume(run, state, processes)
-            warnings = channel_warnings(state.student.width, sources) if not state.step else ()  # later nothing can be changed
+            # later nothing can be changed
+            warnings = (
+                channel_warnings(state.student.width, sources) if not state.step else ()
+            )
             for warning in warnings:
                 processes.say(f"{config.name}: {warning}")
             if config.training.compile and state.step < config.training.steps:
                 _compile(state, config, complete(batches[state.step]), processes)
             share_state(state, config, processes)
-            number = _Loop(run, state, batches, judged, complete, processes).go(workers, track, bar, spent, callbacks)
+            number = _Loop(run, state, batches, judged, complete, processes).go(
+                workers, track, bar, spent, callbacks
+            )
     raise_again(number)
     # one that looks at the newest checkpoint
-    return Run(run.path, config, run.inputs, processes.device, run.data, run.outline, given, builder)
+    return Run(
+        run.path,
+        config,
+        run.inputs,
+        processes.device,
+        run.data,
+        run.outline,
+        given,
+        builder,
+    )
 
 
 def _on_given(config: Config, data: DataSet) -> Config:
     "The config for data that were passed to `train`. What follows from the kind of signals is filled in anew."
     if {*config.datasets} - {DataConfig().name, GIVEN_DATA}:
-        raise ValueError(f"data were passed to train, but data.name is {', '.join(config.datasets)}; leave one of them out")
-    return Config.from_dict(overlaid(config.explicit(), {"data": {"name": GIVEN_DATA, "signals": tuple(data.shapes)}}))
+        raise ValueError(
+            f"data were passed to train, but data.name is {', '.join(config.datasets)}; leave one of them out"
+        )
+    return Config.from_dict(
+        overlaid(
+            config.explicit(),
+            {"data": {"name": GIVEN_DATA, "signals": tuple(data.shapes)}},
+        )
+    )
 
 
 def _with_given_backbone(config: Config) -> Config:
     "The config for a backbone that was passed to `train`."
     settings = config.explicit().get("model", {})
     if settings and settings != {"name": GIVEN_BACKBONE}:
-        raise ValueError(f"a backbone was passed to train, but the config has settings of another one, {settings}; leave one of "
-                         "them out")
+        raise ValueError(
+            f"a backbone was passed to train, but the config has settings of another one, {settings}; leave one of "
+            "them out"
+        )
     return replace(config, model=ModelConfig(GIVEN_BACKBONE))
 
 
@@ -292,10 +470,16 @@ def _with_its_defaults(config: Config, folder: Path, processes: Processes) -> Co
     stored = Run.open(path, "cpu").config
     defaults = stored.defaults
     if defaults != config.defaults:
-        processes.say(f"{config.name}: began with defaults {defaults} of the project, and goes on with them")
+        processes.say(
+            f"{config.name}: began with defaults {defaults} of the project, and goes on with them"
+        )
         before = stored.datasets  # a data set that is not among them is refused later
-        data = [replace(own, carve=before[name].carve) if hasattr(before.get(name), "carve") else own
-                for name, own in config.datasets.items()]
+        data = [
+            replace(own, carve=before[name].carve)
+            if hasattr(before.get(name), "carve")
+            else own
+            for name, own in config.datasets.items()
+        ]
         config = replace(config, data=data)
     return replace(config, defaults=defaults)
 
@@ -325,38 +509,74 @@ def _open(run: Run, stack: ExitStack) -> bool:
 def _same_config(run: Run, path: Path) -> None:
     "Raise ValueError if a checkpoint was made with another config than the run has now, by a hand in config.json."
     state = read_state(path)
-    made = flatten(migrate(state)["config"]) if "config" in state else {}  # the first versions kept none
-    made |= {name: os.path.abspath(value) for name, value in made.items() if name.endswith(".path")}  # once kept as given
+    # the first versions kept none
+    made = flatten(migrate(state)["config"]) if "config" in state else {}
+    # once kept as given
+    made |= {
+        name: os.path.abspath(value)
+        for name, value in made.items()
+        if name.endswith(".path")
+    }
     now = flatten(asdict(run.config))
-    other = {name: value for name, value in made.items() if not is_free(name, run.data) and now.get(name) != value}
+    other = {
+        name: value
+        for name, value in made.items()
+        if not is_free(name, run.data) and now.get(name) != value
+    }
     if other:
-        lines = [f"  {name}: {value!r} when it was saved, {now.get(name)!r} now" for name, value in other.items()]
-        raise ValueError("\n".join([f"{path} was made with another config than {run.path}/config.json says:", *lines,
-                                    "Put these back, or begin a run with another name."]))
+        lines = [
+            f"  {name}: {value!r} when it was saved, {now.get(name)!r} now"
+            for name, value in other.items()
+        ]
+        raise ValueError(
+            "\n".join(
+                [
+                    f"{path} was made with another config than {run.path}/config.json says:",
+                    *lines,
+                    "Put these back, or begin a run with another name.",
+                ]
+            )
+        )
 
 
 def _resume(run: Run, state: TrainState, processes: Processes) -> dict | None:
     "Take up the newest whole checkpoint, if there is any; the seconds that were spent until then, None if nobody knows."
-    path, spent, training = processes.lead(run.latest), {"seconds": 0.0, "wall": 0.0}, run.config.training
+    path, spent, training = (
+        processes.lead(run.latest),
+        {"seconds": 0.0, "wall": 0.0},
+        run.config.training,
+    )
     finished = path is not None and read_state(path)["step"] >= training.steps
     if path is not None and not finished and not resumable(path):
         newest, path = path, processes.lead(lambda: run.latest(resume=True))
         if path is None:
-            raise ValueError(f"no checkpoint in {run.path} has its optimiser, so they can be sampled and probed, but not gone on "
-                             f"from. Put {newest / OPTIMIZER} back, or begin a run with another name")
+            raise ValueError(
+                f"no checkpoint in {run.path} has its optimiser, so they can be sampled and probed, but not gone on "
+                f"from. Put {newest / OPTIMIZER} back, or begin a run with another name"
+            )
     if path is None and run.checkpoints():
-        raise ValueError(f"no checkpoint in {run.path} is whole, so there is nothing to go on from; "
-                         "repair them, or remove the folder to start anew")
+        raise ValueError(
+            f"no checkpoint in {run.path} is whole, so there is nothing to go on from; "
+            "repair them, or remove the folder to start anew"
+        )
     if path is not None:
         _same_config(run, path)
         state.restore(path, optimizer=not finished)
         if names := state.not_finite():
-            raise ValueError(f"{path} holds NaN or infinite numbers ({', '.join(names)}), from an older version that did not "
-                             "check them. Remove this folder, and the run goes on from the checkpoint before it")
+            raise ValueError(
+                f"{path} holds NaN or infinite numbers ({', '.join(names)}), from an older version that did not "
+                "check them. Remove this folder, and the run goes on from the checkpoint before it"
+            )
         known = read_state(path)
-        spent = {name: known[name] for name in spent} if known.get("seconds") is not None else None
+        spent = (
+            {name: known[name] for name in spent}
+            if known.get("seconds") is not None
+            else None
+        )
         if not finished:
-            processes.say(f"{run.config.name}: goes on from step {state.step}{_of_steps(known, training)}")
+            processes.say(
+                f"{run.config.name}: goes on from step {state.step}{_of_steps(known, training)}"
+            )
         processes.lead(run.prune)  # who was killed after saving had no time for it
     processes.lead(lambda: run.cut_log(state.step))
     return spent
@@ -364,21 +584,30 @@ def _resume(run: Run, state: TrainState, processes: Processes) -> dict | None:
 
 def _of_steps(known: dict, training: TrainConfig) -> str:
     "The consequences of another number of steps than that a checkpoint was made with; known: its state.json."
-    before = known.get("config", {}).get("training", {}).get("steps", training.steps)  # the first versions kept none
+    # the first versions kept none
+    before = known.get("config", {}).get("training", {}).get("steps", training.steps)
     if before == training.steps:
         return ""
-    lives = [f"{training.ema_half_life * steps:g}" for steps in (training.steps, before)]
-    words = (f"; {training.steps} steps now (were {before}): the average's half-life is {lives[0]} steps from here "
-             f"(was {lives[1]})")
+    lives = [
+        f"{training.ema_half_life * steps:g}" for steps in (training.steps, before)
+    ]
+    words = (
+        f"; {training.steps} steps now (were {before}): the average's half-life is {lives[0]} steps from here "
+        f"(was {lives[1]})"
+    )
     if not training.cooldown:
         return words
     last = training.cooldown * training.steps
     return f"{words}, the learning rate is {training.lr:g} and falls to 0 over the last {last:g} steps"
 
 
-def _compile(state: TrainState, config: Config, batch: Batch, processes: Processes) -> None:
+def _compile(
+    state: TrainState, config: Config, batch: Batch, processes: Processes
+) -> None:
     reason = compile_blocks(state, config, batch.to(processes.device))
     if processes.any(reason is not None)[0]:  # all as they are, or none
         for block in (*state.student.blocks, *state.teacher.blocks):
             block._compiled_call_impl = None
-        processes.say(f"not compiled, trains as it is ({reason or 'another process cannot'})")
+        processes.say(
+            f"not compiled, trains as it is ({reason or 'another process cannot'})"
+        )

@@ -42,6 +42,7 @@ from .run import Run, device_for
 @dataclass(frozen=True)
 class Processes:
     "The processes that train one run together, seen from one of them. rank: which one it is; count: how many; device: its own."
+
     rank: int
     count: int
     device: torch.device
@@ -55,7 +56,9 @@ class Processes:
         """
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return cls(0, 1, device_for(device))
-        from accelerate import PartialState  # half a second that a run of one process need not wait
+        # half a second that a run of one process need not wait
+        from accelerate import PartialState
+
         found = device_for(device)
         state = PartialState(cpu=found.type == "cpu")
         atexit.register(_leave)
@@ -106,7 +109,9 @@ class Processes:
         "Tensors of one shape from all processes, in a new last axis, on the CPU."
         if self.count == 1:
             return values.cpu()[..., None]
-        found = [torch.empty_like(values, device=self.device) for _ in range(self.count)]
+        found = [
+            torch.empty_like(values, device=self.device) for _ in range(self.count)
+        ]
         dist.all_gather(found, values.to(self.device).contiguous())
         return torch.stack(found, -1).cpu()
 
@@ -125,9 +130,15 @@ def share(learner: nn.Module, processes: Processes, unused: bool = False) -> nn.
         return learner
     own = [processes.device] if processes.device.type == "cuda" else None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the new name of broadcast_buffers is not in all versions of torch
-        return DistributedDataParallel(learner, device_ids=own, broadcast_buffers=False,  # they never change
-                                       find_unused_parameters=unused)
+        # the new name of broadcast_buffers is not in all versions of torch
+        warnings.simplefilter("ignore", FutureWarning)
+        # they never change
+        return DistributedDataParallel(
+            learner,
+            device_ids=own,
+            broadcast_buffers=False,
+            find_unused_parameters=unused,
+        )
 
 
 def slice_weights(module: nn.Module, blocks, processes: Processes) -> None:
@@ -135,24 +146,33 @@ def slice_weights(module: nn.Module, blocks, processes: Processes) -> None:
     mesh = init_device_mesh(processes.device.type, (processes.count,))
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh, reshard_after_forward=True)  # a teacher has no backward pass that would spread its rest again
+    # a teacher has no backward pass that would spread its rest again
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 def like(value: Tensor, parameter: Tensor) -> Tensor:
     "A whole tensor, spread over the processes as a parameter of its shape is; others as they are."
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+        return distribute_tensor(
+            value.to(parameter.device), parameter.device_mesh, parameter.placements
+        )
     return value
 
 
 def whole(value: Tensor) -> Tensor:
     "A tensor without its gradient, gathered from all processes where it is spread over them; all must ask."
-    return value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
+    return (
+        value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
+    )
 
 
 def unsynced(module: nn.Module, wanted: bool):
     "A context in which gradients are not averaged yet, if that is `wanted` and the module averages them."
-    return module.no_sync() if wanted and isinstance(module, DistributedDataParallel) else nullcontext()
+    return (
+        module.no_sync()
+        if wanted and isinstance(module, DistributedDataParallel)
+        else nullcontext()
+    )
 
 # %% ../../nbs/3_training/07_processes.ipynb #cbf56730
 class Interrupt:
@@ -164,7 +184,10 @@ class Interrupt:
     def __enter__(self) -> "Interrupt":
         self.signal, self._before = None, {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {
+                number: signal.signal(number, self._note)
+                for number in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def _note(self, number, frame):
@@ -180,11 +203,22 @@ class Interrupt:
 def raise_again(number: signal.Signals | None) -> None:
     "Raise what a signal stands for, now that all is saved: KeyboardInterrupt, which says so, or SystemExit (128 + SIGTERM)."
     if number is not None:
-        raise KeyboardInterrupt("saved") if number == signal.SIGINT else SystemExit(128 + number)
+        raise (
+            KeyboardInterrupt("saved")
+            if number == signal.SIGINT
+            else SystemExit(128 + number)
+        )
 
 # %% ../../nbs/3_training/07_processes.ipynb #370dd089
-def launch(config: Config, count: int, folder: Path | str = "runs", device: str = "auto", features: Path | None = None,
-           workers: int = 0, track: tuple[str, ...] = ()) -> Run:
+def launch(
+    config: Config,
+    count: int,
+    folder: Path | str = "runs",
+    device: str = "auto",
+    features: Path | None = None,
+    workers: int = 0,
+    track: tuple[str, ...] = (),
+) -> Run:
     """Train in `count` processes of this machine, follow them, and return the run; arguments as for `training.train`.
 
     features: a file as `selfflow train --features` takes it. Ctrl-C and SIGTERM ask the processes to stop after a step and are
@@ -194,27 +228,73 @@ def launch(config: Config, count: int, folder: Path | str = "runs", device: str 
     shards_of(config.training, 0, count)
     path = Path(folder) / config.name
     path.mkdir(parents=True, exist_ok=True)
-    with sole_writer(path):  # refused here, before what the one that trains has said is overwritten
+    # refused here, before what the one that trains has said is overwritten
+    with sole_writer(path):
         write_json(path / "launch.json", asdict(config))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
-               "-m", "selfflow.cli", "train", "--config", str(path / "launch.json"), "--folder", str(folder), "--device", device,
-               "--workers", str(workers), *(["--track", *track] if track else []),
-               *(["--features", str(features)] if features else []), *(f"--use={source}" for source in used())]
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+        "-m",
+        "selfflow.cli",
+        "train",
+        "--config",
+        str(path / "launch.json"),
+        "--folder",
+        str(folder),
+        "--device",
+        device,
+        "--workers",
+        str(workers),
+        *(["--track", *track] if track else []),
+        *(["--features", str(features)] if features else []),
+        *(f"--use={source}" for source in used()),
+    ]
+    threads = os.environ.get(
+        "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))
+    )
     with (path / "launch.log").open("w", encoding="utf-8") as output:
-        program = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True,  # signals come as a wish
-                                   env={**os.environ, "OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"})
+        # signals come as a wish
+        program = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"},
+        )
     number = _follow(program, path, config)
     log = (path / "launch.log").read_text(encoding="utf-8")
     if killed := _killed(log):
-        raise ChildProcessError(f"{killed} of {count} that train {path}; the same command goes on from the last checkpoint. "
-                                f"Their full output is in {path}/launch.log")
-    lines = list(dict.fromkeys(takewhile(lambda line: not re.match(r"[WE]\d{4} ", line),  # what torchrun says to a failure
-                                         (line for line in log.splitlines() if not _BAR.search(line)))))
+        raise ChildProcessError(
+            f"{killed} of {count} that train {path}; the same command goes on from the last checkpoint. "
+            f"Their full output is in {path}/launch.log"
+        )
+    # what torchrun says to a failure
+    lines = list(
+        dict.fromkeys(
+            takewhile(
+                lambda line: not re.match(r"[WE]\d{4} ", line),
+                (line for line in log.splitlines() if not _BAR.search(line)),
+            )
+        )
+    )
     if program.returncode:
-        why = list(dropwhile(lambda line: not line.startswith("selfflow:"), lines))[:15] or lines[-15:]
-        raise ChildProcessError("\n".join([f"the processes that train {path} failed (status {program.returncode}):", *why,
-                                           f"Their full output is in {path}/launch.log."]))
+        why = (
+            list(dropwhile(lambda line: not line.startswith("selfflow:"), lines))[:15]
+            or lines[-15:]
+        )
+        raise ChildProcessError(
+            "\n".join(
+                [
+                    f"the processes that train {path} failed (status {program.returncode}):",
+                    *why,
+                    f"Their full output is in {path}/launch.log.",
+                ]
+            )
+        )
     print(*lines, sep="\n")
     raise_again(number)
     return Run.open(path, device)
@@ -226,21 +306,34 @@ _BAR = re.compile(r"\d%\|.*\|")  # a progress bar; this process has its own
 def _killed(log: str) -> str:
     "Which process a signal has ended and which signal, by torchrun's account of a failure; nothing where none has."
     for rank, number in re.findall(r"rank +: (\d+) .*\n +exitcode +: -(\d+) ", log):
-        if int(number) not in (signal.SIGTERM, signal.SIGINT):  # with these torchrun ends the others
-            memory = " (the system does that when memory runs out)" if int(number) == signal.SIGKILL else ""
+        # with these torchrun ends the others
+        if int(number) not in (signal.SIGTERM, signal.SIGINT):
+            memory = (
+                " (the system does that when memory runs out)"
+                if int(number) == signal.SIGKILL
+                else ""
+            )
             return f"process {rank} was killed by {signal.Signals(int(number)).name}{memory}, one"
     return ""
 
 
-def _follow(program: subprocess.Popen, path: Path, config: Config) -> signal.Signals | None:
+def _follow(
+    program: subprocess.Popen, path: Path, config: Config
+) -> signal.Signals | None:
     "A bar while the processes train; the signal that this one was sent."
     done = _last_step(path / "timing.jsonl")
-    with Interrupt() as interrupt, tqdm(total=config.training.steps, initial=done, desc=config.name, unit="step") as bar:
+    with (
+        Interrupt() as interrupt,
+        tqdm(
+            total=config.training.steps, initial=done, desc=config.name, unit="step"
+        ) as bar,
+    ):
         try:
             while program.poll() is None:
                 time.sleep(0.2)
                 bar.update(_last_step(path / "timing.jsonl") - bar.n)
-                if interrupt.signal is not None and (path / "writer.json").exists():  # they listen from there on
+                # they listen from there on
+                if interrupt.signal is not None and (path / "writer.json").exists():
                     (path / "stop").touch()
         except KeyboardInterrupt:
             os.killpg(program.pid, signal.SIGTERM)

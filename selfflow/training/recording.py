@@ -81,7 +81,11 @@ EVENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
 
 def check_callback(callback: Callback) -> None:
     "Raise ValueError for an object without any method of a callback, or with one that the loop would never call."
-    methods = [name for name in dir(callback) if name.startswith("on_") and callable(getattr(callback, name))]
+    methods = [
+        name
+        for name in dir(callback)
+        if name.startswith("on_") and callable(getattr(callback, name))
+    ]
     for name in methods:
         choose(name, EVENTS, f"method of callback {type(callback).__name__}")
     if not methods:
@@ -92,8 +96,14 @@ def device_name(device: torch.device) -> str:
     "The name of a device, as its maker gives it."
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    lines = (
+        Path("/proc/cpuinfo").read_text().splitlines()
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
+    names = [
+        line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+    ]
     return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
@@ -117,8 +127,13 @@ def check_trackers(names: tuple[str, ...]) -> None:
     for name in names:
         choose(name, _TRACKERS, "tracker")
         from accelerate.tracking import get_available_trackers
-        if name not in [str(getattr(found, "value", found)) for found in get_available_trackers()]:
-            raise ValueError(f"tracker {name} is not installed: pip install {name}, or selfflow[track] for all")
+
+        if name not in [
+            str(getattr(found, "value", found)) for found in get_available_trackers()
+        ]:
+            raise ValueError(
+                f"tracker {name} is not installed: pip install {name}, or selfflow[track] for all"
+            )
 
 
 def _open_trackers(names: tuple[str, ...], run: Run, step: int = 0) -> list:
@@ -131,11 +146,20 @@ def _open_trackers(names: tuple[str, ...], run: Run, step: int = 0) -> list:
         return []
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
     PartialState()  # without it accelerate's loggers refuse to speak
-    made, settings = [], {key: "none" if value is None else value for key, value in flatten(asdict(run.config)).items()}
+    made, settings = (
+        [],
+        {
+            key: "none" if value is None else value
+            for key, value in flatten(asdict(run.config)).items()
+        },
+    )
     for name in names:
         kind = LOGGER_TYPE_TO_CLASS[name]
-        options = {"logging_dir": run.path / name} if kind.requires_logging_directory else {}
+        options = (
+            {"logging_dir": run.path / name} if kind.requires_logging_directory else {}
+        )
         if name == "tensorboard" and step:
             options["purge_step"] = step + 1
         made.append(kind(run.config.name, **options))
@@ -146,9 +170,15 @@ def _open_trackers(names: tuple[str, ...], run: Run, step: int = 0) -> list:
 
 def scalars(values: dict) -> dict[str, float]:
     "Numbers by name; a list over the validation levels becomes a number for each."
-    single = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-    return single | {f"{name}/{level:g}": value for name, found in values.items() if isinstance(found, list)
-                     for level, value in zip(VALIDATION_LEVELS, found, strict=True)}
+    single = {
+        name: value for name, value in values.items() if isinstance(value, (int, float))
+    }
+    return single | {
+        f"{name}/{level:g}": value
+        for name, found in values.items()
+        if isinstance(found, list)
+        for level, value in zip(VALIDATION_LEVELS, found, strict=True)
+    }
 
 # %% ../../nbs/3_training/09_recording.ipynb #1fc32c0b
 class Recorder:
@@ -157,11 +187,16 @@ class Recorder:
     spent: what `spent()` said when that step was saved; None for a run whose first steps nobody has timed; timing: the last line.
     """
 
-    def __init__(self, run: Run, step: int, processes: Processes, spent: dict | None = None):
+    def __init__(
+        self, run: Run, step: int, processes: Processes, spent: dict | None = None
+    ):
         self.run, self.processes, self.step, self.files = run, processes, step, ()
         self.device = device_name(processes.device)
         if processes.main:
-            self.files = [path.open("a", encoding="utf-8", buffering=1) for path in (run.log_path, run.timing_path)]
+            self.files = [
+                path.open("a", encoding="utf-8", buffering=1)
+                for path in (run.log_path, run.timing_path)
+            ]
         self.before, self.seconds, self.began = spent, 0.0, time.perf_counter()
         self.since = self.waited = 0.0
         self.timing = {}
@@ -170,12 +205,21 @@ class Recorder:
 
     def spent(self) -> dict[str, float | None]:
         "Seconds since the run began, over all sessions: in steps, and all in all (wall)."
-        now = {"seconds": self.seconds + self.since, "wall": time.perf_counter() - self.began}
-        return {name: None if self.before is None else self.before[name] + value for name, value in now.items()}
+        now = {
+            "seconds": self.seconds + self.since,
+            "wall": time.perf_counter() - self.began,
+        }
+        return {
+            name: None if self.before is None else self.before[name] + value
+            for name, value in now.items()
+        }
 
     def on_step(self, moment: Moment) -> None:
         "Count the seconds; write a line in each file if it is time."
-        self.since, self.waited = self.since + moment.seconds, self.waited + moment.waited
+        self.since, self.waited = (
+            self.since + moment.seconds,
+            self.waited + moment.waited,
+        )
         if moment.logged:
             self.write(moment.step, moment.values)
             self.seconds += self.since
@@ -185,14 +229,21 @@ class Recorder:
         "A line in each file."
         if not self.processes.main:
             return
-        self.timing = {**self.spent(), "steps_per_second": (step - self.step) / self.since,
-                       "data_wait": self.waited / self.since, "peak_memory": peak_memory(self.processes.device),
-                       "device": self.device, "processes": self.processes.count}
+        self.timing = {
+            **self.spent(),
+            "steps_per_second": (step - self.step) / self.since,
+            "data_wait": self.waited / self.since,
+            "peak_memory": peak_memory(self.processes.device),
+            "device": self.device,
+            "processes": self.processes.count,
+        }
         try:
             for file, line in zip(self.files, (values, self.timing), strict=True):
                 file.write(json.dumps({"step": step, **line}) + "\n")
         except OSError as error:
-            raise not_written(f"The log of {self.run.path}", error, "What was saved before is whole.") from error
+            raise not_written(
+                f"The log of {self.run.path}", error, "What was saved before is whole."
+            ) from error
 
     def on_checkpoint(self, moment: Moment) -> None:
         "Put what was written on the disk: a checkpoint must not be ahead of its log."
@@ -203,7 +254,8 @@ class Recorder:
     def on_end(self, moment: Moment) -> None:
         "Close the files."
         for file in self.files:
-            with suppress(OSError):  # of a line that could not be written, which was said
+            # of a line that could not be written, which was said
+            with suppress(OSError):
                 file.close()
 
 
@@ -212,7 +264,9 @@ class Trackers:
 
     def __init__(self, recorder: Recorder, names: tuple[str, ...], run: Run, step: int):
         self.recorder, self.name = recorder, run.config.name
-        self.trackers = _open_trackers(names, run, step) if recorder.processes.main else []
+        self.trackers = (
+            _open_trackers(names, run, step) if recorder.processes.main else []
+        )
 
     def on_step(self, moment: Moment) -> None:
         "Log the values and the timing."
@@ -231,7 +285,9 @@ class Trackers:
                 what(tracker)
             except Exception as error:  # a connection, a full quota: anything
                 self.trackers.remove(tracker)
-                print(f"{self.name}: tracker {tracker.name} failed and is told no more ({type(error).__name__}: {error})")
+                print(
+                    f"{self.name}: tracker {tracker.name} failed and is told no more ({type(error).__name__}: {error})"
+                )
 
 
 class FilmStrip:
@@ -248,6 +304,7 @@ class FilmStrip:
         def write():
             run.save_film(moment.step, images, labels)
             run.answered("sample")
+
         moment.processes.lead(write)
 
 
@@ -255,12 +312,22 @@ class ProgressBar:
     "A bar with the last logged losses."
 
     def __init__(self, config: Config, step: int):
-        self.line = tqdm(total=config.training.steps, initial=step, desc=config.name, unit="step", mininterval=0.5)
+        self.line = tqdm(
+            total=config.training.steps,
+            initial=step,
+            desc=config.name,
+            unit="step",
+            mininterval=0.5,
+        )
 
     def on_step(self, moment: Moment) -> None:
         "Move on."
         if moment.logged:
-            shown = {key: f"{moment.values[key]:.3f}" for key in ("flow_loss", "cosine") if key in moment.values}
+            shown = {
+                key: f"{moment.values[key]:.3f}"
+                for key in ("flow_loss", "cosine")
+                if key in moment.values
+            }
             self.line.set_postfix(shown, refresh=False)
         self.line.update()
 

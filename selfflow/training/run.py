@@ -25,19 +25,42 @@ from ..checks import choose
 from ..data.datasets import DataSet
 from ..data.own import GIVEN_DATA, splits_of
 from ..data.sources import Outline, Sources, outlines
-from ..disk import cut_lines, discard, not_written, read_lines, replacing, sha256, step_of, step_paths, write_json
+from selfflow.disk import (
+    cut_lines,
+    discard,
+    not_written,
+    read_lines,
+    replacing,
+    sha256,
+    step_of,
+    step_paths,
+    write_json,
+)
 from ..draws import keyed
-from ..method.batch import Condition
-from ..method.options import TransformerOptions, sampler_options
 from ..method.backbone import Inputs
+from ..method.batch import Condition
 from ..method.build import GIVEN_BACKBONE, as_builder, build_backbone
+from ..method.options import TransformerOptions, sampler_options
 from ..method.sampling import guided_velocity, sample
 from ..method.tokens import Layout
 from ..method.transformer import Transformer
 from ..registries import Named, used
 from ..settings import own_settings
-from .checkpoint import (FORMAT, agree, load_weights, migrate, newest_whole, problem_of, prune, read_part,
-                                          read_pictures, read_state, resumable, write_checkpoint, write_picture)
+from selfflow.training.checkpoint import (
+    FORMAT,
+    agree,
+    load_weights,
+    migrate,
+    newest_whole,
+    problem_of,
+    prune,
+    read_part,
+    read_pictures,
+    read_state,
+    resumable,
+    write_checkpoint,
+    write_picture,
+)
 from .config import Config
 from .lock import free_name, sole_writer, writer_of
 
@@ -48,40 +71,72 @@ def device_for(name: str | torch.device = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:  # torch says "not compiled with CUDA" by an assertion
+    # torch says "not compiled with CUDA" by an assertion
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device '{name}' cannot be used here ({reason}); take auto, cpu or cuda") from None
+        raise ValueError(
+            f"device '{name}' cannot be used here ({reason}); take auto, cpu or cuda"
+        ) from None
     return torch.device(name)
 
 
-def new_backbone(config: Config, inputs: Inputs, builder: Callable | None = None) -> nn.Module:
+def new_backbone(
+    config: Config, inputs: Inputs, builder: Callable | None = None
+) -> nn.Module:
     "The backbone of a config, with new weights; of runs of formats 1 to 3 as these were. builder: see `build_backbone`."
-    older = {"fp32_levels": False} if config.defaults < 4 and isinstance(config.model, TransformerOptions) else {}
+    older = (
+        {"fp32_levels": False}
+        if config.defaults < 4 and isinstance(config.model, TransformerOptions)
+        else {}
+    )
     return build_backbone(config.model, inputs, builder, **older)
 
 
-def step_noise(seed: int, samples: list[int], shape: tuple[int, ...], step: int) -> Tensor:
+def step_noise(
+    seed: int, samples: list[int], shape: tuple[int, ...], step: int
+) -> Tensor:
     "Noise of a stochastic sampler's step for samples by number: (b, *shape), the same however they are divided into batches."
     generators = [keyed(seed, "sampling noise", step, sample) for sample in samples]
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    return torch.stack(
+        [torch.randn(shape, generator=generator) for generator in generators]
+    )
 
 
 class Run:
     "A run folder: config, log (a table), checkpoints, and the models in the newest whole one, on a device."
 
-    def __init__(self, path: Path, config: Config, inputs: Inputs, device: torch.device,
-                 data: dict[str, str] | None = None, outline: dict[str, Outline] | None = None,
-                 given: dict[str, DataSet] | None = None, builder: Callable[[Inputs], nn.Module] | None = None):
+    def __init__(
+        self,
+        path: Path,
+        config: Config,
+        inputs: Inputs,
+        device: torch.device,
+        data: dict[str, str] | None = None,
+        outline: dict[str, Outline] | None = None,
+        given: dict[str, DataSet] | None = None,
+        builder: Callable[[Inputs], nn.Module] | None = None,
+    ):
         self.path, self.config, self.inputs, self.device = path, config, inputs, device
-        self.data, self.outline, self.given = data or {}, outline or {}, given or {}  # given: data sets by split
+        # given: data sets by split
+        self.data, self.outline, self.given = data or {}, outline or {}, given or {}
         self.builder = builder  # of a backbone that was passed to `train`
-        self.log_path, self.timing_path = path / "log.jsonl", path / "timing.jsonl"  # one JSON object per line
-        self.exported: dict = {}  # of a model that `export` wrote: its step, dtype, size and sha256
-        self._whole: set[Path] = set()  # checkpoints that this object has written or read through
+        # one JSON object per line
+        self.log_path, self.timing_path = path / "log.jsonl", path / "timing.jsonl"
+        # of a model that `export` wrote: its step, dtype, size and sha256
+        self.exported: dict = {}
+        # checkpoints that this object has written or read through
+        self._whole: set[Path] = set()
 
     @classmethod
-    def create(cls, path: Path | str, config: Config, inputs: Inputs, device: str | torch.device = "auto",
-               data: dict[str, str] | None = None, outline: dict[str, Outline] | None = None) -> "Run":
+    def create(
+        cls,
+        path: Path | str,
+        config: Config,
+        inputs: Inputs,
+        device: str | torch.device = "auto",
+        data: dict[str, str] | None = None,
+        outline: dict[str, Outline] | None = None,
+    ) -> "Run":
         """A new run, or the one that stands there, with what may change (`checkpoint.FREE`) as asked for; each change is printed.
 
         data: fingerprints by name, {"train": ..., "validation": ...}, as far as they are known;
@@ -94,35 +149,61 @@ class Run:
             with asked.locked():
                 if not file.exists():  # still
                     if asked.checkpoints() or asked.log_path.exists():
-                        raise ValueError(f"{path} has checkpoints or a log, but no config.json. Put it back, or give this run "
-                                         f"another name ({free_name(asked.path)} is free).")
+                        raise ValueError(
+                            f"{path} has checkpoints or a log, but no config.json. Put it back, or give this run "
+                            f"another name ({free_name(asked.path)} is free)."
+                        )
                     write_json(file, asked.stored())
                     return asked
         opened = cls.open(path, device)
         if opened.exported:
-            raise ValueError(f"{path} holds an exported model, which cannot be trained; give this run another name or folder")
+            raise ValueError(
+                f"{path} holds an exported model, which cannot be trained; give this run another name or folder"
+            )
         return opened._go_on(asked)
 
     def stored(self) -> dict:
         "What config.json holds."
         outline = {name: asdict(outline) for name, outline in self.outline.items()}
-        parts = [getattr(self.config, part.name) for part in fields(self.config) if part.name != "data"]
+        parts = [
+            getattr(self.config, part.name)
+            for part in fields(self.config)
+            if part.name != "data"
+        ]
         parts += self.config.datasets.values()
-        sources = [type(part).registry[part.name].source for part in parts if isinstance(type(part), Named)]
+        sources = [
+            type(part).registry[part.name].source
+            for part in parts
+            if isinstance(type(part), Named)
+        ]
         own = {"use": sorted({*filter(None, sources)})} if any(sources) else {}
-        return {"format": FORMAT, "config": asdict(self.config), "inputs": asdict(self.inputs), "data": self.data,
-                "outline": outline, **own} | ({"exported": self.exported} if self.exported else {})
+        return {
+            "format": FORMAT,
+            "config": asdict(self.config),
+            "inputs": asdict(self.inputs),
+            "data": self.data,
+            "outline": outline,
+            **own,
+        } | ({"exported": self.exported} if self.exported else {})
 
     def _go_on(self, asked: "Run") -> "Run":
         changes = agree(self.path, self.stored(), asked.stored())
-        last = newest_whole(self.checkpoints(), self._whole) if "training.steps" in changes else None
+        last = (
+            newest_whole(self.checkpoints(), self._whole)
+            if "training.steps" in changes
+            else None
+        )
         if last and step_of(last) > (steps := asked.config.training.steps):
-            raise ValueError(f"{self.path} has done {step_of(last)} steps, more than the {steps} asked for; take training.steps "
-                             f"{step_of(last)} or more, or another name")
+            raise ValueError(
+                f"{self.path} has done {step_of(last)} steps, more than the {steps} asked for; take training.steps "
+                f"{step_of(last)} or more, or another name"
+            )
         self.config = asked.config
-        self.data, self.outline = asked.data | self.data, asked.outline | self.outline  # what was not known is added
+        # what was not known is added
+        self.data, self.outline = asked.data | self.data, asked.outline | self.outline
         stored, file = json.loads(json.dumps(self.stored())), self.path / "config.json"
-        if stored != json.loads(file.read_text(encoding="utf-8")):  # an older format, or something changed
+        # an older format, or something changed
+        if stored != json.loads(file.read_text(encoding="utf-8")):
             with self.locked():
                 write_json(file, stored)
         for name, (before, after) in changes.items():
@@ -130,35 +211,67 @@ class Run:
         return self
 
     @classmethod
-    def open(cls, path: Path | str, device: str | torch.device = "auto", data: Any = None, backbone: Any = None) -> "Run":
+    def open(
+        cls,
+        path: Path | str,
+        device: str | torch.device = "auto",
+        data: Any = None,
+        backbone: Any = None,
+    ) -> "Run":
         """The run in a folder. data, backbone: what it was trained on and with, if these were passed to `train`.
 
         Raises FileNotFoundError when there is none, ValueError for a format that is not known, for other data and another
         backbone.
         """
-        path, device, given = Path(path), device_for(device), {} if data is None else splits_of(data)
+        path, device, given = (
+            Path(path),
+            device_for(device),
+            {} if data is None else splits_of(data),
+        )
         if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"{path} holds no run (no config.json); `selfflow train` makes one")
+            raise FileNotFoundError(
+                f"{path} holds no run (no config.json); `selfflow train` makes one"
+            )
         missing = []
         try:
             written = json.loads((path / "config.json").read_text(encoding="utf-8"))
-            missing = [source for source in written.get("use", ()) if source not in used()]
+            missing = [
+                source for source in written.get("use", ()) if source not in used()
+            ]
             stored = migrate(written)
-            run = cls(path, Config.from_dict(stored["config"]), Inputs(**stored["inputs"]), device,
-                       dict(stored["data"]),
-                       {name: Outline(**values) for name, values in stored.get("outline", {}).items()}, given)
+            run = cls(
+                path,
+                Config.from_dict(stored["config"]),
+                Inputs(**stored["inputs"]),
+                device,
+                dict(stored["data"]),
+                {
+                    name: Outline(**values)
+                    for name, values in stored.get("outline", {}).items()
+                },
+                given,
+            )
             run.exported = dict(stored.get("exported", {}))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if missing:
                 options = " ".join(f"--use {shlex.quote(source)}" for source in missing)
-                raise ValueError(f"{path} was made with {options}; give that too, or in Python: selfflow.use(FILE)") from error
-            raise ValueError(f"{path}/config.json cannot be used: {type(error).__name__}: {error}. "
-                             "The checkpoints beside it are not touched") from error
-        if given and (given["train"].fingerprint != run.data.get("train") or list(run.config.datasets) != [GIVEN_DATA]):
+                raise ValueError(
+                    f"{path} was made with {options}; give that too, or in Python: selfflow.use(FILE)"
+                ) from error
+            raise ValueError(
+                f"{path}/config.json cannot be used: {type(error).__name__}: {error}. "
+                "The checkpoints beside it are not touched"
+            ) from error
+        if given and (
+            given["train"].fingerprint != run.data.get("train")
+            or list(run.config.datasets) != [GIVEN_DATA]
+        ):
             raise ValueError(f"{path} was trained on other data than these")
         if backbone is not None and run.config.model.name != GIVEN_BACKBONE:
-            raise ValueError(f"{path} was trained with backbone {run.config.model.name}, not with one that was passed to train; "
-                             "open it without backbone=")
+            raise ValueError(
+                f"{path} was trained with backbone {run.config.model.name}, not with one that was passed to train; "
+                "open it without backbone="
+            )
         run.builder = None if backbone is None else as_builder(backbone)
         return run
 
@@ -166,7 +279,11 @@ class Run:
         "The samples of a split of the data that it is trained on. Raises ValueError for a split that was not given."
         if self.given:
             choose(split, self.given, "split of the data that were passed to train")
-        return Sources(self.config.data, split, {GIVEN_DATA: self.given[split]} if self.given else None)
+        return Sources(
+            self.config.data,
+            split,
+            {GIVEN_DATA: self.given[split]} if self.given else None,
+        )
 
     def relocate(self, path: Path | str, data: str = "") -> "Run":
         """Name the place that the data have moved to: config.json says so from then on, and the change is printed.
@@ -177,16 +294,24 @@ class Run:
         datasets = self.config.datasets
         placed = [name for name, own in datasets.items() if getattr(own, "path", "")]
         if not placed:
-            raise ValueError(f"{self.path} was trained on {', '.join(datasets)}, which has no place (data.path)")
+            raise ValueError(
+                f"{self.path} was trained on {', '.join(datasets)}, which has no place (data.path)"
+            )
         if not data and len(placed) > 1:
-            raise ValueError(f"{self.path} was trained on {', '.join(placed)}; name the one that has moved (data)")
+            raise ValueError(
+                f"{self.path} was trained on {', '.join(placed)}; name the one that has moved (data)"
+            )
         name = choose(data or placed[0], placed, "data set")
         datasets[name] = replace(datasets[name], path=str(path))
         config = replace(self.config, data=tuple(datasets.values()))
         parts = [Sources(config.data, split) for split in ("train", "validation")]
-        fingerprints = {part.split: part.fingerprint_as(self.data.get(part.split)) for part in parts}
+        fingerprints = {
+            part.split: part.fingerprint_as(self.data.get(part.split)) for part in parts
+        }
         outline = outlines(*parts, config.defaults)
-        return self._go_on(Run(self.path, config, self.inputs, self.device, fingerprints, outline))
+        return self._go_on(
+            Run(self.path, config, self.inputs, self.device, fingerprints, outline)
+        )
 
     @property
     def trained_on(self) -> list[dict]:
@@ -230,7 +355,9 @@ class Run:
 
     # checkpoints
 
-    def save(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict) -> Path:
+    def save(
+        self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict
+    ) -> Path:
         """Write the checkpoint of a step, unless it stands there whole; returns its folder.
 
         Raises NotWritten: which step, why, which checkpoint is the last good one, what to do.
@@ -238,10 +365,16 @@ class Run:
         path = self.path / "checkpoints" / f"step-{step:08d}"
         try:
             if not path.is_dir() or problem_of(path) or not resumable(path):
-                write_checkpoint(path, tensors, {"format": FORMAT, "step": step, **state})
+                write_checkpoint(
+                    path, tensors, {"format": FORMAT, "step": step, **state}
+                )
         except OSError as error:
             last = newest_whole(self.checkpoints(), self._whole)
-            safe = f"The last good checkpoint, {last.name}, is intact." if last else "There is no earlier checkpoint."
+            safe = (
+                f"The last good checkpoint, {last.name}, is intact."
+                if last
+                else "There is no earlier checkpoint."
+            )
             raise not_written(f"step {step} of {self.path}", error, safe) from error
         self._whole.add(path)
         return path
@@ -249,7 +382,13 @@ class Run:
     def prune(self) -> None:
         "Remove older checkpoints, but for the last `training.keep_last` whole ones and the multiples of `training.keep_every`."
         training = self.config.training
-        prune(self.path / "checkpoints", training.keep_last, training.keep_every, self._whole, training.keep_optimizers)
+        prune(
+            self.path / "checkpoints",
+            training.keep_last,
+            training.keep_every,
+            self._whole,
+            training.keep_optimizers,
+        )
 
     def checkpoints(self) -> list[Path]:
         "The folders of all checkpoints, oldest first, checked or not; what has another name than step-NNNNNNNN is not one."
@@ -274,7 +413,8 @@ class Run:
                     return path
                 problem = "it has no optimiser: it can be sampled and probed, but not gone on from"
             if not path.exists():
-                return self.latest(resume)  # removed while we looked: there is a newer one
+                # removed while we looked: there is a newer one
+                return self.latest(resume)
             print(f"skipped {path}: {problem}")
         return None
 
@@ -285,17 +425,23 @@ class Run:
             file = self.path / "model.safetensors"
             if not file.is_file() or sha256(file) != self.exported["sha256"]:
                 problem = "damaged" if file.is_file() else "missing"
-                raise ValueError(f"{file} is {problem}; export the run again, or copy it again")
+                raise ValueError(
+                    f"{file} is {problem}; export the run again, or copy it again"
+                )
             return self.path
         path = self.latest()
         if path is None:
-            raise FileNotFoundError(f"{self.path} has no whole checkpoint yet; train it first")
+            raise FileNotFoundError(
+                f"{self.path} has no whole checkpoint yet; train it first"
+            )
         return path
 
     def load(self, part: str) -> dict[str, Tensor]:
         "Tensors of one part (model, teacher, objective, optimizer) of the checkpoint; FileNotFoundError without it."
         if self.exported and part not in ("model", "teacher"):
-            raise FileNotFoundError(f"{self.path} holds an exported model: averaged weights alone, no {part}")
+            raise FileNotFoundError(
+                f"{self.path} holds an exported model: averaged weights alone, no {part}"
+            )
         return read_part(self.checkpoint, "model" if self.exported else part)
 
     def state(self) -> dict:
@@ -304,7 +450,8 @@ class Run:
 
     @own_settings()
     def _network(self, part: str) -> nn.Module:
-        with torch.random.fork_rng():  # weights are about to be replaced: the caller's random numbers are not touched
+        # weights are about to be replaced: the caller's random numbers are not touched
+        with torch.random.fork_rng():
             model = new_backbone(self.config, self.inputs, self.builder)
         load_weights(model, self.load(part), self.path)
         return model.to(self.device).eval().requires_grad_(False)
@@ -332,10 +479,15 @@ class Run:
 
         Raises what opening the data raises, for older runs that keep none, and ValueError for another encoder.
         """
-        sources, known = Sources(self.config.data, data=self.outline), self.data.get("encoder")
+        sources, known = (
+            Sources(self.config.data, data=self.outline),
+            self.data.get("encoder"),
+        )
         if known and sources.encoder.fingerprint != known:
-            raise ValueError(f"{self.path} was trained with text encoder {known}, but that in {self.config.shared.encoder} is "
-                             f"{sources.encoder.fingerprint}; put the first one there again")
+            raise ValueError(
+                f"{self.path} was trained with text encoder {known}, but that in {self.config.shared.encoder} is "
+                f"{sources.encoder.fingerprint}; put the first one there again"
+            )
         return sources
 
     def layout(self, data: str = "") -> Layout:
@@ -343,10 +495,21 @@ class Run:
         return self.sources.layouts[self.config.data_name(data)]
 
     @own_settings()
-    def sample(self, labels, steps: int = 50, method: str = "euler", cfg_scale: float = 1.0, seed: int = 0,
-               batch: int = 128, shift: float | None = None, interval: tuple[float, float] = (0.0, 1.0),
-               model: nn.Module | None = None, data: str = "", given: dict[str, Tensor] | None = None,
-               **options) -> dict[str, Tensor]:
+    def sample(
+        self,
+        labels,
+        steps: int = 50,
+        method: str = "euler",
+        cfg_scale: float = 1.0,
+        seed: int = 0,
+        batch: int = 128,
+        shift: float | None = None,
+        interval: tuple[float, float] = (0.0, 1.0),
+        model: nn.Module | None = None,
+        data: str = "",
+        given: dict[str, Tensor] | None = None,
+        **options,
+    ) -> dict[str, Tensor]:
         """Samples, on the CPU, of classes `labels` (b,), of b captions or of a `Condition`; all noise depends on the seed alone.
 
         The signals by name, such as {"image": (b, c, h, w)}. A run in bf16 draws in bf16, but for the states.
@@ -361,33 +524,72 @@ class Run:
         condition = self.sources.wanted(labels, data)
         count = len(condition)
         if not count or batch < 1:
-            raise ValueError(f"{count} labels in batches of {batch}: name at least one class to draw, batch at least 1")
+            raise ValueError(
+                f"{count} labels in batches of {batch}: name at least one class to draw, batch at least 1"
+            )
         if cfg_scale != 1 and not self.config.objective.label_drop:
-            raise ValueError(f"cfg_scale is {cfg_scale}, but this run was trained with label_drop 0 and does not know the null "
-                             "label that guidance starts from; take cfg_scale 1, or train with objective.label_drop 0.1")
+            raise ValueError(
+                f"cfg_scale is {cfg_scale}, but this run was trained with label_drop 0 and does not know the null "
+                "label that guidance starts from; take cfg_scale 1, or train with objective.label_drop 0.1"
+            )
         model = self.teacher if model is None else model
         shift = self.shift if shift is None else shift
         layout, device = self.layout(data), next(model.parameters()).device
         shape = count, layout.tokens, layout.channels
         x0, start = layout.kept(given, count) if given else (None, None)
-        x1, chosen, tokens = torch.randn(shape, generator=keyed(seed, "samples")), torch.arange(count), []
-        for part in tqdm(chosen.split(batch), "samples", unit="batch", disable=count <= batch):
+        x1, chosen, tokens = (
+            torch.randn(shape, generator=keyed(seed, "samples")),
+            torch.arange(count),
+            [],
+        )
+        for part in tqdm(
+            chosen.split(batch), "samples", unit="batch", disable=count <= batch
+        ):
             noise = partial(step_noise, seed, part.tolist(), shape[1:])
-            velocity_fn = self.velocity_fn(condition[part], cfg_scale, interval, model, data)
+            velocity_fn = self.velocity_fn(
+                condition[part], cfg_scale, interval, model, data
+            )
             known = {} if x0 is None else {"x0": x0[part].to(device), "start": start}
-            tokens.append(sample(velocity_fn, x1[part].to(device), steps, method, shift, noise=noise, **known, **options).cpu())
+            tokens.append(
+                sample(
+                    velocity_fn,
+                    x1[part].to(device),
+                    steps,
+                    method,
+                    shift,
+                    noise=noise,
+                    **known,
+                    **options,
+                ).cpu()
+            )
         return layout.unpatchify(torch.cat(tokens))
 
-    def velocity_fn(self, condition: Condition | None, cfg_scale: float = 1.0, interval: tuple[float, float] = (0.0, 1.0),
-                    model: Transformer | None = None, data: str = "") -> Callable[[Tensor, Tensor], Tensor]:
+    def velocity_fn(
+        self,
+        condition: Condition | None,
+        cfg_scale: float = 1.0,
+        interval: tuple[float, float] = (0.0, 1.0),
+        model: Transformer | None = None,
+        data: str = "",
+    ) -> Callable[[Tensor, Tensor], Tensor]:
         "The function v(x, t) of a model, in the precision of the run; arguments as in `sample`."
         model = self.teacher if model is None else model
         device = next(model.parameters()).device
-        told = None if condition is None or self.config.shared.condition == "none" else condition.to(device)
-        guided = guided_velocity(model, told, cfg_scale, interval, self.layout(data).parts)
+        told = (
+            None
+            if condition is None or self.config.shared.condition == "none"
+            else condition.to(device)
+        )
+        guided = guided_velocity(
+            model, told, cfg_scale, interval, self.layout(data).parts
+        )
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.config.training.precision == "bf16"):
+            with torch.autocast(
+                device.type,
+                torch.bfloat16,
+                enabled=self.config.training.precision == "bf16",
+            ):
                 return guided(x, t)
 
         return velocity
@@ -397,7 +599,7 @@ class Run:
         source = self.sources.data[self.config.data_name()]
         labels = torch.arange(min(10, len(source.names)) if self.inputs.classes else 10)
         wanted = labels if not self.inputs.caption else self.captions(len(labels))
-        labels = labels[:len(wanted)]
+        labels = labels[: len(wanted)]
         return self.layout().picture(self.sample(wanted, steps=25, model=model)), labels
 
     @cached_property
@@ -405,11 +607,14 @@ class Run:
         "The names of the classes of the first data set, as far as they are known without trouble; none where it has no classes."
         try:
             source = self.sources.data[self.config.data_name()]
-        except (OSError, ValueError, ImportError):  # data of an older run that are gone: numbers are shown then
+        # data of an older run that are gone: numbers are shown then
+        except (OSError, ValueError, ImportError):
             return ()
         return tuple(map(str, source.names)) if self.inputs.classes else ()
 
-    def captions(self, count: int, split: str = "train", name: str = "") -> tuple[str, ...]:
+    def captions(
+        self, count: int, split: str = "train", name: str = ""
+    ) -> tuple[str, ...]:
         """Examples of captions of a data set, by default the first one.
 
         They are those that the run keeps of data on the disk, which are not trained on; else of the first samples of a split.
@@ -451,11 +656,21 @@ def run_at(run: Run, step: int) -> Run:
     path = run.path / "checkpoints" / f"step-{step:08d}"
     if path not in (kept := run.checkpoints()):
         names = ", ".join(folder.name for folder in kept) or "none"
-        raise FileNotFoundError(f"{run.path} kept no checkpoint of step {step}; it has {names}")
+        raise FileNotFoundError(
+            f"{run.path} kept no checkpoint of step {step}; it has {names}"
+        )
     earlier = Run.open(run.path, run.device)
     earlier.given, earlier.builder = run.given, run.builder
     earlier.checkpoint = path
     return earlier
 
 # %% ../../nbs/3_training/04_run.ipynb #06a872e9
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, SafetensorError)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    SafetensorError,
+)

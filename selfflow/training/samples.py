@@ -24,33 +24,65 @@ from ..method.batch import Condition
 from .run import Run
 
 # %% ../../nbs/3_training/05_samples.ipynb #a9a9560f
-def to_draw(run: Run, data: str, labels: tuple[int | str, ...] = (), captions: tuple[str, ...] = (), each: int = 1):
+def to_draw(
+    run: Run,
+    data: str,
+    labels: tuple[int | str, ...] = (),
+    captions: tuple[str, ...] = (),
+    each: int = 1,
+):
     """The conditions for `write_samples`: `each` of some classes, by name or number, or of some texts.
 
     Without either, all classes, or ten captions of the data, see `Run.captions`. Raises ValueError for fewer than one of each,
     for classes and texts together, and for the one where the run knows the other.
     """
     if each < 1:
-        raise ValueError(f"each is {each}, but at least 1 sample of each class must be drawn")
+        raise ValueError(
+            f"each is {each}, but at least 1 sample of each class must be drawn"
+        )
     if labels and captions:
-        raise ValueError(f"labels {labels} and captions {captions}: a run knows one of the two")
+        raise ValueError(
+            f"labels {labels} and captions {captions}: a run knows one of the two"
+        )
     if captions and not run.inputs.caption:
-        raise ValueError(f"{run.path} draws by class, not by caption; take labels instead of captions {captions}")
+        raise ValueError(
+            f"{run.path} draws by class, not by caption; take labels instead of captions {captions}"
+        )
     if labels and run.inputs.caption:
-        raise ValueError(f"{run.path} draws by caption, not by class; take captions instead of labels {labels}")
+        raise ValueError(
+            f"{run.path} draws by caption, not by class; take captions instead of labels {labels}"
+        )
     if run.inputs.caption:
-        return [text for text in captions or run.captions(10, "test", data) for _ in range(each)]
+        return [
+            text
+            for text in captions or run.captions(10, "test", data)
+            for _ in range(each)
+        ]
     names = run.sources.data[data].names if run.inputs.classes else ("",)
-    numbers = [class_number(label, names) for label in labels] if run.inputs.classes else [0] * len(labels)
+    numbers = (
+        [class_number(label, names) for label in labels]
+        if run.inputs.classes
+        else [0] * len(labels)
+    )
     return torch.tensor(numbers or range(len(names))).repeat_interleave(each)
 
 
-_SHEET, _SOUNDS, _VIDEOS = 100, 100, 16  # pictures, sounds and videos that are written to be seen and heard
+# pictures, sounds and videos that are written to be seen and heard
+_SHEET, _SOUNDS, _VIDEOS = 100, 100, 16
 
 
-def write_samples(run: Run, labels, steps: int = 50, method: str = "euler", cfg_scale: float = 1.0, seed: int = 0,
-                  shift: float | None = None, interval: tuple[float, float] = (0.0, 1.0), data: str = "",
-                  **options) -> tuple[Tensor, Path]:
+def write_samples(
+    run: Run,
+    labels,
+    steps: int = 50,
+    method: str = "euler",
+    cfg_scale: float = 1.0,
+    seed: int = 0,
+    shift: float | None = None,
+    interval: tuple[float, float] = (0.0, 1.0),
+    data: str = "",
+    **options,
+) -> tuple[Tensor, Path]:
     """Pictures (b, c, h, w) of samples of the classes `labels` (b,) or of captions, and the file in the run that keeps them.
 
     Drawn by `Run.sample`. The file's name gives the training step and all settings; what was asked for is in it by number and
@@ -60,28 +92,61 @@ def write_samples(run: Run, labels, steps: int = 50, method: str = "euler", cfg_
     NAME.webp (at most 16 videos). What was left out or made quieter is printed.
     """
     data, shift = run.config.data_name(data), run.shift if shift is None else shift
-    wanted, texts = run.sources.wanted(labels, data).values, run.sources.texts(labels, data)
-    if run.config.shared.encoder and not isinstance(labels, Condition):  # what is kept are the texts, in bytes, as of other runs
-        wanted = caption_bytes(labels, max(1, *(len(text.encode("utf-8", "replace")) for text in labels)))
+    wanted, texts = (
+        run.sources.wanted(labels, data).values,
+        run.sources.texts(labels, data),
+    )
+    # what is kept are the texts, in bytes, as of other runs
+    if run.config.shared.encoder and not isinstance(labels, Condition):
+        wanted = caption_bytes(
+            labels, max(1, *(len(text.encode("utf-8", "replace")) for text in labels))
+        )
     check_writable(run.path / "samples" / "x")
-    drawn = run.sample(labels, steps, method, cfg_scale, seed, shift=shift, interval=interval, data=data, **options)
+    drawn = run.sample(
+        labels,
+        steps,
+        method,
+        cfg_scale,
+        seed,
+        shift=shift,
+        interval=interval,
+        data=data,
+        **options,
+    )
     images = run.layout(data).picture(drawn)
     classes = hashlib.blake2b(wanted.numpy().tobytes(), digest_size=3).hexdigest()
     grid = "" if shift == 1 else f"-shift-{shift:g}"
     own = "".join(f"-{option}-{value}" for option, value in options.items())
     guided = "" if tuple(interval) == (0, 1) else f"-in-{interval[0]:g}-{interval[1]:g}"
-    name = (f"step-{run.state()['step']}-{method}{own}-{steps}{grid}-cfg-{cfg_scale:g}{guided}-seed-{seed}"
-            f"-{len(wanted)}-labels-{classes}.safetensors")
+    name = (
+        f"step-{run.state()['step']}-{method}{own}-{steps}{grid}-cfg-{cfg_scale:g}{guided}-seed-{seed}"
+        f"-{len(wanted)}-labels-{classes}.safetensors"
+    )
     file = run.path / "samples" / name
     signals = {name: signal.contiguous() for name, signal in drawn.items()}
     if list(signals) == ["image"]:
         signals = {}  # the pictures themselves
-    waves, factor = within_full_scale(signals["audio"]) if _heard(signals) else (None, 1.0)
-    about = {"asked": json.dumps(texts)} | ({"sound_factor": str(factor)} if waves is not None else {})
-    shown = _shown_samples(file, images, signals.get("video"), waves, texts, run.sources.data[data])
-    write_files({file: save({"images": images.contiguous(), "labels": wanted, **signals}, about), **shown})
+    waves, factor = (
+        within_full_scale(signals["audio"]) if _heard(signals) else (None, 1.0)
+    )
+    about = {"asked": json.dumps(texts)} | (
+        {"sound_factor": str(factor)} if waves is not None else {}
+    )
+    shown = _shown_samples(
+        file, images, signals.get("video"), waves, texts, run.sources.data[data]
+    )
+    write_files(
+        {
+            file: save(
+                {"images": images.contiguous(), "labels": wanted, **signals}, about
+            ),
+            **shown,
+        }
+    )
     if factor < 1:
-        print(f"the sounds reach {1 / factor:.3g} times full scale, so all WAV files are at {factor:.3g} of their loudness")
+        print(
+            f"the sounds reach {1 / factor:.3g} times full scale, so all WAV files are at {factor:.3g} of their loudness"
+        )
     return images, file
 
 
@@ -90,19 +155,31 @@ def _heard(signals: dict[str, Tensor]) -> bool:
     return "audio" in signals and signals["audio"].ndim == 2
 
 
-def _shown_samples(file: Path, images: Tensor, videos: Tensor | None, waves: Tensor | None, texts: list[str],
-                   source) -> dict[Path, bytes]:
+def _shown_samples(
+    file: Path,
+    images: Tensor,
+    videos: Tensor | None,
+    waves: Tensor | None,
+    texts: list[str],
+    source,
+) -> dict[Path, bytes]:
     "The files next to `file` to look at and to listen to; prints what is not in them."
     files = {file.with_suffix(".png"): to_png(sheet(images, texts, _SHEET))}
     counts = {"pictures": (sum(map(len, sheet_rows(texts, _SHEET))), len(images))}
     if waves is not None:
         for place, wave in enumerate(waves[:_SOUNDS]):
-            files[file.with_name(f"{file.stem}-{place:03d}.wav")] = to_wav(wave, rate_of(source))
+            files[file.with_name(f"{file.stem}-{place:03d}.wav")] = to_wav(
+                wave, rate_of(source)
+            )
         counts["sounds"] = len(waves[:_SOUNDS]), len(waves)
     if videos is not None:
-        files[file.with_suffix(".webp")] = to_webp(viewable(videos[:_VIDEOS]), fps=getattr(source, "fps", None) or 16)
+        files[file.with_suffix(".webp")] = to_webp(
+            viewable(videos[:_VIDEOS]), fps=getattr(source, "fps", None) or 16
+        )
         counts["videos"] = len(videos[:_VIDEOS]), len(videos)
     for what, (written, total) in counts.items():
         if written < total:
-            print(f"{written} of {total} {what} are written to be looked at or listened to; all {total} are in {file.name}")
+            print(
+                f"{written} of {total} {what} are written to be looked at or listened to; all {total} are in {file.name}"
+            )
     return files

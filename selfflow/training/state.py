@@ -25,13 +25,27 @@ from ..method.alignment import average, moments_of
 from ..method.backbone import ability, check_backbone, check_size
 from ..method.batch import Batch
 from ..method.build import build_objective
-from ..method.objective import WHOLE, Losses, Whole, ema_decay, make_teacher, update_ema
+from selfflow.method.objective import (
+    WHOLE,
+    Losses,
+    Whole,
+    ema_decay,
+    make_teacher,
+    update_ema,
+)
 from ..method.transformer import Transformer
 from ..settings import own_settings
 from .batches import shards_of
 from .checkpoint import load_weights, read_part, read_state
 from .config import Config, TrainConfig
-from .processes import Processes, like, share, slice_weights, unsynced, whole
+from selfflow.training.processes import (
+    Processes,
+    like,
+    share,
+    slice_weights,
+    unsynced,
+    whole,
+)
 from .run import new_backbone
 
 # %% ../../nbs/3_training/08_state.ipynb #6cba6c98
@@ -44,14 +58,23 @@ class _Optimizers:
     @property
     def state(self) -> dict[nn.Parameter, dict[str, Tensor]]:
         "{parameter: {slot: tensor}} of those that have made a step."
-        return {parameter: slots for part in self.parts for parameter, slots in part.state.items() if slots}
+        return {
+            parameter: slots
+            for part in self.parts
+            for parameter, slots in part.state.items()
+            if slots
+        }
 
     def load(self, slots: dict[nn.Parameter, dict[str, Tensor]]) -> None:
         "Take up what `state` was; parameters that are not named begin anew."
         for part in self.parts:
             own = [p for group in part.param_groups for p in group["params"]]
-            part.load_state_dict({"state": {i: slots[p] for i, p in enumerate(own) if p in slots},
-                                  "param_groups": part.state_dict()["param_groups"]})
+            part.load_state_dict(
+                {
+                    "state": {i: slots[p] for i, p in enumerate(own) if p in slots},
+                    "param_groups": part.state_dict()["param_groups"],
+                }
+            )
 
     def zero_grad(self) -> None:
         "Forget the gradients."
@@ -66,20 +89,38 @@ class _Optimizers:
             part.step()
 
 
-def build_optimizer(config: TrainConfig, parameters: dict[str, nn.Parameter]) -> _Optimizers:
+def build_optimizer(
+    config: TrainConfig, parameters: dict[str, nn.Parameter]
+) -> _Optimizers:
     """What moves parameters {name: parameter} as a config says.
 
     Muon, where asked for, has the matrices of attention and MLP in the blocks of the model. Source: Jordan and others (2024),
     kellerjordan.github.io/posts/muon; its steps scaled as in arXiv 2502.16982.
     """
-    inside = {name for name, p in parameters.items() if config.optimizer == "muon" and p.ndim == 2
-              and name.startswith("model.blocks.") and "adaLN" not in name}
+    inside = {
+        name
+        for name, p in parameters.items()
+        if config.optimizer == "muon"
+        and p.ndim == 2
+        and name.startswith("model.blocks.")
+        and "adaLN" not in name
+    }
     options = {"lr": config.lr, "weight_decay": config.weight_decay}
-    rest = torch.optim.AdamW([p for name, p in parameters.items() if name not in inside], fused=True, **options)
+    rest = torch.optim.AdamW(
+        [p for name, p in parameters.items() if name not in inside],
+        fused=True,
+        **options,
+    )
     if not inside:
         return _Optimizers(rest)
-    return _Optimizers(rest, torch.optim.Muon([parameters[name] for name in parameters if name in inside],
-                                             adjust_lr_fn="match_rms_adamw", **options))
+    return _Optimizers(
+        rest,
+        torch.optim.Muon(
+            [parameters[name] for name in parameters if name in inside],
+            adjust_lr_fn="match_rms_adamw",
+            **options,
+        ),
+    )
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -87,7 +128,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
     Source: Haegele and others (2024), arXiv 2405.18392.
     """
-    return config.lr * min(1.0, (config.steps - step) / max(config.cooldown * config.steps, 1.0))
+    return config.lr * min(
+        1.0, (config.steps - step) / max(config.cooldown * config.steps, 1.0)
+    )
 
 # %% ../../nbs/3_training/08_state.ipynb #09f4dd4e
 class _Learner(nn.Module):
@@ -97,8 +140,14 @@ class _Learner(nn.Module):
         super().__init__()
         self.student, self.objective = student, objective
 
-    def forward(self, teacher, batch: Batch, draw, whole: Whole = WHOLE,
-                target_means: bool = False) -> tuple[Tensor, Losses] | Tensor:
+    def forward(
+        self,
+        teacher,
+        batch: Batch,
+        draw,
+        whole: Whole = WHOLE,
+        target_means: bool = False,
+    ) -> tuple[Tensor, Losses] | Tensor:
         """What is differentiated, by itself so that wrappers find it, and all losses.
 
         target_means: instead what `FeatureObjective.target_means` gives.
@@ -115,6 +164,7 @@ class TrainState:
 
     learner: student and objective, as they are called; shards: those of this process, see `shards_of`.
     """
+
     student: Transformer
     teacher: Transformer
     objective: nn.Module
@@ -133,18 +183,37 @@ class TrainState:
         Tensors that are spread over processes are gathered one by one, so all processes must ask; keep: and hold them.
         """
         slots = self.optimizer.state
-        optimizer = {f"{name}/{slot}": value for name, parameter in self.named_parameters().items()
-                     for slot, value in slots.get(parameter, {}).items()}
-        parts = {"model": self.student.state_dict(), "teacher": self.teacher.state_dict(),
-                 "objective": self.objective.state_dict(), "optimizer": optimizer}
-        found = {part: {name: _kept(value, keep) for name, value in values.items()} for part, values in parts.items() if values}
+        optimizer = {
+            f"{name}/{slot}": value
+            for name, parameter in self.named_parameters().items()
+            for slot, value in slots.get(parameter, {}).items()
+        }
+        parts = {
+            "model": self.student.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "objective": self.objective.state_dict(),
+            "optimizer": optimizer,
+        }
+        found = {
+            part: {name: _kept(value, keep) for name, value in values.items()}
+            for part, values in parts.items()
+            if values
+        }
         return found if keep else {}
 
     def not_finite(self) -> list[str]:
         "Which of student, teacher, head and optimizer have NaN or infinite numbers, of those that this process holds."
-        slots = [value for values in self.optimizer.state.values() for value in values.values()]
-        parts = {"student": self.student.parameters(), "teacher": self.teacher.parameters(),
-                 "head": self.objective.parameters(), "optimizer": slots}
+        slots = [
+            value
+            for values in self.optimizer.state.values()
+            for value in values.values()
+        ]
+        parts = {
+            "student": self.student.parameters(),
+            "teacher": self.teacher.parameters(),
+            "head": self.objective.parameters(),
+            "optimizer": slots,
+        }
         return [name for name, values in parts.items() if not _finite(values)]
 
     def restore(self, path: Path, optimizer: bool = True) -> None:
@@ -160,50 +229,87 @@ class TrainState:
         for key, value in read_part(path, "optimizer").items() if optimizer else ():
             name, slot = key.rsplit("/", 1)
             slots.setdefault(name, {})[slot] = value
-        known = {p: slots[name] for name, p in self.named_parameters().items() if name in slots}  # others had no step yet
+        # others had no step yet
+        known = {
+            p: slots[name]
+            for name, p in self.named_parameters().items()
+            if name in slots
+        }
         self.optimizer.load(known)
         self.step = read_state(path)["step"]
 
 
 def _finite(values: Iterable[Tensor]) -> bool:
-    own = [value.to_local() if isinstance(value, DTensor) else value for value in values]
-    own = [value.detach() for value in own if value.ndim and value.numel()]  # a number is the count of an optimiser's steps
+    own = [
+        value.to_local() if isinstance(value, DTensor) else value for value in values
+    ]
+    # a number is the count of an optimiser's steps
+    own = [value.detach() for value in own if value.ndim and value.numel()]
     return bool(nn.utils.get_total_norm(own, math.inf).isfinite())
 
 
 def _kept(value: Tensor, keep: bool) -> Tensor | None:
     value = whole(value)
-    return value.cpu() if keep else None  # off the device at once: it has no room for all of them
+    # off the device at once: it has no room for all of them
+    return value.cpu() if keep else None
 
 
 def _named(student: nn.Module, objective: nn.Module) -> dict[str, nn.Parameter]:
     parts = {"model": student, "objective": objective}
-    return {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
+    return {
+        f"{part}.{name}": p
+        for part, module in parts.items()
+        for name, p in module.named_parameters()
+    }
 
 
 def _check_abilities(student: nn.Module, config: Config) -> None:
     "Raise ValueError for settings that need something of a backbone that this one does not have."
     training = config.training
-    needed = {"training.compile": (training.compile, "blocks"), "training.parallel fsdp": (training.parallel == "fsdp", "blocks"),
-              "training.optimizer muon": (training.optimizer == "muon", "blocks"),
-              "training.checkpointing": (training.checkpointing, "checkpointing")}
+    needed = {
+        "training.compile": (training.compile, "blocks"),
+        "training.parallel fsdp": (training.parallel == "fsdp", "blocks"),
+        "training.optimizer muon": (training.optimizer == "muon", "blocks"),
+        "training.checkpointing": (training.checkpointing, "checkpointing"),
+    }
     for purpose, (asked, name) in needed.items():
         if asked:
             ability(student, name, purpose)
-    if config.objective.separated and "separated" not in inspect.signature(student.forward).parameters:
-        raise ValueError(f"{type(student).__name__}.forward has no argument 'separated', which objective.separated needs")
+    if (
+        config.objective.separated
+        and "separated" not in inspect.signature(student.forward).parameters
+    ):
+        raise ValueError(
+            f"{type(student).__name__}.forward has no argument 'separated', which objective.separated needs"
+        )
 
 
-def _check_forward(student: nn.Module, objective: nn.Module, sources: Sources, device: torch.device) -> None:
+def _check_forward(
+    student: nn.Module, objective: nn.Module, sources: Sources, device: torch.device
+) -> None:
     "Look at the backbone's answer to two samples of each kind; see `check_backbone`."
-    layers = {*getattr(objective, "taps", ()), getattr(objective, "teacher_layer", None)} - {None}
+    layers = {
+        *getattr(objective, "taps", ()),
+        getattr(objective, "teacher_layer", None),
+    } - {None}
     for name in sources.data:
-        check_backbone(student, sources.take(name, torch.arange(min(2, len(sources.data[name])))).to(device), layers)
+        check_backbone(
+            student,
+            sources.take(name, torch.arange(min(2, len(sources.data[name])))).to(
+                device
+            ),
+            layers,
+        )
 
 
 @own_settings()
-def start_state(config: Config, sources: Sources, device: torch.device, feature_width: int = 1,
-                builder: Callable | None = None) -> TrainState:
+def start_state(
+    config: Config,
+    sources: Sources,
+    device: torch.device,
+    feature_width: int = 1,
+    builder: Callable | None = None,
+) -> TrainState:
     """The state before the first step; weights come from the seed alone, and the student's do not depend on the objective.
 
     feature_width: of an outside encoder, for the head of REPA alone; builder: of a backbone that was passed to `train`.
@@ -217,13 +323,22 @@ def start_state(config: Config, sources: Sources, device: torch.device, feature_
         if config.training.checkpointing:
             student.checkpointing = True
         torch.manual_seed(keyed(config.seed, "projector").initial_seed())
-        objective = build_objective(config.objective, student, sources.sequences, feature_width, sources.weights)
+        objective = build_objective(
+            config.objective, student, sources.sequences, feature_width, sources.weights
+        )
         objective = objective.to(device)
-        if not isinstance(student, Transformer):  # which checks its own input at every call
+        # which checks its own input at every call
+        if not isinstance(student, Transformer):
             _check_forward(student, objective, sources, device)
     optimizer = build_optimizer(config.training, _named(student, objective))
-    return TrainState(student, make_teacher(student), objective, optimizer, _Learner(student, objective),
-                      shards_of(config.training))
+    return TrainState(
+        student,
+        make_teacher(student),
+        objective,
+        optimizer,
+        _Learner(student, objective),
+        shards_of(config.training),
+    )
 
 # %% ../../nbs/3_training/08_state.ipynb #bfc98415
 def share_state(state: TrainState, config: Config, processes: Processes) -> None:
@@ -232,44 +347,68 @@ def share_state(state: TrainState, config: Config, processes: Processes) -> None
     if processes.count == 1:
         return
     if config.training.parallel == "fsdp":
-        slots = [state.optimizer.state.get(p) for p in state.named_parameters().values()]
+        slots = [
+            state.optimizer.state.get(p) for p in state.named_parameters().values()
+        ]
         slice_weights(state.teacher, state.teacher.blocks, processes)
         slice_weights(state.learner, state.student.blocks, processes)
         parameters = state.named_parameters()
         state.optimizer = build_optimizer(config.training, parameters)
         for parameter, values in zip(parameters.values(), slots, strict=True):
             if values:
-                state.optimizer.parts[0].state[parameter] = {name: like(value, parameter) for name, value in values.items()}
+                state.optimizer.parts[0].state[parameter] = {
+                    name: like(value, parameter) for name, value in values.items()
+                }
     else:
-        state.learner = share(state.learner, processes, unused=len(config.datasets) > 1)  # each step has the parts of one
+        # each step has the parts of one
+        state.learner = share(state.learner, processes, unused=len(config.datasets) > 1)
 
 # %% ../../nbs/3_training/08_state.ipynb #2f67ec5b
 def _autocast(config: Config, device: torch.device):
-    return torch.autocast(device.type, torch.bfloat16) if config.training.precision == "bf16" else nullcontext()
+    return (
+        torch.autocast(device.type, torch.bfloat16)
+        if config.training.precision == "bf16"
+        else nullcontext()
+    )
 
 
 def _draws(state: TrainState, config: Config) -> list:
-    return [partial(keyed, config.seed, step=state.step, shard=shard) for shard in state.shards]
+    return [
+        partial(keyed, config.seed, step=state.step, shard=shard)
+        for shard in state.shards
+    ]
 
 
-def _whole(state: TrainState, config: Config, batch: Batch, pieces: list[tuple]) -> Whole:
+def _whole(
+    state: TrainState, config: Config, batch: Batch, pieces: list[tuple]
+) -> Whole:
     "The properties of a batch that the losses of its pieces depend on."
     counts = state.objective.counts(batch, _draws(state, config), len(pieces))
     if getattr(state.objective, "normalise", "raw") == "raw":
         return Whole(counts)
     with torch.no_grad(), _autocast(config, batch.x0.device):
-        means = [state.learner(state.teacher, *piece, target_means=True) for piece in pieces]
+        means = [
+            state.learner(state.teacher, *piece, target_means=True) for piece in pieces
+        ]
     return Whole(counts, moments_of(torch.stack(means).mean(0)))
 
 
 def diverged(step: int, what: str) -> FloatingPointError:
     "The error for a step that is not finite."
-    return FloatingPointError(f"step {step} is not finite: {what}. What was saved before is whole; a smaller training.lr or "
-                              "training.clip in a new run is the usual remedy.")
+    return FloatingPointError(
+        f"step {step} is not finite: {what}. What was saved before is whole; a smaller training.lr or "
+        "training.clip in a new run is the usual remedy."
+    )
 
 
 @own_settings()
-def train_step(state: TrainState, config: Config, batch: Batch, diagnose: bool = False, report: bool = True) -> dict[str, float]:
+def train_step(
+    state: TrainState,
+    config: Config,
+    batch: Batch,
+    diagnose: bool = False,
+    report: bool = True,
+) -> dict[str, float]:
     """One step on the samples of this process: changes the state, returns what a log wants.
 
     diagnose: look at the representation loss more closely; report: False leaves out all but the total and the gradient's norm.
@@ -278,7 +417,10 @@ def train_step(state: TrainState, config: Config, batch: Batch, diagnose: bool =
     training, draws, found = config.training, _draws(state, config), []
     count = training.accumulate
     own = len(draws) // count
-    pieces = [(piece, draws[i * own:(i + 1) * own]) for i, piece in enumerate(batch.split(len(batch) // count))]
+    pieces = [
+        (piece, draws[i * own : (i + 1) * own])
+        for i, piece in enumerate(batch.split(len(batch) // count))
+    ]
     whole_batch = _whole(state, config, batch, pieces) if count > 1 else WHOLE
     state.optimizer.zero_grad()
     for number, piece in enumerate(pieces, 1):
@@ -286,14 +428,29 @@ def train_step(state: TrainState, config: Config, batch: Batch, diagnose: bool =
             with _autocast(config, batch.x0.device):
                 total, losses = state.learner(state.teacher, *piece, whole_batch)
             (total / count).backward()
-        found.append(losses.kept(diagnose) if report else Losses(total.detach(), losses.flow_loss.detach()))
+        found.append(
+            losses.kept(diagnose)
+            if report
+            else Losses(total.detach(), losses.flow_loss.detach())
+        )
     losses = Losses.join(found)
-    norm = whole(nn.utils.clip_grad_norm_(state.named_parameters().values(), training.clip)).item()
-    values = {**(losses.floats(diagnose) if report else {"total": average(losses.total).item()}), "grad_norm": norm}
+    norm = whole(
+        nn.utils.clip_grad_norm_(state.named_parameters().values(), training.clip)
+    ).item()
+    values = {
+        **(
+            losses.floats(diagnose)
+            if report
+            else {"total": average(losses.total).item()}
+        ),
+        "grad_norm": norm,
+    }
     if not all(map(math.isfinite, values.values())):
         raise diverged(state.step + 1, str(values))
     state.optimizer.step(learning_rate(training, state.step))
-    update_ema(state.teacher, state.student, ema_decay(training.ema_half_life * training.steps))
+    update_ema(
+        state.teacher, state.student, ema_decay(training.ema_half_life * training.steps)
+    )
     state.step += 1
     return values
 
@@ -308,9 +465,12 @@ def compile_blocks(state: TrainState, config: Config, batch: Batch) -> str | Non
         block.compile()
     try:
         with _autocast(config, batch.x0.device):
-            losses = state.objective(state.student, state.teacher, batch, _draws(state, config))
+            losses = state.objective(
+                state.student, state.teacher, batch, _draws(state, config)
+            )
         losses.total.backward()
-    except Exception as error:  # compilers fail in many ways, and a run need not fail with them
+    # compilers fail in many ways, and a run need not fail with them
+    except Exception as error:
         for block in blocks:
             block._compiled_call_impl = None
         return f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"

@@ -52,10 +52,13 @@ class Lines:
             again, self._file = known > self.count, identity
             file.seek(self._offset)
             new = file.read()
-        whole = new[:new.rfind(b"\n") + 1]
+        whole = new[: new.rfind(b"\n") + 1]
         for line in whole.splitlines():
             self._add(line)
-        self._offset, self._tail = self._offset + len(whole), (self._tail + whole)[-256:]
+        self._offset, self._tail = (
+            self._offset + len(whole),
+            (self._tail + whole)[-256:],
+        )
         return again or bool(whole)
 
     def _add(self, line: bytes):
@@ -73,11 +76,18 @@ class Lines:
 # %% ../../nbs/3_training/11_watching.ipynb #f3aca382
 def checkpoint_problems(run: Run) -> dict[int, str]:
     "Return what is wrong with each checkpoint of a run by its names and sizes, {step: words}, empty words for an intact one."
-    problems = {path: problem_of(path, contents=False) or "" for path in run.checkpoints()}
-    return {step_of(path): problem for path, problem in problems.items() if path.exists()}  # it may be removed meanwhile
+    problems = {
+        path: problem_of(path, contents=False) or "" for path in run.checkpoints()
+    }
+    # it may be removed meanwhile
+    return {
+        step_of(path): problem for path, problem in problems.items() if path.exists()
+    }
 
 
-def run_state(run: Run, writer: dict | None, logged: int | None, problems: dict[int, str]) -> tuple[int, str]:
+def run_state(
+    run: Run, writer: dict | None, logged: int | None, problems: dict[int, str]
+) -> tuple[int, str]:
     """Return the step that a run has reached and, in words, what it is doing.
 
     writer: the process that trains it, {"pid", "host", ...}, or None; logged: the last step of its log, None without one;
@@ -87,12 +97,16 @@ def run_state(run: Run, writer: dict | None, logged: int | None, problems: dict[
     if run.exported:
         return run.exported["step"], f"exported at step {run.exported['step']:,}"
     intact = [step for step, problem in problems.items() if not problem]
-    damaged = [f"step {step:,}: {problem}" for step, problem in problems.items() if problem]
+    damaged = [
+        f"step {step:,}: {problem}" for step, problem in problems.items() if problem
+    ]
     step = max(intact, default=0)
     not_finite = read_not_finite(run.path, step)
     if writer:
         step = max(step, logged or 0)
-        state = f"training: process {writer.get('pid', '?')} on {writer.get('host', '?')}"
+        state = (
+            f"training: process {writer.get('pid', '?')} on {writer.get('host', '?')}"
+        )
     elif damaged and not intact:
         return 0, f"damaged: no checkpoint is whole ({damaged[-1]})"
     elif step >= run.config.training.steps:
@@ -103,7 +117,11 @@ def run_state(run: Run, writer: dict | None, logged: int | None, problems: dict[
         state = f"stopped at step {step:,}"
     else:
         state = "not started" if logged is None else "stopped before anything was saved"
-    return step, state + (f"; {len(damaged)} of {len(problems)} checkpoints damaged ({damaged[-1]})" if damaged else "")
+    return step, state + (
+        f"; {len(damaged)} of {len(problems)} checkpoints damaged ({damaged[-1]})"
+        if damaged
+        else ""
+    )
 
 
 def _speed(timing) -> tuple[float, float]:
@@ -119,21 +137,31 @@ def _speed(timing) -> tuple[float, float]:
     return alone, wall if wall > 0 else alone
 
 
-def status(name: str, step: int, steps: int | None, state: str, timing=None, lines: int = 20) -> list[str]:
+def status(
+    name: str, step: int, steps: int | None, state: str, timing=None, lines: int = 20
+) -> list[str]:
     """The parts of the header, most important first: name, state, step, speed, time left or taken, data wait, memory, device.
 
     timing: the table of timing.jsonl (step, seconds, wall, steps_per_second, data_wait, peak_memory, device, processes) or
     what there is of it, of which the last `lines` are looked at; a part that is not known is left out.
     """
-    timing = {name: timing[name][-lines:] for name in timing} if timing is not None else {}
-    done = f"step {step:,}" + (f" of {steps:,} ({math.floor(100 * step / steps)} %)" if steps else "")
+    timing = (
+        {name: timing[name][-lines:] for name in timing} if timing is not None else {}
+    )
+    done = f"step {step:,}" + (
+        f" of {steps:,} ({math.floor(100 * step / steps)} %)" if steps else ""
+    )
     parts, training = [name, state, done], state.startswith("training")
     alone, wall = _speed(timing)
     if training and alone > 0:
-        parts.append(f"{short(alone)} it/s" if alone >= 1 else f"{short(1 / alone)} s/it")
+        parts.append(
+            f"{short(alone)} it/s" if alone >= 1 else f"{short(1 / alone)} s/it"
+        )
     if training and steps and wall > 0:
         parts.append(f"{clock((steps - step) / wall)} left")
-    taken, peak, processes = (column(timing, c)[-1:] for c in ("wall", "peak_memory", "processes"))
+    taken, peak, processes = (
+        column(timing, c)[-1:] for c in ("wall", "peak_memory", "processes")
+    )
     wait = column(timing, "data_wait")
     if not training and np.isfinite(taken).any():
         parts.append(f"took {clock(taken[0])}")
@@ -144,9 +172,10 @@ def status(name: str, step: int, steps: int | None, state: str, timing=None, lin
     devices = [name for name in timing.get("device", []) if isinstance(name, str)]
     if devices:
         count = int(processes[0]) if np.isfinite(processes).any() else 1
-        parts.append(devices[-1].split(",")[0] + (f", {count} processes" if count > 1 else ""))
+        parts.append(
+            devices[-1].split(",")[0] + (f", {count} processes" if count > 1 else "")
+        )
     return parts
-
 
 # %% ../../nbs/3_training/11_watching.ipynb #7b57f2e3
 class Following:
@@ -159,7 +188,10 @@ class Following:
 
     def __init__(self, path: Path | str, rows: int = 8):
         self.path, self.rows = Path(path), rows
-        self.log, self.timing = Lines(self.path / "log.jsonl"), Lines(self.path / "timing.jsonl")
+        self.log, self.timing = (
+            Lines(self.path / "log.jsonl"),
+            Lines(self.path / "timing.jsonl"),
+        )
         self.run, self.writer, self.film, self.problems = None, None, [], []
         self.step, self.state, self.checkpoints = 0, "no run here yet", {}
         self._config, self._pictures, self._checked = None, {}, None
@@ -169,7 +201,9 @@ class Following:
 
         Raises ValueError for a config that cannot be used.
         """
-        self._open()  # who trains is looked at first, lines last: when nobody does any more, nothing comes after the last line
+        # who trains is looked at first, lines last: when nobody does any more, nothing
+        # comes after the last line
+        self._open()
         self.writer = self.run.writer() if self.run else None
         if self.run:
             names = [path.name for path in self.run.checkpoints()]
@@ -178,9 +212,17 @@ class Following:
         changed = [self.log.read(), self.timing.read(), self._read_film()]
         self.step, self.state = 0, "no run here yet"
         if self.run:
-            logged = [int(step) for step in column({"step": self.log.table.get("step", [])[-1:]}, "step") if step > 0]
+            logged = [
+                int(step)
+                for step in column(
+                    {"step": self.log.table.get("step", [])[-1:]}, "step"
+                )
+                if step > 0
+            ]
             last = logged[-1] if logged else 0 if self.log.count else None
-            self.step, self.state = run_state(self.run, self.writer, last, self.checkpoints)
+            self.step, self.state = run_state(
+                self.run, self.writer, last, self.checkpoints
+            )
         return any(changed)
 
     def _open(self):
@@ -188,15 +230,25 @@ class Following:
         found = file.stat() if file.exists() else None
         key = (found.st_mtime_ns, found.st_ino) if found else None
         if key != self._config:
-            self.run = Run.open(self.path, "cpu") if found else None  # the device is of no interest: nothing is computed
+            # the device is of no interest: nothing is computed
+            self.run = Run.open(self.path, "cpu") if found else None
             self._config = key
 
     def _read_film(self) -> bool:
         files = step_paths(self.path / "samples/film", ".safetensors")
-        chosen = {(file, file.stat().st_mtime_ns) for i in spread(len(files), self.rows) for file in [files[i]]}
+        chosen = {
+            (file, file.stat().st_mtime_ns)
+            for i in spread(len(files), self.rows)
+            for file in [files[i]]
+        }
         changed, self.problems = chosen != self._pictures.keys(), []
-        self._pictures = {key: self._pictures.get(key) or self._picture(key[0]) for key in chosen}
-        self.film = sorted((entry for entry in self._pictures.values() if entry), key=lambda entry: entry[0])
+        self._pictures = {
+            key: self._pictures.get(key) or self._picture(key[0]) for key in chosen
+        }
+        self.film = sorted(
+            (entry for entry in self._pictures.values() if entry),
+            key=lambda entry: entry[0],
+        )
         return changed
 
     def _picture(self, file: Path):
@@ -220,11 +272,17 @@ class Following:
     @property
     def finished(self) -> bool:
         "Whether all steps are done and nobody is at it any more."
-        return bool(self.run) and self.writer is None and (bool(self.run.exported) or self.step >= self.steps)
+        return (
+            bool(self.run)
+            and self.writer is None
+            and (bool(self.run.exported) or self.step >= self.steps)
+        )
 
     def status(self) -> list[str]:
         "The parts of the header, see `status`."
-        return status(self.path.name, self.step, self.steps, self.state, self.timing.table)
+        return status(
+            self.path.name, self.step, self.steps, self.state, self.timing.table
+        )
 
 # %% ../../nbs/3_training/11_watching.ipynb #3e5ca9ca
 _EMPTY = "in a checkout of selfflow `make demo` trains two on digits"
@@ -238,6 +296,7 @@ class _Entry:
     in words; training: whether some process trains it; checkpoints: {step: "" or what is wrong with it}; stamp: of the files that
     are shown: another one means that there is something new.
     """
+
     path: Path
     state: str
     step: int = 0
@@ -262,7 +321,12 @@ class Listing:
     """
 
     def __init__(self, folder: Path | str):
-        self.folder, self.runs, self.said, self.measures = Path(folder), {}, "", ("flow_loss",)
+        self.folder, self.runs, self.said, self.measures = (
+            Path(folder),
+            {},
+            "",
+            ("flow_loss",),
+        )
         self._followed = {}
 
     def look(self, anew: bool = False) -> bool:
@@ -271,12 +335,29 @@ class Listing:
         try:
             found = find_runs(self.folder)
         except OSError as error:
-            found, self.said = {}, f"{error}; {_EMPTY}" if isinstance(error, FileNotFoundError) else str(error)
-        self._followed = {name: self._followed.get(name) or Following(path, rows=1) for name, path in found.items()}
-        self.runs = {name: _listed(following, anew) for name, following in self._followed.items()}
+            found, self.said = (
+                {},
+                f"{error}; {_EMPTY}"
+                if isinstance(error, FileNotFoundError)
+                else str(error),
+            )
+        self._followed = {
+            name: self._followed.get(name) or Following(path, rows=1)
+            for name, path in found.items()
+        }
+        self.runs = {
+            name: _listed(following, anew) for name, following in self._followed.items()
+        }
         tables = [following.log.table for following in self._followed.values()]
-        known = {name for table in tables for name, values in table.items() if _is_number(values)} - {"step"}
-        self.measures = (*sorted(known, key=lambda name: (name != "flow_loss", name)),) or ("flow_loss",)
+        known = {
+            name
+            for table in tables
+            for name, values in table.items()
+            if _is_number(values)
+        } - {"step"}
+        self.measures = (
+            *sorted(known, key=lambda name: (name != "flow_loss", name)),
+        ) or ("flow_loss",)
         return before != (self.runs, self.said)
 
 
@@ -286,25 +367,50 @@ def _listed(following: Following, anew: bool) -> _Entry:
     except UNREADABLE as error:
         return _Entry(following.path, f"damaged: {error}")
     if following.run is None:
-        return _Entry(following.path, "damaged: it has no config.json, from which all else follows")
+        return _Entry(
+            following.path,
+            "damaged: it has no config.json, from which all else follows",
+        )
     config, damaged = following.run.config, following.log.damaged
     state = [following.state, *following.problems]
     if damaged:
         state.insert(1, f"{damaged} lines of its log are damaged and left out")
-    return _Entry(following.path, "; ".join(state), following.step, config.training.steps, config.objective.name,
-                  _data_of(config), following.writer is not None, following.checkpoints, _stamp(following))
+    return _Entry(
+        following.path,
+        "; ".join(state),
+        following.step,
+        config.training.steps,
+        config.objective.name,
+        _data_of(config),
+        following.writer is not None,
+        following.checkpoints,
+        _stamp(following),
+    )
 
 
 def _is_number(values: list) -> bool:
-    return isinstance(next((value for value in reversed(values) if value is not None), None), int | float)
+    return isinstance(
+        next((value for value in reversed(values) if value is not None), None),
+        int | float,
+    )
 
 
 def _data_of(config: Config) -> str:
-    told = {"class": "classes", "caption": "captions", "none": "told nothing"}[config.shared.condition]
+    told = {"class": "classes", "caption": "captions", "none": "told nothing"}[
+        config.shared.condition
+    ]
     return f"{' + '.join(config.datasets)}, {told}"
 
 
-_SHOWN = ("config.json", "log.jsonl", "probes.json", "probe.json", "factors.json", "samples", "samples/film")
+_SHOWN = (
+    "config.json",
+    "log.jsonl",
+    "probes.json",
+    "probe.json",
+    "factors.json",
+    "samples",
+    "samples/film",
+)
 
 
 def _stamp(following: Following) -> tuple:
@@ -319,11 +425,21 @@ def steps_of(listing: Listing, names) -> list[tuple[str, int]]:
     "What can be chosen for some runs, newest first: (in words, step); 0 stands for the newest of each."
     known = [listing.runs[name].checkpoints for name in names if name in listing.runs]
     common = sorted(set.intersection(*map(set, known)), reverse=True) if known else []
-    bad = {step for checkpoints in known for step, problem in checkpoints.items() if problem}
-    return [("the newest", 0), *((f"step {step:,}" + ": damaged" * (step in bad), step) for step in common)]
+    bad = {
+        step
+        for checkpoints in known
+        for step, problem in checkpoints.items()
+        if problem
+    }
+    return [
+        ("the newest", 0),
+        *((f"step {step:,}" + ": damaged" * (step in bad), step) for step in common),
+    ]
 
 
-def open_runs(listing: Listing, names, step: int = 0, device: str = "auto") -> dict[str, Run]:
+def open_runs(
+    listing: Listing, names, step: int = 0, device: str = "auto"
+) -> dict[str, Run]:
     """Runs at a step, 0 for the newest whole checkpoint of each, by name.
 
     Raises ValueError with the reason where one of them cannot be opened there.
@@ -335,8 +451,11 @@ def open_runs(listing: Listing, names, step: int = 0, device: str = "auto") -> d
                 raise ValueError(f"it is no longer in {listing.folder}")
             run = Run.open(listing.runs[name].path, device)
             run = run_at(run, step) if step else run
-            if problem := problem_of(run.checkpoint):  # of the newest, latest() has seen that it is whole
-                raise ValueError(f"its checkpoint of step {step:,} is damaged: {problem}; take another one")
+            # of the newest, latest() has seen that it is whole
+            if problem := problem_of(run.checkpoint):
+                raise ValueError(
+                    f"its checkpoint of step {step:,} is damaged: {problem}; take another one"
+                )
             opened[name] = run
         except (OSError, ValueError) as error:
             raise ValueError(f"{name} cannot be opened: {error}") from error

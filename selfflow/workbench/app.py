@@ -21,13 +21,16 @@ from .page import runs_in
 # %% ../../nbs/7_workbench/19_app.ipynb #50c4d68b
 def page_of(folder: Path) -> nbformat.NotebookNode:
     "A notebook that shows the workbench of a folder of runs, and nothing else."
-    # Voila shows the page when the cell is done: a tool that is open by then need not race with the page
+    # Voila shows the page when the cell is done: a tool that is open by then need not
+    # race with the page
     uses = "".join(f"use({source!r})\n" for source in used())
     uses = f"from selfflow import use\n{uses}from selfflow.workbench.page import workbench\n"
     source = f"{uses}workbench({str(folder.resolve())!r}).settle(trained=False)"
     cell = nbformat.v4.new_code_cell(source, id="workbench")
     kernel = {"name": "python3", "display_name": "selfflow", "language": "python"}
-    return nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel, "title": "selfflow"})
+    return nbformat.v4.new_notebook(
+        cells=[cell], metadata={"kernelspec": kernel, "title": "selfflow"}
+    )
 
 # %% ../../nbs/7_workbench/19_app.ipynb #a5a2cd31
 _PAGE = """{%- extends "voila/templates/lab/index.html.j2" -%}
@@ -38,9 +41,15 @@ _PAGE = """{%- extends "voila/templates/lab/index.html.j2" -%}
 {{ super.super() }}
 {%- endblock notebook_css -%}
 """
-_NO_FORMULAS = "window.MathJax = {Hub: {Config() {}, Configured() {}, Queue() {}, Register: {StartupHook() {}}}};"  # no MathJax
+# no MathJax
+_NO_FORMULAS = "window.MathJax = {Hub: {Config() {}, Configured() {}, Queue() {}, Register: {StartupHook() {}}}};"
 _CULLED = 300  # seconds after which the kernel of a closed page goes
-_DRAWS = ("@voila-dashboards/widgets-manager8", "@jupyter-widgets/jupyterlab-manager", "anywidget")  # extensions for widgets
+# extensions for widgets
+_DRAWS = (
+    "@voila-dashboards/widgets-manager8",
+    "@jupyter-widgets/jupyterlab-manager",
+    "anywidget",
+)
 
 
 def write_page(root: Path, folder: Path) -> None:
@@ -49,33 +58,55 @@ def write_page(root: Path, folder: Path) -> None:
     (template / "static").mkdir(parents=True)
     (template / "static/mathjax.js").write_text(_NO_FORMULAS, encoding="utf-8")
     (template / "index.html.j2").write_text(_PAGE, encoding="utf-8")
-    (template / "conf.json").write_text(json.dumps({"base_template": "lab"}), encoding="utf-8")
+    (template / "conf.json").write_text(
+        json.dumps({"base_template": "lab"}), encoding="utf-8"
+    )
     (root / "served").mkdir()
     nbformat.write(page_of(folder), root / "served/workbench.ipynb")
 
 
 def options_of(root: Path, port: int, browser: bool) -> list[str]:
     "What Jupyter's server is told: what `write_page` wrote, where to serve it, and whether to open a browser."
-    server = {"root_dir": root / "served", "default_url": "/voila/render/workbench.ipynb", "ip": "127.0.0.1", "port": port,
-              "port_retries": 0, "open_browser": browser, "answer_yes": True, "terminals_enabled": False,
-              "tornado_settings": {"mathjax_url": "/voila/static/mathjax.js"},
-              "allow_root": hasattr(os, "geteuid") and os.geteuid() == 0}  # nobody else reaches it
+    server = {
+        "root_dir": root / "served",
+        "default_url": "/voila/render/workbench.ipynb",
+        "ip": "127.0.0.1",
+        "port": port,
+        "port_retries": 0,
+        "open_browser": browser,
+        "answer_yes": True,
+        "terminals_enabled": False,
+        "tornado_settings": {"mathjax_url": "/voila/static/mathjax.js"},
+        # nobody else reaches it
+        "allow_root": hasattr(os, "geteuid") and os.geteuid() == 0,
+    }
     voila = {"template": "selfflow", "extension_allowlist": list(_DRAWS)}
-    # a kernel holds a gigabyte: it goes when its page has been closed for a while, but never while a page is connected to it
-    kernels = {"cull_idle_timeout": _CULLED, "cull_interval": min(_CULLED, 60), "cull_connected": False, "cull_busy": False}
-    return [*(f"--ServerApp.{name}={value}" for name, value in server.items()),
-            *(f"--VoilaConfiguration.{name}={value}" for name, value in voila.items()),
-            *(f"--MappingKernelManager.{name}={value}" for name, value in kernels.items())]
+    # a kernel holds a gigabyte: it goes when its page has been closed for a while, but
+    # never while a page is connected to it
+    kernels = {
+        "cull_idle_timeout": _CULLED,
+        "cull_interval": min(_CULLED, 60),
+        "cull_connected": False,
+        "cull_busy": False,
+    }
+    return [
+        *(f"--ServerApp.{name}={value}" for name, value in server.items()),
+        *(f"--VoilaConfiguration.{name}={value}" for name, value in voila.items()),
+        *(f"--MappingKernelManager.{name}={value}" for name, value in kernels.items()),
+    ]
 
 
 def free_port(port: int) -> int:
     "The port, if it can be had; 0: any. Raises ValueError that says what to do."
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was left a moment ago can be had
+        # one that was left a moment ago can be had
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except (OSError, OverflowError) as error:
-            raise ValueError(f"port {port} cannot be had ({error}); take another with --port; 0 is any that is free") from None
+            raise ValueError(
+                f"port {port} cannot be had ({error}); take another with --port; 0 is any that is free"
+            ) from None
         return probe.getsockname()[1]
 
 
@@ -87,8 +118,12 @@ def serve(folder: Path | str = "runs", port: int = 8866, browser: bool = True) -
     """
     folder, port = Path(folder), free_port(port)
     if not runs_in(folder):
-        print(f"{folder} holds no run yet: the quickstart is trained when the page is opened")
+        print(
+            f"{folder} holds no run yet: the quickstart is trained when the page is opened"
+        )
     with tempfile.TemporaryDirectory(prefix="selfflow-app-") as root:
         write_page(Path(root), folder)
-        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (f"{root}/data", os.environ.get("JUPYTER_PATH"))))
+        os.environ["JUPYTER_PATH"] = os.pathsep.join(
+            filter(None, (f"{root}/data", os.environ.get("JUPYTER_PATH")))
+        )
         ServerApp.launch_instance(options_of(Path(root), port, browser))

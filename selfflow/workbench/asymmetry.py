@@ -21,15 +21,40 @@ from ..method.flow import Density
 from ..method.options import DENSITIES
 from ..method.schedule import NoiseLevels
 from ..training.run import Run
-from .boards import SHARP, Board, Panel, Plot, coloured, panels, tinted
-from .controls import LIGHT, Theme, TokenGrid, choice, number, png_of, slider, switch
+from selfflow.workbench.boards import (
+    SHARP,
+    Board,
+    Panel,
+    Plot,
+    coloured,
+    panels,
+    tinted,
+)
+from selfflow.workbench.controls import (
+    LIGHT,
+    Theme,
+    TokenGrid,
+    choice,
+    number,
+    png_of,
+    slider,
+    switch,
+)
 from .explorer import Explorer
-from .viewed_run import KINDS, Subject, View, levels_of, many_levels, schedule_of
+from selfflow.workbench.viewed_run import (
+    KINDS,
+    Subject,
+    View,
+    levels_of,
+    many_levels,
+    schedule_of,
+)
 
 # %% ../../nbs/7_workbench/06_asymmetry.ipynb #502b3add
 @dataclass
 class Scene:
     "A view with what stands around it. values: of the controls; density, bars: p(t), and how often levels occur; curve: or None."
+
     view: View
     values: dict
     density: Density
@@ -45,17 +70,36 @@ def compute(subject: Subject, values: dict) -> Scene:
     drawn: t and s come from p(t) and the seed, not from the sliders; hand: tokens are painted. Raises ValueError for values out
     of range.
     """
-    objective = replace(subject.run.config.objective, density=values["density"], density_shift=values["shift"])
+    objective = replace(
+        subject.run.config.objective,
+        density=values["density"],
+        density_shift=values["shift"],
+    )
     density, (t, s) = build_density(objective), (values["t"], values["s"])
     if values["drawn"]:
         t, s = density.sample((2,), keyed(values["seed"], "t and s")).tolist()
-    schedule = schedule_of(values["schedule"], density, values["mask_ratio"], subject.grid)
+    schedule = schedule_of(
+        values["schedule"], density, values["mask_ratio"], subject.grid
+    )
     hand = values["tokens"] if values["hand"] else None
-    levels = levels_of(values["schedule"], t, s, schedule, subject.tokens, values["seed"], hand)
+    levels = levels_of(
+        values["schedule"], t, s, schedule, subject.tokens, values["seed"], hand
+    )
     view = subject.see(values["sample"], levels, values["seed"])
-    curve = _curve(subject, values["sample"], levels, values["seed"]) if values["hand"] else None
-    return Scene(view, {**values, "t": t, "s": s}, density, many_levels(schedule, subject.tokens), curve, subject.board,
-                 subject.spread)
+    curve = (
+        _curve(subject, values["sample"], levels, values["seed"])
+        if values["hand"]
+        else None
+    )
+    return Scene(
+        view,
+        {**values, "t": t, "s": s},
+        density,
+        many_levels(schedule, subject.tokens),
+        curve,
+        subject.board,
+        subject.spread,
+    )
 
 
 def _curve(subject: Subject, index: int, levels: NoiseLevels, seed: int):
@@ -65,34 +109,59 @@ def _curve(subject: Subject, index: int, levels: NoiseLevels, seed: int):
     if not len(clean):
         return None
     rest = (tau == tau.max()).nonzero().flatten()
-    order = torch.cat([clean[torch.randperm(len(clean), generator=keyed(seed, "order"))], rest])
+    order = torch.cat(
+        [clean[torch.randperm(len(clean), generator=keyed(seed, "order"))], rest]
+    )
     counts = sorted({round(share * len(clean)) for share in (0, 0.25, 0.5, 0.75, 1)})
-    errors = subject.revealed(torch.full((4,), index), order, counts, tau.max().item(), tau.min().item(), seed)
+    errors = subject.revealed(
+        torch.full((4,), index), order, counts, tau.max().item(), tau.min().item(), seed
+    )
     return counts, errors.mean(1).numpy()
 
 
 def say(scene: Scene) -> str:
     "A scene in words."
     view, values = scene.view, scene.values
-    t, s, kind = values["t"], values["s"], "painted by hand" if values["hand"] else values["schedule"]
+    t, s, kind = (
+        values["t"],
+        values["s"],
+        "painted by hand" if values["hand"] else values["schedule"],
+    )
     at_s, n = int((view.levels.assign[0] == 1).sum()), len(view.student_error)
-    parts = [f"{kind}: t = {t:.2f}, s = {s:.2f}, gap |t - s| = {abs(t - s):.2f}, {at_s} of {n} tokens at s"]
+    parts = [
+        f"{kind}: t = {t:.2f}, s = {s:.2f}, gap |t - s| = {abs(t - s):.2f}, {at_s} of {n} tokens at s"
+    ]
     if not values["hand"]:
-        parts = {"diffusion forcing": [f"diffusion forcing: a level for each of {n} tokens; t and s are not used"],
-                 "single": [f"single: all {n} tokens at t = {t:.2f}"],
-                 "full masking": [f"full masking: {at_s} of {n} tokens at 1, the others at t = {t:.2f}"]}.get(kind, parts)
+        parts = {
+            "diffusion forcing": [
+                f"diffusion forcing: a level for each of {n} tokens; t and s are not used"
+            ],
+            "single": [f"single: all {n} tokens at t = {t:.2f}"],
+            "full masking": [
+                f"full masking: {at_s} of {n} tokens at 1, the others at t = {t:.2f}"
+            ],
+        }.get(kind, parts)
     parts.append(f"the teacher sees all at {view.clean:.2f}")
-    parts.append(f"error of the estimates: student {view.student_error.mean():.3f}, teacher {view.teacher_error.mean():.3f}")
+    parts.append(
+        f"error of the estimates: student {view.student_error.mean():.3f}, teacher {view.teacher_error.mean():.3f}"
+    )
     if view.cosine is not None:
-        parts.append(f"cosine {view.cosine.mean():.2f}, where a constant reaches {view.constant:.2f}")
+        parts.append(
+            f"cosine {view.cosine.mean():.2f}, where a constant reaches {view.constant:.2f}"
+        )
     else:
-        parts.append("no cosine: this run was trained without a head that predicts the teacher's features")
+        parts.append(
+            "no cosine: this run was trained without a head that predicts the teacher's features"
+        )
     if values["hand"] and scene.curve is None:
-        parts.append(f"{'no token is' if not at_s else 'all tokens are'} painted or t = s: no token is cleaner than another")
+        parts.append(
+            f"{'no token is' if not at_s else 'all tokens are'} painted or t = s: no token is cleaner than another"
+        )
     return "; ".join(parts) + "."
 
 # %% ../../nbs/7_workbench/06_asymmetry.ipynb #debb2bba
-_BARS, _CURVE = {False: "#a9bfd6", True: "#3f5f80"}, {False: "#1f3a5f", True: "#8fc1f0"}  # light, dark
+# light, dark
+_BARS, _CURVE = {False: "#a9bfd6", True: "#3f5f80"}, {False: "#1f3a5f", True: "#8fc1f0"}
 _TICKS = ((0, "0 data"), (0.25, "0.25"), (0.5, "0.5"), (0.75, "0.75"), (1, "1 noise"))
 
 
@@ -102,33 +171,64 @@ def draw_levels(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     at = torch.linspace(0.0025, 0.9975, 400)
     line = scene.density.pdf(at).numpy()
     top = min(max(line.max(), np.sort(heights)[-2]) * 1.15, 8.0)
-    plot = Plot("levels of tokens (bars) and p(t) (line)", "level", (0, 1), (0, top), theme, ticks=_TICKS)
+    plot = Plot(
+        "levels of tokens (bars) and p(t) (line)",
+        "level",
+        (0, 1),
+        (0, top),
+        theme,
+        ticks=_TICKS,
+    )
     plot.bars(edges, heights, _BARS[dark])
     plot.line(at.numpy(), line, _CURVE[dark], 2)
     if heights.max() > top:
-        plot.note(edges[heights.argmax()], top, f"{heights.max():.1f} ", theme.quiet, "rt")
+        plot.note(
+            edges[heights.argmax()], top, f"{heights.max():.1f} ", theme.quiet, "rt"
+        )
     if values["hand"] or values["schedule"] != "diffusion forcing":
         marks = {"t": values["t"], "s": values["s"]}
         if not values["hand"]:
-            marks = {"single": {"t": marks["t"]}, "full masking": {"t": marks["t"], "masked": 1.0}}.get(values["schedule"], marks)
+            marks = {
+                "single": {"t": marks["t"]},
+                "full masking": {"t": marks["t"], "masked": 1.0},
+            }.get(values["schedule"], marks)
         (_, first), (_, last) = list(marks.items())[0], list(marks.items())[-1]
         plot.line((first, last), (top, top), theme.accent, 3)
         for row, (name, level) in enumerate(marks.items()):
-            plot.mark(level, f"{name} = {level:.2f}" if name != "masked" else "masked", theme.accent, row)
+            plot.mark(
+                level,
+                f"{name} = {level:.2f}" if name != "masked" else "masked",
+                theme.accent,
+                row,
+            )
     return plot.image
 
 
 def _draw_curve(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     "The error of the tokens that stay noisy against how many others are clean."
     counts, errors = scene.curve or ([0, 1], np.full(2, np.nan))
-    plot = Plot("error of noisy tokens as others become clean", "tokens that are clean", (0, max(counts)),
-                (0, max(1.1 * np.nanmax([*errors, 1e-6]), 1e-6)), theme, ticks=tuple((count, str(count)) for count in counts))
+    plot = Plot(
+        "error of noisy tokens as others become clean",
+        "tokens that are clean",
+        (0, max(counts)),
+        (0, max(1.1 * np.nanmax([*errors, 1e-6]), 1e-6)),
+        theme,
+        ticks=tuple((count, str(count)) for count in counts),
+    )
     if scene.curve is None:
-        plot.note(0.5, plot.ys[1] / 2, "all tokens are equally noisy", theme.quiet, "mm")
+        plot.note(
+            0.5, plot.ys[1] / 2, "all tokens are equally noisy", theme.quiet, "mm"
+        )
         return plot.image
     plot.line(counts, errors, _CURVE[theme != LIGHT], 2, dots=True)
     for count, error in ((counts[0], errors[0]), (counts[-1], errors[-1])):
-        plot.note(count, error + plot.ys[1] / 30, f"{error:.3f}", theme.ink, "ls" if count == counts[0] else "rs")
+        plot.note(
+            count,
+            error + plot.ys[1] / 30,
+            f"{error:.3f}",
+            theme.ink,
+            "ls" if count == counts[0] else "rs",
+        )
     return plot.image
 
 
@@ -138,22 +238,53 @@ def draw(scene: Scene, theme: Theme = LIGHT) -> dict[str, bytes]:
     pixels, spread = board.pixels, board.spread
     tau = coloured(spread(view.levels.per_token()[0]), paper=theme.paper)
     high = 2 * scene.spread
+
     def error(title, values):
-        return Panel(f"{title} {values.mean():.3f}", coloured(spread(values), 0, high, "magma", theme.paper),
-                     ("0", f"{high:.2f}", "magma"))
-    cosine = Panel("no cosine here", np.full_like(tau, coloured(np.full((1, 1), np.nan), paper=theme.paper)[0, 0, 0]))
+        return Panel(
+            f"{title} {values.mean():.3f}",
+            coloured(spread(values), 0, high, "magma", theme.paper),
+            ("0", f"{high:.2f}", "magma"),
+        )
+
+    cosine = Panel(
+        "no cosine here",
+        np.full_like(
+            tau, coloured(np.full((1, 1), np.nan), paper=theme.paper)[0, 0, 0]
+        ),
+    )
     if view.cosine is not None:
-        cosine = Panel(f"cosine {view.cosine.mean():.2f}", coloured(spread(view.cosine), 0, 1, "cividis", theme.paper),
-                       ("0", "1", "cividis"))
-    rows = [[Panel("clean data", pixels(view.x0)), Panel("student sees", pixels(view.student)),
-             Panel("teacher sees", pixels(view.teacher))],
-            [Panel("level of each token", tau, ("0 data", "noise 1", "viridis")),
-             Panel("student's estimate", pixels(view.student_estimate)),
-             Panel("teacher's estimate", pixels(view.teacher_estimate))],
-            [cosine, error("its error", view.student_error), error("its error", view.teacher_error)]]
+        cosine = Panel(
+            f"cosine {view.cosine.mean():.2f}",
+            coloured(spread(view.cosine), 0, 1, "cividis", theme.paper),
+            ("0", "1", "cividis"),
+        )
+    rows = [
+        [
+            Panel("clean data", pixels(view.x0)),
+            Panel("student sees", pixels(view.student)),
+            Panel("teacher sees", pixels(view.teacher)),
+        ],
+        [
+            Panel("level of each token", tau, ("0 data", "noise 1", "viridis")),
+            Panel("student's estimate", pixels(view.student_estimate)),
+            Panel("teacher's estimate", pixels(view.teacher_estimate)),
+        ],
+        [
+            cosine,
+            error("its error", view.student_error),
+            error("its error", view.teacher_error),
+        ],
+    ]
     shown = Image.fromarray(tinted(pixels(view.x0), tau))
-    shown = shown.resize((220 * SHARP, round(shown.height * 220 * SHARP / shown.width)), Image.Resampling.NEAREST)
-    found = {"tokens": shown, "levels": draw_levels(scene, theme), "views": panels(rows, theme, 160)}
+    shown = shown.resize(
+        (220 * SHARP, round(shown.height * 220 * SHARP / shown.width)),
+        Image.Resampling.NEAREST,
+    )
+    found = {
+        "tokens": shown,
+        "levels": draw_levels(scene, theme),
+        "views": panels(rows, theme, 160),
+    }
     if scene.values["hand"]:
         found["curve"] = _draw_curve(scene, theme)
     return {name: png_of(image) for name, image in found.items()}
@@ -166,19 +297,42 @@ def explore(subject: Subject | Run, **start) -> Explorer:
     """
     subject = Subject(subject) if isinstance(subject, Run) else subject
     objective = subject.run.config.objective
-    grid = TokenGrid(places=subject.board.places, names=subject.board.names, words=["level s", "level t"], marked=False,
-                     description="click or paint tokens: they take s", layout=widgets.Layout(width="220px", max_width="100%"))
-    controls = {"t": slider("level t", 0.8), "s": slider("level s", 0.2),
-                "mask_ratio": slider("mask ratio", min(objective.mask_ratio or 0.25, 0.5), 0.0, 0.5, 0.01),
-                "seed": number("seed", 0, 0, 9999), "sample": slider("sample", 0, 0, len(subject.x0) - 1, 1),
-                "schedule": choice("schedule", KINDS), "density": choice("density p(t)", DENSITIES, objective.density),
-                "shift": slider("shift", min(max(objective.density_shift, 0.1), 10.0), 0.1, 10.0, 0.1),
-                "drawn": switch("draw t and s from p(t), by the seed"), "hand": switch("mask painted by hand"), "tokens": grid}
+    grid = TokenGrid(
+        places=subject.board.places,
+        names=subject.board.names,
+        words=["level s", "level t"],
+        marked=False,
+        description="click or paint tokens: they take s",
+        layout=widgets.Layout(width="220px", max_width="100%"),
+    )
+    controls = {
+        "t": slider("level t", 0.8),
+        "s": slider("level s", 0.2),
+        "mask_ratio": slider(
+            "mask ratio", min(objective.mask_ratio or 0.25, 0.5), 0.0, 0.5, 0.01
+        ),
+        "seed": number("seed", 0, 0, 9999),
+        "sample": slider("sample", 0, 0, len(subject.x0) - 1, 1),
+        "schedule": choice("schedule", KINDS),
+        "density": choice("density p(t)", DENSITIES, objective.density),
+        "shift": slider(
+            "shift", min(max(objective.density_shift, 0.1), 10.0), 0.1, 10.0, 0.1
+        ),
+        "drawn": switch("draw t and s from p(t), by the seed"),
+        "hand": switch("mask painted by hand"),
+        "tokens": grid,
+    }
     for name, value in start.items():
         controls[choose(name, controls, "control")].value = value
     hand = controls["hand"]
     grid.marked = hand.value
     hand.observe(lambda change: setattr(grid, "marked", change["new"]), "value")
     grid.observe(lambda _: setattr(hand, "value", True), "value")
-    return Explorer(controls, partial(compute, subject), draw, say,
-                    widths={"levels": "290px", "curve": "290px", "views": "500px"}, below=("levels",))
+    return Explorer(
+        controls,
+        partial(compute, subject),
+        draw,
+        say,
+        widths={"levels": "290px", "curve": "290px", "views": "500px"},
+        below=("levels",),
+    )

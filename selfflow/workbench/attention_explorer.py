@@ -20,9 +20,38 @@ from ..checks import choose
 from ..method.flow import Uniform
 from ..method.tokens import Layout, VideoPatches
 from ..training.run import Run
-from .attention_scene import NETWORKS, WAYS, Scene, Watched, compute, pieces_of, say
-from .boards import SHARP, Board, Panel, Plot, coloured, frames_of, owner_of, panels, stretch, tinted
-from .controls import LIGHT, Theme, TokenGrid, choice, font, number, png_of, slider, switch
+from selfflow.workbench.attention_scene import (
+    NETWORKS,
+    WAYS,
+    Scene,
+    Watched,
+    compute,
+    pieces_of,
+    say,
+)
+from selfflow.workbench.boards import (
+    SHARP,
+    Board,
+    Panel,
+    Plot,
+    coloured,
+    frames_of,
+    owner_of,
+    panels,
+    stretch,
+    tinted,
+)
+from selfflow.workbench.controls import (
+    LIGHT,
+    Theme,
+    TokenGrid,
+    choice,
+    font,
+    number,
+    png_of,
+    slider,
+    switch,
+)
 from .explorer import Explorer, Strip
 from .playground import player
 from .viewed_run import Subject, levels_of, schedule_of
@@ -35,26 +64,52 @@ class Window(Board):
         self.layout, self.frame, first, parts = layout, frame, 0, []
         for patches in layout.patches.values():
             owner = owner_of(patches)
-            parts.append(first + owner[frame // patches.span if isinstance(patches, VideoPatches) else 0])
+            parts.append(
+                first
+                + owner[
+                    frame // patches.span if isinstance(patches, VideoPatches) else 0
+                ]
+            )
             first += patches.part().tokens
         width = max(part.shape[1] for part in parts)
-        most = [width] if len(parts) == 1 else [2 * width, *[width // 2] * (len(parts) - 1)]
-        self._rows = [stretch(part, width, high) for part, high in zip(parts, most, strict=True)]
-        self.owner = np.concatenate([part[rows][:, columns] for part, (rows, columns) in zip(parts, self._rows, strict=True)])
+        most = (
+            [width]
+            if len(parts) == 1
+            else [2 * width, *[width // 2] * (len(parts) - 1)]
+        )
+        self._rows = [
+            stretch(part, width, high) for part, high in zip(parts, most, strict=True)
+        ]
+        self.owner = np.concatenate(
+            [
+                part[rows][:, columns]
+                for part, (rows, columns) in zip(parts, self._rows, strict=True)
+            ]
+        )
 
     def _part(self, patches, tokens: torch.Tensor) -> np.ndarray:
         if isinstance(patches, VideoPatches):
-            return patches.unpatchify(tokens[None])[0, :, self.frame].permute(1, 2, 0).numpy()
+            return (
+                patches.unpatchify(tokens[None])[0, :, self.frame]
+                .permute(1, 2, 0)
+                .numpy()
+            )
         return frames_of(patches, tokens)[0]
 
     def pixels(self, tokens: torch.Tensor) -> np.ndarray:
         "Tokens (n, c) as a picture (h, w, 3) of bytes, as `Board.pixels` shows them."
         pieces, shown = self.layout.split(tokens[None].float()), []
-        for (name, patches), (rows, columns) in zip(self.layout.patches.items(), self._rows, strict=True):
+        for (name, patches), (rows, columns) in zip(
+            self.layout.patches.items(), self._rows, strict=True
+        ):
             frame = self._part(patches, pieces[name][0])
             frame = frame if frame.shape[-1] == 3 else frame[..., :1].repeat(3, -1)
             shown.append(frame[rows][:, columns])
-        return np.nan_to_num((np.concatenate(shown) + 1) * 127.5).clip(0, 255).astype(np.uint8)
+        return (
+            np.nan_to_num((np.concatenate(shown) + 1) * 127.5)
+            .clip(0, 255)
+            .astype(np.uint8)
+        )
 
 
 _window_of = lru_cache(64)(Window)
@@ -63,27 +118,47 @@ _window_of = lru_cache(64)(Window)
 PAGE = 640  # width of the pictures, on the page
 
 
-def laid_over(board: Board, tokens: torch.Tensor, times, theme: Theme = LIGHT) -> np.ndarray:
+def laid_over(
+    board: Board, tokens: torch.Tensor, times, theme: Theme = LIGHT
+) -> np.ndarray:
     "Attention (n,) over a picture of tokens (n, c), from 0 to the largest: (h, w, 3) bytes; NaN leaves the picture in grey."
     values, most = board.spread(times), _most(times)
     share = np.nan_to_num(0.4 + 0.25 * (values / most).clip(0, 1))[..., None]
-    return tinted(board.pixels(tokens), coloured(values, 0, most, "viridis", theme.paper), share)
+    return tinted(
+        board.pixels(tokens), coloured(values, 0, most, "viridis", theme.paper), share
+    )
 
 
 def _most(times) -> float:
     return max(float(np.nan_to_num(np.asarray(times)).max()), 1e-6)
 
 
-def framed(pixels: np.ndarray, owner: np.ndarray, token: int | None, width: int) -> np.ndarray:
+def framed(
+    pixels: np.ndarray, owner: np.ndarray, token: int | None, width: int
+) -> np.ndarray:
     "A picture (h, w, 3) enlarged to `width`, with a frame around the pixels whose owner (h, w) is the token."
     scale = width / pixels.shape[1]
-    image = Image.fromarray(pixels).resize((width, round(pixels.shape[0] * scale)), Image.Resampling.NEAREST)
+    image = Image.fromarray(pixels).resize(
+        (width, round(pixels.shape[0] * scale)), Image.Resampling.NEAREST
+    )
     ys, xs = np.nonzero(owner == token)
     if token is not None and len(ys):
-        box = [round(scale * edge) for edge in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)]
+        box = [
+            round(scale * edge)
+            for edge in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
+        ]
         for inset, colour in ((0, "#000000"), (SHARP, "#ffffff")):  # seen on any ground
-            left, top, right, bottom = box[0] + inset, box[1] + inset, box[2] - 1 - inset, box[3] - 1 - inset
-            ImageDraw.Draw(image).rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=SHARP)
+            left, top, right, bottom = (
+                box[0] + inset,
+                box[1] + inset,
+                box[2] - 1 - inset,
+                box[3] - 1 - inset,
+            )
+            ImageDraw.Draw(image).rectangle(
+                (left, top, max(left, right), max(top, bottom)),
+                outline=colour,
+                width=SHARP,
+            )
     return np.asarray(image)
 
 
@@ -91,42 +166,85 @@ def _window(scene: Scene) -> Window:
     return _window_of(scene.watched.subject.layout, scene.values["frame"] - 1)
 
 
-def _panel(scene: Scene, title: str, pixels: np.ndarray, width: int, scale=None) -> Panel:
-    return Panel(title, framed(pixels, _window(scene).owner, scene.token, width * SHARP), scale)
+def _panel(
+    scene: Scene, title: str, pixels: np.ndarray, width: int, scale=None
+) -> Panel:
+    return Panel(
+        title, framed(pixels, _window(scene).owner, scene.token, width * SHARP), scale
+    )
 
 
 def _draw_shown(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     "The sample, what the network was shown, the level of each token, and the attention of the chosen layer and head."
-    window, forward, n, times = _window(scene), scene.forward, scene.watched.subject.tokens, scene.relative[0]
+    window, forward, n, times = (
+        _window(scene),
+        scene.forward,
+        scene.watched.subject.tokens,
+        scene.relative[0],
+    )
     width = (PAGE - 30) // 4
-    tau = coloured(window.spread(forward.levels.per_token()[0]), colours="cividis", paper=theme.paper)
+    tau = coloured(
+        window.spread(forward.levels.per_token()[0]),
+        colours="cividis",
+        paper=theme.paper,
+    )
     scale = ("0", f"{_most(times[:n]):.2g} x counting", "viridis")
     film = f", frame {scene.values['frame']}" if "video" in scene.watched.slices else ""
-    row = [("data" + film, window.pixels(forward.x0)), ("the network sees", window.pixels(forward.xt)),
-           ("level of each token", tau, ("0 data", "noise 1", "cividis")),
-           (f"layer {scene.values['layer']}, {_head(scene)}", laid_over(window, forward.x0, times[:n], theme), scale)]
-    return panels([[_panel(scene, title, pixels, width, *more) for title, pixels, *more in row]], theme, width)
+    row = [
+        ("data" + film, window.pixels(forward.x0)),
+        ("the network sees", window.pixels(forward.xt)),
+        ("level of each token", tau, ("0 data", "noise 1", "cividis")),
+        (
+            f"layer {scene.values['layer']}, {_head(scene)}",
+            laid_over(window, forward.x0, times[:n], theme),
+            scale,
+        ),
+    ]
+    return panels(
+        [[_panel(scene, title, pixels, width, *more) for title, pixels, *more in row]],
+        theme,
+        width,
+    )
 
 
 def _head(scene: Scene) -> str:
-    return "mean of heads" if scene.values["head"] == "mean" else f"head {scene.values['head']}"
+    return (
+        "mean of heads"
+        if scene.values["head"] == "mean"
+        else f"head {scene.values['head']}"
+    )
 
 
 def _draw_heads(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     "The attention of all heads of the chosen layer, each on a scale of its own."
     window, n, heads = _window(scene), scene.watched.subject.tokens, scene.relative[1:]
-    columns = next(c for c in (4, 6, 8, 12) if c >= len(heads) or len(heads) <= 2 * c or c == 12)
+    columns = next(
+        c for c in (4, 6, 8, 12) if c >= len(heads) or len(heads) <= 2 * c or c == 12
+    )
     width = (PAGE - 10 * (columns - 1)) // columns
-    found = [_panel(scene, f"head {number}" + (", chosen" if number == scene.values["head"] else ""),
-                    laid_over(window, scene.forward.x0, times[:n], theme), width, ("0", f"{_most(times[:n]):.2g} x", "viridis"))
-             for number, times in enumerate(heads, 1)]
-    drawn = panels([found[i:i + columns] for i in range(0, len(found), columns)], theme, width)
-    page = Image.new("RGB", (PAGE * SHARP, drawn.height), theme.paper)  # of that width however few heads there are
+    found = [
+        _panel(
+            scene,
+            f"head {number}" + (", chosen" if number == scene.values["head"] else ""),
+            laid_over(window, scene.forward.x0, times[:n], theme),
+            width,
+            ("0", f"{_most(times[:n]):.2g} x", "viridis"),
+        )
+        for number, times in enumerate(heads, 1)
+    ]
+    drawn = panels(
+        [found[i : i + columns] for i in range(0, len(found), columns)], theme, width
+    )
+    # of that width however few heads there are
+    page = Image.new("RGB", (PAGE * SHARP, drawn.height), theme.paper)
     page.paste(drawn, (0, 0))
     return page
 
 # %% ../../nbs/7_workbench/10_attention_explorer.ipynb #20fb287d
-_SHADES = dict(zip(RELATIONS, ("#999999", "#56b4e9", "#e69f00", "#0072b2", "#cc79a7"), strict=True))  # told apart by all eyes
+# told apart by all eyes
+_SHADES = dict(
+    zip(RELATIONS, ("#999999", "#56b4e9", "#e69f00", "#0072b2", "#cc79a7"), strict=True)
+)
 
 
 def draw_layers(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
@@ -134,16 +252,38 @@ def draw_layers(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     masses = torch.cat([scene.counted[None], scene.of_head(scene.masses)]).numpy()
     ends, depth, chosen = masses.cumsum(1), len(masses) - 1, scene.values["layer"]
     step = 1 + depth // 16
-    ticks = ((-0.3, "counted"), *((layer, str(layer)) for layer in range(1, depth + 1) if layer % step == 0))
+    ticks = (
+        (-0.3, "counted"),
+        *((layer, str(layer)) for layer in range(1, depth + 1) if layer % step == 0),
+    )
     title = "comes from" if scene.values["way"] == WAYS[1] else "goes to"
-    plot = Plot(f"where attention {title}, {_head(scene)}", "layer", (-0.9, depth + 0.5), (0, max(1.0, ends.max())), theme,
-                (300, 220), ticks)
+    plot = Plot(
+        f"where attention {title}, {_head(scene)}",
+        "layer",
+        (-0.9, depth + 0.5),
+        (0, max(1.0, ends.max())),
+        theme,
+        (300, 220),
+        ticks,
+    )
     for place, tops in zip((-0.3, *range(1, depth + 1)), ends, strict=True):
         for colour, top in list(zip(_SHADES.values(), tops, strict=True))[::-1]:
             plot.bars((place - 0.4, place + 0.4), (top,), colour)
-    (left, top), (right, bottom) = plot.at(chosen - 0.4, ends[chosen, -1]), plot.at(chosen + 0.4, 0)
-    plot.ink.rectangle((left - 3, top - 3, right, bottom), outline=theme.ink, width=2 * SHARP)
-    _legend(plot, [name for name, share in zip(RELATIONS, masses.max(0), strict=True) if share > 0])
+    (left, top), (right, bottom) = (
+        plot.at(chosen - 0.4, ends[chosen, -1]),
+        plot.at(chosen + 0.4, 0),
+    )
+    plot.ink.rectangle(
+        (left - 3, top - 3, right, bottom), outline=theme.ink, width=2 * SHARP
+    )
+    _legend(
+        plot,
+        [
+            name
+            for name, share in zip(RELATIONS, masses.max(0), strict=True)
+            if share > 0
+        ],
+    )
     return plot.image
 
 
@@ -151,8 +291,16 @@ def _legend(plot: Plot, names: list[str]) -> None:
     "Names with their colours in the line below the title."
     left, top, size = 0.0, 24 * SHARP, font(10 * SHARP)
     for name in names:
-        plot.ink.rectangle((left, top, left + 9 * SHARP, top + 9 * SHARP), _SHADES[name])
-        plot.ink.text((left + 12 * SHARP, top + 4.5 * SHARP), name, plot.theme.ink, size, anchor="lm")
+        plot.ink.rectangle(
+            (left, top, left + 9 * SHARP, top + 9 * SHARP), _SHADES[name]
+        )
+        plot.ink.text(
+            (left + 12 * SHARP, top + 4.5 * SHARP),
+            name,
+            plot.theme.ink,
+            size,
+            anchor="lm",
+        )
         left += 20 * SHARP + size.getlength(name)
 
 # %% ../../nbs/7_workbench/10_attention_explorer.ipynb #1c03e088
@@ -162,9 +310,15 @@ def draw_caption(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     times = scene.relative[0, n:].nan_to_num().numpy()
     pieces = pieces_of(scene.forward, scene.watched.config.caption_stride, len(times))
     verb = "from" if scene.values["way"] == WAYS[1] else "on"
-    plot = Plot(f"attention {verb} the caption, {_most(times):.2g} x counting at most; the line is 1 x", "tokens of the caption",
-                (-0.5, len(times) - 0.5), (0, max(_most(times), 1.0)), theme, (PAGE, 150),
-                tuple((place, piece) for place, piece in enumerate(pieces)))
+    plot = Plot(
+        f"attention {verb} the caption, {_most(times):.2g} x counting at most; the line is 1 x",
+        "tokens of the caption",
+        (-0.5, len(times) - 0.5),
+        (0, max(_most(times), 1.0)),
+        theme,
+        (PAGE, 150),
+        tuple((place, piece) for place, piece in enumerate(pieces)),
+    )
     for place, value in enumerate(times):
         plot.bars((place - 0.4, place + 0.4), (value,), _SHADES["condition"])
     plot.line(plot.xs, (1, 1), theme.quiet, 1)
@@ -178,14 +332,28 @@ def draw(scene: Scene, theme: Theme = LIGHT) -> dict[str, bytes]:
     """
     subject, frame = scene.watched.subject, scene.values["frame"]
     if not 1 <= frame <= frames_in(subject.layout):
-        raise ValueError(f"frame is {frame}, but frames are counted 1 to {frames_in(subject.layout)}")
-    times = scene.relative[0, :subject.tokens]
-    whole = framed(laid_over(subject.board, scene.forward.x0, times, theme), subject.board.owner, scene.token, _GRID * SHARP)
-    found = {"tokens": Image.fromarray(whole), "layers": draw_layers(scene, theme), "shown": _draw_shown(scene, theme),
-             "heads": _draw_heads(scene, theme)}
+        raise ValueError(
+            f"frame is {frame}, but frames are counted 1 to {frames_in(subject.layout)}"
+        )
+    times = scene.relative[0, : subject.tokens]
+    whole = framed(
+        laid_over(subject.board, scene.forward.x0, times, theme),
+        subject.board.owner,
+        scene.token,
+        _GRID * SHARP,
+    )
+    found = {
+        "tokens": Image.fromarray(whole),
+        "layers": draw_layers(scene, theme),
+        "shown": _draw_shown(scene, theme),
+        "heads": _draw_heads(scene, theme),
+    }
     if len(scene.even) > subject.tokens:
         found["caption"] = draw_caption(scene, theme)
-    pictures, sound = {name: png_of(image) for name, image in found.items()}, scene.watched.sound(scene.values["sample"])
+    pictures, sound = (
+        {name: png_of(image) for name, image in found.items()},
+        scene.watched.sound(scene.values["sample"]),
+    )
     return pictures if sound is None else {**pictures, "sound": sound}
 
 
@@ -194,7 +362,14 @@ _GRID = 300  # width of the tokens to click on, on the page
 
 def frames_in(layout: Layout) -> int:
     "How many frames a film has; 1 for what is no film."
-    return next((patches.frames for patches in layout.patches.values() if isinstance(patches, VideoPatches)), 1)
+    return next(
+        (
+            patches.frames
+            for patches in layout.patches.values()
+            if isinstance(patches, VideoPatches)
+        ),
+        1,
+    )
 
 # %% ../../nbs/7_workbench/10_attention_explorer.ipynb #abbbccac
 class AttentionExplorer(Explorer):
@@ -204,20 +379,32 @@ class AttentionExplorer(Explorer):
         if name != "sound":
             return super()._show(name, picture)
         if name not in self.pictures:
-            self.pictures[name] = widgets.HTML(layout=widgets.Layout(width=self.widths.get(name, "100%"), max_width="100%"))
+            self.pictures[name] = widgets.HTML(
+                layout=widgets.Layout(
+                    width=self.widths.get(name, "100%"), max_width="100%"
+                )
+            )
             self.pictures[name].add_class("selfflow-picture-sound")
             self._place(name)
-        self.pictures[name].value = player(picture, "the sample's sound")  # the same text again does not stop it
+        # the same text again does not stop it
+        self.pictures[name].value = player(picture, "the sample's sound")
 
-    def strip(self, *changes: dict, columns: int = 1, width: int = 900,
-              only: tuple[str, ...] = ("tokens", "layers", "shown", "heads", "caption")) -> Strip:
+    def strip(
+        self,
+        *changes: dict,
+        columns: int = 1,
+        width: int = 900,
+        only: tuple[str, ...] = ("tokens", "layers", "shown", "heads", "caption"),
+    ) -> Strip:
         "As an explorer's; what is heard is not on it."
         return super().strip(*changes, columns=columns, width=width, only=only)
 
 
 def _first(tokens: int, t: float, s: float, mask_ratio: float) -> int:
     "A noisier token near the middle, so that there are cleaner ones."
-    tau = levels_of("dual", t, s, schedule_of("dual", Uniform(), mask_ratio), tokens, 0).per_token()[0]
+    tau = levels_of(
+        "dual", t, s, schedule_of("dual", Uniform(), mask_ratio), tokens, 0
+    ).per_token()[0]
     noisy = (tau == tau.max()).nonzero().flatten()
     return int(noisy[(noisy - tokens // 2).abs().argmin()])
 
@@ -226,22 +413,46 @@ def _controls(watched: Watched) -> dict[str, widgets.Widget]:
     subject, config = watched.subject, watched.config
     objective, frames = subject.run.config.objective, frames_in(subject.layout)
     ratio = min(objective.mask_ratio or 0.25, 0.5)
-    form = {"layout": widgets.Layout(width="98%", max_width="420px", min_width="0"), "style": {"description_width": "104px"}}
-    grid = TokenGrid(places=subject.board.places, names=subject.board.names, words=["the token", "not chosen"], many=False,
-                     marked=False, value=[_first(subject.tokens, 0.8, 0.2, ratio)],
-                     description="click the token whose attention is to be seen",
-                     layout=widgets.Layout(width=f"{_GRID}px", max_width="100%"))
-    controls = {"way": choice("show", WAYS), "layer": slider("layer", (config.depth + 1) // 2, 1, config.depth, 1),
-                "head": widgets.SelectionSlider(options=["mean", *range(1, config.heads + 1)], description="head", **form)}
+    form = {
+        "layout": widgets.Layout(width="98%", max_width="420px", min_width="0"),
+        "style": {"description_width": "104px"},
+    }
+    grid = TokenGrid(
+        places=subject.board.places,
+        names=subject.board.names,
+        words=["the token", "not chosen"],
+        many=False,
+        marked=False,
+        value=[_first(subject.tokens, 0.8, 0.2, ratio)],
+        description="click the token whose attention is to be seen",
+        layout=widgets.Layout(width=f"{_GRID}px", max_width="100%"),
+    )
+    controls = {
+        "way": choice("show", WAYS),
+        "layer": slider("layer", (config.depth + 1) // 2, 1, config.depth, 1),
+        "head": widgets.SelectionSlider(
+            options=["mean", *range(1, config.heads + 1)], description="head", **form
+        ),
+    }
     if frames > 1:
         controls["frame"] = slider("frame", 1, 1, frames, 1)
-    controls |= {"t": slider("level t", 0.8), "s": slider("level s", 0.2),
-                 "mask_ratio": slider("mask ratio", ratio, 0.0, 0.5, 0.01),
-                 "sample": slider("sample", 0, 0, max(1, len(subject.x0) - 1), 1), "seed": number("seed", 0, 0, 9999),
-                 "network": choice("network", NETWORKS),
-                 "separated": switch("attention within levels alone", objective.separated)}
+    controls |= {
+        "t": slider("level t", 0.8),
+        "s": slider("level s", 0.2),
+        "mask_ratio": slider("mask ratio", ratio, 0.0, 0.5, 0.01),
+        "sample": slider("sample", 0, 0, max(1, len(subject.x0) - 1), 1),
+        "seed": number("seed", 0, 0, 9999),
+        "network": choice("network", NETWORKS),
+        "separated": switch("attention within levels alone", objective.separated),
+    }
     if config.caption:
-        controls["told"] = widgets.Text("", description="caption", placeholder="the sample's", continuous_update=False, **form)
+        controls["told"] = widgets.Text(
+            "",
+            description="caption",
+            placeholder="the sample's",
+            continuous_update=False,
+            **form,
+        )
     return controls | {"tokens": grid}
 
 
@@ -253,8 +464,13 @@ def _refuse(words: str, values: dict):
     raise ValueError(words)
 
 
-def explore_attention(run: Run | Subject | Path | str, data: str = "", split: str = "validation", count: int = 24,
-                      **start) -> AttentionExplorer:
+def explore_attention(
+    run: Run | Subject | Path | str,
+    data: str = "",
+    split: str = "validation",
+    count: int = 24,
+    **start,
+) -> AttentionExplorer:
     """The explorer of a run's attention; run: or its folder; data, split, count: of the samples, as `Subject` takes them.
 
     start: values of controls that are to be other than usual. Clicking a token while "what all look at" is shown shows what that
@@ -262,16 +478,33 @@ def explore_attention(run: Run | Subject | Path | str, data: str = "", split: st
     """
     try:
         run = Run.open(run, "cpu") if isinstance(run, Path | str) else run
-        watched = Watched(run if isinstance(run, Subject) else Subject(run, data, split, count))
+        watched = Watched(
+            run if isinstance(run, Subject) else Subject(run, data, split, count)
+        )
     except (OSError, ValueError, RuntimeError) as error:
         return AttentionExplorer({}, partial(_refuse, str(error)), draw, say)
     controls = _controls(watched)
     for name, value in start.items():
         controls[choose(name, controls, "control")].value = value
     way, grid = controls["way"], controls["tokens"]
-    grid.observe(lambda _: setattr(way, "value", WAYS[0] if way.value == WAYS[2] else way.value), "value")
-    explorer = AttentionExplorer(controls, partial(_with_frame, watched), draw, say, below=("layers", "sound"), widths={
-        "layers": "300px", "sound": "300px", "shown": f"{PAGE}px", "heads": f"{PAGE}px", "caption": f"{PAGE}px"})
+    grid.observe(
+        lambda _: setattr(way, "value", WAYS[0] if way.value == WAYS[2] else way.value),
+        "value",
+    )
+    explorer = AttentionExplorer(
+        controls,
+        partial(_with_frame, watched),
+        draw,
+        say,
+        below=("layers", "sound"),
+        widths={
+            "layers": "300px",
+            "sound": "300px",
+            "shown": f"{PAGE}px",
+            "heads": f"{PAGE}px",
+            "caption": f"{PAGE}px",
+        },
+    )
     if "frame" in controls:
         explorer.let_play("frame", 1, 400)
     return explorer

@@ -13,8 +13,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..analysis.attention import (RELATIONS, Seen, attention_of, attention_weights, mass, relations, visible_keys,
-                                         watch_attention)
+from selfflow.analysis.attention import (
+    RELATIONS,
+    Seen,
+    attention_of,
+    attention_weights,
+    mass,
+    relations,
+    visible_keys,
+    watch_attention,
+)
 from ..checks import choose
 from ..data.notes import to_wav
 from ..method.batch import Condition
@@ -26,7 +34,8 @@ from ..settings import own_settings
 from .viewed_run import Subject, levels_of, schedule_of
 
 # %% ../../nbs/7_workbench/09_attention_scene.ipynb #0ee13dbe
-KEPT = 256 * 2**20  # bytes of weights of one forward that are remembered; more are computed again each time
+# bytes of weights of one forward that are remembered; more are computed again each time
+KEPT = 256 * 2**20
 
 
 @dataclass
@@ -36,6 +45,7 @@ class Forward:
     model; seen: by layer; levels: of the sample's n tokens; x0, xt: (n, c) its data, and what the network was shown; text: (l,)
     bytes that it was told, None without a caption of bytes. relation, visible: (m, m) of all tokens, those of a caption last.
     """
+
     model: Transformer
     seen: dict[int, Seen]
     levels: NoiseLevels
@@ -47,14 +57,20 @@ class Forward:
     def __post_init__(self):
         tokens, groups = self.seen[1].x.shape[1], self.seen[1].groups
         self.relation = relations(self.levels, tokens)[0]
-        self.visible = torch.ones(tokens, tokens, dtype=torch.bool) if groups is None else visible_keys(groups, 1)[0]
+        self.visible = (
+            torch.ones(tokens, tokens, dtype=torch.bool)
+            if groups is None
+            else visible_keys(groups, 1)[0]
+        )
 
     @torch.inference_mode()
     def weights(self, layer: int) -> Tensor:
         "The attention of a layer (h, m, m), float32; its rows sum to 1."
         if layer in self.known:
             return self.known[layer]
-        found = attention_weights(attention_of(self.model)[layer - 1], *self.seen[layer][:3])[0][0].float()
+        found = attention_weights(
+            attention_of(self.model)[layer - 1], *self.seen[layer][:3]
+        )[0][0].float()
         if found.nbytes * len(self.seen) <= KEPT:
             self.known[layer] = found
         return found
@@ -73,20 +89,49 @@ class Watched:
     def __init__(self, subject: Subject):
         attention_of(subject.teacher)  # refuses a backbone that has none
         self.subject, self.config = subject, subject.teacher.config
-        self.networks = dict(zip(NETWORKS, deepcopy((subject.teacher, subject.student)), strict=True))
-        self.forward, self.sound = lru_cache(4)(self._forward), lru_cache(4)(self._sound)
+        self.networks = dict(
+            zip(NETWORKS, deepcopy((subject.teacher, subject.student)), strict=True)
+        )
+        self.forward, self.sound = (
+            lru_cache(4)(self._forward),
+            lru_cache(4)(self._sound),
+        )
         self.slices = Places.of(subject.layout.parts).slices
 
     @own_settings()
     @torch.inference_mode()
-    def _forward(self, sample: int, seed: int, t: float, s: float, mask_ratio: float, network: str, separated: bool, told: str):
-        subject, model = self.subject, self.networks[choose(network, NETWORKS, "network")]
+    def _forward(
+        self,
+        sample: int,
+        seed: int,
+        t: float,
+        s: float,
+        mask_ratio: float,
+        network: str,
+        separated: bool,
+        told: str,
+    ):
+        subject, model = (
+            self.subject,
+            self.networks[choose(network, NETWORKS, "network")],
+        )
         if not 0 <= sample < len(subject.x0):
-            raise ValueError(f"sample is {sample}, but there are {len(subject.x0)}, numbered from 0")
-        levels = levels_of("dual", t, s, schedule_of("dual", Uniform(), mask_ratio), subject.tokens, seed)
+            raise ValueError(
+                f"sample is {sample}, but there are {len(subject.x0)}, numbered from 0"
+            )
+        levels = levels_of(
+            "dual",
+            t,
+            s,
+            schedule_of("dual", Uniform(), mask_ratio),
+            subject.tokens,
+            seed,
+        )
         condition, x0 = self._condition(sample, told), subject.x0[[sample]]
         xt = interpolate(x0, subject.noise(seed), levels.per_token())
-        seen = watch_attention(model, xt, levels, condition, separated=separated, parts=subject.parts)
+        seen = watch_attention(
+            model, xt, levels, condition, separated=separated, parts=subject.parts
+        )
         text = condition.values[0] if condition.kind == "text" else None
         return Forward(model, seen, levels, x0[0], xt[0], text)
 
@@ -103,13 +148,17 @@ class Watched:
         if patches is None or not hasattr(patches.codec, "rate"):
             return None
         tokens = self.subject.layout.split(self.subject.x0[[sample]])["audio"]
-        return to_wav(patches.unpatchify(tokens)[0].float().nan_to_num(), patches.codec.rate)
+        return to_wav(
+            patches.unpatchify(tokens)[0].float().nan_to_num(), patches.codec.rate
+        )
 
 # %% ../../nbs/7_workbench/09_attention_scene.ipynb #93c362f5
 WAYS = ("what it looks at", "what looks at it", "what all look at")
 
 
-def read(weights: Tensor, relation: Tensor, way: str, token: int, tokens: int) -> tuple[Tensor, Tensor]:
+def read(
+    weights: Tensor, relation: Tensor, way: str, token: int, tokens: int
+) -> tuple[Tensor, Tensor]:
     """Attention (h, m) and its mass on each of RELATIONS (h, 5), as `WAYS` ask for it, of weights (h, m, m).
 
     tokens: of the sample, over which "what all look at" is a mean; a caption's come after them.
@@ -117,7 +166,10 @@ def read(weights: Tensor, relation: Tensor, way: str, token: int, tokens: int) -
     if way == WAYS[2]:
         rows, kinds = weights[:, :tokens], relation[:tokens]
     else:
-        rows, kinds = (weights[:, token] if way == WAYS[0] else weights[..., token])[:, None], relation[token, None]
+        rows, kinds = (
+            (weights[:, token] if way == WAYS[0] else weights[..., token])[:, None],
+            relation[token, None],
+        )
     return rows.mean(1), mass(rows[None], kinds[None])[0].mean(1)
 
 
@@ -128,6 +180,7 @@ class Scene:
     values: of the controls; rows: (layers, h, m) attention; masses: (layers, h, 5) on each of RELATIONS; even, counted: (m,) and
     (5,), what counting alone gives.
     """
+
     values: dict
     watched: Watched
     forward: Forward
@@ -150,20 +203,30 @@ class Scene:
     def relative(self) -> Tensor:
         "Attention of the chosen layer (h + 1, m) in times of what counting gives, the chosen head first; NaN where none may be."
         rows = self.rows[self.values["layer"] - 1]
-        return torch.cat([self.of_head(rows)[None], rows]) / torch.where(self.even > 0, self.even, torch.nan)
+        return torch.cat([self.of_head(rows)[None], rows]) / torch.where(
+            self.even > 0, self.even, torch.nan
+        )
 
 # %% ../../nbs/7_workbench/09_attention_scene.ipynb #1eaaab7f
 def _checked(watched: Watched, values: dict) -> None:
     depth, heads, n = watched.config.depth, watched.config.heads, watched.subject.tokens
     choose(values["way"], WAYS, "question")
     if values["layer"] not in range(1, depth + 1):
-        raise ValueError(f"layer is {values['layer']}, but layers are counted 1 to {depth}")
+        raise ValueError(
+            f"layer is {values['layer']}, but layers are counted 1 to {depth}"
+        )
     if values["head"] != "mean" and values["head"] not in range(1, heads + 1):
-        raise ValueError(f"head is {values['head']!r}, but heads are counted 1 to {heads}; mean is that of all")
+        raise ValueError(
+            f"head is {values['head']!r}, but heads are counted 1 to {heads}; mean is that of all"
+        )
     if values["way"] != WAYS[2] and len(values["tokens"]) != 1:
-        raise ValueError(f"{len(values['tokens'])} tokens are chosen; click the one whose attention is to be seen")
+        raise ValueError(
+            f"{len(values['tokens'])} tokens are chosen; click the one whose attention is to be seen"
+        )
     if wrong := [token for token in values["tokens"] if not 0 <= token < n]:
-        raise ValueError(f"token {wrong[0]} was chosen, but there are {n}, numbered from 0")
+        raise ValueError(
+            f"token {wrong[0]} was chosen, but there are {n}, numbered from 0"
+        )
 
 
 @own_settings()
@@ -177,8 +240,14 @@ def compute(watched: Watched, values: dict) -> Scene:
     _checked(watched, values)
     names = ("sample", "seed", "t", "s", "mask_ratio", "network", "separated")
     forward = watched.forward(*(values[name] for name in names), values.get("told", ""))
-    asked = values["way"], values["tokens"][0] if values["tokens"] else 0, watched.subject.tokens
-    found = [read(forward.weights(layer), forward.relation, *asked) for layer in forward.seen]
+    asked = (
+        values["way"],
+        values["tokens"][0] if values["tokens"] else 0,
+        watched.subject.tokens,
+    )
+    found = [
+        read(forward.weights(layer), forward.relation, *asked) for layer in forward.seen
+    ]
     flat = (forward.visible / forward.visible.sum(-1, keepdim=True)).float()[None]
     even, counted = read(flat, forward.relation, *asked)
     rows, masses = (torch.stack(part) for part in zip(*found, strict=True))
@@ -195,41 +264,96 @@ def pieces_of(forward: Forward, stride: int, count: int) -> list[str]:
 
 def _token_names(scene: Scene) -> list[str]:
     "Of all tokens in words, those of a caption last."
-    names, stride = scene.watched.subject.board.names, getattr(scene.watched.config, "caption_stride", 1)
+    names, stride = (
+        scene.watched.subject.board.names,
+        getattr(scene.watched.config, "caption_stride", 1),
+    )
     pieces = pieces_of(scene.forward, stride, len(scene.even) - len(names))
     if scene.forward.text is None:
         return [*names, *(f"caption token {piece}" for piece in pieces)]
-    return [*names, *(f"'{piece}' in the caption" if piece else "empty room of the caption" for piece in pieces)]
+    return [
+        *names,
+        *(
+            f"'{piece}' in the caption" if piece else "empty room of the caption"
+            for piece in pieces
+        ),
+    ]
 
 
 def _shares(scene: Scene, masses: Tensor, row: Tensor) -> list[str]:
     whole, counted = masses.sum().clamp(min=1e-12), scene.counted
     verb = "comes from" if scene.values["way"] == WAYS[1] else "goes to"
-    said = dict(zip(RELATIONS, zip((masses / whole).tolist(), (counted / counted.sum()).tolist(), strict=True), strict=True))
-    parts = ["no token is cleaner than it" if scene.token is not None else "no token is cleaner than another"]
+    said = dict(
+        zip(
+            RELATIONS,
+            zip(
+                (masses / whole).tolist(),
+                (counted / counted.sum()).tolist(),
+                strict=True,
+            ),
+            strict=True,
+        )
+    )
+    parts = [
+        "no token is cleaner than it"
+        if scene.token is not None
+        else "no token is cleaner than another"
+    ]
     if said["cleaner"][1] > 0:
-        parts = [f"{said['cleaner'][0]:.0%} of the attention {verb} cleaner tokens, by counting {said['cleaner'][1]:.0%}"]
+        parts = [
+            f"{said['cleaner'][0]:.0%} of the attention {verb} cleaner tokens, by counting {said['cleaner'][1]:.0%}"
+        ]
     if said["condition"][1] > 0:
-        parts.append(f"{said['condition'][0]:.0%} {verb} the caption (counting: {said['condition'][1]:.0%})")
-    for name, place in scene.watched.slices.items() if len(scene.watched.slices) > 1 else ():
-        parts.append(f"{row[place].sum() / whole:.0%} {verb} {name} (counting: {scene.even[place].sum() / scene.even.sum():.0%})")
+        parts.append(
+            f"{said['condition'][0]:.0%} {verb} the caption (counting: {said['condition'][1]:.0%})"
+        )
+    for name, place in (
+        scene.watched.slices.items() if len(scene.watched.slices) > 1 else ()
+    ):
+        parts.append(
+            f"{row[place].sum() / whole:.0%} {verb} {name} (counting: {scene.even[place].sum() / scene.even.sum():.0%})"
+        )
     return parts
 
 
 def say(scene: Scene) -> str:
     "A scene in words."
-    values, names, tau = scene.values, _token_names(scene), scene.forward.levels.per_token()[0]
-    at = [f"{name} (level {tau[i]:.2f})" if i < len(tau) else name for i, name in enumerate(names)]
-    row, masses = (scene.of_head(part)[values["layer"] - 1] for part in (scene.rows, scene.masses))
+    values, names, tau = (
+        scene.values,
+        _token_names(scene),
+        scene.forward.levels.per_token()[0],
+    )
+    at = [
+        f"{name} (level {tau[i]:.2f})" if i < len(tau) else name
+        for i, name in enumerate(names)
+    ]
+    row, masses = (
+        scene.of_head(part)[values["layer"] - 1] for part in (scene.rows, scene.masses)
+    )
     times = scene.relative[0].nan_to_num()
     most = f"{at[times.argmax()]}, {times.max():.1f} times as much as by counting"
     who = "all tokens, on average," if scene.token is None else at[scene.token]
-    verb = {WAYS[0]: "looks most at", WAYS[1]: "is looked at most by", WAYS[2]: "look most at"}[values["way"]]
+    verb = {
+        WAYS[0]: "looks most at",
+        WAYS[1]: "is looked at most by",
+        WAYS[2]: "look most at",
+    }[values["way"]]
     head = "mean of heads" if values["head"] == "mean" else f"head {values['head']}"
-    parts = [f"{values['network']}, layer {values['layer']}, {head}: {who} {verb} {most}", *_shares(scene, masses, row)]
+    parts = [
+        f"{values['network']}, layer {values['layer']}, {head}: {who} {verb} {most}",
+        *_shares(scene, masses, row),
+    ]
     if values["way"] == WAYS[1]:
-        parts.append(f"in sum it receives {row.sum():.2f} where the average token receives 1")
+        parts.append(
+            f"in sum it receives {row.sum():.2f} where the average token receives 1"
+        )
     if (told := values.get("told", "").strip()) and scene.forward.text is not None:
         kept = "".join(pieces_of(scene.forward, len(scene.forward.text), 1))
-        parts += [] if kept == told else [f"the caption has {len(told):,} characters, of which is read what fits: '{kept[:160]}'"]
+        parts += (
+            []
+            if kept == told
+            else [
+                f"the caption has {len(told):,} characters, of which is read what fits: '{kept[:160]}'"
+            ]
+        )
     return "; ".join(parts) + "."

@@ -31,7 +31,9 @@ def _columns(moments: int) -> int:
 def _arranged(frames: np.ndarray, columns: int) -> np.ndarray:
     "Frames (m, h, w, ...) in rows of `columns`: (rows h, columns w, ...); empty places are -1."
     missing = -len(frames) % columns
-    frames = np.concatenate([frames, np.full((missing, *frames.shape[1:]), -1, frames.dtype)])
+    frames = np.concatenate(
+        [frames, np.full((missing, *frames.shape[1:]), -1, frames.dtype)]
+    )
     rows = frames.reshape(-1, columns, *frames.shape[1:])
     return np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
 
@@ -39,7 +41,11 @@ def _arranged(frames: np.ndarray, columns: int) -> np.ndarray:
 def frames_of(patches, tokens: torch.Tensor) -> np.ndarray:
     "Tokens (n, c) of one signal as pictures (m, h, w, channels), values about [-1, 1]."
     if isinstance(patches, VideoPatches):
-        return patches.unpatchify(tokens[None])[0, :, ::patches.span].permute(1, 2, 3, 0).numpy()
+        return (
+            patches.unpatchify(tokens[None])[0, :, :: patches.span]
+            .permute(1, 2, 3, 0)
+            .numpy()
+        )
     if isinstance(patches, ImagePatches):
         return patches.unpatchify(tokens[None]).permute(0, 2, 3, 1).numpy()
     return patches.spectra(tokens[None]).flip(1)[..., None].numpy() / 2
@@ -52,7 +58,9 @@ def owner_of(patches) -> np.ndarray:
     if isinstance(patches, VideoPatches | ImagePatches):
         return numbers.repeat(patches.patch, 1).repeat(patches.patch, 2)
     bins, columns = patches.codec.shape
-    return np.broadcast_to(numbers.reshape(1, 1, -1).repeat(patches.columns, 2), (1, bins, columns))
+    return np.broadcast_to(
+        numbers.reshape(1, 1, -1).repeat(patches.columns, 2), (1, bins, columns)
+    )
 
 
 def _names_of(name: str, patches) -> list[str]:
@@ -60,7 +68,12 @@ def _names_of(name: str, patches) -> list[str]:
     if isinstance(patches, ImagePatches):
         return [f"row {row}, column {column}" for row in rows for column in columns]
     if isinstance(patches, VideoPatches):
-        return [f"{name}, moment {moment}, row {r}, column {c}" for moment in moments for r in rows for c in columns]
+        return [
+            f"{name}, moment {moment}, row {r}, column {c}"
+            for moment in moments
+            for r in rows
+            for c in columns
+        ]
     return [f"{name}, moment {moment}" for moment in moments]
 
 # %% ../../nbs/7_workbench/02_boards.ipynb #669a18eb
@@ -75,32 +88,73 @@ class Board:
         self.layout, first, parts, self.names = layout, 0, [], []
         for name, patches in layout.patches.items():
             owner = owner_of(patches)
-            parts.append(_arranged(np.where(owner >= 0, owner + first, -1), _columns(len(owner))))
-            first, self.names = first + patches.part().tokens, self.names + _names_of(name, patches)
+            parts.append(
+                _arranged(np.where(owner >= 0, owner + first, -1), _columns(len(owner)))
+            )
+            first, self.names = (
+                first + patches.part().tokens,
+                self.names + _names_of(name, patches),
+            )
         width = max(part.shape[1] for part in parts)
-        most = [width] if len(parts) == 1 else [2 * width, *[width // 2] * (len(parts) - 1)]  # the first leads
-        self._rows = [stretch(part, width, high) for part, high in zip(parts, most, strict=True)]
-        self.owner = np.concatenate([part[rows][:, columns] for part, (rows, columns) in zip(parts, self._rows, strict=True)])
+        # the first leads
+        most = (
+            [width]
+            if len(parts) == 1
+            else [2 * width, *[width // 2] * (len(parts) - 1)]
+        )
+        self._rows = [
+            stretch(part, width, high) for part, high in zip(parts, most, strict=True)
+        ]
+        self.owner = np.concatenate(
+            [
+                part[rows][:, columns]
+                for part, (rows, columns) in zip(parts, self._rows, strict=True)
+            ]
+        )
         self.places = self._places()
 
     def _places(self) -> list[list[float]]:
         high, wide = self.owner.shape
         ys, xs = np.indices(self.owner.shape).reshape(2, -1)
-        box = np.stack([np.full(len(self.names), limit) for limit in (wide, high, -1, -1)])
+        box = np.stack(
+            [np.full(len(self.names), limit) for limit in (wide, high, -1, -1)]
+        )
         known = self.owner.ravel() >= 0
-        for row, (at, change) in enumerate([(xs, np.minimum), (ys, np.minimum), (xs, np.maximum), (ys, np.maximum)]):
+        for row, (at, change) in enumerate(
+            [(xs, np.minimum), (ys, np.minimum), (xs, np.maximum), (ys, np.maximum)]
+        ):
             change.at(box[row], self.owner.ravel()[known], at[known])
         left, top, right, bottom = box
-        return (np.stack([left / wide, top / high, (right + 1 - left) / wide, (bottom + 1 - top) / high], 1)).round(5).tolist()
+        return (
+            (
+                np.stack(
+                    [
+                        left / wide,
+                        top / high,
+                        (right + 1 - left) / wide,
+                        (bottom + 1 - top) / high,
+                    ],
+                    1,
+                )
+            )
+            .round(5)
+            .tolist()
+        )
 
     def pixels(self, tokens: torch.Tensor) -> np.ndarray:
         "Tokens (n, c) as a picture (h, w, 3) of bytes; of signals that have not 3 channels the first is shown; NaN is black."
         pieces, shown = self.layout.split(tokens[None].float().cpu()), []
-        for (name, patches), (rows, columns) in zip(self.layout.patches.items(), self._rows, strict=True):
+        for (name, patches), (rows, columns) in zip(
+            self.layout.patches.items(), self._rows, strict=True
+        ):
             frames = frames_of(patches, pieces[name][0])
             frames = frames if frames.shape[-1] == 3 else frames[..., :1].repeat(3, -1)
             shown.append(_arranged(frames, _columns(len(frames)))[rows][:, columns])
-        return np.nan_to_num((np.concatenate(shown) + 1) * 127.5).clip(0, 255).astype(np.uint8)
+        return (
+            np.nan_to_num((np.concatenate(shown) + 1) * 127.5)
+            .clip(0, 255)
+            .astype(np.uint8)
+        )
 
     def spread(self, values) -> np.ndarray:
         "Values (n,) of the tokens, each at the pixels of its token: (h, w), NaN where there is none."
@@ -110,25 +164,40 @@ class Board:
 def stretch(part: np.ndarray, width: int, most: int) -> tuple[np.ndarray, np.ndarray]:
     "Which rows and columns of a part to take so that it is `width` pixels wide and `most` high at most."
     height = min(round(part.shape[0] * width / part.shape[1]), most)
-    return tuple((np.arange(size) * (have / size)).astype(int) for size, have in zip((height, width), part.shape, strict=True))
+    return tuple(
+        (np.arange(size) * (have / size)).astype(int)
+        for size, have in zip((height, width), part.shape, strict=True)
+    )
 
 # %% ../../nbs/7_workbench/02_boards.ipynb #97298264
 @lru_cache
 def _table(colours: str) -> np.ndarray:
-    return (255 * colormaps[colours](np.linspace(0, 1, 256))[:, :3]).round().astype(np.uint8)
+    return (
+        (255 * colormaps[colours](np.linspace(0, 1, 256))[:, :3])
+        .round()
+        .astype(np.uint8)
+    )
 
 
-def coloured(values: np.ndarray, low: float = 0.0, high: float = 1.0, colours: str = "viridis", paper: str = LIGHT.paper):
+def coloured(
+    values: np.ndarray,
+    low: float = 0.0,
+    high: float = 1.0,
+    colours: str = "viridis",
+    paper: str = LIGHT.paper,
+):
     "Values (h, w) as colours (h, w, 3) of bytes; outside low to high they have the colour of that end, NaN that of the paper."
     share = (np.nan_to_num(values) - low) / max(high - low, 1e-12)
     pixels = _table(colours)[(255 * share).round().clip(0, 255).astype(int)]
-    pixels[np.isnan(values)] = [int(paper[i:i + 2], 16) for i in (1, 3, 5)]
+    pixels[np.isnan(values)] = [int(paper[i : i + 2], 16) for i in (1, 3, 5)]
     return pixels
 
 
 def tinted(pixels: np.ndarray, colours: np.ndarray, share: float = 0.6) -> np.ndarray:
     "A picture (h, w, 3) in grey under colours of the same shape, bytes; share: of the colours."
-    return (share * colours + (1 - share) * pixels.mean(-1, keepdims=True)).astype(np.uint8)
+    return (share * colours + (1 - share) * pixels.mean(-1, keepdims=True)).astype(
+        np.uint8
+    )
 
 # %% ../../nbs/7_workbench/02_boards.ipynb #071eed45
 class Panel(NamedTuple):
@@ -136,6 +205,7 @@ class Panel(NamedTuple):
 
     pixels: (h, w, 3) bytes; scale: (low, high, name of the colour map), the ends as text.
     """
+
     title: str
     pixels: np.ndarray
     scale: tuple[str, str, str] | None = None
@@ -144,14 +214,24 @@ class Panel(NamedTuple):
 SHARP = 2  # pixels of a picture for each of a page
 
 
-def panels(rows: list[list[Panel]], theme: Theme = LIGHT, width: int = 150) -> Image.Image:
+def panels(
+    rows: list[list[Panel]], theme: Theme = LIGHT, width: int = 150
+) -> Image.Image:
     "Rows of panels as one picture; width: of a panel, on the page."
     wide, gap, head, foot = width * SHARP, 10 * SHARP, 19 * SHARP, 17 * SHARP
     shown = [[_fitted(panel.pixels, wide) for panel in row] for row in rows]
-    heights = [max(image.height for image in line) + head + (foot if any(panel.scale for panel in row) else 0)
-               for row, line in zip(rows, shown, strict=True)]
+    heights = [
+        max(image.height for image in line)
+        + head
+        + (foot if any(panel.scale for panel in row) else 0)
+        for row, line in zip(rows, shown, strict=True)
+    ]
     columns = max(map(len, rows))
-    page = Image.new("RGB", (columns * (wide + gap) - gap, sum(heights) + gap * (len(rows) - 1)), theme.paper)
+    page = Image.new(
+        "RGB",
+        (columns * (wide + gap) - gap, sum(heights) + gap * (len(rows) - 1)),
+        theme.paper,
+    )
     ink, top = ImageDraw.Draw(page), 0
     for row, line, height in zip(rows, shown, heights, strict=True):
         for column, (panel, image) in enumerate(zip(row, line, strict=True)):
@@ -159,20 +239,30 @@ def panels(rows: list[list[Panel]], theme: Theme = LIGHT, width: int = 150) -> I
             ink.text((left, top + 2), panel.title, theme.ink, font(12 * SHARP))
             page.paste(image, (left, top + head))
             if panel.scale:
-                _scale(page, ink, panel.scale, (left, top + head + image.height + 3 * SHARP, wide), theme)
+                _scale(
+                    page,
+                    ink,
+                    panel.scale,
+                    (left, top + head + image.height + 3 * SHARP, wide),
+                    theme,
+                )
         top += height + gap
     return page
 
 
 def _fitted(pixels: np.ndarray, wide: int) -> Image.Image:
     image = Image.fromarray(pixels)
-    return image.resize((wide, round(image.height * wide / image.width)), Image.Resampling.NEAREST)
+    return image.resize(
+        (wide, round(image.height * wide / image.width)), Image.Resampling.NEAREST
+    )
 
 
 def _scale(page, ink, scale, place, theme):
     (low, high, colours), (left, top, wide), size = scale, place, font(10 * SHARP)
     before, after = (size.getlength(text) for text in (low, high))
-    bar = Image.fromarray(_table(colours)[None]).resize((max(1, round(wide - before - after - 8 * SHARP)), 8 * SHARP))
+    bar = Image.fromarray(_table(colours)[None]).resize(
+        (max(1, round(wide - before - after - 8 * SHARP)), 8 * SHARP)
+    )
     page.paste(bar, (round(left + before + 4 * SHARP), top + 2 * SHARP))
     ink.text((left, top), low, theme.quiet, size)
     ink.text((left + wide, top), high, theme.quiet, size, anchor="ra")
@@ -184,6 +274,7 @@ class Plot:
 
     title, x: texts; xs, ys: the limits of the axes; size: on the page; ticks: of x, as (value, text).
     """
+
     title: str
     x: str
     xs: tuple[float, float]
@@ -196,26 +287,43 @@ class Plot:
         wide, high = (side * SHARP for side in self.size)
         self.image = Image.new("RGB", (wide, high), self.theme.paper)
         self.ink = ImageDraw.Draw(self.image)
-        self.box = (14 * SHARP, 44 * SHARP, wide - 14 * SHARP, high - 36 * SHARP)  # left, top, right, bottom
+        # left, top, right, bottom
+        self.box = (14 * SHARP, 44 * SHARP, wide - 14 * SHARP, high - 36 * SHARP)
         left, _, right, bottom = self.box
         self.ink.text((0, 2), self.title, self.theme.ink, font(12 * SHARP))
-        self.ink.text(((left + right) / 2, high - 2), self.x, self.theme.quiet, font(10 * SHARP), anchor="md")
+        self.ink.text(
+            ((left + right) / 2, high - 2),
+            self.x,
+            self.theme.quiet,
+            font(10 * SHARP),
+            anchor="md",
+        )
         self.ink.line((left, bottom, right, bottom), self.theme.quiet, SHARP)
         for value, text in self.ticks:
             at = self.at(value, self.ys[0])[0]
             self.ink.line((at, bottom, at, bottom + 3 * SHARP), self.theme.quiet, SHARP)
-            self._text(at, bottom + 4 * SHARP, text, self.theme.quiet, font(10 * SHARP), "ma")
+            self._text(
+                at, bottom + 4 * SHARP, text, self.theme.quiet, font(10 * SHARP), "ma"
+            )
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         "Where a point of the axes lies on the picture; what is outside lies at the border."
         left, top, right, bottom = self.box
-        across, up = ((np.clip(value, low, high) - low) / ((high - low) or 1)
-                      for value, (low, high) in ((x, self.xs), (y, self.ys)))
-        return float(left + across * (right - left)), float(bottom - up * (bottom - top))
+        across, up = (
+            (np.clip(value, low, high) - low) / ((high - low) or 1)
+            for value, (low, high) in ((x, self.xs), (y, self.ys))
+        )
+        return float(left + across * (right - left)), float(
+            bottom - up * (bottom - top)
+        )
 
     def line(self, x, y, colour: str, width: float = 1.5, dots: bool = False) -> None:
         "A line through points that are finite; dots: and the points."
-        points = [self.at(*point) for point in zip(x, y, strict=True) if np.isfinite(point).all()]
+        points = [
+            self.at(*point)
+            for point in zip(x, y, strict=True)
+            if np.isfinite(point).all()
+        ]
         if len(points) > 1:
             self.ink.line(points, colour, round(width * SHARP), joint="curve")
         for across, down in points if dots else ():
@@ -224,22 +332,42 @@ class Plot:
     def bars(self, edges, heights, colour: str) -> None:
         "Bars between edges (n + 1,), of heights (n,)."
         for low, high, height in zip(edges, edges[1:], heights, strict=False):
-            (left, top), (right, bottom) = self.at(low, height), self.at(high, self.ys[0])
+            (left, top), (right, bottom) = (
+                self.at(low, height),
+                self.at(high, self.ys[0]),
+            )
             if top < bottom:
-                self.ink.rectangle((left, top, max(left, right - SHARP), bottom), colour)
+                self.ink.rectangle(
+                    (left, top, max(left, right - SHARP), bottom), colour
+                )
 
     def mark(self, x: float, text: str, colour: str, row: int = 0) -> None:
         "A vertical line at x with a text above the plot; row: 0 next to it, 1 above that."
         across, top, bottom = self.at(x, 0)[0], self.box[1], self.box[3]
         self.ink.line((across, top - 2 * SHARP, across, bottom), colour, 2 * SHARP)
-        self._text(across, top - (3 + 10 * row) * SHARP, text, colour, font(10 * SHARP, bold=True), "md")
+        self._text(
+            across,
+            top - (3 + 10 * row) * SHARP,
+            text,
+            colour,
+            font(10 * SHARP, bold=True),
+            "md",
+        )
 
     def _text(self, across, down, text, colour, size, anchor):
         "A text in the middle of a place, moved so that it is not cut off."
         half = size.getlength(text) / 2 + 1
-        self.ink.text((min(max(across, half), self.image.width - half), down), text, colour, size, anchor=anchor)
+        self.ink.text(
+            (min(max(across, half), self.image.width - half), down),
+            text,
+            colour,
+            size,
+            anchor=anchor,
+        )
 
-    def note(self, x: float, y: float, text: str, colour: str, anchor: str = "ls") -> None:
+    def note(
+        self, x: float, y: float, text: str, colour: str, anchor: str = "ls"
+    ) -> None:
         "A text at a point of the axes; anchor: as Pillow says it."
         self.ink.text(self.at(x, y), text, colour, font(10 * SHARP), anchor=anchor)
 
@@ -252,8 +380,11 @@ def picture_of(figure: Picture, theme: Theme = LIGHT, dpi: int = 90 * SHARP) -> 
 
 def _turned(figure: Picture, image: Image.Image, theme: Theme) -> Image.Image:
     values = np.asarray(image).astype(np.int16)
-    turned = values + 255 - values.max(-1, keepdims=True) - values.min(-1, keepdims=True)  # lightness to 1 - lightness, same hue
-    low = np.array([int(theme.paper[i:i + 2], 16) for i in (1, 3, 5)])
+    # lightness to 1 - lightness, same hue
+    turned = (
+        values + 255 - values.max(-1, keepdims=True) - values.min(-1, keepdims=True)
+    )
+    low = np.array([int(theme.paper[i : i + 2], 16) for i in (1, 3, 5)])
     turned = (low + turned * (255 - low) / 255).round()
     high, wide = values.shape[:2]
     for axis in (axis for axis in figure.axes if axis.images):

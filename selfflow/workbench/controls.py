@@ -27,6 +27,7 @@ from PIL import Image, ImageFont
 # %% ../../nbs/7_workbench/01_controls.ipynb #9d50b79b
 class Theme(NamedTuple):
     "Colours of a picture: of its paper, its text, its lesser text, and one that stands out; all `#rrggbb`."
+
     paper: str
     ink: str
     quiet: str
@@ -41,7 +42,9 @@ DARK = Theme("#111111", "#eeeeee", "#aaaaaa", "#ffa54f")
 def font(size: int = 13, bold: bool = False) -> ImageFont.FreeTypeFont:
     "The typeface of matplotlib's figures, for text in pictures that are put together without it; size: in pixels."
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf" / name, size)
+    return ImageFont.truetype(
+        Path(matplotlib.get_data_path()) / "fonts/ttf" / name, size
+    )
 
 
 def png_of(image: Image.Image, level: int = 1) -> bytes:
@@ -55,40 +58,81 @@ class Still:
     "A picture that a notebook shows, as a small PNG file; width: of the page's pixels, smaller than its own."
 
     def __init__(self, image: Image.Image, width: int | None = None):
-        size = (width, round(image.height * width / image.width)) if width else image.size
-        self.image = image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+        size = (
+            (width, round(image.height * width / image.width)) if width else image.size
+        )
+        self.image = (
+            image
+            if size == image.size
+            else image.resize(size, Image.Resampling.LANCZOS)
+        )
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__} of {self.image.width} x {self.image.height} pixels"
+        return (
+            f"{type(self).__name__} of {self.image.width} x {self.image.height} pixels"
+        )
 
     def _repr_png_(self) -> bytes:
         return png_of(self.image.quantize(128, dither=Image.Dither.NONE), level=9)
 
 # %% ../../nbs/7_workbench/01_controls.ipynb #8155e55e
-_STYLE, _WIDTH = {"description_width": "104px"}, {"width": "98%", "max_width": "420px", "min_width": "0"}  # each has its own
+# each has its own
+_STYLE, _WIDTH = (
+    {"description_width": "104px"},
+    {"width": "98%", "max_width": "420px", "min_width": "0"},
+)
 
 
-def slider(label: str, value: float, low: float = 0.0, high: float = 1.0, step: float = 0.01, form: str = ".2f"):
+def slider(
+    label: str,
+    value: float,
+    low: float = 0.0,
+    high: float = 1.0,
+    step: float = 0.01,
+    form: str = ".2f",
+):
     "A slider of numbers, of whole ones where value, low, high and step are; a number typed beside it is kept within them."
     whole = all(isinstance(number, int) for number in (value, low, high, step))
     kind = widgets.IntSlider if whole else widgets.FloatSlider
-    return kind(value=value, min=low, max=high, step=step, description=label, readout_format="d" if whole else form, style=_STYLE,
-                layout=_WIDTH)
+    return kind(
+        value=value,
+        min=low,
+        max=high,
+        step=step,
+        description=label,
+        readout_format="d" if whole else form,
+        style=_STYLE,
+        layout=_WIDTH,
+    )
 
 
 def choice(label: str, options, value=None) -> widgets.Dropdown:
     "One of several `options`: names, or (name, value) pairs; the first where no value is given."
     first = next(iter(options))
-    value = (first[1] if isinstance(first, tuple) else first) if value is None else value
-    return widgets.Dropdown(options=options, value=value, description=label, style=_STYLE, layout=_WIDTH)
+    value = (
+        (first[1] if isinstance(first, tuple) else first) if value is None else value
+    )
+    return widgets.Dropdown(
+        options=options, value=value, description=label, style=_STYLE, layout=_WIDTH
+    )
 
 
-def number(label: str, value: float, low: float, high: float, step: float | None = None):
+def number(
+    label: str, value: float, low: float, high: float, step: float | None = None
+):
     "A box to type a number into, a whole one where value, low and high are; what lies outside becomes the nearest that does not."
     whole = all(isinstance(number, int) for number in (value, low, high))
     kind = widgets.BoundedIntText if whole else widgets.BoundedFloatText
     step = step or (1 if whole else 0.1)
-    return kind(value=value, min=low, max=high, step=step, description=label, style=_STYLE, layout=_WIDTH)
+    return kind(
+        value=value,
+        min=low,
+        max=high,
+        step=step,
+        description=label,
+        style=_STYLE,
+        layout=_WIDTH,
+    )
 
 
 def switch(label: str, value: bool = False) -> widgets.Checkbox:
@@ -106,6 +150,7 @@ class TokenGrid(anywidget.AnyWidget):
     fractions of the picture; picture: bytes of a PNG file; names: of the tokens, for who cannot see them; words: what a chosen
     token and another one are; marked: whether chosen tokens have a frame; description: what stands below the picture.
     """
+
     _esm, _css = _SCRIPTS / "token_grid.js", _SCRIPTS / "token_grid.css"
     value = traitlets.List(traitlets.Int()).tag(sync=True)
     many = traitlets.Bool(True).tag(sync=True)
@@ -113,19 +158,26 @@ class TokenGrid(anywidget.AnyWidget):
     places = traitlets.List().tag(sync=True)
     picture = traitlets.Bytes().tag(sync=True)
     names = traitlets.List(traitlets.Unicode()).tag(sync=True)
-    words = traitlets.List(traitlets.Unicode(), default_value=["chosen", "not chosen"]).tag(sync=True)
+    words = traitlets.List(
+        traitlets.Unicode(), default_value=["chosen", "not chosen"]
+    ).tag(sync=True)
     description = traitlets.Unicode("tokens").tag(sync=True)
 
     @traitlets.validate("value")
     def _known(self, proposal):
-        unknown = [token for token in proposal["value"] if not 0 <= token < len(self.places)]
+        unknown = [
+            token for token in proposal["value"] if not 0 <= token < len(self.places)
+        ]
         if unknown:
-            raise traitlets.TraitError(f"there is no token {unknown[0]}: they are numbered from 0 to {len(self.places) - 1}")
+            raise traitlets.TraitError(
+                f"there is no token {unknown[0]}: they are numbered from 0 to {len(self.places) - 1}"
+            )
         return sorted(set(proposal["value"]))
 
 # %% ../../nbs/7_workbench/01_controls.ipynb #b34cfe0d
 class Surroundings(anywidget.AnyWidget):
     "What a page tells an explorer. dark: whether its theme is."
+
     _esm = _SCRIPTS / "surroundings.js"
     dark = traitlets.Bool(False).tag(sync=True)
 
@@ -136,20 +188,25 @@ class RunList(anywidget.AnyWidget):
     rows: lists of texts, the first is the run's name; value: names of the chosen, in the order of rows; columns: titles;
     shown: whether a page shows it.
     """
+
     _esm, _css = _SCRIPTS / "run_list.js", _SCRIPTS / "run_list.css"
     rows = traitlets.List(traitlets.List(traitlets.Unicode())).tag(sync=True)
     value = traitlets.List(traitlets.Unicode()).tag(sync=True)
-    columns = traitlets.List(traitlets.Unicode(), ["run", "objective", "data", "steps", "state"]).tag(sync=True)
+    columns = traitlets.List(
+        traitlets.Unicode(), ["run", "objective", "data", "steps", "state"]
+    ).tag(sync=True)
     shown = traitlets.Bool(False).tag(sync=True)
     description = "runs"
 
     @traitlets.validate("value")
     def _known(self, proposal):
         chosen = set(proposal["value"])
-        return [row[0] for row in self.rows if row[0] in chosen]  # a run may have been removed meanwhile
+        # a run may have been removed meanwhile
+        return [row[0] for row in self.rows if row[0] in chosen]
 
 # %% ../../nbs/7_workbench/01_controls.ipynb #2b1c8311
-DRAWING = threading.Lock()  # matplotlib shares caches between figures and is not made for threads
+# matplotlib shares caches between figures and is not made for threads
+DRAWING = threading.Lock()
 _RESTING = weakref.WeakSet()
 
 
@@ -170,7 +227,9 @@ def beside(widget: widgets.Widget) -> None:
     widget.comm._reply_subshell_for = lambda data, subshell: subshell
 
 
-def button(label: str, name: str, does: Callable[[], object], **options) -> widgets.Button:
+def button(
+    label: str, name: str, does: Callable[[], object], **options
+) -> widgets.Button:
     "A button that calls `does`, of the class selfflow-`name`; options: of `widgets.Button`, such as icon and tooltip."
     made = widgets.Button(description=label, **options)
     made.add_class(f"selfflow-{name}")
@@ -181,7 +240,9 @@ def button(label: str, name: str, does: Callable[[], object], **options) -> widg
 
 def message(text: str, alert: bool = False, begin: str = "") -> str:
     "A message as HTML, which a screen reader announces; begin: words in bold before those of an alert."
-    role, begin = ("alert", f"<b>{begin}</b> " if begin else "") if alert else ("status", "")
+    role, begin = (
+        ("alert", f"<b>{begin}</b> " if begin else "") if alert else ("status", "")
+    )
     return f'<div role="{role}" style="line-height: 1.45; overflow-wrap: anywhere">{begin}{escape(text)}</div>'
 
 

@@ -14,8 +14,19 @@ from collections.abc import Callable
 import ipywidgets as widgets
 from PIL import Image, ImageDraw
 
-from .controls import (DARK, DRAWING, LIGHT, Still, Surroundings, Theme, TokenGrid, beside, font, message,
-                                         rests)
+from selfflow.workbench.controls import (
+    DARK,
+    DRAWING,
+    LIGHT,
+    Still,
+    Surroundings,
+    Theme,
+    TokenGrid,
+    beside,
+    font,
+    message,
+    rests,
+)
 
 # %% ../../nbs/7_workbench/03_explorer.ipynb #4f230a2f
 LINGER = 5.0  # seconds for which a worker waits for another change before it ends
@@ -31,32 +42,72 @@ class Explorer:
     drawn: how many pictures were drawn; data: what the last one shows; box: the widget.
     """
 
-    def __init__(self, controls: dict, compute: Callable, draw: Callable, say: Callable | None = None, pause: float = 0.0,
-                 widths: dict[str, str] | None = None, below: tuple[str, ...] = ()):
-        self.controls, self.compute, self.draw, self.say, self.pause = dict(controls), compute, draw, say, pause
-        self.widths, self.below, self.pictures, self.drawn, self.data = widths or {}, below, {}, 0, None
+    def __init__(
+        self,
+        controls: dict,
+        compute: Callable,
+        draw: Callable,
+        say: Callable | None = None,
+        pause: float = 0.0,
+        widths: dict[str, str] | None = None,
+        below: tuple[str, ...] = (),
+    ):
+        self.controls, self.compute, self.draw, self.say, self.pause = (
+            dict(controls),
+            compute,
+            draw,
+            say,
+            pause,
+        )
+        self.widths, self.below, self.pictures, self.drawn, self.data = (
+            widths or {},
+            below,
+            {},
+            0,
+            None,
+        )
         self.surroundings, self.message = Surroundings(), widgets.HTML()
         self.message.add_class("selfflow-message")
-        self._one, self._state = rests(threading.RLock()), threading.Condition()  # for drawing; for the numbers below
+        # for drawing; for the numbers below
+        self._one, self._state = rests(threading.RLock()), threading.Condition()
         self._asked, self._shown, self._worker = 0, 0, None
         self._lay_out()
         for control in (*self.controls.values(), self.surroundings):
             beside(control)
-            control.observe(self._changed, "dark" if control is self.surroundings else "value")
+            control.observe(
+                self._changed, "dark" if control is self.surroundings else "value"
+            )
         self.refresh()
 
     def _lay_out(self):
-        side = [control for control in self.controls.values() if not isinstance(control, TokenGrid)]
-        self.frame = widgets.Box([c for c in self.controls.values() if isinstance(c, TokenGrid)],
-                                 layout=widgets.Layout(flex_flow="row wrap", flex="4 1 460px", min_width="0"))
-        self.side = widgets.VBox([*side, self.message, self.surroundings], layout=widgets.Layout(flex="1 1 300px", min_width="0"))
+        side = [
+            control
+            for control in self.controls.values()
+            if not isinstance(control, TokenGrid)
+        ]
+        self.frame = widgets.Box(
+            [c for c in self.controls.values() if isinstance(c, TokenGrid)],
+            layout=widgets.Layout(
+                flex_flow="row wrap", flex="4 1 460px", min_width="0"
+            ),
+        )
+        self.side = widgets.VBox(
+            [*side, self.message, self.surroundings],
+            layout=widgets.Layout(flex="1 1 300px", min_width="0"),
+        )
         for name, control in self.controls.items():
             control.add_class(f"selfflow-control-{name}")
-        self.box = widgets.Box([self.side, self.frame], layout=widgets.Layout(flex_flow="row wrap", max_width="1280px"))
+        self.box = widgets.Box(
+            [self.side, self.frame],
+            layout=widgets.Layout(flex_flow="row wrap", max_width="1280px"),
+        )
         self.box.add_class("selfflow-explorer")
 
     def _repr_mimebundle_(self, **options):
-        return {**self.box._repr_mimebundle_(**options), "text/plain": f"Explorer({self.values()})"}
+        return {
+            **self.box._repr_mimebundle_(**options),
+            "text/plain": f"Explorer({self.values()})",
+        }
 
     def values(self) -> dict:
         "What the controls say, by name."
@@ -67,13 +118,17 @@ class Explorer:
         "The theme of the page."
         return DARK if self.surroundings.dark else LIGHT
 
-    def drawing(self, values: dict, theme: Theme = LIGHT) -> tuple[object, dict[str, bytes]]:
+    def drawing(
+        self, values: dict, theme: Theme = LIGHT
+    ) -> tuple[object, dict[str, bytes]]:
         "The data of some values, and its pictures by name."
         with self._one:
             data = self.compute(values)
             with DRAWING:
                 pictures = self.draw(data, theme)
-            return data, pictures if isinstance(pictures, dict) else {"picture": pictures}
+            return data, pictures if isinstance(pictures, dict) else {
+                "picture": pictures
+            }
 
     def refresh(self) -> None:
         "Show what the controls say, now; what goes wrong is said in the panel."
@@ -85,8 +140,14 @@ class Explorer:
                 for name, image in self.pictures.items():
                     image.layout.display = "" if name in pictures else "none"
                 words, alert = self.say(self.data) if self.say else "", False
-            except Exception as error:  # whatever it is, the panel says so and goes on with the next change
-                words, alert = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}", True
+            # whatever it is, the panel says so and goes on with the next change
+            except Exception as error:
+                words, alert = (
+                    f"{error}"
+                    if isinstance(error, ValueError)
+                    else f"{type(error).__name__}: {error}",
+                    True,
+                )
             self._tell(words, alert)
             self.drawn += not alert
 
@@ -98,8 +159,14 @@ class Explorer:
             self.controls[name].picture = picture
             return
         if name not in self.pictures:
-            layout = widgets.Layout(width=self.widths.get(name, "100%"), max_width="100%", object_fit="contain")
-            self.pictures[name] = widgets.Image(value=picture, format="png", layout=layout)
+            layout = widgets.Layout(
+                width=self.widths.get(name, "100%"),
+                max_width="100%",
+                object_fit="contain",
+            )
+            self.pictures[name] = widgets.Image(
+                value=picture, format="png", layout=layout
+            )
             self.pictures[name].add_class(f"selfflow-picture-{name}")
             self._place(name)
         self.pictures[name].value = picture
@@ -107,9 +174,15 @@ class Explorer:
     def _place(self, name: str) -> None:
         "Put a new picture where it belongs: in the order in which their widths are given, others last."
         column = self.side if name in self.below else self.frame
-        order = [self.pictures[known] for known in dict.fromkeys((*self.widths, *self.pictures))
-                 if known in self.pictures and (known in self.below) == (name in self.below)]
-        column.children = (*[child for child in column.children if child not in order], *order)
+        order = [
+            self.pictures[known]
+            for known in dict.fromkeys((*self.widths, *self.pictures))
+            if known in self.pictures and (known in self.below) == (name in self.below)
+        ]
+        column.children = (
+            *[child for child in column.children if child not in order],
+            *order,
+        )
 
     # changes
 
@@ -118,20 +191,24 @@ class Explorer:
             self._asked += 1
             self._state.notify_all()
             if self._worker is None:
-                self._worker = threading.Thread(target=self._work, name="explorer", daemon=True)
+                self._worker = threading.Thread(
+                    target=self._work, name="explorer", daemon=True
+                )
                 self._worker.start()
 
     def _work(self) -> None:
         while True:
             with self._state:
                 if not self._state.wait_for(lambda: self._asked > self._shown, LINGER):
-                    self._worker = None  # under the lock: a change that comes now starts another
+                    # under the lock: a change that comes now starts another
+                    self._worker = None
                     return
             if self.pause:
                 time.sleep(self.pause)
             with self._state:
                 asked = self._asked
-            self.refresh()  # reads the values after the number: none is newer than what is shown
+            # reads the values after the number: none is newer than what is shown
+            self.refresh()
             with self._state:
                 self._shown = asked
                 self._state.notify_all()
@@ -139,7 +216,13 @@ class Explorer:
     def let_play(self, name: str, step: int, interval: int) -> None:
         "Put buttons below the slider `name` that let it run by a step every `interval` milliseconds, to its end."
         control = self.controls[name]
-        play = widgets.Play(value=control.value, min=control.min, max=control.max, step=step, interval=interval)
+        play = widgets.Play(
+            value=control.value,
+            min=control.min,
+            max=control.max,
+            step=step,
+            interval=interval,
+        )
         play.add_class("selfflow-play")
         widgets.jslink((play, "value"), (control, "value"))
         children = list(self.side.children)
@@ -150,47 +233,87 @@ class Explorer:
         "Wait until what is shown is what the controls say. Raises TimeoutError."
         with self._state:
             if not self._state.wait_for(lambda: self._asked == self._shown, seconds):
-                raise TimeoutError(f"the picture did not follow within {seconds} seconds")
+                raise TimeoutError(
+                    f"the picture did not follow within {seconds} seconds"
+                )
 
-    def strip(self, *changes: dict, columns: int = 1, width: int = 900, only: tuple[str, ...] = ()) -> "Strip":
+    def strip(
+        self,
+        *changes: dict,
+        columns: int = 1,
+        width: int = 900,
+        only: tuple[str, ...] = (),
+    ) -> "Strip":
         """What is shown after each of some changes of values, as one picture: for a page on which nothing moves.
 
         columns: how many beside each other; width: pixels; only: names of the pictures that are shown, by default all.
         """
-        drawn = [self.drawing({**self.values(), **change})[1] for change in changes or ({},)]
-        titles = [", ".join(self._titled(*pair) for pair in change.items()) for change in changes]
-        settings = [[_narrowed(picture, self._width(name)) for name, picture in pictures.items() if not only or name in only]
-                    for pictures in drawn]
+        drawn = [
+            self.drawing({**self.values(), **change})[1] for change in changes or ({},)
+        ]
+        titles = [
+            ", ".join(self._titled(*pair) for pair in change.items())
+            for change in changes
+        ]
+        settings = [
+            [
+                _narrowed(picture, self._width(name))
+                for name, picture in pictures.items()
+                if not only or name in only
+            ]
+            for pictures in drawn
+        ]
         return Strip(settings, titles, columns, width)
 
     def _titled(self, name: str, value) -> str:
         grid = isinstance(self.controls.get(name), TokenGrid)
-        return f"tokens: {len(value)} {self.controls[name].words[0]}" if grid else f"{self.controls[name].description} {value}"
+        return (
+            f"tokens: {len(value)} {self.controls[name].words[0]}"
+            if grid
+            else f"{self.controls[name].description} {value}"
+        )
 
     def _width(self, name: str) -> int | None:
         "The width of a picture on the page, where it is known in pixels."
         grid = isinstance(self.controls.get(name), TokenGrid)
-        width = (self.controls[name].layout.width if grid else self.widths.get(name)) or ""
+        width = (
+            self.controls[name].layout.width if grid else self.widths.get(name)
+        ) or ""
         return int(width[:-2]) if width.endswith("px") else None
 
 # %% ../../nbs/7_workbench/03_explorer.ipynb #4e967439
 def _narrowed(picture: bytes, width: int | None) -> Image.Image:
     image = Image.open(io.BytesIO(picture)).convert("RGB")
-    size = (width, round(image.height * width / image.width)) if width and width < image.width else image.size
+    size = (
+        (width, round(image.height * width / image.width))
+        if width and width < image.width
+        else image.size
+    )
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def side_by_side(pictures: list[Image.Image], width: int, gap: int = 12) -> Image.Image:
     "Pictures in rows, as a page of `width` pixels would show them, as one; too wide ones are made smaller."
-    images = [picture if picture.width <= width else picture.resize((width, round(picture.height * width / picture.width)),
-                                                                    Image.Resampling.LANCZOS) for picture in pictures]
+    images = [
+        picture
+        if picture.width <= width
+        else picture.resize(
+            (width, round(picture.height * width / picture.width)),
+            Image.Resampling.LANCZOS,
+        )
+        for picture in pictures
+    ]
     places, left, top, bottom = [], 0, 0, 0
     for image in images:
         if left and left + image.width > width:
             left, top = 0, bottom + gap
         places.append((left, top))
         left, bottom = left + image.width + gap, max(bottom, top + image.height)
-    page = Image.new("RGB", (max(x + i.width for (x, _), i in zip(places, images, strict=True)), bottom), LIGHT.paper)
+    page = Image.new(
+        "RGB",
+        (max(x + i.width for (x, _), i in zip(places, images, strict=True)), bottom),
+        LIGHT.paper,
+    )
     for place, image in zip(places, images, strict=True):
         page.paste(image, place)
     return page
@@ -202,15 +325,32 @@ class Strip(Still):
     settings: for each its pictures; titles: one for each, or none; columns: of settings; width: pixels.
     """
 
-    def __init__(self, settings: list[list[Image.Image]], titles: list[str] | None = None, columns: int = 1, width: int = 900):
+    def __init__(
+        self,
+        settings: list[list[Image.Image]],
+        titles: list[str] | None = None,
+        columns: int = 1,
+        width: int = 900,
+    ):
         each, head = (width - 12 * (columns - 1)) // columns, 22 if titles else 0
         cells = [side_by_side(pictures, each) for pictures in settings]
-        rows = [cells[start:start + columns] for start in range(0, len(cells), columns)]
+        rows = [
+            cells[start : start + columns] for start in range(0, len(cells), columns)
+        ]
         heights = [max(cell.height for cell in row) + head + 10 for row in rows]
         self.image = Image.new("RGB", (width, sum(heights)), LIGHT.paper)
-        ink, names, top = ImageDraw.Draw(self.image), iter(titles or [""] * len(cells)), 0
+        ink, names, top = (
+            ImageDraw.Draw(self.image),
+            iter(titles or [""] * len(cells)),
+            0,
+        )
         for row, height in zip(rows, heights, strict=True):
             for column, cell in enumerate(row):
-                ink.text((column * (each + 12), top + 3), next(names), LIGHT.ink, font(13, bold=True))
+                ink.text(
+                    (column * (each + 12), top + 3),
+                    next(names),
+                    LIGHT.ink,
+                    font(13, bold=True),
+                )
                 self.image.paste(cell, (column * (each + 12), top + head))
             top += height

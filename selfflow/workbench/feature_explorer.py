@@ -23,7 +23,12 @@ from ..figures.projection import kinds_of
 from ..training.run import Run
 from .controls import DARK, LIGHT, button, choice, message, slider
 from .feature_maps import Asked, Atlas, Opened, draw_maps
-from .map_explorer import MapExplorer, preview_html, previews_of, value_text
+from selfflow.workbench.map_explorer import (
+    MapExplorer,
+    preview_html,
+    previews_of,
+    value_text,
+)
 
 # %% ../../nbs/7_workbench/13_feature_explorer.ipynb #35c788a8
 def shown(signals: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -40,35 +45,67 @@ def shown(signals: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def item_previews(items: Items) -> tuple[list, list[str]]:
     "Of all items what is shown, as `previews_of` gives it, and the captions; a batch at a time, as films are large."
-    found = [items.examples(positions) for positions in torch.arange(len(items)).split(64)]
+    found = [
+        items.examples(positions) for positions in torch.arange(len(items)).split(64)
+    ]
     rate = rate_of(items.data)
-    return ([files for examples in found for files in previews_of(shown(examples.signals), rate)],
-            [caption for examples in found for caption in examples.captions])
+    return (
+        [
+            files
+            for examples in found
+            for files in previews_of(shown(examples.signals), rate)
+        ],
+        [caption for examples in found for caption in examples.captions],
+    )
 
 # %% ../../nbs/7_workbench/13_feature_explorer.ipynb #5c1da329
-def say_near(atlas: Atlas, factor: str, layer: int, level: float, sample: int, count: int) -> str:
+def say_near(
+    atlas: Atlas, factor: str, layer: int, level: float, sample: int, count: int
+) -> str:
     "The nearest neighbours of a sample in words: how often they share a factor, against chance. Raises ValueError as `sharing`."
     found, others = atlas.sharing(factor, layer, level, sample, count), len(atlas) - 1
     start = f"The {count} nearest of {others} others to sample {sample} after layer {layer} at t = {level:g}"
     if found.kinds:
-        return (f"{start}: {round(found.near * count)} share its {factor}, {found.near:.0%} (by chance {found.near_chance:.0%}). "
-                f"Over all samples {found.all:.0%} do (by chance {found.chance:.0%}).")
-    return (f"{start} differ from it in {factor} by {found.near:.3g} on average (all others: {found.near_chance:.3g}). Over all "
-            f"samples neighbours differ by {found.all:.3g}, pairs by chance by {found.chance:.3g}.")
+        return (
+            f"{start}: {round(found.near * count)} share its {factor}, {found.near:.0%} (by chance {found.near_chance:.0%}). "
+            f"Over all samples {found.all:.0%} do (by chance {found.chance:.0%})."
+        )
+    return (
+        f"{start} differ from it in {factor} by {found.near:.3g} on average (all others: {found.near_chance:.3g}). Over all "
+        f"samples neighbours differ by {found.all:.3g}, pairs by chance by {found.chance:.3g}."
+    )
 
 
-def _show_near(atlas: Atlas, previews: list, layer: int, level: float, sample: int, count: int) -> str:
+def _show_near(
+    atlas: Atlas, previews: list, layer: int, level: float, sample: int, count: int
+) -> str:
     "A sample and its nearest neighbours as HTML: what is shown of each, its distance, and all its factors."
     order, away = (found[sample, :count] for found in atlas.near(layer, level))
-    width = 160 if any(kind.startswith("audio/") for kind, _ in previews[sample]) else 84  # a player needs more
-    cells = [preview_html(previews[sample], f"{sample}, clicked\n{_known(atlas, sample)}", width)]
-    cells += [preview_html(previews[place], f"{place}, distance {far:.3f}\n{_known(atlas, place)}", width)
-              for place, far in zip(order.tolist(), away.tolist(), strict=True)]
+    # a player needs more
+    width = (
+        160 if any(kind.startswith("audio/") for kind, _ in previews[sample]) else 84
+    )
+    cells = [
+        preview_html(
+            previews[sample], f"{sample}, clicked\n{_known(atlas, sample)}", width
+        )
+    ]
+    cells += [
+        preview_html(
+            previews[place],
+            f"{place}, distance {far:.3f}\n{_known(atlas, place)}",
+            width,
+        )
+        for place, far in zip(order.tolist(), away.tolist(), strict=True)
+    ]
     return f'<div style="white-space: pre-line">{"".join(cells)}</div>'
 
 
 def _known(atlas: Atlas, place: int) -> str:
-    return "\n".join(f"{name} {value_text(values[place], atlas.names.get(name))}" for name, values in atlas.factors.items())
+    return "\n".join(
+        f"{name} {value_text(values[place], atlas.names.get(name))}"
+        for name, values in atlas.factors.items()
+    )
 
 # %% ../../nbs/7_workbench/13_feature_explorer.ipynb #ca3be724
 def _stops(label: str, values: tuple, form: str = ""):
@@ -77,7 +114,12 @@ def _stops(label: str, values: tuple, form: str = ""):
     if len(options) == 1:
         return choice(label, options)
     like = slider(label, 0, 0, 1, 1)
-    return widgets.SelectionSlider(options=options, description=label, style={"description_width": "104px"}, layout=like.layout)
+    return widgets.SelectionSlider(
+        options=options,
+        description=label,
+        style={"description_width": "104px"},
+        layout=like.layout,
+    )
 
 
 class FeatureMap(MapExplorer):
@@ -88,34 +130,80 @@ class FeatureMap(MapExplorer):
     """
 
     def __init__(self, atlas: Atlas, previews: list, captions=None):
-        self.atlas, self.anchor, self.near, first = atlas, None, widgets.HTML(), _first(atlas)
-        self.method, self.layer = choice("method", atlas.methods), _stops("layer", atlas.layers)
-        self.level, self.count = _stops("level t", atlas.levels, "g"), slider("neighbours", min(8, len(atlas) - 1), 1,
-                                                                            min(atlas.NEAR, len(atlas) - 1), 1)
-        self.seek = widgets.Button(description="Neighbours of this sample", layout=widgets.Layout(width="auto"),
-                                   tooltip="As a click on its point")
+        self.atlas, self.anchor, self.near, first = (
+            atlas,
+            None,
+            widgets.HTML(),
+            _first(atlas),
+        )
+        self.method, self.layer = (
+            choice("method", atlas.methods),
+            _stops("layer", atlas.layers),
+        )
+        self.level, self.count = (
+            _stops("level t", atlas.levels, "g"),
+            slider(
+                "neighbours",
+                min(8, len(atlas) - 1),
+                1,
+                min(atlas.NEAR, len(atlas) - 1),
+                1,
+            ),
+        )
+        self.seek = widgets.Button(
+            description="Neighbours of this sample",
+            layout=widgets.Layout(width="auto"),
+            tooltip="As a click on its point",
+        )
         factors = {first: atlas.factors[first], **atlas.factors}
-        captions = captions and [text if len(text) <= 300 else f"{text[:300]}..." for text in captions]
-        super().__init__(atlas.planes[self.place], previews, factors, atlas.names, captions, self._where())
+        captions = captions and [
+            text if len(text) <= 300 else f"{text[:300]}..." for text in captions
+        ]
+        super().__init__(
+            atlas.planes[self.place],
+            previews,
+            factors,
+            atlas.names,
+            captions,
+            self._where(),
+        )
         for control in (self.method, self.layer, self.level):
             control.observe(self._moved, "value")
         self.count.observe(self._seek_anew, "value")
         self.seek.on_click(lambda _: self.seek_near(self.sample.value))
-        for _ in range(2):  # rings around neighbours, and around the sample that they are of
-            self.figure.add_scatter(x=[], y=[], mode="markers", hoverinfo="skip", showlegend=False)
+        # rings around neighbours, and around the sample that they are of
+        for _ in range(2):
+            self.figure.add_scatter(
+                x=[], y=[], mode="markers", hoverinfo="skip", showlegend=False
+            )
         self.figure.layout.margin.t = 66
-        self.figure.data = (self.figure.data[0], *self.figure.data[-2:], *self.figure.data[1:-2])
+        self.figure.data = (
+            self.figure.data[0],
+            *self.figure.data[-2:],
+            *self.figure.data[1:-2],
+        )
         self._moved()
 
     def _range(self) -> list[float]:
         "The same for all planes of a method, so that points move and not the frame."
-        planes = (plane.points for place, plane in self.atlas.planes.items() if place[0] == self.method.value)
+        planes = (
+            plane.points
+            for place, plane in self.atlas.planes.items()
+            if place[0] == self.method.value
+        )
         reach = 1.06 * max(float(np.abs(points).max()) for points in planes)
         return [-reach, reach]
 
     def _lay_out(self, controls: dict, below=()):
-        own = {"method": self.method, "layer": self.layer, "level": self.level, "colour": controls["colour"],
-               "neighbours": self.count, "sample": controls["sample"], "seek": self.seek}
+        own = {
+            "method": self.method,
+            "layer": self.layer,
+            "level": self.level,
+            "colour": controls["colour"],
+            "neighbours": self.count,
+            "sample": controls["sample"],
+            "seek": self.seek,
+        }
         super()._lay_out(own, (self.near, *below))
 
     @property
@@ -131,8 +219,13 @@ class FeatureMap(MapExplorer):
             with self.figure.batch_update():
                 self.move(self.atlas.planes[self.place], self._where())
                 self._ring()
-                self.figure.layout.title.text = escape(self.title).replace("; ", "<br>", 1)  # it fits a half page
-                self.figure.update_xaxes(range=self._range()).update_yaxes(range=self._range())
+                # it fits a half page
+                self.figure.layout.title.text = escape(self.title).replace(
+                    "; ", "<br>", 1
+                )
+                self.figure.update_xaxes(range=self._range()).update_yaxes(
+                    range=self._range()
+                )
             self._publish()
             self._seek_anew()
 
@@ -152,14 +245,26 @@ class FeatureMap(MapExplorer):
         "The indices of the neighbours that are shown, nearest first."
         _, layer, level = self.place
         none = np.zeros(0, int)
-        return none if self.anchor is None else self.atlas.near(layer, level)[0][self.anchor, :self.count.value]
+        return (
+            none
+            if self.anchor is None
+            else self.atlas.near(layer, level)[0][self.anchor, : self.count.value]
+        )
 
     def _ring(self) -> None:
         plane, theme = self.points.points, DARK if self.surroundings.dark else LIGHT
-        rings = ((self.nearest(), 13, theme.ink), ([] if self.anchor is None else [self.anchor], 19, theme.accent))
+        rings = (
+            (self.nearest(), 13, theme.ink),
+            ([] if self.anchor is None else [self.anchor], 19, theme.accent),
+        )
         for trace, (places, size, colour) in zip(self._own[1:], rings, strict=True):
             trace.x, trace.y = plane[np.asarray(places, int)].T
-            trace.marker = {"symbol": "circle-open", "size": size, "color": colour, "line": {"width": 2.5}}
+            trace.marker = {
+                "symbol": "circle-open",
+                "size": size,
+                "color": colour,
+                "line": {"width": 2.5},
+            }
             trace.selected, trace.unselected = ({"marker": {"opacity": 1}},) * 2
 
     def _seek_anew(self, change=None) -> None:
@@ -169,13 +274,17 @@ class FeatureMap(MapExplorer):
                     self._ring()
                 self._publish()
             if self.anchor is None:
-                self.near.value = message("Click on a point to see its nearest neighbours in feature space.")
+                self.near.value = message(
+                    "Click on a point to see its nearest neighbours in feature space."
+                )
                 return
             about = (*self.place[1:], self.anchor, self.count.value)
             try:
                 words = message(say_near(self.atlas, self.colour.value, *about))
             except ValueError as error:
-                words = message(f"{self.colour.value}: {error}", True, "Cannot be shown:")
+                words = message(
+                    f"{self.colour.value}: {error}", True, "Cannot be shown:"
+                )
             self.near.value = words + _show_near(self.atlas, self.previews, *about)
 
     def recolour(self, _=None) -> None:
@@ -186,7 +295,13 @@ class FeatureMap(MapExplorer):
 
     def strip(self, method: str = "", factor: str = "", **options) -> Page:
         "Several layers and levels as small multiples, as `draw_maps` draws them; by default of this method and factor."
-        return draw_maps(self.atlas, method or self.method.value, factor or self._coloured, chosen=self.selected, **options)
+        return draw_maps(
+            self.atlas,
+            method or self.method.value,
+            factor or self._coloured,
+            chosen=self.selected,
+            **options,
+        )
 
 
 def _first(atlas: Atlas) -> str:
@@ -207,11 +322,28 @@ class FeatureExplorer:
     box: the widget; view: the `FeatureMap`, None until it is there; problem: what went wrong, in words; `wait` waits for either.
     """
 
-    def __init__(self, run: Run | Path | str, asked: Asked, store: FeatureStore | None = None):
-        self.run, self.asked, self.store, self.view, self.problem = run, asked, store, None, ""
-        self.cost, self.said, self.again = widgets.HTML(), widgets.HTML(), button("Try again", "again", self.start)
-        self.bar = widgets.IntProgress(layout=widgets.Layout(width="98%", max_width="420px"))
-        self.box = widgets.VBox([self.cost, self.bar, self.said, self.again], layout=widgets.Layout(max_width="1280px"))
+    def __init__(
+        self, run: Run | Path | str, asked: Asked, store: FeatureStore | None = None
+    ):
+        self.run, self.asked, self.store, self.view, self.problem = (
+            run,
+            asked,
+            store,
+            None,
+            "",
+        )
+        self.cost, self.said, self.again = (
+            widgets.HTML(),
+            widgets.HTML(),
+            button("Try again", "again", self.start),
+        )
+        self.bar = widgets.IntProgress(
+            layout=widgets.Layout(width="98%", max_width="420px")
+        )
+        self.box = widgets.VBox(
+            [self.cost, self.bar, self.said, self.again],
+            layout=widgets.Layout(max_width="1280px"),
+        )
         self.box.add_class("selfflow-features")
         self.again.layout.display = "none"
         self._ready = threading.Event()
@@ -225,14 +357,22 @@ class FeatureExplorer:
 
     def start(self) -> None:
         "Begin, or begin again after something went wrong."
-        self.problem, self.again.layout.display, self.bar.layout.display = "", "none", ""
+        self.problem, self.again.layout.display, self.bar.layout.display = (
+            "",
+            "none",
+            "",
+        )
         self._ready.clear()
         self._tell(0, 1, "opening the run")
-        threading.Thread(target=self._make, name="feature explorer", daemon=True).start()
+        threading.Thread(
+            target=self._make, name="feature explorer", daemon=True
+        ).start()
 
     def _tell(self, done: int, of: int, words: str) -> None:
         self.bar.max, self.bar.value = of, done
-        self.said.value = message(f"step {done + 1} of {of}: " * (of > 1) + words) if words else ""
+        self.said.value = (
+            message(f"step {done + 1} of {of}: " * (of > 1) + words) if words else ""
+        )
 
     def _make(self) -> None:
         try:
@@ -243,11 +383,18 @@ class FeatureExplorer:
             self.said.value = message("previews of the samples")
             self.view = FeatureMap(atlas, *item_previews(opened.items))
             self.said.value, self.bar.layout.display = "", "none"
-            self.cost.value = message(f"samples: {opened.items.chosen}; {len(atlas.planes)} planes in {atlas.seconds:.1f} s; "
-                                      "they are kept, so that the next opening only reads them.")
+            self.cost.value = message(
+                f"samples: {opened.items.chosen}; {len(atlas.planes)} planes in {atlas.seconds:.1f} s; "
+                "they are kept, so that the next opening only reads them."
+            )
             self.box.children = (self.cost, self.view.box)
-        except Exception as error:  # whatever it is, the panel says so and can be asked again
-            words = f"{error}" if isinstance(error, ValueError | FileNotFoundError) else f"{type(error).__name__}: {error}"
+        # whatever it is, the panel says so and can be asked again
+        except Exception as error:
+            words = (
+                f"{error}"
+                if isinstance(error, ValueError | FileNotFoundError)
+                else f"{type(error).__name__}: {error}"
+            )
             self.problem = words
             self.said.value = message(words, True, "Cannot be shown:")
             self.bar.layout.display, self.again.layout.display = "none", ""
@@ -257,7 +404,9 @@ class FeatureExplorer:
     def wait(self, seconds: float = 600.0) -> FeatureMap:
         "The map, when it is there. Raises RuntimeError with what went wrong, and TimeoutError."
         if not self._ready.wait(seconds):
-            raise TimeoutError(f"the features were not laid out within {seconds:g} seconds; fewer levels or samples take less")
+            raise TimeoutError(
+                f"the features were not laid out within {seconds:g} seconds; fewer levels or samples take less"
+            )
         if self.view is None:
             raise RuntimeError(self.problem)
         return self.view
@@ -272,7 +421,9 @@ class FeatureExplorer:
         return self.wait().strip(method, factor, **options)
 
 
-def explore_features(run: Run | Path | str, store: FeatureStore | Path | str | None = None, **asked) -> FeatureExplorer:
+def explore_features(
+    run: Run | Path | str, store: FeatureStore | Path | str | None = None, **asked
+) -> FeatureExplorer:
     """The explorer of a run's features, which opens at once and computes what is missing beside the page.
 
     store: where features and planes are kept, None = the run's folder; asked: of `feature_maps.Asked`: layers, levels, count,
@@ -281,5 +432,9 @@ def explore_features(run: Run | Path | str, store: FeatureStore | Path | str | N
     """
     for name in asked:
         choose(name, Asked.__dataclass_fields__, "option")
-    store = store if store is None or isinstance(store, FeatureStore) else FeatureStore(store)
+    store = (
+        store
+        if store is None or isinstance(store, FeatureStore)
+        else FeatureStore(store)
+    )
     return FeatureExplorer(run, Asked(**asked), store)

@@ -17,7 +17,6 @@ from functools import cached_property
 
 import numpy as np
 
-from ..analysis.probing import CIRCULAR
 from ..analysis.factors import known_factors
 from selfflow.analysis.features import (
     FeatureCost,
@@ -29,7 +28,15 @@ from selfflow.analysis.features import (
     stream_features,
     weights_fingerprint,
 )
-from ..analysis.projection import Projection, Sharing, aligned, nearest, project, sharing
+from ..analysis.probing import CIRCULAR
+from selfflow.analysis.projection import (
+    Projection,
+    Sharing,
+    aligned,
+    nearest,
+    project,
+    sharing,
+)
 from ..checks import choose
 from ..data.datasets import SPLITS
 from ..disk import say_once, write_json
@@ -53,6 +60,7 @@ class Asked:
     tell points apart; weights: teacher, or model (the student).
     Raises ValueError for values out of range.
     """
+
     layers: tuple[int, ...] | None = None
     levels: tuple[float, ...] = LEVELS
     count: int = 400
@@ -66,19 +74,36 @@ class Asked:
     weights: str = "teacher"
 
     def __post_init__(self):
-        for name, known in (("layers", self.layers), ("levels", self.levels), ("methods", self.methods)):
+        for name, known in (
+            ("layers", self.layers),
+            ("levels", self.levels),
+            ("methods", self.methods),
+        ):
             if known is not None:
-                known = (known,) if isinstance(known, str | int | float) else tuple(dict.fromkeys(known))
-                object.__setattr__(self, name, known if name == "methods" else tuple(sorted(known)))
+                known = (
+                    (known,)
+                    if isinstance(known, str | int | float)
+                    else tuple(dict.fromkeys(known))
+                )
+                object.__setattr__(
+                    self, name, known if name == "methods" else tuple(sorted(known))
+                )
                 if not known:
                     raise ValueError(f"{name} is empty; name one at least")
         for method in self.methods:
             choose(method, _METHODS, "method")
         if bad := [level for level in self.levels if not 0 <= level <= 1]:
             raise ValueError(f"level {bad[0]} is outside [0, 1]: 1 is noise, 0 is data")
-        for name, low, high in (("count", 6, MOST), ("neighbours", 2, 500), ("min_dist", 0, 1), ("seed", 0, 2**31)):
+        for name, low, high in (
+            ("count", 6, MOST),
+            ("neighbours", 2, 500),
+            ("min_dist", 0, 1),
+            ("seed", 0, 2**31),
+        ):
             if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be from {low:,} to {high:,}")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but must be from {low:,} to {high:,}"
+                )
         choose(self.split, SPLITS, "split")
         choose(self.weights, ("teacher", "model"), "weights (model is the student)")
 
@@ -86,6 +111,7 @@ class Asked:
 @dataclass(frozen=True)
 class _PlaneKey:
     "What a plane is of: features, of all tokens or one part, laid out by a method."
+
     features: FeatureKey
     part: str
     method: str
@@ -96,7 +122,9 @@ class _PlaneKey:
     @property
     def name(self) -> str:
         "The name of its file: that of the features, and what else decides."
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(
+            json.dumps(asdict(self), sort_keys=True).encode()
+        ).hexdigest()
         return f"{self.features.name}-{self.method.lower()}-{digest[:12]}"
 
 # %% ../../nbs/7_workbench/12_feature_maps.ipynb #35c3f562
@@ -106,8 +134,14 @@ def _read_plane(store: FeatureStore, key: _PlaneKey, count: int) -> Projection |
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
         points = np.asarray(kept["points"], np.float32)
-        if points.shape != (count, 2) or not np.isfinite(points).all() or kept["key"] != asdict(key):
-            raise ValueError(f"it holds points of shape {points.shape}, or of something else")
+        if (
+            points.shape != (count, 2)
+            or not np.isfinite(points).all()
+            or kept["key"] != asdict(key)
+        ):
+            raise ValueError(
+                f"it holds points of shape {points.shape}, or of something else"
+            )
         return Projection(points, float(kept["trustworthiness"]), dict(kept["recipe"]))
     except FileNotFoundError:
         return None
@@ -118,8 +152,15 @@ def _read_plane(store: FeatureStore, key: _PlaneKey, count: int) -> Projection |
 
 def _write_plane(store: FeatureStore, key: _PlaneKey, plane: Projection) -> None:
     "Keep a plane beside its features. Raises NotWritten."
-    write_json(store.folder / f"{key.name}.json", {
-        "key": asdict(key), "trustworthiness": plane.trustworthiness, "recipe": plane.recipe, "points": plane.points.tolist()})
+    write_json(
+        store.folder / f"{key.name}.json",
+        {
+            "key": asdict(key),
+            "trustworthiness": plane.trustworthiness,
+            "recipe": plane.recipe,
+            "points": plane.points.tolist(),
+        },
+    )
 
 # %% ../../nbs/7_workbench/12_feature_maps.ipynb #a4ed2ae4
 @dataclass(frozen=True)
@@ -128,6 +169,7 @@ class MapsCost:
 
     chosen: which samples of how many, in words.
     """
+
     features: FeatureCost
     planes: dict[str, int]
     kept: int
@@ -135,15 +177,28 @@ class MapsCost:
     chosen: str = ""
 
     def __str__(self) -> str:
-        todo = ", ".join(f"{count} by {method}" for method, count in self.planes.items() if count)
-        passes = f"features: {self.features}" if self.features.passes else "features: all kept from before"
+        todo = ", ".join(
+            f"{count} by {method}" for method, count in self.planes.items() if count
+        )
+        passes = (
+            f"features: {self.features}"
+            if self.features.passes
+            else "features: all kept from before"
+        )
         laid = self.planes.get("UMAP", 0)
-        umap = f", UMAP about {10 + laid * self.count / 800:.0f} s as one CPU thread of another machine tells" if laid else ""
-        return (f"samples: {self.chosen or self.count}; {passes}; planes: {todo or 'none'} to be laid out, {self.kept} kept from "
-                f"before{umap}")
+        umap = (
+            f", UMAP about {10 + laid * self.count / 800:.0f} s as one CPU thread of another machine tells"
+            if laid
+            else ""
+        )
+        return (
+            f"samples: {self.chosen or self.count}; {passes}; planes: {todo or 'none'} to be laid out, {self.kept} kept from "
+            f"before{umap}"
+        )
 
 
-_LAYING = threading.Lock()  # numba, within UMAP, has thread pools that bear no second caller
+# numba, within UMAP, has thread pools that bear no second caller
+_LAYING = threading.Lock()
 
 
 class Opened:
@@ -160,31 +215,66 @@ class Opened:
             choose(asked.part, self.items.parts, "part")
         depth = self.model.depth
         self.layers = asked.layers or tuple(range(1, depth + 1))
-        if unknown := [layer for layer in self.layers if layer not in range(1, depth + 1)]:
-            raise ValueError(f"no layer {unknown[0]}: layers are counted after each block, 1 to {depth}")
+        if unknown := [
+            layer for layer in self.layers if layer not in range(1, depth + 1)
+        ]:
+            raise ValueError(
+                f"no layer {unknown[0]}: layers are counted after each block, 1 to {depth}"
+            )
         if (count := len(self.items)) < 6:
-            raise ValueError(f"there are {count} {asked.split} samples of {self.items.name}; a plane needs 6 or more")
+            raise ValueError(
+                f"there are {count} {asked.split} samples of {self.items.name}; a plane needs 6 or more"
+            )
         self.neighbours = min(asked.neighbours, (count - 1) // 2)
         self.weights, data = weights_fingerprint(self.model), self.items.fingerprint
-        self.keys = {(method, layer, level): _PlaneKey(FeatureKey(self.weights, data, layer, float(level)), asked.part, method,
-                                                      self.neighbours, asked.min_dist, asked.seed)
-                     for method in asked.methods for layer in self.layers for level in asked.levels}
+        self.keys = {
+            (method, layer, level): _PlaneKey(
+                FeatureKey(self.weights, data, layer, float(level)),
+                asked.part,
+                method,
+                self.neighbours,
+                asked.min_dist,
+                asked.seed,
+            )
+            for method in asked.methods
+            for layer in self.layers
+            for level in asked.levels
+        }
 
     @cached_property
     def cost(self) -> MapsCost:
         "What is still to be computed."
-        missing = [place for place, key in self.keys.items() if not (self.store.folder / f"{key.name}.json").exists()]
-        features = feature_cost(self.model, self.items, self.asked.levels, self.layers, self.store)
-        planes = {method: sum(place[0] == method for place in missing) for method in self.asked.methods}
-        return MapsCost(features, planes, len(self.keys) - len(missing), len(self.items), self.items.chosen)
+        missing = [
+            place
+            for place, key in self.keys.items()
+            if not (self.store.folder / f"{key.name}.json").exists()
+        ]
+        features = feature_cost(
+            self.model, self.items, self.asked.levels, self.layers, self.store
+        )
+        planes = {
+            method: sum(place[0] == method for place in missing)
+            for method in self.asked.methods
+        }
+        return MapsCost(
+            features,
+            planes,
+            len(self.keys) - len(missing),
+            len(self.items),
+            self.items.chosen,
+        )
 
     def plane(self, place: tuple, features: np.ndarray) -> Projection:
         "The plane of a method, layer and level: the one that is kept, or made now and kept."
         key = self.keys[place]
         if (plane := _read_plane(self.store, key, len(features))) is None:
             with _LAYING, warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Graph is not fully connected")
-                plane = project(features, key.method, self.neighbours, key.min_dist, seed=key.seed)
+                warnings.filterwarnings(
+                    "ignore", message="Graph is not fully connected"
+                )
+                plane = project(
+                    features, key.method, self.neighbours, key.min_dist, seed=key.seed
+                )
             _write_plane(self.store, key, plane)
         return plane
 
@@ -194,14 +284,32 @@ class Opened:
         of = len(self.asked.levels) + len(self.keys)
         for done, level in enumerate(self.asked.levels):
             tell(done, of, f"features at t = {level:g}")
-            found = stream_features(self.model, self.items, level, self.layers, self.store, weights=self.weights, bar=False)
-            features |= {(layer, level): np.asarray(self.items.pooled(own, self.asked.part)) for layer, own in found.items()}
+            found = stream_features(
+                self.model,
+                self.items,
+                level,
+                self.layers,
+                self.store,
+                weights=self.weights,
+                bar=False,
+            )
+            features |= {
+                (layer, level): np.asarray(self.items.pooled(own, self.asked.part))
+                for layer, own in found.items()
+            }
         for done, place in enumerate(self.keys, len(self.asked.levels)):
             method, layer, level = place
             tell(done, of, f"{method}, layer {layer}, t = {level:g}")
             planes[place] = self.plane(place, features[layer, level])
         tell(of, of, "")
-        return Atlas(self.items, self.asked, self.layers, features, planes, time.perf_counter() - start)
+        return Atlas(
+            self.items,
+            self.asked,
+            self.layers,
+            features,
+            planes,
+            time.perf_counter() - start,
+        )
 
 # %% ../../nbs/7_workbench/12_feature_maps.ipynb #2b079e90
 class Atlas:
@@ -210,47 +318,95 @@ class Atlas:
     features: {(layer, level): (n, d)}; planes: {(method, layer, level): Projection}, turned onto each other; factors, names: of
     `known_factors`; seconds: that it took.
     """
+
     NEAR = 24  # neighbours that are kept of each sample
 
-    def __init__(self, items: Items, asked: Asked, layers: tuple, features: dict, planes: dict, seconds: float = 0.0):
-        self.items, self.asked, self.layers, self.levels, self.methods = items, asked, layers, asked.levels, asked.methods
-        self.features, self.seconds, self._near, self._shared = features, seconds, {}, {}
+    def __init__(
+        self,
+        items: Items,
+        asked: Asked,
+        layers: tuple,
+        features: dict,
+        planes: dict,
+        seconds: float = 0.0,
+    ):
+        self.items, self.asked, self.layers, self.levels, self.methods = (
+            items,
+            asked,
+            layers,
+            asked.levels,
+            asked.methods,
+        )
+        self.features, self.seconds, self._near, self._shared = (
+            features,
+            seconds,
+            {},
+            {},
+        )
         self.factors, self.names = known_factors(items)
         self.planes = {}
         for method in self.methods:
-            own = {place[1:]: plane.points for place, plane in planes.items() if place[0] == method}
+            own = {
+                place[1:]: plane.points
+                for place, plane in planes.items()
+                if place[0] == method
+            }
             for place, points in aligned(own, layers, self.levels).items():
                 known = planes[method, *place]
-                self.planes[method, *place] = Projection(points.astype(np.float32), known.trustworthiness, known.recipe)
+                self.planes[method, *place] = Projection(
+                    points.astype(np.float32), known.trustworthiness, known.recipe
+                )
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __repr__(self) -> str:
-        return (f"Atlas of {len(self)} samples of {self.items.name}: layers {', '.join(map(str, self.layers))} at t = "
-                f"{', '.join(f'{level:g}' for level in self.levels)} by {' and '.join(self.methods)}")
+        return (
+            f"Atlas of {len(self)} samples of {self.items.name}: layers {', '.join(map(str, self.layers))} at t = "
+            f"{', '.join(f'{level:g}' for level in self.levels)} by {' and '.join(self.methods)}"
+        )
 
     def near(self, layer: int, level: float) -> tuple[np.ndarray, np.ndarray]:
         "Of each sample the nearest others and their distances, as `nearest` finds them, (n, up to 24) each."
         if (layer, level) not in self._near:
-            self._near[layer, level] = nearest(self.features[layer, level], min(self.NEAR, len(self) - 1))
+            self._near[layer, level] = nearest(
+                self.features[layer, level], min(self.NEAR, len(self) - 1)
+            )
         return self._near[layer, level]
 
-    def sharing(self, factor: str, layer: int, level: float, sample: int, count: int) -> Sharing:
+    def sharing(
+        self, factor: str, layer: int, level: float, sample: int, count: int
+    ) -> Sharing:
         "How a factor is shared by the `count` nearest neighbours of a sample, and by those of all samples."
         place = factor, layer, level, sample, count
         if place not in self._shared:
             values = self.factors[choose(factor, self.factors, "factor")]
-            self._shared[place] = sharing(values, self.near(layer, level)[0][:, :count], sample, CIRCULAR.get(factor))
+            self._shared[place] = sharing(
+                values,
+                self.near(layer, level)[0][:, :count],
+                sample,
+                CIRCULAR.get(factor),
+            )
         return self._shared[place]
 
 # %% ../../nbs/7_workbench/12_feature_maps.ipynb #0f093ac0
 def _spread(known, most: int) -> list:
     "The first, the last and what lies evenly between, `most` in all."
-    return [known[round(place)] for place in np.linspace(0, len(known) - 1, min(most, len(known)))]
+    return [
+        known[round(place)]
+        for place in np.linspace(0, len(known) - 1, min(most, len(known)))
+    ]
 
 
-def draw_maps(atlas: Atlas, method: str = "", factor: str = "", layers=None, levels=None, chosen=(), size: float = 1.9) -> Page:
+def draw_maps(
+    atlas: Atlas,
+    method: str = "",
+    factor: str = "",
+    layers=None,
+    levels=None,
+    chosen=(),
+    size: float = 1.9,
+) -> Page:
     """Planes of several layers (columns) and levels (rows); method, factor: the first where none is named.
 
     layers, levels: of the atlas, by default up to 4 and 3 of them; chosen: samples to be ringed; size: of a plane in inches.
@@ -258,10 +414,26 @@ def draw_maps(atlas: Atlas, method: str = "", factor: str = "", layers=None, lev
     """
     method = choose(method or atlas.methods[0], atlas.methods, "method")
     factor = choose(factor or next(iter(atlas.factors)), atlas.factors, "factor")
-    layers, levels = layers or _spread(atlas.layers, 4), _spread(atlas.levels, 3) if levels is None else levels
+    layers, levels = (
+        layers or _spread(atlas.layers, 4),
+        _spread(atlas.levels, 3) if levels is None else levels,
+    )
     places = [(layer, level) for level in levels for layer in layers]
     if bad := [place for place in places if (method, *place) not in atlas.planes]:
-        raise ValueError(f"layer {bad[0][0]} at t = {bad[0][1]:g} is not laid out; there is an {atlas!r}")
+        raise ValueError(
+            f"layer {bad[0][0]} at t = {bad[0][1]:g} is not laid out; there is an {atlas!r}"
+        )
     planes = {place: atlas.planes[method, *place] for place in places}
-    titles = {f"layer {layer}, t = {level:g}: {plane.trustworthiness:.2f}": plane for (layer, level), plane in planes.items()}
-    return draw_projection(titles, atlas.factors[factor], atlas.names.get(factor), factor, chosen, size, columns=len(layers))
+    titles = {
+        f"layer {layer}, t = {level:g}: {plane.trustworthiness:.2f}": plane
+        for (layer, level), plane in planes.items()
+    }
+    return draw_projection(
+        titles,
+        atlas.factors[factor],
+        atlas.names.get(factor),
+        factor,
+        chosen,
+        size,
+        columns=len(layers),
+    )

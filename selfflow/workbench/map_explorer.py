@@ -21,14 +21,32 @@ from torch import Tensor
 from ..data.notes import to_wav, within_full_scale
 from ..figures.pages import Page, to_pixels
 from ..figures.plots import to_array
-from ..figures.projection import HUES, SHAPES, draw_projection, kinds_of, plane_of
-from .controls import DARK, LIGHT, Surroundings, Theme, beside, choice, message, number, png_of
+from selfflow.figures.projection import (
+    HUES,
+    SHAPES,
+    draw_projection,
+    kinds_of,
+    plane_of,
+)
+from selfflow.workbench.controls import (
+    DARK,
+    LIGHT,
+    Surroundings,
+    Theme,
+    beside,
+    choice,
+    message,
+    number,
+    png_of,
+)
 
 # %% ../../nbs/7_workbench/11_map_explorer.ipynb #e791b071
 _LEAST = 96  # pixels: smaller images are shown larger by whole steps
 
 
-def previews_of(signals: dict[str, Tensor], rate: int = 8000) -> list[list[tuple[str, bytes]]]:
+def previews_of(
+    signals: dict[str, Tensor], rate: int = 8000
+) -> list[list[tuple[str, bytes]]]:
     """What is shown of each sample, [(kind of file, its bytes), ...]: a PNG of images and of the middle of films, WAV of sounds.
 
     signals: by name, images (b, 1 or 3, h, w), films (b, 1 or 3, f, h, w), sounds (b, n), as in `images.Examples`; rate: samples
@@ -36,36 +54,55 @@ def previews_of(signals: dict[str, Tensor], rate: int = 8000) -> list[list[tuple
     """
     counts = {name: len(values) for name, values in signals.items()}
     if len(set(counts.values())) != 1:
-        raise ValueError(f"signals of one set have one number of samples, not {counts or 'none'}")
+        raise ValueError(
+            f"signals of one set have one number of samples, not {counts or 'none'}"
+        )
     parts = [_files(name, values, rate) for name, values in signals.items()]
     return [list(sample) for sample in zip(*parts, strict=True)]
 
 
 def _files(name: str, values: Tensor, rate: int) -> list[tuple[str, bytes]]:
     if values.ndim == 2:
-        return [("audio/wav", to_wav(wave, rate)) for wave in within_full_scale(values)[0]]
+        return [
+            ("audio/wav", to_wav(wave, rate)) for wave in within_full_scale(values)[0]
+        ]
     still = values[:, :, values.shape[2] // 2] if values.ndim == 5 else values
     pixels = to_pixels(still, 4, name)
     times = -(-_LEAST // max(pixels.shape[1:3]))
-    return [("image/png", png_of(Image.fromarray(own.repeat(times, 0).repeat(times, 1)), 9)) for own in pixels]
+    return [
+        ("image/png", png_of(Image.fromarray(own.repeat(times, 0).repeat(times, 1)), 9))
+        for own in pixels
+    ]
 
 
 def preview_html(files: list[tuple[str, bytes]], words: str, width: int = 160) -> str:
     "A sample as HTML: its files, which may be none, and words about it, escaped; width: of an image, pixels."
-    shown = [f'<div style="max-width: {width}px; line-height: 1.3; overflow-wrap: anywhere">{escape(words)}</div>']
+    shown = [
+        f'<div style="max-width: {width}px; line-height: 1.3; overflow-wrap: anywhere">{escape(words)}</div>'
+    ]
     for kind, data in files:
-        source = f"data:{escape(kind, quote=True)};base64,{base64.b64encode(data).decode()}"
+        source = (
+            f"data:{escape(kind, quote=True)};base64,{base64.b64encode(data).decode()}"
+        )
         if kind.startswith("audio/"):
-            shown.append(f'<audio controls src="{source}" style="width: {max(width, 160)}px"></audio>')
+            shown.append(
+                f'<audio controls src="{source}" style="width: {max(width, 160)}px"></audio>'
+            )
         else:
-            shown.append(f'<img src="{source}" width="{width}" alt="{escape(words)}" style="image-rendering: pixelated">')
+            shown.append(
+                f'<img src="{source}" width="{width}" alt="{escape(words)}" style="image-rendering: pixelated">'
+            )
     return f'<div style="display: inline-block; vertical-align: top; margin: 3px; font-size: 12px">{"".join(shown)}</div>'
 
 # %% ../../nbs/7_workbench/11_map_explorer.ipynb #c93b083e
-_SYMBOLS = dict(zip(SHAPES, ("circle", "square", "triangle-up", "diamond"), strict=True))
+_SYMBOLS = dict(
+    zip(SHAPES, ("circle", "square", "triangle-up", "diamond"), strict=True)
+)
 
 
-def _marks_of(values, names=None, factor: str = "", theme: Theme = LIGHT) -> tuple[dict, list[tuple[str, str, str]]]:
+def _marks_of(
+    values, names=None, factor: str = "", theme: Theme = LIGHT
+) -> tuple[dict, list[tuple[str, str, str]]]:
     """The look of points, as plotly's marker, and the legend [(name, colour, symbol), ...], empty for numbers.
 
     values, names: as in `projection_plots.kinds_of`, which says what raises ValueError; factor: what the values are;
@@ -74,16 +111,34 @@ def _marks_of(values, names=None, factor: str = "", theme: Theme = LIGHT) -> tup
     kinds = kinds_of(values, names)
     if kinds is None:
         bar = {"title": {"text": escape(factor)}, "thickness": 12}
-        return {"color": to_array(values).tolist(), "colorscale": get_colorscale("Viridis"), "showscale": True, "colorbar": bar,
-                "symbol": "circle", "size": 7}, []
-    hues = [theme.ink if hue == "#000000" and theme is DARK else hue for hue in HUES]  # black on black is not seen
-    looks = [(hues[kind % len(HUES)], _SYMBOLS[SHAPES[kind % len(SHAPES)]]) for kind in range(len(kinds[1]))]
-    marker = {"color": [looks[kind][0] for kind in kinds[0]], "symbol": [looks[kind][1] for kind in kinds[0]], "showscale": False,
-              "size": 7}
-    return marker, [(escape(name), *look) for name, look in zip(kinds[1], looks, strict=True)]
+        return {
+            "color": to_array(values).tolist(),
+            "colorscale": get_colorscale("Viridis"),
+            "showscale": True,
+            "colorbar": bar,
+            "symbol": "circle",
+            "size": 7,
+        }, []
+    # black on black is not seen
+    hues = [theme.ink if hue == "#000000" and theme is DARK else hue for hue in HUES]
+    looks = [
+        (hues[kind % len(HUES)], _SYMBOLS[SHAPES[kind % len(SHAPES)]])
+        for kind in range(len(kinds[1]))
+    ]
+    marker = {
+        "color": [looks[kind][0] for kind in kinds[0]],
+        "symbol": [looks[kind][1] for kind in kinds[0]],
+        "showscale": False,
+        "size": 7,
+    }
+    return marker, [
+        (escape(name), *look) for name, look in zip(kinds[1], looks, strict=True)
+    ]
 
 
-def figure_of(points, values, names=None, factor: str = "", words=None, title: str = "") -> go.Figure:
+def figure_of(
+    points, values, names=None, factor: str = "", words=None, title: str = ""
+) -> go.Figure:
     """Points in the plane as a plotly figure; trace 0 are the points in their order, with lasso and box.
 
     points: (n, 2) or a `Projection`; values, names: (n,), as in `kinds_of`; words: n texts under the pointer; title: above.
@@ -91,23 +146,64 @@ def figure_of(points, values, names=None, factor: str = "", words=None, title: s
     """
     plane, count = plane_of(points, len(values)), len(values)
     marker, legend = _marks_of(values, names, factor)
-    words = [f"sample {place}" for place in range(count)] if words is None else list(words)
+    words = (
+        [f"sample {place}" for place in range(count)] if words is None else list(words)
+    )
     if len(words) != count:
-        raise ValueError(f"there are {len(words)} texts for {count} points; give one for each, or None")
-    figure = go.Figure(go.Scatter(x=plane[:, 0], y=plane[:, 1], mode="markers", marker=marker, hoverinfo="text", showlegend=False,
-                                  hovertext=[escape(str(text)) for text in words]))
+        raise ValueError(
+            f"there are {len(words)} texts for {count} points; give one for each, or None"
+        )
+    figure = go.Figure(
+        go.Scatter(
+            x=plane[:, 0],
+            y=plane[:, 1],
+            mode="markers",
+            marker=marker,
+            hoverinfo="text",
+            showlegend=False,
+            hovertext=[escape(str(text)) for text in words],
+        )
+    )
     figure.add_traces([_entry(*entry) for entry in legend])
-    axis = {"showticklabels": False, "showgrid": False, "zeroline": False, "title": None}
-    figure.update_layout(template="plotly_white", width=620, height=470, dragmode="lasso", xaxis=axis, yaxis=axis,
-                         margin={"l": 8, "r": 8, "t": 56, "b": 8},
-                         title={"text": escape(title), "font": {"size": 12}, "y": 0.91, "yanchor": "middle"},  # below the buttons
-                         legend={"title": {"text": escape(factor)}, "itemclick": False, "itemdoubleclick": False})
+    axis = {
+        "showticklabels": False,
+        "showgrid": False,
+        "zeroline": False,
+        "title": None,
+    }
+    figure.update_layout(
+        template="plotly_white",
+        width=620,
+        height=470,
+        dragmode="lasso",
+        xaxis=axis,
+        yaxis=axis,
+        margin={"l": 8, "r": 8, "t": 56, "b": 8},
+        # below the buttons
+        title={
+            "text": escape(title),
+            "font": {"size": 12},
+            "y": 0.91,
+            "yanchor": "middle",
+        },
+        legend={
+            "title": {"text": escape(factor)},
+            "itemclick": False,
+            "itemdoubleclick": False,
+        },
+    )
     return figure
 
 
 def _entry(name: str, colour: str, symbol: str) -> go.Scatter:
-    return go.Scatter(x=[None], y=[None], mode="markers", name=name, marker={"color": colour, "symbol": symbol, "size": 8},
-                      hoverinfo="skip")
+    return go.Scatter(
+        x=[None],
+        y=[None],
+        mode="markers",
+        name=name,
+        marker={"color": colour, "symbol": symbol, "size": 8},
+        hoverinfo="skip",
+    )
 
 # %% ../../nbs/7_workbench/11_map_explorer.ipynb #002af6e7
 class MapExplorer:
@@ -116,20 +212,51 @@ class MapExplorer:
     selected: indices (m,) that were chosen, sorted; figure: plotly's widget; colour, sample: the controls; preview, chosen,
     message: HTML; box: all of it. `pointed`, `clicked`, `choose`, `recolour` and `move` are what the pointer and controls do.
     """
+
     SHOWN = 24  # samples of a selection that are shown
 
-    def __init__(self, points, previews, factors: dict, names: dict | None = None, captions=None, title: str = ""):
-        self.points, self.previews, self.factors, self.names, self.captions = points, previews, factors, names or {}, captions
+    def __init__(
+        self,
+        points,
+        previews,
+        factors: dict,
+        names: dict | None = None,
+        captions=None,
+        title: str = "",
+    ):
+        self.points, self.previews, self.factors, self.names, self.captions = (
+            points,
+            previews,
+            factors,
+            names or {},
+            captions,
+        )
         self.selected, self.title = np.zeros(0, int), _titled(title, points)
-        self._around, self._forgets = False, 0.0  # whether a lasso is drawn, until when one that ends was not ended by the user
-        self._one = threading.RLock()  # for what is shown: controls may be heard on several threads
+        # whether a lasso is drawn, until when one that ends was not ended by the user
+        self._around, self._forgets = False, 0.0
+        # for what is shown: controls may be heard on several threads
+        self._one = threading.RLock()
         first, *_ = factors
-        look = figure_of(points, factors[first], self.names.get(first), first, self._captions(), self.title)
+        look = figure_of(
+            points,
+            factors[first],
+            self.names.get(first),
+            first,
+            self._captions(),
+            self.title,
+        )
         look.update_layout(width=None, autosize=True)
         self.figure, self._coloured = go.FigureWidget(look), first
-        self.figure._config = {**self.figure._config, "responsive": True}  # as wide as the page lets it
-        self.colour, self.sample = choice("colour by", list(factors)), number("sample", 0, 0, len(previews) - 1)
-        self.preview, self.chosen, self.message, self.surroundings = *(widgets.HTML() for _ in range(3)), Surroundings()
+        # as wide as the page lets it
+        self.figure._config = {**self.figure._config, "responsive": True}
+        self.colour, self.sample = (
+            choice("colour by", list(factors)),
+            number("sample", 0, 0, len(previews) - 1),
+        )
+        self.preview, self.chosen, self.message, self.surroundings = (
+            *(widgets.HTML() for _ in range(3)),
+            Surroundings(),
+        )
         self._lay_out({"colour": self.colour, "sample": self.sample})
         self.colour.observe(self.recolour, "value")
         self.surroundings.observe(self.recolour, "dark")
@@ -155,14 +282,25 @@ class MapExplorer:
 
     def _lay_out(self, controls: dict, below=()):
         "The figure, controls by name and the preview beside it, and what stands below."
-        for name, control in {**controls, "figure": self.figure, "surroundings": self.surroundings}.items():
+        for name, control in {
+            **controls,
+            "figure": self.figure,
+            "surroundings": self.surroundings,
+        }.items():
             beside(control)
             control.add_class(f"selfflow-control-{name}")
-        side = widgets.VBox([*controls.values(), self.message, self.preview, self.surroundings], layout={
-            "flex": "1 1 300px", "min_width": "0"})
-        frame = widgets.VBox([self.figure], layout={"flex": "4 1 440px", "min_width": "0", "max_width": "720px"})
+        side = widgets.VBox(
+            [*controls.values(), self.message, self.preview, self.surroundings],
+            layout={"flex": "1 1 300px", "min_width": "0"},
+        )
+        frame = widgets.VBox(
+            [self.figure],
+            layout={"flex": "4 1 440px", "min_width": "0", "max_width": "720px"},
+        )
         above = widgets.Box([frame, side], layout={"flex_flow": "row wrap"})
-        self.box = widgets.VBox([above, *below, self.chosen], layout=widgets.Layout(max_width="1280px"))
+        self.box = widgets.VBox(
+            [above, *below, self.chosen], layout=widgets.Layout(max_width="1280px")
+        )
         self.box.add_class("selfflow-explorer")
 
     def _repr_mimebundle_(self, **options):
@@ -172,12 +310,22 @@ class MapExplorer:
         return f"{type(self).__name__}({len(self.previews)} points, coloured by {self._coloured}, {len(self.selected)} chosen)"
 
     def _captions(self) -> list[str]:
-        return [f"{place}: {text}".rstrip(": ") for place, text in enumerate(self.captions or [""] * len(self.previews))]
+        return [
+            f"{place}: {text}".rstrip(": ")
+            for place, text in enumerate(self.captions or [""] * len(self.previews))
+        ]
 
     def words(self, place: int) -> str:
         "What is said of a sample: its index, caption and factors."
-        return "; ".join([self._captions()[place], *(f"{name} {value_text(values[place], self.names.get(name))}"
-                                                     for name, values in self.factors.items())])
+        return "; ".join(
+            [
+                self._captions()[place],
+                *(
+                    f"{name} {value_text(values[place], self.names.get(name))}"
+                    for name, values in self.factors.items()
+                ),
+            ]
+        )
 
     def pointed(self, trace=None, points=None, state=None) -> None:
         "Show the sample of the point under the pointer."
@@ -188,16 +336,23 @@ class MapExplorer:
 
     def _preview(self, _=None) -> None:
         with self._one:
-            self.preview.value = preview_html(self.previews[self.sample.value], self.words(self.sample.value))
+            self.preview.value = preview_html(
+                self.previews[self.sample.value], self.words(self.sample.value)
+            )
 
     def choose(self, trace=None, points=None, state=None) -> None:
         "Take what lies in the lasso or box as `selected`, nothing where the selection was ended."
         with self._one:
-            if state is None and time.monotonic() < self._forgets:  # the page says so of what it was asked to forget
+            # the page says so of what it was asked to forget
+            if state is None and time.monotonic() < self._forgets:
                 self._forgets = 0.0
                 self._fade()
                 return
-            self.selected = np.unique(np.asarray(getattr(points, "point_inds", []) if state is not None else [], int))
+            self.selected = np.unique(
+                np.asarray(
+                    getattr(points, "point_inds", []) if state is not None else [], int
+                )
+            )
             self._around = len(self.selected) > 0
             self._gather()
 
@@ -205,23 +360,41 @@ class MapExplorer:
         self.figure._send_restyle_msg({"selectedpoints": [self.selected.tolist()]}, [0])
 
     def _gather(self) -> None:
-        count, shown = len(self.selected), self.selected[:self.SHOWN]
-        words = (f"{count} chosen" + f", the first {len(shown)} shown" * (count > len(shown)) if count else
-                 "Draw around points to choose them; their indices are in .selected")
-        cells = "".join(preview_html(self.previews[place], self._captions()[place], 72) for place in shown)
+        count, shown = len(self.selected), self.selected[: self.SHOWN]
+        words = (
+            f"{count} chosen" + f", the first {len(shown)} shown" * (count > len(shown))
+            if count
+            else "Draw around points to choose them; their indices are in .selected"
+        )
+        cells = "".join(
+            preview_html(self.previews[place], self._captions()[place], 72)
+            for place in shown
+        )
         self.chosen.value = f'<div role="status">{words}</div>{cells}'
 
     def _tell(self, problem: str = "") -> None:
-        self.message.value = message(problem, True, "Cannot be shown:") if problem else ""
+        self.message.value = (
+            message(problem, True, "Cannot be shown:") if problem else ""
+        )
 
     def recolour(self, _=None) -> None:
         "Colour by the factor of the control, in the colours of the page."
         with self._one:
             factor, theme = self.colour.value, DARK if self.surroundings.dark else LIGHT
-            self.figure.update_layout(paper_bgcolor=theme.paper, plot_bgcolor=theme.paper, font={"color": theme.ink}, modebar={
-                "bgcolor": theme.paper, "color": theme.quiet, "activecolor": theme.accent})
+            self.figure.update_layout(
+                paper_bgcolor=theme.paper,
+                plot_bgcolor=theme.paper,
+                font={"color": theme.ink},
+                modebar={
+                    "bgcolor": theme.paper,
+                    "color": theme.quiet,
+                    "activecolor": theme.accent,
+                },
+            )
             try:
-                marker, legend = _marks_of(self.factors[factor], self.names.get(factor), factor, theme)
+                marker, legend = _marks_of(
+                    self.factors[factor], self.names.get(factor), factor, theme
+                )
             except ValueError as error:
                 self._tell(f"{factor}: {error}")
                 return
@@ -244,7 +417,8 @@ class MapExplorer:
                 trace.x, trace.y = plane.T
                 trace.selectedpoints = self.selected if len(self.selected) else None
                 self.figure.layout.title.text = escape(self.title)
-            if self._around:  # plotly does not tell what was drawn, and forgets what was chosen with it
+            # plotly does not tell what was drawn, and forgets what was chosen with it
+            if self._around:
                 self._around, self._forgets = False, time.monotonic() + 10
                 self.figure._send_relayout_msg({"selections": []})
                 self._fade()
@@ -253,31 +427,62 @@ class MapExplorer:
     def twin(self, size: float = 4.2) -> Page:
         "The same as a figure that lies still, with what was chosen ringed."
         factor, points = self._coloured, {self.title.replace("; ", "\n"): self.points}
-        return draw_projection(points, to_array(self.factors[factor]), self.names.get(factor), factor, self.selected, size)
+        return draw_projection(
+            points,
+            to_array(self.factors[factor]),
+            self.names.get(factor),
+            factor,
+            self.selected,
+            size,
+        )
 
 
 def _titled(title: str, points) -> str:
     "A title with how points were come by, of a `Projection`; trustworthiness is never left out."
     recipe = getattr(points, "recipe", None)
-    said = f"{recipe['method']}, trustworthiness {points.trustworthiness:.3f}; distances mean nothing" if recipe else ""
+    said = (
+        f"{recipe['method']}, trustworthiness {points.trustworthiness:.3f}; distances mean nothing"
+        if recipe
+        else ""
+    )
     return "; ".join(filter(None, (title, said)))
 
 
 def _plain(value):
     "A copy of what plotly keeps, but for the places that a page has unset, which are marked by bare objects."
     if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items() if type(part) is not object}
-    return [_plain(part) for part in value if type(part) is not object] if isinstance(value, list | tuple) else value
+        return {
+            name: _plain(part)
+            for name, part in value.items()
+            if type(part) is not object
+        }
+    return (
+        [_plain(part) for part in value if type(part) is not object]
+        if isinstance(value, list | tuple)
+        else value
+    )
 
 
 def value_text(value, names) -> str:
     "The value of a factor as a reader wants it: the name of a kind, else a number of three digits."
     value = value.item() if hasattr(value, "item") else value
-    return str(names[int(value)]) if names is not None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    return (
+        str(names[int(value)])
+        if names is not None
+        else f"{value:.3g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
-def explore_map(points, previews, factors: dict | None = None, names: dict | None = None, captions=None,
-                title: str = "") -> MapExplorer:
+def explore_map(
+    points,
+    previews,
+    factors: dict | None = None,
+    names: dict | None = None,
+    captions=None,
+    title: str = "",
+) -> MapExplorer:
     """A map whose points show their samples, take the colours of factors and can be chosen.
 
     points: (n, 2) or a `Projection`, whose trustworthiness is then stated; previews: n lists of (kind of file, bytes), of
@@ -286,14 +491,23 @@ def explore_map(points, previews, factors: dict | None = None, names: dict | Non
     """
     count = len(previews)
     factors = factors or {"all": np.zeros(count, int)}
-    lengths = {"points": len(getattr(points, "points", points)), **({} if captions is None else {"captions": len(captions)}),
-               **{f"factor {name}": len(values) for name, values in factors.items()}}
+    lengths = {
+        "points": len(getattr(points, "points", points)),
+        **({} if captions is None else {"captions": len(captions)}),
+        **{f"factor {name}": len(values) for name, values in factors.items()},
+    }
     if not count or set(lengths.values()) != {count}:
-        raise ValueError(f"there are {count} previews, but {lengths}; each sample needs one of each")
+        raise ValueError(
+            f"there are {count} previews, but {lengths}; each sample needs one of each"
+        )
     if bad := [name for name, values in factors.items() if to_array(values).ndim != 1]:
-        raise ValueError(f"factor {bad[0]} has shape {to_array(factors[bad[0]]).shape}; give one value for each sample")
+        raise ValueError(
+            f"factor {bad[0]} has shape {to_array(factors[bad[0]]).shape}; give one value for each sample"
+        )
     if bad := [name for name in names or {} if name not in factors]:
-        raise ValueError(f"names are given for {bad[0]!r}, which is no factor; factors are {', '.join(factors)}")
+        raise ValueError(
+            f"names are given for {bad[0]!r}, which is no factor; factors are {', '.join(factors)}"
+        )
     for name, known in (names or {}).items():
         kinds_of(factors[name], known)
     return MapExplorer(points, previews, factors, names, captions, title)

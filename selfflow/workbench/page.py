@@ -30,27 +30,44 @@ from .tools import Chosen
 # %% ../../nbs/7_workbench/18_page.ipynb #13d834a8
 class Tool(NamedTuple):
     "What can be opened on a run; about: in a sentence; open: from `Chosen` to a widget, or something with one in `.box`."
+
     title: str
     about: str
     open: Callable[[Chosen], object]
 
 
-_PAGES = (Tool("Training", "Losses and samples of the run, live while any process trains it.", lambda chosen: watch(chosen.path)),
-         Tool("Runs", "All runs of the folder: curves, settings, probes and their differences; any explorer on any checkpoint.",
-              lambda chosen: browse(chosen.folder)))
+_PAGES = (
+    Tool(
+        "Training",
+        "Losses and samples of the run, live while any process trains it.",
+        lambda chosen: watch(chosen.path),
+    ),
+    Tool(
+        "Runs",
+        "All runs of the folder: curves, settings, probes and their differences; any explorer on any checkpoint.",
+        lambda chosen: browse(chosen.folder),
+    ),
+)
 
 
 def tools_on_page() -> tuple[Tool, ...]:
     "All registered explorers, each with the first line of its docstring, and the pages of training and runs."
     opens = {title: explorers[title].load() for title in explorers}
-    tools = [Tool(title, (inspect.getdoc(open_it) or title).splitlines()[0], open_it) for title, open_it in opens.items()]
+    tools = [
+        Tool(title, (inspect.getdoc(open_it) or title).splitlines()[0], open_it)
+        for title, open_it in opens.items()
+    ]
     return (*tools, *_PAGES)
 
 # %% ../../nbs/7_workbench/18_page.ipynb #4e6a2997
 def quickstart() -> tuple[Config, Config]:
     "Both runs of the quickstart: Self-Flow, and flow matching from the same weights, images and noise."
-    selfflow = Config("self-flow", objective=ObjectiveConfig("self_flow", mask_ratio=0.25))
-    return selfflow, replace(selfflow, name="flow-matching", objective=ObjectiveConfig("flow_matching"))
+    selfflow = Config(
+        "self-flow", objective=ObjectiveConfig("self_flow", mask_ratio=0.25)
+    )
+    return selfflow, replace(
+        selfflow, name="flow-matching", objective=ObjectiveConfig("flow_matching")
+    )
 
 
 def runs_in(folder: Path) -> dict[str, Path]:
@@ -87,8 +104,12 @@ class Workbench:
     run, tool: the controls; page: what is open; live: the panel of the training that it began; said: what it did; box: all of it.
     """
 
-    def __init__(self, folder: Path | str = "runs", tools: tuple[Tool, ...] | None = None,
-                 configs: tuple[Config, ...] | None = None):
+    def __init__(
+        self,
+        folder: Path | str = "runs",
+        tools: tuple[Tool, ...] | None = None,
+        configs: tuple[Config, ...] | None = None,
+    ):
         tools = tools_on_page() if tools is None else tools
         self.folder, self.tools = Path(folder), {tool.title: tool for tool in tools}
         self.configs = quickstart() if configs is None else tuple(configs)
@@ -96,16 +117,28 @@ class Workbench:
         self._trains, self._listing = False, False
         self._state = threading.Condition(threading.RLock())
         self.run = choice("run", [("(none yet)", None)])
-        self.tool = widgets.ToggleButtons(options=list(self.tools), style={"button_width": "auto"})
+        self.tool = widgets.ToggleButtons(
+            options=list(self.tools), style={"button_width": "auto"}
+        )
         self.tool.add_class("selfflow-tool")
         self.run.add_class("selfflow-run")
         auto = widgets.Layout(width="auto")
         self.more = button("Train the quickstart", "train", self.start, layout=auto)
         look = button("Look again", "look", self.look, layout=auto)
-        above = widgets.Box([self.run, look, self.more], layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
-        self.said, self.about, self.live, self.page = widgets.HTML(message("")), widgets.HTML(), widgets.VBox(), widgets.VBox()
+        above = widgets.Box(
+            [self.run, look, self.more],
+            layout=widgets.Layout(flex_flow="row wrap", align_items="center"),
+        )
+        self.said, self.about, self.live, self.page = (
+            widgets.HTML(message("")),
+            widgets.HTML(),
+            widgets.VBox(),
+            widgets.VBox(),
+        )
         self.page.add_class("selfflow-page")
-        self.box = widgets.VBox([above, self.said, self.live, self.tool, self.about, self.page])
+        self.box = widgets.VBox(
+            [above, self.said, self.live, self.tool, self.about, self.page]
+        )
         self.box.add_class("selfflow-workbench")
         for control in (self.run, self.tool):
             beside(control)
@@ -128,7 +161,9 @@ class Workbench:
         return [name for name, path in self.runs.items() if saved_step(path)]
 
     def _name(self) -> str | None:
-        return next((name for name, path in self.runs.items() if path == self.run.value), None)
+        return next(
+            (name for name, path in self.runs.items() if path == self.run.value), None
+        )
 
     def look(self) -> None:
         "See which runs the folder holds now; the chosen one stays chosen, and is opened anew if it has gone on."
@@ -137,20 +172,33 @@ class Workbench:
             options = [(label_of(name, path), path) for name, path in self.runs.items()]
             if tuple(options) != self.run.options:
                 usable = [self.runs[name] for name in self._usable()]
-                first = next((path for path in usable if path.parent.name == "quickstart" and path.name == "self-flow"), None)
+                first = next(
+                    (
+                        path
+                        for path in usable
+                        if path.parent.name == "quickstart" and path.name == "self-flow"
+                    ),
+                    None,
+                )
                 gone_on = {path for _, path in set(self.run.options) - set(options)}
                 for key in [key for key in self._open if key[0] in gone_on]:
                     _close(self._open.pop(key))
                 self._listing = True  # a chooser first takes the first of new options
                 self.run.options = options or [("(none yet)", None)]
                 first = first or next(iter(usable or self.runs.values()), None)
-                self.run.value, self._listing = before if before in self.runs.values() else first, False
+                self.run.value, self._listing = (
+                    before if before in self.runs.values() else first,
+                    False,
+                )
             unfinished = any(not self._finished(config) for config in self.configs)
             self.more.layout.display = "" if unfinished and not self._trains else "none"
         self._show()
 
     def _finished(self, config: Config) -> bool:
-        return saved_step(self.folder / "quickstart" / config.name) >= config.training.steps
+        return (
+            saved_step(self.folder / "quickstart" / config.name)
+            >= config.training.steps
+        )
 
     # training
 
@@ -159,13 +207,17 @@ class Workbench:
         with self._state:
             if not self._trains:
                 self._trains, self.more.layout.display = True, "none"
-                threading.Thread(target=self._train, name="quickstart", daemon=True).start()
+                threading.Thread(
+                    target=self._train, name="quickstart", daemon=True
+                ).start()
 
     def _train(self) -> None:
         try:
             for number, config in enumerate(self.configs, 1):
-                self._say(f"Run {number} of {len(self.configs)} of the quickstart is being trained: {config.name}, "
-                          f"{config.training.steps:,} steps, one to three minutes on two CPU cores.")
+                self._say(
+                    f"Run {number} of {len(self.configs)} of the quickstart is being trained: {config.name}, "
+                    f"{config.training.steps:,} steps, one to three minutes on two CPU cores."
+                )
                 panel = watch(self.folder / "quickstart" / config.name)
                 self.live.children = (panel.box,)
                 try:
@@ -175,11 +227,18 @@ class Workbench:
                     panel.close()
                 self.look()
                 if (step := run.state()["step"]) < config.training.steps:
-                    self._say(f"Stopped at step {step:,} of {config.name}, which is kept; 'Train the quickstart' goes on there.")
+                    self._say(
+                        f"Stopped at step {step:,} of {config.name}, which is kept; 'Train the quickstart' goes on there."
+                    )
                     break
             else:
-                self._say("Both runs of the quickstart are trained." if len(self.configs) == 2 else "The run is trained.")
-        except Exception as error:  # whatever it is, the page says so; what was saved is whole
+                self._say(
+                    "Both runs of the quickstart are trained."
+                    if len(self.configs) == 2
+                    else "The run is trained."
+                )
+        # whatever it is, the page says so; what was saved is whole
+        except Exception as error:
             self._say(f"The quickstart was not trained: {error}", alert=True)
         finally:
             with self._state:
@@ -200,7 +259,9 @@ class Workbench:
             tool, path = self.tools[self.tool.value], self.run.value
             self.about.value = f"<i>{escape(tool.about)}</i>"
             if path is None:
-                self.page.children = (widgets.HTML(message(f"There is no run in {self.folder} yet.")),)
+                self.page.children = (
+                    widgets.HTML(message(f"There is no run in {self.folder} yet.")),
+                )
             elif (key := (path, tool.title)) in self._open:
                 self.page.children = (self._open[key],)
             else:
@@ -209,16 +270,31 @@ class Workbench:
                 if key not in self._opening:
                     self._opening.add(key)
                     chosen = Chosen(self.folder, path, self.runs)
-                    threading.Thread(target=self._build, args=(key, tool, chosen), name=tool.title, daemon=True).start()
+                    threading.Thread(
+                        target=self._build,
+                        args=(key, tool, chosen),
+                        name=tool.title,
+                        daemon=True,
+                    ).start()
 
     def _build(self, key: tuple, tool: Tool, chosen: Chosen) -> None:
         try:
             made = tool.open(chosen)
             shown = getattr(made, "box", made)
         except Exception as error:  # the other tools go on
-            words = f"{error}" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
-            shown = widgets.VBox([widgets.HTML(message(f"{tool.title}: {words}", True, "Cannot be shown:")),
-                                  button("Try again", "retry", lambda: self._forget(key))])
+            words = (
+                f"{error}"
+                if isinstance(error, ValueError | OSError)
+                else f"{type(error).__name__}: {error}"
+            )
+            shown = widgets.VBox(
+                [
+                    widgets.HTML(
+                        message(f"{tool.title}: {words}", True, "Cannot be shown:")
+                    ),
+                    button("Try again", "retry", lambda: self._forget(key)),
+                ]
+            )
         with self._state:
             self._opening.discard(key)
             self._open[key] = shown
@@ -234,12 +310,18 @@ class Workbench:
     def settle(self, seconds: float = 120.0, trained: bool = True) -> "Workbench":
         "The workbench, once nothing is being opened, nor trained unless `trained` is False. Raises TimeoutError."
         with self._state:
-            if not self._state.wait_for(lambda: not self._opening and not (trained and self._trains), seconds):
-                raise TimeoutError(f"the workbench was still at work after {seconds} seconds")
+            if not self._state.wait_for(
+                lambda: not self._opening and not (trained and self._trains), seconds
+            ):
+                raise TimeoutError(
+                    f"the workbench was still at work after {seconds} seconds"
+                )
         return self
 
 
-def workbench(folder: Path | str = "runs", configs: tuple[Config, ...] | None = None) -> Workbench:
+def workbench(
+    folder: Path | str = "runs", configs: tuple[Config, ...] | None = None
+) -> Workbench:
     """All tools on the runs of a folder; where none can be opened yet, the quickstart is trained in folder/quickstart.
 
     configs: what is trained then instead of `quickstart()`. Raises NotADirectoryError for a file.

@@ -22,17 +22,34 @@ from ..training.loop import train as train_run
 from ..training.run import Run
 from ..training.watching import Following
 from .boards import picture_of
-from .controls import DARK, DRAWING, LIGHT, Surroundings, beside, button, message, rests, text_box
+from selfflow.workbench.controls import (
+    DARK,
+    DRAWING,
+    LIGHT,
+    Surroundings,
+    beside,
+    button,
+    message,
+    rests,
+    text_box,
+)
 
 # %% ../../nbs/7_workbench/04_panel.ipynb #e1a80686
-SHARE = 0.05                # of the time, at most, is spent on drawing while a run trains
+# of the time, at most, is spent on drawing while a run trains
+SHARE = 0.05
 CLOCK = "%H:%M:%S"
 
-ASKED = {"stop": "Stop: finish the step, save, end", "sample": "Sample now: draw a picture for the film between two steps"}
+ASKED = {
+    "stop": "Stop: finish the step, save, end",
+    "sample": "Sample now: draw a picture for the film between two steps",
+}
 
 
 def _picture(name: str, width: str) -> widgets.Image:
-    picture = widgets.Image(format="png", layout=widgets.Layout(width=width, max_width="100%", display="none"))
+    picture = widgets.Image(
+        format="png",
+        layout=widgets.Layout(width=width, max_width="100%", display="none"),
+    )
     picture.add_class(f"selfflow-{name}")
     return picture
 
@@ -40,11 +57,16 @@ def _picture(name: str, width: str) -> widgets.Image:
 def header_html(parts: list[str], share: float = 0.0) -> str:
     "The parts of `follow.status` as HTML, every one escaped: name and state, the numbers, and a bar as long as the share done."
     name, state, *numbers = map(escape, parts)
-    cells = "".join(f'<span style="margin-right: 1.6em; white-space: nowrap">{number}</span>' for number in numbers)
-    return (f'<div role="status" style="line-height: 1.5; font-variant-numeric: tabular-nums"><b>{name}</b>&emsp;{state}'
-            f'<br>{cells}</div><div role="progressbar" aria-label="steps done" aria-valuenow="{math.floor(100 * share)}" '
-            f'style="height: 4px; margin: 4px 0; background: var(--jp-border-color2, #ddd)"><div style="height: 4px; '
-            f'width: {100 * share:.1f}%; background: {COLOURS[0]}"></div></div>')
+    cells = "".join(
+        f'<span style="margin-right: 1.6em; white-space: nowrap">{number}</span>'
+        for number in numbers
+    )
+    return (
+        f'<div role="status" style="line-height: 1.5; font-variant-numeric: tabular-nums"><b>{name}</b>&emsp;{state}'
+        f'<br>{cells}</div><div role="progressbar" aria-label="steps done" aria-valuenow="{math.floor(100 * share)}" '
+        f'style="height: 4px; margin: 4px 0; background: var(--jp-border-color2, #ddd)"><div style="height: 4px; '
+        f'width: {100 * share:.1f}%; background: {COLOURS[0]}"></div></div>'
+    )
 
 # %% ../../nbs/7_workbench/04_panel.ipynb #f6c34b7f
 class Panel:
@@ -56,29 +78,80 @@ class Panel:
 
     def __init__(self, path: Path | str, refresh: float = 2.0):
         if not refresh > 0:
-            raise ValueError(f"refresh is {refresh} seconds; take a positive number, such as 2")
+            raise ValueError(
+                f"refresh is {refresh} seconds; take a positive number, such as 2"
+            )
         self.following, self.pause, self.drawn = Following(path), refresh, 0
-        self.header, self.said, self.trouble = text_box("header"), text_box("said"), text_box("trouble")
-        self.stop = button("Stop", "stop", lambda: self.ask("stop"), icon="stop", tooltip=ASKED["stop"], disabled=True)
-        self.sample = button("Sample now", "sample", lambda: self.ask("sample"), icon="image", tooltip=ASKED["sample"],
-                             disabled=True)
-        self.picture, self.film = _picture("dashboard", "100%"), _picture("film", "auto")
-        self.unfold = widgets.Accordion([self.film], titles=("Film, large",), selected_index=None)
-        buttons = widgets.HBox([self.stop, self.sample, self.said], layout=widgets.Layout(flex_flow="row wrap"))
+        self.header, self.said, self.trouble = (
+            text_box("header"),
+            text_box("said"),
+            text_box("trouble"),
+        )
+        self.stop = button(
+            "Stop",
+            "stop",
+            lambda: self.ask("stop"),
+            icon="stop",
+            tooltip=ASKED["stop"],
+            disabled=True,
+        )
+        self.sample = button(
+            "Sample now",
+            "sample",
+            lambda: self.ask("sample"),
+            icon="image",
+            tooltip=ASKED["sample"],
+            disabled=True,
+        )
+        self.picture, self.film = (
+            _picture("dashboard", "100%"),
+            _picture("film", "auto"),
+        )
+        self.unfold = widgets.Accordion(
+            [self.film], titles=("Film, large",), selected_index=None
+        )
+        buttons = widgets.HBox(
+            [self.stop, self.sample, self.said],
+            layout=widgets.Layout(flex_flow="row wrap"),
+        )
         self.surroundings = Surroundings()
-        self.box = widgets.VBox([self.header, buttons, self.trouble, self.picture, self.unfold, self.surroundings])
+        self.box = widgets.VBox(
+            [
+                self.header,
+                buttons,
+                self.trouble,
+                self.picture,
+                self.unfold,
+                self.surroundings,
+            ]
+        )
         self.box.layout.max_width = "1280px"
         self.box.add_class("selfflow-panel")
-        self._lock, self._woken, self._closed = rests(threading.RLock()), threading.Event(), False
-        self._asked, self._stale, self._film_stale, self._due, self._words = {}, True, True, 0.0, ""
+        self._lock, self._woken, self._closed = (
+            rests(threading.RLock()),
+            threading.Event(),
+            False,
+        )
+        self._asked, self._stale, self._film_stale, self._due, self._words = (
+            {},
+            True,
+            True,
+            0.0,
+            "",
+        )
         for widget in (self.unfold, self.surroundings):
             beside(widget)
         self.unfold.observe(lambda _: self._look(), "selected_index")
         self.surroundings.observe(lambda _: self._redraw(), "dark")
-        self.thread = threading.Thread(target=self._follow, name=f"panel of {path}", daemon=True)
+        self.thread = threading.Thread(
+            target=self._follow, name=f"panel of {path}", daemon=True
+        )
 
     def _repr_mimebundle_(self, **options):
-        return {**self.box._repr_mimebundle_(**options), "text/plain": " | ".join(self.following.status())}
+        return {
+            **self.box._repr_mimebundle_(**options),
+            "text/plain": " | ".join(self.following.status()),
+        }
 
     def _follow(self):
         while not self._closed:
@@ -103,7 +176,8 @@ class Panel:
 
     def _redraw(self):
         with self._lock:
-            self._stale, self._film_stale, self._due = True, True, 0.0  # who changes the theme of a page is not let wait
+            # who changes the theme of a page is not let wait
+            self._stale, self._film_stale, self._due = True, True, 0.0
         self._look()
 
     def refresh(self) -> None:
@@ -112,14 +186,20 @@ class Panel:
             started = time.thread_time()
             try:
                 changed = self.following.read()
-                self._stale, self._film_stale = self._stale or changed, self._film_stale or changed
+                self._stale, self._film_stale = (
+                    self._stale or changed,
+                    self._film_stale or changed,
+                )
                 self._show_header()
                 self._buttons()
                 if self.following.writer is None or time.monotonic() >= self._due:
                     if self._draw():
-                        self._due = time.monotonic() + (time.thread_time() - started) * (1 / SHARE - 1)
+                        self._due = time.monotonic() + (
+                            time.thread_time() - started
+                        ) * (1 / SHARE - 1)
                 self._say_trouble(self.following.problems)
-            except Exception as error:  # whatever it is, the panel says so and tries again
+            # whatever it is, the panel says so and tries again
+            except Exception as error:
                 self._say_trouble([f"{type(error).__name__}: {error}"])
 
     def _show_header(self):
@@ -131,21 +211,35 @@ class Panel:
         following, drawn = self.following, self._stale
         if self._stale:
             clip = following.run.config.training.clip if following.run else None
-            self._show(self.picture, draw_dashboard, following.log.table, following.timing.table, following.film, following.steps,
-                       clip, following.names)
+            self._show(
+                self.picture,
+                draw_dashboard,
+                following.log.table,
+                following.timing.table,
+                following.film,
+                following.steps,
+                clip,
+                following.names,
+            )
             self._stale, self.drawn = False, self.drawn + 1
         if self._film_stale and self.unfold.selected_index == 0:
-            self._show(self.film, draw_film, following.film, 8, 10, 0.85, following.names)
+            self._show(
+                self.film, draw_film, following.film, 8, 10, 0.85, following.names
+            )
             self._film_stale, drawn = False, True
         return drawn
 
     def _show(self, image, draw, *data):
         with DRAWING:
-            image.value = picture_of(draw(*data), DARK if self.surroundings.dark else LIGHT, dpi=140)
+            image.value = picture_of(
+                draw(*data), DARK if self.surroundings.dark else LIGHT, dpi=140
+            )
         image.layout.display = ""
 
     def _say_trouble(self, problems):
-        self.trouble.value = "".join(message(f"Cannot be shown: {problem}", alert=True) for problem in problems)
+        self.trouble.value = "".join(
+            message(f"Cannot be shown: {problem}", alert=True) for problem in problems
+        )
 
     # requests
 
@@ -160,7 +254,9 @@ class Panel:
                     self._asked[what] = time.strftime(CLOCK)
                 self._buttons()
             except Exception as error:
-                self._say_trouble([f"{what} could not be asked for: {type(error).__name__}: {error}"])
+                self._say_trouble(
+                    [f"{what} could not be asked for: {type(error).__name__}: {error}"]
+                )
         self._woken.set()
 
     def _buttons(self):
@@ -170,11 +266,20 @@ class Panel:
             if waiting and training:
                 self._words = f"{what} asked at {self._asked.setdefault(what, time.strftime(CLOCK))}, waiting for the loop"
             elif what in self._asked:
-                asked, answer = self._asked.pop(what), "not answered: nobody trains" if waiting else "answered"
-                self._words = f"{what} asked at {asked}, {answer} ({time.strftime(CLOCK)})"
+                asked, answer = (
+                    self._asked.pop(what),
+                    "not answered: nobody trains" if waiting else "answered",
+                )
+                self._words = (
+                    f"{what} asked at {asked}, {answer} ({time.strftime(CLOCK)})"
+                )
             asks.disabled = waiting or not training or self._closed
             asks.tooltip = ASKED[what] if training else "Nobody is training this run"
-        idle = "" if training else "nobody is training this run: nothing to stop, nothing to sample"
+        idle = (
+            ""
+            if training
+            else "nobody is training this run: nothing to stop, nothing to sample"
+        )
         words = escape("; ".join(words for words in (self._words, idle) if words))
         self.said.value = f'<span role="status" style="margin-left: 1em">{words}</span>'
 
@@ -196,12 +301,15 @@ def watch(path: Path | str, refresh: float = 2.0) -> Panel:
     return panel
 
 
-def train(config: Config, folder: Path | str = "runs", refresh: float = 2.0, **options) -> Run:
+def train(
+    config: Config, folder: Path | str = "runs", refresh: float = 2.0, **options
+) -> Run:
     "Train in this cell with a panel above its output, and return the run; `options` go to `training.train`, which raises."
     panel = watch(Path(folder) / config.name, refresh)
     display(panel)
     try:
-        return train_run(config, folder, **{"bar": False, **options})  # the panel has one
+        # the panel has one
+        return train_run(config, folder, **{"bar": False, **options})
     finally:
         panel.refresh()
         panel.close()

@@ -29,7 +29,8 @@ from ..training.run import Run, step_noise
 from .boards import Board
 
 # %% ../../nbs/7_workbench/07_paths.ipynb #12b240a0
-KEPT = ("as trained", "clean", "noised along")  # how given tokens are shown to a run; as trained: clean if it saw mixed levels
+# how given tokens are shown to a run; as trained: clean if it saw mixed levels
+KEPT = ("as trained", "clean", "noised along")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Settings:
     None; sample, anew: which sample is given but for these tokens, which are drawn anew (None: all are); kept: how given tokens
     are shown, in `KEPT`; level: at which they are when clean. Raises ValueError for numbers out of range.
     """
+
     steps: int = 20
     method: str = "euler"
     shift: float = 1.0
@@ -55,23 +57,45 @@ class Settings:
     def __post_init__(self):
         choose(self.method, samplers, "sampler")
         choose(self.kept, KEPT, "way of given tokens")
-        for name, low, high in (("steps", 1, 1000), ("shift", 0.01, 100), ("cfg_scale", -100, 100), ("seed", 0, 2**31),
-                                ("count", 1, 64), ("level", 0, 1)):
+        for name, low, high in (
+            ("steps", 1, 1000),
+            ("shift", 0.01, 100),
+            ("cfg_scale", -100, 100),
+            ("seed", 0, 2**31),
+            ("count", 1, 64),
+            ("level", 0, 1),
+        ):
             value = getattr(self, name)
-            if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
-                raise ValueError(f"{name} is {value}, but must be a number from {low} to {high}")
+            if not (
+                isinstance(value, int | float)
+                and math.isfinite(value)
+                and low <= value <= high
+            ):
+                raise ValueError(
+                    f"{name} is {value}, but must be a number from {low} to {high}"
+                )
 
 # %% ../../nbs/7_workbench/07_paths.ipynb #518bddda
 def _kind(run: Run, name: str) -> tuple:
     "What must agree for the same noise to mean the same."
     source = run.sources
-    return source.layouts[name].parts, run.config.shared.condition, source.names, run.inputs.caption
+    return (
+        source.layouts[name].parts,
+        run.config.shared.condition,
+        source.names,
+        run.inputs.caption,
+    )
 
 
 def _said(kind: tuple) -> str:
     parts, condition, names, _ = kind
-    form = " + ".join(f"{part.name} ({part.tokens} tokens of {part.channels})" for part in parts)
-    told = {"class": f"told by {len(names)} classes", "caption": "told by captions"}.get(condition, "told nothing")
+    form = " + ".join(
+        f"{part.name} ({part.tokens} tokens of {part.channels})" for part in parts
+    )
+    told = {
+        "class": f"told by {len(names)} classes",
+        "caption": "told by captions",
+    }.get(condition, "told nothing")
     return f"{form}, {told}"
 
 
@@ -91,27 +115,51 @@ class SideBySide:
                 chosen = run.config.data_name(data)
                 kind = _kind(run, chosen)
                 if first is not None and kind != first[1]:
-                    raise ValueError(f"draws {_said(kind)}, the others {_said(first[1])}")
+                    raise ValueError(
+                        f"draws {_said(kind)}, the others {_said(first[1])}"
+                    )
                 _ = run.teacher
                 first, self.runs[name] = first or (chosen, kind), run
-            except Exception as error:  # a folder may hold anything; the others are looked at all the same
+            # a folder may hold anything; the others are looked at all the same
+            except Exception as error:
                 self.left_out[name] = str(error) or type(error).__name__
         if first is None:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.left_out.items()) or "there is none"
-            raise ValueError(f"no run can be sampled from: {reasons}. `selfflow train` makes one")
-        self._lock, self._known, self._first = threading.Lock(), OrderedDict(), next(iter(self.runs.values()))
+            reasons = (
+                "; ".join(f"{name}: {reason}" for name, reason in self.left_out.items())
+                or "there is none"
+            )
+            raise ValueError(
+                f"no run can be sampled from: {reasons}. `selfflow train` makes one"
+            )
+        self._lock, self._known, self._first = (
+            threading.Lock(),
+            OrderedDict(),
+            next(iter(self.runs.values())),
+        )
         config = self._first.config.shared
         self.name, self.condition = first[0], config.condition
         sources = Sources(self._first.config.data, "validation")
-        self.layout, self.parts = sources.layouts[self.name], sources.layouts[self.name].parts
+        self.layout, self.parts = (
+            sources.layouts[self.name],
+            sources.layouts[self.name].parts,
+        )
         data = sources.data[self.name]
-        self.board, self.rate, self.shapes = Board(self.layout), rate_of(data), data.shapes
+        self.board, self.rate, self.shapes = (
+            Board(self.layout),
+            rate_of(data),
+            data.shapes,
+        )
         self.names = tuple(data.names) if config.condition == "class" else ()
         examples = data.take(subset(data, count))
-        self.x0, self.captions = self.layout.patchify(examples.signals), examples.captions
+        self.x0, self.captions = (
+            self.layout.patchify(examples.signals),
+            examples.captions,
+        )
 
     @classmethod
-    def of(cls, folder: Folder | str, data: str = "", device: str = "auto") -> "SideBySide":
+    def of(
+        cls, folder: Folder | str, data: str = "", device: str = "auto"
+    ) -> "SideBySide":
         "The runs of a folder, or the one run in it. Raises ValueError for a folder without a run that can be used."
         opened, damaged = {}, {}
         try:
@@ -137,13 +185,19 @@ class SideBySide:
     def mixes(self, name: str, kept: str) -> bool:
         "Whether a run is shown given tokens clean; as trained: if it saw more than one level in a sample."
         objective = self.runs[name].config.objective
-        trained = build_schedule(objective).sample(1, 2, keyed(0, "levels")).k > 1 or bool(objective.given)
+        trained = build_schedule(objective).sample(
+            1, 2, keyed(0, "levels")
+        ).k > 1 or bool(objective.given)
         return trained if kept == "as trained" else kept == "clean"
 
     def read_of(self, caption: str) -> str:
         "What a run reads of a caption, where that can be told: of bytes, as many as it has room for."
         config = self._first.config.shared
-        return caption if config.encoder else caption_text(self._first.sources.wanted([caption]).values[0])
+        return (
+            caption
+            if config.encoder
+            else caption_text(self._first.sources.wanted([caption]).values[0])
+        )
 
 # %% ../../nbs/7_workbench/07_paths.ipynb #ec8fca9f
 _REMEMBERED = 256 * 2**20  # bytes of paths
@@ -156,6 +210,7 @@ class Path:
     states: (steps + 1, b, n, c) from noise to data; levels: (steps + 1,); evaluations: of the velocity; given: (n,) bool; mixed:
     whether given tokens were shown clean; cfg_scale: as it was, which is 1 for a run that does not know its null label.
     """
+
     states: Tensor
     levels: Tensor
     evaluations: int
@@ -164,18 +219,30 @@ class Path:
     cfg_scale: float
 
 
-def _velocity(side: SideBySide, run: Run, settings: Settings, rows: int, cfg_scale: float):
+def _velocity(
+    side: SideBySide, run: Run, settings: Settings, rows: int, cfg_scale: float
+):
     "The velocity of several samples under one condition."
-    told = None if settings.told is None else run.sources.wanted([settings.told] * rows, side.name)
+    told = (
+        None
+        if settings.told is None
+        else run.sources.wanted([settings.told] * rows, side.name)
+    )
     return run.velocity_fn(told, cfg_scale, data=side.name)
 
 
 def _problem(side: SideBySide, settings: Settings) -> None:
     "Raises ValueError for what these samples do not have."
     if not 0 <= settings.sample < len(side.x0):
-        raise ValueError(f"sample is {settings.sample}, but there are {len(side.x0)}, numbered from 0")
-    if unknown := [token for token in settings.anew or () if not 0 <= token < side.tokens]:
-        raise ValueError(f"token {unknown[0]} was painted, but there are {side.tokens}, numbered from 0")
+        raise ValueError(
+            f"sample is {settings.sample}, but there are {len(side.x0)}, numbered from 0"
+        )
+    if unknown := [
+        token for token in settings.anew or () if not 0 <= token < side.tokens
+    ]:
+        raise ValueError(
+            f"token {unknown[0]} was painted, but there are {side.tokens}, numbered from 0"
+        )
 
 
 @own_settings()
@@ -189,49 +256,91 @@ def path_of(side: SideBySide, name: str, settings: Settings) -> Path:
             side._known.move_to_end(key)
             return side._known[key]
         path = side._known[key] = _drawn(side, name, run, settings)
-        while len(side._known) > 1 and sum(p.states.nbytes for p in side._known.values()) > _REMEMBERED:
+        while (
+            len(side._known) > 1
+            and sum(p.states.nbytes for p in side._known.values()) > _REMEMBERED
+        ):
             side._known.popitem(last=False)
         return path
 
 
 def _noise(side: SideBySide, settings: Settings) -> Tensor:
-    return torch.randn(settings.count, *side.x0.shape[1:], generator=keyed(settings.seed, "samples"))
+    return torch.randn(
+        settings.count, *side.x0.shape[1:], generator=keyed(settings.seed, "samples")
+    )
 
 
 def _drawn(side: SideBySide, name: str, run: Run, settings: Settings) -> Path:
     calls = []
     x1, given = _noise(side, settings), torch.zeros(side.tokens, dtype=torch.bool)
     if settings.anew is not None:
-        given = ~torch.isin(torch.arange(side.tokens), torch.tensor(settings.anew, dtype=torch.int64))
-    scale = settings.cfg_scale if run.config.objective.label_drop and settings.told is not None else 1.0
-    velocity_fn, mixed = _velocity(side, run, settings, settings.count, scale), side.mixes(name, settings.kept)
+        given = ~torch.isin(
+            torch.arange(side.tokens), torch.tensor(settings.anew, dtype=torch.int64)
+        )
+    scale = (
+        settings.cfg_scale
+        if run.config.objective.label_drop and settings.told is not None
+        else 1.0
+    )
+    velocity_fn, mixed = (
+        _velocity(side, run, settings, settings.count, scale),
+        side.mixes(name, settings.kept),
+    )
 
     def counted(x, t):
         calls.append(t)
         return velocity_fn(x, t)
 
-    x0, level, known = side.x0[settings.sample].expand_as(x1), settings.level if mixed else None, {}
+    x0, level, known = (
+        side.x0[settings.sample].expand_as(x1),
+        settings.level if mixed else None,
+        {},
+    )
     if given.any():
-        known = {"x0": x0.to(run.device), "start": (~given).float(), "kept_level": level}
+        known = {
+            "x0": x0.to(run.device),
+            "start": (~given).float(),
+            "kept_level": level,
+        }
     noise = partial(step_noise, settings.seed, range(settings.count), x1.shape[1:])
-    states = sample(counted, x1.to(run.device), settings.steps, settings.method, settings.shift, True, noise, **known).cpu()
+    states = sample(
+        counted,
+        x1.to(run.device),
+        settings.steps,
+        settings.method,
+        settings.shift,
+        True,
+        noise,
+        **known,
+    ).cpu()
     levels = levels_of(settings.method, settings.steps, settings.shift)
     if not mixed:  # the film shows what the model is shown
         kept = given.expand(len(x1), -1)
-        states = torch.stack([shown(x, t, x0, x1, kept, level)[0] for x, t in zip(states, levels, strict=True)])
+        states = torch.stack(
+            [
+                shown(x, t, x0, x1, kept, level)[0]
+                for x, t in zip(states, levels, strict=True)
+            ]
+        )
     return Path(states, levels, len(calls), given, mixed, scale)
 
 
 @own_settings()
 @torch.inference_mode()
-def estimate(side: SideBySide, name: str, settings: Settings, indices: list[int], sample: int = 0) -> Tensor:
+def estimate(
+    side: SideBySide, name: str, settings: Settings, indices: list[int], sample: int = 0
+) -> Tensor:
     "What a run takes the data to be at some states of a sample's path: (states, n, c); at the last it is the data."
     path, run = path_of(side, name, settings), side.runs[name]
     x, t = path.states[indices, sample], path.levels[indices]
     x1 = _noise(side, settings)[sample]
     x0, given = side.x0[settings.sample].expand_as(x), path.given.expand(len(x), -1)
-    seen, tau = shown(x, t, x0, x1.expand_as(x), given, settings.level if path.mixed else None)
+    seen, tau = shown(
+        x, t, x0, x1.expand_as(x), given, settings.level if path.mixed else None
+    )
     with side._lock:
-        v = _velocity(side, run, settings, len(indices), path.cfg_scale)(seen.to(run.device), tau.to(run.device)).cpu()
+        v = _velocity(side, run, settings, len(indices), path.cfg_scale)(
+            seen.to(run.device), tau.to(run.device)
+        ).cpu()
     found = torch.where(given[..., None], x0, seen - tau[..., None] * v)
     return torch.where((t == 0)[:, None, None], x, found)

@@ -25,7 +25,17 @@ from ..figures.pages import to_webp
 from ..registries import samplers
 from ..training.run import Run
 from .boards import SHARP, Panel, panels, tinted
-from .controls import LIGHT, Theme, TokenGrid, choice, font, number, png_of, slider, switch
+from selfflow.workbench.controls import (
+    LIGHT,
+    Theme,
+    TokenGrid,
+    choice,
+    font,
+    number,
+    png_of,
+    slider,
+    switch,
+)
 from .explorer import Explorer, Strip
 from .paths import KEPT, Path, Settings, SideBySide, estimate, path_of
 
@@ -40,6 +50,7 @@ class Scene:
     values: of the controls; paths: by run; at: the state that the scrubber stands at; moments: the states of the film; now (n, c)
     and film (moments, n, c): what each run takes the data to be there, for the first sample; read: of the caption.
     """
+
     values: dict
     settings: Settings
     side: SideBySide
@@ -59,12 +70,16 @@ class Scene:
     def sounds(self) -> tuple[Tensor, float]:
         "A sound (samples,) of each run's first sample, made quieter by one factor where one exceeds full scale, and the factor."
         drawn = torch.stack([path.states[-1][0] for path in self.paths.values()])
-        return within_full_scale(self.side.layout.unpatchify(drawn)["audio"].float().nan_to_num())
+        return within_full_scale(
+            self.side.layout.unpatchify(drawn)["audio"].float().nan_to_num()
+        )
 
     @property
     def heard(self) -> bool:
         "True if samples are sounds, not latents of sounds."
-        return "audio" in self.side.layout.patches and len(self.side.shapes["audio"]) == 1
+        return (
+            "audio" in self.side.layout.patches and len(self.side.shapes["audio"]) == 1
+        )
 
     @property
     def only_images(self) -> bool:
@@ -75,9 +90,26 @@ class Scene:
 def settings_of(side: SideBySide, values: dict) -> Settings:
     "What the controls ask for. Raises ValueError for numbers out of range."
     told = values.get("told")
-    told = None if told in (None, -1) or isinstance(told, str) and not told.strip() else told
+    told = (
+        None
+        if told in (None, -1) or isinstance(told, str) and not told.strip()
+        else told
+    )
     anew = tuple(values["tokens"]) if values["inpaint"] else None
-    same = {name: values[name] for name in ("steps", "method", "shift", "cfg_scale", "seed", "count", "sample", "kept", "level")}
+    same = {
+        name: values[name]
+        for name in (
+            "steps",
+            "method",
+            "shift",
+            "cfg_scale",
+            "seed",
+            "count",
+            "sample",
+            "kept",
+            "level",
+        )
+    }
     return Settings(told=told, anew=anew, **same)
 
 
@@ -89,16 +121,34 @@ def compute(side: SideBySide, values: dict) -> Scene:
     settings = settings_of(side, values)
     names = list(values.get("runs", list(side.runs)[:2]))
     if not 1 <= len(names) <= MOST:
-        raise ValueError(f"{len(names)} runs are chosen; choose 1 to {MOST}, more than one with Ctrl or Shift")
+        raise ValueError(
+            f"{len(names)} runs are chosen; choose 1 to {MOST}, more than one with Ctrl or Shift"
+        )
     if not 0 <= values["film"] <= 100:
-        raise ValueError(f"film is {values['film']}, outside [0, 100]: 0 is noise, 100 is data")
-    at, count = round(values["film"] * settings.steps / 100), 6 if set(side.layout.patches) == {"image"} else 4
-    moments = list(dict.fromkeys(round(i * settings.steps / (count - 1)) for i in range(count)))
+        raise ValueError(
+            f"film is {values['film']}, outside [0, 100]: 0 is noise, 100 is data"
+        )
+    at, count = (
+        round(values["film"] * settings.steps / 100),
+        6 if set(side.layout.patches) == {"image"} else 4,
+    )
+    moments = list(
+        dict.fromkeys(round(i * settings.steps / (count - 1)) for i in range(count))
+    )
     paths = {name: path_of(side, name, settings) for name in names}
     found = {name: estimate(side, name, settings, [*moments, at]) for name in names}
     read = side.read_of(settings.told) if isinstance(settings.told, str) else ""
-    return Scene(values, settings, side, paths, at, moments, {name: x[-1] for name, x in found.items()},
-                 {name: x[:-1] for name, x in found.items()}, read)
+    return Scene(
+        values,
+        settings,
+        side,
+        paths,
+        at,
+        moments,
+        {name: x[-1] for name, x in found.items()},
+        {name: x[:-1] for name, x in found.items()},
+        read,
+    )
 
 # %% ../../nbs/7_workbench/08_playground.ipynb #e7c0ba38
 def _short(text: str, most: int = 160) -> str:
@@ -110,7 +160,9 @@ def _told(scene: Scene) -> str:
     if told is None:
         return "told nothing"
     if not isinstance(told, str):
-        return f"class {side.names[told]}" if told < len(side.names) else f"class {told}"
+        return (
+            f"class {side.names[told]}" if told < len(side.names) else f"class {told}"
+        )
     if scene.read == told:
         return f"caption '{_short(told)}'"
     return f"the caption has {len(told):,} characters, of which is read what fits: '{_short(scene.read)}'"
@@ -121,12 +173,22 @@ def _kept(scene: Scene) -> list[str]:
     if anew is None:
         return []
     if len(anew) in (0, n):
-        return ["no token is painted: all are kept, and nothing is drawn" if not anew else
-                "all tokens are painted: none is kept, which is plain sampling"]
-    ways = {way: [name for name, path in scene.paths.items() if path.mixed is way] for way in (True, False)}
+        return [
+            "no token is painted: all are kept, and nothing is drawn"
+            if not anew
+            else "all tokens are painted: none is kept, which is plain sampling"
+        ]
+    ways = {
+        way: [name for name, path in scene.paths.items() if path.mixed is way]
+        for way in (True, False)
+    }
     words = {True: f"clean at level {scene.settings.level:g}", False: "noised along"}
-    shown = ", ".join(f"{words[way]} ({', '.join(names)})" for way, names in ways.items() if names)
-    return [f"{len(anew)} of {n} tokens are drawn anew, the others kept from sample {scene.settings.sample}: {shown}"]
+    shown = ", ".join(
+        f"{words[way]} ({', '.join(names)})" for way, names in ways.items() if names
+    )
+    return [
+        f"{len(anew)} of {n} tokens are drawn anew, the others kept from sample {scene.settings.sample}: {shown}"
+    ]
 
 
 def say(scene: Scene) -> str:
@@ -134,16 +196,36 @@ def say(scene: Scene) -> str:
     s, paths = scene.settings, scene.paths
     calls = sorted({path.evaluations for path in paths.values()})
     t = next(iter(paths.values())).levels[scene.at].item()
-    parts = [_told(scene), f"{s.steps} steps of {s.method}, {' or '.join(map(str, calls))} evaluations", f"shift {s.shift:g}",
-             f"guidance {s.cfg_scale:g}", f"seed {s.seed}", f"the film stands at t = {t:.2f}", *_kept(scene)]
-    if unguided := [name for name, path in paths.items() if path.cfg_scale != s.cfg_scale]:
-        why = "nothing is told that could guide" if s.told is None else "trained without label drop, they know no null label"
+    parts = [
+        _told(scene),
+        f"{s.steps} steps of {s.method}, {' or '.join(map(str, calls))} evaluations",
+        f"shift {s.shift:g}",
+        f"guidance {s.cfg_scale:g}",
+        f"seed {s.seed}",
+        f"the film stands at t = {t:.2f}",
+        *_kept(scene),
+    ]
+    if unguided := [
+        name for name, path in paths.items() if path.cfg_scale != s.cfg_scale
+    ]:
+        why = (
+            "nothing is told that could guide"
+            if s.told is None
+            else "trained without label drop, they know no null label"
+        )
         parts.append(f"without guidance: {', '.join(unguided)} ({why})")
     if scene.heard and (factor := scene.sounds[1]) < 1:
-        parts.append(f"sounds reach {1 / factor:.3g} times full scale and are played at {factor:.3g} of their loudness")
+        parts.append(
+            f"sounds reach {1 / factor:.3g} times full scale and are played at {factor:.3g} of their loudness"
+        )
     left = list(scene.side.left_out.items())
     parts += [f"left out: {name} ({_short(reason)})" for name, reason in left[:4]]
-    return "; ".join([*parts, *([f"and {len(left) - 4} more left out"] if len(left) > 4 else [])]) + "."
+    return (
+        "; ".join(
+            [*parts, *([f"and {len(left) - 4} more left out"] if len(left) > 4 else [])]
+        )
+        + "."
+    )
 
 # %% ../../nbs/7_workbench/08_playground.ipynb #0cba0767
 PAGE = 690  # width of the pictures, on the page
@@ -152,9 +234,16 @@ PAGE = 690  # width of the pictures, on the page
 def _blocks(blocks: dict[str, list[Panel]], columns: int, theme: Theme) -> Image.Image:
     "Panels in rows under a name, one block below the other, as one picture of the page's width."
     each = (PAGE - 10 * (columns - 1)) // columns
-    drawn = [panels([row[i:i + columns] for i in range(0, len(row), columns)], theme, each) for row in blocks.values()]
+    drawn = [
+        panels([row[i : i + columns] for i in range(0, len(row), columns)], theme, each)
+        for row in blocks.values()
+    ]
     head, gap = 20 * SHARP, 8 * SHARP
-    page = Image.new("RGB", (PAGE * SHARP, sum(image.height + head + gap for image in drawn)), theme.paper)
+    page = Image.new(
+        "RGB",
+        (PAGE * SHARP, sum(image.height + head + gap for image in drawn)),
+        theme.paper,
+    )
     ink, top = ImageDraw.Draw(page), 0
     for name, image in zip(blocks, drawn, strict=True):
         ink.text((0, top), _short(name, 90), theme.ink, font(13 * SHARP, bold=True))
@@ -167,10 +256,15 @@ def draw_views(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     "Of each run the state where the scrubber stands, its estimate of the data there, and all samples."
     pixels, blocks = scene.side.board.pixels, {}
     for name, path in scene.paths.items():
-        drawn = [Panel(f"sample {i + 1}", pixels(x)) for i, x in enumerate(path.states[-1])]
+        drawn = [
+            Panel(f"sample {i + 1}", pixels(x)) for i, x in enumerate(path.states[-1])
+        ]
         t = path.levels[scene.at].item()
-        blocks[name] = [Panel(f"at t = {t:.2f}", pixels(path.states[scene.at, 0])),
-                        Panel("its estimate", pixels(scene.now[name])), *drawn]
+        blocks[name] = [
+            Panel(f"at t = {t:.2f}", pixels(path.states[scene.at, 0])),
+            Panel("its estimate", pixels(scene.now[name])),
+            *drawn,
+        ]
     return _blocks(blocks, 6 if scene.only_images else 4, theme)
 
 
@@ -178,9 +272,17 @@ def draw_film(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     "Of each run the way of the first sample: states, and below them what the run takes the data to be."
     pixels, blocks = scene.side.board.pixels, {}
     for name, path in scene.paths.items():
-        states = [Panel(f"t = {path.levels[i]:.2f}", pixels(path.states[i, 0])) for i in scene.moments]
+        states = [
+            Panel(f"t = {path.levels[i]:.2f}", pixels(path.states[i, 0]))
+            for i in scene.moments
+        ]
         blocks[f"{name}: from noise to data, and its estimates of the data"] = [
-            *states, *(Panel("" if i else "estimates", pixels(x)) for i, x in enumerate(scene.film[name]))]
+            *states,
+            *(
+                Panel("" if i else "estimates", pixels(x))
+                for i, x in enumerate(scene.film[name])
+            ),
+        ]
     return _blocks(blocks, len(scene.moments), theme)
 
 
@@ -190,25 +292,42 @@ def _draw_tokens(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     pixels = board.pixels(scene.side.x0[scene.settings.sample])
     if scene.settings.anew is not None:
         chosen = np.isin(np.arange(scene.side.tokens), scene.settings.anew)
-        cover = np.array([int(theme.accent[i:i + 2], 16) for i in (1, 3, 5)])
-        pixels = np.where((board.spread(chosen) == 1)[..., None], tinted(pixels, np.broadcast_to(cover, pixels.shape)), pixels)
+        cover = np.array([int(theme.accent[i : i + 2], 16) for i in (1, 3, 5)])
+        pixels = np.where(
+            (board.spread(chosen) == 1)[..., None],
+            tinted(pixels, np.broadcast_to(cover, pixels.shape)),
+            pixels,
+        )
     image = Image.fromarray(pixels)
-    return image.resize((220 * SHARP, round(image.height * 220 * SHARP / image.width)), Image.Resampling.NEAREST)
+    return image.resize(
+        (220 * SHARP, round(image.height * 220 * SHARP / image.width)),
+        Image.Resampling.NEAREST,
+    )
 
 
 def draw(scene: Scene, theme: Theme = LIGHT) -> dict[str, bytes]:
     """The pictures of a scene: tokens (to paint on), views and film; of films also moving, a WebP file, of sounds sound-1,
     sound-2, ..., a WAV file of the first sample of each run.
     """
-    found = {"tokens": png_of(_draw_tokens(scene, theme)), "views": png_of(draw_views(scene, theme)),
-             "film": png_of(draw_film(scene, theme))}
+    found = {
+        "tokens": png_of(_draw_tokens(scene, theme)),
+        "views": png_of(draw_views(scene, theme)),
+        "film": png_of(draw_film(scene, theme)),
+    }
     drawn = [path.states[-1] for path in scene.paths.values()]
     patches = scene.side.layout.patches
     if "video" in patches and patches["video"].channels in (1, 3):
-        films = torch.cat([scene.side.layout.unpatchify(x)["video"] for x in drawn]).nan_to_num()
-        found["moving"] = to_webp(films, columns=len(drawn[0]), scale=max(1, 160 // films.shape[-1]))
+        films = torch.cat(
+            [scene.side.layout.unpatchify(x)["video"] for x in drawn]
+        ).nan_to_num()
+        found["moving"] = to_webp(
+            films, columns=len(drawn[0]), scale=max(1, 160 // films.shape[-1])
+        )
     if scene.heard:
-        found |= {f"sound-{i + 1}": to_wav(wave, scene.side.rate) for i, wave in enumerate(scene.sounds[0])}
+        found |= {
+            f"sound-{i + 1}": to_wav(wave, scene.side.rate)
+            for i, wave in enumerate(scene.sounds[0])
+        }
     return found
 
 # %% ../../nbs/7_workbench/08_playground.ipynb #4c8c59c0
@@ -218,16 +337,30 @@ class Playground(Explorer):
     def _show(self, name: str, picture: bytes) -> None:
         kind = picture[8:12] if picture[:4] == b"RIFF" else b""
         if kind and name not in self.pictures:
-            layout = widgets.Layout(width=self.widths.get(name, "100%"), max_width="100%")
-            self.pictures[name] = widgets.HTML(layout=layout) if kind == b"WAVE" else widgets.Image(format="webp", layout=layout)
+            layout = widgets.Layout(
+                width=self.widths.get(name, "100%"), max_width="100%"
+            )
+            self.pictures[name] = (
+                widgets.HTML(layout=layout)
+                if kind == b"WAVE"
+                else widgets.Image(format="webp", layout=layout)
+            )
             self.pictures[name].add_class(f"selfflow-picture-{name}")
             self._place(name)
         if kind == b"WAVE":
-            self.pictures[name].value = player(picture, f"{self.data.names[int(name.split('-')[1]) - 1]}, sample 1")
+            self.pictures[name].value = player(
+                picture, f"{self.data.names[int(name.split('-')[1]) - 1]}, sample 1"
+            )
         else:
             super()._show(name, picture)
 
-    def strip(self, *changes: dict, columns: int = 1, width: int = 900, only: tuple[str, ...] = ("views", "film")) -> Strip:
+    def strip(
+        self,
+        *changes: dict,
+        columns: int = 1,
+        width: int = 900,
+        only: tuple[str, ...] = ("views", "film"),
+    ) -> Strip:
         "As an explorer's; what moves or is heard is not on it."
         return super().strip(*changes, columns=columns, width=width, only=only)
 
@@ -235,8 +368,10 @@ class Playground(Explorer):
 def player(wav: bytes, label: str) -> str:
     "A sound to be heard on a page, with its label: HTML."
     source, label = base64.b64encode(wav).decode(), escape(label)
-    return (f'<label style="display: block; line-height: 1.5">{label}</label>'
-            f'<audio controls aria-label="{label}" style="width: 100%" src="data:audio/wav;base64,{source}"></audio>')
+    return (
+        f'<label style="display: block; line-height: 1.5">{label}</label>'
+        f'<audio controls aria-label="{label}" style="width: 100%" src="data:audio/wav;base64,{source}"></audio>'
+    )
 
 
 def _refuse(words: str, values: dict):
@@ -246,25 +381,47 @@ def _refuse(words: str, values: dict):
 def _controls(side: SideBySide) -> dict[str, widgets.Widget]:
     names, controls = list(side.runs), {}
     shift = side.runs[names[0]].shift if names else 1.0
-    form = {"layout": widgets.Layout(width="98%", max_width="420px", min_width="0"), "style": {"description_width": "104px"}}
+    form = {
+        "layout": widgets.Layout(width="98%", max_width="420px", min_width="0"),
+        "style": {"description_width": "104px"},
+    }
     if len(names) > 1:
-        controls["runs"] = widgets.SelectMultiple(options=names, value=names[:2], rows=min(5, len(names)), description="runs",
-                                                  **form)
+        controls["runs"] = widgets.SelectMultiple(
+            options=names,
+            value=names[:2],
+            rows=min(5, len(names)),
+            description="runs",
+            **form,
+        )
     if side.condition == "caption":
-        controls["told"] = widgets.Text(side.captions[0], description="caption", continuous_update=False, **form)
+        controls["told"] = widgets.Text(
+            side.captions[0], description="caption", continuous_update=False, **form
+        )
     elif side.names:
-        controls["told"] = choice("class", [*((name, i) for i, name in enumerate(side.names)), ("(none)", -1)])
-    grid = TokenGrid(places=side.board.places, names=side.board.names, words=["drawn anew", "kept"],
-                     description="click or paint tokens: they are drawn anew",
-                     layout=widgets.Layout(width="220px", max_width="100%"))
+        controls["told"] = choice(
+            "class", [*((name, i) for i, name in enumerate(side.names)), ("(none)", -1)]
+        )
+    grid = TokenGrid(
+        places=side.board.places,
+        names=side.board.names,
+        words=["drawn anew", "kept"],
+        description="click or paint tokens: they are drawn anew",
+        layout=widgets.Layout(width="220px", max_width="100%"),
+    )
     return controls | {
-        "steps": slider("steps", 20, 1, 100, 1), "method": choice("sampler", [*samplers]),
+        "steps": slider("steps", 20, 1, 100, 1),
+        "method": choice("sampler", [*samplers]),
         "shift": slider("shift", shift, min(0.1, shift), max(15.0, shift), 0.1),
-        "cfg_scale": slider("guidance", 1.0, 0.0, 8.0, 0.1), "seed": number("seed", 0, 0, 9999),
-        "count": slider("samples", 4, 1, 6, 1), "film": slider("film, % done", 100, 0, 100, 2),
+        "cfg_scale": slider("guidance", 1.0, 0.0, 8.0, 0.1),
+        "seed": number("seed", 0, 0, 9999),
+        "count": slider("samples", 4, 1, 6, 1),
+        "film": slider("film, % done", 100, 0, 100, 2),
         "inpaint": switch("keep the tokens that are not painted"),
-        "sample": slider("sample", 0, 0, max(1, len(side.x0) - 1), 1), "kept": choice("kept tokens", KEPT),
-        "level": slider("their level", 0.0, 0.0, 0.5, 0.01), "tokens": grid}
+        "sample": slider("sample", 0, 0, max(1, len(side.x0) - 1), 1),
+        "kept": choice("kept tokens", KEPT),
+        "level": slider("their level", 0.0, 0.0, 0.5, 0.01),
+        "tokens": grid,
+    }
 
 
 def explore(runs: SideBySide | Run | dict | Folder | str, **start) -> Explorer:
@@ -274,14 +431,33 @@ def explore(runs: SideBySide | Run | dict | Folder | str, **start) -> Explorer:
     """
     try:
         made = {runs.path.name: runs} if isinstance(runs, Run) else runs
-        side = SideBySide(made) if isinstance(made, dict) else made if isinstance(made, SideBySide) else SideBySide.of(made)
+        side = (
+            SideBySide(made)
+            if isinstance(made, dict)
+            else made
+            if isinstance(made, SideBySide)
+            else SideBySide.of(made)
+        )
     except ValueError as error:
         return Playground({}, partial(_refuse, str(error)), draw, say)
     controls = _controls(side)
     for name, value in start.items():
         controls[choose(name, controls, "control")].value = value
-    controls["tokens"].observe(lambda _: setattr(controls["inpaint"], "value", True), "value")
-    explorer = Playground(controls, partial(compute, side), draw, say, pause=0.05, widths={
-        "views": f"{PAGE}px", "film": f"{PAGE}px", "moving": f"{PAGE}px", **{f"sound-{i + 1}": "330px" for i in range(MOST)}})
+    controls["tokens"].observe(
+        lambda _: setattr(controls["inpaint"], "value", True), "value"
+    )
+    explorer = Playground(
+        controls,
+        partial(compute, side),
+        draw,
+        say,
+        pause=0.05,
+        widths={
+            "views": f"{PAGE}px",
+            "film": f"{PAGE}px",
+            "moving": f"{PAGE}px",
+            **{f"sound-{i + 1}": "330px" for i in range(MOST)},
+        },
+    )
     explorer.let_play("film", 4, 250)
     return explorer

@@ -27,7 +27,14 @@ class Probing:
     """
 
     def __init__(self, runs: dict[str, Path], said: Callable[[], None]):
-        self.runs, self.said, self.told, self.failed, self._process, self._stopped = runs, said, "", "", None, False
+        self.runs, self.said, self.told, self.failed, self._process, self._stopped = (
+            runs,
+            said,
+            "",
+            "",
+            None,
+            False,
+        )
         self.done = False
         self.thread = threading.Thread(target=self._work, name="probing", daemon=True)
 
@@ -37,7 +44,9 @@ class Probing:
         words = []
         for name, run in runs.items():
             cells = len(PROBE_LEVELS) * run.teacher.depth
-            words.append(f"{name}: {cells} cells, and as many of the untrained network; {probes_cost(run)}")
+            words.append(
+                f"{name}: {cells} cells, and as many of the untrained network; {probes_cost(run)}"
+            )
         return "; ".join(words) + ". What is found is kept in the run's folder"
 
     def stop(self) -> None:
@@ -53,13 +62,28 @@ class Probing:
                     self._one(name, path)
                 except (OSError, ValueError) as error:
                     self.failed = f"{name}: {error}"
-        self.done, self.told = True, "stopped" if self._stopped else "" if self.failed else f"probed {', '.join(self.runs)}"
+        self.done, self.told = (
+            True,
+            "stopped"
+            if self._stopped
+            else ""
+            if self.failed
+            else f"probed {', '.join(self.runs)}",
+        )
         self.said()
 
     def _one(self, name: str, path: Path) -> None:
-        command = [sys.executable, "-m", "selfflow.cli", "probe", str(path.resolve()),
-                   *(f"--use={source}" for source in used())]
-        self._process = process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        command = [
+            sys.executable,
+            "-m",
+            "selfflow.cli",
+            "probe",
+            str(path.resolve()),
+            *(f"--use={source}" for source in used()),
+        ]
+        self._process = process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
         atexit.register(process.terminate)
         last = b""
         while part := process.stderr.read1(4096):
@@ -68,10 +92,18 @@ class Probing:
             self.said()
         atexit.unregister(process.terminate)
         if process.wait() and not self._stopped:
-            raise ValueError(last.decode(errors="replace").strip().splitlines()[-1] if last.strip() else "it ended at once")
+            raise ValueError(
+                last.decode(errors="replace").strip().splitlines()[-1]
+                if last.strip()
+                else "it ended at once"
+            )
 
 
 def _bar_of(text: bytes) -> str:
     "The newest line of a progress bar, without the bar itself."
-    lines = [line for line in re.split(r"[\r\n]+", text.decode(errors="replace")) if "|" in line]
+    lines = [
+        line
+        for line in re.split(r"[\r\n]+", text.decode(errors="replace"))
+        if "|" in line
+    ]
     return re.sub(r"\|.*\|", " ", lines[-1]).strip() if lines else "begun"

@@ -19,15 +19,30 @@ from ..analysis.comparison import AGAINST
 from ..checks import choose
 from ..registries import explorers
 from ..training.watching import Listing, open_runs, steps_of
-from .controls import RunList, beside, button, choice, message, text_box
+from selfflow.workbench.controls import (
+    RunList,
+    beside,
+    button,
+    choice,
+    message,
+    text_box,
+)
 from .explorer import Strip
 from .panel import CLOCK, watch
 from .probe_process import Probing
-from .run_views import SHOWN, ChosenRuns, compute, draw, has_probes, say
+from selfflow.workbench.run_views import (
+    SHOWN,
+    ChosenRuns,
+    compute,
+    draw,
+    has_probes,
+    say,
+)
 from .tools import Chosen
 
 # %% ../../nbs/7_workbench/17_run_browser.ipynb #1405c130
-MOST, SHARE = 4, 0.05  # panels at once; of the time, at most, for drawing what has changed on the disk
+# panels at once; of the time, at most, for drawing what has changed on the disk
+MOST, SHARE = 4, 0.05
 
 
 def _tell(text: widgets.HTML, words: str, alert: bool = False) -> None:
@@ -38,18 +53,24 @@ def _tell(text: widgets.HTML, words: str, alert: bool = False) -> None:
 
 def _choice(label: str, options, width: str = "98%") -> widgets.Dropdown:
     control = choice(label, options)
-    control.layout = widgets.Layout(width=width, max_width="420px", min_width="0")  # its own: others are not hidden with it
+    # its own: others are not hidden with it
+    control.layout = widgets.Layout(width=width, max_width="420px", min_width="0")
     return control
 
 
 def _row(*children) -> widgets.Box:
-    return widgets.Box(children, layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
+    return widgets.Box(
+        children, layout=widgets.Layout(flex_flow="row wrap", align_items="center")
+    )
 
 
 def _set_options(control: widgets.Dropdown, options) -> None:
     "New options; what was chosen stays so where it still can be."
     if tuple(control.options) != tuple(options):
-        kept, values = control.value, [option[1] if isinstance(option, tuple) else option for option in options]
+        kept, values = (
+            control.value,
+            [option[1] if isinstance(option, tuple) else option for option in options],
+        )
         control.options = options
         if kept in values:
             control.value = kept
@@ -62,19 +83,31 @@ class RunBrowser:
     opener: what is to be opened, and opened: the box that it appears in; box: all of it.
     """
 
-    def __init__(self, folder: Path | str, device: str = "auto", refresh: float = 2.0, **start):
+    def __init__(
+        self, folder: Path | str, device: str = "auto", refresh: float = 2.0, **start
+    ):
         if not refresh > 0:
-            raise ValueError(f"refresh is {refresh} seconds; take a positive number, such as 2")
+            raise ValueError(
+                f"refresh is {refresh} seconds; take a positive number, such as 2"
+            )
         self.listing, self.device, self.pause = Listing(folder), device, refresh
         self.panels, self.probing, self._followed, self._costed = {}, None, set(), None
-        self._lock, self._woken, self._thread, self._stale, self._due = threading.RLock(), threading.Event(), None, False, 0.0
+        self._lock, self._woken, self._thread, self._stale, self._due = (
+            threading.RLock(),
+            threading.Event(),
+            None,
+            False,
+            0.0,
+        )
         self._make()
         self.listing.look()
         self._show_list(first=True)
         for name, value in start.items():
             for one in value if name == "runs" else ():
                 choose(one, self.listing.runs, "run")
-            self.seen.controls[choose(name, self.seen.controls, "control")].value = value
+            self.seen.controls[
+                choose(name, self.seen.controls, "control")
+            ].value = value
         self.list.observe(lambda _: self._on_page(), "shown")
         for control in (self.list, self.seen.controls["view"], self.which):
             control.observe(lambda _: self._follow_choice(), "value")
@@ -82,30 +115,76 @@ class RunBrowser:
 
     def _make(self):
         self.head, self.list = text_box("folder"), RunList()
-        self.again = button("Look again", "again", partial(self.look, anew=True), icon="refresh",
-                            tooltip="Look at the folder now, and at all checkpoints")
+        self.again = button(
+            "Look again",
+            "again",
+            partial(self.look, anew=True),
+            icon="refresh",
+            tooltip="Look at the folder now, and at all checkpoints",
+        )
         views = widgets.ToggleButtons(options=SHOWN, style={"button_width": "auto"})
-        controls = {"runs": self.list, "view": views, "measure": _choice("measure", self.listing.measures),
-                    "against": _choice("against", list(AGAINST))}
-        self.seen = ChosenRuns(controls, lambda values: compute(self.listing, values), draw, say)
-        self.seen.side.children = [child for child in self.seen.side.children if child not in (self.list, views)]
-        self.probe = button("Probe them", "probe", partial(self._in_thread, self._probe), icon="calculator",
-                            tooltip="Say what probes of the chosen runs would cost")
-        self.halt = button("Stop", "halt", lambda: self.probing and self.probing.stop(), icon="stop", tooltip="End the probes")
-        self.probe_said, self.open_said, self.trouble = text_box("probe-said"), text_box("open-said"), text_box("trouble")
+        controls = {
+            "runs": self.list,
+            "view": views,
+            "measure": _choice("measure", self.listing.measures),
+            "against": _choice("against", list(AGAINST)),
+        }
+        self.seen = ChosenRuns(
+            controls, lambda values: compute(self.listing, values), draw, say
+        )
+        self.seen.side.children = [
+            child
+            for child in self.seen.side.children
+            if child not in (self.list, views)
+        ]
+        self.probe = button(
+            "Probe them",
+            "probe",
+            partial(self._in_thread, self._probe),
+            icon="calculator",
+            tooltip="Say what probes of the chosen runs would cost",
+        )
+        self.halt = button(
+            "Stop",
+            "halt",
+            lambda: self.probing and self.probing.stop(),
+            icon="stop",
+            tooltip="End the probes",
+        )
+        self.probe_said, self.open_said, self.trouble = (
+            text_box("probe-said"),
+            text_box("open-said"),
+            text_box("trouble"),
+        )
         self.probes = _row(self.probe, self.halt, self.probe_said)
-        self.which, self.step = _choice("run", [("-", ())], "310px"), _choice("checkpoint", [("-", 0)], "310px")
+        self.which, self.step = (
+            _choice("run", [("-", ())], "310px"),
+            _choice("checkpoint", [("-", 0)], "310px"),
+        )
         self.opener = _choice("explorer", list(explorers), "310px")
-        for name, control in {"which": self.which, "step": self.step, "opener": self.opener}.items():
+        for name, control in {
+            "which": self.which,
+            "step": self.step,
+            "opener": self.opener,
+        }.items():
             control.add_class(f"selfflow-open-{name}")
             beside(control)
-        self.button = button("Open", "open", partial(self._in_thread, self.open), icon="search",
-                             tooltip="Show this explorer of this run, below")
+        self.button = button(
+            "Open",
+            "open",
+            partial(self._in_thread, self.open),
+            icon="search",
+            tooltip="Show this explorer of this run, below",
+        )
         self.live, self.opened = widgets.VBox(), widgets.VBox()
         opening = _row(self.which, self.step, self.opener, self.button, self.open_said)
-        self.below = widgets.VBox([self.list, views, self.seen.box, self.probes, self.live, opening])
-        self.box = widgets.VBox([_row(self.again, self.head), self.trouble, self.below, self.opened],
-                                layout=widgets.Layout(max_width="1280px"))
+        self.below = widgets.VBox(
+            [self.list, views, self.seen.box, self.probes, self.live, opening]
+        )
+        self.box = widgets.VBox(
+            [_row(self.again, self.head), self.trouble, self.below, self.opened],
+            layout=widgets.Layout(max_width="1280px"),
+        )
         self.box.add_class("selfflow-browser")
         beside(self.list)
 
@@ -117,10 +196,15 @@ class RunBrowser:
 
     def strip(self, *changes: dict, **options) -> Strip:
         "What is shown after each of some changes of values (runs, view, measure, against), for a page on which nothing moves."
-        return self.seen.strip(*(changes or ({"view": "curves"}, {"view": "levels"}, {"view": "probes"})), **options)
+        return self.seen.strip(
+            *(changes or ({"view": "curves"}, {"view": "levels"}, {"view": "probes"})),
+            **options,
+        )
 
     def _in_thread(self, work: Callable) -> None:
-        threading.Thread(target=work, name=f"browser, {work.__name__}", daemon=True).start()
+        threading.Thread(
+            target=work, name=f"browser, {work.__name__}", daemon=True
+        ).start()
 
     # the folder
 
@@ -130,34 +214,60 @@ class RunBrowser:
             try:
                 before, first = self._stamps(), not self.listing.runs
                 changed = self.listing.look(anew) or anew
-                self._stale = self._stale or anew or before != self._stamps()  # first, so that it is not lost by what follows
+                # first, so that it is not lost by what follows
+                self._stale = self._stale or anew or before != self._stamps()
                 if changed:
                     self._show_list(first)
                     self._follow_choice()
                 if self._stale and (anew or time.monotonic() >= self._due):
-                    self._stale, self._due = False, time.monotonic() + self.seen.took * (1 / SHARE - 1)
+                    self._stale, self._due = (
+                        False,
+                        time.monotonic() + self.seen.took * (1 / SHARE - 1),
+                    )
                     self.seen.again()
                 _tell(self.trouble, "")
-            except Exception as error:  # whatever it is, the browser says so and looks again
-                _tell(self.trouble, f"The folder cannot be looked at: {type(error).__name__}: {error}", alert=True)
+            # whatever it is, the browser says so and looks again
+            except Exception as error:
+                _tell(
+                    self.trouble,
+                    f"The folder cannot be looked at: {type(error).__name__}: {error}",
+                    alert=True,
+                )
 
     def _stamps(self) -> list[tuple]:
-        return [self.listing.runs[name].stamp for name in self.list.value if name in self.listing.runs]
+        return [
+            self.listing.runs[name].stamp
+            for name in self.list.value
+            if name in self.listing.runs
+        ]
 
     def _show_list(self, first: bool) -> None:
         runs, kept = self.listing.runs, self.list.value
         self.list.rows = [[name, *run.cells] for name, run in runs.items()]
-        self.list.value = [name for name, run in runs.items() if run.step][:2] if first else kept
+        self.list.value = (
+            [name for name, run in runs.items() if run.step][:2] if first else kept
+        )
         training = sum(run.training for run in runs.values())
-        words = f"{len(runs)} run{'s' * (len(runs) != 1)} in {self.listing.folder}" + f", {training} training" * bool(training)
-        _tell(self.head, self.listing.said or f"{words}; changed at {time.strftime(CLOCK)}", alert=bool(self.listing.said))
+        words = (
+            f"{len(runs)} run{'s' * (len(runs) != 1)} in {self.listing.folder}"
+            + f", {training} training" * bool(training)
+        )
+        _tell(
+            self.head,
+            self.listing.said or f"{words}; changed at {time.strftime(CLOCK)}",
+            alert=bool(self.listing.said),
+        )
         self.below.layout.display = "" if runs else "none"
         _set_options(self.seen.controls["measure"], self.listing.measures)
 
     def _on_page(self) -> None:
         with self._lock:
             if self.list.shown and self._thread is None:
-                self._thread = threading.Thread(target=self._work, name=f"browser of {self.listing.folder}", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._work,
+                    name=f"browser of {self.listing.folder}",
+                    daemon=True,
+                )
                 self._thread.start()
         self._woken.set()
 
@@ -165,7 +275,8 @@ class RunBrowser:
         while True:
             with self._lock:
                 if not self.list.shown:
-                    self._thread = None  # under the lock: a page that comes now starts another
+                    # under the lock: a page that comes now starts another
+                    self._thread = None
                     self._follow_training()
                     return
             self.look()
@@ -179,31 +290,61 @@ class RunBrowser:
         with self._lock:
             controls, runs = self.seen.controls, self.listing.runs
             for name in ("measure", "against"):
-                controls[name].layout.display = "" if controls["view"].value == "curves" else "none"
-            whole = [name for name in self.list.value if name in runs and runs[name].checkpoints]
-            every = [(f"all {len(whole)} chosen", tuple(whole))] if len(whole) > 1 else []
-            _set_options(self.which, [*((name, (name,)) for name in whole), *every] or [("-", ())])
+                controls[name].layout.display = (
+                    "" if controls["view"].value == "curves" else "none"
+                )
+            whole = [
+                name
+                for name in self.list.value
+                if name in runs and runs[name].checkpoints
+            ]
+            every = (
+                [(f"all {len(whole)} chosen", tuple(whole))] if len(whole) > 1 else []
+            )
+            _set_options(
+                self.which,
+                [*((name, (name,)) for name in whole), *every] or [("-", ())],
+            )
             _set_options(self.step, steps_of(self.listing, self.which.value))
             self.button.disabled = not self.which.value
             busy = bool(self.probing and not self.probing.done)
             lacking = self._lacking()
-            self.probes.layout.display = "" if controls["view"].value == "probes" and (busy or lacking) else "none"
-            self.halt.layout.display, self.probe.layout.display = ("", "none") if busy else ("none", "")
+            self.probes.layout.display = (
+                ""
+                if controls["view"].value == "probes" and (busy or lacking)
+                else "none"
+            )
+            self.halt.layout.display, self.probe.layout.display = (
+                ("", "none") if busy else ("none", "")
+            )
             if not busy and self._costed != lacking:
                 self._costed, self.probe.description = None, "Probe them"
-                _tell(self.probe_said, f"no probes yet of {', '.join(lacking)}; a click says first what they would cost")
+                _tell(
+                    self.probe_said,
+                    f"no probes yet of {', '.join(lacking)}; a click says first what they would cost",
+                )
         self._woken.set()
 
     def _follow_training(self) -> None:
         "Panels of the chosen runs that train, and of all chosen where training is looked at; for the thread alone."
         chosen = [name for name in self.list.value if name in self.listing.runs]
-        self._followed = {name for name in chosen if name in self._followed or self.listing.runs[name].training}
+        self._followed = {
+            name
+            for name in chosen
+            if name in self._followed or self.listing.runs[name].training
+        }
         every = self.seen.controls["view"].value == "training"
-        wanted = [name for name in chosen if every or name in self._followed][:MOST] if self.list.shown else []
+        wanted = (
+            [name for name in chosen if every or name in self._followed][:MOST]
+            if self.list.shown
+            else []
+        )
         for name in [name for name in self.panels if name not in wanted]:
             self.panels.pop(name).close()
         for name in wanted:
-            self.panels[name] = self.panels.get(name) or watch(self.listing.runs[name].path, self.pause)
+            self.panels[name] = self.panels.get(name) or watch(
+                self.listing.runs[name].path, self.pause
+            )
         boxes = tuple(self.panels[name].box for name in wanted)
         if self.live.children != boxes:
             self.live.children = boxes
@@ -211,8 +352,16 @@ class RunBrowser:
     # probes
 
     def _lacking(self) -> list[str]:
-        opened = {name: self.listing.runs[name] for name in self.list.value if name in self.listing.runs}
-        return [name for name, run in opened.items() if run.checkpoints and not run.training and not has_probes(run)]
+        opened = {
+            name: self.listing.runs[name]
+            for name in self.list.value
+            if name in self.listing.runs
+        }
+        return [
+            name
+            for name, run in opened.items()
+            if run.checkpoints and not run.training and not has_probes(run)
+        ]
 
     def _probe(self) -> None:
         "Say what it costs; asked again, begin."
@@ -225,7 +374,10 @@ class RunBrowser:
                 self._costed, self.probe.description = lacking, "Start"
                 _tell(self.probe_said, f"To make: {cost}. Start begins.")
             else:
-                self.probing = Probing({name: self.listing.runs[name].path for name in lacking}, self._probing_said)
+                self.probing = Probing(
+                    {name: self.listing.runs[name].path for name in lacking},
+                    self._probing_said,
+                )
                 self.probing.thread.start()
         except Exception as error:  # of anything that a run's data may raise
             _tell(self.probe_said, f"Cannot be probed: {error}", alert=True)
@@ -235,7 +387,11 @@ class RunBrowser:
 
     def _probing_said(self) -> None:
         failed = self.probing.failed
-        _tell(self.probe_said, f"Cannot be probed: {failed}" if failed else self.probing.told, alert=bool(failed))
+        _tell(
+            self.probe_said,
+            f"Cannot be probed: {failed}" if failed else self.probing.told,
+            alert=bool(failed),
+        )
         if self.probing.done:
             self._follow_choice()
 
@@ -248,20 +404,30 @@ class RunBrowser:
         _tell(self.open_said, f"opening {', '.join(names)} ...")
         try:
             runs = open_runs(self.listing, names, step, self.device)
-            made = explorers[title].load()(Chosen(self.listing.folder, runs[names[0]].path, opened=runs))
-            at = ", ".join(f"{name} at step {run.state()['step']:,}" for name, run in runs.items())
+            made = explorers[title].load()(
+                Chosen(self.listing.folder, runs[names[0]].path, opened=runs)
+            )
+            at = ", ".join(
+                f"{name} at step {run.state()['step']:,}" for name, run in runs.items()
+            )
             name = text_box("opened")
             name.value = f'<h3 style="margin: 6px 0">{escape(title)}: {escape(at)}</h3>'
             self.opened.children = (name, getattr(made, "box", made))
             _tell(self.open_said, f"{title} is open below")
         except Exception as error:  # of anything that an explorer may meet
-            words = f"{error}" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
+            words = (
+                f"{error}"
+                if isinstance(error, ValueError | OSError)
+                else f"{type(error).__name__}: {error}"
+            )
             _tell(self.open_said, f"Cannot be opened: {words}", alert=True)
         finally:
             self.button.disabled = not self.which.value
 
 
-def browse(folder: Path | str = "runs", device: str = "auto", refresh: float = 2.0, **start) -> RunBrowser:
+def browse(
+    folder: Path | str = "runs", device: str = "auto", refresh: float = 2.0, **start
+) -> RunBrowser:
     """The browser of the runs in a folder, which may be empty or not exist yet.
 
     device: to open runs on; refresh: seconds between two looks; start: values of controls (runs, view, measure, against) that are

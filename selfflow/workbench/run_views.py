@@ -39,8 +39,14 @@ def groups_of(runs: dict[str, Run]) -> list[dict[str, Run]]:
     "Runs on the same data in the same tokens, together, in their order."
     found = {}
     for name, run in runs.items():
-        own = [{key: value for key, value in data.items() if key not in ("condition", "caption", "encoder")}
-               for data in run.trained_on]
+        own = [
+            {
+                key: value
+                for key, value in data.items()
+                if key not in ("condition", "caption", "encoder")
+            }
+            for data in run.trained_on
+        ]
         found.setdefault(repr((own, run.data.get("validation"))), {})[name] = run
     return list(found.values())
 
@@ -51,20 +57,25 @@ class View:
 
     pictures: functions that draw one figure each; table: a DataFrame, or None; notes: what has to be said, in sentences.
     """
+
     pictures: list[Callable] = field(default_factory=list)
     table: pd.DataFrame | None = None
     notes: list[str] = field(default_factory=list)
 
     def add(self, other: "View") -> "View":
         "This view, with the pictures and notes of another behind its own."
-        return View(self.pictures + other.pictures, self.table, self.notes + other.notes)
+        return View(
+            self.pictures + other.pictures, self.table, self.notes + other.notes
+        )
 
 
 def _apart(groups: list[dict]) -> list[str]:
     if len(groups) < 2:
         return []
-    return [f"The runs are on {len(groups)} kinds of data ({'; '.join(', '.join(group) for group in groups)}): what is measured "
-            "on one says nothing of another, so each kind has a picture of its own"]
+    return [
+        f"The runs are on {len(groups)} kinds of data ({'; '.join(', '.join(group) for group in groups)}): what is measured "
+        "on one says nothing of another, so each kind has a picture of its own"
+    ]
 
 
 def _in_groups(view: Callable, runs: dict[str, Run]) -> View:
@@ -80,19 +91,35 @@ def _in_groups(view: Callable, runs: dict[str, Run]) -> View:
 # %% ../../nbs/7_workbench/15_run_views.ipynb #dcd23187
 def short_name(name: str, most: int = 26) -> str:
     "The end of a long name, which tells runs apart."
-    return name if len(name) <= most else f"...{name[3 - most:]}"
+    return name if len(name) <= most else f"...{name[3 - most :]}"
 
 
-def _curves_of(runs: dict[str, Run], measure: str = "flow_loss", against: str = "steps") -> View:
+def _curves_of(
+    runs: dict[str, Run], measure: str = "flow_loss", against: str = "steps"
+) -> View:
     "A measure of the logs against what it cost, a picture for each kind of data; see `comparison.run_curves`."
+
     def group_view(group: dict[str, Run]) -> View:
         curves = run_curves(group, measure, against)
-        lacking = [name for name in group if name not in curves or not len(curves[name][0])]
+        lacking = [
+            name for name in group if name not in curves or not len(curves[name][0])
+        ]
         notes = [f"{measure} was not logged by {', '.join(lacking)}"] if lacking else []
         notes += _other_noise(group, measure)
-        shown = {short_name(name): curve for name, curve in curves.items() if name not in lacking}
+        shown = {
+            short_name(name): curve
+            for name, curve in curves.items()
+            if name not in lacking
+        }
         label, units = AGAINST[against]
-        return View([partial(draw_runs, shown, label, measure.replace("_", " "), units)] if shown else [], None, notes)
+        return View(
+            [partial(draw_runs, shown, label, measure.replace("_", " "), units)]
+            if shown
+            else [],
+            None,
+            notes,
+        )
+
     choose(against, AGAINST, "cost (against)")
     return _in_groups(group_view, runs)
 
@@ -101,7 +128,9 @@ def _other_noise(group: dict[str, Run], measure: str) -> list[str]:
     seen = {str(build_schedule(run.config.objective)) for run in group.values()}
     if len(seen) < 2 or measure.startswith("validation"):
         return []
-    return ["these runs see different noise levels while they train; those of validation_flow_loss are the same for all"]
+    return [
+        "these runs see different noise levels while they train; those of validation_flow_loss are the same for all"
+    ]
 
 
 def levels_of(runs: dict[str, Run]) -> View:
@@ -111,25 +140,47 @@ def levels_of(runs: dict[str, Run]) -> View:
 
 def _newest_levels(run: Run) -> tuple[int, np.ndarray] | None:
     log = run.log
-    if "flow_loss_by_level" not in log or not len(rows := log.dropna(subset=["flow_loss_by_level"])):
+    if "flow_loss_by_level" not in log or not len(
+        rows := log.dropna(subset=["flow_loss_by_level"])
+    ):
         return None
-    return int(rows["step"].iloc[-1]), np.array(rows["flow_loss_by_level"].iloc[-1], float)
+    return int(rows["step"].iloc[-1]), np.array(
+        rows["flow_loss_by_level"].iloc[-1], float
+    )
 
 
 def _levels(group: dict[str, Run]) -> View:
-    found = {name: kept for name, run in group.items() if (kept := _newest_levels(run)) is not None}
+    found = {
+        name: kept
+        for name, run in group.items()
+        if (kept := _newest_levels(run)) is not None
+    }
     lacking = [name for name in group if name not in found]
     notes = [f"no validation of {', '.join(lacking)} was logged"] if lacking else []
     if not found:
         return View(notes=notes)
     (first, (_, base)), *others = found.items()
     x, label = (np.arange(len(base)) + 0.5) / len(base), "level t (0 data, 1 noise)"
-    losses = {f"{short_name(name)}, step {step:,}": values for name, (step, values) in found.items()}
+    losses = {
+        f"{short_name(name)}, step {step:,}": values
+        for name, (step, values) in found.items()
+    }
     pictures = [partial(draw_curves, losses, x, label, "flow loss (validation)")]
     if others:
         gaps = {short_name(name): values - base for name, (_, values) in others}
-        pictures.append(partial(draw_curves, gaps, x, label, "difference, < 0: better", f"minus {short_name(first)}"))
-        notes.append("differences by level are of means, without an interval; `selfflow report` computes one")
+        pictures.append(
+            partial(
+                draw_curves,
+                gaps,
+                x,
+                label,
+                "difference, < 0: better",
+                f"minus {short_name(first)}",
+            )
+        )
+        notes.append(
+            "differences by level are of means, without an interval; `selfflow report` computes one"
+        )
     return View(pictures, None, notes)
 
 # %% ../../nbs/7_workbench/15_run_views.ipynb #18c61e1b
@@ -139,26 +190,48 @@ def settings_of(runs: dict[str, Run]) -> View:
     if len(runs) == 1:
         return View([], table, ["one run is chosen: these are all its settings"])
     inputs = {name: flatten(asdict(run.inputs)) for name, run in runs.items()}
-    other = sorted({key for own in inputs.values() for key in own if len({str(one.get(key)) for one in inputs.values()}) > 1})
+    other = sorted(
+        {
+            key
+            for own in inputs.values()
+            for key in own
+            if len({str(one.get(key)) for one in inputs.values()}) > 1
+        }
+    )
     many = len(table.query("setting not in ('name', 'seed')")) > 1
     notes = [f"so do the inputs of their networks: {', '.join(other)}"] if other else []
-    notes += ["the runs differ in more than one setting: a difference between them belongs to no single one"] if many else []
+    notes += (
+        [
+            "the runs differ in more than one setting: a difference between them belongs to no single one"
+        ]
+        if many
+        else []
+    )
     return View([], table, [f"{len(table)} settings differ", *notes])
 
 
 def _samples_of(runs: dict[str, Run]) -> View:
     "What was drawn while training, of each run the newest."
-    view = View(notes=["drawn while training, a class or test caption each; not chosen"])
+    view = View(
+        notes=["drawn while training, a class or test caption each; not chosen"]
+    )
     for name, run in runs.items():
         following = Following(run.path, rows=1)
         following.read()
         view.notes += [f"{name}: {problem}" for problem in following.problems]
         if not following.film:
-            view.notes.append(f"{name} has no samples yet: `selfflow sample {run.quoted}` draws some")
+            view.notes.append(
+                f"{name} has no samples yet: `selfflow sample {run.quoted}` draws some"
+            )
             continue
         step, images, labels = following.film[-1]
-        texts = [run.class_names[label] if label < len(run.class_names) else "" for label in labels.tolist()]
-        view.pictures.append(partial(sheet, images, texts, title=f"{name}, step {step:,}"))
+        texts = [
+            run.class_names[label] if label < len(run.class_names) else ""
+            for label in labels.tolist()
+        ]
+        view.pictures.append(
+            partial(sheet, images, texts, title=f"{name}, step {step:,}")
+        )
     return view
 
 
@@ -166,7 +239,11 @@ def probes_of(runs: dict[str, Run]) -> View:
     "The maps of stored probes by layer and level, and the difference of each other run to the first with paired intervals."
     view = _in_groups(_probes, runs)
     missing = [name for name, run in runs.items() if not has_probes(run)]
-    return View(view.pictures, None, view.notes + ([f"no probes yet of {', '.join(missing)}"] if missing else []))
+    return View(
+        view.pictures,
+        None,
+        view.notes + ([f"no probes yet of {', '.join(missing)}"] if missing else []),
+    )
 
 
 def has_probes(run: Run) -> bool:
@@ -174,7 +251,9 @@ def has_probes(run: Run) -> bool:
     return any((run.path / name).exists() for name in RECORDS)
 
 
-def _pair_with_baseline(probes: dict[str, Probes]) -> tuple[list[dict[str, Probes]], list[str]]:
+def _pair_with_baseline(
+    probes: dict[str, Probes],
+) -> tuple[list[dict[str, Probes]], list[str]]:
     """Group each run's probes with those of the first run, the baseline, if the two can be compared.
 
     Returns the groups to draw and a note for every run that has to stand alone.
@@ -186,7 +265,9 @@ def _pair_with_baseline(probes: dict[str, Probes]) -> tuple[list[dict[str, Probe
             pairs.append({baseline_name: baseline, name: other})
         else:
             singles.append({name: other})
-            notes.append(f"{name} was probed at other layers, levels or items than {baseline_name}; no difference is shown")
+            notes.append(
+                f"{name} was probed at other layers, levels or items than {baseline_name}; no difference is shown"
+            )
     return (pairs or [{baseline_name: baseline}]) + singles, notes
 
 
@@ -195,13 +276,17 @@ def _stale(probes: dict[str, Probes], runs: dict[str, Run]) -> list[str]:
     for name, one in probes.items():
         newest = max(map(step_of, runs[name].checkpoints()), default=0)
         if one.about["step"] != newest:
-            notes.append(f"the probes of {name} are of step {one.about['step']:,}, its newest checkpoint of {newest:,} "
-                         "(`selfflow probe`)")
+            notes.append(
+                f"the probes of {name} are of step {one.about['step']:,}, its newest checkpoint of {newest:,} "
+                "(`selfflow probe`)"
+            )
     return notes
 
 
 def _probes(runs: dict[str, Run], most: int = 6) -> View:
-    probes = {name: one for name, run in runs.items() if (one := read_probes(run)) is not None}
+    probes = {
+        name: one for name, run in runs.items() if (one := read_probes(run)) is not None
+    }
     if not probes:
         return View()
     groups, notes = _pair_with_baseline(probes)
@@ -209,20 +294,48 @@ def _probes(runs: dict[str, Run], most: int = 6) -> View:
     pictures = []
     for group in groups:
         first, *rest = group.values()
-        gaps = {factor: first.difference(rest[0], factor) for factor in first.factors} if rest else None
-        measures = {factor: first.best(factor).probe.measure for factor in first.factors}
+        gaps = (
+            {factor: first.difference(rest[0], factor) for factor in first.factors}
+            if rest
+            else None
+        )
+        measures = {
+            factor: first.best(factor).probe.measure for factor in first.factors
+        }
         for place in range(0, len(first.factors), most):
-            chosen = first.factors[place:place + most]
-            maps = {factor: {short_name(name): one.grid(factor) for name, one in group.items()} for factor in chosen}
+            chosen = first.factors[place : place + most]
+            maps = {
+                factor: {
+                    short_name(name): one.grid(factor) for name, one in group.items()
+                }
+                for factor in chosen
+            }
             own = gaps and {factor: gaps[factor] for factor in chosen}
-            pictures.append(partial(draw_score_maps, maps, first.about["layers"], first.about["levels"], own, measures))
+            pictures.append(
+                partial(
+                    draw_score_maps,
+                    maps,
+                    first.about["layers"],
+                    first.about["levels"],
+                    own,
+                    measures,
+                )
+            )
         if gaps:
             cells = np.concatenate([gap.reshape(3, -1) for gap in gaps.values()], 1)
-            notes.append(f"probes, {list(group)[1]} minus {list(group)[0]}: {cells_in_words(cells)}")
+            notes.append(
+                f"probes, {list(group)[1]} minus {list(group)[0]}: {cells_in_words(cells)}"
+            )
     return View(pictures, None, notes)
 
 
-_VIEWS = {"curves": _curves_of, "settings": settings_of, "levels": levels_of, "probes": probes_of, "samples": _samples_of}
+_VIEWS = {
+    "curves": _curves_of,
+    "settings": settings_of,
+    "levels": levels_of,
+    "probes": probes_of,
+    "samples": _samples_of,
+}
 
 # %% ../../nbs/7_workbench/15_run_views.ipynb #dcefa9f7
 SHOWN = (*_VIEWS, "training")
@@ -238,23 +351,38 @@ def compute(listing: Listing, values: dict) -> View:
         except (OSError, ValueError, KeyError) as error:
             notes.append(f"{name} cannot be opened: {error}")
     if kind == "training" or not runs:
-        return View(notes=notes if runs else notes or ["choose one or more runs in the list"] * bool(listing.runs))
-    view = _VIEWS[kind](runs, *((values["measure"], values["against"]) if kind == "curves" else ()))
+        return View(
+            notes=notes
+            if runs
+            else notes or ["choose one or more runs in the list"] * bool(listing.runs)
+        )
+    view = _VIEWS[kind](
+        runs, *((values["measure"], values["against"]) if kind == "curves" else ())
+    )
     return View(view.pictures, view.table, notes + view.notes)
 
 
 def draw(view: View, theme: Theme = LIGHT) -> dict[str, bytes]:
     "The pictures of a view, picture-1, picture-2, ...: PNG files; and its table as HTML, escaped."
-    found = {f"picture-{place + 1}": picture_of(figure(), theme) for place, figure in enumerate(view.pictures)}
+    found = {
+        f"picture-{place + 1}": picture_of(figure(), theme)
+        for place, figure in enumerate(view.pictures)
+    }
     if view.table is not None:
         table = view.table.to_html(index=False, border=0, classes="selfflow-settings")
-        found["table"] = f'<div style="overflow-x: auto; line-height: 1.4">{table}</div>'.encode()
+        found["table"] = (
+            f'<div style="overflow-x: auto; line-height: 1.4">{table}</div>'.encode()
+        )
     return found
 
 
 def say(view: View) -> str:
     "What has to be said of a view."
-    return f"{'. '.join(note[:1].upper() + note[1:] for note in view.notes)}." if view.notes else ""
+    return (
+        f"{'. '.join(note[:1].upper() + note[1:] for note in view.notes)}."
+        if view.notes
+        else ""
+    )
 
 
 class ChosenRuns(Explorer):
@@ -263,7 +391,9 @@ class ChosenRuns(Explorer):
     def _show(self, name: str, picture: bytes) -> None:
         if name != "table":
             super()._show(name, picture)
-            self.pictures[name].layout.width = f"{Image.open(io.BytesIO(picture)).width // SHARP}px"
+            self.pictures[
+                name
+            ].layout.width = f"{Image.open(io.BytesIO(picture)).width // SHARP}px"
             return
         if name not in self.pictures:
             self.pictures[name] = widgets.HTML(layout=widgets.Layout(max_width="100%"))
@@ -281,15 +411,34 @@ class ChosenRuns(Explorer):
         super().refresh()
         self.took = time.monotonic() - started
 
-    def strip(self, *changes: dict, columns: int = 1, width: int = 820, only: tuple[str, ...] = ()) -> Strip:
+    def strip(
+        self,
+        *changes: dict,
+        columns: int = 1,
+        width: int = 820,
+        only: tuple[str, ...] = (),
+    ) -> Strip:
         "As an explorer's; tables are not on it."
-        drawn = [self.drawing({**self.values(), **change})[1] for change in changes or ({},)]
-        settings = [[_half(picture) for name, picture in pictures.items() if name != "table" and (not only or name in only)]
-                    for pictures in drawn]
-        titles = [", ".join(self._titled(*pair).strip() for pair in change.items()) for change in changes]
+        drawn = [
+            self.drawing({**self.values(), **change})[1] for change in changes or ({},)
+        ]
+        settings = [
+            [
+                _half(picture)
+                for name, picture in pictures.items()
+                if name != "table" and (not only or name in only)
+            ]
+            for pictures in drawn
+        ]
+        titles = [
+            ", ".join(self._titled(*pair).strip() for pair in change.items())
+            for change in changes
+        ]
         return Strip(settings, titles, columns, width)
 
 
 def _half(picture: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(picture)).convert("RGB")
-    return image.resize((image.width // SHARP, image.height // SHARP), Image.Resampling.LANCZOS)
+    return image.resize(
+        (image.width // SHARP, image.height // SHARP), Image.Resampling.LANCZOS
+    )

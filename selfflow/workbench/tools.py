@@ -27,6 +27,7 @@ class Chosen:
     folder: of all runs; path: of the chosen run; others: folders of all runs by name; opened: runs by name that are chosen at a
     checkpoint, instead.
     """
+
     folder: Path
     path: Path
     others: dict[str, Path] = field(default_factory=dict)
@@ -36,23 +37,35 @@ class Chosen:
     def run(self) -> Run:
         "The chosen run, opened when first asked for. Raises what opening it raises, and ValueError where several are chosen."
         if len(self.opened) > 1:
-            raise ValueError(f"this explorer shows one run, but {len(self.opened)} are chosen ({', '.join(self.opened)})")
+            raise ValueError(
+                f"this explorer shows one run, but {len(self.opened)} are chosen ({', '.join(self.opened)})"
+            )
         return next(iter(self.opened.values())) if self.opened else Run.open(self.path)
 
     def alike(self, most: int = 4) -> dict[str, Run]:
         "The chosen runs by name; of one on the page also others of the same data that can be opened, `most` at most."
         if self.opened:
             return self.opened
-        own = next((name for name, path in self.others.items() if path == self.path), self.path.name)
+        own = next(
+            (name for name, path in self.others.items() if path == self.path),
+            self.path.name,
+        )
         found = {own: self.run}
         for name, path in self.others.items():
-            if path == self.path or len(found) >= most or not step_paths(path / "checkpoints"):
+            if (
+                path == self.path
+                or len(found) >= most
+                or not step_paths(path / "checkpoints")
+            ):
                 continue
             try:
                 run = Run.open(path)
             except (ValueError, OSError):
                 continue
-            if run.trained_on == self.run.trained_on and run.inputs.parts == self.run.inputs.parts:
+            if (
+                run.trained_on == self.run.trained_on
+                and run.inputs.parts == self.run.inputs.parts
+            ):
                 found[name] = run
         return found
 

@@ -22,7 +22,13 @@ from ..method.alignment import constant_cosine, flow_error
 from ..method.build import build_objective
 from ..method.flow import Density, interpolate
 from ..method.objective import SelfFlow
-from ..method.schedule import DiffusionForcing, DualTimestep, FullMasking, NoiseLevels, SingleLevel
+from selfflow.method.schedule import (
+    DiffusionForcing,
+    DualTimestep,
+    FullMasking,
+    NoiseLevels,
+    SingleLevel,
+)
 from ..method.tokens import Places
 from ..settings import own_settings
 from ..training.run import Run
@@ -32,24 +38,47 @@ from .boards import Board
 KINDS = ("dual", "single", "sorted", "diffusion forcing", "full masking", "block masks")
 
 
-def schedule_of(kind: str, density: Density, mask_ratio: float, grid: tuple[int, int] | None = None):
+def schedule_of(
+    kind: str, density: Density, mask_ratio: float, grid: tuple[int, int] | None = None
+):
     """The schedule of a kind in `KINDS`; grid: of an image's tokens, for block masks alone.
 
     Raises ValueError for another kind, for block masks without a grid whose sides have a common divisor, and for a mask ratio out
     of range.
     """
     ratio = 0.0 if kind == "single" else mask_ratio
-    block = next((size for size in (2, 3, 5, 7) if grid and not any(side % size for side in grid)), 0)
+    block = next(
+        (
+            size
+            for size in (2, 3, 5, 7)
+            if grid and not any(side % size for side in grid)
+        ),
+        0,
+    )
     if kind == "block masks" and not block:
-        raise ValueError("block masks need the tokens of an image, on a grid that squares of 2 x 2 or more divide; here are "
-                         f"{'tokens of a film or sound' if grid is None else f'{grid[0]} x {grid[1]} tokens'}; take dual")
-    return {"dual": partial(DualTimestep, density, ratio), "single": partial(SingleLevel, density),
-            "sorted": partial(DualTimestep, density, ratio, "cleaner"), "diffusion forcing": partial(DiffusionForcing, density),
-            "full masking": partial(FullMasking, density, ratio),
-            "block masks": partial(DualTimestep, density, ratio, block=block, grid=grid)}[choose(kind, KINDS, "schedule")]()
+        raise ValueError(
+            "block masks need the tokens of an image, on a grid that squares of 2 x 2 or more divide; here are "
+            f"{'tokens of a film or sound' if grid is None else f'{grid[0]} x {grid[1]} tokens'}; take dual"
+        )
+    return {
+        "dual": partial(DualTimestep, density, ratio),
+        "single": partial(SingleLevel, density),
+        "sorted": partial(DualTimestep, density, ratio, "cleaner"),
+        "diffusion forcing": partial(DiffusionForcing, density),
+        "full masking": partial(FullMasking, density, ratio),
+        "block masks": partial(DualTimestep, density, ratio, block=block, grid=grid),
+    }[choose(kind, KINDS, "schedule")]()
 
 
-def levels_of(kind: str, t: float, s: float, schedule, tokens: int, seed: int, hand: list[int] | None = None) -> NoiseLevels:
+def levels_of(
+    kind: str,
+    t: float,
+    s: float,
+    schedule,
+    tokens: int,
+    seed: int,
+    hand: list[int] | None = None,
+) -> NoiseLevels:
     """The levels of one sample: t and s as given, which token takes which as the schedule draws it.
 
     hand: the tokens that take s instead, painted by hand. Raises ValueError for t or s outside [0, 1] and for tokens that do not
@@ -57,22 +86,36 @@ def levels_of(kind: str, t: float, s: float, schedule, tokens: int, seed: int, h
     """
     for name, level in (("t", t), ("s", s)):
         if not 0 <= level <= 1:
-            raise ValueError(f"{name} is {level}, outside [0, 1]: 1 is noise, 0 is data")
+            raise ValueError(
+                f"{name} is {level}, outside [0, 1]: 1 is noise, 0 is data"
+            )
     if hand is not None:
         if unknown := [token for token in hand if not 0 <= token < tokens]:
-            raise ValueError(f"token {unknown[0]} was painted, but there are {tokens}, numbered from 0")
+            raise ValueError(
+                f"token {unknown[0]} was painted, but there are {tokens}, numbered from 0"
+            )
         assign = torch.zeros(1, tokens, dtype=torch.int64)
         assign[0, list(hand)] = 1
         return NoiseLevels(torch.tensor([[t, s]]), assign)
     drawn = schedule.sample(1, tokens, keyed(seed, "levels"))
-    known = {"single": [t], "full masking": [t, 1.0], "sorted": [max(t, s), min(t, s)]}.get(kind, [t, s])
-    return drawn if kind == "diffusion forcing" else NoiseLevels(torch.tensor([known]), drawn.assign)
+    known = {
+        "single": [t],
+        "full masking": [t, 1.0],
+        "sorted": [max(t, s), min(t, s)],
+    }.get(kind, [t, s])
+    return (
+        drawn
+        if kind == "diffusion forcing"
+        else NoiseLevels(torch.tensor([known]), drawn.assign)
+    )
 
 
 @lru_cache
 def many_levels(schedule, tokens: int, bins: int = 24) -> tuple[np.ndarray, np.ndarray]:
     "The share of tokens at each level, as a density, over some thousand samples that a schedule draws: (edges, heights)."
-    drawn = schedule.sample(max(400, min(4000, 200_000 // tokens)), tokens, keyed(0, "many")).per_token()
+    drawn = schedule.sample(
+        max(400, min(4000, 200_000 // tokens)), tokens, keyed(0, "many")
+    ).per_token()
     heights, edges = np.histogram(drawn.numpy(), bins, (0.0, 1.0), density=True)
     return edges, heights
 
@@ -85,6 +128,7 @@ class View:
     teacher_estimate: of the data, in one step; student_error, teacher_error: their mean squares; cosine: of the features, None
     without a head, and constant: what a constant prediction would reach.
     """
+
     levels: NoiseLevels
     clean: float
     x0: Tensor
@@ -106,7 +150,9 @@ class Subject:
     Raises what opening run and data raises.
     """
 
-    def __init__(self, run: Run, data: str = "", split: str = "validation", count: int = 24):
+    def __init__(
+        self, run: Run, data: str = "", split: str = "validation", count: int = 24
+    ):
         sources = run.sources_of(split)
         self.run, self.name = run, run.config.data_name(data)
         self.layout = sources.layouts[self.name]
@@ -115,11 +161,26 @@ class Subject:
         batch = sources.take(self.name, indices)
         self.x0, self.condition, self.parts = batch.x0, batch.condition, batch.parts
         self.widths = Places.of(self.parts).widths
-        self.grid = self.parts[0].grid[1:] if [part.name for part in self.parts] == ["image"] else None
-        self.spread = (self.x0.var(0).sum(-1) / self.widths).mean().item() if len(indices) > 1 else 1.0
+        self.grid = (
+            self.parts[0].grid[1:]
+            if [part.name for part in self.parts] == ["image"]
+            else None
+        )
+        self.spread = (
+            (self.x0.var(0).sum(-1) / self.widths).mean().item()
+            if len(indices) > 1
+            else 1.0
+        )
         self.student, self.teacher = run.model.to("cpu"), run.teacher.to("cpu")
-        head = build_objective(run.config.objective, self.student, sources.sequences, weights=sources.weights)
-        self.head = head.eval().requires_grad_(False) if isinstance(head, SelfFlow) else None
+        head = build_objective(
+            run.config.objective,
+            self.student,
+            sources.sequences,
+            weights=sources.weights,
+        )
+        self.head = (
+            head.eval().requires_grad_(False) if isinstance(head, SelfFlow) else None
+        )
         if self.head is not None:
             self.head.load_state_dict(run.load("objective"))
 
@@ -134,11 +195,25 @@ class Subject:
 
     @own_settings()
     @torch.inference_mode()
-    def estimate(self, network, x0: Tensor, x1: Tensor, levels: NoiseLevels, index: Tensor, layer: int | None = None):
+    def estimate(
+        self,
+        network,
+        x0: Tensor,
+        x1: Tensor,
+        levels: NoiseLevels,
+        index: Tensor,
+        layer: int | None = None,
+    ):
         "Input, estimate of the data (b, n, c), its error (b, n), and hidden states of a layer; index (b,): of the samples."
         tau = levels.per_token()
         xt = interpolate(x0, x1, tau)
-        out = network(xt, levels, self.condition[index], taps=() if layer is None else (layer,), parts=self.parts)
+        out = network(
+            xt,
+            levels,
+            self.condition[index],
+            taps=() if layer is None else (layer,),
+            parts=self.parts,
+        )
         error = tau.square() * flow_error(out.velocity, x0, x1, self.widths)
         return xt, xt - tau[..., None] * out.velocity, error, out.features.get(layer)
 
@@ -147,19 +222,44 @@ class Subject:
     def see(self, index: int, levels: NoiseLevels, seed: int) -> View:
         "What is seen of a sample at some levels; seed: of the noise. Raises ValueError for a sample that is not there."
         if not 0 <= index < len(self.x0):
-            raise ValueError(f"sample is {index}, but there are {len(self.x0)}, numbered from 0")
+            raise ValueError(
+                f"sample is {index}, but there are {len(self.x0)}, numbered from 0"
+            )
         which, clean = torch.tensor([index]), levels.cleanest()
         x0, x1, head = self.x0[which], self.noise(seed), self.head
-        own = self.estimate(self.student, x0, x1, levels, which, head and head.student_layer)
-        other = self.estimate(self.teacher, x0, x1, clean, which, head and head.teacher_layer)
-        view = View(levels, clean.levels.min().item(), x0[0], own[0][0], other[0][0], own[1][0], other[1][0], own[2][0],
-                    other[2][0])
+        own = self.estimate(
+            self.student, x0, x1, levels, which, head and head.student_layer
+        )
+        other = self.estimate(
+            self.teacher, x0, x1, clean, which, head and head.teacher_layer
+        )
+        view = View(
+            levels,
+            clean.levels.min().item(),
+            x0[0],
+            own[0][0],
+            other[0][0],
+            own[1][0],
+            other[1][0],
+            own[2][0],
+            other[2][0],
+        )
         if head is not None:
-            view.cosine = F.cosine_similarity(head.projector(own[3]), other[3], dim=-1)[0]
+            view.cosine = F.cosine_similarity(head.projector(own[3]), other[3], dim=-1)[
+                0
+            ]
             view.constant = constant_cosine(other[3]).item()
         return view
 
-    def revealed(self, index: Tensor, order: Tensor, counts: list[int], noisy: float, clean: float, seed: int = 0) -> Tensor:
+    def revealed(
+        self,
+        index: Tensor,
+        order: Tensor,
+        counts: list[int],
+        noisy: float,
+        clean: float,
+        seed: int = 0,
+    ) -> Tensor:
         """The error of the student's estimate of tokens that stay noisy, as others become clean: (counts, samples).
 
         index: (b,) samples, which may come several times, each with noise of its own; order: (n,) the tokens as they become
@@ -167,9 +267,20 @@ class Subject:
         """
         rank, b = order.argsort(), len(index)
         if not 0 <= min(counts) <= max(counts) < len(order):
-            raise ValueError(f"counts are {counts}, but of {len(order)} tokens one at least must stay noisy")
-        assign = (rank[None] < torch.tensor(counts)[:, None]).long().repeat_interleave(b, 0)
-        levels = NoiseLevels(torch.tensor([[noisy, clean]]).expand(len(assign), -1), assign)
-        x0, x1 = self.x0[index].repeat(len(counts), 1, 1), self.noise(seed, b).repeat(len(counts), 1, 1)
-        error = self.estimate(self.student, x0, x1, levels, index.repeat(len(counts)))[2]
-        return error[:, order[max(counts):]].mean(1).reshape(len(counts), b)
+            raise ValueError(
+                f"counts are {counts}, but of {len(order)} tokens one at least must stay noisy"
+            )
+        assign = (
+            (rank[None] < torch.tensor(counts)[:, None]).long().repeat_interleave(b, 0)
+        )
+        levels = NoiseLevels(
+            torch.tensor([[noisy, clean]]).expand(len(assign), -1), assign
+        )
+        x0, x1 = (
+            self.x0[index].repeat(len(counts), 1, 1),
+            self.noise(seed, b).repeat(len(counts), 1, 1),
+        )
+        error = self.estimate(self.student, x0, x1, levels, index.repeat(len(counts)))[
+            2
+        ]
+        return error[:, order[max(counts) :]].mean(1).reshape(len(counts), b)

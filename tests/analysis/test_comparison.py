@@ -1,4 +1,5 @@
 """Runs side by side: what a step costs, what a table says of good and bad folders, curves against steps, operations and time."""
+
 import json
 import os
 import re
@@ -11,13 +12,19 @@ import pytest
 import torch
 from conftest import TINY
 
-from selfflow.method.backbone import Inputs
 from selfflow.analysis import benchmark, comparison
 from selfflow.analysis.benchmark import count_flops, flops_per_step
-from selfflow.analysis.comparison import AGAINST, fit_table, readable, run_curves, runs_table
+from selfflow.analysis.comparison import (
+    AGAINST,
+    fit_table,
+    readable,
+    run_curves,
+    runs_table,
+)
 from selfflow.analysis.probing import probe_run, write_probes
 from selfflow.cli import main
 from selfflow.data.options import DataConfig
+from selfflow.method.backbone import Inputs
 from selfflow.method.layers import Groups
 from selfflow.method.options import ModelConfig, ObjectiveConfig
 from selfflow.method.schedule import NoiseLevels
@@ -32,34 +39,74 @@ def flops_of_training(config, folder, features=None):
     "Operations of one step as training takes it: those of three steps minus those of one, over two."
     counts = []
     for steps in (1, 3):
-        training = replace(config.training, steps=steps, validate_every=9, log_every=9, save_every=9, sample_every=0)
+        training = replace(
+            config.training,
+            steps=steps,
+            validate_every=9,
+            log_every=9,
+            save_every=9,
+            sample_every=0,
+        )
         named = replace(config, name=f"steps-{steps}", training=training)
-        counts.append(count_flops(lambda named=named: train(named, folder, "cpu", features)))
+        counts.append(
+            count_flops(lambda named=named: train(named, folder, "cpu", features))
+        )
     return (counts[1] - counts[0]) / 2
 
 
 NAMES = ("self_flow", "flow_matching", "sra", "layer_sync", "repa")
-MASKED = {"schedule": "dual", "flow_tokens": "masked", "rep_tokens": "noisier", "normalise": "standardised"}
+MASKED = {
+    "schedule": "dual",
+    "flow_tokens": "masked",
+    "rep_tokens": "noisier",
+    "normalise": "standardised",
+}
 
 
-@pytest.mark.parametrize("name, switches, checkpointing", [
-    *((name, {}, False) for name in NAMES), *((name, {"schedule": "dual"}, True) for name in NAMES),
-    ("self_flow", {"schedule": "diffusion_forcing"}, False), ("self_flow", MASKED, False), ("repa", MASKED, False),
-])
-def test_operations_are_those_of_a_training_step(name, switches, checkpointing, tmp_path):
+@pytest.mark.parametrize(
+    "name, switches, checkpointing",
+    [
+        *((name, {}, False) for name in NAMES),
+        *((name, {"schedule": "dual"}, True) for name in NAMES),
+        ("self_flow", {"schedule": "diffusion_forcing"}, False),
+        ("self_flow", MASKED, False),
+        ("repa", MASKED, False),
+    ],
+)
+def test_operations_are_those_of_a_training_step(
+    name, switches, checkpointing, tmp_path
+):
     training = replace(TINY.training, checkpointing=checkpointing)
-    config = replace(TINY, objective=ObjectiveConfig(name, **switches), training=training)
+    config = replace(
+        TINY, objective=ObjectiveConfig(name, **switches), training=training
+    )
     features = torch.randn(1078, 5) if name == "repa" else None
     counted = flops_per_step(config, Inputs((Part("image", 4, (1, 4, 4)),), 10), 5)
     found = flops_of_training(config, tmp_path, features)
-    # exact; but where not all tokens count, the diagnosis of the last step is of more of them in one run than in the other
-    assert found == counted if switches is not MASKED else found == pytest.approx(counted, rel=1e-3)
+    # exact; but where not all tokens count, the diagnosis of the last step is of more
+    # of them in one run than in the other
+    assert (
+        found == counted
+        if switches is not MASKED
+        else found == pytest.approx(counted, rel=1e-3)
+    )
 
 
 def test_operations_of_a_model_in_modern_form_are_those_of_a_training_step(tmp_path):
-    config = replace(TINY, model=ModelConfig(width=32, depth=3, heads=2, mlp_ratio=2.5, positions="rotary", mlp="swiglu",
-                                              qk_norm=True, modulation="shared"),
-                     training=replace(TINY.training, precision="bf16", accumulate=2))
+    config = replace(
+        TINY,
+        model=ModelConfig(
+            width=32,
+            depth=3,
+            heads=2,
+            mlp_ratio=2.5,
+            positions="rotary",
+            mlp="swiglu",
+            qk_norm=True,
+            modulation="shared",
+        ),
+        training=replace(TINY.training, precision="bf16", accumulate=2),
+    )
     shape = Inputs((Part("image", 4, (1, 4, 4)),), 10)
     assert flops_of_training(config, tmp_path) == flops_per_step(config, shape)
 
@@ -67,31 +114,55 @@ def test_operations_of_a_model_in_modern_form_are_those_of_a_training_step(tmp_p
 def test_attention_within_levels_is_counted_for_a_draw(tmp_path):
     config = replace(TINY, objective=ObjectiveConfig(separated=True, mask_ratio=0.5))
     shape = Inputs((Part("image", 4, (1, 4, 4)),), 10)
-    whole = flops_per_step(replace(config, objective=ObjectiveConfig(mask_ratio=0.5)), shape)
+    whole = flops_per_step(
+        replace(config, objective=ObjectiveConfig(mask_ratio=0.5)), shape
+    )
     counted, found = flops_per_step(config, shape), flops_of_training(config, tmp_path)
     assert counted == pytest.approx(found, rel=0.02) and counted != whole
-    levels = NoiseLevels(torch.rand(1, 2), torch.tensor([[0, 1] * 8]))  # two groups of eight: half of the pairs
+    # two groups of eight: half of the pairs
+    levels = NoiseLevels(torch.rand(1, 2), torch.tensor([[0, 1] * 8]))
     assert sum(len(g.rows) * len(g.keys) for g in Groups.of(levels).groups) == 128
 
 
 def test_operations_scale_as_they_should():
     shape = Inputs((Part("image", 16, (1, 16, 16)),), 10)
-    config = replace(TINY, model=ModelConfig(width=64, depth=4, heads=2), objective=ObjectiveConfig("flow_matching"))
-    one, two = (flops_per_step(replace(config, training=TrainConfig(batch=b)), shape) for b in (1, 2))
+    config = replace(
+        TINY,
+        model=ModelConfig(width=64, depth=4, heads=2),
+        objective=ObjectiveConfig("flow_matching"),
+    )
+    one, two = (
+        flops_per_step(replace(config, training=TrainConfig(batch=b)), shape)
+        for b in (1, 2)
+    )
     assert two == 2 * one
     n, d, depth = 256, 64, 4
     attention = 4 * n * n * d * depth
-    linear = 2 * (depth * n * 12 * d * d + depth * 6 * d * d + 2 * n * 16 * d + 2 * d * d + 256 * d + d * d)
-    assert one == pytest.approx(3 * (attention + linear), rel=0.01)  # the first layers need no gradient of their input
+    linear = 2 * (
+        depth * n * 12 * d * d
+        + depth * 6 * d * d
+        + 2 * n * 16 * d
+        + 2 * d * d
+        + 256 * d
+        + d * d
+    )
+    # the first layers need no gradient of their input
+    assert one == pytest.approx(3 * (attention + linear), rel=0.01)
 
 
 def test_the_largest_model_is_counted_in_a_moment_and_in_no_memory(monkeypatch):
     made = []
     original = benchmark.build_backbone
-    monkeypatch.setattr(benchmark, "build_backbone", lambda *args: made.append(original(*args)) or made[-1])
+    monkeypatch.setattr(
+        benchmark,
+        "build_backbone",
+        lambda *args: made.append(original(*args)) or made[-1],
+    )
     benchmark._flops_of_sample.cache_clear()
     shape = Inputs((Part("image", 16, (1, 16, 16)),), 1000)
-    config = replace(TINY, model=ModelConfig(size="XL"), training=TrainConfig(batch=256))
+    config = replace(
+        TINY, model=ModelConfig(size="XL"), training=TrainConfig(batch=256)
+    )
     assert 2.0e14 < flops_per_step(config, shape) < 2.5e14
     assert all(p.is_meta for p in made[0].parameters())
     flops_per_step(replace(config, training=TrainConfig(batch=8)), shape)
@@ -99,6 +170,7 @@ def test_the_largest_model_is_counted_in_a_moment_and_in_no_memory(monkeypatch):
 
 
 # folders
+
 
 def place(run, path):
     "A copy of a run, as older versions left it: without its times."
@@ -109,9 +181,23 @@ def place(run, path):
 
 def timed(path, speed=2.0, **values):
     steps = Run.open(path, "cpu").log["step"]
-    lines = [{"step": step, "seconds": step * speed, "wall": step * speed + 1, "steps_per_second": 1 / speed, "data_wait": 0.0,
-              "peak_memory": 1, "device": "a small machine", "processes": 2, **values} for step in steps.tolist()]
-    (path / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [
+        {
+            "step": step,
+            "seconds": step * speed,
+            "wall": step * speed + 1,
+            "steps_per_second": 1 / speed,
+            "data_wait": 0.0,
+            "peak_memory": 1,
+            "device": "a small machine",
+            "processes": 2,
+            **values,
+        }
+        for step in steps.tolist()
+    ]
+    (path / "timing.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
 
 
 @pytest.fixture
@@ -119,7 +205,16 @@ def folder(runs, tmp_path):
     "Runs in all states."
     root = tmp_path / "runs"
     place(runs["vanilla"], root / "run10")
-    for path in ("run2", "deep/inside", "stopped", "halved", "edited", "strange", "unlogged", "no config"):
+    for path in (
+        "run2",
+        "deep/inside",
+        "stopped",
+        "halved",
+        "edited",
+        "strange",
+        "unlogged",
+        "no config",
+    ):
         place(runs["tiny"], root / path)
     shutil.rmtree(root / "stopped/checkpoints/step-00000012")
     shutil.rmtree(root / "stopped/checkpoints/step-00000008")
@@ -140,10 +235,25 @@ def folder(runs, tmp_path):
 
 def test_runs_are_found_in_their_order(folder):
     found = find_runs(folder)
-    assert list(found) == ["deep/inside", "edited", "fresh", "halved", "no config", "run2", "run10", "stopped", "strange",
-                           "unlogged"]
-    assert find_runs(folder / "run2") == {"run2": folder / "run2"} and found["run10"] == folder / "run10"
-    with pytest.raises(FileNotFoundError, match="there is no folder .*selfflow train --folder"):
+    assert list(found) == [
+        "deep/inside",
+        "edited",
+        "fresh",
+        "halved",
+        "no config",
+        "run2",
+        "run10",
+        "stopped",
+        "strange",
+        "unlogged",
+    ]
+    assert (
+        find_runs(folder / "run2") == {"run2": folder / "run2"}
+        and found["run10"] == folder / "run10"
+    )
+    with pytest.raises(
+        FileNotFoundError, match="there is no folder .*selfflow train --folder"
+    ):
         find_runs(folder / "nowhere")
     with pytest.raises(FileNotFoundError, match="holds no run yet"):
         find_runs(folder / "notes")
@@ -152,17 +262,35 @@ def test_runs_are_found_in_their_order(folder):
 def test_the_table_says_how_each_run_stands(folder):
     table = runs_table(folder)
     states = dict(table["state"])
-    assert states["run2"] == states["deep/inside"] == "finished" and states["fresh"] == "not started"
-    assert states["stopped"] == "stopped at step 4" and table.loc["stopped", "step"] == 4 and table.loc["run2", "steps"] == 12
+    assert (
+        states["run2"] == states["deep/inside"] == "finished"
+        and states["fresh"] == "not started"
+    )
+    assert (
+        states["stopped"] == "stopped at step 4"
+        and table.loc["stopped", "step"] == 4
+        and table.loc["run2", "steps"] == 12
+    )
     assert states["halved"].startswith("damaged: no checkpoint is whole (step ")
-    for name, words in {"edited": "config.json", "strange": "config.json", "no config": "no config.json"}.items():
+    for name, words in {
+        "edited": "config.json",
+        "strange": "config.json",
+        "no config": "no config.json",
+    }.items():
         assert states[name].startswith("damaged: ") and words in states[name]
     log = Run.open(folder / "run2", "cpu").log
-    assert table.loc["run2", "flow loss"] == pytest.approx(log["flow_loss"].tail(20).mean())
+    assert table.loc["run2", "flow loss"] == pytest.approx(
+        log["flow_loss"].tail(20).mean()
+    )
     assert table.loc["run2", "validation"] == log["validation_flow_loss"].iloc[-1]
     assert table.loc["run2", "cosine"] == pytest.approx(log["cosine"].mean())
-    assert table.loc["stopped", "flow loss"] == pytest.approx(log["flow_loss"][:4].mean()), "what was lost does not count"
-    assert all(pd.isna(table.loc[place]) for place in (("run10", "cosine"), ("run2", "seconds"), ("fresh", "cosine")))
+    assert table.loc["stopped", "flow loss"] == pytest.approx(
+        log["flow_loss"][:4].mean()
+    ), "what was lost does not count"
+    assert all(
+        pd.isna(table.loc[place])
+        for place in (("run10", "cosine"), ("run2", "seconds"), ("fresh", "cosine"))
+    )
     run = Run.open(folder / "run2", "cpu")
     assert table.loc["run2", "FLOPs"] == 12 * flops_per_step(run.config, run.inputs)
 
@@ -171,7 +299,9 @@ def test_only_settings_that_differ_are_shown(folder):
     assert [name for name in runs_table(folder) if "." in name] == ["objective.name"]
     pair = {name: folder / name for name in ("run2", "stopped")}
     assert not [name for name in runs_table(pair) if "." in name]
-    mixed = runs_table({"a": Run.open(folder / "run2", "cpu"), "b": str(folder / "run10")})
+    mixed = runs_table(
+        {"a": Run.open(folder / "run2", "cpu"), "b": str(folder / "run10")}
+    )
     assert mixed["objective.name"].tolist() == ["self_flow", "flow_matching"]
 
 
@@ -179,67 +309,141 @@ def test_who_trains_is_named(folder):
     run = Run.open(folder / "stopped", "cpu")
     with run.locked():
         state = runs_table({"it": run}).loc["it"]
-    assert str(os.getpid()) in state["state"] and state["state"].startswith("training") and state["step"] == 12
+    assert (
+        str(os.getpid()) in state["state"]
+        and state["state"].startswith("training")
+        and state["step"] == 12
+    )
     assert runs_table({"it": run}).loc["it", "state"] == "stopped at step 4"
 
 
 def test_probes_times_and_runs_that_are_not_finite_are_shown(folder):
     run = Run.open(folder / "run2", "cpu")
-    write_probes(run, probe_run(run, levels=(0.0, 0.5), layers=(2,), families=("regression",), strengths=(0.1,)))
+    write_probes(
+        run,
+        probe_run(
+            run,
+            levels=(0.0, 0.5),
+            layers=(2,),
+            families=("regression",),
+            strengths=(0.1,),
+        ),
+    )
     (folder / "run10/probe.json").write_text("[]")
     timed(folder / "run2")
     for name, step in {"stopped": 5, "run2": 5, "run10": 13}.items():
         (folder / name / "not_finite.json").write_text(json.dumps({"step": step}))
     table = runs_table(folder)
     row = table.loc["run2"]
-    assert 0 < row["probe"] < 1 and row["probe cell"].startswith("block 2, t = ") and row["probe cell"].endswith("step 12")
-    assert (row["seconds"], row["device"], row["processes"]) == (24.0, "a small machine", 2)
+    assert (
+        0 < row["probe"] < 1
+        and row["probe cell"].startswith("block 2, t = ")
+        and row["probe cell"].endswith("step 12")
+    )
+    assert (row["seconds"], row["device"], row["processes"]) == (
+        24.0,
+        "a small machine",
+        2,
+    )
     assert table.loc["stopped", "state"] == "stopped at step 5: the loss was not finite"
     assert table.loc["run2", "state"] == "finished"
-    (folder / "stopped/not_finite.json").write_text('{"step": 4}')  # it has got past that since
+    # it has got past that since
+    (folder / "stopped/not_finite.json").write_text('{"step": 4}')
     assert runs_table(folder).loc["stopped", "state"] == "stopped at step 4"
-    assert table.loc["run10", "state"].startswith("damaged: ") and table.loc["run10", "step"] == 12, "the rest of the row stands"
+    assert (
+        table.loc["run10", "state"].startswith("damaged: ")
+        and table.loc["run10", "step"] == 12
+    ), "the rest of the row stands"
     text = readable(table).loc["run2"]
-    assert text["step"] == "12/12" and text["time"] == "0:00:24" and text["probe"].endswith("step 12)") and "%" in text["probe"]
+    assert (
+        text["step"] == "12/12"
+        and text["time"] == "0:00:24"
+        and text["probe"].endswith("step 12)")
+        and "%" in text["probe"]
+    )
 
 
-@pytest.mark.parametrize("file, content", [
-    ("config.json", "[]"), ("config.json", f'{{"format": {FORMAT}, "config": [], "inputs": 3, "data": {{}}}}'),
-    ("config.json", "\0"), ("log.jsonl", '{"step": "x"}\n'), ("log.jsonl", "[1]\n"), ("timing.jsonl", '{"step": 1}\n'),
-    ("probe.json", "{}"), ("probe.json", "{"), ("checkpoints/step-00000012/manifest.json", "[]"),
-    ("checkpoints/step-00000012/manifest.json", '{"state.json": 1}'), ("checkpoints/step-x/state.json", ""),
-    ("writer.json", "?"), ("log.jsonl", '{"step": 1, "flow_loss": "much"}\n'),
-])
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("config.json", "[]"),
+        (
+            "config.json",
+            f'{{"format": {FORMAT}, "config": [], "inputs": 3, "data": {{}}}}',
+        ),
+        ("config.json", "\0"),
+        ("log.jsonl", '{"step": "x"}\n'),
+        ("log.jsonl", "[1]\n"),
+        ("timing.jsonl", '{"step": 1}\n'),
+        ("probe.json", "{}"),
+        ("probe.json", "{"),
+        ("checkpoints/step-00000012/manifest.json", "[]"),
+        ("checkpoints/step-00000012/manifest.json", '{"state.json": 1}'),
+        ("checkpoints/step-x/state.json", ""),
+        ("writer.json", "?"),
+        ("log.jsonl", '{"step": 1, "flow_loss": "much"}\n'),
+    ],
+)
 def test_nothing_in_a_folder_breaks_the_table(runs, tmp_path, file, content):
     path = place(runs["tiny"], tmp_path / "runs/bad")
     place(runs["vanilla"], tmp_path / "runs/good")
     (path / file).parent.mkdir(exist_ok=True)
     (path / file).write_text(content)
     table = runs_table(tmp_path / "runs")
-    assert table.loc["good", "state"] == "finished" and isinstance(table.loc["bad", "state"], str)
+    assert table.loc["good", "state"] == "finished" and isinstance(
+        table.loc["bad", "state"], str
+    )
     assert "good" in fit_table(table) and "bad" in fit_table(table)
 
 
 def test_operations_of_repa_need_the_width_of_its_features(runs, tmp_path):
-    config = replace(TINY, name="repa", objective=ObjectiveConfig("repa"), training=replace(TINY.training, steps=2))
+    config = replace(
+        TINY,
+        name="repa",
+        objective=ObjectiveConfig("repa"),
+        training=replace(TINY.training, steps=2),
+    )
     run = train(config, tmp_path, "cpu", torch.randn(1078, 7))
-    assert runs_table(tmp_path).loc["repa", "FLOPs"] == 2 * flops_per_step(config, run.inputs, 7)
+    assert runs_table(tmp_path).loc["repa", "FLOPs"] == 2 * flops_per_step(
+        config, run.inputs, 7
+    )
     shutil.rmtree(tmp_path / "repa/checkpoints")
     assert pd.isna(runs_table(tmp_path).loc["repa", "FLOPs"])
     Run.open(tmp_path / "repa", "cpu")
     place(runs["tiny"], tmp_path / "tiny")
-    (tmp_path / "tiny/checkpoints/step-00000012/objective.safetensors").write_bytes(b"x")
-    assert runs_table(tmp_path).loc["tiny", "state"].startswith("stopped at step 8; 1 of 3 checkpoints damaged")
+    (tmp_path / "tiny/checkpoints/step-00000012/objective.safetensors").write_bytes(
+        b"x"
+    )
+    assert (
+        runs_table(tmp_path)
+        .loc["tiny", "state"]
+        .startswith("stopped at step 8; 1 of 3 checkpoints damaged")
+    )
 
 
-@pytest.mark.parametrize("file, content, words", [
-    ("timing.jsonl", '{"step": 1}\n', r"bad/timing.jsonl has no seconds, device, processes; remove it"),
-    ("timing.jsonl", '{"step": 1, "seconds": "long", "device": "cpu", "processes": 1}\n',
-     "timing.jsonl has what is no number in seconds"),
-    ("log.jsonl", '{"step": 1, "flow_loss": 1.0}\n{"step": 2, "flow_loss": "much", "cosine": [1]}\n',
-     "bad/log.jsonl has what is no number in flow_loss, cosine; remove those lines"),
-])
-def test_what_is_wrong_in_a_file_is_said_with_its_remedy(runs, tmp_path, file, content, words):
+@pytest.mark.parametrize(
+    "file, content, words",
+    [
+        (
+            "timing.jsonl",
+            '{"step": 1}\n',
+            r"bad/timing.jsonl has no seconds, device, processes; remove it",
+        ),
+        (
+            "timing.jsonl",
+            '{"step": 1, "seconds": "long", "device": "cpu", "processes": 1}\n',
+            "timing.jsonl has what is no number in seconds",
+        ),
+        (
+            "log.jsonl",
+            '{"step": 1, "flow_loss": 1.0}\n{"step": 2, "flow_loss": "much", "cosine": [1]}\n',
+            "bad/log.jsonl has what is no number in flow_loss, cosine; remove those lines",
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_said_with_its_remedy(
+    runs, tmp_path, file, content, words
+):
     path = place(runs["tiny"], tmp_path / "bad")
     (path / file).write_text(content)
     state = runs_table(tmp_path).loc["bad", "state"]
@@ -249,68 +453,127 @@ def test_what_is_wrong_in_a_file_is_said_with_its_remedy(runs, tmp_path, file, c
 
 
 def test_a_run_whose_first_steps_were_not_timed(runs, tmp_path):
-    timed(place(runs["tiny"], tmp_path / "old"), seconds=None, wall=None, device="AMD EPYC 9B14, 2 threads")
+    timed(
+        place(runs["tiny"], tmp_path / "old"),
+        seconds=None,
+        wall=None,
+        device="AMD EPYC 9B14, 2 threads",
+    )
     timed(place(runs["vanilla"], tmp_path / "new"))
     table = runs_table(tmp_path)
-    assert pd.isna(table.loc["old", "seconds"]) and table.loc["old", "state"] == "finished"
+    assert (
+        pd.isna(table.loc["old", "seconds"]) and table.loc["old", "state"] == "finished"
+    )
     text = readable(table)
-    assert text.loc["old", "time"] == "" and text.loc["old", "device"] == "AMD EPYC 9B14" and text.loc["new", "time"] == "0:00:24"
-    assert "old" in fit_table(table) and "time" not in readable(runs_table(tmp_path / "old"))
-    with pytest.raises(ValueError, match="run old did not keep its time from the start"):
+    assert (
+        text.loc["old", "time"] == ""
+        and text.loc["old", "device"] == "AMD EPYC 9B14"
+        and text.loc["new", "time"] == "0:00:24"
+    )
+    assert "old" in fit_table(table) and "time" not in readable(
+        runs_table(tmp_path / "old")
+    )
+    with pytest.raises(
+        ValueError, match="run old did not keep its time from the start"
+    ):
         run_curves(tmp_path, against="seconds")
     assert len(run_curves(tmp_path, against="steps")) == 2
 
 
-@pytest.mark.parametrize("file, near", [("runs/a/config.json", ", such as .*runs/a$"), ("runs/note", ", such as .*runs$"),
-                                        ("note", "that of one run")])
+@pytest.mark.parametrize(
+    "file, near",
+    [
+        ("runs/a/config.json", ", such as .*runs/a$"),
+        ("runs/note", ", such as .*runs$"),
+        ("note", "that of one run"),
+    ],
+)
 def test_a_file_is_no_folder_of_runs(runs, tmp_path, file, near):
     place(runs["tiny"], tmp_path / "x/y/runs/a")
     for name in ("x/y/runs/note", "note"):
         (tmp_path / name).write_text("no run")
-    with pytest.raises(NotADirectoryError, match=f"{Path(file).name} is a file; .*{near}"):
+    with pytest.raises(
+        NotADirectoryError, match=f"{Path(file).name} is a file; .*{near}"
+    ):
         find_runs(tmp_path / ("" if file == "note" else "x/y") / file)
 
 
 # text
 
+
 def test_tables_fit_the_terminal_and_say_what_they_leave_out(folder):
     table = runs_table(folder)
     for width in (200, 120, 100, 80, 60):
         text = fit_table(table, width)
-        rows = [line for line in text.splitlines() if not line.startswith("Left out") and ": " not in line]
-        assert max(map(len, rows)) <= width and all(name in text for name in table.index)
-        assert "no checkpoint is whole" in text and "config.json" in text, "what is wrong with damaged runs is said in full"
-    assert "Left out for the width of 60: " in fit_table(table, 60) and "Left out" not in fit_table(table, 200)
+        rows = [
+            line
+            for line in text.splitlines()
+            if not line.startswith("Left out") and ": " not in line
+        ]
+        assert max(map(len, rows)) <= width and all(
+            name in text for name in table.index
+        )
+        assert "no checkpoint is whole" in text and "config.json" in text, (
+            "what is wrong with damaged runs is said in full"
+        )
+    assert "Left out for the width of 60: " in fit_table(
+        table, 60
+    ) and "Left out" not in fit_table(table, 200)
     few = fit_table(runs_table({name: folder / name for name in ("run2", "run10")}), 60)
-    assert "Left out" not in few and few.splitlines()[0].split() == ["run2", "run10"], "two runs stand better side by side"
+    assert "Left out" not in few and few.splitlines()[0].split() == ["run2", "run10"], (
+        "two runs stand better side by side"
+    )
     assert fit_table(table, 1).count("\n") >= len(table) - 1
 
 
-@pytest.mark.parametrize("seconds, text", [(0, "0:00:00"), (59.6, "0:01:00"), (3599, "0:59:59"), (360000, "100:00:00")])
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0, "0:00:00"), (59.6, "0:01:00"), (3599, "0:59:59"), (360000, "100:00:00")],
+)
 def test_times_are_readable(seconds, text):
     assert comparison._time(seconds) == text
 
 
-@pytest.mark.parametrize("flops, text", [(0, "0 FLOP"), (999, "999 FLOP"), (2.5e9, "2.5 GFLOP"), (1.234e21, "1.23 ZFLOP"),
-                                         (5e25, "5e+04 ZFLOP")])
+@pytest.mark.parametrize(
+    "flops, text",
+    [
+        (0, "0 FLOP"),
+        (999, "999 FLOP"),
+        (2.5e9, "2.5 GFLOP"),
+        (1.234e21, "1.23 ZFLOP"),
+        (5e25, "5e+04 ZFLOP"),
+    ],
+)
 def test_operations_are_readable(flops, text):
     assert comparison._with_unit(flops) == text
 
 
 # curves
 
+
 def test_curves_are_those_of_the_log(folder):
     pair = {name: folder / name for name in ("run2", "run10")}
     log = Run.open(folder / "run2", "cpu").log
     steps, losses = run_curves(pair)["run2"]
-    assert steps.tolist() == log["step"].tolist() and losses.tolist() == log["flow_loss"].tolist()
+    assert (
+        steps.tolist() == log["step"].tolist()
+        and losses.tolist() == log["flow_loss"].tolist()
+    )
     steps, losses = run_curves(pair, "validation_flow_loss")["run10"]
     assert steps.tolist() == [6, 12]
-    assert losses.tolist() == Run.open(folder / "run10").log["validation_flow_loss"].dropna().tolist()
+    assert (
+        losses.tolist()
+        == Run.open(folder / "run10").log["validation_flow_loss"].dropna().tolist()
+    )
     assert list(run_curves(pair, "cosine")) == ["run2"], "flow matching has none"
     curves = run_curves(pair, against="flops")
-    for name, objective in {"run2": ObjectiveConfig(), "run10": ObjectiveConfig("flow_matching")}.items():
-        each = flops_per_step(replace(TINY, objective=objective), Run.open(folder / name).inputs)
+    for name, objective in {
+        "run2": ObjectiveConfig(),
+        "run10": ObjectiveConfig("flow_matching"),
+    }.items():
+        each = flops_per_step(
+            replace(TINY, objective=objective), Run.open(folder / name).inputs
+        )
         assert curves[name][0].tolist() == [step * each for step in range(1, 13)]
     assert curves["run2"][0][-1] > 1.2 * curves["run10"][0][-1]
 
@@ -318,29 +581,55 @@ def test_curves_are_those_of_the_log(folder):
 def test_curves_against_time_need_the_time(folder):
     pair = {name: folder / name for name in ("run2", "run10")}
     timed(folder / "run2")
-    with pytest.raises(ValueError, match="run run10 did not keep its time .*compare it against steps or flops, or leave it out"):
+    with pytest.raises(
+        ValueError,
+        match="run run10 did not keep its time .*compare it against steps or flops, or leave it out",
+    ):
         run_curves(pair, against="seconds")
     timed(folder / "run10", 1.5)
     curves = run_curves(pair, "validation_flow_loss", "seconds")
-    assert curves["run2"][0].tolist() == [12.0, 24.0] and curves["run10"][0].tolist() == [9.0, 18.0]
+    assert curves["run2"][0].tolist() == [12.0, 24.0] and curves["run10"][
+        0
+    ].tolist() == [9.0, 18.0]
     lines = (folder / "run2/timing.jsonl").read_text().splitlines(keepends=True)
-    (folder / "run2/timing.jsonl").write_text("".join(lines[:-1]))  # the last line is on its way
-    assert run_curves(pair, against="seconds")["run2"][0].tolist() == [2.0 * step for step in range(1, 12)]
-    (folder / "run2/timing.jsonl").write_text("".join(lines[6:]))  # begun by a version that kept no time
-    with pytest.raises(ValueError, match="run run2 did not keep its time from the start"):
+    # the last line is on its way
+    (folder / "run2/timing.jsonl").write_text("".join(lines[:-1]))
+    assert run_curves(pair, against="seconds")["run2"][0].tolist() == [
+        2.0 * step for step in range(1, 12)
+    ]
+    # begun by a version that kept no time
+    (folder / "run2/timing.jsonl").write_text("".join(lines[6:]))
+    with pytest.raises(
+        ValueError, match="run run2 did not keep its time from the start"
+    ):
         run_curves(pair, against="seconds")
 
 
 def test_times_are_those_that_training_kept(runs):
     table, run = runs_table(runs), runs["tiny"]
-    assert (table["seconds"] > 0).all() and (table["processes"] == 1).all() and table["device"].str.len().min() > 0
+    assert (
+        (table["seconds"] > 0).all()
+        and (table["processes"] == 1).all()
+        and table["device"].str.len().min() > 0
+    )
     assert table.loc["tiny", "seconds"] == run.timing["seconds"].iloc[-1]
     seconds, losses = run_curves(runs, against="seconds")["tiny"]
-    assert seconds.tolist() == run.timing["seconds"].tolist() and losses.tolist() == run.log["flow_loss"].tolist()
+    assert (
+        seconds.tolist() == run.timing["seconds"].tolist()
+        and losses.tolist() == run.log["flow_loss"].tolist()
+    )
 
 
-@pytest.mark.parametrize("options, words", [({"measure": "flowloss"}, "unknown measure 'flowloss'.*Did you mean 'flow_loss'"),
-                                            ({"against": "step"}, "unknown cost .*Did you mean 'steps'")])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (
+            {"measure": "flowloss"},
+            "unknown measure 'flowloss'.*Did you mean 'flow_loss'",
+        ),
+        ({"against": "step"}, "unknown cost .*Did you mean 'steps'"),
+    ],
+)
 def test_curves_of_nothing_are_refused(folder, options, words):
     with pytest.raises(ValueError, match=words):
         run_curves({"it": folder / "run2"}, **options)
@@ -348,25 +637,55 @@ def test_curves_of_nothing_are_refused(folder, options, words):
 
 # the command
 
+
 def test_the_command_shows_and_draws(folder, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "90")
     main(["runs", str(folder)])
     said = capsys.readouterr().out
-    assert "stopped at step 4" in said and "damaged" in said and not list(folder.glob("*.png"))
+    assert (
+        "stopped at step 4" in said
+        and "damaged" in said
+        and not list(folder.glob("*.png"))
+    )
     timed(folder / "run2")
-    main(["runs", str(folder), "--names", "run2", "run10", "--against", "flops", "--measure", "cosine"])
+    main(
+        [
+            "runs",
+            str(folder),
+            "--names",
+            "run2",
+            "run10",
+            "--against",
+            "flops",
+            "--measure",
+            "cosine",
+        ]
+    )
     said = capsys.readouterr().out
-    assert f"the picture is {folder}/comparison.png; it has no curve of run10" in said and "stopped" not in said
+    assert (
+        f"the picture is {folder}/comparison.png; it has no curve of run10" in said
+        and "stopped" not in said
+    )
     assert (folder / "comparison.png").read_bytes()[:4] == b"\x89PNG"
     main(["runs", str(folder), "--output", str(folder / "other.png")])
-    assert (folder / "other.png").stat().st_size > 5000 and "it has no curve of edited" in capsys.readouterr().out
+    assert (
+        folder / "other.png"
+    ).stat().st_size > 5000 and "it has no curve of edited" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("args, words", [
-    (["--names", "run1"], "unknown run in"), (["--against", "hours"], "unknown cost"),
-    (["--against", "seconds"], "did not keep its time"), (["--names", "fresh", "--output", "x"], "no run has logged a step yet"),
-    (["--names", "edited", "strange", "--against", "steps"], "there is nothing to draw: no run could be read"),
-])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--names", "run1"], "unknown run in"),
+        (["--against", "hours"], "unknown cost"),
+        (["--against", "seconds"], "did not keep its time"),
+        (["--names", "fresh", "--output", "x"], "no run has logged a step yet"),
+        (
+            ["--names", "edited", "strange", "--against", "steps"],
+            "there is nothing to draw: no run could be read",
+        ),
+    ],
+)
 def test_the_command_answers_mistakes(folder, capsys, args, words):
     with pytest.raises(SystemExit) as stop:
         main(["runs", str(folder), *args])
@@ -375,11 +694,18 @@ def test_the_command_answers_mistakes(folder, capsys, args, words):
 
 def test_every_cost_has_a_name_and_units():
     for label, units in AGAINST.values():
-        assert label and [size for size, _ in units] == sorted(size for size, _ in units)
+        assert label and [size for size, _ in units] == sorted(
+            size for size, _ in units
+        )
 
 
 def test_files_that_are_no_weights_do_not_break_the_table(runs, tmp_path):
-    config = replace(TINY, name="repa", objective=ObjectiveConfig("repa"), training=replace(TINY.training, steps=1))
+    config = replace(
+        TINY,
+        name="repa",
+        objective=ObjectiveConfig("repa"),
+        training=replace(TINY.training, steps=1),
+    )
     train(config, tmp_path, "cpu", torch.randn(1078, 7))
     head = tmp_path / "repa/checkpoints/step-00000001/objective.safetensors"
     manifest = head.parent / "manifest.json"
@@ -387,17 +713,33 @@ def test_files_that_are_no_weights_do_not_break_the_table(runs, tmp_path):
     stored = json.loads(manifest.read_text())
     stored["objective.safetensors"]["size"] = head.stat().st_size
     manifest.write_text(json.dumps(stored))
-    assert "objective.safetensors cannot be read" in runs_table(tmp_path).loc["repa", "state"]
+    assert (
+        "objective.safetensors cannot be read"
+        in runs_table(tmp_path).loc["repa", "state"]
+    )
 
 
-@pytest.mark.parametrize("data, given", [(DataConfig("motion", size=16, frames=8, patch=4), "first_frame"),
-                                         (DataConfig("scenes", size=16, frames=8, columns=1, patch=4), "either"),
-                                         (DataConfig("shapes", size=16, patch=4, condition="caption"), "")])
+@pytest.mark.parametrize(
+    "data, given",
+    [
+        (DataConfig("motion", size=16, frames=8, patch=4), "first_frame"),
+        (DataConfig("scenes", size=16, frames=8, columns=1, patch=4), "either"),
+        (DataConfig("shapes", size=16, patch=4, condition="caption"), ""),
+    ],
+)
 def test_runs_of_films_sounds_and_captions_stand_in_the_table(tmp_path, data, given):
-    config = Config("made", data=data, model=ModelConfig(width=16, depth=3, heads=2), objective=ObjectiveConfig(given=given),
-                    training=TrainConfig(steps=1, batch=2, validation=2, sample_every=0))
+    config = Config(
+        "made",
+        data=data,
+        model=ModelConfig(width=16, depth=3, heads=2),
+        objective=ObjectiveConfig(given=given),
+        training=TrainConfig(steps=1, batch=2, validation=2, sample_every=0),
+    )
     run = train(config, tmp_path, bar=False)
     table = runs_table(tmp_path)
-    assert table.loc["made", "FLOPs"] == flops_per_step(config, run.inputs) > 0 and table.loc["made", "state"] == "finished"
+    assert (
+        table.loc["made", "FLOPs"] == flops_per_step(config, run.inputs) > 0
+        and table.loc["made", "state"] == "finished"
+    )
     plain = replace(config, objective=replace(config.objective, given=""))
     assert flops_per_step(plain, run.inputs) == table.loc["made", "FLOPs"]

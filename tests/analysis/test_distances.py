@@ -1,4 +1,5 @@
 """Distances between sets of samples: against closed forms, loops, and the libraries that compute the same."""
+
 import time
 
 import numpy as np
@@ -11,7 +12,13 @@ from scipy.stats import wasserstein_distance
 from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.neighbors import NearestNeighbors
 
-from selfflow.analysis.distances import frechet, kernel_distance, measure, neighbourhoods, sliced_wasserstein
+from selfflow.analysis.distances import (
+    frechet,
+    kernel_distance,
+    measure,
+    neighbourhoods,
+    sliced_wasserstein,
+)
 from selfflow.registries import metrics
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
@@ -19,14 +26,21 @@ torch_fidelity = pytest.importorskip("torch_fidelity")
 
 def clouds(n=60, m=45, d=6, seed=0, shift=0.5):
     rng = np.random.default_rng(seed)
-    return rng.normal(size=(n, d)) @ rng.normal(size=(d, d)), rng.normal(shift, 1.3, (m, d)) @ rng.normal(size=(d, d))
+    return rng.normal(size=(n, d)) @ rng.normal(size=(d, d)), rng.normal(
+        shift, 1.3, (m, d)
+    ) @ rng.normal(size=(d, d))
 
 
 def exactly(mean, cov, count, rng):
     "Samples whose mean and covariance are exactly these."
     values = rng.normal(size=(count, len(mean)))
     values -= values.mean(0)
-    whitened = values @ np.linalg.inv(np.linalg.cholesky(np.atleast_2d(np.cov(values, rowvar=False)))).T
+    whitened = (
+        values
+        @ np.linalg.inv(
+            np.linalg.cholesky(np.atleast_2d(np.cov(values, rowvar=False)))
+        ).T
+    )
     return whitened @ np.linalg.cholesky(cov).T + mean
 
 
@@ -39,11 +53,19 @@ def test_frechet_of_gaussians_is_the_closed_form(d):
     rng = np.random.default_rng(d)
     mean, other = rng.normal(size=(2, d))
     cov, other_cov = (a @ a.T + 0.1 * np.eye(d) for a in rng.normal(size=(2, d, d)))
-    expected = ((mean - other) ** 2).sum() + np.trace(cov + other_cov - 2 * sqrtm(cov @ other_cov).real)
-    assert frechet(exactly(mean, cov, 50, rng), exactly(other, other_cov, 70, rng)) == pytest.approx(expected, rel=1e-8)
+    expected = ((mean - other) ** 2).sum() + np.trace(
+        cov + other_cov - 2 * sqrtm(cov @ other_cov).real
+    )
+    assert frechet(
+        exactly(mean, cov, 50, rng), exactly(other, other_cov, 70, rng)
+    ) == pytest.approx(expected, rel=1e-8)
     s, r = rng.uniform(0.2, 3, (2, d))
-    plain = frechet(exactly(mean, np.diag(s**2), 50, rng), exactly(other, np.diag(r**2), 30, rng))
-    assert plain == pytest.approx(((mean - other) ** 2).sum() + ((s - r) ** 2).sum(), rel=1e-8)
+    plain = frechet(
+        exactly(mean, np.diag(s**2), 50, rng), exactly(other, np.diag(r**2), 30, rng)
+    )
+    assert plain == pytest.approx(
+        ((mean - other) ** 2).sum() + ((s - r) ** 2).sum(), rel=1e-8
+    )
 
 
 def test_frechet_with_fewer_samples_than_dimensions():
@@ -53,7 +75,11 @@ def test_frechet_with_fewer_samples_than_dimensions():
         covs = np.cov(one, rowvar=False), np.cov(other, rowvar=False)
         values = np.linalg.eigvals(covs[0] @ covs[1])
         shared = np.sqrt(values.astype(complex)).real.sum()
-        expected = ((one.mean(0) - other.mean(0)) ** 2).sum() + np.trace(sum(covs)) - 2 * shared
+        expected = (
+            ((one.mean(0) - other.mean(0)) ** 2).sum()
+            + np.trace(sum(covs))
+            - 2 * shared
+        )
         assert frechet(one, other) == pytest.approx(expected, rel=1e-5)
     assert frechet(few, few + 1) == pytest.approx(40, rel=1e-9)
 
@@ -63,7 +89,11 @@ def test_kernel_distance_is_the_mean_over_pairs_by_loops():
 
     def k(x, y):
         return (x @ y / 3 + 1) ** 3
-    inside = [np.mean([k(a, b) for i, a in enumerate(c) for j, b in enumerate(c) if i != j]) for c in (real, drawn)]
+
+    inside = [
+        np.mean([k(a, b) for i, a in enumerate(c) for j, b in enumerate(c) if i != j])
+        for c in (real, drawn)
+    ]
     expected = sum(inside) - 2 * np.mean([k(a, b) for a in real for b in drawn])
     assert kernel_distance(real, drawn) == pytest.approx(expected, rel=1e-10)
 
@@ -74,9 +104,15 @@ def test_kernel_distance_has_the_mean_that_gaussians_have():
     moments = {m: (m, m**2 + 1, m**3 + 3 * m) for m in (a, b)}  # E x, E x^2, E x^3
 
     def kernel(p, q):
-        return 1 + sum(c * moments[p][i] * moments[q][i] for i, c in enumerate((3, 3, 1)))
+        return 1 + sum(
+            c * moments[p][i] * moments[q][i] for i, c in enumerate((3, 3, 1))
+        )
+
     expected = kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
-    found = [kernel_distance(rng.normal(a, 1, (25, 1)), rng.normal(b, 1, (25, 1))) for _ in range(800)]
+    found = [
+        kernel_distance(rng.normal(a, 1, (25, 1)), rng.normal(b, 1, (25, 1)))
+        for _ in range(800)
+    ]
     assert abs(np.mean(found) - expected) < 4 * np.std(found) / 800**0.5
 
 
@@ -88,7 +124,8 @@ def test_on_a_line_it_is_the_wasserstein_distance(n, m, order):
     found = sliced_wasserstein(one[:, None], other[:, None], 3, order)
     if order == 1:
         assert found == pytest.approx(wasserstein_distance(one, other))
-    a, b = (np.sort(np.repeat(x, k)) for x, k in ((one, m), (other, n)))  # the same laws with equal counts
+    # the same laws with equal counts
+    a, b = (np.sort(np.repeat(x, k)) for x, k in ((one, m), (other, n)))
     assert found == pytest.approx(np.mean(np.abs(a - b) ** order) ** (1 / order))
 
 
@@ -102,16 +139,36 @@ def test_sliced_wasserstein_of_gaussians_is_the_closed_form():
 
 
 @settings(max_examples=15)
-@given(st.integers(4, 18), st.integers(4, 18), st.integers(1, 5), st.integers(1, 3), st.integers(0, 99))
+@given(
+    st.integers(4, 18),
+    st.integers(4, 18),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.integers(0, 99),
+)
 def test_neighbourhoods_by_loops(n, m, d, k, seed):
     rng = np.random.default_rng(seed)
     real, drawn = rng.normal(size=(n, d)), rng.normal(0.5, 1, (m, d))
     radius = [sorted(np.linalg.norm(x - y) for y in real)[k] for x in real]
     other = [sorted(np.linalg.norm(x - y) for y in drawn)[k] for x in drawn]
-    inside = [[np.linalg.norm(x - y) <= r for y in drawn] for x, r in zip(real, radius, strict=True)]
-    expected = {"precision": np.mean([any(row[j] for row in inside) for j in range(m)]),
-                "recall": np.mean([any(np.linalg.norm(x - y) <= r for y, r in zip(drawn, other, strict=True)) for x in real]),
-                "density": np.sum(inside) / (k * m), "coverage": np.mean([any(row) for row in inside])}
+    inside = [
+        [np.linalg.norm(x - y) <= r for y in drawn]
+        for x, r in zip(real, radius, strict=True)
+    ]
+    expected = {
+        "precision": np.mean([any(row[j] for row in inside) for j in range(m)]),
+        "recall": np.mean(
+            [
+                any(
+                    np.linalg.norm(x - y) <= r
+                    for y, r in zip(drawn, other, strict=True)
+                )
+                for x in real
+            ]
+        ),
+        "density": np.sum(inside) / (k * m),
+        "coverage": np.mean([any(row) for row in inside]),
+    }
     assert neighbourhoods(real, drawn, k) == pytest.approx(expected)
 
 
@@ -120,28 +177,44 @@ def test_neighbourhoods_by_loops(n, m, d, k, seed):
 
 @pytest.mark.parametrize("n, m, d", [(60, 45, 6), (300, 200, 24), (90, 90, 3)])
 def test_equal_to_torch_fidelity(n, m, d):
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_fid import (
+        fid_features_to_statistics,
+        fid_statistics_to_metric,
+    )
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
+
     real, drawn = map(torch.tensor, clouds(n, m, d))
-    fid = fid_statistics_to_metric(*map(fid_features_to_statistics, (real, drawn)), False)["frechet_inception_distance"]
+    fid = fid_statistics_to_metric(
+        *map(fid_features_to_statistics, (real, drawn)), False
+    )["frechet_inception_distance"]
     assert frechet(real, drawn) == pytest.approx(fid, rel=1e-6)
     fewer = min(n, m)
-    kid = kid_features_to_metric(drawn[:fewer], real[:fewer], kid_subsets=1, kid_subset_size=fewer, verbose=False)
-    assert kernel_distance(real[:fewer], drawn[:fewer]) == pytest.approx(kid["kernel_inception_distance_mean"], rel=1e-9)
+    kid = kid_features_to_metric(
+        drawn[:fewer], real[:fewer], kid_subsets=1, kid_subset_size=fewer, verbose=False
+    )
+    assert kernel_distance(real[:fewer], drawn[:fewer]) == pytest.approx(
+        kid["kernel_inception_distance_mean"], rel=1e-9
+    )
     theirs = prc_features_to_metric(drawn, real, prc_neighborhood=3, verbose=False)
     ours = neighbourhoods(real, drawn, 3)
-    assert ours["precision"] == pytest.approx(theirs["precision"]) and ours["recall"] == pytest.approx(theirs["recall"])
+    assert ours["precision"] == pytest.approx(theirs["precision"]) and ours[
+        "recall"
+    ] == pytest.approx(theirs["recall"])
 
 
 def test_equal_to_scikit_learn():
     real, drawn = clouds(200, 150, 5)
     inside = [polynomial_kernel(c, degree=3) for c in (real, drawn)]
     expected = sum((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in inside)
-    assert kernel_distance(real, drawn) == pytest.approx(expected - 2 * polynomial_kernel(real, drawn, degree=3).mean())
+    assert kernel_distance(real, drawn) == pytest.approx(
+        expected - 2 * polynomial_kernel(real, drawn, degree=3).mean()
+    )
     radii = NearestNeighbors(n_neighbors=5).fit(real).kneighbors()[0][:, -1]
     to_drawn = NearestNeighbors(n_neighbors=1).fit(drawn).kneighbors(real)[0][:, 0]
-    assert neighbourhoods(real, drawn)["coverage"] == pytest.approx((to_drawn <= radii).mean())
+    assert neighbourhoods(real, drawn)["coverage"] == pytest.approx(
+        (to_drawn <= radii).mean()
+    )
 
 
 # what holds of all of them
@@ -156,7 +229,9 @@ def test_order_of_samples_and_turning_do_not_matter(metric):
     shuffled = function(rng.permutation(real), rng.permutation(drawn))
     assert shuffled == pytest.approx(function(real, drawn))
     turned = function(real @ turn, drawn @ turn)
-    assert turned == pytest.approx(function(real, drawn), rel=0.1 if metric == "sliced Wasserstein" else 1e-6)
+    assert turned == pytest.approx(
+        function(real, drawn), rel=0.1 if metric == "sliced Wasserstein" else 1e-6
+    )
     if metric != "neighbourhoods":
         assert function(drawn, real) == pytest.approx(function(real, drawn))
 
@@ -166,9 +241,14 @@ def test_bad_input_is_refused_with_the_value(metric):
     real, drawn = clouds()
     function, bad = metrics[metric].load(), drawn.copy()
     bad[3, 1] = np.nan
-    for first, second, words in ((real, bad, "1 of 45 drawn samples are not finite, first 3"), (bad, real, "45 real samples"),
-                                 (real, drawn[:, :4], "6 dimensions, drawn ones 4"), (real[0], drawn, r"shape \(6,\)"),
-                                 (real[:0], drawn, r"shape \(0, 6\)"), (real[:, :0], drawn[:, :0], r"\(60, 0\)")):
+    for first, second, words in (
+        (real, bad, "1 of 45 drawn samples are not finite, first 3"),
+        (bad, real, "45 real samples"),
+        (real, drawn[:, :4], "6 dimensions, drawn ones 4"),
+        (real[0], drawn, r"shape \(6,\)"),
+        (real[:0], drawn, r"shape \(0, 6\)"),
+        (real[:, :0], drawn[:, :0], r"\(60, 0\)"),
+    ):
         with pytest.raises(ValueError, match=words):
             function(first, second)
     bad[3, 1] = np.inf
@@ -178,12 +258,14 @@ def test_bad_input_is_refused_with_the_value(metric):
 
 def test_settings_are_checked():
     real, drawn = clouds()
-    for call, words in ((lambda: neighbourhoods(real, drawn, 45), "smaller set has 45"),
-                        (lambda: neighbourhoods(real, drawn, 0), "neighbours is 0"),
-                        (lambda: sliced_wasserstein(real, drawn, 0), "directions 0"),
-                        (lambda: sliced_wasserstein(real, drawn, order=0.5), "order 0.5"),
-                        (lambda: measure("FID", real, drawn), "known are Frechet"),
-                        (lambda: measure("kernel distance", real, drawn, 1), "1 resamples")):
+    for call, words in (
+        (lambda: neighbourhoods(real, drawn, 45), "smaller set has 45"),
+        (lambda: neighbourhoods(real, drawn, 0), "neighbours is 0"),
+        (lambda: sliced_wasserstein(real, drawn, 0), "directions 0"),
+        (lambda: sliced_wasserstein(real, drawn, order=0.5), "order 0.5"),
+        (lambda: measure("FID", real, drawn), "known are Frechet"),
+        (lambda: measure("kernel distance", real, drawn, 1), "1 resamples"),
+    ):
         with pytest.raises(ValueError, match=words):
             call()
 
@@ -191,15 +273,24 @@ def test_settings_are_checked():
 # intervals
 
 
-@pytest.mark.parametrize("metric, truth", [("kernel distance", 3 * 0.64 + 3 * 0.64**2 + (0.512 + 2.4) ** 2),
-                                           ("Frechet distance", 0.64), ("sliced Wasserstein", 0.8)])
+@pytest.mark.parametrize(
+    "metric, truth",
+    [
+        ("kernel distance", 3 * 0.64 + 3 * 0.64**2 + (0.512 + 2.4) ** 2),
+        ("Frechet distance", 0.64),
+        ("sliced Wasserstein", 0.8),
+    ],
+)
 def test_intervals_hold_the_truth_about_as_often_as_they_say(metric, truth):
     "N(0, 1) and N(0.8, 1) on a line. The kernel's truth is by moments: 3 (a-b)^2 + 3 (a^2-b^2)^2 + (a^3-b^3 + 3(a-b))^2."
     rng, held = np.random.default_rng(4), 0
     for seed in range(100):
-        found = measure(metric, rng.normal(size=(120, 1)), rng.normal(0.8, 1, (120, 1)), 20, seed)[metric]
+        found = measure(
+            metric, rng.normal(size=(120, 1)), rng.normal(0.8, 1, (120, 1)), 20, seed
+        )[metric]
         held += found.interval[0] <= truth <= found.interval[1]
-    assert 87 <= held <= 100  # of 100 intervals of 95 %; fewer than 87 would be chance once in 700 times
+    # of 100 intervals of 95 %; fewer than 87 would be chance once in 700 times
+    assert 87 <= held <= 100
 
 
 def test_an_interval_is_as_wide_as_fresh_samples_spread():
@@ -207,12 +298,17 @@ def test_an_interval_is_as_wide_as_fresh_samples_spread():
 
     def fresh():
         return rng.normal(size=(150, 3)), rng.normal(0.7, 1, (150, 3))
+
     for metric in metrics:
         numbers = [measure(metric, *fresh(), resamples=0) for _ in range(60)]
-        intervals = [measure(metric, *fresh(), resamples=30, seed=seed) for seed in range(6)]
+        intervals = [
+            measure(metric, *fresh(), resamples=30, seed=seed) for seed in range(6)
+        ]
         for name in numbers[0]:
             spread = np.std([found[name].value for found in numbers])
-            widths = [np.diff(found[name].interval)[0] / (2 * 1.96) for found in intervals]
+            widths = [
+                np.diff(found[name].interval)[0] / (2 * 1.96) for found in intervals
+            ]
             assert 0.6 < np.mean(widths) / spread < 1.7, name
 
 
@@ -220,13 +316,33 @@ def test_what_is_measured_says_its_counts_and_doubts():
     rng = np.random.default_rng(6)
     real, drawn = rng.normal(size=(2, 60, 8))
     found = measure("Frechet distance", real, drawn, 4)["Frechet distance"]
-    assert found.counts == (60, 60) and "60 samples in 8 dimensions: mostly bias" in found.doubts[0] and " to " in str(found)
-    assert measure("Frechet distance", real[:8], drawn, 0)["Frechet distance"].doubts[0].startswith("8 samples span less than 8")
-    assert measure("Frechet distance", *rng.normal(size=(2, 90, 8)), 0)["Frechet distance"].doubts == ()
-    assert measure("kernel distance", real[:40], drawn, 0)["kernel distance"].doubts == ("40 samples are few",)
-    assert found == measure("Frechet distance", real, drawn, 4)["Frechet distance"], "the same seed, the same interval"
+    assert (
+        found.counts == (60, 60)
+        and "60 samples in 8 dimensions: mostly bias" in found.doubts[0]
+        and " to " in str(found)
+    )
+    assert (
+        measure("Frechet distance", real[:8], drawn, 0)["Frechet distance"]
+        .doubts[0]
+        .startswith("8 samples span less than 8")
+    )
+    assert (
+        measure("Frechet distance", *rng.normal(size=(2, 90, 8)), 0)[
+            "Frechet distance"
+        ].doubts
+        == ()
+    )
+    assert measure("kernel distance", real[:40], drawn, 0)[
+        "kernel distance"
+    ].doubts == ("40 samples are few",)
+    assert found == measure("Frechet distance", real, drawn, 4)["Frechet distance"], (
+        "the same seed, the same interval"
+    )
     shares = measure("neighbourhoods", real, drawn, 10)
-    assert list(shares) == ["precision", "recall", "density", "coverage"] and shares["recall"].interval[1] <= 1
+    assert (
+        list(shares) == ["precision", "recall", "density", "coverage"]
+        and shares["recall"].interval[1] <= 1
+    )
 
 
 def test_it_is_quick():

@@ -1,4 +1,5 @@
 """Features on disk: the same as at once, computed once, one pass a level, whole or absent, and never all in memory."""
+
 import resource
 import subprocess
 import sys
@@ -33,19 +34,29 @@ def store(tmp_path):
 def forwards(monkeypatch):
     "The number of samples and the taps of each forward."
     seen, real = [], Transformer.forward
-    monkeypatch.setattr(Transformer, "forward", lambda self, x, *args, **options: seen.append((len(x), options["taps"]))
-                        or real(self, x, *args, **options))
+    monkeypatch.setattr(
+        Transformer,
+        "forward",
+        lambda self, x, *args, **options: (
+            seen.append((len(x), options["taps"])) or real(self, x, *args, **options)
+        ),
+    )
     return seen
 
 
 def scenes(split="test", count=5, **options):
-    return Items(Sources(DataConfig("scenes", size=16, patch=4, frames=8, **options), split), count=count)
+    return Items(
+        Sources(DataConfig("scenes", size=16, patch=4, frames=8, **options), split),
+        count=count,
+    )
 
 
 def model_of(items, depth=3, width=16):
     torch.manual_seed(0)
     parts = items.layout.parts
-    model = Transformer(TransformerConfig(parts, width, depth, 2, classes=1, positions="rotary")).eval()
+    model = Transformer(
+        TransformerConfig(parts, width, depth, 2, classes=1, positions="rotary")
+    ).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
@@ -61,7 +72,10 @@ def test_streamed_features_are_those_at_once(runs, store, weights):
         for layer, expected in extract(model, x0, x1, 0.3, (2, 4), pooled).items():
             torch.testing.assert_close(at_once[layer], expected)
             found = items.pooled(streamed[layer]) if pooled else streamed[layer]
-            assert isinstance(streamed[layer], np.memmap) and not streamed[layer].flags.writeable
+            assert (
+                isinstance(streamed[layer], np.memmap)
+                and not streamed[layer].flags.writeable
+            )
             torch.testing.assert_close(torch.tensor(np.array(found)), expected)
 
 
@@ -74,7 +88,9 @@ def test_parts_of_a_sequence_are_pooled_apart_and_together(store):
     assert means.shape == (5, 2, 16)
     np.testing.assert_allclose(items.pooled(means), hidden.mean(1), atol=1e-5)
     for name, place in items.parts.items():
-        np.testing.assert_allclose(items.pooled(means, name), hidden[:, place].mean(1), atol=1e-5)
+        np.testing.assert_allclose(
+            items.pooled(means, name), hidden[:, place].mean(1), atol=1e-5
+        )
     with pytest.raises(ValueError, match="unknown part 'vido'.*Did you mean 'video'"):
         items.pooled(means, "vido")
 
@@ -83,7 +99,9 @@ def test_one_pass_a_level_and_only_what_is_missing(runs, store, forwards):
     model, items = runs["tiny"].teacher, items_of(runs["tiny"], "test", 20)
     for level in (0.0, 0.5):
         stream_features(model, items, level, (1, 2, 3), store, batch=8)
-    assert forwards == 2 * [(8, (1, 2, 3)), (8, (1, 2, 3)), (4, (1, 2, 3))], "a forward gives all layers and stops at the last"
+    assert forwards == 2 * [(8, (1, 2, 3)), (8, (1, 2, 3)), (4, (1, 2, 3))], (
+        "a forward gives all layers and stops at the last"
+    )
     forwards.clear()
     stream_features(model, items, 0.5, (1, 2, 3), FeatureStore(store.folder), batch=8)
     assert not forwards, "what is there is not computed again"
@@ -92,43 +110,93 @@ def test_one_pass_a_level_and_only_what_is_missing(runs, store, forwards):
 
 
 def test_ten_thousand_shapes_at_width_384_take_one_pass_a_level(monkeypatch, store):
-    items = Items(Sources(DataConfig("shapes", size=16, patch=4, condition="none")), count=10_000)
-    model, passed = Transformer(TransformerConfig.of_image(48, (4, 4), 384, 12, 6, classes=1)).eval(), []
+    items = Items(
+        Sources(DataConfig("shapes", size=16, patch=4, condition="none")), count=10_000
+    )
+    model, passed = (
+        Transformer(
+            TransformerConfig.of_image(48, (4, 4), 384, 12, 6, classes=1)
+        ).eval(),
+        [],
+    )
 
-    def forward(self, x, levels, taps, **options):  # what the blocks compute is not the point: the count is, at full size
+    # what the blocks compute is not the point: the count is, at full size
+    def forward(self, x, levels, taps, **options):
         passed.append(len(x))
-        return type("Output", (), {"features": {layer: x.new_full((len(x), 1, 384), layer) for layer in taps}})
+        return type(
+            "Output",
+            (),
+            {
+                "features": {
+                    layer: x.new_full((len(x), 1, 384), layer) for layer in taps
+                }
+            },
+        )
 
-    monkeypatch.setattr(items, "take", lambda indices: 2 * (torch.zeros(len(indices), 16, 48),))
+    monkeypatch.setattr(
+        items, "take", lambda indices: 2 * (torch.zeros(len(indices), 16, 48),)
+    )
     monkeypatch.setattr(Transformer, "forward", forward)
     found = stream_features(model, items, 0.1, range(1, 13), store, batch=500)
-    assert passed == 20 * [500] and found[12].shape == (10_000, 1, 384) and (found[12][::1000] == 12).all()
+    assert (
+        passed == 20 * [500]
+        and found[12].shape == (10_000, 1, 384)
+        and (found[12][::1000] == 12).all()
+    )
 
 
 def test_the_key_tells_weights_data_layer_level_and_pooling_apart(runs):
-    teacher, student = (weights_fingerprint(model) for model in (runs["tiny"].teacher, runs["tiny"].model))
+    teacher, student = (
+        weights_fingerprint(model)
+        for model in (runs["tiny"].teacher, runs["tiny"].model)
+    )
     assert teacher != student and teacher == weights_fingerprint(runs["tiny"].teacher)
-    keys = [FeatureKey("w", "d", 1, 0.1), FeatureKey("v", "d", 1, 0.1), FeatureKey("w", "e", 1, 0.1),
-            FeatureKey("w", "d", 2, 0.1), FeatureKey("w", "d", 1, 0.2), FeatureKey("w", "d", 1, 0.1, False)]
+    keys = [
+        FeatureKey("w", "d", 1, 0.1),
+        FeatureKey("v", "d", 1, 0.1),
+        FeatureKey("w", "e", 1, 0.1),
+        FeatureKey("w", "d", 2, 0.1),
+        FeatureKey("w", "d", 1, 0.2),
+        FeatureKey("w", "d", 1, 0.1, False),
+    ]
     assert len({key.name for key in keys}) == 6
-    made = [items_of(runs["tiny"], split, count, seed=seed).fingerprint
-            for split, count, seed in (("test", 5, 0), ("train", 5, 0), ("test", 6, 0), ("test", 5, 1))]
+    made = [
+        items_of(runs["tiny"], split, count, seed=seed).fingerprint
+        for split, count, seed in (
+            ("test", 5, 0),
+            ("train", 5, 0),
+            ("test", 6, 0),
+            ("test", 5, 1),
+        )
+    ]
     assert len(set(made)) == 4 and scenes().fingerprint != scenes(columns=4).fingerprint
 
 
 def test_damaged_features_are_said_and_made_again(runs, store, capsys):
     model, items = runs["tiny"].teacher, items_of(runs["tiny"], "test", 9)
     good = np.array(stream_features(model, items, 0.5, (2,), store)[2])
-    file, = store.folder.glob("*.npy")
-    for spoil in (lambda: file.write_bytes(file.read_bytes()[:-4]), lambda: file.write_bytes(b"\x00" * file.stat().st_size),
-                  file.unlink, lambda: file.with_suffix(".json").write_text("{")):
+    (file,) = store.folder.glob("*.npy")
+    for spoil in (
+        lambda: file.write_bytes(file.read_bytes()[:-4]),
+        lambda: file.write_bytes(b"\x00" * file.stat().st_size),
+        file.unlink,
+        lambda: file.with_suffix(".json").write_text("{"),
+    ):
         spoil()
-        assert feature_cost(model, items, (0.5,), (2,), FeatureStore(store.folder)).passes == 1
-        np.testing.assert_array_equal(stream_features(model, items, 0.5, (2,), FeatureStore(store.folder))[2], good)
+        assert (
+            feature_cost(model, items, (0.5,), (2,), FeatureStore(store.folder)).passes
+            == 1
+        )
+        np.testing.assert_array_equal(
+            stream_features(model, items, 0.5, (2,), FeatureStore(store.folder))[2],
+            good,
+        )
     assert "left out and made again" in capsys.readouterr().out
 
 
-def test_what_was_interrupted_leaves_nothing_and_goes_on_at_its_level(runs, store, monkeypatch, forwards):
+def test_what_was_interrupted_leaves_nothing_and_goes_on_at_its_level(
+    runs, store, monkeypatch, forwards
+):
     model, items = runs["tiny"].teacher, items_of(runs["tiny"], "test", 9)
     stream_features(model, items, 0.0, (1, 2), store, batch=3)
     real, calls = items.take, []
@@ -142,7 +210,9 @@ def test_what_was_interrupted_leaves_nothing_and_goes_on_at_its_level(runs, stor
     monkeypatch.setattr(items, "take", stopped)
     with pytest.raises(KeyboardInterrupt):
         stream_features(model, items, 0.5, (1, 2), store, batch=3)
-    assert len(list(store.folder.iterdir())) == 4 and not list(store.folder.glob(".*")), "level 0 is there, nothing of 0.5"
+    assert len(list(store.folder.iterdir())) == 4 and not list(
+        store.folder.glob(".*")
+    ), "level 0 is there, nothing of 0.5"
     monkeypatch.setattr(items, "take", real)
     forwards.clear()
     for level in (0.0, 0.5):
@@ -152,9 +222,14 @@ def test_what_was_interrupted_leaves_nothing_and_goes_on_at_its_level(runs, stor
 
 def test_a_full_disk_is_said(store, monkeypatch):
     store.folder.mkdir()
-    monkeypatch.setattr("selfflow.disk.flush", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(NotWritten, match="No space left on device.*Make room"), \
-            store.writing({1: FeatureKey("w", "d", 1, 0.1)}, (1, 1, 1)) as write:
+    monkeypatch.setattr(
+        "selfflow.disk.flush",
+        lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
+    with (
+        pytest.raises(NotWritten, match="No space left on device.*Make room"),
+        store.writing({1: FeatureKey("w", "d", 1, 0.1)}, (1, 1, 1)) as write,
+    ):
         write(1, np.zeros((1, 1, 1)))
     assert store.read(FeatureKey("w", "d", 1, 0.1)) is None
 
@@ -167,8 +242,13 @@ def test_the_cost_is_what_is_spent(runs, store, forwards):
     for level in (0.0, 0.5, 0.9):
         stream_features(model, items, level, (1, 2), store, batch=8)
     files = list(store.folder.glob("*.npy"))
-    assert cost.forwards == len(forwards) == 9 and cost.samples == sum(size for size, _ in forwards) == 60
-    assert cost.bytes == sum(np.load(file).nbytes for file in files) and cost.passes == 3
+    assert (
+        cost.forwards == len(forwards) == 9
+        and cost.samples == sum(size for size, _ in forwards) == 60
+    )
+    assert (
+        cost.bytes == sum(np.load(file).nbytes for file in files) and cost.passes == 3
+    )
     nothing = feature_cost(model, items, (0.5,), (2,), store)
     assert (nothing.passes, nothing.bytes, nothing.seconds) == (0, 0, 0)
 
@@ -191,20 +271,43 @@ print(before, peak())
 
 
 def test_memory_is_bounded_by_the_batch(tmp_path):
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True,
-                          cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
     before, after = map(int, done.stdout.split()[-2:])
-    written = sum(file.stat().st_size for file in tmp_path.glob("*.npy")) / (1024 if sys.platform != "darwin" else 1)
-    assert written > 100_000 and after - before < written / 10, f"{after - before} KiB for {written:.0f} KiB of features"
+    written = sum(file.stat().st_size for file in tmp_path.glob("*.npy")) / (
+        1024 if sys.platform != "darwin" else 1
+    )
+    assert written > 100_000 and after - before < written / 10, (
+        f"{after - before} KiB for {written:.0f} KiB of features"
+    )
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0
 
 
-@pytest.mark.parametrize("ask, words", [
-    (lambda run, store: stream_features(run.teacher, items_of(run, count=2), 0.1, (5,), store), "no layer .5."),
-    (lambda run, store: feature_cost(run.teacher, items_of(run, count=2), (0.1,), (0,), store), "no layer .0."),
-    (lambda run, store: items_of(run, "tset"), "Did you mean 'test'"),
-    (lambda run, store: items_of(run, name="digit"), "Did you mean 'digits'"),
-    (lambda run, store: items_of(run, count=0), "at least one sample")])
+@pytest.mark.parametrize(
+    "ask, words",
+    [
+        (
+            lambda run, store: stream_features(
+                run.teacher, items_of(run, count=2), 0.1, (5,), store
+            ),
+            "no layer .5.",
+        ),
+        (
+            lambda run, store: feature_cost(
+                run.teacher, items_of(run, count=2), (0.1,), (0,), store
+            ),
+            "no layer .0.",
+        ),
+        (lambda run, store: items_of(run, "tset"), "Did you mean 'test'"),
+        (lambda run, store: items_of(run, name="digit"), "Did you mean 'digits'"),
+        (lambda run, store: items_of(run, count=0), "at least one sample"),
+    ],
+)
 def test_bad_input_is_refused(runs, store, ask, words):
     with pytest.raises(ValueError, match=words):
         ask(runs["tiny"], store)

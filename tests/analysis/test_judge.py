@@ -1,4 +1,5 @@
 """What is read off samples, measured plainly and found right: against loops, closed forms, and signals made by hand."""
+
 import json
 import math
 from functools import partial
@@ -14,9 +15,9 @@ from safetensors.torch import save
 
 from selfflow.analysis import judge as module
 from selfflow.analysis.factors import (
+    _SIGNAL_OF,
     CLASS,
     HEADS,
-    _SIGNAL_OF,
     Reader,
     courses,
     covered,
@@ -25,7 +26,14 @@ from selfflow.analysis.factors import (
     pitch_errors,
     unrolled,
 )
-from selfflow.analysis.judge import bounce_verdict, compared, followed, judge_for, on_samples, train_judge_for
+from selfflow.analysis.judge import (
+    bounce_verdict,
+    compared,
+    followed,
+    judge_for,
+    on_samples,
+    train_judge_for,
+)
 from selfflow.data.options import DataConfig
 from selfflow.data.scenes import Scenes, sound_on_bounce
 from selfflow.data.shapes import KINDS, SYMMETRY, Shapes, draw_figures
@@ -57,23 +65,38 @@ def examples():
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_known_factors_are_what_the_captions_tell(name, examples):
-    words = {factor: names for heads in HEADS[name].values() for factor, names in heads.items()}
+    words = {
+        factor: names
+        for heads in HEADS[name].values()
+        for factor, names in heads.items()
+    }
     found = known(name, examples[name])
     assert list(found) == list(words) and set(CLASS[name]) <= set(found)
     for index, caption in enumerate(examples[name].captions):
-        said = {factor: words[factor][values[index]] for factor, values in found.items()}
+        said = {
+            factor: words[factor][values[index]] for factor, values in found.items()
+        }
         assert all(word in caption for word in said.values()), (caption, said)
         if name in ("shapes", "emblems"):
             assert f" {said['colour']} {said['kind']} on a {said['ground']} " in caption
             assert caption.endswith(f" ground, {said['place']}")
         if name == "motion":
-            assert f"a {said['colour']} " in caption and said["direction"] == " ".join(caption.split(",")[0].split()[4:])
+            assert f"a {said['colour']} " in caption and said["direction"] == " ".join(
+                caption.split(",")[0].split()[4:]
+            )
 
 
 def test_there_is_no_judge_of_other_data():
-    for call in (partial(judge_for, "folder"), partial(known, "folder", None), partial(train_judge_for, "folder")):
+    for call in (
+        partial(judge_for, "folder"),
+        partial(known, "folder", None),
+        partial(train_judge_for, "folder"),
+    ):
         known_ones = "digits, shapes, emblems, motion, notes, scenes"
-        with pytest.raises(ValueError, match=f"unknown data set with a judge 'folder'; known are {known_ones}"):
+        with pytest.raises(
+            ValueError,
+            match=f"unknown data set with a judge 'folder'; known are {known_ones}",
+        ):
             call()
 
 
@@ -84,30 +107,59 @@ def test_there_is_no_judge_of_other_data():
 def test_a_plain_picture_is_covered_as_it_was_drawn(colour, ground):
     kinds = torch.arange(8)
     pictures = draw_figures(kinds, colour, ground, size=48)
-    under, over = (draw_figures(0, c, g, size=48)[0, :, *place] for c, g, place in ((0, ground, (0, 0)), (colour, 0, (24, 24))))
-    points = (pictures - under[:, None, None]).permute(1, 0, 2, 3).reshape(3, -1).numpy()  # p - g = m (c - g), by least squares
-    expected = np.linalg.lstsq((over - under).numpy()[:, None], points, rcond=None)[0].reshape(8, 48, 48)
+    under, over = (
+        draw_figures(0, c, g, size=48)[0, :, *place]
+        for c, g, place in ((0, ground, (0, 0)), (colour, 0, (24, 24)))
+    )
+    # p - g = m (c - g), by least squares
+    points = (
+        (pictures - under[:, None, None]).permute(1, 0, 2, 3).reshape(3, -1).numpy()
+    )
+    expected = np.linalg.lstsq((over - under).numpy()[:, None], points, rcond=None)[
+        0
+    ].reshape(8, 48, 48)
     np.testing.assert_allclose(covered(pictures)[:, 0], expected, atol=0.05)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.floats(0.2, 3), st.floats(-1, 1), st.integers(0, 900))
-def test_a_cover_does_not_depend_on_light_and_a_film_of_one_picture_is_covered_like_it(factor, offset, index):
+def test_a_cover_does_not_depend_on_light_and_a_film_of_one_picture_is_covered_like_it(
+    factor, offset, index
+):
     picture = Shapes("test").take(torch.tensor([index])).signals["image"]
     cover = covered(picture)
     assert cover.shape == (1, 1, 32, 32) and 0 <= cover.min() and cover.max() <= 1
-    torch.testing.assert_close(covered(picture * factor + offset), cover, atol=2e-3, rtol=0)
-    torch.testing.assert_close(covered(picture[:, :, None].expand(1, 3, 5, 32, 32)), cover[:, :, None].expand(1, 1, 5, 32, 32),
-                               atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        covered(picture * factor + offset), cover, atol=2e-3, rtol=0
+    )
+    torch.testing.assert_close(
+        covered(picture[:, :, None].expand(1, 3, 5, 32, 32)),
+        cover[:, :, None].expand(1, 1, 5, 32, 32),
+        atol=1e-4,
+        rtol=0,
+    )
 
 
 @pytest.mark.parametrize("kind", range(len(KINDS)), ids=KINDS)
 def test_a_turned_figure_is_shifted_on_circles_and_a_moved_one_is_not(kind):
     turns = torch.arange(4) * math.pi / 2
-    forms = unrolled(covered(draw_figures(kind, 0, 7, scale=0.4, x=torch.tensor([0.5, 0.4, 0.5, 0.55]),
-                                          y=torch.tensor([0.5, 0.55, 0.45, 0.5]), angle=turns, size=80)))
+    forms = unrolled(
+        covered(
+            draw_figures(
+                kind,
+                0,
+                7,
+                scale=0.4,
+                x=torch.tensor([0.5, 0.4, 0.5, 0.55]),
+                y=torch.tensor([0.5, 0.55, 0.45, 0.5]),
+                angle=turns,
+                size=80,
+            )
+        )
+    )
     assert forms.shape == (4, 1, 16, 32)
-    for k in range(1, 4):  # anticlockwise as seen, where rows run down: towards smaller angles
+    # anticlockwise as seen, where rows run down: towards smaller angles
+    for k in range(1, 4):
         assert (forms[k] - forms[0].roll(-8 * k, -1)).abs().mean() < 0.02
     if SYMMETRY[kind] in (1, 3, 5):
         assert (forms[1] - forms[0]).abs().mean() > 0.02, "not turned back, it differs"
@@ -117,9 +169,18 @@ def test_courses_are_the_shadows_of_the_figure():
     film = torch.zeros(1, 1, 8, 32, 32)
     film[0, 0, 2, 5:9, 20:22] = 1  # 4 rows of 2 columns, in one frame
     course = courses(film)
-    assert course.shape == (1, 2, 8, 32) and course[:, :, [0, 1, 3, 4, 5, 6, 7]].eq(0).all()
-    assert course[0, 0, 2].nonzero().flatten().tolist() == [20, 21] and course[0, 0, 2, 20] == 0.5
-    assert course[0, 1, 2].nonzero().flatten().tolist() == [5, 6, 7, 8] and course[0, 1, 2, 5] == 0.25
+    assert (
+        course.shape == (1, 2, 8, 32)
+        and course[:, :, [0, 1, 3, 4, 5, 6, 7]].eq(0).all()
+    )
+    assert (
+        course[0, 0, 2].nonzero().flatten().tolist() == [20, 21]
+        and course[0, 0, 2, 20] == 0.5
+    )
+    assert (
+        course[0, 1, 2].nonzero().flatten().tolist() == [5, 6, 7, 8]
+        and course[0, 1, 2, 5] == 0.25
+    )
     assert courses(torch.zeros(2, 1, 8, 16, 16)).eq(0).all()
 
 
@@ -129,10 +190,18 @@ def test_courses_are_the_shadows_of_the_figure():
 @pytest.mark.parametrize("midi", [60, 66.3, 71.8, 83])
 def test_the_pitch_of_a_sine_is_told_in_semitones(midi):
     hz = 440 * 2 ** ((midi - 69) / 12)
-    wave = torch.sin(2 * math.pi * hz * torch.arange(8192, dtype=torch.float64) / 8000)[None].float()
-    assert pitch_errors(wave, 8000, round(midi)).item() == pytest.approx(midi - round(midi), abs=0.03)
+    wave = torch.sin(2 * math.pi * hz * torch.arange(8192, dtype=torch.float64) / 8000)[
+        None
+    ].float()
+    assert pitch_errors(wave, 8000, round(midi)).item() == pytest.approx(
+        midi - round(midi), abs=0.03
+    )
     bad = torch.cat([wave, torch.zeros_like(wave), wave * math.nan])
-    assert pitch_errors(bad, 8000, torch.full((3,), 60)).isnan().tolist() == [False, True, True]
+    assert pitch_errors(bad, 8000, torch.full((3,), 60)).isnan().tolist() == [
+        False,
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("direction", range(8))
@@ -141,7 +210,10 @@ def test_a_square_that_moves_by_hand_is_seen_to_move_there(direction, start, lat
     "Drawn by loops; what leaves enters opposite; the first frames may be empty."
     angle, film = direction * math.pi / 4, np.full((1, 3, 16, 32, 32), -0.5, np.float32)
     for frame in range(late, 16):
-        x, y = (start[0] + 0.04 * frame * math.cos(angle)) * 32, (start[1] - 0.04 * frame * math.sin(angle)) * 32
+        x, y = (
+            (start[0] + 0.04 * frame * math.cos(angle)) * 32,
+            (start[1] - 0.04 * frame * math.sin(angle)) * 32,
+        )
         for row in range(round(y) - 3, round(y) + 3):
             for column in range(round(x) - 3, round(x) + 3):
                 film[0, :, frame, row % 32, column % 32] = (0.9, 0.1, 0.3)
@@ -159,9 +231,14 @@ def test_what_does_not_move_or_is_no_film_moves_nowhere():
 
 
 def test_plain_measures_are_right_of_nearly_all_test_samples(examples):
-    errors = pitch_errors(examples["notes"].signals["audio"], 8000, examples["notes"].factors["pitch"])
+    errors = pitch_errors(
+        examples["notes"].signals["audio"], 8000, examples["notes"].factors["pitch"]
+    )
     assert (errors.abs() < 0.5).float().mean() > 0.97
-    assert (directions_seen(examples["motion"].signals["video"]) == examples["motion"].labels).float().mean() > 0.97
+    assert (
+        directions_seen(examples["motion"].signals["video"])
+        == examples["motion"].labels
+    ).float().mean() > 0.97
 
 
 # verdicts
@@ -171,26 +248,51 @@ def test_plain_measures_are_right_of_nearly_all_test_samples(examples):
 @given(st.integers(2, 40), st.integers(1, 4), st.integers(0, 1000))
 def test_chance_is_that_of_all_other_wishes(count, classes, seed):
     generator = keyed(seed, "test")
-    answers, wanted = ({name: torch.randint(classes, (count,), generator=generator) for name in ("a", "b")} for _ in range(2))
+    answers, wanted = (
+        {
+            name: torch.randint(classes, (count,), generator=generator)
+            for name in ("a", "b")
+        }
+        for _ in range(2)
+    )
     verdict = compared(answers, wanted, {"a": 0.9}, rolls=count)
     pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
-    hits = {name: [int(answers[name][i] == wanted[name][j]) for i, j in pairs] for name in answers}
+    hits = {
+        name: [int(answers[name][i] == wanted[name][j]) for i, j in pairs]
+        for name in answers
+    }
     hits["all"] = [a * b for a, b in zip(hits["a"], hits["b"], strict=True)]
     for name, found in hits.items():
         assert verdict.chance[name] == pytest.approx(sum(found) / len(pairs), abs=1e-6)
     direct = [[answers[n][i] == wanted[n][i] for n in "ab"] for i in range(count)]
     assert verdict.right["all"].tolist() == [all(row) for row in direct]
-    assert verdict.shares["a"].value == pytest.approx(sum(row[0].item() for row in direct) / count)
+    assert verdict.shares["a"].value == pytest.approx(
+        sum(row[0].item() for row in direct) / count
+    )
 
 
 def test_what_a_verdict_says():
-    verdict = compared({"kind": torch.tensor([0, 1, 2, 3])}, {"kind": torch.tensor([0, 1, 2, 0])}, {"kind": 0.98, "all": 0.97})
-    assert "right in 75.0%" in str(verdict) and "of real ones 97.0%" in str(verdict) and "n = 4" in str(verdict)
+    verdict = compared(
+        {"kind": torch.tensor([0, 1, 2, 3])},
+        {"kind": torch.tensor([0, 1, 2, 0])},
+        {"kind": 0.98, "all": 0.97},
+    )
+    assert (
+        "right in 75.0%" in str(verdict)
+        and "of real ones 97.0%" in str(verdict)
+        and "n = 4" in str(verdict)
+    )
     table = verdict.table()
-    assert table["factor"].tolist() == ["kind", "all"] and table["of real ones"].tolist() == ["98.0%", "97.0%"]
+    assert table["factor"].tolist() == ["kind", "all"] and table[
+        "of real ones"
+    ].tolist() == ["98.0%", "97.0%"]
     assert "<table" in verdict._repr_html_() and str(verdict) in verdict._repr_html_()
-    one = compared({"a": torch.tensor([1])}, {"a": torch.tensor([1])}, {})  # there is no other wish
-    assert json.loads(json.dumps(one.to_dict(), allow_nan=False))["factors"]["a"]["chance"] is None
+    # there is no other wish
+    one = compared({"a": torch.tensor([1])}, {"a": torch.tensor([1])}, {})
+    assert (
+        json.loads(json.dumps(one.to_dict(), allow_nan=False))["factors"]["a"]["chance"]
+        is None
+    )
 
 
 def test_sounds_on_bounces_and_their_chance():
@@ -199,10 +301,23 @@ def test_sounds_on_bounces_and_their_chance():
     waves[:3] = waves[:3].roll(1, 0)
     verdict = bounce_verdict(clips["video"], waves, rolls=11)
     hits, heard, seen = sound_on_bounce(clips["video"], waves, 15.625, 8000)
-    assert torch.equal(verdict.right["sound on bounce"], hits) and not hits[:3].all() and hits[3:].all()
-    others = [sound_on_bounce(clips["video"], waves[torch.arange(12) - d], 15.625, 8000)[0].float().mean() for d in range(1, 12)]
+    assert (
+        torch.equal(verdict.right["sound on bounce"], hits)
+        and not hits[:3].all()
+        and hits[3:].all()
+    )
+    others = [
+        sound_on_bounce(clips["video"], waves[torch.arange(12) - d], 15.625, 8000)[0]
+        .float()
+        .mean()
+        for d in range(1, 12)
+    ]
     assert verdict.chance["sound on bounce"] == pytest.approx(float(sum(others)) / 11)
-    assert verdict.recipe == {"tolerance": 1.0, "bounces heard": heard.mean().item(), "sounds seen": seen.mean().item()}
+    assert verdict.recipe == {
+        "tolerance": 1.0,
+        "bounces heard": heard.mean().item(),
+        "sounds seen": seen.mean().item(),
+    }
 
 
 # judges
@@ -214,45 +329,78 @@ def test_the_judges_that_come_along_fit_the_data_and_are_good(name, judges, exam
     assert path.exists() and path.stat().st_size < 400_000
     with safe_open(path, "pt") as file:
         said = json.loads(file.metadata()["judge"])
-        assert {file.get_tensor(key).dtype for key in file.keys()} <= {torch.float16, torch.int64, torch.uint8}
-    assert said["data"] == load(name).fingerprint, "the data changed: train and ship another judge"
-    assert said["accuracy"] == judge.accuracy and judge.correct.shape == (1000, len(judge.names))
+        assert {file.get_tensor(key).dtype for key in file.keys()} <= {
+            torch.float16,
+            torch.int64,
+            torch.uint8,
+        }
+    assert said["data"] == load(name).fingerprint, (
+        "the data changed: train and ship another judge"
+    )
+    assert said["accuracy"] == judge.accuracy and judge.correct.shape == (
+        1000,
+        len(judge.names),
+    )
     right, read = known(name, examples[name]), judge.read(examples[name].signals)
     for column, (factor, words) in enumerate(judge.names.items()):
-        least = 0.97 if factor != "place" else {"shapes": 0.95, "emblems": 0.92}[name]  # thirds of 5.3 and of 2.7 pixels
+        # thirds of 5.3 and of 2.7 pixels
+        least = 0.97 if factor != "place" else {"shapes": 0.95, "emblems": 0.92}[name]
         assert judge.accuracy[factor] >= least
         again = read[factor] == right[factor]
-        assert (again != judge.correct[:96, column].bool()).sum() <= 1, "what was measured is measured again"
-        assert read[factor].dtype == torch.int64 and 0 <= read[factor].min() and read[factor].max() < len(words)
+        assert (again != judge.correct[:96, column].bool()).sum() <= 1, (
+            "what was measured is measured again"
+        )
+        assert (
+            read[factor].dtype == torch.int64
+            and 0 <= read[factor].min()
+            and read[factor].max() < len(words)
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sample_is_read_by_itself_and_not_if_it_is_not_finite(name, judges, examples):
-    signals = {signal: values[:5].clone() for signal, values in examples[name].signals.items()}
+    signals = {
+        signal: values[:5].clone() for signal, values in examples[name].signals.items()
+    }
     before = judges[name].read(signals)
-    alone = judges[name].read({signal: values[3:4] for signal, values in signals.items()})
+    alone = judges[name].read(
+        {signal: values[3:4] for signal, values in signals.items()}
+    )
     for values in signals.values():
         values[1].view(-1)[7] = math.nan
     after = judges[name].read(signals)
     for factor in before:
-        assert after[factor][1] == -1 and alone[factor] == before[factor][3] == after[factor][3]
+        assert (
+            after[factor][1] == -1
+            and alone[factor] == before[factor][3] == after[factor][3]
+        )
 
 
 def test_only_what_is_there_is_read_and_other_things_are_refused(judges, examples):
     scenes = examples["scenes"].signals
     assert list(judges["scenes"].read({"audio": scenes["audio"]})) == ["material_heard"]
-    assert set(judges["shapes"].read(examples["shapes"].signals["image"])) == set(judges["shapes"].names)
-    for name, signals, words in (("scenes", scenes["video"], "looks at audio and video: give a dict"),
-                                 ("shapes", {"video": scenes["video"]}, "judge of shapes looks at image"),
-                                 ("shapes", torch.zeros(2, 1, 8, 9), r"image has shape \(2, 1, 8, 9\), expected \(b, 3, h, w\)"),
-                                 ("motion", torch.zeros(2, 3, 32, 32), r"expected \(b, 3, f, h, w\)"),
-                                 ("notes", torch.zeros(0, 8192), r"expected \(b, samples\), not empty"),
-                                 ("digits", torch.zeros(2, 1, 8, 9), r"expected \(b, 1, 8, 8\), not empty")):
+    assert set(judges["shapes"].read(examples["shapes"].signals["image"])) == set(
+        judges["shapes"].names
+    )
+    for name, signals, words in (
+        ("scenes", scenes["video"], "looks at audio and video: give a dict"),
+        ("shapes", {"video": scenes["video"]}, "judge of shapes looks at image"),
+        (
+            "shapes",
+            torch.zeros(2, 1, 8, 9),
+            r"image has shape \(2, 1, 8, 9\), expected \(b, 3, h, w\)",
+        ),
+        ("motion", torch.zeros(2, 3, 32, 32), r"expected \(b, 3, f, h, w\)"),
+        ("notes", torch.zeros(0, 8192), r"expected \(b, samples\), not empty"),
+        ("digits", torch.zeros(2, 1, 8, 9), r"expected \(b, 1, 8, 8\), not empty"),
+    ):
         with pytest.raises(ValueError, match=words):
             judges[name].read(signals)
 
 
-def test_the_judge_of_digits_is_chosen_on_validation_and_never_sees_test_images(monkeypatch, examples):
+def test_the_judge_of_digits_is_chosen_on_validation_and_never_sees_test_images(
+    monkeypatch, examples
+):
     asked = []
 
     class Fixed:
@@ -266,16 +414,25 @@ def test_the_judge_of_digits_is_chosen_on_validation_and_never_sees_test_images(
             return self
 
         def score(self, images, labels):
-            np.testing.assert_array_equal(images, load("digits", "validation").images.flatten(1))
+            np.testing.assert_array_equal(
+                images, load("digits", "validation").images.flatten(1)
+            )
             return {1.0: 0.5, 10.0: 0.9, 100.0: 0.7}[self.strength]
 
         def predict(self, images):
             return np.full(len(images), int(self.strength))
+
     with monkeypatch.context() as patched:
         patched.setattr(module, "SVC", Fixed)
         chosen = judge_for("digits")
     assert chosen.read(examples["digits"].signals)["digit"].eq(10).all()
-    assert all(np.array_equal(images, load("digits", "train").images.flatten(1)) for images in asked) and len(asked) == 3
+    assert (
+        all(
+            np.array_equal(images, load("digits", "train").images.flatten(1))
+            for images in asked
+        )
+        and len(asked) == 3
+    )
 
 
 def test_digits_are_read_and_other_digits_are_not_right(judges):
@@ -283,18 +440,33 @@ def test_digits_are_read_and_other_digits_are_not_right(judges):
     assert judge.own(["digit"]).value > 0.97 and "n = 360" in str(judge.own(["digit"]))
     for shift, least, most in ((0, 0.97, 1), (1, 0, 0.03)):
         wrong = followed(judge, test.images, {"digit": (test.labels + shift) % 10})
-        assert least <= wrong.shares["digit"].value <= most and torch.equal(wrong.right["digit"], wrong.right["all"])
+        assert least <= wrong.shares["digit"].value <= most and torch.equal(
+            wrong.right["digit"], wrong.right["all"]
+        )
     assert judge.fingerprint == judge_for("digits").fingerprint
 
 
 def test_wishes_are_checked(judges, examples):
-    judge, images, wanted = judges["shapes"], examples["shapes"].signals, known("shapes", examples["shapes"])
-    verdict = followed(judge, images, {"kind": wanted["kind"], "colour": wanted["colour"]})
-    assert set(verdict.right) == {"kind", "colour", "all"} and verdict.own["kind"] == judge.accuracy["kind"]
+    judge, images, wanted = (
+        judges["shapes"],
+        examples["shapes"].signals,
+        known("shapes", examples["shapes"]),
+    )
+    verdict = followed(
+        judge, images, {"kind": wanted["kind"], "colour": wanted["colour"]}
+    )
+    assert (
+        set(verdict.right) == {"kind", "colour", "all"}
+        and verdict.own["kind"] == judge.accuracy["kind"]
+    )
     both = judge.correct[:, [0, 1]].all(1).float().mean().item()
     assert verdict.own["all"] == pytest.approx(both)
-    for wish, words in (({}, "asked for nothing"), ({"size": wanted["kind"]}, "asked for size, but .* reads kind"),
-                        ({"kind": wanted["kind"][:3]}, r"kind has shape \(3,\)"), ({"kind": wanted["kind"].float()}, "float32")):
+    for wish, words in (
+        ({}, "asked for nothing"),
+        ({"size": wanted["kind"]}, "asked for size, but .* reads kind"),
+        ({"kind": wanted["kind"][:3]}, r"kind has shape \(3,\)"),
+        ({"kind": wanted["kind"].float()}, "float32"),
+    ):
         with pytest.raises(ValueError, match=words):
             followed(judge, images, wish)
 
@@ -315,44 +487,90 @@ def test_training_depends_on_nothing_else_and_disturbs_nothing(tmp_path):
 @pytest.mark.parametrize("size, frames", [(16, 8), (48, 24)])
 def test_any_size_is_seen_on_one_grid(view, size, frames):
     heads = next(heads[view] for heads in HEADS.values() if view in heads)
-    values = {"image": (2, 3, size, size), "video": (2, 3, frames, size, size), "audio": (2, 512 * frames)}
-    read = Reader(view, heads, 8000).eval().read(torch.rand(values[_SIGNAL_OF.get(view, view)], generator=keyed(0, view)))
-    assert {factor: found.shape for factor, found in read.items()} == dict.fromkeys(heads, (2,))
+    values = {
+        "image": (2, 3, size, size),
+        "video": (2, 3, frames, size, size),
+        "audio": (2, 512 * frames),
+    }
+    read = (
+        Reader(view, heads, 8000)
+        .eval()
+        .read(torch.rand(values[_SIGNAL_OF.get(view, view)], generator=keyed(0, view)))
+    )
+    assert {factor: found.shape for factor, found in read.items()} == dict.fromkeys(
+        heads, (2,)
+    )
 
 
-def test_a_judge_of_another_size_is_trained_once_and_what_does_not_fit_is_said(tmp_path, monkeypatch, capsys):
+def test_a_judge_of_another_size_is_trained_once_and_what_does_not_fit_is_said(
+    tmp_path, monkeypatch, capsys
+):
     quick, calls = partial(train_judge_for, steps=1, batch=4, tests=8), []
-    monkeypatch.setattr(module, "train_judge_for", lambda *given: calls.append(given) or quick(*given))
+    monkeypatch.setattr(
+        module, "train_judge_for", lambda *given: calls.append(given) or quick(*given)
+    )
     data = DataConfig("shapes", size=16)
     first = judge_for("shapes", data, tmp_path)
-    file, = tmp_path.iterdir()
-    assert len(calls) == 1 and judge_for("shapes", data, tmp_path).fingerprint == first.fingerprint and len(calls) == 1
-    said, = capsys.readouterr().out.splitlines()
-    assert said == ("a judge of shapes is trained now (800 steps, a minute or two on a CPU), because the one that comes with the "
-                    f"project is for other sizes; it is kept in {file}")
+    (file,) = tmp_path.iterdir()
+    assert (
+        len(calls) == 1
+        and judge_for("shapes", data, tmp_path).fingerprint == first.fingerprint
+        and len(calls) == 1
+    )
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said == (
+        "a judge of shapes is trained now (800 steps, a minute or two on a CPU), because the one that comes with the "
+        f"project is for other sizes; it is kept in {file}"
+    )
     whole = file.read_bytes()
-    for damaged in (whole[:-100], b"", b"{}" * 40, save({"x": torch.zeros(2)}), whole.replace(b"correct", b"corrupt")):
+    for damaged in (
+        whole[:-100],
+        b"",
+        b"{}" * 40,
+        save({"x": torch.zeros(2)}),
+        whole.replace(b"correct", b"corrupt"),
+    ):
         file.write_bytes(damaged)
-        assert judge_for("shapes", data, tmp_path).fingerprint == first.fingerprint and file.read_bytes() == whole
+        assert (
+            judge_for("shapes", data, tmp_path).fingerprint == first.fingerprint
+            and file.read_bytes() == whole
+        )
         assert f"{file.name} is not used: it cannot be read" in capsys.readouterr().out
     stale = tmp_path / "ship/shapes.safetensors"
     stale.parent.mkdir()
     stale.write_bytes(whole)  # of other data
     monkeypatch.setattr(module, "shipped", lambda name: stale)
-    assert judge_for("shapes", None, tmp_path).data == Shapes().fingerprint and len(calls) == 7
+    assert (
+        judge_for("shapes", None, tmp_path).data == Shapes().fingerprint
+        and len(calls) == 7
+    )
     refused, trained = capsys.readouterr().out.splitlines()
-    assert f"data {first.data} is not {Shapes().fingerprint}; another judge of shapes" in refused
+    assert (
+        f"data {first.data} is not {Shapes().fingerprint}; another judge of shapes"
+        in refused
+    )
     assert f"because {stale} cannot be used" in trained
 
 
-@pytest.mark.parametrize("name, condition, factors", [
-    ("shapes", "caption", {"kind", "colour", "ground", "place", "all"}), ("shapes", "class", {"kind", "all"}),
-    ("motion", "class", {"direction", "all", "direction, tracked"}), ("notes", "class", {"pitch", "all", "pitch, measured"}),
-    ("motion", "caption", {"direction", "colour", "all", "direction, tracked"}),
-    ("notes", "caption", {"pitch", "timbre", "all", "pitch, measured"}),
-    ("scenes", "class", {"material_seen", "material_heard", "all", "sound on bounce"}),
-])
-def test_the_samples_of_a_run_are_judged_by_what_it_was_told(tmp_path, name, condition, factors):
+@pytest.mark.parametrize(
+    "name, condition, factors",
+    [
+        ("shapes", "caption", {"kind", "colour", "ground", "place", "all"}),
+        ("shapes", "class", {"kind", "all"}),
+        ("motion", "class", {"direction", "all", "direction, tracked"}),
+        ("notes", "class", {"pitch", "all", "pitch, measured"}),
+        ("motion", "caption", {"direction", "colour", "all", "direction, tracked"}),
+        ("notes", "caption", {"pitch", "timbre", "all", "pitch, measured"}),
+        (
+            "scenes",
+            "class",
+            {"material_seen", "material_heard", "all", "sound on bounce"},
+        ),
+    ],
+)
+def test_the_samples_of_a_run_are_judged_by_what_it_was_told(
+    tmp_path, name, condition, factors
+):
     "The run is a stand-in that draws what was asked for, but for the last two samples."
     source = load(name, "test")
     asked = {}
@@ -362,25 +580,55 @@ def test_the_samples_of_a_run_are_judged_by_what_it_was_told(tmp_path, name, con
         index = torch.arange(12)
         signals = source.take(torch.where(index < 10, index, 700 + index)).signals
         return signals["image"] if name == "shapes" else signals
-    run = SimpleNamespace(path=tmp_path, sample=draw, state=lambda: {"step": 7}, shift=3.0,
-                          config=Config(data=DataConfig(name, patch=2 if name == "notes" else 8, condition=condition)))
+
+    run = SimpleNamespace(
+        path=tmp_path,
+        sample=draw,
+        state=lambda: {"step": 7},
+        shift=3.0,
+        config=Config(
+            data=DataConfig(
+                name, patch=2 if name == "notes" else 8, condition=condition
+            )
+        ),
+    )
     verdict = on_samples(run, count=12, steps=3, cfg_scale=1.5, seed=4)
     examples = source.take(torch.arange(12))
-    assert list(asked["told"]) == list(examples.captions if condition == "caption" else examples.labels)
-    assert asked["options"] == {"steps": 3, "cfg_scale": 1.5, "seed": 4, "shift": 3.0, "data": name}
+    assert list(asked["told"]) == list(
+        examples.captions if condition == "caption" else examples.labels
+    )
+    assert asked["options"] == {
+        "steps": 3,
+        "cfg_scale": 1.5,
+        "seed": 4,
+        "shift": 3.0,
+        "data": name,
+    }
     assert set(verdict.right) == factors
     for factor, right in verdict.right.items():
-        assert right[:10].float().mean() >= (0.9 if factor in ("place", "all") else 1), factor
+        assert right[:10].float().mean() >= (
+            0.9 if factor in ("place", "all") else 1
+        ), factor
         assert factor in ("place", "all") or verdict.own[factor] > 0.97
     assert not verdict.right["all"][10:].all()
     written = json.loads((tmp_path / "judged.json").read_text())
     assert written == verdict.to_dict() and set(written["factors"]) == factors
-    recipe = {"data": name, "count": 12, "steps": 3, "shift": 3.0, "cfg_scale": 1.5, "seed": 4, "step": 7,
-              "judge": judge_for(name).fingerprint}
+    recipe = {
+        "data": name,
+        "count": 12,
+        "steps": 3,
+        "shift": 3.0,
+        "cfg_scale": 1.5,
+        "seed": 4,
+        "step": 7,
+        "judge": judge_for(name).fingerprint,
+    }
     assert written["recipe"].items() >= recipe.items()
 
 
 def test_a_run_that_was_asked_for_nothing_is_not_judged(tmp_path):
-    run = SimpleNamespace(path=tmp_path, config=Config(data=DataConfig("shapes", condition="none")))
+    run = SimpleNamespace(
+        path=tmp_path, config=Config(data=DataConfig("shapes", condition="none"))
+    )
     with pytest.raises(ValueError, match="trained without conditions"):
         on_samples(run)

@@ -1,4 +1,5 @@
 """Probes: choose on validation, report on test, find what is planted, beat their baselines; intervals against other formulas."""
+
 import json
 import shutil
 from dataclasses import replace
@@ -53,7 +54,11 @@ from selfflow.training.state import start_state
 
 SIZES = {"train": 400, "validation": 150, "test": 300}
 SHORT = HeadFit(epochs=25)
-FEW = {"levels": (0.0, 0.5), "layers": (1, 4), "counts": {"train": 60, "validation": 30, "test": 40}}
+FEW = {
+    "levels": (0.0, 0.5),
+    "layers": (1, 4),
+    "counts": {"train": 60, "validation": 30, "test": 40},
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -66,26 +71,42 @@ def without_waiting_for_the_disk():
 def planted(seed=0, noise=0.3):
     "Features with a class and a value in directions of their own."
     rng = np.random.default_rng(seed)
-    x = {split: rng.normal(size=(n, 12)).astype(np.float32) for split, n in SIZES.items()}
+    x = {
+        split: rng.normal(size=(n, 12)).astype(np.float32) for split, n in SIZES.items()
+    }
     ways = np.linalg.qr(rng.normal(size=(12, 12)))[0]
     kinds = {split: (part @ ways[:, :3]).argmax(1) for split, part in x.items()}
-    values = {split: part @ ways[:, 3] + noise * rng.normal(size=len(part)) for split, part in x.items()}
+    values = {
+        split: part @ ways[:, 3] + noise * rng.normal(size=len(part))
+        for split, part in x.items()
+    }
     return x, kinds, values
 
 
 def every(x, targets):
     by_token = {split: np.stack([part, part], 1) for split, part in x.items()}
-    return {"regression": regression_probe(x, targets), "field": field_probe(x, {"f": targets}, SHORT)["f"],
-            "neighbours": knn_probe(x, targets), "attentive": attentive_probe(by_token, {"f": targets}, SHORT)["f"]}
+    return {
+        "regression": regression_probe(x, targets),
+        "field": field_probe(x, {"f": targets}, SHORT)["f"],
+        "neighbours": knn_probe(x, targets),
+        "attentive": attentive_probe(by_token, {"f": targets}, SHORT)["f"],
+    }
 
 
 def test_all_probes_find_a_planted_factor_and_nothing_in_shuffled_labels():
     x, kinds, values = planted()
     for name, found in every(x, kinds).items():
         assert found.score > (0.75 if name == "neighbours" else 0.9), name
-        assert found.measure == "accuracy" and found.protocol and found.interval[0] < found.score < found.interval[1]
+        assert (
+            found.measure == "accuracy"
+            and found.protocol
+            and found.interval[0] < found.score < found.interval[1]
+        )
     for name, found in every(x, values).items():
-        assert found.score > (0.3 if name == "neighbours" else 0.85) and found.measure == "R^2", name
+        assert (
+            found.score > (0.3 if name == "neighbours" else 0.85)
+            and found.measure == "R^2"
+        ), name
     for name, found in every(x, shuffled(kinds)).items():
         assert found.interval[0] < majority_score(kinds).score + 0.05, name
     assert all(found.score < 0.1 for found in every(x, shuffled(values)).values())
@@ -93,24 +114,45 @@ def test_all_probes_find_a_planted_factor_and_nothing_in_shuffled_labels():
 
 def test_ridge_is_ridge():
     x, _, values = planted()
-    for features in (x, {split: np.concatenate([part] * 40, 1) for split, part in x.items()}):  # d < n and d > n
+    # d < n and d > n
+    for features in (
+        x,
+        {split: np.concatenate([part] * 40, 1) for split, part in x.items()},
+    ):
         found = _ridge_probe(features, values, (0.01,))
-        train = (features["train"] - features["train"].mean(0)) / features["train"].std(0)
+        train = (features["train"] - features["train"].mean(0)) / features["train"].std(
+            0
+        )
         test = (features["test"] - features["train"].mean(0)) / features["train"].std(0)
-        y, n = (values["train"] - values["train"].mean()) / values["train"].std(), len(train)
-        weights = np.linalg.solve(train.T @ train + 0.01 * n * np.eye(train.shape[1]), train.T @ y)
+        y, n = (
+            (values["train"] - values["train"].mean()) / values["train"].std(),
+            len(train),
+        )
+        weights = np.linalg.solve(
+            train.T @ train + 0.01 * n * np.eye(train.shape[1]), train.T @ y
+        )
         truth = (values["test"] - values["train"].mean()) / values["train"].std()
-        expected = 1 - ((test @ weights - truth)**2).sum() / ((truth - truth.mean())**2).sum()
+        expected = (
+            1
+            - ((test @ weights - truth) ** 2).sum()
+            / ((truth - truth.mean()) ** 2).sum()
+        )
         assert found.score == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("probe", [regression_probe, knn_probe, lambda x, y: field_probe(x, {"f": y}, SHORT)["f"]])
+@pytest.mark.parametrize(
+    "probe",
+    [regression_probe, knn_probe, lambda x, y: field_probe(x, {"f": y}, SHORT)["f"]],
+)
 def test_test_targets_decide_nothing_but_the_score(probe):
     x, kinds, values = planted()
     for targets in (kinds, values):
         spoiled = {**targets, "test": targets["test"][::-1].copy()}
         a, b = probe(x, targets), probe(x, spoiled)
-        assert (a.validation, a.chosen) == (b.validation, b.chosen) and a.score != b.score
+        assert (a.validation, a.chosen) == (
+            b.validation,
+            b.chosen,
+        ) and a.score != b.score
 
 
 def test_the_field_protocol_is_repeatable_and_does_not_touch_the_callers_random_numbers():
@@ -121,7 +163,9 @@ def test_the_field_protocol_is_repeatable_and_does_not_touch_the_callers_random_
     for name in "ab":
         np.testing.assert_array_equal(first[name].errors, again[name].errors)
     alone = field_probe(x, {"b": values}, SHORT)["b"]
-    assert alone.score == pytest.approx(first["b"].score, abs=1e-5), "factors do not disturb each other"
+    assert alone.score == pytest.approx(first["b"].score, abs=1e-5), (
+        "factors do not disturb each other"
+    )
 
 
 def test_tokens_of_the_figure_are_found_and_position_is_not_enough():
@@ -131,21 +175,36 @@ def test_tokens_of_the_figure_are_found_and_position_is_not_enough():
         x[split] = rng.normal(size=(n, 9, 6)).astype(np.float32)
         x[split][..., 2] += 5 * (covers[split] > 0.5)
     found = token_probe(x, covers, how := HeadFit(30, 32))
-    assert found.score > 0.75 and found.errors.shape == (80,) and position_score(covers).score < 0.5
+    assert (
+        found.score > 0.75
+        and found.errors.shape == (80,)
+        and position_score(covers).score < 0.5
+    )
     assert token_probe(x, shuffled(covers), how).score < 0.5
     with pytest.raises(ValueError, match="no token is covered"):
         token_probe(x, {split: 0 * part for split, part in covers.items()})
 
 
-@pytest.mark.parametrize("spoil, words", [
-    (lambda x, y: x.pop("test"), "test part"), (lambda x, y: y.pop("validation"), "validation part"),
-    (lambda x, y: y.update(train=y["train"][:-1]), "train part"),
-    (lambda x, y: x["validation"].__setitem__((0, 0), np.nan), "not finite"),
-    (lambda x, y: x.update(train=x["train"][:, None]), "pooled ones"), (lambda x, y: y.update(test=y["test"][:0]), "test part")])
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda x, y: x.pop("test"), "test part"),
+        (lambda x, y: y.pop("validation"), "validation part"),
+        (lambda x, y: y.update(train=y["train"][:-1]), "train part"),
+        (lambda x, y: x["validation"].__setitem__((0, 0), np.nan), "not finite"),
+        (lambda x, y: x.update(train=x["train"][:, None]), "pooled ones"),
+        (lambda x, y: y.update(test=y["test"][:0]), "test part"),
+    ],
+)
 def test_bad_features_are_refused(spoil, words):
     x, kinds, _ = planted()
     spoil(x, kinds)
-    for probe in (_logistic_probe, _ridge_probe, knn_probe, lambda x, y: field_probe(x, {"f": y}, SHORT)):
+    for probe in (
+        _logistic_probe,
+        _ridge_probe,
+        knn_probe,
+        lambda x, y: field_probe(x, {"f": y}, SHORT),
+    ):
         with pytest.raises(ValueError, match=words):
             probe(x, kinds)
 
@@ -158,25 +217,57 @@ def test_features_of_tokens_are_asked_for():
 
 # runs
 
+
 def test_factors_become_targets():
-    made = {split: Items(Sources(DataConfig("motion", size=16, patch=4, frames=8), split), count=50) for split in SPLITS}
+    made = {
+        split: Items(
+            Sources(DataConfig("motion", size=16, patch=4, frames=8), split), count=50
+        )
+        for split in SPLITS
+    }
     targets = probe_targets(made)
-    assert targets["direction"]["train"].dtype == np.int64 and targets["positions"]["train"].shape == (50, 16)
-    assert targets["bounce"]["test"].shape == (50,) and "grain" not in targets and targets["angle"]["train"].shape == (50, 2)
-    np.testing.assert_allclose((targets["angle"]["test"]**2).sum(1), 1, atol=1e-5)
-    scenes = {split: Items(Sources(DataConfig("scenes", size=16, patch=4), split), count=20) for split in SPLITS}
-    assert "impact_times" not in probe_targets(scenes), "what is missing for some is no target"
+    assert targets["direction"]["train"].dtype == np.int64 and targets["positions"][
+        "train"
+    ].shape == (50, 16)
+    assert (
+        targets["bounce"]["test"].shape == (50,)
+        and "grain" not in targets
+        and targets["angle"]["train"].shape == (50, 2)
+    )
+    np.testing.assert_allclose((targets["angle"]["test"] ** 2).sum(1), 1, atol=1e-5)
+    scenes = {
+        split: Items(Sources(DataConfig("scenes", size=16, patch=4), split), count=20)
+        for split in SPLITS
+    }
+    assert "impact_times" not in probe_targets(scenes), (
+        "what is missing for some is no target"
+    )
     with pytest.raises(ValueError, match="nothing that varies"):
-        probe_targets({split: Items(Sources(DataConfig("digits"), split), count=1) for split in SPLITS})
+        probe_targets(
+            {
+                split: Items(Sources(DataConfig("digits"), split), count=1)
+                for split in SPLITS
+            }
+        )
 
 
-@pytest.mark.parametrize("data", [DataConfig("shapes", size=16, patch=4), DataConfig("motion", size=16, patch=4, frames=8)])
+@pytest.mark.parametrize(
+    "data",
+    [
+        DataConfig("shapes", size=16, patch=4),
+        DataConfig("motion", size=16, patch=4, frames=8),
+    ],
+)
 def test_covers_of_tokens_are_means_of_masks(data):
     items = Items(Sources(data, "test"), count=3)
     covers, masks = token_covers(items), items.data.masks(torch.arange(3))
     grid = items.layout.parts[0].grid
-    assert covers.shape == (3, np.prod(grid)) and covers.mean() == pytest.approx(masks.mean().item(), abs=1e-6)
-    corner = masks.reshape(3, -1, 16, 16)[:, :16 * 0 + masks.reshape(3, -1, 16, 16).shape[1] // grid[0], :4, :4]
+    assert covers.shape == (3, np.prod(grid)) and covers.mean() == pytest.approx(
+        masks.mean().item(), abs=1e-6
+    )
+    corner = masks.reshape(3, -1, 16, 16)[
+        :, : 16 * 0 + masks.reshape(3, -1, 16, 16).shape[1] // grid[0], :4, :4
+    ]
     np.testing.assert_allclose(covers[:, 0], corner.mean((1, 2, 3)), atol=1e-6)
     with pytest.raises(ValueError, match="not known of digits"):
         token_covers(Items(Sources(DataConfig("digits"), "test"), count=3))
@@ -194,18 +285,44 @@ def probed(runs, tmp_path_factory):
 def test_a_run_is_probed_beside_all_baselines_and_every_row_states_its_protocol(probed):
     run, found = probed
     assert found.factors == ("class",) and {row.features for row in found.rows} == {
-        "majority", "raw input", "untrained network", "model", "shuffled labels"}
+        "majority",
+        "raw input",
+        "untrained network",
+        "model",
+        "shuffled labels",
+    }
     assert all(row.probe.protocol and len(row.probe.errors) == 40 for row in found.rows)
-    assert len(found.of("class")) == len(found.of("class", "untrained network", "field")) == 4
+    assert (
+        len(found.of("class"))
+        == len(found.of("class", "untrained network", "field"))
+        == 4
+    )
     best = found.best("class")
     assert best.probe.validation == found.grid("class", "validation").max()
     own = found.difference(found, "class")
-    assert found.grid("class").shape == (2, 2) and (own[0] == 0).all() and (own[1] < 0).all() and (own[2] > 0).all()
+    assert (
+        found.grid("class").shape == (2, 2)
+        and (own[0] == 0).all()
+        and (own[1] < 0).all()
+        and (own[2] > 0).all()
+    )
     assert probes_cost(run, **FEW).passes == 0, "features are kept"
-    assert set(found.table()) == {"measure", "majority", "shuffled labels", "raw input", "untrained network", "model", "cell",
-                                  "protocol"}
+    assert set(found.table()) == {
+        "measure",
+        "majority",
+        "shuffled labels",
+        "raw input",
+        "untrained network",
+        "model",
+        "cell",
+        "protocol",
+    }
     table = probe_table({"x": found})
-    assert len(table) == 4 and table.iloc[1, 0] == "raw input" and table.columns[1] == "test accuracy (95 %)"
+    assert (
+        len(table) == 4
+        and table.iloc[1, 0] == "raw input"
+        and table.columns[1] == "test accuracy (95 %)"
+    )
     with pytest.raises(ValueError, match="Did you mean 'class'"):
         found.of("clas")
 
@@ -215,7 +332,9 @@ def test_probes_are_read_as_written_and_damage_is_said(probed):
     assert read_probes(Run.open(run.path)) is None
     write_probes(run, found)
     again = read_probes(run)
-    assert again.about == json.loads(json.dumps(found.about)) and again.table("field").equals(found.table("field"))
+    assert again.about == json.loads(json.dumps(found.about)) and again.table(
+        "field"
+    ).equals(found.table("field"))
     assert not again.compare(found, "class").seen
     items = run.path / "probes.safetensors"
     items.write_bytes(items.read_bytes()[:-8])
@@ -234,29 +353,52 @@ def test_other_items_cannot_be_compared(probed):
 def test_items_of_a_run_hold_its_noise_fixed(probed):
     run, _ = probed
     items = items_of(run, "test", 8)
-    assert torch.equal(items.take(torch.tensor([3]))[1][0], list(items.batches(4))[0][1][3])
+    assert torch.equal(
+        items.take(torch.tensor([3]))[1][0], list(items.batches(4))[0][1][3]
+    )
     assert torch.equal(items.factors["class"], items.data.labels[subset(items.data, 8)])
 
 
 def test_the_command_probes_factors_and_says_the_cost_first(probed, capsys, tmp_path):
     run, _ = probed
-    cli.probe(run.path, field=True, samples=40, features=tmp_path / "features", device="cpu")
+    cli.probe(
+        run.path, field=True, samples=40, features=tmp_path / "features", device="cpu"
+    )
     said = capsys.readouterr().out
-    assert said.index("features: 30 passes") < said.index("majority") and "BatchNorm + linear" in said
-    assert (run.path / "probes.json").exists() and len(list((tmp_path / "features").glob("*.npy"))) == 120
+    assert (
+        said.index("features: 30 passes") < said.index("majority")
+        and "BatchNorm + linear" in said
+    )
+    assert (run.path / "probes.json").exists() and len(
+        list((tmp_path / "features").glob("*.npy"))
+    ) == 120
     with pytest.raises(SystemExit):
         cli.main(["probe", str(run.path), "--weights", "studnet"])
     assert "known are teacher, model" in capsys.readouterr().err
 
 
 def test_runs_of_sound_are_probed_too(tmp_path):
-    config = replace(TINY, name="notes", data=DataConfig("notes", columns=8, condition="none"),
-                     model=ModelConfig(width=16, depth=4, heads=2),
-                     training=replace(TINY.training, steps=2, validate_every=2, save_every=2, validation=8))
+    config = replace(
+        TINY,
+        name="notes",
+        data=DataConfig("notes", columns=8, condition="none"),
+        model=ModelConfig(width=16, depth=4, heads=2),
+        training=replace(
+            TINY.training, steps=2, validate_every=2, save_every=2, validation=8
+        ),
+    )
     run = train(config, tmp_path, bar=False)
-    found = probe_run(run, levels=(0.0,), layers=(2,), counts={"train": 60, "validation": 30, "test": 30}, part="audio",
-                          families=("regression",))
-    assert {"pitch", "timbre", "attack", "vibrato", "loudness", "phase"} == set(found.factors)
+    found = probe_run(
+        run,
+        levels=(0.0,),
+        layers=(2,),
+        counts={"train": 60, "validation": 30, "test": 30},
+        part="audio",
+        families=("regression",),
+    )
+    assert {"pitch", "timbre", "attack", "vibrato", "loudness", "phase"} == set(
+        found.factors
+    )
 
 
 def test_the_raw_input_is_read_from_few_long_samples():
@@ -264,12 +406,23 @@ def test_the_raw_input_is_read_from_few_long_samples():
     x, targets = {}, {}
     for split, count in (("train", 120), ("validation", 60), ("test", 60)):
         labels = torch.arange(count) % 3
-        x[split] = torch.randn(count, 20, 20, generator=generator) + 2 * labels[:, None, None] * (torch.arange(20) < 10)
+        x[split] = torch.randn(count, 20, 20, generator=generator) + 2 * labels[
+            :, None, None
+        ] * (torch.arange(20) < 10)
         targets[split] = labels.numpy()
-    items = {split: SimpleNamespace(parts={}, batches=lambda values=values: [(values, None)]) for split, values in x.items()}
+    items = {
+        split: SimpleNamespace(parts={}, batches=lambda values=values: [(values, None)])
+        for split, values in x.items()
+    }
     raw = probing._raw(items, "")
-    assert raw["train"].shape == (120, 60) and raw["test"].shape == (60, 60)  # half as many as samples
-    assert probing._probed(raw, {"class": targets}, "regression", (0.1, 1.0))["class"].score > 0.9
+    # half as many as samples
+    assert raw["train"].shape == (120, 60) and raw["test"].shape == (60, 60)
+    assert (
+        probing._probed(raw, {"class": targets}, "regression", (0.1, 1.0))[
+            "class"
+        ].score
+        > 0.9
+    )
 
 
 def test_the_legend_of_one_factor_is_not_cut():
@@ -281,27 +434,54 @@ def test_the_legend_of_one_factor_is_not_cut():
 
 
 def test_figures_take_arrays():
-    cells, maps = np.zeros((3, 2, 2)), {"a": {"x": np.ones((2, 2)), "y": np.zeros((2, 2))}}
+    cells, maps = (
+        np.zeros((3, 2, 2)),
+        {"a": {"x": np.ones((2, 2)), "y": np.zeros((2, 2))}},
+    )
     assert len(draw_score_maps(maps, (1, 2), (0.0, 0.5), {"a": cells}).axes) == 3
-    assert len(draw_layer_curves({"a": {"x": np.ones((3, 2))}, "b": {"x": [0, 1]}}, (1, 2), {"a": {"raw": 0.1}}).axes) == 2
-    for draw in (lambda: draw_score_maps({}, (1,), (0.0,)), lambda: draw_layer_curves({}, (1,))):
+    assert (
+        len(
+            draw_layer_curves(
+                {"a": {"x": np.ones((3, 2))}, "b": {"x": [0, 1]}},
+                (1, 2),
+                {"a": {"raw": 0.1}},
+            ).axes
+        )
+        == 2
+    )
+    for draw in (
+        lambda: draw_score_maps({}, (1,), (0.0,)),
+        lambda: draw_layer_curves({}, (1,)),
+    ):
         with pytest.raises(ValueError, match="no factor"):
             draw()
 
 
 def toy(separation, sizes=(200, 100, 100), seed=0):
     rng = np.random.default_rng(seed)
-    labels = {split: rng.integers(0, 3, n) for split, n in zip(SPLITS, sizes, strict=True)}
+    labels = {
+        split: rng.integers(0, 3, n) for split, n in zip(SPLITS, sizes, strict=True)
+    }
     centres = separation * np.eye(3, 8)
-    return {split: centres[y] + rng.normal(size=(len(y), 8)) for split, y in labels.items()}, labels
+    return {
+        split: centres[y] + rng.normal(size=(len(y), 8)) for split, y in labels.items()
+    }, labels
 
 
 def test_wilson_interval():
     for hits, total in ((0, 10), (7, 20), (180, 200), (50, 50)):
         p, z = hits / total, 1.959964
-        centre, half = p + z * z / (2 * total), z * np.sqrt(p * (1 - p) / total + z * z / (4 * total**2))
-        expected = ((centre - half) / (1 + z * z / total), (centre + half) / (1 + z * z / total))
-        assert proportion_interval([True] * hits + [False] * (total - hits)) == pytest.approx(expected, abs=1e-6)
+        centre, half = (
+            p + z * z / (2 * total),
+            z * np.sqrt(p * (1 - p) / total + z * z / (4 * total**2)),
+        )
+        expected = (
+            (centre - half) / (1 + z * z / total),
+            (centre + half) / (1 + z * z / total),
+        )
+        assert proportion_interval(
+            [True] * hits + [False] * (total - hits)
+        ) == pytest.approx(expected, abs=1e-6)
 
 
 def test_paired_difference_agrees_with_the_normal_approximation_and_uses_the_pairing():
@@ -310,7 +490,9 @@ def test_paired_difference_agrees_with_the_normal_approximation_and_uses_the_pai
     b = a + 0.1 + 0.2 * rng.normal(size=500)
     mean, low, high = paired_difference(a, b)
     half = 1.96 * (b - a).std(ddof=1) / np.sqrt(500)
-    assert mean == pytest.approx((b - a).mean()) and (low, high) == pytest.approx((mean - half, mean + half), abs=0.004)
+    assert mean == pytest.approx((b - a).mean()) and (low, high) == pytest.approx(
+        (mean - half, mean + half), abs=0.004
+    )
     assert low > 0, "an unpaired comparison could not see this difference"
     with pytest.raises(ValueError, match="same items"):
         paired_difference(a, b[:-1])
@@ -320,12 +502,23 @@ def test_probe_against_scikit_learn_by_hand():
     x, y = toy(2.0)
     result = _logistic_probe(x, y, strengths=(0.01, 1.0))
     scaler = StandardScaler().fit(x["train"])
-    models = {c: LogisticRegression(C=c, max_iter=2000).fit(scaler.transform(x["train"]), y["train"]) for c in (0.01, 1.0)}
-    scores = {c: m.score(scaler.transform(x["validation"]), y["validation"]) for c, m in models.items()}
+    models = {
+        c: LogisticRegression(C=c, max_iter=2000).fit(
+            scaler.transform(x["train"]), y["train"]
+        )
+        for c in (0.01, 1.0)
+    }
+    scores = {
+        c: m.score(scaler.transform(x["validation"]), y["validation"])
+        for c, m in models.items()
+    }
     strength = float(result.chosen.removeprefix("C = "))
     assert result.validation == max(scores.values()) == scores[strength]
     correct = models[strength].predict(scaler.transform(x["test"])) == y["test"]
-    assert result.score == pytest.approx(correct.mean()) and (result.errors == ~correct).all()
+    assert (
+        result.score == pytest.approx(correct.mean())
+        and (result.errors == ~correct).all()
+    )
     assert result.interval[0] < result.score < result.interval[1]
     assert result.sizes == {"train": 200, "validation": 100, "test": 100}
 
@@ -334,15 +527,25 @@ def test_separable_and_hopeless_features():
     assert _logistic_probe(*toy(20.0)).score == 1.0
     assert _logistic_probe(*toy(0.0)).score < 0.5
     x, y = toy(2.0)
-    constant = {split: np.concatenate([part, np.ones((len(part), 1))], 1) for split, part in x.items()}
-    assert _logistic_probe(constant, y).score == _logistic_probe(x, y).score, "a constant feature changes nothing"
+    constant = {
+        split: np.concatenate([part, np.ones((len(part), 1))], 1)
+        for split, part in x.items()
+    }
+    assert _logistic_probe(constant, y).score == _logistic_probe(x, y).score, (
+        "a constant feature changes nothing"
+    )
 
 
 def test_features_are_those_of_the_model(runs):
     run, data = runs["tiny"], digits("test")[:20]
     x0 = run.layout().patchify({"image": data.images})
     x1 = torch.randn(x0.shape, generator=keyed(0, "x"))
-    expected = run.teacher((0.7 * x0 + 0.3 * x1), NoiseLevels.single(torch.full((20,), 0.3), 16), None, taps=(2, 3)).features
+    expected = run.teacher(
+        (0.7 * x0 + 0.3 * x1),
+        NoiseLevels.single(torch.full((20,), 0.3), 16),
+        None,
+        taps=(2, 3),
+    ).features
     for batch in (3, 512):
         by_token = extract(run.teacher, x0, x1, 0.3, (2, 3), pooled=False, batch=batch)
         pooled = extract(run.teacher, x0, x1, 0.3, (2, 3), batch=batch)
@@ -358,11 +561,23 @@ def older_grid(step, seed):
     rng, results = np.random.default_rng(seed), []
     for place in range(4):
         correct = rng.random(360) < 0.5 + 0.1 * place
-        results.append({"accuracy": correct.mean(), "interval": list(proportion_interval(correct)),
-                        "validation": 0.5 + place / 10, "strength": 0.1,
-                        "sizes": {"train": 1078, "validation": 359, "test": 360}, "correct": correct.tolist()})
-    return {"step": step, "layers": [1, 4], "levels": [0.0, 0.5], "results": results,
-            "chosen": dict.fromkeys(SPLITS, "all")}
+        results.append(
+            {
+                "accuracy": correct.mean(),
+                "interval": list(proportion_interval(correct)),
+                "validation": 0.5 + place / 10,
+                "strength": 0.1,
+                "sizes": {"train": 1078, "validation": 359, "test": 360},
+                "correct": correct.tolist(),
+            }
+        )
+    return {
+        "step": step,
+        "layers": [1, 4],
+        "levels": [0.0, 0.5],
+        "results": results,
+        "chosen": dict.fromkeys(SPLITS, "all"),
+    }
 
 
 def test_records_of_earlier_versions_are_read_with_their_numbers(runs, tmp_path):
@@ -372,20 +587,38 @@ def test_records_of_earlier_versions_are_read_with_their_numbers(runs, tmp_path)
     grid, fresh = older_grid(12, 0), older_grid(0, 1)
     (run.path / "probe.json").write_text(json.dumps(grid))
     alone = read_probes(run)
-    assert [row.probe.score for row in alone.of("class")] == [result["accuracy"] for result in grid["results"]]
-    assert alone.best("class").cell == "block 4, t = 0.5" and alone.table()["raw input"].tolist() == ["-"]
+    assert [row.probe.score for row in alone.of("class")] == [
+        result["accuracy"] for result in grid["results"]
+    ]
+    assert alone.best("class").cell == "block 4, t = 0.5" and alone.table()[
+        "raw input"
+    ].tolist() == ["-"]
     assert not outdated(alone, run) and len(probe_table({"x": alone})) == 1
-    (run.path / "baselines.json").write_text(json.dumps(
-        {"majority": 0.1, "pixels": grid["results"][3], "untrained": fresh}))
+    (run.path / "baselines.json").write_text(
+        json.dumps({"majority": 0.1, "pixels": grid["results"][3], "untrained": fresh})
+    )
     both = read_probes(run)
     assert both.of("class", "majority")[0].probe.score == pytest.approx(0.1)
-    assert both.grid("class", features="untrained network")[1, 1] == fresh["results"][3]["accuracy"]
+    assert (
+        both.grid("class", features="untrained network")[1, 1]
+        == fresh["results"][3]["accuracy"]
+    )
     words = probe_table({"x": both}).iloc[:, 0].tolist()
-    assert words == ["most frequent class", "raw input", "untrained network, block 4, t = 0.5", "x, block 4, t = 0.5"]
+    assert words == [
+        "most frequent class",
+        "raw input",
+        "untrained network, block 4, t = 0.5",
+        "x, block 4, t = 0.5",
+    ]
     (run.path / "probe.json").write_text(json.dumps({**grid, "step": 4}))
-    assert outdated(read_probes(run), run) == "are of step 4, not of its newest checkpoint"
+    assert (
+        outdated(read_probes(run), run) == "are of step 4, not of its newest checkpoint"
+    )
     other = read_probes(run).difference(both, "class")
-    a, b = (np.array(result["correct"], float) for result in (grid["results"][0], grid["results"][0]))
+    a, b = (
+        np.array(result["correct"], float)
+        for result in (grid["results"][0], grid["results"][0])
+    )
     assert tuple(other[:, 0, 0]) == pytest.approx(paired_difference(a, b))
     for damaged in ("{half", "[]", "{}"):
         (run.path / "probe.json").write_text(damaged)
@@ -398,8 +631,16 @@ def test_the_untrained_network_computes_something_and_is_not_trained(runs):
     model, data = _untrained_network(run), digits("test")[:50]
     x0 = run.layout().patchify({"image": data.images})
     features = extract(model, x0, torch.zeros_like(x0), 0.0, (1, 2, 3, 4))
-    assert all(not torch.allclose(features[a], features[a + 1], atol=1e-2) for a in (1, 2, 3)), "its blocks are no identity"
+    assert all(
+        not torch.allclose(features[a], features[a + 1], atol=1e-2) for a in (1, 2, 3)
+    ), "its blocks are no identity"
     start = start_state(run.config, run.sources, torch.device("cpu")).student
-    for (name, ours), (_, theirs) in zip(model.named_parameters(), start.named_parameters(), strict=True):
+    for (name, ours), (_, theirs) in zip(
+        model.named_parameters(), start.named_parameters(), strict=True
+    ):
         changed = ours != theirs
-        assert changed.sum() == (2 * 16 if "blocks" in name and name.endswith("adaLN_modulation.1.bias") else 0)
+        assert changed.sum() == (
+            2 * 16
+            if "blocks" in name and name.endswith("adaLN_modulation.1.bias")
+            else 0
+        )

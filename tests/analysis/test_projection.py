@@ -1,4 +1,5 @@
 """Features as pictures: what is hidden in them is found, the same again each time, and what cannot be shown is refused."""
+
 import numpy as np
 import pytest
 import torch
@@ -12,40 +13,61 @@ def test_colours_are_the_three_main_axes():
     hidden = rng.normal(size=(4, 15, 3)) * (9, 3, 1)
     tokens = hidden @ np.linalg.qr(rng.normal(size=(12, 12)))[0][:3] + 5
     pictures, share = token_colours(torch.tensor(tokens), (3, 5))
-    assert pictures.shape == (4, 3, 3, 5) and share == pytest.approx(1) and abs(pictures).max() <= 1
+    assert (
+        pictures.shape == (4, 3, 3, 5)
+        and share == pytest.approx(1)
+        and abs(pictures).max() <= 1
+    )
     for axis in range(3):
         seen, wanted = pictures[:, axis].ravel(), hidden[..., axis].ravel()
         assert abs(np.corrcoef(seen, wanted)[0, 1]) > 0.9
     again, _ = token_colours(torch.tensor(tokens), (3, 5))
     assert np.array_equal(pictures, again)
-    flat, _ = token_colours(np.ones((2, 4, 3)) + 1e-9 * rng.normal(size=(2, 4, 3)), (2, 2))
+    flat, _ = token_colours(
+        np.ones((2, 4, 3)) + 1e-9 * rng.normal(size=(2, 4, 3)), (2, 2)
+    )
     assert np.isfinite(flat).all()
 
 
 def test_a_plane_keeps_neighbours_and_says_how_far_and_is_the_same_again():
     rng = np.random.default_rng(1)
     clouds = 5 * np.eye(8)[np.repeat(np.arange(4), 12)] + rng.normal(size=(48, 8))
-    first, second = (project(torch.tensor(clouds), neighbours=6, axes=5, seed=3) for _ in range(2))
+    first, second = (
+        project(torch.tensor(clouds), neighbours=6, axes=5, seed=3) for _ in range(2)
+    )
     assert np.array_equal(first.points, second.points) and first.points.shape == (48, 2)
-    assert first.trustworthiness == pytest.approx(trustworthiness(clouds, first.points, n_neighbors=6))
-    assert first.trustworthiness > trustworthiness(clouds, rng.normal(size=(48, 2)), n_neighbors=6) + 0.2
-    assert first.recipe["axes"] == 5 and 0.5 < first.recipe["variance"] < 1 and "mean nothing" in repr(first)
+    assert first.trustworthiness == pytest.approx(
+        trustworthiness(clouds, first.points, n_neighbors=6)
+    )
+    assert (
+        first.trustworthiness
+        > trustworthiness(clouds, rng.normal(size=(48, 2)), n_neighbors=6) + 0.2
+    )
+    assert (
+        first.recipe["axes"] == 5
+        and 0.5 < first.recipe["variance"] < 1
+        and "mean nothing" in repr(first)
+    )
     plain = project(clouds, "PCA", neighbours=6)
     centred = clouds - clouds.mean(0)
     expected = np.abs(centred @ np.linalg.svd(centred)[2][:2].T)
-    assert np.allclose(np.abs(plain.points), expected, atol=1e-4) and "PCA of 48 points" in repr(plain)
+    assert np.allclose(
+        np.abs(plain.points), expected, atol=1e-4
+    ) and "PCA of 48 points" in repr(plain)
 
 
 def test_bad_input_is_refused():
     values = np.random.default_rng(2).normal(size=(20, 4))
     bad = values.copy()
     bad[2, 1] = np.nan
-    for call, words in ((lambda: project(bad), "1 of 20 features are not finite"),
-                        (lambda: project(values[None]), r"\(1, 20, 4\)"),
-                        (lambda: project(values, neighbours=10), "neighbours is 10 for 20 points"),
-                        (lambda: project(values, "TSNE"), "unknown method 'TSNE'; known are UMAP, PCA"),
-                        (lambda: token_colours(values[None], (3, 7)), r"expected \(b, 3 x 7"),
-                        (lambda: token_colours(values[None, :, :2], (4, 5)), "3 or more"),
-                        (lambda: token_colours(bad[None], (4, 5)), "1 of 1 tokens are not finite")):
+    for call, words in (
+        (lambda: project(bad), "1 of 20 features are not finite"),
+        (lambda: project(values[None]), r"\(1, 20, 4\)"),
+        (lambda: project(values, neighbours=10), "neighbours is 10 for 20 points"),
+        (lambda: project(values, "TSNE"), "unknown method 'TSNE'; known are UMAP, PCA"),
+        (lambda: token_colours(values[None], (3, 7)), r"expected \(b, 3 x 7"),
+        (lambda: token_colours(values[None, :, :2], (4, 5)), "3 or more"),
+        (lambda: token_colours(bad[None], (4, 5)), "1 of 1 tokens are not finite"),
+    ):
         with pytest.raises(ValueError, match=words):
             call()

@@ -1,4 +1,5 @@
 """Sounds and their spectra, there and back; what is heard in them; what is refused."""
+
 import math
 import sys
 from dataclasses import replace
@@ -9,13 +10,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfflow.data.audio import LogMel, Mdct, fit_length, onsets_of, pitch_of, resample, to_mono
+from selfflow.data.audio import (
+    LogMel,
+    Mdct,
+    fit_length,
+    onsets_of,
+    pitch_of,
+    resample,
+    to_mono,
+)
 
 RATE = 8000
 
 
 def noise(*shape, seed=0, dtype=torch.float32):
-    return 0.3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return 0.3 * torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=dtype
+    )
 
 
 def mdct_by_hand(wave, bins):
@@ -31,30 +42,53 @@ def mdct_by_hand(wave, bins):
                 whole = k == 0 and n < bins or k == columns - 1 and n >= bins
                 weight = 1 if whole else math.sin(math.pi / (2 * bins) * (n + 0.5))
                 angle = math.pi / bins * (n + 0.5 + bins / 2) * (j + 0.5)
-                spectrum[j, k] += math.sqrt(2 / bins) * weight * wave[place] * math.cos(angle)
+                spectrum[j, k] += (
+                    math.sqrt(2 / bins) * weight * wave[place] * math.cos(angle)
+                )
     return spectrum
 
 
-@pytest.mark.parametrize("bins, columns", [(2, 1), (2, 3), (4, 1), (4, 5), (6, 2), (16, 4)])
+@pytest.mark.parametrize(
+    "bins, columns", [(2, 1), (2, 3), (4, 1), (4, 5), (6, 2), (16, 4)]
+)
 def test_mdct_is_the_one_by_hand(bins, columns):
     waves = noise(2, bins * columns, seed=bins, dtype=torch.float64)
     found = Mdct(bins * columns, bins=bins, scale=1).encode(waves)
     for wave, spectrum in zip(waves, found, strict=True):
-        np.testing.assert_allclose(spectrum, mdct_by_hand(wave.numpy(), bins), atol=1e-13)
+        np.testing.assert_allclose(
+            spectrum, mdct_by_hand(wave.numpy(), bins), atol=1e-13
+        )
 
 
 @pytest.mark.parametrize("bins, columns", [(2, 1), (2, 4), (8, 1), (8, 2), (10, 7)])
 def test_mdct_is_orthogonal_and_square(bins, columns):
     samples = bins * columns
-    matrix = Mdct(samples, bins=bins, scale=1).encode(torch.eye(samples, dtype=torch.float64)).flatten(1)
-    torch.testing.assert_close(matrix @ matrix.T, torch.eye(samples, dtype=torch.float64), atol=1e-13, rtol=0)
-    back = Mdct(samples, bins=bins, scale=1).decode(torch.eye(samples, dtype=torch.float64).reshape(samples, bins, columns))
-    torch.testing.assert_close(back.flatten(1), matrix.T.contiguous(), atol=1e-13, rtol=0)  # the inverse is the transpose
+    matrix = (
+        Mdct(samples, bins=bins, scale=1)
+        .encode(torch.eye(samples, dtype=torch.float64))
+        .flatten(1)
+    )
+    torch.testing.assert_close(
+        matrix @ matrix.T, torch.eye(samples, dtype=torch.float64), atol=1e-13, rtol=0
+    )
+    back = Mdct(samples, bins=bins, scale=1).decode(
+        torch.eye(samples, dtype=torch.float64).reshape(samples, bins, columns)
+    )
+    # the inverse is the transpose
+    torch.testing.assert_close(
+        back.flatten(1), matrix.T.contiguous(), atol=1e-13, rtol=0
+    )
 
 
 @settings(deadline=None, max_examples=30)
-@given(half=st.integers(1, 40), columns=st.integers(1, 9), batch=st.integers(1, 3), power=st.floats(0.3, 1),
-       scale=st.floats(0.01, 100), seed=st.integers(0, 99))
+@given(
+    half=st.integers(1, 40),
+    columns=st.integers(1, 9),
+    batch=st.integers(1, 3),
+    power=st.floats(0.3, 1),
+    scale=st.floats(0.01, 100),
+    seed=st.integers(0, 99),
+)
 def test_mdct_there_and_back(half, columns, batch, power, scale, seed):
     form = Mdct(2 * half * columns, bins=2 * half, power=power, scale=scale)
     for dtype, most in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
@@ -62,17 +96,28 @@ def test_mdct_there_and_back(half, columns, batch, power, scale, seed):
         spectra = form.encode(waves)
         assert spectra.shape == (batch, *form.shape) and spectra.dtype == dtype
         assert (form.decode(spectra) - waves).abs().max() <= most
-    values, plain = noise(batch, *form.shape, seed=seed + 1, dtype=torch.float64), replace(form, power=1.0)
-    torch.testing.assert_close(plain.encode(plain.decode(values)), values)  # any numbers are the spectrum of a sound
+    values, plain = (
+        noise(batch, *form.shape, seed=seed + 1, dtype=torch.float64),
+        replace(form, power=1.0),
+    )
+    # any numbers are the spectrum of a sound
+    torch.testing.assert_close(plain.encode(plain.decode(values)), values)
 
 
 def test_power_and_scale_change_the_numbers_as_said():
     waves = noise(2, 512, dtype=torch.float64)
-    plain, changed = Mdct(512, bins=32, scale=1).encode(waves), Mdct(512, bins=32, scale=3, power=0.5).encode(waves)
-    np.testing.assert_allclose(changed, 3 * np.sign(plain.numpy()) * np.sqrt(np.abs(plain.numpy())), atol=1e-12)
+    plain, changed = (
+        Mdct(512, bins=32, scale=1).encode(waves),
+        Mdct(512, bins=32, scale=3, power=0.5).encode(waves),
+    )
+    np.testing.assert_allclose(
+        changed, 3 * np.sign(plain.numpy()) * np.sqrt(np.abs(plain.numpy())), atol=1e-12
+    )
     torch.testing.assert_close(plain.square().sum((1, 2)), waves.square().sum(1))
     white = Mdct(scale=1).encode(noise(20, 8192) / 0.3)
-    assert abs(white.std() - 1) < 0.01 and abs((white**4).mean() - 3) < 0.1, "white noise is white noise"
+    assert abs(white.std() - 1) < 0.01 and abs((white**4).mean() - 3) < 0.1, (
+        "white noise is white noise"
+    )
 
 
 @pytest.mark.parametrize("place", [0, 5, 511, 512, 1000, 2047])
@@ -81,37 +126,68 @@ def test_columns_are_where_the_sound_is(form, place):
     waves = torch.zeros(1, 2048)
     waves[0, place] = 1
     spectra = form.encode(waves)[0]
-    loudness = (spectra - spectra.min()).square().sum(0) if isinstance(form, LogMel) else spectra.square().sum(0)
+    loudness = (
+        (spectra - spectra.min()).square().sum(0)
+        if isinstance(form, LogMel)
+        else spectra.square().sum(0)
+    )
     centre = (loudness.argmax() + 0.5) * form.step
-    assert abs(centre - place - 0.5) <= form.step / 2 + 1 and form.seconds_per_column == form.step / RATE
+    assert (
+        abs(centre - place - 0.5) <= form.step / 2 + 1
+        and form.seconds_per_column == form.step / RATE
+    )
 
 
 def log_mel_by_hand(wave, form):
     "Log-mel spectrum by numpy: windows, their transforms, triangles between points that are equally far apart in mel."
-    half, window = form.window // 2, np.sin(np.pi * np.arange(form.window) / form.window) ** 2
+    half, window = (
+        form.window // 2,
+        np.sin(np.pi * np.arange(form.window) / form.window) ** 2,
+    )
     mels = np.linspace(0, 2595 * np.log10(1 + form.rate / 2 / 700), form.bins + 2)
-    edges, hz = 700 * (10 ** (mels / 2595) - 1), np.arange(half + 1) * form.rate / form.window
+    edges, hz = (
+        700 * (10 ** (mels / 2595) - 1),
+        np.arange(half + 1) * form.rate / form.window,
+    )
     columns = []
     for k in range(form.shape[1]):
         middle = k * form.hop + form.hop // 2
-        part = np.array([wave[n] if 0 <= n < len(wave) else 0 for n in range(middle - half, middle + half)])
+        part = np.array(
+            [
+                wave[n] if 0 <= n < len(wave) else 0
+                for n in range(middle - half, middle + half)
+            ]
+        )
         magnitudes = np.abs(np.fft.rfft(part * window)) / (window.sum() / 2)
         bands = []
         for low, top, high in zip(edges, edges[1:], edges[2:], strict=False):
-            triangle = np.minimum((hz - low) / (top - low), (high - hz) / (high - top)).clip(0)
+            triangle = np.minimum(
+                (hz - low) / (top - low), (high - hz) / (high - top)
+            ).clip(0)
             bands.append((triangle * magnitudes).sum())
         columns.append((np.log(np.array(bands) + form.floor) - form.mean) / form.std)
     return np.array(columns).T
 
 
-@pytest.mark.parametrize("form", [LogMel(2048, bins=20, window=256, hop=64), LogMel(1536),
-                                  LogMel(1024, 16_000, 32, 256, 512, 1e-3, -1, 2)])
+@pytest.mark.parametrize(
+    "form",
+    [
+        LogMel(2048, bins=20, window=256, hop=64),
+        LogMel(1536),
+        LogMel(1024, 16_000, 32, 256, 512, 1e-3, -1, 2),
+    ],
+)
 def test_log_mel_is_the_one_by_hand(form):
     waves = noise(2, form.samples, dtype=torch.float64)
     found = form.encode(waves)
     for wave, spectrum in zip(waves, found, strict=True):
-        np.testing.assert_allclose(spectrum, log_mel_by_hand(wave.numpy(), form), atol=2e-5)  # the bands are made in float32
-    torch.testing.assert_close(form.encode(waves.float()), found.float(), atol=1e-4, rtol=0)
+        # the bands are made in float32
+        np.testing.assert_allclose(
+            spectrum, log_mel_by_hand(wave.numpy(), form), atol=2e-5
+        )
+    torch.testing.assert_close(
+        form.encode(waves.float()), found.float(), atol=1e-4, rtol=0
+    )
 
 
 def test_log_mel_of_a_full_scale_sine_and_of_silence():
@@ -119,15 +195,30 @@ def test_log_mel_of_a_full_scale_sine_and_of_silence():
     wave = torch.sin(2 * math.pi * 1000 * torch.arange(8192) / RATE)[None]
     level = (form.encode(wave) * form.std + form.mean).exp()
     assert 0.5 < level.amax(1).median() < 2, "about 1"
-    torch.testing.assert_close(form.encode(torch.zeros(1, 8192)), torch.full((1, 64, 64), (math.log(1e-4) + 7.9) / 2.2))
+    torch.testing.assert_close(
+        form.encode(torch.zeros(1, 8192)),
+        torch.full((1, 64, 64), (math.log(1e-4) + 7.9) / 2.2),
+    )
     assert form.decode(form.encode(torch.zeros(1, 8192))).abs().max() < 1e-3
     assert form.encode(torch.zeros(1, 8192)).min() > -3 and form.encode(wave).max() < 4
 
 
-@pytest.mark.parametrize("form", [LogMel(), LogMel(4096, bins=48, hop=64, window=256), LogMel(8192, 16_000, 80, 256, 1024)])
+@pytest.mark.parametrize(
+    "form",
+    [
+        LogMel(),
+        LogMel(4096, bins=48, hop=64, window=256),
+        LogMel(8192, 16_000, 80, 256, 1024),
+    ],
+)
 def test_log_mel_comes_about_back_and_always_as_the_same(form):
     seconds = torch.arange(form.samples) / form.rate
-    waves = torch.stack([0.5 * torch.sin(2 * math.pi * hz * seconds) * torch.exp(-seconds * 3) for hz in (300, 440, 1234)])
+    waves = torch.stack(
+        [
+            0.5 * torch.sin(2 * math.pi * hz * seconds) * torch.exp(-seconds * 3)
+            for hz in (300, 440, 1234)
+        ]
+    )
     spectra = form.encode(waves)
     back = form.decode(spectra)
     assert back.shape == waves.shape and torch.equal(back, form.decode(spectra))
@@ -149,39 +240,79 @@ def test_one_sound_or_many_and_gradients_after_inference(kind, bins):
     with torch.inference_mode():
         form = kind(1024, bins=bins)  # used nowhere else, so that it is made here
         together = form.encode(waves)
-    torch.testing.assert_close(torch.cat([form.encode(wave[None]) for wave in waves]), together.clone())
+    torch.testing.assert_close(
+        torch.cat([form.encode(wave[None]) for wave in waves]), together.clone()
+    )
     free = waves.clone().requires_grad_()
-    form.encode(free).square().sum().backward()  # what was made in inference mode is of use here
+    # what was made in inference mode is of use here
+    form.encode(free).square().sum().backward()
     assert free.grad.isfinite().all() and free.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("kind, change, words", [
-    (LogMel, {"samples": 8191}, "8191 samples at rate 8000 are not whole columns of 128.*choose columns of 128 and 8192"),
-    (Mdct, {"samples": 8191}, "8191 samples.*columns of 128 and 8192.*fit_length"),
-    (LogMel, {"samples": 256}, "window is 512.*two hops.*256 samples; choose 512"),
-    (LogMel, {"window": 200}, "window is 200"), (LogMel, {"window": 511}, "window is 511, but must be even"),
-    (LogMel, {"hop": 0}, "columns of 0"), (LogMel, {"hop": 127, "samples": 1270}, "columns of 127, an even number; .* of 128"),
-    (LogMel, {"bins": 200}, "200 bins are too narrow for a window of 512"),
-    (LogMel, {"floor": 0}, "floor 0"), (LogMel, {"std": -1.0}, "std -1.0"), (LogMel, {"rounds": 0}, "rounds 0"),
-    (LogMel, {"bins": 0}, "bins 0"), (LogMel, {"rate": 0}, "rate 0"), (Mdct, {"rate": -1}, "rate -1"),
-    (Mdct, {"samples": 0}, "0 samples"), (Mdct, {"bins": 0}, "columns of 0"), (Mdct, {"bins": 1}, "columns of 1, an even"),
-    (Mdct, {"bins": 64, "samples": 32}, "32 samples"), (Mdct, {"power": 0}, "power is 0"), (Mdct, {"power": 1.5}, "power is 1.5"),
-    (Mdct, {"scale": 0}, "scale 0"), (Mdct, {"scale": math.nan}, "scale nan"), (LogMel, {"floor": math.nan}, "floor nan"),
-])
+@pytest.mark.parametrize(
+    "kind, change, words",
+    [
+        (
+            LogMel,
+            {"samples": 8191},
+            "8191 samples at rate 8000 are not whole columns of 128.*choose columns of 128 and 8192",
+        ),
+        (Mdct, {"samples": 8191}, "8191 samples.*columns of 128 and 8192.*fit_length"),
+        (LogMel, {"samples": 256}, "window is 512.*two hops.*256 samples; choose 512"),
+        (LogMel, {"window": 200}, "window is 200"),
+        (LogMel, {"window": 511}, "window is 511, but must be even"),
+        (LogMel, {"hop": 0}, "columns of 0"),
+        (
+            LogMel,
+            {"hop": 127, "samples": 1270},
+            "columns of 127, an even number; .* of 128",
+        ),
+        (LogMel, {"bins": 200}, "200 bins are too narrow for a window of 512"),
+        (LogMel, {"floor": 0}, "floor 0"),
+        (LogMel, {"std": -1.0}, "std -1.0"),
+        (LogMel, {"rounds": 0}, "rounds 0"),
+        (LogMel, {"bins": 0}, "bins 0"),
+        (LogMel, {"rate": 0}, "rate 0"),
+        (Mdct, {"rate": -1}, "rate -1"),
+        (Mdct, {"samples": 0}, "0 samples"),
+        (Mdct, {"bins": 0}, "columns of 0"),
+        (Mdct, {"bins": 1}, "columns of 1, an even"),
+        (Mdct, {"bins": 64, "samples": 32}, "32 samples"),
+        (Mdct, {"power": 0}, "power is 0"),
+        (Mdct, {"power": 1.5}, "power is 1.5"),
+        (Mdct, {"scale": 0}, "scale 0"),
+        (Mdct, {"scale": math.nan}, "scale nan"),
+        (LogMel, {"floor": math.nan}, "floor nan"),
+    ],
+)
 def test_settings_that_do_not_fit(kind, change, words):
     with pytest.raises(ValueError, match=words):
         kind(**change)
 
 
 @pytest.mark.parametrize("form", [Mdct(1024), LogMel(1024)])
-@pytest.mark.parametrize("waves, words", [
-    (torch.zeros(2, 1023), r"sounds have shape \(2, 1023\), expected \(b, 1024\); fit_length\(x, 1024\)"),
-    (torch.zeros(1024), r"\(1024,\)"), (torch.zeros(2, 1, 1024), r"\(2, 1, 1024\)"), (torch.zeros(0, 1024), r"\(0, 1024\)"),
-    (torch.zeros(2, 1024, dtype=torch.int16), "torch.int16, expected torch.float32.*32768"),
-    (torch.zeros(2, 1024, dtype=torch.bfloat16), "bfloat16"),
-    (torch.tensor([[0.0], [math.nan]]).expand(2, 1024), r"1 sounds hold NaN or infinity, first at \[1\]"),
-    (torch.full((1, 1024), math.inf), "NaN or infinity"),
-])
+@pytest.mark.parametrize(
+    "waves, words",
+    [
+        (
+            torch.zeros(2, 1023),
+            r"sounds have shape \(2, 1023\), expected \(b, 1024\); fit_length\(x, 1024\)",
+        ),
+        (torch.zeros(1024), r"\(1024,\)"),
+        (torch.zeros(2, 1, 1024), r"\(2, 1, 1024\)"),
+        (torch.zeros(0, 1024), r"\(0, 1024\)"),
+        (
+            torch.zeros(2, 1024, dtype=torch.int16),
+            "torch.int16, expected torch.float32.*32768",
+        ),
+        (torch.zeros(2, 1024, dtype=torch.bfloat16), "bfloat16"),
+        (
+            torch.tensor([[0.0], [math.nan]]).expand(2, 1024),
+            r"1 sounds hold NaN or infinity, first at \[1\]",
+        ),
+        (torch.full((1, 1024), math.inf), "NaN or infinity"),
+    ],
+)
 def test_sounds_that_are_refused(form, waves, words):
     with pytest.raises(ValueError, match=words):
         form.encode(waves)
@@ -189,7 +320,9 @@ def test_sounds_that_are_refused(form, waves, words):
 
 @pytest.mark.parametrize("form", [Mdct(1024), LogMel(1024)])
 def test_spectra_that_are_refused(form):
-    with pytest.raises(ValueError, match=r"spectra have shape .* expected \(b, (64|128), 8\)"):
+    with pytest.raises(
+        ValueError, match=r"spectra have shape .* expected \(b, (64|128), 8\)"
+    ):
         form.decode(torch.zeros(2, 8, form.bins))
     with pytest.raises(ValueError, match="1 spectra hold NaN"):
         form.decode(torch.full((1, *form.shape), math.nan))
@@ -199,25 +332,52 @@ def test_without_torchaudio_there_is_still_the_mdct(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "torchaudio"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchaudio", None)
-    for wanted in (lambda: LogMel(4096, hop=256, window=1024, bins=33), lambda: resample(torch.zeros(1, 100), 16_000, 8000)):
+    for wanted in (
+        lambda: LogMel(4096, hop=256, window=1024, bins=33),
+        lambda: resample(torch.zeros(1, 100), 16_000, 8000),
+    ):
         with pytest.raises(ImportError, match=r"torchaudio==2.11.*torch<2.15"):
             wanted()
     assert Mdct(1024).decode(Mdct(1024).encode(noise(1, 1024))).shape == (1, 1024)
 
 
-@pytest.mark.parametrize("rate, new_rate", [(44_100, 8000), (16_000, 8000), (11_025, 8000), (8000, 22_050), (48_000, 44_100),
-                                            (8000, 8000)])
+@pytest.mark.parametrize(
+    "rate, new_rate",
+    [
+        (44_100, 8000),
+        (16_000, 8000),
+        (11_025, 8000),
+        (8000, 22_050),
+        (48_000, 44_100),
+        (8000, 8000),
+    ],
+)
 def test_resample_keeps_the_tone_and_drops_what_is_too_high(rate, new_rate):
     seconds = torch.arange(rate, dtype=torch.float64) / rate
     found = resample(torch.sin(2 * math.pi * 700 * seconds), rate, new_rate)
-    expected = torch.sin(2 * math.pi * 700 * torch.arange(new_rate, dtype=torch.float64) / new_rate)
-    assert found.shape == expected.shape and (found - expected)[200:-200].abs().max() < 0.005
+    expected = torch.sin(
+        2 * math.pi * 700 * torch.arange(new_rate, dtype=torch.float64) / new_rate
+    )
+    assert (
+        found.shape == expected.shape
+        and (found - expected)[200:-200].abs().max() < 0.005
+    )
     if new_rate <= rate / 2:
         high = resample(torch.sin(2 * math.pi * 0.48 * rate * seconds), rate, new_rate)
         assert high[200:-200].abs().max() < 0.02
 
 
-@pytest.mark.parametrize("rates", [(0, 8000), (8000, -1), (8000.0, 16_000), ("8000", 16_000), (44_101, 8000), (8000, 10**9 + 7)])
+@pytest.mark.parametrize(
+    "rates",
+    [
+        (0, 8000),
+        (8000, -1),
+        (8000.0, 16_000),
+        ("8000", 16_000),
+        (44_101, 8000),
+        (8000, 10**9 + 7),
+    ],
+)
 def test_rates_that_are_refused(rates):
     with pytest.raises(ValueError, match="whole numbers above 0|takes a table of"):
         resample(torch.zeros(1, 10), *rates)
@@ -226,8 +386,13 @@ def test_rates_that_are_refused(rates):
 def test_one_channel_of_the_right_length():
     waves = noise(2, 10)
     torch.testing.assert_close(to_mono(waves), (waves[0] + waves[1]) / 2)
-    assert torch.equal(fit_length(waves, 4), waves[:, :4]) and torch.equal(fit_length(waves, 10), waves)
-    assert torch.equal(fit_length(waves, 12), torch.cat([waves, torch.zeros(2, 2)], 1)) and fit_length(waves[0, :0], 3).sum() == 0
+    assert torch.equal(fit_length(waves, 4), waves[:, :4]) and torch.equal(
+        fit_length(waves, 10), waves
+    )
+    assert (
+        torch.equal(fit_length(waves, 12), torch.cat([waves, torch.zeros(2, 2)], 1))
+        and fit_length(waves[0, :0], 3).sum() == 0
+    )
     for bad in (waves[0], waves[None], waves[:0]):
         with pytest.raises(ValueError, match="channels of a sound have shape"):
             to_mono(bad)
@@ -238,17 +403,35 @@ def test_one_channel_of_the_right_length():
 def tones(hz, amplitudes, vibrato=0.0, samples=8192, rate=RATE, decay=0.0):
     "Sums of overtones; vibrato: the frequency goes up and down by this share, six times a second."
     seconds = torch.arange(samples, dtype=torch.float64) / rate
-    angle = 2 * math.pi * torch.as_tensor(hz, dtype=torch.float64)[:, None] * (
-        seconds + vibrato * (1 - torch.cos(2 * math.pi * 6 * seconds)) / (2 * math.pi * 6))
-    return sum(a * torch.sin(k * angle + k) for k, a in enumerate(amplitudes, start=1)) * torch.exp(-decay * seconds)
+    angle = (
+        2
+        * math.pi
+        * torch.as_tensor(hz, dtype=torch.float64)[:, None]
+        * (
+            seconds
+            + vibrato * (1 - torch.cos(2 * math.pi * 6 * seconds)) / (2 * math.pi * 6)
+        )
+    )
+    return sum(
+        a * torch.sin(k * angle + k) for k, a in enumerate(amplitudes, start=1)
+    ) * torch.exp(-decay * seconds)
 
 
-@pytest.mark.parametrize("amplitudes", [(1,), (1, 0.7, 0.5), (0.3, 1, 0.8), (1, 0, 0.6), (0.4, 0.2, 1), (0, 1, 1)])
+@pytest.mark.parametrize(
+    "amplitudes",
+    [(1,), (1, 0.7, 0.5), (0.3, 1, 0.8), (1, 0, 0.6), (0.4, 0.2, 1), (0, 1, 1)],
+)
 @pytest.mark.parametrize("vibrato, decay", [(0, 0), (0.03, 0), (0.0, 8.0), (0.03, 8.0)])
-@pytest.mark.parametrize("rate, samples, level", [(8000, 8192, 0.5), (16_000, 8192, 0.01), (22_050, 11_025, 1.0)])
+@pytest.mark.parametrize(
+    "rate, samples, level",
+    [(8000, 8192, 0.5), (16_000, 8192, 0.01), (22_050, 11_025, 1.0)],
+)
 def test_the_pitch_is_found(amplitudes, vibrato, decay, rate, samples, level):
     played = 82.5 * 2 ** (torch.arange(0, 47, 1.7, dtype=torch.float64) / 12)
-    waves = level * tones(played, amplitudes, vibrato, samples, rate, decay) + 0.1 * level  # and a constant
+    # and a constant
+    waves = (
+        level * tones(played, amplitudes, vibrato, samples, rate, decay) + 0.1 * level
+    )
     off = 12 * torch.log2(pitch_of(waves, rate) / played)
     assert off.abs().max() < 0.5
     assert (pitch_of(waves.float(), rate) - pitch_of(waves, rate)).abs().max() < 1
@@ -256,19 +439,37 @@ def test_the_pitch_is_found(amplitudes, vibrato, decay, rate, samples, level):
 
 def test_a_low_pure_tone_in_noise_is_not_a_high_one():
     played = torch.linspace(65, 300, 40, dtype=torch.float64)
-    off = 12 * (pitch_of(tones(played, (1,)) + noise(40, 8192) / 2, RATE) / played).log2()
+    off = (
+        12 * (pitch_of(tones(played, (1,)) + noise(40, 8192) / 2, RATE) / played).log2()
+    )
     assert off.abs().max() < 0.5
 
 
 def test_no_pitch_in_silence_and_in_noise():
-    waves = torch.cat([torch.zeros(1, 8192), torch.full((1, 8192), 0.5), noise(1, 8192), 1e-5 * tones([440], (1,)).float()])
+    waves = torch.cat(
+        [
+            torch.zeros(1, 8192),
+            torch.full((1, 8192), 0.5),
+            noise(1, 8192),
+            1e-5 * tones([440], (1,)).float(),
+        ]
+    )
     assert pitch_of(waves, RATE).isnan().all()
-    assert abs(pitch_of(torch.cat([waves, tones([440], (1,)).float()]), RATE)[-1] - 440) < 1, "others in the batch change nothing"
+    assert (
+        abs(pitch_of(torch.cat([waves, tones([440], (1,)).float()]), RATE)[-1] - 440)
+        < 1
+    ), "others in the batch change nothing"
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"low": 0}, "low is 0"), ({"low": 500.0, "high": 400.0}, "low is 500.0 and high 400.0"),
-    ({"high": 4001.0}, "half the rate"), ({"low": 1.0}, "two periods of 1.0 Hz; low >= 2 ")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"low": 0}, "low is 0"),
+        ({"low": 500.0, "high": 400.0}, "low is 500.0 and high 400.0"),
+        ({"high": 4001.0}, "half the rate"),
+        ({"low": 1.0}, "two periods of 1.0 Hz; low >= 2 "),
+    ],
+)
 def test_frequencies_that_cannot_be_searched(change, words):
     with pytest.raises(ValueError, match=words):
         pitch_of(noise(1, 8192), RATE, **change)
@@ -287,10 +488,16 @@ def test_onsets_of_struck_sounds_are_found_within_20_ms(rate, seed):
         truth.append(begins[begins < 0.95])
         for begin in truth[-1]:
             after = seconds - begin
-            strike = torch.sin(2 * math.pi * draw.uniform(200, 1500) * after) * (after >= 0) * draw.uniform(0.2, 1)
+            strike = (
+                torch.sin(2 * math.pi * draw.uniform(200, 1500) * after)
+                * (after >= 0)
+                * draw.uniform(0.2, 1)
+            )
             wave += strike * torch.exp(-draw.uniform(8, 40) * after.clamp(min=0))
     found = onsets_of(waves, rate)
-    assert sum(len(f) for f in found) == sum(len(t) for t in truth), "none too many, none missed"
+    assert sum(len(f) for f in found) == sum(len(t) for t in truth), (
+        "none too many, none missed"
+    )
     for f, t in zip(found, truth, strict=True):
         assert np.abs(f.numpy() - t).max() < 0.01
 
@@ -298,9 +505,16 @@ def test_onsets_of_struck_sounds_are_found_within_20_ms(rate, seed):
 def test_onsets_at_the_very_beginning_in_silence_and_under_a_threshold():
     seconds = torch.arange(4000) / RATE
     struck = torch.exp(-20 * seconds) * torch.sin(2 * math.pi * 500 * seconds)
-    soft = struck + 0.01 * torch.cat([torch.zeros(2000), struck[:2000]])  # 40 dB below, while the first still sounds
-    at_0, silent, faint, both = onsets_of(torch.stack([struck, torch.zeros(4000), 1e-4 * struck, soft]), RATE)
-    assert at_0.tolist() == pytest.approx([0], abs=0.004) and len(silent) == 0 and len(faint) == 0
+    # 40 dB below, while the first still sounds
+    soft = struck + 0.01 * torch.cat([torch.zeros(2000), struck[:2000]])
+    at_0, silent, faint, both = onsets_of(
+        torch.stack([struck, torch.zeros(4000), 1e-4 * struck, soft]), RATE
+    )
+    assert (
+        at_0.tolist() == pytest.approx([0], abs=0.004)
+        and len(silent) == 0
+        and len(faint) == 0
+    )
     assert both.tolist() == pytest.approx([0], abs=0.004)
     assert len(onsets_of(noise(3, 5), RATE)) == 3, "however short"
     for change in ({"threshold": 0}, {"threshold": 1.1}, {"gap": 0}, {"gap": math.nan}):

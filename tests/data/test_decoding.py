@@ -1,4 +1,5 @@
 """Pictures, sounds and films become tensors of one form; what is hostile is refused."""
+
 import io
 import math
 import struct
@@ -34,53 +35,107 @@ def pixels(*shape, seed=0):
 
 def reason_of(data, signal, form=None, function=read):
     with pytest.raises(Refused) as caught:
-        function(data, signal, form or Form()) if function is read else function(data, signal)
+        function(data, signal, form or Form()) if function is read else function(
+            data, signal
+        )
     return caught.value.reason
 
 
 # Form
 
-@pytest.mark.parametrize("change", [{"size": 0}, {"size": -1}, {"size": 8.5}, {"size": True}, {"size": "32"}, {"size": 10**9},
-                                    {"frames": 0}, {"samples": 0}, {"samples": 2**40}, {"rate": 999}, {"rate": 10**6},
-                                    {"fps": 0}, {"fps": -1}, {"fps": math.nan}, {"fps": math.inf}, {"fps": "12"}])
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": 0},
+        {"size": -1},
+        {"size": 8.5},
+        {"size": True},
+        {"size": "32"},
+        {"size": 10**9},
+        {"frames": 0},
+        {"samples": 0},
+        {"samples": 2**40},
+        {"rate": 999},
+        {"rate": 10**6},
+        {"fps": 0},
+        {"fps": -1},
+        {"fps": math.nan},
+        {"fps": math.inf},
+        {"fps": "12"},
+    ],
+)
 def test_forms_that_cannot_be(change):
-    name, = change
+    (name,) = change
     with pytest.raises(ValueError, match=f"{name} is {change[name]!r}, expected"):
         Form(**change)
 
 
 def test_shapes():
-    assert Form((4, 9), 5).shapes(("video", "image")) == {"video": (3, 5, 4, 9), "image": (3, 4, 9)}
+    assert Form((4, 9), 5).shapes(("video", "image")) == {
+        "video": (3, 5, 4, 9),
+        "image": (3, 4, 9),
+    }
     with pytest.raises(ValueError, match="size is 0, expected"):
         Form((8, 0))
     assert Form(9, 5, None, 8_000, 77).shapes(("audio", "video", "image")) == {
-        "audio": (77,), "video": (3, 5, 9, 9), "image": (3, 9, 9)}
+        "audio": (77,),
+        "video": (3, 5, 9, 9),
+        "image": (3, 9, 9),
+    }
 
 
 # Pictures
 
-@pytest.mark.parametrize("whole, wanted", [((12, 20), (12, 8)), ((12, 20), (6, 20)), ((20, 12), (4, 12)), ((14, 6), (14, 6))])
+
+@pytest.mark.parametrize(
+    "whole, wanted",
+    [((12, 20), (12, 8)), ((12, 20), (6, 20)), ((20, 12), (4, 12)), ((14, 6), (14, 6))],
+)
 def test_the_middle_has_the_sides_that_are_asked_for(whole, wanted):
     values = pixels(*whole, 3)
     found = read(saved(Image.fromarray(values), "PNG"), "image", Form(wanted))
     top, left = (whole[0] - wanted[0]) // 2, (whole[1] - wanted[1]) // 2
-    assert np.array_equal(found, values[top:top + wanted[0], left:left + wanted[1]].transpose(2, 0, 1))
+    assert np.array_equal(
+        found, values[top : top + wanted[0], left : left + wanted[1]].transpose(2, 0, 1)
+    )
 
 
-@pytest.mark.parametrize("height, width, wanted", [(7, 13, (3, 5)), (640, 427, (32, 48)), (1, 9, (5, 7)), (333, 1000, (31, 17))])
+@pytest.mark.parametrize(
+    "height, width, wanted",
+    [(7, 13, (3, 5)), (640, 427, (32, 48)), (1, 9, (5, 7)), (333, 1000, (31, 17))],
+)
 def test_a_picture_of_any_sides_is_brought_to_others(height, width, wanted):
-    found = read(saved(Image.new("RGB", (width, height), (200, 100, 50)), "PNG"), "image", Form(wanted))
-    assert found.shape == (3, *wanted) and found.flatten(1).unique(dim=1).flatten().tolist() == [200, 100, 50]
+    found = read(
+        saved(Image.new("RGB", (width, height), (200, 100, 50)), "PNG"),
+        "image",
+        Form(wanted),
+    )
+    assert found.shape == (3, *wanted) and found.flatten(1).unique(
+        dim=1
+    ).flatten().tolist() == [200, 100, 50]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP"])
 @pytest.mark.parametrize("height, width", [(8, 8), (8, 13), (12, 8), (8, 9)])
 def test_the_central_square_at_the_same_size_is_exact(kind, height, width):
     values = pixels(height, width, 3)
-    found = read(saved(Image.fromarray(values), kind, **({"lossless": True} if kind == "WEBP" else {})), "image", Form(8))
+    found = read(
+        saved(
+            Image.fromarray(values),
+            kind,
+            **({"lossless": True} if kind == "WEBP" else {}),
+        ),
+        "image",
+        Form(8),
+    )
     top, left = (height - 8) // 2, (width - 8) // 2
-    expected = values[top:top + 8, left:left + 8].transpose(2, 0, 1)
-    assert found.dtype == torch.uint8 and found.shape == (3, 8, 8) and found.is_contiguous()
+    expected = values[top : top + 8, left : left + 8].transpose(2, 0, 1)
+    assert (
+        found.dtype == torch.uint8
+        and found.shape == (3, 8, 8)
+        and found.is_contiguous()
+    )
     if (height - 8) % 2 == (width - 8) % 2 == 0:
         assert np.array_equal(found, expected)
     else:  # half a pixel lies on either side
@@ -88,28 +143,56 @@ def test_the_central_square_at_the_same_size_is_exact(kind, height, width):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 20), st.sampled_from(["PNG", "BMP", "GIF", "JPEG", "WEBP"]))
-def test_any_size_becomes_the_form_and_a_plain_picture_stays_plain(width, height, size, kind):
-    found = read(saved(Image.new("RGB", (width, height), (200, 100, 50)), kind), "image", Form(size))
+@given(
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.integers(1, 20),
+    st.sampled_from(["PNG", "BMP", "GIF", "JPEG", "WEBP"]),
+)
+def test_any_size_becomes_the_form_and_a_plain_picture_stays_plain(
+    width, height, size, kind
+):
+    found = read(
+        saved(Image.new("RGB", (width, height), (200, 100, 50)), kind),
+        "image",
+        Form(size),
+    )
     assert found.shape == (3, size, size)
     assert (found.int() - torch.tensor([200, 100, 50])[:, None, None]).abs().max() <= 3
 
 
 def test_shrinking_averages():
     board = np.indices((64, 64)).sum(0) % 2 * 255
-    found = read(saved(Image.fromarray(board.astype(np.uint8)), "PNG"), "image", Form(8))
-    assert (found.float() - 127.5).abs().max() < 4, "a fine chequerboard is grey, not black or white"
+    found = read(
+        saved(Image.fromarray(board.astype(np.uint8)), "PNG"), "image", Form(8)
+    )
+    assert (found.float() - 127.5).abs().max() < 4, (
+        "a fine chequerboard is grey, not black or white"
+    )
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 def test_orientations(orientation, kind):
     upright = pixels(8, 8, 3)
-    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.transpose(1, 0, 2),
-              6: np.rot90(upright, 1), 7: upright[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(upright, -1)}[orientation]
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = saved(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    data = saved(
+        Image.fromarray(np.ascontiguousarray(stored)),
+        kind,
+        exif=exif,
+        **({"lossless": True} if kind == "WEBP" else {}),
+    )
     assert np.array_equal(read(data, "image", Form(8)), upright.transpose(2, 0, 1))
 
 
@@ -117,19 +200,40 @@ def test_transparent_parts_lie_on_white():
     alpha = np.zeros((4, 4, 4), np.uint8)
     alpha[..., 0], alpha[0, :, 3], alpha[1, :, 3] = 200, 255, 128
     found = read(saved(Image.fromarray(alpha), "PNG"), "image", Form(4))
-    assert found[:, 0, 0].tolist() == [200, 0, 0] and found[:, 3, 0].tolist() == [255, 255, 255]
+    assert found[:, 0, 0].tolist() == [200, 0, 0] and found[:, 3, 0].tolist() == [
+        255,
+        255,
+        255,
+    ]
     expected = [round((c * 128 + 255 * 127) / 255) for c in (200, 0, 0)]
-    assert all(abs(a - b) <= 1 for a, b in zip(found[:, 1, 0].tolist(), expected, strict=True))
+    assert all(
+        abs(a - b) <= 1 for a, b in zip(found[:, 1, 0].tolist(), expected, strict=True)
+    )
     index = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8)).convert("P")
     index.putpalette([10, 20, 30, 40, 50, 60])
     found = read(saved(index, "PNG", transparency=0), "image", Form(2))
-    assert found[:, 0, 0].tolist() == [255] * 3 and found[:, 0, 1].tolist() == [40, 50, 60]
-    grey = read(saved(Image.fromarray(pixels(4, 4)).convert("LA"), "PNG"), "image", Form(4))
+    assert found[:, 0, 0].tolist() == [255] * 3 and found[:, 0, 1].tolist() == [
+        40,
+        50,
+        60,
+    ]
+    grey = read(
+        saved(Image.fromarray(pixels(4, 4)).convert("LA"), "PNG"), "image", Form(4)
+    )
     assert np.array_equal(grey[0], pixels(4, 4)) and torch.equal(grey[0], grey[2])
 
 
-@pytest.mark.parametrize("mode, kind", [("1", "PNG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("P", "GIF"), ("P", "BMP"),
-                                        ("RGBA", "WEBP")])
+@pytest.mark.parametrize(
+    "mode, kind",
+    [
+        ("1", "PNG"),
+        ("L", "JPEG"),
+        ("CMYK", "JPEG"),
+        ("P", "GIF"),
+        ("P", "BMP"),
+        ("RGBA", "WEBP"),
+    ],
+)
 def test_every_mode_is_read(mode, kind):
     data = saved(Image.new("RGB", (10, 10), "white").convert(mode), kind)
     assert read(data, "image", Form(5)).min() >= 250
@@ -142,32 +246,52 @@ def test_sixteen_bits_become_eight():
 
 
 def test_a_large_jpeg_is_decoded_smaller_with_nearly_the_same_result():
-    smooth = Image.fromarray(pixels(12, 12, 3)).resize((1_200, 1_200), Image.Resampling.BICUBIC)
+    smooth = Image.fromarray(pixels(12, 12, 3)).resize(
+        (1_200, 1_200), Image.Resampling.BICUBIC
+    )
     small = read(saved(smooth, "JPEG", quality=95), "image", Form(24))
     whole = read(saved(smooth, "PNG"), "image", Form(24))
     assert (small.float() - whole.float()).abs().mean() < 2
 
 
 def chunk(name, data):
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    return (
+        struct.pack(">I", len(data))
+        + name
+        + data
+        + struct.pack(">I", zlib.crc32(name + data))
+    )
 
 
 def bomb(width, height):
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(bytes(1_000))) + chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(bytes(1_000)))
+        + chunk(b"IEND", b"")
+    )
 
 
-@pytest.mark.parametrize("width, height", [(2**13 + 1, 2**13), (60_000, 60_000), (2**31 - 1, 2**31 - 1), (2**27, 1)])
+@pytest.mark.parametrize(
+    "width, height",
+    [(2**13 + 1, 2**13), (60_000, 60_000), (2**31 - 1, 2**31 - 1), (2**27, 1)],
+)
 def test_bombs_are_refused_by_their_header(width, height):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert reason_of(bomb(width, height), "image") == "declares too many pixels"
-        assert reason_of(bomb(width, height), "image", function=look) == "declares too many pixels"
+        assert (
+            reason_of(bomb(width, height), "image", function=look)
+            == "declares too many pixels"
+        )
 
 
 def test_a_gif_may_not_declare_a_large_screen():
     data = saved(Image.new("L", (4, 4)), "GIF")
-    assert reason_of(data[:6] + b"\xff\xff\xff\xff" + data[10:], "image") == "declares too many pixels"
+    assert (
+        reason_of(data[:6] + b"\xff\xff\xff\xff" + data[10:], "image")
+        == "declares too many pixels"
+    )
 
 
 @settings(deadline=None, max_examples=150)
@@ -177,26 +301,53 @@ def test_damaged_files_are_read_or_refused_and_nothing_else(data, kind):
         whole, signals = wav(pixels(300, 2).astype("<i2"), 1, 16), ["audio"]
     else:
         frames = [Image.fromarray(pixels(9, 7, 3, seed=i)) for i in range(3)]
-        whole = saved(frames[0], kind, **({"save_all": True, "append_images": frames[1:]} if kind in ("GIF", "WEBP") else {}))
+        whole = saved(
+            frames[0],
+            kind,
+            **(
+                {"save_all": True, "append_images": frames[1:]}
+                if kind in ("GIF", "WEBP")
+                else {}
+            ),
+        )
         signals = ["image", "video"] if kind in ("GIF", "WEBP") else ["image"]
-    changed = bytearray(whole[:data.draw(st.integers(12, len(whole)))])
+    changed = bytearray(whole[: data.draw(st.integers(12, len(whole)))])
     for _ in range(data.draw(st.integers(0, 4))):
-        changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
+        changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(
+            st.integers(0, 255)
+        )
     for signal in signals:
         for function in (lambda *a: look(*a[:2]), read):
             try:
                 found = function(bytes(changed), signal, Form(5, 4, None, 8_000, 50))
-                assert isinstance(found, Header) or found.shape == Form(5, 4, None, 8_000, 50).shapes([signal])[signal]
+                assert (
+                    isinstance(found, Header)
+                    or found.shape
+                    == Form(5, 4, None, 8_000, 50).shapes([signal])[signal]
+                )
             except Refused:
                 pass
 
 
 # Sounds
 
-def wav(values, tag, bits, rate=8_000, before=b"", claim=None, channels=None, block=None, form=None):
+
+def wav(
+    values,
+    tag,
+    bits,
+    rate=8_000,
+    before=b"",
+    claim=None,
+    channels=None,
+    block=None,
+    form=None,
+):
     channels = channels or values.shape[1]
     block = block if block is not None else channels * bits // 8
-    form = form or struct.pack("<HHIIHH", tag, channels, rate, rate * block % 2**32, block, bits)
+    form = form or struct.pack(
+        "<HHIIHH", tag, channels, rate, rate * block % 2**32, block, bits
+    )
     data = values.tobytes()
     body = before + b"fmt " + struct.pack("<I", len(form)) + form + b"data"
     body += struct.pack("<I", len(data) if claim is None else claim) + data
@@ -206,88 +357,151 @@ def wav(values, tag, bits, rate=8_000, before=b"", claim=None, channels=None, bl
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_pcm_as_the_standard_library_writes_it(width, channels):
-    low, high = (0, 256) if width == 1 else (-2 ** (8 * width - 1), 2 ** (8 * width - 1))
+    low, high = (
+        (0, 256) if width == 1 else (-(2 ** (8 * width - 1)), 2 ** (8 * width - 1))
+    )
     numbers = np.random.default_rng(1).integers(low, high, (200, channels))
     numbers[0], numbers[1] = low, high - 1
     written = io.BytesIO()
     with wave.open(written, "wb") as file:
         file.setnchannels(channels), file.setsampwidth(width), file.setframerate(8_000)
-        file.writeframes(b"".join(int(n).to_bytes(width, "little", signed=width > 1) for n in numbers.ravel()))
-    expected = ((numbers - 128 if width == 1 else numbers) / 2 ** (8 * width - 1)).mean(1)
+        file.writeframes(
+            b"".join(
+                int(n).to_bytes(width, "little", signed=width > 1)
+                for n in numbers.ravel()
+            )
+        )
+    expected = ((numbers - 128 if width == 1 else numbers) / 2 ** (8 * width - 1)).mean(
+        1
+    )
     found = read(written.getvalue(), "audio", Form(samples=256))
-    assert found.dtype == torch.float32 and np.allclose(found[:200], expected, atol=1e-6) and not found[200:].any()
+    assert (
+        found.dtype == torch.float32
+        and np.allclose(found[:200], expected, atol=1e-6)
+        and not found[200:].any()
+    )
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "int32", "float32", "float64"])
 def test_wav_as_scipy_writes_it(dtype):
     values = np.random.default_rng(2).uniform(-0.99, 0.99, 300)
-    scaled = values if dtype.startswith("float") else values * 127 + 128 if dtype == "uint8" else values * np.iinfo(dtype).max
+    scaled = (
+        values
+        if dtype.startswith("float")
+        else values * 127 + 128
+        if dtype == "uint8"
+        else values * np.iinfo(dtype).max
+    )
     written = io.BytesIO()
     wavfile.write(written, 8_000, scaled.astype(dtype))
-    assert np.allclose(read(written.getvalue(), "audio", Form(samples=300)), values, atol=0.02 if dtype == "uint8" else 1e-4)
+    assert np.allclose(
+        read(written.getvalue(), "audio", Form(samples=300)),
+        values,
+        atol=0.02 if dtype == "uint8" else 1e-4,
+    )
 
 
 def test_extensible_wav_and_other_parts_before_the_sound():
     values = np.arange(-50, 50, dtype="<i2")[:, None] * 300
     guid = struct.pack("<H", 1) + bytes.fromhex("000000001000800000aa00389b71")
-    form = struct.pack("<HHIIHH", 0xFFFE, 1, 8_000, 16_000, 2, 16) + struct.pack("<HHI", 22, 16, 4) + guid
+    form = (
+        struct.pack("<HHIIHH", 0xFFFE, 1, 8_000, 16_000, 2, 16)
+        + struct.pack("<HHI", 22, 16, 4)
+        + guid
+    )
     for before in (b"", b"LIST\x03\0\0\0abc\0", b"JUNK\0\0\0\0" * 5):
-        found = read(wav(values, 0, 16, form=form, before=before), "audio", Form(samples=100))
+        found = read(
+            wav(values, 0, 16, form=form, before=before), "audio", Form(samples=100)
+        )
         assert np.allclose(found, values[:, 0] / 2**15)
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.sampled_from([8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000]),
-       st.sampled_from([4_000, 8_000, 16_000, 22_050, 44_100]), st.integers(1, 900), st.integers(1, 3))
-def test_only_what_is_needed_is_read_with_the_result_of_the_whole(rate, wanted, samples, channels):
-    values = np.random.default_rng(rate + samples).uniform(-0.4, 0.4, (12_000, channels)).astype("<f4")
+@given(
+    st.sampled_from([8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000]),
+    st.sampled_from([4_000, 8_000, 16_000, 22_050, 44_100]),
+    st.integers(1, 900),
+    st.integers(1, 3),
+)
+def test_only_what_is_needed_is_read_with_the_result_of_the_whole(
+    rate, wanted, samples, channels
+):
+    values = (
+        np.random.default_rng(rate + samples)
+        .uniform(-0.4, 0.4, (12_000, channels))
+        .astype("<f4")
+    )
     ratio = Fraction(wanted, rate)
-    expected = resample_poly(values.mean(1, dtype=np.float64), ratio.numerator, ratio.denominator)[:samples]
-    found = read(wav(values, 3, 32, rate=rate), "audio", Form(rate=wanted, samples=samples))
-    assert np.allclose(found[:len(expected)], expected, atol=1e-5) and not found[len(expected):].any()
+    expected = resample_poly(
+        values.mean(1, dtype=np.float64), ratio.numerator, ratio.denominator
+    )[:samples]
+    found = read(
+        wav(values, 3, 32, rate=rate), "audio", Form(rate=wanted, samples=samples)
+    )
+    assert (
+        np.allclose(found[: len(expected)], expected, atol=1e-5)
+        and not found[len(expected) :].any()
+    )
 
 
 @pytest.mark.parametrize("rate", [8_001, 44_101, 399_989, 1_009])
 def test_strange_rates_keep_the_pitch(rate):
     values = 0.5 * np.sin(2 * np.pi * 200 * np.arange(2 * rate) / rate)[:, None]
-    found = read(wav(values.astype("<f4"), 3, 32, rate=rate), "audio", Form(samples=8_000))
+    found = read(
+        wav(values.astype("<f4"), 3, 32, rate=rate), "audio", Form(samples=8_000)
+    )
     assert torch.fft.rfft(found).abs().argmax() == 200
     assert torch.fft.rfft(found).abs().max() > 0.45 * 4_000
 
 
 def test_beyond_full_scale_is_cut():
-    found = read(wav(np.array([[3.0], [-2.0], [0.5]], "<f4"), 3, 32), "audio", Form(samples=4))
+    found = read(
+        wav(np.array([[3.0], [-2.0], [0.5]], "<f4"), 3, 32), "audio", Form(samples=4)
+    )
     assert found.tolist() == [1, -1, 0.5, 0]
 
 
 SOUND = np.zeros((100, 1), "<i2")
 
 
-@pytest.mark.parametrize("data, reason", [
-    (wav(np.full((50, 1), np.nan, "<f4"), 3, 32), "holds NaN or infinity"),
-    (wav(np.array([[0.0], [np.inf]], "<f4"), 3, 32), "holds NaN or infinity"),
-    (wav(np.array([[0.0, 0.0], [0.0, np.nan]], "<f8"), 3, 64), "holds NaN or infinity"),
-    (wav(np.array([[1e300]], "<f8"), 3, 64), "holds NaN or infinity"),
-    (wav(np.array([[32_768.0]], "<f4"), 3, 32), "is too loud"),
-    (wav(SOUND, 1, 16, claim=2**32 - 1), "is shorter than it declares"),
-    (wav(SOUND, 1, 16, claim=201), "is shorter than it declares"),
-    (wav(SOUND, 1, 16)[:-1], "is shorter than it declares"),
-    (wav(SOUND, 1, 16)[:36], "is shorter than it declares"),
-    (wav(SOUND, 1, 16, before=b"LIST\xff\xff\xff\xff"), "is shorter than it declares"),
-    (wav(SOUND, 1, 16, before=b"JUNK\0\0\0\0" * 2_000), "is shorter than it declares"),
-    (wav(SOUND, 1, 16, rate=0), "has a strange sample rate"),
-    (wav(SOUND, 1, 16, rate=999), "has a strange sample rate"),
-    (wav(SOUND, 1, 16, rate=2**32 - 1), "has a strange sample rate"),
-    (wav(SOUND, 2, 16), "is WAV of an unknown form"),
-    (wav(SOUND, 1, 12), "is WAV of an unknown form"),
-    (wav(SOUND, 1, 16, channels=65_535, block=65_534), "is WAV of an unknown form"),
-    (wav(SOUND, 1, 16, channels=65), "is WAV of an unknown form"),
-    (wav(SOUND, 1, 16, block=0), "is WAV of an unknown form"),
-    (wav(SOUND[:0], 1, 16), "is WAV of an unknown form"),
-    (wav(SOUND, 1, 16, form=b"\1\0"), "cannot be decoded"),
-    (b"RIFF\0\0\0\0WAVE", "is shorter than it declares"),
-    (b"", "is empty"), (b"RIFX\0\0\0\0WAVEfmt ", "cannot be read as audio"),
-])
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (wav(np.full((50, 1), np.nan, "<f4"), 3, 32), "holds NaN or infinity"),
+        (wav(np.array([[0.0], [np.inf]], "<f4"), 3, 32), "holds NaN or infinity"),
+        (
+            wav(np.array([[0.0, 0.0], [0.0, np.nan]], "<f8"), 3, 64),
+            "holds NaN or infinity",
+        ),
+        (wav(np.array([[1e300]], "<f8"), 3, 64), "holds NaN or infinity"),
+        (wav(np.array([[32_768.0]], "<f4"), 3, 32), "is too loud"),
+        (wav(SOUND, 1, 16, claim=2**32 - 1), "is shorter than it declares"),
+        (wav(SOUND, 1, 16, claim=201), "is shorter than it declares"),
+        (wav(SOUND, 1, 16)[:-1], "is shorter than it declares"),
+        (wav(SOUND, 1, 16)[:36], "is shorter than it declares"),
+        (
+            wav(SOUND, 1, 16, before=b"LIST\xff\xff\xff\xff"),
+            "is shorter than it declares",
+        ),
+        (
+            wav(SOUND, 1, 16, before=b"JUNK\0\0\0\0" * 2_000),
+            "is shorter than it declares",
+        ),
+        (wav(SOUND, 1, 16, rate=0), "has a strange sample rate"),
+        (wav(SOUND, 1, 16, rate=999), "has a strange sample rate"),
+        (wav(SOUND, 1, 16, rate=2**32 - 1), "has a strange sample rate"),
+        (wav(SOUND, 2, 16), "is WAV of an unknown form"),
+        (wav(SOUND, 1, 12), "is WAV of an unknown form"),
+        (wav(SOUND, 1, 16, channels=65_535, block=65_534), "is WAV of an unknown form"),
+        (wav(SOUND, 1, 16, channels=65), "is WAV of an unknown form"),
+        (wav(SOUND, 1, 16, block=0), "is WAV of an unknown form"),
+        (wav(SOUND[:0], 1, 16), "is WAV of an unknown form"),
+        (wav(SOUND, 1, 16, form=b"\1\0"), "cannot be decoded"),
+        (b"RIFF\0\0\0\0WAVE", "is shorter than it declares"),
+        (b"", "is empty"),
+        (b"RIFX\0\0\0\0WAVEfmt ", "cannot be read as audio"),
+    ],
+)
 def test_sounds_that_are_refused(data, reason):
     assert reason_of(data, "audio") == reason
     if "NaN" not in reason and "loud" not in reason:
@@ -296,11 +510,17 @@ def test_sounds_that_are_refused(data, reason):
         look(data, "audio")
 
 
-@pytest.mark.parametrize("module, data, signal", [("soundfile", b"fLaC....", "audio"), ("av", b"\0\0\0\x20ftypisom", "video")])
+@pytest.mark.parametrize(
+    "module, data, signal",
+    [("soundfile", b"fLaC....", "audio"), ("av", b"\0\0\0\x20ftypisom", "video")],
+)
 def test_what_is_not_installed_is_named(monkeypatch, module, data, signal):
     monkeypatch.setitem(sys.modules, module, None)
     for function in (look, read):
-        assert reason_of(data, signal, function=function) == f"needs the package {module}: pip install 'selfflow[av]'"
+        assert (
+            reason_of(data, signal, function=function)
+            == f"needs the package {module}: pip install 'selfflow[av]'"
+        )
 
 
 def written(values, rate, kind, subtype):
@@ -309,24 +529,45 @@ def written(values, rate, kind, subtype):
     return file.getvalue()
 
 
-FORMS = [("FLAC", "PCM_16"), ("FLAC", "PCM_24"), ("WAV", "PCM_16"), ("WAV", "PCM_24"), ("WAV", "FLOAT"), ("WAV", "DOUBLE"),
-         ("WAVEX", "PCM_24"), ("WAVEX", "FLOAT")]
+FORMS = [
+    ("FLAC", "PCM_16"),
+    ("FLAC", "PCM_24"),
+    ("WAV", "PCM_16"),
+    ("WAV", "PCM_24"),
+    ("WAV", "FLOAT"),
+    ("WAV", "DOUBLE"),
+    ("WAVEX", "PCM_24"),
+    ("WAVEX", "FLOAT"),
+]
 
 
 @pytest.mark.parametrize("kind, subtype", FORMS)
 @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
 @pytest.mark.parametrize("channels", [1, 2, 6])
-def test_sounds_as_libsndfile_writes_them_keep_pitch_and_loudness(kind, subtype, rate, channels):
-    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(2 * rate) / rate)[:, None] * np.linspace(1, 0.5, channels)
+def test_sounds_as_libsndfile_writes_them_keep_pitch_and_loudness(
+    kind, subtype, rate, channels
+):
+    tone = (
+        0.5
+        * np.sin(2 * np.pi * 440 * np.arange(2 * rate) / rate)[:, None]
+        * np.linspace(1, 0.5, channels)
+    )
     data = written(tone, rate, kind, subtype)
     look(data, "audio")
     spectrum = torch.fft.rfft(read(data, "audio", Form(samples=8_000))).abs() / 4_000
-    assert spectrum.argmax() == 440 and abs(spectrum.max() - (0.5 if channels == 1 else 0.375)) < 0.005
+    assert (
+        spectrum.argmax() == 440
+        and abs(spectrum.max() - (0.5 if channels == 1 else 0.375)) < 0.005
+    )
 
 
 @pytest.mark.parametrize("kind, subtype", FORMS)
-@pytest.mark.parametrize("rate, count", [(8_000, 1), (8_000, 7), (44_100, 3), (48_000, 1), (22_050, 40)])
-def test_sounds_shorter_than_asked_for_are_followed_by_silence(kind, subtype, rate, count):
+@pytest.mark.parametrize(
+    "rate, count", [(8_000, 1), (8_000, 7), (44_100, 3), (48_000, 1), (22_050, 40)]
+)
+def test_sounds_shorter_than_asked_for_are_followed_by_silence(
+    kind, subtype, rate, count
+):
     values = np.random.default_rng(count).uniform(-0.5, 0.5, (count, 2))
     found = read(written(values, rate, kind, subtype), "audio", Form(samples=100))
     end = -(-count * 8_000 // rate)
@@ -336,56 +577,108 @@ def test_sounds_shorter_than_asked_for_are_followed_by_silence(kind, subtype, ra
 
 @pytest.mark.parametrize("kind, subtype", FORMS)
 def test_silence_is_read_and_nan_is_refused(kind, subtype):
-    assert not read(written(np.zeros((500, 2)), 44_100, kind, subtype), "audio", Form(samples=300)).any()
+    assert not read(
+        written(np.zeros((500, 2)), 44_100, kind, subtype), "audio", Form(samples=300)
+    ).any()
     if subtype in ("FLOAT", "DOUBLE"):
         values = np.zeros((500, 2))
         values[100, 1] = np.nan
-        assert reason_of(written(values, 8_000, kind, subtype), "audio") == "holds NaN or infinity"
-        assert not read(written(values, 8_000, kind, subtype), "audio", Form(samples=50)).any(), "what is not needed is not read"
+        assert (
+            reason_of(written(values, 8_000, kind, subtype), "audio")
+            == "holds NaN or infinity"
+        )
+        assert not read(
+            written(values, 8_000, kind, subtype), "audio", Form(samples=50)
+        ).any(), "what is not needed is not read"
 
 
 def test_flac_that_is_damaged_or_says_what_is_not_so():
     values = np.random.default_rng(3).uniform(-0.5, 0.5, (4_000, 2))
     data = written(values, 8_000, "FLAC", "PCM_24")
-    assert np.allclose(read(data, "audio", Form(samples=500)), values.mean(1)[:500], atol=1e-6)
-    def says(rate=8_000, frames=4_000):  # STREAMINFO: 20 bits of the rate, 3 of the channels, 5 of the bits, 36 of the frames
-        return data[:18] + (rate << 44 | 1 << 41 | 23 << 36 | frames).to_bytes(8, "big") + data[26:]
+    assert np.allclose(
+        read(data, "audio", Form(samples=500)), values.mean(1)[:500], atol=1e-6
+    )
+
+    # STREAMINFO: 20 bits of the rate, 3 of the channels, 5 of the bits, 36 of the
+    # frames
+    def says(rate=8_000, frames=4_000):
+        return (
+            data[:18]
+            + (rate << 44 | 1 << 41 | 23 << 36 | frames).to_bytes(8, "big")
+            + data[26:]
+        )
+
     assert says() == data
     for function in (look, read):
-        assert reason_of(says(rate=999), "audio", function=function) == "has a strange sample rate"
+        assert (
+            reason_of(says(rate=999), "audio", function=function)
+            == "has a strange sample rate"
+        )
         assert reason_of(data[:30], "audio", function=function) == "cannot be decoded"
     cut = ("cannot be decoded", "is shorter than it declares")
     for frames in (2**36 - 1, 0, 5_000):  # 0 is one that was recorded live
         assert reason_of(says(frames=frames), "audio", Form(samples=6_000)) in cut
-        assert np.allclose(read(says(frames=frames), "audio", Form(samples=500)), values.mean(1)[:500], atol=1e-6)
-    assert reason_of(data[:len(data) // 2], "audio") in cut
+        assert np.allclose(
+            read(says(frames=frames), "audio", Form(samples=500)),
+            values.mean(1)[:500],
+            atol=1e-6,
+        )
+    assert reason_of(data[: len(data) // 2], "audio") in cut
 
 
 @settings(deadline=None, max_examples=100)
 @given(st.data())
 def test_damaged_flac_is_read_or_refused_and_nothing_else(data):
-    changed = bytearray(written(np.random.default_rng(4).uniform(-0.5, 0.5, (600, 2)), 44_100, "FLAC", "PCM_16"))
-    changed = changed[:data.draw(st.integers(12, len(changed)))]
+    changed = bytearray(
+        written(
+            np.random.default_rng(4).uniform(-0.5, 0.5, (600, 2)),
+            44_100,
+            "FLAC",
+            "PCM_16",
+        )
+    )
+    changed = changed[: data.draw(st.integers(12, len(changed)))]
     for _ in range(data.draw(st.integers(0, 4))):
-        changed[data.draw(st.integers(0, min(len(changed), data.draw(st.sampled_from([60, 10**6]))) - 1))] = data.draw(
-            st.integers(0, 255))
+        changed[
+            data.draw(
+                st.integers(
+                    0, min(len(changed), data.draw(st.sampled_from([60, 10**6]))) - 1
+                )
+            )
+        ] = data.draw(st.integers(0, 255))
     for function in (lambda *a: look(*a[:2]), read):
         try:
             found = function(bytes(changed), "audio", Form(samples=100))
-            assert isinstance(found, Header) or found.shape == (100,) and found.isfinite().all()
+            assert (
+                isinstance(found, Header)
+                or found.shape == (100,)
+                and found.isfinite().all()
+            )
         except Refused:
             pass
 
 
 # Films
 
+
 @settings(max_examples=200)
-@given(st.lists(st.integers(1, 2_000), min_size=1, max_size=30), st.integers(1, 40), st.sampled_from([None, 1, 5, 24, 25, 30]),
-       st.sampled_from([0, 5_000]))
-def test_a_slot_has_the_picture_that_is_shown_in_its_middle(durations, count, fps, first):
-    starts = [first + sum(durations[:i]) for i in range(len(durations) + 1)]  # milliseconds, exact
+@given(
+    st.lists(st.integers(1, 2_000), min_size=1, max_size=30),
+    st.integers(1, 40),
+    st.sampled_from([None, 1, 5, 24, 25, 30]),
+    st.sampled_from([0, 5_000]),
+)
+def test_a_slot_has_the_picture_that_is_shown_in_its_middle(
+    durations, count, fps, first
+):
+    # milliseconds, exact
+    starts = [first + sum(durations[:i]) for i in range(len(durations) + 1)]
     slot = Fraction(1_000, fps) if fps else Fraction(starts[-1] - first, count)
-    for i, picture in enumerate(moments([start / 1_000 for start in starts[:-1]], starts[-1] / 1_000, count, fps)):
+    for i, picture in enumerate(
+        moments(
+            [start / 1_000 for start in starts[:-1]], starts[-1] / 1_000, count, fps
+        )
+    ):
         middle = first + (i + Fraction("0.500001")) * slot
         assert picture == max(k for k in range(len(durations)) if starts[k] <= middle)
 
@@ -393,20 +686,33 @@ def test_a_slot_has_the_picture_that_is_shown_in_its_middle(durations, count, fp
 @pytest.mark.parametrize("fps", [10, 30, 24, 7])
 def test_every_second_picture_at_half_the_rate(fps):
     starts = [i / fps for i in range(100)]
-    assert moments(starts, 100 / fps, 50, fps / 2) == moments(starts, 100 / fps, 50) == list(range(1, 100, 2))
+    assert (
+        moments(starts, 100 / fps, 50, fps / 2)
+        == moments(starts, 100 / fps, 50)
+        == list(range(1, 100, 2))
+    )
 
 
 @given(st.integers(1, 50), st.integers(1, 5))
 def test_even_films(count, times):
     assert moments(range(count), count, count) == list(range(count))
-    assert moments(range(count), count, count * times) == [i for i in range(count) for _ in range(times)]
+    assert moments(range(count), count, count * times) == [
+        i for i in range(count) for _ in range(times)
+    ]
     assert moments(range(count), count, count, fps=1) == list(range(count))
 
 
 def film(greys, durations, kind):
     frames = [Image.new("RGB", (6, 6), (grey,) * 3) for grey in greys]
     options = {"lossless": True} if kind == "WEBP" else {}
-    return saved(frames[0], kind, save_all=True, append_images=frames[1:], duration=durations, **options)
+    return saved(
+        frames[0],
+        kind,
+        save_all=True,
+        append_images=frames[1:],
+        duration=durations,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP"])
@@ -417,14 +723,19 @@ def test_animations_by_their_durations(kind, frames, fps):
     expected = [greys[k] for k in moments(list(starts[:-1]), starts[-1], frames, fps)]
     found = read(film(greys, durations, kind), "video", Form(3, frames, fps))
     assert found.dtype == torch.uint8 and found.shape == (3, frames, 3, 3)
-    assert found[0, :, 1, 1].tolist() == expected and (found == found[:1, :, :1, :1]).all()
+    assert (
+        found[0, :, 1, 1].tolist() == expected and (found == found[:1, :, :1, :1]).all()
+    )
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP"])
 def test_a_still_is_a_film_that_stands(kind):
     found = read(saved(Image.new("RGB", (4, 4), "white"), kind), "video", Form(2, 3))
     assert found.shape == (3, 3, 2, 2) and found.min() > 250
-    assert torch.equal(read(film([9, 99, 199], 50, kind), "image", Form(2)), torch.full((3, 2, 2), 9, dtype=torch.uint8))
+    assert torch.equal(
+        read(film([9, 99, 199], 50, kind), "image", Form(2)),
+        torch.full((3, 2, 2), 9, dtype=torch.uint8),
+    )
 
 
 def test_a_gif_without_durations_has_ten_pictures_a_second():
@@ -437,7 +748,9 @@ def test_films_that_are_too_long(kind, monkeypatch):
     data = film([0, 50, 100, 150, 200], 100, kind)
     monkeypatch.setattr("selfflow.data.decoding._FRAMES", 4)
     assert reason_of(data, "video", Form(2, 2)) == "is too long a film"
-    assert read(data, "video", Form(2, 2, 10))[0, :, 0, 0].tolist() == [0, 50], "of which the beginning is short"
+    assert read(data, "video", Form(2, 2, 10))[0, :, 0, 0].tolist() == [0, 50], (
+        "of which the beginning is short"
+    )
     monkeypatch.setattr("selfflow.data.decoding._FRAMES", 100)
     monkeypatch.setattr("selfflow.data.decoding._FILM_PIXELS", 4 * 36)
     assert reason_of(data, "video", Form(2, 2)) == "is too long a film"
@@ -446,10 +759,18 @@ def test_films_that_are_too_long(kind, monkeypatch):
 def test_pictures_in_an_order_are_a_film(tmp_path):
     names = []
     for i in range(6):
-        (tmp_path / f"{i}.png").write_bytes(saved(Image.new("L", (5, 4), 40 * i), "PNG"))
+        (tmp_path / f"{i}.png").write_bytes(
+            saved(Image.new("L", (5, 4), 40 * i), "PNG")
+        )
         names.append(Inside(tmp_path.resolve(), f"{i}.png"))
     look(tuple(names), "video")
-    assert read(tuple(names), "video", Form(2, 3))[0, :, 0, 0].tolist() == [40, 120, 200]
-    assert read(tuple(names), "video", Form(2, 12, fps=5))[1, :, 1, 1].tolist() == [40 * (i // 2) for i in range(12)]
+    assert read(tuple(names), "video", Form(2, 3))[0, :, 0, 0].tolist() == [
+        40,
+        120,
+        200,
+    ]
+    assert read(tuple(names), "video", Form(2, 12, fps=5))[1, :, 1, 1].tolist() == [
+        40 * (i // 2) for i in range(12)
+    ]
     (tmp_path / "3.png").write_text("no picture")
     assert reason_of(tuple(names), "video", Form(2, 3)) == "is not what its suffix says"

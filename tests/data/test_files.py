@@ -1,4 +1,5 @@
 """What lies in a folder, what is said of it, and what of it is opened."""
+
 import hashlib
 import io
 import os
@@ -55,13 +56,22 @@ def test_a_file_within_is_opened_also_by_a_link_within(root):
             assert file.read() == b"fine"
 
 
-@pytest.mark.parametrize("name, reason", [
-    ("../outside", "leads out of the folder"), ("out", "leads out of the folder"),
-    ("folder-out/outside", "leads out of the folder"),
-    ("/etc/passwd", "leads out of the folder"), ("device", "leads out of the folder"), ("pipe", "is no regular file"),
-    ("sub", "is no regular file"), ("circle", "cannot be opened"), ("missing", "cannot be opened"), ("a\0b", "cannot be opened"),
-    ("x" * 5_000, "cannot be opened"),
-])
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("../outside", "leads out of the folder"),
+        ("out", "leads out of the folder"),
+        ("folder-out/outside", "leads out of the folder"),
+        ("/etc/passwd", "leads out of the folder"),
+        ("device", "leads out of the folder"),
+        ("pipe", "is no regular file"),
+        ("sub", "is no regular file"),
+        ("circle", "cannot be opened"),
+        ("missing", "cannot be opened"),
+        ("a\0b", "cannot be opened"),
+        ("x" * 5_000, "cannot be opened"),
+    ],
+)
 def test_nothing_else_is_opened(root, name, reason):
     (root / "out").symlink_to(root.parent / "outside")
     (root / "folder-out").symlink_to(root.parent)
@@ -78,15 +88,27 @@ def test_a_device_is_not_opened():
 def test_a_file_that_becomes_a_pipe_while_it_is_opened_is_let_go(root, monkeypatch):
     os.mkfifo(root / "pipe")
     real = os.open
-    monkeypatch.setattr(os, "open", lambda path, flags, *rest: real(root / "pipe", flags, *rest))
+    monkeypatch.setattr(
+        os, "open", lambda path, flags, *rest: real(root / "pipe", flags, *rest)
+    )
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     assert reason_of(Inside(root, "sub/fine").open) == "is no regular file"
     assert not before or len(os.listdir("/proc/self/fd")) == before, "and closed"
 
 
 def test_whatever_a_decoder_raises_is_refused():
-    for error in (OSError("x"), SyntaxError("x"), MemoryError(), RecursionError(), EOFError(), KeyError("x")):
-        with pytest.raises(Refused, match=f"reason .{type(error).__name__}"), refusing("reason"):
+    for error in (
+        OSError("x"),
+        SyntaxError("x"),
+        MemoryError(),
+        RecursionError(),
+        EOFError(),
+        KeyError("x"),
+    ):
+        with (
+            pytest.raises(Refused, match=f"reason .{type(error).__name__}"),
+            refusing("reason"),
+        ):
             raise error
     with pytest.raises(Refused, match="^first$"), refusing("second"):
         raise Refused("first")
@@ -94,13 +116,31 @@ def test_whatever_a_decoder_raises_is_refused():
         raise KeyboardInterrupt
 
 
-STARTS = {"PNG": PNG, "JPEG": b"\xff\xd8\xff\xe0", "GIF": b"GIF89a", "BMP": b"BM6", "WEBP": b"RIFF\x0a\x0a\x0a\x0aWEBPVP8 ",
-          "WAV": b"RIFF\0\0\0\0WAVEfmt ", "AVI": b"RIFF\xff\xff\xff\xffAVI LIST", "MP4": b"\0\0\0\x20ftypisom", "FLAC": b"fLaC\0",
-          "MATROSKA": b"\x1a\x45\xdf\xa3\1", "TIFF": b"II*\0\x08\0\0\0", "AVIF": b"\0\0\0\x1cftypmif1\0\0\0\0avifmiaf",
-          "HEIF": b"\0\0\0\x1cftypheic\0\0\0\0mif1heic", "JPEG2000": b"\0\0\0\x0cjP  \r\n\x87\n", "PPM": b"P6 4 4 255 ",
-          "MP3": b"\xff\xfb\x90\x64", "OGG": b"OggS\0\2", "AIFF": b"FORM\0\0\0\x20AIFFCOMM",
-          "AU": b".snd\0\0\0\x18", "CAF": b"caff\0\1", "RF64": b"RF64\xff\xff\xff\xffWAVEds64",
-          "M4A": b"\0\0\0\x20ftypM4A isom", "AAC": b"\xff\xf1\x50\x80"}
+STARTS = {
+    "PNG": PNG,
+    "JPEG": b"\xff\xd8\xff\xe0",
+    "GIF": b"GIF89a",
+    "BMP": b"BM6",
+    "WEBP": b"RIFF\x0a\x0a\x0a\x0aWEBPVP8 ",
+    "WAV": b"RIFF\0\0\0\0WAVEfmt ",
+    "AVI": b"RIFF\xff\xff\xff\xffAVI LIST",
+    "MP4": b"\0\0\0\x20ftypisom",
+    "FLAC": b"fLaC\0",
+    "MATROSKA": b"\x1a\x45\xdf\xa3\1",
+    "TIFF": b"II*\0\x08\0\0\0",
+    "AVIF": b"\0\0\0\x1cftypmif1\0\0\0\0avifmiaf",
+    "HEIF": b"\0\0\0\x1cftypheic\0\0\0\0mif1heic",
+    "JPEG2000": b"\0\0\0\x0cjP  \r\n\x87\n",
+    "PPM": b"P6 4 4 255 ",
+    "MP3": b"\xff\xfb\x90\x64",
+    "OGG": b"OggS\0\2",
+    "AIFF": b"FORM\0\0\0\x20AIFFCOMM",
+    "AU": b".snd\0\0\0\x18",
+    "CAF": b"caff\0\1",
+    "RF64": b"RF64\xff\xff\xff\xffWAVEds64",
+    "M4A": b"\0\0\0\x20ftypM4A isom",
+    "AAC": b"\xff\xf1\x50\x80",
+}
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
@@ -108,7 +148,8 @@ STARTS = {"PNG": PNG, "JPEG": b"\xff\xd8\xff\xe0", "GIF": b"GIF89a", "BMP": b"BM
 @pytest.mark.parametrize("kind", [*STARTS, "other"])
 def test_kinds_go_by_content_whatever_the_suffix(kind, suffix, signal):
     file = io.BytesIO(STARTS.get(kind, b"hello, there") + bytes(50))
-    kind = "M4A" if (kind, SUFFIXES.get(suffix)) == ("MP4", "M4A") else kind  # which begin alike
+    # which begin alike
+    kind = "M4A" if (kind, SUFFIXES.get(suffix)) == ("MP4", "M4A") else kind
     if kind in SIGNALS[signal]:
         assert kind_of(file, signal, suffix) == kind and file.tell() == 0
     elif SUFFIXES.get(suffix.lower()) in SIGNALS[signal]:
@@ -117,10 +158,16 @@ def test_kinds_go_by_content_whatever_the_suffix(kind, suffix, signal):
         assert reason_of(kind_of, file, signal, suffix) == f"cannot be read as {signal}"
 
 
-@pytest.mark.parametrize("data, suffix, reason", [
-    (b"\xff\x0a", ".jxl", "is JPEG XL, which is not read"), (b"\0\0\0\x0cJXL \r\n", ".jpg", "is JPEG XL, which is not read"),
-    (b"%PDF-1.7", ".pdf", "is PDF, which is not read"), (b"PK\3\4", ".zip", "is an archive, which is not read"),
-    (b"II*\0\x10\0\0\0CR", ".CR2", "is a camera's raw file, which is not read")])
+@pytest.mark.parametrize(
+    "data, suffix, reason",
+    [
+        (b"\xff\x0a", ".jxl", "is JPEG XL, which is not read"),
+        (b"\0\0\0\x0cJXL \r\n", ".jpg", "is JPEG XL, which is not read"),
+        (b"%PDF-1.7", ".pdf", "is PDF, which is not read"),
+        (b"PK\3\4", ".zip", "is an archive, which is not read"),
+        (b"II*\0\x10\0\0\0CR", ".CR2", "is a camera's raw file, which is not read"),
+    ],
+)
 def test_kinds_that_are_known_but_not_read_are_named(data, suffix, reason):
     assert reason_of(kind_of, io.BytesIO(data + bytes(50)), "image", suffix) == reason
 
@@ -130,7 +177,9 @@ def test_empty_and_large_files(monkeypatch):
     monkeypatch.setattr("selfflow.data.files._FILE_BYTES", 100)
     assert reason_of(kind_of, io.BytesIO(PNG + bytes(93)), "image") == "is too large"
     assert kind_of(io.BytesIO(PNG + bytes(92)), "image") == "PNG"
-    assert kind_of(io.BytesIO(STARTS["WAV"] + bytes(500)), "audio") == "WAV", "of a long sound only the beginning is read"
+    assert kind_of(io.BytesIO(STARTS["WAV"] + bytes(500)), "audio") == "WAV", (
+        "of a long sound only the beginning is read"
+    )
 
 
 def test_a_listing(root):
@@ -149,24 +198,42 @@ def test_a_listing(root):
     assert files == ["a/b/c/9.png", "a/b/c/10.png", "sub/fine", "sub/link"]
     assert folders == ["/".join("abcdefgh"[:n]) for n in range(1, 9)] + ["sub"]
     assert {reason: sorted(names) for reason, names in skipped.items()} == {
-        "lies too deep": ["a/b/c/d/e/f/g/h/i"], "is a link to a folder": ["sub/up"],
-        "is no regular file": ["sub/nowhere", "sub/pipe"]}
+        "lies too deep": ["a/b/c/d/e/f/g/h/i"],
+        "is a link to a folder": ["sub/up"],
+        "is no regular file": ["sub/nowhere", "sub/pipe"],
+    }
 
 
 def test_a_folder_that_cannot_be_listed_is_counted(root, monkeypatch):
     real = os.scandir
+
     def scandir(path):
         if str(path).endswith("sub"):
             raise PermissionError(13, "no")
         return real(path)
+
     monkeypatch.setattr(os, "scandir", scandir)
     skipped = Skipped()
-    assert listing(root, skipped) == ([], ["sub"]) and skipped == {"cannot be opened": ["sub"]}
+    assert listing(root, skipped) == ([], ["sub"]) and skipped == {
+        "cannot be opened": ["sub"]
+    }
 
 
 def test_natural_order():
     names = ["10", "9", "a2b", "a10", "a2", "", "b", "1" * 9_000, "007", "7", "a02"]
-    assert sorted(names, key=natural) == ["", "007", "7", "9", "10", "1" * 9_000, "a02", "a2", "a2b", "a10", "b"]
+    assert sorted(names, key=natural) == [
+        "",
+        "007",
+        "7",
+        "9",
+        "10",
+        "1" * 9_000,
+        "a02",
+        "a2",
+        "a2b",
+        "a10",
+        "b",
+    ]
 
 
 @given(st.lists(st.text(max_size=8)))
@@ -188,47 +255,92 @@ def test_plain_is_composed_and_repairs_halves():
     assert plain("e\u0301\ud83d\ude00\udc80") == "\u00e9\U0001f600\ufffd"
 
 
-CSV = "file,label,caption\na.png,cat,\"a, b\n\u732b\"\nsub/b.png,,\n"
-JSONL = ('{"file_name": "a.png", "label": "cat", "text": "a, b\\n\u732b"}\n\n{"file": "sub/b.png", "label": "", "caption": ""}\n')
+CSV = 'file,label,caption\na.png,cat,"a, b\n\u732b"\nsub/b.png,,\n'
+JSONL = '{"file_name": "a.png", "label": "cat", "text": "a, b\\n\u732b"}\n\n{"file": "sub/b.png", "label": "", "caption": ""}\n'
 
 
-@pytest.mark.parametrize("name, text", [("metadata.csv", CSV), ("metadata.jsonl", JSONL), ("metadata.csv", "\ufeff" + CSV),
-                                        ("labels.csv", CSV.replace("file", "filename").replace("label", "class")),
-                                        ("labels.tsv", CSV.replace("a, b", "a; b").replace(",", "\t").replace("a; b", "a, b")),
-                                        ("metadata.tsv", CSV), ("labels.jsonl", JSONL),
-                                        ("metadata.csv", CSV.replace("a, b", "a| b").replace(",", ";").replace("a| b", "a, b")),
-                                        ("metadata.csv", CSV.replace("file", "file_name").replace("caption", "text"))])
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("metadata.csv", CSV),
+        ("metadata.jsonl", JSONL),
+        ("metadata.csv", "\ufeff" + CSV),
+        ("labels.csv", CSV.replace("file", "filename").replace("label", "class")),
+        (
+            "labels.tsv",
+            CSV.replace("a, b", "a; b").replace(",", "\t").replace("a; b", "a, b"),
+        ),
+        ("metadata.tsv", CSV),
+        ("labels.jsonl", JSONL),
+        (
+            "metadata.csv",
+            CSV.replace("a, b", "a| b").replace(",", ";").replace("a| b", "a, b"),
+        ),
+        ("metadata.csv", CSV.replace("file", "file_name").replace("caption", "text")),
+    ],
+)
 def test_tables(root, name, text):
     (root / name).write_bytes(text.encode())
     skipped = Skipped()
-    assert rows(root, "", skipped) == [Row("a.png", "cat", "a, b\n\u732b"), Row("sub/b.png", "", "")] and not skipped
+    assert (
+        rows(root, "", skipped)
+        == [Row("a.png", "cat", "a, b\n\u732b"), Row("sub/b.png", "", "")]
+        and not skipped
+    )
     assert rows(root, "sub", skipped) is None
 
 
 def test_a_table_in_a_folder_speaks_of_that_folder(root):
     (root / "sub/metadata.csv").write_text("file\nx.png\n./y.png\n", encoding="utf-8")
-    assert rows(root, "sub", Skipped()) == [Row("sub/x.png", None, None), Row("sub/y.png", None, None)]
+    assert rows(root, "sub", Skipped()) == [
+        Row("sub/x.png", None, None),
+        Row("sub/y.png", None, None),
+    ]
 
 
 def test_bad_rows_are_counted(root):
-    lines = ['{"file": "../x.png"}', '{"file": "/etc/passwd"}', '{"file": "a/../../x"}', '{"file": 3}', '{"label": "cat"}',
-             "[1]", "{",
-             "[" * 100_000, '{"file": "  "}', '{"file": "good.png", "label": 1.5, "caption": null}', "null", '"x"']
+    lines = [
+        '{"file": "../x.png"}',
+        '{"file": "/etc/passwd"}',
+        '{"file": "a/../../x"}',
+        '{"file": 3}',
+        '{"label": "cat"}',
+        "[1]",
+        "{",
+        "[" * 100_000,
+        '{"file": "  "}',
+        '{"file": "good.png", "label": 1.5, "caption": null}',
+        "null",
+        '"x"',
+    ]
     (root / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
     skipped = Skipped()
     assert rows(root, "", skipped) == [Row("good.png", "1.5", None)]
-    assert skipped == {"leads out of the folder": ["../x.png", "/etc/passwd", "a/../../x"],
-                       "names no file": ["metadata.jsonl"] * 3,
-                       "is damaged": [f"metadata.jsonl, line {n}" for n in (6, 7, 8, 12)]}
+    assert skipped == {
+        "leads out of the folder": ["../x.png", "/etc/passwd", "a/../../x"],
+        "names no file": ["metadata.jsonl"] * 3,
+        "is damaged": [f"metadata.jsonl, line {n}" for n in (6, 7, 8, 12)],
+    }
 
 
-@pytest.mark.parametrize("name, data, words", [
-    ("metadata.csv", b"label,caption\ncat,x\n", "metadata.csv: has no column file .but 'label', 'caption'"),
-    ("metadata.csv", b"", "has no column file"),
-    ("metadata.csv", b"file\n\xff\xfe.png\n", "utf-8.*is UTF-8 text with a column file"),
-    ("metadata.csv", b"file\n" + b"x" * 200_000, "field larger than field limit"),
-    ("metadata.jsonl", b"\xff", "metadata.jsonl: .*utf-8"),
-])
+@pytest.mark.parametrize(
+    "name, data, words",
+    [
+        (
+            "metadata.csv",
+            b"label,caption\ncat,x\n",
+            "metadata.csv: has no column file .but 'label', 'caption'",
+        ),
+        ("metadata.csv", b"", "has no column file"),
+        (
+            "metadata.csv",
+            b"file\n\xff\xfe.png\n",
+            "utf-8.*is UTF-8 text with a column file",
+        ),
+        ("metadata.csv", b"file\n" + b"x" * 200_000, "field larger than field limit"),
+        ("metadata.jsonl", b"\xff", "metadata.jsonl: .*utf-8"),
+    ],
+)
 def test_tables_that_are_none(root, name, data, words):
     (root / name).write_bytes(data)
     with pytest.raises(ValueError, match=words):
@@ -238,7 +350,9 @@ def test_tables_that_are_none(root, name, data, words):
 def test_two_tables_and_tables_that_are_links_or_too_large(root, monkeypatch):
     (root / "metadata.csv").write_text("file\n", encoding="utf-8")
     (root / "metadata.jsonl").touch()
-    with pytest.raises(ValueError, match="both metadata.csv and metadata.jsonl.*keep one"):
+    with pytest.raises(
+        ValueError, match="both metadata.csv and metadata.jsonl.*keep one"
+    ):
         rows(root, "", Skipped())
     (root / "metadata.jsonl").unlink()
     monkeypatch.setattr("selfflow.data.files._FILE_BYTES", 4)
@@ -250,22 +364,54 @@ def test_two_tables_and_tables_that_are_links_or_too_large(root, monkeypatch):
         rows(root, "", Skipped())
 
 
-@given(st.text(st.characters(codec="utf-8"), max_size=30), st.integers(0, 10), st.integers(0, 10))
+@given(
+    st.text(st.characters(codec="utf-8"), max_size=30),
+    st.integers(0, 10),
+    st.integers(0, 10),
+)
 def test_splits_follow_from_the_name_alone(name, train, validation):
     total = train + validation + 1
     shares = (train / total, validation / total, 1 / total)
-    place = int(hashlib.sha256(unicodedata.normalize("NFC", name).encode()).hexdigest()[:14], 16) / 16**14
-    expected = "train" if place < shares[0] else "validation" if place < shares[0] + shares[1] else "test"
+    place = (
+        int(
+            hashlib.sha256(unicodedata.normalize("NFC", name).encode()).hexdigest()[
+                :14
+            ],
+            16,
+        )
+        / 16**14
+    )
+    expected = (
+        "train"
+        if place < shares[0]
+        else "validation"
+        if place < shares[0] + shares[1]
+        else "test"
+    )
     assert split_of(name, shares) == expected
-    assert split_of(name, (1.0, 0.0, 0.0)) == "train" and split_of(name, (0.0, 0.0, 1.0)) == "test"
+    assert (
+        split_of(name, (1.0, 0.0, 0.0)) == "train"
+        and split_of(name, (0.0, 0.0, 1.0)) == "test"
+    )
 
 
-@given(st.sets(st.text(max_size=4), max_size=40), st.booleans(), st.sampled_from([(0.8, 0.1, 0.1), (0.5, 0.5, 0), (1, 0, 0)]))
+@given(
+    st.sets(st.text(max_size=4), max_size=40),
+    st.booleans(),
+    st.sampled_from([(0.8, 0.1, 0.1), (0.5, 0.5, 0), (1, 0, 0)]),
+)
 def test_empty_splits_are_filled_from_what_there_is(names, given_folders, shares):
-    splits = {name: "train" if given_folders else split_of(name, shares) for name in names}
+    splits = {
+        name: "train" if given_folders else split_of(name, shares) for name in names
+    }
     moved = carve(splits, shares, given_folders)
-    assert moved == carve(dict(reversed(splits.items())), shares, given_folders), "the order makes no difference"
-    found, asked = {**splits, **moved}, {split for split, share in zip(SPLITS, shares, strict=True) if share}
+    assert moved == carve(dict(reversed(splits.items())), shares, given_folders), (
+        "the order makes no difference"
+    )
+    found, asked = (
+        {**splits, **moved},
+        {split for split, share in zip(SPLITS, shares, strict=True) if share},
+    )
     assert {*found} == names and {*found.values()} <= asked
     assert len(names) < 3 or {*found.values()} == asked
     if {*splits.values()} == asked:
@@ -273,31 +419,61 @@ def test_empty_splits_are_filled_from_what_there_is(names, given_folders, shares
 
 
 def test_of_given_splits_only_what_is_missing_comes_from_train_and_stays():
-    splits = {f"train/{i}": "train" for i in range(1_000)} | {f"test/{i}": "test" for i in range(100)}
+    splits = {f"train/{i}": "train" for i in range(1_000)} | {
+        f"test/{i}": "test" for i in range(100)
+    }
     moved = carve(splits, (0.8, 0.1, 0.1), given=True)
-    assert {*moved.values()} == {"validation"} and all(splits[name] == "train" for name in moved) and 70 < len(moved) < 130
-    more = carve(splits | {f"train/more{i}": "train" for i in range(500)}, (0.8, 0.1, 0.1), given=True)
-    assert {name: split for name, split in more.items() if name in splits} == moved, "more files move none that were there"
-    assert not carve({"test/1": "test"}, (0.8, 0.1, 0.1), given=True), "train is never filled from test"
+    assert (
+        {*moved.values()} == {"validation"}
+        and all(splits[name] == "train" for name in moved)
+        and 70 < len(moved) < 130
+    )
+    more = carve(
+        splits | {f"train/more{i}": "train" for i in range(500)},
+        (0.8, 0.1, 0.1),
+        given=True,
+    )
+    assert {name: split for name, split in more.items() if name in splits} == moved, (
+        "more files move none that were there"
+    )
+    assert not carve({"test/1": "test"}, (0.8, 0.1, 0.1), given=True), (
+        "train is never filled from test"
+    )
 
 
 def test_splits_have_their_shares():
     found = [split_of(f"class/{n}.png", (0.7, 0.1, 0.2)) for n in range(4_000)]
     for split, share in (("train", 0.7), ("validation", 0.1), ("test", 0.2)):
-        assert abs(found.count(split) / 4_000 - share) < 4 * (share * (1 - share) / 4_000) ** 0.5
+        assert (
+            abs(found.count(split) / 4_000 - share)
+            < 4 * (share * (1 - share) / 4_000) ** 0.5
+        )
 
 
 @settings(deadline=None)
 @given(st.integers(0, 3 * _ENDS), st.integers(0, 3 * _ENDS - 1))
 def test_digests_see_size_and_ends(size, at):
     data = bytes(size)
-    changed = data[:at] + b"x" + data[at + 1:] if at < size else data + b"\0"
+    changed = data[:at] + b"x" + data[at + 1 :] if at < size else data + b"\0"
     unseen = _ENDS <= at < size - _ENDS
     assert (digest(data) == digest(changed)) == unseen
 
 
 def test_digests_of_files_films_and_what_is_refused(root):
     (root / "a").write_bytes(b"fine")
-    assert digest(Inside(root, "a")) == digest(b"fine") == digest(Inside(root, "sub/fine")) != digest(b"fine ")
-    assert digest((b"a", b"b")) not in (digest((b"b", b"a")), digest((b"ab",)), digest(b"ab"))
-    assert digest(Inside(root, "missing")) == digest(Inside(root, "lost")) != digest(Inside(root, "../outside"))
+    assert (
+        digest(Inside(root, "a"))
+        == digest(b"fine")
+        == digest(Inside(root, "sub/fine"))
+        != digest(b"fine ")
+    )
+    assert digest((b"a", b"b")) not in (
+        digest((b"b", b"a")),
+        digest((b"ab",)),
+        digest(b"ab"),
+    )
+    assert (
+        digest(Inside(root, "missing"))
+        == digest(Inside(root, "lost"))
+        != digest(Inside(root, "../outside"))
+    )

@@ -1,4 +1,5 @@
 """A folder of files, or a data set of Hugging Face, as a data set: what is used, what is not, and what breaks on the way."""
+
 import io
 import json
 import os
@@ -46,26 +47,55 @@ def film(path, greys=(0, 100, 200)):
 
 
 def greys(data, signal="image"):
-    return [round((value.item() + 1) * 127.5) for value in data.take(torch.arange(len(data))).signals[signal].flatten(1)[:, 0]]
+    return [
+        round((value.item() + 1) * 127.5)
+        for value in data.take(torch.arange(len(data))).signals[signal].flatten(1)[:, 0]
+    ]
 
 
 @pytest.fixture
 def photos(tmp_path):
     for i in range(12):
-        picture(tmp_path / "photos" / ("cat", "dog", "10", "9")[i % 4] / f"{i}.{('png', 'bmp', 'gif', 'webp')[i % 4]}", 20 * i)
+        picture(
+            tmp_path
+            / "photos"
+            / ("cat", "dog", "10", "9")[i % 4]
+            / f"{i}.{('png', 'bmp', 'gif', 'webp')[i % 4]}",
+            20 * i,
+        )
     return tmp_path / "photos"
 
 
 def test_a_folder_is_a_data_set(photos):
     data = Folder(photos, size=5, **ALL)
     taken = data.take(torch.tensor([0, 11, 3, 3]))
-    assert len(data) == 12 and data.names == ("9", "10", "cat", "dog") and data.shapes == {"image": (3, 5, 5)}
-    assert taken.signals["image"].dtype == torch.float32 and taken.signals["image"].shape == (4, 3, 5, 5)
-    assert taken.labels.dtype == torch.int64 and taken.captions == tuple(data.names[label] for label in taken.labels)
-    assert [entry.name for entry in data.found[:3]] == ["9/3.webp", "9/7.webp", "9/11.webp"], "in natural order"
+    assert (
+        len(data) == 12
+        and data.names == ("9", "10", "cat", "dog")
+        and data.shapes == {"image": (3, 5, 5)}
+    )
+    assert taken.signals["image"].dtype == torch.float32 and taken.signals[
+        "image"
+    ].shape == (4, 3, 5, 5)
+    assert taken.labels.dtype == torch.int64 and taken.captions == tuple(
+        data.names[label] for label in taken.labels
+    )
+    assert [entry.name for entry in data.found[:3]] == [
+        "9/3.webp",
+        "9/7.webp",
+        "9/11.webp",
+    ], "in natural order"
     assert torch.equal(taken.signals["image"][2], taken.signals["image"][3])
-    assert data.take(torch.zeros(0, dtype=torch.int64)).signals["image"].shape == (0, 3, 5, 5)
-    assert (torch.tensor(greys(data)) - torch.tensor([60, 140, 220, 40, 120, 200, 0, 80, 160, 20, 100, 180])).abs().max() <= 2
+    assert data.take(torch.zeros(0, dtype=torch.int64)).signals["image"].shape == (
+        0,
+        3,
+        5,
+        5,
+    )
+    assert (
+        torch.tensor(greys(data))
+        - torch.tensor([60, 140, 220, 40, 120, 200, 0, 80, 160, 20, 100, 180])
+    ).abs().max() <= 2
 
 
 @pytest.mark.parametrize("indices", [[12], [-1], [0, 99]])
@@ -80,20 +110,37 @@ def test_what_is_taken_belongs_to_the_caller(photos):
     assert data.take(torch.tensor([5])).signals["image"].max() <= 1
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"path": "nowhere"}, "nowhere is no folder; give the path"),
-    ({"signals": ("picture",)}, "unknown signal 'picture'; known are image, video, audio"),
-    ({"signals": "images"}, "unknown signal 'images'.*Did you mean 'image'"),
-    ({"signals": ()}, r"signals are \(\), expected one or several"),
-    ({"signals": ("image", "image")}, "each once"),
-    ({"split": "valid"}, "unknown split 'valid'"),
-    ({"captions": "yes"}, "unknown captions 'yes'; known are auto, class, none"),
-    ({"size": 0}, "size is 0"), ({"size": 31.5}, "size is 31.5"), ({"frames": -1}, "frames is -1"), ({"fps": 0}, "fps is 0"),
-    ({"rate": 1}, "rate is 1"), ({"samples": 0}, "samples is 0"),
-    ({"shares": (0.5, 0.6, 0.1)}, "shares are"), ({"shares": (0.5, 0.5)}, "expected three"),
-    ({"signals": "audio"}, "no sample of split 'train'; it holds 3 '.webp', 3 '.gif', 3 '.png', 3 '.bmp'; not used: cannot"),
-    ({"signals": ("image", "audio")}, r"no sample.*has no audio of its name \(12\)"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"path": "nowhere"}, "nowhere is no folder; give the path"),
+        (
+            {"signals": ("picture",)},
+            "unknown signal 'picture'; known are image, video, audio",
+        ),
+        ({"signals": "images"}, "unknown signal 'images'.*Did you mean 'image'"),
+        ({"signals": ()}, r"signals are \(\), expected one or several"),
+        ({"signals": ("image", "image")}, "each once"),
+        ({"split": "valid"}, "unknown split 'valid'"),
+        ({"captions": "yes"}, "unknown captions 'yes'; known are auto, class, none"),
+        ({"size": 0}, "size is 0"),
+        ({"size": 31.5}, "size is 31.5"),
+        ({"frames": -1}, "frames is -1"),
+        ({"fps": 0}, "fps is 0"),
+        ({"rate": 1}, "rate is 1"),
+        ({"samples": 0}, "samples is 0"),
+        ({"shares": (0.5, 0.6, 0.1)}, "shares are"),
+        ({"shares": (0.5, 0.5)}, "expected three"),
+        (
+            {"signals": "audio"},
+            "no sample of split 'train'; it holds 3 '.webp', 3 '.gif', 3 '.png', 3 '.bmp'; not used: cannot",
+        ),
+        (
+            {"signals": ("image", "audio")},
+            r"no sample.*has no audio of its name \(12\)",
+        ),
+    ],
+)
 def test_what_cannot_be(photos, change, words):
     with pytest.raises(ValueError, match=words):
         Folder(**{"path": photos} | change)
@@ -101,7 +148,9 @@ def test_what_cannot_be(photos, change, words):
 
 def test_a_folder_without_files_and_a_file(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no sample of split 'train'; it holds no files"):
+    with pytest.raises(
+        ValueError, match="no sample of split 'train'; it holds no files"
+    ):
         Folder(tmp_path / "empty")
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is no folder"):
@@ -110,15 +159,25 @@ def test_a_folder_without_files_and_a_file(tmp_path):
 
 # Splits
 
+
 def test_every_sample_is_in_one_split_and_stays_there(photos):
     for i in range(100):
         shutil.copy(photos / "cat/0.png", photos / f"cat/more{i}.png")
+
     def parts(folder):
-        return {split: [entry.name for entry in Folder(folder, split=split).found] for split in SPLITS}
+        return {
+            split: [entry.name for entry in Folder(folder, split=split).found]
+            for split in SPLITS
+        }
+
     before = parts(photos)
-    assert sorted(sum(before.values(), [])) == sorted(str(p.relative_to(photos)) for p in photos.rglob("*.*"))
+    assert sorted(sum(before.values(), [])) == sorted(
+        str(p.relative_to(photos)) for p in photos.rglob("*.*")
+    )
     for split, names in before.items():
-        assert all(split_of(name.rsplit(".", 1)[0], (0.8, 0.1, 0.1)) == split for name in names)
+        assert all(
+            split_of(name.rsplit(".", 1)[0], (0.8, 0.1, 0.1)) == split for name in names
+        )
     for i in range(30):
         picture(photos / f"ant/{i}.png")
     after = parts(photos)
@@ -135,22 +194,41 @@ def test_folders_that_are_splits(tmp_path, name, capsys):
     picture(tmp_path / name / "cat/x.png")
     picture(tmp_path / "top.png")
     train, validation, test = (Folder(tmp_path, split=split) for split in SPLITS)
-    assert (len(train), len(validation), len(test)) == (2, 3, 1) and train.names == validation.names == ("cat", "deep")
-    assert train.skipped == {"lies beside the split folders": ["extra/deep/er/0.png", "top.png"]}
+    assert (len(train), len(validation), len(test)) == (
+        2,
+        3,
+        1,
+    ) and train.names == validation.names == ("cat", "deep")
+    assert train.skipped == {
+        "lies beside the split folders": ["extra/deep/er/0.png", "top.png"]
+    }
     out = capsys.readouterr().out
-    assert "there is no test split: 1 of the training samples, chosen by a hash of their names, are used" in out
+    assert (
+        "there is no test split: 1 of the training samples, chosen by a hash of their names, are used"
+        in out
+    )
     assert "no sample of class 'cat'" in out
-    assert "not used: lies beside the split folders (2): 'extra/deep/er/0.png', 'top.png'" in out
-    with pytest.raises(ValueError, match="no sample of split 'test'; no sample of class 'cat', 'deep'; not used: lies beside"):
+    assert (
+        "not used: lies beside the split folders (2): 'extra/deep/er/0.png', 'top.png'"
+        in out
+    )
+    with pytest.raises(
+        ValueError,
+        match="no sample of split 'test'; no sample of class 'cat', 'deep'; not used: lies beside",
+    ):
         Folder(tmp_path, split="test", **ALL)
 
 
 def test_a_split_that_got_nothing_is_named(photos):
-    with pytest.raises(ValueError, match="photos has no sample of split 'test'; no sample of class '9', '10', 'cat', 'dog'"):
+    with pytest.raises(
+        ValueError,
+        match="photos has no sample of split 'test'; no sample of class '9', '10', 'cat', 'dog'",
+    ):
         Folder(photos, split="test", **ALL)
 
 
 # Classes, captions and tables
+
 
 def test_a_folder_of_one_image_lacks_a_split_but_no_class(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
@@ -164,80 +242,142 @@ def test_classes_without_samples_are_said(photos, capsys):
         (photos / f"none{i}").mkdir()
     data = Folder(photos, **ALL)
     assert "empty" not in data.names
-    assert "no sample of class 'empty', 'none0', 'none1', 'none2', 'none3' and 3 more" in capsys.readouterr().out
+    assert (
+        "no sample of class 'empty', 'none0', 'none1', 'none2', 'none3' and 3 more"
+        in capsys.readouterr().out
+    )
 
 
 def test_files_beside_the_classes_have_none(photos, capsys):
     picture(photos / "lone.png")
     data = Folder(photos, **ALL)
-    assert data.names == ("", "9", "10", "cat", "dog") and "class '' is what lies in no class folder" in capsys.readouterr().out
-    shutil.rmtree(photos / "cat"), shutil.rmtree(photos / "dog"), shutil.rmtree(photos / "9"), shutil.rmtree(photos / "10")
+    assert (
+        data.names == ("", "9", "10", "cat", "dog")
+        and "class '' is what lies in no class folder" in capsys.readouterr().out
+    )
+    (
+        shutil.rmtree(photos / "cat"),
+        shutil.rmtree(photos / "dog"),
+        shutil.rmtree(photos / "9"),
+        shutil.rmtree(photos / "10"),
+    )
     alone = Folder(photos, **ALL)
     assert alone.names == ("",) and alone.take(torch.tensor([0])).captions == ("",)
     assert "1 samples (image) of split train, no classes" in capsys.readouterr().out
 
 
-TABLE = [{"file": "cat/0.png", "label": "zebra", "caption": "\u732b \U0001f408 \u0430\u0438"}, {"file": "dog/1", "label": 7},
-         {"file": "10/2.gif", "label": "zebra", "caption": "  "}, {"file": "9/3.webp", "caption": "half \ud83d"},
-         {"file": "cat/4.jpg", "label": "x"}, {"file": "cat/0.png", "label": "again"},
-         {"file": "../photos/dog/5.bmp", "label": "x"}]
+TABLE = [
+    {
+        "file": "cat/0.png",
+        "label": "zebra",
+        "caption": "\u732b \U0001f408 \u0430\u0438",
+    },
+    {"file": "dog/1", "label": 7},
+    {"file": "10/2.gif", "label": "zebra", "caption": "  "},
+    {"file": "9/3.webp", "caption": "half \ud83d"},
+    {"file": "cat/4.jpg", "label": "x"},
+    {"file": "cat/0.png", "label": "again"},
+    {"file": "../photos/dog/5.bmp", "label": "x"},
+]
 
 
 def test_a_table_says_which_files_their_labels_and_captions(photos):
-    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, TABLE)), encoding="utf-8")
+    (photos / "metadata.jsonl").write_text(
+        "\n".join(map(json.dumps, TABLE)), encoding="utf-8"
+    )
     data = Folder(photos, **ALL)
     taken = data.take(torch.arange(4))
     assert data.names == ("", "7", "zebra")
-    assert dict(zip([entry.name for entry in data.found], taken.captions, strict=True)) == {
-        "9/3.webp": "half \ufffd", "10/2.gif": "zebra", "cat/0.png": "\u732b \U0001f408 \u0430\u0438", "dog/1.bmp": "7"}
+    assert dict(
+        zip([entry.name for entry in data.found], taken.captions, strict=True)
+    ) == {
+        "9/3.webp": "half \ufffd",
+        "10/2.gif": "zebra",
+        "cat/0.png": "\u732b \U0001f408 \u0430\u0438",
+        "dog/1.bmp": "7",
+    }
     assert [data.names[label] for label in taken.labels] == ["", "zebra", "zebra", "7"]
     assert data.skipped.pop("is not in the table") and data.skipped == {
-        "leads out of the folder": ["../photos/dog/5.bmp"], "is in the table, but not there": ["cat/4.jpg"],
-        "is in the table twice": ["cat/0.png"]}
-    assert set(Folder(photos, captions="class", **ALL).take(torch.arange(4)).captions) == {"", "zebra", "7"}
-    assert set(Folder(photos, captions="none", **ALL).take(torch.arange(4)).captions) == {""}
+        "leads out of the folder": ["../photos/dog/5.bmp"],
+        "is in the table, but not there": ["cat/4.jpg"],
+        "is in the table twice": ["cat/0.png"],
+    }
+    assert set(
+        Folder(photos, captions="class", **ALL).take(torch.arange(4)).captions
+    ) == {"", "zebra", "7"}
+    assert set(
+        Folder(photos, captions="none", **ALL).take(torch.arange(4)).captions
+    ) == {""}
 
 
 def test_a_table_without_labels_leaves_the_classes(photos):
-    (photos / "metadata.csv").write_text("file_name,text\ncat/0.png,hello\n9/3.webp,\n", encoding="utf-8")
+    (photos / "metadata.csv").write_text(
+        "file_name,text\ncat/0.png,hello\n9/3.webp,\n", encoding="utf-8"
+    )
     data = Folder(photos, **ALL)
-    assert data.names == ("9", "cat") and data.take(torch.arange(2)).captions == ("9", "hello")
+    assert data.names == ("9", "cat") and data.take(torch.arange(2)).captions == (
+        "9",
+        "hello",
+    )
 
 
 def test_a_table_of_which_nothing_is_there(photos):
-    (photos / "metadata.csv").write_text("file,label\n/etc/passwd,x\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"no sample of split.*leads out of the folder \(1\).*is not in the table \(12\)"):
+    (photos / "metadata.csv").write_text(
+        "file,label\n/etc/passwd,x\n", encoding="utf-8"
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"no sample of split.*leads out of the folder \(1\).*is not in the table \(12\)",
+    ):
         Folder(photos)
 
 
 def test_tables_in_split_folders(tmp_path):
     for split in ("train", "test"):
         picture(tmp_path / split / "a.png")
-        (tmp_path / split / "metadata.csv").write_text(f"file_name,text,label\na.png,from {split},{split}\n", encoding="utf-8")
+        (tmp_path / split / "metadata.csv").write_text(
+            f"file_name,text,label\na.png,from {split},{split}\n", encoding="utf-8"
+        )
     data = Folder(tmp_path, split="test")
-    assert data.names == ("test", "train") and data.take(torch.tensor([0])).captions == ("from test",)
+    assert data.names == ("test", "train") and data.take(
+        torch.tensor([0])
+    ).captions == ("from test",)
 
 
 def test_names_in_any_script(tmp_path):
     for name in ("caf\u00e9", "cafe\u0301 2", "\u732b", "a b'\"", "x\ny"):
         picture(tmp_path / name / "\u00fc.png")
     os.makedirs(os.fsencode(tmp_path) + b"/\xff\xfe")
-    shutil.copy(tmp_path / "\u732b/\u00fc.png", os.fsencode(tmp_path) + b"/\xff\xfe/\xfd.png")
+    shutil.copy(
+        tmp_path / "\u732b/\u00fc.png", os.fsencode(tmp_path) + b"/\xff\xfe/\xfd.png"
+    )
     data = Folder(tmp_path, **ALL)
-    assert len(data) == 6 and all(name.encode() for name in data.names) and "caf\u00e9 2" in data.names
+    assert (
+        len(data) == 6
+        and all(name.encode() for name in data.names)
+        and "caf\u00e9 2" in data.names
+    )
     assert len(data.take(torch.arange(6))) == 6 and len(data.fingerprint) == 16
 
 
 # Hostile files
 
+
 def hostile(folder):
     picture(folder / "good.png", 50)
     whole = (folder / "good.png").read_bytes()
-    for name, data in {"empty.png": b"", "text.png": b"hello", "png.jpg": whole, "head.png": whole[:20],
-                       "junk.bmp": bytes(99)}.items():
+    for name, data in {
+        "empty.png": b"",
+        "text.png": b"hello",
+        "png.jpg": whole,
+        "head.png": whole[:20],
+        "junk.bmp": bytes(99),
+    }.items():
         (folder / name).write_bytes(data)
     picture(folder / "bomb.gif")
-    (folder / "bomb.gif").write_bytes(b"GIF89a\xff\xff\xff\xff" + (folder / "bomb.gif").read_bytes()[10:])
+    (folder / "bomb.gif").write_bytes(
+        b"GIF89a\xff\xff\xff\xff" + (folder / "bomb.gif").read_bytes()[10:]
+    )
     (folder.parent / "outside.png").write_bytes(whole)
     (folder / "out.png").symlink_to(folder.parent / "outside.png")
     (folder / "within.png").symlink_to(folder / "good.png")
@@ -251,15 +391,29 @@ def hostile(folder):
 def test_hostile_files_are_counted_and_harm_nothing(tmp_path, capsys):
     hostile(tmp_path / "data")
     data = Folder(tmp_path / "data", **ALL)
-    assert [entry.name for entry in data.found] == ["good.png", "png.jpg", "within.png"] and greys(data) == [50, 50, 50]
+    assert [entry.name for entry in data.found] == [
+        "good.png",
+        "png.jpg",
+        "within.png",
+    ] and greys(data) == [50, 50, 50]
     assert {reason: sorted(names) for reason, names in data.skipped.items()} == {
-        "is no regular file": ["nowhere.png", "pipe.png", "zero.png"], "is a link to a folder": ["up"],
-        "lies too deep": ["1/2/3/4/5/6/7/8/9"], "declares too many pixels": ["bomb.gif"], "is empty": ["empty.png"],
-        "cannot be decoded": ["head.png"], "leads out of the folder": ["out.png"],
-        "is not what its suffix says": ["junk.bmp", "text.png"]}
+        "is no regular file": ["nowhere.png", "pipe.png", "zero.png"],
+        "is a link to a folder": ["up"],
+        "lies too deep": ["1/2/3/4/5/6/7/8/9"],
+        "declares too many pixels": ["bomb.gif"],
+        "is empty": ["empty.png"],
+        "cannot be decoded": ["head.png"],
+        "leads out of the folder": ["out.png"],
+        "is not what its suffix says": ["junk.bmp", "text.png"],
+    }
     out = capsys.readouterr().out
-    assert out.startswith("data: 3 samples (image) of split train, no classes; no sample of class '1'; read as what they are")
-    assert out.count("\n") == 1 and "is not what its suffix says (2): 'junk.bmp', 'text.png'" in out
+    assert out.startswith(
+        "data: 3 samples (image) of split train, no classes; no sample of class '1'; read as what they are"
+    )
+    assert (
+        out.count("\n") == 1
+        and "is not what its suffix says (2): 'junk.bmp', 'text.png'" in out
+    )
 
 
 def test_only_hostile_files(tmp_path):
@@ -271,7 +425,10 @@ def test_only_hostile_files(tmp_path):
 
 
 def test_files_that_break_later_are_replaced_by_the_next_and_said_once(photos, capsys):
-    data, names = Folder(photos, **ALL), [entry.name for entry in Folder(photos, **ALL).found]
+    data, names = (
+        Folder(photos, **ALL),
+        [entry.name for entry in Folder(photos, **ALL).found],
+    )
     expected = greys(Folder(photos, **ALL))
     (photos / names[1]).unlink()
     (photos / names[2]).write_bytes(b"")
@@ -282,13 +439,23 @@ def test_files_that_break_later_are_replaced_by_the_next_and_said_once(photos, c
     expected[1] = expected[2] = expected[3]
     expected[5], expected[11] = expected[6], expected[0]
     assert greys(data) == expected == greys(data), "the one after the last is the first"
-    assert data.take(torch.tensor([11])).labels == data.take(torch.tensor([0])).labels == 0
+    assert (
+        data.take(torch.tensor([11])).labels == data.take(torch.tensor([0])).labels == 0
+    )
     assert list(data.broken) == [names[1], names[2], names[5], names[11]]
-    assert data.broken[names[2]] == "is empty" and data.broken[names[5]] == "is no regular file"
+    assert (
+        data.broken[names[2]] == "is empty"
+        and data.broken[names[5]] == "is no regular file"
+    )
     out = capsys.readouterr().out
-    assert out.count("\n") == 1 and out.startswith(f"photos: {names[1]!r} cannot be opened (FileNotFoundError")
+    assert out.count("\n") == 1 and out.startswith(
+        f"photos: {names[1]!r} cannot be opened (FileNotFoundError"
+    )
     fresh = Folder(photos, **ALL)
-    assert torch.equal(data.take(torch.tensor([1])).signals["image"], fresh.take(torch.tensor([1])).signals["image"])
+    assert torch.equal(
+        data.take(torch.tensor([1])).signals["image"],
+        fresh.take(torch.tensor([1])).signals["image"],
+    )
 
 
 def test_many_broken_files_fill_no_log_and_none_left_is_an_error(tmp_path, capsys):
@@ -300,13 +467,21 @@ def test_many_broken_files_fill_no_log_and_none_left_is_an_error(tmp_path, capsy
     capsys.readouterr()
     assert len(data.take(torch.arange(120))) == 120 and len(data.broken) == 119
     out = capsys.readouterr().out.splitlines()
-    assert [re.findall(r"\((\d+) such so far\)", line) for line in out] == [[], ["10"], ["100"]]
+    assert [re.findall(r"\((\d+) such so far\)", line) for line in out] == [
+        [],
+        ["10"],
+        ["100"],
+    ]
     shutil.rmtree(tmp_path / "data")
-    with pytest.raises(RuntimeError, match="none of the 120 samples of .* can be decoded; is the folder still there"):
+    with pytest.raises(
+        RuntimeError,
+        match="none of the 120 samples of .* can be decoded; is the folder still there",
+    ):
         data.take(torch.tensor([3]))
 
 
 # Sounds
+
 
 def test_nan_is_replaced_and_silence_is_kept_and_said(tmp_path, capsys):
     sound(tmp_path / "s/a.wav", 0.25, 16_000, 400)
@@ -319,51 +494,86 @@ def test_nan_is_replaced_and_silence_is_kept_and_said(tmp_path, capsys):
     taken = data.take(torch.arange(5)).signals["audio"]
     data.take(torch.arange(5))
     assert taken.dtype == torch.float32 and taken.isfinite().all()
-    assert (taken[0, 20:80] - 0.25).abs().max() < 0.01 and not taken[1].any() and not taken[2].any()
-    assert (taken[4, :10] == 0.5).all() and not taken[4, 10:].any(), "what is short is followed by silence"
-    assert data.broken == {"b.wav": "holds NaN or infinity"} and list(data.silent) == ["c.wav", "d.wav"]
+    assert (
+        (taken[0, 20:80] - 0.25).abs().max() < 0.01
+        and not taken[1].any()
+        and not taken[2].any()
+    )
+    assert (taken[4, :10] == 0.5).all() and not taken[4, 10:].any(), (
+        "what is short is followed by silence"
+    )
+    assert data.broken == {"b.wav": "holds NaN or infinity"} and list(data.silent) == [
+        "c.wav",
+        "d.wav",
+    ]
     assert capsys.readouterr().out.splitlines()[1:] == [
-        "s: 'b.wav' holds NaN or infinity; the next good sample stands for it", "s: 'c.wav' is silent; it is used"]
+        "s: 'b.wav' holds NaN or infinity; the next good sample stands for it",
+        "s: 'c.wav' is silent; it is used",
+    ]
 
 
 def test_sounds_of_any_rate_and_channels(tmp_path):
     for rate, channels in ((8_000, 1), (44_100, 2), (48_000, 6), (5_512, 1)):
         tone = 0.4 * np.sin(2 * np.pi * 300 * np.arange(2 * rate) / rate)
-        wavfile.write(tmp_path / f"{rate}.wav", rate, (np.repeat(tone[:, None], channels, 1) * 32_767).astype(np.int16))
+        wavfile.write(
+            tmp_path / f"{rate}.wav",
+            rate,
+            (np.repeat(tone[:, None], channels, 1) * 32_767).astype(np.int16),
+        )
     data = Folder(tmp_path, "audio", rate=8_000, samples=8_000, **ALL)
     spectra = torch.fft.rfft(data.take(torch.arange(4)).signals["audio"]).abs()
-    assert spectra.argmax(1).tolist() == [300] * 4 and (spectra.amax(1) / 4_000 - 0.4).abs().max() < 0.01
+    assert (
+        spectra.argmax(1).tolist() == [300] * 4
+        and (spectra.amax(1) / 4_000 - 0.4).abs().max() < 0.01
+    )
 
 
 def test_flac_without_soundfile_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "soundfile", None)
     (tmp_path / "a.flac").write_bytes(b"fLaC" + bytes(50))
     sound(tmp_path / "b.wav")
-    assert Folder(tmp_path, "audio", **ALL).skipped == {"needs the package soundfile: pip install 'selfflow[av]'": ["a.flac"]}
-    assert "needs the package soundfile: pip install 'selfflow[av]' (1)" in capsys.readouterr().out
+    assert Folder(tmp_path, "audio", **ALL).skipped == {
+        "needs the package soundfile: pip install 'selfflow[av]'": ["a.flac"]
+    }
+    assert (
+        "needs the package soundfile: pip install 'selfflow[av]' (1)"
+        in capsys.readouterr().out
+    )
 
 
 # Films, and pairs
 
+
 def test_films_are_files_or_folders_of_numbered_pictures(tmp_path):
     film(tmp_path / "walk/file.gif")
     for i in range(12):
-        picture(tmp_path / "walk/frames" / f"f{i}.png", 20 * i)  # without leading zeros: f10 comes after f9
+        # without leading zeros: f10 comes after f9
+        picture(tmp_path / "walk/frames" / f"f{i}.png", 20 * i)
         picture(tmp_path / "not/a-film" / f"{'abcdefghijkl'[i]}.png")
         picture(tmp_path / "run" / f"{i}.png", 20 * i)
         picture(tmp_path / "has/inner" / f"{i}.png")
     picture(tmp_path / "has/inner/deeper/x.png")
     picture(tmp_path / "walk/one/1.png")
     data = Folder(tmp_path, "video", size=4, frames=4, **ALL)
-    assert [entry.name for entry in data.found] == ["run", "walk/file.gif", "walk/frames"] and data.names == ("", "walk")
+    assert [entry.name for entry in data.found] == [
+        "run",
+        "walk/file.gif",
+        "walk/frames",
+    ] and data.names == ("", "walk")
     taken = data.take(torch.arange(3))
-    assert taken.signals["video"].shape == (3, 3, 4, 4, 4) and data.shapes == {"video": (3, 4, 4, 4)}
+    assert taken.signals["video"].shape == (3, 3, 4, 4, 4) and data.shapes == {
+        "video": (3, 4, 4, 4)
+    }
     found = ((taken.signals["video"][:, 0, :, 0, 0] + 1) * 127.5).round().int().tolist()
     assert found == [[20, 80, 140, 200], [0, 100, 100, 200], [20, 80, 140, 200]]
-    assert len(Folder(tmp_path, **ALL)) == 12 * 4 + 3, "where images are asked for, each picture is one"
+    assert len(Folder(tmp_path, **ALL)) == 12 * 4 + 3, (
+        "where images are asked for, each picture is one"
+    )
 
 
-def test_a_film_with_a_bad_first_picture_is_skipped_and_with_a_bad_later_one_replaced(tmp_path):
+def test_a_film_with_a_bad_first_picture_is_skipped_and_with_a_bad_later_one_replaced(
+    tmp_path,
+):
     for name in ("a", "b", "c"):
         for i in range(3):
             picture(tmp_path / name / f"{i}.png", 50 * i)
@@ -386,14 +596,26 @@ def test_pairs_by_stem(tmp_path, capsys):
     film(tmp_path / "z/lone.gif")
     film(tmp_path / "x/one.webp")
     data = Folder(tmp_path, ("video", "audio"), frames=2, samples=50, **ALL)
-    assert [entry.name for entry in data.found] == ["x/one", "x/two.b", "y/three"] and data.names == ("x", "y")
-    assert {key: value.shape for key, value in data.take(torch.arange(3)).signals.items()} == {
-        "video": (3, 3, 2, 32, 32), "audio": (3, 50)}
+    assert [entry.name for entry in data.found] == [
+        "x/one",
+        "x/two.b",
+        "y/three",
+    ] and data.names == ("x", "y")
+    assert {
+        key: value.shape for key, value in data.take(torch.arange(3)).signals.items()
+    } == {"video": (3, 3, 2, 32, 32), "audio": (3, 50)}
     assert data.skipped.pop("cannot be read as video or audio") == ["x/one.png"]
-    assert data.skipped == {"has the name of another": ["x/one.webp"], "has no video of its name": ["x/lone"],
-                            "has no audio of its name": ["z/lone"]}
+    assert data.skipped == {
+        "has the name of another": ["x/one.webp"],
+        "has no video of its name": ["x/lone"],
+        "has no audio of its name": ["z/lone"],
+    }
     out = capsys.readouterr().out
-    assert "no sample of class 'z'" in out and "films and sounds are not of the same length; with fps 320 they would be" in out
+    assert (
+        "no sample of class 'z'" in out
+        and "films and sounds are not of the same length; with fps 320 they would be"
+        in out
+    )
     Folder(tmp_path, ("video", "audio"), frames=2, samples=50, fps=320, **ALL)
     assert "not of the same length" not in capsys.readouterr().out
 
@@ -402,8 +624,15 @@ def test_a_stem_is_in_one_split_whatever_the_signals(tmp_path):
     for i in range(40):
         sound(tmp_path / f"{i}.wav"), film(tmp_path / f"{i}.gif")
     for split in SPLITS:
-        stems = [{Path(entry.name).stem for entry in Folder(tmp_path, signals, split, shares=(0.5, 0.25, 0.25)).found}
-                 for signals in ("audio", "video", "image", ("video", "audio"))]
+        stems = [
+            {
+                Path(entry.name).stem
+                for entry in Folder(
+                    tmp_path, signals, split, shares=(0.5, 0.25, 0.25)
+                ).found
+            }
+            for signals in ("audio", "video", "image", ("video", "audio"))
+        ]
         assert stems[0] == stems[1] == stems[2] == stems[3]
 
 
@@ -416,35 +645,58 @@ def test_a_class_folder_named_as_a_split_of_films_is_no_film(tmp_path):
 
 # Fingerprints, memory, workers
 
+
 def test_a_fingerprint_follows_from_content_and_settings(photos):
     def fingerprint(folder=photos, **options):
         return Folder(folder, **{**ALL, **options}).fingerprint
+
     first = fingerprint()
     shutil.copytree(photos, photos.parent / "copy")
     os.utime(photos / "cat/0.png", (0, 0))
-    assert fingerprint() == fingerprint(photos.parent / "copy") == first == fingerprint(cache=0) == fingerprint(rate=16_000)
-    others = [fingerprint(size=16), fingerprint(captions="none"), fingerprint(shares=(0.5, 0.25, 0.25)),
-              fingerprint(signals="video")]
+    assert (
+        fingerprint()
+        == fingerprint(photos.parent / "copy")
+        == first
+        == fingerprint(cache=0)
+        == fingerprint(rate=16_000)
+    )
+    others = [
+        fingerprint(size=16),
+        fingerprint(captions="none"),
+        fingerprint(shares=(0.5, 0.25, 0.25)),
+        fingerprint(signals="video"),
+    ]
     (photos / "cat/0.png").write_bytes((photos / "cat/0.png").read_bytes() + b"\0")
     others.append(fingerprint())
     (photos / "cat/0.png").rename(photos / "cat/new.png")
     others.append(fingerprint())
     (photos / "cat").rename(photos / "tac")
     others.append(fingerprint())
-    (photos / "metadata.csv").write_text("file,caption\ntac/new.png,x\n", encoding="utf-8")
+    (photos / "metadata.csv").write_text(
+        "file,caption\ntac/new.png,x\n", encoding="utf-8"
+    )
     others.append(fingerprint())
     assert len({first, *others}) == 1 + len(others)
 
 
-@pytest.mark.parametrize("cache, kept", [(0, 0), (3 * 25 - 1, 0), (3 * 25, 1), (3 * 25 * 5, 5), (10**9, 12)])
+@pytest.mark.parametrize(
+    "cache, kept", [(0, 0), (3 * 25 - 1, 0), (3 * 25, 1), (3 * 25 * 5, 5), (10**9, 12)]
+)
 def test_the_last_samples_are_kept_within_the_bytes(photos, cache, kept, monkeypatch):
     import selfflow.data.stored as stored
+
     data, calls, real = Folder(photos, size=5, cache=cache, **ALL), [], stored.read
-    monkeypatch.setattr(stored, "read", lambda *arguments: calls.append(1) or real(*arguments))
+    monkeypatch.setattr(
+        stored, "read", lambda *arguments: calls.append(1) or real(*arguments)
+    )
     whole = data.take(torch.arange(12)).signals["image"]
-    assert len(data.kept) == kept and list(data.kept) == list(range(12 - kept, 12)) and len(calls) == 12
+    assert (
+        len(data.kept) == kept
+        and list(data.kept) == list(range(12 - kept, 12))
+        and len(calls) == 12
+    )
     again = data.take(torch.arange(12 - kept, 12)).signals["image"]
-    assert len(calls) == 12 and torch.equal(again, whole[12 - kept:])
+    assert len(calls) == 12 and torch.equal(again, whole[12 - kept :])
 
 
 def test_workers_give_the_same(photos):
@@ -456,6 +708,7 @@ def test_workers_give_the_same(photos):
 
         def __getitem__(self, step):
             return data.take(torch.arange(3 * step, 3 * step + 3)).signals["image"]
+
     found = torch.cat(list(DataLoader(Batches(), batch_size=None, num_workers=2)))
     assert torch.equal(found, data.take(torch.arange(12)).signals["image"])
 
@@ -464,6 +717,7 @@ def test_another_kind_of_store_says_three_things():
     class Empty(Stored):
         def find(self):
             return [], ["nothing here"]
+
     with pytest.raises(ValueError, match="no sample of split 'train'; nothing here"):
         Empty(".")
     with pytest.raises(NotImplementedError):
@@ -473,8 +727,14 @@ def test_another_kind_of_store_says_three_things():
 # Hugging Face: what the package itself writes
 
 LABELS = datasets.ClassLabel(names=["b", "a"])
-NAMED = {"image": datasets.Image(), "label": LABELS, "text": datasets.Value("string"), "other": datasets.Value("int64")}
-STRUCT = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}  # as Image and Audio, but stored as it is
+NAMED = {
+    "image": datasets.Image(),
+    "label": LABELS,
+    "text": datasets.Value("string"),
+    "other": datasets.Value("int64"),
+}
+# as Image and Audio, but stored as it is
+STRUCT = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
 datasets.disable_progress_bars()
 
 
@@ -485,33 +745,75 @@ def png(grey, size=(6, 6)):
 
 
 def tone(rate=8_000, count=300, channels=1, kind="WAV", subtype="FLOAT", value=None):
-    values = 0.5 * np.sin(2 * np.pi * 440 * np.arange(count) / rate) if value is None else np.full(count, value)
+    values = (
+        0.5 * np.sin(2 * np.pi * 440 * np.arange(count) / rate)
+        if value is None
+        else np.full(count, value)
+    )
     written = io.BytesIO()
-    soundfile.write(written, np.repeat(values[:, None], channels, 1), rate, format=kind, subtype=subtype)
+    soundfile.write(
+        written,
+        np.repeat(values[:, None], channels, 1),
+        rate,
+        format=kind,
+        subtype=subtype,
+    )
     return written.getvalue()
 
 
 def some(count, first=0):
-    return [{"image": png(first + 10 * i), "label": i % 2, "text": f"number {first + i}", "other": 0} for i in range(count)]
+    return [
+        {
+            "image": png(first + 10 * i),
+            "label": i % 2,
+            "text": f"number {first + i}",
+            "other": 0,
+        }
+        for i in range(count)
+    ]
 
 
 @pytest.fixture
 def stored(tmp_path):
     "A function that stores rows, or several splits of them, and gives the folder."
+
     def table(rows, features):
-        made = datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in features}, datasets.Features({
-            name: (datasets.Value("string") if isinstance(rows[0][name], str) else STRUCT) if isinstance(kind, datasets.Audio)
-            else kind for name, kind in features.items()}))
-        for name, kind in features.items():  # to write sounds at once it asks for torchcodec
-            made = made.cast_column(name, kind) if isinstance(kind, datasets.Audio) else made
+        made = datasets.Dataset.from_dict(
+            {name: [row[name] for row in rows] for name in features},
+            datasets.Features(
+                {
+                    name: (
+                        datasets.Value("string")
+                        if isinstance(rows[0][name], str)
+                        else STRUCT
+                    )
+                    if isinstance(kind, datasets.Audio)
+                    else kind
+                    for name, kind in features.items()
+                }
+            ),
+        )
+        # to write sounds at once it asks for torchcodec
+        for name, kind in features.items():
+            made = (
+                made.cast_column(name, kind)
+                if isinstance(kind, datasets.Audio)
+                else made
+            )
         return made
 
     def store(rows, features=NAMED):
-        parts = datasets.DatasetDict({split: table(part, features) for split, part in rows.items()}) if isinstance(
-            rows, dict) else table(rows, features)
+        parts = (
+            datasets.DatasetDict(
+                {split: table(part, features) for split, part in rows.items()}
+            )
+            if isinstance(rows, dict)
+            else table(rows, features)
+        )
         path = tmp_path / f"stored{len(list(tmp_path.iterdir()))}"
         parts.save_to_disk(str(path))
         return path
+
     return store
 
 
@@ -519,26 +821,60 @@ def test_a_data_set_of_hugging_face(stored):
     path = stored({"train": some(4), "valid": some(2, 50)})
     data = HuggingFace(path, size=4, carve=False)
     taken = data.take(torch.arange(4))
-    assert data.names == ("b", "a") and taken.labels.tolist() == [0, 1, 0, 1] and greys(data) == [0, 10, 20, 30]
-    assert taken.captions == ("number 0", "number 1", "number 2", "number 3") and data.shapes == {"image": (3, 4, 4)}
-    assert greys(HuggingFace(path, split="validation", size=4, captions="class")) == [50, 60]
+    assert (
+        data.names == ("b", "a")
+        and taken.labels.tolist() == [0, 1, 0, 1]
+        and greys(data) == [0, 10, 20, 30]
+    )
+    assert taken.captions == (
+        "number 0",
+        "number 1",
+        "number 2",
+        "number 3",
+    ) and data.shapes == {"image": (3, 4, 4)}
+    assert greys(HuggingFace(path, split="validation", size=4, captions="class")) == [
+        50,
+        60,
+    ]
     with pytest.raises(ValueError, match="has no split 'test', but 'train', 'valid'"):
         HuggingFace(path, split="test", carve=False)
 
 
-def test_cache_files_of_the_package_are_no_data_but_a_run_that_counted_them_goes_on(stored, tmp_path, capsys):
+def test_cache_files_of_the_package_are_no_data_but_a_run_that_counted_them_goes_on(
+    stored, tmp_path, capsys
+):
     video = [{"video": [png(10 * i), png(10 * i)], "label": i % 2} for i in range(8)]
     features = {"video": datasets.Sequence(datasets.Image()), "label": LABELS}
     path = stored(dict.fromkeys(SPLITS, video), features)
     before = HuggingFace(path, "video", size=4, frames=2).fingerprint
-    config = Config.from_dict({"name": "old", "defaults": 3, "model": {"width": 32, "depth": 2, "heads": 2}, "data": {
-        "name": "huggingface", "path": str(path), "signals": ["video"], "height": 4, "width": 4, "frames": 2, "patch": 2,
-        "carve": False},
-        "training": {"steps": 2, "batch": 4, "sample_every": 0}})
+    config = Config.from_dict(
+        {
+            "name": "old",
+            "defaults": 3,
+            "model": {"width": 32, "depth": 2, "heads": 2},
+            "data": {
+                "name": "huggingface",
+                "path": str(path),
+                "signals": ["video"],
+                "height": 4,
+                "width": 4,
+                "frames": 2,
+                "patch": 2,
+                "carve": False,
+            },
+            "training": {"steps": 2, "batch": 4, "sample_every": 0},
+        }
+    )
     run = train(config, tmp_path, "cpu", bar=False)
     assert run.data["train"] == before and len([*path.rglob("cache-*.arrow")]) == 2
-    counted = {split: HuggingFace(path, "video", split, 4, 2).earlier_fingerprints[1] for split in ("train", "validation")}
-    assert counted["train"] != before and HuggingFace(path, "video", size=4, frames=2).fingerprint == before
+    counted = {
+        split: HuggingFace(path, "video", split, 4, 2).earlier_fingerprints[1]
+        for split in ("train", "validation")
+    }
+    assert (
+        counted["train"] != before
+        and HuggingFace(path, "video", size=4, frames=2).fingerprint == before
+    )
     HuggingFace(path, "video", "test", 4, 2)  # as a probe does
     written = json.loads((run.path / "config.json").read_text())
     (run.path / "config.json").write_text(json.dumps(written | {"data": counted}))
@@ -546,32 +882,66 @@ def test_cache_files_of_the_package_are_no_data_but_a_run_that_counted_them_goes
     assert train(longer, tmp_path, "cpu", bar=False).state()["step"] == 4
     (path / "train/another").write_text("a file that is no cache")
     with pytest.raises(ValueError, match="other data"):
-        train(replace(config, training=replace(config.training, steps=6)), tmp_path, "cpu", bar=False)
+        train(
+            replace(config, training=replace(config.training, steps=6)),
+            tmp_path,
+            "cpu",
+            bar=False,
+        )
 
 
 def test_without_splits_a_hash_of_the_row_makes_them(stored):
     path = stored(some(25), {"image": datasets.Image()})
-    parts = {split: greys(HuggingFace(path, split=split, shares=(0.6, 0.2, 0.2))) for split in SPLITS}
+    parts = {
+        split: greys(HuggingFace(path, split=split, shares=(0.6, 0.2, 0.2)))
+        for split in SPLITS
+    }
     assert sorted(sum(parts.values(), [])) == [10 * i for i in range(25)]
-    assert all(split_of(f"row {grey // 10}", (0.6, 0.2, 0.2)) == split for split, found in parts.items() for grey in found)
+    assert all(
+        split_of(f"row {grey // 10}", (0.6, 0.2, 0.2)) == split
+        for split, found in parts.items()
+        for grey in found
+    )
     data = HuggingFace(path, **ALL)
     assert data.names == ("",) and set(data.take(torch.arange(5)).captions) == {""}
 
 
 def test_columns_and_labels_of_other_names_and_kinds(stored):
-    features = {"img": datasets.Image(), "kind": datasets.Value("string"), "said": datasets.Value("string")}
-    rows = [{"img": png(i), "kind": kind, "said": said} for i, (kind, said) in enumerate(
-        [("10", "x"), ("9", None), (None, "\u732b \U0001f408 e\u0301 "), ("9", ""), ("only here", "z")])]
-    data = HuggingFace(stored({"train": rows[:3], "test": rows[3:]}, features),
-                       columns={"image": "img", "label": "kind", "caption": "said"}, carve=False)
+    features = {
+        "img": datasets.Image(),
+        "kind": datasets.Value("string"),
+        "said": datasets.Value("string"),
+    }
+    rows = [
+        {"img": png(i), "kind": kind, "said": said}
+        for i, (kind, said) in enumerate(
+            [
+                ("10", "x"),
+                ("9", None),
+                (None, "\u732b \U0001f408 e\u0301 "),
+                ("9", ""),
+                ("only here", "z"),
+            ]
+        )
+    ]
+    data = HuggingFace(
+        stored({"train": rows[:3], "test": rows[3:]}, features),
+        columns={"image": "img", "label": "kind", "caption": "said"},
+        carve=False,
+    )
     assert data.names == ("", "9", "10", "only here")
     assert data.take(torch.arange(3)).labels.tolist() == [2, 1, 0]
     assert data.take(torch.arange(3)).captions == ("x", "9", "\u732b \U0001f408 \u00e9")
-    with pytest.raises(ValueError, match="has no column 'image', but 'img', 'kind', 'said'; say which is the image: columns="):
+    with pytest.raises(
+        ValueError,
+        match="has no column 'image', but 'img', 'kind', 'said'; say which is the image: columns=",
+    ):
         HuggingFace(data.path)
     with pytest.raises(ValueError, match="has no column 'imag'"):
         HuggingFace(data.path, columns={"image": "imag"})
-    with pytest.raises(ValueError, match="unknown column 'images'.*Did you mean 'image'"):
+    with pytest.raises(
+        ValueError, match="unknown column 'images'.*Did you mean 'image'"
+    ):
         HuggingFace(data.path, columns={"images": "img"})
 
 
@@ -580,112 +950,216 @@ def test_columns_that_cannot_be_what_they_are_said_to_be(stored):
     path = stored(rows, {**NAMED, "several": datasets.List(datasets.Value("string"))})
     for name in ("label", "caption"):
         for column in ("several", "image"):
-            with pytest.raises(ValueError, match=f"column '{column}' of .* cannot be the {name}: it holds (List|Image)"):
+            with pytest.raises(
+                ValueError,
+                match=f"column '{column}' of .* cannot be the {name}: it holds (List|Image)",
+            ):
                 HuggingFace(path, columns={name: column})
-    for column, reason in (("label", "is no picture"), ("text", "cannot be opened"), ("several", "cannot be opened")):
+    for column, reason in (
+        ("label", "is no picture"),
+        ("text", "cannot be opened"),
+        ("several", "cannot be opened"),
+    ):
         data = HuggingFace(path, columns={"image": column}, **ALL)
         with pytest.raises(RuntimeError, match="none of the 3 samples"):
             data.take(torch.arange(1))
-        assert all(why.startswith((reason, "cannot be")) for why in data.broken.values()), data.broken
-    listed = stored([{"image": png(1), "text": ["x"], "label": ["y"]}], {
-        "image": datasets.Image(), **dict.fromkeys(("text", "label"), datasets.List(datasets.Value("string")))})
-    assert HuggingFace(listed, **ALL).names == ("",), "lists that only have the name of a label or caption are left alone"
+        assert all(
+            why.startswith((reason, "cannot be")) for why in data.broken.values()
+        ), data.broken
+    listed = stored(
+        [{"image": png(1), "text": ["x"], "label": ["y"]}],
+        {
+            "image": datasets.Image(),
+            **dict.fromkeys(("text", "label"), datasets.List(datasets.Value("string"))),
+        },
+    )
+    assert HuggingFace(listed, **ALL).names == ("",), (
+        "lists that only have the name of a label or caption are left alone"
+    )
 
 
 def test_what_a_cell_may_hold(stored):
     values = np.random.default_rng(0).integers(0, 256, (6, 6, 3), np.uint8)
-    for feature, cell in ((datasets.Image(), Image.fromarray(values)), (datasets.Image(), values),
-                          (datasets.Value("binary"), None), (STRUCT, None), (datasets.Array3D((6, 6, 3), "uint8"), values),
-                          (datasets.List(datasets.List(datasets.List(datasets.Value("int16")))), values.tolist())):
+    for feature, cell in (
+        (datasets.Image(), Image.fromarray(values)),
+        (datasets.Image(), values),
+        (datasets.Value("binary"), None),
+        (STRUCT, None),
+        (datasets.Array3D((6, 6, 3), "uint8"), values),
+        (
+            datasets.List(datasets.List(datasets.List(datasets.Value("int16")))),
+            values.tolist(),
+        ),
+    ):
         written = io.BytesIO()
         Image.fromarray(values).save(written, format="PNG")
-        cell = cell if cell is not None else written.getvalue() if feature is not STRUCT else {
-            "bytes": written.getvalue(), "path": None}
+        cell = (
+            cell
+            if cell is not None
+            else written.getvalue()
+            if feature is not STRUCT
+            else {"bytes": written.getvalue(), "path": None}
+        )
         data = HuggingFace(stored([{"image": cell}], {"image": feature}), size=6, **ALL)
         taken = ((data.take(torch.tensor([0])).signals["image"][0] + 1) * 127.5).round()
         assert np.array_equal(taken, values.transpose(2, 0, 1)) and not data.broken
 
 
-def test_pictures_and_sounds_in_files_of_their_own_are_stored_with_the_rows(stored, tmp_path):
+def test_pictures_and_sounds_in_files_of_their_own_are_stored_with_the_rows(
+    stored, tmp_path
+):
     picture(tmp_path / "x.png", 50)
     sound(tmp_path / "x.wav", 0.25)
-    path = stored([{"image": str(tmp_path / "x.png"), "audio": str(tmp_path / "x.wav")}],
-                  {"image": datasets.Image(), "audio": datasets.Audio()})
+    path = stored(
+        [{"image": str(tmp_path / "x.png"), "audio": str(tmp_path / "x.wav")}],
+        {"image": datasets.Image(), "audio": datasets.Audio()},
+    )
     (tmp_path / "x.png").unlink(), (tmp_path / "x.wav").unlink()
     data = HuggingFace(path, ("image", "audio"), samples=100, **ALL)
-    assert greys(data) == [50] and (data.take(torch.tensor([0])).signals["audio"] == 0.25).all()
+    assert (
+        greys(data) == [50]
+        and (data.take(torch.tensor([0])).signals["audio"] == 0.25).all()
+    )
 
 
 def test_sounds_are_decoded_here_and_need_no_torchcodec(stored, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torchcodec", None)
-    sounds = [tone(), tone(44_100, 2_000, 2), tone(48_000, 2_000, 6, "WAV", "PCM_24"), tone(22_050, 1_000, 1, "FLAC", "PCM_16"),
-              tone(count=5), tone(value=0.0), tone(value=np.nan), tone()[:90], b"",
-              tone(kind="OGG", subtype="VORBIS")[:99], tone()]
-    path = stored([{"audio": {"bytes": data, "path": None}, "text": None} for data in sounds],
-                  {"audio": datasets.Audio(sampling_rate=16_000), "text": datasets.Value("string")})
+    sounds = [
+        tone(),
+        tone(44_100, 2_000, 2),
+        tone(48_000, 2_000, 6, "WAV", "PCM_24"),
+        tone(22_050, 1_000, 1, "FLAC", "PCM_16"),
+        tone(count=5),
+        tone(value=0.0),
+        tone(value=np.nan),
+        tone()[:90],
+        b"",
+        tone(kind="OGG", subtype="VORBIS")[:99],
+        tone(),
+    ]
+    path = stored(
+        [{"audio": {"bytes": data, "path": None}, "text": None} for data in sounds],
+        {
+            "audio": datasets.Audio(sampling_rate=16_000),
+            "text": datasets.Value("string"),
+        },
+    )
     data = HuggingFace(path, "audio", samples=300, **ALL)
     taken = data.take(torch.arange(len(sounds))).signals["audio"]
     assert taken.shape == (11, 300) and taken.isfinite().all()
     for i in range(4):
-        assert (taken[i, 50:250] - taken[0, 50:250]).abs().max() < 0.01, "at the rate that is asked for, not the column's"
+        assert (taken[i, 50:250] - taken[0, 50:250]).abs().max() < 0.01, (
+            "at the rate that is asked for, not the column's"
+        )
     assert taken[4, :5].any() and not taken[4, 5:].any() and not taken[5].any()
     assert all(torch.equal(taken[i], taken[10]) for i in range(6, 10))
     assert {name: why.split(" (")[0] for name, why in data.broken.items()} == {
-        "row 6": "holds NaN or infinity", "row 7": "is shorter than it declares", "row 8": "is empty",
-        "row 9": "cannot be decoded"} and list(data.silent) == ["row 5"]
+        "row 6": "holds NaN or infinity",
+        "row 7": "is shorter than it declares",
+        "row 8": "is empty",
+        "row 9": "cannot be decoded",
+    } and list(data.silent) == ["row 5"]
     assert "'row 5' is silent; it is used" in capsys.readouterr().out
 
 
 def test_sounds_that_are_stored_as_numbers(stored):
     values = (0.5 * np.sin(np.arange(300))).astype(np.float32)
-    for feature, array in ((datasets.List(datasets.Value("float32")), values),
-                           (datasets.Array2D((2, 300), "float32"), np.stack([values, values]))):
-        path = stored([{"audio": {"array": array, "sampling_rate": 8_000}}],
-                      {"audio": {"array": feature, "sampling_rate": datasets.Value("int32")}})
+    for feature, array in (
+        (datasets.List(datasets.Value("float32")), values),
+        (datasets.Array2D((2, 300), "float32"), np.stack([values, values])),
+    ):
+        path = stored(
+            [{"audio": {"array": array, "sampling_rate": 8_000}}],
+            {"audio": {"array": feature, "sampling_rate": datasets.Value("int32")}},
+        )
         data = HuggingFace(path, "audio", samples=300, **ALL)
-        assert np.allclose(data.take(torch.tensor([0])).signals["audio"][0], values, atol=1e-6) and not data.broken
+        assert (
+            np.allclose(
+                data.take(torch.tensor([0])).signals["audio"][0], values, atol=1e-6
+            )
+            and not data.broken
+        )
 
 
 def test_films_in_a_table(stored):
     film = encoded([0, 100], times=[0, 100])
-    for feature, cell in ((datasets.List(datasets.Image()), [png(0), png(100)]),
-                          (datasets.Video(), {"bytes": film, "path": None}),
-                          (datasets.List(datasets.Value("binary")), [png(0)["bytes"], png(100)["bytes"]]),
-                          (datasets.Value("binary"), film)):
-        data = HuggingFace(stored([{"video": cell}], {"video": feature}), "video", frames=2, **ALL)
-        found = (data.take(torch.tensor([0])).signals["video"][0, 0, :, 0, 0] + 1) * 127.5
+    for feature, cell in (
+        (datasets.List(datasets.Image()), [png(0), png(100)]),
+        (datasets.Video(), {"bytes": film, "path": None}),
+        (datasets.List(datasets.Value("binary")), [png(0)["bytes"], png(100)["bytes"]]),
+        (datasets.Value("binary"), film),
+    ):
+        data = HuggingFace(
+            stored([{"video": cell}], {"video": feature}), "video", frames=2, **ALL
+        )
+        found = (
+            data.take(torch.tensor([0])).signals["video"][0, 0, :, 0, 0] + 1
+        ) * 127.5
         assert (found - torch.tensor([0, 100])).abs().max() <= 2 and not data.broken
 
 
 def test_pictures_of_a_film_are_not_decoded_by_the_package_either(stored):
-    bomb = png(0)["bytes"].replace(b"IHDR\0\0\0\x06\0\0\0\x06", b"IHDR\0\0\x40\0\0\0\x40\0")
+    bomb = png(0)["bytes"].replace(
+        b"IHDR\0\0\0\x06\0\0\0\x06", b"IHDR\0\0\x40\0\0\0\x40\0"
+    )
     crc = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
     bomb = bomb[:29] + crc + bomb[33:]
-    path = stored([{"video": [{"bytes": data, "path": None}] * 2} for data in (bomb, png(7)["bytes"])],
-                  {"video": datasets.List(datasets.Image())})
+    path = stored(
+        [
+            {"video": [{"bytes": data, "path": None}] * 2}
+            for data in (bomb, png(7)["bytes"])
+        ],
+        {"video": datasets.List(datasets.Image())},
+    )
     data = HuggingFace(path, "video", frames=2, **ALL)
     data.take(torch.arange(2))
-    assert data.broken.keys() == {"row 0"} and data.broken["row 0"].startswith("declares too many pixels")
+    assert data.broken.keys() == {"row 0"} and data.broken["row 0"].startswith(
+        "declares too many pixels"
+    )
 
 
 PLAIN = datasets.List(datasets.List(datasets.Value("float64")))
 
 
-@pytest.mark.parametrize("feature, cell, reason", [
-    (STRUCT, {"bytes": None, "path": "/etc/passwd"}, "leads out of the folder"),
-    (STRUCT, {"bytes": None, "path": "../outside.png"}, "leads out of the folder"),
-    (STRUCT, {"bytes": None, "path": None}, "is missing"), (datasets.Image(), None, "is missing"), (STRUCT, None, "is missing"),
-    (datasets.Value("string"), "missing.png", "cannot be opened"),
-    (datasets.Value("string"), "link.png", "leads out of the folder"),
-    (datasets.Image(), {"bytes": b"", "path": "x"}, "is empty"),
-    (datasets.Image(), {"bytes": png(10)["bytes"][:45], "path": None}, "cannot be decoded"),
-    (datasets.Value("binary"), b"hello there, this is text", "cannot be read as image"),
-    (datasets.List(datasets.List(datasets.Value("int64"))), [[300] * 4] * 4, "is no picture"),
-    (datasets.List(datasets.List(datasets.Value("int64"))), [[-1] * 4] * 4, "is no picture"),
-    (PLAIN, [[0.5] * 4] * 4, "is no picture"), (PLAIN, [], "cannot be read"),
-])
+@pytest.mark.parametrize(
+    "feature, cell, reason",
+    [
+        (STRUCT, {"bytes": None, "path": "/etc/passwd"}, "leads out of the folder"),
+        (STRUCT, {"bytes": None, "path": "../outside.png"}, "leads out of the folder"),
+        (STRUCT, {"bytes": None, "path": None}, "is missing"),
+        (datasets.Image(), None, "is missing"),
+        (STRUCT, None, "is missing"),
+        (datasets.Value("string"), "missing.png", "cannot be opened"),
+        (datasets.Value("string"), "link.png", "leads out of the folder"),
+        (datasets.Image(), {"bytes": b"", "path": "x"}, "is empty"),
+        (
+            datasets.Image(),
+            {"bytes": png(10)["bytes"][:45], "path": None},
+            "cannot be decoded",
+        ),
+        (
+            datasets.Value("binary"),
+            b"hello there, this is text",
+            "cannot be read as image",
+        ),
+        (
+            datasets.List(datasets.List(datasets.Value("int64"))),
+            [[300] * 4] * 4,
+            "is no picture",
+        ),
+        (
+            datasets.List(datasets.List(datasets.Value("int64"))),
+            [[-1] * 4] * 4,
+            "is no picture",
+        ),
+        (PLAIN, [[0.5] * 4] * 4, "is no picture"),
+        (PLAIN, [], "cannot be read"),
+    ],
+)
 def test_rows_that_cannot_be_read_are_replaced(stored, tmp_path, feature, cell, reason):
-    good = {"string": "good.png", "binary": png(10)["bytes"]}.get(getattr(feature, "dtype", None), png(10))
+    good = {"string": "good.png", "binary": png(10)["bytes"]}.get(
+        getattr(feature, "dtype", None), png(10)
+    )
     good = [[10] * 4] * 4 if isinstance(feature, datasets.List) else good
     rows = [{"image": cell, "label": 0}, {"image": good, "label": 1}]
     path = stored(rows, {"image": feature, "label": LABELS})
@@ -696,7 +1170,9 @@ def test_rows_that_cannot_be_read_are_replaced(stored, tmp_path, feature, cell, 
         with pytest.raises(RuntimeError, match="none of the 2 samples"):
             data.take(torch.arange(2))
     else:
-        assert data.take(torch.arange(2)).labels.tolist() == [1, 1] and list(data.broken) == ["row 0"]
+        assert data.take(torch.arange(2)).labels.tolist() == [1, 1] and list(
+            data.broken
+        ) == ["row 0"]
     assert data.broken["row 0"].startswith(reason)
 
 
@@ -706,24 +1182,41 @@ def test_rows_without_a_label_are_replaced(stored, label):
     assert greys(data) == [10, 10] and data.broken["row 0"].startswith("has no label")
 
 
-@pytest.mark.parametrize("harm", [
-    lambda path: shutil.rmtree(path) or path.mkdir(), lambda path: (path / "state.json").write_text("{"),
-    lambda path: (path / "state.json").write_text("[]"), lambda path: (path / "state.json").unlink(),
-    lambda path: (path / "dataset_info.json").write_text("[]"), lambda path: (path / "data-00000-of-00001.arrow").unlink(),
-    lambda path: os.truncate(path / "data-00000-of-00001.arrow", 0),
-    lambda path: os.truncate(path / "data-00000-of-00001.arrow", 300),
-    lambda path: os.truncate(path / "data-00000-of-00001.arrow", (path / "data-00000-of-00001.arrow").stat().st_size - 200),
-    lambda path: (path / "data-00000-of-00001.arrow").write_bytes(bytes(5_000))])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda path: shutil.rmtree(path) or path.mkdir(),
+        lambda path: (path / "state.json").write_text("{"),
+        lambda path: (path / "state.json").write_text("[]"),
+        lambda path: (path / "state.json").unlink(),
+        lambda path: (path / "dataset_info.json").write_text("[]"),
+        lambda path: (path / "data-00000-of-00001.arrow").unlink(),
+        lambda path: os.truncate(path / "data-00000-of-00001.arrow", 0),
+        lambda path: os.truncate(path / "data-00000-of-00001.arrow", 300),
+        lambda path: os.truncate(
+            path / "data-00000-of-00001.arrow",
+            (path / "data-00000-of-00001.arrow").stat().st_size - 200,
+        ),
+        lambda path: (path / "data-00000-of-00001.arrow").write_bytes(bytes(5_000)),
+    ],
+)
 def test_folders_that_are_none_or_damaged_are_said_in_a_line(stored, harm):
     path = stored(some(3))
     harm(path)
-    with pytest.raises(ValueError, match="is not what save_to_disk of the package datasets writes, or it is damaged"):
+    with pytest.raises(
+        ValueError,
+        match="is not what save_to_disk of the package datasets writes, or it is damaged",
+    ):
         HuggingFace(path)
 
 
 def test_a_data_set_without_rows(stored):
-    for rows in ([], {"train": some(2), "test": []}):  # which the package writes, but cannot read
-        with pytest.raises(ValueError, match="is not what save_to_disk of the package datasets writes, or it is damaged"):
+    # which the package writes, but cannot read
+    for rows in ([], {"train": some(2), "test": []}):
+        with pytest.raises(
+            ValueError,
+            match="is not what save_to_disk of the package datasets writes, or it is damaged",
+        ):
             HuggingFace(stored(rows))
     with pytest.raises(ValueError, match="has no sample of split 'test'"):
         HuggingFace(stored(some(2)), split="test", **ALL)
@@ -732,8 +1225,16 @@ def test_a_data_set_without_rows(stored):
 def test_a_data_set_that_names_tables_elsewhere_is_not_used(stored):
     path, other = stored(some(2)), stored(some(2, 100))
     state = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps({**state, "_data_files": [
-        {"filename": f"../{other.name}/data-00000-of-00001.arrow"}]}))
+    (path / "state.json").write_text(
+        json.dumps(
+            {
+                **state,
+                "_data_files": [
+                    {"filename": f"../{other.name}/data-00000-of-00001.arrow"}
+                ],
+            }
+        )
+    )
     with pytest.raises(ValueError, match="names tables that lie elsewhere"):
         HuggingFace(path)
     (path / "state.json").write_text(json.dumps(state))
@@ -748,7 +1249,9 @@ def test_a_format_that_was_set_before_saving_makes_no_difference(tmp_path):
     for kind in ("torch", "numpy"):
         table.with_format(kind).save_to_disk(str(tmp_path / kind))
         data = HuggingFace(tmp_path / kind, **ALL)
-        assert greys(data) == [0, 10, 20] and data.take(torch.arange(3)).labels.tolist() == [0, 1, 0]
+        assert greys(data) == [0, 10, 20] and data.take(
+            torch.arange(3)
+        ).labels.tolist() == [0, 1, 0]
 
 
 def test_the_package_is_named_where_it_is_missing(tmp_path, monkeypatch):
@@ -762,7 +1265,11 @@ def test_the_package_is_named_where_it_is_missing(tmp_path, monkeypatch):
 def test_its_fingerprint_follows_from_the_files_on_the_disk(stored):
     path = stored(some(6))
     first = HuggingFace(path, **ALL).fingerprint
-    assert first == HuggingFace(path, **ALL).fingerprint != HuggingFace(path, shares=(0.9, 0.1, 0)).fingerprint
+    assert (
+        first
+        == HuggingFace(path, **ALL).fingerprint
+        != HuggingFace(path, shares=(0.9, 0.1, 0)).fingerprint
+    )
     assert first != HuggingFace(path, columns={"caption": "other"}, **ALL).fingerprint
     rows = some(6)
     rows[2]["image"] = png(21)
@@ -780,9 +1287,13 @@ def test_workers_give_the_same_rows(stored):
 
         def __getitem__(self, step):
             return data.take(torch.arange(2 * step, 2 * step + 2)).signals["image"]
+
     found = torch.cat(list(DataLoader(Batches(), batch_size=None, num_workers=2)))
     assert torch.equal(found, data.take(torch.arange(8)).signals["image"])
 
 
 def test_an_entry_is_what_a_folder_finds(photos):
-    assert all(isinstance(entry, Entry) and entry.sources.keys() == {"image"} for entry in Folder(photos).found)
+    assert all(
+        isinstance(entry, Entry) and entry.sources.keys() == {"image"}
+        for entry in Folder(photos).found
+    )

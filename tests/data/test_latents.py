@@ -1,4 +1,5 @@
 """Latents on the disk: what is written is what is read, kills and full disks cost nothing, damage is found, nothing is mixed."""
+
 import errno
 import json
 import os
@@ -19,16 +20,32 @@ from torch.utils.data import DataLoader
 
 from selfflow.data.autoencoder import Haar
 from selfflow.data.datasets import Examples, ImageSet, Made, digits
-from selfflow.data.latents import Latents, _moments, _pooled, _read_index, _write_index, encode_latents
+from selfflow.data.latents import (
+    Latents,
+    _moments,
+    _pooled,
+    _read_index,
+    _write_index,
+    encode_latents,
+)
 from selfflow.disk import NotWritten
 from selfflow.method.tokens import ImagePatches
 
 DATA = digits()[:50]
-CAPTIONS = ("a ball", "", "zwölf Bälle", "\U0001f3b1 \u00e9\u0301", "0" * 300, "\0", "half a \ud83d pair")
+CAPTIONS = (
+    "a ball",
+    "",
+    "zwölf Bälle",
+    "\U0001f3b1 \u00e9\u0301",
+    "0" * 300,
+    "\0",
+    "half a \ud83d pair",
+)
 
 
 class Once(Haar):
     "Counts what it encodes, and may fail: an exception at the k-th batch, or something done to its latents."
+
     def __init__(self, at=None, change=None):
         self.batches, self.at, self.change, self.devices = [], at, change, []
 
@@ -46,6 +63,7 @@ class Once(Haar):
 
 class Pairs:
     "Sounds (b, samples) in pairs: latents (b, 2, samples / 2)."
+
     signal, fingerprint = "audio", "pairs"
 
     def to(self, device):
@@ -64,14 +82,25 @@ class Pairs:
 @dataclass(frozen=True)
 class Scenes(Made):
     "Pictures with a sound, factors and strange captions."
+
     names = ("low", "high")
     shapes = {"image": (1, 4, 2), "audio": (6,)}
 
     def take(self, indices):
         numbers = self.numbers("all", indices, 16)
-        signals = {"image": numbers[:, :8].reshape(-1, 1, 4, 2) * 2 - 1, "audio": numbers[:, 8:14] * 2 - 1}
-        return Examples(signals, (numbers[:, 14] > 0.5).long(), tuple(CAPTIONS[i % len(CAPTIONS)] for i in indices.tolist()),
-                        {"pitch": numbers[:, 15], "place": (numbers[:, :6] * 9).long().reshape(-1, 2, 3)})
+        signals = {
+            "image": numbers[:, :8].reshape(-1, 1, 4, 2) * 2 - 1,
+            "audio": numbers[:, 8:14] * 2 - 1,
+        }
+        return Examples(
+            signals,
+            (numbers[:, 14] > 0.5).long(),
+            tuple(CAPTIONS[i % len(CAPTIONS)] for i in indices.tolist()),
+            {
+                "pitch": numbers[:, 15],
+                "place": (numbers[:, :6] * 9).long().reshape(-1, 2, 3),
+            },
+        )
 
 
 def contents(folder):
@@ -99,6 +128,7 @@ def own(whole, tmp_path):
 
 # what is written and read
 
+
 def standardised(images):
     "Latents of all images over mean and deviation of each channel, in float64."
     z = Haar().encode(images).double().numpy()
@@ -110,22 +140,43 @@ def standardised(images):
 def test_any_samples_in_any_order(whole, indices):
     latents = Latents(whole, check=False)
     examples = latents.take(torch.tensor(indices, dtype=torch.int64))
-    assert len(examples) == len(indices) and examples.signals["image"].dtype == torch.float32
+    assert (
+        len(examples) == len(indices)
+        and examples.signals["image"].dtype == torch.float32
+    )
     expected = torch.tensor(standardised(DATA.images)[indices])
-    torch.testing.assert_close(examples.signals["image"].double(), expected, atol=1e-5, rtol=1e-5)
-    assert examples.labels.tolist() == [int(DATA.labels[i]) for i in indices] and examples.labels.dtype == torch.int64
-    assert examples.captions == tuple(DATA.names[DATA.labels[i]] for i in indices) and examples.factors == {}
+    torch.testing.assert_close(
+        examples.signals["image"].double(), expected, atol=1e-5, rtol=1e-5
+    )
+    assert (
+        examples.labels.tolist() == [int(DATA.labels[i]) for i in indices]
+        and examples.labels.dtype == torch.int64
+    )
+    assert (
+        examples.captions == tuple(DATA.names[DATA.labels[i]] for i in indices)
+        and examples.factors == {}
+    )
 
 
 def test_a_data_set_of_latents(whole):
     latents = Latents(whole, autoencoder=Haar())
-    assert len(latents) == 50 and latents.shapes == {"image": (4, 4, 4)} and latents.names == DATA.names
+    assert (
+        len(latents) == 50
+        and latents.shapes == {"image": (4, 4, 4)}
+        and latents.names == DATA.names
+    )
     everything = latents.take(torch.arange(50)).signals
-    deviation, mean = torch.std_mean(everything["image"].double(), (0, 2, 3), correction=0)
+    deviation, mean = torch.std_mean(
+        everything["image"].double(), (0, 2, 3), correction=0
+    )
     torch.testing.assert_close(deviation, torch.ones(4).double(), atol=1e-5, rtol=0)
     assert mean.abs().max() < 1e-5
-    torch.testing.assert_close(latents.decode(everything)["image"], DATA.images, atol=1e-5, rtol=0)
-    assert ImagePatches(*latents.shapes["image"], 2).patchify(everything["image"]).shape == (50, 4, 16)
+    torch.testing.assert_close(
+        latents.decode(everything)["image"], DATA.images, atol=1e-5, rtol=0
+    )
+    assert ImagePatches(*latents.shapes["image"], 2).patchify(
+        everything["image"]
+    ).shape == (50, 4, 16)
     for wrong in ([50], [-1], [3, 1000]):
         with pytest.raises(IndexError, match="of 50"):
             latents.take(torch.tensor(wrong))
@@ -135,28 +186,63 @@ def test_a_data_set_of_latents(whole):
 @pytest.mark.parametrize("both", [True, False])
 def test_several_signals_factors_and_captions(tmp_path, shard_size, batch, both):
     data, coders = Scenes(count=20), [Haar(), Pairs()] if both else Haar()
-    latents = encode_latents(data, coders, tmp_path, batch=batch, shard_size=shard_size, device="cpu", bar=False)
+    latents = encode_latents(
+        data,
+        coders,
+        tmp_path,
+        batch=batch,
+        shard_size=shard_size,
+        device="cpu",
+        bar=False,
+    )
     assert len(contents(tmp_path / "train")) == 1 + -(-20 // shard_size)
-    assert latents.shapes == {"image": (4, 2, 1), "audio": (2, 3) if both else (6,)} and latents.names == ("low", "high")
+    assert latents.shapes == {
+        "image": (4, 2, 1),
+        "audio": (2, 3) if both else (6,),
+    } and latents.names == ("low", "high")
     chosen = torch.tensor([19, 0, 6, 7, 6])
     got, expected = latents.take(chosen), data.take(chosen)
-    assert got.captions == tuple(text.replace("\ud83d", "?") for text in expected.captions)
-    assert torch.equal(got.labels, expected.labels) and got.factors.keys() == expected.factors.keys()
+    assert got.captions == tuple(
+        text.replace("\ud83d", "?") for text in expected.captions
+    )
+    assert (
+        torch.equal(got.labels, expected.labels)
+        and got.factors.keys() == expected.factors.keys()
+    )
     for name, values in expected.factors.items():
-        assert torch.equal(got.factors[name], values) and got.factors[name].dtype == values.dtype
-    assert both or torch.equal(got.signals["audio"], expected.signals["audio"]), "stored as it is"
+        assert (
+            torch.equal(got.factors[name], values)
+            and got.factors[name].dtype == values.dtype
+        )
+    assert both or torch.equal(got.signals["audio"], expected.signals["audio"]), (
+        "stored as it is"
+    )
     for name, signals in latents.decode(got.signals).items():
-        torch.testing.assert_close(signals, expected.signals[name], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            signals, expected.signals[name], atol=1e-5, rtol=1e-5
+        )
     if both:
         sounds = latents.take(torch.arange(20)).signals["audio"].double()
-        torch.testing.assert_close(torch.stack(torch.std_mean(sounds, (0, 2), correction=0)),
-                                   torch.tensor([[1.0, 1], [0, 0]]).double(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            torch.stack(torch.std_mean(sounds, (0, 2), correction=0)),
+            torch.tensor([[1.0, 1], [0, 0]]).double(),
+            atol=1e-5,
+            rtol=0,
+        )
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 99), st.sampled_from([0.0, 1e3]))
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    st.integers(0, 99),
+    st.sampled_from([0.0, 1e3]),
+)
 def test_pooled_moments_are_those_of_the_whole(sizes, seed, offset):
-    z = torch.randn(sum(sizes), 3, 2, generator=torch.Generator().manual_seed(seed)) * torch.tensor([1.0, 5, 0])[:, None] + offset
+    z = (
+        torch.randn(sum(sizes), 3, 2, generator=torch.Generator().manual_seed(seed))
+        * torch.tensor([1.0, 5, 0])[:, None]
+        + offset
+    )
     mean, variance = _pooled(sizes, [_moments(part) for part in z.split(sizes)])
     values = z.double().numpy().transpose(1, 0, 2).reshape(3, -1)
     np.testing.assert_allclose(mean, values.mean(1), rtol=1e-10, atol=1e-12)
@@ -164,40 +250,57 @@ def test_pooled_moments_are_those_of_the_whole(sizes, seed, offset):
 
 
 def test_a_channel_that_is_dead_is_only_centred(tmp_path):
-    flat = ImageSet(torch.full((5, 1, 4, 4), 0.25), torch.zeros(5, dtype=torch.int64), ("flat",))
+    flat = ImageSet(
+        torch.full((5, 1, 4, 4), 0.25), torch.zeros(5, dtype=torch.int64), ("flat",)
+    )
     latents = encode(tmp_path, flat)
     taken = latents.take(torch.arange(5)).signals
-    assert torch.equal(taken["image"], torch.zeros(5, 4, 2, 2)) and torch.equal(latents.decode(taken)["image"], flat.images)
+    assert torch.equal(taken["image"], torch.zeros(5, 4, 2, 2)) and torch.equal(
+        latents.decode(taken)["image"], flat.images
+    )
 
 
 def test_without_captions(tmp_path):
     class Mute(ImageSet):
         def take(self, indices):
             return Examples(super().take(indices).signals, self.labels[indices], ())
+
     data = Mute(DATA.images, DATA.labels, DATA.names)
     assert encode(tmp_path, data).take(torch.tensor([11, 2])).captions == ("", "")
 
 
 def test_other_splits_are_standardised_by_the_training_set(tmp_path):
     validation = ImageSet(DATA.images[:7] / 2, DATA.labels[:7], DATA.names)
-    with pytest.raises(ValueError, match="no whole training split, by whose mean and variance all are given; encode it first"):
+    with pytest.raises(
+        ValueError,
+        match="no whole training split, by whose mean and variance all are given; encode it first",
+    ):
         encode(tmp_path, validation, split="validation")
     assert not list(tmp_path.iterdir())
     train, z = encode(tmp_path), Haar().encode(DATA.images).double()
-    expected = (Haar().encode(validation.images) - z.mean((0, 2, 3), keepdim=True)) / z.std((0, 2, 3), keepdim=True, correction=0)
+    expected = (
+        Haar().encode(validation.images) - z.mean((0, 2, 3), keepdim=True)
+    ) / z.std((0, 2, 3), keepdim=True, correction=0)
     latents = encode(tmp_path, validation, split="validation")
     taken = latents.take(torch.arange(7)).signals
     torch.testing.assert_close(taken["image"].double(), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(latents.decode(taken)["image"], validation.images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        latents.decode(taken)["image"], validation.images, atol=1e-5, rtol=0
+    )
     assert latents.fingerprint != train.fingerprint
     shutil.rmtree(tmp_path / "train")
     encode(tmp_path, ImageSet(DATA.images / 3, DATA.labels, DATA.names))
-    assert Latents(tmp_path, "validation").fingerprint != latents.fingerprint, "the same files, but other numbers are read"
+    assert Latents(tmp_path, "validation").fingerprint != latents.fingerprint, (
+        "the same files, but other numbers are read"
+    )
     shutil.rmtree(tmp_path / "train")
     coder = Haar()
     coder.fingerprint = "another"
     encode(tmp_path, coder=coder)
-    with pytest.raises(ValueError, match="training split in .* has other latents: autoencoders are .*another.* there"):
+    with pytest.raises(
+        ValueError,
+        match="training split in .* has other latents: autoencoders are .*another.* there",
+    ):
         Latents(tmp_path, "validation")
 
 
@@ -205,8 +308,12 @@ def test_a_fingerprint_follows_from_what_is_read(whole, tmp_path):
     first, coder = Latents(whole).fingerprint, Haar()
     coder.fingerprint = "another"
     assert len(first) == 16 and encode(tmp_path / "again").fingerprint == first
-    others = [encode(tmp_path / "1", DATA[:49]), encode(tmp_path / "2", DATA[list(range(49, -1, -1))]),
-              encode(tmp_path / "3", coder=coder), encode(tmp_path / "4", ImageSet(DATA.images * 0.999, DATA.labels, DATA.names))]
+    others = [
+        encode(tmp_path / "1", DATA[:49]),
+        encode(tmp_path / "2", DATA[list(range(49, -1, -1))]),
+        encode(tmp_path / "3", coder=coder),
+        encode(tmp_path / "4", ImageSet(DATA.images * 0.999, DATA.labels, DATA.names)),
+    ]
     assert len({first, *(other.fingerprint for other in others)}) == 5
 
 
@@ -214,12 +321,33 @@ def test_only_what_is_asked_for_is_read_into_memory(tmp_path):
     if not sys.platform.startswith("linux"):
         pytest.skip("memory is counted by Linux")
     data = Scenes(count=64)
-    object.__setattr__(data, "take", lambda indices: Examples({"image": torch.ones(len(indices), 1, 512, 256)}, indices, ()))
+    object.__setattr__(
+        data,
+        "take",
+        lambda indices: Examples(
+            {"image": torch.ones(len(indices), 1, 512, 256)}, indices, ()
+        ),
+    )
     object.__setattr__(data, "shapes", {"image": (1, 512, 256)})
-    latents = encode_latents(data, Haar(), tmp_path, shard_size=64, device="cpu", bar=False)
-    assert (size := (tmp_path / "train/shard-00000.safetensors").stat().st_size) > 32 * 2**20
+    latents = encode_latents(
+        data, Haar(), tmp_path, shard_size=64, device="cpu", bar=False
+    )
+    assert (
+        size := (tmp_path / "train/shard-00000.safetensors").stat().st_size
+    ) > 32 * 2**20
+
     def own_memory():
-        return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
+        return (
+            int(
+                next(
+                    line
+                    for line in open("/proc/self/status")
+                    if line.startswith("RssAnon")
+                ).split()[1]
+            )
+            * 1024
+        )
+
     latents.take(torch.tensor([0]))
     before = own_memory()
     held = [latents.take(torch.tensor([i])) for i in (63, 5)]
@@ -229,14 +357,28 @@ def test_only_what_is_asked_for_is_read_into_memory(tmp_path):
 def test_processes_that_fetch_ahead_read_the_same(whole):
     latents, chosen = Latents(whole), [torch.tensor([i, 49 - i]) for i in range(6)]
     latents.take(chosen[0])
+
     class Batches:
         def __getitem__(self, step):
             return latents.take(chosen[step]).signals["image"]
-    fetched = list(DataLoader(Batches(), sampler=range(6), batch_size=None, num_workers=2, generator=torch.Generator()))
-    assert all(torch.equal(got, latents.take(one).signals["image"]) for got, one in zip(fetched, chosen, strict=True))
+
+    fetched = list(
+        DataLoader(
+            Batches(),
+            sampler=range(6),
+            batch_size=None,
+            num_workers=2,
+            generator=torch.Generator(),
+        )
+    )
+    assert all(
+        torch.equal(got, latents.take(one).signals["image"])
+        for got, one in zip(fetched, chosen, strict=True)
+    )
 
 
 # kills
+
 
 @pytest.mark.parametrize("at", [1, 3, 4, 8, 15])
 def test_an_encoding_that_was_interrupted_goes_on(whole, tmp_path, at):
@@ -246,11 +388,16 @@ def test_an_encoding_that_was_interrupted_goes_on(whole, tmp_path, at):
     kept = sorted((tmp_path / "train").glob("shard-*"))
     assert len(kept) == (at - 1) // 3 and not list((tmp_path / "train").glob(".*"))
     before = [path.stat().st_mtime_ns for path in kept]
-    with pytest.raises(FileNotFoundError, match="only a part of its latents" if kept else "no latents"):
+    with pytest.raises(
+        FileNotFoundError, match="only a part of its latents" if kept else "no latents"
+    ):
         Latents(tmp_path)
     encode(tmp_path, coder=second)
     assert contents(tmp_path / "train") == contents(whole / "train")
-    assert second.batches == [4, 4, 2] * (5 - len(kept)) and [path.stat().st_mtime_ns for path in kept] == before
+    assert (
+        second.batches == [4, 4, 2] * (5 - len(kept))
+        and [path.stat().st_mtime_ns for path in kept] == before
+    )
 
 
 def test_a_kill_before_each_single_call_costs_one_shard_at_most(tmp_path):
@@ -273,7 +420,9 @@ def test_a_kill_before_each_single_call_costs_one_shard_at_most(tmp_path):
             assert contents(folder / "train")["index.json"] == whole["index.json"]
         latents = encode(folder, data, counted)
         made = {(): 0, (1,): 1, (4, 4, 2, 1): 2}[tuple(counted.batches)]
-        assert made in (2 - there, 3 - there), "a shard that was not noted yet is made again"
+        assert made in (2 - there, 3 - there), (
+            "a shard that was not noted yet is made again"
+        )
         assert contents(folder / "train") == whole and len(latents) == 11
     assert k > 20
 
@@ -281,6 +430,7 @@ def test_a_kill_before_each_single_call_costs_one_shard_at_most(tmp_path):
 def test_a_disk_that_is_full_at_each_single_call_is_said_and_costs_nothing(tmp_path):
     def full():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     encode(tmp_path, DATA[:11])
     whole = contents(tmp_path / "train")
     for k in range(1, 200):
@@ -294,7 +444,11 @@ def test_a_disk_that_is_full_at_each_single_call_is_said_and_costs_nothing(tmp_p
         if len(seen) < k:
             break
         if raised is not None:
-            assert raised.errno == errno.ENOSPC and isinstance(raised, NotWritten) and "No space left" in str(raised)
+            assert (
+                raised.errno == errno.ENOSPC
+                and isinstance(raised, NotWritten)
+                and "No space left" in str(raised)
+            )
             assert not list(folder.rglob(".*")), "the room comes back"
         encode(folder, DATA[:11])
         assert contents(folder / "train") == whole
@@ -303,19 +457,31 @@ def test_a_disk_that_is_full_at_each_single_call_is_said_and_costs_nothing(tmp_p
 
 def test_what_is_whole_is_left_alone(own):
     def look():
-        return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in [own / "train", *(own / "train").iterdir()]}
+        return {
+            path: (path.stat().st_mtime_ns, path.stat().st_ino)
+            for path in [own / "train", *(own / "train").iterdir()]
+        }
+
     before, coder = look(), Once()
     latents = encode(own, coder=coder)
-    assert look() == before and not coder.batches and not coder.devices and len(latents) == 50
+    assert (
+        look() == before
+        and not coder.batches
+        and not coder.devices
+        and len(latents) == 50
+    )
 
 
 def test_the_autoencoder_works_on_the_device_that_is_asked_for(tmp_path):
     encode(tmp_path / "a", coder=(first := Once()), device="cpu")
     encode(tmp_path / "b", coder=(second := Once()), device="auto")
-    assert first.devices == ["cpu"] and second.devices == ["cuda" if torch.cuda.is_available() else "cpu"]
+    assert first.devices == ["cpu"] and second.devices == [
+        "cuda" if torch.cuda.is_available() else "cpu"
+    ]
 
 
 # what does not belong together
+
 
 def other_coder():
     coder = Haar()
@@ -323,11 +489,21 @@ def other_coder():
     return coder
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"data": digits("test")[:50]}, f"data: {DATA.fingerprint} there, {digits('test')[:50].fingerprint} asked for"),
-    ({"coder": other_coder()}, f"autoencoders: .*{Haar.fingerprint}.* there, .*another.* asked for"),
-    ({"shard_size": 9}, "shard_size: 10 there, 9 asked for"), ({"data": DATA[:49]}, "count: 50 there, 49 asked for"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            {"data": digits("test")[:50]},
+            f"data: {DATA.fingerprint} there, {digits('test')[:50].fingerprint} asked for",
+        ),
+        (
+            {"coder": other_coder()},
+            f"autoencoders: .*{Haar.fingerprint}.* there, .*another.* asked for",
+        ),
+        ({"shard_size": 9}, "shard_size: 10 there, 9 asked for"),
+        ({"data": DATA[:49]}, "count: 50 there, 49 asked for"),
+    ],
+)
 @pytest.mark.parametrize("finished", [True, False])
 def test_other_latents_do_not_go_on(own, finished, change, words):
     if not finished:
@@ -335,19 +511,40 @@ def test_other_latents_do_not_go_on(own, finished, change, words):
         with pytest.raises(KeyboardInterrupt):
             encode(own, coder=Once(8))
     before = contents(own / "train")
-    with pytest.raises(ValueError, match=f"holds latents of something else.*{words}.*Take another folder"):
+    with pytest.raises(
+        ValueError,
+        match=f"holds latents of something else.*{words}.*Take another folder",
+    ):
         encode(own, **change)
     assert contents(own / "train") == before
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"batch": 0}, "batch is 0"), ({"shard_size": 0}, "shard_size 0"), ({"split": "valid"}, "unknown split 'valid'"),
-    ({"coder": Pairs()}, "unknown signal of these data 'audio'; known are image"),
-    ({"coder": [Haar(), Pairs()]}, "unknown signal of these data 'audio'"),
-    ({"data": Scenes("test", 5), "split": "train"}, "these are the test data, to be encoded as train; say split='test'"),
-    ({"data": ImageSet(torch.zeros(2, 1, 3, 4), torch.zeros(2, dtype=torch.int64), ("a",))}, "even h and w"),
-    ({"coder": Once(change=lambda z: z[:, :3])}, r"shape \[3, 4, 4\], expected \[4, 4, 4\].* samples 0 to 3"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"batch": 0}, "batch is 0"),
+        ({"shard_size": 0}, "shard_size 0"),
+        ({"split": "valid"}, "unknown split 'valid'"),
+        ({"coder": Pairs()}, "unknown signal of these data 'audio'; known are image"),
+        ({"coder": [Haar(), Pairs()]}, "unknown signal of these data 'audio'"),
+        (
+            {"data": Scenes("test", 5), "split": "train"},
+            "these are the test data, to be encoded as train; say split='test'",
+        ),
+        (
+            {
+                "data": ImageSet(
+                    torch.zeros(2, 1, 3, 4), torch.zeros(2, dtype=torch.int64), ("a",)
+                )
+            },
+            "even h and w",
+        ),
+        (
+            {"coder": Once(change=lambda z: z[:, :3])},
+            r"shape \[3, 4, 4\], expected \[4, 4, 4\].* samples 0 to 3",
+        ),
+    ],
+)
 def test_what_cannot_be_encoded_is_refused(tmp_path, change, words):
     with pytest.raises(ValueError, match=words):
         encode(tmp_path, **change)
@@ -355,44 +552,84 @@ def test_what_cannot_be_encoded_is_refused(tmp_path, change, words):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_latents_that_are_not_finite_are_refused_and_what_was_made_is_kept(tmp_path, value):
-    coder = Once(change=lambda z: torch.where(torch.tensor(len(coder.batches) == 5), value, z))
-    with pytest.raises(ValueError, match="latents of image .* NaN or infinite, in samples 14 to 17; look at these"):
+def test_latents_that_are_not_finite_are_refused_and_what_was_made_is_kept(
+    tmp_path, value
+):
+    coder = Once(
+        change=lambda z: torch.where(torch.tensor(len(coder.batches) == 5), value, z)
+    )
+    with pytest.raises(
+        ValueError,
+        match="latents of image .* NaN or infinite, in samples 14 to 17; look at these",
+    ):
         encode(tmp_path, coder=coder)
-    assert sorted(contents(tmp_path / "train")) == ["shard-00000.safetensors", "unfinished.json"]
+    assert sorted(contents(tmp_path / "train")) == [
+        "shard-00000.safetensors",
+        "unfinished.json",
+    ]
 
 
 def test_decoding_needs_the_autoencoder_that_encoded(whole, tmp_path):
     latents = Latents(whole)
-    with pytest.raises(ValueError, match="to decode image the autoencoder is needed that encoded it"):
+    with pytest.raises(
+        ValueError, match="to decode image the autoencoder is needed that encoded it"
+    ):
         latents.decode(latents.take(torch.arange(2)).signals)
-    with pytest.raises(ValueError, match=f"encoded by autoencoder {Haar.fingerprint}, not by another"):
+    with pytest.raises(
+        ValueError, match=f"encoded by autoencoder {Haar.fingerprint}, not by another"
+    ):
         Latents(whole, autoencoder=other_coder())
     with pytest.raises(ValueError, match="unknown signal of these data 'audio'"):
         Latents(whole, autoencoder=Pairs())
     with pytest.raises(ValueError, match="not a local folder"):
         Latents(whole, autoencoder=str(tmp_path))
-    encode_latents(Scenes(count=4), Haar(), tmp_path / "scenes", device="cpu", bar=False)
-    with pytest.raises(ValueError, match="audio in .* was encoded by autoencoder None, not by pairs"):
+    encode_latents(
+        Scenes(count=4), Haar(), tmp_path / "scenes", device="cpu", bar=False
+    )
+    with pytest.raises(
+        ValueError, match="audio in .* was encoded by autoencoder None, not by pairs"
+    ):
         Latents(tmp_path / "scenes", autoencoder=[Haar(), Pairs()])
 
 
 # damage
 
+
 def damaged(content, kind, position):
-    flipped = content[:position] + bytes([content[position] ^ 1]) + content[position + 1:]
-    return {"flip": flipped, "cut": content[:position], "empty": b"", "longer": content + b"\0", "missing": None}[kind]
+    flipped = (
+        content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+    )
+    return {
+        "flip": flipped,
+        "cut": content[:position],
+        "empty": b"",
+        "longer": content + b"\0",
+        "missing": None,
+    }[kind]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(["flip", "flip", "cut", "empty", "longer", "missing"]), st.integers(0, 10**6), st.integers(0, 4))
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    st.sampled_from(["flip", "flip", "cut", "empty", "longer", "missing"]),
+    st.integers(0, 10**6),
+    st.integers(0, 4),
+)
 def test_no_damage_of_a_shard_passes_and_it_is_mended(own, kind, position, number):
     path = own / f"train/shard-{number:05d}.safetensors"
     good = path.read_bytes()
     bad = damaged(good, kind, position % len(good))
     path.unlink() if bad is None else path.write_bytes(bad)
-    words = {"flip": "was changed", "missing": "is missing"}.get(kind, f"has .* bytes instead of {len(good)}")
-    with pytest.raises(ValueError, match=f"1 shards in .* are damaged: {path.name} {words}.*Encode again; what is whole stays"):
+    words = {"flip": "was changed", "missing": "is missing"}.get(
+        kind, f"has .* bytes instead of {len(good)}"
+    )
+    with pytest.raises(
+        ValueError,
+        match=f"1 shards in .* are damaged: {path.name} {words}.*Encode again; what is whole stays",
+    ):
         Latents(own)
     if kind == "flip":
         assert len(Latents(own, check=False)) == 50, "sizes alone do not show it"
@@ -401,11 +638,23 @@ def test_no_damage_of_a_shard_passes_and_it_is_mended(own, kind, position, numbe
             Latents(own, check=False)
     coder = Once()
     encode(own, coder=coder)
-    assert coder.batches == [4, 4, 2] and path.read_bytes() == good and len(Latents(own)) == 50
+    assert (
+        coder.batches == [4, 4, 2]
+        and path.read_bytes() == good
+        and len(Latents(own)) == 50
+    )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(["flip", "flip", "flip", "cut", "empty"]), st.integers(0, 10**6), st.sampled_from(["index", "unfinished"]))
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    st.sampled_from(["flip", "flip", "flip", "cut", "empty"]),
+    st.integers(0, 10**6),
+    st.sampled_from(["index", "unfinished"]),
+)
 def test_no_damage_of_an_index_passes(whole, own, kind, position, name):
     path, good = own / f"train/{name}.json", (whole / "train/index.json").read_bytes()
     bad = damaged(good, kind, position % len(good))
@@ -415,15 +664,31 @@ def test_no_damage_of_an_index_passes(whole, own, kind, position, name):
     except ValueError:
         same = False
     if not same:
-        with pytest.raises(ValueError, match=f"{name}.json cannot be used: .*Remove its folder and encode again"):
+        with pytest.raises(
+            ValueError,
+            match=f"{name}.json cannot be used: .*Remove its folder and encode again",
+        ):
             Latents(own) if name == "index" else encode(own)
     else:
         assert len(Latents(own)) == 50
     path.write_bytes(good)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "null", "3", "{not json", "[" * 100000, '{"format": 2}', '{"format": 1}',
-                                  "\xff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        "null",
+        "3",
+        "{not json",
+        "[" * 100000,
+        '{"format": 2}',
+        '{"format": 1}',
+        "\xff",
+    ],
+)
 def test_a_strange_index_is_refused(own, text):
     (own / "train/index.json").write_text(text, encoding="latin-1")
     for call in (Latents, encode):
@@ -440,13 +705,18 @@ def test_a_later_format_is_said(own):
 
 
 def test_nothing_there(tmp_path, own):
-    with pytest.raises(FileNotFoundError, match="holds no latents; encode_latents makes them"):
+    with pytest.raises(
+        FileNotFoundError, match="holds no latents; encode_latents makes them"
+    ):
         Latents(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="unknown split"):
         Latents(own, "valid")
     (own / "validation").mkdir()
     shutil.copy(own / "train/index.json", own / "validation/index.json")
-    with pytest.raises(ValueError, match="5 shards in .*validation are damaged: shard-00000.safetensors is missing"):
+    with pytest.raises(
+        ValueError,
+        match="5 shards in .*validation are damaged: shard-00000.safetensors is missing",
+    ):
         Latents(own, "validation")
 
 
@@ -456,15 +726,31 @@ def test_what_is_asked_for_when_another_took_its_name(own):
     before = old.take(torch.arange(50)).signals["image"]
     shutil.rmtree(own / "train")
     new = encode(own, ImageSet(-DATA.images, DATA.labels, DATA.names))
-    torch.testing.assert_close(new.take(torch.arange(50)).signals["image"], -before, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        new.take(torch.arange(50)).signals["image"], -before, atol=1e-5, rtol=0
+    )
     assert torch.equal(old.take(torch.arange(50)).signals["image"], before)
 
 
 def test_the_files_are_what_they_say(whole):
-    assert sorted(contents(whole / "train")) == ["index.json", *(f"shard-{i:05d}.safetensors" for i in range(5))]
+    assert sorted(contents(whole / "train")) == [
+        "index.json",
+        *(f"shard-{i:05d}.safetensors" for i in range(5)),
+    ]
     with safe_open(whole / "train/shard-00004.safetensors", "pt") as file:
-        assert sorted(file.keys()) == ["captions", "captions.begins", "labels", "signals.image"]
-        torch.testing.assert_close(file.get_tensor("signals.image"), Haar().encode(DATA.images[40:]))
+        assert sorted(file.keys()) == [
+            "captions",
+            "captions.begins",
+            "labels",
+            "signals.image",
+        ]
+        torch.testing.assert_close(
+            file.get_tensor("signals.image"), Haar().encode(DATA.images[40:])
+        )
     index = json.loads((whole / "train/index.json").read_text())
-    assert index["data"] == DATA.fingerprint and index["autoencoders"] == {"image": Haar.fingerprint}
-    assert [record["count"] for record in index["shards"]] == [10] * 5 and index["signals"] == {"image": [1, 8, 8]}
+    assert index["data"] == DATA.fingerprint and index["autoencoders"] == {
+        "image": Haar.fingerprint
+    }
+    assert [record["count"] for record in index["shards"]] == [10] * 5 and index[
+        "signals"
+    ] == {"image": [1, 8, 8]}

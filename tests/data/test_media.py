@@ -1,4 +1,5 @@
 """Films are read by PyAV itself: each is encoded here, shown by time, turned as it says, and refused where it is broken."""
+
 import io
 import struct
 from dataclasses import replace
@@ -23,8 +24,14 @@ from selfflow.method.options import ModelConfig, ObjectiveConfig
 from selfflow.training.loop import train
 
 GREYS = [0, 40, 80, 120, 160, 200]
-KINDS = [("mp4", "mpeg4"), ("mp4", "libx264"), ("webm", "libvpx-vp9"), ("webm", "libvpx"), ("matroska", "libx264"),
-         ("avi", "mpeg4")]
+KINDS = [
+    ("mp4", "mpeg4"),
+    ("mp4", "libx264"),
+    ("webm", "libvpx-vp9"),
+    ("webm", "libvpx"),
+    ("matroska", "libx264"),
+    ("avi", "mpeg4"),
+]
 
 
 def available(codec):
@@ -37,20 +44,36 @@ def available(codec):
 
 def each(*kinds):
     "Over the containers and codecs of which this build of FFmpeg has an encoder."
-    return pytest.mark.parametrize("container, codec", [pytest.param(*kind, marks=pytest.mark.skipif(
-        not available(kind[1]), reason="this FFmpeg cannot encode it")) for kind in kinds or KINDS])
+    return pytest.mark.parametrize(
+        "container, codec",
+        [
+            pytest.param(
+                *kind,
+                marks=pytest.mark.skipif(
+                    not available(kind[1]), reason="this FFmpeg cannot encode it"
+                ),
+            )
+            for kind in kinds or KINDS
+        ],
+    )
 
 
 def greys(film):
     "The grey of each picture of a film, which is the same all over it."
-    assert film.dtype == torch.uint8 and (film.int() - film[:1, :, :1, :1].int()).abs().max() <= 6
+    assert (
+        film.dtype == torch.uint8
+        and (film.int() - film[:1, :, :1, :1].int()).abs().max() <= 6
+    )
     return film.float().mean((0, 2, 3))
 
 
 def shows(data, form, expected, apart=4):
     look(data, "video")
     found = greys(read(data, "video", form))
-    assert len(found) == form.frames and (found - torch.tensor(expected)).abs().max() <= apart, found
+    assert (
+        len(found) == form.frames
+        and (found - torch.tensor(expected)).abs().max() <= apart
+    ), found
 
 
 def reason_of(data, function=read, form=None):
@@ -60,6 +83,7 @@ def reason_of(data, function=read, form=None):
 
 
 # By time
+
 
 @each()
 @pytest.mark.parametrize("sound", [0, 0.5])
@@ -72,39 +96,63 @@ def test_a_constant_frame_rate_with_a_sound_and_without(container, codec, sound)
     shows(data, Form(8, 12), np.repeat(GREYS, 2).tolist())
 
 
-UNEVEN = [0, 20, 520, 540, 840, 870]  # when each picture is shown; the last one for the 100 ms of the rate
+# when each picture is shown; the last one for the 100 ms of the rate
+UNEVEN = [0, 20, 520, 540, 840, 870]
 
 
 @each(*[kind for kind in KINDS if kind[0] != "avi"], ("matroska", "ffv1"))
 @pytest.mark.parametrize("first", [0, 3_000])
-@pytest.mark.parametrize("frames, fps", [(4, None), (12, None), (9, 10), (50, 50), (2, 4)])
-def test_a_variable_frame_rate_goes_by_time_and_not_by_count(container, codec, first, frames, fps):
+@pytest.mark.parametrize(
+    "frames, fps", [(4, None), (12, None), (9, 10), (50, 50), (2, 4)]
+)
+def test_a_variable_frame_rate_goes_by_time_and_not_by_count(
+    container, codec, first, frames, fps
+):
     data = encoded(GREYS, container, codec, [first + time for time in UNEVEN], rate=10)
     slot = 1_000 / fps if fps else 970 / frames
     middles = [(i + 0.5) * slot + 1e-3 for i in range(frames)]
-    expected = [GREYS[max(k for k in range(6) if UNEVEN[k] <= middle)] for middle in middles]
-    assert frames < 12 or expected != [GREYS[i * 6 // frames] for i in range(frames)], "an even choice would be another"
+    expected = [
+        GREYS[max(k for k in range(6) if UNEVEN[k] <= middle)] for middle in middles
+    ]
+    assert frames < 12 or expected != [GREYS[i * 6 // frames] for i in range(frames)], (
+        "an even choice would be another"
+    )
     shows(data, Form(8, frames, fps), expected)
 
 
 @settings(deadline=None, max_examples=15)
-@given(st.lists(st.integers(1, 900), min_size=1, max_size=12), st.integers(1, 20), st.sampled_from([None, 3, 10, 25]))
+@given(
+    st.lists(st.integers(1, 900), min_size=1, max_size=12),
+    st.integers(1, 20),
+    st.sampled_from([None, 3, 10, 25]),
+)
 def test_any_timestamps(gaps, frames, fps):
     times = [sum(gaps[:i]) for i in range(len(gaps))]
-    data = encoded([20 * i for i in range(len(gaps))], "matroska", "ffv1", times, rate=10)
-    chosen = moments([time / 1_000 for time in times], (times[-1] + 100) / 1_000, frames, fps)
+    data = encoded(
+        [20 * i for i in range(len(gaps))], "matroska", "ffv1", times, rate=10
+    )
+    chosen = moments(
+        [time / 1_000 for time in times], (times[-1] + 100) / 1_000, frames, fps
+    )
     shows(data, Form(4, frames, fps), [20 * i for i in chosen], apart=1)
 
 
 @each()
-def test_a_film_of_one_picture_and_one_shorter_than_asked_for_stand_still(container, codec):
+def test_a_film_of_one_picture_and_one_shorter_than_asked_for_stand_still(
+    container, codec
+):
     shows(encoded([90], container, codec, base=10), Form(8, 5), [90] * 5)
     shows(encoded([90], container, codec, base=10), Form(8, 5, 30), [90] * 5)
-    shows(encoded([90, 180], container, codec, base=10), Form(8, 5, 10), [90] + [180] * 4)
+    shows(
+        encoded([90, 180], container, codec, base=10), Form(8, 5, 10), [90] + [180] * 4
+    )
 
 
-def test_a_last_picture_of_unknown_duration_lasts_as_long_as_the_one_before(monkeypatch):
-    data = encoded(GREYS[:4], "matroska", "ffv1", [0, 1_000, 2_000, 3_000], rate=1_000)  # which says 1 ms
+def test_a_last_picture_of_unknown_duration_lasts_as_long_as_the_one_before(
+    monkeypatch,
+):
+    # which says 1 ms
+    data = encoded(GREYS[:4], "matroska", "ffv1", [0, 1_000, 2_000, 3_000], rate=1_000)
     real = decoding._container
 
     class Unsaid:
@@ -121,13 +169,20 @@ def test_a_last_picture_of_unknown_duration_lasts_as_long_as_the_one_before(monk
     def container(*arguments):
         with real(*arguments) as (opened, stream):
             yield Unsaid(opened), stream
+
     shows(data, Form(4, 4), [0, 40, 40, 80])
     monkeypatch.setattr(decoding, "_container", container)
     shows(data, Form(4, 4), [0, 40, 80, 120])
 
 
 def test_what_an_edit_list_cuts_away_is_not_shown():
-    data = encoded(GREYS, "mp4", "libx264", [-200, -100, 0, 100, 200, 300], muxer={"avoid_negative_ts": "disabled"})
+    data = encoded(
+        GREYS,
+        "mp4",
+        "libx264",
+        [-200, -100, 0, 100, 200, 300],
+        muxer={"avoid_negative_ts": "disabled"},
+    )
     with av.open(io.BytesIO(data)) as file:
         assert sum(packet.is_discard for packet in file.demux(video=0)) == 2
     shows(data, Form(8, 4), GREYS[2:])
@@ -139,12 +194,13 @@ def test_of_a_film_with_fps_only_the_beginning_is_decoded():
     end = data.rindex(b"moov") - 4
     with av.open(io.BytesIO(data)) as file:
         at = [packet.pos for packet in file.demux(video=0) if packet.pos is not None]
-    data[at[8]:end] = bytes(end - at[8])  # what comes later is broken
+    data[at[8] : end] = bytes(end - at[8])  # what comes later is broken
     shows(bytes(data), Form(8, 5, 10), [0, 10, 20, 30, 40], apart=6)
     assert reason_of(bytes(data)) == "cannot be decoded"
 
 
 # Sides, turns, several streams
+
 
 @each(("mp4", "mpeg4"), ("webm", "libvpx-vp9"), ("webm", "libvpx"))
 @pytest.mark.parametrize("size", [(33, 17), (17, 33), (1, 1), (3, 64), (65, 2)])
@@ -159,27 +215,53 @@ def test_forms_of_pixels(form):
 
 
 def quarters(size, values=((0, 80), (160, 240))):
-    return np.kron(np.array(values, np.uint8), np.ones((size // 2, size // 2), np.uint8))[..., None].repeat(3, 2)
+    return np.kron(
+        np.array(values, np.uint8), np.ones((size // 2, size // 2), np.uint8)
+    )[..., None].repeat(3, 2)
 
 
 @each(("mp4", "mpeg4"), ("mp4", "libx264"))
-@pytest.mark.parametrize("matrix, turned", [((1, 0, 0, 1), [0, 80, 160, 240]), ((0, 1, -1, 0), [160, 0, 240, 80]),
-                                            ((-1, 0, 0, -1), [240, 160, 80, 0]), ((0, -1, 1, 0), [80, 240, 0, 160])])
+@pytest.mark.parametrize(
+    "matrix, turned",
+    [
+        ((1, 0, 0, 1), [0, 80, 160, 240]),
+        ((0, 1, -1, 0), [160, 0, 240, 80]),
+        ((-1, 0, 0, -1), [240, 160, 80, 0]),
+        ((0, -1, 1, 0), [80, 240, 0, 160]),
+    ],
+)
 def test_films_are_turned_as_they_say(container, codec, matrix, turned):
     "By the matrix (a b u, c d v, x y w) of ISO 14496-12, 8.3.2: x' = a x + c y, y' = b x + d y."
     data = encoded([quarters(32)] * 3, container, codec)
+
     def rows(a, b, c, d):
-        return struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+        return struct.pack(
+            ">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30
+        )
+
     at = data.index(b"tkhd")
     assert data.count(rows(1, 0, 0, 1), at) == 1
-    found = read(data[:at] + data[at:].replace(rows(1, 0, 0, 1), rows(*matrix)), "video", Form(32, 2)).float()
+    found = read(
+        data[:at] + data[at:].replace(rows(1, 0, 0, 1), rows(*matrix)),
+        "video",
+        Form(32, 2),
+    ).float()
     assert (found[0, 0, 8::16, 8::16].flatten() - torch.tensor(turned)).abs().max() <= 6
 
 
 def test_the_central_square_of_an_oblong_film():
-    wide = np.concatenate([np.full((32, 16, 3), 255, np.uint8), quarters(32), np.full((32, 16, 3), 255, np.uint8)], 1)
+    wide = np.concatenate(
+        [
+            np.full((32, 16, 3), 255, np.uint8),
+            quarters(32),
+            np.full((32, 16, 3), 255, np.uint8),
+        ],
+        1,
+    )
     found = read(encoded([wide] * 2, size=(64, 32)), "video", Form(32, 1)).float()
-    assert (found[:, 0, 8::16, 8::16] - torch.tensor([[0.0, 80], [160, 240]])).abs().max() <= 6
+    assert (
+        found[:, 0, 8::16, 8::16] - torch.tensor([[0.0, 80], [160, 240]])
+    ).abs().max() <= 6
 
 
 def several(cover, film):
@@ -187,7 +269,10 @@ def several(cover, film):
     written = io.BytesIO()
     with av.open(written, "w", format="mp4") as file:
         streams = []
-        for codec, form, grey, asked in (("mjpeg", "yuvj420p", 255, cover), ("mpeg4", "yuv420p", 50, film)):
+        for codec, form, grey, asked in (
+            ("mjpeg", "yuvj420p", 255, cover),
+            ("mpeg4", "yuv420p", 50, film),
+        ):
             if asked:
                 stream = file.add_stream(codec, rate=10)
                 stream.width, stream.height, stream.pix_fmt = 32, 32, form
@@ -200,7 +285,9 @@ def several(cover, film):
             frame.pts, frame.time_base = 0, Fraction(1, 10)
             file.mux(stream.encode(frame))
             file.mux(stream.encode())
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1_024), np.float32), format="fltp", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1_024), np.float32), format="fltp", layout="mono"
+        )
         frame.sample_rate, frame.pts = 48_000, 0
         file.mux(tone.encode(frame))
         file.mux(tone.encode())
@@ -210,30 +297,52 @@ def several(cover, film):
 def test_a_cover_is_no_film():
     shows(several(True, True), Form(8, 2), [50, 50])
     for function in (look, read):
-        assert reason_of(several(True, False), function) == reason_of(several(False, False), function) == "is no video"
+        assert (
+            reason_of(several(True, False), function)
+            == reason_of(several(False, False), function)
+            == "is no video"
+        )
 
 
 def test_the_container_is_given_and_not_guessed(monkeypatch):
     opened, real = set(), av.open
     films = [encoded(GREYS, container) for container in ("mp4", "matroska", "avi")]
-    monkeypatch.setattr(av, "open", lambda file, mode, format: opened.add(format) or real(file, mode=mode, format=format))
+    monkeypatch.setattr(
+        av,
+        "open",
+        lambda file, mode, format: (
+            opened.add(format) or real(file, mode=mode, format=format)
+        ),
+    )
     for data in films:
         read(data, "video", Form(8, 2))
     assert opened == {"mov", "matroska", "avi"}
     playlist = b"#EXTM3U\n#EXTINF:1,\n/etc/passwd\n"
-    assert reason_of(playlist) == "cannot be read as video" and reason_of(b"\0\0\0\x08ftypisom" + playlist) == "cannot be decoded"
+    assert (
+        reason_of(playlist) == "cannot be read as video"
+        and reason_of(b"\0\0\0\x08ftypisom" + playlist) == "cannot be decoded"
+    )
 
 
 # What is broken
 
-CONTAINERS = [("mp4", {}), ("mp4", {"movflags": "faststart"}), ("mp4", {"movflags": "frag_every_frame+empty_moov"}),
-              ("matroska", {}), ("webm", {}), ("avi", {})]
+CONTAINERS = [
+    ("mp4", {}),
+    ("mp4", {"movflags": "faststart"}),
+    ("mp4", {"movflags": "frag_every_frame+empty_moov"}),
+    ("matroska", {}),
+    ("webm", {}),
+    ("avi", {}),
+]
 
 
 def whole(container, muxer, tmp_path):
     codec = "libvpx" if container == "webm" else "mpeg4"
     if muxer.get("movflags") == "faststart":  # which FFmpeg does with files only
-        with av.open(str(tmp_path / "film.mp4"), "w", options=muxer) as file, av.open(io.BytesIO(encoded(GREYS))) as source:
+        with (
+            av.open(str(tmp_path / "film.mp4"), "w", options=muxer) as file,
+            av.open(io.BytesIO(encoded(GREYS))) as source,
+        ):
             stream = file.add_stream_from_template(source.streams.video[0])
             for packet in source.demux(video=0):
                 if packet.dts is not None:
@@ -244,14 +353,21 @@ def whole(container, muxer, tmp_path):
 
 
 @pytest.mark.parametrize("container, muxer", CONTAINERS)
-def test_films_that_were_cut_off_are_refused_by_look_already(container, muxer, tmp_path):
+def test_films_that_were_cut_off_are_refused_by_look_already(
+    container, muxer, tmp_path
+):
     data = whole(container, muxer, tmp_path)
     shows(data, Form(8, 6, 10), GREYS)
     shows(data + bytes(100), Form(8, 6, 10), GREYS)
     for share in (0.1, 0.3, 0.5, 0.7, 0.9):
-        cut = data[:int(len(data) * share)]
-        assert reason_of(cut, look) == reason_of(cut) == "is shorter than it declares", share
-    assert reason_of(data[:40], look) in ("is shorter than it declares", "cannot be decoded")
+        cut = data[: int(len(data) * share)]
+        assert (
+            reason_of(cut, look) == reason_of(cut) == "is shorter than it declares"
+        ), share
+    assert reason_of(data[:40], look) in (
+        "is shorter than it declares",
+        "cannot be decoded",
+    )
 
 
 def test_films_that_were_recorded_live_declare_no_length():
@@ -266,14 +382,26 @@ def test_films_that_were_recorded_live_declare_no_length():
 def test_mp4_of_long_and_of_many_parts():
     data = encoded(GREYS)
     at = data.index(b"mdat") - 4
-    assert data[at - 8:at] == b"\0\0\0\x08free", "FFmpeg leaves room for a length of 64 bits"
-    length = struct.unpack(">I", data[at:at + 4])[0]
-    for declared, reason in ((length + 8, None), (length + len(data), "is shorter"), (2**64 - 1, "is shorter")):
-        long = data[:at - 8] + struct.pack(">I4sQ", 1, b"mdat", declared) + data[at + 8:]
+    assert data[at - 8 : at] == b"\0\0\0\x08free", (
+        "FFmpeg leaves room for a length of 64 bits"
+    )
+    length = struct.unpack(">I", data[at : at + 4])[0]
+    for declared, reason in (
+        (length + 8, None),
+        (length + len(data), "is shorter"),
+        (2**64 - 1, "is shorter"),
+    ):
+        long = (
+            data[: at - 8] + struct.pack(">I4sQ", 1, b"mdat", declared) + data[at + 8 :]
+        )
         assert reason or read(long, "video", Form(8, 2)).shape == (3, 2, 8, 8)
         assert not reason or reason_of(long, look).startswith(reason)
     for count in (1_000, 2**17 + 1):  # of which the rest is not looked at
-        many = data[:at + length] + struct.pack(">I4s", 8, b"free") * count + data[at + length:]
+        many = (
+            data[: at + length]
+            + struct.pack(">I4s", 8, b"free") * count
+            + data[at + length :]
+        )
         shows(many, Form(8, 6, 10), GREYS)
 
 
@@ -286,7 +414,13 @@ def two_sizes(container, codec, first, second):
         file.start_encoding()
         for part, size in enumerate((first, second)):
             coder = av.CodecContext.create(codec, "w")
-            coder.width, coder.height, coder.pix_fmt, coder.time_base, coder.framerate = *size, "yuv420p", Fraction(1, 10), 10
+            (
+                coder.width,
+                coder.height,
+                coder.pix_fmt,
+                coder.time_base,
+                coder.framerate,
+            ) = *size, "yuv420p", Fraction(1, 10), 10
             packets = []
             for i in range(3):
                 frame = picture(60 * part + 20 * i, size)
@@ -298,12 +432,19 @@ def two_sizes(container, codec, first, second):
     return written.getvalue()
 
 
-@each(("webm", "libvpx-vp9"), ("webm", "libvpx"), ("mp4", "mpeg4"), ("matroska", "libx264"))
+@each(
+    ("webm", "libvpx-vp9"),
+    ("webm", "libvpx"),
+    ("mp4", "mpeg4"),
+    ("matroska", "libx264"),
+)
 def test_a_header_that_says_fewer_pixels_than_there_are(container, codec, monkeypatch):
     data = two_sizes(container, codec, (16, 16), (64, 64))
     shows(data, Form(8, 6, 10), [0, 20, 40, 60, 80, 100])
     monkeypatch.setattr(decoding, "_PIXELS", 1_000)
-    assert reason_of(data, form=Form(8, 6)) == "cannot be decoded", "by FFmpeg, before there is room for them"
+    assert reason_of(data, form=Form(8, 6)) == "cannot be decoded", (
+        "by FFmpeg, before there is room for them"
+    )
     monkeypatch.setattr(decoding, "_PIXELS", 2**26)
     monkeypatch.setattr(decoding, "_FILM_PIXELS", 6 * 64 * 64 - 1)
     assert reason_of(data, form=Form(8, 6)) == "is too long a film"
@@ -322,10 +463,15 @@ def test_films_that_are_too_long_or_too_large(monkeypatch):
 @given(st.data(), st.sampled_from(["mp4", "matroska", "avi"]))
 def test_damaged_films_are_read_or_refused_and_nothing_else(data, container):
     changed = bytearray(DAMAGED[container])
-    changed = changed[:data.draw(st.integers(12, len(changed)))]
+    changed = changed[: data.draw(st.integers(12, len(changed)))]
     for _ in range(data.draw(st.integers(0, 6))):
-        changed[data.draw(st.integers(0, min(len(changed), data.draw(st.sampled_from([600, 10**6]))) - 1))] = data.draw(
-            st.sampled_from([0, 1, 127, 128, 255]))
+        changed[
+            data.draw(
+                st.integers(
+                    0, min(len(changed), data.draw(st.sampled_from([600, 10**6]))) - 1
+                )
+            )
+        ] = data.draw(st.sampled_from([0, 1, 127, 128, 255]))
     for function in (lambda *a: look(*a[:2]), read):
         try:
             found = function(bytes(changed), "video", Form(5, 4))
@@ -334,7 +480,10 @@ def test_damaged_films_are_read_or_refused_and_nothing_else(data, container):
             pass
 
 
-DAMAGED = {container: encoded(GREYS, container, "mpeg4", base=10, sound=0.2) for container in ("mp4", "matroska", "avi")}
+DAMAGED = {
+    container: encoded(GREYS, container, "mpeg4", base=10, sound=0.2)
+    for container in ("mp4", "matroska", "avi")
+}
 
 
 def test_films_in_a_folder(tmp_path):
@@ -343,44 +492,96 @@ def test_films_in_a_folder(tmp_path):
     (tmp_path / "film.mkv").write_bytes(DAMAGED["mp4"])
     shows(Inside(tmp_path.resolve(), "film.mkv"), Form(8, 6, 10), GREYS)
     (tmp_path / "text.mkv").write_text("hello")
-    assert reason_of(Inside(tmp_path.resolve(), "text.mkv")) == "is not what its suffix says"
+    assert (
+        reason_of(Inside(tmp_path.resolve(), "text.mkv"))
+        == "is not what its suffix says"
+    )
 
 
 def clip(path, film, sound=0.3, rate=44_100, channels=2, suffix="wav"):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(film)
-    soundfile.write(path.with_suffix(f".{suffix}"), np.full((rate // 2, channels), sound), rate,
-                    subtype="PCM_16" if suffix == "flac" else "FLOAT")
+    soundfile.write(
+        path.with_suffix(f".{suffix}"),
+        np.full((rate // 2, channels), sound),
+        rate,
+        subtype="PCM_16" if suffix == "flac" else "FLOAT",
+    )
 
 
 def test_a_run_on_foreign_films_and_sounds_bears_the_bad_ones(tmp_path, capsys):
-    data, kinds = tmp_path / "clips", {"mp4": ("mp4", 44_100, 2), "mkv": ("matroska", 8_000, 1), "avi": ("avi", 48_000, 6)}
+    data, kinds = (
+        tmp_path / "clips",
+        {
+            "mp4": ("mp4", 44_100, 2),
+            "mkv": ("matroska", 8_000, 1),
+            "avi": ("avi", 48_000, 6),
+        },
+    )
     for i in range(24):
         suffix, (container, rate, channels) = list(kinds.items())[i % 3]
         times = None if suffix == "avi" else UNEVEN[:4]
-        clip(data / "train/cat" / f"{i}.{suffix}", encoded(GREYS[:4], container, "mpeg4", times, sound=0.2 * (i % 2)), 0.3, rate,
-             channels, "flac" if i % 2 else "wav")
+        clip(
+            data / "train/cat" / f"{i}.{suffix}",
+            encoded(GREYS[:4], container, "mpeg4", times, sound=0.2 * (i % 2)),
+            0.3,
+            rate,
+            channels,
+            "flac" if i % 2 else "wav",
+        )
     for split in ("validation", "test"):
         clip(data / f"{split}/cat/good.mp4", encoded(GREYS))
     bad, film = data / "train/cat", encoded(GREYS, sound=0.2)
-    late = film[:200] + bytes(len(film) // 3) + film[200 + len(film) // 3:]  # the header is whole, the pictures are not
-    for name, content in {"cut.mp4": film[:-20], "empty.mp4": b"", "text.mkv": b"hello", "other.avi": film,
-                          "late.mp4": late}.items():
+    # the header is whole, the pictures are not
+    late = film[:200] + bytes(len(film) // 3) + film[200 + len(film) // 3 :]
+    for name, content in {
+        "cut.mp4": film[:-20],
+        "empty.mp4": b"",
+        "text.mkv": b"hello",
+        "other.avi": film,
+        "late.mp4": late,
+    }.items():
         clip(bad / name, content)
-    clip(bad / "nan.mp4", film, np.nan), clip(bad / "silent.mp4", film, 0.0), clip(bad / "lone.mp4", film)
+    (
+        clip(bad / "nan.mp4", film, np.nan),
+        clip(bad / "silent.mp4", film, 0.0),
+        clip(bad / "lone.mp4", film),
+    )
     (bad / "lone.wav").unlink()
-    both = DataConfig("folder", path=str(data), signals=("video", "audio"), height=8, width=8, frames=4, patch=4,
-                      columns=4)
-    config = replace(TINY, data=both, model=ModelConfig(width=32, depth=2, heads=2), objective=ObjectiveConfig("flow_matching"),
-                     training=replace(TINY.training, steps=4, batch=16))
+    both = DataConfig(
+        "folder",
+        path=str(data),
+        signals=("video", "audio"),
+        height=8,
+        width=8,
+        frames=4,
+        patch=4,
+        columns=4,
+    )
+    config = replace(
+        TINY,
+        data=both,
+        model=ModelConfig(width=32, depth=2, heads=2),
+        objective=ObjectiveConfig("flow_matching"),
+        training=replace(TINY.training, steps=4, batch=16),
+    )
     run = train(config, tmp_path / "runs", "cpu", bar=False)
     said = capsys.readouterr().out
     assert run.log["flow_loss"].notna().all() and len(run.log) == 4
-    for words in ("clips: 28 samples (video, audio) of split train", "read as what they are, not as their suffix says (1)",
-                  "has no audio of its name (1)", "is empty (1)",
-                  "is shorter than it declares (1)", "is not what its suffix says (1)", "'train/cat/silent' is silent",
-                  "the next good sample stands for it"):
+    for words in (
+        "clips: 28 samples (video, audio) of split train",
+        "read as what they are, not as their suffix says (1)",
+        "has no audio of its name (1)",
+        "is empty (1)",
+        "is shorter than it declares (1)",
+        "is not what its suffix says (1)",
+        "'train/cat/silent' is silent",
+        "the next good sample stands for it",
+    ):
         assert words in said
     folder = Folder(data, ("video", "audio"), size=8, frames=4)
     folder.take(torch.arange(28))
-    assert folder.broken.keys() == {"train/cat/late", "train/cat/nan"} and folder.silent.keys() == {"train/cat/silent"}
+    assert folder.broken.keys() == {
+        "train/cat/late",
+        "train/cat/nan",
+    } and folder.silent.keys() == {"train/cat/silent"}

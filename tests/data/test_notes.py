@@ -1,4 +1,5 @@
 """Notes are what their factors say; the same ones whatever they are asked for with."""
+
 import io
 import math
 import wave
@@ -11,7 +12,17 @@ from hypothesis import strategies as st
 
 from selfflow.data.audio import LogMel, Mdct, onsets_of, pitch_of
 from selfflow.data.datasets import SPLITS
-from selfflow.data.notes import _AMPLITUDES, _FADES, PITCHES, TIMBRES, Notes, note_name, synthesise, to_wav, within_full_scale
+from selfflow.data.notes import (
+    _AMPLITUDES,
+    _FADES,
+    PITCHES,
+    TIMBRES,
+    Notes,
+    note_name,
+    synthesise,
+    to_wav,
+    within_full_scale,
+)
 
 
 def by_hand(pitch, timbre, attack, vibrato, loudness, phase, samples, rate):
@@ -19,28 +30,63 @@ def by_hand(pitch, timbre, attack, vibrato, loudness, phase, samples, rate):
     base, share = 440 * 2 ** ((pitch - 69) / 12), 2 ** (vibrato / 12) - 1
     fine = (np.arange(samples * 16) + 0.5) / (16 * rate)
     frequency = base * (1 + share * np.sin(2 * np.pi * 6 * fine))
-    theta = 2 * np.pi * (phase + np.concatenate([[0], np.cumsum(frequency) / (16 * rate)])[:-1][::16])
+    theta = (
+        2
+        * np.pi
+        * (phase + np.concatenate([[0], np.cumsum(frequency) / (16 * rate)])[:-1][::16])
+    )
     seconds = np.arange(samples) / rate
-    harmonics = [(k, a) for k, a in enumerate(_AMPLITUDES[timbre], start=1) if k * base * (1 + share) < rate / 2]
+    harmonics = [
+        (k, a)
+        for k, a in enumerate(_AMPLITUDES[timbre], start=1)
+        if k * base * (1 + share) < rate / 2
+    ]
     circle = np.linspace(0, 2 * np.pi, 20_001)
     peak = np.abs(sum(a * np.sin(k * circle) for k, a in harmonics)).max()
     total, each = _FADES[timbre]
-    tones = sum(a / peak * np.exp(-each * k * seconds) * np.sin(k * theta) for k, a in harmonics)
+    tones = sum(
+        a / peak * np.exp(-each * k * seconds) * np.sin(k * theta) for k, a in harmonics
+    )
     rise = np.array([math.sin(math.pi / 2 * min(1, s / attack)) ** 2 for s in seconds])
-    fall = np.array([math.sin(math.pi / 2 * min(1, (samples / rate - s) / 0.03)) ** 2 for s in seconds])
+    fall = np.array(
+        [
+            math.sin(math.pi / 2 * min(1, (samples / rate - s) / 0.03)) ** 2
+            for s in seconds
+        ]
+    )
     return 10 ** (loudness / 20) * np.exp(-total * seconds) * rise * fall * tones
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.lists(st.tuples(st.floats(60, 83), st.integers(0, 5), st.floats(0.004, 0.2), st.sampled_from([0, 0.2, 0.5, 1]),
-                          st.floats(-30, 0), st.floats(0, 1)), min_size=1, max_size=3),
-       st.sampled_from([(1000, 4000), (2048, 8000), (3000, 22_050)]))
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(60, 83),
+            st.integers(0, 5),
+            st.floats(0.004, 0.2),
+            st.sampled_from([0, 0.2, 0.5, 1]),
+            st.floats(-30, 0),
+            st.floats(0, 1),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    st.sampled_from([(1000, 4000), (2048, 8000), (3000, 22_050)]),
+)
 def test_a_note_is_the_one_by_hand(notes, size):
     samples, rate = size
-    pitch, timbre, *others = (torch.tensor(values) for values in zip(*notes, strict=True))
+    pitch, timbre, *others = (
+        torch.tensor(values) for values in zip(*notes, strict=True)
+    )
     found = synthesise(pitch, timbre, *others, samples=samples, rate=rate)
     assert found.dtype == torch.float32 and found.shape == (len(notes), samples)
-    for note, one in zip(found, zip(pitch.tolist(), timbre.tolist(), *(o.tolist() for o in others), strict=True), strict=True):
+    for note, one in zip(
+        found,
+        zip(
+            pitch.tolist(), timbre.tolist(), *(o.tolist() for o in others), strict=True
+        ),
+        strict=True,
+    ):
         np.testing.assert_allclose(note, by_hand(*one, samples, rate), atol=2e-4)
 
 
@@ -48,7 +94,12 @@ def test_a_note_is_the_one_by_hand(notes, size):
 def test_full_scale_is_reached_and_never_passed(timbre):
     pitch = torch.arange(40, 90, 0.7)
     at = [torch.full_like(pitch, value) for value in (0.005, 0.3, 0.0)]
-    waves = synthesise(pitch, torch.full(pitch.shape, timbre), *at, phase=torch.linspace(0, 1, len(pitch)))
+    waves = synthesise(
+        pitch,
+        torch.full(pitch.shape, timbre),
+        *at,
+        phase=torch.linspace(0, 1, len(pitch)),
+    )
     assert waves.abs().max() <= 1
     if _FADES[timbre] == (0, 0):
         assert waves.abs().amax(1).min() > 0.97, "a rate of 8000 may miss the very top"
@@ -57,19 +108,39 @@ def test_full_scale_is_reached_and_never_passed(timbre):
 @pytest.mark.parametrize("pitch", [60, 71, 77, 83])
 @pytest.mark.parametrize("timbre, vibrato", [(1, 0.0), (2, 0.0), (3, 0.5), (2, 0.5)])
 def test_nothing_is_aliased(pitch, timbre, vibrato):
-    wave, = synthesise(*(torch.tensor([value]) for value in (pitch, timbre, 0.05, vibrato, 0.0)))
+    (wave,) = synthesise(
+        *(torch.tensor([value]) for value in (pitch, timbre, 0.05, vibrato, 0.0))
+    )
     power = torch.fft.rfft(wave * torch.hann_window(8192)).square().abs()
     base, hz = 440 * 2 ** ((pitch - 69) / 12), torch.arange(4097) * 8000 / 8192
     k = torch.arange(1, 17)
     k = k[k * base * 2 ** (vibrato / 12) < 4000]
-    near = ((hz[:, None] - k * base).abs() < 40 + (0.04 * k * base if vibrato else 0)).any(1)
-    assert near.float().mean() < (1 if vibrato else 0.4) and power[~near].sum() < 1e-6 * power.sum()
-    assert power[near & (hz > (k[-1] - 0.5) * base)].sum() > 1e-6 * power.sum() or _AMPLITUDES[timbre][k[-1] - 1] == 0
+    near = (
+        (hz[:, None] - k * base).abs() < 40 + (0.04 * k * base if vibrato else 0)
+    ).any(1)
+    assert (
+        near.float().mean() < (1 if vibrato else 0.4)
+        and power[~near].sum() < 1e-6 * power.sum()
+    )
+    assert (
+        power[near & (hz > (k[-1] - 0.5) * base)].sum() > 1e-6 * power.sum()
+        or _AMPLITUDES[timbre][k[-1] - 1] == 0
+    )
 
 
 def test_names_and_pitches():
-    assert [note_name(p) for p in (21, 60, 61, 70, 83, 108)] == ["A0", "C4", "C#4", "A#4", "B5", "C8"]
-    assert len(Notes.names) == len(set(Notes.names)) == len(PITCHES) == 24 and Notes.names[0] == "C4"
+    assert [note_name(p) for p in (21, 60, 61, 70, 83, 108)] == [
+        "A0",
+        "C4",
+        "C#4",
+        "A#4",
+        "B5",
+        "C8",
+    ]
+    assert (
+        len(Notes.names) == len(set(Notes.names)) == len(PITCHES) == 24
+        and Notes.names[0] == "C4"
+    )
     assert len(TIMBRES) == len(_AMPLITUDES) == len(_FADES)
 
 
@@ -80,19 +151,45 @@ def test_the_form_of_a_batch(split, length):
     assert len(data) == 500 and data.shapes == {"audio": (data.samples,)}
     batch = data.take(torch.tensor([3, 499, 0]))
     wave, factors = batch.signals["audio"], batch.factors
-    assert wave.shape == (3, data.samples) and wave.dtype == torch.float32 and wave.abs().max() <= 1 and len(batch) == 3
+    assert (
+        wave.shape == (3, data.samples)
+        and wave.dtype == torch.float32
+        and wave.abs().max() <= 1
+        and len(batch) == 3
+    )
     shape = (3,) if length == 1 else (3, length)
     assert factors["pitch"].shape == factors["phase"].shape == shape
     assert {name: values.dtype for name, values in factors.items()} == {
-        "pitch": torch.int64, "timbre": torch.int64, "attack": torch.float32, "vibrato": torch.float32,
-        "loudness": torch.float32, "phase": torch.float32}
-    assert all(values.shape == (3,) for name, values in factors.items() if name not in ("pitch", "phase"))
-    assert torch.equal(batch.labels, factors["pitch"].view(3, length)[:, 0] - 60) and batch.labels.dtype == torch.int64
+        "pitch": torch.int64,
+        "timbre": torch.int64,
+        "attack": torch.float32,
+        "vibrato": torch.float32,
+        "loudness": torch.float32,
+        "phase": torch.float32,
+    }
+    assert all(
+        values.shape == (3,)
+        for name, values in factors.items()
+        if name not in ("pitch", "phase")
+    )
+    assert (
+        torch.equal(batch.labels, factors["pitch"].view(3, length)[:, 0] - 60)
+        and batch.labels.dtype == torch.int64
+    )
     played = factors["pitch"].view(3, length).tolist()
     for caption, pitches, timbre, vibrato, loudness in zip(
-            batch.captions, played, factors["timbre"], factors["vibrato"], factors["loudness"], strict=True):
-        assert caption == (f"a {'loud' if loudness >= -12 else 'soft'} {TIMBRES[timbre]} plays "
-                           + ", ".join(Notes.names[p - 60] for p in pitches) + (" with vibrato" if vibrato > 0 else ""))
+        batch.captions,
+        played,
+        factors["timbre"],
+        factors["vibrato"],
+        factors["loudness"],
+        strict=True,
+    ):
+        assert caption == (
+            f"a {'loud' if loudness >= -12 else 'soft'} {TIMBRES[timbre]} plays "
+            + ", ".join(Notes.names[p - 60] for p in pitches)
+            + (" with vibrato" if vibrato > 0 else "")
+        )
         assert len(caption.encode("ascii")) <= 64
 
 
@@ -102,34 +199,61 @@ def test_a_sample_follows_from_its_index_alone(length):
     batch = data.take(torch.arange(40))
     for some in ([7], [39, 0, 7, 7], list(range(30, 40))):
         found = data.take(torch.tensor(some))
-        torch.testing.assert_close(found.signals["audio"], batch.signals["audio"][some], rtol=0, atol=1e-6)
-        assert found.captions == tuple(batch.captions[i] for i in some) and torch.equal(found.labels, batch.labels[some])
+        torch.testing.assert_close(
+            found.signals["audio"], batch.signals["audio"][some], rtol=0, atol=1e-6
+        )
+        assert found.captions == tuple(batch.captions[i] for i in some) and torch.equal(
+            found.labels, batch.labels[some]
+        )
         for name, values in found.factors.items():
             assert torch.equal(values, batch.factors[name][some]), name
-    torch.testing.assert_close(Notes(count=41, length=length).take(torch.tensor([40])).factors,
-                               data.take(torch.tensor([40])).factors)
+    torch.testing.assert_close(
+        Notes(count=41, length=length).take(torch.tensor([40])).factors,
+        data.take(torch.tensor([40])).factors,
+    )
     empty = data.take(torch.zeros(0, dtype=torch.int64))
-    assert empty.signals["audio"].shape == (0, 8192) and len(empty) == 0 and empty.captions == ()
+    assert (
+        empty.signals["audio"].shape == (0, 8192)
+        and len(empty) == 0
+        and empty.captions == ()
+    )
     with pytest.raises(IndexError, match="100000"):
         data.take(torch.tensor([100_000]))
 
 
 def test_a_note_is_made_from_its_factors_and_a_sequence_of_notes():
     one = Notes().take(torch.arange(9))
-    torch.testing.assert_close(synthesise(**one.factors), one.signals["audio"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        synthesise(**one.factors), one.signals["audio"], rtol=0, atol=1e-6
+    )
     several = Notes(length=2).take(torch.arange(9))
     for k in range(2):
-        factors = {name: values[:, k] if values.ndim == 2 else values for name, values in several.factors.items()}
-        part = several.signals["audio"][:, 4096 * k: 4096 * (k + 1)]
-        torch.testing.assert_close(synthesise(**factors, samples=4096), part, rtol=0, atol=1e-6)
+        factors = {
+            name: values[:, k] if values.ndim == 2 else values
+            for name, values in several.factors.items()
+        }
+        part = several.signals["audio"][:, 4096 * k : 4096 * (k + 1)]
+        torch.testing.assert_close(
+            synthesise(**factors, samples=4096), part, rtol=0, atol=1e-6
+        )
 
 
 def test_splits_have_nothing_in_common_and_options_are_other_data():
     drawn = [Notes(split, 300).take(torch.arange(300)) for split in SPLITS]
     phases = torch.cat([batch.factors["phase"] for batch in drawn])
     assert len(phases.unique()) > 895
-    kinds = [Notes(), Notes("test"), Notes(count=5), Notes(rate=16_000), Notes(samples=4096), Notes(length=2)]
-    assert len({kind.fingerprint for kind in kinds}) == len(kinds) and Notes().fingerprint == Notes("train").fingerprint
+    kinds = [
+        Notes(),
+        Notes("test"),
+        Notes(count=5),
+        Notes(rate=16_000),
+        Notes(samples=4096),
+        Notes(length=2),
+    ]
+    assert (
+        len({kind.fingerprint for kind in kinds}) == len(kinds)
+        and Notes().fingerprint == Notes("train").fingerprint
+    )
 
 
 def test_factors_are_spread_as_said_and_independent():
@@ -137,16 +261,26 @@ def test_factors_are_spread_as_said_and_independent():
     factors = {name: values.double() for name, values in batch.factors.items()}
     for name, kinds in (("pitch", 24), ("timbre", 6)):
         counts = batch.factors[name].sub(batch.factors[name].min()).bincount()
-        assert len(counts) == kinds and ((counts - 4000 / kinds).square() / (4000 / kinds)).sum() < 2.2 * kinds + 10
+        assert (
+            len(counts) == kinds
+            and ((counts - 4000 / kinds).square() / (4000 / kinds)).sum()
+            < 2.2 * kinds + 10
+        )
     assert 0.005 <= factors["attack"].min() and factors["attack"].max() <= 0.08
-    assert abs(factors["attack"].log().mean() - math.log(0.02)) < 0.05, "evenly in its logarithm"
+    assert abs(factors["attack"].log().mean() - math.log(0.02)) < 0.05, (
+        "evenly in its logarithm"
+    )
     still = factors["vibrato"] == 0
     assert abs(still.double().mean() - 0.5) < 0.03
     assert 0.2 <= factors["vibrato"][~still].min() and factors["vibrato"].max() <= 0.5
-    assert -24 <= factors["loudness"].min() < -23 and -1 < factors["loudness"].max() <= 0
+    assert (
+        -24 <= factors["loudness"].min() < -23 and -1 < factors["loudness"].max() <= 0
+    )
     correlation = torch.corrcoef(torch.stack(list(factors.values()))) - torch.eye(6)
     assert correlation.abs().max() < 0.06
-    assert len(set(batch.captions)) > 24 * 6 * 4 * 0.98, "as many captions as coarse factors"
+    assert len(set(batch.captions)) > 24 * 6 * 4 * 0.98, (
+        "as many captions as coarse factors"
+    )
 
 
 @pytest.mark.parametrize("way", ["as they are", "log-mel", "mdct"])
@@ -165,7 +299,11 @@ def test_spectra_of_notes_are_near_mean_0_and_variance_1():
     waves = Notes().take(torch.arange(200)).signals["audio"]
     for form, most in ((LogMel(), 4), (Mdct(), 60), (Mdct(power=0.5), 20)):
         spectra = form.encode(waves)
-        assert abs(spectra.mean()) < 0.1 and 0.8 < spectra.std() < 1.25 and spectra.abs().max() < most, form
+        assert (
+            abs(spectra.mean()) < 0.1
+            and 0.8 < spectra.std() < 1.25
+            and spectra.abs().max() < most
+        ), form
     assert (LogMel().encode(waves) > 3).float().mean() < 0.01
 
 
@@ -173,42 +311,82 @@ def test_the_notes_of_a_sequence_begin_where_they_should():
     batch = Notes(length=4).take(torch.arange(60))
     struck = (batch.factors["timbre"] >= 4) & (batch.factors["attack"] < 0.03)
     found = onsets_of(batch.signals["audio"][struck], 8000)
-    right = [len(f) == 4 and np.abs(f.numpy() - 0.256 * np.arange(4)).max() < 0.02 for f in found]
+    right = [
+        len(f) == 4 and np.abs(f.numpy() - 0.256 * np.arange(4)).max() < 0.02
+        for f in found
+    ]
     assert len(right) > 5 and np.mean(right) >= 0.9
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"split": "tests"}, "Did you mean 'test'"), ({"count": 0}, "count is 0"), ({"rate": 2000}, "rate is 2000.*4000"),
-    ({"length": 0}, "length is 0"), ({"length": 5}, "length is 5"),
-    ({"length": 3}, "8192 samples are not 3 equal notes of 0.2 s or more; take 8193"),
-    ({"samples": 1000}, "1000 samples are not 1 equal notes.*take 1600"),
-    ({"samples": 3200, "length": 4}, "3200 samples are not 4 equal notes.*take 6400"), ({"samples": -5}, "take 1600"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"split": "tests"}, "Did you mean 'test'"),
+        ({"count": 0}, "count is 0"),
+        ({"rate": 2000}, "rate is 2000.*4000"),
+        ({"length": 0}, "length is 0"),
+        ({"length": 5}, "length is 5"),
+        (
+            {"length": 3},
+            "8192 samples are not 3 equal notes of 0.2 s or more; take 8193",
+        ),
+        ({"samples": 1000}, "1000 samples are not 1 equal notes.*take 1600"),
+        (
+            {"samples": 3200, "length": 4},
+            "3200 samples are not 4 equal notes.*take 6400",
+        ),
+        ({"samples": -5}, "take 1600"),
+    ],
+)
 def test_options_that_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         Notes(**options)
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"timbre": [0, 6]}, "timbre runs from 0 to 6, outside 0 to 5: flute"), ({"timbre": [-1, 0]}, "timbre runs from -1"),
-    ({"attack": [0.1, 0.0]}, "attack is 0"), ({"attack": [math.nan, 0.1]}, "attack is nan"),
-    ({"vibrato": [-0.1, 0]}, "vibrato is -0.1"),
-    ({"loudness": [0.0, 3.0]}, "loudness is 3, but must be at most 0 dB"), ({"loudness": [math.nan, 0]}, "loudness is nan"),
-    ({"pitch": [60, 108]}, "a note of 4186 Hz needs more than 8000"), ({"pitch": [math.nan, 60.0]}, "a note of nan Hz"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"timbre": [0, 6]}, "timbre runs from 0 to 6, outside 0 to 5: flute"),
+        ({"timbre": [-1, 0]}, "timbre runs from -1"),
+        ({"attack": [0.1, 0.0]}, "attack is 0"),
+        ({"attack": [math.nan, 0.1]}, "attack is nan"),
+        ({"vibrato": [-0.1, 0]}, "vibrato is -0.1"),
+        ({"loudness": [0.0, 3.0]}, "loudness is 3, but must be at most 0 dB"),
+        ({"loudness": [math.nan, 0]}, "loudness is nan"),
+        ({"pitch": [60, 108]}, "a note of 4186 Hz needs more than 8000"),
+        ({"pitch": [math.nan, 60.0]}, "a note of nan Hz"),
+    ],
+)
 def test_notes_that_cannot_be_played(change, words):
-    good = {"pitch": [60.0, 61.0], "timbre": [0, 1], "attack": [0.1, 0.1], "vibrato": [0.0, 0.0], "loudness": [0.0, 0.0]}
+    good = {
+        "pitch": [60.0, 61.0],
+        "timbre": [0, 1],
+        "attack": [0.1, 0.1],
+        "vibrato": [0.0, 0.0],
+        "loudness": [0.0, 0.0],
+    }
     with pytest.raises(ValueError, match=words):
-        synthesise(**{name: torch.tensor(values) for name, values in (good | change).items()})
+        synthesise(
+            **{name: torch.tensor(values) for name, values in (good | change).items()}
+        )
 
 
 @pytest.mark.parametrize("bits, most", [(16, 1 / 32767), (8, 1 / 127)])
 def test_a_wav_file_holds_the_sound(bits, most):
     sound = torch.linspace(-1.5, 1.5, 301)
     with wave.open(io.BytesIO(to_wav(sound, 11_025, bits))) as file:
-        assert (file.getframerate(), file.getnchannels(), file.getsampwidth(), file.getnframes()) == (11_025, 1, bits // 8, 301)
+        assert (
+            file.getframerate(),
+            file.getnchannels(),
+            file.getsampwidth(),
+            file.getnframes(),
+        ) == (11_025, 1, bits // 8, 301)
         data = file.readframes(301)
-    values = np.frombuffer(data, "<i2") / 32767 if bits == 16 else (np.frombuffer(data, "u1") - 128.0) / 127
+    values = (
+        np.frombuffer(data, "<i2") / 32767
+        if bits == 16
+        else (np.frombuffer(data, "u1") - 128.0) / 127
+    )
     np.testing.assert_allclose(values, sound / 1.5, atol=most)  # quieter, not clipped
     for bad in ((sound[None], bits), (sound, 12), (sound * math.nan, bits)):
         with pytest.raises(ValueError, match="cannot be written with"):

@@ -32,11 +32,38 @@ from selfflow.training.loop import train
 from selfflow.training.samples import write_samples
 
 ALL = {"shares": (1, 0, 0)}
-HEIC = Path(__file__).parents[1] / "fixtures/two_colours.heic"  # 32 x 24, blue and orange; nothing that is installed writes HEIC
-PICTURES = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "HEIF"]
-SOUNDS = [("WAV", "PCM_16"), ("WAV", "ULAW"), ("WAV", "ALAW"), ("WAV", "IMA_ADPCM"), ("WAV", "MS_ADPCM"), ("FLAC", "PCM_16"),
-          ("MP3", "MPEG_LAYER_III"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("AIFF", "PCM_16"), ("AU", "PCM_16"), ("CAF", "PCM_16"),
-          ("RF64", "PCM_16"), ("M4A", "aac"), ("M4A", "alac"), ("AAC", "aac")]
+# 32 x 24, blue and orange; nothing that is installed writes HEIC
+HEIC = Path(__file__).parents[1] / "fixtures/two_colours.heic"
+PICTURES = [
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+    "AVIF",
+    "JPEG2000",
+    "PPM",
+    "HEIF",
+]
+SOUNDS = [
+    ("WAV", "PCM_16"),
+    ("WAV", "ULAW"),
+    ("WAV", "ALAW"),
+    ("WAV", "IMA_ADPCM"),
+    ("WAV", "MS_ADPCM"),
+    ("FLAC", "PCM_16"),
+    ("MP3", "MPEG_LAYER_III"),
+    ("OGG", "VORBIS"),
+    ("OGG", "OPUS"),
+    ("AIFF", "PCM_16"),
+    ("AU", "PCM_16"),
+    ("CAF", "PCM_16"),
+    ("RF64", "PCM_16"),
+    ("M4A", "aac"),
+    ("M4A", "alac"),
+    ("AAC", "aac"),
+]
 
 
 def saved(kind, size=(32, 24), colours=((20, 40, 200), (200, 100, 50)), **options):
@@ -60,9 +87,15 @@ def recorded(values, rate, kind, subtype):
         stream = file.add_stream(subtype, rate=rate, layout="mono")
         form = "s16p" if subtype == "alac" else "fltp"
         for at in range(0, len(values), 1_024):
-            part = values[at:at + 1_024].mean(1)[None]
-            part = (part * 32_767).astype(np.int16) if subtype == "alac" else part.astype(np.float32)
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(part), format=form, layout="mono")
+            part = values[at : at + 1_024].mean(1)[None]
+            part = (
+                (part * 32_767).astype(np.int16)
+                if subtype == "alac"
+                else part.astype(np.float32)
+            )
+            frame = av.AudioFrame.from_ndarray(
+                np.ascontiguousarray(part), format=form, layout="mono"
+            )
             frame.sample_rate, frame.pts, frame.time_base = rate, at, Fraction(1, rate)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
@@ -72,7 +105,9 @@ def recorded(values, rate, kind, subtype):
 def steps(rate, pitches=(300, 600, 900, 1_200, 1_500), seconds=1.0, channels=2):
     "Tones of a second each."
     time = np.arange(int(rate * seconds)) / rate
-    return np.concatenate([0.4 * np.sin(2 * np.pi * pitch * time) for pitch in pitches])[:, None].repeat(channels, 1)
+    return np.concatenate(
+        [0.4 * np.sin(2 * np.pi * pitch * time) for pitch in pitches]
+    )[:, None].repeat(channels, 1)
 
 
 def pitch(values):
@@ -80,6 +115,7 @@ def pitch(values):
 
 
 # Kinds of pictures
+
 
 @pytest.mark.parametrize("kind", PICTURES)
 def test_a_picture_of_any_kind_is_read_by_its_content(kind, tmp_path, capsys):
@@ -89,36 +125,64 @@ def test_a_picture_of_any_kind_is_read_by_its_content(kind, tmp_path, capsys):
     for x, colour in ((3, (20, 40, 200)), (12, (200, 100, 50))):
         assert (found[:, 8, x].int() - torch.tensor(colour)).abs().max() <= 12
     right = [suffix for suffix, of in SUFFIXES.items() if of == kind]
-    names = [f"a/{i}{suffix}" for i, suffix in enumerate(right)] + ["a/none", "a/other.xyz", "a/UPPER" + right[0].upper()]
+    names = [f"a/{i}{suffix}" for i, suffix in enumerate(right)] + [
+        "a/none",
+        "a/other.xyz",
+        "a/UPPER" + right[0].upper(),
+    ]
     wrong = "a/wrong.jpg" if kind != "JPEG" else "a/wrong.png"
     (tmp_path / "a").mkdir()
     for name in (*names, wrong):
         (tmp_path / name).write_bytes(data)
     folder = Folder(tmp_path, size=16, **ALL)
-    assert {entry.name for entry in folder.found} == {*names, wrong} and not folder.skipped
+    assert {entry.name for entry in folder.found} == {
+        *names,
+        wrong,
+    } and not folder.skipped
     taken = folder.take(torch.arange(len(folder))).signals["image"]
     assert all(torch.equal(one, taken[0]) for one in taken) and not folder.broken
-    assert f"read as what they are, not as their suffix says (1): '{wrong}'" in capsys.readouterr().out
+    assert (
+        f"read as what they are, not as their suffix says (1): '{wrong}'"
+        in capsys.readouterr().out
+    )
 
 
 def test_heic_names_its_package_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "pi_heif", None)
-    with pytest.raises(Refused, match=r"needs the package pi_heif: pip install 'selfflow\[heif\]'"):
+    with pytest.raises(
+        Refused, match=r"needs the package pi_heif: pip install 'selfflow\[heif\]'"
+    ):
         look(HEIC.read_bytes(), "image")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "AVIF", "JPEG2000", "WEBP"])
 def test_grey_stays_grey_where_one_channel_is_asked_for(kind):
-    found = read(saved(kind, colours=((90, 90, 90), (200, 200, 200))), "image", Form(16, channels=1))
-    assert found.shape == (1, 16, 16) and abs(int(found[0, 8, 3]) - 90) <= 6 and abs(int(found[0, 8, 12]) - 200) <= 6
+    found = read(
+        saved(kind, colours=((90, 90, 90), (200, 200, 200))),
+        "image",
+        Form(16, channels=1),
+    )
+    assert (
+        found.shape == (1, 16, 16)
+        and abs(int(found[0, 8, 3]) - 90) <= 6
+        and abs(int(found[0, 8, 12]) - 200) <= 6
+    )
     film = read(encoded([0, 100], times=[0, 100]), "video", Form(8, 2, channels=1))
     assert film.shape == (1, 2, 8, 8) and abs(film[0, 1].float().mean() - 100) < 4
     with pytest.raises(ValueError, match="channels is 2"):
         Form(channels=2)
 
 
-@pytest.mark.parametrize("values, expected", [((0, 1), [0, 255]), ((0.25, 0.5), [64, 128]), ((0, 300), None), ((-1, 1), None),
-                                              ((float("nan"), 1), None)])
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ((0, 1), [0, 255]),
+        ((0.25, 0.5), [64, 128]),
+        ((0, 300), None),
+        ((-1, 1), None),
+        ((float("nan"), 1), None),
+    ],
+)
 def test_floating_point_numbers_from_0_to_1_are_brightness(values, expected):
     written = io.BytesIO()
     Image.fromarray(np.float32(values)[None].repeat(2, 0)).save(written, format="TIFF")
@@ -131,39 +195,76 @@ def test_floating_point_numbers_from_0_to_1_are_brightness(values, expected):
 
 # What is odd, and what is not used
 
+
 def test_all_that_is_not_used_is_counted_and_named(tmp_path, capsys):
-    for name, data in {"fine.png": saved("PNG"), "Thumbs.db": b"\xd0\xcf\x11\xe0" + bytes(99), "desktop.ini": b"x",
-                       ".DS_Store": b"x", "notes.txt": b"x",
-                       "._fine.png": b"\0\5", "x.jxl": b"\xff\x0a" + bytes(99), "a.nef": saved("TIFF"),
-                       "sub/labels.csv": b"file\n", "s.wav": recorded(steps(8_000), 8_000, "WAV", "PCM_16"), "e": b"",
-                       "phone.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "a.zip": b"PK\3\4" + bytes(99)}.items():
+    for name, data in {
+        "fine.png": saved("PNG"),
+        "Thumbs.db": b"\xd0\xcf\x11\xe0" + bytes(99),
+        "desktop.ini": b"x",
+        ".DS_Store": b"x",
+        "notes.txt": b"x",
+        "._fine.png": b"\0\5",
+        "x.jxl": b"\xff\x0a" + bytes(99),
+        "a.nef": saved("TIFF"),
+        "sub/labels.csv": b"file\n",
+        "s.wav": recorded(steps(8_000), 8_000, "WAV", "PCM_16"),
+        "e": b"",
+        "phone.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99),
+        "a.zip": b"PK\3\4" + bytes(99),
+    }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
     folder = Folder(tmp_path, **ALL)
     assert {reason: sorted(names) for reason, names in folder.skipped.items()} == {
-        "cannot be read as image": ["Thumbs.db", "desktop.ini", "notes.txt", "s.wav"], "is JPEG XL, which is not read": ["x.jxl"],
-        "is a camera's raw file, which is not read": ["a.nef"], "is empty": ["e"], "cannot be decoded": ["phone.heic"],
+        "cannot be read as image": ["Thumbs.db", "desktop.ini", "notes.txt", "s.wav"],
+        "is JPEG XL, which is not read": ["x.jxl"],
+        "is a camera's raw file, which is not read": ["a.nef"],
+        "is empty": ["e"],
+        "cannot be decoded": ["phone.heic"],
         "is a table of another name or place than metadata.csv": ["sub/labels.csv"],
-        "is an archive, which is not read": ["a.zip"]}
+        "is an archive, which is not read": ["a.zip"],
+    }
     out = capsys.readouterr().out
-    assert "cannot be read as image (4): 'Thumbs.db', 'desktop.ini', 'notes.txt', ..." in out and "(1): 'x.jxl'" in out
+    assert (
+        "cannot be read as image (4): 'Thumbs.db', 'desktop.ini', 'notes.txt', ..."
+        in out
+        and "(1): 'x.jxl'" in out
+    )
 
 
 def test_pictures_that_are_odd_are_mentioned(tmp_path, capsys):
-    for name, size in (("pixel", (1, 1)), ("strip", (300, 5)), ("wide", (120, 41)), ("fine", (90, 60))):
+    for name, size in (
+        ("pixel", (1, 1)),
+        ("strip", (300, 5)),
+        ("wide", (120, 41)),
+        ("fine", (90, 60)),
+    ):
         Image.new("L", size).save(tmp_path / f"{name}.png")
     Folder(tmp_path, size=64, **ALL)
     out = capsys.readouterr().out
-    assert "more than three times too long or too wide: only the middle is used (1): 'strip.png'" in out
-    assert "smaller than half of 64 x 64 pixels: enlarged (2): 'pixel.png', 'strip.png'" in out
+    assert (
+        "more than three times too long or too wide: only the middle is used (1): 'strip.png'"
+        in out
+    )
+    assert (
+        "smaller than half of 64 x 64 pixels: enlarged (2): 'pixel.png', 'strip.png'"
+        in out
+    )
     assert "all pictures are grey; data.channels 1 keeps them so" in out
     data = Folder(tmp_path, size=64, channels=1, **ALL)
-    assert data.shapes == {"image": (1, 64, 64)} and "grey" not in capsys.readouterr().out
+    assert (
+        data.shapes == {"image": (1, 64, 64)} and "grey" not in capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize("name, text", [("labels.csv", "filename,class\n1.png,x\n2.png,y\n"),
-                                        ("labels.tsv", "file\tlabel\n1.png\tx\n2.png\ty\n"),
-                                        ("metadata.tsv", "path\tlabel\n1\tx\n2\ty\n")])
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("labels.csv", "filename,class\n1.png,x\n2.png,y\n"),
+        ("labels.tsv", "file\tlabel\n1.png\tx\n2.png\ty\n"),
+        ("metadata.tsv", "path\tlabel\n1\tx\n2\ty\n"),
+    ],
+)
 def test_tables_of_other_names_give_classes(tmp_path, name, text):
     for i in (1, 2):
         (tmp_path / f"{i}.png").write_bytes(saved("PNG"))
@@ -174,128 +275,236 @@ def test_tables_of_other_names_give_classes(tmp_path, name, text):
 
 # Sounds
 
+
 @pytest.mark.parametrize("kind, subtype", SOUNDS)
 @pytest.mark.parametrize("rate", [16_000, 48_000])
 def test_a_sound_of_any_kind_is_read_from_any_moment(kind, subtype, rate, tmp_path):
     data = recorded(steps(rate), rate, kind, subtype)
     header = look(data, "audio")
-    assert header.kind == kind and header.seconds == pytest.approx(5, abs=1.5 if kind == "AAC" else 0.1)
+    assert header.kind == kind and header.seconds == pytest.approx(
+        5, abs=1.5 if kind == "AAC" else 0.1
+    )
     form = Form(samples=4_000)
     for begin, expected in ((0, 300), (1.25, 600), (2.2, 900), (4.3, 1_500)):
         found = read(data, "audio", form, begin)
-        assert found.shape == (4_000,) and pitch(found) == expected and 0.35 < found[1_000:3_000].abs().max() < 0.5
-    half = read(data, "audio", Form(samples=8_000), 1.5)  # the tone changes in its middle
-    assert pitch(half[:3_600]) == pytest.approx(600, abs=3) and pitch(half[4_400:8_000]) == pytest.approx(900, abs=3)
+        assert (
+            found.shape == (4_000,)
+            and pitch(found) == expected
+            and 0.35 < found[1_000:3_000].abs().max() < 0.5
+        )
+    # the tone changes in its middle
+    half = read(data, "audio", Form(samples=8_000), 1.5)
+    assert pitch(half[:3_600]) == pytest.approx(600, abs=3) and pitch(
+        half[4_400:8_000]
+    ) == pytest.approx(900, abs=3)
     for suffix in ("", ".mp3", f".{kind.lower()}"):
         (tmp_path / f"a{suffix}").write_bytes(data)
         if kind != "M4A" or suffix != ".aac":
-            assert torch.equal(read(Inside(tmp_path.resolve(), f"a{suffix}"), "audio", form), read(data, "audio", form))
+            assert torch.equal(
+                read(Inside(tmp_path.resolve(), f"a{suffix}"), "audio", form),
+                read(data, "audio", form),
+            )
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.sampled_from([8_000, 11_025, 44_100, 48_000]), st.integers(0, 12_000), st.integers(50, 600))
+@given(
+    st.sampled_from([8_000, 11_025, 44_100, 48_000]),
+    st.integers(0, 12_000),
+    st.integers(50, 600),
+)
 def test_a_part_of_a_sound_is_that_of_the_whole(rate, place, samples):
-    written, values = io.BytesIO(), np.random.default_rng(place).normal(0, 0.1, 2 * rate)
+    written, values = (
+        io.BytesIO(),
+        np.random.default_rng(place).normal(0, 0.1, 2 * rate),
+    )
     smooth = np.convolve(values, np.hanning(41) / 20, "same").clip(-1, 1)
     soundfile.write(written, smooth, rate, format="WAV", subtype="FLOAT")
     whole = read(written.getvalue(), "audio", Form(samples=16_000))
     part = read(written.getvalue(), "audio", Form(samples=samples), place / 8_000)
-    assert (part - whole[place:place + samples]).abs().max() < (1e-6 if rate == 8_000 else 0.02)
+    assert (part - whole[place : place + samples]).abs().max() < (
+        1e-6 if rate == 8_000 else 0.02
+    )
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.data(), st.sampled_from([(kind, "image") for kind in PICTURES[5:]] + [(sound, "audio") for sound in SOUNDS[1:]]))
-def test_damaged_files_of_the_other_kinds_are_read_or_refused_and_nothing_else(data, kind):
+@given(
+    st.data(),
+    st.sampled_from(
+        [(kind, "image") for kind in PICTURES[5:]]
+        + [(sound, "audio") for sound in SOUNDS[1:]]
+    ),
+)
+def test_damaged_files_of_the_other_kinds_are_read_or_refused_and_nothing_else(
+    data, kind
+):
     kind, signal = kind
-    whole = saved(kind) if signal == "image" else recorded(steps(8_000, (300,), 0.2, 1), 16_000, *kind)
-    changed = bytearray(whole[:data.draw(st.integers(12, len(whole)))])
+    whole = (
+        saved(kind)
+        if signal == "image"
+        else recorded(steps(8_000, (300,), 0.2, 1), 16_000, *kind)
+    )
+    changed = bytearray(whole[: data.draw(st.integers(12, len(whole)))])
     for _ in range(data.draw(st.integers(0, 5))):
-        changed[data.draw(st.integers(0, min(len(changed), data.draw(st.sampled_from([80, 10**6]))) - 1))] = data.draw(
-            st.sampled_from([0, 1, 127, 128, 255]))
+        changed[
+            data.draw(
+                st.integers(
+                    0, min(len(changed), data.draw(st.sampled_from([80, 10**6]))) - 1
+                )
+            )
+        ] = data.draw(st.sampled_from([0, 1, 127, 128, 255]))
     form = Form(5, samples=100)
     for function in (lambda *a: look(*a[:2]), read, lambda *a: read(*a, 0.1)):
         try:
             found = function(bytes(changed), signal, form)
-            assert isinstance(found, Header) or found.shape == form.shapes([signal])[signal] and found.isfinite().all()
+            assert (
+                isinstance(found, Header)
+                or found.shape == form.shapes([signal])[signal]
+                and found.isfinite().all()
+            )
         except Refused:
             pass
 
 
 # Crops
 
+
 @given(st.floats(0, 100), st.floats(0.1, 10), st.text(max_size=5))
 def test_windows_lie_within_and_all_of_them_leave_no_gap(length, window, name):
     rest = max(0.0, length - window)
-    assert begins_of(name, length, window, "start") == [0] and begins_of(name, length, window, "centre") == [rest / 2]
-    begin, = begins_of(name, length, window, "random")
+    assert begins_of(name, length, window, "start") == [0] and begins_of(
+        name, length, window, "centre"
+    ) == [rest / 2]
+    (begin,) = begins_of(name, length, window, "random")
     assert 0 <= begin <= rest and begins_of(name, length, window, "random") == [begin]
     begins = begins_of(name, length, window, "all")
     assert begins[0] == 0 and begins[-1] <= rest + 1e-9
-    assert all(b - a <= 1.101 * window for a, b in zip(begins, begins[1:], strict=False))
+    assert all(
+        b - a <= 1.101 * window for a, b in zip(begins, begins[1:], strict=False)
+    )
     assert begins[-1] + 1.101 * window >= length, "and the end is reached"
 
 
 @pytest.fixture
 def sounds(tmp_path):
-    for name, pitches in (("short", (300,)), ("long", (300, 600, 900)), ("longer", (300, 600, 900, 1_200, 1_500))):
-        (tmp_path / f"{name}.wav").write_bytes(recorded(steps(8_000, pitches), 8_000, "WAV", "PCM_16"))
+    for name, pitches in (
+        ("short", (300,)),
+        ("long", (300, 600, 900)),
+        ("longer", (300, 600, 900, 1_200, 1_500)),
+    ):
+        (tmp_path / f"{name}.wav").write_bytes(
+            recorded(steps(8_000, pitches), 8_000, "WAV", "PCM_16")
+        )
     return tmp_path
 
 
-@pytest.mark.parametrize("crop, expected", [("start", [300, 300, 300]), ("centre", [600, 900, 300]),
-                                            ("all", [300, 600, 900, 300, 600, 900, 1_200, 1_500, 300])])
+@pytest.mark.parametrize(
+    "crop, expected",
+    [
+        ("start", [300, 300, 300]),
+        ("centre", [600, 900, 300]),
+        ("all", [300, 600, 900, 300, 600, 900, 1_200, 1_500, 300]),
+    ],
+)
 def test_a_crop_is_the_part_that_is_asked_for(sounds, crop, expected, capsys):
     data = Folder(sounds, "audio", samples=8_000, crop=crop, **ALL)
-    assert list(map(pitch, data.take(torch.arange(len(data))).signals["audio"])) == expected
+    assert (
+        list(map(pitch, data.take(torch.arange(len(data))).signals["audio"]))
+        == expected
+    )
     out = capsys.readouterr().out
     assert "2 of 3 sounds are longer than 1 s: " in out
-    assert {"start": "only their start is used; data.crop all uses every window, data.seconds 2 takes more",
-            "centre": "only their middle is used", "all": "they are cut into windows"}[crop] in out
+    assert {
+        "start": "only their start is used; data.crop all uses every window, data.seconds 2 takes more",
+        "centre": "only their middle is used",
+        "all": "they are cut into windows",
+    }[crop] in out
     assert len({entry.name for entry in data.found}) == len(data)
 
 
 def test_a_random_window_is_the_same_in_every_run_and_another_for_each_name(sounds):
-    one, two = (Folder(sounds, "audio", samples=4_000, crop="random", **ALL) for _ in range(2))
+    one, two = (
+        Folder(sounds, "audio", samples=4_000, crop="random", **ALL) for _ in range(2)
+    )
     taken = one.take(torch.arange(3)).signals["audio"]
-    assert torch.equal(taken, two.take(torch.arange(3)).signals["audio"]) and one.fingerprint == two.fingerprint
-    assert len({entry.begin for entry in one.found}) == 3 and not torch.equal(taken[0], taken[1])
+    assert (
+        torch.equal(taken, two.take(torch.arange(3)).signals["audio"])
+        and one.fingerprint == two.fingerprint
+    )
+    assert len({entry.begin for entry in one.found}) == 3 and not torch.equal(
+        taken[0], taken[1]
+    )
     assert one.fingerprint != Folder(sounds, "audio", samples=4_000, **ALL).fingerprint
 
 
 def test_windows_of_a_file_stay_in_its_split(tmp_path):
     for i in range(12):
-        (tmp_path / f"{i}.wav").write_bytes(recorded(steps(8_000, (300, 600)), 8_000, "WAV", "PCM_16"))
-    files = [{entry.name.split(" ")[0] for entry in Folder(tmp_path, "audio", split, samples=8_000, crop="all").found}
-             for split in SPLITS]
+        (tmp_path / f"{i}.wav").write_bytes(
+            recorded(steps(8_000, (300, 600)), 8_000, "WAV", "PCM_16")
+        )
+    files = [
+        {
+            entry.name.split(" ")[0]
+            for entry in Folder(
+                tmp_path, "audio", split, samples=8_000, crop="all"
+            ).found
+        }
+        for split in SPLITS
+    ]
     assert sum(map(len, files)) == len(set().union(*files)) == 12 and all(files)
 
 
 @pytest.mark.parametrize("container", ["mp4", "matroska", "gif"])
-@pytest.mark.parametrize("crop, expected", [("start", [[0, 20, 40, 60]]), ("centre", [[80, 100, 120, 140]]),
-                                            ("all", [[0, 20, 40, 60], [80, 100, 120, 140], [160, 180, 200, 220]])])
-def test_videos_with_fps_are_cropped_by_time(tmp_path, container, crop, expected, capsys):
+@pytest.mark.parametrize(
+    "crop, expected",
+    [
+        ("start", [[0, 20, 40, 60]]),
+        ("centre", [[80, 100, 120, 140]]),
+        ("all", [[0, 20, 40, 60], [80, 100, 120, 140], [160, 180, 200, 220]]),
+    ],
+)
+def test_videos_with_fps_are_cropped_by_time(
+    tmp_path, container, crop, expected, capsys
+):
     greys = list(range(0, 240, 20))
     if container == "gif":
         first, *rest = (Image.new("L", (16, 16), grey) for grey in greys)
         first.save(tmp_path / "a.gif", save_all=True, append_images=rest, duration=100)
     else:
         suffix = {"mp4": "mp4", "matroska": "mkv"}[container]
-        (tmp_path / f"a.{suffix}").write_bytes(encoded(greys, container, "mpeg4", [100 * i for i in range(12)]))
+        (tmp_path / f"a.{suffix}").write_bytes(
+            encoded(greys, container, "mpeg4", [100 * i for i in range(12)])
+        )
     data = Folder(tmp_path, "video", frames=4, fps=10, size=8, crop=crop, **ALL)
-    found = (data.take(torch.arange(len(data))).signals["video"].mean((1, 3, 4)) + 1) * 127.5
+    found = (
+        data.take(torch.arange(len(data))).signals["video"].mean((1, 3, 4)) + 1
+    ) * 127.5
     assert (found - torch.tensor(expected)).abs().max() < 5
     assert "1 of 1 videos are longer than 0.4 s: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("crop, count", [("start", 3), ("centre", 3), ("random", 3), ("all", 9)])
-def test_rows_of_hugging_face_are_cropped_and_counted(sounds, tmp_path, crop, count, capsys):
-    rows = [{"audio": {"bytes": (sounds / f"{name}.wav").read_bytes(), "path": None}} for name in ("long", "longer", "short")]
-    features = datasets.Features({"audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}})
+@pytest.mark.parametrize(
+    "crop, count", [("start", 3), ("centre", 3), ("random", 3), ("all", 9)]
+)
+def test_rows_of_hugging_face_are_cropped_and_counted(
+    sounds, tmp_path, crop, count, capsys
+):
+    rows = [
+        {"audio": {"bytes": (sounds / f"{name}.wav").read_bytes(), "path": None}}
+        for name in ("long", "longer", "short")
+    ]
+    features = datasets.Features(
+        {"audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}}
+    )
     table = datasets.Dataset.from_list(rows, features=features)
     datasets.DatasetDict({"train": table}).save_to_disk(str(tmp_path / "stored"))
-    data = HuggingFace(tmp_path / "stored", "audio", samples=8_000, crop=crop, carve=False)
+    data = HuggingFace(
+        tmp_path / "stored", "audio", samples=8_000, crop=crop, carve=False
+    )
     taken = data.take(torch.arange(len(data))).signals["audio"]
-    assert len(data) == count and "2 of 3 sounds are longer than 1 s: " in capsys.readouterr().out
+    assert (
+        len(data) == count
+        and "2 of 3 sounds are longer than 1 s: " in capsys.readouterr().out
+    )
     if crop != "random":
         assert pitch(taken[1]) == {"start": 300, "centre": 900, "all": 600}[crop]
     assert not data.broken
@@ -303,30 +512,59 @@ def test_rows_of_hugging_face_are_cropped_and_counted(sounds, tmp_path, crop, co
 
 # Splits, and training on little
 
+
 @pytest.mark.parametrize("layout", ["flat", "train", "train+test", "train+validation"])
 @pytest.mark.parametrize("store", ["folder", "huggingface"])
 def test_twelve_pictures_are_enough_to_train(tmp_path, layout, store, capsys):
     datasets.disable_progress_bars()
     path, parts = tmp_path / "data", layout.split("+")
-    pictures = {part: [saved("PNG", colours=((9 * i, 20, 200), (200, 9 * i, 50))) for i in range(12)] for part in parts}
+    pictures = {
+        part: [
+            saved("PNG", colours=((9 * i, 20, 200), (200, 9 * i, 50)))
+            for i in range(12)
+        ]
+        for part in parts
+    }
     if store == "folder":
         for part, files in pictures.items():
             for i, data in enumerate(files):
-                file = path / ("" if part == "flat" else part) / "xy"[i % 2] / f"{i}.png"
+                file = (
+                    path / ("" if part == "flat" else part) / "xy"[i % 2] / f"{i}.png"
+                )
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(data)
     else:
-        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])})
-        tables = {part: datasets.Dataset.from_list([{"image": {"bytes": data, "path": None}, "label": i % 2}
-                                                    for i, data in enumerate(files)], features=features)
-                  for part, files in pictures.items()}
-        (tables["flat"] if layout == "flat" else datasets.DatasetDict(tables)).save_to_disk(str(path))
+        features = datasets.Features(
+            {"image": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])}
+        )
+        tables = {
+            part: datasets.Dataset.from_list(
+                [
+                    {"image": {"bytes": data, "path": None}, "label": i % 2}
+                    for i, data in enumerate(files)
+                ],
+                features=features,
+            )
+            for part, files in pictures.items()
+        }
+        (
+            tables["flat"] if layout == "flat" else datasets.DatasetDict(tables)
+        ).save_to_disk(str(path))
     config = DataConfig(store, path=str(path), height=8, width=8, patch=4)
     sizes = [len(Sources(config, split).data[store]) for split in SPLITS]
     assert sum(sizes) == 12 * len(parts) and min(sizes) >= 1
-    assert "chosen by a hash of their names, are used" in capsys.readouterr().out or layout == "flat"
-    config = Config("few", data=config, model=ModelConfig(width=32, depth=2, heads=2), objective=ObjectiveConfig("flow_matching"),
-                    training=replace(TINY.training, steps=3, batch=32))  # a batch of more than there are
+    assert (
+        "chosen by a hash of their names, are used" in capsys.readouterr().out
+        or layout == "flat"
+    )
+    config = Config(
+        "few",
+        data=config,
+        model=ModelConfig(width=32, depth=2, heads=2),
+        objective=ObjectiveConfig("flow_matching"),
+        # a batch of more than there are
+        training=replace(TINY.training, steps=3, batch=32),
+    )
     run = train(config, tmp_path / "runs", "cpu", bar=False)
     assert run.log["flow_loss"].notna().all() and len(run.sample([0, 0])["image"]) == 2
 
@@ -344,6 +582,7 @@ def test_three_files_are_enough_for_three_splits_and_a_bad_one_does_not_count(tm
 
 # Settings of sounds
 
+
 def wav_of(path, rate, seconds, pitch):
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, rate, 0, "NONE", ""))
@@ -351,33 +590,64 @@ def wav_of(path, rate, seconds, pitch):
         file.writeframes((tone * 32_767).astype("<i2").tobytes())
 
 
-@pytest.mark.parametrize("rate, seconds, columns, sound", [(16_000, 0.5, 2, "mel"), (44_100, 0.3, 4, "mel"),
-                                                           (22_050, 0.5, 3, "mdct"), (4_000, 1.0, 1, "mel"),
-                                                           (48_000, 0.25, 2, "mdct")])
-def test_sounds_of_another_rate_and_length_train_and_are_written_at_that_rate(tmp_path, rate, seconds, columns, sound):
+@pytest.mark.parametrize(
+    "rate, seconds, columns, sound",
+    [
+        (16_000, 0.5, 2, "mel"),
+        (44_100, 0.3, 4, "mel"),
+        (22_050, 0.5, 3, "mdct"),
+        (4_000, 1.0, 1, "mel"),
+        (48_000, 0.25, 2, "mdct"),
+    ],
+)
+def test_sounds_of_another_rate_and_length_train_and_are_written_at_that_rate(
+    tmp_path, rate, seconds, columns, sound
+):
     (tmp_path / "data").mkdir()
     for i in range(12):
         wav_of(tmp_path / f"data/{i}.wav", 44_100, 1, 300 + 20 * i)
-    data = DataConfig("folder", path=str(tmp_path / "data"), signals=("audio",), rate=rate, seconds=seconds, columns=columns,
-                      sound=sound)
+    data = DataConfig(
+        "folder",
+        path=str(tmp_path / "data"),
+        signals=("audio",),
+        rate=rate,
+        seconds=seconds,
+        columns=columns,
+        sound=sound,
+    )
     sources = Sources(data)
     length = sources.data["folder"].shapes["audio"][0]
-    assert abs(length / rate - seconds) < 0.02 * columns and sources.data["folder"].rate == rate
+    assert (
+        abs(length / rate - seconds) < 0.02 * columns
+        and sources.data["folder"].rate == rate
+    )
     codec = sources.layouts["folder"].patches["audio"].codec
     assert codec.rate == rate and 0.008 <= codec.seconds_per_column <= 0.0161
     waves = sources.data["folder"].take(torch.tensor([0])).signals["audio"]
     if sound == "mdct":
-        torch.testing.assert_close(codec.decode(codec.encode(waves)), waves, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            codec.decode(codec.encode(waves)), waves, atol=1e-4, rtol=0
+        )
     else:
-        before, after = (torch.fft.rfft(values).abs()[0].argmax() * rate / length
-                         for values in (waves, codec.decode(codec.encode(waves))))
+        before, after = (
+            torch.fft.rfft(values).abs()[0].argmax() * rate / length
+            for values in (waves, codec.decode(codec.encode(waves)))
+        )
         assert abs(before - after) < 12, "the pitch stays"
-    config = Config("tones", data=data, model=ModelConfig(width=32, depth=2, heads=2), objective=ObjectiveConfig("flow_matching"),
-                    training=replace(TINY.training, steps=3, batch=8))
+    config = Config(
+        "tones",
+        data=data,
+        model=ModelConfig(width=32, depth=2, heads=2),
+        objective=ObjectiveConfig("flow_matching"),
+        training=replace(TINY.training, steps=3, batch=8),
+    )
     run = train(config, tmp_path / "runs", "cpu", bar=False)
     _, file = write_samples(run, [0, 0], steps=2)
     with wave.open(str(file.with_name(f"{file.stem}-000.wav"))) as written:
-        assert (written.getframerate(), written.getnframes()) == (rate, length) and run.log["flow_loss"].notna().all()
+        assert (written.getframerate(), written.getnframes()) == (
+            rate,
+            length,
+        ) and run.log["flow_loss"].notna().all()
 
 
 def test_old_data_keep_their_fingerprints(tmp_path):
@@ -385,21 +655,44 @@ def test_old_data_keep_their_fingerprints(tmp_path):
         (tmp_path / "xy"[i % 2]).mkdir(exist_ok=True)
         with wave.open(str(tmp_path / "xy"[i % 2] / f"{i}.wav"), "wb") as file:
             file.setparams((1, 2, 11_025, 0, "NONE", ""))
-            file.writeframes((np.sin(np.arange(20_000) * (i + 1) / 99) * 9_999).astype("<i2").tobytes())
+            file.writeframes(
+                (np.sin(np.arange(20_000) * (i + 1) / 99) * 9_999)
+                .astype("<i2")
+                .tobytes()
+            )
     config = DataConfig("folder", path=str(tmp_path), signals=("audio",))
-    assert [(Sources(config, split).fingerprint, len(Sources(config, split).data["folder"])) for split in SPLITS] == [
-        ("43a24beb84ce45c9", 31), ("f17f7089f85d00e5", 2), ("8833756c5b323b86", 7)], "as before there were these settings"
+    assert [
+        (Sources(config, split).fingerprint, len(Sources(config, split).data["folder"]))
+        for split in SPLITS
+    ] == [("43a24beb84ce45c9", 31), ("f17f7089f85d00e5", 2), ("8833756c5b323b86", 7)], (
+        "as before there were these settings"
+    )
 
 
 def test_grey_pictures_and_videos_train_with_one_channel(tmp_path):
     for i in range(12):
         first, *rest = (Image.new("L", (8, 8), grey) for grey in (10 * i, 10 * i + 40))
-        first.save(tmp_path / f"{i}.gif", save_all=True, append_images=rest, duration=100)
+        first.save(
+            tmp_path / f"{i}.gif", save_all=True, append_images=rest, duration=100
+        )
     for signal in ("image", "video"):
-        data = DataConfig("folder", path=str(tmp_path), signals=(signal,), height=8, width=8, frames=2, patch=4,
-                          channels=1)
-        config = Config(signal, data=data, model=ModelConfig(width=32, depth=2, heads=2),
-                        objective=ObjectiveConfig("flow_matching"), training=replace(TINY.training, steps=3, batch=8))
+        data = DataConfig(
+            "folder",
+            path=str(tmp_path),
+            signals=(signal,),
+            height=8,
+            width=8,
+            frames=2,
+            patch=4,
+            channels=1,
+        )
+        config = Config(
+            signal,
+            data=data,
+            model=ModelConfig(width=32, depth=2, heads=2),
+            objective=ObjectiveConfig("flow_matching"),
+            training=replace(TINY.training, steps=3, batch=8),
+        )
         run = train(config, tmp_path / "runs", "cpu", bar=False)
         images, file = write_samples(run, [0, 0], steps=2)
         assert images.shape[:2] == (2, 1) and file.with_suffix(".png").exists()
@@ -411,10 +704,17 @@ def test_the_defaults_are_the_numbers_of_before():
     assert replace(data, rate=16_000, seconds=2).samples == 31_744, "62 tokens of 32 ms"
 
 
-@pytest.mark.parametrize("change, words", [({"rate": 10}, "data.rate is 10"), ({"seconds": 0.0}, "seconds"),
-                                           ({"fps": -1.0}, "data.fps"),
-                                           ({"crop": "middle"}, "unknown crop"), ({"channels": 2}, "data.channels is 2; take 3"),
-                                           ({"signals": ("video", "audio"), "fps": 12.0}, "set data.seconds to 1.333")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"rate": 10}, "data.rate is 10"),
+        ({"seconds": 0.0}, "seconds"),
+        ({"fps": -1.0}, "data.fps"),
+        ({"crop": "middle"}, "unknown crop"),
+        ({"channels": 2}, "data.channels is 2; take 3"),
+        ({"signals": ("video", "audio"), "fps": 12.0}, "set data.seconds to 1.333"),
+    ],
+)
 def test_settings_that_cannot_be(change, words):
     with pytest.raises(ValueError, match=words):
         DataConfig("folder", path="x", **change)
@@ -422,10 +722,22 @@ def test_settings_that_cannot_be(change, words):
 
 def test_video_with_sound_lasts_as_long_as_asked(tmp_path):
     for i in range(3):
-        (tmp_path / f"{i}.mp4").write_bytes(encoded(list(range(0, 240, 20)), "mp4", "mpeg4", [100 * k for k in range(12)]))
+        (tmp_path / f"{i}.mp4").write_bytes(
+            encoded(
+                list(range(0, 240, 20)), "mp4", "mpeg4", [100 * k for k in range(12)]
+            )
+        )
         wav_of(tmp_path / f"{i}.wav", 8_000, 1.2, 440)
-    both = DataConfig("folder", path=str(tmp_path), signals=("video", "audio"), frames=4, height=8, width=8, patch=4,
-                      seconds=0.512)
+    both = DataConfig(
+        "folder",
+        path=str(tmp_path),
+        signals=("video", "audio"),
+        frames=4,
+        height=8,
+        width=8,
+        patch=4,
+        seconds=0.512,
+    )
     data = Sources(replace(both, crop="all")).data["folder"]
     assert data.fps == pytest.approx(4 / 0.512) and data.shapes["audio"] == (4_096,)
     assert [round(entry.begin, 3) for entry in data.found] == [0, 0.344, 0.688]

@@ -1,4 +1,5 @@
 """Bouncing balls and their sounds, against a simulation in small steps and against measurements of picture and sound."""
+
 import math
 from dataclasses import replace
 
@@ -10,12 +11,12 @@ from hypothesis import strategies as st
 
 from selfflow.data.datasets import SPLITS
 from selfflow.data.scenes import (
-    GROUNDS,
     _LOUDEST,
-    MATERIALS,
-    PITCHES,
     _RADII,
     _SPEEDS,
+    GROUNDS,
+    MATERIALS,
+    PITCHES,
     Scenes,
     _onsets,
     draw_ball,
@@ -46,8 +47,11 @@ def stepped(start, velocity, radius, moments, dt=1e-4):
         for axis in (0, 1):
             place[axis] += moving[axis] * dt
             over = max(r - place[axis], place[axis] - (1 - r))
-            if over > 0:  # it passed the wall `over / speed` before the end of this step
-                hits.append(((step + 1) * dt - over / abs(moving[axis]), abs(moving[axis])))
+            # it passed the wall `over / speed` before the end of this step
+            if over > 0:
+                hits.append(
+                    ((step + 1) * dt - over / abs(moving[axis]), abs(moving[axis]))
+                )
                 place[axis] += 2 * over * (1 if place[axis] < 0.5 else -1)
                 moving[axis] = -moving[axis]
     return places, sorted(hits)
@@ -57,11 +61,20 @@ def stepped(start, velocity, radius, moments, dt=1e-4):
 def test_flights_and_impacts_are_those_of_a_simulation(clips, index):
     factors = {name: values[index] for name, values in clips.factors.items()}
     moments = [(frame + 0.5) / 15.625 for frame in range(16)]
-    start, radius = factors["position"][0] - factors["velocity"] * moments[0], factors["radius"].item()
-    # the first impact comes after the first frame and a half, so the flight up to the first frame is straight
-    places, hits = stepped(start.tolist(), factors["velocity"].tolist(), radius, [*moments, 1.024])
+    start, radius = (
+        factors["position"][0] - factors["velocity"] * moments[0],
+        factors["radius"].item(),
+    )
+    # the first impact comes after the first frame and a half, so the flight up to the
+    # first frame is straight
+    places, hits = stepped(
+        start.tolist(), factors["velocity"].tolist(), radius, [*moments, 1.024]
+    )
     np.testing.assert_allclose(factors["position"], places[:16], atol=4e-4)
-    times, speeds = (factors[name][factors[name].isfinite()].tolist() for name in ("impact_times", "impact_speeds"))
+    times, speeds = (
+        factors[name][factors[name].isfinite()].tolist()
+        for name in ("impact_times", "impact_speeds")
+    )
     hits = [hit for hit in hits if hit[0] < 1.024]
     assert len(hits) == len(times)
     np.testing.assert_allclose(times, [time for time, _ in hits], atol=2e-4)
@@ -69,20 +82,37 @@ def test_flights_and_impacts_are_those_of_a_simulation(clips, index):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.floats(0, 1), st.floats(0, 1), st.floats(-3, 3), st.floats(-3, 3), st.floats(0.05, 0.3), st.floats(0.1, 3))
+@given(
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.floats(-3, 3),
+    st.floats(-3, 3),
+    st.floats(0.05, 0.3),
+    st.floats(0.1, 3),
+)
 def test_a_ball_stays_in_its_box_and_turns_at_impacts(x, y, vx, vy, radius, seconds):
     radius = torch.tensor([radius], dtype=torch.float64)
     start = radius + (1 - 2 * radius) * torch.tensor([[x, y]], dtype=torch.float64)
     velocity = torch.tensor([[vx, vy]], dtype=torch.float64)
-    path = trajectory(start, velocity, radius, torch.linspace(0, seconds, 200, dtype=torch.float64))[0]
+    path = trajectory(
+        start, velocity, radius, torch.linspace(0, seconds, 200, dtype=torch.float64)
+    )[0]
     assert (path >= radius - 1e-9).all() and (path <= 1 - radius + 1e-9).all()
     times, speeds = impacts(start, velocity, radius, seconds, 64)
-    assert torch.equal(times.isfinite(), speeds.isfinite()) and (times[0].diff().nan_to_num(0) >= 0).all()
+    assert (
+        torch.equal(times.isfinite(), speeds.isfinite())
+        and (times[0].diff().nan_to_num(0) >= 0).all()
+    )
     assert not (times < 0).any() and not (times >= seconds).any()
     room = 1 - 2 * radius.item()
-    for axis, wanted in ((0, abs(vx)), (1, abs(vy))):  # the rooms crossed, and one impact more or not
+    # the rooms crossed, and one impact more or not
+    for axis, wanted in ((0, abs(vx)), (1, abs(vy))):
         count = (speeds == wanted).sum().item() / (2 if abs(vx) == abs(vy) else 1)
-        assert math.floor(seconds * wanted / room - 1e-9) <= count <= math.floor(seconds * wanted / room + 1e-9) + 1, axis
+        assert (
+            math.floor(seconds * wanted / room - 1e-9)
+            <= count
+            <= math.floor(seconds * wanted / room + 1e-9) + 1
+        ), axis
     there = times[times.isfinite()]
     at_wall = trajectory(start, velocity, radius, there)[0]
     assert (torch.minimum(at_wall - radius, 1 - radius - at_wall).amin(1) < 1e-9).all()
@@ -92,7 +122,10 @@ def test_a_ball_at_rest_has_no_impact_and_too_many_are_refused():
     start, radius = torch.tensor([[0.5, 0.1]]), torch.tensor([0.1])
     times, speeds = impacts(start, torch.zeros(1, 2), radius, 5.0, 3)
     assert times.shape == (1, 3) and times.isnan().all() and speeds.isnan().all()
-    torch.testing.assert_close(trajectory(start, torch.zeros(1, 2), radius, torch.arange(3.0)), start[:, None].expand(1, 3, 2))
+    torch.testing.assert_close(
+        trajectory(start, torch.zeros(1, 2), radius, torch.arange(3.0)),
+        start[:, None].expand(1, 3, 2),
+    )
     with pytest.raises(ValueError, match="more than 2 impacts within 2.0 s.*slower"):
         impacts(start, torch.tensor([[1.0, 1.0]]), radius, 2.0, 2)
 
@@ -102,10 +135,16 @@ def test_the_centre_of_mass_is_the_position(size):
     "Measured with each pixel weighed by how far it differs from the ground, by loops."
     data = Scenes("test", size=size, frames=8)
     clips = data.take(torch.arange(5))
-    for video, positions in zip(clips.signals["video"].numpy(), clips.factors["position"].numpy(), strict=True):
+    for video, positions in zip(
+        clips.signals["video"].numpy(), clips.factors["position"].numpy(), strict=True
+    ):
         for frame, (x, y) in enumerate(positions):
             image = video[:, frame]
-            weight = np.abs(image - image[:, :1, :1] if (x > 0.4 or y > 0.4) else image - image[:, -1:, -1:]).sum(0)
+            weight = np.abs(
+                image - image[:, :1, :1]
+                if (x > 0.4 or y > 0.4)
+                else image - image[:, -1:, -1:]
+            ).sum(0)
             rows, columns = np.mgrid[:size, :size]
             assert abs((weight * columns).sum() / weight.sum() + 0.5 - x * size) < 0.1
             assert abs((weight * rows).sum() / weight.sum() + 0.5 - y * size) < 0.1
@@ -113,18 +152,36 @@ def test_the_centre_of_mass_is_the_position(size):
 
 def test_the_covered_area_is_that_of_the_disc():
     radius = torch.linspace(*_RADII, 5)
-    video = draw_ball(torch.full((5, 1, 2), 0.45), radius, torch.full((5,), 2), torch.zeros(5, dtype=torch.int64), 64)
-    share = (video[:, 0, 0] - video[:, 0, 0, :1, :1]) / (2 * (0.60 - 0.18))  # stone is plain: red 0.60 on grey 0.18
-    torch.testing.assert_close(share.mean((1, 2)), math.pi * radius**2, rtol=0.01, atol=0)
+    video = draw_ball(
+        torch.full((5, 1, 2), 0.45),
+        radius,
+        torch.full((5,), 2),
+        torch.zeros(5, dtype=torch.int64),
+        64,
+    )
+    # stone is plain: red 0.60 on grey 0.18
+    share = (video[:, 0, 0] - video[:, 0, 0, :1, :1]) / (2 * (0.60 - 0.18))
+    torch.testing.assert_close(
+        share.mean((1, 2)), math.pi * radius**2, rtol=0.01, atol=0
+    )
 
 
 def test_looks_differ_and_stand_out():
     material, ground = torch.cartesian_prod(torch.arange(5), torch.arange(5)).T
-    video = draw_ball(torch.full((25, 1, 2), 0.5), torch.full((25,), 0.12), material, ground, 32)
-    assert video.shape == (25, 3, 1, 32, 32) and video.dtype == torch.float32 and video.abs().max() <= 1
+    video = draw_ball(
+        torch.full((25, 1, 2), 0.5), torch.full((25,), 0.12), material, ground, 32
+    )
+    assert (
+        video.shape == (25, 3, 1, 32, 32)
+        and video.dtype == torch.float32
+        and video.abs().max() <= 1
+    )
     ball, under = video[:, :, 0, 13:19, 13:19].mean((2, 3)), video[:, :, 0, 0, 0]
     assert ((ball - under).norm(dim=1) > 0.5).all()
-    assert torch.pdist(ball[ground == 0]).min() > 0.3 and torch.pdist(under[material == 0]).min() > 0.2
+    assert (
+        torch.pdist(ball[ground == 0]).min() > 0.3
+        and torch.pdist(under[material == 0]).min() > 0.2
+    )
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 44100])
@@ -137,11 +194,24 @@ def test_the_sound_is_the_sum_of_decaying_partials(rate):
         for n in range(samples):
             since = n / rate - time
             if since >= 0:
-                wanted[n] += _LOUDEST * speed / _SPEEDS[1] * sum(
-                    share * math.exp(-since * ratio / decay) * math.sin(2 * math.pi * pitch * ratio * since)
-                    for ratio, share in zip(ratios, shares, strict=True))
-    heard = impact_sound(torch.tensor([2]), torch.tensor([[*times, NONE]], dtype=torch.float64),
-                         torch.tensor([[*speeds, NONE]], dtype=torch.float64), samples, rate)
+                wanted[n] += (
+                    _LOUDEST
+                    * speed
+                    / _SPEEDS[1]
+                    * sum(
+                        share
+                        * math.exp(-since * ratio / decay)
+                        * math.sin(2 * math.pi * pitch * ratio * since)
+                        for ratio, share in zip(ratios, shares, strict=True)
+                    )
+                )
+    heard = impact_sound(
+        torch.tensor([2]),
+        torch.tensor([[*times, NONE]], dtype=torch.float64),
+        torch.tensor([[*speeds, NONE]], dtype=torch.float64),
+        samples,
+        rate,
+    )
     assert heard.shape == (1, samples) and heard.is_contiguous()
     np.testing.assert_allclose(heard[0], wanted, atol=2e-6)
 
@@ -150,59 +220,102 @@ def test_two_of_the_loudest_at_once_stay_in_range():
     at_once = torch.full((5, 2), _SPEEDS[1] / math.sqrt(2))
     heard = impact_sound(torch.arange(5), torch.full((5, 2), 0.1), at_once, 4000, 8000)
     assert 0.5 < heard.abs().max() <= 1
-    none = impact_sound(torch.arange(5), torch.full((5, 2), NONE), torch.full((5, 2), NONE), 4000, 8000)
+    none = impact_sound(
+        torch.arange(5), torch.full((5, 2), NONE), torch.full((5, 2), NONE), 4000, 8000
+    )
     assert torch.equal(none, torch.zeros(5, 4000))
 
 
 def test_sound_follows_from_the_factors(clips):
     "At each impact: silence before the first, onset, pitch of the material, loudness by speed."
     loud = []
-    impact_times, impact_speeds = clips.factors["impact_times"].tolist(), clips.factors["impact_speeds"].tolist()
-    for wave, material, times, speeds in zip(clips.signals["audio"].numpy(), clips.labels.tolist(), impact_times, impact_speeds,
-                                             strict=True):
+    impact_times, impact_speeds = (
+        clips.factors["impact_times"].tolist(),
+        clips.factors["impact_speeds"].tolist(),
+    )
+    for wave, material, times, speeds in zip(
+        clips.signals["audio"].numpy(),
+        clips.labels.tolist(),
+        impact_times,
+        impact_speeds,
+        strict=True,
+    ):
         assert not wave[: math.floor(times[0] * 8000)].any()
         for k, (time, speed) in enumerate(zip(times, speeds, strict=True)):
             if math.isnan(time):
                 continue
             first = math.ceil(time * 8000)
-            piece = wave[first:first + 480]  # 60 ms: shorter than the gap between impacts, which is a frame
-            spectrum = np.abs(np.fft.rfft(piece * np.hanning(2 * len(piece))[len(piece):], 8000))
-            assert abs(spectrum[50:].argmax() + 50 - PITCHES[material]) < 40, (MATERIALS[material], time)
-            before = np.square(wave[max(0, first - 16):first]).sum()
-            assert np.square(wave[first:first + 16]).sum() > 3 * before, "the energy rises within 2 ms"
+            # 60 ms: shorter than the gap between impacts, which is a frame
+            piece = wave[first : first + 480]
+            spectrum = np.abs(
+                np.fft.rfft(piece * np.hanning(2 * len(piece))[len(piece) :], 8000)
+            )
+            assert abs(spectrum[50:].argmax() + 50 - PITCHES[material]) < 40, (
+                MATERIALS[material],
+                time,
+            )
+            before = np.square(wave[max(0, first - 16) : first]).sum()
+            assert np.square(wave[first : first + 16]).sum() > 3 * before, (
+                "the energy rises within 2 ms"
+            )
             if k == 0:
                 loud.append((material, speed, np.abs(piece[:160]).max()))
     for index in range(len(MATERIALS)):
         speed, peak = np.array([entry[1:] for entry in loud if entry[0] == index]).T
-        assert len(speed) > 20 and np.corrcoef(speed, peak)[0, 1] > 0.95 and (peak / speed).std() < 0.1 * (peak / speed).mean()
+        assert (
+            len(speed) > 20
+            and np.corrcoef(speed, peak)[0, 1] > 0.95
+            and (peak / speed).std() < 0.1 * (peak / speed).mean()
+        )
 
 
 def test_clips_keep_the_rules():
     for split in SPLITS:
         data = Scenes(split)
         factors = [data.take(part).factors for part in torch.arange(1000).split(250)]
-        times, frames, speeds = (torch.cat([part[name] for part in factors])
-                                 for name in ("impact_times", "impact_frames", "impact_speeds"))
+        times, frames, speeds = (
+            torch.cat([part[name] for part in factors])
+            for name in ("impact_times", "impact_frames", "impact_speeds")
+        )
         counts = times.isfinite().sum(1)
-        assert counts.min() == 1 and ((counts <= 4).float().mean() > 0.98) and counts.unique().numel() >= 4
+        assert (
+            counts.min() == 1
+            and ((counts <= 4).float().mean() > 0.98)
+            and counts.unique().numel() >= 4
+        )
         there = times[times.isfinite()] * data.fps
         assert there.min() >= 1.5 - 1e-4 and there.max() <= 14.5 + 1e-4
         gaps = times.diff(dim=1)
         assert gaps[gaps.isfinite()].min() * data.fps >= 1 - 1e-4
         shares = torch.histc(there, 13, 1.5, 14.5) / len(there)
-        assert (shares - 1 / 13).abs().max() < 0.025, "no time is much more likely than another"
+        assert (shares - 1 / 13).abs().max() < 0.025, (
+            "no time is much more likely than another"
+        )
         for row, marked in zip(times[:64].tolist(), frames[:64], strict=True):
-            assert {int(time * data.fps) for time in row if not math.isnan(time)} == set(marked.nonzero().flatten().tolist())
-        assert speeds[speeds.isfinite()].min() > _SPEEDS[0] * math.sin(math.radians(24.9))
+            assert {
+                int(time * data.fps) for time in row if not math.isnan(time)
+            } == set(marked.nonzero().flatten().tolist())
+        assert speeds[speeds.isfinite()].min() > _SPEEDS[0] * math.sin(
+            math.radians(24.9)
+        )
 
 
 def test_factors_are_drawn_evenly_and_independently():
     data = Scenes(count=4096)
     clips = [data.take(part) for part in torch.arange(4096).split(256)]
-    get = {name: torch.cat([part.factors[name] for part in clips]) for name in clips[0].factors}
-    table = torch.zeros(5, 5).index_put_((get["material"], get["ground"]), torch.ones(4096), accumulate=True)
-    assert (table / 4096 - 0.04).abs().max() < 0.013 and len(GROUNDS) == len(MATERIALS) == 5
-    numbers = torch.stack([get["material"].float(), get["ground"].float(), get["radius"], get["speed"]])
+    get = {
+        name: torch.cat([part.factors[name] for part in clips])
+        for name in clips[0].factors
+    }
+    table = torch.zeros(5, 5).index_put_(
+        (get["material"], get["ground"]), torch.ones(4096), accumulate=True
+    )
+    assert (table / 4096 - 0.04).abs().max() < 0.013 and len(GROUNDS) == len(
+        MATERIALS
+    ) == 5
+    numbers = torch.stack(
+        [get["material"].float(), get["ground"].float(), get["radius"], get["speed"]]
+    )
     assert (torch.corrcoef(numbers) - torch.eye(4)).abs().max() < 0.07
     for name, (low, high) in (("radius", _RADII), ("speed", _SPEEDS)):
         assert low <= get[name].min() and get[name].max() <= high
@@ -215,45 +328,102 @@ def test_a_clip_follows_from_its_index_alone(clips):
     data = Scenes("validation")
     mixed = data.take(torch.tensor([200, 3, 77]))
     for name, values in (clips.signals | clips.factors).items():
-        assert torch.equal(values[[200, 3, 77]].nan_to_num(-1), (mixed.signals | mixed.factors)[name].nan_to_num(-1)), name
+        assert torch.equal(
+            values[[200, 3, 77]].nan_to_num(-1),
+            (mixed.signals | mixed.factors)[name].nan_to_num(-1),
+        ), name
     assert mixed.captions == tuple(clips.captions[k] for k in (200, 3, 77))
-    sounds = torch.cat([Scenes(split).take(torch.arange(50)).signals["audio"] for split in SPLITS])
+    sounds = torch.cat(
+        [Scenes(split).take(torch.arange(50)).signals["audio"] for split in SPLITS]
+    )
     assert len(sounds.unique(dim=0)) == 150
     empty = data.take(torch.arange(0))
-    assert len(empty) == 0 and empty.signals["video"].shape == (0, 3, 16, 32, 32) and empty.captions == ()
-    assert replace(data, size=16).fingerprint != data.fingerprint == Scenes("validation").fingerprint
+    assert (
+        len(empty) == 0
+        and empty.signals["video"].shape == (0, 3, 16, 32, 32)
+        and empty.captions == ()
+    )
+    assert (
+        replace(data, size=16).fingerprint
+        != data.fingerprint
+        == Scenes("validation").fingerprint
+    )
     with pytest.raises(IndexError, match="1000"):
         data.take(torch.tensor([1000]))
 
 
-@pytest.mark.parametrize("options", [{}, {"size": 24, "frames": 8}, {"fps": 16, "rate": 16000}, {"frames": 40},
-                                     {"fps": 31.25, "frames": 32}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"size": 24, "frames": 8},
+        {"fps": 16, "rate": 16000},
+        {"frames": 40},
+        {"fps": 31.25, "frames": 32},
+    ],
+)
 def test_shapes_and_range(options):
     data = Scenes("test", 100, **options)
     clips = data.take(torch.arange(32))
-    assert {name: tuple(values.shape[1:]) for name, values in clips.signals.items()} == data.shapes
-    assert all(values.dtype == torch.float32 and values.abs().max() <= 1 for values in clips.signals.values())
-    assert data.samples * data.fps == data.frames * data.rate and clips.factors["impact_times"].shape == (32, data.most)
+    assert {
+        name: tuple(values.shape[1:]) for name, values in clips.signals.items()
+    } == data.shapes
+    assert all(
+        values.dtype == torch.float32 and values.abs().max() <= 1
+        for values in clips.signals.values()
+    )
+    assert data.samples * data.fps == data.frames * data.rate and clips.factors[
+        "impact_times"
+    ].shape == (32, data.most)
     assert (clips.factors["impact_times"].isfinite().sum(1) > 0).all()
-    assert sound_on_bounce(clips.signals["video"], clips.signals["audio"], data.fps, data.rate)[0].float().mean() > 0.96
+    assert (
+        sound_on_bounce(
+            clips.signals["video"], clips.signals["audio"], data.fps, data.rate
+        )[0]
+        .float()
+        .mean()
+        > 0.96
+    )
 
 
 def test_captions_say_the_factors(clips):
     for index, caption in enumerate(clips.captions):
         assert caption.isascii() and len(caption) <= 64
-        words, factors = caption.replace(",", "").split(), {name: values[index] for name, values in clips.factors.items()}
-        assert words[1] == ("large" if factors["radius"] > 0.125 else "small") and words[2] == MATERIALS[factors["material"]]
-        assert words[5] == ("fast" if factors["speed"] > 1.5 else "slowly") and words[8] == GROUNDS[factors["ground"]]
+        words, factors = (
+            caption.replace(",", "").split(),
+            {name: values[index] for name, values in clips.factors.items()},
+        )
+        assert (
+            words[1] == ("large" if factors["radius"] > 0.125 else "small")
+            and words[2] == MATERIALS[factors["material"]]
+        )
+        assert (
+            words[5] == ("fast" if factors["speed"] > 1.5 else "slowly")
+            and words[8] == GROUNDS[factors["ground"]]
+        )
         count = factors["impact_times"].isfinite().sum().item()
-        assert " ".join(words[10:]) == {1: "once", 2: "twice"}.get(count, f"{count} times")
+        assert " ".join(words[10:]) == {1: "once", 2: "twice"}.get(
+            count, f"{count} times"
+        )
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"size": 8}, "size is 8.*whole number from 16 on"), ({"size": 32.0}, "size is 32.0.*whole"), ({"frames": 4}, "frames is 4"),
-    ({"fps": 8}, "fps is 8.*number from 12 on"), ({"fps": NONE}, "fps is nan"), ({"rate": 4000}, "rate is 4000.*from 7500"),
-    ({"fps": math.inf}, "fps is inf"), ({"fps": "16"}, "fps is '16'"), ({"fps": 15}, "533.333 samples.*fps = 15.0093"),
-    ({"fps": 20000}, "0.4 samples.*fps = 8000"), ({"split": "valid"}, "unknown split"), ({"count": 0}, "at least one sample"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"size": 8}, "size is 8.*whole number from 16 on"),
+        ({"size": 32.0}, "size is 32.0.*whole"),
+        ({"frames": 4}, "frames is 4"),
+        ({"fps": 8}, "fps is 8.*number from 12 on"),
+        ({"fps": NONE}, "fps is nan"),
+        ({"rate": 4000}, "rate is 4000.*from 7500"),
+        ({"fps": math.inf}, "fps is inf"),
+        ({"fps": "16"}, "fps is '16'"),
+        ({"fps": 15}, "533.333 samples.*fps = 15.0093"),
+        ({"fps": 20000}, "0.4 samples.*fps = 8000"),
+        ({"split": "valid"}, "unknown split"),
+        ({"count": 0}, "at least one sample"),
+    ],
+)
 def test_bad_options_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         Scenes(**options)
@@ -261,51 +431,108 @@ def test_bad_options_are_refused(options, words):
 
 def test_bounces_are_found_from_the_picture_and_onsets_from_the_sound(clips):
     known = clips.factors["impact_times"]
-    for found, error in ((impacts_seen(clips.signals["video"], 15.625), 0.006), (_onsets(clips.signals["audio"], 8000), 0.002)):
+    for found, error in (
+        (impacts_seen(clips.signals["video"], 15.625), 0.006),
+        (_onsets(clips.signals["audio"], 8000), 0.002),
+    ):
         for row, wanted in zip(found.tolist(), known.tolist(), strict=True):
-            row, wanted = ([time for time in times if not math.isnan(time)] for times in (row, wanted))
+            row, wanted = (
+                [time for time in times if not math.isnan(time)]
+                for times in (row, wanted)
+            )
             assert row == pytest.approx(wanted, abs=error)
 
 
 def test_the_measure_tells_right_sounds_from_others(clips):
     videos, waves = clips.signals["video"], clips.signals["audio"]
     hits, heard, seen = sound_on_bounce(videos, waves, 15.625, 8000)
-    assert hits.shape == (256,) and hits.dtype == torch.bool and hits.all() and (heard == 1).all() and (seen == 1).all()
+    assert (
+        hits.shape == (256,)
+        and hits.dtype == torch.bool
+        and hits.all()
+        and (heard == 1).all()
+        and (seen == 1).all()
+    )
     hits, heard, seen = sound_on_bounce(videos, waves.roll(1, 0), 15.625, 8000)
-    assert hits.float().mean() < 0.06 and 0.25 < heard.mean() < 0.45 and 0.25 < seen.mean() < 0.45
+    assert (
+        hits.float().mean() < 0.06
+        and 0.25 < heard.mean() < 0.45
+        and 0.25 < seen.mean() < 0.45
+    )
     late = torch.roll(waves, round(1.3 * 512), 1)
     assert not sound_on_bounce(videos, late, 15.625, 8000)[0].any()
-    assert sound_on_bounce(videos, late, 15.625, 8000, tolerance=1.6)[0].float().mean() > 0.8
+    assert (
+        sound_on_bounce(videos, late, 15.625, 8000, tolerance=1.6)[0].float().mean()
+        > 0.8
+    )
     noise = torch.randn(videos.shape, generator=keyed(0, "noise"))
-    assert sound_on_bounce(videos + 0.1 * noise, waves, 15.625, 8000)[0].float().mean() > 0.95
-    assert sound_on_bounce(0.5 * noise, waves, 15.625, 8000)[0].float().mean() < 0.1, "there is no ball"
+    assert (
+        sound_on_bounce(videos + 0.1 * noise, waves, 15.625, 8000)[0].float().mean()
+        > 0.95
+    )
+    assert sound_on_bounce(0.5 * noise, waves, 15.625, 8000)[0].float().mean() < 0.1, (
+        "there is no ball"
+    )
 
 
 def test_nothing_seen_or_heard_is_no_hit(clips):
     videos, waves = clips.signals["video"][:3], clips.signals["audio"][:3]
-    for film, sound in ((torch.zeros_like(videos), waves), (videos, torch.zeros_like(waves)), (videos * NONE, waves),
-                        (videos, waves * NONE), (videos[:, :, :1].expand_as(videos), waves)):
+    for film, sound in (
+        (torch.zeros_like(videos), waves),
+        (videos, torch.zeros_like(waves)),
+        (videos * NONE, waves),
+        (videos, waves * NONE),
+        (videos[:, :, :1].expand_as(videos), waves),
+    ):
         hits, heard, seen = sound_on_bounce(film, sound, 15.625, 8000)
-        assert not hits.any() and torch.equal(heard, torch.zeros(3)) and torch.equal(seen, torch.zeros(3))
+        assert (
+            not hits.any()
+            and torch.equal(heard, torch.zeros(3))
+            and torch.equal(seen, torch.zeros(3))
+        )
     one = torch.cat([videos[:1] * NONE, videos[1:]])
-    assert sound_on_bounce(one, waves, 15.625, 8000)[0].tolist() == [False, True, True], "one bad clip spoils no other"
+    assert sound_on_bounce(one, waves, 15.625, 8000)[0].tolist() == [
+        False,
+        True,
+        True,
+    ], "one bad clip spoils no other"
     assert sound_on_bounce(videos[:0], waves[:0], 15.625, 8000)[0].shape == (0,)
     assert sound_on_bounce(videos.bfloat16(), waves.bfloat16(), 15.625, 8000)[0].all()
 
 
 def test_matches_are_counted_both_ways():
-    bounces = torch.tensor([[0.2, 0.5, 0.8], [0.2, NONE, NONE], [0.2, 0.5, NONE], [NONE, NONE, NONE], [0.3, NONE, NONE]])
-    onsets = torch.tensor([[0.21, 0.79], [0.2, 0.4], [0.51, 0.19], [0.5, NONE], [NONE, NONE]])
+    bounces = torch.tensor(
+        [
+            [0.2, 0.5, 0.8],
+            [0.2, NONE, NONE],
+            [0.2, 0.5, NONE],
+            [NONE, NONE, NONE],
+            [0.3, NONE, NONE],
+        ]
+    )
+    onsets = torch.tensor(
+        [[0.21, 0.79], [0.2, 0.4], [0.51, 0.19], [0.5, NONE], [NONE, NONE]]
+    )
     hits, heard, seen = matched(bounces, onsets, 0.05)
     assert hits.tolist() == [False, False, True, False, False]
-    assert heard.tolist() == pytest.approx([2 / 3, 1, 1, 0, 0]) and seen.tolist() == pytest.approx([1, 0.5, 1, 0, 0])
+    assert heard.tolist() == pytest.approx(
+        [2 / 3, 1, 1, 0, 0]
+    ) and seen.tolist() == pytest.approx([1, 0.5, 1, 0, 0])
 
 
-@pytest.mark.parametrize("videos, waves, words", [
-    ((2, 3, 16, 32, 32), (3, 8192), "2 films.*3 sounds"), ((2, 3, 16, 32, 32), (2, 16384), "1.024 s.*2.048 s.*fps and rate"),
-    ((2, 1, 16, 32, 32), (2, 8192), r"\(2, 1, 16, 32, 32\), expected \(b, 3, f, h, w\)"),
-    ((2, 3, 2, 32, 32), (2, 1024), "4 frames"),
-])
+@pytest.mark.parametrize(
+    "videos, waves, words",
+    [
+        ((2, 3, 16, 32, 32), (3, 8192), "2 films.*3 sounds"),
+        ((2, 3, 16, 32, 32), (2, 16384), "1.024 s.*2.048 s.*fps and rate"),
+        (
+            (2, 1, 16, 32, 32),
+            (2, 8192),
+            r"\(2, 1, 16, 32, 32\), expected \(b, 3, f, h, w\)",
+        ),
+        ((2, 3, 2, 32, 32), (2, 1024), "4 frames"),
+    ],
+)
 def test_films_and_sounds_that_do_not_fit_are_refused(videos, waves, words):
     with pytest.raises(ValueError, match=words):
         sound_on_bounce(torch.zeros(videos), torch.zeros(waves), 15.625, 8000)
@@ -315,10 +542,17 @@ def test_the_clips_of_this_version_stay_what_they_are():
     "What is reported on must not change unnoticed: other clips are another VERSION."
     clips = Scenes("test").take(torch.arange(4))
     assert Scenes.VERSION == 1 and clips.captions == (
-        "a small stone ball bounces slowly in a brown box, twice", "a large wood ball bounces fast in a blue box, 3 times",
-        "a large rubber ball bounces slowly in a brown box, twice", "a small rubber ball bounces slowly in a green box, once")
+        "a small stone ball bounces slowly in a brown box, twice",
+        "a large wood ball bounces fast in a blue box, 3 times",
+        "a large rubber ball bounces slowly in a brown box, twice",
+        "a small rubber ball bounces slowly in a green box, once",
+    )
     times = clips.factors["impact_times"]
     wanted = [0.2964, 0.4015, 0.3737, 0.4560, 0.8394, 0.4613, 0.7862, 0.2828]
     assert times[times.isfinite()].tolist() == pytest.approx(wanted, abs=1e-4)
-    assert clips.signals["audio"].abs().mean(1).tolist() == pytest.approx([0.0023, 0.0081, 0.0053, 0.0026], abs=1e-4)
-    assert clips.signals["video"].mean((1, 2, 3, 4)).tolist() == pytest.approx([-0.6392, -0.6124, -0.6301, -0.7146], abs=1e-4)
+    assert clips.signals["audio"].abs().mean(1).tolist() == pytest.approx(
+        [0.0023, 0.0081, 0.0053, 0.0026], abs=1e-4
+    )
+    assert clips.signals["video"].mean((1, 2, 3, 4)).tolist() == pytest.approx(
+        [-0.6392, -0.6124, -0.6301, -0.7146], abs=1e-4
+    )

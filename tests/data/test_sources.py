@@ -1,4 +1,5 @@
 """What `data` in a config stands for: every source trains, resumes bit for bit and is sampled; several in turn; bad input."""
+
 import json
 import shutil
 import wave
@@ -21,7 +22,13 @@ from selfflow.training.config import Config
 from selfflow.training.loop import train
 from selfflow.training.run import Run, new_backbone
 
-MADE = {"shapes": "image", "emblems": "image", "motion": "video", "notes": "audio", "scenes": "video, audio"}
+MADE = {
+    "shapes": "image",
+    "emblems": "image",
+    "motion": "video",
+    "notes": "audio",
+    "scenes": "video, audio",
+}
 
 
 def little(name, **data):
@@ -33,14 +40,31 @@ def little(name, **data):
 
 def small(*data, objective=None, **options):
     "A run of six steps on little data."
-    data = tuple(little(one, **options) if isinstance(one, str) else one for one in data)
-    training = replace(TINY.training, steps=6, batch=8, shards=4, save_every=3, validate_every=3, validation=5, sample_every=6,
-                       log_every=1)
-    return Config(name="small", data=data, training=training,
-                  model=replace(TINY.model, width=32, heads=2, depth=4, positions=None), objective=objective or ObjectiveConfig())
+    data = tuple(
+        little(one, **options) if isinstance(one, str) else one for one in data
+    )
+    training = replace(
+        TINY.training,
+        steps=6,
+        batch=8,
+        shards=4,
+        save_every=3,
+        validate_every=3,
+        validation=5,
+        sample_every=6,
+        log_every=1,
+    )
+    return Config(
+        name="small",
+        data=data,
+        training=training,
+        model=replace(TINY.model, width=32, heads=2, depth=4, positions=None),
+        objective=objective or ObjectiveConfig(),
+    )
 
 
 # every source has the same form
+
 
 @pytest.mark.parametrize("name", ["digits", *MADE])
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
@@ -48,20 +72,40 @@ def test_a_source_keeps_the_contract(name, split):
     data: DataSet = load(name, split)
     indices = torch.tensor([5, 0, len(data) - 1, 5])
     examples = data.take(indices)
-    assert isinstance(examples, Examples) and len(examples) == 4 and set(examples.signals) == set(data.shapes)
+    assert (
+        isinstance(examples, Examples)
+        and len(examples) == 4
+        and set(examples.signals) == set(data.shapes)
+    )
     for signal, values in examples.signals.items():
-        assert values.shape == (4, *data.shapes[signal]) and values.dtype == torch.float32
+        assert (
+            values.shape == (4, *data.shapes[signal]) and values.dtype == torch.float32
+        )
         assert values.isfinite().all() and values.abs().max() <= 1.001
-        assert torch.equal(values[0], values[3]) and torch.equal(values[1:2], data.take(indices[1:2]).signals[signal])
-    assert examples.labels.dtype == torch.int64 and 0 <= examples.labels.min() and examples.labels.max() < len(data.names)
-    assert len(examples.captions) == 4 and all(text and len(text.encode()) <= 64 for text in examples.captions)
+        assert torch.equal(values[0], values[3]) and torch.equal(
+            values[1:2], data.take(indices[1:2]).signals[signal]
+        )
+    assert (
+        examples.labels.dtype == torch.int64
+        and 0 <= examples.labels.min()
+        and examples.labels.max() < len(data.names)
+    )
+    assert len(examples.captions) == 4 and all(
+        text and len(text.encode()) <= 64 for text in examples.captions
+    )
     assert all(len(values) == 4 for values in examples.factors.values())
-    assert len(data.fingerprint) == 16 and load(name, split).fingerprint == data.fingerprint
+    assert (
+        len(data.fingerprint) == 16
+        and load(name, split).fingerprint == data.fingerprint
+    )
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_splits_of_what_is_made_share_no_sample(name):
-    firsts = {split: load(name, split).take(torch.arange(3)).signals for split in ("train", "validation", "test")}
+    firsts = {
+        split: load(name, split).take(torch.arange(3)).signals
+        for split in ("train", "validation", "test")
+    }
     for signal in firsts["train"]:
         assert not torch.equal(firsts["train"][signal], firsts["test"][signal])
         assert not torch.equal(firsts["validation"][signal], firsts["test"][signal])
@@ -69,13 +113,18 @@ def test_splits_of_what_is_made_share_no_sample(name):
         load(name, "test").take(torch.tensor([1000]))
 
 
-@pytest.mark.parametrize("name, sound", [("shapes", "mel"), ("motion", "mel"), ("notes", "mdct"), ("scenes", "mdct")])
+@pytest.mark.parametrize(
+    "name, sound",
+    [("shapes", "mel"), ("motion", "mel"), ("notes", "mdct"), ("scenes", "mdct")],
+)
 def test_tokens_come_back_as_signals(name, sound):
     sources = Sources(DataConfig(name, patch=8, sound=sound), "test")
     examples = sources.data[name].take(torch.arange(3))
     back = sources.layouts[name].unpatchify(sources.take(name, torch.arange(3)).x0)
     for signal, values in examples.signals.items():
-        torch.testing.assert_close(back[signal], values, atol=0 if signal != "audio" else 2e-5, rtol=0)
+        torch.testing.assert_close(
+            back[signal], values, atol=0 if signal != "audio" else 2e-5, rtol=0
+        )
     assert sources.layouts[name].picture(examples.signals).ndim == 4
 
 
@@ -84,10 +133,15 @@ def test_film_and_sound_share_their_clock():
     data = load("scenes")
     seconds = data.shapes["video"][1] / data.fps
     per_tick = 1 / data.fps
-    ends = [(part.coordinates()[:, 0].unique() + 0.5) * per_tick for part in (film, sound)]  # middles, in seconds
+    # middles, in seconds
+    ends = [
+        (part.coordinates()[:, 0].unique() + 0.5) * per_tick for part in (film, sound)
+    ]
     for part, middles in zip((film, sound), ends, strict=True):
         count = part.grid[0]
-        torch.testing.assert_close(middles, (torch.arange(count) + 0.5) * seconds / count, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            middles, (torch.arange(count) + 0.5) * seconds / count, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_a_spectrum_that_is_one_already_is_cut_as_it_is():
@@ -95,28 +149,40 @@ def test_a_spectrum_that_is_one_already_is_cut_as_it_is():
     spectra = torch.randn(2, 3, 8)
     assert torch.equal(cut.unpatchify(cut.patchify(spectra)), spectra)
     assert torch.equal(cut.patchify(spectra)[1, 2], spectra[1, :, 4:6].T.flatten())
-    with pytest.raises(ValueError, match="8 columns is not divisible by data.columns 3"):
+    with pytest.raises(
+        ValueError, match="8 columns is not divisible by data.columns 3"
+    ):
         SoundPatches(Columns((3, 8)), 3)
 
 
 # conditions
 
+
 def test_classes_of_several_data_sets_are_counted_on():
     sources = Sources((little("shapes"), little("notes")))
     kinds, pitches = (len(data.names) for data in sources.data.values())
     assert len(sources.names) == kinds + pitches
-    assert [[part.name for part in parts] for parts in sources.sequences] == [["image"], ["audio"]]
+    assert [[part.name for part in parts] for parts in sources.sequences] == [
+        ["image"],
+        ["audio"],
+    ]
     condition = sources.take("notes", torch.arange(20)).condition
-    assert torch.equal(condition.values, sources.data["notes"].take(torch.arange(20)).labels + kinds)
+    assert torch.equal(
+        condition.values, sources.data["notes"].take(torch.arange(20)).labels + kinds
+    )
     assert condition.classes == kinds + pitches
     assert sources.wanted([0, 2], "notes").values.tolist() == [kinds, kinds + 2]
     assert sources.wanted([1]).values.tolist() == [1]
 
 
-@pytest.mark.parametrize("condition, told, words", [
-    ("class", ["a star"], "there is no class 'a star'; did you mean 'star'"), ("caption", [1, 2], "drawn by captions here"),
-    ("caption", torch.tensor([1, 2]), "give texts"),
-])
+@pytest.mark.parametrize(
+    "condition, told, words",
+    [
+        ("class", ["a star"], "there is no class 'a star'; did you mean 'star'"),
+        ("caption", [1, 2], "drawn by captions here"),
+        ("caption", torch.tensor([1, 2]), "give texts"),
+    ],
+)
 def test_what_is_wanted_in_the_wrong_form_is_refused(condition, told, words):
     with pytest.raises(ValueError, match=words):
         Sources(little("shapes", condition=condition)).wanted(told)
@@ -126,9 +192,18 @@ def test_what_is_wanted_in_the_wrong_form_is_refused(condition, told, words):
 
 CASES = {
     "shapes, captions": small("shapes", condition="caption"),
-    "motion, first frame": small("motion", objective=ObjectiveConfig(given="first_frame", given_level=0.2), frames=8),
-    "notes": small("notes", objective=ObjectiveConfig("sra")), "notes, mdct": small("notes", sound="mdct", condition="none"),
-    "scenes, either": small("scenes", objective=ObjectiveConfig(given="either", given_share=0.6), weight={"audio": 0.5}),
+    "motion, first frame": small(
+        "motion",
+        objective=ObjectiveConfig(given="first_frame", given_level=0.2),
+        frames=8,
+    ),
+    "notes": small("notes", objective=ObjectiveConfig("sra")),
+    "notes, mdct": small("notes", sound="mdct", condition="none"),
+    "scenes, either": small(
+        "scenes",
+        objective=ObjectiveConfig(given="either", given_share=0.6),
+        weight={"audio": 0.5},
+    ),
     "scenes, vanilla": small("scenes", objective=ObjectiveConfig("flow_matching")),
     "in turn": small("shapes", little("notes", share=3, weight=2)),
     "in turn, captions": small("notes", "scenes", "shapes", condition="caption"),
@@ -139,21 +214,36 @@ CASES = {
 def test_every_source_trains_stops_and_goes_on_bit_for_bit(tmp_path, case):
     config = CASES[case]
     run = train(config, tmp_path / "whole", "cpu", bar=False)
-    assert run.log["step"].tolist() == list(range(1, 7)) and run.log["validation_flow_loss"].notna().sum() == 2
+    assert (
+        run.log["step"].tolist() == list(range(1, 7))
+        and run.log["validation_flow_loss"].notna().sum() == 2
+    )
     short = train(config, tmp_path / "cut", "cpu", bar=False)
     shutil.rmtree(short.checkpoints()[-1])
     again = train(config, tmp_path / "cut", "cpu", workers=1, bar=False)
     assert_same(run, again)
-    assert [step for step, *_ in run.film()] == [6] and run.film()[0][1].isfinite().all()
+    assert [step for step, *_ in run.film()] == [6] and run.film()[0][
+        1
+    ].isfinite().all()
 
 
 def test_losses_are_logged_by_part_and_by_data_set(tmp_path):
     joint = train(CASES["scenes, vanilla"], tmp_path / "joint", "cpu", bar=False).log
     tokens = [part.tokens for part in Sources(CASES["scenes, vanilla"].data).parts]
-    expected = (tokens[0] * joint["flow_loss_video"] + tokens[1] * joint["flow_loss_audio"]) / sum(tokens)
-    torch.testing.assert_close(torch.tensor(joint["flow_loss"]), torch.tensor(expected), atol=1e-5, rtol=1e-5)
-    turns = train(CASES["in turn"], tmp_path / "turns", "cpu", bar=False).log.dropna(subset="validation_flow_loss").iloc[-1]
-    mean = (turns["validation_flow_loss_shapes"] + turns["validation_flow_loss_notes"]) / 2
+    expected = (
+        tokens[0] * joint["flow_loss_video"] + tokens[1] * joint["flow_loss_audio"]
+    ) / sum(tokens)
+    torch.testing.assert_close(
+        torch.tensor(joint["flow_loss"]), torch.tensor(expected), atol=1e-5, rtol=1e-5
+    )
+    turns = (
+        train(CASES["in turn"], tmp_path / "turns", "cpu", bar=False)
+        .log.dropna(subset="validation_flow_loss")
+        .iloc[-1]
+    )
+    mean = (
+        turns["validation_flow_loss_shapes"] + turns["validation_flow_loss_notes"]
+    ) / 2
     assert turns["validation_flow_loss"] == pytest.approx(mean)
 
 
@@ -161,10 +251,14 @@ def test_steps_take_turns_by_their_shares_and_nothing_else():
     config = CASES["in turn"]
     batches = Batches(Sources(config.data), config)
     names = [batches.name(step) for step in range(1000)]
-    assert 0.2 < names.count("shapes") / 1000 < 0.3 and names == [batches.name(step) for step in range(1000)]
+    assert 0.2 < names.count("shapes") / 1000 < 0.3 and names == [
+        batches.name(step) for step in range(1000)
+    ]
     for step in range(4):
         batch = batches[step]
-        assert [part.name for part in batch.parts] == ["image" if names[step] == "shapes" else "audio"]
+        assert [part.name for part in batch.parts] == [
+            "image" if names[step] == "shapes" else "audio"
+        ]
         assert len(batch) == len(batch.condition) == 8
         halves = [replace(batches, rank=rank, processes=2)[step] for rank in range(2)]
         assert torch.equal(batch.x0, torch.cat([half.x0 for half in halves]))
@@ -178,7 +272,9 @@ def test_validation_of_several_data_sets_is_the_same_in_several_processes():
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     whole = judged.losses(model, (0.3, 0.8))
-    parts = torch.stack([judged.losses(model, (0.3, 0.8), rank, 3) for rank in range(3)], dim=-1).flatten(1)[:, :10]
+    parts = torch.stack(
+        [judged.losses(model, (0.3, 0.8), rank, 3) for rank in range(3)], dim=-1
+    ).flatten(1)[:, :10]
     torch.testing.assert_close(parts, whole)
     assert judged.counts == {"shapes": 5, "notes": 5}
 
@@ -187,71 +283,165 @@ def test_what_is_given_stays_bit_for_bit_and_the_rest_is_made(tmp_path):
     run = train(CASES["scenes, either"], tmp_path, "cpu", bar=False)
     known = run.sources.data["scenes"].take(torch.arange(2)).signals
     film = run.sample([0, 1], steps=3, given={"video": known["video"]})
-    assert torch.equal(film["video"], known["video"]) and not torch.equal(film["audio"], known["audio"])
-    with pytest.raises(ValueError, match="image is given, but the sequence consists of video, audio"):
+    assert torch.equal(film["video"], known["video"]) and not torch.equal(
+        film["audio"], known["audio"]
+    )
+    with pytest.raises(
+        ValueError, match="image is given, but the sequence consists of video, audio"
+    ):
         run.sample([0], steps=2, given={"image": torch.zeros(1, 3, 16, 16)})
 
 
 def test_guidance_works_for_captions(tmp_path):
     run = train(CASES["shapes, captions"], tmp_path, "cpu", bar=False)
     texts = ["a red star", "étoile", ""]
-    plain, guided = (run.sample(texts, steps=3, cfg_scale=w)["image"] for w in (1.0, 4.0))
-    assert plain.shape == guided.shape == (3, 3, 16, 16) and not torch.equal(plain, guided)
-    torch.testing.assert_close(plain, run.sample(texts, steps=3, batch=2)["image"], atol=1e-5, rtol=1e-4)
+    plain, guided = (
+        run.sample(texts, steps=3, cfg_scale=w)["image"] for w in (1.0, 4.0)
+    )
+    assert plain.shape == guided.shape == (3, 3, 16, 16) and not torch.equal(
+        plain, guided
+    )
+    torch.testing.assert_close(
+        plain, run.sample(texts, steps=3, batch=2)["image"], atol=1e-5, rtol=1e-4
+    )
 
 
 # the user's own
+
 
 def test_a_folder_of_pictures_and_its_latents_are_trained_on(tmp_path, capsys):
     for number in range(40):
         place = tmp_path / "pictures" / ("dark", "light")[number % 2]
         place.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 24), (number, 40, 128 * (number % 2))).save(place / f"{number}.png")
+        Image.new("RGB", (20, 24), (number, 40, 128 * (number % 2))).save(
+            place / f"{number}.png"
+        )
     config = small("folder", path=str(tmp_path / "pictures"))
     run = train(config, tmp_path / "runs", "cpu", bar=False)
-    assert run.inputs.classes == 2 and run.sample([0, 1], steps=2)["image"].shape == (2, 3, 16, 16)
+    assert run.inputs.classes == 2 and run.sample([0, 1], steps=2)["image"].shape == (
+        2,
+        3,
+        16,
+        16,
+    )
     for split in ("train", "validation", "test"):
-        pictures = load("folder", split, path=str(tmp_path / "pictures"), height=16, width=16)
+        pictures = load(
+            "folder", split, path=str(tmp_path / "pictures"), height=16, width=16
+        )
         encode_latents(pictures, Haar(), tmp_path / "latents", split)
     config = small("latents", path=str(tmp_path / "latents"), patch=2)
     run = train(config, tmp_path / "encoded", "cpu", bar=False)
-    assert run.config.objective.mask_ratio is None and run.log["flow_loss"].notna().all()
+    assert (
+        run.config.objective.mask_ratio is None and run.log["flow_loss"].notna().all()
+    )
     Image.new("RGB", (20, 24)).save(tmp_path / "pictures/dark/new.png")
     with pytest.raises(ValueError, match="holds a run with other data"):
-        train(small("folder", path=str(tmp_path / "pictures")), tmp_path / "runs", "cpu", bar=False)
+        train(
+            small("folder", path=str(tmp_path / "pictures")),
+            tmp_path / "runs",
+            "cpu",
+            bar=False,
+        )
 
 
 @pytest.mark.parametrize("signal", ["image", "video"])
 def test_images_and_videos_need_not_be_square(tmp_path, signal):
     for number in range(30):
-        first, second = (Image.new("RGB", (48, 20), (8 * number, level, 99)) for level in (0, 200))
+        first, second = (
+            Image.new("RGB", (48, 20), (8 * number, level, 99)) for level in (0, 200)
+        )
         (tmp_path / "files").mkdir(exist_ok=True)
-        first.save(tmp_path / f"files/{number}.gif", save_all=True, append_images=[second], duration=100)
-    data = DataConfig("folder", path=str(tmp_path / "files"), signals=(signal,), height=8, width=24, patch=4, frames=2)
+        first.save(
+            tmp_path / f"files/{number}.gif",
+            save_all=True,
+            append_images=[second],
+            duration=100,
+        )
+    data = DataConfig(
+        "folder",
+        path=str(tmp_path / "files"),
+        signals=(signal,),
+        height=8,
+        width=24,
+        patch=4,
+        frames=2,
+    )
     run = train(small(data), tmp_path / "runs", "cpu", bar=False)
-    part, = run.inputs.parts
+    (part,) = run.inputs.parts
     assert part.grid == (1, 2, 6) and run.log["flow_loss"].notna().all()
     assert run.sample([0, 0], steps=2)[signal].shape[-2:] == (8, 24)
     main(["sample", str(run.path), "--each", "1", "--steps", "1", "--device", "cpu"])
-    with pytest.raises(ValueError, match="not divisible by patch 5|not divisible by patch 16"):
+    with pytest.raises(
+        ValueError, match="not divisible by patch 5|not divisible by patch 16"
+    ):
         Sources(replace(data, patch=16))
 
 
 # the command line
 
-@pytest.mark.parametrize("name, options, suffixes", [
-    ("scenes", ["--data.size", "16"], {".safetensors", ".png", ".wav", ".webp"}),
-    ("notes", [], {".safetensors", ".png", ".wav"}),
-    ("shapes", ["--data.size", "16", "--data.condition", "caption"], {".safetensors", ".png"}),
-])
-def test_samples_are_written_to_be_seen_and_heard(tmp_path, capsys, name, options, suffixes):
-    main(["train", "--name", "cli", "--folder", str(tmp_path), "--data.name", name, "--data.patch", "8",
-          "--model.width", "32", "--model.depth", "2", "--model.heads", "2", "--training.steps", "2", "--training.batch", "8",
-          "--training.validation", "4", "--training.sample-every", "0", "--device", "cpu", *options])
-    main(["sample", str(tmp_path / "cli"), "--each", "1", "--steps", "2", "--device", "cpu"])
+
+@pytest.mark.parametrize(
+    "name, options, suffixes",
+    [
+        ("scenes", ["--data.size", "16"], {".safetensors", ".png", ".wav", ".webp"}),
+        ("notes", [], {".safetensors", ".png", ".wav"}),
+        (
+            "shapes",
+            ["--data.size", "16", "--data.condition", "caption"],
+            {".safetensors", ".png"},
+        ),
+    ],
+)
+def test_samples_are_written_to_be_seen_and_heard(
+    tmp_path, capsys, name, options, suffixes
+):
+    main(
+        [
+            "train",
+            "--name",
+            "cli",
+            "--folder",
+            str(tmp_path),
+            "--data.name",
+            name,
+            "--data.patch",
+            "8",
+            "--model.width",
+            "32",
+            "--model.depth",
+            "2",
+            "--model.heads",
+            "2",
+            "--training.steps",
+            "2",
+            "--training.batch",
+            "8",
+            "--training.validation",
+            "4",
+            "--training.sample-every",
+            "0",
+            "--device",
+            "cpu",
+            *options,
+        ]
+    )
+    main(
+        [
+            "sample",
+            str(tmp_path / "cli"),
+            "--each",
+            "1",
+            "--steps",
+            "2",
+            "--device",
+            "cpu",
+        ]
+    )
     files = list((tmp_path / "cli/samples").iterdir())
     sounds = sum(path.suffix == ".wav" for path in files)
-    assert {path.suffix for path in files} == suffixes and len(files) - sounds == len(suffixes - {".wav"})
+    assert {path.suffix for path in files} == suffixes and len(files) - sounds == len(
+        suffixes - {".wav"}
+    )
     for path in files:
         if path.suffix == ".wav":
             with wave.open(str(path)) as file:
@@ -264,45 +454,119 @@ def test_samples_are_written_to_be_seen_and_heard(tmp_path, capsys, name, option
 
 # bad input
 
-@pytest.mark.parametrize("values, words", [
-    ({"name": "shape"}, "Did you mean 'shapes'"), ({"name": "folder"}, "needs the place"),
-    ({"path": "x"}, "path is an option of data set folder, huggingface, latents, which digits does not have"),
-    ({"name": "notes", "size": 16}, "size is an option of data set shapes, .*, which notes does not have"),
-    ({"pach": 4}, "unknown setting of data set digits 'pach'.*Did you mean 'patch'"),
-    ({"share": 0}, "share is 0, but must be greater"), ({"share": float("nan")}, "share is nan"),
-    ({"share": float("inf")}, "share is inf"), ({"share": "2"}, "share is '2', expected float"),
-    ({"weight": {"sound": 2}}, "unknown signal of data set digits .*'sound'"), ({"weight": -1}, "weight is -1, expected"),
-    ({"name": "scenes", "weight": {"video": 1, "audio": -0.5}}, "one for each signal"), ({"weight": {}}, "weight is {}"),
-    ({"weight": {"image": float("nan")}}, "must be a finite number"), ({"weight": "audio"}, r"'audio', expected float \| dict"),
-    ({"weight": {"image": "2"}}, "expected float"), ({"condition": "text"}, "unknown condition"),
-    ({"sound": "mp3"}, "unknown sound"), ({"name": "shapes", "size": 0}, "size is 0"), ({"caption": -1}, "caption is -1"),
-    ({"name": "folder", "path": "x", "signals": ("video", "sound")}, "unknown signal"),
-    ({"name": "folder", "path": "x", "signals": "video"}, r"signals is 'video', expected tuple\[str, ...\]"),
-    ({"name": "folder", "path": "x", "signals": ("video", "video")}, "each once"),
-    ({"name": "folder", "path": "x", "signals": ()}, "one or several of image, video, audio"),
-])
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"name": "shape"}, "Did you mean 'shapes'"),
+        ({"name": "folder"}, "needs the place"),
+        (
+            {"path": "x"},
+            "path is an option of data set folder, huggingface, latents, which digits does not have",
+        ),
+        (
+            {"name": "notes", "size": 16},
+            "size is an option of data set shapes, .*, which notes does not have",
+        ),
+        (
+            {"pach": 4},
+            "unknown setting of data set digits 'pach'.*Did you mean 'patch'",
+        ),
+        ({"share": 0}, "share is 0, but must be greater"),
+        ({"share": float("nan")}, "share is nan"),
+        ({"share": float("inf")}, "share is inf"),
+        ({"share": "2"}, "share is '2', expected float"),
+        ({"weight": {"sound": 2}}, "unknown signal of data set digits .*'sound'"),
+        ({"weight": -1}, "weight is -1, expected"),
+        (
+            {"name": "scenes", "weight": {"video": 1, "audio": -0.5}},
+            "one for each signal",
+        ),
+        ({"weight": {}}, "weight is {}"),
+        ({"weight": {"image": float("nan")}}, "must be a finite number"),
+        ({"weight": "audio"}, r"'audio', expected float \| dict"),
+        ({"weight": {"image": "2"}}, "expected float"),
+        ({"condition": "text"}, "unknown condition"),
+        ({"sound": "mp3"}, "unknown sound"),
+        ({"name": "shapes", "size": 0}, "size is 0"),
+        ({"caption": -1}, "caption is -1"),
+        (
+            {"name": "folder", "path": "x", "signals": ("video", "sound")},
+            "unknown signal",
+        ),
+        (
+            {"name": "folder", "path": "x", "signals": "video"},
+            r"signals is 'video', expected tuple\[str, ...\]",
+        ),
+        ({"name": "folder", "path": "x", "signals": ("video", "video")}, "each once"),
+        (
+            {"name": "folder", "path": "x", "signals": ()},
+            "one or several of image, video, audio",
+        ),
+    ],
+)
 def test_a_config_that_cannot_be_is_refused_with_a_remedy(values, words):
     with pytest.raises(ValueError, match=words):
         DataConfig(**values)
 
 
-@pytest.mark.parametrize("data, objective, words", [
-    ({"name": "shapes", "patch": 5}, {}, "not divisible by patch 5; choose a patch from"),
-    ({"name": "motion", "span": 3}, {}, "frames 16 is not divisible by patch 3"),
-    ({"name": "notes", "columns": 7}, {}, "not divisible by data.columns 7"),
-    ([{"name": "digits"}, {"name": "shapes"}], {}, "parts of one name and different shapes"),
-    ([{"name": "shapes"}, {"name": "emblems", "weight": 2}], {}, "data set emblems gives image the weight 2, another one 1"),
-    ([{"name": "shapes"}, {"name": "notes", "condition": "caption"}], {}, "data.1.condition is 'caption', but data.0.condition"),
-    ([{"name": "shapes"}, {"name": "notes", "size": 16}], {}, "size is an option of data set shapes.* which notes does not have"),
-    ([{"name": "shapes"}, "notes"], {}, "data.1 is 'notes', expected its fields by name"), ([], {}, "data is an empty list"),
-    ({"name": "shapes"}, {"given": "audio"}, "given is 'audio', but the sequence consists of image"),
-    ({"name": "notes"}, {"given": "first_frame"}, "first_frame needs a film"),
-    ({"name": "scenes"}, {"schedule": "full_masking"}, "needs one mask ratio for all tokens; give objective.mask_ratio"),
-])
+@pytest.mark.parametrize(
+    "data, objective, words",
+    [
+        (
+            {"name": "shapes", "patch": 5},
+            {},
+            "not divisible by patch 5; choose a patch from",
+        ),
+        ({"name": "motion", "span": 3}, {}, "frames 16 is not divisible by patch 3"),
+        ({"name": "notes", "columns": 7}, {}, "not divisible by data.columns 7"),
+        (
+            [{"name": "digits"}, {"name": "shapes"}],
+            {},
+            "parts of one name and different shapes",
+        ),
+        (
+            [{"name": "shapes"}, {"name": "emblems", "weight": 2}],
+            {},
+            "data set emblems gives image the weight 2, another one 1",
+        ),
+        (
+            [{"name": "shapes"}, {"name": "notes", "condition": "caption"}],
+            {},
+            "data.1.condition is 'caption', but data.0.condition",
+        ),
+        (
+            [{"name": "shapes"}, {"name": "notes", "size": 16}],
+            {},
+            "size is an option of data set shapes.* which notes does not have",
+        ),
+        (
+            [{"name": "shapes"}, "notes"],
+            {},
+            "data.1 is 'notes', expected its fields by name",
+        ),
+        ([], {}, "data is an empty list"),
+        (
+            {"name": "shapes"},
+            {"given": "audio"},
+            "given is 'audio', but the sequence consists of image",
+        ),
+        ({"name": "notes"}, {"given": "first_frame"}, "first_frame needs a film"),
+        (
+            {"name": "scenes"},
+            {"schedule": "full_masking"},
+            "needs one mask ratio for all tokens; give objective.mask_ratio",
+        ),
+    ],
+)
 def test_a_run_that_cannot_be_leaves_no_folder(tmp_path, data, objective, words):
     with pytest.raises(ValueError, match=words):
         patch = {"patch": 8}
-        data = [one if isinstance(one, str) else patch | one for one in data] if isinstance(data, list) else patch | data
+        data = (
+            [one if isinstance(one, str) else patch | one for one in data]
+            if isinstance(data, list)
+            else patch | data
+        )
         config = Config.from_dict({"name": "bad", "data": data, "objective": objective})
         train(config, tmp_path, "cpu", bar=False)
     assert not list(tmp_path.iterdir())
@@ -311,21 +575,47 @@ def test_a_run_that_cannot_be_leaves_no_folder(tmp_path, data, objective, words)
 def test_sincos_positions_for_a_film_are_refused_with_the_remedy(tmp_path):
     config = small("motion")
     with pytest.raises(ValueError, match="neither time nor several parts; take rotary"):
-        train(replace(config, model=replace(config.model, positions="sincos")), tmp_path, "cpu", bar=False)
+        train(
+            replace(config, model=replace(config.model, positions="sincos")),
+            tmp_path,
+            "cpu",
+            bar=False,
+        )
 
 
 def test_what_follows_from_the_data_is_filled_in():
-    for name, positions, ratio in (("digits", "sincos", 0.25), ("shapes", "sincos", 0.25), ("motion", "rotary", 0.1),
-                                   ("notes", "rotary", 0.5), ("scenes", "rotary", None), ("shapes, notes", "rotary", None)):
-        config = Config(data=tuple(DataConfig(one, patch=8) for one in name.split(", ")))
-        assert (config.model.positions, config.objective.mask_ratio) == (positions, ratio), name
+    for name, positions, ratio in (
+        ("digits", "sincos", 0.25),
+        ("shapes", "sincos", 0.25),
+        ("motion", "rotary", 0.1),
+        ("notes", "rotary", 0.5),
+        ("scenes", "rotary", None),
+        ("shapes, notes", "rotary", None),
+    ):
+        config = Config(
+            data=tuple(DataConfig(one, patch=8) for one in name.split(", "))
+        )
+        assert (config.model.positions, config.objective.mask_ratio) == (
+            positions,
+            ratio,
+        ), name
         assert Config.from_dict(json.loads(json.dumps(config.explicit()))) == config
-    assert Config(data=DataConfig("motion"), objective=ObjectiveConfig(mask_ratio=0.4)).objective.mask_ratio == 0.4
+    assert (
+        Config(
+            data=DataConfig("motion"), objective=ObjectiveConfig(mask_ratio=0.4)
+        ).objective.mask_ratio
+        == 0.4
+    )
 
 
 def test_a_run_of_parts_opens_from_its_folder_alone(tmp_path):
     run = train(CASES["scenes, either"], tmp_path, "cpu", bar=False)
     again = Run.open(run.path, "cpu")
     assert again.inputs == run.inputs and again.config == run.config
-    assert again.config.data.weight == {"audio": 0.5} and again.sources.weights == {"audio": 0.5}
-    assert layout_of(again.sources.data["scenes"], again.config.data).parts == run.inputs.parts
+    assert again.config.data.weight == {"audio": 0.5} and again.sources.weights == {
+        "audio": 0.5
+    }
+    assert (
+        layout_of(again.sources.data["scenes"], again.config.data).parts
+        == run.inputs.parts
+    )

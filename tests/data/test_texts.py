@@ -1,4 +1,5 @@
 """Text encoders from a folder: tiny ones of transformers with random weights, saved by the test, against transformers itself."""
+
 import copy
 import json
 import multiprocessing
@@ -32,8 +33,17 @@ from selfflow.training.run import Run
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 WORDS = "a small large red green blue star circle square on striped ground upper left of the".split()
-CAPTIONS = ("a red star", "a small blue circle on a striped ground, upper left", "", "ein weißer Stern \U0001f31f",
-            "half a \ud83d pair", "  \n", "unheard of", "a red star", "the " * 40)
+CAPTIONS = (
+    "a red star",
+    "a small blue circle on a striped ground, upper left",
+    "",
+    "ein weißer Stern \U0001f31f",
+    "half a \ud83d pair",
+    "  \n",
+    "unheard of",
+    "a red star",
+    "the " * 40,
+)
 
 
 def tokenizer(folder, clip=False):
@@ -47,44 +57,96 @@ def tokenizer(folder, clip=False):
     else:
         made = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>" if clip else "$A </s>",
-                                                        special_tokens=[("<s>", 3), ("</s>", 1)])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-                                         bos_token="<s>").save_pretrained(folder)
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>" if clip else "$A </s>",
+        special_tokens=[("<s>", 3), ("</s>", 1)],
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        bos_token="<s>",
+    ).save_pretrained(folder)
     return len(vocabulary)
 
 
-T5 = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 2, "pad_token_id": 0, "eos_token_id": 1}
-CLIP = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "max_position_embeddings": 10, "bos_token_id": 3, "eos_token_id": 1, "pad_token_id": 0}
+T5 = {
+    "d_model": 16,
+    "d_kv": 4,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_heads": 2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+CLIP = {
+    "hidden_size": 12,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 10,
+    "bos_token_id": 3,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
 
 
 def clip_model(size):
-    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
-              "patch_size": 4}
-    return transformers.CLIPModel(transformers.CLIPConfig(text_config=CLIP | {"vocab_size": size}, vision_config=vision,
-                                                          projection_dim=4))
+    vision = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+    return transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config=CLIP | {"vocab_size": size},
+            vision_config=vision,
+            projection_dim=4,
+        )
+    )
 
 
 KINDS = {
-    "t5": lambda size: transformers.T5EncoderModel(transformers.T5Config(vocab_size=size, **T5)),
-    "t5, gated": lambda size: transformers.T5EncoderModel(transformers.T5Config(
-        vocab_size=size + 5, feed_forward_proj="gated-gelu", **T5)),
-    "t5, whole": lambda size: transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=size, **T5)),
-    "mt5": lambda size: transformers.MT5EncoderModel(transformers.MT5Config(vocab_size=size, **T5)),
-    "umt5": lambda size: transformers.UMT5EncoderModel(transformers.UMT5Config(vocab_size=size, **T5)),
-    "clip": lambda size: transformers.CLIPTextModel(transformers.CLIPTextConfig(vocab_size=size, **CLIP)),
+    "t5": lambda size: transformers.T5EncoderModel(
+        transformers.T5Config(vocab_size=size, **T5)
+    ),
+    "t5, gated": lambda size: transformers.T5EncoderModel(
+        transformers.T5Config(vocab_size=size + 5, feed_forward_proj="gated-gelu", **T5)
+    ),
+    "t5, whole": lambda size: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=size, **T5)
+    ),
+    "mt5": lambda size: transformers.MT5EncoderModel(
+        transformers.MT5Config(vocab_size=size, **T5)
+    ),
+    "umt5": lambda size: transformers.UMT5EncoderModel(
+        transformers.UMT5Config(vocab_size=size, **T5)
+    ),
+    "clip": lambda size: transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(vocab_size=size, **CLIP)
+    ),
     "clip, whole": clip_model,
-    "clip, projected": lambda size: transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(vocab_size=size,
-                                                                                                          **CLIP)),
+    "clip, projected": lambda size: transformers.CLIPTextModelWithProjection(
+        transformers.CLIPTextConfig(vocab_size=size, **CLIP)
+    ),
 }
 
 
 def saved(folder, kind="t5", seed=0, **options):
     "The folder of an encoder with its tokenizer, whose weights are drawn anew, so that nothing in it is a zero or a one."
-    model, generator = KINDS[kind](tokenizer(folder, "clip" in kind)), torch.Generator().manual_seed(seed)
+    model, generator = (
+        KINDS[kind](tokenizer(folder, "clip" in kind)),
+        torch.Generator().manual_seed(seed),
+    )
     for value in model.parameters():
-        value.data.copy_(torch.randn(value.shape, generator=generator) / max(value[0].numel() if value.ndim > 1 else 1, 1) ** 0.5)
+        value.data.copy_(
+            torch.randn(value.shape, generator=generator)
+            / max(value[0].numel() if value.ndim > 1 else 1, 1) ** 0.5
+        )
     model.eval().save_pretrained(folder, **options)
     return folder
 
@@ -113,59 +175,104 @@ def forget(opened):
 
 def theirs(folder, kind, text, tokens):
     "What transformers gives for one text: (hidden states (n, e), the ids that it read)."
-    name = {"t": "T5EncoderModel", "m": "MT5EncoderModel", "u": "UMT5EncoderModel", "c": "CLIPTextModel"}[kind[0]]
+    name = {
+        "t": "T5EncoderModel",
+        "m": "MT5EncoderModel",
+        "u": "UMT5EncoderModel",
+        "c": "CLIPTextModel",
+    }[kind[0]]
     model = getattr(transformers, name).from_pretrained(folder).eval()
     limit = min(tokens, 10) if kind[0] == "c" else tokens
     reader = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     told = reader(text, truncation=True, max_length=limit, return_tensors="pt")
     with torch.no_grad():
-        return model(told["input_ids"], attention_mask=told["attention_mask"]).last_hidden_state[0], told["input_ids"][0]
+        return model(
+            told["input_ids"], attention_mask=told["attention_mask"]
+        ).last_hidden_state[0], told["input_ids"][0]
 
 
 # vectors
 
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [5, 24])
-def test_vectors_are_the_hidden_states_of_transformers_times_a_constant(folders, kind, tokens):
+def test_vectors_are_the_hidden_states_of_transformers_times_a_constant(
+    folders, kind, tokens
+):
     opened = open_encoder(folders[kind])
     vectors = opened.encode(CAPTIONS, tokens)
-    assert vectors.shape == (len(CAPTIONS), tokens, opened.width) and vectors.dtype == torch.float32
-    assert not opened.model.training and not any(value.requires_grad for value in opened.model.parameters())
+    assert (
+        vectors.shape == (len(CAPTIONS), tokens, opened.width)
+        and vectors.dtype == torch.float32
+    )
+    assert not opened.model.training and not any(
+        value.requires_grad for value in opened.model.parameters()
+    )
     for text, row in zip(CAPTIONS, vectors, strict=True):
         if not text.strip():
             assert not row.any(), "nothing was said"
             continue
-        states, read = theirs(folders[kind], kind, text.encode("utf-8", "replace").decode(), tokens)
-        assert torch.equal(row[:len(states)], states * opened.scale) and not row[len(states):].any()
+        states, read = theirs(
+            folders[kind], kind, text.encode("utf-8", "replace").decode(), tokens
+        )
+        assert (
+            torch.equal(row[: len(states)], states * opened.scale)
+            and not row[len(states) :].any()
+        )
         assert read[-1] == 1, "the end is marked, however long the text"
     assert torch.equal(vectors[0], vectors[7])
-    assert len(theirs(folders[kind], kind, CAPTIONS[-1], tokens)[1]) == (min(tokens, 10) if kind[0] == "c" else tokens)
+    assert len(theirs(folders[kind], kind, CAPTIONS[-1], tokens)[1]) == (
+        min(tokens, 10) if kind[0] == "c" else tokens
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_masked_batch_of_transformers_says_the_same(folders, kind):
     opened = open_encoder(folders[kind])
-    captions = [text for text in CAPTIONS if text.strip() and text.isprintable() and "\ud83d" not in text]
-    told = opened.tokenizer(captions, padding=True, truncation=True, max_length=10, return_tensors="pt")
+    captions = [
+        text
+        for text in CAPTIONS
+        if text.strip() and text.isprintable() and "\ud83d" not in text
+    ]
+    told = opened.tokenizer(
+        captions, padding=True, truncation=True, max_length=10, return_tensors="pt"
+    )
     with torch.no_grad():
-        states = opened.model(told["input_ids"], attention_mask=told["attention_mask"]).last_hidden_state
+        states = opened.model(
+            told["input_ids"], attention_mask=told["attention_mask"]
+        ).last_hidden_state
     expected = states * told["attention_mask"][..., None] * opened.scale
-    torch.testing.assert_close(opened.encode(captions, 10)[:, :states.shape[1]], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        opened.encode(captions, 10)[:, : states.shape[1]],
+        expected,
+        atol=1e-4,
+        rtol=1e-4,
+    )
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.text(max_size=12), min_size=1, max_size=5), st.integers(3, 14), st.randoms(use_true_random=False))
-def test_a_text_has_its_vectors_whatever_stands_beside_it(folders, captions, tokens, chance):
+@given(
+    st.lists(st.text(max_size=12), min_size=1, max_size=5),
+    st.integers(3, 14),
+    st.randoms(use_true_random=False),
+)
+def test_a_text_has_its_vectors_whatever_stands_beside_it(
+    folders, captions, tokens, chance
+):
     for kind in ("t5", "clip"):
         opened = open_encoder(folders[kind])
         forget(opened)
         vectors = opened.encode(captions, tokens)
         order = list(range(len(captions)))
         chance.shuffle(order)
-        assert torch.equal(opened.encode([captions[i] for i in order], tokens), vectors[order])
+        assert torch.equal(
+            opened.encode([captions[i] for i in order], tokens), vectors[order]
+        )
         forget(opened)
         for i in order:
-            assert torch.equal(opened.encode([captions[i]], tokens)[0], vectors[i]), "met before or not"
+            assert torch.equal(opened.encode([captions[i]], tokens)[0], vectors[i]), (
+                "met before or not"
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -174,7 +281,11 @@ def test_vectors_are_of_unit_size(folders, kind):
     rows = opened.encode(_SENTENCES, 64)
     written = rows[rows.any(-1)]
     limit = {} if kind[0] != "c" else {"atol": 1e-2}
-    torch.testing.assert_close(written.square().mean().sqrt(), torch.tensor(1.0), **({"atol": 6e-3, "rtol": 0} | limit))
+    torch.testing.assert_close(
+        written.square().mean().sqrt(),
+        torch.tensor(1.0),
+        **({"atol": 6e-3, "rtol": 0} | limit),
+    )
     assert opened.scale == float(f"{opened.scale:.3g}")
 
 
@@ -184,7 +295,9 @@ def test_small_hidden_states_become_large(own, folders):
     save_file(weights, own / "model.safetensors", {"format": "pt"})
     small, large = open_encoder(own), open_encoder(folders["t5"])
     assert small.scale == pytest.approx(100 * large.scale, rel=0.01)
-    torch.testing.assert_close(small.encode(CAPTIONS, 8), large.encode(CAPTIONS, 8), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(
+        small.encode(CAPTIONS, 8), large.encode(CAPTIONS, 8), atol=0.02, rtol=0.02
+    )
 
 
 def test_no_captions_and_wrong_ones(encoder):
@@ -195,7 +308,10 @@ def test_no_captions_and_wrong_ones(encoder):
 
 
 def test_tokens_that_hold_no_text_are_refused(folders):
-    with pytest.raises(ValueError, match="1 tokens hold marks of this encoder, no text; take data.caption 2 or more"):
+    with pytest.raises(
+        ValueError,
+        match="1 tokens hold marks of this encoder, no text; take data.caption 2 or more",
+    ):
         open_encoder(folders["t5"]).encode(["a"], 1)
     with pytest.raises(ValueError, match="take data.caption 3 or more"):
         open_encoder(folders["clip"]).encode(["a"], 2)
@@ -204,32 +320,55 @@ def test_tokens_that_hold_no_text_are_refused(folders):
 
 def test_bytes_are_what_they_were():
     row = Bytes().encode(["ein weißer Stern"], 24)
-    assert torch.equal(row, caption_bytes(["ein weißer Stern"], 24)) and Bytes().width == 0 and Bytes().fingerprint == ""
+    assert (
+        torch.equal(row, caption_bytes(["ein weißer Stern"], 24))
+        and Bytes().width == 0
+        and Bytes().fingerprint == ""
+    )
 
 
 # what is remembered
+
 
 def test_each_text_is_encoded_once_and_the_oldest_is_forgotten(encoder, monkeypatch):
     forget(encoder)
     met = []
     states = encoder._states
-    monkeypatch.setattr(encoder, "_states", lambda text, tokens: met.append(text) or states(text, tokens))
+    monkeypatch.setattr(
+        encoder,
+        "_states",
+        lambda text, tokens: met.append(text) or states(text, tokens),
+    )
     first = encoder.encode(["a red star", "a blue star", "a red star"], 6)
-    assert met == ["a red star", "a blue star"] and torch.equal(first, encoder.encode(["a red star", "a blue star"] * 2, 6)[:3])
+    assert met == ["a red star", "a blue star"] and torch.equal(
+        first, encoder.encode(["a red star", "a blue star"] * 2, 6)[:3]
+    )
     assert met == ["a red star", "a blue star"]
     encoder.encode(["a red star"], 5)
     assert met[2:] == ["a red star"], "another length is another thing"
     monkeypatch.setattr(texts, "_REMEMBERED", 3 * 6 * encoder.width * 4)
     forget(encoder)
     met.clear()
-    long = [f"{word} star on the green ground" for word in ("red", "blue", "small", "large")]
-    encoder.encode([long[0], long[1], long[2], long[0], long[3]], 6)  # forgets the second
+    long = [
+        f"{word} star on the green ground" for word in ("red", "blue", "small", "large")
+    ]
+    # forgets the second
+    encoder.encode([long[0], long[1], long[2], long[0], long[3]], 6)
     encoder.encode([long[0], long[2], long[3]], 6)
-    assert met == long and encoder._held == sum(own.nbytes for own in encoder._known.values()) == 3 * 6 * encoder.width * 4
+    assert (
+        met == long
+        and encoder._held
+        == sum(own.nbytes for own in encoder._known.values())
+        == 3 * 6 * encoder.width * 4
+    )
     encoder.encode([long[1]], 6)
     assert met == [*long, long[1]]
     monkeypatch.setattr(texts, "_REMEMBERED", 0)
-    assert torch.equal(encoder.encode(long, 6), encoder.encode(long, 6)) and encoder._held == 0 and not encoder._known
+    assert (
+        torch.equal(encoder.encode(long, 6), encoder.encode(long, 6))
+        and encoder._held == 0
+        and not encoder._known
+    )
 
 
 def test_what_a_caller_does_to_vectors_is_not_remembered(encoder):
@@ -243,7 +382,10 @@ def test_a_lock_that_was_lost_in_a_fork_stops_nothing(encoder):
     expected = encoder.encode(["a green star"], 6)
     forget(encoder)
     with encoder._free:
-        assert torch.equal(encoder.encode(["a green star"], 6), expected) and not encoder._known
+        assert (
+            torch.equal(encoder.encode(["a green star"], 6), expected)
+            and not encoder._known
+        )
 
 
 def _elsewhere(opened, queue):
@@ -266,7 +408,10 @@ def test_the_number_of_threads_changes_nothing(encoder):
     forget(encoder)
     torch.set_num_threads(2)
     try:
-        assert torch.equal(encoder.encode(CAPTIONS, 8), one) and torch.get_num_threads() == 2
+        assert (
+            torch.equal(encoder.encode(CAPTIONS, 8), one)
+            and torch.get_num_threads() == 2
+        )
     finally:
         torch.set_num_threads(before)
     with torch.autocast("cpu", torch.bfloat16):
@@ -276,12 +421,17 @@ def test_the_number_of_threads_changes_nothing(encoder):
 
 # who it is
 
+
 def test_a_fingerprint_follows_from_weights_config_and_tokenizer(folders, own):
     first = open_encoder(folders["t5"]).fingerprint
     assert len(first) == 16 and int(first, 16) >= 0
     assert open_encoder(own).fingerprint == first == open_encoder(str(own)).fingerprint
     config = json.loads((own / "config.json").read_text())
-    (own / "config.json").write_text(json.dumps(config | {"transformers_version": "9.9", "_name_or_path": "elsewhere"}))
+    (own / "config.json").write_text(
+        json.dumps(
+            config | {"transformers_version": "9.9", "_name_or_path": "elsewhere"}
+        )
+    )
     assert open_encoder(own).fingerprint == first, "where it came from is no part of it"
     found = {first}
     (own / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-3}))
@@ -292,8 +442,11 @@ def test_a_fingerprint_follows_from_weights_config_and_tokenizer(folders, own):
     save_file(weights, own / "model.safetensors", {"format": "pt"})
     found.add(open_encoder(own).fingerprint)
     told = (own / "tokenizer.json").read_text()
-    (own / "tokenizer.json").write_text(told.replace('"add_prefix_space":false', '"add_prefix_space":true')
-                                        .replace('"add_prefix_space": false', '"add_prefix_space": true'))
+    (own / "tokenizer.json").write_text(
+        told.replace('"add_prefix_space":false', '"add_prefix_space":true').replace(
+            '"add_prefix_space": false', '"add_prefix_space": true'
+        )
+    )
     found.add(open_encoder(own).fingerprint)
     assert len(found) == 4
 
@@ -302,39 +455,66 @@ def test_one_that_is_open_is_shared_until_its_files_change(own):
     first = open_encoder(own)
     assert open_encoder(own) is first and copy.deepcopy(first) is first
     weights = load_file(own / "model.safetensors")
-    save_file({name: value * 1.5 for name, value in weights.items()}, own / "model.safetensors", {"format": "pt"})
-    assert open_encoder(own) is not first and open_encoder(own).fingerprint != first.fingerprint
+    save_file(
+        {name: value * 1.5 for name, value in weights.items()},
+        own / "model.safetensors",
+        {"format": "pt"},
+    )
+    assert (
+        open_encoder(own) is not first
+        and open_encoder(own).fingerprint != first.fingerprint
+    )
 
 
 def test_the_folder_of_a_model_of_diffusers(folders, tmp_path):
     for number, kind in (("", "clip"), ("_2", "t5")):
-        for name, part in (("text_encoder", ("config.json", "model.safetensors")),
-                           ("tokenizer", ("tokenizer.json", "tokenizer_config.json"))):
+        for name, part in (
+            ("text_encoder", ("config.json", "model.safetensors")),
+            ("tokenizer", ("tokenizer.json", "tokenizer_config.json")),
+        ):
             (tmp_path / f"{name}{number}").mkdir()
             for file in part:
                 shutil.copy(folders[kind] / file, tmp_path / f"{name}{number}" / file)
-    for place, kind in ((tmp_path, "clip"), (tmp_path / "text_encoder", "clip"), (tmp_path / "text_encoder_2", "t5")):
+    for place, kind in (
+        (tmp_path, "clip"),
+        (tmp_path / "text_encoder", "clip"),
+        (tmp_path / "text_encoder_2", "t5"),
+    ):
         opened = open_encoder(place)
         assert opened.fingerprint == open_encoder(folders[kind]).fingerprint
-        assert torch.equal(opened.encode(CAPTIONS, 7), open_encoder(folders[kind]).encode(CAPTIONS, 7))
+        assert torch.equal(
+            opened.encode(CAPTIONS, 7), open_encoder(folders[kind]).encode(CAPTIONS, 7)
+        )
     shutil.rmtree(tmp_path / "tokenizer_2")
-    with pytest.raises(ValueError, match="there is no tokenizer in .*text_encoder_2 or .*tokenizer_2, none of tokenizer.json"):
+    with pytest.raises(
+        ValueError,
+        match="there is no tokenizer in .*text_encoder_2 or .*tokenizer_2, none of tokenizer.json",
+    ):
         open_encoder(tmp_path / "text_encoder_2")
 
 
 def test_weights_in_several_files(folders, tmp_path):
     several = saved(tmp_path, "t5", max_shard_size="4KB")
     assert len(list(several.glob("*.safetensors"))) > 1
-    assert torch.equal(open_encoder(several).encode(CAPTIONS, 9), open_encoder(folders["t5"]).encode(CAPTIONS, 9))
+    assert torch.equal(
+        open_encoder(several).encode(CAPTIONS, 9),
+        open_encoder(folders["t5"]).encode(CAPTIONS, 9),
+    )
     index = several / "model.safetensors.index.json"
     said = json.loads(index.read_text())
     name = next(iter(said["weight_map"]))
     for wrong in ("../secret.safetensors", "absent.safetensors"):
-        index.write_text(json.dumps(said | {"weight_map": said["weight_map"] | {name: wrong}}))
+        index.write_text(
+            json.dumps(said | {"weight_map": said["weight_map"] | {name: wrong}})
+        )
         with pytest.raises(ValueError, match=f"lacks its weights, {wrong}"):
             open_encoder(several)
-    for broken, words in (("[]", "cannot be used"), ("{", "cannot be used"), ("{}", "lacks its weights, model.safetensors"),
-                          ('{"weight_map": 3}', "lacks its weights")):
+    for broken, words in (
+        ("[]", "cannot be used"),
+        ("{", "cannot be used"),
+        ("{}", "lacks its weights, model.safetensors"),
+        ('{"weight_map": 3}', "lacks its weights"),
+    ):
         index.write_text(broken)
         with pytest.raises(ValueError, match=words):
             open_encoder(several)
@@ -344,19 +524,32 @@ def test_half_precision_weights_work_in_single_precision(folders, tmp_path):
     for kind in ("t5", "clip"):
         shutil.copytree(folders[kind], tmp_path / kind)
         file = tmp_path / kind / "model.safetensors"
-        save_file({name: value.half() for name, value in load_file(file).items()}, file, {"format": "pt"})
+        save_file(
+            {name: value.half() for name, value in load_file(file).items()},
+            file,
+            {"format": "pt"},
+        )
         config = json.loads((tmp_path / kind / "config.json").read_text())
-        (tmp_path / kind / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
-        half, whole = (open_encoder(path).encode(CAPTIONS, 8) for path in (tmp_path / kind, folders[kind]))
+        (tmp_path / kind / "config.json").write_text(
+            json.dumps(config | {"dtype": "float16"})
+        )
+        half, whole = (
+            open_encoder(path).encode(CAPTIONS, 8)
+            for path in (tmp_path / kind, folders[kind])
+        )
         assert half.dtype == torch.float32 and not torch.equal(half, whole)
         torch.testing.assert_close(half, whole, atol=0.05, rtol=0.05)
 
 
 # what is refused
 
-def test_nothing_is_fetched_and_no_random_number_is_drawn(folders, tmp_path, monkeypatch, capfd):
+
+def test_nothing_is_fetched_and_no_random_number_is_drawn(
+    folders, tmp_path, monkeypatch, capfd
+):
     def refuse(*args, **options):
         raise AssertionError("the network was asked")
+
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
@@ -367,25 +560,63 @@ def test_nothing_is_fetched_and_no_random_number_is_drawn(folders, tmp_path, mon
         for kind in ("t5, whole", "clip, whole"):
             shutil.copytree(folders[kind], tmp_path / kind)
             open_encoder(tmp_path / kind).encode(CAPTIONS, 8)
-        assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
-        assert transformers.utils.logging.get_verbosity() == transformers.utils.logging.WARNING
-        assert transformers.utils.logging.is_progress_bar_enabled() and not capfd.readouterr().err
+        assert (
+            torch.equal(before[0], torch.get_rng_state())
+            and (before[1] == np.random.get_state()[1]).all()
+        )
+        assert (
+            transformers.utils.logging.get_verbosity()
+            == transformers.utils.logging.WARNING
+        )
+        assert (
+            transformers.utils.logging.is_progress_bar_enabled()
+            and not capfd.readouterr().err
+        )
     finally:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-    for name in ("google/t5-v1_1-base", "https://example.org/t5", tmp_path / "deeper", folders["t5"] / "config.json", ""):
-        with pytest.raises(ValueError, match="not a local folder with a text encoder .*, and nothing is fetched"):
+    for name in (
+        "google/t5-v1_1-base",
+        "https://example.org/t5",
+        tmp_path / "deeper",
+        folders["t5"] / "config.json",
+        "",
+    ):
+        with pytest.raises(
+            ValueError,
+            match="not a local folder with a text encoder .*, and nothing is fetched",
+        ):
             open_encoder(name)
 
 
-@pytest.mark.parametrize("config, words", [
-    ("", "config.json cannot be used"), ("[]", "no object with names"), ("{}", "unknown text encoder, .*'None'"),
-    ("[" * 100000, "cannot be used"), ('{"model_type": "t6"}', "unknown text encoder, model_type in .*, 't6'; known are t5"),
-    ('{"model_type": ["t5"]}', "unknown text encoder"), ('{"model_type": "bert"}', "known are t5, mt5, umt5, clip"),
-    ("\xff\xfe", "cannot be used"), ('{"model_type": "t5", "auto_map": {"AutoModel": "own.Model"}}', "code of its own"),
-    ('{"model_type": "t5", "d_model": 32}', "cannot be read as T5EncoderModel|do not fit config.json"),
-    ('{"model_type": "clip"}', "cannot be read as CLIPTextModel|do not fit config.json"),
-])
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ("", "config.json cannot be used"),
+        ("[]", "no object with names"),
+        ("{}", "unknown text encoder, .*'None'"),
+        ("[" * 100000, "cannot be used"),
+        (
+            '{"model_type": "t6"}',
+            "unknown text encoder, model_type in .*, 't6'; known are t5",
+        ),
+        ('{"model_type": ["t5"]}', "unknown text encoder"),
+        ('{"model_type": "bert"}', "known are t5, mt5, umt5, clip"),
+        ("\xff\xfe", "cannot be used"),
+        (
+            '{"model_type": "t5", "auto_map": {"AutoModel": "own.Model"}}',
+            "code of its own",
+        ),
+        (
+            '{"model_type": "t5", "d_model": 32}',
+            "cannot be read as T5EncoderModel|do not fit config.json",
+        ),
+        (
+            '{"model_type": "clip"}',
+            "cannot be read as CLIPTextModel|do not fit config.json",
+        ),
+    ],
+)
 def test_other_configs_are_refused(own, config, words):
     (own / "config.json").write_text(config, encoding="latin-1")
     with pytest.raises(ValueError, match=words):
@@ -395,35 +626,66 @@ def test_other_configs_are_refused(own, config, words):
 def test_pickled_weights_are_refused_and_not_looked_at(own, folders):
     harm = b"cos\nsystem\n(S'touch harmed'\ntR."
     (own / "pytorch_model.bin").write_bytes(harm)
-    assert open_encoder(own).fingerprint == open_encoder(folders["t5"]).fingerprint, "safetensors lie beside them"
+    assert open_encoder(own).fingerprint == open_encoder(folders["t5"]).fingerprint, (
+        "safetensors lie beside them"
+    )
     (own / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="lacks its weights, model.safetensors; pytorch_model.bin is pickled, .* is refused"):
+    with pytest.raises(
+        ValueError,
+        match="lacks its weights, model.safetensors; pytorch_model.bin is pickled, .* is refused",
+    ):
         open_encoder(own)
     (own / "pytorch_model.bin").unlink()
-    with pytest.raises(ValueError, match="lacks its weights, model.safetensors; save it by save_pretrained"):
+    with pytest.raises(
+        ValueError,
+        match="lacks its weights, model.safetensors; save it by save_pretrained",
+    ):
         open_encoder(own)
 
 
-@pytest.mark.parametrize("change", ["missing", "shape", "nothing", "cut", "empty", "text", "nan", "zero"])
+@pytest.mark.parametrize(
+    "change", ["missing", "shape", "nothing", "cut", "empty", "text", "nan", "zero"]
+)
 def test_weights_that_do_not_fit_are_refused(own, change):
-    weights, name = load_file(own / "model.safetensors"), "encoder.block.0.layer.0.SelfAttention.q.weight"
+    weights, name = (
+        load_file(own / "model.safetensors"),
+        "encoder.block.0.layer.0.SelfAttention.q.weight",
+    )
     if change == "missing":
         del weights[name]
     if change == "shape":
         weights[name] = weights[name][:2].contiguous()
     if change in ("nan", "zero"):
-        weights["encoder.final_layer_norm.weight"][:] = float("nan") if change == "nan" else 0
-    save_file({} if change == "nothing" else weights, own / "model.safetensors", {"format": "pt"})
+        weights["encoder.final_layer_norm.weight"][:] = (
+            float("nan") if change == "nan" else 0
+        )
+    save_file(
+        {} if change == "nothing" else weights,
+        own / "model.safetensors",
+        {"format": "pt"},
+    )
     whole = (own / "model.safetensors").read_bytes()
-    (own / "model.safetensors").write_bytes({"cut": whole[:-100], "empty": b"", "text": b"<html>"}.get(change, whole))
-    with pytest.raises(ValueError, match="cannot be read as T5EncoderModel|do not fit config.json, first|weights are damaged"):
+    (own / "model.safetensors").write_bytes(
+        {"cut": whole[:-100], "empty": b"", "text": b"<html>"}.get(change, whole)
+    )
+    with pytest.raises(
+        ValueError,
+        match="cannot be read as T5EncoderModel|do not fit config.json, first|weights are damaged",
+    ):
         open_encoder(own)
 
 
 def test_a_tokenizer_that_is_not_its_own_is_refused(own, folders):
     settings_of = json.loads((own / "tokenizer_config.json").read_text())
-    (own / "tokenizer_config.json").write_text(json.dumps(settings_of | {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}))
-    with pytest.raises(ValueError, match="tokenizer_config.json asks for code of its own .auto_map., which is never run"):
+    (own / "tokenizer_config.json").write_text(
+        json.dumps(
+            settings_of | {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}
+        )
+    )
+    with pytest.raises(
+        ValueError,
+        match="tokenizer_config.json asks for code of its own .auto_map., which is never run",
+    ):
         open_encoder(own)
     for broken in ("{", "[]"):
         (own / "tokenizer_config.json").write_text(broken)
@@ -437,7 +699,10 @@ def test_a_tokenizer_that_is_not_its_own_is_refused(own, folders):
     (own / "tokenizer.json").write_text(told)
     wrong = shutil.copytree(folders["clip"], own.parent / "wrong")
     shutil.copy(own / "tokenizer.json", wrong / "tokenizer.json")
-    with pytest.raises(ValueError, match="the tokenizer counts to 259, the encoder to 19; get both from one source"):
+    with pytest.raises(
+        ValueError,
+        match="the tokenizer counts to 259, the encoder to 19; get both from one source",
+    ):
         open_encoder(wrong)
     (own / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="there is no tokenizer in"):
@@ -446,26 +711,55 @@ def test_a_tokenizer_that_is_not_its_own_is_refused(own, folders):
 
 def test_without_transformers_it_is_said_how_to_get_it(own, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match=r"need transformers: pip install 'selfflow\[texts\]'"):
+    with pytest.raises(
+        ValueError, match=r"need transformers: pip install 'selfflow\[texts\]'"
+    ):
         open_encoder(own)
 
 
 # in a run
 
+
 def run_with(folder, steps=4, **data):
     "A run of captions of `shapes` that an encoder reads."
-    data = {"size": 16, "patch": 8, "condition": "caption", "caption": 12, "encoder": str(folder)} | data
-    training = replace(TINY.training, steps=steps, batch=8, shards=4, save_every=2, validate_every=2, validation=5,
-                       sample_every=4, log_every=1)
-    return Config(name="told", data=DataConfig("shapes", **data), training=training, objective=ObjectiveConfig(label_drop=0.3),
-                  model=replace(TINY.model, width=32, positions=None))
+    data = {
+        "size": 16,
+        "patch": 8,
+        "condition": "caption",
+        "caption": 12,
+        "encoder": str(folder),
+    } | data
+    training = replace(
+        TINY.training,
+        steps=steps,
+        batch=8,
+        shards=4,
+        save_every=2,
+        validate_every=2,
+        validation=5,
+        sample_every=4,
+        log_every=1,
+    )
+    return Config(
+        name="told",
+        data=DataConfig("shapes", **data),
+        training=training,
+        objective=ObjectiveConfig(label_drop=0.3),
+        model=replace(TINY.model, width=32, positions=None),
+    )
 
 
 def test_an_encoder_needs_captions():
     for condition in ("class", "none"):
-        with pytest.raises(ValueError, match=f"data.encoder '.*x' reads captions, data.condition is '{condition}'; take caption"):
+        with pytest.raises(
+            ValueError,
+            match=f"data.encoder '.*x' reads captions, data.condition is '{condition}'; take caption",
+        ):
             DataConfig("shapes", condition=condition, encoder="x")
-    assert DataConfig("shapes").encoder == "" and Config.from_dict({"data": {"name": "shapes"}}).data.encoder == ""
+    assert (
+        DataConfig("shapes").encoder == ""
+        and Config.from_dict({"data": {"name": "shapes"}}).data.encoder == ""
+    )
 
 
 @pytest.mark.parametrize("kind", ["t5", "clip"])
@@ -473,10 +767,16 @@ def test_conditions_are_vectors(folders, kind):
     config, opened = run_with(folders[kind]), open_encoder(folders[kind])
     sources = Sources(config.data)
     inputs = sources.inputs
-    assert (inputs.caption, inputs.caption_width, inputs.classes) == (12, opened.width, 0)
+    assert (inputs.caption, inputs.caption_width, inputs.classes) == (
+        12,
+        opened.width,
+        0,
+    )
     condition = sources.take("shapes", torch.arange(4)).condition
     said = sources.data["shapes"].take(torch.arange(4)).captions
-    assert condition.kind == "vectors" and torch.equal(condition.values, opened.encode(said, 12))
+    assert condition.kind == "vectors" and torch.equal(
+        condition.values, opened.encode(said, 12)
+    )
     assert torch.equal(condition.values, sources.wanted(said).values)
     assert sources.wanted(condition) is condition, "a condition is taken as it is"
     for wrong in ([1, 2], torch.zeros(2, dtype=torch.int64), caption_bytes(said, 12)):
@@ -485,16 +785,22 @@ def test_conditions_are_vectors(folders, kind):
     judged, _ = Validation.of(config).data["shapes"]
     assert judged.condition.values.shape == (5, 12, opened.width)
     notes = DataConfig("notes", **{name: getattr(config.data, name) for name in SHARED})
-    several = replace(config, data=(config.data, notes), model=replace(config.model, positions=None))
+    several = replace(
+        config, data=(config.data, notes), model=replace(config.model, positions=None)
+    )
     inputs = Sources(several.data).inputs
-    assert (inputs.caption, inputs.caption_width) == (12, opened.width) and len(inputs.parts) == 2
+    assert (inputs.caption, inputs.caption_width) == (12, opened.width) and len(
+        inputs.parts
+    ) == 2
 
 
 @pytest.mark.parametrize("kind", ["t5", "clip"])
 def test_a_run_trains_stops_and_goes_on_bit_for_bit(folders, tmp_path, kind):
     config = run_with(folders[kind])
     run = train(config, tmp_path / "whole", "cpu", bar=False)
-    assert run.log["validation_flow_loss"].notna().sum() == 2 and [step for step, *_ in run.film()] == [4]
+    assert run.log["validation_flow_loss"].notna().sum() == 2 and [
+        step for step, *_ in run.film()
+    ] == [4]
     train(config, tmp_path / "cut", "cpu", bar=False)
     opened = open_encoder(folders[kind])
     for workers in (0, 2):
@@ -502,7 +808,10 @@ def test_a_run_trains_stops_and_goes_on_bit_for_bit(folders, tmp_path, kind):
         forget(opened)
         again = train(config, tmp_path / "cut", "cpu", workers=workers, bar=False)
         assert_same(run, again)
-    assert json.loads((run.path / "config.json").read_text())["data"]["encoder"] == opened.fingerprint
+    assert (
+        json.loads((run.path / "config.json").read_text())["data"]["encoder"]
+        == opened.fingerprint
+    )
 
 
 def test_workers_give_the_batches_that_none_give(folders):
@@ -511,7 +820,9 @@ def test_workers_give_the_batches_that_none_give(folders):
     alone = list(batches.loader())
     for workers in (1, 2):
         for one, other in zip(alone, batches.loader(workers=workers), strict=True):
-            assert torch.equal(one.indices, other.indices) and torch.equal(one.x0, other.x0)
+            assert torch.equal(one.indices, other.indices) and torch.equal(
+                one.x0, other.x0
+            )
             assert torch.equal(one.condition.values, other.condition.values)
     assert one.condition.kind == "vectors" and one.condition.values.any()
 
@@ -527,26 +838,58 @@ def told(folders, tmp_path_factory):
 def test_texts_are_drawn_with_guidance(told):
     run = Run.open(told.path, "cpu")
     captions = ["a red star", "étoile \U0001f31f", "", "a blue circle"]
-    plain, guided = (run.sample(captions, steps=3, cfg_scale=w)["image"] for w in (1.0, 4.0))
-    assert plain.shape == guided.shape == (4, 3, 16, 16) and plain.isfinite().all() and guided.isfinite().all()
+    plain, guided = (
+        run.sample(captions, steps=3, cfg_scale=w)["image"] for w in (1.0, 4.0)
+    )
+    assert (
+        plain.shape == guided.shape == (4, 3, 16, 16)
+        and plain.isfinite().all()
+        and guided.isfinite().all()
+    )
     assert not torch.equal(plain[0], guided[0])
-    torch.testing.assert_close(plain[2], guided[2], atol=1e-5, rtol=1e-4)  # to say nothing is what guidance starts from
-    torch.testing.assert_close(plain, run.sample(captions, steps=3, batch=3)["image"], atol=1e-5, rtol=1e-4)
-    assert torch.equal(plain, run.sample(run.sources.wanted(captions), steps=3)["image"])
+    # to say nothing is what guidance starts from
+    torch.testing.assert_close(plain[2], guided[2], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        plain, run.sample(captions, steps=3, batch=3)["image"], atol=1e-5, rtol=1e-4
+    )
+    assert torch.equal(
+        plain, run.sample(run.sources.wanted(captions), steps=3)["image"]
+    )
 
 
 def test_the_command_line_draws_texts(told, capsys):
     captions = ["a red star", "ein weißer Stern"]
-    main(["sample", str(told.path), "--captions", *captions, "--each", "2", "--steps", "2", "--cfg-scale", "2",
-          "--device", "cpu"])
+    main(
+        [
+            "sample",
+            str(told.path),
+            "--captions",
+            *captions,
+            "--each",
+            "2",
+            "--steps",
+            "2",
+            "--cfg-scale",
+            "2",
+            "--device",
+            "cpu",
+        ]
+    )
     assert "4 samples are in" in capsys.readouterr().out
-    file, = (told.path / "samples").glob("*-4-labels-*.safetensors")
+    (file,) = (told.path / "samples").glob("*-4-labels-*.safetensors")
     kept = load_file(file)
-    assert [caption_text(row) for row in kept["labels"]] == [captions[0]] * 2 + [captions[1]] * 2, "the texts, not vectors"
+    assert [caption_text(row) for row in kept["labels"]] == [captions[0]] * 2 + [
+        captions[1]
+    ] * 2, "the texts, not vectors"
     main(["sample", str(told.path), "--each", "1", "--steps", "2", "--device", "cpu"])
-    file, = (told.path / "samples").glob("*-10-labels-*.safetensors")
-    assert caption_text(load_file(file)["labels"][0]) == Sources(told.config.data, "test").data["shapes"].take(
-        torch.tensor([0])).captions[0]
+    (file,) = (told.path / "samples").glob("*-10-labels-*.safetensors")
+    assert (
+        caption_text(load_file(file)["labels"][0])
+        == Sources(told.config.data, "test")
+        .data["shapes"]
+        .take(torch.tensor([0]))
+        .captions[0]
+    )
     with pytest.raises(SystemExit):
         main(["sample", str(told.path), "--labels", "1", "--device", "cpu"])
     assert "draws by caption, not by class" in capsys.readouterr().err
@@ -554,17 +897,34 @@ def test_the_command_line_draws_texts(told, capsys):
 
 def test_another_encoder_does_not_go_on_and_does_not_draw(told, folders, tmp_path):
     place = told.path.parent / "encoder"
-    config, kept = (told.path / "config.json").read_bytes(), (place / "model.safetensors").read_bytes()
+    config, kept = (
+        (told.path / "config.json").read_bytes(),
+        (place / "model.safetensors").read_bytes(),
+    )
     saved(place, "t5", seed=1)
     try:
-        with pytest.raises(ValueError, match="holds a run with other data:\n  data.encoder: '[0-9a-f]{16}' in the folder"):
+        with pytest.raises(
+            ValueError,
+            match="holds a run with other data:\n  data.encoder: '[0-9a-f]{16}' in the folder",
+        ):
             train(run_with(place), told.path.parent, "cpu", bar=False)
-        with pytest.raises(ValueError, match="was trained with text encoder [0-9a-f]{16}, but that in .*encoder is [0-9a-f]{16}"):
+        with pytest.raises(
+            ValueError,
+            match="was trained with text encoder [0-9a-f]{16}, but that in .*encoder is [0-9a-f]{16}",
+        ):
             Run.open(told.path, "cpu").sample(["a red star"], steps=2)
     finally:
         (place / "model.safetensors").write_bytes(kept)
-    assert Run.open(told.path, "cpu").sample(["a red star"], steps=2)["image"].isfinite().all()
-    with pytest.raises(ValueError, match="another config.*\n  inputs.caption_width: 16 in the folder, 0 asked for"):
+    assert (
+        Run.open(told.path, "cpu")
+        .sample(["a red star"], steps=2)["image"]
+        .isfinite()
+        .all()
+    )
+    with pytest.raises(
+        ValueError,
+        match="another config.*\n  inputs.caption_width: 16 in the folder, 0 asked for",
+    ):
         train(run_with(""), told.path.parent, "cpu", bar=False)
     assert (told.path / "config.json").read_bytes() == config
 
@@ -574,7 +934,10 @@ def test_an_encoder_may_lie_elsewhere(told, tmp_path, capsys):
     shutil.copytree(told.path.parent / "encoder", tmp_path / "moved")
     shutil.rmtree(tmp_path / "told/checkpoints/step-00000004")
     again = train(run_with(tmp_path / "moved"), tmp_path, "cpu", bar=False)
-    assert "data.encoder: " in capsys.readouterr().out and again.config.data.encoder == str(tmp_path / "moved")
+    assert (
+        "data.encoder: " in capsys.readouterr().out
+        and again.config.data.encoder == str(tmp_path / "moved")
+    )
     assert_same(told, again)
     assert Run.open(again.path, "cpu").config.data.encoder == str(tmp_path / "moved")
 
@@ -582,7 +945,10 @@ def test_an_encoder_may_lie_elsewhere(told, tmp_path, capsys):
 def test_a_run_whose_encoder_cannot_be_read_leaves_no_folder(tmp_path):
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
-    for folder, words in ((tmp_path / "absent", "nothing is fetched"), (tmp_path / "bert", "unknown text encoder")):
+    for folder, words in (
+        (tmp_path / "absent", "nothing is fetched"),
+        (tmp_path / "bert", "unknown text encoder"),
+    ):
         with pytest.raises(ValueError, match=words):
             train(run_with(folder), tmp_path / "runs", "cpu", bar=False)
     assert not (tmp_path / "runs").exists()
@@ -596,36 +962,107 @@ def test_captions_that_are_too_short_for_the_encoder_leave_no_folder(folders, tm
 
 @pytest.mark.parametrize("caption", [3, 40])
 def test_shorter_and_longer_captions_train(folders, tmp_path, caption):
-    run = train(run_with(folders["clip"], steps=2, caption=caption), tmp_path, "cpu", bar=False)
+    run = train(
+        run_with(folders["clip"], steps=2, caption=caption), tmp_path, "cpu", bar=False
+    )
     assert run.inputs.caption == caption and run.log["flow_loss"].notna().all()
 
 
 def test_the_command_line_trains_and_says_what_is_wrong(folders, tmp_path, capsys):
-    wanted = ["train", "--name", "cli", "--folder", str(tmp_path), "--data.name", "shapes", "--data.size", "16", "--data.patch",
-              "8", "--data.condition", "caption", "--data.caption", "8", "--model.width", "32", "--model.depth", "2",
-              "--model.heads", "2", "--training.steps", "2", "--training.batch", "8", "--training.validation", "4",
-              "--device", "cpu"]
+    wanted = [
+        "train",
+        "--name",
+        "cli",
+        "--folder",
+        str(tmp_path),
+        "--data.name",
+        "shapes",
+        "--data.size",
+        "16",
+        "--data.patch",
+        "8",
+        "--data.condition",
+        "caption",
+        "--data.caption",
+        "8",
+        "--model.width",
+        "32",
+        "--model.depth",
+        "2",
+        "--model.heads",
+        "2",
+        "--training.steps",
+        "2",
+        "--training.batch",
+        "8",
+        "--training.validation",
+        "4",
+        "--device",
+        "cpu",
+    ]
     with pytest.raises(SystemExit):
         main([*wanted, "--data.encoder", str(tmp_path / "absent")])
     said = capsys.readouterr().err
-    assert said.startswith("selfflow: ") and "nothing is fetched" in said and said.count("\n") == 1
+    assert (
+        said.startswith("selfflow: ")
+        and "nothing is fetched" in said
+        and said.count("\n") == 1
+    )
     main([*wanted, "--data.encoder", str(folders["t5"])])
     assert "is trained: 2 steps" in capsys.readouterr().out
-    main(["report", str(tmp_path / "cli"), "--output", str(tmp_path / "r.html"), "--device", "cpu"])
+    main(
+        [
+            "report",
+            str(tmp_path / "cli"),
+            "--output",
+            str(tmp_path / "r.html"),
+            "--device",
+            "cpu",
+        ]
+    )
     assert str(folders["t5"]) in (tmp_path / "r.html").read_text()
 
 
 def test_the_tokenizer_of_an_older_clip(tmp_path):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = [*alphabet, *(f"{piece}</w>" for piece in alphabet), "st", "re", "<|startoftext|>", "<|endoftext|>"]
+    pieces = [
+        *alphabet,
+        *(f"{piece}</w>" for piece in alphabet),
+        "st",
+        "re",
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer/vocab.json").write_text(json.dumps({piece: number for number, piece in enumerate(pieces)}))
+    (tmp_path / "tokenizer/vocab.json").write_text(
+        json.dumps({piece: number for number, piece in enumerate(pieces)})
+    )
     (tmp_path / "tokenizer/merges.txt").write_text("#version: 0.2\ns t\nr e\n")
-    (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}))
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "CLIPTokenizer",
+                "model_max_length": 77,
+                "bos_token": "<|startoftext|>",
+                "eos_token": "<|endoftext|>",
+                "pad_token": "<|endoftext|>",
+                "unk_token": "<|endoftext|>",
+            }
+        )
+    )
     KINDS["clip"](len(pieces)).eval().save_pretrained(tmp_path / "text_encoder")
     opened = open_encoder(tmp_path)
     read = opened.tokenizer("red Star")["input_ids"]
-    assert [pieces[number] for number in read] == ["<|startoftext|>", "re", "d</w>", "st", "a", "r</w>", "<|endoftext|>"]
-    assert opened.encode(["red star"], 9).any(-1).sum() == 7 and not opened.encode([""], 9).any()
+    assert [pieces[number] for number in read] == [
+        "<|startoftext|>",
+        "re",
+        "d</w>",
+        "st",
+        "a",
+        "r</w>",
+        "<|endoftext|>",
+    ]
+    assert (
+        opened.encode(["red star"], 9).any(-1).sum() == 7
+        and not opened.encode([""], 9).any()
+    )

@@ -1,4 +1,5 @@
 """Distances, counted tokens and what can be asked of features that were compared, against loops and closed forms."""
+
 import math
 
 import numpy as np
@@ -8,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfflow.method.alignment import (
-    DISTANCES,
     _GAPS,
+    DISTANCES,
     NORMALISATIONS,
     TOKENS,
     Alignment,
@@ -19,7 +20,13 @@ from selfflow.method.alignment import (
     mean_over,
     normalise,
 )
-from selfflow.method.schedule import Conditioned, DiffusionForcing, DualTimestep, NoiseLevels, SingleLevel
+from selfflow.method.schedule import (
+    Conditioned,
+    DiffusionForcing,
+    DualTimestep,
+    NoiseLevels,
+    SingleLevel,
+)
 
 
 def some(*shape, seed=0, offset=0.0):
@@ -27,36 +34,57 @@ def some(*shape, seed=0, offset=0.0):
 
 
 def a_cosine(p, h):
-    return sum(a * b for a, b in zip(p, h, strict=True)) / math.sqrt(sum(a * a for a in p) * sum(b * b for b in h))
+    return sum(a * b for a, b in zip(p, h, strict=True)) / math.sqrt(
+        sum(a * a for a in p) * sum(b * b for b in h)
+    )
 
 
 BY_HAND = {
     "cosine": lambda p, h: 1 - a_cosine(p, h),
     "l2": lambda p, h: sum((a - b) ** 2 for a, b in zip(p, h, strict=True)) / len(p),
-    "smooth_l1": lambda p, h: sum((a - b) ** 2 / 2 if abs(a - b) < 1 else abs(a - b) - 0.5
-                                  for a, b in zip(p, h, strict=True)) / len(p),
+    "smooth_l1": lambda p, h: (
+        sum(
+            (a - b) ** 2 / 2 if abs(a - b) < 1 else abs(a - b) - 0.5
+            for a, b in zip(p, h, strict=True)
+        )
+        / len(p)
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_distances_by_hand(name):
     predicted, target = some(3, 4, 6), some(3, 4, 6, seed=1)
-    expected = [[BY_HAND[name](p, h) for p, h in zip(*rows, strict=True)]
-                for rows in zip(predicted.tolist(), target.tolist(), strict=True)]
-    torch.testing.assert_close(DISTANCES[name](predicted, target), torch.tensor(expected))
-    torch.testing.assert_close(DISTANCES[name](target, target), torch.zeros(3, 4), atol=1e-6, rtol=0)
+    expected = [
+        [BY_HAND[name](p, h) for p, h in zip(*rows, strict=True)]
+        for rows in zip(predicted.tolist(), target.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(
+        DISTANCES[name](predicted, target), torch.tensor(expected)
+    )
+    torch.testing.assert_close(
+        DISTANCES[name](target, target), torch.zeros(3, 4), atol=1e-6, rtol=0
+    )
     assert set(DISTANCES) == set(BY_HAND)
 
 
 def test_normalisations_by_their_moments():
     features = 3 * some(5, 7, 4) + torch.tensor([0.0, 100.0, -3.0, 1.0])
     assert normalise(features) is features
-    centred, standard = (normalise(features, how) for how in ("centred", "standardised"))
+    centred, standard = (
+        normalise(features, how) for how in ("centred", "standardised")
+    )
     rows = features.reshape(35, 4).double().numpy()
     np.testing.assert_allclose(centred.reshape(35, 4), rows - rows.mean(0), atol=1e-4)
-    np.testing.assert_allclose(standard.reshape(35, 4), (rows - rows.mean(0)) / rows.std(0), atol=1e-4)
-    assert normalise(torch.ones(2, 3, 4), "standardised").eq(0).all(), "a channel that never differs is 0, not NaN"
-    with pytest.raises(ValueError, match="normalise is 'unit'; known are raw, centred, standardised"):
+    np.testing.assert_allclose(
+        standard.reshape(35, 4), (rows - rows.mean(0)) / rows.std(0), atol=1e-4
+    )
+    assert normalise(torch.ones(2, 3, 4), "standardised").eq(0).all(), (
+        "a channel that never differs is 0, not NaN"
+    )
+    with pytest.raises(
+        ValueError, match="normalise is 'unit'; known are raw, centred, standardised"
+    ):
         normalise(features, "unit")
     assert NORMALISATIONS == ("raw", "centred", "standardised")
 
@@ -67,14 +95,19 @@ LEVELS = torch.tensor([[0.3, 0.7, 0.1], [0.8, 0.2, 0.0]])
 ASSIGN = torch.tensor([[0, 1, 1, 0, 2], [1, 1, 0, 0, 2]])
 
 
-@pytest.mark.parametrize("which, condition, expected", [
-    ("all", 0, None),
-    ("all", 1, [[1, 1, 1, 1, 0], [1, 1, 1, 1, 0]]),
-    ("masked", 0, [[0, 1, 1, 0, 1], [1, 1, 0, 0, 1]]),
-    ("masked", 1, [[0, 1, 1, 0, 0], [1, 1, 0, 0, 0]]),
-    ("noisier", 0, [[1, 1, 1, 1, 0], [1, 1, 1, 1, 0]]),  # the third level is the cleanest
-    ("noisier", 1, [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]]),  # that of the condition is no longer asked
-])
+@pytest.mark.parametrize(
+    "which, condition, expected",
+    [
+        ("all", 0, None),
+        ("all", 1, [[1, 1, 1, 1, 0], [1, 1, 1, 1, 0]]),
+        ("masked", 0, [[0, 1, 1, 0, 1], [1, 1, 0, 0, 1]]),
+        ("masked", 1, [[0, 1, 1, 0, 0], [1, 1, 0, 0, 0]]),
+        # the third level is the cleanest
+        ("noisier", 0, [[1, 1, 1, 1, 0], [1, 1, 1, 1, 0]]),
+        # that of the condition is no longer asked
+        ("noisier", 1, [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]]),
+    ],
+)
 def test_which_tokens_count(which, condition, expected):
     found = counted_tokens(NoiseLevels(LEVELS, ASSIGN, condition), which)
     assert found is None if expected is None else found.int().tolist() == expected
@@ -90,47 +123,74 @@ def test_a_condition_never_counts_and_noisier_is_strict(which):
     for i in range(50):
         for n in (1, 2, 4, 5, 6, 7):
             second = levels.assign[i, n] == 1
-            assert counted[i, n] == {"all": True, "masked": second, "noisier": (s > t)[i] if second else (t > s)[i]}[which]
+            assert (
+                counted[i, n]
+                == {
+                    "all": True,
+                    "masked": second,
+                    "noisier": (s > t)[i] if second else (t > s)[i],
+                }[which]
+            )
 
 
 @pytest.mark.parametrize("which", ["masked", "noisier"])
 def test_a_single_level_leaves_nothing_to_count(which):
     levels = SingleLevel().sample(3, 4, torch.Generator())
-    with pytest.raises(ValueError, match=f"'{which}', but with one level no token is; take 'all' or a schedule of several"):
+    with pytest.raises(
+        ValueError,
+        match=f"'{which}', but with one level no token is; take 'all' or a schedule of several",
+    ):
         counted_tokens(levels, which)
     conditioned = Conditioned(SingleLevel(), (0,)).sample(3, 4, torch.Generator())
     with pytest.raises(ValueError, match="with one level"):
         counted_tokens(conditioned, which)
-    assert counted_tokens(DiffusionForcing().sample(3, 4, torch.Generator()), which).any()
-    with pytest.raises(ValueError, match="tokens are 'clean'; known are all, masked, noisier"):
+    assert counted_tokens(
+        DiffusionForcing().sample(3, 4, torch.Generator()), which
+    ).any()
+    with pytest.raises(
+        ValueError, match="tokens are 'clean'; known are all, masked, noisier"
+    ):
         counted_tokens(levels, "clean")
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(-5, 5), st.booleans()), min_size=1, max_size=12))
 def test_the_mean_over_what_counts(rows):
-    values = torch.tensor([[value for value, _ in rows]], dtype=torch.float64, requires_grad=True)
+    values = torch.tensor(
+        [[value for value, _ in rows]], dtype=torch.float64, requires_grad=True
+    )
     counted = torch.tensor([[flag for _, flag in rows]])
     kept = [value for value, flag in rows if flag]
     found = mean_over(values, counted)
-    assert found.item() == pytest.approx(sum(kept) / len(kept) if kept else 0.0, abs=1e-12)
-    gradient, = torch.autograd.grad(found, values)
+    assert found.item() == pytest.approx(
+        sum(kept) / len(kept) if kept else 0.0, abs=1e-12
+    )
+    (gradient,) = torch.autograd.grad(found, values)
     torch.testing.assert_close(gradient, counted.double() / max(1, len(kept)))
-    assert mean_over(values, None).item() == pytest.approx(sum(value for value, _ in rows) / len(rows), abs=1e-12)
+    assert mean_over(values, None).item() == pytest.approx(
+        sum(value for value, _ in rows) / len(rows), abs=1e-12
+    )
 
 
 # what is asked of features
 
+
 def test_constant_cosine_by_loops_and_by_its_meaning():
     h = some(40, 6, 8, offset=1.0)
     rows = [row / np.linalg.norm(row) for row in h.reshape(-1, 8).numpy()]
-    assert constant_cosine(h).item() == pytest.approx(np.linalg.norm(sum(rows) / len(rows)), rel=1e-5)
+    assert constant_cosine(h).item() == pytest.approx(
+        np.linalg.norm(sum(rows) / len(rows)), rel=1e-5
+    )
     best = sum(rows) / len(rows)
+
     def reach(p):
         return sum(p @ row for row in rows) / len(rows) / np.linalg.norm(p)
+
     assert reach(best) == pytest.approx(constant_cosine(h).item(), rel=1e-5)
     noise = np.random.default_rng(0).normal(size=(50, 8))
-    assert all(reach(best + 0.1 * step) < reach(best) for step in noise), "no other constant reaches it"
+    assert all(reach(best + 0.1 * step) < reach(best) for step in noise), (
+        "no other constant reaches it"
+    )
     assert constant_cosine(torch.ones(5, 3)).item() == pytest.approx(1)
 
 
@@ -140,7 +200,9 @@ def test_effective_rank_by_singular_values(seed):
     rows = features.reshape(54, 5).double().numpy()
     values = np.linalg.svd(rows - rows.mean(0), compute_uv=False)
     share = values / values.sum()
-    assert effective_rank(features).item() == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-6)
+    assert effective_rank(features).item() == pytest.approx(
+        np.exp(-(share * np.log(share)).sum()), rel=1e-6
+    )
 
 
 def test_effective_rank_at_its_edges():
@@ -148,9 +210,15 @@ def test_effective_rank_at_its_edges():
     flat = torch.cat([q[:, :4], -q[:, :4]])  # four directions, equally strong
     assert effective_rank(flat).item() == pytest.approx(4)
     assert effective_rank(some(30, 1) * some(1, 8)).item() == pytest.approx(1, abs=1e-3)
-    assert effective_rank(some(1, 1, 8).expand(4, 5, 8)) == 0 == effective_rank(some(1, 8)), "nothing differs"
-    assert effective_rank(1e-4 * flat.float() + 0.0).item() == pytest.approx(4, rel=1e-4), "scale does not matter"
-    assert effective_rank(torch.full((4, 3), torch.nan)).isnan(), "and no error of the solver"
+    assert (
+        effective_rank(some(1, 1, 8).expand(4, 5, 8)) == 0 == effective_rank(some(1, 8))
+    ), "nothing differs"
+    assert effective_rank(1e-4 * flat.float() + 0.0).item() == pytest.approx(
+        4, rel=1e-4
+    ), "scale does not matter"
+    assert effective_rank(torch.full((4, 3), torch.nan)).isnan(), (
+        "and no error of the solver"
+    )
 
 
 def test_the_diagnosis_by_loops():
@@ -158,19 +226,29 @@ def test_the_diagnosis_by_loops():
     gap = torch.rand(60, generator=torch.Generator().manual_seed(2))
     gap[:15], gap[20], gap[21] = 0, 0.25, 0.5
     found = Alignment(predicted, target, gap).diagnosis()
-    cosines = [a_cosine(p, h) for p, h in zip(predicted.tolist(), target.tolist(), strict=True)]
+    cosines = [
+        a_cosine(p, h) for p, h in zip(predicted.tolist(), target.tolist(), strict=True)
+    ]
     ends = [-1, *_GAPS]
     for low, high in zip(ends, ends[1:], strict=False):
-        inside = [c for c, g in zip(cosines, gap.tolist(), strict=True) if low < g <= high]
-        assert len(inside) > 3 and found[f"cosine_gap_{high:g}"] == pytest.approx(sum(inside) / len(inside), abs=1e-6)
+        inside = [
+            c for c, g in zip(cosines, gap.tolist(), strict=True) if low < g <= high
+        ]
+        assert len(inside) > 3 and found[f"cosine_gap_{high:g}"] == pytest.approx(
+            sum(inside) / len(inside), abs=1e-6
+        )
     assert found["cosine"] == pytest.approx(sum(cosines) / 60, abs=1e-6)
     assert found["feature_std"] == pytest.approx(target.numpy().std(0).mean(), rel=1e-5)
     assert found["constant_cosine"] == pytest.approx(constant_cosine(target).item())
     assert found["effective_rank"] == pytest.approx(effective_rank(target).item())
     assert _GAPS == (0.0, 0.25, 0.5, 1.0) and "rep_gradient_share" not in found
-    assert Alignment(predicted, target, gap).means() == {name: found[name] for name in ("cosine", "constant_cosine")}
+    assert Alignment(predicted, target, gap).means() == {
+        name: found[name] for name in ("cosine", "constant_cosine")
+    }
     zero = Alignment(predicted, target, torch.zeros(60)).diagnosis()
-    assert [name for name in zero if "gap" in name] == ["cosine_gap_0"] and zero["cosine_gap_0"] == pytest.approx(zero["cosine"])
+    assert [name for name in zero if "gap" in name] == ["cosine_gap_0"] and zero[
+        "cosine_gap_0"
+    ] == pytest.approx(zero["cosine"])
 
 
 def test_features_of_no_token_say_nothing():
@@ -186,18 +264,22 @@ def test_watched_gradients_are_told_apart(weight):
     branch = alignment.watch(hidden)
     flow, rep = (hidden * some(4, 3, 5, seed=2)).sum(), (branch.square() @ w).sum()
     plain = (h @ w).tanh()
-    by_flow, = torch.autograd.grad((plain * some(4, 3, 5, seed=2)).sum(), plain)
-    by_rep, = torch.autograd.grad(weight * (plain.square() @ w).sum(), plain)
+    (by_flow,) = torch.autograd.grad((plain * some(4, 3, 5, seed=2)).sum(), plain)
+    (by_rep,) = torch.autograd.grad(weight * (plain.square() @ w).sum(), plain)
     (flow + weight * rep).backward()
     norms = alignment.gradient_norms
     torch.testing.assert_close(norms["rep"], by_rep.norm())
     torch.testing.assert_close(norms["flow"], by_flow.norm())
     again = h.detach().requires_grad_()
     hidden = (again @ w).tanh()
-    ((hidden * some(4, 3, 5, seed=2)).sum() + weight * (hidden.square() @ w).sum()).backward()
+    (
+        (hidden * some(4, 3, 5, seed=2)).sum() + weight * (hidden.square() @ w).sum()
+    ).backward()
     torch.testing.assert_close(h.grad, again.grad, msg="watching changes nothing")
 
 
 def test_watching_without_gradients_is_nothing():
     alignment, hidden = Alignment(None, None, None), some(2, 3, 4)
-    assert torch.equal(alignment.watch(hidden), hidden) and alignment.gradient_norms == {}
+    assert (
+        torch.equal(alignment.watch(hidden), hidden) and alignment.gradient_norms == {}
+    )

@@ -1,4 +1,5 @@
 """Oracles for the path, the densities and the keyed draws: each formula derived again, independently."""
+
 import math
 import multiprocessing
 from functools import partial
@@ -12,7 +13,16 @@ from scipy import integrate, optimize, stats
 
 from selfflow.checks import check_shares
 from selfflow.draws import draw_index, keyed, noise_like
-from selfflow.method.flow import LogitNormal, Mixture, PlateauLogitNormal, Shifted, Uniform, interpolate, shift, velocity
+from selfflow.method.flow import (
+    LogitNormal,
+    Mixture,
+    PlateauLogitNormal,
+    Shifted,
+    Uniform,
+    interpolate,
+    shift,
+    velocity,
+)
 
 
 def unshift(t, alpha):
@@ -28,7 +38,9 @@ def logit_normal_pdf(mean, std):
 def plateau_cdf(mean, std):
     "By numerical search for the mode and numerical integration: nothing of the closed forms under test."
     q = logit_normal_pdf(mean, std)
-    mode = optimize.minimize_scalar(lambda z: -q(1 / (1 + np.exp(-z))), bracket=(mean - 1, mean + 1), tol=1e-12).x
+    mode = optimize.minimize_scalar(
+        lambda z: -q(1 / (1 + np.exp(-z))), bracket=(mean - 1, mean + 1), tol=1e-12
+    ).x
     mode = 1 / (1 + np.exp(-mode))
     fine = np.linspace(0, 1, 200_001)
     height = q(np.clip(fine, 1e-12, mode))
@@ -36,21 +48,51 @@ def plateau_cdf(mean, std):
     return lambda t: np.interp(np.asarray(t), fine, area / area[-1])
 
 
-PLATEAUS = [(0.0, 1.0), (math.log(10), 1.0), (-1.5, 0.4), (0.7, math.sqrt(2)), (4.0, 1.4)]
+PLATEAUS = [
+    (0.0, 1.0),
+    (math.log(10), 1.0),
+    (-1.5, 0.4),
+    (0.7, math.sqrt(2)),
+    (4.0, 1.4),
+]
 DENSITIES = {
     "uniform": (Uniform(), stats.uniform().cdf),
-    "logit-normal": (LogitNormal(0.3, 1.2), lambda t: stats.norm(0.3, 1.2).cdf(torch.logit(torch.as_tensor(t)).numpy())),
+    "logit-normal": (
+        LogitNormal(0.3, 1.2),
+        lambda t: stats.norm(0.3, 1.2).cdf(torch.logit(torch.as_tensor(t)).numpy()),
+    ),
     "shifted uniform": (Shifted(Uniform(), 3.0), lambda t: t / (t + 3.0 * (1 - t))),
-    "shifted logit-normal": (Shifted(LogitNormal(), 4.63),
-                             lambda t: stats.norm(math.log(4.63), 1).cdf(torch.logit(torch.as_tensor(t)).numpy())),
+    "shifted logit-normal": (
+        Shifted(LogitNormal(), 4.63),
+        lambda t: stats.norm(math.log(4.63), 1).cdf(
+            torch.logit(torch.as_tensor(t)).numpy()
+        ),
+    ),
     "part of the interval": (Uniform(0.25, 0.75), stats.uniform(0.25, 0.5).cdf),
-    "video": (Mixture((Uniform(), Uniform(0.95, 1)), (0.95, 0.05)),
-              lambda t: 0.95 * np.asarray(t) + 0.05 * np.clip((np.asarray(t) - 0.95) / 0.05, 0, 1)),
-    "three": (Mixture((LogitNormal(), Uniform(0, 0.5), Uniform()), (0.2, 0.0, 0.8)),
-              lambda t: 0.2 * stats.norm.cdf(torch.logit(torch.as_tensor(t)).numpy()) + 0.8 * np.asarray(t)),
-    "shifted video": (Shifted(Mixture((Uniform(), Uniform(0.5, 1)), (0.5, 0.5)), 2.0),
-                      lambda t: 0.5 * unshift(t, 2) + np.clip(unshift(t, 2) - 0.5, 0, 1)),
-    **{f"plateau {mean:.2f} {std:.2f}": (PlateauLogitNormal(mean, std), plateau_cdf(mean, std)) for mean, std in PLATEAUS},
+    "video": (
+        Mixture((Uniform(), Uniform(0.95, 1)), (0.95, 0.05)),
+        lambda t: (
+            0.95 * np.asarray(t) + 0.05 * np.clip((np.asarray(t) - 0.95) / 0.05, 0, 1)
+        ),
+    ),
+    "three": (
+        Mixture((LogitNormal(), Uniform(0, 0.5), Uniform()), (0.2, 0.0, 0.8)),
+        lambda t: (
+            0.2 * stats.norm.cdf(torch.logit(torch.as_tensor(t)).numpy())
+            + 0.8 * np.asarray(t)
+        ),
+    ),
+    "shifted video": (
+        Shifted(Mixture((Uniform(), Uniform(0.5, 1)), (0.5, 0.5)), 2.0),
+        lambda t: 0.5 * unshift(t, 2) + np.clip(unshift(t, 2) - 0.5, 0, 1),
+    ),
+    **{
+        f"plateau {mean:.2f} {std:.2f}": (
+            PlateauLogitNormal(mean, std),
+            plateau_cdf(mean, std),
+        )
+        for mean, std in PLATEAUS
+    },
 }
 
 
@@ -63,9 +105,13 @@ def test_interpolate_is_the_line_from_data_to_noise(shape, leading, dtype):
     x0, x1 = (torch.randn(shape, generator=g, dtype=dtype) for _ in range(2))
     t = torch.rand(shape[:leading], generator=g, dtype=dtype)
     expected = torch.empty_like(x0)
-    for index in torch.cartesian_prod(*map(torch.arange, shape)).reshape(-1, len(shape)).tolist():
+    for index in (
+        torch.cartesian_prod(*map(torch.arange, shape)).reshape(-1, len(shape)).tolist()
+    ):
         level = t[tuple(index[:leading])].item()
-        expected[tuple(index)] = x0[tuple(index)] * (1 - level) + x1[tuple(index)] * level
+        expected[tuple(index)] = (
+            x0[tuple(index)] * (1 - level) + x1[tuple(index)] * level
+        )
     torch.testing.assert_close(interpolate(x0, x1, t), expected)
 
 
@@ -93,7 +139,9 @@ def test_noise_of_another_shape_is_refused():
 
 def test_a_number_as_level_is_exact_in_float64():
     x = torch.ones(2, 3, dtype=torch.float64)
-    assert (interpolate(x, 0 * x, 0.3) == 1 - 0.3).all() and interpolate(x, x, 0.3).dtype == torch.float64
+    assert (interpolate(x, 0 * x, 0.3) == 1 - 0.3).all() and interpolate(
+        x, x, 0.3
+    ).dtype == torch.float64
 
 
 def test_levels_of_another_shape_are_refused():
@@ -109,7 +157,12 @@ def test_densities_sample_what_they_say(name):
     assert stats.kstest(drawn.double().numpy(), cdf).pvalue > 1e-3
     t = torch.linspace(0.021, 0.981, 25, dtype=torch.float64)  # of no density a corner
     slope = (torch.as_tensor(cdf(t + 1e-5)) - torch.as_tensor(cdf(t - 1e-5))) / 2e-5
-    tolerance = {"rtol": 2e-4, "atol": 1e-5} if "plateau" in name else {"rtol": 1e-5, "atol": 1e-6}  # its oracle is numerical
+    # its oracle is numerical
+    tolerance = (
+        {"rtol": 2e-4, "atol": 1e-5}
+        if "plateau" in name
+        else {"rtol": 1e-5, "atol": 1e-6}
+    )
     torch.testing.assert_close(density.pdf(t), slope, **tolerance)
 
 
@@ -118,22 +171,40 @@ def test_densities_sample_what_they_say(name):
 def test_densities_keep_to_the_contract(name, shape):
     density, _ = DENSITIES[name]
     drawn = density.sample(shape, keyed(1, "shape"))
-    assert drawn.shape == shape and drawn.dtype == torch.float32 and drawn.device.type == "cpu"
+    assert (
+        drawn.shape == shape
+        and drawn.dtype == torch.float32
+        and drawn.device.type == "cpu"
+    )
     assert ((drawn >= 0) & (drawn <= 1)).all()
-    assert torch.equal(drawn, density.sample(shape, keyed(1, "shape"))), "the generator decides alone"
-    assert density.pdf(torch.full(shape, 0.3)).shape == shape and density.pdf(torch.full(shape, 0.3)).dtype == torch.float32
+    assert torch.equal(drawn, density.sample(shape, keyed(1, "shape"))), (
+        "the generator decides alone"
+    )
+    assert (
+        density.pdf(torch.full(shape, 0.3)).shape == shape
+        and density.pdf(torch.full(shape, 0.3)).dtype == torch.float32
+    )
 
 
 def test_uniform_draws_are_those_of_rand():
-    assert torch.equal(Uniform().sample((1000,), keyed(0, "u")), torch.rand(1000, generator=keyed(0, "u")))
+    assert torch.equal(
+        Uniform().sample((1000,), keyed(0, "u")),
+        torch.rand(1000, generator=keyed(0, "u")),
+    )
 
 
 @given(st.floats(0, 0.999), st.floats(1e-3, 1), st.integers(0, 9))
 def test_uniform_stays_in_its_interval(low, width, seed):
     high = min(low + width, 1.0)
     drawn = Uniform(low, high).sample((500,), keyed(seed, "u"))
-    assert torch.tensor(low) <= drawn.min() and drawn.max() <= torch.tensor(high) and drawn.max() <= 1
-    outside = Uniform(low, high).pdf(torch.tensor([low - 0.01, high + 0.01, (low + high) / 2], dtype=torch.float64))
+    assert (
+        torch.tensor(low) <= drawn.min()
+        and drawn.max() <= torch.tensor(high)
+        and drawn.max() <= 1
+    )
+    outside = Uniform(low, high).pdf(
+        torch.tensor([low - 0.01, high + 0.01, (low + high) / 2], dtype=torch.float64)
+    )
     assert outside.tolist() == pytest.approx([0, 0, 1 / (high - low)])
 
 
@@ -142,18 +213,27 @@ def test_plateau_is_constant_from_the_mode_and_a_logit_normal_below(mean, std):
     density = PlateauLogitNormal(mean, std)
     mode, below, plateau = density.parts
     logit = math.log(mode) - math.log1p(-mode)
-    assert logit == pytest.approx(mean + std**2 * (2 * mode - 1), abs=1e-3 if mean > 20 else 1e-9), "the equation of the mode"
-    assert below == pytest.approx(stats.norm.cdf((logit - mean) / std), abs=1e-3 if mean > 20 else 1e-9)
+    assert logit == pytest.approx(
+        mean + std**2 * (2 * mode - 1), abs=1e-3 if mean > 20 else 1e-9
+    ), "the equation of the mode"
+    assert below == pytest.approx(
+        stats.norm.cdf((logit - mean) / std), abs=1e-3 if mean > 20 else 1e-9
+    )
     if abs(mean) < 10:
         above = density.pdf(torch.linspace(mode, 1, 50, dtype=torch.float64))
         assert above.tolist() == pytest.approx([above[0].item()] * 50)
         under = torch.linspace(mode / 50, mode, 50, dtype=torch.float64)
-        ratio = density.pdf(under) / torch.as_tensor(logit_normal_pdf(mean, std)(under.numpy()))
-        assert ratio.tolist() == pytest.approx([1 / (below + plateau)] * 50), "one factor for all"
+        ratio = density.pdf(under) / torch.as_tensor(
+            logit_normal_pdf(mean, std)(under.numpy())
+        )
+        assert ratio.tolist() == pytest.approx([1 / (below + plateau)] * 50), (
+            "one factor for all"
+        )
         assert (density.pdf(under).diff() >= -1e-9).all(), "it rises to the mode"
     drawn = density.sample((5000,), keyed(0, "plateau"))
     assert drawn.isfinite().all() and 0 <= drawn.min() and drawn.max() <= 1
-    share = plateau / (below + plateau)  # of the plateau; float32 levels cannot tell points closer to 1 than 6e-8
+    # of the plateau; float32 levels cannot tell points closer to 1 than 6e-8
+    share = plateau / (below + plateau)
     if mean < 15:
         assert (drawn > mode).float().mean() == pytest.approx(share, abs=0.02)
 
@@ -165,27 +245,44 @@ def test_the_extremes_of_the_uniform_number_are_levels_too(monkeypatch):
         drawn = PlateauLogitNormal(mean, std).sample((3,))
         assert drawn[0] == 0 and 0 < drawn[1] < 0.05 and 1 - 1e-5 < drawn[2] <= 1
     assert Uniform(0.1, 0.7).sample((3,)).tolist() == pytest.approx([0.1, 0.1, 0.7])
-    assert Uniform(0.09, 0.12).sample((3,)).max() <= torch.tensor(0.12), "here float32 rounds past the end"
+    assert Uniform(0.09, 0.12).sample((3,)).max() <= torch.tensor(0.12), (
+        "here float32 rounds past the end"
+    )
     assert draw_index((0.5, 0.25, 0.25), (3,)).tolist() == [1, 1, 0]
-    assert draw_index((0.5, 0.0, 0.5), (3,)).tolist() == [2, 2, 0], "index 1 has no share"
+    assert draw_index((0.5, 0.0, 0.5), (3,)).tolist() == [2, 2, 0], (
+        "index 1 has no share"
+    )
 
 
 def test_mixture_takes_each_level_from_one_of_its_densities():
     parts = (Uniform(0, 0.1), Uniform(0.4, 0.5), Uniform(0.9, 1))
     drawn = Mixture(parts, (0.5, 0.2, 0.3)).sample((30_000,), keyed(0, "mixture"))
-    shares = [((drawn >= part.low) & (drawn <= part.high)).float().mean().item() for part in parts]
-    assert sum(shares) == pytest.approx(1) and shares == pytest.approx([0.5, 0.2, 0.3], abs=0.01)
-    assert torch.equal(Mixture(parts[:1], (1.0,)).sample((9,), keyed(0, "x")), parts[0].sample((9,), keyed(0, "x")))
+    shares = [
+        ((drawn >= part.low) & (drawn <= part.high)).float().mean().item()
+        for part in parts
+    ]
+    assert sum(shares) == pytest.approx(1) and shares == pytest.approx(
+        [0.5, 0.2, 0.3], abs=0.01
+    )
+    assert torch.equal(
+        Mixture(parts[:1], (1.0,)).sample((9,), keyed(0, "x")),
+        parts[0].sample((9,), keyed(0, "x")),
+    )
 
 
-@given(st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(sum), st.integers(0, 99))
+@given(
+    st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(sum), st.integers(0, 99)
+)
 def test_index_against_a_loop(counts, seed):
     shares = tuple(count / sum(counts) for count in counts)
     drawn = draw_index(shares, (4, 5), keyed(seed, "index"))
     assert drawn.dtype == torch.int64
     uniform = torch.rand(4, 5, generator=keyed(seed, "index"))
-    for u, index in zip(uniform.flatten().tolist(), drawn.flatten().tolist(), strict=True):
-        edge, expected = 0.0, 0  # index 1 below the first edge, then 2, ...; what is left is 0
+    for u, index in zip(
+        uniform.flatten().tolist(), drawn.flatten().tolist(), strict=True
+    ):
+        # index 1 below the first edge, then 2, ...; what is left is 0
+        edge, expected = 0.0, 0
         for j in range(1, len(shares)):
             edge += shares[j]
             if u < edge:
@@ -194,7 +291,9 @@ def test_index_against_a_loop(counts, seed):
         assert index == expected and shares[index] > 0
 
 
-@pytest.mark.parametrize("shares", [(), (0.5,), (0.5, 0.6), (-0.1, 1.1), (math.nan, 1.0), (math.inf,)])
+@pytest.mark.parametrize(
+    "shares", [(), (0.5,), (0.5, 0.6), (-0.1, 1.1), (math.nan, 1.0), (math.inf,)]
+)
 def test_shares_that_are_no_probabilities_are_refused(shares):
     with pytest.raises(ValueError, match="parts are.*sum 1"):
         check_shares(shares, "parts")
@@ -207,13 +306,21 @@ def test_a_mixture_needs_a_weight_for_each_density():
         Mixture((Uniform(), Uniform()), (1.0,))
 
 
-@pytest.mark.parametrize("low, high", [(-0.1, 1), (0, 1.1), (0.5, 0.5), (0.7, 0.2), (math.nan, 1), (0, math.nan)])
+@pytest.mark.parametrize(
+    "low, high",
+    [(-0.1, 1), (0, 1.1), (0.5, 0.5), (0.7, 0.2), (math.nan, 1), (0, math.nan)],
+)
 def test_intervals_outside_0_to_1_are_refused(low, high):
-    with pytest.raises(ValueError, match=f"low {low}.*high {high}.*0 <= low < high <= 1"):
+    with pytest.raises(
+        ValueError, match=f"low {low}.*high {high}.*0 <= low < high <= 1"
+    ):
         Uniform(low, high)
 
 
-@pytest.mark.parametrize("mean, std", [(0.0, 1.5), (0.0, math.inf), (31.0, 1.0), (math.nan, 1.0), (-math.inf, 1.0)])
+@pytest.mark.parametrize(
+    "mean, std",
+    [(0.0, 1.5), (0.0, math.inf), (31.0, 1.0), (math.nan, 1.0), (-math.inf, 1.0)],
+)
 def test_plateaus_without_one_mode_are_refused(mean, std):
     with pytest.raises(ValueError, match=f"mean is {mean}, std is {std}.*two modes"):
         PlateauLogitNormal(mean, std)
@@ -231,12 +338,21 @@ def test_shift_keeps_the_ends_and_inverts(t, alpha):
     assert 0 <= shift(t, alpha) <= 1
     torch.testing.assert_close(shift(shift(t, alpha), 1 / alpha), t)
     assert shift(torch.tensor(0.0), alpha) == 0 and shift(torch.tensor(1.0), alpha) == 1
-    assert (shift(t, alpha) - t) * (alpha - 1) >= -1e-12, "alpha > 1 moves towards noise, alpha < 1 towards data"
+    assert (shift(t, alpha) - t) * (alpha - 1) >= -1e-12, (
+        "alpha > 1 moves towards noise, alpha < 1 towards data"
+    )
 
 
-@pytest.mark.parametrize("wrong", [lambda: shift(torch.zeros(1), 0.0), lambda: Shifted(Uniform(), -1.0),
-                                   lambda: LogitNormal(0, 0), lambda: PlateauLogitNormal(0, -1),
-                                   lambda: shift(torch.zeros(1), math.nan)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: shift(torch.zeros(1), 0.0),
+        lambda: Shifted(Uniform(), -1.0),
+        lambda: LogitNormal(0, 0),
+        lambda: PlateauLogitNormal(0, -1),
+        lambda: shift(torch.zeros(1), math.nan),
+    ],
+)
 def test_bad_densities_are_refused(wrong):
     with pytest.raises(ValueError, match="> 0"):
         wrong()
@@ -245,15 +361,25 @@ def test_bad_densities_are_refused(wrong):
 def test_keyed_draws_depend_on_every_part_of_the_key_and_on_nothing_else():
     def draw(*key):
         return torch.randn(256, generator=keyed(*key))
+
     base = draw(0, "noise", 1, 2)
     torch.rand(10)  # the global stream plays no part
     assert torch.equal(base, draw(0, "noise", 1, 2))
-    others = [draw(*key) for key in ((1, "noise", 1, 2), (0, "levels", 1, 2), (0, "noise", 2, 2), (0, "noise", 1, 3),
-                                     (0, "noise", 12))]
+    others = [
+        draw(*key)
+        for key in (
+            (1, "noise", 1, 2),
+            (0, "levels", 1, 2),
+            (0, "noise", 2, 2),
+            (0, "noise", 1, 3),
+            (0, "noise", 12),
+        )
+    ]
     for i, a in enumerate([base, *others]):
-        for b in [base, *others][i + 1:]:
+        for b in [base, *others][i + 1 :]:
             assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.3
-    assert draw(0, "noise")[:2].tolist() == pytest.approx(GOLDEN)  # a change here would change every run
+    # a change here would change every run
+    assert draw(0, "noise")[:2].tolist() == pytest.approx(GOLDEN)
 
 
 GOLDEN = [1.432212233543396, 0.6305968761444092]
@@ -268,18 +394,29 @@ def two_threads():
 
 
 def drawn_in_shards(dtype=torch.float32):
-    return noise_like(torch.zeros(12, 5, 3, dtype=dtype), [partial(keyed, 0, shard=shard) for shard in range(4)])
+    return noise_like(
+        torch.zeros(12, 5, 3, dtype=dtype),
+        [partial(keyed, 0, shard=shard) for shard in range(4)],
+    )
 
 
 def test_noise_is_that_of_its_shards_one_after_the_other(two_threads):
-    in_turn = torch.cat([torch.randn(3, 5, 3, generator=keyed(0, "noise", shard=shard)) for shard in range(4)])
+    in_turn = torch.cat(
+        [
+            torch.randn(3, 5, 3, generator=keyed(0, "noise", shard=shard))
+            for shard in range(4)
+        ]
+    )
     assert torch.equal(drawn_in_shards(), in_turn)
     assert torch.equal(drawn_in_shards(torch.float64), in_turn.double())
     torch.set_num_threads(1)
     assert torch.equal(drawn_in_shards(), in_turn)
 
 
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes are not forked here")
+@pytest.mark.skipif(
+    "fork" not in multiprocessing.get_all_start_methods(),
+    reason="processes are not forked here",
+)
 def test_a_forked_process_draws_noise_too(two_threads):
     "The threads of its parent do not exist in it: to wait for them would be to wait for ever."
     noise = drawn_in_shards()

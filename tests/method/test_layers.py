@@ -1,4 +1,5 @@
 """Layers for several levels: the compact forms against plain formulas, their gradients, and what they keep in memory."""
+
 import math
 
 import pytest
@@ -32,12 +33,21 @@ def generator(seed=0):
 def levels_of(b, k, n, seed=0, condition=0):
     "Levels with a random assignment; some levels may have no token."
     g = generator(seed)
-    return NoiseLevels(torch.rand(b, k, generator=g), torch.randint(0, k, (b, n), generator=g), condition)
+    return NoiseLevels(
+        torch.rand(b, k, generator=g),
+        torch.randint(0, k, (b, n), generator=g),
+        condition,
+    )
 
 
 def per_token(values, levels):
     "Values (b, k, d) for each token (b, n, d), by loops."
-    return torch.stack([torch.stack([values[i, j] for j in row]) for i, row in enumerate(levels.assign.tolist())])
+    return torch.stack(
+        [
+            torch.stack([values[i, j] for j in row])
+            for i, row in enumerate(levels.assign.tolist())
+        ]
+    )
 
 
 def plain_norm(x, shift, scale):
@@ -48,8 +58,9 @@ def plain_norm(x, shift, scale):
 
 # levels reach tokens
 
-sizes = st.tuples(st.integers(1, 4), st.integers(1, 20), st.integers(1, 20), st.integers(0, 1000)).map(
-    lambda v: (v[0], min(v[1], v[2]), v[2], v[3]))
+sizes = st.tuples(
+    st.integers(1, 4), st.integers(1, 20), st.integers(1, 20), st.integers(0, 1000)
+).map(lambda v: (v[0], min(v[1], v[2]), v[2], v[3]))
 
 
 @few
@@ -58,7 +69,9 @@ def test_spread_is_a_gather_and_collect_its_transpose(size):
     b, k, n, seed = size
     levels, g = levels_of(b, k, n, seed), generator(seed)
     tokens = TokenMap.of(levels)
-    assert (tokens is None) == (k == 1) and (k == 1 or (tokens.onehot is None) == (k > 8))
+    assert (tokens is None) == (k == 1) and (
+        k == 1 or (tokens.onehot is None) == (k > 8)
+    )
     values = torch.randn(b, k, 5, generator=g, dtype=torch.float64)
     of_tokens = torch.randn(b, n, 5, generator=g, dtype=torch.float64)
     expected = per_token(values, levels)
@@ -82,7 +95,12 @@ def test_compact_equals_a_condition_per_token(size):
         leaves = [part.clone().requires_grad_() for part in (x, branch, *conditions)]
         if compact:
             tokens = TokenMap.of(levels)
-            y = gated_add(modulated_norm(leaves[0], leaves[2], leaves[3], tokens), leaves[1], leaves[4], tokens)
+            y = gated_add(
+                modulated_norm(leaves[0], leaves[2], leaves[3], tokens),
+                leaves[1],
+                leaves[4],
+                tokens,
+            )
         else:
             shift, scale, gate = (per_token(part, levels) for part in leaves[2:])
             y = plain_norm(leaves[0], shift, scale) + gate * leaves[1]
@@ -94,37 +112,66 @@ def test_compact_equals_a_condition_per_token(size):
 @pytest.mark.parametrize("k, condition", [(1, 0), (2, 0), (3, 1), (10, 0), (12, 2)])
 def test_gradients_in_float64(k, condition):
     levels, g = levels_of(2, k, 12, seed=k, condition=condition), generator(k)
-    x, branch = (torch.randn(2, 12, 3, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    shift, scale, gate = (torch.randn(2, k, 3, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    x, branch = (
+        torch.randn(2, 12, 3, generator=g, dtype=torch.float64, requires_grad=True)
+        for _ in range(2)
+    )
+    shift, scale, gate = (
+        torch.randn(2, k, 3, generator=g, dtype=torch.float64, requires_grad=True)
+        for _ in range(3)
+    )
     tokens = TokenMap.of(levels)
-    assert torch.autograd.gradcheck(lambda *v: modulated_norm(*v, tokens), (x, shift, scale))
+    assert torch.autograd.gradcheck(
+        lambda *v: modulated_norm(*v, tokens), (x, shift, scale)
+    )
     assert torch.autograd.gradcheck(lambda *v: gated_add(*v, tokens), (x, branch, gate))
 
 
 def test_a_second_derivative_is_refused_and_not_wrong():
-    x, shift = torch.randn(2, 3, 4, requires_grad=True), torch.zeros(2, 1, 4, requires_grad=True)
+    x, shift = (
+        torch.randn(2, 3, 4, requires_grad=True),
+        torch.zeros(2, 1, 4, requires_grad=True),
+    )
     for y in (modulated_norm(x, shift, shift, None), gated_add(x, x, shift, None)):
-        gradient, = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             gradient.sum().backward()
 
 
 @pytest.mark.parametrize("k", [1, 2, 10])
-def test_under_autocast_products_take_bf16_and_gradients_keep_the_parameters_precision(k):
+def test_under_autocast_products_take_bf16_and_gradients_keep_the_parameters_precision(
+    k,
+):
     levels, g = levels_of(3, k, 16, seed=k), generator(k)
     tokens = TokenMap.of(levels)
-    x, shift, scale = torch.randn(3, 16, 32, generator=g), *torch.randn(2, 3, k, 32, generator=g)
-    branch, gate = torch.randn(3, 16, 32, generator=g).bfloat16(), torch.randn(3, k, 32, generator=g).bfloat16()
+    x, shift, scale = (
+        torch.randn(3, 16, 32, generator=g),
+        *torch.randn(2, 3, k, 32, generator=g),
+    )
+    branch, gate = (
+        torch.randn(3, 16, 32, generator=g).bfloat16(),
+        torch.randn(3, k, 32, generator=g).bfloat16(),
+    )
     parts = [part.requires_grad_() for part in (x, shift, scale, branch, gate)]
     with torch.autocast("cpu", torch.bfloat16):
-        normed, added = modulated_norm(x, shift, scale, tokens), gated_add(x, branch, gate, tokens)
+        normed, added = (
+            modulated_norm(x, shift, scale, tokens),
+            gated_add(x, branch, gate, tokens),
+        )
         (normed.float().square().sum() + added.square().sum()).backward()
-    assert normed.dtype == torch.bfloat16 and added.dtype == torch.float32, "the residual stream stays in float32"
+    assert normed.dtype == torch.bfloat16 and added.dtype == torch.float32, (
+        "the residual stream stays in float32"
+    )
     assert [part.grad.dtype for part in parts] == [part.dtype for part in parts]
 
     doubles = [part.detach().double().requires_grad_() for part in parts]
-    spread_out = [per_token(part, levels) for part in (doubles[1], doubles[2], doubles[4])]
-    exact, total = plain_norm(doubles[0], *spread_out[:2]), doubles[0] + spread_out[2] * doubles[3]
+    spread_out = [
+        per_token(part, levels) for part in (doubles[1], doubles[2], doubles[4])
+    ]
+    exact, total = (
+        plain_norm(doubles[0], *spread_out[:2]),
+        doubles[0] + spread_out[2] * doubles[3],
+    )
     (exact.square().sum() + total.square().sum()).backward()
     torch.testing.assert_close(normed.double(), exact, atol=2e-2, rtol=1e-2)
     torch.testing.assert_close(added.double(), total, atol=1e-5, rtol=1e-5)
@@ -144,6 +191,7 @@ def test_only_the_input_and_the_branch_are_kept_per_token():
         if tensor.numel() >= b * n * d:
             kept.append(tensor.data_ptr())
         return tensor
+
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         modulated_norm(x, shift, scale, tokens)
         assert kept == [x.data_ptr()]
@@ -155,13 +203,21 @@ def test_only_the_input_and_the_branch_are_kept_per_token():
 
 # attention
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)],
+)
 @pytest.mark.parametrize("hidden", [False, True])
-@pytest.mark.parametrize("n, m", [(5, 5), (3, 9), (130, 130), (520, 520)])  # by products and by torch's own
+# by products and by torch's own
+@pytest.mark.parametrize("n, m", [(5, 5), (3, 9), (130, 130), (520, 520)])
 def test_attention_is_torchs(dtype, tolerance, hidden, n, m):
     g = generator(n)
     q = torch.randn(2, n, 3, 8, generator=g).to(dtype).requires_grad_()
-    k, v = (torch.randn(2, m, 3, 8, generator=g).to(dtype).requires_grad_() for _ in range(2))
+    k, v = (
+        torch.randn(2, m, 3, 8, generator=g).to(dtype).requires_grad_()
+        for _ in range(2)
+    )
     visible = None
     if hidden:
         visible = torch.rand(2, m, generator=g) < 0.5
@@ -170,14 +226,18 @@ def test_attention_is_torchs(dtype, tolerance, hidden, n, m):
     upstream = torch.randn(2, n, 3, 8, generator=g).to(dtype)
     wide = [part.detach().double().requires_grad_() for part in (q, k, v)]
     out = attend(q, k, v, visible)
-    reference = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in wide), mask).transpose(1, 2)
+    reference = F.scaled_dot_product_attention(
+        *(part.transpose(1, 2) for part in wide), mask
+    ).transpose(1, 2)
     assert out.dtype == dtype and out.shape == (2, n, 3, 8)
     torch.testing.assert_close(out.double(), reference, atol=tolerance, rtol=tolerance)
     found = torch.autograd.grad(out, (q, k, v), upstream)
     exact = torch.autograd.grad(reference, wide, upstream.double())
     for a, b in zip(found, exact, strict=True):
         assert a.dtype == dtype
-        torch.testing.assert_close(a.double(), b, atol=4 * tolerance, rtol=4 * tolerance)
+        torch.testing.assert_close(
+            a.double(), b, atol=4 * tolerance, rtol=4 * tolerance
+        )
 
 
 def test_attention_under_autocast():
@@ -194,53 +254,103 @@ def may_look(levels):
     for i in range(b):
         for query in range(n):
             for key in range(n):
-                mine, other = levels.assign[i, query].item(), levels.assign[i, key].item()
+                mine, other = (
+                    levels.assign[i, query].item(),
+                    levels.assign[i, key].item(),
+                )
                 seen[i, query, key] = other >= first or (mine == other and mine < first)
     return seen
 
 
 @few
-@given(st.integers(1, 3), st.integers(2, 24), st.integers(2, 24), st.integers(0, 3), st.integers(0, 1000), st.booleans())
+@given(
+    st.integers(1, 3),
+    st.integers(2, 24),
+    st.integers(2, 24),
+    st.integers(0, 3),
+    st.integers(0, 1000),
+    st.booleans(),
+)
 def test_groups_equal_a_mask(b, n, k, condition, seed, lopsided):
     k = max(2, min(k, n))
     condition = min(condition, k - 1)
     levels, g = levels_of(b, k, n, seed, condition), generator(seed)
     if lopsided:  # one sample with a single level, so that all others are empty in it
         levels.assign[0] = int(torch.randint(0, k, (), generator=g))
-    q, k_, v, upstream = (torch.randn(b, n, 2, 4, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(4))
+    q, k_, v, upstream = (
+        torch.randn(b, n, 2, 4, generator=g, dtype=torch.float64, requires_grad=True)
+        for _ in range(4)
+    )
     out = attend_within(q, k_, v, Groups.of(levels))
     mask = may_look(levels)[:, None]
-    expected = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k_, v)), mask).transpose(1, 2)
+    expected = F.scaled_dot_product_attention(
+        *(part.transpose(1, 2) for part in (q, k_, v)), mask
+    ).transpose(1, 2)
     torch.testing.assert_close(out, expected, atol=1e-10, rtol=1e-10)
     found = torch.autograd.grad(out, (q, k_, v), upstream)
     assert all(part.isfinite().all() for part in found)
-    torch.testing.assert_close(found, torch.autograd.grad(expected, (q, k_, v), upstream), atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(
+        found,
+        torch.autograd.grad(expected, (q, k_, v), upstream),
+        atol=1e-10,
+        rtol=1e-10,
+    )
 
 
 def test_every_token_alone_when_every_token_has_its_own_level():
     n, v = 9, torch.randn(2, 9, 2, 4)
-    levels = NoiseLevels(torch.rand(2, n), torch.stack([torch.randperm(n, generator=generator(i)) for i in range(2)]))
+    levels = NoiseLevels(
+        torch.rand(2, n),
+        torch.stack([torch.randperm(n, generator=generator(i)) for i in range(2)]),
+    )
     torch.testing.assert_close(attend_within(v, v, v, Groups.of(levels)), v)
-    assert all(group.visible is None and len(group.rows) == 2 for group in Groups.of(levels).groups)
+    assert all(
+        group.visible is None and len(group.rows) == 2
+        for group in Groups.of(levels).groups
+    )
 
 
 def test_exact_counts_need_no_padding_and_others_few_sizes():
-    exact = NoiseLevels(torch.rand(3, 2), torch.tensor([[0] * 30 + [1] * 10, [1] * 10 + [0] * 30, ([0, 1] * 10) + [0] * 20]))
-    assert [(len(group.rows), group.visible) for group in Groups.of(exact).groups] == [(90, None), (30, None)]
-    padded = [group for seed in range(20) for group in Groups.of(levels_of(3, 2, 64, seed)).groups if group.visible is not None]
-    assert padded and {len(group.rows) // 3 for group in padded} <= {16, 32, 48, 64}, "few sizes: few kernels to compile"
+    exact = NoiseLevels(
+        torch.rand(3, 2),
+        torch.tensor(
+            [[0] * 30 + [1] * 10, [1] * 10 + [0] * 30, ([0, 1] * 10) + [0] * 20]
+        ),
+    )
+    assert [(len(group.rows), group.visible) for group in Groups.of(exact).groups] == [
+        (90, None),
+        (30, None),
+    ]
+    padded = [
+        group
+        for seed in range(20)
+        for group in Groups.of(levels_of(3, 2, 64, seed)).groups
+        if group.visible is not None
+    ]
+    assert padded and {len(group.rows) // 3 for group in padded} <= {16, 32, 48, 64}, (
+        "few sizes: few kernels to compile"
+    )
     assert all(group.visible.sum(1).min() >= 1 for group in padded)
 
 
 def test_conditions_are_seen_by_all_and_see_one_another_only():
-    levels = NoiseLevels(torch.tensor([[0.8, 0.5, 0.1, 0.0]]), torch.tensor([[0, 0, 1, 1, 2, 3]]), condition=2)
+    levels = NoiseLevels(
+        torch.tensor([[0.8, 0.5, 0.1, 0.0]]),
+        torch.tensor([[0, 0, 1, 1, 2, 3]]),
+        condition=2,
+    )
     v = torch.eye(6)[None, :, None, :]
-    weights = attend_within(torch.zeros(1, 6, 1, 6), torch.zeros(1, 6, 1, 6), v, Groups.of(levels))[0, :, 0]
+    weights = attend_within(
+        torch.zeros(1, 6, 1, 6), torch.zeros(1, 6, 1, 6), v, Groups.of(levels)
+    )[0, :, 0]
     a, b = [1 / 4, 1 / 4, 0, 0, 1 / 4, 1 / 4], [0, 0, 1 / 4, 1 / 4, 1 / 4, 1 / 4]
-    torch.testing.assert_close(weights, torch.tensor([a, a, b, b, *[[0, 0, 0, 0, 1 / 2, 1 / 2]] * 2]))
+    torch.testing.assert_close(
+        weights, torch.tensor([a, a, b, b, *[[0, 0, 0, 0, 1 / 2, 1 / 2]] * 2])
+    )
 
 
 # positions and levels as numbers
+
 
 @pytest.mark.parametrize("axis", range(4))
 @pytest.mark.parametrize("per_sample", [False, True])
@@ -250,26 +360,39 @@ def test_rotary_scores_depend_on_differences_on_every_axis(axis, per_sample):
     places = 20 * torch.rand(7, 4, generator=g)
     moved, other = places.clone(), places.clone()
     moved[:, axis] += 13.0  # all together
-    other[3, axis] += 1.5   # one alone
+    other[3, axis] += 1.5  # one alone
 
     def scores(coordinates):
         code = rotary_code(coordinates[None] if per_sample else coordinates, 32)
         return torch.einsum("bnhe,bmhe->bhnm", rotate(q, code), rotate(k, code))
+
     torch.testing.assert_close(scores(moved), scores(places), atol=1e-4, rtol=1e-4)
     assert (scores(other) - scores(places))[..., 3, 0].abs().min() > 1e-3
-    torch.testing.assert_close(scores(other)[..., 3, 3], scores(places)[..., 3, 3], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(rotate(q, rotary_code(places, 32)).norm(dim=-1), q.norm(dim=-1))
+    torch.testing.assert_close(
+        scores(other)[..., 3, 3], scores(places)[..., 3, 3], atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        rotate(q, rotary_code(places, 32)).norm(dim=-1), q.norm(dim=-1)
+    )
 
 
 def test_rotary_angles_by_the_formula():
     code = rotary_code(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), 16)
     angles = [place * 2000 ** (-i / 2) for place in (1, 2, 3, 4) for i in range(2)]
-    torch.testing.assert_close(code[:, 0], torch.tensor([list(map(math.cos, angles)), list(map(math.sin, angles))]))
+    torch.testing.assert_close(
+        code[:, 0],
+        torch.tensor([list(map(math.cos, angles)), list(map(math.sin, angles))]),
+    )
     x = torch.arange(16.0).view(1, 1, 1, 16)
     turned = rotate(x, code)[0, 0, 0]
     for i, angle in enumerate(angles):
         expected = complex(i, i + 8) * complex(math.cos(angle), math.sin(angle))
-        torch.testing.assert_close(turned[[i, i + 8]], torch.tensor([expected.real, expected.imag]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            turned[[i, i + 8]],
+            torch.tensor([expected.real, expected.imag]),
+            atol=1e-5,
+            rtol=1e-5,
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -278,13 +401,17 @@ def test_rotation_keeps_the_precision_it_is_given(dtype):
     code = rotary_code(torch.rand(5, 4), 16)
     exact = rotate(x.double(), code.double())
     assert rotate(x, code).dtype == dtype
-    torch.testing.assert_close(rotate(x, code), exact.to(dtype), atol=1e-6, rtol=torch.finfo(dtype).eps)
+    torch.testing.assert_close(
+        rotate(x, code), exact.to(dtype), atol=1e-6, rtol=torch.finfo(dtype).eps
+    )
 
 
 def test_the_position_code_is_that_of_mae():
     code = position_code(torch.tensor([[9.0, 2.0, 3.0, 9.0]]), 16)[0]
     omega = [10_000 ** (-i / 4) for i in range(4)]
-    expected = [f(place * w) for place in (3, 2) for f in (math.sin, math.cos) for w in omega]
+    expected = [
+        f(place * w) for place in (3, 2) for f in (math.sin, math.cos) for w in omega
+    ]
     torch.testing.assert_close(code, torch.tensor(expected))
 
 
@@ -292,7 +419,9 @@ def test_levels_are_embedded_as_they_are():
     code = sinusoid(torch.tensor([0.0, 0.25]), 6)
     angles = [0.25 * 10_000 ** (-i / 3) for i in range(3)]
     assert code[0].tolist() == [1, 1, 1, 0, 0, 0]
-    torch.testing.assert_close(code[1], torch.tensor([*map(math.cos, angles), *map(math.sin, angles)]))
+    torch.testing.assert_close(
+        code[1], torch.tensor([*map(math.cos, angles), *map(math.sin, angles)])
+    )
     assert TimestepEmbedder(8).bfloat16()(torch.rand(2, 3)).dtype == torch.bfloat16
 
 
@@ -307,10 +436,19 @@ def test_autocast_leaves_all_levels_apart(std):
     coarse.load_state_dict(exact.state_dict())
     expected = exact(levels)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(exact(levels), expected, rtol=0, atol=0)  # sinusoid and MLP
-        assert exact(levels).dtype == torch.float32 and len(exact(levels)[0].unique(dim=0)) == 1001
-        steps = [(vectors[0, 1] - vectors[0, 0]).float().norm() for vectors in (exact(near), coarse(near))]
-        assert len(coarse(levels)[0].unique(dim=0)) < 1001, "as runs of formats 1 to 3 have it"
+        # sinusoid and MLP
+        torch.testing.assert_close(exact(levels), expected, rtol=0, atol=0)
+        assert (
+            exact(levels).dtype == torch.float32
+            and len(exact(levels)[0].unique(dim=0)) == 1001
+        )
+        steps = [
+            (vectors[0, 1] - vectors[0, 0]).float().norm()
+            for vectors in (exact(near), coarse(near))
+        ]
+        assert len(coarse(levels)[0].unique(dim=0)) < 1001, (
+            "as runs of formats 1 to 3 have it"
+        )
     true = exact(near)[0].diff(dim=0).norm()
     assert steps[0] == true and abs(steps[1] / true - 1) > 0.3
 

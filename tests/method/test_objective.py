@@ -1,4 +1,5 @@
 """Self-Flow and its rivals derived again from their equations, and every trap of the method as a test."""
+
 import math
 from dataclasses import replace
 
@@ -6,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from selfflow.method.batch import Batch, Condition
 from selfflow.draws import keyed
+from selfflow.method.batch import Batch, Condition
 from selfflow.method.objective import (
     REPA,
     SRA,
@@ -22,10 +23,19 @@ from selfflow.method.objective import (
     make_teacher,
     update_ema,
 )
-from selfflow.method.schedule import Conditioned, DiffusionForcing, DualTimestep, FullMasking, NoiseLevels, SingleLevel
+from selfflow.method.schedule import (
+    Conditioned,
+    DiffusionForcing,
+    DualTimestep,
+    FullMasking,
+    NoiseLevels,
+    SingleLevel,
+)
 from selfflow.method.transformer import Transformer, TransformerConfig
 
-CONFIG = TransformerConfig.of_image(channels=3, grid=(2, 3), width=16, depth=4, heads=2, classes=5)
+CONFIG = TransformerConfig.of_image(
+    channels=3, grid=(2, 3), width=16, depth=4, heads=2, classes=5
+)
 
 
 def random_model(seed, config=CONFIG):
@@ -49,7 +59,10 @@ def teacher():
 @pytest.fixture
 def batch():
     g = torch.Generator().manual_seed(2)
-    x0, labels = torch.randn(12, 6, 3, generator=g), torch.randint(0, 5, (12,), generator=g)
+    x0, labels = (
+        torch.randn(12, 6, 3, generator=g),
+        torch.randint(0, 5, (12,), generator=g),
+    )
     return Batch(x0, Condition(labels, 5), CONFIG.parts)
 
 
@@ -81,14 +94,20 @@ def counts(which, level, levels, first):
     "Whether a token counts: level, its index among the levels of its sample; first, so many of them are of generated tokens."
     if level >= first:
         return False
-    return {"all": True, "masked": level > 0, "noisier": bool(levels[level] > min(levels[:first]))}[which]
+    return {
+        "all": True,
+        "masked": level > 0,
+        "noisier": bool(levels[level] > min(levels[:first])),
+    }[which]
 
 
 def distance(name, p, h):
     if name == "cosine":
         return 1 - (p @ h) / (p.norm() * h.norm())
     gap = (p - h).abs()
-    return ((gap**2 if name == "l2" else torch.where(gap < 1, gap**2 / 2, gap - 0.5)).sum()) / len(p)
+    return (
+        (gap**2 if name == "l2" else torch.where(gap < 1, gap**2 / 2, gap - 0.5)).sum()
+    ) / len(p)
 
 
 def derive(objective, student, teacher, batch, features=None, offset=None):
@@ -106,25 +125,39 @@ def derive(objective, student, teacher, batch, features=None, offset=None):
     first, weights = drawn.k - drawn.condition, list(objective.projector.parameters())
     flow, predictions, targets, gaps = [], [], [], []
     for i in range(b):
-        mine = NoiseLevels(drawn.levels[i:i + 1], drawn.assign[i:i + 1], drawn.condition)
+        mine = NoiseLevels(
+            drawn.levels[i : i + 1], drawn.assign[i : i + 1], drawn.condition
+        )
         tau = torch.stack([drawn.levels[i, j] for j in drawn.assign[i]])
-        xt = torch.stack([(1 - tau[k]) * x0[i, k] + tau[k] * x1[i, k] for k in range(n)])[None]
-        out = student(xt, mine, y[i:i + 1], taps=objective.taps, separated=objective.separated)
+        xt = torch.stack(
+            [(1 - tau[k]) * x0[i, k] + tau[k] * x1[i, k] for k in range(n)]
+        )[None]
+        out = student(
+            xt, mine, y[i : i + 1], taps=objective.taps, separated=objective.separated
+        )
         flow.append(((out.velocity[0] - (x1[i] - x0[i])) ** 2).sum(1) / 3)
         low = min(drawn.levels[i, :first])
         if offset is not None:
             low = max(low - offset * lower[i, 0], torch.tensor(0.0))
-        seen = torch.stack([tau[k] if drawn.assign[i, k] >= first else low for k in range(n)])
+        seen = torch.stack(
+            [tau[k] if drawn.assign[i, k] >= first else low for k in range(n)]
+        )
         if features is not None:
             h, seen = features[i], torch.zeros(n)
             h = h.expand(n, -1) if h.ndim == 1 else h
         elif teacher is None:
             h, seen = out.features[objective.teacher_layer][0].detach(), tau
         else:
-            xc = torch.stack([(1 - seen[k]) * x0[i, k] + seen[k] * x1[i, k] for k in range(n)])[None]
+            xc = torch.stack(
+                [(1 - seen[k]) * x0[i, k] + seen[k] * x1[i, k] for k in range(n)]
+            )[None]
             with torch.no_grad():
-                h = teacher(xc, NoiseLevels(seen[None], torch.arange(n)[None]), y[i:i + 1],
-                            taps=(objective.teacher_layer,)).features[objective.teacher_layer][0]
+                h = teacher(
+                    xc,
+                    NoiseLevels(seen[None], torch.arange(n)[None]),
+                    y[i : i + 1],
+                    taps=(objective.teacher_layer,),
+                ).features[objective.teacher_layer][0]
         p = out.features[objective.student_layer][0]
         for k in range(0, len(weights), 2):
             p = (F.silu(p) if k else p) @ weights[k].T + weights[k + 1]
@@ -136,27 +169,57 @@ def derive(objective, student, teacher, batch, features=None, offset=None):
         targets = targets - targets.mean((0, 1))
     if objective.normalise == "standardised":
         targets = targets / (targets**2).mean((0, 1)).sqrt()
-    chosen = {which: [(i, k) for i in range(b) for k in range(n)
-                      if counts(which, drawn.assign[i, k].item(), drawn.levels[i].tolist(), first)]
-              for which in {objective.flow_tokens, objective.rep_tokens}}
+    chosen = {
+        which: [
+            (i, k)
+            for i in range(b)
+            for k in range(n)
+            if counts(which, drawn.assign[i, k].item(), drawn.levels[i].tolist(), first)
+        ]
+        for which in {objective.flow_tokens, objective.rep_tokens}
+    }
     flow = torch.stack([flow[i][k] for i, k in chosen[objective.flow_tokens]]).mean()
-    rep = [distance(objective.distance, predictions[i][k], targets[i, k]) for i, k in chosen[objective.rep_tokens]]
-    cosine = [1 - distance("cosine", predictions[i][k], targets[i, k]) for i, k in chosen[objective.rep_tokens]]
-    direction = torch.stack([targets[i, k] / targets[i, k].norm() for i, k in chosen[objective.rep_tokens]]).mean(0).norm()
+    rep = [
+        distance(objective.distance, predictions[i][k], targets[i, k])
+        for i, k in chosen[objective.rep_tokens]
+    ]
+    cosine = [
+        1 - distance("cosine", predictions[i][k], targets[i, k])
+        for i, k in chosen[objective.rep_tokens]
+    ]
+    direction = (
+        torch.stack(
+            [
+                targets[i, k] / targets[i, k].norm()
+                for i, k in chosen[objective.rep_tokens]
+            ]
+        )
+        .mean(0)
+        .norm()
+    )
     gap = torch.stack([gaps[i][k] for i, k in chosen[objective.rep_tokens]])
     return flow, torch.stack(rep).mean(), torch.stack(cosine).mean(), direction, gap
 
 
 def check(objective, student, teacher, batch, features=None, given=None, offset=None):
     "Values and gradients of an objective against `derive`; given: features handed to the objective."
-    losses = objective(student, teacher if teacher is not None else Unasked(), replace(batch, features=given), draws())
-    flow, rep, cosine, direction, gap = derive(objective, student, teacher, batch, features, offset)
+    losses = objective(
+        student,
+        teacher if teacher is not None else Unasked(),
+        replace(batch, features=given),
+        draws(),
+    )
+    flow, rep, cosine, direction, gap = derive(
+        objective, student, teacher, batch, features, offset
+    )
     close = {"rtol": 1e-4, "atol": 2e-5}
     torch.testing.assert_close(losses.flow_loss, flow, **close)
     torch.testing.assert_close(losses.rep_loss, rep, **close)
     torch.testing.assert_close(losses.total, flow + objective.rep_weight * rep, **close)
     means = losses.alignment.means()
-    assert means == pytest.approx({"cosine": cosine.item(), "constant_cosine": direction.item()}, abs=1e-4)
+    assert means == pytest.approx(
+        {"cosine": cosine.item(), "constant_cosine": direction.item()}, abs=1e-4
+    )
     torch.testing.assert_close(losses.alignment.gap, gap)
     trained = [*student.parameters(), *objective.parameters()]
     found = torch.autograd.grad(losses.total, trained)
@@ -168,53 +231,112 @@ def check(objective, student, teacher, batch, features=None, given=None, offset=
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.25, 0.5])
 @pytest.mark.parametrize("layers", [(1, 3), (2, 4), (1, 2)])
 @pytest.mark.parametrize("rep_weight", [0.8, 0.0])
-def test_self_flow_derived_again(student, teacher, batch, mask_ratio, layers, rep_weight):
+def test_self_flow_derived_again(
+    student, teacher, batch, mask_ratio, layers, rep_weight
+):
     torch.manual_seed(0)
-    check(SelfFlow(CONFIG, DualTimestep(mask_ratio=mask_ratio), *layers, rep_weight=rep_weight, label_drop=0.3),
-          student, teacher, batch)
+    check(
+        SelfFlow(
+            CONFIG,
+            DualTimestep(mask_ratio=mask_ratio),
+            *layers,
+            rep_weight=rep_weight,
+            label_drop=0.3,
+        ),
+        student,
+        teacher,
+        batch,
+    )
 
 
 HALF = DualTimestep(mask_ratio=0.5)
 
 
-@pytest.mark.parametrize("schedule, options", [
-    (HALF, {"flow_tokens": "masked"}), (HALF, {"flow_tokens": "noisier", "rep_tokens": "masked"}),
-    (HALF, {"rep_tokens": "noisier"}), (HALF, {"distance": "smooth_l1"}), (HALF, {"distance": "l2", "normalise": "centred"}),
-    (HALF, {"normalise": "centred"}), (HALF, {"normalise": "standardised", "distance": "smooth_l1", "rep_tokens": "masked"}),
-    (HALF, {"separated": True}), (DualTimestep(mask_ratio=0.5, single_share=0.5), {"separated": True}),
-    (DualTimestep(mask_ratio=0.5, order="cleaner"), {"flow_tokens": "masked"}), (DiffusionForcing(), {"rep_tokens": "noisier"}),
-    (FullMasking(), {"flow_tokens": "noisier"}), (SingleLevel(), {}), (Conditioned(HALF, (0,), 0.2), {}),
-    (Conditioned(HALF, (0, 3), 0.9), {"flow_tokens": "masked", "rep_tokens": "noisier", "separated": True}),
-    (Conditioned(SingleLevel(), (5,), 0.9), {"separated": True}),
-])
+@pytest.mark.parametrize(
+    "schedule, options",
+    [
+        (HALF, {"flow_tokens": "masked"}),
+        (HALF, {"flow_tokens": "noisier", "rep_tokens": "masked"}),
+        (HALF, {"rep_tokens": "noisier"}),
+        (HALF, {"distance": "smooth_l1"}),
+        (HALF, {"distance": "l2", "normalise": "centred"}),
+        (HALF, {"normalise": "centred"}),
+        (
+            HALF,
+            {
+                "normalise": "standardised",
+                "distance": "smooth_l1",
+                "rep_tokens": "masked",
+            },
+        ),
+        (HALF, {"separated": True}),
+        (DualTimestep(mask_ratio=0.5, single_share=0.5), {"separated": True}),
+        (DualTimestep(mask_ratio=0.5, order="cleaner"), {"flow_tokens": "masked"}),
+        (DiffusionForcing(), {"rep_tokens": "noisier"}),
+        (FullMasking(), {"flow_tokens": "noisier"}),
+        (SingleLevel(), {}),
+        (Conditioned(HALF, (0,), 0.2), {}),
+        (
+            Conditioned(HALF, (0, 3), 0.9),
+            {"flow_tokens": "masked", "rep_tokens": "noisier", "separated": True},
+        ),
+        (Conditioned(SingleLevel(), (5,), 0.9), {"separated": True}),
+    ],
+)
 @pytest.mark.parametrize("kind", [SelfFlow, SRA])
 def test_every_switch_derived_again(student, teacher, batch, schedule, options, kind):
     torch.manual_seed(0)
-    check(kind(CONFIG, schedule, **options), student, teacher, batch, offset=0.2 if kind is SRA else None)
+    check(
+        kind(CONFIG, schedule, **options),
+        student,
+        teacher,
+        batch,
+        offset=0.2 if kind is SRA else None,
+    )
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.2, 1.0])
 def test_sra_derived_again(student, teacher, batch, offset):
     torch.manual_seed(0)
-    objective = SRA(CONFIG, offset=offset, student_layer=1, teacher_layer=4, label_drop=0.3)
+    objective = SRA(
+        CONFIG, offset=offset, student_layer=1, teacher_layer=4, label_drop=0.3
+    )
     assert objective.schedule == SingleLevel() and objective.rep_weight == 0.8
     check(objective, student, teacher, batch, offset=offset)
 
 
-@pytest.mark.parametrize("options", [{}, {"schedule": HALF, "rep_tokens": "noisier", "normalise": "standardised"},
-                                     {"distance": "l2", "student_layer": 2, "teacher_layer": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"schedule": HALF, "rep_tokens": "noisier", "normalise": "standardised"},
+        {"distance": "l2", "student_layer": 2, "teacher_layer": 4},
+    ],
+)
 def test_layer_sync_derived_again(student, batch, options):
     objective = LayerSync(CONFIG, **options)
-    assert not list(objective.parameters()) and not objective.state_dict() and objective.rep_weight == 0.2
+    assert (
+        not list(objective.parameters())
+        and not objective.state_dict()
+        and objective.rep_weight == 0.2
+    )
     check(objective, student, None, batch)
 
 
 def test_layer_sync_teaches_only_what_is_below_its_layer(student, batch):
     objective = LayerSync(CONFIG, student_layer=2, teacher_layer=4)
     losses = objective(student, Unasked(), batch, draws())
-    assert not losses.alignment.target.requires_grad and not losses.alignment.predicted.requires_grad
+    assert (
+        not losses.alignment.target.requires_grad
+        and not losses.alignment.predicted.requires_grad
+    )
     losses.rep_loss.backward()
-    assert [block.attn.qkv.weight.grad is not None for block in student.blocks] == [True, True, False, False]
+    assert [block.attn.qkv.weight.grad is not None for block in student.blocks] == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("pooled", [False, True])
@@ -225,12 +347,30 @@ def test_repa_derived_again(student, batch, pooled, way):
 
     def encoder(x0):
         return weights(x0).mean(1) if pooled else weights(x0)
-    module = torch.nn.Sequential(weights, torch.nn.Tanh()) if way == "module" and not pooled else None
+
+    module = (
+        torch.nn.Sequential(weights, torch.nn.Tanh())
+        if way == "module" and not pooled
+        else None
+    )
     features = (module or encoder)(batch.x0).detach()
-    objective = REPA(CONFIG, 7, {"with the batch": None, "encoder": encoder, "module": module or encoder}[way], HALF,
-                     head_width=9, rep_tokens="masked")
+    objective = REPA(
+        CONFIG,
+        7,
+        {"with the batch": None, "encoder": encoder, "module": module or encoder}[way],
+        HALF,
+        head_width=9,
+        rep_tokens="masked",
+    )
     assert objective.student_layer == 1 and objective.rep_weight == 0.5
-    check(objective, student, None, batch, features, given=features if way == "with the batch" else None)
+    check(
+        objective,
+        student,
+        None,
+        batch,
+        features,
+        given=features if way == "with the batch" else None,
+    )
     assert weights.weight.grad is None
 
 
@@ -245,58 +385,114 @@ def test_the_encoder_of_repa_is_neither_trained_nor_saved_nor_moved(student, bat
     assert all(p.grad is not None for p in parameters), "and all else is trained"
     assert encoder.weight.grad is None and torch.equal(encoder.weight, before)
     assert not any(p is q for p in parameters for q in encoder.parameters())
-    assert [tuple(v.shape) for v in objective.state_dict().values()] == [(9, 16), (9,), (9, 9), (9,), (7, 9), (7,)]
+    assert [tuple(v.shape) for v in objective.state_dict().values()] == [
+        (9, 16),
+        (9,),
+        (9, 9),
+        (9,),
+        (7, 9),
+        (7,),
+    ]
     objective.double()
     assert encoder.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("features, words", [
-    (torch.zeros(12, 6, 8), r"\(12, 6, 8\), expected \(12, 6, 7\)"), (torch.zeros(12, 5, 7), r"\(12, 5, 7\), expected"),
-    (torch.zeros(11, 7), r"\(11, 6, 7\), expected"), (torch.zeros(12, 8), r"\(12, 6, 8\), expected"),
-    (torch.zeros(12), r"\(12,\), expected"), (torch.zeros(12, 1, 6, 7), r"\(12, 1, 6, 7\), expected"),
-    (None, r"needs features with every batch, or an encoder"),
-])
+@pytest.mark.parametrize(
+    "features, words",
+    [
+        (torch.zeros(12, 6, 8), r"\(12, 6, 8\), expected \(12, 6, 7\)"),
+        (torch.zeros(12, 5, 7), r"\(12, 5, 7\), expected"),
+        (torch.zeros(11, 7), r"\(11, 6, 7\), expected"),
+        (torch.zeros(12, 8), r"\(12, 6, 8\), expected"),
+        (torch.zeros(12), r"\(12,\), expected"),
+        (torch.zeros(12, 1, 6, 7), r"\(12, 1, 6, 7\), expected"),
+        (None, r"needs features with every batch, or an encoder"),
+    ],
+)
 def test_features_that_do_not_fit_are_refused(student, batch, features, words):
     with pytest.raises(ValueError, match=words):
-        REPA(CONFIG, 7, head_width=9)(student, Unasked(), replace(batch, features=features), draws())
+        REPA(CONFIG, 7, head_width=9)(
+            student, Unasked(), replace(batch, features=features), draws()
+        )
 
 
 def test_flow_matching_derived_again(student, batch):
     x0 = batch.x0
-    losses = FlowMatching(SingleLevel(), label_drop=0.0)(student, Unasked(), batch, draws())
+    losses = FlowMatching(SingleLevel(), label_drop=0.0)(
+        student, Unasked(), batch, draws()
+    )
     x1 = torch.randn(x0.shape, generator=keyed(0, "noise"))
     t = torch.rand(12, generator=keyed(0, "levels"))[:, None, None]
-    out = student((1 - t) * x0 + t * x1, NoiseLevels.single(t[:, 0, 0], 6), batch.condition)
+    out = student(
+        (1 - t) * x0 + t * x1, NoiseLevels.single(t[:, 0, 0], 6), batch.condition
+    )
     torch.testing.assert_close(losses.total, ((out.velocity - (x1 - x0)) ** 2).mean())
-    assert losses.rep_loss is None and losses.alignment is None and list(losses.floats()) == ["total", "flow_loss"]
+    assert (
+        losses.rep_loss is None
+        and losses.alignment is None
+        and list(losses.floats()) == ["total", "flow_loss"]
+    )
 
 
 @pytest.mark.parametrize("separated", [False, True])
 @pytest.mark.parametrize("which", ["all", "masked", "noisier"])
-def test_flow_matching_with_conditions_and_chosen_tokens(student, batch, separated, which):
+def test_flow_matching_with_conditions_and_chosen_tokens(
+    student, batch, separated, which
+):
     x0 = batch.x0
     schedule = Conditioned(HALF, (1,), 0.5)
-    losses = FlowMatching(schedule, 0.0, which, separated)(student, Unasked(), batch, draws())
-    levels, x1 = schedule.sample(12, 6, keyed(0, "levels")), torch.randn(x0.shape, generator=keyed(0, "noise"))
+    losses = FlowMatching(schedule, 0.0, which, separated)(
+        student, Unasked(), batch, draws()
+    )
+    levels, x1 = (
+        schedule.sample(12, 6, keyed(0, "levels")),
+        torch.randn(x0.shape, generator=keyed(0, "noise")),
+    )
     tau = levels.per_token()[..., None]
-    error = (student((1 - tau) * x0 + tau * x1, levels, batch.condition, separated=separated).velocity - x1 + x0) ** 2
-    kept = [error[i, k].mean() for i in range(12) for k in range(6) if counts(which, levels.assign[i, k], levels.levels[i], 2)]
+    error = (
+        student(
+            (1 - tau) * x0 + tau * x1, levels, batch.condition, separated=separated
+        ).velocity
+        - x1
+        + x0
+    ) ** 2
+    kept = [
+        error[i, k].mean()
+        for i in range(12)
+        for k in range(6)
+        if counts(which, levels.assign[i, k], levels.levels[i], 2)
+    ]
     assert 0 < len(kept) <= 60
     torch.testing.assert_close(losses.total, torch.stack(kept).mean())
 
 
 @pytest.mark.parametrize("kind", [SelfFlow, SRA])
-def test_the_two_views_share_noise_and_labels_and_the_teacher_sees_the_cleaner_level(student, teacher, batch, kind):
+def test_the_two_views_share_noise_and_labels_and_the_teacher_sees_the_cleaner_level(
+    student, teacher, batch, kind
+):
     x0 = batch.x0
     student, teacher = Watched(student), Watched(teacher)
     objective = kind(CONFIG, HALF, label_drop=0.5, separated=True)
     objective(student, teacher, batch, draws())
-    (xs, levels, ys, seen), (xc, clean, yc, options) = student.calls[0], teacher.calls[0]
-    assert torch.equal(ys.values, yc.values) and 5 in ys.values and (ys.values != 5).any()
+    (xs, levels, ys, seen), (xc, clean, yc, options) = (
+        student.calls[0],
+        teacher.calls[0],
+    )
+    assert (
+        torch.equal(ys.values, yc.values) and 5 in ys.values and (ys.values != 5).any()
+    )
     cleanest = levels.levels.amin(1)
-    assert clean.k == 1 and (torch.equal(clean.levels[:, 0], cleanest) if kind is SelfFlow else
-                             (clean.levels[:, 0] <= cleanest).all() and (cleanest - clean.levels[:, 0]).max() > 0.05)
-    assert options == {"taps": (objective.teacher_layer,), "stop": True, "parts": CONFIG.parts}, "it ends there, never separated"
+    assert clean.k == 1 and (
+        torch.equal(clean.levels[:, 0], cleanest)
+        if kind is SelfFlow
+        else (clean.levels[:, 0] <= cleanest).all()
+        and (cleanest - clean.levels[:, 0]).max() > 0.05
+    )
+    assert options == {
+        "taps": (objective.teacher_layer,),
+        "stop": True,
+        "parts": CONFIG.parts,
+    }, "it ends there, never separated"
     assert seen["separated"] and len(student.calls) == len(teacher.calls) == 1
     tau, low = levels.per_token()[..., None], clean.per_token()[..., None]
     noise_s, noise_c = (xs - (1 - tau) * x0) / tau, (xc - (1 - low) * x0) / low
@@ -304,25 +500,42 @@ def test_the_two_views_share_noise_and_labels_and_the_teacher_sees_the_cleaner_l
     torch.testing.assert_close(noise_s[usable], noise_c[usable], atol=1e-4, rtol=1e-4)
 
 
-def test_single_samples_show_the_teacher_the_lower_of_two_levels(student, teacher, batch):
+def test_single_samples_show_the_teacher_the_lower_of_two_levels(
+    student, teacher, batch
+):
     student, teacher = Watched(student), Watched(teacher)
     schedule = DualTimestep(mask_ratio=0.5, single_share=1.0)
     SelfFlow(CONFIG, schedule)(student, teacher, batch, draws())
     levels, clean = student.calls[0][1], teacher.calls[0][1]
     assert (levels.per_token() == levels.levels[:, :1]).all(), "all tokens at t"
-    assert torch.equal(clean.levels[:, 0], levels.levels.amin(1)) and (clean.levels[:, 0] < levels.levels[:, 0]).any()
+    assert (
+        torch.equal(clean.levels[:, 0], levels.levels.amin(1))
+        and (clean.levels[:, 0] < levels.levels[:, 0]).any()
+    )
 
 
 @pytest.mark.parametrize("kind", [SelfFlow, SRA])
-def test_gradient_reaches_student_and_head_and_never_the_teacher(student, teacher, batch, kind):
+def test_gradient_reaches_student_and_head_and_never_the_teacher(
+    student, teacher, batch, kind
+):
     objective = kind(CONFIG, student_layer=2, teacher_layer=3)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     objective(student, teacher, batch, draws()).rep_loss.backward()
-    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters()) and not teacher.training
+    assert (
+        all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+        and not teacher.training
+    )
     assert all(p.grad.abs().sum() > 0 for p in objective.parameters())
-    assert [block.attn.qkv.weight.grad is not None for block in student.blocks] == [True, True, False, False]
+    assert [block.attn.qkv.weight.grad is not None for block in student.blocks] == [
+        True,
+        True,
+        False,
+        False,
+    ]
     assert student.final_layer.linear.image.weight.grad is None
-    assert all(torch.equal(value, teacher.state_dict()[name]) for name, value in before.items())
+    assert all(
+        torch.equal(value, teacher.state_dict()[name]) for name, value in before.items()
+    )
 
 
 def test_a_teacher_that_could_learn_gets_no_gradient_either(student, batch):
@@ -331,20 +544,35 @@ def test_a_teacher_that_could_learn_gets_no_gradient_either(student, batch):
     assert all(p.grad is None for p in willing.parameters())
 
 
-@pytest.mark.parametrize("make", [SelfFlow, LayerSync, lambda config: REPA(config, 7, torch.nn.Linear(3, 7), head_width=9)],
-                         ids=["self_flow", "layer_sync", "repa"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        SelfFlow,
+        LayerSync,
+        lambda config: REPA(config, 7, torch.nn.Linear(3, 7), head_width=9),
+    ],
+    ids=["self_flow", "layer_sync", "repa"],
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_gradient_share_against_two_backward_passes(student, teacher, batch, make, checkpointing):
+def test_the_gradient_share_against_two_backward_passes(
+    student, teacher, batch, make, checkpointing
+):
     student.checkpointing = checkpointing
     watched, objective = Watched(student), make(CONFIG)
     losses = objective(watched, teacher, batch, draws())
-    assert "rep_gradient_share" not in losses.floats(diagnose=True), "before the backward pass nobody knows"
+    assert "rep_gradient_share" not in losses.floats(diagnose=True), (
+        "before the backward pass nobody knows"
+    )
     hidden = watched.answers[0].features[objective.student_layer]
-    flow, = torch.autograd.grad(losses.flow_loss, hidden, retain_graph=True)
-    rep, = torch.autograd.grad(objective.rep_weight * losses.rep_loss, hidden, retain_graph=True)
+    (flow,) = torch.autograd.grad(losses.flow_loss, hidden, retain_graph=True)
+    (rep,) = torch.autograd.grad(
+        objective.rep_weight * losses.rep_loss, hidden, retain_graph=True
+    )
     losses.total.backward()
     share = (rep.norm() / (rep.norm() + flow.norm())).item()
-    assert 0 < share < 1 and losses.floats(diagnose=True)["rep_gradient_share"] == pytest.approx(share, rel=1e-4)
+    assert 0 < share < 1 and losses.floats(diagnose=True)[
+        "rep_gradient_share"
+    ] == pytest.approx(share, rel=1e-4)
 
 
 def test_a_representation_loss_without_weight_has_no_share(student, teacher, batch):
@@ -353,26 +581,47 @@ def test_a_representation_loss_without_weight_has_no_share(student, teacher, bat
     assert losses.floats(diagnose=True)["rep_gradient_share"] == 0
 
 
-@pytest.mark.parametrize("make", [SelfFlow, SRA, LayerSync, lambda config: REPA(config, 7, torch.nn.Linear(3, 7), head_width=9)],
-                         ids=["self_flow", "sra", "layer_sync", "repa"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        SelfFlow,
+        SRA,
+        LayerSync,
+        lambda config: REPA(config, 7, torch.nn.Linear(3, 7), head_width=9),
+    ],
+    ids=["self_flow", "sra", "layer_sync", "repa"],
+)
 def test_losses_are_in_float32_under_autocast(student, teacher, batch, make):
     torch.manual_seed(0)
     objective = make(CONFIG)
     with torch.autocast("cpu", torch.bfloat16):
         losses = objective(student, teacher, batch, draws())
     exact = objective(student, teacher, batch, draws())
-    assert {getattr(losses, name).dtype for name in ("total", "flow_loss", "rep_loss")} == {torch.float32}
-    assert {getattr(losses.alignment, name).dtype for name in ("predicted", "target", "gap")} == {torch.float32}
+    assert {
+        getattr(losses, name).dtype for name in ("total", "flow_loss", "rep_loss")
+    } == {torch.float32}
+    assert {
+        getattr(losses.alignment, name).dtype for name in ("predicted", "target", "gap")
+    } == {torch.float32}
     torch.testing.assert_close(losses.total, exact.total, rtol=0.05, atol=0)
 
 
-def test_when_no_token_counts_the_losses_are_zero_and_the_log_says_nothing(student, teacher, batch):
-    objective = SelfFlow(CONFIG, DualTimestep(mask_ratio=0.0), flow_tokens="masked", rep_tokens="masked")
+def test_when_no_token_counts_the_losses_are_zero_and_the_log_says_nothing(
+    student, teacher, batch
+):
+    objective = SelfFlow(
+        CONFIG, DualTimestep(mask_ratio=0.0), flow_tokens="masked", rep_tokens="masked"
+    )
     losses = objective(student, teacher, batch, draws())
     losses.total.backward()
     found = losses.floats(diagnose=True)
-    assert found["total"] == found["flow_loss"] == found["rep_loss"] == 0 and "cosine" not in found
-    assert all(map(math.isfinite, found.values())) and all(p.grad.isfinite().all() for p in objective.parameters())
+    assert (
+        found["total"] == found["flow_loss"] == found["rep_loss"] == 0
+        and "cosine" not in found
+    )
+    assert all(map(math.isfinite, found.values())) and all(
+        p.grad.isfinite().all() for p in objective.parameters()
+    )
 
 
 @pytest.mark.parametrize("kind", [SelfFlow, SRA, LayerSync])
@@ -384,15 +633,22 @@ def test_masked_tokens_need_a_mask(student, teacher, batch, kind):
 
 
 def test_unknown_distances_and_offsets_are_refused():
-    with pytest.raises(ValueError, match="distance is 'l1'; known are cosine, smooth_l1, l2"):
+    with pytest.raises(
+        ValueError, match="distance is 'l1'; known are cosine, smooth_l1, l2"
+    ):
         SelfFlow(CONFIG, distance="l1")
     for offset in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match=f"offset is {offset}"):
             SRA(CONFIG, offset=offset)
     for layer in (0, 5):
-        with pytest.raises(ValueError, match=f"student_layer is {layer}, but the model has layers 1 to 4"):
+        with pytest.raises(
+            ValueError,
+            match=f"student_layer is {layer}, but the model has layers 1 to 4",
+        ):
             REPA(CONFIG, 7, student_layer=layer)
-    assert issubclass(REPA, FeatureObjective) and REPA(CONFIG, 7, student_layer=4, head_width=9).taps == (4,)
+    assert issubclass(REPA, FeatureObjective) and REPA(
+        CONFIG, 7, student_layer=4, head_width=9
+    ).taps == (4,)
 
 
 def test_ema_closed_form():
@@ -402,9 +658,13 @@ def test_ema_closed_form():
     for step in range(5):
         with torch.no_grad():
             for p in student.parameters():
-                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(step)))
+                p.add_(
+                    torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+                )
         update_ema(teacher, student, decay)
-        history.append({name: p.detach().clone() for name, p in student.named_parameters()})
+        history.append(
+            {name: p.detach().clone() for name, p in student.named_parameters()}
+        )
     weights = [decay**5] + [(1 - decay) * decay ** (5 - i) for i in range(1, 6)]
     assert sum(weights) == pytest.approx(1)
     for name, average in teacher.named_parameters():
@@ -421,38 +681,69 @@ def test_half_life():
 
 def test_the_teacher_is_a_copy_that_shares_nothing(student):
     teacher = make_teacher(student)
-    assert not {p.data_ptr() for p in teacher.parameters()} & {p.data_ptr() for p in student.parameters()}
-    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), student.parameters(), strict=True))
+    assert not {p.data_ptr() for p in teacher.parameters()} & {
+        p.data_ptr() for p in student.parameters()
+    }
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(teacher.parameters(), student.parameters(), strict=True)
+    )
 
 
-@pytest.mark.parametrize("depth, layers", [(28, (8, 20)), (12, (4, 8)), (6, (2, 4)), (4, (1, 3)), (2, (1, 2))])
+@pytest.mark.parametrize(
+    "depth, layers",
+    [(28, (8, 20)), (12, (4, 8)), (6, (2, 4)), (4, (1, 3)), (2, (1, 2))],
+)
 def test_default_layers(depth, layers):
     assert default_layers(depth) == layers
 
 
-@pytest.mark.parametrize("depth, layers", [(28, (8, 16)), (12, (4, 7)), (4, (1, 2)), (2, (1, 2))])
+@pytest.mark.parametrize(
+    "depth, layers", [(28, (8, 16)), (12, (4, 7)), (4, (1, 2)), (2, (1, 2))]
+)
 def test_default_layers_of_layer_sync(depth, layers):
-    objective = LayerSync(TransformerConfig.of_image(channels=3, grid=(2, 3), width=16, depth=depth, heads=2))
-    assert (objective.student_layer, objective.teacher_layer) == layers == objective.taps
+    objective = LayerSync(
+        TransformerConfig.of_image(
+            channels=3, grid=(2, 3), width=16, depth=depth, heads=2
+        )
+    )
+    assert (
+        (objective.student_layer, objective.teacher_layer) == layers == objective.taps
+    )
 
 
 @pytest.mark.parametrize("kind", [SelfFlow, SRA, LayerSync])
 @pytest.mark.parametrize("layers", [(3, 3), (4, 2), (0, 2), (1, 5)])
 def test_layers_that_do_not_fit_are_refused(kind, layers):
-    with pytest.raises(ValueError, match=f"student_layer {layers[0]} and teacher_layer {layers[1]} do not fit"):
+    with pytest.raises(
+        ValueError,
+        match=f"student_layer {layers[0]} and teacher_layer {layers[1]} do not fit",
+    ):
         kind(CONFIG, None, *layers)
 
 
 def test_the_head_is_the_published_one():
     shapes = [tuple(p.shape) for p in Projector(16).parameters()]
-    assert shapes == [(32, 16), (32,), (16, 32), (16,)] and isinstance(Projector(16)[1], torch.nn.SiLU)
+    assert shapes == [(32, 16), (32,), (16, 32), (16,)] and isinstance(
+        Projector(16)[1], torch.nn.SiLU
+    )
 
 
 def test_losses_as_numbers(student, teacher, batch):
-    assert Losses(torch.tensor(1.0), torch.tensor(1.0)).floats(diagnose=True) == {"total": 1.0, "flow_loss": 1.0}
+    assert Losses(torch.tensor(1.0), torch.tensor(1.0)).floats(diagnose=True) == {
+        "total": 1.0,
+        "flow_loss": 1.0,
+    }
     losses = SelfFlow(CONFIG)(student, teacher, batch, draws())
     few, many = losses.floats(), losses.floats(diagnose=True)
     assert list(few) == ["total", "flow_loss", "rep_loss", "cosine", "constant_cosine"]
-    assert few["cosine"] == pytest.approx(1 - few["rep_loss"], abs=1e-6) and few["total"] == losses.total.item()
-    assert few.items() < many.items() and {"feature_std", "effective_rank", "cosine_gap_0"} < set(many)
+    assert (
+        few["cosine"] == pytest.approx(1 - few["rep_loss"], abs=1e-6)
+        and few["total"] == losses.total.item()
+    )
+    assert few.items() < many.items() and {
+        "feature_std",
+        "effective_rank",
+        "cosine_gap_0",
+    } < set(many)
     assert all(isinstance(value, float) for value in many.values())

@@ -1,4 +1,5 @@
 """The published weights: equality with the published code's numbers, and with an independent forward; refusals; files."""
+
 import json
 import math
 from dataclasses import dataclass
@@ -11,18 +12,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import save as write_pt  # what the published file was written with; only tests write one, to read it
 
-from selfflow.method.batch import Condition
+# what the published file was written with; only tests write one, to read it
+from torch import save as write_pt
+
 from selfflow.method import reference
+from selfflow.method.batch import Condition
 from selfflow.method.objective import Projector
-from selfflow.method.reference import PUBLISHED, export, fold_time, infer_config, layout, load, _published_config, save
+from selfflow.method.reference import (
+    PUBLISHED,
+    _published_config,
+    export,
+    fold_time,
+    infer_config,
+    layout,
+    load,
+    save,
+)
 from selfflow.method.sampling import guided_velocity, sample
 from selfflow.method.schedule import NoiseLevels
 from selfflow.method.tokens import Part
 from selfflow.method.transformer import Transformer, TransformerConfig
 
-FILES = [Path(__file__).parents[1] / f"fixtures/reference_dit_small_{part}.safetensors" for part in ("blocks", "rest")]
+FILES = [
+    Path(__file__).parents[1] / f"fixtures/reference_dit_small_{part}.safetensors"
+    for part in ("blocks", "rest")
+]
 EXACT = {"atol": 1e-5, "rtol": 0}
 
 
@@ -44,7 +59,11 @@ def config(meta):
 
 @pytest.fixture
 def weights(fixture):
-    return {name.removeprefix("weights."): value.clone() for name, value in fixture.items() if name.startswith("weights.")}
+    return {
+        name.removeprefix("weights."): value.clone()
+        for name, value in fixture.items()
+        if name.startswith("weights.")
+    }
 
 
 @pytest.fixture
@@ -54,8 +73,14 @@ def loaded(weights, config):
 
 def embed(u, width=256):
     "Cosines, then sines, of u (..., ) at falling frequencies, in float64."
-    f = torch.tensor([math.exp(-math.log(10_000) * i / (width // 2)) for i in range(width // 2)], dtype=torch.float64)
-    return torch.cat([torch.cos(u.double()[..., None] * f), torch.sin(u.double()[..., None] * f)], dim=-1)
+    f = torch.tensor(
+        [math.exp(-math.log(10_000) * i / (width // 2)) for i in range(width // 2)],
+        dtype=torch.float64,
+    )
+    return torch.cat(
+        [torch.cos(u.double()[..., None] * f), torch.sin(u.double()[..., None] * f)],
+        dim=-1,
+    )
 
 
 def published_forward(weights, config, x, tau, y):
@@ -74,13 +99,28 @@ def published_forward(weights, config, x, tau, y):
     c = F.silu(c + w["y_embedder.embedding_table.weight"][y][:, None])
     features = []
     for i in range(config["depth"]):
-        shift1, scale1, gate1, shift2, scale2, gate2 = linear(f"blocks.{i}.adaLN_modulation.1", c).split(d, dim=-1)
-        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2)
-                   for part in linear(f"blocks.{i}.attn.qkv", norm(h, shift1, scale1)).split(d, dim=-1))
-        mixed = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(d // heads), dim=-1) @ v
-        h = h + gate1 * linear(f"blocks.{i}.attn.proj", mixed.transpose(1, 2).flatten(2))
-        h = h + gate2 * linear(f"blocks.{i}.mlp.fc2", F.gelu(linear(f"blocks.{i}.mlp.fc1", norm(h, shift2, scale2)),
-                                                             approximate="tanh"))
+        shift1, scale1, gate1, shift2, scale2, gate2 = linear(
+            f"blocks.{i}.adaLN_modulation.1", c
+        ).split(d, dim=-1)
+        q, k, v = (
+            part.unflatten(-1, (heads, -1)).transpose(1, 2)
+            for part in linear(f"blocks.{i}.attn.qkv", norm(h, shift1, scale1)).split(
+                d, dim=-1
+            )
+        )
+        mixed = (
+            torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(d // heads), dim=-1) @ v
+        )
+        h = h + gate1 * linear(
+            f"blocks.{i}.attn.proj", mixed.transpose(1, 2).flatten(2)
+        )
+        h = h + gate2 * linear(
+            f"blocks.{i}.mlp.fc2",
+            F.gelu(
+                linear(f"blocks.{i}.mlp.fc1", norm(h, shift2, scale2)),
+                approximate="tanh",
+            ),
+        )
         features.append(h)
     shift, scale = linear("final_layer.adaLN_modulation.1", c).split(d, dim=-1)
     out = linear("final_layer.linear", norm(h, shift, scale))
@@ -89,7 +129,9 @@ def published_forward(weights, config, x, tau, y):
     for channel in range(config["in_channels"]):
         for row in range(p):
             for column in range(p):
-                velocity[..., (channel * p + row) * p + column] = -out[..., (row * p + column) * channels + channel]
+                velocity[..., (channel * p + row) * p + column] = -out[
+                    ..., (row * p + column) * channels + channel
+                ]
     return velocity, features
 
 
@@ -109,78 +151,153 @@ def sde(velocity, x, noise, points=12, last=0.04):
 
 # --- equality with the published code's numbers
 
+
 def levels_of(fixture):
-    return {"single": NoiseLevels.single(fixture["input.t"], 16),
-            "dual": NoiseLevels(torch.stack([fixture["input.t"], fixture["input.s"]], dim=1), fixture["input.mask"].long()),
-            "per token": NoiseLevels(fixture["input.tau"], torch.arange(16).expand(3, -1).contiguous())}
+    return {
+        "single": NoiseLevels.single(fixture["input.t"], 16),
+        "dual": NoiseLevels(
+            torch.stack([fixture["input.t"], fixture["input.s"]], dim=1),
+            fixture["input.mask"].long(),
+        ),
+        "per token": NoiseLevels(
+            fixture["input.tau"], torch.arange(16).expand(3, -1).contiguous()
+        ),
+    }
 
 
 def told(fixture, model):
     return Condition(fixture["input.y"], model.config.classes)
 
 
-@pytest.mark.parametrize("levels, output", [("single", "homogeneous"), ("dual", "dual"), ("per token", "dual")])
+@pytest.mark.parametrize(
+    "levels, output",
+    [("single", "homogeneous"), ("dual", "dual"), ("per token", "dual")],
+)
 @torch.no_grad()
 def test_velocity_is_the_published_one(fixture, loaded, levels, output):
-    velocity = loaded[0](fixture["input.x"], levels_of(fixture)[levels], told(fixture, loaded[0])).velocity
+    velocity = loaded[0](
+        fixture["input.x"], levels_of(fixture)[levels], told(fixture, loaded[0])
+    ).velocity
     torch.testing.assert_close(velocity, fixture[f"output.velocity.{output}"], **EXACT)
 
 
 @torch.no_grad()
 def test_features_are_the_published_ones(fixture, meta, loaded):
     model, projector = loaded
-    student, teacher, levels = int(meta["student_layer"]), int(meta["teacher_layer"]), levels_of(fixture)["dual"]
+    student, teacher, levels = (
+        int(meta["student_layer"]),
+        int(meta["teacher_layer"]),
+        levels_of(fixture)["dual"],
+    )
     out = model(fixture["input.x"], levels, told(fixture, model), taps=(student,))
-    torch.testing.assert_close(projector(out.features[student]), fixture["output.features.student_projected"], **EXACT)
-    out = model(fixture["input.x"], levels.cleanest(), told(fixture, model), taps=(teacher,), stop=True)
-    torch.testing.assert_close(out.features[teacher], fixture["output.features.teacher_raw"], **EXACT)
+    torch.testing.assert_close(
+        projector(out.features[student]),
+        fixture["output.features.student_projected"],
+        **EXACT,
+    )
+    out = model(
+        fixture["input.x"],
+        levels.cleanest(),
+        told(fixture, model),
+        taps=(teacher,),
+        stop=True,
+    )
+    torch.testing.assert_close(
+        out.features[teacher], fixture["output.features.teacher_raw"], **EXACT
+    )
 
 
 @torch.no_grad()
 def test_samples_are_the_published_ones_by_a_loop(fixture, loaded):
-    samples = sde(guided_velocity(loaded[0], told(fixture, loaded[0])), fixture["input.sde.x1"], fixture["input.sde.noise"])
+    samples = sde(
+        guided_velocity(loaded[0], told(fixture, loaded[0])),
+        fixture["input.sde.x1"],
+        fixture["input.sde.noise"],
+    )
     torch.testing.assert_close(samples, fixture["output.sde.samples"], **EXACT)
 
 
 def test_samples_are_the_published_ones_by_the_sampler(fixture, loaded):
     velocity = guided_velocity(loaded[0], told(fixture, loaded[0]))
-    samples = sample(velocity, fixture["input.sde.x1"], steps=12, method="sde", noise=fixture["input.sde.noise"])
+    samples = sample(
+        velocity,
+        fixture["input.sde.x1"],
+        steps=12,
+        method="sde",
+        noise=fixture["input.sde.noise"],
+    )
     torch.testing.assert_close(samples, fixture["output.sde.samples"], **EXACT)
 
 
 def test_the_independent_forward_is_the_published_one(fixture, weights, config):
     arguments = fixture["input.x"], fixture["input.tau"], fixture["input.y"]
     velocity, features = published_forward(weights, config, *arguments)
-    torch.testing.assert_close(velocity.float(), fixture["output.velocity.dual"], **EXACT)
+    torch.testing.assert_close(
+        velocity.float(), fixture["output.velocity.dual"], **EXACT
+    )
     assert len(features) == 3
 
 
 # --- any layout, against the independent forward
 
+
 @st.composite
 def configs(draw):
     patch, heads = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3]))
-    return {"input_size": draw(st.integers(1, 3)) * patch, "patch_size": patch, "in_channels": draw(st.integers(1, 4)),
-            "hidden_size": 4 * heads * draw(st.integers(1, 2)), "depth": draw(st.integers(1, 2)), "num_heads": heads,
-            "mlp_ratio": draw(st.sampled_from([1.0, 2.5, 4.0])), "num_classes": draw(st.integers(1, 5)),
-            "learn_sigma": draw(st.booleans()), "compatibility_mode": True}
+    return {
+        "input_size": draw(st.integers(1, 3)) * patch,
+        "patch_size": patch,
+        "in_channels": draw(st.integers(1, 4)),
+        "hidden_size": 4 * heads * draw(st.integers(1, 2)),
+        "depth": draw(st.integers(1, 2)),
+        "num_heads": heads,
+        "mlp_ratio": draw(st.sampled_from([1.0, 2.5, 4.0])),
+        "num_classes": draw(st.integers(1, 5)),
+        "learn_sigma": draw(st.booleans()),
+        "compatibility_mode": True,
+    }
 
 
 def random_weights(config, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    made = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in layout(config).items()}
-    side, quarter = config["input_size"] // config["patch_size"], config["hidden_size"] // 4
-    f = [10_000 ** (-i / quarter) for i in range(quarter)]  # columns before rows, sines before cosines
-    made["pos_embed"] = torch.tensor([[[wave(axis * k) for axis in (column, row) for wave in (math.sin, math.cos) for k in f]
-                                       for row in range(side) for column in range(side)]])
+    made = {
+        name: torch.randn(shape, generator=generator) * 0.3
+        for name, shape in layout(config).items()
+    }
+    side, quarter = (
+        config["input_size"] // config["patch_size"],
+        config["hidden_size"] // 4,
+    )
+    # columns before rows, sines before cosines
+    f = [10_000 ** (-i / quarter) for i in range(quarter)]
+    made["pos_embed"] = torch.tensor(
+        [
+            [
+                [
+                    wave(axis * k)
+                    for axis in (column, row)
+                    for wave in (math.sin, math.cos)
+                    for k in f
+                ]
+                for row in range(side)
+                for column in range(side)
+            ]
+        ]
+    )
     return made
 
 
 def random_input(config, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    n, c = (config["input_size"] // config["patch_size"])**2, config["in_channels"] * config["patch_size"]**2
-    return (torch.randn(2, n, c, generator=generator), torch.rand(2, n, generator=generator),
-            torch.randint(config["num_classes"], (2,), generator=generator))
+    n, c = (
+        (config["input_size"] // config["patch_size"]) ** 2,
+        config["in_channels"] * config["patch_size"] ** 2,
+    )
+    return (
+        torch.randn(2, n, c, generator=generator),
+        torch.rand(2, n, generator=generator),
+        torch.randint(config["num_classes"], (2,), generator=generator),
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -191,10 +308,17 @@ def test_any_layout_computes_the_published_function(config):
     velocity, features = published_forward(weights, config, x, tau, y)
     levels = NoiseLevels(tau, torch.arange(tau.shape[1]).expand(2, -1).contiguous())
     with torch.no_grad():
-        out = model(x, levels, Condition(y, model.config.classes), taps=(config["depth"],))
+        out = model(
+            x, levels, Condition(y, model.config.classes), taps=(config["depth"],)
+        )
     torch.testing.assert_close(out.velocity.double(), velocity, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(out.features[config["depth"]].double(), features[-1], atol=1e-3, rtol=1e-3)
-    assert sum(p.numel() for p in projector.parameters()) == 4 * config["hidden_size"]**2 + 3 * config["hidden_size"]
+    torch.testing.assert_close(
+        out.features[config["depth"]].double(), features[-1], atol=1e-3, rtol=1e-3
+    )
+    assert (
+        sum(p.numel() for p in projector.parameters())
+        == 4 * config["hidden_size"] ** 2 + 3 * config["hidden_size"]
+    )
 
 
 @settings(max_examples=10, deadline=None)
@@ -203,10 +327,18 @@ def test_there_and_back(config):
     weights = random_weights(config)
     known = {name: config[name] for name in ("patch_size", "num_heads")}
     model, projector = load(weights, known)  # the rest is read off the shapes
-    assert _published_config(model.config, {"patch_size": config["patch_size"], "learn_sigma": config["learn_sigma"]}) == config
+    assert (
+        _published_config(
+            model.config,
+            {"patch_size": config["patch_size"], "learn_sigma": config["learn_sigma"]},
+        )
+        == config
+    )
     back = export(model, projector, config)
     rows = len(weights["final_layer.linear.bias"])
-    used = torch.arange(rows) % (rows // config["patch_size"]**2) < config["in_channels"]
+    used = (
+        torch.arange(rows) % (rows // config["patch_size"] ** 2) < config["in_channels"]
+    )
     for name, value in weights.items():
         if name.startswith("final_layer.linear."):
             assert not back[name][~used].any()
@@ -214,21 +346,33 @@ def test_there_and_back(config):
         torch.testing.assert_close(back[name], value, atol=1e-6, rtol=1e-6)
     again, _ = load(export(model, None, config), config)
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(again.state_dict()[name], value, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            again.state_dict()[name], value, atol=1e-6, rtol=1e-6
+        )
 
 
 def test_time_is_folded_and_unfolded():
     weight, t = torch.randn(5, 256, dtype=torch.float64), torch.linspace(0, 1, 11)
-    torch.testing.assert_close(embed(t) @ fold_time(weight).T, embed(1 - t.double()) @ weight.T)
+    torch.testing.assert_close(
+        embed(t) @ fold_time(weight).T, embed(1 - t.double()) @ weight.T
+    )
     torch.testing.assert_close(fold_time(fold_time(weight)), weight)
     assert (fold_time(weight) - weight).abs().max() > 0.1
 
 
 # --- the layout
 
+
 def test_the_published_layout():
-    d, expected = 1152, {"pos_embed": (1, 256, 1152), "x_embedder.proj.weight": (1152, 16), "x_embedder.proj.bias": (1152,),
-                         "y_embedder.embedding_table.weight": (1001, 1152)}
+    d, expected = (
+        1152,
+        {
+            "pos_embed": (1, 256, 1152),
+            "x_embedder.proj.weight": (1152, 16),
+            "x_embedder.proj.bias": (1152,),
+            "y_embedder.embedding_table.weight": (1001, 1152),
+        },
+    )
 
     def linear(name, rows, columns):
         expected.update({f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)})
@@ -247,11 +391,16 @@ def test_the_published_layout():
     linear("projector.linear2", d, 2 * d)
     assert layout(PUBLISHED) == expected and len(expected) == 296
     with torch.device("meta"):
-        assert infer_config({name: torch.empty(shape) for name, shape in expected.items()}) == PUBLISHED
+        assert (
+            infer_config({name: torch.empty(shape) for name, shape in expected.items()})
+            == PUBLISHED
+        )
 
 
 def test_the_layout_of_the_fixture(weights, config):
-    assert layout(config) == {name: tuple(value.shape) for name, value in weights.items()}
+    assert layout(config) == {
+        name: tuple(value.shape) for name, value in weights.items()
+    }
 
 
 @pytest.mark.parametrize("width, heads", [(384, 6), (768, 12), (1024, 16), (1152, 16)])
@@ -266,13 +415,16 @@ def test_heads_follow_from_the_known_widths(width, heads):
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 500), st.integers(1, 3000))
 def test_the_mlp_is_as_wide_as_it_was(quarter, hidden):
-    weights = {"pos_embed": torch.empty(1, 4, 4 * quarter, device="meta"),
-               "blocks.0.mlp.fc1.weight": torch.empty(hidden, 4 * quarter, device="meta")}
+    weights = {
+        "pos_embed": torch.empty(1, 4, 4 * quarter, device="meta"),
+        "blocks.0.mlp.fc1.weight": torch.empty(hidden, 4 * quarter, device="meta"),
+    }
     ratio = infer_config(weights, {"num_heads": 1})["mlp_ratio"]
     assert int(4 * quarter * ratio) == hidden  # how the transformer computes it
 
 
 # --- what is accepted
+
 
 def same(model, other):
     assert model.config == other.config
@@ -281,18 +433,45 @@ def same(model, other):
     return True
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda w: {f"module.{name}": value for name, value in w.items()},
-    lambda w: {"model": w},
-    lambda w: {"state_dict": {f"module.{name}": value for name, value in w.items()}},
-    lambda w: {"ema": w, "model": {name: value + 1 for name, value in w.items()}, "step": 3},
-    lambda w: w | {"x_embedder.proj.weight": w["x_embedder.proj.weight"].reshape(48, 4, 2, 2)},
-    lambda w: {name: value.double() for name, value in w.items()},
-    lambda w: {name: torch.nn.Parameter(value) for name, value in w.items()},
-], ids=["prefix", "model", "state_dict", "ema", "convolution", "float64", "parameters"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w: {f"module.{name}": value for name, value in w.items()},
+        lambda w: {"model": w},
+        lambda w: {
+            "state_dict": {f"module.{name}": value for name, value in w.items()}
+        },
+        lambda w: {
+            "ema": w,
+            "model": {name: value + 1 for name, value in w.items()},
+            "step": 3,
+        },
+        lambda w: (
+            w
+            | {
+                "x_embedder.proj.weight": w["x_embedder.proj.weight"].reshape(
+                    48, 4, 2, 2
+                )
+            }
+        ),
+        lambda w: {name: value.double() for name, value in w.items()},
+        lambda w: {name: torch.nn.Parameter(value) for name, value in w.items()},
+    ],
+    ids=[
+        "prefix",
+        "model",
+        "state_dict",
+        "ema",
+        "convolution",
+        "float64",
+        "parameters",
+    ],
+)
 def test_other_wrappings(weights, config, loaded, wrap):
     model, projector = load(wrap(weights), config)
-    assert same(model, loaded[0]) and all(map(torch.equal, projector.parameters(), loaded[1].parameters()))
+    assert same(model, loaded[0]) and all(
+        map(torch.equal, projector.parameters(), loaded[1].parameters())
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -300,12 +479,21 @@ def test_half_precision_is_read_into_float32(weights, config, loaded, dtype):
     model, _ = load({name: value.to(dtype) for name, value in weights.items()}, config)
     for name, value in model.state_dict().items():
         assert value.dtype == torch.float32
-        torch.testing.assert_close(value, loaded[0].state_dict()[name], atol=0.02, rtol=0.01)
+        torch.testing.assert_close(
+            value, loaded[0].state_dict()[name], atol=0.02, rtol=0.01
+        )
     assert torch.equal(model.positions, loaded[0].positions)
 
 
 def test_without_projector(weights, config, loaded):
-    model, projector = load({name: value for name, value in weights.items() if not name.startswith("projector")}, config)
+    model, projector = load(
+        {
+            name: value
+            for name, value in weights.items()
+            if not name.startswith("projector")
+        },
+        config,
+    )
     assert projector is None and same(model, loaded[0])
     assert not any(name.startswith("projector") for name in export(model))
 
@@ -313,51 +501,102 @@ def test_without_projector(weights, config, loaded):
 def test_what_is_loaded_is_a_model_like_any_other(weights, config, loaded):
     model, projector = loaded
     assert not model.training and not projector.training
-    expected = TransformerConfig.of_image(16, (4, 4), width=48, depth=3, heads=4, mlp_ratio=4.0, classes=10)
+    expected = TransformerConfig.of_image(
+        16, (4, 4), width=48, depth=3, heads=4, mlp_ratio=4.0, classes=10
+    )
     assert model.config == expected
-    assert all(p.requires_grad and p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
-    assert model.positions.device.type == "cpu" and "positions" not in model.state_dict()
-    model(torch.randn(1, 16, 16), NoiseLevels.single(torch.tensor([0.5]), 16)).velocity.sum().backward()
+    assert all(
+        p.requires_grad and p.dtype == torch.float32 and p.device.type == "cpu"
+        for p in model.parameters()
+    )
+    assert (
+        model.positions.device.type == "cpu" and "positions" not in model.state_dict()
+    )
+    model(
+        torch.randn(1, 16, 16), NoiseLevels.single(torch.tensor([0.5]), 16)
+    ).velocity.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
 def test_nothing_is_shared_and_no_random_number_is_drawn(weights, config):
-    before, state = {name: value.clone() for name, value in weights.items()}, torch.get_rng_state()
+    before, state = (
+        {name: value.clone() for name, value in weights.items()},
+        torch.get_rng_state(),
+    )
     model, projector = load(weights, config)
     assert torch.equal(torch.get_rng_state(), state)
     written = export(model, projector)
     kept = {name: value.clone() for name, value in written.items()}
     with torch.no_grad():
-        for parameter in (*model.parameters(), *projector.parameters(), model.positions):
+        for parameter in (
+            *model.parameters(),
+            *projector.parameters(),
+            model.positions,
+        ):
             parameter.zero_()
-    assert all(torch.equal(weights[name], before[name]) and torch.equal(written[name], kept[name]) for name in weights)
+    assert all(
+        torch.equal(weights[name], before[name])
+        and torch.equal(written[name], kept[name])
+        for name in weights
+    )
 
 
 # --- what is refused
+
 
 def without(name):
     return lambda w: {key: value for key, value in w.items() if key != name}
 
 
-@pytest.mark.parametrize("change, words", [
-    (without("pos_embed"), "missing pos_embed"),
-    (without("t_embedder.mlp.0.weight"), "missing t_embedder.mlp.0.weight"),
-    (without("projector.linear1.weight"), "missing projector.linear1.weight"),
-    (without("blocks.1.attn.qkv.bias"), "missing blocks.1.attn.qkv.bias$"),
-    (lambda w: w | {"blocks.3.attn.qkv.bias": torch.zeros(144)}, "unexpected blocks.3.attn.qkv.bias$"),
-    (lambda w: w | {"cls_token": torch.zeros(1)}, "nothing was loaded: unexpected cls_token$"),
-    (lambda w: w | {"module.pos_embed": w["pos_embed"]}, "unexpected module.pos_embed"),
-    (lambda w: w | {"blocks.2.mlp.fc2.weight": torch.zeros(192, 48)}, r"shape \(192, 48\) instead of \(48, 192\)"),
-    (lambda w: w | {"x_embedder.proj.weight": torch.zeros(48, 2, 4, 2)}, r"\(48, 2, 4, 2\) instead of \(48, 16\)"),
-    (lambda w: w | {"pos_embed": w["pos_embed"][0]}, r"pos_embed has shape \(16, 48\) instead of"),
-    (lambda w: w | {"pos_embed": w["pos_embed"].roll(1, 1)}, "pos_embed differs by up to"),
-    (lambda w: w | {"pos_embed": w["pos_embed"] * math.nan}, "pos_embed differs by up to nan"),
-    (lambda w: w | {"x_embedder.proj.bias": torch.zeros(48, dtype=torch.int64)}, "torch.int64 instead of floats"),
-    (lambda w: w | {"epoch": 3, "name": "x"}, "but epoch, name are something else"),
-    (lambda w: w | {3: torch.zeros(1)}, "but 3 are something else"),
-    (lambda w: {"model": {}}, "none of the published names is among the 0 given"),
-    (lambda w: {"conv1.weight": torch.zeros(1)}, "begin with conv1.weight"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (without("pos_embed"), "missing pos_embed"),
+        (without("t_embedder.mlp.0.weight"), "missing t_embedder.mlp.0.weight"),
+        (without("projector.linear1.weight"), "missing projector.linear1.weight"),
+        (without("blocks.1.attn.qkv.bias"), "missing blocks.1.attn.qkv.bias$"),
+        (
+            lambda w: w | {"blocks.3.attn.qkv.bias": torch.zeros(144)},
+            "unexpected blocks.3.attn.qkv.bias$",
+        ),
+        (
+            lambda w: w | {"cls_token": torch.zeros(1)},
+            "nothing was loaded: unexpected cls_token$",
+        ),
+        (
+            lambda w: w | {"module.pos_embed": w["pos_embed"]},
+            "unexpected module.pos_embed",
+        ),
+        (
+            lambda w: w | {"blocks.2.mlp.fc2.weight": torch.zeros(192, 48)},
+            r"shape \(192, 48\) instead of \(48, 192\)",
+        ),
+        (
+            lambda w: w | {"x_embedder.proj.weight": torch.zeros(48, 2, 4, 2)},
+            r"\(48, 2, 4, 2\) instead of \(48, 16\)",
+        ),
+        (
+            lambda w: w | {"pos_embed": w["pos_embed"][0]},
+            r"pos_embed has shape \(16, 48\) instead of",
+        ),
+        (
+            lambda w: w | {"pos_embed": w["pos_embed"].roll(1, 1)},
+            "pos_embed differs by up to",
+        ),
+        (
+            lambda w: w | {"pos_embed": w["pos_embed"] * math.nan},
+            "pos_embed differs by up to nan",
+        ),
+        (
+            lambda w: w | {"x_embedder.proj.bias": torch.zeros(48, dtype=torch.int64)},
+            "torch.int64 instead of floats",
+        ),
+        (lambda w: w | {"epoch": 3, "name": "x"}, "but epoch, name are something else"),
+        (lambda w: w | {3: torch.zeros(1)}, "but 3 are something else"),
+        (lambda w: {"model": {}}, "none of the published names is among the 0 given"),
+        (lambda w: {"conv1.weight": torch.zeros(1)}, "begin with conv1.weight"),
+    ],
+)
 def test_what_does_not_fit_is_refused(weights, config, change, words):
     with pytest.raises(ValueError, match=words):
         load(change(weights), config)
@@ -365,35 +604,58 @@ def test_what_does_not_fit_is_refused(weights, config, change, words):
 
 def test_everything_wrong_is_said_at_once(weights, config):
     weights["a"], weights["b"] = torch.zeros(1), torch.zeros(1)
-    weights["blocks.0.mlp.fc1.bias"], weights["final_layer.linear.bias"] = torch.zeros(5), torch.zeros(16)
+    weights["blocks.0.mlp.fc1.bias"], weights["final_layer.linear.bias"] = (
+        torch.zeros(5),
+        torch.zeros(16),
+    )
     del weights["x_embedder.proj.bias"], weights["projector.linear2.bias"]
     with pytest.raises(ValueError) as caught:
         load(weights, config)
     said = str(caught.value)
-    for words in ("unexpected a", "unexpected b", "missing x_embedder.proj.bias", "missing projector.linear2.bias",
-                  "blocks.0.mlp.fc1.bias has shape (5,) instead of (192,)",
-                  "final_layer.linear.bias has shape (16,) instead of (32,)"):
+    for words in (
+        "unexpected a",
+        "unexpected b",
+        "missing x_embedder.proj.bias",
+        "missing projector.linear2.bias",
+        "blocks.0.mlp.fc1.bias has shape (5,) instead of (192,)",
+        "final_layer.linear.bias has shape (16,) instead of (32,)",
+    ):
         assert said.count(words) == 1, said
     assert said.count(";") == 5
 
 
 def test_blocks_are_counted_not_believed(weights):
     weights["blocks.900000000.attn.qkv.bias"] = torch.zeros(144)
-    with pytest.raises(ValueError, match="unexpected blocks.900000000.attn.qkv.bias; missing blocks.3.attn.qkv.weight;"):
+    with pytest.raises(
+        ValueError,
+        match="unexpected blocks.900000000.attn.qkv.bias; missing blocks.3.attn.qkv.weight;",
+    ):
         load(weights, {"num_heads": 4})
 
 
-@pytest.mark.parametrize("config, words", [
-    (None, "heads cannot be seen in the weights, and width 48 is none of 384, 768, 1024, 1152"),
-    ({"num_heads": 4, "headz": 4}, "config has headz, but the published arguments are input_size,"),
-    ({"num_heads": 4, "patch_size": 3}, "tokens of 16 numbers are no patches of 3 x 3"),
-    ({"num_heads": 4, "patch_size": 0}, "no patches of 0 x 0"),
-    ({"num_heads": 5}, "width 48 must be divisible by heads"),
-    ({"num_heads": 4, "depth": 4}, "missing blocks.3.attn.qkv.weight"),
-    ({"num_heads": 4, "num_classes": 1001}, r"\(11, 48\) instead of \(1001, 48\)"),
-    ({"num_heads": 4, "learn_sigma": False}, r"\(32, 48\) instead of \(16, 48\)"),
-    ({"num_heads": 4, "compatibility_mode": False}, "compatibility_mode is False"),
-])
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        (
+            None,
+            "heads cannot be seen in the weights, and width 48 is none of 384, 768, 1024, 1152",
+        ),
+        (
+            {"num_heads": 4, "headz": 4},
+            "config has headz, but the published arguments are input_size,",
+        ),
+        (
+            {"num_heads": 4, "patch_size": 3},
+            "tokens of 16 numbers are no patches of 3 x 3",
+        ),
+        ({"num_heads": 4, "patch_size": 0}, "no patches of 0 x 0"),
+        ({"num_heads": 5}, "width 48 must be divisible by heads"),
+        ({"num_heads": 4, "depth": 4}, "missing blocks.3.attn.qkv.weight"),
+        ({"num_heads": 4, "num_classes": 1001}, r"\(11, 48\) instead of \(1001, 48\)"),
+        ({"num_heads": 4, "learn_sigma": False}, r"\(32, 48\) instead of \(16, 48\)"),
+        ({"num_heads": 4, "compatibility_mode": False}, "compatibility_mode is False"),
+    ],
+)
 def test_a_config_that_does_not_fit_is_refused(weights, config, words):
     with pytest.raises(ValueError, match=words):
         load(weights, config)
@@ -401,17 +663,28 @@ def test_a_config_that_does_not_fit_is_refused(weights, config, words):
 
 # --- files
 
+
 @pytest.mark.parametrize("kind", ["safetensors", "pt", "pth", "old pt"])
 def test_files(tmp_path, weights, config, loaded, kind):
     path = tmp_path / f"weights.{kind.split()[-1]}"
     if kind == "safetensors":
         save_file(weights, path)
     else:
-        write_pt({"model": weights, "step": 5}, path, _use_new_zipfile_serialization=kind != "old pt")
-    assert same(load(str(path), config)[0], loaded[0]) and same(load(path, config)[0], loaded[0])
+        write_pt(
+            {"model": weights, "step": 5},
+            path,
+            _use_new_zipfile_serialization=kind != "old pt",
+        )
+    assert same(load(str(path), config)[0], loaded[0]) and same(
+        load(path, config)[0], loaded[0]
+    )
     if kind == "safetensors":
         path.unlink()  # no longer needed
-    assert loaded[0](torch.zeros(1, 16, 16), NoiseLevels.single(torch.ones(1), 16)).velocity.isfinite().all()
+    assert (
+        loaded[0](torch.zeros(1, 16, 16), NoiseLevels.single(torch.ones(1), 16))
+        .velocity.isfinite()
+        .all()
+    )
 
 
 def test_saving_and_loading(tmp_path, config, loaded):
@@ -422,7 +695,9 @@ def test_saving_and_loading(tmp_path, config, loaded):
     assert model.config == loaded[0].config
     for ours, theirs in zip((model, projector), loaded, strict=True):
         for name, value in ours.state_dict().items():
-            torch.testing.assert_close(value, theirs.state_dict()[name], atol=1e-7, rtol=1e-6)
+            torch.testing.assert_close(
+                value, theirs.state_dict()[name], atol=1e-7, rtol=1e-6
+            )
     with safe_open(path, "pt") as file:
         assert json.loads(file.metadata()["config"]) == config
 
@@ -437,19 +712,42 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("suffix, write, words", [
-    (".pt", lambda p: write_pt({"model": Trap(p.with_name("trace"))}, p), "no dict of tensors"),
-    (".pt", lambda p: write_pt([torch.zeros(3)], p), "no dict of tensors"),
-    (".pt", lambda p: write_pt(torch.zeros(3), p), "no dict of tensors"),
-    (".pt", lambda p: write_pt({"args": {"lr": 1}}, p), "but args are something else"),
-    (".pt", lambda p: p.write_bytes(b"no tensors"), "cannot be read"),
-    (".pth", lambda p: p.write_bytes(b""), "cannot be read"),
-    (".safetensors", lambda p: p.write_bytes(b""), "cannot be read"),
-    (".safetensors", lambda p: save_file({"a": torch.zeros(1)}, p, metadata={"config": "{"}), "cannot be read"),
-    (".safetensors", lambda p: save_file({"a": torch.zeros(1)}, p, metadata={"config": "[1]"}), "cannot be read"),
-    (".ckpt", lambda p: p.write_bytes(b""), r"ends in '.ckpt'; weights are read from .safetensors, .pt and .pth"),
-    ("", lambda p: p.write_bytes(b""), "ends in ''"),
-])
+@pytest.mark.parametrize(
+    "suffix, write, words",
+    [
+        (
+            ".pt",
+            lambda p: write_pt({"model": Trap(p.with_name("trace"))}, p),
+            "no dict of tensors",
+        ),
+        (".pt", lambda p: write_pt([torch.zeros(3)], p), "no dict of tensors"),
+        (".pt", lambda p: write_pt(torch.zeros(3), p), "no dict of tensors"),
+        (
+            ".pt",
+            lambda p: write_pt({"args": {"lr": 1}}, p),
+            "but args are something else",
+        ),
+        (".pt", lambda p: p.write_bytes(b"no tensors"), "cannot be read"),
+        (".pth", lambda p: p.write_bytes(b""), "cannot be read"),
+        (".safetensors", lambda p: p.write_bytes(b""), "cannot be read"),
+        (
+            ".safetensors",
+            lambda p: save_file({"a": torch.zeros(1)}, p, metadata={"config": "{"}),
+            "cannot be read",
+        ),
+        (
+            ".safetensors",
+            lambda p: save_file({"a": torch.zeros(1)}, p, metadata={"config": "[1]"}),
+            "cannot be read",
+        ),
+        (
+            ".ckpt",
+            lambda p: p.write_bytes(b""),
+            r"ends in '.ckpt'; weights are read from .safetensors, .pt and .pth",
+        ),
+        ("", lambda p: p.write_bytes(b""), "ends in ''"),
+    ],
+)
 def test_files_of_another_kind_are_refused(tmp_path, suffix, write, words):
     path = tmp_path / f"weights{suffix}"
     write(path)
@@ -464,7 +762,7 @@ def test_truncated_files_are_refused(tmp_path, weights, config, suffix, kept):
     path = tmp_path / f"weights{suffix}"
     (save_file if suffix == ".safetensors" else write_pt)(weights, path)
     whole = path.read_bytes()
-    path.write_bytes(whole[:int(kept * len(whole))])
+    path.write_bytes(whole[: int(kept * len(whole))])
     with pytest.raises(ValueError, match="cannot be read"):
         load(path, config)
 
@@ -490,11 +788,14 @@ def test_an_old_file_stays_when_writing_fails(tmp_path, loaded, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         save(path, *loaded)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(ValueError, match="ends in '.pt'; weights are written as .safetensors"):
+    with pytest.raises(
+        ValueError, match="ends in '.pt'; weights are written as .safetensors"
+    ):
         save(tmp_path / "weights.pt", *loaded)
 
 
 # --- what the published form cannot express
+
 
 @dataclass(frozen=True)
 class ModernConfig(TransformerConfig):
@@ -504,23 +805,54 @@ class ModernConfig(TransformerConfig):
     modulation: str = "block"
 
 
-@pytest.mark.parametrize("part", [{}, {"positions": "rotary"}, {"mlp": "swiglu"}, {"qk_norm": True}, {"modulation": "shared"}])
+@pytest.mark.parametrize(
+    "part",
+    [
+        {},
+        {"positions": "rotary"},
+        {"mlp": "swiglu"},
+        {"qk_norm": True},
+        {"modulation": "shared"},
+    ],
+)
 def test_models_with_other_parts_are_refused(part):
-    shape = {"parts": (Part("image", 4, (1, 2, 2)),), "width": 16, "depth": 1, "heads": 2}
+    shape = {
+        "parts": (Part("image", 4, (1, 2, 2)),),
+        "width": 16,
+        "depth": 1,
+        "heads": 2,
+    }
     if not part:
-        assert _published_config(ModernConfig(**shape)) == _published_config(TransformerConfig(**shape))
+        assert _published_config(ModernConfig(**shape)) == _published_config(
+            TransformerConfig(**shape)
+        )
         return
-    (name, value), = part.items()
+    ((name, value),) = part.items()
     with pytest.raises(ValueError, match=f"the published form has no {name}={value!r}"):
         _published_config(ModernConfig(**shape, **part))
 
 
-@pytest.mark.parametrize("shape, known, words", [
-    ({"channels": 4, "grid": (2, 3)}, {}, "grid is 2 x 3, but the published form knows square ones alone"),
-    ({"channels": 3, "grid": (2, 2)}, {}, "tokens of 3 numbers are no patches of 2 x 2"),
-    ({"channels": 4, "grid": (2, 2)}, {"depth": 7, "input_size": 4}, "config does not describe this model: depth is 1, not 7$"),
-    ({"channels": 4, "grid": (2, 2)}, {"classes": 7}, "config has classes"),
-])
+@pytest.mark.parametrize(
+    "shape, known, words",
+    [
+        (
+            {"channels": 4, "grid": (2, 3)},
+            {},
+            "grid is 2 x 3, but the published form knows square ones alone",
+        ),
+        (
+            {"channels": 3, "grid": (2, 2)},
+            {},
+            "tokens of 3 numbers are no patches of 2 x 2",
+        ),
+        (
+            {"channels": 4, "grid": (2, 2)},
+            {"depth": 7, "input_size": 4},
+            "config does not describe this model: depth is 1, not 7$",
+        ),
+        ({"channels": 4, "grid": (2, 2)}, {"classes": 7}, "config has classes"),
+    ],
+)
 def test_models_that_cannot_be_written_are_refused(shape, known, words):
     model = Transformer(TransformerConfig.of_image(**shape, width=16, depth=1, heads=2))
     with pytest.raises(ValueError, match=words):
@@ -528,12 +860,17 @@ def test_models_that_cannot_be_written_are_refused(shape, known, words):
 
 
 def test_a_projector_of_another_width_is_refused(loaded):
-    with pytest.raises(ValueError, match=r"projector.linear1.weight has shape \(32, 16\) instead of \(96, 48\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"projector.linear1.weight has shape \(32, 16\) instead of \(96, 48\)",
+    ):
         export(loaded[0], Projector(16))
 
 
 def test_tokens_that_are_pixels():
-    model = Transformer(TransformerConfig.of_image(channels=3, grid=(2, 2), width=16, depth=1, heads=2))
+    model = Transformer(
+        TransformerConfig.of_image(channels=3, grid=(2, 2), width=16, depth=1, heads=2)
+    )
     written = export(model, config={"patch_size": 1, "learn_sigma": False})
     assert written["final_layer.linear.weight"].shape == (3, 16)
     assert load(written, {"patch_size": 1, "num_heads": 2})[0].config == model.config

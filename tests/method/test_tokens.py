@@ -1,4 +1,5 @@
 """Patches against loops, and exact round trips."""
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +11,13 @@ from selfflow.method.tokens import ImagePatches
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
 def test_patches_against_loops(channels, rows, columns, patch):
     patches = ImagePatches(channels, rows * patch, columns * patch, patch)
-    images = torch.randn(2, channels, rows * patch, columns * patch, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(
+        2,
+        channels,
+        rows * patch,
+        columns * patch,
+        generator=torch.Generator().manual_seed(0),
+    )
     tokens = patches.patchify(images)
     assert tokens.shape == (2, patches.tokens, patches.token_channels)
     assert torch.equal(patches.unpatchify(tokens), images)
@@ -18,13 +25,21 @@ def test_patches_against_loops(channels, rows, columns, patch):
     for n in range(patches.tokens):
         time, row, column, place = places[n].int().tolist()
         assert (time, place) == (0, 0) and n == row * columns + column
-        piece = images[:, :, row * patch:(row + 1) * patch, column * patch:(column + 1) * patch]
-        assert torch.equal(tokens[:, n], piece.reshape(2, -1)), "channels first, then rows, then columns of the patch"
+        piece = images[
+            :, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch
+        ]
+        assert torch.equal(tokens[:, n], piece.reshape(2, -1)), (
+            "channels first, then rows, then columns of the patch"
+        )
 
 
-@pytest.mark.parametrize("height, width, patch", [(9, 8, 2), (8, 9, 2), (8, 8, 3), (8, 8, 0)])
+@pytest.mark.parametrize(
+    "height, width, patch", [(9, 8, 2), (8, 9, 2), (8, 8, 3), (8, 8, 0)]
+)
 def test_a_patch_that_does_not_divide_is_refused(height, width, patch):
-    with pytest.raises(ValueError, match=f"not divisible by patch {patch}; choose a patch from"):
+    with pytest.raises(
+        ValueError, match=f"not divisible by patch {patch}; choose a patch from"
+    ):
         ImagePatches(1, height, width, patch)
 
 

@@ -1,4 +1,5 @@
 """The velocity model: every variant against a plain rewriting with a condition per token, gradients, taps, bad input."""
+
 import math
 from itertools import product
 
@@ -14,15 +15,29 @@ from selfflow.method.schedule import DualTimestep, NoiseLevels
 from selfflow.method.tokens import Part, grid_coordinates
 from selfflow.method.transformer import Transformer, TransformerConfig
 
-VARIANTS = [dict(zip(("positions", "mlp", "qk_norm", "modulation"), values, strict=True))
-            for values in product(("sincos", "rotary"), ("gelu", "swiglu"), (False, True), ("block", "shared"))]
+VARIANTS = [
+    dict(zip(("positions", "mlp", "qk_norm", "modulation"), values, strict=True))
+    for values in product(
+        ("sincos", "rotary"), ("gelu", "swiglu"), (False, True), ("block", "shared")
+    )
+]
 MODERN = VARIANTS[-1]
-every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
+every_variant = pytest.mark.parametrize(
+    "variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values()))
+)
 
 
 def model_of(dtype=torch.float32, seed=0, std=0.1, **changes):
     torch.manual_seed(seed)
-    shape = {"channels": 3, "grid": (2, 3), "width": 16, "depth": 3, "heads": 2, "classes": 5, **changes}
+    shape = {
+        "channels": 3,
+        "grid": (2, 3),
+        "width": 16,
+        "depth": 3,
+        "heads": 2,
+        "classes": 5,
+        **changes,
+    }
     model = Transformer(TransformerConfig.of_image(**shape))
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if "_norm" in name else 0.0, std=std)
@@ -31,7 +46,9 @@ def model_of(dtype=torch.float32, seed=0, std=0.1, **changes):
 
 def sincos_positions(coordinates, d):
     """The fixed code of MAE: sines and cosines of the column, then of the row."""
-    omega = torch.tensor([10_000 ** (-4 * i / d) for i in range(d // 4)], dtype=torch.float64)
+    omega = torch.tensor(
+        [10_000 ** (-4 * i / d) for i in range(d // 4)], dtype=torch.float64
+    )
     column, row = coordinates[..., 2:3] * omega, coordinates[..., 1:2] * omega
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], -1)
 
@@ -39,43 +56,68 @@ def sincos_positions(coordinates, d):
 def turned(part, coordinates):
     """Pairs (i, i + e / 2) of a head as complex numbers, each turned by its angle."""
     e = part.shape[-1]
-    omega = torch.tensor([2_000 ** (-8 * i / e) for i in range(e // 8)], dtype=torch.float64)
+    omega = torch.tensor(
+        [2_000 ** (-8 * i / e) for i in range(e // 8)], dtype=torch.float64
+    )
     angles = (coordinates[..., None] * omega).flatten(-2)
-    z = torch.complex(part[..., : e // 2], part[..., e // 2:]) * torch.polar(torch.ones_like(angles), angles)
+    z = torch.complex(part[..., : e // 2], part[..., e // 2 :]) * torch.polar(
+        torch.ones_like(angles), angles
+    )
     return torch.cat([z.real, z.imag], -1)
 
 
 def plain_forward(model, x, tau, y, layer, mask=None, coordinates=None):
     """DiT with a condition for every token, written as the papers write it, straight from the weights; mask: (b, n, n)."""
     w, config = dict(model.named_parameters()), model.config
-    d, places = config.width, (config.parts[0].coordinates() if coordinates is None else coordinates).double()
+    d, places = (
+        config.width,
+        (
+            config.parts[0].coordinates() if coordinates is None else coordinates
+        ).double(),
+    )
 
     def norm(h):
-        return (h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+        return (h - h.mean(-1, keepdim=True)) / (
+            h.var(-1, keepdim=True, unbiased=False) + 1e-6
+        ).sqrt()
 
     def linear(h, name):
         return h @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
     def rms(h, name):
-        return h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"] if config.qk_norm else h
+        return (
+            h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"]
+            if config.qk_norm
+            else h
+        )
 
-    frequencies = torch.tensor([10_000 ** (-i / 128) for i in range(128)], dtype=x.dtype)
+    frequencies = torch.tensor(
+        [10_000 ** (-i / 128) for i in range(128)], dtype=x.dtype
+    )
     angles = tau[..., None] * frequencies
     code = torch.cat([angles.cos(), angles.sin()], -1)
-    c = linear(F.silu(linear(code, "t_embedder.mlp.0")), "t_embedder.mlp.2") + w["y_embedder.weight"][y.values][:, None]
+    c = (
+        linear(F.silu(linear(code, "t_embedder.mlp.0")), "t_embedder.mlp.2")
+        + w["y_embedder.weight"][y.values][:, None]
+    )
     h = linear(x, "x_embedder.image")
     if config.positions == "sincos":
         h = h + sincos_positions(places, d)
     for i in range(config.depth):
         if config.modulation == "shared":
-            modulation = linear(F.silu(c), "adaLN_shared.1") + w[f"blocks.{i}.adaLN_bias"]
+            modulation = (
+                linear(F.silu(c), "adaLN_shared.1") + w[f"blocks.{i}.adaLN_bias"]
+            )
         else:
             modulation = linear(F.silu(c), f"blocks.{i}.adaLN_modulation.1")
         b1, g1, a1, b2, g2, a2 = modulation.chunk(6, -1)
         q, k, v = linear(norm(h) * (1 + g1) + b1, f"blocks.{i}.attn.qkv").chunk(3, -1)
         heads = []
         for part in torch.arange(d).chunk(config.heads):
-            qh, kh = rms(q[..., part], f"blocks.{i}.attn.q_norm"), rms(k[..., part], f"blocks.{i}.attn.k_norm")
+            qh, kh = (
+                rms(q[..., part], f"blocks.{i}.attn.q_norm"),
+                rms(k[..., part], f"blocks.{i}.attn.k_norm"),
+            )
             if config.positions == "rotary":
                 qh, kh = turned(qh, places), turned(kh, places)
             scores = qh @ kh.transpose(-1, -2) / math.sqrt(len(part))
@@ -88,7 +130,14 @@ def plain_forward(model, x, tau, y, layer, mask=None, coordinates=None):
             a, b = inner.chunk(2, -1)
             inner = a * torch.sigmoid(a) * b
         else:
-            inner = 0.5 * inner * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
+            inner = (
+                0.5
+                * inner
+                * (
+                    1
+                    + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3))
+                )
+            )
         h = h + a2 * linear(inner, f"blocks.{i}.mlp.fc2")
         if i + 1 == layer:
             feature = h
@@ -99,23 +148,40 @@ def plain_forward(model, x, tau, y, layer, mask=None, coordinates=None):
 def drawn(k, seed=0, b=4, n=6, condition=0, edges=False):
     "Tokens in float64, classes and levels of a batch."
     g = torch.Generator().manual_seed(seed)
-    x, y = torch.randn(b, n, 3, generator=g, dtype=torch.float64), Condition(torch.randint(0, 6, (b,), generator=g), 5)
+    x, y = (
+        torch.randn(b, n, 3, generator=g, dtype=torch.float64),
+        Condition(torch.randint(0, 6, (b,), generator=g), 5),
+    )
     values = torch.rand(b, k, generator=g, dtype=torch.float64)
-    levels = NoiseLevels(values.round() if edges else values, torch.randint(0, k, (b, n), generator=g), condition)
+    levels = NoiseLevels(
+        values.round() if edges else values,
+        torch.randint(0, k, (b, n), generator=g),
+        condition,
+    )
     return x, y, levels
 
 
 def same_group(levels):
     "The mask of attention separation: one's own level and every condition; a condition sees conditions only."
-    key, query, first = levels.assign[:, None], levels.assign[:, :, None], levels.k - levels.condition
+    key, query, first = (
+        levels.assign[:, None],
+        levels.assign[:, :, None],
+        levels.k - levels.condition,
+    )
     return (key == query) & (query < first) | (key >= first)
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(1, 6), st.integers(0, 1000), st.booleans(), st.sampled_from(VARIANTS))
+@given(
+    st.integers(1, 6), st.integers(0, 1000), st.booleans(), st.sampled_from(VARIANTS)
+)
 def test_k_levels_equal_a_condition_per_token(k, seed, edges, variant):
-    model, (x, y, levels) = model_of(torch.float64, seed % 7, **variant), drawn(k, seed, edges=edges)
-    # sinusoids are computed in float32, as in the published model: hence not to the last digit of float64
+    model, (x, y, levels) = (
+        model_of(torch.float64, seed % 7, **variant),
+        drawn(k, seed, edges=edges),
+    )
+    # sinusoids are computed in float32, as in the published model: hence not to the
+    # last digit of float64
     out = model(x, levels, y, taps=(2,))
     velocity, feature = plain_forward(model, x, levels.per_token(), y, layer=2)
     torch.testing.assert_close(out.velocity, velocity, atol=2e-6, rtol=1e-5)
@@ -125,17 +191,26 @@ def test_k_levels_equal_a_condition_per_token(k, seed, edges, variant):
 @every_variant
 @pytest.mark.parametrize("k, condition", [(2, 0), (3, 1), (4, 2), (6, 0)])
 def test_separated_is_the_plain_forward_with_a_mask(variant, k, condition):
-    model, (x, y, levels) = model_of(torch.float64, **variant), drawn(k, seed=k, condition=condition)
+    model, (x, y, levels) = (
+        model_of(torch.float64, **variant),
+        drawn(k, seed=k, condition=condition),
+    )
     out = model(x, levels, y, taps=(2,), separated=True)
-    velocity, feature = plain_forward(model, x, levels.per_token(), y, 2, same_group(levels))
+    velocity, feature = plain_forward(
+        model, x, levels.per_token(), y, 2, same_group(levels)
+    )
     torch.testing.assert_close(out.velocity, velocity, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(out.features[2], feature, atol=2e-6, rtol=1e-5)
-    assert (out.velocity - model(x, levels, y).velocity).abs().max() > 1e-3, "and not the whole attention"
+    assert (out.velocity - model(x, levels, y).velocity).abs().max() > 1e-3, (
+        "and not the whole attention"
+    )
 
 
 def test_separation_of_a_single_level_is_none():
     model, (x, y, levels) = model_of(torch.float64), drawn(1)
-    assert torch.equal(model(x, levels, y, separated=True).velocity, model(x, levels, y).velocity)
+    assert torch.equal(
+        model(x, levels, y, separated=True).velocity, model(x, levels, y).velocity
+    )
 
 
 @every_variant
@@ -143,33 +218,54 @@ def test_tokens_are_a_set_whose_order_is_in_their_coordinates(variant):
     model, (x, y, levels) = model_of(torch.float64, **variant), drawn(2)
     coordinates, order = grid_coordinates((2, 3)), torch.tensor([4, 2, 0, 5, 1, 3])
     expected = model(x, levels, y).velocity
-    assert torch.equal(model(x, levels, y, coordinates=coordinates).velocity, expected), "None is the grid"
+    assert torch.equal(
+        model(x, levels, y, coordinates=coordinates).velocity, expected
+    ), "None is the grid"
     shuffled = NoiseLevels(levels.levels, levels.assign[:, order])
     for places in (coordinates[order], coordinates[order].expand(4, -1, -1)):
         found = model(x[:, order], shuffled, y, coordinates=places).velocity
         torch.testing.assert_close(found, expected[:, order], atol=1e-9, rtol=1e-9)
-    assert (model(x[:, order], shuffled, y).velocity - expected[:, order]).abs().max() > 1e-3, "the order alone is not enough"
+    assert (
+        model(x[:, order], shuffled, y).velocity - expected[:, order]
+    ).abs().max() > 1e-3, "the order alone is not enough"
 
 
 @every_variant
 def test_places_off_the_grid(variant):
     model, (x, y, levels) = model_of(torch.float64, **variant), drawn(3, n=9)
     coordinates = 10 * torch.rand(4, 9, 4, generator=torch.Generator().manual_seed(1))
-    velocity, _ = plain_forward(model, x, levels.per_token(), y, 1, coordinates=coordinates)
-    parts = Part("image", 3, (1, 3, 3)),
-    torch.testing.assert_close(model(x, levels, y, coordinates=coordinates, parts=parts).velocity, velocity, atol=1e-5, rtol=1e-5)
+    velocity, _ = plain_forward(
+        model, x, levels.per_token(), y, 1, coordinates=coordinates
+    )
+    parts = (Part("image", 3, (1, 3, 3)),)
+    torch.testing.assert_close(
+        model(x, levels, y, coordinates=coordinates, parts=parts).velocity,
+        velocity,
+        atol=1e-5,
+        rtol=1e-5,
+    )
     larger = model_of(torch.float64, **variant, grid=(3, 3))  # the grid is in no weight
     expected = larger(x, levels, y).velocity
-    found = model(x, levels, y, coordinates=grid_coordinates((3, 3)), parts=parts).velocity
+    found = model(
+        x, levels, y, coordinates=grid_coordinates((3, 3)), parts=parts
+    ).velocity
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("shape", [(6, 3), (4,), (5, 4), (3, 6, 4), (1, 2, 6, 4), (2, 5, 4)])
+@pytest.mark.parametrize(
+    "shape", [(6, 3), (4,), (5, 4), (3, 6, 4), (1, 2, 6, 4), (2, 5, 4)]
+)
 @pytest.mark.parametrize("positions", ["sincos", "rotary"])
 def test_coordinates_of_another_shape_are_refused(shape, positions):
     model = model_of(positions=positions)
-    with pytest.raises(ValueError, match=r"coordinates have shape \(.*expected \(6, 4\) or \(2, 6, 4\)"):
-        model(torch.zeros(2, 6, 3), DualTimestep().sample(2, 6), coordinates=torch.zeros(shape))
+    with pytest.raises(
+        ValueError, match=r"coordinates have shape \(.*expected \(6, 4\) or \(2, 6, 4\)"
+    ):
+        model(
+            torch.zeros(2, 6, 3),
+            DualTimestep().sample(2, 6),
+            coordinates=torch.zeros(shape),
+        )
 
 
 @pytest.mark.parametrize("variant", [{}, MODERN], ids=["published", "modern"])
@@ -177,10 +273,20 @@ def test_coordinates_of_another_shape_are_refused(shape, positions):
 def test_gradients_in_float64(variant, separated):
     model = model_of(torch.float64, depth=2, **variant)
     x = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
-    levels, y = DualTimestep(mask_ratio=0.5).sample(2, 6, torch.Generator().manual_seed(0)), Condition(torch.tensor([0, 5]), 5)
-    wanted = ("blocks.0.adaLN_modulation.1.bias", "blocks.0.adaLN_bias", "blocks.1.attn.q_norm.weight", "y_embedder.weight",
-              "t_embedder.mlp.2.bias")
-    inputs = [parameter for name, parameter in model.named_parameters() if name in wanted]
+    levels, y = (
+        DualTimestep(mask_ratio=0.5).sample(2, 6, torch.Generator().manual_seed(0)),
+        Condition(torch.tensor([0, 5]), 5),
+    )
+    wanted = (
+        "blocks.0.adaLN_modulation.1.bias",
+        "blocks.0.adaLN_bias",
+        "blocks.1.attn.q_norm.weight",
+        "y_embedder.weight",
+        "t_embedder.mlp.2.bias",
+    )
+    inputs = [
+        parameter for name, parameter in model.named_parameters() if name in wanted
+    ]
     assert len(inputs) == (4 if variant else 3)
     forward = lambda x, *_: model(x, levels, y, separated=separated).velocity  # noqa: E731
     assert torch.autograd.gradcheck(forward, (x, *inputs), atol=1e-6, rtol=1e-4)
@@ -199,13 +305,26 @@ def test_checkpointing_changes_memory_and_not_one_bit(variant, precision):
         def pack(tensor, sizes=sizes):
             sizes[tensor.data_ptr()] = tensor.numel()
             return tensor
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), \
-                torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+            torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+        ):
             out = model(x, levels, y, taps=(1, 3), separated=True)
             count = sum(sizes.values())
-        loss = out.velocity.float().square().sum() + out.features[1].sum() + out.features[3].square().sum()
+        loss = (
+            out.velocity.float().square().sum()
+            + out.features[1].sum()
+            + out.features[3].square().sum()
+        )
         loss.backward()
-        found.append([out.velocity, *out.features.values(), *(p.grad for p in model.parameters())])
+        found.append(
+            [
+                out.velocity,
+                *out.features.values(),
+                *(p.grad for p in model.parameters()),
+            ]
+        )
         kept.append(count)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert kept[1] < 0.5 * kept[0]
@@ -221,19 +340,42 @@ def test_without_gradients_nothing_is_checkpointed(monkeypatch):
         model(x, levels, y)
 
 
-@pytest.mark.parametrize("size, millions", [("S", 33), ("B", 130), ("L", 458), ("XL", 675)])
+@pytest.mark.parametrize(
+    "size, millions", [("S", 33), ("B", 130), ("L", 458), ("XL", 675)]
+)
 def test_the_published_sizes(size, millions):
-    width, depth, heads = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}[size]
-    config = TransformerConfig.of_size(size, (Part("image", 16, (1, 16, 16)),), classes=1000)
-    assert (config.width, config.depth, config.heads, config.mlp_ratio) == (width, depth, heads, 4)
+    width, depth, heads = {
+        "S": (384, 12, 6),
+        "B": (768, 12, 12),
+        "L": (1024, 24, 16),
+        "XL": (1152, 28, 16),
+    }[size]
+    config = TransformerConfig.of_size(
+        size, (Part("image", 16, (1, 16, 16)),), classes=1000
+    )
+    assert (config.width, config.depth, config.heads, config.mlp_ratio) == (
+        width,
+        depth,
+        heads,
+        4,
+    )
     counted = []
     for variant in ({}, {"mlp": "swiglu"}, {"modulation": "shared"}):
         with torch.device("meta"):
-            model = Transformer(TransformerConfig.of_size(size, (Part("image", 16, (1, 16, 16)),), classes=1000, **variant))
+            model = Transformer(
+                TransformerConfig.of_size(
+                    size, (Part("image", 16, (1, 16, 16)),), classes=1000, **variant
+                )
+            )
         counted.append(sum(p.numel() for p in model.parameters()))
     assert counted[0] == pytest.approx(millions * 1e6, rel=0.015)
-    assert counted[1] == pytest.approx(counted[0], rel=0.01), "SwiGLU is as large as the MLP"
-    assert counted[0] - counted[2] == (depth - 1) * (6 * width**2 + 6 * width) - depth * 6 * width
+    assert counted[1] == pytest.approx(counted[0], rel=0.01), (
+        "SwiGLU is as large as the MLP"
+    )
+    assert (
+        counted[0] - counted[2]
+        == (depth - 1) * (6 * width**2 + 6 * width) - depth * 6 * width
+    )
     with pytest.raises(ValueError, match="size is 'M'; known are S, B, L, XL"):
         TransformerConfig.of_size("M", (Part("image", 16, (1, 16, 16)),))
     assert set(SIZES) == {"S", "B", "L", "XL"}
@@ -241,14 +383,25 @@ def test_the_published_sizes(size, millions):
 
 @every_variant
 def test_a_fresh_block_is_the_identity(variant):
-    model = Transformer(TransformerConfig.of_image(channels=3, grid=(2, 3), width=16, depth=3, heads=2, classes=5, **variant))
+    model = Transformer(
+        TransformerConfig.of_image(
+            channels=3, grid=(2, 3), width=16, depth=3, heads=2, classes=5, **variant
+        )
+    )
     x, _, levels = drawn(2)
     x, levels = x.float(), NoiseLevels(levels.levels.float(), levels.assign)
     out = model(x, levels, taps=(1, 2, 3))
-    embedded = model.x_embedder.image(x) + (0 if variant["positions"] == "rotary" else model.positions)
-    assert all(torch.equal(h, embedded) for h in out.features.values()) and (out.velocity == 0).all()
+    embedded = model.x_embedder.image(x) + (
+        0 if variant["positions"] == "rotary" else model.positions
+    )
+    assert (
+        all(torch.equal(h, embedded) for h in out.features.values())
+        and (out.velocity == 0).all()
+    )
     out.velocity.sum().backward()
-    assert model.final_layer.linear.image.bias.grad.abs().sum() > 0, "and it can leave it"
+    assert model.final_layer.linear.image.bias.grad.abs().sum() > 0, (
+        "and it can leave it"
+    )
 
 
 def test_a_model_in_bf16_takes_coordinates():
@@ -259,10 +412,21 @@ def test_a_model_in_bf16_takes_coordinates():
 
 
 def test_a_fresh_model_answers_zero_and_its_blocks_are_the_identity():
-    model = Transformer(TransformerConfig.of_image(channels=3, grid=(2, 3), width=16, depth=3, heads=2, classes=5))
-    out = model(torch.randn(2, 6, 3), DualTimestep().sample(2, 6), Condition(torch.tensor([1, 2]), 5), taps=(1, 3))
+    model = Transformer(
+        TransformerConfig.of_image(
+            channels=3, grid=(2, 3), width=16, depth=3, heads=2, classes=5
+        )
+    )
+    out = model(
+        torch.randn(2, 6, 3),
+        DualTimestep().sample(2, 6),
+        Condition(torch.tensor([1, 2]), 5),
+        taps=(1, 3),
+    )
     assert (out.velocity == 0).all() and torch.equal(out.features[1], out.features[3])
-    assert all((p == 0).all() for name, p in model.named_parameters() if name.endswith("bias"))
+    assert all(
+        (p == 0).all() for name, p in model.named_parameters() if name.endswith("bias")
+    )
     assert model.y_embedder.weight.std().item() == pytest.approx(0.02, rel=0.3)
     bound = math.sqrt(6 / (16 + 64))  # xavier
     assert 0.9 * bound < model.blocks[0].mlp.fc1.weight.abs().max() <= bound
@@ -272,60 +436,107 @@ def test_stop_ends_at_the_last_tap_and_touches_nothing_deeper():
     model = model_of()
     for parameter in [*model.blocks[2].parameters(), *model.final_layer.parameters()]:
         torch.nn.init.constant_(parameter, math.nan)
-    out = model(torch.randn(2, 6, 3), DualTimestep().sample(2, 6), None, taps=(2, 1), stop=True)
+    out = model(
+        torch.randn(2, 6, 3), DualTimestep().sample(2, 6), None, taps=(2, 1), stop=True
+    )
     assert out.velocity is None and list(out.features) == [1, 2]
     assert all(h.isfinite().all() for h in out.features.values())
 
 
 def test_no_condition_means_the_null_label():
     model, x, levels = model_of(), torch.randn(2, 6, 3), DualTimestep().sample(2, 6)
-    torch.testing.assert_close(model(x, levels).velocity, model(x, levels, Condition(torch.tensor([5, 5]), 5)).velocity)
-    assert not torch.allclose(model(x, levels).velocity, model(x, levels, Condition(torch.tensor([0, 1]), 5)).velocity)
+    torch.testing.assert_close(
+        model(x, levels).velocity,
+        model(x, levels, Condition(torch.tensor([5, 5]), 5)).velocity,
+    )
+    assert not torch.allclose(
+        model(x, levels).velocity,
+        model(x, levels, Condition(torch.tensor([0, 1]), 5)).velocity,
+    )
 
 
 def test_a_condition_is_dropped_by_one_draw_per_sample():
     condition = Condition(torch.arange(5).repeat(4000), 5)
-    dropped = condition.drop(0.1, lambda purpose: torch.Generator().manual_seed(0)).values
+    dropped = condition.drop(
+        0.1, lambda purpose: torch.Generator().manual_seed(0)
+    ).values
     assert (dropped == 5).float().mean() == pytest.approx(0.1, abs=0.01)
     kept = dropped != 5
     assert torch.equal(dropped[kept], condition.values[kept])
-    never, always = (condition.drop(p, lambda purpose: torch.Generator().manual_seed(0)).values for p in (0.0, 1.0))
+    never, always = (
+        condition.drop(p, lambda purpose: torch.Generator().manual_seed(0)).values
+        for p in (0.0, 1.0)
+    )
     assert torch.equal(never, condition.values) and (always == 5).all()
 
 
-@pytest.mark.parametrize("condition, error, words", [
-    (lambda: Condition(torch.tensor([0, 6]), 5), ValueError, "labels run from 0 to 6, but classes from 0 to 4, and 5 is none"),
-    (lambda: Condition(torch.tensor([0, -1]), 5), ValueError, "labels run from -1"),
-    (lambda: Condition(torch.tensor([0.0, 1.0]), 5), TypeError, "not torch.float32"),
-    (lambda: Condition(torch.tensor([0]), 5), ValueError, r"class \(1,\) of 5 classes, the model expects class \(2,\) of 5"),
-    (lambda: Condition(torch.tensor([0, 1]), 4), ValueError, r"class \(2,\) of 4 classes, the model expects class \(2,\) of 5"),
-    (lambda: torch.tensor([0, 1]), TypeError, r"the condition is a Tensor; make labels \(b,\) a Condition"),
-])
+@pytest.mark.parametrize(
+    "condition, error, words",
+    [
+        (
+            lambda: Condition(torch.tensor([0, 6]), 5),
+            ValueError,
+            "labels run from 0 to 6, but classes from 0 to 4, and 5 is none",
+        ),
+        (lambda: Condition(torch.tensor([0, -1]), 5), ValueError, "labels run from -1"),
+        (
+            lambda: Condition(torch.tensor([0.0, 1.0]), 5),
+            TypeError,
+            "not torch.float32",
+        ),
+        (
+            lambda: Condition(torch.tensor([0]), 5),
+            ValueError,
+            r"class \(1,\) of 5 classes, the model expects class \(2,\) of 5",
+        ),
+        (
+            lambda: Condition(torch.tensor([0, 1]), 4),
+            ValueError,
+            r"class \(2,\) of 4 classes, the model expects class \(2,\) of 5",
+        ),
+        (
+            lambda: torch.tensor([0, 1]),
+            TypeError,
+            r"the condition is a Tensor; make labels \(b,\) a Condition",
+        ),
+    ],
+)
 def test_conditions_that_do_not_fit_are_refused(condition, error, words):
     with pytest.raises(error, match=words):
         model_of()(torch.zeros(2, 6, 3), DualTimestep().sample(2, 6), condition())
 
 
-@pytest.mark.parametrize("changes, words", [({"width": 18}, "width 18 must be divisible"), ({"heads": 3}, r"heads \(3\)"),
-                                            ({"depth": 0}, "depth is 0"), ({"mlp_ratio": 0.0}, "mlp_ratio is 0.0"),
-                                            ({"channels": 0}, "is no part of"), ({"mlp_ratio": math.nan}, "mlp_ratio is nan"),
-                                            ({"positions": "alibi"}, "positions is 'alibi'; known are sincos, rotary"),
-                                            ({"mlp": "relu"}, "mlp is 'relu'; known are gelu, swiglu"),
-                                            ({"modulation": "none"}, "modulation is 'none'; known are block, shared"),
-                                            ({"positions": "rotary", "heads": 4}, r"heads \(4\).* 32 would be"),
-                                            ({"positions": "rotary", "width": 40}, "width 40.* 32 would be")])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"width": 18}, "width 18 must be divisible"),
+        ({"heads": 3}, r"heads \(3\)"),
+        ({"depth": 0}, "depth is 0"),
+        ({"mlp_ratio": 0.0}, "mlp_ratio is 0.0"),
+        ({"channels": 0}, "is no part of"),
+        ({"mlp_ratio": math.nan}, "mlp_ratio is nan"),
+        ({"positions": "alibi"}, "positions is 'alibi'; known are sincos, rotary"),
+        ({"mlp": "relu"}, "mlp is 'relu'; known are gelu, swiglu"),
+        ({"modulation": "none"}, "modulation is 'none'; known are block, shared"),
+        ({"positions": "rotary", "heads": 4}, r"heads \(4\).* 32 would be"),
+        ({"positions": "rotary", "width": 40}, "width 40.* 32 would be"),
+    ],
+)
 def test_impossible_shapes_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         model_of(**changes)
 
 
-@pytest.mark.parametrize("x, tokens, options, words", [
-    (torch.zeros(2, 5, 3), 5, {}, r"\(2, 5, 3\), the model expects \(b, 6, 3\)"),
-    (torch.zeros(2, 6, 3), 5, {}, r"levels are for \(2, 5\)"),
-    (torch.zeros(2, 6, 3), 6, {"taps": (4,)}, r"no layer \[4\].*1 to 3"),
-    (torch.zeros(2, 6, 3), 6, {"taps": (0,)}, r"no layer \[0\]"),
-    (torch.zeros(2, 6, 3), 6, {"stop": True}, "stop=True needs taps"),
-])
+@pytest.mark.parametrize(
+    "x, tokens, options, words",
+    [
+        (torch.zeros(2, 5, 3), 5, {}, r"\(2, 5, 3\), the model expects \(b, 6, 3\)"),
+        (torch.zeros(2, 6, 3), 5, {}, r"levels are for \(2, 5\)"),
+        (torch.zeros(2, 6, 3), 6, {"taps": (4,)}, r"no layer \[4\].*1 to 3"),
+        (torch.zeros(2, 6, 3), 6, {"taps": (0,)}, r"no layer \[0\]"),
+        (torch.zeros(2, 6, 3), 6, {"stop": True}, "stop=True needs taps"),
+    ],
+)
 def test_bad_calls_are_refused(x, tokens, options, words):
     with pytest.raises(ValueError, match=words):
         model_of()(x, DualTimestep().sample(2, tokens), **options)

@@ -1,4 +1,5 @@
 """A backbone of one's own: an MLP-mixer over tokens, told its noise level by a shift of each token."""
+
 from dataclasses import dataclass
 
 from torch import nn
@@ -13,7 +14,12 @@ class Options:
 
 
 def mlp(size):
-    return nn.Sequential(nn.LayerNorm(size), nn.Linear(size, 2 * size), nn.GELU(), nn.Linear(2 * size, size))
+    return nn.Sequential(
+        nn.LayerNorm(size),
+        nn.Linear(size, 2 * size),
+        nn.GELU(),
+        nn.Linear(2 * size, size),
+    )
 
 
 @register_backbone("mixer", options=Options)
@@ -21,18 +27,30 @@ class Mixer(nn.Module):
     def __init__(self, inputs, width, depth):
         super().__init__()
         self.width, self.depth = width, depth
-        self.inward, self.outward = nn.Linear(inputs.channels, width), nn.Linear(width, inputs.channels)
-        self.level, self.label = nn.Linear(1, width), nn.Embedding(inputs.classes + 1, width)  # the last label: none
+        self.inward, self.outward = (
+            nn.Linear(inputs.channels, width),
+            nn.Linear(width, inputs.channels),
+        )
+        # the last label: none
+        self.level, self.label = (
+            nn.Linear(1, width),
+            nn.Embedding(inputs.classes + 1, width),
+        )
         self.over_tokens = nn.ModuleList(mlp(inputs.tokens) for _ in range(depth))
         self.over_channels = nn.ModuleList(mlp(width) for _ in range(depth))
 
     def forward(self, x, levels, condition=None, taps=(), stop=False, parts=()):
-        each = self.level(levels.levels[..., None])  # (b, k, d): once for each level, then gathered for each token
-        h = self.inward(x) + each.gather(1, levels.assign[..., None].expand(-1, -1, self.width))
+        # (b, k, d): once for each level, then gathered for each token
+        each = self.level(levels.levels[..., None])
+        h = self.inward(x) + each.gather(
+            1, levels.assign[..., None].expand(-1, -1, self.width)
+        )
         if condition is not None:
             h = h + self.label(condition.values)[:, None]
         features = {}
-        for layer, (tokens, channels) in enumerate(zip(self.over_tokens, self.over_channels, strict=True), start=1):
+        for layer, (tokens, channels) in enumerate(
+            zip(self.over_tokens, self.over_channels, strict=True), start=1
+        ):
             h = h + tokens(h.mT).mT
             h = h + channels(h)
             features |= {layer: h} if layer in taps else {}

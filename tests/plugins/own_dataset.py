@@ -1,4 +1,5 @@
 "A torch data set, registered under a name, with an option of its own."
+
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ class Stripes(Dataset):
     def __getitem__(self, place):
         image = torch.full((1, 8, 8), -1.0)
         first = place // 2 % 8
-        image[:, first:first + self.thickness] = 1
+        image[:, first : first + self.thickness] = 1
         return (image if place % 2 else image.mT.contiguous()), place % 2
 
 

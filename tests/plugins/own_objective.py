@@ -1,4 +1,5 @@
 """An objective of one's own: the target is what the teacher makes of the clean sample."""
+
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +20,24 @@ class Options:
 class CleanView(FeatureObjective):
     "The student predicts the teacher's features of the clean sample."
 
-    def __init__(self, model, schedule, student_layer, teacher_layer, rep_weight, **options):
+    def __init__(
+        self, model, schedule, student_layer, teacher_layer, rep_weight, **options
+    ):
         super().__init__(schedule, student_layer, rep_weight, **options)
         self.teacher_layer = teacher_layer
         self.projector = Projector(model.width)
 
     def target(self, teacher, noised, hidden, draw):
         batch = noised.batch
-        levels = NoiseLevels.single(torch.zeros(len(batch), device=batch.x0.device), batch.x0.shape[1])
-        out = teacher(batch.x0, levels, batch.condition, taps=(self.teacher_layer,), stop=True, parts=batch.parts)
+        levels = NoiseLevels.single(
+            torch.zeros(len(batch), device=batch.x0.device), batch.x0.shape[1]
+        )
+        out = teacher(
+            batch.x0,
+            levels,
+            batch.condition,
+            taps=(self.teacher_layer,),
+            stop=True,
+            parts=batch.parts,
+        )
         return out.features[self.teacher_layer], levels.per_token()

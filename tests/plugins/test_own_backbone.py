@@ -1,4 +1,5 @@
 """A user's backbone: from a shell, in other processes, from a notebook, and refused in one line where it does not fit."""
+
 import json
 import signal
 import subprocess
@@ -18,8 +19,24 @@ from selfflow.training.loop import train
 from selfflow.training.run import Run
 
 FILE = Path(__file__).with_name("own_backbone.py")
-SMALL = ["--model.name", "mixer", "--model.width", "24", "--training.batch", "16", "--training.validation", "16",
-         "--training.steps", "60", "--training.save-every", "20", "--training.log-every", "1", "--device", "cpu"]
+SMALL = [
+    "--model.name",
+    "mixer",
+    "--model.width",
+    "24",
+    "--training.batch",
+    "16",
+    "--training.validation",
+    "16",
+    "--training.steps",
+    "60",
+    "--training.save-every",
+    "20",
+    "--training.log-every",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 def shell(folder, *args):
@@ -30,23 +47,41 @@ def shell(folder, *args):
 
 def losses_of(path):
     lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
-    return [(line["step"], line["total"], line["rep_loss"], line.get("validation_flow_loss")) for line in lines]
+    return [
+        (
+            line["step"],
+            line["total"],
+            line["rep_loss"],
+            line.get("validation_flow_loss"),
+        )
+        for line in lines
+    ]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("backbone")
-    code, _, problem = shell(folder, "train", "--use", FILE, "--name", "mine", *SMALL, "--workers", "2")
+    code, _, problem = shell(
+        folder, "train", "--use", FILE, "--name", "mine", *SMALL, "--workers", "2"
+    )
     assert code == 0, problem
     return folder
 
 
 def test_killed_in_the_middle_it_goes_on_to_the_same_losses(trained):
     stored = json.loads((trained / "runs/mine/config.json").read_text())
-    assert stored["use"] == [str(FILE)] and stored["config"]["model"] == {"name": "mixer", "width": 24, "depth": 4}
+    assert stored["use"] == [str(FILE)] and stored["config"]["model"] == {
+        "name": "mixer",
+        "width": 24,
+        "depth": 4,
+    }
     command = ["train", "--use", FILE, "--name", "killed", *SMALL]
-    process = subprocess.Popen([sys.executable, "-m", "selfflow.cli", *map(str, command)], cwd=trained,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "selfflow.cli", *map(str, command)],
+        cwd=trained,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     checkpoint = trained / "runs/killed/checkpoints/step-00000020"
     while not checkpoint.exists() and process.poll() is None:
         time.sleep(0.01)
@@ -59,11 +94,20 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_losses(trained):
 
 def test_it_is_sampled_probed_reported_exported_and_opened_in_the_workbench(trained):
     drawn = ["--each", "1", "--steps", "2"]
-    for args in (["sample", "runs/mine", *drawn], ["probe", "runs/mine"], ["report", "runs/mine"], ["runs"],
-                 ["export", "runs/mine", "exported"], ["sample", "exported", *drawn]):
+    for args in (
+        ["sample", "runs/mine", *drawn],
+        ["probe", "runs/mine"],
+        ["report", "runs/mine"],
+        ["runs"],
+        ["export", "runs/mine", "exported"],
+        ["sample", "exported", *drawn],
+    ):
         code, _, problem = shell(trained, *args, "--use", FILE)
         assert code == 0, problem
-    assert "mine: Mixer has no attention maps" in (trained / "runs/mine/report.html").read_text()
+    assert (
+        "mine: Mixer has no attention maps"
+        in (trained / "runs/mine/report.html").read_text()
+    )
     code = f"""
 from pathlib import Path
 from selfflow import load, use
@@ -77,23 +121,36 @@ for tool in tools_on_page():
         made.refresh()
     print("OPENED", tool.title, made.message.value if hasattr(made, "message") else "")
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=trained, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=trained, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     opened = [line for line in done.stdout.splitlines() if line.startswith("OPENED")]
-    assert len(opened) >= 5 and sum("Mixer has no attention maps" in line for line in opened) == 1, opened
+    assert (
+        len(opened) >= 5
+        and sum("Mixer has no attention maps" in line for line in opened) == 1
+    ), opened
     assert sum('role="alert"' in line for line in opened) == 1, opened
 
 
 def test_without_the_file_one_line_names_it(trained):
     for command in (["sample", "runs/mine"], ["probe", "runs/mine"]):
         code, _, problem = shell(trained, *command)
-        assert code == 2 and f"--use {FILE}" in problem and len(problem.strip().splitlines()) == 1
+        assert (
+            code == 2
+            and f"--use {FILE}" in problem
+            and len(problem.strip().splitlines()) == 1
+        )
 
 
 def test_two_processes_compute_the_same(trained):
-    code, _, problem = shell(trained, "train", "--use", FILE, "--name", "two", *SMALL, "--processes", "2")
+    code, _, problem = shell(
+        trained, "train", "--use", FILE, "--name", "two", *SMALL, "--processes", "2"
+    )
     assert code == 0, problem
-    for there, here in zip(losses_of(trained / "runs/two"), losses_of(trained / "runs/mine"), strict=True):
+    for there, here in zip(
+        losses_of(trained / "runs/two"), losses_of(trained / "runs/mine"), strict=True
+    ):
         assert there[:3] == pytest.approx(here[:3], rel=1e-3)
 
 
@@ -103,11 +160,18 @@ class PerToken(nn.Module):
     def __init__(self, inputs=None, channels=4, width=8):
         super().__init__()
         self.width, self.depth = width, 2
-        self.inward, self.outward = nn.Linear(channels + 1, width), nn.Linear(width, channels)
+        self.inward, self.outward = (
+            nn.Linear(channels + 1, width),
+            nn.Linear(width, channels),
+        )
 
     def forward(self, x, levels, condition=None, taps=(), stop=False, parts=()):
-        hidden = self.inward(torch.cat([x, levels.per_token()[..., None]], dim=-1)).relu()
-        return Output(None if stop else self.outward(hidden), dict.fromkeys(taps, hidden))
+        hidden = self.inward(
+            torch.cat([x, levels.per_token()[..., None]], dim=-1)
+        ).relu()
+        return Output(
+            None if stop else self.outward(hidden), dict.fromkeys(taps, hidden)
+        )
 
 
 TINY = Config("given", training=TrainConfig(steps=2, batch=8, validation=8))
@@ -117,22 +181,43 @@ def test_a_module_is_trained_from_python_and_opened_with_itself(tmp_path):
     module = PerToken()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     run = train(TINY, tmp_path, "cpu", bar=False, backbone=module)
-    assert run.config.model == ModelConfig("given"), "and the module itself is as it was"
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert run.config.model == ModelConfig("given"), (
+        "and the module itself is as it was"
+    )
+    assert all(
+        torch.equal(value, before[name]) for name, value in module.state_dict().items()
+    )
     opened = Run.open(run.path, "cpu", backbone=PerToken)
-    assert torch.equal(opened.sample([3], steps=2)["image"], run.sample([3], steps=2)["image"])
-    with pytest.raises(ValueError, match=r"open it with the same one: Run.open\(path, backbone=...\)"):
+    assert torch.equal(
+        opened.sample([3], steps=2)["image"], run.sample([3], steps=2)["image"]
+    )
+    with pytest.raises(
+        ValueError, match=r"open it with the same one: Run.open\(path, backbone=...\)"
+    ):
         _ = Run.open(run.path, "cpu").teacher
-    with pytest.raises(ValueError, match="are not those of this PerToken .*size mismatch"):
+    with pytest.raises(
+        ValueError, match="are not those of this PerToken .*size mismatch"
+    ):
         _ = Run.open(run.path, "cpu", backbone=PerToken(width=16)).teacher
     other = train(replace(TINY, name="other"), tmp_path, "cpu", bar=False)
-    with pytest.raises(ValueError, match="was trained with backbone transformer, not with one that was passed"):
+    with pytest.raises(
+        ValueError,
+        match="was trained with backbone transformer, not with one that was passed",
+    ):
         Run.open(other.path, "cpu", backbone=module)
 
 
 def test_settings_of_another_backbone_beside_a_module_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="the config has settings of another one, {'width': 64}"):
-        train(replace(TINY, model=ModelConfig(width=64)), tmp_path, "cpu", bar=False, backbone=PerToken)
+    with pytest.raises(
+        ValueError, match="the config has settings of another one, {'width': 64}"
+    ):
+        train(
+            replace(TINY, model=ModelConfig(width=64)),
+            tmp_path,
+            "cpu",
+            bar=False,
+            backbone=PerToken,
+        )
     with pytest.raises(TypeError, match="backbone is 3; pass an nn.Module"):
         train(TINY, tmp_path, "cpu", bar=False, backbone=3)
 
@@ -147,7 +232,10 @@ def changed(**attributes):
 def answering(answer):
     class Answering(PerToken):
         def forward(self, x, levels, condition=None, taps=(), stop=False, parts=()):
-            return answer(super().forward(x, levels, condition, taps, stop, parts), taps)
+            return answer(
+                super().forward(x, levels, condition, taps, stop, parts), taps
+            )
+
     return Answering()
 
 
@@ -158,42 +246,121 @@ def unbuildable(inputs):
 TRAINING = TINY.training
 
 
-@pytest.mark.parametrize("backbone, change, words", [
-    (changed(width=None), {}, "PerToken.width is None; set self.width in __init__"),
-    (changed(depth=0), {}, "PerToken.depth is 0; set self.depth in __init__"),
-    (PerToken().requires_grad_(False), {}, "PerToken has no parameters to train"),
-    (changed(outward=nn.Linear(8, 3)), {}, "PerToken returned velocity of shape (2, 16, 3), expected (2, 16, 4)"),
-    (changed(width=9), {}, "returned features[1] of shape (2, 16, 8), expected (2, 16, 9)"),
-    (answering(lambda out, taps: out.velocity), {}, "Answering returned a Tensor; return Output(velocity, features)"),
-    (answering(lambda out, taps: Output(out.velocity, {})), {}, "layer 1 is missing: keep the hidden states"),
-    (answering(lambda out, taps: Output(out.velocity / 0, out.features)), {}, "NaN or infinite numbers in velocity"),
-    (changed(inward=nn.Linear(3, 8)), {}, "PerToken failed on 2 samples of (16, 4) tokens and channels: RuntimeError"),
-    (unbuildable, {}, "backbone given  cannot be built for Inputs("),
-    (lambda inputs: 3, {}, "made 3, which is no nn.Module"),
-    (PerToken(), {"objective": ObjectiveConfig(teacher_layer=7)}, "need 1 <= student_layer < teacher_layer <= depth = 2"),
-    (PerToken(), {"objective": ObjectiveConfig(separated=True)}, "has no argument 'separated', which objective.separated needs"),
-    (PerToken(), {"training": replace(TRAINING, compile=True)}, "PerToken has no 'blocks', which training.compile needs"),
-    (PerToken(), {"training": replace(TRAINING, optimizer="muon")}, "which training.optimizer muon needs"),
-    (PerToken(), {"training": replace(TRAINING, parallel="fsdp")}, "which training.parallel fsdp needs"),
-    (PerToken(), {"training": replace(TRAINING, checkpointing=True)}, "no 'checkpointing', which training.checkpointing needs"),
-])
-def test_a_backbone_that_does_not_fit_is_refused_in_a_line_before_training(tmp_path, backbone, change, words):
+@pytest.mark.parametrize(
+    "backbone, change, words",
+    [
+        (changed(width=None), {}, "PerToken.width is None; set self.width in __init__"),
+        (changed(depth=0), {}, "PerToken.depth is 0; set self.depth in __init__"),
+        (PerToken().requires_grad_(False), {}, "PerToken has no parameters to train"),
+        (
+            changed(outward=nn.Linear(8, 3)),
+            {},
+            "PerToken returned velocity of shape (2, 16, 3), expected (2, 16, 4)",
+        ),
+        (
+            changed(width=9),
+            {},
+            "returned features[1] of shape (2, 16, 8), expected (2, 16, 9)",
+        ),
+        (
+            answering(lambda out, taps: out.velocity),
+            {},
+            "Answering returned a Tensor; return Output(velocity, features)",
+        ),
+        (
+            answering(lambda out, taps: Output(out.velocity, {})),
+            {},
+            "layer 1 is missing: keep the hidden states",
+        ),
+        (
+            answering(lambda out, taps: Output(out.velocity / 0, out.features)),
+            {},
+            "NaN or infinite numbers in velocity",
+        ),
+        (
+            changed(inward=nn.Linear(3, 8)),
+            {},
+            "PerToken failed on 2 samples of (16, 4) tokens and channels: RuntimeError",
+        ),
+        (unbuildable, {}, "backbone given  cannot be built for Inputs("),
+        (lambda inputs: 3, {}, "made 3, which is no nn.Module"),
+        (
+            PerToken(),
+            {"objective": ObjectiveConfig(teacher_layer=7)},
+            "need 1 <= student_layer < teacher_layer <= depth = 2",
+        ),
+        (
+            PerToken(),
+            {"objective": ObjectiveConfig(separated=True)},
+            "has no argument 'separated', which objective.separated needs",
+        ),
+        (
+            PerToken(),
+            {"training": replace(TRAINING, compile=True)},
+            "PerToken has no 'blocks', which training.compile needs",
+        ),
+        (
+            PerToken(),
+            {"training": replace(TRAINING, optimizer="muon")},
+            "which training.optimizer muon needs",
+        ),
+        (
+            PerToken(),
+            {"training": replace(TRAINING, parallel="fsdp")},
+            "which training.parallel fsdp needs",
+        ),
+        (
+            PerToken(),
+            {"training": replace(TRAINING, checkpointing=True)},
+            "no 'checkpointing', which training.checkpointing needs",
+        ),
+    ],
+)
+def test_a_backbone_that_does_not_fit_is_refused_in_a_line_before_training(
+    tmp_path, backbone, change, words
+):
     with pytest.raises(ValueError) as error:
-        train(replace(TINY, name="bad", model=ModelConfig("given"), **change), tmp_path, "cpu", bar=False, backbone=backbone)
-    assert words in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "bad").exists()
+        train(
+            replace(TINY, name="bad", model=ModelConfig("given"), **change),
+            tmp_path,
+            "cpu",
+            bar=False,
+            backbone=backbone,
+        )
+    assert (
+        words in str(error.value)
+        and "\n" not in str(error.value)
+        and not (tmp_path / "bad").exists()
+    )
 
 
 def test_an_objective_of_ones_own_that_reads_too_deep_a_layer_is_refused(tmp_path):
     from selfflow.registries import trial, use
+
     with trial():
         use(Path(__file__).with_name("own_objective.py"))
-        config = replace(TINY, name="bad", model=ModelConfig("given"), objective=ObjectiveConfig("clean_view", teacher_layer=5))
-        with pytest.raises(ValueError, match="the objective reads layer 5, but PerToken has depth 2; take layers from 1 to 2"):
+        config = replace(
+            TINY,
+            name="bad",
+            model=ModelConfig("given"),
+            objective=ObjectiveConfig("clean_view", teacher_layer=5),
+        )
+        with pytest.raises(
+            ValueError,
+            match="the objective reads layer 5, but PerToken has depth 2; take layers from 1 to 2",
+        ):
             train(config, tmp_path, "cpu", bar=False, backbone=PerToken)
 
 
 def test_help_shows_the_options_of_the_backbone_that_is_named(tmp_path):
-    code, output, _ = shell(tmp_path, "train", f"--use={FILE}", "--model.name", "mixer", "--help")
+    code, output, _ = shell(
+        tmp_path, "train", f"--use={FILE}", "--model.name", "mixer", "--help"
+    )
     assert code == 0 and "--model.depth" in output and "--model.heads" not in output
     code, _, problem = shell(tmp_path, "train", "--model.name", "mixr")
-    assert code == 2 and "backbone" in problem and "--use" in problem and len(problem.strip().splitlines()) == 1
+    assert (
+        code == 2
+        and "backbone" in problem
+        and "--use" in problem
+        and len(problem.strip().splitlines()) == 1
+    )

@@ -1,4 +1,5 @@
 "Data of the user's own, as tensors and as a registered torch data set, here and in other processes."
+
 import json
 import re
 import subprocess
@@ -9,10 +10,10 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from selfflow.data.own import Own, splits_of
 from selfflow.cli import main
-from selfflow.registries import trial, use
 from selfflow.data.options import DataConfig
+from selfflow.data.own import Own, splits_of
+from selfflow.registries import trial, use
 from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
 from selfflow.training.run import Run
@@ -21,60 +22,147 @@ HERE = Path(__file__).parent
 
 
 def python(code, folder):
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def commands(lines, folder, first=""):
     calls = "\n".join(f"main({line.split()})" for line in lines)
-    return python(f"from selfflow.cli import main\nfrom selfflow.registries import use\n{first}\n{calls}", folder)
+    return python(
+        f"from selfflow.cli import main\nfrom selfflow.registries import use\n{first}\n{calls}",
+        folder,
+    )
 
 
-def test_tensors_train_and_their_run_is_sampled_and_reported_in_another_process(tmp_path):
-    subprocess.run([sys.executable, str(HERE / "own_tensors.py")], cwd=tmp_path, check=True)
-    output = commands(["sample runs/tensors --each 1 --steps 2 --device cpu", "runs runs", "report runs/tensors --device cpu"],
-                      tmp_path)
-    assert "4 samples are in" in output and "damaged" not in output and (tmp_path / "runs/tensors/report.html").is_file()
-    stored = json.loads((tmp_path / "runs/tensors/config.json").read_text(encoding="utf-8"))
-    assert stored["config"]["data"]["name"] == "given" and stored["outline"]["given"]["shapes"] == {"image": [1, 8, 8]}
+def test_tensors_train_and_their_run_is_sampled_and_reported_in_another_process(
+    tmp_path,
+):
+    subprocess.run(
+        [sys.executable, str(HERE / "own_tensors.py")], cwd=tmp_path, check=True
+    )
+    output = commands(
+        [
+            "sample runs/tensors --each 1 --steps 2 --device cpu",
+            "runs runs",
+            "report runs/tensors --device cpu",
+        ],
+        tmp_path,
+    )
+    assert (
+        "4 samples are in" in output
+        and "damaged" not in output
+        and (tmp_path / "runs/tensors/report.html").is_file()
+    )
+    stored = json.loads(
+        (tmp_path / "runs/tensors/config.json").read_text(encoding="utf-8")
+    )
+    assert stored["config"]["data"]["name"] == "given" and stored["outline"]["given"][
+        "shapes"
+    ] == {"image": [1, 8, 8]}
 
 
 def test_a_run_on_tensors_opens_with_its_data_and_with_no_other(tmp_path):
     images = torch.rand(60, 1, 8, 8) * 2 - 1
-    run = train(Config("mine", training=TrainConfig(steps=2, batch=8)), tmp_path, data=images, bar=False)
+    run = train(
+        Config("mine", training=TrainConfig(steps=2, batch=8)),
+        tmp_path,
+        data=images,
+        bar=False,
+    )
     assert run.sample([0], steps=1)["image"].shape == (1, 1, 8, 8)
     opened = Run.open(run.path, "cpu", data=images)
-    held = [opened.sources_of(split).data["given"].take(torch.arange(1)).signals["image"] for split in ("train", "test")]
-    assert all((images == one).flatten(1).all(1).any() for one in held) and not torch.equal(*held)
-    with pytest.raises(ValueError, match=r"open it with the same data: Run.open\(path, data=...\)"):
+    held = [
+        opened.sources_of(split).data["given"].take(torch.arange(1)).signals["image"]
+        for split in ("train", "test")
+    ]
+    assert all(
+        (images == one).flatten(1).all(1).any() for one in held
+    ) and not torch.equal(*held)
+    with pytest.raises(
+        ValueError, match=r"open it with the same data: Run.open\(path, data=...\)"
+    ):
         Run.open(run.path, "cpu").sources_of("test")
     with pytest.raises(ValueError, match="was trained on other data than these"):
         Run.open(run.path, "cpu", data=images.flip(0))
 
 
-def test_a_registered_torch_data_set_trains_samples_probes_and_is_reported_from_a_shell(tmp_path):
+def test_a_registered_torch_data_set_trains_samples_probes_and_is_reported_from_a_shell(
+    tmp_path,
+):
     use(HERE / "own_dataset.py")
-    config = Config("stripes", data=DataConfig("stripes"), training=TrainConfig(steps=2, batch=8))
+    config = Config(
+        "stripes", data=DataConfig("stripes"), training=TrainConfig(steps=2, batch=8)
+    )
     run = train(config, tmp_path / "runs", bar=False)
     assert run.sources.names == ("across", "down")
-    lines = ["sample runs/stripes --each 1 --steps 2 --device cpu", "probe runs/stripes --device cpu",
-             "report runs/stripes --device cpu"]
+    lines = [
+        "sample runs/stripes --each 1 --steps 2 --device cpu",
+        "probe runs/stripes --device cpu",
+        "report runs/stripes --device cpu",
+    ]
     output = commands(lines, tmp_path, f"use({str(HERE / 'own_dataset.py')!r})")
-    assert "2 samples are in" in output and (tmp_path / "runs/stripes/report.html").is_file()
+    assert (
+        "2 samples are in" in output
+        and (tmp_path / "runs/stripes/report.html").is_file()
+    )
 
 
 def test_its_options_are_settings_like_others(tmp_path, capsys):
     file = ["--use", str(HERE / "own_dataset.py")]
-    small = ["--model.width", "16", "--model.depth", "2", "--model.heads", "2", "--training.steps", "1", "--training.batch", "8"]
+    small = [
+        "--model.width",
+        "16",
+        "--model.depth",
+        "2",
+        "--model.heads",
+        "2",
+        "--training.steps",
+        "1",
+        "--training.batch",
+        "8",
+    ]
     with trial():
-        main(["train", *file, "--name", "thick", "--folder", str(tmp_path), "--data.0.name", "stripes", "--data.0.thickness", "3",
-              "--data.0.share", "2", "--data.1.name", "notes", *small, "--device", "cpu"])
-        stored = json.loads((tmp_path / "thick/config.json").read_text(encoding="utf-8"))
-        assert stored["use"] == file[1:] and [data["name"] for data in stored["config"]["data"]] == ["stripes", "notes"]
+        main(
+            [
+                "train",
+                *file,
+                "--name",
+                "thick",
+                "--folder",
+                str(tmp_path),
+                "--data.0.name",
+                "stripes",
+                "--data.0.thickness",
+                "3",
+                "--data.0.share",
+                "2",
+                "--data.1.name",
+                "notes",
+                *small,
+                "--device",
+                "cpu",
+            ]
+        )
+        stored = json.loads(
+            (tmp_path / "thick/config.json").read_text(encoding="utf-8")
+        )
+        assert stored["use"] == file[1:] and [
+            data["name"] for data in stored["config"]["data"]
+        ] == ["stripes", "notes"]
         opened = Run.open(tmp_path / "thick", "cpu")
-        assert opened.config.datasets["stripes"].thickness == 3 and opened.config.datasets["stripes"].share == 2
-        image = opened.sources_of("test").data["stripes"].take(torch.tensor([1])).signals["image"]
+        assert (
+            opened.config.datasets["stripes"].thickness == 3
+            and opened.config.datasets["stripes"].share == 2
+        )
+        image = (
+            opened.sources_of("test")
+            .data["stripes"]
+            .take(torch.tensor([1]))
+            .signals["image"]
+        )
         assert (image > 0).sum() == 3 * 8
         for name, shown in (("stripes", True), ("digits", False)):
             capsys.readouterr()
@@ -83,27 +171,39 @@ def test_its_options_are_settings_like_others(tmp_path, capsys):
             assert ("of a stripe, pixels" in capsys.readouterr().out) == shown
         with pytest.raises(SystemExit):
             main(["train", *file, "--data.thickness", "3"])
-        assert "--data.thickness is an option of data set stripes; choose one by --data.name" in capsys.readouterr().err
+        assert (
+            "--data.thickness is an option of data set stripes; choose one by --data.name"
+            in capsys.readouterr().err
+        )
         with pytest.raises(ValueError, match="thickness is '3', expected int"):
             Config.from_dict({"data": {"name": "stripes", "thickness": "3"}})
 
 
 def test_options_need_defaults_and_may_be_written_as_strings(tmp_path):
     file = tmp_path / "later.py"
-    file.write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n"
-                    "from selfflow import register_dataset\n"
-                    "@dataclass(frozen=True)\nclass Options:\n    count: int = 3\n    share_of: tuple[float, ...] = ()\n"
-                    "@register_dataset('later', options=Options)\ndef later(config, split): ...\n"
-                    "@dataclass(frozen=True)\nclass Bad:\n    root: str\n"
-                    "if False:\n    register_dataset('bad', later, Bad)\n")
+    file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "from selfflow import register_dataset\n"
+        "@dataclass(frozen=True)\nclass Options:\n    count: int = 3\n    share_of: tuple[float, ...] = ()\n"
+        "@register_dataset('later', options=Options)\ndef later(config, split): ...\n"
+        "@dataclass(frozen=True)\nclass Bad:\n    root: str\n"
+        "if False:\n    register_dataset('bad', later, Bad)\n"
+    )
     with trial():
         use(file)
         assert DataConfig("later", count=4, share_of=(0.5,)).count == 4
         with pytest.raises(ValueError, match="count is 2.5, expected int"):
             DataConfig("later", count=2.5)
         bad = tmp_path / "bad.py"
-        bad.write_text(file.read_text().replace("if False", "if True").replace("'later'", "'sooner'"))
-        with pytest.raises(ValueError, match="option root of data set 'bad' has no default; give it one in Bad"):
+        bad.write_text(
+            file.read_text()
+            .replace("if False", "if True")
+            .replace("'later'", "'sooner'")
+        )
+        with pytest.raises(
+            ValueError,
+            match="option root of data set 'bad' has no default; give it one in Bad",
+        ):
             use(bad)
 
 
@@ -118,25 +218,82 @@ class Odd(Dataset):
         return self.at.get(f"item{place}", torch.zeros(1, 8, 8))
 
 
-@pytest.mark.parametrize("data, error, words", [
-    (lambda: Odd(0), ValueError, "the data set has no items"),
-    (lambda: Odd(item3=torch.zeros(1, 8, 9)), ValueError, "item 3 has {'image': (1, 8, 9)}, but item 0 has {'image': (1, 8, 8)}"),
-    (lambda: Odd(item4=torch.full((1, 8, 8), torch.nan)), ValueError, "item 4: image holds NaN or infinity"),
-    (lambda: Odd(item4=torch.full((1, 8, 8), 2.0)), ValueError, "item 4: values of image reach 2, expected [-1, 1]"),
-    (lambda: Odd(item0=torch.zeros(1, 8, 8, dtype=torch.uint8)), TypeError, "item 0: image is torch.uint8"),
-    (lambda: Odd(item0=torch.zeros(8, 8)), ValueError, "item 0 is a tensor (8, 8); expected an image (c, h, w)"),
-    (lambda: Odd(item2=(torch.zeros(1, 8, 8), 1)), ValueError, "some items have a label and others none"),
-    (lambda: Odd(item0={"picture": torch.zeros(1, 8, 8)}), ValueError, "unknown signal 'picture'"),
-    (lambda: (torch.zeros(9, 1, 8, 8), torch.zeros(8).long()), ValueError, "image has 9, label has 8"),
-    (lambda: (torch.zeros(9, 1, 8, 8), torch.arange(9) - 1), ValueError, "a label is -1"),
-    (lambda: iter([1]), TypeError, "is no data set: expected tensors"),
-    (lambda: {"validation": torch.zeros(9, 1, 8, 8)}, ValueError, "but no 'train'"),
-    (lambda: {"train": torch.zeros(9, 1, 8, 8), "validation": torch.zeros(9, 1, 4, 4)}, ValueError, "validation has"),
-    (lambda: Odd(2), ValueError, "has 2 samples, but it is split into train, validation, test"),
-])
-def test_data_that_cannot_be_trained_on_are_refused_in_a_line_before_training(tmp_path, data, error, words):
+@pytest.mark.parametrize(
+    "data, error, words",
+    [
+        (lambda: Odd(0), ValueError, "the data set has no items"),
+        (
+            lambda: Odd(item3=torch.zeros(1, 8, 9)),
+            ValueError,
+            "item 3 has {'image': (1, 8, 9)}, but item 0 has {'image': (1, 8, 8)}",
+        ),
+        (
+            lambda: Odd(item4=torch.full((1, 8, 8), torch.nan)),
+            ValueError,
+            "item 4: image holds NaN or infinity",
+        ),
+        (
+            lambda: Odd(item4=torch.full((1, 8, 8), 2.0)),
+            ValueError,
+            "item 4: values of image reach 2, expected [-1, 1]",
+        ),
+        (
+            lambda: Odd(item0=torch.zeros(1, 8, 8, dtype=torch.uint8)),
+            TypeError,
+            "item 0: image is torch.uint8",
+        ),
+        (
+            lambda: Odd(item0=torch.zeros(8, 8)),
+            ValueError,
+            "item 0 is a tensor (8, 8); expected an image (c, h, w)",
+        ),
+        (
+            lambda: Odd(item2=(torch.zeros(1, 8, 8), 1)),
+            ValueError,
+            "some items have a label and others none",
+        ),
+        (
+            lambda: Odd(item0={"picture": torch.zeros(1, 8, 8)}),
+            ValueError,
+            "unknown signal 'picture'",
+        ),
+        (
+            lambda: (torch.zeros(9, 1, 8, 8), torch.zeros(8).long()),
+            ValueError,
+            "image has 9, label has 8",
+        ),
+        (
+            lambda: (torch.zeros(9, 1, 8, 8), torch.arange(9) - 1),
+            ValueError,
+            "a label is -1",
+        ),
+        (lambda: iter([1]), TypeError, "is no data set: expected tensors"),
+        (lambda: {"validation": torch.zeros(9, 1, 8, 8)}, ValueError, "but no 'train'"),
+        (
+            lambda: {
+                "train": torch.zeros(9, 1, 8, 8),
+                "validation": torch.zeros(9, 1, 4, 4),
+            },
+            ValueError,
+            "validation has",
+        ),
+        (
+            lambda: Odd(2),
+            ValueError,
+            "has 2 samples, but it is split into train, validation, test",
+        ),
+    ],
+)
+def test_data_that_cannot_be_trained_on_are_refused_in_a_line_before_training(
+    tmp_path, data, error, words
+):
     with pytest.raises(error, match=re.escape(words)) as raised:
-        train(Config("bad", training=TrainConfig(steps=2, batch=8)), tmp_path, data=data(), bar=False)
+        train(
+            Config("bad", training=TrainConfig(steps=2, batch=8)),
+            tmp_path,
+            data=data(),
+            bar=False,
+        )
     assert "\n" not in str(raised.value) and not (tmp_path / "bad").exists()
 
 
@@ -144,19 +301,37 @@ def test_a_length_that_changes_is_reported():
     items = Odd(9)
     own = Own(items)
     items.count = 8
-    with pytest.raises(ValueError, match="had 9 items when it was opened and has 8 now"):
+    with pytest.raises(
+        ValueError, match="had 9 items when it was opened and has 8 now"
+    ):
         own.take(torch.arange(2))
 
 
 def test_parts_that_are_given_are_used_and_classes_are_those_of_all():
     train_part = (torch.zeros(4, 1, 8, 8), torch.tensor([0, 1, 2, 0]))
-    parts = splits_of({"train": train_part, "validation": (torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]))})
-    assert {split: len(part) for split, part in parts.items()} == {"train": 4, "validation": 2}
-    assert parts["validation"].names == ("0", "1", "2") and Own(train_part).fingerprint == Own(train_part).fingerprint
+    parts = splits_of(
+        {
+            "train": train_part,
+            "validation": (torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])),
+        }
+    )
+    assert {split: len(part) for split, part in parts.items()} == {
+        "train": 4,
+        "validation": 2,
+    }
+    assert (
+        parts["validation"].names == ("0", "1", "2")
+        and Own(train_part).fingerprint == Own(train_part).fingerprint
+    )
 
 
 def test_random_items_have_a_fingerprint_of_their_form():
     class Random(Odd):
         def __getitem__(self, place):
             return torch.rand(1, 8, 8)
-    assert Own(Random()).fingerprint == Own(Random()).fingerprint != Own(Random(8)).fingerprint
+
+    assert (
+        Own(Random()).fingerprint
+        == Own(Random()).fingerprint
+        != Own(Random(8)).fingerprint
+    )

@@ -22,7 +22,19 @@ def shell(use, *args):
 
 def test_a_metric_of_ones_own_is_measured_and_reported(runs, tmp_path):
     folder = shutil.copytree(runs["tiny"].path, tmp_path / "run")
-    done = shell(OWN, "metrics", folder, "--count", 24, "--steps", 2, "--resamples", 4, "--device", "cpu")
+    done = shell(
+        OWN,
+        "metrics",
+        folder,
+        "--count",
+        24,
+        "--steps",
+        2,
+        "--resamples",
+        4,
+        "--device",
+        "cpu",
+    )
     assert done.returncode == 0, done.stderr
     assert "distance of means" in done.stdout and "Frechet distance" in done.stdout
     stored = json.loads((folder / "metrics.json").read_text())
@@ -30,26 +42,62 @@ def test_a_metric_of_ones_own_is_measured_and_reported(runs, tmp_path):
         measured = stored[samples]["distance of means"]
         low, high = measured["interval"]
         assert low < measured["value"] < high
-    assert stored["drawn"]["distance of means"]["value"] > stored["floor"]["distance of means"]["value"]
+    assert (
+        stored["drawn"]["distance of means"]["value"]
+        > stored["floor"]["distance of means"]["value"]
+    )
     # the numbers are in the folder, so the report needs no user's file
-    done = subprocess.run([sys.executable, "-m", "selfflow.cli", "report", str(folder), "--device", "cpu"],
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "selfflow.cli",
+            "report",
+            str(folder),
+            "--device",
+            "cpu",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert "distance of means" in (folder / "report.html").read_text()
 
 
-@pytest.mark.parametrize("body, message", [
-    ("1 / 0", "metric 'mine' failed: ZeroDivisionError"),
-    ("'many'", "metric 'mine' returned 'many'; expected a number"),
-    ("{'precision': 1.0}", "both return precision"),
-])
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("1 / 0", "metric 'mine' failed: ZeroDivisionError"),
+        ("'many'", "metric 'mine' returned 'many'; expected a number"),
+        ("{'precision': 1.0}", "both return precision"),
+    ],
+)
 def test_what_a_metric_does_wrong_is_one_line(runs, tmp_path, body, message):
     file = tmp_path / "mine.py"
-    file.write_text("from selfflow import register_metric\n\n@register_metric('mine')\n"
-                    f"def mine(real, drawn):\n    return {body}\n")
+    file.write_text(
+        "from selfflow import register_metric\n\n@register_metric('mine')\n"
+        f"def mine(real, drawn):\n    return {body}\n"
+    )
     folder = shutil.copytree(runs["tiny"].path, tmp_path / "run")
-    done = shell(file, "metrics", folder, "--count", 12, "--steps", 1, "--resamples", 0, "--device", "cpu")
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    done = shell(
+        file,
+        "metrics",
+        folder,
+        "--count",
+        12,
+        "--steps",
+        1,
+        "--resamples",
+        0,
+        "--device",
+        "cpu",
+    )
+    assert (
+        done.returncode == 2
+        and message in done.stderr
+        and len(done.stderr.strip().splitlines()) == 1
+    )
     assert not (folder / "metrics.json").exists()
 
 

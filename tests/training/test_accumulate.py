@@ -31,12 +31,27 @@ def logged(config: Config) -> tuple[list[dict], list[torch.Tensor]]:
     state = start_state(config, sources, torch.device("cpu"), width)
     with torch.no_grad():  # as after some training: every layer says something
         for name, parameter in state.named_parameters().items():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=keyed(0, name)))
+            parameter.add_(
+                0.05 * torch.randn(parameter.shape, generator=keyed(0, name))
+            )
     batches, found = Batches(sources, config), []
     for step in range(STEPS):
-        features = torch.randn(8, 5, generator=keyed(0, "features", step)) if width > 1 else None
-        found.append(train_step(state, config, replace(batches[step], features=features), diagnose=step > 0))
-    return found, [parameter.detach() for parameter in state.named_parameters().values()]
+        features = (
+            torch.randn(8, 5, generator=keyed(0, "features", step))
+            if width > 1
+            else None
+        )
+        found.append(
+            train_step(
+                state,
+                config,
+                replace(batches[step], features=features),
+                diagnose=step > 0,
+            )
+        )
+    return found, [
+        parameter.detach() for parameter in state.named_parameters().values()
+    ]
 
 
 def combinations():
@@ -45,51 +60,109 @@ def combinations():
         for normalise in ("raw", "centred", "standardised"):
             schedule = {} if name == "self_flow" else {"schedule": "dual"}
             for tokens in ("all", "masked", "noisier"):
-                options = {"normalise": normalise, "rep_tokens": tokens, "flow_tokens": tokens, **schedule}
-                yield f"digits {name} {normalise} {tokens}", "digits", ObjectiveConfig(name, **options)
+                options = {
+                    "normalise": normalise,
+                    "rep_tokens": tokens,
+                    "flow_tokens": tokens,
+                    **schedule,
+                }
+                yield (
+                    f"digits {name} {normalise} {tokens}",
+                    "digits",
+                    ObjectiveConfig(name, **options),
+                )
     for tokens in ("all", "masked", "noisier"):
-        for data, given in (("motion", "first_frame"), ("scenes", "either"), ("scenes", "audio"), ("scenes", "first_frame"),
-                            ("scenes", ""), ("in turn", "")):
+        for data, given in (
+            ("motion", "first_frame"),
+            ("scenes", "either"),
+            ("scenes", "audio"),
+            ("scenes", "first_frame"),
+            ("scenes", ""),
+            ("in turn", ""),
+        ):
             for name in ("flow_matching", "self_flow"):
-                objective = ObjectiveConfig(name, schedule="dual", flow_tokens=tokens, given=given)
+                objective = ObjectiveConfig(
+                    name, schedule="dual", flow_tokens=tokens, given=given
+                )
                 yield f"{data} {name} {given or 'nothing'} {tokens}", data, objective
-    yield "scenes sra given centred", "scenes", ObjectiveConfig("sra", given="either", normalise="centred", distance="l2")
-    yield "scenes forcing", "scenes", ObjectiveConfig(schedule="diffusion_forcing", normalise="standardised", mask_ratio=0.25)
-    yield "digits single share", "digits", ObjectiveConfig(single_share=0.5, rep_tokens="noisier", distance="smooth_l1")
+    yield (
+        "scenes sra given centred",
+        "scenes",
+        ObjectiveConfig("sra", given="either", normalise="centred", distance="l2"),
+    )
+    yield (
+        "scenes forcing",
+        "scenes",
+        ObjectiveConfig(
+            schedule="diffusion_forcing", normalise="standardised", mask_ratio=0.25
+        ),
+    )
+    yield (
+        "digits single share",
+        "digits",
+        ObjectiveConfig(single_share=0.5, rep_tokens="noisier", distance="smooth_l1"),
+    )
 
 
-@pytest.mark.parametrize("data, objective", [pytest.param(*rest, id=name) for name, *rest in combinations()])
+@pytest.mark.parametrize(
+    "data, objective", [pytest.param(*rest, id=name) for name, *rest in combinations()]
+)
 def test_pieces_give_what_the_whole_batch_gives(data, objective):
-    config = Config(data=DATA[data], objective=objective, model=ModelConfig(width=16, depth=4, heads=1),
-                    training=TrainConfig(steps=STEPS, batch=8, shards=8, lr=1e-3))
+    config = Config(
+        data=DATA[data],
+        objective=objective,
+        model=ModelConfig(width=16, depth=4, heads=1),
+        training=TrainConfig(steps=STEPS, batch=8, shards=8, lr=1e-3),
+    )
     whole, weights = logged(config)
     for pieces in (2, 4, 8):
-        found, others = logged(replace(config, training=replace(config.training, accumulate=pieces)))
+        found, others = logged(
+            replace(config, training=replace(config.training, accumulate=pieces))
+        )
         for step, (values, expected) in enumerate(zip(found, whole, strict=True)):
             assert values.keys() == expected.keys()
-            for name in expected:  # the second step starts from weights that rounding has moved
+            # the second step starts from weights that rounding has moved
+            for name in expected:
                 near = 1e-6 if step == 0 else 2e-4
-                assert values[name] == pytest.approx(expected[name], rel=near, abs=near), (pieces, step, name)
+                assert values[name] == pytest.approx(
+                    expected[name], rel=near, abs=near
+                ), (pieces, step, name)
 
 
-@pytest.mark.parametrize("objective", [ObjectiveConfig(), ObjectiveConfig("layer_sync", normalise="standardised")])
+@pytest.mark.parametrize(
+    "objective",
+    [ObjectiveConfig(), ObjectiveConfig("layer_sync", normalise="standardised")],
+)
 def test_pieces_in_bf16_know_the_whole_batch_too(objective):
-    config = Config(objective=objective, model=ModelConfig(width=16, depth=4, heads=1),
-                    training=TrainConfig(steps=STEPS, batch=8, shards=8, precision="bf16"))
+    config = Config(
+        objective=objective,
+        model=ModelConfig(width=16, depth=4, heads=1),
+        training=TrainConfig(steps=STEPS, batch=8, shards=8, precision="bf16"),
+    )
     whole, _ = logged(config)
     found, _ = logged(replace(config, training=replace(config.training, accumulate=4)))
-    assert found[0] == {name: pytest.approx(value, rel=0.01) for name, value in whole[0].items()}
+    assert found[0] == {
+        name: pytest.approx(value, rel=0.01) for name, value in whole[0].items()
+    }
 
 
 def test_the_target_is_looked_at_once_more_only_where_it_is_normalised(monkeypatch):
     from selfflow.method.transformer import Transformer
+
     real, passes = Transformer.forward, []
-    monkeypatch.setattr(Transformer, "forward", lambda self, *a, **k: passes.append(self.training) or real(self, *a, **k))
+    monkeypatch.setattr(
+        Transformer,
+        "forward",
+        lambda self, *a, **k: passes.append(self.training) or real(self, *a, **k),
+    )
     counted = {}
     for normalise in ("raw", "centred"):
         passes.clear()
-        config = Config(objective=ObjectiveConfig(normalise=normalise), model=ModelConfig(width=16, depth=4, heads=1),
-                        training=TrainConfig(steps=STEPS, batch=8, shards=8, accumulate=4))
+        config = Config(
+            objective=ObjectiveConfig(normalise=normalise),
+            model=ModelConfig(width=16, depth=4, heads=1),
+            training=TrainConfig(steps=STEPS, batch=8, shards=8, accumulate=4),
+        )
         logged(config)
         counted[normalise] = (passes.count(True) // STEPS, passes.count(False) // STEPS)
     assert counted == {"raw": (4, 4), "centred": (4, 8)}
@@ -97,6 +170,10 @@ def test_the_target_is_looked_at_once_more_only_where_it_is_normalised(monkeypat
 
 def test_no_cosine_exceeds_one():
     from selfflow.method.alignment import Alignment, constant_cosine
+
     with own_settings():
         rows = torch.rand(1, 7, generator=keyed(0, "row")).expand(1000, 7).contiguous()
-        assert constant_cosine(rows) <= 1 and Alignment(rows, rows, torch.zeros(1000)).means()["constant_cosine"] <= 1
+        assert (
+            constant_cosine(rows) <= 1
+            and Alignment(rows, rows, torch.zeros(1000)).means()["constant_cosine"] <= 1
+        )

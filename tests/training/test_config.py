@@ -1,4 +1,5 @@
 """Configs: there and back, and what they refuse."""
+
 import inspect
 import json
 import math
@@ -8,9 +9,9 @@ from dataclasses import asdict, fields, is_dataclass, replace
 import pytest
 import torch
 
-from selfflow.method.backbone import Inputs
 from selfflow.data.options import SOUNDS, DataConfig
 from selfflow.data.sources import _CODECS
+from selfflow.method.backbone import Inputs
 from selfflow.method.build import (
     build_backbone,
     build_density,
@@ -20,10 +21,37 @@ from selfflow.method.build import (
     check_levels,
     transformer_config,
 )
-from selfflow.method.flow import LogitNormal, Mixture, PlateauLogitNormal, Shifted, Uniform
-from selfflow.method.objective import REPA, SRA, FlowMatching, LayerSync, SelfFlow, ema_decay
-from selfflow.method.options import DENSITIES, MASK_RATIOS, SCHEDULES, SIZES, ModelConfig, ObjectiveConfig, TransformerOptions
-from selfflow.method.schedule import DiffusionForcing, DualTimestep, FullMasking, MultiTimestep, SingleLevel
+from selfflow.method.flow import (
+    LogitNormal,
+    Mixture,
+    PlateauLogitNormal,
+    Shifted,
+    Uniform,
+)
+from selfflow.method.objective import (
+    REPA,
+    SRA,
+    FlowMatching,
+    LayerSync,
+    SelfFlow,
+    ema_decay,
+)
+from selfflow.method.options import (
+    DENSITIES,
+    MASK_RATIOS,
+    SCHEDULES,
+    SIZES,
+    ModelConfig,
+    ObjectiveConfig,
+    TransformerOptions,
+)
+from selfflow.method.schedule import (
+    DiffusionForcing,
+    DualTimestep,
+    FullMasking,
+    MultiTimestep,
+    SingleLevel,
+)
 from selfflow.method.tokens import Part
 from selfflow.method.transformer import TransformerConfig
 from selfflow.registries import datasets, objectives, own_options
@@ -42,138 +70,305 @@ from selfflow.training.config import (
 
 
 def test_json_and_back():
-    config = Config.from_dict({"name": "x", "objective": {"density": "logit_normal", "student_layer": 1},
-                               "training": {"lr": 0.1}})
+    config = Config.from_dict(
+        {
+            "name": "x",
+            "objective": {"density": "logit_normal", "student_layer": 1},
+            "training": {"lr": 0.1},
+        }
+    )
     assert Config.from_dict(json.loads(json.dumps(asdict(config)))) == config
-    assert config.objective.student_layer == 1 and config.training.steps == Config().training.steps
+    assert (
+        config.objective.student_layer == 1
+        and config.training.steps == Config().training.steps
+    )
 
 
-@pytest.mark.parametrize("values, words", [
-    ({"nam": "x"}, "unknown field in config 'nam'.*Did you mean 'name'"),
-    ({"training": {"step": 5}}, "unknown field in training 'step'.*Did you mean 'steps'"),
-    ({"objective": {"name": "selfflow"}}, "unknown objective .*'selfflow'.*Did you mean 'self_flow'"),
-    ({"objective": {"density": "logitnormal"}}, "unknown density"),
-    ({"data": {"name": "mnist"}}, "unknown data set .*'mnist'"),
-    ({"objective": {"mask_ratio": 0.6}}, r"mask_ratio is 0.6, outside \[0, 0.5\]"),
-    ({"objective": {"mask_ratio": -0.1}}, "mask_ratio"),
-    ({"objective": {"label_drop": 1.5}}, "label_drop"),
-    ({"objective": {"rep_weight": -1}}, "rep_weight"),
-    ({"objective": {"student_layer": 4, "teacher_layer": 4}}, "student_layer 4 and teacher_layer 4"),
-    ({"objective": {"student_layer": 5, "teacher_layer": 2}}, "student_layer 5"),
-    ({"objective": {"teacher_layer": 7}}, "depth = 6"),
-    ({"training": {"steps": 0}}, "steps is 0"),
-    ({"training": {"lr": float("nan")}}, "lr is nan"),
-    ({"training": {"ema_half_life": 0}}, "ema_half_life is 0"),
-    ({"training": {"cooldown": 1.5}}, "cooldown is 1.5"),
-    ({"training": {"cooldown": -0.1}}, "cooldown is -0.1"),
-    ({"training": {"precision": "fp8"}}, "precision"),
-    ({"training": {"steps": 2.5}}, "TrainConfig.steps is 2.5, expected int"),
-    ({"training": {"steps": "5"}}, "steps is '5', expected int"), ({"training": {"steps": True}}, "steps is True"),
-    ({"objective": {"mask_ratio": "0.2"}}, "mask_ratio is '0.2', expected float"), ({"seed": "0"}, "seed is '0'"),
-    ({"objective": {"student_layer": 1.0}}, "student_layer is 1.0"), ({"training": 5}, "training is 5, expected its fields"),
-    ({"data": "digits"}, "data is 'digits', expected its fields"), ({"model": {"width": 0}}, "width is 0"),
-    ({"name": " a"}, "no name"), ({"name": "-a"}, "no name"), ({"name": "a\n"}, "no name"), ({"name": ".hidden"}, "no name"),
-    ({"name": "../x"}, "no name for a run"), ({"name": "a/b"}, "no name"), ({"name": ""}, "no name"),
-    ({"name": ".."}, "no name"),
-    ({"name": "a\\b"}, "no name"),
-    ({"model": {"size": "S", "width": 512}}, "width is 512, but size S has 384; take model.size own"),
-    ({"model": {"size": "M"}}, "unknown size .*'M'; known are own, S, B, L, XL"),
-    ({"model": {"positions": "rope"}}, "unknown positions"), ({"model": {"mlp": "swigly"}}, "Did you mean 'swiglu'"),
-    ({"model": {"modulation": "token"}}, "unknown modulation"), ({"model": {"qk_norm": 1}}, "qk_norm is 1, expected bool"),
-    ({"objective": {"density_std": 0, "density": "logit_normal"}}, "std is 0"),
-    ({"objective": {"density_std": 2.0, "density": "plateau_logit_normal"}}, "std is 2.0"),
-    ({"objective": {"density_mean": float("nan"), "density": "logit_normal"}}, "nan"),
-    ({"objective": {"density_shift": 0}}, "density_shift is 0"),
-    ({"objective": {"density_shift": float("nan")}}, "density_shift is nan"),
-    ({"objective": {"noisy_share": -0.1}}, "none negative"), ({"objective": {"noisy_share": 1.5}}, "none negative"),
-    ({"objective": {"schedule": "duel"}}, "unknown schedule .*Did you mean 'dual'"),
-    ({"objective": {"order": "sorted"}}, "order is 'sorted'"), ({"objective": {"exact": "yes"}}, "exact is 'yes'"),
-    ({"objective": {"near": 0.0}}, "near is 0.0"), ({"objective": {"near": "0.2"}}, "near is '0.2', expected float"),
-    ({"objective": {"single_share": 1.5}}, "single_share is 1.5"), ({"objective": {"block": 0}}, "block"),
-    ({"objective": {"levels": 1}}, "levels is 1, but the dual schedule needs at least 2; schedule='single' is one"),
-    ({"objective": {"levels": 3, "exact": True}}, "the schedule here is dual with 3"),
-    ({"objective": {"levels": 3, "schedule": "single"}}, "the schedule here is single with 3"),
-    ({"objective": {"block": 2, "schedule": "full_masking"}}, "the schedule here is full_masking with 2"),
-    ({"objective": {"name": "sra", "order": "cleaner"}}, "the schedule here is single with 2"),
-    ({"objective": {"name": "repa", "near": 0.2}}, "the schedule here is single"),
-    ({"objective": {"name": "flow_matching", "single_share": 0.2}}, "the schedule here is single"),
-    ({"objective": {"distance": "l1"}}, "unknown distance"), ({"objective": {"normalise": "unit"}}, "unknown normalise"),
-    ({"objective": {"flow_tokens": "mask"}}, "unknown flow_tokens .*Did you mean 'masked'"),
-    ({"objective": {"rep_tokens": "some"}}, "unknown rep_tokens"),
-    ({"objective": {"rep_tokens": "masked", "mask_ratio": 0.0}}, "here none is masked: mask_ratio 0.0"),
-    ({"objective": {"flow_tokens": "masked", "single_share": 1.0}}, "none is masked.*single_share 1.0"),
-    ({"objective": {"rep_tokens": "noisier", "schedule": "diffusion_forcing"}}, "none is masked.*diffusion_forcing"),
-    ({"objective": {"name": "sra", "separated": True}}, "separated is attention within noise levels.*there is one"),
-    ({"objective": {"schedule": "full_masking", "mask_ratio": 1.1}}, "mask_ratio is 1.1"),
-    ({"objective": {"name": "flow_matching", "flow_tokens": "masked"}}, "'masked', but with one level no token is"),
-    ({"objective": {"name": "sra", "rep_tokens": "noisier"}}, "'noisier', but with one level no token is"),
-    ({"objective": {"separated": 1}}, "separated is 1, expected bool"),
-    ({"objective": {"name": "layer_sync", "teacher_layer": 1}}, "teacher_layer 1 do not fit"),
-    ({"objective": {"name": "repa", "student_layer": 7}}, "student_layer is 7, but the model has layers 1 to 6"),
-    ({"training": {"compile": "yes"}}, "compile is 'yes'"), ({"training": {"checkpointing": 0}}, "checkpointing is 0"),
-])
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"nam": "x"}, "unknown field in config 'nam'.*Did you mean 'name'"),
+        (
+            {"training": {"step": 5}},
+            "unknown field in training 'step'.*Did you mean 'steps'",
+        ),
+        (
+            {"objective": {"name": "selfflow"}},
+            "unknown objective .*'selfflow'.*Did you mean 'self_flow'",
+        ),
+        ({"objective": {"density": "logitnormal"}}, "unknown density"),
+        ({"data": {"name": "mnist"}}, "unknown data set .*'mnist'"),
+        ({"objective": {"mask_ratio": 0.6}}, r"mask_ratio is 0.6, outside \[0, 0.5\]"),
+        ({"objective": {"mask_ratio": -0.1}}, "mask_ratio"),
+        ({"objective": {"label_drop": 1.5}}, "label_drop"),
+        ({"objective": {"rep_weight": -1}}, "rep_weight"),
+        (
+            {"objective": {"student_layer": 4, "teacher_layer": 4}},
+            "student_layer 4 and teacher_layer 4",
+        ),
+        ({"objective": {"student_layer": 5, "teacher_layer": 2}}, "student_layer 5"),
+        ({"objective": {"teacher_layer": 7}}, "depth = 6"),
+        ({"training": {"steps": 0}}, "steps is 0"),
+        ({"training": {"lr": float("nan")}}, "lr is nan"),
+        ({"training": {"ema_half_life": 0}}, "ema_half_life is 0"),
+        ({"training": {"cooldown": 1.5}}, "cooldown is 1.5"),
+        ({"training": {"cooldown": -0.1}}, "cooldown is -0.1"),
+        ({"training": {"precision": "fp8"}}, "precision"),
+        ({"training": {"steps": 2.5}}, "TrainConfig.steps is 2.5, expected int"),
+        ({"training": {"steps": "5"}}, "steps is '5', expected int"),
+        ({"training": {"steps": True}}, "steps is True"),
+        ({"objective": {"mask_ratio": "0.2"}}, "mask_ratio is '0.2', expected float"),
+        ({"seed": "0"}, "seed is '0'"),
+        ({"objective": {"student_layer": 1.0}}, "student_layer is 1.0"),
+        ({"training": 5}, "training is 5, expected its fields"),
+        ({"data": "digits"}, "data is 'digits', expected its fields"),
+        ({"model": {"width": 0}}, "width is 0"),
+        ({"name": " a"}, "no name"),
+        ({"name": "-a"}, "no name"),
+        ({"name": "a\n"}, "no name"),
+        ({"name": ".hidden"}, "no name"),
+        ({"name": "../x"}, "no name for a run"),
+        ({"name": "a/b"}, "no name"),
+        ({"name": ""}, "no name"),
+        ({"name": ".."}, "no name"),
+        ({"name": "a\\b"}, "no name"),
+        (
+            {"model": {"size": "S", "width": 512}},
+            "width is 512, but size S has 384; take model.size own",
+        ),
+        ({"model": {"size": "M"}}, "unknown size .*'M'; known are own, S, B, L, XL"),
+        ({"model": {"positions": "rope"}}, "unknown positions"),
+        ({"model": {"mlp": "swigly"}}, "Did you mean 'swiglu'"),
+        ({"model": {"modulation": "token"}}, "unknown modulation"),
+        ({"model": {"qk_norm": 1}}, "qk_norm is 1, expected bool"),
+        ({"objective": {"density_std": 0, "density": "logit_normal"}}, "std is 0"),
+        (
+            {"objective": {"density_std": 2.0, "density": "plateau_logit_normal"}},
+            "std is 2.0",
+        ),
+        (
+            {"objective": {"density_mean": float("nan"), "density": "logit_normal"}},
+            "nan",
+        ),
+        ({"objective": {"density_shift": 0}}, "density_shift is 0"),
+        ({"objective": {"density_shift": float("nan")}}, "density_shift is nan"),
+        ({"objective": {"noisy_share": -0.1}}, "none negative"),
+        ({"objective": {"noisy_share": 1.5}}, "none negative"),
+        ({"objective": {"schedule": "duel"}}, "unknown schedule .*Did you mean 'dual'"),
+        ({"objective": {"order": "sorted"}}, "order is 'sorted'"),
+        ({"objective": {"exact": "yes"}}, "exact is 'yes'"),
+        ({"objective": {"near": 0.0}}, "near is 0.0"),
+        ({"objective": {"near": "0.2"}}, "near is '0.2', expected float"),
+        ({"objective": {"single_share": 1.5}}, "single_share is 1.5"),
+        ({"objective": {"block": 0}}, "block"),
+        (
+            {"objective": {"levels": 1}},
+            "levels is 1, but the dual schedule needs at least 2; schedule='single' is one",
+        ),
+        (
+            {"objective": {"levels": 3, "exact": True}},
+            "the schedule here is dual with 3",
+        ),
+        (
+            {"objective": {"levels": 3, "schedule": "single"}},
+            "the schedule here is single with 3",
+        ),
+        (
+            {"objective": {"block": 2, "schedule": "full_masking"}},
+            "the schedule here is full_masking with 2",
+        ),
+        (
+            {"objective": {"name": "sra", "order": "cleaner"}},
+            "the schedule here is single with 2",
+        ),
+        ({"objective": {"name": "repa", "near": 0.2}}, "the schedule here is single"),
+        (
+            {"objective": {"name": "flow_matching", "single_share": 0.2}},
+            "the schedule here is single",
+        ),
+        ({"objective": {"distance": "l1"}}, "unknown distance"),
+        ({"objective": {"normalise": "unit"}}, "unknown normalise"),
+        (
+            {"objective": {"flow_tokens": "mask"}},
+            "unknown flow_tokens .*Did you mean 'masked'",
+        ),
+        ({"objective": {"rep_tokens": "some"}}, "unknown rep_tokens"),
+        (
+            {"objective": {"rep_tokens": "masked", "mask_ratio": 0.0}},
+            "here none is masked: mask_ratio 0.0",
+        ),
+        (
+            {"objective": {"flow_tokens": "masked", "single_share": 1.0}},
+            "none is masked.*single_share 1.0",
+        ),
+        (
+            {"objective": {"rep_tokens": "noisier", "schedule": "diffusion_forcing"}},
+            "none is masked.*diffusion_forcing",
+        ),
+        (
+            {"objective": {"name": "sra", "separated": True}},
+            "separated is attention within noise levels.*there is one",
+        ),
+        (
+            {"objective": {"schedule": "full_masking", "mask_ratio": 1.1}},
+            "mask_ratio is 1.1",
+        ),
+        (
+            {"objective": {"name": "flow_matching", "flow_tokens": "masked"}},
+            "'masked', but with one level no token is",
+        ),
+        (
+            {"objective": {"name": "sra", "rep_tokens": "noisier"}},
+            "'noisier', but with one level no token is",
+        ),
+        ({"objective": {"separated": 1}}, "separated is 1, expected bool"),
+        (
+            {"objective": {"name": "layer_sync", "teacher_layer": 1}},
+            "teacher_layer 1 do not fit",
+        ),
+        (
+            {"objective": {"name": "repa", "student_layer": 7}},
+            "student_layer is 7, but the model has layers 1 to 6",
+        ),
+        ({"training": {"compile": "yes"}}, "compile is 'yes'"),
+        ({"training": {"checkpointing": 0}}, "checkpointing is 0"),
+    ],
+)
 def test_bad_configs_are_refused(values, words):
     with pytest.raises(ValueError, match=words):
         Config.from_dict(values)
 
 
-
 def test_differences_are_named_by_their_path():
-    a, b = asdict(Config()), asdict(Config(name="b", objective=ObjectiveConfig(mask_ratio=0.5)))
-    assert differences(a, b) == {"name": ("digits", "b"), "objective.mask_ratio": (0.25, 0.5)}
-    assert Config.from_dict({"training": {"lr": 1}}).training.lr == 1, "a whole number serves as a float"
+    a, b = (
+        asdict(Config()),
+        asdict(Config(name="b", objective=ObjectiveConfig(mask_ratio=0.5))),
+    )
+    assert differences(a, b) == {
+        "name": ("digits", "b"),
+        "objective.mask_ratio": (0.25, 0.5),
+    }
+    assert Config.from_dict({"training": {"lr": 1}}).training.lr == 1, (
+        "a whole number serves as a float"
+    )
     assert differences(a, a) == {} and differences({"x": 1}, {}) == {"x": (1, None)}
 
 
 def test_objectives_are_what_their_config_says():
     shape = TransformerConfig.of_image(1, (2, 2), 8, depth=6, heads=2)
-    plain = build_objective(ObjectiveConfig("flow_matching", density="logit_normal", label_drop=0.2), shape, (shape.parts,))
-    assert isinstance(plain, FlowMatching) and plain.schedule == SingleLevel(LogitNormal()) and plain.label_drop == 0.2
-    full = build_objective(ObjectiveConfig("self_flow", mask_ratio=0.4, rep_weight=0.3, teacher_layer=5), shape, (shape.parts,))
-    assert isinstance(full, SelfFlow) and full.schedule == DualTimestep(mask_ratio=0.4, grid=(2, 2))
+    plain = build_objective(
+        ObjectiveConfig("flow_matching", density="logit_normal", label_drop=0.2),
+        shape,
+        (shape.parts,),
+    )
+    assert (
+        isinstance(plain, FlowMatching)
+        and plain.schedule == SingleLevel(LogitNormal())
+        and plain.label_drop == 0.2
+    )
+    full = build_objective(
+        ObjectiveConfig("self_flow", mask_ratio=0.4, rep_weight=0.3, teacher_layer=5),
+        shape,
+        (shape.parts,),
+    )
+    assert isinstance(full, SelfFlow) and full.schedule == DualTimestep(
+        mask_ratio=0.4, grid=(2, 2)
+    )
     assert (full.student_layer, full.teacher_layer, full.rep_weight) == (2, 5, 0.3)
 
 
-@pytest.mark.parametrize("name, weight", [("self_flow", 0.8), ("sra", 0.8), ("layer_sync", 0.2), ("repa", 0.5)])
+@pytest.mark.parametrize(
+    "name, weight",
+    [("self_flow", 0.8), ("sra", 0.8), ("layer_sync", 0.2), ("repa", 0.5)],
+)
 def test_the_weight_of_the_representation_loss_is_the_published_one(name, weight):
-    assert ObjectiveConfig(name).rep_weight == weight and ObjectiveConfig(name, rep_weight=0.0).rep_weight == 0.0
-    assert build_objective(ObjectiveConfig(name), SHAPE, (SHAPE.parts,)).rep_weight == weight
+    assert (
+        ObjectiveConfig(name).rep_weight == weight
+        and ObjectiveConfig(name, rep_weight=0.0).rep_weight == 0.0
+    )
+    assert (
+        build_objective(ObjectiveConfig(name), SHAPE, (SHAPE.parts,)).rep_weight
+        == weight
+    )
 
 
 SHAPE = TransformerConfig.of_image(4, (4, 6), 16, depth=6, heads=2)
 
 
-@pytest.mark.parametrize("values, expected", [
-    ({}, Uniform()), ({"density": "logit_normal", "density_mean": 1, "density_std": 0.5}, LogitNormal(1, 0.5)),
-    ({"density": "plateau_logit_normal", "density_mean": 2.3}, PlateauLogitNormal(2.3, 1.0)),
-    ({"density_shift": 4.63}, Shifted(Uniform(), 4.63)),
-    ({"noisy_share": 0.05}, Mixture((Uniform(), Uniform(0.95, 1.0)), (0.95, 0.05))),
-    ({"density": "logit_normal", "density_shift": 2.95, "noisy_share": 0.05},
-     Mixture((LogitNormal(math.log(2.95)), Uniform(0.95, 1.0)), (0.95, 0.05))),
-    ({"density": "plateau_logit_normal", "density_shift": 10}, PlateauLogitNormal(math.log(10))),  # the plateau stays one
-])
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ({}, Uniform()),
+        (
+            {"density": "logit_normal", "density_mean": 1, "density_std": 0.5},
+            LogitNormal(1, 0.5),
+        ),
+        (
+            {"density": "plateau_logit_normal", "density_mean": 2.3},
+            PlateauLogitNormal(2.3, 1.0),
+        ),
+        ({"density_shift": 4.63}, Shifted(Uniform(), 4.63)),
+        ({"noisy_share": 0.05}, Mixture((Uniform(), Uniform(0.95, 1.0)), (0.95, 0.05))),
+        (
+            {"density": "logit_normal", "density_shift": 2.95, "noisy_share": 0.05},
+            Mixture((LogitNormal(math.log(2.95)), Uniform(0.95, 1.0)), (0.95, 0.05)),
+        ),
+        # the plateau stays one
+        (
+            {"density": "plateau_logit_normal", "density_shift": 10},
+            PlateauLogitNormal(math.log(10)),
+        ),
+    ],
+)
 def test_densities_are_what_their_config_says(values, expected):
     assert build_density(ObjectiveConfig(**values)) == expected
-    assert build_schedule(ObjectiveConfig("flow_matching", **values)) == SingleLevel(expected)
+    assert build_schedule(ObjectiveConfig("flow_matching", **values)) == SingleLevel(
+        expected
+    )
 
 
-@pytest.mark.parametrize("values, expected", [
-    ({}, DualTimestep(grid=(4, 6))), ({"name": "flow_matching"}, SingleLevel()), ({"name": "sra"}, SingleLevel()),
-    ({"name": "layer_sync"}, SingleLevel()), ({"name": "repa"}, SingleLevel()), ({"schedule": "single"}, SingleLevel()),
-    ({"name": "sra", "schedule": "dual", "mask_ratio": 0.1}, DualTimestep(mask_ratio=0.1, grid=(4, 6))),
-    ({"order": "cleaner", "exact": True, "near": 0.2, "block": 2, "single_share": 0.25, "mask_ratio": 0.5},
-     DualTimestep(Uniform(), 0.5, "cleaner", True, 0.2, 2, (4, 6), 0.25)),
-    ({"near": 1}, DualTimestep(near=1, grid=(4, 6))),  # a whole number serves as a float
-    ({"levels": 3, "mask_ratio": 0.5}, MultiTimestep(Uniform(), (0.5, 0.25, 0.25))),
-    ({"levels": 5, "mask_ratio": 0.4}, MultiTimestep(Uniform(), (0.6, 0.1, 0.1, 0.1, 0.1))),
-    ({"schedule": "diffusion_forcing"}, DiffusionForcing()),
-    ({"schedule": "full_masking", "mask_ratio": 0.3}, FullMasking(Uniform(), 0.3)),
-])
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ({}, DualTimestep(grid=(4, 6))),
+        ({"name": "flow_matching"}, SingleLevel()),
+        ({"name": "sra"}, SingleLevel()),
+        ({"name": "layer_sync"}, SingleLevel()),
+        ({"name": "repa"}, SingleLevel()),
+        ({"schedule": "single"}, SingleLevel()),
+        (
+            {"name": "sra", "schedule": "dual", "mask_ratio": 0.1},
+            DualTimestep(mask_ratio=0.1, grid=(4, 6)),
+        ),
+        (
+            {
+                "order": "cleaner",
+                "exact": True,
+                "near": 0.2,
+                "block": 2,
+                "single_share": 0.25,
+                "mask_ratio": 0.5,
+            },
+            DualTimestep(Uniform(), 0.5, "cleaner", True, 0.2, 2, (4, 6), 0.25),
+        ),
+        # a whole number serves as a float
+        ({"near": 1}, DualTimestep(near=1, grid=(4, 6))),
+        ({"levels": 3, "mask_ratio": 0.5}, MultiTimestep(Uniform(), (0.5, 0.25, 0.25))),
+        (
+            {"levels": 5, "mask_ratio": 0.4},
+            MultiTimestep(Uniform(), (0.6, 0.1, 0.1, 0.1, 0.1)),
+        ),
+        ({"schedule": "diffusion_forcing"}, DiffusionForcing()),
+        ({"schedule": "full_masking", "mask_ratio": 0.3}, FullMasking(Uniform(), 0.3)),
+    ],
+)
 def test_schedules_are_what_their_config_says(values, expected):
     config = ObjectiveConfig(**values)
     found = build_schedule(config, (Part("image", 1, (1, 4, 6)),))
     assert type(found) is type(expected) and vars(found) == vars(expected)
-    assert vars(build_objective(config, SHAPE, (SHAPE.parts,), 3).schedule) == vars(expected)
+    assert vars(build_objective(config, SHAPE, (SHAPE.parts,), 3).schedule) == vars(
+        expected
+    )
 
 
 def test_a_block_that_does_not_divide_the_grid_is_refused_where_the_grid_is_known():
@@ -182,46 +377,122 @@ def test_a_block_that_does_not_divide_the_grid_is_refused_where_the_grid_is_know
         build_objective(config.objective, SHAPE, (SHAPE.parts,))
 
 
-@pytest.mark.parametrize("name, kind, weight", [("self_flow", SelfFlow, 0.8), ("sra", SRA, 0.8), ("layer_sync", LayerSync, 0.2),
-                                                ("repa", REPA, 0.5)])
+@pytest.mark.parametrize(
+    "name, kind, weight",
+    [
+        ("self_flow", SelfFlow, 0.8),
+        ("sra", SRA, 0.8),
+        ("layer_sync", LayerSync, 0.2),
+        ("repa", REPA, 0.5),
+    ],
+)
 def test_every_switch_reaches_the_objective(name, kind, weight):
-    layers = {"student_layer": 1} if name == "repa" else {"student_layer": 1, "teacher_layer": 6}
-    config = ObjectiveConfig(name, schedule="dual", rep_weight=weight, label_drop=0.3, separated=True, flow_tokens="noisier",
-                             rep_tokens="masked", distance="l2", normalise="centred", **layers)
+    layers = (
+        {"student_layer": 1}
+        if name == "repa"
+        else {"student_layer": 1, "teacher_layer": 6}
+    )
+    config = ObjectiveConfig(
+        name,
+        schedule="dual",
+        rep_weight=weight,
+        label_drop=0.3,
+        separated=True,
+        flow_tokens="noisier",
+        rep_tokens="masked",
+        distance="l2",
+        normalise="centred",
+        **layers,
+    )
     objective = build_objective(config, SHAPE, (SHAPE.parts,), 3)
     assert type(objective) is kind
-    for field, value in {"student_layer": 1, "rep_weight": weight, "label_drop": 0.3, "separated": True, "flow_tokens": "noisier",
-                         "rep_tokens": "masked", "distance": "l2", "normalise": "centred", **layers}.items():
+    for field, value in {
+        "student_layer": 1,
+        "rep_weight": weight,
+        "label_drop": 0.3,
+        "separated": True,
+        "flow_tokens": "noisier",
+        "rep_tokens": "masked",
+        "distance": "l2",
+        "normalise": "centred",
+        **layers,
+    }.items():
         assert getattr(objective, field) == value, field
     if name == "repa":
         assert objective.projector[-1].out_features == 3
 
 
 def test_what_flow_matching_has_no_use_for_is_not_checked_against_it():
-    with pytest.raises(ValueError, match="rep_tokens is an option of objective self_flow, .*, which flow_matching does not"):
+    with pytest.raises(
+        ValueError,
+        match="rep_tokens is an option of objective self_flow, .*, which flow_matching does not",
+    ):
         ObjectiveConfig("flow_matching", rep_tokens="masked")
-    assert replace(ObjectiveConfig("sra", label_drop=0.3), name="repa") == ObjectiveConfig("repa", label_drop=0.3)
-    with pytest.raises(ValueError, match="offset is an option of objective sra, which self_flow does not have"):
+    assert replace(
+        ObjectiveConfig("sra", label_drop=0.3), name="repa"
+    ) == ObjectiveConfig("repa", label_drop=0.3)
+    with pytest.raises(
+        ValueError,
+        match="offset is an option of objective sra, which self_flow does not have",
+    ):
         replace(ObjectiveConfig("sra", offset=0.1), name="self_flow")
-    assert ObjectiveConfig("flow_matching", schedule="dual", flow_tokens="masked").flow_tokens == "masked"
+    assert (
+        ObjectiveConfig(
+            "flow_matching", schedule="dual", flow_tokens="masked"
+        ).flow_tokens
+        == "masked"
+    )
 
 
-@pytest.mark.parametrize("size, numbers", [("S", (384, 12, 6)), ("B", (768, 12, 12)), ("L", (1024, 24, 16)),
-                                           ("XL", (1152, 28, 16))])
+@pytest.mark.parametrize(
+    "size, numbers",
+    [
+        ("S", (384, 12, 6)),
+        ("B", (768, 12, 12)),
+        ("L", (1024, 24, 16)),
+        ("XL", (1152, 28, 16)),
+    ],
+)
 def test_a_size_sets_width_depth_and_heads(size, numbers):
     config = ModelConfig(size=size, width=96)
-    assert (config.width, config.depth, config.heads) == numbers and ModelConfig(**asdict(config)) == config
-    shape = transformer_config(Inputs((Part("image", 16, (1, 16, 16)),), 1000), **own_options(config))
-    assert shape == TransformerConfig.of_size(size, (Part("image", 16, (1, 16, 16)),), classes=1000)
-    assert Config(model=config, objective=ObjectiveConfig("layer_sync", teacher_layer=numbers[1])).model.size == size
+    assert (config.width, config.depth, config.heads) == numbers and ModelConfig(
+        **asdict(config)
+    ) == config
+    shape = transformer_config(
+        Inputs((Part("image", 16, (1, 16, 16)),), 1000), **own_options(config)
+    )
+    assert shape == TransformerConfig.of_size(
+        size, (Part("image", 16, (1, 16, 16)),), classes=1000
+    )
+    assert (
+        Config(
+            model=config,
+            objective=ObjectiveConfig("layer_sync", teacher_layer=numbers[1]),
+        ).model.size
+        == size
+    )
 
 
 def test_variants_reach_the_transformer():
-    config = ModelConfig(width=64, depth=2, heads=4, mlp_ratio=3.0, positions="rotary", mlp="swiglu", qk_norm=True,
-                         modulation="shared")
-    expected = TransformerConfig.of_image(4, (4, 6), 64, 2, 4, 3.0, 3, "rotary", "swiglu", True, "shared")
+    config = ModelConfig(
+        width=64,
+        depth=2,
+        heads=4,
+        mlp_ratio=3.0,
+        positions="rotary",
+        mlp="swiglu",
+        qk_norm=True,
+        modulation="shared",
+    )
+    expected = TransformerConfig.of_image(
+        4, (4, 6), 64, 2, 4, 3.0, 3, "rotary", "swiglu", True, "shared"
+    )
     inputs = Inputs((Part("image", 4, (1, 4, 6)),), 3)
-    assert transformer_config(inputs, **own_options(config)) == build_backbone(config, inputs).config == expected
+    assert (
+        transformer_config(inputs, **own_options(config))
+        == build_backbone(config, inputs).config
+        == expected
+    )
     with pytest.raises(ValueError, match=r"width 96 .* 64 would be"):
         build_backbone(ModelConfig(width=96, heads=8, positions="rotary"), inputs)
 
@@ -230,8 +501,12 @@ def test_every_name_makes_a_config_that_goes_to_json_and_back():
     for name in objectives:
         for schedule in SCHEDULES:
             for density in DENSITIES:
-                config = Config(objective=ObjectiveConfig(name, density, schedule=schedule))
-                assert Config.from_dict(json.loads(json.dumps(asdict(config)))) == config
+                config = Config(
+                    objective=ObjectiveConfig(name, density, schedule=schedule)
+                )
+                assert (
+                    Config.from_dict(json.loads(json.dumps(asdict(config)))) == config
+                )
 
 
 def test_a_config_draws_no_random_numbers_and_makes_no_weights():
@@ -245,7 +520,11 @@ def test_a_config_draws_no_random_numbers_and_makes_no_weights():
 @pytest.mark.parametrize("ratio", [None, *MASK_RATIOS.values()])
 def test_what_is_taken_without_a_look_fits_at_every_depth(ratio):
     usual = ObjectiveConfig(mask_ratio=ratio, rep_weight=0.3, label_drop=0.5)
-    assert usual.usual and not replace(usual, near=0.5).usual and ObjectiveConfig("flow_matching").usual
+    assert (
+        usual.usual
+        and not replace(usual, near=0.5).usual
+        and ObjectiveConfig("flow_matching").usual
+    )
     check_levels(usual)
     for depth in range(2, 40):
         check_layers(usual, depth, set())
@@ -268,17 +547,42 @@ def test_presets_are_the_published_settings():
     published = {name: PRESETS[name] for name in SIZES}
     for name, preset in published.items():
         model, training, objective = preset.model, preset.training, preset.objective
-        assert (model.width, model.depth, model.heads) == SIZES[name] and model.mlp_ratio == 4 and preset.data.patch == 2
-        numbers = (training.lr, training.weight_decay, training.batch, training.clip, training.precision)
+        assert (
+            (model.width, model.depth, model.heads) == SIZES[name]
+            and model.mlp_ratio == 4
+            and preset.data.patch == 2
+        )
+        numbers = (
+            training.lr,
+            training.weight_decay,
+            training.batch,
+            training.clip,
+            training.precision,
+        )
         assert numbers == (1e-4, 0, 256, 1, "bf16")
-        assert (objective.name, objective.mask_ratio, objective.rep_weight) == ("self_flow", 0.25, 0.8)
-        assert ema_decay(training.ema_half_life * training.steps) == pytest.approx(0.9999, abs=1e-12)
+        assert (objective.name, objective.mask_ratio, objective.rep_weight) == (
+            "self_flow",
+            0.25,
+            0.8,
+        )
+        assert ema_decay(training.ema_half_life * training.steps) == pytest.approx(
+            0.9999, abs=1e-12
+        )
     assert published["XL"].training.steps == 4_000_000
     parts = (Part("image", 16, (1, 16, 16)),)
     layers = build_objective(PRESETS["XL"].objective, PRESETS["XL"].model, (parts,))
     assert (layers.student_layer, layers.teacher_layer) == (8, 20)
     assert PRESETS["digits"] == Config()
-    assert list(PRESETS) == ["digits", "digits-small", "shapes", "emblems", "motion", "notes", "scenes", *SIZES]
+    assert list(PRESETS) == [
+        "digits",
+        "digits-small",
+        "shapes",
+        "emblems",
+        "motion",
+        "notes",
+        "scenes",
+        *SIZES,
+    ]
 
 
 def test_presets_differ_from_the_default_only_where_the_table_says():
@@ -287,19 +591,33 @@ def test_presets_differ_from_the_default_only_where_the_table_says():
         follow = {"model.positions", "objective.mask_ratio"}  # from the kind of data
         follow |= {f"data.{f.name}" for f in fields(datasets[preset.data.name].options)}
         assert found.keys() <= {"name", *PRESET_FIELDS, *follow} and preset.name == name
-        assert Config.from_dict(preset.explicit()) == preset == Config.from_dict(json.loads(json.dumps(asdict(preset))))
+        assert (
+            Config.from_dict(preset.explicit())
+            == preset
+            == Config.from_dict(json.loads(json.dumps(asdict(preset))))
+        )
 
 
 def test_a_half_life_is_what_its_name_says():
     decay = ema_decay(half_life(0.9999, 4e6) * 4e6)
-    assert decay ** (half_life(0.9999, 4e6) * 4e6) == pytest.approx(0.5) and decay == pytest.approx(0.9999, abs=1e-12)
+    assert decay ** (half_life(0.9999, 4e6) * 4e6) == pytest.approx(
+        0.5
+    ) and decay == pytest.approx(0.9999, abs=1e-12)
 
 
-@pytest.mark.parametrize("values", [
-    {}, {"objective": {"name": "repa", "student_layer": 3}}, {"model": {"size": "B"}}, {"training": {"batch": 100}},
-    {"seed": 3, "data": {"patch": 4}}, {"training": {"accumulate": 16}},
-    {"objective": {"rep_tokens": "masked", "near": 0.2}, "name": "x"}, {"model": {"width": 64, "heads": 8}},
-])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"objective": {"name": "repa", "student_layer": 3}},
+        {"model": {"size": "B"}},
+        {"training": {"batch": 100}},
+        {"seed": 3, "data": {"patch": 4}},
+        {"training": {"accumulate": 16}},
+        {"objective": {"rep_tokens": "masked", "near": 0.2}, "name": "x"},
+        {"model": {"width": 64, "heads": 8}},
+    ],
+)
 def test_what_is_explicit_in_a_config_is_what_was_given(values):
     config = Config.from_dict(values)
     assert config.explicit() == values
@@ -308,16 +626,30 @@ def test_what_is_explicit_in_a_config_is_what_was_given(values):
 
 def test_settings_lie_over_each_other():
     below = {"name": "a", "training": {"lr": 1.0, "steps": 3}}
-    assert overlaid(below, {"training": {"lr": 2.0}, "seed": 1}) == {"name": "a", "training": {"lr": 2.0, "steps": 3}, "seed": 1}
-    assert below == {"name": "a", "training": {"lr": 1.0, "steps": 3}}, "nothing is changed in place"
+    assert overlaid(below, {"training": {"lr": 2.0}, "seed": 1}) == {
+        "name": "a",
+        "training": {"lr": 2.0, "steps": 3},
+        "seed": 1,
+    }
+    assert below == {"name": "a", "training": {"lr": 1.0, "steps": 3}}, (
+        "nothing is changed in place"
+    )
     values = asdict(Config())
     assert nested(flatten(values)) == values
 
 
 def test_a_draft_leaves_open_what_follows_from_the_rest():
     start = draft({"training": {"batch": 24}, "model": {"size": "S"}})
-    assert start.training.shards is None and start.objective.mask_ratio is None and start.model.width == ModelConfig().width
-    finished = replace(start, objective=replace(start.objective, name="repa"), model=replace(start.model, size="B"))
+    assert (
+        start.training.shards is None
+        and start.objective.mask_ratio is None
+        and start.model.width == ModelConfig().width
+    )
+    finished = replace(
+        start,
+        objective=replace(start.objective, name="repa"),
+        model=replace(start.model, size="B"),
+    )
     assert finished.objective.rep_weight == 0.5 and finished.model.width == 768
     assert {f.name for f in fields(start)} == set(vars(start)), "every field is there"
     with pytest.raises(ValueError, match="unknown field in training 'lerning_rate'"):
@@ -327,7 +659,18 @@ def test_a_draft_leaves_open_what_follows_from_the_rest():
 
 
 def test_every_field_says_what_it_is():
-    for part in (Config, DataConfig, ModelConfig, TransformerOptions, ObjectiveConfig, TrainConfig):
-        said = dict(re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(part), re.M))
+    for part in (
+        Config,
+        DataConfig,
+        ModelConfig,
+        TransformerOptions,
+        ObjectiveConfig,
+        TrainConfig,
+    ):
+        said = dict(
+            re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(part), re.M)
+        )
         wanted = {f.name for f in fields(part) if not is_dataclass(f.default_factory)}
-        assert wanted and wanted == {name for name, text in said.items() if len(text) > 4}, part
+        assert wanted and wanted == {
+            name for name, text in said.items() if len(text) > 4
+        }, part

@@ -1,4 +1,5 @@
 """An exported model is opened in another process, without data or run, and gives the run's samples."""
+
 import json
 import subprocess
 import sys
@@ -16,43 +17,76 @@ from selfflow.training.watching import Listing
 def test_samples_of_an_export_are_those_of_the_run_in_another_process(runs, tmp_path):
     run = runs["tiny"]
     place = export(run, tmp_path / "model")
-    script = ("import sys, torch\nfrom selfflow import load\nfrom safetensors.torch import save_file\n"
-              "model = load(sys.argv[1], 'cpu')\nsave_file({'images': model.sample([1, 2, 3], steps=3)['image']}, sys.argv[2])")
-    subprocess.run([sys.executable, "-c", script, place, tmp_path / "drawn"], check=True, cwd=tmp_path)
-    assert torch.equal(load_file(tmp_path / "drawn")["images"], run.sample([1, 2, 3], steps=3)["image"])
-    assert {path.name for path in place.iterdir()} >= {"config.json", "model.safetensors", "README.md"}
-    assert load(place, "cpu").class_names == run.class_names and load(place, "cpu").state()["step"] == 12
+    script = (
+        "import sys, torch\nfrom selfflow import load\nfrom safetensors.torch import save_file\n"
+        "model = load(sys.argv[1], 'cpu')\nsave_file({'images': model.sample([1, 2, 3], steps=3)['image']}, sys.argv[2])"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script, place, tmp_path / "drawn"],
+        check=True,
+        cwd=tmp_path,
+    )
+    assert torch.equal(
+        load_file(tmp_path / "drawn")["images"], run.sample([1, 2, 3], steps=3)["image"]
+    )
+    assert {path.name for path in place.iterdir()} >= {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+    }
+    assert (
+        load(place, "cpu").class_names == run.class_names
+        and load(place, "cpu").state()["step"] == 12
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_close_and_computes_in_float32(runs, tmp_path, dtype):
     run = runs["tiny"]
     half = load(export(run, tmp_path / "model", dtype), "cpu")
-    assert {value.dtype for value in load_file(tmp_path / "model/model.safetensors").values()} == {getattr(torch, dtype)}
+    assert {
+        value.dtype
+        for value in load_file(tmp_path / "model/model.safetensors").values()
+    } == {getattr(torch, dtype)}
     assert {value.dtype for value in half.teacher.parameters()} == {torch.float32}
     drawn = half.sample([1, 2], steps=3)["image"]
-    torch.testing.assert_close(drawn, run.sample([1, 2], steps=3)["image"], atol=0.05, rtol=0.05)
+    torch.testing.assert_close(
+        drawn, run.sample([1, 2], steps=3)["image"], atol=0.05, rtol=0.05
+    )
     assert not torch.equal(drawn, run.sample([1, 2], steps=3)["image"])
 
 
 def test_the_card_names_data_steps_and_losses(runs, tmp_path):
     run = runs["tiny"]
     card = (export(run, tmp_path / "model") / "README.md").read_text()
-    assert f"{run.log['validation_flow_loss'].dropna().iloc[-1]:.4f}" in card and "12 steps" in card and "digits" in card
+    assert (
+        f"{run.log['validation_flow_loss'].dropna().iloc[-1]:.4f}" in card
+        and "12 steps" in card
+        and "digits" in card
+    )
     hub = pytest.importorskip("huggingface_hub")
     header = hub.ModelCard(card).data.to_dict()
-    assert header["library_name"] == "selfflow" and header["license"] == "other" and "flow-matching" in header["tags"]
+    assert (
+        header["library_name"] == "selfflow"
+        and header["license"] == "other"
+        and "flow-matching" in header["tags"]
+    )
 
 
 def test_an_export_replaces_an_export_and_nothing_else(runs, tmp_path):
     place = export(runs["tiny"], tmp_path / "model")
-    assert export(load(place, "cpu"), place, "bfloat16") == place and load(place, "cpu").state()["dtype"] == "bfloat16"
+    assert (
+        export(load(place, "cpu"), place, "bfloat16") == place
+        and load(place, "cpu").state()["dtype"] == "bfloat16"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")
     for there in (foreign, runs["tiny"].path, foreign / "thesis.txt"):
-        with pytest.raises(ValueError, match="is not empty and holds no exported model"):
+        with pytest.raises(
+            ValueError, match="is not empty and holds no exported model"
+        ):
             export(runs["tiny"], there)
     assert (foreign / "thesis.txt").read_text() == "mine"
     with pytest.raises(ValueError, match="unknown dtype 'float8'"):
@@ -65,7 +99,9 @@ def test_what_is_no_good_export_is_refused_in_one_line(runs, tmp_path):
     with pytest.raises(ValueError, match="is a training run, not an exported model"):
         load(runs["tiny"].path)
     place = export(runs["tiny"], tmp_path / "tiny")
-    with pytest.raises(ValueError, match="holds an exported model, which cannot be trained"):
+    with pytest.raises(
+        ValueError, match="holds an exported model, which cannot be trained"
+    ):
         train(runs["tiny"].config, tmp_path)
     weights = load_file(place / "model.safetensors")
     next(iter(weights.values())).flatten()[0] += 1

@@ -27,9 +27,12 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize(
-    ("folder", "kind"), [(folder, kind) for folder, kinds in EXPECTED.items() for kind in kinds]
+    ("folder", "kind"),
+    [(folder, kind) for folder, kinds in EXPECTED.items() for kind in kinds],
 )
-def test_an_older_run_goes_on_samples_and_probes_as_it_did(folder, kind, tmp_path, monkeypatch):
+def test_an_older_run_goes_on_samples_and_probes_as_it_did(
+    folder, kind, tmp_path, monkeypatch
+):
     shutil.copytree(FIXTURES / "runs" / folder / kind, tmp_path / kind)
     shutil.copytree(RUNS / "latents-data", tmp_path / "latents-data")
     monkeypatch.chdir(tmp_path)  # where the relative path of the latents leads
@@ -45,7 +48,9 @@ def test_an_older_run_goes_on_samples_and_probes_as_it_did(folder, kind, tmp_pat
         ), column
     found, expected = measured(run), EXPECTED[folder][kind]
     for name, values in expected["samples"].items():
-        assert found["samples"][name] == pytest.approx(values, rel=near, abs=20 * near), name
+        assert found["samples"][name] == pytest.approx(
+            values, rel=near, abs=20 * near
+        ), name
     assert found["probe"] == pytest.approx(expected["probe"], rel=1e-3, abs=0.03)
 
 
@@ -60,9 +65,17 @@ def test_an_old_run_keeps_its_defaults_whoever_asks(tmp_path, capsys):
     for _ in range(2):  # of format 3, then of the present one
         run = train(asked, tmp_path, "cpu", bar=False)
         assert run.config == old and run.state()["step"] == 8
-        assert "digits: began with defaults 3 of the project, and goes on with them\n" in capsys.readouterr().out
+        assert (
+            "digits: began with defaults 3 of the project, and goes on with them\n"
+            in capsys.readouterr().out
+        )
     with pytest.raises(ValueError, match="sincos"):  # a second data set is not left out
-        train(replace(asked, data=(asked.data, DataConfig("notes"))), tmp_path, "cpu", bar=False)
+        train(
+            replace(asked, data=(asked.data, DataConfig("notes"))),
+            tmp_path,
+            "cpu",
+            bar=False,
+        )
     capsys.readouterr()
     new = train(replace(asked, name="new"), tmp_path, "cpu", bar=False)
     assert new.teacher.t_embedder.fp32
@@ -73,9 +86,14 @@ def test_an_old_run_keeps_its_defaults_whoever_asks(tmp_path, capsys):
 
 def test_the_command_line_keeps_an_old_runs_defaults_too(tmp_path, capsys):
     shutil.copytree(RUNS / "digits", tmp_path / "digits")
-    config = starting_point(["train", "--config", str(tmp_path / "digits/config.json")])["config"]
+    config = starting_point(
+        ["train", "--config", str(tmp_path / "digits/config.json")]
+    )["config"]
     assert config.defaults == 3
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in flatten(config_of("digits").explicit()).items()]
+    options = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in flatten(config_of("digits").explicit()).items()
+    ]
     main(["train", "--folder", str(tmp_path), "--device", "cpu", *options])
     assert "goes on with them" in capsys.readouterr().out
     assert Run.open(tmp_path / "digits").config.defaults == 3

@@ -1,4 +1,5 @@
 """The same paths on a GPU, where there is one: device mistakes do not show on a CPU."""
+
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -23,17 +24,28 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("config", [TINY, VANILLA], ids=lambda c: c.name)
 def test_training_agrees_with_the_cpu(tmp_path, config, precision):
     config = replace(config, training=replace(config.training, precision=precision))
-    gpu, cpu = train(config, tmp_path / "gpu", "cuda"), train(config, tmp_path / "cpu", "cpu")
+    gpu, cpu = (
+        train(config, tmp_path / "gpu", "cuda"),
+        train(config, tmp_path / "cpu", "cpu"),
+    )
     tolerance = 1e-3 if precision == "fp32" else 3e-2
-    assert gpu.log["flow_loss"].tolist() == pytest.approx(cpu.log["flow_loss"].tolist(), rel=tolerance)
+    assert gpu.log["flow_loss"].tolist() == pytest.approx(
+        cpu.log["flow_loss"].tolist(), rel=tolerance
+    )
     shutil.rmtree(gpu.path / "checkpoints/step-00000012")
     again = train(config, tmp_path / "gpu", "cuda")
-    assert again.log["flow_loss"].tolist() == pytest.approx(gpu.log["flow_loss"].tolist(), rel=tolerance)
+    assert again.log["flow_loss"].tolist() == pytest.approx(
+        gpu.log["flow_loss"].tolist(), rel=tolerance
+    )
 
 
 def test_noise_is_that_of_the_cpu():
-    draws, x = [partial(keyed, 0, shard=shard) for shard in range(8)], torch.zeros(64, 100, 3)
-    drawn = [noise_like(x.cuda(), draws).cpu() for _ in range(3)]  # the pinned memory of one is another's
+    draws, x = (
+        [partial(keyed, 0, shard=shard) for shard in range(8)],
+        torch.zeros(64, 100, 3),
+    )
+    # the pinned memory of one is another's
+    drawn = [noise_like(x.cuda(), draws).cpu() for _ in range(3)]
     assert all(torch.equal(noise, noise_like(x, draws)) for noise in drawn)
 
 
@@ -42,32 +54,61 @@ def test_looking_inside_agrees_with_the_cpu(tmp_path):
     gpu, cpu = (Run.open(tmp_path / TINY.name, device) for device in ("cuda", "cpu"))
     labels = digits("test").labels[:20]
     close = {"atol": 1e-3, "rtol": 0}
-    torch.testing.assert_close(*(run.sample(labels, steps=4, cfg_scale=2.0)["image"] for run in (gpu, cpu)), **close)
-    torch.testing.assert_close(*(validation_losses(run.teacher, TINY) for run in (gpu, cpu)), **close)
+    torch.testing.assert_close(
+        *(run.sample(labels, steps=4, cfg_scale=2.0)["image"] for run in (gpu, cpu)),
+        **close,
+    )
+    torch.testing.assert_close(
+        *(validation_losses(run.teacher, TINY) for run in (gpu, cpu)), **close
+    )
     few = {"levels": (0.25,), "layers": (2,), "strengths": (0.1,)}
-    first, second = (probe_run(run, families=("regression",), **few).grid("class")[0, 0] for run in (gpu, cpu))
+    first, second = (
+        probe_run(run, families=("regression",), **few).grid("class")[0, 0]
+        for run in (gpu, cpu)
+    )
     assert first == pytest.approx(second, abs=0.02)
 
 
-@pytest.mark.parametrize("objective", [
-    ObjectiveConfig("sra"), ObjectiveConfig("layer_sync", normalise="centred"),
-    ObjectiveConfig(separated=True, single_share=0.25), ObjectiveConfig(schedule="diffusion_forcing"),
-    ObjectiveConfig(levels=4, density="plateau_logit_normal", noisy_share=0.05),
-    ObjectiveConfig(exact=True, block=2, near=0.2, rep_tokens="noisier", distance="smooth_l1")])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        ObjectiveConfig("sra"),
+        ObjectiveConfig("layer_sync", normalise="centred"),
+        ObjectiveConfig(separated=True, single_share=0.25),
+        ObjectiveConfig(schedule="diffusion_forcing"),
+        ObjectiveConfig(levels=4, density="plateau_logit_normal", noisy_share=0.05),
+        ObjectiveConfig(
+            exact=True, block=2, near=0.2, rep_tokens="noisier", distance="smooth_l1"
+        ),
+    ],
+)
 def test_every_variant_agrees_with_the_cpu(tmp_path, objective):
     config = replace(TINY, objective=objective)
-    losses = [train(config, tmp_path / device, device).log["total"].tolist() for device in ("cuda", "cpu")]
+    losses = [
+        train(config, tmp_path / device, device).log["total"].tolist()
+        for device in ("cuda", "cpu")
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
 def test_compiled_blocks_agree(tmp_path):
-    compiled = replace(TINY, name="compiled", training=replace(TINY.training, compile=True))
-    losses = [train(config, tmp_path, "cuda").log["flow_loss"].tolist() for config in (TINY, compiled)]
+    compiled = replace(
+        TINY, name="compiled", training=replace(TINY.training, compile=True)
+    )
+    losses = [
+        train(config, tmp_path, "cuda").log["flow_loss"].tolist()
+        for config in (TINY, compiled)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_benchmark_runs(precision):
-    found = measure(Case("tiny", tokens=16, batch=4, precision=precision), rounds=2, device="cuda")["results"]
-    assert all(values["peak_bytes"] > 0 and values["seconds"][1] > 0 for values in found.values())
+    found = measure(
+        Case("tiny", tokens=16, batch=4, precision=precision), rounds=2, device="cuda"
+    )["results"]
+    assert all(
+        values["peak_bytes"] > 0 and values["seconds"][1] > 0
+        for values in found.values()
+    )
     assert found["Self-Flow"]["flops"] < 0.7 * found["published form"]["flops"]

@@ -1,4 +1,5 @@
 """The loop: falls, stays finite, resumes bit for bit, pairs its arms, refuses bad input before the first step."""
+
 import json
 import os
 import shutil
@@ -17,7 +18,12 @@ from selfflow.data.sources import Sources
 from selfflow.draws import keyed
 from selfflow.method.options import ModelConfig, ObjectiveConfig
 from selfflow.method.schedule import DualTimestep, NoiseLevels
-from selfflow.training.batches import batch_indices, channel_warnings, loss_by_level, validation_losses
+from selfflow.training.batches import (
+    batch_indices,
+    channel_warnings,
+    loss_by_level,
+    validation_losses,
+)
 from selfflow.training.checkpoint import write_checkpoint
 from selfflow.training.config import TrainConfig
 from selfflow.training.loop import train
@@ -27,19 +33,37 @@ from selfflow.training.watching import Following
 
 
 def test_both_objectives_fall_and_stay_finite(tmp_path):
-    longer = replace(TINY.training, steps=80, batch=32, lr=3e-3, validate_every=40, save_every=80)
+    longer = replace(
+        TINY.training, steps=80, batch=32, lr=3e-3, validate_every=40, save_every=80
+    )
     for config in (TINY, VANILLA):
         log = train(replace(config, training=longer), tmp_path).log
-        seldom = log.columns[log.isna().any()]  # what is looked at in the steps that validate
+        # what is looked at in the steps that validate
+        seldom = log.columns[log.isna().any()]
         validated = log["step"].isin([40, 80])
-        assert {"validation_flow_loss"} <= set(seldom) and log.loc[~validated, seldom].isna().all().all()
+        assert {"validation_flow_loss"} <= set(seldom) and log.loc[
+            ~validated, seldom
+        ].isna().all().all()
         if config is TINY:
-            assert {"cosine_gap_0", "feature_std", "effective_rank", "rep_gradient_share", "validation_flow_loss"} <= set(seldom)
+            assert {
+                "cosine_gap_0",
+                "feature_std",
+                "effective_rank",
+                "rep_gradient_share",
+                "validation_flow_loss",
+            } <= set(seldom)
             assert log.loc[validated, "rep_gradient_share"].between(0.001, 0.999).all()
             assert log.loc[validated, "effective_rank"].between(1, 16).all()
         assert log["flow_loss"].tail(10).mean() < 0.75 * log["flow_loss"].head(5).mean()
         assert log["validation_flow_loss"].dropna().is_monotonic_decreasing
-    assert log.columns.tolist() == ["step", "total", "flow_loss", "grad_norm", "validation_flow_loss", "flow_loss_by_level"]
+    assert log.columns.tolist() == [
+        "step",
+        "total",
+        "flow_loss",
+        "grad_norm",
+        "validation_flow_loss",
+        "flow_loss_by_level",
+    ]
 
 
 @pytest.mark.parametrize("config", [TINY, VANILLA], ids=lambda c: c.name)
@@ -54,17 +78,61 @@ def test_resuming_gives_the_uninterrupted_run_bit_for_bit(runs, tmp_path, config
     assert_same(whole, again)
 
 
-SMALL = replace(TINY, name="small", model=ModelConfig(width=8, depth=3, heads=1),
-                training=TrainConfig(steps=4, batch=8, log_every=1, validate_every=3, save_every=2))
-EVERY = [(name, {"schedule": schedule}) for name in ("self_flow", "flow_matching", "sra", "layer_sync")
-         for schedule in ("single", "dual", "diffusion_forcing", "full_masking")] + [
-    ("repa", {}), ("repa", {"schedule": "dual", "rep_tokens": "noisier", "distance": "smooth_l1"}),
-    ("self_flow", {"levels": 3, "density": "logit_normal", "density_shift": 2.0, "noisy_share": 0.2, "distance": "l2",
-                   "normalise": "standardised"}),
-    ("self_flow", {"mask_ratio": 0.5, "order": "cleaner", "exact": True, "near": 0.3, "block": 2, "single_share": 0.3,
-                   "separated": True, "density": "plateau_logit_normal"}),
-    ("sra", {"schedule": "dual", "flow_tokens": "masked", "rep_tokens": "masked", "normalise": "centred"}),
-    ("flow_matching", {"schedule": "dual", "mask_ratio": 0.5, "separated": True, "flow_tokens": "noisier"}),
+SMALL = replace(
+    TINY,
+    name="small",
+    model=ModelConfig(width=8, depth=3, heads=1),
+    training=TrainConfig(steps=4, batch=8, log_every=1, validate_every=3, save_every=2),
+)
+EVERY = [
+    (name, {"schedule": schedule})
+    for name in ("self_flow", "flow_matching", "sra", "layer_sync")
+    for schedule in ("single", "dual", "diffusion_forcing", "full_masking")
+] + [
+    ("repa", {}),
+    ("repa", {"schedule": "dual", "rep_tokens": "noisier", "distance": "smooth_l1"}),
+    (
+        "self_flow",
+        {
+            "levels": 3,
+            "density": "logit_normal",
+            "density_shift": 2.0,
+            "noisy_share": 0.2,
+            "distance": "l2",
+            "normalise": "standardised",
+        },
+    ),
+    (
+        "self_flow",
+        {
+            "mask_ratio": 0.5,
+            "order": "cleaner",
+            "exact": True,
+            "near": 0.3,
+            "block": 2,
+            "single_share": 0.3,
+            "separated": True,
+            "density": "plateau_logit_normal",
+        },
+    ),
+    (
+        "sra",
+        {
+            "schedule": "dual",
+            "flow_tokens": "masked",
+            "rep_tokens": "masked",
+            "normalise": "centred",
+        },
+    ),
+    (
+        "flow_matching",
+        {
+            "schedule": "dual",
+            "mask_ratio": 0.5,
+            "separated": True,
+            "flow_tokens": "noisier",
+        },
+    ),
 ]
 
 
@@ -73,35 +141,55 @@ def outside(tokens):
     return torch.cat([tokens * 2, -tokens], dim=-1)
 
 
-@pytest.mark.parametrize("name, switches", EVERY, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())))
-def test_every_objective_and_schedule_trains_and_resumes_bit_for_bit(tmp_path, name, switches):
+@pytest.mark.parametrize(
+    "name, switches",
+    EVERY,
+    ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())),
+)
+def test_every_objective_and_schedule_trains_and_resumes_bit_for_bit(
+    tmp_path, name, switches
+):
     config = replace(SMALL, objective=ObjectiveConfig(name, **switches))
     features = outside if name == "repa" else None
     run = train(config, tmp_path / "whole", features=features)
-    assert run.log["step"].tolist() == [1, 2, 3, 4] and run.log[["total", "flow_loss", "grad_norm"]].notna().all().all()
-    assert ("cosine" in run.log) == (name != "flow_matching") and run.log["grad_norm"].min() > 0
+    assert (
+        run.log["step"].tolist() == [1, 2, 3, 4]
+        and run.log[["total", "flow_loss", "grad_norm"]].notna().all().all()
+    )
+    assert ("cosine" in run.log) == (name != "flow_matching") and run.log[
+        "grad_norm"
+    ].min() > 0
     start = start_state(config, run.sources, torch.device("cpu"), 8)
-    assert not torch.equal(start.student.blocks[0].attn.proj.weight, run.model.blocks[0].attn.proj.weight)
+    assert not torch.equal(
+        start.student.blocks[0].attn.proj.weight, run.model.blocks[0].attn.proj.weight
+    )
     shutil.copytree(run.path, tmp_path / "again/small")
     shutil.rmtree(tmp_path / "again/small/checkpoints/step-00000004")
-    if features is not None:  # as a tensor this time, which goes with a function: nobody can tell
+    # as a tensor this time, which goes with a function: nobody can tell
+    if features is not None:
         features = outside(first_batch(config, 1078).x0)
     assert_same(run, train(config, tmp_path / "again", features=features))
 
 
 def test_checkpointing_trains_the_same_run_bit_for_bit(runs, tmp_path):
-    again = train(replace(TINY, training=replace(TINY.training, checkpointing=True)), tmp_path)
+    again = train(
+        replace(TINY, training=replace(TINY.training, checkpointing=True)), tmp_path
+    )
     assert_same(runs["tiny"], again)
-    assert start_state(again.config, again.sources, torch.device("cpu")).student.checkpointing
+    assert start_state(
+        again.config, again.sources, torch.device("cpu")
+    ).student.checkpointing
 
 
 def test_an_interrupted_run_goes_on_from_its_checkpoint(runs, tmp_path, monkeypatch):
     real, calls = train_step, []
+
     def interrupted(*args, **options):
         calls.append(1)
         if len(calls) == 7:
             raise KeyboardInterrupt
         return real(*args, **options)
+
     monkeypatch.setattr("selfflow.training.loop.train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(TINY, tmp_path)
@@ -121,15 +209,26 @@ def test_looking_at_a_run_in_the_middle_changes_nothing(runs, tmp_path):
 def test_a_finished_run_is_returned_as_it_is(runs):
     before = {p: p.stat().st_mtime_ns for p in runs["tiny"].path.rglob("*.safetensors")}
     train(TINY, runs["tiny"].path.parent)
-    assert before == {p: p.stat().st_mtime_ns for p in runs["tiny"].path.rglob("*.safetensors")}
+    assert before == {
+        p: p.stat().st_mtime_ns for p in runs["tiny"].path.rglob("*.safetensors")
+    }
 
 
 def test_the_arms_are_paired():
     sources = Sources(TINY.data)
-    full, plain = (start_state(config, sources, torch.device("cpu")) for config in (TINY, VANILLA))
-    assert all(torch.equal(a, b) for a, b in zip(full.student.parameters(), plain.student.parameters(), strict=True))
+    full, plain = (
+        start_state(config, sources, torch.device("cpu")) for config in (TINY, VANILLA)
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            full.student.parameters(), plain.student.parameters(), strict=True
+        )
+    )
     other = start_state(replace(TINY, seed=1), sources, torch.device("cpu"))
-    assert not torch.equal(full.student.x_embedder.image.weight, other.student.x_embedder.image.weight)
+    assert not torch.equal(
+        full.student.x_embedder.image.weight, other.student.x_embedder.image.weight
+    )
 
 
 def test_the_teacher_is_the_average_after_the_step():
@@ -149,91 +248,174 @@ def test_every_sample_once_per_epoch_in_an_order_of_the_seed():
     for epoch in everything.split(50):
         assert sorted(epoch.tolist()) == list(range(50))
     assert not torch.equal(everything[:50], everything[50:100])
-    assert not torch.equal(everything[:50], torch.cat([batch_indices(50, 16, 4, step) for step in range(4)])[:50])
-    assert len(batch_indices(5, 16, 0, 0)) == 16  # a batch larger than the data goes on into the next epochs
+    assert not torch.equal(
+        everything[:50],
+        torch.cat([batch_indices(50, 16, 4, step) for step in range(4)])[:50],
+    )
+    # a batch larger than the data goes on into the next epochs
+    assert len(batch_indices(5, 16, 0, 0)) == 16
 
 
 def test_bf16_trains(tmp_path):
-    run = train(replace(TINY, name="bf16", training=replace(TINY.training, precision="bf16")), tmp_path)
+    run = train(
+        replace(TINY, name="bf16", training=replace(TINY.training, precision="bf16")),
+        tmp_path,
+    )
     log, reference = run.log, train(TINY, tmp_path).log
-    assert log["flow_loss"].tolist() == pytest.approx(reference["flow_loss"].tolist(), rel=0.02)
+    assert log["flow_loss"].tolist() == pytest.approx(
+        reference["flow_loss"].tolist(), rel=0.02
+    )
     assert log["flow_loss"].tolist() != reference["flow_loss"].tolist()
-    whole = Run(run.path, TINY, run.inputs, run.device)  # the same weights, drawn in fp32
-    half, full = (one.sample(torch.arange(4), steps=4, cfg_scale=2.0)["image"] for one in (run, whole))
+    # the same weights, drawn in fp32
+    whole = Run(run.path, TINY, run.inputs, run.device)
+    half, full = (
+        one.sample(torch.arange(4), steps=4, cfg_scale=2.0)["image"]
+        for one in (run, whole)
+    )
     assert half.dtype == torch.float32 and not torch.equal(half, full)
     torch.testing.assert_close(half, full, atol=0.05, rtol=0.05)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    tmp_path, monkeypatch
+):
     real = batch_indices
+
     def poisoned(count, batch, seed, step):
         if step == 6:
             raise_for.fill_(float("nan"))
         return real(count, batch, seed, step)
+
     raise_for = torch.zeros(1)
     monkeypatch.setattr("selfflow.training.batches.batch_indices", poisoned)
-    monkeypatch.setattr("selfflow.method.alignment.velocity", lambda x0, x1: x1 - x0 + raise_for)
-    with pytest.raises(FloatingPointError, match="step 7 is not finite.*What was saved before is whole"):
+    monkeypatch.setattr(
+        "selfflow.method.alignment.velocity", lambda x0, x1: x1 - x0 + raise_for
+    )
+    with pytest.raises(
+        FloatingPointError, match="step 7 is not finite.*What was saved before is whole"
+    ):
         train(TINY, tmp_path)
     run = Run.open(tmp_path / "tiny")
-    assert run.latest().name == "step-00000004" and run.log["step"].tolist() == [1, 2, 3, 4, 5, 6] and run.writer() is None
+    assert (
+        run.latest().name == "step-00000004"
+        and run.log["step"].tolist() == [1, 2, 3, 4, 5, 6]
+        and run.writer() is None
+    )
     found = json.loads((run.path / "not_finite.json").read_text())
     samples = real(len(digits("train")), 16, TINY.seed, 6)
-    assert found["step"] == 7 and "step 7 is not finite" in found["message"] and found["samples"] == samples.tolist()
+    assert (
+        found["step"] == 7
+        and "step 7 is not finite" in found["message"]
+        and found["samples"] == samples.tolist()
+    )
     assert found["labels"] == digits("train").labels[samples].tolist()
-    drawn = [DualTimestep().sample(2, 16, keyed(TINY.seed, "levels", 6, shard)).per_token() for shard in range(8)]
-    assert found["levels"]["tokens"] == torch.cat(drawn).histc(20, 0, 1).tolist() and sum(found["levels"]["tokens"]) == 256
+    drawn = [
+        DualTimestep().sample(2, 16, keyed(TINY.seed, "levels", 6, shard)).per_token()
+        for shard in range(8)
+    ]
+    assert (
+        found["levels"]["tokens"] == torch.cat(drawn).histc(20, 0, 1).tolist()
+        and sum(found["levels"]["tokens"]) == 256
+    )
     monkeypatch.undo()
     assert_same(train(TINY, tmp_path / "whole"), train(TINY, tmp_path))
     assert not (run.path / "not_finite.json").exists(), "it was passed"
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"steps": 1, "lr": 1e38}, "step 1 is not finite: "),
-    ({"steps": 1, "lr": 1e38, "validate_every": 9, "sample_every": 0}, "step 1 is not finite: it left NaN or infinite"),
-    ({"lr": 1e38, "save_every": 2}, "is not finite"),
-    ({"lr": 1e6, "sample_every": 1}, "is not finite"),
-    ({"lr": 1e6, "validate_every": 1}, "is not finite"),
-    ({"lr": 1e6}, "is not finite"),
-], ids=["last step", "save alone", "save", "picture", "validation", "loss"])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"steps": 1, "lr": 1e38}, "step 1 is not finite: "),
+        (
+            {"steps": 1, "lr": 1e38, "validate_every": 9, "sample_every": 0},
+            "step 1 is not finite: it left NaN or infinite",
+        ),
+        ({"lr": 1e38, "save_every": 2}, "is not finite"),
+        ({"lr": 1e6, "sample_every": 1}, "is not finite"),
+        ({"lr": 1e6, "validate_every": 1}, "is not finite"),
+        ({"lr": 1e6}, "is not finite"),
+    ],
+    ids=["last step", "save alone", "save", "picture", "validation", "loss"],
+)
 def test_divergence_has_one_message_whoever_meets_it_first(tmp_path, changes, message):
-    values = {"steps": 30, "batch": 8, "validation": 20, "save_every": 1, "sample_every": 0, "log_every": 1, **changes}
+    values = {
+        "steps": 30,
+        "batch": 8,
+        "validation": 20,
+        "save_every": 1,
+        "sample_every": 0,
+        "log_every": 1,
+        **changes,
+    }
     config = replace(TINY, training=TrainConfig(**values))
-    with pytest.raises(FloatingPointError, match=f"^step .*{message}|^{message}") as error:
+    with pytest.raises(
+        FloatingPointError, match=f"^step .*{message}|^{message}"
+    ) as error:
         train(config, tmp_path)
-    assert "a smaller training.lr or training.clip" in str(error.value) and "look at the data" not in str(error.value)
+    assert "a smaller training.lr or training.clip" in str(
+        error.value
+    ) and "look at the data" not in str(error.value)
     run = Run.open(tmp_path / "tiny")
     found = json.loads((run.path / "not_finite.json").read_text())
-    assert str(error.value).startswith(found["message"]) and f"step {found['step']} is" in found["message"]
-    assert found["samples"] == batch_indices(len(digits("train")), 8, TINY.seed, found["step"] - 1).tolist()
+    assert (
+        str(error.value).startswith(found["message"])
+        and f"step {found['step']} is" in found["message"]
+    )
+    assert (
+        found["samples"]
+        == batch_indices(len(digits("train")), 8, TINY.seed, found["step"] - 1).tolist()
+    )
     last = run.latest()
     assert last is None or run.state()["step"] < found["step"]
     for path in run.checkpoints():
-        assert all(value.isfinite().all() for part in path.glob("*.safetensors") for value in load_file(part).values())
+        assert all(
+            value.isfinite().all()
+            for part in path.glob("*.safetensors")
+            for value in load_file(part).values()
+        )
     following = Following(run.path)
     following.read()
-    assert not following.finished and f"stopped at step {found['step']}: the loss was not finite" in following.state
+    assert (
+        not following.finished
+        and f"stopped at step {found['step']}: the loss was not finite"
+        in following.state
+    )
 
 
 def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path):
-    run = train(replace(TINY, training=replace(TINY.training, steps=8, save_every=4)), tmp_path)
+    run = train(
+        replace(TINY, training=replace(TINY.training, steps=8, save_every=4)), tmp_path
+    )
     path = run.latest()
     tensors = {part.stem: load_file(part) for part in path.glob("*.safetensors")}
     next(iter(tensors["teacher"].values())).fill_(torch.nan)
     state = run.state()
     shutil.rmtree(path)
     write_checkpoint(path, tensors, state)
-    with pytest.raises(ValueError, match=r"step-00000008 holds NaN or infinite numbers \(teacher\).*Remove this folder"):
+    with pytest.raises(
+        ValueError,
+        match=r"step-00000008 holds NaN or infinite numbers \(teacher\).*Remove this folder",
+    ):
         train(run.config, tmp_path)
     shutil.rmtree(path)
     assert train(run.config, tmp_path).state()["step"] == 8
 
 
-@pytest.mark.parametrize("part, field", [
-    (TrainConfig, "lr"), (TrainConfig, "weight_decay"), (TrainConfig, "ema_half_life"), (TrainConfig, "cooldown"),
-    (ObjectiveConfig, "rep_weight"), (ObjectiveConfig, "density_mean"), (ObjectiveConfig, "density_std"),
-    (ObjectiveConfig, "density_shift"), (ObjectiveConfig, "near"), (ModelConfig, "mlp_ratio"),
-])
+@pytest.mark.parametrize(
+    "part, field",
+    [
+        (TrainConfig, "lr"),
+        (TrainConfig, "weight_decay"),
+        (TrainConfig, "ema_half_life"),
+        (TrainConfig, "cooldown"),
+        (ObjectiveConfig, "rep_weight"),
+        (ObjectiveConfig, "density_mean"),
+        (ObjectiveConfig, "density_std"),
+        (ObjectiveConfig, "density_shift"),
+        (ObjectiveConfig, "near"),
+        (ModelConfig, "mlp_ratio"),
+    ],
+)
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), float("-inf")])
 def test_numbers_that_are_not_finite_are_refused(part, field, value):
     with pytest.raises(ValueError, match=field):
@@ -258,30 +440,55 @@ def test_features_that_are_not_finite_are_named_by_their_step(where):
     before = state.student.blocks[0].attn.qkv.weight.clone()
     with pytest.raises(FloatingPointError, match="step 1 is not finite"):
         train_step(state, TINY, first_batch(), diagnose=True)
-    assert torch.equal(state.student.blocks[0].attn.qkv.weight, before) and state.step == 0
+    assert (
+        torch.equal(state.student.blocks[0].attn.qkv.weight, before) and state.step == 0
+    )
 
 
 def test_every_step_draws_its_own_numbers():
     state, seen = start_state(TINY, Sources(TINY.data), torch.device("cpu")), []
     real = state.objective.forward
+
     def watched(student, teacher, batch, draw, *more):
-        seen.append([[shard(purpose).initial_seed() for shard in draw] for purpose in ("noise", "levels", "label drop")])
+        seen.append(
+            [
+                [shard(purpose).initial_seed() for shard in draw]
+                for purpose in ("noise", "levels", "label drop")
+            ]
+        )
         return real(student, teacher, batch, draw, *more)
+
     state.objective.forward = watched
     for _ in range(3):
         train_step(state, TINY, first_batch())
-    assert seen == [[[keyed(TINY.seed, purpose, step, shard).initial_seed() for shard in range(8)]
-                     for purpose in ("noise", "levels", "label drop")] for step in range(3)]
+    assert seen == [
+        [
+            [
+                keyed(TINY.seed, purpose, step, shard).initial_seed()
+                for shard in range(8)
+            ]
+            for purpose in ("noise", "levels", "label drop")
+        ]
+        for step in range(3)
+    ]
 
 
 def test_steps_in_which_no_token_counts_go_on():
-    config = replace(TINY, objective=ObjectiveConfig(mask_ratio=1e-9, rep_tokens="masked"))
+    config = replace(
+        TINY, objective=ObjectiveConfig(mask_ratio=1e-9, rep_tokens="masked")
+    )
     state = start_state(config, Sources(config.data), torch.device("cpu"))
     values = train_step(state, config, first_batch(), diagnose=True)
-    assert values["rep_loss"] == 0 and "cosine" not in values and values["flow_loss"] > 0 and state.step == 1
+    assert (
+        values["rep_loss"] == 0
+        and "cosine" not in values
+        and values["flow_loss"] > 0
+        and state.step == 1
+    )
 
 
 # compilation
+
 
 def random_state(config=TINY):
     state = start_state(config, Sources(config.data), torch.device("cpu"))
@@ -294,42 +501,68 @@ def random_state(config=TINY):
 
 
 def snapshot(state):
-    slots = {f"{name}/{k}": v for name, p in state.named_parameters().items()
-             for k, v in state.optimizer.state.get(p, {}).items()}
-    parts = {"student": state.student, "teacher": state.teacher, "objective": state.objective}
-    tensors = {f"{n}.{k}": v.clone() for n, part in parts.items() for k, v in part.state_dict().items()} | slots
+    slots = {
+        f"{name}/{k}": v
+        for name, p in state.named_parameters().items()
+        for k, v in state.optimizer.state.get(p, {}).items()
+    }
+    parts = {
+        "student": state.student,
+        "teacher": state.teacher,
+        "objective": state.objective,
+    }
+    tensors = {
+        f"{n}.{k}": v.clone()
+        for n, part in parts.items()
+        for k, v in part.state_dict().items()
+    } | slots
     return tensors, state.step, torch.get_rng_state()
 
 
 def assert_unchanged(state, before):
     tensors, step, stream = snapshot(state)
-    assert tensors.keys() == before[0].keys() and all(torch.equal(tensors[k], before[0][k]) for k in tensors)
+    assert tensors.keys() == before[0].keys() and all(
+        torch.equal(tensors[k], before[0][k]) for k in tensors
+    )
     assert step == before[1] and torch.equal(stream, before[2])
-    assert all(p.grad is None for part in (state.student, state.teacher, state.objective) for p in part.parameters())
+    assert all(
+        p.grad is None
+        for part in (state.student, state.teacher, state.objective)
+        for p in part.parameters()
+    )
 
 
 def no_compiler(after=0):
     "A torch.compile whose functions fail when they are called, from the call number `after` on."
     calls = []
+
     def compiled(function, **_):
         def call(*args, **options):
             calls.append(1)
             if len(calls) > after:
                 raise RuntimeError("no C++ compiler found\nand much more")
             return function(*args, **options)
+
         return call
+
     return compiled
 
 
-@pytest.mark.parametrize("after", [0, 5])  # at the first block of the student, or at one of the teacher
+# at the first block of the student, or at one of the teacher
+@pytest.mark.parametrize("after", [0, 5])
 def test_without_a_compiler_blocks_run_as_they_are(monkeypatch, after):
     eager, state = random_state(), random_state()
     before = snapshot(state)
     monkeypatch.setattr(torch, "compile", no_compiler(after))
-    assert compile_blocks(state, TINY, first_batch()) == "RuntimeError: no C++ compiler found"
+    assert (
+        compile_blocks(state, TINY, first_batch())
+        == "RuntimeError: no C++ compiler found"
+    )
     assert_unchanged(state, before)
     for _ in range(2):
-        assert train_step(state, TINY, first_batch()) == train_step(eager, TINY, first_batch())
+        assert train_step(state, TINY, first_batch()) == train_step(
+            eager, TINY, first_batch()
+        )
 
 
 def test_the_trial_leaves_no_trace_where_it_succeeds(monkeypatch):
@@ -338,70 +571,114 @@ def test_the_trial_leaves_no_trace_where_it_succeeds(monkeypatch):
     monkeypatch.setattr(torch, "compile", no_compiler(after=10**6))
     assert compile_blocks(state, TINY, first_batch()) is None
     assert_unchanged(state, before)
-    assert all(block._compiled_call_impl is not None for model in (state.student, state.teacher) for block in model.blocks)
+    assert all(
+        block._compiled_call_impl is not None
+        for model in (state.student, state.teacher)
+        for block in model.blocks
+    )
 
 
-def test_a_run_says_why_it_is_not_compiled_and_trains_the_same(runs, tmp_path, monkeypatch, capsys):
+def test_a_run_says_why_it_is_not_compiled_and_trains_the_same(
+    runs, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(torch, "compile", no_compiler())
     config = replace(TINY, training=replace(TINY.training, compile=True))
     run = train(config, tmp_path)
-    assert "not compiled, trains as it is (RuntimeError: no C++ compiler found)" in capsys.readouterr().out
+    assert (
+        "not compiled, trains as it is (RuntimeError: no C++ compiler found)"
+        in capsys.readouterr().out
+    )
     assert_same(runs["tiny"], run)
     train(config, tmp_path)
-    assert "not compiled" not in capsys.readouterr().out, "a finished run compiles nothing"
+    assert "not compiled" not in capsys.readouterr().out, (
+        "a finished run compiles nothing"
+    )
 
 
-NARROW = replace(TINY, name="narrow", data=DataConfig("digits", patch=8), model=ModelConfig(width=16, depth=2, heads=2),
-                 objective=ObjectiveConfig("flow_matching"), training=replace(TINY.training, steps=2, save_every=1))
+NARROW = replace(
+    TINY,
+    name="narrow",
+    data=DataConfig("digits", patch=8),
+    model=ModelConfig(width=16, depth=2, heads=2),
+    objective=ObjectiveConfig("flow_matching"),
+    training=replace(TINY.training, steps=2, save_every=1),
+)
 
 
-def test_tokens_of_more_numbers_than_the_model_is_wide_are_said_when_a_run_begins(tmp_path, capsys):
+def test_tokens_of_more_numbers_than_the_model_is_wide_are_said_when_a_run_begins(
+    tmp_path, capsys
+):
     run = train(NARROW, tmp_path)
     assert capsys.readouterr().out == (
         "narrow: a token of image holds 64 numbers, but the model is 16 wide, so that at least 75% of its noise stays in the "
-        "error of the velocity; take a smaller data.patch, or model.width 64 or more\n")
+        "error of the velocity; take a smaller data.patch, or model.width 64 or more\n"
+    )
     train(NARROW, tmp_path)
     shutil.rmtree(run.latest())
     train(NARROW, tmp_path)
-    assert capsys.readouterr().out == "narrow: goes on from step 1\n", "and nothing of a finished one"
-    train(replace(NARROW, name="fits", model=ModelConfig(width=64, depth=1, heads=2)), tmp_path)
+    assert capsys.readouterr().out == "narrow: goes on from step 1\n", (
+        "and nothing of a finished one"
+    )
+    train(
+        replace(NARROW, name="fits", model=ModelConfig(width=64, depth=1, heads=2)),
+        tmp_path,
+    )
     assert "numbers" not in capsys.readouterr().out
 
 
 def test_of_several_parts_those_are_named_that_do_not_fit():
     data = DataConfig("scenes", patch=8, size=16, frames=8, columns=2)
-    for width, named in ((16, {"video": "data.patch or data.span", "audio": "data.columns"}), (1_024, {})):
+    for width, named in (
+        (16, {"video": "data.patch or data.span", "audio": "data.columns"}),
+        (1_024, {}),
+    ):
         sources = Sources(data)
         channels = {part.name: part.channels for part in sources.parts}
         said = channel_warnings(width, sources)
         assert len(said) == len(named)
         for line, (name, smaller) in zip(said, named.items(), strict=True):
-            assert f"token of {name} holds {channels[name]} numbers" in line and f"take a smaller {smaller}, or" in line
+            assert (
+                f"token of {name} holds {channels[name]} numbers" in line
+                and f"take a smaller {smaller}, or" in line
+            )
 
 
 def test_what_such_a_model_says_lies_in_as_many_directions_as_it_is_wide():
     sources = Sources(NARROW.data)
     state = start_state(NARROW, sources, torch.device("cpu"))
     for parameter in state.student.parameters():
-        torch.nn.init.normal_(parameter, std=0.3, generator=keyed(0, str(tuple(parameter.shape))))
+        torch.nn.init.normal_(
+            parameter, std=0.3, generator=keyed(0, str(tuple(parameter.shape)))
+        )
     x = torch.randn(500, 1, 64, generator=keyed(0, "x"))
     levels = NoiseLevels.single(torch.rand(500, generator=keyed(0, "t")), 1)
     found = state.student(x, levels).velocity.detach()[:, 0]
     assert torch.linalg.matrix_rank(found - found.mean(0), rtol=1e-4) == 16
 
 
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+@pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler"
+)
 def test_compiled_blocks_give_the_same_losses():
-    config = replace(SMALL, objective=ObjectiveConfig("flow_matching", schedule="dual", mask_ratio=0.5))
+    config = replace(
+        SMALL,
+        objective=ObjectiveConfig("flow_matching", schedule="dual", mask_ratio=0.5),
+    )
     eager, state = random_state(config), random_state(config)
     before, graphs = snapshot(state), counters["stats"]["unique_graphs"]
     assert compile_blocks(state, config, first_batch(config)) is None
     assert_unchanged(state, before)
-    assert counters["stats"]["unique_graphs"] == graphs + 1 and not counters["graph_break"], "all blocks share one graph"
+    assert (
+        counters["stats"]["unique_graphs"] == graphs + 1 and not counters["graph_break"]
+    ), "all blocks share one graph"
     for _ in range(3):
-        found, expected = (train_step(one, config, first_batch(config)) for one in (state, eager))
+        found, expected = (
+            train_step(one, config, first_batch(config)) for one in (state, eager)
+        )
         assert found == pytest.approx(expected, rel=1e-5)
-    for a, b in zip(state.student.parameters(), eager.student.parameters(), strict=True):
+    for a, b in zip(
+        state.student.parameters(), eager.student.parameters(), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
@@ -410,25 +687,50 @@ def test_compiled_blocks_give_the_same_losses():
 FEATURES = torch.zeros(1078, 16, 5)
 
 
-@pytest.mark.parametrize("name, features, words", [
-    ("repa", None, "needs features of an encoder: train.config, features=....* or selfflow train --features FILE"),
-    ("self_flow", FEATURES, "objective 'self_flow' takes no features of an outside encoder"),
-    ("flow_matching", outside, "'flow_matching' takes no features"),
-    ("repa", FEATURES[:-1], "features of 1077 samples, but 1078 to train on"),
-    ("repa", torch.zeros(359, 5), "features of 359 samples"),
-    ("repa", FEATURES[:, :-1], r"features have shape \(1, 15, 5\), expected \(1, 16, 5\)"),
-    ("repa", torch.zeros(1078, 4, 4, 5), r"\(1, 4, 4, 5\), expected"),
-    ("repa", torch.zeros(1078), r"\(1,\), expected"),
-    ("repa", torch.full((1078, 5), torch.nan), "5390 numbers of the encoder's features are NaN"),
-    ("repa", lambda tokens: tokens[:, :3], r"\(1, 3, 4\), expected \(1, 16, 4\)"),
-])
-def test_features_that_do_not_fit_are_refused_before_a_folder_is_made(tmp_path, name, features, words):
+@pytest.mark.parametrize(
+    "name, features, words",
+    [
+        (
+            "repa",
+            None,
+            "needs features of an encoder: train.config, features=....* or selfflow train --features FILE",
+        ),
+        (
+            "self_flow",
+            FEATURES,
+            "objective 'self_flow' takes no features of an outside encoder",
+        ),
+        ("flow_matching", outside, "'flow_matching' takes no features"),
+        ("repa", FEATURES[:-1], "features of 1077 samples, but 1078 to train on"),
+        ("repa", torch.zeros(359, 5), "features of 359 samples"),
+        (
+            "repa",
+            FEATURES[:, :-1],
+            r"features have shape \(1, 15, 5\), expected \(1, 16, 5\)",
+        ),
+        ("repa", torch.zeros(1078, 4, 4, 5), r"\(1, 4, 4, 5\), expected"),
+        ("repa", torch.zeros(1078), r"\(1,\), expected"),
+        (
+            "repa",
+            torch.full((1078, 5), torch.nan),
+            "5390 numbers of the encoder's features are NaN",
+        ),
+        ("repa", lambda tokens: tokens[:, :3], r"\(1, 3, 4\), expected \(1, 16, 4\)"),
+    ],
+)
+def test_features_that_do_not_fit_are_refused_before_a_folder_is_made(
+    tmp_path, name, features, words
+):
     with pytest.raises(ValueError, match=words):
-        train(replace(SMALL, objective=ObjectiveConfig(name)), tmp_path, features=features)
+        train(
+            replace(SMALL, objective=ObjectiveConfig(name)), tmp_path, features=features
+        )
     assert not list(tmp_path.iterdir())
 
 
-def test_a_block_that_does_not_divide_the_grid_is_refused_before_a_folder_is_made(tmp_path):
+def test_a_block_that_does_not_divide_the_grid_is_refused_before_a_folder_is_made(
+    tmp_path,
+):
     with pytest.raises(ValueError, match=r"block 3 does not divide grid \(4, 4\)"):
         train(replace(SMALL, objective=ObjectiveConfig(block=3)), tmp_path)
     assert not list(tmp_path.iterdir())
@@ -440,7 +742,11 @@ def test_loss_by_level_is_per_sample_and_does_not_depend_on_the_batch_size():
     x1 = torch.randn(x0.shape, generator=torch.Generator().manual_seed(5))
     losses = loss_by_level(model, batch, x1, [0.2, 0.9], size=7)
     torch.testing.assert_close(losses, loss_by_level(model, batch, x1, [0.2, 0.9]))
-    v = model(0.1 * x0[3:4] + 0.9 * x1[3:4], NoiseLevels.single(torch.tensor([0.9]), 16), batch.condition[3:4]).velocity
+    v = model(
+        0.1 * x0[3:4] + 0.9 * x1[3:4],
+        NoiseLevels.single(torch.tensor([0.9]), 16),
+        batch.condition[3:4],
+    ).velocity
     torch.testing.assert_close(losses[1, 3], (v - x1[3] + x0[3]).square().mean())
 
 
@@ -449,17 +755,38 @@ def with_data(monkeypatch, only=None, **change):
         good = digits(split)
         if only not in (None, split):
             return good
-        return ImageSet(**{"images": good.images, "labels": good.labels, "names": good.names, **change})
+        return ImageSet(
+            **{
+                "images": good.images,
+                "labels": good.labels,
+                "names": good.names,
+                **change,
+            }
+        )
+
     monkeypatch.setattr(selfflow.data.sources, "open_digits", broken)
 
 
-@pytest.mark.parametrize("change, error, words", [
-    ({"images": torch.full((1078, 1, 8, 8), torch.nan)}, ValueError, "NaN"),
-    ({"images": torch.zeros(1078, 1, 8, 8, dtype=torch.int32)}, TypeError, "torch.int32"),
-    ({"labels": torch.full((1078,), 10)}, ValueError, "outside 0 to 9"),
-    ({"images": torch.zeros(1078, 1, 9, 9)}, ValueError, "not divisible by patch 2"),
-])
-def test_bad_data_is_refused_before_a_folder_is_made(tmp_path, monkeypatch, change, error, words):
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"images": torch.full((1078, 1, 8, 8), torch.nan)}, ValueError, "NaN"),
+        (
+            {"images": torch.zeros(1078, 1, 8, 8, dtype=torch.int32)},
+            TypeError,
+            "torch.int32",
+        ),
+        ({"labels": torch.full((1078,), 10)}, ValueError, "outside 0 to 9"),
+        (
+            {"images": torch.zeros(1078, 1, 9, 9)},
+            ValueError,
+            "not divisible by patch 2",
+        ),
+    ],
+)
+def test_bad_data_is_refused_before_a_folder_is_made(
+    tmp_path, monkeypatch, change, error, words
+):
     with_data(monkeypatch, only="train", **change)
     with pytest.raises(error, match=words):
         train(TINY, tmp_path)
@@ -467,7 +794,9 @@ def test_bad_data_is_refused_before_a_folder_is_made(tmp_path, monkeypatch, chan
 
 
 def test_bad_validation_data_is_refused_before_a_folder_is_made(tmp_path, monkeypatch):
-    with_data(monkeypatch, only="validation", images=torch.full((359, 1, 8, 8), torch.nan))
+    with_data(
+        monkeypatch, only="validation", images=torch.full((359, 1, 8, 8), torch.nan)
+    )
     with pytest.raises(ValueError, match="NaN"):
         train(TINY, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -480,10 +809,13 @@ def test_training_leaves_the_callers_random_numbers_alone(tmp_path):
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("config, words", [
-    (replace(TINY, data=DataConfig(patch=3)), "not divisible by patch 3"),
-    (replace(TINY, model=ModelConfig(width=18, depth=4)), "width 18"),
-])
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        (replace(TINY, data=DataConfig(patch=3)), "not divisible by patch 3"),
+        (replace(TINY, model=ModelConfig(width=18, depth=4)), "width 18"),
+    ],
+)
 def test_bad_sizes_are_refused_before_a_folder_is_made(tmp_path, config, words):
     with pytest.raises(ValueError, match=words):
         train(config, tmp_path)
@@ -512,7 +844,9 @@ class Watcher:
             raise LookupError("the user's own")
 
     def on_validation(self, moment):
-        self.events.append(("validation", moment.step, moment.values["validation_flow_loss"]))
+        self.events.append(
+            ("validation", moment.step, moment.values["validation_flow_loss"])
+        )
 
     def on_sample(self, moment):
         self.events.append(("sample", moment.step))
@@ -529,10 +863,17 @@ def test_a_callback_of_the_user_sees_all_and_changes_nothing(runs, tmp_path):
     watcher = Watcher()
     run = train(TINY, tmp_path, callbacks=[watcher])
     assert_same(runs["tiny"], run)
-    events = {kind: [event[1] for event in watcher.events if event[0] == kind] for kind, *_ in watcher.events}
+    events = {
+        kind: [event[1] for event in watcher.events if event[0] == kind]
+        for kind, *_ in watcher.events
+    }
     training = TINY.training
-    assert events["step"] == list(range(1, training.steps + 1)) and events["end"] == [training.steps]
-    assert events["checkpoint"] == [step for step in events["step"] if step % training.save_every == 0]
+    assert events["step"] == list(range(1, training.steps + 1)) and events["end"] == [
+        training.steps
+    ]
+    assert events["checkpoint"] == [
+        step for step in events["step"] if step % training.save_every == 0
+    ]
     assert events["validation"] and watcher.events[-1] == ("end", training.steps, None)
     assert run.state()["seen"] == len(watcher.events) - 2, "what it adds is kept"
 
@@ -544,16 +885,27 @@ def test_a_callback_that_fails_ends_the_training_in_order(runs, tmp_path, step, 
         train(TINY, tmp_path, callbacks=[failing, other])
     run = Run.open(tmp_path / "tiny")
     assert run.writer() is None and (run.state()["step"] if saved else None) == saved
-    assert isinstance(other.events[-1][2], LookupError) and other.events[-1][0] == failing.events[-1][0] == "end"
-    assert run.log["step"].tolist() == list(range(1, step + 1)) and not list(run.path.rglob(".*-*"))
+    assert (
+        isinstance(other.events[-1][2], LookupError)
+        and other.events[-1][0] == failing.events[-1][0] == "end"
+    )
+    assert run.log["step"].tolist() == list(range(1, step + 1)) and not list(
+        run.path.rglob(".*-*")
+    )
     assert_same(runs["tiny"], train(TINY, tmp_path))
 
 
 def test_a_callback_that_would_never_be_called_is_refused(tmp_path):
     class Misspelt:
         on_stp = print
-    for callback, message in ((Misspelt(), "unknown method of callback Misspelt 'on_stp'.*Did you mean 'on_step'"),
-                              (print, "has none of on_step, on_validation")):
+
+    for callback, message in (
+        (
+            Misspelt(),
+            "unknown method of callback Misspelt 'on_stp'.*Did you mean 'on_step'",
+        ),
+        (print, "has none of on_step, on_validation"),
+    ):
         with pytest.raises(ValueError, match=message):
             train(TINY, tmp_path, callbacks=[callback])
     assert not list(tmp_path.iterdir())

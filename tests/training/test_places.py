@@ -1,4 +1,5 @@
 """A run and its data may lie anywhere, be renamed and be moved."""
+
 import json
 import shutil
 from dataclasses import replace
@@ -25,14 +26,22 @@ def pictures(folder, seed=0):
     for name in ("bright", "dark"):
         (folder / name).mkdir(parents=True)
         for i in range(40):
-            Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
+            Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(
+                folder / name / f"{i}.png"
+            )
     return folder
 
 
 def config(path="photos", name="own", **data):
     data = DataConfig("folder", path=path, height=8, width=8, patch=4, **data)
-    return Config(name, data=data, model=ModelConfig(width=48, depth=2, heads=2),
-                  training=TrainConfig(steps=4, batch=8, validation=4, save_every=2, sample_every=2))
+    return Config(
+        name,
+        data=data,
+        model=ModelConfig(width=48, depth=2, heads=2),
+        training=TrainConfig(
+            steps=4, batch=8, validation=4, save_every=2, sample_every=2
+        ),
+    )
 
 
 @pytest.fixture
@@ -51,15 +60,23 @@ def test_a_relative_path_is_made_absolute_when_a_config_is_made(tmp_path, monkey
     assert DataConfig("folder", path="photos").path == str(tmp_path / "photos")
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
     assert DataConfig("folder", path="~/photos").path == str(tmp_path / "me/photos")
-    assert DataConfig("shapes", condition="caption", encoder="t5").encoder == str(tmp_path / "t5")
+    assert DataConfig("shapes", condition="caption", encoder="t5").encoder == str(
+        tmp_path / "t5"
+    )
     assert DataConfig("digits").encoder == ""
-    assert Config(data=DataConfig("folder", path="x")) == Config(data=DataConfig("folder", path=str(tmp_path / "x")))
+    assert Config(data=DataConfig("folder", path="x")) == Config(
+        data=DataConfig("folder", path=str(tmp_path / "x"))
+    )
 
 
 def test_a_folder_is_opened_once_for_each_split_of_a_training(tmp_path, capsys):
-    train(config(str(pictures(tmp_path / "photos"))), tmp_path / "runs", "cpu", bar=False)
+    train(
+        config(str(pictures(tmp_path / "photos"))), tmp_path / "runs", "cpu", bar=False
+    )
     output = capsys.readouterr().out
-    assert [output.count(f"of split {split},") for split in ("train", "validation", "test")] == [1, 1, 0]
+    assert [
+        output.count(f"of split {split},") for split in ("train", "validation", "test")
+    ] == [1, 1, 0]
 
 
 def test_a_run_is_used_from_any_folder_and_samples_without_its_data(trained, capsys):
@@ -72,7 +89,20 @@ def test_a_run_is_used_from_any_folder_and_samples_without_its_data(trained, cap
     run = Run.open(trained, "cpu")
     assert torch.equal(run.sample(["dark", 0], steps=2)["image"], before)
     assert run.film_picture(run.teacher)[1].tolist() == [0, 1]
-    main(["sample", str(trained), "--labels", "dark", "--each", "2", "--steps", "2", "--device", "cpu"])
+    main(
+        [
+            "sample",
+            str(trained),
+            "--labels",
+            "dark",
+            "--each",
+            "2",
+            "--steps",
+            "2",
+            "--device",
+            "cpu",
+        ]
+    )
     assert "2 samples are in" in capsys.readouterr().out
     with pytest.raises(ValueError, match="the outline that a run keeps of its data"):
         run.sources.take("folder", torch.arange(1))
@@ -86,43 +116,82 @@ def test_data_that_moved_are_named_once(trained, capsys):
         with pytest.raises(SystemExit):
             main(command)
         said = capsys.readouterr().err
-        assert f"there are no data at {home / 'photos'}" in said and "selfflow relocate RUN NEW_PATH" in said
+        assert (
+            f"there are no data at {home / 'photos'}" in said
+            and "selfflow relocate RUN NEW_PATH" in said
+        )
     other = pictures(home / "other", seed=1)
     with pytest.raises(SystemExit):
         main(["relocate", str(trained), str(other)])
-    assert "holds a run with" in capsys.readouterr().err and Run.open(trained, "cpu").config.data.path == str(home / "photos")
+    assert "holds a run with" in capsys.readouterr().err and Run.open(
+        trained, "cpu"
+    ).config.data.path == str(home / "photos")
     main(["relocate", str(trained), str(home / "moved")])
-    assert f"data.path: {home / 'photos'} -> {home / 'moved'} from here on" in capsys.readouterr().out
+    assert (
+        f"data.path: {home / 'photos'} -> {home / 'moved'} from here on"
+        in capsys.readouterr().out
+    )
     assert len(Sources(Run.open(trained, "cpu").config.data, "test").data["folder"]) > 0
     shutil.rmtree(trained / "checkpoints/step-00000004")
     main(again)
-    assert "goes on from step 2" in capsys.readouterr().out and Run.open(trained, "cpu").state()["step"] == 4
+    assert (
+        "goes on from step 2" in capsys.readouterr().out
+        and Run.open(trained, "cpu").state()["step"] == 4
+    )
     shutil.move(home / "moved", home / "again")
     shutil.rmtree(trained / "checkpoints/step-00000004")
     main([*again, "--data.path", str(home / "again")])
     said = capsys.readouterr().out
-    assert f"data.path: {home / 'moved'} -> {home / 'again'} from here on" in said and "goes on from step 2" in said
+    assert (
+        f"data.path: {home / 'moved'} -> {home / 'again'} from here on" in said
+        and "goes on from step 2" in said
+    )
 
 
 def test_the_place_may_change_only_where_the_data_are_known_to_be_the_same(tmp_path):
     def stored(path, data):
         return {"config": {"data": {"path": path}}, "inputs": {}, "data": data}
-    assert agree(tmp_path, stored("a", {"train": "1"}), stored("b", {"train": "1"})) == {"data.path": ("a", "b")}
-    for there, asked in (({}, {"train": "1"}), ({}, {}), ({"train": "1"}, {"train": "2"})):
-        with pytest.raises(ValueError, match="data.path: 'a' in the folder, 'b' asked for"):
+
+    assert agree(
+        tmp_path, stored("a", {"train": "1"}), stored("b", {"train": "1"})
+    ) == {"data.path": ("a", "b")}
+    for there, asked in (
+        ({}, {"train": "1"}),
+        ({}, {}),
+        ({"train": "1"}, {"train": "2"}),
+    ):
+        with pytest.raises(
+            ValueError, match="data.path: 'a' in the folder, 'b' asked for"
+        ):
             agree(tmp_path, stored("a", there), stored("b", asked))
 
 
 def test_two_folders_are_two_data_sets_and_each_may_move(tmp_path, capsys):
-    first, second = (config(str(pictures(tmp_path / name, seed))).data for seed, name in enumerate(("first", "second")))
-    run = train(replace(config(), data=(first, replace(second, share=2))), tmp_path / "runs", "cpu", bar=False)
-    assert list(run.sources.data) == list(run.outline) == ["folder", "folder-2"] and len(run.sources.names) == 4
+    first, second = (
+        config(str(pictures(tmp_path / name, seed))).data
+        for seed, name in enumerate(("first", "second"))
+    )
+    run = train(
+        replace(config(), data=(first, replace(second, share=2))),
+        tmp_path / "runs",
+        "cpu",
+        bar=False,
+    )
+    assert (
+        list(run.sources.data) == list(run.outline) == ["folder", "folder-2"]
+        and len(run.sources.names) == 4
+    )
     shutil.move(tmp_path / "second", tmp_path / "third")
     assert run.sample(["dark"], steps=1, data="folder-2")["image"].shape == (1, 3, 8, 8)
-    with pytest.raises(ValueError, match="was trained on folder, folder-2; name the one that has moved"):
+    with pytest.raises(
+        ValueError, match="was trained on folder, folder-2; name the one that has moved"
+    ):
         run.relocate(tmp_path / "third")
     main(["relocate", str(run.path), str(tmp_path / "third"), "--data", "folder-2"])
-    assert f"data.1.path: {tmp_path / 'second'} -> {tmp_path / 'third'} from here on" in capsys.readouterr().out
+    assert (
+        f"data.1.path: {tmp_path / 'second'} -> {tmp_path / 'third'} from here on"
+        in capsys.readouterr().out
+    )
     assert len(Run.open(run.path, "cpu").sources_of("test").data["folder-2"]) > 0
     with pytest.raises(ValueError, match="other data"):
         run.relocate(tmp_path / "first", "folder-2")
@@ -134,31 +203,50 @@ def test_a_run_folder_of_any_name_goes_on_and_is_sampled(trained, name, capsys):
     shutil.rmtree(folder / "checkpoints/step-00000004")
     main(["train", "--config", str(folder / "config.json"), "--device", "cpu"])
     said = capsys.readouterr().out
-    assert "goes on from step 2" in said and f"selfflow sample {Run.open(folder, 'cpu').quoted}" in said
-    assert Run.open(folder, "cpu").state()["step"] == 4 and sorted(p.name for p in folder.parent.iterdir()) == [name]
+    assert (
+        "goes on from step 2" in said
+        and f"selfflow sample {Run.open(folder, 'cpu').quoted}" in said
+    )
+    assert Run.open(folder, "cpu").state()["step"] == 4 and sorted(
+        p.name for p in folder.parent.iterdir()
+    ) == [name]
     main(["sample", str(folder), "--steps", "1", "--each", "1", "--device", "cpu"])
     main(["runs", str(folder.parent)])
     assert name[:4] in capsys.readouterr().out
 
 
-def test_a_run_of_before_opens_its_data_and_gets_an_outline_when_it_goes_on(trained, capsys):
+def test_a_run_of_before_opens_its_data_and_gets_an_outline_when_it_goes_on(
+    trained, capsys
+):
     file = trained / "config.json"
     stored = json.loads(file.read_text(encoding="utf-8"))
     outline = stored.pop("outline")
     file.write_text(json.dumps(stored), encoding="utf-8")
     run = Run.open(trained, "cpu")
-    assert run.outline == {} and len(run.sources.data["folder"].take(torch.arange(2))) == 2
+    assert (
+        run.outline == {} and len(run.sources.data["folder"].take(torch.arange(2))) == 2
+    )
     train(run.config, trained.parent, "cpu", bar=False)
     assert json.loads(file.read_text(encoding="utf-8"))["outline"] == outline
 
 
 def test_an_outline_has_captions_that_are_not_trained_on(tmp_path):
     pictures(tmp_path / "photos")
-    told = train(replace(config(str(tmp_path / "photos"), "told", condition="caption")), tmp_path, "cpu", bar=False)
+    told = train(
+        replace(config(str(tmp_path / "photos"), "told", condition="caption")),
+        tmp_path,
+        "cpu",
+        bar=False,
+    )
     outline = Run.open(told.path, "cpu").outline["folder"]
-    assert isinstance(outline, Outline) and set(outline.captions) == {"bright", "dark"}, "from all over the data"
+    assert isinstance(outline, Outline) and set(outline.captions) == {
+        "bright",
+        "dark",
+    }, "from all over the data"
     shutil.rmtree(tmp_path / "photos")
-    assert Run.open(told.path, "cpu").film_picture(told.teacher)[0].shape[0] == len(outline.captions)
+    assert Run.open(told.path, "cpu").film_picture(told.teacher)[0].shape[0] == len(
+        outline.captions
+    )
     main(["sample", str(told.path), "--steps", "1", "--each", "1", "--device", "cpu"])
 
 
@@ -167,8 +255,14 @@ def test_runs_on_the_same_data_at_two_places_are_compared(trained, monkeypatch, 
     shutil.copytree(home / "photos", home / "copy")
     other = train(config(str(home / "copy"), "other"), trained.parent, "cpu", bar=False)
     first, second = Run.open(trained, "cpu"), Run.open(other.path, "cpu")
-    assert first.config.data != second.config.data and first.trained_on == second.trained_on
-    assert "could not" not in run_report({"a": first, "b": second}, sections=(run_section,)).html()
+    assert (
+        first.config.data != second.config.data
+        and first.trained_on == second.trained_on
+    )
+    assert (
+        "could not"
+        not in run_report({"a": first, "b": second}, sections=(run_section,)).html()
+    )
     first.data.clear()  # a run that knows no fingerprint
     with pytest.raises(ValueError, match="runs on the same data"):
         run_report({"a": first, "b": second}, sections=(run_section,))

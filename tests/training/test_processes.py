@@ -1,4 +1,5 @@
 """Several processes train what one trains: DDP and FSDP, on the CPU, started by torchrun and by accelerate."""
+
 import json
 import os
 import shutil
@@ -15,9 +16,14 @@ import torch
 from conftest import TINY
 
 from selfflow.data.options import DataConfig
-from selfflow.method.alignment import Alignment, constant_cosine, effective_rank, mean_over
-from selfflow.method.options import ObjectiveConfig
 from selfflow.data.sources import Sources
+from selfflow.method.alignment import (
+    Alignment,
+    constant_cosine,
+    effective_rank,
+    mean_over,
+)
+from selfflow.method.options import ObjectiveConfig
 from selfflow.training.batches import shards_of
 from selfflow.training.config import Config, TrainConfig
 from selfflow.training.lock import RunInUse
@@ -26,7 +32,12 @@ from selfflow.training.processes import Processes, launch
 from selfflow.training.run import Run
 
 SEVERAL = Path(__file__).parents[1] / "several.py"
-FIFTY = replace(TINY, training=replace(TINY.training, steps=50, save_every=25, validate_every=25, sample_every=25))
+FIFTY = replace(
+    TINY,
+    training=replace(
+        TINY.training, steps=50, save_every=25, validate_every=25, sample_every=25
+    ),
+)
 
 
 SHAPES_NOTES = DataConfig("shapes", size=16, patch=8), DataConfig("notes", patch=8)
@@ -34,29 +45,82 @@ SHAPES_NOTES = DataConfig("shapes", size=16, patch=8), DataConfig("notes", patch
 
 def of_parts(data, **training):
     "A run of several kinds of tokens, together or in turn."
-    return replace(TINY, data=data, model=replace(TINY.model, positions="rotary"),
-                   objective=ObjectiveConfig(mask_ratio=None), training=replace(TINY.training, validation=6, **training))
+    return replace(
+        TINY,
+        data=data,
+        model=replace(TINY.model, positions="rotary"),
+        objective=ObjectiveConfig(mask_ratio=None),
+        training=replace(TINY.training, validation=6, **training),
+    )
 
 
 TASKS = {  # name: (config, what else)
     "ddp": (FIFTY, {}),
     "fsdp": (replace(FIFTY, training=replace(FIFTY.training, parallel="fsdp")), {}),
     "flow": (replace(TINY, objective=ObjectiveConfig("flow_matching")), {}),
-    "masked": (replace(TINY, objective=ObjectiveConfig(rep_tokens="masked", flow_tokens="noisier", normalise="centred",
-                                                       distance="l2")), {}),
-    "standardised": (replace(TINY, objective=ObjectiveConfig("sra", normalise="standardised")), {}),
-    "layer_sync": (replace(TINY, objective=ObjectiveConfig("layer_sync"), training=replace(TINY.training, parallel="fsdp")), {}),
+    "masked": (
+        replace(
+            TINY,
+            objective=ObjectiveConfig(
+                rep_tokens="masked",
+                flow_tokens="noisier",
+                normalise="centred",
+                distance="l2",
+            ),
+        ),
+        {},
+    ),
+    "standardised": (
+        replace(TINY, objective=ObjectiveConfig("sra", normalise="standardised")),
+        {},
+    ),
+    "layer_sync": (
+        replace(
+            TINY,
+            objective=ObjectiveConfig("layer_sync"),
+            training=replace(TINY.training, parallel="fsdp"),
+        ),
+        {},
+    ),
     "repa": (replace(TINY, objective=ObjectiveConfig("repa")), {"features": True}),
-    "shared": (replace(TINY, model=replace(TINY.model, modulation="shared", positions="rotary", mlp="swiglu", qk_norm=True),
-                       training=replace(TINY.training, parallel="fsdp", checkpointing=True)), {}),
+    "shared": (
+        replace(
+            TINY,
+            model=replace(
+                TINY.model,
+                modulation="shared",
+                positions="rotary",
+                mlp="swiglu",
+                qk_norm=True,
+            ),
+            training=replace(TINY.training, parallel="fsdp", checkpointing=True),
+        ),
+        {},
+    ),
     "accumulate": (replace(TINY, training=replace(TINY.training, accumulate=2)), {}),
-    "accumulate-standardised": (replace(TINY, objective=ObjectiveConfig(rep_tokens="masked", normalise="standardised"),
-                                        training=replace(TINY.training, accumulate=4)), {}),
-    "accumulate-layer_sync": (replace(TINY, objective=ObjectiveConfig("layer_sync", normalise="centred"),
-                                      training=replace(TINY.training, accumulate=2, parallel="fsdp")), {}),
-    "accumulate-fsdp": (replace(TINY, training=replace(TINY.training, accumulate=2, parallel="fsdp")), {}),
+    "accumulate-standardised": (
+        replace(
+            TINY,
+            objective=ObjectiveConfig(rep_tokens="masked", normalise="standardised"),
+            training=replace(TINY.training, accumulate=4),
+        ),
+        {},
+    ),
+    "accumulate-layer_sync": (
+        replace(
+            TINY,
+            objective=ObjectiveConfig("layer_sync", normalise="centred"),
+            training=replace(TINY.training, accumulate=2, parallel="fsdp"),
+        ),
+        {},
+    ),
+    "accumulate-fsdp": (
+        replace(TINY, training=replace(TINY.training, accumulate=2, parallel="fsdp")),
+        {},
+    ),
     "bf16": (replace(TINY, training=replace(TINY.training, precision="bf16")), {}),
-    "joint": (of_parts(DataConfig("scenes", size=16, patch=8)), {}), "in turn": (of_parts(SHAPES_NOTES), {}),
+    "joint": (of_parts(DataConfig("scenes", size=16, patch=8)), {}),
+    "in turn": (of_parts(SHAPES_NOTES), {}),
     "in turn-fsdp": (of_parts(SHAPES_NOTES, parallel="fsdp"), {}),
     "poisoned": (TINY, {"poison": 6}),
     "stopped": (TINY, {"stop": 5}),
@@ -68,19 +132,38 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def start(tasks, count, folder, launcher=("torch.distributed.run", "--standalone", "--nproc-per-node")):
+def start(
+    tasks,
+    count,
+    folder,
+    launcher=("torch.distributed.run", "--standalone", "--nproc-per-node"),
+):
     "Run tasks {name: (config, what else)} in `count` processes of one start; each in a folder of its own name."
     file = folder / "tasks.json"
-    file.write_text(json.dumps([{"config": asdict(config), "folder": str(folder / name), **more}
-                                for name, (config, more) in tasks.items()]))
-    done = subprocess.run([sys.executable, "-m", *launcher, str(count), str(SEVERAL), str(file)], capture_output=True, text=True,
-                          env=environment(), timeout=600)
+    file.write_text(
+        json.dumps(
+            [
+                {"config": asdict(config), "folder": str(folder / name), **more}
+                for name, (config, more) in tasks.items()
+            ]
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, str(count), str(SEVERAL), str(file)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     return folder
 
 
 def raised(folder, count=2):
-    return [json.loads((folder / f"raised-{rank}-of-{count}.json").read_text()) for rank in range(count)]
+    return [
+        json.loads((folder / f"raised-{rank}-of-{count}.json").read_text())
+        for rank in range(count)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -100,65 +183,114 @@ def one(tmp_path_factory):
             features = None
             if more.get("features"):
                 sources = Sources(config.data)
-                name, = sources.data
+                (name,) = sources.data
                 tokens = sources.take(name, torch.arange(len(sources.data[name]))).x0
                 features = torch.cat([tokens, -tokens], -1)
             known[name] = train(config, folder / name, "cpu", features)
         return known[name]
+
     return run
 
 
 def assert_close(run, expected, rtol=1e-5):
     log, wanted = run.log, expected.log
-    assert log.columns.tolist() == wanted.columns.tolist() and log["step"].tolist() == wanted["step"].tolist()
+    assert (
+        log.columns.tolist() == wanted.columns.tolist()
+        and log["step"].tolist() == wanted["step"].tolist()
+    )
     for name in wanted.columns.drop("flow_loss_by_level"):
         found, expected = torch.tensor(log[name]), torch.tensor(wanted[name])
-        torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-7, equal_nan=True, msg=name)
-    levels = [torch.tensor(table["flow_loss_by_level"].dropna().tolist()) for table in (log, wanted)]
+        torch.testing.assert_close(
+            found, expected, rtol=rtol, atol=1e-7, equal_nan=True, msg=name
+        )
+    levels = [
+        torch.tensor(table["flow_loss_by_level"].dropna().tolist())
+        for table in (log, wanted)
+    ]
     torch.testing.assert_close(*levels, rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_fifty_steps_in_two_processes_have_the_losses_of_one(two, one, name):
     run, expected = Run.open(two / name / "tiny"), one("ddp")
-    assert raised(two / name) == [None, None] and len(run.log) == 50 and (run.timing["processes"] == 2).all()
+    assert (
+        raised(two / name) == [None, None]
+        and len(run.log) == 50
+        and (run.timing["processes"] == 2).all()
+    )
     assert_close(run, expected)
     for part in ("model", "teacher", "objective"):
-        found, wanted = (torch.cat([value.flatten() for value in r.load(part).values()]) for r in (run, expected))
-        assert (found - wanted).norm() < 1e-4 * wanted.norm()  # biases of keys have no gradient but rounding, which Adam enlarges
+        found, wanted = (
+            torch.cat([value.flatten() for value in r.load(part).values()])
+            for r in (run, expected)
+        )
+        # biases of keys have no gradient but rounding, which Adam enlarges
+        assert (found - wanted).norm() < 1e-4 * wanted.norm()
     found, wanted = (r.load("optimizer") for r in (run, expected))
-    assert found.keys() == wanted.keys() and all(found[key].shape == wanted[key].shape for key in wanted)
+    assert found.keys() == wanted.keys() and all(
+        found[key].shape == wanted[key].shape for key in wanted
+    )
     (step, images, labels), (_, pictures, _) = run.film()[-1], expected.film()[-1]
-    assert step == 50 and labels.tolist() == list(range(10)) and (images - pictures).abs().max() < 1e-3
+    assert (
+        step == 50
+        and labels.tolist() == list(range(10))
+        and (images - pictures).abs().max() < 1e-3
+    )
 
 
-@pytest.mark.parametrize("name", ["flow", "masked", "standardised", "layer_sync", "repa", "shared", "accumulate",
-                                  "accumulate-standardised", "accumulate-layer_sync", "accumulate-fsdp", "joint", "in turn",
-                                  "in turn-fsdp"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "flow",
+        "masked",
+        "standardised",
+        "layer_sync",
+        "repa",
+        "shared",
+        "accumulate",
+        "accumulate-standardised",
+        "accumulate-layer_sync",
+        "accumulate-fsdp",
+        "joint",
+        "in turn",
+        "in turn-fsdp",
+    ],
+)
 def test_every_kind_of_loss_is_that_of_one_process(two, one, name):
     assert raised(two / name) == [None, None]
     assert_close(Run.open(two / name / "tiny"), one(name))
 
 
 def test_bf16_in_two_processes(two, one):
-    found, wanted = (run.log["flow_loss"].tolist() for run in (Run.open(two / "bf16/tiny"), one("bf16")))
+    found, wanted = (
+        run.log["flow_loss"].tolist()
+        for run in (Run.open(two / "bf16/tiny"), one("bf16"))
+    )
     assert found == pytest.approx(wanted, rel=0.01)
 
 
 def test_four_processes_have_the_losses_of_one(tmp_path, one):
-    assert_close(Run.open(start({"ddp": TASKS["ddp"]}, 4, tmp_path) / "ddp/tiny"), one("ddp"))
+    assert_close(
+        Run.open(start({"ddp": TASKS["ddp"]}, 4, tmp_path) / "ddp/tiny"), one("ddp")
+    )
 
 
 def test_what_is_not_finite_in_one_process_stops_all_of_them(two):
     first, second = raised(two / "poisoned")
-    assert first == second and first.startswith("FloatingPointError: step 7 is not finite")
+    assert first == second and first.startswith(
+        "FloatingPointError: step 7 is not finite"
+    )
     run = Run.open(two / "poisoned/tiny")
     found = json.loads((run.path / "not_finite.json").read_text())
-    assert run.state()["step"] == 4 and found["step"] == 7 and len(found["samples"]) == 16
+    assert (
+        run.state()["step"] == 4 and found["step"] == 7 and len(found["samples"]) == 16
+    )
     assert run.log["step"].tolist() == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_signal_to_one_process_stops_all_of_them_and_one_process_goes_on(two, one, tmp_path):
+def test_a_signal_to_one_process_stops_all_of_them_and_one_process_goes_on(
+    two, one, tmp_path
+):
     assert raised(two / "stopped") == [None, None]  # the main process got no signal
     run = Run.open(two / "stopped/tiny")
     assert run.state()["step"] == 5 and run.writer() is None
@@ -167,7 +299,9 @@ def test_a_signal_to_one_process_stops_all_of_them_and_one_process_goes_on(two, 
     assert_close(train(TINY, tmp_path / "stopped"), whole)
 
 
-def test_a_run_goes_on_with_other_numbers_of_processes_and_another_way_to_share(two, one, tmp_path):
+def test_a_run_goes_on_with_other_numbers_of_processes_and_another_way_to_share(
+    two, one, tmp_path
+):
     "FSDP on two, then one, then DDP on two: the losses of a run that one process trained."
     shutil.copytree(two / "fsdp", tmp_path / "fsdp")
     shutil.rmtree(tmp_path / "fsdp/tiny/checkpoints/step-00000050")
@@ -181,21 +315,47 @@ def test_a_run_goes_on_with_other_numbers_of_processes_and_another_way_to_share(
 
 def test_shards_that_cannot_be_divided_are_refused_before_anything_is_written(two):
     for words in raised(two / "undividable"):
-        assert words.startswith("ValueError: 1 shards cannot be divided among 2 processes") and "training.shards 2" in words
+        assert (
+            words.startswith("ValueError: 1 shards cannot be divided among 2 processes")
+            and "training.shards 2" in words
+        )
     assert not (two / "undividable/tiny").exists()
 
 
-@pytest.mark.parametrize("shards, accumulate, processes", [(8, 1, 3), (4, 4, 2), (1, 1, 2)])
+@pytest.mark.parametrize(
+    "shards, accumulate, processes", [(8, 1, 3), (4, 4, 2), (1, 1, 2)]
+)
 def test_shards_are_divided_or_refused(shards, accumulate, processes):
     with pytest.raises(ValueError, match="cannot be divided"):
-        shards_of(TrainConfig(batch=24 if shards != 1 else 8, shards=shards, accumulate=accumulate), 0, processes)
-    assert [list(shards_of(TrainConfig(shards=8), rank, 4)) for rank in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+        shards_of(
+            TrainConfig(
+                batch=24 if shards != 1 else 8, shards=shards, accumulate=accumulate
+            ),
+            0,
+            processes,
+        )
+    assert [list(shards_of(TrainConfig(shards=8), rank, 4)) for rank in range(4)] == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+        [6, 7],
+    ]
 
 
 def test_accelerate_launches_too(tmp_path, one):
-    launcher = ("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no",
-                "--dynamo_backend", "no",
-                "--num_cpu_threads_per_process", "1", "--num_processes")
+    launcher = (
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--num_cpu_threads_per_process",
+        "1",
+        "--num_processes",
+    )
     run = Run.open(start({"flow": TASKS["flow"]}, 2, tmp_path, launcher) / "flow/tiny")
     assert (run.timing["processes"] == 2).all()
     assert_close(run, one("flow"))
@@ -204,14 +364,39 @@ def test_accelerate_launches_too(tmp_path, one):
 def test_two_nodes_by_the_commands_of_the_notebook(tmp_path, one):
     "Two torchruns that find each other, one process each, as on two machines that share a file system."
     config, _ = TASKS["flow"]
-    (tmp_path / "tasks.json").write_text(json.dumps([{"config": asdict(config), "folder": str(tmp_path / "flow")}]))
+    (tmp_path / "tasks.json").write_text(
+        json.dumps([{"config": asdict(config), "folder": str(tmp_path / "flow")}])
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
-               "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "tiny", str(SEVERAL), str(tmp_path / "tasks.json")]
-    nodes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
-             for _ in range(2)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"127.0.0.1:{port}",
+        "--rdzv-id",
+        "tiny",
+        str(SEVERAL),
+        str(tmp_path / "tasks.json"),
+    ]
+    nodes = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(),
+        )
+        for _ in range(2)
+    ]
     said = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert raised(tmp_path / "flow") == [None, None]
@@ -219,7 +404,12 @@ def test_two_nodes_by_the_commands_of_the_notebook(tmp_path, one):
 
 
 def test_a_notebook_starts_processes_and_follows_them(tmp_path, one, capsys):
-    run = launch(replace(TINY, training=replace(TINY.training, parallel="fsdp")), 2, tmp_path, "cpu")
+    run = launch(
+        replace(TINY, training=replace(TINY.training, parallel="fsdp")),
+        2,
+        tmp_path,
+        "cpu",
+    )
     assert run.state()["step"] == 12 and run.timing["processes"].tolist() == [2] * 12
     assert_close(run, train(TINY, tmp_path / "one"))
     with pytest.raises(ChildProcessError, match="another config"):
@@ -228,9 +418,31 @@ def test_a_notebook_starts_processes_and_follows_them(tmp_path, one, capsys):
 
 
 def test_the_command_starts_processes_and_passes_a_wish_to_stop_on(tmp_path):
-    command = [sys.executable, "-m", "selfflow.cli", "train", "--name", "long", "--preset", "digits-small", "--processes", "2",
-               "--device", "cpu", "--folder", str(tmp_path), "--training.steps", "100000"]
-    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    command = [
+        sys.executable,
+        "-m",
+        "selfflow.cli",
+        "train",
+        "--name",
+        "long",
+        "--preset",
+        "digits-small",
+        "--processes",
+        "2",
+        "--device",
+        "cpu",
+        "--folder",
+        str(tmp_path),
+        "--training.steps",
+        "100000",
+    ]
+    program = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
     end = time.monotonic() + 120
     while not (log := tmp_path / "long/log.jsonl").exists() or not log.stat().st_size:
         assert time.monotonic() < end and program.poll() is None
@@ -241,25 +453,38 @@ def test_the_command_starts_processes_and_passes_a_wish_to_stop_on(tmp_path):
     said, problems = program.communicate(timeout=60)
     run = Run.open(tmp_path / "long")
     assert program.returncode == 143, problems
-    assert f"long: stopped as asked after step {run.state()['step']} of 100000, which is saved" in said
+    assert (
+        f"long: stopped as asked after step {run.state()['step']} of 100000, which is saved"
+        in said
+    )
     assert run.writer() is None and (run.timing["processes"] == 2).all()
 
 
 def test_alone_nothing_is_sent():
     alone, g = Processes.start("cpu"), torch.Generator().manual_seed(0)
     assert (alone.rank, alone.count, alone.main) == (0, 1, True)
-    assert alone.lead(lambda: 3) == 3 and alone.tell(4) == 4 and alone.any(False, True) == [False, True]
-    values, counted = torch.randn(3, 5, generator=g), torch.rand(3, 5, generator=g) < 0.5
+    assert (
+        alone.lead(lambda: 3) == 3
+        and alone.tell(4) == 4
+        and alone.any(False, True) == [False, True]
+    )
+    values, counted = (
+        torch.randn(3, 5, generator=g),
+        torch.rand(3, 5, generator=g) < 0.5,
+    )
     torch.testing.assert_close(mean_over(values, counted), values[counted].mean())
     assert mean_over(values, torch.zeros_like(counted)) == 0
     rows = torch.randn(40, 6, generator=g)
     direction = torch.nn.functional.normalize(rows, dim=-1).mean(0).norm()
     torch.testing.assert_close(constant_cosine(rows), direction)
-    doubled = effective_rank(rows, lambda part: 2 * part)  # two processes that hold the same
+    # two processes that hold the same
+    doubled = effective_rank(rows, lambda part: 2 * part)
     torch.testing.assert_close(doubled, effective_rank(torch.cat([rows, rows])))
     other = torch.randn(40, 6, generator=g)
     cosine = torch.nn.functional.cosine_similarity(rows, other, dim=-1)
-    assert Alignment(rows, other, torch.zeros(40)).means()["cosine"] == pytest.approx(cosine.mean().item(), rel=1e-5)
+    assert Alignment(rows, other, torch.zeros(40)).means()["cosine"] == pytest.approx(
+        cosine.mean().item(), rel=1e-5
+    )
 
 
 def test_what_the_main_process_cannot_write_is_what_is_said(tmp_path):
@@ -267,7 +492,9 @@ def test_what_the_main_process_cannot_write_is_what_is_said(tmp_path):
     for folder in ("checkpoints/step-00000012", "checkpoints/step-00000008", "samples"):
         shutil.rmtree(run.path / folder)
     (run.path / "samples").write_text("a file where a folder is wanted")
-    with pytest.raises(ChildProcessError, match="selfflow: .*samples/film.* could not be written"):
+    with pytest.raises(
+        ChildProcessError, match="selfflow: .*samples/film.* could not be written"
+    ):
         launch(TINY, 2, tmp_path, "cpu")
     (run.path / "samples").unlink()
     assert train(TINY, tmp_path).state()["step"] == 12

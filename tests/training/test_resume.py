@@ -1,4 +1,5 @@
 """An interrupted run is the uninterrupted one, bit for bit: killed, stopped, asked, looked at, with any number of workers."""
+
 import json
 import os
 import re
@@ -33,30 +34,63 @@ GOLDEN = HERE / "fixtures/golden.json"
 
 
 def start(*args):
-    return subprocess.Popen([sys.executable, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
 
 
 def test_kill_at_random_moments_also_while_saving_loses_nothing(tmp_path):
-    config = replace(TINY, training=replace(TINY.training, steps=40, save_every=2, keep_last=2, keep_every=16, sample_every=7))
+    config = replace(
+        TINY,
+        training=replace(
+            TINY.training,
+            steps=40,
+            save_every=2,
+            keep_last=2,
+            keep_every=16,
+            sample_every=7,
+        ),
+    )
     (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
     program = start(HERE / "victims.py", tmp_path, tmp_path / "config.json", 0, 36)
     said, problems = program.communicate(timeout=500)
     assert program.returncode == 0, problems[-3000:]
     found = json.loads(said)
-    assert sum(found["killed"].values()) >= 36 and found["killed"].get("saving", 0) >= 6, found
+    assert (
+        sum(found["killed"].values()) >= 36 and found["killed"].get("saving", 0) >= 6
+    ), found
     whole = train(config, tmp_path / "whole")
     assert [p.name[-2:] for p in whole.checkpoints()] == ["16", "32", "38", "40"]
     for number in range(found["runs"]):
         run = Run.open(tmp_path / f"tiny-{number}")
         assert_same(whole, run)
-        assert [p.name for p in run.checkpoints()] == [p.name for p in whole.checkpoints()]
+        assert [p.name for p in run.checkpoints()] == [
+            p.name for p in whole.checkpoints()
+        ]
         assert [step for step, *_ in run.film()] == [7, 14, 21, 28, 35, 40]
-        for (step, images, _), (_, expected, _) in zip(run.film(), whole.film(), strict=True):
-            torch.testing.assert_close(images, expected, msg=lambda text, step=step: f"the picture of step {step}: {text}")
-        assert run.timing["step"].tolist() == whole.log["step"].tolist() and run.timing["seconds"].is_monotonic_increasing
-        left = {p.name for p in (run.path / "checkpoints").iterdir()} - {p.name for p in run.checkpoints()}
-        assert not left and not [path for path in run.path.rglob(".*") if path.name != "lock"], "no leftovers"
+        for (step, images, _), (_, expected, _) in zip(
+            run.film(), whole.film(), strict=True
+        ):
+            torch.testing.assert_close(
+                images,
+                expected,
+                msg=lambda text, step=step: f"the picture of step {step}: {text}",
+            )
+        assert (
+            run.timing["step"].tolist() == whole.log["step"].tolist()
+            and run.timing["seconds"].is_monotonic_increasing
+        )
+        left = {p.name for p in (run.path / "checkpoints").iterdir()} - {
+            p.name for p in run.checkpoints()
+        }
+        assert not left and not [
+            path for path in run.path.rglob(".*") if path.name != "lock"
+        ], "no leftovers"
     print(found)
 
 
@@ -65,16 +99,26 @@ class Stops:
 
     def __init__(self, monkeypatch, steps, what="stop"):
         self.steps, self.now, real = steps, 0, training.train_step
+
         def counting(state, *args, **options):
             self.now = state.step + 1
             return real(state, *args, **options)
+
         monkeypatch.setattr(training, "train_step", counting)
-        monkeypatch.setattr(Run, "asked", lambda run, asked: asked == what and self.now in self.steps)
+        monkeypatch.setattr(
+            Run, "asked", lambda run, asked: asked == what and self.now in self.steps
+        )
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=8,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(steps=st.sets(st.integers(1, 12)), workers=st.sampled_from([0, 0, 2]))
-def test_stopped_at_any_steps_any_number_of_times(runs, tmp_path_factory, steps, workers):
+def test_stopped_at_any_steps_any_number_of_times(
+    runs, tmp_path_factory, steps, workers
+):
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
         Stops(patch, steps)
@@ -87,19 +131,35 @@ def test_stopped_at_any_steps_any_number_of_times(runs, tmp_path_factory, steps,
 
 def test_two_resumes_within_one_epoch(tmp_path):
     "An epoch of the digits is 67 steps of 16; the run is stopped after 20, 40 and 70 of 80."
-    config = replace(TINY, training=replace(TINY.training, steps=80, save_every=80, validate_every=40))
+    config = replace(
+        TINY,
+        training=replace(TINY.training, steps=80, save_every=80, validate_every=40),
+    )
     whole = train(config, tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
         Stops(patch, {20, 40, 70})
-        assert [train(config, tmp_path).state()["step"] for _ in range(4)] == [20, 40, 70, 80]
+        assert [train(config, tmp_path).state()["step"] for _ in range(4)] == [
+            20,
+            40,
+            70,
+            80,
+        ]
     assert_same(whole, Run.open(tmp_path / "tiny"))
 
 
 def test_muon_and_a_falling_rate_go_on_where_they_stood(tmp_path):
-    config = replace(TINY, training=replace(TINY.training, optimizer="muon", cooldown=0.8))
+    config = replace(
+        TINY, training=replace(TINY.training, optimizer="muon", cooldown=0.8)
+    )
     whole = train(config, tmp_path / "whole")
-    slots = {name.rsplit("/", 1)[1] for name in whole.load("optimizer") if "blocks.0.mlp.fc1.weight" in name}
-    assert slots == {"momentum_buffer"} and "model.x_embedder.image.weight/exp_avg" in whole.load("optimizer")
+    slots = {
+        name.rsplit("/", 1)[1]
+        for name in whole.load("optimizer")
+        if "blocks.0.mlp.fc1.weight" in name
+    }
+    assert slots == {
+        "momentum_buffer"
+    } and "model.x_embedder.image.weight/exp_avg" in whole.load("optimizer")
     with pytest.MonkeyPatch.context() as patch:
         Stops(patch, {5})
         assert [train(config, tmp_path).state()["step"] for _ in range(2)] == [5, 12]
@@ -113,15 +173,22 @@ def test_the_number_of_workers_changes_nothing(runs, tmp_path, workers):
     torch.manual_seed(workers)
     stream = torch.get_rng_state()
     assert_same(runs["tiny"], train(TINY, tmp_path, workers=workers))
-    assert torch.equal(stream, torch.get_rng_state()), "nor does training touch the caller's random numbers"
+    assert torch.equal(stream, torch.get_rng_state()), (
+        "nor does training touch the caller's random numbers"
+    )
     with pytest.raises(ValueError, match="workers is -1"):
         train(replace(TINY, name="none"), tmp_path, workers=-1)
 
 
-def test_sampling_validating_and_probing_in_the_middle_change_nothing(runs, tmp_path, monkeypatch):
-    config = replace(TINY, training=replace(TINY.training, sample_every=3, save_every=3))
+def test_sampling_validating_and_probing_in_the_middle_change_nothing(
+    runs, tmp_path, monkeypatch
+):
+    config = replace(
+        TINY, training=replace(TINY.training, sample_every=3, save_every=3)
+    )
     Stops(monkeypatch, {5}, "sample")
     real, looked = Run.prune, []
+
     def looking(run):  # another program that looks at the run while it trains
         seen = Run.open(run.path)
         seen.sample(torch.tensor([1, 2]), steps=3, method="sde")
@@ -129,9 +196,16 @@ def test_sampling_validating_and_probing_in_the_middle_change_nothing(runs, tmp_
         probe_run(seen, levels=(0.5,), families=("regression",), strengths=(0.1,))
         looked.append(seen.state()["step"])
         real(run)
+
     monkeypatch.setattr(Run, "prune", looking)
     run = train(config, tmp_path)
-    assert looked == [3, 6, 9, 12] and [step for step, *_ in run.film()] == [3, 5, 6, 9, 12]
+    assert looked == [3, 6, 9, 12] and [step for step, *_ in run.film()] == [
+        3,
+        5,
+        6,
+        9,
+        12,
+    ]
     assert_same(runs["tiny"], run)
 
 
@@ -155,24 +229,48 @@ def wait_for(path, seconds=120):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("how, status, workers", [("SIGINT", -signal.SIGINT, 0), ("SIGINT", -signal.SIGINT, 2),
-                                                  ("SIGTERM", 143, 0), ("SIGTERM", 143, 2), ("stop file", 0, 1)])
-def test_an_interrupted_run_finishes_its_step_saves_and_says_how_to_go_on(tmp_path, how, status, workers):
-    program = start("-c", PROGRAM.format(here=str(HERE), folder=str(tmp_path), workers=workers))
+@pytest.mark.parametrize(
+    "how, status, workers",
+    [
+        ("SIGINT", -signal.SIGINT, 0),
+        ("SIGINT", -signal.SIGINT, 2),
+        ("SIGTERM", 143, 0),
+        ("SIGTERM", 143, 2),
+        ("stop file", 0, 1),
+    ],
+)
+def test_an_interrupted_run_finishes_its_step_saves_and_says_how_to_go_on(
+    tmp_path, how, status, workers
+):
+    program = start(
+        "-c", PROGRAM.format(here=str(HERE), folder=str(tmp_path), workers=workers)
+    )
     wait_for(tmp_path / "tiny/log.jsonl")
     wait_for(tmp_path / "tiny/writer.json")
     with pytest.raises(RunInUse, match=f"{program.pid}"):
-        train(replace(TINY, training=replace(TINY.training, steps=100000, save_every=100000)), tmp_path)
+        train(
+            replace(
+                TINY, training=replace(TINY.training, steps=100000, save_every=100000)
+            ),
+            tmp_path,
+        )
     if how == "stop file":
         (tmp_path / "tiny/stop").touch()
     else:
-        os.killpg(program.pid, getattr(signal, how))  # as a terminal, a cluster and a container do: workers get it too
+        # as a terminal, a cluster and a container do: workers get it too
+        os.killpg(program.pid, getattr(signal, how))
     said, problems = program.communicate(timeout=60)
     assert program.returncode in (status, 130 if how == "SIGINT" else status), problems
     run = Run.open(tmp_path / "tiny")
-    step, = re.findall(r"after step (\d+) of 100000, which is saved", said)
-    assert run.state()["step"] == int(step) == run.log["step"].max() and run.writer() is None
-    assert f"selfflow train --config {run.path}/config.json" in said and not (run.path / "stop").exists()
+    (step,) = re.findall(r"after step (\d+) of 100000, which is saved", said)
+    assert (
+        run.state()["step"] == int(step) == run.log["step"].max()
+        and run.writer() is None
+    )
+    assert (
+        f"selfflow train --config {run.path}/config.json" in said
+        and not (run.path / "stop").exists()
+    )
     assert ("came back" in said) == (how == "stop file")
 
 
@@ -195,13 +293,19 @@ def test_training_in_another_thread_leaves_signals_alone(runs, tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize("number, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def test_a_signal_in_the_last_step_ends_what_comes_after_the_run_too(runs, tmp_path, monkeypatch, number, raised):
+@pytest.mark.parametrize(
+    "number, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_a_signal_in_the_last_step_ends_what_comes_after_the_run_too(
+    runs, tmp_path, monkeypatch, number, raised
+):
     real = training.train_step
+
     def last(state, *args, **options):
         if state.step == 11:
             signal.raise_signal(number)
         return real(state, *args, **options)
+
     monkeypatch.setattr(training, "train_step", last)
     with pytest.raises(raised):
         train(TINY, tmp_path)
@@ -216,35 +320,56 @@ def test_a_wish_from_before_the_run_is_not_granted(runs, tmp_path):
 
 # a disk that is full, other data
 
-def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(runs, tmp_path, monkeypatch):
+
+def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(
+    runs, tmp_path, monkeypatch
+):
     real = Run.save
+
     def full(run, step, tensors, state):
         if step == 8:
-            monkeypatch.setattr("selfflow.disk.save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+            monkeypatch.setattr(
+                "selfflow.disk.save_file",
+                lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")),
+            )
         return real(run, step, tensors, state)
+
     with monkeypatch.context() as patch:
         patch.setattr(Run, "save", full)
-        with pytest.raises(NotWritten, match="step 8 .*could not be written.*step-00000004") as raised:
+        with pytest.raises(
+            NotWritten, match="step 8 .*could not be written.*step-00000004"
+        ) as raised:
             train(TINY, tmp_path)
         assert raised.value.errno == 28
     monkeypatch.undo()
-    assert Run.open(tmp_path / "tiny").state()["step"] == 4 and not list((tmp_path / "tiny/checkpoints").glob(".*"))
+    assert Run.open(tmp_path / "tiny").state()["step"] == 4 and not list(
+        (tmp_path / "tiny/checkpoints").glob(".*")
+    )
     assert_same(runs["tiny"], train(TINY, tmp_path))
 
 
 def test_a_log_that_cannot_be_written_ends_the_run(runs, tmp_path):
     real = Recorder.write
+
     def write(recorder, step, values):
         if step == 7:
             for file in recorder.files:
                 os.dup2(os.open("/dev/full", os.O_WRONLY), file.fileno())
         real(recorder, step, values)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Recorder, "write", write)
-        with pytest.raises(NotWritten, match="log.*No space left.*What was saved before is whole.*Make room"):
+        with pytest.raises(
+            NotWritten,
+            match="log.*No space left.*What was saved before is whole.*Make room",
+        ):
             train(TINY, tmp_path)
     run = Run.open(tmp_path / "tiny")
-    assert run.state()["step"] == 4 and run.log["step"].tolist() == [1, 2, 3, 4, 5, 6] and run.writer() is None
+    assert (
+        run.state()["step"] == 4
+        and run.log["step"].tolist() == [1, 2, 3, 4, 5, 6]
+        and run.writer() is None
+    )
     assert_same(runs["tiny"], train(TINY, tmp_path))
 
 
@@ -252,32 +377,60 @@ def test_a_config_that_was_edited_by_hand_does_not_go_on(runs, tmp_path, monkeyp
     Stops(monkeypatch, {5})
     run = train(TINY, tmp_path)
     stored = json.loads((run.path / "config.json").read_text())
-    stored["config"]["training"]["lr"], stored["config"]["training"]["keep_last"] = 0.5, 2
+    stored["config"]["training"]["lr"], stored["config"]["training"]["keep_last"] = (
+        0.5,
+        2,
+    )
     (run.path / "config.json").write_text(json.dumps(stored))
     edited = Run.open(run.path).config
-    with pytest.raises(ValueError, match=r"another config than .*:\n  training.lr: 0.002 when it was saved, 0.5 now"):
+    with pytest.raises(
+        ValueError,
+        match=r"another config than .*:\n  training.lr: 0.002 when it was saved, 0.5 now",
+    ):
         train(edited, tmp_path)
-    (run.path / "config.json").write_text(json.dumps({**stored, "config": asdict(TINY)}))
-    assert_same(runs["tiny"], train(replace(TINY, training=replace(TINY.training, keep_last=2)), tmp_path))
+    (run.path / "config.json").write_text(
+        json.dumps({**stored, "config": asdict(TINY)})
+    )
+    assert_same(
+        runs["tiny"],
+        train(replace(TINY, training=replace(TINY.training, keep_last=2)), tmp_path),
+    )
 
 
-def test_time_goes_on_over_stops_and_is_unknown_where_nobody_took_it(tmp_path, monkeypatch):
-    config = replace(TINY, training=replace(TINY.training, log_every=10, save_every=100))
+def test_time_goes_on_over_stops_and_is_unknown_where_nobody_took_it(
+    tmp_path, monkeypatch
+):
+    config = replace(
+        TINY, training=replace(TINY.training, log_every=10, save_every=100)
+    )
     real = training.train_step
-    monkeypatch.setattr(training, "train_step", lambda *args, **options: (time.sleep(0.05), real(*args, **options))[1])
+    monkeypatch.setattr(
+        training,
+        "train_step",
+        lambda *args, **options: (time.sleep(0.05), real(*args, **options))[1],
+    )
     Stops(monkeypatch, {5, 9})
     for _ in range(3):
         run = train(config, tmp_path)
-    assert run.timing["step"].tolist() == [6, 10, 12] and run.timing["seconds"].iloc[-1] > 12 * 0.05
-    assert run.timing["seconds"].iloc[1] > 10 * 0.05 and (run.timing["wall"] > run.timing["seconds"]).all()
+    assert (
+        run.timing["step"].tolist() == [6, 10, 12]
+        and run.timing["seconds"].iloc[-1] > 12 * 0.05
+    )
+    assert (
+        run.timing["seconds"].iloc[1] > 10 * 0.05
+        and (run.timing["wall"] > run.timing["seconds"]).all()
+    )
     shutil.copytree(HERE / "fixtures/runs/format-1", tmp_path / "format-1")
     old = Run.open(tmp_path / "format-1")
     assert train(old.config, tmp_path).timing["seconds"].isna().all()
 
 
-def test_a_finished_run_in_a_folder_that_cannot_be_written_is_returned(runs, monkeypatch):
+def test_a_finished_run_in_a_folder_that_cannot_be_written_is_returned(
+    runs, monkeypatch
+):
     def refused(*_, **__):
         raise NotWritten(30, "a file system that can only be read")
+
     for name in ("save", "locked", "cut_log", "clear_staging", "save_film"):
         monkeypatch.setattr(Run, name, refused)
     assert train(TINY, runs["tiny"].path.parent).state()["step"] == 12
@@ -289,14 +442,17 @@ def test_a_finished_run_in_a_folder_that_cannot_be_written_is_returned(runs, mon
 def test_data_that_changed_since_the_run_began_are_refused(tmp_path, monkeypatch):
     from selfflow.data import sources
     from selfflow.data.datasets import ImageSet
+
     config = replace(TINY, objective=ObjectiveConfig("flow_matching"))
     run = train(config, tmp_path)
     before, digits = run.log_path.read_text(), sources.open_digits
+
     def changed(asked, split):
         data = digits(asked, split)
         labels = data.labels.clone()
         labels[0] = (labels[0] + 1) % 10
         return ImageSet(data.images, labels, data.names) if split == "train" else data
+
     monkeypatch.setattr(sources, "open_digits", changed)
     with pytest.raises(ValueError, match=r"data.*train"):
         train(config, tmp_path)
@@ -305,12 +461,16 @@ def test_data_that_changed_since_the_run_began_are_refused(tmp_path, monkeypatch
 
 # connections and trackers
 
+
 def test_training_opens_no_socket_at_all(runs, tmp_path, monkeypatch):
     real = socket.socket.__init__
+
     def refused(self, family=socket.AF_INET, *args, **options):
-        if family != socket.AF_UNIX:  # by which workers of a loader hand over their tensors
+        # by which workers of a loader hand over their tensors
+        if family != socket.AF_UNIX:
             raise AssertionError("training wants a socket")
         real(self, family, *args, **options)
+
     monkeypatch.setattr(socket.socket, "__init__", refused)
     with pytest.raises(AssertionError, match="wants a socket"):
         socket.socket()
@@ -319,30 +479,58 @@ def test_training_opens_no_socket_at_all(runs, tmp_path, monkeypatch):
 
 def test_a_tracker_is_told_what_the_log_says_when_it_is_asked_for(runs, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     run = train(TINY, tmp_path, track=("tensorboard",))
     assert_same(runs["tiny"], run)
-    folder, = {path.parent for path in (run.path / "tensorboard").rglob("events.*") if path.parent.name == "tiny"}
+    (folder,) = {
+        path.parent
+        for path in (run.path / "tensorboard").rglob("events.*")
+        if path.parent.name == "tiny"
+    }
     events = EventAccumulator(str(folder))
     events.Reload()
     told = {event.step: event.value for event in events.Scalars("flow_loss")}
-    assert told == pytest.approx(dict(zip(run.log["step"], run.log["flow_loss"], strict=True)), rel=1e-6)
+    assert told == pytest.approx(
+        dict(zip(run.log["step"], run.log["flow_loss"], strict=True)), rel=1e-6
+    )
     levels = run.log["flow_loss_by_level"].dropna().iloc[-1]
-    assert events.Scalars("flow_loss_by_level/0.95")[-1].value == pytest.approx(levels[-1], rel=1e-6)
-    assert {"steps_per_second", "data_wait"} <= set(events.Tags()["scalars"]) and not list(runs["tiny"].path.rglob("events.*"))
+    assert events.Scalars("flow_loss_by_level/0.95")[-1].value == pytest.approx(
+        levels[-1], rel=1e-6
+    )
+    assert {"steps_per_second", "data_wait"} <= set(
+        events.Tags()["scalars"]
+    ) and not list(runs["tiny"].path.rglob("events.*"))
 
 
-def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(runs, tmp_path, monkeypatch, capsys):
+def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(
+    runs, tmp_path, monkeypatch, capsys
+):
     def gone(*_, **__):
         raise ConnectionError("no route to host")
+
     monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.log", gone)
     assert_same(runs["tiny"], train(TINY, tmp_path, track=("tensorboard",)))
-    assert capsys.readouterr().out.count("tracker tensorboard failed and is told no more (ConnectionError: no route") == 1
+    assert (
+        capsys.readouterr().out.count(
+            "tracker tensorboard failed and is told no more (ConnectionError: no route"
+        )
+        == 1
+    )
 
 
-@pytest.mark.parametrize("name, words", [("tensorbord", "Did you mean 'tensorboard'"),
-                                         ("mlflow", "mlflow is not installed.*selfflow")])
-def test_trackers_that_are_not_there_are_refused_first(tmp_path, monkeypatch, name, words):
-    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["tensorboard"])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("tensorbord", "Did you mean 'tensorboard'"),
+        ("mlflow", "mlflow is not installed.*selfflow"),
+    ],
+)
+def test_trackers_that_are_not_there_are_refused_first(
+    tmp_path, monkeypatch, name, words
+):
+    monkeypatch.setattr(
+        "accelerate.tracking.get_available_trackers", lambda: ["tensorboard"]
+    )
     with pytest.raises(ValueError, match=words):
         train(TINY, tmp_path, track=(name,))
     assert not list(tmp_path.iterdir())
@@ -350,7 +538,11 @@ def test_trackers_that_are_not_there_are_refused_first(tmp_path, monkeypatch, na
 
 # as ever
 
-GOLD = replace(TINY, name="golden", training=replace(TINY.training, steps=30, validate_every=10, save_every=30))
+GOLD = replace(
+    TINY,
+    name="golden",
+    training=replace(TINY.training, steps=30, validate_every=10, save_every=30),
+)
 
 
 def test_the_golden_curve(tmp_path):
@@ -358,7 +550,10 @@ def test_the_golden_curve(tmp_path):
     expected, log = json.loads(GOLDEN.read_text()), train(GOLD, tmp_path).log
     for name, values in expected.items():
         assert log[name].dropna().tolist() == pytest.approx(values, rel=1e-3), name
-    assert len(expected["flow_loss"]) == 30 and log["flow_loss"].iloc[-1] < 0.8 * log["flow_loss"].iloc[0]
+    assert (
+        len(expected["flow_loss"]) == 30
+        and log["flow_loss"].iloc[-1] < 0.8 * log["flow_loss"].iloc[0]
+    )
 
 
 MEMORY = """
@@ -381,17 +576,35 @@ print(held[1] - held[0])
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="memory is read from /proc"
+)
 def test_memory_does_not_grow_with_steps(tmp_path):
     program = start("-c", MEMORY.format(here=str(HERE), folder=str(tmp_path)))
     said, problems = program.communicate(timeout=300)
     assert program.returncode == 0, problems
-    assert int(said.split()[-1]) < 6 * 2**20, "bytes that 1,500 steps have added; 4 kB a step would be seen"
+    assert int(said.split()[-1]) < 6 * 2**20, (
+        "bytes that 1,500 steps have added; 4 kB a step would be seen"
+    )
 
 
 if __name__ == "__main__":
     import tempfile
+
     with tempfile.TemporaryDirectory() as folder:
         log = train(GOLD, folder).log
-    names = ("total", "flow_loss", "rep_loss", "cosine", "grad_norm", "validation_flow_loss", "effective_rank")
-    GOLDEN.write_text(json.dumps({name: log[name].dropna().round(7).tolist() for name in names}, indent=1) + "\n")
+    names = (
+        "total",
+        "flow_loss",
+        "rep_loss",
+        "cosine",
+        "grad_norm",
+        "validation_flow_loss",
+        "effective_rank",
+    )
+    GOLDEN.write_text(
+        json.dumps(
+            {name: log[name].dropna().round(7).tolist() for name in names}, indent=1
+        )
+        + "\n"
+    )

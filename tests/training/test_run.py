@@ -1,4 +1,5 @@
 """Run folders: what was saved is read back or refused, never half believed."""
+
 import json
 import shutil
 from dataclasses import replace
@@ -8,17 +9,18 @@ import pytest
 import torch
 from conftest import TINY
 
-from selfflow.method.transformer import TransformerConfig
 from selfflow.draws import keyed
 from selfflow.method.sampling import guided_velocity, sample
+from selfflow.method.transformer import TransformerConfig
 from selfflow.training.batches import validation_losses
-from selfflow.training.checkpoint import FORMAT, _FREE, check_checkpoint, migrate
+from selfflow.training.checkpoint import _FREE, FORMAT, check_checkpoint, migrate
 from selfflow.training.config import Config, TrainConfig
 from selfflow.training.lock import RunInUse, sole_writer
 from selfflow.training.loop import train
 from selfflow.training.run import Run
 
-FIRST = Path(__file__).parents[1] / "fixtures/runs/format-1"  # written by the first version
+# written by the first version
+FIRST = Path(__file__).parents[1] / "fixtures/runs/format-1"
 SECOND = FIRST.with_name("format-2")  # with captions, each byte of which was a token
 
 
@@ -34,14 +36,32 @@ def steps_of(run):
 
 
 def test_a_run_opens_from_its_folder_alone(run):
-    assert run.config == TINY and steps_of(run) == ["step-00000004", "step-00000008", "step-00000012"]
+    assert run.config == TINY and steps_of(run) == [
+        "step-00000004",
+        "step-00000008",
+        "step-00000012",
+    ]
     assert run.latest().name == "step-00000012" and run.state()["step"] == 12
-    assert {p.name for p in run.latest().iterdir()} == {"model.safetensors", "teacher.safetensors", "objective.safetensors",
-                                                        "optimizer.safetensors", "state.json", "manifest.json"}
-    assert run.log["step"].tolist() == list(range(1, 13)) and {"flow_loss", "rep_loss", "cosine"} <= set(run.log)
-    assert not run.teacher.training and not any(p.requires_grad for p in run.teacher.parameters())
+    assert {p.name for p in run.latest().iterdir()} == {
+        "model.safetensors",
+        "teacher.safetensors",
+        "objective.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "manifest.json",
+    }
+    assert run.log["step"].tolist() == list(range(1, 13)) and {
+        "flow_loss",
+        "rep_loss",
+        "cosine",
+    } <= set(run.log)
+    assert not run.teacher.training and not any(
+        p.requires_grad for p in run.teacher.parameters()
+    )
     assert run.sample(torch.tensor([0, 9]), steps=2)["image"].shape == (2, 1, 8, 8)
-    assert not list(run.path.rglob("*.tmp")) and not list(run.path.rglob("*.p*t")), "no leftovers, no pickle"
+    assert not list(run.path.rglob("*.tmp")) and not list(run.path.rglob("*.p*t")), (
+        "no leftovers, no pickle"
+    )
 
 
 def damage(kind, file):
@@ -61,25 +81,44 @@ def damage(kind, file):
         file.unlink()
 
 
-@pytest.mark.parametrize("kind", ["flipped bit", "truncated", "empty", "missing", "longer", "of another step"])
-@pytest.mark.parametrize("name", ["model.safetensors", "teacher.safetensors", "objective.safetensors", "optimizer.safetensors",
-                                  "state.json"])
+@pytest.mark.parametrize(
+    "kind",
+    ["flipped bit", "truncated", "empty", "missing", "longer", "of another step"],
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "teacher.safetensors",
+        "objective.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ],
+)
 def test_a_damaged_checkpoint_is_skipped_and_said(run, capsys, kind, name):
     damage(kind, run.path / "checkpoints/step-00000012" / name)
-    unfit = (kind, name) == ("missing", "optimizer.safetensors")  # to go on from, and for nothing else
+    # to go on from, and for nothing else
+    unfit = (kind, name) == ("missing", "optimizer.safetensors")
     assert run.latest().name == ("step-00000012" if unfit else "step-00000008")
     assert run.latest(resume=True).name == "step-00000008"
-    assert "skipped" in (said := capsys.readouterr().out) and (name in said or unfit and "no optimiser" in said)
+    assert "skipped" in (said := capsys.readouterr().out) and (
+        name in said or unfit and "no optimiser" in said
+    )
 
 
 def test_training_goes_on_from_the_newest_whole_checkpoint(run, runs):
     damage("flipped bit", run.path / "checkpoints/step-00000012/teacher.safetensors")
     damage("missing", run.path / "checkpoints/step-00000008/manifest.json")
     again = train(TINY, run.path.parent)
-    assert again.latest().name == "step-00000012" and check_checkpoint(again.latest()) is None
+    assert (
+        again.latest().name == "step-00000012"
+        and check_checkpoint(again.latest()) is None
+    )
     for part in ("model", "teacher", "objective", "optimizer"):
         expected, actual = runs["tiny"].load(part), again.load(part)
-        assert expected.keys() == actual.keys() and all(torch.equal(expected[k], actual[k]) for k in expected)
+        assert expected.keys() == actual.keys() and all(
+            torch.equal(expected[k], actual[k]) for k in expected
+        )
 
 
 def test_a_teacher_that_is_missing_is_an_error_and_no_silent_fall_back(run):
@@ -107,19 +146,38 @@ def test_another_config_does_not_enter_the_folder(run):
     before = (run.path / "config.json").read_bytes()
     (run.path.parent / "tiny-2").mkdir()
     asked = replace(TINY, seed=1, training=replace(TINY.training, keep_last=9))
-    with pytest.raises(ValueError, match=r"another config:\n  seed: 0 in the folder, 1 asked for\n"
-                                         r"Give this run another name \(tiny-3 is free\), or remove the folder."):
+    with pytest.raises(
+        ValueError,
+        match=r"another config:\n  seed: 0 in the folder, 1 asked for\n"
+        r"Give this run another name \(tiny-3 is free\), or remove the folder.",
+    ):
         Run.create(run.path, asked, run.inputs)
     with pytest.raises(ValueError, match="seed: 0 in the folder, 1 asked for"):
         train(replace(TINY, seed=1), run.path.parent)
-    assert steps_of(run)[-1] == "step-00000012" and len(run.log) == 12 and (run.path / "config.json").read_bytes() == before
+    assert (
+        steps_of(run)[-1] == "step-00000012"
+        and len(run.log) == 12
+        and (run.path / "config.json").read_bytes() == before
+    )
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"objective": replace(TINY.objective, separated=True)}, "objective.separated: False in the folder, True asked for"),
-    ({"model": replace(TINY.model, positions="rotary", heads=1)}, "model.positions: 'sincos' in the folder, 'rotary' asked for"),
-    ({"training": replace(TINY.training, compile=True)}, "training.compile: False in the folder, True asked for"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            {"objective": replace(TINY.objective, separated=True)},
+            "objective.separated: False in the folder, True asked for",
+        ),
+        (
+            {"model": replace(TINY.model, positions="rotary", heads=1)},
+            "model.positions: 'sincos' in the folder, 'rotary' asked for",
+        ),
+        (
+            {"training": replace(TINY.training, compile=True)},
+            "training.compile: False in the folder, True asked for",
+        ),
+    ],
+)
 def test_a_new_choice_is_another_config(run, change, words):
     with pytest.raises(ValueError, match=words):
         train(replace(TINY, **change), run.path.parent)
@@ -129,11 +187,22 @@ def test_another_shape_of_model_does_not_enter_the_folder(run):
     stored = json.loads((run.path / "config.json").read_text())
     stored["inputs"]["classes"] = 7
     (run.path / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match="inputs.classes: 7 in the folder, 10 asked for"):
+    with pytest.raises(
+        ValueError, match="inputs.classes: 7 in the folder, 10 asked for"
+    ):
         train(TINY, run.path.parent)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', '{"format": 1, "config": {"x": 1}, "transformer": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        '{"format": 1}',
+        '{"format": 1, "config": {"x": 1}, "transformer": {}}',
+    ],
+)
 def test_a_damaged_config_is_named(run, content):
     (run.path / "config.json").write_text(content)
     with pytest.raises(ValueError, match="tiny/config.json cannot be used"):
@@ -146,17 +215,27 @@ def test_a_run_looks_at_one_checkpoint_until_it_is_opened_again(run):
     assert early.state()["step"] == 8
     later = train(TINY, run.path.parent)
     assert early.state()["step"] == 8 and later.state()["step"] == 12
-    assert not torch.equal(early.teacher.x_embedder.image.weight, later.teacher.x_embedder.image.weight)
+    assert not torch.equal(
+        early.teacher.x_embedder.image.weight, later.teacher.x_embedder.image.weight
+    )
 
 
-@pytest.mark.parametrize("number", [0, FORMAT + 1, 99, -1, "1", "2", None, [1], {}, 1.5])
+@pytest.mark.parametrize(
+    "number", [0, FORMAT + 1, 99, -1, "1", "2", None, [1], {}, 1.5]
+)
 def test_a_format_that_is_not_known_is_refused(run, number):
     stored = json.loads((run.path / "config.json").read_text())
     (run.path / "config.json").write_text(json.dumps({**stored, "format": number}))
-    for opening in (lambda: Run.open(run.path), lambda: Run.create(run.path, TINY, run.inputs)):
+    for opening in (
+        lambda: Run.open(run.path),
+        lambda: Run.create(run.path, TINY, run.inputs),
+    ):
         with pytest.raises(ValueError) as error:
             opening()
-        assert f"has format {number!r}, but this version reads formats 1 to {FORMAT}" in str(error.value)
+        assert (
+            f"has format {number!r}, but this version reads formats 1 to {FORMAT}"
+            in str(error.value)
+        )
 
 
 def test_no_run_no_checkpoint(tmp_path, run):
@@ -167,7 +246,9 @@ def test_no_run_no_checkpoint(tmp_path, run):
         run.teacher  # noqa: B018
 
 
-def test_an_unfinished_staging_folder_is_not_a_checkpoint_and_goes_when_training_goes_on(tmp_path, run):
+def test_an_unfinished_staging_folder_is_not_a_checkpoint_and_goes_when_training_goes_on(
+    tmp_path, run
+):
     (run.path / "checkpoints/.step-00000016-abc").mkdir()
     assert run.latest().name == "step-00000012"
     train(TINY, run.path.parent)
@@ -192,8 +273,8 @@ def test_a_run_with_a_token_for_each_byte_of_a_caption_is_what_it_was(tmp_path):
         train(replace(config, model=replace(config.model, caption_stride=4)), tmp_path)
 
 
-
 # formats
+
 
 @pytest.fixture
 def first(tmp_path):
@@ -205,7 +286,9 @@ def first(tmp_path):
 def first_shape():
     "The transformer that the first version said it had."
     shape = json.loads((FIRST / "config.json").read_text())["transformer"]
-    return TransformerConfig.of_image(shape.pop("channels"), shape.pop("grid"), fp32_levels=False, **shape)
+    return TransformerConfig.of_image(
+        shape.pop("channels"), shape.pop("grid"), fp32_levels=False, **shape
+    )
 
 
 def test_a_run_of_the_first_version_opens_as_it_is(first):
@@ -213,60 +296,178 @@ def test_a_run_of_the_first_version_opens_as_it_is(first):
     run = Run.open(first)
     stored = json.loads((first / "config.json").read_text())
     assert stored["format"] == 1 and "shards" not in stored["config"]["training"]
-    assert run.config.training.shards == 1 and run.config.training.keep_last == TrainConfig().keep_last and run.data == {}
-    assert run.state()["step"] == 4 and run.state()["format"] == 1 and len(run.log) == 8 and run.timing.empty and run.film() == []
+    assert (
+        run.config.training.shards == 1
+        and run.config.training.keep_last == TrainConfig().keep_last
+        and run.data == {}
+    )
+    assert (
+        run.state()["step"] == 4
+        and run.state()["format"] == 1
+        and len(run.log) == 8
+        and run.timing.empty
+        and run.film() == []
+    )
     for model in (run.model, run.teacher):
-        assert model.config == first_shape() and sum(p.numel() for p in model.parameters()) > 5000
-    assert run.sample(torch.tensor([3, 7]), 2)["image"].isfinite().all() and run.writer() is None
-    assert before == {path: path.read_bytes() for path in first.rglob("*.*") if path.is_file()}, "opening changes nothing"
+        assert (
+            model.config == first_shape()
+            and sum(p.numel() for p in model.parameters()) > 5000
+        )
+    assert (
+        run.sample(torch.tensor([3, 7]), 2)["image"].isfinite().all()
+        and run.writer() is None
+    )
+    assert before == {
+        path: path.read_bytes() for path in first.rglob("*.*") if path.is_file()
+    }, "opening changes nothing"
 
 
 def test_a_run_of_the_first_version_resumes_to_the_same_losses(first):
     whole = Run.open(FIRST).log
     run = train(Run.open(first).config, first.parent)
-    assert run.state()["step"] == 8 and run.state()["format"] == FORMAT and check_checkpoint(run.latest()) is None
+    assert (
+        run.state()["step"] == 8
+        and run.state()["format"] == FORMAT
+        and check_checkpoint(run.latest()) is None
+    )
     stored = json.loads((first / "config.json").read_text())
-    assert stored["format"] == FORMAT and stored["config"]["training"]["shards"] == 1 and "data" in stored
+    assert (
+        stored["format"] == FORMAT
+        and stored["config"]["training"]["shards"] == 1
+        and "data" in stored
+    )
     assert Run.open(first).config == run.config
-    assert run.log_path.read_text().splitlines()[:4] == (FIRST / "log.jsonl").read_text().splitlines()[:4], "what was there stays"
+    assert (
+        run.log_path.read_text().splitlines()[:4]
+        == (FIRST / "log.jsonl").read_text().splitlines()[:4]
+    ), "what was there stays"
     for name in ("total", "flow_loss", "rep_loss", "grad_norm"):
         assert run.log["step"].tolist() == list(range(1, 9))
-        assert run.log[name].tolist() == pytest.approx(whole[name].tolist(), rel=1e-5), name
-    assert run.log["validation_flow_loss"].iloc[7] == pytest.approx(whole["validation_flow_loss"].iloc[7], rel=1e-5)
+        assert run.log[name].tolist() == pytest.approx(
+            whole[name].tolist(), rel=1e-5
+        ), name
+    assert run.log["validation_flow_loss"].iloc[7] == pytest.approx(
+        whole["validation_flow_loss"].iloc[7], rel=1e-5
+    )
 
 
 def test_another_number_of_shards_is_another_run(first):
     config = Run.open(first).config
-    with pytest.raises(ValueError, match="training.shards: 1 in the folder, 8 asked for"):
-        Run.create(first, replace(config, training=replace(config.training, shards=8)), Run.open(first).inputs)
-    script = Config.from_dict({**(stored := json.loads((first / "config.json").read_text()))["config"], "name": "format-1"})
-    with pytest.raises(ValueError, match="began before batches had shards has one: with training.shards=1 it goes on"):
+    with pytest.raises(
+        ValueError, match="training.shards: 1 in the folder, 8 asked for"
+    ):
+        Run.create(
+            first,
+            replace(config, training=replace(config.training, shards=8)),
+            Run.open(first).inputs,
+        )
+    script = Config.from_dict(
+        {
+            **(stored := json.loads((first / "config.json").read_text()))["config"],
+            "name": "format-1",
+        }
+    )
+    with pytest.raises(
+        ValueError,
+        match="began before batches had shards has one: with training.shards=1 it goes on",
+    ):
         train(script, first.parent)
     assert "shards" not in stored["config"]["training"] and script.training.shards == 8
     with pytest.raises(ValueError, match="seed: .*") as error:
         train(replace(script, seed=9), first.parent)
     assert "it goes on" not in str(error.value), "that alone would not help"
-    assert train(replace(script, training=replace(script.training, shards=1)), first.parent).state()["step"] == 8
+    assert (
+        train(
+            replace(script, training=replace(script.training, shards=1)), first.parent
+        ).state()["step"]
+        == 8
+    )
     shutil.copyfile(FIRST / "config.json", first / "config.json")
-    with pytest.raises(ValueError, match="training.shards: 1 in the folder, 8 asked for"):
+    with pytest.raises(
+        ValueError, match="training.shards: 1 in the folder, 8 asked for"
+    ):
         Run.create(first, script, Run.open(first).inputs)
-    assert json.loads((first / "config.json").read_text())["format"] == 1, "who is refused changes nothing"
+    assert json.loads((first / "config.json").read_text())["format"] == 1, (
+        "who is refused changes nothing"
+    )
 
 
-@pytest.mark.parametrize("old, new", [
-    ({"name": "digits", "patch": 4, "size": 32, "path": "", "shares": "", "weights": "", "signals": "image"},
-     {"name": "digits", "patch": 4}),
-    ({"name": "scenes", "size": 16, "frames": 8, "rate": 8000, "weights": "audio=0.5+video=2"},
-     {"name": "scenes", "size": 16, "frames": 8, "weight": {"audio": 0.5, "video": 2.0}}),
-    ({"name": "folder", "path": "x", "signals": "video+audio", "channels": 1, "shares": "", "size": 24},
-     {"name": "folder", "path": "x", "signals": ["video", "audio"], "channels": 1, "height": 24, "width": 24}),
-    ({"name": "shapes+notes+latents", "shares": "0.57+0.3+0.13", "path": "x", "patch": 8, "size": 16, "weights": "audio=2"},
-     [{"name": "shapes", "share": 0.57, "patch": 8, "size": 16},
-      {"name": "notes", "share": 0.3, "patch": 8, "weight": {"audio": 2.0}},
-      {"name": "latents", "share": 0.13, "path": "x", "patch": 8, "weight": {"audio": 2.0}}]),
-])
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (
+            {
+                "name": "digits",
+                "patch": 4,
+                "size": 32,
+                "path": "",
+                "shares": "",
+                "weights": "",
+                "signals": "image",
+            },
+            {"name": "digits", "patch": 4},
+        ),
+        (
+            {
+                "name": "scenes",
+                "size": 16,
+                "frames": 8,
+                "rate": 8000,
+                "weights": "audio=0.5+video=2",
+            },
+            {
+                "name": "scenes",
+                "size": 16,
+                "frames": 8,
+                "weight": {"audio": 0.5, "video": 2.0},
+            },
+        ),
+        (
+            {
+                "name": "folder",
+                "path": "x",
+                "signals": "video+audio",
+                "channels": 1,
+                "shares": "",
+                "size": 24,
+            },
+            {
+                "name": "folder",
+                "path": "x",
+                "signals": ["video", "audio"],
+                "channels": 1,
+                "height": 24,
+                "width": 24,
+            },
+        ),
+        (
+            {
+                "name": "shapes+notes+latents",
+                "shares": "0.57+0.3+0.13",
+                "path": "x",
+                "patch": 8,
+                "size": 16,
+                "weights": "audio=2",
+            },
+            [
+                {"name": "shapes", "share": 0.57, "patch": 8, "size": 16},
+                {"name": "notes", "share": 0.3, "patch": 8, "weight": {"audio": 2.0}},
+                {
+                    "name": "latents",
+                    "share": 0.13,
+                    "path": "x",
+                    "patch": 8,
+                    "weight": {"audio": 2.0},
+                },
+            ],
+        ),
+    ],
+)
 def test_settings_of_the_data_of_format_4_become_those_of_each_data_set(old, new):
-    assert migrate({"format": 4, "config": {"data": old}, "data": {}})["config"]["data"] == new
+    assert (
+        migrate({"format": 4, "config": {"data": old}, "data": {}})["config"]["data"]
+        == new
+    )
     Config.from_dict({"data": new})
     for data in new if isinstance(new, list) else [new]:
         with pytest.raises(ValueError, match="unknown setting"):
@@ -277,39 +478,96 @@ def test_migration_keeps_what_is_there():
     stored = json.loads((FIRST / "config.json").read_text())
     new = migrate(stored)
     assert new["format"] == FORMAT and new["data"] == {} and migrate(new) == new
-    assert {**new["config"]["training"], "shards": None} == {**stored["config"]["training"], "shards": None}
+    assert {**new["config"]["training"], "shards": None} == {
+        **stored["config"]["training"],
+        "shards": None,
+    }
     image = {"name": "image", "channels": 4, "grid": [1, 4, 4], "ticks": 1.0}
-    inputs = {"parts": [image], "classes": stored["transformer"]["classes"], "caption": 0, "caption_width": 0}
-    assert new["inputs"] == inputs and "transformer" not in new and stored["format"] == 1
+    inputs = {
+        "parts": [image],
+        "classes": stored["transformer"]["classes"],
+        "caption": 0,
+        "caption_width": 0,
+    }
+    assert (
+        new["inputs"] == inputs and "transformer" not in new and stored["format"] == 1
+    )
 
 
-OLD = {"config": {"name", "seed", "data", "model", "objective", "training"}, "data": {"name", "patch"},
-       "model": {"width", "depth", "heads", "mlp_ratio"},
-       "objective": {"name", "density", "mask_ratio", "student_layer", "teacher_layer", "rep_weight", "label_drop"},
-       "training": {"steps", "batch", "lr", "weight_decay", "clip", "ema_half_life", "precision", "log_every", "validate_every",
-                    "save_every"}}
-OLD_TRANSFORMER = {"channels", "grid", "width", "depth", "heads", "mlp_ratio", "classes"}
+OLD = {
+    "config": {"name", "seed", "data", "model", "objective", "training"},
+    "data": {"name", "patch"},
+    "model": {"width", "depth", "heads", "mlp_ratio"},
+    "objective": {
+        "name",
+        "density",
+        "mask_ratio",
+        "student_layer",
+        "teacher_layer",
+        "rep_weight",
+        "label_drop",
+    },
+    "training": {
+        "steps",
+        "batch",
+        "lr",
+        "weight_decay",
+        "clip",
+        "ema_half_life",
+        "precision",
+        "log_every",
+        "validate_every",
+        "save_every",
+    },
+}
+OLD_TRANSFORMER = {
+    "channels",
+    "grid",
+    "width",
+    "depth",
+    "heads",
+    "mlp_ratio",
+    "classes",
+}
 
 
 def test_a_config_from_before_there_were_so_many_choices_opens(run):
     stored = json.loads((run.path / "config.json").read_text())
     for part in ("data", "model", "objective", "training"):
         assert OLD[part] <= set(stored["config"][part])
-        stored["config"][part] = {name: stored["config"][part][name] for name in OLD[part]}
+        stored["config"][part] = {
+            name: stored["config"][part][name] for name in OLD[part]
+        }
     assert OLD["config"] | {"defaults"} == set(stored["config"])
     del stored["config"]["defaults"]
     shape = {"channels": 4, "grid": [4, 4], "classes": 10, **stored["config"]["model"]}
-    stored = {"format": 1, "config": stored["config"], "transformer": {n: shape[n] for n in OLD_TRANSFORMER}}
+    stored = {
+        "format": 1,
+        "config": stored["config"],
+        "transformer": {n: shape[n] for n in OLD_TRANSFORMER},
+    }
     (run.path / "config.json").write_text(json.dumps(stored))
     opened = Run.open(run.path)
-    assert opened.config == replace(TINY, training=replace(TINY.training, shards=1), defaults=3)
-    assert opened.inputs == run.inputs and opened.teacher.config == replace(run.teacher.config, fp32_levels=False)
+    assert opened.config == replace(
+        TINY, training=replace(TINY.training, shards=1), defaults=3
+    )
+    assert opened.inputs == run.inputs and opened.teacher.config == replace(
+        run.teacher.config, fp32_levels=False
+    )
 
 
 # going on
 
-OTHER = {"steps": 20, "keep_optimizers": 2, "save_every": 7, "keep_last": 1, "keep_every": 8, "sample_every": 3,
-         "parallel": "fsdp", "checkpointing": True}
+OTHER = {
+    "steps": 20,
+    "keep_optimizers": 2,
+    "save_every": 7,
+    "keep_last": 1,
+    "keep_every": 8,
+    "sample_every": 3,
+    "parallel": "fsdp",
+    "checkpointing": True,
+}
 
 
 @pytest.mark.parametrize("name", sorted(OTHER))
@@ -318,8 +576,14 @@ def test_what_does_not_change_the_result_may_change_on_the_way(run, capsys, name
     asked = replace(TINY, training=replace(TINY.training, **{name: OTHER[name]}))
     again = Run.create(run.path, asked, run.inputs)
     before = getattr(TINY.training, name)
-    assert capsys.readouterr().out == f"training.{name}: {before} -> {OTHER[name]} from here on\n"
-    assert again.config == asked == Run.open(run.path).config and again.state()["step"] == 12
+    assert (
+        capsys.readouterr().out
+        == f"training.{name}: {before} -> {OTHER[name]} from here on\n"
+    )
+    assert (
+        again.config == asked == Run.open(run.path).config
+        and again.state()["step"] == 12
+    )
     Run.create(run.path, asked, run.inputs)
     assert not capsys.readouterr().out
 
@@ -328,10 +592,14 @@ def test_all_that_may_change_at_once_and_nothing_while_another_trains(run, capsy
     asked = replace(TINY, training=replace(TINY.training, **OTHER))
     before = (run.path / "config.json").read_bytes()
     with run.locked():
-        assert Run.create(run.path, TINY, run.inputs).config == TINY, "nothing is to be written"
+        assert Run.create(run.path, TINY, run.inputs).config == TINY, (
+            "nothing is to be written"
+        )
         with pytest.raises(RunInUse):
             Run.create(run.path, asked, run.inputs)
-        assert (run.path / "config.json").read_bytes() == before and not capsys.readouterr().out
+        assert (
+            run.path / "config.json"
+        ).read_bytes() == before and not capsys.readouterr().out
     assert Run.create(run.path, asked, run.inputs).config == asked
     assert len(capsys.readouterr().out.splitlines()) == len(OTHER)
 
@@ -341,43 +609,92 @@ def test_who_renames_the_folder_renames_the_run(run, capsys):
     config = replace(TINY, name="renamed", training=replace(TINY.training, keep_last=9))
     again = train(config, moved.parent)
     assert "name: tiny -> renamed from here on\n" in capsys.readouterr().out
-    assert again.path == moved and Run.open(moved).config == config and len(steps_of(again)) == 3 and not run.path.exists()
+    assert (
+        again.path == moved
+        and Run.open(moved).config == config
+        and len(steps_of(again)) == 3
+        and not run.path.exists()
+    )
 
 
 A, B = "a" * 16, "b" * 16
 
 
-@pytest.mark.parametrize("there, asked, words", [
-    ({"train": A, "validation": A}, {"train": B, "validation": A}, [f"data.train: '{A}' in the folder, '{B}' asked for"]),
-    ({"train": A, "validation": A}, {"train": B, "validation": B}, ["data.train", "data.validation"]),
-    ({"train": A, "features": A}, {"features": B, "train": A}, [f"data.features: '{A}' in the folder, '{B}' asked for"]),
-])
+@pytest.mark.parametrize(
+    "there, asked, words",
+    [
+        (
+            {"train": A, "validation": A},
+            {"train": B, "validation": A},
+            [f"data.train: '{A}' in the folder, '{B}' asked for"],
+        ),
+        (
+            {"train": A, "validation": A},
+            {"train": B, "validation": B},
+            ["data.train", "data.validation"],
+        ),
+        (
+            {"train": A, "features": A},
+            {"features": B, "train": A},
+            [f"data.features: '{A}' in the folder, '{B}' asked for"],
+        ),
+    ],
+)
 def test_other_data_do_not_enter_the_folder(tmp_path, run, there, asked, words):
     Run.create(tmp_path / "new", TINY, run.inputs, data=there)
     before = (tmp_path / "new/config.json").read_bytes()
-    with pytest.raises(ValueError, match="(?s)new holds a run with other data:\n.*\nGive this run another name .new-2") as error:
+    with pytest.raises(
+        ValueError,
+        match="(?s)new holds a run with other data:\n.*\nGive this run another name .new-2",
+    ) as error:
         Run.create(tmp_path / "new", TINY, run.inputs, data=asked)
-    assert all(word in str(error.value) for word in (*words, "or remove the folder. With the data as they were it goes on."))
+    assert all(
+        word in str(error.value)
+        for word in (
+            *words,
+            "or remove the folder. With the data as they were it goes on.",
+        )
+    )
     assert (tmp_path / "new/config.json").read_bytes() == before
-    with pytest.raises(ValueError, match="another config and other data:\n  seed: 0 .*\n  data"):
+    with pytest.raises(
+        ValueError, match="another config and other data:\n  seed: 0 .*\n  data"
+    ):
         Run.create(tmp_path / "new", replace(TINY, seed=1), run.inputs, data=asked)
 
 
-@pytest.mark.parametrize("there, asked, then", [
-    ({"train": A}, {"train": A}, {"train": A}), ({"train": A}, None, {"train": A}), ({}, {"train": A}, {"train": A}),
-    ({"train": A}, {"train": A, "features": B}, {"train": A, "features": B}),
-    ({"train": A, "features": B}, {"train": A}, {"train": A, "features": B}),
-])
-def test_data_that_agree_and_what_was_not_known_is_added(tmp_path, run, there, asked, then):
+@pytest.mark.parametrize(
+    "there, asked, then",
+    [
+        ({"train": A}, {"train": A}, {"train": A}),
+        ({"train": A}, None, {"train": A}),
+        ({}, {"train": A}, {"train": A}),
+        ({"train": A}, {"train": A, "features": B}, {"train": A, "features": B}),
+        ({"train": A, "features": B}, {"train": A}, {"train": A, "features": B}),
+    ],
+)
+def test_data_that_agree_and_what_was_not_known_is_added(
+    tmp_path, run, there, asked, then
+):
     Run.create(tmp_path / "new", TINY, run.inputs, data=there)
-    assert Run.create(tmp_path / "new", TINY, run.inputs, data=asked).data == then == Run.open(tmp_path / "new").data
+    assert (
+        Run.create(tmp_path / "new", TINY, run.inputs, data=asked).data
+        == then
+        == Run.open(tmp_path / "new").data
+    )
 
 
 def test_a_folder_without_its_config_is_not_taken_for_a_new_run(run):
     (run.path / "config.json").unlink()
-    with pytest.raises(ValueError, match="has checkpoints or a log, but no config.json. Put it back, .*tiny-2 is free"):
+    with pytest.raises(
+        ValueError,
+        match="has checkpoints or a log, but no config.json. Put it back, .*tiny-2 is free",
+    ):
         Run.create(run.path, TINY, run.inputs)
-    assert not (run.path / "config.json").exists() and run.writer() is None and len(steps_of(run)) == 3
+    assert (
+        not (run.path / "config.json").exists()
+        and run.writer() is None
+        and len(steps_of(run)) == 3
+    )
 
 
 def test_a_folder_that_a_kill_left_empty_is_a_new_run(tmp_path, run):
@@ -395,12 +712,14 @@ def test_a_new_run_that_another_makes_at_the_same_moment(tmp_path, run, monkeypa
         monkeypatch.undo()
         Run.create(folder, replace(TINY, seed=5), run.inputs)
         return sole_writer(folder)
+
     monkeypatch.setattr("selfflow.training.run.sole_writer", first_the_other)
     with pytest.raises(ValueError, match="seed: 5 in the folder, 0 asked for"):
         Run.create(tmp_path / "new", TINY, run.inputs)
 
 
 # requests and film
+
 
 def test_requests_are_asked_for_and_answered(run):
     for what in ("stop", "sample"):
@@ -412,18 +731,31 @@ def test_requests_are_asked_for_and_answered(run):
         run.answered(what)
         assert not run.asked(what)
     for request in (run.ask, run.asked, run.answered):
-        with pytest.raises(ValueError, match="unknown request 'stpo'; known are stop, sample. Did you mean 'stop'"):
+        with pytest.raises(
+            ValueError,
+            match="unknown request 'stpo'; known are stop, sample. Did you mean 'stop'",
+        ):
             request("stpo")
 
 
 def test_the_film_strip_is_read_back_in_order_and_bears_damage(runs, tmp_path, capsys):
     run = Run.create(tmp_path / "new", TINY, runs["tiny"].inputs)
     assert run.film() == [] and not (run.path / "samples").exists()
-    pictures = {step: torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(step)) for step in (500, 250, 1000)}
+    pictures = {
+        step: torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(step))
+        for step in (500, 250, 1000)
+    }
     for step, images in pictures.items():
-        assert run.save_film(step, images.double(), torch.tensor([1, 2, step % 7])).name == f"step-{step:08d}.safetensors"
+        assert (
+            run.save_film(step, images.double(), torch.tensor([1, 2, step % 7])).name
+            == f"step-{step:08d}.safetensors"
+        )
     for step, images, labels in run.film():
-        assert torch.equal(images, pictures[step]) and images.dtype == torch.float32 and labels.tolist() == [1, 2, step % 7]
+        assert (
+            torch.equal(images, pictures[step])
+            and images.dtype == torch.float32
+            and labels.tolist() == [1, 2, step % 7]
+        )
     assert [step for step, *_ in run.film()] == [250, 500, 1000]
     run.save_film(250, pictures[500], torch.tensor([1, 2, 3]))
     assert torch.equal(run.film()[0][1], pictures[500]), "again, for the same step"
@@ -431,13 +763,21 @@ def test_the_film_strip_is_read_back_in_order_and_bears_damage(runs, tmp_path, c
     (place / "step-00000500.safetensors").write_bytes(b"no tensors")
     (place / "step-best.safetensors").write_bytes(b"nobody's")
     (place / ".tmpAbc").write_bytes(b"left by a kill")
-    assert [step for step, *_ in run.film()] == [step for step, *_ in run.film()] == [250, 1000]
+    assert (
+        [step for step, *_ in run.film()]
+        == [step for step, *_ in run.film()]
+        == [250, 1000]
+    )
     assert capsys.readouterr().out.count("skipped") == 1, "said once"
     run.clear_staging()
-    assert not (place / ".tmpAbc").exists() and [step for step, *_ in run.film()] == [250, 1000]
+    assert not (place / ".tmpAbc").exists() and [step for step, *_ in run.film()] == [
+        250,
+        1000,
+    ]
 
 
 # samples
+
 
 @pytest.mark.parametrize("method", ["euler", "sde", "heun", "midpoint"])
 def test_samples_depend_on_the_seed_alone(runs, method):
@@ -447,9 +787,18 @@ def test_samples_depend_on_the_seed_alone(runs, method):
     stream = torch.get_rng_state()
     images = run.sample(labels, 4, method, seed=2)["image"]
     assert torch.equal(images, run.sample(labels, 4, method, seed=2)["image"]), "again"
-    assert images.shape == (5, 1, 8, 8) and images.isfinite().all() and torch.equal(stream, torch.get_rng_state())
+    assert (
+        images.shape == (5, 1, 8, 8)
+        and images.isfinite().all()
+        and torch.equal(stream, torch.get_rng_state())
+    )
     for batch in (1, 2, 3):
-        torch.testing.assert_close(run.sample(labels, 4, method, seed=2, batch=batch)["image"], images, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            run.sample(labels, 4, method, seed=2, batch=batch)["image"],
+            images,
+            atol=1e-5,
+            rtol=1e-5,
+        )
     assert (run.sample(labels, 4, method, seed=3)["image"] - images).abs().max() > 0.1
     assert (images[1] - images[3]).abs().max() > 0.1, "one class, two noises"
 
@@ -457,30 +806,61 @@ def test_samples_depend_on_the_seed_alone(runs, method):
 def test_the_sde_adds_noise_of_its_own(runs):
     run, labels = runs["tiny"], torch.tensor([0, 1])
     x1 = torch.randn(2, 16, 4, generator=keyed(5, "samples"))
-    noise = [torch.stack([torch.randn(16, 4, generator=keyed(5, "sampling noise", step, sample)) for sample in range(2)])
-             for step in range(6)]
-    expected = sample(guided_velocity(run.teacher, run.sources.wanted(labels)), x1, 6, "sde", noise=lambda step: noise[step])
-    torch.testing.assert_close(run.sample(labels, 6, "sde", seed=5)["image"], run.layout().unpatchify(expected)["image"])
-    assert (run.sample(labels, 6, "sde", seed=5)["image"] - run.sample(labels, 6, seed=5)["image"]).abs().max() > 0.1
+    noise = [
+        torch.stack(
+            [
+                torch.randn(16, 4, generator=keyed(5, "sampling noise", step, sample))
+                for sample in range(2)
+            ]
+        )
+        for step in range(6)
+    ]
+    expected = sample(
+        guided_velocity(run.teacher, run.sources.wanted(labels)),
+        x1,
+        6,
+        "sde",
+        noise=lambda step: noise[step],
+    )
+    torch.testing.assert_close(
+        run.sample(labels, 6, "sde", seed=5)["image"],
+        run.layout().unpatchify(expected)["image"],
+    )
+    assert (
+        run.sample(labels, 6, "sde", seed=5)["image"]
+        - run.sample(labels, 6, seed=5)["image"]
+    ).abs().max() > 0.1
 
 
 def test_shift_and_interval_are_those_of_the_sampler(runs):
     run, labels = runs["tiny"], torch.tensor([0, 1, 2])
     x1 = torch.randn(3, 16, 4, generator=keyed(0, "samples"))
-    velocity_fn = guided_velocity(run.teacher, run.sources.wanted(labels), 4.0, (0.3, 0.8))
-    expected = run.layout().unpatchify(sample(velocity_fn, x1, 5, "heun", shift=3.0))["image"]
+    velocity_fn = guided_velocity(
+        run.teacher, run.sources.wanted(labels), 4.0, (0.3, 0.8)
+    )
+    expected = run.layout().unpatchify(sample(velocity_fn, x1, 5, "heun", shift=3.0))[
+        "image"
+    ]
     found = run.sample(labels, 5, "heun", 4.0, shift=3.0, interval=(0.3, 0.8))["image"]
     torch.testing.assert_close(found, expected)
     for change in ({"shift": 1.0}, {"interval": (0.0, 1.0)}, {"cfg_scale": 1.0}):
         options = {"cfg_scale": 4.0, "shift": 3.0, "interval": (0.3, 0.8), **change}
-        assert (run.sample(labels, 5, "heun", **options)["image"] - expected).abs().max() > 1e-4, change
+        assert (
+            run.sample(labels, 5, "heun", **options)["image"] - expected
+        ).abs().max() > 1e-4, change
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"shift": 0.0}, "shift"), ({"interval": (0.5, 0.5), "cfg_scale": 2.0}, r"interval is \(0.5, 0.5\)"),
-    ({"interval": (-0.1, 1), "cfg_scale": 2.0}, "interval"), ({"method": "rk4"}, "unknown sampler 'rk4'"),
-    ({"method": "sde", "steps": 1}, "at least 2"), ({"labels": torch.tensor([], dtype=torch.int64)}, "0 labels in batches of"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"shift": 0.0}, "shift"),
+        ({"interval": (0.5, 0.5), "cfg_scale": 2.0}, r"interval is \(0.5, 0.5\)"),
+        ({"interval": (-0.1, 1), "cfg_scale": 2.0}, "interval"),
+        ({"method": "rk4"}, "unknown sampler 'rk4'"),
+        ({"method": "sde", "steps": 1}, "at least 2"),
+        ({"labels": torch.tensor([], dtype=torch.int64)}, "0 labels in batches of"),
+    ],
+)
 def test_bad_requests_for_samples_are_refused(runs, options, words):
     with pytest.raises(ValueError, match=words):
         runs["tiny"].sample(**{"labels": torch.tensor([1]), **options})
@@ -492,17 +872,25 @@ def test_guidance_needs_a_model_that_knows_the_null_label(run):
     (run.path / "config.json").write_text(json.dumps(stored))
     never, labels = Run.open(run.path), torch.tensor([1, 2])
     for cfg_scale in (2.0, 0.0):
-        with pytest.raises(ValueError, match=f"cfg_scale is {cfg_scale}, but this run was trained with label_drop 0"):
+        with pytest.raises(
+            ValueError,
+            match=f"cfg_scale is {cfg_scale}, but this run was trained with label_drop 0",
+        ):
             never.sample(labels, 2, cfg_scale=cfg_scale)["image"]
     assert torch.equal(never.sample(labels, 2)["image"], run.sample(labels, 2)["image"])
 
 
 def test_samples_of_a_model_that_is_given(runs, tmp_path):
     run, labels = runs["tiny"], torch.tensor([1, 2, 3])
-    assert torch.equal(run.sample(labels, 3, model=run.teacher)["image"], run.sample(labels, 3)["image"])
+    assert torch.equal(
+        run.sample(labels, 3, model=run.teacher)["image"],
+        run.sample(labels, 3)["image"],
+    )
     expected = run.sample(labels, 3, cfg_scale=2.0, model=run.model)["image"]
     assert (expected - run.sample(labels, 3, cfg_scale=2.0)["image"]).abs().max() > 1e-3
     new = Run.create(tmp_path / "new", TINY, run.inputs)
-    assert torch.equal(new.sample(labels, 3, cfg_scale=2.0, model=run.model)["image"], expected), "no checkpoint is needed"
+    assert torch.equal(
+        new.sample(labels, 3, cfg_scale=2.0, model=run.model)["image"], expected
+    ), "no checkpoint is needed"
     with pytest.raises(FileNotFoundError, match="no whole checkpoint yet"):
         new.sample(labels, 3)

@@ -48,16 +48,36 @@ AMBIENT = {
 
 
 def settings():
-    return (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled(), torch.get_autocast_dtype("cpu"))
+    return (
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_cache_enabled(),
+        torch.get_autocast_dtype("cpu"),
+    )
 
 
 def config_of(precision):
-    training = TrainConfig(steps=8, batch=8, precision=precision, log_every=1, validate_every=4, save_every=8, sample_every=8,
-                           validation=8)
+    training = TrainConfig(
+        steps=8,
+        batch=8,
+        precision=precision,
+        log_every=1,
+        validate_every=4,
+        save_every=8,
+        sample_every=8,
+        validation=8,
+    )
     data = DataConfig("notes", patch=8) if precision == "fp32" else DataConfig()
-    return Config(name=precision, data=data, model=ModelConfig(width=16, depth=4, heads=2), objective=ObjectiveConfig(),
-                  training=training)
+    return Config(
+        name=precision,
+        data=data,
+        model=ModelConfig(width=16, depth=4, heads=2),
+        objective=ObjectiveConfig(),
+        training=training,
+    )
 
 
 def all_of(folder, precision):
@@ -65,7 +85,11 @@ def all_of(folder, precision):
     run = train(config_of(precision), folder, "cpu", bar=False)
     opened = Run.open(run.path, "cpu")
     drawn = opened.sample([0, 1], steps=3)
-    found = [run.log_path.read_text(), opened.film()[-1][1], *(drawn.values() if isinstance(drawn, dict) else [drawn])]
+    found = [
+        run.log_path.read_text(),
+        opened.film()[-1][1],
+        *(drawn.values() if isinstance(drawn, dict) else [drawn]),
+    ]
     assert not any(p.is_inference() for p in opened.model.parameters())
     if precision == "bf16":
         digits, x1 = Validation.of(opened.config).data["digits"]
@@ -79,7 +103,9 @@ def plain(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", AMBIENT)
-def test_a_run_is_the_same_to_the_bit_whatever_the_caller_has_set(plain, tmp_path, name):
+def test_a_run_is_the_same_to_the_bit_whatever_the_caller_has_set(
+    plain, tmp_path, name
+):
     precision, expected = plain
     with AMBIENT[name]():
         before = settings()
@@ -96,17 +122,33 @@ def test_data_that_are_kept_do_not_keep_what_the_caller_had_set(name):
     try:
         with AMBIENT[name]():
             inside = digits().images
-            made = Sources(DataConfig("motion", size=16, frames=8, patch=8)).take("motion", torch.tensor([0, 1], device="cpu")).x0
+            made = (
+                Sources(DataConfig("motion", size=16, frames=8, patch=8))
+                .take("motion", torch.tensor([0, 1], device="cpu"))
+                .x0
+            )
     finally:
         digits.__globals__["_digits"].cache_clear()
     for values in (inside, made):
-        assert values.dtype == torch.float32 and values.device.type == "cpu" and not values.is_inference()
+        assert (
+            values.dtype == torch.float32
+            and values.device.type == "cpu"
+            and not values.is_inference()
+        )
 
 
 def test_settings_hold_again_after_an_error():
     with AMBIENT["float64"](), AMBIENT["autocast"](), torch.inference_mode():
         before = settings()
         with pytest.raises(KeyError), own_settings():
-            assert settings() == (torch.float32, torch.device("cpu"), True, False, False, False, before[-1])
+            assert settings() == (
+                torch.float32,
+                torch.device("cpu"),
+                True,
+                False,
+                False,
+                False,
+                before[-1],
+            )
             raise KeyError
         assert settings() == before

@@ -17,8 +17,12 @@ from selfflow.training.run import Run
 from selfflow.training.samples import write_samples
 from selfflow.workbench.playground import explore
 
-SHIFTED = replace(TINY, name="shifted", objective=ObjectiveConfig(density="logit_normal", density_shift=4.0),
-                  training=replace(TINY.training, steps=4, sample_every=4))
+SHIFTED = replace(
+    TINY,
+    name="shifted",
+    objective=ObjectiveConfig(density="logit_normal", density_shift=4.0),
+    training=replace(TINY.training, steps=4, sample_every=4),
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +35,15 @@ def run(tmp_path_factory):
 def shifts(monkeypatch):
     "The shifts that the sampler was asked for."
     import selfflow.training.run
+
     real, asked = selfflow.training.run.sample, []
-    monkeypatch.setattr(selfflow.training.run, "sample", lambda v, x, steps, method, shift, **more: asked.append(shift) or real(
-        v, x, steps, method, shift, **more))
+    monkeypatch.setattr(
+        selfflow.training.run,
+        "sample",
+        lambda v, x, steps, method, shift, **more: (
+            asked.append(shift) or real(v, x, steps, method, shift, **more)
+        ),
+    )
     return asked
 
 
@@ -49,7 +59,12 @@ def test_the_default_is_that_of_training_and_can_be_chosen(run, shifts):
 
 
 def test_a_run_without_a_shift_has_an_even_grid(shifts, tmp_path):
-    plain = train(replace(TINY, name="plain", training=replace(TINY.training, steps=2)), tmp_path, "cpu", bar=False)
+    plain = train(
+        replace(TINY, name="plain", training=replace(TINY.training, steps=2)),
+        tmp_path,
+        "cpu",
+        bar=False,
+    )
     plain.sample([0], steps=2)
     assert set(shifts) == {1.0} and plain.shift == 1
 
@@ -64,12 +79,42 @@ def test_an_old_run_keeps_its_even_grid(tmp_path, shifts):
 
 def test_files_records_and_lines_give_the_number(run, shifts, capsys):
     assert "-shift-4-" in write_samples(run, torch.arange(2), steps=2)[1].name
-    assert "-shift-" not in write_samples(run, torch.arange(2), steps=2, shift=1.0)[1].name
-    main(["sample", str(run.path), "--labels", "1", "--each", "1", "--steps", "2", "--device", "cpu"])
+    assert (
+        "-shift-" not in write_samples(run, torch.arange(2), steps=2, shift=1.0)[1].name
+    )
+    main(
+        [
+            "sample",
+            str(run.path),
+            "--labels",
+            "1",
+            "--each",
+            "1",
+            "--steps",
+            "2",
+            "--device",
+            "cpu",
+        ]
+    )
     assert "-shift-4-" in (shown := capsys.readouterr().out) and "; shift 4\n" in shown
     assert run_metrics(run, 16, steps=2, resamples=0).recipe["shift"] == 4
     assert json.loads((run.path / "metrics.json").read_text())["recipe"]["shift"] == 4
-    main(["metrics", str(run.path), "--count", "16", "--steps", "2", "--shift", "2", "--resamples", "0", "--device", "cpu"])
+    main(
+        [
+            "metrics",
+            str(run.path),
+            "--count",
+            "16",
+            "--steps",
+            "2",
+            "--shift",
+            "2",
+            "--resamples",
+            "0",
+            "--device",
+            "cpu",
+        ]
+    )
     assert "shift 2.0" in capsys.readouterr().out
     assert shifts == [4.0, 1.0, 4.0, 4.0, 2.0]
 

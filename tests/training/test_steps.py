@@ -11,13 +11,24 @@ from safetensors.torch import load_file
 
 from selfflow.analysis.features import extract
 from selfflow.method.options import ObjectiveConfig
-from selfflow.training.checkpoint import check_checkpoint, _drop_optimizer, resumable
+from selfflow.training.checkpoint import _drop_optimizer, check_checkpoint, resumable
 from selfflow.training.loop import train
 from selfflow.training.run import Run
 from selfflow.training.watching import Following
 
-SHORT = replace(TINY, objective=ObjectiveConfig(), training=replace(TINY.training, steps=8, save_every=4, validate_every=8,
-                                                                    log_every=1, sample_every=0, cooldown=0.0))
+SHORT = replace(
+    TINY,
+    objective=ObjectiveConfig(),
+    training=replace(
+        TINY.training,
+        steps=8,
+        save_every=4,
+        validate_every=8,
+        log_every=1,
+        sample_every=0,
+        cooldown=0.0,
+    ),
+)
 
 
 def longer(config, steps, **changes):
@@ -30,7 +41,9 @@ def run(tmp_path):
 
 
 def names(run):
-    return [path.name[-2:] for path in run.checkpoints()], [path.name[-2:] for path in run.checkpoints() if resumable(path)]
+    return [path.name[-2:] for path in run.checkpoints()], [
+        path.name[-2:] for path in run.checkpoints() if resumable(path)
+    ]
 
 
 def test_a_finished_run_goes_on_and_says_what_that_means(run, capsys):
@@ -38,7 +51,10 @@ def test_a_finished_run_goes_on_and_says_what_that_means(run, capsys):
     again = train(longer(SHORT, 16), run.path.parent, "cpu", bar=False)
     shown = capsys.readouterr().out
     assert "training.steps: 8 -> 16 from here on\n" in shown
-    assert "tiny: goes on from step 8; 16 steps now (were 8): the average's half-life is 0.8 steps from here (was 0.4)\n" in shown
+    assert (
+        "tiny: goes on from step 8; 16 steps now (were 8): the average's half-life is 0.8 steps from here (was 0.4)\n"
+        in shown
+    )
     assert again.state()["step"] == 16 and again.log_path.read_text().startswith(first)
     assert Run.open(run.path).config == longer(SHORT, 16)
     following = Following(run.path)
@@ -47,28 +63,40 @@ def test_a_finished_run_goes_on_and_says_what_that_means(run, capsys):
 
 
 def test_the_students_steps_are_those_of_a_run_that_was_longer_from_the_start(tmp_path):
-    flow = replace(SHORT, objective=ObjectiveConfig("flow_matching"))  # without a teacher in the loss nothing else differs
+    # without a teacher in the loss nothing else differs
+    flow = replace(SHORT, objective=ObjectiveConfig("flow_matching"))
     train(flow, tmp_path / "grown", "cpu", bar=False)
     grown = train(longer(flow, 12), tmp_path / "grown", "cpu", bar=False)
     whole = train(longer(flow, 12), tmp_path / "whole", "cpu", bar=False)
     assert grown.log["total"].tolist() == whole.log["total"].tolist()
     for part in ("model", "optimizer"):
-        assert all(torch.equal(value, grown.load(part)[name]) for name, value in whole.load(part).items())
+        assert all(
+            torch.equal(value, grown.load(part)[name])
+            for name, value in whole.load(part).items()
+        )
 
 
 def test_a_cool_down_comes_at_the_new_end(tmp_path, capsys):
     config = longer(SHORT, 8, cooldown=0.5)
     train(config, tmp_path, "cpu", bar=False)
     train(longer(config, 20), tmp_path, "cpu", bar=False)
-    assert "(was 0.4), the learning rate is 0.002 and falls to 0 over the last 10 steps\n" in capsys.readouterr().out.replace(
-        f"{config.training.lr:g}", "0.002")
+    assert (
+        "(was 0.4), the learning rate is 0.002 and falls to 0 over the last 10 steps\n"
+        in capsys.readouterr().out.replace(f"{config.training.lr:g}", "0.002")
+    )
 
 
 def test_fewer_steps_than_are_done_are_refused_in_a_line(run):
     before = (run.path / "config.json").read_bytes()
-    with pytest.raises(ValueError, match="has done 8 steps, more than the 6 asked for; take training.steps 8 or more") as error:
+    with pytest.raises(
+        ValueError,
+        match="has done 8 steps, more than the 6 asked for; take training.steps 8 or more",
+    ) as error:
         train(longer(SHORT, 6), run.path.parent, "cpu", bar=False)
-    assert "\n" not in str(error.value) and (run.path / "config.json").read_bytes() == before
+    assert (
+        "\n" not in str(error.value)
+        and (run.path / "config.json").read_bytes() == before
+    )
     stopped = train(longer(SHORT, 20), run.path.parent, "cpu", bar=False)
     for path in stopped.checkpoints()[-1:]:
         shutil.rmtree(path)
@@ -77,27 +105,44 @@ def test_fewer_steps_than_are_done_are_refused_in_a_line(run):
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_a_checkpoint_without_an_optimiser_is_used_but_not_gone_on_from(run, by_hand, capsys):
+def test_a_checkpoint_without_an_optimiser_is_used_but_not_gone_on_from(
+    run, by_hand, capsys
+):
     config = longer(SHORT, 12)
     last = run.latest()
     if by_hand:
         (last / "optimizer.safetensors").unlink()
     else:
         _drop_optimizer(last)
-        assert "optimizer.safetensors" not in json.loads((last / "manifest.json").read_text())
+        assert "optimizer.safetensors" not in json.loads(
+            (last / "manifest.json").read_text()
+        )
     assert check_checkpoint(last) is None and not resumable(last)
     opened = Run.open(run.path, "cpu")
-    assert opened.state()["step"] == 8 and opened.sample([1], steps=2)["image"].isfinite().all()
+    assert (
+        opened.state()["step"] == 8
+        and opened.sample([1], steps=2)["image"].isfinite().all()
+    )
     x = torch.randn(4, 16, 4)
     assert extract(opened.teacher, x, x, 0.5, (2,))[2].isfinite().all()
-    assert train(SHORT, run.path.parent, "cpu", bar=False).state()["step"] == 8, "a finished run needs none"
+    assert train(SHORT, run.path.parent, "cpu", bar=False).state()["step"] == 8, (
+        "a finished run needs none"
+    )
     again = train(config, run.path.parent, "cpu", bar=False)
     shown = capsys.readouterr().out
-    assert f"skipped {last}: it has no optimiser" in shown and "goes on from step 4" in shown
-    assert again.state()["step"] == 12 and names(again)[1] == ["04", "08", "12"], "the one that had none was written again"
+    assert (
+        f"skipped {last}: it has no optimiser" in shown
+        and "goes on from step 4" in shown
+    )
+    assert again.state()["step"] == 12 and names(again)[1] == ["04", "08", "12"], (
+        "the one that had none was written again"
+    )
     for path in again.checkpoints():
         _drop_optimizer(path)
-    with pytest.raises(ValueError, match="no checkpoint in .* has its optimiser.*Put .*step-00000012/optimizer.safetensors back"):
+    with pytest.raises(
+        ValueError,
+        match="no checkpoint in .* has its optimiser.*Put .*step-00000012/optimizer.safetensors back",
+    ):
         train(longer(SHORT, 16), run.path.parent, "cpu", bar=False)
 
 
@@ -107,7 +152,9 @@ def test_the_newest_keep_their_optimisers(tmp_path):
     assert names(run) == (["06", "08", "10", "12"], ["10", "12"])
     for path in run.checkpoints():
         manifest = json.loads((path / "manifest.json").read_text())
-        assert check_checkpoint(path) is None and ("optimizer.safetensors" in manifest) == resumable(path)
+        assert check_checkpoint(path) is None and (
+            "optimizer.safetensors" in manifest
+        ) == resumable(path)
         assert load_file(path / "teacher.safetensors")
     shutil.rmtree(run.checkpoints()[-1])
     (run.checkpoints()[-1] / "model.safetensors").write_bytes(b"damaged")
@@ -116,7 +163,9 @@ def test_the_newest_keep_their_optimisers(tmp_path):
 
 
 def test_how_many_keep_it_may_change_on_the_way(run, capsys):
-    again = train(longer(SHORT, 8, keep_optimizers=1), run.path.parent, "cpu", bar=False)
+    again = train(
+        longer(SHORT, 8, keep_optimizers=1), run.path.parent, "cpu", bar=False
+    )
     assert "training.keep_optimizers: 0 -> 1 from here on" in capsys.readouterr().out
     assert names(again) == (["04", "08"], ["08"])
     with pytest.raises(ValueError, match="keep_optimizers -1 must be 0"):

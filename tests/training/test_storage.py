@@ -1,4 +1,5 @@
 """Nothing is lost: kills at every moment, full disks, read-only folders, damage, two writers. Counts are those of issue 4."""
+
 import errno
 import fcntl
 import json
@@ -17,18 +18,32 @@ from faults import Worker, at_call, tensors
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from selfflow.method.backbone import Inputs
 from selfflow.disk import NotWritten, cut_lines, read_lines, sha256, step_of, write_json
+from selfflow.method.backbone import Inputs
 from selfflow.method.options import ModelConfig
 from selfflow.method.tokens import Part
-from selfflow.training.checkpoint import _FREE, check_checkpoint, problem_of, prune, write_checkpoint
+from selfflow.training.checkpoint import (
+    _FREE,
+    check_checkpoint,
+    problem_of,
+    prune,
+    write_checkpoint,
+)
 from selfflow.training.config import Config, TrainConfig, differences
 from selfflow.training.lock import RunInUse, sole_writer, writer_of
 from selfflow.training.run import Run
 
-CONFIG = Config(name="tiny", model=ModelConfig(width=8, depth=3, heads=1), training=TrainConfig(keep_last=2))
+CONFIG = Config(
+    name="tiny",
+    model=ModelConfig(width=8, depth=3, heads=1),
+    training=TrainConfig(keep_last=2),
+)
 INPUTS = Inputs((Part("image", 4, (1, 4, 4)),), 10)
-FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
 def saved(folder, steps=(1, 2)):
@@ -58,6 +73,7 @@ def worker():
 
 # kill -9
 
+
 def test_kills_at_random_moments_lose_nothing(worker, tmp_path):
     run, draw, last = saved(tmp_path / "tiny", (1,)), random.Random(0), 1
     for kill in range(40):
@@ -67,13 +83,21 @@ def test_kills_at_random_moments_lose_nothing(worker, tmp_path):
         time.sleep(draw.uniform(0, 0.05))
         os.kill(pid, signal.SIGKILL)
         ended, said = worker.wait()
-        assert ended == signal.SIGKILL and all(line.isdigit() or "was left by process" in line for line in said), said
+        assert ended == signal.SIGKILL and all(
+            line.isdigit() or "was left by process" in line for line in said
+        ), said
         announced = [int(line) for line in said if line.isdigit()]
-        assert announced == list(range(last + 1, last + 1 + len(announced))), "each goes on where the one before was killed"
+        assert announced == list(range(last + 1, last + 1 + len(announced))), (
+            "each goes on where the one before was killed"
+        )
         newest, last = step_of(run.latest()), max([last, *announced])
-        assert newest in (last, last + 1), "the last one that was announced, or the one that was just renamed"
+        assert newest in (last, last + 1), (
+            "the last one that was announced, or the one that was just renamed"
+        )
         assert whole_steps(run) == steps_of(run), "what can be seen is whole"
-        assert run.log["step"].tolist()[:newest] == list(range(1, newest + 1)), "what a checkpoint follows is in the log"
+        assert run.log["step"].tolist()[:newest] == list(range(1, newest + 1)), (
+            "what a checkpoint follows is in the log"
+        )
         last = newest
     assert last >= 20, "it did go on"
     run.clear_staging()
@@ -94,12 +118,24 @@ def whole_steps(run):
     return [step_of(path) for path in run.checkpoints() if problem_of(path) is None]
 
 
-@pytest.mark.parametrize("action, look, states", [
-    ("save", steps_of, [[1, 2], [1, 2, 3]]), ("save_again", whole_steps, [[1, 2], [1, 2, 3]]),
-    ("prune", steps_of, [[1, 2, 3, 4], [2, 3, 4], [3, 4]]), ("cut", lambda run: run.log["step"].tolist(), [[1, 2, 3, 4], [1, 2]]),
-    ("film", lambda run: [images.mean().item() for _, images, _ in run.film()], [[0.0], [3.0]]),
-], ids=["save", "save_again", "prune", "cut", "film"])
-def test_a_kill_before_each_single_call_leaves_the_old_or_the_new(worker, tmp_path, action, look, states):
+@pytest.mark.parametrize(
+    "action, look, states",
+    [
+        ("save", steps_of, [[1, 2], [1, 2, 3]]),
+        ("save_again", whole_steps, [[1, 2], [1, 2, 3]]),
+        ("prune", steps_of, [[1, 2, 3, 4], [2, 3, 4], [3, 4]]),
+        ("cut", lambda run: run.log["step"].tolist(), [[1, 2, 3, 4], [1, 2]]),
+        (
+            "film",
+            lambda run: [images.mean().item() for _, images, _ in run.film()],
+            [[0.0], [3.0]],
+        ),
+    ],
+    ids=["save", "save_again", "prune", "cut", "film"],
+)
+def test_a_kill_before_each_single_call_leaves_the_old_or_the_new(
+    worker, tmp_path, action, look, states
+):
     seen, ended, k = [], signal.SIGKILL, 0
     while ended == signal.SIGKILL:
         run, k = prepared(tmp_path / str(k), action), k + 1
@@ -107,14 +143,19 @@ def test_a_kill_before_each_single_call_leaves_the_old_or_the_new(worker, tmp_pa
         ended, said = worker.wait()
         assert not said, said
         seen.append(look(run))
-        assert action == "save_again" or whole_steps(run) == steps_of(run), "what can be seen is whole"
+        assert action == "save_again" or whole_steps(run) == steps_of(run), (
+            "what can be seen is whole"
+        )
         run.clear_staging()
         assert not leftovers(run) and look(run) == seen[-1]
     order = [states.index(state) for state in seen]
-    assert order == sorted(order) and set(order) == set(range(len(states))) and k > 5, "from the old to the new, in one instant"
+    assert order == sorted(order) and set(order) == set(range(len(states))) and k > 5, (
+        "from the old to the new, in one instant"
+    )
 
 
 # a full disk, a read-only folder
+
 
 def full():
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -136,24 +177,45 @@ def test_an_error_at_each_single_call_of_a_save_leaves_what_was_good(tmp_path):
         if raised is not None:
             failed += 1
             assert isinstance(raised, NotWritten) and raised.errno == errno.ENOSPC
-            assert "step 3 of " in str(raised) and "No space left" in str(raised) and "Make room on the disk" in str(raised)
-            assert f"The last good checkpoint, {run.latest().name}, is intact" in str(raised)
+            assert (
+                "step 3 of " in str(raised)
+                and "No space left" in str(raised)
+                and "Make room on the disk" in str(raised)
+            )
+            assert f"The last good checkpoint, {run.latest().name}, is intact" in str(
+                raised
+            )
         assert all(problem_of(path) is None for path in run.checkpoints())
-        assert steps_of(run) == ([1, 2, 3] if raised is None or "rename" in seen[:k - 1] else [1, 2]), (k, seen)
-        assert before == (run.log_path.read_bytes(), (run.path / "config.json").read_bytes())
+        assert steps_of(run) == (
+            [1, 2, 3] if raised is None or "rename" in seen[: k - 1] else [1, 2]
+        ), (k, seen)
+        assert before == (
+            run.log_path.read_bytes(),
+            (run.path / "config.json").read_bytes(),
+        )
         assert not leftovers(run), "the room comes back"
         run.save(3, tensors(3), {})
         assert steps_of(run) == [1, 2, 3] and problem_of(run.latest()) is None
     assert failed > 20 and raised is None
 
 
-@pytest.mark.parametrize("write", [
-    lambda run: write_json(run.path / "config.json", {"new": 1}), lambda run: run.cut_log(1),
-    lambda run: run.save_film(1, torch.ones(1, 1, 8, 8), torch.tensor([1])), lambda run: run.ask("stop"),
-    lambda run: run.locked().__enter__(),
-    lambda run: Run.create(run.path.with_name(f"{run.path.name}-new"), CONFIG, INPUTS, "cpu"),
-], ids=["config", "log", "film", "request", "lock", "create"])
-def test_an_error_at_each_single_call_of_other_writes_is_said_and_leaves_what_was_there(tmp_path, write):
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda run: write_json(run.path / "config.json", {"new": 1}),
+        lambda run: run.cut_log(1),
+        lambda run: run.save_film(1, torch.ones(1, 1, 8, 8), torch.tensor([1])),
+        lambda run: run.ask("stop"),
+        lambda run: run.locked().__enter__(),
+        lambda run: Run.create(
+            run.path.with_name(f"{run.path.name}-new"), CONFIG, INPUTS, "cpu"
+        ),
+    ],
+    ids=["config", "log", "film", "request", "lock", "create"],
+)
+def test_an_error_at_each_single_call_of_other_writes_is_said_and_leaves_what_was_there(
+    tmp_path, write
+):
     for k in range(1, 100):
         run = saved(tmp_path / str(k))
         run.save_film(1, torch.zeros(1, 1, 8, 8), torch.tensor([1]))
@@ -165,10 +227,21 @@ def test_an_error_at_each_single_call_of_other_writes_is_said_and_leaves_what_wa
                 raised = error
         if len(seen) < k:
             break
-        assert raised is None or isinstance(raised, NotWritten) and "No space left" in str(raised), (seen, raised)
-        if raised is not None and not {"replace"} & set(seen[:k - 1]):
-            assert run.log["step"].tolist() == [1, 2] and Run.open(run.path, "cpu").config == CONFIG
-            assert run.film()[0][1].sum() == 0 and not run.asked("stop") and run.writer() is None
+        assert (
+            raised is None
+            or isinstance(raised, NotWritten)
+            and "No space left" in str(raised)
+        ), (seen, raised)
+        if raised is not None and not {"replace"} & set(seen[: k - 1]):
+            assert (
+                run.log["step"].tolist() == [1, 2]
+                and Run.open(run.path, "cpu").config == CONFIG
+            )
+            assert (
+                run.film()[0][1].sum() == 0
+                and not run.asked("stop")
+                and run.writer() is None
+            )
             assert not leftovers(run)
     assert k > 4 and raised is None
 
@@ -177,8 +250,13 @@ def test_a_file_limit_of_the_system_is_a_full_disk(worker, tmp_path):
     run = saved(tmp_path / "tiny", (1,))
     worker.start("small_files_only", run.path)
     _, said = worker.wait()
-    assert said[0].startswith(f"NotWritten {errno.EFBIG} step 2 of ") and "step-00000001, is intact" in said[0], said
-    assert steps_of(run) == [1] and problem_of(run.latest()) is None and not leftovers(run)
+    assert (
+        said[0].startswith(f"NotWritten {errno.EFBIG} step 2 of ")
+        and "step-00000001, is intact" in said[0]
+    ), said
+    assert (
+        steps_of(run) == [1] and problem_of(run.latest()) is None and not leftovers(run)
+    )
 
 
 @pytest.fixture
@@ -186,8 +264,12 @@ def mounted(tmp_path):
     "A small file system of its own; mount(options) changes it."
     place = tmp_path / "mounted"
     place.mkdir()
+
     def mount(options):
-        return subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True).returncode
+        return subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True
+        ).returncode
+
     if shutil.which("mount") is None or mount("size=1m"):
         pytest.skip("mounting is not allowed here")
     yield place, mount
@@ -197,7 +279,8 @@ def mounted(tmp_path):
 def test_a_disk_that_is_really_full_at_any_moment_of_a_save(mounted):
     place, _ = mounted
     run, filler = saved(place / "tiny"), place / "filler"
-    big = {part: {"x": torch.zeros(3000)} for part in ("model", "teacher")}  # 12 kB each
+    # 12 kB each
+    big = {part: {"x": torch.zeros(3000)} for part in ("model", "teacher")}
     failed = 0
     for room in range(0, 64, 2):
         filler.write_bytes(b"")
@@ -207,13 +290,24 @@ def test_a_disk_that_is_really_full_at_any_moment_of_a_save(mounted):
             run.save(3, big, {})
         except NotWritten as error:
             failed += 1
-            assert error.errno == errno.ENOSPC and "step-00000002, is intact" in str(error)
-            assert steps_of(run) == [1, 2] and problem_of(run.latest()) is None and not leftovers(run)
-            with pytest.raises(NotWritten, match="config.json could not be written: No space"):
+            assert error.errno == errno.ENOSPC and "step-00000002, is intact" in str(
+                error
+            )
+            assert (
+                steps_of(run) == [1, 2]
+                and problem_of(run.latest()) is None
+                and not leftovers(run)
+            )
+            with pytest.raises(
+                NotWritten, match="config.json could not be written: No space"
+            ):
                 write_json(run.path / "config.json", "much" * 20000)
             assert Run.open(run.path, "cpu").config == CONFIG
         else:
-            assert problem_of(run.latest()) is None and run.latest().name == "step-00000003"
+            assert (
+                problem_of(run.latest()) is None
+                and run.latest().name == "step-00000003"
+            )
             shutil.rmtree(run.latest())
     assert 10 < failed < 32
     filler.unlink()
@@ -226,23 +320,43 @@ def test_a_read_only_folder_can_be_looked_at_and_is_refused_before_training(moun
     (run.path / "lock").unlink()
     assert mount("remount,ro") == 0
     again = Run.open(run.path, "cpu")
-    assert again.writer() is None and again.latest().name == "step-00000002" and len(again.log) == 2 and not again.asked("stop")
-    assert Run.create(run.path, CONFIG, INPUTS, "cpu").config == CONFIG, "nothing is to be written"
-    for write in (lambda: again.locked().__enter__(), lambda: again.ask("stop"), lambda: again.save(3, tensors(3), {}),
-                  lambda: Run.create(place / "other", CONFIG, INPUTS, "cpu"), lambda: again.cut_log(1),
-                  lambda: Run.create(run.path, CONFIG, INPUTS, "cpu", {"train": "0" * 16})):
-        with pytest.raises(NotWritten, match="Read-only file system.*See that the folder can be written to") as error:
+    assert (
+        again.writer() is None
+        and again.latest().name == "step-00000002"
+        and len(again.log) == 2
+        and not again.asked("stop")
+    )
+    assert Run.create(run.path, CONFIG, INPUTS, "cpu").config == CONFIG, (
+        "nothing is to be written"
+    )
+    for write in (
+        lambda: again.locked().__enter__(),
+        lambda: again.ask("stop"),
+        lambda: again.save(3, tensors(3), {}),
+        lambda: Run.create(place / "other", CONFIG, INPUTS, "cpu"),
+        lambda: again.cut_log(1),
+        lambda: Run.create(run.path, CONFIG, INPUTS, "cpu", {"train": "0" * 16}),
+    ):
+        with pytest.raises(
+            NotWritten,
+            match="Read-only file system.*See that the folder can be written to",
+        ) as error:
             write()
         assert error.value.errno == errno.EROFS
 
 
 def test_a_folder_without_permission_is_said(tmp_path, monkeypatch):
     run = saved(tmp_path / "tiny")
+
     def forbidden(*args, **options):
         raise PermissionError(errno.EACCES, "Permission denied")
+
     monkeypatch.setattr(os, "mkdir", forbidden)
-    with pytest.raises(NotWritten, match="step 3 of .*tiny could not be written: Permission denied. The last good checkpoint, "
-                                         "step-00000002, is intact. See that the folder can be written to"):
+    with pytest.raises(
+        NotWritten,
+        match="step 3 of .*tiny could not be written: Permission denied. The last good checkpoint, "
+        "step-00000002, is intact. See that the folder can be written to",
+    ):
         run.save(3, tensors(3), {})
     with pytest.raises(NotWritten, match="Permission denied. Nothing was changed."):
         Run.create(tmp_path / "new", CONFIG, INPUTS, "cpu")
@@ -261,18 +375,29 @@ def test_files_have_the_rights_that_new_files_get(tmp_path):
 
 # damage
 
+
 def damaged(content, kind, position, bit):
     position = min(position, len(content) - 1)
     if kind == "flip":
-        return content[:position] + bytes([content[position] ^ 1 << bit]) + content[position + 1:]
+        return (
+            content[:position]
+            + bytes([content[position] ^ 1 << bit])
+            + content[position + 1 :]
+        )
     return {"cut": content[:position], "empty": b"", "longer": content + b"\0"}[kind]
 
 
-DAMAGE = {"kind": st.sampled_from(["flip", "flip", "flip", "cut", "empty", "longer"]), "position": st.integers(0, 20000),
-          "bit": st.integers(0, 7)}
+DAMAGE = {
+    "kind": st.sampled_from(["flip", "flip", "flip", "cut", "empty", "longer"]),
+    "position": st.integers(0, 20000),
+    "bit": st.integers(0, 7),
+}
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"],
+)
 def test_no_damage_passes_the_check(tmp_path, name):
     run = saved(tmp_path / "tiny")
     path = run.latest()
@@ -284,20 +409,25 @@ def test_no_damage_passes_the_check(tmp_path, name):
         broken = damaged(whole, kind, position % len(whole), bit)
         (path / name).write_bytes(broken)
         assert problem_of(path) is not None and run.latest().name == "step-00000001"
+
     check()
     (path / name).write_bytes(whole)
     assert run.latest() == path
 
 
-def test_damage_of_the_config_is_refused_where_it_matters_and_put_right_elsewhere(tmp_path):
+def test_damage_of_the_config_is_refused_where_it_matters_and_put_right_elsewhere(
+    tmp_path,
+):
     run, refused = saved(tmp_path / "tiny"), []
     file = run.path / "config.json"
     whole = file.read_bytes()
 
     @FEW
     @given(**DAMAGE)
-    @example(kind="flip", position=whole.index(b"tiny") + 3, bit=0)  # a name, which may change on the way
-    @example(kind="flip", position=whole.index(b"save_every") + 13, bit=0)  # and so may this
+    # a name, which may change on the way
+    @example(kind="flip", position=whole.index(b"tiny") + 3, bit=0)
+    # and so may this
+    @example(kind="flip", position=whole.index(b"save_every") + 13, bit=0)
     @example(kind="flip", position=whole.index(b"batch") + 8, bit=0)  # but not this
     def check(kind, position, bit):
         broken = damaged(whole, kind, position % len(whole), bit)
@@ -307,30 +437,52 @@ def test_damage_of_the_config_is_refused_where_it_matters_and_put_right_elsewher
         except ValueError:
             assert broken.strip() != whole.strip() and file.read_bytes() == broken
         else:
-            assert differences(json.loads(broken), json.loads(whole)).keys() <= {f"config.{name}" for name in _FREE}
+            assert differences(json.loads(broken), json.loads(whole)).keys() <= {
+                f"config.{name}" for name in _FREE
+            }
             assert json.loads(file.read_bytes()) == json.loads(whole)
         try:
             Run.open(run.path, "cpu")
         except ValueError as error:
             refused.append(error)
-            assert "config.json cannot be used" in str(error) and "checkpoints beside it are not touched" in str(error)
+            assert "config.json cannot be used" in str(
+                error
+            ) and "checkpoints beside it are not touched" in str(error)
+
     check()
     assert len(refused) > 10 and steps_of(run) == [1, 2]
 
 
-@pytest.mark.parametrize("manifest", ["", "[]", "{}", "null", "3", '{"state.json": 3}', "{not json", "[" * 100000, "\0" * 50])
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "",
+        "[]",
+        "{}",
+        "null",
+        "3",
+        '{"state.json": 3}',
+        "{not json",
+        "[" * 100000,
+        "\0" * 50,
+    ],
+)
 def test_a_strange_manifest_never_passes(tmp_path, manifest):
     path = saved(tmp_path / "tiny").latest()
     (path / "manifest.json").write_text(manifest)
     assert check_checkpoint(path) is not None
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "..", ".", "", "deeper/model"])
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/hostname", "..", ".", "", "deeper/model"]
+)
 def test_a_manifest_that_names_what_is_outside_is_refused(tmp_path, name):
     path = saved(tmp_path / "tiny").latest()
     (path.parent / "secret").write_text("1")
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, name: {"size": 1, "sha256": "6b86b273ff34fce1"}}))
+    (path / "manifest.json").write_text(
+        json.dumps({**manifest, name: {"size": 1, "sha256": "6b86b273ff34fce1"}})
+    )
     assert "which is no file of this folder" in check_checkpoint(path)
 
 
@@ -340,35 +492,59 @@ def test_what_was_put_into_a_checkpoint_by_hand(tmp_path, capsys):
     (second / "notes.txt").write_text("the best one so far")
     assert run.latest() == second, "a note harms nobody"
     shutil.copy(first / "model.safetensors", second / "judge.safetensors")
-    assert run.latest() == first and "judge.safetensors is not in manifest.json" in capsys.readouterr().out
+    assert (
+        run.latest() == first
+        and "judge.safetensors is not in manifest.json" in capsys.readouterr().out
+    )
     (second / "judge.safetensors").unlink()
     (second / "model.safetensors").unlink()
     (second / "model.safetensors").mkdir()
     assert problem_of(second) == "model.safetensors is missing"
     shutil.rmtree(second)
     shutil.copytree(first, second)
-    assert problem_of(second) == "its state.json is of step 1: the folder was renamed or copied" and run.latest() == first
+    assert (
+        problem_of(second)
+        == "its state.json is of step 1: the folder was renamed or copied"
+        and run.latest() == first
+    )
 
 
 def test_only_folders_named_exactly_like_a_step_are_checkpoints(tmp_path):
     run = saved(tmp_path / "tiny", (1, 2, 99999999, 100000000))
     place = run.path / "checkpoints"
-    for name in ("step-xyz", "step-00000012.bak", "step-12", "step-000000012", "step-" + 8 * "\u0661"):  # an Arabic 1
+    # an Arabic 1
+    for name in (
+        "step-xyz",
+        "step-00000012.bak",
+        "step-12",
+        "step-000000012",
+        "step-" + 8 * "\u0661",
+    ):
         shutil.copytree(place / "step-00000002", place / name)
     (place / "step-00000013").write_text("a file")
     (place / "step-00000014").symlink_to(place / "nowhere")
-    assert steps_of(run) == [1, 2, 99999999, 100000000] and step_of(run.latest()) == 100000000
-    assert step_of(run.save(13, tensors(13), {})) == 13 and problem_of(place / "step-00000013") is None
+    assert (
+        steps_of(run) == [1, 2, 99999999, 100000000]
+        and step_of(run.latest()) == 100000000
+    )
+    assert (
+        step_of(run.save(13, tensors(13), {})) == 13
+        and problem_of(place / "step-00000013") is None
+    )
 
 
-def test_a_checkpoint_that_was_moved_and_linked_counts_and_the_original_is_never_removed(tmp_path):
+def test_a_checkpoint_that_was_moved_and_linked_counts_and_the_original_is_never_removed(
+    tmp_path,
+):
     run = saved(tmp_path / "tiny", (1, 2))
     moved = tmp_path / "elsewhere"
     run.checkpoints()[0].rename(moved)
     (run.path / "checkpoints/step-00000001").symlink_to(moved)
     assert steps_of(run) == [1, 2] and problem_of(run.checkpoints()[0]) is None
     prune(run.path / "checkpoints", 1)
-    assert steps_of(run) == [2] and check_checkpoint(moved) is None and not leftovers(run)
+    assert (
+        steps_of(run) == [2] and check_checkpoint(moved) is None and not leftovers(run)
+    )
 
 
 def test_a_step_is_written_once_and_again_only_when_damaged(tmp_path):
@@ -376,7 +552,9 @@ def test_a_step_is_written_once_and_again_only_when_damaged(tmp_path):
     file = run.latest() / "model.safetensors"
     before = file.stat().st_mtime_ns
     run.save(2, tensors(7), {})
-    assert file.stat().st_mtime_ns == before and run.load("model")["x"][0] == 2, "one that is whole stays"
+    assert file.stat().st_mtime_ns == before and run.load("model")["x"][0] == 2, (
+        "one that is whole stays"
+    )
     file.write_bytes(b"")
     run.save(2, tensors(7), {})
     assert Run.open(run.path, "cpu").load("model")["x"][0] == 7 and not leftovers(run)
@@ -384,19 +562,35 @@ def test_a_step_is_written_once_and_again_only_when_damaged(tmp_path):
 
 # pruning
 
-@pytest.mark.parametrize("last, every, broken, kept", [
-    (2, 0, {}, [5, 6]), (2, 3, {}, [3, 5, 6]), (9, 0, {}, [1, 2, 3, 4, 5, 6]), (1, 2, {}, [2, 4, 6]), (1, 100, {}, [6]),
-    (2, 0, {5: "content"}, [4, 5, 6]), (3, 2, {4: "content", 5: "content"}, [2, 3, 4, 5, 6]),
-    (2, 0, {6: "size"}, [4, 5, 6]), (2, 0, {6: "content"}, [4, 5, 6]), (1, 0, {4: "size", 5: "content", 6: "size"}, [3, 4, 5, 6]),
-    (3, 0, {5: "size"}, [3, 4, 5, 6]), (1, 0, dict.fromkeys(range(1, 7), "content"), [1, 2, 3, 4, 5, 6]),
-    (1, 0, dict.fromkeys(range(1, 7), "size"), [1, 2, 3, 4, 5, 6]),
-])
+
+@pytest.mark.parametrize(
+    "last, every, broken, kept",
+    [
+        (2, 0, {}, [5, 6]),
+        (2, 3, {}, [3, 5, 6]),
+        (9, 0, {}, [1, 2, 3, 4, 5, 6]),
+        (1, 2, {}, [2, 4, 6]),
+        (1, 100, {}, [6]),
+        (2, 0, {5: "content"}, [4, 5, 6]),
+        (3, 2, {4: "content", 5: "content"}, [2, 3, 4, 5, 6]),
+        (2, 0, {6: "size"}, [4, 5, 6]),
+        (2, 0, {6: "content"}, [4, 5, 6]),
+        (1, 0, {4: "size", 5: "content", 6: "size"}, [3, 4, 5, 6]),
+        (3, 0, {5: "size"}, [3, 4, 5, 6]),
+        (1, 0, dict.fromkeys(range(1, 7), "content"), [1, 2, 3, 4, 5, 6]),
+        (1, 0, dict.fromkeys(range(1, 7), "size"), [1, 2, 3, 4, 5, 6]),
+    ],
+)
 def test_pruning_keeps_the_last_whole_ones(tmp_path, last, every, broken, kept):
     for step in range(1, 7):
         write_checkpoint(tmp_path / f"step-{step:08d}", tensors(step), {"step": step})
     for step, kind in broken.items():
         file = tmp_path / f"step-{step:08d}/teacher.safetensors"
-        file.write_bytes(damaged(file.read_bytes(), "flip" if kind == "content" else "longer", 400, 0))
+        file.write_bytes(
+            damaged(
+                file.read_bytes(), "flip" if kind == "content" else "longer", 400, 0
+            )
+        )
     prune(tmp_path, last, every)
     assert sorted(step_of(path) for path in tmp_path.iterdir()) == kept
     prune(tmp_path / "nothing", last)
@@ -405,9 +599,15 @@ def test_pruning_keeps_the_last_whole_ones(tmp_path, last, every, broken, kept):
 def test_each_checkpoint_is_read_through_once_to_prune(tmp_path, monkeypatch):
     read, run = [], saved(tmp_path / "tiny", (1, 2, 3))
     run = Run.open(run.path, "cpu")
-    monkeypatch.setattr("selfflow.training.checkpoint.sha256", lambda path: read.append(path.parent.name) or sha256(path))
+    monkeypatch.setattr(
+        "selfflow.training.checkpoint.sha256",
+        lambda path: read.append(path.parent.name) or sha256(path),
+    )
     run.prune()
-    assert steps_of(run) == [2, 3] and set(read) == {"step-00000002", "step-00000003"}, "another process wrote them"
+    assert steps_of(run) == [2, 3] and set(read) == {
+        "step-00000002",
+        "step-00000003",
+    }, "another process wrote them"
     for step in (4, 5):
         run.save(step, tensors(step), {})
         read.clear()
@@ -422,39 +622,62 @@ def test_a_reader_of_a_checkpoint_that_is_pruned_is_told(tmp_path, capsys):
     run.save(3, tensors(3), {})
     run.save(4, tensors(4), {})
     run.prune()
-    with pytest.raises(FileNotFoundError, match="step-00000002 is gone: training removes older checkpoints.*Open it again"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="step-00000002 is gone: training removes older checkpoints.*Open it again",
+    ):
         reader.load("teacher")
     assert reader.latest().name == "step-00000004" and not capsys.readouterr().out
 
 
-def test_what_vanishes_while_one_looks_for_the_newest_is_not_missed(tmp_path, monkeypatch, capsys):
+def test_what_vanishes_while_one_looks_for_the_newest_is_not_missed(
+    tmp_path, monkeypatch, capsys
+):
     run = saved(tmp_path / "tiny", (1,))
     real = problem_of
+
     def while_training(path):
         if step_of(path) == 1:
             run.save(2, tensors(2), {})
             shutil.rmtree(path)
         return real(path)
+
     monkeypatch.setattr("selfflow.training.run.problem_of", while_training)
     assert run.latest().name == "step-00000002" and not capsys.readouterr().out
 
 
 # lines
 
+
 @settings(FEW, max_examples=150)
-@given(rows=st.lists(st.binary(max_size=30), max_size=8), place=st.integers(0, 6), lost=st.integers(0, 19),
-       step=st.integers(0, 8))
+@given(
+    rows=st.lists(st.binary(max_size=30), max_size=8),
+    place=st.integers(0, 6),
+    lost=st.integers(0, 19),
+    step=st.integers(0, 8),
+)
 def test_a_log_bears_any_damage(tmp_path, rows, place, lost, step):
     file = tmp_path / "log.jsonl"
     lines = [json.dumps({"step": n, "flow_loss": 1 / n}).encode() for n in range(1, 7)]
-    content = b"\n".join([*lines[:place], *(row.replace(b"\n", b"?") + b"#" for row in rows), *lines[place:]]) + b"\n"
+    content = (
+        b"\n".join(
+            [
+                *lines[:place],
+                *(row.replace(b"\n", b"?") + b"#" for row in rows),
+                *lines[place:],
+            ]
+        )
+        + b"\n"
+    )
     content = content[: len(content) - lost]
     file.write_bytes(content)
     whole = [n for n in range(1, 7) if lines[n - 1] in content.split(b"\n")]
     found = [row["step"] for row in read_lines(file)]
     assert found == whole
     cut_lines(file, step)
-    assert file.read_bytes() == b"".join(lines[n - 1] + b"\n" for n in whole if n <= step)
+    assert file.read_bytes() == b"".join(
+        lines[n - 1] + b"\n" for n in whole if n <= step
+    )
     before = file.stat().st_ino
     cut_lines(file, step)
     assert file.stat().st_ino == before, "nothing to cut, nothing written"
@@ -462,16 +685,28 @@ def test_a_log_bears_any_damage(tmp_path, rows, place, lost, step):
 
 def test_damaged_lines_are_said_once_and_an_unfinished_one_never(tmp_path, capsys):
     run = saved(tmp_path / "tiny", (1,))
-    run.log_path.write_bytes(b'{"step": 1}\n{"step": 2\n\xff\xfe\n[3]\n{"step": "4"}\n{"step": 5}\n{"step": 6, "flow')
+    run.log_path.write_bytes(
+        b'{"step": 1}\n{"step": 2\n\xff\xfe\n[3]\n{"step": "4"}\n{"step": 5}\n{"step": 6, "flow'
+    )
     assert run.log["step"].tolist() == [1, 5] and run.log["step"].tolist() == [1, 5]
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 4 and all(f"{run.log_path}, line {n} is damaged and left out" in said[n - 2] for n in (2, 3, 4, 5))
+    assert len(said) == 4 and all(
+        f"{run.log_path}, line {n} is damaged and left out" in said[n - 2]
+        for n in (2, 3, 4, 5)
+    )
     assert run.timing.empty
-    run.timing_path.write_text('{"step": 1, "seconds": 0.5}\n{"step": 5, "seconds": 1.5}\n{"step": 6, "seconds": 2.0}')
-    assert run.timing["seconds"].tolist() == [0.5, 1.5, 2.0], "complete but for its line end"
+    run.timing_path.write_text(
+        '{"step": 1, "seconds": 0.5}\n{"step": 5, "seconds": 1.5}\n{"step": 6, "seconds": 2.0}'
+    )
+    assert run.timing["seconds"].tolist() == [0.5, 1.5, 2.0], (
+        "complete but for its line end"
+    )
     run.cut_log(5)
     assert run.log_path.read_text() == '{"step": 1}\n{"step": 5}\n'
-    assert run.timing_path.read_text() == '{"step": 1, "seconds": 0.5}\n{"step": 5, "seconds": 1.5}\n'
+    assert (
+        run.timing_path.read_text()
+        == '{"step": 1, "seconds": 0.5}\n{"step": 5, "seconds": 1.5}\n'
+    )
 
 
 def test_a_log_that_lost_lines_before_the_checkpoint_is_left_as_it_is(tmp_path):
@@ -484,26 +719,41 @@ def test_a_log_that_lost_lines_before_the_checkpoint_is_left_as_it_is(tmp_path):
 
 # one writer
 
-def test_another_process_is_named_and_a_killed_one_is_taken_over(worker, tmp_path, capsys):
+
+def test_another_process_is_named_and_a_killed_one_is_taken_over(
+    worker, tmp_path, capsys
+):
     run = saved(tmp_path / "tiny")
     pid = worker.start("hold", run.path)
     while run.writer() is None:
         time.sleep(0.01)
     who = run.writer()
     assert who["pid"] == pid and set(who) == {"pid", "host", "since"}
-    with pytest.raises(RunInUse, match=f"process {pid} on .* trains it. Stop that one .*stop.*, or take another name .tiny-2 is"):
+    with pytest.raises(
+        RunInUse,
+        match=f"process {pid} on .* trains it. Stop that one .*stop.*, or take another name .tiny-2 is",
+    ):
         with run.locked():
             pass
     with pytest.raises(RunInUse):
         Run.create(run.path, CONFIG, INPUTS, "cpu", {"train": "0" * 16})
-    assert Run.open(run.path, "cpu").data == {} and Run.create(run.path, CONFIG, INPUTS, "cpu").latest() is not None
+    assert (
+        Run.open(run.path, "cpu").data == {}
+        and Run.create(run.path, CONFIG, INPUTS, "cpu").latest() is not None
+    )
     os.kill(pid, signal.SIGKILL)
     worker.wait()
-    assert (run.path / "writer.json").exists() and run.writer() is None, "left behind, and seen to be"
+    assert (run.path / "writer.json").exists() and run.writer() is None, (
+        "left behind, and seen to be"
+    )
     capsys.readouterr()
     with run.locked():
         said = capsys.readouterr().out
-        assert f"left by process {pid}" in said and "taken over" in said and said.count("\n") == 1
+        assert (
+            f"left by process {pid}" in said
+            and "taken over" in said
+            and said.count("\n") == 1
+        )
         assert run.writer()["pid"] == os.getpid()
     assert not (run.path / "writer.json").exists()
     with run.locked():
@@ -525,6 +775,7 @@ def test_a_child_that_outlives_a_killed_writer_does_not_keep_its_lock(worker, tm
 def test_two_threads_are_two_writers_and_the_same_thread_twice_too(tmp_path):
     run, outcomes = saved(tmp_path / "tiny"), []
     gate, done = threading.Barrier(4), threading.Event()
+
     def train():
         gate.wait()
         try:
@@ -535,13 +786,18 @@ def test_two_threads_are_two_writers_and_the_same_thread_twice_too(tmp_path):
             outcomes.append("refused")
             if len(outcomes) == 4:
                 done.set()
+
     threads = [threading.Thread(target=train) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert sorted(outcomes) == ["held", "refused", "refused", "refused"]
-    with sole_writer(run.path), pytest.raises(RunInUse), sole_writer(run.path, seconds=0):
+    with (
+        sole_writer(run.path),
+        pytest.raises(RunInUse),
+        sole_writer(run.path, seconds=0),
+    ):
         pass
     assert run.writer() is None
 
@@ -561,7 +817,12 @@ def test_those_who_ask_for_the_writer_do_not_see_each_other(tmp_path):
     with run.locked():
         left = (run.path / "writer.json").read_text()
     (run.path / "writer.json").write_text(left)  # as a kill leaves it
-    threads = [threading.Thread(target=lambda: seen.extend(writer_of(run.path) for _ in range(300))) for _ in range(4)]
+    threads = [
+        threading.Thread(
+            target=lambda: seen.extend(writer_of(run.path) for _ in range(300))
+        )
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -571,9 +832,11 @@ def test_those_who_ask_for_the_writer_do_not_see_each_other(tmp_path):
 
 def test_who_asks_for_the_writer_disturbs_nobody(tmp_path):
     run, done, seen = saved(tmp_path / "tiny"), threading.Event(), []
+
     def look():
         while not done.is_set():
             seen.append(writer_of(run.path))
+
     threads = [threading.Thread(target=look) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -585,18 +848,26 @@ def test_who_asks_for_the_writer_disturbs_nobody(tmp_path):
         done.set()
         for thread in threads:
             thread.join()
-    assert None in seen and all(who is None or who["pid"] == os.getpid() for who in seen)
+    assert None in seen and all(
+        who is None or who["pid"] == os.getpid() for who in seen
+    )
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_where_the_file_system_has_no_locks_a_file_says_who(worker, tmp_path, monkeypatch, number, capsys):
+def test_where_the_file_system_has_no_locks_a_file_says_who(
+    worker, tmp_path, monkeypatch, number, capsys
+):
     def missing(*args):
         raise OSError(number, os.strerror(number))
+
     monkeypatch.setattr(fcntl, "flock", missing)
     run = saved(tmp_path / "tiny")
     with run.locked():
         assert run.writer()["pid"] == os.getpid() and (run.path / "lock.soft").exists()
-        with pytest.raises(RunInUse, match=f"process {os.getpid()} on.* If no process does, remove .*lock.soft"):
+        with pytest.raises(
+            RunInUse,
+            match=f"process {os.getpid()} on.* If no process does, remove .*lock.soft",
+        ):
             with sole_writer(run.path, seconds=0.1):
                 pass
     assert run.writer() is None and not (run.path / "lock.soft").exists()
@@ -607,15 +878,25 @@ def test_where_the_file_system_has_no_locks_a_file_says_who(worker, tmp_path, mo
     worker.wait()
     assert (run.path / "lock.soft").exists() and run.writer() is None
     with run.locked():
-        assert run.writer()["pid"] == os.getpid() and f"left by process {pid}" in capsys.readouterr().out
+        assert (
+            run.writer()["pid"] == os.getpid()
+            and f"left by process {pid}" in capsys.readouterr().out
+        )
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.EPERM])
-def test_another_failure_of_the_lock_is_no_reason_to_go_without(tmp_path, monkeypatch, number):
+def test_another_failure_of_the_lock_is_no_reason_to_go_without(
+    tmp_path, monkeypatch, number
+):
     run = saved(tmp_path / "tiny")
-    write_json(run.path / "writer.json", {"pid": os.getpid(), "host": socket.gethostname(), "since": "today"})
+    write_json(
+        run.path / "writer.json",
+        {"pid": os.getpid(), "host": socket.gethostname(), "since": "today"},
+    )
+
     def failing(*args):
         raise OSError(number, os.strerror(number))
+
     monkeypatch.setattr(fcntl, "flock", failing)
     with pytest.raises(NotWritten, match="tiny/lock could not be written") as error:
         run.locked().__enter__()
@@ -623,7 +904,18 @@ def test_another_failure_of_the_lock_is_no_reason_to_go_without(tmp_path, monkey
     assert run.writer()["pid"] == os.getpid(), "what can be told"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"pid": 1}', '{"pid": "x", "host": 3, "since": null}', "\0\0"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"pid": 1}',
+        '{"pid": "x", "host": 3, "since": null}',
+        "\0\0",
+    ],
+)
 def test_a_strange_writer_file_is_no_obstacle(tmp_path, content):
     run = saved(tmp_path / "tiny")
     (run.path / "writer.json").write_text(content)
@@ -633,4 +925,6 @@ def test_a_strange_writer_file_is_no_obstacle(tmp_path, content):
 
 
 def test_a_missing_folder_has_no_writer(tmp_path):
-    assert writer_of(tmp_path / "nothing") is None and not (tmp_path / "nothing").exists()
+    assert (
+        writer_of(tmp_path / "nothing") is None and not (tmp_path / "nothing").exists()
+    )

@@ -1,4 +1,5 @@
 """Reading a run folder while it grows, and saying in words what is going on."""
+
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from simulated import SimulatedTrainer
 
 from selfflow.figures.style import clock, column, memory, series, short, spread
 from selfflow.training import watching as follow
-from selfflow.training.watching import Following, Lines, run_state, _speed, status
+from selfflow.training.watching import Following, Lines, _speed, run_state, status
 
 
 def write(path, rows, mode="w"):
@@ -34,12 +35,20 @@ def log(tmp_path):
 
 def test_only_what_is_new_is_parsed(log, monkeypatch):
     parsed = []
-    monkeypatch.setattr(follow.json, "loads", lambda line, loads=json.loads: parsed.append(line) or loads(line))
+    monkeypatch.setattr(
+        follow.json,
+        "loads",
+        lambda line, loads=json.loads: parsed.append(line) or loads(line),
+    )
     lines = Lines(log)
     write(log, rows(*range(1, 1001)))
     assert lines.read() and len(parsed) == 1000
     write(log, rows(1001, 1002), "a")
-    assert lines.read() and len(parsed) == 1002 and lines.table["step"] == list(range(1, 1003))
+    assert (
+        lines.read()
+        and len(parsed) == 1002
+        and lines.table["step"] == list(range(1, 1003))
+    )
     assert not lines.read() and len(parsed) == 1002
 
 
@@ -49,45 +58,82 @@ def test_a_column_that_comes_later_is_filled_up(log):
     lines.read()
     write(log, [{"step": 3, "cosine": 0.6, "x": [1, 2]}, {"step": 4}], "a")
     lines.read()
-    assert lines.table == {"step": [1, 2, 3, 4], "cosine": [None, 0.5, 0.6, None], "x": [None, None, [1, 2], None]}
+    assert lines.table == {
+        "step": [1, 2, 3, 4],
+        "cosine": [None, 0.5, 0.6, None],
+        "x": [None, None, [1, 2], None],
+    }
 
 
 def test_lines_that_are_no_objects_are_counted_and_left_out(log):
-    log.write_bytes(b'{"step": 1}\nnonsense\n[1, 2]\n3\n\n\xff\xfe\n{"step": 2, "flow_loss": NaN}\n{"step": 3')
+    log.write_bytes(
+        b'{"step": 1}\nnonsense\n[1, 2]\n3\n\n\xff\xfe\n{"step": 2, "flow_loss": NaN}\n{"step": 3'
+    )
     lines = Lines(log)
     lines.read()
-    assert lines.table["step"] == [1, 2] and lines.damaged == 5 and math.isnan(lines.table["flow_loss"][1])
+    assert (
+        lines.table["step"] == [1, 2]
+        and lines.damaged == 5
+        and math.isnan(lines.table["flow_loss"][1])
+    )
 
 
-@pytest.mark.parametrize("how", ["replaced", "in place", "grown past what was read", "removed"])
+@pytest.mark.parametrize(
+    "how", ["replaced", "in place", "grown past what was read", "removed"]
+)
 def test_a_log_that_is_cut_is_read_anew(log, how):
     lines = Lines(log)
     write(log, rows(*range(1, 21)))
     lines.read()
-    if how == "replaced":  # what Run.cut_log does; other numbers follow, as in a log of times
-        write(log.with_suffix(".tmp"), [*rows(*range(1, 11)), *({"step": s, "flow_loss": 1 / s + 1} for s in range(11, 21))])
+    # what Run.cut_log does; other numbers follow, as in a log of times
+    if how == "replaced":
+        write(
+            log.with_suffix(".tmp"),
+            [
+                *rows(*range(1, 11)),
+                *({"step": s, "flow_loss": 1 / s + 1} for s in range(11, 21)),
+            ],
+        )
         os.replace(log.with_suffix(".tmp"), log)
     elif how == "in place":
         write(log, rows(*range(1, 11)))
     elif how == "grown past what was read":
-        write(log, [*rows(*range(1, 11)), *({"step": s, "flow_loss": 2 / s} for s in range(11, 41))])
+        write(
+            log,
+            [
+                *rows(*range(1, 11)),
+                *({"step": s, "flow_loss": 2 / s} for s in range(11, 41)),
+            ],
+        )
     else:
         log.unlink()
     assert lines.read()
-    expected = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    assert [dict(zip(lines.table, values, strict=True)) for values in zip(*lines.table.values(), strict=True)] == expected
+    expected = (
+        [json.loads(line) for line in log.read_text().splitlines()]
+        if log.exists()
+        else []
+    )
+    assert [
+        dict(zip(lines.table, values, strict=True))
+        for values in zip(*lines.table.values(), strict=True)
+    ] == expected
     assert lines.count == len(expected) and not lines.read()
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.one_of(st.integers(0, 40), st.just("cut"), st.just("read")), max_size=30), st.integers(1, 400))
+@given(
+    st.lists(
+        st.one_of(st.integers(0, 40), st.just("cut"), st.just("read")), max_size=30
+    ),
+    st.integers(1, 400),
+)
 def test_whatever_happens_the_table_is_that_of_the_file(tmp_path_factory, events, torn):
     log = tmp_path_factory.mktemp("log") / "log.jsonl"
     log.touch()
     lines, text, step = Lines(log), b"", 0
     for event in events:
         if event == "cut":
-            text = b"".join(text.splitlines(keepends=True)[:len(text) % 7])
+            text = b"".join(text.splitlines(keepends=True)[: len(text) % 7])
             log.with_suffix(".tmp").write_bytes(text)
             os.replace(log.with_suffix(".tmp"), log)
         elif event == "read":
@@ -95,12 +141,18 @@ def test_whatever_happens_the_table_is_that_of_the_file(tmp_path_factory, events
         else:
             for _ in range(event):
                 step += 1
-                text += json.dumps({"step": step, "flow_loss": 1 / step}).encode() + b"\n"
+                text += (
+                    json.dumps({"step": step, "flow_loss": 1 / step}).encode() + b"\n"
+                )
             log.write_bytes(text)
     lines.read()
     log.write_bytes(text + b'{"step": 1234567}\n'[:torn])  # a line that may be torn
     lines.read()
-    known = [json.loads(line)["step"] for line in log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    known = [
+        json.loads(line)["step"]
+        for line in log.read_bytes().splitlines(keepends=True)
+        if line.endswith(b"\n")
+    ]
     assert lines.table.get("step", []) == known
 
 
@@ -115,42 +167,109 @@ def test_a_table_without_the_column_gives_nothing(table):
 
 @pytest.mark.parametrize("make", [dict, pd.DataFrame])
 def test_what_is_no_finite_number_is_a_gap(make):
-    table = make({"step": [1, 2, None, 4, 5, 6], "a": [0.5, None, 3.0, math.inf, "nonsense", [1.0]]})
+    table = make(
+        {
+            "step": [1, 2, None, 4, 5, 6],
+            "a": [0.5, None, 3.0, math.inf, "nonsense", [1.0]],
+        }
+    )
     x, y = series(table, "a")
     assert x.tolist() == [1, 2, 4, 5, 6]
     np.testing.assert_array_equal(y, [0.5, *[np.nan] * 4])
     assert column(table, "b").size == 0
 
 
-@pytest.mark.parametrize("count, most, expected", [(0, 8, []), (1, 8, [0]), (3, 8, [0, 1, 2]), (9, 3, [0, 4, 8]), (5, 1, [4])])
+@pytest.mark.parametrize(
+    "count, most, expected",
+    [(0, 8, []), (1, 8, [0]), (3, 8, [0, 1, 2]), (9, 3, [0, 4, 8]), (5, 1, [4])],
+)
 def test_an_even_choice_has_the_first_and_the_newest(count, most, expected):
     assert spread(count, most) == expected
 
 
 def test_numbers_are_short():
-    assert [short(v) for v in (0, 0.05, 0.12345, 999.4, 1000, 9_999, 10_000, 400_000, 2.5e6, -1.5, math.nan)] == [
-        "0", "0.05", "0.123", "999", "1,000", "9,999", "10k", "400k", "2.5M", "-1.5", "not finite"]
-    assert [clock(s) for s in (0, 59.6, 3600, 360_000)] == ["0:00:00", "0:01:00", "1:00:00", "100:00:00"]
+    assert [
+        short(v)
+        for v in (
+            0,
+            0.05,
+            0.12345,
+            999.4,
+            1000,
+            9_999,
+            10_000,
+            400_000,
+            2.5e6,
+            -1.5,
+            math.nan,
+        )
+    ] == [
+        "0",
+        "0.05",
+        "0.123",
+        "999",
+        "1,000",
+        "9,999",
+        "10k",
+        "400k",
+        "2.5M",
+        "-1.5",
+        "not finite",
+    ]
+    assert [clock(s) for s in (0, 59.6, 3600, 360_000)] == [
+        "0:00:00",
+        "0:01:00",
+        "1:00:00",
+        "100:00:00",
+    ]
     assert [memory(b) for b in (5e5, 9.4e8, 1.26e9)] == ["0 MB", "940 MB", "1.3 GB"]
 
 
 WRITER = {"pid": 4711, "host": "ada", "since": "2026-01-01"}
 
 
-@pytest.mark.parametrize("problems, logged, writer, not_finite, expected", [
-    ({}, None, None, None, (0, "not started")),
-    ({}, 3, None, None, (0, "stopped before anything was saved")),
-    ({}, None, WRITER, None, (0, "training: process 4711 on ada")),
-    ({90: ""}, 100, WRITER, None, (100, "training: process 4711 on ada")),  # the last checkpoint is still being written
-    ({90: "", 100: ""}, 100, None, None, (100, "finished")),
-    ({15: ""}, 19, None, None, (15, "stopped at step 15")),
-    ({50: ""}, 51, None, {"step": 51}, (50, "stopped at step 51: the loss was not finite")),
-    ({50: ""}, 51, WRITER, {"step": 51}, (51, "training: process 4711 on ada")),  # resumed since
-    ({100: ""}, 100, None, {"step": 51}, (100, "finished")),
-    ({50: "", 100: "torn"}, 100, None, None, (50, "stopped at step 50; 1 of 2 checkpoints damaged (step 100: torn)")),
-    ({50: "bad", 100: "torn"}, 100, None, None, (0, "damaged: no checkpoint is whole (step 100: torn)"))])
+@pytest.mark.parametrize(
+    "problems, logged, writer, not_finite, expected",
+    [
+        ({}, None, None, None, (0, "not started")),
+        ({}, 3, None, None, (0, "stopped before anything was saved")),
+        ({}, None, WRITER, None, (0, "training: process 4711 on ada")),
+        # the last checkpoint is still being written
+        ({90: ""}, 100, WRITER, None, (100, "training: process 4711 on ada")),
+        ({90: "", 100: ""}, 100, None, None, (100, "finished")),
+        ({15: ""}, 19, None, None, (15, "stopped at step 15")),
+        (
+            {50: ""},
+            51,
+            None,
+            {"step": 51},
+            (50, "stopped at step 51: the loss was not finite"),
+        ),
+        # resumed since
+        ({50: ""}, 51, WRITER, {"step": 51}, (51, "training: process 4711 on ada")),
+        ({100: ""}, 100, None, {"step": 51}, (100, "finished")),
+        (
+            {50: "", 100: "torn"},
+            100,
+            None,
+            None,
+            (50, "stopped at step 50; 1 of 2 checkpoints damaged (step 100: torn)"),
+        ),
+        (
+            {50: "bad", 100: "torn"},
+            100,
+            None,
+            None,
+            (0, "damaged: no checkpoint is whole (step 100: torn)"),
+        ),
+    ],
+)
 def test_the_state_in_words(tmp_path, problems, logged, writer, not_finite, expected):
-    run = SimpleNamespace(exported=None, path=tmp_path, config=SimpleNamespace(training=SimpleNamespace(steps=100)))
+    run = SimpleNamespace(
+        exported=None,
+        path=tmp_path,
+        config=SimpleNamespace(training=SimpleNamespace(steps=100)),
+    )
     if not_finite:
         (tmp_path / "not_finite.json").write_text(json.dumps(not_finite))
     assert run_state(run, writer, logged, problems) == expected
@@ -160,41 +279,76 @@ def test_the_state_in_words(tmp_path, problems, logged, writer, not_finite, expe
 
 def timing(steps, rate, overhead=0.0, **last):
     seconds = np.array(steps) / rate
-    return pd.DataFrame({"step": steps, "seconds": seconds, "wall": seconds * (1 + overhead), "steps_per_second": rate,
-                         "data_wait": 0.012, "peak_memory": 2.5e9, "device": "NVIDIA H100", "processes": 1} | last)
+    return pd.DataFrame(
+        {
+            "step": steps,
+            "seconds": seconds,
+            "wall": seconds * (1 + overhead),
+            "steps_per_second": rate,
+            "data_wait": 0.012,
+            "peak_memory": 2.5e9,
+            "device": "NVIDIA H100",
+            "processes": 1,
+        }
+        | last
+    )
 
 
 def test_the_time_left_counts_what_is_not_training():
     alone, wall = _speed(timing([100, 200], rate=10.0, overhead=0.25))
     assert alone == pytest.approx(10) and wall == pytest.approx(8)
-    parts = status("mine", 200, 1000, "training: process 1 on a", timing([100, 200], 10.0, 0.25))
-    assert " | ".join(parts) == ("mine | training: process 1 on a | step 200 of 1,000 (20 %) | 10 it/s | 0:01:40 left | "
-                                 "data wait 1.2 % | peak memory 2.5 GB | NVIDIA H100")
+    parts = status(
+        "mine", 200, 1000, "training: process 1 on a", timing([100, 200], 10.0, 0.25)
+    )
+    assert " | ".join(parts) == (
+        "mine | training: process 1 on a | step 200 of 1,000 (20 %) | 10 it/s | 0:01:40 left | "
+        "data wait 1.2 % | peak memory 2.5 GB | NVIDIA H100"
+    )
 
 
 def test_a_slow_run_says_seconds_per_step_and_several_processes_are_counted():
-    parts = status("mine", 3, 10, "training: process 1 on a", timing([1, 2, 3], 0.25, processes=4))
-    assert "4 s/it" in parts and "NVIDIA H100, 4 processes" in parts and "0:00:28 left" in parts
+    parts = status(
+        "mine", 3, 10, "training: process 1 on a", timing([1, 2, 3], 0.25, processes=4)
+    )
+    assert (
+        "4 s/it" in parts
+        and "NVIDIA H100, 4 processes" in parts
+        and "0:00:28 left" in parts
+    )
 
 
 def test_the_speed_is_that_of_the_last_lines():
     table = timing(list(range(1, 101)), 10.0)
     table.loc[50:, "wall"] += np.arange(50) * 10.0
-    assert "1:24:10 left" in status("mine", 100, 600, "training: process 1 on a", table)  # 500 steps of 10.1 s
+    # 500 steps of 10.1 s
+    assert "1:24:10 left" in status("mine", 100, 600, "training: process 1 on a", table)
 
 
 def test_the_wait_for_data_is_that_of_the_last_lines():
     table = timing(list(range(1, 101)), 10.0)
     table["data_wait"] = [0.9] * 80 + [0.0] * 19 + [0.4]  # one line alone says little
-    assert "data wait 2.0 %" in status("mine", 100, 600, "training: process 1 on a", table)
+    assert "data wait 2.0 %" in status(
+        "mine", 100, 600, "training: process 1 on a", table
+    )
 
 
 def test_a_finished_run_says_how_long_it_took():
-    assert "took 0:01:40" in status("mine", 1000, 1000, "finished", timing([500, 1000], 10.0))
+    assert "took 0:01:40" in status(
+        "mine", 1000, 1000, "finished", timing([500, 1000], 10.0)
+    )
 
 
-@pytest.mark.parametrize("table", [None, {}, {"step": [5]}, timing([5], 10.0), {"step": [5, 5], "wall": [1.0, 1.0]},
-                                   {"step": [1], "device": [None], "processes": [math.nan]}])
+@pytest.mark.parametrize(
+    "table",
+    [
+        None,
+        {},
+        {"step": [5]},
+        timing([5], 10.0),
+        {"step": [5, 5], "wall": [1.0, 1.0]},
+        {"step": [1], "device": [None], "processes": [math.nan]},
+    ],
+)
 def test_what_is_not_known_is_left_out(table):
     parts = status("mine", 5, 10, "training: process 1 on a", table)
     assert parts[:3] == ["mine", "training: process 1 on a", "step 5 of 10 (50 %)"]
@@ -215,7 +369,12 @@ def run(tmp_path):
 
 def test_a_folder_that_is_not_there_is_no_error(tmp_path):
     following = Following(tmp_path / "mine")
-    assert not following.read() and (following.run, following.steps, following.step, following.film) == (None, None, 0, [])
+    assert not following.read() and (
+        following.run,
+        following.steps,
+        following.step,
+        following.film,
+    ) == (None, None, 0, [])
     assert following.state == "no run here yet" and not following.finished
 
 
@@ -223,9 +382,17 @@ def test_a_run_that_comes_into_being_is_seen(tmp_path):
     following = Following(tmp_path / "mine")
     following.read()
     trainer = SimulatedTrainer(tmp_path / "mine", steps=100)
-    assert not following.read() and following.steps == 100 and following.state == "not started"
+    assert (
+        not following.read()
+        and following.steps == 100
+        and following.state == "not started"
+    )
     trainer.log_lines(5)
-    assert following.read() and following.step == 5 and following.state == "stopped at step 5"
+    assert (
+        following.read()
+        and following.step == 5
+        and following.state == "stopped at step 5"
+    )
     assert not following.read()
 
 
@@ -252,15 +419,27 @@ def test_without_a_writer_the_newest_checkpoint_counts_and_no_later_line(tmp_pat
         following.read()
         assert following.step == 12 and not following.finished
     following.read()
-    assert (following.step, following.state, following.finished) == (8, "stopped at step 8", False)
+    assert (following.step, following.state, following.finished) == (
+        8,
+        "stopped at step 8",
+        False,
+    )
     shutil.rmtree(run.path / "checkpoints/step-00000008")
     following.read()
     assert (following.step, following.state) == (0, "stopped before anything was saved")
 
 
-@pytest.mark.parametrize("saved, steps, state", [
-    (8, 20, "stopped at step 9: the loss was not finite"), (9, 20, "stopped at step 9"), (20, 20, "finished")])
-def test_a_loss_that_was_not_finite_counts_until_a_later_step_is_saved(tmp_path, saved, steps, state):
+@pytest.mark.parametrize(
+    "saved, steps, state",
+    [
+        (8, 20, "stopped at step 9: the loss was not finite"),
+        (9, 20, "stopped at step 9"),
+        (20, 20, "finished"),
+    ],
+)
+def test_a_loss_that_was_not_finite_counts_until_a_later_step_is_saved(
+    tmp_path, saved, steps, state
+):
     run = SimulatedTrainer(tmp_path / "mine", steps=steps)
     (run.path / "not_finite.json").write_text('{"step": 9}')
     run.log_lines(saved)
@@ -288,11 +467,19 @@ def test_a_loss_that_was_not_finite_is_said(run):
 
 def test_of_the_film_each_shown_picture_is_read_once(run, monkeypatch):
     read = []
-    monkeypatch.setattr(follow, "load_file", lambda file, load=follow.load_file: read.append(file.name) or load(file))
+    monkeypatch.setattr(
+        follow,
+        "load_file",
+        lambda file, load=follow.load_file: read.append(file.name) or load(file),
+    )
     following = Following(run.path, rows=3)
     for step in range(10, 60, 10):
         run.save_picture(step)
-    assert following.read() and [entry[0] for entry in following.film] == [10, 30, 50] and len(read) == 3
+    assert (
+        following.read()
+        and [entry[0] for entry in following.film] == [10, 30, 50]
+        and len(read) == 3
+    )
     assert not following.read() and len(read) == 3
     run.save_picture(60)
     assert following.read() and following.film[-1][0] == 60
@@ -302,11 +489,15 @@ def test_of_the_film_each_shown_picture_is_read_once(run, monkeypatch):
 def test_a_picture_that_cannot_be_read_is_said_and_the_others_shown(run):
     run.save_picture(10)
     (run.path / "samples/film/step-00000020.safetensors").write_bytes(b"no safetensors")
-    save_file({"other": np.zeros(3)}, run.path / "samples/film/step-00000030.safetensors")
+    save_file(
+        {"other": np.zeros(3)}, run.path / "samples/film/step-00000030.safetensors"
+    )
     following = Following(run.path)
     following.read()
     assert [entry[0] for entry in following.film] == [10]
-    assert len(following.problems) == 2 and all("cannot be read" in problem for problem in following.problems)
+    assert len(following.problems) == 2 and all(
+        "cannot be read" in problem for problem in following.problems
+    )
 
 
 def test_a_config_of_another_format_is_refused_in_words(run):

@@ -1,4 +1,5 @@
 """Controls, explorers and noise asymmetry without a browser: pure functions, changes that overtake each other, bad input."""
+
 import io
 import threading
 import time
@@ -21,12 +22,37 @@ from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
 from selfflow.workbench.asymmetry import compute, draw, explore, say
 from selfflow.workbench.boards import Board, Panel, Plot, coloured, panels
-from selfflow.workbench.controls import DARK, LIGHT, Surroundings, TokenGrid, number, png_of, slider
+from selfflow.workbench.controls import (
+    DARK,
+    LIGHT,
+    Surroundings,
+    TokenGrid,
+    number,
+    png_of,
+    slider,
+)
 from selfflow.workbench.explorer import Explorer
-from selfflow.workbench.viewed_run import KINDS, Subject, levels_of, many_levels, schedule_of
+from selfflow.workbench.viewed_run import (
+    KINDS,
+    Subject,
+    levels_of,
+    many_levels,
+    schedule_of,
+)
 
-VALUES = {"t": 0.8, "s": 0.2, "mask_ratio": 0.25, "seed": 0, "sample": 0, "schedule": "dual", "density": "uniform", "shift": 1.0,
-          "drawn": False, "hand": False, "tokens": []}
+VALUES = {
+    "t": 0.8,
+    "s": 0.2,
+    "mask_ratio": 0.25,
+    "seed": 0,
+    "sample": 0,
+    "schedule": "dual",
+    "density": "uniform",
+    "shift": 1.0,
+    "drawn": False,
+    "hand": False,
+    "tokens": [],
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,28 +75,42 @@ def test_the_last_of_many_changes_from_many_threads_is_shown():
     def slow(values):
         time.sleep(0.002)
         return values["tone"]
-    explorer = Explorer({"tone": slider("tone", 0.0), "other": slider("other", 0.0)}, slow, square)
+
+    explorer = Explorer(
+        {"tone": slider("tone", 0.0), "other": slider("other", 0.0)}, slow, square
+    )
+
     def move(name):
         for tone in np.linspace(0, 1, 40):
             explorer.controls[name].value = float(tone)
             time.sleep(0.001)
-    threads = [threading.Thread(target=move, args=(name,)) for name in ("tone", "other", "tone")]
+
+    threads = [
+        threading.Thread(target=move, args=(name,))
+        for name in ("tone", "other", "tone")
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     explorer.settle()
-    assert bytes(explorer.pictures["picture"].value) == square(explorer.controls["tone"].value) == square(1.0)
+    assert (
+        bytes(explorer.pictures["picture"].value)
+        == square(explorer.controls["tone"].value)
+        == square(1.0)
+    )
     assert explorer.data == 1.0 and 'role="status"' in explorer.message.value
 
 
 def test_a_change_during_drawing_is_not_lost():
     begun, go = threading.Event(), threading.Event()
+
     def held(values):
         if values["tone"] == 0.5:
             begun.set()
             assert go.wait(10)
         return values["tone"]
+
     explorer = Explorer({"tone": slider("tone", 0.0)}, held, square)
     explorer.controls["tone"].value = 0.5
     assert begun.wait(10)
@@ -82,13 +122,17 @@ def test_a_change_during_drawing_is_not_lost():
 
 def test_two_pictures_are_never_drawn_at_once():
     busy, most = [], []
+
     def watched(tone, theme):
         busy.append(1)
         most.append(len(busy))
         time.sleep(0.002)
         busy.pop()
         return square(tone)
-    explorer = Explorer({"tone": slider("tone", 0.0)}, lambda values: values["tone"], watched)
+
+    explorer = Explorer(
+        {"tone": slider("tone", 0.0)}, lambda values: values["tone"], watched
+    )
     strips = [threading.Thread(target=explorer.strip) for _ in range(5)]
     for number_, strip in enumerate(strips):
         explorer.controls["tone"].value = number_ / 10
@@ -107,20 +151,36 @@ def test_errors_are_said_and_the_next_change_is_shown(where):
             if name == where and tone == 0.5:
                 raise RuntimeError("<b>no & more</b>")
             return result(tone)
+
         return function
-    explorer = Explorer({"tone": slider("tone", 0.0)}, fails("compute", lambda tone: tone), fails("draw", square),
-                        fails("say", str))
+
+    explorer = Explorer(
+        {"tone": slider("tone", 0.0)},
+        fails("compute", lambda tone: tone),
+        fails("draw", square),
+        fails("say", str),
+    )
     for tone in (0.5, 0.7):
         explorer.controls["tone"].value = tone
         explorer.settle()
         if tone == 0.5:
             said = explorer.message.value
-            assert "alert" in said and "RuntimeError: &lt;b&gt;no &amp; more&lt;/b&gt;" in said
-    assert bytes(explorer.pictures["picture"].value) == square(0.7) and "alert" not in explorer.message.value
+            assert (
+                "alert" in said
+                and "RuntimeError: &lt;b&gt;no &amp; more&lt;/b&gt;" in said
+            )
+    assert (
+        bytes(explorer.pictures["picture"].value) == square(0.7)
+        and "alert" not in explorer.message.value
+    )
 
 
 def test_an_explorer_that_begins_with_an_error_goes_on():
-    explorer = Explorer({"tone": slider("tone", 0.0)}, lambda values: 1 / values["tone"], lambda data, theme: square(0.1))
+    explorer = Explorer(
+        {"tone": slider("tone", 0.0)},
+        lambda values: 1 / values["tone"],
+        lambda data, theme: square(0.1),
+    )
     assert "ZeroDivisionError" in explorer.message.value and not explorer.pictures
     explorer.controls["tone"].value = 0.5
     explorer.settle()
@@ -129,7 +189,9 @@ def test_an_explorer_that_begins_with_an_error_goes_on():
 
 def test_a_worker_ends_when_nothing_changes_and_another_begins(monkeypatch):
     monkeypatch.setattr("selfflow.workbench.explorer.LINGER", 0.05)
-    explorer = Explorer({"tone": slider("tone", 0.0)}, lambda values: values["tone"], square)
+    explorer = Explorer(
+        {"tone": slider("tone", 0.0)}, lambda values: values["tone"], square
+    )
     explorer.controls["tone"].value = 0.3
     explorer.settle()
     first, end = explorer._worker, time.monotonic() + 10
@@ -144,8 +206,14 @@ def test_a_worker_ends_when_nothing_changes_and_another_begins(monkeypatch):
 
 
 def test_a_picture_that_is_left_out_is_hidden_and_comes_back():
-    explorer = Explorer({"tone": slider("tone", 1.0)}, lambda values: values["tone"],
-                        lambda tone, theme: {"a": square(0.1), **({"b": square(0.2)} if tone > 0.5 else {})})
+    explorer = Explorer(
+        {"tone": slider("tone", 1.0)},
+        lambda values: values["tone"],
+        lambda tone, theme: {
+            "a": square(0.1),
+            **({"b": square(0.2)} if tone > 0.5 else {}),
+        },
+    )
     for tone, shown in ((1.0, ""), (0.2, "none"), (0.9, "")):
         explorer.controls["tone"].value = tone
         explorer.settle()
@@ -153,7 +221,11 @@ def test_a_picture_that_is_left_out_is_hidden_and_comes_back():
 
 
 def test_absurd_numbers_are_kept_within_the_limits():
-    for control, low, high in ((slider("t", 0.5), 0, 1), (slider("n", 3, 0, 9, 1), 0, 9), (number("seed", 0, 0, 999), 0, 999)):
+    for control, low, high in (
+        (slider("t", 0.5), 0, 1),
+        (slider("n", 3, 0, 9, 1), 0, 9),
+        (number("seed", 0, 0, 999), 0, 999),
+    ):
         for absurd, kept in ((10**9, high), (-(10**9), low)):
             control.value = absurd
             assert control.value == kept
@@ -176,15 +248,28 @@ def test_what_the_browser_runs_asks_nobody():
 # boards
 
 
-@pytest.mark.parametrize("config", [DataConfig("digits"), DataConfig("shapes", patch=4), DataConfig("motion", size=16, frames=8),
-                                    DataConfig("notes"), DataConfig("scenes", size=16, frames=8)], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "config",
+    [
+        DataConfig("digits"),
+        DataConfig("shapes", patch=4),
+        DataConfig("motion", size=16, frames=8),
+        DataConfig("notes"),
+        DataConfig("scenes", size=16, frames=8),
+    ],
+    ids=lambda c: c.name,
+)
 def test_every_token_has_pixels_a_place_and_a_name(config):
     sources = Sources(config, "validation")
-    board, tokens = Board(sources.layouts[config.name]), sources.take(config.name, torch.arange(1)).x0[0]
+    board, tokens = (
+        Board(sources.layouts[config.name]),
+        sources.take(config.name, torch.arange(1)).x0[0],
+    )
     n = len(tokens)
     assert len(board.places) == len(board.names) == len(set(board.names)) == n
     assert set(board.owner.ravel()) - {-1} == set(range(n))
-    for token in (0, n // 2, n - 1):  # what is changed lies where it is clicked, and nowhere else
+    # what is changed lies where it is clicked, and nowhere else
+    for token in (0, n // 2, n - 1):
         changed = tokens.clone()
         changed[token] = 1 - changed[token].abs()
         differs = (board.pixels(changed) != board.pixels(tokens)).any(-1)
@@ -192,8 +277,11 @@ def test_every_token_has_pixels_a_place_and_a_name(config):
         left, top, width, height = board.places[token]
         high, wide = board.owner.shape
         ys, xs = np.nonzero(board.owner == token)
-        assert np.allclose([left * wide, top * high, width * wide, height * high],
-                           [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1], atol=0.01)
+        assert np.allclose(
+            [left * wide, top * high, width * wide, height * high],
+            [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1],
+            atol=0.01,
+        )
 
 
 def test_tokens_that_are_not_finite_are_drawn_black():
@@ -205,17 +293,30 @@ def test_tokens_that_are_not_finite_are_drawn_black():
 def test_maps_plots_and_panels():
     colours = coloured(np.array([[-9.0, 0.0, 1.0, np.nan]]), paper=DARK.paper)
     assert (colours[0, 0] == colours[0, 1]).all() and (colours[0, 3] == 0x11).all()
-    page = panels([[Panel("a", colours), Panel("b", colours, ("0", "1", "viridis"))], [Panel("c", colours)]], DARK, 60)
+    page = panels(
+        [
+            [Panel("a", colours), Panel("b", colours, ("0", "1", "viridis"))],
+            [Panel("c", colours)],
+        ],
+        DARK,
+        60,
+    )
     assert page.getpixel((page.width - 1, page.height - 1)) == (0x11, 0x11, 0x11)
     plot = Plot("title", "x", (0, 0), (0, 0))
-    plot.line([0, np.nan], [np.inf, 0], "#000000", dots=True)  # nothing to draw, nothing to fail
+    # nothing to draw, nothing to fail
+    plot.line([0, np.nan], [np.inf, 0], "#000000", dots=True)
     plot.mark(7, "far out", "#ff0000")
 
 
 # levels
 
 
-@given(t=st.floats(0, 1, width=32), s=st.floats(0, 1, width=32), kind=st.sampled_from(KINDS), seed=st.integers(0, 99))
+@given(
+    t=st.floats(0, 1, width=32),
+    s=st.floats(0, 1, width=32),
+    kind=st.sampled_from(KINDS),
+    seed=st.integers(0, 99),
+)
 def test_levels_are_those_of_the_sliders(t, s, kind, seed):
     levels = levels_of(kind, t, s, schedule_of(kind, Uniform(), 0.25, (4, 4)), 16, seed)
     found, lowest = set(levels.levels[0].tolist()), levels.cleanest().levels.item()
@@ -262,11 +363,17 @@ def test_what_cannot_be_is_said(subject):
 
 def test_a_perfect_model_makes_no_error(subject):
     x0, x1 = subject.x0[:1], subject.noise(3)
+
     class Perfect:
         def __call__(self, *args, **options):
             return Output(x1 - x0, {})
-    levels = levels_of("dual", 0.9, 0.3, schedule_of("dual", Uniform(), 0.25), subject.tokens, 0)
-    _, estimate, error, _ = subject.estimate(Perfect(), x0, x1, levels, torch.tensor([0]))
+
+    levels = levels_of(
+        "dual", 0.9, 0.3, schedule_of("dual", Uniform(), 0.25), subject.tokens, 0
+    )
+    _, estimate, error, _ = subject.estimate(
+        Perfect(), x0, x1, levels, torch.tensor([0])
+    )
     torch.testing.assert_close(estimate, x0, atol=1e-6, rtol=0)
     assert error.max() < 1e-12
 
@@ -278,32 +385,62 @@ def test_the_views_are_those_of_a_training_step(subject):
     torch.testing.assert_close(view.student, (1 - tau) * x0 + tau * x1)
     torch.testing.assert_close(view.teacher, 0.8 * x0 + 0.2 * x1)
     run, head = subject.run, subject.head
-    own = run.model(view.student[None], view.levels, subject.condition[:1], taps=(head.student_layer,))
-    other = run.teacher(view.teacher[None], view.levels.cleanest(), subject.condition[:1], taps=(head.teacher_layer,))
-    torch.testing.assert_close(view.student_estimate, view.student - tau * own.velocity[0])
-    torch.testing.assert_close(view.teacher_error, (view.teacher_estimate - x0).square().mean(-1))
-    features = head.projector(own.features[head.student_layer])[0], other.features[head.teacher_layer][0]
+    own = run.model(
+        view.student[None],
+        view.levels,
+        subject.condition[:1],
+        taps=(head.student_layer,),
+    )
+    other = run.teacher(
+        view.teacher[None],
+        view.levels.cleanest(),
+        subject.condition[:1],
+        taps=(head.teacher_layer,),
+    )
+    torch.testing.assert_close(
+        view.student_estimate, view.student - tau * own.velocity[0]
+    )
+    torch.testing.assert_close(
+        view.teacher_error, (view.teacher_estimate - x0).square().mean(-1)
+    )
+    features = (
+        head.projector(own.features[head.student_layer])[0],
+        other.features[head.teacher_layer][0],
+    )
     torch.testing.assert_close(view.cosine, torch.cosine_similarity(*features, dim=-1))
     assert view.clean == pytest.approx(0.2)
 
 
 def test_a_run_without_a_head_shows_no_cosine(runs):
     scene = compute(Subject(runs["vanilla"]), VALUES)
-    assert scene.view.cosine is None and "no cosine" in say(scene) and set(draw(scene)) == {"tokens", "levels", "views"}
+    assert (
+        scene.view.cosine is None
+        and "no cosine" in say(scene)
+        and set(draw(scene)) == {"tokens", "levels", "views"}
+    )
 
 
-@pytest.mark.parametrize("tokens, curve", [([], False), (list(range(16)), False), ([0], True), (list(range(15)), True)])
+@pytest.mark.parametrize(
+    "tokens, curve",
+    [([], False), (list(range(16)), False), ([0], True), (list(range(15)), True)],
+)
 def test_masks_on_no_token_on_all_and_between(subject, tokens, curve):
     scene = compute(subject, {**VALUES, "hand": True, "tokens": tokens})
-    assert (scene.curve is not None) == curve and ("no token is cleaner" in say(scene)) != curve
+    assert (scene.curve is not None) == curve and (
+        "no token is cleaner" in say(scene)
+    ) != curve
     assert set(draw(scene)) == {"tokens", "levels", "views", "curve"}
     if curve:
         counts, errors = scene.curve
-        assert counts[0] == 0 and counts[-1] == len(tokens) and np.isfinite(errors).all()
+        assert (
+            counts[0] == 0 and counts[-1] == len(tokens) and np.isfinite(errors).all()
+        )
 
 
 def test_equal_levels_have_no_gap(subject):
-    scene = compute(subject, {**VALUES, "t": 0.5, "s": 0.5, "hand": True, "tokens": [1]})
+    scene = compute(
+        subject, {**VALUES, "t": 0.5, "s": 0.5, "hand": True, "tokens": [1]}
+    )
     assert "gap |t - s| = 0.00" in say(scene) and scene.curve is None and draw(scene)
     torch.testing.assert_close(scene.view.student, scene.view.teacher)
 
@@ -312,19 +449,26 @@ def test_equal_levels_have_no_gap(subject):
 @pytest.mark.parametrize("ends", [(0.0, 1.0), (1.0, 0.0), (1.0, 1.0)])
 def test_all_kinds_at_the_ends(subject, kind, ends):
     for dark in (LIGHT, DARK):
-        scene = compute(subject, {**VALUES, "schedule": kind, "t": ends[0], "s": ends[1]})
+        scene = compute(
+            subject, {**VALUES, "schedule": kind, "t": ends[0], "s": ends[1]}
+        )
         assert all(pixels(png).size for png in draw(scene, dark).values())
     assert f"{kind}:" in say(scene)
 
 
 def test_what_is_revealed_is_an_error_of_the_same_tokens(subject):
-    order, index = torch.randperm(16, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2])
+    order, index = (
+        torch.randperm(16, generator=torch.Generator().manual_seed(1)),
+        torch.tensor([0, 1, 2]),
+    )
     errors = subject.revealed(index, order, [0, 4, 8], 0.9, 0.1, seed=2)
     assert errors.shape == (3, 3)
     tau = torch.full((1, 16), 0.9)
     tau[0, order[:4]] = 0.1
     levels = NoiseLevels.of_tokens(tau.expand(3, -1).contiguous())
-    found = subject.estimate(subject.student, subject.x0[index], subject.noise(2, 3), levels, index)[2]
+    found = subject.estimate(
+        subject.student, subject.x0[index], subject.noise(2, 3), levels, index
+    )[2]
     torch.testing.assert_close(errors[1], found[:, order[8:]].mean(1))
     with pytest.raises(ValueError, match="one at least must stay noisy"):
         subject.revealed(index, order, [0, 16], 0.9, 0.1)
@@ -336,7 +480,13 @@ def test_what_is_revealed_is_an_error_of_the_same_tokens(subject):
 def test_the_explorer_shows_what_the_pure_functions_draw(subject):
     explorer = explore(subject)
     assert explorer.values() == VALUES
-    for change in ({"t": 0.5}, {"schedule": "sorted"}, {"density": "logit_normal"}, {"seed": 4}, {"drawn": True}):
+    for change in (
+        {"t": 0.5},
+        {"schedule": "sorted"},
+        {"density": "logit_normal"},
+        {"seed": 4},
+        {"drawn": True},
+    ):
         for name, value in change.items():
             explorer.controls[name].value = value
         explorer.settle()
@@ -345,7 +495,10 @@ def test_the_explorer_shows_what_the_pure_functions_draw(subject):
         assert bytes(explorer.controls["tokens"].picture) == drawn["tokens"]
     explorer.surroundings.dark = True
     explorer.settle()
-    assert bytes(explorer.pictures["levels"].value) == draw(compute(subject, explorer.values()), DARK)["levels"]
+    assert (
+        bytes(explorer.pictures["levels"].value)
+        == draw(compute(subject, explorer.values()), DARK)["levels"]
+    )
 
 
 def test_painting_switches_the_hand_on_and_frames_the_tokens(subject):
@@ -354,10 +507,19 @@ def test_painting_switches_the_hand_on_and_frames_the_tokens(subject):
     assert not grid.marked and not hand.value
     grid.value = [2, 3]
     explorer.settle()
-    assert hand.value and grid.marked and explorer.data.values["tokens"] == [2, 3] and "curve" in explorer.pictures
+    assert (
+        hand.value
+        and grid.marked
+        and explorer.data.values["tokens"] == [2, 3]
+        and "curve" in explorer.pictures
+    )
     hand.value = False
     explorer.settle()
-    assert not grid.marked and explorer.data.curve is None and explorer.pictures["curve"].layout.display == "none"
+    assert (
+        not grid.marked
+        and explorer.data.curve is None
+        and explorer.pictures["curve"].layout.display == "none"
+    )
 
 
 def test_the_starting_values_can_be_given(subject):
@@ -368,18 +530,30 @@ def test_the_starting_values_can_be_given(subject):
 
 
 def test_strips_are_drawn_by_the_same_functions(subject):
-    strip = explore(subject).strip({"s": 0.1}, {"s": 0.9}, columns=2, width=700, only=("views",))
+    strip = explore(subject).strip(
+        {"s": 0.1}, {"s": 0.9}, columns=2, width=700, only=("views",)
+    )
     assert pixels(strip._repr_png_()).shape[1] == 700
 
 
 @pytest.mark.parametrize("data", ["motion", "notes", "scenes"])
 def test_films_and_sounds_are_explored_too(data, tmp_path):
     size = {"size": 16, "frames": 8} if data != "notes" else {}
-    config = Config(name=data, data=DataConfig(data, patch=4, **size), model=ModelConfig(width=16, depth=3, heads=2),
-                    objective=ObjectiveConfig(density="logit_normal", density_shift=3.0),
-                    training=TrainConfig(steps=2, batch=4, validation=4, validate_every=2, sample_every=0))
-    explorer = explore(Subject(train(config, tmp_path, bar=False, device="cpu"), count=3))
-    assert explorer.data.view.cosine is not None and "alert" not in explorer.message.value
+    config = Config(
+        name=data,
+        data=DataConfig(data, patch=4, **size),
+        model=ModelConfig(width=16, depth=3, heads=2),
+        objective=ObjectiveConfig(density="logit_normal", density_shift=3.0),
+        training=TrainConfig(
+            steps=2, batch=4, validation=4, validate_every=2, sample_every=0
+        ),
+    )
+    explorer = explore(
+        Subject(train(config, tmp_path, bar=False, device="cpu"), count=3)
+    )
+    assert (
+        explorer.data.view.cosine is not None and "alert" not in explorer.message.value
+    )
     explorer.controls["tokens"].value = [0, 5]
     explorer.settle()
     assert explorer.data.curve is not None
@@ -390,5 +564,8 @@ def test_films_and_sounds_are_explored_too(data, tmp_path):
 
 
 def test_other_densities_change_how_levels_lie(subject):
-    plain, shifted = (compute(subject, {**VALUES, "drawn": True, "shift": shift}).values for shift in (1.0, 10.0))
+    plain, shifted = (
+        compute(subject, {**VALUES, "drawn": True, "shift": shift}).values
+        for shift in (1.0, 10.0)
+    )
     assert shifted["t"] > plain["t"] and shifted["s"] > plain["s"]

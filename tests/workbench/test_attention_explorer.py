@@ -1,4 +1,5 @@
 """The attention explorer without a browser: rows, columns and mass against sums by hand, one forward for all, and bad input."""
+
 import io
 import json
 import shutil
@@ -18,18 +19,57 @@ from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
 from selfflow.training.run import Run
 from selfflow.workbench import attention_scene
-from selfflow.workbench.attention_explorer import Window, draw, draw_caption, draw_layers, explore_attention, frames_in, laid_over
-from selfflow.workbench.attention_scene import WAYS, Forward, Watched, compute, pieces_of, read, say
+from selfflow.workbench.attention_explorer import (
+    Window,
+    draw,
+    draw_caption,
+    draw_layers,
+    explore_attention,
+    frames_in,
+    laid_over,
+)
+from selfflow.workbench.attention_scene import (
+    WAYS,
+    Forward,
+    Watched,
+    compute,
+    pieces_of,
+    read,
+    say,
+)
 from selfflow.workbench.boards import Board
 from selfflow.workbench.controls import DARK
 from selfflow.workbench.viewed_run import Subject
 
-VALUES = {"way": WAYS[0], "tokens": [5], "layer": 2, "head": "mean", "t": 0.9, "s": 0.1, "mask_ratio": 0.25, "sample": 1,
-          "seed": 3, "network": "EMA teacher", "separated": False, "frame": 1}
-SHORT = TrainConfig(steps=2, batch=4, shards=1, validate_every=2, validation=4, save_every=2, sample_every=0)
+VALUES = {
+    "way": WAYS[0],
+    "tokens": [5],
+    "layer": 2,
+    "head": "mean",
+    "t": 0.9,
+    "s": 0.1,
+    "mask_ratio": 0.25,
+    "sample": 1,
+    "seed": 3,
+    "network": "EMA teacher",
+    "separated": False,
+    "frame": 1,
+}
+SHORT = TrainConfig(
+    steps=2,
+    batch=4,
+    shards=1,
+    validate_every=2,
+    validation=4,
+    save_every=2,
+    sample_every=0,
+)
 SMALL = ModelConfig(width=16, depth=3, heads=2)
-MORE = {"texts": DataConfig("shapes", size=16, patch=4, condition="caption"),
-        "scenes": DataConfig("scenes", size=16, frames=8, patch=4), "sounds": DataConfig("notes", condition="none")}
+MORE = {
+    "texts": DataConfig("shapes", size=16, patch=4, condition="caption"),
+    "scenes": DataConfig("scenes", size=16, frames=8, patch=4),
+    "sounds": DataConfig("notes", condition="none"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +80,14 @@ def watched(runs):
 @pytest.fixture(scope="module")
 def more(tmp_path_factory):
     folder = tmp_path_factory.mktemp("more")
-    configs = [Config(name=name, data=data, model=SMALL, training=SHORT) for name, data in MORE.items()]
-    return {config.name: train(config, folder, bar=False, device="cpu") for config in configs}
+    configs = [
+        Config(name=name, data=data, model=SMALL, training=SHORT)
+        for name, data in MORE.items()
+    ]
+    return {
+        config.name: train(config, folder, bar=False, device="cpu")
+        for config in configs
+    }
 
 
 def attention_by_hand(model, layer, seen):
@@ -49,7 +95,12 @@ def attention_by_hand(model, layer, seen):
     block, x = model.blocks[layer - 1].attn, seen.x[0]
     q, k, _ = (x @ block.qkv.weight.T + block.qkv.bias).chunk(3, -1)
     wide = x.shape[-1] // block.heads
-    return torch.stack([(q[:, i:i + wide] @ k[:, i:i + wide].T / wide**0.5).softmax(-1) for i in range(0, x.shape[-1], wide)])
+    return torch.stack(
+        [
+            (q[:, i : i + wide] @ k[:, i : i + wide].T / wide**0.5).softmax(-1)
+            for i in range(0, x.shape[-1], wide)
+        ]
+    )
 
 
 # what is computed
@@ -59,16 +110,26 @@ def test_weights_are_the_softmax_of_queries_and_keys(watched):
     forward = compute(watched, VALUES).forward
     assert forward.seen[1].rotary is None
     for layer in forward.seen:
-        torch.testing.assert_close(forward.weights(layer), attention_by_hand(forward.model, layer, forward.seen[layer]))
+        torch.testing.assert_close(
+            forward.weights(layer),
+            attention_by_hand(forward.model, layer, forward.seen[layer]),
+        )
 
 
 def test_the_network_is_shown_what_training_shows_it(watched):
     forward, subject = compute(watched, VALUES).forward, watched.subject
     tau = forward.levels.per_token()[0]
     assert sorted(set(tau.tolist())) == pytest.approx([0.1, 0.9])
-    torch.testing.assert_close(forward.xt, (1 - tau[:, None]) * subject.x0[1] + tau[:, None] * subject.noise(3)[0])
-    out = subject.teacher(forward.xt[None], forward.levels, subject.condition[[1]], taps=(1,))
-    again = forward.model(forward.xt[None], forward.levels, subject.condition[[1]], taps=(1,))
+    torch.testing.assert_close(
+        forward.xt,
+        (1 - tau[:, None]) * subject.x0[1] + tau[:, None] * subject.noise(3)[0],
+    )
+    out = subject.teacher(
+        forward.xt[None], forward.levels, subject.condition[[1]], taps=(1,)
+    )
+    again = forward.model(
+        forward.xt[None], forward.levels, subject.condition[[1]], taps=(1,)
+    )
     torch.testing.assert_close(out.features[1], again.features[1])
 
 
@@ -79,23 +140,36 @@ def test_rows_columns_and_mass_are_sums_by_hand(watched, way, separated):
     forward, n = scene.forward, watched.subject.tokens
     tau, allowed = forward.levels.per_token()[0].tolist(), forward.visible
     assert allowed.all() != separated
+
     def relation(i, j):
         return 0 if i == j else 1 if tau[j] < tau[i] else 2 if tau[j] == tau[i] else 3
+
     lookers = range(n) if way == WAYS[2] else [5]
-    for weights, rows, masses in [(forward.weights(1), scene.rows[0], scene.masses[0]),
-                                  ((allowed / allowed.sum(-1, keepdim=True))[None], scene.even[None], scene.counted[None])]:
+    for weights, rows, masses in [
+        (forward.weights(1), scene.rows[0], scene.masses[0]),
+        (
+            (allowed / allowed.sum(-1, keepdim=True))[None],
+            scene.even[None],
+            scene.counted[None],
+        ),
+    ]:
         for head in range(len(weights)):
             row, mass = np.zeros(n), np.zeros(len(RELATIONS))
             for i in lookers:
                 for j in range(n):
-                    value = weights[head, j, i].item() if way == WAYS[1] else weights[head, i, j].item()
+                    value = (
+                        weights[head, j, i].item()
+                        if way == WAYS[1]
+                        else weights[head, i, j].item()
+                    )
                     row[j] += value / len(lookers)
                     mass[relation(i, j)] += value / len(lookers)
             np.testing.assert_allclose(rows[head].numpy(), row, atol=1e-6)
             np.testing.assert_allclose(masses[head].numpy(), mass, atol=1e-6)
     if separated:
         assert scene.masses[..., [1, 3]].abs().max() == 0
-        assert way == WAYS[2] or scene.relative.isnan().any()  # what may not be looked at is not on the map
+        # what may not be looked at is not on the map
+        assert way == WAYS[2] or scene.relative.isnan().any()
 
 
 def test_attention_that_cannot_tell_is_1_everywhere(runs):
@@ -106,54 +180,109 @@ def test_attention_that_cannot_tell_is_1_everywhere(runs):
     for way in WAYS:
         scene = compute(watched, {**VALUES, "way": way})
         torch.testing.assert_close(scene.relative, torch.ones_like(scene.relative))
-        torch.testing.assert_close(scene.of_head(scene.masses), scene.counted.expand(4, -1))
+        torch.testing.assert_close(
+            scene.of_head(scene.masses), scene.counted.expand(4, -1)
+        )
 
 
 def test_one_forward_serves_all_layers_heads_and_tokens(runs):
     watched = Watched(Subject(runs["tiny"], count=4))
-    for change in ({}, {"layer": 4}, {"head": 2}, {"tokens": [0]}, {"way": WAYS[1]}, {"way": WAYS[2]}):
+    for change in (
+        {},
+        {"layer": 4},
+        {"head": 2},
+        {"tokens": [0]},
+        {"way": WAYS[1]},
+        {"way": WAYS[2]},
+    ):
         draw(compute(watched, {**VALUES, **change}))
     assert watched.forward.cache_info().misses == 1
-    changes = ({"t": 0.5}, {"s": 0.3}, {"mask_ratio": 0.5}, {"sample": 0}, {"seed": 4}, {"network": "student"},
-               {"separated": True})
+    changes = (
+        {"t": 0.5},
+        {"s": 0.3},
+        {"mask_ratio": 0.5},
+        {"sample": 0},
+        {"seed": 4},
+        {"network": "student"},
+        {"separated": True},
+    )
     found = [compute(watched, {**VALUES, **change}).rows for change in ({}, *changes)]
     assert watched.forward.cache_info().misses == 1 + len(changes)
-    assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])  # each of them matters
+    # each of them matters
+    assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
 
 
 def test_weights_that_are_too_many_are_computed_again(watched, monkeypatch):
     scene = compute(watched, VALUES)
     monkeypatch.setattr(attention_scene, "KEPT", 0)
     again = compute(Watched(watched.subject), VALUES)
-    assert torch.equal(again.rows, scene.rows) and not again.forward.known and scene.forward.known
+    assert (
+        torch.equal(again.rows, scene.rows)
+        and not again.forward.known
+        and scene.forward.known
+    )
 
 
 def test_other_explorers_of_the_same_run_are_not_overheard(watched):
-    subject, forward = watched.subject, watched.forward(0, 9, 0.7, 0.2, 0.25, "student", False, "")
+    subject, forward = (
+        watched.subject,
+        watched.forward(0, 9, 0.7, 0.2, 0.25, "student", False, ""),
+    )
     assert forward.model is not subject.student
     kept = forward.seen[1].x.clone()
     subject.see(1, forward.levels, 5)
-    assert torch.equal(forward.seen[1].x, kept) and not subject.student.blocks[0].attn._forward_hooks
+    assert (
+        torch.equal(forward.seen[1].x, kept)
+        and not subject.student.blocks[0].attn._forward_hooks
+    )
 
 
 def test_mass_of_a_row_is_read_by_the_token_that_looks():
     weights = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.3, 0.3, 0.4]]])
     relation = torch.tensor([[0, 1, 4], [3, 0, 4], [3, 1, 0]])
     row, mass = read(weights, relation, WAYS[0], 1, 2)
-    torch.testing.assert_close((row, mass), (torch.tensor([[0.1, 0.2, 0.7]]), torch.tensor([[0.2, 0, 0, 0.1, 0.7]])))
+    torch.testing.assert_close(
+        (row, mass),
+        (torch.tensor([[0.1, 0.2, 0.7]]), torch.tensor([[0.2, 0, 0, 0.1, 0.7]])),
+    )
     row, mass = read(weights, relation, WAYS[1], 1, 2)
-    torch.testing.assert_close((row, mass), (torch.tensor([[0.25, 0.2, 0.3]]), torch.tensor([[0.2, 0, 0, 0.25, 0.3]])))
-    row, mass = read(weights, relation, WAYS[2], 0, 2)  # the caption does not count among those that look
-    torch.testing.assert_close((row, mass), (torch.tensor([[0.3, 0.225, 0.475]]), torch.tensor([[0.35, 0.125, 0, 0.05, 0.475]])))
+    torch.testing.assert_close(
+        (row, mass),
+        (torch.tensor([[0.25, 0.2, 0.3]]), torch.tensor([[0.2, 0, 0, 0.25, 0.3]])),
+    )
+    # the caption does not count among those that look
+    row, mass = read(weights, relation, WAYS[2], 0, 2)
+    torch.testing.assert_close(
+        (row, mass),
+        (
+            torch.tensor([[0.3, 0.225, 0.475]]),
+            torch.tensor([[0.35, 0.125, 0, 0.05, 0.475]]),
+        ),
+    )
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"layer": 0}, "counted 1 to 4"), ({"layer": 10**9}, "counted 1 to 4"), ({"head": 3}, "counted 1 to 2"),
-    ({"head": "first"}, "mean is that of all"), ({"tokens": []}, "0 tokens are chosen; click"), ({"tokens": [1, 2]}, "2 tokens"),
-    ({"tokens": [16]}, "token 16"), ({"tokens": [-1]}, "token -1"), ({"sample": 4}, "sample is 4"),
-    ({"sample": -1}, "sample is -1"), ({"t": 1.5}, "t is 1.5"), ({"s": float("nan")}, "s is nan"),
-    ({"mask_ratio": 0.9}, "mask_ratio"), ({"way": "up"}, "question"), ({"network": "teachers"}, "EMA teacher"),
-    ({"frame": 2}, "counted 1 to 1"), ({"frame": 0}, "counted 1 to 1")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"layer": 0}, "counted 1 to 4"),
+        ({"layer": 10**9}, "counted 1 to 4"),
+        ({"head": 3}, "counted 1 to 2"),
+        ({"head": "first"}, "mean is that of all"),
+        ({"tokens": []}, "0 tokens are chosen; click"),
+        ({"tokens": [1, 2]}, "2 tokens"),
+        ({"tokens": [16]}, "token 16"),
+        ({"tokens": [-1]}, "token -1"),
+        ({"sample": 4}, "sample is 4"),
+        ({"sample": -1}, "sample is -1"),
+        ({"t": 1.5}, "t is 1.5"),
+        ({"s": float("nan")}, "s is nan"),
+        ({"mask_ratio": 0.9}, "mask_ratio"),
+        ({"way": "up"}, "question"),
+        ({"network": "teachers"}, "EMA teacher"),
+        ({"frame": 2}, "counted 1 to 1"),
+        ({"frame": 0}, "counted 1 to 1"),
+    ],
+)
 def test_what_cannot_be_is_said(watched, change, words):
     with pytest.raises(ValueError, match=words):
         draw(compute(watched, {**VALUES, **change}))
@@ -170,22 +299,40 @@ def test_words_say_who_looks_where_and_how_much_of_it_is_cleaner(watched):
     row = scene.rows[1].mean(0)
     best, cleaner = int(row.argmax()), row[tau < tau.max()].sum()
     names = watched.subject.board.names
-    for words in (f"layer 2, mean of heads: {names[noisy]} (level 0.90) looks most at {names[best]} (level {tau[best]:.2f})",
-                  f"{16 * row.max():.1f} times", f"{cleaner:.0%} of the attention goes to cleaner tokens, by counting 25%"):
+    for words in (
+        f"layer 2, mean of heads: {names[noisy]} (level 0.90) looks most at {names[best]} (level {tau[best]:.2f})",
+        f"{16 * row.max():.1f} times",
+        f"{cleaner:.0%} of the attention goes to cleaner tokens, by counting 25%",
+    ):
         assert words in say(scene)
     assert "no token is cleaner" in say(compute(watched, {**VALUES, "s": 0.9}))
-    assert "comes from cleaner" in say(compute(watched, {**VALUES, "tokens": [noisy], "way": WAYS[1]}))
-    assert "all tokens, on average, look most at" in say(compute(watched, {**VALUES, "way": WAYS[2]}))
+    assert "comes from cleaner" in say(
+        compute(watched, {**VALUES, "tokens": [noisy], "way": WAYS[1]})
+    )
+    assert "all tokens, on average, look most at" in say(
+        compute(watched, {**VALUES, "way": WAYS[2]})
+    )
 
 
 # pictures
 
 
-@pytest.mark.parametrize("config", [DataConfig("digits"), DataConfig("motion", size=16, frames=8), DataConfig("notes"),
-                                    DataConfig("scenes", size=16, frames=8)], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "config",
+    [
+        DataConfig("digits"),
+        DataConfig("motion", size=16, frames=8),
+        DataConfig("notes"),
+        DataConfig("scenes", size=16, frames=8),
+    ],
+    ids=lambda c: c.name,
+)
 def test_a_window_shows_the_tokens_of_its_moment(config):
     sources = Sources(config, "validation")
-    layout, tokens = sources.layouts[config.name], sources.take(config.name, torch.arange(1)).x0[0]
+    layout, tokens = (
+        sources.layouts[config.name],
+        sources.take(config.name, torch.arange(1)).x0[0],
+    )
     frame = frames_in(layout) - 1
     window, board = Window(layout, frame), Board(layout)
     shown = set(window.owner.ravel())
@@ -194,13 +341,17 @@ def test_a_window_shows_the_tokens_of_its_moment(config):
         assert np.array_equal(window.pixels(tokens), board.pixels(tokens))
     else:
         video = [part for part in layout.parts if part.name == "video"][0]
-        last = set(range(video.tokens * (video.grid[0] - 1) // video.grid[0], video.tokens))
+        last = set(
+            range(video.tokens * (video.grid[0] - 1) // video.grid[0], video.tokens)
+        )
         assert shown == last | set(range(video.tokens, len(tokens)))
     for token in (0, len(tokens) - 1):
         changed = tokens.clone()
         changed[token] = 1 - changed[token].abs()
         differs = (window.pixels(changed) != window.pixels(tokens)).any(-1)
-        assert differs.any() == (token in shown) and (window.owner[differs] == token).all()
+        assert (
+            differs.any() == (token in shown) and (window.owner[differs] == token).all()
+        )
 
 
 def test_an_overlay_is_brightest_where_attention_is_highest(watched):
@@ -211,16 +362,27 @@ def test_an_overlay_is_brightest_where_attention_is_highest(watched):
     assert drawn[board.owner == 3].min() > drawn[board.owner != 3].max()
     times[7] = torch.nan
     drawn = laid_over(board, x0, times)
-    assert (np.ptp(drawn[board.owner == 7], axis=-1) == 0).all()  # grey: it may not be looked at
+    # grey: it may not be looked at
+    assert (np.ptp(drawn[board.owner == 7], axis=-1) == 0).all()
 
 
 def test_pictures_follow_what_they_show_and_nothing_else(watched):
     scene = compute(watched, VALUES)
     before, after = draw(scene), draw(compute(watched, {**VALUES, "head": 1}))
-    assert {name for name in before if before[name] != after[name]} == {"tokens", "layers", "shown", "heads"}
-    assert draw(scene) == before and all(draw(scene, DARK)[name] != before[name] for name in ("layers", "shown", "heads"))
+    assert {name for name in before if before[name] != after[name]} == {
+        "tokens",
+        "layers",
+        "shown",
+        "heads",
+    }
+    assert draw(scene) == before and all(
+        draw(scene, DARK)[name] != before[name] for name in ("layers", "shown", "heads")
+    )
     received = draw_layers(compute(watched, {**VALUES, "way": WAYS[1]}))
-    assert received.size == draw_layers(scene).size and received.tobytes() != draw_layers(scene).tobytes()
+    assert (
+        received.size == draw_layers(scene).size
+        and received.tobytes() != draw_layers(scene).tobytes()
+    )
 
 
 # other kinds of runs
@@ -232,7 +394,10 @@ def test_captions_are_shown_and_10_000_characters_are_answered(more):
     assert "caption" in draw(scene) and "the caption (counting: " in say(scene)
     stride, n = watched.config.caption_stride, watched.subject.tokens
     pieces = pieces_of(scene.forward, stride, len(scene.even) - n)
-    assert "".join(pieces).startswith("a ") and len(pieces) == watched.config.caption // stride
+    assert (
+        "".join(pieces).startswith("a ")
+        and len(pieces) == watched.config.caption // stride
+    )
     torch.testing.assert_close(scene.masses[..., 4], scene.rows[..., n:].sum(-1))
     told = "a red star " * 909 + "?"
     other = compute(watched, {**VALUES, "told": told})
@@ -245,18 +410,28 @@ def test_captions_are_shown_and_10_000_characters_are_answered(more):
 def test_a_token_of_either_part_is_shown_on_both(more):
     watched = Watched(Subject(more["scenes"], count=2))
     sound = watched.slices["audio"].start
-    said = {token: say(scene := compute(watched, {**VALUES, "tokens": [token], "frame": 3})) for token in (0, sound)}
-    assert "video, moment 1" in said[0] and "audio, moment 1" in said[sound] and "goes to audio" in said[0]
+    said = {
+        token: say(scene := compute(watched, {**VALUES, "tokens": [token], "frame": 3}))
+        for token in (0, sound)
+    }
+    assert (
+        "video, moment 1" in said[0]
+        and "audio, moment 1" in said[sound]
+        and "goes to audio" in said[0]
+    )
     pictures = draw(scene)
     assert pictures["sound"][:4] == b"RIFF"
     shown = draw(compute(watched, {**VALUES, "tokens": [sound], "frame": 1}))
-    assert shown["shown"] != pictures["shown"] and shown["tokens"] == pictures["tokens"]  # the board has all moments
+    # the board has all moments
+    assert shown["shown"] != pictures["shown"] and shown["tokens"] == pictures["tokens"]
 
 
 def test_the_player_goes_on_while_another_layer_is_looked_at(more):
     explorer = explore_attention(more["sounds"], count=2, layer=1)
     heard = []
-    explorer.pictures["sound"].observe(lambda change: heard.append(change["new"]), "value")
+    explorer.pictures["sound"].observe(
+        lambda change: heard.append(change["new"]), "value"
+    )
     explorer.controls["layer"].value = 3
     explorer.settle()
     assert not heard and "<audio" in explorer.pictures["sound"].value
@@ -275,19 +450,34 @@ def pixels(png):
 
 def test_the_panel_shows_what_the_pure_functions_draw(runs):
     explorer = explore_attention(runs["tiny"], count=4, sample=1)
-    for name, value in {"tokens": [7], "layer": 3, "head": 2, "t": 0.6, "s": 0.5, "way": WAYS[1], "network": "student",
-                        "separated": True, "mask_ratio": 0.4, "seed": 8}.items():
+    for name, value in {
+        "tokens": [7],
+        "layer": 3,
+        "head": 2,
+        "t": 0.6,
+        "s": 0.5,
+        "way": WAYS[1],
+        "network": "student",
+        "separated": True,
+        "mask_ratio": 0.4,
+        "seed": 8,
+    }.items():
         explorer.controls[name].value = value
     explorer.settle()
     wanted = draw(compute(explorer.data.watched, {"frame": 1, **explorer.values()}))
-    assert {name: bytes(explorer.pictures[name].value) for name in wanted if name != "tokens"} == {
-        name: png for name, png in wanted.items() if name != "tokens"}
+    assert {
+        name: bytes(explorer.pictures[name].value)
+        for name in wanted
+        if name != "tokens"
+    } == {name: png for name, png in wanted.items() if name != "tokens"}
     assert bytes(explorer.controls["tokens"].picture) == wanted["tokens"]
 
 
 def test_the_first_token_has_cleaner_ones(runs):
     scene = explore_attention(runs["tiny"], count=1).data
-    assert scene.counted[1] > 0 and scene.forward.levels.per_token()[0, scene.token] == pytest.approx(0.8)
+    assert scene.counted[1] > 0 and scene.forward.levels.per_token()[
+        0, scene.token
+    ] == pytest.approx(0.8)
 
 
 def test_clicking_a_token_asks_for_that_token(runs):
@@ -305,7 +495,10 @@ def test_errors_are_said_and_the_panel_goes_on(runs):
     explorer = explore_attention(runs["vanilla"], count=2)
     explorer.controls["tokens"].value = []
     explorer.settle()
-    assert 'role="alert"' in explorer.message.value and "click the one" in explorer.message.value
+    assert (
+        'role="alert"' in explorer.message.value
+        and "click the one" in explorer.message.value
+    )
     explorer.controls["tokens"].value = [2]
     explorer.settle()
     assert 'role="status"' in explorer.message.value
@@ -315,20 +508,38 @@ def test_errors_are_said_and_the_panel_goes_on(runs):
 
 def test_runs_that_cannot_be_used_are_answered_in_the_panel(runs, tmp_path):
     shutil.copytree(runs["tiny"].path, tmp_path / "written")
-    shutil.rmtree(tmp_path / "written/checkpoints")  # has begun, and has no checkpoint yet
+    # has begun, and has no checkpoint yet
+    shutil.rmtree(tmp_path / "written/checkpoints")
     shutil.copytree(runs["tiny"].path, tmp_path / "other")
     config = json.loads((tmp_path / "other/config.json").read_text())
-    config["config"]["data"] |= {"name": "notes"}  # a model of images, a config of sounds
+    # a model of images, a config of sounds
+    config["config"]["data"] |= {"name": "notes"}
     (tmp_path / "other/config.json").write_text(json.dumps(config))
-    for name, words in (("", "holds no run"), ("absent", "holds no run"), ("written", "no whole checkpoint"), ("other", "")):
+    for name, words in (
+        ("", "holds no run"),
+        ("absent", "holds no run"),
+        ("written", "no whole checkpoint"),
+        ("other", ""),
+    ):
         explorer = explore_attention(tmp_path / name)
-        assert 'role="alert"' in explorer.message.value and words in explorer.message.value and explorer.box.children, name
+        assert (
+            'role="alert"' in explorer.message.value
+            and words in explorer.message.value
+            and explorer.box.children
+        ), name
     assert "data set" in explore_attention(runs["tiny"], data="motion").message.value
-    assert explore_attention(str(runs["tiny"].path), count=2).pictures and Run.open(runs["tiny"].path).path.exists()
+    assert (
+        explore_attention(str(runs["tiny"].path), count=2).pictures
+        and Run.open(runs["tiny"].path).path.exists()
+    )
 
 
 def test_a_forward_knows_its_sizes(watched):
     scene = compute(watched, VALUES)
-    assert isinstance(scene.forward, Forward) and scene.rows.shape == (4, 2, 16) and scene.masses.shape == (4, 2, 5)
+    assert (
+        isinstance(scene.forward, Forward)
+        and scene.rows.shape == (4, 2, 16)
+        and scene.masses.shape == (4, 2, 5)
+    )
     copy = replace(scene, values={**VALUES, "head": 2})
     torch.testing.assert_close(copy.relative[0], copy.relative[2])

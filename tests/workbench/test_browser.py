@@ -1,4 +1,5 @@
 """The panel in a real browser: a cell that is busy training in JupyterLab, a picture that changes, buttons that answer."""
+
 import pytest
 from browser import run_all, shoot, source, until_shown, until_within, write_notebook
 
@@ -7,7 +8,8 @@ from selfflow.training.watching import Following
 from selfflow.workbench.boards import picture_of
 from selfflow.workbench.controls import DARK, LIGHT
 
-CELLS = {"train": """
+CELLS = {
+    "train": """
 from selfflow.workbench import panel
 from selfflow.training.config import Config, ModelConfig, TrainConfig
 panel.SHARE = 0.25  # pictures more often than one would want
@@ -15,10 +17,12 @@ training = TrainConfig(steps=20_000, batch=16, log_every=1, validate_every=20, s
 config = Config(name="mine", model=ModelConfig(width=16, depth=4, heads=2), training=training)
 run = panel.train(config, refresh=0.5, device="cpu")
 print("the cell has ended at step", run.state()["step"])
-""", "look": """
+""",
+    "look": """
 from selfflow.workbench.panel import watch
 watch("runs/mine")
-"""}
+""",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +36,9 @@ def test_the_panel_lives_while_the_cell_is_busy(lab, page):
     work = lab[2]
     busy = page.locator(".jp-CodeCell .jp-InputPrompt", has_text="[*]")
     run_all(page, lab, "train")
-    page.locator(".selfflow-header", has_text="training: process").wait_for(timeout=60_000)
+    page.locator(".selfflow-header", has_text="training: process").wait_for(
+        timeout=60_000
+    )
     page.locator("img.selfflow-dashboard").wait_for()
     seen = {source(page, "dashboard")}
     while len(seen) < 3:  # two more pictures, while the cell is busy
@@ -43,7 +49,10 @@ def test_the_panel_lives_while_the_cell_is_busy(lab, page):
     page.get_by_role("button", name="Sample now").click()
     page.locator(".selfflow-said", has_text="sample asked at").wait_for()
     page.locator(".selfflow-said", has_text="answered").wait_for()
-    assert busy.count() == 1 and len(list((work / "runs/mine/samples/film").iterdir())) == 1
+    assert (
+        busy.count() == 1
+        and len(list((work / "runs/mine/samples/film").iterdir())) == 1
+    )
     with_film = source(page, "dashboard")
     while source(page, "dashboard") == with_film:
         assert busy.count() == 1
@@ -59,14 +68,20 @@ def test_the_panel_lives_while_the_cell_is_busy(lab, page):
     busy.wait_for(state="detached")
     page.locator(".selfflow-header", has_text=f"stopped at step {step}").wait_for()
     for name in ("Stop", "Sample now"):
-        assert page.locator(".selfflow-panel").get_by_role("button", name=name).is_disabled()
+        assert (
+            page.locator(".selfflow-panel")
+            .get_by_role("button", name=name)
+            .is_disabled()
+        )
     assert "nobody is training" in page.locator(".selfflow-said").inner_text()
     page.get_by_text("Film, large").click()  # after the run, too
     page.locator("img.selfflow-film").wait_for()
     shoot(page, "stopped")
     page.locator(".selfflow-header").scroll_into_view_if_needed()
     page.set_viewport_size({"width": 900, "height": 1100})
-    until_within(page, page.locator(".selfflow-panel"), page.locator("img.selfflow-dashboard"))
+    until_within(
+        page, page.locator(".selfflow-panel"), page.locator("img.selfflow-dashboard")
+    )
     shoot(page, "narrow")
 
 
@@ -74,16 +89,34 @@ def test_another_kernel_shows_the_same_from_the_folder_alone(lab, page):
     if not (lab[2] / "runs/mine/checkpoints").exists():
         pytest.skip("looks at what the test above has trained")
     run_all(page, lab, "look")
-    page.locator(".selfflow-header", has_text="stopped at step").wait_for(timeout=60_000)
+    page.locator(".selfflow-header", has_text="stopped at step").wait_for(
+        timeout=60_000
+    )
     page.locator("img.selfflow-dashboard").wait_for()
     assert "nobody is training" in page.locator(".selfflow-said").inner_text()
     for name in ("Stop", "Sample now"):
-        assert page.locator(".selfflow-panel").get_by_role("button", name=name).is_disabled()
+        assert (
+            page.locator(".selfflow-panel")
+            .get_by_role("button", name=name)
+            .is_disabled()
+        )
     shoot(page, "look")
     following = Following(lab[2] / "runs/mine")
     following.read()
-    data = following.log.table, following.timing.table, following.film, following.steps, following.run.config.training.clip
+    data = (
+        following.log.table,
+        following.timing.table,
+        following.film,
+        following.steps,
+        following.run.config.training.clip,
+    )
     for name, theme in (("Light", LIGHT), ("Dark", DARK), ("Light", LIGHT)):
-        page.evaluate(f"() => window.jupyterapp.commands.execute('apputils:change-theme', {{theme: 'JupyterLab {name}'}})")
-        until_shown(page, "img.selfflow-dashboard", picture_of(draw_dashboard(*data), theme, dpi=140))
+        page.evaluate(
+            f"() => window.jupyterapp.commands.execute('apputils:change-theme', {{theme: 'JupyterLab {name}'}})"
+        )
+        until_shown(
+            page,
+            "img.selfflow-dashboard",
+            picture_of(draw_dashboard(*data), theme, dpi=140),
+        )
         shoot(page, f"look-{name.lower()}")

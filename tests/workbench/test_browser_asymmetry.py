@@ -1,6 +1,15 @@
 """The explorer of noise asymmetry in a real browser: every control by keys and pointer, painted masks, rapid drags, a restart."""
+
 import pytest
-from browser import record_latency, run_all, shoot, step_times, until_shown, until_within, write_notebook
+from browser import (
+    record_latency,
+    run_all,
+    shoot,
+    step_times,
+    until_shown,
+    until_within,
+    write_notebook,
+)
 
 from selfflow.training.config import PRESETS
 from selfflow.training.run import Run
@@ -18,10 +27,25 @@ training = replace(config.training, steps=2, batch=8, shards=1, validate_every=2
 explorer = explore(train(replace(config, name="seen", training=training), "runs", bar=False, device="cpu"))
 explorer
 """
-START = {"t": 0.8, "s": 0.2, "mask_ratio": 0.25, "seed": 0, "sample": 0, "schedule": "dual", "density": "uniform", "shift": 1.0,
-         "drawn": False, "hand": False, "tokens": []}
-IMAGES = {"tokens": ".selfflow-tokens img", "levels": "img.selfflow-picture-levels", "views": "img.selfflow-picture-views",
-          "curve": "img.selfflow-picture-curve"}
+START = {
+    "t": 0.8,
+    "s": 0.2,
+    "mask_ratio": 0.25,
+    "seed": 0,
+    "sample": 0,
+    "schedule": "dual",
+    "density": "uniform",
+    "shift": 1.0,
+    "drawn": False,
+    "hand": False,
+    "tokens": [],
+}
+IMAGES = {
+    "tokens": ".selfflow-tokens img",
+    "levels": "img.selfflow-picture-levels",
+    "views": "img.selfflow-picture-views",
+    "curve": "img.selfflow-picture-curve",
+}
 
 
 class Explored:
@@ -60,8 +84,13 @@ def test_every_control_is_followed(explored):
     page, values = explored.page, explored.values
     explored.shows()
     shoot(page, "asymmetry")
-    for name, key, step in (("t", "ArrowRight", 0.01), ("s", "ArrowLeft", -0.01), ("mask_ratio", "ArrowRight", 0.01),
-                            ("sample", "ArrowRight", 1), ("shift", "ArrowRight", 0.1)):
+    for name, key, step in (
+        ("t", "ArrowRight", 0.01),
+        ("s", "ArrowLeft", -0.01),
+        ("mask_ratio", "ArrowRight", 0.01),
+        ("sample", "ArrowRight", 1),
+        ("shift", "ArrowRight", 0.1),
+    ):
         assert explored.handle(name).get_attribute("aria-label")
         explored.handle(name).focus()
         page.keyboard.press(key)
@@ -69,7 +98,9 @@ def test_every_control_is_followed(explored):
         assert explored.readout(name) == pytest.approx(values[name])
     for name in ("t", "s"):  # by pointer
         track = explored.control(name, ".noUi-base").bounding_box()
-        page.mouse.click(track["x"] + 0.55 * track["width"], track["y"] + track["height"] / 2)
+        page.mouse.click(
+            track["x"] + 0.55 * track["width"], track["y"] + track["height"] / 2
+        )
         readout = f"document.querySelector('.selfflow-control-{name} .widget-readout')"
         page.wait_for_function(f"{readout}.innerText != '{values[name]:.2f}'")
         explored.shows(**{name: explored.readout(name)})
@@ -78,7 +109,14 @@ def test_every_control_is_followed(explored):
         seed.fill(typed)
         seed.press("Enter")
         explored.shows(seed=kept)
-    for kind in ("single", "sorted", "diffusion forcing", "full masking", "block masks", "dual"):
+    for kind in (
+        "single",
+        "sorted",
+        "diffusion forcing",
+        "full masking",
+        "block masks",
+        "dual",
+    ):
         explored.control("schedule", "select").select_option(kind)
         explored.shows(schedule=kind)
     explored.control("density", "select").select_option("logit_normal")
@@ -98,7 +136,9 @@ def drag(explored):
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.mouse.down()
     for turn in range(60):
-        page.mouse.move(track["x"] + track["width"] * (0.1 + 0.8 * (turn % 7) / 6), box["y"] + 5)
+        page.mouse.move(
+            track["x"] + track["width"] * (0.1 + 0.8 * (turn % 7) / 6), box["y"] + 5
+        )
     page.mouse.up()
     page.wait_for_timeout(100)
     explored.shows(t=explored.readout("t"))
@@ -107,8 +147,13 @@ def drag(explored):
 def measure(explored):
     times = step_times(explored.page, "views", "t")
     shape = explored.subject.teacher.config
-    median = record_latency("asymmetry", times, model=f"width {shape.width}, depth {shape.depth}, {shape.tokens} tokens")
-    assert median < 1000  # on a machine that does other things too; see data/results/latency.json
+    median = record_latency(
+        "asymmetry",
+        times,
+        model=f"width {shape.width}, depth {shape.depth}, {shape.tokens} tokens",
+    )
+    # on a machine that does other things too; see data/results/latency.json
+    assert median < 1000
     explored.shows()
 
 
@@ -117,8 +162,12 @@ def test_masks_are_painted_by_hand_and_a_restart_changes_nothing(explored):
     assert tokens.count() == explored.subject.tokens
     tokens.nth(5).click()  # switches the hand on
     explored.shows(hand=True, tokens=[5])
-    assert explored.control("hand", "input").is_checked() and tokens.nth(5).get_attribute("aria-pressed") == "true"
-    for key in ("ArrowRight", "Space", "ArrowDown", "Enter"):  # token 5 is in row 1, column 1 of 4 x 4
+    assert (
+        explored.control("hand", "input").is_checked()
+        and tokens.nth(5).get_attribute("aria-pressed") == "true"
+    )
+    # token 5 is in row 1, column 1 of 4 x 4
+    for key in ("ArrowRight", "Space", "ArrowDown", "Enter"):
         page.keyboard.press(key)
     explored.shows(tokens=[5, 6, 10])
     start, end = tokens.nth(12).bounding_box(), tokens.nth(15).bounding_box()
@@ -136,21 +185,30 @@ def test_masks_are_painted_by_hand_and_a_restart_changes_nothing(explored):
     explored.shows(hand=False)
     assert not page.locator(IMAGES["curve"]).is_visible()
 
-    page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+    page.evaluate(
+        "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"
+    )
     explored.theme = DARK
     explored.shows()
     shoot(page, "asymmetry-dark")
     page.set_viewport_size({"width": 800, "height": 1000})
-    until_within(page, page.locator(".selfflow-explorer"),
-                 *(page.locator(IMAGES[name]) for name in ("tokens", "levels", "views")))
+    until_within(
+        page,
+        page.locator(".selfflow-explorer"),
+        *(page.locator(IMAGES[name]) for name in ("tokens", "levels", "views")),
+    )
     shoot(page, "asymmetry-narrow")
 
-    page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
+    page.evaluate(
+        "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})"
+    )
     page.evaluate("""async () => { const session = window.jupyterapp.shell.currentWidget.sessionContext;
         await session.restartKernel(); await session.ready;
         window.jupyterapp.commands.execute('notebook:run-all-cells') }""")
     explored.values, explored.theme = dict(START), LIGHT
-    page.locator(".jp-CodeCell .jp-InputPrompt", has_text="[1]").wait_for(timeout=180_000)
+    page.locator(".jp-CodeCell .jp-InputPrompt", has_text="[1]").wait_for(
+        timeout=180_000
+    )
     explored.shows()
     explored.handle("s").focus()
     page.keyboard.press("ArrowRight")

@@ -1,6 +1,15 @@
 """The attention explorer in a real browser: every control by keys and pointer, clicks, a film with sound, captions."""
+
 import pytest
-from browser import record_latency, run_all, shoot, step_times, until_shown, until_within, write_notebook
+from browser import (
+    record_latency,
+    run_all,
+    shoot,
+    step_times,
+    until_shown,
+    until_within,
+    write_notebook,
+)
 
 from selfflow.training.run import Run
 from selfflow.workbench.attention_explorer import draw
@@ -8,7 +17,8 @@ from selfflow.workbench.attention_scene import WAYS, Watched, compute
 from selfflow.workbench.controls import DARK, LIGHT
 from selfflow.workbench.viewed_run import Subject
 
-CELLS = ("""
+CELLS = (
+    """
 from dataclasses import replace
 from selfflow.workbench.attention_explorer import explore_attention
 from selfflow.training.config import PRESETS, Config, DataConfig, ModelConfig, TrainConfig
@@ -16,7 +26,8 @@ from selfflow.training.loop import train
 config = PRESETS["digits"]  # the model of the quickstart
 training = replace(config.training, steps=2, batch=8, shards=1, validate_every=2, validation=8, save_every=2, sample_every=0)
 explore_attention(train(replace(config, name="looks", training=training), "runs", bar=False, device="cpu"), tokens=[8])
-""", """
+""",
+    """
 short = TrainConfig(steps=2, batch=4, shards=1, validate_every=2, validation=4, save_every=2, sample_every=0)
 small = ModelConfig(width=16, depth=3, heads=2)
 kinds = {"scenes": DataConfig("scenes", size=16, frames=8, patch=4),
@@ -24,17 +35,39 @@ kinds = {"scenes": DataConfig("scenes", size=16, frames=8, patch=4),
 made = {name: train(Config(name=name, data=data, model=small, training=short), "more", bar=False, device="cpu")
         for name, data in kinds.items()}
 explore_attention(made["scenes"], count=4, tokens=[8])
-""", "explore_attention(made['texts'], count=4, tokens=[8])", "explore_attention('nothing')")
-START = {"way": WAYS[0], "tokens": [8], "layer": 3, "head": "mean", "t": 0.8, "s": 0.2, "mask_ratio": 0.25, "sample": 0,
-         "seed": 0, "network": "EMA teacher", "separated": False, "frame": 1}
+""",
+    "explore_attention(made['texts'], count=4, tokens=[8])",
+    "explore_attention('nothing')",
+)
+START = {
+    "way": WAYS[0],
+    "tokens": [8],
+    "layer": 3,
+    "head": "mean",
+    "t": 0.8,
+    "s": 0.2,
+    "mask_ratio": 0.25,
+    "sample": 0,
+    "seed": 0,
+    "network": "EMA teacher",
+    "separated": False,
+    "frame": 1,
+}
 
 
 class Looked:
     "One of the explorers on the page, and the values that its controls should have."
 
     def __init__(self, page, place, run, count=24, **start):
-        self.page, self.theme, self.watched = page, LIGHT, Watched(Subject(run, count=count))
-        self.values, self.box = {**START, **start}, f".selfflow-explorer >> nth={place} >> "
+        self.page, self.theme, self.watched = (
+            page,
+            LIGHT,
+            Watched(Subject(run, count=count)),
+        )
+        self.values, self.box = (
+            {**START, **start},
+            f".selfflow-explorer >> nth={place} >> ",
+        )
 
     def control(self, name, inner=""):
         return self.page.locator(f"{self.box}.selfflow-control-{name} {inner}".strip())
@@ -43,7 +76,11 @@ class Looked:
         return self.control(name, ".noUi-handle")
 
     def picture(self, name):
-        return self.box + (".selfflow-tokens img" if name == "tokens" else f"img.selfflow-picture-{name}")
+        return self.box + (
+            ".selfflow-tokens img"
+            if name == "tokens"
+            else f"img.selfflow-picture-{name}"
+        )
 
     def shows(self, **changes):
         "Wait until all pictures are those that the pure function draws of the values."
@@ -75,8 +112,13 @@ def test_every_control_is_followed(lab, opened):
     looked.shows()
     shoot(page, "attention")
     values = looked.values
-    for name, key, step in (("layer", "ArrowRight", 1), ("t", "ArrowRight", 0.01), ("s", "ArrowLeft", -0.01),
-                            ("mask_ratio", "ArrowRight", 0.01), ("sample", "ArrowRight", 1)):
+    for name, key, step in (
+        ("layer", "ArrowRight", 1),
+        ("t", "ArrowRight", 0.01),
+        ("s", "ArrowLeft", -0.01),
+        ("mask_ratio", "ArrowRight", 0.01),
+        ("sample", "ArrowRight", 1),
+    ):
         looked.press(name, key)
         looked.shows(**{name: type(values[name])(round(values[name] + step, 2))})
     for head in (1, 2):
@@ -85,7 +127,9 @@ def test_every_control_is_followed(lab, opened):
     looked.says(f"head {head}")
     for name in ("layer", "t"):  # by pointer
         before, track = values[name], looked.control(name, ".noUi-base").bounding_box()
-        page.mouse.click(track["x"] + 0.15 * track["width"], track["y"] + track["height"] / 2)
+        page.mouse.click(
+            track["x"] + 0.15 * track["width"], track["y"] + track["height"] / 2
+        )
         readout = looked.control(name, ".widget-readout")
         while float(readout.inner_text()) == before:
             page.wait_for_timeout(50)
@@ -99,7 +143,10 @@ def test_every_control_is_followed(lab, opened):
     for key in ("ArrowRight", "Space"):
         page.keyboard.press(key)
     looked.shows(tokens=[3])
-    assert tokens.nth(3).get_attribute("aria-pressed") == "true" and tokens.nth(2).get_attribute("aria-pressed") == "false"
+    assert (
+        tokens.nth(3).get_attribute("aria-pressed") == "true"
+        and tokens.nth(2).get_attribute("aria-pressed") == "false"
+    )
     for way in (WAYS[1], WAYS[2]):
         looked.control("way", "select").select_option(way)
         looked.shows(way=way)
@@ -115,21 +162,32 @@ def test_every_control_is_followed(lab, opened):
         seed.fill(typed)
         seed.press("Enter")
         looked.shows(seed=kept)
-    layer = looked.control("layer", ".widget-readout")  # absurd numbers are kept within the limits
+    # absurd numbers are kept within the limits
+    layer = looked.control("layer", ".widget-readout")
     layer.fill("1000000")
     layer.press("Enter")
     looked.shows(layer=6)
     measure(looked)
     drag(looked)
-    page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+    page.evaluate(
+        "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"
+    )
     looked.theme = DARK
     looked.shows()
     shoot(page, "attention-dark")
     page.set_viewport_size({"width": 800, "height": 1150})
-    until_within(page, page.locator(".selfflow-explorer").first,
-                 *(page.locator(looked.picture(name)) for name in ("tokens", "layers", "shown", "heads")))
+    until_within(
+        page,
+        page.locator(".selfflow-explorer").first,
+        *(
+            page.locator(looked.picture(name))
+            for name in ("tokens", "layers", "shown", "heads")
+        ),
+    )
     shoot(page, "attention-dark-narrow")
-    page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
+    page.evaluate(
+        "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})"
+    )
 
 
 def measure(looked):
@@ -138,9 +196,14 @@ def measure(looked):
     looked.shows(layer=5)
     times = step_times(looked.page, "heads", "layer")
     shape = looked.watched.config
-    median = record_latency("attention", times, model=f"width {shape.width}, depth {shape.depth}, {shape.tokens} tokens",
-                            moved="layer: all pictures are drawn again, no forward")
-    assert median < 1000  # on a machine that does other things too; see data/results/latency.json
+    median = record_latency(
+        "attention",
+        times,
+        model=f"width {shape.width}, depth {shape.depth}, {shape.tokens} tokens",
+        moved="layer: all pictures are drawn again, no forward",
+    )
+    # on a machine that does other things too; see data/results/latency.json
+    assert median < 1000
     looked.shows()
 
 
@@ -151,7 +214,9 @@ def drag(looked):
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.mouse.down()
     for turn in range(60):
-        page.mouse.move(track["x"] + track["width"] * (0.1 + 0.8 * (turn % 7) / 6), box["y"] + 5)
+        page.mouse.move(
+            track["x"] + track["width"] * (0.1 + 0.8 * (turn % 7) / 6), box["y"] + 5
+        )
     page.mouse.up()
     page.wait_for_timeout(100)
     looked.shows(t=float(looked.control("t", ".widget-readout").inner_text()))
@@ -187,4 +252,6 @@ def test_films_sounds_captions_and_a_folder_without_runs(lab, opened):
     texts.says("the caption has 10,000 characters, of which is read what fits")
     texts.shows(told=told)
     shoot(page, "attention-caption")
-    page.locator(".selfflow-explorer").nth(3).locator("[role=alert]", has_text="holds no run").wait_for()
+    page.locator(".selfflow-explorer").nth(3).locator(
+        "[role=alert]", has_text="holds no run"
+    ).wait_for()

@@ -1,4 +1,5 @@
 """The feature explorer in a real browser: sliders by keys and rapid drags, hover, clicked neighbours, a lasso, both themes."""
+
 import numpy as np
 import pytest
 from browser import record_latency, run_all, shoot, until_within, write_notebook
@@ -7,7 +8,8 @@ from selfflow.training.run import Run
 from selfflow.workbench.feature_explorer import say_near
 from selfflow.workbench.feature_maps import Asked, Opened
 
-CELLS = ("""
+CELLS = (
+    """
 from dataclasses import replace
 from selfflow.training.config import PRESETS
 from selfflow.workbench.feature_explorer import explore_features
@@ -17,7 +19,9 @@ training = replace(config.training, steps=2, batch=8, shards=1, validate_every=2
 run = train(replace(config, name="seen", training=training), "features", bar=False, device="cpu")
 explorer = explore_features(run, layers=(1, 3, 6), levels=(0.0, 0.25, 0.5))
 explorer
-""", "explore_features('features/none')")
+""",
+    "explore_features('features/none')",
+)
 ASKED = Asked(layers=(1, 3, 6), levels=(0.0, 0.25, 0.5))
 DRAWN = """() => { const found = [...document.querySelector('.scatterlayer .trace').querySelectorAll('.point')]
     .map(point => { const box = point.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2] });
@@ -33,7 +37,8 @@ class Seen:
 
     def __init__(self, lab, page):
         self.page, self.method, self.layer, self.level = page, "UMAP", 1, 0.0
-        self.atlas = Opened(Run.open(lab[2] / "features/seen", "cpu"), ASKED).atlas()  # planes are those that are kept
+        # planes are those that are kept
+        self.atlas = Opened(Run.open(lab[2] / "features/seen", "cpu"), ASKED).atlas()
 
     def control(self, name, inner=""):
         return self.page.locator(f".selfflow-control-{name} {inner}".strip()).first
@@ -54,19 +59,30 @@ class Seen:
         for _ in range(300):
             screen, data = self.drawn()
             points = np.asarray(self.page.evaluate(DRAWN))
-            if (data.shape == plane.points.shape and np.allclose(data, plane.points, atol=1e-5) and points.shape == screen.shape
-                    and abs(points - screen).max() < 2.5):
+            if (
+                data.shape == plane.points.shape
+                and np.allclose(data, plane.points, atol=1e-5)
+                and points.shape == screen.shape
+                and abs(points - screen).max() < 2.5
+            ):
                 break
             self.page.wait_for_timeout(100)
         else:
-            raise AssertionError(f"the points are not those of {self.method}, layer {self.layer}, t = {self.level}")
+            raise AssertionError(
+                f"the points are not those of {self.method}, layer {self.layer}, t = {self.level}"
+            )
         title = self.page.locator(".gtitle").first.text_content()
-        assert f"layer {self.layer}, t = {self.level:g}{self.method}, trustworthiness {plane.trustworthiness:.3f}" in title
+        assert (
+            f"layer {self.layer}, t = {self.level:g}{self.method}, trustworthiness {plane.trustworthiness:.3f}"
+            in title
+        )
 
     def alone(self, distance=16):
         "Points that have no other near them on the screen."
         screen = self.drawn()[0]
-        apart = np.linalg.norm(screen[:, None] - screen[None], axis=2) + 1e9 * np.eye(len(screen))
+        apart = np.linalg.norm(screen[:, None] - screen[None], axis=2) + 1e9 * np.eye(
+            len(screen)
+        )
         return [int(place) for place in np.flatnonzero(apart.min(1) > distance)], screen
 
 
@@ -84,8 +100,13 @@ def test_points_follow_the_controls_and_neighbours_are_those_of_the_features(see
     seen.shows()
     assert page.locator(".legend .traces").count() == 10, "one entry for each digit"
     shoot(page, "features")
-    for name, key, value in (("layer", "ArrowRight", 3), ("level", "ArrowRight", 0.25), ("layer", "ArrowRight", 6),
-                             ("level", "ArrowRight", 0.5), ("layer", "ArrowLeft", 3)):
+    for name, key, value in (
+        ("layer", "ArrowRight", 3),
+        ("level", "ArrowRight", 0.25),
+        ("layer", "ArrowRight", 6),
+        ("level", "ArrowRight", 0.5),
+        ("layer", "ArrowLeft", 3),
+    ):
         handle = seen.control(name, ".noUi-handle")
         assert handle.get_attribute("aria-label")
         handle.focus()
@@ -113,7 +134,8 @@ def hover_and_click(seen):
         page.locator(".widget-html", has_text=f"{place}: ").first.wait_for()
     sample = alone[3]
     page.mouse.move(*screen[sample], steps=3)
-    page.locator(".widget-html", has_text=f"{sample}: ").first.wait_for()  # plotly clicks what it hovers over
+    # plotly clicks what it hovers over
+    page.locator(".widget-html", has_text=f"{sample}: ").first.wait_for()
     page.mouse.click(*screen[sample])
     neighbours(seen, sample, 8)
     shoot(page, "features-neighbours")
@@ -137,11 +159,18 @@ def hover_and_click(seen):
 
 def neighbours(seen, sample, count):
     "What is told, shown and ringed is what the pure functions say."
-    seen.page.locator("[role=status]", has_text=say_near(seen.atlas, "class", seen.layer, seen.level, sample, count)).wait_for()
-    order, away = (found[sample, :count] for found in seen.atlas.near(seen.layer, seen.level))
+    seen.page.locator(
+        "[role=status]",
+        has_text=say_near(seen.atlas, "class", seen.layer, seen.level, sample, count),
+    ).wait_for()
+    order, away = (
+        found[sample, :count] for found in seen.atlas.near(seen.layer, seen.level)
+    )
     for place, far in zip(order, away, strict=True):
         digit = seen.atlas.factors["class"][place]
-        seen.page.get_by_alt_text(f"{place}, distance {far:.3f}\nclass {digit}", exact=True).first.wait_for()
+        seen.page.get_by_alt_text(
+            f"{place}, distance {far:.3f}\nclass {digit}", exact=True
+        ).first.wait_for()
     points = seen.atlas.planes[seen.method, seen.layer, seen.level].points
     for _ in range(100):
         ringed, clicked = seen.drawn(1)[1], seen.drawn(2)[1]
@@ -166,8 +195,13 @@ def border(points, polygon):
     "How far points are from the nearest side of a polygon."
     away = np.full(len(points), np.inf)
     for start, end in zip(polygon, np.roll(polygon, -1, 0), strict=True):
-        along = ((points - start) @ (end - start) / ((end - start) ** 2).sum()).clip(0, 1)
-        away = np.minimum(away, np.linalg.norm(points - start - along[:, None] * (end - start), axis=1))
+        along = ((points - start) @ (end - start) / ((end - start) ** 2).sum()).clip(
+            0, 1
+        )
+        away = np.minimum(
+            away,
+            np.linalg.norm(points - start - along[:, None] * (end - start), axis=1),
+        )
     return away
 
 
@@ -175,13 +209,19 @@ def lasso(seen):
     page, screen = seen.page, seen.drawn()[0]
     generator = np.random.default_rng(0)
     for _ in range(10_000):  # a polygon that passes no point closely
-        centre, reach = screen[generator.integers(len(screen))], generator.uniform(40, 90, 5)
+        centre, reach = (
+            screen[generator.integers(len(screen))],
+            generator.uniform(40, 90, 5),
+        )
         angles = np.arange(5) * 2 * np.pi / 5
-        polygon = centre + reach[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
+        polygon = centre + reach[:, None] * np.stack(
+            [np.cos(angles), np.sin(angles)], 1
+        )
         wanted = [place for place, point in enumerate(screen) if inside(point, polygon)]
         area = page.locator(".nsewdrag").first.bounding_box()
         fits = (polygon > [area["x"] + 2, area["y"] + 2]).all() and (
-            polygon < [area["x"] + area["width"] - 2, area["y"] + area["height"] - 2]).all()
+            polygon < [area["x"] + area["width"] - 2, area["y"] + area["height"] - 2]
+        ).all()
         if fits and 4 <= len(wanted) <= 24 and border(screen, polygon).min() > 3:
             break
     else:
@@ -192,19 +232,30 @@ def lasso(seen):
         page.mouse.move(*corner, steps=12)
     page.mouse.up()
     page.locator("[role=status]", has_text=f"{len(wanted)} chosen").wait_for()
-    chosen = page.locator(".widget-html", has=page.locator("[role=status]", has_text=f"{len(wanted)} chosen"))
-    texts = chosen.last.locator("img").evaluate_all("images => images.map(image => image.alt)")
+    chosen = page.locator(
+        ".widget-html",
+        has=page.locator("[role=status]", has_text=f"{len(wanted)} chosen"),
+    )
+    texts = chosen.last.locator("img").evaluate_all(
+        "images => images.map(image => image.alt)"
+    )
     assert [int(text.split(":")[0]) for text in texts] == wanted
     shoot(page, "features-lasso")
     seen.control("layer", ".noUi-handle").focus()
     page.keyboard.press("ArrowLeft")
     seen.shows(layer=3)
     page.wait_for_timeout(500)
-    assert page.locator("[role=status]", has_text=f"{len(wanted)} chosen").count() == 1, "what was chosen stays chosen"
+    assert (
+        page.locator("[role=status]", has_text=f"{len(wanted)} chosen").count() == 1
+    ), "what was chosen stays chosen"
     faded = page.evaluate("""() => [...document.querySelector('.scatterlayer .trace').querySelectorAll('.point')]
         .map(point => getComputedStyle(point).opacity)""")
-    assert [place for place, opacity in enumerate(faded) if float(opacity) > 0.5] == wanted
-    assert page.locator(".selectionlayer path").count() == 0, "the lasso was drawn around points that are elsewhere now"
+    assert [
+        place for place, opacity in enumerate(faded) if float(opacity) > 0.5
+    ] == wanted
+    assert page.locator(".selectionlayer path").count() == 0, (
+        "the lasso was drawn around points that are elsewhere now"
+    )
     shoot(page, "features-lasso-moved")
 
 
@@ -212,11 +263,17 @@ def drag(seen):
     "The handles moved to and fro, faster than points are drawn."
     page = seen.page
     for name in ("layer", "level"):
-        box, track = (seen.control(name, inner).bounding_box() for inner in (".noUi-handle", ".noUi-base"))
+        box, track = (
+            seen.control(name, inner).bounding_box()
+            for inner in (".noUi-handle", ".noUi-base")
+        )
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         page.mouse.down()
         for turn in range(60):
-            page.mouse.move(track["x"] + track["width"] * (0.02 + 0.96 * (turn % 7) / 6), box["y"] + 5)
+            page.mouse.move(
+                track["x"] + track["width"] * (0.02 + 0.96 * (turn % 7) / 6),
+                box["y"] + 5,
+            )
         page.mouse.up()
     page.wait_for_timeout(300)
     seen.shows(layer=int(seen.readout("layer")), level=seen.readout("level"))
@@ -224,7 +281,9 @@ def drag(seen):
 
 
 def measure(seen):
-    seen.page.evaluate("() => document.querySelector('.selfflow-control-layer .noUi-handle').focus()")
+    seen.page.evaluate(
+        "() => document.querySelector('.selfflow-control-layer .noUi-handle').focus()"
+    )
     times = seen.page.evaluate("""async () => {
         const handle = document.querySelector('.selfflow-control-layer .noUi-handle'), times = [];
         const press = key => handle.dispatchEvent(new KeyboardEvent('keydown', { key, bubbles: true }));
@@ -242,22 +301,43 @@ def measure(seen):
             await pause(100);
         }
         return times }""")
-    median = record_latency("features", times, model="360 samples of digits", what="a step of the slider until points have moved")
-    assert median < 1500  # on a machine that does other things too; see data/results/latency.json
+    median = record_latency(
+        "features",
+        times,
+        model="360 samples of digits",
+        what="a step of the slider until points have moved",
+    )
+    # on a machine that does other things too; see data/results/latency.json
+    assert median < 1500
     seen.shows(layer=1)
 
 
 def other_colours(seen):
     page = seen.page
-    page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
-    page.wait_for_function("() => getComputedStyle(document.querySelector('.main-svg')).background.includes('rgb(17, 17, 17)')")
+    page.evaluate(
+        "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"
+    )
+    page.wait_for_function(
+        "() => getComputedStyle(document.querySelector('.main-svg')).background.includes('rgb(17, 17, 17)')"
+    )
     seen.shows()
     shoot(page, "features-dark")
     page.set_viewport_size({"width": 800, "height": 1150})
-    until_within(page, page.locator(".selfflow-features").first,
-                 *(page.locator(what).first for what in (".js-plotly-plot .main-svg", ".selfflow-control-layer",
-                                                         ".selfflow-control-sample")))
+    until_within(
+        page,
+        page.locator(".selfflow-features").first,
+        *(
+            page.locator(what).first
+            for what in (
+                ".js-plotly-plot .main-svg",
+                ".selfflow-control-layer",
+                ".selfflow-control-sample",
+            )
+        ),
+    )
     seen.shows()
     shoot(page, "features-dark-narrow")
     page.set_viewport_size({"width": 1280, "height": 1150})
-    page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
+    page.evaluate(
+        "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})"
+    )

@@ -1,4 +1,5 @@
 """The map of features in a real browser: hover shows the sample, a box gives back indices."""
+
 from browser import run_all, shoot, write_notebook
 
 CELL = """
@@ -23,7 +24,9 @@ def test_hover_shows_the_sample_and_a_box_gives_back_indices(lab, page):
     box = page.locator(".plotly .nsewdrag").first.bounding_box()
     for point in range(points.count()):
         where = points.nth(point).bounding_box()
-        page.mouse.move(where["x"] + where["width"] / 2, where["y"] + where["height"] / 2, steps=3)
+        page.mouse.move(
+            where["x"] + where["width"] / 2, where["y"] + where["height"] / 2, steps=3
+        )
         told = f"{point}: {'<img' if point == 0 else 'a '}"
         page.locator(".widget-html", has_text=told).first.wait_for(timeout=20_000)
     shoot(page, "map")

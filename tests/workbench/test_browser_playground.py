@@ -1,4 +1,5 @@
 """The playground in a real browser: every control by keys or pointer, painted tokens, a film that plays, a long caption."""
+
 import pytest
 from browser import run_all, shoot, until_shown, until_within, write_notebook
 
@@ -6,7 +7,8 @@ from selfflow.workbench.controls import DARK, LIGHT
 from selfflow.workbench.paths import SideBySide
 from selfflow.workbench.playground import compute, draw
 
-CELLS = ("""
+CELLS = (
+    """
 from dataclasses import replace
 from selfflow.training.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from selfflow.workbench.playground import explore
@@ -18,12 +20,31 @@ texts = replace(plain, data=DataConfig("shapes", size=16, patch=4, condition="ca
 for each, folder in ((config, "play"), (plain, "play"), (texts, "texts")):
     train(each, folder, bar=False, device="cpu")
 explore("play", steps=4, count=2)
-""", "explore('texts', steps=2, count=1)")
-START = {"told": 0, "steps": 4, "method": "euler", "shift": 1.0, "cfg_scale": 1.0, "seed": 0, "count": 2, "film": 100,
-         "sample": 0, "kept": "as trained", "level": 0.0, "inpaint": False, "tokens": [], "runs": ["plain", "self_flow"]}
+""",
+    "explore('texts', steps=2, count=1)",
+)
+START = {
+    "told": 0,
+    "steps": 4,
+    "method": "euler",
+    "shift": 1.0,
+    "cfg_scale": 1.0,
+    "seed": 0,
+    "count": 2,
+    "film": 100,
+    "sample": 0,
+    "kept": "as trained",
+    "level": 0.0,
+    "inpaint": False,
+    "tokens": [],
+    "runs": ["plain", "self_flow"],
+}
 FIRST = ".selfflow-explorer >> nth=0 >> "
-IMAGES = {"tokens": FIRST + ".selfflow-tokens img", "views": FIRST + "img.selfflow-picture-views",
-          "film": FIRST + "img.selfflow-picture-film"}
+IMAGES = {
+    "tokens": FIRST + ".selfflow-tokens img",
+    "views": FIRST + "img.selfflow-picture-views",
+    "film": FIRST + "img.selfflow-picture-film",
+}
 
 
 class Played:
@@ -34,7 +55,9 @@ class Played:
         self.side = SideBySide.of(lab[2] / "play", device="cpu")
 
     def control(self, name, inner=""):
-        return self.page.locator(".selfflow-explorer").first.locator(f".selfflow-control-{name} {inner}".strip())
+        return self.page.locator(".selfflow-explorer").first.locator(
+            f".selfflow-control-{name} {inner}".strip()
+        )
 
     def readout(self, name):
         return float(self.control(name, ".widget-readout").inner_text())
@@ -59,16 +82,26 @@ def test_every_control_is_followed_and_a_long_caption_is_answered(played):
     page, values = played.page, played.values
     played.shows()
     shoot(page, "playground")
-    for name, key, step in (("steps", "ArrowRight", 1), ("shift", "ArrowRight", 0.1), ("cfg_scale", "ArrowRight", 0.1),
-                            ("count", "ArrowLeft", -1), ("sample", "ArrowRight", 1), ("film", "ArrowLeft", -2)):
+    for name, key, step in (
+        ("steps", "ArrowRight", 1),
+        ("shift", "ArrowRight", 0.1),
+        ("cfg_scale", "ArrowRight", 0.1),
+        ("count", "ArrowLeft", -1),
+        ("sample", "ArrowRight", 1),
+        ("film", "ArrowLeft", -2),
+    ):
         handle = played.control(name, ".noUi-handle")
         assert handle.get_attribute("aria-label")
         handle.focus()
         page.keyboard.press(key)
         played.shows(**{name: type(values[name])(round(values[name] + step, 2))})
     track = played.control("film", ".noUi-base").bounding_box()  # by pointer
-    page.mouse.click(track["x"] + 0.4 * track["width"], track["y"] + track["height"] / 2)
-    page.wait_for_function("document.querySelector('.selfflow-control-film .widget-readout').innerText != '98'")
+    page.mouse.click(
+        track["x"] + 0.4 * track["width"], track["y"] + track["height"] / 2
+    )
+    page.wait_for_function(
+        "document.querySelector('.selfflow-control-film .widget-readout').innerText != '98'"
+    )
     played.shows(film=int(played.readout("film")))
     before = played.readout("film")
     page.locator(".selfflow-play button").first.click()
@@ -82,36 +115,56 @@ def test_every_control_is_followed_and_a_long_caption_is_answered(played):
         seed.fill(typed)
         seed.press("Enter")
         played.shows(seed=kept)
-    for name, label, value in (("method", "heun", "heun"), ("method", "sde", "sde"), ("told", "5", 5), ("told", "(none)", -1),
-                               ("kept", "clean", "clean"), ("runs", ["plain"], ["plain"])):
+    for name, label, value in (
+        ("method", "heun", "heun"),
+        ("method", "sde", "sde"),
+        ("told", "5", 5),
+        ("told", "(none)", -1),
+        ("kept", "clean", "clean"),
+        ("runs", ["plain"], ["plain"]),
+    ):
         played.control(name, "select").select_option(label=label)
         played.shows(**{name: value})
     tokens = played.control("tokens", "button")
     tokens.nth(5).click()  # turns inpainting on
     played.shows(inpaint=True, tokens=[5])
-    for key in ("ArrowRight", "Space", "ArrowDown", "Enter"):  # token 5 is in row 1, column 1 of 4 x 4
+    # token 5 is in row 1, column 1 of 4 x 4
+    for key in ("ArrowRight", "Space", "ArrowDown", "Enter"):
         page.keyboard.press(key)
     played.shows(tokens=[5, 6, 10])
     played.control("level", ".noUi-handle").focus()
     page.keyboard.press("ArrowRight")
     played.shows(level=0.01)
-    said = page.locator(".selfflow-message", has_text="clean at level 0.01 (plain)").first
+    said = page.locator(
+        ".selfflow-message", has_text="clean at level 0.01 (plain)"
+    ).first
     said.wait_for()  # so little noise is hardly seen in the picture
     assert "3 of 16 tokens are drawn anew" in said.inner_text()
     shoot(page, "playground-painted")
     played.control("inpaint", "input").uncheck()
     played.shows(inpaint=False)
-    page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+    page.evaluate(
+        "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"
+    )
     played.theme = DARK
     played.shows()
     page.set_viewport_size({"width": 800, "height": 1250})
-    until_within(page, page.locator(".selfflow-explorer").first, *map(page.locator, IMAGES.values()))
+    until_within(
+        page,
+        page.locator(".selfflow-explorer").first,
+        *map(page.locator, IMAGES.values()),
+    )
     shoot(page, "playground-dark-narrow")
-    page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
+    page.evaluate(
+        "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})"
+    )
     texts = page.locator(".selfflow-explorer").nth(1)
     caption = texts.locator(".selfflow-control-told input")
     caption.scroll_into_view_if_needed()
     caption.fill("a red star " * 909 + "?")
     caption.press("Enter")
-    texts.locator(".selfflow-message", has_text="the caption has 10,000 characters, of which is read what fits").wait_for()
+    texts.locator(
+        ".selfflow-message",
+        has_text="the caption has 10,000 characters, of which is read what fits",
+    ).wait_for()
     shoot(page, "playground-caption")

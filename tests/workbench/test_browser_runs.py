@@ -1,4 +1,5 @@
 """The run browser on a real page: chosen by keys and pointer, a run that another process trains, an explorer at a checkpoint."""
+
 import os
 import shutil
 import subprocess
@@ -6,7 +7,16 @@ import sys
 import time
 
 import pytest
-from browser import ROOT, record_latency, run_all, shoot, source, until_shown, until_within, write_notebook
+from browser import (
+    ROOT,
+    record_latency,
+    run_all,
+    shoot,
+    source,
+    until_shown,
+    until_within,
+    write_notebook,
+)
 
 from selfflow.training.run import Run
 from selfflow.training.watching import Listing, open_runs
@@ -23,14 +33,18 @@ training = TrainConfig(steps={steps}, batch=8, shards=1, log_every=1, validate_e
                        sample_every=0)
 config = Config(name="{name}", model=ModelConfig(width=16, depth=4, heads=2), training=training)
 """
-CELLS = (TRAIN.format(steps=6, every=2, name="self_flow") + """
+CELLS = (
+    TRAIN.format(steps=6, every=2, name="self_flow")
+    + """
 for each in (config, replace(config, name="plain", objective=ObjectiveConfig("flow_matching"))):
     train(each, "browsed", bar=False, device="cpu")
 from selfflow.workbench import panel
 from selfflow.workbench import run_browser
 panel.SHARE = run_browser.SHARE = 0.5  # pictures more often than one would want
 run_browser.browse("browsed", device="cpu", refresh=0.3)
-""", "run_browser.browse('nothing/<i>here</i>', refresh=0.5)")
+""",
+    "run_browser.browse('nothing/<i>here</i>', refresh=0.5)",
+)
 EVIL = "<img src=x onerror=alert(1)>"
 FIRST = ".selfflow-browser >> nth=0 >> "
 PICTURE = FIRST + "img.selfflow-picture-picture-1"
@@ -41,13 +55,20 @@ class Browsed:
 
     def __init__(self, lab, page):
         self.page, self.theme, self.listing = page, LIGHT, Listing(lab[2] / "browsed")
-        self.values = {"runs": ["plain", "self_flow"], "view": "curves", "measure": "flow_loss", "against": "steps"}
+        self.values = {
+            "runs": ["plain", "self_flow"],
+            "view": "curves",
+            "measure": "flow_loss",
+            "against": "steps",
+        }
 
     def inner(self, selector, **options):
         return self.page.locator(".selfflow-browser").first.locator(selector, **options)
 
     def box(self, name):
-        return self.page.locator(".selfflow-browser").first.get_by_label(f"choose {name}", exact=True)
+        return self.page.locator(".selfflow-browser").first.get_by_label(
+            f"choose {name}", exact=True
+        )
 
     def shows(self, **changes):
         "Wait until all pictures are those that the pure function draws of the values."
@@ -61,7 +82,9 @@ class Browsed:
         return pictures
 
     def view(self, name):
-        self.page.locator(".selfflow-browser").first.get_by_role("button", name=name, exact=True).click()
+        self.page.locator(".selfflow-browser").first.get_by_role(
+            "button", name=name, exact=True
+        ).click()
         return self.shows(view=name)
 
 
@@ -77,9 +100,17 @@ def browsed(lab, page):
 @pytest.fixture
 def elsewhere(lab):
     "A run that another process trains, until the test ends."
-    code = TRAIN.format(steps=50_000, every=40, name="elsewhere") + "train(config, 'browsed', bar=False, device='cpu')"
+    code = (
+        TRAIN.format(steps=50_000, every=40, name="elsewhere")
+        + "train(config, 'browsed', bar=False, device='cpu')"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=lab[2], env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=lab[2],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    )
     yield process
     process.terminate()
     process.wait(60)
@@ -88,12 +119,16 @@ def elsewhere(lab):
 def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab):
     page, inner = browsed.page, browsed.inner
     browsed.box("self_flow").wait_for()
-    assert inner(".selfflow-runs tbody tr").count() == 2 and "6 of 6" in inner(".selfflow-runs tbody").inner_text()
+    assert (
+        inner(".selfflow-runs tbody tr").count() == 2
+        and "6 of 6" in inner(".selfflow-runs tbody").inner_text()
+    )
     assert browsed.box("plain").is_checked() and browsed.box("self_flow").is_checked()
     browsed.shows()
     shoot(page, "runs")
 
-    inner(".selfflow-runs td", has_text="flow_matching").click()  # by pointer, anywhere on the row
+    # by pointer, anywhere on the row
+    inner(".selfflow-runs td", has_text="flow_matching").click()
     browsed.shows(runs=["self_flow"])
     browsed.box("plain").focus()  # by keys
     page.keyboard.press("Space")
@@ -109,7 +144,10 @@ def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab
         browsed.shows(runs=wanted)
     record_latency("run browser, a run chosen", milliseconds, runs=2)
 
-    for name, label, value in (("measure", "validation_flow_loss", "validation_flow_loss"), ("against", "flops", "flops")):
+    for name, label, value in (
+        ("measure", "validation_flow_loss", "validation_flow_loss"),
+        ("against", "flops", "flops"),
+    ):
         inner(f".selfflow-control-{name} select").select_option(label=label)
         browsed.shows(**{name: value})
     select = inner(".selfflow-control-against select")
@@ -120,35 +158,54 @@ def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab
     browsed.view("settings")
     table = inner(".selfflow-table")
     table.get_by_text("objective.name").wait_for()
-    assert inner("img.selfflow-picture-picture-1").is_hidden() and "flow_matching" in table.inner_text()
+    assert (
+        inner("img.selfflow-picture-picture-1").is_hidden()
+        and "flow_matching" in table.inner_text()
+    )
     shoot(page, "runs-settings")
     browsed.view("levels")
     assert table.is_hidden() and inner("img.selfflow-picture-picture-2").is_visible()
     for _ in range(4):  # rapid, the last one counts
         for name in SHOWN[:3]:
-            page.locator(".selfflow-browser").first.get_by_role("button", name=name, exact=True).click()
+            page.locator(".selfflow-browser").first.get_by_role(
+                "button", name=name, exact=True
+            ).click()
     browsed.shows(view="levels")
     browsed.view("samples")
     inner(".selfflow-message", has_text="has no samples yet").wait_for()
     browsed.view("probes")
-    inner(".selfflow-probe-said", has_text="no probes yet of plain, self_flow").wait_for()
+    inner(
+        ".selfflow-probe-said", has_text="no probes yet of plain, self_flow"
+    ).wait_for()
     inner("button.selfflow-probe").click()
     inner(".selfflow-probe-said", has_text="plain: 20 cells").wait_for()
-    assert not (lab[2] / "browsed/plain/probes.json").exists(), "what it costs is said before"
+    assert not (lab[2] / "browsed/plain/probes.json").exists(), (
+        "what it costs is said before"
+    )
     inner("button.selfflow-probe", has_text="Start").click()
     inner(".selfflow-probe-said", has_text="probing plain").wait_for()
     inner("button.selfflow-halt").click()
     inner(".selfflow-probe-said", has_text="stopped").wait_for()
     browsed.view("levels")
 
-    for name, label in (("which", "self_flow"), ("step", "step 4"), ("opener", "Noise asymmetry")):
+    for name, label in (
+        ("which", "self_flow"),
+        ("step", "step 4"),
+        ("opener", "Noise asymmetry"),
+    ):
         inner(f".selfflow-open-{name} select").select_option(label=label)
         page.wait_for_timeout(300)
     inner("button.selfflow-open").click()
-    inner(".selfflow-opened", has_text="Noise asymmetry: self_flow at step 4").wait_for()
+    inner(
+        ".selfflow-opened", has_text="Noise asymmetry: self_flow at step 4"
+    ).wait_for()
     subject = Subject(open_runs(browsed.listing, ["self_flow"], 4, "cpu")["self_flow"])
     values = asymmetry.explore(subject).values()
-    until_shown(page, FIRST + "img.selfflow-picture-views", asymmetry.draw(asymmetry.compute(subject, values))["views"])
+    until_shown(
+        page,
+        FIRST + "img.selfflow-picture-views",
+        asymmetry.draw(asymmetry.compute(subject, values))["views"],
+    )
     shoot(page, "runs-opened")
     inner(".selfflow-open-which select").select_option(label="all 2 chosen")
     page.wait_for_timeout(300)
@@ -157,25 +214,39 @@ def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab
     inner(".selfflow-open-opener select").select_option(label="Sampling")
     page.wait_for_timeout(300)
     inner("button.selfflow-open").click()
-    inner(".selfflow-opened", has_text="Sampling: plain at step 4, self_flow at step 4").wait_for()
+    inner(
+        ".selfflow-opened", has_text="Sampling: plain at step 4, self_flow at step 4"
+    ).wait_for()
     inner("img.selfflow-picture-film").wait_for()
 
-    page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+    page.evaluate(
+        "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"
+    )
     browsed.theme = DARK
     browsed.shows()
     inner(".selfflow-runs").scroll_into_view_if_needed()
     page.set_viewport_size({"width": 800, "height": 1250})
-    until_within(page, page.locator(".selfflow-browser").first, inner("img, button, select"))
+    until_within(
+        page, page.locator(".selfflow-browser").first, inner("img, button, select")
+    )
     shoot(page, "runs-dark-narrow")
-    page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
+    page.evaluate(
+        "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})"
+    )
 
 
-def test_an_empty_folder_says_what_to_do_and_a_run_elsewhere_is_followed(browsed, lab, elsewhere):
+def test_an_empty_folder_says_what_to_do_and_a_run_elsewhere_is_followed(
+    browsed, lab, elsewhere
+):
     page, inner = browsed.page, browsed.inner
     empty = page.locator(".selfflow-browser").nth(1)
     empty.locator(".selfflow-folder [role=alert]", has_text="selfflow train").wait_for()
     said = empty.locator(".selfflow-folder").inner_text()
-    assert "make demo" in said and "<i>here</i>" in said and empty.locator(".selfflow-runs").is_hidden()
+    assert (
+        "make demo" in said
+        and "<i>here</i>" in said
+        and empty.locator(".selfflow-runs").is_hidden()
+    )
 
     row = inner(".selfflow-runs tbody tr", has_text="elsewhere")
     row.wait_for()  # though nobody told the kernel
@@ -186,7 +257,9 @@ def test_an_empty_folder_says_what_to_do_and_a_run_elsewhere_is_followed(browsed
         page.wait_for_timeout(100)
     browsed.box("elsewhere").check()
     panel = inner(".selfflow-panel")
-    panel.locator(".selfflow-header", has_text=f"training: process {elsewhere.pid}").wait_for()
+    panel.locator(
+        ".selfflow-header", has_text=f"training: process {elsewhere.pid}"
+    ).wait_for()
     panel.locator("img.selfflow-dashboard").wait_for()
     seen = {panel.locator("img.selfflow-dashboard").get_attribute("src")}
     curves = {source(page, "picture-picture-1")}
@@ -204,12 +277,16 @@ def test_an_empty_folder_says_what_to_do_and_a_run_elsewhere_is_followed(browsed
     browsed.box("elsewhere").uncheck()
     panel.wait_for(state="detached")
 
-    shutil.copytree(lab[2] / "browsed/plain", lab[2] / "browsed" / EVIL)  # a name that wants to be HTML
+    # a name that wants to be HTML
+    shutil.copytree(lab[2] / "browsed/plain", lab[2] / "browsed" / EVIL)
     (lab[2] / "browsed" / EVIL / "checkpoints/step-00000006/model.safetensors").unlink()
     browsed.box(EVIL).check()
     browsed.shows(runs=[EVIL, "plain", "self_flow"])
     damaged = inner(".selfflow-runs tbody tr", has_text="1 of 3 checkpoints damaged")
-    assert EVIL in damaged.inner_text() and "model.safetensors is missing" in damaged.inner_text()
+    assert (
+        EVIL in damaged.inner_text()
+        and "model.safetensors is missing" in damaged.inner_text()
+    )
     browsed.view("settings")
     inner(".selfflow-table", has_text=EVIL).wait_for()
     inner(".selfflow-open-which select").select_option(label=EVIL)

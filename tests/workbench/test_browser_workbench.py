@@ -1,4 +1,5 @@
 """The front door in a real browser: a run is trained and stopped, every tool opened by pointer and keys; and without cells."""
+
 import pytest
 from browser import run_all, served, shoot, until_shown, write_notebook
 
@@ -16,9 +17,14 @@ training = replace(config.training, steps=1_000_000, batch=8, shards=1, validate
 bench = workbench("front", (replace(config, name="self-flow", training=training),))
 bench
 """
-OPEN = {"Noise asymmetry": "img.selfflow-picture-views", "Sampling": "img.selfflow-picture-film",
-        "Attention": "img.selfflow-picture-heads", "Features": ".js-plotly-plot .scatterlayer",
-        "Training": "img.selfflow-dashboard", "Runs": ".selfflow-browser"}
+OPEN = {
+    "Noise asymmetry": "img.selfflow-picture-views",
+    "Sampling": "img.selfflow-picture-film",
+    "Attention": "img.selfflow-picture-heads",
+    "Features": ".js-plotly-plot .scatterlayer",
+    "Training": "img.selfflow-dashboard",
+    "Runs": ".selfflow-browser",
+}
 
 
 def press(page, title, key=None):
@@ -41,7 +47,8 @@ def asymmetry_is_that_of(page, run):
 def test_a_run_is_trained_stopped_and_looked_at_with_every_tool(lab, page):
     write_notebook(lab, "workbench", CELL)
     run_all(page, lab, "workbench")
-    page.locator(".selfflow-workbench img.selfflow-dashboard").wait_for(timeout=120_000)  # it trains, with its panel
+    # it trains, with its panel
+    page.locator(".selfflow-workbench img.selfflow-dashboard").wait_for(timeout=120_000)
     page.locator(".selfflow-workbench button.selfflow-stop").click()
     page.get_by_text("which is kept").wait_for(timeout=60_000)
     press(page, "Noise asymmetry")
@@ -53,23 +60,37 @@ def test_a_run_is_trained_stopped_and_looked_at_with_every_tool(lab, page):
     press(page, "Noise asymmetry")
     shoot(page, "workbench-narrow")
     page.set_viewport_size({"width": 1600, "height": 1250})
-    page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
-    page.wait_for_function("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'")
-    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
-    page.wait_for_function("""() => document.querySelectorAll('.selfflow-page img.selfflow-picture-views').length === 1
-        && !document.querySelector('.selfflow-workbench .selfflow-panel')""", timeout=120_000)  # nothing is trained again
+    page.evaluate(
+        "() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()"
+    )
+    page.wait_for_function(
+        "() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'"
+    )
+    page.evaluate(
+        "() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }"
+    )
+    page.wait_for_function(
+        """() => document.querySelectorAll('.selfflow-page img.selfflow-picture-views').length === 1
+        && !document.querySelector('.selfflow-workbench .selfflow-panel')""",
+        timeout=120_000,
+    )  # nothing is trained again
 
 
 def test_without_cells_and_without_a_network(runs, lab, page, tmp_path):
     with served(runs["tiny"].path.parent, tmp_path) as (address, token):
-        page.goto(f"{address}/voila/render/workbench.ipynb?token={token}", timeout=120_000)
+        page.goto(
+            f"{address}/voila/render/workbench.ipynb?token={token}", timeout=120_000
+        )
         press(page, "Noise asymmetry")
         run = page.locator(".selfflow-run select")
         run.select_option(label="tiny: step 12")
         asymmetry_is_that_of(page, Run.open(runs["tiny"].path, "cpu"))
         shoot(page, "app")
-        assert not page.locator(".jp-InputArea, .jp-CodeMirrorEditor, .cm-editor").count()
-        press(page, "Features", "Enter")  # which needs plotly, where no JupyterLab has loaded it
+        assert not page.locator(
+            ".jp-InputArea, .jp-CodeMirrorEditor, .cm-editor"
+        ).count()
+        # which needs plotly, where no JupyterLab has loaded it
+        press(page, "Features", "Enter")
         page.goto("about:blank")
 
 

@@ -1,4 +1,5 @@
 """The front door: runs are found or made, tools are opened when they are asked for, and the app is for this machine alone."""
+
 import json
 import os
 import socket
@@ -24,11 +25,24 @@ from selfflow.method import build as method
 from selfflow.training import config
 from selfflow.training.run import Run
 from selfflow.workbench.app import free_port, options_of, page_of, serve
-from selfflow.workbench.page import Tool, Workbench, label_of, quickstart, tools_on_page, runs_in, saved_step, workbench
+from selfflow.workbench.page import (
+    Tool,
+    Workbench,
+    label_of,
+    quickstart,
+    runs_in,
+    saved_step,
+    tools_on_page,
+    workbench,
+)
 from selfflow.workbench.tools import Chosen
 
 QUICK = (replace(TINY, name="self-flow"), replace(TINY, name="flow-matching"))
-WORDS = Tool("Words", "Says which run it was given.", lambda chosen: widgets.HTML(chosen.path.name))
+WORDS = Tool(
+    "Words",
+    "Says which run it was given.",
+    lambda chosen: widgets.HTML(chosen.path.name),
+)
 
 
 def page(bench):
@@ -37,44 +51,81 @@ def page(bench):
 
 
 def test_the_quickstart_is_that_of_the_notebook():
-    cells = json.loads((Path(__file__).parents[2] / "nbs/studies/quickstart.ipynb").read_text())["cells"]
-    source = next("".join(cell["source"]) for cell in cells if "vanilla = Config(" in "".join(cell["source"]))
-    named = {"os": type("Os", (), {"environ": {}}), "tempfile": None, "Path": Path, "replace": replace}
+    cells = json.loads(
+        (Path(__file__).parents[2] / "nbs/studies/quickstart.ipynb").read_text()
+    )["cells"]
+    source = next(
+        "".join(cell["source"])
+        for cell in cells
+        if "vanilla = Config(" in "".join(cell["source"])
+    )
+    named = {
+        "os": type("Os", (), {"environ": {}}),
+        "tempfile": None,
+        "Path": Path,
+        "replace": replace,
+    }
     exec(source, named | vars(config) | vars(method), found := {})
     assert quickstart() == (found["selfflow"], found["vanilla"])
-    assert found["folder"].name == "quickstart" and found["folder"].parent.name == "runs"
+    assert (
+        found["folder"].name == "quickstart" and found["folder"].parent.name == "runs"
+    )
 
 
 def test_without_a_run_the_quickstart_is_trained_and_opened(tmp_path):
     bench = Workbench(tmp_path / "runs", (WORDS,), QUICK)
-    assert page(bench).value == "self-flow" and list(bench.runs) == ["quickstart/flow-matching", "quickstart/self-flow"]
-    assert [label for label, _ in bench.run.options] == ["quickstart/flow-matching: step 12", "quickstart/self-flow: step 12"]
-    assert "Both runs" in bench.said.value and not bench.live.children and bench.more.layout.display == "none"
+    assert page(bench).value == "self-flow" and list(bench.runs) == [
+        "quickstart/flow-matching",
+        "quickstart/self-flow",
+    ]
+    assert [label for label, _ in bench.run.options] == [
+        "quickstart/flow-matching: step 12",
+        "quickstart/self-flow: step 12",
+    ]
+    assert (
+        "Both runs" in bench.said.value
+        and not bench.live.children
+        and bench.more.layout.display == "none"
+    )
     again = Workbench(tmp_path / "runs", (WORDS,), QUICK)
     assert not again._trains and page(again).value == "self-flow"
 
 
 def test_a_stopped_quickstart_goes_on(tmp_path, monkeypatch):
     real, seen = module.train, []
+
     def train(asked, folder, **options):
         seen.append(asked.name)
         if len(seen) == 1:  # as the panel's button does, once the run is being trained
             save = Run.save
+
             def asks(run, step, *rest):
                 run.ask("stop")
                 return save(run, step, *rest)
+
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(Run, "save", asks)
                 return real(asked, folder, **options)
         return real(asked, folder, **options)
+
     monkeypatch.setattr(module, "train", train)
     bench = Workbench(tmp_path, (WORDS,), QUICK)
     bench.settle()
-    assert seen == ["self-flow"] and "Stopped at step" in bench.said.value and bench.more.layout.display == ""
-    assert 0 < saved_step(tmp_path / "quickstart/self-flow") < 12 and page(bench).value == "self-flow"
+    assert (
+        seen == ["self-flow"]
+        and "Stopped at step" in bench.said.value
+        and bench.more.layout.display == ""
+    )
+    assert (
+        0 < saved_step(tmp_path / "quickstart/self-flow") < 12
+        and page(bench).value == "self-flow"
+    )
     bench.more.click()
     bench.settle()
-    assert seen == ["self-flow", "self-flow", "flow-matching"] and bench.more.layout.display == "none"
+    assert (
+        seen == ["self-flow", "self-flow", "flow-matching"]
+        and bench.more.layout.display == "none"
+    )
     assert {saved_step(path) for path in bench.runs.values()} == {12}
 
 
@@ -89,24 +140,42 @@ def test_what_cannot_be_trained_is_said(tmp_path):
 
 def test_tools_are_opened_once_when_they_are_asked_for(runs):
     opened = []
+
     def tool(title):
-        return Tool(title, f"about <{title}>", lambda chosen: opened.append((title, chosen.path.name)) or widgets.HTML(title))
+        return Tool(
+            title,
+            f"about <{title}>",
+            lambda chosen: (
+                opened.append((title, chosen.path.name)) or widgets.HTML(title)
+            ),
+        )
+
     bench = Workbench(runs["tiny"].path.parent, (tool("a"), tool("b")), ())
-    assert page(bench).value == "a" and opened == [("a", "tiny")] and bench.about.value == "<i>about &lt;a&gt;</i>"
+    assert (
+        page(bench).value == "a"
+        and opened == [("a", "tiny")]
+        and bench.about.value == "<i>about &lt;a&gt;</i>"
+    )
     bench.tool.value = "b"
     assert page(bench).value == "b"
     bench.tool.value = "a"
     assert page(bench).value == "a" and len(opened) == 2
     bench.run.value = runs["vanilla"].path
-    assert page(bench).value == "a" and opened[-1] == ("a", "vanilla") and len(opened) == 3
+    assert (
+        page(bench).value == "a" and opened[-1] == ("a", "vanilla") and len(opened) == 3
+    )
     bench.run.value = runs["tiny"].path
     assert page(bench).value == "a" and len(opened) == 3, "what was open is still there"
 
 
 def test_what_is_shown_is_what_was_asked_for_last(runs):
     gates = {name: threading.Event() for name in ("slow", "quick")}
+
     def tool(title):
-        return Tool(title, title, lambda chosen: gates[title].wait(30) and widgets.HTML(title))
+        return Tool(
+            title, title, lambda chosen: gates[title].wait(30) and widgets.HTML(title)
+        )
+
     bench = Workbench(runs["tiny"].path.parent, (tool("slow"), tool("quick")), ())
     bench.tool.value = "quick"
     gates["quick"].set()
@@ -121,14 +190,20 @@ def test_what_is_shown_is_what_was_asked_for_last(runs):
 
 def test_a_tool_that_fails_says_so_and_can_be_tried_again(runs):
     tries = []
+
     def fails(chosen):
         tries.append(1)
         if len(tries) == 1:
             raise ValueError("<img onerror=alert(1)> is no layer")
         return widgets.HTML("there")
+
     bench = Workbench(runs["tiny"].path.parent, (Tool("t", "t", fails), WORDS), ())
     words, again = page(bench).children
-    assert "&lt;img onerror" in words.value and 'role="alert"' in words.value and "<img" not in words.value
+    assert (
+        "&lt;img onerror" in words.value
+        and 'role="alert"' in words.value
+        and "<img" not in words.value
+    )
     bench.tool.value = "Words"
     assert page(bench).value == "tiny"
     bench.tool.value = "t"
@@ -146,10 +221,23 @@ def test_a_run_without_a_checkpoint_is_listed_and_refused_in_words(runs, tmp_pat
 
 def test_a_run_that_has_gone_on_is_opened_anew(runs, tmp_path):
     run = Run.create(tmp_path / "goes-on", TINY, runs["tiny"].inputs)
-    tensors = {part: runs["tiny"].load(part) for part in ("model", "teacher", "objective", "optimizer")}
+    tensors = {
+        part: runs["tiny"].load(part)
+        for part in ("model", "teacher", "objective", "optimizer")
+    }
     run.save(4, tensors, {})
     opened = []
-    bench = Workbench(tmp_path, (Tool("t", "t", lambda chosen: opened.append(1) or widgets.HTML(str(len(opened)))),), ())
+    bench = Workbench(
+        tmp_path,
+        (
+            Tool(
+                "t",
+                "t",
+                lambda chosen: opened.append(1) or widgets.HTML(str(len(opened))),
+            ),
+        ),
+        (),
+    )
     assert page(bench).value == "1"
     bench.look()
     assert page(bench).value == "1" and len(opened) == 1, "nothing has changed"
@@ -164,10 +252,16 @@ def test_runs_of_the_same_data_stand_side_by_side(runs, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text("{")
     others = runs_in(runs["tiny"].path.parent) | runs_in(tmp_path)
-    found = Chosen(tmp_path, runs["tiny"].path, {"a/tiny" if name == "tiny" else name: p for name, p in others.items()}).alike()
+    found = Chosen(
+        tmp_path,
+        runs["tiny"].path,
+        {"a/tiny" if name == "tiny" else name: p for name, p in others.items()},
+    ).alike()
     assert list(found)[:2] == ["a/tiny", "vanilla"], "all by the names of the list"
     found = Chosen(tmp_path, runs["tiny"].path, others).alike()
-    assert list(found)[:2] == ["tiny", "vanilla"] and not {"other", "broken"} & set(found)
+    assert list(found)[:2] == ["tiny", "vanilla"] and not {"other", "broken"} & set(
+        found
+    )
     assert len(Chosen(tmp_path, runs["tiny"].path, others).alike(most=1)) == 1
 
 
@@ -176,9 +270,12 @@ def test_every_tool_opens_on_a_run(runs):
     for tool in tools_on_page():
         bench.tool.value = tool.title
         shown = page(bench)
-        assert isinstance(shown, widgets.Widget) and "alert" not in str(getattr(shown, "children", [shown])[0]), tool.title
+        assert isinstance(shown, widgets.Widget) and "alert" not in str(
+            getattr(shown, "children", [shown])[0]
+        ), tool.title
     for thread in threading.enumerate():
-        if thread.name == "feature explorer":  # it lays out all planes, and must not be at it when the process ends
+        # it lays out all planes, and must not be at it when the process ends
+        if thread.name == "feature explorer":
             thread.join(300)
 
 
@@ -192,14 +289,19 @@ def test_a_file_is_no_folder(tmp_path):
 
 # --- the app
 
+
 def test_the_notebook_of_the_app_runs_nothing_else(tmp_path):
     folder = tmp_path / "it's \"\n#"
     book = page_of(folder)
     nbformat.validate(book)
     seen = []
+
     class Bench:
         settle = staticmethod(lambda **options: seen.append(options))
-    source = book.cells[0].source.replace("from selfflow.workbench.page import workbench", "")
+
+    source = book.cells[0].source.replace(
+        "from selfflow.workbench.page import workbench", ""
+    )
     exec(source, {"workbench": lambda path: seen.append(path) or Bench})
     assert seen == [str(folder.resolve()), {"trained": False}] and len(book.cells) == 1
 
@@ -208,7 +310,9 @@ def test_a_port_that_is_taken_is_said_before_anything_is_begun(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(ValueError, match=f"port {taken.getsockname()[1]} cannot be had .*--port"):
+        with pytest.raises(
+            ValueError, match=f"port {taken.getsockname()[1]} cannot be had .*--port"
+        ):
             serve(tmp_path, taken.getsockname()[1], False)
     with pytest.raises(ValueError, match="port 70000 cannot be had"):
         free_port(70000)
@@ -217,7 +321,9 @@ def test_a_port_that_is_taken_is_said_before_anything_is_begun(tmp_path):
 
 def test_the_app_answers_only_to_its_token_and_ends_with_its_files(runs, tmp_path):
     with served(runs["tiny"].path.parent, tmp_path) as (address, _):
-        with urllib.request.urlopen(f"{address}/voila/render/workbench.ipynb", timeout=30) as answer:
+        with urllib.request.urlopen(
+            f"{address}/voila/render/workbench.ipynb", timeout=30
+        ) as answer:
             assert "/login" in answer.url, "without the token it asks for it"
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(f"{address}/api/contents", timeout=30)
@@ -252,25 +358,40 @@ def pages(tmp_path, source: str):
     address, log = f"127.0.0.1:{port}", tmp_path / "log"
 
     def kernels():
-        with urllib.request.urlopen(f"http://{address}/api/kernels?token=x", timeout=30) as answer:
+        with urllib.request.urlopen(
+            f"http://{address}/api/kernels?token=x", timeout=30
+        ) as answer:
             return {kernel["id"] for kernel in json.load(answer)}
 
     def opened():
         "The kernel of a page that is opened now, and the page's connection to it."
         before = kernels()
-        urllib.request.urlopen(f"http://{address}/voila/render/workbench.ipynb?token=x", timeout=120).read()
-        kernel, = kernels() - before
-        return kernel, websocket.create_connection(f"ws://{address}/api/kernels/{kernel}/channels?token=x", timeout=60)
+        urllib.request.urlopen(
+            f"http://{address}/voila/render/workbench.ipynb?token=x", timeout=120
+        ).read()
+        (kernel,) = kernels() - before
+        return kernel, websocket.create_connection(
+            f"ws://{address}/api/kernels/{kernel}/channels?token=x", timeout=60
+        )
 
     def gone(kernel, seconds=60):
         end = time.monotonic() + seconds
         while kernel in kernels() and time.monotonic() < end:
             time.sleep(0.5)
         return kernel not in kernels()
+
     with log.open("w") as file:
-        server = subprocess.Popen([sys.executable, "-c", SERVE, str(root), str(port), source], stdout=file,
-                                  stderr=subprocess.STDOUT,
-                                  env={**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+        server = subprocess.Popen(
+            [sys.executable, "-c", SERVE, str(root), str(port), source],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={
+                **os.environ,
+                "HOME": str(tmp_path),
+                "PYTHONPATH": str(ROOT),
+                "OMP_NUM_THREADS": "1",
+            },
+        )
     try:
         wait_for_server(f"http://{address}", "x", server, log)
         yield opened, gone
@@ -284,7 +405,9 @@ def test_the_kernel_of_a_closed_page_goes_and_that_of_an_open_page_stays(tmp_pat
         stays, connection = opened()
         closed, other = opened()
         other.close()
-        assert gone(closed) and not gone(stays, seconds=5), "it has been idle for longer than is allowed without a page"
+        assert gone(closed) and not gone(stays, seconds=5), (
+            "it has been idle for longer than is allowed without a page"
+        )
         connection.close()
         assert gone(stays)
 
@@ -311,13 +434,17 @@ MINE = ROOT / "tests/plugins/own_explorer.py"
 
 
 def test_an_explorer_in_a_file_of_the_user_is_a_tool(runs):
-    script = ("import sys, nbformat\nfrom pathlib import Path\nfrom selfflow.registries import use\n"
-              "from selfflow.workbench.app import page_of\nfrom selfflow.workbench.page import Workbench\n"
-              "use(sys.argv[1])\nbench = Workbench(sys.argv[2], configs=())\nbench.tool.value = 'Name of the run'\n"
-              "bench.settle()\nprint(bench.about.value, bench.page.children[0].value, list(bench.tools)[0])\n"
-              "print(page_of(Path(sys.argv[2])).cells[0].source)")
+    script = (
+        "import sys, nbformat\nfrom pathlib import Path\nfrom selfflow.registries import use\n"
+        "from selfflow.workbench.app import page_of\nfrom selfflow.workbench.page import Workbench\n"
+        "use(sys.argv[1])\nbench = Workbench(sys.argv[2], configs=())\nbench.tool.value = 'Name of the run'\n"
+        "bench.settle()\nprint(bench.about.value, bench.page.children[0].value, list(bench.tools)[0])\n"
+        "print(page_of(Path(sys.argv[2])).cells[0].source)"
+    )
     command = [sys.executable, "-c", script, MINE, runs["tiny"].path]
     shown = subprocess.run(command, capture_output=True, text=True)
     first, *cell = shown.stdout.splitlines()
-    assert first == "<i>Says &lt;which&gt; run it was given.</i> tiny Noise asymmetry", shown.stderr
+    assert (
+        first == "<i>Says &lt;which&gt; run it was given.</i> tiny Noise asymmetry"
+    ), shown.stderr
     assert f"use({str(MINE)!r})" in cell, "the kernel of the app uses it too"

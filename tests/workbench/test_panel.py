@@ -1,4 +1,5 @@
 """The panel with a simulated trainer: what it shows, what its buttons do, that it goes on after errors and ends."""
+
 import gc
 import io
 import json
@@ -46,7 +47,9 @@ def opened():
         panel.close()
     for panel in left:
         panel.thread.join(10)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("panel of")]
+    assert not [
+        thread for thread in threading.enumerate() if thread.name.startswith("panel of")
+    ]
 
 
 @pytest.fixture
@@ -63,7 +66,11 @@ def training(path):
 def test_a_folder_that_does_not_exist_is_waited_for(path):
     panel = watch(path, refresh=0.02)
     assert "no run here yet" in panel.header.value and "mine" in panel.header.value
-    assert panel.stop.disabled and panel.sample.disabled and "nobody is training" in panel.said.value
+    assert (
+        panel.stop.disabled
+        and panel.sample.disabled
+        and "nobody is training" in panel.said.value
+    )
     trainer = SimulatedTrainer(path)
     until(lambda: "not started" in panel.header.value)
     trainer.log_lines(7)
@@ -94,9 +101,19 @@ def test_the_pictures_follow_the_theme_of_the_page_also_when_nothing_else_change
 def test_the_header_says_who_trains_how_fast_and_how_long(training):
     panel = watch(training.path, refresh=0.02)
     until(lambda: "left" in panel.header.value)
-    for part in (f"training: process {os.getpid()} on", "of 100,000 (0 %)", "20 it/s", "data wait 0.4 %", "peak memory 1.3 GB"):
+    for part in (
+        f"training: process {os.getpid()} on",
+        "of 100,000 (0 %)",
+        "20 it/s",
+        "data wait 0.4 %",
+        "peak memory 1.3 GB",
+    ):
         assert part in panel.header.value
-    assert not panel.stop.disabled and not panel.sample.disabled and "nobody" not in panel.said.value
+    assert (
+        not panel.stop.disabled
+        and not panel.sample.disabled
+        and "nobody" not in panel.said.value
+    )
     before = panel.header.value
     until(lambda: panel.header.value != before)
 
@@ -117,12 +134,14 @@ def test_an_unchanged_folder_is_not_drawn_again(path):
 
 def test_at_most_a_share_of_the_time_is_spent_on_drawing(training, monkeypatch):
     spent = []
+
     def slow(*data):
         started = time.thread_time()
         while time.thread_time() - started < 0.05:
             pass
         spent.append(time.thread_time() - started)
         return Picture(figsize=(1, 1))
+
     monkeypatch.setattr(module, "draw_dashboard", slow)
     panel, started = watch(training.path, refresh=0.01), time.monotonic()
     until(lambda: len(spent) >= 4, 60)
@@ -142,7 +161,9 @@ def test_sample_now_is_asked_answered_and_shown(training):
     panel = watch(training.path, refresh=0.02)
     panel.sample.click()
     until(lambda: training.answers)
-    until(lambda: "sample asked at" in panel.said.value and "answered" in panel.said.value)
+    until(
+        lambda: "sample asked at" in panel.said.value and "answered" in panel.said.value
+    )
     until(lambda: not panel.sample.disabled)
     assert training.answers[0][0] == "sample" and len(panel.following.film) == 1
     assert "training" in panel.header.value  # and goes on
@@ -156,9 +177,22 @@ def test_stop_ends_the_run_and_the_panel_says_where(path):
     thread.join(10)
     assert not thread.is_alive() and trainer.answers[0][0] == "stop"
     until(lambda: f"stopped at step {trainer.step}" in panel.header.value)
-    assert panel.stop.disabled and panel.sample.disabled and panel.stop.tooltip == "Nobody is training this run"
-    assert "stop asked at" in panel.said.value and "answered" in panel.said.value and "nobody is training" in panel.said.value
-    until(lambda: panel.following.log.table["step"][-1] == trainer.step and not panel._stale)  # the last line is in the picture
+    assert (
+        panel.stop.disabled
+        and panel.sample.disabled
+        and panel.stop.tooltip == "Nobody is training this run"
+    )
+    assert (
+        "stop asked at" in panel.said.value
+        and "answered" in panel.said.value
+        and "nobody is training" in panel.said.value
+    )
+    # the last line is in the picture
+    until(
+        lambda: (
+            panel.following.log.table["step"][-1] == trainer.step and not panel._stale
+        )
+    )
 
 
 def test_while_a_request_waits_its_button_does_too(path):
@@ -167,7 +201,11 @@ def test_while_a_request_waits_its_button_does_too(path):
     with trainer.run.locked():
         panel = watch(path, refresh=0.02)
         panel.stop.click()
-        assert (path / "stop").exists() and panel.stop.disabled and not panel.sample.disabled
+        assert (
+            (path / "stop").exists()
+            and panel.stop.disabled
+            and not panel.sample.disabled
+        )
         assert "waiting for the loop" in panel.said.value
     until(lambda: "not answered: nobody trains" in panel.said.value)
 
@@ -177,7 +215,12 @@ def test_a_request_by_somebody_else_is_seen(path):
     with trainer.run.locked():  # a loop that is slow to look
         panel = watch(path, refresh=0.02)
         (path / "sample").touch()  # as from a terminal
-        until(lambda: "sample asked at" in panel.said.value and "waiting for the loop" in panel.said.value)
+        until(
+            lambda: (
+                "sample asked at" in panel.said.value
+                and "waiting for the loop" in panel.said.value
+            )
+        )
         (path / "sample").unlink()
         until(lambda: "answered" in panel.said.value)
 
@@ -187,7 +230,10 @@ def test_nothing_is_asked_when_nobody_trains(path):
     panel = watch(path, refresh=10)
     for what in ("stop", "sample"):
         panel.ask(what)  # as a click that comes too late
-        assert not trainer.run.asked(what) and "nobody is training this run" in panel.said.value
+        assert (
+            not trainer.run.asked(what)
+            and "nobody is training this run" in panel.said.value
+        )
 
 
 def test_errors_are_said_in_words_and_the_panel_goes_on(path):
@@ -205,22 +251,32 @@ def test_errors_are_said_in_words_and_the_panel_goes_on(path):
 
 def test_an_error_while_drawing_is_said_and_tried_again(path, monkeypatch):
     SimulatedTrainer(path).log_lines(5)
+
     def fail(*data):
         raise RuntimeError("no <fonts>")
+
     monkeypatch.setattr(module, "draw_dashboard", fail)
     panel = watch(path, refresh=0.02)
-    assert "RuntimeError: no &lt;fonts&gt;" in panel.trouble.value and png(panel.picture) == b""
+    assert (
+        "RuntimeError: no &lt;fonts&gt;" in panel.trouble.value
+        and png(panel.picture) == b""
+    )
     monkeypatch.undo()
     until(lambda: png(panel.picture).startswith(b"\x89PNG") and not panel.trouble.value)
 
 
 def test_a_request_that_cannot_be_written_is_said(training, monkeypatch):
     panel = watch(training.path, refresh=10)
+
     def refuse(what):
         raise PermissionError(13, "Permission denied")
+
     monkeypatch.setattr(panel.following.run, "ask", refuse)
     panel.stop.click()
-    assert "stop could not be asked for" in panel.trouble.value and "Permission denied" in panel.trouble.value
+    assert (
+        "stop could not be asked for" in panel.trouble.value
+        and "Permission denied" in panel.trouble.value
+    )
 
 
 def test_a_folder_that_is_removed_is_no_error(path):
@@ -236,7 +292,9 @@ def test_a_log_that_is_cut_on_resume_is_followed(path):
     trainer.log_lines(10)
     trainer._log_lines(10)  # a process that was killed, and lost these
     panel = watch(path, refresh=0.02)
-    assert panel.following.log.count == 20 and "stopped at step 10" in panel.header.value
+    assert (
+        panel.following.log.count == 20 and "stopped at step 10" in panel.header.value
+    )
     trainer.run.cut_log(10)
     until(lambda: panel.following.log.table["step"] == list(range(1, 11)))
 
@@ -248,7 +306,11 @@ def test_a_panel_does_not_take_a_log_for_a_run_that_is_finished(path):
     panel = watch(path, refresh=0.02)
     drawn = panel.following.log.count
     time.sleep(0.3)
-    assert drawn == 12 and panel.thread.is_alive() and "stopped at step 8" in panel.header.value
+    assert (
+        drawn == 12
+        and panel.thread.is_alive()
+        and "stopped at step 8" in panel.header.value
+    )
     assert 'aria-valuenow="66"' in panel.header.value
     trainer.save()
     panel.thread.join(20)
@@ -256,16 +318,26 @@ def test_a_panel_does_not_take_a_log_for_a_run_that_is_finished(path):
 
 
 def test_speed_and_time_left_are_said_of_a_run_whose_first_steps_were_not_timed(path):
-    SimulatedTrainer(path, steps=100_010).log_lines(10)  # and nobody who writes more lines meanwhile
-    times = [json.loads(line) for line in (path / "timing.jsonl").read_text().splitlines()]
-    lines = [{**line, "seconds": None, "wall": None, "device": "AMD EPYC, 2 threads"} for line in times]
-    (path / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # and nobody who writes more lines meanwhile
+    SimulatedTrainer(path, steps=100_010).log_lines(10)
+    times = [
+        json.loads(line) for line in (path / "timing.jsonl").read_text().splitlines()
+    ]
+    lines = [
+        {**line, "seconds": None, "wall": None, "device": "AMD EPYC, 2 threads"}
+        for line in times
+    ]
+    (path / "timing.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
     following = Following(path)
     following.read()
     following.state = "training: process 1 on a"
     parts = following.status()
     assert "20 it/s" in parts and parts[-1] == "AMD EPYC"
-    assert [part for part in parts if part.endswith(" left")] == [f"{clock(100_000 / 20)} left"]
+    assert [part for part in parts if part.endswith(" left")] == [
+        f"{clock(100_000 / 20)} left"
+    ]
 
 
 def test_a_finished_run_is_drawn_once_more_and_then_left_alone(path):
@@ -274,7 +346,11 @@ def test_a_finished_run_is_drawn_once_more_and_then_left_alone(path):
     trainer.in_thread(0.0).join(10)
     panel.thread.join(20)
     assert not panel.thread.is_alive() and "finished" in panel.header.value
-    assert panel.following.log.count == 30 and 'aria-valuenow="100"' in panel.header.value and not panel._stale
+    assert (
+        panel.following.log.count == 30
+        and 'aria-valuenow="100"' in panel.header.value
+        and not panel._stale
+    )
 
 
 def test_after_a_restart_the_folder_alone_shows_the_same(path):
@@ -284,14 +360,20 @@ def test_after_a_restart_the_folder_alone_shows_the_same(path):
     trainer.in_thread(0.0).join(10)
     first.thread.join(20)
     second = watch(path)
-    assert png(second.picture) == png(first.picture) and second.header.value == first.header.value
+    assert (
+        png(second.picture) == png(first.picture)
+        and second.header.value == first.header.value
+    )
 
 
 def test_a_second_panel_of_a_folder_closes_the_first(path):
     first = watch(path, refresh=0.02)
     second = watch(path.parent / "other" / ".." / "mine", refresh=0.02)
     first.thread.join(10)
-    assert not first.thread.is_alive() and "a newer panel follows this run" in first.said.value
+    assert (
+        not first.thread.is_alive()
+        and "a newer panel follows this run" in first.said.value
+    )
     assert second.thread.is_alive()
 
 
@@ -299,7 +381,11 @@ def test_a_closed_panel_ends_at_once_even_when_it_looks_rarely(path):
     panel = watch(path, refresh=600)
     panel.close()
     panel.thread.join(5)
-    assert not panel.thread.is_alive() and panel.thread.daemon and path.resolve() not in module._PANELS
+    assert (
+        not panel.thread.is_alive()
+        and panel.thread.daemon
+        and path.resolve() not in module._PANELS
+    )
 
 
 def test_the_film_in_large_is_drawn_when_it_is_unfolded(path):
@@ -339,7 +425,9 @@ def test_pictures_are_let_go_of(path):
 
 def test_what_comes_from_outside_is_escaped(tmp_path):
     for text in ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a&b"):
-        assert "<script" not in header_html([text] * 4) and "<img" not in header_html([text] * 4)
+        assert "<script" not in header_html([text] * 4) and "<img" not in header_html(
+            [text] * 4
+        )
     path = tmp_path / "<img src=x onerror=alert(1)>"
     trainer = SimulatedTrainer(tmp_path / "plain")
     (trainer.path / "writer.json").write_text("{}")
@@ -347,7 +435,10 @@ def test_what_comes_from_outside_is_escaped(tmp_path):
     (trainer.path / "samples/film/step-<script>.safetensors").write_bytes(b"x")
     trainer.path.rename(path)
     panel = watch(path, refresh=10)
-    assert not any("<img" in text.value or "<script" in text.value for text in (panel.header, panel.said, panel.trouble))
+    assert not any(
+        "<img" in text.value or "<script" in text.value
+        for text in (panel.header, panel.said, panel.trouble)
+    )
     assert "&lt;img" in panel.header.value
 
 
@@ -359,44 +450,84 @@ def test_a_pause_that_is_none_is_refused(path, refresh):
 
 def test_what_tests_and_screen_readers_look_for_is_there(path):
     panel = watch(path, refresh=10)
-    assert [button.description for button in (panel.stop, panel.sample)] == ["Stop", "Sample now"]
+    assert [button.description for button in (panel.stop, panel.sample)] == [
+        "Stop",
+        "Sample now",
+    ]
     assert all(button.tooltip for button in (panel.stop, panel.sample))
-    names = {name for part in (panel.box, panel.header, panel.said, panel.trouble, panel.stop, panel.sample, panel.picture,
-                               panel.film) for name in part._dom_classes}
-    assert names == {f"selfflow-{name}" for name in ("panel", "header", "said", "trouble", "stop", "sample", "dashboard", "film")}
+    names = {
+        name
+        for part in (
+            panel.box,
+            panel.header,
+            panel.said,
+            panel.trouble,
+            panel.stop,
+            panel.sample,
+            panel.picture,
+            panel.film,
+        )
+        for name in part._dom_classes
+    }
+    assert names == {
+        f"selfflow-{name}"
+        for name in (
+            "panel",
+            "header",
+            "said",
+            "trouble",
+            "stop",
+            "sample",
+            "dashboard",
+            "film",
+        )
+    }
     assert 'role="status"' in panel.header.value and 'role="status"' in panel.said.value
     shown = panel._repr_mimebundle_()
-    assert "application/vnd.jupyter.widget-view+json" in shown and shown["text/plain"].startswith("mine | no run here yet")
+    assert "application/vnd.jupyter.widget-view+json" in shown and shown[
+        "text/plain"
+    ].startswith("mine | no run here yet")
 
 
 def test_train_shows_a_panel_trains_and_lets_go(tmp_path, monkeypatch):
     shown, done = [], object()
+
     def trains(config, folder, device="auto", bar=True):
         trainer = SimulatedTrainer(folder / config.name, steps=20)
         trainer.train(0.0)
         return done if device == "cpu" else None
+
     monkeypatch.setattr(module, "display", shown.append)
     monkeypatch.setattr(module, "train_run", trains)
     config = SimulatedTrainer(tmp_path / "elsewhere/mine", steps=20).run.config
     assert train(config, tmp_path, device="cpu") is done
-    panel, = shown
+    (panel,) = shown
     panel.thread.join(10)
-    assert "step 20 of 20" in panel.header.value and "finished" in panel.header.value and not panel.thread.is_alive()
+    assert (
+        "step 20 of 20" in panel.header.value
+        and "finished" in panel.header.value
+        and not panel.thread.is_alive()
+    )
 
 
 def test_train_that_fails_raises_and_lets_go(tmp_path, monkeypatch):
     shown = []
+
     def fails(config, folder, bar=True):
         trainer = SimulatedTrainer(folder / config.name)
         trainer.log_lines(5)
         (trainer.path / "not_finite.json").write_text(json.dumps({"step": 6}))
         raise FloatingPointError("step 6 is not finite")
+
     monkeypatch.setattr(module, "display", shown.append)
     monkeypatch.setattr(module, "train_run", fails)
     with pytest.raises(FloatingPointError):
         train(SimulatedTrainer(tmp_path / "other").run.config, tmp_path)
     shown[0].thread.join(10)
-    assert "stopped at step 6: the loss was not finite" in shown[0].header.value and not shown[0].thread.is_alive()
+    assert (
+        "stopped at step 6: the loss was not finite" in shown[0].header.value
+        and not shown[0].thread.is_alive()
+    )
 
 
 def test_a_kernel_that_is_busy_hears_the_buttons(path):
@@ -423,7 +554,10 @@ def test_a_kernel_that_is_busy_hears_the_buttons(path):
             print("stopped by", *(what for what, *_ in trainer.answers))
         """
         client.execute(textwrap.dedent(code))
-        click = {"comm_id": _printed(client), "data": {"method": "custom", "content": {"event": "click"}}}
+        click = {
+            "comm_id": _printed(client),
+            "data": {"method": "custom", "content": {"event": "click"}},
+        }
         message = client.session.msg("comm_msg", click)
         message["header"]["subshell_id"] = subshell
         client.shell_channel.send(message)

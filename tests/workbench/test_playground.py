@@ -1,4 +1,5 @@
 """Inpainting against what it must equal, paths against Run.sample, the playground without a browser, and bad input."""
+
 import io
 import json
 import shutil
@@ -13,16 +14,29 @@ from selfflow.data.options import DataConfig
 from selfflow.draws import keyed
 from selfflow.method.flow import interpolate
 from selfflow.method.options import ModelConfig, ObjectiveConfig
-from selfflow.registries import samplers
 from selfflow.method.sampling import sample, shown, time_grid
+from selfflow.registries import samplers
 from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
 from selfflow.training.run import Run
 from selfflow.workbench.paths import Settings, SideBySide, estimate, path_of
 from selfflow.workbench.playground import compute, draw, explore, player, say
 
-VALUES = {"told": 3, "steps": 3, "method": "euler", "shift": 1.0, "cfg_scale": 1.0, "seed": 0, "count": 2, "film": 50,
-          "sample": 1, "kept": "as trained", "level": 0.0, "inpaint": False, "tokens": []}
+VALUES = {
+    "told": 3,
+    "steps": 3,
+    "method": "euler",
+    "shift": 1.0,
+    "cfg_scale": 1.0,
+    "seed": 0,
+    "count": 2,
+    "film": 50,
+    "sample": 1,
+    "kept": "as trained",
+    "level": 0.0,
+    "inpaint": False,
+    "tokens": [],
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +45,7 @@ def side(runs):
 
 
 # inpainting
+
 
 def curl(x, t):
     "A velocity in which every token pulls at every other, and which depends on the levels."
@@ -49,75 +64,152 @@ METHODS_HERE = [method for method in samplers if method != "dopri5"]
 @pytest.mark.parametrize("level", [0.0, 0.2, None])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_kept_tokens_come_back_and_a_sample_without_any_is_plain(method, level, shift):
-    x1, x0, noise = drawn("x1", 3, 5, 2), drawn("x0", 3, 5, 2), drawn("noise", 3, 3, 5, 2)
-    kept = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    x1, x0, noise = (
+        drawn("x1", 3, 5, 2),
+        drawn("x0", 3, 5, 2),
+        drawn("noise", 3, 3, 5, 2),
+    )
+    kept = torch.tensor(
+        [[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool
+    )
     options = {"steps": 4, "method": method, "shift": shift, "noise": noise}
-    states = sample(curl, x1, x0=x0, start=(~kept).double(), kept_level=level, trajectory=True, **options)
+    states = sample(
+        curl,
+        x1,
+        x0=x0,
+        start=(~kept).double(),
+        kept_level=level,
+        trajectory=True,
+        **options,
+    )
     assert torch.equal(states[:, kept], x0[kept].expand(5, -1, -1))
-    assert not torch.isclose(states[-1], x0)[~kept].all(-1).any() and torch.equal(states[0][~kept], x1[~kept])
+    assert not torch.isclose(states[-1], x0)[~kept].all(-1).any() and torch.equal(
+        states[0][~kept], x1[~kept]
+    )
     torch.testing.assert_close(states[-1, 1], sample(curl, x1, **options)[1])
-    assert torch.equal(sample(None, x1, x0=x0, start=torch.zeros(5), kept_level=level, **options), x0)  # v is not asked for
+    # v is not asked for
+    assert torch.equal(
+        sample(None, x1, x0=x0, start=torch.zeros(5), kept_level=level, **options), x0
+    )
 
 
 @pytest.mark.parametrize("level", [0.0, 0.2, None])
 def test_what_the_model_is_shown(level):
-    x1, x0, kept, seen = drawn("x1", 2, 4, 3), drawn("x0", 2, 4, 3), torch.tensor([True, False, True, False]), []
+    x1, x0, kept, seen = (
+        drawn("x1", 2, 4, 3),
+        drawn("x0", 2, 4, 3),
+        torch.tensor([True, False, True, False]),
+        [],
+    )
 
     def spy(x, t):
         seen.append((x, t))
         return curl(x, t)
-    states = sample(spy, x1, 4, x0=x0, start=(~kept).double(), kept_level=level, trajectory=True)
+
+    states = sample(
+        spy, x1, 4, x0=x0, start=(~kept).double(), kept_level=level, trajectory=True
+    )
     for (x, t), clock, state in zip(seen, time_grid(4)[:-1], states[:-1], strict=True):
         a = clock.item() if level is None else level
-        assert t.shape == (2, 4) and t[:, 0].tolist() == pytest.approx([a, a]) and (t[:, 1] == clock).all()
-        torch.testing.assert_close(x[:, kept], interpolate(x0, x1, a)[:, kept], atol=1e-6, rtol=1e-6)
+        assert (
+            t.shape == (2, 4)
+            and t[:, 0].tolist() == pytest.approx([a, a])
+            and (t[:, 1] == clock).all()
+        )
+        torch.testing.assert_close(
+            x[:, kept], interpolate(x0, x1, a)[:, kept], atol=1e-6, rtol=1e-6
+        )
         assert torch.equal(x[:, ~kept], state[:, ~kept])
 
 
 # paths
 
-@pytest.mark.parametrize("asked", [{}, {"method": "sde"}, {"method": "heun", "cfg_scale": 3.0}, {"shift": 4.0, "steps": 1}])
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"method": "sde"},
+        {"method": "heun", "cfg_scale": 3.0},
+        {"shift": 4.0, "steps": 1},
+    ],
+)
 def test_a_path_ends_at_what_run_sample_draws(side, asked):
     settings = Settings(told=5, count=3, seed=7, **{"steps": 3, **asked})
-    options = {name: getattr(settings, name) for name in ("steps", "method", "shift", "cfg_scale", "seed")}
+    options = {
+        name: getattr(settings, name)
+        for name in ("steps", "method", "shift", "cfg_scale", "seed")
+    }
     for name, run in side.runs.items():
         path = path_of(side, name, settings)
-        assert path.states.shape == (settings.steps + 1, 3, side.tokens, 4) and path.evaluations == (
-            settings.steps * (2 if settings.method == "heun" else 1))
-        assert torch.equal(side.layout.unpatchify(path.states[-1])["image"], run.sample(torch.full((3,), 5), **options)["image"])
+        assert path.states.shape == (
+            settings.steps + 1,
+            3,
+            side.tokens,
+            4,
+        ) and path.evaluations == (
+            settings.steps * (2 if settings.method == "heun" else 1)
+        )
+        assert torch.equal(
+            side.layout.unpatchify(path.states[-1])["image"],
+            run.sample(torch.full((3,), 5), **options)["image"],
+        )
         looks = estimate(side, name, settings, [0, settings.steps], sample=2)
-        assert torch.equal(looks[-1], path.states[-1, 2]) and not torch.equal(looks[0], path.states[0, 2])
+        assert torch.equal(looks[-1], path.states[-1, 2]) and not torch.equal(
+            looks[0], path.states[0, 2]
+        )
     first, second = (path_of(side, name, settings) for name in side.runs)
-    assert torch.equal(first.states[0], second.states[0]) and not torch.equal(first.states[-1], second.states[-1])
+    assert torch.equal(first.states[0], second.states[0]) and not torch.equal(
+        first.states[-1], second.states[-1]
+    )
     assert path_of(side, name, settings) is second  # remembered
 
 
 def test_an_estimate_is_one_euler_step_to_the_data(side):
     settings = Settings(steps=1, told=None, count=1)
     path = path_of(side, "vanilla", settings)
-    torch.testing.assert_close(estimate(side, "vanilla", settings, [0])[0], path.states[-1, 0])
+    torch.testing.assert_close(
+        estimate(side, "vanilla", settings, [0])[0], path.states[-1, 0]
+    )
 
 
-@pytest.mark.parametrize("kept, mixed", [("as trained", (True, False)), ("clean", (True, True)),
-                                         ("noised along", (False, False))])
+@pytest.mark.parametrize(
+    "kept, mixed",
+    [
+        ("as trained", (True, False)),
+        ("clean", (True, True)),
+        ("noised along", (False, False)),
+    ],
+)
 def test_a_run_is_shown_given_tokens_as_it_was_trained_or_as_asked(side, kept, mixed):
-    settings = Settings(steps=3, count=2, sample=2, anew=(0, 5), kept=kept, method="sde")
+    settings = Settings(
+        steps=3, count=2, sample=2, anew=(0, 5), kept=kept, method="sde"
+    )
     kept_tokens = [token for token in range(side.tokens) if token not in (0, 5)]
     for name, wanted in zip(("tiny", "vanilla"), mixed, strict=True):
         path = path_of(side, name, settings)
         assert path.mixed is wanted
-        assert torch.equal(path.states[-1][:, kept_tokens], side.x0[2, kept_tokens].expand(2, -1, -1))
+        assert torch.equal(
+            path.states[-1][:, kept_tokens], side.x0[2, kept_tokens].expand(2, -1, -1)
+        )
         looks = estimate(side, name, settings, [0, 2], sample=1)
-        assert torch.equal(looks[:, kept_tokens], side.x0[2, kept_tokens].expand(2, -1, -1))
+        assert torch.equal(
+            looks[:, kept_tokens], side.x0[2, kept_tokens].expand(2, -1, -1)
+        )
 
 
 def test_runs_that_cannot_be_used_are_left_out_with_the_reason(runs, tmp_path):
     folder = tmp_path / "runs"
     for name, run in runs.items():
         shutil.copytree(run.path, folder / name)
-    sounds = Config(name="sounds", data=DataConfig("notes"), model=ModelConfig(width=16, depth=4, heads=2),
-                    objective=ObjectiveConfig("flow_matching"))
-    (folder / "written/checkpoints").mkdir(parents=True)  # a run whose first checkpoint is still being written
+    sounds = Config(
+        name="sounds",
+        data=DataConfig("notes"),
+        model=ModelConfig(width=16, depth=4, heads=2),
+        objective=ObjectiveConfig("flow_matching"),
+    )
+    # a run whose first checkpoint is still being written
+    (folder / "written/checkpoints").mkdir(parents=True)
     shutil.copy(runs["tiny"].path / "config.json", folder / "written")
     (folder / "written/checkpoints/.step-00000004-ab").mkdir()
     (folder / "broken").mkdir()
@@ -128,24 +220,48 @@ def test_runs_that_cannot_be_used_are_left_out_with_the_reason(runs, tmp_path):
     stored["config"]["data"]["name"] = sounds.data.name
     (other / "config.json").write_text(json.dumps(stored))
     side = SideBySide.of(folder, device="cpu")
-    assert set(side.runs) == {"tiny", "vanilla"} and set(side.left_out) == {"written", "broken", "zz_other"}
-    assert "no whole checkpoint yet" in side.left_out["written"] and "cannot be used" in side.left_out["broken"]
-    assert "draws audio" in side.left_out["zz_other"] and "the others image (16 tokens of 4)" in side.left_out["zz_other"]
+    assert set(side.runs) == {"tiny", "vanilla"} and set(side.left_out) == {
+        "written",
+        "broken",
+        "zz_other",
+    }
+    assert (
+        "no whole checkpoint yet" in side.left_out["written"]
+        and "cannot be used" in side.left_out["broken"]
+    )
+    assert (
+        "draws audio" in side.left_out["zz_other"]
+        and "the others image (16 tokens of 4)" in side.left_out["zz_other"]
+    )
     words = say(compute(side, {**VALUES, "runs": ("tiny",)}))
     assert "left out: written (" in words and "zz_other" in words
     with pytest.raises(ValueError, match="written: .*no whole checkpoint yet"):
         SideBySide({"written": Run.open(folder / "written", "cpu")})
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"steps": 0}, "steps is 0"), ({"steps": 10**12}, "steps is 1000000000000"), ({"shift": float("nan")}, "shift is nan"),
-    ({"shift": 0.0}, "shift is 0"), ({"cfg_scale": float("inf")}, "cfg_scale is inf"), ({"seed": -1}, "seed is -1"),
-    ({"seed": 1e300}, "seed is 1e"), ({"count": 10**9}, "count is"), ({"method": "leap"}, "leap"), ({"told": 99}, "99"),
-    ({"told": "a red star"}, "there is no class 'a red star'"), ({"sample": 10**6}, "sample is 1000000, but there are"),
-    ({"inpaint": True, "tokens": [99]}, "token 99 was painted, but there are 16"), ({"film": 300}, "film is 300"),
-    ({"level": -1.0}, "level is -1"), ({"kept": "?"}, "way of given tokens"), ({"runs": ()}, "0 runs are chosen"),
-    ({"runs": ("nobody",)}, "nobody"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 10**12}, "steps is 1000000000000"),
+        ({"shift": float("nan")}, "shift is nan"),
+        ({"shift": 0.0}, "shift is 0"),
+        ({"cfg_scale": float("inf")}, "cfg_scale is inf"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 1e300}, "seed is 1e"),
+        ({"count": 10**9}, "count is"),
+        ({"method": "leap"}, "leap"),
+        ({"told": 99}, "99"),
+        ({"told": "a red star"}, "there is no class 'a red star'"),
+        ({"sample": 10**6}, "sample is 1000000, but there are"),
+        ({"inpaint": True, "tokens": [99]}, "token 99 was painted, but there are 16"),
+        ({"film": 300}, "film is 300"),
+        ({"level": -1.0}, "level is -1"),
+        ({"kept": "?"}, "way of given tokens"),
+        ({"runs": ()}, "0 runs are chosen"),
+        ({"runs": ("nobody",)}, "nobody"),
+    ],
+)
 def test_absurd_values_are_refused_in_words(side, changes, words):
     with pytest.raises(ValueError, match=words):
         compute(side, {**VALUES, **changes})
@@ -153,21 +269,47 @@ def test_absurd_values_are_refused_in_words(side, changes, words):
 
 # the playground
 
+
 def test_pictures_and_words_follow_from_the_values_alone(side):
-    for changes in ({}, {"film": 0}, {"film": 100, "method": "sde"}, {"inpaint": True, "tokens": [1, 2]}, {"steps": 1}):
+    for changes in (
+        {},
+        {"film": 0},
+        {"film": 100, "method": "sde"},
+        {"inpaint": True, "tokens": [1, 2]},
+        {"steps": 1},
+    ):
         values = {**VALUES, **changes}
         scene = compute(side, values)
         pictures = draw(scene)
-        assert set(pictures) == {"tokens", "views", "film"} and draw(compute(side, dict(values))) == pictures
-        assert Image.open(io.BytesIO(pictures["views"])).width == Image.open(io.BytesIO(pictures["film"])).width == 1380
+        assert (
+            set(pictures) == {"tokens", "views", "film"}
+            and draw(compute(side, dict(values))) == pictures
+        )
+        assert (
+            Image.open(io.BytesIO(pictures["views"])).width
+            == Image.open(io.BytesIO(pictures["film"])).width
+            == 1380
+        )
         assert scene.at == round(values["film"] * values["steps"] / 100)
-    assert draw(compute(side, VALUES))["views"] != draw(compute(side, {**VALUES, "film": 0}))["views"]
+    assert (
+        draw(compute(side, VALUES))["views"]
+        != draw(compute(side, {**VALUES, "film": 0}))["views"]
+    )
     assert "class 3; 3 steps of euler, 3 evaluations" in say(compute(side, VALUES))
 
 
-@pytest.mark.parametrize("tokens, words", [([], "no token is painted: all are kept"), (list(range(16)), "all tokens are painted"),
-                                           ([4, 5], "2 of 16 tokens are drawn anew, the others kept from sample 1: clean at "
-                                            "level 0 (tiny), noised along (vanilla)")])
+@pytest.mark.parametrize(
+    "tokens, words",
+    [
+        ([], "no token is painted: all are kept"),
+        (list(range(16)), "all tokens are painted"),
+        (
+            [4, 5],
+            "2 of 16 tokens are drawn anew, the others kept from sample 1: clean at "
+            "level 0 (tiny), noised along (vanilla)",
+        ),
+    ],
+)
 def test_a_mask_on_no_token_and_on_all(side, tokens, words):
     scene = compute(side, {**VALUES, "inpaint": True, "tokens": tokens})
     assert words in say(scene)
@@ -176,32 +318,60 @@ def test_a_mask_on_no_token_and_on_all(side, tokens, words):
         assert same.tolist() == [token not in tokens for token in range(16)]
     if len(tokens) == 16:
         plain = compute(side, VALUES)
-        assert all(torch.equal(scene.paths[name].states, plain.paths[name].states) for name in plain.paths)
+        assert all(
+            torch.equal(scene.paths[name].states, plain.paths[name].states)
+            for name in plain.paths
+        )
 
 
 def test_guidance_of_a_run_that_does_not_know_it_is_said(side):
     words = say(compute(side, {**VALUES, "told": -1, "cfg_scale": 4.0}))
-    assert "without guidance: tiny, vanilla (nothing is told that could guide)" in words and words.startswith("told nothing")
+    assert (
+        "without guidance: tiny, vanilla (nothing is told that could guide)" in words
+        and words.startswith("told nothing")
+    )
 
 
 def test_the_widget_shows_what_the_function_draws_and_survives_errors(side):
     explorer = explore(side, steps=3, count=2, sample=1, told=3)
     controls = explorer.controls
-    for name, value in {"film": 40, "method": "sde", "shift": 2.0, "cfg_scale": 3.0, "seed": 5, "told": 7, "steps": 4}.items():
+    for name, value in {
+        "film": 40,
+        "method": "sde",
+        "shift": 2.0,
+        "cfg_scale": 3.0,
+        "seed": 5,
+        "told": 7,
+        "steps": 4,
+    }.items():
         controls[name].value = value
         explorer.settle(60)
         pictures = draw(compute(side, explorer.values()))
-        assert all(bytes(explorer.pictures[name].value) == pictures[name] for name in ("views", "film"))
+        assert all(
+            bytes(explorer.pictures[name].value) == pictures[name]
+            for name in ("views", "film")
+        )
     controls["tokens"].value = [3]  # painting turns inpainting on
     explorer.settle(60)
-    assert controls["inpaint"].value and "1 of 16 tokens are drawn anew" in explorer.message.value
-    assert bytes(controls["tokens"].picture) == draw(compute(side, explorer.values()))["tokens"]
+    assert (
+        controls["inpaint"].value
+        and "1 of 16 tokens are drawn anew" in explorer.message.value
+    )
+    assert (
+        bytes(controls["tokens"].picture)
+        == draw(compute(side, explorer.values()))["tokens"]
+    )
     controls["runs"].value = ()
     explorer.settle(60)
-    assert 'role="alert"' in explorer.message.value and "choose 1 to 4" in explorer.message.value
+    assert (
+        'role="alert"' in explorer.message.value
+        and "choose 1 to 4" in explorer.message.value
+    )
     controls["runs"].value = ("vanilla",)
     explorer.settle(60)
-    assert 'role="status"' in explorer.message.value and explorer.data.names == ["vanilla"]
+    assert 'role="status"' in explorer.message.value and explorer.data.names == [
+        "vanilla"
+    ]
     controls["steps"].value = 10**9  # the widget keeps it within its range
     assert controls["steps"].value == 100
     controls["steps"].value = 2
@@ -215,36 +385,74 @@ def test_changes_from_several_threads_end_at_the_last(side):
     def move(name, values):
         for value in values:
             explorer.controls[name].value = value
-    threads = [threading.Thread(target=move, args=pair) for pair in (("film", range(0, 101, 4)), ("seed", range(30)),
-                                                                     ("tokens", [[i] for i in range(16)]))]
+
+    threads = [
+        threading.Thread(target=move, args=pair)
+        for pair in (
+            ("film", range(0, 101, 4)),
+            ("seed", range(30)),
+            ("tokens", [[i] for i in range(16)]),
+        )
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     explorer.settle(120)
     assert explorer.values()["seed"] == 29 and explorer.values()["tokens"] == [15]
-    assert bytes(explorer.pictures["views"].value) == draw(compute(side, explorer.values()))["views"]
+    assert (
+        bytes(explorer.pictures["views"].value)
+        == draw(compute(side, explorer.values()))["views"]
+    )
 
 
 def test_a_folder_without_a_run_is_said_in_the_panel(tmp_path):
-    for folder, words in ((tmp_path, "holds no run yet"), (tmp_path / "nowhere", "there is no folder")):
+    for folder, words in (
+        (tmp_path, "holds no run yet"),
+        (tmp_path / "nowhere", "there is no folder"),
+    ):
         explorer = explore(folder)
-        assert 'role="alert"' in explorer.message.value and words in explorer.message.value and not explorer.pictures
+        assert (
+            'role="alert"' in explorer.message.value
+            and words in explorer.message.value
+            and not explorer.pictures
+        )
 
 
 # captions, films, sounds
 
-SMALL = TrainConfig(steps=1, batch=2, shards=1, validate_every=1, validation=2, save_every=1, sample_every=0)
+SMALL = TrainConfig(
+    steps=1,
+    batch=2,
+    shards=1,
+    validate_every=1,
+    validation=2,
+    save_every=1,
+    sample_every=0,
+)
 
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
     "A run of captions, one of films and one of sounds, a step each."
-    folder, size = tmp_path_factory.mktemp("others"), ModelConfig(width=16, depth=4, heads=2)
-    data = {"shapes": DataConfig("shapes", size=16, patch=4, condition="caption"),
-            "motion": DataConfig("motion", size=16, patch=8, frames=8), "notes": DataConfig("notes", columns=8)}
-    runs = {name: train(Config(name=name, data=each, model=size, training=SMALL), folder, bar=False, device="cpu")
-            for name, each in data.items()}
+    folder, size = (
+        tmp_path_factory.mktemp("others"),
+        ModelConfig(width=16, depth=4, heads=2),
+    )
+    data = {
+        "shapes": DataConfig("shapes", size=16, patch=4, condition="caption"),
+        "motion": DataConfig("motion", size=16, patch=8, frames=8),
+        "notes": DataConfig("notes", columns=8),
+    }
+    runs = {
+        name: train(
+            Config(name=name, data=each, model=size, training=SMALL),
+            folder,
+            bar=False,
+            device="cpu",
+        )
+        for name, each in data.items()
+    }
     return {name: SideBySide({name: run}, count=2) for name, run in runs.items()}
 
 
@@ -252,16 +460,28 @@ def test_a_caption_of_ten_thousand_characters_is_answered_in_words(others):
     side = others["shapes"]
     long = "a small red star " * 600
     scene = compute(side, {**VALUES, "told": long})
-    assert f"the caption has {len(long):,} characters, of which is read what fits: 'a small red star" in say(scene)
+    assert (
+        f"the caption has {len(long):,} characters, of which is read what fits: 'a small red star"
+        in say(scene)
+    )
     cut = compute(side, {**VALUES, "told": scene.read})
-    assert torch.equal(cut.paths["shapes"].states, scene.paths["shapes"].states) and len(say(scene)) < 1000
+    assert (
+        torch.equal(cut.paths["shapes"].states, scene.paths["shapes"].states)
+        and len(say(scene)) < 1000
+    )
     assert "told nothing" in say(compute(side, {**VALUES, "told": "  \n "}))
     assert "\u2603" in say(compute(side, {**VALUES, "told": "\u2603 <b>"}))
     explorer = explore(side, steps=1, count=1)
-    assert explorer.controls["told"].value == side.captions[0] and "runs" not in explorer.controls
+    assert (
+        explorer.controls["told"].value == side.captions[0]
+        and "runs" not in explorer.controls
+    )
     explorer.controls["told"].value = "<script>" + 10_000 * "x"
     explorer.settle(60)
-    assert "the caption has 10,008 characters" in explorer.message.value and "<script>" not in explorer.message.value
+    assert (
+        "the caption has 10,008 characters" in explorer.message.value
+        and "<script>" not in explorer.message.value
+    )
 
 
 def test_films_move_and_sounds_are_heard(others):
@@ -271,10 +491,15 @@ def test_films_move_and_sounds_are_heard(others):
     assert moving.format == "WEBP" and moving.n_frames == 8
     sound = draw(compute(others["notes"], values))["sound-1"]
     assert sound[:4] == b"RIFF" and sound[8:12] == b"WAVE"
-    for name, kind, value in (("motion", "moving", film), ("notes", "sound-1", player(sound, "notes, sample 1").encode())):
+    for name, kind, value in (
+        ("motion", "moving", film),
+        ("notes", "sound-1", player(sound, "notes, sample 1").encode()),
+    ):
         explorer = explore(others[name], steps=1, count=2, told=0, film=50, sample=1)
         shown_value = explorer.pictures[kind].value
-        assert (shown_value.encode() if isinstance(shown_value, str) else bytes(shown_value)) == value
+        assert (
+            shown_value.encode() if isinstance(shown_value, str) else bytes(shown_value)
+        ) == value
         assert explorer.strip({"film": 0}).image.width == 900
 
 
@@ -284,7 +509,9 @@ def test_a_label_of_a_player_is_escaped():
 
 def test_shown_keeps_the_state_where_nothing_is_given():
     x1, x0 = drawn("x1", 2, 3, 1), drawn("x0", 2, 3, 1)
-    x, tau = shown(x1, torch.tensor([0.3, 0.9]), x0, x1, torch.zeros(2, 3, dtype=torch.bool))
+    x, tau = shown(
+        x1, torch.tensor([0.3, 0.9]), x0, x1, torch.zeros(2, 3, dtype=torch.bool)
+    )
     assert torch.equal(x, x1) and tau[:, 0].tolist() == pytest.approx([0.3, 0.9])
 
 

@@ -1,4 +1,5 @@
 """The run browser without a page: what a folder may hold, what can be compared, and what goes wrong, in words."""
+
 import io
 import json
 import shutil
@@ -18,6 +19,7 @@ from selfflow.analysis.probes import scored
 from selfflow.analysis.probing import ProbeRow, Probes, write_probes
 from selfflow.figures.layers import draw_score_maps
 from selfflow.figures.plots import draw_runs
+from selfflow.registries import explorers, trial
 from selfflow.training.run import Run
 from selfflow.training.watching import Listing, open_runs, steps_of
 from selfflow.workbench import probe_process
@@ -25,11 +27,23 @@ from selfflow.workbench.boards import picture_of
 from selfflow.workbench.controls import DARK, LIGHT, RunList
 from selfflow.workbench.probe_process import Probing
 from selfflow.workbench.run_browser import browse
+from selfflow.workbench.run_views import (
+    compute,
+    draw,
+    groups_of,
+    probes_of,
+    say,
+    settings_of,
+    short_name,
+)
 from selfflow.workbench.tools import Chosen
-from selfflow.registries import explorers, trial
-from selfflow.workbench.run_views import compute, draw, groups_of, probes_of, say, settings_of, short_name
 
-VALUES = {"runs": ["tiny", "vanilla"], "view": "curves", "measure": "flow_loss", "against": "steps"}
+VALUES = {
+    "runs": ["tiny", "vanilla"],
+    "view": "curves",
+    "measure": "flow_loss",
+    "against": "steps",
+}
 
 
 def until(condition, seconds=30.0):
@@ -64,23 +78,32 @@ def other_data(folder, name):
 
 def test_what_a_folder_may_hold_is_listed_in_words(listing, folder):
     assert [listing.runs[name].cells for name in ("tiny", "vanilla")] == [
-        [name, "digits, classes", "12 of 12", "finished"] for name in ("self_flow", "flow_matching")]
+        [name, "digits, classes", "12 of 12", "finished"]
+        for name in ("self_flow", "flow_matching")
+    ]
     (folder / "begun").mkdir()
     (folder / "begun/config.json").write_text('{"format": <b>')
     (folder / "bare/checkpoints").mkdir(parents=True)
     shutil.copytree(folder / "tiny", folder / "deep/hurt")
     for checkpoint in (folder / "deep/hurt/checkpoints").iterdir():
         (checkpoint / "manifest.json").unlink()
-    with (folder / "vanilla/checkpoints/step-00000012/model.safetensors").open("r+b") as file:
+    with (folder / "vanilla/checkpoints/step-00000012/model.safetensors").open(
+        "r+b"
+    ) as file:
         file.truncate(10)  # half a file
     with (folder / "tiny/log.jsonl").open("a") as log:
         log.write('no JSON\n{"step": 13, "flow')  # a line being written is no damage
     listing.look(anew=True)
     states = {name: run.state for name, run in listing.runs.items()}
-    assert states["begun"].startswith("damaged: ") and "config.json cannot be used" in states["begun"]
+    assert (
+        states["begun"].startswith("damaged: ")
+        and "config.json cannot be used" in states["begun"]
+    )
     assert "no config.json" in states["bare"]
     assert states["deep/hurt"].startswith("damaged: no checkpoint is whole (step 12: ")
-    assert states["vanilla"].startswith("stopped at step 8; 1 of 3 checkpoints damaged (step 12: model.safetensors has 10 bytes")
+    assert states["vanilla"].startswith(
+        "stopped at step 8; 1 of 3 checkpoints damaged (step 12: model.safetensors has 10 bytes"
+    )
     assert states["tiny"] == "finished; 1 lines of its log are damaged and left out"
 
 
@@ -88,22 +111,45 @@ def test_a_run_that_trains_is_seen_to_and_nothing_new_is_nothing_new(folder, lis
     assert not listing.look()
     run = Run.open(folder / "tiny", "cpu")
     with run.locked():
-        assert listing.look() and listing.runs["tiny"].training and "training: process" in listing.runs["tiny"].state
+        assert (
+            listing.look()
+            and listing.runs["tiny"].training
+            and "training: process" in listing.runs["tiny"].state
+        )
         before = listing.runs["tiny"].stamp
         with run.log_path.open("a") as log:
             log.write('{"step": 14, "flow_loss": 1.0}\n')
-        assert listing.look() and listing.runs["tiny"].step == 14 and listing.runs["tiny"].stamp != before
-        assert "validation_flow_loss" in listing.measures and "cosine" in listing.measures  # though the last line has none
-    assert listing.look() and listing.runs["tiny"].state == "finished" and listing.runs["tiny"].step == 12
+        assert (
+            listing.look()
+            and listing.runs["tiny"].step == 14
+            and listing.runs["tiny"].stamp != before
+        )
+        # though the last line has none
+        assert (
+            "validation_flow_loss" in listing.measures and "cosine" in listing.measures
+        )
+    assert (
+        listing.look()
+        and listing.runs["tiny"].state == "finished"
+        and listing.runs["tiny"].step == 12
+    )
     shutil.rmtree(folder / "tiny")
     assert listing.look() and "tiny" not in listing.runs
 
 
 def test_folders_without_runs_say_what_to_do(tmp_path):
-    for place, words in ((tmp_path, "holds no run yet"), (tmp_path / "gone", "there is no folder")):
+    for place, words in (
+        (tmp_path, "holds no run yet"),
+        (tmp_path / "gone", "there is no folder"),
+    ):
         found = Listing(place)
         found.look()
-        assert words in found.said and "selfflow train" in found.said and "make demo" in found.said and not found.runs
+        assert (
+            words in found.said
+            and "selfflow train" in found.said
+            and "make demo" in found.said
+            and not found.runs
+        )
     (tmp_path / "file").write_text("")
     found = Listing(tmp_path / "file")
     found.look()
@@ -111,14 +157,25 @@ def test_folders_without_runs_say_what_to_do(tmp_path):
 
 
 def test_checkpoints_are_read_through_before_they_are_opened(listing, folder):
-    assert steps_of(listing, ["tiny", "vanilla"]) == [("the newest", 0), ("step 12", 12), ("step 8", 8), ("step 4", 4)]
+    assert steps_of(listing, ["tiny", "vanilla"]) == [
+        ("the newest", 0),
+        ("step 12", 12),
+        ("step 8", 8),
+        ("step 4", 4),
+    ]
     assert steps_of(listing, []) == [("the newest", 0)]
-    assert [run.state()["step"] for run in open_runs(listing, ["tiny", "vanilla"], 4, "cpu").values()] == [4, 4]
+    assert [
+        run.state()["step"]
+        for run in open_runs(listing, ["tiny", "vanilla"], 4, "cpu").values()
+    ] == [4, 4]
     file = folder / "tiny/checkpoints/step-00000008/teacher.safetensors"
     values = bytearray(file.read_bytes())
     values[-1] ^= 1  # the size is as it was
     file.write_bytes(values)
-    with pytest.raises(ValueError, match="tiny cannot be opened: its checkpoint of step 8 is damaged: teacher.safetensors has"):
+    with pytest.raises(
+        ValueError,
+        match="tiny cannot be opened: its checkpoint of step 8 is damaged: teacher.safetensors has",
+    ):
         open_runs(listing, ["tiny"], 8, "cpu")
     with pytest.raises(ValueError, match="kept no checkpoint of step 5"):
         open_runs(listing, ["tiny"], 5, "cpu")
@@ -132,7 +189,9 @@ def test_what_is_seen_is_what_the_pure_functions_draw(listing, folder):
     for measure in ("flow_loss", "validation_flow_loss"):
         for against, label in (("steps", "step"), ("seconds", "time of training")):
             view = compute(listing, {**VALUES, "measure": measure, "against": against})
-            curves = run_curves({name: folder / name for name in VALUES["runs"]}, measure, against)
+            curves = run_curves(
+                {name: folder / name for name in VALUES["runs"]}, measure, against
+            )
             if against == "steps":
                 wanted = picture_of(draw_runs(curves, label, measure.replace("_", " ")))
                 assert draw(view) == {"picture-1": wanted}
@@ -140,7 +199,10 @@ def test_what_is_seen_is_what_the_pure_functions_draw(listing, folder):
     assert "different noise levels" in say(compute(listing, VALUES))
     assert not say(compute(listing, {**VALUES, "measure": "validation_flow_loss"}))
     view = compute(listing, {**VALUES, "measure": "cosine"})
-    assert "cosine was not logged by vanilla" in view.notes[0].lower() and len(view.pictures) == 1
+    assert (
+        "cosine was not logged by vanilla" in view.notes[0].lower()
+        and len(view.pictures) == 1
+    )
 
 
 def test_runs_of_other_data_are_not_on_one_picture(listing, folder):
@@ -149,9 +211,15 @@ def test_runs_of_other_data_are_not_on_one_picture(listing, folder):
     values = {**VALUES, "runs": ["tiny", "vanilla", "other"]}
     for kind, count in (("curves", 2), ("levels", 3)):
         view = compute(listing, {**values, "view": kind})
-        assert len(view.pictures) == count and "on 2 kinds of data (tiny, vanilla; other)" in view.notes[0]
+        assert (
+            len(view.pictures) == count
+            and "on 2 kinds of data (tiny, vanilla; other)" in view.notes[0]
+        )
     runs = {name: Run.open(folder / name, "cpu") for name in values["runs"]}
-    assert [list(group) for group in groups_of(runs)] == [["tiny", "vanilla"], ["other"]]
+    assert [list(group) for group in groups_of(runs)] == [
+        ["tiny", "vanilla"],
+        ["other"],
+    ]
     table = settings_of(runs).table.set_index("setting")
     assert list(table.loc["data.name"]) == ["digits", "digits", "shapes"]
 
@@ -159,7 +227,9 @@ def test_runs_of_other_data_are_not_on_one_picture(listing, folder):
 def test_bad_choices_are_answered_and_the_rest_is_shown(listing):
     view = compute(listing, {**VALUES, "runs": ["tiny", "gone"]})
     assert len(view.pictures) == 1 and "gone cannot be opened" in view.notes[0]
-    assert compute(listing, {**VALUES, "runs": []}).notes == ["choose one or more runs in the list"]
+    assert compute(listing, {**VALUES, "runs": []}).notes == [
+        "choose one or more runs in the list"
+    ]
     assert "nothing" in compute(listing, {**VALUES, "measure": "nothing"}).notes[0]
     for change, words in (({"view": "curve"}, "view"), ({"against": "money"}, "cost")):
         with pytest.raises(ValueError, match=words):
@@ -168,11 +238,22 @@ def test_bad_choices_are_answered_and_the_rest_is_shown(listing):
 
 def grid(seed, levels=(0.0, 0.5), items=40, step=12):
     random, rows = np.random.default_rng(seed), []
-    for place, (layer, level) in enumerate((layer, level) for layer in (1, 2) for level in levels):
+    for place, (layer, level) in enumerate(
+        (layer, level) for layer in (1, 2) for level in levels
+    ):
         wrong = random.random(items) > 0.3 + 0.1 * place
-        probe = scored("made up", "accuracy", wrong, np.ones(items), 0.5, "C = 1", {"test": items})
+        probe = scored(
+            "made up", "accuracy", wrong, np.ones(items), 0.5, "C = 1", {"test": items}
+        )
         rows.append(ProbeRow("class", "model", "regression", layer, level, probe))
-    about = {"run": "made up", "step": step, "layers": [1, 2], "levels": list(levels), "items": "some", "data": "digits"}
+    about = {
+        "run": "made up",
+        "step": step,
+        "layers": [1, 2],
+        "levels": list(levels),
+        "items": "some",
+        "data": "digits",
+    }
     return Probes(about, tuple(rows))
 
 
@@ -182,13 +263,28 @@ def test_probe_maps_have_their_difference_with_paired_intervals(listing, folder)
     write_probes(runs["tiny"], grid(0))
     write_probes(runs["vanilla"], grid(1))
     view = probes_of(runs)
-    maps = {"class": {name: grid(seed).grid("class") for name, seed in (("tiny", 0), ("vanilla", 1))}}
-    expected = draw_score_maps(maps, (1, 2), (0.0, 0.5), {"class": grid(0).difference(grid(1), "class")})
-    assert picture_of(view.pictures[0]()) == picture_of(expected) and "vanilla minus tiny: of 4 cells" in view.notes[0]
+    maps = {
+        "class": {
+            name: grid(seed).grid("class")
+            for name, seed in (("tiny", 0), ("vanilla", 1))
+        }
+    }
+    expected = draw_score_maps(
+        maps, (1, 2), (0.0, 0.5), {"class": grid(0).difference(grid(1), "class")}
+    )
+    assert (
+        picture_of(view.pictures[0]()) == picture_of(expected)
+        and "vanilla minus tiny: of 4 cells" in view.notes[0]
+    )
     write_probes(runs["vanilla"], grid(1, levels=(0.1, 0.9), step=8))
     view = probes_of(runs)
-    assert len(view.pictures) == 2 and "vanilla was probed at other layers, levels or items" in view.notes[0]
-    assert "probes of vanilla are of step 8, its newest checkpoint of 12" in view.notes[1]
+    assert (
+        len(view.pictures) == 2
+        and "vanilla was probed at other layers, levels or items" in view.notes[0]
+    )
+    assert (
+        "probes of vanilla are of step 8, its newest checkpoint of 12" in view.notes[1]
+    )
     (folder / "tiny/probes.json").write_text("{half")
     assert any("cannot be shown" in note for note in probes_of(runs).notes)
 
@@ -197,7 +293,9 @@ def test_names_stay_text_and_long_ones_are_cut(listing, folder):
     evil = "<img src=x onerror=alert(1)>"
     shutil.copytree(folder / "vanilla", folder / evil)
     listing.look()
-    table = draw(compute(listing, {**VALUES, "runs": ["tiny", evil], "view": "settings"}))["table"].decode()
+    table = draw(
+        compute(listing, {**VALUES, "runs": ["tiny", evil], "view": "settings"})
+    )["table"].decode()
     assert "&lt;img" in table and "<img" not in table
     browser = browse(folder, device="cpu", runs=["tiny", evil])
     browser.which.value = (evil,)
@@ -208,7 +306,10 @@ def test_names_stay_text_and_long_ones_are_cut(listing, folder):
         browser.open()
     for text in (browser.head, browser.open_said, browser.seen.message):
         assert "<img" not in text.value and "<i>" not in text.value
-    assert "&lt;i&gt;not today" in browser.open_said.value and 'role="alert"' in browser.open_said.value
+    assert (
+        "&lt;i&gt;not today" in browser.open_said.value
+        and 'role="alert"' in browser.open_said.value
+    )
     assert len(short_name("long" * 2500)) == 26 and short_name("short") == "short"
 
 
@@ -217,15 +318,27 @@ def fails(chosen):
 
 
 def test_a_dark_page_turns_all_but_the_maps(listing):
-    figure = draw_score_maps({"class": {"a": grid(0).grid("class")}}, (1, 2), (0.0, 0.5))
-    light, dark = (np.asarray(Image.open(io.BytesIO(picture_of(figure, theme)))).astype(int) for theme in (LIGHT, DARK))
+    figure = draw_score_maps(
+        {"class": {"a": grid(0).grid("class")}}, (1, 2), (0.0, 0.5)
+    )
+    light, dark = (
+        np.asarray(Image.open(io.BytesIO(picture_of(figure, theme)))).astype(int)
+        for theme in (LIGHT, DARK)
+    )
     box = figure.axes[0].get_position()
     high, wide = light.shape[:2]
-    inside = (slice(round((1 - box.y1) * high) + 2, round((1 - box.y0) * high) - 2),
-              slice(round(box.x0 * wide) + 2, round(box.x1 * wide) - 2))
-    assert (light[inside] == dark[inside]).all() and light[0, 0].tolist() == [255] * 3 and dark[0, 0].tolist() == [17] * 3
+    inside = (
+        slice(round((1 - box.y1) * high) + 2, round((1 - box.y0) * high) - 2),
+        slice(round(box.x0 * wide) + 2, round(box.x1 * wide) - 2),
+    )
+    assert (
+        (light[inside] == dark[inside]).all()
+        and light[0, 0].tolist() == [255] * 3
+        and dark[0, 0].tolist() == [17] * 3
+    )
     orange = draw_runs({"a": (np.arange(3), np.arange(3.0))}, "step", "loss")
-    assert np.asarray(Image.open(io.BytesIO(picture_of(orange, DARK)))).max() > 200  # text and lines are light there
+    # text and lines are light there
+    assert np.asarray(Image.open(io.BytesIO(picture_of(orange, DARK)))).max() > 200
 
 
 def test_the_list_keeps_what_is_there():
@@ -235,13 +348,21 @@ def test_the_list_keeps_what_is_there():
 
 
 def following():
-    return [thread for thread in threading.enumerate() if thread.name.startswith(("browser of", "panel of"))]
+    return [
+        thread
+        for thread in threading.enumerate()
+        if thread.name.startswith(("browser of", "panel of"))
+    ]
 
 
 def test_a_browser_follows_its_folder_while_it_is_shown(folder):
     trainer = SimulatedTrainer(folder / "mine", steps=100_000)
     browser = browse(folder, device="cpu", refresh=0.02, runs=["mine", "tiny"])
-    assert browser.list.value == ["mine", "tiny"] and not browser.panels and not following()
+    assert (
+        browser.list.value == ["mine", "tiny"]
+        and not browser.panels
+        and not following()
+    )
     thread = trainer.in_thread()
     try:
         browser.list.shown = True  # as a page says
@@ -256,7 +377,12 @@ def test_a_browser_follows_its_folder_while_it_is_shown(folder):
         until(lambda: not browser.panels and not browser.live.children)
         until(lambda: not panel.thread.is_alive())
         browser.seen.controls["view"].value = "training"  # of what does not train, too
-        until(lambda: "tiny" in browser.panels and "finished" in browser.panels["tiny"].header.value)
+        until(
+            lambda: (
+                "tiny" in browser.panels
+                and "finished" in browser.panels["tiny"].header.value
+            )
+        )
     finally:
         browser.list.shown = False
         trainer.run.ask("stop")
@@ -267,17 +393,30 @@ def test_a_browser_follows_its_folder_while_it_is_shown(folder):
 
 def test_a_browser_begins_empty_and_goes_on_after_errors(folder, tmp_path, monkeypatch):
     browser = browse(tmp_path / "later", device="cpu")
-    assert 'role="alert"' in browser.head.value and "make demo" in browser.head.value and browser.below.layout.display == "none"
+    assert (
+        'role="alert"' in browser.head.value
+        and "make demo" in browser.head.value
+        and browser.below.layout.display == "none"
+    )
     assert browser.button.disabled and not browser.list.rows
     browser.open()
     assert "no run is chosen" in browser.open_said.value
     shutil.copytree(folder, tmp_path / "later")
     browser.look()
-    assert browser.list.value == ["tiny", "vanilla"] and browser.below.layout.display == "" and not browser.button.disabled
+    assert (
+        browser.list.value == ["tiny", "vanilla"]
+        and browser.below.layout.display == ""
+        and not browser.button.disabled
+    )
     browser.seen.settle()
-    assert "Cannot be shown" not in browser.seen.message.value and "picture-1" in browser.seen.pictures
+    assert (
+        "Cannot be shown" not in browser.seen.message.value
+        and "picture-1" in browser.seen.pictures
+    )
+
     def refuse(*_):
         raise PermissionError(13, "Permission <denied>")
+
     with monkeypatch.context() as patched:
         patched.setattr(browser.listing, "look", refuse)
         browser.look()
@@ -287,40 +426,58 @@ def test_a_browser_begins_empty_and_goes_on_after_errors(folder, tmp_path, monke
 
 
 def test_bad_options_are_refused(folder):
-    for options, words in (({"refresh": 0}, "refresh is 0"), ({"runs": ["tin"]}, "tin"), ({"vew": "curves"}, "vew")):
+    for options, words in (
+        ({"refresh": 0}, "refresh is 0"),
+        ({"runs": ["tin"]}, "tin"),
+        ({"vew": "curves"}, "vew"),
+    ):
         with pytest.raises(ValueError, match=words):
             browse(folder, device="cpu", **options)
     with pytest.raises(ValueError, match="shows one run, but 2 are chosen"):
-        explorers["Noise asymmetry"].load()(Chosen(folder, folder, opened={"a": None, "b": None}))
+        explorers["Noise asymmetry"].load()(
+            Chosen(folder, folder, opened={"a": None, "b": None})
+        )
 
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     "What stands for `selfflow probe`: a script, in place of the interpreter."
+
     def write(script):
         file = tmp_path / "command"
         file.write_text(f"#!/bin/sh\n{script}\n")
         file.chmod(file.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setattr(probe_process.sys, "executable", str(file))
+
     yield write
     monkeypatch.setattr(probe_process.sys, "executable", sys.executable)
 
 
 def test_probing_tells_how_far_it_is_and_what_went_wrong(folder, command):
     told = []
+
     def probed(script):
         command(script)
-        found = Probing({"tiny": Path(folder / "tiny")}, lambda: told.append(found.told))
+        found = Probing(
+            {"tiny": Path(folder / "tiny")}, lambda: told.append(found.told)
+        )
         found.thread.start()
         found.thread.join(20)
         assert found.done
         return found
+
     found = probed('printf "tiny:  40%%|####    | 8/20 [00:02<00:03]\\r" >&2')
-    assert "probing tiny: tiny:  40%  8/20 [00:02<00:03]" in told and found.told == "probed tiny" and not found.failed
+    assert (
+        "probing tiny: tiny:  40%  8/20 [00:02<00:03]" in told
+        and found.told == "probed tiny"
+        and not found.failed
+    )
     found = probed('echo "selfflow: the disk is full" >&2; exit 2')
     assert found.failed == "tiny: selfflow: the disk is full" and not found.told
     command("exec sleep 60")
-    found = Probing({"tiny": folder / "tiny", "vanilla": folder / "vanilla"}, lambda: None)
+    found = Probing(
+        {"tiny": folder / "tiny", "vanilla": folder / "vanilla"}, lambda: None
+    )
     found.thread.start()
     until(lambda: found._process is not None)
     found.stop()
@@ -331,9 +488,14 @@ def test_probing_tells_how_far_it_is_and_what_went_wrong(folder, command):
 def test_the_button_says_the_cost_first_and_then_begins(folder, command):
     command("exit 0")
     browser = browse(folder, device="cpu", view="probes")
-    assert browser.probes.layout.display == "" and "no probes yet of tiny, vanilla" in browser.probe_said.value
+    assert (
+        browser.probes.layout.display == ""
+        and "no probes yet of tiny, vanilla" in browser.probe_said.value
+    )
     browser._probe()
-    assert "20 cells" in browser.probe_said.value and browser.probe.description == "Start"
+    assert (
+        "20 cells" in browser.probe_said.value and browser.probe.description == "Start"
+    )
     assert browser.probing is None
     browser.list.value = ["vanilla"]  # another choice leaves it
     assert browser.probe.description == "Probe them"
