@@ -536,7 +536,7 @@ class Run:
         shift = self.shift if shift is None else shift
         layout, device = self.layout(data), next(model.parameters()).device
         shape = count, layout.tokens, layout.channels
-        x0, start = layout.kept(given, count) if given else (None, None)
+        x0, start = layout.known_tokens(given, count) if given else (None, None)
         x1, chosen, tokens = (
             torch.randn(shape, generator=keyed(seed, "samples")),
             torch.arange(count),
@@ -600,7 +600,7 @@ class Run:
         labels = torch.arange(min(10, len(source.names)) if self.inputs.classes else 10)
         wanted = labels if not self.inputs.caption else self.captions(len(labels))
         labels = labels[: len(wanted)]
-        return self.layout().picture(self.sample(wanted, steps=25, model=model)), labels
+        return self.layout().preview(self.sample(wanted, steps=25, model=model)), labels
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
