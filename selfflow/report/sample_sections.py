@@ -181,7 +181,7 @@ def sample_section(runs: dict[str, Run]) -> Section:
                 f"No samples of {name} yet; this draws them:",
                 f"selfflow sample {run.quoted}",
             )
-            if film := run.film():
+            if film := run.sample_history():
                 step, images, _ = film[-1]
                 caption = f"{name}: drawn while training, at step {step}, 25 Euler steps, a class or test caption each."
                 section.figure(
