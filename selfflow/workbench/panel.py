@@ -15,7 +15,7 @@ from pathlib import Path
 import ipywidgets as widgets
 from IPython.display import display
 
-from ..figures.dashboard import draw_dashboard, draw_film
+from ..figures.dashboard import draw_dashboard, draw_sample_history
 from ..figures.plots import COLOURS
 from ..training.config import Config
 from ..training.loop import train as train_run
@@ -224,7 +224,13 @@ class Panel:
             self._stale, self.drawn = False, self.drawn + 1
         if self._film_stale and self.unfold.selected_index == 0:
             self._show(
-                self.film, draw_film, following.film, 8, 10, 0.85, following.names
+                self.film,
+                draw_sample_history,
+                following.film,
+                8,
+                10,
+                0.85,
+                following.names,
             )
             self._film_stale, drawn = False, True
         return drawn
