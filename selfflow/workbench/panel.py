@@ -15,7 +15,7 @@ from pathlib import Path
 import ipywidgets as widgets
 from IPython.display import display
 
-from ..figures.dashboard import draw_dashboard, draw_film
+from ..figures.dashboard import draw_dashboard, draw_sample_history
 from ..figures.plots import COLOURS
 from ..training.config import Config
 from ..training.loop import train as train_run
@@ -225,7 +225,7 @@ class Panel:
         if self._film_stale and self.unfold.selected_index == 0:
             self._show(
                 self.film,
-                draw_film,
+                draw_sample_history,
                 following.sample_history,
                 8,
                 10,

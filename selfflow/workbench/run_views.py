@@ -23,7 +23,7 @@ from ..analysis.probing import RECORDS, Probes, read_probes
 from ..checks import choose
 from ..disk import step_of
 from ..figures.layers import draw_score_maps
-from ..figures.pages import sheet
+from ..figures.pages import draw_sheet
 from ..figures.plots import draw_curves, draw_runs
 from ..intervals import cells_in_words
 from ..method.build import build_schedule
@@ -230,7 +230,7 @@ def _samples_of(runs: dict[str, Run]) -> View:
             for label in labels.tolist()
         ]
         view.pictures.append(
-            partial(sheet, images, texts, title=f"{name}, step {step:,}")
+            partial(draw_sheet, images, texts, title=f"{name}, step {step:,}")
         )
     return view
 

@@ -95,7 +95,7 @@ def test_kill_at_random_moments_also_while_saving_loses_nothing(tmp_path):
 
 
 class Stops:
-    "Asks a run to stop after given steps, by Run.asked."
+    "Asks a run to stop after given steps, by Run.requested."
 
     def __init__(self, monkeypatch, steps, what="stop"):
         self.steps, self.now, real = steps, 0, training.train_step
@@ -106,7 +106,9 @@ class Stops:
 
         monkeypatch.setattr(training, "train_step", counting)
         monkeypatch.setattr(
-            Run, "asked", lambda run, asked: asked == what and self.now in self.steps
+            Run,
+            "requested",
+            lambda run, asked: asked == what and self.now in self.steps,
         )
 
 
