@@ -412,7 +412,7 @@ def draw_maps(
     """Planes of several layers (columns) and levels (rows); method, factor: the first where none is named.
 
     layers, levels: of the atlas, by default up to 4 and 3 of them; chosen: samples to be ringed; size: of a plane in inches.
-    Raises ValueError for what the atlas does not have, and as `projection_plots.kinds_of`.
+    Raises ValueError for what the atlas does not have, and as `figures.projection.categories_of`.
     """
     method = choose(method or atlas.methods[0], atlas.methods, "method")
     factor = choose(factor or next(iter(atlas.factors)), atlas.factors, "factor")

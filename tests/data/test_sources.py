@@ -222,9 +222,9 @@ def test_every_source_trains_stops_and_goes_on_bit_for_bit(tmp_path, case):
     shutil.rmtree(short.checkpoints()[-1])
     again = train(config, tmp_path / "cut", "cpu", workers=1, bar=False)
     assert_same(run, again)
-    assert [step for step, *_ in run.film()] == [6] and run.film()[0][
-        1
-    ].isfinite().all()
+    assert [step for step, *_ in run.sample_history()] == [6] and run.sample_history()[
+        0
+    ][1].isfinite().all()
 
 
 def test_losses_are_logged_by_part_and_by_data_set(tmp_path):
