@@ -304,7 +304,7 @@ def test_mass_by_hand_and_in_batches():
     assert row["counted"] == pytest.approx((some & ~noisy).sum().item() / 5)
 
 
-def test_closing_the_way_is_the_difference_of_two_forwards():
+def test_separated_error_is_that_of_a_separated_forward():
     model, (x0, x1, levels) = model_of(BASE), two_levels(7)
     found = compare_separated(model, x0, x1, levels, BASE.parts, batch=3)
     tau, xt = levels.per_token(), interpolate(x0, x1, levels.per_token())
