@@ -88,8 +88,8 @@ class Study:
         preset: Settings that all arms start from.
         shared: Settings of all arms over the preset's.
         budgets: Settings by the name of a budget, over the shared ones.
-        equal_flops: Train every arm on until it has also spent the operations of the
-            costliest arm, and judge it at both steps. Needs a constant learning rate.
+        equal_flops: An arm. Every arm is judged at the budget's steps and also where it has
+            spent the operations of this one. Needs a constant learning rate.
         judging: How runs are judged.
 
     Raises:
@@ -103,7 +103,7 @@ class Study:
     preset: str = "digits"
     shared: dict = field(default_factory=dict)
     budgets: dict[str, dict] = field(default_factory=lambda: {"cpu": {}})
-    equal_flops: bool = False
+    equal_flops: str = ""
     judging: Judging = field(default_factory=Judging)
 
     def __post_init__(self):
@@ -117,6 +117,8 @@ class Study:
             raise ValueError(
                 f"the seeds of study {self.name} are {self.seeds}; give two or more, each once"
             )
+        if self.equal_flops:
+            choose(self.equal_flops, self.arms, "arm (equal_flops)")
         for budget in self.budgets:
             for arm in self.arms:
                 config = self.config(arm, self.seeds[0], budget)
@@ -175,42 +177,40 @@ def _flops(config: Config) -> int:
     return flops_per_step(config, Sources(config.data).inputs)
 
 
-def steps_of(study: Study, budget: str = "cpu") -> dict[str, tuple[int, ...]]:
-    """Steps at which each arm is judged: those of the budget, then those of equal operations."""
+def steps_of(study: Study, budget: str = "cpu") -> dict[str, dict[str, int]]:
+    """Return the steps at which each arm is judged: {arm: {"equal steps": n, "equal FLOPs": m}}."""
     configs = {arm: study.config(arm, study.seeds[0], budget) for arm in study.arms}
+    steps = {arm: {"equal steps": one.training.steps} for arm, one in configs.items()}
     if not study.equal_flops:
-        return {arm: (config.training.steps,) for arm, config in configs.items()}
-    spent = {
-        arm: _flops(config) * config.training.steps for arm, config in configs.items()
-    }
-    steps = {}
+        return steps
+    reference = configs[study.equal_flops]
+    spent = _flops(reference) * reference.training.steps
     for arm, config in configs.items():
-        base = config.training.steps
-        matched = round(base * max(spent.values()) / spent[arm])
-        steps[arm] = (base,) if matched == base else (base, matched)
+        matched = round(spent / _flops(config))
+        if matched < config.training.steps:  # one of its checkpoints
+            save_every = config.training.save_every
+            matched = max(1, round(matched / save_every)) * save_every
+        steps[arm]["equal FLOPs"] = matched
     return steps
 
 
 def _run_config(
-    study: Study, arm: str, seed: int, budget: str, steps: tuple[int, ...]
+    study: Study, arm: str, seed: int, budget: str, steps: dict[str, int]
 ) -> Config:
     """Settings of a run that is judged at `steps`: as long as the last, with checkpoints of all."""
     config = study.config(arm, seed, budget)
-    base, longest = config.training.steps, steps[-1]
-    if longest == base:
+    training = config.training
+    first, last = min(steps.values()), max(steps.values())
+    if first == last:
         return config
-    training = replace(
-        config.training,
-        steps=longest,
-        # a share of all steps: the same number of steps in every arm
-        ema_half_life=config.training.ema_half_life * base / longest,
-        keep_every=base,
-    )
-    if base % training.save_every:
+    if first % training.save_every:
         raise ValueError(
-            f"training.save_every {training.save_every} does not divide training.steps {base}, "
-            "at which a run of this study is judged; choose one that does"
+            f"training.save_every {training.save_every} does not divide step {first}, at which "
+            f"arm {arm!r} is judged; choose one that does"
         )
+    # the half-life is a share of all steps: this is the same number of steps in every arm
+    share = training.ema_half_life * training.steps / last
+    training = replace(training, steps=last, ema_half_life=share, keep_every=first)
     return replace(config, training=training)
 
 # %% ../../nbs/4_analysis/16_study.ipynb #1a560bbc
@@ -389,40 +389,34 @@ def _failure_path(folder: Path, config: Config) -> Path:
     return folder / f"{config.name}.failed.json"
 
 
-def _basis(study: Study, steps: tuple[int, ...], step: int) -> str:
-    """On which footing a run judged at one of its `steps` is compared with other arms."""
-    if study.equal_flops and len(steps) == 1:
-        return "both"
-    return "equal steps" if step == steps[0] else "equal FLOPs"
-
-
 def _finish(
-    study: Study,
     config: Config,
     arm: str,
-    steps: tuple[int, ...],
+    steps: dict[str, int],
+    judging: Judging,
     folder: Path,
     device: str,
 ) -> None:
     """Train one run to its end and judge it at each of `steps`; what is done is not done again."""
     run = train(config, folder, device, bar=False)
+    if run.state()["step"] < config.training.steps:
+        return  # stopped on request
     flops = _flops(config)
-    for step in steps:
+    for step in {*steps.values()}:
         path = _row_path(folder, config, step)
-        if path.exists() or run.state()["step"] < steps[-1]:  # stopped by request
+        if path.exists():
             continue
-        seconds = float(run.timing.query("step <= @step")["seconds"].iloc[-1])
         row = {
             "arm": arm,
             "seed": config.seed,
-            "at": _basis(study, steps, step),
+            "at": [basis for basis, own in steps.items() if own == step],
             "step": step,
             "FLOPs": flops * step,
-            "seconds": seconds,
+            "seconds": float(run.timing.query("step <= @step")["seconds"].iloc[-1]),
             "device": device_name(run.device),
             "torch": torch.__version__,
             "code": code_version(),
-            **judge_run(run_at(run, step), study.judging),
+            **judge_run(run_at(run, step), judging),
         }
         write_json(path, row)
 
@@ -459,10 +453,12 @@ def run_study(
     for seed in seeds or study.seeds:
         for arm in arms or study.arms:
             config = _run_config(study, arm, seed, budget, steps[arm])
-            if all(_row_path(place, config, step).exists() for step in steps[arm]):
+            if all(
+                _row_path(place, config, step).exists() for step in steps[arm].values()
+            ):
                 continue
             try:
-                _finish(study, config, arm, steps[arm], place, device)
+                _finish(config, arm, steps[arm], study.judging, place, device)
             except RunInUse:
                 print(f"{config.name}: another process trains it; going on to the next")
             except (FloatingPointError, torch.OutOfMemoryError) as error:
@@ -472,13 +468,12 @@ def run_study(
     return study_record(study, folder, budget)
 
 # %% ../../nbs/4_analysis/16_study.ipynb #b5accbde
-def _runs(
-    study: Study, place: Path, budget: str
-) -> Iterator[tuple[str, Config, tuple[int, ...]]]:
+def _runs(study: Study, budget: str) -> Iterator[tuple[str, Config, list[int]]]:
     steps = steps_of(study, budget)
     for seed in study.seeds:
         for arm in study.arms:
-            yield arm, _run_config(study, arm, seed, budget, steps[arm]), steps[arm]
+            config = _run_config(study, arm, seed, budget, steps[arm])
+            yield arm, config, sorted({*steps[arm].values()})
 
 
 def study_record(
@@ -487,7 +482,7 @@ def study_record(
     """Return all that was measured so far: the study's settings, a row for each run and step, and failed runs."""
     place = Path(folder) / study.name / budget
     rows, failed = [], []
-    for _, config, steps in _runs(study, place, budget):
+    for _, config, steps in _runs(study, budget):
         for step in steps:
             path = _row_path(place, config, step)
             if path.exists():
@@ -516,7 +511,7 @@ def study_status(
     """
     place = Path(folder) / study.name / budget
     rows = []
-    for arm, config, steps in _runs(study, place, budget):
+    for arm, config, steps in _runs(study, budget):
         path = place / config.name
         done, seconds = 0, float("nan")
         if (path / "config.json").exists():
@@ -567,8 +562,11 @@ def compare_arms(
         measure: A number in its rows, such as "flow loss".
         at: "equal steps" or "equal FLOPs".
 
+    Returns:
+        By arm; those that share fewer than two seeds with the first are left out.
+
     Raises:
-        ValueError: If no row has the measure, or an arm has fewer than two seeds of it.
+        ValueError: If no row has the measure.
     """
     baseline, *others = record["arms"]
     rows = [row for row in record["rows"] if isinstance(row.get(measure), int | float)]
@@ -584,10 +582,8 @@ def compare_arms(
     comparisons = {}
     for arm in others:
         shared = values[baseline].keys() & values[arm].keys()
-        if len(shared) < 2:
-            raise ValueError(
-                f"{baseline} and {arm} have {len(shared)} seeds with {measure!r} in common; two are needed"
-            )
+        if len(shared) < 2:  # nothing can be said yet
+            continue
         first, second = (
             {seed: values[name][seed] for seed in sorted(shared)}
             for name in (baseline, arm)
@@ -600,7 +596,7 @@ def _by_seed(rows: list[dict], arm: str, measure: str, at: str) -> dict[int, flo
     return {
         row["seed"]: row[measure]
         for row in rows
-        if row["arm"] == arm and row["at"] in (at, "both")
+        if row["arm"] == arm and at in row["at"]
     }
 
 
@@ -614,18 +610,16 @@ def study_table(record: dict, at: str = "equal steps") -> pd.DataFrame:
             if isinstance(value, float) and name not in ("seconds", "guidance")
         )
     )
-    baseline = next(iter(record["arms"]))
     table = {}
     for measure in measures:
         values = {
             arm: _by_seed(record["rows"], arm, measure, at) for arm in record["arms"]
         }
-        cells = {baseline: f"{np.mean(list(values[baseline].values())):.4g}"}
+        cells = {
+            arm: f"{np.mean([*own.values()]):.4g}" for arm, own in values.items() if own
+        }
         for arm, comparison in compare_arms(record, measure, at).items():
             low, high = comparison.interval
-            mean = np.mean(list(values[arm].values()))
-            cells[arm] = (
-                f"{mean:.4g} ({comparison.difference:+.3g}, {low:+.3g} to {high:+.3g})"
-            )
+            cells[arm] += f" ({comparison.difference:+.3g}, {low:+.3g} to {high:+.3g})"
         table[measure] = cells
-    return pd.DataFrame(table).T
+    return pd.DataFrame(table, index=list(record["arms"])).T
