@@ -298,7 +298,7 @@ def draw_separation(tables: dict, ylim=None) -> Picture:
     Differences (separated - full) by gap of levels, for noisier and cleaner tokens.
 
     Args:
-        tables: {title: table of the differences, low and high by tokens and gap}.
+        tables: {title: table of `attention.summarise_separated`}.
     """
     figure = Picture(figsize=(2.7 * len(tables) + 0.6, 2.6), layout="constrained")
     axes = figure.subplots(1, len(tables), squeeze=False, sharey=True)[0]
