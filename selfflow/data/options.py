@@ -49,6 +49,27 @@ class _DigitsOptions(_MadeOptions):
 
 
 @dataclass(frozen=True)
+class _FashionOptions:
+    """Options of Fashion-MNIST: the part that comes with the library, or all of it."""
+
+    signals: ClassVar[tuple[str, ...]] = ("image",)
+    full: bool = False  # all 70,000, from the original files
+    path: str = ""  # folder of the original files; empty = that of Debian's package
+
+    @property
+    def always_there(self) -> bool:
+        """True for the part that comes with the library."""
+        return not self.full
+
+    def __post_init__(self):
+        if self.path and not self.full:
+            raise ValueError(
+                f"data.path is {self.path!r}, but the part of Fashion-MNIST that comes "
+                "with the library has no path; add data.full for all of it"
+            )
+
+
+@dataclass(frozen=True)
 class _ShapesOptions(_MadeOptions):
     """Options of made images."""
 
@@ -193,6 +214,7 @@ for _name, _options in {
     "given": _GivenOptions,
 }.items():
     datasets.register(_name, f"selfflow.data.sources:_open_{_name}", _options)
+datasets.register("fashion", "selfflow.data.fashion:open_fashion", _FashionOptions)
 
 # %% ../../nbs/2_data/01_options.ipynb #dd777720
 CONDITIONS = ("class", "caption", "none")

@@ -213,7 +213,7 @@ class AudioPatches:
         bins, columns = self.codec.shape
         return tokens.reshape(len(tokens), columns, bins).mT
 
-    def picture(self, waves: Tensor) -> Tensor:
+    def preview(self, waves: Tensor) -> Tensor:
         """Return the spectra as images (b, 1, bins, columns), low tones below."""
         spectra = self.codec.encode(waves).flip(1)[:, None]
         return (spectra / 2).clamp(-1, 1)

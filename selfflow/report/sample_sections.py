@@ -88,7 +88,7 @@ def plane_section(runs: dict[str, Run]) -> Section:
                 found.recipe["neighbours"],
             )
         )
-        grid = next(iter(grids_of(run.teacher, items.present).values()))
+        grid = next(iter(grids_of(items.layout.parts).values()))
         if len(grid) > 1:
             pictures[name] = _colours(features[layer][items.few(_SHOWN)], grid)
     factor, classes = _plane_colours(items)
@@ -137,7 +137,7 @@ def _colours(features, grid) -> np.ndarray:
 
 
 def _token_part(section, items, pictures: dict) -> None:
-    signals = items.examples(items.few(_SHOWN)).signals[next(iter(items.parts))]
+    signals = items.examples(items.few(_SHOWN)).signals[next(iter(items.slices))]
     signals = signals[:, :, signals.shape[2] // 2] if signals.ndim == 5 else signals
     if signals.shape[1] not in (1, 3):
         return  # latents are no pictures
@@ -181,7 +181,7 @@ def sample_section(runs: dict[str, Run]) -> Section:
                 f"No samples of {name} yet; this draws them:",
                 f"selfflow sample {run.quoted}",
             )
-            if film := run.film():
+            if film := run.sample_history():
                 step, images, _ = film[-1]
                 caption = f"{name}: drawn while training, at step {step}, 25 Euler steps, a class or test caption each."
                 section.figure(

@@ -216,7 +216,7 @@ class Panel:
                 draw_dashboard,
                 following.log.table,
                 following.timing.table,
-                following.film,
+                following.sample_history,
                 following.steps,
                 clip,
                 following.names,
@@ -226,7 +226,7 @@ class Panel:
             self._show(
                 self.film,
                 draw_sample_history,
-                following.film,
+                following.sample_history,
                 8,
                 10,
                 0.85,
@@ -256,7 +256,7 @@ class Panel:
                 if self.following.run is None or self.following.run.writer() is None:
                     self._words = "nobody is training this run"
                 else:
-                    self.following.run.ask(what)
+                    self.following.run.request(what)
                     self._asked[what] = time.strftime(CLOCK)
                 self._buttons()
             except Exception as error:
@@ -268,7 +268,7 @@ class Panel:
     def _buttons(self):
         run, training = self.following.run, self.following.writer is not None
         for what, asks in (("stop", self.stop), ("sample", self.sample)):
-            waiting = run is not None and run.asked(what)
+            waiting = run is not None and run.requested(what)
             if waiting and training:
                 self._words = f"{what} asked at {self._asked.setdefault(what, time.strftime(CLOCK))}, waiting for the loop"
             elif what in self._asked:

@@ -219,12 +219,12 @@ def _samples_of(runs: dict[str, Run]) -> View:
         following = Following(run.path, rows=1)
         following.read()
         view.notes += [f"{name}: {problem}" for problem in following.problems]
-        if not following.film:
+        if not following.sample_history:
             view.notes.append(
                 f"{name} has no samples yet: `selfflow sample {run.quoted}` draws some"
             )
             continue
-        step, images, labels = following.film[-1]
+        step, images, labels = following.sample_history[-1]
         texts = [
             run.class_names[label] if label < len(run.class_names) else ""
             for label in labels.tolist()

@@ -783,7 +783,9 @@ def test_conditions_are_vectors(folders, kind):
         "a condition is taken as it is"
     )
     for wrong in ([1, 2], torch.zeros(2, dtype=torch.int64), caption_bytes(said, 12)):
-        with pytest.raises(ValueError, match="conditioned on captions here; pass texts"):
+        with pytest.raises(
+            ValueError, match="conditioned on captions here; pass texts"
+        ):
             sources.condition_for(wrong)
     judged, _ = Validation.of(config).data["shapes"]
     assert judged.condition.values.shape == (5, 12, opened.width)
@@ -802,7 +804,7 @@ def test_a_run_trains_stops_and_goes_on_bit_for_bit(folders, tmp_path, kind):
     config = run_with(folders[kind])
     run = train(config, tmp_path / "whole", "cpu", bar=False)
     assert run.log["validation_flow_loss"].notna().sum() == 2 and [
-        step for step, *_ in run.film()
+        step for step, *_ in run.sample_history()
     ] == [4]
     train(config, tmp_path / "cut", "cpu", bar=False)
     opened = open_encoder(folders[kind])
