@@ -20,7 +20,7 @@ from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
 from selfflow.training.run import Run
 from selfflow.workbench.paths import Settings, SideBySide, estimate, path_of
-from selfflow.workbench.playground import compute, draw, explore, player, say
+from selfflow.workbench.playground import compute, describe, draw, explore, player
 
 VALUES = {
     "told": 3,
@@ -233,7 +233,7 @@ def test_runs_that_cannot_be_used_are_left_out_with_the_reason(runs, tmp_path):
         "draws audio" in side.left_out["zz_other"]
         and "the others image (16 tokens of 4)" in side.left_out["zz_other"]
     )
-    words = say(compute(side, {**VALUES, "runs": ("tiny",)}))
+    words = describe(compute(side, {**VALUES, "runs": ("tiny",)}))
     assert "left out: written (" in words and "zz_other" in words
     with pytest.raises(ValueError, match="written: .*no whole checkpoint yet"):
         SideBySide({"written": Run.open(folder / "written", "cpu")})
@@ -295,7 +295,7 @@ def test_pictures_and_words_follow_from_the_values_alone(side):
         draw(compute(side, VALUES))["views"]
         != draw(compute(side, {**VALUES, "film": 0}))["views"]
     )
-    assert "class 3; 3 steps of euler, 3 evaluations" in say(compute(side, VALUES))
+    assert "class 3; 3 steps of euler, 3 evaluations" in describe(compute(side, VALUES))
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_pictures_and_words_follow_from_the_values_alone(side):
 )
 def test_a_mask_on_no_token_and_on_all(side, tokens, words):
     scene = compute(side, {**VALUES, "inpaint": True, "tokens": tokens})
-    assert words in say(scene)
+    assert words in describe(scene)
     for path in scene.paths.values():
         same = (path.states[-1] == side.x0[1]).all(-1).all(0)
         assert same.tolist() == [token not in tokens for token in range(16)]
@@ -325,7 +325,7 @@ def test_a_mask_on_no_token_and_on_all(side, tokens, words):
 
 
 def test_guidance_of_a_run_that_does_not_know_it_is_said(side):
-    words = say(compute(side, {**VALUES, "told": -1, "cfg_scale": 4.0}))
+    words = describe(compute(side, {**VALUES, "told": -1, "cfg_scale": 4.0}))
     assert (
         "without guidance: tiny, vanilla (nothing is told that could guide)" in words
         and words.startswith("told nothing")
@@ -462,15 +462,15 @@ def test_a_caption_of_ten_thousand_characters_is_answered_in_words(others):
     scene = compute(side, {**VALUES, "told": long})
     assert (
         f"the caption has {len(long):,} characters, of which is read what fits: 'a small red star"
-        in say(scene)
+        in describe(scene)
     )
     cut = compute(side, {**VALUES, "told": scene.read})
     assert (
         torch.equal(cut.paths["shapes"].states, scene.paths["shapes"].states)
-        and len(say(scene)) < 1000
+        and len(describe(scene)) < 1000
     )
-    assert "told nothing" in say(compute(side, {**VALUES, "told": "  \n "}))
-    assert "\u2603" in say(compute(side, {**VALUES, "told": "\u2603 <b>"}))
+    assert "told nothing" in describe(compute(side, {**VALUES, "told": "  \n "}))
+    assert "\u2603" in describe(compute(side, {**VALUES, "told": "\u2603 <b>"}))
     explorer = explore(side, steps=1, count=1)
     assert (
         explorer.controls["told"].value == side.captions[0]
