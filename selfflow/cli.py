@@ -430,12 +430,12 @@ def report(
     if not runs:
         raise ValueError("name at least one run folder")
     from selfflow.disk import check_writable
-    from selfflow.report.document import printer, write_pdf
+    from selfflow.report.document import find_browser, write_pdf
     from selfflow.report.report import make_missing, run_report
     from selfflow.training.run import Run
 
     if pdf:
-        printer()  # or nothing is begun
+        find_browser()  # or nothing is begun
     names = [path.name for path in runs]
     shown = [str(path) if names.count(path.name) > 1 else path.name for path in runs]
     opened = {

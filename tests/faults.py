@@ -149,7 +149,7 @@ def cut(folder):
 
 
 def film(folder):
-    Run.open(folder, "cpu").save_film(
+    Run.open(folder, "cpu").save_sample_grid(
         3, torch.full((2, 1, 8, 8), 3.0), torch.tensor([1, 2])
     )
 

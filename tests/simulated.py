@@ -94,7 +94,7 @@ class SimulatedTrainer:
         noise = torch.randn(
             (count, 1, 8, 8), generator=torch.Generator().manual_seed(0)
         )
-        self.run.save_film(
+        self.run.save_sample_grid(
             step, noise.clamp(-1, 1) * math.exp(-step / 50), torch.arange(count)
         )
 
@@ -104,12 +104,12 @@ class SimulatedTrainer:
             while self.step < self.run.config.training.steps:
                 self._log_lines(1)
                 time.sleep(pause)
-                if self.run.asked("sample"):
+                if self.run.requested("sample"):
                     self.save_picture(self.step)
-                    self.run.answered("sample")
+                    self.run.clear_request("sample")
                     self.answers.append(("sample", self.step, datetime.now()))
-                if self.run.asked("stop"):
-                    self.run.answered("stop")
+                if self.run.requested("stop"):
+                    self.run.clear_request("stop")
                     self.answers.append(("stop", self.step, datetime.now()))
                     break
             self.save()

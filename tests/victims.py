@@ -48,7 +48,7 @@ recording.Recorder.write = told("logging", recording.Recorder.write)
 for method, name in (
     ("save", "saving"),
     ("prune", "pruning"),
-    ("save_film", "drawing"),
+    ("save_sample_grid", "drawing"),
 ):
     setattr(run.Run, method, told(name, getattr(run.Run, method)))
 

@@ -22,7 +22,7 @@ from ..method.batch import Condition
 from ..method.flow import interpolate
 from ..method.layers import Attention, Groups
 from ..method.schedule import NoiseLevels
-from ..method.tokens import Part, Places, rotate
+from ..method.tokens import Part, TokenSlices, rotate
 from ..method.transformer import Transformer
 
 # %% ../../nbs/4_analysis/06_attention.ipynb #fe031341
@@ -355,7 +355,7 @@ def closing_the_way(
             f"there are {levels.k - levels.condition} levels beside the condition; this compares two"
         )
     device, frames = next(model.parameters()).device, []
-    widths = Places.of(parts or model.config.parts).widths.to(device)
+    widths = TokenSlices.of(parts or model.config.parts).widths.to(device)
     for rows in torch.arange(len(x0)).split(batch):
         part = NoiseLevels(
             levels.levels[rows], levels.assign[rows], levels.condition

@@ -25,11 +25,11 @@ from tqdm.auto import tqdm
 from ..checks import choose
 from ..data.datasets import Examples, subset, subset_words
 from ..data.sources import Sources
-from ..disk import discard, make_folder, replacing, say_once, write_json
+from ..disk import discard, make_folder, print_once, replacing, write_json
 from ..draws import keyed
 from ..method.flow import interpolate
 from ..method.schedule import NoiseLevels
-from ..method.tokens import Part, Places
+from ..method.tokens import Part, TokenSlices
 from ..method.transformer import Transformer
 from ..settings import own_settings
 from ..training.run import Run
@@ -92,7 +92,7 @@ class Items:
             subset_words(self.data, count),
         )
         self.parts, self.present = (
-            Places.of(self.layout.parts).slices,
+            TokenSlices.of(self.layout.parts).slices,
             self.layout.parts,
         )
 
@@ -261,7 +261,7 @@ class FeatureStore:
             return np.load(file, mmap_mode="r")
         except (OSError, ValueError, KeyError, TypeError) as error:
             self._checked.discard(key)
-            say_once(
+            print_once(
                 f"{file} is left out and made again when it is needed: {type(error).__name__}: {error}"
             )
             return None

@@ -27,9 +27,9 @@ from ..analysis.similarity import cka, describe_layers, jackknife, similarities
 from ..draws import keyed
 from selfflow.figures.attention import (
     draw_mass,
-    draw_on_film,
+    draw_on_audio,
     draw_on_image,
-    draw_on_sound,
+    draw_on_video,
 )
 from ..figures.layers import draw_ladder, draw_layers, draw_similarities
 from ..figures.plots import Picture, draw_curves, viewable
@@ -311,8 +311,8 @@ def _looking(
             .spectra(items.layout.split(items.take(torch.arange(1))[0])[name])[0]
             .numpy()
         )
-        return draw_on_sound(spectrum, maps, titles, middle[0])
-    draw = draw_on_image if len(middle) == 2 else draw_on_film
+        return draw_on_audio(spectrum, maps, titles, middle[0])
+    draw = draw_on_image if len(middle) == 2 else draw_on_video
     return draw(
         viewable(items.examples(torch.arange(1)).signals[name])[0],
         maps,

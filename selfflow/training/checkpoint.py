@@ -24,9 +24,9 @@ from selfflow.disk import (
     discard,
     flush,
     make_folder,
+    print_once,
     replacing,
     replacing_folder,
-    say_once,
     sha256,
     step_of,
     step_paths,
@@ -268,7 +268,7 @@ def read_pictures(folder: Path) -> list[tuple[int, Tensor, Tensor]]:
             stored = load_file(path)
             pictures.append((step_of(path), stored["images"], stored["labels"]))
         except (SafetensorError, OSError, KeyError) as error:
-            say_once(f"skipped {path}: {type(error).__name__}: {error}")
+            print_once(f"skipped {path}: {type(error).__name__}: {error}")
     return pictures
 
 # %% ../../nbs/3_training/03_checkpoint.ipynb #e3423813

@@ -48,10 +48,10 @@ from .config import Config, TrainConfig, flatten, overlaid
 from .processes import Interrupt, Processes, raise_again
 from selfflow.training.recording import (
     Callback,
-    FilmStrip,
     Moment,
     ProgressBar,
     Recorder,
+    SampleHistory,
     Trackers,
     check_callback,
     check_trackers,
@@ -112,7 +112,7 @@ class _Loop:
             self.add(Trackers(recorder, track, self.run, state.step), stack)
             if bar and processes.main:
                 self.add(ProgressBar(self.config, state.step), stack)
-            self.add(FilmStrip(), stack)
+            self.add(SampleHistory(), stack)
             for callback in callbacks:
                 self.add(callback, stack)
             loader = iter(self.batches.loader(state.step, workers, pin=cuda))
@@ -184,8 +184,10 @@ class _Loop:
         error = self.notify("on_validation", moment) if validated else None
         error = error or self.notify("on_step", moment)
         stop, picture, failed = processes.any(
-            interrupt.signal is not None or processes.main and self.run.asked("stop"),
-            processes.main and self.run.asked("sample"),
+            interrupt.signal is not None
+            or processes.main
+            and self.run.requested("stop"),
+            processes.main and self.run.requested("sample"),
             error is not None,
         )
         self.agree(error, failed)
@@ -278,8 +280,8 @@ class _Loop:
 
     def stopped(self, number: signal.Signals | None) -> signal.Signals | None:
         "Say how to go on, if the run was stopped."
-        asked = self.run.asked("stop")
-        self.run.answered("stop")
+        asked = self.run.requested("stop")
+        self.run.clear_request("stop")
         if self.state.step < self.training.steps:
             why = {signal.SIGINT: "by Ctrl-C", signal.SIGTERM: "by SIGTERM"}.get(
                 number, "as asked" if asked else "by a signal"
@@ -353,7 +355,7 @@ def train(
     backbone: your own, in place of what the config names: an `nn.Module` that keeps the Protocol `Backbone`, or a function or
     class called as build(inputs); see `Inputs`. A module is copied, and its weights are those of the first step.
     Under `torchrun` or `accelerate launch` all processes train one run.
-    Ctrl-C, SIGTERM and `run.ask("stop")` end it after a step: it is saved, and the signals are raised again, see `raise_again`,
+    Ctrl-C, SIGTERM and `run.request("stop")` end it after a step: it is saved, and the signals are raised again, see `raise_again`,
     while the last returns the run as it stands.
     Raises ValueError for data, sizes, layers, features, shards and trackers that do not fit and for a folder with another config
     or other data, OSError for a folder in use or a disk that is full; FloatingPointError when a loss is not finite.
@@ -502,7 +504,7 @@ def _open(run: Run, stack: ExitStack) -> bool:
         return True
     run.clear_staging()
     for request in ("stop", "sample"):
-        run.answered(request)  # one that was meant for a process that is gone
+        run.clear_request(request)  # one that was meant for a process that is gone
     return False
 
 

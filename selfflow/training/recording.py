@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EVENTS', 'Moment', 'Callback', 'check_callback', 'device_name', 'peak_memory', 'check_trackers', 'scalars',
-           'Recorder', 'Trackers', 'FilmStrip', 'ProgressBar']
+           'Recorder', 'Trackers', 'SampleHistory', 'ProgressBar']
 
 # %% ../../nbs/3_training/09_recording.ipynb #3fd5e20f
 import json
@@ -290,20 +290,20 @@ class Trackers:
                 )
 
 
-class FilmStrip:
+class SampleHistory:
     "Keeps samples of the same noise, one of each class (of ten at most), for the film strip of a run."
 
     def on_sample(self, moment: Moment) -> None:
         "Draw them in all processes, write them in one. Raises FloatingPointError for a model that diverged."
         run = moment.run
         try:
-            images, labels = run.film_picture(moment.state.teacher)
+            images, labels = run.draw_sample_grid(moment.state.teacher)
         except FloatingPointError as error:
             raise diverged(moment.step, str(error)) from None
 
         def write():
-            run.save_film(moment.step, images, labels)
-            run.answered("sample")
+            run.save_sample_grid(moment.step, images, labels)
+            run.clear_request("sample")
 
         moment.processes.lead(write)
 

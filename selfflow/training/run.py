@@ -337,20 +337,20 @@ class Run:
         "Who trains it now: {pid, host, since}; None if nobody does."
         return writer_of(self.path)
 
-    def ask(self, what: str) -> None:
+    def request(self, what: str) -> None:
         "Ask who trains it to `stop` after this step, or to draw a `sample` now."
-        with replacing(self._request(what)) as file:
+        with replacing(self._request_file(what)) as file:
             file.touch()
 
-    def asked(self, what: str) -> bool:
+    def requested(self, what: str) -> bool:
         "Whether `stop` or `sample` is asked for."
-        return self._request(what).exists()
+        return self._request_file(what).exists()
 
-    def answered(self, what: str) -> None:
+    def clear_request(self, what: str) -> None:
         "Take the request back: it is done."
-        self._request(what).unlink(missing_ok=True)
+        self._request_file(what).unlink(missing_ok=True)
 
-    def _request(self, what: str) -> Path:
+    def _request_file(self, what: str) -> Path:
         return self.path / choose(what, ("stop", "sample"), "request")
 
     # checkpoints
@@ -536,7 +536,7 @@ class Run:
         shift = self.shift if shift is None else shift
         layout, device = self.layout(data), next(model.parameters()).device
         shape = count, layout.tokens, layout.channels
-        x0, start = layout.kept(given, count) if given else (None, None)
+        x0, start = layout.known_tokens(given, count) if given else (None, None)
         x1, chosen, tokens = (
             torch.randn(shape, generator=keyed(seed, "samples")),
             torch.arange(count),
@@ -594,13 +594,13 @@ class Run:
 
         return velocity
 
-    def film_picture(self, model: Transformer) -> tuple[Tensor, Tensor]:
+    def draw_sample_grid(self, model: Transformer) -> tuple[Tensor, Tensor]:
         "One sample of each class, of ten at most, or of ten captions, from the same noise: images and their numbers."
         source = self.sources.data[self.config.data_name()]
         labels = torch.arange(min(10, len(source.names)) if self.inputs.classes else 10)
         wanted = labels if not self.inputs.caption else self.captions(len(labels))
         labels = labels[: len(wanted)]
-        return self.layout().picture(self.sample(wanted, steps=25, model=model)), labels
+        return self.layout().preview(self.sample(wanted, steps=25, model=model)), labels
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -625,11 +625,11 @@ class Run:
         data = (self.sources if split == "train" else self.sources_of(split)).data[name]
         return data.take(torch.arange(min(count, len(data)))).captions
 
-    def save_film(self, step: int, images: Tensor, labels: Tensor) -> Path:
+    def save_sample_grid(self, step: int, images: Tensor, labels: Tensor) -> Path:
         "Keep the picture of a step for the film strip; see `checkpoint.write_picture`."
         return write_picture(self.path / "samples/film", step, images, labels)
 
-    def film(self) -> list[tuple[int, Tensor, Tensor]]:
+    def sample_history(self) -> list[tuple[int, Tensor, Tensor]]:
         "The pictures that were kept, as (step, images (n, c, h, w), labels (n,)), oldest first; damaged ones are left out."
         return read_pictures(self.path / "samples/film")
 

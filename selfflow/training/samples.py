@@ -18,7 +18,7 @@ from ..data.datasets import caption_bytes, rate_of
 from ..data.notes import to_wav, within_full_scale
 from ..data.sources import class_number
 from ..disk import check_writable, write_files
-from ..figures.pages import sheet, sheet_rows, to_webp
+from ..figures.pages import draw_sheet, sheet_rows, to_webp
 from ..figures.plots import to_png, viewable
 from ..method.batch import Condition
 from .run import Run
@@ -113,7 +113,7 @@ def write_samples(
         data=data,
         **options,
     )
-    images = run.layout(data).picture(drawn)
+    images = run.layout(data).preview(drawn)
     classes = hashlib.blake2b(wanted.numpy().tobytes(), digest_size=3).hexdigest()
     grid = "" if shift == 1 else f"-shift-{shift:g}"
     own = "".join(f"-{option}-{value}" for option, value in options.items())
@@ -164,7 +164,7 @@ def _shown_samples(
     source,
 ) -> dict[Path, bytes]:
     "The files next to `file` to look at and to listen to; prints what is not in them."
-    files = {file.with_suffix(".png"): to_png(sheet(images, texts, _SHEET))}
+    files = {file.with_suffix(".png"): to_png(draw_sheet(images, texts, _SHEET))}
     counts = {"pictures": (sum(map(len, sheet_rows(texts, _SHEET))), len(images))}
     if waves is not None:
         for place, wave in enumerate(waves[:_SOUNDS]):

@@ -182,7 +182,7 @@ class Following:
     """A run folder as it grows; `read` takes in what is new.
 
     run: None until there is a config; log, timing: Lines; step, state: as of `run_state`; checkpoints: as of
-    `checkpoint_problems`; film: (step, images (n, c, h, w), labels (n,)), at most `rows` of them, evenly chosen; writer: the
+    `checkpoint_problems`; sample_history: (step, images (n, c, h, w), labels (n,)), at most `rows` of them, evenly chosen; writer: the
     process that trains the run, or None; problems: what cannot be read, in words.
     """
 
@@ -192,7 +192,7 @@ class Following:
             Lines(self.path / "log.jsonl"),
             Lines(self.path / "timing.jsonl"),
         )
-        self.run, self.writer, self.film, self.problems = None, None, [], []
+        self.run, self.writer, self.sample_history, self.problems = None, None, [], []
         self.step, self.state, self.checkpoints = 0, "no run here yet", {}
         self._config, self._pictures, self._checked = None, {}, None
 
@@ -209,7 +209,7 @@ class Following:
             names = [path.name for path in self.run.checkpoints()]
             if anew or names != self._checked:
                 self.checkpoints, self._checked = checkpoint_problems(self.run), names
-        changed = [self.log.read(), self.timing.read(), self._read_film()]
+        changed = [self.log.read(), self.timing.read(), self._read_sample_history()]
         self.step, self.state = 0, "no run here yet"
         if self.run:
             logged = [
@@ -234,7 +234,7 @@ class Following:
             self.run = Run.open(self.path, "cpu") if found else None
             self._config = key
 
-    def _read_film(self) -> bool:
+    def _read_sample_history(self) -> bool:
         files = step_paths(self.path / "samples/film", ".safetensors")
         chosen = {
             (file, file.stat().st_mtime_ns)
@@ -245,7 +245,7 @@ class Following:
         self._pictures = {
             key: self._pictures.get(key) or self._picture(key[0]) for key in chosen
         }
-        self.film = sorted(
+        self.sample_history = sorted(
             (entry for entry in self._pictures.values() if entry),
             key=lambda entry: entry[0],
         )
@@ -262,7 +262,7 @@ class Following:
     @property
     def names(self) -> tuple[str, ...]:
         "The names of the classes of the film, as far as they are known."
-        return self.run.class_names if self.run and self.film else ()
+        return self.run.class_names if self.run and self.sample_history else ()
 
     @property
     def steps(self) -> int | None:
@@ -315,13 +315,13 @@ class _Entry:
 
 
 class Listing:
-    """The runs of a folder. runs: {name: Listed}; said: what is wrong with the folder, in words, or nothing.
+    """The runs of a folder. runs: {name: _Entry}; problem: what is wrong with the folder, in words, or nothing.
 
     measures: the columns of numbers in their logs. It may be looked at by one thread at a time.
     """
 
     def __init__(self, folder: Path | str):
-        self.folder, self.runs, self.said, self.measures = (
+        self.folder, self.runs, self.problem, self.measures = (
             Path(folder),
             {},
             "",
@@ -331,11 +331,11 @@ class Listing:
 
     def look(self, anew: bool = False) -> bool:
         "Take in what is new, and say whether there was something; anew: look at all checkpoints again."
-        before, self.said = (self.runs, self.said), ""
+        before, self.problem = (self.runs, self.problem), ""
         try:
             found = find_runs(self.folder)
         except OSError as error:
-            found, self.said = (
+            found, self.problem = (
                 {},
                 f"{error}; {_EMPTY}"
                 if isinstance(error, FileNotFoundError)
@@ -358,7 +358,7 @@ class Listing:
         self.measures = (
             *sorted(known, key=lambda name: (name != "flow_loss", name)),
         ) or ("flow_loss",)
-        return before != (self.runs, self.said)
+        return before != (self.runs, self.problem)
 
 
 def _listed(following: Following, anew: bool) -> _Entry:

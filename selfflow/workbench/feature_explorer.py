@@ -19,7 +19,7 @@ from ..analysis.features import FeatureStore, Items
 from ..checks import choose
 from ..data.datasets import rate_of
 from ..figures.pages import Page
-from ..figures.projection import kinds_of
+from ..figures.projection import categories_of
 from ..training.run import Run
 from .controls import DARK, LIGHT, button, choice, message, slider
 from .feature_maps import Asked, Atlas, Opened, draw_maps
@@ -308,7 +308,7 @@ def _first(atlas: Atlas) -> str:
     "The first factor that has colours."
     for factor, values in atlas.factors.items():
         try:
-            kinds_of(values, atlas.names.get(factor))
+            categories_of(values, atlas.names.get(factor))
             return factor
         except ValueError:
             continue

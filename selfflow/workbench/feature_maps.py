@@ -39,7 +39,7 @@ from selfflow.analysis.projection import (
 )
 from ..checks import choose
 from ..data.datasets import SPLITS
-from ..disk import say_once, write_json
+from ..disk import print_once, write_json
 from ..figures.pages import Page
 from ..figures.projection import draw_projection
 from ..training.run import Run
@@ -146,7 +146,9 @@ def _read_plane(store: FeatureStore, key: _PlaneKey, count: int) -> Projection |
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        say_once(f"{file} is left out and made again: {type(error).__name__}: {error}")
+        print_once(
+            f"{file} is left out and made again: {type(error).__name__}: {error}"
+        )
         return None
 
 
@@ -410,7 +412,7 @@ def draw_maps(
     """Planes of several layers (columns) and levels (rows); method, factor: the first where none is named.
 
     layers, levels: of the atlas, by default up to 4 and 3 of them; chosen: samples to be ringed; size: of a plane in inches.
-    Raises ValueError for what the atlas does not have, and as `projection_plots.kinds_of`.
+    Raises ValueError for what the atlas does not have, and as `figures.projection.categories_of`.
     """
     method = choose(method or atlas.methods[0], atlas.methods, "method")
     factor = choose(factor or next(iter(atlas.factors)), atlas.factors, "factor")

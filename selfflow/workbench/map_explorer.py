@@ -24,9 +24,9 @@ from ..figures.plots import to_array
 from selfflow.figures.projection import (
     HUES,
     SHAPES,
+    as_points,
+    categories_of,
     draw_projection,
-    kinds_of,
-    plane_of,
 )
 from selfflow.workbench.controls import (
     DARK,
@@ -105,10 +105,10 @@ def _marks_of(
 ) -> tuple[dict, list[tuple[str, str, str]]]:
     """The look of points, as plotly's marker, and the legend [(name, colour, symbol), ...], empty for numbers.
 
-    values, names: as in `projection_plots.kinds_of`, which says what raises ValueError; factor: what the values are;
+    values, names: as in `figures.projection.categories_of`, which says what raises ValueError; factor: what the values are;
     theme: of the page.
     """
-    kinds = kinds_of(values, names)
+    kinds = categories_of(values, names)
     if kinds is None:
         bar = {"title": {"text": escape(factor)}, "thickness": 12}
         return {
@@ -141,10 +141,10 @@ def figure_of(
 ) -> go.Figure:
     """Points in the plane as a plotly figure; trace 0 are the points in their order, with lasso and box.
 
-    points: (n, 2) or a `Projection`; values, names: (n,), as in `kinds_of`; words: n texts under the pointer; title: above.
-    Raises ValueError for other shapes and numbers of texts, and as `kinds_of`.
+    points: (n, 2) or a `Projection`; values, names: (n,), as in `categories_of`; words: n texts under the pointer; title: above.
+    Raises ValueError for other shapes and numbers of texts, and as `categories_of`.
     """
-    plane, count = plane_of(points, len(values)), len(values)
+    plane, count = as_points(points, len(values)), len(values)
     marker, legend = _marks_of(values, names, factor)
     words = (
         [f"sample {place}" for place in range(count)] if words is None else list(words)
@@ -409,7 +409,7 @@ class MapExplorer:
 
     def move(self, points, title: str = "") -> None:
         "Other points for the same samples; what was chosen stays chosen, what was drawn around it goes. title: above."
-        plane = plane_of(points, len(self.previews))
+        plane = as_points(points, len(self.previews))
         with self._one:
             with self.figure.batch_update():
                 self.points, self.title = points, _titled(title, points)
@@ -509,5 +509,5 @@ def explore_map(
             f"names are given for {bad[0]!r}, which is no factor; factors are {', '.join(factors)}"
         )
     for name, known in (names or {}).items():
-        kinds_of(factors[name], known)
+        categories_of(factors[name], known)
     return MapExplorer(points, previews, factors, names, captions, title)

@@ -16,7 +16,7 @@ from pathlib import Path
 import ipywidgets as widgets
 from IPython.display import display
 
-from ..figures.dashboard import draw_dashboard, draw_film
+from ..figures.dashboard import draw_dashboard, draw_sample_history
 from ..figures.plots import COLOURS
 from ..training.config import Config
 from ..training.loop import train as train_run
@@ -230,7 +230,7 @@ class Panel:
                 draw_dashboard,
                 following.log.table,
                 following.timing.table,
-                following.film,
+                following.sample_history,
                 following.steps,
                 clip,
                 following.names,
@@ -240,7 +240,14 @@ class Panel:
             self.drawn += 1
             drawn = True
         if self._history_stale and self.unfold.selected_index == 0:
-            figure = partial(draw_film, following.film, 8, 10, 0.85, following.names)
+            figure = partial(
+                draw_sample_history,
+                following.sample_history,
+                8,
+                10,
+                0.85,
+                following.names,
+            )
             self._show(self.history, figure)
             self._history_stale = False
             drawn = True
@@ -266,7 +273,7 @@ class Panel:
                 if run is None or run.writer() is None:
                     self._words = "no process is training this run"
                 else:
-                    run.ask(request)
+                    run.request(request)
                     self._requested[request] = time.strftime(CLOCK)
                 self._update_buttons()
             except Exception as error:
@@ -280,7 +287,7 @@ class Panel:
         training = self.following.writer is not None
         for request, request_button in (("stop", self.stop), ("sample", self.sample)):
             now = time.strftime(CLOCK)
-            waiting = run is not None and run.asked(request)
+            waiting = run is not None and run.requested(request)
             if waiting and training:
                 # another panel may have sent it
                 since = self._requested.setdefault(request, now)

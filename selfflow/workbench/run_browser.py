@@ -254,8 +254,8 @@ class RunBrowser:
         )
         _tell(
             self.head,
-            self.listing.said or f"{words}; changed at {time.strftime(CLOCK)}",
-            alert=bool(self.listing.said),
+            self.listing.problem or f"{words}; changed at {time.strftime(CLOCK)}",
+            alert=bool(self.listing.problem),
         )
         self.below.layout.display = "" if runs else "none"
         _set_options(self.seen.controls["measure"], self.listing.measures)

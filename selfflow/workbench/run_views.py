@@ -23,7 +23,7 @@ from ..analysis.probing import RECORDS, Probes, read_probes
 from ..checks import choose
 from ..disk import step_of
 from ..figures.layers import draw_score_maps
-from ..figures.pages import sheet
+from ..figures.pages import draw_sheet
 from ..figures.plots import draw_curves, draw_runs
 from ..intervals import cells_in_words
 from ..method.build import build_schedule
@@ -219,18 +219,18 @@ def _samples_of(runs: dict[str, Run]) -> View:
         following = Following(run.path, rows=1)
         following.read()
         view.notes += [f"{name}: {problem}" for problem in following.problems]
-        if not following.film:
+        if not following.sample_history:
             view.notes.append(
                 f"{name} has no samples yet: `selfflow sample {run.quoted}` draws some"
             )
             continue
-        step, images, labels = following.film[-1]
+        step, images, labels = following.sample_history[-1]
         texts = [
             run.class_names[label] if label < len(run.class_names) else ""
             for label in labels.tolist()
         ]
         view.pictures.append(
-            partial(sheet, images, texts, title=f"{name}, step {step:,}")
+            partial(draw_sheet, images, texts, title=f"{name}, step {step:,}")
         )
     return view
 

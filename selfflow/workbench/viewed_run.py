@@ -30,7 +30,7 @@ from selfflow.method.schedule import (
     NoiseLevels,
     SingleLevel,
 )
-from ..method.tokens import Places
+from ..method.tokens import TokenSlices
 from ..settings import own_settings
 from ..training.run import Run
 from .boards import Board
@@ -204,7 +204,7 @@ class ViewedRun:
         self.x0 = batch.x0
         self.condition = batch.condition
         self.parts = batch.parts
-        self.widths = Places.of(self.parts).widths
+        self.widths = TokenSlices.of(self.parts).widths
         self.grid = None
         if len(self.parts) == 1 and self.parts[0].grid[0] == 1:
             self.grid = self.parts[0].grid[1:]

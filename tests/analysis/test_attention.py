@@ -24,11 +24,11 @@ from selfflow.analysis.attention import (
 )
 from selfflow.draws import keyed
 from selfflow.figures.attention import (
-    draw_closing,
     draw_mass,
-    draw_on_film,
+    draw_on_audio,
     draw_on_image,
-    draw_on_sound,
+    draw_on_video,
+    draw_separation,
 )
 from selfflow.method.batch import Condition
 from selfflow.method.flow import interpolate
@@ -381,15 +381,15 @@ def test_maps_lie_where_the_tokens_do():
             "no token",
         ),
         (
-            lambda: draw_on_film(torch.zeros(3, 4, 8, 8), torch.ones(1, 3, 4, 4)),
+            lambda: draw_on_video(torch.zeros(3, 4, 8, 8), torch.ones(1, 3, 4, 4)),
             "do not fit a film",
         ),
         (
-            lambda: draw_on_sound(torch.zeros(10, 8), torch.ones(1, 3)),
+            lambda: draw_on_audio(torch.zeros(10, 8), torch.ones(1, 3)),
             "do not fit a spectrum",
         ),
         (
-            lambda: draw_on_sound(torch.zeros(10, 8), torch.ones(1, 4), token=4),
+            lambda: draw_on_audio(torch.zeros(10, 8), torch.ones(1, 4), token=4),
             "no moment",
         ),
         (
@@ -414,7 +414,7 @@ def test_what_is_drawn_is_what_was_measured():
     np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), own["excess"])
     assert (
         len(
-            draw_closing(
+            draw_separation(
                 {
                     "a": summarise_closing(
                         closing_the_way(model_of(BASE), x0, x1, levels)

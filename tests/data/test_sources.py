@@ -125,7 +125,7 @@ def test_tokens_come_back_as_signals(name, sound):
         torch.testing.assert_close(
             back[signal], values, atol=0 if signal != "audio" else 2e-5, rtol=0
         )
-    assert sources.layouts[name].picture(examples.signals).ndim == 4
+    assert sources.layouts[name].preview(examples.signals).ndim == 4
 
 
 def test_film_and_sound_share_their_clock():
@@ -222,9 +222,9 @@ def test_every_source_trains_stops_and_goes_on_bit_for_bit(tmp_path, case):
     shutil.rmtree(short.checkpoints()[-1])
     again = train(config, tmp_path / "cut", "cpu", workers=1, bar=False)
     assert_same(run, again)
-    assert [step for step, *_ in run.film()] == [6] and run.film()[0][
-        1
-    ].isfinite().all()
+    assert [step for step, *_ in run.sample_history()] == [6] and run.sample_history()[
+        0
+    ][1].isfinite().all()
 
 
 def test_losses_are_logged_by_part_and_by_data_set(tmp_path):

@@ -799,7 +799,7 @@ def test_a_run_trains_stops_and_goes_on_bit_for_bit(folders, tmp_path, kind):
     config = run_with(folders[kind])
     run = train(config, tmp_path / "whole", "cpu", bar=False)
     assert run.log["validation_flow_loss"].notna().sum() == 2 and [
-        step for step, *_ in run.film()
+        step for step, *_ in run.sample_history()
     ] == [4]
     train(config, tmp_path / "cut", "cpu", bar=False)
     opened = open_encoder(folders[kind])

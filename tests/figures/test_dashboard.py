@@ -8,7 +8,12 @@ import pytest
 import torch
 from simulated import LEVELS, SimulatedTrainer
 
-from selfflow.figures.dashboard import draw_dashboard, draw_film, film_strip, thin
+from selfflow.figures.dashboard import (
+    draw_dashboard,
+    draw_sample_history,
+    sample_history_grid,
+    thin,
+)
 from selfflow.figures.plots import COLOURS, Picture, to_png
 
 
@@ -342,7 +347,7 @@ ODD = {
 @pytest.mark.parametrize("steps", [None, 10])
 @pytest.mark.filterwarnings("error")
 def test_odd_tables_are_drawn_as_far_as_they_go(log, steps):
-    figure = draws(draw_dashboard(log, timing=log, film=[], steps=steps, clip=1.0))
+    figure = draws(draw_dashboard(log, timing=log, history=[], steps=steps, clip=1.0))
     assert figure.axes
 
 
@@ -370,7 +375,7 @@ def test_pyplot_is_not_touched(log, film):
     plt = pytest.importorskip("matplotlib.pyplot")
     before = plt.get_fignums()
     draws(draw_dashboard(log, None, film))
-    draws(draw_film(film))
+    draws(draw_sample_history(film))
     assert plt.get_fignums() == before
 
 
@@ -378,7 +383,7 @@ def test_pyplot_is_not_touched(log, film):
 
 
 def test_rows_are_steps_and_columns_samples(film):
-    picture, steps, labels, gap = film_strip(film, rows=3, columns=2)
+    picture, steps, labels, gap = sample_history_grid(film, rows=3, columns=2)
     assert (
         steps == [0, 50, 100]
         and labels == [0, 1]
@@ -390,7 +395,7 @@ def test_rows_are_steps_and_columns_samples(film):
 
 
 def test_the_step_is_written_at_the_left_of_its_row(film):
-    (axis,) = draws(draw_film(film, rows=3)).axes
+    (axis,) = draws(draw_sample_history(film, rows=3)).axes
     assert [label.get_text() for label in axis.get_yticklabels()] == ["0", "50", "100"]
     assert [label.get_text() for label in axis.get_xticklabels()] == [
         "0",
@@ -408,20 +413,25 @@ def test_the_step_is_written_at_the_left_of_its_row(film):
 def test_colours_are_colours_and_other_channels_show_the_first():
     colour = torch.zeros(1, 3, 4, 4)
     colour[:, 0] = 1.0
-    assert film_strip([(0, colour, [7])])[0][0, 0].tolist() == [255, 127, 127]
+    assert sample_history_grid([(0, colour, [7])])[0][0, 0].tolist() == [255, 127, 127]
     latent = torch.stack([torch.ones(4, 4), *torch.full((3, 4, 4), -1.0)])[None]
-    assert film_strip([(0, latent, [7])])[0][0, 0].tolist() == [255, 255, 255]
+    assert sample_history_grid([(0, latent, [7])])[0][0, 0].tolist() == [255, 255, 255]
 
 
 @pytest.mark.filterwarnings("error")
 def test_pixels_that_are_not_finite_or_too_large_are_drawn():
     odd = np.array([math.nan, math.inf, -math.inf, 9.0]).reshape(1, 1, 2, 2)
-    assert film_strip([(0, odd, [0])])[0][..., 0].tolist() == [[0, 255], [0, 255]]
+    assert sample_history_grid([(0, odd, [0])])[0][..., 0].tolist() == [
+        [0, 255],
+        [0, 255],
+    ]
 
 
 def test_pictures_of_another_shape_than_the_newest_are_left_out(film):
     other = (5, torch.zeros(4, 3, 16, 16), torch.arange(4))
-    assert film_strip([other, *film], rows=20)[1] == [step for step, *_ in film]
+    assert sample_history_grid([other, *film], rows=20)[1] == [
+        step for step, *_ in film
+    ]
 
 
 def test_a_film_may_have_fewer_samples_in_a_row():
@@ -430,13 +440,18 @@ def test_a_film_may_have_fewer_samples_in_a_row():
         (1, torch.ones(4, 1, 4, 4), [1, 2, 3, 4]),
         (2, torch.ones(1, 1, 4, 4), [1]),
     ]
-    assert [film_strip(film[:n])[0].shape for n in (2, 3)] == [(9, 19, 3), (14, 4, 3)]
+    assert [sample_history_grid(film[:n])[0].shape for n in (2, 3)] == [
+        (9, 19, 3),
+        (14, 4, 3),
+    ]
 
 
 def test_an_empty_film_says_so():
-    assert words(draws(draw_film([])).axes[0]) == ["no samples yet"]
+    assert words(draws(draw_sample_history([])).axes[0]) == ["no samples yet"]
 
 
 def test_the_film_is_in_the_dashboard(log, film):
-    axis = titled(draws(draw_dashboard(log, film=film)), "samples from the same noise")
-    assert axis.get_images()[0].get_array().shape == film_strip(film)[0].shape
+    axis = titled(
+        draws(draw_dashboard(log, history=film)), "samples from the same noise"
+    )
+    assert axis.get_images()[0].get_array().shape == sample_history_grid(film)[0].shape

@@ -11,11 +11,11 @@ from matplotlib import colormaps
 from PIL import Image
 
 from selfflow.figures.pages import (
-    captioned,
-    compared,
-    film_strip,
-    level_map,
-    sheet,
+    draw_captioned,
+    draw_level_map,
+    draw_rows,
+    draw_sheet,
+    draw_video_strip,
     sheet_rows,
     to_webp,
 )
@@ -121,7 +121,7 @@ def test_a_webp_of_numbers_out_of_range_is_refused(change, message):
         to_webp(noise(12, 1, 1, 1, 1), **change)
 
 
-@pytest.mark.parametrize("function", [to_webp, film_strip])
+@pytest.mark.parametrize("function", [to_webp, draw_video_strip])
 @pytest.mark.parametrize(
     "shape", [(2, 3, 8, 8), (2, 2, 4, 8, 8), (0, 3, 4, 8, 8), (2, 3, 0, 8, 8)]
 )
@@ -134,10 +134,12 @@ def test_what_is_no_film_is_refused(function, shape):
     "draw",
     [
         lambda x: to_webp(x[:, :, None]),
-        lambda x: film_strip(x[:, :, None]),
-        lambda x: captioned(x, None),
-        lambda x: level_map(x, torch.zeros(2, 1, 1)),
-        lambda x: level_map(torch.zeros_like(x), torch.zeros(2, 1, 1), {"seen": x}),
+        lambda x: draw_video_strip(x[:, :, None]),
+        lambda x: draw_captioned(x, None),
+        lambda x: draw_level_map(x, torch.zeros(2, 1, 1)),
+        lambda x: draw_level_map(
+            torch.zeros_like(x), torch.zeros(2, 1, 1), {"seen": x}
+        ),
     ],
 )
 def test_nan_is_refused(draw):
@@ -153,7 +155,7 @@ def test_a_page_shows_each_picture_above_its_caption(count, columns):
         noise(count, 3, 8, 8),
         [f"a figure {k} of very many words for one line" for k in range(count)],
     )
-    page = captioned(pictures, captions, columns)
+    page = draw_captioned(pictures, captions, columns)
     for picture, axis, caption in zip(pictures, page.axes, captions, strict=False):
         shown = np.asarray(axis.get_images()[0].get_array())
         assert (
@@ -169,7 +171,7 @@ def test_a_page_shows_each_picture_above_its_caption(count, columns):
 
 
 def test_captions_lie_on_the_page_and_not_over_pictures():
-    page = captioned(noise(4, 3, 8, 8), ["many words " * 8] * 4, columns=2)
+    page = draw_captioned(noise(4, 3, 8, 8), ["many words " * 8] * 4, columns=2)
     page.draw_without_rendering()
     bounds = [
         (axis.get_images()[0].get_window_extent(), axis.xaxis.label.get_window_extent())
@@ -186,7 +188,7 @@ def test_captions_lie_on_the_page_and_not_over_pictures():
 )
 def test_a_strip_shows_evenly_chosen_frames(frames, asked, chosen):
     films = noise(2, 3, frames, 4, 6)
-    strip = film_strip(films, ["one", "another"], asked)
+    strip = draw_video_strip(films, ["one", "another"], asked)
     for film, shown in zip(films, pictures_in(strip), strict=True):
         assert shown.shape == (4, 7 * len(chosen) - 1, 3)
         for place, frame in enumerate(chosen):
@@ -206,7 +208,7 @@ def test_a_strip_shows_evenly_chosen_frames(frames, asked, chosen):
 )
 def test_a_level_map_colours_each_token_by_its_level(height, width, grid):
     pictures, levels = noise(3, 1, height, width), (noise(3, *grid, seed=1) + 1) / 2
-    shown = pictures_in(level_map(pictures, levels))
+    shown = pictures_in(draw_level_map(pictures, levels))
     viridis = colormaps["viridis"]
     for picture, level, image in zip(pictures[:, 0], levels, shown, strict=True):
         for y, x in np.ndindex(height, width):
@@ -221,7 +223,7 @@ def test_a_level_map_colours_each_token_by_its_level(height, width, grid):
 
 def test_views_stand_below_by_name():
     pictures, other = noise(2, 3, 8, 8), noise(2, 3, 8, 8, seed=1)
-    figure = level_map(
+    figure = draw_level_map(
         pictures,
         torch.zeros(2, 2, 2),
         {"student sees": other, "teacher sees": pictures},
@@ -255,16 +257,16 @@ def test_views_stand_below_by_name():
 )
 def test_levels_that_cannot_be_laid_over_are_refused(levels, message):
     with pytest.raises(ValueError, match=message):
-        level_map(torch.zeros(2, 3, 8, 8), levels)
+        draw_level_map(torch.zeros(2, 3, 8, 8), levels)
 
 
 @pytest.mark.parametrize(
     ("draw", "what"),
     [
-        (lambda texts: captioned(torch.zeros(2, 3, 8, 8), texts), "captions"),
-        (lambda texts: film_strip(torch.zeros(2, 3, 4, 8, 8), texts), "titles"),
+        (lambda texts: draw_captioned(torch.zeros(2, 3, 8, 8), texts), "captions"),
+        (lambda texts: draw_video_strip(torch.zeros(2, 3, 4, 8, 8), texts), "titles"),
         (
-            lambda texts: level_map(
+            lambda texts: draw_level_map(
                 torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 1), titles=texts
             ),
             "titles",
@@ -278,12 +280,12 @@ def test_another_number_of_texts_is_refused(draw, what):
 
 def test_a_strip_without_frames_is_refused():
     with pytest.raises(ValueError, match="frames is 0"):
-        film_strip(torch.zeros(1, 3, 4, 8, 8), frames=0)
+        draw_video_strip(torch.zeros(1, 3, 4, 8, 8), frames=0)
 
 
 def test_rows_that_are_compared_share_their_captions():
     rows = {"data": noise(3, 1, 4, 6), "a model": noise(3, 1, 4, 6, seed=1)}
-    page = compared(rows, ["first", "second", "third"])
+    page = draw_rows(rows, ["first", "second", "third"])
     for image, expected in zip(
         pictures_in(page), [*rows["data"], *rows["a model"]], strict=True
     ):
@@ -315,7 +317,7 @@ def test_rows_that_are_compared_share_their_captions():
 )
 def test_rows_of_several_shapes_are_refused(rows, found):
     with pytest.raises(ValueError, match=f"one shape; these are {found}"):
-        compared(rows)
+        draw_rows(rows)
 
 
 # a sheet of samples
@@ -341,7 +343,7 @@ def white(page) -> float:
 )
 def test_a_sheet_is_as_large_as_its_pictures(shape, count, texts, size):
     texts = [text for text in texts for _ in range(count // len(texts))] or None
-    page = sheet(-torch.ones(count, *shape), texts)
+    page = draw_sheet(-torch.ones(count, *shape), texts)
     pixels = Image.open(io.BytesIO(to_png(page))).size
     assert all(abs(a - b) <= 40 for a, b in zip(pixels, size, strict=True)), pixels
     assert white(page) < 0.35 or shape[1] < 8, (
@@ -356,12 +358,13 @@ def test_a_sheet_has_a_row_for_each_text_and_shows_as_many_of_each():
     ) == [[0, 2], [1, 3]]
     assert sheet_rows([str(i) for i in range(200)], 100) == [[i] for i in range(100)]
     shown = [
-        text.get_text() for text in sheet(torch.zeros(6, 1, 8, 8), texts).axes[0].texts
+        text.get_text()
+        for text in draw_sheet(torch.zeros(6, 1, 8, 8), texts).axes[0].texts
     ]
     assert [text for text in shown if text] == ["b", "a"], "at the left of their rows"
     below = [
         text.get_text()
-        for text in sheet(torch.zeros(3, 3, 8, 8), ["$x$", "a red star", ""])
+        for text in draw_sheet(torch.zeros(3, 3, 8, 8), ["$x$", "a red star", ""])
         .axes[0]
         .texts
     ]
@@ -370,6 +373,6 @@ def test_a_sheet_has_a_row_for_each_text_and_shows_as_many_of_each():
         "a red star",
     ], "below, where each is there once"
     with pytest.raises(ValueError, match="2 texts for 3 samples"):
-        sheet(torch.zeros(3, 1, 8, 8), ["a", "b"])
+        draw_sheet(torch.zeros(3, 1, 8, 8), ["a", "b"])
     with pytest.raises(ValueError, match="pictures have shape"):
-        sheet(torch.zeros(0, 1, 8, 8))
+        draw_sheet(torch.zeros(0, 1, 8, 8))

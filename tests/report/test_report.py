@@ -46,7 +46,7 @@ from selfflow.report.report import (
     run_report,
 )
 from selfflow.report.run_sections import loss_section, run_section
-from selfflow.report.sample_sections import plane_section, shares_apart
+from selfflow.report.sample_sections import compare_shares, plane_section
 from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
 from selfflow.training.run import Run
@@ -362,7 +362,7 @@ def test_shares_of_other_samples_have_the_published_interval():
             "count": n,
         }
 
-    pair = shares_apart(wilson(48, 80), wilson(56, 70), ("a", "b"))
+    pair = compare_shares(wilson(48, 80), wilson(56, 70), ("a", "b"))
     assert pair.interval == pytest.approx((0.0524, 0.3339), abs=1e-4)
 
 

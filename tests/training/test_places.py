@@ -88,7 +88,7 @@ def test_a_run_is_used_from_any_folder_and_samples_without_its_data(trained, cap
     capsys.readouterr()
     run = Run.open(trained, "cpu")
     assert torch.equal(run.sample(["dark", 0], steps=2)["image"], before)
-    assert run.film_picture(run.teacher)[1].tolist() == [0, 1]
+    assert run.draw_sample_grid(run.teacher)[1].tolist() == [0, 1]
     main(
         [
             "sample",
@@ -244,7 +244,7 @@ def test_an_outline_has_captions_that_are_not_trained_on(tmp_path):
         "dark",
     }, "from all over the data"
     shutil.rmtree(tmp_path / "photos")
-    assert Run.open(told.path, "cpu").film_picture(told.teacher)[0].shape[0] == len(
+    assert Run.open(told.path, "cpu").draw_sample_grid(told.teacher)[0].shape[0] == len(
         outline.captions
     )
     main(["sample", str(told.path), "--steps", "1", "--each", "1", "--device", "cpu"])

@@ -230,7 +230,10 @@ def test_fifty_steps_in_two_processes_have_the_losses_of_one(two, one, name):
     assert found.keys() == wanted.keys() and all(
         found[key].shape == wanted[key].shape for key in wanted
     )
-    (step, images, labels), (_, pictures, _) = run.film()[-1], expected.film()[-1]
+    (step, images, labels), (_, pictures, _) = (
+        run.sample_history()[-1],
+        expected.sample_history()[-1],
+    )
     assert (
         step == 50
         and labels.tolist() == list(range(10))

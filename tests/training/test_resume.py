@@ -72,9 +72,9 @@ def test_kill_at_random_moments_also_while_saving_loses_nothing(tmp_path):
         assert [p.name for p in run.checkpoints()] == [
             p.name for p in whole.checkpoints()
         ]
-        assert [step for step, *_ in run.film()] == [7, 14, 21, 28, 35, 40]
+        assert [step for step, *_ in run.sample_history()] == [7, 14, 21, 28, 35, 40]
         for (step, images, _), (_, expected, _) in zip(
-            run.film(), whole.film(), strict=True
+            run.sample_history(), whole.sample_history(), strict=True
         ):
             torch.testing.assert_close(
                 images,
@@ -95,7 +95,7 @@ def test_kill_at_random_moments_also_while_saving_loses_nothing(tmp_path):
 
 
 class Stops:
-    "Asks a run to stop after given steps, by Run.asked."
+    "Asks a run to stop after given steps, by Run.requested."
 
     def __init__(self, monkeypatch, steps, what="stop"):
         self.steps, self.now, real = steps, 0, training.train_step
@@ -106,7 +106,9 @@ class Stops:
 
         monkeypatch.setattr(training, "train_step", counting)
         monkeypatch.setattr(
-            Run, "asked", lambda run, asked: asked == what and self.now in self.steps
+            Run,
+            "requested",
+            lambda run, asked: asked == what and self.now in self.steps,
         )
 
 
@@ -199,7 +201,7 @@ def test_sampling_validating_and_probing_in_the_middle_change_nothing(
 
     monkeypatch.setattr(Run, "prune", looking)
     run = train(config, tmp_path)
-    assert looked == [3, 6, 9, 12] and [step for step, *_ in run.film()] == [
+    assert looked == [3, 6, 9, 12] and [step for step, *_ in run.sample_history()] == [
         3,
         5,
         6,
@@ -431,7 +433,7 @@ def test_a_finished_run_in_a_folder_that_cannot_be_written_is_returned(
     def refused(*_, **__):
         raise NotWritten(30, "a file system that can only be read")
 
-    for name in ("save", "locked", "cut_log", "clear_staging", "save_film"):
+    for name in ("save", "locked", "cut_log", "clear_staging", "save_sample_grid"):
         monkeypatch.setattr(Run, name, refused)
     assert train(TINY, runs["tiny"].path.parent).state()["step"] == 12
     monkeypatch.setattr(Run, "latest", lambda run: run.checkpoints()[0])

@@ -306,7 +306,7 @@ def test_a_run_of_the_first_version_opens_as_it_is(first):
         and run.state()["format"] == 1
         and len(run.log) == 8
         and run.timing.empty
-        and run.film() == []
+        and run.sample_history() == []
     )
     for model in (run.model, run.teacher):
         assert (
@@ -721,16 +721,18 @@ def test_a_new_run_that_another_makes_at_the_same_moment(tmp_path, run, monkeypa
 # requests and film
 
 
-def test_requests_are_asked_for_and_answered(run):
+def test_requests_are_made_and_cleared(run):
     for what in ("stop", "sample"):
-        assert not run.asked(what)
-        run.ask(what)
-        run.ask(what)
-        assert Run.open(run.path).asked(what) and (run.path / what).read_bytes() == b""
-        run.answered(what)
-        run.answered(what)
-        assert not run.asked(what)
-    for request in (run.ask, run.asked, run.answered):
+        assert not run.requested(what)
+        run.request(what)
+        run.request(what)
+        assert (
+            Run.open(run.path).requested(what) and (run.path / what).read_bytes() == b""
+        )
+        run.clear_request(what)
+        run.clear_request(what)
+        assert not run.requested(what)
+    for request in (run.request, run.requested, run.clear_request):
         with pytest.raises(
             ValueError,
             match="unknown request 'stpo'; known are stop, sample. Did you mean 'stop'",
@@ -740,37 +742,43 @@ def test_requests_are_asked_for_and_answered(run):
 
 def test_the_film_strip_is_read_back_in_order_and_bears_damage(runs, tmp_path, capsys):
     run = Run.create(tmp_path / "new", TINY, runs["tiny"].inputs)
-    assert run.film() == [] and not (run.path / "samples").exists()
+    assert run.sample_history() == [] and not (run.path / "samples").exists()
     pictures = {
         step: torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(step))
         for step in (500, 250, 1000)
     }
     for step, images in pictures.items():
         assert (
-            run.save_film(step, images.double(), torch.tensor([1, 2, step % 7])).name
+            run.save_sample_grid(
+                step, images.double(), torch.tensor([1, 2, step % 7])
+            ).name
             == f"step-{step:08d}.safetensors"
         )
-    for step, images, labels in run.film():
+    for step, images, labels in run.sample_history():
         assert (
             torch.equal(images, pictures[step])
             and images.dtype == torch.float32
             and labels.tolist() == [1, 2, step % 7]
         )
-    assert [step for step, *_ in run.film()] == [250, 500, 1000]
-    run.save_film(250, pictures[500], torch.tensor([1, 2, 3]))
-    assert torch.equal(run.film()[0][1], pictures[500]), "again, for the same step"
+    assert [step for step, *_ in run.sample_history()] == [250, 500, 1000]
+    run.save_sample_grid(250, pictures[500], torch.tensor([1, 2, 3]))
+    assert torch.equal(run.sample_history()[0][1], pictures[500]), (
+        "again, for the same step"
+    )
     place = run.path / "samples/film"
     (place / "step-00000500.safetensors").write_bytes(b"no tensors")
     (place / "step-best.safetensors").write_bytes(b"nobody's")
     (place / ".tmpAbc").write_bytes(b"left by a kill")
     assert (
-        [step for step, *_ in run.film()]
-        == [step for step, *_ in run.film()]
+        [step for step, *_ in run.sample_history()]
+        == [step for step, *_ in run.sample_history()]
         == [250, 1000]
     )
     assert capsys.readouterr().out.count("skipped") == 1, "said once"
     run.clear_staging()
-    assert not (place / ".tmpAbc").exists() and [step for step, *_ in run.film()] == [
+    assert not (place / ".tmpAbc").exists() and [
+        step for step, *_ in run.sample_history()
+    ] == [
         250,
         1000,
     ]

@@ -87,7 +87,7 @@ def all_of(folder, precision):
     drawn = opened.sample([0, 1], steps=3)
     found = [
         run.log_path.read_text(),
-        opened.film()[-1][1],
+        opened.sample_history()[-1][1],
         *(drawn.values() if isinstance(drawn, dict) else [drawn]),
     ]
     assert not any(p.is_inference() for p in opened.model.parameters())

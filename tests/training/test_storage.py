@@ -110,7 +110,7 @@ def prepared(folder, action):
         run.save(3, tensors(3), {})
         (run.path / "checkpoints/step-00000003/model.safetensors").write_bytes(b"")
     if action == "film":
-        run.save_film(3, torch.zeros(1, 1, 8, 8), torch.tensor([0]))
+        run.save_sample_grid(3, torch.zeros(1, 1, 8, 8), torch.tensor([0]))
     return run
 
 
@@ -127,7 +127,7 @@ def whole_steps(run):
         ("cut", lambda run: run.log["step"].tolist(), [[1, 2, 3, 4], [1, 2]]),
         (
             "film",
-            lambda run: [images.mean().item() for _, images, _ in run.film()],
+            lambda run: [images.mean().item() for _, images, _ in run.sample_history()],
             [[0.0], [3.0]],
         ),
     ],
@@ -204,8 +204,8 @@ def test_an_error_at_each_single_call_of_a_save_leaves_what_was_good(tmp_path):
     [
         lambda run: write_json(run.path / "config.json", {"new": 1}),
         lambda run: run.cut_log(1),
-        lambda run: run.save_film(1, torch.ones(1, 1, 8, 8), torch.tensor([1])),
-        lambda run: run.ask("stop"),
+        lambda run: run.save_sample_grid(1, torch.ones(1, 1, 8, 8), torch.tensor([1])),
+        lambda run: run.request("stop"),
         lambda run: run.locked().__enter__(),
         lambda run: Run.create(
             run.path.with_name(f"{run.path.name}-new"), CONFIG, INPUTS, "cpu"
@@ -218,7 +218,7 @@ def test_an_error_at_each_single_call_of_other_writes_is_said_and_leaves_what_wa
 ):
     for k in range(1, 100):
         run = saved(tmp_path / str(k))
-        run.save_film(1, torch.zeros(1, 1, 8, 8), torch.tensor([1]))
+        run.save_sample_grid(1, torch.zeros(1, 1, 8, 8), torch.tensor([1]))
         raised = None
         with at_call(k, full) as seen:
             try:
@@ -238,8 +238,8 @@ def test_an_error_at_each_single_call_of_other_writes_is_said_and_leaves_what_wa
                 and Run.open(run.path, "cpu").config == CONFIG
             )
             assert (
-                run.film()[0][1].sum() == 0
-                and not run.asked("stop")
+                run.sample_history()[0][1].sum() == 0
+                and not run.requested("stop")
                 and run.writer() is None
             )
             assert not leftovers(run)
@@ -324,14 +324,14 @@ def test_a_read_only_folder_can_be_looked_at_and_is_refused_before_training(moun
         again.writer() is None
         and again.latest().name == "step-00000002"
         and len(again.log) == 2
-        and not again.asked("stop")
+        and not again.requested("stop")
     )
     assert Run.create(run.path, CONFIG, INPUTS, "cpu").config == CONFIG, (
         "nothing is to be written"
     )
     for write in (
         lambda: again.locked().__enter__(),
-        lambda: again.ask("stop"),
+        lambda: again.request("stop"),
         lambda: again.save(3, tensors(3), {}),
         lambda: Run.create(place / "other", CONFIG, INPUTS, "cpu"),
         lambda: again.cut_log(1),
@@ -366,7 +366,7 @@ def test_files_have_the_rights_that_new_files_get(tmp_path):
     before = os.umask(0o027)
     try:
         run = saved(tmp_path / "tiny")
-        run.save_film(1, torch.zeros(1, 1, 8, 8), torch.tensor([1]))
+        run.save_sample_grid(1, torch.zeros(1, 1, 8, 8), torch.tensor([1]))
     finally:
         os.umask(before)
     for path in run.path.rglob("*"):

@@ -373,7 +373,7 @@ def test_a_folder_that_is_not_there_is_no_error(tmp_path):
         following.run,
         following.steps,
         following.step,
-        following.film,
+        following.sample_history,
     ) == (None, None, 0, [])
     assert following.state == "no run here yet" and not following.finished
 
@@ -477,13 +477,16 @@ def test_of_the_film_each_shown_picture_is_read_once(run, monkeypatch):
         run.save_picture(step)
     assert (
         following.read()
-        and [entry[0] for entry in following.film] == [10, 30, 50]
+        and [entry[0] for entry in following.sample_history] == [10, 30, 50]
         and len(read) == 3
     )
     assert not following.read() and len(read) == 3
     run.save_picture(60)
-    assert following.read() and following.film[-1][0] == 60
-    assert following.film[-1][1].shape == (4, 1, 8, 8) and len(following._pictures) == 3
+    assert following.read() and following.sample_history[-1][0] == 60
+    assert (
+        following.sample_history[-1][1].shape == (4, 1, 8, 8)
+        and len(following._pictures) == 3
+    )
 
 
 def test_a_picture_that_cannot_be_read_is_said_and_the_others_shown(run):
@@ -494,7 +497,7 @@ def test_a_picture_that_cannot_be_read_is_said_and_the_others_shown(run):
     )
     following = Following(run.path)
     following.read()
-    assert [entry[0] for entry in following.film] == [10]
+    assert [entry[0] for entry in following.sample_history] == [10]
     assert len(following.problems) == 2 and all(
         "cannot be read" in problem for problem in following.problems
     )

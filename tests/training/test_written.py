@@ -16,7 +16,7 @@ from selfflow.cli import main
 from selfflow.data.notes import PITCHES, note_name
 from selfflow.data.options import DataConfig
 from selfflow.data.sources import Sources, class_number
-from selfflow.figures.dashboard import draw_film
+from selfflow.figures.dashboard import draw_sample_history
 from selfflow.figures.layers import draw_ladder
 from selfflow.method.options import ModelConfig
 from selfflow.report.sample_sections import _plane_colours
@@ -208,7 +208,9 @@ def test_points_are_coloured_by_names_and_the_rarest_of_many_classes_are_joined(
 
 def test_the_film_strip_has_names_below(runs, tmp_path):
     film = [(2, torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 2]))]
-    (axis,) = draw_film(film, names=("T-shirt", "a very long name of a class")).axes
+    (axis,) = draw_sample_history(
+        film, names=("T-shirt", "a very long name of a class")
+    ).axes
     assert [label.get_text() for label in axis.get_xticklabels()] == [
         "T-shirt",
         "a very long\nname of a...",

@@ -106,7 +106,7 @@ def test_another_kernel_shows_the_same_from_the_folder_alone(lab, page):
     data = (
         following.log.table,
         following.timing.table,
-        following.film,
+        following.sample_history,
         following.steps,
         following.run.config.training.clip,
     )

@@ -15,10 +15,10 @@ from plotly.callbacks import BoxSelector, LassoSelector, Points
 from selfflow.analysis.projection import Projection
 from selfflow.figures.projection import (
     HUES,
-    MOST,
+    MAX_CATEGORIES,
+    categories_of,
     draw_projection,
     draw_token_colours,
-    kinds_of,
 )
 from selfflow.workbench.map_explorer import (
     MapExplorer,
@@ -71,9 +71,9 @@ def test_kinds_are_told_apart_by_colour_and_shape_and_numbers_are_not_kinds():
         len({group.get_paths()[0].vertices.tobytes() for group in groups[:3]}) == 3
     ), "three shapes"
     assert np.allclose(groups[3].get_offsets(), 2 * PLANE[[3, 4]])
-    assert kinds_of(FACTORS["size"]) is None and kinds_of(np.array(["b", "a", "b"]))[
-        0
-    ].tolist() == [1, 0, 1]
+    assert categories_of(FACTORS["size"]) is None and categories_of(
+        np.array(["b", "a", "b"])
+    )[0].tolist() == [1, 0, 1]
 
 
 def test_colours_of_tokens_keep_their_places():
@@ -224,7 +224,10 @@ def test_bad_input_is_refused():
         ),
         (lambda: explore_map(PLANE * np.nan, files), "finite"),
         (lambda: figure_of(PLANE, KIND, words=["a"]), "1 texts for 40 points"),
-        (lambda: kinds_of(torch.arange(MOST + 1)), "29 kinds are more than the 28"),
+        (
+            lambda: categories_of(torch.arange(MAX_CATEGORIES + 1)),
+            "29 kinds are more than the 28",
+        ),
         (lambda: draw_projection({}, KIND), "no projection"),
         (lambda: draw_projection({"a": PLANE[:, :1]}, KIND), r"expected \(40, 2\)"),
         (

@@ -100,7 +100,7 @@ def test_a_stopped_quickstart_goes_on(tmp_path, monkeypatch):
             save = Run.save
 
             def asks(run, step, *rest):
-                run.ask("stop")
+                run.request("stop")
                 return save(run, step, *rest)
 
             with pytest.MonkeyPatch.context() as patch:

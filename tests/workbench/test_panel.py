@@ -59,7 +59,7 @@ def training(path):
     trainer.log_lines(10)
     thread = trainer.in_thread()
     yield trainer
-    trainer.run.ask("stop")
+    trainer.run.request("stop")
     thread.join(10)
 
 
@@ -168,7 +168,9 @@ def test_sample_now_is_asked_answered_and_shown(training):
         )
     )
     until(lambda: not panel.sample.disabled)
-    assert training.answers[0][0] == "sample" and len(panel.following.film) == 1
+    assert (
+        training.answers[0][0] == "sample" and len(panel.following.sample_history) == 1
+    )
     assert "training" in panel.header.value  # and goes on
 
 
@@ -234,7 +236,7 @@ def test_nothing_is_asked_when_nobody_trains(path):
     for what in ("stop", "sample"):
         panel.ask(what)  # as a click that comes too late
         assert (
-            not trainer.run.asked(what)
+            not trainer.run.requested(what)
             and "no process is training this run" in panel.reply.value
         )
 

@@ -145,15 +145,15 @@ def test_folders_without_runs_say_what_to_do(tmp_path):
         found = Listing(place)
         found.look()
         assert (
-            words in found.said
-            and "selfflow train" in found.said
-            and "make demo" in found.said
+            words in found.problem
+            and "selfflow train" in found.problem
+            and "make demo" in found.problem
             and not found.runs
         )
     (tmp_path / "file").write_text("")
     found = Listing(tmp_path / "file")
     found.look()
-    assert "is a file" in found.said
+    assert "is a file" in found.problem
 
 
 def test_checkpoints_are_read_through_before_they_are_opened(listing, folder):
@@ -385,7 +385,7 @@ def test_a_browser_follows_its_folder_while_it_is_shown(folder):
         )
     finally:
         browser.list.shown = False
-        trainer.run.ask("stop")
+        trainer.run.request("stop")
         thread.join(10)
     until(lambda: not following())
     browser.seen.settle()
