@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LIGHT', 'DARK', 'DRAWING', 'Theme', 'font', 'png_of', 'scaled_to', 'Still', 'slider', 'choice', 'number', 'switch',
-           'TokenGrid', 'Surroundings', 'RunList', 'held_at_exit', 'answer_while_busy', 'button', 'message', 'text_box']
+           'TokenGrid', 'Surroundings', 'RunList', 'held_at_exit', 'answer_while_busy', 'button', 'message', 'text_box',
+           'option_control', 'OptionControls']
 
 # %% ../../nbs/7_workbench/01_controls.ipynb #da254b3a
 import atexit
@@ -12,17 +13,21 @@ import io
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import lru_cache
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import anywidget
 import ipywidgets as widgets
 import matplotlib
 import traitlets
 from PIL import Image, ImageFont
+
+from ..checks import choose
+from ..registries import Registry
 
 # %% ../../nbs/7_workbench/01_controls.ipynb #9d50b79b
 class Theme(NamedTuple):
@@ -274,3 +279,79 @@ def text_box(name: str) -> widgets.HTML:
     made = widgets.HTML()
     made.add_class(f"selfflow-{name}")
     return made
+
+# %% ../../nbs/7_workbench/01_controls.ipynb #481e07ad
+_BOXES = {int: widgets.IntText, float: widgets.FloatText, str: widgets.Text}
+
+
+def option_control(name: str, kind: Any, default: Any) -> widgets.Widget | None:
+    "A control for an option; None if no control fits its type, `kind`."
+    if get_origin(kind) is Literal:
+        return choice(name, list(get_args(kind)), default)
+    if isinstance(default, bool):
+        return switch(name, default)
+    box = _BOXES.get(type(default))
+    if box is None:
+        return None
+    return box(
+        value=default,
+        description=name,
+        continuous_update=False,
+        style=_STYLE,
+        layout=_WIDTH,
+    )
+
+
+class OptionControls(widgets.VBox):
+    """Controls for the options of registered entries; those of one entry are shown.
+
+    value: {entry: {option: value}}, for every entry that has options. It may be set in
+    part.
+
+    Args:
+        registry: Entries by name.
+        menu: The control that chooses the entry.
+    """
+
+    value: traitlets.Dict = traitlets.Dict()
+    description = "options"
+
+    def __init__(self, registry: Registry, menu: widgets.Dropdown):
+        super().__init__()
+        self._controls: dict[str, dict[str, widgets.Widget]] = {}
+        for name in registry:
+            kinds = get_type_hints(registry[name].options)
+            controls = {}
+            for option, default in asdict(registry[name].options()).items():
+                control = option_control(option, kinds[option], default)
+                if control is None:
+                    continue
+                control.add_class(f"selfflow-option-{option}")
+                answer_while_busy(control)
+                control.observe(self._collect, "value")
+                controls[option] = control
+            if controls:
+                self._controls[name] = controls
+        menu.observe(lambda change: self._show(change["new"]), "value")
+        self._show(menu.value)
+        self._collect()
+
+    def _show(self, name: str) -> None:
+        self.children = list(self._controls.get(name, {}).values())
+
+    def _collect(self, _=None) -> None:
+        self.value = self._values()
+
+    def _values(self) -> dict[str, dict]:
+        return {
+            name: {option: control.value for option, control in controls.items()}
+            for name, controls in self._controls.items()
+        }
+
+    @traitlets.validate("value")
+    def _apply(self, proposal):
+        for name, options in proposal["value"].items():
+            controls = self._controls[choose(name, self._controls, "name with options")]
+            for option, value in options.items():
+                controls[choose(option, controls, f"option of {name}")].value = value
+        return self._values()

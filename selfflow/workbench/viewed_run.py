@@ -66,7 +66,9 @@ def schedule_of(
 
 def _block_of(grid: tuple[int, int] | None) -> int:
     if grid is None:
-        raise ValueError("block masks need an image; these tokens lie in time")
+        raise ValueError(
+            "block masks need an image, but these tokens lie in time; take dual masks"
+        )
     rows, columns = grid
     for block in _BLOCKS:
         if rows % block == 0 and columns % block == 0:

@@ -217,7 +217,7 @@ def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab
     inner(
         ".selfflow-opened", has_text="Sampling: plain at step 4, self_flow at step 4"
     ).wait_for()
-    inner("img.selfflow-picture-film").wait_for()
+    inner("img.selfflow-picture-history").wait_for()
 
     page.evaluate(
         "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"

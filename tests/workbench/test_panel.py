@@ -164,7 +164,7 @@ def test_sample_now_is_asked_answered_and_shown(training):
     until(
         lambda: (
             "sample requested at" in panel.reply.value
-            and "answered" in panel.said.value
+            and "answered" in panel.reply.value
         )
     )
     until(lambda: not panel.sample.disabled)
@@ -185,7 +185,7 @@ def test_stop_ends_the_run_and_the_panel_says_where(path):
     assert (
         panel.stop.disabled
         and panel.sample.disabled
-        and panel.stop.tooltip == "Nobody is training this run"
+        and panel.stop.tooltip == "No process is training this run"
     )
     assert (
         "stop requested at" in panel.reply.value
@@ -276,7 +276,7 @@ def test_a_request_that_cannot_be_written_is_said(training, monkeypatch):
     def refuse(what):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(panel.following.run, "ask", refuse)
+    monkeypatch.setattr(panel.following.run, "request", refuse)
     panel.stop.click()
     assert (
         "The request failed (stop)" in panel.trouble.value
