@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..analysis.features import observe
 from ..checks import choose
 from ..data.datasets import subset
 from ..draws import keyed
@@ -259,13 +260,11 @@ class ViewedRun:
         """
         tau = levels.per_token()  # (b, n)
         xt = interpolate(x0, x1, tau)
-        out = network(
-            xt,
-            levels,
-            self.condition[index],
-            taps=() if layer is None else (layer,),
-            parts=self.parts,
+        layers = () if layer is None else (layer,)
+        out = observe(
+            network, xt, levels, self.condition[index], layers, parts=self.parts
         )
+        assert out.velocity is not None
         # x0 - (xt - tau v) = tau (v - (x1 - x0)): tau^2 times the error of the velocity
         error = tau.square() * flow_error(out.velocity, x0, x1, self.widths)
         estimate = xt - tau[..., None] * out.velocity
