@@ -140,7 +140,7 @@ class Watched:
         viewed = self.viewed
         if not told.strip() or not self.config.caption:
             return viewed.condition[[sample]]
-        return viewed.run.sources.wanted([told])
+        return viewed.run.sources.condition_for([told])
 
     def _sound(self, sample: int) -> bytes | None:
         "The sound of a sample as its tokens give it; None for what is no sound to be heard."

@@ -217,7 +217,7 @@ class SideBySide:
         """
         if self._first.config.shared.encoder:
             return caption
-        return caption_text(self._first.sources.wanted([caption]).values[0])
+        return caption_text(self._first.sources.condition_for([caption]).values[0])
 
 # %% ../../nbs/7_workbench/07_paths.ipynb #ec8fca9f
 _REMEMBERED = 256 * 2**20  # bytes of paths
@@ -295,7 +295,7 @@ def _velocity(
     "The velocity of `count` samples under one condition."
     condition = None
     if settings.condition is not None:
-        condition = run.sources.wanted([settings.condition] * count, side.name)
+        condition = run.sources.condition_for([settings.condition] * count, side.name)
     return run.velocity_fn(condition, cfg_scale, data=side.name)
 
 
