@@ -1,4 +1,4 @@
-"""The published form computes what ours does; the benchmark counts what it says it counts."""
+"""The published form computes the same as ours; the benchmark counts correctly."""
 
 import json
 from functools import partial
