@@ -264,7 +264,7 @@ def _factor_differences(section, probes: dict[str, Probes]) -> None:
                 pair.difference,
                 *pair.interval,
                 pair.smallest,
-                "seen" if pair.seen else "not seen",
+                "significant" if pair.significant else "not significant",
             )
             for factor, pair in pairs.items()
         ]
@@ -274,7 +274,7 @@ def _factor_differences(section, probes: dict[str, Probes]) -> None:
             "difference",
             "95 % low",
             "95 % high",
-            "would be seen in 8 of 10",
+            "detectable with 80 % power",
             "difference is",
         ]
         over = next(iter(pairs.values())).over
@@ -294,7 +294,7 @@ def _in_words(pairs: dict[str, Comparison]) -> str:
     for factor, pair in pairs.items():
         kind = (
             "not told from 0"
-            if not pair.seen
+            if not pair.significant
             else "above 0"
             if pair.difference > 0
             else "below 0"
