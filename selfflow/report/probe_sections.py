@@ -253,8 +253,8 @@ def _factor_maps(section: Section, probes: dict[str, Probes]) -> None:
 def _factor_curves(section: Section, probes: dict[str, Probes]) -> None:
     first = next(iter(probes.values()))
     measures = {factor: first.best(factor).probe.measure for factor in first.factors}
-    curves = {}
-    baselines = {}
+    curves: dict[str, dict[str, np.ndarray]] = {}
+    baselines: dict[str, dict[str, float]] = {}
     for factor in first.factors:
         level = first.about["levels"].index(first.best(factor).level)
         curves[factor] = {}

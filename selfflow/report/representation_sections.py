@@ -7,6 +7,7 @@ __all__ = ['LEVEL', 'features_of', 'first_grid', 'layer_section', 'similarity_se
 
 # %% ../../nbs/6_report/04_representation_sections.ipynb #933b1433
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -55,7 +56,8 @@ def features_of(
         The samples, and {layer: (b, n, d)} for the n tokens of the first part.
     """
     items = items_of(run, "test", count)
-    layers = tuple(range(1, run.teacher.depth + 1))
+    depth = cast(int, run.teacher.depth)  # which every backbone has
+    layers = tuple(range(1, depth + 1))
     features = items.features(run.teacher, level, layers, pooled=False)
     tokens = next(iter(items.slices.values()))
     first_part = {
