@@ -205,7 +205,7 @@ def test_a_plain_file_lies_between_preset_and_options(config_of, tmp_path):
             "Did you mean 'name'",
         ),
         ('{"format": 1, "config": []}', "cannot be used"),
-        ('{"training": 3}', "expected its fields"),
+        ('{"training": 3}', "expected a dict of its fields"),
     ],
 )
 def test_config_files_that_cannot_be_used_are_refused(tmp_path, capsys, content, words):

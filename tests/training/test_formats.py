@@ -60,7 +60,7 @@ def test_an_old_run_keeps_its_defaults_whoever_asks(tmp_path, capsys):
     asked = replace(old, defaults=4)
     assert old.defaults == 3 and Config().defaults == 4
     assert not Run.open(tmp_path / "digits", "cpu").teacher.t_embedder.fp32
-    with pytest.raises(ValueError, match="defaults: 3 in the folder, 4 asked for"):
+    with pytest.raises(ValueError, match="defaults: 3 in the folder, 4 requested"):
         Run.create(tmp_path / "digits", asked, Run.open(tmp_path / "digits").inputs)
     for _ in range(2):  # of format 3, then of the present one
         run = train(asked, tmp_path, "cpu", bar=False)
@@ -80,7 +80,7 @@ def test_an_old_run_keeps_its_defaults_whoever_asks(tmp_path, capsys):
     new = train(replace(asked, name="new"), tmp_path, "cpu", bar=False)
     assert new.teacher.t_embedder.fp32
     assert new.config.defaults == 4 and "defaults" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match="defaults: 4 in the folder, 3 asked for"):
+    with pytest.raises(ValueError, match="defaults: 4 in the folder, 3 requested"):
         train(replace(new.config, defaults=3), tmp_path, "cpu", bar=False)
 
 
@@ -101,5 +101,5 @@ def test_the_command_line_keeps_an_old_runs_defaults_too(tmp_path, capsys):
 
 @pytest.mark.parametrize("value", [0, 2, 5])
 def test_other_defaults_are_refused(value):
-    with pytest.raises(ValueError, match=f"defaults is {value}; take 4, or 3"):
+    with pytest.raises(ValueError, match=f"defaults is {value}; use 4, or 3"):
         Config(defaults=value)

@@ -415,7 +415,7 @@ def test_a_notebook_starts_processes_and_follows_them(tmp_path, one, capsys):
     )
     assert run.state()["step"] == 12 and run.timing["processes"].tolist() == [2] * 12
     assert_close(run, train(TINY, tmp_path / "one"))
-    with pytest.raises(ChildProcessError, match="another config"):
+    with pytest.raises(ChildProcessError, match="different settings"):
         launch(replace(TINY, seed=1), 2, tmp_path, "cpu")
     assert Run.open(tmp_path / "tiny").config.seed == 0
 

@@ -90,7 +90,7 @@ def test_fewer_steps_than_are_done_are_refused_in_a_line(run):
     before = (run.path / "config.json").read_bytes()
     with pytest.raises(
         ValueError,
-        match="has done 8 steps, more than the 6 asked for; take training.steps 8 or more",
+        match="has done 8 steps, more than the 6 requested; use training.steps 8 or more",
     ) as error:
         train(longer(SHORT, 6), run.path.parent, "cpu", bar=False)
     assert (
@@ -168,5 +168,5 @@ def test_how_many_keep_it_may_change_on_the_way(run, capsys):
     )
     assert "training.keep_optimizers: 0 -> 1 from here on" in capsys.readouterr().out
     assert names(again) == (["04", "08"], ["08"])
-    with pytest.raises(ValueError, match="keep_optimizers -1 must be 0"):
+    with pytest.raises(ValueError, match="keep_optimizers is -1, but must be 0"):
         longer(SHORT, 8, keep_optimizers=-1)

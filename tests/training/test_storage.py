@@ -447,7 +447,7 @@ def test_damage_of_the_config_is_refused_where_it_matters_and_put_right_elsewher
             refused.append(error)
             assert "config.json cannot be used" in str(
                 error
-            ) and "checkpoints beside it are not touched" in str(error)
+            ) and "checkpoints next to it are not touched" in str(error)
 
     check()
     assert len(refused) > 10 and steps_of(run) == [1, 2]
@@ -624,7 +624,7 @@ def test_a_reader_of_a_checkpoint_that_is_pruned_is_told(tmp_path, capsys):
     run.prune()
     with pytest.raises(
         FileNotFoundError,
-        match="step-00000002 is gone: training removes older checkpoints.*Open it again",
+        match="step-00000002 no longer exists: training removes older checkpoints.*Open the run again",
     ):
         reader.load("teacher")
     assert reader.latest().name == "step-00000004" and not capsys.readouterr().out

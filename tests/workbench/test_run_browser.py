@@ -177,7 +177,7 @@ def test_checkpoints_are_read_through_before_they_are_opened(listing, folder):
         match="tiny cannot be opened: its checkpoint of step 8 is damaged: teacher.safetensors has",
     ):
         open_runs(listing, ["tiny"], 8, "cpu")
-    with pytest.raises(ValueError, match="kept no checkpoint of step 5"):
+    with pytest.raises(ValueError, match="has no checkpoint of step 5"):
         open_runs(listing, ["tiny"], 5, "cpu")
     with pytest.raises(ValueError, match="it is no longer in"):
         open_runs(listing, ["gone"], 0, "cpu")
