@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NotWritten', 'not_written', 'flush', 'make_folder', 'replacing', 'write_files', 'check_writable', 'write_json',
-           'write_tensors', 'discard', 'sha256', 'replacing_folder', 'step_of', 'step_paths', 'say_once', 'read_lines',
-           'cut_lines']
+           'write_tensors', 'discard', 'sha256', 'replacing_folder', 'step_of', 'step_paths', 'print_once',
+           'read_lines', 'cut_lines']
 
 # %% ../nbs/0_ground/02_disk.ipynb #14bd85ab
 import errno
@@ -210,7 +210,7 @@ def step_paths(folder: Path, suffix: str = "") -> list[Path]:
 
 # %% ../nbs/0_ground/02_disk.ipynb #36bf3e90
 @cache
-def say_once(text: str) -> None:
+def print_once(text: str) -> None:
     "Print a text that was not printed before."
     print(text)
 
@@ -226,7 +226,7 @@ def _good_lines(path: Path) -> Iterator[tuple[bytes, dict]]:
         if good:
             yield line, row
         elif number < len(lines):
-            say_once(f"{path}, line {number} is damaged and left out: {line[:60]!r}")
+            print_once(f"{path}, line {number} is damaged and left out: {line[:60]!r}")
 
 
 def read_lines(path: Path) -> list[dict]:

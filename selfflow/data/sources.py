@@ -198,7 +198,7 @@ class SoundPatches:
         "Spectra (b, bins, columns) of tokens."
         return tokens.reshape(len(tokens), self.codec.shape[1], self.codec.shape[0]).mT
 
-    def picture(self, waves: Tensor) -> Tensor:
+    def preview(self, waves: Tensor) -> Tensor:
         "The spectra as images (b, 1, bins, columns), low tones below."
         return (self.codec.encode(waves).flip(1)[:, None] / 2).clamp(-1, 1)
 

@@ -38,7 +38,7 @@ from selfflow.method.schedule import (
     MultiTimestep,
     SingleLevel,
 )
-from .tokens import Part, Places
+from .tokens import Part, TokenSlices
 from .transformer import Transformer, TransformerConfig
 from ..registries import backbones, objectives, own_options
 
@@ -154,7 +154,7 @@ def given_tokens(given: str, parts: tuple[Part, ...]) -> tuple[tuple[int, ...], 
 
     Raises ValueError where the sequence has no such part, or nothing beside it.
     """
-    known, slices = {part.name: part for part in parts}, Places.of(parts).slices
+    known, slices = {part.name: part for part in parts}, TokenSlices.of(parts).slices
     names = {"first_frame": ("video",), "either": ("video", "audio")}.get(
         given, (given,)
     )

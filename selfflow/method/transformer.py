@@ -32,7 +32,7 @@ from .schedule import NoiseLevels
 from selfflow.method.tokens import (
     PAD,
     Part,
-    Places,
+    TokenSlices,
     position_code,
     rotary_code,
     sinusoid,
@@ -372,7 +372,7 @@ class Transformer(nn.Module):
         parts = parts or self.config.parts
         condition = self.nothing(x) if condition is None else condition
         self._check(x, levels, condition, taps, stop, coordinates, parts)
-        slices = Places.of(parts).slices
+        slices = TokenSlices.of(parts).slices
         # (b, n, d)
         h = self.x_embedder(x, slices, self.config.width)
         rotary = self._where(parts, coordinates)
@@ -426,7 +426,7 @@ class Transformer(nn.Module):
             return self._positions(coordinates).to(self.positions)
         if parts == self.config.parts:
             return self.positions
-        slices = Places.of(self.config.parts).slices
+        slices = TokenSlices.of(self.config.parts).slices
         return torch.cat(
             [self.positions[..., slices[part.name], :] for part in parts], dim=-2
         )

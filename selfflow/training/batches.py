@@ -24,7 +24,7 @@ from ..method.alignment import flow_error
 from ..method.batch import Batch
 from ..method.flow import interpolate
 from ..method.schedule import NoiseLevels
-from ..method.tokens import Places
+from ..method.tokens import TokenSlices
 from ..method.transformer import Transformer
 from ..registries import objectives
 from ..settings import own_settings
@@ -215,7 +215,7 @@ def loss_by_level(
     x1: fixed noise like batch.x0; levels: numbers in [0, 1]; size: how many samples are looked at once.
     """
     device, losses = next(model.parameters()).device, []
-    widths = Places.of(batch.parts).widths.to(device)
+    widths = TokenSlices.of(batch.parts).widths.to(device)
     for t in levels:
         for piece, noise in zip(batch.split(size), x1.split(size), strict=True):
             piece, noise = piece.to(device), noise.to(device)

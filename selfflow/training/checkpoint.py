@@ -25,9 +25,9 @@ from selfflow.disk import (
     discard,
     flush,
     make_folder,
+    print_once,
     replacing,
     replacing_folder,
-    say_once,
     sha256,
     step_of,
     step_paths,
@@ -337,7 +337,7 @@ def read_sample_history(folder: Path) -> list[tuple[int, Tensor, Tensor]]:
             stored = load_file(path)
             grids.append((step_of(path), stored["images"], stored["labels"]))
         except (SafetensorError, OSError, KeyError) as error:
-            say_once(f"skipped {path}: {type(error).__name__}: {error}")
+            print_once(f"skipped {path}: {type(error).__name__}: {error}")
     return grids
 
 # %% ../../nbs/3_training/03_checkpoint.ipynb #e3423813

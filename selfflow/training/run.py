@@ -673,7 +673,7 @@ class Run:
         device = next(model.parameters()).device
         shift = self.shift if shift is None else shift
         layout = self.layout(data)
-        x0, start = layout.kept(given, count) if given else (None, None)
+        x0, start = layout.known_tokens(given, count) if given else (None, None)
         shape = (layout.tokens, layout.channels)
         x1 = torch.randn((count, *shape), generator=keyed(seed, "samples"))
         tokens = []
@@ -741,10 +741,10 @@ class Run:
         labels = torch.arange(count)
         if not self.inputs.caption:
             samples = self.sample(labels, _HISTORY_STEPS, model=model)
-            return self.layout().picture(samples), labels
+            return self.layout().preview(samples), labels
         captions = self.captions(count)
         samples = self.sample(captions, _HISTORY_STEPS, model=model)
-        return self.layout().picture(samples), labels[: len(captions)]
+        return self.layout().preview(samples), labels[: len(captions)]
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:

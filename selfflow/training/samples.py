@@ -113,7 +113,7 @@ def write_samples(
         data=data,
         **options,
     )
-    images = run.layout(data).picture(drawn)
+    images = run.layout(data).preview(drawn)
     classes = hashlib.blake2b(wanted.numpy().tobytes(), digest_size=3).hexdigest()
     grid = "" if shift == 1 else f"-shift-{shift:g}"
     own = "".join(f"-{option}-{value}" for option, value in options.items())

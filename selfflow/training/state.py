@@ -26,9 +26,9 @@ from ..method.backbone import ability, check_backbone, check_size
 from ..method.batch import Batch
 from ..method.build import build_objective
 from selfflow.method.objective import (
-    WHOLE,
+    ONE_PIECE,
+    BatchStats,
     Losses,
-    Whole,
     ema_decay,
     make_teacher,
     update_ema,
@@ -145,7 +145,7 @@ class _Learner(nn.Module):
         teacher,
         batch: Batch,
         draw,
-        whole: Whole = WHOLE,
+        whole: BatchStats = ONE_PIECE,
         target_means: bool = False,
     ) -> tuple[Tensor, Losses] | Tensor:
         """What is differentiated, by itself so that wrappers find it, and all losses.
@@ -381,16 +381,16 @@ def _draws(state: TrainState, config: Config) -> list:
 
 def _whole(
     state: TrainState, config: Config, batch: Batch, pieces: list[tuple]
-) -> Whole:
+) -> BatchStats:
     "The properties of a batch that the losses of its pieces depend on."
     counts = state.objective.counts(batch, _draws(state, config), len(pieces))
     if getattr(state.objective, "normalise", "raw") == "raw":
-        return Whole(counts)
+        return BatchStats(counts)
     with torch.no_grad(), _autocast(config, batch.x0.device):
         means = [
             state.learner(state.teacher, *piece, target_means=True) for piece in pieces
         ]
-    return Whole(counts, moments_of(torch.stack(means).mean(0)))
+    return BatchStats(counts, moments_of(torch.stack(means).mean(0)))
 
 
 def diverged(step: int, what: str) -> FloatingPointError:
@@ -421,7 +421,7 @@ def train_step(
         (piece, draws[i * own : (i + 1) * own])
         for i, piece in enumerate(batch.split(len(batch) // count))
     ]
-    whole_batch = _whole(state, config, batch, pieces) if count > 1 else WHOLE
+    whole_batch = _whole(state, config, batch, pieces) if count > 1 else ONE_PIECE
     state.optimizer.zero_grad()
     for number, piece in enumerate(pieces, 1):
         with unsynced(state.learner, number < count):
@@ -429,7 +429,7 @@ def train_step(
                 total, losses = state.learner(state.teacher, *piece, whole_batch)
             (total / count).backward()
         found.append(
-            losses.kept(diagnose)
+            losses.detached(diagnose)
             if report
             else Losses(total.detach(), losses.flow_loss.detach())
         )

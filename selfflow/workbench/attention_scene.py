@@ -28,7 +28,7 @@ from ..data.notes import to_wav
 from ..method.batch import Condition
 from ..method.flow import Uniform, interpolate
 from ..method.schedule import NoiseLevels
-from ..method.tokens import PAD, Places
+from ..method.tokens import PAD, TokenSlices
 from ..method.transformer import Transformer
 from ..settings import own_settings
 from .viewed_run import Subject, levels_of, schedule_of
@@ -96,7 +96,7 @@ class Watched:
             lru_cache(4)(self._forward),
             lru_cache(4)(self._sound),
         )
-        self.slices = Places.of(subject.layout.parts).slices
+        self.slices = TokenSlices.of(subject.layout.parts).slices
 
     @own_settings()
     @torch.inference_mode()

@@ -39,7 +39,7 @@ from selfflow.analysis.projection import (
 )
 from ..checks import choose
 from ..data.datasets import SPLITS
-from ..disk import say_once, write_json
+from ..disk import print_once, write_json
 from ..figures.pages import Page
 from ..figures.projection import draw_projection
 from ..training.run import Run
@@ -146,7 +146,9 @@ def _read_plane(store: FeatureStore, key: _PlaneKey, count: int) -> Projection |
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        say_once(f"{file} is left out and made again: {type(error).__name__}: {error}")
+        print_once(
+            f"{file} is left out and made again: {type(error).__name__}: {error}"
+        )
         return None
 
 
@@ -212,7 +214,7 @@ class Opened:
         self.model = getattr(run, asked.weights)
         self.items = items_of(run, asked.split, asked.count, asked.data, asked.seed)
         if asked.part:
-            choose(asked.part, self.items.parts, "part")
+            choose(asked.part, self.items.slices, "part")
         depth = self.model.depth
         self.layers = asked.layers or tuple(range(1, depth + 1))
         if unknown := [

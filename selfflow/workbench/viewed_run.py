@@ -29,7 +29,7 @@ from selfflow.method.schedule import (
     NoiseLevels,
     SingleLevel,
 )
-from ..method.tokens import Places
+from ..method.tokens import TokenSlices
 from ..settings import own_settings
 from ..training.run import Run
 from .boards import Board
@@ -160,7 +160,7 @@ class Subject:
         indices = subset(sources.data[self.name], count)
         batch = sources.take(self.name, indices)
         self.x0, self.condition, self.parts = batch.x0, batch.condition, batch.parts
-        self.widths = Places.of(self.parts).widths
+        self.widths = TokenSlices.of(self.parts).widths
         self.grid = (
             self.parts[0].grid[1:]
             if [part.name for part in self.parts] == ["image"]

@@ -125,7 +125,7 @@ def test_tokens_come_back_as_signals(name, sound):
         torch.testing.assert_close(
             back[signal], values, atol=0 if signal != "audio" else 2e-5, rtol=0
         )
-    assert sources.layouts[name].picture(examples.signals).ndim == 4
+    assert sources.layouts[name].preview(examples.signals).ndim == 4
 
 
 def test_film_and_sound_share_their_clock():

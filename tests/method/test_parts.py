@@ -22,7 +22,14 @@ from selfflow.method.layers import TokenMap
 from selfflow.method.objective import FlowMatching, SelfFlow, make_teacher
 from selfflow.method.options import ObjectiveConfig
 from selfflow.method.schedule import Conditioned, DualTimestep, NoiseLevels, SingleLevel
-from selfflow.method.tokens import PAD, ImagePatches, Layout, Part, Places, VideoPatches
+from selfflow.method.tokens import (
+    PAD,
+    ImagePatches,
+    Layout,
+    Part,
+    TokenSlices,
+    VideoPatches,
+)
 from selfflow.method.transformer import Context, Transformer, TransformerConfig
 
 few = settings(max_examples=25, deadline=None)
@@ -102,12 +109,12 @@ def test_a_layout_lays_parts_side_by_side_and_fills_up_the_shorter_tokens():
     assert torch.equal(back["image"], signals["image"]) and torch.equal(
         back["video"], signals["video"]
     )
-    places = Places.of(layout.parts)
+    places = TokenSlices.of(layout.parts)
     assert places.slices == {
         "image": slice(0, 4),
         "video": slice(4, 12),
     } and places.widths.tolist() == 4 * [4] + 8 * [12]
-    assert layout.picture(signals).shape == (2, 3, 8 + 4, 8)
+    assert layout.preview(signals).shape == (2, 3, 8 + 4, 8)
     with pytest.raises(ValueError, match="has image, video, but there is no video"):
         layout.patchify({"image": signals["image"]})
 
@@ -117,18 +124,18 @@ def test_given_signals_are_kept_from_the_start():
         {"video": VideoPatches(3, 4, 4, 4, 2, 2), "image": ImagePatches(1, 4, 4, 2)}
     )
     film, image = torch.randn(2, 3, 4, 4, 4), torch.randn(2, 1, 4, 4)
-    x0, start = layout.kept({"image": image}, 2)
+    x0, start = layout.known_tokens({"image": image}, 2)
     assert start.tolist() == 8 * [1] + 4 * [0] and torch.equal(
         layout.unpatchify(x0)["image"], image
     )
-    x0, start = layout.kept({"first_frame": film[:, :, :2]}, 2)
+    x0, start = layout.known_tokens({"first_frame": film[:, :, :2]}, 2)
     assert start.tolist() == 4 * [0] + 8 * [1] and torch.equal(
         layout.unpatchify(x0)["video"][:, :, :2], film[:, :, :2]
     )
     with pytest.raises(
         ValueError, match="audio is given, but the sequence consists of video, image"
     ):
-        layout.kept({"audio": film}, 2)
+        layout.known_tokens({"audio": film}, 2)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +326,7 @@ def test_configs_that_do_not_fit_are_refused(changes, words):
 
 def test_what_fills_up_a_token_is_not_counted():
     x0, x1, v = (torch.randn(2, 12, 6) for _ in range(3))
-    widths = Places.of((VIDEO, AUDIO)).widths
+    widths = TokenSlices.of((VIDEO, AUDIO)).widths
     error = flow_error(v, x0, x1, widths)
     for n in range(12):
         w = int(widths[n])
@@ -344,7 +351,9 @@ def test_weights_of_parts_weigh_their_tokens_in_every_loss(weights):
     w = torch.tensor(
         [(weights or {}).get(name, 1.0) for name in 6 * ["video"] + 6 * ["audio"]]
     )
-    error = flow_error(out.velocity, x, noised.x1, Places.of((VIDEO, AUDIO)).widths)
+    error = flow_error(
+        out.velocity, x, noised.x1, TokenSlices.of((VIDEO, AUDIO)).widths
+    )
     torch.testing.assert_close(losses.flow_loss, (error * w).mean())
     torch.testing.assert_close(losses.by_part["video"], error[:, :6].mean())
     target, _ = objective.target(teacher, noised, out.features, draw)
@@ -458,7 +467,7 @@ def test_flow_matching_counts_no_token_that_is_given():
     losses = objective(model, None, samples, lambda purpose: keyed(0, purpose))
     noised, out = objective.see(model, samples, lambda purpose: keyed(0, purpose))
     error, counted = (
-        flow_error(out.velocity, x, noised.x1, Places.of((VIDEO, AUDIO)).widths),
+        flow_error(out.velocity, x, noised.x1, TokenSlices.of((VIDEO, AUDIO)).widths),
         ~noised.levels.is_condition(),
     )
     torch.testing.assert_close(losses.flow_loss, error[counted].mean())
