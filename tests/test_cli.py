@@ -109,7 +109,7 @@ def test_a_run_that_was_renamed_and_moved_goes_on_where_it_is(
     assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"] and [
         p.name for p in place.parent.iterdir()
     ] == ["renamed"]
-    assert "goes on from step 4" in capsys.readouterr().out
+    assert "resuming from step 4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,7 @@ def test_an_old_run_keeps_its_defaults_whoever_asks(tmp_path, capsys):
         run = train(asked, tmp_path, "cpu", bar=False)
         assert run.config == old and run.state()["step"] == 8
         assert (
-            "digits: began with defaults 3 of the project, and goes on with them\n"
-            in capsys.readouterr().out
+            "digits: resumes with defaults 3, as it began\n" in capsys.readouterr().out
         )
     with pytest.raises(ValueError, match="sincos"):  # a second data set is not left out
         train(
@@ -95,7 +94,7 @@ def test_the_command_line_keeps_an_old_runs_defaults_too(tmp_path, capsys):
         for name, value in flatten(config_of("digits").explicit()).items()
     ]
     main(["train", "--folder", str(tmp_path), "--device", "cpu", *options])
-    assert "goes on with them" in capsys.readouterr().out
+    assert "as it began" in capsys.readouterr().out
     assert Run.open(tmp_path / "digits").config.defaults == 3
 
 

@@ -292,7 +292,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
         "selfflow.method.alignment.velocity", lambda x0, x1: x1 - x0 + raise_for
     )
     with pytest.raises(
-        FloatingPointError, match="step 7 is not finite.*What was saved before is whole"
+        FloatingPointError, match="step 7 is not finite.*Earlier checkpoints are intact"
     ):
         train(TINY, tmp_path)
     run = Run.open(tmp_path / "tiny")
@@ -352,7 +352,7 @@ def test_divergence_has_one_message_whoever_meets_it_first(tmp_path, changes, me
         FloatingPointError, match=f"^step .*{message}|^{message}"
     ) as error:
         train(config, tmp_path)
-    assert "a smaller training.lr or training.clip" in str(
+    assert "A smaller training.lr or training.clip" in str(
         error.value
     ) and "look at the data" not in str(error.value)
     run = Run.open(tmp_path / "tiny")
@@ -394,7 +394,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path):
     write_checkpoint(path, tensors, state)
     with pytest.raises(
         ValueError,
-        match=r"step-00000008 holds NaN or infinite numbers \(teacher\).*Remove this folder",
+        match=r"step-00000008 contains NaN or infinite numbers \(teacher\).*Delete this folder",
     ):
         train(run.config, tmp_path)
     shutil.rmtree(path)
@@ -585,12 +585,12 @@ def test_a_run_says_why_it_is_not_compiled_and_trains_the_same(
     config = replace(TINY, training=replace(TINY.training, compile=True))
     run = train(config, tmp_path)
     assert (
-        "not compiled, trains as it is (RuntimeError: no C++ compiler found)"
+        "training without compiled blocks (RuntimeError: no C++ compiler found)"
         in capsys.readouterr().out
     )
     assert_same(runs["tiny"], run)
     train(config, tmp_path)
-    assert "not compiled" not in capsys.readouterr().out, (
+    assert "without compiled blocks" not in capsys.readouterr().out, (
         "a finished run compiles nothing"
     )
 
@@ -616,7 +616,7 @@ def test_tokens_of_more_numbers_than_the_model_is_wide_are_said_when_a_run_begin
     train(NARROW, tmp_path)
     shutil.rmtree(run.latest())
     train(NARROW, tmp_path)
-    assert capsys.readouterr().out == "narrow: goes on from step 1\n", (
+    assert capsys.readouterr().out == "narrow: resuming from step 1\n", (
         "and nothing of a finished one"
     )
     train(

@@ -135,7 +135,7 @@ def test_data_that_moved_are_named_once(trained, capsys):
     shutil.rmtree(trained / "checkpoints/step-00000004")
     main(again)
     assert (
-        "goes on from step 2" in capsys.readouterr().out
+        "resuming from step 2" in capsys.readouterr().out
         and Run.open(trained, "cpu").state()["step"] == 4
     )
     shutil.move(home / "moved", home / "again")
@@ -144,7 +144,7 @@ def test_data_that_moved_are_named_once(trained, capsys):
     said = capsys.readouterr().out
     assert (
         f"data.path: {home / 'moved'} -> {home / 'again'} from here on" in said
-        and "goes on from step 2" in said
+        and "resuming from step 2" in said
     )
 
 
@@ -204,7 +204,7 @@ def test_a_run_folder_of_any_name_goes_on_and_is_sampled(trained, name, capsys):
     main(["train", "--config", str(folder / "config.json"), "--device", "cpu"])
     said = capsys.readouterr().out
     assert (
-        "goes on from step 2" in said
+        "resuming from step 2" in said
         and f"selfflow sample {Run.open(folder, 'cpu').quoted}" in said
     )
     assert Run.open(folder, "cpu").state()["step"] == 4 and sorted(

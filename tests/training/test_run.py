@@ -137,7 +137,7 @@ def test_when_no_checkpoint_is_whole_training_does_not_start_over_by_itself(run)
     for path in run.path.glob("checkpoints/step-*"):
         damage("flipped bit", path / "model.safetensors")
     before = run.log_path.read_text()
-    with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
+    with pytest.raises(ValueError, match="No intact checkpoint in"):
         train(TINY, run.path.parent)
     assert run.log_path.read_text() == before and len(steps_of(run)) == 3
 
