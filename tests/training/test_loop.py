@@ -904,7 +904,7 @@ def test_a_callback_that_would_never_be_called_is_refused(tmp_path):
             Misspelt(),
             "unknown method of callback Misspelt 'on_stp'.*Did you mean 'on_step'",
         ),
-        (print, "has none of on_step, on_validation"),
+        (print, "has none of the methods on_step, on_validation"),
     ):
         with pytest.raises(ValueError, match=message):
             train(TINY, tmp_path, callbacks=[callback])
