@@ -36,7 +36,7 @@ from selfflow.disk import (
     step_paths,
     write_json,
 )
-from ..draws import keyed
+from ..draws import keyed, one_thread
 from ..method.backbone import Inputs
 from ..method.batch import Condition
 from ..method.build import GIVEN_BACKBONE, as_builder, build_backbone
@@ -657,7 +657,7 @@ class Run:
                 dropout.
         """
         sampler_options(method, options)  # raises before the weights are read
-        condition = self.sources.wanted(labels, data)
+        condition = self.sources.condition_for(labels, data)
         count = len(condition)
         if not count:
             raise ValueError("labels is empty; name at least one class to draw")
@@ -732,7 +732,8 @@ class Run:
         """Draw the grid of the sample history: always from the same noise.
 
         Returns images (n, c, h, w) and their labels (n,): one of each class, at most
-        ten, or of ten captions.
+        ten, or of ten captions. They depend on the weights alone, not on the number of
+        threads.
         """
         count = _HISTORY_SAMPLES
         if self.inputs.classes:
@@ -740,10 +741,12 @@ class Run:
             count = min(count, len(source.names))
         labels = torch.arange(count)
         if not self.inputs.caption:
-            samples = self.sample(labels, _HISTORY_STEPS, model=model)
+            with one_thread():
+                samples = self.sample(labels, _HISTORY_STEPS, model=model)
             return self.layout().preview(samples), labels
         captions = self.captions(count)
-        samples = self.sample(captions, _HISTORY_STEPS, model=model)
+        with one_thread():
+            samples = self.sample(captions, _HISTORY_STEPS, model=model)
         return self.layout().preview(samples), labels[: len(captions)]
 
     @cached_property
