@@ -39,10 +39,10 @@ _SMALLER = {
 
 
 def channel_warnings(width: int, sources: Sources) -> list[str]:
-    """Return warnings about parts whose tokens have more channels than the model is wide.
+    """Return warnings about parts whose tokens have more channels than the model's d.
 
-    A linear map of d numbers cannot reach c - d of the c directions of the noise, each of
-    variance 1.
+    A linear map of d numbers cannot reach c - d of the c directions of the noise, each
+    of variance 1.
     """
     warnings = []
     for part in sources.parts:
@@ -146,8 +146,8 @@ class Batches(Dataset):
         """
         if workers < 0:
             raise ValueError(
-                f"workers is {workers}; use 0 to fetch in the training process, or more "
-                "to fetch in advance"
+                f"workers is {workers}; use 0 to fetch in the training process, or "
+                "more to fetch in advance"
             )
         return DataLoader(
             self,
@@ -245,9 +245,9 @@ VALIDATION_LEVELS = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))
 def loss_by_level(
     model: nn.Module, batch: Batch, x1: Tensor, levels, size: int = 512
 ) -> Tensor:
-    """Return the flow loss of every sample at every level: (levels, samples), on the CPU.
+    """Return the flow loss of every sample at every level: (levels, samples).
 
-    All tokens of a sample are at the same level.
+    All tokens of a sample are at the same level. The result is on the CPU.
 
     Args:
         x1: Fixed noise, of the shape of batch.x0.
@@ -330,9 +330,9 @@ class Validation:
     ) -> Tensor:
         """Return the flow loss of a model: (levels, samples).
 
-        Samples of several data sets follow one another. Of several processes, each takes
-        every n-th sample from the rank-th on; all take equally many, so that the last
-        ones may repeat the first samples.
+        Samples of several data sets follow one another. Of several processes, each
+        takes every n-th sample from the rank-th on; all take equally many, so that the
+        last ones may repeat the first samples.
         """
         total = sum(self.counts.values())
         per_process = -(-total // processes)  # rounded up

@@ -30,7 +30,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _model_card(run: Run, dtype: str, outline: dict[str, Outline]) -> str:
-    "Return README.md of an exported run, with the header that the Hugging Face Hub reads."
+    "Return README.md of an exported run, with the header for the Hugging Face Hub."
     config = run.config
     step = run.state()["step"]
     condition = config.shared.condition
@@ -53,9 +53,9 @@ tags:
 
 # {config.name}
 
-A flow matching model, trained with the objective `{config.objective.name}` for {step:,}
-steps and conditioned on {text}. The file `model.safetensors` holds the averaged (EMA)
-weights in {dtype}: width {run.teacher.width}, depth {run.teacher.depth}.
+A flow matching model, trained with the objective `{config.objective.name}`
+for {step:,} steps and conditioned on {text}. The file `model.safetensors` holds the
+averaged (EMA) weights in {dtype}: width {run.teacher.width}, depth {run.teacher.depth}.
 
 ## Data
 
@@ -97,9 +97,8 @@ def _last_losses(run: Run) -> str:
         ("validation_flow_loss", "validation flow loss"),
         ("flow_loss", "training flow loss"),
     ):
-        values = log[column].dropna() if column in log else ()
-        if len(values):
-            losses.append(f"{words} {values.iloc[-1]:.4f}")
+        if column in log and log[column].notna().any():
+            losses.append(f"{words} {log[column].dropna().iloc[-1]:.4f}")
     return "; ".join(losses)
 
 # %% ../../nbs/3_training/12_export.ipynb #72d7dd83
@@ -194,8 +193,8 @@ def load(folder: Path | str, device: str | torch.device = "auto") -> Run:
     run = Run.open(folder, device)
     if not run.exported:
         raise ValueError(
-            f"{folder} is a training run, not an exported model; open it with Run.open, "
-            "or export it first"
+            f"{folder} is a training run, not an exported model; open it with "
+            "Run.open, or export it first"
         )
     _ = run.checkpoint  # compares the checksum
     return run

@@ -132,9 +132,10 @@ def sole_writer(folder: Path, seconds: float = 1.0) -> Iterator[None]:
             lock = FileLock(folder / "lock", thread_local=False)
         lock.acquire(timeout=seconds)
     except Timeout:
+        holder = _in_words(_named_writer(folder))
         message = (
-            f"{folder} is in use: {_in_words(_named_writer(folder))} trains it. Stop it "
-            f"(with its Stop button, or touch {folder / 'stop'}), or use another name "
+            f"{folder} is in use: {holder} trains it. Stop it (with its "
+            f"Stop button, or touch {folder / 'stop'}), or use another name "
             f"({free_name(folder)} is free)."
         )
         if soft:

@@ -102,7 +102,7 @@ class _Loop:
         spent: dict | None,
         callbacks: Iterable[Any],
     ) -> signal.Signals | None:
-        "Train until the end, or a request to stop. Returns the signal that requested it."
+        "Train until the end or a request to stop; return the signal that requested it."
         state = self.state
         processes = self.processes
         pin = processes.device.type == "cuda"
@@ -128,7 +128,7 @@ class _Loop:
         return processes.on_main(lambda: self.stopped(interrupt.signal))
 
     def add(self, callback: Any, stack: ExitStack) -> None:
-        "Add a callback. Its `on_end` is called even if those of earlier callbacks fail."
+        "Add a callback. Its `on_end` is called even if that of an earlier one fails."
         self.callbacks.append(callback)
 
         def end(kind, error, traceback):
@@ -498,8 +498,8 @@ def _on_given(config: Config, data: DataSet) -> Config:
     named = {*config.datasets} - {DataConfig().name, GIVEN_DATA}
     if named:
         raise ValueError(
-            f"data were passed to train, but data.name is {', '.join(config.datasets)}; "
-            "leave out one of the two"
+            "data were passed to train, but data.name is "
+            f"{', '.join(config.datasets)}; leave out one of the two"
         )
     given = {"data": {"name": GIVEN_DATA, "signals": tuple(data.shapes)}}
     return Config.from_dict(overlaid(config.explicit(), given))
@@ -639,9 +639,9 @@ def _restore(
     broken = state.not_finite()
     if broken:
         raise ValueError(
-            f"{path} contains NaN or infinite numbers ({', '.join(broken)}): it is from "
-            "a version that did not check them. Delete this folder to resume from the "
-            "checkpoint before it."
+            f"{path} contains NaN or infinite numbers ({', '.join(broken)}): it is "
+            "from a version that did not check them. Delete this folder to resume from "
+            "the checkpoint before it."
         )
     about = read_state(path)
     if not finished:

@@ -365,7 +365,7 @@ def _killed(log: str) -> str:
 def _follow(
     program: subprocess.Popen, path: Path, config: Config
 ) -> signal.Signals | None:
-    "Show a progress bar while the processes train; return the signal that arrived here."
+    "Show a progress bar while the processes train; return the signal received here."
     timing = path / "timing.jsonl"
     bar = tqdm(
         total=config.training.steps,

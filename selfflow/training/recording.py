@@ -62,9 +62,9 @@ class Moment:
 class Callback(Protocol):
     """Methods that the loop calls, each if it exists, in every process of a run.
 
-    `moment.processes.main` is true in one of them. An exception ends training: files are
-    closed, the folder is unlocked, the newest checkpoint stays, and the caller of `train`
-    gets the exception.
+    `moment.processes.main` is true in one of them. An exception ends training: files
+    are closed, the folder is unlocked, the newest checkpoint stays, and the caller of
+    `train` gets the exception.
     """
 
     def on_step(self, moment: Moment) -> None:
@@ -77,7 +77,7 @@ class Callback(Protocol):
         "When samples are due or requested."
 
     def on_checkpoint(self, moment: Moment) -> None:
-        "Before a checkpoint is written; JSON added to `moment.values` is saved with it."
+        "Before a checkpoint is written, with JSON added to `moment.values`."
 
     def on_end(self, moment: Moment) -> None:
         "Once at the end, also after an error."
@@ -160,8 +160,8 @@ def _open_trackers(names: tuple[str, ...], run: Run, step: int = 0) -> list:
     """Open trackers of accelerate and store the run's config in them.
 
     Args:
-        step: The last step that was saved. Later steps, from before a crash, are removed
-            from TensorBoard.
+        step: The last step that was saved. Later steps, from before a crash, are
+            removed from TensorBoard.
 
     Raises:
         ValueError: see `check_trackers`.
@@ -236,7 +236,7 @@ class Recorder:
             torch.cuda.reset_peak_memory_stats(processes.device)
 
     def spent(self) -> dict[str, float | None]:
-        """Return seconds over all sessions: in steps ("seconds") and by the clock ("wall").
+        """Return the seconds of all sessions: in steps ("seconds") and in all ("wall").
 
         None if those of earlier sessions are not known.
         """

@@ -713,13 +713,13 @@ class Run:
 
         Arguments are those of `sample`.
         """
-        model = self.teacher if model is None else model
-        device = next(model.parameters()).device
+        network: Any = self.teacher if model is None else model
+        device = next(network.parameters()).device
         if condition is not None:
             unconditional = self.config.shared.condition == "none"
             condition = None if unconditional else condition.to(device)
         parts = self.layout(data).parts
-        guided = guided_velocity(model, condition, cfg_scale, interval, parts)
+        guided = guided_velocity(network, condition, cfg_scale, interval, parts)
         bf16 = self.config.training.precision == "bf16"
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:

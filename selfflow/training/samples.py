@@ -104,8 +104,8 @@ def write_samples(
     - NAME.safetensors: the preview images, the labels, all other signals by name; the
       labels in words and the factor of the sounds in its metadata,
     - NAME.png: a sheet of at most 100 images, a row for each class or caption,
-    - NAME-000.wav, ...: at most 100 sounds, all scaled by one factor if one exceeds full
-      scale,
+    - NAME-000.wav, ...: at most 100 sounds, all scaled by one factor if one exceeds
+      full scale,
     - NAME.webp: at most 16 videos.
 
     What was left out or scaled is printed.
@@ -140,7 +140,7 @@ def write_samples(
         for signal, values in signals.items():
             tensors[signal] = values.contiguous()
     about = {"asked": json.dumps(texts)}
-    files = {file.with_suffix(".png"): to_png(sheet(images, texts, _SHEET))}
+    files = {file.with_suffix(".png"): to_png(draw_sheet(images, texts, _SHEET))}
     on_sheet = sum(map(len, sheet_rows(texts, _SHEET)))
     _report_left_out("images", on_sheet, len(images), file)
     if _is_waveform(signals):

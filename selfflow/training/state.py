@@ -93,9 +93,9 @@ def build_optimizer(
 ) -> _Optimizers:
     """Build the optimiser of a config for parameters by name.
 
-    Muon, if chosen, updates the matrices of attention and MLP inside the model's blocks.
-    Source: Jordan et al. (2024), kellerjordan.github.io/posts/muon; its steps are scaled
-    as in arXiv 2502.16982.
+    Muon, if chosen, updates the matrices of attention and MLP inside the blocks.
+    Source: Jordan et al. (2024), kellerjordan.github.io/posts/muon; its steps are
+    scaled as in arXiv 2502.16982.
     """
     matrices = []
     others = []
@@ -298,7 +298,7 @@ def _check_abilities(student: nn.Module, config: Config) -> None:
 def _check_forward(
     student: nn.Module, objective: nn.Module, sources: Sources, device: torch.device
 ) -> None:
-    "Check the backbone's output for two samples of each data set; see `check_backbone`."
+    "Check the backbone's output for samples of each data set; see `check_backbone`."
     layers = {
         *getattr(objective, "taps", ()),
         getattr(objective, "teacher_layer", None),
@@ -319,7 +319,7 @@ def start_state(
 ) -> TrainState:
     """Return the state before the first step.
 
-    Weights depend on the seed only; those of the student do not depend on the objective.
+    Weights depend on the seed only; the student's do not depend on the objective.
 
     Args:
         feature_width: Of an outside encoder, for the head of REPA.

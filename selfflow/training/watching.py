@@ -36,7 +36,7 @@ class Lines:
         self.path = Path(path)
         self._clear()
 
-    def _clear(self):
+    def _clear(self) -> None:
         self.table: dict[str, list] = {}
         self.count = 0
         self.damaged = 0
@@ -105,8 +105,8 @@ def run_state(
 ) -> tuple[int, str]:
     """Return the step that a run has reached and, in words, what it is doing.
 
-    While a process trains, the log counts; afterwards the newest intact checkpoint, from
-    which the run would resume.
+    While a process trains, the log counts; afterwards the newest intact checkpoint,
+    from which the run would resume.
 
     Args:
         writer: The process that trains the run, {"pid", "host", ...}, or None.
@@ -212,8 +212,8 @@ class Following:
         log, timing: `Lines` of the two files.
         step, state: See `run_state`.
         checkpoints: See `checkpoint_problems`.
-        sample_history: (step, images (n, c, h, w), labels (n,)), at most `rows` entries,
-            evenly chosen.
+        sample_history: (step, images (n, c, h, w), labels (n,)), at most `rows` of
+            them, evenly chosen.
         writer: The process that trains the run, or None.
         problems: What cannot be read, in words.
     """
@@ -428,7 +428,8 @@ def _entry_of(following: Following, anew: bool) -> _Entry:
     state = [following.state, *following.problems]
     damaged = following.log.damaged
     if damaged:
-        state.insert(1, f"{damaged} damaged lines of its log are skipped")
+        lines = "line" if damaged == 1 else "lines"
+        state.insert(1, f"{damaged} damaged {lines} of its log skipped")
     return _Entry(
         path=following.path,
         state="; ".join(state),

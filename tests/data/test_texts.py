@@ -897,7 +897,7 @@ def test_the_command_line_draws_texts(told, capsys):
     )
     with pytest.raises(SystemExit):
         main(["sample", str(told.path), "--labels", "1", "--device", "cpu"])
-    assert "draws by caption, not by class" in capsys.readouterr().err
+    assert "trained with captions, not classes" in capsys.readouterr().err
 
 
 def test_another_encoder_does_not_go_on_and_does_not_draw(told, folders, tmp_path):

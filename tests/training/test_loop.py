@@ -605,13 +605,14 @@ NARROW = replace(
 )
 
 
-def test_tokens_of_more_numbers_than_the_model_is_wide_are_said_when_a_run_begins(
+def test_tokens_with_more_channels_than_the_model_is_wide_are_reported_once(
     tmp_path, capsys
 ):
     run = train(NARROW, tmp_path)
     assert capsys.readouterr().out == (
-        "narrow: a token of image holds 64 numbers, but the model is 16 wide, so that at least 75% of its noise stays in the "
-        "error of the velocity; take a smaller data.patch, or model.width 64 or more\n"
+        "narrow: a token of image has 64 channels, but the model is 16 wide, so at least "
+        "75% of the noise stays in the error of the velocity; use a smaller data.patch, "
+        "or model.width 64 or more\n"
     )
     train(NARROW, tmp_path)
     shutil.rmtree(run.latest())
@@ -623,10 +624,10 @@ def test_tokens_of_more_numbers_than_the_model_is_wide_are_said_when_a_run_begin
         replace(NARROW, name="fits", model=ModelConfig(width=64, depth=1, heads=2)),
         tmp_path,
     )
-    assert "numbers" not in capsys.readouterr().out
+    assert "channels" not in capsys.readouterr().out
 
 
-def test_of_several_parts_those_are_named_that_do_not_fit():
+def test_the_warning_names_the_parts_that_do_not_fit():
     data = DataConfig("scenes", patch=8, size=16, frames=8, columns=2)
     for width, named in (
         (16, {"video": "data.patch or data.span", "audio": "data.columns"}),
@@ -637,13 +638,11 @@ def test_of_several_parts_those_are_named_that_do_not_fit():
         said = channel_warnings(width, sources)
         assert len(said) == len(named)
         for line, (name, smaller) in zip(said, named.items(), strict=True):
-            assert (
-                f"token of {name} holds {channels[name]} numbers" in line
-                and f"take a smaller {smaller}, or" in line
-            )
+            assert f"token of {name} has {channels[name]} channels" in line
+            assert f"use a smaller {smaller}, or" in line
 
 
-def test_what_such_a_model_says_lies_in_as_many_directions_as_it_is_wide():
+def test_a_velocity_has_as_many_directions_as_the_model_is_wide():
     sources = Sources(NARROW.data)
     state = start_state(NARROW, sources, torch.device("cpu"))
     for parameter in state.student.parameters():
@@ -701,7 +700,7 @@ FEATURES = torch.zeros(1078, 16, 5)
             "objective 'self_flow' takes no features of an outside encoder",
         ),
         ("flow_matching", outside, "'flow_matching' takes no features"),
-        ("repa", FEATURES[:-1], "features of 1077 samples, but 1078 to train on"),
+        ("repa", FEATURES[:-1], "features of 1077 samples, but 1078 training samples"),
         ("repa", torch.zeros(359, 5), "features of 359 samples"),
         (
             "repa",
