@@ -529,14 +529,14 @@ def test_samples_do_not_depend_on_the_batch_size(runs):
         (["train", "--data.patch", "3"], "not divisible by patch 3"),
         (
             ["train", "--name", "tiny", "--seed", "7"],
-            "seed: 0 in the folder, 7 asked for",
+            "seed: 0 in the folder, 7 requested",
         ),
         (["sample", "nowhere"], "holds no run"),
         (["sample", "tiny", "--labels", "10"], "no class 10: labels run from 0 to 9"),
         (["train", "--model.mlp-ratio", "-1"], "mlp_ratio is -1.0"),
         (["train", "--model.mlp-ratio", "nan"], "mlp_ratio is nan"),
         (["train", "--device", "meta"], "device 'meta' cannot be used here"),
-        (["train", "--name", "a/b"], "'a/b' is no name for a run"),
+        (["train", "--name", "a/b"], "'a/b' is not a valid run name"),
         (["sample", "tiny", "--steps", "0"], "steps is 0"),
         (["sample", "tiny", "--shift", "0"], "shift"),
         (
