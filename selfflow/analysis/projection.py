@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness
 
@@ -274,7 +275,10 @@ def project(
         umap = UMAP(
             n_neighbors=neighbours, min_dist=min_dist, random_state=seed, n_jobs=1
         )
+        # Its compiled loops change the number of threads of the whole process.
+        threads = torch.get_num_threads()
         points = umap.fit_transform(points)
+        torch.set_num_threads(threads)
     recipe = {
         "method": method,
         "neighbours": neighbours,
