@@ -15,7 +15,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 # %% ../nbs/0_ground/01_checks.ipynb #8f571890
 def choose(name: str, known, what: str) -> str:
-    "`name` if it is one of `known`; else a ValueError that lists them and guesses what was meant."
+    """`name` if it is one of `known`; else a ValueError that lists them and guesses what was meant."""
     if name in known:
         return name
     near = difflib.get_close_matches(str(name), known, n=1)
@@ -48,7 +48,7 @@ def check_types(config, infinite: tuple[str, ...] = ()) -> None:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    "True if a value has a type."
+    """True if a value has a type."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in inner)
@@ -73,7 +73,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    "The floats in a value, also within tuples and dicts."
+    """The floats in a value, also within tuples and dicts."""
     if isinstance(value, dict):
         value = tuple(value.values())
     for one in value if isinstance(value, tuple) else (value,):
@@ -82,7 +82,7 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def check_positive(config, *names: str) -> None:
-    "Raise ValueError for the first of the named fields that is not greater than 0."
+    """Raise ValueError for the first of the named fields that is not greater than 0."""
     for name in names:
         if not getattr(config, name) > 0:
             raise ValueError(
@@ -91,7 +91,7 @@ def check_positive(config, *names: str) -> None:
 
 # %% ../nbs/0_ground/01_checks.ipynb #c412a677
 def check_shares(shares: tuple[float, ...], name: str) -> None:
-    "Nothing, but ValueError unless `shares` are not negative and sum to 1; name: what the message calls them."
+    """Nothing, but ValueError unless `shares` are not negative and sum to 1; name: what the message calls them."""
     if not (
         shares and all(share >= 0 for share in shares) and abs(sum(shares) - 1) <= 1e-6
     ):

@@ -26,14 +26,14 @@ from torch import Tensor
 
 # %% ../nbs/0_ground/02_disk.ipynb #68845c23
 class NotWritten(OSError):
-    "Something could not be written. errno says why; the message also says what is safe and what to do."
+    """Something could not be written. errno says why; the message also says what is safe and what to do."""
 
     def __str__(self):
         return self.strerror
 
 
 def not_written(what: str, error: OSError, safe: str) -> NotWritten:
-    "The error that says that `what` could not be written, why, what is `safe`, and what to do."
+    """The error that says that `what` could not be written, why, what is `safe`, and what to do."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     remedy = (
@@ -46,7 +46,7 @@ def not_written(what: str, error: OSError, safe: str) -> NotWritten:
 
 
 def flush(path: Path) -> None:
-    "Ask the system to put a file, or the names in a folder, on the disk."
+    """Ask the system to put a file, or the names in a folder, on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -58,12 +58,12 @@ def flush(path: Path) -> None:
 
 
 def _hidden(path: Path) -> Path:
-    "A new name beside a path, hidden by a dot."
+    """A new name beside a path, hidden by a dot."""
     return path.with_name(f".{path.name}-{secrets.token_hex(4)}")
 
 
 def make_folder(path: Path) -> None:
-    "Make a folder and those above it, where they are missing, and flush their names."
+    """Make a folder and those above it, where they are missing, and flush their names."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -72,7 +72,7 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    "A file to write to, that takes the place of `path` when all went well. Raises NotWritten; what stood there then still does."
+    """A file to write to, that takes the place of `path` when all went well. Raises NotWritten; what stood there then still does."""
     temporary = _hidden(path)
     try:
         yield temporary
@@ -91,7 +91,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_files(contents: dict[Path, bytes]) -> None:
-    "Write several files: all of them are there in the end, or none is new. Raises NotWritten."
+    """Write several files: all of them are there in the end, or none is new. Raises NotWritten."""
     with ExitStack() as stack:
         temporaries = [stack.enter_context(replacing(path)) for path in contents]
         for (path, content), temporary in zip(
@@ -108,7 +108,7 @@ def write_files(contents: dict[Path, bytes]) -> None:
 
 
 def check_writable(path: Path) -> None:
-    "Raise NotWritten if no file can be written at `path`, before work is done for it. Makes its folder."
+    """Raise NotWritten if no file can be written at `path`, before work is done for it. Makes its folder."""
     probe = _hidden(path)
     try:
         make_folder(path.parent)
@@ -123,13 +123,13 @@ def check_writable(path: Path) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    "Write JSON so that a reader sees the old file or the new one, never half of it. Raises NotWritten."
+    """Write JSON so that a reader sees the old file or the new one, never half of it. Raises NotWritten."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    "Write a safetensors file, with the rights that other new files get. Raises OSError."
+    """Write a safetensors file, with the rights that other new files get. Raises OSError."""
     path.touch()
     # safetensors makes a file of its own, for the owner alone
     rights = path.stat().st_mode
@@ -149,7 +149,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 # %% ../nbs/0_ground/02_disk.ipynb #af30145f
 def discard(path: Path) -> None:
-    "Remove a file, link or folder: out of sight in one rename first, so that no half of it is ever taken for whole."
+    """Remove a file, link or folder: out of sight in one rename first, so that no half of it is ever taken for whole."""
     if not os.path.lexists(path):
         return
     if not path.name.startswith("."):
@@ -163,14 +163,14 @@ def discard(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    "The SHA-256 of a file, in hexadecimal."
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    "A folder to fill, that takes the place of `path` when all went well; else what stood there still does. Raises OSError."
+    """A folder to fill, that takes the place of `path` when all went well; else what stood there still does. Raises OSError."""
     staging, aside = _hidden(path), _hidden(path)
     try:
         make_folder(path.parent)
@@ -191,12 +191,12 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def step_of(path: Path) -> int:
-    "The step in the name of a checkpoint or picture, step-00000010."
+    """The step in the name of a checkpoint or picture, step-00000010."""
     return int(path.stem.removeprefix("step-"))
 
 
 def step_paths(folder: Path, suffix: str = "") -> list[Path]:
-    "What is named step-NNNNNNNN in a folder, oldest first: folders, or files with a suffix. Other names are ignored."
+    """What is named step-NNNNNNNN in a folder, oldest first: folders, or files with a suffix. Other names are ignored."""
     exact = re.compile(r"step-(\d{8}|[1-9]\d{8,})" + re.escape(suffix), re.ASCII)
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted(
@@ -211,7 +211,7 @@ def step_paths(folder: Path, suffix: str = "") -> list[Path]:
 # %% ../nbs/0_ground/02_disk.ipynb #36bf3e90
 @cache
 def print_once(text: str) -> None:
-    "Print a text that was not printed before."
+    """Print a text that was not printed before."""
     print(text)
 
 
@@ -230,12 +230,12 @@ def _good_lines(path: Path) -> Iterator[tuple[bytes, dict]]:
 
 
 def read_lines(path: Path) -> list[dict]:
-    "The objects in a file of JSON lines that have a step; what is damaged is left out and said once. Empty without a file."
+    """The objects in a file of JSON lines that have a step; what is damaged is left out and said once. Empty without a file."""
     return [row for _, row in _good_lines(path)]
 
 
 def cut_lines(path: Path, step: int) -> None:
-    "Drop what was written after a step, and what is damaged or unfinished. Touches nothing where nothing is to be dropped."
+    """Drop what was written after a step, and what is damaged or unfinished. Touches nothing where nothing is to be dropped."""
     kept = b"".join(
         line + b"\n" for line, row in _good_lines(path) if row["step"] <= step
     )

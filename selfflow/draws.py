@@ -86,7 +86,7 @@ def noise_like(x: Tensor, draw) -> Tensor:
 
 # %% ../nbs/0_ground/05_draws.ipynb #d7ea3222
 def _mixed(z: Tensor) -> Tensor:
-    "The bits of int64 numbers, mixed."
+    """The bits of int64 numbers, mixed."""
     for right, factor in (
         (30, 0xBF58476D1CE4E5B9 - 2**64),
         (27, 0x94D049BB133111EB - 2**64),

@@ -19,7 +19,7 @@ _Z = float(norm.ppf(0.975))
 
 
 def proportion_interval(correct) -> tuple[float, float]:
-    "Wilson's 95 % interval of the share of True in `correct` (n,)."
+    """Wilson's 95 % interval of the share of True in `correct` (n,)."""
     correct = np.asarray(correct)
     interval = binomtest(int(correct.sum()), len(correct)).proportion_ci(
         method="wilson"
@@ -28,7 +28,7 @@ def proportion_interval(correct) -> tuple[float, float]:
 
 # %% ../nbs/0_ground/06_intervals.ipynb #0082932f
 def _within(only_second, only_first, items, difference) -> np.ndarray:
-    "True where Tango's score test does not reject a difference at 5 %."
+    """True where Tango's score test does not reject a difference at 5 %."""
     b, c, n = only_second, only_first, items
     linear = (2 * n - b + c) * difference - b - c
     constant = -c * difference * (1 - difference)
@@ -68,7 +68,7 @@ _RESAMPLES = 1000
 
 @lru_cache(maxsize=2)
 def _counts(items: int, resamples: int) -> np.ndarray:
-    "How often each item is drawn in each resample, (resamples, items); always the same, so that all comparisons are paired."
+    """How often each item is drawn in each resample, (resamples, items); always the same, so that all comparisons are paired."""
     return (
         np.random.default_rng(0)
         .multinomial(items, np.full(items, 1 / items), resamples)
@@ -77,7 +77,7 @@ def _counts(items: int, resamples: int) -> np.ndarray:
 
 
 def _unseen(items: int) -> float:
-    "The largest share of items of a kind that is not among `items` of them, at 95 % (Wilson)."
+    """The largest share of items of a kind that is not among `items` of them, at 95 % (Wilson)."""
     return _Z**2 / (items + _Z**2)
 
 
@@ -121,7 +121,7 @@ def _ratio_interval(
 
 
 def _studentised(columns: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
-    "The 2.5 and 97.5 % points of the ratio's change over the spread of influences, over resamples."
+    """The 2.5 and 97.5 % points of the ratio's change over the spread of influences, over resamples."""
     items, wide = columns.shape
     means = counts @ columns / items
     squares = (
@@ -188,7 +188,7 @@ def _zero_or_one(values: np.ndarray) -> bool:
 
 # %% ../nbs/0_ground/06_intervals.ipynb #ab158553
 def score_of(errors, spreads) -> float:
-    "1 - sum of errors / sum of spreads, (n,) each over items; NaN where the spreads are all 0."
+    """1 - sum of errors / sum of spreads, (n,) each over items; NaN where the spreads are all 0."""
     total = np.asarray(spreads, float).sum()
     return float(1 - np.asarray(errors, float).sum() / total) if total else float("nan")
 
@@ -198,7 +198,7 @@ def _is_accuracy(errors: np.ndarray, spreads: np.ndarray) -> bool:
 
 
 def _scale(*arms) -> float:
-    "The largest error or spread, as a share of the mean spread."
+    """The largest error or spread, as a share of the mean spread."""
     return max(
         max(errors.max(), spreads.max()) / (spreads.mean() or np.nan)
         for errors, spreads in arms
@@ -206,7 +206,7 @@ def _scale(*arms) -> float:
 
 
 def score_interval(errors, spreads) -> tuple[float, float]:
-    "The 95 % interval of a score over test items: Wilson's for an accuracy, else from the bootstrap-t; NaN if undefined."
+    """The 95 % interval of a score over test items: Wilson's for an accuracy, else from the bootstrap-t; NaN if undefined."""
     errors, spreads = np.asarray(errors, float), np.asarray(spreads, float)
     if _is_accuracy(errors, spreads):
         return proportion_interval(errors == 0)
@@ -232,7 +232,7 @@ class Comparison:
 
     @property
     def seen(self) -> bool:
-        "Whether the interval leaves out 0."
+        """Whether the interval leaves out 0."""
         return self.interval[0] > 0 or self.interval[1] < 0
 
     def __str__(self) -> str:
@@ -253,7 +253,7 @@ class Comparison:
 
 
 def smallest_effect(interval: tuple[float, float]) -> float:
-    "The true difference that would be seen in 8 of 10 tests with intervals as wide as this one."
+    """The true difference that would be seen in 8 of 10 tests with intervals as wide as this one."""
     return float((1 + norm.ppf(0.8) / _Z) * (interval[1] - interval[0]) / 2)
 
 
@@ -264,7 +264,7 @@ def compare_values(
     over: str = "test items",
     **written,
 ) -> Comparison:
-    "The mean of values (n,) of two trained models on the same items, as `paired_difference`; over: of which items."
+    """The mean of values (n,) of two trained models on the same items, as `paired_difference`; over: of which items."""
     gap, *interval = paired_difference(first, second)
     return Comparison(
         *names,
@@ -319,7 +319,7 @@ def _several(values) -> np.ndarray:
 
 
 def _error(values: np.ndarray, scale: float) -> float:
-    "The standard error of a mean over seeds; where all values are equal, so large that the interval is as `_unseen` has it."
+    """The standard error of a mean over seeds; where all values are equal, so large that the interval is as `_unseen` has it."""
     if _all_equal(values, scale):
         return _unseen(len(values)) * scale / t.ppf(0.975, len(values) - 1)
     return values.std(ddof=1) / np.sqrt(len(values))
@@ -382,7 +382,7 @@ def compare_seeds(
 
 # %% ../nbs/0_ground/06_intervals.ipynb #00703b61
 def cells_in_words(cells) -> str:
-    "How many cells of differences (3, ...), the mean, low and high of each, leave out 0, and how many would by chance."
+    """How many cells of differences (3, ...), the mean, low and high of each, leave out 0, and how many would by chance."""
     low, high = np.asarray(cells)[1:]
     total = np.isfinite(low).sum()
     return (

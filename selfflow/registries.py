@@ -26,7 +26,7 @@ _used: dict[str, None] = {}
 
 @dataclass(frozen=True)
 class NoOptions:
-    "The options of something that has none."
+    """The options of something that has none."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Entry:
     source: str = ""
 
     def load(self) -> Any:
-        "Return the thing itself; its module is imported when it is first asked for."
+        """Return the thing itself; its module is imported when it is first asked for."""
         if not isinstance(self.target, str):
             return self.target
         module, _, attribute = self.target.partition(":")
@@ -110,7 +110,7 @@ class Registry:
 
 
 def _same(address: str, other: str) -> bool:
-    "True for one address, and for a definition in a notebook of what a module defines too."
+    """True for one address, and for a definition in a notebook of what a module defines too."""
     (module, _, name), (other_module, _, other_name) = (
         address.partition(":"),
         other.partition(":"),
@@ -183,13 +183,13 @@ def _import_file(path: str) -> None:
 
 
 def used() -> tuple[str, ...]:
-    "Return all files and modules that were used, in order, for a process that has to use them too."
+    """Return all files and modules that were used, in order, for a process that has to use them too."""
     return tuple(_used)
 
 
 @contextmanager
 def trial() -> Iterator[None]:
-    "Forget at its end what was registered and used inside, as in a lesson or a test."
+    """Forget at its end what was registered and used inside, as in a lesson or a test."""
     registries = (backbones, objectives, datasets, samplers, metrics, explorers)
     before = [dict(registry._entries) for registry in registries]
     used_before = dict(_used)
@@ -238,7 +238,7 @@ class Named(type):
         )
 
     def chosen(cls, values: dict[str, Any]) -> type:
-        "Return the class of the entry that `values` name. Raises ValueError for values that are none of its settings."
+        """Return the class of the entry that `values` name. Raises ValueError for values that are none of its settings."""
         base = cls.__dict__.get("base", cls)
         concrete = base.of(
             values.get("name", base.__dataclass_fields__["name"].default)
@@ -250,7 +250,7 @@ class Named(type):
         return concrete
 
     def of(cls, name: str) -> type:
-        "Return the class of the entry `name`."
+        """Return the class of the entry `name`."""
         base = cls.__dict__.get("base", cls)
         options = base.registry[name].options
         cache = base.__dict__.get("_concrete")
@@ -261,7 +261,7 @@ class Named(type):
         return cache[name][1]
 
     def owners(cls, field_name: str) -> list[str]:
-        "Return the names of the entries that have an option."
+        """Return the names of the entries that have an option."""
         base = cls.__dict__.get("base", cls)
         return [
             name
@@ -271,7 +271,7 @@ class Named(type):
 
 
 def own_options(part: Any) -> dict[str, Any]:
-    "Return the options of the entry that a config part names, without the settings that all entries have."
+    """Return the options of the entry that a config part names, without the settings that all entries have."""
     return {f.name: getattr(part, f.name) for f in fields(part.options_type)}
 
 

@@ -22,12 +22,12 @@ from .schedule import NoiseLevels
 
 # %% ../../nbs/1_method/09_alignment.ipynb #11aa5087
 def processes() -> int:
-    "How many processes train together."
+    """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
-    "The sum of a tensor over all processes that train together, without its gradient; the tensor itself where there is one."
+    """The sum of a tensor over all processes that train together, without its gradient; the tensor itself where there is one."""
     if processes() == 1:
         return value
     total = value.detach().clone()
@@ -36,7 +36,7 @@ def sum_over_processes(value: Tensor) -> Tensor:
 
 
 def average(value: Tensor) -> Tensor:
-    "The mean of a tensor over all processes that train together."
+    """The mean of a tensor over all processes that train together."""
     return sum_over_processes(value) / processes()
 
 # %% ../../nbs/1_method/09_alignment.ipynb #d773af96
@@ -83,7 +83,7 @@ def normalise(
 
 
 def moments_of(sums: Tensor) -> tuple[Tensor, Tensor]:
-    "Mean and deviation (d,), over all processes, from the means (2, d) of values and of their squares in float64."
+    """Mean and deviation (d,), over all processes, from the means (2, d) of values and of their squares in float64."""
     mean, square = average(sums)
     return mean.float(), (square - mean.square()).clamp(min=0).sqrt().float()
 
@@ -128,7 +128,7 @@ def flow_error(
 
 
 def count_of(counted: Tensor, pieces: int = 1) -> Tensor:
-    "How many tokens count, on average over the pieces of a batch and over all processes; no less than one in all of them."
+    """How many tokens count, on average over the pieces of a batch and over all processes; no less than one in all of them."""
     return (average(counted.sum().float()) / pieces).clamp(
         min=1 / (processes() * pieces)
     )
@@ -185,7 +185,7 @@ def effective_rank(features: Tensor, total: Callable = lambda part: part) -> Ten
 
 
 def means_of(sums: Tensor) -> dict[str, float]:
-    "The mean cosine and that of the best constant, over all processes, from `Alignment.sums`; nothing when no token counted."
+    """The mean cosine and that of the best constant, over all processes, from `Alignment.sums`; nothing when no token counted."""
     count, cosine, *direction = sum_over_processes(sums).split([1, 1, len(sums) - 2])
     if not count:
         return {}
@@ -210,7 +210,7 @@ class Alignment:
 
     @classmethod
     def join(cls, pieces: list["Alignment"]) -> "Alignment":
-        "That of a batch from those of its pieces."
+        """That of a batch from those of its pieces."""
         norms = {
             loss: torch.stack([piece.gradient_norms[loss] for piece in pieces]).norm()
             for loss in pieces[0].gradient_norms
@@ -224,7 +224,7 @@ class Alignment:
         )
 
     def sums(self) -> Tensor:
-        "Over the tokens: their number, the sum of their cosines and that of their target's directions, (2 + d,)."
+        """Over the tokens: their number, the sum of their cosines and that of their target's directions, (2 + d,)."""
         cosine = F.cosine_similarity(self.predicted, self.target, dim=-1)
         return torch.cat(
             [
@@ -235,7 +235,7 @@ class Alignment:
         )
 
     def means(self) -> dict[str, float]:
-        "The mean cosine and that of the best constant, over all processes; nothing when no token counted."
+        """The mean cosine and that of the best constant, over all processes; nothing when no token counted."""
         return means_of(self.sums())
 
     def diagnosis(self) -> dict[str, float]:

@@ -53,7 +53,7 @@ class TokenMap(NamedTuple):
 
     @classmethod
     def of(cls, levels: NoiseLevels) -> "TokenMap | None":
-        "The map of some NoiseLevels."
+        """The map of some NoiseLevels."""
         k, assign = levels.k, levels.assign
         if k == 1:
             return None
@@ -67,7 +67,7 @@ class TokenMap(NamedTuple):
 
 
 def spread(values: Tensor, tokens: TokenMap | None) -> Tensor:
-    "Values (b, k, d) of the levels as values of the tokens: (b, n, d), or (b, 1, d) when k = 1."
+    """Values (b, k, d) of the levels as values of the tokens: (b, n, d), or (b, 1, d) when k = 1."""
     if tokens is None:
         return values
     return (
@@ -78,7 +78,7 @@ def spread(values: Tensor, tokens: TokenMap | None) -> Tensor:
 
 
 def collect(values: Tensor, tokens: TokenMap | None, k: int) -> Tensor:
-    "The sum of the tokens' values (b, n, d) for each level: (b, k, d), the transpose of `spread`."
+    """The sum of the tokens' values (b, n, d) for each level: (b, k, d), the transpose of `spread`."""
     if tokens is None:
         return values.sum(1, keepdim=True)
     if tokens.onehot is not None:
@@ -88,7 +88,7 @@ def collect(values: Tensor, tokens: TokenMap | None, k: int) -> Tensor:
 
 # %% ../../nbs/1_method/06_layers.ipynb #5fac9dd7
 def _product_dtype(x: Tensor) -> torch.dtype:
-    "What a matrix product makes of x: under autocast its lower precision."
+    """What a matrix product makes of x: under autocast its lower precision."""
     kind = x.device.type
     return (
         torch.get_autocast_dtype(kind)
@@ -167,7 +167,7 @@ class _GatedAdd(torch.autograd.Function):
 def gated_add(
     x: Tensor, branch: Tensor, gate: Tensor, tokens: TokenMap | None
 ) -> Tensor:
-    "x + gate branch; x, branch: (b, n, d); gate: (b, k, d), handed to the tokens by `tokens`. Source: DiT, adaLN-Zero."
+    """x + gate branch; x, branch: (b, n, d); gate: (b, k, d), handed to the tokens by `tokens`. Source: DiT, adaLN-Zero."""
     return _GatedAdd.apply(x, branch, gate, *(tokens or (None, None)))
 
 # %% ../../nbs/1_method/06_layers.ipynb #5112ac5c
@@ -198,7 +198,7 @@ def _attend_by_products(q, k, v, visible):
 
 # %% ../../nbs/1_method/06_layers.ipynb #0a77ee0d
 class _Group(NamedTuple):
-    "Tokens that attend together. rows: (b m,) rows of the queries; keys: (b m',) of the keys; visible: (b, m') or None = all."
+    """Tokens that attend together. rows: (b m,) rows of the queries; keys: (b m',) of the keys; visible: (b, m') or None = all."""
 
     rows: Tensor
     keys: Tensor
@@ -206,14 +206,14 @@ class _Group(NamedTuple):
 
 
 class Groups(NamedTuple):
-    "The groups of a batch and, for every token, its row among their results laid side by side: (b n,)."
+    """The groups of a batch and, for every token, its row among their results laid side by side: (b n,)."""
 
     groups: tuple[_Group, ...]
     place: Tensor
 
     @classmethod
     def of(cls, levels: NoiseLevels) -> "Groups":
-        "Tokens grouped by level. Source: arXiv 2607.02508, attention separation."
+        """Tokens grouped by level. Source: arXiv 2607.02508, attention separation."""
         generated, condition = levels.k - levels.condition, levels.is_condition()
         # all condition tokens together come last
         group = levels.assign.clamp(max=generated)
@@ -240,7 +240,7 @@ class Groups(NamedTuple):
 
 
 def _padded_rows(members: Tensor) -> tuple[Tensor, Tensor | None]:
-    "Rows (b m,) of the tokens marked in (b, n), each sample padded to the same m by others, and which are real (None = all)."
+    """Rows (b m,) of the tokens marked in (b, n), each sample padded to the same m by others, and which are real (None = all)."""
     counts = members.sum(1)
     fewest, most = torch.stack(counts.aminmax()).tolist()
     # few sizes: few kernels to compile
@@ -258,7 +258,7 @@ def _padded_rows(members: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def attend_within(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
-    "Attention of every token to its group alone: (b, n, h, e) from q, k, v of that shape."
+    """Attention of every token to its group alone: (b, n, h, e) from q, k, v of that shape."""
 
     def take(part, rows):
         return part.flatten(0, 1).index_select(0, rows).unflatten(0, (len(q), -1))

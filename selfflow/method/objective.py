@@ -51,7 +51,7 @@ class Noised(NamedTuple):
 
 
 def draw_levels(x0: Tensor, schedule, draw) -> NoiseLevels:
-    "The levels of tokens x0 (b, n, c), from `schedule`; draw: see `add_noise`."
+    """The levels of tokens x0 (b, n, c), from `schedule`; draw: see `add_noise`."""
     return NoiseLevels.cat(
         by_shard(draw, "levels", x0, lambda x, g: schedule.sample(*x.shape[:2], g))
     ).to(x0.device)
@@ -74,7 +74,7 @@ def flow_loss(
     counted: Tensor | None = None,
     count: Tensor | None = None,
 ) -> Tensor:
-    "The mean of `flow_error` over the tokens that count, (b, n), None = all; count: see `mean_over`."
+    """The mean of `flow_error` over the tokens that count, (b, n), None = all; count: see `mean_over`."""
     if counted is None:
         return F.mse_loss(predicted.float(), velocity(x0, x1).float())
     return mean_over(flow_error(predicted, x0, x1), counted, count)
@@ -109,7 +109,7 @@ class Losses:
     sums: Tensor | None = None
 
     def detached(self, features: bool = False) -> "Losses":
-        "The same numbers without their graph, and of the features, unless they are wanted, the sums alone."
+        """The same numbers without their graph, and of the features, unless they are wanted, the sums alone."""
         by_part = {name: loss.detach() for name, loss in self.by_part.items()}
         if self.alignment is None:
             return Losses(self.total.detach(), self.flow_loss.detach(), by_part=by_part)
@@ -124,7 +124,7 @@ class Losses:
 
     @classmethod
     def join(cls, pieces: list["Losses"]) -> "Losses":
-        "The losses of a batch from those of its pieces, as `kept` gives them, each computed with the batch's `BatchStats`."
+        """The losses of a batch from those of its pieces, as `kept` gives them, each computed with the batch's `BatchStats`."""
         first = pieces[0]
 
         def mean(of: Callable) -> Tensor:
@@ -148,7 +148,7 @@ class Losses:
         )
 
     def floats(self, diagnose: bool = False) -> dict[str, float]:
-        "Numbers for a log: the losses, cosine and constant_cosine; with `diagnose` all that `Alignment.diagnosis` says."
+        """Numbers for a log: the losses, cosine and constant_cosine; with `diagnose` all that `Alignment.diagnosis` says."""
         found = {
             "total": average(self.total).item(),
             "flow_loss": average(self.flow_loss).item(),
@@ -215,7 +215,7 @@ class FlowMatching(nn.Module):
         return Losses(total=loss, flow_loss=loss, by_part=by_part)
 
     def schedule_of(self, parts: tuple[Part, ...]):
-        "The schedule for sequences of these parts."
+        """The schedule for sequences of these parts."""
         return (
             self.schedule[parts] if isinstance(self.schedule, dict) else self.schedule
         )
@@ -223,18 +223,18 @@ class FlowMatching(nn.Module):
     def see(
         self, student, batch: Batch, draw, taps: tuple[int, ...] = ()
     ) -> tuple[Noised, Output]:
-        "A batch noised, and what the student makes of it."
+        """A batch noised, and what the student makes of it."""
         noised = self.noised(batch, draw)
         return noised, self.look(student, noised, taps)
 
     def noised(self, batch: Batch, draw) -> Noised:
-        "A batch noised."
+        """A batch noised."""
         return add_noise(batch, self.schedule_of(batch.parts), self.label_drop, draw)
 
     def look(
         self, student, noised: Noised, taps: tuple[int, ...] = (), stop: bool = False
     ) -> Output:
-        "What the student makes of a noised batch."
+        """What the student makes of a noised batch."""
         # not every backbone can
         within_levels = {"separated": True} if self.separated else {}
         return student(
@@ -248,11 +248,11 @@ class FlowMatching(nn.Module):
         )
 
     def counted(self, levels: NoiseLevels) -> dict[str, Tensor | None]:
-        "Which tokens each loss counts."
+        """Which tokens each loss counts."""
         return {"flow": counted_tokens(levels, self.flow_tokens)}
 
     def counts(self, batch: Batch, draw, pieces: int) -> dict[str, Tensor]:
-        "For `BatchStats`: of a batch that is passed in `pieces`, as `forward` will draw its levels."
+        """For `BatchStats`: of a batch that is passed in `pieces`, as `forward` will draw its levels."""
         levels = draw_levels(batch.x0, self.schedule_of(batch.parts), draw)
         counted = {
             loss: tokens
@@ -269,7 +269,7 @@ class FlowMatching(nn.Module):
     def flow(
         self, predicted: Tensor, noised: Noised, whole: BatchStats = ONE_PIECE
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        "The flow loss, and that of each part."
+        """The flow loss, and that of each part."""
         counted, counts = self.counted(noised.levels)["flow"], whole.counts
         slices, widths = TokenSlices.of(noised.batch.parts)
         error = flow_error(
@@ -289,7 +289,7 @@ class FlowMatching(nn.Module):
         ), by_part
 
     def weighted(self, values: Tensor, parts: tuple[Part, ...]) -> Tensor:
-        "Values (b, n) of the tokens, times the weights of their parts."
+        """Values (b, n) of the tokens, times the weights of their parts."""
         if not self.weights:
             return values
         weights = [
@@ -302,14 +302,14 @@ class FlowMatching(nn.Module):
 
 # %% ../../nbs/1_method/10_objective.ipynb #83061173
 def make_teacher(student: Transformer) -> Transformer:
-    "A copy of the student that is in eval mode, takes no gradient and shares no memory with it."
+    """A copy of the student that is in eval mode, takes no gradient and shares no memory with it."""
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
     teacher.zero_grad()  # a gradient of the student is not copied along
     return teacher
 
 
 def ema_decay(half_life: float) -> float:
-    "The decay per step whose average forgets half in `half_life` steps. Raises ValueError when it is not positive."
+    """The decay per step whose average forgets half in `half_life` steps. Raises ValueError when it is not positive."""
     if not half_life > 0:
         raise ValueError(
             f"half_life is {half_life}, but the average needs a positive number of steps"
@@ -319,14 +319,14 @@ def ema_decay(half_life: float) -> float:
 
 @torch.no_grad()
 def update_ema(teacher: nn.Module, student: nn.Module, decay: float) -> None:
-    "Move the teacher's weights towards the student's: d teacher + (1 - d) student, in place."
+    """Move the teacher's weights towards the student's: d teacher + (1 - d) student, in place."""
     get_ema_multi_avg_fn(decay)(
         list(teacher.parameters()), list(student.parameters()), None
     )
 
 # %% ../../nbs/1_method/10_objective.ipynb #c47ca16c
 class Projector(nn.Sequential):
-    "The head on the student's features: Linear(d, 2d), SiLU, Linear(2d, d), as in the released checkpoint."
+    """The head on the student's features: Linear(d, 2d), SiLU, Linear(2d, d), as in the released checkpoint."""
 
     def __init__(self, width: int):
         super().__init__(
@@ -369,11 +369,11 @@ class FeatureObjective(FlowMatching):
 
     @classmethod
     def build(cls, model, feature_width: int = 1, **options) -> "FeatureObjective":
-        "As of `FlowMatching`; the constructor of a subclass takes the model first."
+        """As of `FlowMatching`; the constructor of a subclass takes the model first."""
         return cls(model, **options)
 
     def counted(self, levels: NoiseLevels) -> dict[str, Tensor | None]:
-        "Which tokens each loss counts."
+        """Which tokens each loss counts."""
         return {
             **super().counted(levels),
             "rep": counted_tokens(levels, self.rep_tokens),
@@ -381,7 +381,7 @@ class FeatureObjective(FlowMatching):
 
     @torch.no_grad()
     def target_means(self, student, teacher, batch: Batch, draw) -> Tensor:
-        "Means (2, d) of the target and of its square over samples and tokens, in float64, as `moments_of` wants them."
+        """Means (2, d) of the target and of its square over samples and tokens, in float64, as `moments_of` wants them."""
         noised = self.noised(batch, draw)
         hidden = (
             self.look(student, noised, self.taps, stop=True).features
@@ -427,7 +427,7 @@ class FeatureObjective(FlowMatching):
 
 
 def default_layers(depth: int, teacher: float = 0.7) -> tuple[int, int]:
-    "Student layer 0.3 D and teacher layer 0.7 D, 1-based: (8, 20) at depth 28. Source: Self-Flow, section 4."
+    """Student layer 0.3 D and teacher layer 0.7 D, 1-based: (8, 20) at depth 28. Source: Self-Flow, section 4."""
     student = max(1, round(0.3 * depth))
     return student, max(student + 1, round(teacher * depth))
 
@@ -476,7 +476,7 @@ class SelfFlow(FeatureObjective):
     def target(
         self, teacher: Transformer, noised: Noised, hidden, draw
     ) -> tuple[Tensor, Tensor]:
-        "The teacher's features (b, n, d) of the same noise at a cleaner level, and that level (b, n)."
+        """The teacher's features (b, n, d) of the same noise at a cleaner level, and that level (b, n)."""
         levels = self.teacher_levels(noised.levels, draw)
         batch = noised.batch
         xt = interpolate(batch.x0, noised.x1, levels.per_token())
@@ -491,7 +491,7 @@ class SelfFlow(FeatureObjective):
         return out.features[self.teacher_layer], levels.per_token()
 
     def teacher_levels(self, levels: NoiseLevels, draw) -> NoiseLevels:
-        "What the teacher sees: all tokens at the cleanest level of their sample."
+        """What the teacher sees: all tokens at the cleanest level of their sample."""
         return levels.cleanest()
 
 # %% ../../nbs/1_method/10_objective.ipynb #43b2a51e
@@ -513,7 +513,7 @@ class SRA(SelfFlow):
         self.offset = offset
 
     def teacher_levels(self, levels: NoiseLevels, draw) -> NoiseLevels:
-        "The cleanest level of each sample minus a number below `offset`."
+        """The cleanest level of each sample minus a number below `offset`."""
         clean = levels.cleanest()
         lower = torch.cat(
             by_shard(
@@ -552,7 +552,7 @@ class LayerSync(FeatureObjective):
         self.teacher_layer, self.taps, self.projector = layers[1], layers, nn.Identity()
 
     def target(self, teacher, noised: Noised, hidden, draw) -> tuple[Tensor, Tensor]:
-        "The deeper layer's features and the same levels."
+        """The deeper layer's features and the same levels."""
         return hidden[self.teacher_layer], noised.levels.per_token()
 
 
@@ -568,7 +568,7 @@ class REPA(FeatureObjective):
 
     @classmethod
     def build(cls, model, feature_width: int = 1, **options) -> "REPA":
-        "As of `FeatureObjective`, with a head for features of `feature_width`."
+        """As of `FeatureObjective`, with a head for features of `feature_width`."""
         return cls(model, feature_width, **options)
 
     def __init__(
@@ -603,7 +603,7 @@ class REPA(FeatureObjective):
         )
 
     def target(self, teacher, noised: Noised, hidden, draw) -> tuple[Tensor, Tensor]:
-        "The encoder's features (b, n, feature_width) and level 0."
+        """The encoder's features (b, n, feature_width) and level 0."""
         x0, features = noised.batch.x0, noised.batch.features
         if features is None and self._encoder[0] is None:
             raise ValueError(

@@ -31,7 +31,7 @@ def generator(seed=0):
 
 
 def levels_of(b, k, n, seed=0, condition=0):
-    "Levels with a random assignment; some levels may have no token."
+    """Levels with a random assignment; some levels may have no token."""
     g = generator(seed)
     return NoiseLevels(
         torch.rand(b, k, generator=g),
@@ -41,7 +41,7 @@ def levels_of(b, k, n, seed=0, condition=0):
 
 
 def per_token(values, levels):
-    "Values (b, k, d) for each token (b, n, d), by loops."
+    """Values (b, k, d) for each token (b, n, d), by loops."""
     return torch.stack(
         [
             torch.stack([values[i, j] for j in row])
@@ -248,7 +248,7 @@ def test_attention_under_autocast():
 
 
 def may_look(levels):
-    "Who may look at whom, (b, n, n), by the words of attention separation: one's own level, and conditions; by loops."
+    """Who may look at whom, (b, n, n), by the words of attention separation: one's own level, and conditions; by loops."""
     b, n, first = *levels.assign.shape, levels.k - levels.condition
     seen = torch.zeros(b, n, n, dtype=torch.bool)
     for i in range(b):

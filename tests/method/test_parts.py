@@ -182,7 +182,7 @@ def test_captions_in_any_script_are_cut_at_whole_characters(text, length):
 @pytest.mark.parametrize("positions", ["sincos", "rotary"])
 @pytest.mark.parametrize("level", ["mean", "clean"])
 def test_a_caption_is_tokens_of_the_sequence_at_a_level_of_their_own(positions, level):
-    "Against the same network that is handed one longer sequence, with a condition for every token."
+    """Against the same network that is handed one longer sequence, with a condition for every token."""
     model = model_of(
         0.1,
         parts=(Part("image", 4, (1, 2, 2)),),
