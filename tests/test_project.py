@@ -16,6 +16,7 @@ import pytest
 
 from selfflow.analysis.factors import HEADS
 from selfflow.analysis.judge import judge_for
+from selfflow.data.sources import load
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*/*.ipynb"))
@@ -223,7 +224,8 @@ def copy(tmp_path):
             tmp_path / name,
             ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
         )
-    shutil.copytree(ROOT / "data/judges", tmp_path / "data/judges")
+    for name in ("judges", "fashion"):
+        shutil.copytree(ROOT / "data" / name, tmp_path / "data" / name)
     for name in (
         "README.md",
         "settings.ini",
@@ -283,13 +285,18 @@ import sys
 from pathlib import Path
 import selfflow
 from selfflow.analysis import judge
+from selfflow.data.sources import load
 assert Path(selfflow.__file__).is_relative_to(sys.argv[1]), selfflow.__file__
 judge.train_judge_for = None  # nothing is trained
-print({name: judge.judge_for(name).fingerprint for name in judge.HEADS if name != "digits"})
+shipped = {name: judge.judge_for(name) for name in judge.HEADS if name != "digits"}
+shipped["fashion"] = load("fashion")
+print({name: one.fingerprint for name, one in shipped.items()})
 """
 
 
-def test_a_wheel_holds_the_same_judges_as_the_checkout(copy, tmp_path_factory):
+def test_a_wheel_holds_the_same_judges_and_pictures_as_the_checkout(
+    copy, tmp_path_factory
+):
     def build(root):
         subprocess.run(
             [sys.executable, "setup.py", "-q", "bdist_wheel"],
@@ -331,8 +338,9 @@ def test_a_wheel_holds_the_same_judges_as_the_checkout(copy, tmp_path_factory):
         env={**os.environ, "PYTHONPATH": str(installed)},
     )
     assert shown.returncode == 0, shown.stderr
-    judges = {name: judge_for(name).fingerprint for name in HEADS if name != "digits"}
-    assert ast.literal_eval(shown.stdout) == judges, "and says nothing else"
+    shipped = {name: judge_for(name).fingerprint for name in HEADS if name != "digits"}
+    shipped["fashion"] = load("fashion").fingerprint
+    assert ast.literal_eval(shown.stdout) == shipped, "and says nothing else"
     assert not list(installed.glob("data*"))
 
 
@@ -510,6 +518,8 @@ def test_the_top_level_is_the_house():
         ".github",
         ".gitignore",
         ".gitattributes",
+        ".editorconfig",
+        ".pre-commit-config.yaml",
     }
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RELATIONS', 'visible_keys', 'attention_weights', 'Seen', 'attention_of', 'watch_attention', 'attention_maps',
-           'relations', 'mass', 'mass_between_levels', 'summarise_mass', 'closing_the_way', 'summarise_closing',
+           'relations', 'mass', 'mass_between_levels', 'summarise_mass', 'compare_separated', 'summarise_separated',
            'maps_by_part', 'grids_of']
 
 # %% ../../nbs/4_analysis/06_attention.ipynb #9ab9c2b1
@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from .features import observe
 from ..intervals import mean_interval
 from ..method.alignment import flow_error
 from ..method.batch import Condition
@@ -124,7 +125,7 @@ def watch_attention(
 
         handles.append(attention[number - 1].register_forward_hook(note))
     try:
-        model(x, levels, condition, taps=(max(layers),), stop=True, **options)
+        observe(model, x, levels, condition, (max(layers),), stop=True, **options)
     finally:
         for handle in handles:
             handle.remove()
@@ -336,18 +337,18 @@ def summarise_mass(
 
 # %% ../../nbs/4_analysis/06_attention.ipynb #acf49aec
 @torch.no_grad()
-def closing_the_way(
+def compare_separated(
     model: Transformer,
     x0: Tensor,
     x1: Tensor,
     levels: NoiseLevels,
+    parts: tuple[Part, ...],
     condition: Condition | None = None,
     batch: int = 64,
-    parts: tuple[Part, ...] = (),
 ) -> pd.DataFrame:
     """Flow error of a model with full attention and with attention within levels, a row for each sample and kind of tokens.
 
-    x0, x1: (b, n, c) data and noise; levels: of two levels. Columns: sample, tokens ("noisier" or "cleaner"), gap, full,
+    x0, x1: (b, n, c) data and noise; levels: of two levels; parts: of the sequence. Columns: sample, tokens ("noisier" or "cleaner"), gap, full,
     separated. Samples in which no token has that level are left out. Raises ValueError for levels of another number.
     """
     if levels.k - levels.condition != 2:
@@ -355,7 +356,7 @@ def closing_the_way(
             f"there are {levels.k - levels.condition} levels beside the condition; this compares two"
         )
     device, frames = next(model.parameters()).device, []
-    widths = TokenSlices.of(parts or model.config.parts).widths.to(device)
+    widths = TokenSlices.of(parts).widths.to(device)
     for rows in torch.arange(len(x0)).split(batch):
         part = NoiseLevels(
             levels.levels[rows], levels.assign[rows], levels.condition
@@ -405,10 +406,10 @@ def closing_the_way(
     return pd.concat(frames, ignore_index=True)
 
 
-def summarise_closing(
+def summarise_separated(
     frame: pd.DataFrame, gaps: tuple[float, ...] = _GAPS
 ) -> pd.DataFrame:
-    """What `closing_the_way` found by tokens and gap: samples, both errors, and separated - full with its 95 % interval.
+    """What `compare_separated` found by tokens and gap: samples, both errors, and separated - full with its 95 % interval.
 
     The interval is over samples, paired. Bins of less than 2 samples are left out.
     """
@@ -449,14 +450,18 @@ def maps_by_part(
     return found | ({"caption": pieces[-1]} if left else {})
 
 
-def grids_of(
-    model: Transformer, parts: tuple[Part, ...] = ()
-) -> dict[str, tuple[int, ...]]:
-    "The grid of each part of a model's sequence: (rows, columns), (moments, rows, columns) or (moments,)."
-    return {part.name: _lean(part.grid) for part in parts or model.config.parts}
+def grids_of(parts: tuple[Part, ...]) -> dict[str, tuple[int, ...]]:
+    """Grids of the tokens of each part, without axes of size 1.
 
-
-def _lean(grid):
-    if grid[1:] == (1, 1):
-        return grid[:1]
-    return grid if grid[0] > 1 else grid[1:]
+    An image has (rows, columns), a video (moments, rows, columns), audio (moments,).
+    """
+    grids: dict[str, tuple[int, ...]] = {}
+    for part in parts:
+        moments, rows, columns = part.grid
+        if rows == columns == 1:
+            grids[part.name] = (moments,)
+        elif moments == 1:
+            grids[part.name] = (rows, columns)
+        else:
+            grids[part.name] = part.grid
+    return grids

@@ -126,7 +126,7 @@ def token_covers(items: Items) -> np.ndarray:
     patches = next(iter(items.layout.patches.values()))
     if (
         not hasattr(items.data, "masks")
-        or len(items.parts) > 1
+        or len(items.slices) > 1
         or getattr(items.data, "pair", False)
     ):
         raise ValueError(
@@ -498,7 +498,7 @@ def _raw(items: dict[str, Items], part: str) -> dict[str, np.ndarray]:
     them reads nothing.
     """
     places = {
-        split: one.parts[choose(part, one.parts, "part")] if part else slice(None)
+        split: one.slices[choose(part, one.slices, "part")] if part else slice(None)
         for split, one in items.items()
     }
     flat = {

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .features import observe
 from ..data.sources import Sources
 from ..draws import keyed
 from ..intervals import mean_interval, paired_difference
@@ -155,17 +156,16 @@ def compare(
         for name, (image, noise) in _ANSWERS.items() if others else ():
             part[name] = see(samples.x0[order[image][rows].clamp(min=0)], noise)[2]
         if isinstance(objective, SelfFlow) and others:
-            deeper = teacher(
+            deeper = observe(
+                teacher,
                 noised.xt,
                 noised.levels,
                 noised.batch.condition,
-                taps=(objective.teacher_layer,),
+                (objective.teacher_layer,),
                 stop=True,
                 parts=samples.parts,
-            )
-            part["deeper layer, student's view"] = (
-                deeper.features[objective.teacher_layer].float().cpu()
-            )
+            ).features[objective.teacher_layer]
+            part["deeper layer, student's view"] = deeper.float().cpu()
         found.append(part)
     whole = {name: torch.cat([part[name] for part in found]) for name in found[0]}
     own = ("predicted", "target", "tau", "level", "counted")

@@ -266,7 +266,7 @@ def draw_mass(tables: dict, direction: str = "noisy to clean", ylim=None) -> Pic
 
 # %% ../../nbs/5_figures/06_attention.ipynb #1e58dd62
 def draw_separation(tables: dict, ylim=None) -> Picture:
-    """What `attention.summarise_closing` says of several models: separated - full by gap, for noisier and cleaner tokens.
+    """What `attention.summarise_separated` says of several models: separated - full by gap, for noisier and cleaner tokens.
 
     tables: {title: table}, a panel each.
     """

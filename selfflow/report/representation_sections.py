@@ -54,14 +54,16 @@ def looked_at(
     found = items.features(
         run.teacher, level, tuple(range(1, run.teacher.depth + 1)), pooled=False
     )
-    place = next(iter(items.parts.values()))
+    place = next(iter(items.slices.values()))
     return items, {
         layer: hidden[:, place].contiguous() for layer, hidden in found.items()
     }
 
 
 def _protocol(items: Items) -> str:
-    part = f", tokens of the {next(iter(items.parts))}" if len(items.parts) > 1 else ""
+    part = (
+        f", tokens of the {next(iter(items.slices))}" if len(items.slices) > 1 else ""
+    )
     return (
         f"The averaged weights (teacher) under the null label on test samples of {items.name} ({items.chosen}){part}, "
         f"noise level t = {LEVEL:g}, noise fixed and the same for all runs."
@@ -74,7 +76,7 @@ def layer_section(runs: dict[str, Run]) -> Section:
     section = Section("Curves by layer", _protocol(next(iter(looked.values()))[0]))
     tables = {}
     for name, (items, features) in looked.items():
-        grid = next(iter(grids_of(runs[name].teacher, items.present).values()))
+        grid = next(iter(grids_of(items.layout.parts).values()))
         tables[name] = describe_layers(features, grid)
     section.figure(
         draw_layers(tables),
@@ -276,8 +278,8 @@ def _maps(run: Run, items: Items) -> tuple[np.ndarray, tuple[int, ...]]:
     "Maps (layers, *grid) of the token in the middle of the first part, and where that is."
     x0, x1 = items.take(torch.arange(1))
     (_, place), grids = (
-        next(iter(items.parts.items())),
-        grids_of(run.teacher, items.present),
+        next(iter(items.slices.items())),
+        grids_of(items.layout.parts),
     )
     grid = next(iter(grids.values()))
     middle = tuple(side // 2 for side in grid)
@@ -288,7 +290,7 @@ def _maps(run: Run, items: Items) -> tuple[np.ndarray, tuple[int, ...]]:
         interpolate(x0, x1, LEVEL),
         levels,
         queries=torch.tensor([query]),
-        parts=items.present,
+        parts=items.layout.parts,
     )
     return np.stack(
         [
@@ -302,7 +304,7 @@ def _looking(
     run: Run, items: Items, maps: np.ndarray, middle: tuple[int, ...], most: float
 ) -> Picture:
     name, titles = (
-        next(iter(items.parts)),
+        next(iter(items.slices)),
         [f"block {layer}" for layer in range(1, len(maps) + 1)],
     )
     if len(middle) == 1:
@@ -326,12 +328,12 @@ def _mass(run: Run, items: Items) -> pd.DataFrame:
     x0, x1 = items.take(items.few(_MASKED))
     levels = DualTimestep().sample(len(x0), x0.shape[1], keyed(0, "report, levels"))
     among = torch.zeros(x0.shape[1], dtype=torch.bool)
-    among[next(iter(items.parts.values()))] = True
+    among[next(iter(items.slices.values()))] = True
     return mass_between_levels(
         run.teacher,
         x0,
         x1,
         levels,
         among=None if among.all() else among,
-        parts=items.present,
+        parts=items.layout.parts,
     )

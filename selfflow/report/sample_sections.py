@@ -88,7 +88,7 @@ def plane_section(runs: dict[str, Run]) -> Section:
                 found.recipe["neighbours"],
             )
         )
-        grid = next(iter(grids_of(run.teacher, items.present).values()))
+        grid = next(iter(grids_of(items.layout.parts).values()))
         if len(grid) > 1:
             pictures[name] = _colours(features[layer][items.few(_SHOWN)], grid)
     factor, classes = _plane_colours(items)
@@ -137,7 +137,7 @@ def _colours(features, grid) -> np.ndarray:
 
 
 def _token_part(section, items, pictures: dict) -> None:
-    signals = items.examples(items.few(_SHOWN)).signals[next(iter(items.parts))]
+    signals = items.examples(items.few(_SHOWN)).signals[next(iter(items.slices))]
     signals = signals[:, :, signals.shape[2] // 2] if signals.ndim == 5 else signals
     if signals.shape[1] not in (1, 3):
         return  # latents are no pictures

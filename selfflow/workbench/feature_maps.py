@@ -214,7 +214,7 @@ class Opened:
         self.model = getattr(run, asked.weights)
         self.items = items_of(run, asked.split, asked.count, asked.data, asked.seed)
         if asked.part:
-            choose(asked.part, self.items.parts, "part")
+            choose(asked.part, self.items.slices, "part")
         depth = self.model.depth
         self.layers = asked.layers or tuple(range(1, depth + 1))
         if unknown := [

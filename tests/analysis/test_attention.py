@@ -11,14 +11,14 @@ from selfflow.analysis.attention import (
     RELATIONS,
     attention_maps,
     attention_weights,
-    closing_the_way,
+    compare_separated,
     grids_of,
     maps_by_part,
     mass,
     mass_between_levels,
     relations,
-    summarise_closing,
     summarise_mass,
+    summarise_separated,
     visible_keys,
     watch_attention,
 )
@@ -304,9 +304,9 @@ def test_mass_by_hand_and_in_batches():
     assert row["counted"] == pytest.approx((some & ~noisy).sum().item() / 5)
 
 
-def test_closing_the_way_is_the_difference_of_two_forwards():
+def test_separated_error_is_that_of_a_separated_forward():
     model, (x0, x1, levels) = model_of(BASE), two_levels(7)
-    found = closing_the_way(model, x0, x1, levels, batch=3)
+    found = compare_separated(model, x0, x1, levels, BASE.parts, batch=3)
     tau, xt = levels.per_token(), interpolate(x0, x1, levels.per_token())
     for separated in (False, True):
         with torch.no_grad():
@@ -325,7 +325,7 @@ def test_closing_the_way_is_the_difference_of_two_forwards():
             assert value == pytest.approx(
                 error[row.sample][tau[row.sample] == level].mean().item(), rel=1e-4
             )
-    assert (summarise_closing(found)["samples"] > 1).all()
+    assert (summarise_separated(found)["samples"] > 1).all()
 
 
 def test_three_levels_are_not_two():
@@ -334,16 +334,14 @@ def test_three_levels_are_not_two():
     with pytest.raises(ValueError, match="between two"):
         mass_between_levels(model_of(BASE), x0, x1, one)
     with pytest.raises(ValueError, match="compares two"):
-        closing_the_way(model_of(BASE), x0, x1, one)
+        compare_separated(model_of(BASE), x0, x1, one, BASE.parts)
 
 
 def test_maps_lie_where_the_tokens_do():
-    model = model_of(SHAPES["parts and caption"])
-    assert grids_of(model) == {"video": (2, 3, 2), "audio": (5,)} and grids_of(
-        model, model.config.parts[1:]
-    ) == {"audio": (5,)}
+    grids = grids_of(SHAPES["parts and caption"].parts)
+    assert grids == {"video": (2, 3, 2), "audio": (5,)}
     weights = torch.arange(21.0)
-    found = maps_by_part(weights, grids_of(model), relative=False)
+    found = maps_by_part(weights, grids, relative=False)
     assert (
         found["video"].flatten().tolist() == list(range(12))
         and found["video"][1, 2, 0] == 10
@@ -416,8 +414,8 @@ def test_what_is_drawn_is_what_was_measured():
         len(
             draw_separation(
                 {
-                    "a": summarise_closing(
-                        closing_the_way(model_of(BASE), x0, x1, levels)
+                    "a": summarise_separated(
+                        compare_separated(model_of(BASE), x0, x1, levels, BASE.parts)
                     )
                 }
             ).axes

@@ -87,7 +87,7 @@ def test_parts_of_a_sequence_are_pooled_apart_and_together(store):
     means = stream_features(model, items, 0.2, (3,), store, batch=2)[3]
     assert means.shape == (5, 2, 16)
     np.testing.assert_allclose(items.pooled(means), hidden.mean(1), atol=1e-5)
-    for name, place in items.parts.items():
+    for name, place in items.slices.items():
         np.testing.assert_allclose(
             items.pooled(means, name), hidden[:, place].mean(1), atol=1e-5
         )
@@ -121,7 +121,7 @@ def test_ten_thousand_shapes_at_width_384_take_one_pass_a_level(monkeypatch, sto
     )
 
     # what the blocks compute is not the point: the count is, at full size
-    def forward(self, x, levels, taps, **options):
+    def forward(self, x, levels, condition, taps, **options):
         passed.append(len(x))
         return type(
             "Output",
