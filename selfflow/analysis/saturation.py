@@ -19,7 +19,7 @@ from .features import observe
 from ..data.sources import Sources
 from ..draws import keyed
 from ..intervals import mean_interval, paired_difference
-from ..method.alignment import counted_tokens, normalise
+from ..method.alignment import loss_mask, normalise
 from ..method.batch import Batch
 from ..method.build import build_objective
 from ..method.objective import FeatureObjective, SelfFlow
@@ -130,9 +130,8 @@ def compare(
 
         def see(tokens, noise="same", piece=piece, draw=draw):
             shown = replace(piece, x0=tokens.to(device))
-            noised, out = objective.see(
-                student, shown, partial(draw, noise=noise), objective.taps
-            )
+            noised = objective.noise_batch(shown, partial(draw, noise=noise))
+            out = objective.predict(student, noised, objective.taps)
             return (
                 noised,
                 out,
@@ -143,7 +142,7 @@ def compare(
 
         noised, out, predicted = see(piece.x0)
         target, level = objective.target(teacher, noised, out.features, draw)
-        counted = counted_tokens(noised.levels, objective.rep_tokens)
+        counted = loss_mask(noised.levels, objective.rep_tokens)
         part = {
             "predicted": predicted,
             "target": normalise(target.float(), objective.normalise).cpu(),

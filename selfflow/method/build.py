@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..checks import choose
-from .alignment import DISTANCES, NORMALISATIONS, TOKENS, counted_tokens
+from .alignment import DISTANCES, NORMALISATIONS, TOKENS, loss_mask
 from .backbone import Inputs
 from selfflow.method.flow import (
     Density,
@@ -200,7 +200,7 @@ def _grid(parts: tuple[Part, ...]) -> tuple[int, int] | None:
 def _free_schedule(config: ObjectiveConfig, grid, mask_ratio):
     density, kind = build_density(config), config.schedule
     if kind == "auto":
-        kind = objectives[config.name].load().usual_schedule
+        kind = objectives[config.name].load().default_schedule
     if isinstance(mask_ratio, tuple) and (
         kind not in ("single", "dual") or config.levels != 2
     ):
@@ -262,7 +262,7 @@ def check_levels(config: ObjectiveConfig) -> None:
             choose(getattr(config, name), known, f"{name} (objective.{name})")
     levels = build_schedule(config).sample(1, 2, torch.Generator())
     for which in (config.flow_tokens, getattr(config, "rep_tokens", "all")):
-        counted_tokens(levels, which)  # refuses masked tokens where there is one level
+        loss_mask(levels, which)  # refuses masked tokens where there is one level
         if which != "all" and (
             config.schedule == "diffusion_forcing"
             or config.mask_ratio == 0

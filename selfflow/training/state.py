@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from ..data.sources import Sources
 from ..draws import keyed
-from ..method.alignment import average, moments_of
+from ..method.alignment import mean_over_processes, moments_of
 from ..method.backbone import ability, check_backbone, check_size
 from ..method.batch import Batch
 from ..method.build import build_objective
@@ -383,7 +383,7 @@ def _whole(
     state: TrainState, config: Config, batch: Batch, pieces: list[tuple]
 ) -> BatchStats:
     "The properties of a batch that the losses of its pieces depend on."
-    counts = state.objective.counts(batch, _draws(state, config), len(pieces))
+    counts = state.objective.token_counts(batch, _draws(state, config), len(pieces))
     if getattr(state.objective, "normalise", "raw") == "raw":
         return BatchStats(counts)
     with torch.no_grad(), _autocast(config, batch.x0.device):
@@ -441,7 +441,7 @@ def train_step(
         **(
             losses.floats(diagnose)
             if report
-            else {"total": average(losses.total).item()}
+            else {"total": mean_over_processes(losses.total).item()}
         ),
         "grad_norm": norm,
     }
