@@ -1,8 +1,15 @@
-"""Shared by the tests: one tiny pair of runs, trained once."""
+"""Shared by the tests: one tiny pair of runs, trained once, and the same rules for all.
+
+No test connects to another machine, and none leaves its process other than it was.
+"""
 
 import os
 import socket
 from dataclasses import replace
+
+# Two test processes share two cores, and each test's own processes with them: threads
+# that wait for a core make everything several times slower. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -56,8 +63,35 @@ def assert_same(run, other):
     assert run.log_path.read_text() == other.log_path.read_text()
 
 
+# libraries set others when they are imported
+VARIABLES = ("IN_TEST", "OMP_NUM_THREADS", "WORLD_SIZE", "HOME", "PATH")
+
+
+def process_settings():
+    "Settings of this process that change what later tests compute."
+    return {
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "gradients": torch.is_grad_enabled(),
+        "folder": os.getcwd(),
+        "variables": {name: os.environ.get(name) for name in VARIABLES},
+    }
+
+
 @pytest.fixture(autouse=True)
-def no_connection_leaves_this_machine(monkeypatch):
+def the_process_is_left_as_it_was():
+    "A picture once differed in its last bits because another test had left two threads."
+    before = process_settings()
+    yield
+    after = process_settings()
+    torch.set_num_threads(before["threads"])
+    assert after == before
+
+
+@pytest.fixture(autouse=True)
+def no_connection_leaves_this_machine(the_process_is_left_as_it_was, monkeypatch):
     real = socket.socket.connect
 
     def connect(self, address):

@@ -71,7 +71,7 @@ def main(folder: Path, config: Config, seed: int, kills: int) -> None:
             os.waitpid(child, 0)
             number, lives = number + 1, 0
             continue
-        shared[:2], patience = bytes(2), chance.uniform(0.02, 0.6)
+        shared[:2], patience = bytes(2), chance.uniform(0.02, 0.4)
         began, wanted = (
             time.monotonic(),
             chance.choice((None, "saving", "saving", "pruning", "logging")),
@@ -84,8 +84,8 @@ def main(folder: Path, config: Config, seed: int, kills: int) -> None:
             if os.waitpid(child, os.WNOHANG)[0]:
                 number, lives = number + 1, 0  # it came to the end
                 break
-            if wanted is None:
-                time.sleep(0.001)
+            # short enough to hit a moment, and the child has the core
+            time.sleep(0.0002)
         else:
             os.kill(child, signal.SIGKILL)
             killed[DOING[shared[0]]] += 1

@@ -36,7 +36,7 @@ from selfflow.disk import (
     step_paths,
     write_json,
 )
-from ..draws import keyed
+from ..draws import keyed, one_thread
 from ..method.backbone import Inputs
 from ..method.batch import Condition
 from ..method.build import GIVEN_BACKBONE, as_builder, build_backbone
@@ -521,7 +521,7 @@ class Run:
         guidance of a model that was trained without label drop: it never saw the null label.
         """
         sampler_options(method, options)  # refused before the weights are read
-        condition = self.sources.wanted(labels, data)
+        condition = self.sources.condition_for(labels, data)
         count = len(condition)
         if not count or batch < 1:
             raise ValueError(
@@ -595,12 +595,17 @@ class Run:
         return velocity
 
     def draw_sample_grid(self, model: Transformer) -> tuple[Tensor, Tensor]:
-        "One sample of each class, of ten at most, or of ten captions, from the same noise: images and their numbers."
+        """One sample of each class, of ten at most, or of ten captions, from the same noise: images and their numbers.
+
+        They follow from the weights alone, not from the number of threads.
+        """
         source = self.sources.data[self.config.data_name()]
         labels = torch.arange(min(10, len(source.names)) if self.inputs.classes else 10)
         wanted = labels if not self.inputs.caption else self.captions(len(labels))
         labels = labels[: len(wanted)]
-        return self.layout().preview(self.sample(wanted, steps=25, model=model)), labels
+        with one_thread():
+            drawn = self.sample(wanted, steps=25, model=model)
+        return self.layout().preview(drawn), labels
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:

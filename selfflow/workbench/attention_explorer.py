@@ -26,18 +26,18 @@ from selfflow.workbench.attention_scene import (
     Scene,
     Watched,
     compute,
+    describe,
     pieces_of,
-    say,
 )
 from selfflow.workbench.boards import (
-    SHARP,
+    PIXEL_RATIO,
     Board,
     Panel,
     Plot,
     coloured,
+    draw_panels,
     frames_of,
     owner_of,
-    panels,
     stretch,
     tinted,
 )
@@ -54,7 +54,7 @@ from selfflow.workbench.controls import (
 )
 from .explorer import Explorer, Strip
 from .playground import player
-from .viewed_run import Subject, levels_of, schedule_of
+from .viewed_run import ViewedRun, levels_of, schedule_of
 
 # %% ../../nbs/7_workbench/10_attention_explorer.ipynb #8ab9902d
 class Window(Board):
@@ -147,7 +147,10 @@ def framed(
             round(scale * edge)
             for edge in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
         ]
-        for inset, colour in ((0, "#000000"), (SHARP, "#ffffff")):  # seen on any ground
+        for inset, colour in (
+            (0, "#000000"),
+            (PIXEL_RATIO, "#ffffff"),
+        ):  # seen on any ground
             left, top, right, bottom = (
                 box[0] + inset,
                 box[1] + inset,
@@ -157,20 +160,22 @@ def framed(
             ImageDraw.Draw(image).rectangle(
                 (left, top, max(left, right), max(top, bottom)),
                 outline=colour,
-                width=SHARP,
+                width=PIXEL_RATIO,
             )
     return np.asarray(image)
 
 
 def _window(scene: Scene) -> Window:
-    return _window_of(scene.watched.subject.layout, scene.values["frame"] - 1)
+    return _window_of(scene.watched.viewed.layout, scene.values["frame"] - 1)
 
 
 def _panel(
     scene: Scene, title: str, pixels: np.ndarray, width: int, scale=None
 ) -> Panel:
     return Panel(
-        title, framed(pixels, _window(scene).owner, scene.token, width * SHARP), scale
+        title,
+        framed(pixels, _window(scene).owner, scene.token, width * PIXEL_RATIO),
+        scale,
     )
 
 
@@ -179,7 +184,7 @@ def _draw_shown(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     window, forward, n, times = (
         _window(scene),
         scene.forward,
-        scene.watched.subject.tokens,
+        scene.watched.viewed.tokens,
         scene.relative[0],
     )
     width = (PAGE - 30) // 4
@@ -200,7 +205,7 @@ def _draw_shown(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
             scale,
         ),
     ]
-    return panels(
+    return draw_panels(
         [[_panel(scene, title, pixels, width, *more) for title, pixels, *more in row]],
         theme,
         width,
@@ -217,7 +222,7 @@ def _head(scene: Scene) -> str:
 
 def _draw_heads(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     "The attention of all heads of the chosen layer, each on a scale of its own."
-    window, n, heads = _window(scene), scene.watched.subject.tokens, scene.relative[1:]
+    window, n, heads = _window(scene), scene.watched.viewed.tokens, scene.relative[1:]
     columns = next(
         c for c in (4, 6, 8, 12) if c >= len(heads) or len(heads) <= 2 * c or c == 12
     )
@@ -232,11 +237,11 @@ def _draw_heads(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
         )
         for number, times in enumerate(heads, 1)
     ]
-    drawn = panels(
+    drawn = draw_panels(
         [found[i : i + columns] for i in range(0, len(found), columns)], theme, width
     )
     # of that width however few heads there are
-    page = Image.new("RGB", (PAGE * SHARP, drawn.height), theme.paper)
+    page = Image.new("RGB", (PAGE * PIXEL_RATIO, drawn.height), theme.paper)
     page.paste(drawn, (0, 0))
     return page
 
@@ -274,7 +279,7 @@ def draw_layers(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
         plot.at(chosen + 0.4, 0),
     )
     plot.ink.rectangle(
-        (left - 3, top - 3, right, bottom), outline=theme.ink, width=2 * SHARP
+        (left - 3, top - 3, right, bottom), outline=theme.ink, width=2 * PIXEL_RATIO
     )
     _legend(
         plot,
@@ -289,24 +294,24 @@ def draw_layers(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
 
 def _legend(plot: Plot, names: list[str]) -> None:
     "Names with their colours in the line below the title."
-    left, top, size = 0.0, 24 * SHARP, font(10 * SHARP)
+    left, top, size = 0.0, 24 * PIXEL_RATIO, font(10 * PIXEL_RATIO)
     for name in names:
         plot.ink.rectangle(
-            (left, top, left + 9 * SHARP, top + 9 * SHARP), _SHADES[name]
+            (left, top, left + 9 * PIXEL_RATIO, top + 9 * PIXEL_RATIO), _SHADES[name]
         )
         plot.ink.text(
-            (left + 12 * SHARP, top + 4.5 * SHARP),
+            (left + 12 * PIXEL_RATIO, top + 4.5 * PIXEL_RATIO),
             name,
             plot.theme.ink,
             size,
             anchor="lm",
         )
-        left += 20 * SHARP + size.getlength(name)
+        left += 20 * PIXEL_RATIO + size.getlength(name)
 
 # %% ../../nbs/7_workbench/10_attention_explorer.ipynb #1c03e088
 def draw_caption(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     "Attention on the tokens of a caption as bars over their text; 1 is what counting gives."
-    n = scene.watched.subject.tokens
+    n = scene.watched.viewed.tokens
     times = scene.relative[0, n:].nan_to_num().numpy()
     pieces = pieces_of(scene.forward, scene.watched.config.caption_stride, len(times))
     verb = "from" if scene.values["way"] == WAYS[1] else "on"
@@ -330,17 +335,17 @@ def draw(scene: Scene, theme: Theme = LIGHT) -> dict[str, bytes]:
 
     Raises ValueError for a frame that the film does not have.
     """
-    subject, frame = scene.watched.subject, scene.values["frame"]
-    if not 1 <= frame <= frames_in(subject.layout):
+    viewed, frame = scene.watched.viewed, scene.values["frame"]
+    if not 1 <= frame <= frames_in(viewed.layout):
         raise ValueError(
-            f"frame is {frame}, but frames are counted 1 to {frames_in(subject.layout)}"
+            f"frame is {frame}, but frames are counted 1 to {frames_in(viewed.layout)}"
         )
-    times = scene.relative[0, : subject.tokens]
+    times = scene.relative[0, : viewed.tokens]
     whole = framed(
-        laid_over(subject.board, scene.forward.x0, times, theme),
-        subject.board.owner,
+        laid_over(viewed.board, scene.forward.x0, times, theme),
+        viewed.board.owner,
         scene.token,
-        _GRID * SHARP,
+        _GRID * PIXEL_RATIO,
     )
     found = {
         "tokens": Image.fromarray(whole),
@@ -348,7 +353,7 @@ def draw(scene: Scene, theme: Theme = LIGHT) -> dict[str, bytes]:
         "shown": _draw_shown(scene, theme),
         "heads": _draw_heads(scene, theme),
     }
-    if len(scene.even) > subject.tokens:
+    if len(scene.even) > viewed.tokens:
         found["caption"] = draw_caption(scene, theme)
     pictures, sound = (
         {name: png_of(image) for name, image in found.items()},
@@ -410,20 +415,20 @@ def _first(tokens: int, t: float, s: float, mask_ratio: float) -> int:
 
 
 def _controls(watched: Watched) -> dict[str, widgets.Widget]:
-    subject, config = watched.subject, watched.config
-    objective, frames = subject.run.config.objective, frames_in(subject.layout)
+    viewed, config = watched.viewed, watched.config
+    objective, frames = viewed.run.config.objective, frames_in(viewed.layout)
     ratio = min(objective.mask_ratio or 0.25, 0.5)
     form = {
         "layout": widgets.Layout(width="98%", max_width="420px", min_width="0"),
         "style": {"description_width": "104px"},
     }
     grid = TokenGrid(
-        places=subject.board.places,
-        names=subject.board.names,
+        places=viewed.board.places,
+        names=viewed.board.names,
         words=["the token", "not chosen"],
         many=False,
         marked=False,
-        value=[_first(subject.tokens, 0.8, 0.2, ratio)],
+        value=[_first(viewed.tokens, 0.8, 0.2, ratio)],
         description="click the token whose attention is to be seen",
         layout=widgets.Layout(width=f"{_GRID}px", max_width="100%"),
     )
@@ -440,7 +445,7 @@ def _controls(watched: Watched) -> dict[str, widgets.Widget]:
         "t": slider("level t", 0.8),
         "s": slider("level s", 0.2),
         "mask_ratio": slider("mask ratio", ratio, 0.0, 0.5, 0.01),
-        "sample": slider("sample", 0, 0, max(1, len(subject.x0) - 1), 1),
+        "sample": slider("sample", 0, 0, max(1, len(viewed.x0) - 1), 1),
         "seed": number("seed", 0, 0, 9999),
         "network": choice("network", NETWORKS),
         "separated": switch("attention within levels alone", objective.separated),
@@ -465,13 +470,13 @@ def _refuse(words: str, values: dict):
 
 
 def explore_attention(
-    run: Run | Subject | Path | str,
+    run: Run | ViewedRun | Path | str,
     data: str = "",
     split: str = "validation",
     count: int = 24,
     **start,
 ) -> AttentionExplorer:
-    """The explorer of a run's attention; run: or its folder; data, split, count: of the samples, as `Subject` takes them.
+    """The explorer of a run's attention; run: or its folder; data, split, count: of the samples, as `ViewedRun` takes them.
 
     start: values of controls that are to be other than usual. Clicking a token while "what all look at" is shown shows what that
     token looks at. Where the run cannot be used the panel says why.
@@ -479,10 +484,10 @@ def explore_attention(
     try:
         run = Run.open(run, "cpu") if isinstance(run, Path | str) else run
         watched = Watched(
-            run if isinstance(run, Subject) else Subject(run, data, split, count)
+            run if isinstance(run, ViewedRun) else ViewedRun(run, data, split, count)
         )
     except (OSError, ValueError, RuntimeError) as error:
-        return AttentionExplorer({}, partial(_refuse, str(error)), draw, say)
+        return AttentionExplorer({}, partial(_refuse, str(error)), draw, describe)
     controls = _controls(watched)
     for name, value in start.items():
         controls[choose(name, controls, "control")].value = value
@@ -495,7 +500,7 @@ def explore_attention(
         controls,
         partial(_with_frame, watched),
         draw,
-        say,
+        describe,
         below=("layers", "sound"),
         widths={
             "layers": "300px",

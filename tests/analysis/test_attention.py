@@ -380,7 +380,7 @@ def test_maps_lie_where_the_tokens_do():
         ),
         (
             lambda: draw_on_video(torch.zeros(3, 4, 8, 8), torch.ones(1, 3, 4, 4)),
-            "do not fit a film",
+            "do not fit a video",
         ),
         (
             lambda: draw_on_audio(torch.zeros(10, 8), torch.ones(1, 3)),

@@ -33,13 +33,13 @@ from selfflow.workbench.attention_scene import (
     Forward,
     Watched,
     compute,
+    describe,
     pieces_of,
     read,
-    say,
 )
 from selfflow.workbench.boards import Board
 from selfflow.workbench.controls import DARK
-from selfflow.workbench.viewed_run import Subject
+from selfflow.workbench.viewed_run import ViewedRun
 
 VALUES = {
     "way": WAYS[0],
@@ -74,7 +74,7 @@ MORE = {
 
 @pytest.fixture(scope="module")
 def watched(runs):
-    return Watched(Subject(runs["tiny"], count=4))
+    return Watched(ViewedRun(runs["tiny"], count=4))
 
 
 @pytest.fixture(scope="module")
@@ -117,18 +117,18 @@ def test_weights_are_the_softmax_of_queries_and_keys(watched):
 
 
 def test_the_network_is_shown_what_training_shows_it(watched):
-    forward, subject = compute(watched, VALUES).forward, watched.subject
+    forward, viewed = compute(watched, VALUES).forward, watched.viewed
     tau = forward.levels.per_token()[0]
     assert sorted(set(tau.tolist())) == pytest.approx([0.1, 0.9])
     torch.testing.assert_close(
         forward.xt,
-        (1 - tau[:, None]) * subject.x0[1] + tau[:, None] * subject.noise(3)[0],
+        (1 - tau[:, None]) * viewed.x0[1] + tau[:, None] * viewed.noise(3)[0],
     )
-    out = subject.teacher(
-        forward.xt[None], forward.levels, subject.condition[[1]], taps=(1,)
+    out = viewed.teacher(
+        forward.xt[None], forward.levels, viewed.condition[[1]], taps=(1,)
     )
     again = forward.model(
-        forward.xt[None], forward.levels, subject.condition[[1]], taps=(1,)
+        forward.xt[None], forward.levels, viewed.condition[[1]], taps=(1,)
     )
     torch.testing.assert_close(out.features[1], again.features[1])
 
@@ -137,7 +137,7 @@ def test_the_network_is_shown_what_training_shows_it(watched):
 @pytest.mark.parametrize("separated", [False, True])
 def test_rows_columns_and_mass_are_sums_by_hand(watched, way, separated):
     scene = compute(watched, {**VALUES, "way": way, "separated": separated})
-    forward, n = scene.forward, watched.subject.tokens
+    forward, n = scene.forward, watched.viewed.tokens
     tau, allowed = forward.levels.per_token()[0].tolist(), forward.visible
     assert allowed.all() != separated
 
@@ -173,7 +173,7 @@ def test_rows_columns_and_mass_are_sums_by_hand(watched, way, separated):
 
 
 def test_attention_that_cannot_tell_is_1_everywhere(runs):
-    watched = Watched(Subject(runs["tiny"], count=2))
+    watched = Watched(ViewedRun(runs["tiny"], count=2))
     for block in watched.networks["EMA teacher"].blocks:
         block.attn.qkv.weight.data.zero_()
         block.attn.qkv.bias.data.zero_()
@@ -186,7 +186,7 @@ def test_attention_that_cannot_tell_is_1_everywhere(runs):
 
 
 def test_one_forward_serves_all_layers_heads_and_tokens(runs):
-    watched = Watched(Subject(runs["tiny"], count=4))
+    watched = Watched(ViewedRun(runs["tiny"], count=4))
     for change in (
         {},
         {"layer": 4},
@@ -215,7 +215,7 @@ def test_one_forward_serves_all_layers_heads_and_tokens(runs):
 def test_weights_that_are_too_many_are_computed_again(watched, monkeypatch):
     scene = compute(watched, VALUES)
     monkeypatch.setattr(attention_scene, "KEPT", 0)
-    again = compute(Watched(watched.subject), VALUES)
+    again = compute(Watched(watched.viewed), VALUES)
     assert (
         torch.equal(again.rows, scene.rows)
         and not again.forward.known
@@ -224,16 +224,16 @@ def test_weights_that_are_too_many_are_computed_again(watched, monkeypatch):
 
 
 def test_other_explorers_of_the_same_run_are_not_overheard(watched):
-    subject, forward = (
-        watched.subject,
+    viewed, forward = (
+        watched.viewed,
         watched.forward(0, 9, 0.7, 0.2, 0.25, "student", False, ""),
     )
-    assert forward.model is not subject.student
+    assert forward.model is not viewed.student
     kept = forward.seen[1].x.clone()
-    subject.see(1, forward.levels, 5)
+    viewed.view(1, forward.levels, 5)
     assert (
         torch.equal(forward.seen[1].x, kept)
-        and not subject.student.blocks[0].attn._forward_hooks
+        and not viewed.student.blocks[0].attn._forward_hooks
     )
 
 
@@ -298,18 +298,18 @@ def test_words_say_who_looks_where_and_how_much_of_it_is_cleaner(watched):
     scene = compute(watched, {**VALUES, "tokens": [noisy]})
     row = scene.rows[1].mean(0)
     best, cleaner = int(row.argmax()), row[tau < tau.max()].sum()
-    names = watched.subject.board.names
+    names = watched.viewed.board.names
     for words in (
         f"layer 2, mean of heads: {names[noisy]} (level 0.90) looks most at {names[best]} (level {tau[best]:.2f})",
         f"{16 * row.max():.1f} times",
         f"{cleaner:.0%} of the attention goes to cleaner tokens, by counting 25%",
     ):
-        assert words in say(scene)
-    assert "no token is cleaner" in say(compute(watched, {**VALUES, "s": 0.9}))
-    assert "comes from cleaner" in say(
+        assert words in describe(scene)
+    assert "no token is cleaner" in describe(compute(watched, {**VALUES, "s": 0.9}))
+    assert "comes from cleaner" in describe(
         compute(watched, {**VALUES, "tokens": [noisy], "way": WAYS[1]})
     )
-    assert "all tokens, on average, look most at" in say(
+    assert "all tokens, on average, look most at" in describe(
         compute(watched, {**VALUES, "way": WAYS[2]})
     )
 
@@ -355,7 +355,7 @@ def test_a_window_shows_the_tokens_of_its_moment(config):
 
 
 def test_an_overlay_is_brightest_where_attention_is_highest(watched):
-    board, x0 = watched.subject.board, torch.zeros_like(watched.subject.x0[0])
+    board, x0 = watched.viewed.board, torch.zeros_like(watched.viewed.x0[0])
     times = torch.zeros(16)
     times[3] = 4.0
     drawn = laid_over(board, x0, times).astype(int).sum(-1)
@@ -389,10 +389,10 @@ def test_pictures_follow_what_they_show_and_nothing_else(watched):
 
 
 def test_captions_are_shown_and_10_000_characters_are_answered(more):
-    watched = Watched(Subject(more["texts"], count=3))
+    watched = Watched(ViewedRun(more["texts"], count=3))
     scene = compute(watched, {**VALUES, "told": ""})
-    assert "caption" in draw(scene) and "the caption (counting: " in say(scene)
-    stride, n = watched.config.caption_stride, watched.subject.tokens
+    assert "caption" in draw(scene) and "the caption (counting: " in describe(scene)
+    stride, n = watched.config.caption_stride, watched.viewed.tokens
     pieces = pieces_of(scene.forward, stride, len(scene.even) - n)
     assert (
         "".join(pieces).startswith("a ")
@@ -402,16 +402,18 @@ def test_captions_are_shown_and_10_000_characters_are_answered(more):
     told = "a red star " * 909 + "?"
     other = compute(watched, {**VALUES, "told": told})
     assert not torch.equal(other.rows, scene.rows)
-    assert "10,000 characters, of which is read what fits" in say(other)
+    assert "10,000 characters, of which is read what fits" in describe(other)
     assert draw_caption(other).tobytes() != draw_caption(scene).tobytes()
     assert pieces_of(SimpleNamespace(text=None), 4, 3) == ["1", "2", "3"]
 
 
 def test_a_token_of_either_part_is_shown_on_both(more):
-    watched = Watched(Subject(more["scenes"], count=2))
+    watched = Watched(ViewedRun(more["scenes"], count=2))
     sound = watched.slices["audio"].start
     said = {
-        token: say(scene := compute(watched, {**VALUES, "tokens": [token], "frame": 3}))
+        token: describe(
+            scene := compute(watched, {**VALUES, "tokens": [token], "frame": 3})
+        )
         for token in (0, sound)
     }
     assert (

@@ -15,7 +15,7 @@ from selfflow.training.run import Run
 from selfflow.workbench.attention_explorer import draw
 from selfflow.workbench.attention_scene import WAYS, Watched, compute
 from selfflow.workbench.controls import DARK, LIGHT
-from selfflow.workbench.viewed_run import Subject
+from selfflow.workbench.viewed_run import ViewedRun
 
 CELLS = (
     """
@@ -62,7 +62,7 @@ class Looked:
         self.page, self.theme, self.watched = (
             page,
             LIGHT,
-            Watched(Subject(run, count=count)),
+            Watched(ViewedRun(run, count=count)),
         )
         self.values, self.box = (
             {**START, **start},
@@ -135,7 +135,7 @@ def test_every_control_is_followed(lab, opened):
             page.wait_for_timeout(50)
         looked.shows(**{name: type(before)(float(readout.inner_text()))})
     tokens = looked.control("tokens", "button")
-    assert tokens.count() == looked.watched.subject.tokens
+    assert tokens.count() == looked.watched.viewed.tokens
     tokens.nth(2).hover()
     assert "row 1, column 3" in tokens.nth(2).get_attribute("title")
     tokens.nth(2).click()

@@ -226,7 +226,7 @@ def test_bad_input_is_refused():
         (lambda: figure_of(PLANE, KIND, words=["a"]), "1 texts for 40 points"),
         (
             lambda: categories_of(torch.arange(MAX_CATEGORIES + 1)),
-            "29 kinds are more than the 28",
+            "29 categories are more than the 28",
         ),
         (lambda: draw_projection({}, KIND), "no projection"),
         (lambda: draw_projection({"a": PLANE[:, :1]}, KIND), r"expected \(40, 2\)"),
