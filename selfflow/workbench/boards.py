@@ -10,7 +10,7 @@ __all__ = ['PIXEL_RATIO', 'frames_of', 'owner_of', 'Board', 'stretch', 'to_bytes
 import io
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -89,8 +89,6 @@ class Board:
     """The picture on which the tokens of a sequence lie.
 
     owner: (h, w), the token that a pixel shows, -1 for none.
-    places: [left, top, width, height] of each token in fractions of the picture, for
-        `TokenGrid`.
     names: of the tokens, in words.
     frames: number of frames of all signals together.
     """
@@ -101,7 +99,7 @@ class Board:
         self.frames = 0
         owners = []  # one picture for each signal
         for name, patches in layout.patches.items():
-            owner = owner_of(patches)  # (m, h, w)
+            owner = self._owner_of(patches)  # (m, h, w)
             self.frames += len(owner)
             owner = np.where(owner >= 0, owner + len(self.names), -1)
             owners.append(_in_rows(owner, _columns(len(owner))))
@@ -119,9 +117,18 @@ class Board:
             self._pixels_of.append((rows, columns))
             shown.append(owner[rows][:, columns])
         self.owner = np.concatenate(shown)
-        self.places = self._find_places()
 
-    def _find_places(self) -> list[list[float]]:
+    # the pictures of one signal; a `Window` takes less of them
+
+    def _owner_of(self, patches) -> np.ndarray:
+        return owner_of(patches)
+
+    def _frames_of(self, patches, tokens: torch.Tensor) -> np.ndarray:
+        return frames_of(patches, tokens)
+
+    @cached_property
+    def places(self) -> list[list[float]]:
+        "Left, top, width and height of each token, in fractions of the picture."
         height, width = self.owner.shape
         ys, xs = np.indices(self.owner.shape).reshape(2, -1)
         owner = self.owner.ravel()
@@ -155,7 +162,7 @@ class Board:
         for (name, patches), (rows, columns) in zip(
             self.layout.patches.items(), self._pixels_of, strict=True
         ):
-            frames = frames_of(patches, signals[name][0])  # (m, h, w, channels)
+            frames = self._frames_of(patches, signals[name][0])  # (m, h, w, channels)
             if frames.shape[-1] != 3:
                 frames = frames[..., :1].repeat(3, -1)
             shown.append(_in_rows(frames, _columns(len(frames)))[rows][:, columns])

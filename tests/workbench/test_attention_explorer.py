@@ -29,7 +29,7 @@ from selfflow.workbench.attention_explorer import (
     laid_over,
 )
 from selfflow.workbench.attention_scene import (
-    WAYS,
+    QUESTIONS,
     Forward,
     Watched,
     compute,
@@ -42,7 +42,7 @@ from selfflow.workbench.controls import DARK
 from selfflow.workbench.viewed_run import ViewedRun
 
 VALUES = {
-    "way": WAYS[0],
+    "question": QUESTIONS[0],
     "tokens": [5],
     "layer": 2,
     "head": "mean",
@@ -133,10 +133,10 @@ def test_the_network_is_shown_what_training_shows_it(watched):
     torch.testing.assert_close(out.features[1], again.features[1])
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("question", QUESTIONS)
 @pytest.mark.parametrize("separated", [False, True])
-def test_rows_columns_and_mass_are_sums_by_hand(watched, way, separated):
-    scene = compute(watched, {**VALUES, "way": way, "separated": separated})
+def test_rows_columns_and_mass_are_sums_by_hand(watched, question, separated):
+    scene = compute(watched, {**VALUES, "question": question, "separated": separated})
     forward, n = scene.forward, watched.viewed.tokens
     tau, allowed = forward.levels.per_token()[0].tolist(), forward.visible
     assert allowed.all() != separated
@@ -144,13 +144,13 @@ def test_rows_columns_and_mass_are_sums_by_hand(watched, way, separated):
     def relation(i, j):
         return 0 if i == j else 1 if tau[j] < tau[i] else 2 if tau[j] == tau[i] else 3
 
-    lookers = range(n) if way == WAYS[2] else [5]
+    lookers = range(n) if question == QUESTIONS[2] else [5]
     for weights, rows, masses in [
         (forward.weights(1), scene.rows[0], scene.masses[0]),
         (
             (allowed / allowed.sum(-1, keepdim=True))[None],
             scene.even[None],
-            scene.counted[None],
+            scene.even_masses[None],
         ),
     ]:
         for head in range(len(weights)):
@@ -159,7 +159,7 @@ def test_rows_columns_and_mass_are_sums_by_hand(watched, way, separated):
                 for j in range(n):
                     value = (
                         weights[head, j, i].item()
-                        if way == WAYS[1]
+                        if question == QUESTIONS[1]
                         else weights[head, i, j].item()
                     )
                     row[j] += value / len(lookers)
@@ -169,7 +169,7 @@ def test_rows_columns_and_mass_are_sums_by_hand(watched, way, separated):
     if separated:
         assert scene.masses[..., [1, 3]].abs().max() == 0
         # what may not be looked at is not on the map
-        assert way == WAYS[2] or scene.relative.isnan().any()
+        assert question == QUESTIONS[2] or scene.relative.isnan().any()
 
 
 def test_attention_that_cannot_tell_is_1_everywhere(runs):
@@ -177,11 +177,11 @@ def test_attention_that_cannot_tell_is_1_everywhere(runs):
     for block in watched.networks["EMA teacher"].blocks:
         block.attn.qkv.weight.data.zero_()
         block.attn.qkv.bias.data.zero_()
-    for way in WAYS:
-        scene = compute(watched, {**VALUES, "way": way})
+    for question in QUESTIONS:
+        scene = compute(watched, {**VALUES, "question": question})
         torch.testing.assert_close(scene.relative, torch.ones_like(scene.relative))
         torch.testing.assert_close(
-            scene.of_head(scene.masses), scene.counted.expand(4, -1)
+            scene.of_head(scene.masses), scene.even_masses.expand(4, -1)
         )
 
 
@@ -192,8 +192,8 @@ def test_one_forward_serves_all_layers_heads_and_tokens(runs):
         {"layer": 4},
         {"head": 2},
         {"tokens": [0]},
-        {"way": WAYS[1]},
-        {"way": WAYS[2]},
+        {"question": QUESTIONS[1]},
+        {"question": QUESTIONS[2]},
     ):
         draw(compute(watched, {**VALUES, **change}))
     assert watched.forward.cache_info().misses == 1
@@ -214,7 +214,7 @@ def test_one_forward_serves_all_layers_heads_and_tokens(runs):
 
 def test_weights_that_are_too_many_are_computed_again(watched, monkeypatch):
     scene = compute(watched, VALUES)
-    monkeypatch.setattr(attention_scene, "KEPT", 0)
+    monkeypatch.setattr(attention_scene, "_REMEMBERED", 0)
     again = compute(Watched(watched.viewed), VALUES)
     assert (
         torch.equal(again.rows, scene.rows)
@@ -240,18 +240,18 @@ def test_other_explorers_of_the_same_run_are_not_overheard(watched):
 def test_mass_of_a_row_is_read_by_the_token_that_looks():
     weights = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.3, 0.3, 0.4]]])
     relation = torch.tensor([[0, 1, 4], [3, 0, 4], [3, 1, 0]])
-    row, mass = read(weights, relation, WAYS[0], 1, 2)
+    row, mass = read(weights, relation, QUESTIONS[0], 1, 2)
     torch.testing.assert_close(
         (row, mass),
         (torch.tensor([[0.1, 0.2, 0.7]]), torch.tensor([[0.2, 0, 0, 0.1, 0.7]])),
     )
-    row, mass = read(weights, relation, WAYS[1], 1, 2)
+    row, mass = read(weights, relation, QUESTIONS[1], 1, 2)
     torch.testing.assert_close(
         (row, mass),
         (torch.tensor([[0.25, 0.2, 0.3]]), torch.tensor([[0.2, 0, 0, 0.25, 0.3]])),
     )
     # the caption does not count among those that look
-    row, mass = read(weights, relation, WAYS[2], 0, 2)
+    row, mass = read(weights, relation, QUESTIONS[2], 0, 2)
     torch.testing.assert_close(
         (row, mass),
         (
@@ -267,7 +267,7 @@ def test_mass_of_a_row_is_read_by_the_token_that_looks():
         ({"layer": 0}, "counted 1 to 4"),
         ({"layer": 10**9}, "counted 1 to 4"),
         ({"head": 3}, "counted 1 to 2"),
-        ({"head": "first"}, "mean is that of all"),
+        ({"head": "first"}, "mean is the mean of all"),
         ({"tokens": []}, "0 tokens are chosen; click"),
         ({"tokens": [1, 2]}, "2 tokens"),
         ({"tokens": [16]}, "token 16"),
@@ -277,7 +277,7 @@ def test_mass_of_a_row_is_read_by_the_token_that_looks():
         ({"t": 1.5}, "t is 1.5"),
         ({"s": float("nan")}, "s is nan"),
         ({"mask_ratio": 0.9}, "mask_ratio"),
-        ({"way": "up"}, "question"),
+        ({"question": "up"}, "question"),
         ({"network": "teachers"}, "EMA teacher"),
         ({"frame": 2}, "counted 1 to 1"),
         ({"frame": 0}, "counted 1 to 1"),
@@ -307,10 +307,10 @@ def test_words_say_who_looks_where_and_how_much_of_it_is_cleaner(watched):
         assert words in describe(scene)
     assert "no token is cleaner" in describe(compute(watched, {**VALUES, "s": 0.9}))
     assert "comes from cleaner" in describe(
-        compute(watched, {**VALUES, "tokens": [noisy], "way": WAYS[1]})
+        compute(watched, {**VALUES, "tokens": [noisy], "question": QUESTIONS[1]})
     )
     assert "all tokens, on average, look most at" in describe(
-        compute(watched, {**VALUES, "way": WAYS[2]})
+        compute(watched, {**VALUES, "question": QUESTIONS[2]})
     )
 
 
@@ -372,13 +372,14 @@ def test_pictures_follow_what_they_show_and_nothing_else(watched):
     assert {name for name in before if before[name] != after[name]} == {
         "tokens",
         "layers",
-        "shown",
+        "inputs",
         "heads",
     }
     assert draw(scene) == before and all(
-        draw(scene, DARK)[name] != before[name] for name in ("layers", "shown", "heads")
+        draw(scene, DARK)[name] != before[name]
+        for name in ("layers", "inputs", "heads")
     )
-    received = draw_layers(compute(watched, {**VALUES, "way": WAYS[1]}))
+    received = draw_layers(compute(watched, {**VALUES, "question": QUESTIONS[1]}))
     assert (
         received.size == draw_layers(scene).size
         and received.tobytes() != draw_layers(scene).tobytes()
@@ -390,7 +391,7 @@ def test_pictures_follow_what_they_show_and_nothing_else(watched):
 
 def test_captions_are_shown_and_10_000_characters_are_answered(more):
     watched = Watched(ViewedRun(more["texts"], count=3))
-    scene = compute(watched, {**VALUES, "told": ""})
+    scene = compute(watched, {**VALUES, "caption": ""})
     assert "caption" in draw(scene) and "the caption (counting: " in describe(scene)
     stride, n = watched.config.caption_stride, watched.viewed.tokens
     pieces = pieces_of(scene.forward, stride, len(scene.even) - n)
@@ -400,9 +401,9 @@ def test_captions_are_shown_and_10_000_characters_are_answered(more):
     )
     torch.testing.assert_close(scene.masses[..., 4], scene.rows[..., n:].sum(-1))
     told = "a red star " * 909 + "?"
-    other = compute(watched, {**VALUES, "told": told})
+    other = compute(watched, {**VALUES, "caption": told})
     assert not torch.equal(other.rows, scene.rows)
-    assert "10,000 characters, of which is read what fits" in describe(other)
+    assert "10,000 characters, of which this is read" in describe(other)
     assert draw_caption(other).tobytes() != draw_caption(scene).tobytes()
     assert pieces_of(SimpleNamespace(text=None), 4, 3) == ["1", "2", "3"]
 
@@ -422,21 +423,23 @@ def test_a_token_of_either_part_is_shown_on_both(more):
         and "goes to audio" in said[0]
     )
     pictures = draw(scene)
-    assert pictures["sound"][:4] == b"RIFF"
+    assert pictures["audio"][:4] == b"RIFF"
     shown = draw(compute(watched, {**VALUES, "tokens": [sound], "frame": 1}))
     # the board has all moments
-    assert shown["shown"] != pictures["shown"] and shown["tokens"] == pictures["tokens"]
+    assert (
+        shown["inputs"] != pictures["inputs"] and shown["tokens"] == pictures["tokens"]
+    )
 
 
 def test_the_player_goes_on_while_another_layer_is_looked_at(more):
     explorer = explore_attention(more["sounds"], count=2, layer=1)
     heard = []
-    explorer.pictures["sound"].observe(
+    explorer.pictures["audio"].observe(
         lambda change: heard.append(change["new"]), "value"
     )
     explorer.controls["layer"].value = 3
     explorer.settle()
-    assert not heard and "<audio" in explorer.pictures["sound"].value
+    assert not heard and "<audio" in explorer.pictures["audio"].value
     explorer.controls["sample"].value = 1
     explorer.settle()
     assert len(heard) == 1
@@ -458,7 +461,7 @@ def test_the_panel_shows_what_the_pure_functions_draw(runs):
         "head": 2,
         "t": 0.6,
         "s": 0.5,
-        "way": WAYS[1],
+        "question": QUESTIONS[1],
         "network": "student",
         "separated": True,
         "mask_ratio": 0.4,
@@ -477,20 +480,24 @@ def test_the_panel_shows_what_the_pure_functions_draw(runs):
 
 def test_the_first_token_has_cleaner_ones(runs):
     scene = explore_attention(runs["tiny"], count=1).data
-    assert scene.counted[1] > 0 and scene.forward.levels.per_token()[
+    assert scene.even_masses[1] > 0 and scene.forward.levels.per_token()[
         0, scene.token
     ] == pytest.approx(0.8)
 
 
 def test_clicking_a_token_asks_for_that_token(runs):
-    explorer = explore_attention(runs["tiny"], count=2, way=WAYS[2])
+    explorer = explore_attention(runs["tiny"], count=2, question=QUESTIONS[2])
     explorer.controls["tokens"].value = [3]
     explorer.settle()
-    assert explorer.controls["way"].value == WAYS[0] and explorer.data.token == 3
-    explorer.controls["way"].value = WAYS[1]
+    assert (
+        explorer.controls["question"].value == QUESTIONS[0] and explorer.data.token == 3
+    )
+    explorer.controls["question"].value = QUESTIONS[1]
     explorer.controls["tokens"].value = [4]
     explorer.settle()
-    assert explorer.controls["way"].value == WAYS[1] and explorer.data.token == 4
+    assert (
+        explorer.controls["question"].value == QUESTIONS[1] and explorer.data.token == 4
+    )
 
 
 def test_errors_are_said_and_the_panel_goes_on(runs):
@@ -520,7 +527,7 @@ def test_runs_that_cannot_be_used_are_answered_in_the_panel(runs, tmp_path):
     for name, words in (
         ("", "holds no run"),
         ("absent", "holds no run"),
-        ("written", "no whole checkpoint"),
+        ("written", "no intact checkpoint"),
         ("other", ""),
     ):
         explorer = explore_attention(tmp_path / name)
