@@ -295,9 +295,9 @@ def test_index_against_a_loop(counts, seed):
     "shares", [(), (0.5,), (0.5, 0.6), (-0.1, 1.1), (math.nan, 1.0), (math.inf,)]
 )
 def test_shares_that_are_no_probabilities_are_refused(shares):
-    with pytest.raises(ValueError, match="parts are.*sum 1"):
+    with pytest.raises(ValueError, match="parts are.*sum to 1"):
         check_shares(shares, "parts")
-    with pytest.raises(ValueError, match="weights are.*sum 1"):
+    with pytest.raises(ValueError, match="weights are.*sum to 1"):
         Mixture((Uniform(),) * len(shares), shares)
 
 
