@@ -83,8 +83,9 @@ class Registry:
         known = self._entries.get(name)
         if known and not _same(_address(known.target), _address(target)):
             raise ValueError(
-                f"{self.kind} {name!r} is registered twice, as {_address(known.target)} "
-                f"and as {_address(target)}; give one of them another name"
+                f"{self.kind} {name!r} is registered twice, as "
+                f"{_address(known.target)} and as {_address(target)}; "
+                "give one of them another name"
             )
         source = _loading[-1] if _loading else ""
         self._entries[name] = Entry(name, options, target, source)
@@ -123,7 +124,7 @@ class Registry:
 
 
 def _same(address: str, other: str) -> bool:
-    """True for one address, and for a notebook's definition of what a module defines too."""
+    """True for one address, and for a notebook's own version of a module's definition."""
     module, _, name = address.partition(":")
     other_module, _, other_name = other.partition(":")
     if name != other_name:
@@ -208,7 +209,7 @@ def used() -> tuple[str, ...]:
 
 @contextmanager
 def trial() -> Iterator[None]:
-    """Forget at the end what was registered and used inside, as in a lesson or a test."""
+    """Forget at the end what was registered and used inside the block."""
     registries = (backbones, objectives, datasets, samplers, metrics, explorers)
     before = [dict(registry._entries) for registry in registries]
     used_before = dict(_used)
@@ -224,9 +225,9 @@ def trial() -> Iterator[None]:
 class Named(type):
     """The type of a config part whose `name` chooses further fields.
 
-    A class of this type is a frozen dataclass with a field `name` that has a default, and
-    sets `registry`. Calling it gives an instance of a subclass that also has the fields of
-    the named entry's options.
+    A class of this type is a frozen dataclass with a field `name` that has a default,
+    and sets `registry`. Calling it gives an instance of a subclass that also has the
+    fields of the named entry's options.
 
     Raises:
         ValueError: If the name is unknown, or an option belongs to another entry.
