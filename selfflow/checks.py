@@ -51,7 +51,8 @@ def check_types(config, infinite: tuple[str, ...] = ()) -> None:
         for number in _floats(value):
             if math.isnan(number) or (math.isinf(number) and f.name not in infinite):
                 raise ValueError(
-                    f"{f.name} is {value}, but must be a finite number ({owner}.{f.name})"
+                    f"{f.name} is {value}, but must be a finite number "
+                    f"({owner}.{f.name})"
                 )
 
 

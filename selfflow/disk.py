@@ -81,7 +81,7 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a file to write to, which replaces `path` when the block ends without error.
+    """Yield a file to write to, which replaces `path` at the end of the block.
 
     Raises NotWritten if it cannot be written; `path` is then unchanged.
     """
@@ -119,7 +119,7 @@ def write_files(contents: dict[Path, bytes]) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise NotWritten if no file can be written at `path`, before any work is done for it.
+    """Raise NotWritten if no file can be written at `path`, before any work is done.
 
     Makes the file's folder.
     """
@@ -187,7 +187,7 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder to fill, which replaces `path` when the block ends without error.
+    """Yield a folder to fill, which replaces `path` at the end of the block.
 
     Raises OSError if that fails; `path` is then unchanged.
     """

@@ -44,9 +44,10 @@ def _within(only_second, only_first, items, difference) -> np.ndarray:
 
 
 def tango_interval(only_second, only_first, items) -> tuple[np.ndarray, np.ndarray]:
-    """Return Tango's 95 % score interval of second - first, two shares of the same items.
+    """Return Tango's 95 % score interval of the difference of two shares.
 
-    Source: Tango, Statistics in Medicine 17 (1998).
+    The shares, second - first, are of the same items. Source: Tango, Statistics in
+    Medicine 17 (1998).
 
     Args:
         only_second: Number of items that have the property in the second arm alone; a
@@ -87,7 +88,7 @@ def _counts(items: int, resamples: int) -> np.ndarray:
 
 
 def _unseen(items: int) -> float:
-    """Largest share that items of a kind may have if `items` hold none (Wilson, 95 %)."""
+    """Largest share of a kind of items of which `items` hold none (Wilson, 95 %)."""
     return _Z**2 / (items + _Z**2)
 
 
@@ -216,7 +217,7 @@ def _zero_or_one(values: np.ndarray) -> bool:
 
 # %% ../nbs/0_ground/06_intervals.ipynb #ab158553
 def score_of(errors, spreads) -> float:
-    """Return 1 - sum of errors / sum of spreads over items, (n,) each; NaN if all spreads are 0."""
+    """Return 1 - sum of errors / sum of spreads, (n,) each; NaN without any spread."""
     total = np.asarray(spreads, float).sum()
     if not total:
         return float("nan")
@@ -299,7 +300,7 @@ class Comparison:
 
 
 def smallest_effect(interval: tuple[float, float]) -> float:
-    """Return the true difference that tests with intervals this wide detect with 80 % power."""
+    """Return the difference that tests with such intervals detect at 80 % power."""
     return float((1 + norm.ppf(0.8) / _Z) * (interval[1] - interval[0]) / 2)
 
 
@@ -319,12 +320,12 @@ def compare_values(
         over: What the items are.
         written: Scale and unit of the `Comparison`.
     """
-    gap, *interval = paired_difference(first, second)
+    gap, low, high = paired_difference(first, second)
     return Comparison(
         *names,
         gap,
-        tuple(interval),
-        smallest_effect(interval),
+        (low, high),
+        smallest_effect((low, high)),
         f"{len(first):,} {over}, paired; one pair of trained models",
         **written,
     )
@@ -335,8 +336,8 @@ def compare_items(
 ) -> Comparison:
     """Compare the scores of two trained models on the same test items.
 
-    The interval is Tango's for accuracies, else from the bootstrap-t of the difference. It
-    says nothing about other training seeds.
+    The interval is Tango's for accuracies, else from the bootstrap-t of the difference.
+    It says nothing about other training seeds.
 
     Args:
         first: Errors and spreads of one model, (n,) each, as for `score_of`.
@@ -361,12 +362,12 @@ def compare_items(
     # one ratio of differences is the same and keeps all digits
     if np.array_equal(first[1], second[1]):
         arms = [(first[0] - second[0], first[1])]
-    gap, *interval = _ratio_interval(arms, _scale(first, second))
+    gap, low, high = _ratio_interval(arms, _scale(first, second))
     return Comparison(
         *names,
         gap,
-        tuple(interval),
-        smallest_effect(interval),
+        (low, high),
+        smallest_effect((low, high)),
         f"{len(first[0]):,} test items, paired; one pair of trained models",
         **written,
     )
@@ -396,8 +397,8 @@ def _error(values: np.ndarray, scale: float) -> float:
 def _seeds_interval(values) -> tuple[float, float, float]:
     """Mean over training seeds, and the ends of Student's 95 % interval.
 
-    Its width is 0 only if all values are 0, see `_error`. Raises ValueError for fewer than
-    two seeds.
+    Its width is 0 only if all values are 0, see `_error`. Raises ValueError for fewer
+    than two seeds.
     """
     values = _several(values)
     half = t.ppf(0.975, len(values) - 1) * _error(values, np.abs(values).max())
@@ -416,8 +417,8 @@ def compare_seeds(
 ) -> Comparison:
     """Compare two arms over training seeds.
 
-    Paired (Student) if both have the same seeds, else by Welch's test. Equal differences
-    are no proof, see `_error`.
+    Paired (Student) if both have the same seeds, else by Welch's test. Equal
+    differences are no proof, see `_error`.
 
     Args:
         first: One arm's value for each seed.
@@ -433,7 +434,7 @@ def compare_seeds(
     if first.keys() == second.keys():
         gaps = np.array([second[seed] - first[seed] for seed in first])
         error = _error(gaps, scale)
-        freedom = len(first) - 1
+        freedom = float(len(first) - 1)
         over = f"{len(first)} training seeds, paired"
     else:
         error, freedom = _welch(values, scale)
@@ -458,7 +459,7 @@ def _welch(arms: list[np.ndarray], scale: float) -> tuple[float, float]:
 
 # %% ../nbs/0_ground/06_intervals.ipynb #00703b61
 def cells_in_words(cells) -> str:
-    """Say how many differences leave out 0 with their own interval, and how many would by chance.
+    """Say how many differences leave out 0, and how many would by chance.
 
     cells: (3, ...), the mean, lower and upper end of each difference.
     """

@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields, is_dataclass, make_dataclass
+from dataclasses import MISSING, dataclass, fields, make_dataclass
 from typing import Any
 
 from .checks import choose
@@ -83,16 +83,17 @@ class Registry:
         known = self._entries.get(name)
         if known and not _same(_address(known.target), _address(target)):
             raise ValueError(
-                f"{self.kind} {name!r} is registered twice, as {_address(known.target)} "
-                f"and as {_address(target)}; give one of them another name"
+                f"{self.kind} {name!r} is registered twice, as "
+                f"{_address(known.target)} and as {_address(target)}; "
+                "give one of them another name"
             )
         source = _loading[-1] if _loading else ""
         self._entries[name] = Entry(name, options, target, source)
         return target
 
     def _check_options(self, name: str, options: Any) -> None:
-        frozen = is_dataclass(options) and options.__dataclass_params__.frozen
-        if not frozen:
+        declared = getattr(options, "__dataclass_params__", None)  # of a dataclass
+        if declared is None or not declared.frozen:
             raise TypeError(
                 f"the options of {self.kind} {name!r} must be a class with "
                 f"@dataclass(frozen=True), not {options!r}"
@@ -123,7 +124,7 @@ class Registry:
 
 
 def _same(address: str, other: str) -> bool:
-    """True for one address, and for a notebook's definition of what a module defines too."""
+    """True for one address, and for a notebook's own version of a module's definition."""
     module, _, name = address.partition(":")
     other_module, _, other_name = other.partition(":")
     if name != other_name:
@@ -208,7 +209,7 @@ def used() -> tuple[str, ...]:
 
 @contextmanager
 def trial() -> Iterator[None]:
-    """Forget at the end what was registered and used inside, as in a lesson or a test."""
+    """Forget at the end what was registered and used inside the block."""
     registries = (backbones, objectives, datasets, samplers, metrics, explorers)
     before = [dict(registry._entries) for registry in registries]
     used_before = dict(_used)
@@ -224,9 +225,9 @@ def trial() -> Iterator[None]:
 class Named(type):
     """The type of a config part whose `name` chooses further fields.
 
-    A class of this type is a frozen dataclass with a field `name` that has a default, and
-    sets `registry`. Calling it gives an instance of a subclass that also has the fields of
-    the named entry's options.
+    A class of this type is a frozen dataclass with a field `name` that has a default,
+    and sets `registry`. Calling it gives an instance of a subclass that also has the
+    fields of the named entry's options.
 
     Raises:
         ValueError: If the name is unknown, or an option belongs to another entry.
@@ -254,7 +255,7 @@ class Named(type):
             f.name == name and f.default == value for f in fields(options)
         )
 
-    def chosen(cls, values: dict[str, Any]) -> type:
+    def chosen(cls, values: dict[str, Any]) -> Any:
         """Return the class of the entry that `values` name.
 
         Raises ValueError for a value that is not one of its settings.
@@ -269,7 +270,7 @@ class Named(type):
                 _refuse(base, concrete, field_name)
         return concrete
 
-    def of(cls, name: str) -> type:
+    def of(cls, name: str) -> Any:
         """Return the class of the entry `name`."""
         base = cls.__dict__.get("base", cls)
         options = base.registry[name].options
@@ -298,7 +299,7 @@ def own_options(part: Any) -> dict[str, Any]:
     return {f.name: getattr(part, f.name) for f in fields(part.options_type)}
 
 
-def _combine(base: type, options: type) -> type:
+def _combine(base: Any, options: type) -> Any:
     clash = {f.name for f in fields(base)} & {f.name for f in fields(options)}
     if clash:
         raise ValueError(
@@ -340,7 +341,7 @@ def _rebuild(base: type, values: dict, source: str) -> Any:
     return base(**values)
 
 
-def _refuse(base: type, concrete: type, field_name: str) -> None:
+def _refuse(base: Any, concrete: Any, field_name: str) -> None:
     kind = base.registry.kind
     owners = base.owners(field_name)
     named = next(name for name in base.registry if base.of(name) is concrete)

@@ -19,8 +19,8 @@ _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 def own_settings() -> Iterator[None]:
     """Shield a block from the caller's settings of torch; also a decorator.
 
-    Inside, gradients are recorded, new tensors are float32 and on the CPU, and nothing is
-    cast automatically; an autocast inside caches no weights. Afterwards the caller's
+    Inside, gradients are recorded, new tensors are float32 and on the CPU, and nothing
+    is cast automatically; an autocast inside caches no weights. Afterwards the caller's
     settings hold again.
     """
     dtype = torch.get_default_dtype()
