@@ -155,8 +155,7 @@ def test_a_folder_is_no_config_file_and_its_own_is_named(runs, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--config", str(runs["tiny"].path)])
     assert (
-        f"only a folder; take {runs['tiny'].path}/config.json"
-        in capsys.readouterr().err
+        f"only a folder; use {runs['tiny'].path}/config.json" in capsys.readouterr().err
     )
 
 
@@ -429,12 +428,12 @@ def test_the_version_is_printed_and_presets_are_all_listed(capsys, monkeypatch):
         (
             KeyboardInterrupt("saved"),
             130,
-            "interrupted. Nothing was lost; the same command goes on from here.\n",
+            "interrupted. Nothing was lost; the same command resumes from here.\n",
         ),
         (
             KeyboardInterrupt(),
             130,
-            "interrupted. What was not saved is lost; the same command goes on from the last checkpoint.\n",
+            "interrupted. What was not saved is lost; the same command resumes from the last checkpoint.\n",
         ),
         (SystemExit(143), 143, ""),
         (OSError("the disk is full"), 2, "selfflow: the disk is full"),
@@ -578,7 +577,7 @@ def test_an_old_command_line_is_answered_with_the_new_one(capsys, typed, written
     said = capsys.readouterr().err
     assert (
         said
-        == f"selfflow: several values in one option of the data are now options of their own: {written}\n"
+        == f"selfflow: several values in one data option are now separate options: {written}\n"
     )
     if "photos" not in written:
         preset = typed.split()[:2] if "--preset" in typed else []
