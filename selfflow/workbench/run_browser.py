@@ -389,7 +389,7 @@ class RunBrowser:
         failed = self.probing.failed
         _tell(
             self.probe_said,
-            f"Cannot be probed: {failed}" if failed else self.probing.told,
+            f"Cannot be probed: {failed}" if failed else self.probing.progress,
             alert=bool(failed),
         )
         if self.probing.done:

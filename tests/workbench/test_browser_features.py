@@ -5,8 +5,8 @@ import pytest
 from browser import record_latency, run_all, shoot, until_within, write_notebook
 
 from selfflow.training.run import Run
-from selfflow.workbench.feature_explorer import say_near
-from selfflow.workbench.feature_maps import Asked, Opened
+from selfflow.workbench.feature_explorer import describe_near
+from selfflow.workbench.feature_maps import AtlasBuilder, AtlasOptions
 
 CELLS = (
     """
@@ -22,7 +22,7 @@ explorer
 """,
     "explore_features('features/none')",
 )
-ASKED = Asked(layers=(1, 3, 6), levels=(0.0, 0.25, 0.5))
+ASKED = AtlasOptions(layers=(1, 3, 6), levels=(0.0, 0.25, 0.5))
 DRAWN = """() => { const found = [...document.querySelector('.scatterlayer .trace').querySelectorAll('.point')]
     .map(point => { const box = point.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2] });
     return found }"""
@@ -38,7 +38,9 @@ class Seen:
     def __init__(self, lab, page):
         self.page, self.method, self.layer, self.level = page, "UMAP", 1, 0.0
         # planes are those that are kept
-        self.atlas = Opened(Run.open(lab[2] / "features/seen", "cpu"), ASKED).atlas()
+        self.atlas = AtlasBuilder(
+            Run.open(lab[2] / "features/seen", "cpu"), ASKED
+        ).atlas()
 
     def control(self, name, inner=""):
         return self.page.locator(f".selfflow-control-{name} {inner}".strip()).first
@@ -161,7 +163,9 @@ def neighbours(seen, sample, count):
     "What is told, shown and ringed is what the pure functions say."
     seen.page.locator(
         "[role=status]",
-        has_text=say_near(seen.atlas, "class", seen.layer, seen.level, sample, count),
+        has_text=describe_near(
+            seen.atlas, "class", seen.layer, seen.level, sample, count
+        ),
     ).wait_for()
     order, away = (
         found[sample, :count] for found in seen.atlas.near(seen.layer, seen.level)

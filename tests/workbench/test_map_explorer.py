@@ -223,7 +223,7 @@ def test_bad_input_is_refused():
             "0 to 2 have no names among 1",
         ),
         (lambda: explore_map(PLANE * np.nan, files), "finite"),
-        (lambda: figure_of(PLANE, KIND, words=["a"]), "1 texts for 40 points"),
+        (lambda: figure_of(PLANE, KIND, texts=["a"]), "1 texts for 40 points"),
         (
             lambda: categories_of(torch.arange(MAX_CATEGORIES + 1)),
             "29 categories are more than the 28",
@@ -236,10 +236,10 @@ def test_bad_input_is_refused():
             ),
             "colours of a have",
         ),
-        (lambda: previews_of({}), "not none"),
+        (lambda: previews_of({}), "no signals"),
         (
             lambda: previews_of({"a": torch.zeros(1, 3, 4, 4), "b": torch.zeros(2, 9)}),
-            "one number of samples",
+            "different numbers of samples",
         ),
     ):
         with pytest.raises(ValueError, match=words):

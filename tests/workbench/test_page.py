@@ -256,13 +256,13 @@ def test_runs_of_the_same_data_stand_side_by_side(runs, tmp_path):
         tmp_path,
         runs["tiny"].path,
         {"a/tiny" if name == "tiny" else name: p for name, p in others.items()},
-    ).alike()
+    ).comparable()
     assert list(found)[:2] == ["a/tiny", "vanilla"], "all by the names of the list"
-    found = Chosen(tmp_path, runs["tiny"].path, others).alike()
+    found = Chosen(tmp_path, runs["tiny"].path, others).comparable()
     assert list(found)[:2] == ["tiny", "vanilla"] and not {"other", "broken"} & set(
         found
     )
-    assert len(Chosen(tmp_path, runs["tiny"].path, others).alike(most=1)) == 1
+    assert len(Chosen(tmp_path, runs["tiny"].path, others).comparable(most=1)) == 1
 
 
 def test_every_tool_opens_on_a_run(runs):

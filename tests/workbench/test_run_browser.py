@@ -459,7 +459,7 @@ def test_probing_tells_how_far_it_is_and_what_went_wrong(folder, command):
     def probed(script):
         command(script)
         found = Probing(
-            {"tiny": Path(folder / "tiny")}, lambda: told.append(found.told)
+            {"tiny": Path(folder / "tiny")}, lambda: told.append(found.progress)
         )
         found.thread.start()
         found.thread.join(20)
@@ -469,11 +469,11 @@ def test_probing_tells_how_far_it_is_and_what_went_wrong(folder, command):
     found = probed('printf "tiny:  40%%|####    | 8/20 [00:02<00:03]\\r" >&2')
     assert (
         "probing tiny: tiny:  40%  8/20 [00:02<00:03]" in told
-        and found.told == "probed tiny"
+        and found.progress == "probed tiny"
         and not found.failed
     )
     found = probed('echo "selfflow: the disk is full" >&2; exit 2')
-    assert found.failed == "tiny: selfflow: the disk is full" and not found.told
+    assert found.failed == "tiny: selfflow: the disk is full" and not found.progress
     command("exec sleep 60")
     found = Probing(
         {"tiny": folder / "tiny", "vanilla": folder / "vanilla"}, lambda: None
@@ -482,7 +482,7 @@ def test_probing_tells_how_far_it_is_and_what_went_wrong(folder, command):
     until(lambda: found._process is not None)
     found.stop()
     found.thread.join(10)
-    assert found.done and found.told == "stopped"
+    assert found.done and found.progress == "stopped"
 
 
 def test_the_button_says_the_cost_first_and_then_begins(folder, command):
