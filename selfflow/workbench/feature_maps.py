@@ -220,7 +220,7 @@ _UMAP = threading.Lock()  # numba's thread pools within UMAP fail with a second 
 
 
 class AtlasBuilder:
-    """A run opened for an atlas: model, items, layers, store, and the key of each plane.
+    """A run opened for an atlas: model, items, layers, store, and keys of all planes.
 
     Raises what opening a run raises, and ValueError for unknown layers, parts and data
     sets, and for too few samples.

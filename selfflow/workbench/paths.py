@@ -114,7 +114,7 @@ def _kind_of(run: Run, data: str) -> _Kind:
 
 
 class SideBySide:
-    """Runs that draw the same kind of samples, and some samples whose tokens may be given.
+    """Runs that draw the same kind of samples, and samples whose tokens may be given.
 
     Args:
         runs: By name.

@@ -88,7 +88,7 @@ def _sampling(chosen: Chosen) -> object:
 
 @explorers.register("Attention")
 def _attention(chosen: Chosen) -> object:
-    "Which token looks at which, by layer and head, and how much goes to cleaner tokens."
+    "Which token looks at which, by layer and head, and the share of cleaner tokens."
     return explore_attention(chosen.run)
 
 

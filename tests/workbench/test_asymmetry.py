@@ -1,4 +1,7 @@
-"""Controls, explorers and noise asymmetry without a browser: pure functions, changes that overtake each other, bad input."""
+"""Controls, explorers and the noise asymmetry explorer work without a browser.
+
+Pure functions, changes that overtake each other, and bad input.
+"""
 
 import io
 import threading

@@ -1,4 +1,4 @@
-"""Layers and levels laid out, kept and explored: what is near, what is shared, what is refused, without a browser."""
+"""Features are laid out, stored and explored; bad input is refused. No browser."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The map of samples and its static twin: what is drawn, pointed at, chosen and refused, without a browser."""
+"""The map of samples and its static twin work without a browser."""
 
 import base64
 import io

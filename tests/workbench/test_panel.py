@@ -1,4 +1,4 @@
-"""The panel with a simulated trainer: what it shows, what its buttons do, that it goes on after errors and ends."""
+"""The panel shows a simulated trainer, its buttons work, and it survives errors."""
 
 import gc
 import io
@@ -538,7 +538,7 @@ def test_train_that_fails_raises_and_lets_go(tmp_path, monkeypatch):
 
 
 def test_a_kernel_that_is_busy_hears_the_buttons(path):
-    "What JupyterLab does, without a browser: a click is sent to a subshell while the main one is busy."
+    "A click is sent to a subshell while the main one is busy, as by JupyterLab."
     manager = KernelManager(kernel_name="python3")
     manager.start_kernel(cwd=Path(__file__).parents[1])
     client = manager.client()
@@ -557,7 +557,8 @@ def test_a_kernel_that_is_busy_hears_the_buttons(path):
             while shown.stop.disabled: time.sleep(0.01)
             print(shown.stop.comm.comm_id)
             started = time.monotonic()
-            while thread.is_alive() and time.monotonic() - started < 30: time.sleep(0.01)  # the cell is busy
+            while thread.is_alive() and time.monotonic() - started < 30:
+                time.sleep(0.01)  # the cell is busy
             print("stopped by", *(what for what, *_ in trainer.answers))
         """
         client.execute(textwrap.dedent(code))

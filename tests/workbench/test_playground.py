@@ -1,4 +1,4 @@
-"""Inpainting against what it must equal, paths against Run.sample, the playground without a browser, and bad input."""
+"""Inpainting, paths and the playground agree with references; bad input is refused."""
 
 import io
 import json
@@ -49,7 +49,7 @@ def side(runs):
 
 
 def curl(x, t):
-    "A velocity in which every token pulls at every other, and which depends on the levels."
+    "A velocity that couples all tokens and depends on the levels."
     t = t[..., None] if t.ndim else t
     return torch.tanh(x + x.mean(1, keepdim=True) - t) + 0.3 * t
 
@@ -531,8 +531,8 @@ def test_a_caption_of_ten_thousand_characters_is_answered_in_words(others):
     long = "a small red star " * 600
     scene = compute(side, {**VALUES, "condition": long})
     assert (
-        f"the caption has {len(long):,} characters, of which this is read: 'a small red star"
-        in describe(scene)
+        f"the caption has {len(long):,} characters, of which this is read: "
+        "'a small red star" in describe(scene)
     )
     cut = compute(side, {**VALUES, "condition": scene.read})
     assert (
