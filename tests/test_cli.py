@@ -109,7 +109,7 @@ def test_a_run_that_was_renamed_and_moved_goes_on_where_it_is(
     assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"] and [
         p.name for p in place.parent.iterdir()
     ] == ["renamed"]
-    assert "goes on from step 4" in capsys.readouterr().out
+    assert "resuming from step 4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_plain_file_lies_between_preset_and_options(config_of, tmp_path):
             "Did you mean 'name'",
         ),
         ('{"format": 1, "config": []}', "cannot be used"),
-        ('{"training": 3}', "expected its fields"),
+        ('{"training": 3}', "expected a dict of its fields"),
     ],
 )
 def test_config_files_that_cannot_be_used_are_refused(tmp_path, capsys, content, words):
