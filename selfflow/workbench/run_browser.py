@@ -372,7 +372,7 @@ class RunBrowser:
         names = []
         for name in self._chosen():
             run = self.listing.runs[name]
-            if run.checkpoints and not run.training and not has_probes(run):
+            if run.checkpoints and not run.training and not has_probes(run.path):
                 names.append(name)
         return names
 

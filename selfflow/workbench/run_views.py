@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 
 import ipywidgets as widgets
 import numpy as np
@@ -239,15 +240,15 @@ def probes_of(runs: dict[str, Run]) -> View:
     With the difference of each other run to the first, with paired intervals.
     """
     view = _in_groups(_probes, runs)
-    missing = [name for name, run in runs.items() if not has_probes(run)]
+    missing = [name for name, run in runs.items() if not has_probes(run.path)]
     if missing:
         view.notes.append(f"no probes yet of {', '.join(missing)}")
     return view
 
 
-def has_probes(run: Run) -> bool:
-    "True if the run's folder contains probes."
-    return any((run.path / name).exists() for name in RECORDS)
+def has_probes(folder: Path) -> bool:
+    "True if a run folder contains probes."
+    return any((folder / name).exists() for name in RECORDS)
 
 
 def _pair_with_baseline(

@@ -286,7 +286,7 @@ def test_mass_of_a_row_is_read_by_the_token_that_looks():
         ({"frame": 0}, "counted 1 to 1"),
     ],
 )
-def test_what_cannot_be_is_said(watched, change, words):
+def test_bad_input_is_refused(watched, change, words):
     with pytest.raises(ValueError, match=words):
         draw(compute(watched, {**VALUES, **change}))
 
@@ -504,7 +504,7 @@ def test_clicking_a_token_asks_for_that_token(runs):
     )
 
 
-def test_errors_are_said_and_the_panel_goes_on(runs):
+def test_errors_are_shown_and_the_panel_goes_on(runs):
     explorer = explore_attention(runs["vanilla"], count=2)
     explorer.controls["tokens"].value = []
     explorer.settle()

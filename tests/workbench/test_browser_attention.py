@@ -228,7 +228,7 @@ def drag(looked):
     looked.shows(t=float(looked.control("t", ".widget-readout").inner_text()))
 
 
-def test_films_sounds_captions_and_a_folder_without_runs(lab, opened):
+def test_videos_audio_captions_and_a_folder_without_runs(lab, opened):
     page = opened
     scenes = Looked(page, 1, Run.open(lab[2] / "more/scenes", "cpu"), 4)
     page.locator(scenes.picture("tokens")).scroll_into_view_if_needed()

@@ -297,7 +297,7 @@ def test_what_was_chosen_stays_chosen_and_is_ringed_on_the_strip(view):
     assert len(view.selected) == 0
 
 
-def test_a_factor_that_cannot_be_shown_is_said_and_the_panel_goes_on(view):
+def test_a_factor_that_cannot_be_shown_is_reported(view):
     view.atlas.factors["scale"] = view.factors["scale"] = np.full(40, np.nan)
     view.seek_near(0)
     view.colour.value = "scale"
@@ -319,7 +319,7 @@ def test_a_long_caption_is_cut(view):
     assert FeatureMap(view.atlas, view.previews).describe(3).startswith("3; kind ")
 
 
-def test_a_folder_without_a_run_is_said_and_can_be_tried_again(run, tmp_path):
+def test_a_folder_without_a_run_is_reported_and_can_be_tried_again(run, tmp_path):
     empty = explore_features(tmp_path / "later")
     with pytest.raises(RuntimeError, match="holds no run"):
         empty.wait(60)

@@ -52,7 +52,7 @@ def a_map(**options) -> MapExplorer:
     )
 
 
-def test_kinds_are_told_apart_by_colour_and_shape_and_numbers_are_not_kinds():
+def test_categories_differ_in_colour_and_shape_and_numbers_are_not_categories():
     figure = draw_projection(
         {"one": PLANE, "two": 2 * PLANE},
         KIND,
@@ -150,7 +150,7 @@ def test_a_selection_gives_back_indices():
     assert len(view.selected) == 0
 
 
-def test_a_factor_gives_its_colours_and_what_cannot_be_drawn_is_said():
+def test_a_factor_gives_its_colours_or_an_error_message():
     view = a_map()
     before = view.figure.data[0].marker.color
     assert len(view.figure.data) == 4 and before[:3] == HUES[:3]

@@ -129,7 +129,7 @@ def test_a_stopped_quickstart_goes_on(tmp_path, monkeypatch):
     assert {saved_step(path) for path in bench.runs.values()} == {12}
 
 
-def test_what_cannot_be_trained_is_said(tmp_path):
+def test_a_failed_training_is_reported(tmp_path):
     (tmp_path / "quickstart").mkdir()
     (tmp_path / "quickstart/self-flow").write_text("a file where a folder should be")
     bench = Workbench(tmp_path, (WORDS,), QUICK)
@@ -306,7 +306,7 @@ def test_the_notebook_of_the_app_runs_nothing_else(tmp_path):
     assert seen == [str(folder.resolve()), {"trained": False}] and len(book.cells) == 1
 
 
-def test_a_port_that_is_taken_is_said_before_anything_is_begun(tmp_path):
+def test_a_taken_port_is_refused_before_anything_starts(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -108,7 +108,7 @@ def test_what_a_folder_may_hold_is_listed_in_words(listing, folder):
     assert states["tiny"] == "finished; 1 damaged line of its log skipped"
 
 
-def test_a_run_that_trains_is_seen_to_and_nothing_new_is_nothing_new(folder, listing):
+def test_a_training_run_is_noticed_and_no_change_is_no_change(folder, listing):
     assert not listing.look()
     run = Run.open(folder / "tiny", "cpu")
     with run.locked():
@@ -187,7 +187,7 @@ def test_checkpoints_are_read_through_before_they_are_opened(listing, folder):
         open_runs(listing, [])
 
 
-def test_what_is_seen_is_what_the_pure_functions_draw(listing, folder):
+def test_the_browser_shows_what_the_pure_functions_draw(listing, folder):
     for measure in ("flow_loss", "validation_flow_loss"):
         for against, label in (("steps", "step"), ("seconds", "time of training")):
             view = compute(listing, {**VALUES, "measure": measure, "against": against})
