@@ -1,4 +1,6 @@
-"""A user's backbone: from a shell, in other processes, from a notebook, and refused in one line where it does not fit."""
+"""A user's backbone: from a shell, in other processes, from a notebook, and refused in
+one line where it does not fit.
+"""
 
 import json
 import signal

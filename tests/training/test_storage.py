@@ -339,7 +339,7 @@ def test_a_read_only_folder_can_be_looked_at_and_is_refused_before_training(moun
     ):
         with pytest.raises(
             NotWritten,
-            match="Read-only file system.*See that the folder can be written to",
+            match="Read-only file system.*Make the folder writable",
         ) as error:
             write()
         assert error.value.errno == errno.EROFS
@@ -355,7 +355,7 @@ def test_a_folder_without_permission_is_said(tmp_path, monkeypatch):
     with pytest.raises(
         NotWritten,
         match="step 3 of .*tiny could not be written: Permission denied. The last good checkpoint, "
-        "step-00000002, is intact. See that the folder can be written to",
+        "step-00000002, is intact. Make the folder writable",
     ):
         run.save(3, tensors(3), {})
     with pytest.raises(NotWritten, match="Permission denied. Nothing was changed."):
