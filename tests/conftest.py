@@ -80,6 +80,22 @@ def process_settings():
     }
 
 
+def pytest_collection_modifyitems(items):
+    """Say what one of several test processes does alone (`--dist loadgroup`).
+
+    A file, whose tests share trained runs; all tests with a browser, which share one
+    JupyterLab; but notebooks one by one. pytest-xdist begins with the longest lists.
+    """
+    for item in items:
+        if item.path.name == "test_notebooks.py":
+            continue
+        browser = item.path.name.startswith("test_browser")
+        group = (
+            "browser" if browser else str(item.path.relative_to(item.config.rootpath))
+        )
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(autouse=True)
 def the_process_is_left_as_it_was():
     "A picture once differed in its last bits because another test had left two threads."
