@@ -831,7 +831,7 @@ def test_the_command_line_samples_as_it_is_told(runs, tmp_path):
 
 def test_the_command_line_probes(runs, tmp_path, capsys):
     shutil.copytree(runs["tiny"].path, tmp_path / "tiny")
-    main(["probe", str(tmp_path / "tiny")])
+    main(["probe", str(tmp_path / "tiny"), "--samples", "200"])
     said = capsys.readouterr().out
     assert "raw input" in said and "untrained network" in said and "tiny, block" in said
     assert json.loads((tmp_path / "tiny/probes.json").read_text())["about"][
