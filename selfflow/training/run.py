@@ -521,7 +521,7 @@ class Run:
         guidance of a model that was trained without label drop: it never saw the null label.
         """
         sampler_options(method, options)  # refused before the weights are read
-        condition = self.sources.wanted(labels, data)
+        condition = self.sources.condition_for(labels, data)
         count = len(condition)
         if not count or batch < 1:
             raise ValueError(

@@ -93,7 +93,7 @@ def write_samples(
     """
     data, shift = run.config.data_name(data), run.shift if shift is None else shift
     wanted, texts = (
-        run.sources.wanted(labels, data).values,
+        run.sources.condition_for(labels, data).values,
         run.sources.texts(labels, data),
     )
     # what is kept are the texts, in bytes, as of other runs

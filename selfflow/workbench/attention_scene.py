@@ -140,7 +140,7 @@ class Watched:
         subject = self.subject
         if not told.strip() or not self.config.caption:
             return subject.condition[[sample]]
-        return subject.run.sources.wanted([told])
+        return subject.run.sources.condition_for([told])
 
     def _sound(self, sample: int) -> bytes | None:
         "The sound of a sample as its tokens give it; None for what is no sound to be heard."

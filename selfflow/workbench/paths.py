@@ -196,7 +196,7 @@ class SideBySide:
         return (
             caption
             if config.encoder
-            else caption_text(self._first.sources.wanted([caption]).values[0])
+            else caption_text(self._first.sources.condition_for([caption]).values[0])
         )
 
 # %% ../../nbs/7_workbench/07_paths.ipynb #ec8fca9f
@@ -226,7 +226,7 @@ def _velocity(
     told = (
         None
         if settings.told is None
-        else run.sources.wanted([settings.told] * rows, side.name)
+        else run.sources.condition_for([settings.told] * rows, side.name)
     )
     return run.velocity_fn(told, cfg_scale, data=side.name)
 

@@ -61,7 +61,7 @@ GOOD = {
         (
             {"images": torch.full((3, 1, 4, 4), torch.nan)},
             ValueError,
-            r"3 images hold NaN or infinity, first at \[0, 1, 2\]",
+            r"3 images contain NaN or infinity, first at \[0, 1, 2\]",
         ),
         (
             {"images": torch.full((3, 1, 4, 4), torch.inf)},

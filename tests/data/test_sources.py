@@ -15,7 +15,7 @@ from selfflow.data.autoencoder import Haar
 from selfflow.data.datasets import DataSet, Examples
 from selfflow.data.latents import encode_latents
 from selfflow.data.options import DataConfig
-from selfflow.data.sources import Columns, SoundPatches, Sources, layout_of, load
+from selfflow.data.sources import AudioPatches, Sources, SpectrumCodec, layout_of, load
 from selfflow.method.options import ObjectiveConfig
 from selfflow.training.batches import Batches, Validation
 from selfflow.training.config import Config
@@ -145,14 +145,14 @@ def test_film_and_sound_share_their_clock():
 
 
 def test_a_spectrum_that_is_one_already_is_cut_as_it_is():
-    cut = SoundPatches(Columns((3, 8)), 2)
+    cut = AudioPatches(SpectrumCodec((3, 8)), 2)
     spectra = torch.randn(2, 3, 8)
     assert torch.equal(cut.unpatchify(cut.patchify(spectra)), spectra)
     assert torch.equal(cut.patchify(spectra)[1, 2], spectra[1, :, 4:6].T.flatten())
     with pytest.raises(
         ValueError, match="8 columns is not divisible by data.columns 3"
     ):
-        SoundPatches(Columns((3, 8)), 3)
+        AudioPatches(SpectrumCodec((3, 8)), 3)
 
 
 # conditions
@@ -171,21 +171,21 @@ def test_classes_of_several_data_sets_are_counted_on():
         condition.values, sources.data["notes"].take(torch.arange(20)).labels + kinds
     )
     assert condition.classes == kinds + pitches
-    assert sources.wanted([0, 2], "notes").values.tolist() == [kinds, kinds + 2]
-    assert sources.wanted([1]).values.tolist() == [1]
+    assert sources.condition_for([0, 2], "notes").values.tolist() == [kinds, kinds + 2]
+    assert sources.condition_for([1]).values.tolist() == [1]
 
 
 @pytest.mark.parametrize(
     "condition, told, words",
     [
         ("class", ["a star"], "there is no class 'a star'; did you mean 'star'"),
-        ("caption", [1, 2], "drawn by captions here"),
-        ("caption", torch.tensor([1, 2]), "give texts"),
+        ("caption", [1, 2], "conditioned on captions"),
+        ("caption", torch.tensor([1, 2]), "pass texts"),
     ],
 )
 def test_what_is_wanted_in_the_wrong_form_is_refused(condition, told, words):
     with pytest.raises(ValueError, match=words):
-        Sources(little("shapes", condition=condition)).wanted(told)
+        Sources(little("shapes", condition=condition)).condition_for(told)
 
 
 # training
@@ -459,7 +459,7 @@ def test_samples_are_written_to_be_seen_and_heard(
     "values, words",
     [
         ({"name": "shape"}, "Did you mean 'shapes'"),
-        ({"name": "folder"}, "needs the place"),
+        ({"name": "folder"}, "needs the path"),
         (
             {"path": "x"},
             "path is an option of data set folder, huggingface, latents, which digits does not have",

@@ -753,7 +753,8 @@ def test_an_encoder_needs_captions():
     for condition in ("class", "none"):
         with pytest.raises(
             ValueError,
-            match=f"data.encoder '.*x' reads captions, data.condition is '{condition}'; take caption",
+            match="data.encoder '.*x' needs captions, but data.condition is "
+            f"'{condition}'; set it to caption",
         ):
             DataConfig("shapes", condition=condition, encoder="x")
     assert (
@@ -777,11 +778,15 @@ def test_conditions_are_vectors(folders, kind):
     assert condition.kind == "vectors" and torch.equal(
         condition.values, opened.encode(said, 12)
     )
-    assert torch.equal(condition.values, sources.wanted(said).values)
-    assert sources.wanted(condition) is condition, "a condition is taken as it is"
+    assert torch.equal(condition.values, sources.condition_for(said).values)
+    assert sources.condition_for(condition) is condition, (
+        "a condition is taken as it is"
+    )
     for wrong in ([1, 2], torch.zeros(2, dtype=torch.int64), caption_bytes(said, 12)):
-        with pytest.raises(ValueError, match="drawn by captions here: give texts"):
-            sources.wanted(wrong)
+        with pytest.raises(
+            ValueError, match="conditioned on captions here; pass texts"
+        ):
+            sources.condition_for(wrong)
     judged, _ = Validation.of(config).data["shapes"]
     assert judged.condition.values.shape == (5, 12, opened.width)
     notes = DataConfig("notes", **{name: getattr(config.data, name) for name in SHARED})
@@ -853,7 +858,7 @@ def test_texts_are_drawn_with_guidance(told):
         plain, run.sample(captions, steps=3, batch=3)["image"], atol=1e-5, rtol=1e-4
     )
     assert torch.equal(
-        plain, run.sample(run.sources.wanted(captions), steps=3)["image"]
+        plain, run.sample(run.sources.condition_for(captions), steps=3)["image"]
     )
 
 

@@ -230,7 +230,7 @@ class Odd(Dataset):
         (
             lambda: Odd(item4=torch.full((1, 8, 8), torch.nan)),
             ValueError,
-            "item 4: image holds NaN or infinity",
+            "item 4: image contains NaN or infinity",
         ),
         (
             lambda: Odd(item4=torch.full((1, 8, 8), 2.0)),
@@ -250,7 +250,7 @@ class Odd(Dataset):
         (
             lambda: Odd(item2=(torch.zeros(1, 8, 8), 1)),
             ValueError,
-            "some items have a label and others none",
+            "some items have a label and others do not",
         ),
         (
             lambda: Odd(item0={"picture": torch.zeros(1, 8, 8)}),
@@ -267,7 +267,7 @@ class Odd(Dataset):
             ValueError,
             "a label is -1",
         ),
-        (lambda: iter([1]), TypeError, "is no data set: expected tensors"),
+        (lambda: iter([1]), TypeError, "is not a data set; expected tensors"),
         (lambda: {"validation": torch.zeros(9, 1, 8, 8)}, ValueError, "but no 'train'"),
         (
             lambda: {
@@ -280,7 +280,7 @@ class Odd(Dataset):
         (
             lambda: Odd(2),
             ValueError,
-            "has 2 samples, but it is split into train, validation, test",
+            "has 2 samples; it needs at least one for each of train",
         ),
     ],
 )

@@ -764,7 +764,7 @@ def with_data(monkeypatch, only=None, **change):
             }
         )
 
-    monkeypatch.setattr(selfflow.data.sources, "open_digits", broken)
+    monkeypatch.setattr(selfflow.data.sources, "_open_digits", broken)
 
 
 @pytest.mark.parametrize(

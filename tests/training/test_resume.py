@@ -463,7 +463,7 @@ def test_data_that_changed_since_the_run_began_are_refused(tmp_path, monkeypatch
 
     config = replace(TINY, objective=ObjectiveConfig("flow_matching"))
     run = train(config, tmp_path)
-    before, digits = run.log_path.read_text(), sources.open_digits
+    before, digits = run.log_path.read_text(), sources._open_digits
 
     def changed(asked, split):
         data = digits(asked, split)
@@ -471,7 +471,7 @@ def test_data_that_changed_since_the_run_began_are_refused(tmp_path, monkeypatch
         labels[0] = (labels[0] + 1) % 10
         return ImageSet(data.images, labels, data.names) if split == "train" else data
 
-    monkeypatch.setattr(sources, "open_digits", changed)
+    monkeypatch.setattr(sources, "_open_digits", changed)
     with pytest.raises(ValueError, match=r"data.*train"):
         train(config, tmp_path)
     assert run.log_path.read_text() == before

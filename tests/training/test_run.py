@@ -824,7 +824,7 @@ def test_the_sde_adds_noise_of_its_own(runs):
         for step in range(6)
     ]
     expected = sample(
-        guided_velocity(run.teacher, run.sources.wanted(labels)),
+        guided_velocity(run.teacher, run.sources.condition_for(labels)),
         x1,
         6,
         "sde",
@@ -844,7 +844,7 @@ def test_shift_and_interval_are_those_of_the_sampler(runs):
     run, labels = runs["tiny"], torch.tensor([0, 1, 2])
     x1 = torch.randn(3, 16, 4, generator=keyed(0, "samples"))
     velocity_fn = guided_velocity(
-        run.teacher, run.sources.wanted(labels), 4.0, (0.3, 0.8)
+        run.teacher, run.sources.condition_for(labels), 4.0, (0.3, 0.8)
     )
     expected = run.layout().unpatchify(sample(velocity_fn, x1, 5, "heun", shift=3.0))[
         "image"
