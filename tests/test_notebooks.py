@@ -1,4 +1,7 @@
-"""Every notebook runs from top to bottom, as nbdev_test runs it, and leaves its process as it was."""
+"""Every notebook runs from top to bottom, as nbdev_test runs it.
+
+None leaves its process other than it was.
+"""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""The published form computes what ours does; the benchmark counts what it says it counts."""
+"""The published form computes what ours does; the benchmark counts what it reports."""
 
 import json
 from functools import partial
@@ -130,7 +130,7 @@ def test_modulation_per_token_is_gone_from_memory():
 
 
 def small_ceiling(precision, device):
-    "As the benchmark's, from a product that a test can wait for; the command's test has the real one."
+    "From a small product; the test of the command measures the real one."
     n = 512
     a = torch.randn(n, n).to(torch.bfloat16 if precision == "bf16" else torch.float32)
     return lambda: 2 * n**3 / min(_seconds(lambda: a @ a, device) for _ in range(3))

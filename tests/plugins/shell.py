@@ -1,4 +1,4 @@
-"""Commands in a fresh process, as a shell gives them: several in one, so that torch is imported once."""
+"""Commands in a fresh process, as a shell gives them; several share their imports."""
 
 import json
 import subprocess
