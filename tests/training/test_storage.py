@@ -495,7 +495,8 @@ def test_what_was_put_into_a_checkpoint_by_hand(tmp_path, capsys):
     shutil.copy(first / "model.safetensors", second / "judge.safetensors")
     assert (
         run.latest() == first
-        and "judge.safetensors is not in manifest.json" in capsys.readouterr().out
+        and "judge.safetensors is not listed in manifest.json"
+        in capsys.readouterr().out
     )
     (second / "judge.safetensors").unlink()
     (second / "model.safetensors").unlink()
