@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import (
     FlopCounterMode,
@@ -175,10 +175,7 @@ class Case:
 def _training_step(
     student: Any, objective: nn.Module, case: Case, batch: Batch
 ) -> Callable[[], None]:
-    """A function that trains a student for one step, with clipping and EMA.
-
-    The objective returns `Losses`, or the loss itself in the published form.
-    """
+    """A function that trains a student for one step, with clipping and EMA."""
     objective = objective.to(batch.x0.device)
     teacher = make_teacher(student)
     parameters = [*student.parameters(), *objective.parameters()]
@@ -189,9 +186,8 @@ def _training_step(
     def step():
         with _autocast(case, batch.x0.device):
             losses = objective(student, teacher, batch, partial(keyed, 0))
-        loss = losses if isinstance(losses, Tensor) else losses.total
         optimizer.zero_grad()
-        loss.backward()
+        losses.total.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         update_ema(teacher, student, 0.999)
