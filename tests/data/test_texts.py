@@ -169,8 +169,8 @@ def own(folders, tmp_path):
 
 def forget(opened):
     "As in a new process."
-    opened._known.clear()
-    opened._held = 0
+    opened._cache.clear()
+    opened._cached_bytes = 0
 
 
 def theirs(folder, kind, text, tokens):
@@ -346,7 +346,7 @@ def test_each_text_is_encoded_once_and_the_oldest_is_forgotten(encoder, monkeypa
     assert met == ["a red star", "a blue star"]
     encoder.encode(["a red star"], 5)
     assert met[2:] == ["a red star"], "another length is another thing"
-    monkeypatch.setattr(texts, "_REMEMBERED", 3 * 6 * encoder.width * 4)
+    monkeypatch.setattr(texts, "_CACHE_BYTES", 3 * 6 * encoder.width * 4)
     forget(encoder)
     met.clear()
     long = [
@@ -357,17 +357,17 @@ def test_each_text_is_encoded_once_and_the_oldest_is_forgotten(encoder, monkeypa
     encoder.encode([long[0], long[2], long[3]], 6)
     assert (
         met == long
-        and encoder._held
-        == sum(own.nbytes for own in encoder._known.values())
+        and encoder._cached_bytes
+        == sum(own.nbytes for own in encoder._cache.values())
         == 3 * 6 * encoder.width * 4
     )
     encoder.encode([long[1]], 6)
     assert met == [*long, long[1]]
-    monkeypatch.setattr(texts, "_REMEMBERED", 0)
+    monkeypatch.setattr(texts, "_CACHE_BYTES", 0)
     assert (
         torch.equal(encoder.encode(long, 6), encoder.encode(long, 6))
-        and encoder._held == 0
-        and not encoder._known
+        and encoder._cached_bytes == 0
+        and not encoder._cache
     )
 
 
@@ -381,10 +381,10 @@ def test_what_a_caller_does_to_vectors_is_not_remembered(encoder):
 def test_a_lock_that_was_lost_in_a_fork_stops_nothing(encoder):
     expected = encoder.encode(["a green star"], 6)
     forget(encoder)
-    with encoder._free:
+    with encoder._lock:
         assert (
             torch.equal(encoder.encode(["a green star"], 6), expected)
-            and not encoder._known
+            and not encoder._cache
         )
 
 
