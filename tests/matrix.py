@@ -35,7 +35,7 @@ from selfflow.workbench.paths import SideBySide
 from selfflow.workbench.playground import explore as explore_sampling
 from selfflow.workbench.probe_process import Probing
 from selfflow.workbench.tools import Chosen
-from selfflow.workbench.viewed_run import Subject
+from selfflow.workbench.viewed_run import ViewedRun
 
 NOTEBOOKS = Path(__file__).parent.parent / "nbs/studies"
 CLASSES = ("circle", "square", "star")
@@ -353,7 +353,7 @@ def _explorer(made) -> None:
 
 
 def _asymmetry(run: Path, place: Path) -> None:
-    _explorer(explore_asymmetry(Subject(Run.open(run, "cpu")), t=0.9, s=0.2))
+    _explorer(explore_asymmetry(ViewedRun(Run.open(run, "cpu")), t=0.9, s=0.2))
 
 
 def _attention(run: Path, place: Path) -> None:
@@ -514,7 +514,7 @@ def check_choice(kind: Kind, run: Path) -> None:
     conditions = judged.data[opened.config.data.name][0].condition.values
     if opened.config.data.condition == "class" and not alike:
         assert conditions.bincount().tolist() == [4, 4, 4]
-        assert Subject(opened, count=6).condition.values.bincount().tolist() == [
+        assert ViewedRun(opened, count=6).condition.values.bincount().tolist() == [
             2,
             2,
             2,

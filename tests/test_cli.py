@@ -328,8 +328,13 @@ def test_help_names_every_field_its_meaning_and_the_default_of_the_preset(
         sources = "\n".join(
             map(inspect.getsource, part if isinstance(part, tuple) else (part,))
         )
-        comments = re.findall(r"^    (\w+): .+?  # (.+)$", sources, re.M)
-        meant |= {prefix + name: text for name, text in comments}
+        # above the field, or behind it
+        above = re.findall(r"((?:^    # .+\n)+)    (\w+): ", sources, re.M)
+        behind = re.findall(r"^    (\w+): .+?  # (.+)$", sources, re.M)
+        meant |= {
+            prefix + name: " ".join(re.findall("# (.+)", text)) for text, name in above
+        }
+        meant |= {prefix + name: text for name, text in behind}
     for part, known in {
         "data": datasets,
         "model": backbones,
@@ -585,7 +590,7 @@ def test_an_old_command_line_is_answered_with_the_new_one(capsys, typed, written
     [
         (
             "--data.path x",
-            "--data.path is an option of data set folder, huggingface, latents; choose one by --data.name",
+            "--data.path is an option of data set folder, huggingface, latents, fashion; choose one by --data.name",
         ),
         (
             "--data.0.name notes --data.0.size 8",

@@ -532,7 +532,8 @@ def test_no_paths_of_one_machine_no_pickle_no_large_files():
         r"|allow_pickle=True|trust_remote_code"
     )
     for path in tracked():
-        assert path.stat().st_size < 600_000, path
+        largest = 5_000_000 if path.parent == ROOT / "data/fashion" else 600_000
+        assert path.stat().st_size < largest, path
         if path.suffix in {
             ".py",
             ".ipynb",

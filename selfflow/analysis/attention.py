@@ -9,7 +9,8 @@ __all__ = ['RELATIONS', 'visible_keys', 'attention_weights', 'Seen', 'attention_
 
 # %% ../../nbs/4_analysis/06_attention.ipynb #9ab9c2b1
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -24,29 +25,32 @@ from ..method.flow import interpolate
 from ..method.layers import Attention, Groups
 from ..method.schedule import NoiseLevels
 from ..method.tokens import Part, TokenSlices, rotate
-from ..method.transformer import Transformer
 
 # %% ../../nbs/4_analysis/06_attention.ipynb #fe031341
 def visible_keys(groups: Groups, batch: int) -> Tensor:
-    "Which keys each query may look at, (b, n, n) bool, as the fused attention within `groups` takes them."
+    """Keys that each query may attend to in fused attention within `groups`.
+
+    Args:
+        groups: Of `batch` samples with n tokens each.
+        batch: b.
+
+    Returns: (b, n, n) bool, True where query i may attend to key j.
+    """
     n = len(groups.place) // batch
     first = n * torch.arange(batch, device=groups.place.device)[:, None]
-    seen, sizes = [], []
+    visible, sizes = [], []
     for group in groups.groups:
-        keys = group.keys.unflatten(0, (batch, -1)) - first
-        real = (
-            torch.ones_like(keys, dtype=torch.bool)
-            if group.visible is None
-            else group.visible
-        )
-        seen.append(real.new_zeros(batch, n).scatter(1, keys, real))
+        keys = group.keys.unflatten(0, (batch, -1)) - first  # (b, keys), from 0
+        real = group.visible  # keys that only fill up a group are not real
+        if real is None:
+            real = torch.ones_like(keys, dtype=torch.bool)
+        visible.append(real.new_zeros(batch, n).scatter(1, keys, real))
         sizes.append(len(group.rows) // batch)
+    # `place` is the row of a token among the queries of all groups of its sample.
     ends = torch.tensor(sizes, device=first.device).cumsum(0)
-    # of a token among its sample's results
     row = groups.place.unflatten(0, (batch, n)) % ends[-1]
-    return torch.stack(seen, 1).gather(
-        1, torch.bucketize(row, ends, right=True)[..., None].expand(-1, -1, n)
-    )
+    group_of = torch.bucketize(row, ends, right=True)  # (b, n)
+    return torch.stack(visible, 1).gather(1, group_of[..., None].expand(-1, -1, n))
 
 
 def attention_weights(
@@ -56,23 +60,30 @@ def attention_weights(
     groups: Groups | None = None,
     queries: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The weights (b, h, q, n) that an attention layer gives all tokens, and the values (b, n, h, e) that they weigh.
+    """Weights of an attention layer, softmax(q k^T / sqrt(e)), and its values.
 
-    x, rotary, groups: what the layer is called with; queries: (q,) positions of the tokens that look, None = all n.
-    Computed in float32 at least; rows sum to 1.
+    Computed in float32 or better.
+
+    Args:
+        layer: The layer.
+        x, rotary, groups: Inputs of its forward.
+        queries: Positions of the queries, (q,); None = all n tokens.
+
+    Returns:
+        Weights (b, h, q, n), whose rows sum to 1, and values (b, n, h, e).
     """
-    # (b, n, h, e)
-    q, k, v = layer.qkv(x).unflatten(-1, (3, layer.heads, -1)).unbind(2)
-    if layer.q_norm is not None:
-        q, k = (
-            norm(part.to(norm.weight.dtype)).to(v.dtype)
-            for norm, part in ((layer.q_norm, q), (layer.k_norm, k))
-        )
+    q, k, v = layer.qkv(x).unflatten(-1, (3, layer.heads, -1)).unbind(2)  # (b, n, h, e)
+    if layer.q_norm is not None and layer.k_norm is not None:
+        q = layer.q_norm(q.to(layer.q_norm.weight.dtype)).to(v.dtype)
+        k = layer.k_norm(k.to(layer.k_norm.weight.dtype)).to(v.dtype)
     if rotary is not None:
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        q = rotate(q, rotary)
+        k = rotate(k, rotary)
     visible = None if groups is None else visible_keys(groups, len(x))
     if queries is not None:
-        q, visible = q[:, queries], None if visible is None else visible[:, queries]
+        q = q[:, queries]
+        if visible is not None:
+            visible = visible[:, queries]
     q, k = (part if part.dtype.itemsize >= 4 else part.float() for part in (q, k))
     scores = torch.einsum("b q h e, b n h e -> b h q n", q, k) * q.shape[-1] ** -0.5
     if visible is not None:
@@ -81,7 +92,11 @@ def attention_weights(
 
 # %% ../../nbs/4_analysis/06_attention.ipynb #8cbeaadc
 class Seen(NamedTuple):
-    "What an attention layer was called with (x, rotary, groups), and what its fused computation made of it, (b, n, d)."
+    """One call of an attention layer.
+
+    x, rotary, groups: Its inputs.
+    output: Of its fused computation, (b, n, d).
+    """
 
     x: Tensor
     rotary: Tensor | None
@@ -90,51 +105,72 @@ class Seen(NamedTuple):
 
 
 def attention_of(model: nn.Module) -> list[Attention]:
-    "Return the attention of each layer. Raises ValueError for a backbone that has none of this kind."
-    found = [getattr(block, "attn", None) for block in getattr(model, "blocks", ())]
-    if not found or not all(isinstance(one, Attention) for one in found):
+    """The attention layer of each block.
+
+    Raises:
+        ValueError: For a backbone with another kind of attention.
+    """
+    blocks = cast(Iterable[nn.Module], getattr(model, "blocks", ()))
+    layers = [getattr(block, "attn", None) for block in blocks]
+    attention = [layer for layer in layers if isinstance(layer, Attention)]
+    if not attention or len(attention) < len(layers):
         raise ValueError(
-            f"{type(model).__name__} has no attention maps: its `blocks` would need a layer `attn` each, of "
-            "selfflow.method.layers.Attention"
+            f"{type(model).__name__} has no attention maps: its `blocks` would need a "
+            "layer `attn` each, of selfflow.method.layers.Attention"
         )
-    return found
+    return attention
 
 
 @torch.no_grad()
 def watch_attention(
-    model: Transformer,
+    model: nn.Module,
     x: Tensor,
     levels: NoiseLevels,
     condition: Condition | None = None,
     layers: tuple[int, ...] = (),
     **options,
 ) -> dict[int, Seen]:
-    """What the attention of some layers was given and gave: {layer: Seen}.
+    """Record the inputs and outputs of attention layers in one forward pass.
 
-    x, levels, condition, options: of the model's forward; layers: 1-based, () = all. Tokens of a caption come after those of x.
-    Raises ValueError for layers that do not exist, and as `attention_of`.
+    Args:
+        model: A backbone with attention, see `attention_of`.
+        x: Noised tokens, (b, n, c). Tokens of a caption follow them.
+        levels, condition, options: Further inputs of the model's forward.
+        layers: Counted from 1; () = all.
+
+    Returns: {layer: its inputs and output}.
+
+    Raises:
+        ValueError: For layers that do not exist, and as `attention_of`.
     """
-    layers = tuple(layers) or tuple(range(1, model.depth + 1))
-    if unknown := [layer for layer in layers if not 1 <= layer <= model.depth]:
-        raise ValueError(f"no layer {unknown}: layers are counted 1 to {model.depth}")
-    attention, found, handles = attention_of(model), {}, []
-    for number in layers:
+    attention = attention_of(model)
+    layers = tuple(layers) or tuple(range(1, len(attention) + 1))
+    if unknown := [layer for layer in layers if not 1 <= layer <= len(attention)]:
+        raise ValueError(
+            f"no layer {unknown}: layers are counted 1 to {len(attention)}"
+        )
+    calls: dict[int, Seen] = {}
 
-        def note(module, given, output, number=number):
-            found[number] = Seen(*given, output)
+    def record(layer: int) -> Callable:
+        def hook(module, inputs, output):
+            calls[layer] = Seen(*inputs, output)
 
-        handles.append(attention[number - 1].register_forward_hook(note))
+        return hook
+
+    handles = [
+        attention[layer - 1].register_forward_hook(record(layer)) for layer in layers
+    ]
     try:
         observe(model, x, levels, condition, (max(layers),), stop=True, **options)
     finally:
         for handle in handles:
             handle.remove()
-    return {number: found[number] for number in layers}
+    return {layer: calls[layer] for layer in layers}
 
 
 @torch.no_grad()
 def attention_maps(
-    model: Transformer,
+    model: nn.Module,
     x: Tensor,
     levels: NoiseLevels,
     condition: Condition | None = None,
@@ -143,61 +179,98 @@ def attention_maps(
     batch: int = 16,
     **options,
 ) -> dict[int, Tensor]:
-    """The exact attention of some layers: {layer: (b, h, q, n)}, float32 on the CPU; rows sum to 1.
+    """The exact attention of some layers.
 
-    x: (b, n, c) noised tokens; layers: 1-based, () = all; queries: (q,) positions of the tokens that look, None = all; batch:
-    samples at once; options: of the model's forward (separated, parts, coordinates of all samples). With captions, n counts
-    their tokens too, which come last. Memory is layers b h q n numbers: name few queries of long sequences.
+    Memory is layers x b x h x q x n numbers: name few queries of long sequences.
+
+    Args:
+        model: A backbone with attention, see `attention_of`.
+        x: Noised tokens, (b, n, c).
+        levels, condition: Of the b samples.
+        layers: Counted from 1; () = all.
+        queries: Positions of the tokens that attend, (q,); None = all.
+        batch: Samples in one forward pass.
+        options: Of the model's forward: separated, parts, coordinates.
+
+    Returns:
+        {layer: (b, h, q, n)} float32 on the CPU, whose rows sum to 1. With captions, n
+        includes their tokens, which come last.
     """
-    device, found = next(model.parameters()).device, {}
+    device = next(model.parameters()).device
+    maps: dict[int, list[Tensor]] = {}
     for rows in torch.arange(len(x)).split(batch):
-        part = NoiseLevels(
-            levels.levels[rows], levels.assign[rows], levels.condition
-        ).to(device)
-        told = None if condition is None else condition[rows].to(device)
-        for number, seen in watch_attention(
-            model, x[rows].to(device), part, told, layers, **options
-        ).items():
+        calls = watch_attention(
+            model,
+            x[rows].to(device),
+            _rows_of(levels, rows).to(device),
+            None if condition is None else condition[rows].to(device),
+            layers,
+            **options,
+        )
+        for layer, call in calls.items():
+            attention = attention_of(model)[layer - 1]
             weights, _ = attention_weights(
-                attention_of(model)[number - 1], *seen[:3], queries
+                attention, call.x, call.rotary, call.groups, queries
             )
-            found.setdefault(number, []).append(weights.float().cpu())
-    return {number: torch.cat(weights) for number, weights in found.items()}
+            maps.setdefault(layer, []).append(weights.float().cpu())
+    return {layer: torch.cat(weights) for layer, weights in maps.items()}
+
+
+def _rows_of(levels: NoiseLevels, rows: Tensor) -> NoiseLevels:
+    """The levels of some samples."""
+    return NoiseLevels(levels.levels[rows], levels.assign[rows], levels.condition)
 
 # %% ../../nbs/4_analysis/06_attention.ipynb #8c58c10f
+# How the token of a column (key) relates to that of a row (query).
 RELATIONS = ("self", "cleaner", "same", "noisier", "condition")
+_SELF, _CLEANER, _SAME, _NOISIER, _CONDITION = range(5)
 
 
 def relations(levels: NoiseLevels, tokens: int | None = None) -> Tensor:
-    """What the token of each column is to that of each row: (b, n, n), indices of RELATIONS.
+    """Relation of the token of each column to that of each row.
 
-    tokens: of the whole sequence where a caption follows, which is a condition; None = those of `levels`.
+    Args:
+        levels: Of b samples with n tokens.
+        tokens: Length of the whole sequence if a caption follows, whose tokens are
+            a condition; None = that of `levels`.
+
+    Returns: (b, n, n), indices of RELATIONS.
+
+    Raises:
+        ValueError: If there are fewer tokens than levels.
     """
-    tau, given = levels.per_token(), levels.is_condition()
-    more = 0 if tokens is None else tokens - tau.shape[1]
-    if more < 0:
+    tau = levels.per_token()  # (b, n)
+    given = levels.is_condition()
+    caption = 0 if tokens is None else tokens - tau.shape[1]
+    if caption < 0:
         raise ValueError(
             f"the levels are of {tau.shape[1]} tokens, the sequence has only {tokens}"
         )
-    tau = torch.nn.functional.pad(tau, (0, more))
-    given = torch.nn.functional.pad(given, (0, more), value=True)
-    # of the column's level minus the row's
-    found = 2 + (tau[:, None] - tau[..., None]).sign().long()
-    found = torch.where(given[:, None], 4, found)
-    return found.masked_fill(
-        torch.eye(tau.shape[1], dtype=torch.bool, device=tau.device), 0
-    )
+    tau = torch.nn.functional.pad(tau, (0, caption))
+    given = torch.nn.functional.pad(given, (0, caption), value=True)
+    # The sign of the column's level minus the row's: cleaner -1, same 0, noisier +1.
+    relation = _SAME + (tau[:, None] - tau[..., None]).sign().long()
+    relation = torch.where(given[:, None], _CONDITION, relation)
+    diagonal = torch.eye(tau.shape[1], dtype=torch.bool, device=tau.device)
+    return relation.masked_fill(diagonal, _SELF)
 
 
 def mass(weights: Tensor, relation: Tensor) -> Tensor:
-    "Attention mass on each of RELATIONS: (b, h, n, 5) of weights (b, h, n, n) and relation (b, n, n)."
-    found = weights.new_zeros(*weights.shape[:-1], len(RELATIONS))
-    return found.scatter_add(-1, relation[:, None].expand_as(weights), weights)
+    """Attention mass on each of RELATIONS.
+
+    Args:
+        weights: Attention, (b, h, n, n).
+        relation: Indices of RELATIONS, (b, n, n).
+
+    Returns: (b, h, n, 5).
+    """
+    sums = weights.new_zeros(*weights.shape[:-1], len(RELATIONS))
+    return sums.scatter_add(-1, relation[:, None].expand_as(weights), weights)
 
 # %% ../../nbs/4_analysis/06_attention.ipynb #31d7e60b
 @torch.no_grad()
 def mass_between_levels(
-    model: Transformer,
+    model: nn.Module,
     x0: Tensor,
     x1: Tensor,
     levels: NoiseLevels,
@@ -207,138 +280,187 @@ def mass_between_levels(
     among: Tensor | None = None,
     **options,
 ) -> pd.DataFrame:
-    """How attention goes between tokens of two levels: a row for each sample, layer and direction, averaged over heads.
+    """Attention between tokens of two levels, averaged over heads.
 
-    x0, x1: (b, n, c) data and noise; levels: of two levels (and a condition), for example of `DualTimestep`; options: of the
-    model's forward. Columns: sample, layer, direction ("noisy to clean" or "clean to noisy": who looks at whom), gap (between the
-    levels), mass (on the tokens of the other level), uniform (the same if all visible tokens got as much), share (of the mass on
-    other generated tokens), counted (the share of those tokens that are of the other level), own, condition (mass on the
-    token itself and on the condition). Samples in which no token has the other level are left out. With `separated` the mass on
-    the other level is 0: it is forbidden. among: (n,) bool, the tokens between which this is asked, all others count as
-    condition: film and sound have different mask ratios, so ask within one. Raises ValueError for levels of another number.
+    With `separated` the mass on the other level is 0, because it is not visible.
+
+    Args:
+        model: A backbone with attention, see `attention_of`.
+        x0: Clean tokens, (b, n, c).
+        x1: Their noise.
+        levels: Two levels and possibly a condition, for example of `DualTimestep`.
+        condition: Of the b samples.
+        layers: Counted from 1; () = all.
+        batch: Samples in one forward pass.
+        among: Tokens to consider, (n,) bool; all others count as condition. Video and
+            audio have different mask ratios, so consider one of them at a time.
+        options: Of the model's forward.
+
+    Returns:
+        A row for each sample, layer and direction. Samples in which no token has the
+        other level are left out. Columns:
+
+        - sample, layer, gap (between the levels)
+        - direction: "noisy to clean" or "clean to noisy", from query to key
+        - mass: On the tokens of the other level.
+        - uniform: The same for uniform attention over all visible tokens.
+        - share: Of the mass on other generated tokens.
+        - counted: Share of those tokens that have the other level.
+        - own, condition: Mass on the token itself and on the condition.
+
+    Raises:
+        ValueError: For another number of levels.
     """
-    if levels.k - levels.condition != 2:
-        raise ValueError(
-            f"there are {levels.k - levels.condition} levels beside the condition, but mass goes between two; take "
-            "DualTimestep"
-        )
-    device, frames = next(model.parameters()).device, []
+    _check_two_levels(levels)
+    device = next(model.parameters()).device
+    frames = []
     for rows in torch.arange(len(x0)).split(batch):
-        part = NoiseLevels(
-            levels.levels[rows], levels.assign[rows], levels.condition
-        ).to(device)
-        xt = interpolate(x0[rows].to(device), x1[rows].to(device), part.per_token())
-        told = None if condition is None else condition[rows].to(device)
-        for number, seen in watch_attention(
-            model, xt, part, told, layers, **options
-        ).items():
-            weights, _ = attention_weights(attention_of(model)[number - 1], *seen[:3])
-            frames.append(
-                _directions(
-                    weights.mean(1, keepdim=True),
-                    seen.groups,
-                    part,
-                    number,
-                    rows,
-                    among,
-                )
+        own_levels = _rows_of(levels, rows).to(device)
+        tau = own_levels.per_token()
+        xt = interpolate(x0[rows].to(device), x1[rows].to(device), tau)
+        own = None if condition is None else condition[rows].to(device)
+        calls = watch_attention(model, xt, own_levels, own, layers, **options)
+        for layer, call in calls.items():
+            weights, _ = attention_weights(
+                attention_of(model)[layer - 1], call.x, call.rotary, call.groups
             )
-    return pd.concat(frames, ignore_index=True)
+            by_head = weights.mean(1, keepdim=True)  # (b, 1, n, n)
+            frame = _directions(by_head, call.groups, own_levels, rows, among)
+            frames.append(frame.assign(layer=layer))
+    table = pd.concat(frames, ignore_index=True)
+    first = ["sample", "layer", "direction"]
+    return table[first + [name for name in table if name not in first]]
 
 
-def _directions(weights, groups, levels, layer, rows, among) -> pd.DataFrame:
-    n, relation, free = (
-        levels.assign.shape[1],
-        relations(levels, weights.shape[-1]),
-        ~levels.is_condition(),
-    )
+def _check_two_levels(levels: NoiseLevels) -> None:
+    count = levels.k - levels.condition
+    if count != 2:
+        raise ValueError(
+            f"there are {count} levels besides the condition, but this compares two "
+            "levels; use DualTimestep"
+        )
+
+
+def _directions(
+    weights: Tensor,
+    groups: Groups | None,
+    levels: NoiseLevels,
+    rows: Tensor,
+    among: Tensor | None,
+) -> pd.DataFrame:
+    """Rows of `mass_between_levels` for one batch and layer, without the layer."""
+    n = levels.assign.shape[1]
+    relation = relations(levels, weights.shape[-1])  # (b, m, m), captions included
+    free = ~levels.is_condition()  # (b, n)
     if among is not None:
         among = among.to(free.device)
-        relation[..., :n] = relation[..., :n].masked_fill(
-            ~among & (relation[..., :n] != 0), 4
-        )
+        own = relation[..., :n]
+        relation[..., :n] = own.masked_fill(~among & (own != _SELF), _CONDITION)
         free = free & among
-    visible = (
-        torch.ones_like(relation, dtype=torch.bool)
-        if groups is None
-        else visible_keys(groups, len(relation))
-    )
-    even = (visible / visible.sum(-1, keepdim=True)).float()[:, None]
-    found, flat = (mass(part.float(), relation)[:, 0, :n] for part in (weights, even))
-    counts = mass(torch.ones_like(even), relation)[:, 0, :n]
-    tau, (t, s) = levels.per_token(), levels.levels[:, :2].unbind(1)
+    if groups is None:
+        visible = torch.ones_like(relation, dtype=torch.bool)
+    else:
+        visible = visible_keys(groups, len(relation))
+    uniform = (visible / visible.sum(-1, keepdim=True)).float()[:, None]
+    masses = mass(weights.float(), relation)[:, 0, :n]  # (b, n, 5)
+    uniform_masses = mass(uniform, relation)[:, 0, :n]
+    counts = mass(torch.ones_like(uniform), relation)[:, 0, :n]
+    generated = slice(_CLEANER, _NOISIER + 1)  # relations to other generated tokens
+    tau = levels.per_token()
+    t, s = levels.levels[:, :2].unbind(1)
     frames = []
     for direction, other, level in (
-        ("noisy to clean", 1, torch.maximum(t, s)),
-        ("clean to noisy", 3, torch.minimum(t, s)),
+        ("noisy to clean", _CLEANER, torch.maximum(t, s)),
+        ("clean to noisy", _NOISIER, torch.minimum(t, s)),
     ):
-        looks = (
-            free
-            & (tau == level[:, None])
-            & (t != s)[:, None]
-            & (counts[..., other] > 0)
-        )
+        at_level = free & (tau == level[:, None]) & (t != s)[:, None]
+        attends = at_level & (counts[..., other] > 0)
+        other_mass = masses[..., other]
+        generated_mass = masses[..., generated].sum(-1).clamp(min=1e-12)
+        generated_count = counts[..., generated].sum(-1).clamp(min=1)
         values = {
-            "mass": found[..., other],
-            "uniform": flat[..., other],
-            "share": found[..., other] / found[..., 1:4].sum(-1).clamp(min=1e-12),
-            "counted": counts[..., other] / counts[..., 1:4].sum(-1).clamp(min=1),
-            "own": found[..., 0],
-            "condition": found[..., 4],
+            "mass": other_mass,
+            "uniform": uniform_masses[..., other],
+            "share": other_mass / generated_mass,
+            "counted": counts[..., other] / generated_count,
+            "own": masses[..., _SELF],
+            "condition": masses[..., _CONDITION],
         }
-        there = looks.any(1).cpu()
-        means = {
-            name: ((part * looks).sum(1) / looks.sum(1).clamp(min=1))
-            .cpu()[there]
-            .numpy()
-            for name, part in values.items()
-        }
-        frames.append(
-            pd.DataFrame(
-                {
-                    "sample": rows[there].numpy(),
-                    "layer": layer,
-                    "direction": direction,
-                    "gap": (t - s).abs().cpu()[there].numpy(),
-                    **means,
-                }
-            )
-        )
+        frame = _means_by_sample(values, attends, (t - s).abs(), rows)
+        frames.append(frame.assign(direction=direction))
     return pd.concat(frames)
+
+
+def _means_by_sample(
+    values: dict[str, Tensor],
+    chosen: Tensor,
+    gap: Tensor,
+    rows: Tensor,
+    among: Tensor | None = None,
+) -> pd.DataFrame:
+    """Means over the chosen tokens of each sample that has any.
+
+    Args:
+        values: {column: (b, n)}.
+        chosen: (b, n) bool.
+        gap: Of the levels of each sample, (b,).
+        rows: Numbers of the samples, (b,), on the CPU.
+        among: Samples to consider, (b,) bool; None = all.
+    """
+    present = chosen.any(1)
+    if among is not None:
+        present = present & among
+    present = present.cpu()
+    count = chosen.sum(1).clamp(min=1)
+    columns = {
+        "sample": rows[present].numpy(),
+        "gap": gap.cpu()[present].numpy(),
+    }
+    for name, part in values.items():
+        means = (part * chosen).sum(1) / count
+        columns[name] = means.cpu()[present].numpy()
+    return pd.DataFrame(columns)
 
 # %% ../../nbs/4_analysis/06_attention.ipynb #583cb079
 _GAPS = (0.0, 0.1, 0.25, 0.5, 1.0)  # ends of the bins of |t - s|
 
 
-def _ends(grouped) -> dict[str, np.ndarray]:
-    "The 95 % interval of the mean of each group, in the order of the groups: low and high."
-    ends = np.array([mean_interval(values)[1:] for _, values in grouped]).reshape(-1, 2)
-    return {"low": ends[:, 0], "high": ends[:, 1]}
+def _summarised(
+    frame: pd.DataFrame, by: list[str], main: str, gaps: tuple[float, ...]
+) -> pd.DataFrame:
+    """Means by groups and bins of gap; `main` with its 95 % interval over samples."""
+    bins = pd.cut(frame["gap"], list(gaps), include_lowest=True)
+    grouped = frame.assign(gap=bins).groupby([*by, "gap"], observed=True)
+    numbers = [name for name in frame if name not in (*by, "gap", "sample", "layer")]
+    table = grouped[numbers].mean()
+    ends = [mean_interval(values)[1:] for _, values in grouped[main]]
+    low, high = np.array(ends).reshape(-1, 2).T
+    table = table.assign(samples=grouped.size(), low=low, high=high)
+    return table[table["samples"] > 1].reset_index()
 
 
 def summarise_mass(
     frame: pd.DataFrame, gaps: tuple[float, ...] = _GAPS
 ) -> pd.DataFrame:
-    """What `mass_between_levels` found by direction, layer and gap: samples, mean mass and uniform, share, counted, and excess.
+    """Means of a table of `mass_between_levels` by direction, layer and gap.
 
-    excess: share - counted, with its 95 % interval over samples: above 0, tokens of the other level are looked at more than
-    tokens of the own level. Bins of less than 2 samples are left out.
+    Args:
+        frame: The table.
+        gaps: Ends of the bins of |t - s|.
+
+    Returns:
+        Means of all columns, samples, and excess = share - counted with its 95 %
+        interval (low, high) over samples. An excess above 0 means that tokens of the
+        other level get more attention than tokens of the same level. Bins of less than
+        2 samples are left out.
     """
-    frame = frame.assign(
-        excess=frame["share"] - frame["counted"],
-        gap=pd.cut(frame["gap"], list(gaps), include_lowest=True),
-    )
-    grouped = frame.groupby(["direction", "layer", "gap"], observed=True)
-    found = grouped[
-        ["mass", "uniform", "share", "counted", "own", "condition", "excess"]
-    ].mean()
-    found = found.assign(samples=grouped.size(), **_ends(grouped["excess"]))
-    return found[found["samples"] > 1].reset_index()
+    frame = frame.assign(excess=frame["share"] - frame["counted"])
+    return _summarised(frame, ["direction", "layer"], "excess", gaps)
 
 # %% ../../nbs/4_analysis/06_attention.ipynb #acf49aec
 @torch.no_grad()
 def compare_separated(
-    model: Transformer,
+    model: nn.Module,
     x0: Tensor,
     x1: Tensor,
     levels: NoiseLevels,
@@ -346,108 +468,107 @@ def compare_separated(
     condition: Condition | None = None,
     batch: int = 64,
 ) -> pd.DataFrame:
-    """Flow error of a model with full attention and with attention within levels, a row for each sample and kind of tokens.
+    """Flow error with full attention and with attention within levels only.
 
-    x0, x1: (b, n, c) data and noise; levels: of two levels; parts: of the sequence. Columns: sample, tokens ("noisier" or "cleaner"), gap, full,
-    separated. Samples in which no token has that level are left out. Raises ValueError for levels of another number.
+    Args:
+        model: A backbone whose forward takes `separated`.
+        x0: Clean tokens, (b, n, c).
+        x1: Their noise.
+        levels: Two levels and possibly a condition.
+        parts: Of the sequence.
+        condition: Of the b samples.
+        batch: Samples in one forward pass.
+
+    Returns:
+        A row for each sample and kind of tokens, with the columns sample, tokens
+        ("noisier" or "cleaner"), gap, full and separated. Samples in which all tokens
+        have the same level are left out.
+
+    Raises:
+        ValueError: For another number of levels.
     """
-    if levels.k - levels.condition != 2:
-        raise ValueError(
-            f"there are {levels.k - levels.condition} levels beside the condition; this compares two"
-        )
-    device, frames = next(model.parameters()).device, []
+    _check_two_levels(levels)
+    device = next(model.parameters()).device
     widths = TokenSlices.of(parts).widths.to(device)
+    frames = []
     for rows in torch.arange(len(x0)).split(batch):
-        part = NoiseLevels(
-            levels.levels[rows], levels.assign[rows], levels.condition
-        ).to(device)
-        clean, noise = x0[rows].to(device), x1[rows].to(device)
-        xt, told = (
-            interpolate(clean, noise, part.per_token()),
-            None if condition is None else condition[rows].to(device),
-        )
-        errors = {
-            name: flow_error(
-                model(xt, part, told, separated=apart, parts=parts).velocity,
-                clean,
-                noise,
-                widths,
+        own_levels = _rows_of(levels, rows).to(device)
+        clean = x0[rows].to(device)
+        noise = x1[rows].to(device)
+        own = None if condition is None else condition[rows].to(device)
+        tau = own_levels.per_token()
+        xt = interpolate(clean, noise, tau)
+        errors = {}
+        for name, separated in (("full", False), ("separated", True)):
+            output = observe(
+                model, xt, own_levels, own, separated=separated, parts=parts
             )
-            for name, apart in {"full": False, "separated": True}.items()
-        }
-        tau, free, (t, s) = (
-            part.per_token(),
-            ~part.is_condition(),
-            part.levels[:, :2].unbind(1),
-        )
-        for kind, level in {
-            "noisier": torch.maximum(t, s),
-            "cleaner": torch.minimum(t, s),
-        }.items():
+            velocity = cast(Tensor, output.velocity)
+            errors[name] = flow_error(velocity, clean, noise, widths)
+        free = ~own_levels.is_condition()
+        t, s = own_levels.levels[:, :2].unbind(1)
+        for kind, level in (
+            ("noisier", torch.maximum(t, s)),
+            ("cleaner", torch.minimum(t, s)),
+        ):
             counted = free & (tau == level[:, None]) & (t != s)[:, None]
-            # both kinds, or there is no way to close
-            there = (counted.any(1) & (free & ~counted).any(1)).cpu()
-            means = {
-                name: ((error * counted).sum(1) / counted.sum(1).clamp(min=1))
-                .cpu()[there]
-                .numpy()
-                for name, error in errors.items()
-            }
-            frames.append(
-                pd.DataFrame(
-                    {
-                        "sample": rows[there].numpy(),
-                        "tokens": kind,
-                        "gap": (t - s).abs().cpu()[there].numpy(),
-                        **means,
-                    }
-                )
-            )
-    return pd.concat(frames, ignore_index=True)
+            # Without tokens of the other level, separation changes nothing.
+            both = (free & ~counted).any(1)
+            frame = _means_by_sample(errors, counted, (t - s).abs(), rows, both)
+            frames.append(frame.assign(tokens=kind))
+    table = pd.concat(frames, ignore_index=True)
+    return table[["sample", "tokens", "gap", "full", "separated"]]
 
 
 def summarise_separated(
     frame: pd.DataFrame, gaps: tuple[float, ...] = _GAPS
 ) -> pd.DataFrame:
-    """What `compare_separated` found by tokens and gap: samples, both errors, and separated - full with its 95 % interval.
+    """Means of a table of `compare_separated` by kind of tokens and gap.
 
-    The interval is over samples, paired. Bins of less than 2 samples are left out.
+    Args:
+        frame: The table.
+        gaps: Ends of the bins of |t - s|.
+
+    Returns:
+        Samples, both errors, and difference = separated - full with its paired 95 %
+        interval (low, high) over samples. Bins of less than 2 samples are left out.
     """
-    frame = frame.assign(
-        difference=frame["separated"] - frame["full"],
-        gap=pd.cut(frame["gap"], list(gaps), include_lowest=True),
-    )
-    grouped = frame.groupby(["tokens", "gap"], observed=True)
-    found = grouped[["full", "separated", "difference"]].mean()
-    found = found.assign(samples=grouped.size(), **_ends(grouped["difference"]))
-    return found[found["samples"] > 1].reset_index()
+    frame = frame.assign(difference=frame["separated"] - frame["full"])
+    return _summarised(frame, ["tokens"], "difference", gaps)
 
 # %% ../../nbs/4_analysis/06_attention.ipynb #4fabc72b
 def maps_by_part(
     weights: Tensor, grids: dict[str, tuple[int, ...]], relative: bool = True
 ) -> dict[str, Tensor]:
-    """Attention rows (..., n) as maps of each part: {name: (..., *grid)}; tokens of a caption come last, as "caption" (..., l).
+    """Lay attention to the n tokens of a sequence out on the grid of each part.
 
-    grids: of the parts' tokens in order, such as {"image": (8, 8)} or {"video": (8, 4, 4), "audio": (16,)}; relative: times n,
-    so that 1 is what uniform attention gives. Raises ValueError for grids with more tokens than there are.
+    Args:
+        weights: Rows of attention, (..., n).
+        grids: Of the parts in order, such as {"image": (8, 8)}; see `grids_of`.
+        relative: Multiply by n, so that 1 is uniform attention.
+
+    Returns:
+        {part: (..., *grid)}, and "caption": (..., l) for tokens that follow the parts.
+
+    Raises:
+        ValueError: For grids with more tokens than there are.
     """
-    sizes, n = (
-        {name: math.prod(grid) for name, grid in grids.items()},
-        weights.shape[-1],
-    )
-    left = n - sum(sizes.values())
-    if left < 0:
+    sizes = [math.prod(grid) for grid in grids.values()]
+    n = weights.shape[-1]
+    caption = n - sum(sizes)
+    if caption < 0:
         raise ValueError(
-            f"grids {grids} have {sum(sizes.values())} tokens, the attention only {n}"
+            f"grids {grids} have {sum(sizes)} tokens, the attention only {n}"
         )
-    pieces = (weights * n if relative else weights).split(
-        [*sizes.values(), left], dim=-1
-    )
-    found = {
+    values = weights * n if relative else weights
+    *pieces, rest = values.split([*sizes, caption], dim=-1)
+    maps = {
         name: piece.unflatten(-1, grid)
-        for (name, grid), piece in zip(grids.items(), pieces, strict=False)
+        for (name, grid), piece in zip(grids.items(), pieces, strict=True)
     }
-    return found | ({"caption": pieces[-1]} if left else {})
+    if caption:
+        maps["caption"] = rest
+    return maps
 
 
 def grids_of(parts: tuple[Part, ...]) -> dict[str, tuple[int, ...]]:

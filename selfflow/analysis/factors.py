@@ -8,6 +8,7 @@ __all__ = ['HEADS', 'CLASS', 'known', 'covered', 'unrolled', 'courses', 'Reader'
 
 # %% ../../nbs/4_analysis/02_factors.ipynb #713595bf
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,11 +28,45 @@ if TYPE_CHECKING:
     from selfflow.analysis.features import Items
 
 # %% ../../nbs/4_analysis/02_factors.ipynb #a057e435
-_FIGURES = {
+_FIGURES: dict[str, dict[str, tuple[str, ...]]] = {
     "figure": {"kind": KINDS},
     "image": {"colour": COLOURS, "ground": COLOURS, "place": PLACES},
 }
-HEADS = {  # data set: {view of a signal: {factor: its words}}
+
+
+def _labels(factor: str) -> Callable[[Examples], dict[str, Tensor]]:
+    """The class labels as a factor."""
+    return lambda examples: {factor: examples.labels}
+
+
+def _place(ranges: dict) -> Callable[[Examples], dict[str, Tensor]]:
+    """The place on a grid of three by three, from continuous coordinates x and y."""
+
+    def place(examples: Examples) -> dict[str, Tensor]:
+        columns, rows = (
+            torch.tensor(thirds(axis, examples.factors[axis], ranges)) for axis in "xy"
+        )
+        return {"place": 3 * rows + columns}
+
+    return place
+
+
+def _materials(examples: Examples) -> dict[str, Tensor]:
+    """The material, which can be both seen and heard."""
+    return dict.fromkeys(CLASS["scenes"], examples.factors["material"])
+
+
+# Factors that a judge reads but that a data set stores in another form.
+_DERIVED = {
+    "digits": _labels("digit"),
+    "shapes": _place(RANGES),
+    "emblems": _place(LARGE),
+    "motion": _labels("direction"),
+    "notes": _labels("pitch"),
+    "scenes": _materials,
+}
+HEADS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
+    # data set: {view of a signal: {factor: its words}}
     "digits": {"pixels": {"digit": tuple("0123456789")}},
     "shapes": _FIGURES,
     "emblems": _FIGURES,
@@ -53,122 +88,145 @@ CLASS = {
 
 
 def known(name: str, examples: Examples) -> dict[str, Tensor]:
-    """The factors (b,) of examples of a data set as a judge reads them: indices into its names.
+    """The true factors of examples in the form in which a judge reads them.
 
-    Raises ValueError for an unknown data set, and for one without such factors.
+    Args:
+        name: Of the data set, one of HEADS.
+        examples: b samples of it.
+
+    Returns: {factor: indices into its words, (b,)}.
+
+    Raises:
+        ValueError: For a data set without a judge.
     """
-    factors = {
-        factor
-        for heads in HEADS[choose(name, HEADS, "data set with a judge")].values()
-        for factor in heads
-    }
-    values = {
-        factor: examples.factors[factor] for factor in factors & examples.factors.keys()
-    }
-    if name in ("shapes", "emblems"):
-        ranges = RANGES if name == "shapes" else LARGE
-        columns, rows = (
-            torch.tensor(thirds(axis, examples.factors[axis], ranges)) for axis in "xy"
-        )
-        values["place"] = 3 * rows + columns
-    elif name == "scenes":
-        values = dict.fromkeys(CLASS[name], examples.factors["material"])
-    else:
-        values[CLASS[name][0]] = examples.labels
-    return {
-        factor: values[factor] for heads in HEADS[name].values() for factor in heads
-    }
+    choose(name, HEADS, "data set with a judge")
+    values = {**examples.factors, **_DERIVED[name](examples)}
+    return {factor: values[factor] for view in HEADS[name].values() for factor in view}
 
 # %% ../../nbs/4_analysis/02_factors.ipynb #50574d0e
 def covered(signals: Tensor) -> Tensor:
-    "How far pixels of images (b, 3, h, w) or films (b, 3, f, h, w) are covered by the figure: (b, 1, ...), 0 (ground) to 1."
-    pixels = signals.flatten(2)
-    away = pixels - pixels.median(2, keepdim=True).values
-    far = away.square().sum(1, keepdim=True)
-    most = (far > 0.5 * far.amax(2, keepdim=True)).float()
-    colour = (away * most).sum(2, keepdim=True) / most.sum(2, keepdim=True).clamp(min=1)
-    cover = (away * colour).sum(1, keepdim=True) / colour.square().sum(
-        1, keepdim=True
-    ).clamp(min=1e-4)
+    """Share of each pixel that the figure covers, from 0 (background) to 1.
+
+    Args:
+        signals: Images (b, 3, h, w) or videos (b, 3, f, h, w).
+
+    Returns: (b, 1, h, w) or (b, 1, f, h, w).
+    """
+    pixels = signals.flatten(2)  # (b, 3, pixels)
+    # Most pixels show the background, so their median is its colour.
+    contrast = pixels - pixels.median(2, keepdim=True).values
+    distance = contrast.square().sum(1, keepdim=True)
+    figure = (distance > 0.5 * distance.amax(2, keepdim=True)).float()
+    figure_pixels = figure.sum(2, keepdim=True).clamp(min=1)
+    colour = (contrast * figure).sum(2, keepdim=True) / figure_pixels
+    # Project every pixel on the figure's colour; a half-covered one gives one half.
+    length = colour.square().sum(1, keepdim=True).clamp(min=1e-4)
+    cover = (contrast * colour).sum(1, keepdim=True) / length
     return cover.clamp(0, 1).view(len(signals), 1, *signals.shape[2:])
 
 
 def unrolled(cover: Tensor, radii: int = 16, angles: int = 32) -> Tensor:
-    "Covers (b, 1, h, w) on circles around the figures' centres, (b, 1, radii, angles), to twice the radius of their area's disc."
-    mass = (2 * cover[:, 0] - 0.5).clamp(0, 1)  # a texture is no mass
+    """Covers on circles around the figures' centres: (b, 1, radii, angles).
+
+    The largest circle has twice the radius of a disc with the figure's area.
+
+    Args:
+        cover: Of images, (b, 1, h, w).
+        radii: Number of circles.
+        angles: Number of points on a circle.
+    """
+    mass = (2 * cover[:, 0] - 0.5).clamp(0, 1)  # (b, h, w), without faint textures
     total = mass.sum((1, 2)).clamp(min=1)
-    across, down = (
-        (torch.arange(n, device=cover.device) + 0.5) * 2 / n - 1
-        for n in (cover.shape[3], cover.shape[2])
-    )
-    centre = torch.stack([mass.sum(1) @ across, mass.sum(2) @ down], 1) / total[:, None]
+    height, width = cover.shape[2:]
+    across = _pixel_centres(width, cover.device)
+    down = _pixel_centres(height, cover.device)
+    centre = torch.stack([mass.sum(1) @ across, mass.sum(2) @ down], 1)
+    centre = centre / total[:, None]  # (b, 2)
+    # Of the image's area, 2 x 2 in these coordinates, the figure covers this share.
     reach = 2 * (total * 4 / mass[0].numel() / math.pi).sqrt()
     turn = torch.arange(angles, device=cover.device) * (2 * math.pi / angles)
-    circle = (
-        torch.stack([turn.cos(), turn.sin()], 1)
-        * ((torch.arange(radii, device=cover.device) + 0.5) / radii)[:, None, None]
-    )
-    return F.grid_sample(
-        cover,
-        centre[:, None, None] + circle * reach[:, None, None, None],
-        align_corners=False,
-    )
+    directions = torch.stack([turn.cos(), turn.sin()], 1)  # (angles, 2)
+    radius = (torch.arange(radii, device=cover.device) + 0.5) / radii
+    circles = directions * radius[:, None, None]  # (radii, angles, 2)
+    points = centre[:, None, None] + circles * reach[:, None, None, None]
+    return F.grid_sample(cover, points, align_corners=False)
+
+
+def _pixel_centres(size: int, device: torch.device) -> Tensor:
+    """Coordinates of a row of pixels in [-1, 1], as `grid_sample` counts them."""
+    return (torch.arange(size, device=device) + 0.5) * 2 / size - 1
 
 # %% ../../nbs/4_analysis/02_factors.ipynb #2458e84c
 def courses(cover: Tensor) -> Tensor:
-    "Where the figures of films are in each frame, from covers (b, 1, f, h, w): (b, 2, f, n) shares of n columns, and of n rows."
-    mass = (2 * cover[:, 0] - 0.5).clamp(0, 1)
-    sides = [
-        F.adaptive_avg_pool2d(mass.sum(axis), (mass.shape[1], 32)) for axis in (2, 3)
-    ]
-    sides = torch.stack(sides, 1)
-    return sides / sides.sum(3, keepdim=True).amax(2, keepdim=True).clamp(min=1e-3)
+    """The figure's position in each frame, as shares of columns and of rows.
+
+    Args:
+        cover: Of videos, (b, 1, f, h, w).
+
+    Returns: (b, 2, f, 32), columns first.
+    """
+    mass = (2 * cover[:, 0] - 0.5).clamp(0, 1)  # (b, f, h, w)
+    frames = mass.shape[1]
+    columns = F.adaptive_avg_pool2d(mass.sum(2), (frames, 32))
+    rows = F.adaptive_avg_pool2d(mass.sum(3), (frames, 32))
+    sides = torch.stack([columns, rows], 1)
+    largest = sides.sum(3, keepdim=True).amax(2, keepdim=True)
+    return sides / largest.clamp(min=1e-3)
 
 # %% ../../nbs/4_analysis/02_factors.ipynb #5335d7a9
-_GRID = {
+_GRID: dict[str, tuple[int, ...]] = {  # view: channels and size
     "image": (7, 32, 32),
     "figure": (1, 16, 32),
     "video": (7, 4, 16, 16),
     "course": (2, 16, 32),
     "audio": (1, 128, 32),
 }
-_LAYERS = {  # view: the widths of the convolutions and their strides
+_HOP = 256  # samples from one column of a spectrogram to the next
+_LAYERS: dict[str, tuple[tuple, tuple]] = {
+    # view: widths and strides of the convolutions
     "image": ((16, 24, 32, 48), (1, 2, 2, 2)),
     "figure": ((24, 32, 48, 64), (1, 2, 2, 1)),
     "video": ((16, 32, 48), (1, (1, 2, 2), 2)),
     "course": ((24, 32, 48), (1, (1, 2), 2)),
     "audio": ((12, 24, 32, 48), ((1, 2), 2, 2, 2)),
 }
-# angle and place: no matter
-_POOL = {
+# Pooled axes do not matter to the factor: the angle of a figure, its place in a video.
+_POOL: dict[str, nn.Module] = {
     "figure": nn.AdaptiveAvgPool2d((None, 1)),
     "video": nn.AdaptiveAvgPool3d((None, 1, 1)),
 }
-# of views that are not named like theirs
-_SIGNAL_OF = {"figure": "image", "course": "video"}
+_SIGNAL_OF = {"figure": "image", "course": "video"}  # others are named as their signal
 _AXES = {"image": "b 3 h w", "video": "b 3 f h w", "audio": "b samples"}
 
 
 class Reader(nn.Module):
-    "Logits {factor: (b, n)} of one view of a signal, seen on a grid of one size whatever its own."
+    """A small network that reads the factors of one view of a signal.
 
-    def __init__(self, view: str, heads: dict[str, tuple], rate: int = 0):
+    The signal is brought to a grid of fixed size first, whatever its own.
+
+    Args:
+        view: Of _GRID: a signal, or a figure's outline or course.
+        heads: {factor: its words}.
+        rate: Sampling rate of audio in Hz.
+    """
+
+    def __init__(self, view: str, heads: dict[str, tuple[str, ...]], rate: int = 0):
         super().__init__()
-        self.view, self.signal, self.rate = view, _SIGNAL_OF.get(view, view), rate
-        layers, width = [], _GRID[view][0]
-        conv, norm = (
-            (nn.Conv3d, nn.BatchNorm3d)
-            if view == "video"
-            else (nn.Conv2d, nn.BatchNorm2d)
-        )
-        around = "circular" if view in ("figure", "course") else "zeros"
-        for wide, stride in zip(*_LAYERS[view], strict=True):
-            layers += [
-                conv(width, wide, 3, stride, 1, bias=False, padding_mode=around),
-                norm(wide),
-                nn.ReLU(),
-            ]
-            width = wide
+        self.view = view
+        self.signal = _SIGNAL_OF.get(view, view)
+        self.rate = rate
+        conv: type[nn.Module] = nn.Conv3d if view == "video" else nn.Conv2d
+        norm: type[nn.Module] = nn.BatchNorm3d if view == "video" else nn.BatchNorm2d
+        # The last axis of these views goes around a circle.
+        padding = "circular" if view in ("figure", "course") else "zeros"
+        layers: list[nn.Module] = []
+        channels = _GRID[view][0]
+        for width, stride in zip(*_LAYERS[view], strict=True):
+            layers.append(
+                conv(channels, width, 3, stride, 1, bias=False, padding_mode=padding)
+            )
+            layers += [norm(width), nn.ReLU()]
+            channels = width
         self.body = nn.Sequential(*layers, _POOL.get(view, nn.Identity()), nn.Flatten())
         size = self.body.eval()(torch.zeros(1, *_GRID[view])).shape[1]
         self.heads = nn.ModuleDict(
@@ -178,18 +236,23 @@ class Reader(nn.Module):
     def forward(
         self, values: Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        "With a generator, of the signal with some noise and blur: samples are not as clean as data."
-        seen = self._seen(values, generator)
-        return {factor: head(seen) for factor, head in self.heads.items()}
+        """Logits {factor: (b, words)} of a signal.
 
-    def _seen(self, values: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        if generator:
-            values = self._worse(values, generator)
+        With a generator, the signal is first made noisier and blurred, because
+        generated samples are not as clean as data.
+        """
+        if generator is not None:
+            values = self._degrade(values, generator)
+        features = self._encode(values)
+        return {factor: head(features) for factor, head in self.heads.items()}
+
+    def _encode(self, values: Tensor) -> Tensor:
+        """Features (b, d) that the heads read."""
         if self.view == "audio":
-            samples = values.shape[1] // 256 * 256
-            values = LogMel(samples, self.rate, bins=128, hop=256, window=1024).encode(
-                values[:, :samples]
-            )[:, None]
+            # Whole hops only.
+            samples = values.shape[1] // _HOP * _HOP
+            mel = LogMel(samples, self.rate, bins=128, hop=_HOP, window=4 * _HOP)
+            values = mel.encode(values[:, :samples])[:, None]
         elif self.view == "course":
             values = 8 * courses(covered(values))
         elif self.view == "figure":
@@ -199,89 +262,120 @@ class Reader(nn.Module):
             values = torch.cat([values, cover, values * cover], 1)
         grid = _GRID[self.view]
         if tuple(values.shape[1:]) != grid:
-            values = (
-                F.adaptive_avg_pool3d if len(grid) == 4 else F.adaptive_avg_pool2d
-            )(values, grid[1:])
+            pool: Callable = F.adaptive_avg_pool2d
+            if len(grid) == 4:
+                pool = F.adaptive_avg_pool3d
+            values = pool(values, grid[1:])
         return self.body(values)
 
     @torch.inference_mode()
     def features(self, values: Tensor) -> Tensor:
-        "Return what stands before the last layer, (b, d), of a signal that is finite. Raises ValueError for another shape."
-        values, axes = values.detach().float().cpu(), _AXES[self.signal].split()
-        if (
-            values.ndim != len(axes)
-            or "3" in axes
-            and values.shape[1] != 3
-            or not values.numel()
-        ):
+        """Inputs of the last layer, (b, d), for a finite signal.
+
+        Raises:
+            ValueError: For a signal of another shape.
+        """
+        values = values.detach().float().cpu()
+        axes = _AXES[self.signal].split()
+        colours = "3" not in axes or values.ndim > 1 and values.shape[1] == 3
+        if values.ndim != len(axes) or not colours or not values.numel():
             raise ValueError(
-                f"{self.signal} has shape {tuple(values.shape)}, expected ({', '.join(axes)}), not empty"
+                f"{self.signal} has shape {tuple(values.shape)}, expected "
+                f"({', '.join(axes)}), not empty"
             )
-        return torch.cat([self._seen(part) for part in values.split(128)])
+        return torch.cat([self._encode(batch) for batch in values.split(128)])
 
     @torch.inference_mode()
     def read(self, values: Tensor) -> dict[str, Tensor]:
-        "Return the factors (b,) of a signal, -1 where it is not finite. Raises ValueError for another shape."
-        seen = self.features(values.nan_to_num(0, 0, 0))
+        """Factors (b,) of a signal, -1 for samples that are not finite.
+
+        Raises:
+            ValueError: For a signal of another shape.
+        """
+        features = self.features(values.nan_to_num(0, 0, 0))
         finite = values.isfinite().flatten(1).all(1).cpu()
         return {
-            factor: head(seen).argmax(1).where(finite, -1)
+            factor: head(features).argmax(1).where(finite, -1)
             for factor, head in self.heads.items()
         }
 
-    def _worse(self, values: Tensor, generator: torch.Generator) -> Tensor:
-        noise, blur = torch.rand(
-            2, len(values), *(1,) * (values.ndim - 1), generator=generator
-        )
+    def _degrade(self, values: Tensor, generator: torch.Generator) -> Tensor:
+        """Signals with a random amount of blur (but for audio) and noise each."""
+        shape = (2, len(values), *(1,) * (values.ndim - 1))
+        noise, blur = torch.rand(shape, generator=generator)
+        largest_noise = 0.01
         if self.view != "audio":
-            smooth = F.avg_pool2d(
-                values.flatten(1, -3), 3, 1, 1, count_include_pad=False
-            ).view_as(values)
-            values = values + 0.7 * blur * (smooth - values)
-        return values + (
-            0.01 if self.view == "audio" else 0.2
-        ) * noise.square() * torch.randn(values.shape, generator=generator)
+            largest_noise = 0.2
+            planes = values.flatten(1, -3)
+            smooth = F.avg_pool2d(planes, 3, 1, 1, count_include_pad=False)
+            values = values + 0.7 * blur * (smooth.view_as(values) - values)
+        white = torch.randn(values.shape, generator=generator)
+        return values + largest_noise * noise.square() * white
 
 # %% ../../nbs/4_analysis/02_factors.ipynb #48b00011
 def pitch_errors(waves: Tensor, rate: int, wanted_midi: Tensor | float) -> Tensor:
-    "By how many semitones (b,) sounds (b, n) are too high, by `audio.pitch_of`; NaN where no pitch is heard."
+    """Semitones by which audio is too high, (b,), measured by `audio.pitch_of`.
+
+    Args:
+        waves: (b, samples).
+        rate: Sampling rate in Hz.
+        wanted_midi: The requested pitch as a MIDI number, (b,) or one for all.
+
+    Returns: (b,), NaN where no pitch is heard.
+    """
     waves = waves.detach().float().cpu()
-    hz = pitch_of(waves.nan_to_num(0, 0, 0), rate).where(
-        waves.isfinite().all(1), torch.nan
-    )
+    hz = pitch_of(waves.nan_to_num(0, 0, 0), rate)
+    hz = hz.where(waves.isfinite().all(1), torch.nan)
+    # MIDI number 69 is A at 440 Hz; an octave has 12 semitones.
     return 69 + 12 * (hz / 440).log2() - torch.as_tensor(wanted_midi).cpu()
 
 
-def directions_seen(videos: Tensor) -> Tensor:
-    """Which way figures move at first in films (b, 3, f, h, w), as indices (b,) into motion.DIRECTIONS; -1: nowhere.
+_STRAIGHT = 0.45  # share of a video in which no figure of `Motion` bounces
+_APPEARED = 0.3  # share of a video after which every figure is in the picture
 
-    The centre of mass of what differs from the ground is found on a circle, as what leaves may enter opposite; a straight line
-    is fitted through the first 0.45 of the film, in which no figure of `Motion` bounces.
-    Raises ValueError for less than 8 frames.
+
+def directions_seen(videos: Tensor) -> Tensor:
+    """Directions in which figures move at first, measured without a network.
+
+    The centre of mass of the figure is measured on a circle, because a figure that
+    leaves may enter on the opposite side. A straight line is fitted to its course up
+    to the first bounce.
+
+    Args:
+        videos: (b, 3, f, h, w) with 8 frames or more.
+
+    Returns:
+        Indices (b,) into motion.DIRECTIONS; -1 for a figure that does not move.
+
+    Raises:
+        ValueError: For another shape.
     """
     if videos.ndim != 5 or videos.shape[1] != 3 or videos.shape[2] < 8:
         raise ValueError(
-            f"films have shape {tuple(videos.shape)}, expected (b, 3, f, h, w) with 8 frames or more"
+            f"videos have shape {tuple(videos.shape)}, expected (b, 3, f, h, w) with "
+            "8 frames or more"
         )
-    frames = int(0.45 * (videos.shape[2] - 1)) + 1
+    last = videos.shape[2] - 1
+    frames = int(_STRAIGHT * last) + 1
     videos = videos.detach().float().cpu()
     sides = courses(covered(videos.nan_to_num(0, 0, 0)))[:, :, :frames]
-    turn = torch.polar(torch.ones(32), (torch.arange(32) + 0.5) * (2 * math.pi / 32))
-    place = sides.to(turn.dtype) @ turn  # (b, 2, frames)
+    angles = (torch.arange(32) + 0.5) * (2 * math.pi / 32)
+    circle = torch.polar(torch.ones(32), angles)
+    place = sides.to(circle.dtype) @ circle  # (b, 2, frames)
     weight = sides.sum(3)
-    # by then the figure has appeared; the others are less than half a turn away
-    middle = int(0.3 * (videos.shape[2] - 1))
+    # By this frame the figure has appeared; all others are within half a turn of it.
+    middle = int(_APPEARED * last)
     way = (place * place[..., middle : middle + 1].conj()).angle()
-    moment = torch.arange(frames) - (weight * torch.arange(frames)).sum(
-        2, keepdim=True
-    ) / weight.sum(2, keepdim=True)
+    times = torch.arange(frames)
+    centre = (weight * times).sum(2, keepdim=True) / weight.sum(2, keepdim=True)
+    moment = times - centre
+    # Weighted least squares: the slope of position over time, on both axes.
     speed = (weight * moment * way).sum(2) / (weight * moment.square()).sum(2)
-    seen = (torch.atan2(-speed[:, 1], speed[:, 0]) / (math.pi / 4)).round().nan_to_num(
-        0
-    ).long() % 8
-    return seen.where(
-        (speed.square().sum(1) > 1e-4) & videos.isfinite().flatten(1).all(1), -1
-    )
+    eighths = torch.atan2(-speed[:, 1], speed[:, 0]) / (math.pi / 4)
+    direction = eighths.round().nan_to_num(0).long() % 8
+    moves = speed.square().sum(1) > 1e-4
+    finite = videos.isfinite().flatten(1).all(1)
+    return direction.where(moves & finite, -1)
 
 # %% ../../nbs/4_analysis/02_factors.ipynb #a0ecda89
 _WORDS = {
@@ -297,27 +391,31 @@ _WORDS = {
 def known_factors(
     items: "Items",
 ) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, ...]]]:
-    "What is known of samples, {factor: (n,)}, first what has kinds, and the names of kinds {factor: names}."
-    found = {
-        name: np.asarray(values)
-        for name, values in items.factors.items()
-        if values.ndim == 1
+    """Known scalar factors of samples and the words of those that have categories.
+
+    Returns:
+        {factor: values (n,)}, factors with categories first, or {"all": zeros} if
+        nothing is known; and {factor: its words}.
+    """
+    values = {
+        name: np.asarray(factor)
+        for name, factor in items.factors.items()
+        if factor.ndim == 1
     }
-    if "pitch" in found:
-        found["pitch"] = found["pitch"] - PITCHES[0]
+    if "pitch" in values:  # a MIDI number; words are counted from the lowest pitch
+        values["pitch"] = values["pitch"] - PITCHES[0]
+    if not values:
+        return {"all": np.zeros(len(items), int)}, {}
     words = _WORDS | {
         "ground": GROUNDS if items.name == "scenes" else COLOURS,
         "pitch": tuple(map(note_name, PITCHES)),
         "class": tuple(items.data.names),
         "kind": tuple(getattr(items.data, "kinds", KINDS)),
     }
-    if not found:
-        found = {"all": np.zeros(len(items), int)}
-    return (
-        dict(sorted(found.items(), key=lambda pair: pair[1].dtype.kind == "f")),
-        {
-            name: words[name]
-            for name, values in found.items()
-            if values.dtype.kind == "i" and name in words
-        },
-    )
+    categories_first = sorted(values, key=lambda name: values[name].dtype.kind == "f")
+    names = {
+        name: words[name]
+        for name, factor in values.items()
+        if factor.dtype.kind == "i" and name in words
+    }
+    return {name: values[name] for name in categories_first}, names

@@ -11,11 +11,12 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,7 +33,6 @@ from ..method.batch import Condition
 from ..method.flow import interpolate
 from ..method.schedule import NoiseLevels
 from ..method.tokens import Part, TokenSlices
-from ..method.transformer import Transformer
 from ..settings import own_settings
 from ..training.run import Run
 
@@ -48,7 +48,7 @@ def observe(
     stop: bool = False,
     **options,
 ) -> Output:
-    """Run a backbone once, without gradients, and return its hidden states and velocity.
+    """Run a backbone once and return its hidden states and velocity.
 
     The one way in which analysis and workbench read hidden states.
 
@@ -139,91 +139,98 @@ def _features_at(
 
 # %% ../../nbs/4_analysis/01_features.ipynb #6e4198fe
 class Items:
-    """Samples of a data set, chosen by `subset`, as a model takes them: tokens and fixed noise, fetched in batches.
+    """Samples of a data set with fixed noise, as tokens, fetched in batches.
 
-    sources: of one split; name: of the data set, "" = the first; count: of samples, None = all; seed: of the noise.
-    indices: (count,) of the samples in the data set, chosen: the choice in words; positions count from 0 within these.
-    layout: of the sequence; slices: {part: its tokens}. Raises ValueError for unknown names and
-    counts below 1.
+    Args:
+        sources: Data of one split.
+        name: Of the data set; "" = the first one.
+        count: Number of samples, chosen by `subset`; None = all.
+        seed: Of the noise.
+
+    Attributes:
+        indices: Of the samples in the data set, (count,). Positions count from 0
+            within these.
+        chosen: The choice in words.
+        layout: How samples become a sequence of tokens.
+        slices: {part: its tokens in the sequence}.
+
+    Raises:
+        ValueError: For an unknown data set, or a count below 1.
     """
 
     def __init__(
         self, sources: Sources, name: str = "", count: int | None = None, seed: int = 0
     ):
-        self.sources, self.seed = sources, seed
-        self.name = choose(name or next(iter(sources.data)), sources.data, "data set")
-        self.data, self.layout = sources.data[self.name], sources.layouts[self.name]
         if count is not None and count < 1:
             raise ValueError(f"count is {count}, but features need at least one sample")
-        self.indices, self.chosen = (
-            subset(self.data, count),
-            subset_words(self.data, count),
-        )
+        self.sources = sources
+        self.seed = seed
+        self.name = choose(name or next(iter(sources.data)), sources.data, "data set")
+        self.data = sources.data[self.name]
+        self.layout = sources.layouts[self.name]
+        self.indices = subset(self.data, count)
+        self.chosen = subset_words(self.data, count)
         self.slices = TokenSlices.of(self.layout.parts).slices
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def examples(self, positions: Tensor) -> Examples:
-        "The samples at positions (b,)."
+        """The samples at positions (b,)."""
         return self.data.take(self.indices[positions])
 
     def few(self, count: int) -> Tensor:
-        "The positions of a smaller part, chosen by `subset` as well."
+        """Positions of a smaller subset, chosen by `subset` as well."""
         return torch.isin(self.indices, subset(self.data, count)).nonzero().flatten()
 
     def take(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        "Tokens of the data and of the noise, (b, n, c) each, of the samples at positions (b,)."
+        """Clean tokens and noise, (b, n, c) each, of the samples at positions (b,)."""
         x0 = self.layout.patchify(self.examples(positions).signals)
-        indices = self.indices[positions].tolist()
-        keys = (
-            keyed(self.seed, f"probe noise, {self.sources.split}", index)
-            for index in indices
-        )
-        return x0, torch.stack(
-            [torch.randn(x0.shape[1:], generator=key) for key in keys]
-        )
+        purpose = f"probe noise, {self.sources.split}"
+        noise = []
+        # Each sample's noise follows from its own index, whatever the batch.
+        for index in self.indices[positions].tolist():
+            generator = keyed(self.seed, purpose, index)
+            noise.append(torch.randn(x0.shape[1:], generator=generator))
+        return x0, torch.stack(noise)
 
     def batches(self, size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
-        "All samples in order, `size` at once, as `take` gives them."
-        return (
-            self.take(positions) for positions in torch.arange(len(self)).split(size)
-        )
+        """All samples in order, `size` at a time; see `take`."""
+        for positions in torch.arange(len(self)).split(size):
+            yield self.take(positions)
 
     def features(
         self,
-        model: Transformer,
+        model: nn.Module,
         level: float,
-        layers: tuple[int, ...],
+        layers: Iterable[int],
         pooled: bool = True,
     ) -> dict[int, Tensor]:
-        "Return hidden states of all samples in memory, as `extract` does; `stream_features` keeps those of many on disk."
-        return extract(
-            model,
-            *self.take(torch.arange(len(self))),
-            level,
-            layers,
-            pooled,
-            64,
-            self.layout.parts,
-        )
+        """Hidden states of all samples in memory, see `extract`.
+
+        `stream_features` stores those of many samples on disk.
+        """
+        x0, x1 = self.take(torch.arange(len(self)))
+        parts = self.layout.parts
+        return extract(model, x0, x1, level, layers, pooled, batch=64, parts=parts)
 
     @cached_property
     def factors(self) -> dict[str, Tensor]:
-        "What is known of the samples, (count, ...) each; their labels as `class` where nothing else is."
-        found = [
-            self.examples(positions) for positions in torch.arange(len(self)).split(256)
-        ]
-        found = [examples.factors or {"class": examples.labels} for examples in found]
+        """Known factors of the samples, (count, ...) each, else their labels."""
+        batches = []
+        for positions in torch.arange(len(self)).split(256):
+            examples = self.examples(positions)
+            batches.append(examples.factors or {"class": examples.labels})
         return {
-            name: torch.cat([factors[name] for factors in found]) for name in found[0]
+            name: torch.cat([factors[name] for factors in batches])
+            for name in batches[0]
         }
 
     @property
     def fingerprint(self) -> str:
-        "16 hex digits that change with the samples, their noise, and how they become tokens."
+        """16 hex digits that change with the samples, their noise or their tokens."""
         config = self.sources.settings[self.name]
-        made = (
+        identity = [
             self.data.fingerprint,
             self.name,
             self.sources.split,
@@ -234,21 +241,26 @@ class Items:
             config.columns,
             config.sound,
             list(self.slices),
-        )
+        ]
+        # Stored features of the first samples in order have no list of indices.
         if not torch.equal(self.indices, torch.arange(len(self))):
-            made += (self.indices.tolist(),)
-        return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
+            identity.append(self.indices.tolist())
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
-    def pooled(self, features, part: str = "") -> np.ndarray:
-        "Means over all tokens, or over those of one part: (samples, d) from the means of each part (samples, parts, d)."
-        sizes = {name: place.stop - place.start for name, place in self.slices.items()}
-        if part or len(sizes) == 1:
-            return features[
-                :, list(sizes).index(choose(part or list(sizes)[0], sizes, "part"))
-            ]
-        return np.average(features, axis=1, weights=list(sizes.values())).astype(
-            np.float32
-        )
+    def pooled(self, features: np.ndarray, part: str = "") -> np.ndarray:
+        """Means over all tokens, or over those of one part, from means by part.
+
+        Args:
+            features: Means over the tokens of each part, (samples, parts, d).
+            part: Its name; "" = the whole sequence.
+
+        Returns: (samples, d).
+        """
+        names = list(self.slices)
+        if part or len(names) == 1:
+            return features[:, names.index(choose(part or names[0], names, "part"))]
+        sizes = [tokens.stop - tokens.start for tokens in self.slices.values()]
+        return np.average(features, axis=1, weights=sizes).astype(np.float32)
 
 
 def items_of(
@@ -258,24 +270,30 @@ def items_of(
     name: str = "",
     seed: int = 0,
 ) -> Items:
-    "Samples of one split of a run's data, of any modality; see `Items`."
+    """Samples of one split of a run's data, of any modality; see `Items`."""
     return Items(run.sources_of(split), name, count, seed)
 
 # %% ../../nbs/4_analysis/01_features.ipynb #acc35c9e
-def weights_fingerprint(model: Transformer) -> str:
-    "16 hex digits that follow from the shape and all weights of a model: two checkpoints with equal weights are one model."
+def weights_fingerprint(model: nn.Module) -> str:
+    """16 hex digits that follow from the shape and all weights of a model."""
     digest = hashlib.sha256(model.extra_repr().encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(
-            value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        )
+        values = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class FeatureKey:
-    "What features are of. weights, data: fingerprints; layer: 1-based; level in [0, 1]; pooled: means of parts, else all tokens."
+    """Everything that stored features depend on.
+
+    weights: Fingerprint of the model.
+    data: Fingerprint of the samples and their noise.
+    layer: Counted from 1.
+    level: Noise level in [0, 1].
+    pooled: Means over the tokens of each part; otherwise every token.
+    """
 
     weights: str
     data: str
@@ -285,11 +303,12 @@ class FeatureKey:
 
     @property
     def name(self) -> str:
-        "The name of its file, without a suffix."
-        return (
-            f"block-{self.layer:02d}-t-{self.level:g}-"
-            + hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
-        )
+        """The name of its file, without a suffix."""
+        digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+        return f"block-{self.layer:02d}-t-{self.level:g}-{digest}"
+
+
+_STALE = 86_400  # seconds after which a half-written file belongs to no one
 
 
 def _sha256(path: Path) -> str:
@@ -298,46 +317,63 @@ def _sha256(path: Path) -> str:
 
 
 class FeatureStore:
-    """Features in a folder: for each key a .npy file (float32), and a .json with its key and checksum, written last.
+    """A folder of features: a .npy file (float32) for each key, and a .json file.
 
-    What a killed process left half written is removed after a day; damaged files are said and taken to be absent.
+    The .json file holds key and checksum and is written last. Damaged features are
+    reported and computed again; half-written files are removed after a day.
     """
 
     def __init__(self, folder: Path | str):
-        self.folder, self._checked = Path(folder), set()
+        self.folder = Path(folder)
+        self._checked: set[FeatureKey] = set()
         for path in self.folder.glob(".block-*"):
-            if time.time() - path.stat().st_mtime > 86_400:
+            if time.time() - path.stat().st_mtime > _STALE:
                 discard(path)
 
     def _file(self, key: FeatureKey) -> Path:
         return self.folder / f"{key.name}.npy"
 
     def read(self, key: FeatureKey) -> np.ndarray | None:
-        "The features (samples, parts or tokens, d), mapped into memory and not to be written to; None where there are none."
+        """Features (samples, parts or tokens, d), memory-mapped and read-only.
+
+        None if they are not stored.
+        """
         file = self._file(key)
-        if not file.with_suffix(".json").exists():
+        record_file = file.with_suffix(".json")
+        if not record_file.exists():
             return None
         try:
-            known = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+            record = json.loads(record_file.read_text(encoding="utf-8"))
             if key not in self._checked:
-                if _sha256(file) != known["sha256"]:
+                if _sha256(file) != record["sha256"]:
                     raise ValueError("it has changed since it was written")
                 self._checked.add(key)
             return np.load(file, mmap_mode="r")
         except (OSError, ValueError, KeyError, TypeError) as error:
             self._checked.discard(key)
             print_once(
-                f"{file} is left out and made again when it is needed: {type(error).__name__}: {error}"
+                f"Ignoring {file} ({type(error).__name__}: {error}); these features "
+                "will be computed again when needed."
             )
             return None
 
     @contextmanager
-    def writing(self, keys: dict, shape: tuple[int, ...]) -> Iterator[Callable]:
-        """A function (name, values (b, ...)) that appends to the features of `keys` {name: key}, `shape` when they are whole.
+    def writing(
+        self, keys: Mapping[Any, FeatureKey], shape: tuple[int, ...]
+    ) -> Iterator[Callable[[Any, Any], object]]:
+        """Yield append(name, values), which adds rows to the features of a key.
 
-        They are there when all went well, else none of them is. Raises NotWritten, as on a full disk.
+        Either all features are stored, or none of them.
+
+        Args:
+            keys: {name: key} of the features to write.
+            shape: Of each of them when complete.
+
+        Raises:
+            NotWritten: If they cannot be written, for example to a full disk.
         """
         make_folder(self.folder)
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
         with ExitStack() as stack:
             temporary = {
                 name: stack.enter_context(replacing(self._file(key)))
@@ -349,28 +385,26 @@ class FeatureStore:
                     for name, path in temporary.items()
                 }
                 for file in files.values():
-                    np.lib.format.write_array_header_1_0(
-                        file, {"descr": "<f4", "fortran_order": False, "shape": shape}
-                    )
-                yield lambda name, values: files[name].write(
-                    np.ascontiguousarray(values, "<f4").data
-                )
+                    np.lib.format.write_array_header_1_0(file, header)
+
+                def append(name, values):
+                    files[name].write(np.ascontiguousarray(values, "<f4").data)
+
+                yield append
             digests = {name: _sha256(path) for name, path in temporary.items()}
         for name, key in keys.items():
-            write_json(
-                self._file(key).with_suffix(".json"),
-                {**asdict(key), "shape": shape, "sha256": digests[name]},
-            )
+            record = {**asdict(key), "shape": shape, "sha256": digests[name]}
+            write_json(self._file(key).with_suffix(".json"), record)
             self._checked.add(key)
 
 # %% ../../nbs/4_analysis/01_features.ipynb #bd378136
 @own_settings()
 @torch.no_grad()
 def stream_features(
-    model: Transformer,
+    model: nn.Module,
     items: Items,
     level: float,
-    layers,
+    layers: Iterable[int],
     store: FeatureStore,
     pooled: bool = True,
     batch: int = 256,
@@ -378,20 +412,31 @@ def stream_features(
     desc: str = "features",
     bar: bool = True,
 ) -> dict[int, np.ndarray]:
-    """Hidden states of all items at one level under the null label: {layer: (samples, parts or tokens, d)}, memory-mapped.
+    """Hidden states of all items at one level, without a condition, from the store.
 
-    What the store lacks is computed in one pass and added. layers: 1-based; pooled: means over the tokens of each part, else
-    every token; weights: the model's fingerprint where it is known; bar: of progress.
-    Raises ValueError for layers that there are not.
+    Missing features are computed in one pass over the items and stored.
+
+    Args:
+        model: Any `Backbone`.
+        items: Samples and their noise.
+        level: Noise level of all tokens, in [0, 1].
+        layers: Counted from 1.
+        store: Where features are read and written.
+        pooled: Means over the tokens of each part; otherwise every token.
+        batch: Samples in one forward pass.
+        weights: Fingerprint of the model if known, which saves hashing its weights.
+        desc: Label of the progress bar.
+        bar: Show the progress bar.
+
+    Returns:
+        {layer: (samples, parts or tokens, d)}, memory-mapped.
+
+    Raises:
+        ValueError: For layers that do not exist.
     """
     keys = _keys(model, items, level, layers, pooled, weights)
-    missing = {layer: key for layer, key in keys.items() if store.read(key) is None}
+    missing = _missing(store, keys)
     if missing:
-        shape = (
-            len(items),
-            len(items.slices) if pooled else items.layout.tokens,
-            model.width,
-        )
         batches = tqdm(
             items.batches(batch),
             f"{desc}, t = {level:g}",
@@ -400,41 +445,65 @@ def stream_features(
             leave=False,
             disable=not bar,
         )
-        with store.writing(missing, shape) as write:
+        shape = (len(items), _rows(items, pooled), cast(int, model.width))
+        with store.writing(missing, shape) as append:
             for x0, x1 in batches:
-                for layer, hidden in _features_at(
+                features = _features_at(
                     model, x0, x1, level, missing, items.layout.parts
-                ).items():
-                    write(
-                        layer,
-                        (_means(hidden, items.slices) if pooled else hidden)
-                        .float()
-                        .cpu(),
-                    )
-    return {layer: store.read(key) for layer, key in keys.items()}
+                )
+                for layer, hidden in features.items():  # (b, n, d)
+                    values = _means(hidden, items.slices) if pooled else hidden
+                    append(layer, values.float().cpu())
+    return {layer: cast(np.ndarray, store.read(key)) for layer, key in keys.items()}
 
 
-def _keys(model, items, level, layers, pooled, weights=None) -> dict[int, FeatureKey]:
-    if unknown := [layer for layer in layers if not 1 <= layer <= model.depth]:
+def _keys(
+    model: nn.Module,
+    items: Items,
+    level: float,
+    layers: Iterable[int],
+    pooled: bool,
+    weights: str | None = None,
+) -> dict[int, FeatureKey]:
+    depth = cast(int, model.depth)
+    layers = tuple(layers)
+    if unknown := [layer for layer in layers if not 1 <= layer <= depth]:
         raise ValueError(
-            f"no layer {unknown}: layers are counted after each block, 1 to {model.depth}"
+            f"there is no layer {unknown}; layers are numbered from 1 to {depth}"
         )
-    weights, data = weights or weights_fingerprint(model), items.fingerprint
+    weights = weights or weights_fingerprint(model)
+    data = items.fingerprint
     return {
         layer: FeatureKey(weights, data, layer, float(level), pooled)
         for layer in layers
     }
 
 
-def _means(hidden: Tensor, parts: dict[str, slice]) -> Tensor:
-    return torch.stack([hidden[:, place].mean(1) for place in parts.values()], dim=1)
+def _missing(store: FeatureStore, keys: dict[int, FeatureKey]) -> dict[int, FeatureKey]:
+    """Those of the keys whose features are not stored."""
+    return {layer: key for layer, key in keys.items() if store.read(key) is None}
+
+
+def _rows(items: Items, pooled: bool) -> int:
+    """Number of stored vectors per sample."""
+    return len(items.slices) if pooled else items.layout.tokens
+
+
+def _means(hidden: Tensor, slices: dict[str, slice]) -> Tensor:
+    """Means over the tokens of each part: (b, parts, d) of hidden states (b, n, d)."""
+    means = [hidden[:, tokens].mean(1) for tokens in slices.values()]
+    return torch.stack(means, dim=1)
 
 
 @dataclass(frozen=True)
 class FeatureCost:
-    """What is to be computed. passes: over items, one a level; samples: through the model in all of them; forwards: batches.
+    """The cost of features that are not stored yet.
 
-    bytes: on disk; seconds: on `device`, as one batch tells.
+    passes: Passes over the items, one for each level.
+    samples: Samples through the model, in all passes.
+    forwards: Batches through the model, in all passes.
+    bytes: On disk.
+    seconds: Estimated from one batch on `device`.
     """
 
     passes: int
@@ -445,69 +514,68 @@ class FeatureCost:
     device: str
 
     def __str__(self) -> str:
-        time_ = (
-            f"{self.seconds:.0f} s"
-            if self.seconds < 120
-            else f"{self.seconds / 60:.0f} min"
-        )
+        if self.seconds < 120:
+            duration = f"{self.seconds:.0f} s"
+        else:
+            duration = f"{self.seconds / 60:.0f} min"
         return (
-            f"{self.passes} passes, {self.samples:,} samples through the model in {self.forwards} forwards, "
-            f"{self.bytes / 1e6:,.1f} MB on disk, about {time_} on {self.device} as one batch tells"
+            f"{self.passes} passes, {self.samples:,} samples through the model in "
+            f"{self.forwards} forwards, {self.bytes / 1e6:,.1f} MB on disk, about "
+            f"{duration} on {self.device} as one batch tells"
         )
+
+
+_TIMED_SAMPLES = 64  # enough to estimate the time of all
 
 
 @own_settings()
 @torch.no_grad()
 def feature_cost(
-    model: Transformer,
+    model: nn.Module,
     items: Items,
-    levels,
-    layers,
+    levels: Iterable[float],
+    layers: Iterable[int],
     store: FeatureStore,
     pooled: bool = True,
     batch: int = 256,
 ) -> FeatureCost:
-    "What `stream_features` would cost at these levels; what the store has costs nothing."
+    """Cost of `stream_features` at these levels; stored features cost nothing."""
     weights = weights_fingerprint(model)
-    missing = [
-        [
-            layer
-            for layer, key in _keys(
-                model, items, level, layers, pooled, weights
-            ).items()
-            if store.read(key) is None
-        ]
-        for level in levels
-    ]
-    passes, seconds, device = (
-        sum(map(bool, missing)),
-        0.0,
-        str(next(model.parameters()).device),
-    )
-    deepest = (
-        tuple({max(layer for found in missing for layer in found)}) if passes else ()
-    )
+    layers = tuple(layers)
+    passes = 0
+    missing_features = 0
+    deepest = 0
+    for level in levels:
+        missing = _missing(store, _keys(model, items, level, layers, pooled, weights))
+        if missing:
+            passes += 1
+            missing_features += len(missing)
+            deepest = max(deepest, *missing)
+    seconds = 0.0
     if passes:
-        indices = torch.arange(min(batch, len(items), 64))  # enough to tell
-        # the first forward pays for what comes once
-        _features_at(model, *items.take(indices[:2]), 0.0, deepest, items.layout.parts)
-        start = time.perf_counter()
-        _features_at(model, *items.take(indices), 0.0, deepest, items.layout.parts)[
-            deepest[0]
-        ].cpu()
-        seconds = (time.perf_counter() - start) * passes * len(items) / len(indices)
-    each = (
-        len(items)
-        * (len(items.slices) if pooled else items.layout.tokens)
-        * model.width
-        * 4
-    )
-    forwards = passes * math.ceil(len(items) / batch)
+        positions = torch.arange(min(batch, len(items), _TIMED_SAMPLES))
+        seconds_each = _seconds_per_sample(model, items, positions, deepest)
+        seconds = seconds_each * passes * len(items)
+    bytes_each = len(items) * _rows(items, pooled) * cast(int, model.width) * 4
     return FeatureCost(
-        passes,
-        passes * len(items),
-        forwards,
-        each * sum(map(len, missing)),
-        seconds,
-        device,
+        passes=passes,
+        samples=passes * len(items),
+        forwards=passes * math.ceil(len(items) / batch),
+        bytes=bytes_each * missing_features,
+        seconds=seconds,
+        device=str(next(model.parameters()).device),
     )
+
+
+def _seconds_per_sample(
+    model: nn.Module, items: Items, positions: Tensor, layer: int
+) -> float:
+    def forward(positions):
+        x0, x1 = items.take(positions)
+        features = _features_at(model, x0, x1, 0.0, (layer,), items.layout.parts)
+        features[layer].cpu()  # waits for the device
+
+    forward(positions[:2])  # the first forward pays for what happens only once
+    start = time.perf_counter()
+    forward(positions)
+    return (time.perf_counter() - start) / len(positions)

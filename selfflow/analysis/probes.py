@@ -7,8 +7,11 @@ __all__ = ['STRENGTHS', 'WIDE_STRENGTHS', 'ProbeScore', 'scored', 'regression_pr
            'field_probe', 'knn_probe', 'attentive_probe', 'token_probe', 'position_score']
 
 # %% ../../nbs/4_analysis/03_probes.ipynb #70b57d13
+import math
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,12 +29,21 @@ from ..intervals import score_interval, score_of
 from ..settings import own_settings
 
 # %% ../../nbs/4_analysis/03_probes.ipynb #c57c08cb
+_Parts = dict[str, np.ndarray]  # an array for each split
+
+
 @dataclass(frozen=True, eq=False)
 class ProbeScore:
-    """What a probe found on test. measure: accuracy, R^2 or IoU; interval: 95 %, over test items; validation: the score there.
+    """Result of a probe on the test part.
 
-    protocol: what was done, in words; chosen: what validation chose; sizes: samples of each part; errors, spreads: (n,) over
-    test items, of which the score is 1 - their ratio.
+    protocol: The procedure in words.
+    measure: accuracy, R^2 or IoU.
+    score: 1 - sum of errors / sum of spreads.
+    interval: 95 % interval of the score over test items.
+    validation: The score on the validation part.
+    chosen: The setting that validation chose.
+    sizes: Number of samples in each part.
+    errors, spreads: Of the test items, (n,).
     """
 
     protocol: str
@@ -51,6 +63,22 @@ class ProbeScore:
         return f"{self.score:.1%} ({low:.1%} to {high:.1%})"
 
 
+class _Outcome(NamedTuple):
+    """Errors and spreads of the items of one part, (n,) each."""
+
+    errors: np.ndarray
+    spreads: np.ndarray
+
+    @property
+    def score(self) -> float:
+        return score_of(self.errors, self.spreads)
+
+
+def _wrong(wrong: np.ndarray) -> _Outcome:
+    """The outcome of classification: 1 minus the share of wrong answers."""
+    return _Outcome(wrong, np.ones(len(wrong)))
+
+
 def scored(
     protocol: str,
     measure: str,
@@ -58,10 +86,11 @@ def scored(
     spreads,
     validation: float,
     chosen: str,
-    sizes: dict,
+    sizes: dict[str, int],
 ) -> ProbeScore:
-    "A `ProbeScore` with its interval over test items, by `score_interval`."
-    errors, spreads = np.asarray(errors, np.float32), np.asarray(spreads, np.float32)
+    """A `ProbeScore` with its interval over test items; arguments as there."""
+    errors = np.asarray(errors, np.float32)
+    spreads = np.asarray(spreads, np.float32)
     return ProbeScore(
         protocol,
         measure,
@@ -75,45 +104,53 @@ def scored(
     )
 
 
-def _is_class(targets: dict) -> bool:
-    "Whether targets are classes: whole numbers or True and False."
+def _is_class(targets: Mapping) -> bool:
+    """True if targets are classes: whole numbers or True and False."""
     return np.asarray(targets["train"]).dtype.kind in "iub"
 
 
-def _checked_parts(features: dict, targets: dict, axes: int = 2) -> tuple[dict, dict]:
-    "Both as arrays. Raises ValueError for a missing part, numbers that differ, features of other axes or not finite."
-    x, y = (
-        {split: np.asarray(part[split]) for split in SPLITS if split in part}
-        for part in (features, targets)
-    )
+def _checked_parts(
+    features: Mapping, targets: Mapping, axes: int = 2
+) -> tuple[_Parts, _Parts]:
+    """Features and targets of all splits as arrays.
+
+    Raises:
+        ValueError: For a missing part, features and targets of different numbers,
+            features with another number of axes, and values that are not finite.
+    """
+    x: _Parts = {}
+    y: _Parts = {}
     for split in SPLITS:
-        if (
-            split not in x
-            or split not in y
-            or len(x[split]) != len(y[split])
-            or not len(x[split])
-        ):
+        if split in features:
+            x[split] = np.asarray(features[split])
+        if split in targets:
+            y[split] = np.asarray(targets[split])
+        missing = split not in x or split not in y
+        if missing or len(x[split]) != len(y[split]) or not len(x[split]):
             raise ValueError(
-                f"features and targets of the {split} part are missing or differ in number"
+                f"features and targets of the {split} part are missing or differ in "
+                "number"
             )
         if x[split].ndim != axes:
+            expected = "(n, d)" if axes == 2 else "(n, tokens, d)"
             raise ValueError(
-                f"features of the {split} part have shape {x[split].shape}; this probe takes "
-                f"{'(n, d): pooled ones' if axes == 2 else '(n, tokens, d): those of every token'}"
+                f"features of the {split} part have shape {x[split].shape}; this "
+                f"probe expects {expected}"
             )
-        if (
-            not np.isfinite(y[split]).all()
-            or axes == 2
-            and not np.isfinite(x[split]).all()
-        ):
+        finite = np.isfinite(y[split]).all()
+        # Features of every token may be larger than memory: they are not read here.
+        if axes == 2:
+            finite = finite and np.isfinite(x[split]).all()
+        if not finite:
             raise ValueError(
-                f"features or targets of the {split} part are not finite; was the model's training?"
+                f"features or targets of the {split} part are not finite; check that "
+                "the model's training did not diverge"
             )
     return x, y
 
 
-def _sizes_of(y: dict) -> dict[str, int]:
-    "How many samples each part has."
+def _sizes_of(y: Mapping) -> dict[str, int]:
+    """Number of samples in each part."""
     return {split: len(y[split]) for split in SPLITS}
 
 
@@ -121,9 +158,19 @@ def _columns(values: np.ndarray) -> np.ndarray:
     return np.asarray(values, np.float64).reshape(len(values), -1)
 
 
-def _distances(guess: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Squared residuals, and squared distances from the mean, (n,) each, of values (n, m)."
-    return ((guess - values) ** 2).sum(1), ((values - values.mean(0)) ** 2).sum(1)
+def _residuals(guess: np.ndarray, values: np.ndarray) -> _Outcome:
+    """Squared residuals and squared distances from the mean, of values (n, m)."""
+    errors = ((guess - values) ** 2).sum(1)
+    spreads = ((values - values.mean(0)) ** 2).sum(1)
+    return _Outcome(errors, spreads)
+
+
+def _standardised(x: _Parts) -> _Parts:
+    """Features with mean 0 and deviation 1 on the training part; constants stay."""
+    mean = x["train"].mean(0)
+    deviation = x["train"].std(0)
+    scale = np.where(deviation > 1e-8, deviation, 1)
+    return {split: (part - mean) / scale for split, part in x.items()}
 
 # %% ../../nbs/4_analysis/03_probes.ipynb #ef0cb5d8
 _ALPHAS = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
@@ -131,104 +178,114 @@ STRENGTHS = (0.003, 0.03, 0.3, 3.0)
 WIDE_STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 
 
-def _logistic_probe(features: dict, targets: dict, strengths=STRENGTHS) -> ProbeScore:
+def _logistic_probe(
+    features: Mapping, targets: Mapping, strengths=STRENGTHS
+) -> ProbeScore:
     """Logistic regression on standardised features (n, d) for classes (n,).
 
-    strengths: inverse strengths C of the regularisation; one is chosen on validation. Raises ValueError as `_checked_parts`.
+    strengths: Inverse strengths C of the regularisation; validation chooses one.
     """
     x, y = _checked_parts(features, targets)
+    probes = []
     # On matrices this small, threads wait for each other: one is 20 times faster than
-    # two. And a probe that has not converged
-    # after 2000 iterations, at next to no regularisation, is a candidate like the
-    # others: validation decides.
+    # two. A probe without regularisation may not converge in 2000 iterations; it
+    # remains a candidate, and validation decides.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        probes = [
-            make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)).fit(
-                x["train"], y["train"]
-            )
-            for c in strengths
-        ]
+        for strength in strengths:
+            logistic = LogisticRegression(C=strength, max_iter=2000)
+            probe = make_pipeline(StandardScaler(), logistic)
+            probes.append(probe.fit(x["train"], y["train"]))
         scores = [probe.score(x["validation"], y["validation"]) for probe in probes]
-    best = int(np.argmax(scores))  # the first of equals: the strongest regularisation
-    wrong = probes[best].predict(x["test"]) != y["test"]
+    best = int(np.argmax(scores))  # the first of equals has the most regularisation
+    outcome = _wrong(probes[best].predict(x["test"]) != y["test"])
     return scored(
         "standardised, logistic, C on validation",
         "accuracy",
-        wrong,
-        np.ones(len(wrong)),
-        float(scores[best]),
-        f"C = {strengths[best]:g}",
-        _sizes_of(y),
+        *outcome,
+        validation=float(scores[best]),
+        chosen=f"C = {strengths[best]:g}",
+        sizes=_sizes_of(y),
     )
 
 
-def _ridge_probe(features: dict, targets: dict, alphas=_ALPHAS) -> ProbeScore:
-    """Ridge regression on standardised features (n, d) of values (n,) or (n, m): one R^2, of all columns together.
+def _ridge_probe(features: Mapping, targets: Mapping, alphas=_ALPHAS) -> ProbeScore:
+    """Ridge regression on standardised features (n, d) for values (n,) or (n, m).
 
-    alphas: strengths, per training sample; one is chosen on validation. Columns are standardised. Raises ValueError as
-    `_checked_parts`.
+    There is one R^2 for all columns together; they are standardised.
+    alphas: Strengths per training sample; validation chooses one.
     """
     x, y = _checked_parts(features, targets)
+    x = {split: part.astype(np.float64) for split, part in _standardised(x).items()}
     y = {split: _columns(part) for split, part in y.items()}
-    middle, scale = x["train"].mean(0), x["train"].std(0)
-    x = {
-        split: ((part - middle) / np.where(scale > 1e-8, scale, 1)).astype(np.float64)
-        for split, part in x.items()
-    }
-    centre, spread = y["train"].mean(0), y["train"].std(0)
-    y = {
-        split: (part - centre) / np.where(spread > 1e-12, spread, 1)
-        for split, part in y.items()
-    }
+    mean = y["train"].mean(0)
+    deviation = y["train"].std(0)
+    scale = np.where(deviation > 1e-12, deviation, 1)
+    y = {split: (part - mean) / scale for split, part in y.items()}
     with threadpool_limits(1):  # as in `_logistic_probe`
         weights = _ridge(x["train"], y["train"], alphas)
-        found = [
-            score_of(*_distances(x["validation"] @ w, y["validation"])) for w in weights
+        scores = [
+            _residuals(x["validation"] @ w, y["validation"]).score for w in weights
         ]
-        best = int(np.nanargmax(found)) if np.isfinite(found).any() else 0
-        errors, spreads = _distances(x["test"] @ weights[best], y["test"])
+        best = int(np.nanargmax(scores)) if np.isfinite(scores).any() else 0
+        outcome = _residuals(x["test"] @ weights[best], y["test"])
     return scored(
         "standardised, ridge, alpha on validation",
         "R^2",
-        errors,
-        spreads,
-        found[best],
-        f"alpha = {alphas[best]:g}",
-        _sizes_of(y),
+        *outcome,
+        validation=scores[best],
+        chosen=f"alpha = {alphas[best]:g}",
+        sizes=_sizes_of(y),
     )
 
 
 def _ridge(x: np.ndarray, y: np.ndarray, alphas) -> list[np.ndarray]:
-    "Weights (d, m) for each strength."
+    """Weights (d, m) for each strength, by the smaller of the two Gram matrices."""
     n, d = x.shape
-    values, vectors = np.linalg.eigh(x.T @ x if d <= n else x @ x.T)
-    seen = vectors.T @ (x.T @ y if d <= n else y)
-    solved = [
-        vectors @ (seen / (values.clip(0) + alpha * n)[:, None]) for alpha in alphas
-    ]
-    return solved if d <= n else [x.T @ dual for dual in solved]
+    primal = d <= n
+    values, vectors = np.linalg.eigh(x.T @ x if primal else x @ x.T)
+    projected = vectors.T @ (x.T @ y if primal else y)
+    weights = []
+    for alpha in alphas:
+        solved = vectors @ (projected / (values.clip(0) + alpha * n)[:, None])
+        weights.append(solved if primal else x.T @ solved)
+    return weights
 
 
-def regression_probe(features: dict, targets: dict, strengths=STRENGTHS) -> ProbeScore:
-    "Protocol (a): `_logistic_probe` of classes (n,), `_ridge_probe` of values (n,) or (n, m). Raises ValueError as these do."
+def regression_probe(
+    features: Mapping, targets: Mapping, strengths=STRENGTHS
+) -> ProbeScore:
+    """Protocol (a): logistic regression for classes, ridge regression for values.
+
+    Features are standardised; validation chooses the regularisation.
+
+    Args:
+        features: {split: (n, d)} for train, validation and test.
+        targets: {split: classes (n,), or values (n,) or (n, m)}.
+        strengths: Inverse strengths C of the logistic regression to choose from.
+
+    Raises:
+        ValueError: For parts that are missing, do not fit or are not finite.
+    """
     if _is_class(targets):
         return _logistic_probe(features, targets, strengths)
     return _ridge_probe(features, targets)
 
 # %% ../../nbs/4_analysis/03_probes.ipynb #9b482df1
-def shuffled(targets: dict, seed: int = 0) -> dict:
-    "The same targets, given to other samples of the same part."
-    return {
-        split: np.asarray(part)[
-            np.random.default_rng((seed, place)).permutation(len(part))
-        ]
-        for place, (split, part) in enumerate(targets.items())
-    }
+def shuffled(targets: Mapping, seed: int = 0) -> dict[str, np.ndarray]:
+    """The targets, permuted among the samples of each part."""
+    permuted = {}
+    for place, (split, part) in enumerate(targets.items()):
+        order = np.random.default_rng((seed, place)).permutation(len(part))
+        permuted[split] = np.asarray(part)[order]
+    return permuted
 
 
-def majority_score(targets: dict) -> ProbeScore:
-    "Always the most frequent class of the training part, or always its mean."
+def majority_score(targets: Mapping) -> ProbeScore:
+    """The score of a constant answer: the most frequent class, or the mean.
+
+    Both are those of the training part.
+    """
     y = {split: np.asarray(part) for split, part in targets.items()}
     if _is_class(y):
         kinds, counts = np.unique(y["train"], return_counts=True)
@@ -236,29 +293,25 @@ def majority_score(targets: dict) -> ProbeScore:
         return scored(
             "most frequent class",
             "accuracy",
-            wrong["test"],
-            np.ones(len(y["test"])),
-            float(1 - wrong["validation"].mean()),
-            "",
-            _sizes_of(y),
+            *_wrong(wrong["test"]),
+            validation=float(1 - wrong["validation"].mean()),
+            chosen="",
+            sizes=_sizes_of(y),
         )
     y = {split: _columns(part) for split, part in y.items()}
-    found = {
-        split: _distances(y["train"].mean(0), y[split])
-        for split in ("validation", "test")
-    }
+    mean = y["train"].mean(0)
     return scored(
         "mean of the training part",
         "R^2",
-        *found["test"],
-        score_of(*found["validation"]),
-        "",
-        _sizes_of(y),
+        *_residuals(mean, y["test"]),
+        validation=_residuals(mean, y["validation"]).score,
+        chosen="",
+        sizes=_sizes_of(y),
     )
 
 # %% ../../nbs/4_analysis/03_probes.ipynb #04c28b6e
 class _TokenNorm(nn.Module):
-    "BatchNorm without parameters of (b, d) or (b, n, d), over all but the last axis."
+    """BatchNorm without parameters over all but the last axis of (..., d)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -270,7 +323,10 @@ class _TokenNorm(nn.Module):
 
 @dataclass(frozen=True)
 class HeadFit:
-    "How a head is trained: Adam from `lr`, falling to 0 as a cosine, over `epochs` of the training part in batches of `batch`."
+    """Training of a head: Adam with a cosine from `lr` to 0.
+
+    seed: Of the order of samples.
+    """
 
     epochs: int = 40
     batch: int = 128
@@ -283,35 +339,42 @@ class HeadFit:
         )
 
 
+_FIELD = HeadFit()
+
+
 @own_settings()
 def _fit_head(
-    head: nn.Module, loss, features: np.ndarray, targets: tuple, how: HeadFit
+    head: nn.Module,
+    loss: Callable[..., Tensor],
+    features: np.ndarray,
+    targets: tuple[Tensor, ...],
+    how: HeadFit,
 ) -> nn.Module:
-    """The head, trained: loss(head(features (b, ...)), *targets (b, ...)) is made small. It sees one batch at once.
+    """Train a head to minimise loss(head(features), *targets).
 
-    features may be mapped from disk; the order of samples follows from how.seed. Raises FloatingPointError if it diverges.
+    Features (n, ...) may be mapped from disk: one batch is read at a time.
+
+    Raises:
+        FloatingPointError: If the training diverges.
     """
-    steps = how.epochs * -(-len(features) // how.batch)
+    steps = how.epochs * math.ceil(len(features) / how.batch)
     optimizer = torch.optim.Adam(head.parameters(), how.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     head.train()
     for epoch in range(how.epochs):
-        order = torch.randperm(
-            len(features), generator=keyed(how.seed, "probe order", epoch)
-        )
-        for rows in order.split(how.batch):
-            rows = rows.sort().values.numpy()  # as they lie on disk
-            if len(rows) > 1:  # BatchNorm needs two
+        generator = keyed(how.seed, "probe order", epoch)
+        order = torch.randperm(len(features), generator=generator)
+        for batch in order.split(how.batch):
+            rows = batch.sort().values.numpy()  # in their order on disk
+            if len(rows) > 1:  # BatchNorm needs two samples
                 optimizer.zero_grad()
-                total = loss(
-                    head(torch.from_numpy(features[rows])),
-                    *(target[rows] for target in targets),
-                )
+                outputs = head(torch.from_numpy(features[rows]))
+                total = loss(outputs, *(target[rows] for target in targets))
                 total.backward()
                 optimizer.step()
             schedule.step()
     if not torch.isfinite(total):
-        raise FloatingPointError(f"a probe has diverged with {how}; take a smaller lr")
+        raise FloatingPointError(f"a probe diverged with {how}; use a smaller lr")
     return head.eval()
 
 
@@ -320,113 +383,120 @@ def _fit_head(
 def _head_outputs(
     head: nn.Module, features: np.ndarray, batch: int = 256
 ) -> np.ndarray:
-    "What a head says of features (n, ...), a batch at once."
-    parts = [
-        head(torch.from_numpy(np.ascontiguousarray(features[at : at + batch])))
-        for at in range(0, len(features), batch)
-    ]
-    return torch.cat(parts).numpy()
+    """Outputs of a head for features (n, ...), computed a batch at a time."""
+    outputs = []
+    for start in range(0, len(features), batch):
+        rows = np.ascontiguousarray(features[start : start + batch])
+        outputs.append(head(torch.from_numpy(rows)))
+    return torch.cat(outputs).numpy()
 
-# %% ../../nbs/4_analysis/03_probes.ipynb #dd0170b0
-class _Reading:
-    "The targets of several factors as a head learns them, and their scores from its outputs."
 
-    def __init__(self, targets: dict[str, dict], x: dict):
-        self.targets = {
-            name: _checked_parts(x, parts, x["train"].ndim)[1]
-            for name, parts in targets.items()
-        }
-        self.classes = {name: _is_class(parts) for name, parts in self.targets.items()}
-        self.widths = {
-            name: int(max(part.max() for part in parts.values())) + 1
-            if self.classes[name]
-            else _columns(parts["train"]).shape[1]
-            for name, parts in self.targets.items()
-        }
-        self.scales = {
-            name: (
-                _columns(parts["train"]).mean(0),
-                np.maximum(_columns(parts["train"]).std(0), 1e-12),
-            )
-            for name, parts in self.targets.items()
-            if not self.classes[name]
-        }
+def _held_out_outputs(head: nn.Module, x: _Parts) -> _Parts:
+    return {split: _head_outputs(head, x[split]) for split in ("validation", "test")}
 
-    def learned(self) -> tuple[Tensor, ...]:
-        "The training targets: class numbers, or standardised values."
-        return tuple(
-            torch.as_tensor(parts["train"].astype(np.int64))
-            if self.classes[name]
-            else torch.as_tensor(
-                self._standard(name, parts["train"]), dtype=torch.float32
-            )
-            for name, parts in self.targets.items()
-        )
+
+class _JointTargets:
+    """Targets of several factors, read by one head from adjacent output columns."""
+
+    def __init__(self, targets: Mapping[str, Mapping], x: _Parts):
+        self.targets: dict[str, _Parts] = {}
+        self.classes: dict[str, bool] = {}
+        self.widths: dict[str, int] = {}  # output columns of each factor
+        self.scales: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for name, given in targets.items():
+            _, parts = _checked_parts(x, given, x["train"].ndim)
+            self.targets[name] = parts
+            self.classes[name] = _is_class(parts)
+            if self.classes[name]:
+                largest = max(part.max() for part in parts.values())
+                self.widths[name] = int(largest) + 1
+            else:
+                columns = _columns(parts["train"])
+                self.widths[name] = columns.shape[1]
+                deviation = np.maximum(columns.std(0), 1e-12)
+                self.scales[name] = (columns.mean(0), deviation)
+
+    def training(self) -> tuple[Tensor, ...]:
+        """Training targets of each factor: class numbers, or standardised values."""
+        targets = []
+        for name, parts in self.targets.items():
+            if self.classes[name]:
+                targets.append(torch.as_tensor(parts["train"].astype(np.int64)))
+            else:
+                values = self._standard(name, parts["train"])
+                targets.append(torch.as_tensor(values, dtype=torch.float32))
+        return tuple(targets)
 
     def _standard(self, name: str, values: np.ndarray) -> np.ndarray:
-        middle, scale = self.scales[name]
-        return (_columns(values) - middle) / scale
+        mean, scale = self.scales[name]
+        return (_columns(values) - mean) / scale
 
     def loss(self, outputs: Tensor, *targets: Tensor) -> Tensor:
-        "The sum of the losses of all factors."
+        """The sum of the losses of all factors."""
         pieces = outputs.split(list(self.widths.values()), dim=1)
-        return sum(
-            F.cross_entropy(piece, target)
-            if target.ndim == 1
-            else F.mse_loss(piece, target)
-            for piece, target in zip(pieces, targets, strict=True)
-        )
+        total = outputs.new_zeros(())
+        for piece, target in zip(pieces, targets, strict=True):
+            is_class = target.ndim == 1
+            total = total + (
+                F.cross_entropy(piece, target)
+                if is_class
+                else F.mse_loss(piece, target)
+            )
+        return total
 
-    def scores(
-        self, outputs: dict[str, np.ndarray], protocol: str
-    ) -> dict[str, ProbeScore]:
-        "outputs: of validation and test, (n, all columns)."
-        ends, found = np.cumsum([0, *self.widths.values()]), {}
-        for name, first, last in zip(self.targets, ends, ends[1:], strict=False):
-            pairs = {
-                split: self._compared(
-                    name, part[:, first:last], self.targets[name][split]
-                )
-                for split, part in outputs.items()
+    def scores(self, outputs: _Parts, protocol: str) -> dict[str, ProbeScore]:
+        """Scores by factor; outputs: of validation and test, (n, all columns)."""
+        scores = {}
+        first = 0
+        for name, width in self.widths.items():
+            own = {
+                split: part[:, first : first + width] for split, part in outputs.items()
             }
-            found[name] = scored(
+            first += width
+            scores[name] = scored(
                 protocol,
                 "accuracy" if self.classes[name] else "R^2",
-                *pairs["test"],
-                score_of(*pairs["validation"]),
-                "",
-                _sizes_of(self.targets[name]),
+                *self._outcome(name, own["test"], "test"),
+                validation=self._outcome(name, own["validation"], "validation").score,
+                chosen="",
+                sizes=_sizes_of(self.targets[name]),
             )
-        return found
+        return scores
 
-    def _compared(self, name, outputs, targets):
+    def _outcome(self, name: str, outputs: np.ndarray, split: str) -> _Outcome:
+        targets = self.targets[name][split]
         if self.classes[name]:
-            return outputs.argmax(1) != targets, np.ones(len(targets))
-        return _distances(outputs, self._standard(name, targets))
+            return _wrong(outputs.argmax(1) != targets)
+        return _residuals(outputs, self._standard(name, targets))
 
-
+# %% ../../nbs/4_analysis/03_probes.ipynb #dd0170b0
 def field_probe(
-    features: dict, targets: dict[str, dict], how: HeadFit = HeadFit()
+    features: Mapping, targets: Mapping[str, Mapping], how: HeadFit = _FIELD
 ) -> dict[str, ProbeScore]:
-    """Protocol (b) for several factors at once: {factor: score} on pooled features (n, d).
+    """Protocol (b): BatchNorm and a linear layer for several factors at once.
 
-    targets: {factor: {"train", "validation", "test": classes (n,) or values (n,) or (n, m)}}. Raises ValueError as
-    `_checked_parts`.
+    Args:
+        features: {split: pooled features (n, d)} for train, validation and test.
+        targets: {factor: {split: classes (n,), or values (n,) or (n, m)}}.
+        how: Training of the head.
+
+    Returns: {factor: score}.
+
+    Raises:
+        ValueError: For parts that are missing, do not fit or are not finite.
     """
-    x = _checked_parts(features, next(iter(targets.values())))[0]
-    x, reading = (
-        {split: part.astype(np.float32) for split, part in x.items()},
-        _Reading(targets, x),
-    )
-    width, outputs = x["train"].shape[1], sum(reading.widths.values())
-    head = nn.Sequential(_TokenNorm(width), _zero_linear(width, outputs))
-    _fit_head(head, reading.loss, x["train"], reading.learned(), how)
-    outputs = {split: _head_outputs(head, x[split]) for split in ("validation", "test")}
-    return reading.scores(outputs, f"BatchNorm + linear, {how}")
+    x, _ = _checked_parts(features, next(iter(targets.values())))
+    joint = _JointTargets(targets, x)
+    x = {split: part.astype(np.float32) for split, part in x.items()}
+    width = x["train"].shape[1]
+    linear = _zero_linear(width, sum(joint.widths.values()))
+    head = nn.Sequential(_TokenNorm(width), linear)
+    _fit_head(head, joint.loss, x["train"], joint.training(), how)
+    return joint.scores(_held_out_outputs(head, x), f"BatchNorm + linear, {how}")
 
 
 def _zero_linear(width: int, outputs: int) -> nn.Linear:
-    "A linear layer that begins at 0, whatever the state of random numbers."
+    """A linear layer that starts at 0 and draws no random numbers."""
     linear = nn.utils.skip_init(nn.Linear, width, outputs)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -436,167 +506,180 @@ def _zero_linear(width: int, outputs: int) -> nn.Linear:
 _NEIGHBOURS = (1, 3, 10, 30)
 
 
-def knn_probe(features: dict, targets: dict, neighbours=_NEIGHBOURS) -> ProbeScore:
-    """The votes of the k nearest training samples by the cosine of standardised features (n, d), k chosen on validation.
+def knn_probe(
+    features: Mapping, targets: Mapping, neighbours=_NEIGHBOURS
+) -> ProbeScore:
+    """Votes of the k nearest training samples, k chosen on validation.
 
-    Raises ValueError as `_checked_parts`.
+    Neighbours are nearest by the cosine of standardised features.
+
+    Args:
+        features: {split: (n, d)} for train, validation and test.
+        targets: {split: classes (n,), or values (n,) or (n, m)}.
+        neighbours: Numbers k to choose from.
+
+    Raises:
+        ValueError: For parts that are missing, do not fit or are not finite.
     """
     x, y = _checked_parts(features, targets)
-    middle, scale = x["train"].mean(0), x["train"].std(0)
-    x = {
-        split: F.normalize(
-            torch.from_numpy(
-                (part - middle) / np.where(scale > 1e-8, scale, 1)
-            ).float(),
-            dim=1,
-        )
-        for split, part in x.items()
+    classes = _is_class(y)
+    counts = [k for k in neighbours if k <= len(y["train"])]
+    unit = {
+        split: F.normalize(torch.from_numpy(part).float(), dim=1)
+        for split, part in _standardised(x).items()
     }
-    counts, classes = [k for k in neighbours if k <= len(y["train"])], _is_class(y)
-    near = {
-        s: torch.cat(
+    votes = _columns(y["train"])
+    if classes:
+        votes = np.eye(int(y["train"].max()) + 1)[y["train"].astype(int)]
+
+    def outcomes(split: str) -> dict[int, _Outcome]:
+        """The outcome of a part for each k."""
+        nearest = torch.cat(
             [
-                (part @ x["train"].T).topk(max(counts)).indices
-                for part in x[s].split(512)
+                (rows @ unit["train"].T).topk(max(counts)).indices
+                for rows in unit[split].split(512)
             ]
         ).numpy()
-        for s in ("validation", "test")
-    }
-    learned = (
-        np.eye(int(y["train"].max()) + 1)[y["train"].astype(int)]
-        if classes
-        else _columns(y["train"])
-    )
-    found = {
-        k: {s: _voted(learned[near[s][:, :k]].mean(1), y[s], classes) for s in near}
-        for k in counts
-    }
-    best = max(counts, key=lambda k: score_of(*found[k]["validation"]))
+        by_count = {}
+        for k in counts:
+            answer = votes[nearest[:, :k]].mean(1)
+            if classes:
+                by_count[k] = _wrong(answer.argmax(1) != y[split])
+            else:
+                by_count[k] = _residuals(answer, _columns(y[split]))
+        return by_count
+
+    validation = outcomes("validation")
+    best = max(counts, key=lambda k: validation[k].score)
     return scored(
         "cosine of standardised features, k neighbours, k on validation",
         "accuracy" if classes else "R^2",
-        *found[best]["test"],
-        score_of(*found[best]["validation"]),
-        f"k = {best}",
-        _sizes_of(y),
+        *outcomes("test")[best],
+        validation=validation[best].score,
+        chosen=f"k = {best}",
+        sizes=_sizes_of(y),
     )
 
 
-def _voted(votes, targets, classes):
-    return (
-        (votes.argmax(1) != targets, np.ones(len(targets)))
-        if classes
-        else _distances(votes, _columns(targets))
-    )
+_ATTENTIVE = HeadFit()
+_BY_TOKEN = HeadFit(epochs=10, batch=64)
+_THRESHOLDS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5)  # of the logit of a token
 
 # %% ../../nbs/4_analysis/03_probes.ipynb #88cae020
-_ATTENTIVE, _BY_TOKEN = HeadFit(), HeadFit(epochs=10, batch=64)
-
-
 class _Attentive(nn.Module):
-    "A linear reading of tokens (b, n, d), pooled by one learned query for each factor: (b, sum of widths)."
+    """Pools tokens (b, n, d) by one learned query per factor and reads each linearly.
+
+    outputs: Columns of each factor. Returns (b, all columns).
+    """
 
     def __init__(self, width: int, outputs: list[int]):
         super().__init__()
-        self.norm, self.queries = (
-            _TokenNorm(width),
-            nn.Parameter(torch.zeros(len(outputs), width)),
-        )
+        self.norm = _TokenNorm(width)
+        self.queries = nn.Parameter(torch.zeros(len(outputs), width))
         self.readers = nn.ModuleList(_zero_linear(width, count) for count in outputs)
 
     def attention(self, h: Tensor) -> Tensor:
-        "Where each factor looks, (b, factors, n), of normalised tokens."
+        """Attention of each factor, (b, factors, n), over normalised tokens."""
         return torch.einsum("q d, b n d -> b q n", self.queries, h).softmax(-1)
 
     def forward(self, h: Tensor) -> Tensor:
         h = self.norm(h)
-        pooled = self.attention(h) @ h
-        return torch.cat(
-            [reader(pooled[:, place]) for place, reader in enumerate(self.readers)],
-            dim=1,
-        )
+        pooled = self.attention(h) @ h  # (b, factors, d)
+        answers = [reader(pooled[:, row]) for row, reader in enumerate(self.readers)]
+        return torch.cat(answers, dim=1)
 
 
 def attentive_probe(
-    features: dict, targets: dict[str, dict], how: HeadFit = _ATTENTIVE
+    features: Mapping, targets: Mapping[str, Mapping], how: HeadFit = _ATTENTIVE
 ) -> dict[str, ProbeScore]:
-    "An `_Attentive` head on every token (n, tokens, d), which may be mapped from disk; else as `field_probe`."
+    """An attentive head on every token: one learned query for each factor.
+
+    Args:
+        features: {split: (n, tokens, d)}, which may be mapped from disk.
+        targets: As in `field_probe`.
+        how: Training of the head.
+
+    Returns: {factor: score}.
+
+    Raises:
+        ValueError: For parts that are missing, do not fit or are not finite.
+    """
     x, _ = _checked_parts(features, next(iter(targets.values())), axes=3)
-    reading = _Reading(targets, x)
-    head = _Attentive(x["train"].shape[2], list(reading.widths.values()))
-    _fit_head(head, reading.loss, x["train"], reading.learned(), how)
-    outputs = {split: _head_outputs(head, x[split]) for split in ("validation", "test")}
-    return reading.scores(outputs, f"one query a factor, {how}")
+    joint = _JointTargets(targets, x)
+    head = _Attentive(x["train"].shape[2], list(joint.widths.values()))
+    _fit_head(head, joint.loss, x["train"], joint.training(), how)
+    return joint.scores(_held_out_outputs(head, x), f"one query a factor, {how}")
 
 # %% ../../nbs/4_analysis/03_probes.ipynb #a3ef9dc5
-def token_probe(features: dict, covered: dict, how: HeadFit = _BY_TOKEN) -> ProbeScore:
-    """A linear reading of every token: which belong to the figure, scored by IoU over all test images.
+def token_probe(
+    features: Mapping, covered: Mapping, how: HeadFit = _BY_TOKEN
+) -> ProbeScore:
+    """A linear probe of every token for the figure, scored by IoU over test images.
 
-    features: (n, tokens, d), may be mapped from disk; covered: (n, tokens), how far the figure covers a token; more than half
-    counts. The threshold is chosen on validation. Raises ValueError as `_checked_parts` and for a part without a figure.
+    Args:
+        features: {split: (n, tokens, d)}, which may be mapped from disk.
+        covered: {split: share of each token that the figure covers, (n, tokens)};
+            a token with more than half belongs to the figure.
+        how: Training of the head. The threshold is chosen on validation.
+
+    Raises:
+        ValueError: For parts that are missing or do not fit, or without a figure.
     """
     x, y = _checked_parts(features, covered, axes=3)
     truth = {split: part > 0.5 for split, part in y.items()}
-    if x["train"].shape[:2] != truth["train"].shape or not all(
-        part.any() for part in truth.values()
-    ):
+    fits = x["train"].shape[:2] == truth["train"].shape
+    if not fits or not all(part.any() for part in truth.values()):
         raise ValueError(
-            f"covers have shape {truth['train'].shape} for features {x['train'].shape}, or no token is covered"
+            f"covers have shape {truth['train'].shape} for features "
+            f"{x['train'].shape}, or a part has no covered token"
         )
     width = x["train"].shape[2]
     head = nn.Sequential(_TokenNorm(width), _zero_linear(width, 1), nn.Flatten())
-    _fit_head(
-        head,
-        F.binary_cross_entropy_with_logits,
-        x["train"],
-        (torch.from_numpy(truth["train"]).float(),),
-        how,
-    )
-    outputs, at = (
-        {split: _head_outputs(head, x[split]) for split in ("validation", "test")},
-        (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5),
-    )
-    found = [
-        score_of(*_overlap(outputs["validation"] > level, truth["validation"]))
-        for level in at
+    target = torch.from_numpy(truth["train"]).float()
+    loss = F.binary_cross_entropy_with_logits
+    _fit_head(head, loss, x["train"], (target,), how)
+    logits = _held_out_outputs(head, x)
+    scores = [
+        _overlap(logits["validation"] > threshold, truth["validation"]).score
+        for threshold in _THRESHOLDS
     ]
-    best = int(np.argmax(found))
+    best = int(np.argmax(scores))
     return scored(
         f"BatchNorm + linear on every token, threshold on validation, {how}",
         "IoU",
-        *_overlap(outputs["test"] > at[best], truth["test"]),
-        found[best],
-        f"logit > {at[best]:g}",
-        _sizes_of(y),
+        *_overlap(logits["test"] > _THRESHOLDS[best], truth["test"]),
+        validation=scores[best],
+        chosen=f"logit > {_THRESHOLDS[best]:g}",
+        sizes=_sizes_of(y),
     )
 
 
-def _overlap(guess: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _overlap(guess: np.ndarray, truth: np.ndarray) -> _Outcome:
+    """Union minus intersection, and union, of each image: IoU is 1 - their ratio."""
     union = (guess | truth).sum(1)
-    return union - (guess & truth).sum(1), union
+    return _Outcome(union - (guess & truth).sum(1), union)
 
 
-def position_score(covered: dict) -> ProbeScore:
-    "What `token_probe` has to beat: the tokens that belong to the figure most often, whatever the image."
+def position_score(covered: Mapping) -> ProbeScore:
+    """The baseline of `token_probe`: the same tokens in every image.
+
+    They are those that the figure covers most often in the training part.
+    """
     truth = {split: np.asarray(part) > 0.5 for split, part in covered.items()}
-    often, at = truth["train"].mean(0), np.linspace(0, 1, 21)[:-1]
-    found = [
-        score_of(
-            *_overlap(
-                np.broadcast_to(often > level, truth["validation"].shape),
-                truth["validation"],
-            )
-        )
-        for level in at
-    ]
-    best = int(np.nanargmax(found))
+    share = truth["train"].mean(0)
+    thresholds = np.linspace(0, 1, 21)[:-1]
+
+    def outcome(threshold: float, split: str) -> _Outcome:
+        guess = np.broadcast_to(share > threshold, truth[split].shape)
+        return _overlap(guess, truth[split])
+
+    scores = [outcome(threshold, "validation").score for threshold in thresholds]
+    best = int(np.nanargmax(scores))
     return scored(
         "the same tokens in every image, threshold on validation",
         "IoU",
-        *_overlap(
-            np.broadcast_to(often > at[best], truth["test"].shape), truth["test"]
-        ),
-        found[best],
-        f"share > {at[best]:g}",
-        _sizes_of(truth),
+        *outcome(thresholds[best], "test"),
+        validation=scores[best],
+        chosen=f"share > {thresholds[best]:g}",
+        sizes=_sizes_of(truth),
     )

@@ -11,9 +11,11 @@ __all__ = ['CIRCULAR', 'FAMILIES', 'PROBE_LEVELS', 'COUNTS', 'BASELINES', 'RECOR
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -21,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from sklearn.decomposition import PCA
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .factors import CLASS
@@ -49,94 +51,92 @@ from ..data.datasets import SPLITS, labels_of
 from ..disk import replacing, write_json, write_tensors
 from ..intervals import Comparison, compare_items
 from ..method.tokens import ImagePatches, VideoPatches
-from ..method.transformer import Transformer
 from ..settings import own_settings
 from ..training.recording import device_name
 from ..training.run import Run
 from ..training.state import start_state
 
 # %% ../../nbs/4_analysis/04_probing.ipynb #1a8090d4
-_NUISANCE = ("grain", "handwriting")
-CIRCULAR = {"angle": 2 * math.pi, "phase": 1.0}  # and their periods
-# more different whole numbers than this are values, unless they are the class
-_CLASSES = 64
+_NUISANCE = ("grain", "handwriting")  # made, but not meant to be read
+CIRCULAR = {"angle": 2 * math.pi, "phase": 1.0}  # circular factors and their periods
+_CLASSES = 64  # integer factors with more values than this are regressed
+_COLUMNS = 4  # so are those of more columns than this
 
 
 def probe_targets(items: dict[str, Items]) -> dict[str, dict[str, np.ndarray]]:
-    """What probes are to find in items of each split: {factor: {split: classes (n,) int64, or values (n, m)}}.
+    """Targets of probes for all known factors that vary.
 
-    Raises ValueError where nothing that varies is known of the samples.
+    Args:
+        items: Samples of each split.
+
+    Returns:
+        {factor: {split: classes (n,) int64, or values (n, m)}}.
+
+    Raises:
+        ValueError: If nothing that varies is known of the samples.
     """
-    found = {}
+    targets = {}
     for name in items["train"].factors:
-        kinds = torch.cat(
-            [one.factors[name].flatten() for one in items.values()]
-        ).unique()
-        few = name == "class" or len(kinds) <= _CLASSES
+        values = torch.cat([part.factors[name].flatten() for part in items.values()])
+        as_classes = name == "class" or len(values.unique()) <= _CLASSES
         columns = {
-            split: _columns_of(name, one.factors[name], few)
-            for split, one in items.items()
+            split: _columns_of(name, part.factors[name], as_classes)
+            for split, part in items.items()
         }
-        for column, values in columns["train"].items():
+        for column in columns["train"]:
             parts = {split: np.asarray(own[column]) for split, own in columns.items()}
-            if (
-                all(np.isfinite(part).all() for part in parts.values())
-                and (values != values[:1]).any()
-            ):
-                found[column] = parts
-    if not found:
-        raise ValueError(_NOTHING.format(items["train"].name))
-    return found
+            train = parts["train"]
+            finite = all(np.isfinite(part).all() for part in parts.values())
+            if finite and (train != train[:1]).any():
+                targets[column] = parts
+    if not targets:
+        raise ValueError(_NOTHING_KNOWN.format(items["train"].name))
+    return targets
 
 
-_NOTHING = (
-    "nothing that varies is known of the samples of {}: there is nothing to probe for. Put files into a folder for each "
-    "class, or give a table with a column label"
+_NOTHING_KNOWN = (
+    "nothing that varies is known of the samples of {}, so there is nothing to probe "
+    "for; put files into a folder for each class, or give a table with a column label"
 )
 
 
-def _columns_of(name: str, values: Tensor, few: bool) -> dict[str, Tensor]:
+def _columns_of(name: str, values: Tensor, as_classes: bool) -> dict[str, Tensor]:
+    """One factor as targets: classes column by column, or all values together."""
     if name in _NUISANCE:
         return {}
+    by_column = values.flatten(1) if values.ndim > 1 else values[:, None]  # (n, m)
     if name in CIRCULAR:
-        turns = values.flatten(1) if values.ndim > 1 else values[:, None]
-        angle = turns * (2 * math.pi / CIRCULAR[name])
+        angle = by_column * (2 * math.pi / CIRCULAR[name])
         return {name: torch.cat([angle.cos(), angle.sin()], 1)}
-    if (
-        values.is_floating_point()
-        or values.ndim > 1
-        and values[0].numel() > 4
-        or not few
-    ):
-        return {
-            name: values.float().flatten(1)
-            if values.ndim > 1
-            else values.float()[:, None]
-        }
+    if values.is_floating_point() or by_column.shape[1] > _COLUMNS or not as_classes:
+        return {name: by_column.float()}
     if values.ndim == 1:
         return {name: values.long()}
     return {
-        f"{name} {place + 1}": column.long()
-        for place, column in enumerate(values.flatten(1).unbind(1))
+        f"{name} {number}": column.long()
+        for number, column in enumerate(by_column.unbind(1), start=1)
     }
 
 # %% ../../nbs/4_analysis/04_probing.ipynb #20ec4e81
 def token_covers(items: Items) -> np.ndarray:
-    "How far the figure covers each token, (samples, tokens) in [0, 1]. Raises ValueError for data without known masks."
+    """Share of each token that the figure covers, (samples, tokens) in [0, 1].
+
+    Raises:
+        ValueError: For data without known masks of a single figure.
+    """
     patches = next(iter(items.layout.patches.values()))
-    if (
-        not hasattr(items.data, "masks")
-        or len(items.slices) > 1
-        or getattr(items.data, "pair", False)
-    ):
+    several = len(items.slices) > 1 or getattr(items.data, "pair", False)
+    if not hasattr(items.data, "masks") or several:
         raise ValueError(
-            f"which tokens belong to a figure is not known of {items.name}; shapes, emblems and motion of one "
-            "figure tell it"
+            f"which tokens belong to a figure is not known of {items.name}; it is "
+            "known of shapes, emblems and motion with one figure"
         )
-    one = (
-        ImagePatches(1, patches.height, patches.width, patches.patch)
-        if isinstance(patches, ImagePatches)
-        else VideoPatches(
+    # A mask has one channel and is cut into the same patches as the signal.
+    cut: ImagePatches | VideoPatches
+    if isinstance(patches, ImagePatches):
+        cut = ImagePatches(1, patches.height, patches.width, patches.patch)
+    else:
+        cut = VideoPatches(
             1,
             patches.frames,
             patches.height,
@@ -144,24 +144,31 @@ def token_covers(items: Items) -> np.ndarray:
             patches.patch,
             patches.span,
         )
-    )
-    blocks = (
-        items.data.masks(indices)[:, None] for indices in items.indices.split(256)
-    )
-    return torch.cat([one.patchify(block).mean(-1) for block in blocks]).numpy()
+    covers = []
+    for indices in items.indices.split(256):
+        masks = items.data.masks(indices)[:, None]
+        covers.append(cut.patchify(masks).mean(-1))  # (b, n)
+    return torch.cat(covers).numpy()
 
 # %% ../../nbs/4_analysis/04_probing.ipynb #0f74530c
-# protocols (a) and (b) of `probes`
+# Protocols (a) and (b) of `probes`.
 FAMILIES = {"regression": regression_probe, "field": field_probe}
 PROBE_LEVELS = (0.0, 0.1, 0.25, 0.5, 0.75)
 COUNTS = {"train": 2000, "validation": 500, "test": 1000}
-_COMPONENTS = 256
+_COMPONENTS = 256  # of the clean tokens, where they are longer
 BASELINES = ("majority", "shuffled labels", "raw input", "untrained network")
 
 
 @dataclass(frozen=True, eq=False)
 class ProbeRow:
-    "What one probe found. features: whose; family: of FAMILIES, or none; layer, level: None where there is none."
+    """Result of one probe.
+
+    factor: What was probed for.
+    features: "model", or one of BASELINES.
+    family: Of FAMILIES; "" for the majority baseline.
+    layer, level: Where features were taken; None for features without a model.
+    probe: The score.
+    """
 
     factor: str
     features: str
@@ -172,72 +179,85 @@ class ProbeRow:
 
     @property
     def cell(self) -> str:
-        "Layer and level in words."
+        """Layer and level in words."""
         return f"block {self.layer}, t = {self.level:g}"
 
     def flat(self) -> dict:
-        "All of it but for the errors of single items."
-        names = [
-            f.name for f in fields(ProbeScore) if f.name not in ("errors", "spreads")
-        ]
+        """All entries but the errors of single items."""
+        score = {
+            field.name: getattr(self.probe, field.name)
+            for field in fields(ProbeScore)
+            if field.name not in ("errors", "spreads")
+        }
         return {
             "factor": self.factor,
             "features": self.features,
             "family": self.family,
             "layer": self.layer,
             "level": self.level,
-            **{name: getattr(self.probe, name) for name in names},
+            **score,
         }
 
 
 @dataclass(frozen=True, eq=False)
 class Probes:
-    "All probes of a run. about: what was probed and how; rows: one for each probe, cells layers outermost."
+    """All probes of a run.
+
+    about: Run, samples, layers, levels and other settings.
+    rows: A row for each probe; of the cells of a model, layers are outermost.
+    """
 
     about: dict
     rows: tuple[ProbeRow, ...]
 
     @property
     def factors(self) -> tuple[str, ...]:
-        "The names of the factors."
+        """The names of the factors."""
         return tuple(dict.fromkeys(row.factor for row in self.rows))
 
     @property
     def main_factor(self) -> str:
-        "The factor that the classes of the data name, else the first one."
-        names = [
-            name
-            for name in ("class", *CLASS.get(self.about["data"], ()))
-            if name in self.factors
-        ]
-        return names[0] if names else self.factors[0]
+        """The factor that is the class of the data, else the first one."""
+        for name in ("class", *CLASS.get(self.about["data"], ())):
+            if name in self.factors:
+                return name
+        return self.factors[0]
 
     @property
     def cells(self) -> tuple:
-        "Layers, levels and test items: probes of equal cells can be subtracted."
-        return (
-            tuple(self.about["layers"]),
-            tuple(self.about["levels"]),
-            self.about["items"],
+        """Layers, levels and test items: equal cells can be subtracted."""
+        layers = tuple(self.about["layers"])
+        return layers, tuple(self.about["levels"]), self.about["items"]
+
+    def has(self, factor: str, features: str) -> bool:
+        """True if the factor was probed for in these features."""
+        return any(
+            row.factor == factor and row.features == features for row in self.rows
         )
 
     def of(
         self, factor: str, features: str = "model", family: str = "regression"
     ) -> list[ProbeRow]:
-        "The rows of a factor. Raises ValueError where there is none."
+        """The rows of a factor.
+
+        Raises:
+            ValueError: If there are none.
+        """
         choose(factor, self.factors, "factor")
-        found = [
+        rows = [
             row
             for row in self.rows
-            if (row.factor, row.features) == (factor, features)
+            if row.factor == factor
+            and row.features == features
             and row.family in (family, "")
         ]
-        if not found:
+        if not rows:
+            known = sorted({f"{row.features} ({row.family})" for row in self.rows})
             raise ValueError(
                 f"there are no {family} probes of {features} here; there are "
-                f"{', '.join(sorted({f'{row.features} ({row.family})' for row in self.rows}))}"
+                f"{', '.join(known)}"
             )
-        return found
+        return rows
 
     def grid(
         self,
@@ -246,44 +266,51 @@ class Probes:
         features: str = "model",
         family: str = "regression",
     ) -> np.ndarray:
-        "One entry of all cells as (layers, levels)."
+        """An entry of `ProbeScore` in all cells, (layers, levels)."""
         cells = {
             (row.layer, row.level): getattr(row.probe, name)
             for row in self.of(factor, features, family)
         }
-        return np.array(
-            [
-                [cells[layer, level] for level in self.about["levels"]]
-                for layer in self.about["layers"]
-            ]
-        )
+        grid = [
+            [cells[layer, level] for level in self.about["levels"]]
+            for layer in self.about["layers"]
+        ]
+        return np.array(grid)
 
     def best(
         self, factor: str, features: str = "model", family: str = "regression"
     ) -> ProbeRow:
-        "The cell with the highest validation score, the first of equals."
-        return max(
-            self.of(factor, features, family),
-            key=lambda row: np.nan_to_num(row.probe.validation, nan=-np.inf),
-        )
+        """The cell with the highest validation score, the first of equals."""
+
+        def validation(row: ProbeRow) -> float:
+            return float(np.nan_to_num(row.probe.validation, nan=-np.inf))
+
+        return max(self.of(factor, features, family), key=validation)
 
     def difference(
         self, other: "Probes", factor: str, family: str = "regression"
     ) -> np.ndarray:
-        "Other minus this, cell by cell, paired over test items: (3, layers, levels), the difference, low, high."
+        """Other minus this in each cell, paired over test items.
+
+        Returns: (3, layers, levels): the difference, and the low and high end of its
+            95 % interval.
+
+        Raises:
+            ValueError: For probes of different layers, levels or test items.
+        """
         if self.cells != other.cells:
             raise ValueError(
-                "probes of other layers, levels or test items cannot be subtracted; probe both runs alike"
+                "probes of different layers, levels or test items cannot be "
+                "subtracted; probe both runs with the same settings"
             )
-        pairs = zip(
+        cells = []
+        for own, its in zip(
             self.of(factor, family=family), other.of(factor, family=family), strict=True
-        )
-        found = [
-            compare_items(*((row.probe.errors, row.probe.spreads) for row in pair))
-            for pair in pairs
-        ]
-        cells = np.array([(one.difference, *one.interval) for one in found])
-        return cells.T.reshape(3, len(self.about["layers"]), len(self.about["levels"]))
+        ):
+            compared = compare_items(_errors_of(own), _errors_of(its))
+            cells.append((compared.difference, *compared.interval))
+        shape = (3, len(self.about["layers"]), len(self.about["levels"]))
+        return np.array(cells).T.reshape(shape)
 
     def compare(
         self,
@@ -292,129 +319,213 @@ class Probes:
         family: str = "regression",
         names: tuple[str, str] | None = None,
     ) -> Comparison:
-        "The cells that validation chose of this run and of another, paired over test items."
-        rows = self.best(factor, family=family), other.best(factor, family=family)
+        """Compare the best cells of two runs, paired over test items.
+
+        Each run's cell is chosen on validation.
+
+        Raises:
+            ValueError: For probes of different test items.
+        """
+        own = self.best(factor, family=family)
+        its = other.best(factor, family=family)
         if self.about["items"] != other.about["items"]:
             raise ValueError(
-                "the two runs were probed on other test items; probe both with the same counts"
+                "the two runs were probed on different test items; probe both with "
+                "the same counts"
             )
-        how = {"scale": 1.0, "unit": ""} if rows[0].probe.measure == "R^2" else {}
-        return compare_items(
-            *((row.probe.errors, row.probe.spreads) for row in rows),
-            names or (self.about["run"], other.about["run"]),
-            **how,
-        )
+        names = names or (self.about["run"], other.about["run"])
+        pair = _errors_of(own), _errors_of(its)
+        if own.probe.measure == "R^2":
+            return compare_items(*pair, names=names, scale=1.0, unit="")
+        return compare_items(*pair, names=names)
 
     def table(self, family: str = "regression") -> pd.DataFrame:
-        "A row for each factor: the cell that validation chose, on test, beside all baselines, and the protocol."
+        """A row for each factor: its best cell on test, baselines and protocol."""
         rows = []
         for factor in self.factors:
             best = self.best(factor, family=family)
             row = {"factor": factor, "measure": best.probe.measure}
             for name in BASELINES:
-                present = any(
-                    (one.factor, one.features) == (factor, name) for one in self.rows
-                )
-                row[name] = (
-                    str(self.best(factor, name, family).probe) if present else "-"
-                )
-            rows.append(
-                {
-                    **row,
-                    "model": str(best.probe),
-                    "cell": best.cell,
-                    "protocol": best.probe.protocol,
-                }
-            )
+                row[name] = "-"
+                if self.has(factor, name):
+                    row[name] = str(self.best(factor, name, family).probe)
+            row["model"] = str(best.probe)
+            row["cell"] = best.cell
+            row["protocol"] = best.probe.protocol
+            rows.append(row)
         return pd.DataFrame(rows).set_index("factor")
+
+
+def _errors_of(row: ProbeRow) -> tuple[np.ndarray, np.ndarray]:
+    return row.probe.errors, row.probe.spreads
 
 # %% ../../nbs/4_analysis/04_probing.ipynb #cc1f3a13
 def probe_table(probes: dict[str, Probes], factor: str = "") -> pd.DataFrame:
-    """The test score of one factor for several runs, each in the cell that validation chose, under the baselines.
+    """Test scores of one factor for several runs, below the baselines.
 
-    factor: "" is the factor that the classes name. The baselines are those of the first run.
+    Args:
+        probes: By run. Baselines are those of the first one.
+        factor: "" = the class of the data.
+
+    Returns:
+        A row for each baseline and run, in the cell that validation chose.
     """
     first = next(iter(probes.values()))
     factor = factor or first.main_factor
     rows = []
-    for name, words in {
-        "majority": "most frequent class",
-        "raw input": "raw input",
-    }.items():
-        if any((row.factor, row.features) == (factor, name) for row in first.rows):
-            rows.append((words, str(first.of(factor, name)[0].probe)))
-    best = {name: one.best(factor) for name, one in probes.items()}
-    if any(
-        (row.factor, row.features) == (factor, "untrained network")
-        for row in first.rows
+    for name, words in (
+        ("majority", "most frequent class"),
+        ("raw input", "raw input"),
     ):
-        best = {"untrained network": first.best(factor, "untrained network"), **best}
+        if first.has(factor, name):
+            rows.append((words, str(first.of(factor, name)[0].probe)))
+    best = {}
+    if first.has(factor, "untrained network"):
+        best["untrained network"] = first.best(factor, "untrained network")
+    for name, own in probes.items():
+        best[name] = own.best(factor)
     rows += [(f"{name}, {row.cell}", str(row.probe)) for name, row in best.items()]
-    return pd.DataFrame(
-        rows,
-        columns=["features", f"test {next(iter(best.values())).probe.measure} (95 %)"],
-    )
+    measure = next(iter(best.values())).probe.measure
+    return pd.DataFrame(rows, columns=["features", f"test {measure} (95 %)"])
 
 # %% ../../nbs/4_analysis/04_probing.ipynb #23558ade
-def _untrained_network(run: Run) -> Transformer:
-    "The network that a run started from; one whose blocks do nothing at first has their gates opened, see `open_gates`."
-    model = start_state(
-        run.config, run.sources, run.device, builder=run.builder
-    ).teacher
-    if hasattr(model, "open_gates"):
-        model.open_gates()
-    return model
+def _untrained_network(run: Run) -> nn.Module:
+    """The network that a run started from.
+
+    Gates that make its blocks do nothing at first are opened; see `open_gates`.
+    """
+    state = start_state(run.config, run.sources, run.device, builder=run.builder)
+    if hasattr(state.teacher, "open_gates"):
+        state.teacher.open_gates()
+    return state.teacher
+
+
+@dataclass(frozen=True)
+class _Prober:
+    """Data and settings that all probes of a run share."""
+
+    items: dict[str, Items]
+    targets: dict[str, dict[str, np.ndarray]]
+    store: FeatureStore
+    part: str
+    families: tuple[str, ...]
+    strengths: tuple[float, ...]
+
+    def fit(
+        self, x: dict[str, np.ndarray], targets: dict, family: str
+    ) -> dict[str, ProbeScore]:
+        """Scores {factor: score} of probes of features {split: (n, d)}."""
+        if choose(family, FAMILIES, "family of probes") == "field":
+            return field_probe(x, targets)
+        return {
+            factor: regression_probe(x, parts, self.strengths)
+            for factor, parts in targets.items()
+        }
+
+    def features(
+        self, network: nn.Module, level: float, layers, weights: str, name: str
+    ) -> dict[int, dict[str, np.ndarray]]:
+        """{layer: {split: pooled features (n, d)}} of a network at one level."""
+        pooled: dict[int, dict[str, np.ndarray]] = {layer: {} for layer in layers}
+        for split, items in self.items.items():
+            desc = f"{name}, {split}"
+            streamed = stream_features(
+                network, items, level, layers, self.store, weights=weights, desc=desc
+            )
+            for layer, features in streamed.items():
+                pooled[layer][split] = np.asarray(items.pooled(features, self.part))
+        return pooled
+
+    def baselines(self) -> list[ProbeRow]:
+        """Probes that need no network: the majority, and the clean tokens."""
+        rows = [
+            ProbeRow(factor, "majority", "", None, None, majority_score(parts))
+            for factor, parts in self.targets.items()
+        ]
+        raw = _raw_tokens(self.items, self.part)
+        for family in self.families:
+            for factor, probe in self.fit(raw, self.targets, family).items():
+                rows.append(ProbeRow(factor, "raw input", family, None, None, probe))
+        return rows
+
+    def cells(self, name: str, network: nn.Module, levels, layers) -> list[ProbeRow]:
+        """Probes of a network in all cells, for all factors and families."""
+        weights = weights_fingerprint(network)
+        rows = {}
+        count = len(levels) * len(layers)
+        with tqdm(total=count, desc=f"probes, {name}", unit="cell") as bar:
+            for level in levels:
+                features = self.features(network, level, layers, weights, name)
+                for layer, x in features.items():
+                    for family in self.families:
+                        for factor, probe in self.fit(x, self.targets, family).items():
+                            rows[factor, family, layer, level] = ProbeRow(
+                                factor, name, family, layer, level, probe
+                            )
+                    bar.update()
+        order = product(self.targets, self.families, layers, levels)
+        return [rows[place] for place in order]
+
+    def shuffled_labels(self, probes: Probes, network: nn.Module) -> list[ProbeRow]:
+        """Probes for shuffled targets, in the best cell of each factor."""
+        weights = weights_fingerprint(network)
+        rows = []
+        for family, (factor, parts) in product(self.families, self.targets.items()):
+            best = probes.best(factor, family=family)
+            layer, level = cast(int, best.layer), cast(float, best.level)
+            features = self.features(network, level, (layer,), weights, "features")
+            targets = {factor: shuffled(parts)}
+            probe = self.fit(features[layer], targets, family)[factor]
+            rows.append(
+                ProbeRow(factor, "shuffled labels", family, layer, level, probe)
+            )
+        return rows
 
 
 @own_settings()
 def probe_run(
     run: Run,
-    levels=PROBE_LEVELS,
-    layers=None,
+    levels: Iterable[float] = PROBE_LEVELS,
+    layers: Iterable[int] | None = None,
     counts: dict[str, int] = COUNTS,
     weights: str = "teacher",
     data: str = "",
     part: str = "",
-    families=tuple(FAMILIES),
+    families: Iterable[str] = tuple(FAMILIES),
     store: FeatureStore | None = None,
-    strengths=None,
+    strengths: tuple[float, ...] | None = None,
 ) -> Probes:
-    """Probes for all factors of a run's data at every layer (or `layers`) and level, with their baselines; any modality.
+    """Probe every layer and level of a run for all factors of its data.
 
-    counts: samples of each split; weights: teacher or model (the student); data: which data set, part: of which part of the
-    sequence the tokens are pooled ("" = all); store: for the features, by default in the run's folder. Nothing else is written.
-    strengths: of the logistic regressions, by default WIDE_STRENGTHS for a single factor and the quicker STRENGTHS for several.
-    Raises ValueError for unknown names and for data of which nothing is known that varies.
+    Baselines are included. Only features are written; see `write_probes`.
+
+    Args:
+        run: Of any modality.
+        levels: Noise levels in [0, 1].
+        layers: Counted from 1; None = all.
+        counts: Number of samples of each split.
+        weights: "teacher", or "model" for the student.
+        data: Name of the data set, if the run has several; "" = the first.
+        part: Part of the sequence whose tokens are pooled; "" = all.
+        families: Protocols, of FAMILIES.
+        store: Of the features; None = the folder "features" of the run.
+        strengths: Inverse strengths of logistic regressions to choose from; None =
+            WIDE_STRENGTHS for a single factor, the faster STRENGTHS for several.
+
+    Raises:
+        ValueError: For unknown names, and for data of which nothing is known that
+            varies.
     """
-    model, items, layers, store = _opened(run, layers, counts, weights, data, store)
-    targets, levels = probe_targets(items), tuple(map(float, levels))
-    strengths = strengths or (WIDE_STRENGTHS if len(targets) == 1 else STRENGTHS)
-    raw = _raw(items, part)
-    rows = [
-        ProbeRow(factor, "majority", "", None, None, majority_score(parts))
-        for factor, parts in targets.items()
-    ]
-    rows += [
-        ProbeRow(factor, "raw input", family, None, None, probe)
-        for family in families
-        for factor, probe in _probed(raw, targets, family, strengths).items()
-    ]
-    for name, network in {
-        "untrained network": _untrained_network(run),
-        "model": model,
-    }.items():
-        rows += _cells(
-            name,
-            network,
-            items,
-            targets,
-            levels,
-            layers,
-            part,
-            families,
-            store,
-            strengths,
-        )
+    opened = _open(run, layers, counts, weights, data, store)
+    items, layers = opened.items, opened.layers
+    targets = probe_targets(items)
+    levels = tuple(map(float, levels))
+    if strengths is None:
+        strengths = WIDE_STRENGTHS if len(targets) == 1 else STRENGTHS
+    prober = _Prober(items, targets, opened.store, part, tuple(families), strengths)
+    rows = prober.baselines()
+    rows += prober.cells("untrained network", _untrained_network(run), levels, layers)
+    rows += prober.cells("model", opened.model, levels, layers)
     about = {
         "run": run.config.name,
         "step": run.state()["step"],
@@ -423,222 +534,152 @@ def probe_run(
         "part": part,
         "layers": list(layers),
         "levels": list(levels),
-        "counts": {split: len(one) for split, one in items.items()},
-        "chosen": {split: one.chosen for split, one in items.items()},
+        "counts": {split: len(own) for split, own in items.items()},
+        "chosen": {split: own.chosen for split, own in items.items()},
         "seed": run.config.seed,
         "device": device_name(run.device),
         "items": items["test"].fingerprint,
     }
-    found = Probes(about, tuple(rows))
-    return Probes(
-        about,
-        (*rows, *_shuffled(found, model, items, targets, families, store, strengths)),
-    )
+    rows += prober.shuffled_labels(Probes(about, tuple(rows)), opened.model)
+    return Probes(about, tuple(rows))
 
 
 @own_settings()
 def probes_cost(
     run: Run,
-    levels=PROBE_LEVELS,
-    layers=None,
+    levels: Iterable[float] = PROBE_LEVELS,
+    layers: Iterable[int] | None = None,
     counts: dict[str, int] = COUNTS,
     weights: str = "teacher",
     data: str = "",
     store: FeatureStore | None = None,
 ) -> FeatureCost:
-    "What the features of `probe_run` cost that are not there yet: of the model and of the untrained network, all splits."
-    model, items, layers, store = _opened(run, layers, counts, weights, data, store)
+    """Cost of the features of `probe_run` that are not stored yet.
+
+    These are features of the model and of the untrained network, in all splits.
+    """
+    opened = _open(run, layers, counts, weights, data, store)
+    levels = tuple(levels)
     costs = [
-        feature_cost(network, one, levels, layers, store)
-        for network in (model, _untrained_network(run))
-        for one in items.values()
+        feature_cost(network, items, levels, opened.layers, opened.store)
+        for network in (opened.model, _untrained_network(run))
+        for items in opened.items.values()
     ]
-    totals = {
-        name: sum(getattr(cost, name) for cost in costs)
-        for name in ("passes", "samples", "forwards", "bytes", "seconds")
-    }
-    return FeatureCost(device=costs[0].device, **totals)
+    return FeatureCost(
+        passes=sum(cost.passes for cost in costs),
+        samples=sum(cost.samples for cost in costs),
+        forwards=sum(cost.forwards for cost in costs),
+        bytes=sum(cost.bytes for cost in costs),
+        seconds=sum(cost.seconds for cost in costs),
+        device=costs[0].device,
+    )
 
 
 def probe_items(
     run: Run, counts: dict[str, int] = COUNTS, data: str = ""
 ) -> dict[str, Items]:
-    "The samples of each split that probes look at. Raises ValueError where nothing to probe for is known of them."
+    """The samples of each split that probes use.
+
+    Raises:
+        ValueError: If nothing is known of them to probe for.
+    """
     items = {split: items_of(run, split, counts[split], data) for split in SPLITS}
     train = items["train"]
     labels = labels_of(train.data)
-    if (
-        labels is not None
-        and len(labels[train.indices].unique()) < 2
-        and not train.examples(torch.arange(1)).factors
-    ):
-        raise ValueError(_NOTHING.format(train.name))
+    one_class = labels is not None and len(labels[train.indices].unique()) < 2
+    if one_class and not train.examples(torch.arange(1)).factors:
+        raise ValueError(_NOTHING_KNOWN.format(train.name))
     return items
 
 
-def _opened(run, layers, counts, weights, data, store):
+class _Opened(NamedTuple):
+    """The network of a run and the samples to probe it with."""
+
+    model: nn.Module
+    items: dict[str, Items]
+    layers: tuple[int, ...]
+    store: FeatureStore
+
+
+def _open(
+    run: Run,
+    layers: Iterable[int] | None,
+    counts: dict[str, int],
+    weights: str,
+    data: str,
+    store: FeatureStore | None,
+) -> _Opened:
     if missing := [split for split in SPLITS if split not in counts]:
-        raise ValueError(f"counts {counts} say nothing of {', '.join(missing)}")
-    model = getattr(
-        run, choose(weights, ("teacher", "model"), "weights (model is the student)")
-    )
+        raise ValueError(f"counts {counts} have no entry for {', '.join(missing)}")
+    choose(weights, ("teacher", "model"), "weights (model is the student)")
+    model = getattr(run, weights)
     items = probe_items(run, counts, data)
-    return (
-        model,
-        items,
-        tuple(layers or range(1, model.depth + 1)),
-        store or FeatureStore(run.path / "features"),
-    )
+    layers = tuple(layers or range(1, model.depth + 1))
+    return _Opened(model, items, layers, store or FeatureStore(run.path / "features"))
 
 
-def _raw(items: dict[str, Items], part: str) -> dict[str, np.ndarray]:
-    """The clean tokens, flattened, or their first principal components where they are more.
+def _raw_tokens(items: dict[str, Items], part: str) -> dict[str, np.ndarray]:
+    """Clean tokens of each split, flattened to (n, numbers).
 
-    They are half as many as training samples at most: standardised, as many as samples hold each of them alone, and a probe of
-    them reads nothing.
+    Long ones are replaced by their first principal components, at most half as many
+    as training samples: with as many as samples, standardised, every component
+    stands for one sample, and a probe reads nothing.
     """
-    places = {
-        split: one.slices[choose(part, one.slices, "part")] if part else slice(None)
-        for split, one in items.items()
-    }
-    flat = {
-        split: np.concatenate(
-            [x0[:, places[split]].flatten(1).numpy() for x0, _ in one.batches()]
-        )
-        for split, one in items.items()
-    }
-    if flat["train"].shape[1] <= _COMPONENTS:
+    flat = {}
+    for split, own in items.items():
+        place = own.slices[choose(part, own.slices, "part")] if part else slice(None)
+        tokens = [x0[:, place].flatten(1).numpy() for x0, _ in own.batches()]
+        flat[split] = np.concatenate(tokens)
+    train = flat["train"]
+    if train.shape[1] <= _COMPONENTS:
         return flat
-    count = min(_COMPONENTS, max(1, len(flat["train"]) // 2))
-    components = PCA(count, svd_solver="randomized", random_state=0).fit(flat["train"])
+    count = min(_COMPONENTS, max(1, len(train) // 2))
+    components = PCA(count, svd_solver="randomized", random_state=0).fit(train)
     return {split: components.transform(values) for split, values in flat.items()}
-
-
-def _probed(x: dict, targets: dict, family: str, strengths) -> dict[str, ProbeScore]:
-    if choose(family, FAMILIES, "family of probes") == "field":
-        return field_probe(x, targets)
-    return {
-        factor: regression_probe(x, parts, strengths)
-        for factor, parts in targets.items()
-    }
-
-
-def _cells(
-    name,
-    network: Transformer,
-    items,
-    targets,
-    levels,
-    layers,
-    part,
-    families,
-    store,
-    strengths,
-) -> list[ProbeRow]:
-    found, weights = {}, weights_fingerprint(network)
-    with tqdm(
-        total=len(levels) * len(layers), desc=f"probes, {name}", unit="cell"
-    ) as bar:
-        for level in levels:
-            features = {
-                split: stream_features(
-                    network,
-                    one,
-                    level,
-                    layers,
-                    store,
-                    weights=weights,
-                    desc=f"{name}, {split}",
-                )
-                for split, one in items.items()
-            }
-            for layer in layers:
-                x = {
-                    split: np.asarray(items[split].pooled(features[split][layer], part))
-                    for split in SPLITS
-                }
-                for family in families:
-                    for factor, probe in _probed(x, targets, family, strengths).items():
-                        found[factor, family, layer, level] = ProbeRow(
-                            factor, name, family, layer, level, probe
-                        )
-                bar.update()
-    return [
-        found[factor, family, layer, level]
-        for factor in targets
-        for family in families
-        for layer in layers
-        for level in levels
-    ]
-
-
-def _shuffled(
-    found: Probes, model, items, targets, families, store, strengths
-) -> list[ProbeRow]:
-    rows, weights = [], weights_fingerprint(model)
-    for family in families:
-        for factor, parts in targets.items():
-            best = found.best(factor, family=family)
-            x = {
-                split: np.asarray(
-                    one.pooled(
-                        stream_features(
-                            model,
-                            one,
-                            best.level,
-                            (best.layer,),
-                            store,
-                            weights=weights,
-                        )[best.layer],
-                        found.about["part"],
-                    )
-                )
-                for split, one in items.items()
-            }
-            probe = _probed(x, {factor: shuffled(parts)}, family, strengths)[factor]
-            rows.append(
-                ProbeRow(
-                    factor, "shuffled labels", family, best.layer, best.level, probe
-                )
-            )
-    return rows
 
 # %% ../../nbs/4_analysis/04_probing.ipynb #ae315861
 def write_probes(run: Run, probes: Probes) -> Probes:
-    "Write probes to the run's folder, probes.json and probes.safetensors, and return them. Raises NotWritten."
-    items = {
-        name: torch.from_numpy(
-            np.stack([getattr(row.probe, name) for row in probes.rows])
-        )
-        for name in ("errors", "spreads")
-    }
+    """Write probes to probes.json and probes.safetensors in the run's folder.
+
+    Returns: The probes.
+
+    Raises:
+        NotWritten: If they cannot be written, for example to a full disk.
+    """
+    items = {}
+    for name in ("errors", "spreads"):
+        values = np.stack([getattr(row.probe, name) for row in probes.rows])
+        items[name] = torch.from_numpy(values)
     with replacing(run.path / "probes.safetensors") as file:
         write_tensors(file, items)
-    write_json(
-        run.path / "probes.json",
-        {
-            "about": probes.about,
-            "rows": [row.flat() for row in probes.rows],
-            "errors": _digest(items["errors"].numpy()),
-        },
-    )
+    record = {
+        "about": probes.about,
+        "rows": [row.flat() for row in probes.rows],
+        "errors": _digest(items["errors"].numpy()),
+    }
+    write_json(run.path / "probes.json", record)
     return probes
 
 
 def _digest(values: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values)).hexdigest()[:16]
+    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()[:16]
 
 
-RECORDS = ("probes.json", "factors.json", "probe.json")  # the newest form first
+RECORDS = ("probes.json", "factors.json", "probe.json")  # the newest format first
 
 
 def read_probes(run: Run) -> Probes | None:
-    "Probes stored in a run's folder, by this version or an earlier one; None without any. Raises ValueError for damaged files."
-    file = next(
-        (run.path / name for name in RECORDS if (run.path / name).exists()), None
-    )
-    if file is None:
+    """Probes stored in a run's folder, by this or an earlier version.
+
+    Returns: None if there are none.
+
+    Raises:
+        ValueError: For damaged files.
+    """
+    files = [run.path / name for name in RECORDS if (run.path / name).exists()]
+    if not files:
         return None
+    file = files[0]
     try:
         return _read_class(run) if file.name == "probe.json" else _read_record(file)
     except (
@@ -650,36 +691,36 @@ def read_probes(run: Run) -> Probes | None:
         SafetensorError,
     ) as error:
         raise ValueError(
-            f"{file} cannot be used: {error}; `selfflow probe {run.quoted}` makes it again"
+            f"{file} cannot be used: {error}; `selfflow probe {run.quoted}` makes it "
+            "again"
         ) from error
 
 
 def _read_record(file: Path) -> Probes:
-    stored, items = (
-        json.loads(file.read_text(encoding="utf-8")),
-        load_file(file.with_suffix(".safetensors")),
-    )
-    if stored["errors"] != _digest(items["errors"]):
-        raise ValueError(f"{file.stem}.safetensors is of other probes")
+    """The record of the present format."""
+    record = json.loads(file.read_text(encoding="utf-8"))
+    items = load_file(file.with_suffix(".safetensors"))
+    if record["errors"] != _digest(items["errors"]):
+        raise ValueError(f"{file.stem}.safetensors belongs to other probes")
     rows = []
     for flat, errors, spreads in zip(
-        stored["rows"], items["errors"], items["spreads"], strict=True
+        record["rows"], items["errors"], items["spreads"], strict=True
     ):
         place = {
             name: flat.pop(name)
             for name in ("factor", "features", "family", "layer", "level")
         }
-        probe = ProbeScore(
-            **{**flat, "interval": tuple(flat["interval"])},
-            errors=errors,
-            spreads=spreads,
-        )
+        flat["interval"] = tuple(flat["interval"])  # JSON gives a list
+        probe = ProbeScore(**flat, errors=errors, spreads=spreads)
         rows.append(ProbeRow(**place, probe=probe))
-    return Probes(stored["about"], tuple(rows))
+    return Probes(record["about"], tuple(rows))
 
 
 def _read_class(run: Run) -> Probes:
-    "The record of format 4 and before, probes of the class of images alone: probe.json, and baselines.json if it is there."
+    """The record of format 4 and before: probes of the class of images alone.
+
+    It is probe.json, and baselines.json if there is one.
+    """
     grid = json.loads((run.path / "probe.json").read_text(encoding="utf-8"))
     sizes = grid["results"][0]["sizes"]
     chosen = grid.get("chosen", {})
@@ -696,37 +737,35 @@ def _read_class(run: Run) -> Probes:
     }
     if chosen:
         about["chosen"] = chosen
-    rows = []
-    if (run.path / "baselines.json").exists():
-        baselines = json.loads(
-            (run.path / "baselines.json").read_text(encoding="utf-8")
-        )
+    rows: list[ProbeRow] = []
+    baselines_file = run.path / "baselines.json"
+    if baselines_file.exists():
+        baselines = json.loads(baselines_file.read_text(encoding="utf-8"))
+        # Baselines of other samples cannot be compared.
         if baselines["untrained"].get("chosen", {}) == chosen:
-            # which ones were right was not recorded
-            right = round(baselines["majority"] * sizes["test"])
-            wrong = np.arange(sizes["test"]) >= right
-            majority = scored(
-                "most frequent class",
-                "accuracy",
-                wrong,
-                np.ones(len(wrong)),
-                math.nan,
-                "",
-                sizes,
-            )
-            rows = [
-                ProbeRow("class", "majority", "", None, None, majority),
-                ProbeRow(
-                    "class",
-                    "raw input",
-                    "regression",
-                    None,
-                    None,
-                    _class_score(baselines["pixels"]),
-                ),
-                *_class_cells("untrained network", baselines["untrained"]),
-            ]
+            rows = _class_baselines(baselines, sizes)
     return Probes(about, (*rows, *_class_cells("model", grid)))
+
+
+def _class_baselines(baselines: dict, sizes: dict[str, int]) -> list[ProbeRow]:
+    # The record has only the number of right answers, so the first ones count as right.
+    right = round(baselines["majority"] * sizes["test"])
+    wrong = np.arange(sizes["test"]) >= right
+    majority = scored(
+        "most frequent class",
+        "accuracy",
+        wrong,
+        np.ones(len(wrong)),
+        validation=math.nan,
+        chosen="",
+        sizes=sizes,
+    )
+    raw = _class_score(baselines["pixels"])
+    return [
+        ProbeRow("class", "majority", "", None, None, majority),
+        ProbeRow("class", "raw input", "regression", None, None, raw),
+        *_class_cells("untrained network", baselines["untrained"]),
+    ]
 
 
 def _class_score(result: dict) -> ProbeScore:
@@ -745,19 +784,22 @@ def _class_score(result: dict) -> ProbeScore:
 
 
 def _class_cells(features: str, grid: dict) -> list[ProbeRow]:
+    rows = []
     cells = product(grid["layers"], grid["levels"])
-    return [
-        ProbeRow("class", features, "regression", layer, level, _class_score(result))
-        for (layer, level), result in zip(cells, grid["results"], strict=True)
-    ]
+    for (layer, level), result in zip(cells, grid["results"], strict=True):
+        score = _class_score(result)
+        rows.append(ProbeRow("class", features, "regression", layer, level, score))
+    return rows
 
 
 def outdated(probes: Probes, run: Run) -> str:
-    "Why stored probes are not those of the run's newest checkpoint, in words; empty if they are."
+    """The reason why stored probes do not belong to a run's newest checkpoint.
+
+    Returns: Words that follow "the probes"; "" if they do belong to it.
+    """
     if probes.about["step"] != run.state()["step"]:
         return f"are of step {probes.about['step']}, not of its newest checkpoint"
-    if not probes.about.get("chosen") and not all(
-        data.always_there for data in run.config.datasets.values()
-    ):
+    always_there = all(data.always_there for data in run.config.datasets.values())
+    if not probes.about.get("chosen") and not always_there:
         return "are of an earlier version, which took the first samples, of few classes"
     return ""

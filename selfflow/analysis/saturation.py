@@ -6,14 +6,16 @@
 __all__ = ['Compared', 'compare', 'look_up', 'fit_directions', 'cosine_by_gap', 'Ladder', 'ladder', 'saturation']
 
 # %% ../../nbs/4_analysis/07_saturation.ipynb #a3429bf6
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import cast
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .features import observe
 from ..data.sources import Sources
@@ -31,11 +33,14 @@ from ..training.run import Run
 # %% ../../nbs/4_analysis/07_saturation.ipynb #95f1d591
 @dataclass
 class Compared:
-    """Predictions and targets of b samples.
+    """Predictions and targets of b samples with n tokens.
 
-    predicted, target: (b, n, d); tau, level: (b, n) levels of the student's and of the target's tokens; counted: (b, n) bool,
-    the tokens in the loss; labels: (b,); answers: {name: (b, n, d)} other predictions; missing: {name: (b,) bool} where there
-    is none.
+    predicted, target: Features, (b, n, d).
+    tau, level: Noise levels of the student's and of the target's tokens, (b, n).
+    counted: Tokens in the loss, (b, n) bool.
+    labels: What the samples are conditioned on, (b,).
+    answers: Other predictions, {name: (b, n, d)}.
+    missing: Samples without such a prediction, {name: (b,) bool}.
     """
 
     predicted: Tensor
@@ -48,41 +53,50 @@ class Compared:
     missing: dict[str, Tensor] = field(default_factory=dict)
 
     def cosines(self, predicted: Tensor | None = None) -> Tensor:
-        "The mean cosine with the target of each sample, (b,), over the tokens that count; of the student, or of another answer."
-        cosine = F.cosine_similarity(
-            self.predicted if predicted is None else predicted, self.target, dim=-1
-        )
+        """Mean cosine with the target over the counted tokens of each sample, (b,).
+
+        predicted: Other predictions, (b, n, d); None = the student's.
+        """
+        if predicted is None:
+            predicted = self.predicted
+        cosine = F.cosine_similarity(predicted, self.target, dim=-1)  # (b, n)
         return _mean_of_samples(cosine, self.counted)
 
 
 def _mean_of_samples(values: Tensor, counted: Tensor) -> Tensor:
-    "The mean over the counted tokens of each sample: (b,) of values and counted (b, n); NaN where none counts."
+    """Means over the counted tokens of each sample, (b,); NaN where none counts."""
     return (values.nan_to_num() * counted).sum(1) / counted.sum(1)
 
 
 def _another(labels: Tensor, within: bool) -> Tensor:
-    """For each sample another one: (b,) positions; within: of the same label, -1 where there is none.
+    """The position of another sample for each sample, (b,).
 
-    Raises ValueError for a single sample, which has no other.
+    Args:
+        labels: (b,).
+        within: The other sample has the same label; -1 where there is none.
+
+    Raises:
+        ValueError: For a single sample.
     """
     if len(labels) < 2:
         raise ValueError(
-            "there is one sample only, but another one is asked for; take more"
+            "there is only one sample, but each is compared with another one; take more"
         )
     if not within:
         return torch.arange(len(labels)).roll(1)
-    found = torch.full_like(labels, -1)
+    others = torch.full_like(labels, -1)
     for label in labels.unique():
-        alike = (labels == label).nonzero().flatten()
-        found[alike] = alike.roll(1) if len(alike) > 1 else -1
-    return found
+        same_label = (labels == label).nonzero().flatten()
+        if len(same_label) > 1:
+            others[same_label] = same_label.roll(1)
+    return others
 
 
+# Answers to another view than the student's own: which image is shown, and its noise.
 _ANSWERS = {
     "another image, other noise": ("other", "new"),
     "another image": ("other", "same"),
-    # beside the student's own
-    "another image of its label": ("alike", "same"),
+    "another image of its label": ("same label", "same"),
     "its image, other noise": ("own", "new"),
 }
 
@@ -91,8 +105,8 @@ _ANSWERS = {
 @torch.no_grad()
 def compare(
     objective: FeatureObjective,
-    student,
-    teacher,
+    student: nn.Module,
+    teacher: nn.Module,
     samples: Batch,
     labels: Tensor,
     purpose: str,
@@ -100,61 +114,70 @@ def compare(
     batch: int = 64,
     others: bool = True,
 ) -> Compared:
-    """What the student predicts and the teacher says of some samples, noised as in training; on the CPU, without gradient.
+    """Predictions of the student and targets of some samples, noised as in training.
 
-    labels: (b,) what samples are told apart by; purpose, seed: the key of noise, levels and label drop; batch: samples at once;
-    others: also the answers to other images. Raises TypeError for an objective that compares no features.
+    Args:
+        objective: With its projector.
+        student, teacher: The two networks.
+        samples: Clean tokens.
+        labels: What the samples are conditioned on, (b,).
+        purpose, seed: Key of noise, levels and label drop.
+        batch: Samples in one forward pass.
+        others: Also predict from other images and other noise.
+
+    Returns: All tensors on the CPU.
+
+    Raises:
+        TypeError: For an objective that compares no features.
     """
     if not isinstance(objective, FeatureObjective):
         raise TypeError(
-            f"{type(objective).__name__} compares no features: there is no cosine that could saturate"
+            f"{type(objective).__name__} compares no features, so there is no cosine "
+            "that could saturate"
         )
-    device, found = next(student.parameters()).device, []
-    order = {}
+    device = next(student.parameters()).device
+    projector = cast(nn.Module, objective.projector)
+    shown = {}  # the sample shown in place of each sample
     if others:
-        order = {
+        shown = {
             "other": _another(labels, False),
-            "alike": _another(labels, True),
+            "same label": _another(labels, True),
             "own": torch.arange(len(samples)),
         }
+    batches: list[dict[str, Tensor]] = []
     for step, rows in enumerate(torch.arange(len(samples)).split(batch)):
-        # levels, mask and label drop are those of the key, whatever is shown
-        def draw(what, noise="same", step=step):
-            return keyed(
-                seed,
-                f"agreement, {purpose}, {what}{', again' * (what == 'noise' and noise == 'new')}",
-                step,
-            )
-
         piece = samples[rows].to(device)
 
-        def see(tokens, noise="same", piece=piece, draw=draw):
-            shown = replace(piece, x0=tokens.to(device))
-            noised, out = objective.see(
-                student, shown, partial(draw, noise=noise), objective.taps
-            )
-            return (
-                noised,
-                out,
-                objective.projector(out.features[objective.student_layer])
-                .float()
-                .cpu(),
-            )
+        def draw(what, noise="same", step=step):
+            # Levels, mask and label drop follow from the key, whatever image is shown.
+            again = ", again" if what == "noise" and noise == "new" else ""
+            return keyed(seed, f"agreement, {purpose}, {what}{again}", step)
 
-        noised, out, predicted = see(piece.x0)
+        def predict(x0, noise="same", piece=piece, draw=draw):
+            view = replace(piece, x0=x0.to(device))
+            noised, out = objective.see(
+                student, view, partial(draw, noise=noise), objective.taps
+            )
+            features = out.features[objective.student_layer]
+            return noised, out, projector(features).float().cpu()
+
+        noised, out, predicted = predict(piece.x0)
         target, level = objective.target(teacher, noised, out.features, draw)
         counted = counted_tokens(noised.levels, objective.rep_tokens)
-        part = {
+        if counted is None:
+            counted = torch.ones_like(level, dtype=torch.bool)
+        values = {
             "predicted": predicted,
             "target": normalise(target.float(), objective.normalise).cpu(),
             "tau": noised.levels.per_token().cpu(),
             "level": level.cpu(),
-            "counted": (
-                torch.ones_like(level, dtype=torch.bool) if counted is None else counted
-            ).cpu(),
+            "counted": counted.cpu(),
         }
-        for name, (image, noise) in _ANSWERS.items() if others else ():
-            part[name] = see(samples.x0[order[image][rows].clamp(min=0)], noise)[2]
+        if others:
+            for name, (image, noise) in _ANSWERS.items():
+                # Where no other sample has the label, any one is shown and not counted.
+                x0 = samples.x0[shown[image][rows].clamp(min=0)]
+                values[name] = predict(x0, noise)[2]
         if isinstance(objective, SelfFlow) and others:
             deeper = observe(
                 teacher,
@@ -165,16 +188,22 @@ def compare(
                 stop=True,
                 parts=samples.parts,
             ).features[objective.teacher_layer]
-            part["deeper layer, student's view"] = deeper.float().cpu()
-        found.append(part)
-    whole = {name: torch.cat([part[name] for part in found]) for name in found[0]}
-    own = ("predicted", "target", "tau", "level", "counted")
-    missing = (
-        {name: order[image] < 0 for name, (image, _) in _ANSWERS.items()}
-        if others
-        else {}
+            values["deeper layer, student's view"] = deeper.float().cpu()
+        batches.append(values)
+    joined = {name: torch.cat([each[name] for each in batches]) for name in batches[0]}
+    missing = {}
+    if others:
+        missing = {name: shown[image] < 0 for name, (image, _) in _ANSWERS.items()}
+    return Compared(
+        joined.pop("predicted"),
+        joined.pop("target"),
+        joined.pop("tau"),
+        joined.pop("level"),
+        joined.pop("counted"),
+        labels,
+        answers=joined,
+        missing=missing,
     )
-    return Compared(*(whole.pop(name) for name in own), labels, whole, missing)
 
 # %% ../../nbs/4_analysis/07_saturation.ipynb #efc71420
 def _mean_directions(
@@ -184,39 +213,44 @@ def _mean_directions(
     counted: Tensor,
     prior: float = 1.0,
 ) -> list[Tensor]:
-    """Mean directions by cell, for each rung: [(cells, d)]; the cells of a rung divide those of the one before.
+    """Mean directions by cell on each rung; a rung divides the cells of the one before.
 
-    unit: (b, n, d) of length 1; keys: (b, n) int64 each, what a rung knows besides; sizes: how many values each key has;
-    counted: (b, n) bool; prior: how many observations the mean of the coarser cell counts for.
+    Args:
+        unit: Targets of length 1, (b, n, d).
+        keys: What each rung knows in addition, (b, n) int64 each.
+        sizes: Number of values of each key.
+        counted: Tokens in the loss, (b, n) bool.
+        prior: Number of observations for which the mean of the coarser cell counts.
+
+    Returns: (cells, d) for each rung.
     """
-    index, parent, found = (
-        torch.zeros_like(keys[0]),
-        unit.new_zeros(1, unit.shape[-1]),
-        [],
-    )
+    index = torch.zeros_like(keys[0])  # (b, n), the cell of each token
+    coarser = unit.new_zeros(1, unit.shape[-1])
+    directions: list[Tensor] = []
     for key, size in zip(keys, sizes, strict=True):
-        index, parent = index * size + key, parent.repeat_interleave(size, 0)
+        index = index * size + key
+        coarser = coarser.repeat_interleave(size, 0)
         cells = index[counted]
-        sums = torch.zeros_like(parent).index_add(0, cells, unit[counted])
-        number = unit.new_zeros(len(parent)).index_add(
-            0, cells, unit.new_ones(len(cells))
-        )
-        # the constant has nothing above it
-        weight = prior if found else 0.0
-        parent = (sums + weight * parent) / (number + weight).clamp(min=1e-12)[:, None]
-        found.append(parent)
-    return found
+        sums = torch.zeros_like(coarser).index_add(0, cells, unit[counted])
+        ones = unit.new_ones(len(cells))
+        number = unit.new_zeros(len(coarser)).index_add(0, cells, ones)
+        weight = prior if directions else 0.0  # the first rung has none above it
+        total = (number + weight).clamp(min=1e-12)[:, None]
+        coarser = (sums + weight * coarser) / total
+        directions.append(coarser)
+    return directions
 
 
 def look_up(
     directions: list[Tensor], keys: list[Tensor], sizes: list[int]
 ) -> list[Tensor]:
-    "The mean direction of each token by each rung: [(b, n, d)]."
-    index, found = torch.zeros_like(keys[0]), []
+    """The mean direction of each token on each rung, (b, n, d) each."""
+    index = torch.zeros_like(keys[0])
+    by_rung = []
     for means, key, size in zip(directions, keys, sizes, strict=True):
         index = index * size + key
-        found.append(means[index])
-    return found
+        by_rung.append(means[index])
+    return by_rung
 
 # %% ../../nbs/4_analysis/07_saturation.ipynb #99d3ad64
 _PRIORS = (1.0, 4.0, 16.0, 64.0, 256.0)
@@ -225,25 +259,28 @@ _PRIORS = (1.0, 4.0, 16.0, 64.0, 256.0)
 def fit_directions(
     unit: Tensor, keys: list[Tensor], sizes: list[int], counted: Tensor
 ) -> list[Tensor]:
-    "`_mean_directions` of all samples, with the prior of PRIORS by which one half of them tells most of the other half."
+    """`_mean_directions` of all samples, with the best of _PRIORS.
+
+    It is the one by which one half of the samples predicts the other half best.
+
+    Raises:
+        ValueError: For a single sample.
+    """
     if len(unit) < 2:
         raise ValueError(
-            "one sample only: its two halves are to be compared; take more"
+            "there is only one sample, but two halves are compared; take more"
         )
     first, second = torch.arange(len(unit)).chunk(2)
+    first_keys = [key[first] for key in keys]
+    second_keys = [key[second] for key in keys]
 
-    def reached(prior):
-        means = _mean_directions(
-            unit[first], [key[first] for key in keys], sizes, counted[first], prior
-        )
-        finest = look_up(means, [key[second] for key in keys], sizes)[-1]
-        return (
-            F.cosine_similarity(finest, unit[second], dim=-1)[counted[second]]
-            .mean()
-            .item()
-        )
+    def cosine(prior: float) -> float:
+        means = _mean_directions(unit[first], first_keys, sizes, counted[first], prior)
+        finest = look_up(means, second_keys, sizes)[-1]
+        cosines = F.cosine_similarity(finest, unit[second], dim=-1)
+        return cosines[counted[second]].mean().item()
 
-    return _mean_directions(unit, keys, sizes, counted, max(_PRIORS, key=reached))
+    return _mean_directions(unit, keys, sizes, counted, max(_PRIORS, key=cosine))
 
 # %% ../../nbs/4_analysis/07_saturation.ipynb #0f1e9e29
 _GAPS = (0.0, 0.1, 0.25, 0.5, 1.0)  # ends of the bins of |t - s|
@@ -252,61 +289,74 @@ _GAPS = (0.0, 0.1, 0.25, 0.5, 1.0)  # ends of the bins of |t - s|
 def cosine_by_gap(
     fitted: Compared, scored: Compared, gaps: tuple[float, ...] = _GAPS
 ) -> pd.DataFrame:
-    """The cosine of the student and of the best constant by gap of the sample's levels, for its noisier and its cleaner tokens.
+    """Cosine of the student and of the best constant, by gap of the sample's levels.
 
-    fitted: where the constants are from; scored: where they are tried. The gap is the largest tau - level of a sample; tokens no
-    noisier than the target's are "as clean". Columns: tokens, low and high end of the bin, samples, cosine and constant with the
-    ends of their 95 % intervals over samples. Bins of less than 2 samples are left out.
+    The gap is the largest tau - level of a sample. Its tokens are either "noisier" than
+    the target's or "as clean".
+
+    Args:
+        fitted: Samples from which the constants are computed.
+        scored: Samples on which they are tested.
+        gaps: Ends of the bins.
+
+    Returns:
+        A row for each kind of tokens and bin: tokens, from, to, samples, and cosine and
+        constant with the ends of their 95 % intervals over samples. Bins of less than
+        2 samples are left out.
     """
     rows = []
     for tokens in ("noisier", "as clean"):
-        for low, high in zip(gaps, gaps[1:], strict=False):
-            chosen = []
-            for part in (fitted, scored):
-                over = part.tau - part.level
-                widest = (over * part.counted).amax(1, keepdim=True)
-                inside = ((widest > low) | ((low == gaps[0]) & (widest >= low))) & (
-                    widest <= high
-                )
-                chosen.append(
-                    part.counted
-                    & inside
-                    & ((over > 1e-6) if tokens == "noisier" else (over <= 1e-6))
-                )
-            there = chosen[1].any(1)
-            if there.sum() < 2 or not chosen[0].any():
+        for start, end in zip(gaps, gaps[1:], strict=False):
+            fit_tokens = _tokens_in_bin(fitted, tokens, start, end, gaps[0])
+            score_tokens = _tokens_in_bin(scored, tokens, start, end, gaps[0])
+            present = score_tokens.any(1)
+            if present.sum() < 2 or not fit_tokens.any():
                 continue
-            constant = (
-                F.normalize(fitted.target[chosen[0]], dim=-1)
-                .mean(0)
-                .expand_as(scored.target)
-            )
+            constant = F.normalize(fitted.target[fit_tokens], dim=-1).mean(0)
             row = {
                 "tokens": tokens,
-                "from": low,
-                "to": high,
-                "samples": int(there.sum()),
+                "from": start,
+                "to": end,
+                "samples": int(present.sum()),
             }
-            for name, answer in {
-                "cosine": scored.predicted,
-                "constant": constant,
-            }.items():
-                values = _mean_of_samples(
-                    F.cosine_similarity(answer, scored.target, dim=-1), chosen[1]
-                )[there].double()
+            for name, answer in (
+                ("cosine", scored.predicted),
+                ("constant", constant.expand_as(scored.target)),
+            ):
+                cosines = F.cosine_similarity(answer, scored.target, dim=-1)
+                values = _mean_of_samples(cosines, score_tokens)[present].double()
                 mean, low, high = map(float, mean_interval(values.cpu()))
                 row |= {name: mean, f"{name}, low": low, f"{name}, high": high}
             rows.append(row)
     return pd.DataFrame(rows)
 
+
+def _tokens_in_bin(
+    part: Compared, tokens: str, start: float, end: float, lowest: float
+) -> Tensor:
+    """Counted tokens of one kind in samples whose gap is in a bin, (b, n) bool."""
+    gap = part.tau - part.level  # (b, n)
+    widest = (gap * part.counted).amax(1, keepdim=True)
+    above = widest >= start if start == lowest else widest > start
+    kind = gap > 1e-6 if tokens == "noisier" else gap <= 1e-6
+    return part.counted & above & (widest <= end) & kind
+
 # %% ../../nbs/4_analysis/07_saturation.ipynb #4ff454d0
 @dataclass(frozen=True)
 class Ladder:
-    """Cosines with the teacher's features on test samples, by who answers.
+    """Cosines with the target features on test samples, by who answers.
 
-    step: of the run; cosines: {answer: (b,)}, NaN where a sample has none; free: the answers that do not know the image; earned:
-    (b,) the part of the student's cosine that place, level and label cannot give; by_gap: table; sizes: samples fitted on and
-    scored on; gradient_share: of the representation loss at the student's layer when last logged, None where it was not.
+    step: Of the run.
+    cosines: {answer: (b,)}, NaN where a sample has none.
+    free: Answers that do not know the image.
+    earned: The part of the student's cosine that place, level and label cannot give,
+        (b,).
+    by_gap: Table of `cosine_by_gap`.
+    sizes: Number of samples fitted on and scored on.
+    gradient_share: Share of the representation loss in the gradients at the student's
+        layer when last logged; None if it was not.
+    word: What a sample is: image, video, audio or sample; answers are named by it in
+        table and verdict.
     """
 
     step: int
@@ -316,90 +366,109 @@ class Ladder:
     by_gap: pd.DataFrame
     sizes: dict[str, int]
     gradient_share: float | None = None
-    # what a sample is: image, video, audio or sample; answers are named by it in table
-    # and verdict
     word: str = "image"
 
     @property
     def floor(self) -> str:
-        "The answer without the image that reaches most; chosen on the test samples, so in its favour."
-        return max(self.free, key=lambda name: np.nanmean(self.cosines[name]))
+        """The best answer without the image, chosen in its favour on test samples."""
+
+        def cosine(name: str) -> float:
+            return float(np.nanmean(self.cosines[name]))
+
+        return max(self.free, key=cosine)
 
     def difference(self, first: str, second: str) -> tuple[float, float, float]:
-        "Second minus first with its paired 95 % interval over test samples that have both."
-        a, b = self.cosines[first], self.cosines[second]
+        """Second minus first with its paired 95 % interval.
+
+        It is over test samples that have both answers.
+        """
+        a = self.cosines[first]
+        b = self.cosines[second]
         both = ~np.isnan(a) & ~np.isnan(b)
         return paired_difference(a[both], b[both])
 
     def table(self) -> pd.DataFrame:
-        "A row for each answer: mean cosine and its 95 % interval over test samples, and whether it knows the image."
+        """A row for each answer: its mean cosine and 95 % interval over test samples.
+
+        A column says if the answer knows the image.
+        """
         rows = []
-        for name, values in self.cosines.items():
-            values = values[~np.isnan(values)]
-            answer = name.replace("image", self.word)
-            rows.append(
-                (
-                    answer,
-                    *map(float, mean_interval(values)),
-                    name not in self.free,
-                    len(values),
-                )
-            )
-        return pd.DataFrame(
-            rows,
-            columns=[
-                "answer",
-                "cosine",
-                "low",
-                "high",
-                f"knows the {self.word}",
-                "samples",
-            ],
-        )
+        for name, cosines in self.cosines.items():
+            values = cosines[~np.isnan(cosines)]
+            mean, low, high = map(float, mean_interval(values))
+            row = {
+                "answer": name.replace("image", self.word),
+                "cosine": mean,
+                "low": low,
+                "high": high,
+                f"knows the {self.word}": name not in self.free,
+                "samples": len(values),
+            }
+            rows.append(row)
+        return pd.DataFrame(rows)
 
     def verdict(self) -> str:
-        "In words: what the cosine is made of, and whether the representation loss still teaches anything."
+        """What the cosine is made of and if the loss still teaches, in words."""
         return self._verdict().replace("image", self.word)
 
     def _verdict(self) -> str:
-        student, floor = (
-            np.nanmean(self.cosines[name]) for name in ("student", self.floor)
-        )
+        student = np.nanmean(self.cosines["student"])
+        floor = np.nanmean(self.cosines[self.floor])
         gain, low, high = self.difference(self.floor, "student")
-        said = f"Step {self.step}: the student reaches {student:.3f}; without its image, {self.floor} reaches {floor:.3f}."
+        reached = (
+            f"Step {self.step}: the student reaches {student:.3f}; without its image, "
+            f"{self.floor} reaches {floor:.3f}."
+        )
+        difference = f"The difference, {gain:+.3f} ({low:+.3f} to {high:+.3f}),"
+        nothing = (
+            "these test samples do not show that the representation loss has taught "
+            "anything about the image."
+        )
         if high < 0:
             return (
-                f"{said} The difference, {gain:+.3f} ({low:+.3f} to {high:+.3f}), is below 0: what needs no image "
-                "predicts the teacher better than the student does; these test samples do not show that the "
-                "representation loss has taught anything about the image."
+                f"{reached} {difference} is below 0: what needs no image predicts the "
+                f"teacher better than the student does; {nothing}"
             )
         if low <= 0:
-            return (
-                f"{said} The difference, {gain:+.3f} ({low:+.3f} to {high:+.3f}), cannot be told from 0: these test samples "
-                "do not show that the representation loss has taught anything about the image."
-            )
-        share, left = gain / (1 - floor), 1 - student
-        said += (
-            f" The image adds {gain:.3f} ({low:.3f} to {high:.3f}), {share:.0%} of what is open without it. "
-            f"{self.earned.mean():.3f} of the cosine is more than place, level and label can tell."
-        )
-        if deep := [name for name in self.cosines if name.startswith("deeper")]:
-            ahead, a, b = self.difference(deep[0], "student")
-            kind = "ahead of" if a > 0 else "behind" if b < 0 else "level with"
-            said += (
-                f" The student is {kind} the teacher's own layer under the student's view ({ahead:+.3f}, {a:+.3f} to "
-                f"{b:+.3f})."
-            )
+            return f"{reached} {difference} cannot be told from 0: {nothing}"
+        share = gain / (1 - floor)
+        sentences = [
+            reached,
+            f"The image adds {gain:.3f} ({low:.3f} to {high:.3f}), {share:.0%} of what "
+            f"is open without it. {self.earned.mean():.3f} of the cosine is more than "
+            "place, level and label can tell.",
+        ]
+        for name in self.cosines:
+            if name.startswith("deeper"):
+                sentences.append(self._against_deeper(name))
         if share > 0.9:
             ending = "little is left for it to teach"
         elif share > 0.1:
-            ending = f"it still has something to teach, for {1 - share:.0%} of what is open without the image still is"
+            ending = (
+                f"it still has something to teach, for {1 - share:.0%} of what is open "
+                "without the image still is"
+            )
         else:
             ending = "nearly all that it could teach about the image is still open"
-        said += f" The loss stands at {left:.3f}: {ending}."
+        sentences.append(f"The loss stands at {1 - student:.3f}: {ending}.")
         if self.gradient_share is not None:
-            said += f" Its part of the two gradients at the student's layer was {self.gradient_share:.0%} when last logged."
-        return said
+            sentences.append(
+                "Its part of the two gradients at the student's layer was "
+                f"{self.gradient_share:.0%} when last logged."
+            )
+        return " ".join(sentences)
+
+    def _against_deeper(self, name: str) -> str:
+        ahead, low, high = self.difference(name, "student")
+        place = "ahead of" if low > 0 else "behind" if high < 0 else "level with"
+        return (
+            f"The student is {place} the teacher's own layer under the student's view "
+            f"({ahead:+.3f}, {low:+.3f} to {high:+.3f})."
+        )
+
+
+# Each rung of the ladder of constants knows one thing more.
+_RUNGS = ("constant", "place", "place and level", "place, level and label")
 
 # %% ../../nbs/4_analysis/07_saturation.ipynb #6c6314d6
 def ladder(
@@ -410,58 +479,52 @@ def ladder(
     gradient_share: float | None = None,
     word: str = "image",
 ) -> Ladder:
-    """The ladder: mean directions of `fitted` (training images) tried on `scored` (test images), beside the student's answers.
+    """Mean directions of training samples and the student's answers on test samples.
 
-    bins: of the level of the teacher's view, with as many training samples each.
+    Args:
+        fitted: Training samples, from which mean directions are computed.
+        scored: Test samples.
+        bins: Of the level of the target, with equally many training tokens each.
+        step, gradient_share, word: See `Ladder`.
     """
-    levels = (
-        fitted.level[fitted.counted]
-        .double()
-        .quantile(torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1])
-        .float()
-    )
-    count, n = (
-        int(max(fitted.labels.max(), scored.labels.max())) + 1,
-        fitted.tau.shape[1],
-    )
+    quantiles = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
+    edges = fitted.level[fitted.counted].double().quantile(quantiles).float()
+    labels = int(max(fitted.labels.max(), scored.labels.max())) + 1
+    n = fitted.tau.shape[1]
+    # A single label adds nothing to place and level.
+    rungs = 3 if labels == 1 else 4
+    names = _RUNGS[:rungs]
+    sizes = [1, n, bins, labels][:rungs]
 
-    def keys(part):
+    def keys(part: Compared) -> list[Tensor]:
         return [
             torch.zeros_like(part.tau, dtype=torch.int64),
             torch.arange(n).expand_as(part.tau),
-            torch.bucketize(part.level.contiguous(), levels),
+            torch.bucketize(part.level.contiguous(), edges),
             part.labels[:, None].expand_as(part.tau),
-        ]
+        ][:rungs]
 
-    names, sizes = (
-        ["constant", "place", "place and level", "place, level and label"],
-        [1, n, bins, count],
-    )
-    rungs = 3 if count == 1 else 4
-    means = fit_directions(
-        F.normalize(fitted.target, dim=-1),
-        keys(fitted)[:rungs],
-        sizes[:rungs],
-        fitted.counted,
-    )
-    found = look_up(means, keys(scored)[:rungs], sizes[:rungs])
+    unit = F.normalize(fitted.target, dim=-1)
+    directions = fit_directions(unit, keys(fitted), sizes, fitted.counted)
+    answers = look_up(directions, keys(scored), sizes)
     cosines = {
-        name: scored.cosines(mean) for name, mean in zip(names, found, strict=False)
+        name: scored.cosines(answer)
+        for name, answer in zip(names, answers, strict=True)
     }
     for name, answer in scored.answers.items():
         missing = scored.missing.get(name, torch.zeros(len(answer), dtype=torch.bool))
         if not missing.all():
             cosines[name] = scored.cosines(answer).masked_fill(missing, torch.nan)
-    rest = F.normalize(scored.target, dim=-1) - found[-1]
-    earned = _mean_of_samples(
-        (F.normalize(scored.predicted, dim=-1) * rest).sum(-1), scored.counted
-    )
+    # The student's cosine is its product with the finest constant plus with the rest.
+    rest = F.normalize(scored.target, dim=-1) - answers[-1]
+    products = (F.normalize(scored.predicted, dim=-1) * rest).sum(-1)  # (b, n)
+    earned = _mean_of_samples(products, scored.counted)
     cosines["student"] = scored.cosines()
-    free = (*names[:rungs], *(name for name in cosines if name.startswith("another")))
+    without_image = [name for name in cosines if name.startswith("another")]
     return Ladder(
         step,
         {name: values.double().numpy() for name, values in cosines.items()},
-        free,
+        (*names, *without_image),
         earned.double().numpy(),
         cosine_by_gap(fitted, scored),
         {"fitted": len(fitted.tau), "scored": len(scored.tau)},
@@ -478,35 +541,43 @@ def saturation(
     seed: int = 0,
     batch: int = 64,
     data: str = "",
-    features=None,
+    features: Callable[[Tensor], Tensor] | None = None,
 ) -> Ladder:
-    """The ladder of a run's checkpoint: mean directions of training images, all answers on test images under new noise.
+    """The ladder of a run's checkpoint; see `run_at` for an earlier step.
 
-    fitted, scored: at most so many samples of either part; data: which data set, where there are several; features: for a REPA
-    run its encoder, a function from tokens (b, n, c) to features. To look at an earlier step: `run_at`.
-    Raises TypeError for a run whose objective compares no features, ValueError for a REPA run without its encoder.
+    Args:
+        run: Trained with an objective that compares features.
+        fitted, scored: Largest numbers of training and of test samples.
+        bins: Of the target's level.
+        seed: Of samples and noise.
+        batch: Samples in one forward pass.
+        data: Name of the data set, if the run has several.
+        features: The encoder of a REPA run: from tokens (b, n, c) to features.
+
+    Raises:
+        TypeError: For a run whose objective compares no features.
+        ValueError: For a REPA run without its encoder.
     """
-    objective, config = _objective(run), run.config
+    objective = _objective(run)
+    config = run.config
     if objective.needs_features and features is None:
         raise ValueError(
-            f"the target of {config.objective.name} is what its encoder says: saturation(run, features=encoder)"
+            f"the target of {config.objective.name} comes from its encoder; pass "
+            "saturation(run, features=encoder)"
         )
-    found = {}
-    for split, most in {"train": fitted, "test": scored}.items():
+    name = config.data_name(data)
+    compared = {}
+    for split, most in (("train", fitted), ("test", scored)):
         sources = Sources(config.data, split)
-        name = config.data_name(data)
-        count = min(most, len(sources.data[name]))
-        rows = torch.randperm(
-            len(sources.data[name]), generator=keyed(seed, f"saturation, {split}")
-        )[:count]
+        available = len(sources.data[name])
+        generator = keyed(seed, f"saturation, {split}")
+        rows = torch.randperm(available, generator=generator)[: min(most, available)]
         labels = sources.data[name].take(rows).labels
         samples = sources.take(name, rows)
-        samples = (
-            samples
-            if features is None
-            else replace(samples, features=features(samples.x0))
-        )
-        found[split] = compare(
+        if features is not None:
+            samples = replace(samples, features=features(samples.x0))
+        others = split == "test"
+        compared[split] = compare(
             objective,
             run.model,
             run.teacher,
@@ -515,33 +586,39 @@ def saturation(
             split,
             seed,
             batch,
-            split == "test",
+            others,
         )
-    step, log = run.state()["step"], run.log
-    shares = (
-        log[log["step"] <= step]["rep_gradient_share"].dropna()
-        if "rep_gradient_share" in log
-        else []
-    )
+    step = run.state()["step"]
     signals = list(sources.layouts[name].patches)
     return ladder(
-        found["train"],
-        found["test"],
+        compared["train"],
+        compared["test"],
         bins,
         step,
-        float(shares.iloc[-1]) if len(shares) else None,
+        _gradient_share(run, step),
         signals[0] if len(signals) == 1 else "sample",
     )
 
 
+def _gradient_share(run: Run, step: int) -> float | None:
+    """The last logged share of the representation loss in the gradients."""
+    log = run.log
+    if "rep_gradient_share" not in log:
+        return None
+    shares = log[log["step"] <= step]["rep_gradient_share"].dropna()
+    return float(shares.iloc[-1]) if len(shares) else None
+
+
 def _objective(run: Run) -> FeatureObjective:
+    """The objective of a run with its trained projector."""
     kind = objectives[run.config.objective.name].load()
     if not kind.compares_features:
         raise TypeError(
-            f"{run.path} was trained with {run.config.objective.name} alone: it compares no features, so nothing can "
-            "saturate"
+            f"{run.path} was trained with {run.config.objective.name} alone: it "
+            "compares no features, so nothing can saturate"
         )
     stored = run.load("objective") if kind.needs_features else {}
+    # The head is about to be replaced: the caller's random numbers are not touched.
     with torch.random.fork_rng():
         objective = build_objective(
             run.config.objective,
@@ -552,4 +629,5 @@ def _objective(run: Run) -> FeatureObjective:
         )
     if objective.state_dict():  # LayerSync has no head
         objective.load_state_dict(run.load("objective"))
-    return objective.to(run.device).eval().requires_grad_(False)
+    objective = objective.to(run.device).eval().requires_grad_(False)
+    return cast(FeatureObjective, objective)

@@ -20,167 +20,219 @@ from ..intervals import mean_interval
 from ..method.alignment import constant_cosine, effective_rank
 
 # %% ../../nbs/4_analysis/05_similarity.ipynb #86a4ed5e
-def _checked(*features, least: int = 4) -> list[Tensor]:
-    "Features (n, d) of the same samples, in float64 and centred."
-    found = [torch.as_tensor(part).detach().double() for part in features]
-    for part in found:
-        if part.ndim != 2 or len(part) != len(found[0]) or len(part) < least:
-            shapes = " and ".join(str(tuple(each.shape)) for each in found)
+def _centred(*features, least: int = 4) -> list[Tensor]:
+    """Features (n, d) of the same samples, in float64 with mean 0.
+
+    Raises:
+        ValueError: For other shapes, fewer samples than `least`, and values that are
+            not finite.
+    """
+    tensors = [torch.as_tensor(part).detach().double() for part in features]
+    for part in tensors:
+        if part.ndim != 2 or len(part) != len(tensors[0]) or len(part) < least:
+            shapes = " and ".join(str(tuple(each.shape)) for each in tensors)
             raise ValueError(
-                f"features have shapes {shapes}, expected (n, d) of the same n samples, n at least {least}; take "
-                "the mean over tokens, or lay samples and tokens out as rows"
+                f"features have shapes {shapes}, expected (n, d) of the same n "
+                f"samples, n at least {least}; take the mean over tokens, or lay "
+                "samples and tokens out as rows"
             )
         if bad := int((~part.isfinite()).sum()):
             raise ValueError(
-                f"{bad} numbers of the features are NaN or infinite; look at the model first"
+                f"{bad} values of the features are NaN or infinite; check the model "
+                "first"
             )
-    return [part - part.mean(0) for part in found]
+    return [part - part.mean(0) for part in tensors]
 
 
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    "tr K L, by the smaller matrices: those of the channels, or, of features wider than there are samples, those of the samples."
+def _trace_of_product(x: Tensor, y: Tensor) -> Tensor:
+    """tr(K L) of the kernels K = x x^T and L = y y^T."""
+    # The matrices of the samples are smaller only for features wider than their number.
     if len(x) ** 2 < x.shape[1] * y.shape[1]:
         return ((x @ x.mT) * (y @ y.mT)).sum()
     return (x.mT @ y).square().sum()
 
 
-def _unbiased(x: Tensor, y: Tensor) -> Tensor:
-    n, kept = len(x), [(part.square().sum(1), part) for part in (x, y)]
-    # rows of the kernels, without the diagonal
-    sums = [part @ part.sum(0) - own for own, part in kept]
-    trace = _product(x, y) - (kept[0][0] * kept[1][0]).sum()
-    return (
-        trace
-        + sums[0].sum() * sums[1].sum() / ((n - 1) * (n - 2))
-        - 2 / (n - 2) * (sums[0] * sums[1]).sum()
-    ) / (n * (n - 3))
+def _unbiased_hsic(x: Tensor, y: Tensor) -> Tensor:
+    """The unbiased estimate of HSIC (Song et al., JMLR 13 (2012), equation 5).
+
+    [tr(K L) + 1'K1 1'L1 / ((n-1)(n-2)) - 2/(n-2) 1'KL1] / (n (n-3)), where the
+    kernels K = x x' and L = y y' have a diagonal of zeros. They are never formed.
+    """
+    n = len(x)
+    x_diagonal = x.square().sum(1)
+    y_diagonal = y.square().sum(1)
+    x_rows = x @ x.sum(0) - x_diagonal  # K 1
+    y_rows = y @ y.sum(0) - y_diagonal  # L 1
+    trace = _trace_of_product(x, y) - (x_diagonal * y_diagonal).sum()
+    sums = x_rows.sum() * y_rows.sum() / ((n - 1) * (n - 2))
+    return (trace + sums - 2 / (n - 2) * (x_rows * y_rows).sum()) / (n * (n - 3))
 
 
-def _biased(x: Tensor, y: Tensor) -> Tensor:
-    return _product(x, y) / (len(x) - 1) ** 2
+def _biased_hsic(x: Tensor, y: Tensor) -> Tensor:
+    return _trace_of_product(x, y) / (len(x) - 1) ** 2
 
 
 def cka(x, y, unbiased: bool = True) -> float:
-    """Linear centred kernel alignment of features x (n, d) and y (n, e): at most 1, which is equal but for turning and scaling.
+    """Linear centred kernel alignment of two representations of the same samples.
 
-    unbiased: by the estimate that is 0 on average for unrelated features, however wide; it may fall below 0.
-    Raises ValueError for other shapes, less than 4 samples, numbers that are not finite and features that do not differ.
-    Source: arXiv 1905.00414; Song et al., JMLR 13 (2012), equation 5. Memory is (n + d) e, or n x n where that is less.
+    HSIC(x, y) / sqrt(HSIC(x, x) HSIC(y, y)). It is 1 for features that are equal up to
+    rotation and scale. Memory is (n + d) e numbers, or n n where that is less.
+    Source: Kornblith et al., arXiv 1905.00414.
+
+    Args:
+        x: Features, (n, d).
+        y: Features of the same samples, (n, e).
+        unbiased: Use the estimate that is 0 on average for unrelated features of any
+            width; it can be negative.
+
+    Raises:
+        ValueError: For other shapes, fewer than 4 samples, values that are not finite,
+            and features that are equal for all samples.
     """
-    x, y = _checked(x, y)
-    hsic = _unbiased if unbiased else _biased
+    x, y = _centred(x, y)
+    hsic = _unbiased_hsic if unbiased else _biased_hsic
     own = [hsic(part, part) if part.abs().max() > 0 else part.sum() for part in (x, y)]
     if not min(own) > 0:
         raise ValueError(
-            "the features of all samples are the same, or as good as: there is nothing to compare"
+            "the features of all samples are equal, or nearly so; there is nothing to "
+            "compare"
         )
     return float(hsic(x, y) / (own[0] * own[1]).sqrt())
 
 # %% ../../nbs/4_analysis/05_similarity.ipynb #3c6b57a1
 def _neighbours(x: Tensor, k: int, rows: int) -> Tensor:
-    "The keys i n + j, in order, of the pairs in which j is among the k nearest of i, by inner product."
-    n, found = len(x), []
+    """Sorted keys i n + j of all pairs in which j is among the k nearest of i.
+
+    Nearest by inner product; rows: of the kernel that are in memory at once.
+    """
+    n = len(x)
+    keys = []
     for start in range(0, n, rows):
-        block = x[start : start + rows] @ x.mT
-        block.diagonal(start).fill_(-math.inf)
-        found.append(
-            block.topk(k, dim=1).indices
-            + n * torch.arange(start, start + len(block), device=x.device)[:, None]
-        )
-    return torch.cat(found).flatten().sort().values
+        kernel = x[start : start + rows] @ x.mT
+        kernel.diagonal(start).fill_(-math.inf)  # a sample is not its own neighbour
+        samples = torch.arange(start, start + len(kernel), device=x.device)
+        keys.append(kernel.topk(k, dim=1).indices + n * samples[:, None])
+    return torch.cat(keys).flatten().sort().values
 
 
 def _masked_hsic(x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
-    n, i, j = len(x), keys // len(x), keys % len(x)
-    a, b = ((part[i] * part[j]).sum(1) for part in (x, y))
-    place = torch.searchsorted(keys, j * n + i).clamp(max=len(keys) - 1)
-    # pairs that are there the other way round
-    both = keys[place] == j * n + i
-    columns, lines = (
-        a.new_zeros(n).index_add(0, j, a),
-        b.new_zeros(n).index_add(0, i, b),
-    )
-    # the factor 1 / n (n - 3), common to all, is left out
-    trace = (a[both] * b[place[both]]).sum()
+    """n (n-3) times the unbiased HSIC of kernels that are 0 outside the given pairs."""
+    n = len(x)
+    i = keys // n
+    j = keys % n
+    x_kernel = (x[i] * x[j]).sum(1)
+    y_kernel = (y[i] * y[j]).sum(1)
+    # A pair contributes to tr(K L) if (j, i) is among the pairs too.
+    transposed = j * n + i
+    place = torch.searchsorted(keys, transposed).clamp(max=len(keys) - 1)
+    mutual = keys[place] == transposed
+    trace = (x_kernel[mutual] * y_kernel[place[mutual]]).sum()
+    columns = x_kernel.new_zeros(n).index_add(0, j, x_kernel)
+    lines = y_kernel.new_zeros(n).index_add(0, i, y_kernel)
     return (
         trace
-        + a.sum() * b.sum() / ((n - 1) * (n - 2))
+        + x_kernel.sum() * y_kernel.sum() / ((n - 1) * (n - 2))
         - 2 / (n - 2) * (columns * lines).sum()
     )
 
 
 def cknna(x, y, neighbours: int = 10, unit: bool = True, rows: int = 1024) -> float:
-    """The kernel alignment of features x (n, d) and y (n, e) over pairs that are near neighbours in both.
+    """Kernel alignment over pairs that are near neighbours in both representations.
 
-    neighbours: k; unit: features are divided by their lengths first, as those who use the measure do; rows: at once in memory.
-    Raises ValueError as `cka` does, for k below 2, and for too few samples for so many neighbours.
-    Unrelated features reach about k / (n - 1), by chance. Masked kernels are not symmetric, so which features come first
-    matters a little. Source: arXiv 2405.07987, whose public code applies the unbiased HSIC as above to the masked
-    kernels; so do we.
+    Unrelated features reach about k / (n - 1) by chance. Masked kernels are not
+    symmetric, so the order of x and y matters a little. Source: Huh et al., arXiv
+    2405.07987; as in their public code, the unbiased HSIC is applied to the masked
+    kernels.
+
+    Args:
+        x: Features, (n, d).
+        y: Features of the same samples, (n, e).
+        neighbours: k.
+        unit: Divide features by their lengths first, as is usual.
+        rows: Of the kernels that are in memory at once.
+
+    Raises:
+        ValueError: As `cka`, for k below 2, and for too few samples.
     """
-    _checked(x, y)
-    x, y = (torch.as_tensor(part).detach().double() for part in (x, y))
+    _centred(x, y)  # checks
+    x = torch.as_tensor(x).detach().double()
+    y = torch.as_tensor(y).detach().double()
     if unit:
-        x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+        x = F.normalize(x, dim=-1)
+        y = F.normalize(y, dim=-1)
     if not 2 <= neighbours < len(x):
         raise ValueError(
-            f"{neighbours} neighbours of {len(x)} samples: take 2 at least, and fewer than there are samples"
+            f"{neighbours} neighbours of {len(x)} samples: take at least 2, and fewer "
+            "than there are samples"
         )
-    keys = [_neighbours(part, neighbours, rows) for part in (x, y)]
-    common = keys[0][torch.isin(keys[0], keys[1], assume_unique=True)]
-    own = [
-        _masked_hsic(part, part, key) for part, key in zip((x, y), keys, strict=True)
-    ]
-    if not min(own) > 0:
+    x_keys = _neighbours(x, neighbours, rows)
+    y_keys = _neighbours(y, neighbours, rows)
+    common = x_keys[torch.isin(x_keys, y_keys, assume_unique=True)]
+    x_own = _masked_hsic(x, x, x_keys)
+    y_own = _masked_hsic(y, y, y_keys)
+    if not min(x_own, y_own) > 0:
         raise ValueError(
-            f"{len(x)} samples are too few for {neighbours} neighbours each, or their features do not differ; "
-            "take more samples"
+            f"{len(x)} samples are too few for {neighbours} neighbours each, or their "
+            "features do not differ; take more samples"
         )
-    return (
-        float(_masked_hsic(x, y, common) / (own[0] * own[1]).sqrt())
-        if len(common)
-        else 0.0
-    )
+    if not len(common):
+        return 0.0
+    return float(_masked_hsic(x, y, common) / (x_own * y_own).sqrt())
 
 # %% ../../nbs/4_analysis/05_similarity.ipynb #c950c679
 def jackknife(
     measure: Callable, *features, groups: int = 20
 ) -> tuple[float, float, float]:
-    """A measure of features (n, ...) of the same samples with its 95 % interval over them: (value, low, high).
+    """A measure of features with its 95 % interval over samples.
 
-    Each of `groups` interleaved groups is left out once. Raises ValueError for less than 2 groups or more than samples.
+    Each of `groups` interleaved groups of samples is left out once.
+
+    Args:
+        measure: A function of the features that returns a number.
+        features: Of the same samples, (n, ...) each.
+        groups: From 2 to n.
+
+    Returns: (value, low, high).
+
+    Raises:
+        ValueError: For another number of groups.
     """
     n = len(features[0])
     if not 2 <= groups <= n:
         raise ValueError(
-            f"{groups} groups of {n} samples: take 2 at least, and no more than there are samples"
+            f"{groups} groups of {n} samples: take at least 2, and no more than there "
+            "are samples"
         )
-    value, group = measure(*features), torch.arange(n) % groups
+    value = float(measure(*features))
+    group = torch.arange(n) % groups
     without = np.array(
         [
-            measure(*(part[group != left] for part in features))
-            for left in range(groups)
+            measure(*(part[group != left_out] for part in features))
+            for left_out in range(groups)
         ],
         float,
     )
+    # Variance of the jackknife: (g - 1) / g times the sum of squared deviations.
     error = math.sqrt((groups - 1) / groups * ((without - without.mean()) ** 2).sum())
     half = t.ppf(0.975, groups - 1) * error
-    return float(value), float(value - half), float(value + half)
+    return value, float(value - half), float(value + half)
 
 # %% ../../nbs/4_analysis/05_similarity.ipynb #b31c335f
 def similarities(
     first: dict, second: dict | None = None, measure: Callable = cka
 ) -> pd.DataFrame:
-    """A measure of every representation in `first` with every one in `second` (None: with each other), rows from `first`.
+    """A measure of every representation in `first` with every one in `second`.
 
-    first, second: {name: (n, d)} features of the same samples, for example what `features.extract` gives of two runs.
+    Args:
+        first: {name: features (n, d)}, for example from `features.extract`.
+        second: Of the same samples; None = `first`.
+        measure: `cka`, `cknna`, or another function of two representations.
+
+    Returns: A table with rows from `first` and columns from `second`.
     """
     second = first if second is None else second
-    return pd.DataFrame(
-        [[measure(x, y) for y in second.values()] for x in first.values()],
-        list(first),
-        list(second),
-    )
+    values = [[measure(x, y) for y in second.values()] for x in first.values()]
+    return pd.DataFrame(values, list(first), list(second))
 
 # %% ../../nbs/4_analysis/05_similarity.ipynb #290c15e3
 @torch.no_grad()
@@ -191,53 +243,72 @@ def self_similarity(
     far: int | None = None,
     batch: int = 64,
 ) -> Tensor:
-    """Mean cosine of tokens at most `near` steps apart, and of tokens `far` steps or more apart: (b, 2).
+    """Mean cosine of near tokens, and of distant tokens, of each sample.
 
-    features: (b, n, d); grid: of the n tokens, such as (rows, columns), (moments, rows, columns) or (moments,); steps are
-    counted along the grid's axes; far: default half of the longest way, more than near; batch: samples at once. Raises
-    ValueError for a grid that does not fit or has no two such tokens. Source: arXiv 2512.10794, local against distant similarity.
+    Steps between tokens are counted along the axes of the grid. Source: local and
+    distant similarity of arXiv 2512.10794.
+
+    Args:
+        features: (b, n, d).
+        grid: Of the n tokens: (rows, columns), (moments, rows, columns), or (moments,).
+        near: Largest distance of near tokens, in steps.
+        far: Smallest distance of distant tokens, above `near`; None = half of the
+            largest distance.
+        batch: Samples at once.
+
+    Returns: (b, 2), near then distant.
+
+    Raises:
+        ValueError: For a grid that does not fit, or without tokens of both kinds.
     """
     if features.ndim != 3 or features.shape[1] != math.prod(grid):
         raise ValueError(
-            f"features have shape {tuple(features.shape)}, expected (b, {math.prod(grid)}, d) for a grid of {grid}"
+            f"features have shape {tuple(features.shape)}, expected "
+            f"(b, {math.prod(grid)}, d) for a grid of {grid}"
         )
-    places = torch.cartesian_prod(
-        *(torch.arange(float(side)) for side in grid)
-    ).reshape(features.shape[1], -1)
-    steps = torch.cdist(places, places, p=1)
-    far = max(near + 1, math.ceil(steps.max().item() / 2)) if far is None else far
-    chosen = [(steps > 0) & (steps <= near), steps >= max(far, 1)]
-    if not all(pairs.any() for pairs in chosen) or far <= near:
+    places = torch.cartesian_prod(*(torch.arange(float(side)) for side in grid))
+    places = places.reshape(features.shape[1], -1)  # (n, axes)
+    steps = torch.cdist(places, places, p=1)  # (n, n)
+    longest = steps.max().item()
+    if far is None:
+        far = max(near + 1, math.ceil(longest / 2))
+    near_pairs = (steps > 0) & (steps <= near)
+    far_pairs = steps >= max(far, 1)
+    if not near_pairs.any() or not far_pairs.any() or far <= near:
         raise ValueError(
-            f"near {near} and far {far} on a grid of {grid}, whose longest way is {steps.max():g} steps: there must "
-            "be tokens of both kinds, and far above near"
+            f"near {near} and far {far} on a grid of {grid} with distances up to "
+            f"{longest:g}: both kinds of pairs must exist, and far must exceed near"
         )
-    weights = (
-        torch.stack([pairs / pairs.sum() for pairs in chosen])
-        .flatten(1)
-        .to(features.device)
-    )
-    found = []
+    weights = torch.stack([pairs / pairs.sum() for pairs in (near_pairs, far_pairs)])
+    weights = weights.flatten(1).to(features.device)  # (2, n n)
+    means = []
     for part in features.split(batch):
         unit = F.normalize(part.float(), dim=-1)
-        found.append((unit @ unit.mT).flatten(1) @ weights.mT)
-    return torch.cat(found)
+        cosines = unit @ unit.mT  # (b, n, n)
+        means.append(cosines.flatten(1) @ weights.mT)
+    return torch.cat(means)
 
 # %% ../../nbs/4_analysis/05_similarity.ipynb #c7716aed
 def describe_layers(features: dict[int, Tensor], grid: tuple[int, ...]) -> pd.DataFrame:
-    """A row for each layer: effective rank, norm, common direction, and local, distant and local - distant similarity.
+    """Rank, norm and self-similarity of the features of each layer.
 
-    features: {layer: (b, n, d)}; grid: of the n tokens. Norm and similarities are means; `..., low` and `..., high` are the
-    ends of the 95 % interval over samples of norm and local - distant. Similarities are NaN where a grid has two tokens or one.
+    Args:
+        features: {layer: (b, n, d)}.
+        grid: Of the n tokens.
+
+    Returns:
+        A row for each layer: effective rank, common direction, local, distant, norm,
+        and local - distant; the last two with their 95 % interval over samples
+        (columns ending in ", low" and ", high"). Similarities are NaN where no two
+        tokens are distant from each other.
     """
     rows = {}
+    has_distant = sum(side - 1 for side in grid) >= 2
     for layer, hidden in features.items():
-        alone = sum(side - 1 for side in grid) < 2  # no token is distant from another
-        pairs = (
-            hidden.new_full((len(hidden), 2), torch.nan)
-            if alone
-            else self_similarity(hidden, grid)
-        )
+        if has_distant:
+            pairs = self_similarity(hidden, grid)
+        else:
+            pairs = hidden.new_full((len(hidden), 2), torch.nan)
         local, distant = pairs.double().unbind(1)
         row = {
             "effective rank": effective_rank(hidden).item(),
@@ -245,10 +316,8 @@ def describe_layers(features: dict[int, Tensor], grid: tuple[int, ...]) -> pd.Da
             "local": local.mean().item(),
             "distant": distant.mean().item(),
         }
-        for name, values in {
-            "norm": hidden.norm(dim=-1).mean(1).double(),
-            "local - distant": local - distant,
-        }.items():
+        norm = hidden.norm(dim=-1).mean(1).double()
+        for name, values in (("norm", norm), ("local - distant", local - distant)):
             mean, low, high = map(float, mean_interval(values.cpu()))
             row |= {name: mean, f"{name}, low": low, f"{name}, high": high}
         rows[layer] = row

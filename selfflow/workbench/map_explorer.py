@@ -33,7 +33,7 @@ from selfflow.workbench.controls import (
     LIGHT,
     Surroundings,
     Theme,
-    beside,
+    answer_while_busy,
     choice,
     message,
     number,
@@ -287,7 +287,7 @@ class MapExplorer:
             "figure": self.figure,
             "surroundings": self.surroundings,
         }.items():
-            beside(control)
+            answer_while_busy(control)
             control.add_class(f"selfflow-control-{name}")
         side = widgets.VBox(
             [*controls.values(), self.message, self.preview, self.surroundings],

@@ -22,7 +22,7 @@ from ..registries import explorers
 from ..training.checkpoint import find_runs
 from ..training.config import Config
 from ..training.loop import train
-from .controls import beside, button, choice, message
+from .controls import answer_while_busy, button, choice, message
 from .panel import watch
 from .run_browser import browse
 from .tools import Chosen
@@ -141,7 +141,7 @@ class Workbench:
         )
         self.box.add_class("selfflow-workbench")
         for control in (self.run, self.tool):
-            beside(control)
+            answer_while_busy(control)
         self.look()
         for control in (self.run, self.tool):
             control.observe(lambda _: self._show(), "value")

@@ -21,7 +21,7 @@ from ..registries import explorers
 from ..training.watching import Listing, open_runs, steps_of
 from selfflow.workbench.controls import (
     RunList,
-    beside,
+    answer_while_busy,
     button,
     choice,
     message,
@@ -34,9 +34,9 @@ from selfflow.workbench.run_views import (
     SHOWN,
     ChosenRuns,
     compute,
+    describe,
     draw,
     has_probes,
-    say,
 )
 from .tools import Chosen
 
@@ -130,7 +130,7 @@ class RunBrowser:
             "against": _choice("against", list(AGAINST)),
         }
         self.seen = ChosenRuns(
-            controls, lambda values: compute(self.listing, values), draw, say
+            controls, lambda values: compute(self.listing, values), draw, describe
         )
         self.seen.side.children = [
             child
@@ -168,7 +168,7 @@ class RunBrowser:
             "opener": self.opener,
         }.items():
             control.add_class(f"selfflow-open-{name}")
-            beside(control)
+            answer_while_busy(control)
         self.button = button(
             "Open",
             "open",
@@ -186,7 +186,7 @@ class RunBrowser:
             layout=widgets.Layout(max_width="1280px"),
         )
         self.box.add_class("selfflow-browser")
-        beside(self.list)
+        answer_while_busy(self.list)
 
     def _repr_mimebundle_(self, **options):
         return {**self.box._repr_mimebundle_(**options), "text/plain": repr(self)}

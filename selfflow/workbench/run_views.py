@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'groups_of', 'View', 'short_name', 'levels_of', 'settings_of', 'probes_of', 'has_probes', 'compute', 'draw',
-           'say', 'ChosenRuns']
+           'describe', 'ChosenRuns']
 
 # %% ../../nbs/7_workbench/15_run_views.ipynb #8c63ee02
 import io
@@ -30,7 +30,7 @@ from ..method.build import build_schedule
 from ..training.config import flatten
 from ..training.run import UNREADABLE, Run
 from ..training.watching import Following, Listing
-from .boards import SHARP, picture_of
+from .boards import PIXEL_RATIO, figure_png
 from .controls import LIGHT, Theme
 from .explorer import Explorer, Strip
 
@@ -365,7 +365,7 @@ def compute(listing: Listing, values: dict) -> View:
 def draw(view: View, theme: Theme = LIGHT) -> dict[str, bytes]:
     "The pictures of a view, picture-1, picture-2, ...: PNG files; and its table as HTML, escaped."
     found = {
-        f"picture-{place + 1}": picture_of(figure(), theme)
+        f"picture-{place + 1}": figure_png(figure(), theme)
         for place, figure in enumerate(view.pictures)
     }
     if view.table is not None:
@@ -376,7 +376,7 @@ def draw(view: View, theme: Theme = LIGHT) -> dict[str, bytes]:
     return found
 
 
-def say(view: View) -> str:
+def describe(view: View) -> str:
     "What has to be said of a view."
     return (
         f"{'. '.join(note[:1].upper() + note[1:] for note in view.notes)}."
@@ -393,7 +393,7 @@ class ChosenRuns(Explorer):
             super()._show(name, picture)
             self.pictures[
                 name
-            ].layout.width = f"{Image.open(io.BytesIO(picture)).width // SHARP}px"
+            ].layout.width = f"{Image.open(io.BytesIO(picture)).width // PIXEL_RATIO}px"
             return
         if name not in self.pictures:
             self.pictures[name] = widgets.HTML(layout=widgets.Layout(max_width="100%"))
@@ -440,5 +440,6 @@ class ChosenRuns(Explorer):
 def _half(picture: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(picture)).convert("RGB")
     return image.resize(
-        (image.width // SHARP, image.height // SHARP), Image.Resampling.LANCZOS
+        (image.width // PIXEL_RATIO, image.height // PIXEL_RATIO),
+        Image.Resampling.LANCZOS,
     )

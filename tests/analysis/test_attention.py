@@ -331,7 +331,7 @@ def test_separated_error_is_that_of_a_separated_forward():
 def test_three_levels_are_not_two():
     x0, x1, _ = two_levels(4)
     one = SingleLevel().sample(4, 12, keyed(0, "levels"))
-    with pytest.raises(ValueError, match="between two"):
+    with pytest.raises(ValueError, match="compares two"):
         mass_between_levels(model_of(BASE), x0, x1, one)
     with pytest.raises(ValueError, match="compares two"):
         compare_separated(model_of(BASE), x0, x1, one, BASE.parts)

@@ -181,7 +181,7 @@ def test_tokens_of_the_figure_are_found_and_position_is_not_enough():
         and position_score(covers).score < 0.5
     )
     assert token_probe(x, shuffled(covers), how).score < 0.5
-    with pytest.raises(ValueError, match="no token is covered"):
+    with pytest.raises(ValueError, match="no covered token"):
         token_probe(x, {split: 0 * part for split, part in covers.items()})
 
 
@@ -192,7 +192,7 @@ def test_tokens_of_the_figure_are_found_and_position_is_not_enough():
         (lambda x, y: y.pop("validation"), "validation part"),
         (lambda x, y: y.update(train=y["train"][:-1]), "train part"),
         (lambda x, y: x["validation"].__setitem__((0, 0), np.nan), "not finite"),
-        (lambda x, y: x.update(train=x["train"][:, None]), "pooled ones"),
+        (lambda x, y: x.update(train=x["train"][:, None]), r"expects \(n, d\)"),
         (lambda x, y: y.update(test=y["test"][:0]), "test part"),
     ],
 )
@@ -211,7 +211,7 @@ def test_bad_features_are_refused(spoil, words):
 
 def test_features_of_tokens_are_asked_for():
     x, kinds, _ = planted()
-    with pytest.raises(ValueError, match="those of every token"):
+    with pytest.raises(ValueError, match=r"expects \(n, tokens, d\)"):
         attentive_probe(x, {"f": kinds})
 
 
@@ -411,18 +411,15 @@ def test_the_raw_input_is_read_from_few_long_samples():
         ] * (torch.arange(20) < 10)
         targets[split] = labels.numpy()
     items = {
-        split: SimpleNamespace(parts={}, batches=lambda values=values: [(values, None)])
+        split: SimpleNamespace(
+            slices={}, batches=lambda values=values: [(values, None)]
+        )
         for split, values in x.items()
     }
-    raw = probing._raw(items, "")
+    raw = probing._raw_tokens(items, "")
     # half as many as samples
     assert raw["train"].shape == (120, 60) and raw["test"].shape == (60, 60)
-    assert (
-        probing._probed(raw, {"class": targets}, "regression", (0.1, 1.0))[
-            "class"
-        ].score
-        > 0.9
-    )
+    assert regression_probe(raw, targets, (0.1, 1.0)).score > 0.9
 
 
 def test_the_legend_of_one_factor_is_not_cut():

@@ -193,13 +193,13 @@ def test_unrelated_features_have_none_however_wide():
         (lambda: cka(torch.randn(9, 3), torch.randn(8, 3)), "same n samples"),
         (lambda: cka(torch.randn(3, 3), torch.randn(3, 3)), "at least 4"),
         (lambda: cka(torch.randn(9, 4, 3), torch.randn(9, 4, 3)), "mean over tokens"),
-        (lambda: cka(torch.full((9, 3), torch.nan), torch.randn(9, 3)), "27 numbers"),
-        (lambda: cka(torch.ones(9, 3), torch.randn(9, 3)), "the same"),
+        (lambda: cka(torch.full((9, 3), torch.nan), torch.randn(9, 3)), "27 values"),
+        (lambda: cka(torch.ones(9, 3), torch.randn(9, 3)), "are equal"),
         (
             lambda: cknna(torch.randn(9, 3), torch.randn(9, 3), 9),
             "fewer than there are samples",
         ),
-        (lambda: cknna(torch.randn(9, 3), torch.randn(9, 3), 1), "take 2 at least"),
+        (lambda: cknna(torch.randn(9, 3), torch.randn(9, 3), 1), "take at least 2"),
         (lambda: cknna(torch.zeros(30, 3), torch.randn(30, 3)), "do not differ"),
         (
             lambda: jackknife(cka, torch.randn(9, 3), torch.randn(9, 3), groups=10),

@@ -20,8 +20,8 @@ from selfflow.method.options import ModelConfig, ObjectiveConfig
 from selfflow.method.schedule import NoiseLevels
 from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
-from selfflow.workbench.asymmetry import compute, draw, explore, say
-from selfflow.workbench.boards import Board, Panel, Plot, coloured, panels
+from selfflow.workbench.asymmetry import compute, describe, draw, explore
+from selfflow.workbench.boards import Board, Panel, Plot, coloured, draw_panels
 from selfflow.workbench.controls import (
     DARK,
     LIGHT,
@@ -34,7 +34,7 @@ from selfflow.workbench.controls import (
 from selfflow.workbench.explorer import Explorer
 from selfflow.workbench.viewed_run import (
     KINDS,
-    Subject,
+    ViewedRun,
     levels_of,
     many_levels,
     schedule_of,
@@ -56,8 +56,8 @@ VALUES = {
 
 
 @pytest.fixture(scope="module")
-def subject(runs):
-    return Subject(runs["tiny"])
+def viewed(runs):
+    return ViewedRun(runs["tiny"])
 
 
 def pixels(png):
@@ -143,7 +143,7 @@ def test_two_pictures_are_never_drawn_at_once():
     assert max(most) == 1
 
 
-@pytest.mark.parametrize("where", ["compute", "draw", "say"])
+@pytest.mark.parametrize("where", ["compute", "draw", "describe"])
 def test_errors_are_said_and_the_next_change_is_shown(where):
     def fails(name, result):
         def function(given, *theme):
@@ -158,7 +158,7 @@ def test_errors_are_said_and_the_next_change_is_shown(where):
         {"tone": slider("tone", 0.0)},
         fails("compute", lambda tone: tone),
         fails("draw", square),
-        fails("say", str),
+        fails("describe", str),
     )
     for tone in (0.5, 0.7):
         explorer.controls["tone"].value = tone
@@ -293,7 +293,7 @@ def test_tokens_that_are_not_finite_are_drawn_black():
 def test_maps_plots_and_panels():
     colours = coloured(np.array([[-9.0, 0.0, 1.0, np.nan]]), paper=DARK.paper)
     assert (colours[0, 0] == colours[0, 1]).all() and (colours[0, 3] == 0x11).all()
-    page = panels(
+    page = draw_panels(
         [
             [Panel("a", colours), Panel("b", colours, ("0", "1", "viridis"))],
             [Panel("c", colours)],
@@ -339,9 +339,9 @@ def test_unsorted_levels_are_distributed_as_the_density(density):
     assert abs(ordered.sum() - heights.sum()) < 1e-6
 
 
-def test_what_cannot_be_is_said(subject):
+def test_what_cannot_be_is_said(viewed):
     density = Uniform()
-    with pytest.raises(ValueError, match="film or sound.*take dual"):
+    with pytest.raises(ValueError, match="tokens lie in time.*take dual"):
         schedule_of("block masks", density, 0.25)
     with pytest.raises(ValueError, match="11 x 11"):
         schedule_of("block masks", density, 0.25, (11, 11))
@@ -349,52 +349,52 @@ def test_what_cannot_be_is_said(subject):
         schedule_of("twofold", density, 0.25)
     for wrong in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="outside"):
-            compute(subject, {**VALUES, "t": wrong})
+            compute(viewed, {**VALUES, "t": wrong})
     with pytest.raises(ValueError, match="token 99"):
-        compute(subject, {**VALUES, "hand": True, "tokens": [99]})
+        compute(viewed, {**VALUES, "hand": True, "tokens": [99]})
     with pytest.raises(ValueError, match="sample is 999"):
-        compute(subject, {**VALUES, "sample": 999})
+        compute(viewed, {**VALUES, "sample": 999})
     with pytest.raises(ValueError, match="mask_ratio"):
-        compute(subject, {**VALUES, "mask_ratio": 0.9})
+        compute(viewed, {**VALUES, "mask_ratio": 0.9})
 
 
 # what is seen
 
 
-def test_a_perfect_model_makes_no_error(subject):
-    x0, x1 = subject.x0[:1], subject.noise(3)
+def test_a_perfect_model_makes_no_error(viewed):
+    x0, x1 = viewed.x0[:1], viewed.noise(3)
 
-    class Perfect:
-        def __call__(self, *args, **options):
+    class Perfect(torch.nn.Linear):
+        def forward(self, *args, **options):
             return Output(x1 - x0, {})
 
     levels = levels_of(
-        "dual", 0.9, 0.3, schedule_of("dual", Uniform(), 0.25), subject.tokens, 0
+        "dual", 0.9, 0.3, schedule_of("dual", Uniform(), 0.25), viewed.tokens, 0
     )
-    _, estimate, error, _ = subject.estimate(
-        Perfect(), x0, x1, levels, torch.tensor([0])
+    _, estimate, error, _ = viewed.estimate(
+        Perfect(1, 1), x0, x1, levels, torch.tensor([0])
     )
     torch.testing.assert_close(estimate, x0, atol=1e-6, rtol=0)
     assert error.max() < 1e-12
 
 
-def test_the_views_are_those_of_a_training_step(subject):
+def test_the_views_are_those_of_a_training_step(viewed):
     "Levels, inputs, estimates and cosine computed again from the parts."
-    view = compute(subject, VALUES).view
-    tau, x0, x1 = view.levels.per_token()[0, :, None], view.x0, subject.noise(0)[0]
+    view = compute(viewed, VALUES).view
+    tau, x0, x1 = view.levels.per_token()[0, :, None], view.x0, viewed.noise(0)[0]
     torch.testing.assert_close(view.student, (1 - tau) * x0 + tau * x1)
     torch.testing.assert_close(view.teacher, 0.8 * x0 + 0.2 * x1)
-    run, head = subject.run, subject.head
+    run, head = viewed.run, viewed.head
     own = run.model(
         view.student[None],
         view.levels,
-        subject.condition[:1],
+        viewed.condition[:1],
         taps=(head.student_layer,),
     )
     other = run.teacher(
         view.teacher[None],
         view.levels.cleanest(),
-        subject.condition[:1],
+        viewed.condition[:1],
         taps=(head.teacher_layer,),
     )
     torch.testing.assert_close(
@@ -408,14 +408,14 @@ def test_the_views_are_those_of_a_training_step(subject):
         other.features[head.teacher_layer][0],
     )
     torch.testing.assert_close(view.cosine, torch.cosine_similarity(*features, dim=-1))
-    assert view.clean == pytest.approx(0.2)
+    assert view.teacher_level == pytest.approx(0.2)
 
 
 def test_a_run_without_a_head_shows_no_cosine(runs):
-    scene = compute(Subject(runs["vanilla"]), VALUES)
+    scene = compute(ViewedRun(runs["vanilla"]), VALUES)
     assert (
         scene.view.cosine is None
-        and "no cosine" in say(scene)
+        and "no cosine" in describe(scene)
         and set(draw(scene)) == {"tokens", "levels", "views"}
     )
 
@@ -424,10 +424,10 @@ def test_a_run_without_a_head_shows_no_cosine(runs):
     "tokens, curve",
     [([], False), (list(range(16)), False), ([0], True), (list(range(15)), True)],
 )
-def test_masks_on_no_token_on_all_and_between(subject, tokens, curve):
-    scene = compute(subject, {**VALUES, "hand": True, "tokens": tokens})
+def test_masks_on_no_token_on_all_and_between(viewed, tokens, curve):
+    scene = compute(viewed, {**VALUES, "hand": True, "tokens": tokens})
     assert (scene.curve is not None) == curve and (
-        "no token is cleaner" in say(scene)
+        "no token is cleaner" in describe(scene)
     ) != curve
     assert set(draw(scene)) == {"tokens", "levels", "views", "curve"}
     if curve:
@@ -437,48 +437,48 @@ def test_masks_on_no_token_on_all_and_between(subject, tokens, curve):
         )
 
 
-def test_equal_levels_have_no_gap(subject):
-    scene = compute(
-        subject, {**VALUES, "t": 0.5, "s": 0.5, "hand": True, "tokens": [1]}
+def test_equal_levels_have_no_gap(viewed):
+    scene = compute(viewed, {**VALUES, "t": 0.5, "s": 0.5, "hand": True, "tokens": [1]})
+    assert (
+        "gap |t - s| = 0.00" in describe(scene) and scene.curve is None and draw(scene)
     )
-    assert "gap |t - s| = 0.00" in say(scene) and scene.curve is None and draw(scene)
     torch.testing.assert_close(scene.view.student, scene.view.teacher)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ends", [(0.0, 1.0), (1.0, 0.0), (1.0, 1.0)])
-def test_all_kinds_at_the_ends(subject, kind, ends):
+def test_all_kinds_at_the_ends(viewed, kind, ends):
     for dark in (LIGHT, DARK):
         scene = compute(
-            subject, {**VALUES, "schedule": kind, "t": ends[0], "s": ends[1]}
+            viewed, {**VALUES, "schedule": kind, "t": ends[0], "s": ends[1]}
         )
         assert all(pixels(png).size for png in draw(scene, dark).values())
-    assert f"{kind}:" in say(scene)
+    assert f"{kind}:" in describe(scene)
 
 
-def test_what_is_revealed_is_an_error_of_the_same_tokens(subject):
+def test_what_is_revealed_is_an_error_of_the_same_tokens(viewed):
     order, index = (
         torch.randperm(16, generator=torch.Generator().manual_seed(1)),
         torch.tensor([0, 1, 2]),
     )
-    errors = subject.revealed(index, order, [0, 4, 8], 0.9, 0.1, seed=2)
+    errors = viewed.revealed(index, order, [0, 4, 8], 0.9, 0.1, seed=2)
     assert errors.shape == (3, 3)
     tau = torch.full((1, 16), 0.9)
     tau[0, order[:4]] = 0.1
     levels = NoiseLevels.of_tokens(tau.expand(3, -1).contiguous())
-    found = subject.estimate(
-        subject.student, subject.x0[index], subject.noise(2, 3), levels, index
+    found = viewed.estimate(
+        viewed.student, viewed.x0[index], viewed.noise(2, 3), levels, index
     )[2]
     torch.testing.assert_close(errors[1], found[:, order[8:]].mean(1))
-    with pytest.raises(ValueError, match="one at least must stay noisy"):
-        subject.revealed(index, order, [0, 16], 0.9, 0.1)
+    with pytest.raises(ValueError, match="at least one of 16 tokens must stay noisy"):
+        viewed.revealed(index, order, [0, 16], 0.9, 0.1)
 
 
 # the widget
 
 
-def test_the_explorer_shows_what_the_pure_functions_draw(subject):
-    explorer = explore(subject)
+def test_the_explorer_shows_what_the_pure_functions_draw(viewed):
+    explorer = explore(viewed)
     assert explorer.values() == VALUES
     for change in (
         {"t": 0.5},
@@ -490,19 +490,19 @@ def test_the_explorer_shows_what_the_pure_functions_draw(subject):
         for name, value in change.items():
             explorer.controls[name].value = value
         explorer.settle()
-        drawn = draw(compute(subject, explorer.values()))
+        drawn = draw(compute(viewed, explorer.values()))
         assert bytes(explorer.pictures["views"].value) == drawn["views"]
         assert bytes(explorer.controls["tokens"].picture) == drawn["tokens"]
     explorer.surroundings.dark = True
     explorer.settle()
     assert (
         bytes(explorer.pictures["levels"].value)
-        == draw(compute(subject, explorer.values()), DARK)["levels"]
+        == draw(compute(viewed, explorer.values()), DARK)["levels"]
     )
 
 
-def test_painting_switches_the_hand_on_and_frames_the_tokens(subject):
-    explorer = explore(subject)
+def test_painting_switches_the_hand_on_and_frames_the_tokens(viewed):
+    explorer = explore(viewed)
     grid, hand = explorer.controls["tokens"], explorer.controls["hand"]
     assert not grid.marked and not hand.value
     grid.value = [2, 3]
@@ -522,15 +522,15 @@ def test_painting_switches_the_hand_on_and_frames_the_tokens(subject):
     )
 
 
-def test_the_starting_values_can_be_given(subject):
-    explorer = explore(subject, t=0.3, hand=True, tokens=[1])
+def test_the_starting_values_can_be_given(viewed):
+    explorer = explore(viewed, t=0.3, hand=True, tokens=[1])
     assert explorer.values()["t"] == 0.3 and explorer.data.view.levels.assign[0, 1] == 1
     with pytest.raises(ValueError, match="control"):
-        explore(subject, level=0.3)
+        explore(viewed, level=0.3)
 
 
-def test_strips_are_drawn_by_the_same_functions(subject):
-    strip = explore(subject).strip(
+def test_strips_are_drawn_by_the_same_functions(viewed):
+    strip = explore(viewed).strip(
         {"s": 0.1}, {"s": 0.9}, columns=2, width=700, only=("views",)
     )
     assert pixels(strip._repr_png_()).shape[1] == 700
@@ -549,7 +549,7 @@ def test_films_and_sounds_are_explored_too(data, tmp_path):
         ),
     )
     explorer = explore(
-        Subject(train(config, tmp_path, bar=False, device="cpu"), count=3)
+        ViewedRun(train(config, tmp_path, bar=False, device="cpu"), count=3)
     )
     assert (
         explorer.data.view.cosine is not None and "alert" not in explorer.message.value
@@ -563,9 +563,9 @@ def test_films_and_sounds_are_explored_too(data, tmp_path):
     assert "take dual" in explorer.message.value
 
 
-def test_other_densities_change_how_levels_lie(subject):
+def test_other_densities_change_how_levels_lie(viewed):
     plain, shifted = (
-        compute(subject, {**VALUES, "drawn": True, "shift": shift}).values
+        compute(viewed, {**VALUES, "drawn": True, "shift": shift}).values
         for shift in (1.0, 10.0)
     )
     assert shifted["t"] > plain["t"] and shifted["s"] > plain["s"]

@@ -29,20 +29,20 @@ from selfflow.workbench.attention_explorer import (
     laid_over,
 )
 from selfflow.workbench.attention_scene import (
-    WAYS,
+    QUESTIONS,
     Forward,
     Watched,
     compute,
+    describe,
     pieces_of,
     read,
-    say,
 )
 from selfflow.workbench.boards import Board
 from selfflow.workbench.controls import DARK
-from selfflow.workbench.viewed_run import Subject
+from selfflow.workbench.viewed_run import ViewedRun
 
 VALUES = {
-    "way": WAYS[0],
+    "question": QUESTIONS[0],
     "tokens": [5],
     "layer": 2,
     "head": "mean",
@@ -74,7 +74,7 @@ MORE = {
 
 @pytest.fixture(scope="module")
 def watched(runs):
-    return Watched(Subject(runs["tiny"], count=4))
+    return Watched(ViewedRun(runs["tiny"], count=4))
 
 
 @pytest.fixture(scope="module")
@@ -117,40 +117,40 @@ def test_weights_are_the_softmax_of_queries_and_keys(watched):
 
 
 def test_the_network_is_shown_what_training_shows_it(watched):
-    forward, subject = compute(watched, VALUES).forward, watched.subject
+    forward, viewed = compute(watched, VALUES).forward, watched.viewed
     tau = forward.levels.per_token()[0]
     assert sorted(set(tau.tolist())) == pytest.approx([0.1, 0.9])
     torch.testing.assert_close(
         forward.xt,
-        (1 - tau[:, None]) * subject.x0[1] + tau[:, None] * subject.noise(3)[0],
+        (1 - tau[:, None]) * viewed.x0[1] + tau[:, None] * viewed.noise(3)[0],
     )
-    out = subject.teacher(
-        forward.xt[None], forward.levels, subject.condition[[1]], taps=(1,)
+    out = viewed.teacher(
+        forward.xt[None], forward.levels, viewed.condition[[1]], taps=(1,)
     )
     again = forward.model(
-        forward.xt[None], forward.levels, subject.condition[[1]], taps=(1,)
+        forward.xt[None], forward.levels, viewed.condition[[1]], taps=(1,)
     )
     torch.testing.assert_close(out.features[1], again.features[1])
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("question", QUESTIONS)
 @pytest.mark.parametrize("separated", [False, True])
-def test_rows_columns_and_mass_are_sums_by_hand(watched, way, separated):
-    scene = compute(watched, {**VALUES, "way": way, "separated": separated})
-    forward, n = scene.forward, watched.subject.tokens
+def test_rows_columns_and_mass_are_sums_by_hand(watched, question, separated):
+    scene = compute(watched, {**VALUES, "question": question, "separated": separated})
+    forward, n = scene.forward, watched.viewed.tokens
     tau, allowed = forward.levels.per_token()[0].tolist(), forward.visible
     assert allowed.all() != separated
 
     def relation(i, j):
         return 0 if i == j else 1 if tau[j] < tau[i] else 2 if tau[j] == tau[i] else 3
 
-    lookers = range(n) if way == WAYS[2] else [5]
+    lookers = range(n) if question == QUESTIONS[2] else [5]
     for weights, rows, masses in [
         (forward.weights(1), scene.rows[0], scene.masses[0]),
         (
             (allowed / allowed.sum(-1, keepdim=True))[None],
             scene.even[None],
-            scene.counted[None],
+            scene.even_masses[None],
         ),
     ]:
         for head in range(len(weights)):
@@ -159,7 +159,7 @@ def test_rows_columns_and_mass_are_sums_by_hand(watched, way, separated):
                 for j in range(n):
                     value = (
                         weights[head, j, i].item()
-                        if way == WAYS[1]
+                        if question == QUESTIONS[1]
                         else weights[head, i, j].item()
                     )
                     row[j] += value / len(lookers)
@@ -169,31 +169,31 @@ def test_rows_columns_and_mass_are_sums_by_hand(watched, way, separated):
     if separated:
         assert scene.masses[..., [1, 3]].abs().max() == 0
         # what may not be looked at is not on the map
-        assert way == WAYS[2] or scene.relative.isnan().any()
+        assert question == QUESTIONS[2] or scene.relative.isnan().any()
 
 
 def test_attention_that_cannot_tell_is_1_everywhere(runs):
-    watched = Watched(Subject(runs["tiny"], count=2))
+    watched = Watched(ViewedRun(runs["tiny"], count=2))
     for block in watched.networks["EMA teacher"].blocks:
         block.attn.qkv.weight.data.zero_()
         block.attn.qkv.bias.data.zero_()
-    for way in WAYS:
-        scene = compute(watched, {**VALUES, "way": way})
+    for question in QUESTIONS:
+        scene = compute(watched, {**VALUES, "question": question})
         torch.testing.assert_close(scene.relative, torch.ones_like(scene.relative))
         torch.testing.assert_close(
-            scene.of_head(scene.masses), scene.counted.expand(4, -1)
+            scene.of_head(scene.masses), scene.even_masses.expand(4, -1)
         )
 
 
 def test_one_forward_serves_all_layers_heads_and_tokens(runs):
-    watched = Watched(Subject(runs["tiny"], count=4))
+    watched = Watched(ViewedRun(runs["tiny"], count=4))
     for change in (
         {},
         {"layer": 4},
         {"head": 2},
         {"tokens": [0]},
-        {"way": WAYS[1]},
-        {"way": WAYS[2]},
+        {"question": QUESTIONS[1]},
+        {"question": QUESTIONS[2]},
     ):
         draw(compute(watched, {**VALUES, **change}))
     assert watched.forward.cache_info().misses == 1
@@ -214,8 +214,8 @@ def test_one_forward_serves_all_layers_heads_and_tokens(runs):
 
 def test_weights_that_are_too_many_are_computed_again(watched, monkeypatch):
     scene = compute(watched, VALUES)
-    monkeypatch.setattr(attention_scene, "KEPT", 0)
-    again = compute(Watched(watched.subject), VALUES)
+    monkeypatch.setattr(attention_scene, "_REMEMBERED", 0)
+    again = compute(Watched(watched.viewed), VALUES)
     assert (
         torch.equal(again.rows, scene.rows)
         and not again.forward.known
@@ -224,34 +224,34 @@ def test_weights_that_are_too_many_are_computed_again(watched, monkeypatch):
 
 
 def test_other_explorers_of_the_same_run_are_not_overheard(watched):
-    subject, forward = (
-        watched.subject,
+    viewed, forward = (
+        watched.viewed,
         watched.forward(0, 9, 0.7, 0.2, 0.25, "student", False, ""),
     )
-    assert forward.model is not subject.student
+    assert forward.model is not viewed.student
     kept = forward.seen[1].x.clone()
-    subject.see(1, forward.levels, 5)
+    viewed.view(1, forward.levels, 5)
     assert (
         torch.equal(forward.seen[1].x, kept)
-        and not subject.student.blocks[0].attn._forward_hooks
+        and not viewed.student.blocks[0].attn._forward_hooks
     )
 
 
 def test_mass_of_a_row_is_read_by_the_token_that_looks():
     weights = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.3, 0.3, 0.4]]])
     relation = torch.tensor([[0, 1, 4], [3, 0, 4], [3, 1, 0]])
-    row, mass = read(weights, relation, WAYS[0], 1, 2)
+    row, mass = read(weights, relation, QUESTIONS[0], 1, 2)
     torch.testing.assert_close(
         (row, mass),
         (torch.tensor([[0.1, 0.2, 0.7]]), torch.tensor([[0.2, 0, 0, 0.1, 0.7]])),
     )
-    row, mass = read(weights, relation, WAYS[1], 1, 2)
+    row, mass = read(weights, relation, QUESTIONS[1], 1, 2)
     torch.testing.assert_close(
         (row, mass),
         (torch.tensor([[0.25, 0.2, 0.3]]), torch.tensor([[0.2, 0, 0, 0.25, 0.3]])),
     )
     # the caption does not count among those that look
-    row, mass = read(weights, relation, WAYS[2], 0, 2)
+    row, mass = read(weights, relation, QUESTIONS[2], 0, 2)
     torch.testing.assert_close(
         (row, mass),
         (
@@ -267,7 +267,7 @@ def test_mass_of_a_row_is_read_by_the_token_that_looks():
         ({"layer": 0}, "counted 1 to 4"),
         ({"layer": 10**9}, "counted 1 to 4"),
         ({"head": 3}, "counted 1 to 2"),
-        ({"head": "first"}, "mean is that of all"),
+        ({"head": "first"}, "mean is the mean of all"),
         ({"tokens": []}, "0 tokens are chosen; click"),
         ({"tokens": [1, 2]}, "2 tokens"),
         ({"tokens": [16]}, "token 16"),
@@ -277,7 +277,7 @@ def test_mass_of_a_row_is_read_by_the_token_that_looks():
         ({"t": 1.5}, "t is 1.5"),
         ({"s": float("nan")}, "s is nan"),
         ({"mask_ratio": 0.9}, "mask_ratio"),
-        ({"way": "up"}, "question"),
+        ({"question": "up"}, "question"),
         ({"network": "teachers"}, "EMA teacher"),
         ({"frame": 2}, "counted 1 to 1"),
         ({"frame": 0}, "counted 1 to 1"),
@@ -298,19 +298,19 @@ def test_words_say_who_looks_where_and_how_much_of_it_is_cleaner(watched):
     scene = compute(watched, {**VALUES, "tokens": [noisy]})
     row = scene.rows[1].mean(0)
     best, cleaner = int(row.argmax()), row[tau < tau.max()].sum()
-    names = watched.subject.board.names
+    names = watched.viewed.board.names
     for words in (
         f"layer 2, mean of heads: {names[noisy]} (level 0.90) looks most at {names[best]} (level {tau[best]:.2f})",
         f"{16 * row.max():.1f} times",
         f"{cleaner:.0%} of the attention goes to cleaner tokens, by counting 25%",
     ):
-        assert words in say(scene)
-    assert "no token is cleaner" in say(compute(watched, {**VALUES, "s": 0.9}))
-    assert "comes from cleaner" in say(
-        compute(watched, {**VALUES, "tokens": [noisy], "way": WAYS[1]})
+        assert words in describe(scene)
+    assert "no token is cleaner" in describe(compute(watched, {**VALUES, "s": 0.9}))
+    assert "comes from cleaner" in describe(
+        compute(watched, {**VALUES, "tokens": [noisy], "question": QUESTIONS[1]})
     )
-    assert "all tokens, on average, look most at" in say(
-        compute(watched, {**VALUES, "way": WAYS[2]})
+    assert "all tokens, on average, look most at" in describe(
+        compute(watched, {**VALUES, "question": QUESTIONS[2]})
     )
 
 
@@ -355,7 +355,7 @@ def test_a_window_shows_the_tokens_of_its_moment(config):
 
 
 def test_an_overlay_is_brightest_where_attention_is_highest(watched):
-    board, x0 = watched.subject.board, torch.zeros_like(watched.subject.x0[0])
+    board, x0 = watched.viewed.board, torch.zeros_like(watched.viewed.x0[0])
     times = torch.zeros(16)
     times[3] = 4.0
     drawn = laid_over(board, x0, times).astype(int).sum(-1)
@@ -372,13 +372,14 @@ def test_pictures_follow_what_they_show_and_nothing_else(watched):
     assert {name for name in before if before[name] != after[name]} == {
         "tokens",
         "layers",
-        "shown",
+        "inputs",
         "heads",
     }
     assert draw(scene) == before and all(
-        draw(scene, DARK)[name] != before[name] for name in ("layers", "shown", "heads")
+        draw(scene, DARK)[name] != before[name]
+        for name in ("layers", "inputs", "heads")
     )
-    received = draw_layers(compute(watched, {**VALUES, "way": WAYS[1]}))
+    received = draw_layers(compute(watched, {**VALUES, "question": QUESTIONS[1]}))
     assert (
         received.size == draw_layers(scene).size
         and received.tobytes() != draw_layers(scene).tobytes()
@@ -389,10 +390,10 @@ def test_pictures_follow_what_they_show_and_nothing_else(watched):
 
 
 def test_captions_are_shown_and_10_000_characters_are_answered(more):
-    watched = Watched(Subject(more["texts"], count=3))
-    scene = compute(watched, {**VALUES, "told": ""})
-    assert "caption" in draw(scene) and "the caption (counting: " in say(scene)
-    stride, n = watched.config.caption_stride, watched.subject.tokens
+    watched = Watched(ViewedRun(more["texts"], count=3))
+    scene = compute(watched, {**VALUES, "caption": ""})
+    assert "caption" in draw(scene) and "the caption (counting: " in describe(scene)
+    stride, n = watched.config.caption_stride, watched.viewed.tokens
     pieces = pieces_of(scene.forward, stride, len(scene.even) - n)
     assert (
         "".join(pieces).startswith("a ")
@@ -400,18 +401,20 @@ def test_captions_are_shown_and_10_000_characters_are_answered(more):
     )
     torch.testing.assert_close(scene.masses[..., 4], scene.rows[..., n:].sum(-1))
     told = "a red star " * 909 + "?"
-    other = compute(watched, {**VALUES, "told": told})
+    other = compute(watched, {**VALUES, "caption": told})
     assert not torch.equal(other.rows, scene.rows)
-    assert "10,000 characters, of which is read what fits" in say(other)
+    assert "10,000 characters, of which this is read" in describe(other)
     assert draw_caption(other).tobytes() != draw_caption(scene).tobytes()
     assert pieces_of(SimpleNamespace(text=None), 4, 3) == ["1", "2", "3"]
 
 
 def test_a_token_of_either_part_is_shown_on_both(more):
-    watched = Watched(Subject(more["scenes"], count=2))
+    watched = Watched(ViewedRun(more["scenes"], count=2))
     sound = watched.slices["audio"].start
     said = {
-        token: say(scene := compute(watched, {**VALUES, "tokens": [token], "frame": 3}))
+        token: describe(
+            scene := compute(watched, {**VALUES, "tokens": [token], "frame": 3})
+        )
         for token in (0, sound)
     }
     assert (
@@ -420,21 +423,23 @@ def test_a_token_of_either_part_is_shown_on_both(more):
         and "goes to audio" in said[0]
     )
     pictures = draw(scene)
-    assert pictures["sound"][:4] == b"RIFF"
+    assert pictures["audio"][:4] == b"RIFF"
     shown = draw(compute(watched, {**VALUES, "tokens": [sound], "frame": 1}))
     # the board has all moments
-    assert shown["shown"] != pictures["shown"] and shown["tokens"] == pictures["tokens"]
+    assert (
+        shown["inputs"] != pictures["inputs"] and shown["tokens"] == pictures["tokens"]
+    )
 
 
 def test_the_player_goes_on_while_another_layer_is_looked_at(more):
     explorer = explore_attention(more["sounds"], count=2, layer=1)
     heard = []
-    explorer.pictures["sound"].observe(
+    explorer.pictures["audio"].observe(
         lambda change: heard.append(change["new"]), "value"
     )
     explorer.controls["layer"].value = 3
     explorer.settle()
-    assert not heard and "<audio" in explorer.pictures["sound"].value
+    assert not heard and "<audio" in explorer.pictures["audio"].value
     explorer.controls["sample"].value = 1
     explorer.settle()
     assert len(heard) == 1
@@ -456,7 +461,7 @@ def test_the_panel_shows_what_the_pure_functions_draw(runs):
         "head": 2,
         "t": 0.6,
         "s": 0.5,
-        "way": WAYS[1],
+        "question": QUESTIONS[1],
         "network": "student",
         "separated": True,
         "mask_ratio": 0.4,
@@ -475,20 +480,24 @@ def test_the_panel_shows_what_the_pure_functions_draw(runs):
 
 def test_the_first_token_has_cleaner_ones(runs):
     scene = explore_attention(runs["tiny"], count=1).data
-    assert scene.counted[1] > 0 and scene.forward.levels.per_token()[
+    assert scene.even_masses[1] > 0 and scene.forward.levels.per_token()[
         0, scene.token
     ] == pytest.approx(0.8)
 
 
 def test_clicking_a_token_asks_for_that_token(runs):
-    explorer = explore_attention(runs["tiny"], count=2, way=WAYS[2])
+    explorer = explore_attention(runs["tiny"], count=2, question=QUESTIONS[2])
     explorer.controls["tokens"].value = [3]
     explorer.settle()
-    assert explorer.controls["way"].value == WAYS[0] and explorer.data.token == 3
-    explorer.controls["way"].value = WAYS[1]
+    assert (
+        explorer.controls["question"].value == QUESTIONS[0] and explorer.data.token == 3
+    )
+    explorer.controls["question"].value = QUESTIONS[1]
     explorer.controls["tokens"].value = [4]
     explorer.settle()
-    assert explorer.controls["way"].value == WAYS[1] and explorer.data.token == 4
+    assert (
+        explorer.controls["question"].value == QUESTIONS[1] and explorer.data.token == 4
+    )
 
 
 def test_errors_are_said_and_the_panel_goes_on(runs):

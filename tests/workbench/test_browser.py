@@ -5,7 +5,7 @@ from browser import run_all, shoot, source, until_shown, until_within, write_not
 
 from selfflow.figures.dashboard import draw_dashboard
 from selfflow.training.watching import Following
-from selfflow.workbench.boards import picture_of
+from selfflow.workbench.boards import figure_png
 from selfflow.workbench.controls import DARK, LIGHT
 
 CELLS = {
@@ -47,8 +47,8 @@ def test_the_panel_lives_while_the_cell_is_busy(lab, page):
         seen.add(source(page, "dashboard"))
 
     page.get_by_role("button", name="Sample now").click()
-    page.locator(".selfflow-said", has_text="sample asked at").wait_for()
-    page.locator(".selfflow-said", has_text="answered").wait_for()
+    page.locator(".selfflow-reply", has_text="sample requested at").wait_for()
+    page.locator(".selfflow-reply", has_text="answered").wait_for()
     assert (
         busy.count() == 1
         and len(list((work / "runs/mine/samples/film").iterdir())) == 1
@@ -73,9 +73,9 @@ def test_the_panel_lives_while_the_cell_is_busy(lab, page):
             .get_by_role("button", name=name)
             .is_disabled()
         )
-    assert "nobody is training" in page.locator(".selfflow-said").inner_text()
+    assert "no process is training" in page.locator(".selfflow-reply").inner_text()
     page.get_by_text("Film, large").click()  # after the run, too
-    page.locator("img.selfflow-film").wait_for()
+    page.locator("img.selfflow-history").wait_for()
     shoot(page, "stopped")
     page.locator(".selfflow-header").scroll_into_view_if_needed()
     page.set_viewport_size({"width": 900, "height": 1100})
@@ -93,7 +93,7 @@ def test_another_kernel_shows_the_same_from_the_folder_alone(lab, page):
         timeout=60_000
     )
     page.locator("img.selfflow-dashboard").wait_for()
-    assert "nobody is training" in page.locator(".selfflow-said").inner_text()
+    assert "no process is training" in page.locator(".selfflow-reply").inner_text()
     for name in ("Stop", "Sample now"):
         assert (
             page.locator(".selfflow-panel")
@@ -117,6 +117,6 @@ def test_another_kernel_shows_the_same_from_the_folder_alone(lab, page):
         until_shown(
             page,
             "img.selfflow-dashboard",
-            picture_of(draw_dashboard(*data), theme, dpi=140),
+            figure_png(draw_dashboard(*data), theme, dpi=140),
         )
         shoot(page, f"look-{name.lower()}")

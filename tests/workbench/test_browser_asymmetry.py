@@ -15,7 +15,7 @@ from selfflow.training.config import PRESETS
 from selfflow.training.run import Run
 from selfflow.workbench.asymmetry import compute, draw
 from selfflow.workbench.controls import DARK, LIGHT
-from selfflow.workbench.viewed_run import Subject
+from selfflow.workbench.viewed_run import ViewedRun
 
 CELL = """
 from dataclasses import replace
@@ -53,7 +53,7 @@ class Explored:
 
     def __init__(self, lab, page):
         self.page, self.values, self.theme = page, dict(START), LIGHT
-        self.subject = Subject(Run.open(lab[2] / "runs/seen", "cpu"))
+        self.viewed = ViewedRun(Run.open(lab[2] / "runs/seen", "cpu"))
 
     def control(self, name, inner=""):
         return self.page.locator(f".selfflow-control-{name} {inner}".strip())
@@ -67,7 +67,7 @@ class Explored:
     def shows(self, **changes):
         "Wait until all pictures are those that the pure function draws of the values."
         self.values |= changes
-        for name, png in draw(compute(self.subject, self.values), self.theme).items():
+        for name, png in draw(compute(self.viewed, self.values), self.theme).items():
             until_shown(self.page, IMAGES[name], png)
 
 
@@ -146,7 +146,7 @@ def drag(explored):
 
 def measure(explored):
     times = step_times(explored.page, "views", "t")
-    shape = explored.subject.teacher.config
+    shape = explored.viewed.teacher.config
     median = record_latency(
         "asymmetry",
         times,
@@ -159,7 +159,7 @@ def measure(explored):
 
 def test_masks_are_painted_by_hand_and_a_restart_changes_nothing(explored):
     page, tokens = explored.page, explored.control("tokens", "button")
-    assert tokens.count() == explored.subject.tokens
+    assert tokens.count() == explored.viewed.tokens
     tokens.nth(5).click()  # switches the hand on
     explored.shows(hand=True, tokens=[5])
     assert (

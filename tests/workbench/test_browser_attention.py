@@ -13,9 +13,9 @@ from browser import (
 
 from selfflow.training.run import Run
 from selfflow.workbench.attention_explorer import draw
-from selfflow.workbench.attention_scene import WAYS, Watched, compute
+from selfflow.workbench.attention_scene import QUESTIONS, Watched, compute
 from selfflow.workbench.controls import DARK, LIGHT
-from selfflow.workbench.viewed_run import Subject
+from selfflow.workbench.viewed_run import ViewedRun
 
 CELLS = (
     """
@@ -40,7 +40,7 @@ explore_attention(made["scenes"], count=4, tokens=[8])
     "explore_attention('nothing')",
 )
 START = {
-    "way": WAYS[0],
+    "question": QUESTIONS[0],
     "tokens": [8],
     "layer": 3,
     "head": "mean",
@@ -62,7 +62,7 @@ class Looked:
         self.page, self.theme, self.watched = (
             page,
             LIGHT,
-            Watched(Subject(run, count=count)),
+            Watched(ViewedRun(run, count=count)),
         )
         self.values, self.box = (
             {**START, **start},
@@ -86,7 +86,7 @@ class Looked:
         "Wait until all pictures are those that the pure function draws of the values."
         self.values |= changes
         for name, png in draw(compute(self.watched, self.values), self.theme).items():
-            if name != "sound":
+            if name != "audio":
                 until_shown(self.page, self.picture(name), png)
 
     def says(self, words):
@@ -135,7 +135,7 @@ def test_every_control_is_followed(lab, opened):
             page.wait_for_timeout(50)
         looked.shows(**{name: type(before)(float(readout.inner_text()))})
     tokens = looked.control("tokens", "button")
-    assert tokens.count() == looked.watched.subject.tokens
+    assert tokens.count() == looked.watched.viewed.tokens
     tokens.nth(2).hover()
     assert "row 1, column 3" in tokens.nth(2).get_attribute("title")
     tokens.nth(2).click()
@@ -147,11 +147,11 @@ def test_every_control_is_followed(lab, opened):
         tokens.nth(3).get_attribute("aria-pressed") == "true"
         and tokens.nth(2).get_attribute("aria-pressed") == "false"
     )
-    for way in (WAYS[1], WAYS[2]):
-        looked.control("way", "select").select_option(way)
-        looked.shows(way=way)
+    for question in (QUESTIONS[1], QUESTIONS[2]):
+        looked.control("question", "select").select_option(question)
+        looked.shows(question=question)
     tokens.nth(10).click()  # asks for that token
-    looked.shows(way=WAYS[0], tokens=[10])
+    looked.shows(question=QUESTIONS[0], tokens=[10])
     looked.control("network", "select").select_option("student")
     looked.shows(network="student")
     for on in (True, False):
@@ -181,7 +181,7 @@ def test_every_control_is_followed(lab, opened):
         page.locator(".selfflow-explorer").first,
         *(
             page.locator(looked.picture(name))
-            for name in ("tokens", "layers", "shown", "heads")
+            for name in ("tokens", "layers", "inputs", "heads")
         ),
     )
     shoot(page, "attention-dark-narrow")
@@ -244,13 +244,13 @@ def test_films_sounds_captions_and_a_folder_without_runs(lab, opened):
     assert length > 0.2  # seconds: it can be played
     shoot(page, "attention-scenes")
     texts = Looked(page, 2, Run.open(lab[2] / "more/texts", "cpu"), 4)
-    texts.control("told", "input").scroll_into_view_if_needed()
-    texts.shows(layer=2, told="")
+    texts.control("caption", "input").scroll_into_view_if_needed()
+    texts.shows(layer=2, caption="")
     told = "a red star " * 909 + "?"
-    texts.control("told", "input").fill(told)
-    texts.control("told", "input").press("Enter")
-    texts.says("the caption has 10,000 characters, of which is read what fits")
-    texts.shows(told=told)
+    texts.control("caption", "input").fill(told)
+    texts.control("caption", "input").press("Enter")
+    texts.says("the caption has 10,000 characters, of which this is read")
+    texts.shows(caption=told)
     shoot(page, "attention-caption")
     page.locator(".selfflow-explorer").nth(3).locator(
         "[role=alert]", has_text="holds no run"

@@ -24,16 +24,16 @@ explore("play", steps=4, count=2)
     "explore('texts', steps=2, count=1)",
 )
 START = {
-    "told": 0,
+    "condition": 0,
     "steps": 4,
     "method": "euler",
     "shift": 1.0,
     "cfg_scale": 1.0,
     "seed": 0,
     "count": 2,
-    "film": 100,
+    "progress": 100,
     "sample": 0,
-    "kept": "as trained",
+    "given_as": "as trained",
     "level": 0.0,
     "inpaint": False,
     "tokens": [],
@@ -43,7 +43,7 @@ FIRST = ".selfflow-explorer >> nth=0 >> "
 IMAGES = {
     "tokens": FIRST + ".selfflow-tokens img",
     "views": FIRST + "img.selfflow-picture-views",
-    "film": FIRST + "img.selfflow-picture-film",
+    "history": FIRST + "img.selfflow-picture-history",
 }
 
 
@@ -88,28 +88,28 @@ def test_every_control_is_followed_and_a_long_caption_is_answered(played):
         ("cfg_scale", "ArrowRight", 0.1),
         ("count", "ArrowLeft", -1),
         ("sample", "ArrowRight", 1),
-        ("film", "ArrowLeft", -2),
+        ("progress", "ArrowLeft", -2),
     ):
         handle = played.control(name, ".noUi-handle")
         assert handle.get_attribute("aria-label")
         handle.focus()
         page.keyboard.press(key)
         played.shows(**{name: type(values[name])(round(values[name] + step, 2))})
-    track = played.control("film", ".noUi-base").bounding_box()  # by pointer
+    track = played.control("progress", ".noUi-base").bounding_box()  # by pointer
     page.mouse.click(
         track["x"] + 0.4 * track["width"], track["y"] + track["height"] / 2
     )
     page.wait_for_function(
-        "document.querySelector('.selfflow-control-film .widget-readout').innerText != '98'"
+        "document.querySelector('.selfflow-control-progress .widget-readout').innerText != '98'"
     )
-    played.shows(film=int(played.readout("film")))
-    before = played.readout("film")
+    played.shows(progress=int(played.readout("progress")))
+    before = played.readout("progress")
     page.locator(".selfflow-play button").first.click()
-    while played.readout("film") == before:
+    while played.readout("progress") == before:
         page.wait_for_timeout(50)
     page.locator(".selfflow-play button").first.click()  # pauses
     page.wait_for_timeout(500)
-    played.shows(film=int(played.readout("film")))
+    played.shows(progress=int(played.readout("progress")))
     seed = played.control("seed", "input")
     for typed, kept in (("7", 7), ("999999999999", 9999), ("-5", 0)):
         seed.fill(typed)
@@ -118,13 +118,17 @@ def test_every_control_is_followed_and_a_long_caption_is_answered(played):
     for name, label, value in (
         ("method", "heun", "heun"),
         ("method", "sde", "sde"),
-        ("told", "5", 5),
-        ("told", "(none)", -1),
-        ("kept", "clean", "clean"),
+        ("condition", "5", 5),
+        ("condition", "(none)", -1),
+        ("given_as", "clean", "clean"),
         ("runs", ["plain"], ["plain"]),
     ):
         played.control(name, "select").select_option(label=label)
         played.shows(**{name: value})
+    last = played.control("options", "input")  # of sde
+    last.fill("0.2")
+    last.press("Enter")
+    played.shows(options={"sde": {"last": 0.2}})
     tokens = played.control("tokens", "button")
     tokens.nth(5).click()  # turns inpainting on
     played.shows(inpaint=True, tokens=[5])
@@ -159,12 +163,12 @@ def test_every_control_is_followed_and_a_long_caption_is_answered(played):
         "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})"
     )
     texts = page.locator(".selfflow-explorer").nth(1)
-    caption = texts.locator(".selfflow-control-told input")
+    caption = texts.locator(".selfflow-control-condition input")
     caption.scroll_into_view_if_needed()
     caption.fill("a red star " * 909 + "?")
     caption.press("Enter")
     texts.locator(
         ".selfflow-message",
-        has_text="the caption has 10,000 characters, of which is read what fits",
+        has_text="the caption has 10,000 characters, of which this is read",
     ).wait_for()
     shoot(page, "playground-caption")

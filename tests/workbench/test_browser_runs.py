@@ -23,7 +23,7 @@ from selfflow.training.watching import Listing, open_runs
 from selfflow.workbench import asymmetry
 from selfflow.workbench.controls import DARK, LIGHT
 from selfflow.workbench.run_views import SHOWN, compute, draw
-from selfflow.workbench.viewed_run import Subject
+from selfflow.workbench.viewed_run import ViewedRun
 
 TRAIN = """
 from dataclasses import replace
@@ -199,12 +199,12 @@ def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab
     inner(
         ".selfflow-opened", has_text="Noise asymmetry: self_flow at step 4"
     ).wait_for()
-    subject = Subject(open_runs(browsed.listing, ["self_flow"], 4, "cpu")["self_flow"])
-    values = asymmetry.explore(subject).values()
+    viewed = ViewedRun(open_runs(browsed.listing, ["self_flow"], 4, "cpu")["self_flow"])
+    values = asymmetry.explore(viewed).values()
     until_shown(
         page,
         FIRST + "img.selfflow-picture-views",
-        asymmetry.draw(asymmetry.compute(subject, values))["views"],
+        asymmetry.draw(asymmetry.compute(viewed, values))["views"],
     )
     shoot(page, "runs-opened")
     inner(".selfflow-open-which select").select_option(label="all 2 chosen")
@@ -217,7 +217,7 @@ def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab
     inner(
         ".selfflow-opened", has_text="Sampling: plain at step 4, self_flow at step 4"
     ).wait_for()
-    inner("img.selfflow-picture-film").wait_for()
+    inner("img.selfflow-picture-history").wait_for()
 
     page.evaluate(
         "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"

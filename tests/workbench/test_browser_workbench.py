@@ -19,7 +19,7 @@ bench
 """
 OPEN = {
     "Noise asymmetry": "img.selfflow-picture-views",
-    "Sampling": "img.selfflow-picture-film",
+    "Sampling": "img.selfflow-picture-history",
     "Attention": "img.selfflow-picture-heads",
     "Features": ".js-plotly-plot .scatterlayer",
     "Training": "img.selfflow-dashboard",

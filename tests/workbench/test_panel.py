@@ -69,7 +69,7 @@ def test_a_folder_that_does_not_exist_is_waited_for(path):
     assert (
         panel.stop.disabled
         and panel.sample.disabled
-        and "nobody is training" in panel.said.value
+        and "no process is training" in panel.reply.value
     )
     trainer = SimulatedTrainer(path)
     until(lambda: "not started" in panel.header.value)
@@ -88,14 +88,14 @@ def test_the_pictures_follow_the_theme_of_the_page_also_when_nothing_else_change
     trainer.log_lines(7)
     panel = watch(path, refresh=60.0)
     panel.unfold.selected_index = 0
-    until(lambda: png(panel.film))
-    assert corner(panel.picture) == corner(panel.film) == (255, 255, 255)
+    until(lambda: png(panel.history))
+    assert corner(panel.picture) == corner(panel.history) == (255, 255, 255)
     panel.surroundings.dark = True
-    until(lambda: corner(panel.picture) == corner(panel.film) == (17, 17, 17))
+    until(lambda: corner(panel.picture) == corner(panel.history) == (17, 17, 17))
     panel.close()
     panel.thread.join(10)
     panel.surroundings.dark = False  # after the end it is done at once
-    assert corner(panel.picture) == corner(panel.film) == (255, 255, 255)
+    assert corner(panel.picture) == corner(panel.history) == (255, 255, 255)
 
 
 def test_the_header_says_who_trains_how_fast_and_how_long(training):
@@ -112,7 +112,7 @@ def test_the_header_says_who_trains_how_fast_and_how_long(training):
     assert (
         not panel.stop.disabled
         and not panel.sample.disabled
-        and "nobody" not in panel.said.value
+        and "no process" not in panel.reply.value
     )
     before = panel.header.value
     until(lambda: panel.header.value != before)
@@ -162,7 +162,10 @@ def test_sample_now_is_asked_answered_and_shown(training):
     panel.sample.click()
     until(lambda: training.answers)
     until(
-        lambda: "sample asked at" in panel.said.value and "answered" in panel.said.value
+        lambda: (
+            "sample requested at" in panel.reply.value
+            and "answered" in panel.reply.value
+        )
     )
     until(lambda: not panel.sample.disabled)
     assert (
@@ -182,12 +185,12 @@ def test_stop_ends_the_run_and_the_panel_says_where(path):
     assert (
         panel.stop.disabled
         and panel.sample.disabled
-        and panel.stop.tooltip == "Nobody is training this run"
+        and panel.stop.tooltip == "No process is training this run"
     )
     assert (
-        "stop asked at" in panel.said.value
-        and "answered" in panel.said.value
-        and "nobody is training" in panel.said.value
+        "stop requested at" in panel.reply.value
+        and "answered" in panel.reply.value
+        and "no process is training" in panel.reply.value
     )
     # the last line is in the picture
     until(
@@ -208,8 +211,8 @@ def test_while_a_request_waits_its_button_does_too(path):
             and panel.stop.disabled
             and not panel.sample.disabled
         )
-        assert "waiting for the loop" in panel.said.value
-    until(lambda: "not answered: nobody trains" in panel.said.value)
+        assert "waiting for the training loop" in panel.reply.value
+    until(lambda: "not answered: training ended" in panel.reply.value)
 
 
 def test_a_request_by_somebody_else_is_seen(path):
@@ -219,12 +222,12 @@ def test_a_request_by_somebody_else_is_seen(path):
         (path / "sample").touch()  # as from a terminal
         until(
             lambda: (
-                "sample asked at" in panel.said.value
-                and "waiting for the loop" in panel.said.value
+                "sample requested at" in panel.reply.value
+                and "waiting for the training loop" in panel.reply.value
             )
         )
         (path / "sample").unlink()
-        until(lambda: "answered" in panel.said.value)
+        until(lambda: "answered" in panel.reply.value)
 
 
 def test_nothing_is_asked_when_nobody_trains(path):
@@ -234,7 +237,7 @@ def test_nothing_is_asked_when_nobody_trains(path):
         panel.ask(what)  # as a click that comes too late
         assert (
             not trainer.run.requested(what)
-            and "nobody is training this run" in panel.said.value
+            and "no process is training this run" in panel.reply.value
         )
 
 
@@ -273,10 +276,10 @@ def test_a_request_that_cannot_be_written_is_said(training, monkeypatch):
     def refuse(what):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(panel.following.run, "ask", refuse)
+    monkeypatch.setattr(panel.following.run, "request", refuse)
     panel.stop.click()
     assert (
-        "stop could not be asked for" in panel.trouble.value
+        "The request failed (stop)" in panel.trouble.value
         and "Permission denied" in panel.trouble.value
     )
 
@@ -374,7 +377,7 @@ def test_a_second_panel_of_a_folder_closes_the_first(path):
     first.thread.join(10)
     assert (
         not first.thread.is_alive()
-        and "a newer panel follows this run" in first.said.value
+        and "a newer panel follows this run" in first.reply.value
     )
     assert second.thread.is_alive()
 
@@ -394,12 +397,12 @@ def test_the_film_in_large_is_drawn_when_it_is_unfolded(path):
     trainer = SimulatedTrainer(path)
     trainer.save_picture(10)
     panel = watch(path, refresh=0.02)
-    assert png(panel.film) == b""
+    assert png(panel.history) == b""
     panel.unfold.selected_index = 0
-    until(lambda: png(panel.film).startswith(b"\x89PNG"))
-    before = png(panel.film)
+    until(lambda: png(panel.history).startswith(b"\x89PNG"))
+    before = png(panel.history)
     trainer.save_picture(20)
-    until(lambda: png(panel.film) != before)
+    until(lambda: png(panel.history) != before)
 
 
 def test_the_film_is_unfolded_after_the_run_too(path):
@@ -408,9 +411,9 @@ def test_the_film_is_unfolded_after_the_run_too(path):
     trainer.log_lines(10)
     panel = watch(path, refresh=0.02)
     panel.thread.join(10)
-    assert not panel.thread.is_alive() and png(panel.film) == b""
+    assert not panel.thread.is_alive() and png(panel.history) == b""
     panel.unfold.selected_index = 0
-    assert png(panel.film).startswith(b"\x89PNG")
+    assert png(panel.history).startswith(b"\x89PNG")
 
 
 def test_pictures_are_let_go_of(path):
@@ -439,7 +442,7 @@ def test_what_comes_from_outside_is_escaped(tmp_path):
     panel = watch(path, refresh=10)
     assert not any(
         "<img" in text.value or "<script" in text.value
-        for text in (panel.header, panel.said, panel.trouble)
+        for text in (panel.header, panel.reply, panel.trouble)
     )
     assert "&lt;img" in panel.header.value
 
@@ -462,12 +465,12 @@ def test_what_tests_and_screen_readers_look_for_is_there(path):
         for part in (
             panel.box,
             panel.header,
-            panel.said,
+            panel.reply,
             panel.trouble,
             panel.stop,
             panel.sample,
             panel.picture,
-            panel.film,
+            panel.history,
         )
         for name in part._dom_classes
     }
@@ -476,15 +479,17 @@ def test_what_tests_and_screen_readers_look_for_is_there(path):
         for name in (
             "panel",
             "header",
-            "said",
+            "reply",
             "trouble",
             "stop",
             "sample",
             "dashboard",
-            "film",
+            "history",
         )
     }
-    assert 'role="status"' in panel.header.value and 'role="status"' in panel.said.value
+    assert (
+        'role="status"' in panel.header.value and 'role="status"' in panel.reply.value
+    )
     shown = panel._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in shown and shown[
         "text/plain"

@@ -4,7 +4,8 @@ import io
 import json
 import shutil
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import pytest
 import torch
@@ -15,24 +16,24 @@ from selfflow.draws import keyed
 from selfflow.method.flow import interpolate
 from selfflow.method.options import ModelConfig, ObjectiveConfig
 from selfflow.method.sampling import sample, shown, time_grid
-from selfflow.registries import samplers
+from selfflow.registries import register_sampler, samplers, trial
 from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
 from selfflow.training.run import Run
 from selfflow.workbench.paths import Settings, SideBySide, estimate, path_of
-from selfflow.workbench.playground import compute, draw, explore, player, say
+from selfflow.workbench.playground import compute, describe, draw, explore, player
 
 VALUES = {
-    "told": 3,
+    "condition": 3,
     "steps": 3,
     "method": "euler",
     "shift": 1.0,
     "cfg_scale": 1.0,
     "seed": 0,
     "count": 2,
-    "film": 50,
+    "progress": 50,
     "sample": 1,
-    "kept": "as trained",
+    "given_as": "as trained",
     "level": 0.0,
     "inpaint": False,
     "tokens": [],
@@ -132,14 +133,16 @@ def test_what_the_model_is_shown(level):
         {"method": "sde"},
         {"method": "heun", "cfg_scale": 3.0},
         {"shift": 4.0, "steps": 1},
+        {"method": "sde", "options": (("last", 0.2),)},
     ],
 )
 def test_a_path_ends_at_what_run_sample_draws(side, asked):
-    settings = Settings(told=5, count=3, seed=7, **{"steps": 3, **asked})
+    settings = Settings(condition=5, count=3, seed=7, **{"steps": 3, **asked})
     options = {
         name: getattr(settings, name)
         for name in ("steps", "method", "shift", "cfg_scale", "seed")
     }
+    options |= settings.options
     for name, run in side.runs.items():
         path = path_of(side, name, settings)
         assert path.states.shape == (
@@ -166,7 +169,7 @@ def test_a_path_ends_at_what_run_sample_draws(side, asked):
 
 
 def test_an_estimate_is_one_euler_step_to_the_data(side):
-    settings = Settings(steps=1, told=None, count=1)
+    settings = Settings(steps=1, condition=None, count=1)
     path = path_of(side, "vanilla", settings)
     torch.testing.assert_close(
         estimate(side, "vanilla", settings, [0])[0], path.states[-1, 0]
@@ -174,21 +177,23 @@ def test_an_estimate_is_one_euler_step_to_the_data(side):
 
 
 @pytest.mark.parametrize(
-    "kept, mixed",
+    "given_as, clean",
     [
         ("as trained", (True, False)),
         ("clean", (True, True)),
         ("noised along", (False, False)),
     ],
 )
-def test_a_run_is_shown_given_tokens_as_it_was_trained_or_as_asked(side, kept, mixed):
+def test_a_run_is_shown_given_tokens_as_it_was_trained_or_as_asked(
+    side, given_as, clean
+):
     settings = Settings(
-        steps=3, count=2, sample=2, anew=(0, 5), kept=kept, method="sde"
+        steps=3, count=2, sample=2, redrawn=(0, 5), given_as=given_as, method="sde"
     )
     kept_tokens = [token for token in range(side.tokens) if token not in (0, 5)]
-    for name, wanted in zip(("tiny", "vanilla"), mixed, strict=True):
+    for name, wanted in zip(("tiny", "vanilla"), clean, strict=True):
         path = path_of(side, name, settings)
-        assert path.mixed is wanted
+        assert path.shown_clean is wanted
         assert torch.equal(
             path.states[-1][:, kept_tokens], side.x0[2, kept_tokens].expand(2, -1, -1)
         )
@@ -233,7 +238,7 @@ def test_runs_that_cannot_be_used_are_left_out_with_the_reason(runs, tmp_path):
         "draws audio" in side.left_out["zz_other"]
         and "the others image (16 tokens of 4)" in side.left_out["zz_other"]
     )
-    words = say(compute(side, {**VALUES, "runs": ("tiny",)}))
+    words = describe(compute(side, {**VALUES, "runs": ("tiny",)}))
     assert "left out: written (" in words and "zz_other" in words
     with pytest.raises(ValueError, match="written: .*no whole checkpoint yet"):
         SideBySide({"written": Run.open(folder / "written", "cpu")})
@@ -251,13 +256,13 @@ def test_runs_that_cannot_be_used_are_left_out_with_the_reason(runs, tmp_path):
         ({"seed": 1e300}, "seed is 1e"),
         ({"count": 10**9}, "count is"),
         ({"method": "leap"}, "leap"),
-        ({"told": 99}, "99"),
-        ({"told": "a red star"}, "there is no class 'a red star'"),
+        ({"condition": 99}, "99"),
+        ({"condition": "a red star"}, "there is no class 'a red star'"),
         ({"sample": 10**6}, "sample is 1000000, but there are"),
         ({"inpaint": True, "tokens": [99]}, "token 99 was painted, but there are 16"),
-        ({"film": 300}, "film is 300"),
+        ({"progress": 300}, "progress is 300"),
         ({"level": -1.0}, "level is -1"),
-        ({"kept": "?"}, "way of given tokens"),
+        ({"given_as": "?"}, "way to show given tokens"),
         ({"runs": ()}, "0 runs are chosen"),
         ({"runs": ("nobody",)}, "nobody"),
     ],
@@ -273,8 +278,8 @@ def test_absurd_values_are_refused_in_words(side, changes, words):
 def test_pictures_and_words_follow_from_the_values_alone(side):
     for changes in (
         {},
-        {"film": 0},
-        {"film": 100, "method": "sde"},
+        {"progress": 0},
+        {"progress": 100, "method": "sde"},
         {"inpaint": True, "tokens": [1, 2]},
         {"steps": 1},
     ):
@@ -282,37 +287,37 @@ def test_pictures_and_words_follow_from_the_values_alone(side):
         scene = compute(side, values)
         pictures = draw(scene)
         assert (
-            set(pictures) == {"tokens", "views", "film"}
+            set(pictures) == {"tokens", "views", "history"}
             and draw(compute(side, dict(values))) == pictures
         )
         assert (
             Image.open(io.BytesIO(pictures["views"])).width
-            == Image.open(io.BytesIO(pictures["film"])).width
+            == Image.open(io.BytesIO(pictures["history"])).width
             == 1380
         )
-        assert scene.at == round(values["film"] * values["steps"] / 100)
+        assert scene.index == round(values["progress"] * values["steps"] / 100)
     assert (
         draw(compute(side, VALUES))["views"]
-        != draw(compute(side, {**VALUES, "film": 0}))["views"]
+        != draw(compute(side, {**VALUES, "progress": 0}))["views"]
     )
-    assert "class 3; 3 steps of euler, 3 evaluations" in say(compute(side, VALUES))
+    assert "class 3; 3 steps of euler, 3 evaluations" in describe(compute(side, VALUES))
 
 
 @pytest.mark.parametrize(
     "tokens, words",
     [
-        ([], "no token is painted: all are kept"),
+        ([], "no token is painted: all are given"),
         (list(range(16)), "all tokens are painted"),
         (
             [4, 5],
-            "2 of 16 tokens are drawn anew, the others kept from sample 1: clean at "
+            "2 of 16 tokens are drawn anew, the others given by sample 1: clean at "
             "level 0 (tiny), noised along (vanilla)",
         ),
     ],
 )
 def test_a_mask_on_no_token_and_on_all(side, tokens, words):
     scene = compute(side, {**VALUES, "inpaint": True, "tokens": tokens})
-    assert words in say(scene)
+    assert words in describe(scene)
     for path in scene.paths.values():
         same = (path.states[-1] == side.x0[1]).all(-1).all(0)
         assert same.tolist() == [token not in tokens for token in range(16)]
@@ -325,23 +330,24 @@ def test_a_mask_on_no_token_and_on_all(side, tokens, words):
 
 
 def test_guidance_of_a_run_that_does_not_know_it_is_said(side):
-    words = say(compute(side, {**VALUES, "told": -1, "cfg_scale": 4.0}))
+    words = describe(compute(side, {**VALUES, "condition": -1, "cfg_scale": 4.0}))
     assert (
-        "without guidance: tiny, vanilla (nothing is told that could guide)" in words
-        and words.startswith("told nothing")
+        "without guidance: tiny, vanilla (there is no condition to guide towards)"
+        in words
+        and words.startswith("unconditional")
     )
 
 
 def test_the_widget_shows_what_the_function_draws_and_survives_errors(side):
-    explorer = explore(side, steps=3, count=2, sample=1, told=3)
+    explorer = explore(side, steps=3, count=2, sample=1, condition=3)
     controls = explorer.controls
     for name, value in {
-        "film": 40,
+        "progress": 40,
         "method": "sde",
         "shift": 2.0,
         "cfg_scale": 3.0,
         "seed": 5,
-        "told": 7,
+        "condition": 7,
         "steps": 4,
     }.items():
         controls[name].value = value
@@ -349,7 +355,7 @@ def test_the_widget_shows_what_the_function_draws_and_survives_errors(side):
         pictures = draw(compute(side, explorer.values()))
         assert all(
             bytes(explorer.pictures[name].value) == pictures[name]
-            for name in ("views", "film")
+            for name in ("views", "history")
         )
     controls["tokens"].value = [3]  # painting turns inpainting on
     explorer.settle(60)
@@ -376,7 +382,71 @@ def test_the_widget_shows_what_the_function_draws_and_survives_errors(side):
     assert controls["steps"].value == 100
     controls["steps"].value = 2
     explorer.settle(60)
-    assert explorer.strip({"film": 0}).image.width == 900
+    assert explorer.strip({"progress": 0}).image.width == 900
+
+
+@dataclass(frozen=True)
+class KickOptions:
+    strength: float = 0.0
+    late: bool = False
+    direction: Literal["up", "down"] = "up"
+    moments: tuple[int, ...] = ()  # no control fits it
+
+
+def kicked_step(velocity_fn, x, t, t_next, strength, late, direction, moments):
+    "An Euler step, with a constant added to the first or the last ones."
+    kick = strength if late == bool(t <= 0.5) else 0.0
+    sign = 1 if direction == "up" else -1
+    return x + (t_next - t) * velocity_fn(x, t) + sign * kick
+
+
+def test_options_of_a_users_sampler_become_controls(side):
+    with trial():
+        register_sampler("kicked", kicked_step, options=KickOptions)
+        explorer = explore(
+            side, steps=2, count=1, method="kicked", options={"kicked": {"late": True}}
+        )
+        options = explorer.controls["options"]
+        strength, late, direction = options.children
+        names = [control.description for control in options.children]
+        assert names == ["strength", "late", "direction"]
+        assert late.value is True
+        strength.value = 0.5
+        direction.value = "down"
+        explorer.settle(60)
+        settings = explorer.data.settings
+        assert dict(settings.options) == options.value["kicked"]
+        assert "kicked (strength 0.5, late True, direction down)" in describe(
+            explorer.data
+        )
+        path = path_of(side, "tiny", settings)
+        sampled = side.runs["tiny"].sample(
+            torch.tensor([0]), steps=2, method="kicked", **options.value["kicked"]
+        )
+        drawn = side.layout.unpatchify(path.states[-1])["image"]
+        assert torch.equal(drawn, sampled["image"])
+        plain = path_of(side, "tiny", Settings(steps=2, count=1, condition=0))
+        assert not torch.equal(path.states[-1], plain.states[-1])
+
+
+def test_only_options_of_the_chosen_sampler_are_shown_and_count(side):
+    explorer = explore(side, steps=2, count=1)
+    controls = explorer.controls
+    assert not controls["options"].children and explorer.data.settings.options == ()
+    controls["method"].value = "sde"
+    (last,) = controls["options"].children
+    last.value = 0.2
+    explorer.settle(60)
+    path = explorer.data.paths["tiny"]
+    assert path.levels.tolist() == pytest.approx([1.0, 0.2, 0.0])
+    last.value = 2.0
+    explorer.settle(60)
+    assert 'role="alert"' in explorer.message.value
+    controls["method"].value = "euler"
+    explorer.settle(60)
+    assert 'role="status"' in explorer.message.value
+    with pytest.raises(ValueError, match="unknown option of sde 'frist'"):
+        controls["options"].value = {"sde": {"frist": 0.1}}
 
 
 def test_changes_from_several_threads_end_at_the_last(side):
@@ -389,7 +459,7 @@ def test_changes_from_several_threads_end_at_the_last(side):
     threads = [
         threading.Thread(target=move, args=pair)
         for pair in (
-            ("film", range(0, 101, 4)),
+            ("progress", range(0, 101, 4)),
             ("seed", range(30)),
             ("tokens", [[i] for i in range(16)]),
         )
@@ -459,24 +529,24 @@ def others(tmp_path_factory):
 def test_a_caption_of_ten_thousand_characters_is_answered_in_words(others):
     side = others["shapes"]
     long = "a small red star " * 600
-    scene = compute(side, {**VALUES, "told": long})
+    scene = compute(side, {**VALUES, "condition": long})
     assert (
-        f"the caption has {len(long):,} characters, of which is read what fits: 'a small red star"
-        in say(scene)
+        f"the caption has {len(long):,} characters, of which this is read: 'a small red star"
+        in describe(scene)
     )
-    cut = compute(side, {**VALUES, "told": scene.read})
+    cut = compute(side, {**VALUES, "condition": scene.read})
     assert (
         torch.equal(cut.paths["shapes"].states, scene.paths["shapes"].states)
-        and len(say(scene)) < 1000
+        and len(describe(scene)) < 1000
     )
-    assert "told nothing" in say(compute(side, {**VALUES, "told": "  \n "}))
-    assert "\u2603" in say(compute(side, {**VALUES, "told": "\u2603 <b>"}))
+    assert "unconditional" in describe(compute(side, {**VALUES, "condition": "  \n "}))
+    assert "\u2603" in describe(compute(side, {**VALUES, "condition": "\u2603 <b>"}))
     explorer = explore(side, steps=1, count=1)
     assert (
-        explorer.controls["told"].value == side.captions[0]
+        explorer.controls["condition"].value == side.captions[0]
         and "runs" not in explorer.controls
     )
-    explorer.controls["told"].value = "<script>" + 10_000 * "x"
+    explorer.controls["condition"].value = "<script>" + 10_000 * "x"
     explorer.settle(60)
     assert (
         "the caption has 10,008 characters" in explorer.message.value
@@ -485,22 +555,24 @@ def test_a_caption_of_ten_thousand_characters_is_answered_in_words(others):
 
 
 def test_films_move_and_sounds_are_heard(others):
-    values = {**VALUES, "steps": 1, "told": 0}
-    film = draw(compute(others["motion"], values))["moving"]
+    values = {**VALUES, "steps": 1, "condition": 0}
+    film = draw(compute(others["motion"], values))["video"]
     moving = Image.open(io.BytesIO(film))
     assert moving.format == "WEBP" and moving.n_frames == 8
-    sound = draw(compute(others["notes"], values))["sound-1"]
+    sound = draw(compute(others["notes"], values))["audio-1"]
     assert sound[:4] == b"RIFF" and sound[8:12] == b"WAVE"
     for name, kind, value in (
-        ("motion", "moving", film),
-        ("notes", "sound-1", player(sound, "notes, sample 1").encode()),
+        ("motion", "video", film),
+        ("notes", "audio-1", player(sound, "notes, sample 1").encode()),
     ):
-        explorer = explore(others[name], steps=1, count=2, told=0, film=50, sample=1)
+        explorer = explore(
+            others[name], steps=1, count=2, condition=0, progress=50, sample=1
+        )
         shown_value = explorer.pictures[kind].value
         assert (
             shown_value.encode() if isinstance(shown_value, str) else bytes(shown_value)
         ) == value
-        assert explorer.strip({"film": 0}).image.width == 900
+        assert explorer.strip({"progress": 0}).image.width == 900
 
 
 def test_a_label_of_a_player_is_escaped():
@@ -516,4 +588,4 @@ def test_shown_keeps_the_state_where_nothing_is_given():
 
 
 def test_settings_are_a_key():
-    assert hash(Settings(anew=(1, 2))) == hash(replace(Settings(), anew=(1, 2)))
+    assert hash(Settings(redrawn=(1, 2))) == hash(replace(Settings(), redrawn=(1, 2)))

@@ -23,16 +23,16 @@ from selfflow.registries import explorers, trial
 from selfflow.training.run import Run
 from selfflow.training.watching import Listing, open_runs, steps_of
 from selfflow.workbench import probe_process
-from selfflow.workbench.boards import picture_of
+from selfflow.workbench.boards import figure_png
 from selfflow.workbench.controls import DARK, LIGHT, RunList
 from selfflow.workbench.probe_process import Probing
 from selfflow.workbench.run_browser import browse
 from selfflow.workbench.run_views import (
     compute,
+    describe,
     draw,
     groups_of,
     probes_of,
-    say,
     settings_of,
     short_name,
 )
@@ -193,11 +193,11 @@ def test_what_is_seen_is_what_the_pure_functions_draw(listing, folder):
                 {name: folder / name for name in VALUES["runs"]}, measure, against
             )
             if against == "steps":
-                wanted = picture_of(draw_runs(curves, label, measure.replace("_", " ")))
+                wanted = figure_png(draw_runs(curves, label, measure.replace("_", " ")))
                 assert draw(view) == {"picture-1": wanted}
             assert len(view.pictures) == 1
-    assert "different noise levels" in say(compute(listing, VALUES))
-    assert not say(compute(listing, {**VALUES, "measure": "validation_flow_loss"}))
+    assert "different noise levels" in describe(compute(listing, VALUES))
+    assert not describe(compute(listing, {**VALUES, "measure": "validation_flow_loss"}))
     view = compute(listing, {**VALUES, "measure": "cosine"})
     assert (
         "cosine was not logged by vanilla" in view.notes[0].lower()
@@ -273,7 +273,7 @@ def test_probe_maps_have_their_difference_with_paired_intervals(listing, folder)
         maps, (1, 2), (0.0, 0.5), {"class": grid(0).difference(grid(1), "class")}
     )
     assert (
-        picture_of(view.pictures[0]()) == picture_of(expected)
+        figure_png(view.pictures[0]()) == figure_png(expected)
         and "vanilla minus tiny: of 4 cells" in view.notes[0]
     )
     write_probes(runs["vanilla"], grid(1, levels=(0.1, 0.9), step=8))
@@ -322,7 +322,7 @@ def test_a_dark_page_turns_all_but_the_maps(listing):
         {"class": {"a": grid(0).grid("class")}}, (1, 2), (0.0, 0.5)
     )
     light, dark = (
-        np.asarray(Image.open(io.BytesIO(picture_of(figure, theme)))).astype(int)
+        np.asarray(Image.open(io.BytesIO(figure_png(figure, theme)))).astype(int)
         for theme in (LIGHT, DARK)
     )
     box = figure.axes[0].get_position()
@@ -338,7 +338,7 @@ def test_a_dark_page_turns_all_but_the_maps(listing):
     )
     orange = draw_runs({"a": (np.arange(3), np.arange(3.0))}, "step", "loss")
     # text and lines are light there
-    assert np.asarray(Image.open(io.BytesIO(picture_of(orange, DARK)))).max() > 200
+    assert np.asarray(Image.open(io.BytesIO(figure_png(orange, DARK)))).max() > 200
 
 
 def test_the_list_keeps_what_is_there():
