@@ -1,4 +1,4 @@
-"""A folder of files, or a data set of Hugging Face, as a data set: what is used, what is not, and what breaks on the way."""
+"""Folders and Hugging Face data sets: which files are used, skipped and broken."""
 
 import io
 import json
@@ -133,7 +133,8 @@ def test_what_is_taken_belongs_to_the_caller(photos):
         ({"shares": (0.5, 0.5)}, "expected three"),
         (
             {"signals": "audio"},
-            "no sample of split 'train'; it holds 3 '.webp', 3 '.gif', 3 '.png', 3 '.bmp'; not used: cannot",
+            "no sample of split 'train'; it holds 3 '.webp', 3 '.gif', 3 '.png', 3 "
+            "'.bmp'; not used: cannot",
         ),
         (
             {"signals": ("image", "audio")},
@@ -204,8 +205,8 @@ def test_folders_that_are_splits(tmp_path, name, capsys):
     }
     out = capsys.readouterr().out
     assert (
-        "there is no test split: 1 of the training samples, chosen by a hash of their names, are used"
-        in out
+        "there is no test split: 1 of the training samples, chosen by a hash of their "
+        "names, are used" in out
     )
     assert "no sample of class 'cat'" in out
     assert (
@@ -214,7 +215,8 @@ def test_folders_that_are_splits(tmp_path, name, capsys):
     )
     with pytest.raises(
         ValueError,
-        match="no sample of split 'test'; no sample of class 'cat', 'deep'; not used: lies beside",
+        match="no sample of split 'test'; no sample of class 'cat', 'deep'; not used: "
+        "lies beside",
     ):
         Folder(tmp_path, split="test", **ALL)
 
@@ -222,7 +224,8 @@ def test_folders_that_are_splits(tmp_path, name, capsys):
 def test_a_split_that_got_nothing_is_named(photos):
     with pytest.raises(
         ValueError,
-        match="photos has no sample of split 'test'; no sample of class '9', '10', 'cat', 'dog'",
+        match="photos has no sample of split 'test'; no sample of class '9', '10', "
+        "'cat', 'dog'",
     ):
         Folder(photos, split="test", **ALL)
 
@@ -327,7 +330,8 @@ def test_a_table_of_which_nothing_is_there(photos):
     )
     with pytest.raises(
         ValueError,
-        match=r"no sample of split.*leads out of the folder \(1\).*is not in the table \(12\)",
+        match=r"no sample of split.*leads out of the folder \(1\).*is not in the table "
+        r"\(12\)",
     ):
         Folder(photos)
 
@@ -408,7 +412,8 @@ def test_hostile_files_are_counted_and_harm_nothing(tmp_path, capsys):
     }
     out = capsys.readouterr().out
     assert out.startswith(
-        "data: 3 samples (image) of split train, no classes; no sample of class '1'; read as what they are"
+        "data: 3 samples (image) of split train, no classes; no sample of class '1'; "
+        "read as what they are"
     )
     assert (
         out.count("\n") == 1
@@ -475,7 +480,8 @@ def test_many_broken_files_fill_no_log_and_none_left_is_an_error(tmp_path, capsy
     shutil.rmtree(tmp_path / "data")
     with pytest.raises(
         RuntimeError,
-        match="none of the 120 samples of .* can be decoded; does the folder still exist",
+        match="none of the 120 samples of .* can be decoded; does the folder still "
+        "exist",
     ):
         data.take(torch.tensor([3]))
 
@@ -936,7 +942,8 @@ def test_columns_and_labels_of_other_names_and_kinds(stored):
     assert data.take(torch.arange(3)).captions == ("x", "9", "\u732b \U0001f408 \u00e9")
     with pytest.raises(
         ValueError,
-        match="has no column 'image', but 'img', 'kind', 'said'; name the image by columns=",
+        match="has no column 'image', but 'img', 'kind', 'said'; name the image by "
+        "columns=",
     ):
         HuggingFace(data.path)
     with pytest.raises(ValueError, match="has no column 'imag'"):
@@ -954,7 +961,8 @@ def test_columns_that_cannot_be_what_they_are_said_to_be(stored):
         for column in ("several", "image"):
             with pytest.raises(
                 ValueError,
-                match=f"column '{column}' of .* cannot be the {name}: it holds (List|Image)",
+                match=f"column '{column}' of .* cannot be the {name}: it holds "
+                f"(List|Image)",
             ):
                 HuggingFace(path, columns={name: column})
     for column, reason in (
@@ -1207,7 +1215,8 @@ def test_folders_that_are_none_or_damaged_are_said_in_a_line(stored, harm):
     harm(path)
     with pytest.raises(
         ValueError,
-        match="was not written by save_to_disk of the package datasets, or it is damaged",
+        match="was not written by save_to_disk of the package datasets, or it is "
+        "damaged",
     ):
         HuggingFace(path)
 
@@ -1217,7 +1226,8 @@ def test_a_data_set_without_rows(stored):
     for rows in ([], {"train": some(2), "test": []}):
         with pytest.raises(
             ValueError,
-            match="was not written by save_to_disk of the package datasets, or it is damaged",
+            match="was not written by save_to_disk of the package datasets, or it is "
+            "damaged",
         ):
             HuggingFace(stored(rows))
     with pytest.raises(ValueError, match="has no sample of split 'test'"):

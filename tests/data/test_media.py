@@ -1,4 +1,4 @@
-"""Films are read by PyAV itself: each is encoded here, shown by time, turned as it says, and refused where it is broken."""
+"""Videos that PyAV reads: frames by time, rotation, and broken files."""
 
 import io
 import struct
@@ -231,7 +231,7 @@ def quarters(size, values=((0, 80), (160, 240))):
     ],
 )
 def test_films_are_turned_as_they_say(container, codec, matrix, turned):
-    "By the matrix (a b u, c d v, x y w) of ISO 14496-12, 8.3.2: x' = a x + c y, y' = b x + d y."
+    """Rotation by the matrix of ISO 14496-12, 8.3.2: x' = a x + c y, y' = b x + d y."""
     data = encoded([quarters(32)] * 3, container, codec)
 
     def rows(a, b, c, d):

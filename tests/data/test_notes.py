@@ -26,7 +26,7 @@ from selfflow.data.notes import (
 
 
 def by_hand(pitch, timbre, attack, vibrato, loudness, phase, samples, rate):
-    "One note, harmonic by harmonic and sine by sine; the phase is the integral of the frequency, summed up in small steps."
+    """One note, sine by sine; the phase is the frequency, summed in small steps."""
     base, share = 440 * 2 ** ((pitch - 69) / 12), 2 ** (vibrato / 12) - 1
     fine = (np.arange(samples * 16) + 0.5) / (16 * rate)
     frequency = base * (1 + share * np.sin(2 * np.pi * 6 * fine))

@@ -1,4 +1,4 @@
-"""Files of every kind that Pillow, soundfile and PyAV write are read, cropped and counted; what is not read is named."""
+"""All kinds of files that Pillow, soundfile and PyAV read, cropped and counted."""
 
 import io
 import sys
@@ -245,8 +245,8 @@ def test_pictures_that_are_odd_are_mentioned(tmp_path, capsys):
     Folder(tmp_path, size=64, **ALL)
     out = capsys.readouterr().out
     assert (
-        "more than three times too long or too wide: only the middle is used (1): 'strip.png'"
-        in out
+        "more than three times too long or too wide: only the middle is used (1): "
+        "'strip.png'" in out
     )
     assert (
         "smaller than half of 64 x 64 pixels: enlarged (2): 'pixel.png', 'strip.png'"
@@ -416,7 +416,8 @@ def test_a_crop_is_the_part_that_is_asked_for(sounds, crop, expected, capsys):
     out = capsys.readouterr().out
     assert "2 of 3 audio files are longer than 1 s: " in out
     assert {
-        "start": "only their start is used; data.crop all uses every window, data.seconds 2 takes more",
+        "start": "only their start is used; data.crop all uses every window, "
+        "data.seconds 2 takes more",
         "centre": "only their middle is used",
         "all": "they are cut into windows",
     }[crop] in out

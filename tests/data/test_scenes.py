@@ -1,4 +1,4 @@
-"""Bouncing balls and their sounds, against a simulation in small steps and against measurements of picture and sound."""
+"""Bouncing balls and their audio, against a simulation and measurements."""
 
 import math
 from dataclasses import replace
@@ -38,7 +38,7 @@ def clips():
 
 
 def stepped(start, velocity, radius, moments, dt=1e-4):
-    "The same flight by small steps, one ball, one axis at a time: places at the moments and impacts (time, speed), in order."
+    """The same flight in small steps on one axis: places, and impacts in order."""
     place, moving, r = list(start), list(velocity), radius
     places, hits = [], []
     for step in range(round(max(moments) / dt) + 1):
@@ -227,7 +227,7 @@ def test_two_of_the_loudest_at_once_stay_in_range():
 
 
 def test_sound_follows_from_the_factors(clips):
-    "At each impact: silence before the first, onset, pitch of the material, loudness by speed."
+    """At each impact: silence before the first, onset, pitch and loudness."""
     loud = []
     impact_times, impact_speeds = (
         clips.factors["impact_times"].tolist(),

@@ -1,4 +1,4 @@
-"""What `data` in a config stands for: every source trains, resumes bit for bit and is sampled; several in turn; bad input."""
+"""Every source trains, resumes bit for bit and is sampled, alone and in turn."""
 
 import json
 import shutil
@@ -462,7 +462,8 @@ def test_samples_are_written_to_be_seen_and_heard(
         ({"name": "folder"}, "needs the path"),
         (
             {"path": "x"},
-            "path is an option of data set folder, huggingface, latents, which digits does not have",
+            "path is an option of data set folder, huggingface, latents, which digits "
+            "does not have",
         ),
         (
             {"name": "notes", "size": 16},
