@@ -1,4 +1,4 @@
-"""Figures without pyplot, reports in one escaped file, commands that say what went wrong."""
+"""Figures are pure, reports are one safe file, and commands explain what went wrong."""
 
 import inspect
 import json
@@ -60,6 +60,9 @@ def some(*shape):
     return np.random.default_rng(len(shape)).random(shape)
 
 
+# figures
+
+
 LOG = {"step": np.arange(9), "flow_loss": some(9)}
 FIGURES = {
     "images": lambda: plots.draw_images(
@@ -100,55 +103,49 @@ def test_figures_are_pure(name):
     sys.modules.pop("matplotlib.pyplot", None)
     figure, again = FIGURES[name](), FIGURES[name]()
     assert isinstance(figure, Figure) and figure.axes
-    assert (
-        plots.to_png(figure)[:4] == b"\x89PNG" and figure._repr_png_()[:4] == b"\x89PNG"
-    )
-    assert plots.to_png(FIGURES[name]()) == plots.to_png(again), (
-        "the same data gives the same picture"
-    )
-    assert "matplotlib.pyplot" not in sys.modules, (
-        "no pyplot: figures are drawn on any thread"
-    )
+    assert plots.to_png(figure).startswith(b"\x89PNG")
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    # equal data give equal images
+    assert plots.to_png(FIGURES[name]()) == plots.to_png(again)
+    # figures are drawn on any thread, which pyplot does not allow
+    assert "matplotlib.pyplot" not in sys.modules
 
 
-def test_a_heat_map_shows_the_numbers_it_is_given():
+def test_a_score_map_shows_its_numbers_and_marks_significant_differences():
     accuracy = np.array([[0.5, 0.75], [0.25, 1.0]])
     gain = accuracy - 0.5
-    gaps = np.stack([gain, gain - 0.3, gain + 0.2])
-    figure = draw_score_maps(
-        {"class": {"a": accuracy}}, (1, 2), (0, 0.5), {"class": gaps}
-    )
-    texts = [[t.get_text() for t in axis.texts] for axis in figure.axes]
-    assert texts[0] == ["50", "75", "25", "100"] and texts[1] == [
-        "+0",
-        "+25",
-        "-25",
-        "+50",
-    ]
-    assert [t.get_weight() for t in figure.axes[1].texts] == [
-        "normal",
-        "normal",
-        "bold",
-        "bold",
-    ]
+    differences = {"class": np.stack([gain, gain - 0.3, gain + 0.2])}
+    maps = {"class": {"a": accuracy}}
+    scores, gaps = draw_score_maps(maps, (1, 2), (0, 0.5), differences).axes
+    assert [text.get_text() for text in scores.texts] == ["50", "75", "25", "100"]
+    assert [text.get_text() for text in gaps.texts] == ["+0", "+25", "-25", "+50"]
+    weights = [text.get_weight() for text in gaps.texts]
+    assert weights == ["normal", "normal", "bold", "bold"]
 
 
-def test_many_curves_are_all_drawn_and_all_different():
-    figure = plots.draw_curves(
-        {f"run {i}": some(5) + i for i in range(12)}, range(5), "x", "y"
-    )
-    lines = figure.axes[0].lines
-    assert (
-        len(lines)
-        == 12
-        == len({(line.get_color(), line.get_linestyle()) for line in lines})
-    )
-    logs = {f"run {i}": LOG for i in range(7)} | {"empty": {"step": []}}
-    assert len(plots.draw_training(logs | {"none": pd.DataFrame()}).axes[0].lines) == 7
+def test_an_r2_is_written_without_its_leading_zero_only():
+    scores = np.array([[0.75, -0.5], [-10.25, 1.0]])
+    maps = {"size": {"a": scores}}
+    figure = draw_score_maps(maps, (1, 2), (0, 0.5), measures={"size": "R^2"})
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts == [".75", "-.50", "-10.25", "1.00"]
+
+
+def test_many_curves_all_look_different():
+    curves = {f"run {i}": some(5) + i for i in range(12)}
+    lines = plots.draw_curves(curves, range(5), "x", "y").axes[0].lines
+    styles = {(line.get_color(), line.get_linestyle()) for line in lines}
+    assert len(lines) == len(styles) == 12
+
+
+def test_runs_without_a_log_are_left_out_of_the_training_curves():
+    logs = {f"run {i}": LOG for i in range(7)}
+    logs |= {"empty": {"step": []}, "none": pd.DataFrame()}
+    assert len(plots.draw_training(logs).axes[0].lines) == 7
 
 
 @pytest.mark.parametrize(
-    "furthest, label, factor",
+    ("furthest", "label", "factor"),
     [
         (150, "time, min", 60),
         (119, "time, s", 1),
@@ -156,141 +153,110 @@ def test_many_curves_are_all_drawn_and_all_different():
         (0.5, "time, s", 1),
     ],
 )
-def test_curves_of_runs_are_drawn_in_the_largest_unit_that_serves(
-    furthest, label, factor
-):
+def test_curves_of_runs_use_the_largest_unit_that_fits(furthest, label, factor):
     x, y = np.linspace(furthest / 10, furthest, 10), some(10)
-    figure = plots.draw_runs(
-        {"a": (x, y)}, "time", "y", ((1, "s"), (60, "min"), (3600, "h"))
-    )
-    assert figure.axes[0].get_xlabel() == label
-    np.testing.assert_allclose(
-        figure.axes[0].lines[-1].get_xydata(), np.stack([x / factor, y], 1)
-    )
+    units = ((1, "s"), (60, "min"), (3600, "h"))
+    axis = plots.draw_runs({"a": (x, y)}, "time", "y", units).axes[0]
+    assert axis.get_xlabel() == label
+    drawn = axis.lines[-1].get_xydata()
+    np.testing.assert_allclose(drawn, np.stack([x / factor, y], 1))
 
 
 def test_a_running_mean_does_not_lag_and_names_do_not_overlap():
     x = np.arange(1, 101.0)
-    curves = {f"run {i}": (x, 2 * x + 0.1 * i) for i in range(8)} | {
-        "low": (x[:50], x[:50])
-    }
+    curves = {f"run {i}": (x, 2 * x + 0.1 * i) for i in range(8)}
+    curves["low"] = (x[:50], x[:50])
     figure = plots.draw_runs(curves, "step", "y")
     axis = figure.axes[0]
-    for line in axis.lines[1:16:2]:  # the thick ones
-        gaps = line.get_ydata() - 2 * line.get_xdata()
-        np.testing.assert_allclose(gaps, gaps[0], atol=1e-9)
-    assert [text.get_text() for text in axis.texts] == [
-        "low",
-        *(f"run {i}" for i in range(8)),
-    ], "in the order of the ends"
+    means = axis.lines[1:16:2]  # after each curve comes its mean
+    for line in means:
+        offset = line.get_ydata() - 2 * line.get_xdata()
+        np.testing.assert_allclose(offset, offset[0], atol=1e-9)
+    in_order_of_ends = ["low", *(f"run {i}" for i in range(8))]
+    assert [text.get_text() for text in axis.texts] == in_order_of_ends
     figure.canvas.draw()
-    heights = (
-        np.array([text.xyann[1] for text in axis.texts])
-        * axis.get_window_extent().height
-    )
-    # without the line to the end of the curve
-    tall = max(Text.get_window_extent(text).height for text in axis.texts)
-    assert (np.diff(heights) >= tall).all() and heights[
-        -1
-    ] <= axis.get_window_extent().height
+    top = axis.get_window_extent().height
+    heights = np.array([text.xyann[1] for text in axis.texts]) * top
+    # of the text alone, without the line to the end of its curve
+    tallest = max(Text.get_window_extent(text).height for text in axis.texts)
+    assert (np.diff(heights) >= tallest).all() and heights[-1] <= top
     with pytest.raises(ValueError, match="no curve to draw"):
         plots.draw_runs({"a": ((), ())}, "x", "y")
 
 
-def test_images_of_another_form_are_refused():
+def test_images_with_two_channels_are_refused():
     with pytest.raises(ValueError, match=r"\(2, 2, 8, 8\), expected"):
         plots.draw_images(np.zeros((2, 2, 8, 8)))
+
+
+# documents
 
 
 def tags_of(page):
     tags = []
     parser = HTMLParser()
-    parser.handle_starttag = lambda tag, attributes: tags.append(
-        (tag, dict(attributes))
-    )
+    parser.handle_starttag = lambda tag, pairs: tags.append((tag, dict(pairs)))
     parser.feed(page)
     return tags
 
 
-def test_reports_escape_everything_and_load_nothing(tmp_path):
-    document = (
-        Report(EVIL)
-        .heading(EVIL)
-        .text(EVIL)
-        .table(pd.DataFrame({EVIL: [EVIL]}), EVIL)
-        .missing(EVIL, EVIL)
-        .lines([EVIL])
-    )
-    document.figure(FIGURES["maps"](), EVIL + '"').table(
-        pd.DataFrame({"a": [1]}), EVIL, folded=True
-    )
-    document.section(Section(EVIL, EVIL).found(EVIL).limits(EVIL)).contents().media(
-        "audio/wav", b"RIFF", EVIL
-    )
-    page = document.write(tmp_path / "deep" / 'a "b" & c.html').read_text()
+def test_a_report_escapes_everything_and_loads_nothing(tmp_path):
+    report = Report(EVIL).heading(EVIL).text(EVIL).missing(EVIL, EVIL).lines([EVIL])
+    report.table(pd.DataFrame({EVIL: [EVIL]}), EVIL)
+    report.table(pd.DataFrame({"a": [1]}), EVIL, folded=True)
+    report.figure(FIGURES["maps"](), EVIL + '"')
+    report.section(Section(EVIL, EVIL).find(EVIL).limits(EVIL))
+    report.contents().media("audio/wav", b"RIFF", EVIL)
+    page = report.write(tmp_path / "deep" / 'a "b" & c.html').read_text()
     assert EVIL not in page and page.count("&lt;img") >= 18
+    assert "http" not in page
     tags = tags_of(page)
-    links = [
-        value
-        for _, attributes in tags
-        for name, value in attributes.items()
-        if name in ("src", "href")
-    ]
-    for link in links:
-        assert link.startswith(
-            (
-                "data:image/png;",
-                "data:audio/wav;",
-                "#part-",
-                "a%20%22b%22%20%26%20c_files/0",
-            )
-        )
-    assert (
-        not {"script", "link", "iframe"} & {tag for tag, _ in tags}
-        and "http" not in page
-    )
-    assert not any(
-        name.startswith("on") for _, attributes in tags for name in attributes
-    )
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in tags}
+    folder = "a%20%22b%22%20%26%20c_files/0"
+    allowed = ("data:image/png;", "data:audio/wav;", "#part-", folder)
+    for _, attributes in tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "href"):
+                assert value.startswith(allowed)
 
 
-def test_the_tables_of_a_page_lie_beside_it_with_all_digits(tmp_path):
-    table = pd.DataFrame(
-        {"run": ["a", "b"], "loss": [1 / 3, float("nan")], "steps": [7, 8]}
-    )
-    document = Report("Two").section(
-        Section("Losses").table(table, "Flow loss: by run").text("words")
-    )
-    page = document.write(tmp_path / "two.html")
-    kept = pd.read_csv(tmp_path / "two_files/01-flow-loss-by-run.csv")
-    assert (
-        kept["loss"][0] == 1 / 3
-        and "0.3333<" in page.read_text()
-        and ">-<" in page.read_text()
-    )
-    parts = json.loads((tmp_path / "two_files/report.json").read_text())["parts"]
-    assert (
-        parts[1]["rows"] == [["a", 1 / 3, 7], ["b", None, 8]]
-        and parts[1]["file"] == "01-flow-loss-by-run.csv"
-    )
-    Report("Two").write(page)
-    assert [path.name for path in (tmp_path / "two_files").iterdir()] == [
-        "report.json"
-    ], "nothing is left of the report before"
+def test_tables_and_numbers_are_written_with_all_digits(tmp_path):
+    losses = [1 / 3, float("nan")]
+    table = pd.DataFrame({"run": ["a", "b"], "loss": losses, "steps": [7, 8]})
+    section = Section("Losses").table(table, "Flow loss: by run").text("words")
+    path = Report("Two").section(section).write(tmp_path / "two.html")
+    page = path.read_text()
+    assert "0.3333<" in page and ">-<" in page
+    csv = "01-flow-loss-by-run.csv"
+    assert pd.read_csv(tmp_path / "two_files" / csv)["loss"][0] == 1 / 3
+    numbers = json.loads((tmp_path / "two_files/report.json").read_text())
+    part = numbers["parts"][1]
+    assert part["rows"] == [["a", 1 / 3, 7], ["b", None, 8]] and part["file"] == csv
 
 
-def test_a_report_of_runs_tells_what_is_there_and_what_is_not(runs, tmp_path):
-    page = run_report(
-        {"A": runs["tiny"], "B": runs["vanilla"]},
-        Report("Two").text("First <words>."),
-        QUICK,
-    ).html()
-    assert (
-        "objective.name" in page
-        and "First &lt;words&gt;." in page
-        and "No probes of A yet" in page
-    )
-    assert "Something is missing, or out of date, in: Linear probes." in page
+def test_a_new_report_removes_the_tables_of_the_old_one(tmp_path):
+    path = tmp_path / "one.html"
+    Report("One").table(pd.DataFrame({"a": [1]}), "numbers").write(path)
+    Report("One").write(path)
+    files = [file.name for file in (tmp_path / "one_files").iterdir()]
+    assert files == ["report.json"]
+
+
+# reports of runs
+
+
+def test_a_report_shows_what_exists_and_names_what_is_missing(runs):
+    both = {"A": runs["tiny"], "B": runs["vanilla"]}
+    page = run_report(both, Report("Two").text("First <words>."), QUICK).html()
+    assert "objective.name" in page and "First &lt;words&gt;." in page
+    assert "A has no probes yet" in page
+    assert "Missing or outdated results in: Linear probes." in page
+    with pytest.raises(ValueError, match="at least one run"):
+        run_report({})
+
+
+def test_the_settings_of_a_run_are_complete_and_differences_are_found(runs):
     single = config_table({"A": runs["tiny"]})
     parts = (
         DataConfig,
@@ -299,20 +265,14 @@ def test_a_report_of_runs_tells_what_is_there_and_what_is_not(runs, tmp_path):
         TrainConfig,
     )
     count = 3 + sum(len(fields(part)) for part in parts)  # name, seed, defaults
-    assert (
-        len(single) == count > 40
-        and single.set_index("setting").loc["training.steps", "A"] == 12
-    )
-    assert set(config_table({"A": runs["tiny"], "B": runs["vanilla"]})["setting"]) == {
-        "name",
-        "objective.name",
-    }
-    with pytest.raises(ValueError, match="at least one run"):
-        run_report({})
+    assert len(single) == count > 40
+    assert single.set_index("setting").loc["training.steps", "A"] == 12
+    both = config_table({"A": runs["tiny"], "B": runs["vanilla"]})
+    assert set(both["setting"]) == {"name", "objective.name"}
 
 
-def seeded(run, path, seed):
-    "A copy of a run that says it had another seed."
+def with_seed(run, path, seed):
+    """A copy of a run whose config names another seed."""
     shutil.copytree(run.path, path)
     stored = json.loads((path / "config.json").read_text())
     stored["config"]["seed"] = seed
@@ -320,59 +280,50 @@ def seeded(run, path, seed):
     return Run.open(path)
 
 
-def test_seeds_are_compared_only_where_there_are_several(runs, tmp_path):
-    many = {
-        f"{name} {seed}": seeded(runs[name], tmp_path / f"{name}{seed}", seed)
-        for name in ("tiny", "vanilla")
-        for seed in (0, 1)
-    }
-    assert [list(arm.values()) for arm in arms(many)] == [
-        ["tiny 0", "tiny 1"],
-        ["vanilla 0", "vanilla 1"],
-    ]
-    (pair,) = over_seeds(
-        many, {"tiny 0": 1.0, "tiny 1": 1.1, "vanilla 0": 2.0, "vanilla 1": 2.2}
-    )
-    assert pair.difference == pytest.approx(1.05) and "2 training seeds, paired" in str(
-        pair
-    )
+def test_seeds_are_compared_only_if_there_are_several(runs, tmp_path):
+    many = {}
+    for name in ("tiny", "vanilla"):
+        for seed in (0, 1):
+            path = tmp_path / f"{name}{seed}"
+            many[f"{name} {seed}"] = with_seed(runs[name], path, seed)
+    tiny, vanilla = (list(arm.values()) for arm in arms(many))
+    assert tiny == ["tiny 0", "tiny 1"] and vanilla == ["vanilla 0", "vanilla 1"]
+    values = {"tiny 0": 1.0, "tiny 1": 1.1, "vanilla 0": 2.0, "vanilla 1": 2.2}
+    (difference,) = over_seeds(many, values)
+    assert difference.difference == pytest.approx(1.05)
+    assert "2 training seeds, paired" in str(difference)
     assert over_seeds(many, {"tiny 0": 1.0, "vanilla 0": 2.0}) == []
-    said = _summary(many, [])
-    assert (
-        "4 runs" in said[0]
-        and "2/2 training seeds" in said[0]
-        and not any("one training seed" in line for line in said)
-    )
+    summary = _summary(many, [])
+    assert "4 runs" in summary[0] and "2/2 training seeds" in summary[0]
+    assert not any("one training seed" in line for line in summary)
     few = {name: many[name] for name in ("tiny 0", "vanilla 0")}
     assert any("one training seed" in line for line in _summary(few, []))
 
 
-def test_losses_of_a_run_and_itself_show_no_difference(runs):
-    (found,) = loss_section({"A": runs["tiny"], "again": runs["tiny"]}).findings
-    assert "no difference seen" in found and "again minus A: +0 (95 % -0.0" in found
+def test_a_run_does_not_differ_from_itself(runs):
+    (finding,) = loss_section({"A": runs["tiny"], "again": runs["tiny"]}).findings
+    assert "again minus A: +0 (95 % -0.0" in finding
+    assert "a significant difference" not in finding
 
 
-def test_shares_of_other_samples_have_the_published_interval():
-    "Newcombe 1998, table II: 56/70 and 48/80, method 10: 0.0524 to 0.3339."
+def test_shares_of_different_samples_have_the_published_interval():
+    """Newcombe 1998, table II: 56/70 and 48/80, method 10: 0.0524 to 0.3339."""
 
-    def wilson(k, n):
-        return {
-            "value": k / n,
-            "interval": proportion_interval(np.arange(n) < k),
-            "count": n,
-        }
+    def share(correct, count):
+        interval = proportion_interval(np.arange(count) < correct)
+        return {"value": correct / count, "interval": interval, "count": count}
 
-    pair = compare_shares(wilson(48, 80), wilson(56, 70), ("a", "b"))
-    assert pair.interval == pytest.approx((0.0524, 0.3339), abs=1e-4)
+    difference = compare_shares(share(48, 80), share(56, 70), ("a", "b"))
+    assert difference.interval == pytest.approx((0.0524, 0.3339), abs=1e-4)
 
 
-def test_a_part_that_cannot_be_made_says_why_and_the_others_come(runs, tmp_path):
+def test_damaged_files_are_reported_and_the_other_sections_are_made(runs, tmp_path):
     shutil.copytree(runs["tiny"].path, tmp_path / "run")
     for name in ("probes.json", "metrics.json", "judged.json"):
         (tmp_path / "run" / name).write_text("{not json")
     (tmp_path / "run/samples").mkdir(exist_ok=True)
     (tmp_path / "run/samples/broken.safetensors").write_text("nothing")
-    sections = [section for section in SECTIONS if section not in (plane_section,)]
+    sections = [section for section in SECTIONS if section is not plane_section]
     page = run_report({"run": Run.open(tmp_path / "run")}, sections=sections).html()
     assert "probes.json cannot be used" in page
     assert "broken.safetensors cannot be read" in page
@@ -386,101 +337,94 @@ def test_a_part_that_cannot_be_made_says_why_and_the_others_come(runs, tmp_path)
         assert f">{title}</h2>" in page
 
 
-def test_sound_and_film_are_reported_too(tmp_path, monkeypatch):
+def test_video_and_audio_are_reported_too(tmp_path, monkeypatch):
     monkeypatch.setattr(sample_sections, "_METHOD", "PCA")
-    for module, name in (
-        (representation_sections, "_FITTED"),
-        (representation_sections, "_SCORED"),
-    ):
-        monkeypatch.setattr(module, name, 16)
-    config = Config(
-        name="scenes",
-        data=DataConfig("scenes"),
-        model=ModelConfig(width=16, depth=2, heads=2),
-        training=TrainConfig(
-            steps=1, batch=4, validate_every=1, validation=4, sample_every=0
-        ),
-    )
-    monkeypatch.setattr(representation_sections, "_MASKED", 4)
-    run = train(config, tmp_path)
-    plain = representation_sections.items_of
+    monkeypatch.setattr(representation_sections, "_FITTED", 16)
+    monkeypatch.setattr(representation_sections, "_SCORED", 16)
+    monkeypatch.setattr(representation_sections, "_MASS_SAMPLES", 4)
+    all_items = representation_sections.items_of
     monkeypatch.setattr(
         representation_sections,
         "items_of",
-        lambda run, split, count: plain(run, split, 12),
+        lambda run, split, count: all_items(run, split, 12),
     )
-    page = run_report({"scenes": run}).html()
+    training = TrainConfig(
+        steps=1, batch=4, validate_every=1, validation=4, sample_every=0
+    )
+    model = ModelConfig(width=16, depth=2, heads=2)
+    data = DataConfig("scenes")
+    config = Config(name="scenes", data=data, model=model, training=training)
+    page = run_report({"scenes": train(config, tmp_path)}).html()
     assert "could not be made" not in page
     assert "tokens of the video" in page and page.count("data:image/png") >= 8
 
 
-def test_what_is_missing_is_named_with_its_cost_and_made(
+def test_missing_parts_are_listed_with_their_cost_and_made(
     runs, tmp_path, capsys, monkeypatch
 ):
     shutil.copytree(runs["tiny"].path, tmp_path / "run")
     run = Run.open(tmp_path / "run")
-    whats = {
-        what.split(" of ")[0] for what, cost, _ in missing_parts({"run": run}) if cost
-    }
-    assert whats == {"probes", "samples", "metrics"}
-    for name in ("run_metrics", "_samples"):
-        monkeypatch.setattr(report, name, lambda run: None)
+    parts = missing_parts({"run": run})
+    assert all(part.cost for part in parts)
+    names = {part.name.split(" of ")[0] for part in parts}
+    assert names == {"probes", "samples", "metrics"}
 
     def refuse(run):
         raise ValueError("there is nothing")
 
-    monkeypatch.setattr(report, "_probe", refuse)
+    monkeypatch.setattr(report, "_write_probes", refuse)
+    monkeypatch.setattr(report, "_write_samples", lambda run: None)
+    monkeypatch.setattr(report, "_write_metrics", lambda run: None)
     assert make_missing({"run": run}) == ["probes of run: there is nothing"]
-    said = capsys.readouterr().out
-    assert (
-        said.index("to make: metrics of run") < said.index("not made")
-        and "samples through the model" in said
-    )
+    output = capsys.readouterr().out
+    assert output.index("to make: metrics of run") < output.index("not made")
+    assert "samples through the model" in output
 
 
-def test_a_pdf_without_a_browser_is_refused_before_work_is_done(
+def test_a_pdf_without_a_browser_is_refused_before_any_work(
     runs, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("PATH", str(tmp_path))
+    page = tmp_path / "r.html"
     with pytest.raises(SystemExit):
-        main(
-            [
-                "report",
-                str(runs["tiny"].path),
-                "--output",
-                str(tmp_path / "r.html"),
-                "--pdf",
-            ]
-        )
-    assert (
-        "neither is on the path" in capsys.readouterr().err
-        and not (tmp_path / "r.html").exists()
-    )
+        main(["report", str(runs["tiny"].path), "--output", str(page), "--pdf"])
+    assert "neither is on the path" in capsys.readouterr().err
+    assert not page.exists()
 
 
-def test_a_report_opens_in_a_browser_without_a_network_or_a_complaint(
-    runs, tmp_path, monkeypatch
-):
+def assert_page_is_fine(tab, page, width):
+    """The page opens offline, fits the screen, and its images and links work."""
+    messages, requests = [], []
+    tab.on("console", lambda message: messages.append(message.text))
+    tab.on("pageerror", lambda error: messages.append(str(error)))
+    tab.on("dialog", lambda dialog: (messages.append("a dialog"), dialog.dismiss()))
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.goto(page.as_uri())
+    assert messages == []
+    assert requests[0] == page.as_uri()
+    assert all(url.startswith("data:") for url in requests[1:])
+    # only tables and figures scroll sideways
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.evaluate("[...document.images].every(image => image.naturalWidth > 50)")
+    for link in tab.locator("nav a").all():
+        assert tab.locator(link.get_attribute("href")).count() == 1
+
+
+def test_a_report_opens_in_a_browser_without_a_network(runs, tmp_path, monkeypatch):
     api = playwright()
     monkeypatch.setattr(sample_sections, "_METHOD", "PCA")
     first, second = (
         probed(runs[name], tmp_path / name)[0] for name in ("tiny", "vanilla")
     )
+    share = {"share": 0.5, "interval": [0.4, 0.6], "count": 100}
+    share |= {"own": 0.9, "chance": 0.1}
+    record = {"recipe": {"step": 12, EVIL: EVIL}, "factors": {EVIL: share}}
     for run in (first, second):
-        share = {
-            "share": 0.5,
-            "interval": [0.4, 0.6],
-            "count": 100,
-            "own": 0.9,
-            "chance": 0.1,
-        }
-        judged = {"recipe": {"step": 12, EVIL: EVIL}, "factors": {EVIL: share}}
-        (run.path / "judged.json").write_text(json.dumps(judged))
+        (run.path / "judged.json").write_text(json.dumps(record))
     write_samples(first, torch.tensor([1, 2]), steps=2)
     document = run_report({EVIL: first, "B": second})
-    assert "could not be made" not in document.html() and any(
-        "Probe of the class" in line for line in document.parts[1]["lines"]
-    )
+    assert "could not be made" not in document.html()
+    assert any("Probe of the class" in line for line in document.parts[1]["lines"])
     page = document.write(tmp_path / "out" / "report.html")
     with api.sync_playwright() as browsers:
         window = browsers.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
@@ -490,63 +434,73 @@ def test_a_report_opens_in_a_browser_without_a_network_or_a_complaint(
                 viewport={"width": width, "height": 800},
                 offline=True,
             )
-            said, asked = [], []
-            tab.on("console", lambda message, said=said: said.append(message.text))
-            tab.on("pageerror", lambda error, said=said: said.append(str(error)))
-            tab.on(
-                "dialog",
-                lambda dialog, said=said: (said.append("a dialog"), dialog.dismiss()),
-            )
-            tab.on("request", lambda request, asked=asked: asked.append(request.url))
-            tab.goto(page.as_uri())
-            assert (
-                said == []
-                and asked[0] == page.as_uri()
-                and all(url.startswith("data:") for url in asked[1:])
-            )
-            assert tab.evaluate("document.documentElement.scrollWidth") <= width, (
-                "nothing but tables and figures is scrolled"
-            )
-            assert tab.evaluate(
-                "[...document.images].every(image => image.naturalWidth > 50)"
-            )
+            assert_page_is_fine(tab, page, width)
             assert tab.locator("h1").inner_text() == f"{EVIL} and B"
-            for link in tab.locator("nav a").all():
-                assert tab.locator(link.get_attribute("href")).count() == 1
         window.close()
     assert write_pdf(page).read_bytes()[:5] == b"%PDF-"
 
 
-def test_samples_stay_with_their_run(runs):
+def probed(run, path, **options):
+    """A copy of a run with a few probes in its folder."""
+    shutil.copytree(run.path, path)
+    run = Run.open(path)
+    levels = (0.0, 0.5)
+    probes = probe_run(
+        run, levels, families=("regression",), strengths=(0.1,), **options
+    )
+    return run, write_probes(run, probes)
+
+
+def test_a_report_compares_probes_and_flags_old_ones(runs, tmp_path):
+    first, _ = probed(runs["tiny"], tmp_path / "tiny")
+    second, _ = probed(runs["vanilla"], tmp_path / "vanilla")
+    both = {"A": first, "B": second}
+    page = run_report(both, sections=QUICK).html()
+    assert "B minus A" in page
+    assert "raw input" in page and "untrained network" in page
+    assert "not of its newest" not in page
+    stored = read_probes(first)
+    write_probes(first, replace(stored, about={**stored.about, "step": 4}))
+    page = run_report(both, sections=QUICK).html()
+    assert "The probes of A are of step 4, not of its newest checkpoint" in page
+
+
+def test_probes_of_different_layers_are_not_subtracted(runs, tmp_path):
+    first, _ = probed(runs["tiny"], tmp_path / "a")
+    second, _ = probed(runs["vanilla"], tmp_path / "b", layers=(1, 4))
+    page = run_report({"A": first, "B": second}, sections=QUICK).html()
+    # two figures, each with the text in its alternative text and its caption
+    assert page.count("Test score by block and noise level.") == 4
+    assert "Right: " not in page
+
+
+# samples
+
+
+def test_samples_are_stored_with_their_run(runs):
     run = runs["vanilla"]
-    images, file = write_samples(run, torch.tensor([1, 2, 3]), steps=3, seed=5)
+    labels = torch.tensor([1, 2, 3])
+    images, file = write_samples(run, labels, steps=3, seed=5)
     stored = load_file(file)
-    assert torch.equal(stored["images"], images) and stored["labels"].tolist() == [
-        1,
-        2,
-        3,
-    ]
-    assert torch.equal(
-        images, run.sample(torch.tensor([1, 2, 3]), steps=3, seed=5)["image"]
-    )
-    assert not torch.equal(
-        images, run.sample(torch.tensor([1, 2, 3]), steps=3, seed=6)["image"]
-    )
-    assert (
-        file.parent == run.path / "samples"
-        and file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
-    )
+    assert torch.equal(stored["images"], images)
+    assert stored["labels"].tolist() == [1, 2, 3]
+    assert torch.equal(images, run.sample(labels, steps=3, seed=5)["image"])
+    assert not torch.equal(images, run.sample(labels, steps=3, seed=6)["image"])
+    assert file.parent == run.path / "samples"
+    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_samples_never_replace_stored_ones(runs):
+    run = runs["vanilla"]
+    _, file = write_samples(run, torch.tensor([1, 2, 3]), steps=3, seed=5)
     before = file.read_bytes()
-    others = {
-        write_samples(run, torch.tensor(labels), steps=3, seed=seed)[1]
-        for labels, seed in (([1, 2, 4], 5), ([1, 2], 5), ([1, 2, 3], 6))
-    }
-    assert len(others | {file}) == 4 and file.read_bytes() == before, (
-        "other samples never replace these"
-    )
+    others = set()
+    for labels, seed in (([1, 2, 4], 5), ([1, 2], 5), ([1, 2, 3], 6)):
+        others.add(write_samples(run, torch.tensor(labels), steps=3, seed=seed)[1])
+    assert len(others | {file}) == 4 and file.read_bytes() == before
 
 
-def test_samples_do_not_depend_on_how_many_are_drawn_at_once(runs):
+def test_samples_do_not_depend_on_the_batch_size(runs):
     labels = torch.arange(10)
     torch.testing.assert_close(
         runs["tiny"].sample(labels, steps=3, batch=3),
@@ -554,45 +508,7 @@ def test_samples_do_not_depend_on_how_many_are_drawn_at_once(runs):
     )
 
 
-def probed(run, path, **few):
-    shutil.copytree(run.path, path)
-    run = Run.open(path)
-    return run, write_probes(
-        run,
-        probe_run(
-            run, levels=(0.0, 0.5), families=("regression",), strengths=(0.1,), **few
-        ),
-    )
-
-
-def test_a_report_compares_probes_shows_baselines_and_flags_old_ones(runs, tmp_path):
-    (first, _), (second, _) = (
-        probed(runs[name], tmp_path / name) for name in ("tiny", "vanilla")
-    )
-    page = run_report({"A": first, "B": second}, sections=QUICK).html()
-    assert (
-        "B minus A" in page
-        and "raw input" in page
-        and "untrained network" in page
-        and "not of its newest" not in page
-    )
-    stored = read_probes(first)
-    write_probes(first, replace(stored, about={**stored.about, "step": 4}))
-    page = run_report({"A": first, "B": second}, sections=QUICK).html()
-    assert "The probes of A are of step 4, not of its newest checkpoint" in page
-
-
-def test_probes_of_other_layers_stand_beside_each_other(runs, tmp_path):
-    (first, _), (second, _) = (
-        probed(runs["tiny"], tmp_path / "a"),
-        probed(runs["vanilla"], tmp_path / "b", layers=(1, 4)),
-    )
-    page = run_report({"A": first, "B": second}, sections=QUICK).html()
-    # two figures, alt and caption
-    assert (
-        page.count("Test score by block and noise level.") == 4
-        and "Right: " not in page
-    )
+# commands
 
 
 @pytest.mark.parametrize(
@@ -613,14 +529,14 @@ def test_probes_of_other_layers_stand_beside_each_other(runs, tmp_path):
         (["train", "--data.patch", "3"], "not divisible by patch 3"),
         (
             ["train", "--name", "tiny", "--seed", "7"],
-            "seed: 0 in the folder, 7 asked for",
+            "seed: 0 in the folder, 7 requested",
         ),
         (["sample", "nowhere"], "holds no run"),
         (["sample", "tiny", "--labels", "10"], "no class 10: labels run from 0 to 9"),
         (["train", "--model.mlp-ratio", "-1"], "mlp_ratio is -1.0"),
         (["train", "--model.mlp-ratio", "nan"], "mlp_ratio is nan"),
         (["train", "--device", "meta"], "device 'meta' cannot be used here"),
-        (["train", "--name", "a/b"], "'a/b' is no name for a run"),
+        (["train", "--name", "a/b"], "'a/b' is not a valid run name"),
         (["sample", "tiny", "--steps", "0"], "steps is 0"),
         (["sample", "tiny", "--shift", "0"], "shift"),
         (
@@ -663,217 +579,129 @@ def test_probes_of_other_layers_stand_beside_each_other(runs, tmp_path):
         (["notebook", "no.ipynb", "out.ipynb"], "there is no notebook"),
     ],
 )
-def test_mistakes_are_answered_in_words(runs, monkeypatch, capsys, args, words):
-    monkeypatch.chdir(runs["tiny"].path.parent)
+def test_mistakes_are_explained(runs, monkeypatch, capsys, args, words):
+    folder = runs["tiny"].path.parent
+    monkeypatch.chdir(folder)
     extra = ["--folder", "."] if args[0] == "train" else []
     with pytest.raises(SystemExit) as stop:
         main(args + extra)
     captured = capsys.readouterr()
-    said = " ".join((captured.err + captured.out).split())
-    assert stop.value.code == 2 and words in said and "Traceback" not in said
-    assert sorted(p.name for p in Path().iterdir() if p.is_dir()) == [
-        "tiny",
-        "vanilla",
-    ], "nothing was made"
+    output = " ".join((captured.err + captured.out).split())
+    assert stop.value.code == 2 and words in output and "Traceback" not in output
+    folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    assert folders == ["tiny", "vanilla"], "nothing was made"
 
 
-def test_the_command_line_trains_what_it_is_told(tmp_path, capsys, monkeypatch):
+def test_the_command_line_trains_samples_and_reports(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sample_sections, "_METHOD", "PCA")
-    main(
-        [
-            "train",
-            "--name",
-            "cli",
-            "--folder",
-            str(tmp_path),
-            "--model.width",
-            "16",
-            "--model.depth",
-            "4",
-            "--model.heads",
-            "2",
-            "--training.steps",
-            "3",
-            "--training.batch",
-            "8",
-            "--objective.name",
-            "flow_matching",
-        ]
-    )
-    main(
-        [
-            "sample",
-            str(tmp_path / "cli"),
-            "--labels",
-            "3",
-            "--each",
-            "2",
-            "--steps",
-            "2",
-            "--cfg-scale",
-            "2",
-        ]
-    )
-    main(["report", str(tmp_path / "cli"), "--output", str(tmp_path / "r.html")])
-    assert (
-        len(
-            list(
-                (tmp_path / "cli/samples").glob(
-                    "step-3-euler-2-cfg-2-seed-0-2-labels-*.png"
-                )
-            )
-        )
-        == 1
-    )
+    run = tmp_path / "cli"
+    train_it = (
+        f"train --name cli --folder {tmp_path} --model.width 16 --model.depth 4 "
+        "--model.heads 2 --training.steps 3 --training.batch 8 "
+        "--objective.name flow_matching"
+    ).split()
+    main(train_it)
+    main(f"sample {run} --labels 3 --each 2 --steps 2 --cfg-scale 2".split())
+    main(["report", str(run), "--output", str(tmp_path / "r.html")])
+    sheets = run.glob("samples/step-3-euler-2-cfg-2-seed-0-2-labels-*.png")
+    assert len(list(sheets)) == 1
     assert (tmp_path / "r.html").exists() and "3 steps" in capsys.readouterr().out
-    (tmp_path / "cli/log.jsonl").unlink()  # not needed to go on
-    main(
-        [
-            "train",
-            "--name",
-            "cli",
-            "--folder",
-            str(tmp_path),
-            "--model.width",
-            "16",
-            "--model.depth",
-            "4",
-            "--model.heads",
-            "2",
-            "--training.steps",
-            "3",
-            "--training.batch",
-            "8",
-            "--objective.name",
-            "flow_matching",
-        ]
-    )
-    main(["report", str(tmp_path / "cli")])
+    (run / "log.jsonl").unlink()  # which neither training nor the report needs
+    main(train_it)
+    main(["report", str(run)])
 
 
-def test_the_command_line_hands_features_to_repa(tmp_path, capsys):
+def test_the_command_line_passes_features_to_repa(tmp_path, capsys):
     sources = Sources(Config().data)
     tokens = sources.take("digits", torch.arange(len(sources.data["digits"]))).x0
-    save_file(
-        {"features": tokens.mean(1), "other": tokens}, tmp_path / "pooled.safetensors"
-    )
-    save_file({"features": tokens[1:]}, tmp_path / "short.safetensors")
-    assert torch.equal(read_features(tmp_path / "pooled.safetensors"), tokens.mean(1))
-    command = [
-        "train",
-        "--name",
-        "repa",
-        "--folder",
-        str(tmp_path / "runs"),
-        "--model.width",
-        "16",
-        "--model.depth",
-        "2",
-        "--model.heads",
-        "2",
-        "--training.steps",
-        "2",
-        "--training.batch",
-        "8",
-        "--objective.name",
-        "repa",
-        "--features",
-    ]
+    pooled = tmp_path / "pooled.safetensors"
+    short = tmp_path / "short.safetensors"
+    save_file({"features": tokens.mean(1), "other": tokens}, pooled)
+    save_file({"features": tokens[1:]}, short)
+    assert torch.equal(read_features(pooled), tokens.mean(1))
+    command = (
+        f"train --name repa --folder {tmp_path / 'runs'} --model.width 16 "
+        "--model.depth 2 --model.heads 2 --training.steps 2 --training.batch 8 "
+        "--objective.name repa --features"
+    ).split()
     with pytest.raises(SystemExit):
-        main([*command, str(tmp_path / "short.safetensors")])
-    assert (
-        "features of 1077 samples, but 1078" in capsys.readouterr().err
-        and not (tmp_path / "runs").exists()
-    )
-    main([*command, str(tmp_path / "pooled.safetensors")])
+        main([*command, str(short)])
+    assert "features of 1077 samples, but 1078" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    main([*command, str(pooled)])
     run = Run.open(tmp_path / "runs/repa")
-    assert run.state()["step"] == 2 and run.load("objective")[
-        "projector.4.weight"
-    ].shape == (4, 2048)
-    assert run.log["rep_loss"].notna().all()
+    assert run.state()["step"] == 2 and run.log["rep_loss"].notna().all()
+    assert run.load("objective")["projector.4.weight"].shape == (4, 2048)
 
 
-def test_the_command_line_samples_as_it_is_told(runs, tmp_path):
+def test_the_command_line_uses_all_options_of_sampling(runs, tmp_path):
     shutil.copytree(runs["tiny"].path, tmp_path / "tiny")
     main(
-        [
-            "sample",
-            str(tmp_path / "tiny"),
-            "--labels",
-            "3",
-            "5",
-            "--each",
-            "2",
-            "--steps",
-            "3",
-            "--method",
-            "sde",
-            "--seed",
-            "4",
-            "--cfg-scale",
-            "1.5",
-            "--shift",
-            "2.5",
-            "--interval",
-            "0.1",
-            "0.7",
-        ]
+        (
+            f"sample {tmp_path / 'tiny'} --labels 3 5 --each 2 --steps 3 --method sde "
+            "--seed 4 --cfg-scale 1.5 --shift 2.5 --interval 0.1 0.7"
+        ).split()
     )
     (file,) = (tmp_path / "tiny/samples").glob("*.safetensors")
-    assert file.name.startswith(
-        "step-12-sde-3-shift-2.5-cfg-1.5-in-0.1-0.7-seed-4-4-labels-"
-    )
+    settings = "step-12-sde-3-shift-2.5-cfg-1.5-in-0.1-0.7-seed-4-4-labels-"
+    assert file.name.startswith(settings)
+    labels = torch.tensor([3, 3, 5, 5])
     expected = runs["tiny"].sample(
-        torch.tensor([3, 3, 5, 5]), 3, "sde", 1.5, 4, shift=2.5, interval=(0.1, 0.7)
-    )["image"]
-    assert torch.equal(load_file(file)["images"], expected)
+        labels, 3, "sde", 1.5, 4, shift=2.5, interval=(0.1, 0.7)
+    )
+    assert torch.equal(load_file(file)["images"], expected["image"])
 
 
 def test_the_command_line_probes(runs, tmp_path, capsys):
     shutil.copytree(runs["tiny"].path, tmp_path / "tiny")
     main(["probe", str(tmp_path / "tiny")])
-    said = capsys.readouterr().out
-    assert "raw input" in said and "untrained network" in said and "tiny, block" in said
-    assert json.loads((tmp_path / "tiny/probes.json").read_text())["about"][
-        "levels"
-    ] == [0.0, 0.1, 0.25, 0.5, 0.75]
+    output = capsys.readouterr().out
+    assert "raw input" in output and "untrained network" in output
+    assert "tiny, block" in output
+    record = json.loads((tmp_path / "tiny/probes.json").read_text())
+    assert record["about"]["levels"] == [0.0, 0.1, 0.25, 0.5, 0.75]
 
 
-def test_a_notebook_runs_without_a_screen_and_keeps_its_progress_to_itself(
-    tmp_path, capfd
-):
+def notebook_with(path, code):
     nbformat = pytest.importorskip("nbformat")
-    book = nbformat.v4.new_notebook(
-        cells=[
-            nbformat.v4.new_code_cell(
-                "from tqdm.auto import tqdm\nfor _ in tqdm(range(3), desc='counting'): pass\nprint('done', 6 * 7)"
-            )
-        ]
-    )
-    nbformat.write(book, tmp_path / "in.ipynb")
-    main(["notebook", str(tmp_path / "in.ipynb"), str(tmp_path / "out" / "out.ipynb")])
-    (cell,) = nbformat.read(tmp_path / "out/out.ipynb", 4).cells
-    assert [o.text for o in cell.outputs] == [
-        "done 42\n"
-    ] and "counting: 100%" in capfd.readouterr().err
+    cells = [nbformat.v4.new_code_cell(code)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return nbformat
 
-    book.cells[0].source = "print('before')\nraise RuntimeError('in the cell')"
-    nbformat.write(book, tmp_path / "bad.ipynb")
+
+def test_a_notebook_runs_without_a_screen_and_stores_no_progress(tmp_path, capfd):
+    code = (
+        "from tqdm.auto import tqdm\n"
+        "for _ in tqdm(range(3), desc='counting'): pass\n"
+        "print('done', 6 * 7)"
+    )
+    nbformat = notebook_with(tmp_path / "in.ipynb", code)
+    result = tmp_path / "out" / "out.ipynb"
+    main(["notebook", str(tmp_path / "in.ipynb"), str(result)])
+    (cell,) = nbformat.read(result, 4).cells
+    assert [output.text for output in cell.outputs] == ["done 42\n"]
+    assert "counting: 100%" in capfd.readouterr().err
+
+
+def test_a_notebook_that_fails_stores_what_it_printed_before(tmp_path, capfd):
+    code = "print('before')\nraise RuntimeError('in the cell')"
+    notebook_with(tmp_path / "bad.ipynb", code)
     with pytest.raises(SystemExit):
-        main(["notebook", str(tmp_path / "bad.ipynb"), str(tmp_path / "bad_out.ipynb")])
+        main(["notebook", str(tmp_path / "bad.ipynb"), str(tmp_path / "out.ipynb")])
     assert "in the cell" in capfd.readouterr().err
-    assert "before" in (tmp_path / "bad_out.ipynb").read_text()
+    assert "before" in (tmp_path / "out.ipynb").read_text()
+
+
+def words_of(text):
+    return " ".join(re.findall(r"\w+", text))
 
 
 def test_the_installed_command_has_help_for_every_field():
     command = Path(sys.executable).with_name("selfflow")
-    shown = subprocess.run(
+    done = subprocess.run(
         [command, "train", "--help"], capture_output=True, text=True, check=True
-    ).stdout
-
-    def words(text):
-        return " ".join(re.findall(r"\w+", text))
-
+    )
+    shown = words_of(done.stdout)
     for part in (
         Config,
         DataConfig,
@@ -883,11 +711,11 @@ def test_the_installed_command_has_help_for_every_field():
         FeatureOptions,
         TrainConfig,
     ):
-        lines = re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(part), re.M)
+        source = inspect.getsource(part)
+        lines = re.findall(r"^    (\w+): .+?  # (.+)$", source, re.M)
         assert lines
         for name, text in lines:
             if isinstance(part, Named) and name == "name":
                 text = f"one of {', '.join(part.registry)}"
-            assert words(name.replace("_", "-")) in words(shown) and words(
-                text
-            ) in words(shown), name
+            assert words_of(name.replace("_", "-")) in shown, name
+            assert words_of(text) in shown, name
