@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from ..data.sources import Sources
 from ..draws import keyed
-from ..method.alignment import average, moments_of
+from ..method.alignment import mean_over_processes, moments_of
 from ..method.backbone import ability, check_backbone, check_size
 from ..method.batch import Batch
 from ..method.build import build_objective
@@ -399,7 +399,7 @@ def _batch_stats(
     state: TrainState, config: Config, batch: Batch, pieces: list[tuple]
 ) -> BatchStats:
     "Compute the properties of a batch on which the losses of its pieces depend."
-    counts = state.objective.counts(batch, _draws(state, config), len(pieces))
+    counts = state.objective.token_counts(batch, _draws(state, config), len(pieces))
     if getattr(state.objective, "normalise", "raw") == "raw":
         return BatchStats(counts)
     with torch.no_grad(), _autocast(config, batch.x0.device):
@@ -459,7 +459,7 @@ def train_step(
     if report:
         values = losses.floats(diagnose)
     else:
-        values = {"total": average(losses.total).item()}
+        values = {"total": mean_over_processes(losses.total).item()}
     values["grad_norm"] = full_tensor(norm).item()
     if not all(map(math.isfinite, values.values())):
         raise diverged(state.step + 1, str(values))

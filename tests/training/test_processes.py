@@ -21,7 +21,7 @@ from selfflow.method.alignment import (
     Alignment,
     constant_cosine,
     effective_rank,
-    mean_over,
+    masked_mean,
 )
 from selfflow.method.options import ObjectiveConfig
 from selfflow.training.batches import shards_of
@@ -475,8 +475,8 @@ def test_alone_nothing_is_sent():
         torch.randn(3, 5, generator=g),
         torch.rand(3, 5, generator=g) < 0.5,
     )
-    torch.testing.assert_close(mean_over(values, counted), values[counted].mean())
-    assert mean_over(values, torch.zeros_like(counted)) == 0
+    torch.testing.assert_close(masked_mean(values, counted), values[counted].mean())
+    assert masked_mean(values, torch.zeros_like(counted)) == 0
     rows = torch.randn(40, 6, generator=g)
     direction = torch.nn.functional.normalize(rows, dim=-1).mean(0).norm()
     torch.testing.assert_close(constant_cosine(rows), direction)
