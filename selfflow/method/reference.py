@@ -66,13 +66,13 @@ def _modules(config: dict) -> tuple[Transformer, Projector]:
     """Model and projector without memory for weights, for complete published arguments."""
     side = config["input_size"] // config["patch_size"]
     shape = TransformerConfig.of_image(
-        config["in_channels"] * config["patch_size"] ** 2,
-        (side, side),
-        config["hidden_size"],
-        config["depth"],
-        config["num_heads"],
-        config["mlp_ratio"],
-        config["num_classes"] - 1,
+        channels=config["in_channels"] * config["patch_size"] ** 2,
+        grid=(side, side),
+        width=config["hidden_size"],
+        depth=config["depth"],
+        heads=config["num_heads"],
+        mlp_ratio=config["mlp_ratio"],
+        classes=config["num_classes"] - 1,
     )
     with torch.device("meta"):
         model, projector = Transformer(shape), Projector(shape.width)

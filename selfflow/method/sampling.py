@@ -369,7 +369,7 @@ def guided_velocity(
         inside = (clock >= interval[0]) & (clock <= interval[1])
         if not inside.any():
             return plain(x, t, condition)
-        both = condition.cat(condition.nothing())
+        both = condition.cat(condition.unconditional())
         guiding, without = plain(
             torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t, both
         ).chunk(2)

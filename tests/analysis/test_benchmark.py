@@ -55,7 +55,7 @@ def test_the_published_form_is_the_same_function(batch, grid, depth, seed, mask_
     samples = Batch(x0, Condition(labels, 5), ours.config.parts)
     losses = (
         objective(ours, teacher, samples, partial(keyed, seed)).total,
-        rival(theirs, make_teacher(theirs), samples, partial(keyed, seed)),
+        rival(theirs, make_teacher(theirs), samples, partial(keyed, seed)).total,
     )
     torch.testing.assert_close(*losses, atol=1e-6, rtol=1e-5)
     for loss in losses:

@@ -546,7 +546,7 @@ def test_guidance_derived_again(model):
     levels = NoiseLevels.single(t.expand(3), 4)
     label, null = (
         model(x, levels, condition).velocity,
-        model(x, levels, condition.nothing()).velocity,
+        model(x, levels, condition.unconditional()).velocity,
     )
     for scale in (0.0, 1.0, 1.5, 4.0):
         expected = null + scale * (label - null)
@@ -570,7 +570,7 @@ def test_guidance_at_levels_per_token_derived_again(model):
     levels = NoiseLevels(tau, torch.arange(4).expand(3, 4))
     label, null = (
         model(x, levels, condition).velocity,
-        model(x, levels, condition.nothing()).velocity,
+        model(x, levels, condition.unconditional()).velocity,
     )
     torch.testing.assert_close(
         guided_velocity(model, condition, 2.5)(x, tau),
