@@ -462,8 +462,8 @@ def test_samples_are_written_to_be_seen_and_heard(
         ({"name": "folder"}, "needs the path"),
         (
             {"path": "x"},
-            "path is an option of data set folder, huggingface, latents, which digits "
-            "does not have",
+            "path is an option of data set folder, huggingface, latents, fashion, "
+            "which digits does not have",
         ),
         (
             {"name": "notes", "size": 16},
