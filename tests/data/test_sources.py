@@ -552,7 +552,7 @@ def test_a_config_that_cannot_be_is_refused_with_a_remedy(values, words):
             {"given": "audio"},
             "given is 'audio', but the sequence consists of image",
         ),
-        ({"name": "notes"}, {"given": "first_frame"}, "first_frame needs a film"),
+        ({"name": "notes"}, {"given": "first_frame"}, "first_frame needs video"),
         (
             {"name": "scenes"},
             {"schedule": "full_masking"},
