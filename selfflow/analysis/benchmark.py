@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -256,7 +256,8 @@ def _rival_of(name: str) -> str:
 
 def _make_student(model: Transformer) -> Transformer:
     """A copy of a model to train."""
-    return make_teacher(model).train().requires_grad_(True)
+    student = make_teacher(model).train().requires_grad_(True)
+    return cast(Transformer, student)
 
 # %% ../../nbs/4_analysis/14_benchmark.ipynb #f2063534
 def _seconds(function: Callable, device: torch.device) -> float:
