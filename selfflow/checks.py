@@ -15,7 +15,11 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 # %% ../nbs/0_ground/01_checks.ipynb #8f571890
 def choose(name: str, known, what: str) -> str:
-    "`name` if it is one of `known`; else a ValueError that lists them and guesses what was meant."
+    """Return `name` if it is one of `known`.
+
+    Raises ValueError that lists the known names and suggests the nearest one; `what` is
+    what the message calls them.
+    """
     if name in known:
         return name
     near = difflib.get_close_matches(str(name), known, n=1)
@@ -24,65 +28,68 @@ def choose(name: str, known, what: str) -> str:
 
 # %% ../nbs/0_ground/01_checks.ipynb #0c220fd9
 def check_types(config, infinite: tuple[str, ...] = ()) -> None:
-    """Raise ValueError for a field whose value has not the type it is declared with (an int serves as a float), or is NaN.
+    """Check that every field of a dataclass has its declared type and is finite.
 
-    Types may be unions, tuples and dicts of types. infinite: the fields that may be infinite.
+    Types may be unions, tuples and dicts of types; an int serves as a float.
+
+    Args:
+        config: An instance of a dataclass.
+        infinite: Fields that may be infinite.
+
+    Raises:
+        ValueError: If a value has another type, or is NaN or infinite.
     """
-    kinds = (
-        get_type_hints(type(config))
-        if any(isinstance(f.type, str) for f in fields(config))
-        else {}
-    )
+    owner = type(config).__name__
+    written_as_text = any(isinstance(f.type, str) for f in fields(config))
+    hints = get_type_hints(type(config)) if written_as_text else {}
     for f in fields(config):
-        value, kind = getattr(config, f.name), kinds.get(f.name, f.type)
+        value = getattr(config, f.name)
+        kind = hints.get(f.name, f.type)
         if not _fits(value, kind):
             name = str(kind) if get_args(kind) else getattr(kind, "__name__", str(kind))
-            raise ValueError(
-                f"{type(config).__name__}.{f.name} is {value!r}, expected {name}"
-            )
-        for number in _numbers(value):
-            if math.isnan(number) or math.isinf(number) and f.name not in infinite:
+            raise ValueError(f"{owner}.{f.name} is {value!r}, expected {name}")
+        for number in _floats(value):
+            if math.isnan(number) or (math.isinf(number) and f.name not in infinite):
                 raise ValueError(
-                    f"{f.name} is {value}, but must be a finite number ({type(config).__name__}.{f.name})"
+                    f"{f.name} is {value}, but must be a finite number "
+                    f"({owner}.{f.name})"
                 )
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    "True if a value has a type."
+    """True if a value has the type `kind`."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return any(_fits(value, one) for one in inner)
+        return any(_fits(value, alternative) for alternative in inner)
     if origin is tuple:
-        kinds = (
-            inner[:1] * len(value)
-            if inner[-1] is ... and isinstance(value, tuple)
-            else inner
-        )
-        return (
-            isinstance(value, tuple)
-            and len(value) == len(kinds)
-            and all(map(_fits, value, kinds))
-        )
+        if not isinstance(value, tuple):
+            return False
+        any_length = inner[-1] is ...
+        kinds = inner[:1] * len(value) if any_length else inner
+        return len(value) == len(kinds) and all(map(_fits, value, kinds))
     if origin is dict:
         return isinstance(value, dict) and all(
-            _fits(key, inner[0]) and _fits(one, inner[1]) for key, one in value.items()
+            _fits(key, inner[0]) and _fits(item, inner[1])
+            for key, item in value.items()
         )
-    if isinstance(value, bool):
+    if isinstance(value, bool):  # which Python takes for an int
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def _numbers(value: Any) -> Iterator[float]:
-    "The floats in a value, also within tuples and dicts."
+def _floats(value: Any) -> Iterator[float]:
+    """The floats in a value, also those in a tuple or among the values of a dict."""
     if isinstance(value, dict):
-        value = tuple(value.values())
-    for one in value if isinstance(value, tuple) else (value,):
-        if isinstance(one, float):
-            yield one
+        items = tuple(value.values())
+    elif isinstance(value, tuple):
+        items = value
+    else:
+        items = (value,)
+    yield from (item for item in items if isinstance(item, float))
 
 
 def check_positive(config, *names: str) -> None:
-    "Raise ValueError for the first of the named fields that is not greater than 0."
+    """Raise ValueError for the first of the named fields that is not above 0."""
     for name in names:
         if not getattr(config, name) > 0:
             raise ValueError(
@@ -90,11 +97,17 @@ def check_positive(config, *names: str) -> None:
             )
 
 # %% ../nbs/0_ground/01_checks.ipynb #c412a677
+_ROUNDING = 1e-6  # by which probabilities written in decimals may miss a sum of 1
+
+
 def check_shares(shares: tuple[float, ...], name: str) -> None:
-    "Nothing, but ValueError unless `shares` are not negative and sum to 1; name: what the message calls them."
-    if not (
-        shares and all(share >= 0 for share in shares) and abs(sum(shares) - 1) <= 1e-6
-    ):
+    """Raise ValueError unless `shares` are probabilities: none negative, their sum 1.
+
+    `name` is what the message calls them.
+    """
+    none_negative = all(share >= 0 for share in shares)
+    if not shares or not none_negative or abs(sum(shares) - 1) > _ROUNDING:
         raise ValueError(
-            f"{name} are {shares}, but they are probabilities: none negative, their sum 1"
+            f"{name} are {shares}, but they are probabilities: none may be negative, "
+            "and they must sum to 1"
         )

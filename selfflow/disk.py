@@ -26,19 +26,28 @@ from torch import Tensor
 
 # %% ../nbs/0_ground/02_disk.ipynb #68845c23
 class NotWritten(OSError):
-    "Something could not be written. errno says why; the message also says what is safe and what to do."
+    """Something could not be written.
+
+    errno says why; the message also says what is safe and what to do.
+    """
 
     def __str__(self):
         return self.strerror
 
 
 def not_written(what: str, error: OSError, safe: str) -> NotWritten:
-    "The error that says that `what` could not be written, why, what is `safe`, and what to do."
+    """Return the error for something that could not be written.
+
+    Args:
+        what: What could not be written.
+        error: The system's reason.
+        safe: A sentence that says what is still intact.
+    """
     reason = os.strerror(error.errno) if error.errno else str(error)
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    remedy = (
-        "Make room on the disk" if full else "See that the folder can be written to"
-    )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        remedy = "Make room on the disk"
+    else:
+        remedy = "Make the folder writable"
     return NotWritten(
         error.errno or errno.EIO,
         f"{what} could not be written: {reason}. {safe} {remedy}, then start again.",
@@ -46,7 +55,7 @@ def not_written(what: str, error: OSError, safe: str) -> NotWritten:
 
 
 def flush(path: Path) -> None:
-    "Ask the system to put a file, or the names in a folder, on the disk."
+    """Ask the system to put a file, or the names in a folder, on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -58,12 +67,12 @@ def flush(path: Path) -> None:
 
 
 def _hidden(path: Path) -> Path:
-    "A new name beside a path, hidden by a dot."
+    """Return a new name in the same folder, hidden by a dot."""
     return path.with_name(f".{path.name}-{secrets.token_hex(4)}")
 
 
 def make_folder(path: Path) -> None:
-    "Make a folder and those above it, where they are missing, and flush their names."
+    """Make a folder and its missing parents, and flush their names to the disk."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -72,7 +81,10 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    "A file to write to, that takes the place of `path` when all went well. Raises NotWritten; what stood there then still does."
+    """Yield a file to write to, which replaces `path` at the end of the block.
+
+    Raises NotWritten if it cannot be written; `path` is then unchanged.
+    """
     temporary = _hidden(path)
     try:
         yield temporary
@@ -91,12 +103,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_files(contents: dict[Path, bytes]) -> None:
-    "Write several files: all of them are there in the end, or none is new. Raises NotWritten."
+    """Write several files, all of them or none. Raises NotWritten."""
     with ExitStack() as stack:
-        temporaries = [stack.enter_context(replacing(path)) for path in contents]
-        for (path, content), temporary in zip(
-            contents.items(), temporaries, strict=True
-        ):
+        temporaries = {path: stack.enter_context(replacing(path)) for path in contents}
+        for path, content in contents.items():
+            temporary = temporaries[path]
             try:
                 make_folder(path.parent)
                 temporary.write_bytes(content)
@@ -108,7 +119,10 @@ def write_files(contents: dict[Path, bytes]) -> None:
 
 
 def check_writable(path: Path) -> None:
-    "Raise NotWritten if no file can be written at `path`, before work is done for it. Makes its folder."
+    """Raise NotWritten if no file can be written at `path`, before any work is done.
+
+    Makes the file's folder.
+    """
     probe = _hidden(path)
     try:
         make_folder(path.parent)
@@ -123,33 +137,36 @@ def check_writable(path: Path) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    "Write JSON so that a reader sees the old file or the new one, never half of it. Raises NotWritten."
+    """Write JSON so that a reader sees the old file or the new one, never half of it.
+
+    Raises NotWritten.
+    """
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    "Write a safetensors file, with the rights that other new files get. Raises OSError."
+    """Write a safetensors file with the permissions of any new file. Raises OSError."""
     path.touch()
-    # safetensors makes a file of its own, for the owner alone
-    rights = path.stat().st_mode
+    # safetensors makes a file of its own that only its owner may read
+    permissions = path.stat().st_mode
+    on_cpu = {
+        name: value.detach().cpu().contiguous() for name, value in tensors.items()
+    }
     try:
-        save_file(
-            {
-                name: value.detach().cpu().contiguous()
-                for name, value in tensors.items()
-            },
-            path,
-        )
+        save_file(on_cpu, path)
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        number = int(number[1]) if number else errno.EIO
+        named = re.search(r"os error (\d+)", str(error))
+        number = int(named[1]) if named else errno.EIO
         raise OSError(number, os.strerror(number), str(path)) from error
-    path.chmod(rights)
+    path.chmod(permissions)
 
 # %% ../nbs/0_ground/02_disk.ipynb #af30145f
 def discard(path: Path) -> None:
-    "Remove a file, link or folder: out of sight in one rename first, so that no half of it is ever taken for whole."
+    """Remove a file, link or folder.
+
+    It is renamed out of sight first, so that nobody ever meets a half-removed folder.
+    """
     if not os.path.lexists(path):
         return
     if not path.name.startswith("."):
@@ -163,15 +180,19 @@ def discard(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    "The SHA-256 of a file, in hexadecimal."
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    "A folder to fill, that takes the place of `path` when all went well; else what stood there still does. Raises OSError."
-    staging, aside = _hidden(path), _hidden(path)
+    """Yield a folder to fill, which replaces `path` at the end of the block.
+
+    Raises OSError if that fails; `path` is then unchanged.
+    """
+    staging = _hidden(path)
+    aside = _hidden(path)
     try:
         make_folder(path.parent)
         staging.mkdir()
@@ -191,54 +212,59 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def step_of(path: Path) -> int:
-    "The step in the name of a checkpoint or picture, step-00000010."
+    """Return the step in the name of a checkpoint or sample grid, step-00000010."""
     return int(path.stem.removeprefix("step-"))
 
 
 def step_paths(folder: Path, suffix: str = "") -> list[Path]:
-    "What is named step-NNNNNNNN in a folder, oldest first: folders, or files with a suffix. Other names are ignored."
+    """Return what is named step-NNNNNNNN in a folder, by step; other names are ignored.
+
+    These are the folders, or, with a suffix, the files that have it.
+    """
+    if not folder.is_dir():
+        return []
     exact = re.compile(r"step-(\d{8}|[1-9]\d{8,})" + re.escape(suffix), re.ASCII)
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(
-        (
-            p
-            for p in found
-            if exact.fullmatch(p.name) and (p.is_file() if suffix else p.is_dir())
-        ),
-        key=step_of,
-    )
+    named = [path for path in folder.iterdir() if exact.fullmatch(path.name)]
+    right_kind = Path.is_file if suffix else Path.is_dir
+    return sorted(filter(right_kind, named), key=step_of)
 
 # %% ../nbs/0_ground/02_disk.ipynb #36bf3e90
 @cache
 def print_once(text: str) -> None:
-    "Print a text that was not printed before."
+    """Print a text, unless it was printed before."""
     print(text)
 
 
-def _good_lines(path: Path) -> Iterator[tuple[bytes, dict]]:
+def _intact_lines(path: Path) -> Iterator[tuple[bytes, dict]]:
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            good = isinstance(row, dict) and isinstance(row.get("step"), int)
+            intact = isinstance(row, dict) and isinstance(row.get("step"), int)
         except (ValueError, RecursionError):
-            good = False
-        if good:
+            intact = False
+        if intact:
             yield line, row
-        elif number < len(lines):
+        elif number < len(lines):  # the last line may still be being written
             print_once(f"{path}, line {number} is damaged and left out: {line[:60]!r}")
 
 
 def read_lines(path: Path) -> list[dict]:
-    "The objects in a file of JSON lines that have a step; what is damaged is left out and said once. Empty without a file."
-    return [row for _, row in _good_lines(path)]
+    """Return the objects with a step in a file of JSON lines; none without a file.
+
+    A damaged line is left out, and reported once.
+    """
+    return [row for _, row in _intact_lines(path)]
 
 
 def cut_lines(path: Path, step: int) -> None:
-    "Drop what was written after a step, and what is damaged or unfinished. Touches nothing where nothing is to be dropped."
-    kept = b"".join(
-        line + b"\n" for line, row in _good_lines(path) if row["step"] <= step
+    """Drop lines of later steps from a log, and those that are damaged or unfinished.
+
+    A file without any is not touched.
+    """
+    remaining = b"".join(
+        line + b"\n" for line, row in _intact_lines(path) if row["step"] <= step
     )
-    if path.exists() and kept != path.read_bytes():
+    if path.exists() and remaining != path.read_bytes():
         with replacing(path) as temporary:
-            temporary.write_bytes(kept)
+            temporary.write_bytes(remaining)

@@ -19,7 +19,7 @@ _Z = float(norm.ppf(0.975))
 
 
 def proportion_interval(correct) -> tuple[float, float]:
-    "Wilson's 95 % interval of the share of True in `correct` (n,)."
+    """Return Wilson's 95 % interval of the share of True in `correct` (n,)."""
     correct = np.asarray(correct)
     interval = binomtest(int(correct.sum()), len(correct)).proportion_ci(
         method="wilson"
@@ -27,38 +27,49 @@ def proportion_interval(correct) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 # %% ../nbs/0_ground/06_intervals.ipynb #0082932f
+_BISECTIONS = 40  # of an interval of width 2: an end is exact to 1e-12
+
+
 def _within(only_second, only_first, items, difference) -> np.ndarray:
-    "True where Tango's score test does not reject a difference at 5 %."
+    """True where Tango's score test does not reject a difference at 5 %."""
     b, c, n = only_second, only_first, items
+    # the quadratic for the most likely share of items that the first alone gets right
+    quadratic = 2 * n
     linear = (2 * n - b + c) * difference - b - c
     constant = -c * difference * (1 - difference)
-    share = (np.sqrt(np.maximum(linear**2 - 8 * n * constant, 0)) - linear) / (4 * n)
+    root = np.sqrt(np.maximum(linear**2 - 4 * quadratic * constant, 0))
+    share = (root - linear) / (2 * quadratic)
     variance = n * (2 * share + difference * (1 - difference))
     return (b - c - n * difference) ** 2 <= _Z**2 * variance
 
 
 def tango_interval(only_second, only_first, items) -> tuple[np.ndarray, np.ndarray]:
-    """Tango's 95 % score interval of second - first, two shares of the same items: (low, high).
+    """Return Tango's 95 % score interval of the difference of two shares.
 
-    only_second, only_first: how many of `items` have the property in that arm alone; numbers or arrays.
-    Source: Tango, Statistics in Medicine 17 (1998).
+    The shares, second - first, are of the same items. Source: Tango, Statistics in
+    Medicine 17 (1998).
+
+    Args:
+        only_second: Number of items that have the property in the second arm alone; a
+            number or an array, like the next two.
+        only_first: Number of items that have it in the first arm alone.
+        items: Number of all items.
+
+    Returns:
+        Lower and upper ends.
     """
-    counts = np.broadcast_arrays(
-        *(np.asarray(part, float) for part in (only_second, only_first, items))
+    b, c, n = np.broadcast_arrays(
+        *(np.asarray(count, float) for count in (only_second, only_first, items))
     )
     ends = []
     for outside in (-1.0, 1.0):
-        inner, outer = (
-            (counts[0] - counts[1]) / counts[2],
-            np.full(counts[2].shape, outside),
-        )
-        for _ in range(40):  # to 1e-12
+        inner = (b - c) / n
+        outer = np.full(n.shape, outside)
+        for _ in range(_BISECTIONS):
             middle = (inner + outer) / 2
-            inside = _within(*counts, middle)
-            inner, outer = (
-                np.where(inside, middle, inner),
-                np.where(inside, outer, middle),
-            )
+            inside = _within(b, c, n, middle)
+            inner = np.where(inside, middle, inner)
+            outer = np.where(inside, outer, middle)
         ends.append(outer)
     return ends[0], ends[1]
 
@@ -68,16 +79,16 @@ _RESAMPLES = 1000
 
 @lru_cache(maxsize=2)
 def _counts(items: int, resamples: int) -> np.ndarray:
-    "How often each item is drawn in each resample, (resamples, items); always the same, so that all comparisons are paired."
-    return (
-        np.random.default_rng(0)
-        .multinomial(items, np.full(items, 1 / items), resamples)
-        .astype(float)
-    )
+    """How often each item is drawn in each resample, (resamples, items).
+
+    Always the same, so that all comparisons are paired.
+    """
+    rng = np.random.default_rng(0)
+    return rng.multinomial(items, np.full(items, 1 / items), resamples).astype(float)
 
 
 def _unseen(items: int) -> float:
-    "The largest share of items of a kind that is not among `items` of them, at 95 % (Wilson)."
+    """Largest share of a kind of items of which `items` hold none (Wilson, 95 %)."""
     return _Z**2 / (items + _Z**2)
 
 
@@ -88,21 +99,26 @@ def _all_equal(values: np.ndarray, scale: float) -> bool:
 def _ratio_interval(
     arms, scale: float, resamples: int = _RESAMPLES
 ) -> tuple[float, float, float]:
-    """Sum of values / sum of weights with its 95 % interval over items, less that of a second arm: (ratio, low, high).
+    """Sum of values / sum of weights, less that of a second arm if there are two.
 
-    arms: one or two (values, weights), (n,) each; scale: how far off an item can be, where all are alike.
+    Args:
+        arms: One or two pairs of values and weights, (n,) each.
+        scale: How far off an item can be, for items that are all equal.
+        resamples: Of the items, for the bootstrap-t.
+
+    Returns:
+        The ratio, and the ends of its 95 % interval over items.
     """
-    items, ratio, columns = len(arms[0][0]), 0.0, []
+    items = len(arms[0][0])
+    ratio = 0.0
+    by_arm = []
     for sign, (values, weights) in zip((1, -1), arms, strict=False):
-        mean = weights.mean()
-        own = values.mean() / mean if mean else np.nan
+        mean = weights.mean() or np.nan
+        own = values.mean() / mean
         ratio += sign * own
-        columns += [
-            sign * (values - own * weights) / (mean or np.nan),
-            weights / (mean or np.nan),
-        ]
+        by_arm += [sign * (values - own * weights) / mean, weights / mean]
     # (n, 2 or 4): an item's influence on the ratio, and its weight, by arm
-    columns = np.stack(columns, 1)
+    columns = np.stack(by_arm, 1)
     influence = columns[:, ::2].sum(1)
     if not np.isfinite(columns).all():
         return float(ratio), np.nan, np.nan
@@ -121,59 +137,72 @@ def _ratio_interval(
 
 
 def _studentised(columns: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
-    "The 2.5 and 97.5 % points of the ratio's change over the spread of influences, over resamples."
-    items, wide = columns.shape
-    means = counts @ columns / items
-    squares = (
-        counts
-        @ (columns[:, :, None] * columns[:, None]).reshape(items, wide**2)
-        / items
-    )
+    """The 2.5 and 97.5 % points of T, the ratio's shift in units of its standard error.
+
+    columns: (n, w), an item's influence and weight by arm; counts: (resamples, n).
+    """
+    items, width = columns.shape
+    products = (columns[:, :, None] * columns[:, None]).reshape(items, width**2)
+    means = counts @ columns / items  # (r, w)
+    squares = (counts @ products / items).reshape(-1, width, width)  # (r, w, w)
     # resamples without any weight are left out
     weights = np.where(means[:, 1::2] > 0, means[:, 1::2], np.nan)
-    shifts = means[:, ::2] / weights
-    turned = np.stack([1 / weights, -shifts / weights], 2).reshape(len(means), wide)
-    variance = np.einsum(
-        "ri,rij,rj->r", turned, squares.reshape(-1, wide, wide), turned
-    )
+    shifts = means[:, ::2] / weights  # of each arm's ratio
+    # the delta method: the variance of a ratio from the mean squares of its parts
+    gradient = np.stack([1 / weights, -shifts / weights], 2).reshape(-1, width)
+    variance = np.einsum("ri,rij,rj->r", gradient, squares, gradient)
     # no resample is taken to be surer than one item allows
     least = columns[:, ::2].sum(1).var() / items
-    low, high = np.nanpercentile(
-        shifts.sum(1) / np.sqrt(np.maximum(variance, least)), (2.5, 97.5)
-    )
+    studentised = shifts.sum(1) / np.sqrt(np.maximum(variance, least))
+    low, high = np.nanpercentile(studentised, (2.5, 97.5))
     return float(low), float(high)
 
 # %% ../nbs/0_ground/06_intervals.ipynb #99cc92a8
 def mean_interval(values, axis: int = -1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The mean of values along an axis with its 95 % interval: (mean, low, high), each without that axis.
+    """Return the mean of values along an axis, and the ends of its 95 % interval.
 
-    Each end is the farther of Student's and of the bootstrap-t. A width of 0 means that all values are 0; one value has an
-    infinite interval. Raises ValueError where there are no values.
+    Each end is the farther of Student's and of the bootstrap-t. A width of 0 means that
+    all values are 0; a single value has an infinite interval.
+
+    Returns:
+        Mean, lower and upper end, each without that axis.
+
+    Raises:
+        ValueError: If there are no values.
     """
     values = np.moveaxis(np.asarray(values, float), axis, -1)
     if not values.shape[-1]:
         raise ValueError("an interval needs at least one value; there are none")
     rows = values.reshape(-1, values.shape[-1])
-    found = np.array(
+    intervals = np.array(
         [_ratio_interval([(row, np.ones(len(row)))], np.abs(row).max()) for row in rows]
     ).reshape(-1, 3)
-    mean, low, high = found.T.reshape(3, *values.shape[:-1])
+    mean, low, high = intervals.T.reshape(3, *values.shape[:-1])
     return mean, low, high
 
 
 def paired_difference(
     first, second, resamples: int = _RESAMPLES
 ) -> tuple[float, float, float]:
-    """Mean of second - first and its 95 % interval over items: (difference, low, high).
+    """Return the mean of second - first, and the ends of its 95 % interval over items.
 
-    first, second: (n,) values on the same items. Where all are 0 or 1 (right or wrong) the interval is Tango's, else that of
-    `mean_interval` from `resamples` resamples. A width of 0 means that all values are 0 and not of that kind. Raises ValueError
-    where there are no items or their numbers differ.
+    If all values are 0 or 1 (right or wrong) the interval is Tango's, else that of
+    `mean_interval`.
+
+    Args:
+        first: Values (n,) of one model.
+        second: Values (n,) of another one on the same items.
+        resamples: Of the items, for the bootstrap-t.
+
+    Raises:
+        ValueError: If there are no items, or their numbers differ.
     """
-    first, second = np.asarray(first, float), np.asarray(second, float)
+    first = np.asarray(first, float)
+    second = np.asarray(second, float)
     if first.shape != second.shape or first.ndim != 1 or not len(first):
         raise ValueError(
-            f"paired values must belong to the same items, (n,) each, not {first.shape} and {second.shape}"
+            "paired values must belong to the same items, (n,) each, "
+            f"not {first.shape} and {second.shape}"
         )
     gaps = second - first
     if _zero_or_one(first) and _zero_or_one(second):
@@ -188,9 +217,11 @@ def _zero_or_one(values: np.ndarray) -> bool:
 
 # %% ../nbs/0_ground/06_intervals.ipynb #ab158553
 def score_of(errors, spreads) -> float:
-    "1 - sum of errors / sum of spreads, (n,) each over items; NaN where the spreads are all 0."
+    """Return 1 - sum of errors / sum of spreads, (n,) each; NaN without any spread."""
     total = np.asarray(spreads, float).sum()
-    return float(1 - np.asarray(errors, float).sum() / total) if total else float("nan")
+    if not total:
+        return float("nan")
+    return float(1 - np.asarray(errors, float).sum() / total)
 
 
 def _is_accuracy(errors: np.ndarray, spreads: np.ndarray) -> bool:
@@ -198,7 +229,7 @@ def _is_accuracy(errors: np.ndarray, spreads: np.ndarray) -> bool:
 
 
 def _scale(*arms) -> float:
-    "The largest error or spread, as a share of the mean spread."
+    """The largest error or spread, as a multiple of the mean spread."""
     return max(
         max(errors.max(), spreads.max()) / (spreads.mean() or np.nan)
         for errors, spreads in arms
@@ -206,8 +237,12 @@ def _scale(*arms) -> float:
 
 
 def score_interval(errors, spreads) -> tuple[float, float]:
-    "The 95 % interval of a score over test items: Wilson's for an accuracy, else from the bootstrap-t; NaN if undefined."
-    errors, spreads = np.asarray(errors, float), np.asarray(spreads, float)
+    """Return the 95 % interval of a score over test items; NaN where it is undefined.
+
+    Wilson's for an accuracy, else from the bootstrap-t. Arguments as for `score_of`.
+    """
+    errors = np.asarray(errors, float)
+    spreads = np.asarray(spreads, float)
     if _is_accuracy(errors, spreads):
         return proportion_interval(errors == 0)
     _, low, high = _ratio_interval([(errors, spreads)], _scale((errors, spreads)))
@@ -216,9 +251,17 @@ def score_interval(errors, spreads) -> tuple[float, float]:
 # %% ../nbs/0_ground/06_intervals.ipynb #4453fece
 @dataclass(frozen=True)
 class Comparison:
-    """What was seen of second - first. interval: 95 %; smallest: the difference that would be seen in 8 of 10 such tests.
+    """The difference of two arms, second - first, and how sure it is.
 
-    over: what the interval is over: items or seeds, how many, paired or not; scale, unit: in which numbers are written.
+    Args:
+        first: Name of the first arm.
+        second: Name of the second arm.
+        difference: Of their means.
+        interval: Its 95 % interval.
+        smallest: The true difference that such a test would detect with 80 % power.
+        over: What the interval is over: items or seeds, how many, paired or not.
+        scale: Factor by which numbers are multiplied in words.
+        unit: What follows them.
     """
 
     first: str
@@ -231,29 +274,33 @@ class Comparison:
     unit: str = " points"
 
     @property
-    def seen(self) -> bool:
-        "Whether the interval leaves out 0."
+    def significant(self) -> bool:
+        """True if the interval leaves out 0."""
         return self.interval[0] > 0 or self.interval[1] < 0
 
     def __str__(self) -> str:
-        gap, low, high, least = (
-            self.scale * value
-            for value in (self.difference, *self.interval, self.smallest)
-        )
         digits = ".1f" if self.scale >= 10 else ".3g"
-        found = (
-            "a difference is seen"
-            if self.seen
-            else f"no difference seen; one of {least:{digits}}{self.unit} would have been seen in 8 of 10 such tests"
-        )
+
+        def written(value: float, sign: str = "+") -> str:
+            return f"{self.scale * value:{sign}{digits}}"
+
+        low, high = self.interval
+        if self.significant:
+            verdict = "a significant difference"
+        else:
+            smallest = written(self.smallest, "") + self.unit
+            verdict = (
+                f"no significant difference (one of {smallest} would be detected "
+                "with 80 % power)"
+            )
         return (
-            f"{self.second} minus {self.first}: {gap:+{digits}}{self.unit} (95 % {low:+{digits}} to {high:+{digits}}, "
-            f"over {self.over}): {found}"
+            f"{self.second} minus {self.first}: {written(self.difference)}{self.unit} "
+            f"(95 % {written(low)} to {written(high)}, over {self.over}): {verdict}"
         )
 
 
 def smallest_effect(interval: tuple[float, float]) -> float:
-    "The true difference that would be seen in 8 of 10 tests with intervals as wide as this one."
+    """Return the difference that tests with such intervals detect at 80 % power."""
     return float((1 + norm.ppf(0.8) / _Z) * (interval[1] - interval[0]) / 2)
 
 
@@ -264,7 +311,15 @@ def compare_values(
     over: str = "test items",
     **written,
 ) -> Comparison:
-    "The mean of values (n,) of two trained models on the same items, as `paired_difference`; over: of which items."
+    """Compare the means of values of two trained models on the same items.
+
+    Args:
+        first: Values (n,) of one model, as for `paired_difference`.
+        second: Values (n,) of the other.
+        names: Of the two models.
+        over: What the items are.
+        written: Scale and unit of the `Comparison`.
+    """
     gap, *interval = paired_difference(first, second)
     return Comparison(
         *names,
@@ -279,17 +334,27 @@ def compare_values(
 def compare_items(
     first: tuple, second: tuple, names: tuple[str, str] = ("first", "second"), **written
 ) -> Comparison:
-    """Two trained models on the same test items, paired. first, second: (errors, spreads), (n,) each, as for `score_of`.
+    """Compare the scores of two trained models on the same test items.
 
-    The interval is Tango's for accuracies, else from the bootstrap-t of the difference. It says nothing about other training
-    seeds. Raises ValueError when the numbers of items differ.
+    The interval is Tango's for accuracies, else from the bootstrap-t of the difference.
+    It says nothing about other training seeds.
+
+    Args:
+        first: Errors and spreads of one model, (n,) each, as for `score_of`.
+        second: Those of the other.
+        names: Of the two models.
+        written: Scale and unit of the `Comparison`.
+
+    Raises:
+        ValueError: If the numbers of items differ.
     """
     first, second = (
         tuple(np.asarray(part, float) for part in arm) for arm in (first, second)
     )
     if len(first[0]) != len(second[0]):
         raise ValueError(
-            f"paired scores must be of the same test items, not of {len(first[0])} and {len(second[0])}"
+            "paired scores must be of the same test items, "
+            f"not of {len(first[0])} and {len(second[0])}"
         )
     if _is_accuracy(*first) and _is_accuracy(*second):
         return compare_values(1 - first[0], 1 - second[0], names, **written)
@@ -312,24 +377,28 @@ def _several(values) -> np.ndarray:
     values = np.asarray(list(values), float)
     if len(values) < 2 or not np.isfinite(values).all():
         raise ValueError(
-            f"an interval over training seeds needs at least two finite numbers, not {values.tolist()}; train "
-            "with another seed"
+            "an interval over training seeds needs at least two finite numbers, "
+            f"not {values.tolist()}; train with another seed"
         )
     return values
 
 
 def _error(values: np.ndarray, scale: float) -> float:
-    "The standard error of a mean over seeds; where all values are equal, so large that the interval is as `_unseen` has it."
+    """The standard error of a mean over seeds.
+
+    Equal values are no proof that the next seed gives the same. For them it is so large
+    that the interval is the one of `_unseen`.
+    """
     if _all_equal(values, scale):
         return _unseen(len(values)) * scale / t.ppf(0.975, len(values) - 1)
     return values.std(ddof=1) / np.sqrt(len(values))
 
 
 def _seeds_interval(values) -> tuple[float, float, float]:
-    """Mean and Student's 95 % interval over training seeds: (mean, low, high).
+    """Mean over training seeds, and the ends of Student's 95 % interval.
 
-    Equal values are no proof that the next seed gives the same: only if all are 0 the width is 0. Raises ValueError for less
-    than two.
+    Its width is 0 only if all values are 0, see `_error`. Raises ValueError for fewer
+    than two seeds.
     """
     values = _several(values)
     half = t.ppf(0.975, len(values) - 1) * _error(values, np.abs(values).max())
@@ -346,46 +415,59 @@ def compare_seeds(
     names: tuple[str, str] = ("first", "second"),
     **written,
 ) -> Comparison:
-    """Two arms over training seeds. first, second: {seed: value}; paired where the seeds are the same, else Welch's interval.
+    """Compare two arms over training seeds.
 
-    Equal differences are no proof, as in `_seeds_interval`. Raises ValueError for less than two seeds.
+    Paired (Student) if both have the same seeds, else by Welch's test. Equal
+    differences are no proof, see `_error`.
+
+    Args:
+        first: One arm's value for each seed.
+        second: The other's.
+        names: Of the two arms.
+        written: Scale and unit of the `Comparison`.
+
+    Raises:
+        ValueError: If an arm has fewer than two seeds.
     """
     values = [_several(arm.values()) for arm in (first, second)]
     scale = max(np.abs(arm).max() for arm in values)
-    if paired := first.keys() == second.keys():
-        error, freedom = (
-            _error(np.array([second[seed] - first[seed] for seed in first]), scale),
-            len(first) - 1,
-        )
+    if first.keys() == second.keys():
+        gaps = np.array([second[seed] - first[seed] for seed in first])
+        error = _error(gaps, scale)
+        freedom = len(first) - 1
+        over = f"{len(first)} training seeds, paired"
     else:
-        variances = [(_error(arm, scale) ** 2, len(arm) - 1) for arm in values]
-        total = sum(variance for variance, _ in variances)
-        error, freedom = (
-            np.sqrt(total),
-            total**2 / sum(v**2 / n for v, n in variances) if total else 1,
-        )
+        error, freedom = _welch(values, scale)
+        over = f"{len(first)} and {len(second)} training seeds, not paired"
     gap = float(values[1].mean() - values[0].mean())
     half = float(t.ppf(0.975, freedom) * error)
-    over = (
-        f"{len(first)} training seeds, paired"
-        if paired
-        else f"{len(first)} and {len(second)} training seeds, not paired"
+    smallest = float((t.ppf(0.975, freedom) + t.ppf(0.8, freedom)) * error)
+    return Comparison(*names, gap, (gap - half, gap + half), smallest, over, **written)
+
+
+def _welch(arms: list[np.ndarray], scale: float) -> tuple[float, float]:
+    """Welch's standard error of a difference of means, and its degrees of freedom."""
+    variances = [_error(arm, scale) ** 2 for arm in arms]
+    total = sum(variances)
+    if not total:
+        return 0.0, 1.0
+    spread = sum(
+        variance**2 / (len(arm) - 1)
+        for variance, arm in zip(variances, arms, strict=True)
     )
-    return Comparison(
-        *names,
-        gap,
-        (gap - half, gap + half),
-        float((t.ppf(0.975, freedom) + t.ppf(0.8, freedom)) * error),
-        over,
-        **written,
-    )
+    return float(np.sqrt(total)), float(total**2 / spread)
 
 # %% ../nbs/0_ground/06_intervals.ipynb #00703b61
 def cells_in_words(cells) -> str:
-    "How many cells of differences (3, ...), the mean, low and high of each, leave out 0, and how many would by chance."
+    """Say how many differences leave out 0, and how many would by chance.
+
+    cells: (3, ...), the mean, lower and upper end of each difference.
+    """
     low, high = np.asarray(cells)[1:]
     total = np.isfinite(low).sum()
+    above = int((low > 0).sum())
+    below = int((high < 0).sum())
     return (
-        f"of {total} cells, {int((low > 0).sum())} are above 0 and {int((high < 0).sum())} below with their own 95 % "
+        f"of {total} cells, {above} are above 0 and {below} below with their own 95 % "
         f"interval; about {0.05 * total:.1f} would be, together, if nothing differed"
     )

@@ -26,15 +26,18 @@ _used: dict[str, None] = {}
 
 @dataclass(frozen=True)
 class NoOptions:
-    "The options of something that has none."
+    """Options of an entry that has none."""
 
 
 @dataclass(frozen=True)
 class Entry:
     """Something registered under a name.
 
-    options: a frozen dataclass, importable without torch; target: the thing, or its address "module:attribute";
-    source: the `--use` that registers it, empty for what comes with the library.
+    Args:
+        name: Under which it is looked up.
+        options: A frozen dataclass that can be imported without torch.
+        target: The thing itself, or its address, "module:attribute".
+        source: The `--use` that registers it; empty for what comes with the library.
     """
 
     name: str
@@ -43,7 +46,7 @@ class Entry:
     source: str = ""
 
     def load(self) -> Any:
-        "Return the thing itself; its module is imported when it is first asked for."
+        """Return the thing itself; its module is imported on first use."""
         if not isinstance(self.target, str):
             return self.target
         module, _, attribute = self.target.partition(":")
@@ -61,36 +64,46 @@ class Registry:
         self._entries: dict[str, Entry] = {}
 
     def register(self, name: str, target: Any = None, options: type = NoOptions) -> Any:
-        """Register `target`, or, without one, decorate what follows: `@registry.register("mine", options=MyOptions)`.
+        """Register `target`, or act as a decorator if there is none.
 
-        A cell or file that is run again replaces its own entry. Raises ValueError for a name that is taken by something else,
-        TypeError for options that are not a frozen dataclass with defaults.
+        A cell or file that is run again replaces its own entry.
+
+        Args:
+            name: Under which it will be looked up.
+            target: The thing itself, or its address, "module:attribute".
+            options: A frozen dataclass whose fields all have defaults.
+
+        Raises:
+            ValueError: If something else has the name.
+            TypeError: If `options` are not such a dataclass.
         """
         if target is None:
             return lambda decorated: self.register(name, decorated, options)
-        if not is_dataclass(options) or not options.__dataclass_params__.frozen:
-            raise TypeError(
-                f"the options of {self.kind} {name!r} must be a class with @dataclass(frozen=True), not {options!r}"
-            )
-        missing = [
-            f.name
-            for f in fields(options)
-            if f.default is MISSING and f.default_factory is MISSING
-        ]
-        if missing:
-            raise TypeError(
-                f"option {missing[0]} of {self.kind} {name!r} has no default; give it one in {options.__name__}"
-            )
+        self._check_options(name, options)
         known = self._entries.get(name)
         if known and not _same(_address(known.target), _address(target)):
             raise ValueError(
-                f"{self.kind} {name!r} is registered twice, as {_address(known.target)} and as {_address(target)}; "
+                f"{self.kind} {name!r} is registered twice, as "
+                f"{_address(known.target)} and as {_address(target)}; "
                 "give one of them another name"
             )
-        self._entries[name] = Entry(
-            name, options, target, _loading[-1] if _loading else ""
-        )
+        source = _loading[-1] if _loading else ""
+        self._entries[name] = Entry(name, options, target, source)
         return target
+
+    def _check_options(self, name: str, options: Any) -> None:
+        frozen = is_dataclass(options) and options.__dataclass_params__.frozen
+        if not frozen:
+            raise TypeError(
+                f"the options of {self.kind} {name!r} must be a class with "
+                f"@dataclass(frozen=True), not {options!r}"
+            )
+        for f in fields(options):
+            if f.default is MISSING and f.default_factory is MISSING:
+                raise TypeError(
+                    f"option {f.name} of {self.kind} {name!r} has no default; "
+                    f"give it one in {options.__name__}"
+                )
 
     def __getitem__(self, name: str) -> Entry:
         if name not in self._entries:
@@ -98,7 +111,8 @@ class Registry:
                 choose(name, self._entries, self.kind)
             except ValueError as error:
                 raise ValueError(
-                    f"{error}. One of your own is made known by --use FILE, or by use(FILE) in Python"
+                    f"{error}. If it is your own, name its file: --use FILE, "
+                    "or use(FILE) in Python"
                 ) from None
         return self._entries[name]
 
@@ -110,20 +124,19 @@ class Registry:
 
 
 def _same(address: str, other: str) -> bool:
-    "True for one address, and for a definition in a notebook of what a module defines too."
-    (module, _, name), (other_module, _, other_name) = (
-        address.partition(":"),
-        other.partition(":"),
-    )
-    return name == other_name and (
-        module == other_module or "__main__" in (module, other_module)
-    )
+    """True for one address, and for a notebook's own version of a module's definition."""
+    module, _, name = address.partition(":")
+    other_module, _, other_name = other.partition(":")
+    if name != other_name:
+        return False
+    return module == other_module or "__main__" in (module, other_module)
 
 
 def _address(target: Any) -> str:
     if isinstance(target, str):
         return target
-    return f"{getattr(target, '__module__', '')}:{getattr(target, '__qualname__', repr(target))}"
+    module = getattr(target, "__module__", "")
+    return f"{module}:{getattr(target, '__qualname__', repr(target))}"
 
 
 backbones = Registry("backbone")
@@ -144,7 +157,10 @@ register_explorer = explorers.register
 def use(source: str | os.PathLike) -> None:
     """Import a Python file, or a module by its dotted name, that registers something.
 
-    The second time, nothing happens. Raises ValueError, naming file and error, if there is none or if it fails on import.
+    The second time, nothing happens.
+
+    Raises:
+        ValueError: If there is no such file, or it fails on import.
     """
     source = os.fspath(source)
     is_file = source.endswith(".py") or os.sep in source
@@ -173,6 +189,7 @@ def _import_file(path: str) -> None:
         letter if letter.isalnum() else "_" for letter in path
     )
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader  # of a file that ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # pickle finds its classes there, in other processes too
     try:
@@ -183,13 +200,16 @@ def _import_file(path: str) -> None:
 
 
 def used() -> tuple[str, ...]:
-    "Return all files and modules that were used, in order, for a process that has to use them too."
+    """Return all files and modules that were used, in order.
+
+    A child process has to use them too.
+    """
     return tuple(_used)
 
 
 @contextmanager
 def trial() -> Iterator[None]:
-    "Forget at its end what was registered and used inside, as in a lesson or a test."
+    """Forget at the end what was registered and used inside the block."""
     registries = (backbones, objectives, datasets, samplers, metrics, explorers)
     before = [dict(registry._entries) for registry in registries]
     used_before = dict(_used)
@@ -205,30 +225,28 @@ def trial() -> Iterator[None]:
 class Named(type):
     """The type of a config part whose `name` chooses further fields.
 
-    A class of this type is a frozen dataclass with a field `name` that has a default, and sets `registry`. Calling it gives an
-    instance of a subclass that also has the fields of the named entry's options. Raises ValueError for unknown names and for
-    options of another entry.
+    A class of this type is a frozen dataclass with a field `name` that has a default,
+    and sets `registry`. Calling it gives an instance of a subclass that also has the
+    fields of the named entry's options.
+
+    Raises:
+        ValueError: If the name is unknown, or an option belongs to another entry.
     """
 
     registry: Registry
 
     def __call__(cls, *args: Any, **values: Any) -> Any:
         names = {"name": args[0]} if args else {}
-        chosen = cls.chosen(
-            names
-            | {
-                name: value
-                for name, value in values.items()
-                if not cls._is_default_option(name, value)
-            }
-        )
-        # `replace(part, name=...)`: what was a default there is one here
+        changed = {
+            name: value
+            for name, value in values.items()
+            if not cls._is_default_option(name, value)
+        }
+        chosen = cls.chosen(names | changed)
+        # replace(part, name=...) passes all options of the old entry: its defaults must
+        # not become settings of the new one
         if chosen is not cls and "base" in cls.__dict__:
-            values = {
-                name: value
-                for name, value in values.items()
-                if not cls._is_default_option(name, value)
-            }
+            values = changed
         return type.__call__(chosen, *args, **values)
 
     def _is_default_option(cls, name: str, value: Any) -> bool:
@@ -238,7 +256,10 @@ class Named(type):
         )
 
     def chosen(cls, values: dict[str, Any]) -> type:
-        "Return the class of the entry that `values` name. Raises ValueError for values that are none of its settings."
+        """Return the class of the entry that `values` name.
+
+        Raises ValueError for a value that is not one of its settings.
+        """
         base = cls.__dict__.get("base", cls)
         concrete = base.of(
             values.get("name", base.__dataclass_fields__["name"].default)
@@ -250,7 +271,7 @@ class Named(type):
         return concrete
 
     def of(cls, name: str) -> type:
-        "Return the class of the entry `name`."
+        """Return the class of the entry `name`."""
         base = cls.__dict__.get("base", cls)
         options = base.registry[name].options
         cache = base.__dict__.get("_concrete")
@@ -261,17 +282,20 @@ class Named(type):
         return cache[name][1]
 
     def owners(cls, field_name: str) -> list[str]:
-        "Return the names of the entries that have an option."
+        """Return the names of the entries that have an option."""
         base = cls.__dict__.get("base", cls)
         return [
             name
             for name in base.registry
-            if field_name in {f.name for f in fields(base.registry[name].options)}
+            if field_name in base.registry[name].options.__dataclass_fields__
         ]
 
 
 def own_options(part: Any) -> dict[str, Any]:
-    "Return the options of the entry that a config part names, without the settings that all entries have."
+    """Return the options of the entry that a config part names.
+
+    The settings that all entries share are left out.
+    """
     return {f.name: getattr(part, f.name) for f in fields(part.options_type)}
 
 
@@ -279,18 +303,14 @@ def _combine(base: type, options: type) -> type:
     clash = {f.name for f in fields(base)} & {f.name for f in fields(options)}
     if clash:
         raise ValueError(
-            f"{', '.join(sorted(clash))} of {options.__name__} is a setting that every {base.registry.kind} has; "
-            "give the option another name"
+            f"{', '.join(sorted(clash))} of {options.__name__} is a setting that every "
+            f"{base.registry.kind} has; give the option another name"
         )
-    checks = [
-        checked.__post_init__
-        for checked in (base, options)
-        if hasattr(checked, "__post_init__")
-    ]
 
     def check_all(part: Any) -> None:
-        for check in checks:
-            check(part)
+        for owner in (base, options):
+            if hasattr(owner, "__post_init__"):
+                owner.__post_init__(part)
 
     # a class made here has no address that pickle could find
     def reduce(part: Any) -> tuple:
@@ -309,11 +329,9 @@ def _combine(base: type, options: type) -> type:
     made = make_dataclass(
         base.__name__, [], bases=(options, base), frozen=True, namespace=namespace
     )
-    made.__module__, made.__qualname__, made.__doc__ = (
-        base.__module__,
-        base.__qualname__,
-        base.__doc__,
-    )
+    made.__module__ = base.__module__
+    made.__qualname__ = base.__qualname__
+    made.__doc__ = base.__doc__
     return made
 
 
@@ -329,6 +347,7 @@ def _refuse(base: type, concrete: type, field_name: str) -> None:
     named = next(name for name in base.registry if base.of(name) is concrete)
     if owners:
         raise ValueError(
-            f"{field_name} is an option of {kind} {', '.join(owners)}, which {named} does not have"
+            f"{field_name} is an option of {kind} {', '.join(owners)}, "
+            f"which {named} does not have"
         )
     choose(field_name, [f.name for f in fields(concrete)], f"setting of {kind} {named}")

@@ -17,9 +17,11 @@ _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
 @contextmanager
 def own_settings() -> Iterator[None]:
-    """Within: gradients, float32, tensors on the CPU unless asked otherwise, and no autocast, whatever the caller has set.
+    """Shield a block from the caller's settings of torch; also a decorator.
 
-    What the caller has set holds again afterwards. An autocast inside keeps no copies of weights. Also a decorator.
+    Inside, gradients are recorded, new tensors are float32 and on the CPU, and nothing
+    is cast automatically; an autocast inside caches no weights. Afterwards the caller's
+    settings hold again.
     """
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:

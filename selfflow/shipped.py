@@ -11,7 +11,10 @@ from pathlib import Path
 
 # %% ../nbs/0_ground/03_shipped.ipynb #381bcac2
 def shipped(name: str) -> Path:
-    "The path of a file that comes with the project, such as judges/shapes.safetensors; it need not exist."
+    """Return the path of a file that comes with the project; it need not exist.
+
+    name: within `data/`, such as judges/shapes.safetensors.
+    """
     package = Path(find_spec("selfflow").origin).parent
     inside = package / "_shipped"  # of a wheel
     return (inside if inside.is_dir() else package.parent / "data") / name

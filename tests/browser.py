@@ -45,7 +45,8 @@ def playwright():
     "The library, or the reason to skip."
     if os.environ.get("SELFFLOW_NEEDS_BROWSER"):
         assert CHROMIUM, (
-            "SELFFLOW_NEEDS_BROWSER is set, but there is no chromium or google-chrome on the path"
+            "SELFFLOW_NEEDS_BROWSER is set, but there is no chromium or google-chrome "
+            "on the path"
         )
         import playwright.sync_api as api
 
@@ -59,7 +60,9 @@ def playwright():
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
-    "JupyterLab on an empty folder, for all tests of a session: (address, token, folder)."
+    """JupyterLab on an empty folder, for all tests of a session: (address, token,
+    folder).
+    """
     playwright()
     folder = tmp_path_factory.mktemp("lab")
     settings = folder / "data/lab/settings"
@@ -175,7 +178,9 @@ def wait_for_server(address, token, server, log, seconds=180):
 
 @contextmanager
 def served(runs, folder):
-    "`selfflow app` on a folder of runs until the block ends: (address, token); what it leaves behind lies in `folder`."
+    """`selfflow app` on a folder of runs until the block ends: (address, token); what
+    it leaves behind lies in `folder`.
+    """
     command = [
         sys.executable,
         "-m",
@@ -216,7 +221,9 @@ def served(runs, folder):
 
 @pytest.fixture
 def page(lab):
-    "A page of a browser; what the page complained of and what it asked of other machines is looked at in the end."
+    """A page of a browser; what the page complained of and what it asked of other
+    machines is looked at in the end.
+    """
     api = playwright()
     errors, elsewhere = [], []
     with api.sync_playwright() as browsers:
@@ -245,7 +252,9 @@ def page(lab):
 
 
 def shoot(page, name):
-    "A picture of the page for one who works on it: SELFFLOW_SCREENSHOTS=FOLDER pytest tests/test_browser*.py."
+    """A picture of the page for one who works on it: SELFFLOW_SCREENSHOTS=FOLDER pytest
+    tests/test_browser*.py.
+    """
     if folder := os.environ.get("SELFFLOW_SCREENSHOTS"):
         page.screenshot(path=f"{folder}/{name}.png")
 
@@ -296,7 +305,9 @@ def decoded(png):
 
 
 def until_shown(page, selector, png, seconds=60):
-    "Wait until an image shows what a pure function has drawn: the same but for the rounding of another process."
+    """Wait until an image shows what a pure function has drawn: the same but for the
+    rounding of another process.
+    """
     wanted, end = decoded(png), time.monotonic() + seconds
     while True:
         shown = pixels(page, selector)
@@ -309,7 +320,9 @@ def until_shown(page, selector, png, seconds=60):
 
 
 def until_within(page, box, *parts, seconds=20):
-    "Wait until a box lies within the page, and what is seen of `parts` within the box: a page gets narrower after a while."
+    """Wait until a box lies within the page, and what is seen of `parts` within the
+    box: a page gets narrower after a while.
+    """
     end = time.monotonic() + seconds
     while True:
         shapes = [
@@ -322,7 +335,8 @@ def until_within(page, box, *parts, seconds=20):
         if ends and max(ends) <= edge + 4 and edge <= page.viewport_size["width"]:
             return
         assert time.monotonic() < end, (
-            f"a box ends at {edge:.0f}, what lies in it at {', '.join(f'{e:.0f}' for e in ends)}"
+            f"a box ends at {edge:.0f}, what lies in it at "
+            f"{', '.join(f'{e:.0f}' for e in ends)}"
         )
         page.wait_for_timeout(100)
 
@@ -350,7 +364,9 @@ def step_times(page, picture, control, steps=40):
 
 
 def record_latency(name, milliseconds, **about):
-    "Keep how long the picture took to follow, with SELFFLOW_RECORD=1, in data/results/latency.json; the median in any case."
+    """Keep how long the picture took to follow, with SELFFLOW_RECORD=1, in
+    data/results/latency.json; the median in any case.
+    """
     median = statistics.median(milliseconds)
     if os.environ.get("SELFFLOW_RECORD"):
         path = ROOT / "data/results/latency.json"

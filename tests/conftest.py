@@ -82,7 +82,9 @@ def process_settings():
 
 @pytest.fixture(autouse=True)
 def the_process_is_left_as_it_was():
-    "A picture once differed in its last bits because another test had left two threads."
+    """A picture once differed in its last bits because another test had left two
+    threads.
+    """
     before = process_settings()
     yield
     after = process_settings()

@@ -37,8 +37,11 @@ def encoded(
     muxer=(),
     form=None,
 ):
-    """The bytes of a film. pictures: greys, or arrays (h, w, 3); times: when each is shown, in 1 / base seconds, None: even ones;
-    sound: seconds of a tone beside it; rate: pictures a second; muxer: FFmpeg's options of the container; form: of the pixels.
+    """The bytes of a film.
+
+    pictures: greys, or arrays (h, w, 3); times: when each is shown, in 1 / base
+    seconds, None: even ones; sound: seconds of a tone beside it; rate: pictures a
+    second; muxer: FFmpeg's options of the container; form: of the pixels.
     """
     written = io.BytesIO()
     with av.open(written, "w", format=container, options=dict(muxer)) as file:

@@ -1,6 +1,9 @@
-"""Faults at the k-th thing that is done to the disk, and a process to be killed. As a script it is that process's parent.
+"""Faults at the k-th thing that is done to the disk, and a process to be killed.
 
-The parent has torch loaded and forks a child for each line that it reads, `ACTION FOLDER [K]`; so a child starts in milliseconds.
+As a script it is that process's parent.
+
+The parent has torch loaded and forks a child for each line that it reads, `ACTION
+FOLDER [K]`; so a child starts in milliseconds.
 """
 
 import io
@@ -48,7 +51,10 @@ def writes(args, options):
 
 @contextmanager
 def at_call(k, fault):
-    "What changes the disk is counted; `fault()` comes before the k-th. Yields the names of the calls so far."
+    """What changes the disk is counted; `fault()` comes before the k-th.
+
+    Yields the names of the calls so far.
+    """
     seen, real = [], {(module, name): getattr(module, name) for module, name in CALLS}
 
     def counted(module, name):
@@ -83,7 +89,9 @@ def say(text):
 
 
 def save_on(folder):
-    "Log, save and prune, as training does, from where the folder stands; says each step that was saved."
+    """Log, save and prune, as training does, from where the folder stands; says each
+    step that was saved.
+    """
     run = Run.open(folder, "cpu")
     with run.locked():
         run.clear_staging()
@@ -227,7 +235,9 @@ class Worker:
             )
 
     def wait(self):
-        "Wait for the child; returns the signal that ended it (0 = none) and what it said."
+        """Wait for the child; returns the signal that ended it (0 = none) and what it
+        said.
+        """
         said = self.early
         while not (line := self.read()).startswith("ended "):
             said.append(line)

@@ -1,4 +1,6 @@
-"""Kinds of data x everything a user can do, for test_matrix_images and test_matrix_signals: each kind is trained once."""
+"""Kinds of data x everything a user can do, for test_matrix_images and
+test_matrix_signals: each kind is trained once.
+"""
 
 import csv
 import functools
@@ -149,7 +151,9 @@ FILMS = FILES | {"frames": 8}
 
 @dataclass(frozen=True)
 class Kind:
-    "write: makes the data in a folder; path: of the data in it; data: options; refused: {cell: the reason, a part of it}."
+    """write: makes the data in a folder; path: of the data in it; data: options;
+    refused: {cell: the reason, a part of it}.
+    """
 
     write: Callable | None
     data: dict
@@ -401,7 +405,9 @@ def _probe_panel(run: Path, place: Path) -> None:
 
 
 def _notebook(name: str, run: Path, path: str, **changes) -> None:
-    "Execute the code of a companion notebook on a run; changes: lines that are replaced."
+    """Execute the code of a companion notebook on a run; changes: lines that are
+    replaced.
+    """
     cells = [
         cell.source
         for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells
@@ -471,7 +477,9 @@ def contents(run: Path) -> dict[str, float]:
 
 
 def check(kind: Kind, cell: str, run: Path, place: Path, capsys) -> None:
-    "A cell works, or is refused in one line before any work: no model is asked anything and no file is written."
+    """A cell works, or is refused in one line before any work: no model is asked
+    anything and no file is written.
+    """
     reason = kind.refused.get(cell)
     if reason is None:
         CELLS[cell](run, place)
@@ -501,7 +509,9 @@ def check(kind: Kind, cell: str, run: Path, place: Path, capsys) -> None:
 
 
 def check_choice(kind: Kind, run: Path) -> None:
-    "Every part that is taken of stored data has as many of each class: validation, items and explorers."
+    """Every part that is taken of stored data has as many of each class: validation,
+    items and explorers.
+    """
     opened = Run.open(run, "cpu")
     assert opened.state()["step"] == 8 and len(opened.log) == 8
     if not kind.write:

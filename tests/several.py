@@ -1,7 +1,9 @@
-"""What each of several processes does in test_processes: train the configs of a list in turn, and note what was raised.
+"""What each of several processes does in test_processes: train the configs of a list in
+turn, and note what was raised.
 
-Called by torchrun: several.py TASKS.json. A task: config, folder, and optionally poison (the step whose data become huge in
-the last process), stop (the step after which the last process gets a SIGTERM) or features (train REPA on made ones).
+Called by torchrun: several.py TASKS.json. A task: config, folder, and optionally poison
+(the step whose data become huge in the last process), stop (the step after which the
+last process gets a SIGTERM) or features (train REPA on made ones).
 """
 
 import json

@@ -1,4 +1,6 @@
-"""A run folder written as the loop writes it, by a thread that can be slow, stopped and asked."""
+"""A run folder written as the loop writes it, by a thread that can be slow, stopped and
+asked.
+"""
 
 import json
 import math
@@ -55,7 +57,9 @@ class SimulatedTrainer:
         self.save()
 
     def save(self) -> None:
-        "A checkpoint of the last step, so far as one who watches looks at it; older ones are removed."
+        """A checkpoint of the last step, so far as one who watches looks at it; older
+        ones are removed.
+        """
         new = self.path / f"checkpoints/step-{self.step:08d}"
         new.mkdir(parents=True, exist_ok=True)
         state = json.dumps({"step": self.step})

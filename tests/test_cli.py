@@ -109,7 +109,7 @@ def test_a_run_that_was_renamed_and_moved_goes_on_where_it_is(
     assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"] and [
         p.name for p in place.parent.iterdir()
     ] == ["renamed"]
-    assert "goes on from step 4" in capsys.readouterr().out
+    assert "resuming from step 4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_plain_file_lies_between_preset_and_options(config_of, tmp_path):
             "Did you mean 'name'",
         ),
         ('{"format": 1, "config": []}', "cannot be used"),
-        ('{"training": 3}', "expected its fields"),
+        ('{"training": 3}', "expected a dict of its fields"),
     ],
 )
 def test_config_files_that_cannot_be_used_are_refused(tmp_path, capsys, content, words):
@@ -238,7 +238,8 @@ def test_a_preset_has_no_say_over_a_whole_run(runs, capsys):
     [
         (
             "train --objective.mask-ration 0.1",
-            "unknown option --objective.mask-ration; did you mean --objective.mask-ratio?",
+            "unknown option --objective.mask-ration; did you mean "
+            "--objective.mask-ratio?",
         ),
         ("train --objektive.name x", "did you mean --objective.name?"),
         ("train --mask_ratio=0.1", "did you mean --objective.mask-ratio?"),
@@ -291,7 +292,8 @@ def test_mistakes_are_answered_in_a_line(monkeypatch, capfd, line, words, drawin
 
 def test_a_box_in_colours_is_read_as_well():
     box = (
-        "\x1b[31m╭─\x1b[0m Title ─────────╮\n\x1b[31m│\x1b[0m What is \x1b[1mwrong\x1b[0m │\n│ here.   │\n"
+        "\x1b[31m╭─\x1b[0m Title ─────────╮\n\x1b[31m│\x1b[0m What is "
+        "\x1b[1mwrong\x1b[0m │\n│ here.   │\n"
         "│ ─────────── │\n│ More. │\n╰────╯"
     )
     assert (
@@ -397,8 +399,10 @@ def test_every_command_explains_its_options(capsys):
 )
 def test_help_and_typing_errors_need_no_torch(line):
     script = (
-        "import sys; from selfflow.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
-        "heavy = sys.modules.keys() & {'torch', 'numpy', 'pandas', 'scipy', 'sklearn', 'matplotlib', 'safetensors'}\n"
+        "import sys; from selfflow.cli import main\ntry: main(sys.argv[1:])\nexcept "
+        "SystemExit: pass\n"
+        "heavy = sys.modules.keys() & {'torch', 'numpy', 'pandas', 'scipy', 'sklearn', "
+        "'matplotlib', 'safetensors'}\n"
         "raise SystemExit(','.join(heavy) or None)"
     )
     done = subprocess.run(
@@ -434,7 +438,8 @@ def test_the_version_is_printed_and_presets_are_all_listed(capsys, monkeypatch):
         (
             KeyboardInterrupt(),
             130,
-            "interrupted. What was not saved is lost; the same command goes on from the last checkpoint.\n",
+            "interrupted. What was not saved is lost; the same command goes on from "
+            "the last checkpoint.\n",
         ),
         (SystemExit(143), 143, ""),
         (OSError("the disk is full"), 2, "selfflow: the disk is full"),
@@ -554,9 +559,11 @@ def test_the_module_is_the_command_and_nothing_happens_on_import(tmp_path):
     [
         ("--data.name shapes+notes", "--data.0.name shapes --data.1.name notes"),
         (
-            "--data.name=shapes+notes --data.shares 0.6+0.4 --data.patch 4 --data.size 16 --data.weights audio=0.5",
+            "--data.name=shapes+notes --data.shares 0.6+0.4 --data.patch 4 --data.size "
+            "16 --data.weights audio=0.5",
             "--data.0.name shapes --data.0.patch 4 --data.0.size 16 --data.0.share 0.6 "
-            "--data.1.name notes --data.1.patch 4 --data.1.share 0.4 --data.1.weight audio 0.5",
+            "--data.1.name notes --data.1.patch 4 --data.1.share 0.4 --data.1.weight "
+            "audio 0.5",
         ),
         (
             "--preset scenes --data.weights audio=0.5+video=2",
@@ -590,7 +597,8 @@ def test_an_old_command_line_is_answered_with_the_new_one(capsys, typed, written
     [
         (
             "--data.path x",
-            "--data.path is an option of data set folder, huggingface, latents, fashion; choose one by --data.name",
+            "--data.path is an option of data set folder, huggingface, latents, "
+            "fashion; choose one by --data.name",
         ),
         (
             "--data.0.name notes --data.0.size 8",
@@ -632,7 +640,8 @@ def test_settings_of_data_that_cannot_be_are_refused_in_a_line(
 def test_a_config_file_may_list_data_sets_and_options_change_one(tmp_path):
     file = tmp_path / "two.json"
     file.write_text(
-        '{"data": [{"name": "shapes", "share": 3}, {"name": "notes", "weight": {"audio": 2}}]}'
+        '{"data": [{"name": "shapes", "share": 3}, {"name": "notes", "weight": '
+        '{"audio": 2}}]}'
     )
     first, second = starting_point(
         ["train", "--config", str(file), "--data.1.name", "scenes"]

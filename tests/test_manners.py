@@ -1,4 +1,6 @@
-"""What a user sees when something outside goes wrong: a full disk, a closed pipe, a killed process, a copied folder."""
+"""What a user sees when something outside goes wrong: a full disk, a closed pipe, a
+killed process, a copied folder.
+"""
 
 import errno
 import os
@@ -248,7 +250,8 @@ def test_a_killed_process_is_named_with_its_signal_and_all_is_printed_once(tmp_p
     ]
     assert program.returncode == 2 and len(said) == 1
     assert said[0].startswith(
-        "selfflow: process 1 was killed by SIGKILL (the system does that when memory runs out), one of 2"
+        "selfflow: process 1 was killed by SIGKILL (the system does that when memory "
+        "runs out), one of 2"
     )
 
 

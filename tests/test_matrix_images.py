@@ -1,4 +1,6 @@
-"""Everything a user can do with runs of images, of every kind of data and condition; see matrix.py."""
+"""Everything a user can do with runs of images, of every kind of data and condition;
+see matrix.py.
+"""
 
 import pytest
 from matrix import CELLS, IMAGES, at_small_cost, check, check_choice, trained

@@ -74,7 +74,9 @@ def folder_of(path):
 
 
 def imports(module):
-    "The names that a module of the package imports from others of the package: (module, name, its folder and order)."
+    """The names that a module of the package imports from others of the package:
+    (module, name, its folder and order).
+    """
     known = {dotted(path) for path in MODULES}
     for node in ast.walk(ast.parse(module.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -127,7 +129,8 @@ def test_a_folder_imports_only_to_its_left_and_inside_it_lower_numbers():
             other, lower = home[source]
             allowed = lower < number if other == folder else other in LEFT_OF[folder]
             assert allowed, (
-                f"{dotted(module)} imports {name or 'all'} of {source}, which is not to its left"
+                f"{dotted(module)} imports {name or 'all'} of {source}, which is not "
+                "to its left"
             )
 
 
@@ -154,7 +157,8 @@ def test_names_are_public_and_imported_from_where_they_are_defined():
                         else set()
                     )
             assert name in defined, (
-                f"{dotted(module)} imports {name} from {source}, which does not define it"
+                f"{dotted(module)} imports {name} from {source}, which does not define "
+                "it"
             )
             assert not name.startswith("_"), (
                 f"{dotted(module)} imports {name}, which is private to {source}"
@@ -407,14 +411,16 @@ def test_the_speeds_of_the_readme_are_the_recorded_ones():
             record["results"]["published form"],
         )
         name = (
-            f"{case['size']}, {case['tokens']} tokens x {case['batch']}, {case['precision']}"
-            + ", compiled" * case["compile"]
+            f"{case['size']}, {case['tokens']} tokens x {case['batch']}, "
+            f"{case['precision']}" + ", compiled" * case["compile"]
         )
         name += ", H200" * (record["device"] == "NVIDIA H200")
         low, median, high = ours["speed_ratio"]
         assert (
-            f"| {name} | {ours['flops'] / rival['flops']:.3f} | {median:.2f} ({low:.2f} to {high:.2f}) | "
-            f"{ours['ceiling_share'][1]:.0%} | {ours['peak_bytes'] / rival['peak_bytes']:.2f} |"
+            f"| {name} | {ours['flops'] / rival['flops']:.3f} | {median:.2f} "
+            f"({low:.2f} to {high:.2f}) | "
+            f"{ours['ceiling_share'][1]:.0%} | "
+            f"{ours['peak_bytes'] / rival['peak_bytes']:.2f} |"
         ) in readme
 
 

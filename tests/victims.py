@@ -1,7 +1,9 @@
-"""Trains a run in children that are killed at random moments until one comes to the end: for test_resume.
+"""Trains a run in children that are killed at random moments until one comes to the
+end: for test_resume.
 
-victims.py FOLDER CONFIG.json SEED KILLS: prints what the children were doing when they were killed, as JSON {doing: times}. At
-least KILLS children are killed: a run that is finished earlier is made anew under the next number.
+victims.py FOLDER CONFIG.json SEED KILLS: prints what the children were doing when they
+were killed, as JSON {doing: times}. At least KILLS children are killed: a run that is
+finished earlier is made anew under the next number.
 """
 
 import collections

@@ -21,7 +21,7 @@ from .features import observe
 from ..data.sources import Sources
 from ..draws import keyed
 from ..intervals import mean_interval, paired_difference
-from ..method.alignment import counted_tokens, normalise
+from ..method.alignment import loss_mask, normalise
 from ..method.batch import Batch
 from ..method.build import build_objective
 from ..method.objective import FeatureObjective, SelfFlow
@@ -155,15 +155,14 @@ def compare(
 
         def predict(x0, noise="same", piece=piece, draw=draw):
             view = replace(piece, x0=x0.to(device))
-            noised, out = objective.see(
-                student, view, partial(draw, noise=noise), objective.taps
-            )
+            noised = objective.noise_batch(view, partial(draw, noise=noise))
+            out = objective.predict(student, noised, objective.taps)
             features = out.features[objective.student_layer]
             return noised, out, projector(features).float().cpu()
 
         noised, out, predicted = predict(piece.x0)
         target, level = objective.target(teacher, noised, out.features, draw)
-        counted = counted_tokens(noised.levels, objective.rep_tokens)
+        counted = loss_mask(noised.levels, objective.rep_tokens)
         if counted is None:
             counted = torch.ones_like(level, dtype=torch.bool)
         values = {

@@ -73,7 +73,8 @@ class Judging:
         check_types(self)
         if 1.0 not in self.cfg_scales:
             raise ValueError(
-                f"judging.cfg_scales are {self.cfg_scales}; 1 (no guidance) must be one of them"
+                f"judging.cfg_scales are {self.cfg_scales}; 1 (no guidance) must be "
+                "one of them"
             )
 
 
@@ -88,13 +89,13 @@ class Study:
         preset: Settings that all arms start from.
         shared: Settings of all arms over the preset's.
         budgets: Settings by the name of a budget, over the shared ones.
-        equal_flops: An arm. Every arm is judged at the budget's steps and also where it has
-            spent the operations of this one. Needs a constant learning rate.
+        equal_flops: An arm. Every arm is judged at the budget's steps and also where
+            it has spent the operations of this one. Needs a constant learning rate.
         judging: How runs are judged.
 
     Raises:
-        ValueError: If there are fewer than two arms or seeds, if two seeds are equal, or
-            if the settings of an arm are not those of a run.
+        ValueError: If there are fewer than two arms or seeds, if two seeds are equal,
+            or if the settings of an arm are not those of a run.
     """
 
     name: str
@@ -115,7 +116,8 @@ class Study:
             )
         if len({*self.seeds}) < max(2, len(self.seeds)):
             raise ValueError(
-                f"the seeds of study {self.name} are {self.seeds}; give two or more, each once"
+                f"the seeds of study {self.name} are {self.seeds}; give two or more, "
+                "each once"
             )
         if self.equal_flops:
             choose(self.equal_flops, self.arms, "arm (equal_flops)")
@@ -125,7 +127,8 @@ class Study:
                 if self.equal_flops and config.training.cooldown:
                     raise ValueError(
                         f"study {self.name} has equal_flops and training.cooldown "
-                        f"{config.training.cooldown:g}: a run that is judged at two steps needs "
+                        f"{config.training.cooldown:g}: a run that is judged at two "
+                        "steps needs "
                         "a constant learning rate; leave one of them out"
                     )
 
@@ -178,7 +181,9 @@ def _flops(config: Config) -> int:
 
 
 def steps_of(study: Study, budget: str = "cpu") -> dict[str, dict[str, int]]:
-    """Return the steps at which each arm is judged: {arm: {"equal steps": n, "equal FLOPs": m}}."""
+    """Return the steps at which each arm is judged: {arm: {"equal steps": n, "equal
+    FLOPs": m}}.
+    """
     configs = {arm: study.config(arm, study.seeds[0], budget) for arm in study.arms}
     steps = {arm: {"equal steps": one.training.steps} for arm, one in configs.items()}
     if not study.equal_flops:
@@ -197,7 +202,9 @@ def steps_of(study: Study, budget: str = "cpu") -> dict[str, dict[str, int]]:
 def _run_config(
     study: Study, arm: str, seed: int, budget: str, steps: dict[str, int]
 ) -> Config:
-    """Settings of a run that is judged at `steps`: as long as the last, with checkpoints of all."""
+    """Settings of a run that is judged at `steps`: as long as the last, with
+    checkpoints of all.
+    """
     config = study.config(arm, seed, budget)
     training = config.training
     first, last = min(steps.values()), max(steps.values())
@@ -205,10 +212,11 @@ def _run_config(
         return config
     if first % training.save_every:
         raise ValueError(
-            f"training.save_every {training.save_every} does not divide step {first}, at which "
+            f"training.save_every {training.save_every} does not divide step {first}, "
+            "at which "
             f"arm {arm!r} is judged; choose one that does"
         )
-    # the half-life is a share of all steps: this is the same number of steps in every arm
+    # the half-life is a share of all steps: the same number of steps in every arm
     share = training.ema_half_life * training.steps / last
     training = replace(training, steps=last, ema_half_life=share, keep_every=first)
     return replace(config, training=training)
@@ -247,7 +255,9 @@ def _judge_probes(run: Run, judging: Judging) -> dict:
 def _measure_samples(
     run: Run, split: str, cfg_scale: float, judging: Judging, extractor: Extractor
 ) -> dict[str, float]:
-    """Frechet distance of samples to one split, and the share that a judge reads as requested."""
+    """Frechet distance of samples to one split, and the share that a judge reads as
+    requested.
+    """
     config = run.config
     name = config.data_name()
     source = Sources(config.data, split).data[name]
@@ -300,7 +310,8 @@ def _judge_samples(run: Run, judging: Judging) -> dict:
 def judge_run(run: Run, judging: Judging) -> dict:
     """Everything that a study measures of a run at its checkpoint, by name.
 
-    Numbers are measures that can be compared; dicts and lists hold them by level or cell.
+    Numbers are measures that can be compared; dicts and lists hold them by level or
+    cell.
     """
     return {
         **_judge_losses(run),
@@ -314,7 +325,9 @@ _SAME = 1e-3  # relative: processors round differently, changed code differs by 
 
 
 def code_version() -> str:
-    """The commit of the checkout that selfflow is imported from, else its version; a changed checkout says so."""
+    """The commit of the checkout that selfflow is imported from, else its version; a
+    changed checkout says so.
+    """
     root = Path(find_spec("selfflow").origin).parent
     with suppress(OSError, subprocess.CalledProcessError):
 
@@ -369,14 +382,17 @@ def _check_folder(study: Study, budget: str, folder: Path) -> None:
     written = json.loads(path.read_text(encoding="utf-8"))
     if (written["study"], written["budget"]) != (study.fingerprint, budget):
         raise ValueError(
-            f"{folder} holds runs of study {study.name} as it was before its file or budget "
+            f"{folder} holds runs of study {study.name} as it was before its file or "
+            "budget "
             "changed; take another folder, or change the file back"
         )
     for arm, values in losses.items():
         if not np.allclose(values, written["losses"][arm], rtol=_SAME):
             raise ValueError(
-                f"this code computes other losses for arm {arm!r} than the one that began "
-                f"{folder}: {values} in place of {written['losses'][arm]}. Numbers of both must "
+                f"this code computes other losses for arm {arm!r} than the one that "
+                "began "
+                f"{folder}: {values} in place of {written['losses'][arm]}. Numbers of "
+                "both must "
                 "not be mixed; go back to that code, or take another folder"
             )
 
@@ -397,7 +413,9 @@ def _finish(
     folder: Path,
     device: str,
 ) -> None:
-    """Train one run to its end and judge it at each of `steps`; what is done is not done again."""
+    """Train one run to its end and judge it at each of `steps`; what is done is not
+    done again.
+    """
     run = train(config, folder, device, bar=False)
     if run.state()["step"] < config.training.steps:
         return  # stopped on request
@@ -479,7 +497,9 @@ def _runs(study: Study, budget: str) -> Iterator[tuple[str, Config, list[int]]]:
 def study_record(
     study: Study, folder: Path | str = "runs", budget: str = "cpu"
 ) -> dict:
-    """Return all that was measured so far: the study's settings, a row for each run and step, and failed runs."""
+    """Return all that was measured so far: the study's settings, a row for each run and
+    step, and failed runs.
+    """
     place = Path(folder) / study.name / budget
     rows, failed = [], []
     for _, config, steps in _runs(study, budget):
@@ -507,7 +527,8 @@ def study_status(
 ) -> pd.DataFrame:
     """Return a row for each run: its state, steps done, hours spent, and hours left.
 
-    Hours left are estimated from finished and running runs of the same arm; NaN before there is any.
+    Hours left are estimated from finished and running runs of the same arm; NaN before
+    there is any.
     """
     place = Path(folder) / study.name / budget
     rows = []
@@ -555,7 +576,8 @@ def study_status(
 def compare_arms(
     record: dict, measure: str, at: str = "equal steps"
 ) -> dict[str, Comparison]:
-    """Compare every arm of a record with the first one in one measure, paired over seeds.
+    """Compare every arm of a record with the first one in one measure, paired over
+    seeds.
 
     Args:
         record: Of `study_record`.
@@ -601,7 +623,9 @@ def _by_seed(rows: list[dict], arm: str, measure: str, at: str) -> dict[int, flo
 
 
 def study_table(record: dict, at: str = "equal steps") -> pd.DataFrame:
-    """Return a row for each measure and a column for each arm: its mean, and for all but the first the difference with its interval over seeds."""
+    """Return a row for each measure and a column for each arm: its mean, and for all
+    but the first the difference with its interval over seeds.
+    """
     measures = list(
         dict.fromkeys(
             name

@@ -50,10 +50,14 @@ def rank_in_class(labels: np.ndarray) -> np.ndarray:
 # %% ../../nbs/2_data/17_fashion.ipynb #10666cbf
 # sha256 of the decompressed files
 _ORIGINAL = {
-    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f8388776"
+    "8d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec29"
+    "4ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe0"
+    "87ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494"
+    "c5af83dab82d92729df917d7dec38c34",
 }
 _UNSIGNED_BYTE = 8
 
@@ -75,7 +79,8 @@ def read_idx(path: Path, sha256: str | None = None) -> np.ndarray:
         raise ValueError(f"{path} is damaged: {error}; copy it again") from None
     if sha256 and hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(
-            f"{path} is not the file of Fashion-MNIST: its checksum differs; copy it again"
+            f"{path} is not the file of Fashion-MNIST: its checksum differs; copy it "
+            "again"
         )
     if content[:3] != bytes((0, 0, _UNSIGNED_BYTE)):
         raise ValueError(f"{path} is not an IDX file of bytes")
@@ -84,7 +89,8 @@ def read_idx(path: Path, sha256: str | None = None) -> np.ndarray:
     start = 4 + 4 * axes
     if len(content) - start != math.prod(shape):
         raise ValueError(
-            f"{path} announces {shape} bytes, but holds {len(content) - start}; copy it again"
+            f"{path} announces {shape} bytes, but holds {len(content) - start}; copy "
+            "it again"
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
@@ -102,8 +108,10 @@ def _folder(path: str) -> Path:
     missing = [name for name in _ORIGINAL if not (folder / f"{name}.gz").exists()]
     if missing:
         raise FileNotFoundError(
-            f"{folder} has no {missing[0]}.gz; data.full needs the four files of Fashion-MNIST: "
-            "name their folder with data.path, install Debian's package dataset-fashion-mnist, "
+            f"{folder} has no {missing[0]}.gz; data.full needs the four files of "
+            "Fashion-MNIST: "
+            "name their folder with data.path, install Debian's package "
+            "dataset-fashion-mnist, "
             "or leave data.full off for the part that comes with the project"
         )
     return folder
@@ -139,7 +147,7 @@ def fashion(split: str = "train", full: bool = False, path: str = "") -> ImageSe
     Args:
         split: train, validation or test: 10,000, 1,000 and 2,000 pictures.
         full: Take all 70,000: 54,000, 6,000 and 10,000.
-        path: Folder of the original files, for `full`; empty = that of Debian's package.
+        path: Folder of the original files, for `full`; empty = Debian's.
 
     Raises:
         FileNotFoundError: If `full` finds no original files.

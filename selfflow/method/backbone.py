@@ -39,17 +39,17 @@ class Inputs:
 
     @property
     def tokens(self) -> int:
-        "Number of tokens n."
+        """Number of tokens n."""
         return sum(part.tokens for part in self.parts)
 
     @property
     def channels(self) -> int:
-        "Numbers in the widest token."
+        """Numbers in the widest token."""
         return max(part.channels for part in self.parts)
 
 
 class Output(NamedTuple):
-    "velocity: (b, n, c), or None after an early stop; features: {layer: hidden states (b, n, d)}."
+    """velocity: (b, n, c), or None after an early stop; features: {layer: hidden states (b, n, d)}."""
 
     velocity: Tensor | None
     features: dict[int, Tensor]
@@ -79,7 +79,7 @@ class Backbone(Protocol):
 
 # %% ../../nbs/1_method/05_backbone.ipynb #e4d5f428
 def ability(model: nn.Module, name: str, purpose: str) -> Any:
-    "An attribute that not every backbone has. Raises ValueError, naming the purpose, for a model that lacks it."
+    """An attribute that not every backbone has. Raises ValueError, naming the purpose, for a model that lacks it."""
     if not hasattr(model, name):
         raise ValueError(
             f"{type(model).__name__} has no {name!r}, which {purpose} needs"
@@ -88,7 +88,7 @@ def ability(model: nn.Module, name: str, purpose: str) -> Any:
 
 # %% ../../nbs/1_method/05_backbone.ipynb #b0c4ec02
 def check_size(model: nn.Module) -> None:
-    "Raise ValueError, naming class, value and remedy, for a module without width, depth or parameters."
+    """Raise ValueError, naming class, value and remedy, for a module without width, depth or parameters."""
     name = type(model).__name__
     for size, meaning in {
         "width": "width of the hidden states",

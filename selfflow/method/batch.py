@@ -50,12 +50,12 @@ class Condition:
 
     @property
     def kind(self) -> str:
-        "class, text or vectors."
+        """class, text or vectors."""
         return ("class", "text", "vectors")[self.values.ndim - 1]
 
     @property
     def null(self) -> int:
-        "The value that stands for no condition."
+        """The value that stands for no condition."""
         return {"class": self.classes, "text": PAD, "vectors": 0}[self.kind]
 
     def __str__(self) -> str:
@@ -71,19 +71,19 @@ class Condition:
         return replace(self, values=self.values[rows])
 
     def to(self, *target, **options) -> "Condition":
-        "The same on another device."
+        """The same on another device."""
         return replace(self, values=self.values.to(*target, **options))
 
     def pin_memory(self) -> "Condition":
-        "The same in memory from which a GPU copies fast."
+        """The same in memory from which a GPU copies fast."""
         return replace(self, values=self.values.pin_memory())
 
     def cat(self, other: "Condition") -> "Condition":
-        "The condition of these samples, then of the others."
+        """The condition of these samples, then of the others."""
         return replace(self, values=torch.cat([self.values, other.values]))
 
     def nothing(self) -> "Condition":
-        "No condition, for as many samples."
+        """No condition, for as many samples."""
         return replace(self, values=torch.full_like(self.values, self.null))
 
     def drop(self, probability: float, draw) -> "Condition":
@@ -141,13 +141,13 @@ class Batch:
         return self._each(lambda value: value[rows])
 
     def to(self, *target, **options) -> "Batch":
-        "The same on another device."
+        """The same on another device."""
         return self._each(lambda value: value.to(*target, **options))
 
     def split(self, size: int) -> "Iterator[Batch]":
-        "Batches of `size` samples, the last one of the rest."
+        """Batches of `size` samples, the last one of the rest."""
         return (self[start : start + size] for start in range(0, len(self), size))
 
     def pin_memory(self) -> "Batch":
-        "The same in memory from which a GPU copies fast; the data loader asks for it."
+        """The same in memory from which a GPU copies fast; the data loader asks for it."""
         return self._each(lambda value: value.pin_memory())

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..checks import choose
-from .alignment import DISTANCES, NORMALISATIONS, TOKENS, counted_tokens
+from .alignment import DISTANCES, NORMALISATIONS, TOKENS, loss_mask
 from .backbone import Inputs
 from selfflow.method.flow import (
     Density,
@@ -57,7 +57,7 @@ def transformer_config(
 
 
 def build_transformer(inputs: Inputs, **options) -> Transformer:
-    "The built-in backbone, with new weights; options: see `transformer_config`."
+    """The built-in backbone, with new weights; options: see `transformer_config`."""
     return Transformer(transformer_config(inputs, **options))
 
 
@@ -65,7 +65,7 @@ GIVEN_BACKBONE = "given"  # name of the backbone that was passed to `train`
 
 
 def build_given(inputs: Inputs) -> nn.Module:
-    "Raises ValueError: this backbone exists only in the program that passed it to `train`."
+    """Raises ValueError: this backbone exists only in the program that passed it to `train`."""
     raise ValueError(
         "this run was trained with a backbone that a program passed to train(config, backbone=...); open it with "
         "the same one: Run.open(path, backbone=...)"
@@ -75,7 +75,7 @@ def build_given(inputs: Inputs) -> nn.Module:
 def as_builder(
     backbone: nn.Module | Callable[[Inputs], nn.Module],
 ) -> Callable[[Inputs], nn.Module]:
-    "Return a function that makes a backbone from its inputs; a module is copied, with its weights. Raises TypeError."
+    """Return a function that makes a backbone from its inputs; a module is copied, with its weights. Raises TypeError."""
     if isinstance(backbone, nn.Module):
         return lambda inputs: copy.deepcopy(backbone)
     if not callable(backbone):
@@ -116,7 +116,7 @@ def build_backbone(
 
 # %% ../../nbs/1_method/12_build.ipynb #1224445c
 def build_density(config: ObjectiveConfig) -> Density:
-    "The density of noise levels that a config names."
+    """The density of noise levels that a config names."""
     logit = LogitNormal if config.density == "logit_normal" else PlateauLogitNormal
     density = Uniform()
     # a shift moves the mean: the same for a logit-normal, and a plateau stays one
@@ -136,7 +136,7 @@ def build_density(config: ObjectiveConfig) -> Density:
 def mask_ratio_of(
     config: ObjectiveConfig, parts: tuple[Part, ...] = ()
 ) -> float | tuple[float, ...]:
-    "The mask ratio of a sequence of these parts: as the config says, or as is usual for each; one for all tokens, or for each."
+    """The mask ratio of a sequence of these parts: as the config says, or as is usual for each; one for all tokens, or for each."""
     if config.mask_ratio is not None:
         return config.mask_ratio
     ratios = [MASK_RATIOS.get(part.name, MASK_RATIOS["image"]) for part in parts]
@@ -191,7 +191,7 @@ def build_schedule(config: ObjectiveConfig, parts: tuple[Part, ...] = ()):
 
 
 def _grid(parts: tuple[Part, ...]) -> tuple[int, int] | None:
-    "Rows and columns of the tokens, for block masks; several parts or moments are one row."
+    """Rows and columns of the tokens, for block masks; several parts or moments are one row."""
     if len(parts) == 1 and parts[0].grid[0] == 1:
         return parts[0].grid[1:]
     return (1, sum(part.tokens for part in parts)) if parts else None
@@ -200,7 +200,7 @@ def _grid(parts: tuple[Part, ...]) -> tuple[int, int] | None:
 def _free_schedule(config: ObjectiveConfig, grid, mask_ratio):
     density, kind = build_density(config), config.schedule
     if kind == "auto":
-        kind = objectives[config.name].load().usual_schedule
+        kind = objectives[config.name].load().default_schedule
     if isinstance(mask_ratio, tuple) and (
         kind not in ("single", "dual") or config.levels != 2
     ):
@@ -251,7 +251,7 @@ def _free_schedule(config: ObjectiveConfig, grid, mask_ratio):
 
 
 def check_levels(config: ObjectiveConfig) -> None:
-    "Raise ValueError for names, levels and masks of a config that do not fit together."
+    """Raise ValueError for names, levels and masks of a config that do not fit together."""
     for name, known in {
         "distance": DISTANCES,
         "flow_tokens": TOKENS,
@@ -262,7 +262,7 @@ def check_levels(config: ObjectiveConfig) -> None:
             choose(getattr(config, name), known, f"{name} (objective.{name})")
     levels = build_schedule(config).sample(1, 2, torch.Generator())
     for which in (config.flow_tokens, getattr(config, "rep_tokens", "all")):
-        counted_tokens(levels, which)  # refuses masked tokens where there is one level
+        loss_mask(levels, which)  # refuses masked tokens where there is one level
         if which != "all" and (
             config.schedule == "diffusion_forcing"
             or config.mask_ratio == 0
@@ -308,7 +308,7 @@ def build_objective(
 
 
 def check_layers(config: ObjectiveConfig, depth: int, signals: set[str]) -> None:
-    "Raise ValueError for layers that a transformer of this depth does not have, and for a condition that the signals lack."
+    """Raise ValueError for layers that a transformer of this depth does not have, and for a condition that the signals lack."""
     # the data's is not known here; layers are what is checked
     grid = (config.block,) * 2
     # no weights: the caller's random numbers are not touched

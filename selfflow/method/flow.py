@@ -20,58 +20,70 @@ from ..draws import draw_index
 
 # %% ../../nbs/1_method/01_flow.ipynb #36315287
 def _broadcast(t: Tensor | float, x: Tensor) -> Tensor:
-    "`t` as a tensor of `x`'s device with trailing axes of size 1, so that it multiplies `x` axis by axis."
-    t = torch.as_tensor(
-        t,
-        device=x.device,
-        dtype=None
-        if isinstance(t, Tensor)
-        else torch.promote_types(x.dtype, torch.float32),
-    )
-    # written so that NaN fails too
-    if t.device.type == "cpu" and t.numel() and not (0 <= t.min() and t.max() <= 1):
-        raise ValueError(
-            f"t runs from {t.min():g} to {t.max():g}, outside [0, 1]: 1 is noise, 0 is data"
-        )
+    """Check the levels t and add trailing axes of size 1, so that they multiply x."""
+    if isinstance(t, Tensor):
+        t = t.to(x.device)
+    else:
+        # half precision is too coarse for levels
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        t = torch.as_tensor(t, device=x.device, dtype=dtype)
+    # on a GPU the check would make the host wait for the device
+    if t.device.type == "cpu" and t.numel():
+        lowest, highest = t.min(), t.max()
+        if not (0 <= lowest and highest <= 1):  # written so that NaN fails too
+            raise ValueError(
+                f"t runs from {lowest:g} to {highest:g}, outside [0, 1]: "
+                "1 is noise, 0 is data"
+            )
     if t.shape != x.shape[: t.ndim]:
         raise ValueError(
-            f"t has shape {tuple(t.shape)}, which is no leading part of x's {tuple(x.shape)}; "
+            f"t has shape {tuple(t.shape)}, but x has shape {tuple(x.shape)}; "
             "give one level, one per sample (b,) or one per token (b, n)"
         )
-    return t.reshape(*t.shape, *[1] * (x.ndim - t.ndim))
+    trailing_axes = [1] * (x.ndim - t.ndim)
+    return t.reshape(*t.shape, *trailing_axes)
 
 
+# x_t = (1 - t) x_0 + t x_1                                    (Self-Flow, section 3)
 def interpolate(x0: Tensor, x1: Tensor, t: Tensor | float) -> Tensor:
-    """The noised data x_t = (1 - t) x0 + t x1: data at t = 0, noise at t = 1.
+    """Return the noised data x_t: data at t = 0, noise at t = 1.
 
-    x0, x1: (b, ...), data and noise; t in [0, 1]: a number, (b,) or (b, n).
-    Raises ValueError for shapes that do not fit and, on the CPU, levels outside [0, 1].
-    Source: Self-Flow (arXiv 2603.06507), section 3; the linear path of rectified flow.
+    Args:
+        x0: Data, (b, ...).
+        x1: Noise, (b, ...).
+        t: Levels in [0, 1]: a number, one per sample (b,) or one per token (b, n).
+
+    Raises:
+        ValueError: For shapes that do not fit and, on the CPU, levels outside [0, 1].
+
+    Source: Self-Flow (arXiv 2603.06507), section 3; the path of rectified flow.
     """
     if x0.shape != x1.shape:
         raise ValueError(
-            f"data of shape {tuple(x0.shape)} and noise of shape {tuple(x1.shape)} do not belong together"
+            f"data of shape {tuple(x0.shape)} and noise of shape {tuple(x1.shape)} "
+            "differ; both must have one shape"
         )
     t = _broadcast(t, x0)
     return (1 - t) * x0 + t * x1
 
 # %% ../../nbs/1_method/01_flow.ipynb #9d7685c5
+# v = d x_t / d t = x_1 - x_0                                  (Self-Flow, section 3)
 def velocity(x0: Tensor, x1: Tensor) -> Tensor:
-    """The velocity x1 - x0 of the straight path, the target of flow matching.
+    """Return the velocity x1 - x0 of the straight path, the target of flow matching.
 
-    x0, x1: the same shape, data and noise. Source: Self-Flow, section 3.
+    x0 (data) and x1 (noise) have the same shape. Source: Self-Flow, section 3.
     """
     return x1 - x0
 
 # %% ../../nbs/1_method/01_flow.ipynb #a1908060
 class Density(Protocol):
-    "What a density of levels offers. Another class with these two methods can be used wherever one is asked for."
+    """The interface of a density of noise levels; any class with these methods fits."""
 
     def sample(self, shape, generator: Generator | None = None) -> Tensor:
-        "Levels of the given shape in [0, 1], float32, on the generator's device."
+        """Draw levels in [0, 1]: float32, on the generator's device."""
 
     def pdf(self, t: Tensor) -> Tensor:
-        "The density at t in (0, 1)."
+        """Return the density at t in (0, 1)."""
 
 
 def _device(generator: Generator | None) -> torch.device:
@@ -80,7 +92,11 @@ def _device(generator: Generator | None) -> torch.device:
 
 @dataclass(frozen=True)
 class Uniform:
-    "The uniform density on [low, high]. Raises ValueError unless 0 <= low < high <= 1."
+    """The uniform density on [low, high].
+
+    Raises:
+        ValueError: Unless 0 <= low < high <= 1.
+    """
 
     low: float = 0.0
     high: float = 1.0
@@ -88,25 +104,31 @@ class Uniform:
     def __post_init__(self):
         if not 0 <= self.low < self.high <= 1:
             raise ValueError(
-                f"low {self.low} and high {self.high} are no interval of levels: need 0 <= low < high <= 1"
+                f"low {self.low}, high {self.high} is not a valid interval of levels; "
+                "expected 0 <= low < high <= 1"
             )
 
     def sample(self, shape, generator: Generator | None = None) -> Tensor:
-        "Levels of the given shape, float32, on the generator's device."
-        drawn = torch.rand(shape, generator=generator, device=_device(generator))
-        # rounding may carry it past high
-        return (self.low + (self.high - self.low) * drawn).clamp(max=self.high)
+        """Draw levels: float32, on the generator's device."""
+        share = torch.rand(shape, generator=generator, device=_device(generator))
+        drawn = self.low + (self.high - self.low) * share
+        return drawn.clamp(max=self.high)  # rounding may carry it past high
 
     def pdf(self, t: Tensor) -> Tensor:
-        "The density at t: 1 / (high - low) inside, 0 outside."
-        return ((t >= self.low) & (t <= self.high)).to(t.dtype) / (self.high - self.low)
+        """Return the density at t: 1 / (high - low) inside, 0 outside."""
+        inside = (t >= self.low) & (t <= self.high)
+        return inside.to(t.dtype) / (self.high - self.low)
 
 
 @dataclass(frozen=True)
 class LogitNormal:
     """The density of sigmoid(z) with z ~ N(mean, std^2).
 
-    A larger mean moves mass towards noise (t = 1). Raises ValueError when std <= 0.
+    A larger mean moves mass towards noise (t = 1).
+
+    Raises:
+        ValueError: If std <= 0.
+
     Source: Esser et al., arXiv 2403.03206, section 3.1.
     """
 
@@ -118,27 +140,35 @@ class LogitNormal:
             raise ValueError(f"std is {self.std}, but a logit-normal needs std > 0")
 
     def sample(self, shape, generator: Generator | None = None) -> Tensor:
-        "Levels of the given shape, float32, on the generator's device."
-        return torch.sigmoid(
-            self.mean
-            + self.std
-            * torch.randn(shape, generator=generator, device=_device(generator))
-        )
+        """Draw levels: float32, on the generator's device."""
+        z = torch.randn(shape, generator=generator, device=_device(generator))
+        return torch.sigmoid(self.mean + self.std * z)
 
+    # p(t) = N(logit t; mean, std^2) / (t (1 - t))
     def pdf(self, t: Tensor) -> Tensor:
-        "The density at t in (0, 1)."
+        """Return the density at t in (0, 1)."""
         z = (torch.logit(t) - self.mean) / self.std
         return torch.exp(-z.square() / 2) / (
             self.std * math.sqrt(2 * math.pi) * t * (1 - t)
         )
 
 # %% ../../nbs/1_method/01_flow.ipynb #b448cf04
+_BISECTIONS = 80  # to the last bit of a float64
+
+
 @dataclass(frozen=True)
 class PlateauLogitNormal(LogitNormal):
     """A logit-normal density held constant from its mode to t = 1, and renormalised.
 
-    mean, std: of the logit-normal; mean = ln alpha where the paper speaks of a shift alpha (10 for RAE latents).
-    Raises ValueError when std is outside (0, sqrt(2)], where there can be two modes, or mean outside [-30, 30].
+    Args:
+        mean: Of the logit-normal. Where the paper speaks of a shift alpha (10 for
+            RAE latents), mean = ln alpha.
+        std: Of the logit-normal.
+
+    Raises:
+        ValueError: If std is outside (0, sqrt(2)], where there can be two modes, or
+            mean outside [-30, 30].
+
     Source: Self-Flow, appendix.
     """
 
@@ -146,42 +176,49 @@ class PlateauLogitNormal(LogitNormal):
         super().__post_init__()
         if not (self.std <= math.sqrt(2) and abs(self.mean) <= 30):
             raise ValueError(
-                f"mean is {self.mean}, std is {self.std}: with std > sqrt(2) a logit-normal can have two modes, "
-                "with a mean outside [-30, 30] its mode is as good as 0 or 1; choose smaller ones"
+                f"mean is {self.mean}, std is {self.std}: with std > sqrt(2) a "
+                "logit-normal can have two modes, and with a mean outside [-30, 30] "
+                "its mode is practically 0 or 1; choose smaller values"
             )
 
+    # logit t* = mean + std^2 (2 t* - 1), and 2 sigmoid(z) - 1 = tanh(z / 2)
     @cached_property
     def parts(self) -> tuple[float, float, float]:
-        "The mode, the mass below it, and the mass of the plateau, both before renormalisation."
-        low, high = self.mean - self.std**2, self.mean + self.std**2
-        # in logits the mode is the zero of z - mean - std^2 tanh(z / 2), which grows
-        # while std^2 <= 2
-        for _ in range(80):
+        """The mode, the mass below it and the mass of the plateau.
+
+        Both masses are those before renormalisation.
+        """
+        low = self.mean - self.std**2
+        high = self.mean + self.std**2
+        # The mode is the zero of z - mean - std^2 tanh(z / 2), z = logit t*, which
+        # increases with z as long as std^2 <= 2: bisection finds it.
+        for _ in range(_BISECTIONS):
             z = (low + high) / 2
-            low, high = (
-                (z, high)
-                if z - self.mean < self.std**2 * math.tanh(z / 2)
-                else (low, z)
-            )
-        mode, normal = 1 / (1 + math.exp(-z)), NormalDist(self.mean, self.std)
-        # q(mode) = pdf(z) / (mode (1 - mode)), times the width 1 - mode
-        return mode, normal.cdf(z), normal.pdf(z) / mode
+            if z - self.mean < self.std**2 * math.tanh(z / 2):
+                low = z
+            else:
+                high = z
+        mode = 1 / (1 + math.exp(-z))
+        normal = NormalDist(self.mean, self.std)
+        # q(mode) = normal.pdf(z) / (mode (1 - mode)), times the width 1 - mode
+        plateau = normal.pdf(z) / mode
+        return mode, normal.cdf(z), plateau
 
     def sample(self, shape, generator: Generator | None = None) -> Tensor:
-        "Levels of the given shape, float32, on the generator's device."
+        """Draw levels: float32, on the generator's device."""
         mode, below, plateau = self.parts
-        mass = (below + plateau) * torch.rand(
-            shape, generator=generator, device=_device(generator)
-        )
-        rising = torch.sigmoid(
-            self.mean + self.std * torch.special.ndtri(mass.clamp(max=below))
-        )
-        return (rising + (mass - below).clamp(min=0) * ((1 - mode) / plateau)).clamp(
-            max=1
-        )
+        share = torch.rand(shape, generator=generator, device=_device(generator))
+        mass = (below + plateau) * share
+        # below the mode: the inverse of the logit-normal's distribution function
+        z = torch.special.ndtri(mass.clamp(max=below))
+        rising = torch.sigmoid(self.mean + self.std * z)
+        # above it: uniform on [mode, 1]
+        beyond = (mass - below).clamp(min=0) * ((1 - mode) / plateau)
+        return (rising + beyond).clamp(max=1)
 
+    # p(t) = q(min(t, t*)) / Z
     def pdf(self, t: Tensor) -> Tensor:
-        "The density at t in (0, 1]."
+        """Return the density at t in (0, 1]."""
         mode, below, plateau = self.parts
         return super().pdf(t.clamp(max=mode)) / (below + plateau)
 
@@ -190,8 +227,13 @@ class PlateauLogitNormal(LogitNormal):
 class Mixture:
     """The density sum_j weights[j] densities[j].
 
-    Raises ValueError unless there is one weight for each density, none negative, their sum 1.
-    Source: Self-Flow, appendix: Mixture((Uniform(), Uniform(0.95, 1)), (0.95, 0.05)) for video.
+    The paper's video runs use Mixture((Uniform(), Uniform(0.95, 1)), (0.95, 0.05)).
+
+    Raises:
+        ValueError: Unless there is one weight for each density, none is negative and
+            they sum to 1.
+
+    Source: Self-Flow, appendix.
     """
 
     densities: tuple[Density, ...]
@@ -200,53 +242,68 @@ class Mixture:
     def __post_init__(self):
         if len(self.densities) != len(self.weights):
             raise ValueError(
-                f"{len(self.densities)} densities with {len(self.weights)} weights: give one weight for each"
+                f"{len(self.densities)} densities with {len(self.weights)} weights: "
+                "give one weight for each density"
             )
         check_shares(self.weights, "weights")
 
     def sample(self, shape, generator: Generator | None = None) -> Tensor:
-        "Levels of the given shape, float32, on the generator's device."
-        drawn = torch.stack(
+        """Draw levels: float32, on the generator's device."""
+        candidates = torch.stack(
             [density.sample(shape, generator) for density in self.densities]
-        )
-        return drawn.gather(0, draw_index(self.weights, shape, generator)[None])[0]
+        )  # (densities, ...)
+        choice = draw_index(self.weights, shape, generator)
+        return candidates.gather(0, choice[None])[0]
 
     def pdf(self, t: Tensor) -> Tensor:
-        "The density at t in (0, 1)."
-        return sum(
-            weight * density.pdf(t)
-            for density, weight in zip(self.densities, self.weights, strict=True)
-        )
+        """Return the density at t in (0, 1)."""
+        total = torch.zeros_like(t)
+        for density, weight in zip(self.densities, self.weights, strict=True):
+            total = total + weight * density.pdf(t)
+        return total
 
 # %% ../../nbs/1_method/01_flow.ipynb #2edc7f5b
+# s(alpha, t) = alpha t / (1 + (alpha - 1) t)                   (Self-Flow, appendix)
 def shift(t: Tensor, alpha: float) -> Tensor:
-    """The level t moved towards noise (alpha > 1) or data (alpha < 1); 0 and 1 stay.
+    """Move the level t towards noise (alpha > 1) or data (alpha < 1); 0 and 1 stay.
 
-    t in [0, 1], any shape. Raises ValueError when alpha <= 0. Source: Self-Flow, appendix; arXiv 2403.03206, eq. 23.
+    Args:
+        t: Levels in [0, 1], any shape.
+        alpha: The shift; 1 leaves t as it is.
+
+    Raises:
+        ValueError: If alpha <= 0.
+
+    Source: Self-Flow, appendix; arXiv 2403.03206, eq. 23.
     """
     if not 0 < alpha < math.inf:
         raise ValueError(
             f"alpha is {alpha}, but a shift needs alpha > 0 (1 leaves t as it is)"
         )
-    # the same function, but rounding cannot carry it past 1
+    # the same function, in a form that rounding cannot carry past 1
     return t / (t + (1 - t) / alpha)
 
 
 @dataclass(frozen=True)
 class Shifted:
-    "The density of shift(t, alpha) with t drawn from `density`, any Density. Raises ValueError when alpha <= 0."
+    """The density of shift(t, alpha) with t drawn from `density`.
+
+    Raises:
+        ValueError: If alpha <= 0.
+    """
 
     density: Density
     alpha: float
 
     def __post_init__(self):
-        shift(torch.zeros(()), self.alpha)
+        shift(torch.zeros(()), self.alpha)  # checks alpha
 
     def sample(self, shape, generator: Generator | None = None) -> Tensor:
-        "Levels of the given shape, float32, on the generator's device."
+        """Draw levels: float32, on the generator's device."""
         return shift(self.density.sample(shape, generator), self.alpha)
 
+    # by the change of variables t -> shift(t, 1 / alpha)
     def pdf(self, t: Tensor) -> Tensor:
-        "The density at t in (0, 1), by the change of variables t -> shift(t, 1 / alpha)."
+        """Return the density at t in (0, 1)."""
         stretch = self.alpha / (self.alpha + (1 - self.alpha) * t).square()
         return self.density.pdf(shift(t, 1 / self.alpha)) * stretch

@@ -8,7 +8,6 @@ __all__ = ['TimestepEmbedder', 'TokenMap', 'spread', 'collect', 'modulated_norm'
 
 # %% ../../nbs/1_method/06_layers.ipynb #c9ef15e1
 import math
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -21,31 +20,44 @@ from .tokens import rotate, sinusoid
 
 # %% ../../nbs/1_method/06_layers.ipynb #d663ac04
 class TimestepEmbedder(nn.Module):
-    """Vectors (b, k, d) of noise levels (b, k): a 256-wide sinusoid of t itself (not of 1000 t) and a small MLP.
+    """Vectors (b, k, d) of noise levels (b, k): a sinusoid of t and a small MLP.
 
-    fp32: stay out of autocast, whose bf16 would make neighbouring levels one.
+    Args:
+        width: d.
+        frequencies: Width of the sinusoid, of t itself and not of 1000 t.
+        fp32: Stay out of autocast, whose bf16 would make neighbouring levels equal.
     """
 
     def __init__(self, width: int, frequencies: int = 256, fp32: bool = True):
         super().__init__()
-        self.frequencies, self.fp32 = frequencies, fp32
+        self.frequencies = frequencies
+        self.fp32 = fp32
         self.mlp = nn.Sequential(
             nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width)
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        with (
-            torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False)
-            if self.fp32
-            else nullcontext()
-        ):
-            return self.mlp(sinusoid(t, self.frequencies).to(self.mlp[0].weight.dtype))
+        first = self.mlp[0]
+        assert isinstance(first, nn.Linear)
+        if not self.fp32:
+            return self.mlp(sinusoid(t, self.frequencies).to(first.weight.dtype))
+        with _no_autocast(t):
+            return self.mlp(sinusoid(t, self.frequencies).to(first.weight.dtype))
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    # there is no autocast for the meta device
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 # %% ../../nbs/1_method/06_layers.ipynb #9b3aa0cc
-class TokenMap(NamedTuple):
-    """How values of k levels reach n tokens. None stands for k = 1, where broadcasting does it.
+_MOST_ONEHOT = 8  # levels; with more, the matrix of zeros and ones grows too large
 
-    rows: (b n,) row of each token among the b k values; onehot: (b, k, n) the same as 0 and 1, None when k is large.
+
+class TokenMap(NamedTuple):
+    """How values of k levels reach n tokens; None in its place stands for k = 1.
+
+    rows: Row of each token among the b k values, (b n,).
+    onehot: The same as a matrix of zeros and ones, (b, k, n); None if k is large.
     """
 
     rows: Tensor
@@ -53,32 +65,34 @@ class TokenMap(NamedTuple):
 
     @classmethod
     def of(cls, levels: NoiseLevels) -> "TokenMap | None":
-        "The map of some NoiseLevels."
+        """Return the map of some NoiseLevels, None if k = 1: broadcasting suffices."""
         k, assign = levels.k, levels.assign
         if k == 1:
             return None
-        first = k * torch.arange(len(assign), device=assign.device)[:, None]
-        onehot = (
-            (assign[:, None] == torch.arange(k, device=assign.device)[:, None]).float()
-            if k <= 8
-            else None
-        )
-        return cls((assign + first).flatten(), onehot)
+        first = k * torch.arange(len(assign), device=assign.device)[:, None]  # (b, 1)
+        rows = (assign + first).flatten()
+        if k > _MOST_ONEHOT:
+            return cls(rows, None)
+        each = torch.arange(k, device=assign.device)[:, None]  # (k, 1)
+        return cls(rows, (assign[:, None] == each).float())
 
 
 def spread(values: Tensor, tokens: TokenMap | None) -> Tensor:
-    "Values (b, k, d) of the levels as values of the tokens: (b, n, d), or (b, 1, d) when k = 1."
+    """Copy values (b, k, d) of levels to their tokens: (b, n, d).
+
+    (b, 1, d) if k = 1, which broadcasts.
+    """
     if tokens is None:
         return values
-    return (
-        values.flatten(0, 1)
-        .index_select(0, tokens.rows)
-        .unflatten(0, (len(values), -1))
-    )
+    rows = values.flatten(0, 1).index_select(0, tokens.rows)  # (b n, d)
+    return rows.unflatten(0, (len(values), -1))
 
 
 def collect(values: Tensor, tokens: TokenMap | None, k: int) -> Tensor:
-    "The sum of the tokens' values (b, n, d) for each level: (b, k, d), the transpose of `spread`."
+    """Sum values (b, n, d) of tokens over each level: (b, k, d).
+
+    It is the transpose of `spread`.
+    """
     if tokens is None:
         return values.sum(1, keepdim=True)
     if tokens.onehot is not None:
@@ -87,18 +101,19 @@ def collect(values: Tensor, tokens: TokenMap | None, k: int) -> Tensor:
     return sums.index_add_(0, tokens.rows, values.flatten(0, 1)).unflatten(0, (-1, k))
 
 # %% ../../nbs/1_method/06_layers.ipynb #5fac9dd7
+_EPS = 1e-6  # of all norms, as in DiT
+
+
 def _product_dtype(x: Tensor) -> torch.dtype:
-    "What a matrix product makes of x: under autocast its lower precision."
-    kind = x.device.type
-    return (
-        torch.get_autocast_dtype(kind)
-        if kind != "meta" and torch.is_autocast_enabled(kind)
-        else x.dtype
-    )
+    """Return the type that a matrix product gives x: under autocast the lower one."""
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
-def _token_map(rows, onehot):
-    # autograd takes tensors one by one
+def _token_map(rows: Tensor | None, onehot: Tensor | None) -> TokenMap | None:
+    # autograd functions take and save tensors, not tuples of them
     return None if rows is None else TokenMap(rows, onehot)
 
 
@@ -106,42 +121,46 @@ class _ModulatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shift, scale, rows, onehot, dtype):
         tokens = _token_map(rows, onehot)
-        normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-6)
+        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, _EPS)
         ctx.save_for_backward(x, mean, rstd, scale, rows, onehot)
-        return (
-            normed.mul_(spread(scale.to(x.dtype) + 1, tokens))
-            .add_(spread(shift.to(x.dtype), tokens))
-            .to(dtype)
-        )
+        y = y.mul_(spread(scale.to(x.dtype) + 1, tokens))
+        return y.add_(spread(shift.to(x.dtype), tokens)).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        x, mean, rstd, scale, *tokens = ctx.saved_tensors
-        tokens = _token_map(*tokens)
-        # long sums stay in the precision of x
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
-            g, k = gradient.to(x.dtype), scale.shape[1]
+        x, mean, rstd, scale, *rows_and_onehot = ctx.saved_tensors
+        tokens = _token_map(*rows_and_onehot)
+        k = scale.shape[1]
+        with _no_autocast(x):  # long sums stay in the precision of x
+            g = gradient.to(x.dtype)
             g_shift = collect(g, tokens, k).to(scale.dtype)
-            g_scale = collect((x - mean).mul_(rstd).mul_(g), tokens, k).to(scale.dtype)
+            normed = (x - mean).mul_(rstd)
+            g_scale = collect(normed.mul_(g), tokens, k).to(scale.dtype)
             g = g * spread(scale.to(x.dtype) + 1, tokens)
-            wanted = [True, False, False]  # no gradient for weights that are not there
+            needed = [True, False, False]  # LN has no weights
             g_x = torch.ops.aten.native_layer_norm_backward(
-                g, x, x.shape[-1:], mean, rstd, None, None, wanted
+                g, x, x.shape[-1:], mean, rstd, None, None, needed
             )[0]
         return g_x, g_shift, g_scale, None, None, None
 
 
+# y = (1 + gamma) LN(h) + beta                      (adaLN; DiT, arXiv 2212.09748)
 def modulated_norm(
     x: Tensor, shift: Tensor, scale: Tensor, tokens: TokenMap | None
 ) -> Tensor:
-    """(1 + scale) LN(x) + shift, in the precision in which a matrix product takes it; LN without weights, eps 1e-6.
+    """Return (1 + scale) LN(x) + shift; LN without weights, eps 1e-6.
 
-    x: (b, n, d); shift, scale: (b, k, d), handed to the tokens by `tokens`. Source: DiT (arXiv 2212.09748), adaLN.
+    The result has the precision in which a matrix product takes it.
+
+    Args:
+        x: (b, n, d).
+        shift: beta, (b, k, d).
+        scale: gamma, (b, k, d).
+        tokens: Which token has which of the k levels.
     """
-    return _ModulatedNorm.apply(
-        x, shift, scale, *(tokens or (None, None)), _product_dtype(x)
-    )
+    rows, onehot = tokens or (None, None)
+    return _ModulatedNorm.apply(x, shift, scale, rows, onehot, _product_dtype(x))
 
 
 class _GatedAdd(torch.autograd.Function):
@@ -154,51 +173,80 @@ class _GatedAdd(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        branch, gate, *tokens = ctx.saved_tensors
-        tokens = _token_map(*tokens)
-        with torch.autocast("cpu" if g.is_meta else g.device.type, enabled=False):
-            g_gate = collect(branch.to(g.dtype) * g, tokens, gate.shape[1]).to(
-                gate.dtype
-            )
-            g_branch = (spread(gate.to(g.dtype), tokens) * g).to(branch.dtype)
-        return g, g_branch, g_gate, None, None
+        branch, gate, *rows_and_onehot = ctx.saved_tensors
+        tokens = _token_map(*rows_and_onehot)
+        with _no_autocast(g):
+            g_gate = collect(branch.to(g.dtype) * g, tokens, gate.shape[1])
+            g_branch = spread(gate.to(g.dtype), tokens) * g
+        return g, g_branch.to(branch.dtype), g_gate.to(gate.dtype), None, None
 
 
+# h <- h + g f(y)                                   (adaLN-Zero; DiT, arXiv 2212.09748)
 def gated_add(
     x: Tensor, branch: Tensor, gate: Tensor, tokens: TokenMap | None
 ) -> Tensor:
-    "x + gate branch; x, branch: (b, n, d); gate: (b, k, d), handed to the tokens by `tokens`. Source: DiT, adaLN-Zero."
-    return _GatedAdd.apply(x, branch, gate, *(tokens or (None, None)))
+    """Return x + gate branch.
+
+    Args:
+        x: (b, n, d).
+        branch: (b, n, d).
+        gate: (b, k, d).
+        tokens: Which token has which of the k levels.
+    """
+    rows, onehot = tokens or (None, None)
+    return _GatedAdd.apply(x, branch, gate, rows, onehot)
 
 # %% ../../nbs/1_method/06_layers.ipynb #5112ac5c
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
-    """softmax(q k' / sqrt(e)) v for heads side by side: (b, n, h, e) from q (b, n, h, e) and k, v (b, m, h, e).
+# on a CPU, the most keys for which batched products are faster than fused attention
+_MOST_KEYS = 128
+_MOST_KEYS_HALF = 512  # in half precision
 
-    visible: (b, m) which keys may be looked at, None = all; each sample must have one at least.
+
+# softmax(q k' / sqrt(e)) v
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Return the attention of several heads side by side: (b, n, h, e).
+
+    Args:
+        q: Queries, (b, n, h, e).
+        k: Keys, (b, m, h, e).
+        v: Values, (b, m, h, e).
+        visible: Keys that may be looked at, (b, m) bool, at least one in each sample;
+            None = all.
     """
-    if q.device.type == "cpu" and k.shape[1] <= (128 if q.dtype.itemsize > 2 else 512):
+    most_keys = _MOST_KEYS if q.dtype.itemsize > 2 else _MOST_KEYS_HALF
+    if q.device.type == "cpu" and k.shape[1] <= most_keys:
         return _attend_by_products(q, k, v, visible)
     mask = None if visible is None else visible[:, None, None, :]
-    return F.scaled_dot_product_attention(
-        *(part.transpose(1, 2) for part in (q, k, v)), mask
-    ).transpose(1, 2)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
+    )  # (b, h, n, e)
+    return out.transpose(1, 2)
 
 
-def _attend_by_products(q, k, v, visible):
+def _attend_by_products(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None
+) -> Tensor:
     b, n, h, e = q.shape
     q, k, v = (part.transpose(1, 2).reshape(b * h, -1, e) for part in (q, k, v))
     scores = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=e**-0.5)
     if visible is not None:
-        scores = (
-            scores.view(b, h, n, -1)
-            .masked_fill(~visible[:, None, None], -math.inf)
-            .view_as(scores)
-        )
-    return (scores.softmax(-1).to(v.dtype) @ v).view(b, h, n, e).transpose(1, 2)
+        by_head = scores.view(b, h, n, -1)
+        by_head = by_head.masked_fill(~visible[:, None, None], -math.inf)
+        scores = by_head.view_as(scores)
+    out = scores.softmax(-1).to(v.dtype) @ v  # (b h, n, e)
+    return out.view(b, h, n, e).transpose(1, 2)
 
 # %% ../../nbs/1_method/06_layers.ipynb #0a77ee0d
+_SIZE_STEP = 16  # padded groups have few sizes, so that few kernels are compiled
+
+
 class _Group(NamedTuple):
-    "Tokens that attend together. rows: (b m,) rows of the queries; keys: (b m',) of the keys; visible: (b, m') or None = all."
+    """Tokens that attend together.
+
+    rows: Rows of the queries among the b n tokens, (b m,).
+    keys: Rows of the keys, (b m',).
+    visible: Keys that are not padding, (b, m') bool; None = all.
+    """
 
     rows: Tensor
     keys: Tensor
@@ -206,82 +254,84 @@ class _Group(NamedTuple):
 
 
 class Groups(NamedTuple):
-    "The groups of a batch and, for every token, its row among their results laid side by side: (b n,)."
+    """The groups of a batch, for attention within them.
+
+    groups: One for each level, and one for all tokens of a condition.
+    place: Row of each token among the groups' results side by side, (b n,).
+    """
 
     groups: tuple[_Group, ...]
     place: Tensor
 
     @classmethod
     def of(cls, levels: NoiseLevels) -> "Groups":
-        "Tokens grouped by level. Source: arXiv 2607.02508, attention separation."
-        generated, condition = levels.k - levels.condition, levels.is_condition()
-        # all condition tokens together come last
-        group = levels.assign.clamp(max=generated)
-        # (b, k, n)
-        members = (
-            group[:, None]
-            == torch.arange(generated + bool(levels.condition), device=group.device)[
-                :, None
-            ]
-        )
+        """Group tokens by level. Source: arXiv 2607.02508, attention separation."""
+        generated = levels.k - levels.condition
+        condition = levels.is_condition()
+        device = condition.device
+        # all tokens of a condition form the last group
+        group = levels.assign.clamp(max=generated)  # (b, n)
+        each = torch.arange(generated + bool(levels.condition), device=device)
+        members = group[:, None] == each[:, None]  # (b, k, n)
         groups, starts = [], [0]
         for own in members.unbind(1):
             rows, _ = _padded_rows(own)
-            groups.append(_Group(rows, *_padded_rows(own | condition)))
+            keys, visible = _padded_rows(own | condition)
+            groups.append(_Group(rows, keys, visible))
             starts.append(starts[-1] + len(rows) // len(group))
-        # among its own, shifted
-        places = (
-            members.cumsum(2)
-            - 1
-            + torch.tensor(starts[:-1], device=group.device)[:, None]
-        )
-        first = starts[-1] * torch.arange(len(group), device=group.device)[:, None]
-        return cls(tuple(groups), (places.where(members, 0).sum(1) + first).flatten())
+        *starts, total = starts
+        # a token's place: its index in its group, after the groups before it
+        place = members.cumsum(2) - 1 + torch.tensor(starts, device=device)[:, None]
+        place = place.where(members, 0).sum(1)  # (b, n)
+        first = total * torch.arange(len(group), device=device)[:, None]  # (b, 1)
+        return cls(tuple(groups), (place + first).flatten())
 
 
 def _padded_rows(members: Tensor) -> tuple[Tensor, Tensor | None]:
-    "Rows (b m,) of the tokens marked in (b, n), each sample padded to the same m by others, and which are real (None = all)."
+    """Return rows (b m,) of the marked tokens, and a mask (b, m) of those not padding.
+
+    members: (b, n) bool. Samples with fewer members are padded with other tokens; the
+    mask is None if there are none.
+    """
+    b, n = members.shape
     counts = members.sum(1)
     fewest, most = torch.stack(counts.aminmax()).tolist()
-    # few sizes: few kernels to compile
-    m = min(members.shape[1], max(1, most if fewest == most else -(-most // 16) * 16))
+    m = most
+    if fewest != most:
+        m = -(-most // _SIZE_STEP) * _SIZE_STEP
+    m = min(n, max(1, m))
+    # members first, each in its order
     order = members.int().sort(dim=1, descending=True, stable=True).indices[:, :m]
-    rows = (
-        order
-        + members.shape[1] * torch.arange(len(members), device=members.device)[:, None]
-    ).flatten()
+    first = n * torch.arange(b, device=members.device)[:, None]
+    rows = (order + first).flatten()
     if fewest == m:
         return rows, None
-    # a softmax over nothing would be NaN
-    visible = torch.arange(m, device=members.device) < counts[:, None].clamp(min=1)
-    return rows, visible
+    # at least one key: a softmax over nothing would be NaN
+    least = counts[:, None].clamp(min=1)
+    return rows, torch.arange(m, device=members.device) < least
 
 
 def attend_within(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
-    "Attention of every token to its group alone: (b, n, h, e) from q, k, v of that shape."
+    """Return the attention of each token to its group: (b, n, h, e), like q, k, v."""
 
-    def take(part, rows):
+    def take(part: Tensor, rows: Tensor) -> Tensor:
         return part.flatten(0, 1).index_select(0, rows).unflatten(0, (len(q), -1))
 
-    results = torch.cat(
-        [
-            attend(
-                take(q, group.rows),
-                take(k, group.keys),
-                take(v, group.keys),
-                group.visible,
-            )
-            for group in groups.groups
-        ],
-        dim=1,
-    )
-    return take(results, groups.place)
+    results = []
+    for group in groups.groups:
+        own_q, own_k = take(q, group.rows), take(k, group.keys)
+        results.append(attend(own_q, own_k, take(v, group.keys), group.visible))
+    return take(torch.cat(results, dim=1), groups.place)
 
 # %% ../../nbs/1_method/06_layers.ipynb #7a12c98b
 class Attention(nn.Module):
     """Multi-head self-attention over tokens (b, n, d).
 
-    qk_norm: queries and keys are divided by their root mean square (arXiv 2010.04245), which keeps scores bounded.
+    Args:
+        width: d.
+        heads: Number of heads; must divide d.
+        qk_norm: Divide queries and keys by their root mean square, which keeps scores
+            bounded (arXiv 2010.04245).
     """
 
     def __init__(self, width: int, heads: int, qk_norm: bool = False):
@@ -289,20 +339,18 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.q_norm, self.k_norm = (
-            nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else None for _ in range(2)
-        )
+        self.q_norm = nn.RMSNorm(width // heads, eps=_EPS) if qk_norm else None
+        self.k_norm = nn.RMSNorm(width // heads, eps=_EPS) if qk_norm else None
 
     def forward(
         self, x: Tensor, rotary: Tensor | None = None, groups: Groups | None = None
     ) -> Tensor:
-        # (b, n, h, e)
+        """Attend to all tokens, or within `groups`; rotary: see `rotate`."""
+        # (b, n, 3 d) -> three of (b, n, h, e)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        if self.q_norm is not None:
-            q, k = (
-                norm(part.to(norm.weight.dtype)).to(v.dtype)
-                for norm, part in ((self.q_norm, q), (self.k_norm, k))
-            )
+        if self.q_norm is not None and self.k_norm is not None:
+            q = self.q_norm(q.to(self.q_norm.weight.dtype)).to(v.dtype)
+            k = self.k_norm(k.to(self.k_norm.weight.dtype)).to(v.dtype)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         out = attend(q, k, v) if groups is None else attend_within(q, k, v, groups)

@@ -33,7 +33,7 @@ CHOICES = {
 # %% ../../nbs/1_method/07_options.ipynb #d8abc43f
 @dataclass(frozen=True)
 class TransformerOptions:
-    "Options of the transformer."
+    """Options of the transformer."""
 
     width: int = 96  # of the hidden states
     depth: int = 6  # blocks
@@ -82,7 +82,7 @@ backbones.register("given", "selfflow.method.build:build_given")
 
 @dataclass(frozen=True)
 class ModelConfig(metaclass=Named):
-    "The backbone, with the options of the named one. Its inputs follow from the data."
+    """The backbone, with the options of the named one. Its inputs follow from the data."""
 
     registry = backbones
 
@@ -91,7 +91,7 @@ class ModelConfig(metaclass=Named):
 # %% ../../nbs/1_method/07_options.ipynb #dae6e679
 @dataclass(frozen=True)
 class FeatureOptions:
-    "Options of every objective that compares the student's features with a target."
+    """Options of every objective that compares the student's features with a target."""
 
     student_layer: int | None = None  # 1-based, after which block; None = 0.3 depth
     rep_weight: float = 0.8  # gamma, of the representation loss
@@ -109,7 +109,7 @@ class FeatureOptions:
 
 @dataclass(frozen=True)
 class SelfFlowOptions(FeatureOptions):
-    "Options of Self-Flow."
+    """Options of Self-Flow."""
 
     # 1-based, deeper than student_layer; None = 0.7 depth
     teacher_layer: int | None = None
@@ -117,14 +117,14 @@ class SelfFlowOptions(FeatureOptions):
 
 @dataclass(frozen=True)
 class SRAOptions(SelfFlowOptions):
-    "Options of SRA."
+    """Options of SRA."""
 
     offset: float = 0.2  # the teacher's level is lower by at most this
 
 
 @dataclass(frozen=True)
 class LayerSyncOptions(FeatureOptions):
-    "Options of LayerSync."
+    """Options of LayerSync."""
 
     rep_weight: float = 0.2  # gamma, of the representation loss
     # 1-based, deeper than student_layer; None = 4/7 depth
@@ -133,7 +133,7 @@ class LayerSyncOptions(FeatureOptions):
 
 @dataclass(frozen=True)
 class REPAOptions(FeatureOptions):
-    "Options of REPA."
+    """Options of REPA."""
 
     rep_weight: float = 0.5  # gamma, of the representation loss
 
@@ -157,7 +157,7 @@ GIVEN = ("", "first_frame", "video", "audio", "either")
 
 @dataclass(frozen=True)
 class ObjectiveConfig(metaclass=Named):
-    "What is learned, and at which noise levels; with the options of the named objective. Masks matter only with several levels."
+    """What is learned, and at which noise levels; with the options of the named objective. Masks matter only with several levels."""
 
     registry = objectives
 
@@ -220,7 +220,7 @@ class ObjectiveConfig(metaclass=Named):
 
     @property
     def usual(self) -> bool:
-        "True for a published method with any weight and label drop. Its parts fit together; others are checked with torch."
+        """True for a published method with any weight and label drop. Its parts fit together; others are checked with torch."""
         free = {
             "name",
             "mask_ratio",
@@ -242,7 +242,7 @@ class ObjectiveConfig(metaclass=Named):
 # %% ../../nbs/1_method/07_options.ipynb #1d501480
 @dataclass(frozen=True)
 class StochasticOptions:
-    "Options of a sampler whose step is given noise."
+    """Options of a sampler whose step is given noise."""
 
     # level at which the last step, without noise, begins; as published
     last: float = 0.04
@@ -250,7 +250,7 @@ class StochasticOptions:
 
 @dataclass(frozen=True)
 class AdaptiveOptions:
-    "Options of a sampler that chooses its steps by tolerances."
+    """Options of a sampler that chooses its steps by tolerances."""
 
     rtol: float = 1e-5  # relative tolerance of a step
     atol: float = 1e-5  # absolute tolerance of a step
@@ -264,7 +264,7 @@ samplers.register("dopri5", "selfflow.method.sampling:dopri5_path", AdaptiveOpti
 
 
 def sampler_options(method: str, values: dict[str, Any]) -> Any:
-    "Options of a registered sampler. Raises ValueError for a name or an option that is not known."
+    """Options of a registered sampler. Raises ValueError for a name or an option that is not known."""
     options = samplers[method].options
     known = [field.name for field in fields(options)]
     if values and not known:

@@ -18,7 +18,7 @@ from .transformer import Transformer
 
 # %% ../../nbs/1_method/14_per_token.ipynb #0c28ca5a
 class PerTokenBlock(nn.Module):
-    "A DiT block whose modulation (b, n, 6 d) is computed for every token."
+    """A DiT block whose modulation (b, n, 6 d) is computed for every token."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0):
         super().__init__()
@@ -115,10 +115,10 @@ class PerTokenTransformer(nn.Module):
 
 # %% ../../nbs/1_method/14_per_token.ipynb #39e98214
 class PublishedSelfFlow(SelfFlow):
-    "Self-Flow as published, for two `PerTokenTransformer`: conditions for every token and a whole forward of the teacher."
+    """Self-Flow as published, for two `PerTokenTransformer`: conditions for every token and a whole forward of the teacher."""
 
     def forward(self, student, teacher, batch: Batch, draw) -> Tensor:
-        "The total loss of a batch."
+        """The total loss of a batch."""
         noised = self.noised(batch, draw)
         labels, clean = (
             noised.batch.condition.values,

@@ -63,7 +63,7 @@ def _published(name: str) -> str:
 
 
 def _modules(config: dict) -> tuple[Transformer, Projector]:
-    "Model and projector without memory for weights, for complete published arguments."
+    """Model and projector without memory for weights, for complete published arguments."""
     side = config["input_size"] // config["patch_size"]
     shape = TransformerConfig.of_image(
         config["in_channels"] * config["patch_size"] ** 2,
@@ -82,7 +82,7 @@ def _modules(config: dict) -> tuple[Transformer, Projector]:
 
 
 def _state(model: Transformer, projector: Projector | None) -> dict[str, Tensor]:
-    "The tensors of both by published name, position code included."
+    """The tensors of both by published name, position code included."""
     tensors = model.state_dict() | (
         projector.state_dict(prefix="projector.") if projector else {}
     )
@@ -92,7 +92,7 @@ def _state(model: Transformer, projector: Projector | None) -> dict[str, Tensor]
 
 
 def layout(config: dict) -> dict[str, tuple[int, ...]]:
-    "Name and shape of every tensor of a checkpoint with published constructor arguments `config` (complete, as PUBLISHED)."
+    """Name and shape of every tensor of a checkpoint with published constructor arguments `config` (complete, as PUBLISHED)."""
     shapes = {
         name: tuple(value.shape) for name, value in _state(*_modules(config)).items()
     }
@@ -103,7 +103,7 @@ def layout(config: dict) -> dict[str, tuple[int, ...]]:
 
 # %% ../../nbs/1_method/13_reference.ipynb #fe97ec61
 def fold_time(weight: Tensor) -> Tensor:
-    "The first layer (d, 256) of the time embedding, cosines before sines, for t instead of 1 - t. It is its own inverse."
+    """The first layer (d, 256) of the time embedding, cosines before sines, for t instead of 1 - t. It is its own inverse."""
     cosine, sine = weight.double().chunk(2, dim=1)
     f = 10_000.0 ** (
         -torch.arange(cosine.shape[1], dtype=torch.float64) / cosine.shape[1]
@@ -114,7 +114,7 @@ def fold_time(weight: Tensor) -> Tensor:
 
 # %% ../../nbs/1_method/13_reference.ipynb #f6f7264c
 def _last_layer(value: Tensor, config: dict) -> Tensor:
-    "Rows (c p q) of a velocity from the published rows (p q c) or (p q 2c) of its negative; weight or bias."
+    """Rows (c p q) of a velocity from the published rows (p q c) or (p q 2c) of its negative; weight or bias."""
     p = config["patch_size"]
     return -rearrange(
         value, "(p q two c) ... -> two (c p q) ...", p=p, q=p, c=config["in_channels"]
@@ -122,7 +122,7 @@ def _last_layer(value: Tensor, config: dict) -> Tensor:
 
 
 def _last_layer_back(value: Tensor, config: dict) -> Tensor:
-    "The inverse of _last_layer; the channels that nothing reads are zeros."
+    """The inverse of _last_layer; the channels that nothing reads are zeros."""
     p = config["patch_size"]
     rows = torch.stack(
         [-value, torch.zeros_like(value)] if config["learn_sigma"] else [-value]
@@ -141,7 +141,7 @@ def _check_patch(channels: int, patch: int) -> None:
 
 
 def _known(config: dict | None) -> dict:
-    "Given published arguments, checked for names that do not exist and for a form that is not known."
+    """Given published arguments, checked for names that do not exist and for a form that is not known."""
     known = dict(config or {})
     if unknown := known.keys() - PUBLISHED.keys():
         raise ValueError(
@@ -209,7 +209,7 @@ def infer_config(weights: Mapping[str, Tensor], known: dict | None = None) -> di
 
 # %% ../../nbs/1_method/13_reference.ipynb #93e73542
 def _read(path: Path) -> tuple[dict, dict]:
-    "What a file holds, and the published arguments it names (only safetensors written by `save` do)."
+    """What a file holds, and the published arguments it names (only safetensors written by `save` do)."""
     if path.suffix not in (".safetensors", ".pt", ".pth"):
         raise ValueError(
             f"{path} ends in {path.suffix!r}; weights are read from .safetensors, .pt and .pth"
@@ -234,7 +234,7 @@ def _read(path: Path) -> tuple[dict, dict]:
 
 
 def _flat(weights: Mapping) -> dict[str, Tensor]:
-    "The tensors by name: out of the entry `ema`, `model` or `state_dict` of a training checkpoint, without a prefix `module.`."
+    """The tensors by name: out of the entry `ema`, `model` or `state_dict` of a training checkpoint, without a prefix `module.`."""
     inner = [
         weights[entry]
         for entry in ("ema", "model", "state_dict")
@@ -258,7 +258,7 @@ def _flat(weights: Mapping) -> dict[str, Tensor]:
 
 # %% ../../nbs/1_method/13_reference.ipynb #9145301a
 def _compare(weights: dict[str, Tensor], config: dict) -> None:
-    "Raise one ValueError that names all differences from the published layout; the projector may be absent as a whole."
+    """Raise one ValueError that names all differences from the published layout; the projector may be absent as a whole."""
     expected = layout(config)
     if not any(name.startswith("projector.") for name in weights):
         expected = {
@@ -307,7 +307,7 @@ def _compare(weights: dict[str, Tensor], config: dict) -> None:
 def _convert(
     tensors: Mapping[str, Tensor], config: dict, last_layer: Callable
 ) -> dict[str, Tensor]:
-    "Copies in float32 on the CPU, by published name, with time folded and `last_layer` applied to the last layer."
+    """Copies in float32 on the CPU, by published name, with time folded and `last_layer` applied to the last layer."""
     tensors = {
         name: value.detach().to("cpu", torch.float32, copy=True)
         for name, value in tensors.items()

@@ -53,25 +53,25 @@ def time_grid(
 
 
 def _wide(t: Tensor) -> Tensor:
-    "A level per token, (b, n), with an axis for the channels; one level for all stays a number."
+    """A level per token, (b, n), with an axis for the channels; one level for all stays a number."""
     return t[..., None] if t.ndim else t
 
 
 def _walk(
     x: Tensor, t: Tensor, t_next: Tensor, slope: Tensor, kick: Tensor | float = 0.0
 ) -> Tensor:
-    "x + (t_next - t) slope + kick; tokens whose level stays are kept bit for bit, whatever their slope."
+    """x + (t_next - t) slope + kick; tokens whose level stays are kept bit for bit, whatever their slope."""
     dt = _wide(t_next - t)
     return torch.where(dt == 0, x, (x + dt * slope + kick).to(x.dtype))
 
 
 def euler_step(velocity_fn: Callable, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    "One Euler step of dx = v dt (order 1); t, t_next: numbers or per token (b, n)."
+    """One Euler step of dx = v dt (order 1); t, t_next: numbers or per token (b, n)."""
     return _walk(x, t, t_next, velocity_fn(x, t))
 
 
 def heun_step(velocity_fn: Callable, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    "One Heun step of dx = v dt (order 2, two evaluations); t, t_next: numbers or per token (b, n)."
+    """One Heun step of dx = v dt (order 2, two evaluations); t, t_next: numbers or per token (b, n)."""
     v = velocity_fn(x, t)
     return _walk(x, t, t_next, (v + velocity_fn(_walk(x, t, t_next, v), t_next)) / 2)
 
@@ -79,7 +79,7 @@ def heun_step(velocity_fn: Callable, x: Tensor, t: Tensor, t_next: Tensor) -> Te
 def midpoint_step(
     velocity_fn: Callable, x: Tensor, t: Tensor, t_next: Tensor
 ) -> Tensor:
-    "One midpoint step of dx = v dt (order 2, two evaluations); t, t_next: numbers or per token (b, n)."
+    """One midpoint step of dx = v dt (order 2, two evaluations); t, t_next: numbers or per token (b, n)."""
     half = (t + t_next) / 2
     return _walk(x, t, t_next, velocity_fn(_walk(x, t, half, velocity_fn(x, t)), half))
 
@@ -118,7 +118,7 @@ def dopri5_path(
     rtol: float,
     atol: float,
 ) -> list[Tensor]:
-    "The states at the levels of `grid`; a token moves once the clock is below its `start`, a number or (b, n)."
+    """The states at the levels of `grid`; a token moves once the clock is below its `start`, a number or (b, n)."""
     try:
         from torchdiffeq import odeint
     except ImportError:
@@ -172,7 +172,7 @@ def levels_of(
     dtype: torch.dtype = torch.float32,
     **options,
 ) -> Tensor:
-    "The steps + 1 levels that `sample` visits with these settings."
+    """The steps + 1 levels that `sample` visits with these settings."""
     chosen = sampler_options(method, options)
     return time_grid(
         steps,
@@ -185,7 +185,7 @@ def levels_of(
 def _check(
     x1: Tensor, x0: Tensor | None, start: Tensor | None, kept_level: float | None
 ) -> None:
-    "Raises ValueError for what `sample` cannot begin with."
+    """Raises ValueError for what `sample` cannot begin with."""
     for name, x in (("x1", x1), ("x0", x0)):
         if x is not None and not x.isfinite().all():
             raise ValueError(
@@ -229,7 +229,7 @@ def _around(
 def _draws(
     noise: Tensor | Callable | None, generator: Generator | None, x1: Tensor, steps: int
 ) -> Callable[[int], Tensor]:
-    "A function from the index of a step to its noise; `noise` as in `sample`."
+    """A function from the index of a step to its noise; `noise` as in `sample`."""
     if noise is None and generator is None:
         raise ValueError(
             "this sampler draws noise at each step: give generator=keyed(seed, purpose), or noise"

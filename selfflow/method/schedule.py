@@ -8,7 +8,7 @@ __all__ = ['NoiseLevels', 'Schedule', 'SingleLevel', 'DualTimestep', 'MultiTimes
 
 # %% ../../nbs/1_method/02_schedule.ipynb #3f64e174
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Generator, Tensor
@@ -20,11 +20,18 @@ from .flow import Density, Uniform
 # %% ../../nbs/1_method/02_schedule.ipynb #e84d30b9
 @dataclass(frozen=True)
 class NoiseLevels:
-    """The k noise levels of each sample and the level that each token has.
+    """The k noise levels of each sample and the assignment of its tokens to them.
 
-    levels: (b, k) floats in [0, 1], 1 = noise; assign: (b, n) int64 in [0, k); condition: so many levels, the last ones, are
-    those of tokens that are given and not generated. Raises ValueError for other shapes or a condition outside [0, k),
-    TypeError for other dtypes; on the CPU also ValueError for values out of range.
+    Args:
+        levels: (b, k) floats in [0, 1]; 1 is noise.
+        assign: (b, n) int64 in [0, k): the level of each token.
+        condition: Number of levels, the last ones, that belong to tokens that are
+            given and not generated.
+
+    Raises:
+        ValueError: For shapes that do not fit, for a condition outside [0, k) and,
+            on the CPU, for values out of range.
+        TypeError: For other dtypes.
     """
 
     levels: Tensor
@@ -32,148 +39,164 @@ class NoiseLevels:
     condition: int = 0
 
     def __post_init__(self):
-        if (
-            self.levels.ndim != 2
-            or self.assign.ndim != 2
-            or len(self.levels) != len(self.assign)
-        ):
+        matrices = self.levels.ndim == 2 and self.assign.ndim == 2
+        if not matrices or len(self.levels) != len(self.assign):
             raise ValueError(
-                f"levels must be (b, k) and assign (b, n) with one b, "
+                "levels must be (b, k) and assign (b, n) with one b, "
                 f"not {tuple(self.levels.shape)} and {tuple(self.assign.shape)}"
             )
         if not self.levels.is_floating_point() or self.assign.dtype != torch.int64:
             raise TypeError(
-                f"levels must be floats and assign int64, not {self.levels.dtype} and {self.assign.dtype}"
+                "levels must be floats and assign int64, "
+                f"not {self.levels.dtype} and {self.assign.dtype}"
             )
         if not 0 <= self.condition < self.k:
             raise ValueError(
-                f"condition is {self.condition} of {self.k} levels: one level at least is that of generated tokens"
+                f"condition is {self.condition} of {self.k} levels, "
+                "but at least one level must belong to generated tokens"
             )
         # on a GPU the check would make the host wait for the device
         if self.levels.device.type == "cpu":
-            _check_range(
-                self.levels,
-                0.0,
-                1.0,
-                "levels",
-                "1 is noise, 0 is data; divide discrete timesteps by their number",
-            )
-            _check_range(
-                self.assign, 0, self.k - 1, "assign", f"there are {self.k} levels"
-            )
+            remedy = "1 is noise, 0 is data; divide discrete timesteps by their number"
+            _check_range("levels", self.levels, 0.0, 1.0, remedy)
+            remedy = f"there are {self.k} levels"
+            _check_range("assign", self.assign, 0, self.k - 1, remedy)
 
     @classmethod
     def single(cls, levels: Tensor, tokens: int) -> "NoiseLevels":
-        "One level for all tokens of a sample; levels: (b,)."
-        return cls(
-            levels[:, None],
-            torch.zeros(len(levels), tokens, dtype=torch.int64, device=levels.device),
+        """Give all tokens of a sample one level; levels: (b,)."""
+        assign = torch.zeros(
+            len(levels), tokens, dtype=torch.int64, device=levels.device
         )
+        return cls(levels[:, None], assign)
 
     @classmethod
     def of_tokens(cls, tau: Tensor) -> "NoiseLevels":
-        """The compact form of per-token levels; per_token() gives them back exactly.
+        """Return the compact form of per-token levels tau (b, n).
 
-        tau: (b, n). k is the largest number of distinct values in one sample; samples with fewer repeat their noisiest, so that
-        cleanest() stays their own. Waits for a GPU, since k depends on the values. Raises ValueError when tau is not (b, n).
+        k is the largest number of distinct values in one sample. Samples with fewer
+        repeat their noisiest, so that cleanest() stays their own. per_token() returns
+        tau exactly. Waits for a GPU, since k depends on the values.
+
+        Raises:
+            ValueError: If tau is not (b, n).
         """
         if tau.ndim != 2 or not tau.numel():
             raise ValueError(
-                f"tau has shape {tuple(tau.shape)}, expected one level for each token, (b, n)"
+                f"tau has shape {tuple(tau.shape)}, "
+                "expected one level for each token, (b, n)"
             )
         ordered, order = tau.sort(dim=1)
-        # of a value among the distinct ones of its sample
-        rank = (ordered.diff(dim=1, prepend=ordered[:, :1]) != 0).cumsum(1)
-        levels = (
-            ordered[:, -1:].repeat(1, int(rank.max()) + 1).scatter(1, rank, ordered)
-        )
-        return cls(levels, torch.empty_like(rank).scatter(1, order, rank))
+        is_new = ordered.diff(dim=1, prepend=ordered[:, :1]) != 0
+        rank = is_new.cumsum(1)  # (b, n): index among the sample's distinct values
+        k = int(rank.max()) + 1
+        noisiest = ordered[:, -1:]
+        levels = noisiest.repeat(1, k).scatter(1, rank, ordered)  # (b, k)
+        assign = torch.empty_like(rank).scatter(1, order, rank)  # (b, n)
+        return cls(levels, assign)
 
     @property
     def k(self) -> int:
-        "How many distinct levels a sample has."
+        """Number of levels of a sample."""
         return self.levels.shape[1]
 
     def per_token(self) -> Tensor:
-        "The level tau of each token, (b, n)."
+        """Return the level tau of each token, (b, n)."""
         return self.levels.gather(1, self.assign)
 
+    # tau_min = min(t, s)                                      (Self-Flow, section 3)
     def cleanest(self) -> "NoiseLevels":
-        """What the teacher sees: generated tokens at the lowest of their levels, the condition as it is; k = 1 + condition.
+        """Return the teacher's levels: k = 1 + condition.
 
-        A level counts even where no token took it: the teacher always sees min(t, s). Source: Self-Flow, section 3.
+        Generated tokens are at the lowest of their levels, the condition at its own. A
+        level counts even if no token took it: the teacher always sees min(t, s).
         """
-        first = self.k - self.condition  # of the condition's levels
-        levels = torch.cat(
-            [self.levels[:, :first].amin(1, keepdim=True), self.levels[:, first:]],
-            dim=1,
-        )
-        return NoiseLevels(
-            levels, (self.assign - first + 1).clamp(min=0), self.condition
-        )
+        generated = self.k - self.condition
+        lowest = self.levels[:, :generated].amin(1, keepdim=True)
+        levels = torch.cat([lowest, self.levels[:, generated:]], dim=1)
+        # generated tokens take level 0, the condition's levels follow
+        assign = (self.assign - generated + 1).clamp(min=0)
+        return NoiseLevels(levels, assign, self.condition)
 
     def is_condition(self) -> Tensor:
-        "Which tokens are a condition: (b, n) bool."
+        """Return a mask of the tokens that are a condition: (b, n) bool."""
         return self.assign >= self.k - self.condition
 
     @classmethod
-    def cat(cls, parts: list["NoiseLevels"]) -> "NoiseLevels":
-        "The levels of several batches that come one after the other; all have the same k and condition."
+    def cat(cls, batches: list["NoiseLevels"]) -> "NoiseLevels":
+        """Concatenate the levels of batches that have one k and one condition."""
         return cls(
-            torch.cat([p.levels for p in parts]),
-            torch.cat([p.assign for p in parts]),
-            parts[0].condition,
+            torch.cat([batch.levels for batch in batches]),
+            torch.cat([batch.assign for batch in batches]),
+            batches[0].condition,
         )
 
     def to(self, device) -> "NoiseLevels":
-        "The same levels on another device."
-        return NoiseLevels(
-            self.levels.to(device), self.assign.to(device), self.condition
-        )
+        """Return the same levels on another device."""
+        levels, assign = self.levels.to(device), self.assign.to(device)
+        return NoiseLevels(levels, assign, self.condition)
 
 
-def _check_range(values: Tensor, low, high, name: str, remedy: str) -> None:
-    smallest, largest = (v.item() for v in values.aminmax())
+def _check_range(name: str, values: Tensor, low, high, remedy: str) -> None:
+    smallest, largest = (value.item() for value in values.aminmax())
     if not (smallest >= low and largest <= high):  # written so that NaN fails too
         raise ValueError(
-            f"{name} run from {smallest:g} to {largest:g}, outside [{low}, {high}]: {remedy}"
+            f"{name} run from {smallest:g} to {largest:g}, outside [{low}, {high}]: "
+            f"{remedy}"
         )
 
 # %% ../../nbs/1_method/02_schedule.ipynb #b069851b
 class Schedule(Protocol):
-    "What a schedule offers: the levels of a batch. Frozen dataclasses here; another class with this method is as good."
+    """The interface of a schedule; any class with this method fits."""
 
     def sample(
         self, batch: int, tokens: int, generator: Generator | None = None
     ) -> NoiseLevels:
-        "NoiseLevels for `batch` samples of `tokens` tokens, on the generator's device."
+        """Draw the levels of `batch` samples of `tokens` tokens.
+
+        They are on the generator's device.
+        """
 
 
 @dataclass(frozen=True)
 class SingleLevel:
-    "Ordinary flow matching: one level t ~ density for all tokens of a sample (k = 1)."
+    """Ordinary flow matching: one level t ~ density for all tokens (k = 1)."""
 
     density: Density = field(default_factory=Uniform)
 
     def sample(
         self, batch: int, tokens: int, generator: Generator | None = None
     ) -> NoiseLevels:
-        "NoiseLevels with k = 1 for `batch` samples of `tokens` tokens."
+        """Draw one level for each of `batch` samples of `tokens` tokens."""
         return NoiseLevels.single(self.density.sample((batch,), generator), tokens)
 
 # %% ../../nbs/1_method/02_schedule.ipynb #db033a98
 @dataclass(frozen=True)
 class DualTimestep:
-    """Dual-Timestep Scheduling: two independent, unsorted levels per sample; each token takes the second with `mask_ratio`.
+    """Dual-Timestep Scheduling: two independent, unsorted levels per sample (k = 2).
 
-    The defaults are the method as published; each other argument switches on a variant.
-    mask_ratio: for all tokens, or one for each: sound beside film has another; block and exact then have no meaning.
-    order: "cleaner" or "noisier" sorts, so that masked tokens always take that one of the two; near: s = t + U(-near, near),
-    folded back into [0, 1]; block, grid: masks are drawn for block x block squares (the units) of a rows x columns grid; exact:
-    round(mask_ratio * units) are masked in every sample; single_share: this share of samples has all tokens at t, unsorted (s is
-    drawn all the same: the teacher sees min(t, s), as in arXiv 2607.02508). Raises ValueError for values outside their range,
-    and by sample() for tokens that are not rows * columns.
-    Source: Self-Flow, section 3.2; unsorted as its authors confirm (their repository, issues 2 and 11); near: its ablation.
+    Each token takes the second level with probability `mask_ratio`. The defaults are
+    the method as published; each further argument switches on a variant.
+
+    Args:
+        density: p(t), of both levels.
+        mask_ratio: R_M in [0, 0.5], for all tokens or one for each: audio next to
+            video has another. `exact` and `block` need one for all.
+        order: "unsorted"; "cleaner" or "noisier" sorts, so that masked tokens always
+            take that one of the two levels.
+        exact: Mask exactly round(mask_ratio * units) units of every sample.
+        near: Draw s = t + U(-near, near), folded back into [0, 1].
+        block: Mask block x block squares of the grid; a square is a unit.
+        grid: Rows and columns of the tokens.
+        single_share: Share of samples whose tokens are all at t, unsorted. s is still
+            drawn: the teacher sees min(t, s), as in arXiv 2607.02508.
+
+    Raises:
+        ValueError: For values out of range and, by sample(), for tokens that are not
+            rows * columns.
+
+    Source: Self-Flow, section 3.2; unsorted as its authors confirm (their repository,
+    issues 2 and 11); near: its ablation.
     """
 
     density: Density = field(default_factory=Uniform)
@@ -186,15 +209,18 @@ class DualTimestep:
     single_share: float = 0.0
 
     def __post_init__(self):
-        many = isinstance(self.mask_ratio, tuple)
-        for ratio in set(self.mask_ratio) if many else (self.mask_ratio,):
+        by_token = isinstance(self.mask_ratio, tuple)
+        ratios = set(self.mask_ratio) if by_token else {self.mask_ratio}
+        for ratio in ratios:
             if not 0 <= ratio <= 0.5:
                 raise ValueError(
-                    f"mask_ratio is {ratio}, outside [0, 0.5]: above one half t and s only change roles"
+                    f"mask_ratio is {ratio}, outside [0, 0.5]: "
+                    "above one half t and s only change roles"
                 )
-        if many and (self.exact or self.block > 1):
+        if by_token and (self.exact or self.block > 1):
             raise ValueError(
-                "exact numbers of masked tokens and masked blocks need one mask_ratio for all tokens"
+                "exact numbers of masked tokens and masked blocks need "
+                "one mask_ratio for all tokens"
             )
         if self.order not in ("unsorted", "cleaner", "noisier"):
             raise ValueError(
@@ -202,57 +228,72 @@ class DualTimestep:
             )
         if self.near is not None and not 0 < self.near <= 1:
             raise ValueError(
-                f"near is {self.near}, outside (0, 1]: it is the largest |s - t|; None draws s independently"
+                f"near is {self.near}, outside (0, 1]: it is the largest |s - t|; "
+                "None draws s independently"
             )
         if not 0 <= self.single_share <= 1:
             raise ValueError(
-                f"single_share is {self.single_share}, outside [0, 1]: it is a share of the samples"
+                f"single_share is {self.single_share}, outside [0, 1]: "
+                "it is a share of the samples"
             )
         if self.block < 1 or (self.grid is None and self.block > 1):
             raise ValueError(
-                f"block is {self.block}, grid is {self.grid}: squares need block >= 1 and a grid (rows, columns)"
+                f"block is {self.block}, grid is {self.grid}: "
+                "squares need block >= 1 and a grid (rows, columns)"
             )
-        if self.grid is not None and (
-            min(self.grid) < 1 or any(side % self.block for side in self.grid)
-        ):
+        if self.grid is None:
+            return
+        if min(self.grid) < 1 or any(side % self.block for side in self.grid):
             raise ValueError(
-                f"block {self.block} does not divide grid {self.grid}: choose a divisor of both sides"
+                f"block {self.block} does not divide grid {self.grid}: "
+                "choose a divisor of both sides"
             )
 
+    # tau_i = s where M_i ~ Bernoulli(R_M) is 1, else t; t, s ~ p    (section 3.2)
     def sample(
         self, batch: int, tokens: int, generator: Generator | None = None
     ) -> NoiseLevels:
-        "NoiseLevels with k = 2 (unmasked tokens' level first) for `batch` samples of `tokens` tokens."
-        # t, s and the mask come first, whatever is switched on: variants share what
-        # they can under one generator
-        t, s = (self.density.sample((batch,), generator) for _ in range(2))
-        masked = self._mask(batch, tokens, generator, t.device)
+        """Draw two levels for each of `batch` samples of `tokens` tokens.
+
+        Unmasked tokens have the first level, masked tokens the second.
+        """
+        # Every variant draws t, s and the mask first, so that variants under one
+        # generator share them.
+        t = self.density.sample((batch,), generator)
+        s = self.density.sample((batch,), generator)
+        masked = self._draw_mask(batch, tokens, generator, t.device)  # (b, n)
         if self.near is not None:
-            s = (
-                t
-                + self.near
-                * (2 * torch.rand(batch, generator=generator, device=t.device) - 1)
-            ).abs()
-            s = torch.minimum(s, 2 - s)
+            offset = 2 * torch.rand(batch, generator=generator, device=t.device) - 1
+            s = (t + self.near * offset).abs()  # folded at 0
+            s = torch.minimum(s, 2 - s)  # and at 1
         dual = torch.ones_like(t, dtype=torch.bool)
         if self.single_share > 0:
-            dual = (
-                torch.rand(batch, generator=generator, device=t.device)
-                >= self.single_share
-            )
+            chance = torch.rand(batch, generator=generator, device=t.device)
+            dual = chance >= self.single_share
         if self.order != "unsorted":
-            swap = dual & ((s > t) if self.order == "cleaner" else (s < t))
-            t, s = torch.where(swap, s, t), torch.where(swap, t, s)
-        return NoiseLevels(torch.stack([t, s], dim=1), (masked & dual[:, None]).long())
+            lower, higher = torch.minimum(t, s), torch.maximum(t, s)
+            first, second = higher, lower  # masked tokens take the cleaner level
+            if self.order == "noisier":
+                first, second = lower, higher
+            # samples with a single level keep the t that was drawn
+            t = torch.where(dual, first, t)
+            s = torch.where(dual, second, s)
+        levels = torch.stack([t, s], dim=1)  # (b, 2)
+        return NoiseLevels(levels, assign=(masked & dual[:, None]).long())
 
-    def _mask(self, batch, tokens, generator, device):
+    def _draw_mask(
+        self, batch: int, tokens: int, generator: Generator | None, device
+    ) -> Tensor:
+        """Draw the tokens that take the second level: (b, n) bool."""
         rows, columns = self.grid or (1, tokens)
         if rows * columns != tokens:
             raise ValueError(
-                f"{tokens} tokens are no grid of {rows} x {columns} = {rows * columns}"
+                f"{tokens} tokens do not fill a grid of "
+                f"{rows} x {columns} = {rows * columns}"
             )
-        rows, columns = rows // self.block, columns // self.block
-        scores = torch.rand(batch, rows * columns, generator=generator, device=device)
+        rows, columns = rows // self.block, columns // self.block  # in units
+        units = rows * columns
+        scores = torch.rand(batch, units, generator=generator, device=device)
         if isinstance(self.mask_ratio, tuple):
             if len(self.mask_ratio) != tokens:
                 raise ValueError(
@@ -260,25 +301,24 @@ class DualTimestep:
                 )
             return scores < torch.tensor(self.mask_ratio, device=device)
         masked = scores < self.mask_ratio
-        if self.exact:
-            # the units of the lowest scores
-            masked = scores.argsort(1).argsort(1) < round(
-                self.mask_ratio * rows * columns
-            )
+        if self.exact:  # the units with the lowest scores
+            rank = scores.argsort(1).argsort(1)
+            masked = rank < round(self.mask_ratio * units)
         squares = masked.reshape(batch, rows, columns)
-        return (
-            squares.repeat_interleave(self.block, 1)
-            .repeat_interleave(self.block, 2)
-            .flatten(1)
-        )
+        squares = squares.repeat_interleave(self.block, 1)
+        squares = squares.repeat_interleave(self.block, 2)
+        return squares.flatten(1)
 
 # %% ../../nbs/1_method/02_schedule.ipynb #b5e17a82
 @dataclass(frozen=True)
 class MultiTimestep:
-    """Several independent levels per sample; each token takes level j with probability shares[j] (k = len(shares)).
+    """Several independent levels per sample; a token takes level j with shares[j].
 
-    Generalises DualTimestep: shares (1 - mask_ratio, mask_ratio) give the same numbers under one generator.
-    Raises ValueError unless shares are not negative and sum to 1. An extension, not of the paper.
+    Generalises DualTimestep: shares (1 - mask_ratio, mask_ratio) draw the same numbers
+    from one generator. An extension, not of the paper. k = len(shares).
+
+    Raises:
+        ValueError: Unless no share is negative and they sum to 1.
     """
 
     density: Density = field(default_factory=Uniform)
@@ -290,32 +330,39 @@ class MultiTimestep:
     def sample(
         self, batch: int, tokens: int, generator: Generator | None = None
     ) -> NoiseLevels:
-        "NoiseLevels with k = len(shares) for `batch` samples of `tokens` tokens."
-        levels = torch.stack(
-            [self.density.sample((batch,), generator) for _ in self.shares], dim=1
-        )
-        return NoiseLevels(levels, draw_index(self.shares, (batch, tokens), generator))
+        """Draw len(shares) levels for each of `batch` samples of `tokens` tokens."""
+        levels = [self.density.sample((batch,), generator) for _ in self.shares]
+        assign = draw_index(self.shares, (batch, tokens), generator)
+        return NoiseLevels(torch.stack(levels, dim=1), assign)
 
 # %% ../../nbs/1_method/02_schedule.ipynb #87466541
 @dataclass(frozen=True)
 class DiffusionForcing:
-    "An independent level for every token (k = n). Source: arXiv 2407.01392; rejected by Self-Flow, which reports that it hurts."
+    """An independent level for every token (k = n).
+
+    Source: arXiv 2407.01392; rejected by Self-Flow, which reports that it hurts.
+    """
 
     density: Density = field(default_factory=Uniform)
 
     def sample(
         self, batch: int, tokens: int, generator: Generator | None = None
     ) -> NoiseLevels:
-        "NoiseLevels with k = tokens for `batch` samples of `tokens` tokens."
+        """Draw a level for each token of `batch` samples of `tokens` tokens."""
         tau = self.density.sample((batch, tokens), generator)
         return NoiseLevels(tau, torch.arange(tokens, device=tau.device).expand_as(tau))
 
 
 @dataclass(frozen=True)
 class FullMasking:
-    """A level t ~ density per sample, and each token at pure noise instead with probability mask_ratio: levels (t, 1), k = 2.
+    """A level t ~ density per sample, but pure noise for masked tokens (k = 2).
 
-    Raises ValueError when mask_ratio is outside [0, 1]. Source: Self-Flow, which rejects it: it hurts.
+    A token is masked with probability mask_ratio.
+
+    Raises:
+        ValueError: If mask_ratio is outside [0, 1].
+
+    Source: Self-Flow, which rejects it: it hurts.
     """
 
     density: Density = field(default_factory=Uniform)
@@ -324,28 +371,41 @@ class FullMasking:
     def __post_init__(self):
         if not 0 <= self.mask_ratio <= 1:
             raise ValueError(
-                f"mask_ratio is {self.mask_ratio}, outside [0, 1]: it is the share of tokens at t = 1"
+                f"mask_ratio is {self.mask_ratio}, outside [0, 1]: "
+                "it is the share of tokens at t = 1"
             )
 
     def sample(
         self, batch: int, tokens: int, generator: Generator | None = None
     ) -> NoiseLevels:
-        "NoiseLevels with k = 2 (t first, 1 second) for `batch` samples of `tokens` tokens."
+        """Draw t and a mask for `batch` samples of `tokens` tokens: levels (t, 1)."""
         t = self.density.sample((batch,), generator)
-        masked = draw_index(
-            (1 - self.mask_ratio, self.mask_ratio), (batch, tokens), generator
-        )
+        shares = (1 - self.mask_ratio, self.mask_ratio)
+        masked = draw_index(shares, (batch, tokens), generator)
         return NoiseLevels(torch.stack([t, torch.ones_like(t)], dim=1), masked)
 
 # %% ../../nbs/1_method/02_schedule.ipynb #35fe2e5c
 @dataclass(frozen=True)
 class Conditioned:
-    """A schedule in which the named tokens are a condition at a level of their own, ~ U(0, max_level) per sample: 0 is clean.
+    """A schedule in which some tokens are a condition with a level of their own.
 
-    schedule: any, drawn for all tokens and then overruled for the named ones, k grows by one; tokens: their positions, or
-    several such tuples, of which each sample is given one; share: of samples that are given any.
-    Raises ValueError when tokens are empty or negative, max_level or share is outside [0, 1], and by sample() for positions that
-    do not exist or leave nothing to generate. Source: Self-Flow, appendix: max_level = 0.2 for the first frame.
+    That level is drawn from U(0, max_level) for each sample; 0 is clean. The wrapped
+    schedule draws for all tokens, is then overruled for the given ones, and k grows by
+    one.
+
+    Args:
+        schedule: Any schedule.
+        tokens: Positions of the given tokens, or several such tuples, one of which is
+            drawn for each sample.
+        max_level: Highest level of the condition.
+        share: Share of samples that have a condition.
+
+    Raises:
+        ValueError: For no tokens or negative ones, for max_level or share outside
+            [0, 1] and, by sample(), for positions that do not exist or that leave
+            nothing to generate.
+
+    Source: Self-Flow, appendix: max_level = 0.2 for the first frame.
     """
 
     schedule: Schedule
@@ -354,49 +414,48 @@ class Conditioned:
     share: float = 1.0
 
     def __post_init__(self):
-        for tokens in self._sets():
-            if not tokens or min(tokens) < 0:
+        for positions in self._choices():
+            if not positions or min(positions) < 0:
                 raise ValueError(
-                    f"tokens are {tokens}: name one position or more, counted from 0"
+                    f"tokens are {positions}: "
+                    "give at least one position, counted from 0"
                 )
         if not 0 <= self.max_level <= 1 or not 0 <= self.share <= 1:
             raise ValueError(
-                f"max_level is {self.max_level} and share {self.share}, but both must be in [0, 1]: 0 is a clean "
-                "condition, and no sample that has one"
+                f"max_level is {self.max_level} and share is {self.share}, "
+                "but both must be in [0, 1]"
             )
 
-    def _sets(self):
-        return (
-            self.tokens
-            if self.tokens and isinstance(self.tokens[0], tuple)
-            else (self.tokens,)
-        )
+    def _choices(self) -> tuple[tuple[int, ...], ...]:
+        """Return the sets of positions from which each sample is given one."""
+        several = self.tokens and isinstance(self.tokens[0], tuple)
+        choices = self.tokens if several else (self.tokens,)
+        return cast(tuple[tuple[int, ...], ...], choices)
 
     def sample(
         self, batch: int, tokens: int, generator: Generator | None = None
     ) -> NoiseLevels:
-        "NoiseLevels of the wrapped schedule with one level more, the condition's, for `batch` samples of `tokens` tokens."
-        sets = self._sets()
-        for named in sets:
-            if max(named) >= tokens or len(set(named)) == tokens:
+        """Draw the wrapped schedule's levels, and the condition's as the last one."""
+        choices = self._choices()
+        for positions in choices:
+            if max(positions) >= tokens or len(set(positions)) == tokens:
                 raise ValueError(
-                    f"positions {named} must exist among {tokens} tokens and leave one at least to generate"
+                    f"positions {positions} must exist among {tokens} tokens "
+                    "and leave one at least to generate"
                 )
         drawn = self.schedule.sample(batch, tokens, generator)
+        device = drawn.levels.device
         level = self.max_level * torch.rand(
-            batch, 1, generator=generator, device=drawn.levels.device
+            batch, 1, generator=generator, device=device
         )
-        # the last: nothing
-        given = torch.zeros(
-            len(sets) + 1, tokens, dtype=torch.bool, device=level.device
-        )
-        for row, named in zip(given, sets, strict=False):
-            row[list(named)] = True
-        which = torch.zeros(batch, dtype=torch.int64, device=level.device)
-        if self.share < 1 or len(sets) > 1:
-            shares = (*(self.share / len(sets),) * len(sets), 1 - self.share)
-            which = draw_index(shares, (batch,), generator)
-        assign = drawn.assign.masked_fill(given[which], drawn.k)
-        return NoiseLevels(
-            torch.cat([drawn.levels, level], dim=1), assign, drawn.condition + 1
-        )
+        # one row of given tokens for each choice, and an empty one for no condition
+        given = torch.zeros(len(choices) + 1, tokens, dtype=torch.bool, device=device)
+        for row, positions in enumerate(choices):
+            given[row, list(positions)] = True
+        choice = torch.zeros(batch, dtype=torch.int64, device=device)
+        if self.share < 1 or len(choices) > 1:
+            equal_shares = (self.share / len(choices),) * len(choices)
+            choice = draw_index((*equal_shares, 1 - self.share), (batch,), generator)
+        levels = torch.cat([drawn.levels, level], dim=1)  # (b, k + 1)
+        assign = drawn.assign.masked_fill(given[choice], drawn.k)
+        return NoiseLevels(levels, assign, drawn.condition + 1)

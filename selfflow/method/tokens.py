@@ -45,11 +45,11 @@ class Part:
 
     @property
     def tokens(self) -> int:
-        "How many tokens it has."
+        """How many tokens it has."""
         return math.prod(self.grid)
 
     def coordinates(self) -> Tensor:
-        "Where each token sits, (n, 4) floats: time in ticks, row, column, place in a caption (0)."
+        """Where each token sits, (n, 4) floats: time in ticks, row, column, place in a caption (0)."""
         moments, rows, columns = (torch.arange(float(size)) for size in self.grid)
         return torch.cartesian_prod(
             self.ticks * (moments + 0.5) - 0.5, rows, columns, torch.zeros(1)
@@ -57,7 +57,7 @@ class Part:
 
 
 def grid_coordinates(grid: tuple[int, int]) -> Tensor:
-    "Coordinates (t, h, w, l) of the tokens of a grid of `rows, columns`, row by row: (rows * columns, 4), t = l = 0."
+    """Coordinates (t, h, w, l) of the tokens of a grid of `rows, columns`, row by row: (rows * columns, 4), t = l = 0."""
     return Part("image", 1, (1, *grid)).coordinates()
 
 # %% ../../nbs/1_method/03_tokens.ipynb #04cf8f9b
@@ -100,32 +100,32 @@ class ImagePatches:
 
     @property
     def grid(self) -> tuple[int, int]:
-        "Rows and columns of patches."
+        """Rows and columns of patches."""
         return self.height // self.patch, self.width // self.patch
 
     @property
     def tokens(self) -> int:
-        "Number of tokens n of an image."
+        """Number of tokens n of an image."""
         return self.grid[0] * self.grid[1]
 
     @property
     def token_channels(self) -> int:
-        "Numbers in one token."
+        """Numbers in one token."""
         return self.channels * self.patch**2
 
     def part(self, name: str = "image") -> Part:
-        "What a model needs to know of the tokens."
+        """What a model needs to know of the tokens."""
         return Part(name, self.token_channels, (1, *self.grid))
 
     def patchify(self, images: Tensor) -> Tensor:
-        "Tokens (b, n, c p q) of images (b, c, h, w). Raises ValueError for images of another size."
+        """Tokens (b, n, c p q) of images (b, c, h, w). Raises ValueError for images of another size."""
         _check_shape(images, (self.channels, self.height, self.width), "images")
         return rearrange(
             images, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch
         )
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
-        "Images (b, c, h, w) of tokens (b, n, c p q): the exact inverse of patchify."
+        """Images (b, c, h, w) of tokens (b, n, c p q): the exact inverse of patchify."""
         rows, columns = self.grid
         return rearrange(
             tokens,
@@ -138,11 +138,11 @@ class ImagePatches:
         )
 
     def coordinates(self) -> Tensor:
-        "Where each token sits, (n, 4) floats: time, row, column, place in a caption; the last three count patches."
+        """Where each token sits, (n, 4) floats: time, row, column, place in a caption; the last three count patches."""
         return grid_coordinates(self.grid)
 
     def preview(self, images: Tensor) -> Tensor:
-        "The images themselves."
+        """The images themselves."""
         return images
 
 
@@ -166,7 +166,7 @@ class VideoPatches:
         _check_sizes({"frames": self.frames}, self.span, "film")
 
     def part(self, name: str = "video") -> Part:
-        "What a model needs to know of the tokens; its clock ticks with the frames."
+        """What a model needs to know of the tokens; its clock ticks with the frames."""
         grid = (
             self.frames // self.span,
             self.height // self.patch,
@@ -175,7 +175,7 @@ class VideoPatches:
         return Part(name, self.channels * self.span * self.patch**2, grid, self.span)
 
     def patchify(self, films: Tensor) -> Tensor:
-        "Tokens (b, n, c s p q) of films (b, c, f, h, w). Raises ValueError for films of another size."
+        """Tokens (b, n, c s p q) of films (b, c, f, h, w). Raises ValueError for films of another size."""
         _check_shape(
             films, (self.channels, self.frames, self.height, self.width), "films"
         )
@@ -188,7 +188,7 @@ class VideoPatches:
         )
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
-        "Films (b, c, f, h, w) of tokens (b, n, c s p q): the exact inverse of patchify."
+        """Films (b, c, f, h, w) of tokens (b, n, c s p q): the exact inverse of patchify."""
         moments, rows, columns = self.part().grid
         return rearrange(
             tokens,
@@ -202,7 +202,7 @@ class VideoPatches:
         )
 
     def preview(self, films: Tensor) -> Tensor:
-        "Eight frames at most side by side, evenly chosen: (b, c, h, 8 w)."
+        """Eight frames at most side by side, evenly chosen: (b, c, h, 8 w)."""
         chosen = torch.linspace(0, self.frames - 1, min(8, self.frames)).round().long()
         return rearrange(films[:, :, chosen], "b c f h w -> b c h (f w)")
 
@@ -224,16 +224,16 @@ class Layout:
 
     @property
     def channels(self) -> int:
-        "Numbers in the widest token."
+        """Numbers in the widest token."""
         return max(part.channels for part in self.parts)
 
     @property
     def tokens(self) -> int:
-        "How many tokens a sequence has."
+        """How many tokens a sequence has."""
         return sum(part.tokens for part in self.parts)
 
     def patchify(self, signals: dict[str, Tensor]) -> Tensor:
-        "Tokens (b, n, c) of signals by name. Raises ValueError for a signal that is missing or of another shape."
+        """Tokens (b, n, c) of signals by name. Raises ValueError for a signal that is missing or of another shape."""
         if missing := [name for name in self.patches if name not in signals]:
             raise ValueError(
                 f"the sequence has {', '.join(self.patches)}, but there is no {missing[0]}"
@@ -250,7 +250,7 @@ class Layout:
         )
 
     def split(self, tokens: Tensor) -> dict[str, Tensor]:
-        "The tokens (b, n, c) of each part, without what fills them up."
+        """The tokens (b, n, c) of each part, without what fills them up."""
         pieces = tokens.split([part.tokens for part in self.parts], dim=1)
         return {
             part.name: piece[..., : part.channels]
@@ -258,7 +258,7 @@ class Layout:
         }
 
     def unpatchify(self, tokens: Tensor) -> dict[str, Tensor]:
-        "Signals by name of tokens (b, n, c)."
+        """Signals by name of tokens (b, n, c)."""
         return {
             name: self.patches[name].unpatchify(piece)
             for name, piece in self.split(tokens).items()
@@ -301,7 +301,7 @@ class Layout:
         return x0, start
 
     def preview(self, signals: dict[str, Tensor]) -> Tensor:
-        "All signals of a sample as one image (b, c, h, w), one below the other."
+        """All signals of a sample as one image (b, c, h, w), one below the other."""
         pictures = [
             patches.preview(signals[name]) for name, patches in self.patches.items()
         ]
@@ -316,14 +316,14 @@ class Layout:
 
 
 class TokenSlices(NamedTuple):
-    "Which tokens belong to which part, and how many of their numbers count. slices: by name; widths: (n,)."
+    """Which tokens belong to which part, and how many of their numbers count. slices: by name; widths: (n,)."""
 
     slices: dict[str, slice]
     widths: Tensor
 
     @classmethod
     def of(cls, parts: tuple[Part, ...]) -> "TokenSlices":
-        "The places in a sequence of these parts."
+        """The places in a sequence of these parts."""
         # numbers, also where tensors are on the meta device
         ends = [0, *accumulate(part.tokens for part in parts)]
         slices = {
@@ -337,7 +337,7 @@ class TokenSlices(NamedTuple):
 
 # %% ../../nbs/1_method/03_tokens.ipynb #12ae17cf
 def sinusoid(values: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
-    "Cosines, then sines of `values` (...,) at width / 2 frequencies from 1 down to 1 / max_period: (..., width), float32."
+    """Cosines, then sines of `values` (...,) at width / 2 frequencies from 1 down to 1 / max_period: (..., width), float32."""
     half = width // 2
     frequencies = torch.exp(
         -math.log(max_period) * torch.arange(half, device=values.device) / half
@@ -378,7 +378,7 @@ def rotary_code(
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    "x (b, n, h, e), its two halves turned against each other by the angles of `rotary` (2, n, e / 2) or (2, b, n, e / 2)."
+    """x (b, n, h, e), its two halves turned against each other by the angles of `rotary` (2, n, e / 2) or (2, b, n, e / 2)."""
     # so that bf16 is turned in float32, and float64 stays
     cosine, sine = rotary[..., None, :].float().unbind(0)
     a, b = x.chunk(2, dim=-1)

@@ -117,31 +117,31 @@ class TransformerConfig:
     def of_image(
         cls, channels: int, grid: tuple[int, int], *size, **options
     ) -> "TransformerConfig":
-        "The shape for images alone, whose tokens of `channels` numbers lie on a grid of rows and columns."
+        """The shape for images alone, whose tokens of `channels` numbers lie on a grid of rows and columns."""
         return cls((Part("image", channels, (1, *grid)),), *size, **options)
 
     @classmethod
     def of_size(
         cls, size: str, parts: tuple[Part, ...], **options
     ) -> "TransformerConfig":
-        "The published sizes: S, B, L, XL. Source: DiT (arXiv 2212.09748), table 1. Raises ValueError for another name."
+        """The published sizes: S, B, L, XL. Source: DiT (arXiv 2212.09748), table 1. Raises ValueError for another name."""
         if size not in SIZES:
             raise ValueError(f"size is {size!r}; known are {', '.join(SIZES)}")
         return cls(parts, *SIZES[size], **options)
 
     @property
     def tokens(self) -> int:
-        "Number of tokens n."
+        """Number of tokens n."""
         return sum(part.tokens for part in self.parts)
 
     @property
     def channels(self) -> int:
-        "Numbers in the widest token."
+        """Numbers in the widest token."""
         return max(part.channels for part in self.parts)
 
     @property
     def caption_tokens(self) -> int:
-        "How many tokens of a sequence are a caption's."
+        """How many tokens of a sequence are a caption's."""
         return (
             self.caption
             if self.caption_width
@@ -150,14 +150,14 @@ class TransformerConfig:
 
 # %% ../../nbs/1_method/08_transformer.ipynb #f0dc60e9
 class Modulation(nn.Sequential):
-    "The adaLN linear map: `parts` vectors, side by side, for each of the k conditions of a sample."
+    """The adaLN linear map: `parts` vectors, side by side, for each of the k conditions of a sample."""
 
     def __init__(self, width: int, parts: int):
         super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
 
 
 class Mlp(nn.Module):
-    "Linear, GELU (tanh form), Linear."
+    """Linear, GELU (tanh form), Linear."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -169,7 +169,7 @@ class Mlp(nn.Module):
 
 
 class SwiGlu(nn.Module):
-    "Linear(SiLU(a) b) with a and b linear in x; two thirds of `hidden` wide, so as large as an Mlp."
+    """Linear(SiLU(a) b) with a and b linear in x; two thirds of `hidden` wide, so as large as an Mlp."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -183,7 +183,7 @@ class SwiGlu(nn.Module):
 
 # %% ../../nbs/1_method/08_transformer.ipynb #e48b5bda
 class PartLinears(nn.ModuleDict):
-    "A linear map of each part's tokens: from their numbers to `width` (outward False), or back."
+    """A linear map of each part's tokens: from their numbers to `width` (outward False), or back."""
 
     def __init__(self, parts: tuple[Part, ...], width: int, outward: bool = False):
         sizes = {
@@ -193,7 +193,7 @@ class PartLinears(nn.ModuleDict):
         super().__init__({name: nn.Linear(*size) for name, size in sizes.items()})
 
     def forward(self, x: Tensor, slices: dict[str, slice], width: int) -> Tensor:
-        "(b, n, width) of the tokens x (b, m, c) that lie at `slices`; what they have less than `width` is filled up with zeros."
+        """(b, n, width) of the tokens x (b, m, c) that lie at `slices`; what they have less than `width` is filled up with zeros."""
         found = [
             self[name](x[:, place, : self[name].in_features])
             for name, place in slices.items()
@@ -238,7 +238,7 @@ class Context(NamedTuple):
 
 
 class Block(nn.Module):
-    "A transformer block with adaLN-Zero whose modulation is computed per level and handed to the tokens."
+    """A transformer block with adaLN-Zero whose modulation is computed per level and handed to the tokens."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -273,7 +273,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    "Norm, modulation and the projection from hidden states to velocities."
+    """Norm, modulation and the projection from hidden states to velocities."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -335,11 +335,11 @@ class Transformer(nn.Module):
         self._initialise()
 
     def extra_repr(self) -> str:
-        "Its shape, which not all follows from the weights."
+        """Its shape, which not all follows from the weights."""
         return json.dumps(asdict(self.config), sort_keys=True)
 
     def open_gates(self) -> None:
-        "Set the gates of all blocks to 1: an untrained network, whose blocks do nothing, then computes something."
+        """Set the gates of all blocks to 1: an untrained network, whose blocks do nothing, then computes something."""
         for block in self.blocks:
             bias = (
                 block.adaLN_bias
@@ -421,7 +421,7 @@ class Transformer(nn.Module):
         )
 
     def _where(self, parts, coordinates):
-        "The position code of the tokens of some parts, or at other places."
+        """The position code of the tokens of some parts, or at other places."""
         if coordinates is not None:
             return self._positions(coordinates).to(self.positions)
         if parts == self.config.parts:
@@ -432,7 +432,7 @@ class Transformer(nn.Module):
         )
 
     def _with_caption(self, h, levels, rotary, caption):
-        "The sequence with the caption's tokens at its end: a condition, with a level of its own."
+        """The sequence with the caption's tokens at its end: a condition, with a level of its own."""
         text, clean = (
             self.caption_embedder(caption),
             self.config.caption_level == "clean",
@@ -462,7 +462,7 @@ class Transformer(nn.Module):
         return position_code(coordinates, self.config.width)
 
     def nothing(self, x: Tensor) -> Condition:
-        "No condition for tokens x (b, n, c), of the kind that the model knows."
+        """No condition for tokens x (b, n, c), of the kind that the model knows."""
         shape = (
             len(x),
             *(

@@ -301,7 +301,7 @@ def _factor_differences(section: Section, probes: dict[str, Probes]) -> None:
                     pair.difference,
                     *pair.interval,
                     pair.smallest,
-                    "yes" if pair.seen else "no",
+                    "yes" if pair.significant else "no",
                 )
             )
         over = pair.over
@@ -322,7 +322,7 @@ def _differences_in_words(pairs: dict[str, Comparison]) -> str:
     groups: dict[str, list[str]] = {"higher": [], "lower": [], "not significant": []}
     for factor, pair in pairs.items():
         group = "not significant"
-        if pair.seen:
+        if pair.significant:
             group = "higher" if pair.difference > 0 else "lower"
         groups[group].append(f"{factor} {pair.difference:+.3f}")
     return "; ".join(

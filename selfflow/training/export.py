@@ -30,33 +30,18 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _model_card(run: Run, dtype: str, outline: dict[str, Outline]) -> str:
-    "README.md of an exported run, with the header that the Hugging Face Hub reads."
-    config, step, log = run.config, run.state()["step"], run.log
-    losses = [
-        f"{words} {log[column].dropna().iloc[-1]:.4f}"
-        for column, words in (
-            ("validation_flow_loss", "validation flow loss"),
-            ("flow_loss", "flow loss while training"),
-        )
-        if column in log and len(log[column].dropna())
-    ]
+    "Return README.md of an exported run, with the header for the Hugging Face Hub."
+    config = run.config
+    step = run.state()["step"]
+    condition = config.shared.condition
     kinds = {kind for data in outline.values() for kind in data.shapes}
     tag = ""
-    if len(kinds) == 1 and config.shared.condition == "caption":
+    if len(kinds) == 1 and condition == "caption":
         tag = f"pipeline_tag: text-to-{next(iter(kinds))}\n"
     elif kinds == {"image"}:
         tag = "pipeline_tag: unconditional-image-generation\n"
-    data = [
-        f"- {name}: {source.count:,} training samples, "
-        + ", ".join(
-            f"{kind} {' x '.join(map(str, shape))}"
-            for kind, shape in source.shapes.items()
-        )
-        for name, source in outline.items()
-    ]
-    condition = {"class": "a class", "caption": "a text", "none": "nothing"}[
-        config.shared.condition
-    ]
+    text = {"class": "a class", "caption": "a text", "none": "nothing"}[condition]
+    example = "['a text']" if condition == "caption" else "[0]"
     return f"""---
 library_name: selfflow
 license: other
@@ -68,40 +53,64 @@ tags:
 
 # {config.name}
 
-A flow matching model, trained with the objective `{config.objective.name}` for {step:,} steps and conditioned on {condition}.
-The file `model.safetensors` holds the averaged (EMA) weights in {dtype}: width {run.teacher.width},
-depth {run.teacher.depth}.
+A flow matching model, trained with the objective `{config.objective.name}`
+for {step:,} steps and conditioned on {text}. The file `model.safetensors` holds the
+averaged (EMA) weights in {dtype}: width {run.teacher.width}, depth {run.teacher.depth}.
 
 ## Data
 
-{chr(10).join(data)}
+{_data_list(outline)}
 
 ## Losses
 
-{"; ".join(losses) or "not logged"} (step {step:,})
+{_last_losses(run) or "not logged"} (step {step:,})
 
 ## Use
 
 ```python
 from selfflow import load
 model = load("FOLDER")  # this folder
-samples = model.sample({"['a text']" if config.shared.condition == "caption" else "[0]"})
+samples = model.sample({example})
 ```
 
-## Licence
+## License
 
-To be chosen by who publishes this model.
+To be chosen by the publisher of this model.
 """
+
+
+def _data_list(outline: dict[str, Outline]) -> str:
+    lines = []
+    for name, data in outline.items():
+        shapes = ", ".join(
+            f"{kind} {' x '.join(map(str, shape))}"
+            for kind, shape in data.shapes.items()
+        )
+        lines.append(f"- {name}: {data.count:,} training samples, {shapes}")
+    return "\n".join(lines)
+
+
+def _last_losses(run: Run) -> str:
+    log = run.log
+    losses = []
+    for column, words in (
+        ("validation_flow_loss", "validation flow loss"),
+        ("flow_loss", "training flow loss"),
+    ):
+        if column in log and log[column].notna().any():
+            losses.append(f"{words} {log[column].dropna().iloc[-1]:.4f}")
+    return "; ".join(losses)
 
 # %% ../../nbs/3_training/12_export.ipynb #72d7dd83
 def _check_place(folder: Path) -> None:
-    "Raise ValueError for a folder that holds something other than an export."
-    if not os.path.lexists(folder) or folder.is_dir() and not any(folder.iterdir()):
+    "Raise ValueError for a folder with other content than an exported model."
+    if not os.path.lexists(folder):
+        return
+    if folder.is_dir() and not any(folder.iterdir()):
         return
     try:
-        exported = json.loads((folder / "config.json").read_text(encoding="utf-8"))[
-            "exported"
-        ]
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        exported = stored["exported"]
     except (OSError, ValueError, KeyError, TypeError):
         exported = None
     if not exported:
@@ -111,7 +120,7 @@ def _check_place(folder: Path) -> None:
 
 
 def _outline_of(run: Run) -> dict[str, Outline]:
-    "The outlines of all data sets of a run, made ones too: those that it keeps, and of the others."
+    "Return the outlines of all data sets of a run, also of generated ones."
     sources = run.sources
     if all(name in run.outline for name in sources.data):
         return run.outline
@@ -123,13 +132,22 @@ def _outline_of(run: Run) -> dict[str, Outline]:
 
 
 def export(run: Run | Path | str, folder: Path | str, dtype: str = "float32") -> Path:
-    """Write the averaged weights of a run, its config and a model card to a folder, which is returned.
+    """Write a run's averaged weights, config and model card to a folder and return it.
 
-    dtype: of the weights in the file, one of DTYPES; they are computed with in float32. Raises ValueError for a folder that holds
-    anything else, and for weights that float16 cannot hold; NotWritten.
+    An earlier export in the folder is replaced.
+
+    Args:
+        dtype: Of the weights in the file: float32, bfloat16 or float16. The model
+            computes in float32 in any case.
+
+    Raises:
+        ValueError: if the folder contains something else, or float16 cannot hold the
+            weights.
+        NotWritten: see `disk`.
     """
     choose(dtype, _DTYPES, "dtype")
-    run, folder = run if isinstance(run, Run) else Run.open(run, "cpu"), Path(folder)
+    run = run if isinstance(run, Run) else Run.open(run, "cpu")
+    folder = Path(folder)
     _check_place(folder)
     kind = getattr(torch, dtype)
     weights = {
@@ -138,42 +156,45 @@ def export(run: Run | Path | str, folder: Path | str, dtype: str = "float32") ->
     }
     if not all(value.isfinite().all() for value in weights.values()):
         raise ValueError(
-            f"the weights of {run.path} exceed what {dtype} can hold; take bfloat16 or float32"
+            f"the weights of {run.path} exceed the range of {dtype}; use bfloat16 or "
+            "float32"
         )
     outline = _outline_of(run)
-    stored = run.stored() | {
-        "outline": {name: asdict(data) for name, data in outline.items()}
-    }
+    stored = run.stored()
+    stored["outline"] = {name: asdict(data) for name, data in outline.items()}
     try:
         with replacing_folder(folder) as staging:
-            write_tensors(staging / "model.safetensors", weights)
-            about = {
+            file = staging / "model.safetensors"
+            write_tensors(file, weights)
+            stored["exported"] = {
                 "step": run.state()["step"],
                 "dtype": dtype,
-                "sha256": sha256(staging / "model.safetensors"),
+                "sha256": sha256(file),
             }
-            (staging / "README.md").write_text(
-                _model_card(run, dtype, outline), encoding="utf-8"
-            )
+            card = _model_card(run, dtype, outline)
+            (staging / "README.md").write_text(card, encoding="utf-8")
             for file in staging.iterdir():
                 flush(file)
-            write_json(staging / "config.json", stored | {"exported": about})
+            write_json(staging / "config.json", stored)
     except OSError as error:
         raise not_written(
-            f"The export {folder}", error, "What stood there before is unchanged."
+            f"The export {folder}", error, "The earlier content is unchanged."
         ) from error
     return folder
 
 
 def load(folder: Path | str, device: str | torch.device = "auto") -> Run:
-    """Open an exported model, to be sampled, probed and reported like a run.
+    """Open an exported model, which can be sampled, probed and reported like a run.
 
-    Raises FileNotFoundError where there is none, ValueError for a training run, a newer format and damaged weights.
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: for a training run, a newer format and damaged weights.
     """
     run = Run.open(folder, device)
     if not run.exported:
         raise ValueError(
-            f"{folder} is a training run, not an exported model; open it with Run.open, or export it first"
+            f"{folder} is a training run, not an exported model; open it with "
+            "Run.open, or export it first"
         )
     _ = run.checkpoint  # compares the checksum
     return run

@@ -271,7 +271,7 @@ def test_the_table_says_how_each_run_stands(folder):
         and table.loc["stopped", "step"] == 4
         and table.loc["run2", "steps"] == 12
     )
-    assert states["halved"].startswith("damaged: no checkpoint is whole (step ")
+    assert states["halved"].startswith("damaged: no intact checkpoint (step ")
     for name, words in {
         "edited": "config.json",
         "strange": "config.json",
@@ -513,7 +513,7 @@ def test_tables_fit_the_terminal_and_say_what_they_leave_out(folder):
         assert max(map(len, rows)) <= width and all(
             name in text for name in table.index
         )
-        assert "no checkpoint is whole" in text and "config.json" in text, (
+        assert "no intact checkpoint" in text and "config.json" in text, (
             "what is wrong with damaged runs is said in full"
         )
     assert "Left out for the width of 60: " in fit_table(

@@ -351,7 +351,7 @@ def test_only_zeros_are_certain(n):
     same = compare_items((values, values + 1), (values, values + 1))
     assert (
         same.interval[0] < 0 < same.interval[1]
-        and not same.seen
+        and not same.significant
         and same.smallest > same.interval[1]
     )
 
@@ -361,8 +361,8 @@ def test_one_item_says_nothing_and_none_is_refused():
         [0.3], [1.0]
     ) == (-np.inf, 1.0)
     assert (
-        not compare_items(([0.3], [1.0]), ([0.1], [1.0])).seen
-        and not compare_values([0.3], [0.1]).seen
+        not compare_items(([0.3], [1.0]), ([0.1], [1.0])).significant
+        and not compare_values([0.3], [0.1]).significant
     )
     low, high = proportion_interval([True])
     assert 0.2 < low < high == 1 and paired_difference([True], [False])[
@@ -382,7 +382,7 @@ def test_what_is_not_defined_is_nan_and_not_seen():
         and np.isnan(paired_difference([1.0, 2.0], [np.nan, 2.0])).all()
     )
     lost = compare_items((np.ones(5), np.zeros(5)), (np.ones(5), np.arange(5.0)))
-    assert not lost.seen and np.isnan(lost.interval).all()
+    assert not lost.significant and np.isnan(lost.interval).all()
     # most resamples have no spread
     few = score_interval([0.2, 0, 0, 0, 0, 0], [1.0, 0, 0, 0, 0, 0])
     assert few[0] < 0.8 < few[1] <= 1
@@ -412,7 +412,7 @@ def test_the_smallest_effect_is_seen_in_eight_of_ten_tests(share):
             rng.random(500) < share + least / 2,
             rng.random(500) < max(share - least / 2, 0),
         )
-        seen.append(compare_items(*((errors, ones) for errors in wrong)).seen)
+        seen.append(compare_items(*((errors, ones) for errors in wrong)).significant)
     assert 0.72 < np.mean(seen) < 0.88
 
 
@@ -420,7 +420,7 @@ def test_the_smallest_effect_of_real_values_is_seen_in_eight_of_ten_tests():
     rng = np.random.default_rng(0)
     least = compare_values(rng.normal(size=200), rng.normal(size=200)).smallest
     seen = [
-        compare_values(rng.normal(size=200), rng.normal(least, 1, 200)).seen
+        compare_values(rng.normal(size=200), rng.normal(least, 1, 200)).significant
         for _ in range(300)
     ]
     assert 0.72 < np.mean(seen) < 0.88 and smallest_effect(
@@ -433,8 +433,8 @@ def test_nothing_is_seen_where_nothing_differs():
     for _ in range(200):
         a, b = rng.random((2, 300)) < 0.3
         found = compare_items((a, np.ones(300)), (b, np.ones(300)))
-        seen += found.seen
-        assert found.seen or "no difference seen; one of" in str(found)
+        seen += found.significant
+        assert found.significant or "no significant difference (one of" in str(found)
     assert seen < 20
     assert "of 2 cells, 1 are above 0 and 0 below" in cells_in_words(
         [[0.1, 0], [0.05, -1], [0.2, 1]]
@@ -464,8 +464,8 @@ def test_seeds_are_paired_where_they_are_shared():
     half = 4.302653 * 0.01 / 3**0.5
     assert (
         paired.interval == pytest.approx((0.03 - half, 0.03 + half))
-        and paired.seen
-        and not apart.seen
+        and paired.significant
+        and not apart.significant
     )
     assert "3 training seeds, paired" in str(
         paired
@@ -483,7 +483,7 @@ def test_equal_gains_of_two_seeds_are_no_proof():
     "0.91 - 0.90 and 0.92 - 0.91 differ by rounding; with a width of 0 they would have been a difference that is seen."
     for second in ({0: 0.91, 1: 0.92}, {5: 0.91, 6: 0.91}):
         found = compare_seeds({0: 0.90, 1: 0.91}, second)
-        assert not found.seen and found.interval[1] > 0.01
+        assert not found.significant and found.interval[1] > 0.01
     reach = 1.959964**2 / (2 + 1.959964**2)
     assert compare_seeds({0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0}).interval == pytest.approx(
         (-reach, reach)

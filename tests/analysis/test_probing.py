@@ -335,7 +335,7 @@ def test_probes_are_read_as_written_and_damage_is_said(probed):
     assert again.about == json.loads(json.dumps(found.about)) and again.table(
         "field"
     ).equals(found.table("field"))
-    assert not again.compare(found, "class").seen
+    assert not again.compare(found, "class").significant
     items = run.path / "probes.safetensors"
     items.write_bytes(items.read_bytes()[:-8])
     with pytest.raises(ValueError, match="makes it again"):

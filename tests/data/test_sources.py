@@ -335,7 +335,7 @@ def test_a_folder_of_pictures_and_its_latents_are_trained_on(tmp_path, capsys):
         run.config.objective.mask_ratio is None and run.log["flow_loss"].notna().all()
     )
     Image.new("RGB", (20, 24)).save(tmp_path / "pictures/dark/new.png")
-    with pytest.raises(ValueError, match="holds a run with other data"):
+    with pytest.raises(ValueError, match="contains a run with different data"):
         train(
             small("folder", path=str(tmp_path / "pictures")),
             tmp_path / "runs",
@@ -543,7 +543,7 @@ def test_a_config_that_cannot_be_is_refused_with_a_remedy(values, words):
         (
             [{"name": "shapes"}, "notes"],
             {},
-            "data.1 is 'notes', expected its fields by name",
+            "data.1 is 'notes', expected a dict of its fields",
         ),
         ([], {}, "data is an empty list"),
         (

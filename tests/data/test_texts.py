@@ -897,7 +897,7 @@ def test_the_command_line_draws_texts(told, capsys):
     )
     with pytest.raises(SystemExit):
         main(["sample", str(told.path), "--labels", "1", "--device", "cpu"])
-    assert "draws by caption, not by class" in capsys.readouterr().err
+    assert "trained with captions, not classes" in capsys.readouterr().err
 
 
 def test_another_encoder_does_not_go_on_and_does_not_draw(told, folders, tmp_path):
@@ -910,7 +910,7 @@ def test_another_encoder_does_not_go_on_and_does_not_draw(told, folders, tmp_pat
     try:
         with pytest.raises(
             ValueError,
-            match="holds a run with other data:\n  data.encoder: '[0-9a-f]{16}' in the folder",
+            match="contains a run with different data:\n  data.encoder: '[0-9a-f]{16}' in the folder",
         ):
             train(run_with(place), told.path.parent, "cpu", bar=False)
         with pytest.raises(
@@ -928,7 +928,7 @@ def test_another_encoder_does_not_go_on_and_does_not_draw(told, folders, tmp_pat
     )
     with pytest.raises(
         ValueError,
-        match="another config.*\n  inputs.caption_width: 16 in the folder, 0 asked for",
+        match="different settings.*\n  inputs.caption_width: 16 in the folder, 0 requested",
     ):
         train(run_with(""), told.path.parent, "cpu", bar=False)
     assert (told.path / "config.json").read_bytes() == config

@@ -1,4 +1,4 @@
-"""Distances, counted tokens and what can be asked of features that were compared, against loops and closed forms."""
+"""Distances, loss masks and the diagnosis of compared features: against loops."""
 
 import math
 
@@ -15,10 +15,11 @@ from selfflow.method.alignment import (
     TOKENS,
     Alignment,
     constant_cosine,
-    counted_tokens,
     effective_rank,
-    mean_over,
+    loss_mask,
+    masked_mean,
     normalise,
+    watch_gradients,
 )
 from selfflow.method.schedule import (
     Conditioned,
@@ -109,7 +110,7 @@ ASSIGN = torch.tensor([[0, 1, 1, 0, 2], [1, 1, 0, 0, 2]])
     ],
 )
 def test_which_tokens_count(which, condition, expected):
-    found = counted_tokens(NoiseLevels(LEVELS, ASSIGN, condition), which)
+    found = loss_mask(NoiseLevels(LEVELS, ASSIGN, condition), which)
     assert found is None if expected is None else found.int().tolist() == expected
 
 
@@ -117,7 +118,7 @@ def test_which_tokens_count(which, condition, expected):
 def test_a_condition_never_counts_and_noisier_is_strict(which):
     schedule = Conditioned(DualTimestep(mask_ratio=0.5), (0, 3), max_level=1.0)
     levels = schedule.sample(50, 8, torch.Generator().manual_seed(0))
-    counted = counted_tokens(levels, which)
+    counted = loss_mask(levels, which)
     assert not counted[:, [0, 3]].any()
     t, s = levels.levels[:, 0], levels.levels[:, 1]
     for i in range(50):
@@ -138,19 +139,17 @@ def test_a_single_level_leaves_nothing_to_count(which):
     levels = SingleLevel().sample(3, 4, torch.Generator())
     with pytest.raises(
         ValueError,
-        match=f"'{which}', but with one level no token is; take 'all' or a schedule of several",
+        match=f"'{which}', but with one level no token is; take 'all' or a schedule",
     ):
-        counted_tokens(levels, which)
+        loss_mask(levels, which)
     conditioned = Conditioned(SingleLevel(), (0,)).sample(3, 4, torch.Generator())
     with pytest.raises(ValueError, match="with one level"):
-        counted_tokens(conditioned, which)
-    assert counted_tokens(
-        DiffusionForcing().sample(3, 4, torch.Generator()), which
-    ).any()
+        loss_mask(conditioned, which)
+    assert loss_mask(DiffusionForcing().sample(3, 4, torch.Generator()), which).any()
     with pytest.raises(
         ValueError, match="tokens are 'clean'; known are all, masked, noisier"
     ):
-        counted_tokens(levels, "clean")
+        loss_mask(levels, "clean")
 
 
 @settings(deadline=None)
@@ -161,13 +160,13 @@ def test_the_mean_over_what_counts(rows):
     )
     counted = torch.tensor([[flag for _, flag in rows]])
     kept = [value for value, flag in rows if flag]
-    found = mean_over(values, counted)
+    found = masked_mean(values, counted)
     assert found.item() == pytest.approx(
         sum(kept) / len(kept) if kept else 0.0, abs=1e-12
     )
     (gradient,) = torch.autograd.grad(found, values)
     torch.testing.assert_close(gradient, counted.double() / max(1, len(kept)))
-    assert mean_over(values, None).item() == pytest.approx(
+    assert masked_mean(values, None).item() == pytest.approx(
         sum(value for value, _ in rows) / len(rows), abs=1e-12
     )
 
@@ -257,29 +256,31 @@ def test_features_of_no_token_say_nothing():
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.8, 50.0])
-def test_watched_gradients_are_told_apart(weight):
-    h, w = some(4, 3, 5).requires_grad_(), some(5, 5, seed=1)
-    alignment = Alignment(h, h, h)
-    hidden = (h @ w).tanh()
-    branch = alignment.watch(hidden)
-    flow, rep = (hidden * some(4, 3, 5, seed=2)).sum(), (branch.square() @ w).sum()
-    plain = (h @ w).tanh()
-    (by_flow,) = torch.autograd.grad((plain * some(4, 3, 5, seed=2)).sum(), plain)
-    (by_rep,) = torch.autograd.grad(weight * (plain.square() @ w).sum(), plain)
-    (flow + weight * rep).backward()
-    norms = alignment.gradient_norms
+def test_the_gradients_of_both_losses_are_measured_apart(weight):
+    x, w, direction = some(4, 3, 5), some(5, 5, seed=1), some(4, 3, 5, seed=2)
+
+    def flow(hidden):
+        return (hidden * direction).sum()
+
+    def rep(hidden):
+        return weight * (hidden.square() @ w).sum()
+
+    watched = x.clone().requires_grad_()
+    hidden = (watched @ w).tanh()
+    branch, norms = watch_gradients(hidden)
+    (flow(hidden) + rep(branch)).backward()
+
+    plain = x.clone().requires_grad_()
+    hidden = (plain @ w).tanh()
+    (by_flow,) = torch.autograd.grad(flow(hidden), hidden, retain_graph=True)
+    (by_rep,) = torch.autograd.grad(rep(hidden), hidden, retain_graph=True)
     torch.testing.assert_close(norms["rep"], by_rep.norm())
     torch.testing.assert_close(norms["flow"], by_flow.norm())
-    again = h.detach().requires_grad_()
-    hidden = (again @ w).tanh()
-    (
-        (hidden * some(4, 3, 5, seed=2)).sum() + weight * (hidden.square() @ w).sum()
-    ).backward()
-    torch.testing.assert_close(h.grad, again.grad, msg="watching changes nothing")
+    (flow(hidden) + rep(hidden)).backward()
+    torch.testing.assert_close(watched.grad, plain.grad, msg="watching changes nothing")
 
 
-def test_watching_without_gradients_is_nothing():
-    alignment, hidden = Alignment(None, None, None), some(2, 3, 4)
-    assert (
-        torch.equal(alignment.watch(hidden), hidden) and alignment.gradient_norms == {}
-    )
+def test_without_gradients_nothing_is_watched():
+    hidden = some(2, 3, 4)
+    branch, norms = watch_gradients(hidden)
+    assert branch is hidden and norms == {}

@@ -31,12 +31,12 @@ def unshift(t, alpha):
 
 
 def logit_normal_pdf(mean, std):
-    "By the change of variables from scipy's normal density."
+    """By the change of variables from scipy's normal density."""
     return lambda t: stats.norm(mean, std).pdf(np.log(t / (1 - t))) / (t * (1 - t))
 
 
 def plateau_cdf(mean, std):
-    "By numerical search for the mode and numerical integration: nothing of the closed forms under test."
+    """By numerical search for the mode and numerical integration: nothing of the closed forms under test."""
     q = logit_normal_pdf(mean, std)
     mode = optimize.minimize_scalar(
         lambda z: -q(1 / (1 + np.exp(-z))), bracket=(mean - 1, mean + 1), tol=1e-12
@@ -295,9 +295,9 @@ def test_index_against_a_loop(counts, seed):
     "shares", [(), (0.5,), (0.5, 0.6), (-0.1, 1.1), (math.nan, 1.0), (math.inf,)]
 )
 def test_shares_that_are_no_probabilities_are_refused(shares):
-    with pytest.raises(ValueError, match="parts are.*sum 1"):
+    with pytest.raises(ValueError, match="parts are.*sum to 1"):
         check_shares(shares, "parts")
-    with pytest.raises(ValueError, match="weights are.*sum 1"):
+    with pytest.raises(ValueError, match="weights are.*sum to 1"):
         Mixture((Uniform(),) * len(shares), shares)
 
 
@@ -418,7 +418,7 @@ def test_noise_is_that_of_its_shards_one_after_the_other(two_threads):
     reason="processes are not forked here",
 )
 def test_a_forked_process_draws_noise_too(two_threads):
-    "The threads of its parent do not exist in it: to wait for them would be to wait for ever."
+    """The threads of its parent do not exist in it: to wait for them would be to wait for ever."""
     noise = drawn_in_shards()
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert torch.equal(pool.apply_async(drawn_in_shards).get(timeout=60), noise)

@@ -71,7 +71,7 @@ def draws(seed=0):
 
 
 class Watched:
-    "A model that remembers how it was called and what it answered."
+    """A model that remembers how it was called and what it answered."""
 
     def __init__(self, model):
         self.model, self.calls, self.answers = model, [], []
@@ -84,14 +84,14 @@ class Watched:
 
 
 class Unasked:
-    "A teacher for objectives that have none."
+    """A teacher for objectives that have none."""
 
     def __call__(self, *args, **options):
         raise AssertionError("this objective has no teacher")
 
 
 def counts(which, level, levels, first):
-    "Whether a token counts: level, its index among the levels of its sample; first, so many of them are of generated tokens."
+    """Whether a token counts: level, its index among the levels of its sample; first, so many of them are of generated tokens."""
     if level >= first:
         return False
     return {
@@ -202,7 +202,7 @@ def derive(objective, student, teacher, batch, features=None, offset=None):
 
 
 def check(objective, student, teacher, batch, features=None, given=None, offset=None):
-    "Values and gradients of an objective against `derive`; given: features handed to the objective."
+    """Values and gradients of an objective against `derive`; given: features handed to the objective."""
     losses = objective(
         student,
         teacher if teacher is not None else Unasked(),

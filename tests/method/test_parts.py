@@ -182,7 +182,7 @@ def test_captions_in_any_script_are_cut_at_whole_characters(text, length):
 @pytest.mark.parametrize("positions", ["sincos", "rotary"])
 @pytest.mark.parametrize("level", ["mean", "clean"])
 def test_a_caption_is_tokens_of_the_sequence_at_a_level_of_their_own(positions, level):
-    "Against the same network that is handed one longer sequence, with a condition for every token."
+    """Against the same network that is handed one longer sequence, with a condition for every token."""
     model = model_of(
         0.1,
         parts=(Part("image", 4, (1, 2, 2)),),
@@ -347,7 +347,8 @@ def test_weights_of_parts_weigh_their_tokens_in_every_loss(weights):
     )
     teacher = make_teacher(model)
     losses = objective(model, teacher, samples, draw)
-    noised, out = objective.see(model, samples, draw, (1,))
+    noised = objective.noise_batch(samples, draw)
+    out = objective.predict(model, noised, (1,))
     w = torch.tensor(
         [(weights or {}).get(name, 1.0) for name in 6 * ["video"] + 6 * ["audio"]]
     )
@@ -465,7 +466,8 @@ def test_flow_matching_counts_no_token_that_is_given():
     )
     samples = Batch(x, Condition(torch.zeros(64, dtype=torch.int64)), (VIDEO, AUDIO))
     losses = objective(model, None, samples, lambda purpose: keyed(0, purpose))
-    noised, out = objective.see(model, samples, lambda purpose: keyed(0, purpose))
+    noised = objective.noise_batch(samples, lambda purpose: keyed(0, purpose))
+    out = objective.predict(model, noised)
     error, counted = (
         flow_error(out.velocity, x, noised.x1, TokenSlices.of((VIDEO, AUDIO)).widths),
         ~noised.levels.is_condition(),

@@ -72,7 +72,7 @@ def loaded(weights, config):
 
 
 def embed(u, width=256):
-    "Cosines, then sines, of u (..., ) at falling frequencies, in float64."
+    """Cosines, then sines, of u (..., ) at falling frequencies, in float64."""
     f = torch.tensor(
         [math.exp(-math.log(10_000) * i / (width // 2)) for i in range(width // 2)],
         dtype=torch.float64,
@@ -84,7 +84,7 @@ def embed(u, width=256):
 
 
 def published_forward(weights, config, x, tau, y):
-    "The published function in float64, from its description: every token with its own condition, no module of ours."
+    """The published function in float64, from its description: every token with its own condition, no module of ours."""
     w = {name: value.double() for name, value in weights.items()}
     d, heads, p = config["hidden_size"], config["num_heads"], config["patch_size"]
 
@@ -136,7 +136,7 @@ def published_forward(weights, config, x, tau, y):
 
 
 def sde(velocity, x, noise, points=12, last=0.04):
-    "The published sampler, step by step in its own time u = 1 - t."
+    """The published sampler, step by step in its own time u = 1 - t."""
     grid = torch.linspace(0, 1 - last, points)
 
     def drift(x, u):
@@ -703,7 +703,7 @@ def test_saving_and_loading(tmp_path, config, loaded):
 
 
 class Trap:
-    "An object whose unpickling would leave a trace."
+    """An object whose unpickling would leave a trace."""
 
     def __init__(self, path):
         self.path = path

@@ -101,7 +101,7 @@ def dual_by_hand(schedule, b, n, g):
 
 
 def by_hand(schedule, b, n, g):
-    "Per sample: the level of every token, and the level of the teacher's generated tokens."
+    """Per sample: the level of every token, and the level of the teacher's generated tokens."""
     if isinstance(schedule, DualTimestep):
         yield from dual_by_hand(schedule, b, n, g)
     elif isinstance(schedule, SingleLevel):
@@ -717,15 +717,15 @@ def test_mask_ratio_outside_0_to_half_is_refused(ratio):
         (lambda: DualTimestep(grid=(0, 4)), r"does not divide grid \(0, 4\)"),
         (
             lambda: DualTimestep(grid=(4, 4)).sample(2, 15),
-            "15 tokens are no grid of 4 x 4 = 16",
+            "15 tokens do not fill a grid of 4 x 4 = 16",
         ),
         (
             lambda: DualTimestep(block=2, grid=(4, 4)).sample(2, 4),
-            "4 tokens are no grid of 4 x 4",
+            "4 tokens do not fill a grid of 4 x 4",
         ),
         (lambda: MultiTimestep(shares=()), "shares are"),
-        (lambda: MultiTimestep(shares=(0.5, 0.6)), "shares are.*sum 1"),
-        (lambda: MultiTimestep(shares=(1.5, -0.5)), "shares are.*none negative"),
+        (lambda: MultiTimestep(shares=(0.5, 0.6)), "shares are.*sum to 1"),
+        (lambda: MultiTimestep(shares=(1.5, -0.5)), "shares are.*none may be negative"),
         (lambda: FullMasking(mask_ratio=1.01), r"mask_ratio is 1.01.*\[0, 1\]"),
         (lambda: FullMasking(mask_ratio=math.nan), "mask_ratio is nan"),
         (lambda: Conditioned(SingleLevel(), ()), r"tokens are \(\)"),

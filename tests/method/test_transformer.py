@@ -146,7 +146,7 @@ def plain_forward(model, x, tau, y, layer, mask=None, coordinates=None):
 
 
 def drawn(k, seed=0, b=4, n=6, condition=0, edges=False):
-    "Tokens in float64, classes and levels of a batch."
+    """Tokens in float64, classes and levels of a batch."""
     g = torch.Generator().manual_seed(seed)
     x, y = (
         torch.randn(b, n, 3, generator=g, dtype=torch.float64),
@@ -162,7 +162,7 @@ def drawn(k, seed=0, b=4, n=6, condition=0, edges=False):
 
 
 def same_group(levels):
-    "The mask of attention separation: one's own level and every condition; a condition sees conditions only."
+    """The mask of attention separation: one's own level and every condition; a condition sees conditions only."""
     key, query, first = (
         levels.assign[:, None],
         levels.assign[:, :, None],

@@ -1,4 +1,6 @@
-"""A backbone of one's own: an MLP-mixer over tokens, told its noise level by a shift of each token."""
+"""A backbone of one's own: an MLP-mixer over tokens, told its noise level by a shift of
+each token.
+"""
 
 from dataclasses import dataclass
 

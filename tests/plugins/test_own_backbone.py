@@ -1,4 +1,6 @@
-"""A user's backbone: from a shell, in other processes, from a notebook, and refused in one line where it does not fit."""
+"""A user's backbone: from a shell, in other processes, from a notebook, and refused in
+one line where it does not fit.
+"""
 
 import json
 import signal
@@ -195,9 +197,7 @@ def test_a_module_is_trained_from_python_and_opened_with_itself(tmp_path):
         ValueError, match=r"open it with the same one: Run.open\(path, backbone=...\)"
     ):
         _ = Run.open(run.path, "cpu").teacher
-    with pytest.raises(
-        ValueError, match="are not those of this PerToken .*size mismatch"
-    ):
+    with pytest.raises(ValueError, match="do not fit this PerToken .*size mismatch"):
         _ = Run.open(run.path, "cpu", backbone=PerToken(width=16)).teacher
     other = train(replace(TINY, name="other"), tmp_path, "cpu", bar=False)
     with pytest.raises(

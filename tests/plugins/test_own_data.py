@@ -1,4 +1,6 @@
-"Data of the user's own, as tensors and as a registered torch data set, here and in other processes."
+"""Data of the user's own, as tensors and as a registered torch data set, here and in
+other processes.
+"""
 
 import json
 import re
@@ -32,7 +34,8 @@ def python(code, folder):
 def commands(lines, folder, first=""):
     calls = "\n".join(f"main({line.split()})" for line in lines)
     return python(
-        f"from selfflow.cli import main\nfrom selfflow.registries import use\n{first}\n{calls}",
+        "from selfflow.cli import main\nfrom selfflow.registries import "
+        f"use\n{first}\n{calls}",
         folder,
     )
 
@@ -172,8 +175,8 @@ def test_its_options_are_settings_like_others(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(["train", *file, "--data.thickness", "3"])
         assert (
-            "--data.thickness is an option of data set stripes; choose one by --data.name"
-            in capsys.readouterr().err
+            "--data.thickness is an option of data set stripes; choose one by "
+            "--data.name" in capsys.readouterr().err
         )
         with pytest.raises(ValueError, match="thickness is '3', expected int"):
             Config.from_dict({"data": {"name": "stripes", "thickness": "3"}})
@@ -184,7 +187,8 @@ def test_options_need_defaults_and_may_be_written_as_strings(tmp_path):
     file.write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\n"
         "from selfflow import register_dataset\n"
-        "@dataclass(frozen=True)\nclass Options:\n    count: int = 3\n    share_of: tuple[float, ...] = ()\n"
+        "@dataclass(frozen=True)\nclass Options:\n    count: int = 3\n    share_of: "
+        "tuple[float, ...] = ()\n"
         "@register_dataset('later', options=Options)\ndef later(config, split): ...\n"
         "@dataclass(frozen=True)\nclass Bad:\n    root: str\n"
         "if False:\n    register_dataset('bad', later, Bad)\n"

@@ -1,4 +1,6 @@
-"""A metric in a user's own file: measured, kept, printed and reported by another process; what it does wrong is one line."""
+"""A metric in a user's own file: measured, kept, printed and reported by another
+process; what it does wrong is one line.
+"""
 
 import json
 import shutil

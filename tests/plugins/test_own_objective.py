@@ -1,4 +1,6 @@
-"""A user's objective, from a shell: trained, gone on with, sampled, probed, in the report."""
+"""A user's objective, from a shell: trained, gone on with, sampled, probed, in the
+report.
+"""
 
 import json
 import subprocess

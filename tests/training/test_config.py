@@ -54,17 +54,13 @@ from selfflow.method.schedule import (
 )
 from selfflow.method.tokens import Part
 from selfflow.method.transformer import TransformerConfig
-from selfflow.registries import datasets, objectives, own_options
+from selfflow.registries import objectives, own_options
 from selfflow.training.config import (
-    PRESET_FIELDS,
     PRESETS,
     Config,
     TrainConfig,
     differences,
     draft,
-    flatten,
-    half_life,
-    nested,
     overlaid,
 )
 
@@ -120,18 +116,18 @@ def test_json_and_back():
         ({"objective": {"mask_ratio": "0.2"}}, "mask_ratio is '0.2', expected float"),
         ({"seed": "0"}, "seed is '0'"),
         ({"objective": {"student_layer": 1.0}}, "student_layer is 1.0"),
-        ({"training": 5}, "training is 5, expected its fields"),
-        ({"data": "digits"}, "data is 'digits', expected its fields"),
+        ({"training": 5}, "training is 5, expected a dict of its fields"),
+        ({"data": "digits"}, "data is 'digits', expected a dict of its fields"),
         ({"model": {"width": 0}}, "width is 0"),
-        ({"name": " a"}, "no name"),
-        ({"name": "-a"}, "no name"),
-        ({"name": "a\n"}, "no name"),
-        ({"name": ".hidden"}, "no name"),
-        ({"name": "../x"}, "no name for a run"),
-        ({"name": "a/b"}, "no name"),
-        ({"name": ""}, "no name"),
-        ({"name": ".."}, "no name"),
-        ({"name": "a\\b"}, "no name"),
+        ({"name": " a"}, "not a valid run name"),
+        ({"name": "-a"}, "not a valid run name"),
+        ({"name": "a\n"}, "not a valid run name"),
+        ({"name": ".hidden"}, "not a valid run name"),
+        ({"name": "../x"}, "not a valid run name"),
+        ({"name": "a/b"}, "not a valid run name"),
+        ({"name": ""}, "not a valid run name"),
+        ({"name": ".."}, "not a valid run name"),
+        ({"name": "a\\b"}, "not a valid run name"),
         (
             {"model": {"size": "S", "width": 512}},
             "width is 512, but size S has 384; take model.size own",
@@ -152,8 +148,8 @@ def test_json_and_back():
         ),
         ({"objective": {"density_shift": 0}}, "density_shift is 0"),
         ({"objective": {"density_shift": float("nan")}}, "density_shift is nan"),
-        ({"objective": {"noisy_share": -0.1}}, "none negative"),
-        ({"objective": {"noisy_share": 1.5}}, "none negative"),
+        ({"objective": {"noisy_share": -0.1}}, "none may be negative"),
+        ({"objective": {"noisy_share": 1.5}}, "none may be negative"),
         ({"objective": {"schedule": "duel"}}, "unknown schedule .*Did you mean 'dual'"),
         ({"objective": {"order": "sorted"}}, "order is 'sorted'"),
         ({"objective": {"exact": "yes"}}, "exact is 'yes'"),
@@ -585,24 +581,11 @@ def test_presets_are_the_published_settings():
     ]
 
 
-def test_presets_differ_from_the_default_only_where_the_table_says():
+def test_presets_are_made_again_from_their_explicit_settings_and_from_json():
     for name, preset in PRESETS.items():
-        found = differences(asdict(Config()), asdict(preset))
-        follow = {"model.positions", "objective.mask_ratio"}  # from the kind of data
-        follow |= {f"data.{f.name}" for f in fields(datasets[preset.data.name].options)}
-        assert found.keys() <= {"name", *PRESET_FIELDS, *follow} and preset.name == name
-        assert (
-            Config.from_dict(preset.explicit())
-            == preset
-            == Config.from_dict(json.loads(json.dumps(asdict(preset))))
-        )
-
-
-def test_a_half_life_is_what_its_name_says():
-    decay = ema_decay(half_life(0.9999, 4e6) * 4e6)
-    assert decay ** (half_life(0.9999, 4e6) * 4e6) == pytest.approx(
-        0.5
-    ) and decay == pytest.approx(0.9999, abs=1e-12)
+        assert preset.name == name
+        assert Config.from_dict(preset.explicit()) == preset
+        assert Config.from_dict(json.loads(json.dumps(asdict(preset)))) == preset
 
 
 @pytest.mark.parametrize(
@@ -634,8 +617,6 @@ def test_settings_lie_over_each_other():
     assert below == {"name": "a", "training": {"lr": 1.0, "steps": 3}}, (
         "nothing is changed in place"
     )
-    values = asdict(Config())
-    assert nested(flatten(values)) == values
 
 
 def test_a_draft_leaves_open_what_follows_from_the_rest():
@@ -658,7 +639,7 @@ def test_a_draft_leaves_open_what_follows_from_the_rest():
         draft({"objective": {"mask_ratio": 0.9}})
 
 
-def test_every_field_says_what_it_is():
+def test_every_field_has_a_comment():
     for part in (
         Config,
         DataConfig,
@@ -667,10 +648,8 @@ def test_every_field_says_what_it_is():
         ObjectiveConfig,
         TrainConfig,
     ):
-        said = dict(
-            re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(part), re.M)
-        )
-        wanted = {f.name for f in fields(part) if not is_dataclass(f.default_factory)}
-        assert wanted and wanted == {
-            name for name, text in said.items() if len(text) > 4
-        }, part
+        source = inspect.getsource(part)
+        inline = re.findall(r"^    (\w+): .+?  # .{4}", source, re.M)
+        above = re.findall(r"^    # .{4,}\n    (\w+):", source, re.M)
+        options = {f.name for f in fields(part) if not is_dataclass(f.default_factory)}
+        assert options and options <= {*inline, *above}, part

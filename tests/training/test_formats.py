@@ -60,14 +60,13 @@ def test_an_old_run_keeps_its_defaults_whoever_asks(tmp_path, capsys):
     asked = replace(old, defaults=4)
     assert old.defaults == 3 and Config().defaults == 4
     assert not Run.open(tmp_path / "digits", "cpu").teacher.t_embedder.fp32
-    with pytest.raises(ValueError, match="defaults: 3 in the folder, 4 asked for"):
+    with pytest.raises(ValueError, match="defaults: 3 in the folder, 4 requested"):
         Run.create(tmp_path / "digits", asked, Run.open(tmp_path / "digits").inputs)
     for _ in range(2):  # of format 3, then of the present one
         run = train(asked, tmp_path, "cpu", bar=False)
         assert run.config == old and run.state()["step"] == 8
         assert (
-            "digits: began with defaults 3 of the project, and goes on with them\n"
-            in capsys.readouterr().out
+            "digits: resumes with defaults 3, as it began\n" in capsys.readouterr().out
         )
     with pytest.raises(ValueError, match="sincos"):  # a second data set is not left out
         train(
@@ -80,7 +79,7 @@ def test_an_old_run_keeps_its_defaults_whoever_asks(tmp_path, capsys):
     new = train(replace(asked, name="new"), tmp_path, "cpu", bar=False)
     assert new.teacher.t_embedder.fp32
     assert new.config.defaults == 4 and "defaults" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match="defaults: 4 in the folder, 3 asked for"):
+    with pytest.raises(ValueError, match="defaults: 4 in the folder, 3 requested"):
         train(replace(new.config, defaults=3), tmp_path, "cpu", bar=False)
 
 
@@ -95,11 +94,11 @@ def test_the_command_line_keeps_an_old_runs_defaults_too(tmp_path, capsys):
         for name, value in flatten(config_of("digits").explicit()).items()
     ]
     main(["train", "--folder", str(tmp_path), "--device", "cpu", *options])
-    assert "goes on with them" in capsys.readouterr().out
+    assert "as it began" in capsys.readouterr().out
     assert Run.open(tmp_path / "digits").config.defaults == 3
 
 
 @pytest.mark.parametrize("value", [0, 2, 5])
 def test_other_defaults_are_refused(value):
-    with pytest.raises(ValueError, match=f"defaults is {value}; take 4, or 3"):
+    with pytest.raises(ValueError, match=f"defaults is {value}; use 4, or 3"):
         Config(defaults=value)

@@ -292,7 +292,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
         "selfflow.method.alignment.velocity", lambda x0, x1: x1 - x0 + raise_for
     )
     with pytest.raises(
-        FloatingPointError, match="step 7 is not finite.*What was saved before is whole"
+        FloatingPointError, match="step 7 is not finite.*Earlier checkpoints are intact"
     ):
         train(TINY, tmp_path)
     run = Run.open(tmp_path / "tiny")
@@ -352,7 +352,7 @@ def test_divergence_has_one_message_whoever_meets_it_first(tmp_path, changes, me
         FloatingPointError, match=f"^step .*{message}|^{message}"
     ) as error:
         train(config, tmp_path)
-    assert "a smaller training.lr or training.clip" in str(
+    assert "A smaller training.lr or training.clip" in str(
         error.value
     ) and "look at the data" not in str(error.value)
     run = Run.open(tmp_path / "tiny")
@@ -394,7 +394,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path):
     write_checkpoint(path, tensors, state)
     with pytest.raises(
         ValueError,
-        match=r"step-00000008 holds NaN or infinite numbers \(teacher\).*Remove this folder",
+        match=r"step-00000008 contains NaN or infinite numbers \(teacher\).*Delete this folder",
     ):
         train(run.config, tmp_path)
     shutil.rmtree(path)
@@ -585,12 +585,12 @@ def test_a_run_says_why_it_is_not_compiled_and_trains_the_same(
     config = replace(TINY, training=replace(TINY.training, compile=True))
     run = train(config, tmp_path)
     assert (
-        "not compiled, trains as it is (RuntimeError: no C++ compiler found)"
+        "training without compiled blocks (RuntimeError: no C++ compiler found)"
         in capsys.readouterr().out
     )
     assert_same(runs["tiny"], run)
     train(config, tmp_path)
-    assert "not compiled" not in capsys.readouterr().out, (
+    assert "without compiled blocks" not in capsys.readouterr().out, (
         "a finished run compiles nothing"
     )
 
@@ -605,28 +605,29 @@ NARROW = replace(
 )
 
 
-def test_tokens_of_more_numbers_than_the_model_is_wide_are_said_when_a_run_begins(
+def test_tokens_with_more_channels_than_the_model_is_wide_are_reported_once(
     tmp_path, capsys
 ):
     run = train(NARROW, tmp_path)
     assert capsys.readouterr().out == (
-        "narrow: a token of image holds 64 numbers, but the model is 16 wide, so that at least 75% of its noise stays in the "
-        "error of the velocity; take a smaller data.patch, or model.width 64 or more\n"
+        "narrow: a token of image has 64 channels, but the model is 16 wide, so at least "
+        "75% of the noise stays in the error of the velocity; use a smaller data.patch, "
+        "or model.width 64 or more\n"
     )
     train(NARROW, tmp_path)
     shutil.rmtree(run.latest())
     train(NARROW, tmp_path)
-    assert capsys.readouterr().out == "narrow: goes on from step 1\n", (
+    assert capsys.readouterr().out == "narrow: resuming from step 1\n", (
         "and nothing of a finished one"
     )
     train(
         replace(NARROW, name="fits", model=ModelConfig(width=64, depth=1, heads=2)),
         tmp_path,
     )
-    assert "numbers" not in capsys.readouterr().out
+    assert "channels" not in capsys.readouterr().out
 
 
-def test_of_several_parts_those_are_named_that_do_not_fit():
+def test_the_warning_names_the_parts_that_do_not_fit():
     data = DataConfig("scenes", patch=8, size=16, frames=8, columns=2)
     for width, named in (
         (16, {"video": "data.patch or data.span", "audio": "data.columns"}),
@@ -637,13 +638,11 @@ def test_of_several_parts_those_are_named_that_do_not_fit():
         said = channel_warnings(width, sources)
         assert len(said) == len(named)
         for line, (name, smaller) in zip(said, named.items(), strict=True):
-            assert (
-                f"token of {name} holds {channels[name]} numbers" in line
-                and f"take a smaller {smaller}, or" in line
-            )
+            assert f"token of {name} has {channels[name]} channels" in line
+            assert f"use a smaller {smaller}, or" in line
 
 
-def test_what_such_a_model_says_lies_in_as_many_directions_as_it_is_wide():
+def test_a_velocity_has_as_many_directions_as_the_model_is_wide():
     sources = Sources(NARROW.data)
     state = start_state(NARROW, sources, torch.device("cpu"))
     for parameter in state.student.parameters():
@@ -701,7 +700,7 @@ FEATURES = torch.zeros(1078, 16, 5)
             "objective 'self_flow' takes no features of an outside encoder",
         ),
         ("flow_matching", outside, "'flow_matching' takes no features"),
-        ("repa", FEATURES[:-1], "features of 1077 samples, but 1078 to train on"),
+        ("repa", FEATURES[:-1], "features of 1077 samples, but 1078 training samples"),
         ("repa", torch.zeros(359, 5), "features of 359 samples"),
         (
             "repa",
@@ -904,7 +903,7 @@ def test_a_callback_that_would_never_be_called_is_refused(tmp_path):
             Misspelt(),
             "unknown method of callback Misspelt 'on_stp'.*Did you mean 'on_step'",
         ),
-        (print, "has none of on_step, on_validation"),
+        (print, "has none of the methods on_step, on_validation"),
     ):
         with pytest.raises(ValueError, match=message):
             train(TINY, tmp_path, callbacks=[callback])

@@ -15,7 +15,7 @@ from selfflow.data.sources import Outline, Sources
 from selfflow.method.options import ModelConfig
 from selfflow.report.report import run_report
 from selfflow.report.run_sections import run_section
-from selfflow.training.checkpoint import agree
+from selfflow.training.checkpoint import compare_runs
 from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
 from selfflow.training.run import Run
@@ -123,7 +123,7 @@ def test_data_that_moved_are_named_once(trained, capsys):
     other = pictures(home / "other", seed=1)
     with pytest.raises(SystemExit):
         main(["relocate", str(trained), str(other)])
-    assert "holds a run with" in capsys.readouterr().err and Run.open(
+    assert "contains a run with" in capsys.readouterr().err and Run.open(
         trained, "cpu"
     ).config.data.path == str(home / "photos")
     main(["relocate", str(trained), str(home / "moved")])
@@ -135,7 +135,7 @@ def test_data_that_moved_are_named_once(trained, capsys):
     shutil.rmtree(trained / "checkpoints/step-00000004")
     main(again)
     assert (
-        "goes on from step 2" in capsys.readouterr().out
+        "resuming from step 2" in capsys.readouterr().out
         and Run.open(trained, "cpu").state()["step"] == 4
     )
     shutil.move(home / "moved", home / "again")
@@ -144,7 +144,7 @@ def test_data_that_moved_are_named_once(trained, capsys):
     said = capsys.readouterr().out
     assert (
         f"data.path: {home / 'moved'} -> {home / 'again'} from here on" in said
-        and "goes on from step 2" in said
+        and "resuming from step 2" in said
     )
 
 
@@ -152,7 +152,7 @@ def test_the_place_may_change_only_where_the_data_are_known_to_be_the_same(tmp_p
     def stored(path, data):
         return {"config": {"data": {"path": path}}, "inputs": {}, "data": data}
 
-    assert agree(
+    assert compare_runs(
         tmp_path, stored("a", {"train": "1"}), stored("b", {"train": "1"})
     ) == {"data.path": ("a", "b")}
     for there, asked in (
@@ -161,9 +161,9 @@ def test_the_place_may_change_only_where_the_data_are_known_to_be_the_same(tmp_p
         ({"train": "1"}, {"train": "2"}),
     ):
         with pytest.raises(
-            ValueError, match="data.path: 'a' in the folder, 'b' asked for"
+            ValueError, match="data.path: 'a' in the folder, 'b' requested"
         ):
-            agree(tmp_path, stored("a", there), stored("b", asked))
+            compare_runs(tmp_path, stored("a", there), stored("b", asked))
 
 
 def test_two_folders_are_two_data_sets_and_each_may_move(tmp_path, capsys):
@@ -193,7 +193,7 @@ def test_two_folders_are_two_data_sets_and_each_may_move(tmp_path, capsys):
         in capsys.readouterr().out
     )
     assert len(Run.open(run.path, "cpu").sources_of("test").data["folder-2"]) > 0
-    with pytest.raises(ValueError, match="other data"):
+    with pytest.raises(ValueError, match="different data"):
         run.relocate(tmp_path / "first", "folder-2")
 
 
@@ -204,7 +204,7 @@ def test_a_run_folder_of_any_name_goes_on_and_is_sampled(trained, name, capsys):
     main(["train", "--config", str(folder / "config.json"), "--device", "cpu"])
     said = capsys.readouterr().out
     assert (
-        "goes on from step 2" in said
+        "resuming from step 2" in said
         and f"selfflow sample {Run.open(folder, 'cpu').quoted}" in said
     )
     assert Run.open(folder, "cpu").state()["step"] == 4 and sorted(

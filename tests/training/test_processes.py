@@ -21,7 +21,7 @@ from selfflow.method.alignment import (
     Alignment,
     constant_cosine,
     effective_rank,
-    mean_over,
+    masked_mean,
 )
 from selfflow.method.options import ObjectiveConfig
 from selfflow.training.batches import shards_of
@@ -415,7 +415,7 @@ def test_a_notebook_starts_processes_and_follows_them(tmp_path, one, capsys):
     )
     assert run.state()["step"] == 12 and run.timing["processes"].tolist() == [2] * 12
     assert_close(run, train(TINY, tmp_path / "one"))
-    with pytest.raises(ChildProcessError, match="another config"):
+    with pytest.raises(ChildProcessError, match="different settings"):
         launch(replace(TINY, seed=1), 2, tmp_path, "cpu")
     assert Run.open(tmp_path / "tiny").config.seed == 0
 
@@ -457,7 +457,7 @@ def test_the_command_starts_processes_and_passes_a_wish_to_stop_on(tmp_path):
     run = Run.open(tmp_path / "long")
     assert program.returncode == 143, problems
     assert (
-        f"long: stopped as asked after step {run.state()['step']} of 100000, which is saved"
+        f"long: stopped as requested after step {run.state()['step']} of 100000, which is saved"
         in said
     )
     assert run.writer() is None and (run.timing["processes"] == 2).all()
@@ -467,16 +467,16 @@ def test_alone_nothing_is_sent():
     alone, g = Processes.start("cpu"), torch.Generator().manual_seed(0)
     assert (alone.rank, alone.count, alone.main) == (0, 1, True)
     assert (
-        alone.lead(lambda: 3) == 3
-        and alone.tell(4) == 4
+        alone.on_main(lambda: 3) == 3
+        and alone.broadcast(4) == 4
         and alone.any(False, True) == [False, True]
     )
     values, counted = (
         torch.randn(3, 5, generator=g),
         torch.rand(3, 5, generator=g) < 0.5,
     )
-    torch.testing.assert_close(mean_over(values, counted), values[counted].mean())
-    assert mean_over(values, torch.zeros_like(counted)) == 0
+    torch.testing.assert_close(masked_mean(values, counted), values[counted].mean())
+    assert masked_mean(values, torch.zeros_like(counted)) == 0
     rows = torch.randn(40, 6, generator=g)
     direction = torch.nn.functional.normalize(rows, dim=-1).mean(0).norm()
     torch.testing.assert_close(constant_cosine(rows), direction)

@@ -182,7 +182,7 @@ def test_muon_and_a_falling_rate_go_on_where_they_stood(tmp_path):
         Stops(patch, {5})
         assert [train(config, tmp_path).state()["step"] for _ in range(2)] == [5, 12]
     assert_same(whole, Run.open(tmp_path / "tiny"))
-    with pytest.raises(ValueError, match="take training.parallel ddp"):
+    with pytest.raises(ValueError, match="use training.parallel ddp"):
         replace(TINY.training, optimizer="muon", parallel="fsdp")
 
 
@@ -379,7 +379,7 @@ def test_a_log_that_cannot_be_written_ends_the_run(runs, tmp_path):
         patch.setattr(Recorder, "write", write)
         with pytest.raises(
             NotWritten,
-            match="log.*No space left.*What was saved before is whole.*Make room",
+            match="log.*No space left.*Earlier checkpoints are intact.*Make room",
         ):
             train(TINY, tmp_path)
     run = Run.open(tmp_path / "tiny")
@@ -403,7 +403,7 @@ def test_a_config_that_was_edited_by_hand_does_not_go_on(runs, tmp_path, monkeyp
     edited = Run.open(run.path).config
     with pytest.raises(
         ValueError,
-        match=r"another config than .*:\n  training.lr: 0.002 when it was saved, 0.5 now",
+        match=r"different settings than those in .*:\n  training.lr: 0.002 when it was saved, 0.5 now",
     ):
         train(edited, tmp_path)
     (run.path / "config.json").write_text(
@@ -530,7 +530,7 @@ def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(
     assert_same(runs["tiny"], train(TINY, tmp_path, track=("tensorboard",)))
     assert (
         capsys.readouterr().out.count(
-            "tracker tensorboard failed and is told no more (ConnectionError: no route"
+            "tracker tensorboard failed and is not used any more (ConnectionError: no route"
         )
         == 1
     )

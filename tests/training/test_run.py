@@ -137,7 +137,7 @@ def test_when_no_checkpoint_is_whole_training_does_not_start_over_by_itself(run)
     for path in run.path.glob("checkpoints/step-*"):
         damage("flipped bit", path / "model.safetensors")
     before = run.log_path.read_text()
-    with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
+    with pytest.raises(ValueError, match="No intact checkpoint in"):
         train(TINY, run.path.parent)
     assert run.log_path.read_text() == before and len(steps_of(run)) == 3
 
@@ -148,11 +148,11 @@ def test_another_config_does_not_enter_the_folder(run):
     asked = replace(TINY, seed=1, training=replace(TINY.training, keep_last=9))
     with pytest.raises(
         ValueError,
-        match=r"another config:\n  seed: 0 in the folder, 1 asked for\n"
-        r"Give this run another name \(tiny-3 is free\), or remove the folder.",
+        match=r"different settings:\n  seed: 0 in the folder, 1 requested\n"
+        r"Give this run another name \(tiny-3 is free\), or delete the folder.",
     ):
         Run.create(run.path, asked, run.inputs)
-    with pytest.raises(ValueError, match="seed: 0 in the folder, 1 asked for"):
+    with pytest.raises(ValueError, match="seed: 0 in the folder, 1 requested"):
         train(replace(TINY, seed=1), run.path.parent)
     assert (
         steps_of(run)[-1] == "step-00000012"
@@ -166,15 +166,15 @@ def test_another_config_does_not_enter_the_folder(run):
     [
         (
             {"objective": replace(TINY.objective, separated=True)},
-            "objective.separated: False in the folder, True asked for",
+            "objective.separated: False in the folder, True requested",
         ),
         (
             {"model": replace(TINY.model, positions="rotary", heads=1)},
-            "model.positions: 'sincos' in the folder, 'rotary' asked for",
+            "model.positions: 'sincos' in the folder, 'rotary' requested",
         ),
         (
             {"training": replace(TINY.training, compile=True)},
-            "training.compile: False in the folder, True asked for",
+            "training.compile: False in the folder, True requested",
         ),
     ],
 )
@@ -188,7 +188,7 @@ def test_another_shape_of_model_does_not_enter_the_folder(run):
     stored["inputs"]["classes"] = 7
     (run.path / "config.json").write_text(json.dumps(stored))
     with pytest.raises(
-        ValueError, match="inputs.classes: 7 in the folder, 10 asked for"
+        ValueError, match="inputs.classes: 7 in the folder, 10 requested"
     ):
         train(TINY, run.path.parent)
 
@@ -242,7 +242,7 @@ def test_no_run_no_checkpoint(tmp_path, run):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         Run.open(tmp_path / "nothing")
     shutil.rmtree(run.path / "checkpoints")
-    with pytest.raises(FileNotFoundError, match="no whole checkpoint yet"):
+    with pytest.raises(FileNotFoundError, match="no intact checkpoint yet"):
         run.teacher  # noqa: B018
 
 
@@ -354,7 +354,7 @@ def test_a_run_of_the_first_version_resumes_to_the_same_losses(first):
 def test_another_number_of_shards_is_another_run(first):
     config = Run.open(first).config
     with pytest.raises(
-        ValueError, match="training.shards: 1 in the folder, 8 asked for"
+        ValueError, match="training.shards: 1 in the folder, 8 requested"
     ):
         Run.create(
             first,
@@ -369,13 +369,13 @@ def test_another_number_of_shards_is_another_run(first):
     )
     with pytest.raises(
         ValueError,
-        match="began before batches had shards has one: with training.shards=1 it goes on",
+        match="is older than shards and has one: resume it with training.shards=1",
     ):
         train(script, first.parent)
     assert "shards" not in stored["config"]["training"] and script.training.shards == 8
     with pytest.raises(ValueError, match="seed: .*") as error:
         train(replace(script, seed=9), first.parent)
-    assert "it goes on" not in str(error.value), "that alone would not help"
+    assert "older than shards" not in str(error.value), "that alone would not help"
     assert (
         train(
             replace(script, training=replace(script.training, shards=1)), first.parent
@@ -384,7 +384,7 @@ def test_another_number_of_shards_is_another_run(first):
     )
     shutil.copyfile(FIRST / "config.json", first / "config.json")
     with pytest.raises(
-        ValueError, match="training.shards: 1 in the folder, 8 asked for"
+        ValueError, match="training.shards: 1 in the folder, 8 requested"
     ):
         Run.create(first, script, Run.open(first).inputs)
     assert json.loads((first / "config.json").read_text())["format"] == 1, (
@@ -626,7 +626,7 @@ A, B = "a" * 16, "b" * 16
         (
             {"train": A, "validation": A},
             {"train": B, "validation": A},
-            [f"data.train: '{A}' in the folder, '{B}' asked for"],
+            [f"data.train: '{A}' in the folder, '{B}' requested"],
         ),
         (
             {"train": A, "validation": A},
@@ -636,7 +636,7 @@ A, B = "a" * 16, "b" * 16
         (
             {"train": A, "features": A},
             {"features": B, "train": A},
-            [f"data.features: '{A}' in the folder, '{B}' asked for"],
+            [f"data.features: '{A}' in the folder, '{B}' requested"],
         ),
     ],
 )
@@ -645,19 +645,19 @@ def test_other_data_do_not_enter_the_folder(tmp_path, run, there, asked, words):
     before = (tmp_path / "new/config.json").read_bytes()
     with pytest.raises(
         ValueError,
-        match="(?s)new holds a run with other data:\n.*\nGive this run another name .new-2",
+        match="(?s)new contains a run with different data:\n.*\nGive this run another name .new-2",
     ) as error:
         Run.create(tmp_path / "new", TINY, run.inputs, data=asked)
     assert all(
         word in str(error.value)
         for word in (
             *words,
-            "or remove the folder. With the data as they were it goes on.",
+            "or delete the folder. With the original data the run can resume.",
         )
     )
     assert (tmp_path / "new/config.json").read_bytes() == before
     with pytest.raises(
-        ValueError, match="another config and other data:\n  seed: 0 .*\n  data"
+        ValueError, match="different settings and different data:\n  seed: 0 .*\n  data"
     ):
         Run.create(tmp_path / "new", replace(TINY, seed=1), run.inputs, data=asked)
 
@@ -714,7 +714,7 @@ def test_a_new_run_that_another_makes_at_the_same_moment(tmp_path, run, monkeypa
         return sole_writer(folder)
 
     monkeypatch.setattr("selfflow.training.run.sole_writer", first_the_other)
-    with pytest.raises(ValueError, match="seed: 5 in the folder, 0 asked for"):
+    with pytest.raises(ValueError, match="seed: 5 in the folder, 0 requested"):
         Run.create(tmp_path / "new", TINY, run.inputs)
 
 
@@ -866,7 +866,7 @@ def test_shift_and_interval_are_those_of_the_sampler(runs):
         ({"interval": (-0.1, 1), "cfg_scale": 2.0}, "interval"),
         ({"method": "rk4"}, "unknown sampler 'rk4'"),
         ({"method": "sde", "steps": 1}, "at least 2"),
-        ({"labels": torch.tensor([], dtype=torch.int64)}, "0 labels in batches of"),
+        ({"labels": torch.tensor([], dtype=torch.int64)}, "labels is empty"),
     ],
 )
 def test_bad_requests_for_samples_are_refused(runs, options, words):
@@ -882,7 +882,7 @@ def test_guidance_needs_a_model_that_knows_the_null_label(run):
     for cfg_scale in (2.0, 0.0):
         with pytest.raises(
             ValueError,
-            match=f"cfg_scale is {cfg_scale}, but this run was trained with label_drop 0",
+            match=f"cfg_scale is {cfg_scale}, but this run was trained without label dropout",
         ):
             never.sample(labels, 2, cfg_scale=cfg_scale)["image"]
     assert torch.equal(never.sample(labels, 2)["image"], run.sample(labels, 2)["image"])
@@ -900,5 +900,5 @@ def test_samples_of_a_model_that_is_given(runs, tmp_path):
     assert torch.equal(
         new.sample(labels, 3, cfg_scale=2.0, model=run.model)["image"], expected
     ), "no checkpoint is needed"
-    with pytest.raises(FileNotFoundError, match="no whole checkpoint yet"):
+    with pytest.raises(FileNotFoundError, match="no intact checkpoint yet"):
         new.sample(labels, 3)

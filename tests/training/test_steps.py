@@ -52,9 +52,9 @@ def test_a_finished_run_goes_on_and_says_what_that_means(run, capsys):
     shown = capsys.readouterr().out
     assert "training.steps: 8 -> 16 from here on\n" in shown
     assert (
-        "tiny: goes on from step 8; 16 steps now (were 8): the average's half-life is 0.8 steps from here (was 0.4)\n"
-        in shown
-    )
+        "tiny: resuming from step 8; 16 steps instead of 8: "
+        "the average's half-life is now 0.8 steps (was 0.4)\n"
+    ) in shown
     assert again.state()["step"] == 16 and again.log_path.read_text().startswith(first)
     assert Run.open(run.path).config == longer(SHORT, 16)
     following = Following(run.path)
@@ -90,7 +90,7 @@ def test_fewer_steps_than_are_done_are_refused_in_a_line(run):
     before = (run.path / "config.json").read_bytes()
     with pytest.raises(
         ValueError,
-        match="has done 8 steps, more than the 6 asked for; take training.steps 8 or more",
+        match="has done 8 steps, more than the 6 requested; use training.steps 8 or more",
     ) as error:
         train(longer(SHORT, 6), run.path.parent, "cpu", bar=False)
     assert (
@@ -132,7 +132,7 @@ def test_a_checkpoint_without_an_optimiser_is_used_but_not_gone_on_from(
     shown = capsys.readouterr().out
     assert (
         f"skipped {last}: it has no optimiser" in shown
-        and "goes on from step 4" in shown
+        and "resuming from step 4" in shown
     )
     assert again.state()["step"] == 12 and names(again)[1] == ["04", "08", "12"], (
         "the one that had none was written again"
@@ -141,7 +141,7 @@ def test_a_checkpoint_without_an_optimiser_is_used_but_not_gone_on_from(
         _drop_optimizer(path)
     with pytest.raises(
         ValueError,
-        match="no checkpoint in .* has its optimiser.*Put .*step-00000012/optimizer.safetensors back",
+        match="No checkpoint in .* has its optimiser.*Put .*step-00000012/optimizer.safetensors back",
     ):
         train(longer(SHORT, 16), run.path.parent, "cpu", bar=False)
 
@@ -158,7 +158,7 @@ def test_the_newest_keep_their_optimisers(tmp_path):
         assert load_file(path / "teacher.safetensors")
     shutil.rmtree(run.checkpoints()[-1])
     (run.checkpoints()[-1] / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="no checkpoint in .* has its optimiser"):
+    with pytest.raises(ValueError, match="No checkpoint in .* has its optimiser"):
         train(config, tmp_path, "cpu", bar=False)
 
 
@@ -168,5 +168,5 @@ def test_how_many_keep_it_may_change_on_the_way(run, capsys):
     )
     assert "training.keep_optimizers: 0 -> 1 from here on" in capsys.readouterr().out
     assert names(again) == (["04", "08"], ["08"])
-    with pytest.raises(ValueError, match="keep_optimizers -1 must be 0"):
+    with pytest.raises(ValueError, match="keep_optimizers is -1, but must be 0"):
         longer(SHORT, 8, keep_optimizers=-1)

@@ -339,7 +339,7 @@ def test_a_read_only_folder_can_be_looked_at_and_is_refused_before_training(moun
     ):
         with pytest.raises(
             NotWritten,
-            match="Read-only file system.*See that the folder can be written to",
+            match="Read-only file system.*Make the folder writable",
         ) as error:
             write()
         assert error.value.errno == errno.EROFS
@@ -355,7 +355,7 @@ def test_a_folder_without_permission_is_said(tmp_path, monkeypatch):
     with pytest.raises(
         NotWritten,
         match="step 3 of .*tiny could not be written: Permission denied. The last good checkpoint, "
-        "step-00000002, is intact. See that the folder can be written to",
+        "step-00000002, is intact. Make the folder writable",
     ):
         run.save(3, tensors(3), {})
     with pytest.raises(NotWritten, match="Permission denied. Nothing was changed."):
@@ -447,7 +447,7 @@ def test_damage_of_the_config_is_refused_where_it_matters_and_put_right_elsewher
             refused.append(error)
             assert "config.json cannot be used" in str(
                 error
-            ) and "checkpoints beside it are not touched" in str(error)
+            ) and "checkpoints next to it are not touched" in str(error)
 
     check()
     assert len(refused) > 10 and steps_of(run) == [1, 2]
@@ -483,7 +483,7 @@ def test_a_manifest_that_names_what_is_outside_is_refused(tmp_path, name):
     (path / "manifest.json").write_text(
         json.dumps({**manifest, name: {"size": 1, "sha256": "6b86b273ff34fce1"}})
     )
-    assert "which is no file of this folder" in check_checkpoint(path)
+    assert "which is not a file name" in check_checkpoint(path)
 
 
 def test_what_was_put_into_a_checkpoint_by_hand(tmp_path, capsys):
@@ -624,7 +624,7 @@ def test_a_reader_of_a_checkpoint_that_is_pruned_is_told(tmp_path, capsys):
     run.prune()
     with pytest.raises(
         FileNotFoundError,
-        match="step-00000002 is gone: training removes older checkpoints.*Open it again",
+        match="step-00000002 no longer exists: training removes older checkpoints.*Open the run again",
     ):
         reader.load("teacher")
     assert reader.latest().name == "step-00000004" and not capsys.readouterr().out
@@ -731,7 +731,7 @@ def test_another_process_is_named_and_a_killed_one_is_taken_over(
     assert who["pid"] == pid and set(who) == {"pid", "host", "since"}
     with pytest.raises(
         RunInUse,
-        match=f"process {pid} on .* trains it. Stop that one .*stop.*, or take another name .tiny-2 is",
+        match=f"process {pid} on .* trains it. Stop it .*stop.*, or use another name .tiny-2 is",
     ):
         with run.locked():
             pass
@@ -866,7 +866,7 @@ def test_where_the_file_system_has_no_locks_a_file_says_who(
         assert run.writer()["pid"] == os.getpid() and (run.path / "lock.soft").exists()
         with pytest.raises(
             RunInUse,
-            match=f"process {os.getpid()} on.* If no process does, remove .*lock.soft",
+            match=f"process {os.getpid()} on.* If no process trains it, delete .*lock.soft",
         ):
             with sole_writer(run.path, seconds=0.1):
                 pass

@@ -260,7 +260,7 @@ WRITER = {"pid": 4711, "host": "ada", "since": "2026-01-01"}
             100,
             None,
             None,
-            (0, "damaged: no checkpoint is whole (step 100: torn)"),
+            (0, "damaged: no intact checkpoint (step 100: torn)"),
         ),
     ],
 )

@@ -87,8 +87,8 @@ def test_samples_are_drawn_by_name(runs, capsys):
         main(["sample", str(run.path), "--labels", "24", "--device", "cpu"])
     assert "there is no class 24: labels run from 0 to 23" in capsys.readouterr().err
     for asked, name, words in (
-        ({"captions": ("a cat",)}, "notes", "draws by class, not by caption"),
-        ({"labels": ("1",)}, "told", "draws by caption, not by class"),
+        ({"captions": ("a cat",)}, "notes", "trained with classes, not captions"),
+        ({"labels": ("1",)}, "told", "trained with captions, not classes"),
     ):
         with pytest.raises(ValueError, match=words):
             to_draw(runs[name], runs[name].config.data.name, **asked)
@@ -122,7 +122,7 @@ def test_every_sound_is_a_file_and_none_is_clipped(runs, monkeypatch, capsys):
         "one factor for all of a call"
     )
     assert (
-        "the sounds reach 5 times full scale, so all WAV files are at 0.2 of their loudness"
+        "the sounds reach 5 times full scale, so all WAV files are scaled by 0.2"
         in capsys.readouterr().out
     )
     with safe_open(file, "pt") as stored:
@@ -138,7 +138,7 @@ def test_every_sound_is_a_file_and_none_is_clipped(runs, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert (
         "100 of 102 sounds are written" in said
-        and "100 of 102 pictures are written" in said
+        and "100 of 102 images are written" in said
     )
     monkeypatch.setattr(
         run,

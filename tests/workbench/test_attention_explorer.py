@@ -527,7 +527,7 @@ def test_runs_that_cannot_be_used_are_answered_in_the_panel(runs, tmp_path):
     for name, words in (
         ("", "holds no run"),
         ("absent", "holds no run"),
-        ("written", "no whole checkpoint"),
+        ("written", "no intact checkpoint"),
         ("other", ""),
     ):
         explorer = explore_attention(tmp_path / name)

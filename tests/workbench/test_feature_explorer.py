@@ -325,7 +325,7 @@ def test_a_folder_without_a_run_is_said_and_can_be_tried_again(run, tmp_path):
     # written so far: no checkpoint yet
     (half / "config.json").write_text((run.path / "config.json").read_text())
     empty.again.click()
-    with pytest.raises(RuntimeError, match="no whole checkpoint yet"):
+    with pytest.raises(RuntimeError, match="no intact checkpoint yet"):
         empty.wait(60)
     (half / "checkpoints").symlink_to(run.path / "checkpoints")
     empty.asked = Asked(**FEW)

@@ -216,7 +216,7 @@ def test_a_run_without_a_checkpoint_is_listed_and_refused_in_words(runs, tmp_pat
     train_nothing = Workbench(tmp_path, tools_on_page()[:1], ())
     assert label_of("begun", tmp_path / "begun") == "begun: no checkpoint yet"
     words, _ = page(train_nothing).children
-    assert "no whole checkpoint yet" in words.value
+    assert "no intact checkpoint yet" in words.value
 
 
 def test_a_run_that_has_gone_on_is_opened_anew(runs, tmp_path):

@@ -231,7 +231,7 @@ def test_runs_that_cannot_be_used_are_left_out_with_the_reason(runs, tmp_path):
         "zz_other",
     }
     assert (
-        "no whole checkpoint yet" in side.left_out["written"]
+        "no intact checkpoint yet" in side.left_out["written"]
         and "cannot be used" in side.left_out["broken"]
     )
     assert (
@@ -240,7 +240,7 @@ def test_runs_that_cannot_be_used_are_left_out_with_the_reason(runs, tmp_path):
     )
     words = describe(compute(side, {**VALUES, "runs": ("tiny",)}))
     assert "left out: written (" in words and "zz_other" in words
-    with pytest.raises(ValueError, match="written: .*no whole checkpoint yet"):
+    with pytest.raises(ValueError, match="written: .*no intact checkpoint yet"):
         SideBySide({"written": Run.open(folder / "written", "cpu")})
 
 

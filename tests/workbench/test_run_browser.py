@@ -100,11 +100,11 @@ def test_what_a_folder_may_hold_is_listed_in_words(listing, folder):
         and "config.json cannot be used" in states["begun"]
     )
     assert "no config.json" in states["bare"]
-    assert states["deep/hurt"].startswith("damaged: no checkpoint is whole (step 12: ")
+    assert states["deep/hurt"].startswith("damaged: no intact checkpoint (step 12: ")
     assert states["vanilla"].startswith(
         "stopped at step 8; 1 of 3 checkpoints damaged (step 12: model.safetensors has 10 bytes"
     )
-    assert states["tiny"] == "finished; 1 lines of its log are damaged and left out"
+    assert states["tiny"] == "finished; 1 damaged line of its log skipped"
 
 
 def test_a_run_that_trains_is_seen_to_and_nothing_new_is_nothing_new(folder, listing):
@@ -177,7 +177,7 @@ def test_checkpoints_are_read_through_before_they_are_opened(listing, folder):
         match="tiny cannot be opened: its checkpoint of step 8 is damaged: teacher.safetensors has",
     ):
         open_runs(listing, ["tiny"], 8, "cpu")
-    with pytest.raises(ValueError, match="kept no checkpoint of step 5"):
+    with pytest.raises(ValueError, match="has no checkpoint of step 5"):
         open_runs(listing, ["tiny"], 5, "cpu")
     with pytest.raises(ValueError, match="it is no longer in"):
         open_runs(listing, ["gone"], 0, "cpu")
