@@ -320,12 +320,12 @@ def compare_values(
         over: What the items are.
         written: Scale and unit of the `Comparison`.
     """
-    gap, *interval = paired_difference(first, second)
+    gap, low, high = paired_difference(first, second)
     return Comparison(
         *names,
         gap,
-        tuple(interval),
-        smallest_effect(interval),
+        (low, high),
+        smallest_effect((low, high)),
         f"{len(first):,} {over}, paired; one pair of trained models",
         **written,
     )
@@ -362,12 +362,12 @@ def compare_items(
     # one ratio of differences is the same and keeps all digits
     if np.array_equal(first[1], second[1]):
         arms = [(first[0] - second[0], first[1])]
-    gap, *interval = _ratio_interval(arms, _scale(first, second))
+    gap, low, high = _ratio_interval(arms, _scale(first, second))
     return Comparison(
         *names,
         gap,
-        tuple(interval),
-        smallest_effect(interval),
+        (low, high),
+        smallest_effect((low, high)),
         f"{len(first[0]):,} test items, paired; one pair of trained models",
         **written,
     )
@@ -434,7 +434,7 @@ def compare_seeds(
     if first.keys() == second.keys():
         gaps = np.array([second[seed] - first[seed] for seed in first])
         error = _error(gaps, scale)
-        freedom = len(first) - 1
+        freedom = float(len(first) - 1)
         over = f"{len(first)} training seeds, paired"
     else:
         error, freedom = _welch(values, scale)

@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields, is_dataclass, make_dataclass
+from dataclasses import MISSING, dataclass, fields, make_dataclass
 from typing import Any
 
 from .checks import choose
@@ -92,8 +92,8 @@ class Registry:
         return target
 
     def _check_options(self, name: str, options: Any) -> None:
-        frozen = is_dataclass(options) and options.__dataclass_params__.frozen
-        if not frozen:
+        declared = getattr(options, "__dataclass_params__", None)  # of a dataclass
+        if declared is None or not declared.frozen:
             raise TypeError(
                 f"the options of {self.kind} {name!r} must be a class with "
                 f"@dataclass(frozen=True), not {options!r}"
@@ -255,7 +255,7 @@ class Named(type):
             f.name == name and f.default == value for f in fields(options)
         )
 
-    def chosen(cls, values: dict[str, Any]) -> type:
+    def chosen(cls, values: dict[str, Any]) -> Any:
         """Return the class of the entry that `values` name.
 
         Raises ValueError for a value that is not one of its settings.
@@ -270,7 +270,7 @@ class Named(type):
                 _refuse(base, concrete, field_name)
         return concrete
 
-    def of(cls, name: str) -> type:
+    def of(cls, name: str) -> Any:
         """Return the class of the entry `name`."""
         base = cls.__dict__.get("base", cls)
         options = base.registry[name].options
@@ -299,7 +299,7 @@ def own_options(part: Any) -> dict[str, Any]:
     return {f.name: getattr(part, f.name) for f in fields(part.options_type)}
 
 
-def _combine(base: type, options: type) -> type:
+def _combine(base: Any, options: type) -> Any:
     clash = {f.name for f in fields(base)} & {f.name for f in fields(options)}
     if clash:
         raise ValueError(
@@ -341,7 +341,7 @@ def _rebuild(base: type, values: dict, source: str) -> Any:
     return base(**values)
 
 
-def _refuse(base: type, concrete: type, field_name: str) -> None:
+def _refuse(base: Any, concrete: Any, field_name: str) -> None:
     kind = base.registry.kind
     owners = base.owners(field_name)
     named = next(name for name in base.registry if base.of(name) is concrete)

@@ -6,8 +6,9 @@
 __all__ = ['shipped']
 
 # %% ../nbs/0_ground/03_shipped.ipynb #ad6699ca
-from importlib.util import find_spec
 from pathlib import Path
+
+import selfflow
 
 # %% ../nbs/0_ground/03_shipped.ipynb #381bcac2
 def shipped(name: str) -> Path:
@@ -15,6 +16,6 @@ def shipped(name: str) -> Path:
 
     name: within `data/`, such as judges/shapes.safetensors.
     """
-    package = Path(find_spec("selfflow").origin).parent
+    package = Path(selfflow.__file__).parent
     inside = package / "_shipped"  # of a wheel
     return (inside if inside.is_dir() else package.parent / "data") / name

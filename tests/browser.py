@@ -259,6 +259,15 @@ def shoot(page, name):
         page.screenshot(path=f"{folder}/{name}.png")
 
 
+def set_theme(page, name):
+    "Change the theme of JupyterLab to Dark or Light."
+    page.evaluate(
+        "theme => window.jupyterapp.commands.execute("
+        "'apputils:change-theme', {theme: `JupyterLab ${theme}`})",
+        name,
+    )
+
+
 def source(page, name):
     return page.locator(f"img.selfflow-{name}").get_attribute("src")
 

@@ -1,4 +1,4 @@
-"""The command line: where settings come from, how mistakes are answered, how it ends."""
+"""The command line reads settings, reports mistakes in a line, and ends cleanly."""
 
 import inspect
 import json
@@ -155,8 +155,7 @@ def test_a_folder_is_no_config_file_and_its_own_is_named(runs, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--config", str(runs["tiny"].path)])
     assert (
-        f"only a folder; take {runs['tiny'].path}/config.json"
-        in capsys.readouterr().err
+        f"only a folder; use {runs['tiny'].path}/config.json" in capsys.readouterr().err
     )
 
 
@@ -433,12 +432,12 @@ def test_the_version_is_printed_and_presets_are_all_listed(capsys, monkeypatch):
         (
             KeyboardInterrupt("saved"),
             130,
-            "interrupted. Nothing was lost; the same command goes on from here.\n",
+            "interrupted. Nothing was lost; the same command resumes from here.\n",
         ),
         (
             KeyboardInterrupt(),
             130,
-            "interrupted. What was not saved is lost; the same command goes on from "
+            "interrupted. What was not saved is lost; the same command resumes from "
             "the last checkpoint.\n",
         ),
         (SystemExit(143), 143, ""),
@@ -543,7 +542,11 @@ def test_the_module_is_the_command_and_nothing_happens_on_import(tmp_path):
     )
     assert call("-m", "selfflow.cli", "--help").returncode == 0
     source = (ROOT / "selfflow/cli.py").read_text()
-    in_a_notebook = "__name__ = '__main__'; exec(compile(open('guard.py').read(), 'cell', 'exec')); print('not called')"
+    in_a_notebook = (
+        "__name__ = '__main__'; "
+        "exec(compile(open('guard.py').read(), 'cell', 'exec')); "
+        "print('not called')"
+    )
     guard = source[source.index('if __name__ == "__main__"') :]
     (tmp_path / "guard.py").write_text(
         "from pathlib import Path\ndef main(): raise SystemExit(9)\n" + guard
@@ -584,8 +587,8 @@ def test_an_old_command_line_is_answered_with_the_new_one(capsys, typed, written
         main(["train", *typed.split()])
     said = capsys.readouterr().err
     assert (
-        said
-        == f"selfflow: several values in one option of the data are now options of their own: {written}\n"
+        said == "selfflow: several values in one data option are now separate options: "
+        f"{written}\n"
     )
     if "photos" not in written:
         preset = typed.split()[:2] if "--preset" in typed else []

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+import selfflow
 from .benchmark import flops_per_step
 from .distances import frechet
 from .extractors import Extractor, built_in
@@ -328,7 +328,7 @@ def code_version() -> str:
     """The commit of the checkout that selfflow is imported from, else its version; a
     changed checkout says so.
     """
-    root = Path(find_spec("selfflow").origin).parent
+    root = Path(selfflow.__file__).parent
     with suppress(OSError, subprocess.CalledProcessError):
 
         def git(*command: str) -> str:

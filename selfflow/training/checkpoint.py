@@ -430,16 +430,18 @@ def data_from_4(data: dict) -> dict | list[dict]:
         if pair:
             signal, _, weight = pair.partition("=")
             weights[signal] = float(weight)
-    several = []
-    for name, share in zip(names, shares, strict=True):
-        settings = _dataset_from_4(data, name, weights)
-        if len(names) > 1 and data.get("shares"):
-            settings["share"] = share
-        several.append(settings)
-    return several if len(several) > 1 else several[0]
+    if len(names) == 1:
+        return _dataset_from_4(data, names[0], None, weights)
+    given = data.get("shares")
+    return [
+        _dataset_from_4(data, name, share if given else None, weights)
+        for name, share in zip(names, shares, strict=True)
+    ]
 
 
-def _dataset_from_4(data: dict, name: str, weights: dict[str, float]) -> dict:
+def _dataset_from_4(
+    data: dict, name: str, share: float | None, weights: dict[str, float]
+) -> dict:
     "Settings of one data set, from those of format 4 for all of them."
     kind: Any = DataConfig.of(name)
     known = {f.name for f in fields(kind)}
@@ -456,6 +458,8 @@ def _dataset_from_4(data: dict, name: str, weights: dict[str, float]) -> dict:
     if "signals" in settings:
         signals = settings["signals"].split("+")
         settings["signals"] = signals
+    if share is not None:
+        settings["share"] = share
     weight = {
         signal: value
         for signal, value in weights.items()

@@ -155,7 +155,7 @@ class Board:
     def pixels(self, tokens: torch.Tensor) -> np.ndarray:
         """Tokens (n, c) as a picture (h, w, 3) of bytes.
 
-        Of a signal without 3 channels the first channel is shown, in grey; NaN is black.
+        Of a signal without 3 channels the first is shown, in grey; NaN is black.
         """
         signals = self.layout.split(tokens[None].float().cpu())
         shown = []
@@ -225,7 +225,7 @@ def coloured(
 def tinted(
     pixels: np.ndarray, colours: np.ndarray, share: float | np.ndarray = 0.6
 ) -> np.ndarray:
-    "A picture (h, w, 3) in grey under colours of the same shape; share: of the colours."
+    "A picture (h, w, 3) in grey under colours (h, w, 3); share: of the colours."
     grey = pixels.mean(-1, keepdims=True)
     return (share * colours + (1 - share) * grey).astype(np.uint8)
 

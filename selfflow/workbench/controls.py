@@ -182,7 +182,8 @@ class TokenGrid(anywidget.AnyWidget):
         for token in proposal["value"]:
             if not 0 <= token < count:
                 raise traitlets.TraitError(
-                    f"there is no token {token}: they are numbered from 0 to {count - 1}"
+                    f"there is no token {token}: "
+                    f"they are numbered from 0 to {count - 1}"
                 )
         return sorted(set(proposal["value"]))
 

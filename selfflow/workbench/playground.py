@@ -11,7 +11,7 @@ import base64
 from dataclasses import dataclass
 from functools import cached_property, partial
 from html import escape
-from pathlib import Path as Folder
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -41,7 +41,7 @@ from selfflow.workbench.controls import (
 from .explorer import Explorer, Strip
 from selfflow.workbench.paths import (
     GIVEN_AS,
-    Path,
+    SamplePath,
     Settings,
     SideBySide,
     estimate,
@@ -68,7 +68,7 @@ class Scene:
     values: dict
     settings: Settings
     side: SideBySide
-    paths: dict[str, Path]
+    paths: dict[str, SamplePath]
     index: int
     moments: list[int]
     estimate: dict[str, Tensor]
@@ -463,7 +463,7 @@ def _controls(side: SideBySide) -> dict[str, widgets.Widget]:
     return controls
 
 
-def explore(runs: SideBySide | Run | dict | Folder | str, **start) -> Explorer:
+def explore(runs: SideBySide | Run | dict | Path | str, **start) -> Explorer:
     """The playground of some runs, of one, or of those in a folder.
 
     Clicking a token turns inpainting on. If no run can be used the panel says why.

@@ -22,10 +22,12 @@ from .playground import explore as explore_sampling
 # %% ../../nbs/7_workbench/16_tools.ipynb #9649e5d9
 @dataclass(frozen=True)
 class Chosen:
-    """What an explorer is opened on.
+    """The runs that an explorer is opened on.
 
-    folder: of all runs; path: of the chosen run; others: folders of all runs by name; opened: runs by name that are chosen at a
-    checkpoint, instead.
+    folder: of all runs.
+    path: of the chosen run.
+    others: folders of all runs by name.
+    opened: runs by name that were chosen at a checkpoint, instead.
     """
 
     folder: Path
@@ -35,60 +37,62 @@ class Chosen:
 
     @cached_property
     def run(self) -> Run:
-        "The chosen run, opened when first asked for. Raises what opening it raises, and ValueError where several are chosen."
+        """The chosen run, opened when first asked for.
+
+        Raises what opening it raises, and ValueError if several are chosen.
+        """
+        if not self.opened:
+            return Run.open(self.path)
         if len(self.opened) > 1:
             raise ValueError(
-                f"this explorer shows one run, but {len(self.opened)} are chosen ({', '.join(self.opened)})"
+                f"this explorer shows one run, but {len(self.opened)} are chosen "
+                f"({', '.join(self.opened)})"
             )
-        return next(iter(self.opened.values())) if self.opened else Run.open(self.path)
+        return next(iter(self.opened.values()))
 
-    def alike(self, most: int = 4) -> dict[str, Run]:
-        "The chosen runs by name; of one on the page also others of the same data that can be opened, `most` at most."
+    def comparable(self, most: int = 4) -> dict[str, Run]:
+        """The chosen runs by name, `most` at most.
+
+        With a single run on the page, also others of the same data that can be opened.
+        """
         if self.opened:
             return self.opened
-        own = next(
-            (name for name, path in self.others.items() if path == self.path),
-            self.path.name,
-        )
-        found = {own: self.run}
+        names = [name for name, path in self.others.items() if path == self.path]
+        runs = {names[0] if names else self.path.name: self.run}
         for name, path in self.others.items():
-            if (
-                path == self.path
-                or len(found) >= most
-                or not step_paths(path / "checkpoints")
-            ):
+            if len(runs) >= most:
+                break
+            if path == self.path or not step_paths(path / "checkpoints"):
                 continue
             try:
                 run = Run.open(path)
             except (ValueError, OSError):
                 continue
-            if (
-                run.trained_on == self.run.trained_on
-                and run.inputs.parts == self.run.inputs.parts
-            ):
-                found[name] = run
-        return found
+            same_data = run.trained_on == self.run.trained_on
+            if same_data and run.inputs.parts == self.run.inputs.parts:
+                runs[name] = run
+        return runs
 
 # %% ../../nbs/7_workbench/16_tools.ipynb #631935d3
 @explorers.register("Noise asymmetry")
 def _asymmetry(chosen: Chosen) -> object:
-    "Two noise levels in one sample: what student and teacher see, and what each makes of it."
+    "Two noise levels in one sample: the inputs and estimates of student and teacher."
     return explore_asymmetry(chosen.run)
 
 
 @explorers.register("Sampling")
 def _sampling(chosen: Chosen) -> object:
-    "From noise to data, for several runs from the same noise; painted tokens are drawn anew."
-    return explore_sampling(SideBySide(chosen.alike()))
+    "From noise to data, for several runs from the same noise; paint tokens to redraw."
+    return explore_sampling(SideBySide(chosen.comparable()))
 
 
 @explorers.register("Attention")
 def _attention(chosen: Chosen) -> object:
-    "Which token looks at which, in any layer and head, and how much of it goes to cleaner tokens."
+    "Which token looks at which, by layer and head, and the share of cleaner tokens."
     return explore_attention(chosen.run)
 
 
 @explorers.register("Features")
 def _features(chosen: Chosen) -> object:
-    "What lies close to what, in any layer and at any level; neighbours of a sample, and samples by hand."
+    "A map of samples by layer and noise level, and the nearest neighbours of a sample."
     return explore_features(chosen.run)

@@ -1,4 +1,4 @@
-"""A batch that is passed in pieces gives the losses, the gradient and all that is logged of the batch in one piece."""
+"""A batch in pieces gives the losses, gradient and log of the whole batch."""
 
 from dataclasses import replace
 
@@ -55,7 +55,8 @@ def logged(config: Config) -> tuple[list[dict], list[torch.Tensor]]:
 
 
 def combinations():
-    "Objectives, conditions, counted tokens, normalisations, weights and kinds of data, each with each other kind somewhere."
+    "Objectives, conditions, counted tokens, normalisations, weights and kinds of"
+    "data, each with each other kind somewhere."
     for name in ("self_flow", "sra", "layer_sync", "repa"):
         for normalise in ("raw", "centred", "standardised"):
             schedule = {} if name == "self_flow" else {"schedule": "dual"}

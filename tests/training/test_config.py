@@ -1,4 +1,4 @@
-"""Configs: there and back, and what they refuse."""
+"""Configs survive a round trip through JSON and refuse invalid settings."""
 
 import inspect
 import json
@@ -159,7 +159,8 @@ def test_json_and_back():
         ({"objective": {"block": 0}}, "block"),
         (
             {"objective": {"levels": 1}},
-            "levels is 1, but the dual schedule needs at least 2; schedule='single' is one",
+            "levels is 1, but the dual schedule needs at least 2; schedule='single' is "
+            "one",
         ),
         (
             {"objective": {"levels": 3, "exact": True}},
@@ -421,7 +422,8 @@ def test_every_switch_reaches_the_objective(name, kind, weight):
 def test_what_flow_matching_has_no_use_for_is_not_checked_against_it():
     with pytest.raises(
         ValueError,
-        match="rep_tokens is an option of objective self_flow, .*, which flow_matching does not",
+        match="rep_tokens is an option of objective self_flow, .*, which flow_matching "
+        "does not",
     ):
         ObjectiveConfig("flow_matching", rep_tokens="masked")
     assert replace(

@@ -1,4 +1,4 @@
-"""An exported model is opened in another process, without data or run, and gives the run's samples."""
+"""An exported model opens without data or run and gives the samples of the run."""
 
 import json
 import subprocess
@@ -18,8 +18,10 @@ def test_samples_of_an_export_are_those_of_the_run_in_another_process(runs, tmp_
     run = runs["tiny"]
     place = export(run, tmp_path / "model")
     script = (
-        "import sys, torch\nfrom selfflow import load\nfrom safetensors.torch import save_file\n"
-        "model = load(sys.argv[1], 'cpu')\nsave_file({'images': model.sample([1, 2, 3], steps=3)['image']}, sys.argv[2])"
+        "import sys, torch\nfrom selfflow import load\nfrom safetensors.torch import "
+        "save_file\n"
+        "model = load(sys.argv[1], 'cpu')\nsave_file({'images': model.sample([1, 2, "
+        "3], steps=3)['image']}, sys.argv[2])"
     )
     subprocess.run(
         [sys.executable, "-c", script, place, tmp_path / "drawn"],

@@ -1,4 +1,4 @@
-"""Runs that earlier versions wrote open, sample, probe and go on with the numbers they had then."""
+"""Runs of earlier formats open, sample, probe and resume with the same numbers."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The same paths on a GPU, where there is one: device mistakes do not show on a CPU."""
+"""Training, sampling and resuming also work on a GPU."""
 
 import shutil
 from dataclasses import replace

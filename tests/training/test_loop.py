@@ -1,4 +1,4 @@
-"""The loop: falls, stays finite, resumes bit for bit, pairs its arms, refuses bad input before the first step."""
+"""Training reduces the loss, resumes bit for bit, and refuses bad input first."""
 
 import json
 import os
@@ -394,7 +394,8 @@ def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path):
     write_checkpoint(path, tensors, state)
     with pytest.raises(
         ValueError,
-        match=r"step-00000008 contains NaN or infinite numbers \(teacher\).*Delete this folder",
+        match=r"step-00000008 contains NaN or infinite numbers \(teacher\).*Delete "
+        r"this folder",
     ):
         train(run.config, tmp_path)
     shutil.rmtree(path)
@@ -533,7 +534,8 @@ def assert_unchanged(state, before):
 
 
 def no_compiler(after=0):
-    "A torch.compile whose functions fail when they are called, from the call number `after` on."
+    "A torch.compile whose functions fail when they are called, from the call number"
+    "`after` on."
     calls = []
 
     def compiled(function, **_):
@@ -610,8 +612,10 @@ def test_tokens_with_more_channels_than_the_model_is_wide_are_reported_once(
 ):
     run = train(NARROW, tmp_path)
     assert capsys.readouterr().out == (
-        "narrow: a token of image has 64 channels, but the model is 16 wide, so at least "
-        "75% of the noise stays in the error of the velocity; use a smaller data.patch, "
+        "narrow: a token of image has 64 channels, but the model is 16 wide, so at "
+        "least "
+        "75% of the noise stays in the error of the velocity; use a smaller "
+        "data.patch, "
         "or model.width 64 or more\n"
     )
     train(NARROW, tmp_path)
@@ -692,7 +696,8 @@ FEATURES = torch.zeros(1078, 16, 5)
         (
             "repa",
             None,
-            "needs features of an encoder: train.config, features=....* or selfflow train --features FILE",
+            "needs features of an encoder: train.config, features=....* or selfflow "
+            "train --features FILE",
         ),
         (
             "self_flow",

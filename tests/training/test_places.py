@@ -1,4 +1,4 @@
-"""A run and its data may lie anywhere, be renamed and be moved."""
+"""Runs and their data can lie anywhere, be renamed and be moved."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Several processes train what one trains: DDP and FSDP, on the CPU, started by torchrun and by accelerate."""
+"""Several processes, with DDP or FSDP, train the same model as one process."""
 
 import json
 import os
@@ -138,7 +138,8 @@ def start(
     folder,
     launcher=("torch.distributed.run", "--standalone", "--nproc-per-node"),
 ):
-    "Run tasks {name: (config, what else)} in `count` processes of one start; each in a folder of its own name."
+    "Run tasks {name: (config, what else)} in `count` processes of one start; each in"
+    "a folder of its own name."
     file = folder / "tasks.json"
     file.write_text(
         json.dumps(
@@ -305,7 +306,8 @@ def test_a_signal_to_one_process_stops_all_of_them_and_one_process_goes_on(
 def test_a_run_goes_on_with_other_numbers_of_processes_and_another_way_to_share(
     two, one, tmp_path
 ):
-    "FSDP on two, then one, then DDP on two: the losses of a run that one process trained."
+    "FSDP on two, then one, then DDP on two: the losses of a run that one process"
+    "trained."
     shutil.copytree(two / "fsdp", tmp_path / "fsdp")
     shutil.rmtree(tmp_path / "fsdp/tiny/checkpoints/step-00000050")
     assert_close(train(FIFTY, tmp_path / "fsdp"), one("ddp"))
@@ -365,7 +367,8 @@ def test_accelerate_launches_too(tmp_path, one):
 
 
 def test_two_nodes_by_the_commands_of_the_notebook(tmp_path, one):
-    "Two torchruns that find each other, one process each, as on two machines that share a file system."
+    "Two torchruns that find each other, one process each, as on two machines that"
+    "share a file system."
     config, _ = TASKS["flow"]
     (tmp_path / "tasks.json").write_text(
         json.dumps([{"config": asdict(config), "folder": str(tmp_path / "flow")}])
@@ -457,8 +460,8 @@ def test_the_command_starts_processes_and_passes_a_wish_to_stop_on(tmp_path):
     run = Run.open(tmp_path / "long")
     assert program.returncode == 143, problems
     assert (
-        f"long: stopped as requested after step {run.state()['step']} of 100000, which is saved"
-        in said
+        f"long: stopped as requested after step {run.state()['step']} of 100000, which "
+        f"is saved" in said
     )
     assert run.writer() is None and (run.timing["processes"] == 2).all()
 

@@ -1,4 +1,4 @@
-"""An interrupted run is the uninterrupted one, bit for bit: killed, stopped, asked, looked at, with any number of workers."""
+"""An interrupted run equals the uninterrupted one, bit for bit."""
 
 import json
 import os
@@ -148,7 +148,8 @@ def test_stopped_at_any_steps_any_number_of_times(
 
 
 def test_two_resumes_within_one_epoch(tmp_path):
-    "An epoch of the digits is 67 steps of 16; the run is stopped after 20, 40 and 70 of 80."
+    "An epoch of the digits is 67 steps of 16; the run is stopped after 20, 40 and 70"
+    "of 80."
     config = replace(
         TINY,
         training=replace(TINY.training, steps=80, save_every=80, validate_every=40),
@@ -235,7 +236,8 @@ sys.path.insert(0, {here!r})
 from conftest import TINY
 from dataclasses import replace
 from selfflow.training.loop import train
-train(replace(TINY, training=replace(TINY.training, steps=100000, save_every=100000)), {folder!r}, workers={workers})
+endless = replace(TINY.training, steps=100000, save_every=100000)
+train(replace(TINY, training=endless), {folder!r}, workers={workers})
 print("came back")
 """
 
@@ -403,7 +405,8 @@ def test_a_config_that_was_edited_by_hand_does_not_go_on(runs, tmp_path, monkeyp
     edited = Run.open(run.path).config
     with pytest.raises(
         ValueError,
-        match=r"different settings than those in .*:\n  training.lr: 0.002 when it was saved, 0.5 now",
+        match=r"different settings than those in .*:\n  training.lr: 0.002 when it was "
+        r"saved, 0.5 now",
     ):
         train(edited, tmp_path)
     (run.path / "config.json").write_text(
@@ -530,7 +533,8 @@ def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(
     assert_same(runs["tiny"], train(TINY, tmp_path, track=("tensorboard",)))
     assert (
         capsys.readouterr().out.count(
-            "tracker tensorboard failed and is not used any more (ConnectionError: no route"
+            "tracker tensorboard failed and is not used any more (ConnectionError: no "
+            "route"
         )
         == 1
     )
@@ -564,7 +568,8 @@ GOLD = replace(
 
 
 def test_the_golden_curve(tmp_path):
-    "Losses of a tiny run, recorded: what changes them must be meant. Made by `python tests/test_resume.py`."
+    "Losses of a tiny run, recorded: what changes them must be meant. Made by `python"
+    "tests/test_resume.py`."
     expected, log = json.loads(GOLDEN.read_text()), train(GOLD, tmp_path).log
     for name, values in expected.items():
         assert log[name].dropna().tolist() == pytest.approx(values, rel=1e-3), name
@@ -588,8 +593,17 @@ def watched(state, *args, **options):
         held.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
     return real(state, *args, **options)
 training.train_step = watched
-often = replace(TINY.training, steps=2000, batch=8, log_every=5, save_every=100, validate_every=500, sample_every=500)
-training.train(replace(TINY, model=ModelConfig(width=8, depth=2, heads=1), training=often), {folder!r})
+often = replace(
+    TINY.training,
+    steps=2000,
+    batch=8,
+    log_every=5,
+    save_every=100,
+    validate_every=500,
+    sample_every=500,
+)
+small = ModelConfig(width=8, depth=2, heads=1)
+training.train(replace(TINY, model=small, training=often), {folder!r})
 print(held[1] - held[0])
 """
 

@@ -1,4 +1,4 @@
-"""Run folders: what was saved is read back or refused, never half believed."""
+"""A run folder gives back what was saved, or refuses to."""
 
 import json
 import shutil
@@ -246,9 +246,7 @@ def test_no_run_no_checkpoint(tmp_path, run):
         run.teacher  # noqa: B018
 
 
-def test_an_unfinished_staging_folder_is_not_a_checkpoint_and_goes_when_training_goes_on(
-    tmp_path, run
-):
+def test_an_unfinished_staging_folder_is_not_a_checkpoint_and_is_removed(tmp_path, run):
     (run.path / "checkpoints/.step-00000016-abc").mkdir()
     assert run.latest().name == "step-00000012"
     train(TINY, run.path.parent)
@@ -645,7 +643,8 @@ def test_other_data_do_not_enter_the_folder(tmp_path, run, there, asked, words):
     before = (tmp_path / "new/config.json").read_bytes()
     with pytest.raises(
         ValueError,
-        match="(?s)new contains a run with different data:\n.*\nGive this run another name .new-2",
+        match="(?s)new contains a run with different data:\n.*\nGive this run another "
+        "name .new-2",
     ) as error:
         Run.create(tmp_path / "new", TINY, run.inputs, data=asked)
     assert all(
@@ -687,7 +686,8 @@ def test_a_folder_without_its_config_is_not_taken_for_a_new_run(run):
     (run.path / "config.json").unlink()
     with pytest.raises(
         ValueError,
-        match="has checkpoints or a log, but no config.json. Put it back, .*tiny-2 is free",
+        match="has checkpoints or a log, but no config.json. Put it back, .*tiny-2 is "
+        "free",
     ):
         Run.create(run.path, TINY, run.inputs)
     assert (
@@ -882,7 +882,8 @@ def test_guidance_needs_a_model_that_knows_the_null_label(run):
     for cfg_scale in (2.0, 0.0):
         with pytest.raises(
             ValueError,
-            match=f"cfg_scale is {cfg_scale}, but this run was trained without label dropout",
+            match=f"cfg_scale is {cfg_scale}, but this run was trained without label "
+            f"dropout",
         ):
             never.sample(labels, 2, cfg_scale=cfg_scale)["image"]
     assert torch.equal(never.sample(labels, 2)["image"], run.sample(labels, 2)["image"])

@@ -1,4 +1,4 @@
-"""A caller's settings of torch do not reach into a run, and hold again afterwards."""
+"""Settings of torch do not change a run, and a run does not change them."""
 
 from contextlib import contextmanager
 

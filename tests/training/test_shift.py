@@ -1,4 +1,4 @@
-"""Samples are drawn along the levels that a run was trained on, everywhere, and the number is given."""
+"""Samples are drawn with the shift of the levels in training."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A finished run goes on when its steps grow; a checkpoint without an optimiser can be looked at, but not gone on from."""
+"""A finished run resumes with more steps; without its optimiser it cannot."""
 
 import json
 import shutil
@@ -90,7 +90,8 @@ def test_fewer_steps_than_are_done_are_refused_in_a_line(run):
     before = (run.path / "config.json").read_bytes()
     with pytest.raises(
         ValueError,
-        match="has done 8 steps, more than the 6 requested; use training.steps 8 or more",
+        match="has done 8 steps, more than the 6 requested; use training.steps 8 or "
+        "more",
     ) as error:
         train(longer(SHORT, 6), run.path.parent, "cpu", bar=False)
     assert (
@@ -141,7 +142,8 @@ def test_a_checkpoint_without_an_optimiser_is_used_but_not_gone_on_from(
         _drop_optimizer(path)
     with pytest.raises(
         ValueError,
-        match="No checkpoint in .* has its optimiser.*Put .*step-00000012/optimizer.safetensors back",
+        match="No checkpoint in .* has its optimiser.*Put "
+        ".*step-00000012/optimizer.safetensors back",
     ):
         train(longer(SHORT, 16), run.path.parent, "cpu", bar=False)
 

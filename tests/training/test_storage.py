@@ -1,4 +1,4 @@
-"""Nothing is lost: kills at every moment, full disks, read-only folders, damage, two writers. Counts are those of issue 4."""
+"""No saved step is lost by kills, full disks, damage or a second writer."""
 
 import errno
 import fcntl
@@ -354,7 +354,8 @@ def test_a_folder_without_permission_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "mkdir", forbidden)
     with pytest.raises(
         NotWritten,
-        match="step 3 of .*tiny could not be written: Permission denied. The last good checkpoint, "
+        match="step 3 of .*tiny could not be written: Permission denied. The last good "
+        "checkpoint, "
         "step-00000002, is intact. Make the folder writable",
     ):
         run.save(3, tensors(3), {})
@@ -533,7 +534,7 @@ def test_only_folders_named_exactly_like_a_step_are_checkpoints(tmp_path):
     )
 
 
-def test_a_checkpoint_that_was_moved_and_linked_counts_and_the_original_is_never_removed(
+def test_a_linked_checkpoint_counts_and_its_original_is_never_removed(
     tmp_path,
 ):
     run = saved(tmp_path / "tiny", (1, 2))
@@ -624,7 +625,8 @@ def test_a_reader_of_a_checkpoint_that_is_pruned_is_told(tmp_path, capsys):
     run.prune()
     with pytest.raises(
         FileNotFoundError,
-        match="step-00000002 no longer exists: training removes older checkpoints.*Open the run again",
+        match="step-00000002 no longer exists: training removes older "
+        "checkpoints.*Open the run again",
     ):
         reader.load("teacher")
     assert reader.latest().name == "step-00000004" and not capsys.readouterr().out
@@ -686,7 +688,8 @@ def test_a_log_bears_any_damage(tmp_path, rows, place, lost, step):
 def test_damaged_lines_are_said_once_and_an_unfinished_one_never(tmp_path, capsys):
     run = saved(tmp_path / "tiny", (1,))
     run.log_path.write_bytes(
-        b'{"step": 1}\n{"step": 2\n\xff\xfe\n[3]\n{"step": "4"}\n{"step": 5}\n{"step": 6, "flow'
+        b'{"step": 1}\n{"step": 2\n\xff\xfe\n[3]\n'
+        b'{"step": "4"}\n{"step": 5}\n{"step": 6, "flow'
     )
     assert run.log["step"].tolist() == [1, 5] and run.log["step"].tolist() == [1, 5]
     said = capsys.readouterr().out.splitlines()
@@ -696,7 +699,9 @@ def test_damaged_lines_are_said_once_and_an_unfinished_one_never(tmp_path, capsy
     )
     assert run.timing.empty
     run.timing_path.write_text(
-        '{"step": 1, "seconds": 0.5}\n{"step": 5, "seconds": 1.5}\n{"step": 6, "seconds": 2.0}'
+        '{"step": 1, "seconds": 0.5}\n'
+        '{"step": 5, "seconds": 1.5}\n'
+        '{"step": 6, "seconds": 2.0}'
     )
     assert run.timing["seconds"].tolist() == [0.5, 1.5, 2.0], (
         "complete but for its line end"
@@ -731,7 +736,8 @@ def test_another_process_is_named_and_a_killed_one_is_taken_over(
     assert who["pid"] == pid and set(who) == {"pid", "host", "since"}
     with pytest.raises(
         RunInUse,
-        match=f"process {pid} on .* trains it. Stop it .*stop.*, or use another name .tiny-2 is",
+        match=f"process {pid} on .* trains it. Stop it .*stop.*, or use another name "
+        f".tiny-2 is",
     ):
         with run.locked():
             pass
@@ -866,7 +872,8 @@ def test_where_the_file_system_has_no_locks_a_file_says_who(
         assert run.writer()["pid"] == os.getpid() and (run.path / "lock.soft").exists()
         with pytest.raises(
             RunInUse,
-            match=f"process {os.getpid()} on.* If no process trains it, delete .*lock.soft",
+            match=f"process {os.getpid()} on.* If no process trains it, delete "
+            f".*lock.soft",
         ):
             with sole_writer(run.path, seconds=0.1):
                 pass

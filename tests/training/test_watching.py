@@ -1,4 +1,4 @@
-"""Reading a run folder while it grows, and saying in words what is going on."""
+"""A run folder can be read while it grows; its state is described in words."""
 
 import json
 import math
@@ -67,7 +67,8 @@ def test_a_column_that_comes_later_is_filled_up(log):
 
 def test_lines_that_are_no_objects_are_counted_and_left_out(log):
     log.write_bytes(
-        b'{"step": 1}\nnonsense\n[1, 2]\n3\n\n\xff\xfe\n{"step": 2, "flow_loss": NaN}\n{"step": 3'
+        b'{"step": 1}\nnonsense\n[1, 2]\n3\n\n\xff\xfe\n'
+        b'{"step": 2, "flow_loss": NaN}\n{"step": 3'
     )
     lines = Lines(log)
     lines.read()
@@ -301,7 +302,8 @@ def test_the_time_left_counts_what_is_not_training():
         "mine", 200, 1000, "training: process 1 on a", timing([100, 200], 10.0, 0.25)
     )
     assert " | ".join(parts) == (
-        "mine | training: process 1 on a | step 200 of 1,000 (20 %) | 10 it/s | 0:01:40 left | "
+        "mine | training: process 1 on a | step 200 of 1,000 (20 %) | 10 it/s | "
+        "0:01:40 left | "
         "data wait 1.2 % | peak memory 2.5 GB | NVIDIA H100"
     )
 

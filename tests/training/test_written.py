@@ -1,4 +1,4 @@
-"""What was asked for is what is written, seen and heard."""
+"""Sample files contain what was requested."""
 
 import json
 import wave

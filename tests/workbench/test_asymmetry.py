@@ -1,4 +1,7 @@
-"""Controls, explorers and noise asymmetry without a browser: pure functions, changes that overtake each other, bad input."""
+"""Controls, explorers and the noise asymmetry explorer work without a browser.
+
+Pure functions, changes that overtake each other, and bad input.
+"""
 
 import io
 import threading
@@ -144,7 +147,7 @@ def test_two_pictures_are_never_drawn_at_once():
 
 
 @pytest.mark.parametrize("where", ["compute", "draw", "describe"])
-def test_errors_are_said_and_the_next_change_is_shown(where):
+def test_errors_are_shown_and_the_next_change_is_drawn(where):
     def fails(name, result):
         def function(given, *theme):
             tone = given["tone"] if isinstance(given, dict) else given
@@ -220,7 +223,7 @@ def test_a_picture_that_is_left_out_is_hidden_and_comes_back():
         assert explorer.pictures["b"].layout.display in (shown, shown or None)
 
 
-def test_absurd_numbers_are_kept_within_the_limits():
+def test_absurd_numbers_are_limited_to_the_range():
     for control, low, high in (
         (slider("t", 0.5), 0, 1),
         (slider("n", 3, 0, 9, 1), 0, 9),
@@ -339,7 +342,7 @@ def test_unsorted_levels_are_distributed_as_the_density(density):
     assert abs(ordered.sum() - heights.sum()) < 1e-6
 
 
-def test_what_cannot_be_is_said(viewed):
+def test_bad_input_is_refused(viewed):
     density = Uniform()
     with pytest.raises(ValueError, match="tokens lie in time.*take dual"):
         schedule_of("block masks", density, 0.25)
@@ -537,7 +540,7 @@ def test_strips_are_drawn_by_the_same_functions(viewed):
 
 
 @pytest.mark.parametrize("data", ["motion", "notes", "scenes"])
-def test_films_and_sounds_are_explored_too(data, tmp_path):
+def test_videos_and_audio_are_explored_too(data, tmp_path):
     size = {"size": 16, "frames": 8} if data != "notes" else {}
     config = Config(
         name=data,

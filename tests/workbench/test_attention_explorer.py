@@ -1,4 +1,7 @@
-"""The attention explorer without a browser: rows, columns and mass against sums by hand, one forward for all, and bad input."""
+"""The attention explorer agrees with sums by hand, without a browser.
+
+One forward pass serves all questions, and bad input is refused.
+"""
 
 import io
 import json
@@ -91,7 +94,7 @@ def more(tmp_path_factory):
 
 
 def attention_by_hand(model, layer, seen):
-    "Softmax of q k / sqrt(e), head by head, from the weights of the projection; without rotary code only."
+    "Softmax of q k / sqrt(e), head by head, from the weights; without rotary code."
     block, x = model.blocks[layer - 1].attn, seen.x[0]
     q, k, _ = (x @ block.qkv.weight.T + block.qkv.bias).chunk(3, -1)
     wide = x.shape[-1] // block.heads
@@ -283,7 +286,7 @@ def test_mass_of_a_row_is_read_by_the_token_that_looks():
         ({"frame": 0}, "counted 1 to 1"),
     ],
 )
-def test_what_cannot_be_is_said(watched, change, words):
+def test_bad_input_is_refused(watched, change, words):
     with pytest.raises(ValueError, match=words):
         draw(compute(watched, {**VALUES, **change}))
 
@@ -300,7 +303,8 @@ def test_words_say_who_looks_where_and_how_much_of_it_is_cleaner(watched):
     best, cleaner = int(row.argmax()), row[tau < tau.max()].sum()
     names = watched.viewed.board.names
     for words in (
-        f"layer 2, mean of heads: {names[noisy]} (level 0.90) looks most at {names[best]} (level {tau[best]:.2f})",
+        f"layer 2, mean of heads: {names[noisy]} (level 0.90) looks most at "
+        f"{names[best]} (level {tau[best]:.2f})",
         f"{16 * row.max():.1f} times",
         f"{cleaner:.0%} of the attention goes to cleaner tokens, by counting 25%",
     ):
@@ -500,7 +504,7 @@ def test_clicking_a_token_asks_for_that_token(runs):
     )
 
 
-def test_errors_are_said_and_the_panel_goes_on(runs):
+def test_errors_are_shown_and_the_panel_goes_on(runs):
     explorer = explore_attention(runs["vanilla"], count=2)
     explorer.controls["tokens"].value = []
     explorer.settle()

@@ -1,7 +1,15 @@
-"""The panel in a real browser: a cell that is busy training in JupyterLab, a picture that changes, buttons that answer."""
+"""The panel works in a real browser while its cell is busy training in JupyterLab."""
 
 import pytest
-from browser import run_all, shoot, source, until_shown, until_within, write_notebook
+from browser import (
+    run_all,
+    set_theme,
+    shoot,
+    source,
+    until_shown,
+    until_within,
+    write_notebook,
+)
 
 from selfflow.figures.dashboard import draw_dashboard
 from selfflow.training.watching import Following
@@ -13,8 +21,10 @@ CELLS = {
 from selfflow.workbench import panel
 from selfflow.training.config import Config, ModelConfig, TrainConfig
 panel.SHARE = 0.25  # pictures more often than one would want
-training = TrainConfig(steps=20_000, batch=16, log_every=1, validate_every=20, sample_every=0)
-config = Config(name="mine", model=ModelConfig(width=16, depth=4, heads=2), training=training)
+training = TrainConfig(steps=20_000, batch=16, log_every=1, validate_every=20,
+                       sample_every=0)
+model = ModelConfig(width=16, depth=4, heads=2)
+config = Config(name="mine", model=model, training=training)
 run = panel.train(config, refresh=0.5, device="cpu")
 print("the cell has ended at step", run.state()["step"])
 """,
@@ -111,9 +121,7 @@ def test_another_kernel_shows_the_same_from_the_folder_alone(lab, page):
         following.run.config.training.clip,
     )
     for name, theme in (("Light", LIGHT), ("Dark", DARK), ("Light", LIGHT)):
-        page.evaluate(
-            f"() => window.jupyterapp.commands.execute('apputils:change-theme', {{theme: 'JupyterLab {name}'}})"
-        )
+        set_theme(page, name)
         until_shown(
             page,
             "img.selfflow-dashboard",

@@ -1,9 +1,13 @@
-"""The explorer of noise asymmetry in a real browser: every control by keys and pointer, painted masks, rapid drags, a restart."""
+"""The explorer of noise asymmetry works in a real browser.
+
+Every control by keys and pointer, painted masks, rapid drags, a restart.
+"""
 
 import pytest
 from browser import (
     record_latency,
     run_all,
+    set_theme,
     shoot,
     step_times,
     until_shown,
@@ -23,8 +27,10 @@ from selfflow.workbench.asymmetry import explore
 from selfflow.training.config import PRESETS
 from selfflow.training.loop import train
 config = PRESETS["digits"]  # the model of the quickstart
-training = replace(config.training, steps=2, batch=8, shards=1, validate_every=2, validation=8, save_every=2, sample_every=0)
-explorer = explore(train(replace(config, name="seen", training=training), "runs", bar=False, device="cpu"))
+training = replace(config.training, steps=2, batch=8, shards=1, validate_every=2,
+                   validation=8, save_every=2, sample_every=0)
+config = replace(config, name="seen", training=training)
+explorer = explore(train(config, "runs", bar=False, device="cpu"))
 explorer
 """
 START = {
@@ -185,9 +191,7 @@ def test_masks_are_painted_by_hand_and_a_restart_changes_nothing(explored):
     explored.shows(hand=False)
     assert not page.locator(IMAGES["curve"]).is_visible()
 
-    page.evaluate(
-        "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"
-    )
+    set_theme(page, "Dark")
     explored.theme = DARK
     explored.shows()
     shoot(page, "asymmetry-dark")
@@ -199,10 +203,9 @@ def test_masks_are_painted_by_hand_and_a_restart_changes_nothing(explored):
     )
     shoot(page, "asymmetry-narrow")
 
-    page.evaluate(
-        "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})"
-    )
-    page.evaluate("""async () => { const session = window.jupyterapp.shell.currentWidget.sessionContext;
+    set_theme(page, "Light")
+    page.evaluate("""async () => {
+        const session = window.jupyterapp.shell.currentWidget.sessionContext;
         await session.restartKernel(); await session.ready;
         window.jupyterapp.commands.execute('notebook:run-all-cells') }""")
     explored.values, explored.theme = dict(START), LIGHT

@@ -1,9 +1,13 @@
-"""The attention explorer in a real browser: every control by keys and pointer, clicks, a film with sound, captions."""
+"""The attention explorer works in a real browser.
+
+Every control by keys and pointer, clicks, a video with audio, captions.
+"""
 
 import pytest
 from browser import (
     record_latency,
     run_all,
+    set_theme,
     shoot,
     step_times,
     until_shown,
@@ -21,19 +25,25 @@ CELLS = (
     """
 from dataclasses import replace
 from selfflow.workbench.attention_explorer import explore_attention
-from selfflow.training.config import PRESETS, Config, DataConfig, ModelConfig, TrainConfig
+from selfflow.training.config import PRESETS, Config, DataConfig
+from selfflow.training.config import ModelConfig, TrainConfig
 from selfflow.training.loop import train
 config = PRESETS["digits"]  # the model of the quickstart
-training = replace(config.training, steps=2, batch=8, shards=1, validate_every=2, validation=8, save_every=2, sample_every=0)
-explore_attention(train(replace(config, name="looks", training=training), "runs", bar=False, device="cpu"), tokens=[8])
+training = replace(config.training, steps=2, batch=8, shards=1, validate_every=2,
+                   validation=8, save_every=2, sample_every=0)
+config = replace(config, name="looks", training=training)
+explore_attention(train(config, "runs", bar=False, device="cpu"), tokens=[8])
 """,
     """
-short = TrainConfig(steps=2, batch=4, shards=1, validate_every=2, validation=4, save_every=2, sample_every=0)
+short = TrainConfig(steps=2, batch=4, shards=1, validate_every=2, validation=4,
+                    save_every=2, sample_every=0)
 small = ModelConfig(width=16, depth=3, heads=2)
 kinds = {"scenes": DataConfig("scenes", size=16, frames=8, patch=4),
          "texts": DataConfig("shapes", size=16, patch=4, condition="caption")}
-made = {name: train(Config(name=name, data=data, model=small, training=short), "more", bar=False, device="cpu")
-        for name, data in kinds.items()}
+made = {}
+for name, data in kinds.items():
+    config = Config(name=name, data=data, model=small, training=short)
+    made[name] = train(config, "more", bar=False, device="cpu")
 explore_attention(made["scenes"], count=4, tokens=[8])
 """,
     "explore_attention(made['texts'], count=4, tokens=[8])",
@@ -169,9 +179,7 @@ def test_every_control_is_followed(lab, opened):
     looked.shows(layer=6)
     measure(looked)
     drag(looked)
-    page.evaluate(
-        "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"
-    )
+    set_theme(page, "Dark")
     looked.theme = DARK
     looked.shows()
     shoot(page, "attention-dark")
@@ -185,9 +193,7 @@ def test_every_control_is_followed(lab, opened):
         ),
     )
     shoot(page, "attention-dark-narrow")
-    page.evaluate(
-        "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})"
-    )
+    set_theme(page, "Light")
 
 
 def measure(looked):
@@ -222,7 +228,7 @@ def drag(looked):
     looked.shows(t=float(looked.control("t", ".widget-readout").inner_text()))
 
 
-def test_films_sounds_captions_and_a_folder_without_runs(lab, opened):
+def test_videos_audio_captions_and_a_folder_without_runs(lab, opened):
     page = opened
     scenes = Looked(page, 1, Run.open(lab[2] / "more/scenes", "cpu"), 4)
     page.locator(scenes.picture("tokens")).scroll_into_view_if_needed()

@@ -1,12 +1,22 @@
-"""The feature explorer in a real browser: sliders by keys and rapid drags, hover, clicked neighbours, a lasso, both themes."""
+"""The feature explorer works in a real browser.
+
+Sliders by keys and rapid drags, hover, clicked neighbours, a lasso, both themes.
+"""
 
 import numpy as np
 import pytest
-from browser import record_latency, run_all, shoot, until_within, write_notebook
+from browser import (
+    record_latency,
+    run_all,
+    set_theme,
+    shoot,
+    until_within,
+    write_notebook,
+)
 
 from selfflow.training.run import Run
-from selfflow.workbench.feature_explorer import say_near
-from selfflow.workbench.feature_maps import Asked, Opened
+from selfflow.workbench.feature_explorer import describe_near
+from selfflow.workbench.feature_maps import AtlasBuilder, AtlasOptions
 
 CELLS = (
     """
@@ -15,21 +25,28 @@ from selfflow.training.config import PRESETS
 from selfflow.workbench.feature_explorer import explore_features
 from selfflow.training.loop import train
 config = PRESETS["digits"]  # the model of the quickstart
-training = replace(config.training, steps=2, batch=8, shards=1, validate_every=2, validation=8, save_every=2, sample_every=0)
-run = train(replace(config, name="seen", training=training), "features", bar=False, device="cpu")
+training = replace(config.training, steps=2, batch=8, shards=1, validate_every=2,
+                   validation=8, save_every=2, sample_every=0)
+config = replace(config, name="seen", training=training)
+run = train(config, "features", bar=False, device="cpu")
 explorer = explore_features(run, layers=(1, 3, 6), levels=(0.0, 0.25, 0.5))
 explorer
 """,
     "explore_features('features/none')",
 )
-ASKED = Asked(layers=(1, 3, 6), levels=(0.0, 0.25, 0.5))
-DRAWN = """() => { const found = [...document.querySelector('.scatterlayer .trace').querySelectorAll('.point')]
-    .map(point => { const box = point.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2] });
-    return found }"""
-EXPECTED = """trace => { const plot = document.querySelector('.js-plotly-plot'), { xaxis, yaxis } = plot._fullLayout;
+ASKED = AtlasOptions(layers=(1, 3, 6), levels=(0.0, 0.25, 0.5))
+DRAWN = """() => {
+    const trace = document.querySelector('.scatterlayer .trace');
+    return [...trace.querySelectorAll('.point')].map(point => {
+        const box = point.getBoundingClientRect();
+        return [box.x + box.width / 2, box.y + box.height / 2] }) }"""
+EXPECTED = """trace => {
+    const plot = document.querySelector('.js-plotly-plot');
+    const { xaxis, yaxis } = plot._fullLayout;
     const box = plot.getBoundingClientRect(), { x, y } = plot._fullData[trace];
-    return [...x].map((value, i) => [xaxis.c2p(value) + xaxis._offset + box.x, yaxis.c2p(y[i]) + yaxis._offset + box.y,
-                                     value, y[i]]) }"""
+    return [...x].map((value, i) => [
+        xaxis.c2p(value) + xaxis._offset + box.x,
+        yaxis.c2p(y[i]) + yaxis._offset + box.y, value, y[i]]) }"""
 
 
 class Seen:
@@ -38,7 +55,9 @@ class Seen:
     def __init__(self, lab, page):
         self.page, self.method, self.layer, self.level = page, "UMAP", 1, 0.0
         # planes are those that are kept
-        self.atlas = Opened(Run.open(lab[2] / "features/seen", "cpu"), ASKED).atlas()
+        self.atlas = AtlasBuilder(
+            Run.open(lab[2] / "features/seen", "cpu"), ASKED
+        ).atlas()
 
     def control(self, name, inner=""):
         return self.page.locator(f".selfflow-control-{name} {inner}".strip()).first
@@ -69,12 +88,13 @@ class Seen:
             self.page.wait_for_timeout(100)
         else:
             raise AssertionError(
-                f"the points are not those of {self.method}, layer {self.layer}, t = {self.level}"
+                f"the points are not those of {self.method}, layer {self.layer}, "
+                f"t = {self.level}"
             )
         title = self.page.locator(".gtitle").first.text_content()
         assert (
-            f"layer {self.layer}, t = {self.level:g}{self.method}, trustworthiness {plane.trustworthiness:.3f}"
-            in title
+            f"layer {self.layer}, t = {self.level:g}{self.method}, "
+            f"trustworthiness {plane.trustworthiness:.3f}" in title
         )
 
     def alone(self, distance=16):
@@ -161,7 +181,9 @@ def neighbours(seen, sample, count):
     "What is told, shown and ringed is what the pure functions say."
     seen.page.locator(
         "[role=status]",
-        has_text=say_near(seen.atlas, "class", seen.layer, seen.level, sample, count),
+        has_text=describe_near(
+            seen.atlas, "class", seen.layer, seen.level, sample, count
+        ),
     ).wait_for()
     order, away = (
         found[sample, :count] for found in seen.atlas.near(seen.layer, seen.level)
@@ -248,7 +270,8 @@ def lasso(seen):
     assert (
         page.locator("[role=status]", has_text=f"{len(wanted)} chosen").count() == 1
     ), "what was chosen stays chosen"
-    faded = page.evaluate("""() => [...document.querySelector('.scatterlayer .trace').querySelectorAll('.point')]
+    faded = page.evaluate("""() =>
+        [...document.querySelector('.scatterlayer .trace').querySelectorAll('.point')]
         .map(point => getComputedStyle(point).opacity)""")
     assert [
         place for place, opacity in enumerate(faded) if float(opacity) > 0.5
@@ -285,16 +308,22 @@ def measure(seen):
         "() => document.querySelector('.selfflow-control-layer .noUi-handle').focus()"
     )
     times = seen.page.evaluate("""async () => {
-        const handle = document.querySelector('.selfflow-control-layer .noUi-handle'), times = [];
-        const press = key => handle.dispatchEvent(new KeyboardEvent('keydown', { key, bubbles: true }));
-        const at = () => document.querySelector('.scatterlayer .trace .point').getAttribute('transform');
-        const pause = milliseconds => new Promise(resolve => setTimeout(resolve, milliseconds));
+        const times = [];
+        const control = '.selfflow-control-layer .noUi-handle';
+        const handle = document.querySelector(control);
+        const press = key => handle.dispatchEvent(
+            new KeyboardEvent('keydown', { key, bubbles: true }));
+        const point = '.scatterlayer .trace .point';
+        const at = () => document.querySelector(point).getAttribute('transform');
+        const pause = milliseconds => new Promise(
+            resolve => setTimeout(resolve, milliseconds));
         press('ArrowLeft'); await pause(1000); press('ArrowLeft'); await pause(1000);
         for (let step = 0; step < 40; step++) {
             const before = at(), started = performance.now();
             press(step % 4 < 2 ? 'ArrowRight' : 'ArrowLeft');
             while (at() === before) {
-                if (performance.now() - started > 20000) throw new Error('the points do not move');
+                if (performance.now() - started > 20000)
+                    throw new Error('the points do not move');
                 await new Promise(requestAnimationFrame);
             }
             times.push(performance.now() - started);
@@ -314,11 +343,10 @@ def measure(seen):
 
 def other_colours(seen):
     page = seen.page
-    page.evaluate(
-        "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"
-    )
+    set_theme(page, "Dark")
     page.wait_for_function(
-        "() => getComputedStyle(document.querySelector('.main-svg')).background.includes('rgb(17, 17, 17)')"
+        "() => getComputedStyle(document.querySelector('.main-svg'))"
+        ".background.includes('rgb(17, 17, 17)')"
     )
     seen.shows()
     shoot(page, "features-dark")
@@ -338,6 +366,4 @@ def other_colours(seen):
     seen.shows()
     shoot(page, "features-dark-narrow")
     page.set_viewport_size({"width": 1280, "height": 1150})
-    page.evaluate(
-        "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})"
-    )
+    set_theme(page, "Light")

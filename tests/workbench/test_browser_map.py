@@ -1,4 +1,4 @@
-"""The map of features in a real browser: hover shows the sample, a box gives back indices."""
+"""In a real browser, hovering over the map shows a sample, and a box gives indices."""
 
 from browser import run_all, shoot, write_notebook
 
@@ -9,8 +9,9 @@ from selfflow.data.shapes import Shapes
 examples = Shapes("test", size=16).take(torch.arange(9))
 places = torch.cartesian_prod(torch.arange(3.0), torch.arange(3.0))
 factors = {name: examples.factors[name] for name in ("kind", "x")}
-found = explore_map(places, previews_of({"image": examples.signals["image"]}), factors,
-                    captions=["<img src=x onerror=alert(1)>"] + list(examples.captions[1:]))
+captions = ["<img src=x onerror=alert(1)>"] + list(examples.captions[1:])
+previews = previews_of({"image": examples.signals["image"]})
+found = explore_map(places, previews, factors, captions=captions)
 found
 """
 

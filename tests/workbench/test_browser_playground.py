@@ -1,7 +1,10 @@
-"""The playground in a real browser: every control by keys or pointer, painted tokens, a film that plays, a long caption."""
+"""The playground works in a real browser.
+
+Every control by keys or pointer, painted tokens, playing the progress, a long caption.
+"""
 
 import pytest
-from browser import run_all, shoot, until_shown, until_within, write_notebook
+from browser import run_all, set_theme, shoot, until_shown, until_within, write_notebook
 
 from selfflow.workbench.controls import DARK, LIGHT
 from selfflow.workbench.paths import SideBySide
@@ -10,11 +13,14 @@ from selfflow.workbench.playground import compute, draw
 CELLS = (
     """
 from dataclasses import replace
-from selfflow.training.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from selfflow.training.config import Config, DataConfig, ModelConfig
+from selfflow.training.config import ObjectiveConfig, TrainConfig
 from selfflow.workbench.playground import explore
 from selfflow.training.loop import train
-training = TrainConfig(steps=2, batch=8, shards=1, validate_every=2, validation=8, save_every=2, sample_every=0)
-config = Config(name="self_flow", model=ModelConfig(width=16, depth=4, heads=2), training=training)
+training = TrainConfig(steps=2, batch=8, shards=1, validate_every=2, validation=8,
+                       save_every=2, sample_every=0)
+model = ModelConfig(width=16, depth=4, heads=2)
+config = Config(name="self_flow", model=model, training=training)
 plain = replace(config, name="plain", objective=ObjectiveConfig("flow_matching"))
 texts = replace(plain, data=DataConfig("shapes", size=16, patch=4, condition="caption"))
 for each, folder in ((config, "play"), (plain, "play"), (texts, "texts")):
@@ -100,7 +106,8 @@ def test_every_control_is_followed_and_a_long_caption_is_answered(played):
         track["x"] + 0.4 * track["width"], track["y"] + track["height"] / 2
     )
     page.wait_for_function(
-        "document.querySelector('.selfflow-control-progress .widget-readout').innerText != '98'"
+        "document.querySelector('.selfflow-control-progress .widget-readout')"
+        ".innerText != '98'"
     )
     played.shows(progress=int(played.readout("progress")))
     before = played.readout("progress")
@@ -147,9 +154,7 @@ def test_every_control_is_followed_and_a_long_caption_is_answered(played):
     shoot(page, "playground-painted")
     played.control("inpaint", "input").uncheck()
     played.shows(inpaint=False)
-    page.evaluate(
-        "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"
-    )
+    set_theme(page, "Dark")
     played.theme = DARK
     played.shows()
     page.set_viewport_size({"width": 800, "height": 1250})
@@ -159,9 +164,7 @@ def test_every_control_is_followed_and_a_long_caption_is_answered(played):
         *map(page.locator, IMAGES.values()),
     )
     shoot(page, "playground-dark-narrow")
-    page.evaluate(
-        "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})"
-    )
+    set_theme(page, "Light")
     texts = page.locator(".selfflow-explorer").nth(1)
     caption = texts.locator(".selfflow-control-condition input")
     caption.scroll_into_view_if_needed()

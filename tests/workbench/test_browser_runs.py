@@ -1,4 +1,7 @@
-"""The run browser on a real page: chosen by keys and pointer, a run that another process trains, an explorer at a checkpoint."""
+"""The run browser works on a real page.
+
+Runs are chosen by keys and pointer; another process trains one; an explorer opens.
+"""
 
 import os
 import shutil
@@ -11,6 +14,7 @@ from browser import (
     ROOT,
     record_latency,
     run_all,
+    set_theme,
     shoot,
     source,
     until_shown,
@@ -29,14 +33,17 @@ TRAIN = """
 from dataclasses import replace
 from selfflow.training.config import Config, ModelConfig, ObjectiveConfig, TrainConfig
 from selfflow.training.loop import train
-training = TrainConfig(steps={steps}, batch=8, shards=1, log_every=1, validate_every={every}, validation=8, save_every={every},
+training = TrainConfig(steps={steps}, batch=8, shards=1, log_every=1,
+                       validate_every={every}, validation=8, save_every={every},
                        sample_every=0)
-config = Config(name="{name}", model=ModelConfig(width=16, depth=4, heads=2), training=training)
+model = ModelConfig(width=16, depth=4, heads=2)
+config = Config(name="{name}", model=model, training=training)
 """
 CELLS = (
     TRAIN.format(steps=6, every=2, name="self_flow")
     + """
-for each in (config, replace(config, name="plain", objective=ObjectiveConfig("flow_matching"))):
+plain = replace(config, name="plain", objective=ObjectiveConfig("flow_matching"))
+for each in (config, plain):
     train(each, "browsed", bar=False, device="cpu")
 from selfflow.workbench import panel
 from selfflow.workbench import run_browser
@@ -175,17 +182,17 @@ def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab
     inner(".selfflow-message", has_text="has no samples yet").wait_for()
     browsed.view("probes")
     inner(
-        ".selfflow-probe-said", has_text="no probes yet of plain, self_flow"
+        ".selfflow-probe-status", has_text="no probes yet of plain, self_flow"
     ).wait_for()
     inner("button.selfflow-probe").click()
-    inner(".selfflow-probe-said", has_text="plain: 20 cells").wait_for()
+    inner(".selfflow-probe-status", has_text="plain: 20 cells").wait_for()
     assert not (lab[2] / "browsed/plain/probes.json").exists(), (
         "what it costs is said before"
     )
     inner("button.selfflow-probe", has_text="Start").click()
-    inner(".selfflow-probe-said", has_text="probing plain").wait_for()
+    inner(".selfflow-probe-status", has_text="probing plain").wait_for()
     inner("button.selfflow-halt").click()
-    inner(".selfflow-probe-said", has_text="stopped").wait_for()
+    inner(".selfflow-probe-status", has_text="stopped").wait_for()
     browsed.view("levels")
 
     for name, label in (
@@ -210,7 +217,7 @@ def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab
     inner(".selfflow-open-which select").select_option(label="all 2 chosen")
     page.wait_for_timeout(300)
     inner("button.selfflow-open").click()
-    inner(".selfflow-open-said [role=alert]", has_text="shows one run").wait_for()
+    inner(".selfflow-open-status [role=alert]", has_text="shows one run").wait_for()
     inner(".selfflow-open-opener select").select_option(label="Sampling")
     page.wait_for_timeout(300)
     inner("button.selfflow-open").click()
@@ -219,9 +226,7 @@ def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab
     ).wait_for()
     inner("img.selfflow-picture-history").wait_for()
 
-    page.evaluate(
-        "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"
-    )
+    set_theme(page, "Dark")
     browsed.theme = DARK
     browsed.shows()
     inner(".selfflow-runs").scroll_into_view_if_needed()
@@ -230,9 +235,7 @@ def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab
         page, page.locator(".selfflow-browser").first, inner("img, button, select")
     )
     shoot(page, "runs-dark-narrow")
-    page.evaluate(
-        "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})"
-    )
+    set_theme(page, "Light")
 
 
 def test_an_empty_folder_says_what_to_do_and_a_run_elsewhere_is_followed(
@@ -294,7 +297,7 @@ def test_an_empty_folder_says_what_to_do_and_a_run_elsewhere_is_followed(
     inner(".selfflow-open-step select").select_option(label="step 6: damaged")
     page.wait_for_timeout(300)
     inner("button.selfflow-open").click()
-    inner(".selfflow-open-said [role=alert]", has_text="take another one").wait_for()
+    inner(".selfflow-open-status [role=alert]", has_text="take another one").wait_for()
     assert page.locator("img[src='x']").count() == 0, "a name stays text"
     shoot(page, "runs-damaged")
     shutil.rmtree(lab[2] / "browsed" / EVIL)

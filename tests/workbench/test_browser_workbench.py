@@ -1,4 +1,7 @@
-"""The front door in a real browser: a run is trained and stopped, every tool opened by pointer and keys; and without cells."""
+"""The workbench works in a real browser, with cells and without.
+
+A run is trained and stopped, every tool opened by pointer and keys.
+"""
 
 import pytest
 from browser import run_all, served, shoot, until_shown, write_notebook
@@ -12,11 +15,13 @@ from dataclasses import replace
 from selfflow.training.config import PRESETS
 from selfflow.workbench.page import workbench
 config = PRESETS["digits-small"]
-training = replace(config.training, steps=1_000_000, batch=8, shards=1, validate_every=1_000_000, validation=8,
+training = replace(config.training, steps=1_000_000, batch=8, shards=1,
+                   validate_every=1_000_000, validation=8,
                    save_every=1_000_000, sample_every=0)
 bench = workbench("front", (replace(config, name="self-flow", training=training),))
 bench
 """
+KERNEL = "window.jupyterapp.shell.currentWidget.sessionContext.session.kernel"
 OPEN = {
     "Noise asymmetry": "img.selfflow-picture-views",
     "Sampling": "img.selfflow-picture-history",
@@ -50,7 +55,7 @@ def test_a_run_is_trained_stopped_and_looked_at_with_every_tool(lab, page):
     # it trains, with its panel
     page.locator(".selfflow-workbench img.selfflow-dashboard").wait_for(timeout=120_000)
     page.locator(".selfflow-workbench button.selfflow-stop").click()
-    page.get_by_text("which is kept").wait_for(timeout=60_000)
+    page.get_by_text("which is saved").wait_for(timeout=60_000)
     press(page, "Noise asymmetry")
     asymmetry_is_that_of(page, Run.open(lab[2] / "front/quickstart/self-flow", "cpu"))
     for turn, tool in enumerate(tools_on_page()):
@@ -60,17 +65,14 @@ def test_a_run_is_trained_stopped_and_looked_at_with_every_tool(lab, page):
     press(page, "Noise asymmetry")
     shoot(page, "workbench-narrow")
     page.set_viewport_size({"width": 1600, "height": 1250})
-    page.evaluate(
-        "() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()"
-    )
-    page.wait_for_function(
-        "() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'"
-    )
+    page.evaluate(f"() => {KERNEL}.restart()")
+    page.wait_for_function(f"() => {KERNEL}.status === 'idle'")
     page.evaluate(
         "() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }"
     )
     page.wait_for_function(
-        """() => document.querySelectorAll('.selfflow-page img.selfflow-picture-views').length === 1
+        """() => document.querySelectorAll(
+            '.selfflow-page img.selfflow-picture-views').length === 1
         && !document.querySelector('.selfflow-workbench .selfflow-panel')""",
         timeout=120_000,
     )  # nothing is trained again

@@ -1,4 +1,4 @@
-"""Layers and levels laid out, kept and explored: what is near, what is shared, what is refused, without a browser."""
+"""Features are laid out, stored and explored; bad input is refused. No browser."""
 
 import json
 import math
@@ -31,12 +31,17 @@ from selfflow.training.run import Run
 from selfflow.workbench import feature_explorer
 from selfflow.workbench.feature_explorer import (
     FeatureMap,
+    describe_near,
     explore_features,
     item_previews,
-    say_near,
-    shown,
+    viewable,
 )
-from selfflow.workbench.feature_maps import Asked, MapsCost, Opened, draw_maps
+from selfflow.workbench.feature_maps import (
+    AtlasBuilder,
+    AtlasCost,
+    AtlasOptions,
+    draw_maps,
+)
 
 TRAINING = TrainConfig(
     steps=2,
@@ -142,7 +147,7 @@ def test_planes_are_turned_as_procrustes_turns_them():
 
 
 def test_features_and_planes_are_those_that_are_made_one_by_one(run):
-    opened = Opened(run, Asked(**FEW))
+    opened = AtlasBuilder(run, AtlasOptions(**FEW))
     atlas = opened.atlas()
     x0, x1 = opened.items.take(torch.arange(40))
     wanted = extract(run.teacher, x0, x1, 0.5, (3,))[3]
@@ -159,13 +164,13 @@ def test_features_and_planes_are_those_that_are_made_one_by_one(run):
 
 def test_a_second_opening_reads_and_other_questions_do_not(run, tmp_path, capsys):
     store = FeatureStore(tmp_path)
-    first = Opened(run, Asked(**FEW), store)
+    first = AtlasBuilder(run, AtlasOptions(**FEW), store)
     assert (
         first.cost.features.passes == 2
         and first.cost.planes == {"PCA": 4}
         and "4 by PCA" in str(first.cost)
     )
-    both = MapsCost(
+    both = AtlasCost(
         first.cost.features, {"UMAP": 24, "PCA": 24}, 0, 400, "400 of 1,000, at random"
     )
     assert "24 by UMAP, 24 by PCA" in str(both) and "UMAP about 22 s" in str(both)
@@ -174,10 +179,10 @@ def test_a_second_opening_reads_and_other_questions_do_not(run, tmp_path, capsys
     assert [step[:2] for step in told] == [(done, 6) for done in range(7)] and told[2][
         2
     ] == "PCA, layer 1, t = 0"
-    second = Opened(run, Asked(**FEW), store)
-    assert "all kept from before" in str(
+    second = AtlasBuilder(run, AtlasOptions(**FEW), store)
+    assert "all stored" in str(second.cost) and "none to be laid out, 4 stored" in str(
         second.cost
-    ) and "none to be laid out, 4 kept" in str(second.cost)
+    )
     for other in (
         {"seed": 1},
         {"neighbours": 5},
@@ -185,7 +190,9 @@ def test_a_second_opening_reads_and_other_questions_do_not(run, tmp_path, capsys
         {"count": 30},
         {"split": "validation"},
     ):
-        assert Opened(run, Asked(**{**FEW, **other}), store).cost.kept == 0, other
+        assert (
+            AtlasBuilder(run, AtlasOptions(**{**FEW, **other}), store).cost.stored == 0
+        ), other
     file = tmp_path / f"{second.keys['PCA', 3, 0.5].name}.json"
     kept = json.loads(file.read_text())
     for damage in (
@@ -195,7 +202,7 @@ def test_a_second_opening_reads_and_other_questions_do_not(run, tmp_path, capsys
         "[]",
     ):
         file.write_text(damage)
-        again = Opened(run, Asked(**FEW), store).atlas()
+        again = AtlasBuilder(run, AtlasOptions(**FEW), store).atlas()
         np.testing.assert_allclose(
             again.planes["PCA", 3, 0.5].points,
             atlas.planes["PCA", 3, 0.5].points,
@@ -234,7 +241,7 @@ def test_samples_of_every_modality_are_shown_with_their_factors_in_words(name, k
             names["ground"][place] in caption
             for place, caption in zip(factors["ground"], captions, strict=True)
         )
-    assert shown({"image": torch.full((2, 4, 8, 8), torch.nan)})["image"].shape == (
+    assert viewable({"image": torch.full((2, 4, 8, 8), torch.nan)})["image"].shape == (
         2,
         1,
         8,
@@ -264,7 +271,7 @@ def test_sliders_move_points_and_neighbours_follow(view):
     view.colour.value = "x"
     assert (
         "differ from it in x" in view.near.value
-        and say_near(view.atlas, "x", 3, 0.5, 9, 5) in view.near.value
+        and describe_near(view.atlas, "x", 3, 0.5, 9, 5) in view.near.value
     )
     published = view.figure._widget_data  # what a page that opens later sees
     assert len(published) == len(view.figure.data) and np.array_equal(
@@ -290,7 +297,7 @@ def test_what_was_chosen_stays_chosen_and_is_ringed_on_the_strip(view):
     assert len(view.selected) == 0
 
 
-def test_a_factor_that_cannot_be_shown_is_said_and_the_panel_goes_on(view):
+def test_a_factor_that_cannot_be_shown_is_reported(view):
     view.atlas.factors["scale"] = view.factors["scale"] = np.full(40, np.nan)
     view.seek_near(0)
     view.colour.value = "scale"
@@ -306,17 +313,18 @@ def test_a_factor_that_cannot_be_shown_is_said_and_the_panel_goes_on(view):
 def test_a_long_caption_is_cut(view):
     long = FeatureMap(view.atlas, view.previews, ["a red star " * 909 + "?"] * 40)
     assert (
-        len(long.words(0)) < 600 and max(map(len, long.figure.data[0].hovertext)) < 320
+        len(long.describe(0)) < 600
+        and max(map(len, long.figure.data[0].hovertext)) < 320
     )
-    assert FeatureMap(view.atlas, view.previews).words(3).startswith("3; kind ")
+    assert FeatureMap(view.atlas, view.previews).describe(3).startswith("3; kind ")
 
 
-def test_a_folder_without_a_run_is_said_and_can_be_tried_again(run, tmp_path):
+def test_a_folder_without_a_run_is_reported_and_can_be_tried_again(run, tmp_path):
     empty = explore_features(tmp_path / "later")
     with pytest.raises(RuntimeError, match="holds no run"):
         empty.wait(60)
     assert (
-        'role="alert"' in empty.said.value
+        'role="alert"' in empty.status.value
         and empty.again.layout.display == ""
         and len(empty.selected) == 0
     )
@@ -328,7 +336,7 @@ def test_a_folder_without_a_run_is_said_and_can_be_tried_again(run, tmp_path):
     with pytest.raises(RuntimeError, match="no intact checkpoint yet"):
         empty.wait(60)
     (half / "checkpoints").symlink_to(run.path / "checkpoints")
-    empty.asked = Asked(**FEW)
+    empty.options = AtlasOptions(**FEW)
     empty.again.click()
     assert (
         len(empty.wait(120).previews) == 40
@@ -384,7 +392,7 @@ def test_bad_input_is_refused(run, view, monkeypatch):
         explorer = explore_features(run, **{**FEW, **options})
         with pytest.raises(RuntimeError, match=words):
             explorer.wait(60)
-        assert 'role="alert"' in explorer.said.value
+        assert 'role="alert"' in explorer.status.value
     for call, words in (
         (lambda: nearest(np.zeros((4, 2)), 4), "each has 1 to 3"),
         (lambda: draw_maps(view.atlas, "UMAP"), "unknown method"),

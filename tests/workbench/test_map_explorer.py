@@ -1,4 +1,4 @@
-"""The map of samples and its static twin: what is drawn, pointed at, chosen and refused, without a browser."""
+"""The map of samples and its static twin work without a browser."""
 
 import base64
 import io
@@ -52,7 +52,7 @@ def a_map(**options) -> MapExplorer:
     )
 
 
-def test_kinds_are_told_apart_by_colour_and_shape_and_numbers_are_not_kinds():
+def test_categories_differ_in_colour_and_shape_and_numbers_are_not_categories():
     figure = draw_projection(
         {"one": PLANE, "two": 2 * PLANE},
         KIND,
@@ -150,7 +150,7 @@ def test_a_selection_gives_back_indices():
     assert len(view.selected) == 0
 
 
-def test_a_factor_gives_its_colours_and_what_cannot_be_drawn_is_said():
+def test_a_factor_gives_its_colours_or_an_error_message():
     view = a_map()
     before = view.figure.data[0].marker.color
     assert len(view.figure.data) == 4 and before[:3] == HUES[:3]
@@ -223,7 +223,7 @@ def test_bad_input_is_refused():
             "0 to 2 have no names among 1",
         ),
         (lambda: explore_map(PLANE * np.nan, files), "finite"),
-        (lambda: figure_of(PLANE, KIND, words=["a"]), "1 texts for 40 points"),
+        (lambda: figure_of(PLANE, KIND, texts=["a"]), "1 texts for 40 points"),
         (
             lambda: categories_of(torch.arange(MAX_CATEGORIES + 1)),
             "29 categories are more than the 28",
@@ -236,10 +236,10 @@ def test_bad_input_is_refused():
             ),
             "colours of a have",
         ),
-        (lambda: previews_of({}), "not none"),
+        (lambda: previews_of({}), "no signals"),
         (
             lambda: previews_of({"a": torch.zeros(1, 3, 4, 4), "b": torch.zeros(2, 9)}),
-            "one number of samples",
+            "different numbers of samples",
         ),
     ):
         with pytest.raises(ValueError, match=words):

@@ -1,4 +1,4 @@
-"""The front door: runs are found or made, tools are opened when they are asked for, and the app is for this machine alone."""
+"""The workbench finds or trains runs, opens tools; the app is for this machine."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def test_without_a_run_the_quickstart_is_trained_and_opened(tmp_path):
         "quickstart/self-flow: step 12",
     ]
     assert (
-        "Both runs" in bench.said.value
+        "Both runs" in bench.status.value
         and not bench.live.children
         and bench.more.layout.display == "none"
     )
@@ -113,7 +113,7 @@ def test_a_stopped_quickstart_goes_on(tmp_path, monkeypatch):
     bench.settle()
     assert (
         seen == ["self-flow"]
-        and "Stopped at step" in bench.said.value
+        and "Stopped at step" in bench.status.value
         and bench.more.layout.display == ""
     )
     assert (
@@ -129,12 +129,12 @@ def test_a_stopped_quickstart_goes_on(tmp_path, monkeypatch):
     assert {saved_step(path) for path in bench.runs.values()} == {12}
 
 
-def test_what_cannot_be_trained_is_said(tmp_path):
+def test_a_failed_training_is_reported(tmp_path):
     (tmp_path / "quickstart").mkdir()
     (tmp_path / "quickstart/self-flow").write_text("a file where a folder should be")
     bench = Workbench(tmp_path, (WORDS,), QUICK)
     bench.settle()
-    assert 'role="alert"' in bench.said.value and "self-flow" in bench.said.value
+    assert 'role="alert"' in bench.status.value and "self-flow" in bench.status.value
     assert bench.more.layout.display == "" and "no run" in page(bench).value
 
 
@@ -256,13 +256,13 @@ def test_runs_of_the_same_data_stand_side_by_side(runs, tmp_path):
         tmp_path,
         runs["tiny"].path,
         {"a/tiny" if name == "tiny" else name: p for name, p in others.items()},
-    ).alike()
+    ).comparable()
     assert list(found)[:2] == ["a/tiny", "vanilla"], "all by the names of the list"
-    found = Chosen(tmp_path, runs["tiny"].path, others).alike()
+    found = Chosen(tmp_path, runs["tiny"].path, others).comparable()
     assert list(found)[:2] == ["tiny", "vanilla"] and not {"other", "broken"} & set(
         found
     )
-    assert len(Chosen(tmp_path, runs["tiny"].path, others).alike(most=1)) == 1
+    assert len(Chosen(tmp_path, runs["tiny"].path, others).comparable(most=1)) == 1
 
 
 def test_every_tool_opens_on_a_run(runs):
@@ -306,15 +306,15 @@ def test_the_notebook_of_the_app_runs_nothing_else(tmp_path):
     assert seen == [str(folder.resolve()), {"trained": False}] and len(book.cells) == 1
 
 
-def test_a_port_that_is_taken_is_said_before_anything_is_begun(tmp_path):
+def test_a_taken_port_is_refused_before_anything_starts(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(
-            ValueError, match=f"port {taken.getsockname()[1]} cannot be had .*--port"
+            ValueError, match=f"port {taken.getsockname()[1]} is not available .*--port"
         ):
             serve(tmp_path, taken.getsockname()[1], False)
-    with pytest.raises(ValueError, match="port 70000 cannot be had"):
+    with pytest.raises(ValueError, match="port 70000 is not available"):
         free_port(70000)
     assert "--ServerApp.ip=127.0.0.1" in options_of(tmp_path, 1, False)
 
@@ -343,16 +343,19 @@ book = nbformat.read(root / "served/workbench.ipynb", 4)
 book.cells[0].source = sys.argv[3]  # a small page
 nbformat.write(book, root / "served/workbench.ipynb")
 os.environ["JUPYTER_PATH"] = f"{root}/data"
-options = [option for option in options_of(root, int(sys.argv[2]), False) if "cull_i" not in option]
+options = options_of(root, int(sys.argv[2]), False)
+options = [option for option in options if "cull_i" not in option]
 assert len(options) == len(options_of(root, 0, False)) - 2
-ServerApp.launch_instance([*options, "--IdentityProvider.token=x", "--MappingKernelManager.cull_idle_timeout=3",
-                           "--MappingKernelManager.cull_interval=1"])
+options += ["--IdentityProvider.token=x"]
+options += ["--MappingKernelManager.cull_idle_timeout=3"]
+options += ["--MappingKernelManager.cull_interval=1"]
+ServerApp.launch_instance(options)
 """
 
 
 @contextmanager
 def pages(tmp_path, source: str):
-    "A server whose page is this cell, and which removes kernels after 3 seconds: (open a page, wait until a kernel is gone)."
+    "A server that removes kernels after 3 seconds: (open a page, wait for its end)."
     root, port = tmp_path / "app", free_port(0)
     root.mkdir()
     address, log = f"127.0.0.1:{port}", tmp_path / "log"
@@ -435,10 +438,17 @@ MINE = ROOT / "tests/plugins/own_explorer.py"
 
 def test_an_explorer_in_a_file_of_the_user_is_a_tool(runs):
     script = (
-        "import sys, nbformat\nfrom pathlib import Path\nfrom selfflow.registries import use\n"
-        "from selfflow.workbench.app import page_of\nfrom selfflow.workbench.page import Workbench\n"
-        "use(sys.argv[1])\nbench = Workbench(sys.argv[2], configs=())\nbench.tool.value = 'Name of the run'\n"
-        "bench.settle()\nprint(bench.about.value, bench.page.children[0].value, list(bench.tools)[0])\n"
+        "import sys, nbformat\n"
+        "from pathlib import Path\n"
+        "from selfflow.registries import use\n"
+        "from selfflow.workbench.app import page_of\n"
+        "from selfflow.workbench.page import Workbench\n"
+        "use(sys.argv[1])\n"
+        "bench = Workbench(sys.argv[2], configs=())\n"
+        "bench.tool.value = 'Name of the run'\n"
+        "bench.settle()\n"
+        "shown = bench.page.children[0].value\n"
+        "print(bench.about.value, shown, list(bench.tools)[0])\n"
         "print(page_of(Path(sys.argv[2])).cells[0].source)"
     )
     command = [sys.executable, "-c", script, MINE, runs["tiny"].path]

@@ -1,4 +1,4 @@
-"""The panel with a simulated trainer: what it shows, what its buttons do, that it goes on after errors and ends."""
+"""The panel shows a simulated trainer, its buttons work, and it survives errors."""
 
 import gc
 import io
@@ -149,7 +149,7 @@ def test_at_most_a_share_of_the_time_is_spent_on_drawing(training, monkeypatch):
     panel.close()
 
 
-def test_the_line_of_text_goes_on_between_two_pictures(training):
+def test_the_line_of_text_is_renewed_between_two_pictures(training):
     panel = watch(training.path, refresh=0.02)
     panel._due = float("inf")
     headers, drawn = {panel.header.value}, panel.drawn
@@ -157,7 +157,7 @@ def test_the_line_of_text_goes_on_between_two_pictures(training):
     assert panel.drawn == drawn
 
 
-def test_sample_now_is_asked_answered_and_shown(training):
+def test_sample_now_is_requested_answered_and_shown(training):
     panel = watch(training.path, refresh=0.02)
     panel.sample.click()
     until(lambda: training.answers)
@@ -215,7 +215,7 @@ def test_while_a_request_waits_its_button_does_too(path):
     until(lambda: "not answered: training ended" in panel.reply.value)
 
 
-def test_a_request_by_somebody_else_is_seen(path):
+def test_a_request_from_another_process_is_shown(path):
     trainer = SimulatedTrainer(path)
     with trainer.run.locked():  # a loop that is slow to look
         panel = watch(path, refresh=0.02)
@@ -230,7 +230,7 @@ def test_a_request_by_somebody_else_is_seen(path):
         until(lambda: "answered" in panel.reply.value)
 
 
-def test_nothing_is_asked_when_nobody_trains(path):
+def test_nothing_is_requested_when_no_process_trains(path):
     trainer = SimulatedTrainer(path)
     panel = watch(path, refresh=10)
     for what in ("stop", "sample"):
@@ -241,7 +241,7 @@ def test_nothing_is_asked_when_nobody_trains(path):
         )
 
 
-def test_errors_are_said_in_words_and_the_panel_goes_on(path):
+def test_errors_are_shown_in_words_and_the_panel_goes_on(path):
     trainer = SimulatedTrainer(path)
     trainer.log_lines(5)
     whole = (path / "config.json").read_text()
@@ -254,7 +254,7 @@ def test_errors_are_said_in_words_and_the_panel_goes_on(path):
     until(lambda: "stopped at step 6" in panel.header.value and not panel.trouble.value)
 
 
-def test_an_error_while_drawing_is_said_and_tried_again(path, monkeypatch):
+def test_an_error_while_drawing_is_shown_and_tried_again(path, monkeypatch):
     SimulatedTrainer(path).log_lines(5)
 
     def fail(*data):
@@ -270,7 +270,7 @@ def test_an_error_while_drawing_is_said_and_tried_again(path, monkeypatch):
     until(lambda: png(panel.picture).startswith(b"\x89PNG") and not panel.trouble.value)
 
 
-def test_a_request_that_cannot_be_written_is_said(training, monkeypatch):
+def test_a_request_that_cannot_be_written_is_reported(training, monkeypatch):
     panel = watch(training.path, refresh=10)
 
     def refuse(what):
@@ -322,7 +322,7 @@ def test_a_panel_does_not_take_a_log_for_a_run_that_is_finished(path):
     assert not panel.thread.is_alive() and "finished" in panel.header.value
 
 
-def test_speed_and_time_left_are_said_of_a_run_whose_first_steps_were_not_timed(path):
+def test_speed_and_time_left_of_a_run_whose_first_steps_were_not_timed(path):
     # and nobody who writes more lines meanwhile
     SimulatedTrainer(path, steps=100_010).log_lines(10)
     times = [
@@ -393,7 +393,7 @@ def test_a_closed_panel_ends_at_once_even_when_it_looks_rarely(path):
     )
 
 
-def test_the_film_in_large_is_drawn_when_it_is_unfolded(path):
+def test_the_large_history_is_drawn_when_it_is_unfolded(path):
     trainer = SimulatedTrainer(path)
     trainer.save_picture(10)
     panel = watch(path, refresh=0.02)
@@ -405,7 +405,7 @@ def test_the_film_in_large_is_drawn_when_it_is_unfolded(path):
     until(lambda: png(panel.history) != before)
 
 
-def test_the_film_is_unfolded_after_the_run_too(path):
+def test_the_history_is_unfolded_after_the_run_too(path):
     trainer = SimulatedTrainer(path, steps=10)
     trainer.save_picture(10)
     trainer.log_lines(10)
@@ -416,7 +416,7 @@ def test_the_film_is_unfolded_after_the_run_too(path):
     assert png(panel.history).startswith(b"\x89PNG")
 
 
-def test_pictures_are_let_go_of(path):
+def test_pictures_are_freed(path):
     trainer = SimulatedTrainer(path)
     panel = Panel(path)
     counts = []
@@ -538,7 +538,7 @@ def test_train_that_fails_raises_and_lets_go(tmp_path, monkeypatch):
 
 
 def test_a_kernel_that_is_busy_hears_the_buttons(path):
-    "What JupyterLab does, without a browser: a click is sent to a subshell while the main one is busy."
+    "A click is sent to a subshell while the main one is busy, as by JupyterLab."
     manager = KernelManager(kernel_name="python3")
     manager.start_kernel(cwd=Path(__file__).parents[1])
     client = manager.client()
@@ -557,7 +557,8 @@ def test_a_kernel_that_is_busy_hears_the_buttons(path):
             while shown.stop.disabled: time.sleep(0.01)
             print(shown.stop.comm.comm_id)
             started = time.monotonic()
-            while thread.is_alive() and time.monotonic() - started < 30: time.sleep(0.01)  # the cell is busy
+            while thread.is_alive() and time.monotonic() - started < 30:
+                time.sleep(0.01)  # the cell is busy
             print("stopped by", *(what for what, *_ in trainer.answers))
         """
         client.execute(textwrap.dedent(code))

@@ -1,4 +1,4 @@
-"""Inpainting against what it must equal, paths against Run.sample, the playground without a browser, and bad input."""
+"""Inpainting, paths and the playground agree with references; bad input is refused."""
 
 import io
 import json
@@ -49,7 +49,7 @@ def side(runs):
 
 
 def curl(x, t):
-    "A velocity in which every token pulls at every other, and which depends on the levels."
+    "A velocity that couples all tokens and depends on the levels."
     t = t[..., None] if t.ndim else t
     return torch.tanh(x + x.mean(1, keepdim=True) - t) + 0.3 * t
 
@@ -329,7 +329,7 @@ def test_a_mask_on_no_token_and_on_all(side, tokens, words):
         )
 
 
-def test_guidance_of_a_run_that_does_not_know_it_is_said(side):
+def test_missing_guidance_is_reported(side):
     words = describe(compute(side, {**VALUES, "condition": -1, "cfg_scale": 4.0}))
     assert (
         "without guidance: tiny, vanilla (there is no condition to guide towards)"
@@ -476,7 +476,7 @@ def test_changes_from_several_threads_end_at_the_last(side):
     )
 
 
-def test_a_folder_without_a_run_is_said_in_the_panel(tmp_path):
+def test_a_folder_without_a_run_is_reported_in_the_panel(tmp_path):
     for folder, words in (
         (tmp_path, "holds no run yet"),
         (tmp_path / "nowhere", "there is no folder"),
@@ -531,8 +531,8 @@ def test_a_caption_of_ten_thousand_characters_is_answered_in_words(others):
     long = "a small red star " * 600
     scene = compute(side, {**VALUES, "condition": long})
     assert (
-        f"the caption has {len(long):,} characters, of which this is read: 'a small red star"
-        in describe(scene)
+        f"the caption has {len(long):,} characters, of which this is read: "
+        "'a small red star" in describe(scene)
     )
     cut = compute(side, {**VALUES, "condition": scene.read})
     assert (
@@ -554,7 +554,7 @@ def test_a_caption_of_ten_thousand_characters_is_answered_in_words(others):
     )
 
 
-def test_films_move_and_sounds_are_heard(others):
+def test_videos_move_and_audio_can_be_played(others):
     values = {**VALUES, "steps": 1, "condition": 0}
     film = draw(compute(others["motion"], values))["video"]
     moving = Image.open(io.BytesIO(film))

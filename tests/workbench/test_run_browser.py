@@ -1,4 +1,4 @@
-"""The run browser without a page: what a folder may hold, what can be compared, and what goes wrong, in words."""
+"""The run browser lists, compares and opens runs without a page; errors are shown."""
 
 import io
 import json
@@ -102,12 +102,13 @@ def test_what_a_folder_may_hold_is_listed_in_words(listing, folder):
     assert "no config.json" in states["bare"]
     assert states["deep/hurt"].startswith("damaged: no intact checkpoint (step 12: ")
     assert states["vanilla"].startswith(
-        "stopped at step 8; 1 of 3 checkpoints damaged (step 12: model.safetensors has 10 bytes"
+        "stopped at step 8; 1 of 3 checkpoints damaged "
+        "(step 12: model.safetensors has 10 bytes"
     )
     assert states["tiny"] == "finished; 1 damaged line of its log skipped"
 
 
-def test_a_run_that_trains_is_seen_to_and_nothing_new_is_nothing_new(folder, listing):
+def test_a_training_run_is_noticed_and_no_change_is_no_change(folder, listing):
     assert not listing.look()
     run = Run.open(folder / "tiny", "cpu")
     with run.locked():
@@ -174,7 +175,8 @@ def test_checkpoints_are_read_through_before_they_are_opened(listing, folder):
     file.write_bytes(values)
     with pytest.raises(
         ValueError,
-        match="tiny cannot be opened: its checkpoint of step 8 is damaged: teacher.safetensors has",
+        match="tiny cannot be opened: its checkpoint of step 8 is damaged: "
+        "teacher.safetensors has",
     ):
         open_runs(listing, ["tiny"], 8, "cpu")
     with pytest.raises(ValueError, match="has no checkpoint of step 5"):
@@ -185,7 +187,7 @@ def test_checkpoints_are_read_through_before_they_are_opened(listing, folder):
         open_runs(listing, [])
 
 
-def test_what_is_seen_is_what_the_pure_functions_draw(listing, folder):
+def test_the_browser_shows_what_the_pure_functions_draw(listing, folder):
     for measure in ("flow_loss", "validation_flow_loss"):
         for against, label in (("steps", "step"), ("seconds", "time of training")):
             view = compute(listing, {**VALUES, "measure": measure, "against": against})
@@ -304,11 +306,11 @@ def test_names_stay_text_and_long_ones_are_cut(listing, folder):
         browser.opener.options = [*browser.opener.options, "Broken"]
         browser.opener.value = "Broken"
         browser.open()
-    for text in (browser.head, browser.open_said, browser.seen.message):
+    for text in (browser.head, browser.open_status, browser.view.message):
         assert "<img" not in text.value and "<i>" not in text.value
     assert (
-        "&lt;i&gt;not today" in browser.open_said.value
-        and 'role="alert"' in browser.open_said.value
+        "&lt;i&gt;not today" in browser.open_status.value
+        and 'role="alert"' in browser.open_status.value
     )
     assert len(short_name("long" * 2500)) == 26 and short_name("short") == "short"
 
@@ -370,13 +372,13 @@ def test_a_browser_follows_its_folder_while_it_is_shown(folder):
         assert "training: process" in browser.panels["mine"].header.value
         before = browser.list.rows
         until(lambda: browser.list.rows != before)
-        drawn = browser.seen.drawn
-        until(lambda: browser.seen.drawn > drawn)
+        drawn = browser.view.drawn
+        until(lambda: browser.view.drawn > drawn)
         panel = browser.panels["mine"]
         browser.list.value = ["tiny"]
         until(lambda: not browser.panels and not browser.live.children)
         until(lambda: not panel.thread.is_alive())
-        browser.seen.controls["view"].value = "training"  # of what does not train, too
+        browser.view.controls["view"].value = "training"  # of what does not train, too
         until(
             lambda: (
                 "tiny" in browser.panels
@@ -388,7 +390,7 @@ def test_a_browser_follows_its_folder_while_it_is_shown(folder):
         trainer.run.request("stop")
         thread.join(10)
     until(lambda: not following())
-    browser.seen.settle()
+    browser.view.settle()
 
 
 def test_a_browser_begins_empty_and_goes_on_after_errors(folder, tmp_path, monkeypatch):
@@ -400,7 +402,7 @@ def test_a_browser_begins_empty_and_goes_on_after_errors(folder, tmp_path, monke
     )
     assert browser.button.disabled and not browser.list.rows
     browser.open()
-    assert "no run is chosen" in browser.open_said.value
+    assert "no run is chosen" in browser.open_status.value
     shutil.copytree(folder, tmp_path / "later")
     browser.look()
     assert (
@@ -408,10 +410,10 @@ def test_a_browser_begins_empty_and_goes_on_after_errors(folder, tmp_path, monke
         and browser.below.layout.display == ""
         and not browser.button.disabled
     )
-    browser.seen.settle()
+    browser.view.settle()
     assert (
-        "Cannot be shown" not in browser.seen.message.value
-        and "picture-1" in browser.seen.pictures
+        "Cannot be shown" not in browser.view.message.value
+        and "picture-1" in browser.view.pictures
     )
 
     def refuse(*_):
@@ -459,7 +461,7 @@ def test_probing_tells_how_far_it_is_and_what_went_wrong(folder, command):
     def probed(script):
         command(script)
         found = Probing(
-            {"tiny": Path(folder / "tiny")}, lambda: told.append(found.told)
+            {"tiny": Path(folder / "tiny")}, lambda: told.append(found.progress)
         )
         found.thread.start()
         found.thread.join(20)
@@ -469,11 +471,11 @@ def test_probing_tells_how_far_it_is_and_what_went_wrong(folder, command):
     found = probed('printf "tiny:  40%%|####    | 8/20 [00:02<00:03]\\r" >&2')
     assert (
         "probing tiny: tiny:  40%  8/20 [00:02<00:03]" in told
-        and found.told == "probed tiny"
+        and found.progress == "probed tiny"
         and not found.failed
     )
     found = probed('echo "selfflow: the disk is full" >&2; exit 2')
-    assert found.failed == "tiny: selfflow: the disk is full" and not found.told
+    assert found.failed == "tiny: selfflow: the disk is full" and not found.progress
     command("exec sleep 60")
     found = Probing(
         {"tiny": folder / "tiny", "vanilla": folder / "vanilla"}, lambda: None
@@ -482,7 +484,7 @@ def test_probing_tells_how_far_it_is_and_what_went_wrong(folder, command):
     until(lambda: found._process is not None)
     found.stop()
     found.thread.join(10)
-    assert found.done and found.told == "stopped"
+    assert found.done and found.progress == "stopped"
 
 
 def test_the_button_says_the_cost_first_and_then_begins(folder, command):
@@ -490,11 +492,12 @@ def test_the_button_says_the_cost_first_and_then_begins(folder, command):
     browser = browse(folder, device="cpu", view="probes")
     assert (
         browser.probes.layout.display == ""
-        and "no probes yet of tiny, vanilla" in browser.probe_said.value
+        and "no probes yet of tiny, vanilla" in browser.probe_status.value
     )
     browser._probe()
     assert (
-        "20 cells" in browser.probe_said.value and browser.probe.description == "Start"
+        "20 cells" in browser.probe_status.value
+        and browser.probe.description == "Start"
     )
     assert browser.probing is None
     browser.list.value = ["vanilla"]  # another choice leaves it
@@ -503,4 +506,4 @@ def test_the_button_says_the_cost_first_and_then_begins(folder, command):
     browser._probe()
     browser.probing.thread.join(20)
     assert browser.probing.runs.keys() == {"vanilla"} and browser.probing.done
-    browser.seen.settle()
+    browser.view.settle()
