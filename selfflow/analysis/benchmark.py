@@ -143,9 +143,7 @@ class Case:
         )
 
 
-def _training_step(
-    student, objective, case: Case, batch: Batch, published: bool = False
-) -> Callable:
+def _training_step(student, objective, case: Case, batch: Batch) -> Callable:
     objective, teacher = objective.to(batch.x0.device), make_teacher(student)
     optimizer = torch.optim.AdamW(
         [*student.parameters(), *objective.parameters()], lr=1e-4, fused=True
@@ -158,7 +156,7 @@ def _training_step(
         with _autocast(case, batch.x0.device):
             losses = objective(student, teacher, batch, partial(keyed, 0))
         optimizer.zero_grad()
-        (losses if published else losses.total).backward()
+        losses.total.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         update_ema(teacher, student, 0.999)
@@ -193,7 +191,6 @@ def _contenders(case: Case, device: torch.device) -> dict[str, Callable]:
             PublishedSelfFlow(case.shape),
             case,
             batch,
-            published=True,
         ),
         "flow matching": _training_step(
             _make_student(model), FlowMatching(), case, batch

@@ -55,7 +55,9 @@ def model_of(items, depth=3, width=16):
     torch.manual_seed(0)
     parts = items.layout.parts
     model = Transformer(
-        TransformerConfig(parts, width, depth, 2, classes=1, positions="rotary")
+        TransformerConfig(
+            parts, classes=1, width=width, depth=depth, heads=2, positions="rotary"
+        )
     ).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)

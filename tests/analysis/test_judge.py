@@ -244,7 +244,7 @@ def test_plain_measures_are_right_of_nearly_all_test_samples(examples):
 # verdicts
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(2, 40), st.integers(1, 4), st.integers(0, 1000))
 def test_chance_is_that_of_all_other_wishes(count, classes, seed):
     generator = keyed(seed, "test")

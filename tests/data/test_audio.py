@@ -80,7 +80,7 @@ def test_mdct_is_orthogonal_and_square(bins, columns):
     )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(
     half=st.integers(1, 40),
     columns=st.integers(1, 9),

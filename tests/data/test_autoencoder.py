@@ -485,7 +485,7 @@ def test_another_autoencoder_does_not_go_on_and_does_not_decode(vae, tmp_path):
 # the lossless one
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.integers(1, 3),
     st.integers(1, 3),

@@ -142,7 +142,7 @@ def test_the_central_square_at_the_same_size_is_exact(kind, height, width):
         assert np.abs(found.numpy().mean() - expected.mean()) < 30
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     st.integers(1, 70),
     st.integers(1, 70),
@@ -294,7 +294,7 @@ def test_a_gif_may_not_declare_a_large_screen():
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=50)
 @given(st.data(), st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "GIF", "WAV"]))
 def test_damaged_files_are_read_or_refused_and_nothing_else(data, kind):
     if kind == "WAV":
@@ -416,7 +416,7 @@ def test_extensible_wav_and_other_parts_before_the_sound():
         assert np.allclose(found, values[:, 0] / 2**15)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(
     st.sampled_from([8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000]),
     st.sampled_from([4_000, 8_000, 16_000, 22_050, 44_100]),
@@ -626,7 +626,7 @@ def test_flac_that_is_damaged_or_says_what_is_not_so():
     assert reason_of(data[: len(data) // 2], "audio") in cut
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_damaged_flac_is_read_or_refused_and_nothing_else(data):
     changed = bytearray(
@@ -661,7 +661,7 @@ def test_damaged_flac_is_read_or_refused_and_nothing_else(data):
 # Films
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(1, 2_000), min_size=1, max_size=30),
     st.integers(1, 40),

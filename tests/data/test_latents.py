@@ -135,7 +135,7 @@ def standardised(images):
     return (z - z.mean((0, 2, 3), keepdims=True)) / z.std((0, 2, 3), keepdims=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 49), max_size=30))
 def test_any_samples_in_any_order(whole, indices):
     latents = Latents(whole, check=False)
@@ -231,7 +231,7 @@ def test_several_signals_factors_and_captions(tmp_path, shard_size, batch, both)
         )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=5),
     st.integers(0, 99),
@@ -609,7 +609,7 @@ def damaged(content, kind, position):
 
 
 @settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -646,7 +646,7 @@ def test_no_damage_of_a_shard_passes_and_it_is_mended(own, kind, position, numbe
 
 
 @settings(
-    max_examples=60,
+    max_examples=30,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -459,7 +459,7 @@ def test_films_that_are_too_long_or_too_large(monkeypatch):
     assert reason_of(data, look) == reason_of(data) == "declares too many pixels"
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=50)
 @given(st.data(), st.sampled_from(["mp4", "matroska", "avi"]))
 def test_damaged_films_are_read_or_refused_and_nothing_else(data, container):
     changed = bytearray(DAMAGED[container])

@@ -104,7 +104,7 @@ def test_directions_are_named_anticlockwise_from_the_right():
         )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     direction=st.integers(0, 7),
     speed=st.floats(0, 20),

@@ -57,7 +57,7 @@ def by_hand(pitch, timbre, attack, vibrato, loudness, phase, samples, rate):
     return 10 ** (loudness / 20) * np.exp(-total * seconds) * rise * fall * tones
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(
     st.lists(
         st.tuples(

@@ -326,7 +326,7 @@ def test_a_part_of_a_sound_is_that_of_the_whole(rate, place, samples):
     )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @given(
     st.data(),
     st.sampled_from(

@@ -81,7 +81,7 @@ def test_flights_and_impacts_are_those_of_a_simulation(clips, index):
     np.testing.assert_allclose(speeds, [speed for _, speed in hits], rtol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.floats(0, 1),
     st.floats(0, 1),

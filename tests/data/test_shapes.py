@@ -429,7 +429,7 @@ def test_captions_say_the_coarse_factors_and_nothing_else():
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     size=st.sampled_from([16, 24, 40, 128]),
     count=st.integers(0, 3),
