@@ -260,7 +260,10 @@ def test_plain_is_composed_and_repairs_halves():
 
 
 CSV = 'file,label,caption\na.png,cat,"a, b\n\u732b"\nsub/b.png,,\n'
-JSONL = '{"file_name": "a.png", "label": "cat", "text": "a, b\\n\u732b"}\n\n{"file": "sub/b.png", "label": "", "caption": ""}\n'
+JSONL = (
+    '{"file_name": "a.png", "label": "cat", "text": "a, b\\n\u732b"}\n\n'
+    '{"file": "sub/b.png", "label": "", "caption": ""}\n'
+)
 
 
 @pytest.mark.parametrize(
