@@ -485,7 +485,7 @@ def test_a_run_whose_first_steps_were_not_timed(runs, tmp_path):
     [
         ("runs/a/config.json", ", such as .*runs/a$"),
         ("runs/note", ", such as .*runs$"),
-        ("note", "that of one run"),
+        ("note", "the folder of one run"),
     ],
 )
 def test_a_file_is_no_folder_of_runs(runs, tmp_path, file, near):
