@@ -13,6 +13,7 @@ import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -25,7 +26,7 @@ from .tokens import position_code
 from .transformer import Transformer, TransformerConfig
 
 # %% ../../nbs/1_method/13_reference.ipynb #b6ba02e2
-PUBLISHED = {
+PUBLISHED: dict[str, Any] = {
     "input_size": 32,
     "patch_size": 2,
     "in_channels": 4,

@@ -424,7 +424,7 @@ def test_a_start_of_1_everywhere_is_plain_sampling(method):
         )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_known_tokens_wait_and_come_back_bit_for_bit(data):
     method = data.draw(st.sampled_from(tuple(samplers)))

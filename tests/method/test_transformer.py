@@ -171,7 +171,7 @@ def same_group(levels):
     return (key == query) & (query < first) | (key >= first)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     st.integers(1, 6), st.integers(0, 1000), st.booleans(), st.sampled_from(VARIANTS)
 )

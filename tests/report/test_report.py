@@ -654,7 +654,7 @@ def test_the_command_line_uses_all_options_of_sampling(runs, tmp_path):
 
 def test_the_command_line_probes(runs, tmp_path, capsys):
     shutil.copytree(runs["tiny"].path, tmp_path / "tiny")
-    main(["probe", str(tmp_path / "tiny")])
+    main(["probe", str(tmp_path / "tiny"), "--samples", "200"])
     output = capsys.readouterr().out
     assert "raw input" in output and "untrained network" in output
     assert "tiny, block" in output
