@@ -23,8 +23,7 @@ demo: setup  ## train Self-Flow and flow matching on digits, compare them, write
 test: setup check-step  ## notebooks and package in step, ruff, every notebook executed, all tests
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES) selfflow
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadgroup --durations 25
 
 lab: setup  ## JupyterLab on nbs/, at the workbench
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/studies/workbench.ipynb nbs

@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 # To look further: HYPOTHESIS_PROFILE=search pytest tests/test_x.py, with others each
 # time, and more where no test says how many.
 for name, options in {
-    "same": {"derandomize": True},
+    "same": {"derandomize": True, "max_examples": 30},
     "search": {"derandomize": False, "max_examples": 2_000},
 }.items():
     settings.register_profile(
@@ -78,6 +78,22 @@ def process_settings():
         "folder": os.getcwd(),
         "variables": {name: os.environ.get(name) for name in VARIABLES},
     }
+
+
+def pytest_collection_modifyitems(config, items):
+    """Say what one of several test processes does alone (`--dist loadgroup`).
+
+    A file, whose tests share trained runs; all tests with a browser, which share one
+    JupyterLab; but notebooks one by one. pytest-xdist begins with the longest lists.
+    """
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        file = item.path.relative_to(config.rootpath)
+        if file.name == "test_notebooks.py":
+            continue
+        group = "browser" if file.name.startswith("test_browser") else str(file)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)

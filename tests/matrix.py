@@ -151,14 +151,18 @@ FILMS = FILES | {"frames": 8}
 
 @dataclass(frozen=True)
 class Kind:
-    """write: makes the data in a folder; path: of the data in it; data: options;
-    refused: {cell: the reason, a part of it}.
+    """Data of one kind, and what cannot be done with a run on them.
+
+    write: makes the data in a folder; path: of the data in it; data: options; refused:
+    {cell: a part of the reason}; as_another: samples, conditions and classes together
+    are those of another kind, which is tried in the explorers.
     """
 
     write: Callable | None
     data: dict
     path: str = ""
     refused: dict[str, str] = field(default_factory=dict)
+    as_another: bool = False
 
 
 NO_CLASS = dict.fromkeys(
@@ -186,11 +190,13 @@ IMAGES = {
         lambda root: _folder(root, (_picture, ".png"), classes=("only",), times=3),
         {"name": "folder", **FILES},
         refused=NO_CLASS | NO_JUDGE,
+        as_another=True,
     ),
     "table, captions": Kind(
         lambda root: _table(root, "label", "caption"),
         {"name": "folder", "condition": "caption", "caption": 24, **FILES},
         refused=NO_JUDGE,
+        as_another=True,
     ),
     "table, captions alone": Kind(
         lambda root: _table(root, "caption"),
@@ -198,7 +204,11 @@ IMAGES = {
         refused=NO_CLASS | NO_JUDGE,
     ),
     "Hugging Face": Kind(
-        _huggingface, {"name": "huggingface", **FILES}, "saved", refused=NO_JUDGE
+        _huggingface,
+        {"name": "huggingface", **FILES},
+        "saved",
+        refused=NO_JUDGE,
+        as_another=True,
     ),
     "latents": Kind(
         _latents,
@@ -236,6 +246,7 @@ SIGNALS = {
             **FILMS,
         },
         refused=NO_CLASS | NO_JUDGE,
+        as_another=True,
     ),
 }
 TRAINING = {
@@ -467,6 +478,17 @@ CELLS: dict[str, Callable[[Path, Path], None]] = {
     "probe notebook": _probe_notebook,
 }
 COMMANDS = ("sample", "probe", "metrics", "report", "runs")
+
+
+def cases(kinds: dict[str, Kind]) -> list[tuple[str, str]]:
+    "What is tried: (kind, cell), commands for all kinds."
+    chosen = []
+    for name, kind in kinds.items():
+        for cell in ("train", *CELLS):
+            command = cell in ("train", "resume", *COMMANDS)
+            if command or cell in kind.refused or not kind.as_another:
+                chosen.append((name, cell))
+    return chosen
 
 
 def contents(run: Path) -> dict[str, float]:

@@ -3,7 +3,7 @@ see matrix.py.
 """
 
 import pytest
-from matrix import CELLS, IMAGES, at_small_cost, check, check_choice, trained
+from matrix import IMAGES, at_small_cost, cases, check, check_choice, trained
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,7 @@ def run_of(tmp_path_factory):
         )
 
 
-@pytest.mark.parametrize("cell", ["train", *CELLS])
-@pytest.mark.parametrize("kind", IMAGES)
+@pytest.mark.parametrize("kind, cell", cases(IMAGES))
 def test_it_works_or_is_refused_before_any_work(kind, cell, run_of, tmp_path, capsys):
     run = run_of(kind)
     if cell == "train":

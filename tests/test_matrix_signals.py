@@ -1,7 +1,7 @@
 """Everything a user can do with runs of video, audio and both; see matrix.py."""
 
 import pytest
-from matrix import CELLS, SIGNALS, at_small_cost, check, check_choice, trained
+from matrix import SIGNALS, at_small_cost, cases, check, check_choice, trained
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,7 @@ def run_of(tmp_path_factory):
         )
 
 
-@pytest.mark.parametrize("cell", ["train", *CELLS])
-@pytest.mark.parametrize("kind", SIGNALS)
+@pytest.mark.parametrize("kind, cell", cases(SIGNALS))
 def test_it_works_or_is_refused_before_any_work(kind, cell, run_of, tmp_path, capsys):
     run = run_of(kind)
     if cell == "train":

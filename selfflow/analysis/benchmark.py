@@ -9,10 +9,11 @@ __all__ = ['count_flops', 'peak_memory', 'Case', 'measure', 'bench_table', 'benc
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -52,14 +53,21 @@ def _attention_backward_flops(
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
+# Fused attention on the CPU, which torch does not count.
+_aten = torch.ops.aten
 _CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        _attention_backward_flops
+    ),
 }
 
 
 def count_flops(function: Callable) -> int:
-    "Floating-point operations of one call, a multiplication and an addition being two: matrix products and attention."
+    """Floating-point operations of one call: matrix products and attention.
+
+    A multiplication and an addition are two operations.
+    """
     with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
         function()
     return counter.get_total_flops()
@@ -67,7 +75,7 @@ def count_flops(function: Callable) -> int:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    "No lines on standard error, which the profiler writes past sys.stderr."
+    """Suppress standard error, including what the profiler writes past sys.stderr."""
     before = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -79,35 +87,51 @@ def _silent() -> Iterator[None]:
 
 
 def peak_memory(function: Callable, device: torch.device) -> int:
-    "Bytes that one call has allocated at its worst moment, beyond those that were allocated before it."
+    """Most bytes allocated at once during a call, beyond those allocated before it."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
     with (
         _silent(),
-        torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as record,
+        torch.profiler.profile(activities=activities, profile_memory=True) as record,
     ):
         function()
-    held = peak = 0
+    profiler: Any = record.profiler
     events = [
-        e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"
+        event
+        for event in profiler.kineto_results.events()
+        if event.name() == "[memory]"
     ]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
+    held = 0
+    peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()  # negative where memory is freed
         peak = max(peak, held)
     return peak
 
 # %% ../../nbs/4_analysis/14_benchmark.ipynb #77f7bed3
+_TINY = (128, 6, 4)  # width, depth, heads
+_CHANNELS = 16
+_CLASSES = 1000
+_PUBLISHED = "published form"
+_PUBLISHED_SAMPLING = "sampling, published form"
+
+
 @dataclass(frozen=True)
 class Case:
-    """What is measured.
+    """A model and a batch to measure.
 
-    size: S, B, L, XL, or "tiny" (128 wide, 6 deep, 4 heads); tokens: a square number; batch: samples in a step; precision:
-    fp32 or bf16 (autocast); compile: the blocks of all contenders. Raises ValueError for other values.
+    size: S, B, L, XL, or "tiny" (128 wide, 6 deep, 4 heads).
+    tokens: A square number.
+    batch: Samples in a step.
+    precision: fp32, or bf16 (autocast).
+    compile: Compile the blocks of all contenders.
+
+    Raises:
+        ValueError: For other values.
     """
 
     size: str = "S"
@@ -121,13 +145,11 @@ class Case:
             raise ValueError(
                 f"size is {self.size!r}; known are {', '.join(SIZES)} and tiny"
             )
-        if (
-            self.tokens < 1
-            or round(self.tokens**0.5) ** 2 != self.tokens
-            or self.batch < 1
-        ):
+        square = self.tokens >= 1 and self._side**2 == self.tokens
+        if not square or self.batch < 1:
             raise ValueError(
-                f"tokens {self.tokens} must be a square number and batch {self.batch} at least 1"
+                f"tokens {self.tokens} must be a square number and batch {self.batch} "
+                "at least 1"
             )
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(
@@ -135,30 +157,37 @@ class Case:
             )
 
     @property
+    def _side(self) -> int:
+        return round(self.tokens**0.5)
+
+    @property
     def shape(self) -> TransformerConfig:
-        "The transformer: tokens of 16 numbers, 1000 classes, as the published model on 32 x 32 x 4 latents."
-        width, depth, heads = SIZES.get(self.size, (128, 6, 4))
+        """The transformer: tokens of 16 numbers and 1000 classes.
+
+        That is the published model's input, latents of 32 x 32 x 4 in patches of 2.
+        """
+        width, depth, heads = SIZES.get(self.size, _TINY)
         return TransformerConfig.of_image(
-            16, (round(self.tokens**0.5),) * 2, width, depth, heads, classes=1000
+            _CHANNELS, (self._side, self._side), width, depth, heads, classes=_CLASSES
         )
 
 
 def _training_step(
-    student, objective, case: Case, batch: Batch, published: bool = False
-) -> Callable:
-    objective, teacher = objective.to(batch.x0.device), make_teacher(student)
-    optimizer = torch.optim.AdamW(
-        [*student.parameters(), *objective.parameters()], lr=1e-4, fused=True
-    )
+    student: Any, objective: nn.Module, case: Case, batch: Batch
+) -> Callable[[], None]:
+    """A function that trains a student for one step, with clipping and EMA."""
+    objective = objective.to(batch.x0.device)
+    teacher = make_teacher(student)
+    parameters = [*student.parameters(), *objective.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     if case.compile:
-        for block in [*student.blocks, *teacher.blocks]:
-            block.compile()
+        _compile_blocks(student, teacher)
 
     def step():
         with _autocast(case, batch.x0.device):
             losses = objective(student, teacher, batch, partial(keyed, 0))
         optimizer.zero_grad()
-        (losses if published else losses.total).backward()
+        losses.total.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         update_ema(teacher, student, 0.999)
@@ -166,74 +195,72 @@ def _training_step(
     return step
 
 
-def _autocast(case: Case, device: torch.device):
-    return (
-        torch.autocast(device.type, torch.bfloat16)
-        if case.precision == "bf16"
-        else nullcontext()
-    )
-
-
-def _contenders(case: Case, device: torch.device) -> dict[str, Callable]:
-    "Functions without arguments by name: three training steps and two evaluations of a sampler."
-    torch.manual_seed(0)
-    model = Transformer(case.shape).to(device)
-    x0 = torch.randn(case.batch, case.tokens, 16, generator=keyed(0, "benchmark"))
-    condition = Condition(
-        torch.randint(0, 1000, (case.batch,), generator=keyed(0, "labels")),
-        classes=1000,
-    )
-    batch = Batch(x0, condition, case.shape.parts).to(device)
-    steps = {
-        "Self-Flow": _training_step(
-            _make_student(model), SelfFlow(case.shape), case, batch
-        ),
-        "published form": _training_step(
-            PerTokenTransformer(model).to(device),
-            PublishedSelfFlow(case.shape),
-            case,
-            batch,
-            published=True,
-        ),
-        "flow matching": _training_step(
-            _make_student(model), FlowMatching(), case, batch
-        ),
-    }
-    ours, published = (
-        make_teacher(model),
-        make_teacher(PerTokenTransformer(model).to(device)),
-    )
-    if case.compile:
-        for block in [*ours.blocks, *published.blocks]:
+def _compile_blocks(*models: Any) -> None:
+    for model in models:
+        for block in model.blocks:
             block.compile()
+
+
+def _autocast(case: Case, device: torch.device) -> AbstractContextManager:
+    if case.precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def _contenders(case: Case, device: torch.device) -> dict[str, Callable[[], None]]:
+    """Functions to measure by name: three training steps and two forwards of a sampler.
+
+    All of them start from the same weights.
+    """
+    torch.manual_seed(0)
+    shape = case.shape
+    model = Transformer(shape).to(device)
+    x0 = torch.randn(
+        case.batch, case.tokens, _CHANNELS, generator=keyed(0, "benchmark")
+    )
+    labels = torch.randint(0, _CLASSES, (case.batch,), generator=keyed(0, "labels"))
+    batch = Batch(x0, Condition(labels, classes=_CLASSES), shape.parts).to(device)
+    steps = {}
+    student = _make_student(model)
+    steps["Self-Flow"] = _training_step(student, SelfFlow(shape), case, batch)
+    per_token = PerTokenTransformer(model).to(device)
+    steps[_PUBLISHED] = _training_step(per_token, PublishedSelfFlow(shape), case, batch)
+    student = _make_student(model)
+    steps["flow matching"] = _training_step(student, FlowMatching(), case, batch)
+    ours: Any = make_teacher(model)
+    published: Any = PerTokenTransformer(model).to(device)
+    published = make_teacher(published)
+    if case.compile:
+        _compile_blocks(ours, published)
     t = torch.full((case.batch,), 0.5, device=device)
 
-    def sampling(evaluate):
+    def sample_ours():
         with torch.no_grad(), _autocast(case, device):
-            evaluate()
+            levels = NoiseLevels.single(t, case.tokens)
+            ours(batch.x0, levels, batch.condition)
 
-    steps["sampling"] = partial(
-        sampling,
-        lambda: ours(batch.x0, NoiseLevels.single(t, case.tokens), batch.condition),
-    )
-    steps["sampling, published form"] = partial(
-        sampling,
-        lambda: published(
-            batch.x0,
-            t[:, None].expand(-1, case.tokens),
-            batch.condition.values,
-            case.shape.depth,
-        ),
-    )
+    def sample_published():
+        with torch.no_grad(), _autocast(case, device):
+            tau = t[:, None].expand(-1, case.tokens)  # (b, n)
+            published(batch.x0, tau, batch.condition.values, shape.depth)
+
+    steps["sampling"] = sample_ours
+    steps[_PUBLISHED_SAMPLING] = sample_published
     return steps
 
 
+def _rival_of(name: str) -> str:
+    """The published form of a contender."""
+    return _PUBLISHED_SAMPLING if name.startswith("sampling") else _PUBLISHED
+
+
 def _make_student(model: Transformer) -> Transformer:
-    "A copy of a model to train."
+    """A copy of a model to train."""
     return make_teacher(model).train().requires_grad_(True)
 
 # %% ../../nbs/4_analysis/14_benchmark.ipynb #f2063534
 def _seconds(function: Callable, device: torch.device) -> float:
+    """Duration of one call, until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -244,131 +271,165 @@ def _seconds(function: Callable, device: torch.device) -> float:
 
 
 def _ceiling(precision: str, device: torch.device) -> Callable[[], float]:
-    "A function that measures the operations a second of a large matrix product: 2048 wide on a CPU, 8192 on a GPU."
+    """A function that measures operations per second of a large matrix product."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b = (
-        torch.randn(n, n, device=device).to(
-            torch.bfloat16 if precision == "bf16" else torch.float32
-        )
-        for _ in range(2)
-    )
-    return lambda: 2 * n**3 / min(_seconds(lambda: a @ b, device) for _ in range(5))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a = torch.randn(n, n, device=device).to(dtype)
+    b = torch.randn(n, n, device=device).to(dtype)
+    flops = 2 * n**3
+
+    def measure_product() -> float:
+        return flops / min(_seconds(lambda: a @ b, device) for _ in range(5))
+
+    return measure_product
 
 
 def _quartiles(values: list[float]) -> list[float]:
-    return (
-        torch.tensor(values, dtype=torch.float64)
-        .quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
-        .tolist()
-    )
+    quarters = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64).quantile(quarters).tolist()
 
 
 @own_settings()
 def measure(case: Case, rounds: int = 5, device: str = "auto") -> dict:
-    """Operations, seconds and bytes of all contenders: a dict for JSON.
+    """Operations, seconds and bytes of all contenders.
 
-    Each contender has flops, seconds (quartiles over rounds), speed_ratio (the published form's seconds over its own, quartiles
-    of the ratio within a round), ceiling_share (its operations a second over the ceiling's) and peak_bytes.
-    Raises ValueError for less than 1 round.
+    Args:
+        case: Model, batch and precision.
+        rounds: How often each contender is timed; their order changes every round.
+        device: "auto", "cpu" or "cuda".
+
+    Returns:
+        A dict for JSON. Each contender in "results" has
+
+        - flops, peak_bytes
+        - seconds: Quartiles over rounds.
+        - speed_ratio: Seconds of the published form over its own, quartiles over
+          rounds of the ratio within a round.
+        - ceiling_share: Its operations per second over those of a large matrix product,
+          quartiles over rounds.
+
+    Raises:
+        ValueError: For less than 1 round, and for blocks that cannot be compiled.
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}, but at least 1 is needed")
-    device = device_for(device)
-    steps, top = _contenders(case, device), _ceiling(case.precision, device)
-    # compiled kernels cannot be counted
-    plain = _contenders(replace(case, compile=False), device) if case.compile else steps
-    flops, seconds, tops = (
-        {name: count_flops(step) for name, step in plain.items()},
-        {name: [] for name in steps},
-        [],
-    )
-    del plain
-    try:
-        for step in steps.values():
-            step()  # what is made once (optimizer state, compiled kernels) is made here
-    except Exception as error:
-        if not case.compile:
-            raise
-        raise ValueError(
-            f"the blocks cannot be compiled here, measure without: {str(error).splitlines()[0]}"
-        ) from error
+    place = device_for(device)
+    steps = _contenders(case, place)
+    ceiling = _ceiling(case.precision, place)
+    flops = _flops_of(steps, case, place)
+    _warm_up(steps, case)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    ceilings = []
+    names = list(steps)
     for turn in tqdm(range(rounds), f"{case.size}, {case.precision}", unit="round"):
-        tops.append(top())
-        order = list(steps)[turn % len(steps) :] + list(steps)[: turn % len(steps)]
-        for name in order:
-            seconds[name].append(_seconds(steps[name], device))
+        ceilings.append(ceiling())
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            seconds[name].append(_seconds(steps[name], place))
     results = {}
     for name, step in steps.items():
-        rival = seconds[
-            "sampling, published form"
-            if name.startswith("sampling")
-            else "published form"
+        rival = seconds[_rival_of(name)]
+        own = seconds[name]
+        ratios = [theirs / ours for theirs, ours in zip(rival, own, strict=True)]
+        shares = [
+            flops[name] / ours / limit
+            for ours, limit in zip(own, ceilings, strict=True)
         ]
         results[name] = {
             "flops": flops[name],
-            "seconds": _quartiles(seconds[name]),
-            "speed_ratio": _quartiles(
-                [theirs / own for theirs, own in zip(rival, seconds[name], strict=True)]
-            ),
-            "ceiling_share": _quartiles(
-                [
-                    flops[name] / own / limit
-                    for own, limit in zip(seconds[name], tops, strict=True)
-                ]
-            ),
-            "peak_bytes": peak_memory(step, device),
+            "seconds": _quartiles(own),
+            "speed_ratio": _quartiles(ratios),
+            "ceiling_share": _quartiles(shares),
+            "peak_bytes": peak_memory(step, place),
         }
     return {
         "case": asdict(case),
         "rounds": rounds,
-        "device": device_name(device),
+        "device": device_name(place),
         "torch": torch.__version__,
-        "ceiling_flops_per_second": _quartiles(tops),
+        "ceiling_flops_per_second": _quartiles(ceilings),
         "results": results,
     }
 
 
-def bench_table(records: list[dict]) -> pd.DataFrame:
-    """What was measured as a table, a row per case and contender.
+def _flops_of(
+    steps: dict[str, Callable], case: Case, device: torch.device
+) -> dict[str, int]:
+    """Operations of each contender."""
+    if case.compile:  # compiled kernels cannot be counted
+        steps = _contenders(replace(case, compile=False), device)
+    return {name: count_flops(step) for name, step in steps.items()}
 
-    of published: operations as a share of the published form's; times as fast: quartiles over rounds of its time over the own;
-    ceiling: operations a second as a share of those of a large matrix product.
+
+def _warm_up(steps: dict[str, Callable], case: Case) -> None:
+    """Call each contender once, which makes optimizer states and compiled kernels."""
+    try:
+        for step in steps.values():
+            step()
+    except Exception as error:
+        if not case.compile:
+            raise
+        raise ValueError(
+            "the blocks cannot be compiled here, measure without: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def bench_table(records: list[dict]) -> pd.DataFrame:
+    """Records of `measure` as a table with a row for each case and contender.
+
+    Its columns include
+
+    - of published: Operations as a share of the published form's.
+    - times as fast: Quartiles over rounds of the published form's time over the own.
+    - ceiling: Operations per second as a share of a large matrix product's.
     """
     rows = []
     for record in records:
         case, results = record["case"], record["results"]
-        for name, found in results.items():
-            rival = results[
-                "sampling, published form"
-                if name.startswith("sampling")
-                else "published form"
-            ]
-            rows.append(
-                {
-                    "case": f"{case['size']}, {case['tokens']} tokens x {case['batch']}, {case['precision']}"
-                    + (", compiled" if case["compile"] else ""),
-                    "step": name,
-                    "GFLOP": f"{found['flops'] / 1e9:.1f}",
-                    "of published": f"{found['flops'] / rival['flops']:.3f}",
-                    "seconds": f"{found['seconds'][1]:.3f}",
-                    "times as fast": "{1:.2f} ({0:.2f} to {2:.2f})".format(
-                        *found["speed_ratio"]
-                    ),
-                    "ceiling": f"{found['ceiling_share'][1]:.0%}",
-                    "peak MiB": f"{found['peak_bytes'] / 2**20:.0f}",
-                }
-            )
+        compiled = ", compiled" if case["compile"] else ""
+        title = (
+            f"{case['size']}, {case['tokens']} tokens x {case['batch']}, "
+            f"{case['precision']}{compiled}"
+        )
+        for name, result in results.items():
+            rival = results[_rival_of(name)]
+            low, middle, high = result["speed_ratio"]
+            row = {
+                "case": title,
+                "step": name,
+                "GFLOP": f"{result['flops'] / 1e9:.1f}",
+                "of published": f"{result['flops'] / rival['flops']:.3f}",
+                "seconds": f"{result['seconds'][1]:.3f}",
+                "times as fast": f"{middle:.2f} ({low:.2f} to {high:.2f})",
+                "ceiling": f"{result['ceiling_share'][1]:.0%}",
+                "peak MiB": f"{result['peak_bytes'] / 2**20:.0f}",
+            }
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
 def bench(
     cases: list[Case], path: Path | str, rounds: int = 5, device: str = "auto"
 ) -> list[dict]:
-    "Measure cases one after the other and write the records to a JSON file after each; what is there already is replaced."
+    """Measure cases one after the other.
+
+    Args:
+        cases: At least one.
+        path: A JSON file, written after each case; an existing file is replaced.
+        rounds, device: See `measure`.
+
+    Returns: The records.
+
+    Raises:
+        ValueError: Without a case.
+        NotWritten: If the file cannot be written.
+    """
     if not cases:
         raise ValueError("no case to measure: name at least one size and one precision")
-    records, path = [], Path(path)
+    path = Path(path)
     check_writable(path)
+    records = []
     for case in cases:
         records.append(measure(case, rounds, device))
         write_json(path, records)
@@ -376,27 +437,40 @@ def bench(
 
 # %% ../../nbs/4_analysis/14_benchmark.ipynb #a54724d4
 def flops_per_step(config: Config, inputs: Inputs, feature_width: int = 1) -> int:
-    "Operations of one training step, of the whole batch; feature_width: of the encoder's features, for REPA alone."
-    objective, batch = config.objective, config.training.batch
-    rep = {"rep_tokens": "all"} if hasattr(objective, "rep_tokens") else {}
-    # which count costs nothing
-    plain = replace(objective, flow_tokens="all", given="", separated=False, **rep)
-    flops = batch * _flops_of_sample(
-        plain, config.model, inputs, config.training.checkpointing, feature_width
+    """Operations of one training step, of the whole batch.
+
+    Args:
+        config: Of the run.
+        inputs: What its backbone is built for.
+        feature_width: Of the encoder's features, for REPA.
+    """
+    objective, training = config.objective, config.training
+    # The choice of tokens in the losses costs nothing, and separation is counted below.
+    plain: dict[str, Any] = {"flow_tokens": "all", "given": "", "separated": False}
+    if hasattr(objective, "rep_tokens"):
+        plain["rep_tokens"] = "all"
+    flops = training.batch * _flops_of_sample(
+        replace(objective, **plain),
+        config.model,
+        inputs,
+        training.checkpointing,
+        feature_width,
     )
     if not objective.separated:
         return flops
-    levels = build_schedule(objective, inputs.parts).sample(
-        batch, inputs.tokens, keyed(config.seed, "levels")
+    # Attention within levels skips pairs of tokens: count those of one batch.
+    schedule = build_schedule(objective, inputs.parts)
+    levels = schedule.sample(
+        training.batch, inputs.tokens, keyed(config.seed, "levels")
     )
-    pairs = sum(
-        len(group.rows) * (len(group.keys) // batch)
-        for group in Groups.of(levels).groups
-    )
-    passes = 3 + config.training.checkpointing  # a backward pass is twice a forward
-    return flops - passes * 4 * config.model.width * config.model.depth * (
-        batch * inputs.tokens**2 - pairs
-    )
+    pairs = 0
+    for group in Groups.of(levels).groups:
+        pairs += len(group.rows) * (len(group.keys) // training.batch)
+    skipped = training.batch * inputs.tokens**2 - pairs
+    passes = 3 + training.checkpointing  # a backward pass costs two forwards
+    model: Any = config.model  # only a Transformer can be separated
+    per_pair = 4 * model.width * model.depth  # scores and weighted sum
+    return flops - passes * per_pair * skipped
 
 
 @lru_cache(maxsize=256)
@@ -407,20 +481,21 @@ def _flops_of_sample(
     checkpointing: bool,
     feature_width: int,
 ) -> int:
+    """Operations of a training step on one sample, counted without memory."""
     with torch.device("meta"):
-        student = build_backbone(model, inputs)
+        student: Any = build_backbone(model, inputs)
         learner = build_objective(objective, student, (inputs.parts,), feature_width)
         x0 = torch.zeros(1, inputs.tokens, inputs.channels)
         sizes = [size for size in (inputs.caption, inputs.caption_width) if size]
-        told = torch.zeros(
-            1, *sizes, dtype=torch.float32 if inputs.caption_width else torch.int64
-        )
+        dtype = torch.float32 if inputs.caption_width else torch.int64
+        condition = Condition(torch.zeros(1, *sizes, dtype=dtype), inputs.classes)
         features = torch.zeros(1, feature_width) if learner.needs_features else None
-        batch = Batch(
-            x0, Condition(told, inputs.classes), inputs.parts, features=features
-        )
-    student.checkpointing, teacher = checkpointing, make_teacher(student)
-    with sdpa_kernel(SDPBackend.MATH):
-        return count_flops(
-            lambda: learner(student, teacher, batch, partial(keyed, 0)).total.backward()
-        )
+        batch = Batch(x0, condition, inputs.parts, features=features)
+    student.checkpointing = checkpointing
+    teacher = make_teacher(student)
+
+    def step():
+        learner(student, teacher, batch, partial(keyed, 0)).total.backward()
+
+    with sdpa_kernel(SDPBackend.MATH):  # the only one on this device
+        return count_flops(step)

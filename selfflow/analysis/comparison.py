@@ -7,9 +7,12 @@ __all__ = ['AGAINST', 'runs_table', 'readable', 'fit_table', 'run_curves', 'arms
 
 # %% ../../nbs/4_analysis/15_comparison.ipynb #1a06ad34
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from .benchmark import flops_per_step
@@ -24,78 +27,104 @@ from ..training.run import UNREADABLE, Run
 from ..training.watching import checkpoint_problems, run_state
 
 # %% ../../nbs/4_analysis/15_comparison.ipynb #28eade98
-def _whole(run: Run) -> list[Path]:
-    # by names and sizes alone
+_Runs = dict[str, Run | Path | str] | Path | str
+
+
+def _by_name(runs: _Runs) -> dict[str, Any]:
+    """_Runs by name; a folder stands for all runs in it."""
+    return runs if isinstance(runs, dict) else dict(find_runs(runs))
+
+
+def _intact(run: Run) -> list[Path]:
+    """Checkpoints without a problem, judged by names and sizes alone."""
     return [
         path for path in run.checkpoints() if problem_of(path, contents=False) is None
     ]
 
 
-_LOSSES = {
+_LOSSES = {  # column of the table: column of the log
     "flow loss": "flow_loss",
     "cosine": "cosine",
     "constant cosine": "constant_cosine",
 }
+_LAST = 20  # logged lines over which losses are averaged
 
 
 def _numbers(table: pd.DataFrame, file: Path, *names: str) -> pd.DataFrame:
-    "A table of a run, in which these columns, where it has them, hold numbers or nothing. Raises ValueError with a remedy."
-    if wrong := [
-        name
-        for name in names
-        if name in table
-        and (_as_numbers(table[name]).isna() & table[name].notna()).any()
-    ]:
+    """The table with numbers or NaN in the named columns, as far as it has them.
+
+    Raises:
+        ValueError: For another kind of value.
+    """
+    present = [name for name in names if name in table]
+    converted = {name: _as_numbers(table[name]) for name in present}
+    wrong = [
+        name for name in present if (converted[name].isna() & table[name].notna()).any()
+    ]
+    if wrong:
         raise ValueError(
-            f"{file} has what is no number in {', '.join(wrong)}; remove those lines, training needs none"
+            f"{file} has what is no number in {', '.join(wrong)}; remove those lines, "
+            "training does not need them"
         )
-    return table.assign(
-        **{name: _as_numbers(table[name]) for name in names if name in table}
-    )
+    return table.assign(**converted)
 
 
 def _as_numbers(column: pd.Series) -> pd.Series:
-    return column.map(
-        lambda value: value if isinstance(value, int | float) else math.nan
-    ).astype(float)
+    def number(value):
+        return value if isinstance(value, int | float) else math.nan
+
+    return column.map(number).astype(float)
 
 
 def _times(run: Run) -> pd.DataFrame:
-    "timing.jsonl as a table, a time that is not known as NaN. Raises ValueError with a remedy for one that cannot be used."
+    """timing.jsonl as a table, with NaN for unknown times.
+
+    Raises:
+        ValueError: For a file that cannot be used.
+    """
     timing = run.timing
-    if len(timing) and (
-        lacking := [
+    if len(timing):
+        missing = [
             name for name in ("seconds", "device", "processes") if name not in timing
         ]
-    ):
-        raise ValueError(
-            f"{run.timing_path} has no {', '.join(lacking)}; remove it, the run does not need it"
-        )
+        if missing:
+            raise ValueError(
+                f"{run.timing_path} has no {', '.join(missing)}; remove it, the run "
+                "does not need it"
+            )
     return _numbers(timing, run.timing_path, "step", "seconds", "processes")
 
 
 def _progress(run: Run) -> dict:
+    """State, steps and losses of a run."""
     writer = run.writer()
     log = _numbers(
         run.log, run.log_path, "step", *_LOSSES.values(), "validation_flow_loss"
     )
     logged = int(log["step"].iloc[-1]) if len(log) else None
     done, state = run_state(run, writer, logged, checkpoint_problems(run))
-    losses = _losses(log[log["step"] <= done] if len(log) else log)
-    return {"state": state, "step": done, "steps": run.config.training.steps, **losses}
+    if len(log):
+        log = log[log["step"] <= done]
+    return {
+        "state": state,
+        "step": done,
+        "steps": run.config.training.steps,
+        **_losses(log),
+    }
 
 
-def _losses(log: pd.DataFrame) -> dict:
-    found = {}
+def _losses(log: pd.DataFrame) -> dict[str, float]:
+    losses = {}
     for name, column in _LOSSES.items():
         if column in log:
-            found[name] = log[column].dropna().tail(20).mean()
+            losses[name] = log[column].dropna().tail(_LAST).mean()
     if "validation_flow_loss" in log:
-        found["validation"] = log["validation_flow_loss"].dropna().tail(1).mean()
-    return found
+        losses["validation"] = log["validation_flow_loss"].dropna().tail(1).mean()
+    return losses
 
 
 def _probe(run: Run) -> dict:
+    """The best cell of a run's probes."""
     probes = read_probes(run)
     if probes is None:
         return {}
@@ -107,36 +136,34 @@ def _probe(run: Run) -> dict:
 
 
 def _spent(run: Run) -> dict:
-    return (
-        dict(timing[["seconds", "device", "processes"]].iloc[-1])
-        if len(timing := _times(run))
-        else {}
-    )
+    """Time, device and processes of a run."""
+    timing = _times(run)
+    if not len(timing):
+        return {}
+    return dict(timing[["seconds", "device", "processes"]].iloc[-1])
 
 
 def _flops(run: Run) -> float:
-    "Operations of a step; NaN where they cannot be counted."
+    """Operations of a step; NaN where they cannot be counted."""
     try:
         return _counted_flops(run)
     except Exception:
-        if (
-            run.config.model.name != GIVEN_BACKBONE
-            and not backbones[run.config.model.name].source
-        ):
-            raise
-        # a backbone of the user's own need not be built or run without memory
-        return math.nan
+        name = run.config.model.name
+        # A backbone of the user's own may not build or run without memory.
+        if name == GIVEN_BACKBONE or backbones[name].source:
+            return math.nan
+        raise
 
 
 def _counted_flops(run: Run) -> float:
-    "NaN without a checkpoint where it alone tells how wide an encoder's features are."
     if not objectives[run.config.objective.name].load().needs_features:
         return flops_per_step(run.config, run.inputs)
-    if not (whole := _whole(run)):
+    # Only a checkpoint tells how wide the encoder's features are.
+    checkpoints = _intact(run)
+    if not checkpoints:
         return math.nan
-    return flops_per_step(
-        run.config, run.inputs, head_width(read_part(whole[-1], "objective"))
-    )
+    width = head_width(read_part(checkpoints[-1], "objective"))
+    return flops_per_step(run.config, run.inputs, width)
 
 # %% ../../nbs/4_analysis/15_comparison.ipynb #0c840972
 _COLUMNS = (
@@ -156,71 +183,83 @@ _COLUMNS = (
 )
 
 
-def _row(run: Run | Path | str) -> tuple[dict, dict]:
-    "What the table says of a run, and its settings by dotted name."
+def _row(run: Run | Path | str) -> tuple[dict[str, Any], dict]:
+    """A row of the table, and the run's settings by dotted name."""
     try:
         run = run if isinstance(run, Run) else Run.open(run, "cpu")
     except UNREADABLE as error:
         return {"state": f"damaged: {error}"}, {}
-    row = {}
-    for look in (_progress, _probe, _spent, lambda run: {"FLOPs": _flops(run)}):
+    row: dict[str, Any] = {}
+    problem = None
+    for read in (_progress, _probe, _spent, lambda run: {"FLOPs": _flops(run)}):
         try:
-            row |= look(run)
+            row |= read(run)
         except UNREADABLE as error:
-            # the former are our own
-            words = (
-                str(error)
-                if type(error) is ValueError
-                else f"{type(error).__name__}: {error}"
-            )
-            row["problem"] = row.get("problem") or f"damaged: {words}"
+            words = str(error)
+            if type(error) is not ValueError:  # not a message of our own
+                words = f"{type(error).__name__}: {error}"
+            problem = problem or f"damaged: {words}"
     row["FLOPs"] = row.get("FLOPs", math.nan) * row.get("step", math.nan)
-    return {**row, "state": row.get("problem") or row["state"]}, flatten(
-        asdict(run.config)
-    )
+    row["state"] = problem or row["state"]
+    return row, flatten(asdict(run.config))
 
 
-def runs_table(runs: dict[str, Run | Path | str] | Path | str) -> pd.DataFrame:
-    """A row for each run, by name; a folder stands for all runs in it. What is not known is missing.
+def runs_table(runs: _Runs) -> pd.DataFrame:
+    """A row for each run; unknown values are missing.
 
-    state, step, steps; then the settings (dotted names) in which the runs differ; flow loss, cosine, constant cosine: while
-    training, means of the last 20 logged lines; validation: the last validation flow loss; probe: test accuracy of the cell that
-    is best on validation; seconds and FLOPs (operations) of training; device, processes. Raises FileNotFoundError for no run.
+    Args:
+        runs: By name, or a folder for all runs in it.
+
+    Returns:
+        Columns
+
+        - state, step, steps
+        - the settings (dotted names) in which the runs differ
+        - flow loss, cosine, constant cosine: While training, means of the last 20
+          logged lines.
+        - validation: The last validation flow loss.
+        - probe, probe cell: Test accuracy of the cell that is best on validation.
+        - seconds, FLOPs: Of training, until now.
+        - device, processes
+
+    Raises:
+        FileNotFoundError: For a folder without runs.
     """
     rows, settings = {}, {}
-    for name, run in (runs if isinstance(runs, dict) else find_runs(runs)).items():
+    for name, run in _by_name(runs).items():
         rows[name], settings[name] = _row(run)
     shown = [key for key in differing(settings) if key != "name"]
-    records = [
-        {**{key: settings[name].get(key) for key in shown}, **row}
-        for name, row in rows.items()
-    ]
+    records = []
+    for name, row in rows.items():
+        own_settings = {key: settings[name].get(key) for key in shown}
+        records.append({**own_settings, **row})
     return pd.DataFrame(
         records,
         index=pd.Index(rows, name="run"),
         columns=[*_COLUMNS[:3], *shown, *_COLUMNS[3:]],
     )
 
+
+_FLOP_UNITS = tuple(
+    (10.0**power, f"{letter}FLOP")
+    for power, letter in zip(range(6, 24, 3), "MGTPEZ", strict=True)
+)
+_TIME_UNITS = ((1, "s"), (60, "min"), (3600, "h"), (86400, "d"))
+
 # %% ../../nbs/4_analysis/15_comparison.ipynb #36351352
-AGAINST = {
+AGAINST = {  # cost: its axis label and units
     "steps": ("step", ((1, ""),)),
-    "flops": (
-        "operations of training",
-        tuple(
-            (10.0**power, f"{letter}FLOP")
-            for power, letter in zip(range(6, 24, 3), "MGTPEZ", strict=True)
-        ),
-    ),
-    "seconds": ("time of training", ((1, "s"), (60, "min"), (3600, "h"), (86400, "d"))),
+    "flops": ("operations of training", _FLOP_UNITS),
+    "seconds": ("time of training", _TIME_UNITS),
 }
 
 
-def _with_unit(value: float) -> str:
-    size, unit = [
-        (1, "FLOP"),
-        *(pair for pair in AGAINST["flops"][1] if pair[0] <= value),
-    ][-1]
-    return f"{value / size:.3g} {unit}"
+def _with_unit(flops: float) -> str:
+    size, unit = 1.0, "FLOP"
+    for larger, name in _FLOP_UNITS:
+        if larger <= flops:
+            size, unit = larger, name
+    return f"{flops / size:.3g} {unit}"
 
 
 def _time(seconds: float) -> str:
@@ -232,9 +271,13 @@ def _shortened(text: str, most: int = 40) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-_WRITE = {
+def _device(name: str) -> str:
+    return _shortened(str(name).split(",")[0], 24)
+
+
+_WRITE: dict[str, Callable[[Any], str]] = {
     "state": _shortened,
-    "device": lambda name: _shortened(str(name).split(",")[0], 24),
+    "device": _device,
     "flow loss": "{:.4f}".format,
     "validation": "{:.4f}".format,
     "cosine": "{:.3f}".format,
@@ -245,125 +288,137 @@ _WRITE = {
 }
 
 
-def _joined(form: str, first, second) -> list:
+def _joined(form: str, first: pd.Series, second: pd.Series) -> list[str | None]:
+    """Two columns as one; None where the first has no value."""
     return [
-        form.format(*pair) if pd.notna(pair[0]) else None
-        for pair in zip(first, second, strict=True)
+        form.format(one, other) if pd.notna(one) else None
+        for one, other in zip(first, second, strict=True)
     ]
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
-    "A `runs_table` as text: steps as 500/1000, time as h:mm:ss, operations with units; without empty columns."
+    """A `runs_table` as text, without empty columns.
+
+    Steps are written as 500/1000, time as h:mm:ss, operations with units.
+    """
     shown = table.copy()
     for name, write in _WRITE.items():
         shown[name] = shown[name].map(write, na_action="ignore")
     shown["step"] = _joined("{:.0f}/{:.0f}", table["step"], table["steps"])
     shown["probe"] = _joined("{:.1%} ({})", table["probe"], table["probe cell"])
-    shown = (
-        shown.drop(columns=["steps", "probe cell"])
-        .rename(columns={"seconds": "time"})
-        .astype(object)
-    )
-    return shown.where(shown.notna(), "").astype(str).loc[:, shown.notna().any()]
+    shown = shown.drop(columns=["steps", "probe cell"])
+    shown = shown.rename(columns={"seconds": "time"}).astype(object)
+    known = shown.notna()
+    return shown.where(known, "").astype(str).loc[:, known.any()]
+
+
+# Columns that a narrow terminal can miss, in this order, before the others.
+_DISPENSABLE = ("processes", "device", "constant cosine", "cosine", "FLOPs", "time")
 
 
 def fit_table(table: pd.DataFrame, width: int = 120) -> str:
-    """A `runs_table` as text for a terminal: a row for each run, or a column where that fits better.
+    """A `runs_table` as text for a terminal: a row for each run, or a column.
 
-    What fits neither way is left out, the least telling first, and named below; so is what is wrong with damaged runs.
+    Columns are left out until it fits, and named below, as are the problems of
+    damaged runs.
+
+    Args:
+        table: Of `runs_table`.
+        width: Characters in a line.
     """
     short = table["state"].str.split("[:;]").str[0]
-    shown, dropped = readable(table.assign(state=short)), []
-    # long, and known to who trained them
+    shown = readable(table.assign(state=short))
+    problems = [
+        f"{run}: {state}"
+        for run, state in table["state"].items()
+        if state != short[run]
+    ]
+    # Paths are long, and known to those who trained on them.
     data = [name for name in shown if name.startswith("data.")]
-    for name in (
-        "",
-        *data,
-        "processes",
-        "device",
-        "constant cosine",
-        "cosine",
-        "FLOPs",
-        "time",
-        *shown.columns[:0:-1],
-    ):
-        dropped += [name] if name in shown and name not in dropped else []
-        for form in (shown.drop(columns=dropped), shown.drop(columns=dropped).T):
+    order = dict.fromkeys([*data, *_DISPENSABLE, *shown.columns[:0:-1]])
+    candidates = [name for name in order if name in shown]
+    for count in range(len(candidates) + 1):
+        dropped = candidates[:count]
+        rest = shown.drop(columns=dropped)
+        for form in (rest, rest.T):
             lines = form.rename_axis(index=None, columns=None).to_string().splitlines()
-            if max(map(len, lines)) <= width:
-                lines += (
-                    [f"Left out for the width of {width}: {', '.join(dropped)}."]
-                    if dropped
-                    else []
+            if max(map(len, lines)) > width:
+                continue
+            if dropped:
+                lines.append(
+                    f"Left out for the width of {width}: {', '.join(dropped)}."
                 )
-                lines += [
-                    f"{run}: {state}"
-                    for run, state in table["state"].items()
-                    if state != short[run]
-                ]
-                return "\n".join(lines)
+            return "\n".join(lines + problems)
     return "\n".join(f"{run}: {state}" for run, state in table["state"].items())
 
 # %% ../../nbs/4_analysis/15_comparison.ipynb #b34398b9
 def run_curves(
-    runs: dict[str, Run | Path | str] | Path | str,
-    measure: str = "flow_loss",
-    against: str = "steps",
-) -> dict[str, tuple]:
-    """A measure of each run's log against what it cost so far: {name: (x, y)}; runs that do not log the measure are left out.
+    runs: _Runs, measure: str = "flow_loss", against: str = "steps"
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """A measure of each run's log against its cost so far.
 
-    measure: a column of the log, flow_loss, validation_flow_loss, cosine, ...; against: steps, flops (operations) or seconds
-    (of training). Raises ValueError for a measure that no run has, and against seconds for a run that lacks some of its times.
+    Args:
+        runs: By name, or a folder for all runs in it.
+        measure: A column of the log: flow_loss, validation_flow_loss, cosine, ...
+        against: steps, flops (operations) or seconds (of training).
+
+    Returns:
+        {name: (cost, measure)}; runs that do not log the measure are left out.
+
+    Raises:
+        ValueError: For a measure that no run has, and against seconds for a run
+            without all of its times.
     """
     choose(against, AGAINST, "cost (against)")
-    runs = runs if isinstance(runs, dict) else find_runs(runs)
     opened = {
         name: run if isinstance(run, Run) else Run.open(run, "cpu")
-        for name, run in runs.items()
+        for name, run in _by_name(runs).items()
     }
     logs = {name: run.log for name, run in opened.items()}
-    known = sorted(
-        {column for log in logs.values() for column in log}
-        - {"step", "flow_loss_by_level"}
-    )
+    columns = {column for log in logs.values() for column in log}
+    known = sorted(columns - {"step", "flow_loss_by_level"})
     if not known:
-        raise ValueError(
-            f"there is nothing to draw: no run {'has logged a step yet' if runs else 'could be read'}"
-        )
+        reason = "has logged a step yet" if opened else "could be read"
+        raise ValueError(f"there is nothing to draw: no run {reason}")
     choose(measure, known, "measure")
     curves = {}
     for name, log in logs.items():
-        if measure in log:
-            rows = _numbers(log, opened[name].log_path, "step", measure).dropna(
-                subset=[measure]
-            )
-            cost = _cost(name, opened[name], rows["step"], against)
-            curves[name] = (
-                cost.dropna().to_numpy(float),
-                rows[measure][cost.notna()].to_numpy(float),
-            )
+        if measure not in log:
+            continue
+        run = opened[name]
+        rows = _numbers(log, run.log_path, "step", measure).dropna(subset=[measure])
+        cost = _cost(name, run, rows["step"], against)
+        values = rows[measure][cost.notna()]
+        curves[name] = (cost.dropna().to_numpy(float), values.to_numpy(float))
     return curves
 
 
 def _cost(name: str, run: Run, steps: pd.Series, against: str) -> pd.Series:
-    if against != "seconds":
-        return steps * (1 if against == "steps" else _flops(run))
+    """Cost of training until each step; NaN where it is not written yet."""
+    if against == "steps":
+        return steps * 1
+    if against == "flops":
+        return steps * _flops(run)
     timing = _times(run)
-    seconds = steps.map(
-        dict(zip(timing["step"], timing["seconds"], strict=True)) if len(timing) else {}
-    )
-    # the newest may be on its way
-    if not len(timing) or seconds[steps <= timing["step"].iloc[-1]].isna().any():
+    complete = False
+    if len(timing):
+        seconds = steps.map(dict(zip(timing["step"], timing["seconds"], strict=True)))
+        # The time of the newest step may not be written yet.
+        complete = seconds[steps <= timing["step"].iloc[-1]].notna().all()
+    if not complete:
         raise ValueError(
-            f"run {name} did not keep its time from the start (see timing.jsonl in {run.path}); "
-            "compare it against steps or flops, or leave it out"
+            f"run {name} did not keep its time from the start (see timing.jsonl in "
+            f"{run.path}); compare it against steps or flops, or leave it out"
         )
     return seconds
 
 # %% ../../nbs/4_analysis/15_comparison.ipynb #0b65ae54
 def arms(runs: dict[str, Run]) -> list[dict[int, str]]:
-    "Runs that differ in nothing but name and seed, together: [{seed: shown name}], in the order of the runs."
-    found = {}
+    """Group runs that differ in nothing but name and seed.
+
+    Returns: [{seed: name}], in the order of the runs.
+    """
+    groups: dict[tuple[str, ...], dict[int, str]] = {}
     for name, run in runs.items():
         settings = flatten(asdict(run.config))
         key = tuple(
@@ -371,37 +426,45 @@ def arms(runs: dict[str, Run]) -> list[dict[int, str]]:
             for setting, value in settings.items()
             if setting not in ("name", "seed")
         )
-        found.setdefault(key, {}).setdefault(run.config.seed, name)
-    return list(found.values())
+        groups.setdefault(key, {}).setdefault(run.config.seed, name)
+    return list(groups.values())
 
 
 def over_seeds(
     runs: dict[str, Run], values: dict[str, float], **written
 ) -> list[Comparison]:
-    "The first arm with each other one over training seeds, where both have two or more; values: a number by run."
-    kept = [
-        {seed: name for seed, name in arm.items() if name in values}
-        for arm in arms(runs)
-    ]
-    several = [arm for arm in kept if len(arm) > 1]
-    named = [
-        (" and ".join(arm.values()), {seed: values[name] for seed, name in arm.items()})
-        for arm in several
-    ]
+    """Compare the first arm with each other one over training seeds.
+
+    Only arms with a value for two seeds or more count.
+
+    Args:
+        runs: By name; see `arms`.
+        values: A number for each run.
+        written: Scale and unit; see `compare_seeds`.
+    """
+    by_arm = []
+    for arm in arms(runs):
+        seeds = {seed: name for seed, name in arm.items() if name in values}
+        if len(seeds) > 1:
+            names = " and ".join(seeds.values())
+            by_arm.append((names, {seed: values[seeds[seed]] for seed in seeds}))
+    if not by_arm:
+        return []
+    (first_name, first), *others = by_arm
     return [
-        compare_seeds(named[0][1], own, (named[0][0], name), **written)
-        for name, own in named[1:]
+        compare_seeds(first, own, (first_name, name), **written) for name, own in others
     ]
 
 
 def config_table(runs: dict[str, Run]) -> pd.DataFrame:
-    "The settings in which runs differ, a row each, a column per run; all of them for a single run."
-    flat = {name: flatten(asdict(run.config)) for name, run in runs.items()}
-    keys = next(iter(flat.values())) if len(runs) == 1 else differing(flat)
-    return pd.DataFrame(
-        [
-            {"setting": key, **{name: values.get(key) for name, values in flat.items()}}
-            for key in keys
-        ],
-        columns=["setting", *flat],
-    )
+    """The settings in which runs differ, or all settings of a single run.
+
+    A row for each setting, a column for each run.
+    """
+    by_run = {name: flatten(asdict(run.config)) for name, run in runs.items()}
+    keys = next(iter(by_run.values())) if len(runs) == 1 else differing(by_run)
+    rows = [
+        {"setting": key, **{name: own.get(key) for name, own in by_run.items()}}
+        for key in keys
+    ]
+    return pd.DataFrame(rows, columns=["setting", *by_run])

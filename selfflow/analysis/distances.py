@@ -6,7 +6,9 @@
 __all__ = ['frechet', 'kernel_distance', 'sliced_wasserstein', 'neighbourhoods', 'Measured', 'NeighbourOptions', 'measure']
 
 # %% ../../nbs/4_analysis/11_distances.ipynb #dad191fa
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from scipy import linalg
@@ -17,28 +19,35 @@ from ..registries import metrics
 
 # %% ../../nbs/4_analysis/11_distances.ipynb #d2611a52
 def _pair(real, drawn, least: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    "Both sets as float64. Raises ValueError for other shapes, too few samples and values that are not finite."
+    """Both sets as float64.
+
+    Raises:
+        ValueError: For other shapes than (n, d) and (m, d), fewer samples than
+            `least`, and values that are not finite.
+    """
     sets = []
-    for what, values in (("real", real), ("drawn", drawn)):
-        values = (
-            values.detach().cpu().numpy()
-            if hasattr(values, "detach")
-            else np.asarray(values)
-        )
+    for what, given in (("real", real), ("drawn", drawn)):
+        if hasattr(given, "detach"):
+            values = given.detach().cpu().numpy()
+        else:
+            values = np.asarray(given)
         if values.ndim != 2 or len(values) < least or not values.shape[1]:
             raise ValueError(
-                f"{what} features have shape {values.shape}, expected (n, d) with n of {least} or more"
+                f"{what} features have shape {values.shape}, expected (n, d) with n of "
+                f"{least} or more"
             )
         bad = ~np.isfinite(values).all(1)
         if bad.any():
             raise ValueError(
-                f"{bad.sum()} of {len(bad)} {what} samples are not finite, first {np.flatnonzero(bad)[0]}; "
-                "find out why they were drawn so: a metric without them would hide it"
+                f"{bad.sum()} of {len(bad)} {what} samples are not finite, first "
+                f"{np.flatnonzero(bad)[0]}; find out why: a metric without them would "
+                "hide it"
             )
         sets.append(values.astype(np.float64))
     if sets[0].shape[1] != sets[1].shape[1]:
         raise ValueError(
-            f"real features have {sets[0].shape[1]} dimensions, drawn ones {sets[1].shape[1]}; use one extractor"
+            f"real features have {sets[0].shape[1]} dimensions, drawn ones "
+            f"{sets[1].shape[1]}; use one extractor"
         )
     return sets[0], sets[1]
 
@@ -48,128 +57,167 @@ def _blocks(features: np.ndarray, block: int = 2000) -> list[np.ndarray]:
 
 # %% ../../nbs/4_analysis/11_distances.ipynb #f0deb490
 def _root(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Mean (d,) and a root A (r, d) of the covariance, A^T A = cov, r the smaller of n and d."
+    """Mean (d,) and a root A (r, d) of the covariance, A^T A, with r = min(n, d)."""
     mean = features.mean(0)
     centred = (features - mean) / np.sqrt(len(features) - 1)
     if len(features) <= features.shape[1]:
         return mean, centred
+    covariance = centred.T @ centred
     values, vectors = linalg.eigh(
-        centred.T @ centred, overwrite_a=True, check_finite=False, driver="evd"
+        covariance, overwrite_a=True, check_finite=False, driver="evd"
     )
     return mean, np.sqrt(values.clip(0))[:, None] * vectors.T
 
 
 def frechet(real, drawn) -> float:
-    """The Frechet distance of Gaussians fitted to two sets, squared as is usual; on features of InceptionV3 it is the FID.
+    """The squared Frechet distance of Gaussians fitted to two sets.
 
-    real, drawn: (n, d), (m, d). Raises ValueError for shapes that do not fit and NaN. Source: Heusel et al. 2017, eq. 6.
+    |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)), with the trace of the last root from the
+    singular values of a product of roots. On features of InceptionV3 it is the FID.
+    Source: Heusel et al. 2017, equation 6.
+
+    Args:
+        real: Features, (n, d).
+        drawn: Features, (m, d).
+
+    Raises:
+        ValueError: For other shapes and values that are not finite.
     """
-    (mean, root), (other, other_root) = map(_root, _pair(real, drawn))
-    shared = linalg.svdvals(root @ other_root.T, check_finite=False).sum()
-    return max(
-        0.0,
-        float(
-            np.square(mean - other).sum()
-            + np.square(root).sum()
-            + np.square(other_root).sum()
-            - 2 * shared
-        ),
-    )
+    real, drawn = _pair(real, drawn)
+    mean, root = _root(real)
+    drawn_mean, drawn_root = _root(drawn)
+    shared = linalg.svdvals(root @ drawn_root.T, check_finite=False).sum()
+    means = np.square(mean - drawn_mean).sum()
+    traces = np.square(root).sum(), np.square(drawn_root).sum()
+    # Rounding can make the distance of equal sets slightly negative.
+    return max(0.0, float(means + traces[0] + traces[1] - 2 * shared))
 
 # %% ../../nbs/4_analysis/11_distances.ipynb #3d17b57e
 def _mean_kernel(first: np.ndarray, second: np.ndarray | None = None) -> float:
-    "Mean of the kernel over all pairs; within one set, over those of different samples."
+    """Mean of the cubic kernel over all pairs; in one set, of different samples."""
     other = first if second is None else second
     total = sum(
-        polynomial_kernel(part, other, degree=3, coef0=1).sum()
-        for part in _blocks(first)
+        polynomial_kernel(block, other, degree=3, coef0=1).sum()
+        for block in _blocks(first)
     )
     if second is not None:
         return total / (len(first) * len(second))
-    own = ((np.square(first).sum(1) / first.shape[1] + 1) ** 3).sum()
-    return (total - own) / (len(first) * (len(first) - 1))
+    diagonal = ((np.square(first).sum(1) / first.shape[1] + 1) ** 3).sum()
+    return (total - diagonal) / (len(first) * (len(first) - 1))
 
 
 def kernel_distance(real, drawn) -> float:
-    """The unbiased estimate of the squared maximum mean discrepancy with a cubic kernel; on features of InceptionV3 the KID.
+    """The unbiased squared maximum mean discrepancy with a cubic kernel.
 
-    real, drawn: (n, d), (m, d); all pairs are taken, which costs n m d. It may be negative. Raises ValueError as `frechet`.
-    Source: Binkowski et al. 2018, eq. 4, with its kernel.
+    It may be negative. All pairs are used, which costs n m d. On features of
+    InceptionV3 it is the KID. Source: Binkowski et al. 2018, equation 4.
+
+    Args:
+        real: Features, (n, d).
+        drawn: Features, (m, d).
+
+    Raises:
+        ValueError: For other shapes and values that are not finite.
     """
     real, drawn = _pair(real, drawn)
-    return float(
-        _mean_kernel(real) + _mean_kernel(drawn) - 2 * _mean_kernel(real, drawn)
-    )
+    within = _mean_kernel(real) + _mean_kernel(drawn)
+    return float(within - 2 * _mean_kernel(real, drawn))
 
 # %% ../../nbs/4_analysis/11_distances.ipynb #83869775
 def sliced_wasserstein(
     real, drawn, directions: int = 256, order: float = 2, seed: int = 0
 ) -> float:
-    """The sliced Wasserstein distance of an order, over random directions; in the unit of the features.
+    """The sliced Wasserstein distance, in the unit of the features.
 
-    real, drawn: (n, d), (m, d), of any two counts; seed: of the directions. Raises ValueError as `frechet`, and for an order
-    below 1 or no directions. Source: Bonneel et al. 2015, eq. 8.
+    Source: Bonneel et al. 2015, equation 8.
+
+    Args:
+        real: Features, (n, d).
+        drawn: Features, (m, d).
+        directions: Number of random directions.
+        order: Of the distance, 1 or more.
+        seed: Of the directions.
+
+    Raises:
+        ValueError: For other shapes, values that are not finite, an order below 1 and
+            no directions.
     """
     real, drawn = _pair(real, drawn, 1)
     if order < 1 or directions < 1:
         raise ValueError(
-            f"order {order} and directions {directions}: both are 1 or more"
+            f"order {order} and directions {directions}: both must be 1 or more"
         )
     theta = np.random.default_rng(seed).normal(size=(real.shape[1], directions))
     theta /= np.linalg.norm(theta, axis=0)
-    one, other = (np.sort(values @ theta, 0) for values in (real, drawn))
-    n, m = len(one), len(other)
-    # where either quantile function jumps, times n m
+    real_sorted = np.sort(real @ theta, 0)
+    drawn_sorted = np.sort(drawn @ theta, 0)
+    n, m = len(real), len(drawn)
+    # Both quantile functions are constant between these levels, counted in 1 / (n m).
     ends = np.union1d(np.arange(1, n + 1) * m, np.arange(1, m + 1) * n)
-    gaps = np.abs(one[(ends - 1) // m] - other[(ends - 1) // n]) ** order
+    differences = real_sorted[(ends - 1) // m] - drawn_sorted[(ends - 1) // n]
     shares = np.diff(ends, prepend=0) / (n * m)
-    return float((shares @ gaps).mean() ** (1 / order))
+    return float((shares @ np.abs(differences) ** order).mean() ** (1 / order))
 
 # %% ../../nbs/4_analysis/11_distances.ipynb #2d62b1d5
 def _radii(features: np.ndarray, neighbours: int) -> np.ndarray:
-    "The distance (n,) of each sample to its k-th neighbour in its set; the 0-th is the sample itself."
-    parts = [
-        np.partition(euclidean_distances(part, features), neighbours, 1)[:, neighbours]
-        for part in _blocks(features)
-    ]
-    return np.concatenate(parts)
+    """Distance of each sample to its k-th neighbour; the 0-th is the sample itself."""
+    radii = []
+    for block in _blocks(features):
+        distances = euclidean_distances(block, features)
+        radii.append(np.partition(distances, neighbours, 1)[:, neighbours])
+    return np.concatenate(radii)
 
 
 def neighbourhoods(real, drawn, neighbours: int = 5) -> dict[str, float]:
-    """Precision, recall, density and coverage of drawn samples, by balls that reach to the k-th neighbour.
+    """Precision, recall, density and coverage of drawn samples.
 
-    real, drawn: (n, d), (m, d); neighbours: k. Density may exceed 1. Raises ValueError as `frechet`, and for k that is not from
-    1 to n - 1. Sources: Kynkaanniemi et al. 2019, eq. 1; Naeem et al. 2020, eqs. 3 and 5.
+    They count samples of one set in balls around those of the other, which reach to
+    the k-th neighbour. Density may exceed 1. Sources: Kynkaanniemi et al. 2019,
+    equation 1; Naeem et al. 2020, equations 3 and 5.
+
+    Args:
+        real: Features, (n, d).
+        drawn: Features, (m, d).
+        neighbours: k.
+
+    Raises:
+        ValueError: For other shapes, values that are not finite, and k outside
+            [1, min(n, m) - 1].
     """
     real, drawn = _pair(real, drawn)
-    if not 1 <= neighbours < min(len(real), len(drawn)):
+    smaller = min(len(real), len(drawn))
+    if not 1 <= neighbours < smaller:
         raise ValueError(
-            f"neighbours is {neighbours}, but the smaller set has {min(len(real), len(drawn))} samples; "
+            f"neighbours is {neighbours}, but the smaller set has {smaller} samples; "
             "take 1 or more, and fewer than these"
         )
-    real_radii, drawn_radii = (
-        _radii(real, neighbours)[:, None],
-        _radii(drawn, neighbours),
-    )
-    balls, reached, covered = 0, [], []
-    for part, radii in zip(_blocks(real), _blocks(real_radii), strict=True):
-        distances = euclidean_distances(part, drawn)
+    real_radii = _radii(real, neighbours)[:, None]
+    drawn_radii = _radii(drawn, neighbours)
+    balls = np.zeros(len(drawn), int)  # real balls around each drawn sample
+    in_drawn_balls, contain_drawn = [], []  # of each real sample
+    for block, radii in zip(_blocks(real), _blocks(real_radii), strict=True):
+        distances = euclidean_distances(block, drawn)
         inside = distances <= radii
-        balls = balls + inside.sum(0)
-        covered.append(inside.any(1))
-        reached.append((distances <= drawn_radii).any(1))
-    reached, covered = np.concatenate(reached), np.concatenate(covered)
+        balls += inside.sum(0)
+        contain_drawn.append(inside.any(1))
+        in_drawn_balls.append((distances <= drawn_radii).any(1))
     return {
         "precision": float((balls > 0).mean()),
-        "recall": float(reached.mean()),
+        "recall": float(np.concatenate(in_drawn_balls).mean()),
         "density": float(balls.mean() / neighbours),
-        "coverage": float(covered.mean()),
+        "coverage": float(np.concatenate(contain_drawn).mean()),
     }
 
 # %% ../../nbs/4_analysis/11_distances.ipynb #2a8f28d3
 @dataclass(frozen=True)
 class Measured:
-    """A number of two sets. interval: 95 %, over samples, or None; counts: of real and drawn samples; doubts: in words."""
+    """A metric of two sets.
+
+    value: The number.
+    interval: 95 % over samples, or None.
+    counts: Numbers of real and of drawn samples.
+    doubts: Reasons to be careful, in words.
+    """
 
     value: float
     interval: tuple[float, float] | None
@@ -177,30 +225,41 @@ class Measured:
     doubts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        between = (
-            f" ({self.interval[0]:.3g} to {self.interval[1]:.3g})"
-            if self.interval
-            else ""
-        )
-        return f"{self.value:.3g}{between}"
+        if self.interval is None:
+            return f"{self.value:.3g}"
+        low, high = self.interval
+        return f"{self.value:.3g} ({low:.3g} to {high:.3g})"
 
 
 @dataclass(frozen=True)
 class NeighbourOptions:
-    "Options of precision, recall, density and coverage. neighbours: the k-th one sets the radius of a ball."
+    """Options of precision, recall, density and coverage.
+
+    neighbours: The k-th neighbour sets the radius of a ball.
+    """
 
     neighbours: int = 5
 
 
-# Limits of a metric's values cut its interval. A metric of your own may carry such an
-# attribute; without it nothing is cut.
-frechet.limits = sliced_wasserstein.limits = (0, np.inf)
-neighbourhoods.limits = {
-    "precision": (0, 1),
-    "recall": (0, 1),
-    "density": (0, np.inf),
-    "coverage": (0, 1),
-}
+def _set_limits(metric: Any, limits: tuple | dict[str, tuple]) -> None:
+    """Give a metric the range of its values, at which its interval is cut.
+
+    A metric of your own may carry such an attribute; without it nothing is cut.
+    """
+    metric.limits = limits
+
+
+_set_limits(frechet, (0, np.inf))
+_set_limits(sliced_wasserstein, (0, np.inf))
+_set_limits(
+    neighbourhoods,
+    {
+        "precision": (0, 1),
+        "recall": (0, 1),
+        "density": (0, np.inf),
+        "coverage": (0, 1),
+    },
+)
 
 metrics.register("Frechet distance", "selfflow.analysis.distances:frechet")
 metrics.register("kernel distance", "selfflow.analysis.distances:kernel_distance")
@@ -215,71 +274,94 @@ metrics.register(
 def measure(
     metric: str, real, drawn, resamples: int = 40, seed: int = 0, options=None
 ) -> dict[str, Measured]:
-    """A registered metric with 95 % intervals over samples, from halves of both sets: {its name: Measured}.
+    """A registered metric of two sets, with 95 % intervals from random halves.
 
-    A metric that returns several numbers by name, such as neighbourhoods, gives an entry for each of them.
-    real, drawn: (n, d), (m, d) features; resamples: how many halves, 0 for no interval; seed: of the halves; options: an
-    instance of the metric's options dataclass, its defaults if None. `doubts` name too few samples for the dimension.
-    Raises ValueError for unknown metrics, for bad features, and for a metric that fails or does not return numbers.
+    A metric that returns several numbers by name has an entry for each of them.
+
+    Args:
+        metric: Its name.
+        real: Features, (n, d).
+        drawn: Features, (m, d).
+        resamples: Number of halves; 0 = no interval.
+        seed: Of the halves.
+        options: An instance of the metric's options dataclass; None = its defaults.
+
+    Returns:
+        {name: Measured}, with a doubt where samples are too few for the dimension.
+
+    Raises:
+        ValueError: For an unknown metric, bad features, and a metric that fails or
+            does not return numbers.
     """
     entry = metrics[metric]
     if resamples < 0 or resamples == 1:
         raise ValueError(
-            f"metric {metric!r} with {resamples} resamples: take 0 for no interval, or at least 2"
+            f"metric {metric!r} with {resamples} resamples: take 0 for no interval, or "
+            "at least 2"
         )
     function = entry.load()
     keywords = asdict(options or entry.options())
     real, drawn = _pair(real, drawn)
-    rng, n, m = np.random.default_rng(seed), len(real), len(drawn)
-
-    def numbers(first, second):
-        try:
-            result = function(first, second, **keywords)
-        except ValueError:
-            raise
-        except Exception as error:  # whatever a user's metric does wrong
-            raise ValueError(
-                f"metric {metric!r} failed: {type(error).__name__}: {error}"
-            ) from error
-        by_name = result if isinstance(result, dict) else {metric: result}
-        if not all(
-            isinstance(value, float | int | np.number) for value in by_name.values()
-        ):
-            raise ValueError(
-                f"metric {metric!r} returned {result!r}; expected a number, or a dict of numbers by name"
-            )
-        return {name: float(value) for name, value in by_name.items()}
-
-    values = numbers(real, drawn)
-    halves = [
-        numbers(real[rng.permutation(n)[: n // 2]], drawn[rng.permutation(m)[: m // 2]])
-        for _ in range(resamples)
-    ]
+    n, m = len(real), len(drawn)
+    values = _numbers(metric, function, real, drawn, keywords)
+    rng = np.random.default_rng(seed)
+    halves = []
+    for _ in range(resamples):
+        half_real = real[rng.permutation(n)[: n // 2]]
+        half_drawn = drawn[rng.permutation(m)[: m // 2]]
+        halves.append(_numbers(metric, function, half_real, half_drawn, keywords))
     doubts = _doubts(metric, n, m, real.shape[1])
     limits = getattr(function, "limits", (-np.inf, np.inf))
     measured = {}
     for name, value in values.items():
         interval = None
         if halves:
+            deviation = np.std([half[name] for half in halves], ddof=1)
+            reach = t.ppf(0.975, resamples - 1) * deviation
             low, high = limits[name] if isinstance(limits, dict) else limits
-            reach = t.ppf(0.975, resamples - 1) * np.std(
-                [half[name] for half in halves], ddof=1
-            )
             interval = (float(max(low, value - reach)), float(min(high, value + reach)))
         measured[name] = Measured(value, interval, (n, m), doubts)
     return measured
+
+
+def _numbers(
+    metric: str, function: Callable, real: np.ndarray, drawn: np.ndarray, options: dict
+) -> dict[str, float]:
+    """The numbers of a metric by name. Raises ValueError if it fails."""
+    try:
+        result = function(real, drawn, **options)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a user's metric does wrong
+        raise ValueError(
+            f"metric {metric!r} failed: {type(error).__name__}: {error}"
+        ) from error
+    by_name = result if isinstance(result, dict) else {metric: result}
+    numbers = (int, float, np.number)
+    if not all(isinstance(value, numbers) for value in by_name.values()):
+        raise ValueError(
+            f"metric {metric!r} returned {result!r}; expected a number, or a dict of "
+            "numbers by name"
+        )
+    return {name: float(value) for name, value in by_name.items()}
+
+
+_FEW = 50  # samples
+_AMPLE = 10  # samples per dimension that keep the bias of the Frechet distance small
 
 
 def _doubts(metric: str, n: int, m: int, dimensions: int) -> tuple[str, ...]:
     few = min(n, m)
     if metric == "Frechet distance" and few <= dimensions:
         return (
-            f"{few} samples span less than {dimensions} dimensions: compare only with numbers of the same counts",
+            f"{few} samples span less than {dimensions} dimensions: compare only with "
+            "numbers of the same counts",
         )
-    if metric == "Frechet distance" and few < 10 * dimensions:
+    if metric == "Frechet distance" and few < _AMPLE * dimensions:
         return (
-            f"{few} samples in {dimensions} dimensions: mostly bias where sets are alike, see real against real",
+            f"{few} samples in {dimensions} dimensions: mostly bias where sets are "
+            "alike, see real against real",
         )
-    if few < 50:
+    if few < _FEW:
         return (f"{few} samples are few",)
     return ()

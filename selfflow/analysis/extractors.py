@@ -12,13 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torchaudio.functional import resample
 
 from .factors import HEADS
@@ -31,79 +32,93 @@ from ..data.sources import open_dataset
 # %% ../../nbs/4_analysis/12_extractors.ipynb #f4519755
 @dataclass(frozen=True)
 class Extractor:
-    """Features of signals. features: from {name: signals} to (n, d); recipe: what a reader of a number has to know of them."""
+    """Turns signals into features.
+
+    features: From {name: signals (n, ...)} to (n, d).
+    recipe: What a reader of a number needs to know about the features.
+    """
 
     features: Callable[[dict[str, Tensor]], np.ndarray]
     recipe: dict = field(default_factory=dict)
 
-    def __call__(self, signals: dict[str, Tensor] | Tensor) -> np.ndarray:
-        "Features (n, d) of signals by name, or of images (n, c, h, w) alone. Raises ValueError for signals it does not look at."
-        return self.features(
-            {"image": signals} if isinstance(signals, Tensor) else signals
-        )
+    def __call__(self, signals: dict[str, Tensor]) -> np.ndarray:
+        """Features (n, d) of signals by name.
+
+        Raises:
+            ValueError: Without the signal that it reads, or for values not finite.
+        """
+        return self.features(signals)
 
 
-def _signal(signals: dict[str, Tensor], name: str, what: str) -> Tensor:
+def _signal(signals: dict[str, Tensor], name: str, reader: str) -> Tensor:
+    """A signal in float32 on the CPU. Raises ValueError if missing or not finite."""
     if name not in signals:
         raise ValueError(
-            f"{what} looks at {name}, but there is only {', '.join(signals) or 'nothing'}"
+            f"{reader} looks at {name}, but there is only "
+            f"{', '.join(signals) or 'nothing'}"
         )
     values = signals[name].detach().float().cpu()
-    if not values.isfinite().all():
+    bad = ~values.isfinite().flatten(1).all(1)
+    if bad.any():
         raise ValueError(
-            f"{int((~values.isfinite().flatten(1).all(1)).sum())} of {len(values)} {name} samples are not finite"
+            f"{int(bad.sum())} of {len(values)} {name} samples are not finite"
         )
     return values
 
 # %% ../../nbs/4_analysis/12_extractors.ipynb #d292175b
 def _penultimate(judge: Judge, signals: dict[str, Tensor]) -> dict[str, Tensor]:
-    "Return what each view of a judge knows before its last layer, {view: (n, d)}. Raises ValueError as `Judge.read`, or for NaN."
-    return {
-        view: reader.features(
-            _signal(signals, reader.signal, f"the judge of {judge.name}")
-        )
-        for view, reader in judge.readers.items()
-    }
+    """Inputs of the last layer of each view of a judge, {view: (n, d)}.
+
+    Raises:
+        ValueError: As `Judge.read`, and for values that are not finite.
+    """
+    features = {}
+    for view, reader in judge.views.items():
+        values = _signal(signals, reader.signal, f"the judge of {judge.name}")
+        features[view] = reader.features(values)
+    return features
 
 
 def _judge_extractor(
     judge: Judge, real: dict[str, Tensor], axes: int = 64
 ) -> Extractor:
-    """The features of a judge on the main axes of real training signals.
+    """Features of a judge, on the principal axes of real training signals.
 
-    real: signals by name, a few hundred or more of each; axes: how many, fewer where there are fewer samples or features.
+    Args:
+        judge: Of the data set.
+        real: Signals by name, a few hundred samples or more.
+        axes: Number of axes; fewer if there are fewer samples or features.
     """
-    parts = _penultimate(judge, real)
+    by_view = _penultimate(judge, real)
+    # Every view has the same total variance.
     scales = {
         view: values.var(0).sum().sqrt().clamp(min=1e-12)
-        for view, values in parts.items()
+        for view, values in by_view.items()
     }
 
-    def joined(found):
-        return torch.cat(
-            [found[view] / scale for view, scale in scales.items()], 1
-        ).double()
+    def joined(features: dict[str, Tensor]) -> Tensor:
+        scaled = [features[view] / scale for view, scale in scales.items()]
+        return torch.cat(scaled, 1).double()
 
-    together = joined(parts)
-    mean = together.mean(0)
-    _, sizes, turn = torch.linalg.svd(together - mean, full_matrices=False)
+    train = joined(by_view)
+    mean = train.mean(0)
+    _, sizes, turn = torch.linalg.svd(train - mean, full_matrices=False)
     turn = turn[:axes].mT
     share = (sizes[:axes].square().sum() / sizes.square().sum()).item()
 
-    def features(signals):
+    def features(signals: dict[str, Tensor]) -> np.ndarray:
         return ((joined(_penultimate(judge, signals)) - mean) @ turn).numpy()
 
-    views = ", ".join(f"{view} {values.shape[1]}" for view, values in parts.items())
-    return Extractor(
-        features,
-        {
-            "features": f"judge of {judge.name}, before its last layer",
-            "judge": judge.fingerprint,
-            "views": views,
-            "dimensions": turn.shape[1],
-            "axes": f"main axes of {len(together)} training samples, {share:.1%} of their variance",
-        },
-    )
+    widths = [f"{view} {values.shape[1]}" for view, values in by_view.items()]
+    recipe = {
+        "features": f"judge of {judge.name}, before its last layer",
+        "judge": judge.fingerprint,
+        "views": ", ".join(widths),
+        "dimensions": turn.shape[1],
+        "axes": f"main axes of {len(train)} training samples, {share:.1%} of their "
+        "variance",
+    }
+    return Extractor(features, recipe)
 
 
 def built_in(
@@ -112,37 +127,49 @@ def built_in(
     axes: int = 64,
     folder: Path | str = "data/cache/judges",
 ) -> Extractor:
-    """Return the extractor that belongs to built-in data: of its judge, or pixels where that looks at pixels.
+    """The extractor of built-in data: features of its judge, or pixels.
 
-    data: which data; count: training samples for the axes; folder: as in `judge.judge_for`.
-    Raises ValueError for data that have none: give one of `open_extractor`.
+    Args:
+        data: The data set and its options.
+        count: Number of training samples for the axes.
+        axes: Number of axes.
+        folder: See `judge.judge_for`.
+
+    Raises:
+        ValueError: For data without a judge; see `open_extractor`.
     """
     name = data.name
     if name not in HEADS:
         raise ValueError(
-            f"there is no built-in judge of {name}; give an extractor with weights of yours, see open_extractor"
+            f"there is no built-in judge of {name}; give an extractor with weights of "
+            "your own, see open_extractor"
         )
-    judge, real = judge_for(name, data, folder), open_dataset(data, "train")
+    judge = judge_for(name, data, folder)
+    train = open_dataset(data, "train")
     if "pixels" in judge.readers:
+        recipe = {"features": "pixels", "dimensions": math.prod(train.shapes["image"])}
         return Extractor(
-            lambda signals: _penultimate(judge, signals)["pixels"].numpy(),
-            {"features": "pixels", "dimensions": math.prod(real.shapes["image"])},
+            lambda signals: _penultimate(judge, signals)["pixels"].numpy(), recipe
         )
-    return _judge_extractor(judge, real.take(subset(real, count)).signals, axes)
+    real = train.take(subset(train, count)).signals
+    return _judge_extractor(judge, real, axes)
 
 # %% ../../nbs/4_analysis/12_extractors.ipynb #7fd35c93
 def _tensors(path: Path) -> dict[str, Tensor]:
-    "The tensors of a file of safetensors, or of a .pth that holds nothing else."
+    """The tensors in a file of safetensors, or in a .pth with nothing else.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: For a file that cannot be read, or holds more than tensors.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"there are no weights {path}; nothing is downloaded here"
         )
     try:
-        return (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (
         SafetensorError,
         RuntimeError,
@@ -154,29 +181,40 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} cannot be read as tensors ({type(error).__name__})"
         ) from None
-    except Exception as error:  # what a pickle may raise is named by no one module
+    except Exception as error:  # the unpickler's errors are not in one public module
         raise ValueError(
-            f"{path} holds more than tensors, and is not opened ({type(error).__name__})"
+            f"{path} holds more than tensors, and is not opened "
+            f"({type(error).__name__})"
         ) from None
 
 
 def inception(
     weights: Path | str, batch: int = 32, device: str | torch.device = "cpu"
 ) -> Extractor:
-    """InceptionV3 as of the published FID, by torch-fidelity: images are bytes, resized to 299 x 299 as TensorFlow 1 did.
+    """InceptionV3 of the published FID, by torch-fidelity.
 
-    weights: a local file with its tensors, .safetensors or .pth. Raises ImportError without torch-fidelity, FileNotFoundError
-    without the file, ValueError for one that does not fit.
+    Images are converted to bytes and resized to 299 x 299 as in TensorFlow 1.
+
+    Args:
+        weights: A local file with its tensors, .safetensors or .pth.
+        batch: Images at once.
+        device: Where it runs.
+
+    Raises:
+        ImportError: Without torch-fidelity.
+        FileNotFoundError: Without the file.
+        ValueError: For a file that does not fit.
     """
     tensors = _tensors(Path(weights))
     if not find_spec("torch_fidelity"):
         raise ImportError(
-            "InceptionV3 is torch-fidelity's, which is not installed: pip install 'selfflow[metrics]'"
+            "InceptionV3 needs torch-fidelity, which is not installed: "
+            "pip install 'selfflow[metrics]'"
         )
     from torch_fidelity import feature_extractor_inceptionv3 as module
 
-    # Its constructor would fetch the weights, or unpickle a file: what was read above
-    # is handed to it instead.
+    # Its constructor would download the weights, or unpickle a file; it gets the
+    # tensors that were read above instead.
     with (
         patch.object(
             module, "load_state_dict_from_url", lambda *address, **options: tensors
@@ -189,59 +227,69 @@ def inception(
             ).to(device)
         except (RuntimeError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{weights} does not fit InceptionV3 of torch-fidelity: {str(error)[:200]}"
+                f"{weights} does not fit InceptionV3 of torch-fidelity: "
+                f"{str(error)[:200]}"
             ) from None
 
     @torch.inference_mode()
-    def features(signals):
+    def features(signals: dict[str, Tensor]) -> np.ndarray:
         images = _signal(signals, "image", "InceptionV3")
-        images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-        parts = [
-            network((part.clamp(-1, 1) * 127.5 + 127.5).round().byte().to(device))[0]
-            for part in images.split(batch)
-        ]
-        return torch.cat(parts).cpu().numpy()
+        if images.shape[1] == 1:  # grey
+            images = images.expand(-1, 3, -1, -1)
+        outputs = []
+        for part in images.split(batch):
+            bytes_ = (part.clamp(-1, 1) * 127.5 + 127.5).round().byte()
+            outputs.append(network(bytes_.to(device))[0])
+        return torch.cat(outputs).cpu().numpy()
 
-    return Extractor(
-        features,
-        {
-            "features": "InceptionV3, pool 2048, torch-fidelity",
-            "weights": Path(weights).name,
-            "resize": "299 x 299, bilinear as TensorFlow 1",
-            "dimensions": 2048,
-        },
-    )
+    recipe = {
+        "features": "InceptionV3, pool 2048, torch-fidelity",
+        "weights": Path(weights).name,
+        "resize": "299 x 299, bilinear as TensorFlow 1",
+        "dimensions": 2048,
+    }
+    return Extractor(features, recipe)
 
 # %% ../../nbs/4_analysis/12_extractors.ipynb #bda67207
 _SIGNAL_OF = {"dinov2": "image", "clap": "audio", "videomae": "video"}
 
 
-def _look(
-    kind: str, processor, network: nn.Module, values: Tensor, rate: int
-) -> Tensor:
-    "Features (b, d) of a batch of signals."
+def _encode(kind: str, processor, network: Any, values: Tensor, rate: int) -> Tensor:
+    """Features (b, d) of a batch of signals.
+
+    Args:
+        kind: Of _SIGNAL_OF.
+        processor, network: Of transformers.
+        values: Images (b, c, h, w), videos (b, c, f, h, w) or audio (b, samples).
+        rate: Sampling rate of audio in Hz.
+    """
     device = next(network.parameters()).device
     if kind == "clap":
         waves = resample(values, rate, processor.sampling_rate)
-        given = processor(
+        inputs = processor(
             list(waves.numpy()),
             sampling_rate=processor.sampling_rate,
             return_tensors="pt",
         )
-        return network.get_audio_features(**given.to(device)).pooler_output
+        return network.get_audio_features(**inputs.to(device)).pooler_output
     pixels = ((values.clamp(-1, 1) + 1) * 127.5).round().byte()
-    pixels = pixels.expand(-1, 3, *pixels.shape[2:]) if pixels.shape[1] == 1 else pixels
+    if pixels.shape[1] == 1:  # grey
+        pixels = pixels.expand(-1, 3, *pixels.shape[2:])
     if kind == "dinov2":
-        given = processor(
+        inputs = processor(
             list(pixels), input_data_format="channels_first", return_tensors="pt"
         )
-        return network(**given.to(device)).pooler_output
-    chosen = (
-        torch.linspace(0, pixels.shape[2] - 1, network.config.num_frames).round().long()
+        return network(**inputs.to(device)).pooler_output
+    # VideoMAE reads a fixed number of frames, here evenly spaced.
+    last = pixels.shape[2] - 1
+    frames = torch.linspace(0, last, network.config.num_frames).round().long()
+    videos = pixels[:, :, frames].transpose(1, 2).numpy()  # (b, f, c, h, w)
+    inputs = processor(
+        [list(video) for video in videos],
+        input_data_format="channels_first",
+        return_tensors="pt",
     )
-    films = [list(film) for film in pixels[:, :, chosen].transpose(1, 2).numpy()]
-    given = processor(films, input_data_format="channels_first", return_tensors="pt")
-    return network(**given.to(device)).last_hidden_state.mean(1)
+    return network(**inputs.to(device)).last_hidden_state.mean(1)
 
 
 def open_extractor(
@@ -250,56 +298,61 @@ def open_extractor(
     batch: int = 32,
     device: str | torch.device = "cpu",
 ) -> Extractor:
-    """DINOv2, CLAP or VideoMAE from a local folder with config.json, model.safetensors and preprocessor_config.json.
+    """Open DINOv2, CLAP, VideoMAE or InceptionV3 from local files.
 
-    A file is taken for the weights of InceptionV3. rate: of the sounds, samples a second. Raises FileNotFoundError for a folder
-    that is none of these, ValueError for another kind of model and one that cannot be loaded, ImportError without transformers.
+    Args:
+        path: A folder with config.json, model.safetensors and
+            preprocessor_config.json, or a file with the weights of InceptionV3.
+        rate: Sampling rate of the audio to measure, in Hz.
+        batch: Samples at once.
+        device: Where it runs.
+
+    Raises:
+        FileNotFoundError: For a folder without a model.
+        ImportError: Without transformers.
+        ValueError: For another kind of model, and one that cannot be loaded.
     """
     path = Path(path)
     if path.is_file():
         return inception(path, batch, device)
-    if (
-        not (path / "config.json").is_file()
-        or not (path / "model.safetensors").is_file()
-    ):
+    files = [path / "config.json", path / "model.safetensors"]
+    if not all(file.is_file() for file in files):
         raise FileNotFoundError(
-            f"{path} holds no model: expected config.json, model.safetensors and preprocessor_config.json"
+            f"{path} holds no model: expected config.json, model.safetensors and "
+            "preprocessor_config.json"
         )
     if not find_spec("transformers"):
         raise ImportError(
-            "DINOv2, CLAP and VideoMAE are read by transformers: pip install 'selfflow[metrics]'"
+            "DINOv2, CLAP and VideoMAE need transformers, which is not installed: "
+            "pip install 'selfflow[metrics]'"
         )
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel
 
     try:
-        kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get(
-            "model_type"
-        )
-        signal = _SIGNAL_OF[choose(kind, _SIGNAL_OF, "model_type")]
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        kind = choose(config.get("model_type"), _SIGNAL_OF, "model_type")
+        signal = _SIGNAL_OF[kind]
         reader = AutoFeatureExtractor if signal == "audio" else AutoImageProcessor
         processor = reader.from_pretrained(path, local_files_only=True)
-        network = (
-            AutoModel.from_pretrained(path, local_files_only=True, use_safetensors=True)
-            .to(device)
-            .eval()
+        network = AutoModel.from_pretrained(
+            path, local_files_only=True, use_safetensors=True
         )
+        network = network.to(device).eval()
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be loaded: {str(error)[:200]}") from None
 
     @torch.inference_mode()
-    def features(signals):
+    def features(signals: dict[str, Tensor]) -> np.ndarray:
         values = _signal(signals, signal, kind)
-        return torch.cat(
-            [
-                _look(kind, processor, network, part, rate).float().cpu()
-                for part in values.split(batch)
-            ]
-        ).numpy()
+        outputs = [
+            _encode(kind, processor, network, part, rate).float().cpu()
+            for part in values.split(batch)
+        ]
+        return torch.cat(outputs).numpy()
 
-    size = getattr(processor, "crop_size", None) or getattr(processor, "size", None)
-    resize = (
-        f"{processor.sampling_rate} samples a second"
-        if signal == "audio"
-        else f"{dict(size)}, by its processor"
-    )
+    if signal == "audio":
+        resize = f"{processor.sampling_rate} samples a second"
+    else:
+        size = getattr(processor, "crop_size", None) or processor.size
+        resize = f"{dict(size)}, by its processor"
     return Extractor(features, {"features": f"{kind}, {path.name}", "resize": resize})

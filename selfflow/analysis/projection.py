@@ -6,52 +6,72 @@
 __all__ = ['nearest', 'Sharing', 'sharing', 'aligned', 'token_colours', 'Projection', 'project']
 
 # %% ../../nbs/4_analysis/08_projection.ipynb #9ed7d2fa
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness
 
 from ..checks import choose
 
 # %% ../../nbs/4_analysis/08_projection.ipynb #84f66b2f
+_ROWS = 512  # not all pairs are in memory at once
+
+
 def _standardised(features) -> np.ndarray:
-    "Features (n, d) with mean 0 and deviation 1 in each coordinate, 0 where it does not vary."
+    """Features (n, d) with mean 0 and deviation 1; 0 where one does not vary."""
     features = np.asarray(features, np.float64)
-    spread = features.std(0)
-    return (features - features.mean(0)) / np.where(
-        spread > 1e-9 * np.abs(features).max(initial=1e-30), spread, np.inf
-    )
+    deviation = features.std(0)
+    varies = deviation > 1e-9 * np.abs(features).max(initial=1e-30)
+    return (features - features.mean(0)) / np.where(varies, deviation, np.inf)
 
 
 def nearest(features, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each sample the nearest others and how far they are, (n, count) each: 1 - cosine of standardised features.
+    """The nearest other samples of each sample, by cosine of standardised features.
 
-    features: (n, d), finite; ties go to the lower index. Raises ValueError for counts that are not from 1 to n - 1.
+    Args:
+        features: (n, d), finite.
+        count: Of neighbours, from 1 to n - 1. Ties go to the lower index.
+
+    Returns:
+        Indices and distances 1 - cosine, (n, count) each.
+
+    Raises:
+        ValueError: For another count.
     """
     if not 1 <= count < len(features):
         raise ValueError(
-            f"{count} neighbours are asked for; of {len(features)} samples each has 1 to {len(features) - 1}"
+            f"count is {count}, but each of {len(features)} samples has from 1 to "
+            f"{len(features) - 1} neighbours"
         )
     z = _standardised(features)
     z /= np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
-    found, far = np.empty((2, len(z), count))
-    for start in range(0, len(z), 512):  # not all pairs at once
-        away = 1 - z[start : start + 512] @ z.T
+    indices = np.empty((len(z), count), int)
+    distances = np.empty((len(z), count))
+    for start in range(0, len(z), _ROWS):
+        rows = slice(start, start + _ROWS)
+        away = 1 - z[rows] @ z.T
         own = np.arange(len(away))
-        away[own, start + own] = np.inf
-        found[start : start + 512] = order = np.argsort(away, axis=1, kind="stable")[
-            :, :count
-        ]
-        far[start : start + 512] = np.take_along_axis(away, order, 1)
-    return found.astype(int), far
+        away[own, start + own] = np.inf  # a sample is not its own neighbour
+        order = np.argsort(away, axis=1, kind="stable")[:, :count]
+        indices[rows] = order
+        distances[rows] = np.take_along_axis(away, order, 1)
+    return indices, distances
 
 # %% ../../nbs/4_analysis/08_projection.ipynb #1dc541c0
 class Sharing(NamedTuple):
-    """How a factor is shared by neighbours: shares of equal kinds, or mean differences of numbers.
+    """How neighbours share a factor.
 
-    near: of one sample; near_chance: of it to all others; all, chance: the same over all samples; kinds: which of both it is.
+    For categories these are shares of equal values, for numbers mean differences.
+
+    near: Of one sample and its neighbours.
+    near_chance: Of that sample and all others.
+    all: Mean of `near` over all samples.
+    chance: Mean over all pairs of samples.
+    kinds: True for categories.
     """
 
     near: float
@@ -61,48 +81,58 @@ class Sharing(NamedTuple):
     kinds: bool
 
 
-def _apart(values, others, period: float | None) -> np.ndarray:
-    "1 where kinds are equal, else 0; of numbers the difference, round the circle where they have a period."
+def _compared(values: np.ndarray, others, period: float | None) -> np.ndarray:
+    """1 or 0 for equal or unequal categories; absolute differences of numbers."""
     if values.dtype.kind != "f":
         return (values == others).astype(float)
     away = np.abs(values - others)
-    return away if period is None else np.minimum(away % period, period - away % period)
+    if period is None:
+        return away
+    return np.minimum(away % period, period - away % period)
 
 
-def sharing(values, neighbours, sample: int, period: float | None = None) -> Sharing:
-    """How a factor is shared, for one sample and on average over all.
+def sharing(
+    values, neighbours: np.ndarray, sample: int, period: float | None = None
+) -> Sharing:
+    """How neighbours share a factor, for one sample and on average over all.
 
-    values: (n,), numbers where they are floats, else kinds; neighbours: (n, k) indices; period: of numbers on a circle.
-    Raises ValueError for other shapes and values that are not finite.
+    Args:
+        values: Of the factor, (n,): numbers if they are floats, else categories.
+        neighbours: Indices (n, k) from `nearest`.
+        sample: Its index.
+        period: Of numbers on a circle.
+
+    Raises:
+        ValueError: For another shape and values that are not finite.
     """
     values = np.asarray(values)
-    if (
-        values.shape != neighbours.shape[:1]
-        or values.dtype.kind == "f"
-        and not np.isfinite(values).all()
-    ):
+    finite = values.dtype.kind != "f" or np.isfinite(values).all()
+    if values.shape != neighbours.shape[:1] or not finite:
         raise ValueError(
-            f"values have shape {values.shape}, expected ({len(neighbours)},), all of them finite"
+            f"values have shape {values.shape}, expected ({len(neighbours)},), all of "
+            "them finite"
         )
-    near = _apart(values[neighbours], values[:, None], period).mean(1)
+    near = _compared(values[neighbours], values[:, None], period).mean(1)  # (n,)
     others = np.delete(values, sample)
-    chance = np.mean(
-        [
-            _apart(values, np.roll(values, shift), period).mean()
-            for shift in range(1, len(values))
-        ]
-    )
+    # Rolled by every distance, each sample meets each other one.
+    rolled = [
+        _compared(values, np.roll(values, shift), period).mean()
+        for shift in range(1, len(values))
+    ]
     return Sharing(
-        float(near[sample]),
-        float(_apart(others, values[sample], period).mean()),
-        float(near.mean()),
-        float(chance),
-        values.dtype.kind != "f",
+        near=float(near[sample]),
+        near_chance=float(_compared(others, values[sample], period).mean()),
+        all=float(near.mean()),
+        chance=float(np.mean(rolled)),
+        kinds=values.dtype.kind != "f",
     )
 
 # %% ../../nbs/4_analysis/08_projection.ipynb #ddc2f6b4
-def _turned(points, onto=None) -> np.ndarray:
-    "Points (n, 2) with mean 0 and root mean square radius 1, and rotated or mirrored to be nearest to `onto` (n, 2)."
+def _turned(points, onto: np.ndarray | None = None) -> np.ndarray:
+    """Points (n, 2) with mean 0 and root mean square radius 1.
+
+    They are rotated or mirrored to be nearest to `onto` (n, 2): orthogonal Procrustes.
+    """
     points = np.asarray(points, np.float64) - np.mean(points, 0)
     points = points / max(np.sqrt((points**2).sum(1).mean()), 1e-12)
     if onto is None:
@@ -111,64 +141,90 @@ def _turned(points, onto=None) -> np.ndarray:
     return points @ left @ right
 
 
-def aligned(planes: dict, layers, levels) -> dict:
-    "Planes {(layer, level): (n, 2)}, each turned onto the mean of those of the layer before and the level before."
-    found = {}
+def aligned(
+    planes: dict, layers: Sequence[int], levels: Sequence[float]
+) -> dict[tuple[int, float], np.ndarray]:
+    """Turn planes so that neighbouring layers and levels look alike.
+
+    Args:
+        planes: {(layer, level): points (n, 2)}.
+        layers, levels: In order.
+
+    Returns:
+        Planes, each turned onto the sum of its predecessors: the layer before and the
+        level before.
+    """
+    turned: dict[tuple[int, float], np.ndarray] = {}
     for row, layer in enumerate(layers):
         for column, level in enumerate(levels):
-            before = [(layers[row - 1], level)] * bool(row) + [
-                (layer, levels[column - 1])
-            ] * bool(column)
-            onto = sum(found[place] for place in before) if before else None
-            found[layer, level] = _turned(planes[layer, level], onto)
-    return found
+            before = []
+            if row:
+                before.append(turned[layers[row - 1], level])
+            if column:
+                before.append(turned[layer, levels[column - 1]])
+            onto = np.sum(before, axis=0) if before else None
+            turned[layer, level] = _turned(planes[layer, level], onto)
+    return turned
 
 # %% ../../nbs/4_analysis/08_projection.ipynb #bf18d095
 def _array(features, axes: int, what: str) -> np.ndarray:
-    values = (
-        features.detach().cpu().numpy()
-        if hasattr(features, "detach")
-        else np.asarray(features)
-    )
+    """Features as float64. Raises ValueError for other axes and values not finite."""
+    if hasattr(features, "detach"):
+        values = features.detach().cpu().numpy()
+    else:
+        values = np.asarray(features)
     if values.ndim != axes or 0 in values.shape:
+        expected = "(n, d)" if axes == 2 else "(b, n, d)"
         raise ValueError(
-            f"{what} have shape {values.shape}, expected {'(n, d)' if axes == 2 else '(b, n, d)'}, none of them 0"
+            f"{what} have shape {values.shape}, expected {expected}, none of them 0"
         )
     if not np.isfinite(values).all():
         bad = (~np.isfinite(values)).reshape(len(values), -1).any(1).sum()
         raise ValueError(
-            f"{bad} of {len(values)} {what} are not finite; find out why, and leave them out"
+            f"{bad} of {len(values)} {what} are not finite; find out why, or leave "
+            "them out"
         )
     return values.astype(np.float64)
 
 
 def token_colours(tokens, grid: tuple[int, int]) -> tuple[np.ndarray, float]:
-    """Pictures (b, 3, rows, columns) in [-1, 1] of tokens' three main axes, and the share of variance that these hold.
+    """Colour tokens by their first three principal components.
 
-    tokens: features (b, n, d) with d of 3 or more; grid: rows and columns, n = rows x columns. Each axis runs from its 2nd to its
-    98th percentile. Raises ValueError for other shapes and NaN.
+    Each component runs from its 2nd to its 98th percentile.
+
+    Args:
+        tokens: Features, (b, n, d) with d of 3 or more.
+        grid: Rows and columns of the n tokens.
+
+    Returns:
+        Images (b, 3, rows, columns) in [-1, 1], and the share of variance that the
+        three components hold.
+
+    Raises:
+        ValueError: For other shapes and values that are not finite.
     """
     values = _array(tokens, 3, "tokens")
     if values.shape[1] != grid[0] * grid[1] or values.shape[2] < 3:
         raise ValueError(
-            f"tokens have shape {values.shape}, expected (b, {grid[0]} x {grid[1]}, 3 or more)"
+            f"tokens have shape {values.shape}, expected (b, {grid[0]} x {grid[1]}, 3 "
+            "or more)"
         )
     pca = PCA(3, random_state=0)
-    scores = pca.fit_transform(values.reshape(-1, values.shape[2]))
+    scores = pca.fit_transform(values.reshape(-1, values.shape[2]))  # (b n, 3)
     low, high = np.percentile(scores, (2, 98), axis=0)
-    pictures = (
-        (2 * (scores - low) / np.maximum(high - low, 1e-12) - 1)
-        .clip(-1, 1)
-        .reshape(len(values), *grid, 3)
-    )
-    return pictures.transpose(0, 3, 1, 2).astype(np.float32), float(
-        pca.explained_variance_ratio_.sum()
-    )
+    colours = 2 * (scores - low) / np.maximum(high - low, 1e-12) - 1
+    images = colours.clip(-1, 1).reshape(len(values), *grid, 3)
+    share = float(pca.explained_variance_ratio_.sum())
+    return images.transpose(0, 3, 1, 2).astype(np.float32), share
 
 # %% ../../nbs/4_analysis/08_projection.ipynb #093db584
 @dataclass(frozen=True, repr=False)
 class Projection:
-    "Points (n, 2) in a plane; trustworthiness in [0, 1]; recipe: how they were come by."
+    """Points (n, 2) in a plane.
+
+    trustworthiness: Share of near points that are near in the features, in [0, 1].
+    recipe: The method and its settings.
+    """
 
     points: np.ndarray
     trustworthiness: float
@@ -176,8 +232,9 @@ class Projection:
 
     def __repr__(self) -> str:
         return (
-            f"{self.recipe['method']} of {len(self.points)} points, trustworthiness {self.trustworthiness:.3f} at "
-            f"{self.recipe['neighbours']} neighbours, seed {self.recipe['seed']}; distances, areas and gaps mean nothing"
+            f"{self.recipe['method']} of {len(self.points)} points, trustworthiness "
+            f"{self.trustworthiness:.3f} at {self.recipe['neighbours']} neighbours, "
+            f"seed {self.recipe['seed']}; distances, areas and gaps mean nothing"
         )
 
 
@@ -189,36 +246,47 @@ def project(
     axes: int = 50,
     seed: int = 0,
 ) -> Projection:
-    """Features in the plane, by UMAP on their main axes or by the first two main axes alone (PCA).
+    """Project features to a plane.
 
-    features: (n, d), pooled or of tokens; neighbours, min_dist: of UMAP; axes: that come first; seed: the same gives the same.
-    Raises ValueError for NaN, another method, and n that is not more than twice the neighbours.
+    Args:
+        features: (n, d), pooled or of tokens.
+        method: "UMAP" on the principal components, or "PCA": the first two of them.
+        neighbours, min_dist: Of UMAP; neighbours also of the trustworthiness.
+        axes: Number of principal components that UMAP starts from.
+        seed: The same seed gives the same points.
+
+    Raises:
+        ValueError: For values that are not finite, another method, and n of at most
+            twice the neighbours.
     """
     values = _array(features, 2, "features")
     choose(method, ("UMAP", "PCA"), "method")
     if not 2 <= neighbours < len(values) / 2:
         raise ValueError(
-            f"neighbours is {neighbours} for {len(values)} points; take 2 or more, fewer than half of the points"
+            f"neighbours is {neighbours} for {len(values)} points; take 2 or more, "
+            "fewer than half of the points"
         )
-    pca = PCA(min(axes if method == "UMAP" else 2, *values.shape), random_state=seed)
+    components = min(axes if method == "UMAP" else 2, *values.shape)
+    pca = PCA(components, random_state=seed)
     points = pca.fit_transform(values)
     if method == "UMAP":
         from umap import UMAP  # its compilation takes seconds
 
-        points = UMAP(
+        umap = UMAP(
             n_neighbors=neighbours, min_dist=min_dist, random_state=seed, n_jobs=1
-        ).fit_transform(points)
-    kept = float(trustworthiness(values, points, n_neighbors=neighbours))
-    return Projection(
-        np.asarray(points, np.float32),
-        kept,
-        {
-            "method": method,
-            "neighbours": neighbours,
-            "min_dist": min_dist,
-            "axes": pca.n_components_,
-            "variance": float(pca.explained_variance_ratio_.sum()),
-            "seed": seed,
-            "count": len(values),
-        },
-    )
+        )
+        # Its compiled loops change the number of threads of the whole process.
+        threads = torch.get_num_threads()
+        points = umap.fit_transform(points)
+        torch.set_num_threads(threads)
+    recipe = {
+        "method": method,
+        "neighbours": neighbours,
+        "min_dist": min_dist,
+        "axes": pca.n_components_,
+        "variance": float(pca.explained_variance_ratio_.sum()),
+        "seed": seed,
+        "count": len(values),
+    }
+    trust = float(trustworthiness(values, points, n_neighbors=neighbours))
+    return Projection(np.asarray(points, np.float32), trust, recipe)

@@ -6,9 +6,11 @@
 __all__ = ['all_metrics', 'SampleMetrics', 'metric_data', 'run_metrics']
 
 # %% ../../nbs/4_analysis/13_sample_metrics.ipynb #77033a30
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,22 +34,29 @@ def all_metrics(
     drawn: np.ndarray,
     resamples: int = 40,
     seed: int = 0,
-    options: dict[str, object] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Measured]:
-    """Every registered metric of two sets of features (n, d), (m, d), by name.
+    """Every registered metric of two sets of features, by name.
 
-    resamples, seed: of the intervals; options: {metric: its options}, the defaults for others. Raises ValueError as `measure`,
-    and for two metrics that call a number alike.
+    Args:
+        real: (n, d).
+        drawn: (m, d).
+        resamples, seed: Of the intervals; see `measure`.
+        options: {metric: its options}; defaults for the others.
+
+    Raises:
+        ValueError: As `measure`, and for two metrics that return the same name.
     """
     options = options or {}
     for metric in options:
         metrics[metric]  # raises for an unknown name
-    results = {}
+    results: dict[str, Measured] = {}
     for metric in metrics:
         measured = measure(metric, real, drawn, resamples, seed, options.get(metric))
         if shared := sorted(results.keys() & measured.keys()):
             raise ValueError(
-                f"metric {metric!r} and another one both return {', '.join(shared)}; give one another name"
+                f"metric {metric!r} and another one both return {', '.join(shared)}; "
+                "give one another name"
             )
         results |= measured
     return results
@@ -55,10 +64,13 @@ def all_metrics(
 
 @dataclass(frozen=True, repr=False)
 class SampleMetrics:
-    """What was measured of samples.
+    """Metrics of a run's samples.
 
-    drawn: each metric of samples against test data; floor: of other real data against the same; judged: the share of samples
-    that a judge finds as asked for, by factor; own: that of real samples; recipe: how all of these were come by.
+    drawn: Metrics of samples against test data.
+    floor: Metrics of other real data against the same test data.
+    judged: Shares of samples that are what was requested, by factor.
+    own: The same shares of real samples.
+    recipe: How all of these were computed.
     """
 
     drawn: dict[str, Measured]
@@ -68,56 +80,45 @@ class SampleMetrics:
     recipe: dict = field(default_factory=dict)
 
     def table(self) -> pd.DataFrame:
-        "A row for each metric and judged factor: samples, and real ones in their place."
+        """A row for each metric and judged factor, with real samples for comparison."""
         rows = [
-            (name, str(found), str(self.floor[name]))
-            for name, found in self.drawn.items()
+            (name, str(measured), str(self.floor[name]))
+            for name, measured in self.drawn.items()
         ]
-        rows += [
-            (
-                f"judged right: {name}",
-                f"{share.value:.3g} ({share.interval[0]:.3g} to {share.interval[1]:.3g})",
-                f"{self.own[name]:.3g}",
-            )
-            for name, share in self.judged.items()
-        ]
-        return pd.DataFrame(
-            rows, columns=["metric", "samples (95 %)", "real ones instead (95 %)"]
-        )
+        for name, share in self.judged.items():
+            low, high = share.interval
+            judged = f"{share.value:.3g} ({low:.3g} to {high:.3g})"
+            rows.append((f"judged right: {name}", judged, f"{self.own[name]:.3g}"))
+        columns = ["metric", "samples (95 %)", "real ones instead (95 %)"]
+        return pd.DataFrame(rows, columns=columns)
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        "What is doubtful about the numbers, in words."
-        return tuple(
-            dict.fromkeys(
-                f"{name}: {doubt}"
-                for name, found in self.drawn.items()
-                for doubt in found.doubts
-            )
-        )
+        """Reasons to doubt the numbers, in words."""
+        doubts = [
+            f"{name}: {doubt}"
+            for name, measured in self.drawn.items()
+            for doubt in measured.doubts
+        ]
+        return tuple(dict.fromkeys(doubts))
+
+    def _notes(self) -> list[str]:
+        recipe = ", ".join(f"{key} {value}" for key, value in self.recipe.items())
+        return [*self.doubts, recipe]
 
     def __str__(self) -> str:
-        return "\n".join(
-            [
-                self.table().to_string(index=False),
-                *self.doubts,
-                ", ".join(f"{key} {value}" for key, value in self.recipe.items()),
-            ]
-        )
+        return "\n".join([self.table().to_string(index=False), *self._notes()])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        lines = [
-            *self.doubts,
-            ", ".join(f"{key} {value}" for key, value in self.recipe.items()),
-        ]
-        return self.table().to_html(index=False) + pd.DataFrame(lines).to_html(
+        notes = pd.DataFrame(self._notes())
+        return self.table().to_html(index=False) + notes.to_html(
             index=False, header=False, border=0
         )
 
     def to_dict(self) -> dict:
-        "What is written to metrics.json."
+        """The content of metrics.json."""
         return asdict(self)
 
 # %% ../../nbs/4_analysis/13_sample_metrics.ipynb #f08404ca
@@ -128,13 +129,15 @@ def _judged(
     examples: Examples,
     folder: Path | str,
 ) -> tuple[dict[str, Share], dict[str, float]]:
-    "The shares of samples that are what was asked for, and of real ones; empty where nothing was, or nothing judges it."
+    """Shares of samples that are what was requested, and those of real samples.
+
+    Both are empty without a request, or without a judge.
+    """
     config = run.config.datasets[name]
     if config.condition == "none" or name not in HEADS:
         return {}, {}
-    verdict = followed(
-        judge_for(name, config, folder), drawn, wishes(config, name, examples)
-    )
+    judge = judge_for(name, config, folder)
+    verdict = followed(judge, drawn, wishes(config, name, examples))
     return verdict.shares, verdict.own
 
 
@@ -145,42 +148,60 @@ def metric_data(
     extractor: Extractor | None = None,
     neighbours: int = 5,
 ) -> tuple[str, dict[str, DataSet]]:
-    """The name of the data set that samples are measured against, and its test and validation splits.
+    """Check that a run's samples can be measured, and open the data for it.
 
-    Raises ValueError for fewer samples than neighbours need, for latents, and for data without built-in features.
+    Args:
+        run: Whose samples are measured.
+        count: Number of samples.
+        data: Name of the data set, if the run has several; "" = the first.
+        extractor: Of features; None = built in.
+        neighbours: See `neighbourhoods`.
+
+    Returns:
+        The name of the data set, and its test and validation splits.
+
+    Raises:
+        ValueError: For fewer samples than neighbours need, and without an extractor
+            for latents and for data without built-in features.
     """
     config = run.config
     name = config.data_name(data)
-    if extractor is None and name == "latents":
-        raise ValueError(
-            "metrics look at pixels, frames or sounds, and a run of latents draws latents; decode samples with "
-            "Latents.decode and measure them with all_metrics"
-        )
-    if extractor is None and name not in HEADS:
-        raise ValueError(
-            f"metrics of {name} need an extractor of features, as none is built in for them: "
-            f"selfflow metrics {run.path} --extractor FOLDER, with DINOv2, CLAP, VideoMAE or InceptionV3"
-        )
     parts = {
         split: Sources(config.data, split).data[name]
         for split in ("test", "validation")
     }
+    if extractor is None and name not in HEADS:
+        # Data that are decoded to signals are latents.
+        if hasattr(parts["test"], "decode"):
+            raise ValueError(
+                f"metrics read images, video or audio, but a run of {name} draws "
+                "latents; decode samples with Latents.decode and measure them with "
+                "all_metrics"
+            )
+        raise ValueError(
+            f"metrics of {name} need an extractor of features, because none is built "
+            f"in: selfflow metrics {run.path} --extractor FOLDER, with DINOv2, CLAP, "
+            "VideoMAE or InceptionV3"
+        )
     count = min(count, *map(len, parts.values()))
-    if count < 2 * neighbours + 2:
+    least = 2 * neighbours + 2  # each half needs more samples than neighbours
+    if count < least:
         raise ValueError(
             f"{count} samples are too few for halves with {neighbours} neighbours; "
-            f"take {2 * neighbours + 2} or more"
+            f"take {least} or more"
         )
     return name, parts
 
 
-def _settings(options: dict[str, object]) -> dict[str, object]:
-    "The options that every registered metric was used with, by name; after its metric's name where two metrics share one."
-    settings = {}
+def _settings(options: Mapping[str, Any]) -> dict[str, object]:
+    """Options of every registered metric, by name.
+
+    They are named after their metric too where two metrics share a name.
+    """
+    settings: dict[str, object] = {}
     for metric in metrics:
-        for name, value in asdict(
-            options.get(metric) or metrics[metric].options()
-        ).items():
+        used = options.get(metric) or metrics[metric].options()
+        for name, value in asdict(used).items():
             settings[f"{metric}: {name}" if name in settings else name] = value
     return settings
 
@@ -195,52 +216,51 @@ def run_metrics(
     data: str = "",
     extractor: Extractor | None = None,
     resamples: int = 40,
-    options: dict[str, object] | None = None,
+    options: Mapping[str, Any] | None = None,
     folder: Path | str = "data/cache/judges",
     shift: float | None = None,
 ) -> SampleMetrics:
-    """The metrics of `count` samples of a run against as many test examples, also written to metrics.json in its folder.
+    """Draw samples of a run and measure them against test data.
 
-    steps (Euler), cfg_scale, seed, shift: as in Run.sample; data: which set, where there are several (then metrics-NAME.json);
-    extractor: of the features, by default that of built-in data; resamples, options: as in `all_metrics`; folder: of judges.
-    Raises ValueError for fewer samples than neighbours need, for data without built-in features, for samples that are not
-    finite, and as Run.sample does.
+    The metrics are also written to metrics.json in the run's folder (metrics-NAME.json
+    for a named data set).
+
+    Args:
+        run: Whose averaged weights are sampled.
+        count: Number of samples, and of test examples.
+        steps, cfg_scale, seed, shift: Of the Euler sampler; see `Run.sample`.
+        data: Name of the data set, if the run has several; "" = the first.
+        extractor: Of features; None = that of built-in data.
+        resamples, options: See `all_metrics`.
+        folder: Of judges; see `judge_for`.
+
+    Raises:
+        ValueError: As `metric_data` and `Run.sample`, and for samples not finite.
     """
     options = options or {}
-    name, parts = metric_data(
-        run,
-        count,
-        data,
-        extractor,
-        options.get("neighbourhoods", NeighbourOptions()).neighbours,
-    )
-    config, count = run.config, min(count, *map(len, parts.values()))
+    neighbours = options.get("neighbourhoods", NeighbourOptions()).neighbours
+    name, parts = metric_data(run, count, data, extractor, neighbours)
+    test, validation = parts["test"], parts["validation"]
+    config = run.config
+    count = min(count, len(test), len(validation))
     extractor = extractor or built_in(config.datasets[name], folder=folder)
-    examples, others = (part.take(subset(part, count)) for part in parts.values())
-    # before anything is drawn: the extractor may not fit
-    real = extractor(examples.signals)
-    told = (
-        examples.captions if config.shared.condition == "caption" else examples.labels
-    )
+    examples = test.take(subset(test, count))
+    others = validation.take(subset(validation, count))
+    real = extractor(examples.signals)  # first: the extractor may not fit
+    by_caption = config.shared.condition == "caption"
+    conditions = examples.captions if by_caption else examples.labels
     shift = run.shift if shift is None else shift
     drawn = run.sample(
-        told, steps=steps, cfg_scale=cfg_scale, seed=seed, shift=shift, data=name
+        conditions, steps=steps, cfg_scale=cfg_scale, seed=seed, shift=shift, data=name
     )
-    drawn_metrics, floor = (
-        all_metrics(real, extractor(signals), resamples, seed, options)
-        for signals in (drawn, others.signals)
-    )
-    state = run.state()
-    against, floor_of = (
-        f"{split} examples ({subset_words(part, count)})"
-        for split, part in parts.items()
-    )
+    of_drawn = all_metrics(real, extractor(drawn), resamples, seed, options)
+    floor = all_metrics(real, extractor(others.signals), resamples, seed, options)
     recipe = {
         **extractor.recipe,
         "data": name,
         "count": count,
-        "against": against,
-        "floor": floor_of,
+        "against": f"test examples ({subset_words(test, count)})",
+        "floor": f"validation examples ({subset_words(validation, count)})",
         "sampler": "euler",
         "steps": steps,
         "shift": shift,
@@ -248,13 +268,13 @@ def run_metrics(
         "seed": seed,
         **_settings(options),
         "resamples": resamples,
-        "step": state["step"],
+        "step": run.state()["step"],
         "device": str(run.device),
         "torch": torch.__version__,
         "selfflow": version("selfflow"),
     }
-    result = SampleMetrics(
-        drawn_metrics, floor, *_judged(run, name, drawn, examples, folder), recipe
-    )
-    write_json(run.path / f"metrics{'-' * bool(data)}{data}.json", result.to_dict())
+    judged, own = _judged(run, name, drawn, examples, folder)
+    result = SampleMetrics(of_drawn, floor, judged, own, recipe)
+    file = f"metrics-{data}.json" if data else "metrics.json"
+    write_json(run.path / file, result.to_dict())
     return result

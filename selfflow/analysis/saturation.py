@@ -136,7 +136,9 @@ def compare(
             "that could saturate"
         )
     device = next(student.parameters()).device
+    # Each objective has its own.
     projector = cast(nn.Module, objective.projector)
+    target_of = cast(Callable[..., tuple[Tensor, Tensor]], objective.target)
     shown = {}  # the sample shown in place of each sample
     if others:
         shown = {
@@ -161,7 +163,7 @@ def compare(
             return noised, out, projector(features).float().cpu()
 
         noised, out, predicted = predict(piece.x0)
-        target, level = objective.target(teacher, noised, out.features, draw)
+        target, level = target_of(teacher, noised, out.features, draw)
         counted = loss_mask(noised.levels, objective.rep_tokens)
         if counted is None:
             counted = torch.ones_like(level, dtype=torch.bool)
@@ -407,7 +409,7 @@ class Ladder:
         return pd.DataFrame(rows)
 
     def verdict(self) -> str:
-        """What the cosine is made of and if the loss still teaches, in words."""
+        """The parts of the cosine, and if the loss still teaches, in words."""
         return self._verdict().replace("image", self.word)
 
     def _verdict(self) -> str:

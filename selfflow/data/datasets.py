@@ -99,11 +99,12 @@ class Made:
 
     def __post_init__(self):
         choose(self.split, SPLITS, "split")
-        if self.count is None:
+        count = self.count
+        if count is None:
             count = _MADE_TO_TRAIN if self.split == "train" else _MADE_TO_EVALUATE
             object.__setattr__(self, "count", count)
-        if len(self) < 1:
-            raise ValueError(f"count is {self.count}; a data set needs at least one")
+        if count < 1:
+            raise ValueError(f"count is {count}; a data set needs at least one sample")
 
     def __len__(self) -> int:
         assert self.count is not None  # set in __post_init__

@@ -8,7 +8,7 @@ __all__ = ['DIRECTIONS', 'headings', 'paths', 'digit_masks', 'Motion']
 # %% ../../nbs/2_data/04_motion.ipynb #4b494c28
 import math
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -45,7 +45,7 @@ _WALL = 0.55  # how far from the border a centre bounces, in diameters of the fi
 
 
 def headings(direction: Tensor) -> Tensor:
-    "Unit vectors (..., 2), to the right and down, of indices into DIRECTIONS."
+    """Return unit vectors (..., 2), to the right and down, of DIRECTIONS by index."""
     half = math.sqrt(0.5)
     table = (
         (1, 0),
@@ -68,36 +68,48 @@ def paths(
     scale: Tensor,
     frames: int,
 ) -> Tensor:
-    """Centres in each frame, (b, frames, 2): from the left and from the top, in sides of the picture.
+    """Return the centres in each frame, (b, frames, 2), in sides of the frame.
 
-    start: (b, 2); direction: index into DIRECTIONS; speed: way from the first frame to the last, in sides; bounce: True
-    mirrors it at walls WALL * scale inside of the picture, False lets it enter where it left, opposite; (b,) each.
+    They are measured from the left and from the top.
+
+    Args:
+        start: First centre (b, 2).
+        direction: Index into DIRECTIONS, (b,).
+        speed: Distance from the first frame to the last, in sides, (b,).
+        bounce: (b,) True mirrors it at walls 0.55 scale inside the frame; False lets it
+            enter at the opposite border.
+        scale: Diameter of the figure, in sides, (b,).
+        frames: Number of frames.
     """
     moment = torch.arange(frames, device=start.device) / (frames - 1)
-    straight = (
-        start[:, None]
-        + (speed[:, None] * headings(direction))[:, None] * moment[:, None]
-    )
+    step = (speed[:, None] * headings(direction))[:, None]  # (b, 1, 2)
+    straight = start[:, None] + step * moment[:, None]
     wall = _WALL * scale[:, None, None]
     room = 1 - 2 * wall
-    mirrored = wall + room * (1 - (1 - ((straight - wall) / room).remainder(2)).abs())
+    # a triangle wave of the distance from the wall
+    folded = 1 - (1 - ((straight - wall) / room).remainder(2)).abs()
+    mirrored = wall + room * folded
     return torch.where(bounce[:, None, None], mirrored, straight.remainder(1))
 
 # %% ../../nbs/2_data/04_motion.ipynb #acfa721e
 @cache
 @own_settings()
 def _handwriting(split: str) -> tuple[Tensor, Tensor, Tensor]:
-    "Ink in [0, 1] (n, 1, 8, 8), its centre of mass (n, 2) in [-1, 1] from the left and from the top, and the digits (n,)."
+    """Return ink, its centre of mass and the digits of a split.
+
+    Ink is (n, 1, 8, 8) in [0, 1]. The centre (n, 2) in [-1, 1] is measured from the
+    left and from the top. The digits are (n,).
+    """
     known = digits(split)
-    ink, place = (known.images + 1) / 2, (torch.arange(8) - 3.5) / 4
+    ink = (known.images + 1) / 2
+    place = (torch.arange(8) - 3.5) / 4
     mass = ink.sum((1, 2, 3))
-    return (
-        ink,
-        torch.stack(
-            [ink.sum((1, 2)) @ place / mass, ink.sum((1, 3)) @ place / mass], 1
-        ),
-        known.labels,
-    )
+    x = ink.sum((1, 2)) @ place / mass
+    y = ink.sum((1, 3)) @ place / mass
+    return ink, torch.stack([x, y], 1), known.labels
+
+
+_BOX = 1.5  # side of the box of a digit, in scales
 
 
 def digit_masks(
@@ -110,21 +122,21 @@ def digit_masks(
     wrap: Tensor,
     size: int,
 ) -> Tensor:
-    """How far each pixel is inked, (b, size, size) in [0, 1], by the digits that are `handwriting` (b,) in their split.
+    """Return the ink of each pixel, (b, size, size) in [0, 1], of handwritten digits.
 
-    Their boxes have sides of 1.5 scales; the rest, (b,) each, is as in `shapes.figure_masks`.
+    Args:
+        split: Of the digits.
+        handwriting: Index (b,) into the digits of the split.
+        scale: Two thirds of the side of a digit's box, (b,).
+        x: As in `shapes.figure_masks`, (b,); so are y, angle, wrap and size.
     """
     ink, centre, _ = (part.to(x.device) for part in _handwriting(split))
-    across, up = plane(1.5 * scale, x, y, angle, wrap, size)
+    across, up = plane(_BOX * scale, x, y, angle, wrap, size)
     right, down = centre[handwriting][:, :, None, None].unbind(1)
+    # in place: these are the largest tensors of a batch
     grid = torch.stack([across.add_(right), torch.sub(down, up, out=up)], -1)
-    return (
-        grid_sample(ink[handwriting], grid, align_corners=False)
-        .squeeze(1)
-        .mul_(2)
-        .sub_(0.7)
-        .clamp_(0, 1)
-    )
+    sampled = grid_sample(ink[handwriting], grid, align_corners=False).squeeze(1)
+    return sampled.mul_(2).sub_(0.7).clamp_(0, 1)  # more contrast
 
 # %% ../../nbs/2_data/04_motion.ipynb #edc0a516
 _RANGES = {"scale": (0.3, 0.4), "speed": (0.5, 1.0), "rotation": (0.25, 0.6)}
@@ -135,33 +147,58 @@ def _ranged(name: str, u: Tensor) -> Tensor:
     return low + (high - low) * u
 
 
+_FIRST_BOUNCE = (0.45, 0.6)  # of the video
+
+
 def _start(
     u: Tensor, direction: Tensor, speed: Tensor, bounce: Tensor, scale: Tensor
 ) -> Tensor:
-    "Where to start (b, 2), from four numbers (b, 4): anywhere, or so that a wall is met in time, and neither wall before."
-    step, wall = speed[:, None] * headings(direction), _WALL * scale[:, None]
-    first = torch.where(
-        step[:, 0] == 0, 1, torch.where(step[:, 1] == 0, 0, (u[:, 3] < 0.5).long())
-    )[:, None]
+    """Return starting points (b, 2) from four uniform numbers (b, 4).
+
+    A figure that wraps may start anywhere. One that bounces starts where it meets a
+    first wall in time.
+    """
+    step = speed[:, None] * headings(direction)  # (b, 2)
+    wall = _WALL * scale[:, None]
+    early, late = _FIRST_BOUNCE
+    # the axis of the first wall: the one along which it moves, or either of two
+    either = (u[:, 3] < 0.5).long()
+    vertical = torch.where(step[:, 1] == 0, 0, either)
+    first = torch.where(step[:, 0] == 0, 1, vertical)[:, None]  # (b, 1)
     along = step.gather(1, first).abs()
-    moment = 0.45 + (((1 - 2 * wall) / along).clamp(max=0.6) - 0.45) * u[:, 2:3]
-    way = (step * moment).abs()
-    where = torch.where(torch.arange(2, device=u.device) == first, 0.0, u[:, :2]) * (
-        1 - 2 * wall - way
-    ).clamp(min=0)
-    bouncing = torch.where(step > 0, 1 - wall - way - where, wall + way + where)
+    moment = early + (((1 - 2 * wall) / along).clamp(max=late) - early) * u[:, 2:3]
+    distance = (step * moment).abs()  # until the first bounce
+    is_first = torch.arange(2, device=u.device) == first
+    room = (1 - 2 * wall - distance).clamp(min=0)
+    # on the other axis anywhere that meets no wall before
+    spare = torch.where(is_first, 0.0, u[:, :2]) * room
+    bouncing = torch.where(
+        step > 0, 1 - wall - distance - spare, wall + distance + spare
+    )
     return torch.where(bounce[:, None], bouncing, u[:, :2])
+
+
+_SMALLER = 0.7  # the second figure of a pair, relative to the first one
 
 
 @dataclass(frozen=True)
 class Motion(Made):
-    """Films of one figure that moves over a ground, {"video": (3, frames, size, size)}, labelled by direction.
+    """Videos of a figure that moves, {"video": (3, frames, size, size)}.
 
-    size: of the picture in pixels, a multiple of 8 from 16 to 128; frames: 8 to 64; figures: shapes, or digits, which are real
-    handwriting of the same split; pair: a second figure behind the first, 0.7 times as large, that moves on its own; the label
-    is the direction of the larger one. Raises ValueError for others.
-    Direction is that of the start. It changes only if the figure bounces, after 0.45 of the film or later; otherwise what leaves
-    enters at the opposite border. It can be seen for a quarter of the film, an eighth of the picture, or more before it changes.
+    They are labelled by the direction at the start. It changes only if the figure
+    bounces, after 0.45 of the video or later; a figure that does not bounce leaves at
+    one border and enters at the opposite one. Before it changes, the direction is
+    visible for at least a quarter of the video and an eighth of the frame.
+
+    Args:
+        size: Side of a frame in pixels, a multiple of 8 from 16 to 128.
+        frames: 8 to 64.
+        figures: shapes, or digits: real handwriting of the same split.
+        pair: Adds a second, smaller figure behind the first one, with a path of its
+            own. The label is the direction of the larger one.
+
+    Raises:
+        ValueError: for other settings.
     """
 
     size: int = 32
@@ -173,136 +210,139 @@ class Motion(Made):
     def __post_init__(self):
         super().__post_init__()
         choose(self.figures, ("shapes", "digits"), "kind of figures")
-        figure_masks(0, size=self.size)
+        figure_masks(0, size=self.size)  # checks the size
         if self.frames not in range(8, 65):
-            raise ValueError(f"frames is {self.frames}; a film has 8 to 64")
+            raise ValueError(f"frames is {self.frames}, expected 8 to 64")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        "The shape of a film (c, f, h, w)."
+        """Shape of a video (c, f, h, w)."""
         return {"video": (3, self.frames, self.size, self.size)}
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        "What the figures are called, by the factor kind."
+        """Names of the figures, by the factor kind."""
         return KINDS if self.figures == "shapes" else tuple("0123456789")
 
     def factors(self, indices: Tensor) -> dict[str, Tensor]:
-        """What samples (b,) are made from. Of each figure, (b,), or for a pair (b, 2), the larger one first:
+        """Return the factors of samples (b,).
 
-        kind, colour, direction, appears (in which frame), vanishes (in which frame; `frames` = never), all int64; bounce, bool;
-        scale, speed (sides per film), angle (radians, at first), rotation (turns per film, anticlockwise as seen); positions
-        (..., frames, 2) of its centre from the left and from the top in sides; of digits also handwriting, which one of the
-        split it is. Of the ground, (b,): ground, texture, grain (b, 5), as in `shapes.grounds`.
+        Of each figure, (b,), or for a pair (b, 2) with the larger one first: kind,
+        colour, direction, appears and vanishes (the frame; `frames` is never), all
+        int64; bounce, bool; scale, speed (sides per video), angle (radians, in the
+        first frame), rotation (turns per video, anticlockwise); positions
+        (..., frames, 2) of its centre from the left and from the top, in sides; for
+        digits also handwriting, the index in the split.
+
+        Of the background, (b,): ground, texture, and grain (b, 5), as in
+        `shapes.grounds`.
         """
         u = self.numbers("ground", indices, 9)
-        ground, texture = (8 * u[:, 0]).long(), (len(TEXTURES) * u[:, 1]).long()
-        first, second = 1 + (7 * u[:, 2]).long(), 1 + (6 * u[:, 3]).long()
+        ground = (8 * u[:, 0]).long()
+        texture = (len(TEXTURES) * u[:, 1]).long()
+        # two different shifts from 1 to 7: all colours differ
+        first = 1 + (7 * u[:, 2]).long()
+        second = 1 + (6 * u[:, 3]).long()
         second = second + (second >= first).long()
-        parts = [
-            self._figure(self.numbers(f"figure {k}", indices, 15), 0.7**k)
-            | {"colour": (ground + shift) % 8}
-            for k, shift in enumerate((first, second)[: 1 + self.pair])
-        ]
-        figures = {
-            name: torch.stack([part[name] for part in parts], 1)
-            if self.pair
-            else parts[0][name]
-            for name in parts[0]
-        }
-        return figures | {"ground": ground, "texture": texture, "grain": u[:, 4:]}
+        figures = []
+        for k, shift in enumerate((first, second) if self.pair else (first,)):
+            numbers = self.numbers(f"figure {k}", indices, 15)
+            figure = self._figure(numbers, _SMALLER**k)
+            figures.append(figure | {"colour": (ground + shift) % 8})
+        factors = figures[0]
+        if self.pair:
+            factors = {
+                name: torch.stack([figure[name] for figure in figures], 1)
+                for name in factors
+            }
+        return factors | {"ground": ground, "texture": texture, "grain": u[:, 4:]}
 
-    def _figure(self, u: Tensor, size: float) -> dict[str, Tensor]:
-        "The factors of one figure from 15 numbers (b, 15)."
-        moved = {
+    def _figure(self, u: Tensor, relative_size: float) -> dict[str, Tensor]:
+        """Return the factors of one figure from 15 uniform numbers (b, 15)."""
+        motion = {
             "direction": (8 * u[:, 1]).long(),
             "speed": _ranged("speed", u[:, 2]),
             "bounce": u[:, 3] < 0.5,
-            "scale": size * _ranged("scale", u[:, 4]),
+            "scale": relative_size * _ranged("scale", u[:, 4]),
         }
-        # frames that are missing at the start or at the end
-        off = 1 + ((self.frames - 1) // 5 * u[:, 6]).long()
-        turns = (
-            torch.where(u[:, 7] < 0.25, 1, -1)
-            * _ranged("rotation", u[:, 8])
-            * (u[:, 7] < 0.5)
-        )
-        figure = moved | {
-            "positions": paths(
-                _start(u[:, 9:13], **moved), frames=self.frames, **moved
-            ),
-            "rotation": turns,
-            "appears": torch.where(u[:, 5] < 0.25, off, 0),
-            "vanishes": self.frames - torch.where(u[:, 5] >= 0.75, off, 0),
+        start = _start(u[:, 9:13], **motion)
+        # a quarter of the figures turns anticlockwise, a quarter clockwise
+        sense = torch.where(u[:, 7] < 0.25, 1, -1)
+        rotation = sense * _ranged("rotation", u[:, 8]) * (u[:, 7] < 0.5)
+        # frames that are missing: at the start of a quarter, at the end of a quarter
+        missing = 1 + ((self.frames - 1) // 5 * u[:, 6]).long()
+        figure = motion | {
+            "positions": paths(start, frames=self.frames, **motion),
+            "rotation": rotation,
+            "appears": torch.where(u[:, 5] < 0.25, missing, 0),
+            "vanishes": self.frames - torch.where(u[:, 5] >= 0.75, missing, 0),
         }
         if self.figures == "shapes":
-            return figure | {
-                "kind": (8 * u[:, 0]).long(),
-                "angle": 2 * math.pi * u[:, 13],
-            }
-        rows = _handwriting(self.split)[2].to(u.device)
-        chosen = (len(rows) * u[:, 0]).long()
-        # digits stand upright
+            kind = (8 * u[:, 0]).long()
+            return figure | {"kind": kind, "angle": 2 * math.pi * u[:, 13]}
+        _, _, labels = _handwriting(self.split)
+        labels = labels.to(u.device)
+        handwriting = (len(labels) * u[:, 0]).long()
         return figure | {
-            "kind": rows[chosen],
-            "handwriting": chosen,
-            "angle": 0.5 * (u[:, 13] - 0.5),
+            "kind": labels[handwriting],
+            "handwriting": handwriting,
+            "angle": 0.5 * (u[:, 13] - 0.5),  # digits stand upright
         }
 
     def draw(self, factors: dict[str, Tensor]) -> Tensor:
-        "Films (b, 3, frames, size, size) in [-1, 1] of factors like those of `factors`: the user's own, or these with a change."
-        film = grounds(
-            factors["ground"], factors["texture"], factors["grain"], self.size
-        )[:, :, None]
-        masks, palette = (
-            self.draw_masks(factors),
-            torch.tensor(PALETTE, device=film.device)[factors["colour"]],
+        """Return videos (b, 3, frames, size, size) in [-1, 1].
+
+        Args:
+            factors: In the form of `factors`, but with any values.
+        """
+        ground, texture, grain = (
+            factors[name] for name in ("ground", "texture", "grain")
         )
-        for mask, colour in (
-            [(masks[:, 1], palette[:, 1]), (masks[:, 0], palette[:, 0])]
-            if self.pair
-            else [(masks, palette)]
-        ):
-            film = cover(film, colour, mask)
-        return film
+        video = grounds(ground, texture, grain, self.size)[:, :, None]
+        masks = self.draw_masks(factors)
+        colours = torch.tensor(PALETTE, device=video.device)[factors["colour"]]
+        if not self.pair:
+            return cover(video, colours, masks)
+        for figure in (1, 0):  # the smaller one is behind
+            video = cover(video, colours[:, figure], masks[:, figure])
+        return video
 
     def draw_masks(self, factors: dict[str, Tensor]) -> Tensor:
-        "How far each pixel is covered by the figure, (b, frames, size, size), or of both, (b, 2, frames, size, size)."
+        """Return the part of each pixel that the figure covers.
+
+        It is (b, frames, size, size), or (b, 2, frames, size, size) for a pair.
+        """
         positions = factors["positions"]
         frame = torch.arange(self.frames, device=positions.device)
-        angle = factors["angle"][..., None] + 2 * math.pi * factors["rotation"][
-            ..., None
-        ] * (frame / (self.frames - 1))
-        still = {
+        turned = 2 * math.pi * factors["rotation"][..., None]
+        angle = factors["angle"][..., None] + turned * (frame / (self.frames - 1))
+        # every frame of every figure is one image: all factors become (b frames,)
+        stills = {
             "x": positions[..., 0],
             "y": positions[..., 1],
             "angle": angle,
             "scale": factors["scale"][..., None],
             "wrap": ~factors["bounce"][..., None],
         }
-        still = {
-            name: value.expand_as(angle).flatten() for name, value in still.items()
+        stills = {
+            name: value.expand_as(angle).flatten() for name, value in stills.items()
         }
-        which = (
-            factors["kind" if self.figures == "shapes" else "handwriting"][..., None]
-            .expand_as(angle)
-            .flatten()
-        )
-        draw = (
-            figure_masks
-            if self.figures == "shapes"
-            else partial(digit_masks, self.split)
-        )
-        masks = draw(which, **still, size=self.size).view(
-            *angle.shape, self.size, self.size
-        )
-        seen = (frame >= factors["appears"][..., None]) & (
-            frame < factors["vanishes"][..., None]
-        )
-        return masks * seen[..., None, None]
+        if self.figures == "shapes":
+            kind = factors["kind"][..., None].expand_as(angle).flatten()
+            masks = figure_masks(kind, **stills, size=self.size)
+        else:
+            chosen = factors["handwriting"][..., None].expand_as(angle).flatten()
+            masks = digit_masks(self.split, chosen, **stills, size=self.size)
+        masks = masks.view(*angle.shape, self.size, self.size)
+        visible = frame >= factors["appears"][..., None]
+        visible = visible & (frame < factors["vanishes"][..., None])
+        return masks * visible[..., None, None]
 
     def captions(self, factors: dict[str, Tensor]) -> tuple[str, ...]:
-        "What can be seen, in words of at most 64 ASCII characters; the ground and the sense of turning are not told."
+        """Return captions of at most 64 ASCII characters.
+
+        They do not contain the background and the sense of rotation.
+        """
         names = (
             "colour",
             "kind",
@@ -314,38 +354,46 @@ class Motion(Made):
             "vanishes",
         )
         rows = zip(*(factors[name].tolist() for name in names), strict=True)
-        return tuple(self._pair(*row) if self.pair else self._one(*row) for row in rows)
+        caption = self._pair_caption if self.pair else self._caption
+        return tuple(caption(*row) for row in rows)
 
-    def _one(
+    def _caption(
         self, colour, kind, direction, speed, bounce, rotation, appears, vanishes
     ) -> str:
         low, high = _RANGES["speed"]
         third = (speed - low) / (high - low) * 3
-        # that a disc turns cannot be seen
-        turning = rotation and (self.figures == "digits" or SYMMETRY[kind])
-        return (
-            f"a {COLOURS[colour]} {self.kinds[kind]} {'bounces' if bounce else 'moves'} {DIRECTIONS[direction]}"
-            + ", slow" * (third < 1)
-            + ", fast" * (third >= 2)
-            + ", turning" * bool(turning)
-            + ", appears" * (appears > 0)
-            + ", vanishes" * (vanishes < self.frames)
-        )
+        verb = "bounces" if bounce else "moves"
+        figure = f"a {COLOURS[colour]} {self.kinds[kind]}"
+        words = [f"{figure} {verb} {DIRECTIONS[direction]}"]
+        if third < 1:
+            words.append("slow")
+        elif third >= 2:
+            words.append("fast")
+        # nobody can see a disc turn
+        if rotation and (self.figures == "digits" or SYMMETRY[kind]):
+            words.append("turning")
+        if appears > 0:
+            words.append("appears")
+        if vanishes < self.frames:
+            words.append("vanishes")
+        return ", ".join(words)
 
-    def _pair(self, colour, kind, direction, *others) -> str:
+    def _pair_caption(self, colour, kind, direction, *others) -> str:
         first, second = (
             f"a {COLOURS[c]} {self.kinds[k]}" for c, k in zip(colour, kind, strict=True)
         )
-        return f"{first} moves {DIRECTIONS[direction[0]]}, {second} {DIRECTIONS[direction[1]]}"
-
-    def take(self, indices: Tensor) -> Examples:
-        "The samples at indices (b,): films, directions, captions, factors."
-        factors = self.factors(indices)
-        direction = factors["direction"][:, 0] if self.pair else factors["direction"]
-        return Examples(
-            {"video": self.draw(factors)}, direction, self.captions(factors), factors
+        return (
+            f"{first} moves {DIRECTIONS[direction[0]]}, "
+            f"{second} {DIRECTIONS[direction[1]]}"
         )
 
+    def take(self, indices: Tensor) -> Examples:
+        """Return the samples at indices (b,)."""
+        factors = self.factors(indices)
+        direction = factors["direction"][:, 0] if self.pair else factors["direction"]
+        videos = {"video": self.draw(factors)}
+        return Examples(videos, direction, self.captions(factors), factors)
+
     def masks(self, indices: Tensor) -> Tensor:
-        "How far each pixel is covered by the figure, (b, frames, size, size), or of both, (b, 2, frames, size, size)."
+        """Return `draw_masks` of samples (b,)."""
         return self.draw_masks(self.factors(indices))

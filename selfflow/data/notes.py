@@ -63,35 +63,40 @@ _AMPLITUDES = (  # of harmonics 1, 2, ... up to 16
         0.05,
     ),
 )
-# c of the whole and d of each harmonic, in 1 / second
+# c of all harmonics and d of each, in 1 / second
 _FADES = ((0, 0), (0, 0), (0, 0), (0, 0), (2.5, 0.6), (2.5, 1.5))
 _VIBRATO_HZ = 6.0
 _RELEASE = 0.03  # seconds in which a note ends
 
 
+_NOTE_NAMES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
+
+
 def note_name(pitch: int) -> str:
-    "The name of a MIDI number: 60 is C4, 61 is C#4."
-    return ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")[
-        pitch % 12
-    ] + str(pitch // 12 - 1)
+    """Return the name of a MIDI number: 60 is C4, 61 is C#4."""
+    return f"{_NOTE_NAMES[pitch % 12]}{pitch // 12 - 1}"
+
+
+_HARMONICS = 16
 
 
 @cache
 def _spectra() -> Tensor:
-    "Amplitudes (timbre, kept, harmonic) when the lowest 0 to 16 harmonics are kept, with a peak of 1 where any are."
+    """Return amplitudes (timbre, count, harmonic) with the lowest 0 to 16 harmonics.
+
+    The waveform has a peak of 1, unless there is no harmonic.
+    """
     with own_settings():
-        table = torch.tensor(
-            [(*row, *[0.0] * (16 - len(row))) for row in _AMPLITUDES],
-            dtype=torch.float64,
-        )
-        kept = table[:, None] * torch.ones(17, 16).tril(-1)
-        angles = (
-            torch.arange(1, 17)
-            * (torch.arange(4096, dtype=torch.float64) * math.pi / 4096)[:, None]
-        )
-        # a little more, for what lies between the angles
-        peaks = 1.0001 * (kept @ angles.sin().T).abs().amax(-1, keepdim=True)
-        return (kept / peaks.clamp(min=1e-9)).float()
+        rows = [(*row, *[0.0] * (_HARMONICS - len(row))) for row in _AMPLITUDES]
+        table = torch.tensor(rows, dtype=torch.float64)
+        lowest = torch.ones(_HARMONICS + 1, _HARMONICS).tril(-1)  # (count, harmonic)
+        amplitudes = table[:, None] * lowest
+        half_cycle = torch.arange(4096, dtype=torch.float64) * math.pi / 4096
+        angles = torch.arange(1, _HARMONICS + 1) * half_cycle[:, None]
+        waveforms = amplitudes @ angles.sin().T
+        # a little more, for peaks between the angles
+        peaks = 1.0001 * waveforms.abs().amax(-1, keepdim=True)
+        return (amplitudes / peaks.clamp(min=1e-9)).float()
 
 # %% ../../nbs/2_data/06_notes.ipynb #3d2d40f1
 def synthesise(
@@ -104,49 +109,54 @@ def synthesise(
     samples: int = 8192,
     rate: int = 8000,
 ) -> Tensor:
-    """Notes (b, samples), float32 in [-1, 1].
+    """Return notes (b, samples) float32 in [-1, 1].
 
-    pitch: (b,) MIDI numbers, whole or not; timbre: (b,) indices into TIMBRES; attack: (b,) seconds until a note is full; vibrato:
-    (b,) depth in semitones; loudness: (b,) peak in dB, 0 = full scale; phase: (b,) where it begins, in cycles, None = 0.
-    Raises ValueError for notes too high for the rate and for timbres, attacks, depths or loudnesses that there are not.
+    Args:
+        pitch: MIDI numbers (b,), whole or not.
+        timbre: Index into TIMBRES, (b,).
+        attack: Seconds until a note is at its full level, (b,).
+        vibrato: Depth in semitones, (b,).
+        loudness: Peak in dB, (b,); 0 is full scale.
+        phase: Where a note begins, in cycles, (b,); None is 0.
+        samples: Length of a note.
+        rate: In Hz.
+
+    Raises:
+        ValueError: for notes that are too high for the rate, and for other values out
+            of range.
     """
     _check_notes(pitch, timbre, attack, vibrato, loudness, rate)
     seconds = torch.arange(samples, dtype=torch.float64, device=pitch.device) / rate
-    frequency, swing = (
-        (440 * 2 ** ((pitch.double() - 69) / 12))[:, None],
-        (2 ** (vibrato.double() / 12) - 1)[:, None],
-    )
-    pace = 2 * math.pi * _VIBRATO_HZ
+    frequency = (440 * 2 ** ((pitch.double() - 69) / 12))[:, None]  # f
+    swing = (2 ** (vibrato.double() / 12) - 1)[:, None]  # delta
+    pace = 2 * math.pi * _VIBRATO_HZ  # omega
+    # theta(t) / (2 pi) = phi + f t + f delta / omega (1 - cos omega t)
     cycles = torch.addcmul(
         frequency * seconds, frequency * swing / pace, 1 - (pace * seconds).cos()
     )
     cycles += 0 if phase is None else phase.double()[:, None]
-    # whole cycles go while there are digits enough
+    # complete cycles go while there are enough digits
     angle = cycles.frac().float() * (2 * math.pi)
-    seconds, fades = seconds.float(), torch.tensor(_FADES, device=pitch.device)[timbre]
-    kept = ((rate / 2) / (frequency * (1 + swing))).ceil().long().clamp(max=17)[
-        :, 0
-    ] - 1
-    amplitudes = _spectra().to(pitch.device)[timbre, kept]
+    seconds = seconds.float()
+    fades = torch.tensor(_FADES, device=pitch.device)[timbre]  # (b, 2)
+    # harmonics below half the rate, at the highest point of the vibrato
+    highest = frequency * (1 + swing)
+    above = ((rate / 2) / highest).ceil().long().clamp(max=_HARMONICS + 1)[:, 0]
+    counts = above - 1
+    amplitudes = _spectra().to(pitch.device)[timbre, counts]
+    # Clenshaw: y_k = a_k + 2 r cos(theta) y_{k+1} - r^2 y_{k+2}
     radius = (-fades[:, 1:] * seconds).exp()
-    slope, square = 2 * radius * angle.cos(), -radius.square()
+    slope = 2 * radius * angle.cos()
+    square = -radius.square()
     first = second = torch.zeros_like(angle)
-    for k in reversed(range(max(kept.tolist(), default=0))):
-        first, second = (
-            torch.addcmul(
-                torch.addcmul(amplitudes[:, k, None], slope, first), square, second
-            ),
-            first,
-        )
+    for k in reversed(range(max(counts.tolist(), default=0))):
+        partial = torch.addcmul(amplitudes[:, k, None], slope, first)
+        first, second = torch.addcmul(partial, square, second), first
+    left = samples / rate - seconds
     rise = ((seconds / attack[:, None]).clamp(max=1) * (math.pi / 2)).sin().square()
-    fall = (
-        (((samples / rate - seconds) / _RELEASE).clamp(max=1) * (math.pi / 2))
-        .sin()
-        .square()
-    )
-    level = (
-        10 ** (loudness[:, None] / 20) * (-fades[:, :1] * seconds).exp() * rise * fall
-    )
+    fall = ((left / _RELEASE).clamp(max=1) * (math.pi / 2)).sin().square()
+    fade = (-fades[:, :1] * seconds).exp()
+    level = 10 ** (loudness[:, None] / 20) * fade * rise * fall
     return first * radius * angle.sin() * level
 
 
@@ -157,74 +167,96 @@ def _check_notes(
     vibrato: Tensor,
     loudness: Tensor,
     rate: int,
-):
-    "ValueError for what no note can have; written so that NaN fails too."
-    if len(timbre) and not (
-        0 <= int(timbre.min()) and int(timbre.max()) < len(TIMBRES)
-    ):
-        raise ValueError(
-            f"timbre runs from {int(timbre.min())} to {int(timbre.max())}, outside 0 to {len(TIMBRES) - 1}: "
-            f"{', '.join(TIMBRES)}"
-        )
-    for name, values, fits, remedy in (
+) -> None:
+    """Raise ValueError for values out of range. NaN fails every comparison."""
+    if len(timbre):
+        lowest, highest = int(timbre.min()), int(timbre.max())
+        if lowest < 0 or highest >= len(TIMBRES):
+            raise ValueError(
+                f"timbre runs from {lowest} to {highest}, outside 0 to "
+                f"{len(TIMBRES) - 1}: {', '.join(TIMBRES)}"
+            )
+    for name, values, fits, expected in (
         ("attack", attack, attack > 0, "above 0 seconds"),
         ("vibrato", vibrato, vibrato >= 0, "0 semitones or more"),
         ("loudness", loudness, loudness <= 0, "at most 0 dB, full scale"),
     ):
         if not fits.all():
-            raise ValueError(f"{name} is {values[~fits][0]:g}, but must be {remedy}")
-    highest = 440 * 2 ** ((pitch + vibrato - 69) / 12)
-    if not (highest < rate / 2).all():
+            raise ValueError(f"{name} is {values[~fits][0]:g}, but must be {expected}")
+    frequency = 440 * 2 ** ((pitch + vibrato - 69) / 12)
+    if not (frequency < rate / 2).all():
         raise ValueError(
-            f"a note of {highest.max():.0f} Hz needs more than {rate} samples a second; take lower pitches"
+            f"a note of {frequency.max():.0f} Hz needs a rate above {rate} Hz; use "
+            "lower pitches"
         )
 
 # %% ../../nbs/2_data/06_notes.ipynb #22c5a607
 def within_full_scale(waves: Tensor) -> tuple[Tensor, float]:
-    """Sounds (..., n) that fit into a WAV file, and the factor that all of them were multiplied by: 1 where none exceeds 1.
+    """Scale waves (..., n) into [-1, 1] by one factor, and return both.
 
-    One factor for all, so that loud and soft sounds stay loud and soft relative to each other.
+    The factor is 1 if no value exceeds 1. It is the same for all waves, so that their
+    relative loudness stays.
     """
     peak = waves.abs().max().item() if waves.numel() else 0.0
-    factor = 1 / peak if peak > 1 else 1.0
-    return waves * factor if factor < 1 else waves, factor
+    if not peak > 1:  # also for NaN
+        return waves, 1.0
+    return waves * (1 / peak), 1 / peak
 
 
 def to_wav(waves: Tensor, rate: int = 8000, bits: int = 16) -> bytes:
-    """One sound (n,) as the bytes of a WAV file of 16 or 8 bits; one that exceeds 1 is made quieter, never clipped.
+    """Return waves (n,) as the bytes of a WAV file.
 
-    Give sounds that belong together to `within_full_scale` first, or each gets a factor of its own.
-    rate: samples a second. Raises ValueError for another shape, other bits, and values that are not finite.
+    Waves that exceed 1 are made quieter, never clipped. Scale waves that belong
+    together by `within_full_scale` first, or each gets a factor of its own.
+
+    Args:
+        waves: Audio of one channel.
+        rate: In Hz.
+        bits: 8 or 16.
+
+    Raises:
+        ValueError: for another shape, other bits, and values that are not finite.
     """
     if waves.ndim != 1 or bits not in (8, 16) or not waves.isfinite().all():
         raise ValueError(
-            f"a sound of shape {tuple(waves.shape)} cannot be written with {bits} bits; give finite numbers (n,) "
-            "and 8 or 16 bits"
+            f"waves of shape {tuple(waves.shape)} cannot be written with {bits} bits; "
+            "give finite numbers (n,) and 8 or 16 bits"
         )
-    values = within_full_scale(waves.detach().cpu().double())[0] * (2 ** (bits - 1) - 1)
-    # WAV's 8 bits have no sign
-    values = (
-        (values + 128).round().to(torch.uint8)
-        if bits == 8
-        else values.round().to(torch.int16)
-    )
+    scaled, _ = within_full_scale(waves.detach().cpu().double())
+    values = scaled * (2 ** (bits - 1) - 1)
+    if bits == 8:  # without a sign
+        samples = (values + 128).round().to(torch.uint8).numpy().astype("u1")
+    else:
+        samples = values.round().to(torch.int16).numpy().astype("<i2")
     with io.BytesIO() as buffer:
         with wave.open(buffer, "wb") as file:
             file.setparams((1, bits // 8, rate, 0, "NONE", ""))
-            file.writeframes(
-                values.numpy().astype("u1" if bits == 8 else "<i2").tobytes()
-            )
+            file.writeframes(samples.tobytes())
         return buffer.getvalue()
 
 # %% ../../nbs/2_data/06_notes.ipynb #19e3553c
+_LOWEST_RATE = 4000  # Hz: twice the octave of the highest pitch
+_SHORTEST = 0.2  # seconds of a note
+_MOST_NOTES = 4
+
+
 @dataclass(frozen=True)
 class Notes(Made):
-    """Notes, or sequences of notes: the signal audio (samples,), labels the pitch of the first as an index into PITCHES.
+    """Notes, or sequences of notes: {"audio": (samples,)}.
 
-    rate: samples a second; samples: of a sound; length: notes in a sound, of equal duration. Factors: pitch int64, MIDI numbers;
-    timbre int64; attack, s; vibrato, semitones, 0 = none; loudness, dB; phase, cycles; pitch and phase of each of several notes
-    (b, length), else (b,).
-    Raises ValueError for a rate too low for the highest note, and notes shorter than 0.2 s or no whole number of samples long.
+    The label is the pitch of the first note, an index into PITCHES. Factors: pitch,
+    MIDI numbers, int64; timbre, int64; attack in seconds; vibrato in semitones, 0 =
+    none; loudness in dB; phase in cycles. Pitch and phase of several notes are
+    (b, length), all others (b,).
+
+    Args:
+        rate: In Hz.
+        samples: Of the audio.
+        length: Notes in a sequence, 1 to 4, of equal duration.
+
+    Raises:
+        ValueError: for a rate that is too low for the highest note, and for notes that
+            are shorter than 0.2 s or not a whole number of samples.
     """
 
     rate: int = 8000
@@ -234,71 +266,67 @@ class Notes(Made):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.rate < 4000:
+        if self.rate < _LOWEST_RATE:
             raise ValueError(
-                f"rate is {self.rate}, but {self.names[-1]} with its octave needs 4000 samples a second or more"
+                f"rate is {self.rate}, but {self.names[-1]} with its octave needs "
+                f"{_LOWEST_RATE} Hz or more"
             )
-        if not 1 <= self.length <= 4:
-            raise ValueError(f"length is {self.length}, but a sound has 1 to 4 notes")
-        if self.samples % self.length or self.samples < 0.2 * self.rate * self.length:
-            least = self.length * math.ceil(
-                max(0.2 * self.rate, self.samples / self.length)
-            )
+        if not 1 <= self.length <= _MOST_NOTES:
+            raise ValueError(f"length is {self.length}, expected 1 to {_MOST_NOTES}")
+        shortest = _SHORTEST * self.rate
+        if self.samples % self.length or self.samples < shortest * self.length:
+            note = math.ceil(max(shortest, self.samples / self.length))
             raise ValueError(
-                f"{self.samples} samples are not {self.length} equal notes of 0.2 s or more; take {least}"
+                f"{self.samples} samples are not {self.length} equal notes of "
+                f"{_SHORTEST} s or more; use {self.length * note}"
             )
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        "The shape of a sound."
+        """Shape of the audio (samples,)."""
         return {"audio": (self.samples,)}
 
     def take(self, indices: Tensor) -> Examples:
-        "The notes at indices (b,), each made from its index alone."
-        draw = {
-            name: self.numbers(
-                name, indices, self.length if name in ("pitch", "phase") else 1
-            )
-            for name in ("pitch", "timbre", "attack", "vibrato", "loudness", "phase")
-        }
+        """Return the samples at indices (b,)."""
+        u = {}
+        for name in ("pitch", "timbre", "attack", "vibrato", "loudness", "phase"):
+            count = self.length if name in ("pitch", "phase") else 1
+            u[name] = self.numbers(name, indices, count)
+        depth = 0.2 + 0.6 * (u["vibrato"] - 0.5)
         factors = {
-            "pitch": (draw["pitch"] * len(PITCHES)).long() + PITCHES[0],
-            "timbre": (draw["timbre"] * len(TIMBRES)).long(),
-            "attack": 0.005 * 16 ** draw["attack"],
-            "vibrato": torch.where(
-                draw["vibrato"] < 0.5, 0, 0.2 + 0.6 * (draw["vibrato"] - 0.5)
-            ),
-            "loudness": 24 * draw["loudness"] - 24,
-            "phase": draw["phase"],
+            "pitch": (u["pitch"] * len(PITCHES)).long() + PITCHES[0],
+            "timbre": (u["timbre"] * len(TIMBRES)).long(),
+            "attack": 0.005 * 16 ** u["attack"],
+            "vibrato": torch.where(u["vibrato"] < 0.5, 0, depth),
+            "loudness": 24 * u["loudness"] - 24,
+            "phase": u["phase"],
         }
+        # every note of every sequence is one sample of the synthesiser: (b length,)
         each = {
             name: values.expand(-1, self.length).flatten()
             for name, values in factors.items()
         }
-        waves = synthesise(
-            **each, samples=self.samples // self.length, rate=self.rate
-        ).view(len(indices), self.samples)
-        captions = tuple(
-            map(
-                _caption,
-                *(
-                    factors[name].tolist()
-                    for name in ("pitch", "timbre", "vibrato", "loudness")
-                ),
-            )
+        notes = synthesise(**each, samples=self.samples // self.length, rate=self.rate)
+        waves = notes.view(len(indices), self.samples)
+        rows = zip(
+            *(
+                factors[name].tolist()
+                for name in ("pitch", "timbre", "vibrato", "loudness")
+            ),
+            strict=True,
         )
+        captions = tuple(_caption(*row) for row in rows)
+        labels = factors["pitch"][:, 0] - PITCHES[0]
         single = {
             name: values if values.shape[1] > 1 else values[:, 0]
             for name, values in factors.items()
         }
-        return Examples(
-            {"audio": waves}, factors["pitch"][:, 0] - PITCHES[0], captions, single
-        )
+        return Examples({"audio": waves}, labels, captions, single)
 
 
 def _caption(pitches: list, timbre: list, vibrato: list, loudness: list) -> str:
-    "What is heard, in at most 64 characters."
-    return (
-        f"a {'soft' if loudness[0] < -12 else 'loud'} {TIMBRES[timbre[0]]} plays {', '.join(map(note_name, pitches))}"
-        + " with vibrato" * (vibrato[0] > 0)
-    )
+    """Return a caption of at most 64 characters."""
+    level = "soft" if loudness[0] < -12 else "loud"
+    names = ", ".join(map(note_name, pitches))
+    ending = " with vibrato" if vibrato[0] > 0 else ""
+    return f"a {level} {TIMBRES[timbre[0]]} plays {names}{ending}"

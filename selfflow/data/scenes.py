@@ -20,9 +20,13 @@ from .datasets import Examples, Made
 def trajectory(
     start: Tensor, velocity: Tensor, radius: Tensor, times: Tensor
 ) -> Tensor:
-    """Where the centres of the balls are: (b, t, 2), x to the right and y down in a box of side 1.
+    """Return the centres of balls (b, t, 2), x to the right and y down, in boxes.
 
-    start, velocity: (b, 2), the place at time 0 and its change a second; radius: (b,); times: (t,) seconds.
+    Args:
+        start: Centre at time 0, (b, 2).
+        velocity: Boxes a second at time 0, (b, 2).
+        radius: In boxes, (b,).
+        times: In seconds, (t,).
     """
     radius = radius[:, None, None]
     room = 1 - 2 * radius
@@ -33,33 +37,53 @@ def trajectory(
 def impacts(
     start: Tensor, velocity: Tensor, radius: Tensor, seconds: float, most: int
 ) -> tuple[Tensor, Tensor]:
-    """When the balls hit a wall in [0, seconds) and how fast: (b, most) each, in order, NaN where there are no more.
+    """Return times and speeds of the impacts of balls within [0, seconds).
 
-    start, velocity, radius: as in `trajectory`. The speed is that towards the wall, in boxes a second.
-    Raises ValueError where there are more than `most`.
+    Args:
+        start: As in `trajectory`; so are velocity and radius.
+        seconds: Duration.
+        most: Largest number of impacts.
+
+    Returns:
+        Times in seconds, in order, and speeds towards the wall in boxes a second,
+        (b, most) each, filled up with NaN.
+
+    Raises:
+        ValueError: for more than `most` impacts.
     """
-    room, speed = 1 - 2 * radius[:, None], velocity.abs()
-    behind = torch.where(
-        velocity > 0, start - radius[:, None], room + radius[:, None] - start
-    )
-    # who starts at the wall hits it at 0, not a rounding before
+    radius = radius[:, None]
+    room = 1 - 2 * radius
+    speed = velocity.abs()
+    behind = torch.where(velocity > 0, start - radius, room + radius - start)
+    # a ball that starts at the wall hits it at 0, not a rounding error before
     first = (room - behind).clamp(min=0)
-    times = (first[..., None] + room[..., None] * torch.arange(most + 1)) / speed[
-        ..., None
-    ]
+    distances = first[..., None] + room[..., None] * torch.arange(most + 1)
+    times = distances / speed[..., None]  # (b, 2, most + 1)
     times = torch.where(times < seconds, times, torch.nan).flatten(1)
     times, order = times.sort(1)  # NaN comes last
     if times[:, most:].isfinite().any():
         raise ValueError(
-            f"there are more than {most} impacts within {seconds} s; raise `most` or take slower balls"
+            f"there are more than {most} impacts within {seconds} s; raise `most` or "
+            "use slower balls"
         )
     speeds = speed.repeat_interleave(most + 1, 1).gather(1, order)
-    return times[:, :most], torch.where(times.isnan(), times, speeds)[:, :most]
+    speeds = torch.where(times.isnan(), times, speeds)
+    return times[:, :most], speeds[:, :most]
 
 # %% ../../nbs/2_data/07_scenes.ipynb #cff2238e
 @dataclass(frozen=True)
 class _Material:
-    "pitch: Hz; ratios, shares: of three partials, to the pitch and in the amplitude; decay: seconds until the pitch is at 1 / e."
+    """A material: its sound and its look.
+
+    Args:
+        name: A word of the caption.
+        pitch: In Hz.
+        ratios: Frequencies of three partials, relative to the pitch.
+        shares: Amplitudes of the partials.
+        decay: Seconds until the pitch has faded to 1 / e.
+        core: Colour of the middle, in [0, 1].
+        edge: Colour of the border, in [0, 1].
+    """
 
     name: str
     pitch: float
@@ -70,7 +94,7 @@ class _Material:
     edge: tuple[float, float, float]
 
 
-# colours are red, green, blue in [0, 1], all of them brighter than any ground
+# colours are red, green, blue in [0, 1], all of them brighter than any background
 _MATERIALS = (
     _Material(
         "rubber",
@@ -130,92 +154,116 @@ _GROUND_COLOURS = (
 )
 
 
-def _property(name: str, material: Tensor) -> Tensor:
-    return torch.tensor([getattr(one, name) for one in _MATERIALS])[material]
+def _property(name: str, materials: Tensor) -> Tensor:
+    """Return a property of materials (b,), one value or several for each."""
+    table = [getattr(material, name) for material in _MATERIALS]
+    return torch.tensor(table)[materials]
 
 # %% ../../nbs/2_data/07_scenes.ipynb #083ec8fa
 def draw_ball(
     position: Tensor, radius: Tensor, material: Tensor, ground: Tensor, size: int
 ) -> Tensor:
-    """Films (b, 3, f, size, size) in [-1, 1] of a ball on a plain ground.
+    """Return videos (b, 3, f, size, size) in [-1, 1] of balls on plain backgrounds.
 
-    position: (b, f, 2), as `trajectory` returns it; radius: (b,); material, ground: (b,) int64 into MATERIALS and GROUNDS.
+    Args:
+        position: Centres (b, f, 2), as `trajectory` returns them.
+        radius: In boxes, (b,).
+        material: Index into MATERIALS, (b,) int64.
+        ground: Index of the background into GROUNDS, (b,) int64.
+        size: Side of a frame in pixels.
     """
     pixels = (torch.arange(size, dtype=torch.float32) + 0.5) / size
-    # (b, f, size) each
-    across, down = (pixels - position.float()[..., None]).square().unbind(2)
-    square = down[..., None] + across[..., None, :]
+    offsets = (pixels - position.float()[..., None]).square()  # (b, f, 2, size)
+    across, down = offsets.unbind(2)
+    square = down[..., None] + across[..., None, :]  # (b, f, size, size)
     radius = radius.float()[:, None, None, None]
     cover = ((radius - square.sqrt()) * size + 0.5).clamp(0, 1)[:, None]
     core = cover * (1 - (square / radius.square()).clamp(max=1))[:, None]
-    colours = (
-        torch.tensor(_GROUND_COLOURS)[ground],
-        _property("core", material),
-        _property("edge", material),
-    )
-    under, inner, outer = (2 * colour[:, :, None, None, None] - 1 for colour in colours)
-    return (
-        torch.addcmul(under, cover, outer - under)
-        .addcmul_(core, inner - outer)
-        .clamp_(-1, 1)
-    )
+
+    def as_pixels(colour: Tensor) -> Tensor:
+        return 2 * colour[:, :, None, None, None] - 1
+
+    under = as_pixels(torch.tensor(_GROUND_COLOURS)[ground])
+    inner = as_pixels(_property("core", material))
+    outer = as_pixels(_property("edge", material))
+    ball = torch.addcmul(under, cover, outer - under)
+    return ball.addcmul_(core, inner - outer).clamp_(-1, 1)
 
 # %% ../../nbs/2_data/07_scenes.ipynb #a6fc2bd6
 _SPEEDS = (0.8, 2.2)  # boxes a second
 _RADII = (0.09, 0.16)  # boxes
-# two impacts at once, on two walls, have together at most sqrt(2) of it
+# amplitude of the fastest impact; two at once, on two walls, reach sqrt(2) of it
 _LOUDEST = 0.65
+_AUDIBLE = 7  # decays until the end of a tone (-61 dB)
 
 
 def impact_sound(
     material: Tensor, times: Tensor, speeds: Tensor, samples: int, rate: int
 ) -> Tensor:
-    """The sound (b, samples) in [-1, 1] of balls that hit walls; silence before the first impact.
+    """Return the audio (b, samples) in [-1, 1] of balls that hit walls.
 
-    material: (b,) int64 into MATERIALS; times, speeds: (b, m) of the impacts, NaN where there are none, in seconds and in boxes
-    a second (loudness is proportional to it, full at SPEEDS[1]); rate: samples a second.
+    Args:
+        material: Index into MATERIALS, (b,) int64.
+        times: Of the impacts in seconds, (b, m), filled up with NaN.
+        speeds: Of the impacts in boxes a second, (b, m); loudness is proportional.
+        samples: Of the audio.
+        rate: In Hz.
     """
-    swing = [
-        [ratio * complex(-1 / one.decay, math.tau * one.pitch) for ratio in one.ratios]
-        for one in _MATERIALS
-    ]
-    # the z of the partials, (materials, k)
-    swing = torch.tensor(swing, dtype=torch.complex128)
-    length = math.ceil(7 * max(one.decay for one in _MATERIALS) * rate)
-    table = (swing[..., None] * (torch.arange(length) / rate)).exp().cfloat()[material]
+    # z_k = r_k (2 pi i f - 1 / d), (materials, k)
+    exponents = torch.tensor(
+        [
+            [r * complex(-1 / kind.decay, math.tau * kind.pitch) for r in kind.ratios]
+            for kind in _MATERIALS
+        ],
+        dtype=torch.complex128,
+    )
+    longest = max(kind.decay for kind in _MATERIALS)
+    length = math.ceil(_AUDIBLE * longest * rate)
+    tones = (exponents[..., None] * (torch.arange(length) / rate)).exp()
+    table = tones.to(torch.complex64)[material]  # (b, k, length)
+    # the first sample after each impact, and the time from the impact to it
     first = (times.double() * rate).ceil().nan_to_num(samples).clamp(max=samples).long()
     late = (first.double() / rate - times.double()).nan_to_num(0)[..., None]
-    loud = (_LOUDEST / _SPEEDS[1]) * speeds.double().nan_to_num(0)[..., None]
-    weight = (
-        (swing[material][:, None] * late).exp()
-        * loud
-        * _property("shares", material)[:, None]
-    ).cfloat()
-    heard = torch.zeros(*times.shape, length)
-    for k in range(3):  # one partial after the other needs a third of the memory
-        heard.addcmul_(weight[..., k, None].real, table[:, None, k].imag)
-        heard.addcmul_(weight[..., k, None].imag, table[:, None, k].real)
+    loudness = (_LOUDEST / _SPEEDS[1]) * speeds.double().nan_to_num(0)[..., None]
+    phase = (exponents[material][:, None] * late).exp()  # (b, m, k)
+    shares = _property("shares", material)[:, None]
+    weight = (phase * loudness * shares).to(torch.complex64)
+    ringing = torch.zeros(*times.shape, length)
+    # Im(weight * tone), one partial after the other: a third of the memory
+    for k in range(3):
+        ringing.addcmul_(weight[..., k, None].real, table[:, None, k].imag)
+        ringing.addcmul_(weight[..., k, None].imag, table[:, None, k].real)
     places = (first[..., None] + torch.arange(length)).flatten(1)
-    return (
-        torch.zeros(len(times), samples + length)
-        .scatter_add_(1, places, heard.flatten(1))[:, :samples]
-        .contiguous()
-    )
+    waves = torch.zeros(len(times), samples + length)
+    waves.scatter_add_(1, places, ringing.flatten(1))
+    return waves[:, :samples].contiguous()
 
 # %% ../../nbs/2_data/07_scenes.ipynb #1a505e5d
 _TRIES = 64
-# of pixels, of chances to bounce; 4 frames to cross; twice 3724 Hz
+# enough pixels, enough chances to bounce, 4 frames to cross the box, twice 3724 Hz
 _LEAST = {"size": 16, "frames": 8, "fps": 12, "rate": 7500}
+_UNSEEN = 1.5  # frames at either end in which an impact would not be visible
 
 
 @dataclass(frozen=True)
 class Scenes(Made):
-    """Clips of a bouncing ball: signals video (3, frames, size, size) and audio (samples,); labels are the materials.
+    """Clips of a bouncing ball, labelled by material.
 
-    size: pixels a side; fps: frames a second; rate: samples a second. Factors, in boxes and seconds: material, ground (b,) int64;
-    radius, speed (b,); position (b, frames, 2); velocity (b, 2) at the start; impact_times, impact_speeds (b, most), NaN where
-    there are no more; impact_frames (b, frames) bool. Direction and place depend on radius and speed, the others on nothing.
-    Raises ValueError for clips in which a bounce could not be seen or heard, and where a frame is no whole number of samples.
+    Signals are video (3, frames, size, size) and audio (samples,). Factors, in boxes
+    and seconds: material, ground (b,) int64; radius, speed (b,); position
+    (b, frames, 2); velocity (b, 2) at the start; impact_times, impact_speeds (b, most),
+    filled up with NaN; impact_frames (b, frames) bool. Direction and place depend on
+    radius and speed; the other factors are independent.
+
+    Args:
+        size: Side of a frame in pixels.
+        frames: Of the video.
+        fps: Frames a second.
+        rate: Of the audio, Hz.
+
+    Raises:
+        ValueError: for clips in which a bounce could not be seen or heard, and if a
+            frame does not last a whole number of samples.
     """
 
     size: int = 32
@@ -227,36 +275,39 @@ class Scenes(Made):
     def __post_init__(self):
         super().__post_init__()
         for name, least in _LEAST.items():
-            value, kind = getattr(self, name), (int, float) if name == "fps" else int
-            if not (isinstance(value, kind) and least <= value < math.inf):
+            value = getattr(self, name)
+            kind = (int, float) if name == "fps" else int
+            if not isinstance(value, kind) or not least <= value < math.inf:
+                number = "number" if name == "fps" else "whole number"
                 raise ValueError(
-                    f"{name} is {value!r}; with less than {least} a bounce could not be seen or heard as it is: "
-                    f"give a {'' if name == 'fps' else 'whole '}number from {least} on"
+                    f"{name} is {value!r}; below {least} a bounce could not be seen or "
+                    f"heard: use a {number} of at least {least}"
                 )
         if self.rate % self.fps:
             fitting = self.rate / max(1, self.rate // self.fps)
             raise ValueError(
-                f"a frame lasts {self.rate / self.fps:g} samples, not a whole number; take fps = {fitting:.10g}"
+                f"a frame lasts {self.rate / self.fps:g} samples, not a whole number; "
+                f"use fps = {fitting:.10g}"
             )
 
     @property
     def samples(self) -> int:
-        "Samples of sound in a clip."
+        """Samples of audio in a clip."""
         return round(self.frames * self.rate / self.fps)
 
     @property
     def most(self) -> int:
-        "The largest number of impacts there can be in a clip: one for each room crossed on the two axes, and one more on each."
-        return (
-            int(
-                self.frames / self.fps * math.sqrt(2) * _SPEEDS[1] / (1 - 2 * _RADII[1])
-            )
-            + 2
-        )
+        """Largest number of impacts in a clip.
+
+        There is one for each room crossed, on two axes together, and one more on each.
+        """
+        seconds = self.frames / self.fps
+        smallest_room = 1 - 2 * _RADII[1]
+        return int(seconds * math.sqrt(2) * _SPEEDS[1] / smallest_room) + 2
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        "The shapes of a clip's signals."
+        """Shapes of video (c, f, h, w) and audio (samples,)."""
         return {
             "video": (3, self.frames, self.size, self.size),
             "audio": (self.samples,),
@@ -265,15 +316,17 @@ class Scenes(Made):
     def _flight(
         self, indices: Tensor, radius: Tensor, speed: Tensor
     ) -> tuple[Tensor, Tensor]:
-        "Place and velocity at the start, (b, 2) each: the first of the tries that keeps the rules, or else the best."
+        """Return place and velocity at the start, (b, 2) each.
+
+        They are those of the first try that keeps the rules, or of the best one.
+        """
         draws = self.numbers("flight", indices, 5 * _TRIES).double().view(-1, _TRIES, 5)
         angle = torch.deg2rad(25 + 40 * draws[..., 0])  # from the walls' normal
-        velocity = (
-            speed[:, None, None]
-            * torch.stack([angle.cos(), angle.sin()], -1)
-            * (1 - 2 * (draws[..., 1:3] < 0.5).double())
-        )
-        start = radius[:, None, None] + (1 - 2 * radius[:, None, None]) * draws[..., 3:]
+        direction = torch.stack([angle.cos(), angle.sin()], -1)
+        signs = 1 - 2 * (draws[..., 1:3] < 0.5).double()
+        velocity = speed[:, None, None] * direction * signs  # (b, tries, 2)
+        radii = radius[:, None, None]
+        start = radii + (1 - 2 * radii) * draws[..., 3:]
         times, _ = impacts(
             start.flatten(0, 1),
             velocity.flatten(0, 1),
@@ -281,47 +334,35 @@ class Scenes(Made):
             self.frames / self.fps,
             self.most,
         )
-        inside = torch.minimum(times * self.fps, self.frames - times * self.fps) - 1.5
-        spare = (
-            torch.cat([inside, times.diff(dim=1) * self.fps - 1], 1)
-            .nan_to_num(0)
-            .clamp(max=0)
-            .amin(1)
-        )
-        # the first of equals
-        best = (
-            torch.where(times[:, 0].isnan(), -torch.inf, spare)
-            .view(-1, _TRIES)
-            .argmax(1)
-        )
-        return tuple(
-            values[torch.arange(len(indices)), best] for values in (start, velocity)
-        )
+        # how many frames a rule is broken by, 0 or less
+        frames = times * self.fps
+        from_ends = torch.minimum(frames, self.frames - frames) - _UNSEEN
+        from_others = times.diff(dim=1) * self.fps - 1
+        broken = torch.cat([from_ends, from_others], 1).nan_to_num(0).clamp(max=0)
+        score = broken.amin(1)
+        score = torch.where(times[:, 0].isnan(), -torch.inf, score)  # no impact
+        best = score.view(-1, _TRIES).argmax(1)  # the first of equals
+        rows = torch.arange(len(indices))
+        return start[rows, best], velocity[rows, best]
 
     def take(self, indices: Tensor) -> Examples:
-        "The clips at indices (b,). Raises IndexError for clips that are not there."
+        """Return the clips at indices (b,).
+
+        Raises:
+            IndexError: for an index that is negative or too large.
+        """
         draws = self.numbers("scene", indices, 4).double()
-        material, ground = (
-            (draws[:, k] * len(names)).long()
-            for k, names in enumerate((MATERIALS, GROUNDS))
-        )
-        radius, speed = (
-            low + (high - low) * draws[:, k]
-            for k, (low, high) in ((2, _RADII), (3, _SPEEDS))
-        )
+        material = (draws[:, 0] * len(MATERIALS)).long()
+        ground = (draws[:, 1] * len(GROUNDS)).long()
+        radius = _RADII[0] + (_RADII[1] - _RADII[0]) * draws[:, 2]
+        speed = _SPEEDS[0] + (_SPEEDS[1] - _SPEEDS[0]) * draws[:, 3]
         start, velocity = self._flight(indices, radius, speed)
-        times, speeds = impacts(
-            start, velocity, radius, self.frames / self.fps, self.most
-        )
-        position = trajectory(
-            start,
-            velocity,
-            radius,
-            (torch.arange(self.frames, dtype=torch.float64) + 0.5) / self.fps,
-        )
-        there = (
-            (times[..., None] * self.fps).floor() == torch.arange(self.frames)
-        ).any(1)
+        seconds = self.frames / self.fps
+        times, speeds = impacts(start, velocity, radius, seconds, self.most)
+        # a frame shows the middle of its time
+        middles = (torch.arange(self.frames, dtype=torch.float64) + 0.5) / self.fps
+        position = trajectory(start, velocity, radius, middles)
+        frame_of_impact = (times[..., None] * self.fps).floor()  # (b, most, 1)
         factors = {
             "radius": radius,
             "speed": speed,
@@ -331,136 +372,149 @@ class Scenes(Made):
             "impact_speeds": speeds,
         }
         factors = {name: values.float() for name, values in factors.items()}
-        factors |= {"material": material, "ground": ground, "impact_frames": there}
-        signals = {
-            "video": draw_ball(
-                factors["position"], factors["radius"], material, ground, self.size
-            ),
-            "audio": impact_sound(
-                material,
-                factors["impact_times"],
-                factors["impact_speeds"],
-                self.samples,
-                self.rate,
-            ),
-        }
+        factors["material"] = material
+        factors["ground"] = ground
+        factors["impact_frames"] = (frame_of_impact == torch.arange(self.frames)).any(1)
+        video = draw_ball(
+            factors["position"], factors["radius"], material, ground, self.size
+        )
+        audio = impact_sound(
+            material,
+            factors["impact_times"],
+            factors["impact_speeds"],
+            self.samples,
+            self.rate,
+        )
+        signals = {"video": video, "audio": audio}
         return Examples(signals, material, _captions(factors), factors)
 
 
 def _captions(factors: dict[str, Tensor]) -> tuple[str, ...]:
-    large, fast = (
-        (factors[name] > sum(ends) / 2).tolist()
-        for name, ends in (("radius", _RADII), ("speed", _SPEEDS))
-    )
-    counts = [
-        {1: "once", 2: "twice"}.get(n, f"{n} times")
-        for n in factors["impact_times"].isfinite().sum(1).tolist()
-    ]
-    rows = zip(
-        large,
-        factors["material"].tolist(),
-        fast,
-        factors["ground"].tolist(),
-        counts,
-        strict=True,
-    )
-    return tuple(
-        f"a {'large' if big else 'small'} {MATERIALS[material]} ball bounces {'fast' if quick else 'slowly'} "
-        f"in a {GROUNDS[ground]} box, {count}"
-        for big, material, quick, ground, count in rows
-    )
+    large = (factors["radius"] > sum(_RADII) / 2).tolist()
+    fast = (factors["speed"] > sum(_SPEEDS) / 2).tolist()
+    materials = factors["material"].tolist()
+    backgrounds = factors["ground"].tolist()
+    counts = factors["impact_times"].isfinite().sum(1).tolist()
+    captions = []
+    for is_large, material, is_fast, ground, count in zip(
+        large, materials, fast, backgrounds, counts, strict=True
+    ):
+        size = "large" if is_large else "small"
+        pace = "fast" if is_fast else "slowly"
+        often = {1: "once", 2: "twice"}.get(count, f"{count} times")
+        captions.append(
+            f"a {size} {MATERIALS[material]} ball bounces {pace} in a "
+            f"{GROUNDS[ground]} box, {often}"
+        )
+    return tuple(captions)
 
 # %% ../../nbs/2_data/07_scenes.ipynb #15736bd4
-def impacts_seen(videos: Tensor, fps: float) -> Tensor:
-    """When a ball bounces in films (b, 3, f, h, w): (b, m) seconds in order, NaN where there are no more, from the pixels alone.
+_FAINT = 0.25  # of the strongest difference; weaker ones are noise
+_STILL = 0.002  # boxes a frame: slower is no movement
 
-    None is seen in the first and the last frame and a half. Raises ValueError for other shapes.
+
+def impacts_seen(videos: Tensor, fps: float) -> Tensor:
+    """Return the times (b, m) at which a ball bounces in videos (b, 3, f, h, w).
+
+    They are in seconds, in order, filled up with NaN, and estimated from the pixels.
+    Impacts in the first and the last frame and a half are not visible.
+
+    Raises:
+        ValueError: for other shapes.
     """
     if videos.ndim != 5 or videos.shape[1] != 3 or videos.shape[2] < 4:
         raise ValueError(
-            f"films have shape {tuple(videos.shape)}, expected (b, 3, f, h, w) with 4 frames or more"
+            f"videos have shape {tuple(videos.shape)}, expected (b, 3, f, h, w) with 4 "
+            "frames or more"
         )
     videos = videos.detach().float().cpu()
-    ground = videos.flatten(2).median(-1).values[:, :, None, None, None]
-    ball = (videos - ground).square_().sum(1).sqrt_()
-    # what is faint is noise
-    ball = (ball - ball.amax((1, 2, 3), keepdim=True) / 4).clamp(min=0)
-    places = [
-        mass @ (torch.arange(mass.shape[-1]) + 0.5) / mass.shape[-1] / mass.sum(-1)
-        for mass in (ball.sum(2), ball.sum(3))
-    ]
-    moves = torch.stack(places, 1).diff()  # (b, 2, f - 1)
-    pace = moves.abs().median(-1, keepdim=True).values
+    background = videos.flatten(2).median(-1).values[:, :, None, None, None]
+    ball = (videos - background).square_().sum(1).sqrt_()  # (b, f, h, w)
+    threshold = ball.amax((1, 2, 3), keepdim=True) * _FAINT
+    ball = (ball - threshold).clamp(min=0)
+    centres = []
+    for mass in (ball.sum(2), ball.sum(3)):  # x, y
+        size = mass.shape[-1]
+        centres.append(mass @ (torch.arange(size) + 0.5) / size / mass.sum(-1))
+    moves = torch.stack(centres, 1).diff()  # (b, 2, f - 1)
+    pace = moves.abs().median(-1, keepdim=True).values  # p
     before, here, after = moves[..., :-2], moves[..., 1:-1], moves[..., 2:]
-    # boxes
-    turned = (
-        (before * after < 0)
-        & (torch.minimum(before.abs(), after.abs()) > pace / 2)
-        & (pace > 0.002)
-    )
+    reversed_ = before * after < 0
+    steady = torch.minimum(before.abs(), after.abs()) > pace / 2
+    turned = reversed_ & steady & (pace > _STILL)
+    # one bounce can look like a turn in two steps: the shorter one counts
     length = pad(torch.where(turned, here.abs(), torch.inf), (1, 1), value=torch.inf)
-    # one bounce, one step
-    turned &= (length[..., 1:-1] < length[..., :-2]) & (
-        length[..., 1:-1] <= length[..., 2:]
-    )
+    turned &= length[..., 1:-1] < length[..., :-2]
+    turned &= length[..., 1:-1] <= length[..., 2:]
+    # tau = (1 + s (x_{j+1} - x_j) / p) / 2
     share = ((1 + here * before.sign() / pace) / 2).clamp(0, 1)
-    return _in_order(
-        torch.where(
-            turned, (torch.arange(1, here.shape[-1] + 1) + 0.5 + share) / fps, torch.nan
-        ).flatten(1)
-    )
+    times = (torch.arange(1, here.shape[-1] + 1) + 0.5 + share) / fps
+    return _in_order(torch.where(turned, times, torch.nan).flatten(1))
 
 
 def _in_order(times: Tensor) -> Tensor:
-    # NaN comes last
-    return times.sort(1).values[:, : max(times.isfinite().sum(1).tolist(), default=0)]
+    """Sort times (b, n) and cut them to the largest number of finite ones."""
+    most = max(times.isfinite().sum(1).tolist(), default=0)
+    return times.sort(1).values[:, :most]  # NaN comes last
 
 # %% ../../nbs/2_data/07_scenes.ipynb #c731a42e
+_REACH = 25  # milliseconds on either side in which an onset is the largest rise
+
+
 def _onsets(waves: Tensor, rate: int) -> Tensor:
-    "When sounds (b, samples) set in: (b, m) seconds in order, NaN where there are no more."
+    """Return the onsets (b, m) of waves (b, samples).
+
+    They are in seconds, in order, filled up with NaN.
+    """
     hop = max(1, rate // 1000)
-    energy = avg_pool1d(
-        pad(waves[:, None].detach().float().cpu().square(), (8 * hop, 8 * hop)),
-        8 * hop,
-        hop,
-    )
-    # what is 20 dB below the loudest is noise
+    window = 8 * hop
+    square = waves[:, None].detach().float().cpu().square()
+    energy = avg_pool1d(pad(square, (window, window)), window, hop)  # (b, 1, times)
+    # 20 dB below the loudest there is only noise
     energy = energy + energy.amax(-1, keepdim=True) / 100 + 1e-8
     rise = (energy[..., 8:] / energy[..., :-8]).log()
-    # the highest of 25 ms on each side
-    peak = (rise == max_pool1d(rise, 51, 1, 25)) & (rise > 1)
-    return _in_order(
-        torch.where(peak, torch.arange(rise.shape[-1]) * hop / rate, torch.nan)[:, 0]
-    )
+    highest = max_pool1d(rise, 2 * _REACH + 1, 1, _REACH)
+    is_onset = (rise == highest) & (rise > 1)
+    times = torch.arange(rise.shape[-1]) * hop / rate
+    return _in_order(torch.where(is_onset, times, torch.nan)[:, 0])
 
 
 def matched(
     bounces: Tensor, onsets: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hits, heard and seen of bounces (b, m) and onsets (b, n), in seconds with NaN for none: (b,) each.
+    """Match bounces (b, m) with onsets (b, n), in seconds with NaN for none.
 
-    heard: share of the bounces with an onset within `tolerance` seconds; seen: share of the onsets with such a bounce;
-    hits: bool, both shares are 1. Of nothing the share is 0.
+    Returns:
+        Three tensors (b,): hits, True if both shares are 1; heard, the share of bounces
+        with an onset within `tolerance` seconds; seen, the share of onsets with such a
+        bounce. Shares of nothing are 0.
     """
-    near = (bounces[:, :, None] - onsets[:, None]).abs() <= tolerance
-    heard, seen = (
-        near.any(axis).sum(1) / times.isfinite().sum(1).clamp(min=1)
-        for axis, times in ((2, bounces), (1, onsets))
-    )
+    near = (bounces[:, :, None] - onsets[:, None]).abs() <= tolerance  # (b, m, n)
+    heard = near.any(2).sum(1) / bounces.isfinite().sum(1).clamp(min=1)
+    seen = near.any(1).sum(1) / onsets.isfinite().sum(1).clamp(min=1)
     return (heard == 1) & (seen == 1), heard, seen
 
 
 def sound_on_bounce(
     videos: Tensor, waves: Tensor, fps: float, rate: int, tolerance: float = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hits, heard and seen (see `matched`) of sounds (b, samples) and films (b, 3, f, h, w), to `tolerance` frames.
+    """Measure whether onsets of audio fall on bounces of videos, see `matched`.
 
-    fps: frames a second, rate: samples a second. Raises ValueError where films and sounds differ in number or in length.
+    Args:
+        videos: (b, 3, f, h, w).
+        waves: (b, samples).
+        fps: Frames a second.
+        rate: Of the audio, Hz.
+        tolerance: In frames.
+
+    Raises:
+        ValueError: for videos and audio that differ in number or length.
     """
-    seconds = videos.shape[2] / fps, waves.shape[1] / rate
-    if len(videos) != len(waves) or abs(seconds[0] - seconds[1]) > 1 / fps:
+    video_seconds = videos.shape[2] / fps
+    audio_seconds = waves.shape[1] / rate
+    if len(videos) != len(waves) or abs(video_seconds - audio_seconds) > 1 / fps:
         raise ValueError(
-            f"{len(videos)} films of {seconds[0]:g} s and {len(waves)} sounds of {seconds[1]:g} s do not belong "
-            "together; see fps and rate"
+            f"{len(videos)} videos of {video_seconds:g} s and {len(waves)} audio clips "
+            f"of {audio_seconds:g} s do not belong together; check fps and rate"
         )
     return matched(impacts_seen(videos, fps), _onsets(waves, rate), tolerance / fps)

@@ -20,8 +20,12 @@ from ..draws import numbered
 
 # %% ../../nbs/2_data/03_shapes.ipynb #c3483623
 def _fold(x: Tensor, y: Tensor, axes: int) -> tuple[Tensor, Tensor]:
-    "Points, mirrored at `axes` axes, the first of them upright, into the wedge of pi / axes to the right of it."
-    x, reach = x.abs(), axes  # in units of the wedge
+    """Mirror points at `axes` axes into the wedge of pi / axes right of the vertical.
+
+    The first axis is the vertical one.
+    """
+    x = x.abs()
+    reach = axes  # of the points, in wedges
     while reach > 1:
         # the nearest mirror that leaves no point outside of itself
         reach = -(-reach // 3)
@@ -32,15 +36,18 @@ def _fold(x: Tensor, y: Tensor, axes: int) -> tuple[Tensor, Tensor]:
 
 
 def _star(x: Tensor, y: Tensor, points: int, inner: float) -> Tensor:
-    "A star whose inner corners lie at `inner` times the radius of its tips."
+    """A star whose inner corners lie at `inner` times the radius of its tips."""
     x, y = _fold(x, y, points)
+    # radius of the tips: n q sin(pi / n) R^2 = pi
     tip = math.sqrt(math.pi / (points * inner * math.sin(math.pi / points)))
-    along = (inner * math.sin(math.pi / points), inner * math.cos(math.pi / points) - 1)
-    length = math.hypot(*along)
+    # the edge from a tip to an inner corner, for tips at radius 1
+    edge_x = inner * math.sin(math.pi / points)
+    edge_y = inner * math.cos(math.pi / points) - 1
+    length = math.hypot(edge_x, edge_y)
     y = y - tip
-    on_edge = ((x * along[0] + y * along[1]) / length**2).clamp(0, tip)
-    side = x * -along[1] + y * along[0]
-    return _length(x - on_edge * along[0], y - on_edge * along[1]).copysign(side)
+    on_edge = ((x * edge_x + y * edge_y) / length**2).clamp(0, tip)
+    side = x * -edge_y + y * edge_x
+    return _length(x - on_edge * edge_x, y - on_edge * edge_y).copysign(side)
 
 
 def _length(x: Tensor, y: Tensor) -> Tensor:
@@ -57,34 +64,34 @@ def _ring(x: Tensor, y: Tensor, hole: float = 0.55) -> Tensor:
 
 
 def _cross(x: Tensor, y: Tensor) -> Tensor:
-    x, y, width = x.abs(), y.abs(), math.sqrt(math.pi / 20)  # five squares
+    x, y = x.abs(), y.abs()
+    width = math.sqrt(math.pi / 20)  # half a side of one of five squares
     return torch.maximum(torch.minimum(x, y) - width, torch.maximum(x, y) - 3 * width)
 
 
 def _heart(x: Tensor, y: Tensor) -> Tensor:
-    side = math.sqrt(math.pi / (1 + math.pi / 4))
+    side = math.sqrt(math.pi / (1 + math.pi / 4))  # of the diamond
     middle = side / math.sqrt(8)  # of an upper side, in x as in y
-    # moment of both half discs, per pi
+    # height of the centre of mass: moment of both half discs over the area pi
     mass = side**2 / 4 * (middle + math.sqrt(2) * side / (3 * math.pi))
     x, y = x.abs(), y + mass
-    return torch.minimum(
-        (x + y.abs()) / math.sqrt(2) - side / 2,
-        _length(x - middle, y - middle) - side / 2,
-    )
+    diamond = (x + y.abs()) / math.sqrt(2) - side / 2
+    half_disc = _length(x - middle, y - middle) - side / 2
+    return torch.minimum(diamond, half_disc)
 
 
 def _crescent(x: Tensor, y: Tensor, shift: float = 0.8) -> Tensor:
-    # what two unit discs have in common
+    # area that two unit discs have in common
     lens = 2 * math.acos(shift / 2) - shift / 2 * math.sqrt(4 - shift**2)
     radius = math.sqrt(math.pi / (math.pi - lens))
-    x = x - lens * radius**3 * shift / (2 * math.pi)
-    return torch.maximum(
-        _length(x, y) - radius, radius - _length(x - shift * radius, y)
-    )
+    x = x - lens * radius**3 * shift / (2 * math.pi)  # centre of mass at 0
+    disc = _length(x, y) - radius
+    hole = radius - _length(x - shift * radius, y)
+    return torch.maximum(disc, hole)
 
 
 KINDS = ("disc", "ring", "square", "triangle", "star", "cross", "heart", "crescent")
-# a turn by 1 / so much of a circle cannot be seen; 0: no turn can
+# turned by 1 / SYMMETRY of a circle a figure looks the same; 0: turned by any angle
 SYMMETRY = (0, 0, 4, 3, 5, 4, 1, 1)
 _DISTANCES = (
     _disc,
@@ -113,130 +120,171 @@ TEXTURES = ("plain", "striped", "checked", "dotted", "noisy")
 CATEGORIES = {"kind": KINDS, "colour": COLOURS, "ground": COLOURS, "texture": TEXTURES}
 
 
+_GRAIN = 5  # numbers that place a texture
+
+
 def _samples(size: int, **factors) -> list[Tensor]:
-    "The factors, each with one value, of `grain` with five, for each of b samples. Raises ValueError for what cannot be drawn."
+    """Return each factor for each of b samples: (b,), `grain` as (b, 5).
+
+    Args:
+        size: Of the images, in pixels.
+        **factors: One value for all, or one for each sample.
+
+    Raises:
+        ValueError: for a size or a factor that cannot be drawn.
+    """
     if size not in range(16, 129, 8):
-        raise ValueError(f"size is {size}; it can be a multiple of 8 from 16 to 128")
-    values = {name: torch.as_tensor(value) for name, value in factors.items()}
+        raise ValueError(f"size is {size}, expected a multiple of 8 from 16 to 128")
+    values = {name: _checked(name, value) for name, value in factors.items()}
+    columns = []  # (b, 1) or (1, 1), of grain (b, 5) or (1, 5)
     for name, value in values.items():
-        if name in CATEGORIES:
-            if (
-                value.is_floating_point()
-                or not ((value >= 0) & (value < len(CATEGORIES[name]))).all()
-            ):
-                raise ValueError(
-                    f"{name} is {value.tolist()}; it is an index from 0 to {len(CATEGORIES[name]) - 1} "
-                    f"into {', '.join(CATEGORIES[name])}"
-                )
-            values[name] = value.long()
-        elif not value.isfinite().all() or name == "scale" and (value <= 0).any():
-            raise ValueError(
-                f"{name} is {value.tolist()}; it must be finite{' and above 0' * (name == 'scale')}"
-            )
+        if name == "grain":
+            columns.append(torch.atleast_2d(value))
         else:
-            values[name] = value.float()
-    columns = [
-        torch.atleast_2d(v) if name == "grain" else torch.atleast_1d(v)[:, None]
-        for name, v in values.items()
-    ]
+            columns.append(torch.atleast_1d(value)[:, None])
     counts = {len(column) for column in columns} - {1}
-    if len(counts) > 1 or any(
-        column.ndim != 2 or column.shape[1] not in (1, 5) for column in columns
-    ):
+    widths_fit = all(
+        column.ndim == 2 and column.shape[1] in (1, _GRAIN) for column in columns
+    )
+    if len(counts) > 1 or not widths_fit:
         shapes = ", ".join(
             f"{name} {tuple(value.shape)}" for name, value in values.items()
         )
         raise ValueError(
-            f"a factor has one value, or one for each sample (grain: five); these have {shapes}"
+            "a factor has one value, or one for each sample (grain: five); these have "
+            f"{shapes}"
         )
-    columns = [column.expand(*(counts or {1}), 5) for column in columns]
-    return [
-        column if name == "grain" else column[:, 0]
-        for name, column in zip(values, columns, strict=True)
-    ]
+    (count,) = counts or {1}
+    expanded = []
+    for name, column in zip(values, columns, strict=True):
+        rows = column.expand(count, _GRAIN)
+        expanded.append(rows if name == "grain" else rows[:, 0])
+    return expanded
+
+
+def _checked(name: str, value) -> Tensor:
+    """Return a factor as int64 or float32. Raises ValueError for invalid values."""
+    value = torch.as_tensor(value)
+    if name in CATEGORIES:
+        words = CATEGORIES[name]
+        inside = (value >= 0) & (value < len(words))
+        if value.is_floating_point() or not inside.all():
+            raise ValueError(
+                f"{name} is {value.tolist()}, expected an index from 0 to "
+                f"{len(words) - 1} into {', '.join(words)}"
+            )
+        return value.long()
+    if not value.isfinite().all():
+        raise ValueError(f"{name} is {value.tolist()}, expected finite numbers")
+    if name == "scale" and (value <= 0).any():
+        raise ValueError(f"scale is {value.tolist()}, expected numbers above 0")
+    return value.float()
 
 
 def _turn(across: Tensor, up: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    "Coordinates in a plane that is turned by an angle (b,), anticlockwise as seen."
-    cos, sin = (
-        part.float()[:, None, None]
-        for part in (angle.double().cos(), angle.double().sin())
-    )
+    """Return coordinates in a plane that is turned by an angle (b,), anticlockwise."""
+    # in double precision, so that all machines agree
+    cos = angle.double().cos().float()[:, None, None]
+    sin = angle.double().sin().float()[:, None, None]
     return across * cos + up * sin, up * cos - across * sin
 
 
 def plane(
     scale: Tensor, x: Tensor, y: Tensor, angle: Tensor, wrap: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    "Where the pixels lie in the planes of b figures, to the right and up, (b, size, size) each, in radii of the disc."
+    """Return the coordinates of all pixels in the planes of b figures.
+
+    They are to the right and up, (b, size, size) each, in radii of the disc.
+    """
     places = (torch.arange(size, device=x.device) + 0.5) / size
-    across, up = (places - x[:, None])[:, None, :], (y[:, None] - places)[:, :, None]
-    across, up = (part - part.round() * wrap[:, None, None] for part in (across, up))
+    across = (places - x[:, None])[:, None, :]  # (b, 1, size)
+    up = (y[:, None] - places)[:, :, None]  # (b, size, 1)
+    # with wrap the nearest of all copies counts
+    across = across - across.round() * wrap[:, None, None]
+    up = up - up.round() * wrap[:, None, None]
     radius = scale[:, None, None] / 2
     return _turn(across / radius, up / radius, angle)
+
+
+_CACHED_PIXELS = 2**16  # in a block of images that stays in the processor's cache
 
 
 def figure_masks(
     kind, scale=0.4, x=0.5, y=0.5, angle=0.0, size: int = 32, wrap=False
 ) -> Tensor:
-    """How far each pixel is covered by the figure, (b, size, size) in [0, 1].
+    """Return the part of each pixel that a figure covers, (b, size, size) in [0, 1].
 
-    kind: index into KINDS; scale: diameter of the disc of the same area; x, y: centre of mass from the left and from the top; all
-    of them in sides of the image; angle: radians, anticlockwise as seen; wrap: what leaves at one border enters at the other.
-    Raises ValueError for values that cannot be drawn. Distances after Inigo Quilez, iquilezles.org/articles/distfunctions2d.
+    Distances after Inigo Quilez, iquilezles.org/articles/distfunctions2d.
+
+    Args:
+        kind: Index into KINDS.
+        scale: Diameter of the disc of the same area, in sides of the image.
+        x: Centre of mass from the left, in sides.
+        y: Centre of mass from the top, in sides.
+        angle: Radians, anticlockwise.
+        size: Of the image, in pixels.
+        wrap: True if a figure that leaves at one border enters at the opposite one.
+
+    Raises:
+        ValueError: for values that cannot be drawn.
     """
-    kind, *rest = _samples(
+    kind, scale, x, y, angle, wrap = _samples(
         size, kind=kind, scale=scale, x=x, y=y, angle=angle, wrap=wrap
     )
     masks = torch.empty(len(kind), size, size, device=kind.device)
     for index in kind.unique().tolist():
-        # blocks that stay in the cache
-        for rows in (kind == index).nonzero().flatten().split(2**16 // size**2):
-            distance = _DISTANCES[index](
-                *plane(*(values[rows] for values in rest), size)
+        same_kind = (kind == index).nonzero().flatten()
+        for rows in same_kind.split(_CACHED_PIXELS // size**2):
+            right, up = plane(
+                scale[rows], x[rows], y[rows], angle[rows], wrap[rows], size
             )
-            masks[rows] = (
-                0.5 - distance * (rest[0][rows, None, None] / 2 * size)
-            ).clamp_(0, 1)
+            distance = _DISTANCES[index](right, up)  # in radii
+            radius = scale[rows, None, None] / 2 * size  # pixels
+            masks[rows] = (0.5 - distance * radius).clamp_(0, 1)
     return masks
 
 # %% ../../nbs/2_data/03_shapes.ipynb #d9354bdb
 CONTRAST = 0.2  # of a texture; no colour is nearer to the ends of [-1, 1]
 
 
-def _stripes(u: Tensor, grain: Tensor, size: int) -> Tensor:
+def _stripes(u: Tensor, size: int) -> Tensor:
     return ((4 * (u - u.round()).abs() - 1) * (size / 16)).clamp_(-1, 1)
 
 
 def _dots(u: Tensor, v: Tensor, grain: Tensor, size: int) -> Tensor:
     light = 1 - 2 * (grain[:, 4] < 0.5).float()
-    return ((0.3 - _length(u - u.round(), v - v.round())) * (size / 6)).clamp_(
-        0, 1
-    ) * light[:, None, None]
+    distance = 0.3 - _length(u - u.round(), v - v.round())
+    return (distance * (size / 6)).clamp_(0, 1) * light[:, None, None]
 
 
 def _noise(grain: Tensor, size: int) -> Tensor:
     cell = torch.arange(size, device=grain.device) * 16 // size
-    values = numbered("shapes/noise", (grain[:, 0] * 2**24).long(), 256).view(
-        -1, 16, 16
-    )
+    keys = (grain[:, 0] * 2**24).long()
+    values = numbered("shapes/noise", keys, 256).view(-1, 16, 16)
     return 2 * values[:, cell][:, :, cell] - 1
 
 
 def grounds(ground, texture=0, grain=0.5, size: int = 32) -> Tensor:
-    """Grounds without a figure, (b, 3, size, size) in [-1, 1].
+    """Return backgrounds without a figure, (b, 3, size, size) in [-1, 1].
 
-    ground: index into COLOURS; texture: index into TEXTURES; grain: (b, 5) numbers in [0, 1) that place the texture.
-    Raises ValueError for values that cannot be drawn.
+    Args:
+        ground: Index into COLOURS.
+        texture: Index into TEXTURES.
+        grain: Numbers (b, 5) in [0, 1) that place the texture.
+        size: Of the image, in pixels.
+
+    Raises:
+        ValueError: for values that cannot be drawn.
     """
     ground, texture, grain = _samples(size, ground=ground, texture=texture, grain=grain)
     places = (torch.arange(size, device=ground.device) + 0.5) / size
-    cells = (4 + 3 * grain[:, 3])[:, None, None]
+    cells = (4 + 3 * grain[:, 3])[:, None, None]  # of the pattern, in a side
     u, v = _turn(places * cells, places[:, None] * cells, math.pi * grain[:, 2])
-    u, v = u + grain[:, 0, None, None], v + grain[:, 1, None, None]
+    u = u + grain[:, 0, None, None]
+    v = v + grain[:, 1, None, None]
     patterns = {
-        1: lambda r: _stripes(u[r], grain[r], size),
-        2: lambda r: _stripes(u[r], grain[r], size) * _stripes(v[r], grain[r], size),
+        1: lambda r: _stripes(u[r], size),
+        2: lambda r: _stripes(u[r], size) * _stripes(v[r], size),
         3: lambda r: _dots(u[r], v[r], grain[r], size),
         4: lambda r: _noise(grain[r], size),
     }
@@ -244,10 +292,8 @@ def grounds(ground, texture=0, grain=0.5, size: int = 32) -> Tensor:
     for index in set(texture.tolist()) & set(patterns):
         rows = (texture == index).nonzero().flatten()
         light[rows] = patterns[index](rows)
-    return (
-        torch.tensor(PALETTE, device=ground.device)[ground][:, :, None, None]
-        + CONTRAST * light[:, None]
-    )
+    colour = torch.tensor(PALETTE, device=ground.device)[ground]  # (b, 3)
+    return colour[:, :, None, None] + CONTRAST * light[:, None]
 
 # %% ../../nbs/2_data/03_shapes.ipynb #b98847ce
 def draw_figures(
@@ -262,10 +308,21 @@ def draw_figures(
     grain=0.5,
     size: int = 32,
 ) -> Tensor:
-    """Pictures of figures, (b, 3, size, size) float32 in [-1, 1], by their factors: one value for all, or one for each sample.
+    """Return images of figures, (b, 3, size, size) float32 in [-1, 1].
 
-    kind, colour, ground, texture: indices into KINDS, COLOURS, COLOURS, TEXTURES; the others as in `figure_masks` and `grounds`.
-    Raises ValueError for values that cannot be drawn.
+    Each factor has one value for all samples, or one for each.
+
+    Args:
+        kind: Index into KINDS.
+        colour: Index into COLOURS.
+        ground: Index into COLOURS, of the background.
+        texture: Index into TEXTURES.
+        scale: As in `figure_masks`; so are x, y and angle.
+        grain: As in `grounds`.
+        size: Of the image, in pixels.
+
+    Raises:
+        ValueError: for values that cannot be drawn.
     """
     kind, scale, x, y, angle, colour, ground, texture, grain = _samples(
         size,
@@ -279,19 +336,16 @@ def draw_figures(
         texture=texture,
         grain=grain,
     )
-    below = grounds(ground, texture, grain, size)
-    return cover(
-        below,
-        torch.tensor(PALETTE, device=below.device)[colour],
-        figure_masks(kind, scale, x, y, angle, size),
-    )
+    background = grounds(ground, texture, grain, size)
+    paint = torch.tensor(PALETTE, device=background.device)[colour]  # (b, 3)
+    mask = figure_masks(kind, scale, x, y, angle, size)
+    return cover(background, paint, mask)
 
 
 def cover(below: Tensor, colour: Tensor, mask: Tensor) -> Tensor:
-    "Pictures (b, 3, ...) painted over with colours (b, 3) as far as masks (b, ...) cover them."
-    return (colour.view(*colour.shape, *(1,) * (below.ndim - 2)) - below) * mask[
-        :, None
-    ] + below
+    """Paint colours (b, 3) over images (b, 3, ...) where masks (b, ...) cover them."""
+    paint = colour.view(*colour.shape, *(1,) * (below.ndim - 2))
+    return (paint - below) * mask[:, None] + below
 
 # %% ../../nbs/2_data/03_shapes.ipynb #0433445b
 RANGES = {
@@ -318,57 +372,55 @@ PLACES = (
 def thirds(
     name: str, values: Tensor, ranges: dict[str, tuple[float, float]] = RANGES
 ) -> list[int]:
-    "Of each value, in which third of the range of the factor `name` it lies: 0, 1 or 2; outside, the nearest."
+    """Return the third (0, 1 or 2) of the range of a factor in which values lie.
+
+    Values outside the range belong to the nearest third.
+    """
     low, high = ranges[name]
-    return (
-        (3 * (torch.as_tensor(values) - low) / (high - low))
-        .floor()
-        .clamp(0, 2)
-        .long()
-        .tolist()
-    )
+    position = 3 * (torch.as_tensor(values) - low) / (high - low)
+    return position.floor().clamp(0, 2).long().tolist()
 
 
 def captions_of(
     kind, colour, ground, texture, scale, x, y, ranges=RANGES, **others
 ) -> tuple[str, ...]:
-    """What can be seen in b pictures, in words of at most 64 ASCII characters, by their factors (b,); other factors are not told.
+    """Return captions of b images, at most 64 ASCII characters each.
 
-    ranges: of the factors, so that there is a small and a large.
+    Args:
+        kind: Index into KINDS, (b,); so are colour, ground and texture indices into
+            their words.
+        scale: As in `figure_masks`, (b,); so are x and y.
+        ranges: Of the factors, for the words of size and place.
+        **others: Factors that captions do not contain.
     """
-    rows = zip(
-        *(torch.as_tensor(v).tolist() for v in (kind, colour, ground, texture)),
-        *(
-            thirds(name, values, ranges)
-            for name, values in (("scale", scale), ("x", x), ("y", y))
-        ),
-        strict=True,
-    )
-    return tuple(
-        " ".join(
-            filter(
-                None,
-                (
-                    "a",
-                    _SIZES[size],
-                    COLOURS[c],
-                    KINDS[k],
-                    "on a",
-                    COLOURS[g],
-                    TEXTURES[t] if t else "",
-                    f"ground, {PLACES[3 * row + column]}",
-                ),
-            )
-        )
-        for k, c, g, t, size, column, row in rows
-    )
+    categories = [
+        torch.as_tensor(values).tolist() for values in (kind, colour, ground, texture)
+    ]
+    sizes = thirds("scale", scale, ranges)
+    columns = thirds("x", x, ranges)
+    rows = thirds("y", y, ranges)
+    captions = []
+    for k, c, g, t, size, column, row in zip(
+        *categories, sizes, columns, rows, strict=True
+    ):
+        figure = ["a", _SIZES[size], COLOURS[c], KINDS[k]]
+        background = ["on a", COLOURS[g], TEXTURES[t] if t else "", "ground,"]
+        words = [*figure, *background, PLACES[3 * row + column]]
+        captions.append(" ".join(word for word in words if word))
+    return tuple(captions)
 
 # %% ../../nbs/2_data/03_shapes.ipynb #1ec16d38
 @dataclass(frozen=True)
 class Shapes(Made):
-    """Coloured figures on textured grounds: {"image": (3, size, size)}, labelled by kind; the same samples at every size.
+    """Coloured figures on textured backgrounds: {"image": (3, size, size)}.
 
-    size: of the image in pixels, a multiple of 8 from 16 to 128. Raises ValueError for another.
+    They are labelled by kind. A sample has the same factors at every size.
+
+    Args:
+        size: Of the image in pixels, a multiple of 8 from 16 to 128.
+
+    Raises:
+        ValueError: for another size.
     """
 
     size: int = 32
@@ -381,50 +433,44 @@ class Shapes(Made):
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        "The shape of an image (c, h, w)."
+        """Shape of an image (c, h, w)."""
         return {"image": (3, self.size, self.size)}
 
     def factors(self, indices: Tensor) -> dict[str, Tensor]:
-        "What samples (b,) are made from, (b,) each and grain (b, 5): the arguments of `draw_figures`."
+        """Return the factors of samples (b,), the arguments of `draw_figures`.
+
+        They are (b,) each, and grain (b, 5).
+        """
         u = self.numbers("factors", indices, 13)
-        kind, colour, other, texture = (
-            (u[:, :4] * torch.tensor([8, 8, 7, 5], device=u.device)).long().unbind(1)
-        )
-        ranged = {
-            name: low + (high - low) * u[:, 4 + i]
-            for i, (name, (low, high)) in enumerate(self.ranges.items())
-        }
-        return {
+        counts = torch.tensor([8, 8, 7, 5], device=u.device)
+        kind, colour, other, texture = (u[:, :4] * counts).long().unbind(1)
+        factors = {
             "kind": kind,
             "colour": colour,
-            "ground": (colour + 1 + other) % 8,
+            "ground": (colour + 1 + other) % 8,  # never the colour of the figure
             "texture": texture,
-            **ranged,
-            "grain": u[:, 8:],
         }
+        for i, (name, (low, high)) in enumerate(self.ranges.items()):
+            factors[name] = low + (high - low) * u[:, 4 + i]
+        factors["grain"] = u[:, 8:]
+        return factors
 
     def take(self, indices: Tensor) -> Examples:
-        "The samples at indices (b,): pictures, kinds, captions, factors."
+        """Return the samples at indices (b,)."""
         factors = self.factors(indices)
+        images = draw_figures(**factors, size=self.size)
         captions = captions_of(**factors, ranges=self.ranges)
-        return Examples(
-            {"image": draw_figures(**factors, size=self.size)},
-            factors["kind"],
-            captions,
-            factors,
-        )
+        return Examples({"image": images}, factors["kind"], captions, factors)
 
     def masks(self, indices: Tensor) -> Tensor:
-        "How far each pixel is covered by the figure, (b, size, size) in [0, 1]."
+        """Return the part of each pixel that the figure covers, (b, size, size)."""
         factors = self.factors(indices)
-        return figure_masks(
-            *(factors[name] for name in ("kind", "scale", "x", "y", "angle")),
-            size=self.size,
-        )
+        placed = {name: factors[name] for name in ("scale", "x", "y", "angle")}
+        return figure_masks(factors["kind"], **placed, size=self.size)
 
 # %% ../../nbs/2_data/03_shapes.ipynb #a1259eef
 @dataclass(frozen=True)
 class Emblems(Shapes):
-    "Shapes whose figure is larger and nearer to the middle, so that more pixels tell its kind. Options: those of `Shapes`."
+    """Shapes with larger figures nearer to the middle, which are easier to draw."""
 
     ranges: ClassVar[dict[str, tuple[float, float]]] = LARGE

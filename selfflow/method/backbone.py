@@ -111,35 +111,42 @@ def check_backbone(model: nn.Module, batch: Batch, layers: Iterable[int] = ()) -
 
     batch: a few samples; layers: those that the objective reads. The module is not changed.
     """
-    name, x, samples = type(model).__name__, batch.x0, f"{len(batch)} samples"
     check_size(model)
-    if deep := [layer for layer in layers if not 1 <= layer <= model.depth]:
+    name, width, depth = type(model).__name__, model.width, model.depth
+    assert isinstance(width, int) and isinstance(depth, int)
+    if too_deep := [layer for layer in layers if not 1 <= layer <= depth]:
         raise ValueError(
-            f"the objective reads layer {deep[0]}, but {name} has depth {model.depth}; take layers from 1 to "
-            f"{model.depth} (objective.student_layer, objective.teacher_layer)"
+            f"the objective reads layer {too_deep[0]}, but {name} has depth {depth}; "
+            f"take layers from 1 to {depth} (objective.student_layer, "
+            "objective.teacher_layer)"
         )
+    x = batch.x0
+    # two levels in each sample, as in training
     levels = NoiseLevels(
         torch.tensor([[0.8, 0.3]] * len(x)),
         torch.arange(x.shape[1]).expand(x.shape[:2]) % 2,
     ).to(x.device)
-    taps = tuple(sorted({1, model.depth, *layers}))
-    training, calls = (
-        model.training,
-        {"": (batch.condition, False), " without a condition, stopped": (None, True)},
+    taps = tuple(sorted({1, depth, *layers}))
+    training = model.training
+    calls = (
+        (name, batch.condition, False),
+        (f"{name} without a condition, stopped", None, True),
     )
     try:
         model.eval()  # running statistics stay as they are
-        for words, (told, stop) in calls.items():
+        for call, condition, stop in calls:
             try:
-                output = model(x, levels, told, taps=taps, stop=stop, parts=batch.parts)
+                output = model(
+                    x, levels, condition, taps=taps, stop=stop, parts=batch.parts
+                )
             except Exception as error:  # whatever a user's module does wrong
                 reason = (str(error).splitlines() or ["no reason given"])[0]
                 raise ValueError(
-                    f"{name}{words} failed on {samples} of {tuple(x.shape[1:])} tokens and channels: "
-                    f"{type(error).__name__}: {reason}. It is called as "
-                    "model(x, levels, condition, taps=, stop=, parts=)"
+                    f"{call} failed on {len(batch)} samples of {tuple(x.shape[1:])} "
+                    f"tokens and channels: {type(error).__name__}: {reason}. It is "
+                    "called as model(x, levels, condition, taps=, stop=, parts=)"
                 ) from error
-            _check_output(f"{name}{words}", output, x, taps, model.width, stop)
+            _check_output(call, output, x, taps, width, stop)
     finally:
         model.train(training)
 

@@ -6,23 +6,31 @@
 __all__ = ['Condition', 'Batch']
 
 # %% ../../nbs/1_method/04_batch.ipynb #bc2c1bf8
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
 
-from ..draws import by_shard
+from ..draws import Draw, by_shard
 from .tokens import PAD, Part
 
 # %% ../../nbs/1_method/04_batch.ipynb #1ca21052
 @dataclass(frozen=True)
 class Condition:
-    """What samples are conditioned on: classes, texts, or vectors of a text encoder; indexed, that of some samples.
+    """Classes, texts or vectors that samples are conditioned on.
 
-    values: class labels (b,) int64 in [0, classes], texts as bytes (b, l) int64, or vectors (b, l, e);
-    classes: how many there are. The label `classes`, the byte `PAD` and zeros mean that there is no condition.
-    Raises TypeError for other values and, on the CPU, ValueError for labels out of range.
+    Indexed, it gives the condition of some samples. The label `classes`, the byte `PAD`
+    and zeros mean that there is no condition.
+
+    Args:
+        values: Class labels, (b,) int64 in [0, classes]; texts as bytes, (b, l) int64;
+            or vectors of a text encoder, (b, l, e).
+        classes: Number of classes.
+
+    Raises:
+        TypeError: For other values.
+        ValueError: On the CPU, for labels out of range.
     """
 
     values: Tensor
@@ -30,27 +38,28 @@ class Condition:
 
     def __post_init__(self):
         values = self.values
-        if not 1 <= values.ndim <= 3 or (
-            values.dtype != torch.int64
-            if values.ndim < 3
-            else not values.is_floating_point()
-        ):
+        if values.ndim == 3:
+            known = values.is_floating_point()
+        else:
+            known = values.ndim in (1, 2) and values.dtype == torch.int64
+        if not known:
             raise TypeError(
-                f"a condition is int64 labels (b,), int64 bytes (b, l) or vectors (b, l, e), not {values.dtype} "
-                f"{tuple(values.shape)}"
+                "a condition is int64 labels (b,), int64 bytes (b, l) or vectors "
+                f"(b, l, e), not {values.dtype} {tuple(values.shape)}"
             )
-        # on a GPU the host would wait for the answer
+        # on a GPU the check would make the host wait for the device
         if values.ndim > 1 or not len(values) or values.device.type != "cpu":
             return
-        if not (0 <= values.min() and values.max() <= self.classes):
+        lowest, highest = values.min(), values.max()
+        if not (0 <= lowest and highest <= self.classes):
             raise ValueError(
-                f"labels run from {values.min()} to {values.max()}, but classes from 0 to {self.classes - 1}, and "
-                f"{self.classes} is none"
+                f"labels run from {lowest} to {highest}, but classes from 0 to "
+                f"{self.classes - 1}, and {self.classes} means no class"
             )
 
     @property
     def kind(self) -> str:
-        """class, text or vectors."""
+        """One of class, text or vectors."""
         return ("class", "text", "vectors")[self.values.ndim - 1]
 
     @property
@@ -59,10 +68,8 @@ class Condition:
         return {"class": self.classes, "text": PAD, "vectors": 0}[self.kind]
 
     def __str__(self) -> str:
-        return (
-            f"{self.kind} {tuple(self.values.shape)}"
-            + f" of {self.classes} classes" * (self.kind == "class")
-        )
+        text = f"{self.kind} {tuple(self.values.shape)}"
+        return f"{text} of {self.classes} classes" if self.kind == "class" else text
 
     def __len__(self) -> int:
         return len(self.values)
@@ -71,46 +78,50 @@ class Condition:
         return replace(self, values=self.values[rows])
 
     def to(self, *target, **options) -> "Condition":
-        """The same on another device."""
+        """Return it on another device; arguments as in `Tensor.to`."""
         return replace(self, values=self.values.to(*target, **options))
 
     def pin_memory(self) -> "Condition":
-        """The same in memory from which a GPU copies fast."""
+        """Return it in memory from which a GPU copies fast."""
         return replace(self, values=self.values.pin_memory())
 
     def cat(self, other: "Condition") -> "Condition":
-        """The condition of these samples, then of the others."""
+        """Return the condition of these samples, then of the others."""
         return replace(self, values=torch.cat([self.values, other.values]))
 
-    def nothing(self) -> "Condition":
-        """No condition, for as many samples."""
+    def unconditional(self) -> "Condition":
+        """Return no condition, for as many samples."""
         return replace(self, values=torch.full_like(self.values, self.null))
 
-    def drop(self, probability: float, draw) -> "Condition":
-        """The condition, of each sample dropped with a probability: one draw per sample, for the purpose "label drop".
+    def drop(self, probability: float, draw: Draw) -> "Condition":
+        """Drop the condition of each sample with a probability.
 
-        draw: see `by_shard`. Source: arXiv 2207.12598.
+        One draw per sample, for the purpose "label drop"; draw: see `by_shard`.
+        Source: arXiv 2207.12598.
         """
 
-        def dropped(values: Tensor, generator: Generator) -> Tensor:
-            chosen = (
-                torch.rand(len(values), generator=generator, device=generator.device)
-                < probability
+        def drop_some(values: Tensor, generator: Generator) -> Tensor:
+            chance = torch.rand(
+                len(values), generator=generator, device=generator.device
             )
-            chosen = chosen.to(values.device).reshape(-1, *[1] * (values.ndim - 1))
-            return torch.where(chosen, self.null, values)
+            dropped = (chance < probability).to(values.device)
+            dropped = dropped.reshape(-1, *[1] * (values.ndim - 1))
+            return torch.where(dropped, self.null, values)
 
-        return replace(
-            self, values=torch.cat(by_shard(draw, "label drop", self.values, dropped))
-        )
+        shards = by_shard(draw, "label drop", self.values, drop_some)
+        return replace(self, values=torch.cat(shards))
 
 # %% ../../nbs/1_method/04_batch.ipynb #9645e24c
 @dataclass(frozen=True)
 class Batch:
     """Clean samples as a model is trained on them; indexed, it gives some of them.
 
-    x0: tokens (b, n, c); condition: of the b samples; parts: of the sequence, in order; indices: (b,) of the samples in their
-    data set; features: (b, n, e) or (b, e) of an outside encoder, for REPA.
+    Args:
+        x0: Tokens, (b, n, c).
+        condition: Of the b samples.
+        parts: Of the sequence, in order.
+        indices: Of the samples in their data set, (b,).
+        features: Of an outside encoder, for REPA: (b, n, e) or (b, e).
     """
 
     x0: Tensor
@@ -122,32 +133,28 @@ class Batch:
     def __len__(self) -> int:
         return len(self.x0)
 
-    def _each(self, change) -> "Batch":
-        values = {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if field.name != "parts"
-        }
+    def _map(self, change: Callable) -> "Batch":
+        """Change everything that has a row for each sample."""
         return replace(
             self,
-            **{
-                name: change(value)
-                for name, value in values.items()
-                if value is not None
-            },
+            x0=change(self.x0),
+            condition=change(self.condition),
+            indices=None if self.indices is None else change(self.indices),
+            features=None if self.features is None else change(self.features),
         )
 
     def __getitem__(self, rows: Tensor | slice) -> "Batch":
-        return self._each(lambda value: value[rows])
+        return self._map(lambda value: value[rows])
 
     def to(self, *target, **options) -> "Batch":
-        """The same on another device."""
-        return self._each(lambda value: value.to(*target, **options))
+        """Return it on another device; arguments as in `Tensor.to`."""
+        return self._map(lambda value: value.to(*target, **options))
 
     def split(self, size: int) -> "Iterator[Batch]":
-        """Batches of `size` samples, the last one of the rest."""
-        return (self[start : start + size] for start in range(0, len(self), size))
+        """Yield batches of `size` samples; the last has the rest."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
 
     def pin_memory(self) -> "Batch":
-        """The same in memory from which a GPU copies fast; the data loader asks for it."""
-        return self._each(lambda value: value.pin_memory())
+        """Return it in memory from which a GPU copies fast, as data loaders ask."""
+        return self._map(lambda value: value.pin_memory())

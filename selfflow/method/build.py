@@ -36,6 +36,7 @@ from selfflow.method.schedule import (
     DualTimestep,
     FullMasking,
     MultiTimestep,
+    Schedule,
     SingleLevel,
 )
 from .tokens import Part, TokenSlices
@@ -116,142 +117,161 @@ def build_backbone(
 
 # %% ../../nbs/1_method/12_build.ipynb #1224445c
 def build_density(config: ObjectiveConfig) -> Density:
-    """The density of noise levels that a config names."""
-    logit = LogitNormal if config.density == "logit_normal" else PlateauLogitNormal
-    density = Uniform()
-    # a shift moves the mean: the same for a logit-normal, and a plateau stays one
-    if config.density != "uniform":
-        density = logit(
-            config.density_mean + math.log(config.density_shift), config.density_std
-        )
+    """Return the density of noise levels that a config names."""
+    # a shift moves the mean of a logit-normal, and a plateau stays one
+    mean = config.density_mean + math.log(config.density_shift)
+    density: Density
+    if config.density == "logit_normal":
+        density = LogitNormal(mean, config.density_std)
+    elif config.density == "plateau_logit_normal":
+        density = PlateauLogitNormal(mean, config.density_std)
     elif config.density_shift != 1:
-        density = Shifted(density, config.density_shift)
+        density = Shifted(Uniform(), config.density_shift)
+    else:
+        density = Uniform()
     if config.noisy_share:
-        density = Mixture(
-            (density, Uniform(0.95, 1.0)), (1 - config.noisy_share, config.noisy_share)
-        )
+        shares = (1 - config.noisy_share, config.noisy_share)
+        density = Mixture((density, Uniform(0.95, 1.0)), shares)
     return density
 
 
 def mask_ratio_of(
     config: ObjectiveConfig, parts: tuple[Part, ...] = ()
 ) -> float | tuple[float, ...]:
-    """The mask ratio of a sequence of these parts: as the config says, or as is usual for each; one for all tokens, or for each."""
+    """Return the mask ratio of a sequence: one for all tokens, or one for each.
+
+    It is the config's, or else the published one of each part.
+    """
+    default = MASK_RATIOS["image"]
     if config.mask_ratio is not None:
         return config.mask_ratio
-    ratios = [MASK_RATIOS.get(part.name, MASK_RATIOS["image"]) for part in parts]
-    if len(set(ratios)) <= 1:
-        return ratios[0] if ratios else MASK_RATIOS["image"]
-    return tuple(
-        ratio
-        for part, ratio in zip(parts, ratios, strict=True)
-        for _ in range(part.tokens)
-    )
+    ratios = [MASK_RATIOS.get(part.name, default) for part in parts]
+    if not ratios:
+        return default
+    if len(set(ratios)) == 1:
+        return ratios[0]
+    by_token: list[float] = []
+    for part, ratio in zip(parts, ratios, strict=True):
+        by_token += [ratio] * part.tokens
+    return tuple(by_token)
 
 
 def given_tokens(given: str, parts: tuple[Part, ...]) -> tuple[tuple[int, ...], ...]:
-    """The sets of tokens of which a sample is given one: the first moment of a film, all of a part, or of either part.
+    """Return the sets of tokens of which each sample is given one.
 
-    Raises ValueError where the sequence has no such part, or nothing beside it.
+    They are the first moment of a video, all tokens of a part, or of either part.
+
+    Raises:
+        ValueError: If the sequence has no such part, or no other one.
     """
-    known, slices = {part.name: part for part in parts}, TokenSlices.of(parts).slices
+    known = {part.name: part for part in parts}
+    slices = TokenSlices.of(parts).slices
     names = {"first_frame": ("video",), "either": ("video", "audio")}.get(
         given, (given,)
     )
-    if (
-        any(name not in known for name in names)
-        or given != "first_frame"
-        and len(known) < 2
-    ):
+    alone = given != "first_frame" and len(known) < 2
+    if alone or any(name not in known for name in names):
         raise ValueError(
             f"given is {given!r}, but the sequence consists of {', '.join(known)}: "
-            "first_frame needs a film, the others film and sound"
+            "first_frame needs video, the others video and audio"
         )
-    places = [range(slices[name].start, slices[name].stop) for name in names]
     if given == "first_frame":
-        places = [places[0][: known["video"].tokens // known["video"].grid[0]]]
-    return tuple(map(tuple, places))
+        video = known["video"]
+        start = slices["video"].start
+        return (tuple(range(start, start + video.tokens // video.grid[0])),)
+    return tuple(tuple(range(slices[name].start, slices[name].stop)) for name in names)
 
 
-def build_schedule(config: ObjectiveConfig, parts: tuple[Part, ...] = ()):
-    """The schedule of noise levels that a config names, for a sequence of some parts; () checks the numbers alone.
+def build_schedule(config: ObjectiveConfig, parts: tuple[Part, ...] = ()) -> Schedule:
+    """Return the schedule of noise levels that a config names.
 
-    Raises ValueError for numbers out of range, for switches that the schedule does not have, and for a condition that the parts
-    do not have.
+    parts: of the sequence; () checks the numbers alone.
+
+    Raises:
+        ValueError: For numbers out of range, for switches that the schedule does not
+            have, and for a condition that the parts do not have.
     """
-    schedule = _free_schedule(config, _grid(parts), mask_ratio_of(config, parts))
+    schedule = _unconditioned_schedule(
+        config, _grid(parts), mask_ratio_of(config, parts)
+    )
     if not (config.given and parts):
         return schedule
-    return Conditioned(
-        schedule,
-        given_tokens(config.given, parts),
-        config.given_level,
-        config.given_share,
-    )
+    tokens = given_tokens(config.given, parts)
+    return Conditioned(schedule, tokens, config.given_level, config.given_share)
 
 
 def _grid(parts: tuple[Part, ...]) -> tuple[int, int] | None:
-    """Rows and columns of the tokens, for block masks; several parts or moments are one row."""
-    if len(parts) == 1 and parts[0].grid[0] == 1:
-        return parts[0].grid[1:]
-    return (1, sum(part.tokens for part in parts)) if parts else None
+    """Return rows and columns of the tokens, for block masks.
+
+    Several parts or moments are one row.
+    """
+    if not parts:
+        return None
+    moments, rows, columns = parts[0].grid
+    if len(parts) == 1 and moments == 1:
+        return rows, columns
+    return 1, sum(part.tokens for part in parts)
 
 
-def _free_schedule(config: ObjectiveConfig, grid, mask_ratio):
+def _unconditioned_schedule(
+    config: ObjectiveConfig,
+    grid: tuple[int, int] | None,
+    mask_ratio: float | tuple[float, ...],
+) -> Schedule:
     density, kind = build_density(config), config.schedule
     if kind == "auto":
         kind = objectives[config.name].load().default_schedule
-    if isinstance(mask_ratio, tuple) and (
-        kind not in ("single", "dual") or config.levels != 2
-    ):
+    two_levels = config.levels == 2
+    by_token = isinstance(mask_ratio, tuple)
+    if by_token and not (kind in ("single", "dual") and two_levels):
         raise ValueError(
-            f"the schedule {kind} of {config.levels} levels needs one mask ratio for all tokens; "
-            "give objective.mask_ratio"
+            f"the schedule {kind} of {config.levels} levels needs one mask ratio for "
+            "all tokens; give objective.mask_ratio"
         )
-    # which may mask more than half
-    ratio = 0.25 if kind == "full_masking" else mask_ratio
+    # a dual schedule is always made, so that its numbers are always checked; full
+    # masking has its own mask ratio, which may be more than one half
+    dual_ratio = MASK_RATIOS["image"] if kind == "full_masking" else mask_ratio
     dual = DualTimestep(
         density,
-        ratio,
-        config.order,
-        config.exact,
-        config.near,
-        config.block if grid else 1,
-        grid,
-        # always made, so that its numbers are always checked
-        config.single_share,
+        dual_ratio,
+        order=config.order,
+        exact=config.exact,
+        near=config.near,
+        block=config.block if grid else 1,
+        grid=grid,
+        single_share=config.single_share,
     )
-    plain = DualTimestep(density, ratio, grid=grid)
-    switched = dual != plain or config.block != 1
-    if (
-        switched
-        and (kind != "dual" or config.levels != 2)
-        or kind != "dual"
-        and config.levels != 2
+    has_variants = dual != DualTimestep(density, dual_ratio, grid=grid)
+    has_variants = has_variants or config.block != 1
+    if (kind != "dual" and not two_levels) or (
+        has_variants and not (kind == "dual" and two_levels)
     ):
         raise ValueError(
-            "levels belongs to the dual schedule; order, exact, near, block and single_share to that of 2 levels; "
+            "levels belongs to the dual schedule; order, exact, near, block and "
+            "single_share to that of 2 levels; "
             f"the schedule here is {kind} with {config.levels}"
         )
-    if kind == "dual" and config.levels != 2:
-        if config.levels < 2:
-            raise ValueError(
-                f"levels is {config.levels}, but the dual schedule needs at least 2; schedule='single' is one"
-            )
-        shares = (mask_ratio / (config.levels - 1),) * (config.levels - 1)
-        return MultiTimestep(density, (1 - mask_ratio, *shares))
-    return {
-        "single": SingleLevel(density),
-        "dual": dual,
-        "diffusion_forcing": DiffusionForcing(density),
-        "full_masking": FullMasking(
-            density, mask_ratio if kind == "full_masking" else 0.25
-        ),
-    }[kind]
+    if kind == "single":
+        return SingleLevel(density)
+    if kind == "dual" and two_levels:
+        return dual
+    assert not isinstance(mask_ratio, tuple)  # refused above
+    if kind == "diffusion_forcing":
+        return DiffusionForcing(density)
+    if kind == "full_masking":
+        return FullMasking(density, mask_ratio)
+    if config.levels < 2:
+        raise ValueError(
+            f"levels is {config.levels}, but the dual schedule needs at least 2; "
+            "schedule='single' is one"
+        )
+    masked_levels = config.levels - 1  # which share the masked tokens equally
+    shares = (mask_ratio / masked_levels,) * masked_levels
+    return MultiTimestep(density, (1 - mask_ratio, *shares))
 
 
 def check_levels(config: ObjectiveConfig) -> None:
-    """Raise ValueError for names, levels and masks of a config that do not fit together."""
+    """Raise ValueError for names, levels and masks that do not fit together."""
     for name, known in {
         "distance": DISTANCES,
         "flow_tokens": TOKENS,
@@ -261,21 +281,23 @@ def check_levels(config: ObjectiveConfig) -> None:
         if hasattr(config, name):
             choose(getattr(config, name), known, f"{name} (objective.{name})")
     levels = build_schedule(config).sample(1, 2, torch.Generator())
+    none_masked = (
+        config.schedule == "diffusion_forcing"
+        or config.mask_ratio == 0
+        or config.single_share == 1
+    )
     for which in (config.flow_tokens, getattr(config, "rep_tokens", "all")):
-        loss_mask(levels, which)  # refuses masked tokens where there is one level
-        if which != "all" and (
-            config.schedule == "diffusion_forcing"
-            or config.mask_ratio == 0
-            or config.single_share == 1
-        ):
+        loss_mask(levels, which)  # refuses masked tokens if there is one level
+        if which != "all" and none_masked:
             raise ValueError(
-                f"tokens are {which!r}, but here none is masked: mask_ratio {config.mask_ratio}, single_share "
-                f"{config.single_share}, schedule {config.schedule}"
+                f"tokens are {which!r}, but here none is masked: mask_ratio "
+                f"{config.mask_ratio}, single_share {config.single_share}, schedule "
+                f"{config.schedule}"
             )
     if config.separated and levels.k == 1:
         raise ValueError(
-            "separated is attention within noise levels, but with the single schedule there is one; "
-            "take schedule='dual' with it"
+            "separated is attention within noise levels, but with the single schedule "
+            "there is one; take schedule='dual' with it"
         )
 
 # %% ../../nbs/1_method/12_build.ipynb #177e2cda
@@ -292,8 +314,8 @@ def build_objective(
     alone; weights: of the parts in the losses.
     Raises ValueError for layers, levels, masks and conditions that do not fit.
     """
-    schedule = {parts: build_schedule(config, parts) for parts in sequences}
-    schedule = schedule if len(schedule) > 1 else next(iter(schedule.values()))
+    schedules = {parts: build_schedule(config, parts) for parts in sequences}
+    schedule = schedules if len(schedules) > 1 else schedules[sequences[0]]
     shared = {
         "label_drop": config.label_drop,
         "flow_tokens": config.flow_tokens,

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..draws import Draw
 from .batch import Batch
 from .flow import interpolate, velocity
-from .objective import SelfFlow
+from .objective import ONE_PIECE, BatchStats, Losses, SelfFlow
 from .tokens import sinusoid
 from .transformer import Transformer
 
@@ -115,26 +116,25 @@ class PerTokenTransformer(nn.Module):
 
 # %% ../../nbs/1_method/14_per_token.ipynb #39e98214
 class PublishedSelfFlow(SelfFlow):
-    """Self-Flow as published, for two `PerTokenTransformer`: conditions for every token and a whole forward of the teacher."""
+    """Self-Flow as published, for two `PerTokenTransformer`.
 
-    def forward(self, student, teacher, batch: Batch, draw) -> Tensor:
-        """The total loss of a batch."""
-        noised = self.noised(batch, draw)
-        labels, clean = (
-            noised.batch.condition.values,
-            noised.levels.cleanest().per_token(),
-        )
-        v, h = student(noised.xt, noised.levels.per_token(), labels, self.student_layer)
+    It has conditions for every token and runs the whole teacher.
+    """
+
+    def forward(
+        self, student, teacher, batch: Batch, draw: Draw, stats: BatchStats = ONE_PIECE
+    ) -> Losses:
+        """Return the losses of a batch, for one that is not a piece."""
+        noised = self.noise_batch(batch, draw)
+        labels = noised.batch.condition.values
+        tau = noised.levels.per_token()
+        tau_min = noised.levels.cleanest().per_token()
+        v, h = student(noised.xt, tau, labels, self.student_layer)
         with torch.no_grad():
-            target = teacher(
-                interpolate(batch.x0, noised.x1, clean),
-                clean,
-                labels,
-                self.teacher_layer,
-            )[1]
-        cosine = F.cosine_similarity(
-            self.projector(h).float(), target.float(), dim=-1
-        ).mean()
-        return F.mse_loss(
-            v.float(), velocity(batch.x0, noised.x1)
-        ) + self.rep_weight * (1 - cosine)
+            xt = interpolate(batch.x0, noised.x1, tau_min)
+            _, target = teacher(xt, tau_min, labels, self.teacher_layer)
+        predicted = self.projector(h).float()
+        cosine = F.cosine_similarity(predicted, target.float(), dim=-1)
+        flow_loss = F.mse_loss(v.float(), velocity(batch.x0, noised.x1))
+        rep_loss = 1 - cosine.mean()
+        return Losses(flow_loss + self.rep_weight * rep_loss, flow_loss, rep_loss)

@@ -13,6 +13,7 @@ import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -25,7 +26,7 @@ from .tokens import position_code
 from .transformer import Transformer, TransformerConfig
 
 # %% ../../nbs/1_method/13_reference.ipynb #b6ba02e2
-PUBLISHED = {
+PUBLISHED: dict[str, Any] = {
     "input_size": 32,
     "patch_size": 2,
     "in_channels": 4,
@@ -66,13 +67,13 @@ def _modules(config: dict) -> tuple[Transformer, Projector]:
     """Model and projector without memory for weights, for complete published arguments."""
     side = config["input_size"] // config["patch_size"]
     shape = TransformerConfig.of_image(
-        config["in_channels"] * config["patch_size"] ** 2,
-        (side, side),
-        config["hidden_size"],
-        config["depth"],
-        config["num_heads"],
-        config["mlp_ratio"],
-        config["num_classes"] - 1,
+        channels=config["in_channels"] * config["patch_size"] ** 2,
+        grid=(side, side),
+        width=config["hidden_size"],
+        depth=config["depth"],
+        heads=config["num_heads"],
+        mlp_ratio=config["mlp_ratio"],
+        classes=config["num_classes"] - 1,
     )
     with torch.device("meta"):
         model, projector = Transformer(shape), Projector(shape.width)

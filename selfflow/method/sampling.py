@@ -235,8 +235,10 @@ def _draws(
             "this sampler draws noise at each step: give generator=keyed(seed, purpose), or noise"
         )
     if noise is None:
+        assert generator is not None
+        device = generator.device
         return lambda step: torch.randn(
-            x1.shape, generator=generator, device=generator.device, dtype=x1.dtype
+            x1.shape, generator=generator, device=device, dtype=x1.dtype
         )
     if isinstance(noise, Tensor) and noise.shape != (steps - 1, *x1.shape):
         raise ValueError(
@@ -284,7 +286,9 @@ def sample(
     if start is None:
         x, start = x1, grid.new_ones(())  # one clock for all: levels stay numbers
     else:
-        start, x0 = start.to(grid).expand(x1.shape[:2]), x0.to(x1.device)
+        assert x0 is not None  # checked together with start
+        start = start.to(grid).expand(x1.shape[:2])
+        x0 = x0.to(x1.device)
         x = torch.where(_wide(start) == 0, x0, interpolate(x0, x1, start).to(x1.dtype))
         if kept_level != 0:
             velocity_fn = _around(velocity_fn, x0, x1, start == 0, kept_level)
@@ -369,7 +373,8 @@ def guided_velocity(
         inside = (clock >= interval[0]) & (clock <= interval[1])
         if not inside.any():
             return plain(x, t, condition)
-        both = condition.cat(condition.nothing())
+        assert condition is not None  # guidance needs one
+        both = condition.cat(condition.unconditional())
         guiding, without = plain(
             torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t, both
         ).chunk(2)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .backbone import Output
+from .backbone import Inputs, Output
 from .batch import Condition
 from selfflow.method.layers import (
     Attention,
@@ -40,45 +40,50 @@ from selfflow.method.tokens import (
 
 # %% ../../nbs/1_method/08_transformer.ipynb #79afb12e
 @dataclass(frozen=True)
-class TransformerConfig:
-    """The shape of a Transformer.
+class TransformerConfig(Inputs):
+    """The shape of a Transformer: its inputs, and the settings below.
 
-    parts: the kinds of tokens in a sequence, each with projections of its own; width: of the hidden states; depth: blocks;
-    heads: of attention; mlp_ratio: hidden width of the MLP over width; classes: label classes, 0 = none (a null label is added);
-    positions: "sincos" (added once) or "rotary" (in every attention); mlp: "gelu" or "swiglu"; qk_norm: normalise queries and
-    keys; modulation: of each "block" or "shared" by all. The defaults are the published model.
-    caption: bytes of a caption, or vectors of an outside encoder, 0 = none; caption_width: of these vectors, 0 = bytes;
-    caption_level: its tokens are at the "mean" level of their sample, or "clean"; caption_stride: bytes in one of its tokens;
-    fp32_levels: levels are embedded in fp32 even where the rest is in bf16, which runs of formats 1 to 3 did not.
-    Raises ValueError when width does not divide among heads or among the parts of the position code, for captions beside
-    classes, and for films or sounds with "sincos" positions, which know no time.
+    The defaults are the published model. A null label is added to the classes.
+
+    Args:
+        width: Of the hidden states.
+        depth: Number of blocks.
+        heads: Of attention.
+        mlp_ratio: Hidden width of the MLP over width.
+        positions: "sincos" (added once) or "rotary" (in every attention).
+        mlp: "gelu" or "swiglu".
+        qk_norm: Normalise queries and keys.
+        modulation: Of each "block", or "shared" by all.
+        caption_level: A caption's tokens are at the "mean" level of their sample, or
+            "clean".
+        caption_stride: Bytes of a caption in one of its tokens.
+        fp32_levels: Embed levels in fp32 even where the rest is in bf16. Runs of
+            formats 1 to 3 did not.
+
+    Raises:
+        ValueError: If width does not divide among heads or among the parts of the
+            position code, for captions together with classes, and for video, audio
+            or several parts with "sincos" positions, which know no time.
     """
 
-    parts: tuple[Part, ...]
     width: int = 128
     depth: int = 6
     heads: int = 4
     mlp_ratio: float = 4.0
-    classes: int = 0
     positions: str = "sincos"
     mlp: str = "gelu"
     qk_norm: bool = False
     modulation: str = "block"
-    caption: int = 0
-    caption_width: int = 0
     caption_level: str = "mean"
     caption_stride: int = 4
     fp32_levels: bool = True
 
     def __post_init__(self):
-        # JSON gives lists and dicts
-        parts = tuple(
-            part if isinstance(part, Part) else Part(**part) for part in self.parts
-        )
-        object.__setattr__(self, "parts", parts)
-        if not parts:
+        super().__post_init__()
+        if not self.parts:
             raise ValueError(
-                "a sequence needs at least one part, such as Part('image', channels, (1, rows, columns))"
+                "a sequence needs at least one part, "
+                "such as Part('image', channels, (1, rows, columns))"
             )
         for name in ("width", "depth", "heads", "caption_stride"):
             if getattr(self, name) < 1:
@@ -87,73 +92,91 @@ class TransformerConfig:
                 )
         if not 1 <= self.width * self.mlp_ratio < math.inf:
             raise ValueError(
-                f"mlp_ratio is {self.mlp_ratio}, but the MLP must be at least 1 wide; 4 is usual"
+                f"mlp_ratio is {self.mlp_ratio}, but the MLP must be at least 1 wide; "
+                "4 is usual"
             )
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; known are {', '.join(known)}"
                 )
-        divisor = (
-            8 * self.heads if self.positions == "rotary" else math.lcm(self.heads, 4)
-        )
+        # rotary: cosines and sines of four axes in every head; sincos: of two axes
+        rotary = self.positions == "rotary"
+        divisor = 8 * self.heads if rotary else math.lcm(self.heads, 4)
         if self.width % divisor:
+            fitting = divisor * max(1, self.width // divisor)
             raise ValueError(
-                f"width {self.width} must be divisible by heads ({self.heads}) and by 4, with rotary positions by "
-                f"8 heads; {divisor * max(1, self.width // divisor)} would be"
+                f"width {self.width} must be divisible by heads ({self.heads}) and by "
+                f"4, with rotary positions by 8 heads; {fitting} would be"
             )
         if self.classes and self.caption:
             raise ValueError(
-                f"a model of {self.classes} classes with captions of {self.caption} tokens: choose one of the two"
+                f"a model of {self.classes} classes with captions of {self.caption} "
+                "tokens: choose one of the two"
             )
-        if self.positions == "sincos" and (
-            len(self.parts) > 1 or any(part.grid[0] > 1 for part in self.parts)
-        ):
+        has_time = any(part.grid[0] > 1 for part in self.parts)
+        if self.positions == "sincos" and (len(self.parts) > 1 or has_time):
             raise ValueError(
-                "sincos positions know rows and columns, but neither time nor several parts; take rotary"
+                "sincos positions know rows and columns, but neither time nor several "
+                "parts; take rotary"
             )
 
     @classmethod
     def of_image(
-        cls, channels: int, grid: tuple[int, int], *size, **options
+        cls,
+        channels: int,
+        grid: tuple[int, int],
+        width: int = 128,
+        depth: int = 6,
+        heads: int = 4,
+        **options,
     ) -> "TransformerConfig":
-        """The shape for images alone, whose tokens of `channels` numbers lie on a grid of rows and columns."""
-        return cls((Part("image", channels, (1, *grid)),), *size, **options)
+        """Return the shape for single images.
+
+        Args:
+            channels: Numbers in a token.
+            grid: Rows and columns of tokens.
+            **options: Further settings.
+        """
+        image = Part("image", channels, (1, *grid))
+        return cls((image,), width=width, depth=depth, heads=heads, **options)
 
     @classmethod
     def of_size(
         cls, size: str, parts: tuple[Part, ...], **options
     ) -> "TransformerConfig":
-        """The published sizes: S, B, L, XL. Source: DiT (arXiv 2212.09748), table 1. Raises ValueError for another name."""
+        """Return the shape of a published size: S, B, L or XL.
+
+        Raises:
+            ValueError: For another name.
+
+        Source: DiT (arXiv 2212.09748), table 1.
+        """
         if size not in SIZES:
             raise ValueError(f"size is {size!r}; known are {', '.join(SIZES)}")
-        return cls(parts, *SIZES[size], **options)
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens n."""
-        return sum(part.tokens for part in self.parts)
-
-    @property
-    def channels(self) -> int:
-        """Numbers in the widest token."""
-        return max(part.channels for part in self.parts)
+        width, depth, heads = SIZES[size]
+        return cls(parts, width=width, depth=depth, heads=heads, **options)
 
     @property
     def caption_tokens(self) -> int:
-        """How many tokens of a sequence are a caption's."""
-        return (
-            self.caption
-            if self.caption_width
-            else -(-self.caption // self.caption_stride)
-        )
+        """Number of tokens of a sequence that are a caption's."""
+        if self.caption_width:
+            return self.caption
+        return math.ceil(self.caption / self.caption_stride)
 
 # %% ../../nbs/1_method/08_transformer.ipynb #f0dc60e9
 class Modulation(nn.Sequential):
-    """The adaLN linear map: `parts` vectors, side by side, for each of the k conditions of a sample."""
+    """The adaLN map W SiLU(c): `parts` vectors for each of the k conditions."""
 
     def __init__(self, width: int, parts: int):
         super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
+
+    @property
+    def linear(self) -> nn.Linear:
+        """The map's only layer with weights."""
+        layer = self[1]
+        assert isinstance(layer, nn.Linear)
+        return layer
 
 
 class Mlp(nn.Module):
@@ -169,10 +192,11 @@ class Mlp(nn.Module):
 
 
 class SwiGlu(nn.Module):
-    """Linear(SiLU(a) b) with a and b linear in x; two thirds of `hidden` wide, so as large as an Mlp."""
+    """Linear(SiLU(a) b), with a and b linear in x; as many weights as an Mlp."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
+        # two thirds, since there are three matrices; a multiple of 8 for fast products
         hidden = max(8, round(hidden * 2 / 3 / 8) * 8)
         self.fc1 = nn.Linear(width, 2 * hidden)
         self.fc2 = nn.Linear(hidden, width)
@@ -183,35 +207,50 @@ class SwiGlu(nn.Module):
 
 # %% ../../nbs/1_method/08_transformer.ipynb #e48b5bda
 class PartLinears(nn.ModuleDict):
-    """A linear map of each part's tokens: from their numbers to `width` (outward False), or back."""
+    """A linear map for the tokens of each part.
+
+    Args:
+        parts: Of the sequence.
+        width: Of the hidden states.
+        outward: Map hidden states to tokens, and not tokens to hidden states.
+    """
 
     def __init__(self, parts: tuple[Part, ...], width: int, outward: bool = False):
-        sizes = {
-            part.name: (width, part.channels) if outward else (part.channels, width)
-            for part in parts
-        }
-        super().__init__({name: nn.Linear(*size) for name, size in sizes.items()})
+        layers = {}
+        for part in parts:
+            inputs, outputs = part.channels, width
+            if outward:
+                inputs, outputs = outputs, inputs
+            layers[part.name] = nn.Linear(inputs, outputs)
+        super().__init__(layers)
 
     def forward(self, x: Tensor, slices: dict[str, slice], width: int) -> Tensor:
-        """(b, n, width) of the tokens x (b, m, c) that lie at `slices`; what they have less than `width` is filled up with zeros."""
-        found = [
-            self[name](x[:, place, : self[name].in_features])
-            for name, place in slices.items()
-        ]
-        return torch.cat(
-            [F.pad(part, (0, width - part.shape[-1])) for part in found], dim=1
-        )
+        """Map tokens x (b, n, c) to (b, n, width), padded with zeros.
+
+        slices: where the tokens of each part lie.
+        """
+        mapped = []
+        for name, place in slices.items():
+            linear = self[name]
+            part = linear(x[:, place, : linear.in_features])
+            mapped.append(F.pad(part, (0, width - part.shape[-1])))
+        return torch.cat(mapped, dim=1)
 
 # %% ../../nbs/1_method/08_transformer.ipynb #ab6ec284
 class CaptionEmbedder(nn.Module):
-    """Hidden states (b, ceil(l / stride), d) of captions in bytes (b, l): some bytes, and what they spell with those around.
+    """Hidden states (b, ceil(l / stride), d) of captions in bytes (b, l).
 
-    stride: bytes in a token.
+    Each is the mean of its bytes, plus what they spell with those around them.
+
+    Args:
+        width: d.
+        stride: Bytes in a token.
     """
 
     def __init__(self, width: int, stride: int = 4):
         super().__init__()
-        self.stride, self.bytes = stride, nn.Embedding(PAD + 1, width)
+        self.stride = stride
+        self.bytes = nn.Embedding(PAD + 1, width)
         self.spelling = nn.Sequential(
             nn.Conv1d(width, width, 5, padding=2),
             nn.GELU(approximate="tanh"),
@@ -219,16 +258,17 @@ class CaptionEmbedder(nn.Module):
         )
 
     def forward(self, caption: Tensor) -> Tensor:
-        byte = self.bytes(caption).mT
-        return (
-            F.avg_pool1d(byte, self.stride, ceil_mode=True) + self.spelling(byte)
-        ).mT
+        letters = self.bytes(caption).mT  # (b, d, l)
+        mean = F.avg_pool1d(letters, self.stride, ceil_mode=True)
+        return (mean + self.spelling(letters)).mT
 
 # %% ../../nbs/1_method/08_transformer.ipynb #25dc1cf8
 class Context(NamedTuple):
-    """What all blocks need to know of a batch.
+    """The inputs that all blocks share.
 
-    c: (b, k, d) conditions, or the shared modulation (b, k, 6 d); tokens: which token has which; rotary, groups: of `Attention`.
+    c: Conditions (b, k, d), or the shared modulation (b, k, 6 d).
+    tokens: Which token has which condition.
+    rotary, groups: Of `Attention`.
     """
 
     c: Tensor
@@ -238,38 +278,44 @@ class Context(NamedTuple):
 
 
 class Block(nn.Module):
-    """A transformer block with adaLN-Zero whose modulation is computed per level and handed to the tokens."""
+    """A transformer block with adaLN-Zero, modulated once per level."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        width, hidden = config.width, int(config.width * config.mlp_ratio)
+        width = config.width
+        hidden = int(width * config.mlp_ratio)
         self.attn = Attention(width, config.heads, config.qk_norm)
-        self.mlp = (
-            SwiGlu(width, hidden) if config.mlp == "swiglu" else Mlp(width, hidden)
-        )
+        kind = SwiGlu if config.mlp == "swiglu" else Mlp
+        self.mlp = kind(width, hidden)
         if config.modulation == "shared":
             self.adaLN_bias = nn.Parameter(torch.zeros(6 * width))
         else:
             self.adaLN_modulation = Modulation(width, 6)
 
+    # h <- h + g f((1 + gamma) LN(h) + beta), for f = attention, then f = MLP
     def forward(self, x: Tensor, context: Context) -> Tensor:
         c, tokens, rotary, groups = context
-        modulation = (
-            c + self.adaLN_bias
-            if hasattr(self, "adaLN_bias")
-            else self.adaLN_modulation(c)
-        )
-        # (b, k, d) each
+        if hasattr(self, "adaLN_bias"):
+            modulation = c + self.adaLN_bias
+        else:
+            modulation = self.adaLN_modulation(c)
+        # (b, k, 6 d) -> six of (b, k, d)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        x = gated_add(
-            x,
-            self.attn(modulated_norm(x, shift1, scale1, tokens), rotary, groups),
-            gate1,
-            tokens,
-        )
-        return gated_add(
-            x, self.mlp(modulated_norm(x, shift2, scale2, tokens)), gate2, tokens
-        )
+        attended = self.attn(modulated_norm(x, shift1, scale1, tokens), rotary, groups)
+        x = gated_add(x, attended, gate1, tokens)
+        mapped = self.mlp(modulated_norm(x, shift2, scale2, tokens))
+        return gated_add(x, mapped, gate2, tokens)
+
+    @torch.no_grad()
+    def open_gates(self) -> None:
+        """Set both gates to 1."""
+        if hasattr(self, "adaLN_bias"):
+            bias = self.adaLN_bias
+        else:
+            bias = self.adaLN_modulation.linear.bias
+        _, _, gate1, _, _, gate2 = bias.chunk(6)
+        gate1.fill_(1.0)
+        gate2.fill_(1.0)
 
 
 class FinalLayer(nn.Module):
@@ -295,60 +341,62 @@ class FinalLayer(nn.Module):
 class Transformer(nn.Module):
     """The velocity model: tokens (b, n, c) at NoiseLevels to velocities (b, n, c).
 
-    Source: DiT (arXiv 2212.09748) with the per-token levels of Self-Flow, section 3.2; initialised as SiT is.
+    Source: DiT (arXiv 2212.09748) with the per-token levels of Self-Flow, section 3.2;
+    initialised as SiT is.
     """
+
+    positions: Tensor
+    caption_positions: Tensor
+    caption_embedder: nn.Module
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.config, self.width, self.depth = config, config.width, config.depth
         width = config.width
-        # True: the backward pass computes each block again instead of keeping its
-        # activations
+        self.config = config
+        self.width = width
+        self.depth = config.depth
+        # True: the backward pass computes each block again, to save memory
         self.checkpointing = False
         self.x_embedder = PartLinears(config.parts, width)
         self.t_embedder = TimestepEmbedder(width, fp32=config.fp32_levels)
         self.y_embedder = nn.Embedding(config.classes + 1, width)
-        self.adaLN_shared = (
-            Modulation(width, 6) if config.modulation == "shared" else None
-        )
+        shared = config.modulation == "shared"
+        self.adaLN_shared = Modulation(width, 6) if shared else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
-        places = torch.cat([part.coordinates() for part in config.parts])
+        places = torch.cat([part.coordinates() for part in config.parts])  # (n, 4)
         self.register_buffer("positions", self._positions(places), persistent=False)
         if config.caption:
-            vectors = config.caption_width
-            self.caption_embedder = (
-                nn.Linear(vectors, width)
-                if vectors
-                else CaptionEmbedder(width, config.caption_stride)
-            )
-            first = torch.arange(1.0, config.caption + 1)[
-                :: 1 if vectors else config.caption_stride
-            ]
-            place = torch.nn.functional.pad(first[:, None], (3, 0))
-            code = (
-                self._positions(place)
-                if config.positions == "rotary"
-                else sinusoid(place[:, 3], width)
-            )
-            self.register_buffer("caption_positions", code, persistent=False)
+            self._add_caption(config)
         self._initialise()
 
+    def _add_caption(self, config: TransformerConfig) -> None:
+        if config.caption_width:
+            self.caption_embedder = nn.Linear(config.caption_width, config.width)
+            stride = 1
+        else:
+            self.caption_embedder = CaptionEmbedder(config.width, config.caption_stride)
+            stride = config.caption_stride
+        # a token's place in the caption: that of its first byte, counted from 1
+        first = torch.arange(1.0, config.caption + 1)[::stride]
+        if config.positions == "rotary":
+            code = self._positions(F.pad(first[:, None], (3, 0)))  # (t, h, w, l)
+        else:
+            code = sinusoid(first, config.width)
+        self.register_buffer("caption_positions", code, persistent=False)
+
     def extra_repr(self) -> str:
-        """Its shape, which not all follows from the weights."""
+        """Return the shape as JSON: not all of it follows from the weights."""
         return json.dumps(asdict(self.config), sort_keys=True)
 
     def open_gates(self) -> None:
-        """Set the gates of all blocks to 1: an untrained network, whose blocks do nothing, then computes something."""
+        """Set the gates of all blocks to 1.
+
+        Blocks of an untrained network do nothing; with open gates they do.
+        """
         for block in self.blocks:
-            bias = (
-                block.adaLN_bias
-                if hasattr(block, "adaLN_bias")
-                else block.adaLN_modulation[1].bias
-            )
-            _, _, attention, _, _, mlp = bias.chunk(6)
-            attention.fill_(1.0)
-            mlp.fill_(1.0)
+            assert isinstance(block, Block)
+            block.open_gates()
 
     def forward(
         self,
@@ -361,190 +409,203 @@ class Transformer(nn.Module):
         separated: bool = False,
         coordinates: Tensor | None = None,
     ) -> Output:
-        """Velocities, and the hidden states after the blocks named in `taps`.
+        """Return velocities, and the hidden states after the blocks in `taps`.
 
-        x: (b, n, c) tokens; levels: of b samples and n tokens; condition: None = none; taps: 1-based layers; stop: end at the
-        last tap, velocity None; parts: what the sequence consists of, () = all of the config; separated: tokens attend to their
-        own level alone (and to a condition); coordinates: (n, 4) or (b, n, 4) places (t, h, w, l) of the tokens, None = those of
-        the config. Raises ValueError for tokens, coordinates, levels or a condition that do not fit, unknown layers and parts,
-        stop without taps and, on the CPU, tokens that are not finite.
+        Args:
+            x: Tokens, (b, n, c).
+            levels: Of b samples and n tokens.
+            condition: Of b samples; None = no condition.
+            taps: Layers, 1-based, whose hidden states are returned.
+            stop: End at the last tap, without a velocity.
+            parts: Of the sequence, in order; () = all of the config.
+            separated: Tokens attend to those of their own level and to a condition.
+            coordinates: Places (t, h, w, l) of the tokens, (n, 4) or (b, n, 4);
+                None = those of the config.
+
+        Raises:
+            ValueError: For tokens, coordinates, levels or a condition that do not
+                fit, for unknown layers and parts, for stop without taps and, on the
+                CPU, for tokens that are not finite.
+            TypeError: For a condition of another type.
         """
-        parts = parts or self.config.parts
-        condition = self.nothing(x) if condition is None else condition
+        config = self.config
+        parts = parts or config.parts
+        if condition is None:
+            condition = self.no_condition(x)
         self._check(x, levels, condition, taps, stop, coordinates, parts)
+        n, channels = x.shape[1:]
         slices = TokenSlices.of(parts).slices
-        # (b, n, d)
-        h = self.x_embedder(x, slices, self.config.width)
-        rotary = self._where(parts, coordinates)
-        if self.config.positions == "sincos":
+        h = self.x_embedder(x, slices, self.width)  # (b, n, d)
+        rotary: Tensor | None = self._position_codes(parts, coordinates)
+        if config.positions == "sincos":
             h, rotary = h + rotary, None
         labels = condition.values
-        if self.config.caption:
+        if config.caption:
             h, levels, rotary = self._with_caption(h, levels, rotary, condition.values)
-            # there is no class
+            # the table of labels has one row: there are no classes
             labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        # (b, k, d)
         c = self.t_embedder(levels.levels) + self.y_embedder(labels)[:, None]
-        tokens, groups = (
-            TokenMap.of(levels),
-            Groups.of(levels) if separated and levels.k > 1 else None,
-        )
-        context = Context(
-            c if self.adaLN_shared is None else self.adaLN_shared(c),
-            tokens,
-            rotary,
-            groups,
-        )
-        features = {}
-        for layer, block in enumerate(
-            self.blocks[: max(taps) if stop else None], start=1
-        ):
-            again = self.checkpointing and torch.is_grad_enabled()
-            # (b, n, d)
-            h = (
-                checkpoint(block, h, context, use_reentrant=False)
-                if again
-                else block(h, context)
-            )
-            if layer in taps:
-                features[layer] = h
-                # what is tapped stays on the way to the velocity: gradients are looked
-                # at there
-                if self.config.caption:
-                    features[layer] = h[:, : x.shape[1]]
-                    h = torch.cat([features[layer], h[:, x.shape[1] :]], dim=1)
-        return Output(
-            None
-            if stop
-            else self.final_layer(h, c, tokens, slices, x.shape[2])[:, : x.shape[1]],
-            features,
-        )
+        tokens = TokenMap.of(levels)
+        groups = Groups.of(levels) if separated and levels.k > 1 else None
+        modulation = c if self.adaLN_shared is None else self.adaLN_shared(c)
+        context = Context(modulation, tokens, rotary, groups)
+        features: dict[int, Tensor] = {}
+        blocks = self.blocks[: max(taps)] if stop else self.blocks
+        recompute = self.checkpointing and torch.is_grad_enabled()
+        for layer, block in enumerate(blocks, start=1):
+            if recompute:
+                h = checkpoint(block, h, context, use_reentrant=False)
+            else:
+                h = block(h, context)
+            if layer not in taps:
+                continue
+            features[layer] = h
+            if config.caption:
+                # without the caption's tokens; the tapped tensor stays on the way to
+                # the velocity, since gradients are looked at there
+                features[layer] = h[:, :n]
+                h = torch.cat([features[layer], h[:, n:]], dim=1)
+        if stop:
+            return Output(None, features)
+        velocity = self.final_layer(h, c, tokens, slices, channels)
+        return Output(velocity[:, :n], features)
 
-    def _where(self, parts, coordinates):
-        """The position code of the tokens of some parts, or at other places."""
+    def _position_codes(
+        self, parts: tuple[Part, ...], coordinates: Tensor | None
+    ) -> Tensor:
+        """Return the position codes of the tokens of some parts, or of some places."""
         if coordinates is not None:
             return self._positions(coordinates).to(self.positions)
         if parts == self.config.parts:
             return self.positions
         slices = TokenSlices.of(self.config.parts).slices
-        return torch.cat(
-            [self.positions[..., slices[part.name], :] for part in parts], dim=-2
-        )
+        codes = [self.positions[..., slices[part.name], :] for part in parts]
+        return torch.cat(codes, dim=-2)
 
-    def _with_caption(self, h, levels, rotary, caption):
-        """The sequence with the caption's tokens at its end: a condition, with a level of its own."""
-        text, clean = (
-            self.caption_embedder(caption),
-            self.config.caption_level == "clean",
-        )
+    def _with_caption(
+        self,
+        h: Tensor,
+        levels: NoiseLevels,
+        rotary: Tensor | None,
+        caption: Tensor,
+    ) -> tuple[Tensor, NoiseLevels, Tensor | None]:
+        """Append the caption's tokens: a condition with a level of its own."""
+        text = self.caption_embedder(caption)  # (b, m, d)
         if rotary is None:
             text = text + self.caption_positions
         else:
-            code = (
-                self.caption_positions
-                if rotary.ndim == 3
-                else self.caption_positions[:, None].expand(-1, len(h), -1, -1)
-            )
+            code = self.caption_positions  # (2, m, e / 2)
+            if rotary.ndim == 4:  # places differ between samples
+                code = code[:, None].expand(-1, len(h), -1, -1)
             rotary = torch.cat([rotary, code], dim=-2)
-        own = levels.per_token().mean(1, keepdim=True)
-        own = torch.zeros_like(own) if clean else own.clamp(0, 1)
-        place = levels.assign.new_full((len(h), text.shape[1]), levels.k)
-        both = NoiseLevels(
-            torch.cat([levels.levels, own], 1),
-            torch.cat([levels.assign, place], 1),
+        own = levels.per_token().mean(1, keepdim=True)  # (b, 1)
+        if self.config.caption_level == "clean":
+            own = torch.zeros_like(own)
+        else:
+            own = own.clamp(0, 1)  # rounding may carry a mean out
+        assign = levels.assign.new_full((len(h), text.shape[1]), levels.k)
+        with_caption = NoiseLevels(
+            torch.cat([levels.levels, own], dim=1),
+            torch.cat([levels.assign, assign], dim=1),
             levels.condition + 1,
         )
-        return torch.cat([h, text.to(h.dtype)], dim=1), both, rotary
+        return torch.cat([h, text.to(h.dtype)], dim=1), with_caption, rotary
 
-    def _positions(self, coordinates):
+    def _positions(self, coordinates: Tensor) -> Tensor:
         if self.config.positions == "rotary":
             return rotary_code(coordinates, self.config.width // self.config.heads)
         return position_code(coordinates, self.config.width)
 
-    def nothing(self, x: Tensor) -> Condition:
-        """No condition for tokens x (b, n, c), of the kind that the model knows."""
-        shape = (
-            len(x),
-            *(
-                size
-                for size in (self.config.caption, self.config.caption_width)
-                if size
-            ),
-        )
-        values = torch.zeros(
-            shape, dtype=x.dtype if len(shape) == 3 else torch.int64, device=x.device
-        )
-        return Condition(values, self.config.classes).nothing()
+    def no_condition(self, x: Tensor) -> Condition:
+        """Return "no condition" for tokens x (b, n, c), of the kind the model knows."""
+        config = self.config
+        shape = [len(x)]
+        if config.caption:
+            shape.append(config.caption)
+        if config.caption_width:
+            shape.append(config.caption_width)
+        dtype = x.dtype if len(shape) == 3 else torch.int64
+        values = torch.zeros(shape, dtype=dtype, device=x.device)
+        return Condition(values, config.classes).unconditional()
 
-    def _check(self, x, levels, condition, taps, stop, coordinates, parts):
+    def _check(
+        self,
+        x: Tensor,
+        levels: NoiseLevels,
+        condition: Condition,
+        taps: tuple[int, ...],
+        stop: bool,
+        coordinates: Tensor | None,
+        parts: tuple[Part, ...],
+    ) -> None:
         known = {part.name: part for part in self.config.parts}
         for part in parts:
-            if (
-                part.name not in known
-                or coordinates is None
-                and part != known[part.name]
-            ):
+            # with coordinates, a part may have another grid
+            other_grid = coordinates is None and part != known.get(part.name)
+            if part.name not in known or other_grid:
                 raise ValueError(
-                    f"the model was not built with {part}, but with {', '.join(map(str, known.values()))}"
+                    f"the model was not built with {part}, "
+                    f"but with {', '.join(map(str, known.values()))}"
                 )
         n = sum(part.tokens for part in parts)
         channels = max(part.channels for part in parts)
         if x.ndim != 3 or not len(x) or x.shape[1:] != (n, channels):
             raise ValueError(
-                f"tokens have shape {tuple(x.shape)}, the model expects (b, {n}, {channels})"
+                f"tokens have shape {tuple(x.shape)}, "
+                f"the model expects (b, {n}, {channels})"
             )
-        # on a GPU the host would wait for the answer
+        # on a GPU the check would make the host wait for the device
         if x.device.type == "cpu" and not x.isfinite().all():
             raise ValueError(
-                f"{int((~x.isfinite()).sum())} numbers of the tokens are NaN or infinite; look at the data first"
+                f"{int((~x.isfinite()).sum())} numbers of the tokens are NaN or "
+                "infinite; look at the data first"
             )
-        if coordinates is not None and coordinates.shape not in (
-            (n, 4),
-            (len(x), n, 4),
-        ):
-            raise ValueError(
-                f"coordinates have shape {tuple(coordinates.shape)}, expected ({n}, 4) or ({len(x)}, {n}, 4)"
-            )
+        if coordinates is not None:
+            expected_shapes = (n, 4), (len(x), n, 4)
+            if coordinates.shape not in expected_shapes:
+                raise ValueError(
+                    f"coordinates have shape {tuple(coordinates.shape)}, "
+                    f"expected ({n}, 4) or ({len(x)}, {n}, 4)"
+                )
         if levels.assign.shape != x.shape[:2]:
             raise ValueError(
-                f"levels are for {tuple(levels.assign.shape)} samples and tokens, x has {tuple(x.shape[:2])}"
+                f"levels are for {tuple(levels.assign.shape)} samples and tokens, "
+                f"x has {tuple(x.shape[:2])}"
             )
-        expected = self.nothing(x)
         if not isinstance(condition, Condition):
             raise TypeError(
-                f"the condition is a {type(condition).__name__}; make labels (b,) a Condition(labels, classes)"
+                f"the condition is a {type(condition).__name__}; "
+                "make labels (b,) a Condition(labels, classes)"
             )
-        if (
-            condition.values.shape != expected.values.shape
-            or condition.classes != expected.classes
-        ):
+        expected = self.no_condition(x)
+        same_shape = condition.values.shape == expected.values.shape
+        if not same_shape or condition.classes != expected.classes:
             raise ValueError(
                 f"the condition is {condition}, the model expects {expected}"
             )
         if unknown := [layer for layer in taps if not 1 <= layer <= self.depth]:
             raise ValueError(
-                f"no layer {unknown}: layers are counted after each block, 1 to {self.depth}"
+                f"no layer {unknown}: "
+                f"layers are counted after each block, 1 to {self.depth}"
             )
         if stop and not taps:
             raise ValueError(
                 "stop=True needs taps: the forward ends at the last of them"
             )
 
-    def _initialise(self):
+    # as SiT: xavier, small embeddings, and zeros where adaLN-Zero begins
+    def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for embedding in (
-            self.y_embedder,
-            self.t_embedder.mlp[0],
-            self.t_embedder.mlp[2],
-        ):
-            nn.init.normal_(embedding.weight, std=0.02)
-        ends = [
-            layer
-            for layer in self.final_layer.linear.modules()
-            if isinstance(layer, nn.Linear)
-        ]
-        for zero in [m[1] for m in self.modules() if isinstance(m, Modulation)] + ends:
-            nn.init.zeros_(zero.weight)
+        nn.init.normal_(self.y_embedder.weight, std=0.02)
+        for layer in self.t_embedder.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                nn.init.zeros_(module.linear.weight)
+        for module in self.final_layer.linear.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.weight)

@@ -1,4 +1,7 @@
-"""Attention maps against the fused computation for every option; mass between levels against loops; what is planted is found."""
+"""Attention maps equal the fused computation; mass between levels equals loops.
+
+Planted attention is detected.
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Runs side by side: what a step costs, what a table says of good and bad folders, curves against steps, operations and time."""
+"""Comparison of runs: cost of a step, tables of good and bad folders, curves."""
 
 import json
 import os
@@ -36,7 +36,7 @@ from selfflow.training.run import Run
 
 
 def flops_of_training(config, folder, features=None):
-    "Operations of one step as training takes it: those of three steps minus those of one, over two."
+    "Operations of a step of training: those of three minus those of one, halved."
     counts = []
     for steps in (1, 3):
         training = replace(
@@ -436,8 +436,9 @@ def test_operations_of_repa_need_the_width_of_its_features(runs, tmp_path):
         ),
         (
             "log.jsonl",
-            '{"step": 1, "flow_loss": 1.0}\n{"step": 2, "flow_loss": "much", "cosine": [1]}\n',
-            "bad/log.jsonl has what is no number in flow_loss, cosine; remove those lines",
+            '{"step": 1, "flow_loss": 1.0}\n'
+            '{"step": 2, "flow_loss": "much", "cosine": [1]}\n',
+            "bad/log.jsonl has what is no number in flow_loss, cosine; remove those",
         ),
     ],
 )
@@ -485,7 +486,7 @@ def test_a_run_whose_first_steps_were_not_timed(runs, tmp_path):
     [
         ("runs/a/config.json", ", such as .*runs/a$"),
         ("runs/note", ", such as .*runs$"),
-        ("note", "that of one run"),
+        ("note", "the folder of one run"),
     ],
 )
 def test_a_file_is_no_folder_of_runs(runs, tmp_path, file, near):
@@ -583,7 +584,7 @@ def test_curves_against_time_need_the_time(folder):
     timed(folder / "run2")
     with pytest.raises(
         ValueError,
-        match="run run10 did not keep its time .*compare it against steps or flops, or leave it out",
+        match="run run10 did not keep its time .*compare it against steps or flops",
     ):
         run_curves(pair, against="seconds")
     timed(folder / "run10", 1.5)

@@ -1,4 +1,4 @@
-"""Distances between sets of samples: against closed forms, loops, and the libraries that compute the same."""
+"""Distances between sets of samples equal closed forms, loops and other libraries."""
 
 import time
 
@@ -49,7 +49,7 @@ def exactly(mean, cov, count, rng):
 
 @pytest.mark.parametrize("d", [1, 3, 8])
 def test_frechet_of_gaussians_is_the_closed_form(d):
-    "Of covariances that do not commute: scipy's matrix square root; of diagonal ones: sum of (s1 - s2)^2."
+    "By scipy's matrix square root; of diagonal covariances, sum of (s1 - s2)^2."
     rng = np.random.default_rng(d)
     mean, other = rng.normal(size=(2, d))
     cov, other_cov = (a @ a.T + 0.1 * np.eye(d) for a in rng.normal(size=(2, d, d)))
@@ -99,7 +99,10 @@ def test_kernel_distance_is_the_mean_over_pairs_by_loops():
 
 
 def test_kernel_distance_has_the_mean_that_gaussians_have():
-    "E k(x, y) of N(a, 1) and N(b, 1) on a line, by their moments: (xy + 1)^3 = 1 + 3xy + 3(xy)^2 + (xy)^3."
+    """E k(x, y) of N(a, 1) and N(b, 1) on a line, by their moments.
+
+    (xy + 1)^3 = 1 + 3xy + 3(xy)^2 + (xy)^3.
+    """
     rng, a, b = np.random.default_rng(1), 0.2, 1.1
     moments = {m: (m, m**2 + 1, m**3 + 3 * m) for m in (a, b)}  # E x, E x^2, E x^3
 
@@ -282,7 +285,10 @@ def test_settings_are_checked():
     ],
 )
 def test_intervals_hold_the_truth_about_as_often_as_they_say(metric, truth):
-    "N(0, 1) and N(0.8, 1) on a line. The kernel's truth is by moments: 3 (a-b)^2 + 3 (a^2-b^2)^2 + (a^3-b^3 + 3(a-b))^2."
+    """N(0, 1) and N(0.8, 1) on a line. The kernel distance is known by moments:
+
+    3 (a-b)^2 + 3 (a^2-b^2)^2 + (a^3-b^3 + 3(a-b))^2.
+    """
     rng, held = np.random.default_rng(4), 0
     for seed in range(100):
         found = measure(
@@ -346,7 +352,7 @@ def test_what_is_measured_says_its_counts_and_doubts():
 
 
 def test_it_is_quick():
-    "One 160th of the multiplications of 50,000 x 2048, the size of the field's own number."
+    "One 160th of the multiplications of 50,000 x 2048, the usual size of a FID."
     rng = np.random.default_rng(7)
     real, drawn = (rng.normal(size=(5_000, 512)) for _ in range(2))
     start = time.perf_counter()

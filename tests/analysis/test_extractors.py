@@ -1,4 +1,4 @@
-"""Features that samples are compared on, and the metrics of a run: against the networks themselves, and stand-ins."""
+"""Extractors equal the networks they wrap; the metrics of a run are complete."""
 
 import json
 import math
@@ -77,7 +77,7 @@ def test_axes_are_those_of_training_data_and_keep_distances():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_worse_samples_lie_farther_away(name):
-    "Much worse: the judges learned on views with some noise, and hardly see a little of it."
+    "Much worse, because the judges were trained on views with some noise."
     extractor = built_in(DataConfig(name), count=100)
     real, other = extractor(some(name, 60)), extractor(some(name, 60, start=60))
     worse = {
@@ -88,19 +88,20 @@ def test_worse_samples_lie_farther_away(name):
     assert frechet(real, extractor(worse)) > 1.5 * frechet(real, other)
 
 
-def test_signals_that_are_not_there_or_not_finite_are_refused():
+def test_missing_signals_and_nan_are_refused():
     broken = some("shapes", 3)["image"].clone()
     broken[1, 0, 0, 0] = math.nan
     extractor = built_in(DataConfig("shapes"), count=20)
     for signals, words in (
         ({"audio": broken}, "judge of shapes looks at image, but there is only audio"),
-        (broken, "1 of 3 image samples are not finite"),
+        ({"image": broken}, "1 of 3 image samples are not finite"),
     ):
         with pytest.raises(ValueError, match=words):
             extractor(signals)
     with pytest.raises(ValueError, match="no built-in judge of folder"):
         built_in(DataConfig("folder", path="somewhere"))
-    assert built_in(DataConfig("digits"))(torch.zeros(2, 1, 8, 8)).shape == (2, 64)
+    blank = {"image": torch.zeros(2, 1, 8, 8)}
+    assert built_in(DataConfig("digits"))(blank).shape == (2, 64)
 
 
 # weights from a folder or a file
@@ -108,7 +109,7 @@ def test_signals_that_are_not_there_or_not_finite_are_refused():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    "Tiny models with random numbers, saved as one saves them: {kind: (folder, network)}."
+    "Tiny models with random weights, saved as usual: {kind: (folder, network)}."
     transformers = pytest.importorskip("transformers")
     from transformers import models as known
 
@@ -175,7 +176,7 @@ def models(tmp_path_factory):
 def test_dinov2_is_the_class_token_of_what_its_processor_makes(models):
     folder, network = models["dinov2"]
     images = torch.rand(3, 3, 28, 28) * 2 - 1
-    found = open_extractor(folder, batch=2)(images)
+    found = open_extractor(folder, batch=2)({"image": images})
     said = json.loads((folder / "preprocessor_config.json").read_text())
     mean, std = (
         torch.tensor(said[key])[:, None, None] for key in ("image_mean", "image_std")
@@ -183,9 +184,9 @@ def test_dinov2_is_the_class_token_of_what_its_processor_makes(models):
     pixels = (((images + 1) * 127.5).round() / 255 - mean) / std
     with torch.no_grad():
         assert np.allclose(found, network(pixels).last_hidden_state[:, 0], atol=1e-4)
-    grey = open_extractor(folder)(images[:, :1])
+    grey = open_extractor(folder)({"image": images[:, :1]})
     assert np.allclose(
-        grey, open_extractor(folder)(images[:, :1].expand(-1, 3, -1, -1))
+        grey, open_extractor(folder)({"image": images[:, :1].expand(-1, 3, -1, -1)})
     )
 
 
@@ -238,7 +239,7 @@ def test_inception_is_torch_fidelitys_with_the_weights_of_a_file(tmp_path):
     extractor = open_extractor(tmp_path / "weights.safetensors")
     expected = network(((images + 1) * 127.5).round().byte())[0]
     assert (
-        np.allclose(extractor(images), expected, atol=1e-5)
+        np.allclose(extractor({"image": images}), expected, atol=1e-5)
         and extractor.recipe["dimensions"] == 2048
     )
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
@@ -295,7 +296,7 @@ def stand_in(path, name, condition, spoiled=0):
             values[:spoiled] = torch.randn(
                 values[:spoiled].shape, generator=torch.Generator().manual_seed(0)
             ).clamp(-1, 1)
-        return signals["image"] if set(signals) == {"image"} else signals
+        return signals
 
     data = DataConfig(
         name, patch=2 if name in ("digits", "notes") else 8, condition=condition

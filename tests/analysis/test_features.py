@@ -1,4 +1,7 @@
-"""Features on disk: the same as at once, computed once, one pass a level, whole or absent, and never all in memory."""
+"""Features on disk equal those in memory, computed once, in one pass for each level.
+
+They are complete or absent, and never all in memory.
+"""
 
 import resource
 import subprocess
@@ -55,7 +58,9 @@ def model_of(items, depth=3, width=16):
     torch.manual_seed(0)
     parts = items.layout.parts
     model = Transformer(
-        TransformerConfig(parts, width, depth, 2, classes=1, positions="rotary")
+        TransformerConfig(
+            parts, classes=1, width=width, depth=depth, heads=2, positions="rotary"
+        )
     ).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -63,7 +68,7 @@ def model_of(items, depth=3, width=16):
 
 
 @pytest.mark.parametrize("weights", ["teacher", "model"])
-def test_streamed_features_are_those_at_once(runs, store, weights):
+def test_streamed_features_equal_those_in_memory(runs, store, weights):
     model, items = getattr(runs["tiny"], weights), items_of(runs["tiny"], "test", 30)
     x0, x1 = items.take(torch.arange(30))
     for pooled in (True, False):
@@ -145,7 +150,7 @@ def test_ten_thousand_shapes_at_width_384_take_one_pass_a_level(monkeypatch, sto
     )
 
 
-def test_the_key_tells_weights_data_layer_level_and_pooling_apart(runs):
+def test_keys_differ_by_weights_data_layer_level_and_pooling(runs):
     teacher, student = (
         weights_fingerprint(model)
         for model in (runs["tiny"].teacher, runs["tiny"].model)
@@ -172,7 +177,7 @@ def test_the_key_tells_weights_data_layer_level_and_pooling_apart(runs):
     assert len(set(made)) == 4 and scenes().fingerprint != scenes(columns=4).fingerprint
 
 
-def test_damaged_features_are_said_and_made_again(runs, store, capsys):
+def test_damaged_features_are_reported_and_computed_again(runs, store, capsys):
     model, items = runs["tiny"].teacher, items_of(runs["tiny"], "test", 9)
     good = np.array(stream_features(model, items, 0.5, (2,), store)[2])
     (file,) = store.folder.glob("*.npy")
@@ -194,7 +199,7 @@ def test_damaged_features_are_said_and_made_again(runs, store, capsys):
     assert "will be computed again" in capsys.readouterr().out
 
 
-def test_what_was_interrupted_leaves_nothing_and_goes_on_at_its_level(
+def test_an_interrupted_level_leaves_nothing_and_is_computed_again(
     runs, store, monkeypatch, forwards
 ):
     model, items = runs["tiny"].teacher, items_of(runs["tiny"], "test", 9)
@@ -220,7 +225,7 @@ def test_what_was_interrupted_leaves_nothing_and_goes_on_at_its_level(
     assert len(forwards) == 3
 
 
-def test_a_full_disk_is_said(store, monkeypatch):
+def test_a_full_disk_raises_not_written(store, monkeypatch):
     store.folder.mkdir()
     monkeypatch.setattr(
         "selfflow.disk.flush",
@@ -234,7 +239,7 @@ def test_a_full_disk_is_said(store, monkeypatch):
     assert store.read(FeatureKey("w", "d", 1, 0.1)) is None
 
 
-def test_the_cost_is_what_is_spent(runs, store, forwards):
+def test_the_estimated_cost_equals_the_real_one(runs, store, forwards):
     model, items = runs["tiny"].teacher, items_of(runs["tiny"], "test", 20)
     cost = feature_cost(model, items, (0.0, 0.5, 0.9), (1, 2), store, batch=8)
     assert len(forwards) == 2 and cost.seconds > 0, "one batch is measured"
@@ -261,11 +266,15 @@ from selfflow.analysis.features import FeatureStore, Items, stream_features
 from selfflow.data.sources import Sources
 from selfflow.method.transformer import Transformer, TransformerConfig
 model = Transformer(TransformerConfig.of_image(48, (8, 8), 64, 4, 2, classes=1)).eval()
-items = lambda count: Items(Sources(DataConfig("shapes", patch=4, condition="none")), count=count)
+sources = Sources(DataConfig("shapes", patch=4, condition="none"))
+def stream(count):
+    items = Items(sources, count=count)
+    store = FeatureStore(sys.argv[1])
+    stream_features(model, items, 0.1, (1, 2, 3, 4), store, pooled=False, batch=32)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-stream_features(model, items(64), 0.1, (1, 2, 3, 4), FeatureStore(sys.argv[1]), pooled=False, batch=32)
+stream(64)
 before = peak()
-stream_features(model, items(1600), 0.1, (1, 2, 3, 4), FeatureStore(sys.argv[1]), pooled=False, batch=32)
+stream(1600)
 print(before, peak())
 """
 

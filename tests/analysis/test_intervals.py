@@ -1,6 +1,7 @@
-"""Do the intervals cover what they claim, how wide are they, and what do they say where nothing varies?
+"""Intervals cover the truth as often as they claim, also where nothing varies.
 
-`python tests/test_intervals.py` runs the large simulation, old methods beside new ones, into data/results/interval_coverage.json.
+`python tests/analysis/test_intervals.py` compares old and new methods in a large
+simulation and writes data/results/interval_coverage.json.
 """
 
 import json
@@ -38,7 +39,7 @@ TIES = (0.0, 0.5, 0.95)
 
 @lru_cache
 def outcomes(n: int) -> tuple[np.ndarray, np.ndarray]:
-    "All numbers of items that only the second, and only the first, of two arms gets right."
+    "Counts of items that only the second, and only the first, arm gets right."
     only_second, only_first = np.meshgrid(np.arange(n + 1), np.arange(n + 1))
     possible = only_second + only_first <= n
     return only_second[possible], only_first[possible]
@@ -111,7 +112,7 @@ def test_the_former_interval_of_paired_proportions_failed_here():
     ],
 )
 def test_tango_intervals_are_the_published_ones(counts, ends):
-    "The first: Bentur et al. 2009, in Fagerland, Lydersen and Laake, BMC Medical Research Methodology 2013."
+    "First: Bentur et al. 2009, in Fagerland, Lydersen and Laake, BMC MRM 2013."
     assert tango_interval(*counts) == pytest.approx(ends, abs=1e-4)
     assert tango_interval(counts[1], counts[0], counts[2]) == pytest.approx(
         (-ends[1], -ends[0]), abs=1e-4
@@ -119,7 +120,7 @@ def test_tango_intervals_are_the_published_ones(counts, ends):
 
 
 def test_the_ends_are_where_the_best_table_is_just_rejected():
-    "The share under a given difference maximises the likelihood, found here on a fine grid; the test is at its limit there."
+    "The share maximises the likelihood on a fine grid; the test is at its limit."
     b, c, n = 8, 3, 40
     for end in tango_interval(b, c, n):
         share = np.linspace(max(0, -end), (1 - end) / 2, 200_001)[1:-1]
@@ -209,7 +210,10 @@ HARD = {  # the variance itself is hardly known from 50 items: nothing here reac
 def residuals(
     rng, samples: int, n: int, target: str, *sizes: float, shared: float = 0.0
 ):
-    "Spreads (samples, n) and the squared errors of models whose R^2 are 1 - size^2; shared: the share of equal noise."
+    """Spreads (samples, n) and squared errors of models with R^2 of 1 - size^2.
+
+    shared: the share of equal noise.
+    """
     y = (TARGETS | HARD)[target](rng, (samples, n))
     common = rng.normal(size=y.shape)
     same = rng.random(y.shape) < shared
@@ -480,7 +484,7 @@ def test_seeds_are_paired_where_they_are_shared():
 
 
 def test_equal_gains_of_two_seeds_are_no_proof():
-    "0.91 - 0.90 and 0.92 - 0.91 differ by rounding; with a width of 0 they would have been a difference that is seen."
+    "Differences that vary only by rounding are not significant."
     for second in ({0: 0.91, 1: 0.92}, {5: 0.91, 6: 0.91}):
         found = compare_seeds({0: 0.90, 1: 0.91}, second)
         assert not found.significant and found.interval[1] > 0.01
@@ -601,11 +605,13 @@ def rounded(value):
 
 if __name__ == "__main__":
     about = {
-        "about": "Coverage of the truth by 95 % intervals, and their mean width: [coverage, width]. Paired proportions "
+        "about": "Coverage of the truth by 95 % intervals, and their mean width: "
+        "[coverage, width]. Paired proportions "
         "exactly, over all outcomes; the rest over 4,000 samples each.",
         "methods": {
             "percentile": "percentile bootstrap, the former method",
-            "now": "Tango's score interval for paired proportions, else the farther of Student and bootstrap-t",
+            "now": "Tango's score interval for paired proportions, else the farther of "
+            "Student and bootstrap-t",
         },
     }
     lines = [json.dumps(row) for row in rounded(records())]

@@ -1,4 +1,7 @@
-"""Probes: choose on validation, report on test, find what is planted, beat their baselines; intervals against other formulas."""
+"""Probes choose on validation, report on test and detect planted factors.
+
+Their records are written, read and outdated correctly.
+"""
 
 import json
 import shutil
@@ -155,7 +158,7 @@ def test_test_targets_decide_nothing_but_the_score(probe):
         ) and a.score != b.score
 
 
-def test_the_field_protocol_is_repeatable_and_does_not_touch_the_callers_random_numbers():
+def test_the_field_protocol_is_repeatable_and_draws_no_global_random_numbers():
     x, kinds, values = planted()
     state = torch.get_rng_state()
     first, again = (field_probe(x, {"a": kinds, "b": values}, SHORT) for _ in range(2))
@@ -554,7 +557,7 @@ def test_features_are_those_of_the_model(runs):
 
 
 def older_grid(step, seed):
-    "Probes of the class as formats 1 to 4 stored them, with their random numbers of right answers."
+    "Probes of the class as stored by formats 1 to 4, with random answers."
     rng, results = np.random.default_rng(seed), []
     for place in range(4):
         correct = rng.random(360) < 0.5 + 0.1 * place

@@ -1,4 +1,4 @@
-"""Features as pictures: what is hidden in them is found, the same again each time, and what cannot be shown is refused."""
+"""Projections and token colours show hidden structure, repeatably."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Similarity against the kernels written out, its invariances; answers without an image on planted features; the verdict."""
+"""Similarity equals kernels written out; the ladder reads planted features."""
 
 from dataclasses import replace
 
@@ -61,7 +61,7 @@ def features(n, d, seed=0, e=None):
 
 
 def unbiased_as_written(a, b):
-    "Equation 5 of Song et al. (2012) with whole matrices, for kernels that need not be symmetric."
+    "Equation 5 of Song et al. (2012) with full matrices, symmetric or not."
     n, one = len(a), np.ones(len(a))
     a, b = a - np.diag(np.diag(a)), b - np.diag(np.diag(b))
     return (
@@ -72,7 +72,7 @@ def unbiased_as_written(a, b):
 
 
 def unbiased_by_centring(k, m):
-    "The same estimate in its other form: the inner product of U-centred kernels (Szekely & Rizzo, 2014), by loops over entries."
+    "The inner product of U-centred kernels (Szekely & Rizzo, 2014), by loops."
     n = len(k)
 
     def centre(m):
@@ -171,7 +171,7 @@ def test_turning_and_scaling_change_nothing_and_the_order_of_samples_neither(mea
     )
 
 
-def test_unrelated_features_have_none_however_wide():
+def test_unrelated_features_have_no_similarity_however_wide():
     pairs = [
         (features(60, 200, 2 * s)[0], features(60, 200, 2 * s + 1)[0])
         for s in range(10)
@@ -218,7 +218,7 @@ def test_unrelated_features_have_none_however_wide():
         (lambda: draw_saturation([0, 1], {"student": [1, 1]}), "above 0"),
     ],
 )
-def test_what_cannot_be_compared_is_said(call, says):
+def test_bad_input_is_refused(call, says):
     with pytest.raises(ValueError, match=says):
         call()
 
@@ -316,7 +316,10 @@ def test_mean_directions_by_hand():
 
 
 def planted(count, seed, image=1.0, answer=0.3):
-    "Targets of a common vector, one by place, one by level, one of the image; a student that knows all of it, but not exactly."
+    """Targets of a common vector, and vectors by place, by level and by image.
+
+    The student predicts all of it, but not exactly.
+    """
     fixed = keyed(0, "planted")
     common, place, level = (
         torch.randn(*shape, 32, generator=fixed) for shape in ((1, 1), (1, 4), (5, 1))
@@ -482,7 +485,7 @@ def test_no_features_no_saturation(runs):
         saturation(runs["vanilla"], 20, 20)
 
 
-def test_a_run_is_looked_at_as_it_was_at_a_step(runs):
+def test_saturation_of_an_earlier_step(runs):
     run = runs["tiny"]
     found = saturation(run, 60, 40)
     assert (
@@ -501,7 +504,7 @@ def test_a_run_is_looked_at_as_it_was_at_a_step(runs):
         run_at(run, 5)
 
 
-def test_gaps_are_told_apart_and_the_constant_is_that_of_the_gap():
+def test_gaps_have_their_own_constants():
     torch.manual_seed(0)
     level, gap = torch.zeros(40, 1), torch.tensor([0.05, 0.4]).repeat(20)[:, None]
     noisy = torch.zeros(40, 4, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""A folder of files, or a data set of Hugging Face, as a data set: what is used, what is not, and what breaks on the way."""
+"""Folders and Hugging Face data sets: which files are used, skipped and broken."""
 
 import io
 import json
@@ -80,7 +80,7 @@ def test_a_folder_is_a_data_set(photos):
     assert taken.labels.dtype == torch.int64 and taken.captions == tuple(
         data.names[label] for label in taken.labels
     )
-    assert [entry.name for entry in data.found[:3]] == [
+    assert [entry.name for entry in data.entries[:3]] == [
         "9/3.webp",
         "9/7.webp",
         "9/11.webp",
@@ -113,7 +113,7 @@ def test_what_is_taken_belongs_to_the_caller(photos):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"path": "nowhere"}, "nowhere is no folder; give the path"),
+        ({"path": "nowhere"}, "nowhere is not a folder; give the path"),
         (
             {"signals": ("picture",)},
             "unknown signal 'picture'; known are image, video, audio",
@@ -133,7 +133,8 @@ def test_what_is_taken_belongs_to_the_caller(photos):
         ({"shares": (0.5, 0.5)}, "expected three"),
         (
             {"signals": "audio"},
-            "no sample of split 'train'; it holds 3 '.webp', 3 '.gif', 3 '.png', 3 '.bmp'; not used: cannot",
+            "no sample of split 'train'; it holds 3 '.webp', 3 '.gif', 3 '.png', 3 "
+            "'.bmp'; not used: cannot",
         ),
         (
             {"signals": ("image", "audio")},
@@ -153,7 +154,7 @@ def test_a_folder_without_files_and_a_file(tmp_path):
     ):
         Folder(tmp_path / "empty")
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         Folder(tmp_path / "file")
 
 
@@ -166,7 +167,7 @@ def test_every_sample_is_in_one_split_and_stays_there(photos):
 
     def parts(folder):
         return {
-            split: [entry.name for entry in Folder(folder, split=split).found]
+            split: [entry.name for entry in Folder(folder, split=split).entries]
             for split in SPLITS
         }
 
@@ -204,8 +205,8 @@ def test_folders_that_are_splits(tmp_path, name, capsys):
     }
     out = capsys.readouterr().out
     assert (
-        "there is no test split: 1 of the training samples, chosen by a hash of their names, are used"
-        in out
+        "there is no test split: 1 of the training samples, chosen by a hash of their "
+        "names, are used" in out
     )
     assert "no sample of class 'cat'" in out
     assert (
@@ -214,7 +215,8 @@ def test_folders_that_are_splits(tmp_path, name, capsys):
     )
     with pytest.raises(
         ValueError,
-        match="no sample of split 'test'; no sample of class 'cat', 'deep'; not used: lies beside",
+        match="no sample of split 'test'; no sample of class 'cat', 'deep'; not used: "
+        "lies beside",
     ):
         Folder(tmp_path, split="test", **ALL)
 
@@ -222,7 +224,8 @@ def test_folders_that_are_splits(tmp_path, name, capsys):
 def test_a_split_that_got_nothing_is_named(photos):
     with pytest.raises(
         ValueError,
-        match="photos has no sample of split 'test'; no sample of class '9', '10', 'cat', 'dog'",
+        match="photos has no sample of split 'test'; no sample of class '9', '10', "
+        "'cat', 'dog'",
     ):
         Folder(photos, split="test", **ALL)
 
@@ -253,7 +256,7 @@ def test_files_beside_the_classes_have_none(photos, capsys):
     data = Folder(photos, **ALL)
     assert (
         data.names == ("", "9", "10", "cat", "dog")
-        and "class '' is what lies in no class folder" in capsys.readouterr().out
+        and "class '' holds what is in no class folder" in capsys.readouterr().out
     )
     (
         shutil.rmtree(photos / "cat"),
@@ -289,7 +292,7 @@ def test_a_table_says_which_files_their_labels_and_captions(photos):
     taken = data.take(torch.arange(4))
     assert data.names == ("", "7", "zebra")
     assert dict(
-        zip([entry.name for entry in data.found], taken.captions, strict=True)
+        zip([entry.name for entry in data.entries], taken.captions, strict=True)
     ) == {
         "9/3.webp": "half \ufffd",
         "10/2.gif": "zebra",
@@ -327,7 +330,8 @@ def test_a_table_of_which_nothing_is_there(photos):
     )
     with pytest.raises(
         ValueError,
-        match=r"no sample of split.*leads out of the folder \(1\).*is not in the table \(12\)",
+        match=r"no sample of split.*leads out of the folder \(1\).*is not in the table "
+        r"\(12\)",
     ):
         Folder(photos)
 
@@ -391,7 +395,7 @@ def hostile(folder):
 def test_hostile_files_are_counted_and_harm_nothing(tmp_path, capsys):
     hostile(tmp_path / "data")
     data = Folder(tmp_path / "data", **ALL)
-    assert [entry.name for entry in data.found] == [
+    assert [entry.name for entry in data.entries] == [
         "good.png",
         "png.jpg",
         "within.png",
@@ -408,7 +412,8 @@ def test_hostile_files_are_counted_and_harm_nothing(tmp_path, capsys):
     }
     out = capsys.readouterr().out
     assert out.startswith(
-        "data: 3 samples (image) of split train, no classes; no sample of class '1'; read as what they are"
+        "data: 3 samples (image) of split train, no classes; no sample of class '1'; "
+        "read as what they are"
     )
     assert (
         out.count("\n") == 1
@@ -427,7 +432,7 @@ def test_only_hostile_files(tmp_path):
 def test_files_that_break_later_are_replaced_by_the_next_and_said_once(photos, capsys):
     data, names = (
         Folder(photos, **ALL),
-        [entry.name for entry in Folder(photos, **ALL).found],
+        [entry.name for entry in Folder(photos, **ALL).entries],
     )
     expected = greys(Folder(photos, **ALL))
     (photos / names[1]).unlink()
@@ -475,7 +480,8 @@ def test_many_broken_files_fill_no_log_and_none_left_is_an_error(tmp_path, capsy
     shutil.rmtree(tmp_path / "data")
     with pytest.raises(
         RuntimeError,
-        match="none of the 120 samples of .* can be decoded; is the folder still there",
+        match="none of the 120 samples of .* can be decoded; does the folder still "
+        "exist",
     ):
         data.take(torch.tensor([3]))
 
@@ -507,7 +513,7 @@ def test_nan_is_replaced_and_silence_is_kept_and_said(tmp_path, capsys):
         "d.wav",
     ]
     assert capsys.readouterr().out.splitlines()[1:] == [
-        "s: 'b.wav' holds NaN or infinity; the next good sample stands for it",
+        "s: 'b.wav' holds NaN or infinity; the next good sample is used",
         "s: 'c.wav' is silent; it is used",
     ]
 
@@ -555,7 +561,7 @@ def test_films_are_files_or_folders_of_numbered_pictures(tmp_path):
     picture(tmp_path / "has/inner/deeper/x.png")
     picture(tmp_path / "walk/one/1.png")
     data = Folder(tmp_path, "video", size=4, frames=4, **ALL)
-    assert [entry.name for entry in data.found] == [
+    assert [entry.name for entry in data.entries] == [
         "run",
         "walk/file.gif",
         "walk/frames",
@@ -596,7 +602,7 @@ def test_pairs_by_stem(tmp_path, capsys):
     film(tmp_path / "z/lone.gif")
     film(tmp_path / "x/one.webp")
     data = Folder(tmp_path, ("video", "audio"), frames=2, samples=50, **ALL)
-    assert [entry.name for entry in data.found] == [
+    assert [entry.name for entry in data.entries] == [
         "x/one",
         "x/two.b",
         "y/three",
@@ -613,7 +619,7 @@ def test_pairs_by_stem(tmp_path, capsys):
     out = capsys.readouterr().out
     assert (
         "no sample of class 'z'" in out
-        and "films and sounds are not of the same length; with fps 320 they would be"
+        and "videos and audio differ in length; with fps 320 they would be equally long"
         in out
     )
     Folder(tmp_path, ("video", "audio"), frames=2, samples=50, fps=320, **ALL)
@@ -629,7 +635,7 @@ def test_a_stem_is_in_one_split_whatever_the_signals(tmp_path):
                 Path(entry.name).stem
                 for entry in Folder(
                     tmp_path, signals, split, shares=(0.5, 0.25, 0.25)
-                ).found
+                ).entries
             }
             for signals in ("audio", "video", "image", ("video", "audio"))
         ]
@@ -640,7 +646,9 @@ def test_a_class_folder_named_as_a_split_of_films_is_no_film(tmp_path):
     for i in range(3):
         picture(tmp_path / "train" / f"{i}.png")
     film(tmp_path / "train/a.gif")
-    assert [entry.name for entry in Folder(tmp_path, "video").found] == ["train/a.gif"]
+    assert [entry.name for entry in Folder(tmp_path, "video").entries] == [
+        "train/a.gif"
+    ]
 
 
 # Fingerprints, memory, workers
@@ -691,8 +699,8 @@ def test_the_last_samples_are_kept_within_the_bytes(photos, cache, kept, monkeyp
     )
     whole = data.take(torch.arange(12)).signals["image"]
     assert (
-        len(data.kept) == kept
-        and list(data.kept) == list(range(12 - kept, 12))
+        len(data.decoded) == kept
+        and list(data.decoded) == list(range(12 - kept, 12))
         and len(calls) == 12
     )
     again = data.take(torch.arange(12 - kept, 12)).signals["image"]
@@ -934,7 +942,8 @@ def test_columns_and_labels_of_other_names_and_kinds(stored):
     assert data.take(torch.arange(3)).captions == ("x", "9", "\u732b \U0001f408 \u00e9")
     with pytest.raises(
         ValueError,
-        match="has no column 'image', but 'img', 'kind', 'said'; say which is the image: columns=",
+        match="has no column 'image', but 'img', 'kind', 'said'; name the image by "
+        "columns=",
     ):
         HuggingFace(data.path)
     with pytest.raises(ValueError, match="has no column 'imag'"):
@@ -952,11 +961,12 @@ def test_columns_that_cannot_be_what_they_are_said_to_be(stored):
         for column in ("several", "image"):
             with pytest.raises(
                 ValueError,
-                match=f"column '{column}' of .* cannot be the {name}: it holds (List|Image)",
+                match=f"column '{column}' of .* cannot be the {name}: it holds "
+                f"(List|Image)",
             ):
                 HuggingFace(path, columns={name: column})
     for column, reason in (
-        ("label", "is no picture"),
+        ("label", "is not an image"),
         ("text", "cannot be opened"),
         ("several", "cannot be opened"),
     ):
@@ -1145,14 +1155,14 @@ PLAIN = datasets.List(datasets.List(datasets.Value("float64")))
         (
             datasets.List(datasets.List(datasets.Value("int64"))),
             [[300] * 4] * 4,
-            "is no picture",
+            "is not an image",
         ),
         (
             datasets.List(datasets.List(datasets.Value("int64"))),
             [[-1] * 4] * 4,
-            "is no picture",
+            "is not an image",
         ),
-        (PLAIN, [[0.5] * 4] * 4, "is no picture"),
+        (PLAIN, [[0.5] * 4] * 4, "is not an image"),
         (PLAIN, [], "cannot be read"),
     ],
 )
@@ -1205,7 +1215,8 @@ def test_folders_that_are_none_or_damaged_are_said_in_a_line(stored, harm):
     harm(path)
     with pytest.raises(
         ValueError,
-        match="is not what save_to_disk of the package datasets writes, or it is damaged",
+        match="was not written by save_to_disk of the package datasets, or it is "
+        "damaged",
     ):
         HuggingFace(path)
 
@@ -1215,7 +1226,8 @@ def test_a_data_set_without_rows(stored):
     for rows in ([], {"train": some(2), "test": []}):
         with pytest.raises(
             ValueError,
-            match="is not what save_to_disk of the package datasets writes, or it is damaged",
+            match="was not written by save_to_disk of the package datasets, or it is "
+            "damaged",
         ):
             HuggingFace(stored(rows))
     with pytest.raises(ValueError, match="has no sample of split 'test'"):
@@ -1235,12 +1247,12 @@ def test_a_data_set_that_names_tables_elsewhere_is_not_used(stored):
             }
         )
     )
-    with pytest.raises(ValueError, match="names tables that lie elsewhere"):
+    with pytest.raises(ValueError, match="names tables outside this folder"):
         HuggingFace(path)
     (path / "state.json").write_text(json.dumps(state))
     (path / "data-00000-of-00001.arrow").unlink()
     (path / "data-00000-of-00001.arrow").symlink_to(other / "data-00000-of-00001.arrow")
-    with pytest.raises(ValueError, match="names tables that lie elsewhere"):
+    with pytest.raises(ValueError, match="names tables outside this folder"):
         HuggingFace(path)
 
 
@@ -1258,7 +1270,7 @@ def test_the_package_is_named_where_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match="pip install datasets"):
         HuggingFace(tmp_path)
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         HuggingFace("hf://somewhere")
 
 
@@ -1295,5 +1307,5 @@ def test_workers_give_the_same_rows(stored):
 def test_an_entry_is_what_a_folder_finds(photos):
     assert all(
         isinstance(entry, Entry) and entry.sources.keys() == {"image"}
-        for entry in Folder(photos).found
+        for entry in Folder(photos).entries
     )

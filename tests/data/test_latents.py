@@ -1,4 +1,4 @@
-"""Latents on the disk: what is written is what is read, kills and full disks cost nothing, damage is found, nothing is mixed."""
+"""Latents on the disk survive kills and full disks, and damage is detected."""
 
 import errno
 import json
@@ -44,7 +44,7 @@ CAPTIONS = (
 
 
 class Once(Haar):
-    "Counts what it encodes, and may fail: an exception at the k-th batch, or something done to its latents."
+    """Counts batches, and may fail at the k-th one or damage its latents."""
 
     def __init__(self, at=None, change=None):
         self.batches, self.at, self.change, self.devices = [], at, change, []
@@ -135,7 +135,7 @@ def standardised(images):
     return (z - z.mean((0, 2, 3), keepdims=True)) / z.std((0, 2, 3), keepdims=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 49), max_size=30))
 def test_any_samples_in_any_order(whole, indices):
     latents = Latents(whole, check=False)
@@ -231,7 +231,7 @@ def test_several_signals_factors_and_captions(tmp_path, shard_size, batch, both)
         )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=5),
     st.integers(0, 99),
@@ -273,7 +273,8 @@ def test_other_splits_are_standardised_by_the_training_set(tmp_path):
     validation = ImageSet(DATA.images[:7] / 2, DATA.labels[:7], DATA.names)
     with pytest.raises(
         ValueError,
-        match="no whole training split, by whose mean and variance all are given; encode it first",
+        match="no complete training split, whose mean and variance all splits need; "
+        "encode",
     ):
         encode(tmp_path, validation, split="validation")
     assert not list(tmp_path.iterdir())
@@ -299,7 +300,8 @@ def test_other_splits_are_standardised_by_the_training_set(tmp_path):
     encode(tmp_path, coder=coder)
     with pytest.raises(
         ValueError,
-        match="training split in .* has other latents: autoencoders are .*another.* there",
+        match="training split in .* has other latents: autoencoders are .*another.* "
+        "there",
     ):
         Latents(tmp_path, "validation")
 
@@ -494,14 +496,15 @@ def other_coder():
     [
         (
             {"data": digits("test")[:50]},
-            f"data: {DATA.fingerprint} there, {digits('test')[:50].fingerprint} asked for",
+            f"data: {DATA.fingerprint} there, {digits('test')[:50].fingerprint} "
+            f"requested",
         ),
         (
             {"coder": other_coder()},
-            f"autoencoders: .*{Haar.fingerprint}.* there, .*another.* asked for",
+            f"autoencoders: .*{Haar.fingerprint}.* there, .*another.* requested",
         ),
-        ({"shard_size": 9}, "shard_size: 10 there, 9 asked for"),
-        ({"data": DATA[:49]}, "count: 50 there, 49 asked for"),
+        ({"shard_size": 9}, "shard_size: 10 there, 9 requested"),
+        ({"data": DATA[:49]}, "count: 50 there, 49 requested"),
     ],
 )
 @pytest.mark.parametrize("finished", [True, False])
@@ -513,7 +516,7 @@ def test_other_latents_do_not_go_on(own, finished, change, words):
     before = contents(own / "train")
     with pytest.raises(
         ValueError,
-        match=f"holds latents of something else.*{words}.*Take another folder",
+        match=f"holds latents of something else.*{words}.*Use another folder",
     ):
         encode(own, **change)
     assert contents(own / "train") == before
@@ -523,13 +526,13 @@ def test_other_latents_do_not_go_on(own, finished, change, words):
     "change, words",
     [
         ({"batch": 0}, "batch is 0"),
-        ({"shard_size": 0}, "shard_size 0"),
+        ({"shard_size": 0}, "shard_size is 0"),
         ({"split": "valid"}, "unknown split 'valid'"),
         ({"coder": Pairs()}, "unknown signal of these data 'audio'; known are image"),
         ({"coder": [Haar(), Pairs()]}, "unknown signal of these data 'audio'"),
         (
             {"data": Scenes("test", 5), "split": "train"},
-            "these are the test data, to be encoded as train; say split='test'",
+            "these are the test data, to be encoded as train; use split='test'",
         ),
         (
             {
@@ -560,7 +563,8 @@ def test_latents_that_are_not_finite_are_refused_and_what_was_made_is_kept(
     )
     with pytest.raises(
         ValueError,
-        match="latents of image .* NaN or infinite, in samples 14 to 17; look at these",
+        match="latents of image .* NaN or infinite, in samples 14 to 17; check these "
+        "samples",
     ):
         encode(tmp_path, coder=coder)
     assert sorted(contents(tmp_path / "train")) == [
@@ -572,7 +576,7 @@ def test_latents_that_are_not_finite_are_refused_and_what_was_made_is_kept(
 def test_decoding_needs_the_autoencoder_that_encoded(whole, tmp_path):
     latents = Latents(whole)
     with pytest.raises(
-        ValueError, match="to decode image the autoencoder is needed that encoded it"
+        ValueError, match="decoding image needs the autoencoder that encoded it"
     ):
         latents.decode(latents.take(torch.arange(2)).signals)
     with pytest.raises(
@@ -609,7 +613,7 @@ def damaged(content, kind, position):
 
 
 @settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -628,7 +632,8 @@ def test_no_damage_of_a_shard_passes_and_it_is_mended(own, kind, position, numbe
     )
     with pytest.raises(
         ValueError,
-        match=f"1 shards in .* are damaged: {path.name} {words}.*Encode again; what is whole stays",
+        match=f"1 shards in .* are damaged: {path.name} {words}.*Encode again; intact "
+        f"shards are kept",
     ):
         Latents(own)
     if kind == "flip":
@@ -646,7 +651,7 @@ def test_no_damage_of_a_shard_passes_and_it_is_mended(own, kind, position, numbe
 
 
 @settings(
-    max_examples=60,
+    max_examples=30,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -705,9 +710,7 @@ def test_a_later_format_is_said(own):
 
 
 def test_nothing_there(tmp_path, own):
-    with pytest.raises(
-        FileNotFoundError, match="holds no latents; encode_latents makes them"
-    ):
+    with pytest.raises(FileNotFoundError, match="holds no latents; run encode_latents"):
         Latents(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="unknown split"):
         Latents(own, "valid")
@@ -715,13 +718,14 @@ def test_nothing_there(tmp_path, own):
     shutil.copy(own / "train/index.json", own / "validation/index.json")
     with pytest.raises(
         ValueError,
-        match="5 shards in .*validation are damaged: shard-00000.safetensors is missing",
+        match="5 shards in .*validation are damaged: shard-00000.safetensors is "
+        "missing",
     ):
         Latents(own, "validation")
 
 
 def test_what_is_asked_for_when_another_took_its_name(own):
-    "A folder that was made anew under an open data set: the old one still reads its own, the new one the new."
+    """A folder made again under an open data set: each reads its own files."""
     old = Latents(own)
     before = old.take(torch.arange(50)).signals["image"]
     shutil.rmtree(own / "train")

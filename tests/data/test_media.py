@@ -1,4 +1,4 @@
-"""Films are read by PyAV itself: each is encoded here, shown by time, turned as it says, and refused where it is broken."""
+"""Videos that PyAV reads: frames by time, rotation, and broken files."""
 
 import io
 import struct
@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import selfflow.data.decoding as decoding
-from selfflow.data.decoding import Form, Header, look, moments, read
+from selfflow.data.decoding import Form, Header, frame_indices, read, read_header
 from selfflow.data.files import Inside, Refused
 from selfflow.data.folders import Folder
 from selfflow.data.options import DataConfig
@@ -68,7 +68,7 @@ def greys(film):
 
 
 def shows(data, form, expected, apart=4):
-    look(data, "video")
+    read_header(data, "video")
     found = greys(read(data, "video", form))
     assert (
         len(found) == form.frames
@@ -131,7 +131,7 @@ def test_any_timestamps(gaps, frames, fps):
     data = encoded(
         [20 * i for i in range(len(gaps))], "matroska", "ffv1", times, rate=10
     )
-    chosen = moments(
+    chosen = frame_indices(
         [time / 1_000 for time in times], (times[-1] + 100) / 1_000, frames, fps
     )
     shows(data, Form(4, frames, fps), [20 * i for i in chosen], apart=1)
@@ -231,7 +231,7 @@ def quarters(size, values=((0, 80), (160, 240))):
     ],
 )
 def test_films_are_turned_as_they_say(container, codec, matrix, turned):
-    "By the matrix (a b u, c d v, x y w) of ISO 14496-12, 8.3.2: x' = a x + c y, y' = b x + d y."
+    """Rotation by the matrix of ISO 14496-12, 8.3.2: x' = a x + c y, y' = b x + d y."""
     data = encoded([quarters(32)] * 3, container, codec)
 
     def rows(a, b, c, d):
@@ -296,7 +296,7 @@ def several(cover, film):
 
 def test_a_cover_is_no_film():
     shows(several(True, True), Form(8, 2), [50, 50])
-    for function in (look, read):
+    for function in (read_header, read):
         assert (
             reason_of(several(True, False), function)
             == reason_of(several(False, False), function)
@@ -362,9 +362,11 @@ def test_films_that_were_cut_off_are_refused_by_look_already(
     for share in (0.1, 0.3, 0.5, 0.7, 0.9):
         cut = data[: int(len(data) * share)]
         assert (
-            reason_of(cut, look) == reason_of(cut) == "is shorter than it declares"
+            reason_of(cut, read_header)
+            == reason_of(cut)
+            == "is shorter than it declares"
         ), share
-    assert reason_of(data[:40], look) in (
+    assert reason_of(data[:40], read_header) in (
         "is shorter than it declares",
         "cannot be decoded",
     )
@@ -395,8 +397,8 @@ def test_mp4_of_long_and_of_many_parts():
             data[: at - 8] + struct.pack(">I4sQ", 1, b"mdat", declared) + data[at + 8 :]
         )
         assert reason or read(long, "video", Form(8, 2)).shape == (3, 2, 8, 8)
-        assert not reason or reason_of(long, look).startswith(reason)
-    for count in (1_000, 2**17 + 1):  # of which the rest is not looked at
+        assert not reason or reason_of(long, read_header).startswith(reason)
+    for count in (1_000, 2**17 + 1):  # of which the rest is not read
         many = (
             data[: at + length]
             + struct.pack(">I4s", 8, b"free") * count
@@ -446,20 +448,20 @@ def test_a_header_that_says_fewer_pixels_than_there_are(container, codec, monkey
         "by FFmpeg, before there is room for them"
     )
     monkeypatch.setattr(decoding, "_PIXELS", 2**26)
-    monkeypatch.setattr(decoding, "_FILM_PIXELS", 6 * 64 * 64 - 1)
-    assert reason_of(data, form=Form(8, 6)) == "is too long a film"
+    monkeypatch.setattr(decoding, "_VIDEO_PIXELS", 6 * 64 * 64 - 1)
+    assert reason_of(data, form=Form(8, 6)) == "is too long a video"
 
 
 def test_films_that_are_too_long_or_too_large(monkeypatch):
     data = encoded(GREYS)
-    monkeypatch.setattr(decoding, "_FILM_PIXELS", 3 * 32 * 32)
-    assert reason_of(data) == "is too long a film"
+    monkeypatch.setattr(decoding, "_VIDEO_PIXELS", 3 * 32 * 32)
+    assert reason_of(data) == "is too long a video"
     shows(data, Form(8, 3, 10), GREYS[:3])
     monkeypatch.setattr(decoding, "_PIXELS", 1_000)
-    assert reason_of(data, look) == reason_of(data) == "declares too many pixels"
+    assert reason_of(data, read_header) == reason_of(data) == "declares too many pixels"
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=50)
 @given(st.data(), st.sampled_from(["mp4", "matroska", "avi"]))
 def test_damaged_films_are_read_or_refused_and_nothing_else(data, container):
     changed = bytearray(DAMAGED[container])
@@ -472,7 +474,7 @@ def test_damaged_films_are_read_or_refused_and_nothing_else(data, container):
                 )
             )
         ] = data.draw(st.sampled_from([0, 1, 127, 128, 255]))
-    for function in (lambda *a: look(*a[:2]), read):
+    for function in (lambda *a: read_header(*a[:2]), read):
         try:
             found = function(bytes(changed), "video", Form(5, 4))
             assert isinstance(found, Header) or found.shape == (3, 4, 5, 5)
@@ -576,7 +578,7 @@ def test_a_run_on_foreign_films_and_sounds_bears_the_bad_ones(tmp_path, capsys):
         "is shorter than it declares (1)",
         "is not what its suffix says (1)",
         "'train/cat/silent' is silent",
-        "the next good sample stands for it",
+        "the next good sample is used",
     ):
         assert words in said
     folder = Folder(data, ("video", "audio"), size=8, frames=4)

@@ -1,4 +1,4 @@
-"""Motion: paths against a ball that is stepped; films against single pictures; factors found again; what cannot be drawn."""
+"""Motion: paths against a simulation, videos against images, factors measured."""
 
 import math
 from itertools import product
@@ -41,7 +41,7 @@ WORDS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}
 
 
 def stepped(start, heading, speed, low, high, bounce, frames, fine=400):
-    "A ball, moved a little at a time: turned around at a wall, or put to the other side."
+    """A ball in small steps that turns at a wall or enters at the other side."""
     place, step = (
         np.array(start, dtype=float),
         np.array(heading) * speed / (frames - 1) / fine,
@@ -104,7 +104,7 @@ def test_directions_are_named_anticlockwise_from_the_right():
         )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     direction=st.integers(0, 7),
     speed=st.floats(0, 20),
@@ -221,7 +221,7 @@ def test_only_what_does_not_bounce_comes_in_at_the_other_side():
 
 
 def centres(film, factors):
-    "Where what is unlike the ground has its centre of mass, on a circle, in sides; and how much of it there is."
+    """Centre of mass of what differs from the background, on a circle, and its size."""
     below = grounds(
         factors["ground"], factors["texture"], factors["grain"], film.shape[-1]
     )[:, :, None]
@@ -265,7 +265,7 @@ def test_direction_speed_and_presence_are_in_the_film(options):
     ids=["shapes", "digits"],
 )
 def test_the_sense_of_turning_is_in_the_film(options):
-    "The first and a later picture of a film agree best when the later one is turned back."
+    """The angle by which a later frame has to be turned back to fit the first."""
     data = Motion(frames=8, count=200, **options)
     factors = data.factors(torch.arange(200))
     chosen = (
@@ -594,8 +594,8 @@ def test_the_longest_captions():
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"size": 30}, "size is 30; it can be a multiple of 8"),
-        ({"frames": 7}, "frames is 7; a film has 8 to 64"),
+        ({"size": 30}, "size is 30, expected a multiple of 8"),
+        ({"frames": 7}, "frames is 7, expected 8 to 64"),
         ({"frames": 65}, "frames is 65"),
         (
             {"figures": "digit"},

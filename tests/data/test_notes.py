@@ -26,7 +26,7 @@ from selfflow.data.notes import (
 
 
 def by_hand(pitch, timbre, attack, vibrato, loudness, phase, samples, rate):
-    "One note, harmonic by harmonic and sine by sine; the phase is the integral of the frequency, summed up in small steps."
+    """One note, sine by sine; the phase is the frequency, summed in small steps."""
     base, share = 440 * 2 ** ((pitch - 69) / 12), 2 ** (vibrato / 12) - 1
     fine = (np.arange(samples * 16) + 0.5) / (16 * rate)
     frequency = base * (1 + share * np.sin(2 * np.pi * 6 * fine))
@@ -57,7 +57,7 @@ def by_hand(pitch, timbre, attack, vibrato, loudness, phase, samples, rate):
     return 10 ** (loudness / 20) * np.exp(-total * seconds) * rise * fall * tones
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(
     st.lists(
         st.tuples(
@@ -328,14 +328,14 @@ def test_the_notes_of_a_sequence_begin_where_they_should():
         ({"length": 5}, "length is 5"),
         (
             {"length": 3},
-            "8192 samples are not 3 equal notes of 0.2 s or more; take 8193",
+            "8192 samples are not 3 equal notes of 0.2 s or more; use 8193",
         ),
-        ({"samples": 1000}, "1000 samples are not 1 equal notes.*take 1600"),
+        ({"samples": 1000}, "1000 samples are not 1 equal notes.*use 1600"),
         (
             {"samples": 3200, "length": 4},
-            "3200 samples are not 4 equal notes.*take 6400",
+            "3200 samples are not 4 equal notes.*use 6400",
         ),
-        ({"samples": -5}, "take 1600"),
+        ({"samples": -5}, "use 1600"),
     ],
 )
 def test_options_that_are_refused(options, words):

@@ -1,4 +1,4 @@
-"""What `data` in a config stands for: every source trains, resumes bit for bit and is sampled; several in turn; bad input."""
+"""Every source trains, resumes bit for bit and is sampled, alone and in turn."""
 
 import json
 import shutil
@@ -462,7 +462,8 @@ def test_samples_are_written_to_be_seen_and_heard(
         ({"name": "folder"}, "needs the path"),
         (
             {"path": "x"},
-            "path is an option of data set folder, huggingface, latents, which digits does not have",
+            "path is an option of data set folder, huggingface, latents, fashion, "
+            "which digits does not have",
         ),
         (
             {"name": "notes", "size": 16},
@@ -551,7 +552,7 @@ def test_a_config_that_cannot_be_is_refused_with_a_remedy(values, words):
             {"given": "audio"},
             "given is 'audio', but the sequence consists of image",
         ),
-        ({"name": "notes"}, {"given": "first_frame"}, "first_frame needs a film"),
+        ({"name": "notes"}, {"given": "first_frame"}, "first_frame needs video"),
         (
             {"name": "scenes"},
             {"schedule": "full_masking"},

@@ -1,4 +1,4 @@
-"""Text encoders from a folder: tiny ones of transformers with random weights, saved by the test, against transformers itself."""
+"""Text encoders of transformers in a folder give what transformers itself gives."""
 
 import copy
 import json
@@ -32,7 +32,10 @@ from selfflow.training.run import Run
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-WORDS = "a small large red green blue star circle square on striped ground upper left of the".split()
+WORDS = (
+    "a small large red green blue star circle square on striped ground upper left of "
+    "the"
+).split()
 CAPTIONS = (
     "a red star",
     "a small blue circle on a striped ground, upper left",
@@ -137,7 +140,7 @@ KINDS = {
 
 
 def saved(folder, kind="t5", seed=0, **options):
-    "The folder of an encoder with its tokenizer, whose weights are drawn anew, so that nothing in it is a zero or a one."
+    """The folder of an encoder with random weights, none of which is zero or one."""
     model, generator = (
         KINDS[kind](tokenizer(folder, "clip" in kind)),
         torch.Generator().manual_seed(seed),
@@ -169,12 +172,12 @@ def own(folders, tmp_path):
 
 def forget(opened):
     "As in a new process."
-    opened._known.clear()
-    opened._held = 0
+    opened._cache.clear()
+    opened._cached_bytes = 0
 
 
 def theirs(folder, kind, text, tokens):
-    "What transformers gives for one text: (hidden states (n, e), the ids that it read)."
+    """Hidden states (n, e) and ids that transformers gives for one text."""
     name = {
         "t": "T5EncoderModel",
         "m": "MT5EncoderModel",
@@ -310,10 +313,11 @@ def test_no_captions_and_wrong_ones(encoder):
 def test_tokens_that_hold_no_text_are_refused(folders):
     with pytest.raises(
         ValueError,
-        match="1 tokens hold marks of this encoder, no text; take data.caption 2 or more",
+        match="1 tokens only hold the marks of this encoder and no text; set "
+        "data.caption to 2 or more",
     ):
         open_encoder(folders["t5"]).encode(["a"], 1)
-    with pytest.raises(ValueError, match="take data.caption 3 or more"):
+    with pytest.raises(ValueError, match="set data.caption to 3 or more"):
         open_encoder(folders["clip"]).encode(["a"], 2)
     assert open_encoder(folders["clip"]).encode(["a"], 3).any(-1).all()
 
@@ -346,7 +350,7 @@ def test_each_text_is_encoded_once_and_the_oldest_is_forgotten(encoder, monkeypa
     assert met == ["a red star", "a blue star"]
     encoder.encode(["a red star"], 5)
     assert met[2:] == ["a red star"], "another length is another thing"
-    monkeypatch.setattr(texts, "_REMEMBERED", 3 * 6 * encoder.width * 4)
+    monkeypatch.setattr(texts, "_CACHE_BYTES", 3 * 6 * encoder.width * 4)
     forget(encoder)
     met.clear()
     long = [
@@ -357,17 +361,17 @@ def test_each_text_is_encoded_once_and_the_oldest_is_forgotten(encoder, monkeypa
     encoder.encode([long[0], long[2], long[3]], 6)
     assert (
         met == long
-        and encoder._held
-        == sum(own.nbytes for own in encoder._known.values())
+        and encoder._cached_bytes
+        == sum(own.nbytes for own in encoder._cache.values())
         == 3 * 6 * encoder.width * 4
     )
     encoder.encode([long[1]], 6)
     assert met == [*long, long[1]]
-    monkeypatch.setattr(texts, "_REMEMBERED", 0)
+    monkeypatch.setattr(texts, "_CACHE_BYTES", 0)
     assert (
         torch.equal(encoder.encode(long, 6), encoder.encode(long, 6))
-        and encoder._held == 0
-        and not encoder._known
+        and encoder._cached_bytes == 0
+        and not encoder._cache
     )
 
 
@@ -381,10 +385,10 @@ def test_what_a_caller_does_to_vectors_is_not_remembered(encoder):
 def test_a_lock_that_was_lost_in_a_fork_stops_nothing(encoder):
     expected = encoder.encode(["a green star"], 6)
     forget(encoder)
-    with encoder._free:
+    with encoder._lock:
         assert (
             torch.equal(encoder.encode(["a green star"], 6), expected)
-            and not encoder._known
+            and not encoder._cache
         )
 
 
@@ -488,7 +492,8 @@ def test_the_folder_of_a_model_of_diffusers(folders, tmp_path):
     shutil.rmtree(tmp_path / "tokenizer_2")
     with pytest.raises(
         ValueError,
-        match="there is no tokenizer in .*text_encoder_2 or .*tokenizer_2, none of tokenizer.json",
+        match="there is no tokenizer in .*text_encoder_2 or .*tokenizer_2, none of "
+        "tokenizer.json",
     ):
         open_encoder(tmp_path / "text_encoder_2")
 
@@ -507,13 +512,13 @@ def test_weights_in_several_files(folders, tmp_path):
         index.write_text(
             json.dumps(said | {"weight_map": said["weight_map"] | {name: wrong}})
         )
-        with pytest.raises(ValueError, match=f"lacks its weights, {wrong}"):
+        with pytest.raises(ValueError, match=f"has no weights {wrong}"):
             open_encoder(several)
     for broken, words in (
         ("[]", "cannot be used"),
         ("{", "cannot be used"),
-        ("{}", "lacks its weights, model.safetensors"),
-        ('{"weight_map": 3}', "lacks its weights"),
+        ("{}", "has no weights model.safetensors"),
+        ('{"weight_map": 3}', "has no weights"),
     ):
         index.write_text(broken)
         with pytest.raises(ValueError, match=words):
@@ -593,7 +598,7 @@ def test_nothing_is_fetched_and_no_random_number_is_drawn(
     "config, words",
     [
         ("", "config.json cannot be used"),
-        ("[]", "no object with names"),
+        ("[]", "not an object with names"),
         ("{}", "unknown text encoder, .*'None'"),
         ("[" * 100000, "cannot be used"),
         (
@@ -632,13 +637,14 @@ def test_pickled_weights_are_refused_and_not_looked_at(own, folders):
     (own / "model.safetensors").unlink()
     with pytest.raises(
         ValueError,
-        match="lacks its weights, model.safetensors; pytorch_model.bin is pickled, .* is refused",
+        match="has no weights model.safetensors; pytorch_model.bin is pickled, .* is "
+        "refused",
     ):
         open_encoder(own)
     (own / "pytorch_model.bin").unlink()
     with pytest.raises(
         ValueError,
-        match="lacks its weights, model.safetensors; save it by save_pretrained",
+        match="has no weights model.safetensors; save it by save_pretrained",
     ):
         open_encoder(own)
 
@@ -670,7 +676,8 @@ def test_weights_that_do_not_fit_are_refused(own, change):
     )
     with pytest.raises(
         ValueError,
-        match="cannot be read as T5EncoderModel|do not fit config.json, first|weights are damaged",
+        match="cannot be read as T5EncoderModel|do not fit config.json, first|weights "
+        "are damaged",
     ):
         open_encoder(own)
 
@@ -684,7 +691,8 @@ def test_a_tokenizer_that_is_not_its_own_is_refused(own, folders):
     )
     with pytest.raises(
         ValueError,
-        match="tokenizer_config.json asks for code of its own .auto_map., which is never run",
+        match="tokenizer_config.json needs code of its own .auto_map., which is never "
+        "run",
     ):
         open_encoder(own)
     for broken in ("{", "[]"):
@@ -701,7 +709,8 @@ def test_a_tokenizer_that_is_not_its_own_is_refused(own, folders):
     shutil.copy(own / "tokenizer.json", wrong / "tokenizer.json")
     with pytest.raises(
         ValueError,
-        match="the tokenizer counts to 259, the encoder to 19; get both from one source",
+        match="the tokenizer counts to 259, the encoder to 19; get both from one "
+        "source",
     ):
         open_encoder(wrong)
     (own / "tokenizer.json").unlink()
@@ -910,12 +919,14 @@ def test_another_encoder_does_not_go_on_and_does_not_draw(told, folders, tmp_pat
     try:
         with pytest.raises(
             ValueError,
-            match="contains a run with different data:\n  data.encoder: '[0-9a-f]{16}' in the folder",
+            match="contains a run with different data:\n  data.encoder: '[0-9a-f]{16}' "
+            "in the folder",
         ):
             train(run_with(place), told.path.parent, "cpu", bar=False)
         with pytest.raises(
             ValueError,
-            match="was trained with text encoder [0-9a-f]{16}, but that in .*encoder is [0-9a-f]{16}",
+            match="was trained with text encoder [0-9a-f]{16}, but that in .*encoder "
+            "is [0-9a-f]{16}",
         ):
             Run.open(told.path, "cpu").sample(["a red star"], steps=2)
     finally:
@@ -928,7 +939,8 @@ def test_another_encoder_does_not_go_on_and_does_not_draw(told, folders, tmp_pat
     )
     with pytest.raises(
         ValueError,
-        match="different settings.*\n  inputs.caption_width: 16 in the folder, 0 requested",
+        match="different settings.*\n  inputs.caption_width: 16 in the folder, "
+        "0 requested",
     ):
         train(run_with(""), told.path.parent, "cpu", bar=False)
     assert (told.path / "config.json").read_bytes() == config
@@ -960,7 +972,7 @@ def test_a_run_whose_encoder_cannot_be_read_leaves_no_folder(tmp_path):
 
 
 def test_captions_that_are_too_short_for_the_encoder_leave_no_folder(folders, tmp_path):
-    with pytest.raises(ValueError, match="take data.caption 3 or more"):
+    with pytest.raises(ValueError, match="set data.caption to 3 or more"):
         train(run_with(folders["clip"], caption=2), tmp_path / "runs", "cpu", bar=False)
     assert not (tmp_path / "runs").exists()
 

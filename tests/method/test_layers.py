@@ -23,7 +23,7 @@ from selfflow.method.layers import (
 from selfflow.method.schedule import NoiseLevels
 from selfflow.method.tokens import position_code, rotary_code, rotate, sinusoid
 
-few = settings(deadline=None, max_examples=30)
+few = settings(deadline=None, max_examples=20)
 
 
 def generator(seed=0):

@@ -300,7 +300,7 @@ def random_input(config, seed=1):
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(configs())
 def test_any_layout_computes_the_published_function(config):
     weights, (x, tau, y) = random_weights(config), random_input(config)
@@ -412,7 +412,7 @@ def test_heads_follow_from_the_known_widths(width, heads):
     assert infer_config(weights, {"num_heads": 8})["num_heads"] == 8
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 500), st.integers(1, 3000))
 def test_the_mlp_is_as_wide_as_it_was(quarter, hidden):
     weights = {

@@ -1,4 +1,4 @@
-"""An objective of one's own: the target is what the teacher makes of the clean sample."""
+"""An objective of one's own: its target are the teacher's features of clean samples."""
 
 from dataclasses import dataclass
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shell import shell
 from torch import nn
 
 from selfflow.method.backbone import Output
@@ -41,12 +42,6 @@ SMALL = [
 ]
 
 
-def shell(folder, *args):
-    command = [sys.executable, "-m", "selfflow.cli", *map(str, args)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
-
-
 def losses_of(path):
     lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
     return [
@@ -63,10 +58,9 @@ def losses_of(path):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("backbone")
-    code, _, problem = shell(
-        folder, "train", "--use", FILE, "--name", "mine", *SMALL, "--workers", "2"
-    )
-    assert code == 0, problem
+    command = ["train", "--use", FILE, "--name", "mine", *SMALL, "--workers", "2"]
+    (answer,) = shell(folder, command)
+    assert answer.status == 0, answer.errors
     return folder
 
 
@@ -89,23 +83,23 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_losses(trained):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
-    code, output, problem = shell(trained, *command)
-    assert code == 0 and "60 steps" in output, problem
+    (answer,) = shell(trained, command)
+    assert answer.status == 0 and "60 steps" in answer.output, answer.errors
     assert losses_of(trained / "runs/killed") == losses_of(trained / "runs/mine")
 
 
 def test_it_is_sampled_probed_reported_exported_and_opened_in_the_workbench(trained):
     drawn = ["--each", "1", "--steps", "2"]
-    for args in (
+    commands = (
         ["sample", "runs/mine", *drawn],
-        ["probe", "runs/mine"],
+        ["probe", "runs/mine", "--samples", "200"],
         ["report", "runs/mine"],
         ["runs"],
         ["export", "runs/mine", "exported"],
         ["sample", "exported", *drawn],
-    ):
-        code, _, problem = shell(trained, *args, "--use", FILE)
-        assert code == 0, problem
+    )
+    for answer in shell(trained, *([*command, "--use", FILE] for command in commands)):
+        assert answer.status == 0, answer.errors
     assert (
         "mine: Mixer has no attention maps"
         in (trained / "runs/mine/report.html").read_text()
@@ -136,20 +130,14 @@ for tool in tools_on_page():
 
 
 def test_without_the_file_one_line_names_it(trained):
-    for command in (["sample", "runs/mine"], ["probe", "runs/mine"]):
-        code, _, problem = shell(trained, *command)
-        assert (
-            code == 2
-            and f"--use {FILE}" in problem
-            and len(problem.strip().splitlines()) == 1
-        )
+    for answer in shell(trained, ["sample", "runs/mine"], ["probe", "runs/mine"]):
+        assert f"--use {FILE}" in answer.refusal
 
 
 def test_two_processes_compute_the_same(trained):
-    code, _, problem = shell(
-        trained, "train", "--use", FILE, "--name", "two", *SMALL, "--processes", "2"
-    )
-    assert code == 0, problem
+    command = ["train", "--use", FILE, "--name", "two", *SMALL, "--processes", "2"]
+    (answer,) = shell(trained, command)
+    assert answer.status == 0, answer.errors
     for there, here in zip(
         losses_of(trained / "runs/two"), losses_of(trained / "runs/mine"), strict=True
     ):
@@ -353,14 +341,11 @@ def test_an_objective_of_ones_own_that_reads_too_deep_a_layer_is_refused(tmp_pat
 
 
 def test_help_shows_the_options_of_the_backbone_that_is_named(tmp_path):
-    code, output, _ = shell(
-        tmp_path, "train", f"--use={FILE}", "--model.name", "mixer", "--help"
+    helped, misspelt = shell(
+        tmp_path,
+        ["train", f"--use={FILE}", "--model.name", "mixer", "--help"],
+        ["train", "--model.name", "mixr"],
     )
-    assert code == 0 and "--model.depth" in output and "--model.heads" not in output
-    code, _, problem = shell(tmp_path, "train", "--model.name", "mixr")
-    assert (
-        code == 2
-        and "backbone" in problem
-        and "--use" in problem
-        and len(problem.strip().splitlines()) == 1
-    )
+    assert helped.status == 0
+    assert "--model.depth" in helped.output and "--model.heads" not in helped.output
+    assert "backbone" in misspelt.refusal and "--use" in misspelt.refusal

@@ -103,7 +103,7 @@ def test_a_registered_torch_data_set_trains_samples_probes_and_is_reported_from_
     assert run.sources.names == ("across", "down")
     lines = [
         "sample runs/stripes --each 1 --steps 2 --device cpu",
-        "probe runs/stripes --device cpu",
+        "probe runs/stripes --samples 100 --device cpu",
         "report runs/stripes --device cpu",
     ]
     output = commands(lines, tmp_path, f"use({str(HERE / 'own_dataset.py')!r})")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from shell import shell
 
 FILE = Path(__file__).with_name("own_objective.py")
 SMALL = [
@@ -22,124 +23,67 @@ SMALL = [
     "--training.validation",
     "8",
 ]
-
-
-def shell(folder, *args):
-    done = subprocess.run(
-        [sys.executable, "-m", "selfflow.cli", *map(str, args)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    return done.returncode, done.stdout, done.stderr
+OWN = ["--use", FILE, "--objective.name", "clean_view"]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
+    "A folder with a run of three steps, trained by the command itself."
     folder = tmp_path_factory.mktemp("objective")
-    code, _, problem = shell(
-        folder,
-        "train",
-        "--use",
-        FILE,
-        "--name",
-        "mine",
-        *SMALL,
-        "--training.steps",
-        "3",
-        "--objective.name",
-        "clean_view",
-        "--objective.rep-weight",
-        "0.4",
-        "--workers",
-        "1",
-        "--device",
-        "cpu",
+    settings = ["--name", "mine", *SMALL, *OWN, "--objective.rep-weight", "0.4"]
+    length = ["--training.steps", "3", "--workers", "1", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "selfflow.cli", "train", *settings, *length],
+        cwd=folder,
+        capture_output=True,
+        text=True,
     )
-    assert code == 0, problem
+    assert done.returncode == 0, done.stderr
     return folder
 
 
-def test_it_is_trained_and_goes_on(trained):
+def test_it_is_trained_goes_on_and_is_sampled_probed_and_reported(trained):
     stored = json.loads((trained / "runs/mine/config.json").read_text())
-    assert (
-        stored["use"] == [str(FILE)]
-        and stored["config"]["objective"]["rep_weight"] == 0.4
-    )
+    assert stored["use"] == [str(FILE)]
+    assert stored["config"]["objective"]["rep_weight"] == 0.4
     assert "rep_loss" in (trained / "runs/mine/log.jsonl").read_text()
-    code, said, problem = shell(
+    config = ["--config", "runs/mine/config.json"]
+    trained_on, *others = shell(
         trained,
-        "train",
-        "--use",
-        FILE,
-        "--config",
-        "runs/mine/config.json",
-        "--training.steps",
-        "5",
-        "--device",
-        "cpu",
+        ["train", "--use", FILE, *config, "--training.steps", "5", "--device", "cpu"],
+        ["sample", "runs/mine", "--each", "1", "--steps", "2", "--use", FILE],
+        ["probe", "runs/mine", "--samples", "200", "--use", FILE],
+        ["report", "runs/mine", "--use", FILE],
+        ["runs", "--use", FILE],
     )
-    assert code == 0 and "5 steps" in said, problem
+    assert trained_on.status == 0 and "5 steps" in trained_on.output
+    for answer in others:
+        assert answer.status == 0, answer.errors
 
 
-def test_it_is_sampled_probed_and_reported(trained):
-    drawn = ["sample", "runs/mine", "--each", "1", "--steps", "2"]
-    for args in (drawn, ["probe", "runs/mine"], ["report", "runs/mine"], ["runs"]):
-        code, _, problem = shell(trained, *args, "--use", FILE)
-        assert code == 0, problem
-
-
-def test_without_the_file_one_line_names_it(trained):
-    code, _, problem = shell(trained, "sample", "runs/mine")
-    assert (
-        code == 2
-        and f"--use {FILE}" in problem
-        and len(problem.strip().splitlines()) == 1
-    )
-
-
-def test_help_shows_the_options_of_the_objective_that_is_named():
-    code, said, _ = shell(
-        FILE.parent,
-        "train",
-        f"--use={FILE}",
-        "--objective.name",
-        "clean_view",
-        "--help",
-    )
-    assert (
-        code == 0
-        and "--objective.teacher-layer" in said
-        and "--objective.offset" not in said
-    )
-
-
-@pytest.mark.parametrize(
-    "args, words",
-    [
-        (["--use", "nowhere.py"], "there is no file"),
-        (["--use"], "needs a Python file"),
-        (["--use", "broken.py"], "failed on import: ZeroDivisionError"),
-        (["--use", "twice.py"], "'sra' is registered twice"),
-        (["--objective.name", "sra_"], "Did you mean 'sra'"),
-        (
-            [
-                "--use",
-                FILE,
-                "--objective.name",
-                "clean_view",
-                "--objective.offset",
-                "0.1",
-            ],
-            "offset is an option of objective sra",
-        ),
-    ],
-)
-def test_what_cannot_be_used_is_one_line(tmp_path, args, words):
+def test_what_cannot_be_used_is_one_line_that_names_it(trained, tmp_path):
     (tmp_path / "broken.py").write_text("1 / 0")
     (tmp_path / "twice.py").write_text(
         "from selfflow import register_objective\nregister_objective('sra', print)\n"
     )
-    code, _, problem = shell(tmp_path, "train", *args)
-    assert code == 2 and words in problem and len(problem.strip().splitlines()) == 1
+    refused = {
+        ("--use", "nowhere.py"): "there is no file",
+        ("--use",): "needs a Python file",
+        ("--use", "broken.py"): "failed on import: ZeroDivisionError",
+        ("--use", "twice.py"): "'sra' is registered twice",
+        ("--objective.name", "sra_"): "Did you mean 'sra'",
+        (*OWN, "--objective.offset", "0.1"): "offset is an option of objective sra",
+    }
+    run = str(trained / "runs/mine")
+    commands = [["train", *arguments] for arguments in refused]
+    *answers, forgotten = shell(tmp_path, *commands, ["sample", run])
+    for answer, words in zip(answers, refused.values(), strict=True):
+        assert words in answer.refusal
+    assert f"--use {FILE}" in forgotten.refusal
     assert not (tmp_path / "runs").exists()
+
+
+def test_help_shows_the_options_of_the_objective_that_is_named():
+    (answer,) = shell(FILE.parent, ["train", *OWN, "--help"])
+    assert answer.status == 0 and "--objective.teacher-layer" in answer.output
+    assert "--objective.offset" not in answer.output

@@ -1,12 +1,12 @@
 """A user's sampler, from Python and from a shell."""
 
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from shell import shell
 
 from selfflow import use
 from selfflow.method.sampling import sample
@@ -26,30 +26,28 @@ def test_it_is_two_euler_steps():
     )
 
 
-def test_a_shell_draws_with_it(runs):
-    command = [
-        sys.executable,
-        "-m",
-        "selfflow.cli",
-        "sample",
-        str(runs["tiny"].path),
-        "--each",
-        "1",
-        "--steps",
-        "2",
-        "--method",
-        "two_halves",
-    ]
-    done = subprocess.run(
-        [*command, "--use", str(FILE)], capture_output=True, text=True
+def test_a_shell_draws_with_it_and_with_options(runs, tmp_path):
+    run = runs["tiny"]
+    path = shutil.copytree(run.path, tmp_path / "run")
+    own = ["sample", path, "--each", "1", "--steps", "2", "--method", "two_halves"]
+    sde = ["sample", path, "--labels", "1", "--each", "1", "--steps", "3"]
+    sde += ["--method", "sde"]
+    drawn, helped, unknown, late, refused = shell(
+        tmp_path,
+        [*own, "--use", FILE],
+        ["sample", "--help", "--use", FILE],
+        own,
+        [*sde, "--last", "0.3"],
+        [*sde, "--rtol", "0.3"],
     )
-    assert done.returncode == 0, done.stderr
-    listed = subprocess.run(
-        [*command[:4], "--help", "--use", str(FILE)], capture_output=True, text=True
-    ).stdout
-    assert "dopri5, two_halves" in " ".join(listed.replace("│", " ").split())
-    unknown = subprocess.run(command, capture_output=True, text=True)
-    assert unknown.returncode == 2 and "unknown sampler 'two_halves'" in unknown.stderr
+    assert drawn.status == 0, drawn.errors
+    assert "dopri5, two_halves" in " ".join(helped.output.replace("│", " ").split())
+    assert "unknown sampler 'two_halves'" in unknown.refusal
+    assert late.status == 0, late.errors
+    (file,) = (path / "samples").glob("*-sde-last-0.3-3-*.safetensors")
+    expected = run.sample(torch.tensor([1]), 3, "sde", last=0.3)["image"]
+    assert torch.equal(load_file(file)["images"], expected)
+    assert "unknown option --rtol" in refused.errors and refused.status == 2
 
 
 @pytest.mark.parametrize(
@@ -69,37 +67,9 @@ def test_unknown_names_and_options_are_refused(method, options, words):
         sample(slope, torch.zeros(2), method=method, **options)
 
 
-def test_options_reach_a_sampler_from_python_and_from_a_shell(runs):
+def test_options_reach_a_sampler_from_python(runs):
     run, one = runs["tiny"], torch.tensor([1])
-    usual, late = (
-        run.sample(one, 3, "sde")["image"],
-        run.sample(one, 3, "sde", last=0.3)["image"],
-    )
-    assert (
-        torch.equal(run.sample(one, 3, "sde", last=0.04)["image"], usual)
-        and not torch.isclose(late, usual).all()
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "selfflow.cli",
-        "sample",
-        str(run.path),
-        "--labels",
-        "1",
-        "--each",
-        "1",
-        "--steps",
-        "3",
-        "--method",
-        "sde",
-        "--last",
-    ]
-    done = subprocess.run([*command, "0.3"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (file,) = (run.path / "samples").glob("*-sde-last-0.3-3-*.safetensors")
-    assert torch.equal(load_file(file)["images"], late)
-    refused = subprocess.run(
-        [*command[:-1], "--rtol", "0.3"], capture_output=True, text=True
-    )
-    assert refused.returncode == 2 and "unknown option --rtol" in refused.stderr
+    usual = run.sample(one, 3, "sde")["image"]
+    late = run.sample(one, 3, "sde", last=0.3)["image"]
+    assert torch.equal(run.sample(one, 3, "sde", last=0.04)["image"], usual)
+    assert not torch.isclose(late, usual).all()

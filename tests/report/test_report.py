@@ -294,7 +294,7 @@ def test_seeds_are_compared_only_if_there_are_several(runs, tmp_path):
     assert "2 training seeds, paired" in str(difference)
     assert over_seeds(many, {"tiny 0": 1.0, "vanilla 0": 2.0}) == []
     summary = _summary(many, [])
-    assert "4 runs" in summary[0] and "2/2 training seeds" in summary[0]
+    assert "4 runs" in summary[0] and "2 training seeds each" in summary[0]
     assert not any("one training seed" in line for line in summary)
     few = {name: many[name] for name in ("tiny 0", "vanilla 0")}
     assert any("one training seed" in line for line in _summary(few, []))
@@ -654,7 +654,7 @@ def test_the_command_line_uses_all_options_of_sampling(runs, tmp_path):
 
 def test_the_command_line_probes(runs, tmp_path, capsys):
     shutil.copytree(runs["tiny"].path, tmp_path / "tiny")
-    main(["probe", str(tmp_path / "tiny")])
+    main(["probe", str(tmp_path / "tiny"), "--samples", "200"])
     output = capsys.readouterr().out
     assert "raw input" in output and "untrained network" in output
     assert "tiny, block" in output

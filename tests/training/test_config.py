@@ -483,7 +483,17 @@ def test_variants_reach_the_transformer():
         modulation="shared",
     )
     expected = TransformerConfig.of_image(
-        4, (4, 6), 64, 2, 4, 3.0, 3, "rotary", "swiglu", True, "shared"
+        channels=4,
+        grid=(4, 6),
+        width=64,
+        depth=2,
+        heads=4,
+        mlp_ratio=3.0,
+        classes=3,
+        positions="rotary",
+        mlp="swiglu",
+        qk_norm=True,
+        modulation="shared",
     )
     inputs = Inputs((Part("image", 4, (1, 4, 6)),), 3)
     assert (

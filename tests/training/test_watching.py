@@ -121,7 +121,7 @@ def test_a_log_that_is_cut_is_read_anew(log, how):
     assert lines.count == len(expected) and not lines.read()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(
         st.one_of(st.integers(0, 40), st.just("cut"), st.just("read")), max_size=30

@@ -1,0 +1,55 @@
+"""Commands in a fresh process, as a shell gives them; several share their imports."""
+
+import json
+import subprocess
+import sys
+from typing import NamedTuple
+
+PROGRAM = """
+import contextlib, io, json, sys
+from selfflow.cli import main
+from selfflow.registries import trial
+
+answers = []
+for arguments in json.load(sys.stdin):
+    output, errors, status = io.StringIO(), io.StringIO(), 0
+    redirected = contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors)
+    with trial(), redirected[0], redirected[1]:
+        try:
+            main(arguments)
+        except SystemExit as ended:
+            status = ended.code or 0
+    answers.append((status, output.getvalue(), errors.getvalue()))
+print("ANSWERS", json.dumps(answers))
+"""
+
+
+class Answer(NamedTuple):
+    "What a command came to: its exit status and what it printed."
+
+    status: int
+    output: str
+    errors: str
+
+    @property
+    def refusal(self) -> str:
+        "The line that says what is wrong. Fails for anything else, and more lines."
+        assert self.status == 2, self
+        (line,) = self.errors.strip().splitlines()
+        return line
+
+
+def shell(folder, *commands):
+    "The Answer to each command, a list of arguments, given in a folder."
+    texts = [[str(argument) for argument in command] for command in commands]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        input=json.dumps(texts),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    answers = done.stdout.rpartition("ANSWERS ")[2]
+    return [Answer(*answer) for answer in json.loads(answers)]
