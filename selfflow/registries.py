@@ -110,8 +110,9 @@ class Registry:
             try:
                 choose(name, self._entries, self.kind)
             except ValueError as error:
+                sentence = str(error) if str(error).endswith("?") else f"{error}."
                 raise ValueError(
-                    f"{error}. If it is your own, name its file: --use FILE, "
+                    f"{sentence} If it is your own, name its file: --use FILE, "
                     "or use(FILE) in Python"
                 ) from None
         return self._entries[name]

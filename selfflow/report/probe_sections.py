@@ -229,8 +229,8 @@ def _factor_maps(section: Section, probes: dict[str, Probes]) -> None:
         cells = [gap.reshape(3, -1) for gap in differences.values()]
         caption += (
             " Right: the second run minus the first, bold where the paired 95 % "
-            "interval over test items excludes zero. Of all "
-            f"{len(differences)} factors: {cells_in_words(np.concatenate(cells, 1))}."
+            "interval over test items excludes zero. All factors together: "
+            f"{cells_in_words(np.concatenate(cells, 1))}."
         )
     for start in range(0, len(first.factors), _MOST_ROWS):
         factors = first.factors[start : start + _MOST_ROWS]
@@ -311,9 +311,9 @@ def _factor_differences(section: Section, probes: dict[str, Probes]) -> None:
             name=f"differences {name}",
         )
         section.find(
-            f"Probes of {len(pairs)} factors, {name} minus {first} (over {over}): "
+            f"Probes by factor, {name} minus {first} (over {over}): "
             f"{_differences_in_words(pairs)}. By chance, about {0.05 * len(pairs):.1f} "
-            "would be significant."
+            f"of {len(pairs)} would be significant."
         )
 
 

@@ -105,15 +105,24 @@ def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' if count != 1 else ''}"
 
 
+def _each(counts: list[int], noun: str) -> str:
+    """Counts of several things: "2 seeds each" if they are equal, else "2/3 seeds"."""
+    if len(counts) == 1:
+        return _plural(counts[0], noun)
+    if len(set(counts)) == 1:
+        return f"{_plural(counts[0], noun)} each"
+    return f"{'/'.join(map(str, counts))} {noun}s"
+
+
 def _summary(runs: dict[str, Run], sections: list[Section]) -> list[str]:
     """The report in sentences: runs, findings with their intervals, missing parts."""
-    steps = "/".join(str(run.state()["step"]) for run in runs.values())
+    steps = [run.state()["step"] for run in runs.values()]
     groups = arms(runs)
     seeds = [len(arm) for arm in groups]
     lines = [
-        f"{_plural(len(runs), 'run')}, trained for {steps} steps; "
-        f"{_plural(len(groups), 'configuration')} with {'/'.join(map(str, seeds))} "
-        f"training seed{'s' if max(seeds) > 1 else ''}."
+        f"{_plural(len(runs), 'run')}, trained for {_each(steps, 'step')}; "
+        f"{_plural(len(groups), 'configuration')} with "
+        f"{_each(seeds, 'training seed')}."
     ]
     findings = [sentence for section in sections for sentence in section.findings]
     lines += findings or [

@@ -35,7 +35,8 @@ def run_section(runs: dict[str, Run]) -> Section:
         "here. Losses and cosines are means of the last 20 logged lines, without an "
         "interval.",
     )
-    section.table(readable(runs_table(runs)).T.reset_index(names=""), "Runs")
+    table = readable(runs_table({**runs}))  # a copy, as its values may also be paths
+    section.table(table.T.reset_index(names=""), "Runs")
     differences = config_table(runs)
     if len(runs) == 1:
         section.table(differences, "Settings", folded=True)

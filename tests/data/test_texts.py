@@ -939,7 +939,8 @@ def test_another_encoder_does_not_go_on_and_does_not_draw(told, folders, tmp_pat
     )
     with pytest.raises(
         ValueError,
-        match="different settings.*\n  inputs.caption_width: 16 in the folder, 0 requested",
+        match="different settings.*\n  inputs.caption_width: 16 in the folder, "
+        "0 requested",
     ):
         train(run_with(""), told.path.parent, "cpu", bar=False)
     assert (told.path / "config.json").read_bytes() == config

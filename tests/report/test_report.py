@@ -294,7 +294,7 @@ def test_seeds_are_compared_only_if_there_are_several(runs, tmp_path):
     assert "2 training seeds, paired" in str(difference)
     assert over_seeds(many, {"tiny 0": 1.0, "vanilla 0": 2.0}) == []
     summary = _summary(many, [])
-    assert "4 runs" in summary[0] and "2/2 training seeds" in summary[0]
+    assert "4 runs" in summary[0] and "2 training seeds each" in summary[0]
     assert not any("one training seed" in line for line in summary)
     few = {name: many[name] for name in ("tiny 0", "vanilla 0")}
     assert any("one training seed" in line for line in _summary(few, []))

@@ -63,8 +63,8 @@ def test_the_panel_lives_while_the_cell_is_busy(lab, page):
         busy.count() == 1
         and len(list((work / "runs/mine/samples/film").iterdir())) == 1
     )
-    with_film = source(page, "dashboard")
-    while source(page, "dashboard") == with_film:
+    with_sample = source(page, "dashboard")
+    while source(page, "dashboard") == with_sample:
         assert busy.count() == 1
         page.wait_for_timeout(100)
     shoot(page, "busy")
@@ -84,7 +84,7 @@ def test_the_panel_lives_while_the_cell_is_busy(lab, page):
             .is_disabled()
         )
     assert "no process is training" in page.locator(".selfflow-reply").inner_text()
-    page.get_by_text("Film, large").click()  # after the run, too
+    page.get_by_text("Sample history, large").click()  # after the run, too
     page.locator("img.selfflow-history").wait_for()
     shoot(page, "stopped")
     page.locator(".selfflow-header").scroll_into_view_if_needed()
