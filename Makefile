@@ -4,7 +4,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-SOURCES := nbs tests setup.py
+SOURCES := nbs tests data setup.py
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .NOTPARALLEL:
@@ -20,9 +20,10 @@ demo: setup  ## train Self-Flow and flow matching on digits, compare them, write
 	@echo "Report: runs/quickstart/report.html    Notebook: runs/quickstart/quickstart.ipynb"
 	@echo "To look around in JupyterLab: make lab"
 
-test: setup check-step  ## notebooks and package in step, ruff, every notebook executed, all tests
+test: setup check-step  ## in step, form, types, every notebook executed, all tests
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES) selfflow
+	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadgroup --durations 25
 
 lab: setup  ## JupyterLab on nbs/, at the workbench

@@ -110,7 +110,8 @@ class Registry:
             try:
                 choose(name, self._entries, self.kind)
             except ValueError as error:
-                sentence = str(error) if str(error).endswith("?") else f"{error}."
+                message = str(error)
+                sentence = message if message.endswith("?") else f"{message}."
                 raise ValueError(
                     f"{sentence} If it is your own, name its file: --use FILE, "
                     "or use(FILE) in Python"
@@ -125,7 +126,7 @@ class Registry:
 
 
 def _same(address: str, other: str) -> bool:
-    """True for one address, and for a notebook's own version of a module's definition."""
+    """True for one address, and for a notebook's copy of a module's definition."""
     module, _, name = address.partition(":")
     other_module, _, other_name = other.partition(":")
     if name != other_name:

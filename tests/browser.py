@@ -279,7 +279,8 @@ def run_all(page, lab, name):
     page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell", timeout=60_000)
     page.wait_for_function(
         """name => { const notebook = window.jupyterapp.shell.currentWidget;
-        return notebook?.context?.path === name && notebook.sessionContext?.session?.kernel?.status === 'idle' }""",
+        const kernel = notebook?.sessionContext?.session?.kernel;
+        return notebook?.context?.path === name && kernel?.status === 'idle' }""",
         arg=f"{name}.ipynb",
         timeout=60_000,
     )
@@ -294,7 +295,8 @@ def run_all(page, lab, name):
 SHOWN = """async image => {
     for (let address; address !== image.src;) {
         address = image.src;
-        await image.decode().catch(error => { if (address === image.src) throw error; });
+        await image.decode().catch(
+            error => { if (address === image.src) throw error; });
     } }"""
 
 
@@ -304,7 +306,8 @@ def pixels(page, selector):
         f"async image => {{ await ({SHOWN})(image);"
         + """
         const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
-        return btoa(bytes.reduce((text, byte) => text + String.fromCharCode(byte), '')) }"""
+        const letter = byte => String.fromCharCode(byte);
+        return btoa(bytes.reduce((text, byte) => text + letter(byte), '')) }"""
     )
     return decoded(base64.b64decode(found))
 
@@ -356,13 +359,17 @@ def step_times(page, picture, control, steps=40):
     return page.evaluate(
         f"async ([picture, control, steps]) => {{ const shown = {SHOWN};"
         + """
-        const image = document.querySelector(`img.selfflow-picture-${picture}`), times = [];
-        const handle = document.querySelector(`.selfflow-control-${control} .noUi-handle`);
+        const find = selector => document.querySelector(selector), times = [];
+        const image = find(`img.selfflow-picture-${picture}`);
+        const handle = find(`.selfflow-control-${control} .noUi-handle`);
         for (let step = 0; step < steps; step++) {
-            const changed = new Promise(resolve => new MutationObserver((_, self) => { self.disconnect(); resolve(); })
-                .observe(image, { attributes: true, attributeFilter: ['src'] }));
+            const changed = new Promise(resolve => {
+                const stop = (_, self) => { self.disconnect(); resolve(); };
+                const watched = { attributes: true, attributeFilter: ['src'] };
+                new MutationObserver(stop).observe(image, watched); });
             const started = performance.now();
-            handle.dispatchEvent(new KeyboardEvent('keydown', { key: step % 2 ? 'ArrowLeft' : 'ArrowRight', bubbles: true }));
+            const key = step % 2 ? 'ArrowLeft' : 'ArrowRight';
+            handle.dispatchEvent(new KeyboardEvent('keydown', { key, bubbles: true }));
             await changed;
             await shown(image);
             times.push(performance.now() - started);

@@ -76,7 +76,8 @@ def commands(folder):
         "metrics": f"metrics {run} --count 12 --steps 1 --resamples 0 --device cpu",
         "runs": f"runs {folder} --output {folder}/x.png",
         "notebook": f"notebook {folder}/in.ipynb {folder}/out.ipynb",
-        "bench": f"bench --sizes tiny --precisions fp32 --tokens 4 --batch 1 --device cpu --output {folder}/b.json",
+        "bench": "bench --sizes tiny --precisions fp32 --tokens 4 --batch 1 "
+        f"--device cpu --output {folder}/b.json",
     }
 
 

@@ -165,7 +165,11 @@ def test_names_are_public_and_imported_from_where_they_are_defined():
             )
 
 
-HEAVY = "import sys, selfflow; selfflow.Config; print(sorted({'torch', 'numpy', 'pandas', 'matplotlib'} & {*sys.modules}))"
+HEAVY = """
+import sys, selfflow
+selfflow.Config
+print(sorted({"torch", "numpy", "pandas", "matplotlib"} & {*sys.modules}))
+"""
 
 
 def test_importing_selfflow_pulls_in_nothing_heavy():
@@ -465,12 +469,13 @@ def test_the_long_run_of_the_readme_is_the_recorded_one():
     first, last = (
         found[name] / 2**20 for name in ("memory_after_an_eighth", "memory_at_the_end")
     )
-    assert (
-        found["equal"]
-        and f"stopped after steps {', '.join(map(str, found['stops'][:-1]))} and {found['stops'][-1]}"
-        in readme
+    *earlier, last_stop = map(str, found["stops"])
+    stops = f"stopped after steps {', '.join(earlier)} and {last_stop}"
+    assert found["equal"] and stops in readme
+    shares = (
+        f"{found['data_wait']:.2%} of the time was spent waiting for data, "
+        f"{found['besides_steps']:.1%} on validation"
     )
-    shares = f"{found['data_wait']:.2%} of the time was spent waiting for data, {found['besides_steps']:.1%} on validation"
     assert shares in readme
     assert f"memory grew by {last - first:.1f} of {last:.0f} MiB" in readme
 

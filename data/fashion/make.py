@@ -1,4 +1,6 @@
-"""Write the part of Fashion-MNIST that comes with the project: make.py [FOLDER OF THE ORIGINAL FILES].
+"""Write the part of Fashion-MNIST that comes with the project.
+
+make.py [FOLDER OF THE ORIGINAL FILES]
 
 The originals are checked by the sha256 of their content before anything is written;
 SHA256 lists the files of the project (another zlib may compress the same content anew).

@@ -22,8 +22,11 @@ from .tokens import Part
 class Inputs:
     """What a backbone is built for.
 
-    parts: of a sequence; classes: of its labels, 0 = none (the null label is `classes` itself); caption: bytes of a text, or
-    vectors of a text encoder, 0 = none; caption_width: of these vectors, 0 = bytes.
+    Args:
+        parts: Of a sequence.
+        classes: Number of labels, 0 = none; the null label is `classes` itself.
+        caption: Bytes of a text, or vectors of a text encoder; 0 = none.
+        caption_width: Of these vectors; 0 = bytes.
     """
 
     parts: tuple[Part, ...]
@@ -49,7 +52,12 @@ class Inputs:
 
 
 class Output(NamedTuple):
-    """velocity: (b, n, c), or None after an early stop; features: {layer: hidden states (b, n, d)}."""
+    """What a forward returns.
+
+    Args:
+        velocity: (b, n, c), or None after an early stop.
+        features: Hidden states (b, n, d) by layer.
+    """
 
     velocity: Tensor | None
     features: dict[int, Tensor]
@@ -57,11 +65,19 @@ class Output(NamedTuple):
 
 @runtime_checkable
 class Backbone(Protocol):
-    """An `nn.Module` that predicts velocities. width: of its hidden states; depth: its layers, counted from 1.
+    """An `nn.Module` that predicts velocities.
 
-    Called as model(x, levels, condition, taps=(), stop=False, parts=()): tokens x (b, n, c) at `levels`; condition: None and
-    its null value mean that there is none; taps: layers whose hidden states are returned; stop: end at the last of them,
-    velocity None; parts: those that the sequence has, in order, () = all that the model was built for.
+    `width` is that of its hidden states, `depth` its number of layers.
+
+    Called as model(x, levels, condition, taps=(), stop=False, parts=()).
+
+    Args:
+        x: Tokens (b, n, c).
+        levels: Their `NoiseLevels`.
+        condition: None and the null condition mean that there is none.
+        taps: Layers, counted from 1, whose hidden states are returned.
+        stop: End at the last of them; the velocity is then None.
+        parts: Those that the sequence has, in order; () = all that the model has.
     """
 
     width: int
@@ -79,7 +95,10 @@ class Backbone(Protocol):
 
 # %% ../../nbs/1_method/05_backbone.ipynb #e4d5f428
 def ability(model: nn.Module, name: str, purpose: str) -> Any:
-    """An attribute that not every backbone has. Raises ValueError, naming the purpose, for a model that lacks it."""
+    """An attribute that not every backbone has.
+
+    Raises ValueError, naming the purpose, for a model that lacks it.
+    """
     if not hasattr(model, name):
         raise ValueError(
             f"{type(model).__name__} has no {name!r}, which {purpose} needs"
@@ -88,7 +107,7 @@ def ability(model: nn.Module, name: str, purpose: str) -> Any:
 
 # %% ../../nbs/1_method/05_backbone.ipynb #b0c4ec02
 def check_size(model: nn.Module) -> None:
-    """Raise ValueError, naming class, value and remedy, for a module without width, depth or parameters."""
+    """Raise ValueError for a module without width, depth or parameters."""
     name = type(model).__name__
     for size, meaning in {
         "width": "width of the hidden states",
@@ -97,7 +116,8 @@ def check_size(model: nn.Module) -> None:
         value = getattr(model, size, None)
         if type(value) is not int or value < 1:
             raise ValueError(
-                f"{name}.{size} is {value!r}; set self.{size} in __init__ to the {meaning}, a positive int"
+                f"{name}.{size} is {value!r}; set self.{size} in __init__ to the "
+                f"{meaning}, a positive int"
             )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
@@ -107,9 +127,10 @@ def check_size(model: nn.Module) -> None:
 
 @torch.no_grad()
 def check_backbone(model: nn.Module, batch: Batch, layers: Iterable[int] = ()) -> None:
-    """Raise ValueError, naming class, value and remedy, for a module that does not keep the Protocol.
+    """Raise ValueError for a module that does not keep the Protocol `Backbone`.
 
-    batch: a few samples; layers: those that the objective reads. The module is not changed.
+    batch: a few samples; layers: those that the objective reads. The module is not
+    changed.
     """
     check_size(model)
     name, width, depth = type(model).__name__, model.width, model.depth
@@ -158,12 +179,15 @@ def _check_output(
         getattr(output, "features", None), dict
     ):
         raise ValueError(
-            f"{name} returned a {type(output).__name__}; return Output(velocity, features), features by layer"
+            f"{name} returned a {type(output).__name__}; return Output(velocity, "
+            "features), features by layer"
         )
     if missing := [layer for layer in taps if layer not in output.features]:
         raise ValueError(
-            f"{name} returned features of layers {sorted(output.features)} for taps {taps}; layer {missing[0]} is "
-            "missing: keep the hidden states after each layer that is named in taps, counted from 1"
+            f"{name} returned features of layers {sorted(output.features)} for taps "
+            f"{taps}; layer {missing[0]} is "
+            "missing: keep the hidden states after each layer that is named in taps, "
+            "counted from 1"
         )
     values = {
         f"features[{layer}]": (output.features[layer], (*x.shape[:2], width))
@@ -180,5 +204,6 @@ def _check_output(
             )
         if not value.isfinite().all():
             raise ValueError(
-                f"{name} returned NaN or infinite numbers in {what}, untrained; look at its initialisation"
+                f"{name} returned NaN or infinite numbers in {what}, untrained; look "
+                "at its initialisation"
             )

@@ -49,7 +49,8 @@ def transformer_config(
 ) -> TransformerConfig:
     """The shape of a transformer for some inputs.
 
-    options: as in `TransformerOptions`, which has set width, depth and heads of a size. Raises ValueError where they do not fit.
+    options: as in `TransformerOptions`, which has set width, depth and heads of a size.
+    Raises ValueError where they do not fit.
     """
     images = [part.name for part in inputs.parts] == ["image"]
     positions = positions or ("sincos" if images else "rotary")
@@ -66,9 +67,10 @@ GIVEN_BACKBONE = "given"  # name of the backbone that was passed to `train`
 
 
 def build_given(inputs: Inputs) -> nn.Module:
-    """Raises ValueError: this backbone exists only in the program that passed it to `train`."""
+    """Raise ValueError: only the program that called `train` has this backbone."""
     raise ValueError(
-        "this run was trained with a backbone that a program passed to train(config, backbone=...); open it with "
+        "this run was trained with a backbone that a program passed to train(config, "
+        "backbone=...); open it with "
         "the same one: Run.open(path, backbone=...)"
     )
 
@@ -76,12 +78,17 @@ def build_given(inputs: Inputs) -> nn.Module:
 def as_builder(
     backbone: nn.Module | Callable[[Inputs], nn.Module],
 ) -> Callable[[Inputs], nn.Module]:
-    """Return a function that makes a backbone from its inputs; a module is copied, with its weights. Raises TypeError."""
+    """Return a function that makes a backbone from its inputs.
+
+    A module is copied, with its weights. Raises TypeError for anything else that cannot
+    be called.
+    """
     if isinstance(backbone, nn.Module):
         return lambda inputs: copy.deepcopy(backbone)
     if not callable(backbone):
         raise TypeError(
-            f"backbone is {backbone!r}; pass an nn.Module, or a function or class called as build(inputs)"
+            f"backbone is {backbone!r}; pass an nn.Module, or a function or class "
+            "called as build(inputs)"
         )
     return backbone
 
@@ -94,8 +101,9 @@ def build_backbone(
 ) -> nn.Module:
     """The backbone that a config names, with new weights.
 
-    builder: of a backbone that was passed to `train`; more: options that the config does not have. Raises ValueError, naming
-    the backbone, for one of the user's own that cannot be built.
+    builder: of a backbone that was passed to `train`; more: options that the config
+    does not have. Raises ValueError, naming the backbone, for one of the user's own
+    that cannot be built.
     """
     entry = backbones[config.name]
     if builder is None and not entry.source:
@@ -106,12 +114,14 @@ def build_backbone(
         )
     except Exception as error:  # whatever a user's file does wrong
         raise ValueError(
-            f"backbone {config.name} {entry.source} cannot be built for {inputs}: {type(error).__name__}: "
+            f"backbone {config.name} {entry.source} cannot be built for {inputs}: "
+            f"{type(error).__name__}: "
             f"{error}"
         ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"backbone {config.name} {entry.source} made {model!r}, which is no nn.Module"
+            f"backbone {config.name} {entry.source} made {model!r}, which is no "
+            "nn.Module"
         )
     return model
 
@@ -310,9 +320,10 @@ def build_objective(
 ) -> FlowMatching:
     """The objective that a config names, for a model of which width and depth are read.
 
-    sequences: the parts of each kind of sequence that is trained on in turn; feature_width: of the encoder's features, for REPA
-    alone; weights: of the parts in the losses.
-    Raises ValueError for layers, levels, masks and conditions that do not fit.
+    sequences: the parts of each kind of sequence that is trained on in turn;
+    feature_width: of the encoder's features, for REPA alone; weights: of the parts in
+    the losses. Raises ValueError for layers, levels, masks and conditions that do not
+    fit.
     """
     schedules = {parts: build_schedule(config, parts) for parts in sequences}
     schedule = schedules if len(schedules) > 1 else schedules[sequences[0]]
@@ -330,7 +341,7 @@ def build_objective(
 
 
 def check_layers(config: ObjectiveConfig, depth: int, signals: set[str]) -> None:
-    """Raise ValueError for layers that a transformer of this depth does not have, and for a condition that the signals lack."""
+    """Raise ValueError for layers beyond the depth, and for missing conditions."""
     # the data's is not known here; layers are what is checked
     grid = (config.block,) * 2
     # no weights: the caller's random numbers are not touched

@@ -64,7 +64,8 @@ class TransformerOptions:
                     type(self).__dataclass_fields__[name].default,
                 ):
                     raise ValueError(
-                        f"{name} is {getattr(self, name)}, but size {self.size} has {value}; "
+                        f"{name} is {getattr(self, name)}, but size {self.size} has "
+                        f"{value}; "
                         "take model.size own to choose"
                     )
                 object.__setattr__(self, name, value)
@@ -82,7 +83,7 @@ backbones.register("given", "selfflow.method.build:build_given")
 
 @dataclass(frozen=True)
 class ModelConfig(metaclass=Named):
-    """The backbone, with the options of the named one. Its inputs follow from the data."""
+    """The backbone, with the named one's options. Its inputs follow from the data."""
 
     registry = backbones
 
@@ -157,7 +158,10 @@ GIVEN = ("", "first_frame", "video", "audio", "either")
 
 @dataclass(frozen=True)
 class ObjectiveConfig(metaclass=Named):
-    """What is learned, and at which noise levels; with the options of the named objective. Masks matter only with several levels."""
+    """The objective and the schedule of noise levels, with the named one's options.
+
+    Masks matter only with several levels.
+    """
 
     registry = objectives
 
@@ -212,7 +216,8 @@ class ObjectiveConfig(metaclass=Named):
             )
         if not 0 < self.given_share <= 1 or not 0 <= self.given_level <= 1:
             raise ValueError(
-                f"given_share is {self.given_share} and given_level {self.given_level}, but a share is in (0, 1] "
+                f"given_share is {self.given_share} and given_level "
+                f"{self.given_level}, but a share is in (0, 1] "
                 "and a level in [0, 1]"
             )
         if not self.usual:
@@ -220,7 +225,10 @@ class ObjectiveConfig(metaclass=Named):
 
     @property
     def usual(self) -> bool:
-        """True for a published method with any weight and label drop. Its parts fit together; others are checked with torch."""
+        """True for a published method with any weight and label drop.
+
+        Its parts fit together; others are checked with torch.
+        """
         free = {
             "name",
             "mask_ratio",
@@ -264,7 +272,10 @@ samplers.register("dopri5", "selfflow.method.sampling:dopri5_path", AdaptiveOpti
 
 
 def sampler_options(method: str, values: dict[str, Any]) -> Any:
-    """Options of a registered sampler. Raises ValueError for a name or an option that is not known."""
+    """Options of a registered sampler.
+
+    Raises ValueError for a name or an option that is not known.
+    """
     options = samplers[method].options
     known = [field.name for field in fields(options)]
     if values and not known:

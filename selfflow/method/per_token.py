@@ -56,10 +56,13 @@ class PerTokenBlock(nn.Module):
 
 
 class PerTokenTransformer(nn.Module):
-    """The velocity model as published: velocities (b, n, c) and features (b, n, d) of tokens (b, n, c) at levels tau (b, n).
+    """The velocity model as published, with a time embedding for every token.
 
-    Made from a `Transformer` and with its weights; computes the same function. Source: the form of Self-Flow's public inference
-    code, written anew from its description.
+    Velocities (b, n, c) and features (b, n, d) of tokens (b, n, c) at levels tau (b,
+    n).
+
+    Made from a `Transformer` and with its weights; computes the same function. Source:
+    the form of Self-Flow's public inference code, written anew from its description.
     """
 
     def __init__(self, model: Transformer):

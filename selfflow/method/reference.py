@@ -64,7 +64,7 @@ def _published(name: str) -> str:
 
 
 def _modules(config: dict) -> tuple[Transformer, Projector]:
-    """Model and projector without memory for weights, for complete published arguments."""
+    """Model and projector without memory for weights; `config` is complete."""
     side = config["input_size"] // config["patch_size"]
     shape = TransformerConfig.of_image(
         channels=config["in_channels"] * config["patch_size"] ** 2,
@@ -93,7 +93,10 @@ def _state(model: Transformer, projector: Projector | None) -> dict[str, Tensor]
 
 
 def layout(config: dict) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a checkpoint with published constructor arguments `config` (complete, as PUBLISHED)."""
+    """Return name and shape of every tensor of a published checkpoint.
+
+    config: its constructor arguments, complete, as PUBLISHED.
+    """
     shapes = {
         name: tuple(value.shape) for name, value in _state(*_modules(config)).items()
     }
@@ -104,7 +107,10 @@ def layout(config: dict) -> dict[str, tuple[int, ...]]:
 
 # %% ../../nbs/1_method/13_reference.ipynb #fe97ec61
 def fold_time(weight: Tensor) -> Tensor:
-    """The first layer (d, 256) of the time embedding, cosines before sines, for t instead of 1 - t. It is its own inverse."""
+    """The first layer (d, 256) of the time embedding, for t instead of 1 - t.
+
+    Cosines come before sines. It is its own inverse.
+    """
     cosine, sine = weight.double().chunk(2, dim=1)
     f = 10_000.0 ** (
         -torch.arange(cosine.shape[1], dtype=torch.float64) / cosine.shape[1]
@@ -115,7 +121,10 @@ def fold_time(weight: Tensor) -> Tensor:
 
 # %% ../../nbs/1_method/13_reference.ipynb #f6f7264c
 def _last_layer(value: Tensor, config: dict) -> Tensor:
-    """Rows (c p q) of a velocity from the published rows (p q c) or (p q 2c) of its negative; weight or bias."""
+    """Rows (c p q) of a velocity from the published rows of its negative.
+
+    Those are (p q c) or (p q 2c), of a weight or a bias.
+    """
     p = config["patch_size"]
     return -rearrange(
         value, "(p q two c) ... -> two (c p q) ...", p=p, q=p, c=config["in_channels"]
@@ -142,24 +151,27 @@ def _check_patch(channels: int, patch: int) -> None:
 
 
 def _known(config: dict | None) -> dict:
-    """Given published arguments, checked for names that do not exist and for a form that is not known."""
+    """Check published arguments for unknown names and an unknown form."""
     known = dict(config or {})
     if unknown := known.keys() - PUBLISHED.keys():
         raise ValueError(
-            f"config has {', '.join(sorted(unknown))}, but the published arguments are {', '.join(PUBLISHED)}"
+            f"config has {', '.join(sorted(unknown))}, but the published arguments are "
+            f"{', '.join(PUBLISHED)}"
         )
     if not known.get("compatibility_mode", True):
         raise ValueError(
-            "compatibility_mode is False, but the order of the published model's output is known for True alone"
+            "compatibility_mode is False, but the order of the published model's "
+            "output is known for True alone"
         )
     return known
 
 
 def infer_config(weights: Mapping[str, Tensor], known: dict | None = None) -> dict:
-    """The published constructor arguments of `weights`: those in `known`, and the others from the shapes.
+    """Infer the published constructor arguments of `weights` from their shapes.
 
-    The patch is 2 unless `known` or a 4-D first layer says otherwise; what a missing tensor would have shown is as in PUBLISHED.
-    Raises ValueError for unknown arguments, tokens that are no patches, and widths that do not tell the heads (see HEADS).
+    The patch is 2 unless `known` or a 4-D first layer says otherwise; what a missing
+    tensor would have shown is as in PUBLISHED. Raises ValueError for unknown arguments,
+    tokens that are no patches, and widths that do not tell the heads (see HEADS).
     """
     known = _known(known)
 
@@ -180,7 +192,8 @@ def infer_config(weights: Mapping[str, Tensor], known: dict | None = None) -> di
     width = size("pos_embed", 2, PUBLISHED["hidden_size"])
     if (heads := known.get("num_heads", _HEADS.get(width))) is None:
         raise ValueError(
-            f"the number of heads cannot be seen in the weights, and width {width} is none of "
+            f"the number of heads cannot be seen in the weights, and width {width} is "
+            "none of "
             f"{', '.join(map(str, _HEADS))}: give it in config={{'num_heads': ...}}"
         )
     hidden = size("blocks.0.mlp.fc1.weight", 0, 4 * width)
@@ -210,10 +223,14 @@ def infer_config(weights: Mapping[str, Tensor], known: dict | None = None) -> di
 
 # %% ../../nbs/1_method/13_reference.ipynb #93e73542
 def _read(path: Path) -> tuple[dict, dict]:
-    """What a file holds, and the published arguments it names (only safetensors written by `save` do)."""
+    """Contents of a file, and the published arguments that it names.
+
+    Only safetensors written by `save` name them.
+    """
     if path.suffix not in (".safetensors", ".pt", ".pth"):
         raise ValueError(
-            f"{path} ends in {path.suffix!r}; weights are read from .safetensors, .pt and .pth"
+            f"{path} ends in {path.suffix!r}; weights are read from .safetensors, .pt "
+            "and .pth"
         )
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -230,12 +247,16 @@ def _read(path: Path) -> tuple[dict, dict]:
     # a damaged or foreign file fails in many ways, and all mean the same to the reader
     except Exception as error:
         raise ValueError(
-            f"{path} cannot be read: it is damaged or no dict of tensors ({type(error).__name__})"
+            f"{path} cannot be read: it is damaged or no dict of tensors "
+            f"({type(error).__name__})"
         ) from error
 
 
 def _flat(weights: Mapping) -> dict[str, Tensor]:
-    """The tensors by name: out of the entry `ema`, `model` or `state_dict` of a training checkpoint, without a prefix `module.`."""
+    """Take the tensors by name out of a training checkpoint, without `module.`.
+
+    They are its entry `ema`, `model` or `state_dict`.
+    """
     inner = [
         weights[entry]
         for entry in ("ema", "model", "state_dict")
@@ -248,7 +269,8 @@ def _flat(weights: Mapping) -> dict[str, Tensor]:
         if not (isinstance(name, str) and isinstance(value, Tensor))
     ]:
         raise ValueError(
-            f"weights must be a dict of tensors by name, but {', '.join(wrong)} are something else"
+            f"weights must be a dict of tensors by name, but {', '.join(wrong)} are "
+            "something else"
         )
     # saved from inside a data-parallel wrapper
     prefixed = all(name.startswith("module.") for name in weights)
@@ -259,7 +281,10 @@ def _flat(weights: Mapping) -> dict[str, Tensor]:
 
 # %% ../../nbs/1_method/13_reference.ipynb #9145301a
 def _compare(weights: dict[str, Tensor], config: dict) -> None:
-    """Raise one ValueError that names all differences from the published layout; the projector may be absent as a whole."""
+    """Raise one ValueError that names all differences from the published layout.
+
+    The projector may be absent as a whole.
+    """
     expected = layout(config)
     if not any(name.startswith("projector.") for name in weights):
         expected = {
@@ -269,8 +294,10 @@ def _compare(weights: dict[str, Tensor], config: dict) -> None:
         }
     if not expected.keys() & weights.keys():
         raise ValueError(
-            f"none of the published names is among the {len(weights)} given: they begin with "
-            f"{', '.join(list(weights)[:3]) or 'nothing'}, expected {', '.join(list(expected)[:3])}, ..."
+            f"none of the published names is among the {len(weights)} given: they "
+            "begin with "
+            f"{', '.join(list(weights)[:3]) or 'nothing'}, expected "
+            f"{', '.join(list(expected)[:3])}, ..."
         )
     problems = [f"unexpected {name}" for name in weights if name not in expected]
     for name, shape in expected.items():
@@ -297,7 +324,8 @@ def _compare(weights: dict[str, Tensor], config: dict) -> None:
             )
             if not off <= 1e-5 + torch.finfo(value.dtype).eps:
                 problems.append(
-                    f"pos_embed differs by up to {off:.2g} from the sin-cos code, which is a constant here"
+                    f"pos_embed differs by up to {off:.2g} from the sin-cos code, "
+                    "which is a constant here"
                 )
     if problems:
         raise ValueError(
@@ -308,7 +336,7 @@ def _compare(weights: dict[str, Tensor], config: dict) -> None:
 def _convert(
     tensors: Mapping[str, Tensor], config: dict, last_layer: Callable
 ) -> dict[str, Tensor]:
-    """Copies in float32 on the CPU, by published name, with time folded and `last_layer` applied to the last layer."""
+    """Copy to float32 on the CPU, with time folded and `last_layer` applied."""
     tensors = {
         name: value.detach().to("cpu", torch.float32, copy=True)
         for name, value in tensors.items()
@@ -322,12 +350,22 @@ def _convert(
 def load(
     weights: Mapping | Path | str, config: dict | None = None
 ) -> tuple[Transformer, Projector | None]:
-    """Transformer and Projector (None if there is none) with published weights, on the CPU, in float32, in eval mode.
+    """Load a published model: a Transformer, and a Projector if there is one.
 
-    weights: a state dict (copied) or a file, .safetensors, .pt or .pth, from which no code is run; a training checkpoint's `ema`,
-    `model` or `state_dict` is taken, a prefix `module.` dropped. config: published constructor arguments that differ from what
-    file and shapes say, see infer_config. Raises FileNotFoundError, and ValueError for files of another kind, for what is not
-    tensors and, naming everything that is wrong, when weights and layout differ. Source: the released code of Self-Flow.
+    Both are on the CPU, in float32 and in eval mode. Source: the released code of
+    Self-Flow.
+
+    Args:
+        weights: A state dict (copied), or a .safetensors, .pt or .pth file, from which
+            no code is run. Of a training checkpoint, `ema`, `model` or `state_dict` is
+            taken, without a prefix `module.`.
+        config: Published constructor arguments that differ from what file and shapes
+            say, see infer_config.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is of another kind or holds other things than tensors, or if
+            weights and layout differ; everything that is wrong is named.
     """
     weights, stored = (
         (weights, {}) if isinstance(weights, Mapping) else _read(Path(weights))
@@ -354,9 +392,10 @@ def load(
 def _published_config(config: TransformerConfig, known: dict | None = None) -> dict:
     """The published constructor arguments of a model of ours.
 
-    known: arguments; patch_size (2) and learn_sigma (True) cannot be seen in the model, others must agree with it.
-    Raises ValueError for what the published form cannot express: grids that are not square, tokens that are no patches, other
-    parts (rotary positions, SwiGLU, normalised queries and keys, modulation shared by the blocks).
+    known: arguments; patch_size (2) and learn_sigma (True) cannot be seen in the model,
+    others must agree with it. Raises ValueError for what the published form cannot
+    express: grids that are not square, tokens that are no patches, other parts (rotary
+    positions, SwiGLU, normalised queries and keys, modulation shared by the blocks).
     """
     known = _known(known)
     if other := [
@@ -365,19 +404,22 @@ def _published_config(config: TransformerConfig, known: dict | None = None) -> d
         if getattr(config, name) != usual
     ]:
         raise ValueError(
-            f"the published form has no {', '.join(other)}: keep such a model in the folder of its run"
+            f"the published form has no {', '.join(other)}: keep such a model in the "
+            "folder of its run"
         )
     if [(part.name, part.grid[0]) for part in config.parts] != [
         ("image", 1)
     ] or config.caption:
         raise ValueError(
             "the published form knows images by class alone, not "
-            f"{', '.join(part.name for part in config.parts)}: keep such a model in the folder of its run"
+            f"{', '.join(part.name for part in config.parts)}: keep such a model in "
+            "the folder of its run"
         )
     _, rows, columns = config.parts[0].grid
     if rows != columns:
         raise ValueError(
-            f"the grid is {rows} x {columns}, but the published form knows square ones alone"
+            f"the grid is {rows} x {columns}, but the published form knows square ones "
+            "alone"
         )
     patch = known.get("patch_size", 2)
     _check_patch(config.channels, patch)
@@ -405,10 +447,11 @@ def _published_config(config: TransformerConfig, known: dict | None = None) -> d
 def export(
     model: Transformer, projector: Projector | None = None, config: dict | None = None
 ) -> dict[str, Tensor]:
-    """A model's weights under the published names, on the CPU, in float32: what `load` reads. Copies.
+    """Copy a model's weights to the published names, as `load` reads them.
 
-    config: what published_config should know. With learn_sigma, the half of the last layer that nothing reads is written
-    as zeros: `load` does not keep it. Raises ValueError for models that the published form cannot express.
+    config: what published_config should know. With learn_sigma, the half of the last
+    layer that nothing reads is written as zeros: `load` does not keep it. Raises
+    ValueError for models that the published form cannot express.
     """
     config = _published_config(model.config, config)
     made = _convert(_state(model, projector), config, _last_layer_back)
@@ -422,7 +465,9 @@ def save(
     projector: Projector | None = None,
     config: dict | None = None,
 ) -> None:
-    """Write `export` to a .safetensors file that names its published arguments; an old one stays until the new one is whole.
+    """Write `export` to a .safetensors file that names its published arguments.
+
+    An old file stays until the new one is complete.
 
     Raises ValueError for another suffix, and as `export` does.
     """

@@ -31,18 +31,31 @@ def time_grid(
     last: float = 0.0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The steps + 1 levels that a sampler visits, from 1 (noise) to 0 (data).
+    """Return the steps + 1 levels that a sampler visits, from 1 (noise) to 0 (data).
 
-    shift: > 1 takes smaller steps near noise; last: where the last step begins, 0 = where the even grid has it.
-    Raises ValueError for steps < 1 (< 2 when `last` is given), `last` outside [0, 1) and shift <= 0.
+    Args:
+        steps: Number of steps.
+        shift: Above 1 takes smaller steps near noise.
+        last: Level at which the last step begins; 0 = where the even grid has it.
+        dtype: Of the levels.
+
+    Raises:
+        ValueError: If there are too few steps, if `last` is outside [0, 1), or shift is
+            not above 0.
     """
     if not 0 <= last < 1:
         raise ValueError(
-            f"last is {last}, but the last step begins at a level in [0, 1); 0 is an even grid"
+            f"last is {last}, but the last step begins at a level in [0, 1); "
+            "0 is an even grid"
         )
-    least, why = (2, f", one from t = 1 to {last} and one to 0") if last else (1, "")
-    if steps < least:
-        raise ValueError(f"steps is {steps}, but sampling needs at least {least}{why}")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, but sampling needs at least 1")
+    if last and steps < 2:
+        raise ValueError(
+            f"steps is {steps}, but sampling needs at least 2, one from t = 1 to "
+            f"{last} "
+            "and one to 0"
+        )
     grid = shift_levels(torch.linspace(1, 0, steps + 1, dtype=dtype), shift)
     if last:
         unshifted = shift_levels(torch.tensor(last, dtype=torch.float64), 1 / shift)
@@ -53,35 +66,40 @@ def time_grid(
 
 
 def _wide(t: Tensor) -> Tensor:
-    """A level per token, (b, n), with an axis for the channels; one level for all stays a number."""
+    """Give levels per token, (b, n), an axis for channels; a number stays one."""
     return t[..., None] if t.ndim else t
 
 
 def _walk(
     x: Tensor, t: Tensor, t_next: Tensor, slope: Tensor, kick: Tensor | float = 0.0
 ) -> Tensor:
-    """x + (t_next - t) slope + kick; tokens whose level stays are kept bit for bit, whatever their slope."""
+    """Return x + (t_next - t) slope + kick.
+
+    Tokens whose level does not change are kept bit for bit, whatever their slope.
+    """
     dt = _wide(t_next - t)
     return torch.where(dt == 0, x, (x + dt * slope + kick).to(x.dtype))
 
 
 def euler_step(velocity_fn: Callable, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """One Euler step of dx = v dt (order 1); t, t_next: numbers or per token (b, n)."""
+    """Take an Euler step of dx = v dt (order 1); t, t_next: numbers, or (b, n)."""
     return _walk(x, t, t_next, velocity_fn(x, t))
 
 
 def heun_step(velocity_fn: Callable, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """One Heun step of dx = v dt (order 2, two evaluations); t, t_next: numbers or per token (b, n)."""
+    """Take a Heun step of dx = v dt (order 2); t, t_next: numbers, or (b, n)."""
     v = velocity_fn(x, t)
-    return _walk(x, t, t_next, (v + velocity_fn(_walk(x, t, t_next, v), t_next)) / 2)
+    v_next = velocity_fn(_walk(x, t, t_next, v), t_next)
+    return _walk(x, t, t_next, (v + v_next) / 2)
 
 
 def midpoint_step(
     velocity_fn: Callable, x: Tensor, t: Tensor, t_next: Tensor
 ) -> Tensor:
-    """One midpoint step of dx = v dt (order 2, two evaluations); t, t_next: numbers or per token (b, n)."""
+    """Take a midpoint step of dx = v dt (order 2); t, t_next: numbers, or (b, n)."""
     half = (t + t_next) / 2
-    return _walk(x, t, t_next, velocity_fn(_walk(x, t, half, velocity_fn(x, t)), half))
+    x_half = _walk(x, t, half, velocity_fn(x, t))
+    return _walk(x, t, t_next, velocity_fn(x_half, half))
 
 # %% ../../nbs/1_method/11_sampling.ipynb #2c880309
 def sde_step(
@@ -91,23 +109,31 @@ def sde_step(
     t_next: Tensor,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """One Euler-Maruyama step of the SDE with the marginals of dx = v dt and noise of strength sqrt(2 t |dt|).
+    """Take an Euler-Maruyama step of the SDE with the same marginals as dx = v dt.
 
-    t, t_next: numbers or per token (b, n); noise: standard normal like x, None = the mean, for the last step.
-    Raises ValueError for noise of another shape. Source: SiT, arXiv 2401.08740, and Self-Flow's published sampler.
+    Source: SiT, arXiv 2401.08740, and Self-Flow's published sampler.
+
+    Args:
+        velocity_fn: v(x, t).
+        x: The state.
+        t: Level of x, a number, or (b, n).
+        t_next: Level after the step, like t.
+        noise: Standard normal, like x; None = the mean, for the last step.
+
+    Raises:
+        ValueError: If the noise has another shape.
     """
     if noise is not None and noise.shape != x.shape:
         raise ValueError(
-            f"a step's noise has shape {tuple(noise.shape)}, expected that of x, {tuple(x.shape)}"
+            f"a step's noise has shape {tuple(noise.shape)}, "
+            f"expected that of x, {tuple(x.shape)}"
         )
+    # dx = (x + (2 - t) v) dt + sqrt(2 t |dt|) noise
     slope = x + (2 - _wide(t)) * velocity_fn(x, t)
-    return _walk(
-        x,
-        t,
-        t_next,
-        slope,
-        0.0 if noise is None else _wide(2 * t * (t - t_next)).sqrt() * noise.to(x),
-    )
+    if noise is None:
+        return _walk(x, t, t_next, slope)
+    strength = _wide(2 * t * (t - t_next)).sqrt()
+    return _walk(x, t, t_next, slope, strength * noise.to(x))
 
 # %% ../../nbs/1_method/11_sampling.ipynb #ffe7d6ad
 def dopri5_path(
@@ -118,7 +144,22 @@ def dopri5_path(
     rtol: float,
     atol: float,
 ) -> list[Tensor]:
-    """The states at the levels of `grid`; a token moves once the clock is below its `start`, a number or (b, n)."""
+    """Return the states at the levels of `grid`, by Dormand and Prince's method.
+
+    A token moves once the clock is below its `start`, a number or (b, n).
+
+    Args:
+        velocity_fn: v(x, t).
+        x: Noise.
+        grid: Levels from 1 down to 0.
+        start: Level from which each token moves.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+
+    Raises:
+        ValueError: If torchdiffeq is missing, a tolerance is not above 0, or no step
+            meets the tolerances.
+    """
     try:
         from torchdiffeq import odeint
     except ImportError:
@@ -127,7 +168,8 @@ def dopri5_path(
         ) from None
     if not (rtol > 0 and atol > 0):
         raise ValueError(
-            f"rtol is {rtol} and atol is {atol}, but both must be above 0; 1e-5 is usual"
+            f"rtol is {rtol} and atol is {atol}, but both must be above 0; "
+            "1e-5 is usual"
         )
 
     def waits(t):
@@ -137,10 +179,10 @@ def dopri5_path(
         v = velocity_fn(y.to(x.dtype), torch.minimum(start, t))
         return torch.where(waits(t), 0.0, v.to(y.dtype))
 
-    # a token that sets out bends the path
     options = {
+        # the path bends where a token begins to move
         "jump_t": start[(start > 0) & (start < 1)].unique(),
-        # no step beyond t = 0, where no level is
+        # no step goes beyond t = 0
         "step_t": grid[-1:],
         "max_num_steps": 1000,
     }
@@ -156,8 +198,8 @@ def dopri5_path(
         )
     except AssertionError as error:
         raise ValueError(
-            f"dopri5 found no step that meets rtol={rtol}, atol={atol} ({error}): the velocity is not finite, "
-            f"or the tolerance is too small for {grid.dtype}"
+            f"dopri5 found no step that meets rtol={rtol}, atol={atol} ({error}): the "
+            f"velocity is not finite, or the tolerance is too small for {grid.dtype}"
         ) from None
     # interpolation would round x
     return [
@@ -172,54 +214,60 @@ def levels_of(
     dtype: torch.dtype = torch.float32,
     **options,
 ) -> Tensor:
-    """The steps + 1 levels that `sample` visits with these settings."""
+    """Return the steps + 1 levels that `sample` visits with these settings."""
     chosen = sampler_options(method, options)
-    return time_grid(
-        steps,
-        shift,
-        chosen.last if isinstance(chosen, StochasticOptions) else 0.0,
-        dtype,
-    )
+    last = chosen.last if isinstance(chosen, StochasticOptions) else 0.0
+    return time_grid(steps, shift, last, dtype)
 
 
 def _check(
     x1: Tensor, x0: Tensor | None, start: Tensor | None, kept_level: float | None
 ) -> None:
-    """Raises ValueError for what `sample` cannot begin with."""
+    """Raise ValueError for what `sample` cannot begin with."""
     for name, x in (("x1", x1), ("x0", x0)):
         if x is not None and not x.isfinite().all():
+            count = int((~x.isfinite()).sum())
             raise ValueError(
-                f"{name} has {int((~x.isfinite()).sum())} values that are NaN or infinite; replace them first"
+                f"{name} has {count} values that are NaN or infinite; replace them "
+                "first"
             )
     if x0 is None and start is None:
         return
     if x0 is None or start is None:
         raise ValueError(
-            "x0 and start belong together: the known tokens, and the level from which each begins"
+            "x0 and start belong together: the known tokens, and the level from which "
+            "each begins"
         )
     shape = tuple(x1.shape)
     if x1.ndim != 3 or x0.shape != shape or x0.dtype != x1.dtype:
         raise ValueError(
-            f"x0 is {tuple(x0.shape)} {x0.dtype}, x1 {shape} {x1.dtype}; with start both are (b, n, c) of one dtype"
+            f"x0 is {tuple(x0.shape)} {x0.dtype}, x1 {shape} {x1.dtype}; with start "
+            "both "
+            "are (b, n, c) of one dtype"
         )
     if start.shape not in (shape[:2], shape[1:2]):
         raise ValueError(
-            f"start has shape {tuple(start.shape)}, expected a level per token, {shape[:2]} or {shape[1:2]}"
+            f"start has shape {tuple(start.shape)}, expected a level per token, "
+            f"{shape[:2]} or {shape[1:2]}"
         )
     if not ((start >= 0) & (start <= 1)).all():
         raise ValueError(
-            f"start runs from {float(start.min()):g} to {float(start.max()):g}, outside [0, 1]: "
-            "0 keeps a token, 1 makes it anew"
+            f"start runs from {float(start.min()):g} to {float(start.max()):g}, "
+            "outside "
+            "[0, 1]: 0 keeps a token, 1 makes it anew"
         )
     if kept_level is not None and not 0 <= kept_level <= 1:
         raise ValueError(
-            f"kept_level is {kept_level}, outside [0, 1]: 0 shows the tokens that are kept clean"
+            f"kept_level is {kept_level}, outside [0, 1]: 0 shows the tokens that are "
+            "kept clean"
         )
 
 
 def _around(
     velocity_fn: Callable, x0: Tensor, x1: Tensor, kept: Tensor, level: float | None
 ) -> Callable:
+    """v(x, t) of a model that is shown the kept tokens at a level of their own."""
+
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         return velocity_fn(*shown(x, t, x0, x1, kept, level))
 
@@ -232,7 +280,8 @@ def _draws(
     """A function from the index of a step to its noise; `noise` as in `sample`."""
     if noise is None and generator is None:
         raise ValueError(
-            "this sampler draws noise at each step: give generator=keyed(seed, purpose), or noise"
+            "this sampler draws noise at each step: give "
+            "generator=keyed(seed, purpose), or noise"
         )
     if noise is None:
         assert generator is not None
@@ -242,7 +291,8 @@ def _draws(
         )
     if isinstance(noise, Tensor) and noise.shape != (steps - 1, *x1.shape):
         raise ValueError(
-            f"noise has shape {tuple(noise.shape)}, expected {(steps - 1, *x1.shape)}: all steps but the last"
+            f"noise has shape {tuple(noise.shape)}, expected {(steps - 1, *x1.shape)}: "
+            "all steps but the last"
         )
     return noise if callable(noise) else noise.__getitem__
 
@@ -262,23 +312,39 @@ def sample(
     generator: Generator | None = None,
     **options,
 ) -> Tensor:
-    """Data x0 from noise x1 by following the velocity from t = 1 to t = 0.
+    """Turn noise x1 into data x0 by following the velocity from t = 1 to t = 0.
 
-    velocity_fn: v(x, t) with x like x1 and t a scalar tensor, or (b, n) when `start` is given.
-    steps: of the grid; a stochastic sampler's last one is without noise; an adaptive one uses them to record a trajectory only.
-    method: a registered sampler (the paper's ImageNet metrics: sde with 250 steps); options: its own, such as rtol and atol of
-    dopri5. A step is step(velocity_fn, x, t, t_next) -> x, with a fifth argument, the noise, if it is stochastic.
-    shift: of the grid, 1 = even steps; trajectory: return all states, (steps + 1, ...) from noise to data, instead of the last.
-    noise: for a stochastic sampler, (steps - 1, *x1.shape) or a function from a step's index to a tensor like x1; None = from
-    `generator`.
-    x0, start: known tokens (b, n, c) and the levels in [0, 1], (b, n) or (n,), from which they begin: 0 keeps a token bit for
-    bit, 1 makes it anew. Steps in which nothing moves are not evaluated. kept_level: at which the model is shown the tokens that
-    are kept, see `shown`; 0 = clean, None = that of the others, for a model that never saw two levels in one sample.
-    Raises ValueError for an unknown method or option, too few steps, values that are not finite, shapes that do not fit, levels
-    outside [0, 1], a stochastic sampler without a source of noise, dopri5 without its package or beyond its precision;
-    FloatingPointError for velocities that lead to samples that are not finite.
+    Args:
+        velocity_fn: v(x, t), with x like x1 and t a scalar tensor, or (b, n) if `start`
+            is given.
+        x1: Noise.
+        steps: Of the grid. A stochastic sampler's last step is without noise; an
+            adaptive sampler uses them only to record a trajectory.
+        method: A registered sampler; the paper's ImageNet metrics use sde with 250
+            steps. Its step is step(velocity_fn, x, t, t_next) -> x, with the noise as a
+            fifth argument if it is stochastic.
+        shift: Of the grid; 1 = even steps.
+        trajectory: Return all states, (steps + 1, ...) from noise to data.
+        noise: For a stochastic sampler, (steps - 1, *x1.shape), or a function from a
+            step's index to a tensor like x1; None = drawn from `generator`.
+        x0: Known tokens, (b, n, c).
+        start: Levels in [0, 1] from which tokens begin, (b, n) or (n,): 0 keeps a token
+            bit for bit, 1 makes it anew. Steps in which nothing moves are not
+            evaluated.
+        kept_level: Level at which the model is shown the kept tokens, see `shown`; 0 =
+            clean, None = that of the others, for a model that was never trained on two
+            levels in one sample.
+        generator: Source of a stochastic sampler's noise.
+        options: Of the sampler, such as rtol and atol of dopri5.
+
+    Raises:
+        ValueError: If method or options are unknown, steps are too few, shapes or
+            levels do not fit, a stochastic sampler has no source of noise, or dopri5
+            lacks its package.
+        FloatingPointError: If the velocities lead to samples that are not finite.
     """
-    chosen, step = sampler_options(method, options), samplers[method].load()
+    chosen = sampler_options(method, options)
+    step = samplers[method].load()
     _check(x1, x0, start, kept_level)
     # half precision is too coarse for levels
     exact = torch.promote_types(x1.dtype, torch.float32)
@@ -302,28 +368,26 @@ def sample(
     if stochastic:
         del own["last"]  # it is in the grid
         draw = _draws(noise, generator, x1, steps)
-    states, moves = [x], (grid[1:] < start.max()).tolist()
+    states = [x]
+    moves = (grid[1:] < start.max()).tolist()
     for i, (t, t_next) in enumerate(pairwise(grid)):
-        # drawn even where nothing moves: the stream stays
+        # noise is drawn even if nothing moves: later steps get the same noise
         extra = (draw(i) if i < steps - 1 else None,) if stochastic else ()
         if moves[i]:
-            x = step(
-                velocity_fn,
-                x,
-                torch.minimum(start, t),
-                torch.minimum(start, t_next),
-                *extra,
-                **own,
-            )
+            # tau_i(t) = min(t_i, t)
+            tau, tau_next = torch.minimum(start, t), torch.minimum(start, t_next)
+            x = step(velocity_fn, x, tau, tau_next, *extra, **own)
             if x.shape != x1.shape:
                 raise ValueError(
-                    f"sampler {method!r} made {tuple(x.shape)} of {tuple(x1.shape)}; a step must keep the shape"
+                    f"sampler {method!r} made {tuple(x.shape)} of {tuple(x1.shape)}; "
+                    "a step must keep the shape"
                 )
-        # a GPU is waited for once, at the end
+        # on a GPU only at the end, as looking makes the host wait
         if (x.device.type == "cpu" or i == steps - 1) and not x.isfinite().all():
             raise FloatingPointError(
-                f"samples are not finite at level {t_next.item():.3g}: the velocities are those of a model "
-                "that has diverged"
+                f"samples are not finite at level {t_next.item():.3g}: the velocities "
+                "are "
+                "those of a model that has diverged"
             )
         states = [*states, x] if trajectory else [x]
     return torch.stack(states) if trajectory else x
@@ -336,13 +400,24 @@ def guided_velocity(
     interval: tuple[float, float] = (0.0, 1.0),
     parts: tuple[Part, ...] = (),
 ) -> Callable:
-    """The function v(x, t) of a model, for `sample`, under a condition and classifier-free guidance.
+    """Return v(x, t) of a model, for `sample`, with classifier-free guidance.
 
-    condition: of the b samples, None = none; parts: of the sequence, () = all that the model has; cfg_scale: w, 1 = no guidance;
-    interval: the levels, ends included, at which it acts; elsewhere one forward is enough. t: a number, (b,), or per token
-    (b, n), where a sample's noisiest token, the clock of `sample`, says whether it is guided. Raises ValueError for guidance
-    without a condition and intervals outside [0, 1]; whether the model was trained with label drop only its run knows
-    (`Run.sample` asks). Source: arXiv 2207.12598; interval: arXiv 2404.07724.
+    The result takes t as a number, (b,), or per token (b, n); a sample is then guided
+    if its noisiest token, the clock of `sample`, lies in the interval. Whether the
+    model was trained with label drop, only its run knows (`Run.sample` checks it).
+    Source: arXiv 2207.12598; interval: arXiv 2404.07724.
+
+    Args:
+        model: Called as model(x, levels, condition, parts=parts).
+        condition: Of the b samples; None = none.
+        cfg_scale: Guidance w; 1 = none.
+        interval: Levels, ends included, at which guidance acts; elsewhere one forward
+            is enough.
+        parts: Of the sequence; () = all that the model has.
+
+    Raises:
+        ValueError: If there is guidance without a condition, or the interval is not
+            within [0, 1].
     """
     if not math.isfinite(cfg_scale):
         raise ValueError(
@@ -350,11 +425,13 @@ def guided_velocity(
         )
     if condition is None and cfg_scale != 1:
         raise ValueError(
-            f"cfg_scale is {cfg_scale}, but guidance needs a condition to guide to; give one, or cfg_scale=1"
+            f"cfg_scale is {cfg_scale}, but guidance needs a condition to guide to; "
+            "give one, or cfg_scale=1"
         )
     if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
         raise ValueError(
-            f"interval is {interval}, but must be two levels, 0 <= low < high <= 1; (0, 1) guides everywhere"
+            f"interval is {interval}, but must be two levels, 0 <= low < high <= 1; "
+            "(0, 1) guides everywhere"
         )
 
     def plain(x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
@@ -363,7 +440,7 @@ def guided_velocity(
             if t.ndim == 2
             else NoiseLevels.single(t.expand(len(x)), x.shape[1])
         )
-        # autocast: guided in full
+        # under autocast, guidance is computed in full precision
         return model(x, levels.to(x.device), condition, parts=parts).velocity.to(
             x.dtype
         )
@@ -395,10 +472,18 @@ def shown(
     kept: Tensor,
     level: float | None = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens (b, n, c) as a model is shown them while some are kept, and their levels (b, n).
+    """Return tokens as a model is shown them while some are kept, and their levels.
 
-    x: the state; t: its levels, a number, (b,) or (b, n); x0, x1: data and noise, all (b, n, c); kept: (b, n) bool; level: that
-    of kept tokens, None = that of the noisiest other.
+    Args:
+        x: The state, (b, n, c).
+        t: Its levels, a number, (b,) or (b, n).
+        x0: Data, like x.
+        x1: Noise, like x.
+        kept: True for tokens that are kept, (b, n).
+        level: Of kept tokens; None = that of the noisiest other.
+
+    Returns:
+        Tokens (b, n, c) and levels (b, n).
     """
     tau = (t if t.ndim == 2 else t.reshape(-1, 1)).expand(kept.shape)
     own = (

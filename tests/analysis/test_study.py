@@ -1,4 +1,6 @@
-"""Studies: what a file may say, equal operations, interruption, failures, and comparisons over seeds."""
+"""Studies: what a file may say, equal operations, interruption, failures, and
+comparisons over seeds.
+"""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Fashion-MNIST: the part that comes with the project, all of it, and what is refused."""
+"""Fashion-MNIST: the shipped part, all of it, and what is refused."""
 
 import gzip
 import hashlib

@@ -1,4 +1,6 @@
-"""Oracles for the path, the densities and the keyed draws: each formula derived again, independently."""
+"""Oracles for the path, the densities and the keyed draws: each formula derived again,
+independently.
+"""
 
 import math
 import multiprocessing
@@ -36,7 +38,9 @@ def logit_normal_pdf(mean, std):
 
 
 def plateau_cdf(mean, std):
-    """By numerical search for the mode and numerical integration: nothing of the closed forms under test."""
+    """By numerical search for the mode and numerical integration: nothing of the closed
+    forms under test.
+    """
     q = logit_normal_pdf(mean, std)
     mode = optimize.minimize_scalar(
         lambda z: -q(1 / (1 + np.exp(-z))), bracket=(mean - 1, mean + 1), tol=1e-12
@@ -418,7 +422,9 @@ def test_noise_is_that_of_its_shards_one_after_the_other(two_threads):
     reason="processes are not forked here",
 )
 def test_a_forked_process_draws_noise_too(two_threads):
-    """The threads of its parent do not exist in it: to wait for them would be to wait for ever."""
+    """The threads of its parent do not exist in it: to wait for them would be to wait
+    for ever.
+    """
     noise = drawn_in_shards()
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert torch.equal(pool.apply_async(drawn_in_shards).get(timeout=60), noise)

@@ -1,4 +1,6 @@
-"""Layers for several levels: the compact forms against plain formulas, their gradients, and what they keep in memory."""
+"""Layers for several levels: the compact forms against plain formulas, their gradients,
+and what they keep in memory.
+"""
 
 import math
 
@@ -248,7 +250,9 @@ def test_attention_under_autocast():
 
 
 def may_look(levels):
-    """Who may look at whom, (b, n, n), by the words of attention separation: one's own level, and conditions; by loops."""
+    """Who may look at whom, (b, n, n), by the words of attention separation: one's own
+    level, and conditions; by loops.
+    """
     b, n, first = *levels.assign.shape, levels.k - levels.condition
     seen = torch.zeros(b, n, n, dtype=torch.bool)
     for i in range(b):

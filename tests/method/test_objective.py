@@ -1,4 +1,6 @@
-"""Self-Flow and its rivals derived again from their equations, and every trap of the method as a test."""
+"""Self-Flow and its rivals derived again from their equations, and every trap of the
+method as a test.
+"""
 
 import math
 from dataclasses import replace
@@ -91,7 +93,9 @@ class Unasked:
 
 
 def counts(which, level, levels, first):
-    """Whether a token counts: level, its index among the levels of its sample; first, so many of them are of generated tokens."""
+    """Whether a token counts: level, its index among the levels of its sample; first,
+    so many of them are of generated tokens.
+    """
     if level >= first:
         return False
     return {
@@ -111,7 +115,8 @@ def distance(name, p, h):
 
 
 def derive(objective, student, teacher, batch, features=None, offset=None):
-    """Flow loss, representation loss, cosines, targets and gaps, sample by sample and token by token.
+    """Flow loss, representation loss, cosines, targets and gaps, sample by sample and
+    token by token.
 
     offset: of SRA; features: of REPA; with neither and no teacher it is LayerSync.
     """
@@ -202,7 +207,9 @@ def derive(objective, student, teacher, batch, features=None, offset=None):
 
 
 def check(objective, student, teacher, batch, features=None, given=None, offset=None):
-    """Values and gradients of an objective against `derive`; given: features handed to the objective."""
+    """Values and gradients of an objective against `derive`; given: features handed to
+    the objective.
+    """
     losses = objective(
         student,
         teacher if teacher is not None else Unasked(),

@@ -1,4 +1,6 @@
-"""Several kinds of tokens in one sequence: layouts, projections, captions and conditions against plain rewritings; bad input."""
+"""Several kinds of tokens in one sequence: layouts, projections, captions and
+conditions against plain rewritings; bad input.
+"""
 
 import json
 from dataclasses import asdict, replace
@@ -123,19 +125,19 @@ def test_given_signals_are_kept_from_the_start():
     layout = Layout(
         {"video": VideoPatches(3, 4, 4, 4, 2, 2), "image": ImagePatches(1, 4, 4, 2)}
     )
-    film, image = torch.randn(2, 3, 4, 4, 4), torch.randn(2, 1, 4, 4)
+    video, image = torch.randn(2, 3, 4, 4, 4), torch.randn(2, 1, 4, 4)
     x0, start = layout.known_tokens({"image": image}, 2)
     assert start.tolist() == 8 * [1] + 4 * [0] and torch.equal(
         layout.unpatchify(x0)["image"], image
     )
-    x0, start = layout.known_tokens({"first_frame": film[:, :, :2]}, 2)
+    x0, start = layout.known_tokens({"first_frame": video[:, :, :2]}, 2)
     assert start.tolist() == 4 * [0] + 8 * [1] and torch.equal(
-        layout.unpatchify(x0)["video"][:, :, :2], film[:, :, :2]
+        layout.unpatchify(x0)["video"][:, :, :2], video[:, :, :2]
     )
     with pytest.raises(
         ValueError, match="audio is given, but the sequence consists of video, image"
     ):
-        layout.known_tokens({"audio": film}, 2)
+        layout.known_tokens({"audio": video}, 2)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +157,7 @@ def test_given_signals_are_kept_from_the_start():
         ),
         (
             lambda: VideoPatches(3, 4, 4, 4, 2, 2).patchify(torch.zeros(1, 3, 4, 4, 6)),
-            "films have shape",
+            "videos have shape",
         ),
     ],
 )
@@ -182,7 +184,9 @@ def test_captions_in_any_script_are_cut_at_whole_characters(text, length):
 @pytest.mark.parametrize("positions", ["sincos", "rotary"])
 @pytest.mark.parametrize("level", ["mean", "clean"])
 def test_a_caption_is_tokens_of_the_sequence_at_a_level_of_their_own(positions, level):
-    """Against the same network that is handed one longer sequence, with a condition for every token."""
+    """Against the same network that is handed one longer sequence, with a condition for
+    every token.
+    """
     model = model_of(
         0.1,
         parts=(Part("image", 4, (1, 2, 2)),),
@@ -293,7 +297,8 @@ def test_parts_of_a_model_may_be_used_alone():
         model(batch(), NoiseLevels.single(torch.rand(3), 12), parts=(AUDIO,))
     with pytest.raises(
         ValueError,
-        match="was not built with Part.name='image'.*, but with Part.name='video'.*audio",
+        match="was not built with Part.name='image'.*, "
+        "but with Part.name='video'.*audio",
     ):
         model(
             sound,

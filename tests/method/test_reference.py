@@ -1,4 +1,6 @@
-"""The published weights: equality with the published code's numbers, and with an independent forward; refusals; files."""
+"""The published weights: equality with the published code's numbers, and with an
+independent forward; refusals; files.
+"""
 
 import json
 import math
@@ -84,7 +86,9 @@ def embed(u, width=256):
 
 
 def published_forward(weights, config, x, tau, y):
-    """The published function in float64, from its description: every token with its own condition, no module of ours."""
+    """The published function in float64, from its description: every token with its own
+    condition, no module of ours.
+    """
     w = {name: value.double() for name, value in weights.items()}
     d, heads, p = config["hidden_size"], config["num_heads"], config["patch_size"]
 
@@ -628,7 +632,8 @@ def test_blocks_are_counted_not_believed(weights):
     weights["blocks.900000000.attn.qkv.bias"] = torch.zeros(144)
     with pytest.raises(
         ValueError,
-        match="unexpected blocks.900000000.attn.qkv.bias; missing blocks.3.attn.qkv.weight;",
+        match="unexpected blocks.900000000.attn.qkv.bias; "
+        "missing blocks.3.attn.qkv.weight;",
     ):
         load(weights, {"num_heads": 4})
 
@@ -638,7 +643,8 @@ def test_blocks_are_counted_not_believed(weights):
     [
         (
             None,
-            "heads cannot be seen in the weights, and width 48 is none of 384, 768, 1024, 1152",
+            "heads cannot be seen in the weights, and width 48 is none of 384, 768, "
+            "1024, 1152",
         ),
         (
             {"num_heads": 4, "headz": 4},

@@ -1,4 +1,6 @@
-"""Samplers on data whose velocity is known exactly (Gaussian mixture, correlated Gaussian tokens); guidance; bad input."""
+"""Samplers on data whose velocity is known exactly (Gaussian mixture, correlated
+Gaussian tokens); guidance; bad input.
+"""
 
 import math
 import sys
@@ -33,7 +35,9 @@ def randn(*shape, seed=0, purpose="draw", dtype=torch.float64):
 
 
 def mixture_velocity(x, t):
-    """E[x1 - x0 | xt = x] for x0 from two Gaussians: per component by Gaussian conditioning, weighted by responsibility."""
+    """E[x1 - x0 | xt = x] for x0 from two Gaussians: per component by Gaussian
+    conditioning, weighted by responsibility.
+    """
     variance = (1 - t) ** 2 * STD**2 + t**2
     offset = x[:, None] - (1 - t) * MEANS
     responsibility = torch.softmax(
@@ -49,7 +53,9 @@ def mixture_draws(count, seed):
 
 
 def token_velocity(x, tau):
-    """E[x1 - x0 | x] for (b, 2, 1) tokens at levels (b, 2), by conditioning the joint Gaussian of (x0, x1) and x."""
+    """E[x1 - x0 | x] for (b, 2, 1) tokens at levels (b, 2), by conditioning the joint
+    Gaussian of (x0, x1) and x.
+    """
     a, s = 1 - tau, tau
     c11, c22 = (
         a[:, 0] ** 2 * SIGMA[0, 0] + s[:, 0] ** 2,
@@ -313,7 +319,9 @@ def test_dopri5_gives_up_with_words(velocity, tolerance):
     ],
 )
 def test_a_kept_token_leads_the_other_to_its_conditional(method, steps, atol):
-    """With x0[0] = k the ODE of the other token is that of N(m, s^2) and takes noise z to m + s z."""
+    """With x0[0] = k the ODE of the other token is that of N(m, s^2) and takes noise z
+    to m + s z.
+    """
     x0, x1 = randn(50, 2, 1, seed=1), randn(50, 2, 1, seed=2)
     got = sample(
         token_velocity, x1, steps, method, x0=x0, start=torch.tensor([0.0, 1.0])
@@ -345,7 +353,9 @@ def test_the_sde_draws_from_the_conditional():
 
 @pytest.mark.parametrize("method, steps", [("heun", 60), ("sde", 250), ("dopri5", 1)])
 def test_a_pair_known_in_part_ends_as_a_pair_of_the_data(method, steps):
-    """Levels that run down one after the other keep the joint distribution: the pair is whitened and tested in four directions."""
+    """Levels that run down one after the other keep the joint distribution: the pair is
+    whitened and tested in four directions.
+    """
     root = torch.linalg.cholesky(SIGMA)
     x0, x1 = MU[:, None] + root @ randn(4000, 2, 1, seed=1), randn(4000, 2, 1, seed=2)
     got = sample(

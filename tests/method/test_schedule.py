@@ -1,4 +1,6 @@
-"""Schedules checked by counting and against loops that draw the same random numbers; NoiseLevels against loops."""
+"""Schedules checked by counting and against loops that draw the same random numbers;
+NoiseLevels against loops.
+"""
 
 import math
 from dataclasses import replace
@@ -101,7 +103,9 @@ def dual_by_hand(schedule, b, n, g):
 
 
 def by_hand(schedule, b, n, g):
-    """Per sample: the level of every token, and the level of the teacher's generated tokens."""
+    """Per sample: the level of every token, and the level of the teacher's generated
+    tokens.
+    """
     if isinstance(schedule, DualTimestep):
         yield from dual_by_hand(schedule, b, n, g)
     elif isinstance(schedule, SingleLevel):

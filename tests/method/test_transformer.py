@@ -1,4 +1,6 @@
-"""The velocity model: every variant against a plain rewriting with a condition per token, gradients, taps, bad input."""
+"""The velocity model: every variant against a plain rewriting with a condition per
+token, gradients, taps, bad input.
+"""
 
 import math
 from itertools import product
@@ -67,7 +69,9 @@ def turned(part, coordinates):
 
 
 def plain_forward(model, x, tau, y, layer, mask=None, coordinates=None):
-    """DiT with a condition for every token, written as the papers write it, straight from the weights; mask: (b, n, n)."""
+    """DiT with a condition for every token, written as the papers write it, straight
+    from the weights; mask: (b, n, n).
+    """
     w, config = dict(model.named_parameters()), model.config
     d, places = (
         config.width,
@@ -162,7 +166,9 @@ def drawn(k, seed=0, b=4, n=6, condition=0, edges=False):
 
 
 def same_group(levels):
-    """The mask of attention separation: one's own level and every condition; a condition sees conditions only."""
+    """The mask of attention separation: one's own level and every condition; a
+    condition sees conditions only.
+    """
     key, query, first = (
         levels.assign[:, None],
         levels.assign[:, :, None],

@@ -335,7 +335,8 @@ def test_an_objective_of_ones_own_that_reads_too_deep_a_layer_is_refused(tmp_pat
         )
         with pytest.raises(
             ValueError,
-            match="the objective reads layer 5, but PerToken has depth 2; take layers from 1 to 2",
+            match="the objective reads layer 5, but PerToken has depth 2; "
+            "take layers from 1 to 2",
         ):
             train(config, tmp_path, "cpu", bar=False, backbone=PerToken)
 
