@@ -436,7 +436,7 @@ def _asymmetry_notebook(run: Path, place: Path) -> None:
         "asymmetry",
         run,
         '"../../runs/shapes-self_flow"',
-        **{"samples = 8 if tiny else 96": "samples = 8"},
+        **{"count=8 if tiny else 96": "count=8"},
     )
 
 
