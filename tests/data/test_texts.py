@@ -925,8 +925,8 @@ def test_another_encoder_does_not_go_on_and_does_not_draw(told, folders, tmp_pat
             train(run_with(place), told.path.parent, "cpu", bar=False)
         with pytest.raises(
             ValueError,
-            match="was trained with text encoder [0-9a-f]{16}, but the one in .*encoder "
-            "is [0-9a-f]{16}",
+            match="was trained with text encoder [0-9a-f]{16}, "
+            "but the one in .*encoder is [0-9a-f]{16}",
         ):
             Run.open(told.path, "cpu").sample(["a red star"], steps=2)
     finally:
