@@ -17,6 +17,7 @@ from browser import lab, page  # noqa: F401, fixtures
 from hypothesis import HealthCheck, settings
 
 from selfflow.method.options import ModelConfig, ObjectiveConfig
+from selfflow.registries import trial
 from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
 
@@ -106,6 +107,12 @@ def the_process_is_left_as_it_was():
     after = process_settings()
     torch.set_num_threads(before["threads"])
     assert after == before
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registrations_end_with_their_file():
+    with trial():
+        yield
 
 
 @pytest.fixture(autouse=True)

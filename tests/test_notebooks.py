@@ -1,19 +1,14 @@
-"""Every notebook runs from top to bottom, as nbdev_test runs it.
-
-None leaves its process other than it was.
-"""
+"""Every notebook runs from top to bottom, as nbdev_test runs it."""
 
 import contextlib
 import io
+import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from conftest import process_settings
 
 ROOT = Path(__file__).parent.parent
 # studies take longest: what is short fills the gaps at the end
@@ -28,52 +23,48 @@ NOTEBOOKS = sorted(
 
 
 def start():
-    "The process that executes notebooks: nbdev's variable says that they are tested."
+    """Begin the process from which those that execute notebooks are forked.
+
+    It imports once what all of them need; IN_TEST tells them that they are tested.
+    """
+    import selfflow.workbench.app  # noqa: F401
+
     os.environ["IN_TEST"] = "1"
     os.chdir(ROOT / "nbs")  # as nbdev_test does
     sys.path.insert(0, str(ROOT))
+    # a notebook's own processes begin as they do for a user
+    multiprocessing.set_start_method(None, force=True)
 
 
 def execute(path):
-    "The traceback of a notebook that fails and the settings that it leaves changed."
+    "Execute a notebook in this process; return its traceback, empty if it passes."
     from nbdev.config import get_config
     from nbdev.test import test_nb
 
-    before = process_settings()
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
         passed, _ = test_nb(path, skip_flags=get_config().tst_flags.split())
-    after = process_settings()
-    changed = {name: value for name, value in after.items() if value != before[name]}
-    return "" if passed else errors.getvalue(), changed
+    return "" if passed else errors.getvalue()
+
+
+def execute_alone(path):
+    "Execute a notebook in a process of its own, which leaves nothing to the next one."
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(execute, path).result()
 
 
 @pytest.fixture(scope="session")
 def executed():
-    """A function that executes a notebook in another process and returns its answer.
+    """A function that executes a notebook in another process and returns its traceback.
 
-    One process serves many notebooks, so that torch is imported once; it is not that of
-    the tests, which IPython would change.
+    That process is forked from one that has imported torch, and not from that of the
+    tests, which has threads.
     """
-    pool = None
-
-    def run(path):
-        nonlocal pool
-        if pool is None:
-            pool = ProcessPoolExecutor(1, get_context("spawn"), start)
-        try:
-            return pool.submit(execute, path).result()
-        except BrokenProcessPool:
-            pool = None
-            raise
-
-    yield run
-    if pool:
-        pool.shutdown()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start) as pool:
+        yield lambda path: pool.submit(execute_alone, path).result()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: "/".join(path.parts[1:]))
 def test_a_notebook_runs(executed, path):
-    problem, changed = executed(ROOT / path)
+    problem = executed(ROOT / path)
     assert not problem, problem
-    assert not changed, f"{path} changes what other notebooks compute"

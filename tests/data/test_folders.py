@@ -889,7 +889,7 @@ def test_cache_files_of_the_package_are_no_data_but_a_run_that_counted_them_goes
     longer = replace(config, training=replace(config.training, steps=4))
     assert train(longer, tmp_path, "cpu", bar=False).state()["step"] == 4
     (path / "train/another").write_text("a file that is no cache")
-    with pytest.raises(ValueError, match="other data"):
+    with pytest.raises(ValueError, match="different data"):
         train(
             replace(config, training=replace(config.training, steps=6)),
             tmp_path,

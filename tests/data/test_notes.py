@@ -353,7 +353,7 @@ def test_options_that_are_refused(options, words):
         ({"vibrato": [-0.1, 0]}, "vibrato is -0.1"),
         ({"loudness": [0.0, 3.0]}, "loudness is 3, but must be at most 0 dB"),
         ({"loudness": [math.nan, 0]}, "loudness is nan"),
-        ({"pitch": [60, 108]}, "a note of 4186 Hz needs more than 8000"),
+        ({"pitch": [60, 108]}, "a note of 4186 Hz needs a rate above 8000 Hz"),
         ({"pitch": [math.nan, 60.0]}, "a note of nan Hz"),
     ],
 )

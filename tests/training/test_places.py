@@ -104,7 +104,7 @@ def test_a_run_is_used_from_any_folder_and_samples_without_its_data(trained, cap
         ]
     )
     assert "2 samples are in" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="the outline that a run keeps of its data"):
+    with pytest.raises(ValueError, match="the outline of a run's data"):
         run.sources.take("folder", torch.arange(1))
 
 
@@ -264,5 +264,5 @@ def test_runs_on_the_same_data_at_two_places_are_compared(trained, monkeypatch, 
         not in run_report({"a": first, "b": second}, sections=(run_section,)).html()
     )
     first.data.clear()  # a run that knows no fingerprint
-    with pytest.raises(ValueError, match="runs on the same data"):
+    with pytest.raises(ValueError, match="all runs must have the same data"):
         run_report({"a": first, "b": second}, sections=(run_section,))

@@ -297,7 +297,9 @@ def test_an_empty_folder_says_what_to_do_and_a_run_elsewhere_is_followed(
     inner(".selfflow-open-step select").select_option(label="step 6: damaged")
     page.wait_for_timeout(300)
     inner("button.selfflow-open").click()
-    inner(".selfflow-open-status [role=alert]", has_text="take another one").wait_for()
+    inner(
+        ".selfflow-open-status [role=alert]", has_text="choose another one"
+    ).wait_for()
     assert page.locator("img[src='x']").count() == 0, "a name stays text"
     shoot(page, "runs-damaged")
     shutil.rmtree(lab[2] / "browsed" / EVIL)

@@ -394,7 +394,10 @@ def test_bad_input_is_refused(run, view, monkeypatch):
             explorer.wait(60)
         assert 'role="alert"' in explorer.status.value
     for call, words in (
-        (lambda: nearest(np.zeros((4, 2)), 4), "each has 1 to 3"),
+        (
+            lambda: nearest(np.zeros((4, 2)), 4),
+            "each of 4 samples has from 1 to 3 neighbours",
+        ),
         (lambda: draw_maps(view.atlas, "UMAP"), "unknown method"),
         (
             lambda: draw_maps(view.atlas, layers=(2,)),
