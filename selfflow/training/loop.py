@@ -444,6 +444,8 @@ def train(
         given,
         builder,
     )
+    if not outline:  # nothing stands in for the data: sampling uses those opened here
+        run.sources = sources
     number = None
     with ExitStack() as stack:
         finished = processes.on_main(lambda: _open(run, stack))

@@ -206,6 +206,20 @@ def test_looking_at_a_run_in_the_middle_changes_nothing(runs, tmp_path):
     assert all(torch.equal(expected[k], actual[k]) for k in expected)
 
 
+def test_the_data_of_each_split_are_opened_once(tmp_path, monkeypatch):
+    opened = []
+    start = Sources.__init__
+
+    def counted(self, config, split="train", data=None):
+        opened.append(split)
+        start(self, config, split, data)
+
+    monkeypatch.setattr(Sources, "__init__", counted)
+    with_samples = replace(TINY.training, sample_every=TINY.training.steps)
+    train(replace(TINY, training=with_samples), tmp_path)
+    assert opened == ["train", "validation"]
+
+
 def test_a_finished_run_is_returned_as_it_is(runs):
     before = {p: p.stat().st_mtime_ns for p in runs["tiny"].path.rglob("*.safetensors")}
     train(TINY, runs["tiny"].path.parent)
