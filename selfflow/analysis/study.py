@@ -467,22 +467,27 @@ def run_study(
         choose(arm, study.arms, "arm")
     for seed in seeds:
         choose(str(seed), tuple(map(str, study.seeds)), "seed")
+    # all settings are checked before the first run begins
+    runs = [
+        (arm, _run_config(study, arm, seed, budget, steps[arm]))
+        for seed in seeds or study.seeds
+        for arm in arms or study.arms
+    ]
     _check_folder(study, budget, place)
-    for seed in seeds or study.seeds:
-        for arm in arms or study.arms:
-            config = _run_config(study, arm, seed, budget, steps[arm])
-            if all(
-                _row_path(place, config, step).exists() for step in steps[arm].values()
-            ):
-                continue
-            try:
-                _finish(config, arm, steps[arm], study.judging, place, device)
-            except RunInUse:
-                print(f"{config.name}: another process trains it; going on to the next")
-            except (FloatingPointError, torch.OutOfMemoryError) as error:
-                print(f"{config.name} failed: {error}")
-                failure = {"arm": arm, "seed": seed, "reason": str(error)}
-                write_json(_failure_path(place, config), failure)
+    for arm, config in runs:
+        judged = (_row_path(place, config, step) for step in steps[arm].values())
+        if all(path.exists() for path in judged):
+            continue
+        failure = _failure_path(place, config)
+        try:
+            _finish(config, arm, steps[arm], study.judging, place, device)
+            failure.unlink(missing_ok=True)  # of an earlier try
+        except RunInUse:
+            print(f"{config.name}: another process trains it; going on to the next")
+        except (FloatingPointError, torch.OutOfMemoryError) as error:
+            print(f"{config.name} failed: {error}")
+            reason = {"arm": arm, "seed": config.seed, "reason": str(error)}
+            write_json(failure, reason)
     return study_record(study, folder, budget)
 
 # %% ../../nbs/4_analysis/16_study.ipynb #b5accbde

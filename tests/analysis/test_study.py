@@ -238,6 +238,16 @@ def test_a_run_that_fails_is_listed_and_the_others_go_on(file, tmp_path, monkeyp
         1,
     }
     assert study_status(study, tmp_path)["state"].tolist().count("failed") == 1
+    monkeypatch.setattr(module, "train", train)
+    again = run_study(study, tmp_path)
+    assert again["complete"] and not again["failed"], "a later success counts"
+
+
+def test_a_save_every_that_misses_a_judged_step_is_refused_first(file, tmp_path):
+    file.write_text(FILE.replace("steps = 4", "steps = 41"))
+    with pytest.raises(ValueError, match="save_every 2 does not divide step 41"):
+        run_study(Study.read(file), tmp_path)
+    assert not (tmp_path / "little").exists(), "nothing was begun"
 
 
 def test_numbers_of_changed_files_or_code_are_not_mixed(finished, monkeypatch):
