@@ -312,7 +312,7 @@ def probe(
 
     opened = Run.open(run, device)
     check_writable(run / "probes.json")
-    store = FeatureStore(features or opened.path / "features")
+    store = FeatureStore(features) if features else FeatureStore.of(opened)
     settings: dict[str, Any] = {
         "weights": weights,
         "data": data,
