@@ -297,7 +297,7 @@ from selfflow.data.sources import load
 assert Path(selfflow.__file__).is_relative_to(sys.argv[1]), selfflow.__file__
 judge.train_judge_for = None  # nothing is trained
 shipped = {name: judge.judge_for(name) for name in judge.HEADS if name != "digits"}
-shipped["fashion"] = load("fashion")
+shipped["data of fashion"] = load("fashion")
 print({name: one.fingerprint for name, one in shipped.items()})
 """
 
@@ -347,7 +347,7 @@ def test_a_wheel_holds_the_same_judges_and_pictures_as_the_checkout(
     )
     assert shown.returncode == 0, shown.stderr
     shipped = {name: judge_for(name).fingerprint for name in HEADS if name != "digits"}
-    shipped["fashion"] = load("fashion").fingerprint
+    shipped["data of fashion"] = load("fashion").fingerprint
     assert ast.literal_eval(shown.stdout) == shipped, "and says nothing else"
     assert not list(installed.glob("data*"))
 
