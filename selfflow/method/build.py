@@ -321,8 +321,8 @@ def build_objective(
     """The objective that a config names, for a model of which width and depth are read.
 
     sequences: the parts of each kind of sequence that is trained on in turn;
-    feature_width: of the encoder's features, for REPA alone; weights: of the parts in
-    the losses. Raises ValueError for layers, levels, masks and conditions that do not
+    feature_width: of an outside encoder's features; weights: of the parts in the
+    losses. Raises ValueError for layers, levels, masks and conditions that do not
     fit.
     """
     schedules = {parts: build_schedule(config, parts) for parts in sequences}
@@ -333,11 +333,10 @@ def build_objective(
         "separated": config.separated,
     }
     shared |= {"schedule": schedule, "weights": weights}
-    return (
-        objectives[config.name]
-        .load()
-        .build(model, feature_width, **shared, **own_options(config))
-    )
+    objective = objectives[config.name].load()
+    if not objective.needs_features:  # a target without an encoder is as wide as tokens
+        feature_width = max(part.channels for parts in sequences for part in parts)
+    return objective.build(model, feature_width, **shared, **own_options(config))
 
 
 def check_layers(config: ObjectiveConfig, depth: int, signals: set[str]) -> None:

@@ -29,7 +29,9 @@ from .run import Run
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _model_card(run: Run, dtype: str, outline: dict[str, Outline]) -> str:
+def _model_card(
+    run: Run, outline: dict[str, Outline], exported: dict, license: str
+) -> str:
     "Return README.md of an exported run, with the header for the Hugging Face Hub."
     config = run.config
     step = run.state()["step"]
@@ -42,10 +44,10 @@ def _model_card(run: Run, dtype: str, outline: dict[str, Outline]) -> str:
         tag = "pipeline_tag: unconditional-image-generation\n"
     text = {"class": "a class", "caption": "a text", "none": "nothing"}[condition]
     example = "['a text']" if condition == "caption" else "[0]"
+    licensed = license or "other\nlicense_name: to-be-chosen"
     return f"""---
 library_name: selfflow
-license: other
-license_name: to-be-chosen
+license: {licensed}
 tags:
 - self-flow
 - flow-matching
@@ -55,16 +57,18 @@ tags:
 
 A flow matching model, trained with the objective `{config.objective.name}`
 for {step:,} steps and conditioned on {text}. The file `model.safetensors` holds the
-averaged (EMA) weights in {dtype}: width {run.teacher.width}, depth {run.teacher.depth}.
+averaged (EMA) weights in {exported["dtype"]}:
+width {run.teacher.width}, depth {run.teacher.depth}.
 
 ## Data
 
 {_data_list(outline)}
 
-## Losses
+## Training
 
-{_last_losses(run) or "not logged"} (step {step:,})
-
+Seed {config.seed}, batches of {config.training.batch}, {_cost(exported)}.
+Losses: {_last_losses(run, step) or "not logged"} (step {step:,}).
+{_evaluation(exported["metrics"])}
 ## Use
 
 ```python
@@ -75,7 +79,7 @@ samples = model.sample({example})
 
 ## License
 
-To be chosen by the publisher of this model.
+{license or "To be chosen by the publisher of this model."}
 """
 
 
@@ -90,8 +94,22 @@ def _data_list(outline: dict[str, Outline]) -> str:
     return "\n".join(lines)
 
 
-def _last_losses(run: Run) -> str:
+def _cost(exported: dict) -> str:
+    if not exported["seconds"]:
+        return "training time not logged"
+    return f"{exported['seconds'] / 60:.0f} minutes on {exported['device']}"
+
+
+def _evaluation(metrics: dict[str, float]) -> str:
+    if not metrics:
+        return ""
+    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
+    return f"\n## Evaluation\n\n| on test data | |\n|---|---|\n{rows}\n"
+
+
+def _last_losses(run: Run, step: int) -> str:
     log = run.log
+    log = log[log["step"] <= step] if "step" in log else log
     losses = []
     for column, words in (
         ("validation_flow_loss", "validation flow loss"),
@@ -131,7 +149,24 @@ def _outline_of(run: Run) -> dict[str, Outline]:
     }
 
 
-def export(run: Run | Path | str, folder: Path | str, dtype: str = "float32") -> Path:
+def _spent(run: Run) -> dict:
+    "Return the seconds and the device of a run's training up to its checkpoint."
+    if run.exported:
+        return {name: run.exported[name] for name in ("seconds", "device")}
+    timing = run.timing
+    if timing.empty:
+        return {"seconds": 0.0, "device": ""}
+    last = timing[timing["step"] <= run.state()["step"]].iloc[-1]
+    return {"seconds": float(last["seconds"]), "device": last["device"]}
+
+
+def export(
+    run: Run | Path | str,
+    folder: Path | str,
+    dtype: str = "float32",
+    metrics: dict[str, float] | None = None,
+    license: str = "",
+) -> Path:
     """Write a run's averaged weights, config and model card to a folder and return it.
 
     An earlier export in the folder is replaced.
@@ -139,6 +174,8 @@ def export(run: Run | Path | str, folder: Path | str, dtype: str = "float32") ->
     Args:
         dtype: Of the weights in the file: float32, bfloat16 or float16. The model
             computes in float32 in any case.
+        metrics: Measurements for the model card, by name.
+        license: Identifier of a licence, such as apache-2.0; empty = to be chosen.
 
     Raises:
         ValueError: if the folder contains something else, or float16 cannot hold the
@@ -170,8 +207,10 @@ def export(run: Run | Path | str, folder: Path | str, dtype: str = "float32") ->
                 "step": run.state()["step"],
                 "dtype": dtype,
                 "sha256": sha256(file),
+                "metrics": metrics or run.exported.get("metrics", {}),
+                **_spent(run),
             }
-            card = _model_card(run, dtype, outline)
+            card = _model_card(run, outline, stored["exported"], license)
             (staging / "README.md").write_text(card, encoding="utf-8")
             for file in staging.iterdir():
                 flush(file)

@@ -399,14 +399,17 @@ def _batch_stats(
     state: TrainState, config: Config, batch: Batch, pieces: list[tuple]
 ) -> BatchStats:
     "Compute the properties of a batch on which the losses of its pieces depend."
+    progress = state.step / config.training.steps
+    if len(pieces) == 1:
+        return BatchStats({}, progress=progress)
     counts = state.objective.token_counts(batch, _draws(state, config), len(pieces))
     if getattr(state.objective, "normalise", "raw") == "raw":
-        return BatchStats(counts)
+        return BatchStats(counts, progress=progress)
     with torch.no_grad(), _autocast(config, batch.x0.device):
         means = [
             state.learner(state.teacher, *piece, target_means=True) for piece in pieces
         ]
-    return BatchStats(counts, moments_of(torch.stack(means).mean(0)))
+    return BatchStats(counts, moments_of(torch.stack(means).mean(0)), progress)
 
 
 def diverged(step: int, problem: str) -> FloatingPointError:
@@ -438,9 +441,7 @@ def train_step(
     """
     training = config.training
     pieces = _pieces(state, config, batch)
-    stats = ONE_PIECE
-    if len(pieces) > 1:
-        stats = _batch_stats(state, config, batch, pieces)
+    stats = _batch_stats(state, config, batch, pieces)
     state.optimizer.zero_grad()
     reported = []
     for number, piece in enumerate(pieces, 1):
