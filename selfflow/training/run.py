@@ -809,7 +809,7 @@ class Run:
         return pd.DataFrame(read_lines(self.timing_path))
 
     def seconds_at(self, step: int) -> float:
-        """Return the seconds of training up to a step, interpolated if it is not logged.
+        """Return the seconds of training up to a step, interpolated between log lines.
 
         NaN for a run that has logged none.
         """
