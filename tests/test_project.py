@@ -297,7 +297,7 @@ from selfflow.data.sources import load
 assert Path(selfflow.__file__).is_relative_to(sys.argv[1]), selfflow.__file__
 judge.train_judge_for = None  # nothing is trained
 shipped = {name: judge.judge_for(name) for name in judge.HEADS if name != "digits"}
-shipped["fashion"] = load("fashion")
+shipped["data of fashion"] = load("fashion")
 print({name: one.fingerprint for name, one in shipped.items()})
 """
 
@@ -347,7 +347,7 @@ def test_a_wheel_holds_the_same_judges_and_pictures_as_the_checkout(
     )
     assert shown.returncode == 0, shown.stderr
     shipped = {name: judge_for(name).fingerprint for name in HEADS if name != "digits"}
-    shipped["fashion"] = load("fashion").fingerprint
+    shipped["data of fashion"] = load("fashion").fingerprint
     assert ast.literal_eval(shown.stdout) == shipped, "and says nothing else"
     assert not list(installed.glob("data*"))
 
@@ -362,137 +362,6 @@ def test_pictures_and_links_exist():
             assert target.startswith("https://") or (path.parent / target).exists(), (
                 f"{path}: {target}"
             )
-
-
-def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
-    (example,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S
-    )
-    assert "steps=1000" in example
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(example.replace("steps=1000", "steps=2"), names)  # the same lines, in small
-    assert (
-        names["images"].shape == (3, 1, 8, 8)
-        and (tmp_path / "runs/mine/config.json").exists()
-    )
-
-
-def recorded(name: str):
-    return json.loads((ROOT / f"data/results/{name}.json").read_text())
-
-
-def test_the_numbers_of_the_readme_are_the_recorded_ones():
-    record = json.loads((ROOT / "data/results/quickstart_seeds.json").read_text())
-    table = [
-        line
-        for line in (ROOT / "README.md").read_text().splitlines()
-        if line.startswith("| ") and "±" in line
-    ]
-    for line, row in zip(table, record["summary"], strict=True):
-        scale = 1 if row["measure"] == "flow loss" else 100
-        recorded = [
-            scale * float(number)
-            for key, value in row.items()
-            if key not in ("measure", "flow matching, 4/3 steps")
-            for number in re.findall(r"[+-]?\d+\.\d+", value)
-        ]
-        shown = [
-            float(number)
-            for number in re.findall(r"[+-]?\d+\.\d+", line.split("|", 2)[2])
-        ]
-        assert shown == pytest.approx(recorded, abs=0.051 if scale == 100 else 1e-9), (
-            line
-        )
-
-
-def test_the_speeds_of_the_readme_are_the_recorded_ones():
-    readme = (ROOT / "README.md").read_text()
-    for record in [*recorded("benchmark_cpu"), *recorded("benchmark_gpu")]:
-        case, ours, rival = (
-            record["case"],
-            record["results"]["Self-Flow"],
-            record["results"]["published form"],
-        )
-        name = (
-            f"{case['size']}, {case['tokens']} tokens x {case['batch']}, "
-            f"{case['precision']}" + ", compiled" * case["compile"]
-        )
-        name += ", H200" * (record["device"] == "NVIDIA H200")
-        low, median, high = ours["speed_ratio"]
-        assert (
-            f"| {name} | {ours['flops'] / rival['flops']:.3f} | {median:.2f} "
-            f"({low:.2f} to {high:.2f}) | "
-            f"{ours['ceiling_share'][1]:.0%} | "
-            f"{ours['peak_bytes'] / rival['peak_bytes']:.2f} |"
-        ) in readme
-
-
-@pytest.mark.parametrize(
-    "record, what, factor, scale",
-    [
-        ("train_video", "film", "direction", 3),
-        ("train_video", "film", "direction", 8),
-        ("train_video", "film", "direction, tracked", 8),
-        ("train_video_gpu", "film of full size, GPU", "direction", 8),
-        ("train_video_gpu", "film of full size, GPU", "direction, tracked", 8),
-    ],
-)
-def test_the_films_of_the_readme_are_the_recorded_ones(record, what, factor, scale):
-    found = [
-        row["right (95 %)"]
-        for row in recorded(record)["rows"]
-        if (row["factor"], row["CFG"]) == (factor, scale)
-    ]
-    shown = ["{} ({} to {})".format(*re.findall(r"[\d.]+", share)) for share in found]
-    name = factor if "tracked" in factor else f"{factor}, by the judge"
-    line = f"| {what}: {name}, guidance {scale} | {' | '.join(shown)} |"
-    assert len(found) == 2 and line in (ROOT / "README.md").read_text().replace(
-        "**", ""
-    )
-
-
-def test_the_rivals_of_the_readme_are_the_recorded_ones():
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    rows = {
-        row["arm"]: row["flow loss"]
-        for row in json.loads((ROOT / "data/results/rivals.json").read_text())[
-            "summary"
-        ]
-    }
-    assert all(rows[arm] in readme for arm in rows if arm != "Self-Flow, 4 levels")
-
-
-def test_the_long_run_of_the_readme_is_the_recorded_one():
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    found = json.loads((ROOT / "data/results/long_run.json").read_text())
-    first, last = (
-        found[name] / 2**20 for name in ("memory_after_an_eighth", "memory_at_the_end")
-    )
-    *earlier, last_stop = map(str, found["stops"])
-    stops = f"stopped after steps {', '.join(earlier)} and {last_stop}"
-    assert found["equal"] and stops in readme
-    shares = (
-        f"{found['data_wait']:.2%} of the time was spent waiting for data, "
-        f"{found['besides_steps']:.1%} on validation"
-    )
-    assert shares in readme
-    assert f"memory grew by {last - first:.1f} of {last:.0f} MiB" in readme
-
-
-def test_the_probes_of_own_data_in_the_readme_are_the_recorded_ones():
-    readme, found = (
-        " ".join((ROOT / "README.md").read_text().split()),
-        recorded("own_data"),
-    )
-    shown = [
-        "{:.1f} % ({:.1f} to {:.1f})".format(
-            *(100 * share for share in (row["probe"], *row["interval"]))
-        )
-        for row in found["rows"]
-    ]
-    assert f"reads the class in {' and '.join(shown)}" in readme
-    assert found["pixels"].replace("%", "").replace(" (", " % (") in readme
 
 
 def test_packaging_reads_settings():

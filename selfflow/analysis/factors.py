@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ..checks import choose
 from ..data.audio import LogMel, pitch_of
 from ..data.datasets import Examples
+from ..data.fashion import CLOTHES
 from ..data.motion import DIRECTIONS
 from ..data.notes import PITCHES, TIMBRES, note_name
 from ..data.scenes import GROUNDS, MATERIALS
@@ -59,6 +60,7 @@ def _materials(examples: Examples) -> dict[str, Tensor]:
 # Factors that a judge reads but that a data set stores in another form.
 _DERIVED = {
     "digits": _labels("digit"),
+    "fashion": _labels("class"),
     "shapes": _place(RANGES),
     "emblems": _place(LARGE),
     "motion": _labels("direction"),
@@ -68,6 +70,7 @@ _DERIVED = {
 HEADS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
     # data set: {view of a signal: {factor: its words}}
     "digits": {"pixels": {"digit": tuple("0123456789")}},
+    "fashion": {"grey": {"class": CLOTHES}},
     "shapes": _FIGURES,
     "emblems": _FIGURES,
     "motion": {"course": {"direction": DIRECTIONS}, "video": {"colour": COLOURS}},
@@ -79,6 +82,7 @@ HEADS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
 }
 CLASS = {
     "digits": ("digit",),
+    "fashion": ("class",),
     "shapes": ("kind",),
     "emblems": ("kind",),
     "motion": ("direction",),
@@ -175,6 +179,7 @@ def courses(cover: Tensor) -> Tensor:
 
 # %% ../../nbs/4_analysis/02_factors.ipynb #5335d7a9
 _GRID: dict[str, tuple[int, ...]] = {  # view: channels and size
+    "grey": (1, 28, 28),
     "image": (7, 32, 32),
     "figure": (1, 16, 32),
     "video": (7, 4, 16, 16),
@@ -184,6 +189,7 @@ _GRID: dict[str, tuple[int, ...]] = {  # view: channels and size
 _HOP = 256  # samples from one column of a spectrogram to the next
 _LAYERS: dict[str, tuple[tuple, tuple]] = {
     # view: widths and strides of the convolutions
+    "grey": ((32, 48, 64, 64), (1, 2, 2, 2)),
     "image": ((16, 24, 32, 48), (1, 2, 2, 2)),
     "figure": ((24, 32, 48, 64), (1, 2, 2, 1)),
     "video": ((16, 32, 48), (1, (1, 2, 2), 2)),
@@ -195,8 +201,15 @@ _POOL: dict[str, nn.Module] = {
     "figure": nn.AdaptiveAvgPool2d((None, 1)),
     "video": nn.AdaptiveAvgPool3d((None, 1, 1)),
 }
-_SIGNAL_OF = {"figure": "image", "course": "video"}  # others are named as their signal
-_AXES = {"image": "b 3 h w", "video": "b 3 f h w", "audio": "b samples"}
+_SIGNAL_OF = {"grey": "image", "figure": "image", "course": "video"}
+_AXES = {  # numbers are fixed sizes
+    "grey": "b 1 h w",
+    "image": "b 3 h w",
+    "figure": "b 3 h w",
+    "video": "b 3 f h w",
+    "course": "b 3 f h w",
+    "audio": "b samples",
+}
 
 
 class Reader(nn.Module):
@@ -213,7 +226,7 @@ class Reader(nn.Module):
     def __init__(self, view: str, heads: dict[str, tuple[str, ...]], rate: int = 0):
         super().__init__()
         self.view = view
-        self.signal = _SIGNAL_OF.get(view, view)
+        self.signal = _SIGNAL_OF.get(view, view)  # the others are views of themselves
         self.rate = rate
         conv: type[nn.Module] = nn.Conv3d if view == "video" else nn.Conv2d
         norm: type[nn.Module] = nn.BatchNorm3d if view == "video" else nn.BatchNorm2d
@@ -257,7 +270,7 @@ class Reader(nn.Module):
             values = 8 * courses(covered(values))
         elif self.view == "figure":
             values = unrolled(covered(values))
-        else:
+        elif self.view != "grey":
             cover = covered(values)
             values = torch.cat([values, cover, values * cover], 1)
         grid = _GRID[self.view]
@@ -276,9 +289,13 @@ class Reader(nn.Module):
             ValueError: For a signal of another shape.
         """
         values = values.detach().float().cpu()
-        axes = _AXES[self.signal].split()
-        colours = "3" not in axes or values.ndim > 1 and values.shape[1] == 3
-        if values.ndim != len(axes) or not colours or not values.numel():
+        axes = _AXES[self.view].split()
+        fits = values.ndim == len(axes) and all(
+            axis == str(size)
+            for axis, size in zip(axes, values.shape, strict=True)
+            if axis.isdigit()
+        )
+        if not fits or not values.numel():
             raise ValueError(
                 f"{self.signal} has shape {tuple(values.shape)}, expected "
                 f"({', '.join(axes)}), not empty"

@@ -371,7 +371,14 @@ class Judge:
             temporary.write_bytes(content)
 
 # %% ../../nbs/4_analysis/10_judge.ipynb #f602bbb3
-_STEPS = {"shapes": 800, "emblems": 800, "motion": 300, "notes": 300, "scenes": 200}
+_STEPS = {
+    "fashion": 1500,
+    "shapes": 800,
+    "emblems": 800,
+    "motion": 300,
+    "notes": 300,
+    "scenes": 200,
+}
 
 
 def _source(name: str, data: DataConfig | None, split: str) -> DataSet:
@@ -541,7 +548,7 @@ _fitted_judges: dict[tuple[str, str], Judge] = {}
 def judge_for(
     name: str, data: DataConfig | None = None, folder: Path | str = "data/cache/judges"
 ) -> Judge:
-    """The judge of digits, shapes, emblems, motion, notes or scenes.
+    """The judge of a data set, one of HEADS.
 
     Judges for default sizes come with the project. For other sizes one is trained at
     first use, which is reported, and stored. The judge of digits is fitted once in a
