@@ -24,7 +24,7 @@ test: setup check-step  ## in step, form, types, every notebook executed, all te
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES) selfflow
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist loadgroup --durations 25
+	$(BIN)/pytest -n 2 --durations 25
 
 lab: setup  ## JupyterLab on nbs/, at the workbench
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/studies/workbench.ipynb nbs

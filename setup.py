@@ -9,7 +9,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 # folders of data/ that are copied into a wheel, where selfflow.shipped finds them
-SHIPPED = ("judges", "fashion")
+SHIPPED = ("judges", "fashion", "models")
 parser = ConfigParser(delimiters=["="])
 parser.read(ROOT / "settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]

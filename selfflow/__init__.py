@@ -13,6 +13,7 @@ _HOMES = {
     "Run": "training.run",
     "TrainConfig": "training.config",
     "load": "training.export",
+    "model": "training.models",
     "register_backbone": "registries",
     "register_dataset": "registries",
     "register_explorer": "registries",

@@ -81,20 +81,46 @@ def process_settings():
     }
 
 
-def pytest_collection_modifyitems(config, items):
-    """Say what one of several test processes does alone (`--dist loadgroup`).
+def group_of(nodeid):
+    """Return the group of a test; one test process runs all tests of a group.
 
-    A file, whose tests share trained runs; all tests with a browser, which share one
-    JupyterLab; but notebooks one by one. pytest-xdist begins with the longest lists.
+    The tests of a file share trained runs, those with a browser one JupyterLab.
+    Notebooks share nothing.
     """
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        file = item.path.relative_to(config.rootpath)
-        if file.name == "test_notebooks.py":
-            continue
-        group = "browser" if file.name.startswith("test_browser") else str(file)
-        item.add_marker(pytest.mark.xdist_group(group))
+    file = nodeid.partition("::")[0]
+    name = file.rpartition("/")[2]
+    if name == "test_notebooks.py":
+        return nodeid
+    return "browser" if name.startswith("test_browser") else file
+
+
+def pytest_collection_modifyitems(items):
+    "The longest group first, the browser; notebooks last, to fill both processes."
+
+    def rank(item):
+        group = group_of(item.nodeid)
+        if group == "browser":
+            return 0
+        return 2 if group == item.nodeid else 1
+
+    items.sort(key=rank)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Return the scheduler of `pytest -n 2`, which keeps groups together.
+
+    Of its own, because `--dist loadgroup` of pytest-xdist 3.8 silently ignores groups
+    with pytest 9.2: both processes then train the same runs.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False  # the order is that of the collection
+    return Groups(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -615,7 +615,7 @@ def _open(
     model = getattr(run, weights)
     items = probe_items(run, counts, data)
     layers = tuple(layers or range(1, model.depth + 1))
-    return _Opened(model, items, layers, store or FeatureStore(run.path / "features"))
+    return _Opened(model, items, layers, store or FeatureStore.of(run))
 
 
 def _raw_tokens(items: dict[str, Items], part: str) -> dict[str, np.ndarray]:

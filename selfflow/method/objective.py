@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONE_PIECE', 'Noised', 'add_noise', 'BatchStats', 'Losses', 'FlowMatching', 'make_teacher', 'ema_decay', 'update_ema',
-           'Projector', 'FeatureObjective', 'default_layers', 'SelfFlow', 'SRA', 'LayerSync', 'REPA']
+           'Projector', 'FeatureObjective', 'default_layers', 'SelfFlow', 'SRA', 'LayerSync', 'REPA', 'SRA2']
 
 # %% ../../nbs/1_method/10_objective.ipynb #771d70ba
 import copy
@@ -80,17 +80,21 @@ def add_noise(
 
 # %% ../../nbs/1_method/10_objective.ipynb #2fe2ee9e
 class BatchStats(NamedTuple):
-    """Properties of a whole batch that the losses of one of its pieces depend on.
+    """What the losses depend on besides the samples that are passed.
 
-    counts: Tokens that count, by loss and by part of the sequence, see `mean_count`.
-    moments: Mean and deviation of the target, if it is normalised.
+    counts: Tokens that count in the whole batch, by loss and by part of the sequence,
+        see `mean_count`; empty for a batch in one piece.
+    moments: Mean and deviation of the target in the whole batch, if it is normalised.
+    progress: Share of the training that is done, for weights that change in its
+        course; None outside a training.
     """
 
     counts: dict[str, Tensor]
     moments: tuple[Tensor, Tensor] | None = None
+    progress: float | None = None
 
 
-ONE_PIECE = BatchStats({})  # a batch in one piece needs none of them
+ONE_PIECE = BatchStats({})  # a batch in one piece, outside a training
 
 
 @dataclass
@@ -375,6 +379,7 @@ class FeatureObjective(FlowMatching):
         distance: A name in `alignment.DISTANCES`.
         normalise: Of the target, see `alignment.normalise`.
         rep_tokens: Tokens that the representation loss counts, see `loss_mask`.
+        rep_warmup, rep_decay, rep_until: Shares of the training, see `rep_weight_at`.
         **options: Of `FlowMatching`.
 
     Raises:
@@ -395,6 +400,9 @@ class FeatureObjective(FlowMatching):
         distance: str = "cosine",
         normalise: str = "raw",
         rep_tokens: str = "all",
+        rep_warmup: float = 0.0,
+        rep_decay: float = 0.0,
+        rep_until: float = 1.0,
         **options,
     ):
         super().__init__(schedule, label_drop, **options)
@@ -408,6 +416,25 @@ class FeatureObjective(FlowMatching):
         self.distance = distance
         self.normalise = normalise
         self.rep_tokens = rep_tokens
+        self.rep_warmup = rep_warmup
+        self.rep_decay = rep_decay
+        self.rep_until = rep_until
+
+    def rep_weight_at(self, progress: float | None) -> float:
+        """Return gamma when a share of the training is done.
+
+        It rises linearly from 0 over the first `rep_warmup` of all steps, falls
+        linearly to 0 over the `rep_decay` before `rep_until`, and is 0 from there on.
+        Outside a training (None) it is `rep_weight`.
+        """
+        if progress is None:
+            return self.rep_weight
+        remaining = self.rep_until - progress
+        if remaining <= 0:
+            return 0.0
+        rise = progress / self.rep_warmup if self.rep_warmup else 1.0
+        fall = remaining / self.rep_decay if self.rep_decay else 1.0
+        return self.rep_weight * min(1.0, rise, fall)
 
     @classmethod
     def build(cls, model, feature_width: int = 1, **options) -> "FeatureObjective":
@@ -473,7 +500,7 @@ class FeatureObjective(FlowMatching):
             self.weighted(distance, batch.parts), mask, stats.counts.get("rep")
         )
         flow_loss, by_part = self.flow_terms(out.velocity, noised, stats)
-        total = flow_loss + self.rep_weight * rep_loss
+        total = flow_loss + self.rep_weight_at(stats.progress) * rep_loss
         # how much noisier the student's tokens are than the target's
         gap = noised.levels.per_token() - target_level  # (b, n)
         counted = slice(None) if mask is None else mask
@@ -507,6 +534,15 @@ def _choose_layers(
             f"need 1 <= student_layer < teacher_layer <= depth = {model.depth}"
         )
     return student, teacher
+
+
+def _choose_layer(model, student: int | None) -> int:
+    student = default_layers(model.depth)[0] if student is None else student
+    if not 1 <= student <= model.depth:
+        raise ValueError(
+            f"student_layer is {student}, but the model has layers 1 to {model.depth}"
+        )
+    return student
 
 
 class SelfFlow(FeatureObjective):
@@ -694,13 +730,7 @@ class REPA(FeatureObjective):
         head_width: int = 2048,
         **options,
     ):
-        if student_layer is None:
-            student_layer, _ = default_layers(model.depth)
-        if not 1 <= student_layer <= model.depth:
-            raise ValueError(
-                f"student_layer is {student_layer}, "
-                f"but the model has layers 1 to {model.depth}"
-            )
+        student_layer = _choose_layer(model, student_layer)
         super().__init__(schedule, student_layer, rep_weight, label_drop, **options)
         self.feature_width = feature_width
         # in a tuple: as an attribute, a module would be trained and saved with the
@@ -737,3 +767,52 @@ class REPA(FeatureObjective):
                 f"expected {expected}"
             )
         return features, torch.zeros(b, n, device=x0.device)
+
+
+class SRA2(FeatureObjective):
+    """SRA 2: the student's features match the clean tokens, without a second pass.
+
+    Args:
+        model: The student, of which width and depth are read.
+        token_width: Channels of a token.
+        student_layer: 1-based, default 0.3 of the depth.
+
+    Other arguments as in `FeatureObjective`. Of the papers the abstracts were read;
+    layer, weight, distance and the head of two layers are choices of this project.
+
+    Raises:
+        ValueError: For a student_layer that the model does not have.
+
+    Source: SRA 2, arXiv 2601.17830; for a short phase, the first stage of
+    Self-Transcendence, arXiv 2601.07773.
+    """
+
+    @classmethod
+    def build(cls, model, feature_width: int = 1, **options) -> "SRA2":
+        """As `FlowMatching.build`, with a head for tokens of `feature_width`."""
+        return cls(model, feature_width, **options)
+
+    def __init__(
+        self,
+        model,
+        token_width: int,
+        schedule=None,
+        student_layer: int | None = None,
+        rep_weight: float = 0.5,
+        label_drop: float = 0.1,
+        **options,
+    ):
+        student_layer = _choose_layer(model, student_layer)
+        super().__init__(schedule, student_layer, rep_weight, label_drop, **options)
+        self.projector = nn.Sequential(
+            nn.Linear(model.width, model.width),
+            nn.SiLU(),
+            nn.Linear(model.width, token_width),
+        )
+
+    def target(
+        self, teacher, noised: Noised, hidden: dict[int, Tensor], draw: Draw
+    ) -> tuple[Tensor, Tensor]:
+        """Return the clean tokens (b, n, token_width), and level 0."""
+        x0 = noised.batch.x0
+        return x0, torch.zeros(x0.shape[:2], device=x0.device)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'CHOICES', 'DENSITIES', 'SCHEDULES', 'MASK_RATIOS', 'GIVEN', 'TransformerOptions', 'ModelConfig',
-           'FeatureOptions', 'SelfFlowOptions', 'SRAOptions', 'LayerSyncOptions', 'REPAOptions', 'ObjectiveConfig',
-           'StochasticOptions', 'AdaptiveOptions', 'sampler_options']
+           'FeatureOptions', 'SelfFlowOptions', 'SRAOptions', 'LayerSyncOptions', 'REPAOptions', 'SRA2Options',
+           'SelfTranscendenceOptions', 'ObjectiveConfig', 'StochasticOptions', 'AdaptiveOptions', 'sampler_options']
 
 # %% ../../nbs/1_method/07_options.ipynb #48c589ca
 from dataclasses import dataclass, fields
@@ -100,11 +100,27 @@ class FeatureOptions:
     distance: str = "cosine"  # of the features: cosine, smooth_l1 or l2
     # the target's features: raw, centred or standardised
     normalise: str = "raw"
+    # shares of all steps: gamma rises from 0 over the first rep_warmup, falls to 0
+    # over the rep_decay before rep_until, and is 0 from there on
+    rep_warmup: float = 0.0
+    rep_decay: float = 0.0
+    rep_until: float = 1.0
 
     def __post_init__(self):
         if not self.rep_weight >= 0:
             raise ValueError(
                 f"rep_weight is {self.rep_weight}, but must not be negative"
+            )
+        for name in ("rep_warmup", "rep_decay", "rep_until"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but a share of all steps is in "
+                    "[0, 1]"
+                )
+        if self.rep_warmup + self.rep_decay > self.rep_until:
+            raise ValueError(
+                f"rep_warmup {self.rep_warmup} and rep_decay {self.rep_decay} together "
+                f"are longer than rep_until {self.rep_until}; shorten them"
             )
 
 
@@ -139,6 +155,20 @@ class REPAOptions(FeatureOptions):
     rep_weight: float = 0.5  # gamma, of the representation loss
 
 
+@dataclass(frozen=True)
+class SRA2Options(FeatureOptions):
+    """Options of SRA 2."""
+
+    rep_weight: float = 0.5  # gamma, of the representation loss; not published
+
+
+@dataclass(frozen=True)
+class SelfTranscendenceOptions(SRA2Options):
+    """Options of the first stage of Self-Transcendence."""
+
+    rep_until: float = 0.1  # 40 of 400 epochs
+
+
 objectives.register("self_flow", "selfflow.method.objective:SelfFlow", SelfFlowOptions)
 objectives.register(
     "flow_matching", "selfflow.method.objective:FlowMatching", NoOptions
@@ -148,6 +178,10 @@ objectives.register(
     "layer_sync", "selfflow.method.objective:LayerSync", LayerSyncOptions
 )
 objectives.register("repa", "selfflow.method.objective:REPA", REPAOptions)
+objectives.register("sra2", "selfflow.method.objective:SRA2", SRA2Options)
+objectives.register(
+    "self_transcendence", "selfflow.method.objective:SRA2", SelfTranscendenceOptions
+)
 
 # %% ../../nbs/1_method/07_options.ipynb #03c82e35
 DENSITIES = ("uniform", "logit_normal", "plateau_logit_normal")

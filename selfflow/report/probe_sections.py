@@ -96,7 +96,7 @@ def _chosen_features(run: Run, items: dict[str, Items], probes: Probes, best) ->
     """Features (n, d) of the training and the test items in the chosen cell."""
     about = probes.about
     model = run.teacher if about["weights"] == "teacher" else run.model
-    store = FeatureStore(run.path / "features")
+    store = FeatureStore.of(run)
     features = {}
     for split in ("train", "test"):
         by_layer = stream_features(

@@ -230,7 +230,7 @@ class AtlasBuilder:
         self, run: Run, options: AtlasOptions, store: FeatureStore | None = None
     ):
         self.options = options
-        self.store = store or FeatureStore(run.path / "features")
+        self.store = store or FeatureStore.of(run)
         self.model = getattr(run, options.weights)
         self.items = items_of(
             run, options.split, options.count, options.data, options.seed

@@ -7,8 +7,10 @@ __all__ = ['Tool', 'tools_on_page', 'quickstart', 'runs_in', 'saved_step', 'labe
 
 # %% ../../nbs/7_workbench/18_page.ipynb #88770800
 import inspect
+import json
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -22,6 +24,7 @@ from ..registries import explorers
 from ..training.checkpoint import find_runs
 from ..training.config import Config
 from ..training.loop import train
+from ..training.models import shipped_models
 from .controls import answer_while_busy, button, choice, message
 from .panel import watch
 from .run_browser import browse
@@ -93,8 +96,17 @@ def runs_in(folder: Path) -> dict[str, Path]:
 
 
 def saved_step(path: Path) -> int:
-    "The step of a run's newest checkpoint, unchecked; 0 if there is none."
-    return max(map(step_of, step_paths(path / "checkpoints")), default=0)
+    """The step of a run's newest checkpoint, unchecked, or of an exported model.
+
+    0 if there is neither.
+    """
+    checkpoints = step_paths(path / "checkpoints")
+    if checkpoints:
+        return max(map(step_of, checkpoints))
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        stored = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return int(stored["exported"]["step"])
+    return 0
 
 
 def label_of(name: str, path: Path) -> str:
@@ -118,8 +130,10 @@ class Workbench:
     Args:
         folder: Of runs.
         tools: By default all that are registered.
-        configs: Trained in folder/quickstart if nothing can be opened yet, by default
-            those of `quickstart()`.
+        configs: Trained in folder/quickstart when its button is pressed, and at once
+            if there is nothing else to open; by default those of `quickstart()`.
+        models: Folders by name, listed after the runs; by default those that come with
+            the project.
 
     Attributes: run, tool, the controls; page, what is open; live, the panel of the
     training that it started; status, what it did; box, the widget.
@@ -130,12 +144,14 @@ class Workbench:
         folder: Path | str = "runs",
         tools: tuple[Tool, ...] | None = None,
         configs: tuple[Config, ...] | None = None,
+        models: dict[str, Path] | None = None,
     ):
         self.folder = Path(folder)
+        self.models = shipped_models() if models is None else models
         tools = tools_on_page() if tools is None else tools
         self.tools = {tool.title: tool for tool in tools}
         self.configs = quickstart() if configs is None else tuple(configs)
-        self.runs = runs_in(self.folder)
+        self.runs = self._find()
         self._open: dict[tuple[Path, str], widgets.Widget] = {}
         self._opening: set[tuple[Path, str]] = set()
         self._trains = False
@@ -185,6 +201,9 @@ class Workbench:
 
     # the runs
 
+    def _find(self) -> dict[str, Path]:
+        return {**runs_in(self.folder), **self.models}
+
     def _usable(self) -> list[Path]:
         "Runs that have a checkpoint."
         return [path for path in self.runs.values() if saved_step(path)]
@@ -197,12 +216,13 @@ class Workbench:
         return None
 
     def _first_run(self) -> Path | None:
-        "The run to begin with: the quickstart's Self-Flow, if it can be opened."
+        "The run to begin with: one of the folder, if it has any; Self-Flow, if it can."
         usable = self._usable()
-        for path in usable:
-            if path.parts[-2:] == ("quickstart", "self-flow"):
+        own = [path for path in usable if path not in self.models.values()]
+        for path in own or usable:
+            if path.name.endswith("self-flow"):
                 return path
-        return next(iter(usable or self.runs.values()), None)
+        return next(iter(own or usable or self.runs.values()), None)
 
     def look(self) -> None:
         """Read which runs the folder holds now.
@@ -211,7 +231,7 @@ class Workbench:
         """
         with self._state:
             chosen = self.run.value
-            self.runs = runs_in(self.folder)
+            self.runs = self._find()
             options = [(label_of(name, path), path) for name, path in self.runs.items()]
             if tuple(options) != self.run.options:
                 changed = {path for _, path in set(self.run.options) - set(options)}
@@ -369,13 +389,11 @@ class Workbench:
 def workbench(
     folder: Path | str = "runs", configs: tuple[Config, ...] | None = None
 ) -> Workbench:
-    """All tools on the runs of a folder.
-
-    If none can be opened yet, the quickstart is trained in folder/quickstart.
+    """All tools on the runs of a folder and the models that come with the project.
 
     Args:
         folder: Of runs.
-        configs: Trained instead of `quickstart()`.
+        configs: Trained by its button instead of `quickstart()`.
     Raises:
         NotADirectoryError: if the folder is a file.
     """

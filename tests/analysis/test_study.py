@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from selfflow.analysis import study as module
@@ -16,6 +17,7 @@ from selfflow.analysis.study import (
     Judging,
     Study,
     compare_arms,
+    export_run,
     run_study,
     steps_of,
     study_record,
@@ -23,7 +25,8 @@ from selfflow.analysis.study import (
     study_table,
 )
 from selfflow.cli import main
-from selfflow.training.run import Run
+from selfflow.training.export import load
+from selfflow.training.run import Run, run_at
 
 STUDIES = sorted((Path(__file__).parents[2] / "nbs/studies").glob("*.toml"))
 FILE = """
@@ -179,6 +182,22 @@ def test_an_earlier_step_is_judged_as_the_run_was_then(finished):
     assert (
         Run.open(folder / "little/cpu/flow-matching-0").state()["step"] == late["step"]
     )
+
+
+def test_a_judged_run_is_exported_as_it_was_at_equal_steps(finished, tmp_path):
+    study, folder, record = finished
+    row = record["rows"][0]
+    place = export_run(study, "flow matching", 0, tmp_path / "little", folder)
+    model = load(place, "cpu")
+    assert (model.config.name, model.state()["step"]) == ("little", row["step"])
+    assert model.exported["metrics"]["Frechet distance"] == row["Frechet distance"]
+    run = run_at(Run.open(folder / "little/cpu/flow-matching-0"), row["step"])
+    for name, value in run.teacher.state_dict().items():
+        torch.testing.assert_close(
+            model.teacher.state_dict()[name], value.half().to(value.dtype)
+        )
+    with pytest.raises(FileNotFoundError, match="was not judged at step 4"):
+        export_run(study, "Self-Flow", 0, tmp_path / "none", tmp_path)
 
 
 def test_nothing_is_done_twice(finished, monkeypatch):

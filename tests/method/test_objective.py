@@ -4,6 +4,7 @@ method as a test.
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from selfflow.method.batch import Batch, Condition
 from selfflow.method.objective import (
     REPA,
     SRA,
+    SRA2,
+    BatchStats,
     FeatureObjective,
     FlowMatching,
     LayerSync,
@@ -402,6 +405,56 @@ def test_the_encoder_of_repa_is_neither_trained_nor_saved_nor_moved(student, bat
     ]
     objective.double()
     assert encoder.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"schedule": HALF, "rep_tokens": "noisier", "student_layer": 4},
+        {"distance": "l2", "normalise": "standardised"},
+    ],
+)
+def test_sra_2_derived_again(student, batch, options):
+    torch.manual_seed(0)
+    objective = SRA2(CONFIG, 3, **options)
+    assert objective.rep_weight == 0.5
+    check(objective, student, None, batch, batch.x0)
+
+
+def test_a_layer_that_the_model_does_not_have_is_refused():
+    for build in (partial(SRA2, CONFIG, 3), partial(REPA, CONFIG, 7)):
+        with pytest.raises(ValueError, match="student_layer is 5, but the model has"):
+            build(student_layer=5)
+
+
+@pytest.mark.parametrize(
+    "shares, weights",
+    [
+        ({}, [0.8] * 6),
+        ({"rep_warmup": 0.4}, [0, 0.4, 0.8, 0.8, 0.8, 0.8]),
+        ({"rep_decay": 0.4}, [0.8, 0.8, 0.8, 0.8, 0.4, 0.002]),
+        ({"rep_until": 0.5}, [0.8, 0.8, 0.8, 0, 0, 0]),
+        (
+            {"rep_warmup": 0.4, "rep_decay": 0.2, "rep_until": 0.7},
+            [0, 0.4, 0.8, 0.4, 0, 0],
+        ),
+    ],
+)
+def test_gamma_rises_falls_and_ends_as_its_shares_say(
+    student, teacher, batch, shares, weights
+):
+    objective = SelfFlow(CONFIG, **shares)
+    points = (0, 0.2, 0.4, 0.6, 0.8, 0.999)
+    for progress, weight in zip(points, weights, strict=True):
+        stats = BatchStats({}, progress=progress)
+        losses = objective(student, teacher, batch, draws(), stats)
+        assert objective.rep_weight_at(progress) == pytest.approx(weight)
+        torch.testing.assert_close(
+            losses.total, losses.flow_loss + weight * losses.rep_loss
+        )
+    losses = objective(student, teacher, batch, draws())
+    torch.testing.assert_close(losses.total, losses.flow_loss + 0.8 * losses.rep_loss)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from selfflow.method.flow import (
 from selfflow.method.objective import (
     REPA,
     SRA,
+    SRA2,
     FlowMatching,
     LayerSync,
     SelfFlow,
@@ -98,6 +99,11 @@ def test_json_and_back():
         ({"objective": {"mask_ratio": -0.1}}, "mask_ratio"),
         ({"objective": {"label_drop": 1.5}}, "label_drop"),
         ({"objective": {"rep_weight": -1}}, "rep_weight"),
+        ({"objective": {"rep_until": 1.5}}, "rep_until is 1.5, but a share"),
+        (
+            {"objective": {"rep_warmup": 0.4, "rep_until": 0.3}},
+            "together are longer than rep_until 0.3",
+        ),
         (
             {"objective": {"student_layer": 4, "teacher_layer": 4}},
             "student_layer 4 and teacher_layer 4",
@@ -276,7 +282,14 @@ def test_objectives_are_what_their_config_says():
 
 @pytest.mark.parametrize(
     "name, weight",
-    [("self_flow", 0.8), ("sra", 0.8), ("layer_sync", 0.2), ("repa", 0.5)],
+    [
+        ("self_flow", 0.8),
+        ("sra", 0.8),
+        ("layer_sync", 0.2),
+        ("repa", 0.5),
+        ("sra2", 0.5),
+        ("self_transcendence", 0.5),
+    ],
 )
 def test_the_weight_of_the_representation_loss_is_the_published_one(name, weight):
     assert (
@@ -381,12 +394,14 @@ def test_a_block_that_does_not_divide_the_grid_is_refused_where_the_grid_is_know
         ("sra", SRA, 0.8),
         ("layer_sync", LayerSync, 0.2),
         ("repa", REPA, 0.5),
+        ("sra2", SRA2, 0.5),
+        ("self_transcendence", SRA2, 0.5),
     ],
 )
 def test_every_switch_reaches_the_objective(name, kind, weight):
     layers = (
         {"student_layer": 1}
-        if name == "repa"
+        if kind in (REPA, SRA2)
         else {"student_layer": 1, "teacher_layer": 6}
     )
     config = ObjectiveConfig(
@@ -399,6 +414,9 @@ def test_every_switch_reaches_the_objective(name, kind, weight):
         rep_tokens="masked",
         distance="l2",
         normalise="centred",
+        rep_warmup=0.02,
+        rep_decay=0.03,
+        rep_until=0.2,
         **layers,
     )
     objective = build_objective(config, SHAPE, (SHAPE.parts,), 3)
@@ -412,6 +430,9 @@ def test_every_switch_reaches_the_objective(name, kind, weight):
         "rep_tokens": "masked",
         "distance": "l2",
         "normalise": "centred",
+        "rep_warmup": 0.02,
+        "rep_decay": 0.03,
+        "rep_until": 0.2,
         **layers,
     }.items():
         assert getattr(objective, field) == value, field

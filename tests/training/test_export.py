@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from selfflow.training.export import export, load
 from selfflow.training.loop import train
-from selfflow.training.run import Run
+from selfflow.training.run import Run, run_at
 from selfflow.training.watching import Listing
 
 
@@ -60,7 +60,12 @@ def test_half_precision_is_close_and_computes_in_float32(runs, tmp_path, dtype):
 
 def test_the_card_names_data_steps_and_losses(runs, tmp_path):
     run = runs["tiny"]
-    card = (export(run, tmp_path / "model") / "README.md").read_text()
+    place = export(run, tmp_path / "model", metrics={"accuracy": 0.75}, license="mit")
+    card = (place / "README.md").read_text()
+    assert "| accuracy | 0.75 |" in card and "\nmit\n" in card
+    assert f"on {run.timing['device'].iloc[-1]}" in card
+    again = export(load(place, "cpu"), tmp_path / "again")
+    assert "| accuracy | 0.75 |" in (again / "README.md").read_text()
     assert (
         f"{run.log['validation_flow_loss'].dropna().iloc[-1]:.4f}" in card
         and "12 steps" in card
@@ -70,9 +75,20 @@ def test_the_card_names_data_steps_and_losses(runs, tmp_path):
     header = hub.ModelCard(card).data.to_dict()
     assert (
         header["library_name"] == "selfflow"
-        and header["license"] == "other"
+        and header["license"] == "mit"
         and "flow-matching" in header["tags"]
     )
+
+
+def test_an_export_of_an_earlier_step_has_the_losses_and_cost_of_that_step(
+    runs, tmp_path
+):
+    run = runs["tiny"]
+    step = int(run.checkpoints()[0].name.removeprefix("step-"))
+    card = (export(run_at(run, step), tmp_path / "model") / "README.md").read_text()
+    losses = run.log.query("step <= @step")["flow_loss"].dropna()
+    assert f"{step} steps" in card and f"{losses.iloc[-1]:.4f}" in card
+    assert step < run.config.training.steps
 
 
 def test_an_export_replaces_an_export_and_nothing_else(runs, tmp_path):

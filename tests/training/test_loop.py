@@ -90,6 +90,8 @@ EVERY = [
     for schedule in ("single", "dual", "diffusion_forcing", "full_masking")
 ] + [
     ("repa", {}),
+    ("sra2", {"rep_warmup": 0.5}),
+    ("self_transcendence", {"rep_until": 0.5}),
     ("repa", {"schedule": "dual", "rep_tokens": "noisier", "distance": "smooth_l1"}),
     (
         "self_flow",

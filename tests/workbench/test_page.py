@@ -23,6 +23,7 @@ from conftest import TINY
 import selfflow.workbench.page as module
 from selfflow.method import build as method
 from selfflow.training import config
+from selfflow.training.export import export
 from selfflow.training.run import Run
 from selfflow.workbench.app import free_port, options_of, page_of, serve
 from selfflow.workbench.page import (
@@ -73,7 +74,7 @@ def test_the_quickstart_is_that_of_the_notebook():
 
 
 def test_without_a_run_the_quickstart_is_trained_and_opened(tmp_path):
-    bench = Workbench(tmp_path / "runs", (WORDS,), QUICK)
+    bench = Workbench(tmp_path / "runs", (WORDS,), QUICK, {})
     assert page(bench).value == "self-flow" and list(bench.runs) == [
         "quickstart/flow-matching",
         "quickstart/self-flow",
@@ -87,7 +88,7 @@ def test_without_a_run_the_quickstart_is_trained_and_opened(tmp_path):
         and not bench.live.children
         and bench.more.layout.display == "none"
     )
-    again = Workbench(tmp_path / "runs", (WORDS,), QUICK)
+    again = Workbench(tmp_path / "runs", (WORDS,), QUICK, {})
     assert not again._trains and page(again).value == "self-flow"
 
 
@@ -109,7 +110,7 @@ def test_a_stopped_quickstart_goes_on(tmp_path, monkeypatch):
         return real(asked, folder, **options)
 
     monkeypatch.setattr(module, "train", train)
-    bench = Workbench(tmp_path, (WORDS,), QUICK)
+    bench = Workbench(tmp_path, (WORDS,), QUICK, {})
     bench.settle()
     assert (
         seen == ["self-flow"]
@@ -129,10 +130,29 @@ def test_a_stopped_quickstart_goes_on(tmp_path, monkeypatch):
     assert {saved_step(path) for path in bench.runs.values()} == {12}
 
 
+def test_models_of_the_project_stand_after_the_runs_and_are_there_at_once(
+    runs, tmp_path
+):
+    models = {
+        name: export(runs["tiny"], tmp_path / name)
+        for name in ("plain", "own-self-flow")
+    }
+    bench = Workbench(tmp_path / "none", (WORDS,), QUICK, models)
+    assert not bench._trains and bench.more.layout.display == ""
+    assert page(bench).value == "own-self-flow"
+    assert [label for label, _ in bench.run.options] == [
+        "plain: step 12",
+        "own-self-flow: step 12",
+    ]
+    begun = Workbench(runs["tiny"].path.parent, (WORDS,), QUICK, models)
+    assert begun.run.value in runs_in(begun.folder).values()
+    assert list(begun.runs)[-2:] == ["plain", "own-self-flow"]
+
+
 def test_a_failed_training_is_reported(tmp_path):
     (tmp_path / "quickstart").mkdir()
     (tmp_path / "quickstart/self-flow").write_text("a file where a folder should be")
-    bench = Workbench(tmp_path, (WORDS,), QUICK)
+    bench = Workbench(tmp_path, (WORDS,), QUICK, {})
     bench.settle()
     assert 'role="alert"' in bench.status.value and "self-flow" in bench.status.value
     assert bench.more.layout.display == "" and "no run" in page(bench).value
@@ -150,7 +170,7 @@ def test_tools_are_opened_once_when_they_are_asked_for(runs):
             ),
         )
 
-    bench = Workbench(runs["tiny"].path.parent, (tool("a"), tool("b")), ())
+    bench = Workbench(runs["tiny"].path.parent, (tool("a"), tool("b")), (), {})
     assert (
         page(bench).value == "a"
         and opened == [("a", "tiny")]
@@ -176,7 +196,7 @@ def test_what_is_shown_is_what_was_asked_for_last(runs):
             title, title, lambda chosen: gates[title].wait(30) and widgets.HTML(title)
         )
 
-    bench = Workbench(runs["tiny"].path.parent, (tool("slow"), tool("quick")), ())
+    bench = Workbench(runs["tiny"].path.parent, (tool("slow"), tool("quick")), (), {})
     bench.tool.value = "quick"
     gates["quick"].set()
     with bench._state:
@@ -197,7 +217,7 @@ def test_a_tool_that_fails_says_so_and_can_be_tried_again(runs):
             raise ValueError("<img onerror=alert(1)> is no layer")
         return widgets.HTML("there")
 
-    bench = Workbench(runs["tiny"].path.parent, (Tool("t", "t", fails), WORDS), ())
+    bench = Workbench(runs["tiny"].path.parent, (Tool("t", "t", fails), WORDS), (), {})
     words, again = page(bench).children
     assert (
         "&lt;img onerror" in words.value
@@ -213,7 +233,7 @@ def test_a_tool_that_fails_says_so_and_can_be_tried_again(runs):
 
 def test_a_run_without_a_checkpoint_is_listed_and_refused_in_words(runs, tmp_path):
     Run.create(tmp_path / "begun", TINY, runs["tiny"].inputs)
-    train_nothing = Workbench(tmp_path, tools_on_page()[:1], ())
+    train_nothing = Workbench(tmp_path, tools_on_page()[:1], (), {})
     assert label_of("begun", tmp_path / "begun") == "begun: no checkpoint yet"
     words, _ = page(train_nothing).children
     assert "no intact checkpoint yet" in words.value
@@ -237,6 +257,7 @@ def test_a_run_that_has_gone_on_is_opened_anew(runs, tmp_path):
             ),
         ),
         (),
+        {},
     )
     assert page(bench).value == "1"
     bench.look()
@@ -266,7 +287,7 @@ def test_runs_of_the_same_data_stand_side_by_side(runs, tmp_path):
 
 
 def test_every_tool_opens_on_a_run(runs):
-    bench = Workbench(runs["tiny"].path.parent, configs=())
+    bench = Workbench(runs["tiny"].path.parent, configs=(), models={})
     for tool in tools_on_page():
         bench.tool.value = tool.title
         shown = page(bench)
@@ -444,7 +465,7 @@ def test_an_explorer_in_a_file_of_the_user_is_a_tool(runs):
         "from selfflow.workbench.app import page_of\n"
         "from selfflow.workbench.page import Workbench\n"
         "use(sys.argv[1])\n"
-        "bench = Workbench(sys.argv[2], configs=())\n"
+        "bench = Workbench(sys.argv[2], configs=(), models={})\n"
         "bench.tool.value = 'Name of the run'\n"
         "bench.settle()\n"
         "shown = bench.page.children[0].value\n"

@@ -1,0 +1,51 @@
+"""The trained models of the project open, draw, and are what their cards say."""
+
+import re
+
+import pytest
+
+from selfflow.cli import main
+from selfflow.shipped import shipped
+from selfflow.training.models import model, models
+
+NAMES = models()["model"].tolist()
+LIMIT = 40e6  # bytes of all models together
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_draws_finite_samples_and_its_card_has_what_was_measured(name):
+    run = model(name, "cpu")
+    assert run.config.name == name
+    captioned = run.config.shared.condition == "caption"
+    labels = ["a red ring"] if captioned else [0]
+    for signal in run.sample(labels, steps=2).values():
+        assert signal.isfinite().all()
+    card = (run.path / "README.md").read_text(encoding="utf-8")
+    assert "license: apache-2.0" in card and f"Seed {run.config.seed}," in card
+    for measure, value in run.exported["metrics"].items():
+        assert f"| {measure} | {value:.4g} |" in card
+
+
+def test_models_come_in_pairs_that_differ_in_the_objective_alone():
+    for data, pair in models().groupby("data"):
+        assert set(pair["objective"]) == {"flow_matching", "self_flow"}, data
+        first, second = (model(name, "cpu").config for name in pair["model"])
+        assert pair["steps"].nunique() == 1 and first.seed == second.seed
+        assert first.data == second.data and first.model == second.model
+        assert first.training.batch == second.training.batch
+
+
+def test_all_models_together_are_small():
+    files = shipped("models").glob("*/*")
+    assert sum(file.stat().st_size for file in files) < LIMIT
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match=re.escape(", ".join(NAMES))):
+        model("imagenet")
+
+
+def test_the_shell_lists_them(capsys):
+    main(["models"])
+    output = capsys.readouterr().out
+    assert all(name in output for name in NAMES)
