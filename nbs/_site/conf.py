@@ -77,6 +77,7 @@ html_theme_options = {
     },
     "navbar_align": "left",
     "navbar_end": ["theme-switcher"],
+    "collapse_navigation": True,  # else each page holds the whole book
     "navigation_depth": 2,
     "show_toc_level": 2,
     "search_bar_text": "Search",

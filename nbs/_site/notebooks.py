@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import re
+import textwrap
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,7 @@ from nbformat.v4 import new_markdown_cell as markdown
 TITLES = {"cli": "Command line"}  # of folders, where they are not their names
 FOLDER = "**This folder"  # begins the cell that describes a folder
 READERS = re.compile(r"^\*(\w[^*]*)\*$", re.M)  # the line that says who should read
+FIELDS = re.compile(r"([a-z_]\w*(, \w+)*: .*(\n {4}.*)*(\n|$))+")
 LATEX = LatexToMathML()
 ROOT = Path(__file__).parent.parent.parent
 REPOSITORY = os.environ.get("GITHUB_REPOSITORY", "selfflow/selfflow")
@@ -45,14 +47,14 @@ class Notebook:
         self.page = f"{path.parent.name}/{path.stem}"
 
     def constants(self):
-        """Return the public names of the module that are no functions or classes."""
+        """Return the API's entries of public names that are no function or class."""
         module = import_module(self.module)
         values = {name: getattr(module, name) for name in module.__all__}
-        return [
-            name
+        return "".join(
+            CONSTANT.format(module=self.module, name=name, value=text_of(value))
             for name, value in values.items()
-            if not (inspect.isclass(value) or inspect.isroutine(value))
-        ]
+            if is_constant(value)
+        )
 
     def entry(self):
         """Return a line of a table of contents."""
@@ -85,6 +87,21 @@ def label_of(cell):
     """Return the label of a cell that exports public names, or nothing."""
     exports = cell["cell_type"] == "code" and "#| export" in cell["source"]
     return f"cell-{cell['id']}" if exports and names_of(cell["source"]) else ""
+
+
+def is_constant(value):
+    """Return True for what automodule leaves out; methods of an object are it too."""
+    known = inspect.isclass(value) or inspect.isroutine(value)
+    return inspect.ismethod(value) or not known
+
+
+def text_of(value):
+    """Return a short value as it is written, and of others the kind."""
+    if inspect.ismethod(value):
+        return value.__qualname__
+    text = repr(value)
+    plain = isinstance(value, str | int | float | tuple)
+    return text if plain and len(text) < 60 else f"a {type(value).__name__}"
 
 
 def names_of(source):
@@ -150,8 +167,9 @@ Defined in the chapter [{chapter}](/{page}.ipynb).
 ```
 """
 CONSTANT = """
-.. autodata:: {module}.{name}
-   :no-value:
+.. py:data:: {name}
+   :module: {module}
+   :value: {value}
 """
 
 
@@ -184,10 +202,7 @@ def write_pages(app, config):
                 chapter=book.title,
                 page=book.page,
                 module=book.module,
-                constants="".join(
-                    CONSTANT.format(module=book.module, name=name)
-                    for name in book.constants()
-                ),
+                constants=book.constants(),
             )
             (api / f"{book.module}.md").write_text(text, encoding="utf-8")
 
@@ -229,9 +244,9 @@ def show(app, docname, source):
 
 
 def link(folder, match):
-    """Lead a link to a folder of the repository, which is no page, to GitHub."""
+    """Lead a link to a folder or a text that is no page of the site to GitHub."""
     target = (folder / match[1]).resolve()
-    if not target.is_dir():
+    if not (target.is_dir() or target.suffix == ".md" and target.is_file()):
         return match[0]
     place = target.relative_to(ROOT).as_posix()
     return f"](https://github.com/{REPOSITORY}/tree/main/{place})"
@@ -282,7 +297,9 @@ def linkcode_resolve(domain, info):
 
 
 def skip(app, what, name, value, skipped, options):
-    """Leave the fields of a named tuple to its docstring."""
+    """Leave the fields of a named tuple to its docstring, and constants to us."""
+    if what == "module" and is_constant(value):
+        return True
     return True if "Alias for field" in str(getattr(value, "__doc__", "")) else None
 
 
@@ -291,6 +308,22 @@ def shorten(app, what, name, value, options, arguments, returns):
     if getattr(value, "_is_protocol", False):
         return "", returns
     return arguments and arguments.replace("<factory>", "..."), returns
+
+
+def read_docstring(app, what, name, value, options, lines):
+    """Turn a docstring, which is plain text, into what Napoleon reads.
+
+    Stars and bars mean themselves; paragraphs of `name: text` are arguments.
+    """
+    paragraphs = "\n".join(lines).split("\n\n")
+    for index, text in enumerate(paragraphs):
+        text = re.sub(
+            r"`[^`]*`|[*|]", lambda m: m[0] if m[0][1:] else f"\\{m[0]}", text
+        )
+        if FIELDS.fullmatch(text.rstrip()):
+            text = "Args:\n" + textwrap.indent(text, "    ")
+        paragraphs[index] = text
+    lines[:] = "\n\n".join(paragraphs).split("\n")
 
 
 def add_uses(app, what, name, value, options, lines):
@@ -304,6 +337,7 @@ def setup(app):
     app.connect("source-read", show)
     app.connect("autodoc-skip-member", skip)
     app.connect("autodoc-process-signature", shorten)
+    app.connect("autodoc-process-docstring", read_docstring, priority=400)
     app.connect("autodoc-process-docstring", add_uses)
     visitors = (visit_math, None)
     app.add_html_math_renderer("mathml", visitors, visitors)
