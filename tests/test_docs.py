@@ -14,7 +14,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SITE = Path(os.environ.get("SELFFLOW_SITE", ROOT / "no site"))
-NOTEBOOKS = sorted((ROOT / "nbs").rglob("[!.]*.ipynb"))
+NOTEBOOKS = sorted(
+    path
+    for path in (ROOT / "nbs").rglob("*.ipynb")
+    if not path.parent.name.startswith(".")
+)
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in (ROOT / "selfflow").rglob("[!_]*.py")
