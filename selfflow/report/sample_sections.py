@@ -25,7 +25,7 @@ from ..analysis.sample_metrics import metric_data
 from ..figures.pages import draw_rows, draw_sheet
 from ..figures.plots import draw_images, viewable
 from ..figures.projection import MAX_CATEGORIES, draw_projection
-from ..intervals import Comparison, smallest_effect
+from ..intervals import Comparison, newcombe_interval, smallest_effect
 from .document import Section
 from .representation_sections import LEVEL, features_of, first_grid
 from .run_sections import suggest_command
@@ -264,15 +264,14 @@ def compare_shares(first: dict, second: dict, names: tuple[str, str]) -> Compari
     """The difference of two shares that are not paired.
 
     Args:
-        first, second: {value, interval, count} with Wilson's intervals.
-
-    Source: Newcombe, Statistics in Medicine 17 (1998), method 10.
+        first: {value, count} of one model.
+        second: The same of the other.
     """
-    p, q = first["value"], second["value"]
-    (p_low, p_high), (q_low, q_high) = first["interval"], second["interval"]
-    difference = q - p
-    low = difference - math.hypot(q - q_low, p_high - p)
-    high = difference + math.hypot(q_high - q, p - p_low)
+    counts = [
+        (round(share["value"] * share["count"]), share["count"])
+        for share in (first, second)
+    ]
+    difference, low, high = newcombe_interval(*counts)
     over = (
         f"{first['count']:,} and {second['count']:,} samples, not paired; one pair of "
         "trained models"
