@@ -431,7 +431,7 @@ def _finish(
             "at": [basis for basis, own in steps.items() if own == step],
             "step": step,
             "FLOPs": flops * step,
-            "seconds": float(run.timing.query("step <= @step")["seconds"].iloc[-1]),
+            "seconds": run.seconds_at(step),
             "device": device_name(run.device),
             "torch": torch.__version__,
             "code": code_version(),

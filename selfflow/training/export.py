@@ -156,8 +156,8 @@ def _spent(run: Run) -> dict:
     timing = run.timing
     if timing.empty:
         return {"seconds": 0.0, "device": ""}
-    last = timing[timing["step"] <= run.state()["step"]].iloc[-1]
-    return {"seconds": float(last["seconds"]), "device": last["device"]}
+    seconds = run.seconds_at(run.state()["step"])
+    return {"seconds": seconds, "device": timing["device"].iloc[-1]}
 
 
 def export(

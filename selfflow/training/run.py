@@ -15,6 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError
@@ -806,6 +807,17 @@ class Run:
         Damaged lines are skipped and reported.
         """
         return pd.DataFrame(read_lines(self.timing_path))
+
+    def seconds_at(self, step: int) -> float:
+        """Return the seconds of training up to a step, interpolated between log lines.
+
+        NaN for a run that has logged none.
+        """
+        timing = self.timing
+        if timing.empty:
+            return float("nan")
+        steps = np.array([0, *timing["step"]])
+        return float(np.interp(step, steps, np.array([0, *timing["seconds"]])))
 
     def cut_log(self, step: int) -> None:
         """Remove later steps and damaged lines from log and timing.

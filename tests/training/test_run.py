@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -903,3 +904,13 @@ def test_samples_of_a_model_that_is_given(runs, tmp_path):
     ), "no checkpoint is needed"
     with pytest.raises(FileNotFoundError, match="no intact checkpoint yet"):
         new.sample(labels, 3)
+
+
+def test_seconds_between_logged_steps_are_interpolated(tmp_path):
+    run = Run.create(
+        tmp_path / "run", TINY, TransformerConfig.of_image(1, (4, 4), 16, 2, 2)
+    )
+    assert np.isnan(run.seconds_at(3))
+    lines = ({"step": 4, "seconds": 2.0}, {"step": 8, "seconds": 6.0})
+    run.timing_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [run.seconds_at(step) for step in (0, 2, 4, 6, 8)] == [0, 1, 2, 4, 6]
