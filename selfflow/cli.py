@@ -181,10 +181,10 @@ def sample(
         each: Number of samples of each.
         steps: Steps of the sampler.
         method: Sampler; --method NAME --help shows its options.
-        options: Of the sampler.
+        options: Options of the sampler.
         cfg_scale: Classifier-free guidance; 1 is none.
-        seed: Of the noise.
-        shift: Of the noise levels; more than 1 takes smaller steps near noise. By
+        seed: Seed of the noise.
+        shift: Shift of the noise levels; more than 1 takes smaller steps near noise. By
             default that in training.
         interval: Noise levels between which guidance acts.
         data: Data set to draw from, if the run was trained on several.
@@ -251,8 +251,8 @@ def export(
     Args:
         run: Folder of the run.
         folder: A new folder, or an earlier export, which is replaced.
-        dtype: Of the weights in the file: float32, bfloat16 or float16.
-        license: Of the model, such as apache-2.0; by default to be chosen.
+        dtype: Dtype of the weights in the file: float32, bfloat16 or float16.
+        license: License of the model, such as apache-2.0; by default to be chosen.
     """
     from selfflow.training.export import export as export_run
 
@@ -291,7 +291,7 @@ def probe(
         run: Folder of the run.
         field: Show the table of the field's protocol (BatchNorm + linear, Adam); both
             are stored.
-        weights: Whose features: teacher or model (the student).
+        weights: Model whose features are probed: teacher, or model (the student).
         data: Data set, if the run was trained on several.
         part: Part of the sequence whose tokens are averaged: image, video or audio; by
             default all.
@@ -355,8 +355,8 @@ def metrics(
         count: Number of samples, and of test examples.
         steps: Steps of the sampler (Euler).
         cfg_scale: Classifier-free guidance; 1 is none.
-        seed: Of the noise.
-        shift: Of the noise levels, as in selfflow sample; by default that in training.
+        seed: Seed of the noise.
+        shift: Shift of the levels, as in selfflow sample; by default as in training.
         data: Data set to draw from, if the run was trained on several.
         extractor: Folder with DINOv2, CLAP or VideoMAE, or file with the weights of
             InceptionV3; by default the built-in judge.
@@ -406,7 +406,7 @@ def bench(
     Args:
         sizes: S, B, L, XL or tiny.
         precisions: fp32, bf16.
-        tokens: Of a sample; a square number.
+        tokens: Tokens of a sample; a square number.
         batch: Samples in a step.
         compiled: Compile the blocks of all contenders.
         rounds: Number of rounds, in each of which every step is measured once.

@@ -130,7 +130,7 @@ def _ratio_interval(
     Args:
         arms: One or two pairs of values and weights, (n,) each.
         scale: How far off an item can be, for items that are all equal.
-        resamples: Of the items, for the bootstrap-t.
+        resamples: Resamples of the items, for the bootstrap-t.
 
     Returns:
         The ratio, and the ends of its 95 % interval over items.
@@ -218,7 +218,7 @@ def paired_difference(
     Args:
         first: Values (n,) of one model.
         second: Values (n,) of another one on the same items.
-        resamples: Of the items, for the bootstrap-t.
+        resamples: Resamples of the items, for the bootstrap-t.
 
     Raises:
         ValueError: If there are no items, or their numbers differ.
@@ -282,7 +282,7 @@ class Comparison:
     Args:
         first: Name of the first arm.
         second: Name of the second arm.
-        difference: Of their means.
+        difference: Difference of their means.
         interval: Its 95 % interval.
         smallest: The true difference that such a test would detect with 80 % power.
         over: What the interval is over: items or seeds, how many, paired or not.
@@ -342,7 +342,7 @@ def compare_values(
     Args:
         first: Values (n,) of one model, as for `paired_difference`.
         second: Values (n,) of the other.
-        names: Of the two models.
+        names: Names of the two models.
         over: What the items are.
         written: Scale and unit of the `Comparison`.
     """
@@ -368,7 +368,7 @@ def compare_items(
     Args:
         first: Errors and spreads of one model, (n,) each, as for `score_of`.
         second: Those of the other.
-        names: Of the two models.
+        names: Names of the two models.
         written: Scale and unit of the `Comparison`.
 
     Raises:
@@ -449,7 +449,7 @@ def compare_seeds(
     Args:
         first: One arm's value for each seed.
         second: The other's.
-        names: Of the two arms.
+        names: Names of the two arms.
         written: Scale and unit of the `Comparison`.
 
     Raises:
@@ -485,7 +485,7 @@ def _welch(arms: list[np.ndarray], scale: float) -> tuple[float, float]:
 
 # %% ../nbs/0_ground/06_intervals.ipynb #00703b61
 def cells_in_words(cells) -> str:
-    """Say how many differences leave out 0, and how many would by chance.
+    """Report how many differences exclude 0, and how many to expect by chance.
 
     cells: (3, ...), the mean, lower and upper end of each difference.
     """

@@ -134,7 +134,7 @@ def serve(folder: Path | str = "runs", port: int = 8866, browser: bool = True) -
     """Show the workbench of a folder of runs in a browser until Ctrl-C.
 
     Args:
-        folder: Of runs.
+        folder: Folder of runs.
         port: 0 for any free port.
         browser: True to open a browser.
     Raises:

@@ -86,7 +86,7 @@ def _token_names(name: str, patches) -> list[str]:
 
 # %% ../../nbs/7_workbench/02_boards.ipynb #669a18eb
 class Board:
-    """The picture on which the tokens of a sequence lie.
+    """The image on which the tokens of a sequence lie.
 
     owner: (h, w), the token that a pixel shows, -1 for none.
     names: of the tokens, in words.

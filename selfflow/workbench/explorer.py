@@ -35,7 +35,7 @@ LINGER = 5.0  # seconds for which an idle worker waits for another change
 
 
 class Explorer:
-    """Controls, the pictures that follow them, and a line of text.
+    """Controls, the images that follow them, and a line of text.
 
     A notebook shows an explorer that is the last value of a cell.
 
@@ -129,7 +129,7 @@ class Explorer:
     def drawing(
         self, values: dict, theme: Theme = LIGHT
     ) -> tuple[object, dict[str, bytes]]:
-        "Data for the values of the controls, and its pictures by name."
+        "Return data for the values of the controls, and images by name."
         with self._drawing:
             data = self.compute(values)
             with DRAWING:
@@ -237,7 +237,7 @@ class Explorer:
         self.side.children = children
 
     def settle(self, seconds: float = 30.0) -> None:
-        """Wait until the pictures show the values of the controls.
+        """Wait until the images show the values of the controls.
 
         Raises TimeoutError if that takes longer than `seconds`.
         """
@@ -307,7 +307,7 @@ def _narrowed(picture: bytes, width: int | None) -> Image.Image:
 def side_by_side(
     pictures: list[Image.Image], width: int, gap: int = _GAP
 ) -> Image.Image:
-    """Pictures in rows, as a page of `width` pixels would show them, as one image.
+    """Images in rows, as a page of `width` pixels would show them, as one image.
 
     A picture that is too wide is made smaller.
     """
@@ -329,7 +329,7 @@ def side_by_side(
 
 
 class Strip(Still):
-    """Pictures of several settings as one image, with a title over each.
+    """Images of several settings as one, with a title over each.
 
     Args:
         settings: The pictures of each setting.

@@ -432,7 +432,7 @@ def draw_maps(
         method, factor: By default the first.
         layers, levels: Of the atlas, by default up to 4 and 3 of them.
         chosen: Samples to mark with a ring.
-        size: Of a plane, in inches.
+        size: Side of a plane, in inches.
     Raises:
         ValueError: if the atlas has no such plane, and as
             `figures.projection.categories_of`.

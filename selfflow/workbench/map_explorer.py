@@ -89,9 +89,9 @@ def preview_html(files: list[tuple[str, bytes]], text: str, width: int = 160) ->
     """A sample as HTML.
 
     Args:
-        files: Of `previews_of`; there may be none.
+        files: Result of `previews_of`; may be empty.
         text: About the sample; it is escaped.
-        width: Of an image, in pixels.
+        width: Width of an image, in pixels.
     """
     text = escape(text)
     style = f"max-width: {width}px; line-height: 1.3; overflow-wrap: anywhere"
@@ -131,7 +131,7 @@ def _markers_of(
         values, names: As in `figures.projection.categories_of`, which may raise
             ValueError.
         factor: Name of the values.
-        theme: Of the page.
+        theme: Theme of the page.
     Returns:
         The marker, and [(name, colour, symbol), ...], empty for numbers.
     """

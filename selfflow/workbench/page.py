@@ -128,7 +128,7 @@ class Workbench:
     A notebook shows a workbench that is the last value of a cell.
 
     Args:
-        folder: Of runs.
+        folder: Folder of runs.
         tools: By default all that are registered.
         configs: Trained in folder/quickstart when its button is pressed, and at once
             if there is nothing else to open; by default those of `quickstart()`.
@@ -392,7 +392,7 @@ def workbench(
     """All tools on the runs of a folder and the models that come with the project.
 
     Args:
-        folder: Of runs.
+        folder: Folder of runs.
         configs: Trained by its button instead of `quickstart()`.
     Raises:
         NotADirectoryError: if the folder is a file.

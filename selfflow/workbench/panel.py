@@ -60,7 +60,7 @@ def header_html(parts: list[str], share: float = 0.0) -> str:
 
     Args:
         parts: The name of the run, its state, then numbers; all are escaped.
-        share: Of the steps that are done, from 0 to 1.
+        share: Share of the steps that are done, from 0 to 1.
     """
     name, state, *numbers = map(escape, parts)
     cells = [

@@ -444,7 +444,7 @@ def browse(
     """The browser of the runs in a folder, which may be empty or not exist yet.
 
     Args:
-        folder: Of runs.
+        folder: Folder of runs.
         device: To open runs on.
         refresh: Seconds between two looks at the folder.
         start: First values of controls (runs, view, measure, against), where they

@@ -183,7 +183,7 @@ class ViewedRun:
     Args:
         run: An opened run.
         data: Name of the data set, if the run has several.
-        split: Of the data.
+        split: Split of the data.
         count: Number of samples.
 
     Attributes: x0, tokens of the samples (count, n, c); board, how they lie on a
@@ -254,9 +254,9 @@ class ViewedRun:
             network: Student or teacher.
             x0: Data, (b, n, c).
             x1: Noise, (b, n, c).
-            levels: Of b samples.
+            levels: Levels of b samples.
             index: Numbers of the samples, (b,), for their condition.
-            layer: Whose features are returned too.
+            layer: Layer whose features are returned too.
         """
         tau = levels.per_token()  # (b, n)
         xt = interpolate(x0, x1, tau)
@@ -328,7 +328,7 @@ class ViewedRun:
             order: Tokens (n,) in the order in which they become clean.
             counts: Numbers of clean tokens.
             noisy, clean: The two levels.
-            seed: Of the noise.
+            seed: Seed of the noise.
         Returns:
             (counts, b): the mean over order[max(counts):], the same tokens for all
             counts.

@@ -15,10 +15,10 @@ from selfflow.draws import keyed, numbered
 from selfflow.method.alignment import flow_error
 from selfflow.method.batch import Batch, Condition
 from selfflow.method.build import (
+    _given_tokens,
+    _mask_ratio_of,
     build_objective,
     build_schedule,
-    given_tokens,
-    mask_ratio_of,
 )
 from selfflow.method.layers import TokenMap
 from selfflow.method.objective import FlowMatching, SelfFlow, make_teacher
@@ -442,9 +442,9 @@ def test_a_sample_is_given_one_set_of_tokens_or_none(share):
 
 
 def test_given_tokens_follow_from_the_parts():
-    assert given_tokens("first_frame", (VIDEO, AUDIO)) == ((0, 1),)
-    assert given_tokens("audio", (VIDEO, AUDIO)) == (tuple(range(6, 12)),)
-    assert given_tokens("either", (VIDEO, AUDIO)) == (
+    assert _given_tokens("first_frame", (VIDEO, AUDIO)) == ((0, 1),)
+    assert _given_tokens("audio", (VIDEO, AUDIO)) == (tuple(range(6, 12)),)
+    assert _given_tokens("either", (VIDEO, AUDIO)) == (
         tuple(range(6)),
         tuple(range(6, 12)),
     )
@@ -458,10 +458,10 @@ def test_given_tokens_follow_from_the_parts():
         with pytest.raises(
             ValueError, match=f"given is '{name}', but the sequence consists of"
         ):
-            given_tokens(name, parts)
+            _given_tokens(name, parts)
     config = ObjectiveConfig(given="either", given_share=0.5)
     assert build_schedule(config, (VIDEO, AUDIO)).share == 0.5
-    assert mask_ratio_of(replace(config, mask_ratio=0.3), (VIDEO, AUDIO)) == 0.3
+    assert _mask_ratio_of(replace(config, mask_ratio=0.3), (VIDEO, AUDIO)) == 0.3
 
 
 def test_flow_matching_counts_no_token_that_is_given():

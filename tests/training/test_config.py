@@ -13,13 +13,13 @@ from selfflow.data.options import SOUNDS, DataConfig
 from selfflow.data.sources import _CODECS
 from selfflow.method.backbone import Inputs
 from selfflow.method.build import (
+    _transformer_config,
     build_backbone,
     build_density,
     build_objective,
     build_schedule,
     check_layers,
     check_levels,
-    transformer_config,
 )
 from selfflow.method.flow import (
     LogitNormal,
@@ -477,7 +477,7 @@ def test_a_size_sets_width_depth_and_heads(size, numbers):
     assert (config.width, config.depth, config.heads) == numbers and ModelConfig(
         **asdict(config)
     ) == config
-    shape = transformer_config(
+    shape = _transformer_config(
         Inputs((Part("image", 16, (1, 16, 16)),), 1000), **own_options(config)
     )
     assert shape == TransformerConfig.of_size(
@@ -518,7 +518,7 @@ def test_variants_reach_the_transformer():
     )
     inputs = Inputs((Part("image", 4, (1, 4, 6)),), 3)
     assert (
-        transformer_config(inputs, **own_options(config))
+        _transformer_config(inputs, **own_options(config))
         == build_backbone(config, inputs).config
         == expected
     )
