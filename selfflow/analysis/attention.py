@@ -26,7 +26,7 @@ from ..method.layers import Attention, Groups
 from ..method.schedule import NoiseLevels
 from ..method.tokens import Part, TokenSlices, rotate
 
-# %% ../../nbs/4_analysis/06_attention.ipynb #fe031341
+# %% ../../nbs/4_analysis/06_attention.ipynb #bffe8d00
 def visible_keys(groups: Groups, batch: int) -> Tensor:
     """Keys that each query may attend to in fused attention within `groups`.
 
@@ -52,7 +52,7 @@ def visible_keys(groups: Groups, batch: int) -> Tensor:
     group_of = torch.bucketize(row, ends, right=True)  # (b, n)
     return torch.stack(visible, 1).gather(1, group_of[..., None].expand(-1, -1, n))
 
-
+# %% ../../nbs/4_analysis/06_attention.ipynb #fe031341
 def attention_weights(
     layer: Attention,
     x: Tensor,
@@ -90,7 +90,7 @@ def attention_weights(
         scores = scores.masked_fill(~visible[:, None], -torch.inf)
     return scores.softmax(-1), v
 
-# %% ../../nbs/4_analysis/06_attention.ipynb #8cbeaadc
+# %% ../../nbs/4_analysis/06_attention.ipynb #35fab543
 class Seen(NamedTuple):
     """One call of an attention layer.
 
@@ -120,7 +120,7 @@ def attention_of(model: nn.Module) -> list[Attention]:
         )
     return attention
 
-
+# %% ../../nbs/4_analysis/06_attention.ipynb #4b57b106
 @torch.no_grad()
 def watch_attention(
     model: nn.Module,
@@ -167,7 +167,7 @@ def watch_attention(
             handle.remove()
     return {layer: calls[layer] for layer in layers}
 
-
+# %% ../../nbs/4_analysis/06_attention.ipynb #f2e0a642
 @torch.no_grad()
 def attention_maps(
     model: nn.Module,
@@ -215,12 +215,12 @@ def attention_maps(
             maps.setdefault(layer, []).append(weights.float().cpu())
     return {layer: torch.cat(weights) for layer, weights in maps.items()}
 
-
+# %% ../../nbs/4_analysis/06_attention.ipynb #8cbeaadc
 def _rows_of(levels: NoiseLevels, rows: Tensor) -> NoiseLevels:
     """The levels of some samples."""
     return NoiseLevels(levels.levels[rows], levels.assign[rows], levels.condition)
 
-# %% ../../nbs/4_analysis/06_attention.ipynb #8c58c10f
+# %% ../../nbs/4_analysis/06_attention.ipynb #8e090dbe
 # How the token of a column (key) relates to that of a row (query).
 RELATIONS = ("self", "cleaner", "same", "noisier", "condition")
 _SELF, _CLEANER, _SAME, _NOISIER, _CONDITION = range(5)
@@ -254,7 +254,7 @@ def relations(levels: NoiseLevels, tokens: int | None = None) -> Tensor:
     diagonal = torch.eye(tau.shape[1], dtype=torch.bool, device=tau.device)
     return relation.masked_fill(diagonal, _SELF)
 
-
+# %% ../../nbs/4_analysis/06_attention.ipynb #8c58c10f
 def mass(weights: Tensor, relation: Tensor) -> Tensor:
     """Attention mass on each of RELATIONS.
 
@@ -267,7 +267,7 @@ def mass(weights: Tensor, relation: Tensor) -> Tensor:
     sums = weights.new_zeros(*weights.shape[:-1], len(RELATIONS))
     return sums.scatter_add(-1, relation[:, None].expand_as(weights), weights)
 
-# %% ../../nbs/4_analysis/06_attention.ipynb #31d7e60b
+# %% ../../nbs/4_analysis/06_attention.ipynb #ee5bd2bb
 @torch.no_grad()
 def mass_between_levels(
     model: nn.Module,
@@ -331,7 +331,7 @@ def mass_between_levels(
     first = ["sample", "layer", "direction"]
     return table[first + [name for name in table if name not in first]]
 
-
+# %% ../../nbs/4_analysis/06_attention.ipynb #e81b5305
 def _check_two_levels(levels: NoiseLevels) -> None:
     count = levels.k - levels.condition
     if count != 2:
@@ -340,7 +340,7 @@ def _check_two_levels(levels: NoiseLevels) -> None:
             "levels; use DualTimestep"
         )
 
-
+# %% ../../nbs/4_analysis/06_attention.ipynb #519769fe
 def _directions(
     weights: Tensor,
     groups: Groups | None,
@@ -390,7 +390,7 @@ def _directions(
         frames.append(frame.assign(direction=direction))
     return pd.concat(frames)
 
-
+# %% ../../nbs/4_analysis/06_attention.ipynb #31d7e60b
 def _means_by_sample(
     values: dict[str, Tensor],
     chosen: Tensor,
@@ -457,7 +457,7 @@ def summarise_mass(
     frame = frame.assign(excess=frame["share"] - frame["counted"])
     return _summarised(frame, ["direction", "layer"], "excess", gaps)
 
-# %% ../../nbs/4_analysis/06_attention.ipynb #acf49aec
+# %% ../../nbs/4_analysis/06_attention.ipynb #fb0d0ed0
 @torch.no_grad()
 def compare_separated(
     model: nn.Module,
@@ -519,7 +519,7 @@ def compare_separated(
     table = pd.concat(frames, ignore_index=True)
     return table[["sample", "tokens", "gap", "full", "separated"]]
 
-
+# %% ../../nbs/4_analysis/06_attention.ipynb #acf49aec
 def summarise_separated(
     frame: pd.DataFrame, gaps: tuple[float, ...] = _GAPS
 ) -> pd.DataFrame:
@@ -536,7 +536,7 @@ def summarise_separated(
     frame = frame.assign(difference=frame["separated"] - frame["full"])
     return _summarised(frame, ["tokens"], "difference", gaps)
 
-# %% ../../nbs/4_analysis/06_attention.ipynb #4fabc72b
+# %% ../../nbs/4_analysis/06_attention.ipynb #92928d99
 def maps_by_part(
     weights: Tensor, grids: dict[str, tuple[int, ...]], relative: bool = True
 ) -> dict[str, Tensor]:
@@ -570,7 +570,7 @@ def maps_by_part(
         maps["caption"] = rest
     return maps
 
-
+# %% ../../nbs/4_analysis/06_attention.ipynb #4fabc72b
 def grids_of(parts: tuple[Part, ...]) -> dict[str, tuple[int, ...]]:
     """Grids of the tokens of each part, without axes of size 1.
 

@@ -42,7 +42,7 @@ from ..training.config import Config
 from ..training.recording import device_name
 from ..training.run import device_for
 
-# %% ../../nbs/4_analysis/14_benchmark.ipynb #00a5582d
+# %% ../../nbs/4_analysis/14_benchmark.ipynb #f3735a2a
 def _attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
     return sdpa_flop_count(query, key, value)
 
@@ -72,7 +72,7 @@ def count_flops(function: Callable) -> int:
         function()
     return counter.get_total_flops()
 
-
+# %% ../../nbs/4_analysis/14_benchmark.ipynb #00a5582d
 @contextmanager
 def _silent() -> Iterator[None]:
     """Suppress standard error, including what the profiler writes past sys.stderr."""
@@ -112,7 +112,7 @@ def peak_memory(function: Callable, device: torch.device) -> int:
         peak = max(peak, held)
     return peak
 
-# %% ../../nbs/4_analysis/14_benchmark.ipynb #77f7bed3
+# %% ../../nbs/4_analysis/14_benchmark.ipynb #30cf7d0d
 _TINY = (128, 6, 4)  # width, depth, heads
 _CHANNELS = 16
 _CLASSES = 1000
@@ -171,7 +171,7 @@ class Case:
             _CHANNELS, (self._side, self._side), width, depth, heads, classes=_CLASSES
         )
 
-
+# %% ../../nbs/4_analysis/14_benchmark.ipynb #a32f1ff9
 def _training_step(
     student: Any, objective: nn.Module, case: Case, batch: Batch
 ) -> Callable[[], None]:
@@ -206,7 +206,7 @@ def _autocast(case: Case, device: torch.device) -> AbstractContextManager:
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
 
-
+# %% ../../nbs/4_analysis/14_benchmark.ipynb #0b8e88a3
 def _contenders(case: Case, device: torch.device) -> dict[str, Callable[[], None]]:
     """Functions to measure by name: three training steps and two forwards of a sampler.
 
@@ -248,7 +248,7 @@ def _contenders(case: Case, device: torch.device) -> dict[str, Callable[[], None
     steps[_PUBLISHED_SAMPLING] = sample_published
     return steps
 
-
+# %% ../../nbs/4_analysis/14_benchmark.ipynb #77f7bed3
 def _rival_of(name: str) -> str:
     """The published form of a contender."""
     return _PUBLISHED_SAMPLING if name.startswith("sampling") else _PUBLISHED
@@ -259,7 +259,7 @@ def _make_student(model: Transformer) -> Transformer:
     student = make_teacher(model).train().requires_grad_(True)
     return cast(Transformer, student)
 
-# %% ../../nbs/4_analysis/14_benchmark.ipynb #f2063534
+# %% ../../nbs/4_analysis/14_benchmark.ipynb #677b968c
 def _seconds(function: Callable, device: torch.device) -> float:
     """Duration of one call, until the device has finished."""
     if device.type == "cuda":
@@ -289,7 +289,7 @@ def _quartiles(values: list[float]) -> list[float]:
     quarters = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     return torch.tensor(values, dtype=torch.float64).quantile(quarters).tolist()
 
-
+# %% ../../nbs/4_analysis/14_benchmark.ipynb #eacc4434
 @own_settings()
 def measure(case: Case, rounds: int = 5, device: str = "auto") -> dict:
     """Operations, seconds and bytes of all contenders.
@@ -352,7 +352,7 @@ def measure(case: Case, rounds: int = 5, device: str = "auto") -> dict:
         "results": results,
     }
 
-
+# %% ../../nbs/4_analysis/14_benchmark.ipynb #d2cffa72
 def _flops_of(
     steps: dict[str, Callable], case: Case, device: torch.device
 ) -> dict[str, int]:
@@ -375,7 +375,7 @@ def _warm_up(steps: dict[str, Callable], case: Case) -> None:
             f"{str(error).splitlines()[0]}"
         ) from error
 
-
+# %% ../../nbs/4_analysis/14_benchmark.ipynb #7664b042
 def bench_table(records: list[dict]) -> pd.DataFrame:
     """Records of `measure` as a table with a row for each case and contender.
 
@@ -409,7 +409,7 @@ def bench_table(records: list[dict]) -> pd.DataFrame:
             rows.append(row)
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/4_analysis/14_benchmark.ipynb #f2063534
 def bench(
     cases: list[Case], path: Path | str, rounds: int = 5, device: str = "auto"
 ) -> list[dict]:
@@ -436,7 +436,7 @@ def bench(
         write_json(path, records)
     return records
 
-# %% ../../nbs/4_analysis/14_benchmark.ipynb #a54724d4
+# %% ../../nbs/4_analysis/14_benchmark.ipynb #92a60ae2
 def flops_per_step(config: Config, inputs: Inputs, feature_width: int = 1) -> int:
     """Operations of one training step, of the whole batch.
 
@@ -473,7 +473,7 @@ def flops_per_step(config: Config, inputs: Inputs, feature_width: int = 1) -> in
     per_pair = 4 * model.width * model.depth  # scores and weighted sum
     return flops - passes * per_pair * skipped
 
-
+# %% ../../nbs/4_analysis/14_benchmark.ipynb #a54724d4
 @lru_cache(maxsize=256)
 def _flops_of_sample(
     objective: ObjectiveConfig,

@@ -158,7 +158,7 @@ def sliced_wasserstein(
     shares = np.diff(ends, prepend=0) / (n * m)
     return float((shares @ np.abs(differences) ** order).mean() ** (1 / order))
 
-# %% ../../nbs/4_analysis/11_distances.ipynb #2d62b1d5
+# %% ../../nbs/4_analysis/11_distances.ipynb #e5555064
 def _radii(features: np.ndarray, neighbours: int) -> np.ndarray:
     """Distance of each sample to its k-th neighbour; the 0-th is the sample itself."""
     radii = []
@@ -167,7 +167,7 @@ def _radii(features: np.ndarray, neighbours: int) -> np.ndarray:
         radii.append(np.partition(distances, neighbours, 1)[:, neighbours])
     return np.concatenate(radii)
 
-
+# %% ../../nbs/4_analysis/11_distances.ipynb #2d62b1d5
 def neighbourhoods(real, drawn, neighbours: int = 5) -> dict[str, float]:
     """Precision, recall, density and coverage of drawn samples.
 
@@ -208,7 +208,7 @@ def neighbourhoods(real, drawn, neighbours: int = 5) -> dict[str, float]:
         "coverage": float(np.concatenate(contain_drawn).mean()),
     }
 
-# %% ../../nbs/4_analysis/11_distances.ipynb #2a8f28d3
+# %% ../../nbs/4_analysis/11_distances.ipynb #d5559143
 @dataclass(frozen=True)
 class Measured:
     """A metric of two sets.
@@ -248,7 +248,7 @@ def _set_limits(metric: Any, limits: tuple | dict[str, tuple]) -> None:
     """
     metric.limits = limits
 
-
+# %% ../../nbs/4_analysis/11_distances.ipynb #c1fff79e
 _set_limits(frechet, (0, np.inf))
 _set_limits(sliced_wasserstein, (0, np.inf))
 _set_limits(
@@ -323,7 +323,7 @@ def measure(
         measured[name] = Measured(value, interval, (n, m), doubts)
     return measured
 
-
+# %% ../../nbs/4_analysis/11_distances.ipynb #0c0814fd
 def _numbers(
     metric: str, function: Callable, real: np.ndarray, drawn: np.ndarray, options: dict
 ) -> dict[str, float]:
@@ -349,7 +349,7 @@ def _numbers(
 _FEW = 50  # samples
 _AMPLE = 10  # samples per dimension that keep the bias of the Frechet distance small
 
-
+# %% ../../nbs/4_analysis/11_distances.ipynb #2a8f28d3
 def _doubts(metric: str, n: int, m: int, dimensions: int) -> tuple[str, ...]:
     few = min(n, m)
     if metric == "Frechet distance" and few <= dimensions:

@@ -65,7 +65,7 @@ def _signal(signals: dict[str, Tensor], name: str, reader: str) -> Tensor:
         )
     return values
 
-# %% ../../nbs/4_analysis/12_extractors.ipynb #d292175b
+# %% ../../nbs/4_analysis/12_extractors.ipynb #e5d231dd
 def _penultimate(judge: Judge, signals: dict[str, Tensor]) -> dict[str, Tensor]:
     """Inputs of the last layer of each view of a judge, {view: (n, d)}.
 
@@ -78,7 +78,7 @@ def _penultimate(judge: Judge, signals: dict[str, Tensor]) -> dict[str, Tensor]:
         features[view] = reader.features(values)
     return features
 
-
+# %% ../../nbs/4_analysis/12_extractors.ipynb #a435c82c
 def _judge_extractor(
     judge: Judge, real: dict[str, Tensor], axes: int = 64
 ) -> Extractor:
@@ -120,7 +120,7 @@ def _judge_extractor(
     }
     return Extractor(features, recipe)
 
-
+# %% ../../nbs/4_analysis/12_extractors.ipynb #d292175b
 def built_in(
     data: DataConfig,
     count: int = 1000,
@@ -154,7 +154,7 @@ def built_in(
     real = train.take(subset(train, count)).signals
     return _judge_extractor(judge, real, axes)
 
-# %% ../../nbs/4_analysis/12_extractors.ipynb #7fd35c93
+# %% ../../nbs/4_analysis/12_extractors.ipynb #410a53e0
 def _tensors(path: Path) -> dict[str, Tensor]:
     """The tensors in a file of safetensors, or in a .pth with nothing else.
 
@@ -187,7 +187,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             f"({type(error).__name__})"
         ) from None
 
-
+# %% ../../nbs/4_analysis/12_extractors.ipynb #7fd35c93
 def inception(
     weights: Path | str, batch: int = 32, device: str | torch.device = "cpu"
 ) -> Extractor:
@@ -250,7 +250,7 @@ def inception(
     }
     return Extractor(features, recipe)
 
-# %% ../../nbs/4_analysis/12_extractors.ipynb #bda67207
+# %% ../../nbs/4_analysis/12_extractors.ipynb #fced6621
 _SIGNAL_OF = {"dinov2": "image", "clap": "audio", "videomae": "video"}
 
 
@@ -291,7 +291,7 @@ def _encode(kind: str, processor, network: Any, values: Tensor, rate: int) -> Te
     )
     return network(**inputs.to(device)).last_hidden_state.mean(1)
 
-
+# %% ../../nbs/4_analysis/12_extractors.ipynb #bda67207
 def open_extractor(
     path: Path | str,
     rate: int = 8000,

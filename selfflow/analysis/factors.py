@@ -28,7 +28,7 @@ from ..data.shapes import COLOURS, KINDS, LARGE, PLACES, RANGES, TEXTURES, third
 if TYPE_CHECKING:
     from selfflow.analysis.features import Items
 
-# %% ../../nbs/4_analysis/02_factors.ipynb #a057e435
+# %% ../../nbs/4_analysis/02_factors.ipynb #b1ddd5a6
 _FIGURES: dict[str, dict[str, tuple[str, ...]]] = {
     "figure": {"kind": KINDS},
     "image": {"colour": COLOURS, "ground": COLOURS, "place": PLACES},
@@ -67,6 +67,8 @@ _DERIVED = {
     "notes": _labels("pitch"),
     "scenes": _materials,
 }
+
+# %% ../../nbs/4_analysis/02_factors.ipynb #a057e435
 HEADS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
     # data set: {view of a signal: {factor: its words}}
     "digits": {"pixels": {"digit": tuple("0123456789")}},
@@ -107,7 +109,7 @@ def known(name: str, examples: Examples) -> dict[str, Tensor]:
     values = {**examples.factors, **_DERIVED[name](examples)}
     return {factor: values[factor] for view in HEADS[name].values() for factor in view}
 
-# %% ../../nbs/4_analysis/02_factors.ipynb #50574d0e
+# %% ../../nbs/4_analysis/02_factors.ipynb #805d69f8
 def covered(signals: Tensor) -> Tensor:
     """Share of each pixel that the figure covers, from 0 (background) to 1.
 
@@ -128,7 +130,7 @@ def covered(signals: Tensor) -> Tensor:
     cover = (contrast * colour).sum(1, keepdim=True) / length
     return cover.clamp(0, 1).view(len(signals), 1, *signals.shape[2:])
 
-
+# %% ../../nbs/4_analysis/02_factors.ipynb #50574d0e
 def unrolled(cover: Tensor, radii: int = 16, angles: int = 32) -> Tensor:
     """Covers on circles around the figures' centres: (b, 1, radii, angles).
 
@@ -329,7 +331,7 @@ class Reader(nn.Module):
         white = torch.randn(values.shape, generator=generator)
         return values + largest_noise * noise.square() * white
 
-# %% ../../nbs/4_analysis/02_factors.ipynb #48b00011
+# %% ../../nbs/4_analysis/02_factors.ipynb #6ab49a58
 def pitch_errors(waves: Tensor, rate: int, wanted_midi: Tensor | float) -> Tensor:
     """Semitones by which audio is too high, (b,), measured by `audio.pitch_of`.
 
@@ -350,7 +352,7 @@ def pitch_errors(waves: Tensor, rate: int, wanted_midi: Tensor | float) -> Tenso
 _STRAIGHT = 0.45  # share of a video in which no figure of `Motion` bounces
 _APPEARED = 0.3  # share of a video after which every figure is in the picture
 
-
+# %% ../../nbs/4_analysis/02_factors.ipynb #48b00011
 def directions_seen(videos: Tensor) -> Tensor:
     """Directions in which figures move at first, measured without a network.
 

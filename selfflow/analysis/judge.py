@@ -47,7 +47,7 @@ from ..settings import own_settings
 from ..shipped import shipped
 from ..training.run import Run
 
-# %% ../../nbs/4_analysis/10_judge.ipynb #f137f0a3
+# %% ../../nbs/4_analysis/10_judge.ipynb #e21bf891
 @dataclass(frozen=True)
 class Share:
     """A share of `count` items with its 95 % interval over items (Wilson)."""
@@ -65,7 +65,7 @@ def _share_of(right: Tensor) -> Share:
     """The share of True in (n,)."""
     return Share(right.double().mean().item(), proportion_interval(right), len(right))
 
-
+# %% ../../nbs/4_analysis/10_judge.ipynb #ced5bf2f
 @dataclass(frozen=True, repr=False)
 class Verdict:
     """How many samples are what was requested.
@@ -127,7 +127,7 @@ class Verdict:
         }
         return {"recipe": self.recipe, "factors": factors}
 
-
+# %% ../../nbs/4_analysis/10_judge.ipynb #4ac2a949
 def _number(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else float(value)
 
@@ -142,7 +142,7 @@ def _distances(count: int, rolls: int) -> list[int]:
     rolls = min(rolls, count - 1)
     return torch.linspace(1, count - 1, rolls).long().tolist()
 
-
+# %% ../../nbs/4_analysis/10_judge.ipynb #f137f0a3
 def compared(
     answers: dict[str, Tensor],
     wanted: dict[str, Tensor],
@@ -260,7 +260,7 @@ def bounce_verdict(
     factor = "sound on bounce"
     return Verdict({factor: hits}, {}, {factor: chance}, recipe)
 
-# %% ../../nbs/4_analysis/10_judge.ipynb #1f9ceb5c
+# %% ../../nbs/4_analysis/10_judge.ipynb #d7f8ab21
 _VERSION = 1  # of the judges, to be raised when they read in another way
 
 
@@ -273,7 +273,7 @@ class ViewReader(Protocol):
 
     def read(self, values: Tensor) -> dict[str, Tensor]: ...
 
-
+# %% ../../nbs/4_analysis/10_judge.ipynb #1f9ceb5c
 @dataclass(frozen=True, eq=False)
 class Judge:
     """Networks that read the factors of a data set.
@@ -370,7 +370,7 @@ class Judge:
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(content)
 
-# %% ../../nbs/4_analysis/10_judge.ipynb #f602bbb3
+# %% ../../nbs/4_analysis/10_judge.ipynb #129f184d
 _STEPS = {
     "fashion": 1500,
     "shapes": 800,
@@ -385,7 +385,7 @@ def _source(name: str, data: DataConfig | None, split: str) -> DataSet:
     choose(name, HEADS, "data set with a judge")
     return open_dataset(data or DataConfig(name), split)
 
-
+# %% ../../nbs/4_analysis/10_judge.ipynb #cc4969bd
 class _PixelReader(nn.Module):
     """A support vector machine for the classes of small images.
 
@@ -439,7 +439,7 @@ class _PixelReader(nn.Module):
         finite = values.isfinite().flatten(1).all(1).cpu()
         return {self.factor: answers.where(finite, -1)}
 
-
+# %% ../../nbs/4_analysis/10_judge.ipynb #72c02cb6
 def _untrained(name: str, rate: int) -> nn.ModuleDict:
     """Readers of a data set with new weights."""
     # The caller's random numbers are not touched.
@@ -450,7 +450,7 @@ def _untrained(name: str, rate: int) -> nn.ModuleDict:
         }
         return nn.ModuleDict(readers)
 
-
+# %% ../../nbs/4_analysis/10_judge.ipynb #c5bd2f21
 @own_settings()
 def train_judge_for(
     name: str,
@@ -486,7 +486,7 @@ def train_judge_for(
 
 _FITTED = 2000  # images that a support vector machine is fitted to, at most
 
-
+# %% ../../nbs/4_analysis/10_judge.ipynb #be456c0f
 def _fit_pixels(name: str, train: DataSet, validation: DataSet) -> nn.ModuleDict:
     (factor,) = HEADS[name]["pixels"]
     reader = _PixelReader(
@@ -526,7 +526,7 @@ def _train_readers(name: str, train: DataSet, steps: int, batch: int) -> nn.Modu
     readers.load_state_dict(rounded)
     return readers
 
-
+# %% ../../nbs/4_analysis/10_judge.ipynb #f602bbb3
 def _correct(name: str, readers: nn.ModuleDict, test: DataSet, tests: int) -> Tensor:
     """Test samples that are read correctly, (n, factors) uint8."""
     judge = Judge(name, "", readers, torch.empty(0))
@@ -543,7 +543,7 @@ def _correct(name: str, readers: nn.ModuleDict, test: DataSet, tests: int) -> Te
 # Judges that are not stored, because fitting them takes a second, by fingerprint.
 _fitted_judges: dict[tuple[str, str], Judge] = {}
 
-# %% ../../nbs/4_analysis/10_judge.ipynb #a418188b
+# %% ../../nbs/4_analysis/10_judge.ipynb #df252ef7
 @own_settings()
 def judge_for(
     name: str, data: DataConfig | None = None, folder: Path | str = "data/cache/judges"
@@ -595,7 +595,7 @@ def judge_for(
     judge.save(stored)
     return judge
 
-
+# %% ../../nbs/4_analysis/10_judge.ipynb #a418188b
 def _load(path: Path, name: str, source: DataSet) -> Judge | str:
     """The judge in a file, or the reason why it cannot be used."""
     expected = {"version": _VERSION, "name": name, "data": source.fingerprint}
@@ -661,7 +661,7 @@ def followed(
     own["all"] = judge.own(requested).value
     return compared(answers, requested, own)
 
-# %% ../../nbs/4_analysis/10_judge.ipynb #5143d9a0
+# %% ../../nbs/4_analysis/10_judge.ipynb #01228237
 def wishes(config: DataConfig, name: str, examples: Examples) -> dict[str, Tensor]:
     """The factors that samples with the conditions of `examples` should have.
 
@@ -701,12 +701,12 @@ def _on_bounce(source: Any, signals: dict[str, Tensor], labels: Tensor) -> Verdi
 # Measurements that need no network, by data set.
 _MEASURED = {"motion": _tracked, "notes": _heard, "scenes": _on_bounce}
 
-
+# %% ../../nbs/4_analysis/10_judge.ipynb #0e57cf51
 def _single_factor(name: str, answers: Tensor, labels: Tensor) -> Verdict:
     verdict = compared({name: answers}, {name: labels}, {})
     return Verdict({name: verdict.right[name]}, {}, {name: verdict.chance[name]})
 
-
+# %% ../../nbs/4_analysis/10_judge.ipynb #5143d9a0
 @own_settings()
 def on_samples(
     run: Run,

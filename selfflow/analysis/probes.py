@@ -28,7 +28,7 @@ from ..draws import keyed
 from ..intervals import score_interval, score_of
 from ..settings import own_settings
 
-# %% ../../nbs/4_analysis/03_probes.ipynb #c57c08cb
+# %% ../../nbs/4_analysis/03_probes.ipynb #bbeda140
 _Parts = dict[str, np.ndarray]  # an array for each split
 
 
@@ -62,7 +62,7 @@ class ProbeScore:
             return f"{self.score:.2f} ({low:.2f} to {high:.2f})"
         return f"{self.score:.1%} ({low:.1%} to {high:.1%})"
 
-
+# %% ../../nbs/4_analysis/03_probes.ipynb #d07a7ec5
 class _Outcome(NamedTuple):
     """Errors and spreads of the items of one part, (n,) each."""
 
@@ -103,12 +103,12 @@ def scored(
         spreads,
     )
 
-
+# %% ../../nbs/4_analysis/03_probes.ipynb #13f49d86
 def _is_class(targets: Mapping) -> bool:
     """True if targets are classes: whole numbers or True and False."""
     return np.asarray(targets["train"]).dtype.kind in "iub"
 
-
+# %% ../../nbs/4_analysis/03_probes.ipynb #e4b1117b
 def _checked_parts(
     features: Mapping, targets: Mapping, axes: int = 2
 ) -> tuple[_Parts, _Parts]:
@@ -148,7 +148,7 @@ def _checked_parts(
             )
     return x, y
 
-
+# %% ../../nbs/4_analysis/03_probes.ipynb #c57c08cb
 def _sizes_of(y: Mapping) -> dict[str, int]:
     """Number of samples in each part."""
     return {split: len(y[split]) for split in SPLITS}
@@ -172,7 +172,7 @@ def _standardised(x: _Parts) -> _Parts:
     scale = np.where(deviation > 1e-8, deviation, 1)
     return {split: (part - mean) / scale for split, part in x.items()}
 
-# %% ../../nbs/4_analysis/03_probes.ipynb #ef0cb5d8
+# %% ../../nbs/4_analysis/03_probes.ipynb #4325c1e2
 _ALPHAS = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 STRENGTHS = (0.003, 0.03, 0.3, 3.0)
 WIDE_STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -208,7 +208,7 @@ def _logistic_probe(
         sizes=_sizes_of(y),
     )
 
-
+# %% ../../nbs/4_analysis/03_probes.ipynb #48914d33
 def _ridge_probe(features: Mapping, targets: Mapping, alphas=_ALPHAS) -> ProbeScore:
     """Ridge regression on standardised features (n, d) for values (n,) or (n, m).
 
@@ -238,7 +238,7 @@ def _ridge_probe(features: Mapping, targets: Mapping, alphas=_ALPHAS) -> ProbeSc
         sizes=_sizes_of(y),
     )
 
-
+# %% ../../nbs/4_analysis/03_probes.ipynb #ef0cb5d8
 def _ridge(x: np.ndarray, y: np.ndarray, alphas) -> list[np.ndarray]:
     """Weights (d, m) for each strength, by the smaller of the two Gram matrices."""
     n, d = x.shape
@@ -309,7 +309,7 @@ def majority_score(targets: Mapping) -> ProbeScore:
         sizes=_sizes_of(y),
     )
 
-# %% ../../nbs/4_analysis/03_probes.ipynb #04c28b6e
+# %% ../../nbs/4_analysis/03_probes.ipynb #1b1207d3
 class _TokenNorm(nn.Module):
     """BatchNorm without parameters over all but the last axis of (..., d)."""
 
@@ -341,7 +341,7 @@ class HeadFit:
 
 _FIELD = HeadFit()
 
-
+# %% ../../nbs/4_analysis/03_probes.ipynb #05f936bb
 @own_settings()
 def _fit_head(
     head: nn.Module,
@@ -377,7 +377,7 @@ def _fit_head(
         raise FloatingPointError(f"a probe diverged with {how}; use a smaller lr")
     return head.eval()
 
-
+# %% ../../nbs/4_analysis/03_probes.ipynb #1adf9f8c
 @own_settings()
 @torch.no_grad()
 def _head_outputs(
@@ -394,7 +394,7 @@ def _head_outputs(
 def _held_out_outputs(head: nn.Module, x: _Parts) -> _Parts:
     return {split: _head_outputs(head, x[split]) for split in ("validation", "test")}
 
-
+# %% ../../nbs/4_analysis/03_probes.ipynb #04c28b6e
 class _JointTargets:
     """Targets of several factors, read by one head from adjacent output columns."""
 
@@ -502,7 +502,7 @@ def _zero_linear(width: int, outputs: int) -> nn.Linear:
     nn.init.zeros_(linear.bias)
     return linear
 
-# %% ../../nbs/4_analysis/03_probes.ipynb #e8e15c42
+# %% ../../nbs/4_analysis/03_probes.ipynb #f0c59ec5
 _NEIGHBOURS = (1, 3, 10, 30)
 
 
@@ -560,12 +560,12 @@ def knn_probe(
         sizes=_sizes_of(y),
     )
 
-
+# %% ../../nbs/4_analysis/03_probes.ipynb #e8e15c42
 _ATTENTIVE = HeadFit()
 _BY_TOKEN = HeadFit(epochs=10, batch=64)
 _THRESHOLDS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5)  # of the logit of a token
 
-# %% ../../nbs/4_analysis/03_probes.ipynb #88cae020
+# %% ../../nbs/4_analysis/03_probes.ipynb #f203511e
 class _Attentive(nn.Module):
     """Pools tokens (b, n, d) by one learned query per factor and reads each linearly.
 
@@ -588,7 +588,7 @@ class _Attentive(nn.Module):
         answers = [reader(pooled[:, row]) for row, reader in enumerate(self.readers)]
         return torch.cat(answers, dim=1)
 
-
+# %% ../../nbs/4_analysis/03_probes.ipynb #88cae020
 def attentive_probe(
     features: Mapping, targets: Mapping[str, Mapping], how: HeadFit = _ATTENTIVE
 ) -> dict[str, ProbeScore]:
@@ -610,7 +610,7 @@ def attentive_probe(
     _fit_head(head, joint.loss, x["train"], joint.training(), how)
     return joint.scores(_held_out_outputs(head, x), f"one query a factor, {how}")
 
-# %% ../../nbs/4_analysis/03_probes.ipynb #a3ef9dc5
+# %% ../../nbs/4_analysis/03_probes.ipynb #1833e8d0
 def token_probe(
     features: Mapping, covered: Mapping, how: HeadFit = _BY_TOKEN
 ) -> ProbeScore:
@@ -653,7 +653,7 @@ def token_probe(
         sizes=_sizes_of(y),
     )
 
-
+# %% ../../nbs/4_analysis/03_probes.ipynb #a3ef9dc5
 def _overlap(guess: np.ndarray, truth: np.ndarray) -> _Outcome:
     """Union minus intersection, and union, of each image: IoU is 1 - their ratio."""
     union = (guess | truth).sum(1)

@@ -56,7 +56,7 @@ from ..training.recording import device_name
 from ..training.run import Run
 from ..training.state import start_state
 
-# %% ../../nbs/4_analysis/04_probing.ipynb #1a8090d4
+# %% ../../nbs/4_analysis/04_probing.ipynb #1d5d6135
 _NUISANCE = ("grain", "handwriting")  # made, but not meant to be read
 CIRCULAR = {"angle": 2 * math.pi, "phase": 1.0}  # circular factors and their periods
 _CLASSES = 64  # integer factors with more values than this are regressed
@@ -93,7 +93,7 @@ def probe_targets(items: dict[str, Items]) -> dict[str, dict[str, np.ndarray]]:
         raise ValueError(_NOTHING_KNOWN.format(items["train"].name))
     return targets
 
-
+# %% ../../nbs/4_analysis/04_probing.ipynb #1a8090d4
 _NOTHING_KNOWN = (
     "nothing that varies is known of the samples of {}, so there is nothing to probe "
     "for; put files into a folder for each class, or give a table with a column label"
@@ -150,7 +150,7 @@ def token_covers(items: Items) -> np.ndarray:
         covers.append(cut.patchify(masks).mean(-1))  # (b, n)
     return torch.cat(covers).numpy()
 
-# %% ../../nbs/4_analysis/04_probing.ipynb #0f74530c
+# %% ../../nbs/4_analysis/04_probing.ipynb #be95f56f
 # Protocols (a) and (b) of `probes`.
 FAMILIES = {"regression": regression_probe, "field": field_probe}
 PROBE_LEVELS = (0.0, 0.1, 0.25, 0.5, 0.75)
@@ -198,7 +198,7 @@ class ProbeRow:
             **score,
         }
 
-
+# %% ../../nbs/4_analysis/04_probing.ipynb #4ba1d76b
 @dataclass(frozen=True, eq=False)
 class Probes:
     """All probes of a run.
@@ -355,7 +355,7 @@ class Probes:
             rows.append(row)
         return pd.DataFrame(rows).set_index("factor")
 
-
+# %% ../../nbs/4_analysis/04_probing.ipynb #0f74530c
 def _errors_of(row: ProbeRow) -> tuple[np.ndarray, np.ndarray]:
     return row.probe.errors, row.probe.spreads
 
@@ -388,7 +388,7 @@ def probe_table(probes: dict[str, Probes], factor: str = "") -> pd.DataFrame:
     measure = next(iter(best.values())).probe.measure
     return pd.DataFrame(rows, columns=["features", f"test {measure} (95 %)"])
 
-# %% ../../nbs/4_analysis/04_probing.ipynb #23558ade
+# %% ../../nbs/4_analysis/04_probing.ipynb #3880c2b8
 def _untrained_network(run: Run) -> nn.Module:
     """The network that a run started from.
 
@@ -399,7 +399,7 @@ def _untrained_network(run: Run) -> nn.Module:
         state.teacher.open_gates()
     return state.teacher
 
-
+# %% ../../nbs/4_analysis/04_probing.ipynb #a5f64dc8
 @dataclass(frozen=True)
 class _Prober:
     """Data and settings that all probes of a run share."""
@@ -481,7 +481,7 @@ class _Prober:
             )
         return rows
 
-
+# %% ../../nbs/4_analysis/04_probing.ipynb #c19a1d62
 @own_settings()
 def probe_run(
     run: Run,
@@ -543,7 +543,7 @@ def probe_run(
     rows += prober.shuffled_labels(Probes(about, tuple(rows)), opened.model)
     return Probes(about, tuple(rows))
 
-
+# %% ../../nbs/4_analysis/04_probing.ipynb #dc150797
 @own_settings()
 def probes_cost(
     run: Run,
@@ -574,7 +574,7 @@ def probes_cost(
         device=costs[0].device,
     )
 
-
+# %% ../../nbs/4_analysis/04_probing.ipynb #ba0b558e
 def probe_items(
     run: Run, counts: dict[str, int] = COUNTS, data: str = ""
 ) -> dict[str, Items]:
@@ -600,7 +600,7 @@ class _Opened(NamedTuple):
     layers: tuple[int, ...]
     store: FeatureStore
 
-
+# %% ../../nbs/4_analysis/04_probing.ipynb #23558ade
 def _open(
     run: Run,
     layers: Iterable[int] | None,
@@ -637,7 +637,7 @@ def _raw_tokens(items: dict[str, Items], part: str) -> dict[str, np.ndarray]:
     components = PCA(count, svd_solver="randomized", random_state=0).fit(train)
     return {split: components.transform(values) for split, values in flat.items()}
 
-# %% ../../nbs/4_analysis/04_probing.ipynb #ae315861
+# %% ../../nbs/4_analysis/04_probing.ipynb #eb5bf61f
 def write_probes(run: Run, probes: Probes) -> Probes:
     """Write probes to probes.json and probes.safetensors in the run's folder.
 
@@ -667,7 +667,7 @@ def _digest(values: np.ndarray) -> str:
 
 RECORDS = ("probes.json", "factors.json", "probe.json")  # the newest format first
 
-
+# %% ../../nbs/4_analysis/04_probing.ipynb #93af14e2
 def read_probes(run: Run) -> Probes | None:
     """Probes stored in a run's folder, by this or an earlier version.
 
@@ -695,7 +695,7 @@ def read_probes(run: Run) -> Probes | None:
             "again"
         ) from error
 
-
+# %% ../../nbs/4_analysis/04_probing.ipynb #1f8939e3
 def _read_record(file: Path) -> Probes:
     """The record of the present format."""
     record = json.loads(file.read_text(encoding="utf-8"))
@@ -715,7 +715,7 @@ def _read_record(file: Path) -> Probes:
         rows.append(ProbeRow(**place, probe=probe))
     return Probes(record["about"], tuple(rows))
 
-
+# %% ../../nbs/4_analysis/04_probing.ipynb #8e50fe15
 def _read_class(run: Run) -> Probes:
     """The record of format 4 and before: probes of the class of images alone.
 
@@ -746,7 +746,7 @@ def _read_class(run: Run) -> Probes:
             rows = _class_baselines(baselines, sizes)
     return Probes(about, (*rows, *_class_cells("model", grid)))
 
-
+# %% ../../nbs/4_analysis/04_probing.ipynb #96fb596a
 def _class_baselines(baselines: dict, sizes: dict[str, int]) -> list[ProbeRow]:
     # The record has only the number of right answers, so the first ones count as right.
     right = round(baselines["majority"] * sizes["test"])
@@ -782,7 +782,7 @@ def _class_score(result: dict) -> ProbeScore:
         np.ones(len(wrong), np.float32),
     )
 
-
+# %% ../../nbs/4_analysis/04_probing.ipynb #ae315861
 def _class_cells(features: str, grid: dict) -> list[ProbeRow]:
     rows = []
     cells = product(grid["layers"], grid["levels"])

@@ -61,7 +61,7 @@ def nearest(features, count: int) -> tuple[np.ndarray, np.ndarray]:
         distances[rows] = np.take_along_axis(away, order, 1)
     return indices, distances
 
-# %% ../../nbs/4_analysis/08_projection.ipynb #1dc541c0
+# %% ../../nbs/4_analysis/08_projection.ipynb #a00c6f0f
 class Sharing(NamedTuple):
     """How neighbours share a factor.
 
@@ -90,7 +90,7 @@ def _compared(values: np.ndarray, others, period: float | None) -> np.ndarray:
         return away
     return np.minimum(away % period, period - away % period)
 
-
+# %% ../../nbs/4_analysis/08_projection.ipynb #1dc541c0
 def sharing(
     values, neighbours: np.ndarray, sample: int, period: float | None = None
 ) -> Sharing:
@@ -166,7 +166,7 @@ def aligned(
             turned[layer, level] = _turned(planes[layer, level], onto)
     return turned
 
-# %% ../../nbs/4_analysis/08_projection.ipynb #bf18d095
+# %% ../../nbs/4_analysis/08_projection.ipynb #738dd915
 def _array(features, axes: int, what: str) -> np.ndarray:
     """Features as float64. Raises ValueError for other axes and values not finite."""
     if hasattr(features, "detach"):
@@ -186,7 +186,7 @@ def _array(features, axes: int, what: str) -> np.ndarray:
         )
     return values.astype(np.float64)
 
-
+# %% ../../nbs/4_analysis/08_projection.ipynb #bf18d095
 def token_colours(tokens, grid: tuple[int, int]) -> tuple[np.ndarray, float]:
     """Colour tokens by their first three principal components.
 
@@ -217,7 +217,7 @@ def token_colours(tokens, grid: tuple[int, int]) -> tuple[np.ndarray, float]:
     share = float(pca.explained_variance_ratio_.sum())
     return images.transpose(0, 3, 1, 2).astype(np.float32), share
 
-# %% ../../nbs/4_analysis/08_projection.ipynb #093db584
+# %% ../../nbs/4_analysis/08_projection.ipynb #c1acedc6
 @dataclass(frozen=True, repr=False)
 class Projection:
     """Points (n, 2) in a plane.
@@ -237,7 +237,7 @@ class Projection:
             f"seed {self.recipe['seed']}; distances, areas and gaps mean nothing"
         )
 
-
+# %% ../../nbs/4_analysis/08_projection.ipynb #093db584
 def project(
     features,
     method: str = "UMAP",

@@ -28,7 +28,7 @@ from ..registries import metrics
 from ..settings import own_settings
 from ..training.run import Run
 
-# %% ../../nbs/4_analysis/13_sample_metrics.ipynb #4cb67558
+# %% ../../nbs/4_analysis/13_sample_metrics.ipynb #2967a6f6
 def all_metrics(
     real: np.ndarray,
     drawn: np.ndarray,
@@ -61,7 +61,7 @@ def all_metrics(
         results |= measured
     return results
 
-
+# %% ../../nbs/4_analysis/13_sample_metrics.ipynb #4cb67558
 @dataclass(frozen=True, repr=False)
 class SampleMetrics:
     """Metrics of a run's samples.
@@ -121,7 +121,7 @@ class SampleMetrics:
         """The content of metrics.json."""
         return asdict(self)
 
-# %% ../../nbs/4_analysis/13_sample_metrics.ipynb #f08404ca
+# %% ../../nbs/4_analysis/13_sample_metrics.ipynb #d498383c
 def _judged(
     run: Run,
     name: str,
@@ -140,7 +140,7 @@ def _judged(
     verdict = followed(judge, drawn, wishes(config, name, examples))
     return verdict.shares, verdict.own
 
-
+# %% ../../nbs/4_analysis/13_sample_metrics.ipynb #ef4f1051
 def metric_data(
     run: Run,
     count: int = 500,
@@ -192,7 +192,7 @@ def metric_data(
         )
     return name, parts
 
-
+# %% ../../nbs/4_analysis/13_sample_metrics.ipynb #f081f017
 def _settings(options: Mapping[str, Any]) -> dict[str, object]:
     """Options of every registered metric, by name.
 
@@ -205,7 +205,7 @@ def _settings(options: Mapping[str, Any]) -> dict[str, object]:
             settings[f"{metric}: {name}" if name in settings else name] = value
     return settings
 
-
+# %% ../../nbs/4_analysis/13_sample_metrics.ipynb #f08404ca
 @own_settings()
 def run_metrics(
     run: Run,

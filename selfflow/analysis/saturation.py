@@ -30,7 +30,7 @@ from ..settings import own_settings
 from ..training.checkpoint import head_width
 from ..training.run import Run
 
-# %% ../../nbs/4_analysis/07_saturation.ipynb #95f1d591
+# %% ../../nbs/4_analysis/07_saturation.ipynb #958df2d0
 @dataclass
 class Compared:
     """Predictions and targets of b samples with n tokens.
@@ -67,7 +67,7 @@ def _mean_of_samples(values: Tensor, counted: Tensor) -> Tensor:
     """Means over the counted tokens of each sample, (b,); NaN where none counts."""
     return (values.nan_to_num() * counted).sum(1) / counted.sum(1)
 
-
+# %% ../../nbs/4_analysis/07_saturation.ipynb #82835f21
 def _another(labels: Tensor, within: bool) -> Tensor:
     """The position of another sample for each sample, (b,).
 
@@ -100,7 +100,7 @@ _ANSWERS = {
     "its image, other noise": ("own", "new"),
 }
 
-
+# %% ../../nbs/4_analysis/07_saturation.ipynb #95f1d591
 @own_settings()
 @torch.no_grad()
 def compare(
@@ -206,7 +206,7 @@ def compare(
         missing=missing,
     )
 
-# %% ../../nbs/4_analysis/07_saturation.ipynb #efc71420
+# %% ../../nbs/4_analysis/07_saturation.ipynb #6edb0bd8
 def _mean_directions(
     unit: Tensor,
     keys: list[Tensor],
@@ -241,7 +241,7 @@ def _mean_directions(
         directions.append(coarser)
     return directions
 
-
+# %% ../../nbs/4_analysis/07_saturation.ipynb #efc71420
 def look_up(
     directions: list[Tensor], keys: list[Tensor], sizes: list[int]
 ) -> list[Tensor]:
@@ -283,7 +283,7 @@ def fit_directions(
 
     return _mean_directions(unit, keys, sizes, counted, max(_PRIORS, key=cosine))
 
-# %% ../../nbs/4_analysis/07_saturation.ipynb #0f1e9e29
+# %% ../../nbs/4_analysis/07_saturation.ipynb #41a7f6b6
 _GAPS = (0.0, 0.1, 0.25, 0.5, 1.0)  # ends of the bins of |t - s|
 
 
@@ -331,7 +331,7 @@ def cosine_by_gap(
             rows.append(row)
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/4_analysis/07_saturation.ipynb #0f1e9e29
 def _tokens_in_bin(
     part: Compared, tokens: str, start: float, end: float, lowest: float
 ) -> Tensor:
@@ -342,7 +342,7 @@ def _tokens_in_bin(
     kind = gap > 1e-6 if tokens == "noisier" else gap <= 1e-6
     return part.counted & above & (widest <= end) & kind
 
-# %% ../../nbs/4_analysis/07_saturation.ipynb #4ff454d0
+# %% ../../nbs/4_analysis/07_saturation.ipynb #05e5a746
 @dataclass(frozen=True)
 class Ladder:
     """Cosines with the target features on test samples, by who answers.
@@ -467,7 +467,7 @@ class Ladder:
             f"({ahead:+.3f}, {low:+.3f} to {high:+.3f})."
         )
 
-
+# %% ../../nbs/4_analysis/07_saturation.ipynb #4ff454d0
 # Each rung of the ladder of constants knows one thing more.
 _RUNGS = ("constant", "place", "place and level", "place, level and label")
 
@@ -533,7 +533,7 @@ def ladder(
         word,
     )
 
-# %% ../../nbs/4_analysis/07_saturation.ipynb #c5a19c7e
+# %% ../../nbs/4_analysis/07_saturation.ipynb #d1c4ceca
 def saturation(
     run: Run,
     fitted: int = 1000,
@@ -600,7 +600,7 @@ def saturation(
         signals[0] if len(signals) == 1 else "sample",
     )
 
-
+# %% ../../nbs/4_analysis/07_saturation.ipynb #c5a19c7e
 def _gradient_share(run: Run, step: int) -> float | None:
     """The last logged share of the representation loss in the gradients."""
     log = run.log

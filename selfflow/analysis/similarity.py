@@ -19,7 +19,7 @@ from torch import Tensor
 from ..intervals import mean_interval
 from ..method.alignment import constant_cosine, effective_rank
 
-# %% ../../nbs/4_analysis/05_similarity.ipynb #86a4ed5e
+# %% ../../nbs/4_analysis/05_similarity.ipynb #ba2882f2
 def _centred(*features, least: int = 4) -> list[Tensor]:
     """Features (n, d) of the same samples, in float64 with mean 0.
 
@@ -51,7 +51,7 @@ def _trace_of_product(x: Tensor, y: Tensor) -> Tensor:
         return ((x @ x.mT) * (y @ y.mT)).sum()
     return (x.mT @ y).square().sum()
 
-
+# %% ../../nbs/4_analysis/05_similarity.ipynb #8ff27ea8
 def _unbiased_hsic(x: Tensor, y: Tensor) -> Tensor:
     """The unbiased estimate of HSIC (Song et al., JMLR 13 (2012), equation 5).
 
@@ -71,7 +71,7 @@ def _unbiased_hsic(x: Tensor, y: Tensor) -> Tensor:
 def _biased_hsic(x: Tensor, y: Tensor) -> Tensor:
     return _trace_of_product(x, y) / (len(x) - 1) ** 2
 
-
+# %% ../../nbs/4_analysis/05_similarity.ipynb #86a4ed5e
 def cka(x, y, unbiased: bool = True) -> float:
     """Linear centred kernel alignment of two representations of the same samples.
 
@@ -99,7 +99,7 @@ def cka(x, y, unbiased: bool = True) -> float:
         )
     return float(hsic(x, y) / (own[0] * own[1]).sqrt())
 
-# %% ../../nbs/4_analysis/05_similarity.ipynb #3c6b57a1
+# %% ../../nbs/4_analysis/05_similarity.ipynb #334c4c7b
 def _neighbours(x: Tensor, k: int, rows: int) -> Tensor:
     """Sorted keys i n + j of all pairs in which j is among the k nearest of i.
 
@@ -135,7 +135,7 @@ def _masked_hsic(x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         - 2 / (n - 2) * (columns * lines).sum()
     )
 
-
+# %% ../../nbs/4_analysis/05_similarity.ipynb #3c6b57a1
 def cknna(x, y, neighbours: int = 10, unit: bool = True, rows: int = 1024) -> float:
     """Kernel alignment over pairs that are near neighbours in both representations.
 
