@@ -1,4 +1,4 @@
-"""Sounds and their spectra, there and back; what is heard in them; what is refused."""
+"""Audio and its spectra: round trips, pitch and onsets, and refused input."""
 
 import math
 import sys

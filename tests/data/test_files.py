@@ -1,4 +1,4 @@
-"""What lies in a folder, what is said of it, and what of it is opened."""
+"""Files of a folder are listed, identified and opened safely, and nothing else is."""
 
 import hashlib
 import io
