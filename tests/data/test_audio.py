@@ -1,4 +1,4 @@
-"""Audio and its spectra: round trips, pitch and onsets, and refused input."""
+"""Audio survives its spectra; what it contains is measured; bad input is refused."""
 
 import math
 import sys

@@ -1,4 +1,4 @@
-"""Images, audio and videos become tensors of fixed shape; hostile files are refused."""
+"""Images, audio and video decode to one form; hostile files are refused."""
 
 import io
 import math

@@ -1,4 +1,4 @@
-"""Files of a folder are listed, identified and opened safely, and nothing else is."""
+"""Files of a folder are listed, described, and opened or skipped with a reason."""
 
 import hashlib
 import io
