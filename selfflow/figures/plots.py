@@ -115,10 +115,12 @@ def viewable(signals):
 
 def _show_image(axis, pixels: np.ndarray) -> None:
     """Draw one image (c, h, w) with c = 1 or 3 and values in [0, 1]."""
+    # Small images show their pixels as squares: blurred noise misleads and fills files.
+    interpolation = "nearest" if pixels.shape[-1] <= 64 else "auto"
     if len(pixels) == 1:
-        axis.imshow(pixels[0], cmap="gray", vmin=0, vmax=1)
+        axis.imshow(pixels[0], cmap="gray", vmin=0, vmax=1, interpolation=interpolation)
     else:
-        axis.imshow(pixels.transpose(1, 2, 0))
+        axis.imshow(pixels.transpose(1, 2, 0), interpolation=interpolation)
 
 # %% ../../nbs/5_figures/02_plots.ipynb #160b1383
 def draw_images(

@@ -82,7 +82,9 @@ SMALL = replace(
     TINY,
     name="small",
     model=ModelConfig(width=8, depth=3, heads=1),
-    training=TrainConfig(steps=4, batch=8, log_every=1, validate_every=3, save_every=2),
+    training=TrainConfig(
+        steps=4, batch=8, log_every=1, validate_every=3, validation=64, save_every=2
+    ),
 )
 EVERY = [
     (name, {"schedule": schedule})
@@ -718,7 +720,7 @@ FEATURES = torch.zeros(1078, 16, 5)
         (
             "self_flow",
             FEATURES,
-            "objective 'self_flow' takes no features of an outside encoder",
+            "objective 'self_flow' takes no features of an external encoder",
         ),
         ("flow_matching", outside, "'flow_matching' takes no features"),
         ("repa", FEATURES[:-1], "features of 1077 samples, but 1078 training samples"),
