@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from selfflow.analysis.benchmark import flops_per_step
 from selfflow.data.options import DataConfig
 from selfflow.method.backbone import Inputs, check_backbone
 from selfflow.method.batch import Batch, Condition
@@ -693,3 +694,14 @@ def test_help_and_config_import_neither_torch_nor_diffusers():
         "assert not {'torch', 'diffusers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_operations_of_a_step_are_counted_without_memory(tmp_path):
+    model_of(CASES["flux2"]).save_pretrained(tmp_path)
+    models = [
+        ModelConfig(name, heads=2, head_width=16, layers=2) for name in ("flux2", "wan")
+    ]
+    for model in (*models, ModelConfig("flux2", folder=str(tmp_path))):
+        config = Config(model=model, training=TrainConfig(batch=2))
+        part = VIDEO if model.name == "wan" else IMAGE
+        assert flops_per_step(config, Inputs((part,), caption=TEXT)) > 1e6
