@@ -766,9 +766,11 @@ class DiffusersBackbone(nn.Module):
         ValueError: For another class, and for inputs that do not fit the model.
     """
 
+    places: Tensor
+
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         inputs: Inputs,
         caption_level: str = "mean",
         caption_stride: int = 4,
@@ -781,14 +783,13 @@ class DiffusersBackbone(nn.Module):
         self.caption_level = caption_level
         self.guidance = guidance
         self._check_fit(model)
-        self.model: Any = model
-        text_width = self.family.text_width(model.config)
+        self.model = model
+        text_width = self.family.text_width(self.model.config)
         self.text: nn.Module | None = None
         if text_width:
             self.text = TextVectors(inputs, text_width, caption_stride)
-        self.width: int = model.config.num_attention_heads * (
-            model.config.attention_head_dim
-        )
+        config = self.model.config
+        self.width: int = config.num_attention_heads * config.attention_head_dim
         self.depth: int = len(self.layers())
         places = inputs.parts[0].coordinates()
         self.register_buffer("places", places, persistent=False)
