@@ -1,6 +1,7 @@
-"""The house itself: notebooks, modules, packaging, hygiene."""
+"""Notebooks, modules and packages follow the rules of the project."""
 
 import ast
+import functools
 import importlib
 import json
 import os
@@ -73,24 +74,46 @@ def folder_of(path):
     return "" if folder == "ground" else folder
 
 
+@functools.cache
+def parsed(module):
+    return ast.parse(module.read_text())
+
+
+@functools.cache
 def imports(module):
     """The names that a module of the package imports from others of the package:
     (module, name, its folder and order).
     """
     known = {dotted(path) for path in MODULES}
-    for node in ast.walk(ast.parse(module.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
+    imported = []
+    for node in ast.walk(parsed(module)):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        if node.level:
             package = dotted(module).split(".")[: -node.level]
             source = ".".join([*package, *filter(None, [node.module])])
-        elif (
-            isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "selfflow"
-        ):
+        elif node.module.split(".")[0] == "selfflow":
             source = node.module
         else:
             continue
         for alias in node.names:
             whole = f"{source}.{alias.name}"
-            yield (whole, None) if whole in known else (source, alias.name)
+            imported.append((whole, None) if whole in known else (source, alias.name))
+    return imported
+
+
+@functools.cache
+def defined_in(module):
+    "The names that the top level of a module defines."
+    names = set()
+    for node in parsed(module).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        for target in getattr(node, "targets", [getattr(node, "target", None)]):
+            if target:
+                parts = ast.walk(target)
+                names |= {part.id for part in parts if isinstance(part, ast.Name)}
+    return names
 
 
 def tracked():
@@ -139,23 +162,7 @@ def test_names_are_public_and_imported_from_where_they_are_defined():
         for source, name in imports(module):
             if name is None or source == "selfflow":
                 continue
-            tree = ast.parse((ROOT / f"{source.replace('.', '/')}.py").read_text())
-            defined = {
-                node.name
-                for node in tree.body
-                if isinstance(node, ast.FunctionDef | ast.ClassDef)
-            }
-            for node in tree.body:
-                for target in getattr(node, "targets", [getattr(node, "target", None)]):
-                    defined |= (
-                        {
-                            part.id
-                            for part in ast.walk(target)
-                            if isinstance(part, ast.Name)
-                        }
-                        if target
-                        else set()
-                    )
+            defined = defined_in(ROOT / f"{source.replace('.', '/')}.py")
             assert name in defined, (
                 f"{dotted(module)} imports {name} from {source}, which does not define "
                 "it"
@@ -362,137 +369,6 @@ def test_pictures_and_links_exist():
             assert target.startswith("https://") or (path.parent / target).exists(), (
                 f"{path}: {target}"
             )
-
-
-def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
-    (example,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S
-    )
-    assert "steps=1000" in example
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(example.replace("steps=1000", "steps=2"), names)  # the same lines, in small
-    assert (
-        names["images"].shape == (3, 1, 8, 8)
-        and (tmp_path / "runs/mine/config.json").exists()
-    )
-
-
-def recorded(name: str):
-    return json.loads((ROOT / f"data/results/{name}.json").read_text())
-
-
-def test_the_numbers_of_the_readme_are_the_recorded_ones():
-    record = json.loads((ROOT / "data/results/quickstart_seeds.json").read_text())
-    table = [
-        line
-        for line in (ROOT / "README.md").read_text().splitlines()
-        if line.startswith("| ") and "±" in line
-    ]
-    for line, row in zip(table, record["summary"], strict=True):
-        scale = 1 if row["measure"] == "flow loss" else 100
-        recorded = [
-            scale * float(number)
-            for key, value in row.items()
-            if key not in ("measure", "flow matching, 4/3 steps")
-            for number in re.findall(r"[+-]?\d+\.\d+", value)
-        ]
-        shown = [
-            float(number)
-            for number in re.findall(r"[+-]?\d+\.\d+", line.split("|", 2)[2])
-        ]
-        assert shown == pytest.approx(recorded, abs=0.051 if scale == 100 else 1e-9), (
-            line
-        )
-
-
-def test_the_speeds_of_the_readme_are_the_recorded_ones():
-    readme = (ROOT / "README.md").read_text()
-    for record in [*recorded("benchmark_cpu"), *recorded("benchmark_gpu")]:
-        case, ours, rival = (
-            record["case"],
-            record["results"]["Self-Flow"],
-            record["results"]["published form"],
-        )
-        name = (
-            f"{case['size']}, {case['tokens']} tokens x {case['batch']}, "
-            f"{case['precision']}" + ", compiled" * case["compile"]
-        )
-        name += ", H200" * (record["device"] == "NVIDIA H200")
-        low, median, high = ours["speed_ratio"]
-        assert (
-            f"| {name} | {ours['flops'] / rival['flops']:.3f} | {median:.2f} "
-            f"({low:.2f} to {high:.2f}) | "
-            f"{ours['ceiling_share'][1]:.0%} | "
-            f"{ours['peak_bytes'] / rival['peak_bytes']:.2f} |"
-        ) in readme
-
-
-@pytest.mark.parametrize(
-    "record, what, factor, scale",
-    [
-        ("train_video", "film", "direction", 3),
-        ("train_video", "film", "direction", 8),
-        ("train_video", "film", "direction, tracked", 8),
-        ("train_video_gpu", "film of full size, GPU", "direction", 8),
-        ("train_video_gpu", "film of full size, GPU", "direction, tracked", 8),
-    ],
-)
-def test_the_films_of_the_readme_are_the_recorded_ones(record, what, factor, scale):
-    found = [
-        row["right (95 %)"]
-        for row in recorded(record)["rows"]
-        if (row["factor"], row["CFG"]) == (factor, scale)
-    ]
-    shown = ["{} ({} to {})".format(*re.findall(r"[\d.]+", share)) for share in found]
-    name = factor if "tracked" in factor else f"{factor}, by the judge"
-    line = f"| {what}: {name}, guidance {scale} | {' | '.join(shown)} |"
-    assert len(found) == 2 and line in (ROOT / "README.md").read_text().replace(
-        "**", ""
-    )
-
-
-def test_the_rivals_of_the_readme_are_the_recorded_ones():
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    rows = {
-        row["arm"]: row["flow loss"]
-        for row in json.loads((ROOT / "data/results/rivals.json").read_text())[
-            "summary"
-        ]
-    }
-    assert all(rows[arm] in readme for arm in rows if arm != "Self-Flow, 4 levels")
-
-
-def test_the_long_run_of_the_readme_is_the_recorded_one():
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    found = json.loads((ROOT / "data/results/long_run.json").read_text())
-    first, last = (
-        found[name] / 2**20 for name in ("memory_after_an_eighth", "memory_at_the_end")
-    )
-    *earlier, last_stop = map(str, found["stops"])
-    stops = f"stopped after steps {', '.join(earlier)} and {last_stop}"
-    assert found["equal"] and stops in readme
-    shares = (
-        f"{found['data_wait']:.2%} of the time was spent waiting for data, "
-        f"{found['besides_steps']:.1%} on validation"
-    )
-    assert shares in readme
-    assert f"memory grew by {last - first:.1f} of {last:.0f} MiB" in readme
-
-
-def test_the_probes_of_own_data_in_the_readme_are_the_recorded_ones():
-    readme, found = (
-        " ".join((ROOT / "README.md").read_text().split()),
-        recorded("own_data"),
-    )
-    shown = [
-        "{:.1f} % ({:.1f} to {:.1f})".format(
-            *(100 * share for share in (row["probe"], *row["interval"]))
-        )
-        for row in found["rows"]
-    ]
-    assert f"reads the class in {' and '.join(shown)}" in readme
-    assert found["pixels"].replace("%", "").replace(" (", " % (") in readme
 
 
 def test_packaging_reads_settings():

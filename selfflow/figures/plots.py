@@ -20,34 +20,36 @@ from PIL import Image
 
 from ..intervals import mean_interval
 
-# %% ../../nbs/5_figures/02_plots.ipynb #d2a5e4ad
+# %% ../../nbs/5_figures/02_plots.ipynb #3d04bbf9
 class Picture(Figure):
     """A matplotlib Figure that a notebook shows without pyplot."""
 
     def _repr_png_(self) -> bytes:
-        return to_png(self, dpi=90, colours=64)
+        return to_png(self, dpi=90)
 
 
-def to_png(figure: Figure, dpi: int = 100, colours: int | None = None) -> bytes:
-    """The figure as the bytes of a PNG file.
+_INVISIBLE = 16  # a change of a colour, of 255, that nobody sees
 
-    Args:
-        colours: Size of the palette, at most 256; the file is then a third as large,
-            which keeps notebooks small. None keeps all colours.
+
+def to_png(figure: Figure, dpi: int = 100) -> bytes:
+    """Return the figure as the bytes of a PNG file.
+
+    Lines and text get by with a palette, which makes the file a third as large. It is
+    used where it changes no pixel visibly; images keep all their colours.
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
-    if colours is None:
-        return buffer.getvalue()
-    full = Image.open(buffer).convert("RGB")
-    reduced = full.quantize(colours, dither=Image.Dither.NONE)
+    image = Image.open(buffer).convert("RGB")
+    few = image.quantize(method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    change = np.asarray(few.convert("RGB"), int) - np.asarray(image, int)
     buffer = io.BytesIO()
-    reduced.save(buffer, format="png", optimize=True)
+    smallest = few if np.abs(change).max() <= _INVISIBLE else image
+    smallest.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 
 
-# dark blue, orange, green, wine, grey
-COLOURS = ("#1f3a5f", "#c4761b", "#3c7d5a", "#8c3b5e", "#6b6b6b")
+# dark blue, orange, green, pink, grey: distinct for colour-blind readers, too
+COLOURS = ("#1f3a5f", "#c4761b", "#009e73", "#cc79a7", "#6b6b6b")
 
 
 def line_styles() -> Iterator[dict]:
@@ -66,7 +68,7 @@ def to_array(values) -> np.ndarray:
         return values.detach().cpu().numpy()
     return np.asarray(values)
 
-
+# %% ../../nbs/5_figures/02_plots.ipynb #d2a5e4ad
 def draw_band(axis, x, low, high, colour) -> None:
     """Shade the area between two curves, such as the ends of an interval."""
     axis.fill_between(x, low, high, color=to_rgba(colour, 0.18), linewidth=0)
@@ -101,7 +103,7 @@ def _panels(
         axis.set_axis_off()
     return figure, axes
 
-# %% ../../nbs/5_figures/02_plots.ipynb #37f9c1d0
+# %% ../../nbs/5_figures/02_plots.ipynb #e7136b24
 def viewable(signals):
     """Signals (n, c, h, w) or (n, c, f, h, w) in a form that can be shown.
 
@@ -113,12 +115,14 @@ def viewable(signals):
 
 def _show_image(axis, pixels: np.ndarray) -> None:
     """Draw one image (c, h, w) with c = 1 or 3 and values in [0, 1]."""
+    # Small images show their pixels as squares: blurred noise misleads and fills files.
+    interpolation = "nearest" if pixels.shape[-1] <= 64 else "auto"
     if len(pixels) == 1:
-        axis.imshow(pixels[0], cmap="gray", vmin=0, vmax=1)
+        axis.imshow(pixels[0], cmap="gray", vmin=0, vmax=1, interpolation=interpolation)
     else:
-        axis.imshow(pixels.transpose(1, 2, 0))
+        axis.imshow(pixels.transpose(1, 2, 0), interpolation=interpolation)
 
-
+# %% ../../nbs/5_figures/02_plots.ipynb #160b1383
 def draw_images(
     images, titles=None, columns: int = 10, limits=(-1, 1), size: float = 1.1
 ) -> Picture:
@@ -149,7 +153,7 @@ def draw_images(
             axes[index].set_title(str(titles[index]), fontsize=8)
     return figure
 
-
+# %% ../../nbs/5_figures/02_plots.ipynb #37f9c1d0
 def draw_maps(
     maps,
     titles=None,
@@ -246,7 +250,7 @@ def smooth(values, window: int) -> np.ndarray:
     starts = np.maximum(0, ends - window)
     return (total[ends] - total[starts]) / (ends - starts)
 
-# %% ../../nbs/5_figures/02_plots.ipynb #fee69c7c
+# %% ../../nbs/5_figures/02_plots.ipynb #a0c17768
 _WINDOWS = 12  # a training curve is smoothed over a twelfth of its length
 
 
@@ -287,7 +291,7 @@ def draw_training(logs: dict) -> Picture:
             axis.legend(frameon=False)
     return figure
 
-
+# %% ../../nbs/5_figures/02_plots.ipynb #fee69c7c
 _LEVEL_AXIS = "level t (0 data, 1 noise)"
 
 
@@ -328,7 +332,7 @@ def _differences(axis, levels, losses):
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
 
-# %% ../../nbs/5_figures/02_plots.ipynb #4dab6059
+# %% ../../nbs/5_figures/02_plots.ipynb #517d05a7
 _LONG_LOG = 45  # logged values from which on a curve is smoothed
 
 
@@ -371,7 +375,7 @@ def draw_runs(curves: dict, xlabel: str, ylabel: str, units=((1, ""),)) -> Pictu
     _name_ends(axis, dict(sorted(ends.items(), key=lambda end: end[1][1])))
     return figure
 
-
+# %% ../../nbs/5_figures/02_plots.ipynb #4dab6059
 def _name_ends(axis, ends: dict):
     """Write names at the right border, in the order of y and without overlap.
 

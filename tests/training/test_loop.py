@@ -82,7 +82,9 @@ SMALL = replace(
     TINY,
     name="small",
     model=ModelConfig(width=8, depth=3, heads=1),
-    training=TrainConfig(steps=4, batch=8, log_every=1, validate_every=3, save_every=2),
+    training=TrainConfig(
+        steps=4, batch=8, log_every=1, validate_every=3, validation=64, save_every=2
+    ),
 )
 EVERY = [
     (name, {"schedule": schedule})
@@ -183,7 +185,7 @@ def test_checkpointing_trains_the_same_run_bit_for_bit(runs, tmp_path):
     ).student.checkpointing
 
 
-def test_an_interrupted_run_goes_on_from_its_checkpoint(runs, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_from_its_checkpoint(runs, tmp_path, monkeypatch):
     real, calls = train_step, []
 
     def interrupted(*args, **options):
@@ -353,7 +355,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     ],
     ids=["last step", "save alone", "save", "picture", "validation", "loss"],
 )
-def test_divergence_has_one_message_whoever_meets_it_first(tmp_path, changes, message):
+def test_divergence_has_one_message_wherever_it_is_detected(tmp_path, changes, message):
     values = {
         "steps": 30,
         "batch": 8,
@@ -398,7 +400,7 @@ def test_divergence_has_one_message_whoever_meets_it_first(tmp_path, changes, me
     )
 
 
-def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path):
+def test_a_non_finite_checkpoint_is_not_resumed(tmp_path):
     run = train(
         replace(TINY, training=replace(TINY.training, steps=8, save_every=4)), tmp_path
     )
@@ -490,7 +492,7 @@ def test_every_step_draws_its_own_numbers():
     ]
 
 
-def test_steps_in_which_no_token_counts_go_on():
+def test_training_continues_after_steps_without_counted_tokens():
     config = replace(
         TINY, objective=ObjectiveConfig(mask_ratio=1e-9, rep_tokens="masked")
     )
@@ -596,7 +598,7 @@ def test_the_trial_leaves_no_trace_where_it_succeeds(monkeypatch):
     )
 
 
-def test_a_run_says_why_it_is_not_compiled_and_trains_the_same(
+def test_a_run_reports_why_it_is_not_compiled_and_trains_the_same(
     runs, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(torch, "compile", no_compiler())
@@ -718,7 +720,7 @@ FEATURES = torch.zeros(1078, 16, 5)
         (
             "self_flow",
             FEATURES,
-            "objective 'self_flow' takes no features of an outside encoder",
+            "objective 'self_flow' takes no features of an external encoder",
         ),
         ("flow_matching", outside, "'flow_matching' takes no features"),
         ("repa", FEATURES[:-1], "features of 1077 samples, but 1078 training samples"),
