@@ -29,7 +29,7 @@ extensions = [
 ]
 exclude_patterns = ["_site", "cards.md", "html", "**/.ipynb_checkpoints"]
 suppress_warnings = ["config.cache"]  # functions in the settings
-smartquotes = False  # in prose alone, by MyST: not in docstrings
+smartquotes_action = "D"  # dashes; quotes in prose alone, by MyST: not in docstrings
 nitpicky = True
 # other projects would take a network, and private names have no entry
 nitpick_ignore_regex = [("py:.*", r"(?!selfflow\.).*|.*\._\w+")]

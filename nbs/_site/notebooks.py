@@ -19,8 +19,11 @@ from math_core import LatexToMathML
 from nbformat.v4 import new_markdown_cell as markdown
 
 TITLES = {"cli": "Command line"}  # of folders, where they are not their names
+BADGE = "{bdg-secondary-line}`%s`"
 FOLDER = "**This folder"  # begins the cell that describes a folder
-READERS = re.compile(r"^\*(\w[^*]*)\*$", re.M)  # the line that says who should read
+READERS = re.compile(
+    r"^\*(\w[^*\n]{,24})\*$", re.M
+)  # the line that says who should read
 FIELDS = re.compile(r"([a-z_]\w*(\(.*\)|(, \w+)*): .*(\n {4}.*)*(\n|$))+")
 LATEX = LatexToMathML()
 ROOT = Path(__file__).parent.parent.parent
@@ -58,7 +61,7 @@ class Notebook:
 
     def entry(self):
         """Return a line of a table of contents."""
-        readers = "".join(f" {{bdg-secondary-line}}`{who}`" for who in self.readers)
+        readers = "".join(f" {BADGE % who}" for who in self.readers)
         return f"[{self.title}](/{self.page}.ipynb){readers}\n: {self.summary}\n"
 
     def api_entry(self):
@@ -236,15 +239,17 @@ def show(app, docname, source):
         cells[:1] = [markdown(first), markdown(cards), markdown(f"## {rest}")]
     else:
         code = [c["source"] for c in shown.book["cells"] if c["cell_type"] == "code"]
-        cells[0]["source"] = READERS.sub("", cells[0]["source"])
         preface = [ast.unparse(node) for c in code for node in imports_in(c)[0]]
-        facts = [f"{{bdg-secondary-line}}`{who}`" for who in shown.readers]
+        facts = [BADGE % who for who in shown.readers]
         if shown.module:
             facts.append(f"Module {{py:mod}}`{shown.module}`")
             names = ", ".join(import_module(shown.module).__all__)
             preface.append(f"from {shown.module} import {names}")
         preface = "\n".join(["```{autolink-preface}", ":level: file", "", *preface])
-        cells.insert(1, markdown(f"{preface}\n```\n\n" + " &nbsp; ".join(facts)))
+        title, summary, *rest = cells[0]["source"].split("\n\n")
+        rest = [text for text in rest if not READERS.fullmatch(text)]
+        head = [title, summary, f"{preface}\n```", " &nbsp; ".join(facts), *rest]
+        cells[0]["source"] = "\n\n".join(head)
     metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     metadata["language_info"] = {"name": "python", "pygments_lexer": "python"}
     source[0] = json.dumps({**shown.book, "cells": cells, "metadata": metadata})
@@ -304,10 +309,12 @@ def linkcode_resolve(domain, info):
 
 
 def skip(app, what, name, value, skipped, options):
-    """Leave the fields of a named tuple to its docstring, and constants to us."""
-    if what == "module" and is_constant(value):
-        return True
-    return True if "Alias for field" in str(getattr(value, "__doc__", "")) else None
+    """Leave out what is described elsewhere, and methods that another project wrote."""
+    if what == "module":
+        return True if is_constant(value) else None
+    foreign = not str(getattr(value, "__module__", "selfflow")).startswith("selfflow")
+    field = "Alias for field" in str(getattr(value, "__doc__", ""))
+    return True if foreign or field else None
 
 
 def shorten(app, what, name, value, options, arguments, returns):
@@ -325,7 +332,7 @@ def read_docstring(app, what, name, value, options, lines):
     paragraphs = "\n".join(lines).split("\n\n")
     for index, text in enumerate(paragraphs):
         text = re.sub(
-            r"`[^`]*`|[*|]", lambda m: m[0] if m[0][1:] else f"\\{m[0]}", text
+            r"`[^`]*`|[*|]|_(?!\w)", lambda m: m[0] if m[0][1:] else f"\\{m[0]}", text
         )
         if FIELDS.fullmatch(text.rstrip()):
             text = "Args:\n" + textwrap.indent(text, "    ")
