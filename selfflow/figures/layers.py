@@ -112,10 +112,10 @@ def draw_score_maps(
 _RUN_STYLES = (
     ("#1f3a5f", "-"),
     ("#c4761b", "-"),
-    ("#3c7d5a", "--"),
-    ("#8c3b5e", "-."),
+    ("#009e73", "--"),
+    ("#cc79a7", "-."),
 )
-_BASELINE_STYLES = (("#3c7d5a", "--"), ("#6b6b6b", ":"), ("#8c3b5e", "-."))
+_BASELINE_STYLES = (("#009e73", "--"), ("#6b6b6b", ":"), ("#cc79a7", "-."))
 
 
 def draw_layer_curves(

@@ -20,10 +20,10 @@ from .plots import Picture, to_array, to_png
 
 # %% ../../nbs/5_figures/04_pages.ipynb #d2ac4a50
 class Page(Picture):
-    """A figure with colour images, which a notebook shows with more colours."""
+    """A figure of images."""
 
     def _repr_png_(self) -> bytes:
-        return to_png(self, dpi=90, colours=200)
+        return to_png(self, dpi=90)
 
 
 def _to_bytes(values: np.ndarray) -> np.ndarray:

@@ -25,29 +25,21 @@ class Picture(Figure):
     """A matplotlib Figure that a notebook shows without pyplot."""
 
     def _repr_png_(self) -> bytes:
-        return to_png(self, dpi=90, colours=64)
+        return to_png(self, dpi=90)
 
 
-def to_png(figure: Figure, dpi: int = 100, colours: int | None = None) -> bytes:
-    """The figure as the bytes of a PNG file.
-
-    Args:
-        colours: Size of the palette, at most 256; the file is then a third as large,
-            which keeps notebooks small. None keeps all colours.
-    """
+def to_png(figure: Figure, dpi: int = 100) -> bytes:
+    """Return the figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
-    if colours is None:
-        return buffer.getvalue()
-    full = Image.open(buffer).convert("RGB")
-    reduced = full.quantize(colours, dither=Image.Dither.NONE)
+    opaque = Image.open(buffer).convert("RGB")
     buffer = io.BytesIO()
-    reduced.save(buffer, format="png", optimize=True)
+    opaque.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 
 
-# dark blue, orange, green, wine, grey
-COLOURS = ("#1f3a5f", "#c4761b", "#3c7d5a", "#8c3b5e", "#6b6b6b")
+# dark blue, orange, green, pink, grey: told apart by colour-blind readers and in grey
+COLOURS = ("#1f3a5f", "#c4761b", "#009e73", "#cc79a7", "#6b6b6b")
 
 
 def line_styles() -> Iterator[dict]:
