@@ -53,7 +53,7 @@ def test_without_options_the_default_is_trained(config_of):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_what_their_table_says(config_of, name):
+def test_presets_equal_their_table(config_of, name):
     assert config_of("--preset", name) == PRESETS[name] == config_of(f"--preset={name}")
 
 
@@ -91,9 +91,7 @@ def test_the_config_of_a_run_is_trained_again(config_of, runs):
     ), "what follows is not fixed"
 
 
-def test_a_run_that_was_renamed_and_moved_goes_on_where_it_is(
-    runs, tmp_path, monkeypatch, capsys
-):
+def test_a_renamed_and_moved_run_resumes_in_place(runs, tmp_path, monkeypatch, capsys):
     place = tmp_path / "elsewhere/renamed"
     shutil.copytree(runs["tiny"].path, place)
     for later in ("step-00000008", "step-00000012"):
@@ -126,7 +124,7 @@ def test_a_run_that_was_renamed_and_moved_goes_on_where_it_is(
         (".", "plain/config.json", [], "runs", "digits"),
     ],
 )
-def test_the_config_of_a_run_says_where_it_lies(
+def test_the_config_of_a_run_gives_its_folder(
     runs, tmp_path, monkeypatch, where, file, options, folder, name
 ):
     for place in ("runs/b/config.json", "my runs/one run/config.json", "kept.json"):
@@ -215,7 +213,7 @@ def test_config_files_that_cannot_be_used_are_refused(tmp_path, capsys, content,
     assert stop.value.code == 2 and re.search(words, said) and said.count("\n") == 1
 
 
-def test_a_preset_has_no_say_over_a_whole_run(runs, capsys):
+def test_a_preset_cannot_change_the_config_of_a_run(runs, capsys):
     with pytest.raises(SystemExit):
         main(
             [
@@ -446,7 +444,7 @@ def test_the_version_is_printed_and_presets_are_all_listed(capsys, monkeypatch):
         (RuntimeError("out of memory"), 2, "out of memory"),
     ],
 )
-def test_how_training_ended_is_told_by_the_exit_status(
+def test_the_exit_status_shows_how_training_ended(
     monkeypatch, capsys, error, code, words
 ):
     def stopped(*args, **options):
@@ -459,9 +457,7 @@ def test_how_training_ended_is_told_by_the_exit_status(
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_training_after_a_step_and_the_same_command_goes_on(
-    tmp_path, number, code
-):
+def test_a_signal_ends_training_and_the_same_command_resumes(tmp_path, number, code):
     command = [
         sys.executable,
         "-m",
@@ -629,9 +625,7 @@ def test_an_old_command_line_is_answered_with_the_new_one(capsys, typed, written
         ("--data.weight -1", "weight is -1"),
     ],
 )
-def test_settings_of_data_that_cannot_be_are_refused_in_a_line(
-    capsys, tmp_path, typed, words
-):
+def test_invalid_data_settings_are_refused_in_one_line(capsys, tmp_path, typed, words):
     with pytest.raises(SystemExit):
         main(["train", "--folder", str(tmp_path), *typed.split()])
     said = capsys.readouterr().err

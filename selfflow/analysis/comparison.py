@@ -26,7 +26,7 @@ from ..training.config import differing, flatten
 from ..training.run import UNREADABLE, Run
 from ..training.watching import checkpoint_problems, run_state
 
-# %% ../../nbs/4_analysis/15_comparison.ipynb #28eade98
+# %% ../../nbs/4_analysis/15_comparison.ipynb #5e2b1fbc
 _Runs = dict[str, Run | Path | str] | Path | str
 
 
@@ -68,7 +68,7 @@ def _numbers(table: pd.DataFrame, file: Path, *names: str) -> pd.DataFrame:
         )
     return table.assign(**converted)
 
-
+# %% ../../nbs/4_analysis/15_comparison.ipynb #548679b1
 def _as_numbers(column: pd.Series) -> pd.Series:
     def number(value):
         return value if isinstance(value, int | float) else math.nan
@@ -94,7 +94,7 @@ def _times(run: Run) -> pd.DataFrame:
             )
     return _numbers(timing, run.timing_path, "step", "seconds", "processes")
 
-
+# %% ../../nbs/4_analysis/15_comparison.ipynb #1ef8189a
 def _progress(run: Run) -> dict:
     """State, steps and losses of a run."""
     writer = run.writer()
@@ -134,7 +134,7 @@ def _probe(run: Run) -> dict:
         "probe cell": f"{best.cell}, step {probes.about['step']}",
     }
 
-
+# %% ../../nbs/4_analysis/15_comparison.ipynb #28eade98
 def _spent(run: Run) -> dict:
     """Time, device and processes of a run."""
     timing = _times(run)
@@ -165,7 +165,7 @@ def _counted_flops(run: Run) -> float:
     width = head_width(read_part(checkpoints[-1], "objective"))
     return flops_per_step(run.config, run.inputs, width)
 
-# %% ../../nbs/4_analysis/15_comparison.ipynb #0c840972
+# %% ../../nbs/4_analysis/15_comparison.ipynb #fd940fa9
 _COLUMNS = (
     "state",
     "step",
@@ -203,7 +203,7 @@ def _row(run: Run | Path | str) -> tuple[dict[str, Any], dict]:
     row["state"] = problem or row["state"]
     return row, flatten(asdict(run.config))
 
-
+# %% ../../nbs/4_analysis/15_comparison.ipynb #81af9c47
 def runs_table(runs: _Runs) -> pd.DataFrame:
     """A row for each run; unknown values are missing.
 
@@ -244,9 +244,11 @@ _FLOP_UNITS = tuple(
     (10.0**power, f"{letter}FLOP")
     for power, letter in zip(range(6, 24, 3), "MGTPEZ", strict=True)
 )
+
+# %% ../../nbs/4_analysis/15_comparison.ipynb #0c840972
 _TIME_UNITS = ((1, "s"), (60, "min"), (3600, "h"), (86400, "d"))
 
-# %% ../../nbs/4_analysis/15_comparison.ipynb #36351352
+# %% ../../nbs/4_analysis/15_comparison.ipynb #34415842
 AGAINST = {  # cost: its axis label and units
     "steps": ("step", ((1, ""),)),
     "flops": ("operations of training", _FLOP_UNITS),
@@ -287,7 +289,7 @@ _WRITE: dict[str, Callable[[Any], str]] = {
     "processes": "{:.0f}".format,
 }
 
-
+# %% ../../nbs/4_analysis/15_comparison.ipynb #a2cc28b8
 def _joined(form: str, first: pd.Series, second: pd.Series) -> list[str | None]:
     """Two columns as one; None where the first has no value."""
     return [
@@ -315,7 +317,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 # Columns that a narrow terminal can miss, in this order, before the others.
 _DISPENSABLE = ("processes", "device", "constant cosine", "cosine", "FLOPs", "time")
 
-
+# %% ../../nbs/4_analysis/15_comparison.ipynb #36351352
 def fit_table(table: pd.DataFrame, width: int = 120) -> str:
     """A `runs_table` as text for a terminal: a row for each run, or a column.
 
@@ -351,7 +353,7 @@ def fit_table(table: pd.DataFrame, width: int = 120) -> str:
             return "\n".join(lines + problems)
     return "\n".join(f"{run}: {state}" for run, state in table["state"].items())
 
-# %% ../../nbs/4_analysis/15_comparison.ipynb #b34398b9
+# %% ../../nbs/4_analysis/15_comparison.ipynb #d0b51d09
 def run_curves(
     runs: _Runs, measure: str = "flow_loss", against: str = "steps"
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -392,7 +394,7 @@ def run_curves(
         curves[name] = (cost.dropna().to_numpy(float), values.to_numpy(float))
     return curves
 
-
+# %% ../../nbs/4_analysis/15_comparison.ipynb #b34398b9
 def _cost(name: str, run: Run, steps: pd.Series, against: str) -> pd.Series:
     """Cost of training until each step; NaN where it is not written yet."""
     if against == "steps":
@@ -412,7 +414,7 @@ def _cost(name: str, run: Run, steps: pd.Series, against: str) -> pd.Series:
         )
     return seconds
 
-# %% ../../nbs/4_analysis/15_comparison.ipynb #0b65ae54
+# %% ../../nbs/4_analysis/15_comparison.ipynb #9237db29
 def arms(runs: dict[str, Run]) -> list[dict[int, str]]:
     """Group runs that differ in nothing but name and seed.
 
@@ -429,7 +431,7 @@ def arms(runs: dict[str, Run]) -> list[dict[int, str]]:
         groups.setdefault(key, {}).setdefault(run.config.seed, name)
     return list(groups.values())
 
-
+# %% ../../nbs/4_analysis/15_comparison.ipynb #0b65ae54
 def over_seeds(
     runs: dict[str, Run], values: dict[str, float], **written
 ) -> list[Comparison]:

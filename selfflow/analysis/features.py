@@ -82,7 +82,7 @@ def observe(
         **options,
     )
 
-# %% ../../nbs/4_analysis/01_features.ipynb #8dd4440e
+# %% ../../nbs/4_analysis/01_features.ipynb #66419ab3
 @own_settings()
 @torch.no_grad()
 def extract(
@@ -124,7 +124,7 @@ def extract(
             collected[layer].append(values.float().cpu())
     return {layer: torch.cat(batches) for layer, batches in collected.items()}
 
-
+# %% ../../nbs/4_analysis/01_features.ipynb #8dd4440e
 def _features_at(
     model: nn.Module,
     x0: Tensor,
@@ -139,7 +139,7 @@ def _features_at(
     xt = interpolate(x0, x1, level)
     return observe(model, xt, levels, None, layers, stop=True, parts=parts).features
 
-# %% ../../nbs/4_analysis/01_features.ipynb #6e4198fe
+# %% ../../nbs/4_analysis/01_features.ipynb #c7d80571
 class Items:
     """Samples of a data set with fixed noise, as tokens, fetched in batches.
 
@@ -264,7 +264,7 @@ class Items:
         sizes = [tokens.stop - tokens.start for tokens in self.slices.values()]
         return np.average(features, axis=1, weights=sizes).astype(np.float32)
 
-
+# %% ../../nbs/4_analysis/01_features.ipynb #6e4198fe
 def items_of(
     run: Run,
     split: str = "test",
@@ -275,7 +275,7 @@ def items_of(
     """Samples of one split of a run's data, of any modality; see `Items`."""
     return Items(run.sources_of(split), name, count, seed)
 
-# %% ../../nbs/4_analysis/01_features.ipynb #acc35c9e
+# %% ../../nbs/4_analysis/01_features.ipynb #9c6c2c35
 def weights_fingerprint(model: nn.Module) -> str:
     """16 hex digits that follow from the shape and all weights of a model."""
     digest = hashlib.sha256(model.extra_repr().encode())
@@ -317,7 +317,7 @@ def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-
+# %% ../../nbs/4_analysis/01_features.ipynb #acc35c9e
 class FeatureStore:
     """A folder of features: a .npy file (float32) for each key, and a .json file.
 
@@ -410,7 +410,7 @@ class FeatureStore:
             write_json(self._file(key).with_suffix(".json"), record)
             self._checked.add(key)
 
-# %% ../../nbs/4_analysis/01_features.ipynb #bd378136
+# %% ../../nbs/4_analysis/01_features.ipynb #19bb12d2
 @own_settings()
 @torch.no_grad()
 def stream_features(
@@ -469,7 +469,7 @@ def stream_features(
                     append(layer, values.float().cpu())
     return {layer: cast(np.ndarray, store.read(key)) for layer, key in keys.items()}
 
-
+# %% ../../nbs/4_analysis/01_features.ipynb #83edd613
 def _keys(
     model: nn.Module,
     items: Items,
@@ -507,7 +507,7 @@ def _means(hidden: Tensor, slices: dict[str, slice]) -> Tensor:
     means = [hidden[:, tokens].mean(1) for tokens in slices.values()]
     return torch.stack(means, dim=1)
 
-
+# %% ../../nbs/4_analysis/01_features.ipynb #914d1550
 @dataclass(frozen=True)
 class FeatureCost:
     """The cost of features that are not stored yet.
@@ -540,7 +540,7 @@ class FeatureCost:
 
 _TIMED_SAMPLES = 64  # enough to estimate the time of all
 
-
+# %% ../../nbs/4_analysis/01_features.ipynb #abc9f377
 @own_settings()
 @torch.no_grad()
 def feature_cost(
@@ -579,7 +579,7 @@ def feature_cost(
         device=str(next(model.parameters()).device),
     )
 
-
+# %% ../../nbs/4_analysis/01_features.ipynb #bd378136
 def _seconds_per_sample(
     model: nn.Module, items: Items, positions: Tensor, layer: int
 ) -> float:

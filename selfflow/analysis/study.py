@@ -43,7 +43,7 @@ from ..training.loop import train
 from ..training.recording import device_name
 from ..training.run import Run, run_at
 
-# %% ../../nbs/4_analysis/16_study.ipynb #a116da42
+# %% ../../nbs/4_analysis/16_study.ipynb #16fd444f
 @dataclass(frozen=True)
 class Judging:
     """How every run of a study is judged.
@@ -78,7 +78,7 @@ class Judging:
                 "one of them"
             )
 
-
+# %% ../../nbs/4_analysis/16_study.ipynb #a116da42
 @dataclass(frozen=True)
 class Study:
     """Arms, seeds, a budget and how runs are judged.
@@ -176,7 +176,7 @@ class Study:
         name = f"{arm.lower().replace(', ', '-').replace(' ', '-')}-{seed}"
         return Config.from_dict({**values, "name": name, "seed": seed})
 
-# %% ../../nbs/4_analysis/16_study.ipynb #38d1cb0c
+# %% ../../nbs/4_analysis/16_study.ipynb #3638656c
 def _flops(config: Config) -> int:
     return flops_per_step(config, Sources(config.data).inputs)
 
@@ -199,7 +199,7 @@ def steps_of(study: Study, budget: str = "cpu") -> dict[str, dict[str, int]]:
         steps[arm]["equal FLOPs"] = matched
     return steps
 
-
+# %% ../../nbs/4_analysis/16_study.ipynb #38d1cb0c
 def _run_config(
     study: Study, arm: str, seed: int, budget: str, steps: dict[str, int]
 ) -> Config:
@@ -222,7 +222,7 @@ def _run_config(
     training = replace(training, steps=last, ema_half_life=share, keep_every=first)
     return replace(config, training=training)
 
-# %% ../../nbs/4_analysis/16_study.ipynb #1a560bbc
+# %% ../../nbs/4_analysis/16_study.ipynb #39e3cf1b
 def _conditions(config: Config, examples: Examples) -> Tensor | tuple[str, ...]:
     return (
         examples.captions if config.shared.condition == "caption" else examples.labels
@@ -252,7 +252,7 @@ def _judge_probes(run: Run, judging: Judging) -> dict:
     grids = {factor: probes.grid(factor).tolist() for factor in probes.factors}
     return {**scores, "probe grids": grids, "probe levels": list(judging.probe_levels)}
 
-
+# %% ../../nbs/4_analysis/16_study.ipynb #f290562e
 def _measure_samples(
     run: Run, split: str, cfg_scale: float, judging: Judging, extractor: Extractor
 ) -> dict[str, float]:
@@ -282,7 +282,7 @@ def _measure_samples(
         }
     return result
 
-
+# %% ../../nbs/4_analysis/16_study.ipynb #1a560bbc
 def _judge_samples(run: Run, judging: Judging) -> dict:
     config = run.config.datasets[run.config.data_name()]
     if not judging.samples or config.name not in HEADS:
@@ -320,7 +320,7 @@ def judge_run(run: Run, judging: Judging) -> dict:
         **_judge_samples(run, judging),
     }
 
-# %% ../../nbs/4_analysis/16_study.ipynb #c1c6167c
+# %% ../../nbs/4_analysis/16_study.ipynb #00fc783a
 _MINIATURE_STEPS = 3
 _SAME = 1e-3  # relative: processors round differently, changed code differs by more
 
@@ -341,7 +341,7 @@ def code_version() -> str:
         return git("rev-parse", "--short=12", "HEAD") + ", changed" * changed
     return f"selfflow {version('selfflow')}"
 
-
+# %% ../../nbs/4_analysis/16_study.ipynb #319fab27
 def _miniature_losses(
     study: Study, budget: str, folder: Path
 ) -> dict[str, list[float]]:
@@ -365,7 +365,7 @@ def _miniature_losses(
         losses[arm] = run.log["flow_loss"].dropna().tolist()
     return losses
 
-
+# %% ../../nbs/4_analysis/16_study.ipynb #9f4e0ab7
 def _check_folder(study: Study, budget: str, folder: Path) -> None:
     """Write what the folder's numbers depend on, or compare with what is written there.
 
@@ -405,7 +405,7 @@ def _row_path(folder: Path, config: Config, step: int) -> Path:
 def _failure_path(folder: Path, config: Config) -> Path:
     return folder / f"{config.name}.failed.json"
 
-
+# %% ../../nbs/4_analysis/16_study.ipynb #a94f3b5c
 def _finish(
     config: Config,
     arm: str,
@@ -439,7 +439,7 @@ def _finish(
         }
         write_json(path, row)
 
-
+# %% ../../nbs/4_analysis/16_study.ipynb #c1c6167c
 def run_study(
     study: Study,
     folder: Path | str = "runs",
@@ -491,7 +491,7 @@ def run_study(
             write_json(failure, reason)
     return study_record(study, folder, budget)
 
-# %% ../../nbs/4_analysis/16_study.ipynb #b5accbde
+# %% ../../nbs/4_analysis/16_study.ipynb #5f64bd1b
 def _measures(rows: list[dict]) -> list[str]:
     """Names of the numbers that were measured in any of the rows."""
     names = (
@@ -510,7 +510,7 @@ def _runs(study: Study, budget: str) -> Iterator[tuple[str, Config, list[int]]]:
             config = _run_config(study, arm, seed, budget, steps[arm])
             yield arm, config, sorted({*steps[arm].values()})
 
-
+# %% ../../nbs/4_analysis/16_study.ipynb #c32e1099
 def study_record(
     study: Study, folder: Path | str = "runs", budget: str = "cpu"
 ) -> dict:
@@ -538,7 +538,7 @@ def study_record(
         "failed": failed,
     }
 
-
+# %% ../../nbs/4_analysis/16_study.ipynb #b5accbde
 def study_status(
     study: Study, folder: Path | str = "runs", budget: str = "cpu"
 ) -> pd.DataFrame:
@@ -627,7 +627,7 @@ def export_run(
     run.config = replace(run.config, name=Path(place).name)
     return export(run, place, "float16", metrics, license)
 
-# %% ../../nbs/4_analysis/16_study.ipynb #f3f8a789
+# %% ../../nbs/4_analysis/16_study.ipynb #e01ec851
 def compare_arms(
     record: dict, measure: str, at: str = "equal steps"
 ) -> dict[str, Comparison]:
@@ -662,7 +662,7 @@ def compare_arms(
         comparisons[arm] = compare_seeds(first, second, (baseline, arm))
     return comparisons
 
-
+# %% ../../nbs/4_analysis/16_study.ipynb #f3f8a789
 def _by_seed(rows: list[dict], arm: str, measure: str, at: str) -> dict[int, float]:
     return {
         row["seed"]: row[measure]

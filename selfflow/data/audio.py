@@ -38,7 +38,7 @@ def _check(values: Tensor, shape: tuple, name: str, remedy: str) -> None:
 
     Args:
         values: The tensor to check.
-        shape: Of one sample; ("n",) stands for any length.
+        shape: Shape of one sample; ("n",) stands for any length.
         name: What the values are, in the plural.
         remedy: What to do about another shape.
 
@@ -120,7 +120,7 @@ def resample(waves: Tensor, rate: int, new_rate: int) -> Tensor:
 
 # %% ../../nbs/2_data/05_audio.ipynb #0a1e9ffa
 class _Spectra(ABC):
-    """Base class of the forms of audio: columns of numbers, one for each step.
+    """Base class of both forms of audio: columns of numbers, one for each step.
 
     A subclass has the fields below. `encode` and `decode` keep device and precision,
     and raise ValueError for another shape and for values that are not finite.
@@ -214,14 +214,14 @@ class LogMel(_Spectra):
     """Audio as log-mel spectra (b, bins, columns); decoding is approximate.
 
     Args:
-        samples: Of the audio.
+        samples: Samples of the audio.
         rate: In Hz.
         bins: Mel bands.
         hop: Samples from one column to the next.
         window: Samples that a column sees.
         floor: Added to the magnitude, where a full-scale sine is about 1.
-        mean: Of the logarithm, which is subtracted.
-        std: Of the logarithm, which divides it.
+        mean: Mean of the logarithm, which is subtracted.
+        std: Standard deviation of the logarithm, which divides it.
         rounds: Iterations of Griffin and Lim.
 
     Raises:
@@ -336,11 +336,11 @@ class Mdct(_Spectra):
     Frequenz 43 (1989).
 
     Args:
-        samples: Of the audio.
+        samples: Samples of the audio.
         rate: In Hz.
         bins: M in the equation above.
         scale: Factor of the numbers.
-        power: Of the magnitudes; 1 leaves them as they are.
+        power: Power of the magnitudes; 1 leaves them unchanged.
 
     Raises:
         ValueError: for settings that do not fit together.

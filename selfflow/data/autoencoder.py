@@ -101,8 +101,8 @@ class _Sizes(NamedTuple):
     """Sizes of a pretrained autoencoder.
 
     Args:
-        channels: Of the signal.
-        latent_channels: Of the latents.
+        channels: Channels of the signal.
+        latent_channels: Channels of the latents.
         steps: How many values become one along each further axis.
     """
 

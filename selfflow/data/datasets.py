@@ -80,7 +80,7 @@ _MADE_TO_EVALUATE = 1_000
 
 @dataclass(frozen=True)
 class Made:
-    """Base class of data that are made on demand, each sample from its index alone.
+    """Base class of generated data: each sample follows from its index alone.
 
     A subclass defines names, shapes and `take`. It raises `VERSION` when it starts to
     make other samples than before, which changes the fingerprint.

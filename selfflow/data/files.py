@@ -203,7 +203,7 @@ def kind_of(file: BinaryIO, signal: str, suffix: str = "") -> str:
     Args:
         file: An open file.
         signal: image, video or audio, which the file must contain.
-        suffix: Of its name; only used to distinguish kinds that begin alike.
+        suffix: Suffix of its name; only used to distinguish kinds that begin alike.
 
     Raises:
         Refused: for an empty file, another signal, and an image above 256 MiB.

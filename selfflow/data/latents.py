@@ -316,7 +316,7 @@ def _shard(
         dataset: The data to encode.
         coders: Autoencoders by signal.
         plan: Contents of the index.
-        number: Of the shard.
+        number: Number of the shard.
         batch: Samples encoded at a time.
 
     Raises:

@@ -125,7 +125,7 @@ def digit_masks(
     """Return the ink of each pixel, (b, size, size) in [0, 1], of handwritten digits.
 
     Args:
-        split: Of the digits.
+        split: Split of the digits.
         handwriting: Index (b,) into the digits of the split.
         scale: Two thirds of the side of a digit's box, (b,).
         x: As in `shapes.figure_masks`, (b,); so are y, angle, wrap and size.

@@ -251,7 +251,7 @@ class Notes(Made):
 
     Args:
         rate: In Hz.
-        samples: Of the audio.
+        samples: Samples of the audio.
         length: Notes in a sequence, 1 to 4, of equal duration.
 
     Raises:

@@ -71,7 +71,7 @@ class _FashionOptions:
 
 @dataclass(frozen=True)
 class _ShapesOptions(_MadeOptions):
-    """Options of made images."""
+    """Options of generated images."""
 
     signals: ClassVar[tuple[str, ...]] = ("image",)
     size: int = 32  # side of an image, pixels
@@ -82,7 +82,7 @@ class _ShapesOptions(_MadeOptions):
 
 @dataclass(frozen=True)
 class _MotionOptions(_MadeOptions):
-    """Options of made videos."""
+    """Options of generated videos."""
 
     signals: ClassVar[tuple[str, ...]] = ("video",)
     size: int = 32  # side of a frame, pixels
@@ -94,14 +94,14 @@ class _MotionOptions(_MadeOptions):
 
 @dataclass(frozen=True)
 class _NotesOptions(_MadeOptions):
-    """Options of made audio."""
+    """Options of generated audio."""
 
     signals: ClassVar[tuple[str, ...]] = ("audio",)
 
 
 @dataclass(frozen=True)
 class _ScenesOptions(_MotionOptions):
-    """Options of made videos with audio."""
+    """Options of generated videos with audio."""
 
     signals: ClassVar[tuple[str, ...]] = ("video", "audio")
 

@@ -47,7 +47,7 @@ def read_item(item: Any, index: int) -> Item:
     Args:
         item: A tensor, a pair (tensor, label), or a dict of tensors by signal with
             "label" and "caption" if there are any.
-        index: Of the item, for error messages.
+        index: Index of the item, for error messages.
 
     Raises:
         ValueError: for another form.

@@ -73,7 +73,7 @@ def impacts(
 # %% ../../nbs/2_data/07_scenes.ipynb #cff2238e
 @dataclass(frozen=True)
 class _Material:
-    """A material: its sound and its look.
+    """A material: what it looks and sounds like.
 
     Args:
         name: A word of the caption.
@@ -204,9 +204,9 @@ def impact_sound(
 
     Args:
         material: Index into MATERIALS, (b,) int64.
-        times: Of the impacts in seconds, (b, m), filled up with NaN.
-        speeds: Of the impacts in boxes a second, (b, m); loudness is proportional.
-        samples: Of the audio.
+        times: Times of the impacts in seconds, (b, m), padded with NaN.
+        speeds: Speeds of impact in boxes a second, (b, m); loudness is proportional.
+        samples: Samples of the audio.
         rate: In Hz.
     """
     # z_k = r_k (2 pi i f - 1 / d), (materials, k)
@@ -257,9 +257,9 @@ class Scenes(Made):
 
     Args:
         size: Side of a frame in pixels.
-        frames: Of the video.
+        frames: Frames of the video.
         fps: Frames a second.
-        rate: Of the audio, Hz.
+        rate: Sample rate of the audio, Hz.
 
     Raises:
         ValueError: for clips in which a bounce could not be seen or heard, and if a
@@ -504,7 +504,7 @@ def sound_on_bounce(
         videos: (b, 3, f, h, w).
         waves: (b, samples).
         fps: Frames a second.
-        rate: Of the audio, Hz.
+        rate: Sample rate of the audio, Hz.
         tolerance: In frames.
 
     Raises:

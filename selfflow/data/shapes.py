@@ -127,7 +127,7 @@ def _samples(size: int, **factors) -> list[Tensor]:
     """Return each factor for each of b samples: (b,), `grain` as (b, 5).
 
     Args:
-        size: Of the images, in pixels.
+        size: Side of the images in pixels.
         **factors: One value for all, or one for each sample.
 
     Raises:
@@ -222,7 +222,7 @@ def figure_masks(
         x: Centre of mass from the left, in sides.
         y: Centre of mass from the top, in sides.
         angle: Radians, anticlockwise.
-        size: Of the image, in pixels.
+        size: Side of the image in pixels.
         wrap: True if a figure that leaves at one border enters at the opposite one.
 
     Raises:
@@ -271,7 +271,7 @@ def grounds(ground, texture=0, grain=0.5, size: int = 32) -> Tensor:
         ground: Index into COLOURS.
         texture: Index into TEXTURES.
         grain: Numbers (b, 5) in [0, 1) that place the texture.
-        size: Of the image, in pixels.
+        size: Side of the image in pixels.
 
     Raises:
         ValueError: for values that cannot be drawn.
@@ -319,7 +319,7 @@ def draw_figures(
         texture: Index into TEXTURES.
         scale: As in `figure_masks`; so are x, y and angle.
         grain: As in `grounds`.
-        size: Of the image, in pixels.
+        size: Side of the image in pixels.
 
     Raises:
         ValueError: for values that cannot be drawn.
@@ -390,7 +390,7 @@ def captions_of(
         kind: Index into KINDS, (b,); so are colour, ground and texture indices into
             their words.
         scale: As in `figure_masks`, (b,); so are x and y.
-        ranges: Of the factors, for the words of size and place.
+        ranges: Ranges of the factors, for the words of size and position.
         **others: Factors that captions do not contain.
     """
     categories = [
@@ -417,7 +417,7 @@ class Shapes(Made):
     They are labelled by kind. A sample has the same factors at every size.
 
     Args:
-        size: Of the image in pixels, a multiple of 8 from 16 to 128.
+        size: Side of the image in pixels, a multiple of 8 from 16 to 128.
 
     Raises:
         ValueError: for another size.

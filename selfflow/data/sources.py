@@ -272,7 +272,7 @@ def _audio_patches(
     Args:
         shape: (samples,), or (bins, columns) of a spectrum.
         rate: In Hz.
-        frames: Of the video that the audio belongs to, None without one.
+        frames: Frames of the video that the audio belongs to, None without one.
         config: Settings of the data set.
     """
     codec: LogMel | Mdct | SpectrumCodec
@@ -329,10 +329,10 @@ class Outline:
     Args:
         names: Names of the classes.
         shapes: Shape of one sample of each signal.
-        fingerprint: Of the data.
+        fingerprint: Fingerprint of the data.
         count: Number of samples.
-        captions: Of some samples that are not trained on.
-        rate: Of audio, Hz.
+        captions: Captions of some samples that are not trained on.
+        rate: Sample rate of audio, Hz.
         fps: Frames a second of videos, None if unknown.
     """
 

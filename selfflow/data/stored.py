@@ -61,7 +61,7 @@ def begins_of(name: str, length: float, window: float, crop: str) -> list[float]
 
     Args:
         name: Name of the file.
-        length: Of the file, in seconds.
+        length: Length of the file, in seconds.
         window: Length of a sample, in seconds.
         crop: start, centre, random (a time that follows from the name and never
             changes), or all: windows from the beginning to the end, without a gap of
@@ -91,7 +91,7 @@ class Stored:
             channels.
         captions: auto (the caption of a sample, or its class if it has none), class or
             none.
-        shares: Of the splits, for data that are not split already.
+        shares: Shares of the splits, for data that are not split already.
         cache: Bytes of decoded samples that stay in memory.
         crop: The part of longer audio and videos that is used, see `begins_of`.
         carve: Fill splits that are missing or empty.
@@ -195,7 +195,7 @@ class Stored:
         """Return a note if files are longer than a sample.
 
         Args:
-            lengths: Of the files, in seconds.
+            lengths: Lengths of the files, in seconds.
             examined: Words after the number of files, if it is not the number of all.
         """
         if not self.window:

@@ -160,7 +160,7 @@ class TextEncoder:
     It runs on the CPU in single precision.
 
     Attributes:
-        width: Of its vectors.
+        width: Width of its vectors.
         scale: Factor of the hidden states.
         fingerprint: 16 hex digits that change with its vectors.
 

@@ -22,7 +22,7 @@ from selfflow.figures.plots import (
     to_array,
 )
 
-# %% ../../nbs/5_figures/06_attention.ipynb #6efd5d88
+# %% ../../nbs/5_figures/06_attention.ipynb #e56e5a80
 def draw_on_image(
     image,
     maps,
@@ -84,7 +84,7 @@ def draw_on_image(
     _bar(figure, axes, most, label)
     return figure
 
-
+# %% ../../nbs/5_figures/06_attention.ipynb #6efd5d88
 def _overlay(pixels: np.ndarray, maps: np.ndarray) -> np.ndarray:
     """Grey images under the colours of their maps, the more opaque the higher a value.
 
@@ -241,14 +241,14 @@ def draw_on_audio(
         above.legend(frameon=False, fontsize=7, ncols=2)
     return figure
 
-# %% ../../nbs/5_figures/06_attention.ipynb #2a067e28
+# %% ../../nbs/5_figures/06_attention.ipynb #c3e788c7
 def _gap_name(gap) -> str:
     """A bin of gaps, such as a `pandas.Interval`, as "0.1 to 0.25"."""
     if hasattr(gap, "left"):
         return f"{max(gap.left, 0):g} to {gap.right:g}"  # the first begins below 0
     return str(gap)
 
-
+# %% ../../nbs/5_figures/06_attention.ipynb #2a067e28
 def draw_mass(tables: dict, direction: str = "noisy to clean", ylim=None) -> Picture:
     """Excess of attention to the other level by layer, a panel for each model.
 

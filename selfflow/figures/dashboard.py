@@ -39,7 +39,7 @@ def thin(
     places = (inside + starts[:, None]).ravel().clip(max=len(y) - 1)
     return x[places], y[places]
 
-# %% ../../nbs/5_figures/07_dashboard.ipynb #0624a28b
+# %% ../../nbs/5_figures/07_dashboard.ipynb #1ca6cfe8
 _INK = "#333333"
 _QUIET = COLOURS[4]
 _LABEL_WIDTH = 12  # letters in a line below a column
@@ -69,7 +69,7 @@ class SampleGrid(NamedTuple):
     labels: list[int]
     gap: int
 
-
+# %% ../../nbs/5_figures/07_dashboard.ipynb #b1dda967
 def sample_history_grid(history, rows: int = 8, columns: int = 10) -> SampleGrid:
     """Arrange the samples of several steps in one grid.
 
@@ -102,7 +102,7 @@ def _label_text(label: int, names=()) -> str:
     lines = textwrap.wrap(text, _LABEL_WIDTH, max_lines=2, placeholder="...")
     return "\n".join(lines) or text
 
-
+# %% ../../nbs/5_figures/07_dashboard.ipynb #3eeba5d7
 def _draw_grid(axis, grid: SampleGrid, names=()):
     pixels, steps, labels, gap = grid
     wide = pixels.shape[1] >= _SMOOTH_BELOW
@@ -124,7 +124,7 @@ def _draw_grid(axis, grid: SampleGrid, names=()):
     axis.spines[:].set_visible(False)
     axis.set_anchor("NW")
 
-
+# %% ../../nbs/5_figures/07_dashboard.ipynb #c4bb304e
 def draw_sample_history(
     history, rows: int = 8, columns: int = 10, size: float = 0.85, names=()
 ) -> Picture:
@@ -156,7 +156,7 @@ def draw_sample_history(
     _draw_grid(axis, grid, names)
     return figure
 
-
+# %% ../../nbs/5_figures/07_dashboard.ipynb #0624a28b
 def _write(axis, text):
     """Write a text in place of a figure."""
     axis.set(xticks=[], yticks=[])
@@ -172,7 +172,7 @@ def _write(axis, text):
         transform=axis.transAxes,
     )
 
-# %% ../../nbs/5_figures/07_dashboard.ipynb #a9cb111e
+# %% ../../nbs/5_figures/07_dashboard.ipynb #f451cde7
 _START_PERCENT = 3  # of the values of a curve, which do not set its scale
 
 
@@ -204,7 +204,7 @@ def _prepare(axis, title, note=""):
 
 _LABEL_HEIGHT = 10.5  # points
 
-
+# %% ../../nbs/5_figures/07_dashboard.ipynb #7fa0732b
 def _end_labels(axis, labels):
     """Write labels (x, y, text, colour) at the ends of curves, without overlap."""
     if not labels:
@@ -230,7 +230,7 @@ def _end_labels(axis, labels):
             annotation_clip=False,
         )
 
-
+# %% ../../nbs/5_figures/07_dashboard.ipynb #3635d672
 def _line(axis, table, name, colour, dotted=False):
     """Draw a column, faint and smoothed; return the labels for its end.
 
@@ -264,7 +264,7 @@ def _loss(axis, table, name, colour, title, note="", bottom=None):
     axis.yaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
     return _line(axis, table, name, colour)
 
-
+# %% ../../nbs/5_figures/07_dashboard.ipynb #f7e1038a
 def _cosine(axis, log):
     _prepare(axis, "cosine with the teacher", "dotted: reached by a constant")
     labels = _line(axis, log, "constant_cosine", _QUIET, dotted=True)
@@ -290,7 +290,7 @@ def _log_ticks(low, high):
             return FixedLocator(ticks[:: math.ceil(len(ticks) / 4)])
     return MaxNLocator(2)
 
-
+# %% ../../nbs/5_figures/07_dashboard.ipynb #50f74156
 def _gradient(axis, log, clip):
     note = f"dotted: clipped at {short(clip)}" if clip else ""
     _prepare(axis, "gradient norm", note)
@@ -329,7 +329,7 @@ def _validations(log) -> list[tuple[int, np.ndarray]]:
 
 _TONES = ("#8ea6c1", "#4f78a8", COLOURS[0])  # the newest is the darkest
 
-
+# %% ../../nbs/5_figures/07_dashboard.ipynb #d2effa1a
 def _by_level(axis, validations):
     _prepare(axis, "validation loss by noise level, same noise")
     labels = []
@@ -358,7 +358,7 @@ def _by_level(axis, validations):
 # a height, and a function that draws on an axis and returns the labels of its curves
 Chart = tuple[float, Callable]
 
-
+# %% ../../nbs/5_figures/07_dashboard.ipynb #98c5f72f
 def _step_charts(log, timing, clip) -> list[Chart]:
     """The charts over steps for which there is something to draw."""
     window = len(series(log, "flow_loss")[0]) // 25
@@ -393,7 +393,7 @@ def _step_axis(axis, limit, name="step"):
         major_locator=MaxNLocator(5, integer=True),
     )
 
-
+# %% ../../nbs/5_figures/07_dashboard.ipynb #ab6939a5
 def _over_steps(grid, charts: list[Chart], limit, steps):
     # the same gap on the page for any number of charts: matplotlib counts it in heights
     # of a chart, which shrink with their number
@@ -424,7 +424,7 @@ def _validation(axis, log, limit):
     _step_axis(axis, limit)
     _end_labels(axis, [(x[-1], y[-1], short(y[-1]), COLOURS[0])])
 
-
+# %% ../../nbs/5_figures/07_dashboard.ipynb #a9cb111e
 def draw_dashboard(
     log,
     timing=None,

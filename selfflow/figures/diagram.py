@@ -86,7 +86,7 @@ def _draw_view(axis: Axes, y, image, noise, tau, colour) -> None:
     _arrow(axis, (_LEVELS_X + 0.85, y), (_VIEW_X - 0.86, y), colour)
     _arrow(axis, (_VIEW_X + 0.85, y), (_FRAME[0] - 0.05, y), colour)
 
-# %% ../../nbs/5_figures/08_diagram.ipynb #8b76ac23
+# %% ../../nbs/5_figures/08_diagram.ipynb #87e94982
 _DEPTH = 10  # in the drawing: 0.3 D and 0.7 D are then layers 3 and 7
 _STUDENT_LAYER, _TEACHER_LAYER = 3, 7
 _FRAME = (6.72, 10.5)  # left and right end of a network
@@ -106,7 +106,7 @@ def _draw_network(axis: Axes, y, colour, chosen: int, computed: int) -> None:
             style |= {"alpha": 0.3, "linestyle": ":"}
         _box(axis, _layer_x(layer), y, 0.25, 1.3, colour, **style)
 
-
+# %% ../../nbs/5_figures/08_diagram.ipynb #8b76ac23
 def _draw_losses(axis: Axes) -> None:
     """Draw what is compared: velocities at the end, features between the networks."""
     loss_x = _FRAME[1] + 1.65

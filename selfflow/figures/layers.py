@@ -10,7 +10,7 @@ import numpy as np
 
 from .plots import COLOURS, Picture, draw_band, line_styles, to_array
 
-# %% ../../nbs/5_figures/03_layers.ipynb #e9be1e7d
+# %% ../../nbs/5_figures/03_layers.ipynb #8abbd725
 def _map(axis, values, texts, bold, **colours):
     """A heat map with a number in each cell, black on light colours, white on dark."""
     image = axis.imshow(values, aspect="auto", **colours)
@@ -49,7 +49,7 @@ def _score_map(axis, scores, measure, low, high):
     never = np.zeros(scores.shape, bool)
     _map(axis, scores, texts, never, cmap="viridis", vmin=start, vmax=high)
 
-
+# %% ../../nbs/5_figures/03_layers.ipynb #48a2c0d0
 def _difference_map(axis, difference, measure):
     mean, low, high = np.asarray(difference, float)
     reach = max(np.nanmax(np.abs(mean)), 0.01)
@@ -57,7 +57,7 @@ def _difference_map(axis, difference, measure):
     texts = _cell_texts(mean, measure, signed=True)
     _map(axis, mean, texts, excludes_zero, cmap="RdBu", vmin=-reach, vmax=reach)
 
-
+# %% ../../nbs/5_figures/03_layers.ipynb #e9be1e7d
 def draw_score_maps(
     maps: dict,
     layers,
@@ -108,7 +108,7 @@ def draw_score_maps(
     figure.supxlabel("noise level t (0 data, 1 noise); rows: after block", fontsize=8)
     return figure
 
-# %% ../../nbs/5_figures/03_layers.ipynb #025b47ee
+# %% ../../nbs/5_figures/03_layers.ipynb #5b771544
 _RUN_STYLES = (
     ("#1f3a5f", "-"),
     ("#c4761b", "-"),
@@ -163,7 +163,7 @@ def draw_layer_curves(
         axis.set_xlabel("after block", fontsize=8)
     return figure
 
-
+# %% ../../nbs/5_figures/03_layers.ipynb #025b47ee
 def _layer_panel(axis, layers, curves: dict, baselines: dict, scale: int):
     x = list(layers)
     for (name, values), style in zip(curves.items(), _RUN_STYLES, strict=False):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from .plots import Picture, to_array, to_png
 
-# %% ../../nbs/5_figures/04_pages.ipynb #d2ac4a50
+# %% ../../nbs/5_figures/04_pages.ipynb #766f19e0
 class Page(Picture):
     """A figure of images."""
 
@@ -58,7 +58,7 @@ def to_pixels(signals, axes: int, what: str) -> np.ndarray:
     in_colour = np.broadcast_to(values, (len(values), 3, *values.shape[2:]))
     return _to_bytes(np.moveaxis(in_colour, 1, -1).astype(np.float32))
 
-
+# %% ../../nbs/5_figures/04_pages.ipynb #d2ac4a50
 def _check_texts(texts, count: int, what: str) -> list[str]:
     """The texts as strings, empty for None. Raises ValueError for a wrong number."""
     if texts is None:
@@ -111,7 +111,7 @@ def draw_captioned(images, captions, columns: int = 6, size: float = 1.5) -> Pag
             axis.set_xlabel(wrapped[place], fontsize=7, linespacing=1.2)
     return figure
 
-# %% ../../nbs/5_figures/04_pages.ipynb #f49a5e86
+# %% ../../nbs/5_figures/04_pages.ipynb #339050b8
 # in pixels of the sheet
 _SHEET_WIDTH = 900
 _CELL_HEIGHT = 96
@@ -131,7 +131,7 @@ def sheet_rows(texts: list[str], most: int = 100) -> list[list[int]]:
     share = max(1, most // len(groups))
     return [places[:share] for places in groups.values()][:most]
 
-
+# %% ../../nbs/5_figures/04_pages.ipynb #9eb73a4c
 def draw_sheet(images, texts=None, most: int = 100, title: str = "") -> Page:
     """Images of samples, a row for each text.
 
@@ -172,7 +172,7 @@ def draw_sheet(images, texts=None, most: int = 100, title: str = "") -> Page:
     below = {} if text_at_left else {place: texts[place] for place in cells}
     return _lay_out(rows, cells, below, title)
 
-
+# %% ../../nbs/5_figures/04_pages.ipynb #4fa00ef0
 def _cell(image: np.ndarray, columns: int) -> Image.Image:
     """An image (3, h, w), enlarged to fill its place on a sheet with so many columns.
 
@@ -192,7 +192,7 @@ def _cell(image: np.ndarray, columns: int) -> Image.Image:
 def _text_width(text: str) -> float:
     return _LETTER * max(map(len, text.split("\n")))
 
-
+# %% ../../nbs/5_figures/04_pages.ipynb #f49a5e86
 def _lay_out(
     rows: list[tuple[str, list[int]]],
     cells: dict[int, Image.Image],
@@ -256,7 +256,7 @@ def _lay_out(
     axis.set_axis_off()
     return figure
 
-# %% ../../nbs/5_figures/04_pages.ipynb #49254a37
+# %% ../../nbs/5_figures/04_pages.ipynb #4a2d0d6a
 def draw_rows(rows: dict, captions=None, size: float = 1.0) -> Page:
     """Rows of images that share their captions, which stand below the last row.
 
@@ -287,7 +287,7 @@ def draw_rows(rows: dict, captions=None, size: float = 1.0) -> Page:
         axis.set_xlabel(text, fontsize=7, linespacing=1.2)
     return figure
 
-
+# %% ../../nbs/5_figures/04_pages.ipynb #49254a37
 def _image_rows(
     rows: dict[str, np.ndarray],
     titles: list[str],
@@ -420,7 +420,7 @@ def draw_video_strip(videos, titles=None, frames: int = 8, size: float = 0.75) -
     axes[-1].set_xlabel("frame", fontsize=7)
     return figure
 
-# %% ../../nbs/5_figures/04_pages.ipynb #bae13488
+# %% ../../nbs/5_figures/04_pages.ipynb #202c1ed1
 def draw_level_map(
     images, levels, views: dict | None = None, titles=None, size: float = 1.0
 ) -> Page:
@@ -468,7 +468,7 @@ def draw_level_map(
     bar.ax.tick_params(labelsize=7)
     return figure
 
-
+# %% ../../nbs/5_figures/04_pages.ipynb #bae13488
 _TINT = 0.6  # share of the colour; the rest is the image in grey
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from ..intervals import mean_interval
 
-# %% ../../nbs/5_figures/02_plots.ipynb #d2a5e4ad
+# %% ../../nbs/5_figures/02_plots.ipynb #3d04bbf9
 class Picture(Figure):
     """A matplotlib Figure that a notebook shows without pyplot."""
 
@@ -58,7 +58,7 @@ def to_array(values) -> np.ndarray:
         return values.detach().cpu().numpy()
     return np.asarray(values)
 
-
+# %% ../../nbs/5_figures/02_plots.ipynb #d2a5e4ad
 def draw_band(axis, x, low, high, colour) -> None:
     """Shade the area between two curves, such as the ends of an interval."""
     axis.fill_between(x, low, high, color=to_rgba(colour, 0.18), linewidth=0)
@@ -93,7 +93,7 @@ def _panels(
         axis.set_axis_off()
     return figure, axes
 
-# %% ../../nbs/5_figures/02_plots.ipynb #37f9c1d0
+# %% ../../nbs/5_figures/02_plots.ipynb #e7136b24
 def viewable(signals):
     """Signals (n, c, h, w) or (n, c, f, h, w) in a form that can be shown.
 
@@ -110,7 +110,7 @@ def _show_image(axis, pixels: np.ndarray) -> None:
     else:
         axis.imshow(pixels.transpose(1, 2, 0))
 
-
+# %% ../../nbs/5_figures/02_plots.ipynb #160b1383
 def draw_images(
     images, titles=None, columns: int = 10, limits=(-1, 1), size: float = 1.1
 ) -> Picture:
@@ -141,7 +141,7 @@ def draw_images(
             axes[index].set_title(str(titles[index]), fontsize=8)
     return figure
 
-
+# %% ../../nbs/5_figures/02_plots.ipynb #37f9c1d0
 def draw_maps(
     maps,
     titles=None,
@@ -238,7 +238,7 @@ def smooth(values, window: int) -> np.ndarray:
     starts = np.maximum(0, ends - window)
     return (total[ends] - total[starts]) / (ends - starts)
 
-# %% ../../nbs/5_figures/02_plots.ipynb #fee69c7c
+# %% ../../nbs/5_figures/02_plots.ipynb #a0c17768
 _WINDOWS = 12  # a training curve is smoothed over a twelfth of its length
 
 
@@ -279,7 +279,7 @@ def draw_training(logs: dict) -> Picture:
             axis.legend(frameon=False)
     return figure
 
-
+# %% ../../nbs/5_figures/02_plots.ipynb #fee69c7c
 _LEVEL_AXIS = "level t (0 data, 1 noise)"
 
 
@@ -320,7 +320,7 @@ def _differences(axis, levels, losses):
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
 
-# %% ../../nbs/5_figures/02_plots.ipynb #4dab6059
+# %% ../../nbs/5_figures/02_plots.ipynb #517d05a7
 _LONG_LOG = 45  # logged values from which on a curve is smoothed
 
 
@@ -363,7 +363,7 @@ def draw_runs(curves: dict, xlabel: str, ylabel: str, units=((1, ""),)) -> Pictu
     _name_ends(axis, dict(sorted(ends.items(), key=lambda end: end[1][1])))
     return figure
 
-
+# %% ../../nbs/5_figures/02_plots.ipynb #4dab6059
 def _name_ends(axis, ends: dict):
     """Write names at the right border, in the order of y and without overlap.
 

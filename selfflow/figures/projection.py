@@ -66,7 +66,7 @@ def categories_of(values, names=None) -> tuple[np.ndarray, list[str]] | None:
         )
     return places, [str(names[int(category)]) for category in categories]
 
-# %% ../../nbs/5_figures/05_projection.ipynb #feb2a59e
+# %% ../../nbs/5_figures/05_projection.ipynb #6c1dc1be
 def draw_projection(
     points: dict,
     values,
@@ -136,7 +136,7 @@ def draw_projection(
     )
     return figure
 
-
+# %% ../../nbs/5_figures/05_projection.ipynb #feb2a59e
 def as_points(points, count: int) -> np.ndarray:
     """An array, a tensor or a `Projection` as numpy, (count, 2).
 

@@ -285,7 +285,7 @@ class Alignment:
         predicted: (m, d), of the m tokens that the loss counts.
         target: (m, d).
         gap: (m,), the level of a token minus that of its target.
-        gradient_norms: Of the two losses at the student's layer, see
+        gradient_norms: Norms of both losses at the student's layer, see
             `watch_gradients`; empty before the backward pass.
     """
 

@@ -23,10 +23,10 @@ class Inputs:
     """The inputs that a backbone is built for.
 
     Args:
-        parts: Of a sequence.
+        parts: Parts of a sequence.
         classes: Number of labels, 0 = none; the null label is `classes` itself.
         caption: Bytes of a text, or vectors of a text encoder; 0 = none.
-        caption_width: Of these vectors; 0 = bytes.
+        caption_width: Width of these vectors; 0 = bytes.
     """
 
     parts: tuple[Part, ...]
@@ -95,9 +95,9 @@ class Backbone(Protocol):
 
 # %% ../../nbs/1_method/05_backbone.ipynb #e4d5f428
 def ability(model: nn.Module, name: str, purpose: str) -> Any:
-    """An attribute that not every backbone has.
+    """Return an attribute that not every backbone has.
 
-    Raises ValueError, naming the purpose, for a model that lacks it.
+    Raises ValueError, naming the purpose, if the model does not have it.
     """
     if not hasattr(model, name):
         raise ValueError(

@@ -114,14 +114,14 @@ class Condition:
 # %% ../../nbs/1_method/04_batch.ipynb #9645e24c
 @dataclass(frozen=True)
 class Batch:
-    """Clean samples as a model is trained on them; indexed, it gives some of them.
+    """Clean samples to train on; indexing returns some of them.
 
     Args:
         x0: Tokens, (b, n, c).
-        condition: Of the b samples.
-        parts: Of the sequence, in order.
-        indices: Of the samples in their data set, (b,).
-        features: Of an outside encoder, for REPA: (b, n, e) or (b, e).
+        condition: Condition of the b samples.
+        parts: Parts of the sequence, in order.
+        indices: Indices of the samples in their data set, (b,).
+        features: Features of an external encoder, for REPA: (b, n, e) or (b, e).
     """
 
     x0: Tensor
@@ -134,7 +134,7 @@ class Batch:
         return len(self.x0)
 
     def _map(self, change: Callable) -> "Batch":
-        """Change everything that has a row for each sample."""
+        """Apply a function to everything that has a row for each sample."""
         return replace(
             self,
             x0=change(self.x0),

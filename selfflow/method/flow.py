@@ -161,9 +161,9 @@ class PlateauLogitNormal(LogitNormal):
     """A logit-normal density held constant from its mode to t = 1, and renormalised.
 
     Args:
-        mean: Of the logit-normal. Where the paper speaks of a shift alpha (10 for
-            RAE latents), mean = ln alpha.
-        std: Of the logit-normal.
+        mean: Mean of the logit-normal. The paper's shift alpha (10 for RAE latents)
+            corresponds to mean = ln alpha.
+        std: Standard deviation of the logit-normal.
 
     Raises:
         ValueError: If std is outside (0, sqrt(2)], where there can be two modes, or

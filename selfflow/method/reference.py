@@ -107,7 +107,7 @@ def layout(config: dict) -> dict[str, tuple[int, ...]]:
 
 # %% ../../nbs/1_method/13_reference.ipynb #fe97ec61
 def fold_time(weight: Tensor) -> Tensor:
-    """The first layer (d, 256) of the time embedding, for t instead of 1 - t.
+    """Return the first layer (d, 256) of the time embedding for t instead of 1 - t.
 
     Cosines come before sines. It is its own inverse.
     """

@@ -37,7 +37,7 @@ def time_grid(
         steps: Number of steps.
         shift: Above 1 takes smaller steps near noise.
         last: Level at which the last step begins; 0 = where the even grid has it.
-        dtype: Of the levels.
+        dtype: Dtype of the levels.
 
     Raises:
         ValueError: If there are too few steps, if `last` is outside [0, 1), or shift is
@@ -266,7 +266,7 @@ def _check(
 def _around(
     velocity_fn: Callable, x0: Tensor, x1: Tensor, kept: Tensor, level: float | None
 ) -> Callable:
-    """v(x, t) of a model that is shown the kept tokens at a level of their own."""
+    """v(x, t) of a model that sees the kept tokens at a level of their own."""
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         return velocity_fn(*shown(x, t, x0, x1, kept, level))
@@ -318,12 +318,12 @@ def sample(
         velocity_fn: v(x, t), with x like x1 and t a scalar tensor, or (b, n) if `start`
             is given.
         x1: Noise.
-        steps: Of the grid. A stochastic sampler's last step is without noise; an
+        steps: Steps of the grid. A stochastic sampler's last step is without noise; an
             adaptive sampler uses them only to record a trajectory.
         method: A registered sampler; the paper's ImageNet metrics use sde with 250
             steps. Its step is step(velocity_fn, x, t, t_next) -> x, with the noise as a
             fifth argument if it is stochastic.
-        shift: Of the grid; 1 = even steps.
+        shift: Shift of the grid; 1 = even steps.
         trajectory: Return all states, (steps + 1, ...) from noise to data.
         noise: For a stochastic sampler, (steps - 1, *x1.shape), or a function from a
             step's index to a tensor like x1; None = drawn from `generator`.
@@ -335,7 +335,7 @@ def sample(
             clean, None = that of the others, for a model that was never trained on two
             levels in one sample.
         generator: Source of a stochastic sampler's noise.
-        options: Of the sampler, such as rtol and atol of dopri5.
+        options: Options of the sampler, such as rtol and atol of dopri5.
 
     Raises:
         ValueError: If method or options are unknown, steps are too few, shapes or
@@ -409,11 +409,11 @@ def guided_velocity(
 
     Args:
         model: Called as model(x, levels, condition, parts=parts).
-        condition: Of the b samples; None = none.
+        condition: Condition of the b samples; None = none.
         cfg_scale: Guidance w; 1 = none.
         interval: Levels, ends included, at which guidance acts; elsewhere one forward
             is enough.
-        parts: Of the sequence; () = all that the model has.
+        parts: Parts of the sequence; () = all that the model has.
 
     Raises:
         ValueError: If there is guidance without a condition, or the interval is not
@@ -472,7 +472,7 @@ def shown(
     kept: Tensor,
     level: float | None = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Return tokens as a model is shown them while some are kept, and their levels.
+    """Return the tokens that a model sees while some are kept, and their levels.
 
     Args:
         x: The state, (b, n, c).
@@ -480,7 +480,7 @@ def shown(
         x0: Data, like x.
         x1: Noise, like x.
         kept: True for tokens that are kept, (b, n).
-        level: Of kept tokens; None = that of the noisiest other.
+        level: Level of kept tokens; None = that of the noisiest other.
 
     Returns:
         Tokens (b, n, c) and levels (b, n).

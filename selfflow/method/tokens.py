@@ -98,12 +98,12 @@ def _check_shape(signals: Tensor, shape: tuple[int, ...], what: str) -> None:
 
 @dataclass(frozen=True)
 class ImagePatches:
-    """Images of one size as tokens: square patches, by row; channels ordered (c p q).
+    """Images of one size as tokens: square patches, row by row, channels (c p q).
 
     Args:
-        channels: Of an image.
-        height: Of an image in pixels.
-        width: Of an image in pixels.
+        channels: Channels of an image.
+        height: Height of an image in pixels.
+        width: Width of an image in pixels.
         patch: Side of a patch in pixels.
 
     Raises:
@@ -148,7 +148,7 @@ class ImagePatches:
         )
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
-        """Put tokens (b, n, c p q) together to the images (b, c, h, w)."""
+        """Assemble images (b, c, h, w) from tokens (b, n, c p q)."""
         rows, columns = self.grid
         return rearrange(
             tokens,
@@ -171,13 +171,13 @@ class ImagePatches:
 
 @dataclass(frozen=True)
 class VideoPatches:
-    """Videos of one size as tokens: by moment, then by row; channels ordered (c s p q).
+    """Videos of one size as tokens: by time, then row by row, channels (c s p q).
 
     Args:
-        channels: Of a frame.
-        frames: Of a video.
-        height: Of a frame in pixels.
-        width: Of a frame in pixels.
+        channels: Channels of a frame.
+        frames: Frames of a video.
+        height: Height of a frame in pixels.
+        width: Width of a frame in pixels.
         patch: Side of a patch in pixels.
         span: Frames in a token.
 
@@ -221,7 +221,7 @@ class VideoPatches:
         )
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
-        """Put tokens (b, n, c s p q) together to the videos (b, c, f, h, w)."""
+        """Assemble videos (b, c, f, h, w) from tokens (b, n, c s p q)."""
         moments, rows, columns = self.part().grid
         return rearrange(
             tokens,
@@ -284,7 +284,7 @@ class Layout:
         return torch.cat(tokens, dim=1)
 
     def split(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Return the tokens (b, n, c) of each part, without what fills them up."""
+        """Return the tokens (b, n, c) of each part, without padding."""
         pieces = tokens.split([part.tokens for part in self.parts], dim=1)
         return {
             part.name: piece[..., : part.channels]
@@ -292,7 +292,7 @@ class Layout:
         }
 
     def unpatchify(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Put tokens (b, n, c) together to signals by name."""
+        """Assemble signals, by name, from tokens (b, n, c)."""
         return {
             name: self.patches[name].unpatchify(piece)
             for name, piece in self.split(tokens).items()

@@ -46,14 +46,14 @@ class TransformerConfig(Inputs):
     The defaults are the published model. A null label is added to the classes.
 
     Args:
-        width: Of the hidden states.
+        width: Width of the hidden states.
         depth: Number of blocks.
-        heads: Of attention.
+        heads: Number of attention heads.
         mlp_ratio: Hidden width of the MLP over width.
         positions: "sincos" (added once) or "rotary" (in every attention).
         mlp: "gelu" or "swiglu".
         qk_norm: Normalise queries and keys.
-        modulation: Of each "block", or "shared" by all.
+        modulation: One for each "block", or "shared" by all.
         caption_level: A caption's tokens are at the "mean" level of their sample, or
             "clean".
         caption_stride: Bytes of a caption in one of its tokens.
@@ -210,8 +210,8 @@ class PartLinears(nn.ModuleDict):
     """A linear map for the tokens of each part.
 
     Args:
-        parts: Of the sequence.
-        width: Of the hidden states.
+        parts: Parts of the sequence.
+        width: Width of the hidden states.
         outward: Map hidden states to tokens, and not tokens to hidden states.
     """
 
@@ -413,11 +413,11 @@ class Transformer(nn.Module):
 
         Args:
             x: Tokens, (b, n, c).
-            levels: Of b samples and n tokens.
-            condition: Of b samples; None = no condition.
+            levels: Levels of b samples and n tokens.
+            condition: Condition of b samples; None = no condition.
             taps: Layers, 1-based, whose hidden states are returned.
             stop: End at the last tap, without a velocity.
-            parts: Of the sequence, in order; () = all of the config.
+            parts: Parts of the sequence, in order; () = all of the config.
             separated: Tokens attend to those of their own level and to a condition.
             coordinates: Places (t, h, w, l) of the tokens, (n, 4) or (b, n, 4);
                 None = those of the config.

@@ -102,7 +102,7 @@ _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_
     _HTML
 )
 
-# %% ../../nbs/6_report/01_document.ipynb #0c73b677
+# %% ../../nbs/6_report/01_document.ipynb #a244b904
 def _cell_text(value) -> str:
     """A value of a table as it is shown: numbers with four digits, "-" for NaN."""
     if isinstance(value, float | np.floating):
@@ -118,7 +118,7 @@ _DPI = 144
 _SHOWN_DPI = 110  # a figure has more pixels than it takes on the page, for sharp print
 _WIDE = 6  # inches; wider figures can be scrolled on a phone
 
-
+# %% ../../nbs/6_report/01_document.ipynb #0c73b677
 class _Content:
     """Parts of a page in order. Every method returns the object, for chained calls."""
 
@@ -208,7 +208,7 @@ class Section(_Content):
         self.limitation = text
         return self
 
-# %% ../../nbs/6_report/01_document.ipynb #7a68e09c
+# %% ../../nbs/6_report/01_document.ipynb #e24b86ce
 # entries of a part that go into report.json
 _IN_JSON = ("kind", "text", "lines", "caption", "command", "file")
 
@@ -298,7 +298,7 @@ class Report(_Content):
                 file.unlink()
         return path
 
-
+# %% ../../nbs/6_report/01_document.ipynb #7a68e09c
 def _plain(value):
     """A value of a table as JSON knows it; NaN becomes null."""
     if hasattr(value, "item"):  # numpy
@@ -315,7 +315,7 @@ def _plain_table(frame: pd.DataFrame) -> dict[str, list]:
     rows = [[_plain(value) for value in row] for row in frame.values.tolist()]
     return {"columns": columns, "rows": rows}
 
-# %% ../../nbs/6_report/01_document.ipynb #fcf3f9bc
+# %% ../../nbs/6_report/01_document.ipynb #5f79b0c8
 def find_browser() -> str:
     """The path of a browser that prints pages. Raises FileNotFoundError without one."""
     for name in ("chromium", "chromium-browser", "google-chrome"):
@@ -330,7 +330,7 @@ def find_browser() -> str:
 
 _PRINT_SECONDS = 180
 
-
+# %% ../../nbs/6_report/01_document.ipynb #fcf3f9bc
 def write_pdf(page: Path | str) -> Path:
     """Print an HTML page to a PDF file next to it.
 

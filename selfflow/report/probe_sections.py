@@ -33,7 +33,7 @@ from .document import Section
 from .run_sections import SAMPLES_ONLY, suggest_command
 from ..training.run import Run
 
-# %% ../../nbs/6_report/03_probe_sections.ipynb #3b4cece7
+# %% ../../nbs/6_report/03_probe_sections.ipynb #51da4eb9
 _MANY_CLASSES = 20  # from here on numbers are small
 _TOO_MANY_CLASSES = 40  # from here on cells are too small for numbers
 
@@ -77,7 +77,7 @@ def _draw_confusion(matrix, names, title: str = "") -> Picture:
     figure.colorbar(image, ax=axis, fraction=0.045, label="share of the true class")
     return figure
 
-
+# %% ../../nbs/6_report/03_probe_sections.ipynb #b416991c
 def _predict(features: dict, labels: dict, strength: float) -> np.ndarray:
     """Classes (n,) of the test items by a logistic regression of the training items.
 
@@ -105,7 +105,7 @@ def _chosen_features(run: Run, items: dict[str, Items], probes: Probes, best) ->
         features[split] = items[split].pooled(by_layer[best.layer], about["part"])
     return features
 
-
+# %% ../../nbs/6_report/03_probe_sections.ipynb #3b4cece7
 def _confusion(section: Section, name: str, run: Run, probes: Probes) -> None:
     """Add the confusion of the classes in the chosen cell, if classes were probed."""
     factor = probes.main_factor
@@ -137,7 +137,7 @@ def _confusion(section: Section, name: str, run: Run, probes: Probes) -> None:
     table.insert(0, "true", names)
     section.table(table, f"Confusion of {name}", folded=True)
 
-# %% ../../nbs/6_report/03_probe_sections.ipynb #d2de98e5
+# %% ../../nbs/6_report/03_probe_sections.ipynb #0ea55ff1
 def probe_section(runs: dict[str, Run]) -> Section:
     """Probes of all factors: maps, differences, curves, baselines and confusion."""
     section = Section("Linear probes")
@@ -181,7 +181,7 @@ def probe_section(runs: dict[str, Run]) -> Section:
         "form." + SAMPLES_ONLY
     )
 
-
+# %% ../../nbs/6_report/03_probe_sections.ipynb #ee75b3c6
 def _stored_probes(section: Section, runs: dict[str, Run]) -> dict[str, Probes]:
     """The probes of the runs that have some; remarks on the others and on old ones."""
     stored = {}
@@ -217,7 +217,7 @@ def _probe_protocol(probes: Probes) -> str:
 
 _MOST_ROWS = 6  # factors in one figure
 
-
+# %% ../../nbs/6_report/03_probe_sections.ipynb #55509214
 def _factor_maps(section: Section, probes: dict[str, Probes]) -> None:
     first, *others = probes.values()
     measures = {factor: first.best(factor).probe.measure for factor in first.factors}
@@ -249,7 +249,7 @@ def _factor_maps(section: Section, probes: dict[str, Probes]) -> None:
         )
         section.figure(figure, caption)
 
-
+# %% ../../nbs/6_report/03_probe_sections.ipynb #39b051da
 def _factor_curves(section: Section, probes: dict[str, Probes]) -> None:
     first = next(iter(probes.values()))
     measures = {factor: first.best(factor).probe.measure for factor in first.factors}
@@ -285,7 +285,7 @@ _DIFFERENCE_COLUMNS = [
     "significant",
 ]
 
-
+# %% ../../nbs/6_report/03_probe_sections.ipynb #8f38b308
 def _factor_differences(section: Section, probes: dict[str, Probes]) -> None:
     (first, baseline), *others = probes.items()
     for name, other in others:
@@ -316,7 +316,7 @@ def _factor_differences(section: Section, probes: dict[str, Probes]) -> None:
             f"of {len(pairs)} would be significant."
         )
 
-
+# %% ../../nbs/6_report/03_probe_sections.ipynb #5d17153d
 def _differences_in_words(pairs: dict[str, Comparison]) -> str:
     """Factors and their differences, sorted into better, worse and not significant."""
     groups: dict[str, list[str]] = {"higher": [], "lower": [], "not significant": []}
@@ -351,7 +351,7 @@ def _baseline_findings(section: Section, stored: dict[str, Probes]) -> None:
             f"{pair}"
         )
 
-
+# %% ../../nbs/6_report/03_probe_sections.ipynb #e9a1b0e0
 def _seed_findings(
     section: Section, runs: dict[str, Run], stored: dict[str, Probes]
 ) -> None:
@@ -379,7 +379,7 @@ _CELL_COLUMNS = [
     "chosen",
 ]
 
-
+# %% ../../nbs/6_report/03_probe_sections.ipynb #d2de98e5
 def _all_cells(section: Section, stored: dict[str, Probes]) -> None:
     rows = []
     for name, probes in stored.items():

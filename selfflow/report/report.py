@@ -42,7 +42,7 @@ from ..settings import own_settings
 from ..training.run import Run
 from ..training.samples import to_draw, write_samples
 
-# %% ../../nbs/6_report/06_report.ipynb #165c2981
+# %% ../../nbs/6_report/06_report.ipynb #7fa3cd2e
 SECTIONS = (
     run_section,
     training_section,
@@ -92,7 +92,7 @@ def run_report(
         report.section(section)
     return report
 
-
+# %% ../../nbs/6_report/06_report.ipynb #0cec8a5b
 def _make_section(section: Callable, runs: dict[str, Run]) -> Section:
     try:
         return section(runs)
@@ -113,7 +113,7 @@ def _each(counts: list[int], noun: str) -> str:
         return f"{_plural(counts[0], noun)} each"
     return f"{'/'.join(map(str, counts))} {noun}s"
 
-
+# %% ../../nbs/6_report/06_report.ipynb #165c2981
 def _summary(runs: dict[str, Run], sections: list[Section]) -> list[str]:
     """The report in sentences: runs, findings with their intervals, missing parts."""
     steps = [run.state()["step"] for run in runs.values()]
@@ -147,7 +147,7 @@ def _summary(runs: dict[str, Run], sections: list[Section]) -> list[str]:
         lines.append(f"Missing or outdated results in: {', '.join(incomplete)}.")
     return lines
 
-# %% ../../nbs/6_report/06_report.ipynb #64449500
+# %% ../../nbs/6_report/06_report.ipynb #61020402
 _MOST_SAMPLES = 100
 
 
@@ -188,7 +188,7 @@ def _is_possible(check: Callable, run: Run) -> bool:
         return False
     return True
 
-
+# %% ../../nbs/6_report/06_report.ipynb #fb70377e
 def _has_current_probes(run: Run) -> bool:
     try:
         probes = read_probes(run)
@@ -212,7 +212,7 @@ def _write_samples(run: Run) -> None:
 def _write_metrics(run: Run) -> None:
     run_metrics(run)
 
-
+# %% ../../nbs/6_report/06_report.ipynb #64449500
 def make_missing(runs: dict[str, Run]) -> list[str]:
     """Make all missing parts, after printing what each of them costs.
 

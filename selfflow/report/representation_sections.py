@@ -41,7 +41,7 @@ from .document import Section
 from .run_sections import SAMPLES_ONLY
 from ..training.run import Run
 
-# %% ../../nbs/6_report/04_representation_sections.ipynb #fb9cfe51
+# %% ../../nbs/6_report/04_representation_sections.ipynb #bcf82651
 _SAMPLES = 200  # test samples
 LEVEL = 0.25  # noise level of the features
 
@@ -82,7 +82,7 @@ def _protocol(runs: dict[str, Run]) -> str:
         "same fixed noise for all runs."
     )
 
-
+# %% ../../nbs/6_report/04_representation_sections.ipynb #fb9cfe51
 def _stack_tables(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """The tables of several runs as one, with a first column that names the run."""
     columns = list(next(iter(tables.values())).columns)
@@ -162,7 +162,7 @@ def similarity_section(runs: dict[str, Run]) -> Section:
         "learn different things."
     )
 
-# %% ../../nbs/6_report/04_representation_sections.ipynb #1b58e319
+# %% ../../nbs/6_report/04_representation_sections.ipynb #19eea3eb
 _FITTED = 400  # training samples from which mean directions are computed
 _SCORED = 150  # test samples
 
@@ -193,7 +193,7 @@ def saturation_section(runs: dict[str, Run]) -> Section:
         "sample is needed to predict them." + SAMPLES_ONLY
     )
 
-
+# %% ../../nbs/6_report/04_representation_sections.ipynb #1b58e319
 def _add_ladder(section: Section, name: str, run: Run) -> None:
     result = saturation(run, _FITTED, _SCORED)
     table = result.table()
@@ -224,7 +224,7 @@ def _add_gap_curves(section: Section, name: str, by_gap: pd.DataFrame) -> None:
         "are noisier than the teacher's; drawn at the middle of each bin.",
     )
 
-# %% ../../nbs/6_report/04_representation_sections.ipynb #e3aee3fe
+# %% ../../nbs/6_report/04_representation_sections.ipynb #49bb62b9
 _MASS_SAMPLES = 64  # for attention between levels
 
 
@@ -282,7 +282,7 @@ def attention_section(runs: dict[str, Run]) -> Section:
         "levels for the first time here." + SAMPLES_ONLY
     )
 
-
+# %% ../../nbs/6_report/04_representation_sections.ipynb #aab10a42
 def _middle_token(items: Items) -> tuple[int, ...]:
     """Position on its grid of the token in the middle of the first part."""
     return tuple(side // 2 for side in first_grid(items))
@@ -308,7 +308,7 @@ def _middle_maps(run: Run) -> np.ndarray:
         maps.append(next(iter(by_part.values())))
     return np.stack(maps)
 
-
+# %% ../../nbs/6_report/04_representation_sections.ipynb #e3aee3fe
 def _draw_middle_maps(run: Run, maps: np.ndarray, most: float) -> Picture:
     items, _ = features_of(run)
     middle = _middle_token(items)

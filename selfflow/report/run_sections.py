@@ -26,7 +26,7 @@ from ..training.batches import VALIDATION_LEVELS, Validation
 from ..training.config import Config, flatten
 from ..training.run import Run
 
-# %% ../../nbs/6_report/02_run_sections.ipynb #c8b58bb6
+# %% ../../nbs/6_report/02_run_sections.ipynb #8178e8fd
 def run_section(runs: dict[str, Run]) -> Section:
     """The runs, a column for each, and the settings in which they differ."""
     section = Section(
@@ -67,7 +67,7 @@ def run_section(runs: dict[str, Run]) -> Section:
         )
     return section.limits(" ".join(limits))
 
-
+# %% ../../nbs/6_report/02_run_sections.ipynb #c8b58bb6
 def training_section(runs: dict[str, Run]) -> Section:
     """The losses during training."""
     section = Section(
@@ -81,7 +81,7 @@ def training_section(runs: dict[str, Run]) -> Section:
     logs = {name: run.log for name, run in runs.items()}
     return section.figure(draw_training(logs), "Flow loss and cosine during training.")
 
-# %% ../../nbs/6_report/02_run_sections.ipynb #994cd89d
+# %% ../../nbs/6_report/02_run_sections.ipynb #9ba93a2c
 SAMPLES_ONLY = (
     " Intervals over samples hold for these trained models; only intervals over seeds "
     "say something about another training."
@@ -108,7 +108,7 @@ def _validation_losses(
         losses[name] = validation.losses(run.teacher).numpy()
     return losses, validation.chosen
 
-
+# %% ../../nbs/6_report/02_run_sections.ipynb #dfc0d163
 def loss_section(runs: dict[str, Run]) -> Section:
     """Validation flow loss by noise level, and the differences to the first run."""
     losses, chosen = _validation_losses(runs)
@@ -143,7 +143,7 @@ def loss_section(runs: dict[str, Run]) -> Section:
         + SAMPLES_ONLY
     )
 
-
+# %% ../../nbs/6_report/02_run_sections.ipynb #994cd89d
 def _loss_tables(section: Section, runs: dict[str, Run], losses, by_sample) -> None:
     rows = []
     for name, values in by_sample.items():

@@ -25,13 +25,13 @@ from ..analysis.sample_metrics import metric_data
 from ..figures.pages import draw_rows, draw_sheet
 from ..figures.plots import draw_images, viewable
 from ..figures.projection import MAX_CATEGORIES, draw_projection
-from ..intervals import Comparison, smallest_effect
+from ..intervals import Comparison, newcombe_interval, smallest_effect
 from .document import Section
 from .representation_sections import LEVEL, features_of, first_grid
 from .run_sections import suggest_command
 from ..training.run import Run
 
-# %% ../../nbs/6_report/05_sample_sections.ipynb #cea416ce
+# %% ../../nbs/6_report/05_sample_sections.ipynb #8f35634d
 _METHOD = "UMAP"
 _FEW = 30  # samples for which UMAP is not worth it
 _SHOWN = 6  # samples shown as colours of their tokens
@@ -70,7 +70,7 @@ def _plane_colours(items: Items) -> tuple[str, np.ndarray]:
             return factor, values
     return next(iter(factors.items()))
 
-
+# %% ../../nbs/6_report/05_sample_sections.ipynb #936c8643
 def plane_section(runs: dict[str, Run]) -> Section:
     """Features of test samples in the plane, and their tokens as colours."""
     planes: dict[str, Projection] = {}
@@ -110,7 +110,7 @@ def plane_section(runs: dict[str, Run]) -> Section:
         "says so."
     )
 
-
+# %% ../../nbs/6_report/05_sample_sections.ipynb #d26a8a0a
 def _plane_tables(
     section: Section, planes: dict[str, Projection], layers: dict[str, int], values
 ) -> None:
@@ -151,7 +151,7 @@ def _token_colours(features: Tensor, grid: tuple[int, ...]) -> np.ndarray:
         colours = colours[:, :, start : start + rows]
     return colours
 
-
+# %% ../../nbs/6_report/05_sample_sections.ipynb #cea416ce
 def _token_part(section: Section, items: Items, token_rows: dict) -> None:
     signals = items.examples(items.few(_SHOWN)).signals[next(iter(items.slices))]
     if signals.ndim == 5:
@@ -168,7 +168,7 @@ def _token_part(section: Section, items: Items, token_rows: dict) -> None:
         "tokens have similar colours. Colours of different runs are unrelated.",
     )
 
-# %% ../../nbs/6_report/05_sample_sections.ipynb #dd080f24
+# %% ../../nbs/6_report/05_sample_sections.ipynb #215b2130
 _LARGEST = 1_500_000  # bytes of a video or audio file that is embedded in the page
 _MOST_FILES = 4  # of a run
 _MOST_AUDIO = 4  # of a file
@@ -199,7 +199,7 @@ def sample_section(runs: dict[str, Run]) -> Section:
         "A few samples show what a model can draw, not how often it does."
     )
 
-
+# %% ../../nbs/6_report/05_sample_sections.ipynb #0a4df7e6
 def _training_samples(section: Section, name: str, run: Run) -> None:
     section.missing(
         f"{name} has no samples yet; this command draws them:",
@@ -214,7 +214,7 @@ def _training_samples(section: Section, name: str, run: Run) -> None:
             "sample for each class or test caption.",
         )
 
-
+# %% ../../nbs/6_report/05_sample_sections.ipynb #e2b91fde
 def _sample_file(section: Section, name: str, file: Path) -> None:
     try:
         images, texts = _read_samples(file)
@@ -255,24 +255,23 @@ def _read_samples(file: Path) -> tuple[Tensor, list[str]]:
     texts = json.loads(metadata.get("asked", "[]"))
     return images, texts if len(texts) == len(images) else [""] * len(images)
 
-
+# %% ../../nbs/6_report/05_sample_sections.ipynb #dd080f24
 def _shorten(text: str, most: int = 300) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
-# %% ../../nbs/6_report/05_sample_sections.ipynb #e0aa7c35
+# %% ../../nbs/6_report/05_sample_sections.ipynb #aec78694
 def compare_shares(first: dict, second: dict, names: tuple[str, str]) -> Comparison:
     """The difference of two shares that are not paired.
 
     Args:
-        first, second: {value, interval, count} with Wilson's intervals.
-
-    Source: Newcombe, Statistics in Medicine 17 (1998), method 10.
+        first: {value, count} of one model.
+        second: The same of the other.
     """
-    p, q = first["value"], second["value"]
-    (p_low, p_high), (q_low, q_high) = first["interval"], second["interval"]
-    difference = q - p
-    low = difference - math.hypot(q - q_low, p_high - p)
-    high = difference + math.hypot(q_high - q, p - p_low)
+    counts = [
+        (round(share["value"] * share["count"]), share["count"])
+        for share in (first, second)
+    ]
+    difference, low, high = newcombe_interval(*counts)
     over = (
         f"{first['count']:,} and {second['count']:,} samples, not paired; one pair of "
         "trained models"
@@ -299,7 +298,7 @@ def _read_records(run: Run, pattern: str) -> dict[str, dict]:
         records[file.stem] = record
     return records
 
-
+# %% ../../nbs/6_report/05_sample_sections.ipynb #8910fffa
 # {factor: (share with interval, count, own and chance; recipe)}
 Verdicts = dict[str, tuple[dict, dict]]
 
@@ -344,7 +343,7 @@ def metric_section(runs: dict[str, Run]) -> Section:
         "samples unlike its training data. Intervals are over samples, not over seeds."
     )
 
-
+# %% ../../nbs/6_report/05_sample_sections.ipynb #f9970e7d
 def _verdicts(measured: dict[str, dict], judged: dict[str, dict]) -> Verdicts:
     """The shares judged right by factor; metrics win over a judge alone."""
     verdicts = {}
@@ -365,7 +364,7 @@ def _recipe_text(recipe: dict, without=()) -> str:
     entries = [f"{key} {value}" for key, value in recipe.items() if key not in without]
     return ", ".join(entries)
 
-
+# %% ../../nbs/6_report/05_sample_sections.ipynb #277e7551
 def _distances(section: Section, metrics: dict[str, dict[str, dict]]) -> None:
     undefined = (math.nan, math.nan)
     rows = []
@@ -409,7 +408,7 @@ def _distances(section: Section, metrics: dict[str, dict[str, dict]]) -> None:
     for recipe in recipes:
         section.text(recipe)
 
-
+# %% ../../nbs/6_report/05_sample_sections.ipynb #a81528e0
 def _judged(section: Section, verdicts: dict[str, Verdicts]) -> None:
     rows = []
     for name, factors in verdicts.items():
@@ -450,7 +449,7 @@ def _judged(section: Section, verdicts: dict[str, Verdicts]) -> None:
     for name in others:
         _compare_verdicts(section, verdicts, first, name)
 
-
+# %% ../../nbs/6_report/05_sample_sections.ipynb #e0aa7c35
 _OF_RUN = ("step", "device")  # what may differ between comparable recipes
 
 

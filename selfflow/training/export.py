@@ -172,7 +172,7 @@ def export(
     An earlier export in the folder is replaced.
 
     Args:
-        dtype: Of the weights in the file: float32, bfloat16 or float16. The model
+        dtype: Dtype of the weights in the file: float32, bfloat16 or float16. The model
             computes in float32 in any case.
         metrics: Measurements for the model card, by name.
         license: Identifier of a licence, such as apache-2.0; empty = to be chosen.

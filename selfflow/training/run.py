@@ -90,7 +90,7 @@ def new_backbone(
     """Build the backbone of a config, with new weights.
 
     Args:
-        builder: Of the user's own backbone, see `build_backbone`.
+        builder: Builder of the user's own backbone, see `build_backbone`.
     """
     options = {}
     if config.defaults < 4 and isinstance(config.model, TransformerOptions):
@@ -124,11 +124,11 @@ class Run:
     """A run folder: config, log, checkpoints, and the models in the newest checkpoint.
 
     Args:
-        device: Of the models.
+        device: Device of the models.
         data: Fingerprints of the data by name.
         outline: Outlines of data sets on the disk, by name.
         given: Data sets that were passed to `train`, by split.
-        builder: Of a backbone that was passed to `train`.
+        builder: Builder of a backbone that was passed to `train`.
     """
 
     def __init__(
@@ -641,7 +641,7 @@ class Run:
             labels: Classes (b,), b captions, or a `Condition`.
             steps: As method, cfg_scale, interval and options: see `sampling`.
             batch: Number of samples to draw at once.
-            shift: Of the noise levels; None for `self.shift`.
+            shift: Shift of the noise levels; None for `self.shift`.
             model: Model to draw with, on any device; by default the teacher.
             data: Data set to draw from, if there are several.
             given: Signals by name that are not generated (audio to generate its video,

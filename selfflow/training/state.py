@@ -322,8 +322,8 @@ def start_state(
     Weights depend on the seed only; the student's do not depend on the objective.
 
     Args:
-        feature_width: Of an outside encoder, for the head of REPA.
-        builder: Of a backbone that was passed to `train`.
+        feature_width: Width of an external encoder's features, for the head of REPA.
+        builder: Builder of a backbone that was passed to `train`.
 
     Raises:
         ValueError: if the user's own backbone does not fulfil the Protocol, or lacks an

@@ -89,7 +89,7 @@ def test_mdct_is_orthogonal_and_square(bins, columns):
     scale=st.floats(0.01, 100),
     seed=st.integers(0, 99),
 )
-def test_mdct_there_and_back(half, columns, batch, power, scale, seed):
+def test_mdct_round_trips_exactly(half, columns, batch, power, scale, seed):
     form = Mdct(2 * half * columns, bins=2 * half, power=power, scale=scale)
     for dtype, most in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
         waves = noise(batch, form.samples, seed=seed, dtype=dtype).clamp(-1, 1)
@@ -104,7 +104,7 @@ def test_mdct_there_and_back(half, columns, batch, power, scale, seed):
     torch.testing.assert_close(plain.encode(plain.decode(values)), values)
 
 
-def test_power_and_scale_change_the_numbers_as_said():
+def test_power_and_scale_change_the_numbers_as_defined():
     waves = noise(2, 512, dtype=torch.float64)
     plain, changed = (
         Mdct(512, bins=32, scale=1).encode(waves),
@@ -122,7 +122,7 @@ def test_power_and_scale_change_the_numbers_as_said():
 
 @pytest.mark.parametrize("place", [0, 5, 511, 512, 1000, 2047])
 @pytest.mark.parametrize("form", [Mdct(2048, bins=128), LogMel(2048, bins=40)])
-def test_columns_are_where_the_sound_is(form, place):
+def test_columns_follow_the_time_of_the_audio(form, place):
     waves = torch.zeros(1, 2048)
     waves[0, place] = 1
     spectra = form.encode(waves)[0]
@@ -211,7 +211,7 @@ def test_log_mel_of_a_full_scale_sine_and_of_silence():
         LogMel(8192, 16_000, 80, 256, 1024),
     ],
 )
-def test_log_mel_comes_about_back_and_always_as_the_same(form):
+def test_log_mel_decodes_approximately_and_reproducibly(form):
     seconds = torch.arange(form.samples) / form.rate
     waves = torch.stack(
         [
@@ -229,13 +229,13 @@ def test_log_mel_comes_about_back_and_always_as_the_same(form):
     assert (ratio.log10() * 20).abs().max() < 3, "as loud, within 3 dB"
 
 
-def test_a_wild_spectrum_stays_a_sound():
+def test_any_spectrum_decodes_to_finite_audio():
     assert LogMel().decode(torch.full((1, 64, 64), 1e4)).isfinite().all()
     assert LogMel().decode(torch.full((1, 64, 64), -1e4)).abs().max() == 0
 
 
 @pytest.mark.parametrize("kind, bins", [(Mdct, 32), (LogMel, 31)])
-def test_one_sound_or_many_and_gradients_after_inference(kind, bins):
+def test_a_batch_equals_single_waves_and_gradients_follow_inference(kind, bins):
     waves = noise(3, 1024)
     with torch.inference_mode():
         form = kind(1024, bins=bins)  # used nowhere else, so that it is made here
@@ -315,13 +315,13 @@ def test_settings_that_do_not_fit(kind, change, words):
         (torch.full((1, 1024), math.inf), "NaN or infinity"),
     ],
 )
-def test_sounds_that_are_refused(form, waves, words):
+def test_invalid_audio_is_refused(form, waves, words):
     with pytest.raises(ValueError, match=words):
         form.encode(waves)
 
 
 @pytest.mark.parametrize("form", [Mdct(1024), LogMel(1024)])
-def test_spectra_that_are_refused(form):
+def test_invalid_spectra_are_refused(form):
     with pytest.raises(
         ValueError, match=r"spectra have shape .* expected \(b, (64|128), 8\)"
     ):
@@ -330,7 +330,7 @@ def test_spectra_that_are_refused(form):
         form.decode(torch.full((1, *form.shape), math.nan))
 
 
-def test_without_torchaudio_there_is_still_the_mdct(monkeypatch):
+def test_the_mdct_works_without_torchaudio(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "torchaudio"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchaudio", None)
@@ -354,7 +354,7 @@ def test_without_torchaudio_there_is_still_the_mdct(monkeypatch):
         (8000, 8000),
     ],
 )
-def test_resample_keeps_the_tone_and_drops_what_is_too_high(rate, new_rate):
+def test_resampling_preserves_the_tone_and_removes_high_frequencies(rate, new_rate):
     seconds = torch.arange(rate, dtype=torch.float64) / rate
     found = resample(torch.sin(2 * math.pi * 700 * seconds), rate, new_rate)
     expected = torch.sin(
@@ -380,7 +380,7 @@ def test_resample_keeps_the_tone_and_drops_what_is_too_high(rate, new_rate):
         (8000, 10**9 + 7),
     ],
 )
-def test_rates_that_are_refused(rates):
+def test_invalid_rates_are_refused(rates):
     with pytest.raises(ValueError, match="whole numbers above 0|takes a table of"):
         resample(torch.zeros(1, 10), *rates)
 
@@ -428,7 +428,7 @@ def tones(hz, amplitudes, vibrato=0.0, samples=8192, rate=RATE, decay=0.0):
     "rate, samples, level",
     [(8000, 8192, 0.5), (16_000, 8192, 0.01), (22_050, 11_025, 1.0)],
 )
-def test_the_pitch_is_found(amplitudes, vibrato, decay, rate, samples, level):
+def test_pitch_is_estimated_correctly(amplitudes, vibrato, decay, rate, samples, level):
     played = 82.5 * 2 ** (torch.arange(0, 47, 1.7, dtype=torch.float64) / 12)
     # and a constant
     waves = (
@@ -472,7 +472,7 @@ def test_no_pitch_in_silence_and_in_noise():
         ({"low": 1.0}, "two periods of 1.0 Hz; use low >= 2"),
     ],
 )
-def test_frequencies_that_cannot_be_searched(change, words):
+def test_invalid_search_ranges_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
         pitch_of(noise(1, 8192), RATE, **change)
     with pytest.raises(ValueError, match="NaN"):
@@ -481,7 +481,7 @@ def test_frequencies_that_cannot_be_searched(change, words):
 
 @pytest.mark.parametrize("rate", [8000, 16_000, 44_100])
 @pytest.mark.parametrize("seed", range(4))
-def test_onsets_of_struck_sounds_are_found_within_20_ms(rate, seed):
+def test_onsets_of_struck_notes_are_exact_to_20_ms(rate, seed):
     draw = np.random.default_rng(seed)
     seconds = torch.arange(rate) / rate
     waves, truth = torch.zeros(8, rate), []

@@ -311,7 +311,7 @@ def test_other_configs_are_refused(own, config, words):
         open_autoencoder(own[0])
 
 
-def test_pickled_weights_are_refused_and_not_looked_at(own):
+def test_pickled_weights_are_refused_unread(own):
     folder, _, _ = own
     (folder / WEIGHTS).unlink()
     with pytest.raises(
@@ -329,7 +329,7 @@ def test_pickled_weights_are_refused_and_not_looked_at(own):
         open_autoencoder(folder)
 
 
-def test_safetensors_are_taken_where_pickled_ones_lie_beside_them(vae, own):
+def test_safetensors_are_preferred_to_pickled_weights(vae, own):
     (own[0] / "diffusion_pytorch_model.bin").write_bytes(
         b"cos\nsystem\n(S'touch harmed'\ntR."
     )
@@ -383,7 +383,7 @@ def test_half_precision_weights_work_in_single_precision(vae, own):
     torch.testing.assert_close(z, expected, atol=1e-2, rtol=1e-2)
 
 
-def test_without_diffusers_it_is_said_how_to_get_it(vae, monkeypatch):
+def test_without_diffusers_the_message_says_how_to_install_it(vae, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(
         ValueError, match=r"need diffusers: pip install 'selfflow\[latents\]'"
@@ -392,7 +392,7 @@ def test_without_diffusers_it_is_said_how_to_get_it(vae, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_gpu_gives_what_the_cpu_gives(vae, tmp_path):
+def test_gpu_and_cpu_agree(vae, tmp_path):
     data = digits()[:20]
     cpu, gpu = (
         encode_latents(
@@ -460,7 +460,7 @@ def test_digits_encoded_read_and_decoded_equal_diffusers(vae, tmp_path, gray):
     )
 
 
-def test_another_autoencoder_does_not_go_on_and_does_not_decode(vae, tmp_path):
+def test_another_autoencoder_neither_resumes_nor_decodes(vae, tmp_path):
     other = saved(kl(3), tmp_path / "other", seed=1)
     data, first, second = (
         digits()[:40],
@@ -525,6 +525,6 @@ def test_haar_is_the_orthonormal_transform_of_each_block(b, c, h, w, seed):
 
 
 @pytest.mark.parametrize("shape", [(1, 7, 8), (1, 8, 7), (8, 8), (1, 1, 8, 8)])
-def test_haar_refuses_what_has_no_blocks(shape):
+def test_haar_refuses_odd_sizes(shape):
     with pytest.raises(ValueError, match="even h and w"):
         Haar().latent_shape(shape)

@@ -10,7 +10,7 @@ from selfflow.checks import choose
 from selfflow.data.datasets import SPLITS, ImageSet, digits
 
 
-def test_the_split_is_whole_disjoint_stratified_and_never_changes():
+def test_the_split_is_complete_disjoint_stratified_and_fixed():
     parts = [digits(split) for split in SPLITS]
     assert [len(p) for p in parts] == [1078, 359, 360]
     ours = torch.cat([p.images for p in parts]).flatten(1)

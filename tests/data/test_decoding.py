@@ -65,7 +65,7 @@ def reason_of(data, signal, form=None, function=read):
         {"fps": "12"},
     ],
 )
-def test_forms_that_cannot_be(change):
+def test_invalid_forms_are_refused(change):
     (name,) = change
     with pytest.raises(ValueError, match=f"{name} is {change[name]!r}, expected"):
         Form(**change)
@@ -92,7 +92,7 @@ def test_shapes():
     "whole, wanted",
     [((12, 20), (12, 8)), ((12, 20), (6, 20)), ((20, 12), (4, 12)), ((14, 6), (14, 6))],
 )
-def test_the_middle_has_the_sides_that_are_asked_for(whole, wanted):
+def test_the_central_crop_has_the_requested_aspect_ratio(whole, wanted):
     values = pixels(*whole, 3)
     found = read(saved(Image.fromarray(values), "PNG"), "image", Form(wanted))
     top, left = (whole[0] - wanted[0]) // 2, (whole[1] - wanted[1]) // 2
@@ -105,7 +105,7 @@ def test_the_middle_has_the_sides_that_are_asked_for(whole, wanted):
     "height, width, wanted",
     [(7, 13, (3, 5)), (640, 427, (32, 48)), (1, 9, (5, 7)), (333, 1000, (31, 17))],
 )
-def test_a_picture_of_any_sides_is_brought_to_others(height, width, wanted):
+def test_images_are_scaled_to_any_aspect_ratio(height, width, wanted):
     found = read(
         saved(Image.new("RGB", (width, height), (200, 100, 50)), "PNG"),
         "image",
@@ -149,9 +149,7 @@ def test_the_central_square_at_the_same_size_is_exact(kind, height, width):
     st.integers(1, 20),
     st.sampled_from(["PNG", "BMP", "GIF", "JPEG", "WEBP"]),
 )
-def test_any_size_becomes_the_form_and_a_plain_picture_stays_plain(
-    width, height, size, kind
-):
+def test_any_size_is_scaled_and_a_plain_image_stays_plain(width, height, size, kind):
     found = read(
         saved(Image.new("RGB", (width, height), (200, 100, 50)), kind),
         "image",
@@ -401,7 +399,7 @@ def test_wav_as_scipy_writes_it(dtype):
     )
 
 
-def test_extensible_wav_and_other_parts_before_the_sound():
+def test_extensible_wav_and_extra_chunks_are_read():
     values = np.arange(-50, 50, dtype="<i2")[:, None] * 300
     guid = struct.pack("<H", 1) + bytes.fromhex("000000001000800000aa00389b71")
     form = (
@@ -423,9 +421,7 @@ def test_extensible_wav_and_other_parts_before_the_sound():
     st.integers(1, 900),
     st.integers(1, 3),
 )
-def test_only_what_is_needed_is_read_with_the_result_of_the_whole(
-    rate, wanted, samples, channels
-):
+def test_reading_a_part_equals_reading_the_whole_file(rate, wanted, samples, channels):
     values = (
         np.random.default_rng(rate + samples)
         .uniform(-0.4, 0.4, (12_000, channels))
@@ -454,7 +450,7 @@ def test_strange_rates_keep_the_pitch(rate):
     assert torch.fft.rfft(found).abs().max() > 0.45 * 4_000
 
 
-def test_beyond_full_scale_is_cut():
+def test_values_beyond_full_scale_are_clipped():
     found = read(
         wav(np.array([[3.0], [-2.0], [0.5]], "<f4"), 3, 32), "audio", Form(samples=4)
     )
@@ -502,7 +498,7 @@ SOUND = np.zeros((100, 1), "<i2")
         (b"RIFX\0\0\0\0WAVEfmt ", "cannot be read as audio"),
     ],
 )
-def test_sounds_that_are_refused(data, reason):
+def test_invalid_audio_is_refused(data, reason):
     assert reason_of(data, "audio") == reason
     if "NaN" not in reason and "loud" not in reason:
         assert reason_of(data, "audio", function=read_header) == reason
@@ -514,7 +510,7 @@ def test_sounds_that_are_refused(data, reason):
     "module, data, signal",
     [("soundfile", b"fLaC....", "audio"), ("av", b"\0\0\0\x20ftypisom", "video")],
 )
-def test_what_is_not_installed_is_named(monkeypatch, module, data, signal):
+def test_a_missing_package_is_named(monkeypatch, module, data, signal):
     monkeypatch.setitem(sys.modules, module, None)
     for function in (read_header, read):
         assert (
@@ -544,7 +540,7 @@ FORMS = [
 @pytest.mark.parametrize("kind, subtype", FORMS)
 @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
 @pytest.mark.parametrize("channels", [1, 2, 6])
-def test_sounds_as_libsndfile_writes_them_keep_pitch_and_loudness(
+def test_files_written_by_libsndfile_preserve_pitch_and_loudness(
     kind, subtype, rate, channels
 ):
     tone = (
@@ -565,9 +561,7 @@ def test_sounds_as_libsndfile_writes_them_keep_pitch_and_loudness(
 @pytest.mark.parametrize(
     "rate, count", [(8_000, 1), (8_000, 7), (44_100, 3), (48_000, 1), (22_050, 40)]
 )
-def test_sounds_shorter_than_asked_for_are_followed_by_silence(
-    kind, subtype, rate, count
-):
+def test_short_audio_is_padded_with_silence(kind, subtype, rate, count):
     values = np.random.default_rng(count).uniform(-0.5, 0.5, (count, 2))
     found = read(written(values, rate, kind, subtype), "audio", Form(samples=100))
     end = -(-count * 8_000 // rate)
@@ -592,7 +586,7 @@ def test_silence_is_read_and_nan_is_refused(kind, subtype):
         ).any(), "what is not needed is not read"
 
 
-def test_flac_that_is_damaged_or_says_what_is_not_so():
+def test_damaged_flac_and_false_headers_are_refused():
     values = np.random.default_rng(3).uniform(-0.5, 0.5, (4_000, 2))
     data = written(values, 8_000, "FLAC", "PCM_24")
     assert np.allclose(
@@ -668,9 +662,7 @@ def test_damaged_flac_is_read_or_refused_and_nothing_else(data):
     st.sampled_from([None, 1, 5, 24, 25, 30]),
     st.sampled_from([0, 5_000]),
 )
-def test_a_slot_has_the_picture_that_is_shown_in_its_middle(
-    durations, count, fps, first
-):
+def test_a_slot_takes_the_frame_shown_at_its_middle(durations, count, fps, first):
     # milliseconds, exact
     starts = [first + sum(durations[:i]) for i in range(len(durations) + 1)]
     slot = Fraction(1_000, fps) if fps else Fraction(starts[-1] - first, count)
@@ -684,7 +676,7 @@ def test_a_slot_has_the_picture_that_is_shown_in_its_middle(
 
 
 @pytest.mark.parametrize("fps", [10, 30, 24, 7])
-def test_every_second_picture_at_half_the_rate(fps):
+def test_half_the_rate_takes_every_second_frame(fps):
     starts = [i / fps for i in range(100)]
     assert (
         frame_indices(starts, 100 / fps, 50, fps / 2)
@@ -694,7 +686,7 @@ def test_every_second_picture_at_half_the_rate(fps):
 
 
 @given(st.integers(1, 50), st.integers(1, 5))
-def test_even_films(count, times):
+def test_videos_with_equal_durations_are_sampled_evenly(count, times):
     assert frame_indices(range(count), count, count) == list(range(count))
     assert frame_indices(range(count), count, count * times) == [
         i for i in range(count) for _ in range(times)
@@ -717,7 +709,7 @@ def film(greys, durations, kind):
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP"])
 @pytest.mark.parametrize("frames, fps", [(4, None), (5, 10), (9, 2), (3, 100)])
-def test_animations_by_their_durations(kind, frames, fps):
+def test_animations_follow_their_durations(kind, frames, fps):
     greys, durations = [0, 50, 100, 150, 200, 250], [20, 500, 20, 300, 30, 200]
     starts = np.cumsum([0, *durations]) / 1_000
     expected = [
@@ -731,7 +723,7 @@ def test_animations_by_their_durations(kind, frames, fps):
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP"])
-def test_a_still_is_a_film_that_stands(kind):
+def test_a_still_image_is_a_constant_video(kind):
     found = read(saved(Image.new("RGB", (4, 4), "white"), kind), "video", Form(2, 3))
     assert found.shape == (3, 3, 2, 2) and found.min() > 250
     assert torch.equal(
@@ -740,13 +732,13 @@ def test_a_still_is_a_film_that_stands(kind):
     )
 
 
-def test_a_gif_without_durations_has_ten_pictures_a_second():
+def test_a_gif_without_durations_has_ten_frames_a_second():
     data = film([0, 100, 200], 0, "GIF")
     assert read(data, "video", Form(2, 3, 10))[0, :, 0, 0].tolist() == [0, 100, 200]
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP"])
-def test_films_that_are_too_long(kind, monkeypatch):
+def test_videos_that_are_too_long_are_refused(kind, monkeypatch):
     data = film([0, 50, 100, 150, 200], 100, kind)
     monkeypatch.setattr("selfflow.data.decoding._FRAMES", 4)
     assert reason_of(data, "video", Form(2, 2)) == "is too long a video"
@@ -758,7 +750,7 @@ def test_films_that_are_too_long(kind, monkeypatch):
     assert reason_of(data, "video", Form(2, 2)) == "is too long a video"
 
 
-def test_pictures_in_an_order_are_a_film(tmp_path):
+def test_ordered_images_are_a_video(tmp_path):
     names = []
     for i in range(6):
         (tmp_path / f"{i}.png").write_bytes(

@@ -27,7 +27,7 @@ def test_the_shipped_files_are_the_ones_listed():
     assert total < 8_000_000
 
 
-def test_splits_are_balanced_and_share_no_picture():
+def test_splits_are_balanced_and_share_no_image():
     rows = torch.cat([fashion(split).images.flatten(1) for split in SPLITS])
     assert rows.shape == (13_000, 784)
     assert len(rows.unique(dim=0)) >= 13_000 - 5  # the original repeats a few pictures
@@ -44,7 +44,7 @@ def test_a_run_takes_it_by_one_word():
 
 
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="the original files are not here")
-def test_the_part_lies_inside_the_same_split_of_the_whole():
+def test_the_part_lies_inside_the_same_split_of_the_full_set():
     for split, count in {"train": 54_000, "validation": 6_000, "test": 10_000}.items():
         whole = load("fashion", split, full=True)
         assert len(whole) == count

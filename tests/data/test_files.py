@@ -72,7 +72,7 @@ def test_a_file_within_is_opened_also_by_a_link_within(root):
         ("x" * 5_000, "cannot be opened"),
     ],
 )
-def test_nothing_else_is_opened(root, name, reason):
+def test_nothing_outside_the_folder_is_opened(root, name, reason):
     (root / "out").symlink_to(root.parent / "outside")
     (root / "folder-out").symlink_to(root.parent)
     (root / "device").symlink_to("/dev/zero")
@@ -85,7 +85,7 @@ def test_a_device_is_not_opened():
     assert reason_of(Inside(Path("/dev"), "null").open) == "is no regular file"
 
 
-def test_a_file_that_becomes_a_pipe_while_it_is_opened_is_let_go(root, monkeypatch):
+def test_a_file_that_becomes_a_pipe_while_opening_is_released(root, monkeypatch):
     os.mkfifo(root / "pipe")
     real = os.open
     monkeypatch.setattr(
@@ -96,7 +96,7 @@ def test_a_file_that_becomes_a_pipe_while_it_is_opened_is_let_go(root, monkeypat
     assert not before or len(os.listdir("/proc/self/fd")) == before, "and closed"
 
 
-def test_whatever_a_decoder_raises_is_refused():
+def test_any_decoder_error_becomes_refused():
     for error in (
         OSError("x"),
         SyntaxError("x"),
@@ -145,7 +145,7 @@ STARTS = {
 
 @pytest.mark.parametrize("signal", SIGNALS)
 @pytest.mark.parametrize("kind", [*STARTS, "other"])
-def test_kinds_go_by_content_whatever_the_suffix(kind, signal):
+def test_kinds_follow_from_content_not_suffix(kind, signal):
     for suffix in ("", *SUFFIXES, ".PNG", ".txt"):
         file = io.BytesIO(STARTS.get(kind, b"hello, there") + bytes(50))
         # which begin alike
@@ -297,7 +297,7 @@ def test_tables(root, name, text):
     assert rows(root, "sub", skipped) is None
 
 
-def test_a_table_in_a_folder_speaks_of_that_folder(root):
+def test_a_table_describes_its_own_folder(root):
     (root / "sub/metadata.csv").write_text("file\nx.png\n./y.png\n", encoding="utf-8")
     assert rows(root, "sub", Skipped()) == [
         Row("sub/x.png", None, None),
@@ -348,7 +348,7 @@ def test_bad_rows_are_counted(root):
         ("metadata.jsonl", b"\xff", "metadata.jsonl: .*utf-8"),
     ],
 )
-def test_tables_that_are_none(root, name, data, words):
+def test_invalid_tables_are_refused(root, name, data, words):
     (root / name).write_bytes(data)
     with pytest.raises(ValueError, match=words):
         rows(root, "", Skipped())
@@ -407,7 +407,7 @@ def test_splits_follow_from_the_name_alone(name, train, validation):
     st.booleans(),
     st.sampled_from([(0.8, 0.1, 0.1), (0.5, 0.5, 0), (1, 0, 0)]),
 )
-def test_empty_splits_are_filled_from_what_there_is(names, given_folders, shares):
+def test_empty_splits_are_filled_from_the_others(names, given_folders, shares):
     splits = {
         name: "train" if given_folders else split_of(name, shares) for name in names
     }
@@ -425,7 +425,7 @@ def test_empty_splits_are_filled_from_what_there_is(names, given_folders, shares
         assert not moved, "where no split is empty, nothing changes"
 
 
-def test_of_given_splits_only_what_is_missing_comes_from_train_and_stays():
+def test_missing_splits_are_filled_from_train_and_stay_fixed():
     splits = {f"train/{i}": "train" for i in range(1_000)} | {
         f"test/{i}": "test" for i in range(100)
     }
@@ -459,14 +459,14 @@ def test_splits_have_their_shares():
 
 @settings(deadline=None)
 @given(st.integers(0, 3 * _ENDS), st.integers(0, 3 * _ENDS - 1))
-def test_digests_see_size_and_ends(size, at):
+def test_digests_depend_on_size_and_both_ends(size, at):
     data = bytes(size)
     changed = data[:at] + b"x" + data[at + 1 :] if at < size else data + b"\0"
     unseen = _ENDS <= at < size - _ENDS
     assert (digest(data) == digest(changed)) == unseen
 
 
-def test_digests_of_files_films_and_what_is_refused(root):
+def test_digests_cover_files_videos_and_refused_sources(root):
     (root / "a").write_bytes(b"fine")
     assert (
         digest(Inside(root, "a"))

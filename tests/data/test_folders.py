@@ -99,12 +99,12 @@ def test_a_folder_is_a_data_set(photos):
 
 
 @pytest.mark.parametrize("indices", [[12], [-1], [0, 99]])
-def test_samples_that_are_not_there(photos, indices):
+def test_missing_indices_are_refused(photos, indices):
     with pytest.raises(IndexError, match=r"samples .* of 12"):
         Folder(photos, **ALL).take(torch.tensor(indices))
 
 
-def test_what_is_taken_belongs_to_the_caller(photos):
+def test_changing_a_sample_leaves_the_data_unchanged(photos):
     data = Folder(photos, **ALL)
     data.take(torch.tensor([5])).signals["image"].fill_(9)
     assert data.take(torch.tensor([5])).signals["image"].max() <= 1
@@ -142,7 +142,7 @@ def test_what_is_taken_belongs_to_the_caller(photos):
         ),
     ],
 )
-def test_what_cannot_be(photos, change, words):
+def test_invalid_settings_are_refused(photos, change, words):
     with pytest.raises(ValueError, match=words):
         Folder(**{"path": photos} | change)
 
@@ -161,7 +161,7 @@ def test_a_folder_without_files_and_a_file(tmp_path):
 # Splits
 
 
-def test_every_sample_is_in_one_split_and_stays_there(photos):
+def test_every_sample_stays_in_one_split(photos):
     for i in range(100):
         shutil.copy(photos / "cat/0.png", photos / f"cat/more{i}.png")
 
@@ -233,13 +233,13 @@ def test_a_split_that_got_nothing_is_named(photos):
 # Classes, captions and tables
 
 
-def test_a_folder_of_one_image_lacks_a_split_but_no_class(tmp_path):
+def test_a_folder_of_one_image_has_its_class_but_not_every_split(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="has no sample of split 'validation'$"):
         Folder(tmp_path, split="validation")
 
 
-def test_classes_without_samples_are_said(photos, capsys):
+def test_classes_without_samples_are_reported(photos, capsys):
     (photos / "empty/below").mkdir(parents=True)
     for i in range(7):
         (photos / f"none{i}").mkdir()
@@ -251,7 +251,7 @@ def test_classes_without_samples_are_said(photos, capsys):
     )
 
 
-def test_files_beside_the_classes_have_none(photos, capsys):
+def test_files_next_to_class_folders_have_no_class(photos, capsys):
     picture(photos / "lone.png")
     data = Folder(photos, **ALL)
     assert (
@@ -284,7 +284,7 @@ TABLE = [
 ]
 
 
-def test_a_table_says_which_files_their_labels_and_captions(photos):
+def test_a_table_lists_files_labels_and_captions(photos):
     (photos / "metadata.jsonl").write_text(
         "\n".join(map(json.dumps, TABLE)), encoding="utf-8"
     )
@@ -324,7 +324,7 @@ def test_a_table_without_labels_leaves_the_classes(photos):
     )
 
 
-def test_a_table_of_which_nothing_is_there(photos):
+def test_a_table_without_existing_files_is_refused(photos):
     (photos / "metadata.csv").write_text(
         "file,label\n/etc/passwd,x\n", encoding="utf-8"
     )
@@ -429,7 +429,7 @@ def test_only_hostile_files(tmp_path):
         Folder(tmp_path / "data", **ALL)
 
 
-def test_files_that_break_later_are_replaced_by_the_next_and_said_once(photos, capsys):
+def test_files_damaged_later_are_replaced_and_reported_once(photos, capsys):
     data, names = (
         Folder(photos, **ALL),
         [entry.name for entry in Folder(photos, **ALL).entries],
@@ -489,7 +489,7 @@ def test_many_broken_files_fill_no_log_and_none_left_is_an_error(tmp_path, capsy
 # Sounds
 
 
-def test_nan_is_replaced_and_silence_is_kept_and_said(tmp_path, capsys):
+def test_nan_is_replaced_and_silence_is_reported(tmp_path, capsys):
     sound(tmp_path / "s/a.wav", 0.25, 16_000, 400)
     sound(tmp_path / "s/b.wav", np.nan)
     sound(tmp_path / "s/c.wav", 0.0)
@@ -518,7 +518,7 @@ def test_nan_is_replaced_and_silence_is_kept_and_said(tmp_path, capsys):
     ]
 
 
-def test_sounds_of_any_rate_and_channels(tmp_path):
+def test_audio_of_any_rate_and_channels_is_read(tmp_path):
     for rate, channels in ((8_000, 1), (44_100, 2), (48_000, 6), (5_512, 1)):
         tone = 0.4 * np.sin(2 * np.pi * 300 * np.arange(2 * rate) / rate)
         wavfile.write(
@@ -534,7 +534,7 @@ def test_sounds_of_any_rate_and_channels(tmp_path):
     )
 
 
-def test_flac_without_soundfile_says_what_to_install(tmp_path, monkeypatch, capsys):
+def test_flac_without_soundfile_names_the_package(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "soundfile", None)
     (tmp_path / "a.flac").write_bytes(b"fLaC" + bytes(50))
     sound(tmp_path / "b.wav")
@@ -550,7 +550,7 @@ def test_flac_without_soundfile_says_what_to_install(tmp_path, monkeypatch, caps
 # Films, and pairs
 
 
-def test_films_are_files_or_folders_of_numbered_pictures(tmp_path):
+def test_videos_are_files_or_folders_of_numbered_images(tmp_path):
     film(tmp_path / "walk/file.gif")
     for i in range(12):
         # without leading zeros: f10 comes after f9
@@ -577,7 +577,7 @@ def test_films_are_files_or_folders_of_numbered_pictures(tmp_path):
     )
 
 
-def test_a_film_with_a_bad_first_picture_is_skipped_and_with_a_bad_later_one_replaced(
+def test_a_video_with_a_bad_first_frame_is_skipped_later_ones_replaced(
     tmp_path,
 ):
     for name in ("a", "b", "c"):
@@ -642,7 +642,7 @@ def test_a_stem_is_in_one_split_whatever_the_signals(tmp_path):
         assert stems[0] == stems[1] == stems[2] == stems[3]
 
 
-def test_a_class_folder_named_as_a_split_of_films_is_no_film(tmp_path):
+def test_a_class_folder_named_like_a_split_is_not_a_video(tmp_path):
     for i in range(3):
         picture(tmp_path / "train" / f"{i}.png")
     film(tmp_path / "train/a.gif")
@@ -690,7 +690,7 @@ def test_a_fingerprint_follows_from_content_and_settings(photos):
 @pytest.mark.parametrize(
     "cache, kept", [(0, 0), (3 * 25 - 1, 0), (3 * 25, 1), (3 * 25 * 5, 5), (10**9, 12)]
 )
-def test_the_last_samples_are_kept_within_the_bytes(photos, cache, kept, monkeypatch):
+def test_recent_samples_are_cached_within_the_limit(photos, cache, kept, monkeypatch):
     import selfflow.data.stored as stored
 
     data, calls, real = Folder(photos, size=5, cache=cache, **ALL), [], stored.read
@@ -721,7 +721,7 @@ def test_workers_give_the_same(photos):
     assert torch.equal(found, data.take(torch.arange(12)).signals["image"])
 
 
-def test_another_kind_of_store_says_three_things():
+def test_a_store_without_samples_or_find_is_refused():
     class Empty(Stored):
         def find(self):
             return [], ["nothing here"]
@@ -848,7 +848,7 @@ def test_a_data_set_of_hugging_face(stored):
         HuggingFace(path, split="test", carve=False)
 
 
-def test_cache_files_of_the_package_are_no_data_but_a_run_that_counted_them_goes_on(
+def test_cache_files_do_not_count_but_runs_that_counted_them_resume(
     stored, tmp_path, capsys
 ):
     video = [{"video": [png(10 * i), png(10 * i)], "label": i % 2} for i in range(8)]
@@ -954,7 +954,7 @@ def test_columns_and_labels_of_other_names_and_kinds(stored):
         HuggingFace(data.path, columns={"images": "img"})
 
 
-def test_columns_that_cannot_be_what_they_are_said_to_be(stored):
+def test_columns_of_the_wrong_type_are_refused(stored):
     rows = [{**row, "several": ["x", "y"]} for row in some(3)]
     path = stored(rows, {**NAMED, "several": datasets.List(datasets.Value("string"))})
     for name in ("label", "caption"):
@@ -988,7 +988,7 @@ def test_columns_that_cannot_be_what_they_are_said_to_be(stored):
     )
 
 
-def test_what_a_cell_may_hold(stored):
+def test_all_kinds_of_cells_are_read(stored):
     values = np.random.default_rng(0).integers(0, 256, (6, 6, 3), np.uint8)
     for feature, cell in (
         (datasets.Image(), Image.fromarray(values)),
@@ -1015,9 +1015,7 @@ def test_what_a_cell_may_hold(stored):
         assert np.array_equal(taken, values.transpose(2, 0, 1)) and not data.broken
 
 
-def test_pictures_and_sounds_in_files_of_their_own_are_stored_with_the_rows(
-    stored, tmp_path
-):
+def test_images_and_audio_in_separate_files_are_stored_with_the_rows(stored, tmp_path):
     picture(tmp_path / "x.png", 50)
     sound(tmp_path / "x.wav", 0.25)
     path = stored(
@@ -1032,7 +1030,7 @@ def test_pictures_and_sounds_in_files_of_their_own_are_stored_with_the_rows(
     )
 
 
-def test_sounds_are_decoded_here_and_need_no_torchcodec(stored, monkeypatch, capsys):
+def test_audio_is_decoded_without_torchcodec(stored, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torchcodec", None)
     sounds = [
         tone(),
@@ -1072,7 +1070,7 @@ def test_sounds_are_decoded_here_and_need_no_torchcodec(stored, monkeypatch, cap
     assert "'row 5' is silent; it is used" in capsys.readouterr().out
 
 
-def test_sounds_that_are_stored_as_numbers(stored):
+def test_audio_stored_as_numbers_is_read(stored):
     values = (0.5 * np.sin(np.arange(300))).astype(np.float32)
     for feature, array in (
         (datasets.List(datasets.Value("float32")), values),
@@ -1091,7 +1089,7 @@ def test_sounds_that_are_stored_as_numbers(stored):
         )
 
 
-def test_films_in_a_table(stored):
+def test_videos_in_a_table_are_read(stored):
     film = encoded([0, 100], times=[0, 100])
     for feature, cell in (
         (datasets.List(datasets.Image()), [png(0), png(100)]),
@@ -1108,7 +1106,7 @@ def test_films_in_a_table(stored):
         assert (found - torch.tensor([0, 100])).abs().max() <= 2 and not data.broken
 
 
-def test_pictures_of_a_film_are_not_decoded_by_the_package_either(stored):
+def test_the_package_does_not_decode_frames_either(stored):
     bomb = png(0)["bytes"].replace(
         b"IHDR\0\0\0\x06\0\0\0\x06", b"IHDR\0\0\x40\0\0\0\x40\0"
     )
@@ -1210,7 +1208,7 @@ def test_rows_without_a_label_are_replaced(stored, label):
         lambda path: (path / "data-00000-of-00001.arrow").write_bytes(bytes(5_000)),
     ],
 )
-def test_folders_that_are_none_or_damaged_are_said_in_a_line(stored, harm):
+def test_missing_or_damaged_folders_are_reported_in_one_line(stored, harm):
     path = stored(some(3))
     harm(path)
     with pytest.raises(

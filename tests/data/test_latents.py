@@ -237,7 +237,7 @@ def test_several_signals_factors_and_captions(tmp_path, shard_size, batch, both)
     st.integers(0, 99),
     st.sampled_from([0.0, 1e3]),
 )
-def test_pooled_moments_are_those_of_the_whole(sizes, seed, offset):
+def test_pooled_moments_equal_those_of_the_whole_set(sizes, seed, offset):
     z = (
         torch.randn(sum(sizes), 3, 2, generator=torch.Generator().manual_seed(seed))
         * torch.tensor([1.0, 5, 0])[:, None]
@@ -319,7 +319,7 @@ def test_a_fingerprint_follows_from_what_is_read(whole, tmp_path):
     assert len({first, *(other.fingerprint for other in others)}) == 5
 
 
-def test_only_what_is_asked_for_is_read_into_memory(tmp_path):
+def test_only_requested_samples_are_read_into_memory(tmp_path):
     if not sys.platform.startswith("linux"):
         pytest.skip("memory is counted by Linux")
     data = Scenes(count=64)
@@ -356,7 +356,7 @@ def test_only_what_is_asked_for_is_read_into_memory(tmp_path):
     assert own_memory() - before < size / 4 and len(held) == 2
 
 
-def test_processes_that_fetch_ahead_read_the_same(whole):
+def test_data_workers_read_the_same_latents(whole):
     latents, chosen = Latents(whole), [torch.tensor([i, 49 - i]) for i in range(6)]
     latents.take(chosen[0])
 
@@ -383,7 +383,7 @@ def test_processes_that_fetch_ahead_read_the_same(whole):
 
 
 @pytest.mark.parametrize("at", [1, 3, 4, 8, 15])
-def test_an_encoding_that_was_interrupted_goes_on(whole, tmp_path, at):
+def test_an_interrupted_encoding_resumes(whole, tmp_path, at):
     first, second = Once(at), Once()
     with pytest.raises(KeyboardInterrupt):
         encode(tmp_path, coder=first)
@@ -429,7 +429,7 @@ def test_a_kill_before_each_single_call_costs_one_shard_at_most(tmp_path):
     assert k > 20
 
 
-def test_a_disk_that_is_full_at_each_single_call_is_said_and_costs_nothing(tmp_path):
+def test_a_full_disk_at_any_call_is_reported_and_costs_nothing(tmp_path):
     def full():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -457,7 +457,7 @@ def test_a_disk_that_is_full_at_each_single_call_is_said_and_costs_nothing(tmp_p
     assert k > 20 and raised is None
 
 
-def test_what_is_whole_is_left_alone(own):
+def test_intact_shards_are_left_alone(own):
     def look():
         return {
             path: (path.stat().st_mtime_ns, path.stat().st_ino)
@@ -474,7 +474,7 @@ def test_what_is_whole_is_left_alone(own):
     )
 
 
-def test_the_autoencoder_works_on_the_device_that_is_asked_for(tmp_path):
+def test_the_autoencoder_works_on_the_requested_device(tmp_path):
     encode(tmp_path / "a", coder=(first := Once()), device="cpu")
     encode(tmp_path / "b", coder=(second := Once()), device="auto")
     assert first.devices == ["cpu"] and second.devices == [
@@ -508,7 +508,7 @@ def other_coder():
     ],
 )
 @pytest.mark.parametrize("finished", [True, False])
-def test_other_latents_do_not_go_on(own, finished, change, words):
+def test_other_latents_do_not_resume(own, finished, change, words):
     if not finished:
         shutil.rmtree(own / "train")
         with pytest.raises(KeyboardInterrupt):
@@ -548,16 +548,14 @@ def test_other_latents_do_not_go_on(own, finished, change, words):
         ),
     ],
 )
-def test_what_cannot_be_encoded_is_refused(tmp_path, change, words):
+def test_invalid_data_are_not_encoded(tmp_path, change, words):
     with pytest.raises(ValueError, match=words):
         encode(tmp_path, **change)
     assert not list(tmp_path.rglob("*.*"))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_latents_that_are_not_finite_are_refused_and_what_was_made_is_kept(
-    tmp_path, value
-):
+def test_non_finite_latents_are_refused_and_finished_shards_stay(tmp_path, value):
     coder = Once(
         change=lambda z: torch.where(torch.tensor(len(coder.batches) == 5), value, z)
     )
@@ -622,7 +620,7 @@ def damaged(content, kind, position):
     st.integers(0, 10**6),
     st.integers(0, 4),
 )
-def test_no_damage_of_a_shard_passes_and_it_is_mended(own, kind, position, number):
+def test_damage_of_any_shard_is_detected_and_repaired(own, kind, position, number):
     path = own / f"train/shard-{number:05d}.safetensors"
     good = path.read_bytes()
     bad = damaged(good, kind, position % len(good))
@@ -660,7 +658,7 @@ def test_no_damage_of_a_shard_passes_and_it_is_mended(own, kind, position, numbe
     st.integers(0, 10**6),
     st.sampled_from(["index", "unfinished"]),
 )
-def test_no_damage_of_an_index_passes(whole, own, kind, position, name):
+def test_damage_of_an_index_is_detected(whole, own, kind, position, name):
     path, good = own / f"train/{name}.json", (whole / "train/index.json").read_bytes()
     bad = damaged(good, kind, position % len(good))
     path.write_bytes(bad)
@@ -701,7 +699,7 @@ def test_a_strange_index_is_refused(own, text):
             call(own)
 
 
-def test_a_later_format_is_said(own):
+def test_a_later_format_is_reported(own):
     index = _read_index(own / "train/index.json")
     del index["fingerprint"]
     _write_index(own / "train/index.json", index | {"format": 7})
@@ -709,7 +707,7 @@ def test_a_later_format_is_said(own):
         Latents(own)
 
 
-def test_nothing_there(tmp_path, own):
+def test_missing_latents_are_reported(tmp_path, own):
     with pytest.raises(FileNotFoundError, match="holds no latents; run encode_latents"):
         Latents(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="unknown split"):
@@ -724,7 +722,7 @@ def test_nothing_there(tmp_path, own):
         Latents(own, "validation")
 
 
-def test_what_is_asked_for_when_another_took_its_name(own):
+def test_a_replaced_shard_is_not_read_for_the_old_one(own):
     """A folder made again under an open data set: each reads its own files."""
     old = Latents(own)
     before = old.take(torch.arange(50)).signals["image"]
@@ -736,7 +734,7 @@ def test_what_is_asked_for_when_another_took_its_name(own):
     assert torch.equal(old.take(torch.arange(50)).signals["image"], before)
 
 
-def test_the_files_are_what_they_say(whole):
+def test_the_files_contain_what_their_index_records(whole):
     assert sorted(contents(whole / "train")) == [
         "index.json",
         *(f"shard-{i:05d}.safetensors" for i in range(5)),

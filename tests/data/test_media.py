@@ -87,7 +87,7 @@ def reason_of(data, function=read, form=None):
 
 @each()
 @pytest.mark.parametrize("sound", [0, 0.5])
-def test_a_constant_frame_rate_with_a_sound_and_without(container, codec, sound):
+def test_constant_frame_rates_with_and_without_audio(container, codec, sound):
     data = encoded(GREYS, container, codec, rate=10, base=10, sound=sound)
     shows(data, Form(8, 6, 10), GREYS)
     shows(data, Form(8, 3, 5), GREYS[1::2])
@@ -105,7 +105,7 @@ UNEVEN = [0, 20, 520, 540, 840, 870]
 @pytest.mark.parametrize(
     "frames, fps", [(4, None), (12, None), (9, 10), (50, 50), (2, 4)]
 )
-def test_a_variable_frame_rate_goes_by_time_and_not_by_count(
+def test_variable_frame_rates_follow_time_not_count(
     container, codec, first, frames, fps
 ):
     data = encoded(GREYS, container, codec, [first + time for time in UNEVEN], rate=10)
@@ -138,9 +138,7 @@ def test_any_timestamps(gaps, frames, fps):
 
 
 @each()
-def test_a_film_of_one_picture_and_one_shorter_than_asked_for_stand_still(
-    container, codec
-):
+def test_short_videos_repeat_their_last_frame(container, codec):
     shows(encoded([90], container, codec, base=10), Form(8, 5), [90] * 5)
     shows(encoded([90], container, codec, base=10), Form(8, 5, 30), [90] * 5)
     shows(
@@ -148,7 +146,7 @@ def test_a_film_of_one_picture_and_one_shorter_than_asked_for_stand_still(
     )
 
 
-def test_a_last_picture_of_unknown_duration_lasts_as_long_as_the_one_before(
+def test_a_last_frame_of_unknown_duration_lasts_like_the_previous_one(
     monkeypatch,
 ):
     # which says 1 ms
@@ -175,7 +173,7 @@ def test_a_last_picture_of_unknown_duration_lasts_as_long_as_the_one_before(
     shows(data, Form(4, 4), [0, 40, 80, 120])
 
 
-def test_what_an_edit_list_cuts_away_is_not_shown():
+def test_frames_cut_by_an_edit_list_are_not_shown():
     data = encoded(
         GREYS,
         "mp4",
@@ -189,7 +187,7 @@ def test_what_an_edit_list_cuts_away_is_not_shown():
     shows(data, Form(8, 4, 10), GREYS[2:])
 
 
-def test_of_a_film_with_fps_only_the_beginning_is_decoded():
+def test_with_fps_only_the_beginning_is_decoded():
     data = bytearray(encoded([10 * i for i in range(20)], "mp4", "mpeg4"))
     end = data.rindex(b"moov") - 4
     with av.open(io.BytesIO(data)) as file:
@@ -204,13 +202,13 @@ def test_of_a_film_with_fps_only_the_beginning_is_decoded():
 
 @each(("mp4", "mpeg4"), ("webm", "libvpx-vp9"), ("webm", "libvpx"))
 @pytest.mark.parametrize("size", [(33, 17), (17, 33), (1, 1), (3, 64), (65, 2)])
-def test_odd_sides(container, codec, size):
+def test_videos_with_odd_sides_are_read(container, codec, size):
     shows(encoded(GREYS, container, codec, size=size), Form(8, 6, 10), GREYS, apart=6)
 
 
 @pytest.mark.parametrize("form", ["yuv444p", "yuv420p10le", "yuvj420p"])
 @pytest.mark.skipif(not available("libx264"), reason="this FFmpeg cannot encode it")
-def test_forms_of_pixels(form):
+def test_all_pixel_formats_are_read(form):
     shows(encoded(GREYS, "mp4", "libx264", form=form), Form(8, 6, 10), GREYS, apart=6)
 
 
@@ -230,7 +228,7 @@ def quarters(size, values=((0, 80), (160, 240))):
         ((0, -1, 1, 0), [80, 240, 0, 160]),
     ],
 )
-def test_films_are_turned_as_they_say(container, codec, matrix, turned):
+def test_videos_are_rotated_as_declared(container, codec, matrix, turned):
     """Rotation by the matrix of ISO 14496-12, 8.3.2: x' = a x + c y, y' = b x + d y."""
     data = encoded([quarters(32)] * 3, container, codec)
 
@@ -249,7 +247,7 @@ def test_films_are_turned_as_they_say(container, codec, matrix, turned):
     assert (found[0, 0, 8::16, 8::16].flatten() - torch.tensor(turned)).abs().max() <= 6
 
 
-def test_the_central_square_of_an_oblong_film():
+def test_the_central_square_of_an_oblong_video_is_used():
     wide = np.concatenate(
         [
             np.full((32, 16, 3), 255, np.uint8),
@@ -294,7 +292,7 @@ def several(cover, film):
     return written.getvalue()
 
 
-def test_a_cover_is_no_film():
+def test_cover_art_is_not_a_video():
     shows(several(True, True), Form(8, 2), [50, 50])
     for function in (read_header, read):
         assert (
@@ -353,9 +351,7 @@ def whole(container, muxer, tmp_path):
 
 
 @pytest.mark.parametrize("container, muxer", CONTAINERS)
-def test_films_that_were_cut_off_are_refused_by_look_already(
-    container, muxer, tmp_path
-):
+def test_truncated_videos_are_refused_by_their_header(container, muxer, tmp_path):
     data = whole(container, muxer, tmp_path)
     shows(data, Form(8, 6, 10), GREYS)
     shows(data + bytes(100), Form(8, 6, 10), GREYS)
@@ -372,7 +368,7 @@ def test_films_that_were_cut_off_are_refused_by_look_already(
     )
 
 
-def test_films_that_were_recorded_live_declare_no_length():
+def test_live_recordings_declare_no_length():
     live = encoded(GREYS, "matroska", "mpeg4", muxer={"live": "1"})
     assert b"\x18\x53\x80\x67\x01" + b"\xff" * 7 in live, "a segment of unknown length"
     shows(live, Form(8, 6, 10), GREYS)
@@ -440,7 +436,7 @@ def two_sizes(container, codec, first, second):
     ("mp4", "mpeg4"),
     ("matroska", "libx264"),
 )
-def test_a_header_that_says_fewer_pixels_than_there_are(container, codec, monkeypatch):
+def test_headers_that_declare_fewer_pixels_do_no_harm(container, codec, monkeypatch):
     data = two_sizes(container, codec, (16, 16), (64, 64))
     shows(data, Form(8, 6, 10), [0, 20, 40, 60, 80, 100])
     monkeypatch.setattr(decoding, "_PIXELS", 1_000)
@@ -452,7 +448,7 @@ def test_a_header_that_says_fewer_pixels_than_there_are(container, codec, monkey
     assert reason_of(data, form=Form(8, 6)) == "is too long a video"
 
 
-def test_films_that_are_too_long_or_too_large(monkeypatch):
+def test_videos_that_are_too_long_or_large_are_refused(monkeypatch):
     data = encoded(GREYS)
     monkeypatch.setattr(decoding, "_VIDEO_PIXELS", 3 * 32 * 32)
     assert reason_of(data) == "is too long a video"
@@ -463,7 +459,7 @@ def test_films_that_are_too_long_or_too_large(monkeypatch):
 
 @settings(deadline=None, max_examples=50)
 @given(st.data(), st.sampled_from(["mp4", "matroska", "avi"]))
-def test_damaged_films_are_read_or_refused_and_nothing_else(data, container):
+def test_damaged_videos_are_read_or_refused_and_nothing_else(data, container):
     changed = bytearray(DAMAGED[container])
     changed = changed[: data.draw(st.integers(12, len(changed)))]
     for _ in range(data.draw(st.integers(0, 6))):
@@ -488,7 +484,7 @@ DAMAGED = {
 }
 
 
-def test_films_in_a_folder(tmp_path):
+def test_videos_in_a_folder_are_read(tmp_path):
     (tmp_path / "film.mp4").write_bytes(DAMAGED["mp4"])
     shows(Inside(tmp_path.resolve(), "film.mp4"), Form(8, 6, 10), GREYS)
     (tmp_path / "film.mkv").write_bytes(DAMAGED["mp4"])
@@ -511,7 +507,7 @@ def clip(path, film, sound=0.3, rate=44_100, channels=2, suffix="wav"):
     )
 
 
-def test_a_run_on_foreign_films_and_sounds_bears_the_bad_ones(tmp_path, capsys):
+def test_a_run_survives_bad_videos_and_audio(tmp_path, capsys):
     data, kinds = (
         tmp_path / "clips",
         {

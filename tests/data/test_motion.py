@@ -155,7 +155,7 @@ def test_digits_are_read_by_linear_interpolation(angle, x, y):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_digits_stand_where_they_are_said_to(split):
+def test_digits_have_their_given_centre_and_angle(split):
     known = digits(split)
     half = torch.full((len(known),), 0.5)
     masks = digit_masks(
@@ -177,7 +177,7 @@ def test_digits_stand_where_they_are_said_to(split):
     assert masks.amax((1, 2)).min() > 0.9 and masks.sum((1, 2)).min() > 40
 
 
-def test_a_film_is_made_of_pictures():
+def test_each_frame_is_an_image_of_shapes():
     data = Motion(size=24, frames=10, count=64)
     examples = data.take(torch.arange(64))
     film, f = examples.signals["video"], examples.factors
@@ -205,7 +205,7 @@ def test_a_film_is_made_of_pictures():
         assert same.sum() > 32
 
 
-def test_only_what_does_not_bounce_comes_in_at_the_other_side():
+def test_only_figures_that_wrap_enter_at_the_opposite_side():
     data = Motion(count=300)
     factors, masks = data.factors(torch.arange(300)), data.masks(torch.arange(300))
     place = (torch.arange(32) + 0.5) / 32
@@ -237,7 +237,7 @@ def centres(film, factors):
 @pytest.mark.parametrize(
     "options", [{}, {"figures": "digits"}, {"size": 16, "frames": 32}, {"size": 64}]
 )
-def test_direction_speed_and_presence_are_in_the_film(options):
+def test_direction_speed_and_presence_can_be_measured_in_the_video(options):
     data = Motion("test", 150, **options)
     examples = data.take(torch.arange(150))
     where, share = centres(examples.signals["video"], examples.factors)
@@ -264,7 +264,7 @@ def test_direction_speed_and_presence_are_in_the_film(options):
     [{"size": 128}, {"size": 128, "figures": "digits"}],
     ids=["shapes", "digits"],
 )
-def test_the_sense_of_turning_is_in_the_film(options):
+def test_the_sense_of_rotation_can_be_measured_in_the_video(options):
     """The angle by which a later frame has to be turned back to fit the first."""
     data = Motion(frames=8, count=200, **options)
     factors = data.factors(torch.arange(200))
@@ -336,7 +336,7 @@ def test_the_larger_of_a_pair_is_in_front_and_gives_the_label():
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_every_sample_is_its_own_whatever_it_is_asked_for_with(options):
+def test_a_sample_does_not_depend_on_its_batch(options):
     data = Motion("validation", 100, **options)
     many = data.take(torch.arange(60))
     for indices in (torch.tensor([7]), torch.arange(59, 20, -5)):
@@ -351,7 +351,7 @@ def test_every_sample_is_its_own_whatever_it_is_asked_for_with(options):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_contract(options):
+def test_the_data_set_follows_the_interface(options):
     data = Motion("test", 120, **options)
     examples = data.take(torch.arange(120))
     film = examples.signals["video"]
@@ -399,7 +399,7 @@ def test_the_contract(options):
     )
 
 
-def test_splits_and_options_are_other_data():
+def test_splits_and_options_change_the_data():
     speeds = [Motion(split).factors(torch.arange(50))["speed"] for split in SPLITS]
     assert len(torch.cat(speeds).unique()) == 150
     assert (
@@ -484,7 +484,7 @@ def test_factors_are_uniform_independent_and_in_time(frames):
     ).abs().max() < 0.003
 
 
-def test_a_wall_is_met_in_time_and_only_by_what_bounces():
+def test_only_bouncing_figures_meet_a_wall_and_in_time():
     f = Motion(frames=61).factors(torch.arange(4000))
     step = f["positions"].diff(dim=1)
     expected = (f["speed"][:, None] * headings(f["direction"]) / 60)[:, None]
@@ -509,7 +509,7 @@ def test_a_wall_is_met_in_time_and_only_by_what_bounces():
     assert before.min() > 0.11, "an eighth of the picture, less a frame"
 
 
-def test_captions_say_what_can_be_seen():
+def test_captions_describe_visible_factors():
     data = Motion(frames=16)
     rows = list(
         product(
@@ -605,12 +605,12 @@ def test_the_longest_captions():
         ({"count": -1}, "count is -1"),
     ],
 )
-def test_options_that_cannot_be_are_refused(change, words):
+def test_invalid_options_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
         Motion(**change)
 
 
-def test_samples_that_are_not_there_are_refused():
+def test_missing_indices_are_refused():
     with pytest.raises(IndexError, match="of 10"):
         Motion(count=10).take(torch.tensor([10]))
 

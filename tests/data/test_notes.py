@@ -238,7 +238,7 @@ def test_a_note_is_made_from_its_factors_and_a_sequence_of_notes():
         )
 
 
-def test_splits_have_nothing_in_common_and_options_are_other_data():
+def test_splits_share_nothing_and_options_change_the_data():
     drawn = [Notes(split, 300).take(torch.arange(300)) for split in SPLITS]
     phases = torch.cat([batch.factors["phase"] for batch in drawn])
     assert len(phases.unique()) > 895
@@ -256,7 +256,7 @@ def test_splits_have_nothing_in_common_and_options_are_other_data():
     )
 
 
-def test_factors_are_spread_as_said_and_independent():
+def test_factors_have_their_documented_distributions_and_are_independent():
     batch = Notes(rate=4000, samples=800).take(torch.arange(4000))
     factors = {name: values.double() for name, values in batch.factors.items()}
     for name, kinds in (("pitch", 24), ("timbre", 6)):
@@ -284,7 +284,7 @@ def test_factors_are_spread_as_said_and_independent():
 
 
 @pytest.mark.parametrize("way", ["as they are", "log-mel", "mdct"])
-def test_the_pitch_is_the_one_that_was_asked_for(way):
+def test_the_pitch_is_the_requested_one(way):
     batch = Notes("validation").take(torch.arange(200))
     waves = batch.signals["audio"]
     form = {"log-mel": LogMel(rounds=8), "mdct": Mdct(power=0.5)}.get(way)
@@ -338,7 +338,7 @@ def test_the_notes_of_a_sequence_begin_where_they_should():
         ({"samples": -5}, "use 1600"),
     ],
 )
-def test_options_that_are_refused(options, words):
+def test_invalid_options_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         Notes(**options)
 
@@ -357,7 +357,7 @@ def test_options_that_are_refused(options, words):
         ({"pitch": [math.nan, 60.0]}, "a note of nan Hz"),
     ],
 )
-def test_notes_that_cannot_be_played(change, words):
+def test_notes_out_of_range_are_refused(change, words):
     good = {
         "pitch": [60.0, 61.0],
         "timbre": [0, 1],
@@ -372,7 +372,7 @@ def test_notes_that_cannot_be_played(change, words):
 
 
 @pytest.mark.parametrize("bits, most", [(16, 1 / 32767), (8, 1 / 127)])
-def test_a_wav_file_holds_the_sound(bits, most):
+def test_a_wav_file_contains_the_audio(bits, most):
     sound = torch.linspace(-1.5, 1.5, 301)
     with wave.open(io.BytesIO(to_wav(sound, 11_025, bits))) as file:
         assert (
@@ -393,7 +393,7 @@ def test_a_wav_file_holds_the_sound(bits, most):
             to_wav(bad[0], bits=bad[1])
 
 
-def test_sounds_of_one_call_get_one_factor_and_soft_ones_stay_as_they_are():
+def test_waves_share_one_factor_and_soft_ones_stay_unchanged():
     sounds = torch.stack([torch.linspace(-5, 5, 11), torch.linspace(-1, 1, 11)])
     quieter, factor = within_full_scale(sounds)
     assert factor == 0.2

@@ -118,7 +118,7 @@ def pitch(values):
 
 
 @pytest.mark.parametrize("kind", PICTURES)
-def test_a_picture_of_any_kind_is_read_by_its_content(kind, tmp_path, capsys):
+def test_images_of_any_kind_are_read_by_content(kind, tmp_path, capsys):
     data = saved(kind)
     found = read(data, "image", Form(16))
     assert found.shape == (3, 16, 16) and read_header(data, "image") == Header(
@@ -158,7 +158,7 @@ def test_heic_names_its_package_where_it_is_missing(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "AVIF", "JPEG2000", "WEBP"])
-def test_grey_stays_grey_where_one_channel_is_asked_for(kind):
+def test_grey_stays_grey_with_one_channel(kind):
     found = read(
         saved(kind, colours=((90, 90, 90), (200, 200, 200))),
         "image",
@@ -198,7 +198,7 @@ def test_floating_point_numbers_from_0_to_1_are_brightness(values, expected):
 # What is odd, and what is not used
 
 
-def test_all_that_is_not_used_is_counted_and_named(tmp_path, capsys):
+def test_unused_files_are_counted_and_named(tmp_path, capsys):
     for name, data in {
         "fine.png": saved("PNG"),
         "Thumbs.db": b"\xd0\xcf\x11\xe0" + bytes(99),
@@ -234,7 +234,7 @@ def test_all_that_is_not_used_is_counted_and_named(tmp_path, capsys):
     )
 
 
-def test_pictures_that_are_odd_are_mentioned(tmp_path, capsys):
+def test_odd_images_are_reported(tmp_path, capsys):
     for name, size in (
         ("pixel", (1, 1)),
         ("strip", (300, 5)),
@@ -280,7 +280,7 @@ def test_tables_of_other_names_give_classes(tmp_path, name, text):
 
 @pytest.mark.parametrize("kind, subtype", SOUNDS)
 @pytest.mark.parametrize("rate", [16_000, 48_000])
-def test_a_sound_of_any_kind_is_read_from_any_moment(kind, subtype, rate, tmp_path):
+def test_audio_of_any_kind_is_read_from_any_moment(kind, subtype, rate, tmp_path):
     data = recorded(steps(rate), rate, kind, subtype)
     header = read_header(data, "audio")
     assert header.kind == kind and header.seconds == pytest.approx(
@@ -314,7 +314,7 @@ def test_a_sound_of_any_kind_is_read_from_any_moment(kind, subtype, rate, tmp_pa
     st.integers(0, 12_000),
     st.integers(50, 600),
 )
-def test_a_part_of_a_sound_is_that_of_the_whole(rate, place, samples):
+def test_part_of_a_file_equals_the_same_part_of_the_whole(rate, place, samples):
     written, values = (
         io.BytesIO(),
         np.random.default_rng(place).normal(0, 0.1, 2 * rate),
@@ -407,7 +407,7 @@ def sounds(tmp_path):
         ("all", [300, 600, 900, 300, 600, 900, 1_200, 1_500, 300]),
     ],
 )
-def test_a_crop_is_the_part_that_is_asked_for(sounds, crop, expected, capsys):
+def test_a_crop_is_the_requested_part(sounds, crop, expected, capsys):
     data = Folder(sounds, "audio", samples=8_000, crop=crop, **ALL)
     assert (
         list(map(pitch, data.take(torch.arange(len(data))).signals["audio"]))
@@ -518,7 +518,7 @@ def test_rows_of_hugging_face_are_cropped_and_counted(
 
 @pytest.mark.parametrize("layout", ["flat", "train", "train+test", "train+validation"])
 @pytest.mark.parametrize("store", ["folder", "huggingface"])
-def test_twelve_pictures_are_enough_to_train(tmp_path, layout, store, capsys):
+def test_twelve_images_are_enough_to_train(tmp_path, layout, store, capsys):
     datasets.disable_progress_bars()
     path, parts = tmp_path / "data", layout.split("+")
     pictures = {
@@ -603,7 +603,7 @@ def wav_of(path, rate, seconds, pitch):
         (48_000, 0.25, 2, "mdct"),
     ],
 )
-def test_sounds_of_another_rate_and_length_train_and_are_written_at_that_rate(
+def test_audio_of_another_rate_and_length_trains_and_is_written_at_it(
     tmp_path, rate, seconds, columns, sound
 ):
     (tmp_path / "data").mkdir()
@@ -672,7 +672,7 @@ def test_old_data_keep_their_fingerprints(tmp_path):
     )
 
 
-def test_grey_pictures_and_videos_train_with_one_channel(tmp_path):
+def test_grey_images_and_videos_train_with_one_channel(tmp_path):
     for i in range(12):
         first, *rest = (Image.new("L", (8, 8), grey) for grey in (10 * i, 10 * i + 40))
         first.save(
@@ -701,7 +701,7 @@ def test_grey_pictures_and_videos_train_with_one_channel(tmp_path):
         assert images.shape[:2] == (2, 1) and file.with_suffix(".png").exists()
 
 
-def test_the_defaults_are_the_numbers_of_before():
+def test_the_defaults_give_the_same_numbers_as_before():
     data = DataConfig("folder", path="x")
     assert data.samples == replace(data, columns=64).samples == 8_192
     assert replace(data, rate=16_000, seconds=2).samples == 31_744, "62 tokens of 32 ms"
@@ -718,12 +718,12 @@ def test_the_defaults_are_the_numbers_of_before():
         ({"signals": ("video", "audio"), "fps": 12.0}, "or data.seconds to 1.333"),
     ],
 )
-def test_settings_that_cannot_be(change, words):
+def test_invalid_settings_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
         DataConfig("folder", path="x", **change)
 
 
-def test_video_with_sound_lasts_as_long_as_asked(tmp_path):
+def test_video_with_audio_has_the_requested_length(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.mp4").write_bytes(
             encoded(

@@ -185,7 +185,7 @@ def test_looks_differ_and_stand_out():
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 44100])
-def test_the_sound_is_the_sum_of_decaying_partials(rate):
+def test_the_audio_is_the_sum_of_decaying_partials(rate):
     "By loops, from the numbers of the notebook's table."
     pitch, ratios, shares, decay = 950.0, (1, 1.62, 2.43), (0.65, 0.25, 0.10), 0.012
     times, speeds, samples = [0.01003, 0.0500017], [2.0, 1.1], rate // 10
@@ -226,7 +226,7 @@ def test_two_of_the_loudest_at_once_stay_in_range():
     assert torch.equal(none, torch.zeros(5, 4000))
 
 
-def test_sound_follows_from_the_factors(clips):
+def test_audio_follows_from_the_factors(clips):
     """At each impact: silence before the first, onset, pitch and loudness."""
     loud = []
     impact_times, impact_speeds = (
@@ -386,7 +386,7 @@ def test_shapes_and_range(options):
     )
 
 
-def test_captions_say_the_factors(clips):
+def test_captions_describe_the_factors(clips):
     for index, caption in enumerate(clips.captions):
         assert caption.isascii() and len(caption) <= 64
         words, factors = (
@@ -429,7 +429,7 @@ def test_bad_options_are_refused(options, words):
         Scenes(**options)
 
 
-def test_bounces_are_found_from_the_picture_and_onsets_from_the_sound(clips):
+def test_bounces_and_onsets_are_measured_from_pixels_and_audio(clips):
     known = clips.factors["impact_times"]
     for found, error in (
         (impacts_seen(clips.signals["video"], 15.625), 0.006),
@@ -443,7 +443,7 @@ def test_bounces_are_found_from_the_picture_and_onsets_from_the_sound(clips):
             assert row == pytest.approx(wanted, abs=error)
 
 
-def test_the_measure_tells_right_sounds_from_others(clips):
+def test_the_measure_separates_matching_from_other_audio(clips):
     videos, waves = clips.signals["video"], clips.signals["audio"]
     hits, heard, seen = sound_on_bounce(videos, waves, 15.625, 8000)
     assert (
@@ -475,7 +475,7 @@ def test_the_measure_tells_right_sounds_from_others(clips):
     )
 
 
-def test_nothing_seen_or_heard_is_no_hit(clips):
+def test_without_bounces_or_onsets_there_is_no_hit(clips):
     videos, waves = clips.signals["video"][:3], clips.signals["audio"][:3]
     for film, sound in (
         (torch.zeros_like(videos), waves),
@@ -533,12 +533,12 @@ def test_matches_are_counted_both_ways():
         ((2, 3, 2, 32, 32), (2, 1024), "4 frames"),
     ],
 )
-def test_films_and_sounds_that_do_not_fit_are_refused(videos, waves, words):
+def test_videos_and_audio_that_do_not_fit_are_refused(videos, waves, words):
     with pytest.raises(ValueError, match=words):
         sound_on_bounce(torch.zeros(videos), torch.zeros(waves), 15.625, 8000)
 
 
-def test_the_clips_of_this_version_stay_what_they_are():
+def test_the_clips_of_this_version_never_change():
     "What is reported on must not change unnoticed: other clips are another VERSION."
     clips = Scenes("test").take(torch.arange(4))
     assert Scenes.VERSION == 1 and clips.captions == (

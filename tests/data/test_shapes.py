@@ -135,7 +135,7 @@ def test_the_areas_of_the_polygons_by_the_shoelace_formula(corners):
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if SYMMETRY[INDEX[k]]])
-def test_a_turn_is_anticlockwise_and_seen_unless_it_is_a_symmetry(kind):
+def test_rotation_is_anticlockwise_and_visible_unless_a_symmetry(kind):
     order, k = SYMMETRY[INDEX[kind]], INDEX[kind]
     upright = figure_masks(k, 0.5, size=64)[0]
     assert (
@@ -150,13 +150,13 @@ def test_a_turn_is_anticlockwise_and_seen_unless_it_is_a_symmetry(kind):
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if not SYMMETRY[INDEX[k]]])
-def test_round_kinds_can_be_turned_unseen(kind):
+def test_round_kinds_look_the_same_when_rotated(kind):
     turned = figure_masks(INDEX[kind], 0.5, angle=torch.arange(6.0), size=32)
     assert (turned - turned[0]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_leaves_at_one_border_enters_at_the_other(kind):
+def test_figures_wrap_around_the_border(kind):
     middle = figure_masks(INDEX[kind], 0.4, 0.5, 0.5, 0.3, size=32)[0]
     moved = figure_masks(
         INDEX[kind],
@@ -195,7 +195,7 @@ def loop_picture(mask, colour, below):
     return picture
 
 
-def test_a_picture_is_its_ground_painted_over_with_its_figure():
+def test_an_image_is_its_background_covered_by_its_figure():
     factors = {
         "kind": torch.tensor([4, 1]),
         "scale": torch.tensor([0.3, 0.5]),
@@ -258,7 +258,7 @@ def test_stripes_have_the_period_and_the_direction_of_their_grain():
 
 
 @pytest.mark.parametrize("made", [Shapes, Emblems])
-def test_every_sample_is_its_own_whatever_it_is_asked_for_with(made):
+def test_a_sample_does_not_depend_on_its_batch(made):
     data = made(size=32)
     many = data.take(torch.arange(300))
     for indices in (
@@ -279,7 +279,7 @@ def test_every_sample_is_its_own_whatever_it_is_asked_for_with(made):
 
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("made", [Shapes, Emblems])
-def test_the_contract(made, size):
+def test_the_data_set_follows_the_interface(made, size):
     data = made("validation", 500, size)
     examples = data.take(torch.arange(500))
     image = examples.signals["image"]
@@ -303,7 +303,7 @@ def test_the_contract(made, size):
     assert data.masks(torch.arange(500)).shape == (500, size, size)
 
 
-def test_splits_and_options_are_other_data():
+def test_splits_and_options_change_the_data():
     first = [Shapes(split).take(torch.arange(50)).factors["x"] for split in SPLITS]
     assert len(torch.cat(first).unique()) == 150
     prints = {
@@ -347,7 +347,7 @@ def test_factors_are_uniform_in_their_ranges_and_independent(made, ranges):
     ).abs().max() < 0.03
 
 
-def test_figures_are_always_seen():
+def test_figures_are_always_visible():
     distance = torch.cdist(
         torch.tensor(PALETTE), torch.tensor(PALETTE)
     ) + 9 * torch.eye(8)
@@ -358,7 +358,7 @@ def test_figures_are_always_seen():
     ).all()
 
 
-def test_emblems_fill_more_of_the_picture_and_are_told_in_their_own_thirds():
+def test_emblems_are_larger_and_captioned_by_their_own_thirds():
     shapes, emblems = (
         Shapes().take(torch.arange(300)),
         Emblems().take(torch.arange(300)),
@@ -382,7 +382,7 @@ def test_emblems_fill_more_of_the_picture_and_are_told_in_their_own_thirds():
     )
 
 
-def test_captions_say_the_coarse_factors_and_nothing_else():
+def test_captions_describe_the_coarse_factors_and_nothing_else():
     rows = list(
         product(
             range(8),
@@ -437,9 +437,7 @@ def test_captions_say_the_coarse_factors_and_nothing_else():
     scale=st.floats(1e-3, 4),
     angle=st.floats(-50, 50),
 )
-def test_whatever_can_be_drawn_stays_in_range(
-    size, count, texture, kind, x, scale, angle
-):
+def test_all_images_stay_in_range(size, count, texture, kind, x, scale, angle):
     grain = torch.rand(count, 5, generator=torch.Generator().manual_seed(count))
     pictures = draw_figures(
         kind,
@@ -485,7 +483,7 @@ GOOD = {"kind": 0, "colour": 0, "ground": 1}
         ({"size": 32.5}, "size is 32.5"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(change, words):
+def test_invalid_factors_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
         draw_figures(**GOOD | change)
 
@@ -498,11 +496,11 @@ def test_what_cannot_be_drawn_is_refused(change, words):
         ({"count": 0}, "at least one"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options, words):
+def test_invalid_options_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         Shapes(**options)
 
 
-def test_samples_that_are_not_there_are_refused():
+def test_missing_indices_are_refused():
     with pytest.raises(IndexError, match="5 to 10 of 10"):
         Shapes(count=10).take(torch.tensor([5, 10]))

@@ -68,7 +68,7 @@ def small(*data, objective=None, **options):
 
 @pytest.mark.parametrize("name", ["digits", *MADE])
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_a_source_keeps_the_contract(name, split):
+def test_every_source_follows_the_interface(name, split):
     data: DataSet = load(name, split)
     indices = torch.tensor([5, 0, len(data) - 1, 5])
     examples = data.take(indices)
@@ -101,7 +101,7 @@ def test_a_source_keeps_the_contract(name, split):
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_splits_of_what_is_made_share_no_sample(name):
+def test_splits_of_generated_data_share_no_sample(name):
     firsts = {
         split: load(name, split).take(torch.arange(3)).signals
         for split in ("train", "validation", "test")
@@ -128,7 +128,7 @@ def test_tokens_come_back_as_signals(name, sound):
     assert sources.layouts[name].preview(examples.signals).ndim == 4
 
 
-def test_film_and_sound_share_their_clock():
+def test_video_and_audio_share_a_clock():
     film, sound = Sources(DataConfig("scenes", patch=8)).parts
     data = load("scenes")
     seconds = data.shapes["video"][1] / data.fps
@@ -183,7 +183,7 @@ def test_classes_of_several_data_sets_are_counted_on():
         ("caption", torch.tensor([1, 2]), "pass texts"),
     ],
 )
-def test_what_is_wanted_in_the_wrong_form_is_refused(condition, told, words):
+def test_conditions_of_the_wrong_form_are_refused(condition, told, words):
     with pytest.raises(ValueError, match=words):
         Sources(little("shapes", condition=condition)).condition_for(told)
 
@@ -211,7 +211,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_source_trains_stops_and_goes_on_bit_for_bit(tmp_path, case):
+def test_every_source_trains_stops_and_resumes_bit_for_bit(tmp_path, case):
     config = CASES[case]
     run = train(config, tmp_path / "whole", "cpu", bar=False)
     assert (
@@ -279,7 +279,7 @@ def test_validation_of_several_data_sets_is_the_same_in_several_processes():
     assert judged.counts == {"shapes": 5, "notes": 5}
 
 
-def test_what_is_given_stays_bit_for_bit_and_the_rest_is_made(tmp_path):
+def test_given_tokens_stay_bit_for_bit_and_the_rest_is_generated(tmp_path):
     run = train(CASES["scenes, either"], tmp_path, "cpu", bar=False)
     known = run.sources.data["scenes"].take(torch.arange(2)).signals
     film = run.sample([0, 1], steps=3, given={"video": known["video"]})
@@ -309,7 +309,7 @@ def test_guidance_works_for_captions(tmp_path):
 # the user's own
 
 
-def test_a_folder_of_pictures_and_its_latents_are_trained_on(tmp_path, capsys):
+def test_a_folder_of_images_and_its_latents_train(tmp_path, capsys):
     for number in range(40):
         place = tmp_path / "pictures" / ("dark", "light")[number % 2]
         place.mkdir(parents=True, exist_ok=True)
@@ -392,7 +392,7 @@ def test_images_and_videos_need_not_be_square(tmp_path, signal):
         ),
     ],
 )
-def test_samples_are_written_to_be_seen_and_heard(
+def test_samples_are_written_as_images_videos_and_audio(
     tmp_path, capsys, name, options, suffixes
 ):
     main(
@@ -506,7 +506,7 @@ def test_samples_are_written_to_be_seen_and_heard(
         ),
     ],
 )
-def test_a_config_that_cannot_be_is_refused_with_a_remedy(values, words):
+def test_an_invalid_config_is_refused_with_a_remedy(values, words):
     with pytest.raises(ValueError, match=words):
         DataConfig(**values)
 
@@ -560,7 +560,7 @@ def test_a_config_that_cannot_be_is_refused_with_a_remedy(values, words):
         ),
     ],
 )
-def test_a_run_that_cannot_be_leaves_no_folder(tmp_path, data, objective, words):
+def test_a_refused_run_leaves_no_folder(tmp_path, data, objective, words):
     with pytest.raises(ValueError, match=words):
         patch = {"patch": 8}
         data = (
@@ -573,7 +573,7 @@ def test_a_run_that_cannot_be_leaves_no_folder(tmp_path, data, objective, words)
     assert not list(tmp_path.iterdir())
 
 
-def test_sincos_positions_for_a_film_are_refused_with_the_remedy(tmp_path):
+def test_sincos_positions_for_video_are_refused_with_a_remedy(tmp_path):
     config = small("motion")
     with pytest.raises(ValueError, match="neither time nor several parts; take rotary"):
         train(
@@ -584,7 +584,7 @@ def test_sincos_positions_for_a_film_are_refused_with_the_remedy(tmp_path):
         )
 
 
-def test_what_follows_from_the_data_is_filled_in():
+def test_settings_that_follow_from_the_data_are_filled_in():
     for name, positions, ratio in (
         ("digits", "sincos", 0.25),
         ("shapes", "sincos", 0.25),

@@ -230,7 +230,7 @@ def test_vectors_are_the_hidden_states_of_transformers_times_a_constant(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_masked_batch_of_transformers_says_the_same(folders, kind):
+def test_a_masked_batch_of_transformers_gives_the_same(folders, kind):
     opened = open_encoder(folders[kind])
     captions = [
         text
@@ -259,7 +259,7 @@ def test_a_masked_batch_of_transformers_says_the_same(folders, kind):
     st.integers(3, 14),
     st.randoms(use_true_random=False),
 )
-def test_a_text_has_its_vectors_whatever_stands_beside_it(
+def test_a_text_is_encoded_independently_of_its_batch(
     folders, captions, tokens, chance
 ):
     for kind in ("t5", "clip"):
@@ -322,7 +322,7 @@ def test_tokens_that_hold_no_text_are_refused(folders):
     assert open_encoder(folders["clip"]).encode(["a"], 3).any(-1).all()
 
 
-def test_bytes_are_what_they_were():
+def test_bytes_have_not_changed():
     row = Bytes().encode(["ein weißer Stern"], 24)
     assert (
         torch.equal(row, caption_bytes(["ein weißer Stern"], 24))
@@ -334,7 +334,7 @@ def test_bytes_are_what_they_were():
 # what is remembered
 
 
-def test_each_text_is_encoded_once_and_the_oldest_is_forgotten(encoder, monkeypatch):
+def test_each_text_is_encoded_once_and_the_oldest_is_dropped(encoder, monkeypatch):
     forget(encoder)
     met = []
     states = encoder._states
@@ -375,7 +375,7 @@ def test_each_text_is_encoded_once_and_the_oldest_is_forgotten(encoder, monkeypa
     )
 
 
-def test_what_a_caller_does_to_vectors_is_not_remembered(encoder):
+def test_changing_returned_vectors_leaves_the_cache_unchanged(encoder):
     first = encoder.encode(["a red star"], 6)
     kept = first.clone()
     first.zero_()
@@ -628,7 +628,7 @@ def test_other_configs_are_refused(own, config, words):
         open_encoder(own)
 
 
-def test_pickled_weights_are_refused_and_not_looked_at(own, folders):
+def test_pickled_weights_are_refused_unread(own, folders):
     harm = b"cos\nsystem\n(S'touch harmed'\ntR."
     (own / "pytorch_model.bin").write_bytes(harm)
     assert open_encoder(own).fingerprint == open_encoder(folders["t5"]).fingerprint, (
@@ -682,7 +682,7 @@ def test_weights_that_do_not_fit_are_refused(own, change):
         open_encoder(own)
 
 
-def test_a_tokenizer_that_is_not_its_own_is_refused(own, folders):
+def test_a_tokenizer_of_another_encoder_is_refused(own, folders):
     settings_of = json.loads((own / "tokenizer_config.json").read_text())
     (own / "tokenizer_config.json").write_text(
         json.dumps(
@@ -718,7 +718,7 @@ def test_a_tokenizer_that_is_not_its_own_is_refused(own, folders):
         open_encoder(own)
 
 
-def test_without_transformers_it_is_said_how_to_get_it(own, monkeypatch):
+def test_without_transformers_the_message_says_how_to_install_it(own, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(
         ValueError, match=r"need transformers: pip install 'selfflow\[texts\]'"
@@ -809,7 +809,7 @@ def test_conditions_are_vectors(folders, kind):
 
 
 @pytest.mark.parametrize("kind", ["t5", "clip"])
-def test_a_run_trains_stops_and_goes_on_bit_for_bit(folders, tmp_path, kind):
+def test_a_run_trains_stops_and_resumes_bit_for_bit(folders, tmp_path, kind):
     config = run_with(folders[kind])
     run = train(config, tmp_path / "whole", "cpu", bar=False)
     assert run.log["validation_flow_loss"].notna().sum() == 2 and [
@@ -828,7 +828,7 @@ def test_a_run_trains_stops_and_goes_on_bit_for_bit(folders, tmp_path, kind):
     )
 
 
-def test_workers_give_the_batches_that_none_give(folders):
+def test_workers_do_not_change_the_batches(folders):
     config = run_with(folders["t5"])
     batches = Batches(Sources(config.data), config)
     alone = list(batches.loader())
@@ -909,7 +909,7 @@ def test_the_command_line_draws_texts(told, capsys):
     assert "trained with captions, not classes" in capsys.readouterr().err
 
 
-def test_another_encoder_does_not_go_on_and_does_not_draw(told, folders, tmp_path):
+def test_another_encoder_neither_resumes_nor_samples(told, folders, tmp_path):
     place = told.path.parent / "encoder"
     config, kept = (
         (told.path / "config.json").read_bytes(),
@@ -985,7 +985,7 @@ def test_shorter_and_longer_captions_train(folders, tmp_path, caption):
     assert run.inputs.caption == caption and run.log["flow_loss"].notna().all()
 
 
-def test_the_command_line_trains_and_says_what_is_wrong(folders, tmp_path, capsys):
+def test_the_command_line_trains_and_reports_mistakes(folders, tmp_path, capsys):
     wanted = [
         "train",
         "--name",

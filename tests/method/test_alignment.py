@@ -109,7 +109,7 @@ ASSIGN = torch.tensor([[0, 1, 1, 0, 2], [1, 1, 0, 0, 2]])
         ("noisier", 1, [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]]),
     ],
 )
-def test_which_tokens_count(which, condition, expected):
+def test_loss_masks_select_the_right_tokens(which, condition, expected):
     found = loss_mask(NoiseLevels(LEVELS, ASSIGN, condition), which)
     assert found is None if expected is None else found.int().tolist() == expected
 
@@ -154,7 +154,7 @@ def test_a_single_level_leaves_nothing_to_count(which):
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(-5, 5), st.booleans()), min_size=1, max_size=12))
-def test_the_mean_over_what_counts(rows):
+def test_the_masked_mean_equals_a_loop(rows):
     values = torch.tensor(
         [[value for value, _ in rows]], dtype=torch.float64, requires_grad=True
     )
@@ -250,7 +250,7 @@ def test_the_diagnosis_by_loops():
     ] == pytest.approx(zero["cosine"])
 
 
-def test_features_of_no_token_say_nothing():
+def test_without_counted_tokens_there_is_no_diagnosis():
     empty = Alignment(torch.zeros(0, 5), torch.zeros(0, 5), torch.zeros(0))
     assert empty.means() == {} == empty.diagnosis()
 

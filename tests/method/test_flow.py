@@ -154,7 +154,7 @@ def test_levels_of_another_shape_are_refused():
 
 
 @pytest.mark.parametrize("name", DENSITIES)
-def test_densities_sample_what_they_say(name):
+def test_densities_sample_their_pdf(name):
     density, cdf = DENSITIES[name]
     drawn = density.sample((20_000,), keyed(0, name))
     assert drawn.dtype == torch.float32 and 0 <= drawn.min() and drawn.max() <= 1
@@ -172,7 +172,7 @@ def test_densities_sample_what_they_say(name):
 
 @pytest.mark.parametrize("name", DENSITIES)
 @pytest.mark.parametrize("shape", [(), (3,), (2, 4), (2, 0), (2, 3, 4)])
-def test_densities_keep_to_the_contract(name, shape):
+def test_densities_follow_the_interface(name, shape):
     density, _ = DENSITIES[name]
     drawn = density.sample(shape, keyed(1, "shape"))
     assert (

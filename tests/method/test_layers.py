@@ -182,7 +182,7 @@ def test_under_autocast_products_take_bf16_and_gradients_keep_the_parameters_pre
         assert error < 0.01, error
 
 
-def test_only_the_input_and_the_branch_are_kept_per_token():
+def test_only_input_and_branch_are_stored_per_token():
     b, n, d, kept = 2, 16, 8, []
     levels = levels_of(b, 3, n)
     tokens = TokenMap.of(levels)
@@ -337,7 +337,7 @@ def test_exact_counts_need_no_padding_and_others_few_sizes():
     assert all(group.visible.sum(1).min() >= 1 for group in padded)
 
 
-def test_conditions_are_seen_by_all_and_see_one_another_only():
+def test_conditions_are_visible_to_all_and_attend_to_each_other_only():
     levels = NoiseLevels(
         torch.tensor([[0.8, 0.5, 0.1, 0.0]]),
         torch.tensor([[0, 0, 1, 1, 2, 3]]),
@@ -453,7 +453,7 @@ def test_autocast_leaves_neighbouring_levels_apart(std):
     assert ((steps / true_steps - 1).abs() > 0.3).float().mean() > 0.9
 
 
-def test_normalised_queries_and_keys_do_not_feel_their_scale():
+def test_normalised_queries_and_keys_ignore_their_scale():
     torch.manual_seed(0)
     attention, x = Attention(16, 2, qk_norm=True), torch.randn(1, 5, 16)
     before = attention(x)

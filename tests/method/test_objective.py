@@ -441,7 +441,7 @@ def test_a_layer_that_the_model_does_not_have_is_refused():
         ),
     ],
 )
-def test_gamma_rises_falls_and_ends_as_its_shares_say(
+def test_gamma_rises_falls_and_ends_at_its_shares(
     student, teacher, batch, shares, weights
 ):
     objective = SelfFlow(CONFIG, **shares)
@@ -666,9 +666,7 @@ def test_losses_are_in_float32_under_autocast(student, teacher, batch, make):
     torch.testing.assert_close(losses.total, exact.total, rtol=0.05, atol=0)
 
 
-def test_when_no_token_counts_the_losses_are_zero_and_the_log_says_nothing(
-    student, teacher, batch
-):
+def test_without_counted_tokens_losses_are_zero_and_not_logged(student, teacher, batch):
     objective = SelfFlow(
         CONFIG, DualTimestep(mask_ratio=0.0), flow_tokens="masked", rep_tokens="masked"
     )

@@ -15,10 +15,10 @@ from selfflow.draws import keyed, numbered
 from selfflow.method.alignment import flow_error
 from selfflow.method.batch import Batch, Condition
 from selfflow.method.build import (
+    _given_tokens,
+    _mask_ratio_of,
     build_objective,
     build_schedule,
-    given_tokens,
-    mask_ratio_of,
 )
 from selfflow.method.layers import TokenMap
 from selfflow.method.objective import FlowMatching, SelfFlow, make_teacher
@@ -69,7 +69,7 @@ def batch(b=3, n=12, c=6):
     st.integers(1, 3),
     st.integers(1, 3),
 )
-def test_films_come_back_and_each_number_is_where_the_formula_says(
+def test_videos_round_trip_and_tokens_follow_the_formula(
     b, moments, rows, columns, patch, span
 ):
     cut = VideoPatches(2, moments * span, rows * patch, columns * patch, patch, span)
@@ -93,7 +93,7 @@ def test_films_come_back_and_each_number_is_where_the_formula_says(
         )
 
 
-def test_a_layout_lays_parts_side_by_side_and_fills_up_the_shorter_tokens():
+def test_a_layout_concatenates_parts_and_pads_narrow_tokens():
     layout = Layout(
         {"image": ImagePatches(1, 4, 4, 2), "video": VideoPatches(3, 2, 4, 4, 2, 1)}
     )
@@ -171,7 +171,7 @@ def test_sizes_that_do_not_fit_are_refused(make, words):
 
 @few
 @given(st.text(max_size=40), st.integers(1, 20))
-def test_captions_in_any_script_are_cut_at_whole_characters(text, length):
+def test_captions_in_any_script_are_cut_between_characters(text, length):
     (row,) = caption_bytes([text], length)
     known = text.encode("utf-8", "replace").decode()
     assert row.shape == (length,) and known.startswith(caption_text(row))
@@ -255,7 +255,7 @@ def test_captions_may_be_vectors_of_an_outside_encoder():
         Condition(torch.zeros(2, 3, 7, dtype=torch.int64))
 
 
-def test_a_caption_is_dropped_as_a_whole_for_both_views():
+def test_a_caption_is_dropped_entirely_for_both_views():
     captions = caption_bytes(["some words"] * 4000, 12)
     dropped = Condition(captions).drop(0.3, lambda purpose: keyed(0, purpose)).values
     gone = (dropped == PAD).all(1)
@@ -267,7 +267,7 @@ def test_a_caption_is_dropped_as_a_whole_for_both_views():
 # the model
 
 
-def test_each_part_has_its_own_projections_and_reads_nothing_of_what_fills_it_up():
+def test_each_part_has_its_own_projections_and_ignores_padding():
     model, x = model_of(), batch()
     levels = DualTimestep(mask_ratio=0.5).sample(3, 12, keyed(0, "levels"))
     out = model(x, levels).velocity
@@ -329,7 +329,7 @@ def test_configs_that_do_not_fit_are_refused(changes, words):
 # losses
 
 
-def test_what_fills_up_a_token_is_not_counted():
+def test_padding_does_not_count_in_the_loss():
     x0, x1, v = (torch.randn(2, 12, 6) for _ in range(3))
     widths = TokenSlices.of((VIDEO, AUDIO)).widths
     error = flow_error(v, x0, x1, widths)
@@ -441,10 +441,10 @@ def test_a_sample_is_given_one_set_of_tokens_or_none(share):
     )
 
 
-def test_what_is_given_follows_from_the_parts():
-    assert given_tokens("first_frame", (VIDEO, AUDIO)) == ((0, 1),)
-    assert given_tokens("audio", (VIDEO, AUDIO)) == (tuple(range(6, 12)),)
-    assert given_tokens("either", (VIDEO, AUDIO)) == (
+def test_given_tokens_follow_from_the_parts():
+    assert _given_tokens("first_frame", (VIDEO, AUDIO)) == ((0, 1),)
+    assert _given_tokens("audio", (VIDEO, AUDIO)) == (tuple(range(6, 12)),)
+    assert _given_tokens("either", (VIDEO, AUDIO)) == (
         tuple(range(6)),
         tuple(range(6, 12)),
     )
@@ -458,10 +458,10 @@ def test_what_is_given_follows_from_the_parts():
         with pytest.raises(
             ValueError, match=f"given is '{name}', but the sequence consists of"
         ):
-            given_tokens(name, parts)
+            _given_tokens(name, parts)
     config = ObjectiveConfig(given="either", given_share=0.5)
     assert build_schedule(config, (VIDEO, AUDIO)).share == 0.5
-    assert mask_ratio_of(replace(config, mask_ratio=0.3), (VIDEO, AUDIO)) == 0.3
+    assert _mask_ratio_of(replace(config, mask_ratio=0.3), (VIDEO, AUDIO)) == 0.3
 
 
 def test_flow_matching_counts_no_token_that_is_given():

@@ -327,7 +327,7 @@ def test_any_layout_computes_the_published_function(config):
 
 @settings(max_examples=10, deadline=None)
 @given(configs())
-def test_there_and_back(config):
+def test_loading_and_exporting_round_trips(config):
     weights = random_weights(config)
     known = {name: config[name] for name in ("patch_size", "num_heads")}
     model, projector = load(weights, known)  # the rest is read off the shapes
@@ -502,7 +502,7 @@ def test_without_projector(weights, config, loaded):
     assert not any(name.startswith("projector") for name in export(model))
 
 
-def test_what_is_loaded_is_a_model_like_any_other(weights, config, loaded):
+def test_a_loaded_model_is_an_ordinary_model(weights, config, loaded):
     model, projector = loaded
     assert not model.training and not projector.training
     expected = TransformerConfig.of_image(
@@ -601,12 +601,12 @@ def without(name):
         (lambda w: {"conv1.weight": torch.zeros(1)}, "begin with conv1.weight"),
     ],
 )
-def test_what_does_not_fit_is_refused(weights, config, change, words):
+def test_weights_that_do_not_fit_are_refused(weights, config, change, words):
     with pytest.raises(ValueError, match=words):
         load(change(weights), config)
 
 
-def test_everything_wrong_is_said_at_once(weights, config):
+def test_all_problems_are_reported_at_once(weights, config):
     weights["a"], weights["b"] = torch.zeros(1), torch.zeros(1)
     weights["blocks.0.mlp.fc1.bias"], weights["final_layer.linear.bias"] = (
         torch.zeros(5),
@@ -628,7 +628,7 @@ def test_everything_wrong_is_said_at_once(weights, config):
     assert said.count(";") == 5
 
 
-def test_blocks_are_counted_not_believed(weights):
+def test_the_number_of_blocks_is_counted(weights):
     weights["blocks.900000000.attn.qkv.bias"] = torch.zeros(144)
     with pytest.raises(
         ValueError,
@@ -671,7 +671,7 @@ def test_a_config_that_does_not_fit_is_refused(weights, config, words):
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt", "pth", "old pt"])
-def test_files(tmp_path, weights, config, loaded, kind):
+def test_weights_are_read_from_all_formats(tmp_path, weights, config, loaded, kind):
     path = tmp_path / f"weights.{kind.split()[-1]}"
     if kind == "safetensors":
         save_file(weights, path)
@@ -773,7 +773,7 @@ def test_truncated_files_are_refused(tmp_path, weights, config, suffix, kept):
         load(path, config)
 
 
-def test_missing_files_are_said(tmp_path):
+def test_missing_files_are_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file .*absent.pt"):
         load(tmp_path / "absent.pt")
     (tmp_path / "folder.safetensors").mkdir()

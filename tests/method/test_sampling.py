@@ -301,7 +301,7 @@ def test_dopri5_without_its_package_names_the_remedy(monkeypatch):
         (lambda x, t: torch.sin(1e3 * x), 1e-12),
     ],
 )
-def test_dopri5_gives_up_with_words(velocity, tolerance):
+def test_dopri5_reports_failure(velocity, tolerance):
     with pytest.raises(ValueError, match="dopri5 found no step that meets"):
         sample(velocity, torch.ones(2), method="dopri5", rtol=tolerance, atol=tolerance)
 
@@ -318,7 +318,7 @@ def test_dopri5_gives_up_with_words(velocity, tolerance):
         ("dopri5", 1, 1e-3),
     ],
 )
-def test_a_kept_token_leads_the_other_to_its_conditional(method, steps, atol):
+def test_a_given_token_leads_the_other_to_its_conditional(method, steps, atol):
     """With x0[0] = k the ODE of the other token is that of N(m, s^2) and takes noise z
     to m + s z.
     """
@@ -609,7 +609,7 @@ def test_guidance_acts_and_costs_in_its_interval_alone(model, forwards, interval
         assert not torch.equal(v, (never if inside else always)(x, t))
 
 
-def test_the_noisiest_token_says_whether_a_sample_is_guided(model):
+def test_the_noisiest_token_decides_whether_a_sample_is_guided(model):
     x, condition = torch.randn(2, 4, 3), Condition(torch.tensor([0, 3]), 4)
     tau = torch.tensor([[0.0, 0.3, 0.5, 0.5], [0.0, 0.3, 0.5, 0.9]])
     limited, always, never = (

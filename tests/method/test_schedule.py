@@ -305,7 +305,7 @@ def test_sorting_gives_masked_tokens_one_side_and_leaves_single_samples_alone(
     assert torch.equal(plain.levels.sort(1).values, sorted_.levels.sort(1).values)
 
 
-def test_near_smooths_other_densities_as_the_integral_says():
+def test_near_smooths_other_densities_like_the_integral():
     density, near, ratio = Uniform(0, 0.5), 0.3, 0.25
     drawn = DualTimestep(density, ratio, near=near).sample(20_000, 2, keyed(0, "near"))
     # midpoints of [0, 0.5]; t + near < 1
@@ -425,7 +425,7 @@ def test_single_share_of_samples_has_one_level(share):
 
 @pytest.mark.parametrize("density", MORE, ids=lambda density: type(density).__name__)
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.1, 0.25, 0.5])
-def test_the_defaults_draw_what_they_always_drew(density, mask_ratio):
+def test_the_defaults_draw_the_same_numbers_as_ever(density, mask_ratio):
     # the first version of the schedule, in full: runs begun with it must go on with the
     # same numbers
     g = keyed(7, "levels", 3)

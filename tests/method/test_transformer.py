@@ -300,7 +300,7 @@ def test_gradients_in_float64(variant, separated):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("variant", [{}, MODERN], ids=["published", "modern"])
-def test_checkpointing_changes_memory_and_not_one_bit(variant, precision):
+def test_checkpointing_saves_memory_and_changes_no_bit(variant, precision):
     x, y, levels = drawn(2)
     x, levels = x.float(), NoiseLevels(levels.levels.float(), levels.assign)
     found, kept = [], []
@@ -388,7 +388,7 @@ def test_the_published_sizes(size, millions):
 
 
 @every_variant
-def test_a_fresh_block_is_the_identity(variant):
+def test_an_initialised_block_is_the_identity(variant):
     model = Transformer(
         TransformerConfig.of_image(
             channels=3, grid=(2, 3), width=16, depth=3, heads=2, classes=5, **variant
@@ -417,7 +417,7 @@ def test_a_model_in_bf16_takes_coordinates():
     assert out.dtype == torch.bfloat16 and torch.equal(out, model(x, levels).velocity)
 
 
-def test_a_fresh_model_answers_zero_and_its_blocks_are_the_identity():
+def test_a_new_model_predicts_zero_and_its_blocks_are_the_identity():
     model = Transformer(
         TransformerConfig.of_image(
             channels=3, grid=(2, 3), width=16, depth=3, heads=2, classes=5

@@ -64,7 +64,7 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_killed_in_the_middle_it_goes_on_to_the_same_losses(trained):
+def test_killed_in_the_middle_it_resumes_to_the_same_losses(trained):
     stored = json.loads((trained / "runs/mine/config.json").read_text())
     assert stored["use"] == [str(FILE)] and stored["config"]["model"] == {
         "name": "mixer",
@@ -195,7 +195,7 @@ def test_a_module_is_trained_from_python_and_opened_with_itself(tmp_path):
         Run.open(other.path, "cpu", backbone=module)
 
 
-def test_settings_of_another_backbone_beside_a_module_are_refused(tmp_path):
+def test_settings_of_another_backbone_are_refused_for_a_module(tmp_path):
     with pytest.raises(
         ValueError, match="the config has settings of another one, {'width': 64}"
     ):
@@ -322,7 +322,7 @@ def test_a_backbone_that_does_not_fit_is_refused_in_a_line_before_training(
     )
 
 
-def test_an_objective_of_ones_own_that_reads_too_deep_a_layer_is_refused(tmp_path):
+def test_an_own_objective_that_reads_too_deep_a_layer_is_refused(tmp_path):
     from selfflow.registries import trial, use
 
     with trial():

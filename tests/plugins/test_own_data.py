@@ -288,7 +288,7 @@ class Odd(Dataset):
         ),
     ],
 )
-def test_data_that_cannot_be_trained_on_are_refused_in_a_line_before_training(
+def test_unusable_data_are_refused_in_one_line_before_training(
     tmp_path, data, error, words
 ):
     with pytest.raises(error, match=re.escape(words)) as raised:

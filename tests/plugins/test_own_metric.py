@@ -22,7 +22,7 @@ def shell(use, *args):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def test_a_metric_of_ones_own_is_measured_and_reported(runs, tmp_path):
+def test_an_own_metric_is_measured_and_reported(runs, tmp_path):
     folder = shutil.copytree(runs["tiny"].path, tmp_path / "run")
     done = shell(
         OWN,
@@ -75,7 +75,7 @@ def test_a_metric_of_ones_own_is_measured_and_reported(runs, tmp_path):
         ("{'precision': 1.0}", "both return precision"),
     ],
 )
-def test_what_a_metric_does_wrong_is_one_line(runs, tmp_path, body, message):
+def test_mistakes_of_a_metric_are_reported_in_one_line(runs, tmp_path, body, message):
     file = tmp_path / "mine.py"
     file.write_text(
         "from selfflow import register_metric\n\n@register_metric('mine')\n"

@@ -42,7 +42,7 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_it_is_trained_goes_on_and_is_sampled_probed_and_reported(trained):
+def test_it_is_trained_resumed_sampled_probed_and_reported(trained):
     stored = json.loads((trained / "runs/mine/config.json").read_text())
     assert stored["use"] == [str(FILE)]
     assert stored["config"]["objective"]["rep_weight"] == 0.4
@@ -61,7 +61,7 @@ def test_it_is_trained_goes_on_and_is_sampled_probed_and_reported(trained):
         assert answer.status == 0, answer.errors
 
 
-def test_what_cannot_be_used_is_one_line_that_names_it(trained, tmp_path):
+def test_unusable_objectives_are_named_in_one_line(trained, tmp_path):
     (tmp_path / "broken.py").write_text("1 / 0")
     (tmp_path / "twice.py").write_text(
         "from selfflow import register_objective\nregister_objective('sra', print)\n"

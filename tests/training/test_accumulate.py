@@ -134,7 +134,7 @@ def test_pieces_give_what_the_whole_batch_gives(data, objective):
     "objective",
     [ObjectiveConfig(), ObjectiveConfig("layer_sync", normalise="standardised")],
 )
-def test_pieces_in_bf16_know_the_whole_batch_too(objective):
+def test_pieces_in_bf16_use_statistics_of_the_whole_batch(objective):
     config = Config(
         objective=objective,
         model=ModelConfig(width=16, depth=4, heads=1),
@@ -147,7 +147,7 @@ def test_pieces_in_bf16_know_the_whole_batch_too(objective):
     }
 
 
-def test_the_target_is_looked_at_once_more_only_where_it_is_normalised(monkeypatch):
+def test_the_target_is_computed_twice_only_if_it_is_normalised(monkeypatch):
     from selfflow.method.transformer import Transformer
 
     real, passes = Transformer.forward, []

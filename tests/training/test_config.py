@@ -13,13 +13,13 @@ from selfflow.data.options import SOUNDS, DataConfig
 from selfflow.data.sources import _CODECS
 from selfflow.method.backbone import Inputs
 from selfflow.method.build import (
+    _transformer_config,
     build_backbone,
     build_density,
     build_objective,
     build_schedule,
     check_layers,
     check_levels,
-    transformer_config,
 )
 from selfflow.method.flow import (
     LogitNormal,
@@ -257,7 +257,7 @@ def test_differences_are_named_by_their_path():
     assert differences(a, a) == {} and differences({"x": 1}, {}) == {"x": (1, None)}
 
 
-def test_objectives_are_what_their_config_says():
+def test_objectives_match_their_config():
     shape = TransformerConfig.of_image(1, (2, 2), 8, depth=6, heads=2)
     plain = build_objective(
         ObjectiveConfig("flow_matching", density="logit_normal", label_drop=0.2),
@@ -330,7 +330,7 @@ SHAPE = TransformerConfig.of_image(4, (4, 6), 16, depth=6, heads=2)
         ),
     ],
 )
-def test_densities_are_what_their_config_says(values, expected):
+def test_densities_match_their_config(values, expected):
     assert build_density(ObjectiveConfig(**values)) == expected
     assert build_schedule(ObjectiveConfig("flow_matching", **values)) == SingleLevel(
         expected
@@ -372,7 +372,7 @@ def test_densities_are_what_their_config_says(values, expected):
         ({"schedule": "full_masking", "mask_ratio": 0.3}, FullMasking(Uniform(), 0.3)),
     ],
 )
-def test_schedules_are_what_their_config_says(values, expected):
+def test_schedules_match_their_config(values, expected):
     config = ObjectiveConfig(**values)
     found = build_schedule(config, (Part("image", 1, (1, 4, 6)),))
     assert type(found) is type(expected) and vars(found) == vars(expected)
@@ -440,7 +440,7 @@ def test_every_switch_reaches_the_objective(name, kind, weight):
         assert objective.projector[-1].out_features == 3
 
 
-def test_what_flow_matching_has_no_use_for_is_not_checked_against_it():
+def test_options_of_other_objectives_are_refused():
     with pytest.raises(
         ValueError,
         match="rep_tokens is an option of objective self_flow, .*, which flow_matching "
@@ -477,7 +477,7 @@ def test_a_size_sets_width_depth_and_heads(size, numbers):
     assert (config.width, config.depth, config.heads) == numbers and ModelConfig(
         **asdict(config)
     ) == config
-    shape = transformer_config(
+    shape = _transformer_config(
         Inputs((Part("image", 16, (1, 16, 16)),), 1000), **own_options(config)
     )
     assert shape == TransformerConfig.of_size(
@@ -518,7 +518,7 @@ def test_variants_reach_the_transformer():
     )
     inputs = Inputs((Part("image", 4, (1, 4, 6)),), 3)
     assert (
-        transformer_config(inputs, **own_options(config))
+        _transformer_config(inputs, **own_options(config))
         == build_backbone(config, inputs).config
         == expected
     )
@@ -547,7 +547,7 @@ def test_a_config_draws_no_random_numbers_and_makes_no_weights():
 
 
 @pytest.mark.parametrize("ratio", [None, *MASK_RATIOS.values()])
-def test_what_is_taken_without_a_look_fits_at_every_depth(ratio):
+def test_defaults_that_skip_the_check_fit_at_every_depth(ratio):
     usual = ObjectiveConfig(mask_ratio=ratio, rep_weight=0.3, label_drop=0.5)
     assert (
         usual.usual
@@ -634,13 +634,13 @@ def test_presets_are_made_again_from_their_explicit_settings_and_from_json():
         {"model": {"width": 64, "heads": 8}},
     ],
 )
-def test_what_is_explicit_in_a_config_is_what_was_given(values):
+def test_explicit_settings_are_those_that_were_given(values):
     config = Config.from_dict(values)
     assert config.explicit() == values
     assert Config.from_dict(config.explicit()) == config
 
 
-def test_settings_lie_over_each_other():
+def test_settings_override_each_other():
     below = {"name": "a", "training": {"lr": 1.0, "steps": 3}}
     assert overlaid(below, {"training": {"lr": 2.0}, "seed": 1}) == {
         "name": "a",
@@ -652,7 +652,7 @@ def test_settings_lie_over_each_other():
     )
 
 
-def test_a_draft_leaves_open_what_follows_from_the_rest():
+def test_a_draft_leaves_dependent_settings_open():
     start = draft({"training": {"batch": 24}, "model": {"size": "S"}})
     assert (
         start.training.shards is None

@@ -111,7 +111,7 @@ def test_an_export_replaces_an_export_and_nothing_else(runs, tmp_path):
         export(runs["tiny"], tmp_path / "other", "float8")
 
 
-def test_what_is_no_good_export_is_refused_in_one_line(runs, tmp_path):
+def test_invalid_exports_are_refused_in_one_line(runs, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         load(tmp_path)
     with pytest.raises(ValueError, match="is a training run, not an exported model"):

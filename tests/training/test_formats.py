@@ -30,7 +30,7 @@ EXPECTED = {
     ("folder", "kind"),
     [(folder, kind) for folder, kinds in EXPECTED.items() for kind in kinds],
 )
-def test_an_older_run_goes_on_samples_and_probes_as_it_did(
+def test_an_older_run_resumes_samples_and_probes_as_before(
     folder, kind, tmp_path, monkeypatch
 ):
     shutil.copytree(FIXTURES / "runs" / folder / kind, tmp_path / kind)
@@ -54,7 +54,7 @@ def test_an_older_run_goes_on_samples_and_probes_as_it_did(
     assert found["probe"] == pytest.approx(expected["probe"], rel=1e-3, abs=0.03)
 
 
-def test_an_old_run_keeps_its_defaults_whoever_asks(tmp_path, capsys):
+def test_an_old_run_keeps_its_defaults(tmp_path, capsys):
     shutil.copytree(RUNS / "digits", tmp_path / "digits")
     old = Run.open(tmp_path / "digits", "cpu").config
     asked = replace(old, defaults=4)

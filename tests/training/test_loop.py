@@ -183,7 +183,7 @@ def test_checkpointing_trains_the_same_run_bit_for_bit(runs, tmp_path):
     ).student.checkpointing
 
 
-def test_an_interrupted_run_goes_on_from_its_checkpoint(runs, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_from_its_checkpoint(runs, tmp_path, monkeypatch):
     real, calls = train_step, []
 
     def interrupted(*args, **options):
@@ -353,7 +353,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     ],
     ids=["last step", "save alone", "save", "picture", "validation", "loss"],
 )
-def test_divergence_has_one_message_whoever_meets_it_first(tmp_path, changes, message):
+def test_divergence_has_one_message_wherever_it_is_detected(tmp_path, changes, message):
     values = {
         "steps": 30,
         "batch": 8,
@@ -398,7 +398,7 @@ def test_divergence_has_one_message_whoever_meets_it_first(tmp_path, changes, me
     )
 
 
-def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path):
+def test_a_non_finite_checkpoint_is_not_resumed(tmp_path):
     run = train(
         replace(TINY, training=replace(TINY.training, steps=8, save_every=4)), tmp_path
     )
@@ -490,7 +490,7 @@ def test_every_step_draws_its_own_numbers():
     ]
 
 
-def test_steps_in_which_no_token_counts_go_on():
+def test_training_continues_after_steps_without_counted_tokens():
     config = replace(
         TINY, objective=ObjectiveConfig(mask_ratio=1e-9, rep_tokens="masked")
     )
@@ -596,7 +596,7 @@ def test_the_trial_leaves_no_trace_where_it_succeeds(monkeypatch):
     )
 
 
-def test_a_run_says_why_it_is_not_compiled_and_trains_the_same(
+def test_a_run_reports_why_it_is_not_compiled_and_trains_the_same(
     runs, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(torch, "compile", no_compiler())

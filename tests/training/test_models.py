@@ -13,7 +13,7 @@ LIMIT = 40e6  # bytes of all models together
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_model_draws_finite_samples_and_its_card_has_what_was_measured(name):
+def test_a_model_draws_finite_samples_and_its_card_has_measurements(name):
     run = model(name, "cpu")
     assert run.config.name == name
     captioned = run.config.shared.condition == "caption"

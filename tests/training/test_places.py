@@ -198,7 +198,7 @@ def test_two_folders_are_two_data_sets_and_each_may_move(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["mein läuf 2", "run #1 (best) 'x' $HOME", "運転"])
-def test_a_run_folder_of_any_name_goes_on_and_is_sampled(trained, name, capsys):
+def test_a_run_folder_of_any_name_resumes_and_is_sampled(trained, name, capsys):
     folder = trained.rename(trained.with_name(name))
     shutil.rmtree(folder / "checkpoints/step-00000004")
     main(["train", "--config", str(folder / "config.json"), "--device", "cpu"])
@@ -215,9 +215,7 @@ def test_a_run_folder_of_any_name_goes_on_and_is_sampled(trained, name, capsys):
     assert name[:4] in capsys.readouterr().out
 
 
-def test_a_run_of_before_opens_its_data_and_gets_an_outline_when_it_goes_on(
-    trained, capsys
-):
+def test_an_older_run_opens_its_data_and_gets_an_outline_on_resuming(trained, capsys):
     file = trained / "config.json"
     stored = json.loads(file.read_text(encoding="utf-8"))
     outline = stored.pop("outline")

@@ -279,7 +279,7 @@ def test_four_processes_have_the_losses_of_one(tmp_path, one):
     )
 
 
-def test_what_is_not_finite_in_one_process_stops_all_of_them(two):
+def test_non_finite_numbers_in_one_process_stop_all(two):
     first, second = raised(two / "poisoned")
     assert first == second and first.startswith(
         "FloatingPointError: step 7 is not finite"
@@ -292,9 +292,7 @@ def test_what_is_not_finite_in_one_process_stops_all_of_them(two):
     assert run.log["step"].tolist() == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_signal_to_one_process_stops_all_of_them_and_one_process_goes_on(
-    two, one, tmp_path
-):
+def test_a_signal_to_one_process_stops_all_and_one_process_resumes(two, one, tmp_path):
     assert raised(two / "stopped") == [None, None]  # the main process got no signal
     run = Run.open(two / "stopped/tiny")
     assert run.state()["step"] == 5 and run.writer() is None
@@ -303,9 +301,7 @@ def test_a_signal_to_one_process_stops_all_of_them_and_one_process_goes_on(
     assert_close(train(TINY, tmp_path / "stopped"), whole)
 
 
-def test_a_run_goes_on_with_other_numbers_of_processes_and_another_way_to_share(
-    two, one, tmp_path
-):
+def test_a_run_resumes_with_other_processes_and_parallelism(two, one, tmp_path):
     "FSDP on two, then one, then DDP on two: the losses of a run that one process"
     "trained."
     shutil.copytree(two / "fsdp", tmp_path / "fsdp")
@@ -423,7 +419,7 @@ def test_a_notebook_starts_processes_and_follows_them(tmp_path, one, capsys):
     assert Run.open(tmp_path / "tiny").config.seed == 0
 
 
-def test_the_command_starts_processes_and_passes_a_wish_to_stop_on(tmp_path):
+def test_the_command_starts_processes_and_forwards_stop_requests(tmp_path):
     command = [
         sys.executable,
         "-m",
@@ -466,7 +462,7 @@ def test_the_command_starts_processes_and_passes_a_wish_to_stop_on(tmp_path):
     assert run.writer() is None and (run.timing["processes"] == 2).all()
 
 
-def test_alone_nothing_is_sent():
+def test_a_single_process_sends_nothing():
     alone, g = Processes.start("cpu"), torch.Generator().manual_seed(0)
     assert (alone.rank, alone.count, alone.main) == (0, 1, True)
     assert (
@@ -493,7 +489,7 @@ def test_alone_nothing_is_sent():
     )
 
 
-def test_what_the_main_process_cannot_write_is_what_is_said(tmp_path):
+def test_write_errors_of_the_main_process_are_reported(tmp_path):
     run = train(TINY, tmp_path)
     for folder in ("checkpoints/step-00000012", "checkpoints/step-00000008", "samples"):
         shutil.rmtree(run.path / folder)

@@ -91,7 +91,7 @@ def test_kill_at_random_moments_also_while_saving_loses_nothing(tmp_path):
     print(found)
 
 
-def test_pictures_of_samples_do_not_depend_on_the_number_of_threads(tmp_path):
+def test_sample_grids_do_not_depend_on_the_number_of_threads(tmp_path):
     "As weights do not, whose shards are too small to be divided."
     config = replace(TINY, training=replace(TINY.training, steps=2, sample_every=1))
     before = torch.get_num_threads()
@@ -166,7 +166,7 @@ def test_two_resumes_within_one_epoch(tmp_path):
     assert_same(whole, Run.open(tmp_path / "tiny"))
 
 
-def test_muon_and_a_falling_rate_go_on_where_they_stood(tmp_path):
+def test_muon_and_a_falling_rate_resume_exactly(tmp_path):
     config = replace(
         TINY, training=replace(TINY.training, optimizer="muon", cooldown=0.8)
     )
@@ -259,7 +259,7 @@ def wait_for(path, seconds=120):
         ("stop file", 0, 1),
     ],
 )
-def test_an_interrupted_run_finishes_its_step_saves_and_says_how_to_go_on(
+def test_an_interrupted_run_finishes_its_step_saves_and_says_how_to_resume(
     tmp_path, how, status, workers
 ):
     program = start(
@@ -316,7 +316,7 @@ def test_training_in_another_thread_leaves_signals_alone(runs, tmp_path):
 @pytest.mark.parametrize(
     "number, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 )
-def test_a_signal_in_the_last_step_ends_what_comes_after_the_run_too(
+def test_a_signal_in_the_last_step_also_ends_the_program(
     runs, tmp_path, monkeypatch, number, raised
 ):
     real = training.train_step
@@ -332,7 +332,7 @@ def test_a_signal_in_the_last_step_ends_what_comes_after_the_run_too(
     assert_same(runs["tiny"], Run.open(tmp_path / "tiny"))
 
 
-def test_a_wish_from_before_the_run_is_not_granted(runs, tmp_path):
+def test_a_request_from_before_the_run_is_ignored(runs, tmp_path):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny/stop").touch()
     assert_same(runs["tiny"], train(TINY, tmp_path))
@@ -393,7 +393,7 @@ def test_a_log_that_cannot_be_written_ends_the_run(runs, tmp_path):
     assert_same(runs["tiny"], train(TINY, tmp_path))
 
 
-def test_a_config_that_was_edited_by_hand_does_not_go_on(runs, tmp_path, monkeypatch):
+def test_a_config_edited_by_hand_does_not_resume(runs, tmp_path, monkeypatch):
     Stops(monkeypatch, {5})
     run = train(TINY, tmp_path)
     stored = json.loads((run.path / "config.json").read_text())
@@ -418,9 +418,7 @@ def test_a_config_that_was_edited_by_hand_does_not_go_on(runs, tmp_path, monkeyp
     )
 
 
-def test_time_goes_on_over_stops_and_is_unknown_where_nobody_took_it(
-    tmp_path, monkeypatch
-):
+def test_time_adds_up_over_sessions_and_may_be_unknown(tmp_path, monkeypatch):
     config = replace(
         TINY, training=replace(TINY.training, log_every=10, save_every=100)
     )
@@ -498,7 +496,7 @@ def test_training_opens_no_socket_at_all(runs, tmp_path, monkeypatch):
     assert_same(runs["tiny"], train(TINY, tmp_path, workers=1))
 
 
-def test_a_tracker_is_told_what_the_log_says_when_it_is_asked_for(runs, tmp_path):
+def test_a_requested_tracker_receives_the_log(runs, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = train(TINY, tmp_path, track=("tensorboard",))
@@ -523,7 +521,7 @@ def test_a_tracker_is_told_what_the_log_says_when_it_is_asked_for(runs, tmp_path
     ) and not list(runs["tiny"].path.rglob("events.*"))
 
 
-def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(
+def test_a_failing_tracker_is_dropped_and_training_continues(
     runs, tmp_path, monkeypatch, capsys
 ):
     def gone(*_, **__):
@@ -547,9 +545,7 @@ def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(
         ("mlflow", "mlflow is not installed.*selfflow"),
     ],
 )
-def test_trackers_that_are_not_there_are_refused_first(
-    tmp_path, monkeypatch, name, words
-):
+def test_missing_trackers_are_refused_first(tmp_path, monkeypatch, name, words):
     monkeypatch.setattr(
         "accelerate.tracking.get_available_trackers", lambda: ["tensorboard"]
     )

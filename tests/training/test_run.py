@@ -96,7 +96,7 @@ def damage(kind, file):
         "state.json",
     ],
 )
-def test_a_damaged_checkpoint_is_skipped_and_said(run, capsys, kind, name):
+def test_a_damaged_checkpoint_is_skipped_and_reported(run, capsys, kind, name):
     damage(kind, run.path / "checkpoints/step-00000012" / name)
     # to go on from, and for nothing else
     unfit = (kind, name) == ("missing", "optimizer.safetensors")
@@ -107,7 +107,7 @@ def test_a_damaged_checkpoint_is_skipped_and_said(run, capsys, kind, name):
     )
 
 
-def test_training_goes_on_from_the_newest_whole_checkpoint(run, runs):
+def test_training_resumes_from_the_newest_intact_checkpoint(run, runs):
     damage("flipped bit", run.path / "checkpoints/step-00000012/teacher.safetensors")
     damage("missing", run.path / "checkpoints/step-00000008/manifest.json")
     again = train(TINY, run.path.parent)
@@ -122,7 +122,7 @@ def test_training_goes_on_from_the_newest_whole_checkpoint(run, runs):
         )
 
 
-def test_a_teacher_that_is_missing_is_an_error_and_no_silent_fall_back(run):
+def test_a_missing_teacher_is_an_error_without_silent_fallback(run):
     path = run.path / "checkpoints/step-00000012"
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["teacher.safetensors"]
@@ -134,7 +134,7 @@ def test_a_teacher_that_is_missing_is_an_error_and_no_silent_fall_back(run):
         train(TINY, run.path.parent)
 
 
-def test_when_no_checkpoint_is_whole_training_does_not_start_over_by_itself(run):
+def test_without_an_intact_checkpoint_training_does_not_restart_by_itself(run):
     for path in run.path.glob("checkpoints/step-*"):
         damage("flipped bit", path / "model.safetensors")
     before = run.log_path.read_text()
@@ -143,7 +143,7 @@ def test_when_no_checkpoint_is_whole_training_does_not_start_over_by_itself(run)
     assert run.log_path.read_text() == before and len(steps_of(run)) == 3
 
 
-def test_another_config_does_not_enter_the_folder(run):
+def test_another_config_is_refused_for_the_folder(run):
     before = (run.path / "config.json").read_bytes()
     (run.path.parent / "tiny-2").mkdir()
     asked = replace(TINY, seed=1, training=replace(TINY.training, keep_last=9))
@@ -184,7 +184,7 @@ def test_a_new_choice_is_another_config(run, change, words):
         train(replace(TINY, **change), run.path.parent)
 
 
-def test_another_shape_of_model_does_not_enter_the_folder(run):
+def test_another_model_shape_is_refused_for_the_folder(run):
     stored = json.loads((run.path / "config.json").read_text())
     stored["inputs"]["classes"] = 7
     (run.path / "config.json").write_text(json.dumps(stored))
@@ -210,7 +210,7 @@ def test_a_damaged_config_is_named(run, content):
         Run.open(run.path)
 
 
-def test_a_run_looks_at_one_checkpoint_until_it_is_opened_again(run):
+def test_a_run_reads_one_checkpoint_until_it_is_reopened(run):
     shutil.rmtree(run.path / "checkpoints/step-00000012")
     early = Run.open(run.path)
     assert early.state()["step"] == 8
@@ -261,7 +261,7 @@ def test_an_unfinished_line_of_the_log_is_cut(run):
     assert run.log["step"].tolist() == list(range(1, 9))
 
 
-def test_a_run_with_a_token_for_each_byte_of_a_caption_is_what_it_was(tmp_path):
+def test_an_old_run_with_one_token_per_caption_byte_is_unchanged(tmp_path):
     shutil.copytree(SECOND, tmp_path / "format-2")
     run = Run.open(tmp_path / "format-2", "cpu")
     assert run.config.model.caption_stride == run.teacher.config.caption_stride == 1
@@ -473,7 +473,7 @@ def test_settings_of_the_data_of_format_4_become_those_of_each_data_set(old, new
             Config.from_dict({"data": data | {"shares": ""}})
 
 
-def test_migration_keeps_what_is_there():
+def test_migration_keeps_existing_settings():
     stored = json.loads((FIRST / "config.json").read_text())
     new = migrate(stored)
     assert new["format"] == FORMAT and new["data"] == {} and migrate(new) == new
@@ -530,7 +530,7 @@ OLD_TRANSFORMER = {
 }
 
 
-def test_a_config_from_before_there_were_so_many_choices_opens(run):
+def test_a_config_from_before_later_options_opens(run):
     stored = json.loads((run.path / "config.json").read_text())
     for part in ("data", "model", "objective", "training"):
         assert OLD[part] <= set(stored["config"][part])
@@ -570,7 +570,7 @@ OTHER = {
 
 
 @pytest.mark.parametrize("name", sorted(OTHER))
-def test_what_does_not_change_the_result_may_change_on_the_way(run, capsys, name):
+def test_settings_without_effect_on_results_may_change_on_resuming(run, capsys, name):
     assert {"name", "data.encoder", *(f"training.{name}" for name in OTHER)} == _FREE
     asked = replace(TINY, training=replace(TINY.training, **{name: OTHER[name]}))
     again = Run.create(run.path, asked, run.inputs)
@@ -603,7 +603,7 @@ def test_all_that_may_change_at_once_and_nothing_while_another_trains(run, capsy
     assert len(capsys.readouterr().out.splitlines()) == len(OTHER)
 
 
-def test_who_renames_the_folder_renames_the_run(run, capsys):
+def test_renaming_the_folder_renames_the_run(run, capsys):
     moved = run.path.rename(run.path.with_name("renamed"))
     config = replace(TINY, name="renamed", training=replace(TINY.training, keep_last=9))
     again = train(config, moved.parent)
@@ -639,7 +639,7 @@ A, B = "a" * 16, "b" * 16
         ),
     ],
 )
-def test_other_data_do_not_enter_the_folder(tmp_path, run, there, asked, words):
+def test_other_data_are_refused_for_the_folder(tmp_path, run, there, asked, words):
     Run.create(tmp_path / "new", TINY, run.inputs, data=there)
     before = (tmp_path / "new/config.json").read_bytes()
     with pytest.raises(
@@ -672,7 +672,7 @@ def test_other_data_do_not_enter_the_folder(tmp_path, run, there, asked, words):
         ({"train": A, "features": B}, {"train": A}, {"train": A, "features": B}),
     ],
 )
-def test_data_that_agree_and_what_was_not_known_is_added(
+def test_missing_fingerprints_are_added_to_matching_data(
     tmp_path, run, there, asked, then
 ):
     Run.create(tmp_path / "new", TINY, run.inputs, data=there)
@@ -741,7 +741,7 @@ def test_requests_are_made_and_cleared(run):
             request("stpo")
 
 
-def test_the_film_strip_is_read_back_in_order_and_bears_damage(runs, tmp_path, capsys):
+def test_sample_history_is_in_order_and_survives_damage(runs, tmp_path, capsys):
     run = Run.create(tmp_path / "new", TINY, runs["tiny"].inputs)
     assert run.sample_history() == [] and not (run.path / "samples").exists()
     pictures = {

@@ -103,9 +103,7 @@ def plain(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", AMBIENT)
-def test_a_run_is_the_same_to_the_bit_whatever_the_caller_has_set(
-    plain, tmp_path, name
-):
+def test_a_run_is_identical_whatever_the_caller_has_set(plain, tmp_path, name):
     precision, expected = plain
     with AMBIENT[name]():
         before = settings()
@@ -117,7 +115,7 @@ def test_a_run_is_the_same_to_the_bit_whatever_the_caller_has_set(
 
 
 @pytest.mark.parametrize("name", AMBIENT)
-def test_data_that_are_kept_do_not_keep_what_the_caller_had_set(name):
+def test_cached_data_do_not_depend_on_the_callers_settings(name):
     digits.__globals__["_digits"].cache_clear()
     try:
         with AMBIENT[name]():

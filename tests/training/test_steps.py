@@ -46,7 +46,7 @@ def names(run):
     ]
 
 
-def test_a_finished_run_goes_on_and_says_what_that_means(run, capsys):
+def test_a_finished_run_resumes_and_says_what_that_means(run, capsys):
     first = run.log_path.read_text()
     again = train(longer(SHORT, 16), run.path.parent, "cpu", bar=False)
     shown = capsys.readouterr().out
@@ -62,7 +62,7 @@ def test_a_finished_run_goes_on_and_says_what_that_means(run, capsys):
     assert following.finished
 
 
-def test_the_students_steps_are_those_of_a_run_that_was_longer_from_the_start(tmp_path):
+def test_the_student_equals_that_of_a_longer_run(tmp_path):
     # without a teacher in the loss nothing else differs
     flow = replace(SHORT, objective=ObjectiveConfig("flow_matching"))
     train(flow, tmp_path / "grown", "cpu", bar=False)
@@ -106,7 +106,7 @@ def test_fewer_steps_than_are_done_are_refused_in_a_line(run):
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_a_checkpoint_without_an_optimiser_is_used_but_not_gone_on_from(
+def test_a_checkpoint_without_an_optimiser_is_used_but_not_resumed(
     run, by_hand, capsys
 ):
     config = longer(SHORT, 12)
@@ -164,7 +164,7 @@ def test_the_newest_keep_their_optimisers(tmp_path):
         train(config, tmp_path, "cpu", bar=False)
 
 
-def test_how_many_keep_it_may_change_on_the_way(run, capsys):
+def test_the_number_that_keep_it_may_change_on_resuming(run, capsys):
     again = train(
         longer(SHORT, 8, keep_optimizers=1), run.path.parent, "cpu", bar=False
     )

@@ -161,7 +161,7 @@ def full():
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_an_error_at_each_single_call_of_a_save_leaves_what_was_good(tmp_path):
+def test_an_error_at_any_call_of_a_save_leaves_good_checkpoints(tmp_path):
     failed = 0
     for k in range(1, 200):
         run = saved(tmp_path / str(k))
@@ -213,9 +213,7 @@ def test_an_error_at_each_single_call_of_a_save_leaves_what_was_good(tmp_path):
     ],
     ids=["config", "log", "film", "request", "lock", "create"],
 )
-def test_an_error_at_each_single_call_of_other_writes_is_said_and_leaves_what_was_there(
-    tmp_path, write
-):
+def test_an_error_at_any_other_write_is_reported_and_leaves_old_files(tmp_path, write):
     for k in range(1, 100):
         run = saved(tmp_path / str(k))
         run.save_sample_grid(1, torch.zeros(1, 1, 8, 8), torch.tensor([1]))
@@ -314,7 +312,7 @@ def test_a_disk_that_is_really_full_at_any_moment_of_a_save(mounted):
     assert step_of(run.save(3, big, {})) == 3 and problem_of(run.latest()) is None
 
 
-def test_a_read_only_folder_can_be_looked_at_and_is_refused_before_training(mounted):
+def test_a_read_only_folder_is_readable_and_refused_before_training(mounted):
     place, mount = mounted
     run = saved(place / "tiny")
     (run.path / "lock").unlink()
@@ -345,7 +343,7 @@ def test_a_read_only_folder_can_be_looked_at_and_is_refused_before_training(moun
         assert error.value.errno == errno.EROFS
 
 
-def test_a_folder_without_permission_is_said(tmp_path, monkeypatch):
+def test_a_folder_without_permission_is_reported(tmp_path, monkeypatch):
     run = saved(tmp_path / "tiny")
 
     def forbidden(*args, **options):
@@ -399,7 +397,7 @@ DAMAGE = {
     "name",
     ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"],
 )
-def test_no_damage_passes_the_check(tmp_path, name):
+def test_the_check_detects_all_damage(tmp_path, name):
     run = saved(tmp_path / "tiny")
     path = run.latest()
     whole = (path / name).read_bytes()
@@ -477,7 +475,7 @@ def test_a_strange_manifest_never_passes(tmp_path, manifest):
 @pytest.mark.parametrize(
     "name", ["../secret", "/etc/hostname", "..", ".", "", "deeper/model"]
 )
-def test_a_manifest_that_names_what_is_outside_is_refused(tmp_path, name):
+def test_a_manifest_that_names_outside_files_is_refused(tmp_path, name):
     path = saved(tmp_path / "tiny").latest()
     (path.parent / "secret").write_text("1")
     manifest = json.loads((path / "manifest.json").read_text())
@@ -487,7 +485,7 @@ def test_a_manifest_that_names_what_is_outside_is_refused(tmp_path, name):
     assert "which is not a file name" in check_checkpoint(path)
 
 
-def test_what_was_put_into_a_checkpoint_by_hand(tmp_path, capsys):
+def test_files_added_to_a_checkpoint_by_hand_are_detected(tmp_path, capsys):
     run = saved(tmp_path / "tiny")
     first, second = run.checkpoints()
     (second / "notes.txt").write_text("the best one so far")
@@ -583,7 +581,7 @@ def test_a_step_is_written_once_and_again_only_when_damaged(tmp_path):
         (1, 0, dict.fromkeys(range(1, 7), "size"), [1, 2, 3, 4, 5, 6]),
     ],
 )
-def test_pruning_keeps_the_last_whole_ones(tmp_path, last, every, broken, kept):
+def test_pruning_keeps_the_last_intact_checkpoints(tmp_path, last, every, broken, kept):
     for step in range(1, 7):
         write_checkpoint(tmp_path / f"step-{step:08d}", tensors(step), {"step": step})
     for step, kind in broken.items():
@@ -617,7 +615,7 @@ def test_each_checkpoint_is_read_through_once_to_prune(tmp_path, monkeypatch):
         assert not read and steps_of(run) == [step - 1, step]
 
 
-def test_a_reader_of_a_checkpoint_that_is_pruned_is_told(tmp_path, capsys):
+def test_reading_a_pruned_checkpoint_is_reported(tmp_path, capsys):
     run = saved(tmp_path / "tiny", (1, 2))
     reader = Run.open(run.path, "cpu")
     assert reader.load("model")["x"][0] == 2
@@ -633,7 +631,7 @@ def test_a_reader_of_a_checkpoint_that_is_pruned_is_told(tmp_path, capsys):
     assert reader.latest().name == "step-00000004" and not capsys.readouterr().out
 
 
-def test_what_vanishes_while_one_looks_for_the_newest_is_not_missed(
+def test_checkpoints_that_vanish_during_the_search_do_no_harm(
     tmp_path, monkeypatch, capsys
 ):
     run = saved(tmp_path / "tiny", (1,))
@@ -659,7 +657,7 @@ def test_what_vanishes_while_one_looks_for_the_newest_is_not_missed(
     lost=st.integers(0, 19),
     step=st.integers(0, 8),
 )
-def test_a_log_bears_any_damage(tmp_path, rows, place, lost, step):
+def test_a_log_survives_any_damage(tmp_path, rows, place, lost, step):
     file = tmp_path / "log.jsonl"
     lines = [json.dumps({"step": n, "flow_loss": 1 / n}).encode() for n in range(1, 7)]
     content = (
@@ -686,7 +684,7 @@ def test_a_log_bears_any_damage(tmp_path, rows, place, lost, step):
     assert file.stat().st_ino == before, "nothing to cut, nothing written"
 
 
-def test_damaged_lines_are_said_once_and_an_unfinished_one_never(tmp_path, capsys):
+def test_damaged_lines_are_reported_once_and_an_unfinished_one_never(tmp_path, capsys):
     run = saved(tmp_path / "tiny", (1,))
     run.log_path.write_bytes(
         b'{"step": 1}\n{"step": 2\n\xff\xfe\n[3]\n'
@@ -809,7 +807,7 @@ def test_two_threads_are_two_writers_and_the_same_thread_twice_too(tmp_path):
     assert run.writer() is None
 
 
-def test_the_lock_is_let_go_after_an_error(tmp_path):
+def test_the_lock_is_released_after_an_error(tmp_path):
     run = saved(tmp_path / "tiny")
     with pytest.raises(KeyboardInterrupt):
         with run.locked():
@@ -819,7 +817,7 @@ def test_the_lock_is_let_go_after_an_error(tmp_path):
         assert run.writer()
 
 
-def test_those_who_ask_for_the_writer_do_not_see_each_other(tmp_path):
+def test_processes_asking_for_the_writer_do_not_see_each_other(tmp_path):
     run, seen = saved(tmp_path / "tiny"), []
     with run.locked():
         left = (run.path / "writer.json").read_text()
@@ -837,7 +835,7 @@ def test_those_who_ask_for_the_writer_do_not_see_each_other(tmp_path):
     assert seen == [None] * 1200
 
 
-def test_who_asks_for_the_writer_disturbs_nobody(tmp_path):
+def test_asking_for_the_writer_disturbs_nobody(tmp_path):
     run, done, seen = saved(tmp_path / "tiny"), threading.Event(), []
 
     def look():
@@ -861,7 +859,7 @@ def test_who_asks_for_the_writer_disturbs_nobody(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_where_the_file_system_has_no_locks_a_file_says_who(
+def test_without_file_locks_a_file_names_the_writer(
     worker, tmp_path, monkeypatch, number, capsys
 ):
     def missing(*args):

@@ -82,7 +82,7 @@ def test_lines_that_are_no_objects_are_counted_and_left_out(log):
 @pytest.mark.parametrize(
     "how", ["replaced", "in place", "grown past what was read", "removed"]
 )
-def test_a_log_that_is_cut_is_read_anew(log, how):
+def test_a_log_that_is_cut_is_read_again(log, how):
     lines = Lines(log)
     write(log, rows(*range(1, 21)))
     lines.read()
@@ -128,7 +128,7 @@ def test_a_log_that_is_cut_is_read_anew(log, how):
     ),
     st.integers(1, 400),
 )
-def test_whatever_happens_the_table_is_that_of_the_file(tmp_path_factory, events, torn):
+def test_the_table_always_equals_the_file(tmp_path_factory, events, torn):
     log = tmp_path_factory.mktemp("log") / "log.jsonl"
     log.touch()
     lines, text, step = Lines(log), b"", 0
@@ -167,7 +167,7 @@ def test_a_table_without_the_column_gives_nothing(table):
 
 
 @pytest.mark.parametrize("make", [dict, pd.DataFrame])
-def test_what_is_no_finite_number_is_a_gap(make):
+def test_non_finite_values_are_gaps(make):
     table = make(
         {
             "step": [1, 2, None, 4, 5, 6],
@@ -295,7 +295,7 @@ def timing(steps, rate, overhead=0.0, **last):
     )
 
 
-def test_the_time_left_counts_what_is_not_training():
+def test_the_remaining_time_includes_validation_and_samples():
     alone, wall = _speed(timing([100, 200], rate=10.0, overhead=0.25))
     assert alone == pytest.approx(10) and wall == pytest.approx(8)
     parts = status(
@@ -308,7 +308,7 @@ def test_the_time_left_counts_what_is_not_training():
     )
 
 
-def test_a_slow_run_says_seconds_per_step_and_several_processes_are_counted():
+def test_a_slow_run_shows_seconds_per_step_and_its_processes():
     parts = status(
         "mine", 3, 10, "training: process 1 on a", timing([1, 2, 3], 0.25, processes=4)
     )
@@ -334,7 +334,7 @@ def test_the_wait_for_data_is_that_of_the_last_lines():
     )
 
 
-def test_a_finished_run_says_how_long_it_took():
+def test_a_finished_run_shows_how_long_it_took():
     assert "took 0:01:40" in status(
         "mine", 1000, 1000, "finished", timing([500, 1000], 10.0)
     )
@@ -351,7 +351,7 @@ def test_a_finished_run_says_how_long_it_took():
         {"step": [1], "device": [None], "processes": [math.nan]},
     ],
 )
-def test_what_is_not_known_is_left_out(table):
+def test_unknown_parts_are_left_out(table):
     parts = status("mine", 5, 10, "training: process 1 on a", table)
     assert parts[:3] == ["mine", "training: process 1 on a", "step 5 of 10 (50 %)"]
     assert not any("nan" in part or "None" in part for part in parts)
@@ -369,7 +369,7 @@ def run(tmp_path):
     return SimulatedTrainer(tmp_path / "mine", steps=100)
 
 
-def test_a_folder_that_is_not_there_is_no_error(tmp_path):
+def test_a_missing_folder_is_no_error(tmp_path):
     following = Following(tmp_path / "mine")
     assert not following.read() and (
         following.run,
@@ -380,7 +380,7 @@ def test_a_folder_that_is_not_there_is_no_error(tmp_path):
     assert following.state == "no run here yet" and not following.finished
 
 
-def test_a_run_that_comes_into_being_is_seen(tmp_path):
+def test_a_new_run_is_noticed(tmp_path):
     following = Following(tmp_path / "mine")
     following.read()
     trainer = SimulatedTrainer(tmp_path / "mine", steps=100)
@@ -398,7 +398,7 @@ def test_a_run_that_comes_into_being_is_seen(tmp_path):
     assert not following.read()
 
 
-def test_a_saved_step_counts_when_nobody_trains(run):
+def test_without_training_the_saved_step_counts(run):
     run.log_lines(5)
     run.step = 100
     run.save()
@@ -459,7 +459,7 @@ def test_a_damaged_report_of_a_loss_is_no_obstacle(run, content):
     assert following.state == "stopped at step 5"
 
 
-def test_a_loss_that_was_not_finite_is_said(run):
+def test_a_non_finite_loss_is_reported(run):
     run.log_lines(5)
     (run.path / "not_finite.json").write_text('{"step": 6, "losses": {"total": NaN}}')
     following = Following(run.path)
@@ -467,7 +467,7 @@ def test_a_loss_that_was_not_finite_is_said(run):
     assert "stopped at step 6: the loss was not finite" in following.status()
 
 
-def test_of_the_film_each_shown_picture_is_read_once(run, monkeypatch):
+def test_each_shown_sample_grid_is_read_once(run, monkeypatch):
     read = []
     monkeypatch.setattr(
         follow,
@@ -491,7 +491,7 @@ def test_of_the_film_each_shown_picture_is_read_once(run, monkeypatch):
     )
 
 
-def test_a_picture_that_cannot_be_read_is_said_and_the_others_shown(run):
+def test_an_unreadable_sample_grid_is_reported_and_the_others_shown(run):
     run.save_picture(10)
     (run.path / "samples/film/step-00000020.safetensors").write_bytes(b"no safetensors")
     save_file(

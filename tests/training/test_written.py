@@ -106,7 +106,7 @@ def peak(file) -> int:
         )
 
 
-def test_every_sound_is_a_file_and_none_is_clipped(runs, monkeypatch, capsys):
+def test_every_audio_sample_is_a_file_and_none_is_clipped(runs, monkeypatch, capsys):
     run, steps = (
         runs["notes"],
         torch.tensor([[1.0, -0.5, 0.25]] + [[0.1, 0.2, 0.3]] * 101),
@@ -206,7 +206,7 @@ def test_points_are_coloured_by_names_and_the_rarest_of_many_classes_are_joined(
     )
 
 
-def test_the_film_strip_has_names_below(runs, tmp_path):
+def test_the_sample_history_has_names_below(runs, tmp_path):
     film = [(2, torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 2]))]
     (axis,) = draw_sample_history(
         film, names=("T-shirt", "a very long name of a class")
@@ -223,7 +223,7 @@ def test_the_film_strip_has_names_below(runs, tmp_path):
     )
 
 
-def test_a_sound_is_not_called_an_image(runs):
+def test_audio_is_not_called_an_image(runs):
     found = saturation(runs["notes"], 8, 8)
     assert (
         "image" not in found.verdict()

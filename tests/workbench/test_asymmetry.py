@@ -123,7 +123,7 @@ def test_a_change_during_drawing_is_not_lost():
     assert bytes(explorer.pictures["picture"].value) == square(0.7)
 
 
-def test_two_pictures_are_never_drawn_at_once():
+def test_two_images_are_never_drawn_at_once():
     busy, most = [], []
 
     def watched(tone, theme):
@@ -178,7 +178,7 @@ def test_errors_are_shown_and_the_next_change_is_drawn(where):
     )
 
 
-def test_an_explorer_that_begins_with_an_error_goes_on():
+def test_an_explorer_that_begins_with_an_error_recovers():
     explorer = Explorer(
         {"tone": slider("tone", 0.0)},
         lambda values: 1 / values["tone"],
@@ -208,7 +208,7 @@ def test_a_worker_ends_when_nothing_changes_and_another_begins(monkeypatch):
     assert bytes(explorer.pictures["picture"].value) == square(0.6)
 
 
-def test_a_picture_that_is_left_out_is_hidden_and_comes_back():
+def test_an_omitted_image_is_hidden_and_comes_back():
     explorer = Explorer(
         {"tone": slider("tone", 1.0)},
         lambda values: values["tone"],
@@ -243,7 +243,7 @@ def test_tokens_that_do_not_exist_cannot_be_chosen():
     assert grid.value == [0, 3]
 
 
-def test_what_the_browser_runs_asks_nobody():
+def test_code_for_the_browser_makes_no_requests():
     for source in (TokenGrid._esm, TokenGrid._css, Surroundings._esm):
         assert "http" not in str(source) and "import" not in str(source)
 
@@ -459,7 +459,7 @@ def test_all_kinds_at_the_ends(viewed, kind, ends):
     assert f"{kind}:" in describe(scene)
 
 
-def test_what_is_revealed_is_an_error_of_the_same_tokens(viewed):
+def test_revealed_errors_belong_to_the_same_tokens(viewed):
     order, index = (
         torch.randperm(16, generator=torch.Generator().manual_seed(1)),
         torch.tensor([0, 1, 2]),

@@ -119,7 +119,7 @@ def test_weights_are_the_softmax_of_queries_and_keys(watched):
         )
 
 
-def test_the_network_is_shown_what_training_shows_it(watched):
+def test_the_network_gets_the_inputs_of_training(watched):
     forward, viewed = compute(watched, VALUES).forward, watched.viewed
     tau = forward.levels.per_token()[0]
     assert sorted(set(tau.tolist())) == pytest.approx([0.1, 0.9])
@@ -175,7 +175,7 @@ def test_rows_columns_and_mass_are_sums_by_hand(watched, question, separated):
         assert question == QUESTIONS[2] or scene.relative.isnan().any()
 
 
-def test_attention_that_cannot_tell_is_1_everywhere(runs):
+def test_uniform_attention_is_1_everywhere(runs):
     watched = Watched(ViewedRun(runs["tiny"], count=2))
     for block in watched.networks["EMA teacher"].blocks:
         block.attn.qkv.weight.data.zero_()
@@ -226,7 +226,7 @@ def test_weights_that_are_too_many_are_computed_again(watched, monkeypatch):
     )
 
 
-def test_other_explorers_of_the_same_run_are_not_overheard(watched):
+def test_other_explorers_of_the_same_run_are_not_recorded(watched):
     viewed, forward = (
         watched.viewed,
         watched.forward(0, 9, 0.7, 0.2, 0.25, "student", False, ""),
@@ -294,7 +294,7 @@ def test_bad_input_is_refused(watched, change, words):
 # words
 
 
-def test_words_say_who_looks_where_and_how_much_of_it_is_cleaner(watched):
+def test_the_description_names_token_target_and_share_on_cleaner_tokens(watched):
     scene = compute(watched, VALUES)
     row, tau = scene.rows[1].mean(0), scene.forward.levels.per_token()[0]
     noisy = int(torch.nonzero(tau == tau.max())[0])
@@ -370,7 +370,7 @@ def test_an_overlay_is_brightest_where_attention_is_highest(watched):
     assert (np.ptp(drawn[board.owner == 7], axis=-1) == 0).all()
 
 
-def test_pictures_follow_what_they_show_and_nothing_else(watched):
+def test_images_depend_only_on_what_they_show(watched):
     scene = compute(watched, VALUES)
     before, after = draw(scene), draw(compute(watched, {**VALUES, "head": 1}))
     assert {name for name in before if before[name] != after[name]} == {
@@ -435,7 +435,7 @@ def test_a_token_of_either_part_is_shown_on_both(more):
     )
 
 
-def test_the_player_goes_on_while_another_layer_is_looked_at(more):
+def test_the_player_continues_when_the_layer_changes(more):
     explorer = explore_attention(more["sounds"], count=2, layer=1)
     heard = []
     explorer.pictures["audio"].observe(
@@ -489,7 +489,7 @@ def test_the_first_token_has_cleaner_ones(runs):
     ] == pytest.approx(0.8)
 
 
-def test_clicking_a_token_asks_for_that_token(runs):
+def test_clicking_a_token_selects_it(runs):
     explorer = explore_attention(runs["tiny"], count=2, question=QUESTIONS[2])
     explorer.controls["tokens"].value = [3]
     explorer.settle()
@@ -504,7 +504,7 @@ def test_clicking_a_token_asks_for_that_token(runs):
     )
 
 
-def test_errors_are_shown_and_the_panel_goes_on(runs):
+def test_errors_are_shown_and_the_panel_recovers(runs):
     explorer = explore_attention(runs["vanilla"], count=2)
     explorer.controls["tokens"].value = []
     explorer.settle()
@@ -519,7 +519,7 @@ def test_errors_are_shown_and_the_panel_goes_on(runs):
         explore_attention(runs["vanilla"], count=2, depth=3)
 
 
-def test_runs_that_cannot_be_used_are_answered_in_the_panel(runs, tmp_path):
+def test_unusable_runs_are_reported_in_the_panel(runs, tmp_path):
     shutil.copytree(runs["tiny"].path, tmp_path / "written")
     # has begun, and has no checkpoint yet
     shutil.rmtree(tmp_path / "written/checkpoints")

@@ -238,7 +238,7 @@ def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab
     set_theme(page, "Light")
 
 
-def test_an_empty_folder_says_what_to_do_and_a_run_elsewhere_is_followed(
+def test_an_empty_folder_shows_a_hint_and_a_run_elsewhere_is_followed(
     browsed, lab, elsewhere
 ):
     page, inner = browsed.page, browsed.inner

@@ -85,7 +85,7 @@ def test_neighbours_are_those_of_the_cosine_of_standardised_features(shape):
     np.testing.assert_allclose(far, np.sort(away, 1)[:, :5], atol=1e-10)
 
 
-def test_what_does_not_vary_does_not_count():
+def test_constant_channels_do_not_count():
     features = np.random.default_rng(0).normal(size=(9, 3))
     still = np.c_[features, np.full(9, 7.3)]
     assert (_standardised(still)[:, 3] == 0).all() and np.array_equal(
@@ -279,7 +279,7 @@ def test_sliders_move_points_and_neighbours_follow(view):
     )
 
 
-def test_what_was_chosen_stays_chosen_and_is_ringed_on_the_strip(view):
+def test_the_selection_stays_and_is_ringed_on_the_strip(view):
     view.choose(view.figure.data[0], Points(point_inds=[4, 2]), LassoSelector())
     view.layer.value = 3
     assert view.selected.tolist() == [2, 4]

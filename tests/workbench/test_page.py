@@ -92,7 +92,7 @@ def test_without_a_run_the_quickstart_is_trained_and_opened(tmp_path):
     assert not again._trains and page(again).value == "self-flow"
 
 
-def test_a_stopped_quickstart_goes_on(tmp_path, monkeypatch):
+def test_a_stopped_quickstart_resumes(tmp_path, monkeypatch):
     real, seen = module.train, []
 
     def train(asked, folder, **options):
@@ -158,7 +158,7 @@ def test_a_failed_training_is_reported(tmp_path):
     assert bench.more.layout.display == "" and "no run" in page(bench).value
 
 
-def test_tools_are_opened_once_when_they_are_asked_for(runs):
+def test_tools_are_opened_once_on_request(runs):
     opened = []
 
     def tool(title):
@@ -188,7 +188,7 @@ def test_tools_are_opened_once_when_they_are_asked_for(runs):
     assert page(bench).value == "a" and len(opened) == 3, "what was open is still there"
 
 
-def test_what_is_shown_is_what_was_asked_for_last(runs):
+def test_the_last_request_is_shown(runs):
     gates = {name: threading.Event() for name in ("slow", "quick")}
 
     def tool(title):
@@ -208,7 +208,7 @@ def test_what_is_shown_is_what_was_asked_for_last(runs):
     assert page(bench).value == "slow"
 
 
-def test_a_tool_that_fails_says_so_and_can_be_tried_again(runs):
+def test_a_tool_that_fails_reports_it_and_can_be_retried(runs):
     tries = []
 
     def fails(chosen):
@@ -239,7 +239,7 @@ def test_a_run_without_a_checkpoint_is_listed_and_refused_in_words(runs, tmp_pat
     assert "no intact checkpoint yet" in words.value
 
 
-def test_a_run_that_has_gone_on_is_opened_anew(runs, tmp_path):
+def test_a_run_with_new_steps_is_reopened(runs, tmp_path):
     run = Run.create(tmp_path / "goes-on", TINY, runs["tiny"].inputs)
     tensors = {
         part: runs["tiny"].load(part)

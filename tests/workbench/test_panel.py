@@ -83,7 +83,7 @@ def corner(image):
     return Image.open(io.BytesIO(png(image))).convert("RGB").getpixel((0, 0))
 
 
-def test_the_pictures_follow_the_theme_of_the_page_also_when_nothing_else_changes(path):
+def test_images_follow_the_theme_of_the_page_on_their_own(path):
     trainer = SimulatedTrainer(path, steps=7)
     trainer.log_lines(7)
     panel = watch(path, refresh=60.0)
@@ -98,7 +98,7 @@ def test_the_pictures_follow_the_theme_of_the_page_also_when_nothing_else_change
     assert corner(panel.picture) == corner(panel.history) == (255, 255, 255)
 
 
-def test_the_header_says_who_trains_how_fast_and_how_long(training):
+def test_the_header_shows_the_process_speed_and_time(training):
     panel = watch(training.path, refresh=0.02)
     until(lambda: "left" in panel.header.value)
     for part in (
@@ -118,7 +118,7 @@ def test_the_header_says_who_trains_how_fast_and_how_long(training):
     until(lambda: panel.header.value != before)
 
 
-def test_the_picture_changes_while_it_trains(training, monkeypatch):
+def test_the_image_changes_during_training(training, monkeypatch):
     monkeypatch.setattr(module, "SHARE", 0.5)
     panel = watch(training.path, refresh=0.02)
     seen = {png(panel.picture)}
@@ -149,7 +149,7 @@ def test_at_most_a_share_of_the_time_is_spent_on_drawing(training, monkeypatch):
     panel.close()
 
 
-def test_the_line_of_text_is_renewed_between_two_pictures(training):
+def test_the_line_of_text_is_updated_between_two_images(training):
     panel = watch(training.path, refresh=0.02)
     panel._due = float("inf")
     headers, drawn = {panel.header.value}, panel.drawn
@@ -174,7 +174,7 @@ def test_sample_now_is_requested_answered_and_shown(training):
     assert "training" in panel.header.value  # and goes on
 
 
-def test_stop_ends_the_run_and_the_panel_says_where(path):
+def test_stop_ends_the_run_and_the_panel_shows_the_step(path):
     trainer = SimulatedTrainer(path, steps=100_000)
     thread = trainer.in_thread()
     panel = watch(path, refresh=0.02)
@@ -241,7 +241,7 @@ def test_nothing_is_requested_when_no_process_trains(path):
         )
 
 
-def test_errors_are_shown_in_words_and_the_panel_goes_on(path):
+def test_errors_are_described_and_the_panel_recovers(path):
     trainer = SimulatedTrainer(path)
     trainer.log_lines(5)
     whole = (path / "config.json").read_text()
@@ -416,7 +416,7 @@ def test_the_history_is_unfolded_after_the_run_too(path):
     assert png(panel.history).startswith(b"\x89PNG")
 
 
-def test_pictures_are_freed(path):
+def test_images_are_freed(path):
     trainer = SimulatedTrainer(path)
     panel = Panel(path)
     counts = []
@@ -428,7 +428,7 @@ def test_pictures_are_freed(path):
     assert panel.drawn == 4 and len(set(counts)) == 1
 
 
-def test_what_comes_from_outside_is_escaped(tmp_path):
+def test_outside_text_is_escaped(tmp_path):
     for text in ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a&b"):
         assert "<script" not in header_html([text] * 4) and "<img" not in header_html(
             [text] * 4
@@ -448,12 +448,12 @@ def test_what_comes_from_outside_is_escaped(tmp_path):
 
 
 @pytest.mark.parametrize("refresh", [0, -1, float("nan")])
-def test_a_pause_that_is_none_is_refused(path, refresh):
+def test_an_invalid_pause_is_refused(path, refresh):
     with pytest.raises(ValueError, match="refresh is .* positive"):
         watch(path, refresh)
 
 
-def test_what_tests_and_screen_readers_look_for_is_there(path):
+def test_labels_for_tests_and_screen_readers_exist(path):
     panel = watch(path, refresh=10)
     assert [button.description for button in (panel.stop, panel.sample)] == [
         "Stop",
@@ -496,7 +496,7 @@ def test_what_tests_and_screen_readers_look_for_is_there(path):
     ].startswith("mine | no run here yet")
 
 
-def test_train_shows_a_panel_trains_and_lets_go(tmp_path, monkeypatch):
+def test_train_shows_a_panel_trains_and_releases_it(tmp_path, monkeypatch):
     shown, done = [], object()
 
     def trains(config, folder, device="auto", bar=True):
@@ -517,7 +517,7 @@ def test_train_shows_a_panel_trains_and_lets_go(tmp_path, monkeypatch):
     )
 
 
-def test_train_that_fails_raises_and_lets_go(tmp_path, monkeypatch):
+def test_a_failing_train_raises_and_releases_the_panel(tmp_path, monkeypatch):
     shown = []
 
     def fails(config, folder, bar=True):
@@ -537,7 +537,7 @@ def test_train_that_fails_raises_and_lets_go(tmp_path, monkeypatch):
     )
 
 
-def test_a_kernel_that_is_busy_hears_the_buttons(path):
+def test_a_busy_kernel_reacts_to_the_buttons(path):
     "A click is sent to a subshell while the main one is busy, as by JupyterLab."
     manager = KernelManager(kernel_name="python3")
     manager.start_kernel(cwd=Path(__file__).parents[1])

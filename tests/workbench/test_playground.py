@@ -64,7 +64,7 @@ METHODS_HERE = [method for method in samplers if method != "dopri5"]
 @pytest.mark.parametrize("method", METHODS_HERE)
 @pytest.mark.parametrize("level", [0.0, 0.2, None])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_kept_tokens_come_back_and_a_sample_without_any_is_plain(method, level, shift):
+def test_given_tokens_return_and_without_any_sampling_is_plain(method, level, shift):
     x1, x0, noise = (
         drawn("x1", 3, 5, 2),
         drawn("x0", 3, 5, 2),
@@ -95,7 +95,7 @@ def test_kept_tokens_come_back_and_a_sample_without_any_is_plain(method, level, 
 
 
 @pytest.mark.parametrize("level", [0.0, 0.2, None])
-def test_what_the_model_is_shown(level):
+def test_the_model_gets_tokens_at_the_right_levels(level):
     x1, x0, kept, seen = (
         drawn("x1", 2, 4, 3),
         drawn("x0", 2, 4, 3),
@@ -184,9 +184,7 @@ def test_an_estimate_is_one_euler_step_to_the_data(side):
         ("noised along", (False, False)),
     ],
 )
-def test_a_run_is_shown_given_tokens_as_it_was_trained_or_as_asked(
-    side, given_as, clean
-):
+def test_given_tokens_are_shown_as_in_training_or_as_requested(side, given_as, clean):
     settings = Settings(
         steps=3, count=2, sample=2, redrawn=(0, 5), given_as=given_as, method="sde"
     )
@@ -203,7 +201,7 @@ def test_a_run_is_shown_given_tokens_as_it_was_trained_or_as_asked(
         )
 
 
-def test_runs_that_cannot_be_used_are_left_out_with_the_reason(runs, tmp_path):
+def test_unusable_runs_are_left_out_with_the_reason(runs, tmp_path):
     folder = tmp_path / "runs"
     for name, run in runs.items():
         shutil.copytree(run.path, folder / name)
@@ -275,7 +273,7 @@ def test_absurd_values_are_refused_in_words(side, changes, words):
 # the playground
 
 
-def test_pictures_and_words_follow_from_the_values_alone(side):
+def test_images_and_words_follow_from_the_values_alone(side):
     for changes in (
         {},
         {"progress": 0},

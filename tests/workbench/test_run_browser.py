@@ -76,7 +76,7 @@ def other_data(folder, name):
     (folder / name / "config.json").write_text(json.dumps(stored))
 
 
-def test_what_a_folder_may_hold_is_listed_in_words(listing, folder):
+def test_all_contents_of_a_folder_are_listed_in_words(listing, folder):
     assert [listing.runs[name].cells for name in ("tiny", "vanilla")] == [
         [name, "digits, classes", "12 of 12", "finished"]
         for name in ("self_flow", "flow_matching")
@@ -138,7 +138,7 @@ def test_a_training_run_is_noticed_and_no_change_is_no_change(folder, listing):
     assert listing.look() and "tiny" not in listing.runs
 
 
-def test_folders_without_runs_say_what_to_do(tmp_path):
+def test_folders_without_runs_show_what_to_do(tmp_path):
     for place, words in (
         (tmp_path, "holds no run yet"),
         (tmp_path / "gone", "there is no folder"),
@@ -207,7 +207,7 @@ def test_the_browser_shows_what_the_pure_functions_draw(listing, folder):
     )
 
 
-def test_runs_of_other_data_are_not_on_one_picture(listing, folder):
+def test_runs_on_other_data_have_separate_images(listing, folder):
     other_data(folder, "other")
     listing.look()
     values = {**VALUES, "runs": ["tiny", "vanilla", "other"]}
@@ -319,7 +319,7 @@ def fails(chosen):
     raise RuntimeError("<i>not today</i>")
 
 
-def test_a_dark_page_turns_all_but_the_maps(listing):
+def test_a_dark_page_inverts_everything_but_maps(listing):
     figure = draw_score_maps(
         {"class": {"a": grid(0).grid("class")}}, (1, 2), (0.0, 0.5)
     )
@@ -343,7 +343,7 @@ def test_a_dark_page_turns_all_but_the_maps(listing):
     assert np.asarray(Image.open(io.BytesIO(figure_png(orange, DARK)))).max() > 200
 
 
-def test_the_list_keeps_what_is_there():
+def test_the_list_keeps_runs_that_still_exist():
     found = RunList(rows=[["a", "", "", "", ""], ["b", "", "", "", ""]], value=[])
     found.value = ["b", "gone", "a"]
     assert found.value == ["a", "b"]
@@ -393,7 +393,7 @@ def test_a_browser_follows_its_folder_while_it_is_shown(folder):
     browser.view.settle()
 
 
-def test_a_browser_begins_empty_and_goes_on_after_errors(folder, tmp_path, monkeypatch):
+def test_a_browser_begins_empty_and_recovers_from_errors(folder, tmp_path, monkeypatch):
     browser = browse(tmp_path / "later", device="cpu")
     assert (
         'role="alert"' in browser.head.value
@@ -455,7 +455,7 @@ def command(tmp_path, monkeypatch):
     monkeypatch.setattr(probe_process.sys, "executable", sys.executable)
 
 
-def test_probing_tells_how_far_it_is_and_what_went_wrong(folder, command):
+def test_probing_reports_progress_and_errors(folder, command):
     told = []
 
     def probed(script):
@@ -487,7 +487,7 @@ def test_probing_tells_how_far_it_is_and_what_went_wrong(folder, command):
     assert found.done and found.progress == "stopped"
 
 
-def test_the_button_says_the_cost_first_and_then_begins(folder, command):
+def test_the_button_shows_the_cost_first_and_then_begins(folder, command):
     command("exit 0")
     browser = browse(folder, device="cpu", view="probes")
     assert (
