@@ -38,7 +38,7 @@ def to_png(figure: Figure, dpi: int = 100) -> bytes:
     return buffer.getvalue()
 
 
-# dark blue, orange, green, pink, grey: told apart by colour-blind readers and in grey
+# dark blue, orange, green, pink, grey: distinct for colour-blind readers, too
 COLOURS = ("#1f3a5f", "#c4761b", "#009e73", "#cc79a7", "#6b6b6b")
 
 
