@@ -8,7 +8,7 @@ SOURCES := nbs tests data setup.py
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .NOTPARALLEL:
-.PHONY: help demo test lab setup export format clean-notebooks readme check-step
+.PHONY: help demo test lab docs setup export format clean-notebooks readme check-step
 .DEFAULT_GOAL := help
 
 help:  ## these lines
@@ -28,6 +28,18 @@ test: setup check-step  ## in step, form, types, every notebook executed, all te
 
 lab: setup  ## JupyterLab on nbs/, at the workbench
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/studies/workbench.ipynb nbs
+
+# Sphinx reads a copy of nbs/, in which the site's own pages lie beside the notebooks.
+docs: setup .venv/.docs  ## the site: notebooks and API as pages, in _docs/html; links are checked
+	@mkdir -p _docs && find _docs -mindepth 1 -maxdepth 1 ! -name html -exec rm -r {} +
+	@cp -Rp nbs/* nbs/_site/*.md nbs/_site/api _docs
+	$(BIN)/sphinx-build -q -W --keep-going -j auto -c nbs/_site _docs _docs/html
+	SELFFLOW_SITE=_docs/html $(BIN)/pytest tests/test_docs.py
+	@echo "The site: _docs/html/index.html"
+
+.venv/.docs: settings.ini | setup
+	$(BIN)/python -m pip install -q -e '.[docs]'
+	@touch $@
 
 export: setup format clean-notebooks readme  ## format, then notebooks to package and README
 	$(BIN)/nbdev_export

@@ -101,7 +101,7 @@ class Verdict:
 
     def __str__(self) -> str:
         factor = "all" if "all" in self.right else next(iter(self.right))
-        subject = "what was asked for" if factor == "all" else factor
+        subject = "all factors" if factor == "all" else factor
         return (
             f"{subject}: right in {self.shares[factor]}; of real ones "
             f"{_percent(self.own.get(factor))}, by chance "

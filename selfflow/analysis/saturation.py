@@ -431,13 +431,16 @@ class Ladder:
                 f"teacher better than the student does; {nothing}"
             )
         if low <= 0:
-            return f"{reached} {difference} cannot be told from 0: {nothing}"
+            return (
+                f"{reached} {difference} is not significantly different from 0: "
+                f"{nothing}"
+            )
         share = gain / (1 - floor)
         sentences = [
             reached,
             f"The image adds {gain:.3f} ({low:.3f} to {high:.3f}), {share:.0%} of what "
             f"is open without it. {self.earned.mean():.3f} of the cosine is more than "
-            "place, level and label can tell.",
+            "place, level and label can explain.",
         ]
         for name in self.cosines:
             if name.startswith("deeper"):
@@ -446,8 +449,8 @@ class Ladder:
             ending = "little is left for it to teach"
         elif share > 0.1:
             ending = (
-                f"it still has something to teach, for {1 - share:.0%} of what is open "
-                "without the image still is"
+                f"it still has something to teach, as {1 - share:.0%} of what is open "
+                "without the image has not been learned"
             )
         else:
             ending = "nearly all that it could teach about the image is still open"
@@ -461,9 +464,14 @@ class Ladder:
 
     def _against_deeper(self, name: str) -> str:
         ahead, low, high = self.difference(name, "student")
-        place = "ahead of" if low > 0 else "behind" if high < 0 else "level with"
+        if low > 0:
+            place = "is ahead of"
+        elif high < 0:
+            place = "is behind"
+        else:
+            place = "does not differ significantly from"
         return (
-            f"The student is {place} the teacher's own layer under the student's view "
+            f"The student {place} the teacher's own layer under the student's view "
             f"({ahead:+.3f}, {low:+.3f} to {high:+.3f})."
         )
 

@@ -135,7 +135,7 @@ class Made:
 
 # %% ../../nbs/2_data/02_datasets.ipynb #2bfd68c6
 def caption_bytes(captions: Iterable[str], length: int) -> Tensor:
-    """Return texts as UTF-8 bytes (b, length) int64, filled up with PAD.
+    """Return texts as UTF-8 bytes (b, length) int64, padded with PAD.
 
     A text that is too long ends at the last complete character.
     """

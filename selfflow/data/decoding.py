@@ -335,7 +335,7 @@ def _aac_stream(file: BinaryIO, kind: str) -> Iterator[tuple[Any, Any]]:
 def _aac(file: BinaryIO, kind: str) -> _AudioFile:
     """Open AAC or ALAC with PyAV, mixed down.
 
-    Its length is about the declared one; silence fills it up.
+    Its length is about the declared one; it is padded with silence.
     """
     with _aac_stream(file, kind) as (container, stream):
         rate = stream.rate

@@ -225,7 +225,7 @@ SOUNDS = ("mel", "mdct")
 class DataConfig(metaclass=Named):
     """The settings of a data set: the ones below and the options of its `name`.
 
-    They say what is trained on and how it becomes tokens.
+    They define the training data and how these become tokens.
     """
 
     registry = datasets

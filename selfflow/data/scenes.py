@@ -46,7 +46,7 @@ def impacts(
 
     Returns:
         Times in seconds, in order, and speeds towards the wall in boxes a second,
-        (b, most) each, filled up with NaN.
+        (b, most) each, padded with NaN.
 
     Raises:
         ValueError: for more than `most` impacts.
@@ -252,7 +252,7 @@ class Scenes(Made):
     Signals are video (3, frames, size, size) and audio (samples,). Factors, in boxes
     and seconds: material, ground (b,) int64; radius, speed (b,); position
     (b, frames, 2); velocity (b, 2) at the start; impact_times, impact_speeds (b, most),
-    filled up with NaN; impact_frames (b, frames) bool. Direction and place depend on
+    padded with NaN; impact_frames (b, frames) bool. Direction and place depend on
     radius and speed; the other factors are independent.
 
     Args:
@@ -416,7 +416,7 @@ _STILL = 0.002  # boxes a frame: slower is no movement
 def impacts_seen(videos: Tensor, fps: float) -> Tensor:
     """Return the times (b, m) at which a ball bounces in videos (b, 3, f, h, w).
 
-    They are in seconds, in order, filled up with NaN, and estimated from the pixels.
+    They are in seconds, in order, padded with NaN, and estimated from the pixels.
     Impacts in the first and the last frame and a half are not visible.
 
     Raises:
@@ -464,7 +464,7 @@ _REACH = 25  # milliseconds on either side in which an onset is the largest rise
 def _onsets(waves: Tensor, rate: int) -> Tensor:
     """Return the onsets (b, m) of waves (b, samples).
 
-    They are in seconds, in order, filled up with NaN.
+    They are in seconds, in order, padded with NaN.
     """
     hop = max(1, rate // 1000)
     window = 8 * hop

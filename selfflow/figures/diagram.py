@@ -153,7 +153,7 @@ def _draw_words(axis: Axes, t: float, s: float) -> None:
     student_x, teacher_x = _layer_x(_STUDENT_LAYER), _layer_x(_TEACHER_LAYER)
     where = (student_x + 0.12, _TOP - 1.03)
     _text(axis, *where, "layer $l$ = 0.3 $D$", _STUDENT, 12, ha="left")
-    where = (teacher_x - 0.12, _BOTTOM + 1.1)
+    where = (teacher_x - 0.24, _BOTTOM + 1.1)
     _text(axis, *where, "layer $k$ = 0.7 $D$", _TEACHER, 12, ha="right")
     total = r"$L = L_\mathrm{gen} + 0.8\, L_\mathrm{rep}$"
     _text(axis, _FRAME[1] + 1.5, _BOTTOM, total, size=16)

@@ -166,7 +166,7 @@ def _mask_ratio_of(
 
 
 def _given_tokens(given: str, parts: tuple[Part, ...]) -> tuple[tuple[int, ...], ...]:
-    """Return the sets of tokens of which each sample is given one.
+    """Return the sets of tokens from which each sample is given one.
 
     They are the first moment of a video, all tokens of a part, or of either part.
 
@@ -320,7 +320,7 @@ def build_objective(
     """Build the objective that a config names, for a model of this width and depth.
 
     sequences: the parts of each kind of sequence that is trained on in turn;
-    feature_width: of an outside encoder's features; weights: of the parts in the
+    feature_width: of an external encoder's features; weights: of the parts in the
     losses. Raises ValueError for layers, levels, masks and conditions that do not
     fit.
     """

@@ -39,7 +39,7 @@ from .tokens import Part, TokenSlices
 class Noised(NamedTuple):
     """A noised batch as the student sees it.
 
-    batch: Clean samples, some of which have lost their condition.
+    batch: Clean samples; some have lost their condition.
     xt: Noised tokens, (b, n, c).
     x1: Noise, (b, n, c).
     levels: Levels of the tokens.
@@ -194,7 +194,7 @@ class FlowMatching(nn.Module):
     """
 
     compares_features = False  # with a target: there is a representation loss
-    needs_features = False  # of an outside encoder, with every batch
+    needs_features = False  # of an external encoder, with every batch
     default_schedule = "single"  # the meaning of objective.schedule auto
 
     @classmethod
@@ -549,7 +549,7 @@ class SelfFlow(FeatureObjective):
     """Self-Flow: two noise levels, and features that match a teacher's cleaner view.
 
     Args:
-        model: The student, of which width and depth are read.
+        model: The student; only its width and depth are read.
         schedule: Default DualTimestep().
         student_layer: 1-based, default 0.3 of the depth.
         teacher_layer: 1-based, default 0.7 of the depth.
@@ -658,7 +658,7 @@ class LayerSync(FeatureObjective):
     """LayerSync: a layer matches a deeper layer of the same pass, without a teacher.
 
     Args:
-        model: The student, of which the depth is read.
+        model: The student; only its depth is read.
         student_layer: 1-based, default 0.3 of the depth (8 of 28).
         teacher_layer: The deeper layer, which takes no gradient; 1-based, default 4/7
             of the depth (16 of 28).
@@ -692,10 +692,10 @@ class LayerSync(FeatureObjective):
 
 
 class REPA(FeatureObjective):
-    """REPA: the student's features match an outside encoder's of the clean sample.
+    """REPA: the student's features match an external encoder's of the clean sample.
 
     Args:
-        model: The student, of which width and depth are read.
+        model: The student; only its width and depth are read.
         feature_width: Width of the encoder's features.
         encoder: A function from clean tokens (b, n, c) to (b, n, feature_width), or to
             (b, feature_width), one vector a sample. None when features come with every
@@ -773,7 +773,7 @@ class SRA2(FeatureObjective):
     """SRA 2: the student's features match the clean tokens, without a second pass.
 
     Args:
-        model: The student, of which width and depth are read.
+        model: The student; only its width and depth are read.
         token_width: Channels of a token.
         student_layer: 1-based, default 0.3 of the depth.
 

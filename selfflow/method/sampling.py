@@ -223,7 +223,7 @@ def levels_of(
 def _check(
     x1: Tensor, x0: Tensor | None, start: Tensor | None, kept_level: float | None
 ) -> None:
-    """Raise ValueError for what `sample` cannot begin with."""
+    """Raise ValueError for invalid arguments of `sample`."""
     for name, x in (("x1", x1), ("x0", x0)):
         if x is not None and not x.isfinite().all():
             count = int((~x.isfinite()).sum())

@@ -134,7 +134,7 @@ class ImagePatches:
         return self.channels * self.patch**2
 
     def part(self, name: str = "image") -> Part:
-        """Return what a model needs to know of the tokens."""
+        """Return the description of these tokens for a model."""
         return Part(name, self.token_channels, (1, *self.grid))
 
     def patchify(self, images: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ class VideoPatches:
         _check_sizes({"frames": self.frames}, self.span, "video")
 
     def part(self, name: str = "video") -> Part:
-        """Return what a model needs to know of the tokens; a tick is a frame."""
+        """Return the description of these tokens for a model; a tick is a frame."""
         grid = (
             self.frames // self.span,
             self.height // self.patch,

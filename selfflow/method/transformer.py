@@ -240,7 +240,7 @@ class PartLinears(nn.ModuleDict):
 class CaptionEmbedder(nn.Module):
     """Hidden states (b, ceil(l / stride), d) of captions in bytes (b, l).
 
-    Each is the mean of its bytes, plus what they spell with those around them.
+    Each is the mean of its bytes, plus convolutions over their neighbours.
 
     Args:
         width: d.

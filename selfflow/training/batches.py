@@ -176,7 +176,7 @@ def feature_source(
     sources: Sources,
     device: torch.device,
 ) -> tuple[Callable[[Batch], Batch], int, str | None]:
-    """Prepare the features of an outside encoder.
+    """Prepare the features of an external encoder.
 
     Args:
         features: (samples, n, e) or (samples, e), or a function of tokens (b, n, c).
@@ -198,7 +198,7 @@ def feature_source(
             "train(config, features=...) or selfflow train --features FILE"
         )
     if features is not None and not needed:
-        raise ValueError(f"objective {name!r} takes no features of an outside encoder")
+        raise ValueError(f"objective {name!r} takes no features of an external encoder")
     if features is None:
         return lambda batch: batch, 1, None
     if len(sources.data) > 1:

@@ -71,7 +71,7 @@ class _Loop:
     """Training of a run in one of its processes.
 
     Args:
-        add_features: Adds the features of an outside encoder to a batch.
+        add_features: Adds the features of an external encoder to a batch.
     """
 
     def __init__(
@@ -375,7 +375,7 @@ def train(
     Args:
         config: All settings.
         device: "auto", "cpu", "cuda", ...
-        features: For REPA, the features of an outside encoder for the clean training
+        features: For REPA, the features of an external encoder for the clean training
             samples: a tensor (samples, n, e) or (samples, e) in their order, or a
             function of tokens (b, n, c).
         workers: Number of processes that fetch data in advance.
@@ -657,7 +657,7 @@ def _restore(
 
 
 def _new_length(about: dict, training: TrainConfig) -> str:
-    """Describe what changes with the number of steps; empty if it is the same.
+    """Describe the effect of a new number of steps; empty if it is the same.
 
     Args:
         about: state.json of the checkpoint that is resumed.

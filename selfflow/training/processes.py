@@ -233,7 +233,7 @@ class Interrupt:
 
 
 def raise_again(number: signal.Signals | None) -> None:
-    """Raise what a signal stands for, now that everything is saved.
+    """Raise the exception of a signal, now that everything is saved.
 
     Raises:
         KeyboardInterrupt: for SIGINT, with the argument "saved".

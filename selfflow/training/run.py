@@ -487,7 +487,7 @@ class Run:
         return step_paths(self.path / "checkpoints")
 
     def clear_staging(self) -> None:
-        """Remove what a killed process was about to write or to remove.
+        """Remove unfinished files of a killed process.
 
         Call it only while holding the lock.
         """

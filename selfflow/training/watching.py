@@ -103,7 +103,7 @@ def checkpoint_problems(run: Run) -> dict[int, str]:
 def run_state(
     run: Run, writer: dict | None, logged: int | None, problems: dict[int, str]
 ) -> tuple[int, str]:
-    """Return the step that a run has reached and, in words, what it is doing.
+    """Return the step that a run has reached and a description of its state.
 
     While a process trains, the log counts; afterwards the newest intact checkpoint,
     from which the run would resume.

@@ -132,7 +132,7 @@ def _curve(viewed: ViewedRun, index: int, levels: NoiseLevels, seed: int):
 
 
 def describe(scene: Scene) -> str:
-    "A scene in words."
+    "Describe a scene in a line of text."
     view = scene.view
     parts = [
         _describe_levels(scene),
@@ -255,7 +255,7 @@ _GRID_WIDTH = 220  # of the picture to paint on, in pixels of the page
 
 
 def draw(scene: Scene, theme: Theme = LIGHT) -> dict[str, bytes]:
-    """The pictures of a scene as PNG files, by name.
+    """The images of a scene as PNG files, by name.
 
     These are tokens (to paint on), levels, views, and curve if tokens are painted.
     """

@@ -61,7 +61,7 @@ from .viewed_run import ViewedRun, levels_of, schedule_of
 
 # %% ../../nbs/7_workbench/10_attention_explorer.ipynb #8ab9902d
 class Window(Board):
-    """How the tokens of one moment lie on one picture; frame: of the video, from 0.
+    """Placement of the tokens of one moment on an image; frame: of the video, from 0.
 
     Tokens of other moments are not on it.
     """
@@ -91,9 +91,9 @@ PAGE_WIDTH = 640  # of the pictures, in pixels of the page
 def laid_over(
     board: Board, tokens: torch.Tensor, times, theme: Theme = LIGHT
 ) -> np.ndarray:
-    """Attention (n,) over a picture of tokens (n, c): (h, w, 3) bytes.
+    """Attention (n,) drawn over an image of tokens (n, c): (h, w, 3) bytes.
 
-    The colours go from 0 to the largest value; NaN leaves the picture in grey.
+    The colours go from 0 to the largest value; NaN leaves the image grey.
     """
     values = board.spread(times)  # (h, w)
     most = _most(times)
@@ -110,7 +110,7 @@ def _most(times) -> float:
 def framed(
     pixels: np.ndarray, owner: np.ndarray, token: int | None, width: int
 ) -> np.ndarray:
-    """A picture (h, w, 3) enlarged to `width`, with a frame around a token.
+    """An image (h, w, 3) enlarged to `width`, with a frame around a token.
 
     owner: (h, w), the token that a pixel shows.
     """
@@ -301,7 +301,7 @@ _GRID_WIDTH = 300  # of the picture to click on, in pixels of the page
 
 
 def draw(scene: Scene, theme: Theme = LIGHT) -> dict[str, bytes]:
-    """The pictures of a scene as PNG files, by name.
+    """The images of a scene as PNG files, by name.
 
     These are tokens (to click on), layers, inputs, heads; caption if one is read; and
     audio, a WAV file.
@@ -344,7 +344,7 @@ def frames_in(layout: Layout) -> int:
 
 # %% ../../nbs/7_workbench/10_attention_explorer.ipynb #abbbccac
 class AttentionExplorer(Explorer):
-    "An explorer one of whose pictures, `audio`, is a WAV file to play."
+    "An explorer that also plays audio: its file `audio` is a WAV."
 
     def _show(self, name: str, picture: bytes) -> None:
         if name != "audio":

@@ -355,7 +355,7 @@ _VERBS = {
 
 
 def describe(scene: Scene) -> str:
-    "A scene in words."
+    "Describe a scene in a line of text."
     values = scene.values
     question = values["question"]
     names = _token_names(scene)

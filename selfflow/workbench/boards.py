@@ -128,7 +128,7 @@ class Board:
 
     @cached_property
     def places(self) -> list[list[float]]:
-        "Left, top, width and height of each token, in fractions of the picture."
+        "Left, top, width and height of each token, in fractions of the image."
         height, width = self.owner.shape
         ys, xs = np.indices(self.owner.shape).reshape(2, -1)
         owner = self.owner.ravel()
@@ -153,7 +153,7 @@ class Board:
         return np.stack(places, 1).round(5).tolist()
 
     def pixels(self, tokens: torch.Tensor) -> np.ndarray:
-        """Tokens (n, c) as a picture (h, w, 3) of bytes.
+        """Tokens (n, c) as an image (h, w, 3) of bytes.
 
         Of a signal without 3 channels the first is shown, in grey; NaN is black.
         """
@@ -176,7 +176,7 @@ class Board:
 def stretch(
     picture: np.ndarray, width: int, max_height: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of a picture that resize it by repeating or dropping pixels.
+    """Rows and columns of an image that resize it by repeating or dropping pixels.
 
     The result is `width` pixels wide, and at most `max_height` high.
     """
@@ -225,13 +225,13 @@ def coloured(
 def tinted(
     pixels: np.ndarray, colours: np.ndarray, share: float | np.ndarray = 0.6
 ) -> np.ndarray:
-    "A picture (h, w, 3) in grey under colours (h, w, 3); share: of the colours."
+    "An image (h, w, 3) in grey under colours (h, w, 3); share: weight of the colours."
     grey = pixels.mean(-1, keepdims=True)
     return (share * colours + (1 - share) * grey).astype(np.uint8)
 
 # %% ../../nbs/7_workbench/02_boards.ipynb #071eed45
 class Panel(NamedTuple):
-    """A picture with its title, and a colour bar below if it is a map.
+    """An image with its title, and a colour bar below if it is a map.
 
     pixels: (h, w, 3) bytes.
     scale: (low, high, name of the colour map), the ends as text.
@@ -253,7 +253,7 @@ _COLOUR_BAR = 17 * PIXEL_RATIO
 def draw_panels(
     rows: list[list[Panel]], theme: Theme = LIGHT, width: int = 150
 ) -> Image.Image:
-    "Rows of panels as one picture; width: of a panel, in pixels of the page."
+    "Rows of panels as one image; width: of a panel, in pixels of the page."
     wide = width * PIXEL_RATIO
     images = [[_fitted(panel.pixels, wide) for panel in row] for row in rows]
     heights = []
@@ -307,7 +307,7 @@ def _draw_scale(page, scale, place, width, theme):
 # %% ../../nbs/7_workbench/02_boards.ipynb #52087a87
 @dataclass
 class Plot:
-    """An empty plot to draw into; `image` is the picture.
+    """An empty plot to draw into; `image` is the result.
 
     title, x: the title, and the label of the x axis.
     xs, ys: limits of the axes.
@@ -343,7 +343,7 @@ class Plot:
             self._text(x, bottom + 4 * ratio, text, quiet, small, "ma")
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        "Position of a point on the picture; a point outside the axes is on the border."
+        "Position of a point on the image; points outside the axes move to the border."
         left, top, right, bottom = self.box
         across = _share(x, self.xs)
         up = _share(y, self.ys)

@@ -31,7 +31,7 @@ from ..registries import Registry
 
 # %% ../../nbs/7_workbench/01_controls.ipynb #9d50b79b
 class Theme(NamedTuple):
-    "Colours of a picture, all `#rrggbb`: background, text, lesser text, highlight."
+    "Colours of a theme, all `#rrggbb`: background, text, lesser text, highlight."
 
     paper: str
     ink: str
@@ -153,7 +153,7 @@ _SCRIPTS = Path(str(files("selfflow.workbench"))) / "js"  # run in the browser
 
 
 class TokenGrid(anywidget.AnyWidget):
-    """A picture with a button over each token.
+    """An image with a button over each token.
 
     value: numbers of the chosen tokens, in order.
     many: False if exactly one token is chosen at any time.

@@ -177,7 +177,7 @@ class Explorer:
         self.pictures[name].value = picture
 
     def _place(self, name: str) -> None:
-        "Insert a new picture in the order of `widths`; pictures without one come last."
+        "Insert a new image in the order of `widths`; images without one come last."
         is_below = name in self.below
         ordered = []
         for other in dict.fromkeys((*self.widths, *self.pictures)):
@@ -254,7 +254,7 @@ class Explorer:
         width: int = 900,
         only: tuple[str, ...] = (),
     ) -> "Strip":
-        """The pictures after each of several changes of values, as one still image.
+        """The images after each of several changes of values, as one still image.
 
         Args:
             changes: New values of some controls, by name; each is drawn by itself.
@@ -285,7 +285,7 @@ class Explorer:
         return f"{self.controls[name].description} {value}"
 
     def _width(self, name: str) -> int | None:
-        "Width of a picture on the page, if it is given in pixels."
+        "Width of an image on the page, if it is given in pixels."
         control = self.controls.get(name)
         width = self.widths.get(name)
         if isinstance(control, TokenGrid):

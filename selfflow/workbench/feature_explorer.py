@@ -179,7 +179,7 @@ class FeatureMap(MapExplorer):
         self._moved()
 
     def _range(self) -> list[float]:
-        "Limits of the axes, the same for all planes of a method."
+        "Limits of the axes, shared by all planes of a method."
         reach = 0.0
         for (method, _, _), plane in self.atlas.planes.items():
             if method == self.method.value:

@@ -60,7 +60,7 @@ _LIMITS = (
 
 @dataclass(frozen=True)
 class AtlasOptions:
-    """Which features are laid out, and how.
+    """Options of an atlas: the features to project, and how.
 
     layers: counted from 1; None = all.
     levels: in [0, 1].
@@ -185,7 +185,7 @@ _SAMPLES_A_SECOND = 800
 
 @dataclass(frozen=True)
 class AtlasCost:
-    """The work that is still to be done.
+    """The remaining work.
 
     features: their cost.
     planes: number of missing planes by method.

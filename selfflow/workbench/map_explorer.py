@@ -246,7 +246,7 @@ _FORGET_SECONDS = 10  # in which a page answers that it has forgotten a lasso
 
 
 class MapExplorer:
-    """A projection to look into.
+    """A projection with previews and a selection.
 
     A notebook shows a map that is the last value of a cell.
 

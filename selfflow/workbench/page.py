@@ -32,7 +32,7 @@ from .tools import Chosen
 
 # %% ../../nbs/7_workbench/18_page.ipynb #13d834a8
 class Tool(NamedTuple):
-    """Something to open on a run.
+    """A tool that can be opened on a run.
 
     about: one sentence.
     open: from `Chosen` to a widget, or to something with a widget in `.box`.
@@ -110,7 +110,7 @@ def saved_step(path: Path) -> int:
 
 
 def label_of(name: str, path: Path) -> str:
-    "A run in a list: its name and the step of its newest checkpoint."
+    "The label of a run in a list: its name and the step of its newest checkpoint."
     step = saved_step(path)
     return f"{name}: step {step:,}" if step else f"{name}: no checkpoint yet"
 

@@ -170,7 +170,7 @@ class Panel:
                 self.close()
 
     def close(self, words: str = "") -> None:
-        "Stop following the run and show `words`; the last picture stays."
+        "Stop following the run and show `words`; the last image stays."
         with self._lock:
             self._closed = True
             self._words = words or self._words

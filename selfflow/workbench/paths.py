@@ -225,7 +225,7 @@ _REMEMBERED = 256 * 2**20  # bytes of paths
 
 @dataclass(frozen=True)
 class SamplePath:
-    """How samples of one run came about.
+    """The states through which a run drew its samples.
 
     states: (steps + 1, b, n, c), from noise to data.
     levels: (steps + 1,).

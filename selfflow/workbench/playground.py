@@ -98,7 +98,7 @@ class Scene:
 
     @property
     def columns(self) -> int:
-        "Number of pictures in a row: fewer where a picture shows several frames."
+        "Number of images in a row: fewer if an image shows several frames."
         return 6 if self.side.board.frames == 1 else 4
 
 
@@ -227,7 +227,7 @@ def _describe_given(scene: Scene) -> str:
 
 
 def describe(scene: Scene) -> str:
-    "A scene in words."
+    "Describe a scene in a line of text."
     settings = scene.settings
     t = next(iter(scene.paths.values())).levels[scene.index].item()
     parts = [
@@ -324,7 +324,7 @@ def draw_history(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
 
 
 def _draw_tokens(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
-    "The sample that gives tokens; those that are drawn anew are covered."
+    "The sample that gives tokens; those to be generated are covered."
     board = scene.side.board
     pixels = board.pixels(scene.side.x0[scene.settings.sample])
     if scene.settings.redrawn is not None:
@@ -339,7 +339,7 @@ def _draw_tokens(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
 
 
 def draw(scene: Scene, theme: Theme = LIGHT) -> dict[str, bytes]:
-    """The pictures of a scene as files, by name.
+    """The images, videos and audio of a scene as files, by name.
 
     These are tokens (to paint on), views and history as PNG; for videos also video, a
     WebP file; for audio also audio-1, audio-2, ..., WAV files of each run's first

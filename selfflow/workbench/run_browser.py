@@ -211,7 +211,7 @@ class RunBrowser:
         )
 
     def strip(self, *changes: dict, **options) -> Strip:
-        """The pictures after each of several changes of values, as one still image.
+        """The images after each of several changes of values, as one still image.
 
         changes: of runs, view, measure and against, by default three views; options:
         see `Explorer.strip`.

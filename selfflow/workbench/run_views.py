@@ -54,7 +54,7 @@ def groups_of(runs: dict[str, Run]) -> list[dict[str, Run]]:
 
 @dataclass
 class View:
-    """Pictures, a table and notes about some runs.
+    """Images, a table and notes about some runs.
 
     pictures: functions that draw one figure each.
     table: a DataFrame, or None.
@@ -66,7 +66,7 @@ class View:
     notes: list[str] = field(default_factory=list)
 
     def add(self, other: "View") -> "View":
-        "This view, followed by the pictures and notes of another."
+        "This view, followed by the images and notes of another."
         pictures = [*self.pictures, *other.pictures]
         return View(pictures, self.table, self.notes + other.notes)
 
@@ -100,7 +100,7 @@ def short_name(name: str, most: int = _LONGEST_NAME) -> str:
 def _curves_of(
     runs: dict[str, Run], measure: str = "flow_loss", against: str = "steps"
 ) -> View:
-    """A measure of the logs against its cost, a picture for each kind of data.
+    """A measure of the logs against its cost, one image for each kind of data.
 
     See `comparison.run_curves`.
     """
@@ -374,7 +374,7 @@ def compute(listing: Listing, values: dict) -> View:
 
 
 def draw(view: View, theme: Theme = LIGHT) -> dict[str, bytes]:
-    "The pictures of a view, picture-1, picture-2, ... as PNG; its table as HTML."
+    "The images of a view, picture-1, picture-2, ... as PNG; its table as HTML."
     files = {}
     for i, figure in enumerate(view.pictures):
         files[f"picture-{i + 1}"] = figure_png(figure(), theme)

@@ -1,4 +1,4 @@
-"""Sounds and their spectra, there and back; what is heard in them; what is refused."""
+"""Audio survives its spectra; what it contains is measured; bad input is refused."""
 
 import math
 import sys

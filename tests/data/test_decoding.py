@@ -1,4 +1,4 @@
-"""Pictures, sounds and films become tensors of one form; what is hostile is refused."""
+"""Images, audio and video decode to one form; hostile files are refused."""
 
 import io
 import math

@@ -1,4 +1,4 @@
-"""What lies in a folder, what is said of it, and what of it is opened."""
+"""Files of a folder are listed, described, and opened or skipped with a reason."""
 
 import hashlib
 import io

@@ -718,7 +718,7 @@ FEATURES = torch.zeros(1078, 16, 5)
         (
             "self_flow",
             FEATURES,
-            "objective 'self_flow' takes no features of an outside encoder",
+            "objective 'self_flow' takes no features of an external encoder",
         ),
         ("flow_matching", outside, "'flow_matching' takes no features"),
         ("repa", FEATURES[:-1], "features of 1077 samples, but 1078 training samples"),
