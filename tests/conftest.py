@@ -40,7 +40,12 @@ TINY = Config(
     name="tiny",
     model=ModelConfig(width=16, depth=4, heads=2),
     training=TrainConfig(
-        steps=12, batch=16, log_every=1, validate_every=6, save_every=4
+        steps=12,
+        batch=16,
+        log_every=1,
+        validate_every=6,
+        validation=64,
+        save_every=4,
     ),
 )
 VANILLA = replace(TINY, name="vanilla", objective=ObjectiveConfig("flow_matching"))

@@ -1,4 +1,4 @@
-"""Films as files, encoded by PyAV itself, for the tests of what reads them."""
+"""Videos as files, encoded by PyAV itself, for the tests of what reads them."""
 
 import io
 from fractions import Fraction

@@ -300,14 +300,13 @@ def at_small_cost(patch: pytest.MonkeyPatch) -> None:
     for split, count in few.items():
         patch.setitem(probing.COUNTS, split, count)
     all_cells = probing.probe_run
+
+    def few_cells(run, levels=(0.0, 0.5), layers=(1, 3), **named):
+        # the choice among strengths is tested in test_probing
+        return all_cells(run, levels, layers, **{"strengths": (0.1,), **named})
+
     for module in (probing, report):
-        patch.setattr(
-            module,
-            "probe_run",
-            lambda run, levels=(0.0, 0.5), layers=(1, 3), **named: all_cells(
-                run, levels, layers, **named
-            ),
-        )
+        patch.setattr(module, "probe_run", few_cells)
     patch.setattr(
         report,
         "run_metrics",

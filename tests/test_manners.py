@@ -19,10 +19,12 @@ from faults import at_call
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from selfflow.analysis import benchmark
 from selfflow.analysis.benchmark import peak_memory
 from selfflow.analysis.comparison import runs_table
 from selfflow.cli import main
 from selfflow.disk import NotWritten, write_files
+from selfflow.report import sample_sections
 from selfflow.training import loop as training
 from selfflow.training.run import Run
 from selfflow.training.watching import Listing
@@ -72,12 +74,12 @@ def commands(folder):
     return {
         "sample": f"sample {run} --each 1 --steps 1 --device cpu",
         "report": f"report {run} --device cpu",
-        "probe": f"probe {run} --device cpu",
+        "probe": f"probe {run} --samples 40 --device cpu",
         "metrics": f"metrics {run} --count 12 --steps 1 --resamples 0 --device cpu",
         "runs": f"runs {folder} --output {folder}/x.png",
         "notebook": f"notebook {folder}/in.ipynb {folder}/out.ipynb",
         "bench": "bench --sizes tiny --precisions fp32 --tokens 4 --batch 1 "
-        f"--device cpu --output {folder}/b.json",
+        f"--rounds 1 --device cpu --output {folder}/b.json",
     }
 
 
@@ -135,6 +137,9 @@ def test_a_disk_that_fills_up_leaves_no_part_of_a_result(
         half(path, text.encode())
 
     before = files_of(folder)
+    # neither how a report draws its points nor how fast the machine is
+    monkeypatch.setattr(sample_sections, "_METHOD", "PCA")
+    monkeypatch.setattr(benchmark, "_ceiling", lambda *_: lambda: 1e12)
     monkeypatch.setattr(Path, "write_bytes", half)
     monkeypatch.setattr(Path, "write_text", half_a_text)
     with pytest.raises(SystemExit) as stop:

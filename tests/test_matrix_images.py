@@ -1,5 +1,6 @@
-"""Everything a user can do with runs of images, of every kind of data and condition;
-see matrix.py.
+"""Every command works on every kind of image run, or is refused before any work.
+
+See matrix.py.
 """
 
 import pytest

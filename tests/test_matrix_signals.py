@@ -1,4 +1,7 @@
-"""Everything a user can do with runs of video, audio and both; see matrix.py."""
+"""Every command works on runs of video and audio, or is refused before any work.
+
+See matrix.py.
+"""
 
 import pytest
 from matrix import SIGNALS, at_small_cost, cases, check, check_choice, trained

@@ -1,6 +1,7 @@
-"""The house itself: notebooks, modules, packaging, hygiene."""
+"""Notebooks, modules and packages follow the rules of the project."""
 
 import ast
+import functools
 import importlib
 import json
 import os
@@ -73,24 +74,46 @@ def folder_of(path):
     return "" if folder == "ground" else folder
 
 
+@functools.cache
+def parsed(module):
+    return ast.parse(module.read_text())
+
+
+@functools.cache
 def imports(module):
     """The names that a module of the package imports from others of the package:
     (module, name, its folder and order).
     """
     known = {dotted(path) for path in MODULES}
-    for node in ast.walk(ast.parse(module.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
+    imported = []
+    for node in ast.walk(parsed(module)):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        if node.level:
             package = dotted(module).split(".")[: -node.level]
             source = ".".join([*package, *filter(None, [node.module])])
-        elif (
-            isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "selfflow"
-        ):
+        elif node.module.split(".")[0] == "selfflow":
             source = node.module
         else:
             continue
         for alias in node.names:
             whole = f"{source}.{alias.name}"
-            yield (whole, None) if whole in known else (source, alias.name)
+            imported.append((whole, None) if whole in known else (source, alias.name))
+    return imported
+
+
+@functools.cache
+def defined_in(module):
+    "The names that the top level of a module defines."
+    names = set()
+    for node in parsed(module).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        for target in getattr(node, "targets", [getattr(node, "target", None)]):
+            if target:
+                parts = ast.walk(target)
+                names |= {part.id for part in parts if isinstance(part, ast.Name)}
+    return names
 
 
 def tracked():
@@ -139,23 +162,7 @@ def test_names_are_public_and_imported_from_where_they_are_defined():
         for source, name in imports(module):
             if name is None or source == "selfflow":
                 continue
-            tree = ast.parse((ROOT / f"{source.replace('.', '/')}.py").read_text())
-            defined = {
-                node.name
-                for node in tree.body
-                if isinstance(node, ast.FunctionDef | ast.ClassDef)
-            }
-            for node in tree.body:
-                for target in getattr(node, "targets", [getattr(node, "target", None)]):
-                    defined |= (
-                        {
-                            part.id
-                            for part in ast.walk(target)
-                            if isinstance(part, ast.Name)
-                        }
-                        if target
-                        else set()
-                    )
+            defined = defined_in(ROOT / f"{source.replace('.', '/')}.py")
             assert name in defined, (
                 f"{dotted(module)} imports {name} from {source}, which does not define "
                 "it"

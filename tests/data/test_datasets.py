@@ -1,4 +1,4 @@
-"""The digits and their split; data that is refused."""
+"""The digits are split as recorded; bad data are refused."""
 
 import hashlib
 

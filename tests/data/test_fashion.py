@@ -1,4 +1,4 @@
-"""Fashion-MNIST: the shipped part, all of it, and what is refused."""
+"""Fashion-MNIST is read correctly, in part and whole; damaged files are refused."""
 
 import gzip
 import hashlib

@@ -1,4 +1,4 @@
-"""Motion: paths against a simulation, videos against images, factors measured."""
+"""Motion equals a simulation, and its factors are those measured in the videos."""
 
 import math
 from itertools import product

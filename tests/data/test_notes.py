@@ -1,4 +1,4 @@
-"""Notes are what their factors say; the same ones whatever they are asked for with."""
+"""Notes have the factors they claim and are the same in every batch."""
 
 import io
 import math

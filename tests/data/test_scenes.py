@@ -1,4 +1,4 @@
-"""Bouncing balls and their audio, against a simulation and measurements."""
+"""Bouncing balls and their audio equal a simulation and measurements."""
 
 import math
 from dataclasses import replace

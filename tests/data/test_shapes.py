@@ -1,4 +1,4 @@
-"""Shapes: figures against counted polygons, factors measured in the images."""
+"""Shapes equal counted polygons; their factors are those measured in the images."""
 
 import math
 from itertools import product

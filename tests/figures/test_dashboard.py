@@ -1,4 +1,4 @@
-"""The dashboard: what is drawn from which table, and that no odd table stops it."""
+"""The dashboard draws each curve from its table, and no odd table stops it."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Distances, loss masks and the diagnosis of compared features: against loops."""
+"""Distances, loss masks and the diagnosis of compared features equal loops."""
 
 import math
 

@@ -1,6 +1,4 @@
-"""Oracles for the path, the densities and the keyed draws: each formula derived again,
-independently.
-"""
+"""The path, the densities and the keyed draws equal formulas derived again."""
 
 import math
 import multiprocessing

@@ -1,5 +1,6 @@
-"""Layers for several levels: the compact forms against plain formulas, their gradients,
-and what they keep in memory.
+"""Compact layers for several levels equal plain formulas and keep less in memory.
+
+Values and gradients are compared.
 """
 
 import math

@@ -1,5 +1,6 @@
-"""Self-Flow and its rivals derived again from their equations, and every trap of the
-method as a test.
+"""Self-Flow and its rivals equal rewritings from their equations.
+
+Every trap of the method is a test.
 """
 
 import math

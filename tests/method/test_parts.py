@@ -1,5 +1,6 @@
-"""Several kinds of tokens in one sequence: layouts, projections, captions and
-conditions against plain rewritings; bad input.
+"""Several kinds of tokens in one sequence equal plain rewritings.
+
+Layouts, projections, captions and conditions; bad input is refused.
 """
 
 import json

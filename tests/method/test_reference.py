@@ -1,5 +1,6 @@
-"""The published weights: equality with the published code's numbers, and with an
-independent forward; refusals; files.
+"""Published weights give the numbers of the published code.
+
+Also those of an independent forward; other files are refused.
 """
 
 import json

@@ -1,5 +1,6 @@
-"""Samplers on data whose velocity is known exactly (Gaussian mixture, correlated
-Gaussian tokens); guidance; bad input.
+"""Samplers reach the known answer where the velocity is known exactly.
+
+A Gaussian mixture and correlated Gaussian tokens; guidance; bad input.
 """
 
 import math

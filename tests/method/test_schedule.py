@@ -1,6 +1,4 @@
-"""Schedules checked by counting and against loops that draw the same random numbers;
-NoiseLevels against loops.
-"""
+"""Schedules and NoiseLevels equal loops that draw the same random numbers."""
 
 import math
 from dataclasses import replace

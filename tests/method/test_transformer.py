@@ -1,5 +1,6 @@
-"""The velocity model: every variant against a plain rewriting with a condition per
-token, gradients, taps, bad input.
+"""Every variant of the velocity model equals a plain rewriting.
+
+It has a condition per token. Gradients, taps, bad input.
 """
 
 import math

@@ -1,3 +1,5 @@
+"""A panel of a user's own, registered under a name."""
+
 import ipywidgets as widgets
 
 from selfflow import register_explorer

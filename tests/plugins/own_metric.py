@@ -1,3 +1,5 @@
+"""A metric of a user's own: the distance between the means."""
+
 import numpy as np
 
 from selfflow import register_metric

@@ -1,3 +1,5 @@
+"""A sampler of a user's own, registered under a name."""
+
 from selfflow import register_sampler
 from selfflow.method.sampling import euler_step
 

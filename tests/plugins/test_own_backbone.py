@@ -1,5 +1,6 @@
-"""A user's backbone: from a shell, in other processes, from a notebook, and refused in
-one line where it does not fit.
+"""A user's backbone trains, resumes and is analysed, or is refused in one line.
+
+From a shell, in other processes and from a notebook.
 """
 
 import json

@@ -1,5 +1,6 @@
-"""Data of the user's own, as tensors and as a registered torch data set, here and in
-other processes.
+"""A user's data train, as tensors and as a registered data set.
+
+Their runs open in other processes.
 """
 
 import json
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from shell import shell
 from torch.utils.data import Dataset
 
 from selfflow.cli import main
 from selfflow.data.options import DataConfig
 from selfflow.data.own import Own, splits_of
+from selfflow.method.options import ModelConfig
 from selfflow.registries import trial, use
 from selfflow.training.config import Config, TrainConfig
 from selfflow.training.loop import train
@@ -23,42 +26,22 @@ from selfflow.training.run import Run
 HERE = Path(__file__).parent
 
 
-def python(code, folder):
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def commands(lines, folder, first=""):
-    calls = "\n".join(f"main({line.split()})" for line in lines)
-    return python(
-        "from selfflow.cli import main\nfrom selfflow.registries import "
-        f"use\n{first}\n{calls}",
-        folder,
-    )
-
-
 def test_tensors_train_and_their_run_is_sampled_and_reported_in_another_process(
     tmp_path,
 ):
     subprocess.run(
         [sys.executable, str(HERE / "own_tensors.py")], cwd=tmp_path, check=True
     )
-    output = commands(
-        [
-            "sample runs/tensors --each 1 --steps 2 --device cpu",
-            "runs runs",
-            "report runs/tensors --device cpu",
-        ],
+    sample, listed, report = shell(
         tmp_path,
+        "sample runs/tensors --each 1 --steps 2 --device cpu".split(),
+        "runs runs".split(),
+        "report runs/tensors --device cpu".split(),
     )
-    assert (
-        "4 samples are in" in output
-        and "damaged" not in output
-        and (tmp_path / "runs/tensors/report.html").is_file()
-    )
+    assert "4 samples are in" in sample.output, sample.errors
+    assert listed.status == 0 and "damaged" not in listed.output
+    assert report.status == 0, report.errors
+    assert (tmp_path / "runs/tensors/report.html").is_file()
     stored = json.loads(
         (tmp_path / "runs/tensors/config.json").read_text(encoding="utf-8")
     )
@@ -95,22 +78,26 @@ def test_a_run_on_tensors_opens_with_its_data_and_with_no_other(tmp_path):
 def test_a_registered_torch_data_set_trains_samples_probes_and_is_reported_from_a_shell(
     tmp_path,
 ):
-    use(HERE / "own_dataset.py")
+    file = HERE / "own_dataset.py"
+    use(file)
     config = Config(
-        "stripes", data=DataConfig("stripes"), training=TrainConfig(steps=2, batch=8)
+        "stripes",
+        data=DataConfig("stripes"),
+        model=ModelConfig(width=16, depth=2, heads=2),
+        training=TrainConfig(steps=2, batch=8),
     )
     run = train(config, tmp_path / "runs", bar=False)
     assert run.sources.names == ("across", "down")
-    lines = [
+    lines = (
         "sample runs/stripes --each 1 --steps 2 --device cpu",
         "probe runs/stripes --samples 100 --device cpu",
         "report runs/stripes --device cpu",
-    ]
-    output = commands(lines, tmp_path, f"use({str(HERE / 'own_dataset.py')!r})")
-    assert (
-        "2 samples are in" in output
-        and (tmp_path / "runs/stripes/report.html").is_file()
     )
+    answers = shell(tmp_path, *([*line.split(), "--use", file] for line in lines))
+    for answer in answers:
+        assert answer.status == 0, answer.errors
+    assert "2 samples are in" in answers[0].output
+    assert (tmp_path / "runs/stripes/report.html").is_file()
 
 
 def test_its_options_are_settings_like_others(tmp_path, capsys):

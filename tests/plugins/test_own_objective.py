@@ -1,6 +1,4 @@
-"""A user's objective, from a shell: trained, gone on with, sampled, probed, in the
-report.
-"""
+"""A user's objective trains, resumes, samples, and is probed and reported."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""A user's sampler, from Python and from a shell."""
+"""A user's sampler works from Python and from a shell."""
 
 import shutil
 from pathlib import Path

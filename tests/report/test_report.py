@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from safetensors.torch import load_file, save_file
 
+from selfflow.analysis import probing
 from selfflow.analysis.comparison import arms, config_table, over_seeds
 from selfflow.analysis.probing import probe_run, read_probes, write_probes
 from selfflow.cli import main
@@ -652,9 +653,10 @@ def test_the_command_line_uses_all_options_of_sampling(runs, tmp_path):
     assert torch.equal(load_file(file)["images"], expected["image"])
 
 
-def test_the_command_line_probes(runs, tmp_path, capsys):
+def test_the_command_line_probes(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(probing, "WIDE_STRENGTHS", (0.1,))
     shutil.copytree(runs["tiny"].path, tmp_path / "tiny")
-    main(["probe", str(tmp_path / "tiny"), "--samples", "200"])
+    main(["probe", str(tmp_path / "tiny"), "--samples", "60"])
     output = capsys.readouterr().out
     assert "raw input" in output and "untrained network" in output
     assert "tiny, block" in output

@@ -82,7 +82,9 @@ SMALL = replace(
     TINY,
     name="small",
     model=ModelConfig(width=8, depth=3, heads=1),
-    training=TrainConfig(steps=4, batch=8, log_every=1, validate_every=3, save_every=2),
+    training=TrainConfig(
+        steps=4, batch=8, log_every=1, validate_every=3, validation=64, save_every=2
+    ),
 )
 EVERY = [
     (name, {"schedule": schedule})

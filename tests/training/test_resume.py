@@ -212,7 +212,13 @@ def test_sampling_validating_and_probing_in_the_middle_change_nothing(
         seen = Run.open(run.path)
         seen.sample(torch.tensor([1, 2]), steps=3, method="sde")
         torch.manual_seed(len(looked))
-        probe_run(seen, levels=(0.5,), families=("regression",), strengths=(0.1,))
+        probe_run(
+            seen,
+            levels=(0.5,),
+            counts={"train": 60, "validation": 30, "test": 30},
+            families=("regression",),
+            strengths=(0.1,),
+        )
         looked.append(seen.state()["step"])
         real(run)
 
@@ -559,7 +565,9 @@ def test_missing_trackers_are_refused_first(tmp_path, monkeypatch, name, words):
 GOLD = replace(
     TINY,
     name="golden",
-    training=replace(TINY.training, steps=30, validate_every=10, save_every=30),
+    training=replace(
+        TINY.training, steps=30, validate_every=10, validation=400, save_every=30
+    ),
 )
 
 
