@@ -25,11 +25,23 @@ NOTEBOOKS = sorted(
 def start():
     """Begin the process from which those that execute notebooks are forked.
 
-    It imports once what all of them need; IN_TEST tells them that they are tested.
+    It imports and compiles once what many of them need; IN_TEST tells them that they
+    are tested.
     """
-    import selfflow.workbench.app  # noqa: F401
-
     os.environ["IN_TEST"] = "1"
+    # a process that has used the threads of OpenMP must not be forked
+    os.environ["NUMBA_THREADING_LAYER"] = "workqueue"
+    os.environ["NUMBA_NUM_THREADS"] = "1"
+    import numpy as np
+    import torch._dynamo  # noqa: F401, the first optimiser of a process imports it
+
+    import selfflow.report.report
+    import selfflow.workbench.app  # noqa: F401
+    from selfflow.analysis.projection import project
+
+    points = np.random.default_rng(0).normal(size=(40, 4))
+    project(points, "UMAP", neighbours=5)  # ten seconds of compilation
+
     os.chdir(ROOT / "nbs")  # as nbdev_test does
     sys.path.insert(0, str(ROOT))
     # a notebook's own processes begin as they do for a user

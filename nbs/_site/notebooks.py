@@ -21,7 +21,7 @@ from nbformat.v4 import new_markdown_cell as markdown
 TITLES = {"cli": "Command line"}  # of folders, where they are not their names
 FOLDER = "**This folder"  # begins the cell that describes a folder
 READERS = re.compile(r"^\*(\w[^*]*)\*$", re.M)  # the line that says who should read
-FIELDS = re.compile(r"([a-z_]\w*(, \w+)*: .*(\n {4}.*)*(\n|$))+")
+FIELDS = re.compile(r"([a-z_]\w*(\(.*\)|(, \w+)*): .*(\n {4}.*)*(\n|$))+")
 LATEX = LatexToMathML()
 ROOT = Path(__file__).parent.parent.parent
 REPOSITORY = os.environ.get("GITHUB_REPOSITORY", "selfflow/selfflow")
@@ -177,6 +177,13 @@ def toctree(*entries):
     return "\n".join(["```{toctree}", ":hidden:", "", *entries, "```", ""])
 
 
+def write(path, *paragraphs):
+    """Write a page; one that stays as it is need not be read again."""
+    text = "\n\n".join(paragraphs)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
 def write_pages(app, config):
     """Write the first page of each folder, and the pages of the API."""
     source, api = Path(app.srcdir), Path(app.srcdir, "api")
@@ -186,7 +193,7 @@ def write_pages(app, config):
         books, text = chapters(folder)
         lines = [f"# {title}", text, "## Chapters", *(book.entry() for book in books)]
         lines += [toctree(*(book.path.stem for book in books))]
-        (folder / "index.md").write_text("\n\n".join(lines), encoding="utf-8")
+        write(folder / "index.md", *lines)
 
         books = [book for book in books if book.module]
         if not books:
@@ -194,7 +201,7 @@ def write_pages(app, config):
         lines = [f"# {title}", f"Explained in [the book](/{folder.name}/index.md)."]
         lines += [book.api_entry() for book in books]
         lines += [toctree(*(book.module for book in books))]
-        (api / f"{folder.name}.md").write_text("\n\n".join(lines), encoding="utf-8")
+        write(api / f"{folder.name}.md", *lines)
         for book in books:
             PLACES.update(book.places())
             text = MODULE.format(
@@ -204,7 +211,7 @@ def write_pages(app, config):
                 module=book.module,
                 constants=book.constants(),
             )
-            (api / f"{book.module}.md").write_text(text, encoding="utf-8")
+            write(api / f"{book.module}.md", text)
 
 
 # ---- a notebook as it is shown ------------------------------------------------------
