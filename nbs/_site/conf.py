@@ -31,8 +31,8 @@ exclude_patterns = ["_site", "cards.md", "html", "**/.ipynb_checkpoints"]
 suppress_warnings = ["config.cache"]  # functions in the settings
 smartquotes = False  # in prose alone, by MyST: not in docstrings
 nitpicky = True
-# names of other projects are not looked up: that would take a network
-nitpick_ignore_regex = [("py:.*", r"(?!selfflow\.).*")]
+# other projects would take a network, and private names have no entry
+nitpick_ignore_regex = [("py:.*", r"(?!selfflow\.).*|.*\._\w+")]
 
 # notebooks
 nb_execution_mode = "off"  # stored outputs are shown
