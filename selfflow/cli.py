@@ -540,7 +540,8 @@ def notebook(
 def app(folder: Path = Path("runs"), port: int = 8866, browser: bool = True) -> None:
     """Show the workbench of a folder of runs in a browser, until Ctrl-C.
 
-    It can be reached from this machine only. If there is no run, one is trained.
+    It can be reached from this machine only. The trained models that come with the
+    project are listed after the runs.
 
     Args:
         folder: Folder of runs.

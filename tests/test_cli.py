@@ -415,7 +415,7 @@ def test_help_and_typing_errors_need_no_torch(line):
 def test_the_version_is_printed_and_presets_are_all_listed(capsys, monkeypatch):
     main(["--version"])
     assert capsys.readouterr().out == f"selfflow {__version__}\n"
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     assert f"--preset {{{','.join(PRESETS)}}}" in capsys.readouterr().out

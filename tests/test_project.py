@@ -18,6 +18,7 @@ import pytest
 from selfflow.analysis.factors import HEADS
 from selfflow.analysis.judge import judge_for
 from selfflow.data.sources import load
+from selfflow.training.models import model, shipped_models
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*/*.ipynb"))
@@ -239,7 +240,7 @@ def copy(tmp_path):
             tmp_path / name,
             ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
         )
-    for name in ("judges", "fashion"):
+    for name in ("judges", "fashion", "models"):
         shutil.copytree(ROOT / "data" / name, tmp_path / "data" / name)
     for name in (
         "README.md",
@@ -301,11 +302,13 @@ from pathlib import Path
 import selfflow
 from selfflow.analysis import judge
 from selfflow.data.sources import load
+from selfflow.training.models import model, shipped_models
 assert Path(selfflow.__file__).is_relative_to(sys.argv[1]), selfflow.__file__
 judge.train_judge_for = None  # nothing is trained
 shipped = {name: judge.judge_for(name) for name in judge.HEADS if name != "digits"}
 shipped["data of fashion"] = load("fashion")
-print({name: one.fingerprint for name, one in shipped.items()})
+models = {name: model(name, "cpu").exported["sha256"] for name in shipped_models()}
+print({name: one.fingerprint for name, one in shipped.items()} | models)
 """
 
 
@@ -355,6 +358,7 @@ def test_a_wheel_holds_the_same_judges_and_pictures_as_the_checkout(
     assert shown.returncode == 0, shown.stderr
     shipped = {name: judge_for(name).fingerprint for name in HEADS if name != "digits"}
     shipped["data of fashion"] = load("fashion").fingerprint
+    shipped |= {name: model(name).exported["sha256"] for name in shipped_models()}
     assert ast.literal_eval(shown.stdout) == shipped, "and says nothing else"
     assert not list(installed.glob("data*"))
 
@@ -419,7 +423,9 @@ def test_no_paths_of_one_machine_no_pickle_no_large_files():
         r"|allow_pickle=True|trust_remote_code"
     )
     for path in tracked():
-        largest = 5_000_000 if path.parent == ROOT / "data/fashion" else 600_000
+        shipped = ROOT / "data/fashion", ROOT / "data/models"
+        large = any(path.is_relative_to(folder) for folder in shipped)
+        largest = 5_000_000 if large else 600_000
         assert path.stat().st_size < largest, path
         if path.suffix in {
             ".py",

@@ -180,10 +180,11 @@ class FeatureOptions:
     distance: str = "cosine"  # of the features: cosine, smooth_l1 or l2
     # the target's features: raw, centred or standardised
     normalise: str = "raw"
-    # shares of all steps: gamma rises from 0 over the first rep_warmup, falls to 0
-    # over the rep_decay before rep_until, and is 0 from there on
+    # share of all steps over which gamma rises from 0
     rep_warmup: float = 0.0
+    # share of all steps over which gamma falls to 0, before rep_until
     rep_decay: float = 0.0
+    # share of all steps after which gamma is 0
     rep_until: float = 1.0
 
     def __post_init__(self):

@@ -345,6 +345,9 @@ _MADE_DATA = {
     "training.sample_every": 2000,
 }
 _CAPTIONED = {**_MADE_DATA, "data.patch": 4, "data.condition": "caption"}
+# the paper's kind of backbone for text-to-image, 128 wide, with 2 + 4 blocks
+_FLUX2 = {name: value for name, value in _CAPTIONED.items() if name != "model.width"}
+_FLUX2 |= {"model.name": "flux2", "model.head_width": 32}
 _VIDEO = {**_MADE_DATA, "data.patch": 4, "training.batch": 16}
 
 _IMAGENET = {
@@ -377,6 +380,7 @@ _PRESET_SETTINGS: dict[str, dict[str, Any]] = {
         "training.sample_every": 100,
     },
     "shapes": {**_CAPTIONED, "data.name": "shapes"},
+    "flux2-small": {**_FLUX2, "data.name": "shapes"},
     "emblems": {**_CAPTIONED, "data.name": "emblems"},
     "motion": {**_VIDEO, "data.name": "motion"},
     "notes": {**_MADE_DATA, "data.name": "notes"},

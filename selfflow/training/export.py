@@ -8,10 +8,12 @@ __all__ = ['export', 'load']
 # %% ../../nbs/3_training/12_export.ipynb #eacd7a16
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..checks import choose
 from ..data.sources import Outline
@@ -160,6 +162,20 @@ def _spent(run: Run) -> dict:
     return {"seconds": seconds, "device": timing["device"].iloc[-1]}
 
 
+def _in_dtype(run: Run, weights: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    kind = getattr(torch, dtype)
+    cast = {
+        name: value.to(kind) if value.is_floating_point() else value
+        for name, value in weights.items()
+    }
+    if not all(value.isfinite().all() for value in cast.values()):
+        raise ValueError(
+            f"the weights of {run.path} exceed the range of {dtype}; use bfloat16 or "
+            "float32"
+        )
+    return cast
+
+
 def export(
     run: Run | Path | str,
     folder: Path | str,
@@ -169,7 +185,8 @@ def export(
 ) -> Path:
     """Write a run's averaged weights, config and model card to a folder and return it.
 
-    An earlier export in the folder is replaced.
+    The objective's head goes with them, so that student and teacher can be compared. An
+    earlier export in the folder is replaced.
 
     Args:
         dtype: Dtype of the weights in the file: float32, bfloat16 or float16. The model
@@ -186,16 +203,10 @@ def export(
     run = run if isinstance(run, Run) else Run.open(run, "cpu")
     folder = Path(folder)
     _check_place(folder)
-    kind = getattr(torch, dtype)
-    weights = {
-        name: value.to(kind) if value.is_floating_point() else value
-        for name, value in run.teacher.state_dict().items()
-    }
-    if not all(value.isfinite().all() for value in weights.values()):
-        raise ValueError(
-            f"the weights of {run.path} exceed the range of {dtype}; use bfloat16 or "
-            "float32"
-        )
+    weights = _in_dtype(run, run.teacher.state_dict(), dtype)
+    head = {}
+    with suppress(FileNotFoundError):  # an earlier export may have none
+        head = _in_dtype(run, run.load("objective"), dtype)
     outline = _outline_of(run)
     stored = run.stored()
     stored["outline"] = {name: asdict(data) for name, data in outline.items()}
@@ -210,6 +221,10 @@ def export(
                 "metrics": metrics or run.exported.get("metrics", {}),
                 **_spent(run),
             }
+            if head:
+                file = staging / "objective.safetensors"
+                write_tensors(file, head)
+                stored["exported"]["objective_sha256"] = sha256(file)
             card = _model_card(run, outline, stored["exported"], license)
             (staging / "README.md").write_text(card, encoding="utf-8")
             for file in staging.iterdir():

@@ -526,7 +526,7 @@ class Run:
         Open the run again for a newer one.
         """
         if self.exported:
-            self._check_export()
+            self._check_exported("model", self.exported["sha256"])
             return self.path
         path = self.latest()
         if path is None:
@@ -535,11 +535,11 @@ class Run:
             )
         return path
 
-    def _check_export(self) -> None:
-        file = self.path / "model.safetensors"
+    def _check_exported(self, part: str, checksum: str) -> None:
+        file = self.path / f"{part}.safetensors"
         if not file.is_file():
             raise ValueError(f"{file} is missing; export or copy the model again")
-        if sha256(file) != self.exported["sha256"]:
+        if sha256(file) != checksum:
             raise ValueError(f"{file} is damaged; export or copy the model again")
 
     def load(self, part: str) -> dict[str, Tensor]:
@@ -550,12 +550,14 @@ class Run:
         """
         if not self.exported:
             return read_part(self.checkpoint, part)
-        if part not in ("model", "teacher"):
-            raise FileNotFoundError(
-                f"{self.path} holds an exported model, which has averaged weights only "
-                f"and no {part}"
-            )
-        return read_part(self.checkpoint, "model")
+        if part in ("model", "teacher"):
+            return read_part(self.checkpoint, "model")
+        if part == "objective" and "objective_sha256" in self.exported:
+            self._check_exported(part, self.exported["objective_sha256"])
+            return read_part(self.checkpoint, part)
+        raise FileNotFoundError(
+            f"{self.path} holds an exported model, which has no {part}"
+        )
 
     def state(self) -> dict:
         """Return state.json of the checkpoint: format, step, device, torch version.

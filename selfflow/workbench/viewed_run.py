@@ -7,6 +7,7 @@ __all__ = ['KINDS', 'schedule_of', 'levels_of', 'many_levels', 'View', 'Estimate
 
 # %% ../../nbs/7_workbench/05_viewed_run.ipynb #7ebe4501
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -225,8 +226,9 @@ class ViewedRun:
         )
         self.head: SelfFlow | None = None
         if isinstance(objective, SelfFlow):
-            self.head = objective.eval().requires_grad_(False)
-            self.head.load_state_dict(run.load("objective"))
+            with suppress(FileNotFoundError):  # a model exported without its head
+                objective.load_state_dict(run.load("objective"))
+                self.head = objective.eval().requires_grad_(False)
 
     @property
     def tokens(self) -> int:

@@ -606,6 +606,7 @@ def test_presets_are_the_published_settings():
         "digits",
         "digits-small",
         "shapes",
+        "flux2-small",
         "emblems",
         "motion",
         "notes",

@@ -143,3 +143,23 @@ def test_an_export_is_listed_as_one(runs, tmp_path):
     listing.look()
     assert listing.runs["exported"].state == "exported at step 12"
     assert Run.open(place, "cpu").sample([1], steps=1)["image"].isfinite().all()
+
+
+def test_the_head_goes_with_the_weights_and_is_compared_with_its_checksum(
+    runs, tmp_path
+):
+    run = runs["tiny"]
+    place = export(run, tmp_path / "model")
+    model = load(place, "cpu")
+    for name, value in run.load("objective").items():
+        assert torch.equal(model.load("objective")[name], value)
+    again = load(export(model, tmp_path / "again"), "cpu")
+    assert again.load("objective").keys() == run.load("objective").keys()
+    with pytest.raises(FileNotFoundError, match="which has no optimizer"):
+        model.load("optimizer")
+    (place / "objective.safetensors").write_bytes(b"other")
+    with pytest.raises(ValueError, match="objective.safetensors is damaged"):
+        load(place, "cpu").load("objective")
+    plain = load(export(runs["vanilla"], tmp_path / "vanilla"), "cpu")
+    with pytest.raises(FileNotFoundError, match="which has no objective"):
+        plain.load("objective")

@@ -4,6 +4,7 @@ Pure functions, changes that overtake each other, and bad input.
 """
 
 import io
+import json
 import threading
 import time
 
@@ -22,6 +23,7 @@ from selfflow.method.flow import LogitNormal, Uniform
 from selfflow.method.options import ModelConfig, ObjectiveConfig
 from selfflow.method.schedule import NoiseLevels
 from selfflow.training.config import Config, TrainConfig
+from selfflow.training.export import export, load
 from selfflow.training.loop import train
 from selfflow.workbench.asymmetry import compute, describe, draw, explore
 from selfflow.workbench.boards import Board, Panel, Plot, coloured, draw_panels
@@ -572,3 +574,12 @@ def test_other_densities_change_how_levels_lie(viewed):
         for shift in (1.0, 10.0)
     )
     assert shifted["t"] > plain["t"] and shifted["s"] > plain["s"]
+
+
+def test_an_exported_model_shows_the_cosine_if_its_head_was_exported(runs, tmp_path):
+    place = export(runs["tiny"], tmp_path / "model")
+    assert ViewedRun(load(place, "cpu"), count=2).head is not None
+    config = json.loads((place / "config.json").read_text())
+    del config["exported"]["objective_sha256"]  # as exports without a head
+    (place / "config.json").write_text(json.dumps(config))
+    assert ViewedRun(load(place, "cpu"), count=2).head is None
