@@ -194,8 +194,8 @@ def write_pages(app, config):
         name = folder.name.partition("_")[2] or folder.name
         title = TITLES.get(name, name.capitalize())
         books, text = chapters(folder)
-        lines = [f"# {title}", text, "## Chapters", *(book.entry() for book in books)]
-        lines += [toctree(*(book.path.stem for book in books))]
+        lines = [f"# {title}", text, toctree(*(book.path.stem for book in books))]
+        lines += ["## Chapters", *(book.entry() for book in books)]
         write(folder / "index.md", *lines)
 
         books = [book for book in books if book.module]
