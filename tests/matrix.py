@@ -434,8 +434,13 @@ def _asymmetry_notebook(run: Path, place: Path) -> None:
     _notebook(
         "asymmetry",
         run,
-        '"../../runs/shapes-self_flow"',
-        **{"count=8 if tiny else 96": "count=8"},
+        '"fashion-self-flow"',
+        **{
+            "from selfflow.training.models import model": (
+                "from selfflow.training.run import Run\nmodel = Run.open"
+            ),
+            "count=8 if tiny else 96": "count=8",
+        },
     )
 
 

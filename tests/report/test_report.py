@@ -699,6 +699,19 @@ def words_of(text):
     return " ".join(re.findall(r"\w+", text))
 
 
+def help_of(part):
+    "The comment of each field, next to it or above it."
+    explained, above = {}, []
+    for line in inspect.getsource(part).splitlines():
+        if comment := re.match(r"    # (.+)$", line):
+            above.append(comment[1])
+            continue
+        if field := re.match(r"    (\w+): [^#]+(?:  # (.+))?$", line):
+            explained[field[1]] = field[2] or " ".join(above)
+        above = []
+    return {name: text for name, text in explained.items() if text}
+
+
 def test_the_installed_command_has_help_for_every_field():
     command = Path(sys.executable).with_name("selfflow")
     done = subprocess.run(
@@ -714,10 +727,9 @@ def test_the_installed_command_has_help_for_every_field():
         FeatureOptions,
         TrainConfig,
     ):
-        source = inspect.getsource(part)
-        lines = re.findall(r"^    (\w+): .+?  # (.+)$", source, re.M)
-        assert lines
-        for name, text in lines:
+        explained = help_of(part)
+        assert explained
+        for name, text in explained.items():
             if isinstance(part, Named) and name == "name":
                 text = f"one of {', '.join(part.registry)}"
             assert words_of(name.replace("_", "-")) in shown, name

@@ -13,12 +13,13 @@ from selfflow.workbench.page import tools_on_page
 CELL = """
 from dataclasses import replace
 from selfflow.training.config import PRESETS
-from selfflow.workbench.page import workbench
+from selfflow.workbench.page import Workbench
 config = PRESETS["digits-small"]
 training = replace(config.training, steps=1_000_000, batch=8, shards=1,
                    validate_every=1_000_000, validation=8,
                    save_every=1_000_000, sample_every=0)
-bench = workbench("front", (replace(config, name="self-flow", training=training),))
+config = replace(config, name="self-flow", training=training)
+bench = Workbench("front", configs=(config,), models={})
 bench
 """
 KERNEL = "window.jupyterapp.shell.currentWidget.sessionContext.session.kernel"
