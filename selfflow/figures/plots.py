@@ -42,7 +42,8 @@ def to_png(figure: Figure, dpi: int = 100) -> bytes:
     image = Image.open(buffer).convert("RGB")
     few = image.quantize(method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     # the palette's white is 254: a page that is inverted in dark mode would show it
-    few.putpalette([255 if value == 254 else value for value in few.getpalette()])
+    palette = few.getpalette() or []
+    few.putpalette([255 if value == 254 else value for value in palette])
     change = np.asarray(few.convert("RGB"), int) - np.asarray(image, int)
     buffer = io.BytesIO()
     smallest = few if np.abs(change).max() <= _INVISIBLE else image
