@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -202,7 +203,13 @@ def served(runs, folder):
     log = folder / "app.log"
     with log.open("w") as file:
         server = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=folder,
+            # a suite that runs in the background passes on that Ctrl-C is ignored
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
     try:
         end, form = (
