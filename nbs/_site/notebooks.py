@@ -32,7 +32,7 @@ PLACES = {}  # of the public names: where in the book they are defined
 
 
 class Notebook:
-    """What the site has to know of a notebook."""
+    """A notebook with its title, readers, folder and exported module."""
 
     def __init__(self, path):
         self.path = path

@@ -228,7 +228,7 @@ class Reader(nn.Module):
     def __init__(self, view: str, heads: dict[str, tuple[str, ...]], rate: int = 0):
         super().__init__()
         self.view = view
-        self.signal = _SIGNAL_OF.get(view, view)  # the others are views of themselves
+        self.signal = _SIGNAL_OF.get(view, view)  # others have its name
         self.rate = rate
         conv: type[nn.Module] = nn.Conv3d if view == "video" else nn.Conv2d
         norm: type[nn.Module] = nn.BatchNorm3d if view == "video" else nn.BatchNorm2d

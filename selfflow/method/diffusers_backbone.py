@@ -332,7 +332,7 @@ class Call:
         labels: Classes (b,), for a family without text.
         part: Of the sequence.
         places: Of the tokens, (n, 4).
-        guidance: Its strength, for models that are told it.
+        guidance: Strength, an input of distilled models.
     """
 
     x: Tensor
@@ -386,9 +386,19 @@ class Family:
         """Yield the modules that are replaced, with their new forwards."""
         raise NotImplementedError
 
+    def arguments(self, model: Any, call: Call) -> dict:
+        """Return the inputs of the model's forward, without the time."""
+        return {
+            "hidden_states": self.as_signal(model, call),
+            "encoder_hidden_states": call.text,
+        }
+
     def run(self, model: Any, call: Call) -> Tensor:
         """Return the velocities (b, n, c)."""
-        raise NotImplementedError
+        arguments = self.arguments(model, call)
+        output = model(timestep=call.times, return_dict=False, **arguments)[0]
+        # some models put their tokens together again, others return them
+        return self.as_tokens(model, output) if output.ndim > 3 else output
 
     def as_signal(self, model: Any, call: Call) -> Tensor:
         """Put tokens together: (b, c, h, w), or (b, c, f, h, w) with `video`."""
@@ -412,6 +422,12 @@ class Family:
         )
 
 # %% ../../nbs/1_method/15_diffusers_backbone.ipynb #32e5c3f8
+def _guidance(model: Any, call: Call) -> Tensor | None:
+    if not model.config.guidance_embeds:
+        return None
+    return call.x.new_full((len(call.x),), call.guidance)
+
+
 class Flux2(Family):
     """Flux2Transformer2DModel: text first in the joint stream."""
 
@@ -440,23 +456,18 @@ class Flux2(Family):
         yield model.single_stream_modulation, partial(modulation_of, to="joint")
         yield model.norm_out, norm_continuous
 
-    def run(self, model: Any, call: Call) -> Tensor:
+    def arguments(self, model: Any, call: Call) -> dict:
         assert call.text is not None
         text_places = call.places.new_zeros(call.text.shape[1], 4)
         device = text_places.device
         text_places[:, 3] = torch.arange(len(text_places), device=device)
-        guidance = None
-        if model.config.guidance_embeds:
-            guidance = call.x.new_full((len(call.x),), call.guidance)
-        return model(
-            hidden_states=call.x,
-            encoder_hidden_states=call.text,
-            timestep=call.times,
-            img_ids=call.places,
-            txt_ids=text_places,
-            guidance=guidance,
-            return_dict=False,
-        )[0]
+        return {
+            "hidden_states": call.x,
+            "encoder_hidden_states": call.text,
+            "img_ids": call.places,
+            "txt_ids": text_places,
+            "guidance": _guidance(model, call),
+        }
 
 # %% ../../nbs/1_method/15_diffusers_backbone.ipynb #670b65e4
 class Wan(Family):
@@ -488,15 +499,6 @@ class Wan(Family):
     def replaced(self, model: Any) -> Iterator[tuple[nn.Module, Callable]]:
         yield model.condition_embedder, wan_times
 
-    def run(self, model: Any, call: Call) -> Tensor:
-        signal = model(
-            hidden_states=self.as_signal(model, call),
-            timestep=call.times,
-            encoder_hidden_states=call.text,
-            return_dict=False,
-        )[0]
-        return self.as_tokens(model, signal)
-
 
 class LTX(Family):
     """LTXVideoTransformer3DModel; its tokens are latents of one place."""
@@ -521,19 +523,17 @@ class LTX(Family):
     def replaced(self, model: Any) -> Iterator[tuple[nn.Module, Callable]]:
         yield model.time_embed, single_times
 
-    def run(self, model: Any, call: Call) -> Tensor:
+    def arguments(self, model: Any, call: Call) -> dict:
         assert call.text is not None
         moments, rows, columns = call.part.grid
-        return model(
-            hidden_states=call.x,
-            encoder_hidden_states=call.text,
-            timestep=call.times,
-            encoder_attention_mask=call.text.new_ones(call.text.shape[:2]),
-            num_frames=moments,
-            height=rows,
-            width=columns,
-            return_dict=False,
-        )[0]
+        return {
+            "hidden_states": call.x,
+            "encoder_hidden_states": call.text,
+            "encoder_attention_mask": call.text.new_ones(call.text.shape[:2]),
+            "num_frames": moments,
+            "height": rows,
+            "width": columns,
+        }
 
 # %% ../../nbs/1_method/15_diffusers_backbone.ipynb #47a0cab2
 def _pooled(text: Tensor, width: int) -> Tensor:
@@ -571,16 +571,10 @@ class SD3(Family):
             yield block.norm1_context, partial(context, to="text")
         yield model.norm_out, norm_continuous
 
-    def run(self, model: Any, call: Call) -> Tensor:
+    def arguments(self, model: Any, call: Call) -> dict:
         assert call.text is not None
-        signal = model(
-            hidden_states=self.as_signal(model, call),
-            encoder_hidden_states=call.text,
-            pooled_projections=_pooled(call.text, model.config.pooled_projection_dim),
-            timestep=call.times,
-            return_dict=False,
-        )[0]
-        return self.as_tokens(model, signal)
+        pooled = _pooled(call.text, model.config.pooled_projection_dim)
+        return super().arguments(model, call) | {"pooled_projections": pooled}
 
 # %% ../../nbs/1_method/15_diffusers_backbone.ipynb #6fbfc258
 class Flux(Family):
@@ -615,21 +609,17 @@ class Flux(Family):
             yield block.norm, partial(norm_zero, to="joint")
         yield model.norm_out, norm_continuous
 
-    def run(self, model: Any, call: Call) -> Tensor:
+    def arguments(self, model: Any, call: Call) -> dict:
         assert call.text is not None
-        guidance = None
-        if model.config.guidance_embeds:
-            guidance = call.x.new_full((len(call.x),), call.guidance)
-        return model(
-            hidden_states=call.x,
-            encoder_hidden_states=call.text,
-            pooled_projections=_pooled(call.text, model.config.pooled_projection_dim),
-            timestep=call.times,
-            img_ids=call.places[:, :3],
-            txt_ids=call.places.new_zeros(call.text.shape[1], 3),
-            guidance=guidance,
-            return_dict=False,
-        )[0]
+        pooled = _pooled(call.text, model.config.pooled_projection_dim)
+        return {
+            "hidden_states": call.x,
+            "encoder_hidden_states": call.text,
+            "pooled_projections": pooled,
+            "img_ids": call.places[:, :3],
+            "txt_ids": call.places.new_zeros(call.text.shape[1], 3),
+            "guidance": _guidance(model, call),
+        }
 
 # %% ../../nbs/1_method/15_diffusers_backbone.ipynb #828f5b6b
 class DiT(Family):
@@ -656,14 +646,11 @@ class DiT(Family):
             yield block.norm1.emb, labelled_times
         yield model.proj_out_1, output_table
 
-    def run(self, model: Any, call: Call) -> Tensor:
-        signal = model(
-            hidden_states=self.as_signal(model, call),
-            timestep=call.times,
-            class_labels=call.labels,
-            return_dict=False,
-        )[0]
-        return self.as_tokens(model, signal)
+    def arguments(self, model: Any, call: Call) -> dict:
+        return {
+            "hidden_states": self.as_signal(model, call),
+            "class_labels": call.labels,
+        }
 
 
 class PixArt(Family):
@@ -688,15 +675,6 @@ class PixArt(Family):
 
     def replaced(self, model: Any) -> Iterator[tuple[nn.Module, Callable]]:
         yield model.adaln_single, partial(single_times, table=True)
-
-    def run(self, model: Any, call: Call) -> Tensor:
-        signal = model(
-            hidden_states=self.as_signal(model, call),
-            encoder_hidden_states=call.text,
-            timestep=call.times,
-            return_dict=False,
-        )[0]
-        return self.as_tokens(model, signal)
 
 
 FAMILIES: dict[str, Family] = {
@@ -760,7 +738,7 @@ class DiffusersBackbone(nn.Module):
         caption_level: The text's tokens are at the "mean" level of their sample, or
             "clean"; for families that modulate them.
         caption_stride: Bytes of a caption in one vector.
-        guidance: Of a distilled model that is told its strength.
+        guidance: Strength, an input of distilled models.
 
     Raises:
         ValueError: For another class, and for inputs that do not fit the model.

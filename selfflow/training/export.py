@@ -154,7 +154,9 @@ def _outline_of(run: Run) -> dict[str, Outline]:
 def _spent(run: Run) -> dict:
     "Return the seconds and the device of a run's training up to its checkpoint."
     if run.exported:
-        return {name: run.exported[name] for name in ("seconds", "device")}
+        # an export of an earlier version has neither
+        seconds = run.exported.get("seconds", 0.0)
+        return {"seconds": seconds, "device": run.exported.get("device", "")}
     timing = run.timing
     if timing.empty:
         return {"seconds": 0.0, "device": ""}

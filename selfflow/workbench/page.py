@@ -202,7 +202,11 @@ class Workbench:
     # the runs
 
     def _find(self) -> dict[str, Path]:
-        return {**runs_in(self.folder), **self.models}
+        runs = runs_in(self.folder)
+        for name, path in self.models.items():
+            # a run of the same name is not hidden
+            runs[f"{name} (of the project)" if name in runs else name] = path
+        return runs
 
     def _usable(self) -> list[Path]:
         "Runs that have a checkpoint."

@@ -66,6 +66,12 @@ def test_the_card_names_data_steps_and_losses(runs, tmp_path):
     assert f"on {run.timing['device'].iloc[-1]}" in card
     again = export(load(place, "cpu"), tmp_path / "again")
     assert "| accuracy | 0.75 |" in (again / "README.md").read_text()
+    config = json.loads((place / "config.json").read_text())
+    for name in ("metrics", "seconds", "device", "objective_sha256"):
+        del config["exported"][name]  # as an earlier version wrote it
+    (place / "config.json").write_text(json.dumps(config))
+    earlier = export(load(place, "cpu"), tmp_path / "earlier")
+    assert "training time not logged" in (earlier / "README.md").read_text()
     assert (
         f"{run.log['validation_flow_loss'].dropna().iloc[-1]:.4f}" in card
         and "12 steps" in card

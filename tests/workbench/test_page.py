@@ -147,6 +147,9 @@ def test_models_of_the_project_stand_after_the_runs_and_are_there_at_once(
     begun = Workbench(runs["tiny"].path.parent, (WORDS,), QUICK, models)
     assert begun.run.value in runs_in(begun.folder).values()
     assert list(begun.runs)[-2:] == ["plain", "own-self-flow"]
+    same = Workbench(begun.folder, (WORDS,), QUICK, {"tiny": models["plain"]})
+    assert same.runs["tiny"] == runs["tiny"].path, "a run of this name is not hidden"
+    assert same.runs["tiny (of the project)"] == models["plain"]
 
 
 def test_a_failed_training_is_reported(tmp_path):
