@@ -30,7 +30,9 @@ test: setup  ## in step, form, types, every notebook executed, all tests
 	$(BIN)/pytest -n 2 --durations 25
 
 lab: setup  ## JupyterLab on nbs/, at the workbench
-	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/studies/workbench.ipynb nbs
+	@# in a container the user is often root, whom Jupyter refuses by default
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) \
+	  --LabApp.default_url=/lab/tree/studies/workbench.ipynb nbs
 
 # Sphinx reads a copy of nbs/, in which the site's own pages lie beside the notebooks.
 docs: setup .venv/.docs  ## the site: notebooks and API as pages, in _docs/html; links are checked
