@@ -27,6 +27,7 @@ import traitlets
 from PIL import Image, ImageFont
 
 from ..checks import choose
+from ..figures.plots import small_png
 from ..registries import Registry
 
 # %% ../../nbs/7_workbench/01_controls.ipynb #9d50b79b
@@ -77,7 +78,7 @@ class Still:
         return f"{type(self).__name__} of {width} x {height} pixels"
 
     def _repr_png_(self) -> bytes:
-        return png_of(self.image.quantize(128, dither=Image.Dither.NONE), level=9)
+        return small_png(self.image)
 
 # %% ../../nbs/7_workbench/01_controls.ipynb #8155e55e
 # Given as dicts, not as objects: each control makes a style and a layout of its own.
