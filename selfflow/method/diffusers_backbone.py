@@ -333,6 +333,10 @@ class Call:
         part: Of the sequence.
         places: Of the tokens, (n, 4).
         guidance: Strength, an input of distilled models.
+        pooled: One vector for each text, (b, p).
+        mask: Tokens of the text that are no padding, (b, m) bool; None = all.
+        coordinates: The places, if they were given and are not those of the part.
+        place_scale: Seconds of a moment and pixels of a row and of a column.
     """
 
     x: Tensor
@@ -342,6 +346,10 @@ class Call:
     part: Part
     places: Tensor
     guidance: float = 1.0
+    pooled: Tensor | None = None
+    mask: Tensor | None = None
+    coordinates: Tensor | None = None
+    place_scale: tuple[float, float, float] | None = None
 
 
 class Family:
@@ -356,6 +364,9 @@ class Family:
     rotary = False  # `coordinates` can be given
     modulates_text = False  # the text's tokens have a noise level
     labels_only = False  # conditioned on classes, without a text
+    pools_text = False  # takes one vector for a text in addition
+    # of the published weights' places, see `Call`; None = they are numbered
+    place_scale: tuple[float, float, float] | None = None
     predicts = "velocity"  # of the published weights
     output = "proj_out"  # the last linear map
 
@@ -501,10 +512,16 @@ class Wan(Family):
 
 
 class LTX(Family):
-    """LTXVideoTransformer3DModel; its tokens are latents of one place."""
+    """LTXVideoTransformer3DModel; its tokens are latents of one place.
+
+    The published weights know places in seconds and pixels of the video, of which a
+    latent has 8 frames, at 25 a second, and 32 x 32 pixels.
+    """
 
     model_class = "LTXVideoTransformer3DModel"
     video = True
+    rotary = True
+    place_scale = (8 / 25, 32, 32)
 
     def shape(self, options: dict) -> dict:
         width = options["heads"] * options["head_width"]
@@ -526,17 +543,39 @@ class LTX(Family):
     def arguments(self, model: Any, call: Call) -> dict:
         assert call.text is not None
         moments, rows, columns = call.part.grid
+        mask = call.mask
+        if mask is None:
+            mask = torch.ones_like(call.text[..., 0])
+        places: dict[str, Any] = {"rope_interpolation_scale": call.place_scale}
+        if call.coordinates is not None:
+            places = {"video_coords": self._coordinates(model.rope, call)}
         return {
             "hidden_states": call.x,
             "encoder_hidden_states": call.text,
-            "encoder_attention_mask": call.text.new_ones(call.text.shape[:2]),
+            "encoder_attention_mask": mask.to(call.text.dtype),
             "num_frames": moments,
             "height": rows,
             "width": columns,
+            **places,
         }
 
+    def _coordinates(self, rope: Any, call: Call) -> Tensor:
+        """Return given places as the model's rotary positions take them, (b, 3, n)."""
+        assert call.coordinates is not None
+        # they are divided by these numbers later
+        scale = (rope.base_num_frames, rope.base_height, rope.base_width)
+        if call.place_scale is not None:
+            patch = (rope.patch_size_t, rope.patch_size, rope.patch_size)
+            scale = tuple(a * b for a, b in zip(call.place_scale, patch, strict=True))
+        scaled = call.coordinates[:, :3] * call.coordinates.new_tensor(scale)
+        return scaled.T.expand(len(call.x), -1, -1)
+
 # %% ../../nbs/1_method/15_diffusers_backbone.ipynb #47a0cab2
-def _pooled(text: Tensor, width: int) -> Tensor:
+def _pooled(call: Call, width: int) -> Tensor:
+    text = call.text
+    assert text is not None
+    if call.pooled is not None:
+        return call.pooled.to(text.dtype)
     if text.shape[-1] == width:
         return text.mean(1)
     return text.new_zeros(len(text), width)
@@ -547,6 +586,7 @@ class SD3(Family):
 
     model_class = "SD3Transformer2DModel"
     modulates_text = True
+    pools_text = True
 
     def shape(self, options: dict) -> dict:
         width = options["heads"] * options["head_width"]
@@ -572,8 +612,7 @@ class SD3(Family):
         yield model.norm_out, norm_continuous
 
     def arguments(self, model: Any, call: Call) -> dict:
-        assert call.text is not None
-        pooled = _pooled(call.text, model.config.pooled_projection_dim)
+        pooled = _pooled(call, model.config.pooled_projection_dim)
         return super().arguments(model, call) | {"pooled_projections": pooled}
 
 # %% ../../nbs/1_method/15_diffusers_backbone.ipynb #6fbfc258
@@ -584,6 +623,7 @@ class Flux(Family):
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     rotary = True
     modulates_text = True
+    pools_text = True
 
     def shape(self, options: dict) -> dict:
         # time gets an eighth, rows and columns share the rest; all are even
@@ -611,7 +651,7 @@ class Flux(Family):
 
     def arguments(self, model: Any, call: Call) -> dict:
         assert call.text is not None
-        pooled = _pooled(call.text, model.config.pooled_projection_dim)
+        pooled = _pooled(call, model.config.pooled_projection_dim)
         return {
             "hidden_states": call.x,
             "encoder_hidden_states": call.text,
@@ -676,6 +716,13 @@ class PixArt(Family):
     def replaced(self, model: Any) -> Iterator[tuple[nn.Module, Callable]]:
         yield model.adaln_single, partial(single_times, table=True)
 
+    def arguments(self, model: Any, call: Call) -> dict:
+        arguments = super().arguments(model, call)
+        if call.mask is not None:
+            assert call.text is not None
+            arguments["encoder_attention_mask"] = call.mask.to(call.text.dtype)
+        return arguments
+
 
 FAMILIES: dict[str, Family] = {
     "flux2": Flux2(),
@@ -739,12 +786,19 @@ class DiffusersBackbone(nn.Module):
             "clean"; for families that modulate them.
         caption_stride: Bytes of a caption in one vector.
         guidance: Strength, an input of distilled models.
+        place_scale: Seconds of a moment and pixels of a row and of a column, which
+            published weights of LTX expect; None = places are numbered.
 
     Raises:
         ValueError: For another class, and for inputs that do not fit the model.
     """
 
     places: Tensor
+    # why something that other backbones can do is refused
+    reasons: ClassVar[dict[str, str]] = {
+        "blocks": "its blocks are unmodified code of diffusers, which is called with "
+        "objects in the place of a timestep"
+    }
 
     def __init__(
         self,
@@ -753,6 +807,7 @@ class DiffusersBackbone(nn.Module):
         caption_level: str = "mean",
         caption_stride: int = 4,
         guidance: float = 1.0,
+        place_scale: tuple[float, float, float] | None = None,
     ):
         super().__init__()
         self.family = family_of(model)
@@ -760,6 +815,7 @@ class DiffusersBackbone(nn.Module):
         choose(caption_level, ("mean", "clean"), "caption_level")
         self.caption_level = caption_level
         self.guidance = guidance
+        self.place_scale = place_scale
         self._check_fit(model)
         self.model = model
         text_width = self.family.text_width(self.model.config)
@@ -776,7 +832,12 @@ class DiffusersBackbone(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the settings that do not follow from the weights, as JSON."""
-        own = {"caption_level": self.caption_level, "guidance": self.guidance}
+        own: dict[str, Any] = {
+            "caption_level": self.caption_level,
+            "guidance": self.guidance,
+        }
+        if self.place_scale is not None:
+            own["place_scale"] = self.place_scale
         for name, value in self.model.config.items():
             if not name.startswith("_"):  # such as the version of diffusers
                 own[name] = value
@@ -845,7 +906,7 @@ class DiffusersBackbone(nn.Module):
             ValueError: For inputs that do not fit, and after `close`.
         """
         self._check(x, levels, taps, stop, parts, coordinates)
-        values = self._values(x, condition)
+        values, pooled = self._values(x, condition)
         dtype = self.model.dtype
         text = None if self.text is None else self.text(values).to(dtype)
         text_tokens = 0
@@ -859,6 +920,10 @@ class DiffusersBackbone(nn.Module):
             part=self.inputs.parts[0],
             places=self.places if coordinates is None else coordinates,
             guidance=self.guidance,
+            pooled=pooled,
+            mask=self._mask(values),
+            coordinates=coordinates,
+            place_scale=self.place_scale,
         )
         features: dict[int, Tensor] = {}
         with ExitStack() as hooks:
@@ -873,8 +938,10 @@ class DiffusersBackbone(nn.Module):
                 return Output(None, features)
         return Output(velocity.to(x.dtype), features)
 
-    def _values(self, x: Tensor, condition: Condition | None) -> Tensor:
-        """Return the values of a condition, or those of none."""
+    def _values(
+        self, x: Tensor, condition: Condition | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return values and pooled vectors of a condition, or those of none."""
         inputs = self.inputs
         shape = [len(x)]
         if inputs.caption:
@@ -883,15 +950,26 @@ class DiffusersBackbone(nn.Module):
             shape.append(inputs.caption_width)
         dtype = x.dtype if len(shape) == 3 else torch.int64
         none = torch.zeros(shape, dtype=dtype, device=x.device)
-        expected = Condition(none, inputs.classes).unconditional()
+        pooled = x.new_zeros(len(x), inputs.pooled) if inputs.pooled else None
+        expected = Condition(none, inputs.classes, pooled).unconditional()
         if condition is None:
-            return expected.values
+            return expected.values, expected.pooled
         same = condition.values.shape == none.shape
-        if not same or condition.classes != inputs.classes:
+        if not same or str(condition) != str(expected):
             raise ValueError(
                 f"the condition is {condition}, the backbone expects {expected}"
             )
-        return condition.values
+        return condition.values, condition.pooled
+
+    def _mask(self, values: Tensor) -> Tensor | None:
+        """Return the tokens of an encoder's text that are no padding, (b, m) bool.
+
+        A text without tokens attends to its padding, which is all that it has.
+        """
+        if not self.inputs.caption_width:
+            return None
+        valid = values.ne(0).any(-1)
+        return valid | ~valid.any(1, keepdim=True)
 
     def _check(
         self,
@@ -936,6 +1014,17 @@ class DiffusersBackbone(nn.Module):
                 f"this {name} is in use by another backbone; close it first"
             )
         part = _one_part(self.inputs, self.family)
+        pooled = self.inputs.pooled
+        if pooled and not self.family.pools_text:
+            raise ValueError(
+                f"{name} takes no pooled vector of a text; leave data.pooled out"
+            )
+        if pooled and config.pooled_projection_dim != pooled:
+            raise ValueError(
+                f"the pooled vectors of the texts are {pooled} wide, but {name} "
+                f"expects {config.pooled_projection_dim}; name the encoders it was "
+                "made for (data.pooled)"
+            )
         patch = math.prod(self.family.patch(config))
         out = config.out_channels or config.in_channels
         if out != config.in_channels or part.channels != config.in_channels * patch:
@@ -1130,6 +1219,8 @@ def random_model(name: str, config: dict, inputs: Inputs) -> nn.Module:
     width = config["num_attention_heads"] * config["attention_head_dim"]
     text_width = inputs.caption_width or width
     fitted = family.fitted(config, part, text_width, inputs.classes)
+    if inputs.pooled and family.pools_text:
+        fitted["pooled_projection_dim"] = inputs.pooled
     sizes = {key: value for key, value in config.items() if not key.startswith("_")}
     model = _class_of(family)(**sizes | fitted)
     last = getattr(model, family.output)
@@ -1155,15 +1246,19 @@ def build_diffusers(
     `random_model` do.
     """
     family = FAMILIES[name]
+    place_scale = None
     if folder and start == "weights":
         model = read_model(folder, name)
+        place_scale = family.place_scale
     else:
         if folder:
             config = _config_of(Path(folder), family)
         else:
             config = family.shape(sizes)
         model = random_model(name, config, inputs)
-    return DiffusersBackbone(model, inputs, caption_level, caption_stride, guidance)
+    return DiffusersBackbone(
+        model, inputs, caption_level, caption_stride, guidance, place_scale
+    )
 
 
 build_flux2 = partial(build_diffusers, "flux2")

@@ -534,6 +534,7 @@ _FREE = {
     "training.parallel",
     "training.checkpointing",
     "data.encoder",
+    "data.pooled",
 }
 
 
