@@ -495,7 +495,9 @@ class Run:
         if not self.path.resolve().is_relative_to(shipped("models").resolve()):
             return self.path
         name = f"{self.path.name}-{self.exported['sha256'][:8]}"
-        return user_cache_path("selfflow") / "models" / name
+        place = user_cache_path("selfflow") / "models" / name
+        place.mkdir(parents=True, exist_ok=True)
+        return place
 
     def checkpoints(self) -> list[Path]:
         "Return all checkpoint folders (step-NNNNNNNN), oldest first, verified or not."

@@ -40,13 +40,17 @@ def test_what_is_drawn_and_measured_lies_in_the_cache_not_beside_the_model(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    run = model(NAMES[0], "cpu")
+    run = model("fashion-self-flow", "cpu")
     before = sorted(path.name for path in run.path.iterdir())
     main(["sample", str(run.path), "--steps", "2", "--labels", "0"])
     assert str(tmp_path) in capsys.readouterr().out
     assert run.records.is_relative_to(tmp_path)
     assert any((run.records / "samples").glob("*.safetensors"))
     assert FeatureStore.of(run).folder == run.records / "features"
+    main(
+        ["metrics", str(run.path), "--count", "12", "--steps", "1", "--resamples", "0"]
+    )
+    assert (run.records / "metrics.json").is_file()
     assert sorted(path.name for path in run.path.iterdir()) == before
 
 
