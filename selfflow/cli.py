@@ -347,7 +347,7 @@ def probe(
     from selfflow.training.run import Run
 
     opened = Run.open(run, device)
-    check_writable(run / "probes.json")
+    check_writable(opened.records / "probes.json")
     store = FeatureStore(features) if features else FeatureStore.of(opened)
     settings: dict[str, Any] = {
         "weights": weights,
@@ -367,7 +367,7 @@ def probe(
     print(f"Samples: {', '.join(chosen)}.")
     print(
         "The cell is chosen on validation, intervals are over test items. All cells: "
-        f"{run}/probes.json"
+        f"{opened.records}/probes.json"
     )
 
 
@@ -405,7 +405,7 @@ def metrics(
     from selfflow.training.run import Run
 
     opened = Run.open(run, device)
-    check_writable(run / "metrics.json")
+    check_writable(opened.records / "metrics.json")
     features = open_extractor(extractor, device=opened.device) if extractor else None
     print(
         run_metrics(
@@ -421,7 +421,7 @@ def metrics(
         )
     )
     name = f"metrics-{data}" if data else "metrics"
-    print(f"All numbers: {run}/{name}.json")
+    print(f"All numbers: {opened.records}/{name}.json")
 
 
 @command
