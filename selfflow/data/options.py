@@ -269,6 +269,8 @@ class DataConfig(metaclass=Named):
     encoder: str = ""
     # folders of CLIPs that give one more vector for each caption, for sd3 and flux
     pooled: tuple[str, ...] = ()
+    # vectors of the encoder as they are, not of unit size: for a pretrained backbone
+    raw_texts: bool = False
 
     def __post_init__(self):
         check_types(self)
@@ -326,7 +328,7 @@ class DataConfig(metaclass=Named):
 
 # %% ../../nbs/2_data/01_options.ipynb #9bc4528a
 # settings that all data sets of a run have in common
-SHARED = ("condition", "caption", "encoder", "pooled", "sound")
+SHARED = ("condition", "caption", "encoder", "pooled", "raw_texts", "sound")
 
 
 def by_name(data: DataConfig | Sequence[DataConfig]) -> dict[str, DataConfig]:

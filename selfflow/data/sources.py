@@ -445,7 +445,9 @@ class Sources:
         self.config = next(iter(self.settings.values()))
         self.encoder: Encoder = Bytes()
         if self.config.encoder:
-            self.encoder = open_encoder(self.config.encoder, self.config.pooled)
+            self.encoder = open_encoder(
+                self.config.encoder, self.config.pooled, self.config.raw_texts
+            )
         self.data: dict[str, DataSet] = {}
         self.layouts: dict[str, Layout] = {}
         for name, settings in self.settings.items():

@@ -182,11 +182,19 @@ class TextEncoder:
 
     pooled_width: int = 0
 
-    def __init__(self, model: Any, tokenizer: Any, fingerprint: str, folder: Path):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        fingerprint: str,
+        folder: Path,
+        raw: bool = False,
+    ):
         self.model = model.float().eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
         self.folder = folder
+        self.raw = raw
         config = model.config
         self.width: int = config.hidden_size
         # T5 has no longest text
@@ -206,11 +214,11 @@ class TextEncoder:
             raise ValueError(
                 f"{folder}: hidden states are of size {size}; the weights are damaged"
             )
-        self.scale = float(f"{1 / size:.3g}")
+        self.scale = 1.0 if raw else float(f"{1 / size:.3g}")
 
     def __reduce__(self):
         # a process that is not forked opens it itself
-        return _open_one, (self.folder,)
+        return _open_one, (self.folder, self.raw)
 
     def encode(self, captions: Sequence[str], tokens: int) -> Tensor:
         """Return vectors (b, tokens, width) float32 of b texts.
@@ -329,6 +337,7 @@ class Pooled:
 
     def __init__(self, encoder: TextEncoder, poolers: Sequence[TextEncoder]):
         self.encoder = encoder
+        self.raw = encoder.raw
         self.poolers = tuple(poolers)
         self.width = encoder.width
         self.pooled_width = self.pooled(["a"]).shape[-1]
@@ -344,7 +353,9 @@ class Pooled:
         return torch.cat([each.pooled(captions) for each in self.poolers], dim=-1)
 
 # %% ../../nbs/2_data/14_texts.ipynb #da7d6cda
-def open_encoder(folder: Path | str, pooled: Sequence[str] = ()) -> "Encoder":
+def open_encoder(
+    folder: Path | str, pooled: Sequence[str] = (), raw: bool = False
+) -> "Encoder":
     """Open the text encoder in a local folder, as transformers or diffusers save it.
 
     It is a T5, mT5, UMT5 or CLIP, or the folder holds vectors that `encode_texts` has
@@ -352,6 +363,7 @@ def open_encoder(folder: Path | str, pooled: Sequence[str] = ()) -> "Encoder":
 
     Args:
         pooled: Folders of CLIPs whose pooled vectors are added; see `Pooled`.
+        raw: Hidden states are not scaled to unit size, as pretrained backbones expect.
 
     Raises:
         ValueError: without an encoder, for other models, pickled weights and tokenizers
@@ -360,21 +372,20 @@ def open_encoder(folder: Path | str, pooled: Sequence[str] = ()) -> "Encoder":
     """
     folder = Path(folder)
     if (folder / _STORED).is_file():
-        if pooled:
+        stored = StoredTexts(folder)
+        if pooled or raw != stored.raw:
             raise ValueError(
-                f"{folder} holds stored texts, with their pooled vectors if they have "
-                "any; leave data.pooled out"
+                f"{folder} holds stored texts, with what they have of pooled vectors; "
+                f"leave data.pooled out, and set data.raw_texts to {stored.raw}"
             )
-        return StoredTexts(folder)
-    encoder = _open_one(folder)
-    return (
-        Pooled(encoder, [_open_one(Path(each)) for each in pooled])
-        if pooled
-        else (encoder)
-    )
+        return stored
+    encoder = _open_one(folder, raw)
+    if not pooled:
+        return encoder
+    return Pooled(encoder, [_open_one(Path(each)) for each in pooled])
 
 
-def _open_one(folder: Path) -> TextEncoder:
+def _open_one(folder: Path, raw: bool = False) -> TextEncoder:
     config, name = _config_in(folder)
     files = [config, *_weights_in(config.parent), *_tokenizer_in(config.parent)]
     # part of the key of the cache: an encoder whose files changed is opened again
@@ -382,7 +393,7 @@ def _open_one(folder: Path) -> TextEncoder:
     for path in files:
         stat = path.stat()
         stamps.append((path.absolute(), stat.st_size, stat.st_mtime_ns))
-    return _open_cached(folder.absolute(), name, tuple(stamps))
+    return _open_cached(folder.absolute(), name, tuple(stamps), raw)
 
 
 def _silence(logging: Any, stack: ExitStack) -> None:
@@ -399,7 +410,7 @@ def _silence(logging: Any, stack: ExitStack) -> None:
 
 @lru_cache(maxsize=2)
 def _open_cached(
-    folder: Path, name: str, stamps: tuple[tuple[Path, int, int], ...]
+    folder: Path, name: str, stamps: tuple[tuple[Path, int, int], ...], raw: bool
 ) -> TextEncoder:
     try:
         import transformers
@@ -436,7 +447,10 @@ def _open_cached(
             f"{folder}: {len(wrong)} weights do not fit config.json, first {wrong[0]}; "
             "get both from one source"
         )
-    return TextEncoder(model, tokenizer, _fingerprint_of(name, config, files), folder)
+    fingerprint = _fingerprint_of(name, config, files)
+    if raw:
+        fingerprint = hashlib.sha256(f"{fingerprint}, raw".encode()).hexdigest()[:16]
+    return TextEncoder(model, tokenizer, fingerprint, folder, raw)
 
 
 def _fingerprint_of(name: str, config: Path, files: list[Path]) -> str:
@@ -499,6 +513,7 @@ def encode_texts(
     plan = {
         "format": _STORED_FORMAT,
         "encoder": encoder.fingerprint,
+        "raw": encoder.raw,
         "folders": [str(each.folder.absolute()) for each in (first, *poolers)],
         "tokens": tokens,
         "width": encoder.width,
@@ -581,6 +596,7 @@ class StoredTexts:
         self.width: int = self.index["width"]
         self.pooled_width: int = self.index["pooled_width"]
         self.fingerprint: str = self.index["encoder"]
+        self.raw: bool = self.index["raw"]
         self._places: dict[str, tuple[int, int]] = {}  # shard and row of a text
         for number, record in enumerate(self.index["shards"]):
             file = _shard_file(self.folder, number)
@@ -609,7 +625,7 @@ class StoredTexts:
         """The encoder, for texts that are not stored."""
         first, *poolers = self.index["folders"]
         try:
-            encoder = open_encoder(first, poolers)
+            encoder = open_encoder(first, poolers, self.raw)
         except ValueError as error:
             raise ValueError(
                 f"a caption is not among the {len(self)} that {self.folder} holds, and "

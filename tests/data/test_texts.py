@@ -1195,3 +1195,24 @@ def test_a_run_reads_stored_texts_as_it_reads_the_encoder(folders, tmp_path):
     assert condition.pooled.shape == (2, third.inputs.pooled) == (2, 12)
     with pytest.raises(ValueError, match="data.encoder"):
         DataConfig("shapes", condition="caption", pooled=clip)
+
+
+def test_raw_states_are_those_that_a_pretrained_backbone_knows(folders, tmp_path):
+    scaled, raw = open_encoder(folders / "t5"), open_encoder(folders / "t5", raw=True)
+    assert raw.scale == 1 != scaled.scale and raw.fingerprint != scaled.fingerprint
+    torch.testing.assert_close(
+        raw.encode(CAPTIONS[:2], 12) * scaled.scale, scaled.encode(CAPTIONS[:2], 12)
+    )
+    encode_texts(CAPTIONS, raw, tmp_path, 12, bar=False)
+    with pytest.raises(ValueError, match="set data.raw_texts to True"):
+        open_encoder(tmp_path)
+    stored = open_encoder(tmp_path, raw=True)
+    assert torch.equal(stored.encode(["new"], 12), raw.encode(["new"], 12))
+    config = DataConfig(
+        "shapes",
+        condition="caption",
+        caption=12,
+        encoder=str(tmp_path),
+        raw_texts=True,
+    )
+    assert Sources(config).encoder.fingerprint == raw.fingerprint
