@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -274,7 +275,7 @@ class Pair:
         heads = [self.head] if self.both is None else [self.head, self.both[1]]
         return 1 - max(float(values.mean()) for values in (self.constant, *heads))
 
-    @property
+    @cached_property
     def gain(self) -> tuple[float, float, float] | None:
         """What training the layers adds to a head alone, with its 95 % interval."""
         if self.both is None:

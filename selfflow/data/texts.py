@@ -602,7 +602,7 @@ class StoredTexts:
             file = _shard_file(self.folder, number)
             if not file.is_file() or _seal(file) != record:
                 raise ValueError(f"{file} is missing or was changed; encode again")
-            shard = _opened(file)
+            shard = _opened(file, record["sha256"])
             letters = bytes(shard.get_tensor("texts").tolist())
             begins = shard.get_tensor("texts.begins").tolist()
             for row, (begin, end) in enumerate(pairwise(begins)):
@@ -613,6 +613,10 @@ class StoredTexts:
                 f"{self.folder} holds {len(self._places)} of {self.index['count']} "
                 "texts; run encode_texts again, it goes on where it stopped"
             )
+
+    def _shard(self, number: int) -> Any:
+        record = self.index["shards"][number]
+        return _opened(_shard_file(self.folder, number), record["sha256"])
 
     def __len__(self) -> int:
         return len(self._places)
@@ -654,7 +658,7 @@ class StoredTexts:
             if place is None:
                 target.copy_(self._encoder.encode([text], tokens)[0])
                 continue
-            shard = _opened(_shard_file(self.folder, place[0]))
+            shard = self._shard(place[0])
             begins = shard.get_slice("vectors.begins")
             begin, end = begins[place[1] : place[1] + 2].tolist()
             target[: end - begin] = shard.get_slice("vectors")[begin:end]
@@ -668,14 +672,14 @@ class StoredTexts:
             if place is None:
                 rows.append(self._encoder.pooled([text])[0])
                 continue
-            shard = _opened(_shard_file(self.folder, place[0]))
+            shard = self._shard(place[0])
             rows.append(shard.get_slice("pooled")[place[1] : place[1] + 1][0])
         return torch.stack(rows)
 
 
 @lru_cache(maxsize=64)
-def _opened(file: Path) -> Any:
-    return safe_open(file, "pt")
+def _opened(file: Path, sha256: str) -> Any:
+    return safe_open(file, "pt")  # the sum tells files of one name apart
 
 
 Encoder = Bytes | TextEncoder | Pooled | StoredTexts

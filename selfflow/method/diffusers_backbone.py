@@ -563,10 +563,10 @@ class LTX(Family):
         """Return given places as the model's rotary positions take them, (b, 3, n)."""
         assert call.coordinates is not None
         # they are divided by these numbers later
-        scale = (rope.base_num_frames, rope.base_height, rope.base_width)
+        scale = [rope.base_num_frames, rope.base_height, rope.base_width]
         if call.place_scale is not None:
             patch = (rope.patch_size_t, rope.patch_size, rope.patch_size)
-            scale = tuple(a * b for a, b in zip(call.place_scale, patch, strict=True))
+            scale = [a * b for a, b in zip(call.place_scale, patch, strict=True)]
         scaled = call.coordinates[:, :3] * call.coordinates.new_tensor(scale)
         return scaled.T.expand(len(call.x), -1, -1)
 
