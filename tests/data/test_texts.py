@@ -1096,7 +1096,7 @@ def test_the_tokenizer_of_an_older_clip(tmp_path):
 
 @pytest.mark.parametrize("kind", ["clip", "clip, projected"])
 def test_pooled_vectors_are_those_of_transformers(folders, kind):
-    clip, t5 = folders / kind, folders / "t5"
+    clip, t5 = folders[kind], folders["t5"]
     opened = open_encoder(t5, [str(clip), str(clip)])
     name = "CLIPTextModelWithProjection" if "projected" in kind else "CLIPTextModel"
     model = getattr(transformers, name).from_pretrained(clip).eval()
@@ -1118,7 +1118,7 @@ def test_pooled_vectors_are_those_of_transformers(folders, kind):
 
 @pytest.mark.parametrize("pooled", [False, True])
 def test_stored_texts_are_those_of_the_encoder(folders, tmp_path, pooled, monkeypatch):
-    encoder = open_encoder(folders / "t5", [str(folders / "clip")] if pooled else [])
+    encoder = open_encoder(folders["t5"], [str(folders["clip"])] if pooled else [])
     seen = []
     encode = type(encoder).encode
 
@@ -1157,7 +1157,7 @@ def test_stored_texts_are_those_of_the_encoder(folders, tmp_path, pooled, monkey
 
 
 def test_an_interrupted_store_says_so_and_goes_on(folders, tmp_path, monkeypatch):
-    encoder = open_encoder(folders / "t5")
+    encoder = open_encoder(folders["t5"])
 
     class Stopped(Exception):
         pass
@@ -1179,7 +1179,7 @@ def test_an_interrupted_store_says_so_and_goes_on(folders, tmp_path, monkeypatch
 
 def test_a_run_reads_stored_texts_as_it_reads_the_encoder(folders, tmp_path):
     live = DataConfig(
-        "shapes", size=16, condition="caption", caption=12, encoder=str(folders / "t5")
+        "shapes", size=16, condition="caption", caption=12, encoder=str(folders["t5"])
     )
     first = Sources(live)
     data = first.data["shapes"]
@@ -1189,7 +1189,7 @@ def test_a_run_reads_stored_texts_as_it_reads_the_encoder(folders, tmp_path):
     batches = [each.take("shapes", torch.arange(8)) for each in (first, second)]
     assert torch.equal(*[batch.condition.values for batch in batches])
     assert first.inputs == second.inputs
-    clip = (str(folders / "clip"),)
+    clip = (str(folders["clip"]),)
     third = Sources(replace(live, pooled=clip))
     condition = third.take("shapes", torch.arange(2)).condition
     assert condition.pooled.shape == (2, third.inputs.pooled) == (2, 12)
@@ -1198,7 +1198,7 @@ def test_a_run_reads_stored_texts_as_it_reads_the_encoder(folders, tmp_path):
 
 
 def test_raw_states_are_those_that_a_pretrained_backbone_knows(folders, tmp_path):
-    scaled, raw = open_encoder(folders / "t5"), open_encoder(folders / "t5", raw=True)
+    scaled, raw = open_encoder(folders["t5"]), open_encoder(folders["t5"], raw=True)
     assert raw.scale == 1 != scaled.scale and raw.fingerprint != scaled.fingerprint
     torch.testing.assert_close(
         raw.encode(CAPTIONS[:2], 12) * scaled.scale, scaled.encode(CAPTIONS[:2], 12)
