@@ -252,7 +252,7 @@ def test_a_run_from_before_profiles_goes_on_without_them(stripes, tmp_path, caps
     training = TrainConfig(batch=4, steps=2, shards=1, sample_every=0)
     config = Config(name="older", data=data, training=training)
     folder = tmp_path / "runs"
-    train(config, folder, "cpu", bar=False)
+    train(replace(config, data=replace(data, profiles=False)), folder, "cpu", bar=False)
     file = folder / "older" / "config.json"
     stored = json.loads(file.read_text())
     settings = stored["config"]["data"]
