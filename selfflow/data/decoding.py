@@ -208,6 +208,7 @@ def _as_srgb(image: Image.Image, profile: bytes) -> Image.Image:
         if source.profile.xcolor_space != _SPACES[image.mode]:
             raise ImageCms.PyCMSError("the profile is that of other colours")
         converted = ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
+        assert converted is not None  # as it is not converted in place
     except (ImageCms.PyCMSError, OSError, ValueError):
         return image
     if alpha is not None:
