@@ -1246,16 +1246,16 @@ def build_diffusers(
     `random_model` do.
     """
     family = FAMILIES[name]
-    place_scale = None
     if folder and start == "weights":
         model = read_model(folder, name)
-        place_scale = family.place_scale
     else:
         if folder:
             config = _config_of(Path(folder), family)
         else:
             config = family.shape(sizes)
         model = random_model(name, config, inputs)
+    published = bool(folder) and start == "weights"
+    place_scale = family.place_scale if published else None
     return DiffusersBackbone(
         model, inputs, caption_level, caption_stride, guidance, place_scale
     )
