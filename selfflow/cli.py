@@ -232,7 +232,7 @@ def sample(
             goes on after an interruption.
         n: Number of images in the npz file.
         balance: Classes in the npz file: equal, or data (as in the training data).
-        autoencoder: Folder of the autoencoder that decodes latents, for npz.
+        autoencoder: Folder of the autoencoder that decodes latents, or haar, for npz.
         device: auto (a GPU if there is one), cpu, cuda, ...
     """
     from selfflow.training.run import Run
@@ -617,6 +617,13 @@ def report(
         print(f"printed: {write_pdf(page)}")
 
 # %% ../nbs/8_cli/03_cli.ipynb #5fcd02c8
+def _autoencoder(folder: str | Path) -> Any:
+    "Open the autoencoder in a folder, or the one named haar."
+    from selfflow.data.autoencoder import Haar, open_autoencoder
+
+    return Haar() if str(folder) == "haar" else open_autoencoder(folder)
+
+
 @command
 def encode(
     config: Annotated[Config, tyro.conf.arg(name="")],
@@ -658,7 +665,6 @@ def encode(
         device: auto (a GPU if there is one), cpu, cuda, ...
     """
     # data, preset and config_file are part of config already, see `looked_at`
-    from selfflow.data.autoencoder import Haar, open_autoencoder
     from selfflow.data.latents import Mirrored, encode_latents
     from selfflow.data.sources import open_dataset
 
@@ -667,10 +673,7 @@ def encode(
             f"the config has {len(config.datasets)} data sets; encode one at a time"
         )
     settings = config.shared
-    coders = [
-        Haar() if folder == "haar" else open_autoencoder(folder)
-        for folder in autoencoder
-    ]
+    coders = [_autoencoder(folder) for folder in autoencoder]
     for split in splits:
         source = open_dataset(settings, split)
         if flips and split == "train":
@@ -706,7 +709,8 @@ def _draw_npz(opened: Any, path: Path, autoencoder: Path | None, **settings) -> 
     decode = None
     if autoencoder:
         place = opened.config.datasets[name].path
-        decode = Latents(place, "train", autoencoder, check=False).decode
+        coder = _autoencoder(autoencoder)
+        decode = Latents(place, "train", coder, check=False).decode
     draw_npz(opened, path, decode=decode, **settings)
     return f"{settings['count']:,} images are in {path}, for ADM's evaluator"
 
