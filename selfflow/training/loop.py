@@ -748,7 +748,9 @@ def _compile(
 
 # %% ../../nbs/3_training/10_loop.ipynb #25bfc8fe
 # what the stored state depends on
-_STATE_SETTINGS = re.compile(r"training\.(batch|shards|optimizer|power_ema|ema(\..*)?)")
+_STATE_SETTINGS = re.compile(
+    r"training\.(start_from|batch|shards|optimizer|power_ema|ema(\..*)?)"
+)
 
 
 def branch(run: Run, source: Path | str) -> None:
@@ -801,7 +803,7 @@ def _check_begun(path: Path, source: Path) -> None:
     The source need not be there any more.
     """
     begun = Run.open(path, "cpu").branch
-    expected = {"run": _name_of(source)}
+    expected: dict[str, Any] = {"run": _name_of(source)}
     if re.fullmatch(r"step-\d+", source.name):
         expected = {"run": _name_of(source.parent.parent), "step": step_of(source)}
     if begun | expected == begun:
