@@ -635,7 +635,10 @@ class StoredTexts:
                 f"a caption is not among the {len(self)} that {self.folder} holds, and "
                 f"its encoder cannot be read: {error}"
             ) from error
-        if isinstance(encoder, StoredTexts) or encoder.fingerprint != self.fingerprint:
+        if (
+            not isinstance(encoder, TextEncoder | Pooled)
+            or encoder.fingerprint != self.fingerprint
+        ):
             raise ValueError(
                 f"a caption is not among the {len(self)} that {self.folder} holds, and "
                 f"another encoder is in {first} now; put the original one back"
