@@ -381,8 +381,10 @@ class Folder(Stored):
                     self.sides[header.sides] += 1
                     scales = header.sides[0] / width, header.sides[1] / height
                     grey.append(header.grey)
-            oblong_for_all = scales and not self.buckets
-            if oblong_for_all and max(scales) > _OBLONG * min(scales):
+            cropped = (
+                scales and not self.buckets and max(scales) > _OBLONG * min(scales)
+            )
+            if cropped:
                 oblong.append(name)
             if scales and 2 * min(scales) < 1:
                 small.append(name)
