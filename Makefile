@@ -31,7 +31,7 @@ test: setup  ## in step, form, types, every notebook executed, all tests
 
 lab: setup  ## JupyterLab on nbs/, at the workbench
 	@# in a container the user is often root, whom Jupyter refuses by default
-	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) \
+	GOMP_SPINCOUNT=1000 $(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) \
 	  --LabApp.default_url=/lab/tree/studies/workbench.ipynb nbs
 
 # Sphinx reads a copy of nbs/, in which the site's own pages lie beside the notebooks.

@@ -34,6 +34,10 @@ from .registries import NoOptions, Registry, samplers
 from .training.config import PRESETS, Config
 
 # %% ../nbs/8_cli/03_cli.ipynb #1519600c
+# A thread of OpenMP that waits spins, and takes time from other programs. 1,000 rounds
+# cost a run that is alone almost nothing. It is read when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 COMMANDS: dict[str, Callable] = {}
 
 
