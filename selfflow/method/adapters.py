@@ -93,9 +93,18 @@ def add_lora(model: nn.Module, config: LoraConfig, fresh: Iterable[str] = ()) ->
             parameter.requires_grad_(True)
         elif ".lora_" in name:
             parameter.data = parameter.data.float()
-    base = {name for name, p in model.named_parameters() if not p.requires_grad}
     holder: Any = model
-    holder.base_names = frozenset(base)
+    holder.base_names = frozenset(_frozen(model) - fresh)
+
+
+def _frozen(model: nn.Module) -> set[str]:
+    "Return the names of tensors that training does not change."
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            # running statistics change without a gradient
+            trained |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers()}
+    return model.state_dict().keys() - trained
 
 
 def _peft() -> Any:
