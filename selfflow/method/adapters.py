@@ -130,7 +130,7 @@ def fingerprint(weights: dict[str, Tensor]) -> str:
     for name in sorted(weights):
         value = weights[name].detach().cpu().contiguous()
         checksum.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        checksum.update(value.flatten().view(torch.uint8).numpy())
+        checksum.update(value.flatten().view(torch.uint8).numpy().tobytes())
     return checksum.hexdigest()[:32]
 
 # %% ../../nbs/1_method/16_adapters.ipynb #879d5960

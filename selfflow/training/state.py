@@ -343,7 +343,8 @@ def start_state(
         shape = known.get("shape") if known else None
         student: Any = new_backbone(config, sources.inputs, builder, shape)
         check_size(student)
-        start, head = known or {}, {}
+        start: dict[str, Any] = known or {}
+        head: dict[str, Tensor] = {}
         if known is None:
             start, head = start_weights(student, config)
         student = student.to(device)
