@@ -64,6 +64,10 @@ def train(
 ) -> None:
     """Train a run, or resume it. Ctrl-C saves and ends it; the same command resumes it.
 
+    Fine-tuning: --training.start-from takes the first weights from a run, an export,
+    a name of `selfflow models`, the published checkpoint or a folder of diffusers;
+    with --lora.rank 8 only adapters are trained on them.
+
     Args:
         config: Settings of the run.
         preset: Settings to start from; the defaults shown here are those of the preset.

@@ -17,11 +17,13 @@ from selfflow.method.adapters import (
     merge_lora,
     trained_weights,
 )
-from selfflow.method.batch import Condition
+from selfflow.method.backbone import Output, check_backbone
+from selfflow.method.batch import Batch, Condition
 from selfflow.method.diffusers_backbone import DiffusersBackbone
 from selfflow.method.objective import make_teacher, update_ema
 from selfflow.method.options import LoraConfig
 from selfflow.method.schedule import NoiseLevels
+from selfflow.method.tokens import Part
 from selfflow.method.transformer import Transformer, TransformerConfig
 
 peft = pytest.importorskip("peft")
@@ -203,3 +205,25 @@ def test_unknown_targets_name_the_nearest_ones():
     with pytest.raises(ValueError, match="begin anew"):
         targets = LoraConfig(rank=2, targets=("x_embedder.image",))
         add_lora(model, targets, ["x_embedder.image.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_backbone_that_overflows_says_why(dtype):
+    class Overflowing(nn.Module):
+        width, depth = 8, 2
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 8)
+
+        def forward(self, x, levels, condition=None, taps=(), stop=False, parts=()):
+            features = torch.full((*x.shape[:2], 8), 1e4, dtype=dtype)
+            product = features * 10  # 1e5 is beyond float16
+            return Output(None if stop else x, dict.fromkeys(taps, product))
+
+    x, _, condition = inputs()
+    batch = Batch(x, condition, (Part("image", 4, (1, 4, 4)),))
+    if dtype == torch.float32:
+        return check_backbone(Overflowing(), batch)
+    with pytest.raises(ValueError, match="float16 ends at 65504"):
+        check_backbone(Overflowing(), batch)
