@@ -11,6 +11,7 @@ import torch
 from conftest import TINY, assert_same, parts_of
 from safetensors.torch import load_file, save_file
 
+from selfflow.analysis.benchmark import flops_per_step
 from selfflow.data.options import DataConfig
 from selfflow.data.sources import Sources
 from selfflow.disk import sha256
@@ -273,6 +274,7 @@ def test_a_run_from_a_folder_of_diffusers_opens_and_resumes_without_it(tmp_path)
     assert run.start["shape"]["in_channels"] == 48 and run.start["fingerprint"]
     shutil.rmtree(tmp_path / "folder")
     opened = Run.open(run.path, "cpu")
+    assert flops_per_step(opened.config, opened.inputs, start=opened.start) > 1e6
     samples = opened.sample(["a red circle"], steps=2)["image"]
     assert samples.isfinite().all()
     assert load(export(opened, tmp_path / "exported"), "cpu").teacher.depth == 3
@@ -307,3 +309,11 @@ def test_adapters_on_a_folder_of_diffusers_train_the_new_text_layers_too(tmp_pat
 
 def opened_samples(run):
     return Run.open(run.path, "cpu").sample(["a red circle"], steps=1)["image"]
+
+
+def test_operations_of_adapters_are_fewer_and_need_no_folder(runs):
+    pytest.importorskip("peft")
+    config = beginning(runs["tiny"].path)
+    whole = flops_per_step(config, runs["tiny"].inputs)
+    adapted = flops_per_step(replace(config, lora=LoraConfig(2)), runs["tiny"].inputs)
+    assert 0.5 * whole < adapted < 0.95 * whole
