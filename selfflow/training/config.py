@@ -174,7 +174,8 @@ class Config:
         if random and not (start or folder):
             raise ValueError(
                 f"lora.rank is {self.lora.rank}, but there are no trained weights to "
-                "adapt; give training.start_from"
+                "adapt; give training.start_from, or model.name given for a backbone "
+                "that is passed to train"
             )
 
     @property
