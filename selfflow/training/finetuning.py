@@ -116,7 +116,10 @@ def _read_run(run: Run, config: Config) -> Origin:
             shape = run.start.get("shape")
             settings = settings_of(new_backbone(run.config, run.inputs, None, shape))
     adapted = run.config.lora.rank and not run.exported
-    weights = run.teacher.state_dict() if adapted else run.load("teacher")
+    if adapted or run.config.training.evaluated != "teacher":
+        weights = run.evaluated.state_dict()
+    else:
+        weights = run.load("teacher")
     try:
         head = run.load("objective")
     except FileNotFoundError:  # trained without one
