@@ -31,7 +31,7 @@ from selfflow.training.run import Run
 
 HERE = Path(__file__).parents[1]
 GOLDEN = HERE / "fixtures/golden.json"
-KILLS = 18
+KILLS = 12
 
 
 def start(*args):
@@ -63,7 +63,7 @@ def test_kill_at_random_moments_also_while_saving_loses_nothing(tmp_path):
     assert program.returncode == 0, problems[-3000:]
     found = json.loads(said)
     assert (
-        sum(found["killed"].values()) >= KILLS and found["killed"].get("saving", 0) >= 3
+        sum(found["killed"].values()) >= KILLS and found["killed"].get("saving", 0) >= 2
     ), found
     whole = train(config, tmp_path / "whole")
     assert [p.name[-2:] for p in whole.checkpoints()] == ["08", "16", "18", "20"]
@@ -129,7 +129,7 @@ class Stops:
 
 
 @settings(
-    max_examples=5,
+    max_examples=3,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -148,21 +148,19 @@ def test_stopped_at_any_steps_any_number_of_times(
 
 
 def test_two_resumes_within_one_epoch(tmp_path):
-    "An epoch of the digits is 67 steps of 16; the run is stopped after 20, 40 and 70"
-    "of 80."
+    "An epoch of the digits is 16 steps of 64; the run is stopped after 5, 10 and 17"
+    "of 20."
     config = replace(
         TINY,
-        training=replace(TINY.training, steps=80, save_every=80, validate_every=40),
+        training=replace(
+            TINY.training, steps=20, batch=64, save_every=20, validate_every=10
+        ),
     )
     whole = train(config, tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
-        Stops(patch, {20, 40, 70})
-        assert [train(config, tmp_path).state()["step"] for _ in range(4)] == [
-            20,
-            40,
-            70,
-            80,
-        ]
+        Stops(patch, {5, 10, 17})
+        steps = [train(config, tmp_path).state()["step"] for _ in range(4)]
+        assert steps == [5, 10, 17, 20]
     assert_same(whole, Run.open(tmp_path / "tiny"))
 
 
@@ -258,11 +256,9 @@ def wait_for(path, seconds=120):
 @pytest.mark.parametrize(
     "how, status, workers",
     [
-        ("SIGINT", -signal.SIGINT, 0),
         ("SIGINT", -signal.SIGINT, 2),
-        ("SIGTERM", 143, 0),
         ("SIGTERM", 143, 2),
-        ("stop file", 0, 1),
+        ("stop file", 0, 0),
     ],
 )
 def test_an_interrupted_run_finishes_its_step_saves_and_says_how_to_resume(
@@ -593,18 +589,18 @@ from selfflow.training import loop as training
 from selfflow.training.config import ModelConfig
 real, held = training.train_step, []
 def watched(state, *args, **options):
-    if state.step in (500, 1999):
+    if state.step in (300, 1099):
         held.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
     return real(state, *args, **options)
 training.train_step = watched
 often = replace(
     TINY.training,
-    steps=2000,
+    steps=1100,
     batch=8,
     log_every=5,
     save_every=100,
-    validate_every=500,
-    sample_every=500,
+    validate_every=250,
+    sample_every=250,
 )
 small = ModelConfig(width=8, depth=2, heads=1)
 training.train(replace(TINY, model=small, training=often), {folder!r})
@@ -619,8 +615,8 @@ def test_memory_does_not_grow_with_steps(tmp_path):
     program = start("-c", MEMORY.format(here=str(HERE), folder=str(tmp_path)))
     said, problems = program.communicate(timeout=300)
     assert program.returncode == 0, problems
-    assert int(said.split()[-1]) < 6 * 2**20, (
-        "bytes that 1,500 steps have added; 4 kB a step would be seen"
+    assert int(said.split()[-1]) < 3.2 * 2**20, (
+        "bytes that 800 steps have added; 4 kB a step would be seen"
     )
 
 
