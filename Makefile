@@ -27,13 +27,13 @@ test: setup  ## in step, form, types, every notebook executed, all tests
 	@$(BIN)/mypy > .venv/types 2>&1 & types=$$!; failed=0; \
 	  $(MAKE) --no-print-directory check-step || failed=1; \
 	  wait $$types || failed=1; cat .venv/types; exit $$failed
-	$(BIN)/pytest -n 3 --durations 25
+	$(BIN)/pytest -n 2 --durations 25
 
 # Of every process that tests and notebooks start, but for those that are killed: see pyproject.toml.
 coverage: setup  ## lines and branches of the package that tests and notebooks reach
 	@rm -rf .venv/covered
 	export COVERAGE_FILE=$(CURDIR)/.venv/covered/data; mkdir .venv/covered; failed=0; \
-	  $(BIN)/coverage run -m pytest -n 3 || failed=1; \
+	  $(BIN)/coverage run -m pytest -n 2 || failed=1; \
 	  $(BIN)/coverage combine -q; $(BIN)/coverage report; exit $$failed
 
 lab: setup  ## JupyterLab on nbs/, at the workbench

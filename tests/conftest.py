@@ -7,7 +7,7 @@ import os
 import socket
 from dataclasses import replace
 
-# Three test processes share two cores, and each test's own processes with them: threads
+# Two test processes share two cores, and each test's own processes with them: threads
 # that wait for a core make everything several times slower. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -100,7 +100,7 @@ def group_of(nodeid):
 
 
 def pytest_collection_modifyitems(items):
-    "The longest group first, the browser; notebooks last, to fill all processes."
+    "The longest group first, the browser; notebooks last, to fill both processes."
 
     def rank(item):
         group = group_of(item.nodeid)
@@ -113,9 +113,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Return the scheduler of `pytest -n 3`, which keeps groups together.
+    """Return the scheduler of `pytest -n 2`, which keeps groups together.
 
-    Three, because the one with the browser mostly waits, and others wait for a server.
     Of its own, because `--dist loadgroup` of pytest-xdist 3.8 silently ignores groups
     with pytest 9.2: both processes then train the same runs.
     """

@@ -199,14 +199,38 @@ def test_another_broken_pipe_is_an_error(monkeypatch, capsys):
 
 
 def test_a_killed_process_is_named_with_its_signal_and_all_is_printed_once(tmp_path):
-    arguments = (
-        "train --name it --preset digits-small --model.width 16 --device cpu "
-        "--processes 2 --training.steps 100000 --training.sample-every 0 "
-        "--training.log-every 1"
-    )
-    command = [sys.executable, "-m", "selfflow.cli", *arguments.split()]
+    def command(steps):
+        return [
+            sys.executable,
+            "-m",
+            "selfflow.cli",
+            "train",
+            "--name",
+            "it",
+            "--folder",
+            str(tmp_path),
+            "--preset",
+            "digits-small",
+            "--model.width",
+            "16",
+            "--device",
+            "cpu",
+            "--processes",
+            "2",
+            "--training.steps",
+            str(steps),
+            "--training.sample-every",
+            "0",
+            "--training.log-every",
+            "1",
+        ]
+
+    done = subprocess.run(command(2), capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0 and done.stdout.count("is trained") == 1, done.stderr
+    assert "FutureWarning" not in done.stdout and "%|" not in done.stdout
+    shutil.rmtree(tmp_path / "it")
     program = subprocess.Popen(
-        [*command, "--folder", str(tmp_path)],
+        command(100_000),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -457,8 +457,6 @@ def test_the_command_starts_processes_and_forwards_stop_requests(tmp_path):
         f"long: stopped as requested after step {run.state()['step']} of 100000, which "
         f"is saved" in said
     )
-    assert said.count("stopped as requested") == 1 and "%|" not in said
-    assert "FutureWarning" not in said
     assert run.writer() is None and (run.timing["processes"] == 2).all()
 
 

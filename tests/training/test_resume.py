@@ -31,7 +31,7 @@ from selfflow.training.run import Run
 
 HERE = Path(__file__).parents[1]
 GOLDEN = HERE / "fixtures/golden.json"
-KILLS = 12
+KILLS = 18
 
 
 def start(*args):
@@ -63,7 +63,7 @@ def test_kill_at_random_moments_also_while_saving_loses_nothing(tmp_path):
     assert program.returncode == 0, problems[-3000:]
     found = json.loads(said)
     assert (
-        sum(found["killed"].values()) >= KILLS and found["killed"].get("saving", 0) >= 2
+        sum(found["killed"].values()) >= KILLS and found["killed"].get("saving", 0) >= 3
     ), found
     whole = train(config, tmp_path / "whole")
     assert [p.name[-2:] for p in whole.checkpoints()] == ["08", "16", "18", "20"]
@@ -129,7 +129,7 @@ class Stops:
 
 
 @settings(
-    max_examples=3,
+    max_examples=5,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -256,9 +256,11 @@ def wait_for(path, seconds=120):
 @pytest.mark.parametrize(
     "how, status, workers",
     [
+        ("SIGINT", -signal.SIGINT, 0),
         ("SIGINT", -signal.SIGINT, 2),
+        ("SIGTERM", 143, 0),
         ("SIGTERM", 143, 2),
-        ("stop file", 0, 0),
+        ("stop file", 0, 1),
     ],
 )
 def test_an_interrupted_run_finishes_its_step_saves_and_says_how_to_resume(
@@ -589,18 +591,18 @@ from selfflow.training import loop as training
 from selfflow.training.config import ModelConfig
 real, held = training.train_step, []
 def watched(state, *args, **options):
-    if state.step in (300, 1099):
+    if state.step in (500, 1999):
         held.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
     return real(state, *args, **options)
 training.train_step = watched
 often = replace(
     TINY.training,
-    steps=1100,
+    steps=2000,
     batch=8,
     log_every=5,
     save_every=100,
-    validate_every=250,
-    sample_every=250,
+    validate_every=500,
+    sample_every=500,
 )
 small = ModelConfig(width=8, depth=2, heads=1)
 training.train(replace(TINY, model=small, training=often), {folder!r})
@@ -615,8 +617,8 @@ def test_memory_does_not_grow_with_steps(tmp_path):
     program = start("-c", MEMORY.format(here=str(HERE), folder=str(tmp_path)))
     said, problems = program.communicate(timeout=300)
     assert program.returncode == 0, problems
-    assert int(said.split()[-1]) < 3.2 * 2**20, (
-        "bytes that 800 steps have added; 4 kB a step would be seen"
+    assert int(said.split()[-1]) < 6 * 2**20, (
+        "bytes that 1,500 steps have added; 4 kB a step would be seen"
     )
 
 

@@ -12,13 +12,8 @@ from selfflow.workbench.page import tools_on_page
 
 CELL = """
 from dataclasses import replace
-from functools import partial
 from selfflow.training.config import PRESETS
-from selfflow.workbench import tools
 from selfflow.workbench.page import Workbench
-# the page without cells lays out all planes, by UMAP too
-few = partial(tools.explore_features, layers=(1, 2), levels=(0.5,), methods=("PCA",))
-tools.explore_features = few
 config = PRESETS["digits-small"]
 training = replace(config.training, steps=1_000_000, batch=8, shards=1,
                    validate_every=1_000_000, validation=8,
