@@ -25,6 +25,7 @@ from selfflow.data.datasets import (
     DataSet,
     Examples,
     ImageSet,
+    View,
     caption_text,
     digits,
     rate_of,
@@ -86,7 +87,11 @@ def _open_stored(kind: type[_Files], config: DataConfig, split: str) -> _Files:
         config.samples,
         crop=config.crop,
         channels=config.channels,
+        loudness=config.loudness,
         carve=config.carve,
+        spatial_crop=config.spatial_crop,
+        flip=config.flip,
+        profiles=config.profiles,
     )
 
 
@@ -334,6 +339,7 @@ class Outline:
         captions: Captions of some samples that are not trained on.
         rate: Sample rate of audio, Hz.
         fps: Frames a second of videos, None if unknown.
+        notes: What was done with the files: what was cut, mixed and resampled.
     """
 
     names: tuple[str, ...]
@@ -343,11 +349,13 @@ class Outline:
     captions: tuple[str, ...] = ()
     rate: int = 8000
     fps: float | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self):  # JSON gives lists
         shapes = {name: tuple(shape) for name, shape in self.shapes.items()}
         object.__setattr__(self, "names", tuple(self.names))
         object.__setattr__(self, "captions", tuple(self.captions))
+        object.__setattr__(self, "notes", tuple(self.notes))
         object.__setattr__(self, "shapes", shapes)
 
     @classmethod
@@ -368,6 +376,7 @@ class Outline:
             others.take(evenly).captions,
             rate_of(data),
             getattr(data, "fps", None),
+            tuple(getattr(data, "notes", ())),
         )
 
     def __len__(self) -> int:
@@ -463,6 +472,10 @@ class Sources:
                 "and patch"
             )
         self.weights = self._weights()
+
+    def layout_of(self, name: str, parts: tuple[Part, ...]) -> Layout:
+        """Return how the parts of a batch of a data set become its signals."""
+        return self.layouts[name]
 
     def _weights(self) -> dict[str, float]:
         weights: dict[str, float] = {}
@@ -589,9 +602,14 @@ class Sources:
         return sum(len(self.data[other].names) for other in before)
 
     @own_settings()
-    def take(self, name: str, indices: Tensor) -> Batch:
-        """Return the samples of a data set at indices (b,)."""
-        examples = self.data[name].take(indices)
+    def take(self, name: str, indices: Tensor, view: View | None = None) -> Batch:
+        """Return the samples of a data set at indices (b,).
+
+        Args:
+            view: Of training, for data that are `varied`; see `View`.
+        """
+        data: Any = self.data[name]
+        examples = data.take(indices) if view is None else data.take(indices, view)
         layout = self.layouts[name]
         tokens = layout.patchify(examples.signals)  # (b, n, c)
         return Batch(tokens, self.condition(name, examples), layout.parts, indices)

@@ -9,9 +9,9 @@ __all__ = ['Entry', 'begins_of', 'quoted_few', 'Stored', 'Sample']
 import hashlib
 import json
 import re
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from math import ceil
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from ..checks import check_shares, choose
-from .datasets import SPLITS, Examples
+from .datasets import SPLITS, Examples, View
 from .decoding import Form, Header, read
 from .files import SIGNALS, Refused, Skipped, Source, place_of, plain
-from .options import CROPS
+from .options import CROPS, SPATIAL_CROPS
 
 # %% ../../nbs/2_data/10_stored.ipynb #f7901cbb
 _CAPTIONS = ("auto", "class", "none")
@@ -94,7 +94,11 @@ class Stored:
         shares: Shares of the splits, for data that are not split already.
         cache: Bytes of decoded samples that stay in memory.
         crop: The part of longer audio and videos that is used, see `begins_of`.
+        loudness: Of each sample of audio, see `at_loudness`.
         carve: Fill splits that are missing or empty.
+        spatial_crop: centre, or random: where training crops images and frames.
+        flip: Training mirrors half of the images and videos.
+        profiles: Convert embedded colour profiles to sRGB.
 
     Attributes:
         names: Names of the classes.
@@ -102,6 +106,8 @@ class Stored:
         skipped: Names of what is not used, by reason.
         broken: Why a sample could not be decoded, by its name.
         silent: Samples with silent audio, by name.
+        sides: How often each width and height occurs in the files, where that is known.
+        notes: What is worth knowing about the files that are used.
 
     Raises:
         ValueError: for invalid settings, without a folder, and for a split without a
@@ -122,6 +128,10 @@ class Stored:
     crop: str = "start"
     channels: int = 3
     carve: bool = True
+    loudness: str = "none"
+    spatial_crop: str = "centre"
+    flip: bool = False
+    profiles: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.signals, str):
@@ -129,7 +139,14 @@ class Stored:
         self.signals = tuple(self.signals)
         self._check_settings()
         self.form = Form(
-            self.size, self.frames, self.fps, self.rate, self.samples, self.channels
+            self.size,
+            self.frames,
+            self.fps,
+            self.rate,
+            self.samples,
+            self.channels,
+            self.profiles,
+            loudness=self.loudness,
         )
         self.window = self.form.seconds(self.signals)
         self.root = Path(self.path).expanduser().resolve()
@@ -143,8 +160,10 @@ class Stored:
         self.skipped = Skipped()
         self.broken: dict[str, str] = {}
         self.silent: dict[str, str] = {}
-        self.decoded: OrderedDict[int, Sample] = OrderedDict()
-        self.entries, notes = self.find()
+        self.decoded: OrderedDict[tuple[int, Form], Sample] = OrderedDict()
+        self.sides: Counter[tuple[int, int]] = Counter()
+        self.entries, self.notes = self.find()
+        notes = self.notes
         if self.skipped:
             notes = [*notes, self._skipped_words()]
         if not len(self.entries):
@@ -163,6 +182,7 @@ class Stored:
         choose(self.split, SPLITS, "split")
         choose(self.captions, _CAPTIONS, "captions")
         choose(self.crop, CROPS, "crop")
+        choose(self.spatial_crop, SPATIAL_CROPS, "spatial_crop")
         check_shares(self.shares, "shares")
         if len(self.shares) != len(SPLITS):
             raise ValueError(
@@ -209,7 +229,8 @@ class Stored:
             f"{examined} are longer than {self.window:.4g} s: "
         )
         if self.crop == "all":
-            return [text + "they are cut into windows"]
+            windows = sum(len(self._begins("", length)) for length in lengths)
+            return [f"{text}all are cut into {windows:,} windows"]
         used = {
             "start": "only their start",
             "centre": "only their middle",
@@ -222,6 +243,28 @@ class Stored:
             f"{text}{used[self.crop]} is used; data.crop all uses every window, "
             f"{remedy}"
         ]
+
+    def _begins(self, name: str, length: float) -> list[float]:
+        """Return the times at which the samples of a file begin; needs a window."""
+        assert self.window
+        return begins_of(name, length, self.window, self.crop)
+
+    def _rate_notes(self, headers: Iterable[Header]) -> Iterator[str]:
+        """Yield notes on audio that is resampled or mixed down."""
+        heard = [header for header in headers if header.rate]
+        others = Counter(h.rate for h in heard if h.rate != self.rate)
+        if others:
+            rates = ", ".join(f"{rate:,}" for rate, _ in others.most_common(5))
+            yield (
+                f"{others.total():,} of {len(heard):,} audio files are resampled from "
+                f"{rates} to {self.rate:,} Hz"
+            )
+        several = sum(header.channels > 1 for header in heard)
+        if several:
+            yield (
+                f"{several:,} of {len(heard):,} audio files have several channels, "
+                "which are mixed down"
+            )
 
     def find(self) -> tuple[Sequence, list[str]]:
         """Return the samples of this split, as `resolve` takes them, and notes on them.
@@ -271,13 +314,23 @@ class Stored:
         ]
         if self.window and self.crop != "start":
             settings.append(self.crop)
+        if "audio" in self.signals and self.loudness != "none":
+            settings.append(self.loudness)
         digest = hashlib.sha256(json.dumps(settings).encode())
         for part in content:
             digest.update(json.dumps(part).encode())
         return digest.hexdigest()[:16]
 
-    def take(self, indices: Tensor) -> Examples:
+    @property
+    def varied(self) -> bool:
+        """True if samples differ between epochs, see `View`."""
+        return self.flip or self.spatial_crop == "random"
+
+    def take(self, indices: Tensor, view: View | None = None) -> Examples:
         """Return the samples at indices (b,).
+
+        Args:
+            view: For training; without one, samples are always the same.
 
         Raises:
             IndexError: for an index that is negative or too large.
@@ -287,7 +340,13 @@ class Stored:
             first, last = int(indices.min()), int(indices.max())
             if first < 0 or last >= len(self):
                 raise IndexError(f"samples {first} to {last} of {len(self)}")
-        samples = [self._good(index) for index in indices.tolist()]
+        epochs: list[str] = [""] * len(indices)
+        if view is not None:
+            epochs = [f"{view.seed}, {epoch}" for epoch in view.epochs.tolist()]
+        samples = [
+            self._good(index, epoch)
+            for index, epoch in zip(indices.tolist(), epochs, strict=True)
+        ]
         signals = {}
         for name, shape in self.shapes.items():
             values = torch.zeros(0, *shape)
@@ -300,15 +359,27 @@ class Stored:
         labels = torch.tensor([entry.label for entry in entries], dtype=torch.int64)
         return Examples(signals, labels, tuple(entry.caption for entry in entries))
 
-    def _good(self, index: int) -> "Sample":
-        """Return the sample at an index, or the next one that can be decoded."""
+    def entry_of(self, index: int) -> Entry:
+        """Return the entry of the sample that `take` returns for an index.
+
+        Raises:
+            RuntimeError: if no sample can be decoded.
+        """
+        return self._good(index).entry
+
+    def _good(self, index: int, epoch: str = "") -> "Sample":
+        """Return the sample at an index, or the next one that can be decoded.
+
+        Args:
+            epoch: Seed and epoch of training, which vary it; empty for no variation.
+        """
         for candidate in chain(range(index, len(self)), range(index)):
             entry = self.entries[candidate]
             name = self.name_of(entry)
             if name in self.broken:
                 continue
             try:
-                return self._decode(candidate, entry)
+                return self._varied(candidate, entry, epoch)
             except Refused as error:
                 self._report(
                     self.broken, name, str(error), "; the next good sample is used"
@@ -318,20 +389,39 @@ class Stored:
             "the folder still exist?"
         )
 
-    def _decode(self, index: int, entry) -> "Sample":
-        if index in self.decoded:
-            self.decoded.move_to_end(index)
-            return self.decoded[index]
+    def _varied(self, index: int, entry, epoch: str) -> "Sample":
+        """Return a sample as training sees it in an epoch."""
+        if not epoch:
+            return self._decode(index, entry, self.form)
+        # numbers in [0, 1) that follow from name and epoch
+        key = f"{self.name_of(entry)}, {epoch}"
+        form = self.form
+        if self.spatial_crop == "random":
+            place = place_of(f"{key}, left"), place_of(f"{key}, top")
+            form = replace(form, place=place)
+        sample = self._decode(index, entry, form)
+        if not (self.flip and place_of(f"{key}, flip") < 0.5):
+            return sample
+        signals = dict(sample.signals)
+        for name in signals.keys() - {"audio"}:
+            signals[name] = signals[name].flip(-1)
+        return sample._replace(signals=signals)
+
+    def _decode(self, index: int, entry, form: Form) -> "Sample":
+        key = index, form
+        if key in self.decoded:
+            self.decoded.move_to_end(key)
+            return self.decoded[key]
         resolved = self.resolve(entry)
         signals = {}
         for name in self.signals:
-            signals[name] = read(
-                resolved.sources[name], name, self.form, resolved.begin
-            )
+            signals[name] = read(resolved.sources[name], name, form, resolved.begin)
         if "audio" in signals and resolved.name not in self.silent:
             if signals["audio"].abs().max() < _SILENT:
                 self._report(self.silent, resolved.name, "is silent", "; it is used")
-        self.decoded[index] = Sample(resolved, signals)
+        if form.place != self.form.place:  # it will not be needed again
+            return Sample(resolved, signals)
+        self.decoded[key] = Sample(resolved, signals)
         size = sum(values.nbytes for values in signals.values())  # the same for all
         while len(self.decoded) * size > self.cache:
             self.decoded.popitem(last=False)
