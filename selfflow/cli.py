@@ -9,6 +9,7 @@ __all__ = ['COMMANDS', 'command', 'train', 'look', 'runs', 'sample', 'relocate',
 # %% ../nbs/8_cli/03_cli.ipynb #9e6d3c74
 import glob
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -241,6 +242,27 @@ def runs(
     print(message)
 
 
+def _size_of(
+    text: str, run: Any, data: str, npz: Path | None
+) -> tuple[int, int] | None:
+    "Return height and width of a text such as 32x48; None for an empty one."
+    if not text:
+        return None
+    sides = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not sides:
+        raise ValueError(f"size is {text!r}, expected height x width, such as 32x48")
+    if npz:
+        raise ValueError(
+            f"size is {text}, but all images of an npz file have the size of the data; "
+            "leave out one of --size and --npz"
+        )
+    size = int(sides[1]), int(sides[2])
+    parts = run.sources.layout(data, size).parts
+    if parts not in run.sources.sequences:
+        print(f"the model was not trained on images of {size[0]} x {size[1]}")
+    return size
+
+
 @command
 def sample(
     run: tyro.conf.Positional[Path],
@@ -257,6 +279,7 @@ def sample(
     shift: float | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
     data: str = "",
+    size: str = "",
     npz: Path | None = None,
     n: int = 50_000,
     balance: str = "equal",
@@ -280,6 +303,7 @@ def sample(
             default that in training.
         interval: Noise levels between which guidance acts.
         data: Data set to draw from, if the run was trained on several.
+        size: Height and width of images, such as 32x48; by default those of the data.
         npz: Write images for ADM's evaluator into this file instead; the same command
             goes on after an interruption.
         n: Number of images in the npz file.
@@ -292,6 +316,7 @@ def sample(
 
     opened = Run.open(run, device)
     name = opened.config.data_name(data)
+    sides = _size_of(size, opened, name, npz)
     if npz:
         print(
             _draw_npz(
@@ -320,7 +345,17 @@ def sample(
         if value != defaults[option]
     }
     _, file = write_samples(
-        opened, wanted, steps, method, cfg_scale, seed, shift, interval, name, **changed
+        opened,
+        wanted,
+        steps,
+        method,
+        cfg_scale,
+        seed,
+        shift,
+        interval,
+        name,
+        sides,
+        **changed,
     )
     suffixes = [
         path.suffix

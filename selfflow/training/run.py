@@ -777,9 +777,12 @@ class Run:
             )
         return sources
 
-    def layout(self, data: str = "") -> Layout:
-        "Return how samples of a data set, by default the first, become tokens."
-        return self.sources.layouts[self.config.data_name(data)]
+    def layout(self, data: str = "", size: tuple[int, int] | None = None) -> Layout:
+        """Return how samples of a data set, by default the first, become tokens.
+
+        size: height and width of images, in place of those of the data set.
+        """
+        return self.sources.layout(self.config.data_name(data), size)
 
     @own_settings()
     def sample(
@@ -795,6 +798,7 @@ class Run:
         model: nn.Module | None = None,
         data: str = "",
         given: dict[str, Tensor] | None = None,
+        size: tuple[int, int] | None = None,
         **options,
     ) -> dict[str, Tensor]:
         """Draw samples. All noise depends on the seed alone.
@@ -809,6 +813,7 @@ class Run:
             given: Signals by name that are not generated (audio to generate its video,
                 or video to generate its audio), or the `first_frame` of a video,
                 (b, c, span, h, w).
+            size: Height and width of images, in place of those of the data set.
 
         Returns:
             The signals by name on the CPU, such as {"image": (b, c, h, w)}. With
@@ -835,7 +840,7 @@ class Run:
         model = self.evaluated if model is None else model
         device = next(model.parameters()).device
         shift = self.shift if shift is None else shift
-        layout = self.layout(data)
+        layout = self.layout(data, size)
         x0, start = layout.known_tokens(given, count) if given else (None, None)
         shape = (layout.tokens, layout.channels)
         x1 = torch.randn((count, *shape), generator=keyed(seed, "samples"))
@@ -848,7 +853,7 @@ class Run:
         )
         for chosen in bar:
             velocity = self.velocity_fn(
-                condition[chosen], cfg_scale, interval, model, data
+                condition[chosen], cfg_scale, interval, model, data, size
             )
             drawn = sample(
                 velocity,
@@ -871,6 +876,7 @@ class Run:
         interval: tuple[float, float] = (0.0, 1.0),
         model: nn.Module | None = None,
         data: str = "",
+        size: tuple[int, int] | None = None,
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """Return the function v(x, t) of a model, in the precision of the run.
 
@@ -881,7 +887,7 @@ class Run:
         if condition is not None:
             unconditional = self.config.shared.condition == "none"
             condition = None if unconditional else condition.to(device)
-        parts = self.layout(data).parts
+        parts = self.layout(data, size).parts
         guided = guided_velocity(network, condition, cfg_scale, interval, parts)
         bf16 = self.config.training.precision == "bf16"
 
