@@ -317,16 +317,3 @@ def test_operations_of_adapters_are_fewer_and_need_no_folder(runs):
     whole = flops_per_step(config, runs["tiny"].inputs)
     adapted = flops_per_step(replace(config, lora=LoraConfig(2)), runs["tiny"].inputs)
     assert 0.5 * whole < adapted < 0.95 * whole
-
-
-def test_adapters_on_a_backbone_that_was_passed_to_train(runs, tmp_path):
-    pytest.importorskip("peft")
-    base = runs["tiny"].teacher
-    config = replace(beginning("", rank=2), model=ModelConfig("given"))
-    config = replace(config, training=replace(config.training, steps=1))
-    run = train(config, tmp_path, "cpu", bar=False, backbone=base)
-    opened = Run.open(run.path, "cpu", backbone=base)
-    assert opened.teacher.state_dict().keys() == base.state_dict().keys()
-    assert not hasattr(base, "base_names"), "it was copied"
-    with pytest.raises(ValueError, match="have changed since"):
-        Run.open(run.path, "cpu", backbone=runs["vanilla"].teacher).teacher  # noqa: B018
