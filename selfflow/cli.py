@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'command', 'train', 'look', 'runs', 'sample', 'relocate', 'export', 'models', 'probe', 'metrics', 'bench',
-           'study', 'report', 'notebook', 'app', 'main']
+           'study', 'report', 'encode', 'reference', 'notebook', 'app', 'main']
 
 # %% ../nbs/8_cli/03_cli.ipynb #9e6d3c74
 import glob
 import os
+import re
 import shlex
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -65,8 +66,14 @@ def train(
     processes: int = 1,
     workers: int = 0,
     track: tuple[str, ...] = (),
+    branch_from: Path | None = None,
+    seeds: tuple[int, ...] = (),
 ) -> None:
     """Train a run, or resume it. Ctrl-C saves and ends it; the same command resumes it.
+
+    Fine-tuning: --training.start-from takes the first weights from a run, an export,
+    a name of `selfflow models`, the published checkpoint or a folder of diffusers;
+    with --lora.rank 8 only adapters are trained on them.
 
     Args:
         config: Settings of the run.
@@ -80,18 +87,32 @@ def train(
         processes: Number of processes that train together on this machine.
         workers: Number of processes, for each of them, that fetch data in advance.
         track: Trackers to log to: tensorboard, wandb, mlflow.
+        branch_from: A run, or one of its checkpoints, from whose full state a new run
+            goes on: cool-downs of several lengths share one long run.
+        seeds: Train a run with each of these seeds, one after the other, in folders
+            NAME-seed0, NAME-seed1, ...; the same command resumes them.
     """
     # preset and config_file are part of config already, see `starting_point`
     from selfflow.training.loop import train as train_run
     from selfflow.training.processes import launch
 
-    if processes > 1:
-        launch(config, processes, folder, device, features, workers, track)
-        return  # the first of the processes has printed the end
-    tensor = read_features(features) if features else None
-    run = train_run(config, folder, device, tensor, workers, track)
-    if int(os.environ.get("RANK", 0)):
-        return  # of the processes that a launcher has started, the first prints
+    tensor = read_features(features) if features and processes == 1 else None
+
+    def train_one(config: Config):
+        if processes > 1:
+            return launch(
+                config, processes, folder, device, features, workers, track, branch_from
+            )
+        return train_run(
+            config, folder, device, tensor, workers, track, branch_from=branch_from
+        )
+
+    if seeds:
+        _train_seeds(train_one, config, seeds)
+        return
+    run = train_one(config)
+    if processes > 1 or int(os.environ.get("RANK", 0)):
+        return  # the first of several processes prints the end
     if run.state()["step"] < config.training.steps:
         return  # stopped, which was printed
     message = f"{run.path} is trained: {run.state()['step']} steps"
@@ -103,6 +124,38 @@ def train(
         commands.append(f"selfflow probe {run.quoted}")  # there are classes
     commands.append(f"selfflow report {run.quoted}")
     print(f"{message}. Next: {'; '.join(commands)}")
+
+
+def _train_seeds(train_one: Callable, config: Config, seeds: tuple[int, ...]) -> None:
+    """Train a run with each seed and print a summary of the finished ones.
+
+    A run that is stopped by a request ends the series.
+    """
+    import numpy as np
+    import pandas as pd
+
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds {seeds} repeat a seed; name each once")
+    rows = []
+    for seed in seeds:
+        one = replace(config, seed=seed, name=f"{config.name}-seed{seed}")
+        run = train_one(one)
+        step = run.state()["step"]
+        if step < config.training.steps:
+            break  # stopped, which was printed
+        row = {"run": one.name, "seed": seed, "steps": step}
+        for measure in ("validation_flow_loss", "flow_loss"):
+            if measure in run.log:
+                row[measure.replace("_", " ")] = run.log[measure].dropna().iloc[-1]
+        rows.append(row)
+    if int(os.environ.get("RANK", 0)) or not rows:
+        return
+    table = pd.DataFrame(rows)
+    print(table.to_string(index=False, float_format="{:.4f}".format))
+    for measure in table.columns[3:]:
+        values = table[measure].to_numpy()
+        spread = f" +- {values.std(ddof=1):.4f} (sd)" if len(values) > 1 else ""
+        print(f"{measure}: {np.mean(values):.4f}{spread}, {len(values)} seeds")
 
 
 @command
@@ -193,6 +246,27 @@ def runs(
     print(message)
 
 
+def _size_of(
+    text: str, run: Any, data: str, npz: Path | None
+) -> tuple[int, int] | None:
+    "Return height and width of a text such as 32x48; None for an empty one."
+    if not text:
+        return None
+    sides = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not sides:
+        raise ValueError(f"size is {text!r}, expected height x width, such as 32x48")
+    if npz:
+        raise ValueError(
+            f"size is {text}, but all images of an npz file have the size of the data; "
+            "leave out one of --size and --npz"
+        )
+    size = int(sides[1]), int(sides[2])
+    parts = run.sources.layout(data, size).parts
+    if parts not in run.sources.sequences:
+        print(f"the model was not trained on images of {size[0]} x {size[1]}")
+    return size
+
+
 @command
 def sample(
     run: tyro.conf.Positional[Path],
@@ -209,6 +283,11 @@ def sample(
     shift: float | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
     data: str = "",
+    size: str = "",
+    npz: Path | None = None,
+    n: int = 50_000,
+    balance: str = "equal",
+    autoencoder: Path | None = None,
     device: str = "auto",
 ) -> None:
     """Draw samples from a run and write them to its folder.
@@ -228,6 +307,12 @@ def sample(
             default that in training.
         interval: Noise levels between which guidance acts.
         data: Data set to draw from, if the run was trained on several.
+        size: Height and width of images, such as 32x48; by default those of the data.
+        npz: Write images for ADM's evaluator into this file instead; the same command
+            goes on after an interruption.
+        n: Number of images in the npz file.
+        balance: Classes in the npz file: equal, or data (as in the training data).
+        autoencoder: Folder of the autoencoder that decodes latents, or haar, for npz.
         device: auto (a GPU if there is one), cpu, cuda, ...
     """
     from selfflow.training.run import Run
@@ -235,6 +320,26 @@ def sample(
 
     opened = Run.open(run, device)
     name = opened.config.data_name(data)
+    sides = _size_of(size, opened, name, npz)
+    if npz:
+        print(
+            _draw_npz(
+                opened,
+                npz,
+                count=n,
+                balance=balance,
+                steps=steps,
+                method=method,
+                cfg_scale=cfg_scale,
+                seed=seed,
+                shift=shift,
+                interval=interval,
+                data=name,
+                autoencoder=autoencoder,
+                **asdict(options),  # type: ignore[call-overload]
+            )
+        )
+        return
     wanted = to_draw(opened, name, labels, captions, each)
     chosen: Any = options  # a dataclass, see `sampler_of`
     defaults = asdict(type(chosen)())
@@ -244,7 +349,17 @@ def sample(
         if value != defaults[option]
     }
     _, file = write_samples(
-        opened, wanted, steps, method, cfg_scale, seed, shift, interval, name, **changed
+        opened,
+        wanted,
+        steps,
+        method,
+        cfg_scale,
+        seed,
+        shift,
+        interval,
+        name,
+        sides,
+        **changed,
     )
     suffixes = [
         path.suffix
@@ -285,6 +400,10 @@ def export(
     folder: tyro.conf.Positional[Path],
     dtype: str = "float32",
     license: str = "",
+    average: str = "",
+    sigma_rel: float | None = None,
+    layout: Literal["selfflow", "diffusers"] = "selfflow",
+    push: str = "",
 ) -> None:
     """Export a run's averaged weights, config and model card to a folder.
 
@@ -293,10 +412,30 @@ def export(
         folder: A new folder, or an earlier export, which is replaced.
         dtype: Dtype of the weights in the file: float32, bfloat16 or float16.
         license: License of the model, such as apache-2.0; by default to be chosen.
+        average: Average to export: teacher, or a name in training.ema; by default
+            training.evaluated.
+        sigma_rel: Relative width of a power-function average to make from snapshots
+            and to export instead (training.power_ema).
+        layout: That of selfflow, or that of diffusers for a backbone from there.
+        push: Repository on the Hugging Face Hub to upload the model to, such as
+            me/model; the only use of the network.
     """
     from selfflow.training.export import export as export_run
+    from selfflow.training.export import export_diffusers, load
 
-    place = export_run(run, folder, dtype, license=license)
+    chosen: dict[str, Any] = {"average": average, "sigma_rel": sigma_rel}
+    if layout == "diffusers":
+        if push:
+            raise ValueError(
+                "--push uploads the layout of selfflow; upload a folder in that of "
+                "diffusers by: hf upload REPOSITORY FOLDER"
+            )
+        place = export_diffusers(run, folder, dtype, license, **chosen)
+        print(f"the transformer is in {place}; open it with its class in diffusers")
+        return
+    place = export_run(run, folder, dtype, license=license, **chosen)
+    if push:
+        print(f"uploaded: {load(place, 'cpu').push_to_hub(push)}")
     print(
         f"the model is in {place}; open it with selfflow.load, or: selfflow sample "
         f"{shlex.quote(str(place))}"
@@ -378,7 +517,7 @@ def probe(
 @command
 def metrics(
     run: tyro.conf.Positional[Path],
-    count: int = 500,
+    count: int | None = None,
     steps: int = 25,
     cfg_scale: float = 1.0,
     seed: int = 0,
@@ -386,13 +525,19 @@ def metrics(
     data: str = "",
     extractor: Path | None = None,
     resamples: int = 40,
+    reference: Path | None = None,
+    balance: str = "equal",
+    autoencoder: Path | None = None,
     device: str = "auto",
 ) -> None:
     """Measure the distance of a run's samples to test data, next to that of real data.
 
+    With --reference: FID, sFID, inception score, precision and recall, as papers report
+    them.
+
     Args:
-        run: Folder of the run.
-        count: Number of samples, and of test examples.
+        run: Folder of the run; with --reference also an npz file of samples.
+        count: Number of samples, by default 500; with --reference 50,000.
         steps: Steps of the sampler (Euler).
         cfg_scale: Classifier-free guidance; 1 is none.
         seed: Seed of the noise.
@@ -401,6 +546,11 @@ def metrics(
         extractor: Folder with DINOv2, CLAP or VideoMAE, or file with the weights of
             InceptionV3; by default the built-in judge.
         resamples: Number of halves for the intervals; 0 for no intervals.
+        reference: An npz file in ADM's form to measure against, with the weights of
+            InceptionV3 as --extractor.
+        balance: Classes drawn for --reference: equal, or data (as in the training
+            data).
+        autoencoder: Folder of the autoencoder that decodes latents, for --reference.
         device: auto (a GPU if there is one), cpu, cuda, ...
     """
     from selfflow.analysis.extractors import open_extractor
@@ -408,13 +558,34 @@ def metrics(
     from selfflow.disk import check_writable
     from selfflow.training.run import Run
 
-    opened = Run.open(run, device)
+    if run.suffix == ".npz" and not reference:
+        raise ValueError(f"{run} is an npz file; measure it against --reference FILE")
+    samples = run
+    if run.suffix != ".npz":
+        opened = Run.open(run, device)
+    if reference:
+        drawing = {
+            "count": 50_000 if count is None else count,
+            "balance": balance,
+            "steps": steps,
+            "cfg_scale": cfg_scale,
+            "seed": seed,
+            "shift": shift,
+            "data": data,
+            "autoencoder": autoencoder,
+        }
+        if run.suffix != ".npz":
+            words = f"{drawing['count']}-{steps}-steps-cfg-{cfg_scale:g}-seed-{seed}"
+            name = f"step-{opened.state()['step']}-{balance}-{words}.npz"
+            samples = opened.records / "samples" / name
+        _print_fidelity(run, samples, reference, extractor, device, drawing)
+        return
     check_writable(opened.records / "metrics.json")
     features = open_extractor(extractor, device=opened.device) if extractor else None
     print(
         run_metrics(
             opened,
-            count,
+            500 if count is None else count,
             steps,
             cfg_scale,
             seed,
@@ -560,6 +731,179 @@ def report(
     if pdf:
         print(f"printed: {write_pdf(page)}")
 
+# %% ../nbs/8_cli/03_cli.ipynb #5fcd02c8
+def _autoencoder(folder: str | Path) -> Any:
+    "Open the autoencoder in a folder, or the one named haar."
+    from selfflow.data.autoencoder import Haar, open_autoencoder
+
+    return Haar() if str(folder) == "haar" else open_autoencoder(folder)
+
+
+@command
+def encode(
+    config: Annotated[Config, tyro.conf.arg(name="")],
+    data: tyro.conf.Positional[str],
+    output: tyro.conf.Positional[Path],
+    autoencoder: tuple[str, ...],
+    preset: Annotated[
+        str, tyro.conf.arg(metavar=f"{{{','.join(PRESETS)}}}")
+    ] = "digits",
+    config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None,
+    splits: tuple[str, ...] = ("train", "validation", "test"),
+    dtype: str = "float32",
+    flips: bool = False,
+    batch: int = 32,
+    shard_size: int = 1024,
+    processes: int = 1,
+    device: str = "auto",
+) -> None:
+    """Encode data into a folder of latents, for selfflow train --data.name latents.
+
+    The same command goes on after an interruption. The data are given as in selfflow
+    look: selfflow encode DATA OUTPUT --autoencoder FOLDER, with options of the data.
+
+    Args:
+        config: Settings of the data.
+        data: A folder of files, a Hugging Face data set, the folder of a run, or the
+            name of a data set.
+        output: Folder for the latents.
+        autoencoder: Folder of an autoencoder as diffusers saves it, or haar; several
+            for several signals.
+        preset: As in selfflow train.
+        config_file: As in selfflow train.
+        splits: Splits to encode; train comes first, because the others need its mean.
+        dtype: Type of the latents in the files: float32, float16 or bfloat16.
+        flips: Also encode the training pictures with left and right exchanged.
+        batch: Samples encoded at a time.
+        shard_size: Samples in a file.
+        processes: Number of processes that encode together.
+        device: auto (a GPU if there is one), cpu, cuda, ...
+    """
+    # data, preset and config_file are part of config already, see `looked_at`
+    from selfflow.data.latents import Mirrored, encode_latents
+    from selfflow.data.sources import open_dataset
+
+    if len(config.datasets) > 1:
+        raise ValueError(
+            f"the config has {len(config.datasets)} data sets; encode one at a time"
+        )
+    settings = config.shared
+    coders = [_autoencoder(folder) for folder in autoencoder]
+    for split in splits:
+        source = open_dataset(settings, split)
+        if flips and split == "train":
+            source = Mirrored(source)
+        latents = encode_latents(
+            source,
+            coders,
+            output,
+            split,
+            batch,
+            shard_size,
+            device,
+            dtype=dtype,
+            processes=processes,
+        )
+        shapes = ", ".join(
+            f"{name} {' x '.join(map(str, shape))}"
+            for name, shape in latents.shapes.items()
+        )
+        print(f"{split}: {len(latents):,} samples as latents ({shapes}) in {output}")
+    print(
+        "Next: selfflow train --data.name latents --data.path "
+        f"{shlex.quote(str(output))}"
+    )
+
+# %% ../nbs/8_cli/03_cli.ipynb #9ca22260
+def _draw_npz(opened: Any, path: Path, autoencoder: Path | None, **settings) -> str:
+    "Draw images into an npz file, and return the sentence that says where they are."
+    from selfflow.data.latents import Latents
+    from selfflow.training.npz import draw_npz
+
+    name = opened.config.data_name(settings["data"])
+    decode = None
+    if autoencoder:
+        place = opened.config.datasets[name].path
+        coder = _autoencoder(autoencoder)
+        decode = Latents(place, "train", coder, check=False).decode
+    draw_npz(opened, path, decode=decode, **settings)
+    return f"{settings['count']:,} images are in {path}, for ADM's evaluator"
+
+
+def _print_fidelity(
+    run: Path,
+    samples: Path,
+    reference: Path,
+    extractor: Path | None,
+    device: str,
+    drawing: dict[str, Any],
+) -> None:
+    """Draw samples if they are not there yet, measure them and print the numbers.
+
+    Args:
+        run: Folder of a run, or the samples.
+        samples: npz file of the samples.
+        reference: npz file to measure against.
+        extractor: Weights of InceptionV3.
+        device: Where the networks run.
+        drawing: Settings of the samples, see `_draw_npz`.
+    """
+    from selfflow.analysis.extractors import open_inception
+    from selfflow.analysis.fid import measure_npz, open_set
+    from selfflow.training.npz import arrays_of
+    from selfflow.training.run import Run, device_for
+
+    network = None
+    if extractor:
+        network = open_inception(extractor, device=device_for(device))
+    elif run != samples:
+        raise ValueError(
+            "samples of a run are measured by InceptionV3; give its weights: "
+            "--extractor FILE"
+        )
+    if run != samples:
+        if "arr_0" not in arrays_of(reference):  # fail before hours of drawing
+            open_set(reference)
+        print(_draw_npz(Run.open(run, device), samples, **drawing))
+    result, file = measure_npz(samples, reference, network)
+    print(result)
+    print(f"All numbers: {file}")
+
+
+@command
+def reference(
+    run: tyro.conf.Positional[Path],
+    output: tyro.conf.Positional[Path],
+    extractor: Path,
+    split: str = "train",
+    data: str = "",
+    count: int | None = None,
+    images: int = 10_000,
+    device: str = "auto",
+) -> None:
+    """Write a reference of a run's own data, in ADM's form, for selfflow metrics.
+
+    Args:
+        run: Folder of the run.
+        output: npz file to write.
+        extractor: File with the weights of InceptionV3.
+        split: train, validation or test.
+        data: Data set, if the run was trained on several.
+        count: Images for mean and covariance; by default all.
+        images: How many of them are stored, for precision and recall.
+        device: auto (a GPU if there is one), cpu, cuda, ...
+    """
+    from selfflow.analysis.extractors import open_inception
+    from selfflow.analysis.fid import write_reference
+    from selfflow.training.run import Run, device_for
+
+    opened = Run.open(run, "cpu")
+    source = opened.sources_of(split).data[opened.config.data_name(data)]
+    network = open_inception(extractor, device=device_for(device))
+    about = {"split": split}
+    write_reference(source, output, network, count, images, about)
+    print(f"the reference is {output}; selfflow metrics {run} --reference {output}")
+
 # %% ../nbs/8_cli/03_cli.ipynb #665e0e47
 @command
 def notebook(
@@ -623,7 +967,7 @@ def main(args: list[str] | None = None) -> None:
         args = use_files(args)
         starts = {}
         args = looked_at(args)
-        if args[:1] in (["train"], ["look"]):
+        if args[:1] in (["train"], ["look"], ["encode"]):
             starts = starting_point(args)
         elif args[:1] == ["sample"]:
             starts = sampler_of(args)

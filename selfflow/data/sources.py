@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from selfflow.data.datasets import (
     DataSet,
     Examples,
     ImageSet,
+    View,
     caption_text,
     digits,
     rate_of,
@@ -86,7 +87,13 @@ def _open_stored(kind: type[_Files], config: DataConfig, split: str) -> _Files:
         config.samples,
         crop=config.crop,
         channels=config.channels,
+        loudness=config.loudness,
         carve=config.carve,
+        spatial_crop=config.spatial_crop,
+        flip=config.flip,
+        profiles=config.profiles,
+        aspect=config.aspect,
+        multiple=config.patch,
     )
 
 
@@ -334,6 +341,7 @@ class Outline:
         captions: Captions of some samples that are not trained on.
         rate: Sample rate of audio, Hz.
         fps: Frames a second of videos, None if unknown.
+        notes: What was done with the files: what was cut, mixed and resampled.
     """
 
     names: tuple[str, ...]
@@ -343,11 +351,13 @@ class Outline:
     captions: tuple[str, ...] = ()
     rate: int = 8000
     fps: float | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self):  # JSON gives lists
         shapes = {name: tuple(shape) for name, shape in self.shapes.items()}
         object.__setattr__(self, "names", tuple(self.names))
         object.__setattr__(self, "captions", tuple(self.captions))
+        object.__setattr__(self, "notes", tuple(self.notes))
         object.__setattr__(self, "shapes", shapes)
 
     @classmethod
@@ -368,6 +378,7 @@ class Outline:
             others.take(evenly).captions,
             rate_of(data),
             getattr(data, "fps", None),
+            tuple(getattr(data, "notes", ())),
         )
 
     def __len__(self) -> int:
@@ -448,6 +459,7 @@ class Sources:
             self.encoder = open_encoder(self.config.encoder)
         self.data: dict[str, DataSet] = {}
         self.layouts: dict[str, Layout] = {}
+        self._sized: dict[tuple[str, tuple[int, int]], Layout] = {}
         for name, settings in self.settings.items():
             if data is not None and name in data:
                 self.data[name] = data[name]
@@ -464,9 +476,39 @@ class Sources:
             )
         self.weights = self._weights()
 
+    def layout(self, name: str, size: tuple[int, int] | None = None) -> Layout:
+        """Return how samples of a data set become tokens, also images of another size.
+
+        Args:
+            size: Height and width of the images, in place of those of the data set.
+
+        Raises:
+            ValueError: for a size of data other than images, and one that the patch
+                does not divide.
+        """
+        if size is None:
+            return self.layouts[name]
+        if {*self.layouts[name].patches} != {"image"}:
+            raise ValueError(
+                f"size is {size[0]} x {size[1]}, but {name} has "
+                f"{', '.join(self.layouts[name].patches)}; only images alone can have "
+                "another size"
+            )
+        if (name, size) not in self._sized:
+            height, width = size
+            patches = self.layouts[name].patches["image"]
+            image = replace(patches, height=height, width=width)
+            self._sized[name, size] = Layout({"image": image})
+        return self._sized[name, size]
+
+    def sizes(self, name: str) -> tuple[tuple[int, int] | None, ...]:
+        """Return the sizes of the batches of a data set; None is that of the data."""
+        return getattr(self.settings[name], "sizes", ()) or (None,)
+
     def layout_of(self, name: str, parts: tuple[Part, ...]) -> Layout:
         """Return how the parts of a batch of a data set become its signals."""
-        return self.layouts[name]
+        layouts = (self.layout(name, size) for size in self.sizes(name))
+        return next(layout for layout in layouts if layout.parts == parts)
 
     def _weights(self) -> dict[str, float]:
         weights: dict[str, float] = {}
@@ -492,7 +534,12 @@ class Sources:
     @property
     def sequences(self) -> tuple[tuple[Part, ...], ...]:
         """Parts of each kind of sequence."""
-        return tuple(dict.fromkeys(layout.parts for layout in self.layouts.values()))
+        sequences = [
+            self.layout(name, size).parts
+            for name in self.layouts
+            for size in self.sizes(name)
+        ]
+        return tuple(dict.fromkeys(sequences))
 
     @property
     def inputs(self) -> Inputs:
@@ -593,9 +640,14 @@ class Sources:
         return sum(len(self.data[other].names) for other in before)
 
     @own_settings()
-    def take(self, name: str, indices: Tensor) -> Batch:
-        """Return the samples of a data set at indices (b,)."""
-        examples = self.data[name].take(indices)
-        layout = self.layouts[name]
+    def take(self, name: str, indices: Tensor, view: View | None = None) -> Batch:
+        """Return the samples of a data set at indices (b,).
+
+        Args:
+            view: Of training, for data that are `varied`; see `View`.
+        """
+        data: Any = self.data[name]
+        examples = data.take(indices) if view is None else data.take(indices, view)
+        layout = self.layout(name, view.size if view else None)
         tokens = layout.patchify(examples.signals)  # (b, n, c)
         return Batch(tokens, self.condition(name, examples), layout.parts, indices)

@@ -10,8 +10,8 @@ import hashlib
 import json
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from math import ceil
@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from ..checks import check_shares, choose
-from .datasets import SPLITS, Examples
+from .buckets import buckets_of
+from .datasets import SPLITS, Examples, View
 from .decoding import Form, Header, read
 from .files import SIGNALS, Refused, Skipped, Source, place_of, plain
-from .options import CROPS
+from .options import CROPS, SPATIAL_CROPS
 
 # %% ../../nbs/2_data/10_stored.ipynb #f7901cbb
 _CAPTIONS = ("auto", "class", "none")
@@ -94,7 +95,13 @@ class Stored:
         shares: Shares of the splits, for data that are not split already.
         cache: Bytes of decoded samples that stay in memory.
         crop: The part of longer audio and videos that is used, see `begins_of`.
+        loudness: Of each sample of audio, see `at_loudness`.
         carve: Fill splits that are missing or empty.
+        spatial_crop: centre, or random: where training crops images and frames.
+        flip: Training mirrors half of the images and videos.
+        profiles: Convert embedded colour profiles to sRGB.
+        aspect: Of the aspect buckets of images, see `buckets_of`; 1 for none.
+        multiple: Of the sides of a bucket, pixels.
 
     Attributes:
         names: Names of the classes.
@@ -102,6 +109,8 @@ class Stored:
         skipped: Names of what is not used, by reason.
         broken: Why a sample could not be decoded, by its name.
         silent: Samples with silent audio, by name.
+        buckets: Height and width of each aspect bucket; none without buckets.
+        bucket_numbers: Number of the bucket of each sample, (n,).
         sides: How often each width and height occurs in the files, where that is known.
         notes: What is worth knowing about the files that are used.
 
@@ -124,6 +133,12 @@ class Stored:
     crop: str = "start"
     channels: int = 3
     carve: bool = True
+    loudness: str = "none"
+    spatial_crop: str = "centre"
+    flip: bool = False
+    profiles: bool = True
+    aspect: float = 1.0
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.signals, str):
@@ -131,7 +146,14 @@ class Stored:
         self.signals = tuple(self.signals)
         self._check_settings()
         self.form = Form(
-            self.size, self.frames, self.fps, self.rate, self.samples, self.channels
+            self.size,
+            self.frames,
+            self.fps,
+            self.rate,
+            self.samples,
+            self.channels,
+            self.profiles,
+            loudness=self.loudness,
         )
         self.window = self.form.seconds(self.signals)
         self.root = Path(self.path).expanduser().resolve()
@@ -145,8 +167,13 @@ class Stored:
         self.skipped = Skipped()
         self.broken: dict[str, str] = {}
         self.silent: dict[str, str] = {}
-        self.decoded: OrderedDict[int, Sample] = OrderedDict()
+        self.decoded: OrderedDict[tuple[int, Form], Sample] = OrderedDict()
         self.sides: Counter[tuple[int, int]] = Counter()
+        self.buckets: tuple[tuple[int, int], ...] = ()
+        if self.aspect > 1:
+            sides = self.form.sides
+            self.buckets = buckets_of(*sides, self.multiple, self.aspect)
+        self.bucket_numbers = torch.zeros(0, dtype=torch.int64)
         self.entries, self.notes = self.find()
         notes = self.notes
         if self.skipped:
@@ -167,6 +194,7 @@ class Stored:
         choose(self.split, SPLITS, "split")
         choose(self.captions, _CAPTIONS, "captions")
         choose(self.crop, CROPS, "crop")
+        choose(self.spatial_crop, SPATIAL_CROPS, "spatial_crop")
         check_shares(self.shares, "shares")
         if len(self.shares) != len(SPLITS):
             raise ValueError(
@@ -213,7 +241,8 @@ class Stored:
             f"{examined} are longer than {self.window:.4g} s: "
         )
         if self.crop == "all":
-            return [text + "they are cut into windows"]
+            windows = sum(len(self._begins("", length)) for length in lengths)
+            return [f"{text}all are cut into {windows:,} windows"]
         used = {
             "start": "only their start",
             "centre": "only their middle",
@@ -226,6 +255,28 @@ class Stored:
             f"{text}{used[self.crop]} is used; data.crop all uses every window, "
             f"{remedy}"
         ]
+
+    def _begins(self, name: str, length: float) -> list[float]:
+        """Return the times at which the samples of a file begin; needs a window."""
+        assert self.window
+        return begins_of(name, length, self.window, self.crop)
+
+    def _rate_notes(self, headers: Iterable[Header]) -> Iterator[str]:
+        """Yield notes on audio that is resampled or mixed down."""
+        heard = [header for header in headers if header.rate]
+        others = Counter(h.rate for h in heard if h.rate != self.rate)
+        if others:
+            rates = ", ".join(f"{rate:,}" for rate, _ in others.most_common(5))
+            yield (
+                f"{others.total():,} of {len(heard):,} audio files are resampled from "
+                f"{rates} to {self.rate:,} Hz"
+            )
+        several = sum(header.channels > 1 for header in heard)
+        if several:
+            yield (
+                f"{several:,} of {len(heard):,} audio files have several channels, "
+                "which are mixed down"
+            )
 
     def find(self) -> tuple[Sequence, list[str]]:
         """Return the samples of this split, as `resolve` takes them, and notes on them.
@@ -275,13 +326,23 @@ class Stored:
         ]
         if self.window and self.crop != "start":
             settings.append(self.crop)
+        if "audio" in self.signals and self.loudness != "none":
+            settings.append(self.loudness)
         digest = hashlib.sha256(json.dumps(settings).encode())
         for part in content:
             digest.update(json.dumps(part).encode())
         return digest.hexdigest()[:16]
 
-    def take(self, indices: Tensor) -> Examples:
+    @property
+    def varied(self) -> bool:
+        """True if samples differ between epochs, see `View`."""
+        return self.flip or self.spatial_crop == "random" or bool(self.buckets)
+
+    def take(self, indices: Tensor, view: View | None = None) -> Examples:
         """Return the samples at indices (b,).
+
+        Args:
+            view: For training; without one, samples are always the same.
 
         Raises:
             IndexError: for an index that is negative or too large.
@@ -291,9 +352,17 @@ class Stored:
             first, last = int(indices.min()), int(indices.max())
             if first < 0 or last >= len(self):
                 raise IndexError(f"samples {first} to {last} of {len(self)}")
-        samples = [self._good(index) for index in indices.tolist()]
+        epochs: list[str] = [""] * len(indices)
+        form = self.form
+        if view is not None:
+            form = replace(form, size=view.size or form.size)
+            epochs = [f"{view.seed}, {epoch}" for epoch in view.epochs.tolist()]
+        samples = [
+            self._good(index, form, epoch)
+            for index, epoch in zip(indices.tolist(), epochs, strict=True)
+        ]
         signals = {}
-        for name, shape in self.shapes.items():
+        for name, shape in form.shapes(self.signals).items():
             values = torch.zeros(0, *shape)
             if samples:
                 values = torch.stack([sample.signals[name] for sample in samples])
@@ -310,17 +379,22 @@ class Stored:
         Raises:
             RuntimeError: if no sample can be decoded.
         """
-        return self._good(index).entry
+        return self._good(index, self.form).entry
 
-    def _good(self, index: int) -> "Sample":
-        """Return the sample at an index, or the next one that can be decoded."""
+    def _good(self, index: int, form: Form, epoch: str = "") -> "Sample":
+        """Return the sample at an index, or the next one that can be decoded.
+
+        Args:
+            form: In which it is decoded.
+            epoch: Seed and epoch of training, which vary it; empty for no variation.
+        """
         for candidate in chain(range(index, len(self)), range(index)):
             entry = self.entries[candidate]
             name = self.name_of(entry)
             if name in self.broken:
                 continue
             try:
-                return self._decode(candidate, entry)
+                return self._varied(candidate, entry, form, epoch)
             except Refused as error:
                 self._report(
                     self.broken, name, str(error), "; the next good sample is used"
@@ -330,20 +404,38 @@ class Stored:
             "the folder still exist?"
         )
 
-    def _decode(self, index: int, entry) -> "Sample":
-        if index in self.decoded:
-            self.decoded.move_to_end(index)
-            return self.decoded[index]
+    def _varied(self, index: int, entry, form: Form, epoch: str) -> "Sample":
+        """Return a sample as training sees it in an epoch."""
+        if not epoch:
+            return self._decode(index, entry, form)
+        # numbers in [0, 1) that follow from name and epoch
+        key = f"{self.name_of(entry)}, {epoch}"
+        if self.spatial_crop == "random":
+            place = place_of(f"{key}, left"), place_of(f"{key}, top")
+            form = replace(form, place=place)
+        sample = self._decode(index, entry, form)
+        if not (self.flip and place_of(f"{key}, flip") < 0.5):
+            return sample
+        signals = dict(sample.signals)
+        for name in signals.keys() - {"audio"}:
+            signals[name] = signals[name].flip(-1)
+        return sample._replace(signals=signals)
+
+    def _decode(self, index: int, entry, form: Form) -> "Sample":
+        key = index, form
+        if key in self.decoded:
+            self.decoded.move_to_end(key)
+            return self.decoded[key]
         resolved = self.resolve(entry)
         signals = {}
         for name in self.signals:
-            signals[name] = read(
-                resolved.sources[name], name, self.form, resolved.begin
-            )
+            signals[name] = read(resolved.sources[name], name, form, resolved.begin)
         if "audio" in signals and resolved.name not in self.silent:
             if signals["audio"].abs().max() < _SILENT:
                 self._report(self.silent, resolved.name, "is silent", "; it is used")
-        self.decoded[index] = Sample(resolved, signals)
+        if form.place != self.form.place:  # it will not be needed again
+            return Sample(resolved, signals)
+        self.decoded[key] = Sample(resolved, signals)
         size = sum(values.nbytes for values in signals.values())  # the same for all
         while len(self.decoded) * size > self.cache:
             self.decoded.popitem(last=False)

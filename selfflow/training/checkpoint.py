@@ -134,6 +134,10 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
     Raises:
         ValueError: if they are the weights of another model.
     """
+    base = getattr(model, "base_names", ())
+    if base:  # which a checkpoint of adapters does not have
+        state = model.state_dict()
+        weights = {name: state[name] for name in base} | weights
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -519,7 +523,21 @@ def migrate(stored: dict) -> dict:
         )
     while stored["format"] != FORMAT:
         stored = _MIGRATIONS[stored["format"]](stored)
-    return stored
+    return _without_profiles(stored)
+
+
+def _without_profiles(stored: dict) -> dict:
+    "Runs that do not know the setting ignored the colour profiles of files."
+    config = stored["config"]
+    data = config.get("data", {})
+    several = data if isinstance(data, list | tuple) else [data]
+    completed = []
+    for settings in several:
+        if settings.get("name") in ("folder", "huggingface"):
+            settings = {"profiles": False, **settings}
+        completed.append(settings)
+    new = completed if several is data else completed[0]
+    return {**stored, "config": {**config, "data": new}}
 
 # %% ../../nbs/3_training/03_checkpoint.ipynb #2c03048e
 # dotted names of settings that may change when a run resumes
@@ -531,10 +549,16 @@ _FREE = {
     "training.keep_every",
     "training.keep_optimizers",
     "training.sample_every",
+    "training.snapshot_every",
+    "training.evaluated",
     "training.parallel",
     "training.checkpointing",
     "data.encoder",
 }
+
+
+# where the first weights lie
+_ORIGINS = ("training.start_from", "model.folder")
 
 
 def is_free(name: str, fingerprints: dict[str, str]) -> bool:
@@ -542,9 +566,12 @@ def is_free(name: str, fingerprints: dict[str, str]) -> bool:
 
     Args:
         name: Dotted name of the setting.
-        fingerprints: Of the run's data. If that of the training data is known, the
-            data may have moved.
+        fingerprints: Of the run's data, and of its first weights ("start"). If that of
+            the training data is known, the data may have moved, and likewise the first
+            weights.
     """
+    if name in _ORIGINS:
+        return bool(fingerprints.get("start"))
     setting = re.sub(r"^data\.\d+\.", "data.", name)
     if setting == "data.path":
         return bool(fingerprints.get("train"))
@@ -574,7 +601,10 @@ def compare_runs(path: Path, stored: dict, requested: dict) -> dict[str, tuple]:
         {**requested["config"], "inputs": requested["inputs"]},
     )
     same_data = stored["data"].get("train") == requested["data"].get("train")
-    fingerprints = stored["data"] if same_data else {}
+    fingerprints = dict(stored["data"]) if same_data else {}
+    start = stored.get("start", {}).get("fingerprint", "")
+    if start == requested.get("start", {}).get("fingerprint"):
+        fingerprints["start"] = start
     settings = {
         name: pair for name, pair in changes.items() if not is_free(name, fingerprints)
     }
