@@ -8,15 +8,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLFlux2,
-    AutoencoderKLLTXVideo,
-    AutoencoderKLWan,
-    AutoencoderOobleck,
-)
-from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
-from diffusers.pipelines.ltx.pipeline_ltx import LTXPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -30,7 +21,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def kl(channels=1, **options):
-    return AutoencoderKL(
+    return diffusers.AutoencoderKL(
         in_channels=channels,
         out_channels=channels,
         down_block_types=["DownEncoderBlock2D"] * 2,
@@ -44,7 +35,7 @@ def kl(channels=1, **options):
 
 
 def wan(channels=3, **options):
-    return AutoencoderKLWan(
+    return diffusers.AutoencoderKLWan(
         **{
             "base_dim": 4,
             "z_dim": 2,
@@ -61,7 +52,7 @@ def wan(channels=3, **options):
 
 
 def flux2():
-    model = AutoencoderKLFlux2(
+    model = diffusers.AutoencoderKLFlux2(
         down_block_types=["DownEncoderBlock2D"] * 2,
         up_block_types=["UpDecoderBlock2D"] * 2,
         block_out_channels=[4, 8],
@@ -75,7 +66,7 @@ def flux2():
 
 
 def ltx(**options):
-    model = AutoencoderKLLTXVideo(
+    model = diffusers.AutoencoderKLLTXVideo(
         **{
             "latent_channels": 3,
             "block_out_channels": (4, 4),
@@ -100,7 +91,7 @@ def ltx(**options):
 
 
 def oobleck(channels):
-    return AutoencoderOobleck(
+    return diffusers.AutoencoderOobleck(
         encoder_hidden_size=8,
         downsampling_ratios=[2, 4],
         channel_multiples=[1, 2],
@@ -456,13 +447,15 @@ def test_flux2_latents_are_those_of_its_pipeline(tmp_path):
     opened = open_autoencoder(saved(flux2(), tmp_path))
     assert opened.signal == "image" and opened.latent_shape((3, 8, 12)) == (8, 2, 3)
     images = torch.rand(2, 3, 8, 12, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    vae = AutoencoderKLFlux2.from_pretrained(tmp_path).eval()
+    vae = diffusers.AutoencoderKLFlux2.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        patches = Flux2Pipeline._patchify_latents(vae.encode(images).latent_dist.mode())
+        patches = diffusers.Flux2Pipeline._patchify_latents(
+            vae.encode(images).latent_dist.mode()
+        )
         mean = vae.bn.running_mean.view(1, -1, 1, 1)
         deviation = (vae.bn.running_var.view(1, -1, 1, 1) + 1e-4).sqrt()
         expected = (patches - mean) / deviation
-        back = vae.decode(Flux2Pipeline._unpatchify_latents(patches)).sample
+        back = vae.decode(diffusers.Flux2Pipeline._unpatchify_latents(patches)).sample
         # the same as its batch norm in evaluation
         torch.testing.assert_close(vae.bn(patches), expected)
     assert (mean != 0).any() and (deviation != 1).all()
@@ -480,15 +473,15 @@ def test_ltx_latents_are_those_of_its_pipeline(tmp_path, timestep):
     with pytest.raises(ValueError, match=r"\(2 k \+ 1\) x 4 k x 4 k"):
         opened.latent_shape((3, 4, 8, 8))
     videos = torch.rand(2, 3, 5, 8, 12, generator=torch.Generator().manual_seed(1))
-    vae = AutoencoderKLLTXVideo.from_pretrained(tmp_path).eval()
+    vae = diffusers.AutoencoderKLLTXVideo.from_pretrained(tmp_path).eval()
     scale = vae.config.scaling_factor
     statistics = (vae.latents_mean, vae.latents_std, scale)
     with torch.no_grad():
         mean = vae.encode(videos).latent_dist.mode()
-        expected = LTXPipeline._normalize_latents(mean, *statistics)
+        expected = diffusers.LTXPipeline._normalize_latents(mean, *statistics)
         times = torch.zeros(2) if timestep else None
         back = vae.decode(mean, times).sample
-        again = LTXPipeline._denormalize_latents(expected, *statistics)
+        again = diffusers.LTXPipeline._denormalize_latents(expected, *statistics)
     torch.testing.assert_close(again, mean, atol=1e-5, rtol=1e-4)
     z = opened.encode(videos)
     torch.testing.assert_close(z, expected)
@@ -527,7 +520,7 @@ def test_digits_encoded_read_and_decoded_equal_diffusers(vae, tmp_path, gray):
         bar=False,
     )
     latents = Latents(tmp_path / "latents", autoencoder=vae)
-    model = AutoencoderKL.from_pretrained(vae)
+    model = diffusers.AutoencoderKL.from_pretrained(vae)
     with torch.no_grad():
         z = (
             model.encode(data.images.expand(-1, 3, -1, -1))
