@@ -567,7 +567,10 @@ def _state_of(
             f"objective {config.objective.name} has no teacher layer to learn from; "
             "pre-flight looks at self_flow and sra"
         )
-    state = start_state(config, sources, device, 1, builder)
+    known = None
+    if run is not None and (run.exported or not config.lora.rank):
+        known = run.start  # its weights follow, so that no folder is read
+    state = start_state(config, sources, device, 1, builder, known)
     if run is not None:
         load_weights(state.student, run.load("model"), run.path)
         load_weights(state.teacher, run.load("teacher"), run.path)
