@@ -327,7 +327,7 @@ def _answers(
         }
     # samples of which a token counts
     known = counted.any(1)
-    cosines = {
+    cosines: dict[str, Any] = {
         name: mean_cosines(answer, target, counted)[known].double().cpu().numpy()
         for name, answer in answers.items()
     }
