@@ -24,9 +24,8 @@ from ..data.own import GIVEN_DATA, splits_of
 from ..data.sources import Sources, outlines
 from ..disk import NotWritten, write_json
 from ..draws import keyed
-from ..method.batch import Batch
+from ..method.batch import Batch, Noised
 from ..method.build import GIVEN_BACKBONE, as_builder
-from ..method.objective import Noised
 from ..method.options import ModelConfig
 from ..method.schedule import NoiseLevels
 from ..settings import own_settings
