@@ -20,7 +20,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from platformdirs import user_cache_path
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -35,7 +34,6 @@ from ..method.flow import interpolate
 from ..method.schedule import NoiseLevels
 from ..method.tokens import Part, TokenSlices
 from ..settings import own_settings
-from ..shipped import shipped
 from ..training.run import Run
 
 # %% ../../nbs/4_analysis/01_features.ipynb #3a692090
@@ -334,14 +332,8 @@ class FeatureStore:
 
     @classmethod
     def of(cls, run: Run) -> "FeatureStore":
-        """The store in a run's folder.
-
-        That of a model that comes with the project is in the user's cache, because
-        nothing is written beside the model.
-        """
-        if run.path.resolve().is_relative_to(shipped("models").resolve()):
-            return cls(user_cache_path("selfflow") / "features" / run.path.name)
-        return cls(run.path / "features")
+        "The store among the records of a run, see `Run.records`."
+        return cls(run.records / "features")
 
     def _file(self, key: FeatureKey) -> Path:
         return self.folder / f"{key.name}.npy"

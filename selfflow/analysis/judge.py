@@ -766,5 +766,5 @@ def on_samples(
         recipe |= measured.recipe
     verdict = Verdict(right, own, chance, recipe)
     file = f"judged-{data}.json" if data else "judged.json"
-    write_json(run.path / file, verdict.to_dict())
+    write_json(run.records / file, verdict.to_dict())
     return verdict

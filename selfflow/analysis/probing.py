@@ -639,7 +639,7 @@ def _raw_tokens(items: dict[str, Items], part: str) -> dict[str, np.ndarray]:
 
 # %% ../../nbs/4_analysis/04_probing.ipynb #eb5bf61f
 def write_probes(run: Run, probes: Probes) -> Probes:
-    """Write probes to probes.json and probes.safetensors in the run's folder.
+    """Write probes to probes.json and probes.safetensors among the run's records.
 
     Returns: The probes.
 
@@ -650,14 +650,14 @@ def write_probes(run: Run, probes: Probes) -> Probes:
     for name in ("errors", "spreads"):
         values = np.stack([getattr(row.probe, name) for row in probes.rows])
         items[name] = torch.from_numpy(values)
-    with replacing(run.path / "probes.safetensors") as file:
+    with replacing(run.records / "probes.safetensors") as file:
         write_tensors(file, items)
     record = {
         "about": probes.about,
         "rows": [row.flat() for row in probes.rows],
         "errors": _digest(items["errors"].numpy()),
     }
-    write_json(run.path / "probes.json", record)
+    write_json(run.records / "probes.json", record)
     return probes
 
 
@@ -669,14 +669,14 @@ RECORDS = ("probes.json", "factors.json", "probe.json")  # the newest format fir
 
 # %% ../../nbs/4_analysis/04_probing.ipynb #93af14e2
 def read_probes(run: Run) -> Probes | None:
-    """Probes stored in a run's folder, by this or an earlier version.
+    """Probes stored among a run's records, by this or an earlier version.
 
     Returns: None if there are none.
 
     Raises:
         ValueError: For damaged files.
     """
-    files = [run.path / name for name in RECORDS if (run.path / name).exists()]
+    files = [run.records / name for name in RECORDS if (run.records / name).exists()]
     if not files:
         return None
     file = files[0]
@@ -721,7 +721,7 @@ def _read_class(run: Run) -> Probes:
 
     It is probe.json, and baselines.json if there is one.
     """
-    grid = json.loads((run.path / "probe.json").read_text(encoding="utf-8"))
+    grid = json.loads((run.records / "probe.json").read_text(encoding="utf-8"))
     sizes = grid["results"][0]["sizes"]
     chosen = grid.get("chosen", {})
     about = {
@@ -738,7 +738,7 @@ def _read_class(run: Run) -> Probes:
     if chosen:
         about["chosen"] = chosen
     rows: list[ProbeRow] = []
-    baselines_file = run.path / "baselines.json"
+    baselines_file = run.records / "baselines.json"
     if baselines_file.exists():
         baselines = json.loads(baselines_file.read_text(encoding="utf-8"))
         # Baselines of other samples cannot be compared.

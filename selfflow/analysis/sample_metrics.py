@@ -276,5 +276,5 @@ def run_metrics(
     judged, own = _judged(run, name, drawn, examples, folder)
     result = SampleMetrics(of_drawn, floor, judged, own, recipe)
     file = f"metrics-{data}.json" if data else "metrics.json"
-    write_json(run.path / file, result.to_dict())
+    write_json(run.records / file, result.to_dict())
     return result

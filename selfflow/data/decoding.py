@@ -573,6 +573,14 @@ class Header:
     seconds: float = 0.0
     renamed: bool = False
 
+    def __str__(self) -> str:
+        words = [self.kind]
+        if self.sides:
+            words.append(f"{self.sides[0]} x {self.sides[1]}")
+        if self.seconds:
+            words.append(f"{self.seconds:.4g} s")
+        return ", ".join(words)
+
 
 def read_header(source: Source, signal: str, timed: bool = False) -> Header:
     """Return the header of a source.

@@ -368,6 +368,7 @@ class Folder(Stored):
                 if header.renamed:
                     renamed.append(name)
                 if header.sides:
+                    self.sides[header.sides] += 1
                     scales = header.sides[0] / width, header.sides[1] / height
                     grey.append(header.grey)
             if scales and max(scales) > _OBLONG * min(scales):

@@ -464,6 +464,10 @@ class Sources:
             )
         self.weights = self._weights()
 
+    def layout_of(self, name: str, parts: tuple[Part, ...]) -> Layout:
+        """Return how the parts of a batch of a data set become its signals."""
+        return self.layouts[name]
+
     def _weights(self) -> dict[str, float]:
         weights: dict[str, float] = {}
         for name, layout in self.layouts.items():

@@ -9,7 +9,7 @@ __all__ = ['Entry', 'begins_of', 'quoted_few', 'Stored', 'Sample']
 import hashlib
 import json
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,6 +102,8 @@ class Stored:
         skipped: Names of what is not used, by reason.
         broken: Why a sample could not be decoded, by its name.
         silent: Samples with silent audio, by name.
+        sides: How often each width and height occurs in the files, where that is known.
+        notes: What is worth knowing about the files that are used.
 
     Raises:
         ValueError: for invalid settings, without a folder, and for a split without a
@@ -144,7 +146,9 @@ class Stored:
         self.broken: dict[str, str] = {}
         self.silent: dict[str, str] = {}
         self.decoded: OrderedDict[int, Sample] = OrderedDict()
-        self.entries, notes = self.find()
+        self.sides: Counter[tuple[int, int]] = Counter()
+        self.entries, self.notes = self.find()
+        notes = self.notes
         if self.skipped:
             notes = [*notes, self._skipped_words()]
         if not len(self.entries):
@@ -299,6 +303,14 @@ class Stored:
         entries = [sample.entry for sample in samples]
         labels = torch.tensor([entry.label for entry in entries], dtype=torch.int64)
         return Examples(signals, labels, tuple(entry.caption for entry in entries))
+
+    def entry_of(self, index: int) -> Entry:
+        """Return the entry of the sample that `take` returns for an index.
+
+        Raises:
+            RuntimeError: if no sample can be decoded.
+        """
+        return self._good(index).entry
 
     def _good(self, index: int) -> "Sample":
         """Return the sample at an index, or the next one that can be decoded."""

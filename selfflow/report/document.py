@@ -7,6 +7,7 @@ __all__ = ['Section', 'Report', 'find_browser', 'write_pdf']
 
 # %% ../../nbs/6_report/01_document.ipynb #ece1a98e
 import base64
+import html
 import json
 import math
 import os
@@ -261,6 +262,11 @@ class Report(_Content):
         return _PAGE.render(
             title=self.title, parts=self._with_files(), folder=quote(folder)
         )
+
+    def _repr_html_(self) -> str:
+        """The page in a frame, which keeps its styles inside, for a notebook."""
+        page = html.escape(self.html())
+        return f'<iframe srcdoc="{page}" style="width:100%;height:42rem"></iframe>'
 
     def numbers(self) -> dict:
         """Texts and tables of the report for report.json, numbers with all digits."""

@@ -170,11 +170,13 @@ def missing_parts(runs: dict[str, Run]) -> list[MissingPart]:
             cost = str(probes_cost(run))
             make = partial(_write_probes, run)
             parts.append(MissingPart(f"probes of {name}", cost, make))
-        if not any((run.path / "samples").glob("*.safetensors")):
+        if not any((run.records / "samples").glob("*.safetensors")):
             cost = f"40 to {_MOST_SAMPLES} samples, 50 forwards each"
             make = partial(_write_samples, run)
             parts.append(MissingPart(f"samples of {name}", cost, make))
-        if not any(run.path.glob("metrics*.json")) and _is_possible(metric_data, run):
+        if not any(run.records.glob("metrics*.json")) and _is_possible(
+            metric_data, run
+        ):
             cost = "500 samples at most, 25 forwards each"
             make = partial(_write_metrics, run)
             parts.append(MissingPart(f"metrics of {name}", cost, make))

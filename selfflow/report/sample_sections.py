@@ -183,7 +183,7 @@ def sample_section(runs: dict[str, Run]) -> Section:
     )
     for name, run in runs.items():
         files = sorted(
-            (run.path / "samples").glob("*.safetensors"),
+            (run.records / "samples").glob("*.safetensors"),
             key=lambda file: file.stat().st_mtime,
         )
         if len(files) > _MOST_FILES:
@@ -288,7 +288,7 @@ def _read_records(run: Run, pattern: str) -> dict[str, dict]:
         ValueError: if one of them is no record of metrics or of a judge.
     """
     records = {}
-    for file in sorted(run.path.glob(pattern)):
+    for file in sorted(run.records.glob(pattern)):
         record = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(record, dict) or "recipe" not in record:
             raise ValueError(

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -46,6 +47,7 @@ from ..method.sampling import guided_velocity, sample
 from ..method.tokens import Layout
 from ..registries import Named, used
 from ..settings import own_settings
+from ..shipped import shipped
 from selfflow.training.checkpoint import (
     FORMAT,
     compare_runs,
@@ -481,6 +483,21 @@ class Run:
             self._verified,
             training.keep_optimizers,
         )
+
+    @property
+    def records(self) -> Path:
+        """Folder of what is measured and drawn with the run's models: samples, probes,
+        metrics, features.
+
+        It is the run's own. That of a model which comes with the project is in the
+        user's cache, because nothing is written beside the model.
+        """
+        if not self.path.resolve().is_relative_to(shipped("models").resolve()):
+            return self.path
+        name = f"{self.path.name}-{self.exported['sha256'][:8]}"
+        place = user_cache_path("selfflow") / "models" / name
+        place.mkdir(parents=True, exist_ok=True)
+        return place
 
     def checkpoints(self) -> list[Path]:
         "Return all checkpoint folders (step-NNNNNNNN), oldest first, verified or not."

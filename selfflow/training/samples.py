@@ -118,7 +118,7 @@ def write_samples(
     source = run.sources.data[data]
     texts = run.sources.texts(labels, data)
     stored_labels = _labels_to_store(run, labels, data)
-    check_writable(run.path / "samples" / "x")
+    check_writable(run.records / "samples" / "x")
     signals = run.sample(
         labels,
         steps,
@@ -134,7 +134,7 @@ def write_samples(
     name = _file_name(
         run, stored_labels, steps, method, cfg_scale, seed, shift, interval, options
     )
-    file = run.path / "samples" / name
+    file = run.records / "samples" / name
     tensors = {"images": images.contiguous(), "labels": stored_labels}
     if list(signals) != ["image"]:  # those are the preview images already
         for signal, values in signals.items():

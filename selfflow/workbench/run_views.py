@@ -240,14 +240,14 @@ def probes_of(runs: dict[str, Run]) -> View:
     With the difference of each other run to the first, with paired intervals.
     """
     view = _in_groups(_probes, runs)
-    missing = [name for name, run in runs.items() if not has_probes(run.path)]
+    missing = [name for name, run in runs.items() if not has_probes(run.records)]
     if missing:
         view.notes.append(f"no probes yet of {', '.join(missing)}")
     return view
 
 
 def has_probes(folder: Path) -> bool:
-    "True if a run folder contains probes."
+    "True if the records of a run contain probes."
     return any((folder / name).exists() for name in RECORDS)
 
 

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from selfflow.analysis.features import FeatureStore
 from selfflow.cli import main
 from selfflow.shipped import shipped
 from selfflow.training.models import model, models
@@ -33,6 +34,24 @@ def test_models_come_in_pairs_that_differ_in_the_objective_alone():
         assert pair["steps"].nunique() == 1 and first.seed == second.seed
         assert first.data == second.data and first.model == second.model
         assert first.training.batch == second.training.batch
+
+
+def test_what_is_drawn_and_measured_lies_in_the_cache_not_beside_the_model(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    run = model("fashion-self-flow", "cpu")
+    before = sorted(path.name for path in run.path.iterdir())
+    main(["sample", str(run.path), "--steps", "2", "--labels", "0"])
+    assert str(tmp_path) in capsys.readouterr().out
+    assert run.records.is_relative_to(tmp_path)
+    assert any((run.records / "samples").glob("*.safetensors"))
+    assert FeatureStore.of(run).folder == run.records / "features"
+    main(
+        ["metrics", str(run.path), "--count", "12", "--steps", "1", "--resamples", "0"]
+    )
+    assert (run.records / "metrics.json").is_file()
+    assert sorted(path.name for path in run.path.iterdir()) == before
 
 
 def test_all_models_together_are_small():
