@@ -60,7 +60,7 @@ class BatchStats(NamedTuple):
     def token_count(self, loss: str, mask: Tensor | None) -> Tensor | None:
         """Return the number that a sum over a mask is divided by; None = no mask.
 
-        loss: Name of the loss, or of the part of the sequence, that the mask belongs to.
+        loss: Name of the loss, or of the part of the sequence, with this mask.
         """
         if mask is None:
             return None
