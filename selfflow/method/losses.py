@@ -69,7 +69,7 @@ class BatchStats(NamedTuple):
     def target_moments(self, target: Tensor, how: str) -> tuple[Tensor, Tensor] | None:
         """Return mean and deviation (d,) of a target (b, n, d) in the whole batch.
 
-        None if `target` is the whole batch, or if it is not normalised (`how` is "raw").
+        None if `target` is the whole batch, or if `how` is "raw".
         """
         if self.moments or how == "raw" or processes() == 1:
             return self.moments
