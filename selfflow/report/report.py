@@ -14,14 +14,8 @@ from typing import NamedTuple
 from tqdm.auto import tqdm
 
 from ..analysis.comparison import arms
-from selfflow.analysis.probing import (
-    outdated,
-    probe_items,
-    probe_run,
-    probes_cost,
-    read_probes,
-    write_probes,
-)
+from ..analysis.probe_records import outdated, read_probes, write_probes
+from ..analysis.probing import probe_items, probe_run, probes_cost
 from ..analysis.sample_metrics import metric_data, run_metrics
 from .document import Report, Section
 from .probe_sections import probe_section

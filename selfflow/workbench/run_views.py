@@ -20,7 +20,8 @@ import pandas as pd
 from PIL import Image
 
 from ..analysis.comparison import AGAINST, config_table, run_curves
-from ..analysis.probing import RECORDS, Probes, read_probes
+from ..analysis.probe_records import RECORDS, read_probes
+from ..analysis.probing import Probes
 from ..checks import choose
 from ..disk import step_of
 from ..figures.layers import draw_score_maps
