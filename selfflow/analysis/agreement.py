@@ -103,7 +103,7 @@ def _draw(seed: int, purpose: str, step: int, noise: str, what: str) -> Generato
     again = ", again" if what == "noise" and noise == "new" else ""
     return keyed(seed, f"agreement, {purpose}, {what}{again}", step)
 
-
+# %% ../../nbs/4_analysis/09_agreement.ipynb #cf475a09
 def _compare_piece(
     objective: FeatureObjective,
     student: nn.Module,
@@ -147,7 +147,7 @@ def _compare_piece(
         values["deeper layer, student's view"] = deeper.float().cpu()
     return values
 
-
+# %% ../../nbs/4_analysis/09_agreement.ipynb #c092f8e9
 def _features_of(network: nn.Module, noised: Noised, layer: int) -> Tensor:
     condition, parts = noised.batch.condition, noised.batch.parts
     view = noised.xt, noised.levels, condition, (layer,)
@@ -206,7 +206,7 @@ def compare(
     missing = {name: places < 0 for name, places in shown.items()}
     return Compared(**tokens, labels=labels, answers=joined, missing=missing)
 
-
+# %% ../../nbs/4_analysis/09_agreement.ipynb #c45b9daa
 def _shown(labels: Tensor) -> dict[str, Tensor]:
     """The position of the sample that is shown for each sample, by answer, (b,)."""
     images = {

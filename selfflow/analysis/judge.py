@@ -192,7 +192,7 @@ def _count_of(share: str) -> tuple[int, int]:
     count = int(match[2])
     return round(float(match[1]) / 100 * count), count
 
-
+# %% ../../nbs/4_analysis/12_judge.ipynb #cd93c64e
 def recorded_differences(rows: list[dict], first: str, second: str) -> pd.DataFrame:
     """Differences between the recorded shares of two arms, second - first, in points.
 

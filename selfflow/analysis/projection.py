@@ -28,7 +28,7 @@ def _standardised(features) -> np.ndarray:
     varies = deviation > 1e-9 * np.abs(features).max(initial=1e-30)
     return (features - features.mean(0)) / np.where(varies, deviation, np.inf)
 
-
+# %% ../../nbs/4_analysis/11_projection.ipynb #cbe0ff38
 def nearest(features, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The nearest other samples of each sample, by cosine of standardised features.
 

@@ -61,7 +61,7 @@ def build_transformer(inputs: Inputs, **options) -> Transformer:
     """Build the built-in backbone; options: see `_transformer_config`."""
     return Transformer(_transformer_config(inputs, **options))
 
-
+# %% ../../nbs/1_method/13_build.ipynb #c235f4df
 GIVEN_BACKBONE = "given"  # name of the backbone that was passed to `train`
 
 
@@ -91,7 +91,7 @@ def as_builder(
         )
     return backbone
 
-
+# %% ../../nbs/1_method/13_build.ipynb #cc3df610
 def build_backbone(
     config: ModelConfig,
     inputs: Inputs,
@@ -143,7 +143,7 @@ def build_density(config: ObjectiveConfig) -> Density:
         density = Mixture((density, Uniform(0.95, 1.0)), shares)
     return density
 
-
+# %% ../../nbs/1_method/13_build.ipynb #c792fba9
 def _mask_ratio_of(
     config: ObjectiveConfig, parts: tuple[Part, ...] = ()
 ) -> float | tuple[float, ...]:
@@ -190,7 +190,7 @@ def _given_tokens(given: str, parts: tuple[Part, ...]) -> tuple[tuple[int, ...],
         return (tuple(range(start, start + video.tokens // video.grid[0])),)
     return tuple(tuple(range(slices[name].start, slices[name].stop)) for name in names)
 
-
+# %% ../../nbs/1_method/13_build.ipynb #c40de1a4
 def build_schedule(config: ObjectiveConfig, parts: tuple[Part, ...] = ()) -> Schedule:
     """Return the schedule of noise levels that a config names.
 
@@ -221,7 +221,7 @@ def _grid(parts: tuple[Part, ...]) -> tuple[int, int] | None:
         return rows, columns
     return 1, sum(part.tokens for part in parts)
 
-
+# %% ../../nbs/1_method/13_build.ipynb #c5fbdae4
 def _unconditioned_schedule(
     config: ObjectiveConfig,
     grid: tuple[int, int] | None,
@@ -278,7 +278,7 @@ def _unconditioned_schedule(
     shares = (mask_ratio / masked_levels,) * masked_levels
     return MultiTimestep(density, (1 - mask_ratio, *shares))
 
-
+# %% ../../nbs/1_method/13_build.ipynb #c2ad182b
 def check_levels(config: ObjectiveConfig) -> None:
     """Raise ValueError for names, levels and masks that do not fit together."""
     for name, known in {
@@ -337,7 +337,7 @@ def build_objective(
         feature_width = max(part.channels for parts in sequences for part in parts)
     return objective.build(model, feature_width, **shared, **own_options(config))
 
-
+# %% ../../nbs/1_method/13_build.ipynb #c1f3a962
 def check_layers(config: ObjectiveConfig, depth: int, signals: set[str]) -> None:
     """Raise ValueError for layers beyond the depth, and for missing conditions."""
     # the data's is not known here; layers are what is checked

@@ -122,7 +122,7 @@ class DiffusersOptions:
                 f"{self.folder}; leave one of them out"
             )
 
-
+# %% ../../nbs/1_method/07_options.ipynb #cbdb17dc
 @dataclass(frozen=True)
 class WanOptions(DiffusersOptions):
     """Options of Wan."""
@@ -204,7 +204,7 @@ class FeatureOptions:
                 f"are longer than rep_until {self.rep_until}; shorten them"
             )
 
-
+# %% ../../nbs/1_method/07_options.ipynb #cfed5871
 @dataclass(frozen=True)
 class SelfFlowOptions(FeatureOptions):
     """Options of Self-Flow."""

@@ -55,7 +55,7 @@ class PerTokenBlock(nn.Module):
             F.gelu(self.mlp["fc1"](y), approximate="tanh")
         )
 
-
+# %% ../../nbs/1_method/15_per_token.ipynb #c45cf27c
 class PerTokenTransformer(nn.Module):
     """The velocity model as published, with a time embedding for every token.
 

@@ -81,7 +81,7 @@ def _modules(config: dict) -> tuple[Transformer, Projector]:
     model.positions = position_code(shape.parts[0].coordinates(), shape.width)
     return model, projector
 
-
+# %% ../../nbs/1_method/14_reference.ipynb #c364cfc2
 def _state(model: Transformer, projector: Projector | None) -> dict[str, Tensor]:
     """The tensors of both by published name, position code included."""
     tensors = model.state_dict() | (
@@ -165,7 +165,7 @@ def _known(config: dict | None) -> dict:
         )
     return known
 
-
+# %% ../../nbs/1_method/14_reference.ipynb #c3230b92
 def infer_config(weights: Mapping[str, Tensor], known: dict | None = None) -> dict:
     """Infer the published constructor arguments of `weights` from their shapes.
 
@@ -251,7 +251,7 @@ def _read(path: Path) -> tuple[dict, dict]:
             f"({type(error).__name__})"
         ) from error
 
-
+# %% ../../nbs/1_method/14_reference.ipynb #c183e380
 def _flat(weights: Mapping) -> dict[str, Tensor]:
     """Take the tensors by name out of a training checkpoint, without `module.`.
 
@@ -332,7 +332,7 @@ def _compare(weights: dict[str, Tensor], config: dict) -> None:
             "the weights do not fit and nothing was loaded: " + "; ".join(problems)
         )
 
-
+# %% ../../nbs/1_method/14_reference.ipynb #cf07459f
 def _convert(
     tensors: Mapping[str, Tensor], config: dict, last_layer: Callable
 ) -> dict[str, Tensor]:
@@ -346,7 +346,7 @@ def _convert(
         tensors | folded | {name: last_layer(tensors[name], config) for name in _LAST}
     )
 
-
+# %% ../../nbs/1_method/14_reference.ipynb #cc9fb881
 def load(
     weights: Mapping | Path | str, config: dict | None = None
 ) -> tuple[Transformer, Projector | None]:
@@ -443,7 +443,7 @@ def _published_config(config: TransformerConfig, known: dict | None = None) -> d
         raise ValueError(f"config does not describe this model: {', '.join(wrong)}")
     return made
 
-
+# %% ../../nbs/1_method/14_reference.ipynb #caa6c3ff
 def export(
     model: Transformer, projector: Projector | None = None, config: dict | None = None
 ) -> dict[str, Tensor]:
@@ -458,7 +458,7 @@ def export(
     _compare(made, config)  # a projector of another width, say
     return made
 
-
+# %% ../../nbs/1_method/14_reference.ipynb #c6eed419
 def save(
     path: Path | str,
     model: Transformer,

@@ -64,7 +64,7 @@ def time_grid(
         )
     return grid
 
-
+# %% ../../nbs/1_method/12_sampling.ipynb #c7cd1cbe
 def _wide(t: Tensor) -> Tensor:
     """Give levels per token, (b, n), an axis for channels; a number stays one."""
     return t[..., None] if t.ndim else t
@@ -219,7 +219,7 @@ def levels_of(
     last = chosen.last if isinstance(chosen, StochasticOptions) else 0.0
     return time_grid(steps, shift, last, dtype)
 
-
+# %% ../../nbs/1_method/12_sampling.ipynb #cba3bf1e
 def _check(
     x1: Tensor, x0: Tensor | None, start: Tensor | None, kept_level: float | None
 ) -> None:
@@ -262,7 +262,7 @@ def _check(
             "kept clean"
         )
 
-
+# %% ../../nbs/1_method/12_sampling.ipynb #c66854b6
 def _around(
     velocity_fn: Callable, x0: Tensor, x1: Tensor, kept: Tensor, level: float | None
 ) -> Callable:
@@ -296,7 +296,7 @@ def _draws(
         )
     return noise if callable(noise) else noise.__getitem__
 
-
+# %% ../../nbs/1_method/12_sampling.ipynb #c11ff184
 @torch.no_grad()
 def sample(
     velocity_fn: Callable[[Tensor, Tensor], Tensor],

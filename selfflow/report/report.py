@@ -152,7 +152,7 @@ class MissingPart(NamedTuple):
     cost: str
     make: Callable[[], object]
 
-
+# %% ../../nbs/6_report/06_report.ipynb #c892a702
 def missing_parts(runs: dict[str, Run]) -> list[MissingPart]:
     """The parts that a report of these runs would lack, or has of another step.
 
