@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'command', 'train', 'look', 'runs', 'sample', 'relocate', 'export', 'models', 'probe', 'metrics', 'bench',
-           'study', 'report', 'notebook', 'app', 'main']
+           'study', 'report', 'encode', 'reference', 'notebook', 'app', 'main']
 
 # %% ../nbs/8_cli/03_cli.ipynb #9e6d3c74
 import glob
@@ -205,6 +205,10 @@ def sample(
     shift: float | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
     data: str = "",
+    npz: Path | None = None,
+    n: int = 50_000,
+    balance: str = "equal",
+    autoencoder: Path | None = None,
     device: str = "auto",
 ) -> None:
     """Draw samples from a run and write them to its folder.
@@ -224,6 +228,11 @@ def sample(
             default that in training.
         interval: Noise levels between which guidance acts.
         data: Data set to draw from, if the run was trained on several.
+        npz: Write images for ADM's evaluator into this file instead; the same command
+            goes on after an interruption.
+        n: Number of images in the npz file.
+        balance: Classes in the npz file: equal, or data (as in the training data).
+        autoencoder: Folder of the autoencoder that decodes latents, for npz.
         device: auto (a GPU if there is one), cpu, cuda, ...
     """
     from selfflow.training.run import Run
@@ -231,6 +240,25 @@ def sample(
 
     opened = Run.open(run, device)
     name = opened.config.data_name(data)
+    if npz:
+        print(
+            _draw_npz(
+                opened,
+                npz,
+                count=n,
+                balance=balance,
+                steps=steps,
+                method=method,
+                cfg_scale=cfg_scale,
+                seed=seed,
+                shift=shift,
+                interval=interval,
+                data=name,
+                autoencoder=autoencoder,
+                **asdict(options),  # type: ignore[call-overload]
+            )
+        )
+        return
     wanted = to_draw(opened, name, labels, captions, each)
     chosen: Any = options  # a dataclass, see `sampler_of`
     defaults = asdict(type(chosen)())
@@ -370,7 +398,7 @@ def probe(
 @command
 def metrics(
     run: tyro.conf.Positional[Path],
-    count: int = 500,
+    count: int | None = None,
     steps: int = 25,
     cfg_scale: float = 1.0,
     seed: int = 0,
@@ -378,13 +406,19 @@ def metrics(
     data: str = "",
     extractor: Path | None = None,
     resamples: int = 40,
+    reference: Path | None = None,
+    balance: str = "equal",
+    autoencoder: Path | None = None,
     device: str = "auto",
 ) -> None:
     """Measure the distance of a run's samples to test data, next to that of real data.
 
+    With --reference: FID, sFID, inception score, precision and recall, as papers report
+    them.
+
     Args:
-        run: Folder of the run.
-        count: Number of samples, and of test examples.
+        run: Folder of the run; with --reference also an npz file of samples.
+        count: Number of samples, by default 500; with --reference 50,000.
         steps: Steps of the sampler (Euler).
         cfg_scale: Classifier-free guidance; 1 is none.
         seed: Seed of the noise.
@@ -393,6 +427,11 @@ def metrics(
         extractor: Folder with DINOv2, CLAP or VideoMAE, or file with the weights of
             InceptionV3; by default the built-in judge.
         resamples: Number of halves for the intervals; 0 for no intervals.
+        reference: An npz file in ADM's form to measure against, with the weights of
+            InceptionV3 as --extractor.
+        balance: Classes drawn for --reference: equal, or data (as in the training
+            data).
+        autoencoder: Folder of the autoencoder that decodes latents, for --reference.
         device: auto (a GPU if there is one), cpu, cuda, ...
     """
     from selfflow.analysis.extractors import open_extractor
@@ -400,13 +439,34 @@ def metrics(
     from selfflow.disk import check_writable
     from selfflow.training.run import Run
 
-    opened = Run.open(run, device)
+    if run.suffix == ".npz" and not reference:
+        raise ValueError(f"{run} is an npz file; measure it against --reference FILE")
+    samples = run
+    if run.suffix != ".npz":
+        opened = Run.open(run, device)
+    if reference:
+        drawing = {
+            "count": 50_000 if count is None else count,
+            "balance": balance,
+            "steps": steps,
+            "cfg_scale": cfg_scale,
+            "seed": seed,
+            "shift": shift,
+            "data": data,
+            "autoencoder": autoencoder,
+        }
+        if run.suffix != ".npz":
+            words = f"{drawing['count']}-{steps}-steps-cfg-{cfg_scale:g}-seed-{seed}"
+            name = f"step-{opened.state()['step']}-{balance}-{words}.npz"
+            samples = opened.records / "samples" / name
+        _print_fidelity(run, samples, reference, extractor, device, drawing)
+        return
     check_writable(opened.records / "metrics.json")
     features = open_extractor(extractor, device=opened.device) if extractor else None
     print(
         run_metrics(
             opened,
-            count,
+            500 if count is None else count,
             steps,
             cfg_scale,
             seed,
@@ -552,6 +612,175 @@ def report(
     if pdf:
         print(f"printed: {write_pdf(page)}")
 
+# %% ../nbs/8_cli/03_cli.ipynb #5fcd02c8
+@command
+def encode(
+    config: Annotated[Config, tyro.conf.arg(name="")],
+    data: tyro.conf.Positional[str],
+    output: tyro.conf.Positional[Path],
+    autoencoder: tuple[str, ...],
+    preset: Annotated[
+        str, tyro.conf.arg(metavar=f"{{{','.join(PRESETS)}}}")
+    ] = "digits",
+    config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None,
+    splits: tuple[str, ...] = ("train", "validation", "test"),
+    dtype: str = "float32",
+    flips: bool = False,
+    batch: int = 32,
+    shard_size: int = 1024,
+    processes: int = 1,
+    device: str = "auto",
+) -> None:
+    """Encode data into a folder of latents, for selfflow train --data.name latents.
+
+    The same command goes on after an interruption. The data are given as in selfflow
+    look: selfflow encode DATA OUTPUT --autoencoder FOLDER, with options of the data.
+
+    Args:
+        config: Settings of the data.
+        data: A folder of files, a Hugging Face data set, the folder of a run, or the
+            name of a data set.
+        output: Folder for the latents.
+        autoencoder: Folder of an autoencoder as diffusers saves it, or haar; several
+            for several signals.
+        preset: As in selfflow train.
+        config_file: As in selfflow train.
+        splits: Splits to encode; train comes first, because the others need its mean.
+        dtype: Type of the latents in the files: float32, float16 or bfloat16.
+        flips: Also encode the training pictures with left and right exchanged.
+        batch: Samples encoded at a time.
+        shard_size: Samples in a file.
+        processes: Number of processes that encode together.
+        device: auto (a GPU if there is one), cpu, cuda, ...
+    """
+    # data, preset and config_file are part of config already, see `looked_at`
+    from selfflow.data.autoencoder import Haar, open_autoencoder
+    from selfflow.data.latents import Mirrored, encode_latents
+    from selfflow.data.sources import open_dataset
+
+    if len(config.datasets) > 1:
+        raise ValueError(
+            f"the config has {len(config.datasets)} data sets; encode one at a time"
+        )
+    settings = config.shared
+    coders = [
+        Haar() if folder == "haar" else open_autoencoder(folder)
+        for folder in autoencoder
+    ]
+    for split in splits:
+        source = open_dataset(settings, split)
+        if flips and split == "train":
+            source = Mirrored(source)
+        latents = encode_latents(
+            source,
+            coders,
+            output,
+            split,
+            batch,
+            shard_size,
+            device,
+            dtype=dtype,
+            processes=processes,
+        )
+        shapes = ", ".join(
+            f"{name} {' x '.join(map(str, shape))}"
+            for name, shape in latents.shapes.items()
+        )
+        print(f"{split}: {len(latents):,} samples as latents ({shapes}) in {output}")
+    print(
+        "Next: selfflow train --data.name latents --data.path "
+        f"{shlex.quote(str(output))}"
+    )
+
+# %% ../nbs/8_cli/03_cli.ipynb #9ca22260
+def _draw_npz(opened: Any, path: Path, autoencoder: Path | None, **settings) -> str:
+    "Draw images into an npz file, and return the sentence that says where they are."
+    from selfflow.data.latents import Latents
+    from selfflow.training.npz import draw_npz
+
+    name = opened.config.data_name(settings["data"])
+    decode = None
+    if autoencoder:
+        place = opened.config.datasets[name].path
+        decode = Latents(place, "train", autoencoder, check=False).decode
+    draw_npz(opened, path, decode=decode, **settings)
+    return f"{settings['count']:,} images are in {path}, for ADM's evaluator"
+
+
+def _print_fidelity(
+    run: Path,
+    samples: Path,
+    reference: Path,
+    extractor: Path | None,
+    device: str,
+    drawing: dict[str, Any],
+) -> None:
+    """Draw samples if they are not there yet, measure them and print the numbers.
+
+    Args:
+        run: Folder of a run, or the samples.
+        samples: npz file of the samples.
+        reference: npz file to measure against.
+        extractor: Weights of InceptionV3.
+        device: Where the networks run.
+        drawing: Settings of the samples, see `_draw_npz`.
+    """
+    from selfflow.analysis.extractors import open_inception
+    from selfflow.analysis.fid import measure_npz, open_set
+    from selfflow.training.npz import arrays_of
+    from selfflow.training.run import Run, device_for
+
+    network = None
+    if extractor:
+        network = open_inception(extractor, device=device_for(device))
+    elif run != samples:
+        raise ValueError(
+            "samples of a run are measured by InceptionV3; give its weights: "
+            "--extractor FILE"
+        )
+    if run != samples:
+        if "arr_0" not in arrays_of(reference):  # fail before hours of drawing
+            open_set(reference)
+        print(_draw_npz(Run.open(run, device), samples, **drawing))
+    result, file = measure_npz(samples, reference, network)
+    print(result)
+    print(f"All numbers: {file}")
+
+
+@command
+def reference(
+    run: tyro.conf.Positional[Path],
+    output: tyro.conf.Positional[Path],
+    extractor: Path,
+    split: str = "train",
+    data: str = "",
+    count: int | None = None,
+    images: int = 10_000,
+    device: str = "auto",
+) -> None:
+    """Write a reference of a run's own data, in ADM's form, for selfflow metrics.
+
+    Args:
+        run: Folder of the run.
+        output: npz file to write.
+        extractor: File with the weights of InceptionV3.
+        split: train, validation or test.
+        data: Data set, if the run was trained on several.
+        count: Images for mean and covariance; by default all.
+        images: How many of them are stored, for precision and recall.
+        device: auto (a GPU if there is one), cpu, cuda, ...
+    """
+    from selfflow.analysis.extractors import open_inception
+    from selfflow.analysis.fid import write_reference
+    from selfflow.training.run import Run, device_for
+
+    opened = Run.open(run, "cpu")
+    source = opened.sources_of(split).data[opened.config.data_name(data)]
+    network = open_inception(extractor, device=device_for(device))
+    about = {"split": split}
+    write_reference(source, output, network, count, images, about)
+    print(f"the reference is {output}; selfflow metrics {run} --reference {output}")
+
 # %% ../nbs/8_cli/03_cli.ipynb #665e0e47
 @command
 def notebook(
@@ -615,7 +844,7 @@ def main(args: list[str] | None = None) -> None:
         args = use_files(args)
         starts = {}
         args = looked_at(args)
-        if args[:1] in (["train"], ["look"]):
+        if args[:1] in (["train"], ["look"], ["encode"]):
             starts = starting_point(args)
         elif args[:1] == ["sample"]:
             starts = sampler_of(args)

@@ -276,14 +276,14 @@ _DATA_FILES = {
 
 
 def looked_at(args: list[str]) -> list[str]:
-    """Return the arguments of `selfflow look DATA` with DATA as options of a config.
+    """Return the arguments of look and encode, with DATA as options of a config.
 
     Other arguments are returned as they are.
 
     Raises:
         ValueError: if DATA is neither a folder nor the name of a data set.
     """
-    if args[:1] != ["look"] or not args[1:] or args[1].startswith("-"):
+    if args[:1] not in (["look"], ["encode"]) or len(args) < 2 or args[1][:1] == "-":
         return args
     command, data, *others = args
     place = Path(data).expanduser()

@@ -303,6 +303,7 @@ def stand_in(path, name, condition, spoiled=0):
     )
     return SimpleNamespace(
         path=path,
+        records=path,
         sample=draw,
         state=lambda: {"step": 7},
         device=torch.device("cpu"),

@@ -8,6 +8,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,20 +17,27 @@ from faults import at_call
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+from selfflow import cli
 from selfflow.data.autoencoder import Haar
 from selfflow.data.datasets import Examples, ImageSet, Made, digits
 from selfflow.data.latents import (
     Latents,
+    Mirrored,
     _moments,
     _pooled,
     _read_index,
     _write_index,
     encode_latents,
 )
+from selfflow.data.options import DataConfig
 from selfflow.disk import NotWritten
+from selfflow.method.options import ModelConfig
 from selfflow.method.tokens import ImagePatches
+from selfflow.training.config import Config, TrainConfig
+from selfflow.training.loop import train
 
 DATA = digits()[:50]
 CAPTIONS = (
@@ -756,3 +764,88 @@ def test_the_files_contain_what_their_index_records(whole):
     assert [record["count"] for record in index["shards"]] == [10] * 5 and index[
         "signals"
     ] == {"image": [1, 8, 8]}
+
+
+# half precision, mirrored samples, several processes, the command
+
+
+@pytest.mark.parametrize("dtype, step", [("float16", 2**-11), ("bfloat16", 2**-8)])
+def test_half_precision_halves_the_files_and_stays_near(whole, tmp_path, dtype, step):
+    coder = Once(change=lambda z: z / 3)  # those of digits are exact in half precision
+    latents = encode(tmp_path / "half", coder=coder, dtype=dtype)
+    raw = load_file(tmp_path / "half/train/shard-00000.safetensors")["signals.image"]
+    assert raw.dtype == getattr(torch, dtype)
+    values = latents.take(torch.arange(50)).signals["image"]
+    exact = Latents(whole).take(torch.arange(50)).signals["image"]
+    assert values.dtype == torch.float32 and not torch.equal(values, exact)
+    torch.testing.assert_close(values, exact, rtol=4 * step, atol=8 * step)
+    # mean and variance are those of what is read
+    assert values.double().mean((0, 2, 3)).abs().max() < 1e-6
+    with pytest.raises(ValueError, match=f"dtype: {dtype} there, float32 requested"):
+        encode(tmp_path / "half")
+    with pytest.raises(ValueError, match="unknown dtype 'float8'"):
+        encode(tmp_path, dtype="float8")
+
+
+def test_values_beyond_half_precision_are_refused(tmp_path):
+    loud = Once(change=lambda z: z * 1e6)
+    with pytest.raises(
+        ValueError, match="beyond the range of float16, in samples 0 to"
+    ):
+        encode(tmp_path, coder=loud, dtype="float16")
+    assert encode(tmp_path, coder=loud, dtype="bfloat16")
+
+
+def test_an_index_without_a_choice_of_type_still_opens_and_resumes(whole, own):
+    assert "dtype" not in json.loads((own / "train/index.json").read_text())
+    (own / "train/shard-00002.safetensors").unlink()
+    encode(own)
+    assert contents(own / "train") == contents(whole / "train")
+
+
+def test_mirrored_samples_follow_the_others(tmp_path):
+    both = Mirrored(DATA)
+    latents = encode(tmp_path, both)
+    assert len(latents) == 100 and latents.labels[50:].equal(latents.labels[:50])
+    images = latents.take(torch.tensor([3, 53, 49, 99]))
+    decoded = Latents(tmp_path, autoencoder=Haar()).decode(images.signals)["image"]
+    torch.testing.assert_close(decoded[::2], DATA.images[[3, 49]], atol=1e-5, rtol=0)
+    torch.testing.assert_close(decoded[1::2], decoded[::2].flip(-1))
+    with pytest.raises(ValueError, match="data: .* there, .* requested"):
+        encode(tmp_path, DATA)
+    scenes = Mirrored(Scenes("train", 4))
+    assert (
+        scenes.take(torch.tensor([5]))
+        .signals["audio"]
+        .equal(scenes.take(torch.tensor([1])).signals["audio"])
+    )
+    with pytest.raises(ValueError, match="only images and videos can be mirrored"):
+        Mirrored(SimpleNamespace(shapes={"audio": (6,)}))
+
+
+def test_the_command_resumes_with_several_processes_and_trains(whole, tmp_path, capsys):
+    command = ["encode", "digits", str(tmp_path / "z"), "--autoencoder", "haar"]
+    command += ["--shard-size", "400", "--device", "cpu", "--splits", "train"]
+    cli.main([*command, "--processes", "2"])
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--flips"])
+    said = capsys.readouterr()
+    assert "train: 1,078 samples as latents (image 4 x 4 x 4)" in said.out
+    assert "holds latents of something else" in said.err
+    made = contents(tmp_path / "z/train")
+    alone = encode(tmp_path / "alone", digits(), batch=32, shard_size=400)
+    assert made == contents(tmp_path / "alone/train") and len(alone) == 1078
+    # one shard lost, as by a kill: the same command makes the same files
+    (tmp_path / "z/train/shard-00001.safetensors").unlink()
+    cli.main([*command, "--splits", "train", "validation"])
+    assert contents(tmp_path / "z/train") == made
+    data = DataConfig("latents", path=str(tmp_path / "z"))
+    run = train(
+        Config(
+            data=data,
+            model=ModelConfig(width=32, depth=4, heads=2),
+            training=TrainConfig(steps=1, batch=4),
+        ),
+        tmp_path / "runs",
+    )
+    assert run.state()["step"] == 1
