@@ -309,7 +309,7 @@ class ObjectiveConfig(metaclass=Named):
     separated: bool = False
     # which tokens the flow loss counts: all, masked or noisier
     flow_tokens: str = "all"
-    # a condition, not generated: first_frame (of a film), video, audio, or either of
+    # a condition, not generated: first_frame (of a video), video, audio, or either of
     # the two
     given: str = ""
     given_share: float = 0.5  # share of samples that are given it
