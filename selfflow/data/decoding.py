@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from scipy.signal import resample_poly
 from torch import Tensor
 
@@ -61,6 +61,9 @@ class Form:
     rate: int = 8_000  # Hz
     samples: int = 8_192  # of audio
     channels: int = 3  # of an image or frame: 3 = RGB, 1 = grey
+    profiles: bool = True  # convert embedded colour profiles to sRGB
+    # where the used part of an image lies: from left (0) to right (1), top to bottom
+    place: tuple[float, float] = (0.5, 0.5)
 
     def __post_init__(self):
         for side in self.sides:
@@ -144,17 +147,21 @@ def _check_pixels(width: int, height: int, frames: int = 1) -> None:
 
 
 def _to_form(image: Image.Image, form: Form) -> Tensor:
-    """Return the largest central part that has the aspect ratio of the form.
+    """Return the largest part that has the aspect ratio of the form.
 
     It is scaled to the form: uint8 (channels, height, width).
     """
-    image = _as_8_bit(ImageOps.exif_transpose(image))
+    image = ImageOps.exif_transpose(image)
+    profile = image.info.get("icc_profile")
+    image = _as_8_bit(image)
+    if form.profiles and profile:
+        image = _as_srgb(image, profile)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB" if form.channels == 3 else "L")
     height, width = form.sides
-    box = _central_box(image.size, form.sides)
+    box = _box(image.size, form.sides, form.place)
     image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
     pixels = torch.from_numpy(np.array(image)).view(height, width, form.channels)
     return pixels.permute(2, 0, 1).contiguous()
@@ -179,21 +186,52 @@ def _as_8_bit(image: Image.Image) -> Image.Image:
     return image
 
 
-def _central_box(
-    image_size: tuple[int, int], sides: tuple[int, int]
+_SRGB = ImageCms.createProfile("sRGB")
+# colour space of a profile by the mode of an image without transparency
+_SPACES = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}
+
+
+def _as_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Return an image whose colours are those of an embedded ICC profile as sRGB.
+
+    A profile that is damaged or belongs to other colours is ignored, as browsers do.
+    """
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return image
+        alpha = None
+        if image.has_transparency_data:
+            alpha = image.convert("RGBA").getchannel("A")
+        if image.mode not in _SPACES:  # a palette, or with transparency
+            image = image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
+        if source.profile.xcolor_space != _SPACES[image.mode]:
+            raise ImageCms.PyCMSError("the profile is that of other colours")
+        converted = ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
+        assert converted is not None  # as it is not converted in place
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+    if alpha is not None:
+        converted.putalpha(alpha)
+    return converted
+
+
+def _box(
+    image_size: tuple[int, int], sides: tuple[int, int], place: tuple[float, float]
 ) -> tuple[float, float, float, float]:
-    """Return left, top, right and bottom of the largest central box.
+    """Return left, top, right and bottom of the largest box inside an image.
 
     Args:
         image_size: Width and height of the image.
         sides: Height and width that give the aspect ratio of the box.
+        place: Of the box, see `Form`.
     """
     image_width, image_height = image_size
     height, width = sides
     box_width = min(image_width, image_height * width / height)
     box_height = min(image_height, image_width * height / width)
-    left = (image_width - box_width) / 2
-    top = (image_height - box_height) / 2
+    left = (image_width - box_width) * place[0]
+    top = (image_height - box_height) * place[1]
     # rounding must not lead out of the image
     right = min(left + box_width, image_width)
     bottom = min(top + box_height, image_height)

@@ -25,6 +25,7 @@ from selfflow.data.datasets import (
     DataSet,
     Examples,
     ImageSet,
+    View,
     caption_text,
     digits,
     rate_of,
@@ -87,6 +88,9 @@ def _open_stored(kind: type[_Files], config: DataConfig, split: str) -> _Files:
         crop=config.crop,
         channels=config.channels,
         carve=config.carve,
+        spatial_crop=config.spatial_crop,
+        flip=config.flip,
+        profiles=config.profiles,
     )
 
 
@@ -593,9 +597,14 @@ class Sources:
         return sum(len(self.data[other].names) for other in before)
 
     @own_settings()
-    def take(self, name: str, indices: Tensor) -> Batch:
-        """Return the samples of a data set at indices (b,)."""
-        examples = self.data[name].take(indices)
+    def take(self, name: str, indices: Tensor, view: View | None = None) -> Batch:
+        """Return the samples of a data set at indices (b,).
+
+        Args:
+            view: Of training, for data that are `varied`; see `View`.
+        """
+        data: Any = self.data[name]
+        examples = data.take(indices) if view is None else data.take(indices, view)
         layout = self.layouts[name]
         tokens = layout.patchify(examples.signals)  # (b, n, c)
         return Batch(tokens, self.condition(name, examples), layout.parts, indices)

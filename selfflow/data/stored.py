@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from math import ceil
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from ..checks import check_shares, choose
-from .datasets import SPLITS, Examples
+from .datasets import SPLITS, Examples, View
 from .decoding import Form, Header, read
 from .files import SIGNALS, Refused, Skipped, Source, place_of, plain
-from .options import CROPS
+from .options import CROPS, SPATIAL_CROPS
 
 # %% ../../nbs/2_data/10_stored.ipynb #f7901cbb
 _CAPTIONS = ("auto", "class", "none")
@@ -95,6 +95,9 @@ class Stored:
         cache: Bytes of decoded samples that stay in memory.
         crop: The part of longer audio and videos that is used, see `begins_of`.
         carve: Fill splits that are missing or empty.
+        spatial_crop: centre, or random: where training crops images and frames.
+        flip: Training mirrors half of the images and videos.
+        profiles: Convert embedded colour profiles to sRGB.
 
     Attributes:
         names: Names of the classes.
@@ -124,6 +127,9 @@ class Stored:
     crop: str = "start"
     channels: int = 3
     carve: bool = True
+    spatial_crop: str = "centre"
+    flip: bool = False
+    profiles: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.signals, str):
@@ -131,7 +137,13 @@ class Stored:
         self.signals = tuple(self.signals)
         self._check_settings()
         self.form = Form(
-            self.size, self.frames, self.fps, self.rate, self.samples, self.channels
+            self.size,
+            self.frames,
+            self.fps,
+            self.rate,
+            self.samples,
+            self.channels,
+            self.profiles,
         )
         self.window = self.form.seconds(self.signals)
         self.root = Path(self.path).expanduser().resolve()
@@ -145,7 +157,7 @@ class Stored:
         self.skipped = Skipped()
         self.broken: dict[str, str] = {}
         self.silent: dict[str, str] = {}
-        self.decoded: OrderedDict[int, Sample] = OrderedDict()
+        self.decoded: OrderedDict[tuple[int, Form], Sample] = OrderedDict()
         self.sides: Counter[tuple[int, int]] = Counter()
         self.entries, self.notes = self.find()
         notes = self.notes
@@ -167,6 +179,7 @@ class Stored:
         choose(self.split, SPLITS, "split")
         choose(self.captions, _CAPTIONS, "captions")
         choose(self.crop, CROPS, "crop")
+        choose(self.spatial_crop, SPATIAL_CROPS, "spatial_crop")
         check_shares(self.shares, "shares")
         if len(self.shares) != len(SPLITS):
             raise ValueError(
@@ -280,8 +293,16 @@ class Stored:
             digest.update(json.dumps(part).encode())
         return digest.hexdigest()[:16]
 
-    def take(self, indices: Tensor) -> Examples:
+    @property
+    def varied(self) -> bool:
+        """True if samples differ between epochs, see `View`."""
+        return self.flip or self.spatial_crop == "random"
+
+    def take(self, indices: Tensor, view: View | None = None) -> Examples:
         """Return the samples at indices (b,).
+
+        Args:
+            view: For training; without one, samples are always the same.
 
         Raises:
             IndexError: for an index that is negative or too large.
@@ -291,7 +312,13 @@ class Stored:
             first, last = int(indices.min()), int(indices.max())
             if first < 0 or last >= len(self):
                 raise IndexError(f"samples {first} to {last} of {len(self)}")
-        samples = [self._good(index) for index in indices.tolist()]
+        epochs: list[str] = [""] * len(indices)
+        if view is not None:
+            epochs = [f"{view.seed}, {epoch}" for epoch in view.epochs.tolist()]
+        samples = [
+            self._good(index, epoch)
+            for index, epoch in zip(indices.tolist(), epochs, strict=True)
+        ]
         signals = {}
         for name, shape in self.shapes.items():
             values = torch.zeros(0, *shape)
@@ -312,15 +339,19 @@ class Stored:
         """
         return self._good(index).entry
 
-    def _good(self, index: int) -> "Sample":
-        """Return the sample at an index, or the next one that can be decoded."""
+    def _good(self, index: int, epoch: str = "") -> "Sample":
+        """Return the sample at an index, or the next one that can be decoded.
+
+        Args:
+            epoch: Seed and epoch of training, which vary it; empty for no variation.
+        """
         for candidate in chain(range(index, len(self)), range(index)):
             entry = self.entries[candidate]
             name = self.name_of(entry)
             if name in self.broken:
                 continue
             try:
-                return self._decode(candidate, entry)
+                return self._varied(candidate, entry, epoch)
             except Refused as error:
                 self._report(
                     self.broken, name, str(error), "; the next good sample is used"
@@ -330,20 +361,39 @@ class Stored:
             "the folder still exist?"
         )
 
-    def _decode(self, index: int, entry) -> "Sample":
-        if index in self.decoded:
-            self.decoded.move_to_end(index)
-            return self.decoded[index]
+    def _varied(self, index: int, entry, epoch: str) -> "Sample":
+        """Return a sample as training sees it in an epoch."""
+        if not epoch:
+            return self._decode(index, entry, self.form)
+        # numbers in [0, 1) that follow from name and epoch
+        key = f"{self.name_of(entry)}, {epoch}"
+        form = self.form
+        if self.spatial_crop == "random":
+            place = place_of(f"{key}, left"), place_of(f"{key}, top")
+            form = replace(form, place=place)
+        sample = self._decode(index, entry, form)
+        if not (self.flip and place_of(f"{key}, flip") < 0.5):
+            return sample
+        signals = dict(sample.signals)
+        for name in signals.keys() - {"audio"}:
+            signals[name] = signals[name].flip(-1)
+        return sample._replace(signals=signals)
+
+    def _decode(self, index: int, entry, form: Form) -> "Sample":
+        key = index, form
+        if key in self.decoded:
+            self.decoded.move_to_end(key)
+            return self.decoded[key]
         resolved = self.resolve(entry)
         signals = {}
         for name in self.signals:
-            signals[name] = read(
-                resolved.sources[name], name, self.form, resolved.begin
-            )
+            signals[name] = read(resolved.sources[name], name, form, resolved.begin)
         if "audio" in signals and resolved.name not in self.silent:
             if signals["audio"].abs().max() < _SILENT:
                 self._report(self.silent, resolved.name, "is silent", "; it is used")
-        self.decoded[index] = Sample(resolved, signals)
+        if form.place != self.form.place:  # it will not be needed again
+            return Sample(resolved, signals)
+        self.decoded[key] = Sample(resolved, signals)
         size = sum(values.nbytes for values in signals.values())  # the same for all
         while len(self.decoded) * size > self.cache:
             self.decoded.popitem(last=False)

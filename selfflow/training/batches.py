@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.datasets import subset, subset_words
+from ..data.datasets import View, subset, subset_words
 from ..data.sources import Sources
 from ..draws import draw_index, keyed
 from ..method.alignment import flow_error
@@ -126,8 +126,18 @@ class Batches(Dataset):
 
     def __getitem__(self, step: int) -> Batch:
         "Return the samples of this process in a step."
+        name = self.name(step)
         own = self.samples(step).chunk(self.processes)[self.rank]
-        return self.sources.take(self.name(step), own)
+        return self.sources.take(name, own, self._view(step))
+
+    def _view(self, step: int) -> View | None:
+        "Return how this process sees the samples of a step, None if always the same."
+        data = self.sources.data[self.name(step)]
+        if not getattr(data, "varied", False):
+            return None
+        batch = self.config.training.batch
+        epochs = torch.arange(step * batch, (step + 1) * batch) // len(data)
+        return View(self.config.seed, epochs.chunk(self.processes)[self.rank])
 
     def __len__(self) -> int:
         return self.config.training.steps
@@ -223,6 +233,11 @@ def feature_source(
         raise ValueError(
             f"there are features of {len(features)} samples, but {len(data)} training "
             "samples; both must have the same order and number"
+        )
+    if getattr(data, "varied", False):
+        raise ValueError(
+            "the features of an encoder belong to samples that are always the same; "
+            "use data.spatial_crop centre and no data.flip, or a function as features"
         )
     stored = features  # a Tensor from here on
 

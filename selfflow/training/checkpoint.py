@@ -519,7 +519,21 @@ def migrate(stored: dict) -> dict:
         )
     while stored["format"] != FORMAT:
         stored = _MIGRATIONS[stored["format"]](stored)
-    return stored
+    return _without_profiles(stored)
+
+
+def _without_profiles(stored: dict) -> dict:
+    "Runs that do not know the setting ignored the colour profiles of files."
+    config = stored["config"]
+    data = config.get("data", {})
+    several = data if isinstance(data, list | tuple) else [data]
+    completed = []
+    for settings in several:
+        if settings.get("name") in ("folder", "huggingface"):
+            settings = {"profiles": False, **settings}
+        completed.append(settings)
+    new = completed if several is data else completed[0]
+    return {**stored, "config": {**config, "data": new}}
 
 # %% ../../nbs/3_training/03_checkpoint.ipynb #2c03048e
 # dotted names of settings that may change when a run resumes

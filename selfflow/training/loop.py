@@ -526,6 +526,7 @@ def _with_its_defaults(config: Config, folder: Path, processes: Processes) -> Co
     if config.defaults != Config.defaults or not (path / "config.json").is_file():
         return config
     stored = Run.open(path, "cpu").config
+    config = _with_its_profiles(config, stored)
     if stored.defaults == config.defaults:
         return config
     processes.print(
@@ -540,6 +541,19 @@ def _with_its_defaults(config: Config, folder: Path, processes: Processes) -> Co
             own = replace(changed, carve=before.carve)
         data.append(own)
     return replace(config, data=tuple(data), defaults=stored.defaults)
+
+
+def _with_its_profiles(config: Config, stored: Config) -> Config:
+    "Return a config that ignores the colour profiles of files if the stored one does."
+    data = []
+    for name, own in config.datasets.items():
+        if not getattr(stored.datasets.get(name), "profiles", True):
+            changed: Any = own  # its own options are not those of every data set
+            own = replace(changed, profiles=False)
+        data.append(own)
+    if data == list(config.datasets.values()):
+        return config
+    return replace(config, data=tuple(data))
 
 
 def _fingerprints_in(path: Path) -> dict[str, str]:

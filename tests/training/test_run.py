@@ -437,6 +437,7 @@ def test_another_number_of_shards_is_another_run(first):
                 "channels": 1,
                 "height": 24,
                 "width": 24,
+                "profiles": False,
             },
         ),
         (
