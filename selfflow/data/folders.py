@@ -60,6 +60,7 @@ _SPLIT_FOLDERS = {
 _SMALL = 200
 _ROWS_TIMED = 1_000  # rows of Hugging Face whose length is read
 _OBLONG = 3  # times longer or wider than the shape of a sample
+_SLOW = 1  # second; frames that are further apart show no motion
 
 
 def _stem(name: str) -> str:
@@ -349,7 +350,7 @@ class Folder(Stored):
         """Return a sample, or with crop "all" one for each of its windows."""
         if not self.window or self.crop == "start":
             return [entry]
-        begins = begins_of(entry.name, self._length(headers), self.window, self.crop)
+        begins = self._begins(entry.name, self._length(headers))
         if len(begins) == 1:
             return [replace(entry, begin=begins[0])]
         return [
@@ -389,6 +390,18 @@ class Folder(Stored):
             yield "all images are grey; data.channels 1 keeps them grey"
         lengths = [self._length(by_signal) for by_signal in headers.values()]
         yield from self._cut_notes(lengths)
+        yield from self._rate_notes(
+            header for by_signal in headers.values() for header in by_signal.values()
+        )
+        if self.window is None and "video" in self.signals:
+            seconds = [by_signal["video"].seconds for by_signal in headers.values()]
+            slow = sum(length > _SLOW * self.frames for length in seconds)
+            if slow:
+                yield (
+                    f"{slow:,} of {len(seconds):,} videos are longer than "
+                    f"{_SLOW * self.frames:g} s, and {self.frames} frames are spread "
+                    "over all of it; data.fps 8 with data.crop all cuts clips"
+                )
 
     def _notes(
         self, unused: set[str], files: list[str], kinds: dict[str, str]

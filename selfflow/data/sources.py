@@ -87,6 +87,7 @@ def _open_stored(kind: type[_Files], config: DataConfig, split: str) -> _Files:
         config.samples,
         crop=config.crop,
         channels=config.channels,
+        loudness=config.loudness,
         carve=config.carve,
         spatial_crop=config.spatial_crop,
         flip=config.flip,
@@ -338,6 +339,7 @@ class Outline:
         captions: Captions of some samples that are not trained on.
         rate: Sample rate of audio, Hz.
         fps: Frames a second of videos, None if unknown.
+        notes: What was done with the files: what was cut, mixed and resampled.
     """
 
     names: tuple[str, ...]
@@ -347,11 +349,13 @@ class Outline:
     captions: tuple[str, ...] = ()
     rate: int = 8000
     fps: float | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self):  # JSON gives lists
         shapes = {name: tuple(shape) for name, shape in self.shapes.items()}
         object.__setattr__(self, "names", tuple(self.names))
         object.__setattr__(self, "captions", tuple(self.captions))
+        object.__setattr__(self, "notes", tuple(self.notes))
         object.__setattr__(self, "shapes", shapes)
 
     @classmethod
@@ -372,6 +376,7 @@ class Outline:
             others.take(evenly).captions,
             rate_of(data),
             getattr(data, "fps", None),
+            tuple(getattr(data, "notes", ())),
         )
 
     def __len__(self) -> int:

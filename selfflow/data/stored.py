@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -94,6 +94,7 @@ class Stored:
         shares: Shares of the splits, for data that are not split already.
         cache: Bytes of decoded samples that stay in memory.
         crop: The part of longer audio and videos that is used, see `begins_of`.
+        loudness: Of each sample of audio, see `at_loudness`.
         carve: Fill splits that are missing or empty.
         spatial_crop: centre, or random: where training crops images and frames.
         flip: Training mirrors half of the images and videos.
@@ -127,6 +128,7 @@ class Stored:
     crop: str = "start"
     channels: int = 3
     carve: bool = True
+    loudness: str = "none"
     spatial_crop: str = "centre"
     flip: bool = False
     profiles: bool = True
@@ -144,6 +146,7 @@ class Stored:
             self.samples,
             self.channels,
             self.profiles,
+            loudness=self.loudness,
         )
         self.window = self.form.seconds(self.signals)
         self.root = Path(self.path).expanduser().resolve()
@@ -226,7 +229,8 @@ class Stored:
             f"{examined} are longer than {self.window:.4g} s: "
         )
         if self.crop == "all":
-            return [text + "they are cut into windows"]
+            windows = sum(len(self._begins("", length)) for length in lengths)
+            return [f"{text}all are cut into {windows:,} windows"]
         used = {
             "start": "only their start",
             "centre": "only their middle",
@@ -239,6 +243,28 @@ class Stored:
             f"{text}{used[self.crop]} is used; data.crop all uses every window, "
             f"{remedy}"
         ]
+
+    def _begins(self, name: str, length: float) -> list[float]:
+        """Return the times at which the samples of a file begin; needs a window."""
+        assert self.window
+        return begins_of(name, length, self.window, self.crop)
+
+    def _rate_notes(self, headers: Iterable[Header]) -> Iterator[str]:
+        """Yield notes on audio that is resampled or mixed down."""
+        heard = [header for header in headers if header.rate]
+        others = Counter(h.rate for h in heard if h.rate != self.rate)
+        if others:
+            rates = ", ".join(f"{rate:,}" for rate, _ in others.most_common(5))
+            yield (
+                f"{others.total():,} of {len(heard):,} audio files are resampled from "
+                f"{rates} to {self.rate:,} Hz"
+            )
+        several = sum(header.channels > 1 for header in heard)
+        if several:
+            yield (
+                f"{several:,} of {len(heard):,} audio files have several channels, "
+                "which are mixed down"
+            )
 
     def find(self) -> tuple[Sequence, list[str]]:
         """Return the samples of this split, as `resolve` takes them, and notes on them.
@@ -288,6 +314,8 @@ class Stored:
         ]
         if self.window and self.crop != "start":
             settings.append(self.crop)
+        if "audio" in self.signals and self.loudness != "none":
+            settings.append(self.loudness)
         digest = hashlib.sha256(json.dumps(settings).encode())
         for part in content:
             digest.update(json.dumps(part).encode())

@@ -491,7 +491,7 @@ SOUND = np.zeros((100, 1), "<i2")
         (wav(SOUND, 1, 16, channels=65_535, block=65_534), "is WAV of an unknown form"),
         (wav(SOUND, 1, 16, channels=65), "is WAV of an unknown form"),
         (wav(SOUND, 1, 16, block=0), "is WAV of an unknown form"),
-        (wav(SOUND[:0], 1, 16), "is WAV of an unknown form"),
+        (wav(SOUND[:0], 1, 16), "holds no audio"),
         (wav(SOUND, 1, 16, form=b"\1\0"), "cannot be decoded"),
         (b"RIFF\0\0\0\0WAVE", "is shorter than it declares"),
         (b"", "is empty"),

@@ -419,7 +419,7 @@ def test_a_crop_is_the_requested_part(sounds, crop, expected, capsys):
         "start": "only their start is used; data.crop all uses every window, "
         "data.seconds 2 takes more",
         "centre": "only their middle is used",
-        "all": "they are cut into windows",
+        "all": "all are cut into 9 windows",
     }[crop] in out
     assert len({entry.name for entry in data.entries}) == len(data)
 
