@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Config": "training.config",
     "DataConfig": "data.options",
+    "Model": "training.export",
     "ModelConfig": "method.options",
     "ObjectiveConfig": "method.options",
     "Output": "method.backbone",

@@ -9,14 +9,15 @@ __all__ = ['COMMANDS', 'command', 'train', 'look', 'runs', 'sample', 'relocate',
 # %% ../nbs/8_cli/03_cli.ipynb #9e6d3c74
 import glob
 import os
+import re
 import shlex
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -61,6 +62,8 @@ def train(
     processes: int = 1,
     workers: int = 0,
     track: tuple[str, ...] = (),
+    branch_from: Path | None = None,
+    seeds: tuple[int, ...] = (),
 ) -> None:
     """Train a run, or resume it. Ctrl-C saves and ends it; the same command resumes it.
 
@@ -76,18 +79,32 @@ def train(
         processes: Number of processes that train together on this machine.
         workers: Number of processes, for each of them, that fetch data in advance.
         track: Trackers to log to: tensorboard, wandb, mlflow.
+        branch_from: A run, or one of its checkpoints, from whose full state a new run
+            goes on: cool-downs of several lengths share one long run.
+        seeds: Train a run with each of these seeds, one after the other, in folders
+            NAME-seed0, NAME-seed1, ...; the same command resumes them.
     """
     # preset and config_file are part of config already, see `starting_point`
     from selfflow.training.loop import train as train_run
     from selfflow.training.processes import launch
 
-    if processes > 1:
-        launch(config, processes, folder, device, features, workers, track)
-        return  # the first of the processes has printed the end
-    tensor = read_features(features) if features else None
-    run = train_run(config, folder, device, tensor, workers, track)
-    if int(os.environ.get("RANK", 0)):
-        return  # of the processes that a launcher has started, the first prints
+    tensor = read_features(features) if features and processes == 1 else None
+
+    def train_one(config: Config):
+        if processes > 1:
+            return launch(
+                config, processes, folder, device, features, workers, track, branch_from
+            )
+        return train_run(
+            config, folder, device, tensor, workers, track, branch_from=branch_from
+        )
+
+    if seeds:
+        _train_seeds(train_one, config, seeds)
+        return
+    run = train_one(config)
+    if processes > 1 or int(os.environ.get("RANK", 0)):
+        return  # the first of several processes prints the end
     if run.state()["step"] < config.training.steps:
         return  # stopped, which was printed
     message = f"{run.path} is trained: {run.state()['step']} steps"
@@ -99,6 +116,38 @@ def train(
         commands.append(f"selfflow probe {run.quoted}")  # there are classes
     commands.append(f"selfflow report {run.quoted}")
     print(f"{message}. Next: {'; '.join(commands)}")
+
+
+def _train_seeds(train_one: Callable, config: Config, seeds: tuple[int, ...]) -> None:
+    """Train a run with each seed and print a summary of the finished ones.
+
+    A run that is stopped by a request ends the series.
+    """
+    import numpy as np
+    import pandas as pd
+
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds {seeds} repeat a seed; name each once")
+    rows = []
+    for seed in seeds:
+        one = replace(config, seed=seed, name=f"{config.name}-seed{seed}")
+        run = train_one(one)
+        step = run.state()["step"]
+        if step < config.training.steps:
+            break  # stopped, which was printed
+        row = {"run": one.name, "seed": seed, "steps": step}
+        for measure in ("validation_flow_loss", "flow_loss"):
+            if measure in run.log:
+                row[measure.replace("_", " ")] = run.log[measure].dropna().iloc[-1]
+        rows.append(row)
+    if int(os.environ.get("RANK", 0)) or not rows:
+        return
+    table = pd.DataFrame(rows)
+    print(table.to_string(index=False, float_format="{:.4f}".format))
+    for measure in table.columns[3:]:
+        values = table[measure].to_numpy()
+        spread = f" +- {values.std(ddof=1):.4f} (sd)" if len(values) > 1 else ""
+        print(f"{measure}: {np.mean(values):.4f}{spread}, {len(values)} seeds")
 
 
 @command
@@ -189,6 +238,27 @@ def runs(
     print(message)
 
 
+def _size_of(
+    text: str, run: Any, data: str, npz: Path | None
+) -> tuple[int, int] | None:
+    "Return height and width of a text such as 32x48; None for an empty one."
+    if not text:
+        return None
+    sides = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not sides:
+        raise ValueError(f"size is {text!r}, expected height x width, such as 32x48")
+    if npz:
+        raise ValueError(
+            f"size is {text}, but all images of an npz file have the size of the data; "
+            "leave out one of --size and --npz"
+        )
+    size = int(sides[1]), int(sides[2])
+    parts = run.sources.layout(data, size).parts
+    if parts not in run.sources.sequences:
+        print(f"the model was not trained on images of {size[0]} x {size[1]}")
+    return size
+
+
 @command
 def sample(
     run: tyro.conf.Positional[Path],
@@ -205,6 +275,7 @@ def sample(
     shift: float | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
     data: str = "",
+    size: str = "",
     npz: Path | None = None,
     n: int = 50_000,
     balance: str = "equal",
@@ -228,11 +299,12 @@ def sample(
             default that in training.
         interval: Noise levels between which guidance acts.
         data: Data set to draw from, if the run was trained on several.
+        size: Height and width of images, such as 32x48; by default those of the data.
         npz: Write images for ADM's evaluator into this file instead; the same command
             goes on after an interruption.
         n: Number of images in the npz file.
         balance: Classes in the npz file: equal, or data (as in the training data).
-        autoencoder: Folder of the autoencoder that decodes latents, for npz.
+        autoencoder: Folder of the autoencoder that decodes latents, or haar, for npz.
         device: auto (a GPU if there is one), cpu, cuda, ...
     """
     from selfflow.training.run import Run
@@ -240,6 +312,7 @@ def sample(
 
     opened = Run.open(run, device)
     name = opened.config.data_name(data)
+    sides = _size_of(size, opened, name, npz)
     if npz:
         print(
             _draw_npz(
@@ -268,7 +341,17 @@ def sample(
         if value != defaults[option]
     }
     _, file = write_samples(
-        opened, wanted, steps, method, cfg_scale, seed, shift, interval, name, **changed
+        opened,
+        wanted,
+        steps,
+        method,
+        cfg_scale,
+        seed,
+        shift,
+        interval,
+        name,
+        sides,
+        **changed,
     )
     suffixes = [
         path.suffix
@@ -309,6 +392,10 @@ def export(
     folder: tyro.conf.Positional[Path],
     dtype: str = "float32",
     license: str = "",
+    average: str = "",
+    sigma_rel: float | None = None,
+    layout: Literal["selfflow", "diffusers"] = "selfflow",
+    push: str = "",
 ) -> None:
     """Export a run's averaged weights, config and model card to a folder.
 
@@ -317,10 +404,30 @@ def export(
         folder: A new folder, or an earlier export, which is replaced.
         dtype: Dtype of the weights in the file: float32, bfloat16 or float16.
         license: License of the model, such as apache-2.0; by default to be chosen.
+        average: Average to export: teacher, or a name in training.ema; by default
+            training.evaluated.
+        sigma_rel: Relative width of a power-function average to make from snapshots
+            and to export instead (training.power_ema).
+        layout: That of selfflow, or that of diffusers for a backbone from there.
+        push: Repository on the Hugging Face Hub to upload the model to, such as
+            me/model; the only use of the network.
     """
     from selfflow.training.export import export as export_run
+    from selfflow.training.export import export_diffusers, load
 
-    place = export_run(run, folder, dtype, license=license)
+    chosen: dict[str, Any] = {"average": average, "sigma_rel": sigma_rel}
+    if layout == "diffusers":
+        if push:
+            raise ValueError(
+                "--push uploads the layout of selfflow; upload a folder in that of "
+                "diffusers by: hf upload REPOSITORY FOLDER"
+            )
+        place = export_diffusers(run, folder, dtype, license, **chosen)
+        print(f"the transformer is in {place}; open it with its class in diffusers")
+        return
+    place = export_run(run, folder, dtype, license=license, **chosen)
+    if push:
+        print(f"uploaded: {load(place, 'cpu').push_to_hub(push)}")
     print(
         f"the model is in {place}; open it with selfflow.load, or: selfflow sample "
         f"{shlex.quote(str(place))}"
@@ -613,6 +720,13 @@ def report(
         print(f"printed: {write_pdf(page)}")
 
 # %% ../nbs/8_cli/03_cli.ipynb #5fcd02c8
+def _autoencoder(folder: str | Path) -> Any:
+    "Open the autoencoder in a folder, or the one named haar."
+    from selfflow.data.autoencoder import Haar, open_autoencoder
+
+    return Haar() if str(folder) == "haar" else open_autoencoder(folder)
+
+
 @command
 def encode(
     config: Annotated[Config, tyro.conf.arg(name="")],
@@ -654,7 +768,6 @@ def encode(
         device: auto (a GPU if there is one), cpu, cuda, ...
     """
     # data, preset and config_file are part of config already, see `looked_at`
-    from selfflow.data.autoencoder import Haar, open_autoencoder
     from selfflow.data.latents import Mirrored, encode_latents
     from selfflow.data.sources import open_dataset
 
@@ -663,10 +776,7 @@ def encode(
             f"the config has {len(config.datasets)} data sets; encode one at a time"
         )
     settings = config.shared
-    coders = [
-        Haar() if folder == "haar" else open_autoencoder(folder)
-        for folder in autoencoder
-    ]
+    coders = [_autoencoder(folder) for folder in autoencoder]
     for split in splits:
         source = open_dataset(settings, split)
         if flips and split == "train":
@@ -702,7 +812,8 @@ def _draw_npz(opened: Any, path: Path, autoencoder: Path | None, **settings) -> 
     decode = None
     if autoencoder:
         place = opened.config.datasets[name].path
-        decode = Latents(place, "train", autoencoder, check=False).decode
+        coder = _autoencoder(autoencoder)
+        decode = Latents(place, "train", coder, check=False).decode
     draw_npz(opened, path, decode=decode, **settings)
     return f"{settings['count']:,} images are in {path}, for ADM's evaluator"
 

@@ -353,8 +353,11 @@ def test_help_names_every_field_its_meaning_and_the_default_of_the_preset(
     for name, value in flatten(asdict(PRESETS["S"])).items():
         said = shown["S"][name.replace("_", "-")]
         assert meant[name] in said, f"{name} is not explained"
+        if isinstance(value, tuple):
+            value = " ".join(map(str, value))
         assert (
             f"(default: {value if value != '' else repr('')})" in said
+            or (value == "" and "(default: )" in said)
             or name in follows
         ), f"{name}: {said}"
     assert shown["digits"]["training.lr"].count("(default: 0.002)") == 1

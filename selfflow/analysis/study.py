@@ -218,8 +218,10 @@ def _run_config(
             f"arm {arm!r} is judged; choose one that does"
         )
     # the half-life is a share of all steps: the same number of steps in every arm
-    share = training.ema_half_life * training.steps / last
-    training = replace(training, steps=last, ema_half_life=share, keep_every=first)
+    half_life = training.in_steps(training.ema_half_life)
+    if half_life <= last:
+        half_life /= last
+    training = replace(training, steps=last, ema_half_life=half_life, keep_every=first)
     return replace(config, training=training)
 
 # %% ../../nbs/4_analysis/18_study.ipynb #39e3cf1b
@@ -230,7 +232,7 @@ def _conditions(config: Config, examples: Examples) -> Tensor | tuple[str, ...]:
 
 
 def _judge_losses(run: Run) -> dict:
-    losses = validation_losses(run.teacher, run.config, "test").mean(1)
+    losses = validation_losses(run.evaluated, run.config, "test").mean(1)
     by_level = {
         f"{level:g}": float(loss)
         for level, loss in zip(VALIDATION_LEVELS, losses, strict=True)

@@ -58,10 +58,12 @@ class View:
     Args:
         seed: Of the run.
         epochs: How often each of the samples was seen before, (b,) int64.
+        size: Height and width of the bucket they are from; None without buckets.
     """
 
     seed: int
     epochs: Tensor
+    size: tuple[int, int] | None = None
 
 
 class DataSet(Protocol):

@@ -644,7 +644,7 @@ class Header:
 
     Args:
         kind: Such as PNG or WAV.
-        sides: Width and height of an image or frame; None for audio.
+        sides: Width and height of an image, upright, or frame; None for audio.
         grey: True for an image without colour.
         seconds: Length of audio or a video, 0 if unknown.
         renamed: True if the suffix is that of another kind.
@@ -687,7 +687,7 @@ def read_header(source: Source, signal: str, timed: bool = False) -> Header:
         renamed = SUFFIXES.get(_suffix(source), kind) != kind
         if kind in SIGNALS["image"]:
             image = _open_image(file, kind)
-            sides, grey = image.size, _is_grey(image.mode)
+            sides, grey = _upright_sides(image), _is_grey(image.mode)
             seconds = 0.0
             if timed and signal == "video":
                 seconds = _animation_seconds(image)
@@ -705,6 +705,18 @@ def read_header(source: Source, signal: str, timed: bool = False) -> Header:
             sides = stream.codec_context.width, stream.codec_context.height
             seconds = (container.duration or 0) / 1_000_000
             return Header(kind, sides, seconds=seconds, renamed=renamed)
+
+
+_ORIENTATION = 0x0112  # tag of Exif
+_TURNED = (5, 6, 7, 8)  # orientations that exchange width and height
+
+
+def _upright_sides(image: Image.Image) -> tuple[int, int]:
+    """Return width and height of an image as it is shown."""
+    width, height = image.size
+    if image.format != "TIFF" and image.getexif().get(_ORIENTATION) in _TURNED:
+        return height, width
+    return width, height
 
 
 def _animation_seconds(image: Image.Image) -> float:

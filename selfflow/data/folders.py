@@ -10,6 +10,7 @@ import importlib
 import io
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -24,6 +25,7 @@ from scipy.io import wavfile
 from torch import Tensor
 
 from ..checks import choose
+from .buckets import nearest_bucket
 from .datasets import SPLITS
 from .decoding import Header, read_header
 from selfflow.data.files import (
@@ -194,7 +196,7 @@ class Folder(Stored):
                 if not isinstance(known.get(name), Refused)
             }
             moved = carve(usable, self.shares, given)
-        entries, headers = [], {}
+        entries, headers, buckets = [], {}, []
         for name, split, label, caption in candidates:
             if moved.get(_stem(name), split) != self.split:
                 continue
@@ -202,10 +204,18 @@ class Folder(Stored):
             if isinstance(header, Refused):
                 self.skipped.add(header.reason, name)
                 continue
+            if self.buckets:
+                sides = header["image"].sides
+                bucket = nearest_bucket(sides, self.buckets) if sides else None
+                if bucket is None:
+                    self.skipped.add("has sides that no bucket fits", name)
+                    continue
+                buckets.append(bucket)
             headers[name] = header
             text = {"auto": caption or label, "class": label, "none": ""}[self.captions]
             entry = Entry(plain(name), sources[name], self.names.index(label), text)
             entries += self._windows(entry, header)
+        self.bucket_numbers = torch.tensor(buckets, dtype=torch.int64)
         return entries, headers, moved
 
     def _kinds(self, files: list[str], split_folders: dict[str, str]) -> dict[str, str]:
@@ -372,7 +382,10 @@ class Folder(Stored):
                     self.sides[header.sides] += 1
                     scales = header.sides[0] / width, header.sides[1] / height
                     grey.append(header.grey)
-            if scales and max(scales) > _OBLONG * min(scales):
+            cropped = (
+                scales and not self.buckets and max(scales) > _OBLONG * min(scales)
+            )
+            if cropped:
                 oblong.append(name)
             if scales and 2 * min(scales) < 1:
                 small.append(name)
@@ -512,6 +525,8 @@ class HuggingFace(Stored):
         self.data = self.data.with_format(None)
         self.data = self.data.select_columns(sorted({*self.column.values()}))
         rows, notes = self._rows(parts)
+        if self.buckets:
+            return self._with_buckets(rows), notes
         return self._with_windows(rows, notes)
 
     def _load(self) -> Any:
@@ -580,6 +595,25 @@ class HuggingFace(Stored):
             begins = begins_of(_row_name(row), lengths[row], self.window, "all")
             keys += [(row, begin) for begin in begins]
         return keys, notes
+
+    def _with_buckets(self, rows: Sequence[int]) -> list[int]:
+        """Return the rows that a bucket fits, and set the bucket of each."""
+        fitting, buckets = [], []
+        for row in rows:
+            bucket: int | None = self.buckets.index(self.form.sides)
+            # a row that cannot be read is reported when it is taken
+            with suppress(Refused), refusing("cannot be read"):
+                source = _source(self.data[row][self.column["image"]], self.root)
+                sides = read_header(source, "image").sides
+                assert sides is not None
+                bucket = nearest_bucket(sides, self.buckets)
+            if bucket is None:
+                self.skipped.add("has sides that no bucket fits", _row_name(row))
+                continue
+            fitting.append(row)
+            buckets.append(bucket)
+        self.bucket_numbers = torch.tensor(buckets, dtype=torch.int64)
+        return fitting
 
     def _length_of(self, row: int) -> float:
         """Return the length of a row in seconds; 0 if it cannot be read."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..checks import check_positive, check_types, choose
+from .buckets import Size, buckets_of
 from ..registries import Named, datasets
 
 # %% ../../nbs/2_data/01_options.ipynb #1f282988
@@ -116,6 +117,7 @@ class _StoredOptions:
     if TYPE_CHECKING:  # settings of every data set, see DataConfig
         name: str
         columns: int
+        patch: int
 
     path: str = ""  # of the folder that holds the data
 
@@ -151,6 +153,9 @@ class _FileOptions(_StoredOptions):
     # part of an image or frame that training uses: centre, or random, another one in
     # each epoch
     spatial_crop: str = "centre"
+    # images keep their aspect ratio in buckets of the area of height x width; this is
+    # the longest side over the shortest of a bucket; 1 = one size for all
+    aspect: float = 1.0
     # training mirrors half of the images and videos, other ones in each epoch
     flip: bool = False
     # convert embedded colour profiles to sRGB; False in older runs
@@ -173,6 +178,12 @@ class _FileOptions(_StoredOptions):
             raise ValueError(
                 f"data.channels is {self.channels}; use 3 for colour or 1 for grey"
             )
+        _check_range("aspect", self.aspect, 1, 8)
+        if self.aspect > 1 and tuple(self.signals) != ("image",):
+            raise ValueError(
+                f"data.aspect is {self.aspect:g}, but aspect buckets are for images "
+                f"alone, not for {', '.join(self.signals)}; use data.aspect 1"
+            )
         if self.fps and {"video", "audio"} <= {*self.signals}:
             self._check_durations()
         super().__post_init__()
@@ -186,6 +197,13 @@ class _FileOptions(_StoredOptions):
                 f"their audio {audio:.4g} s; set data.fps to 0, or data.seconds to "
                 f"{video:.4g}"
             )
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Height and width of each aspect bucket; none if there is one size for all."""
+        if self.aspect == 1:
+            return ()
+        return buckets_of(self.height, self.width, self.patch, self.aspect)
 
     @property
     def samples(self) -> int:

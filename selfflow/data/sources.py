@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Any, TypeVar
@@ -92,6 +92,8 @@ def _open_stored(kind: type[_Files], config: DataConfig, split: str) -> _Files:
         spatial_crop=config.spatial_crop,
         flip=config.flip,
         profiles=config.profiles,
+        aspect=config.aspect,
+        multiple=config.patch,
     )
 
 
@@ -457,6 +459,7 @@ class Sources:
             self.encoder = open_encoder(self.config.encoder)
         self.data: dict[str, DataSet] = {}
         self.layouts: dict[str, Layout] = {}
+        self._sized: dict[tuple[str, tuple[int, int]], Layout] = {}
         for name, settings in self.settings.items():
             if data is not None and name in data:
                 self.data[name] = data[name]
@@ -473,9 +476,39 @@ class Sources:
             )
         self.weights = self._weights()
 
+    def layout(self, name: str, size: tuple[int, int] | None = None) -> Layout:
+        """Return how samples of a data set become tokens, also images of another size.
+
+        Args:
+            size: Height and width of the images, in place of those of the data set.
+
+        Raises:
+            ValueError: for a size of data other than images, and one that the patch
+                does not divide.
+        """
+        if size is None:
+            return self.layouts[name]
+        if {*self.layouts[name].patches} != {"image"}:
+            raise ValueError(
+                f"size is {size[0]} x {size[1]}, but {name} has "
+                f"{', '.join(self.layouts[name].patches)}; only images alone can have "
+                "another size"
+            )
+        if (name, size) not in self._sized:
+            height, width = size
+            patches = self.layouts[name].patches["image"]
+            image = replace(patches, height=height, width=width)
+            self._sized[name, size] = Layout({"image": image})
+        return self._sized[name, size]
+
+    def sizes(self, name: str) -> tuple[tuple[int, int] | None, ...]:
+        """Return the sizes of the batches of a data set; None is that of the data."""
+        return getattr(self.settings[name], "sizes", ()) or (None,)
+
     def layout_of(self, name: str, parts: tuple[Part, ...]) -> Layout:
         """Return how the parts of a batch of a data set become its signals."""
-        return self.layouts[name]
+        layouts = (self.layout(name, size) for size in self.sizes(name))
+        return next(layout for layout in layouts if layout.parts == parts)
 
     def _weights(self) -> dict[str, float]:
         weights: dict[str, float] = {}
@@ -501,7 +534,12 @@ class Sources:
     @property
     def sequences(self) -> tuple[tuple[Part, ...], ...]:
         """Parts of each kind of sequence."""
-        return tuple(dict.fromkeys(layout.parts for layout in self.layouts.values()))
+        sequences = [
+            self.layout(name, size).parts
+            for name in self.layouts
+            for size in self.sizes(name)
+        ]
+        return tuple(dict.fromkeys(sequences))
 
     @property
     def inputs(self) -> Inputs:
@@ -610,6 +648,6 @@ class Sources:
         """
         data: Any = self.data[name]
         examples = data.take(indices) if view is None else data.take(indices, view)
-        layout = self.layouts[name]
+        layout = self.layout(name, view.size if view else None)
         tokens = layout.patchify(examples.signals)  # (b, n, c)
         return Batch(tokens, self.condition(name, examples), layout.parts, indices)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_shares, choose
+from .buckets import buckets_of
 from .datasets import SPLITS, Examples, View
 from .decoding import Form, Header, read
 from .files import SIGNALS, Refused, Skipped, Source, place_of, plain
@@ -99,6 +100,8 @@ class Stored:
         spatial_crop: centre, or random: where training crops images and frames.
         flip: Training mirrors half of the images and videos.
         profiles: Convert embedded colour profiles to sRGB.
+        aspect: Of the aspect buckets of images, see `buckets_of`; 1 for none.
+        multiple: Of the sides of a bucket, pixels.
 
     Attributes:
         names: Names of the classes.
@@ -106,6 +109,8 @@ class Stored:
         skipped: Names of what is not used, by reason.
         broken: Why a sample could not be decoded, by its name.
         silent: Samples with silent audio, by name.
+        buckets: Height and width of each aspect bucket; none without buckets.
+        bucket_numbers: Number of the bucket of each sample, (n,).
         sides: How often each width and height occurs in the files, where that is known.
         notes: What is worth knowing about the files that are used.
 
@@ -132,6 +137,8 @@ class Stored:
     spatial_crop: str = "centre"
     flip: bool = False
     profiles: bool = True
+    aspect: float = 1.0
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.signals, str):
@@ -162,6 +169,11 @@ class Stored:
         self.silent: dict[str, str] = {}
         self.decoded: OrderedDict[tuple[int, Form], Sample] = OrderedDict()
         self.sides: Counter[tuple[int, int]] = Counter()
+        self.buckets: tuple[tuple[int, int], ...] = ()
+        if self.aspect > 1:
+            sides = self.form.sides
+            self.buckets = buckets_of(*sides, self.multiple, self.aspect)
+        self.bucket_numbers = torch.zeros(0, dtype=torch.int64)
         self.entries, self.notes = self.find()
         notes = self.notes
         if self.skipped:
@@ -324,7 +336,7 @@ class Stored:
     @property
     def varied(self) -> bool:
         """True if samples differ between epochs, see `View`."""
-        return self.flip or self.spatial_crop == "random"
+        return self.flip or self.spatial_crop == "random" or bool(self.buckets)
 
     def take(self, indices: Tensor, view: View | None = None) -> Examples:
         """Return the samples at indices (b,).
@@ -341,14 +353,16 @@ class Stored:
             if first < 0 or last >= len(self):
                 raise IndexError(f"samples {first} to {last} of {len(self)}")
         epochs: list[str] = [""] * len(indices)
+        form = self.form
         if view is not None:
+            form = replace(form, size=view.size or form.size)
             epochs = [f"{view.seed}, {epoch}" for epoch in view.epochs.tolist()]
         samples = [
-            self._good(index, epoch)
+            self._good(index, form, epoch)
             for index, epoch in zip(indices.tolist(), epochs, strict=True)
         ]
         signals = {}
-        for name, shape in self.shapes.items():
+        for name, shape in form.shapes(self.signals).items():
             values = torch.zeros(0, *shape)
             if samples:
                 values = torch.stack([sample.signals[name] for sample in samples])
@@ -365,12 +379,13 @@ class Stored:
         Raises:
             RuntimeError: if no sample can be decoded.
         """
-        return self._good(index).entry
+        return self._good(index, self.form).entry
 
-    def _good(self, index: int, epoch: str = "") -> "Sample":
+    def _good(self, index: int, form: Form, epoch: str = "") -> "Sample":
         """Return the sample at an index, or the next one that can be decoded.
 
         Args:
+            form: In which it is decoded.
             epoch: Seed and epoch of training, which vary it; empty for no variation.
         """
         for candidate in chain(range(index, len(self)), range(index)):
@@ -379,7 +394,7 @@ class Stored:
             if name in self.broken:
                 continue
             try:
-                return self._varied(candidate, entry, epoch)
+                return self._varied(candidate, entry, form, epoch)
             except Refused as error:
                 self._report(
                     self.broken, name, str(error), "; the next good sample is used"
@@ -389,13 +404,12 @@ class Stored:
             "the folder still exist?"
         )
 
-    def _varied(self, index: int, entry, epoch: str) -> "Sample":
+    def _varied(self, index: int, entry, form: Form, epoch: str) -> "Sample":
         """Return a sample as training sees it in an epoch."""
         if not epoch:
-            return self._decode(index, entry, self.form)
+            return self._decode(index, entry, form)
         # numbers in [0, 1) that follow from name and epoch
         key = f"{self.name_of(entry)}, {epoch}"
-        form = self.form
         if self.spatial_crop == "random":
             place = place_of(f"{key}, left"), place_of(f"{key}, top")
             form = replace(form, place=place)

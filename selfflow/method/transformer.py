@@ -479,7 +479,13 @@ class Transformer(nn.Module):
         if parts == self.config.parts:
             return self.positions
         slices = TokenSlices.of(self.config.parts).slices
-        codes = [self.positions[..., slices[part.name], :] for part in parts]
+        codes = []
+        for part in parts:
+            if part in self.config.parts:
+                codes.append(self.positions[..., slices[part.name], :])
+            else:  # another grid: an image of another size
+                places = part.coordinates().to(self.positions.device)
+                codes.append(self._positions(places).to(self.positions))
         return torch.cat(codes, dim=-2)
 
     def _with_caption(
@@ -540,9 +546,8 @@ class Transformer(nn.Module):
     ) -> None:
         known = {part.name: part for part in self.config.parts}
         for part in parts:
-            # with coordinates, a part may have another grid
-            other_grid = coordinates is None and part != known.get(part.name)
-            if part.name not in known or other_grid:
+            # a part may have another grid, but not another kind of tokens
+            if part.name not in known or part.channels != known[part.name].channels:
                 raise ValueError(
                     f"the model was not built with {part}, "
                     f"but with {', '.join(map(str, known.values()))}"

@@ -105,7 +105,7 @@ def _validation_losses(
             defaults=Config.defaults,
         )
         validation = Validation.of(config)
-        losses[name] = validation.losses(run.teacher).numpy()
+        losses[name] = validation.losses(run.evaluated).numpy()
     return losses, validation.chosen
 
 # %% ../../nbs/6_report/02_run_sections.ipynb #dfc0d163

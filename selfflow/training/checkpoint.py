@@ -545,6 +545,8 @@ _FREE = {
     "training.keep_every",
     "training.keep_optimizers",
     "training.sample_every",
+    "training.snapshot_every",
+    "training.evaluated",
     "training.parallel",
     "training.checkpointing",
     "data.encoder",

@@ -7,6 +7,7 @@ __all__ = ['PRESETS', 'TrainConfig', 'Config', 'flatten', 'differing', 'differen
 
 # %% ../../nbs/3_training/01_config.ipynb #edd6e4f6
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import import_module
@@ -26,6 +27,7 @@ from ..registries import Named
 _PRECISIONS = ("fp32", "bf16")
 _PARALLEL = ("ddp", "fsdp")
 _OPTIMIZERS = ("adamw", "muon")
+_LR_SCHEDULES = ("constant", "cosine", "linear")
 _DEFAULTS = (3, 4)
 _DEFAULT_SHARDS = 8
 _POSITIVE = (
@@ -33,6 +35,7 @@ _POSITIVE = (
     "batch",
     "lr",
     "clip",
+    "eps",
     "ema_half_life",
     "log_every",
     "validate_every",
@@ -50,13 +53,29 @@ class TrainConfig:
 
     steps: int = 1000  # optimiser steps
     batch: int = 64  # samples per step
-    lr: float = 2e-3  # learning rate
-    cooldown: float = 0.0  # final share of the steps in which lr falls linearly to 0
+    lr: float = 2e-3  # learning rate, at its highest
+    # after the warm-up: constant, or falling to 0 (cosine, linear) until the last step
+    lr_schedule: str = "constant"
+    # first steps, in which lr rises linearly: a share of all steps, above 1 a number
+    warmup: float = 0.0
+    # last steps, in which a constant lr falls linearly to 0: likewise
+    cooldown: float = 0.0
     # adamw, or muon for the matrices inside the blocks and adamw for everything else
     optimizer: str = "adamw"
+    # of adamw: decay rates of its averages of the gradient and of its square
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8  # of adamw: added to the root of the averaged square
     weight_decay: float = 0.0  # of the optimiser
     clip: float = 1.0  # largest gradient norm
-    ema_half_life: float = 0.05  # of the teacher's average, as a share of all steps
+    # of the teacher's average: a share of all steps, above 1 a number of steps
+    ema_half_life: float = 0.05
+    # further averages by name, such as long 0.2: half-lives like the teacher's
+    ema: dict[str, float] | None = None
+    # power-function averages by their relative widths, such as 0.05 0.1
+    power_ema: tuple[float, ...] = ()
+    snapshot_every: int = 0  # steps between snapshots of these, which are kept for good
+    # average that is validated, sampled and exported: teacher, or a name above
+    evaluated: str = "teacher"
     precision: str = "fp32"  # fp32 or bf16 (autocast)
     compile: bool = False  # compile the blocks; pays off in long runs and on a GPU
     # recompute activations in the backward pass: less memory, about 30 % more time
@@ -98,17 +117,81 @@ class TrainConfig:
                 f"shards a multiple of accumulate {self.accumulate}, so that all parts "
                 "of the batch have the same size"
             )
-        if not 0 <= self.cooldown <= 1:
-            raise ValueError(
-                f"cooldown is {self.cooldown}, but it is a share of the steps, from 0 "
-                "(constant rate) to 1 (training.cooldown)"
-            )
-        for name in ("keep_every", "sample_every", "keep_optimizers"):
+        self._check_rate()
+        self._check_averages()
+        for name in (
+            "keep_every",
+            "sample_every",
+            "snapshot_every",
+            "keep_optimizers",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}, but must be 0 or more "
                     f"(training.{name})"
                 )
+
+    @property
+    def averages(self) -> tuple[str, ...]:
+        "Names of all averages: teacher, those of ema, power-0.05 and so on."
+        powers = (f"power-{sigma:g}" for sigma in self.power_ema)
+        return ("teacher", *(self.ema or {}), *powers)
+
+    def in_steps(self, length: float) -> float:
+        "Return the steps of a length that is a share of all steps or, above 1, steps."
+        return length if length > 1 else length * self.steps
+
+    def _check_averages(self):
+        for name, half_life in (self.ema or {}).items():
+            if not re.fullmatch("[a-z0-9_]+", name) or name == "teacher":
+                raise ValueError(
+                    f"{name!r} is not a valid name of an average (training.ema): use "
+                    "small letters, digits and _; teacher is that of ema_half_life"
+                )
+            if not half_life > 0:
+                raise ValueError(
+                    f"the half-life of average {name} is {half_life}, but must be "
+                    "greater than 0 (training.ema)"
+                )
+        if self.power_ema:
+            averages = import_module("selfflow.method.averages")
+            for sigma_rel in self.power_ema:
+                averages.check_sigma(sigma_rel, "training.power_ema")
+        if self.snapshot_every and not self.power_ema:
+            raise ValueError(
+                f"snapshot_every is {self.snapshot_every}, but there are no power-"
+                "function averages; set training.power_ema, for example to 0.05 0.1"
+            )
+        if len(set(self.averages)) < len(self.averages):
+            raise ValueError(f"training.power_ema {self.power_ema} repeats a width")
+        choose(self.evaluated, self.averages, "average (training.evaluated)")
+
+    def _check_rate(self):
+        choose(self.lr_schedule, _LR_SCHEDULES, "lr_schedule (training.lr_schedule)")
+        for name in ("warmup", "cooldown"):
+            length = getattr(self, name)
+            if length < 0 or (length > 1 and length % 1):
+                raise ValueError(
+                    f"{name} is {length}, but it is a share of the steps from 0 to 1, "
+                    f"or a whole number of steps (training.{name})"
+                )
+        if self.cooldown and self.lr_schedule != "constant":
+            raise ValueError(
+                f"lr_schedule {self.lr_schedule} falls to 0 by itself, so cooldown "
+                f"{self.cooldown:g} has no place; leave it out, or use lr_schedule "
+                "constant"
+            )
+        changing = self.in_steps(self.warmup) + self.in_steps(self.cooldown)
+        if changing > self.steps:
+            raise ValueError(
+                f"warmup {self.warmup:g} and cooldown {self.cooldown:g} together take "
+                f"{changing:g} steps, more than the {self.steps} of the run"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(
+                f"betas are {self.betas}, but each must be at least 0 and below 1 "
+                "(training.betas)"
+            )
 
 # %% ../../nbs/3_training/01_config.ipynb #e92e8140
 @dataclass(frozen=True)

@@ -254,6 +254,7 @@ def launch(
     features: Path | None = None,
     workers: int = 0,
     track: tuple[str, ...] = (),
+    branch_from: Path | None = None,
 ) -> Run:
     """Train in `count` processes on this machine, follow them, and return the run.
 
@@ -283,6 +284,8 @@ def launch(
         command += ["--track", *track]
     if features:
         command += ["--features", str(features)]
+    if branch_from:
+        command += ["--branch-from", str(branch_from)]
     command += [f"--use={source}" for source in used()]
     threads = max(1, (os.cpu_count() or 1) // count)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "TQDM_DISABLE": "1"}

@@ -347,7 +347,9 @@ class SampleHistory:
         """
         run = moment.run
         try:
-            images, labels = run.draw_sample_grid(moment.state.teacher)
+            name = run.config.training.evaluated
+            with moment.state.evaluated(name) as model:
+                images, labels = run.draw_sample_grid(model)
         except FloatingPointError as error:
             raise diverged(moment.step, str(error)) from None
 

@@ -39,6 +39,7 @@ from selfflow.disk import (
     write_json,
 )
 from ..draws import keyed, one_thread
+from ..method.averages import reconstruction
 from ..method.backbone import Inputs
 from ..method.batch import Condition
 from ..method.build import GIVEN_BACKBONE, as_builder, build_backbone
@@ -117,6 +118,8 @@ def step_noise(
     return torch.stack(noise)
 
 
+_LARGEST_MISFIT = 0.1  # of a reconstructed average's profile, relative
+
 # of the sample history: most samples in a grid, steps of the sampler
 _HISTORY_SAMPLES = 10
 _HISTORY_STEPS = 25
@@ -155,6 +158,8 @@ class Run:
         # one JSON object per line
         self.log_path = path / "log.jsonl"
         self.timing_path = path / "timing.jsonl"
+        # where a branch began: {"run": path, "step": n}
+        self.branch: dict = {}
         # about a model that `export` wrote: its step, dtype and sha256
         self.exported: dict = {}
         # checkpoints that this object has written or read completely
@@ -221,6 +226,8 @@ class Run:
         sources = self._use_sources()
         if sources:
             stored["use"] = sources
+        if self.branch:
+            stored["branch"] = self.branch
         if self.exported:
             stored["exported"] = self.exported
         return stored
@@ -348,6 +355,7 @@ class Run:
             outline,
             given,
         )
+        run.branch = dict(stored.get("branch", {}))
         run.exported = dict(stored.get("exported", {}))
         return run
 
@@ -473,6 +481,27 @@ class Run:
         self._verified.add(path)
         return path
 
+    def save_snapshot(self, step: int, tensors: dict[str, dict[str, Tensor]]) -> Path:
+        """Write a snapshot of the power-function averages and return its folder.
+
+        Snapshots have a folder of their own, so that no checkpoint limit removes them.
+        An intact snapshot of this step is left as it is.
+
+        Raises:
+            NotWritten: see `disk`.
+        """
+        path = self.path / "snapshots" / f"step-{step:08d}"
+        try:
+            if not path.is_dir() or problem_of(path):
+                write_checkpoint(path, tensors, {"format": FORMAT, "step": step})
+        except OSError as error:
+            raise not_written(
+                f"The snapshot of step {step} of {self.path}",
+                error,
+                "Checkpoints and earlier snapshots are intact.",
+            ) from error
+        return path
+
     def prune(self) -> None:
         "Remove older checkpoints, see `checkpoint.prune` and `training.keep_last`."
         training = self.config.training
@@ -509,7 +538,12 @@ class Run:
         Call it only while holding the lock.
         """
         hidden = ".*-" + 8 * "[0-9a-f]"
-        for pattern in (hidden, "checkpoints/.step-*", "samples/film/.*"):
+        for pattern in (
+            hidden,
+            "checkpoints/.step-*",
+            "snapshots/.step-*",
+            "samples/film/.*",
+        ):
             for path in list(self.path.glob(pattern)):
                 discard(path)
 
@@ -585,22 +619,85 @@ class Run:
         return self.exported if self.exported else read_state(self.checkpoint)
 
     @own_settings()
-    def _network(self, part: str) -> nn.Module:
+    def _network(self, weights: dict[str, Tensor]) -> nn.Module:
         # initial weights are replaced, so they must not use up the caller's numbers
         with torch.random.fork_rng():
             model = new_backbone(self.config, self.inputs, self.builder)
-        load_weights(model, self.load(part), self.path)
+        load_weights(model, weights, self.path)
         return model.to(self.device).eval().requires_grad_(False)
 
     @cached_property
     def model(self) -> nn.Module:
         "The student."
-        return self._network("model")
+        return self._network(self.load("model"))
 
     @cached_property
     def teacher(self) -> nn.Module:
-        "The teacher, the average of the student: the model to sample and probe."
-        return self._network("teacher")
+        "The teacher, the average of the student that gives the targets in training."
+        return self._network(self.load("teacher"))
+
+    def average(self, name: str) -> nn.Module:
+        """Return the network with an average of the student's weights.
+
+        Args:
+            name: One of `TrainConfig.averages`; an exported model has one average.
+
+        Raises:
+            ValueError: for an unknown name; lists those of the run.
+        """
+        if self.exported or name == "teacher":
+            return self.teacher
+        choose(name, self.config.training.averages, f"average of {self.path}")
+        return self._network(self.load("teacher") | self.load(f"average-{name}"))
+
+    @cached_property
+    def evaluated(self) -> nn.Module:
+        "The average that `training.evaluated` names: the model to sample and export."
+        return self.average(self.config.training.evaluated)
+
+    def snapshots(self) -> list[Path]:
+        "Return the snapshots of the power-function averages, oldest first."
+        return step_paths(self.path / "snapshots")
+
+    def reconstructed(self, sigma_rel: float, step: int = 0) -> nn.Module:
+        """Return the network with a power-function average that was not tracked.
+
+        Args:
+            sigma_rel: Relative width of the average, see `averages`.
+            step: Step of a snapshot, at which the average ends; 0 for the newest.
+
+        Raises:
+            ValueError: without intact snapshots up to this step, and for an average
+                that no sum of them comes close to.
+        """
+        snapshots = {}
+        for path in self.snapshots():
+            problem = problem_of(path)
+            if problem:
+                print(f"skipped {path}: {problem}")
+            elif not step or step_of(path) <= step:
+                for sigma in self.config.training.power_ema:
+                    snapshots[step_of(path), sigma] = path
+        last = max((at for at, _ in snapshots), default=0)
+        if not last or (step and step != last):
+            raise ValueError(
+                f"{self.path} has no intact snapshot of step {step or 'any'}, from "
+                "which an average could be made: they are written during training, "
+                "with training.power_ema and training.snapshot_every"
+            )
+        factors, misfit = reconstruction(list(snapshots), last, sigma_rel)
+        if misfit > _LARGEST_MISFIT:
+            raise ValueError(
+                f"sigma_rel {sigma_rel:g} cannot be made from the {len(snapshots)} "
+                f"averages in {self.path}/snapshots (the profile is {misfit:.0%} off); "
+                "choose a wider one, or train with a smaller training.snapshot_every"
+            )
+        sums: dict[str, Tensor] = {}
+        for factor, ((_, sigma), path) in zip(factors, snapshots.items(), strict=True):
+            for name, value in read_part(path, f"average-power-{sigma:g}").items():
+                sums[name] = sums.get(name, 0) + float(factor) * value.double()
+        weights = {name: value.float() for name, value in sums.items()}
+        return self._network(self.load("teacher") | weights)
 
     # samples
 
@@ -634,9 +731,12 @@ class Run:
             )
         return sources
 
-    def layout(self, data: str = "") -> Layout:
-        "Return how samples of a data set, by default the first, become tokens."
-        return self.sources.layouts[self.config.data_name(data)]
+    def layout(self, data: str = "", size: tuple[int, int] | None = None) -> Layout:
+        """Return how samples of a data set, by default the first, become tokens.
+
+        size: height and width of images, in place of those of the data set.
+        """
+        return self.sources.layout(self.config.data_name(data), size)
 
     @own_settings()
     def sample(
@@ -652,6 +752,7 @@ class Run:
         model: nn.Module | None = None,
         data: str = "",
         given: dict[str, Tensor] | None = None,
+        size: tuple[int, int] | None = None,
         **options,
     ) -> dict[str, Tensor]:
         """Draw samples. All noise depends on the seed alone.
@@ -661,11 +762,12 @@ class Run:
             steps: As method, cfg_scale, interval and options: see `sampling`.
             batch: Number of samples to draw at once.
             shift: Shift of the noise levels; None for `self.shift`.
-            model: Model to draw with, on any device; by default the teacher.
+            model: Model to draw with, on any device; by default `self.evaluated`.
             data: Data set to draw from, if there are several.
             given: Signals by name that are not generated (audio to generate its video,
                 or video to generate its audio), or the `first_frame` of a video,
                 (b, c, span, h, w).
+            size: Height and width of images, in place of those of the data set.
 
         Returns:
             The signals by name on the CPU, such as {"image": (b, c, h, w)}. With
@@ -689,10 +791,10 @@ class Run:
                 "dropout, so it has no unconditional prediction to guide away from. "
                 "Use cfg_scale=1, or train with objective.label_drop=0.1."
             )
-        model = self.teacher if model is None else model
+        model = self.evaluated if model is None else model
         device = next(model.parameters()).device
         shift = self.shift if shift is None else shift
-        layout = self.layout(data)
+        layout = self.layout(data, size)
         x0, start = layout.known_tokens(given, count) if given else (None, None)
         shape = (layout.tokens, layout.channels)
         x1 = torch.randn((count, *shape), generator=keyed(seed, "samples"))
@@ -705,7 +807,7 @@ class Run:
         )
         for chosen in bar:
             velocity = self.velocity_fn(
-                condition[chosen], cfg_scale, interval, model, data
+                condition[chosen], cfg_scale, interval, model, data, size
             )
             drawn = sample(
                 velocity,
@@ -728,17 +830,18 @@ class Run:
         interval: tuple[float, float] = (0.0, 1.0),
         model: nn.Module | None = None,
         data: str = "",
+        size: tuple[int, int] | None = None,
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """Return the function v(x, t) of a model, in the precision of the run.
 
         Arguments are those of `sample`.
         """
-        network: Any = self.teacher if model is None else model
+        network: Any = self.evaluated if model is None else model
         device = next(network.parameters()).device
         if condition is not None:
             unconditional = self.config.shared.condition == "none"
             condition = None if unconditional else condition.to(device)
-        parts = self.layout(data).parts
+        parts = self.layout(data, size).parts
         guided = guided_velocity(network, condition, cfg_scale, interval, parts)
         bf16 = self.config.training.precision == "bf16"
 

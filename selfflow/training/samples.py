@@ -94,6 +94,7 @@ def write_samples(
     shift: float | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
     data: str = "",
+    size: tuple[int, int] | None = None,
     **options,
 ) -> tuple[Tensor, Path]:
     """Draw samples and write them to files in the run's folder.
@@ -128,12 +129,15 @@ def write_samples(
         shift=shift,
         interval=interval,
         data=data,
+        size=size,
         **options,
     )
-    images = run.layout(data).preview(signals)
+    images = run.layout(data, size).preview(signals)
     name = _file_name(
         run, stored_labels, steps, method, cfg_scale, seed, shift, interval, options
     )
+    if size is not None:
+        name = f"{size[0]}x{size[1]}-{name}"
     file = run.records / "samples" / name
     tensors = {"images": images.contiguous(), "labels": stored_labels}
     if list(signals) != ["image"]:  # those are the preview images already

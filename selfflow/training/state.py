@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from ..collectives import mean_over_processes
 from ..data.sources import Sources
 from ..draws import keyed
+from ..method.averages import Averages, power_decay, power_exponent
 from ..method.backbone import ability, check_backbone, check_size
 from ..method.batch import Batch
 from ..method.build import build_objective
@@ -106,7 +107,12 @@ def build_optimizer(
         else:
             others.append(parameter)
     adamw = torch.optim.AdamW(
-        others, lr=config.lr, weight_decay=config.weight_decay, fused=True
+        others,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
     if not matrices:
         return _Optimizers(adamw)
@@ -118,16 +124,23 @@ def build_optimizer(
     )
     return _Optimizers(adamw, muon)
 
-
+# %% ../../nbs/3_training/08_state.ipynb #54c903ee
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Return the learning rate of a step, counted from 0.
 
-    It is constant and falls linearly to 0 over the last share `cooldown` of all steps.
-    Source: Haegele et al. (2024), arXiv 2405.18392.
+    It depends on nothing but the config and the step. AdamW and Muon share it.
+    Source of the cool-down: Haegele et al. (2024), arXiv 2405.18392.
     """
+    warmup = config.in_steps(config.warmup)
+    rise = min(1.0, (step + 1) / max(warmup, 1.0))
     remaining = config.steps - step
-    length = max(config.cooldown * config.steps, 1.0)
-    return config.lr * min(1.0, remaining / length)
+    if config.lr_schedule == "constant":
+        fall = min(1.0, remaining / max(config.in_steps(config.cooldown), 1.0))
+        return config.lr * (rise * fall)
+    fall = min(1.0, remaining / max(config.steps - warmup, 1.0))
+    if config.lr_schedule == "cosine":
+        fall = (1 - math.cos(math.pi * fall)) / 2
+    return config.lr * (rise * fall)
 
 # %% ../../nbs/3_training/08_state.ipynb #09f4dd4e
 class _Learner(nn.Module):
@@ -163,9 +176,10 @@ class _Learner(nn.Module):
 
 @dataclass
 class TrainState:
-    """Content of a checkpoint: student, teacher, objective, optimiser and step.
+    """Content of a checkpoint: student, averages, objective, optimiser and step.
 
     Args:
+        averages: Averages of the student's weights besides the teacher.
         objective: With its projection head.
         learner: Student and objective in one module, which processes may wrap.
         shards: Shards of the batch that belong to this process, see `shards_of`.
@@ -178,11 +192,21 @@ class TrainState:
     optimizer: _Optimizers
     learner: nn.Module
     shards: range
+    averages: Averages
     step: int = 0
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         "Return the parameters that are optimised, by name."
         return _named(self.student, self.objective)
+
+    def evaluated(self, name: str) -> AbstractContextManager[nn.Module]:
+        """A context with the model to evaluate: the teacher, or another average.
+
+        The teacher lends its body: it has the average's weights inside the block.
+        """
+        if name == "teacher":
+            return nullcontext(self.teacher)
+        return self.averages.lent(name, self.teacher)
 
     def tensors(self, keep: bool = True) -> dict[str, dict[str, Tensor]]:
         """Return the content of a checkpoint's files: tensors by part and name.
@@ -205,20 +229,22 @@ class TrainState:
             "teacher": self.teacher.state_dict(),
             "objective": self.objective.state_dict(),
             "optimizer": optimizer,
+            **self._average_parts(self.averages.values),
         }
-        files: dict[str, dict[str, Tensor]] = {}
-        for part, values in parts.items():
-            for name, value in values.items():
-                value = full_tensor(value)
-                if keep:
-                    # at once, as the device has no room for all of them
-                    files.setdefault(part, {})[name] = value.cpu()
-        return files
+        return _gathered(parts, keep)
+
+    def snapshot(self, keep: bool = True) -> dict[str, dict[str, Tensor]]:
+        "Return the power-function averages, like `tensors`."
+        names = [name for name in self.averages.values if name.startswith("power-")]
+        return _gathered(self._average_parts(names), keep)
+
+    def _average_parts(self, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        return {f"average-{name}": self.averages.values[name] for name in names}
 
     def not_finite(self) -> list[str]:
         """Return which parts have NaN or infinite numbers in this process.
 
-        The parts are student, teacher, head and optimizer.
+        The parts are student, teacher, head, optimizer and averages.
         """
         slots = [
             value
@@ -230,6 +256,11 @@ class TrainState:
             "teacher": self.teacher.parameters(),
             "head": self.objective.parameters(),
             "optimizer": slots,
+            "averages": [
+                value
+                for values in self.averages.values.values()
+                for value in values.values()
+            ],
         }
         return [name for name, values in parts.items() if not _finite(values)]
 
@@ -246,6 +277,8 @@ class TrainState:
         load_weights(self.teacher, read_part(path, "teacher"), path)
         if self.objective.state_dict():
             self.objective.load_state_dict(read_part(path, "objective"))
+        for name in self.averages.values:
+            self.averages.load(name, read_part(path, f"average-{name}"))
         slots: dict[str, dict[str, Tensor]] = {}
         if optimizer:
             for key, value in read_part(path, "optimizer").items():
@@ -257,6 +290,20 @@ class TrainState:
             {parameters[name]: slots[name] for name in parameters if name in slots}
         )
         self.step = read_state(path)["step"]
+
+
+def _gathered(
+    parts: dict[str, dict[str, Tensor]], keep: bool
+) -> dict[str, dict[str, Tensor]]:
+    "Return full tensors on the CPU by part and name; see `TrainState.tensors`."
+    files: dict[str, dict[str, Tensor]] = {}
+    for part, values in parts.items():
+        for name, value in values.items():
+            value = full_tensor(value)
+            if keep:
+                # at once, as the device has no room for all of them
+                files.setdefault(part, {})[name] = value.cpu()
+    return files
 
 
 def _finite(values: Iterable[Tensor]) -> bool:
@@ -352,7 +399,20 @@ def start_state(
         optimizer=build_optimizer(config.training, _named(student, objective)),
         learner=_Learner(student, objective),
         shards=shards_of(config.training),
+        averages=Averages(student, _decays(config.training)),
     )
+
+
+# a half-life gives a constant decay, a width one that depends on the step
+def _decays(config: TrainConfig) -> dict[str, Callable[[int], float]]:
+    "Return the decays of the averages besides the teacher, as functions of the step."
+    decays: dict[str, Callable[[int], float]] = {}
+    for name, half_life in (config.ema or {}).items():
+        decay = ema_decay(config.in_steps(half_life))
+        decays[name] = partial(lambda decay, step: decay, decay)
+    for sigma in config.power_ema:
+        decays[f"power-{sigma:g}"] = partial(power_decay, power_exponent(sigma))
+    return decays
 
 # %% ../../nbs/3_training/08_state.ipynb #bfc98415
 def distribute_state(state: TrainState, config: Config, processes: Processes) -> None:
@@ -371,6 +431,10 @@ def distribute_state(state: TrainState, config: Config, processes: Processes) ->
     slots = [state.optimizer.state.get(p) for p in state.named_parameters().values()]
     shard_weights(state.teacher, state.teacher.blocks, processes)
     shard_weights(state.learner, state.student.blocks, processes)
+    student = dict(state.student.named_parameters())
+    for average in state.averages.values.values():
+        for name, value in average.items():
+            average[name] = shard_like(value, student[name])
     # sharding has replaced the parameters, so the optimiser is built again
     parameters = state.named_parameters()
     state.optimizer = build_optimizer(config.training, parameters)
@@ -466,10 +530,14 @@ def train_step(
     if not all(map(math.isfinite, values.values())):
         raise diverged(state.step + 1, str(values))
 
-    state.optimizer.step(learning_rate(training, state.step))
-    half_life = training.ema_half_life * training.steps  # in steps
+    lr = learning_rate(training, state.step)
+    state.optimizer.step(lr)
+    if report:
+        values["lr"] = lr
+    half_life = training.in_steps(training.ema_half_life)
     update_ema(state.teacher, state.student, ema_decay(half_life))
     state.step += 1
+    state.averages.update(state.student, state.step)
     return values
 
 

@@ -215,6 +215,17 @@ def test_from_a_run_to_numbers_in_a_shell(runs, weights, tmp_path, capsys, monke
     assert set(result["values"]) == {
         *("FID", "sFID", "inception score", "precision", "recall")
     }
+    # of a run: drawn first, next to its other samples
+    copied = tmp_path / "run"
+    copied.mkdir()
+    for part in ("config.json", "checkpoints"):
+        (copied / part).symlink_to(runs["tiny"].path / part)
+    settings = ["--count", "5", "--steps", "1", "--balance", "data"]
+    against = ["--reference", reference]
+    cli.main(["metrics", str(copied), *settings, *against, *inception, *on_cpu])
+    (drawn,) = (copied / "samples").glob("*.npz")
+    assert (copied / "samples" / f"{drawn.stem}-against-own.json").exists()
+    assert recipe_in(arrays_of(drawn))["balance"] == "data"
     recipe = result["recipe"]
     assert recipe["drawn"]["steps"] == 1 and recipe["drawn"]["count"] == 5
     assert recipe["reference recipe"]["split"] == "train"

@@ -848,4 +848,12 @@ def test_the_command_resumes_with_several_processes_and_trains(whole, tmp_path, 
         ),
         tmp_path / "runs",
     )
-    assert run.state()["step"] == 1
+    # samples of latents become images again
+    file = str(tmp_path / "drawn.npz")
+    drawing = ["--npz", file, "--n", "2", "--steps", "1", "--device", "cpu"]
+    with pytest.raises(SystemExit):
+        cli.main(["sample", str(run.path), *drawing])
+    assert "--autoencoder FOLDER" in capsys.readouterr().err
+    cli.main(["sample", str(run.path), *drawing, "--autoencoder", "haar"])
+    with np.load(file) as drawn:
+        assert drawn["arr_0"].shape == (2, 8, 8, 3)

@@ -24,7 +24,7 @@ from selfflow.method.options import ModelConfig, ObjectiveConfig
 from selfflow.method.schedule import NoiseLevels
 from selfflow.method.tokens import Part
 from selfflow.training.config import Config, TrainConfig
-from selfflow.training.export import export, load
+from selfflow.training.export import export, export_diffusers, load
 from selfflow.training.loop import train
 
 diffusers = pytest.importorskip("diffusers")
@@ -680,6 +680,28 @@ def test_a_tiny_flux2_trains_on_captions_resumes_bit_for_bit_and_is_exported(tmp
     torch.manual_seed(0)
     samples = opened.sample(["a red circle"], steps=2)["image"]
     assert samples.shape[1:] == (3, 16, 16) and samples.isfinite().all()
+    # diffusers opens its own layout, and so does a run that starts from a folder
+    place = export_diffusers(opened, tmp_path / "plain", license="mit")
+    x, text = torch.randn(2, 16, 48), torch.randn(2, TEXT, 16)
+    plain = diffusers.Flux2Transformer2DModel.from_pretrained(place).eval()
+    ours = read_model(place, "flux2").eval()
+    with torch.no_grad():
+        expected = plain_flux2(again.evaluated.model, x, text, torch.full((2,), 0.3))
+        for model in (plain, ours):
+            assert torch.equal(
+                plain_flux2(model, x, text, torch.full((2,), 0.3)), expected
+            )
+    card = (place / "README.md").read_text()
+    assert (
+        "library_name: diffusers" in card and f"import {type(plain).__name__}" in card
+    )
+    assert export_diffusers(again, place, "bfloat16") == place
+    half = diffusers.Flux2Transformer2DModel.from_pretrained(
+        place, torch_dtype=torch.bfloat16
+    )
+    assert torch.equal(half.proj_out.weight, plain.proj_out.weight.bfloat16())
+    with pytest.raises(ValueError, match="not empty and holds no exported model"):
+        export_diffusers(again, opened.path)
     # fewer blocks than the layers asked for
     deep = ObjectiveConfig("self_flow", student_layer=1, teacher_layer=4)
     with pytest.raises(ValueError, match="4"):

@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from selfflow.training.export import export, load
+from selfflow.cli import main
+from selfflow.training.export import Model, export, export_diffusers, load
 from selfflow.training.loop import train
 from selfflow.training.run import Run, run_at
 from selfflow.training.watching import Listing
@@ -77,8 +79,14 @@ def test_the_card_names_data_steps_and_losses(runs, tmp_path):
         and "12 steps" in card
         and "digits" in card
     )
-    hub = pytest.importorskip("huggingface_hub")
-    header = hub.ModelCard(card).data.to_dict()
+    header = huggingface_hub.ModelCard(card).data.to_dict()
+    (result,) = huggingface_hub.ModelCard(card).data.eval_results
+    assert (result.metric_name, result.metric_value, result.dataset_name) == (
+        "accuracy",
+        0.75,
+        "digits",
+    )
+    assert header["pipeline_tag"] == "unconditional-image-generation"
     assert (
         header["library_name"] == "selfflow"
         and header["license"] == "mit"
@@ -169,3 +177,81 @@ def test_the_head_goes_with_the_weights_and_is_compared_with_its_checksum(
     plain = load(export(runs["vanilla"], tmp_path / "vanilla"), "cpu")
     with pytest.raises(FileNotFoundError, match="which has no objective"):
         plain.load("objective")
+
+
+# ---------------------------------------------------------------- the Hub
+
+
+def test_a_saved_model_opens_again_also_from_its_own_folder(runs, tmp_path):
+    model = load(export(runs["tiny"], tmp_path / "model", license="mit"), "cpu")
+    assert isinstance(model, Model)
+    (tmp_path / "model/probes.json").write_text("{}")  # a record, which stays here
+    model.save_pretrained(tmp_path / "saved")
+    saved = Model.from_pretrained(str(tmp_path / "saved"), device="cpu")
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == FILES
+    drawn = model.sample([1, 2], steps=2)["image"]
+    assert torch.equal(saved.sample([1, 2], steps=2)["image"], drawn)
+    assert saved.exported == model.exported and saved.config == model.config
+    before = (tmp_path / "saved/config.json").read_bytes()
+    saved.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved/config.json").read_bytes() == before
+    with pytest.raises(ValueError, match="is a training run"):
+        Model.from_pretrained(runs["tiny"].path)
+
+
+FILES = {"config.json", "model.safetensors", "objective.safetensors", "README.md"}
+
+
+def test_a_push_sends_four_files_and_a_download_asks_for_them(
+    runs, tmp_path, monkeypatch, capsys
+):
+    sent = {}
+
+    class Hub:  # in place of huggingface_hub.HfApi
+        def __init__(self, token=None):
+            sent["token"] = token
+
+        def create_repo(self, repo_id, private, exist_ok):
+            assert exist_ok
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            sent.update(options, repo_id=repo_id)
+            sent["files"] = {p.name: p.read_bytes() for p in folder_path.iterdir()}
+            return "https://huggingface.co/me/tiny/commit/1"
+
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Hub)
+    place = tmp_path / "model"
+    main(
+        ["export", str(runs["tiny"].path), str(place), "--license", "mit"]
+        + ["--push", "me/tiny"]
+    )
+    assert (
+        "uploaded: https://huggingface.co/me/tiny/commit/1" in capsys.readouterr().out
+    )
+    assert (sent["repo_id"], sent["repo_type"], sent["token"]) == (
+        "me/tiny",
+        "model",
+        None,
+    )
+    files = {path.name: path.read_bytes() for path in place.iterdir()}
+    assert sent["files"].keys() == FILES and sent["files"] == files
+
+    def snapshot(repo_id, allow_patterns, revision, **options):
+        assert (repo_id, revision) == ("me/tiny", "v1") and {*allow_patterns} == FILES
+        return str(place)
+
+    def config_file(repo_id, filename, **options):
+        return str(place / filename)
+
+    monkeypatch.setattr("selfflow.training.export.snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "hf_hub_download", config_file)
+    model = Model.from_pretrained("me/tiny", revision="v1", device="cpu")
+    drawn = runs["tiny"].sample([1], steps=2)["image"]
+    assert torch.equal(model.sample([1], steps=2)["image"], drawn)
+
+
+def test_the_layout_of_diffusers_is_for_its_backbones(runs, tmp_path):
+    with pytest.raises(ValueError, match="which is no model of diffusers"):
+        export_diffusers(runs["tiny"], tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -61,6 +61,7 @@ def test_both_objectives_fall_and_stay_finite(tmp_path):
         "total",
         "flow_loss",
         "grad_norm",
+        "lr",
         "validation_flow_loss",
         "flow_loss_by_level",
     ]
@@ -427,6 +428,8 @@ def test_a_non_finite_checkpoint_is_not_resumed(tmp_path):
         (TrainConfig, "weight_decay"),
         (TrainConfig, "ema_half_life"),
         (TrainConfig, "cooldown"),
+        (TrainConfig, "warmup"),
+        (TrainConfig, "eps"),
         (ObjectiveConfig, "rep_weight"),
         (ObjectiveConfig, "density_mean"),
         (ObjectiveConfig, "density_std"),

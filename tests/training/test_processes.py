@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
+from safetensors.torch import load_file
 
 from selfflow.data.options import DataConfig
 from selfflow.data.sources import Sources
@@ -116,7 +117,18 @@ TASKS = {  # name: (config, what else)
         {},
     ),
     "accumulate-fsdp": (
-        replace(TINY, training=replace(TINY.training, accumulate=2, parallel="fsdp")),
+        replace(
+            TINY,
+            training=replace(
+                TINY.training,
+                accumulate=2,
+                parallel="fsdp",
+                ema={"short": 0.1},
+                power_ema=(0.1,),
+                snapshot_every=12,
+                evaluated="short",
+            ),
+        ),
         {},
     ),
     "bf16": (replace(TINY, training=replace(TINY.training, precision="bf16")), {}),
@@ -264,6 +276,19 @@ def test_fifty_steps_in_two_processes_have_the_losses_of_one(two, one, name):
 def test_every_kind_of_loss_is_that_of_one_process(two, one, name):
     assert raised(two / name) == [None, None]
     assert_close(Run.open(two / name / "tiny"), one(name))
+
+
+def test_averages_of_sharded_weights_are_those_of_one_process(two, one):
+    run, expected = Run.open(two / "accumulate-fsdp/tiny"), one("accumulate-fsdp")
+    for part in ("average-short", "average-power-0.1"):
+        found, wanted = (
+            torch.cat([value.flatten() for value in r.load(part).values()])
+            for r in (run, expected)
+        )
+        assert (found - wanted).norm() < 1e-4 * wanted.norm()
+    (snapshot,) = run.snapshots()
+    stored = load_file(snapshot / "average-power-0.1.safetensors")
+    assert all(torch.equal(v, stored[k]) for k, v in run.load(part).items())
 
 
 def test_bf16_in_two_processes(two, one):

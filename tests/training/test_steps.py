@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from safetensors.torch import load_file
 from selfflow.analysis.features import extract
 from selfflow.method.options import ObjectiveConfig
 from selfflow.training.checkpoint import _drop_optimizer, check_checkpoint, resumable
+from selfflow.training.config import TrainConfig
 from selfflow.training.loop import train
 from selfflow.training.run import Run
+from selfflow.training.state import build_optimizer, learning_rate
 from selfflow.training.watching import Following
 
 SHORT = replace(
@@ -38,6 +41,13 @@ def longer(config, steps, **changes):
 @pytest.fixture
 def run(tmp_path):
     return train(SHORT, tmp_path, "cpu", bar=False)
+
+
+def assert_same_weights(run, other):
+    for part in ("model", "teacher", "objective", "optimizer"):
+        theirs = other.load(part)
+        for name, value in run.load(part).items():
+            assert torch.equal(value, theirs[name]), f"{part} {name}"
 
 
 def names(run):
@@ -81,9 +91,66 @@ def test_a_cool_down_comes_at_the_new_end(tmp_path, capsys):
     train(config, tmp_path, "cpu", bar=False)
     train(longer(config, 20), tmp_path, "cpu", bar=False)
     assert (
-        "(was 0.4), the learning rate is 0.002 and falls to 0 over the last 10 steps\n"
+        "(was 0.4), the learning rate is 0.002 and falls to 0 over the last 10 steps. "
+        "The steps until 8 had the learning rates of 8 steps, so this is not the run "
+        "that 20 steps give from the start\n"
         in capsys.readouterr().out.replace(f"{config.training.lr:g}", "0.002")
     )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_that_grows_before_its_cool_down_is_the_longer_run(
+    tmp_path, optimizer, capsys
+):
+    config = longer(
+        SHORT, 8, warmup=2, cooldown=3, ema_half_life=2.0, optimizer=optimizer
+    )
+    train(config, tmp_path / "grown", "cpu", bar=False)
+    # as if stopped before its cool-down
+    shutil.rmtree(tmp_path / "grown/tiny/checkpoints/step-00000008")
+    grown = train(longer(config, 11), tmp_path / "grown", "cpu", bar=False)
+    assert "not the run" not in capsys.readouterr().out
+    whole = train(longer(config, 11), tmp_path / "whole", "cpu", bar=False)
+    assert_same_weights(whole, grown)
+    rates = [learning_rate(whole.config.training, step) for step in range(11)]
+    assert whole.log["lr"].tolist() == rates
+    lr = config.training.lr
+    assert rates[:2] == [lr / 2, lr] and rates[-3:] == [lr, lr * 2 / 3, lr / 3]
+
+
+def test_a_cosine_run_that_grows_says_that_it_is_another_run(tmp_path, capsys):
+    config = longer(SHORT, 8, lr_schedule="cosine")
+    train(config, tmp_path, "cpu", bar=False)
+    capsys.readouterr()
+    run = train(longer(config, 12), tmp_path, "cpu", bar=False)
+    assert "had the learning rates of 8 steps" in capsys.readouterr().out
+    # from here on, the rates of the new length; those done stay in the log
+    expected = [learning_rate(config.training, step) for step in range(8)]
+    expected += [learning_rate(run.config.training, step) for step in range(8, 12)]
+    assert run.log["lr"].tolist() == expected and expected[8] > expected[7]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_learning_rates_rise_then_fall_to_nothing(schedule):
+    settings = {"lr_schedule": schedule, "warmup": 10}
+    if schedule == "constant":
+        settings["cooldown"] = 0.3
+    config = TrainConfig(steps=100, lr=1.0, **settings)
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert all(a >= b for a, b in pairwise(rates[9:])) and 0 < rates[-1] < 0.04
+    middle = {"constant": 1.0, "linear": 0.5, "cosine": 0.5}[schedule]
+    assert rates[55] == pytest.approx(middle), "half-way between warm-up and end"
+    quarter = {"constant": 1.0, "linear": 0.75, "cosine": 0.853}[schedule]
+    assert rates[32] == pytest.approx(quarter, abs=0.01)
+
+
+def test_betas_and_eps_reach_the_optimiser():
+    parameters = {"model.blocks.0.w": torch.nn.Parameter(torch.zeros(4, 4))}
+    parameters["model.bias"] = torch.nn.Parameter(torch.zeros(4))
+    config = TrainConfig(optimizer="muon", betas=(0.8, 0.95), eps=1e-6)
+    (group,) = build_optimizer(config, parameters).parts[0].param_groups
+    assert (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-6)
 
 
 def test_fewer_steps_than_are_done_are_refused_in_a_line(run):
