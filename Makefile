@@ -8,7 +8,7 @@ SOURCES := nbs tests data setup.py
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .NOTPARALLEL:
-.PHONY: help demo test lab docs setup export format clean-notebooks readme check-step
+.PHONY: help demo test coverage lab docs setup export format clean-notebooks readme check-step
 .DEFAULT_GOAL := help
 
 help:  ## these lines
@@ -28,6 +28,13 @@ test: setup  ## in step, form, types, every notebook executed, all tests
 	  $(MAKE) --no-print-directory check-step || failed=1; \
 	  wait $$types || failed=1; cat .venv/types; exit $$failed
 	$(BIN)/pytest -n 2 --durations 25
+
+# Of every process that tests and notebooks start, but for those that are killed: see pyproject.toml.
+coverage: setup  ## lines and branches of the package that tests and notebooks reach
+	@rm -rf .venv/covered
+	export COVERAGE_FILE=$(CURDIR)/.venv/covered/data; mkdir .venv/covered; failed=0; \
+	  $(BIN)/coverage run -m pytest -n 2 || failed=1; \
+	  $(BIN)/coverage combine -q; $(BIN)/coverage report; exit $$failed
 
 lab: setup  ## JupyterLab on nbs/, at the workbench
 	@# in a container the user is often root, whom Jupyter refuses by default

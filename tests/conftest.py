@@ -90,11 +90,11 @@ def group_of(nodeid):
     """Return the group of a test; one test process runs all tests of a group.
 
     The tests of a file share trained runs, those with a browser one JupyterLab.
-    Notebooks share nothing.
+    Notebooks share nothing but, some of them, UMAP.
     """
     file = nodeid.partition("::")[0]
     name = file.rpartition("/")[2]
-    if name == "test_notebooks.py":
+    if "test_a_notebook_runs[" in nodeid:
         return nodeid
     return "browser" if name.startswith("test_browser") else file
 

@@ -154,8 +154,8 @@ class Kind:
     """Data of one kind, and what cannot be done with a run on them.
 
     write: makes the data in a folder; path: of the data in it; data: options; refused:
-    {cell: a part of the reason}; as_another: samples, conditions and classes together
-    are those of another kind, which is tried in the explorers.
+    {cell: a part of the reason}; as_another: its samples, conditions and classes are
+    each those of another kind, which is tried in the explorers.
     """
 
     write: Callable | None
@@ -171,10 +171,14 @@ NO_CLASS = dict.fromkeys(
 NO_JUDGE = {"metrics": "need an extractor"}
 IMAGES = {
     "digits": Kind(None, {"name": "digits"}),
-    "digits, no condition": Kind(None, {"name": "digits", "condition": "none"}),
+    "digits, no condition": Kind(
+        None, {"name": "digits", "condition": "none"}, as_another=True
+    ),
     "shapes": Kind(None, {"name": "shapes", "patch": 8}),
     "shapes, captions": Kind(
-        None, {"name": "shapes", "patch": 8, "condition": "caption", "caption": 32}
+        None,
+        {"name": "shapes", "patch": 8, "condition": "caption", "caption": 32},
+        as_another=True,
     ),
     "folder": Kind(
         lambda root: _folder(root, (_picture, ".png")),
@@ -225,6 +229,7 @@ SIGNALS = {
         lambda root: _folder(root, (_sound, ".wav")),
         {"name": "folder", "signals": ("audio",), "columns": 1},
         refused=NO_JUDGE,
+        as_another=True,
     ),
     "videos": Kind(
         lambda root: _folder(root, (_video, ".gif")),
@@ -235,6 +240,7 @@ SIGNALS = {
         lambda root: _folder(root, (_video, ".gif"), (_sound, ".wav")),
         {"name": "folder", "signals": ("video", "audio"), "columns": 1, **FILMS},
         refused=NO_JUDGE,
+        as_another=True,
     ),
     "pairs, no classes": Kind(
         lambda root: _folder(root, (_video, ".gif"), (_sound, ".wav"), classes=()),

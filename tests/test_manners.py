@@ -17,7 +17,6 @@ import torch
 from conftest import TINY
 from faults import at_call
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from selfflow.analysis import benchmark
 from selfflow.analysis.benchmark import peak_memory
@@ -266,6 +265,8 @@ def test_a_killed_process_is_named_with_its_signal_and_all_is_printed_once(tmp_p
 
 
 def test_tensorboard_shows_each_step_once_after_a_crash(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing import event_accumulator
+
     real, steps = training.train_step, []
 
     def crashes(*args, **options):
@@ -283,7 +284,7 @@ def test_tensorboard_shows_each_step_once_after_a_crash(tmp_path, monkeypatch):
         for path in (run.path / "tensorboard").rglob("events.*")
         if path.parent.name == "tiny"
     }
-    events = EventAccumulator(str(folder))
+    events = event_accumulator.EventAccumulator(str(folder))
     events.Reload()
     assert (
         [event.step for event in events.Scalars("flow_loss")]

@@ -274,6 +274,9 @@ def test_damaged_files_and_other_models_are_refused(tmp_path, models):
         ValueError, match="unknown model_type 'bert'; known are dinov2, clap, videomae"
     ):
         open_extractor(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "dinov2"}))
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be loaded: "):
+        open_extractor(tmp_path)
     with pytest.raises(
         ValueError, match="dinov2 looks at image, but there is only audio"
     ):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from safetensors.numpy import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
@@ -338,6 +339,11 @@ def test_probes_are_read_as_written_and_damage_is_said(probed):
     ).equals(found.table("field"))
     assert not again.compare(found, "class").significant
     items = run.path / "probes.safetensors"
+    stored = load_file(items)
+    # as after a crash between the two files
+    save_file({**stored, "errors": np.roll(stored["errors"], 1)}, items)
+    with pytest.raises(ValueError, match="belongs to other probes"):
+        read_probes(run)
     items.write_bytes(items.read_bytes()[:-8])
     with pytest.raises(ValueError, match="makes it again"):
         read_probes(run)

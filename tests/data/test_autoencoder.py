@@ -8,7 +8,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLWan, AutoencoderOobleck
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -22,7 +21,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def kl(channels=1, **options):
-    return AutoencoderKL(
+    return diffusers.AutoencoderKL(
         in_channels=channels,
         out_channels=channels,
         down_block_types=["DownEncoderBlock2D"] * 2,
@@ -36,7 +35,7 @@ def kl(channels=1, **options):
 
 
 def wan(channels=3, **options):
-    return AutoencoderKLWan(
+    return diffusers.AutoencoderKLWan(
         **{
             "base_dim": 4,
             "z_dim": 2,
@@ -53,7 +52,7 @@ def wan(channels=3, **options):
 
 
 def oobleck(channels):
-    return AutoencoderOobleck(
+    return diffusers.AutoencoderOobleck(
         encoder_hidden_size=8,
         downsampling_ratios=[2, 4],
         channel_multiples=[1, 2],
@@ -427,7 +426,7 @@ def test_digits_encoded_read_and_decoded_equal_diffusers(vae, tmp_path, gray):
         bar=False,
     )
     latents = Latents(tmp_path / "latents", autoencoder=vae)
-    model = AutoencoderKL.from_pretrained(vae)
+    model = diffusers.AutoencoderKL.from_pretrained(vae)
     with torch.no_grad():
         z = (
             model.encode(data.images.expand(-1, 3, -1, -1))

@@ -1,5 +1,6 @@
 """Every source trains, resumes bit for bit and is sampled, alone and in turn."""
 
+import functools
 import json
 import shutil
 import wave
@@ -210,25 +211,33 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "From the name of a case to its run, trained once; tests must not change it."
+    folder = tmp_path_factory.mktemp("trained")
+    return functools.cache(
+        lambda case: train(CASES[case], folder / case, "cpu", bar=False)
+    )
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_every_source_trains_stops_and_resumes_bit_for_bit(tmp_path, case):
-    config = CASES[case]
-    run = train(config, tmp_path / "whole", "cpu", bar=False)
+def test_every_source_trains_stops_and_resumes_bit_for_bit(trained, tmp_path, case):
+    run = trained(case)
     assert (
         run.log["step"].tolist() == list(range(1, 7))
         and run.log["validation_flow_loss"].notna().sum() == 2
     )
-    short = train(config, tmp_path / "cut", "cpu", bar=False)
+    short = Run.open(shutil.copytree(run.path, tmp_path / "small"), "cpu")
     shutil.rmtree(short.checkpoints()[-1])
-    again = train(config, tmp_path / "cut", "cpu", workers=1, bar=False)
+    again = train(CASES[case], tmp_path, "cpu", workers=1, bar=False)
     assert_same(run, again)
     assert [step for step, *_ in run.sample_history()] == [6] and run.sample_history()[
         0
     ][1].isfinite().all()
 
 
-def test_losses_are_logged_by_part_and_by_data_set(tmp_path):
-    joint = train(CASES["scenes, vanilla"], tmp_path / "joint", "cpu", bar=False).log
+def test_losses_are_logged_by_part_and_by_data_set(trained):
+    joint = trained("scenes, vanilla").log
     tokens = [part.tokens for part in Sources(CASES["scenes, vanilla"].data).parts]
     expected = (
         tokens[0] * joint["flow_loss_video"] + tokens[1] * joint["flow_loss_audio"]
@@ -236,11 +245,7 @@ def test_losses_are_logged_by_part_and_by_data_set(tmp_path):
     torch.testing.assert_close(
         torch.tensor(joint["flow_loss"]), torch.tensor(expected), atol=1e-5, rtol=1e-5
     )
-    turns = (
-        train(CASES["in turn"], tmp_path / "turns", "cpu", bar=False)
-        .log.dropna(subset="validation_flow_loss")
-        .iloc[-1]
-    )
+    turns = trained("in turn").log.dropna(subset="validation_flow_loss").iloc[-1]
     mean = (
         turns["validation_flow_loss_shapes"] + turns["validation_flow_loss_notes"]
     ) / 2
@@ -279,8 +284,8 @@ def test_validation_of_several_data_sets_is_the_same_in_several_processes():
     assert judged.counts == {"shapes": 5, "notes": 5}
 
 
-def test_given_tokens_stay_bit_for_bit_and_the_rest_is_generated(tmp_path):
-    run = train(CASES["scenes, either"], tmp_path, "cpu", bar=False)
+def test_given_tokens_stay_bit_for_bit_and_the_rest_is_generated(trained):
+    run = trained("scenes, either")
     known = run.sources.data["scenes"].take(torch.arange(2)).signals
     film = run.sample([0, 1], steps=3, given={"video": known["video"]})
     assert torch.equal(film["video"], known["video"]) and not torch.equal(
@@ -292,8 +297,8 @@ def test_given_tokens_stay_bit_for_bit_and_the_rest_is_generated(tmp_path):
         run.sample([0], steps=2, given={"image": torch.zeros(1, 3, 16, 16)})
 
 
-def test_guidance_works_for_captions(tmp_path):
-    run = train(CASES["shapes, captions"], tmp_path, "cpu", bar=False)
+def test_guidance_works_for_captions(trained):
+    run = trained("shapes, captions")
     texts = ["a red star", "étoile", ""]
     plain, guided = (
         run.sample(texts, steps=3, cfg_scale=w)["image"] for w in (1.0, 4.0)
@@ -609,8 +614,8 @@ def test_settings_that_follow_from_the_data_are_filled_in():
     )
 
 
-def test_a_run_of_parts_opens_from_its_folder_alone(tmp_path):
-    run = train(CASES["scenes, either"], tmp_path, "cpu", bar=False)
+def test_a_run_of_parts_opens_from_its_folder_alone(trained):
+    run = trained("scenes, either")
     again = Run.open(run.path, "cpu")
     assert again.inputs == run.inputs and again.config == run.config
     assert again.config.data.weight == {"audio": 0.5} and again.sources.weights == {

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from shell import shell
 
-from selfflow import use
+from selfflow import register_sampler, use
 from selfflow.method.sampling import sample
 
 FILE = Path(__file__).with_name("own_sampler.py")
@@ -24,6 +24,12 @@ def test_it_is_two_euler_steps():
     torch.testing.assert_close(
         sample(slope, x1, 4, "two_halves"), sample(slope, x1, 8, "euler")
     )
+
+
+def test_a_step_that_changes_the_shape_is_refused():
+    register_sampler("growing", lambda velocity, x, t, t_next: x[None])
+    with pytest.raises(ValueError, match=r"'growing' made \(1, 2, 3\) of \(2, 3\)"):
+        sample(slope, torch.zeros(2, 3), 2, "growing")
 
 
 def test_a_shell_draws_with_it_and_with_options(runs, tmp_path):

@@ -54,38 +54,44 @@ def logged(config: Config) -> tuple[list[dict], list[torch.Tensor]]:
     ]
 
 
+COUNTED = ("all", "masked", "noisier")
+
+
 def combinations():
-    "Objectives, conditions, counted tokens, normalisations, weights and kinds of"
-    "data, each with each other kind somewhere."
-    for name in ("self_flow", "sra", "layer_sync", "repa"):
-        for normalise in ("raw", "centred", "standardised"):
-            schedule = {} if name == "self_flow" else {"schedule": "dual"}
-            for tokens in ("all", "masked", "noisier"):
-                options = {
-                    "normalise": normalise,
-                    "rep_tokens": tokens,
-                    "flow_tokens": tokens,
-                    **schedule,
-                }
-                yield (
-                    f"digits {name} {normalise} {tokens}",
-                    "digits",
-                    ObjectiveConfig(name, **options),
-                )
-    for tokens in ("all", "masked", "noisier"):
-        for data, given in (
+    """Objectives, normalisations, counted tokens, conditions and kinds of data: each
+    with each of every other kind somewhere.
+    """
+    for i, name in enumerate(("self_flow", "sra", "layer_sync", "repa")):
+        schedule = {} if name == "self_flow" else {"schedule": "dual"}
+        for j, normalise in enumerate(("raw", "centred", "standardised")):
+            tokens = COUNTED[(i + j) % 3]
+            options = {
+                "normalise": normalise,
+                "rep_tokens": tokens,
+                "flow_tokens": tokens,
+                **schedule,
+            }
+            yield (
+                f"digits {name} {normalise} {tokens}",
+                "digits",
+                ObjectiveConfig(name, **options),
+            )
+    for i, (data, given) in enumerate(
+        (
             ("motion", "first_frame"),
             ("scenes", "either"),
             ("scenes", "audio"),
             ("scenes", "first_frame"),
             ("scenes", ""),
             ("in turn", ""),
-        ):
-            for name in ("flow_matching", "self_flow"):
-                objective = ObjectiveConfig(
-                    name, schedule="dual", flow_tokens=tokens, given=given
-                )
-                yield f"{data} {name} {given or 'nothing'} {tokens}", data, objective
+        )
+    ):
+        for j, tokens in enumerate(COUNTED):
+            name = ("flow_matching", "self_flow")[(i + j) % 2]
+            objective = ObjectiveConfig(
+                name, schedule="dual", flow_tokens=tokens, given=given
+            )
+            yield f"{data} {name} {given or 'nothing'} {tokens}", data, objective
     yield (
         "scenes sra given centred",
         "scenes",
@@ -116,7 +122,7 @@ def test_pieces_give_what_the_whole_batch_gives(data, objective):
         training=TrainConfig(steps=STEPS, batch=8, shards=8, lr=1e-3),
     )
     whole, weights = logged(config)
-    for pieces in (2, 4, 8):
+    for pieces in (2, 8):
         found, others = logged(
             replace(config, training=replace(config.training, accumulate=pieces))
         )

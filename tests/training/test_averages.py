@@ -127,6 +127,25 @@ def test_snapshots_stay_and_rebuild_an_average_that_was_tracked_too(several, tmp
         several.reconstructed(0.01)
 
 
+def test_the_evaluated_average_may_change_and_the_averages_may_not(
+    several, tmp_path, capsys
+):
+    shutil.copytree(several.path, tmp_path / "several")
+
+    def ask(**changes):
+        training = replace(SEVERAL.training, **changes)
+        config = replace(SEVERAL, training=training)
+        return Run.create(tmp_path / "several", config, several.inputs, "cpu")
+
+    again = ask(evaluated="long", snapshot_every=3)
+    shown = capsys.readouterr().out
+    assert "training.evaluated: short -> long from here on" in shown
+    assert "training.snapshot_every: 2 -> 3 from here on" in shown
+    assert same(again.evaluated, several.average("long"))
+    with pytest.raises(ValueError, match="training.ema.short: 0.01 in the folder"):
+        ask(ema={"short": 0.02, "long": 6.0})
+
+
 def test_what_was_tracked_is_rebuilt_exactly():
     snapshots = [(at, sigma) for at in (50, 100) for sigma in (0.05, 0.1)]
     weights, misfit = reconstruction(snapshots, 100, 0.1)

@@ -148,21 +148,19 @@ def test_stopped_at_any_steps_any_number_of_times(
 
 
 def test_two_resumes_within_one_epoch(tmp_path):
-    "An epoch of the digits is 67 steps of 16; the run is stopped after 20, 40 and 70"
-    "of 80."
+    "An epoch of the digits is 16 steps of 64; the run is stopped after 5, 10 and 17"
+    "of 20."
     config = replace(
         TINY,
-        training=replace(TINY.training, steps=80, save_every=80, validate_every=40),
+        training=replace(
+            TINY.training, steps=20, batch=64, save_every=20, validate_every=10
+        ),
     )
     whole = train(config, tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
-        Stops(patch, {20, 40, 70})
-        assert [train(config, tmp_path).state()["step"] for _ in range(4)] == [
-            20,
-            40,
-            70,
-            80,
-        ]
+        Stops(patch, {5, 10, 17})
+        steps = [train(config, tmp_path).state()["step"] for _ in range(4)]
+        assert steps == [5, 10, 17, 20]
     assert_same(whole, Run.open(tmp_path / "tiny"))
 
 

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -25,6 +26,7 @@ from selfflow.method import build as method
 from selfflow.training import config
 from selfflow.training.export import export
 from selfflow.training.run import Run
+from selfflow.workbench import tools
 from selfflow.workbench.app import free_port, options_of, page_of, serve
 from selfflow.workbench.page import (
     Tool,
@@ -289,7 +291,10 @@ def test_runs_of_the_same_data_stand_side_by_side(runs, tmp_path):
     assert len(Chosen(tmp_path, runs["tiny"].path, others).comparable(most=1)) == 1
 
 
-def test_every_tool_opens_on_a_run(runs):
+def test_every_tool_opens_on_a_run(runs, monkeypatch):
+    # UMAP, whose compilation takes long, is tried in lessons and in a browser
+    few = partial(tools.explore_features, count=40, methods=("PCA",))
+    monkeypatch.setattr(tools, "explore_features", few)
     bench = Workbench(runs["tiny"].path.parent, configs=(), models={})
     for tool in tools_on_page():
         bench.tool.value = tool.title
