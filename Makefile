@@ -38,7 +38,7 @@ coverage: setup  ## lines and branches of the package that tests and notebooks r
 
 lab: setup  ## JupyterLab on nbs/, at the workbench
 	@# in a container the user is often root, whom Jupyter refuses by default
-	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) \
+	GOMP_SPINCOUNT=1000 $(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) \
 	  --LabApp.default_url=/lab/tree/studies/workbench.ipynb nbs
 
 # Sphinx reads a copy of nbs/, in which the site's own pages lie beside the notebooks.

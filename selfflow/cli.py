@@ -35,6 +35,10 @@ from .registries import NoOptions, Registry, samplers
 from .training.config import PRESETS, Config
 
 # %% ../nbs/8_cli/03_cli.ipynb #1519600c
+# A thread of OpenMP that waits spins, and takes time from other programs. 1,000 rounds
+# cost a run that is alone almost nothing. It is read when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 COMMANDS: dict[str, Callable] = {}
 
 
@@ -66,6 +70,10 @@ def train(
     seeds: tuple[int, ...] = (),
 ) -> None:
     """Train a run, or resume it. Ctrl-C saves and ends it; the same command resumes it.
+
+    Fine-tuning: --training.start-from takes the first weights from a run, an export,
+    a name of `selfflow models`, the published checkpoint or a folder of diffusers;
+    with --lora.rank 8 only adapters are trained on them.
 
     Args:
         config: Settings of the run.

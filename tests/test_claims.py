@@ -40,11 +40,14 @@ def differences(record, part=None):
 
 CLAIMS = [  # study, record, part, guidance, factor; the sign of the claim
     ("train_image", "train_image", "emblems", 1.0, "kind", 1),
+    ("train_image", "train_image", "emblems", 1.0, "place", 1),
     ("train_image", "train_image", "emblems", 2.0, "kind", 1),
-    ("train_image", "train_image", "emblems", 3.0, "kind", 1),
-    ("train_image", "train_image", "emblems", 3.0, "colour", -1),
-    ("train_image", "train_image", "emblems", 3.0, "ground", -1),
-    ("train_image", "train_image", "shapes", 3.0, "kind", 1),
+    ("train_image", "train_image", "emblems, cooled down", 1.0, "kind", 1),
+    ("train_image", "train_image", "emblems, cooled down", 2.0, "kind", 1),
+    ("train_image", "train_image", "emblems, cooled down", 3.0, "kind", 1),
+    ("train_image", "train_image", "emblems, cooled down", 3.0, "colour", -1),
+    ("train_image", "train_image", "emblems, cooled down", 3.0, "ground", -1),
+    ("train_image", "train_image", "shapes, cooled down", 3.0, "kind", 1),
     ("train_video", "train_video", None, 8.0, "direction, tracked", 1),
     ("train_video", "train_video_gpu", None, 1.0, "direction, tracked", 1),
     ("train_video", "train_video_gpu", None, 3.0, "direction, tracked", 1),

@@ -6,6 +6,7 @@
 __all__ = ['count_flops', 'peak_memory', 'Case', 'measure', 'bench_table', 'bench', 'flops_per_step']
 
 # %% ../../nbs/4_analysis/16_benchmark.ipynb #232e0d0f
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -28,12 +29,13 @@ from tqdm.auto import tqdm
 
 from ..disk import check_writable, write_json
 from ..draws import keyed
+from ..method.adapters import add_lora
 from ..method.backbone import Inputs
 from ..method.batch import Batch, Condition
 from ..method.build import build_backbone, build_objective, build_schedule
 from ..method.layers import Groups
 from ..method.objective import FlowMatching, SelfFlow, make_teacher, update_ema
-from ..method.options import SIZES, ModelConfig, ObjectiveConfig
+from ..method.options import SIZES, LoraConfig, ModelConfig, ObjectiveConfig
 from ..method.per_token import PerTokenTransformer, PublishedSelfFlow
 from ..method.schedule import NoiseLevels
 from ..method.transformer import Transformer, TransformerConfig
@@ -437,14 +439,21 @@ def bench(
     return records
 
 # %% ../../nbs/4_analysis/16_benchmark.ipynb #92a60ae2
-def flops_per_step(config: Config, inputs: Inputs, feature_width: int = 1) -> int:
+def flops_per_step(
+    config: Config,
+    inputs: Inputs,
+    feature_width: int = 1,
+    start: dict[str, Any] | None = None,
+) -> int:
     """Operations of one training step, of the whole batch.
 
     Args:
         config: Of the run.
         inputs: What its backbone is built for.
         feature_width: Of the encoder's features, for REPA.
+        start: How the run's weights began, `Run.start`.
     """
+    start = start or {}
     objective, training = config.objective, config.training
     # The choice of tokens in the losses costs nothing, and separation is counted below.
     plain: dict[str, Any] = {"flow_tokens": "all", "given": "", "separated": False}
@@ -456,6 +465,9 @@ def flops_per_step(config: Config, inputs: Inputs, feature_width: int = 1) -> in
         inputs,
         training.checkpointing,
         feature_width,
+        json.dumps(start.get("shape")),
+        config.lora,
+        tuple(start.get("left", ())),
     )
     if not objective.separated:
         return flops
@@ -481,10 +493,20 @@ def _flops_of_sample(
     inputs: Inputs,
     checkpointing: bool,
     feature_width: int,
+    shape: str,
+    lora: LoraConfig,
+    fresh: tuple[str, ...],
 ) -> int:
-    """Operations of a training step on one sample, counted without memory."""
+    """Operations of a training step on one sample, counted without memory.
+
+    shape: of a model from diffusers, in JSON; lora and fresh: see `adapters.add_lora`.
+    """
+    known = json.loads(shape)
+    options = {"shape": known} if known else {}
     with torch.device("meta"):
-        student: Any = build_backbone(model, inputs)
+        student: Any = build_backbone(model, inputs, **options)
+        if lora.rank:
+            add_lora(student, lora, fresh)
         learner = build_objective(objective, student, (inputs.parts,), feature_width)
         x0 = torch.zeros(1, inputs.tokens, inputs.channels)
         sizes = [size for size in (inputs.caption, inputs.caption_width) if size]

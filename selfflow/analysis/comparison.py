@@ -157,13 +157,13 @@ def _flops(run: Run) -> float:
 
 def _counted_flops(run: Run) -> float:
     if not objectives[run.config.objective.name].load().needs_features:
-        return flops_per_step(run.config, run.inputs)
+        return flops_per_step(run.config, run.inputs, start=run.start)
     # Only a checkpoint tells how wide the encoder's features are.
     checkpoints = _intact(run)
     if not checkpoints:
         return math.nan
     width = head_width(read_part(checkpoints[-1], "objective"))
-    return flops_per_step(run.config, run.inputs, width)
+    return flops_per_step(run.config, run.inputs, width, run.start)
 
 # %% ../../nbs/4_analysis/17_comparison.ipynb #fd940fa9
 _COLUMNS = (

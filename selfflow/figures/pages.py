@@ -16,7 +16,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
-from .plots import Picture, to_array, to_png
+from .plots import Picture, interpolation_of, to_array, to_png
 
 # %% ../../nbs/5_figures/04_pages.ipynb #766f19e0
 class Page(Picture):
@@ -107,7 +107,7 @@ def draw_captioned(images, captions, columns: int = 6, size: float = 1.5) -> Pag
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
         if place < len(pixels):
-            axis.imshow(pixels[place])
+            axis.imshow(pixels[place], interpolation=interpolation_of(pixels.shape[1]))
             axis.set_xlabel(wrapped[place], fontsize=7, linespacing=1.2)
     return figure
 
@@ -310,7 +310,7 @@ def _image_rows(
     axes = figure.subplots(len(rows), count, squeeze=False)
     for (name, images), line in zip(rows.items(), axes, strict=True):
         for axis, image in zip(line, images, strict=True):
-            axis.imshow(image)
+            axis.imshow(image, interpolation=interpolation_of(height))
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_linewidth(0.4)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
@@ -405,7 +405,9 @@ def draw_video_strip(videos, titles=None, frames: int = 8, size: float = 0.75) -
         columns = []
         for frame in chosen:
             columns += [video[frame], gap]
-        axis.imshow(np.concatenate(columns[:-1], 1))
+        axis.imshow(
+            np.concatenate(columns[:-1], 1), interpolation=interpolation_of(height)
+        )
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
         axis.set_ylabel(

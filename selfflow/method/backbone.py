@@ -203,7 +203,13 @@ def _check_output(
                 f"{'c) like x' if what == 'velocity' else 'width)'}"
             )
         if not value.isfinite().all():
+            remedy = "look at its initialisation"
+            if value.dtype == torch.float16:
+                largest = torch.finfo(value.dtype).max
+                remedy = (
+                    f"float16 ends at {largest:.0f}, load it in bfloat16 or float32"
+                )
             raise ValueError(
-                f"{name} returned NaN or infinite numbers in {what}, untrained; look "
-                "at its initialisation"
+                f"{name} returned NaN or infinite numbers in {what} before the first "
+                f"step; {remedy}"
             )

@@ -777,10 +777,14 @@ class DiffusersBackbone(nn.Module):
     def extra_repr(self) -> str:
         """Return the settings that do not follow from the weights, as JSON."""
         own = {"caption_level": self.caption_level, "guidance": self.guidance}
-        for name, value in self.model.config.items():
-            if not name.startswith("_"):  # such as the version of diffusers
-                own[name] = value
+        own |= self.shape()
         return json.dumps(own, sort_keys=True, default=str)
+
+    def shape(self) -> dict:
+        """Return the config of the model in diffusers' names, from which it is built
+        again."""
+        config = self.model.config.items()
+        return {name: value for name, value in config if not name.startswith("_")}
 
     def layers(self) -> list[nn.Module]:
         """Return the blocks of all lists, in their order."""
@@ -1147,15 +1151,19 @@ def build_diffusers(
     caption_level: str = "mean",
     caption_stride: int = 4,
     guidance: float = 1.0,
+    shape: dict | None = None,
     **sizes,
 ) -> DiffusersBackbone:
     """Return a backbone for some inputs; options: see `DiffusersOptions`.
 
-    name: of a family in `FAMILIES`. Raises ValueError as `read_model` and
+    name: of a family in `FAMILIES`; shape: config of a model whose weights follow, so
+    that no folder is read. Raises ValueError as `read_model` and
     `random_model` do.
     """
     family = FAMILIES[name]
-    if folder and start == "weights":
+    if shape is not None:
+        model = _class_of(family).from_config(shape).train()
+    elif folder and start == "weights":
         model = read_model(folder, name)
     else:
         if folder:

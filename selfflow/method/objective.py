@@ -92,8 +92,14 @@ class FlowMatching(Objective):
 
 # %% ../../nbs/1_method/11_objective.ipynb #83061173
 def make_teacher(student: nn.Module) -> nn.Module:
-    """Return a copy of the student in eval mode, without gradient or shared memory."""
-    teacher = copy.deepcopy(student).eval().requires_grad_(False)
+    """Return a copy of the student in eval mode, without gradient or shared memory.
+
+    Only the base of adapters is shared, see `adapters.add_lora`.
+    """
+    base = getattr(student, "base_names", ())
+    parameters = student.named_parameters()
+    shared = {id(value): value for name, value in parameters if name in base}
+    teacher = copy.deepcopy(student, shared).eval().requires_grad_(False)
     teacher.zero_grad()  # a gradient of the student is not copied along
     return teacher
 
@@ -120,8 +126,10 @@ def update_ema(teacher: nn.Module, student: nn.Module, decay: float) -> None:
 
     Call it after the optimiser step.
     """
-    average = get_ema_multi_avg_fn(decay)
-    average(list(teacher.parameters()), list(student.parameters()), None)
+    pairs = zip(teacher.parameters(), student.parameters(), strict=True)
+    # the base of adapters is one for both
+    averaged, current = zip(*[(a, b) for a, b in pairs if a is not b], strict=True)
+    get_ema_multi_avg_fn(decay)(list(averaged), list(current), None)
 
 # %% ../../nbs/1_method/11_objective.ipynb #c47ca16c
 class Projector(nn.Sequential):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'CHOICES', 'DENSITIES', 'SCHEDULES', 'MASK_RATIOS', 'GIVEN', 'TransformerOptions', 'DiffusersOptions',
-           'WanOptions', 'FluxOptions', 'Flux2Options', 'ModelConfig', 'FeatureOptions', 'SelfFlowOptions',
-           'SRAOptions', 'LayerSyncOptions', 'REPAOptions', 'SRA2Options', 'SelfTranscendenceOptions',
-           'ObjectiveConfig', 'StochasticOptions', 'AdaptiveOptions', 'sampler_options']
+           'WanOptions', 'FluxOptions', 'Flux2Options', 'ModelConfig', 'LoraConfig', 'FeatureOptions',
+           'SelfFlowOptions', 'SRAOptions', 'LayerSyncOptions', 'REPAOptions', 'SRA2Options',
+           'SelfTranscendenceOptions', 'ObjectiveConfig', 'StochasticOptions', 'AdaptiveOptions', 'sampler_options']
 
 # %% ../../nbs/1_method/07_options.ipynb #48c589ca
 from dataclasses import dataclass, fields
@@ -168,6 +168,29 @@ class ModelConfig(metaclass=Named):
 
     # transformer, one of diffusers such as flux2, or your own (--use)
     name: str = "transformer"
+
+# %% ../../nbs/1_method/07_options.ipynb #c424271e
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA) that are trained instead of all weights."""
+
+    rank: int = 0  # of an adapter; 0 trains all weights
+    alpha: float | None = None  # adapters count alpha / rank; None = rank
+    # attention, mlp, blocks (all of a block), or names of linear layers
+    targets: tuple[str, ...] = ("attention",)
+    dora: bool = False  # also train the length of each row (arXiv 2402.09353)
+
+    def __post_init__(self):
+        check_types(self)
+        if self.rank < 0:
+            raise ValueError(f"rank is {self.rank}, but must be 0 or more (lora.rank)")
+        if self.alpha is not None:
+            check_positive(self, "alpha")
+        if not self.targets:
+            raise ValueError(
+                "targets are empty; name attention, mlp, blocks or linear layers "
+                "(lora.targets)"
+            )
 
 # %% ../../nbs/1_method/07_options.ipynb #dae6e679
 @dataclass(frozen=True)

@@ -134,6 +134,10 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
     Raises:
         ValueError: if they are the weights of another model.
     """
+    base = getattr(model, "base_names", ())
+    if base:  # which a checkpoint of adapters does not have
+        state = model.state_dict()
+        weights = {name: state[name] for name in base} | weights
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -553,14 +557,21 @@ _FREE = {
 }
 
 
+# where the first weights lie
+_ORIGINS = ("training.start_from", "model.folder")
+
+
 def is_free(name: str, fingerprints: dict[str, str]) -> bool:
     """True if a setting may change when a run resumes.
 
     Args:
         name: Dotted name of the setting.
-        fingerprints: Of the run's data. If that of the training data is known, the
-            data may have moved.
+        fingerprints: Of the run's data, and of its first weights ("start"). If that of
+            the training data is known, the data may have moved, and likewise the first
+            weights.
     """
+    if name in _ORIGINS:
+        return bool(fingerprints.get("start"))
     setting = re.sub(r"^data\.\d+\.", "data.", name)
     if setting == "data.path":
         return bool(fingerprints.get("train"))
@@ -590,7 +601,10 @@ def compare_runs(path: Path, stored: dict, requested: dict) -> dict[str, tuple]:
         {**requested["config"], "inputs": requested["inputs"]},
     )
     same_data = stored["data"].get("train") == requested["data"].get("train")
-    fingerprints = stored["data"] if same_data else {}
+    fingerprints = dict(stored["data"]) if same_data else {}
+    start = stored.get("start", {}).get("fingerprint", "")
+    if start == requested.get("start", {}).get("fingerprint"):
+        fingerprints["start"] = start
     settings = {
         name: pair for name, pair in changes.items() if not is_free(name, fingerprints)
     }

@@ -17,6 +17,8 @@ from ..checks import check_positive, check_types, choose
 from ..data.options import DataConfig, by_name
 from selfflow.method.options import (
     MASK_RATIOS,
+    DiffusersOptions,
+    LoraConfig,
     ModelConfig,
     ObjectiveConfig,
     TransformerOptions,
@@ -51,6 +53,9 @@ class TrainConfig:
     """How the model is trained: the optimiser, its learning rate and the averaging of
     the weights."""
 
+    # where the weights begin: a run (FOLDER or FOLDER@STEP), an exported model, a model
+    # of `selfflow models`, the published checkpoint or a folder of diffusers
+    start_from: str = ""
     steps: int = 1000  # optimiser steps
     batch: int = 64  # samples per step
     lr: float = 2e-3  # learning rate, at its highest
@@ -207,6 +212,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     defaults: int = 4  # version of the default behaviour; 3 in runs of formats 1 to 3
 
     def __post_init__(self):
@@ -221,6 +227,7 @@ class Config:
                 "formats 1 to 3"
             )
         _check_name(self.name)
+        self._check_start()
         self._complete()
         # a backbone without this option is checked once it is built
         depth = getattr(self.model, "depth", None)
@@ -228,6 +235,31 @@ class Config:
             # the checks need torch, which a config alone must not import
             build = import_module("selfflow.method.build")
             build.check_layers(self.objective, depth, self.signals)
+
+    def _check_start(self):
+        "Raise ValueError for settings of a start that exclude each other."
+        start = self.training.start_from
+        weights = getattr(self.model, "start", "") == "weights"
+        folder = getattr(self.model, "folder", "") if weights else ""
+        if start and folder:
+            raise ValueError(
+                f"both training.start_from {start} and model.folder {folder} give the "
+                "first weights; leave one of them out"
+            )
+        if not self.lora.rank:
+            return
+        if self.training.parallel == "fsdp":
+            raise ValueError(
+                "parallel fsdp shards the base, which student and teacher share with "
+                "lora.rank; use training.parallel ddp"
+            )
+        random = isinstance(self.model, TransformerOptions | DiffusersOptions)
+        if random and not (start or folder):
+            raise ValueError(
+                f"lora.rank is {self.lora.rank}, but there are no trained weights to "
+                "adapt; give training.start_from, or model.name given for a backbone "
+                "that is passed to train"
+            )
 
     @property
     def datasets(self) -> dict[str, DataConfig]:

@@ -63,6 +63,7 @@ from selfflow.training.config import (
     flatten,
     overlaid,
 )
+from .finetuning import check_start, start_report
 from .processes import Interrupt, Processes, raise_again
 from selfflow.training.recording import (
     Moment,
@@ -299,6 +300,8 @@ class _Loop:
             "processes": self.processes.count,
             "config": asdict(self.config),
         }
+        if self.config.lora.rank:
+            about["base"] = self.state.start["fingerprint"]
         self.notify_together("on_checkpoint", self.moment(about))
         tensors = self.state.tensors(keep=self.processes.main)
 
@@ -456,7 +459,10 @@ def train(
     add_features, width, fingerprint = feature_source(
         features, config, sources, processes.device
     )
-    state = start_state(config, sources, processes.device, width, builder)
+    began, complete = _known_start(path, config)
+    known = began if complete else None
+    state = start_state(config, sources, processes.device, width, builder, known)
+    check_start(path, began, state.start)
     if features is not None:
         _check_features(state, add_features, config, sources)
     shards_of(config.training, processes.rank, processes.count)
@@ -480,6 +486,7 @@ def train(
         outline,
         given,
         builder,
+        state.start,
     )
     if not outline:  # nothing stands in for the data: sampling uses those opened here
         run.sources = sources
@@ -491,6 +498,8 @@ def train(
         if not finished:
             spent = _resume(run, state, processes)
             if not state.step:  # later, the settings cannot be changed
+                for line in start_report(state.start):
+                    processes.print(f"{config.name}: {line}")
                 for warning in channel_warnings(state.student.width, sources):
                     processes.print(f"{config.name}: {warning}")
             if config.training.compile and state.step < config.training.steps:
@@ -510,6 +519,7 @@ def train(
         run.outline,
         given,
         builder,
+        run.start,
     )
     trained.branch = run.branch
     return trained
@@ -585,6 +595,24 @@ def _with_its_defaults(config: Config, folder: Path, processes: Processes) -> Co
     return replace(config, data=tuple(data), defaults=stored.defaults)
 
 
+def _known_start(path: Path, config: Config) -> tuple[dict, bool]:
+    """Return how the weights of a run began, and True if its checkpoints are complete.
+
+    Those of adapters are not. A run that is asked to begin elsewhere has an unknown
+    beginning, which `compare_runs` compares.
+    """
+    if not (path / "config.json").is_file():
+        return {}, False
+    run = Run.open(path, "cpu")
+    if _origin_of(run.config) != _origin_of(config):
+        return {}, False
+    return run.start, bool(run.checkpoints()) and not config.lora.rank
+
+
+def _origin_of(config: Config) -> tuple[str, str]:
+    return config.training.start_from, getattr(config.model, "folder", "")
+
+
 def _with_its_profiles(config: Config, stored: Config) -> Config:
     "Return a config that ignores the colour profiles of files if the stored one does."
     data = []
@@ -609,7 +637,7 @@ def _open(run: Run, stack: ExitStack) -> bool:
     Returns True if the run is finished and its folder is read-only.
     """
     created = Run.create(
-        run.path, run.config, run.inputs, run.device, run.data, run.outline
+        run.path, run.config, run.inputs, run.device, run.data, run.outline, run.start
     )
     run.branch = created.branch
     try:
@@ -639,7 +667,8 @@ def _check_settings(run: Run, checkpoint: Path) -> None:
     for name, value in flatten(migrate(state)["config"]).items():
         if name.endswith(".path"):
             value = os.path.abspath(value)  # older versions stored it as it was given
-        if not is_free(name, run.data) and now.get(name) != value:
+        fingerprints = run.data | {"start": run.start.get("fingerprint", "")}
+        if not is_free(name, fingerprints) and now.get(name) != value:
             changed[name] = value
     if not changed:
         return
@@ -695,6 +724,7 @@ def _restore(
 ) -> dict | None:
     "Restore a checkpoint and return the seconds spent until then, None if not known."
     _check_settings(run, path)
+    check_start(path, {"fingerprint": read_state(path).get("base")}, state.start)
     state.restore(path, optimizer=not finished)
     broken = state.not_finite()
     if broken:

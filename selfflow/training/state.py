@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from ..collectives import mean_over_processes
 from ..data.sources import Sources
 from ..draws import keyed
+from ..method.adapters import trained_weights
 from ..method.averages import Averages, power_decay, power_exponent
 from ..method.backbone import ability, check_backbone, check_size
 from ..method.batch import Batch
@@ -40,6 +41,7 @@ from ..settings import own_settings
 from .batches import shards_of
 from .checkpoint import load_weights, read_part, read_state
 from .config import Config, TrainConfig
+from .finetuning import start_weights, take_head
 from selfflow.training.processes import (
     Processes,
     average_gradients,
@@ -184,6 +186,7 @@ class TrainState:
         learner: Student and objective in one module, which processes may wrap.
         shards: Shards of the batch that belong to this process, see `shards_of`.
         step: Number of steps done.
+        start: How the weights began, see `finetuning`.
     """
 
     student: Any  # an nn.Module that fulfils the Protocol Backbone
@@ -194,6 +197,7 @@ class TrainState:
     shards: range
     averages: Averages
     step: int = 0
+    start: dict = field(default_factory=dict)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         "Return the parameters that are optimised, by name."
@@ -225,8 +229,8 @@ class TrainState:
             for slot, value in slots.get(parameter, {}).items()
         }
         parts = {
-            "model": self.student.state_dict(),
-            "teacher": self.teacher.state_dict(),
+            "model": trained_weights(self.student),
+            "teacher": trained_weights(self.teacher),
             "objective": self.objective.state_dict(),
             "optimizer": optimizer,
             **self._average_parts(self.averages.values),
@@ -319,8 +323,10 @@ def _finite(values: Iterable[Tensor]) -> bool:
 def _named(student: nn.Module, objective: nn.Module) -> dict[str, nn.Parameter]:
     parameters = {}
     for part, module in (("model", student), ("objective", objective)):
+        base = getattr(module, "base_names", ())
         for name, parameter in module.named_parameters():
-            parameters[f"{part}.{name}"] = parameter
+            if name not in base:
+                parameters[f"{part}.{name}"] = parameter
     return parameters
 
 
@@ -364,23 +370,32 @@ def start_state(
     device: torch.device,
     feature_width: int = 1,
     builder: Callable | None = None,
+    known: dict | None = None,
 ) -> TrainState:
     """Return the state before the first step.
 
-    Weights depend on the seed only; the student's do not depend on the objective.
+    Weights depend on the seed only, and on those of `training.start_from`; the
+    student's do not depend on the objective.
 
     Args:
         feature_width: Width of an external encoder's features, for the head of REPA.
         builder: Builder of a backbone that was passed to `train`.
+        known: How the weights of a run began whose checkpoint follows: nothing is read.
 
     Raises:
         ValueError: if the user's own backbone does not fulfil the Protocol, or lacks an
-            ability that a setting needs.
+            ability that a setting needs, and as `finetuning.start_weights` does.
     """
     with torch.random.fork_rng():  # leaves the caller's random numbers alone
         torch.manual_seed(keyed(config.seed, "weights").initial_seed())
-        student: Any = new_backbone(config, sources.inputs, builder).to(device)
+        shape = known.get("shape") if known else None
+        student: Any = new_backbone(config, sources.inputs, builder, shape)
         check_size(student)
+        start: dict[str, Any] = known or {}
+        head: dict[str, Tensor] = {}
+        if known is None:
+            start, head = start_weights(student, config)
+        student = student.to(device)
         _check_abilities(student, config)
         if config.training.checkpointing:
             student.checkpointing = True
@@ -388,6 +403,8 @@ def start_state(
         objective = build_objective(
             config.objective, student, sources.sequences, feature_width, sources.weights
         )
+        if known is None and config.training.start_from:
+            start["head"] = take_head(objective, head)
         objective = objective.to(device)
         # a Transformer checks its input at every call
         if not isinstance(student, Transformer):
@@ -399,6 +416,7 @@ def start_state(
         optimizer=build_optimizer(config.training, _named(student, objective)),
         learner=_Learner(student, objective),
         shards=shards_of(config.training),
+        start=start,
         averages=Averages(student, _decays(config.training)),
     )
 
