@@ -511,7 +511,9 @@ def _flops_of_sample(
         x0 = torch.zeros(1, inputs.tokens, inputs.channels)
         sizes = [size for size in (inputs.caption, inputs.caption_width) if size]
         dtype = torch.float32 if inputs.caption_width else torch.int64
-        condition = Condition(torch.zeros(1, *sizes, dtype=dtype), inputs.classes)
+        pooled = torch.zeros(1, inputs.pooled) if inputs.pooled else None
+        values = torch.zeros(1, *sizes, dtype=dtype)
+        condition = Condition(values, inputs.classes, pooled)
         features = torch.zeros(1, feature_width) if learner.needs_features else None
         batch = Batch(x0, condition, inputs.parts, features=features)
     student.checkpointing = checkpointing

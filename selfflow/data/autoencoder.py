@@ -92,6 +92,8 @@ class Haar:
 # %% ../../nbs/2_data/12_autoencoder.ipynb #862af576
 _SIGNALS = {
     "AutoencoderKL": "image",
+    "AutoencoderKLFlux2": "image",
+    "AutoencoderKLLTXVideo": "video",
     "AutoencoderKLWan": "video",
     "AutoencoderOobleck": "audio",
 }
@@ -104,27 +106,52 @@ class _Sizes(NamedTuple):
         channels: Channels of the signal.
         latent_channels: Channels of the latents.
         steps: How many values become one along each further axis.
+        patch: Side of the patches of latents that become one latent.
     """
 
     channels: int
     latent_channels: int
     steps: tuple[int, ...]
+    patch: int = 1
 
 
-def _sizes(name: str, config: Any) -> _Sizes:
+def _sizes(name: str, model: Any) -> _Sizes:
+    config = model.config
     if name == "AutoencoderOobleck":
         step = math.prod(config["downsampling_ratios"])
         return _Sizes(
             config["audio_channels"], config["decoder_input_channels"], (step,)
         )
-    if name == "AutoencoderKL":
-        side = 2 ** (len(config["block_out_channels"]) - 1)
-        return _Sizes(config["in_channels"], config["latent_channels"], (side, side))
+    if name == "AutoencoderKLLTXVideo":
+        side = model.spatial_compression_ratio
+        steps = (model.temporal_compression_ratio, side, side)
+        return _Sizes(config["in_channels"], config["latent_channels"], steps)
+    if name in ("AutoencoderKL", "AutoencoderKLFlux2"):
+        patch = 1 if name == "AutoencoderKL" else config["patch_size"][0]
+        side = patch * 2 ** (len(config["block_out_channels"]) - 1)
+        latents = config["latent_channels"] * patch**2
+        return _Sizes(config["in_channels"], latents, (side, side), patch)
     patch = config["patch_size"] or 1
     side = patch * 2 ** (len(config["dim_mult"]) - 1)
     frames = 2 ** sum(config["temperal_downsample"])
     channels = config["in_channels"] // patch**2
     return _Sizes(channels, config["z_dim"], (frames, side, side))
+
+
+# z = (mu(x) - shift) scale
+def _scaling(name: str, model: Any) -> tuple[Tensor, Tensor]:
+    """Return shift and scale of a model's latents, (c,) or one number each."""
+    config = model.config
+    if name == "AutoencoderKLFlux2":
+        deviation = (model.bn.running_var + config["batch_norm_eps"]).sqrt()
+        return model.bn.running_mean, 1 / deviation
+    if name == "AutoencoderKLLTXVideo":
+        mean, spread = model.latents_mean, model.latents_std
+    else:
+        mean = config.get("latents_mean") or config.get("shift_factor") or 0.0
+        spread = config.get("latents_std") or 1.0
+    scale = config.get("scaling_factor") or 1.0
+    return torch.as_tensor(mean), scale / torch.as_tensor(spread)
 
 
 class _Axis(NamedTuple):
@@ -163,22 +190,15 @@ class _Pretrained(torch.nn.Module):
         self.model: Any = model.float().requires_grad_(False)
         self.signal = _SIGNALS[name]
         self.fingerprint = fingerprint
-        config = model.config
-        self.channels, self.latent_channels, steps = _sizes(name, config)
+        self.channels, self.latent_channels, steps, self.patch = _sizes(name, model)
         self.axes = [_Axis(step, 0, step) for step in steps]
         if self.signal == "video":
-            self.axes[0] = _Axis(steps[0], 1, _WAN_FRAMES)
-        shift = config.get("latents_mean") or config.get("shift_factor") or 0.0
-        spread = config.get("latents_std") or 1.0
-        scale = config.get("scaling_factor") or 1.0
-        self.register_buffer("shift", self._by_channel(shift))
-        self.register_buffer("scale", scale / self._by_channel(spread))
+            frames = _WAN_FRAMES if name == "AutoencoderKLWan" else steps[0]
+            self.axes[0] = _Axis(steps[0], 1, frames)
+        for what, values in zip(("shift", "scale"), _scaling(name, model), strict=True):
+            by_channel = values.float().reshape(-1, *[1] * len(self.axes))
+            self.register_buffer(what, by_channel.clone())
         self.eval()
-
-    def _by_channel(self, value: float | list[float]) -> Tensor:
-        """Return one value, or one for each channel, as (c, 1, ...)."""
-        values = torch.tensor(value, dtype=torch.float32)
-        return values.reshape(-1, *[1] * len(self.axes))
 
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape (c, ...) of the latents of a signal.
@@ -215,6 +235,9 @@ class _Pretrained(torch.nn.Module):
             moved = moved[:, None]  # (b, 1, samples)
         repeated = moved.expand(-1, self.channels, *moved.shape[2:])
         mean = self.model.encode(repeated).latent_dist.mode()
+        if self.patch > 1:
+            side = {"p": self.patch, "q": self.patch}
+            mean = rearrange(mean, "b c (h p) (w q) -> b (c p q) h w", **side)
         return ((mean - self.shift) * self.scale).to(signals.device)
 
     @torch.no_grad()
@@ -224,7 +247,18 @@ class _Pretrained(torch.nn.Module):
         They are on the device of the latents.
         """
         scaled = latents.to(self.shift.device) / self.scale + self.shift
-        signals = self.model.decode(scaled).sample.to(latents.device)
+        if self.patch > 1:
+            side = {"p": self.patch, "q": self.patch}
+            scaled = rearrange(scaled, "b (c p q) h w -> b c (h p) (w q)", **side)
+        times = {}
+        if self.model.config.get("timestep_conditioning"):
+            # LTX's decoder can remove a rest of noise; there is none
+            times["temb"] = scaled.new_zeros(len(scaled))
+        devices = [self.shift.device] if self.shift.is_cuda else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)  # LTX's decoder may add noise of its own
+            signals = self.model.decode(scaled, **times).sample
+        signals = signals.to(latents.device)
         return signals.mean(1) if self.signal == "audio" else signals
 
 # %% ../../nbs/2_data/12_autoencoder.ipynb #40759cfc

@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from ..checks import choose
 from .autoencoder import Autoencoder, open_autoencoder
 from .datasets import SPLITS, DataSet, Examples
+from .options import SCALES
 from ..disk import discard, make_folder, replacing, write_json, write_tensors
 from ..settings import own_settings
 
@@ -164,13 +165,15 @@ def _by_signal(
 class Latents:
     """Encoded data as a data set.
 
-    Its signals are latents of about unit variance, not within [-1, 1].
+    Its signals are latents of about unit variance, not within [-1, 1]; see `scale`.
 
     Args:
         folder: As given to `encode_latents`.
         split: train, validation or test.
         autoencoder: One, several, or a folder with one; only needed to decode.
         check: Read all shards once to detect changes, instead of comparing sizes.
+        scale: Unit variance of the "data", or that of the "autoencoder", as its
+            config says: what a backbone that was trained on its latents expects.
 
     Raises:
         FileNotFoundError: without latents, and if encoding is not finished.
@@ -184,7 +187,9 @@ class Latents:
         split: str = "train",
         autoencoder: Autoencoder | Sequence[Autoencoder] | Path | str | None = None,
         check: bool = True,
+        scale: str = "data",
     ):
+        choose(scale, SCALES, "scale (data.scale)")
         self.place = Path(folder) / choose(split, SPLITS, "split")
         if not (self.place / "index.json").exists():
             begun = (self.place / "unfinished.json").exists()
@@ -195,7 +200,8 @@ class Latents:
         self.index = _read_index(self.place / "index.json")
         self._check_shards(thorough=check)
         moments = _train_index(Path(folder), self.index)["moments"]
-        self.fingerprint = _digest([self.index["fingerprint"], moments])
+        own = [self.index["fingerprint"], moments]
+        self.fingerprint = _digest(own if scale == "data" else [*own, scale])
         self.names: tuple[str, ...] = tuple(self.index["names"])
         self.shapes: dict[str, tuple[int, ...]] = {
             name: tuple(shape) for name, shape in self.index["shapes"].items()
@@ -205,6 +211,8 @@ class Latents:
         for name, values in moments.items():
             axes = [1] * (len(self.shapes[name]) - 1)
             mean, variance = torch.tensor(values).reshape(2, -1, *axes)
+            if scale == "autoencoder":  # `encode` has scaled them
+                mean, variance = torch.zeros_like(mean), torch.ones_like(variance)
             self.mean[name] = mean
             self.deviation[name] = variance.sqrt().where(variance > _CONSTANT, 1.0)
         self.coders: dict[str, Autoencoder] = {}

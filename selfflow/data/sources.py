@@ -38,7 +38,7 @@ from .options import DataConfig, by_name, hop_of
 from .own import as_dataset
 from .scenes import Scenes
 from .shapes import Emblems, Shapes
-from .texts import Bytes, TextEncoder, open_encoder
+from .texts import Bytes, Encoder, open_encoder
 from ..method.backbone import Inputs
 from ..method.batch import Batch, Condition
 from ..method.tokens import ImagePatches, Layout, Part, VideoPatches
@@ -130,7 +130,7 @@ def _open_huggingface(config: DataConfig, split: str) -> HuggingFace:
 
 
 def _open_latents(config: DataConfig, split: str) -> Latents:
-    return Latents(_place(config), split)
+    return Latents(_place(config), split, scale=config.scale)
 
 
 def _open_given(config: DataConfig, split: str) -> DataSet:
@@ -454,9 +454,11 @@ class Sources:
         self.settings = by_name(config)
         self.split = split
         self.config = next(iter(self.settings.values()))
-        self.encoder: TextEncoder | Bytes = Bytes()
+        self.encoder: Encoder = Bytes()
         if self.config.encoder:
-            self.encoder = open_encoder(self.config.encoder)
+            self.encoder = open_encoder(
+                self.config.encoder, self.config.pooled, self.config.raw_texts
+            )
         self.data: dict[str, DataSet] = {}
         self.layouts: dict[str, Layout] = {}
         self._sized: dict[tuple[str, tuple[int, int]], Layout] = {}
@@ -547,7 +549,10 @@ class Sources:
         if self.config.condition != "caption":
             return Inputs(self.parts, len(self.names))
         length = self.config.caption
-        return Inputs(self.parts, len(self.names), length, self.encoder.width)
+        encoder = self.encoder
+        return Inputs(
+            self.parts, len(self.names), length, encoder.width, encoder.pooled_width
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -631,7 +636,9 @@ class Sources:
         return list(map(caption_text, request.values))
 
     def _encode(self, captions: Sequence[str]) -> Condition:
-        return Condition(self.encoder.encode(captions, self.config.caption))
+        vectors = self.encoder.encode(captions, self.config.caption)
+        pooled = self.encoder.pooled(captions) if self.encoder.pooled_width else None
+        return Condition(vectors, pooled=pooled)
 
     def _offset(self, name: str) -> int:
         """Return the number of classes in the data sets before this one."""

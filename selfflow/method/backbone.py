@@ -27,12 +27,14 @@ class Inputs:
         classes: Number of labels, 0 = none; the null label is `classes` itself.
         caption: Bytes of a text, or vectors of a text encoder; 0 = none.
         caption_width: Width of these vectors; 0 = bytes.
+        pooled: Width of one more vector for each text; 0 = none.
     """
 
     parts: tuple[Part, ...]
     classes: int = 0
     caption: int = 0
     caption_width: int = 0
+    pooled: int = 0
 
     def __post_init__(self):  # JSON gives lists and dicts
         parts = tuple(
@@ -100,8 +102,10 @@ def ability(model: nn.Module, name: str, purpose: str) -> Any:
     Raises ValueError, naming the purpose, if the model does not have it.
     """
     if not hasattr(model, name):
+        reason = getattr(model, "reasons", {}).get(name, "")
         raise ValueError(
             f"{type(model).__name__} has no {name!r}, which {purpose} needs"
+            + f": {reason}" * bool(reason)
         )
     return getattr(model, name)
 

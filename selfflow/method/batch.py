@@ -30,6 +30,7 @@ class Condition:
         values: Class labels, (b,) int64 in [0, classes]; texts as bytes, (b, l) int64;
             or vectors of a text encoder, (b, l, e).
         classes: Number of classes.
+        pooled: One more vector for each text, (b, p), which some backbones take.
 
     Raises:
         TypeError: For other values.
@@ -38,6 +39,7 @@ class Condition:
 
     values: Tensor
     classes: int = 0
+    pooled: Tensor | None = None
 
     def __post_init__(self):
         values = self.values
@@ -72,29 +74,42 @@ class Condition:
 
     def __str__(self) -> str:
         text = f"{self.kind} {tuple(self.values.shape)}"
+        if self.pooled is not None:
+            text += f" with pooled vectors {tuple(self.pooled.shape)}"
         return f"{text} of {self.classes} classes" if self.kind == "class" else text
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Condition":
+        """Apply a function to everything that has a row for each sample."""
+        pooled = None if self.pooled is None else change(self.pooled)
+        return replace(self, values=change(self.values), pooled=pooled)
 
     def __len__(self) -> int:
         return len(self.values)
 
     def __getitem__(self, rows: Tensor | slice) -> "Condition":
-        return replace(self, values=self.values[rows])
+        return self._map(lambda value: value[rows])
 
     def to(self, *target, **options) -> "Condition":
         """Return it on another device; arguments as in `Tensor.to`."""
-        return replace(self, values=self.values.to(*target, **options))
+        return self._map(lambda value: value.to(*target, **options))
 
     def pin_memory(self) -> "Condition":
         """Return it in memory from which a GPU copies fast."""
-        return replace(self, values=self.values.pin_memory())
+        return self._map(lambda value: value.pin_memory())
 
     def cat(self, other: "Condition") -> "Condition":
         """Return the condition of these samples, then of the others."""
-        return replace(self, values=torch.cat([self.values, other.values]))
+        pooled = self.pooled
+        if pooled is not None and other.pooled is not None:
+            pooled = torch.cat([pooled, other.pooled])
+        values = torch.cat([self.values, other.values])
+        return replace(self, values=values, pooled=pooled)
 
     def unconditional(self) -> "Condition":
         """Return no condition, for as many samples."""
-        return replace(self, values=torch.full_like(self.values, self.null))
+        pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
+        values = torch.full_like(self.values, self.null)
+        return replace(self, values=values, pooled=pooled)
 
     def drop(self, probability: float, draw: Draw) -> "Condition":
         """Drop the condition of each sample with a probability.
@@ -107,12 +122,20 @@ class Condition:
             chance = torch.rand(
                 len(values), generator=generator, device=generator.device
             )
-            dropped = (chance < probability).to(values.device)
-            dropped = dropped.reshape(-1, *[1] * (values.ndim - 1))
-            return torch.where(dropped, self.null, values)
+            return (chance < probability).to(values.device)
 
-        shards = by_shard(draw, "label drop", self.values, drop_some)
-        return replace(self, values=torch.cat(shards))
+        dropped = torch.cat(by_shard(draw, "label drop", self.values, drop_some))
+        nothing = self.unconditional()
+
+        def replaced(values: Tensor, null: Tensor) -> Tensor:
+            rows = dropped.reshape(-1, *[1] * (values.ndim - 1))
+            return torch.where(rows, null, values)
+
+        pooled = None
+        if self.pooled is not None and nothing.pooled is not None:
+            pooled = replaced(self.pooled, nothing.pooled)
+        values = replaced(self.values, nothing.values)
+        return replace(self, values=values, pooled=pooled)
 
 # %% ../../nbs/1_method/04_batch.ipynb #9645e24c
 @dataclass(frozen=True)

@@ -51,6 +51,11 @@ def _transformer_config(
     options: as in `TransformerOptions`, which has set width, depth and heads of a size.
     Raises ValueError where they do not fit.
     """
+    if inputs.pooled:
+        raise ValueError(
+            "the built-in transformer takes no pooled vector of a text; leave "
+            "data.pooled out"
+        )
     images = [part.name for part in inputs.parts] == ["image"]
     positions = positions or ("sincos" if images else "rotary")
     given = {f.name: getattr(inputs, f.name) for f in fields(inputs)}

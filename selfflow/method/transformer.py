@@ -387,7 +387,9 @@ class Transformer(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the shape as JSON: not all of it follows from the weights."""
-        return json.dumps(asdict(self.config), sort_keys=True)
+        shape = asdict(self.config)
+        del shape["pooled"]  # always 0: it takes no pooled vectors
+        return json.dumps(shape, sort_keys=True)
 
     def open_gates(self) -> None:
         """Set the gates of all blocks to 1.

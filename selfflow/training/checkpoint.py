@@ -554,6 +554,7 @@ _FREE = {
     "training.parallel",
     "training.checkpointing",
     "data.encoder",
+    "data.pooled",
 }
 
 

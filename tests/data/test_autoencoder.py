@@ -51,6 +51,45 @@ def wan(channels=3, **options):
     )
 
 
+def flux2():
+    model = diffusers.AutoencoderKLFlux2(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[4, 8],
+        latent_channels=2,
+        norm_num_groups=2,
+        sample_size=8,
+    )
+    model.bn.running_mean.copy_(torch.linspace(-1, 1, 8))
+    model.bn.running_var.copy_(torch.linspace(0.5, 2, 8))
+    return model
+
+
+def ltx(**options):
+    model = diffusers.AutoencoderKLLTXVideo(
+        **{
+            "latent_channels": 3,
+            "block_out_channels": (4, 4),
+            "decoder_block_out_channels": (4, 4),
+            "down_block_types": ("LTXVideoDownBlock3D",) * 2,
+            "layers_per_block": (1, 1, 1),
+            "decoder_layers_per_block": (1, 1, 1),
+            "spatio_temporal_scaling": (True, False),
+            "decoder_spatio_temporal_scaling": (True, False),
+            "decoder_inject_noise": (False, False, False),
+            "downsample_type": ("conv", "conv"),
+            "upsample_residual": (False, False),
+            "upsample_factor": (1, 1),
+            "patch_size": 2,
+            "scaling_factor": 0.5,
+        }
+        | options
+    )
+    model.latents_mean.copy_(torch.tensor([0.5, -1.0, 0.0]))
+    model.latents_std.copy_(torch.tensor([2.0, 0.25, 1.0]))
+    return model
+
+
 def oobleck(channels):
     return diffusers.AutoencoderOobleck(
         encoder_hidden_size=8,
@@ -402,6 +441,61 @@ def test_gpu_and_cpu_agree(vae, tmp_path):
     a, b = (one.take(torch.arange(20)).signals for one in (cpu, gpu))
     torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)
     torch.testing.assert_close(cpu.decode(a), gpu.decode(b), atol=1e-2, rtol=1e-2)
+
+
+def test_flux2_latents_are_those_of_its_pipeline(tmp_path):
+    opened = open_autoencoder(saved(flux2(), tmp_path))
+    assert opened.signal == "image" and opened.latent_shape((3, 8, 12)) == (8, 2, 3)
+    images = torch.rand(2, 3, 8, 12, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    vae = diffusers.AutoencoderKLFlux2.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        patches = diffusers.Flux2Pipeline._patchify_latents(
+            vae.encode(images).latent_dist.mode()
+        )
+        mean = vae.bn.running_mean.view(1, -1, 1, 1)
+        deviation = (vae.bn.running_var.view(1, -1, 1, 1) + 1e-4).sqrt()
+        expected = (patches - mean) / deviation
+        back = vae.decode(diffusers.Flux2Pipeline._unpatchify_latents(patches)).sample
+        # the same as its batch norm in evaluation
+        torch.testing.assert_close(vae.bn(patches), expected)
+    assert (mean != 0).any() and (deviation != 1).all()
+    z = opened.encode(images)
+    torch.testing.assert_close(z, expected)
+    torch.testing.assert_close(opened.decode(z), back, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("timestep", [False, True])
+def test_ltx_latents_are_those_of_its_pipeline(tmp_path, timestep):
+    more = {"timestep_conditioning": True} if timestep else {}
+    opened = open_autoencoder(saved(ltx(**more), tmp_path))
+    assert opened.signal == "video"
+    assert opened.latent_shape((3, 5, 8, 12)) == (3, 3, 2, 3)
+    with pytest.raises(ValueError, match=r"\(2 k \+ 1\) x 4 k x 4 k"):
+        opened.latent_shape((3, 4, 8, 8))
+    videos = torch.rand(2, 3, 5, 8, 12, generator=torch.Generator().manual_seed(1))
+    vae = diffusers.AutoencoderKLLTXVideo.from_pretrained(tmp_path).eval()
+    scale = vae.config.scaling_factor
+    statistics = (vae.latents_mean, vae.latents_std, scale)
+    with torch.no_grad():
+        mean = vae.encode(videos).latent_dist.mode()
+        expected = diffusers.LTXPipeline._normalize_latents(mean, *statistics)
+        times = torch.zeros(2) if timestep else None
+        back = vae.decode(mean, times).sample
+        again = diffusers.LTXPipeline._denormalize_latents(expected, *statistics)
+    torch.testing.assert_close(again, mean, atol=1e-5, rtol=1e-4)
+    z = opened.encode(videos)
+    torch.testing.assert_close(z, expected)
+    assert z.shape == (2, 3, 3, 2, 3) and (vae.latents_std != 1).any()
+    torch.testing.assert_close(opened.decode(z), back, atol=1e-5, rtol=1e-4)
+
+
+def test_a_decoder_that_adds_noise_adds_the_same_again(tmp_path):
+    noisy = ltx(decoder_inject_noise=(True, True, True))
+    opened = open_autoencoder(saved(noisy, tmp_path))
+    z = opened.encode(torch.zeros(1, 3, 3, 4, 4))
+    before = torch.get_rng_state()
+    first, second = opened.decode(z), opened.decode(z)
+    assert torch.equal(first, second) and torch.equal(before, torch.get_rng_state())
 
 
 # the whole way

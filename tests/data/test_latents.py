@@ -33,6 +33,7 @@ from selfflow.data.latents import (
     encode_latents,
 )
 from selfflow.data.options import DataConfig
+from selfflow.data.sources import open_dataset
 from selfflow.disk import NotWritten
 from selfflow.method.options import ModelConfig
 from selfflow.method.tokens import ImagePatches
@@ -135,6 +136,23 @@ def own(whole, tmp_path):
 
 
 # what is written and read
+
+
+def test_a_pretrained_backbone_gets_the_scale_of_its_autoencoder(whole):
+    rows = torch.arange(50)
+    z = Haar().encode(DATA.images)
+    kept = Latents(whole, scale="autoencoder", autoencoder=Haar())
+    signals = kept.take(rows).signals
+    assert torch.equal(signals["image"], z)
+    assert torch.equal(kept.decode(signals)["image"], Haar().decode(z))
+    assert not torch.equal(Latents(whole).take(rows).signals["image"], z)
+    assert kept.fingerprint != Latents(whole).fingerprint
+    opened = open_dataset(
+        DataConfig("latents", path=str(whole), scale="autoencoder"), "train"
+    )
+    assert opened.fingerprint == kept.fingerprint
+    with pytest.raises(ValueError, match="data.scale"):
+        DataConfig("latents", path=str(whole), scale="own")
 
 
 def standardised(images):

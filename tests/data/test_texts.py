@@ -23,7 +23,13 @@ from selfflow.data import texts
 from selfflow.data.datasets import caption_bytes, caption_text
 from selfflow.data.options import SHARED, DataConfig
 from selfflow.data.sources import Sources
-from selfflow.data.texts import _SENTENCES, Bytes, open_encoder
+from selfflow.data.texts import (
+    _SENTENCES,
+    Bytes,
+    StoredTexts,
+    encode_texts,
+    open_encoder,
+)
 from selfflow.method.options import ObjectiveConfig
 from selfflow.training.batches import Batches, Validation
 from selfflow.training.config import Config
@@ -1083,3 +1089,130 @@ def test_the_tokenizer_of_an_older_clip(tmp_path):
         opened.encode(["red star"], 9).any(-1).sum() == 7
         and not opened.encode([""], 9).any()
     )
+
+
+# stored vectors and pooled ones
+
+
+@pytest.mark.parametrize("kind", ["clip", "clip, projected"])
+def test_pooled_vectors_are_those_of_transformers(folders, kind):
+    clip, t5 = folders[kind], folders["t5"]
+    opened = open_encoder(t5, [str(clip), str(clip)])
+    name = "CLIPTextModelWithProjection" if "projected" in kind else "CLIPTextModel"
+    model = getattr(transformers, name).from_pretrained(clip).eval()
+    tokens = transformers.AutoTokenizer.from_pretrained(clip)
+    with torch.no_grad():
+        output = model(**tokens("a red star", return_tensors="pt"))
+    expected = output.text_embeds if "projected" in kind else output.pooler_output
+    pooled = opened.pooled(["a red star", "", "a blue star"])
+    torch.testing.assert_close(pooled[0], expected[0].repeat(2))
+    assert not pooled[1].any() and not torch.equal(pooled[0], pooled[2])
+    assert opened.pooled_width == pooled.shape[1] and opened.width == 16
+    assert torch.equal(
+        opened.encode(CAPTIONS[:3], 12), open_encoder(t5).encode(CAPTIONS[:3], 12)
+    )
+    assert opened.fingerprint != open_encoder(t5).fingerprint
+    with pytest.raises(ValueError, match="is no CLIP"):
+        open_encoder(t5, [str(t5)])
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_stored_texts_are_those_of_the_encoder(folders, tmp_path, pooled, monkeypatch):
+    encoder = open_encoder(folders["t5"], [str(folders["clip"])] if pooled else [])
+    seen = []
+    encode = type(encoder).encode
+
+    def watched(self, captions, tokens):
+        seen.extend(captions)
+        return encode(self, captions, tokens)
+
+    monkeypatch.setattr(type(encoder), "encode", watched)
+    stored = encode_texts(CAPTIONS, encoder, tmp_path, 12, shard_size=3, bar=False)
+    assert len(stored) == len(set(CAPTIONS)) == len(seen)
+    assert len(list(tmp_path.glob("texts-*.safetensors"))) == 3
+    opened = open_encoder(tmp_path)
+    assert isinstance(opened, StoredTexts)
+    assert opened.fingerprint == encoder.fingerprint
+    assert torch.equal(opened.encode(CAPTIONS, 12), encode(encoder, CAPTIONS, 12))
+    if pooled:
+        assert torch.equal(opened.pooled(CAPTIONS), encoder.pooled(CAPTIONS))
+    # a new text goes to the encoder
+    seen.clear()
+    new = ["a green square"]
+    assert torch.equal(opened.encode(new, 12), encode(encoder, new, 12))
+    with pytest.raises(ValueError, match="stored for 12 tokens, not 9"):
+        opened.encode(CAPTIONS, 9)
+    with pytest.raises(ValueError, match="leave data.pooled out"):
+        open_encoder(tmp_path, ["elsewhere"])
+    # damage is noticed, and only the damaged shard is made again
+    shard = tmp_path / "texts-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="texts-00001.safetensors is missing or was"):
+        open_encoder(tmp_path)
+    seen.clear()
+    encode_texts(CAPTIONS, encoder, tmp_path, 12, shard_size=3, bar=False)
+    assert len(seen) == 3
+    with pytest.raises(ValueError, match="holds other texts: tokens is 12 there, 14"):
+        encode_texts(CAPTIONS, encoder, tmp_path, 14, shard_size=3, bar=False)
+
+
+def test_an_interrupted_store_says_so_and_goes_on(folders, tmp_path, monkeypatch):
+    encoder = open_encoder(folders["t5"])
+
+    class Stopped(Exception):
+        pass
+
+    def stop(captions, tokens):
+        if captions[0] == "":
+            raise Stopped
+        return type(encoder).encode(encoder, captions, tokens)
+
+    monkeypatch.setattr(encoder, "encode", stop, raising=False)
+    with pytest.raises(Stopped):
+        encode_texts(CAPTIONS, encoder, tmp_path, 12, shard_size=2, bar=False)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="2 of 8 texts; run encode_texts again"):
+        open_encoder(tmp_path)
+    stored = encode_texts(CAPTIONS, encoder, tmp_path, 12, shard_size=2, bar=False)
+    assert torch.equal(stored.encode(CAPTIONS, 12), encoder.encode(CAPTIONS, 12))
+
+
+def test_a_run_reads_stored_texts_as_it_reads_the_encoder(folders, tmp_path):
+    live = DataConfig(
+        "shapes", size=16, condition="caption", caption=12, encoder=str(folders["t5"])
+    )
+    first = Sources(live)
+    data = first.data["shapes"]
+    captions = data.take(torch.arange(8)).captions
+    encode_texts(captions, first.encoder, tmp_path, 12, bar=False)
+    second = Sources(replace(live, encoder=str(tmp_path)))
+    batches = [each.take("shapes", torch.arange(8)) for each in (first, second)]
+    assert torch.equal(*[batch.condition.values for batch in batches])
+    assert first.inputs == second.inputs
+    clip = (str(folders["clip"]),)
+    third = Sources(replace(live, pooled=clip))
+    condition = third.take("shapes", torch.arange(2)).condition
+    assert condition.pooled.shape == (2, third.inputs.pooled) == (2, 12)
+    with pytest.raises(ValueError, match="data.encoder"):
+        DataConfig("shapes", condition="caption", pooled=clip)
+
+
+def test_raw_states_are_those_that_a_pretrained_backbone_knows(folders, tmp_path):
+    scaled, raw = open_encoder(folders["t5"]), open_encoder(folders["t5"], raw=True)
+    assert raw.scale == 1 != scaled.scale and raw.fingerprint != scaled.fingerprint
+    torch.testing.assert_close(
+        raw.encode(CAPTIONS[:2], 12) * scaled.scale, scaled.encode(CAPTIONS[:2], 12)
+    )
+    encode_texts(CAPTIONS, raw, tmp_path, 12, bar=False)
+    with pytest.raises(ValueError, match="set data.raw_texts to True"):
+        open_encoder(tmp_path)
+    stored = open_encoder(tmp_path, raw=True)
+    assert torch.equal(stored.encode(["new"], 12), raw.encode(["new"], 12))
+    config = DataConfig(
+        "shapes",
+        condition="caption",
+        caption=12,
+        encoder=str(tmp_path),
+        raw_texts=True,
+    )
+    assert Sources(config).encoder.fingerprint == raw.fingerprint

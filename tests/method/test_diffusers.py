@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from selfflow.analysis.attention import watch_attention
 from selfflow.analysis.benchmark import flops_per_step
 from selfflow.data.options import DataConfig
-from selfflow.method.backbone import Inputs, check_backbone
+from selfflow.draws import keyed
+from selfflow.method.backbone import Inputs, ability, check_backbone
 from selfflow.method.batch import Batch, Condition
 from selfflow.method.build import build_backbone, build_objective
 from selfflow.method.options import ModelConfig, ObjectiveConfig
@@ -188,6 +190,8 @@ CASES = {
         },
     ),
 }
+# without and with the scale of published weights
+LTX_SCALES = [("ltx", None), ("ltx", (0.5, 8, 16))]
 every_family = pytest.mark.parametrize("name", CASES)
 
 
@@ -417,24 +421,26 @@ def test_close_levels_stay_distinct_in_bf16(name):
         assert rounded[0] == rounded[1]
 
 
-@pytest.mark.parametrize("name", ["flux2", "flux"])
+@pytest.mark.parametrize("name, scale", [("flux2", None), ("flux", None), *LTX_SCALES])
 @torch.no_grad()
-def test_permuted_tokens_and_places_permute_the_output(name):
+def test_permuted_tokens_and_places_permute_the_output(name, scale):
     case = CASES[name]
     x, values, two = example(case)
-    backbone = DiffusersBackbone(model_of(case), inputs_of(case))
+    more = {"place_scale": scale} if scale else {}
+    backbone = DiffusersBackbone(model_of(case), inputs_of(case), **more)
     condition = condition_of(case, values)
-    order = torch.randperm(16)
-    expected = backbone(x, two, condition, taps=(3,))
+    order = torch.randperm(case.part.tokens)
+    last = case.depth
+    expected = backbone(x, two, condition, taps=(last,))
     permuted = backbone(
         x[:, order],
         NoiseLevels(two.levels, two.assign[:, order]),
         condition,
-        taps=(3,),
-        coordinates=IMAGE.coordinates()[order],
+        taps=(last,),
+        coordinates=case.part.coordinates()[order],
     )
     close(permuted.velocity, expected.velocity[:, order])
-    close(permuted.features[3], expected.features[3][:, order])
+    close(permuted.features[last], expected.features[last][:, order])
     unmoved = backbone(x[:, order], two, condition).velocity
     assert not torch.allclose(unmoved, expected.velocity[:, order], atol=1e-4)
 
@@ -453,6 +459,131 @@ def test_wan_permutes_with_its_rotary_table():
     levels = NoiseLevels(two.levels, two.assign[:, order])
     permuted = backbone(x[:, order], levels, condition_of(case, values)).velocity
     close(permuted, expected[:, order])
+
+
+@torch.no_grad()
+def test_published_ltx_weights_get_places_in_seconds_and_pixels(tmp_path):
+    case = CASES["ltx"]
+    x, values, two = example(case)
+    model = model_of(case)
+    t = two.levels[:, 0]
+    seen = torch.ones(2, TEXT)
+    # as its pipeline calls it, at 25 frames a second
+    scale = (8 / 25, 32, 32)
+    expected = model(
+        x, values, 1000 * t, seen, 2, 4, 4, rope_interpolation_scale=scale
+    )[0]
+    model.save_pretrained(tmp_path)
+    options = ModelConfig("ltx", folder=str(tmp_path))
+    read = build_backbone(options, inputs_of(case)).eval()
+    levels = NoiseLevels.single(t, 32)
+    condition = condition_of(case, values)
+    close(read(x, levels, condition).velocity, expected)
+    assert (expected - case.plain(model, x, values, t)).abs().max() > 1e-3
+    # the same places, given one by one
+    given = read(x, levels, condition, coordinates=VIDEO.coordinates()).velocity
+    close(given, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ltx", "pixart"])
+@torch.no_grad()
+def test_padding_of_a_text_is_masked(name):
+    case = CASES[name]
+    x, values, two = example(case)
+    short = values.clone()
+    short[:, 3:] = 0
+    model = model_of(case)
+    t = two.levels[:, 0]
+    levels = NoiseLevels.single(t, x.shape[1])
+    # the plain model, of a text without its padding
+    masked = model_kwargs(case, x, short[:, :3], t)
+    expected = model(**masked)[0]
+    if name == "pixart":
+        expected = tokens_of(expected)
+    backbone = DiffusersBackbone(model, inputs_of(case))
+    close(backbone(x, levels, condition_of(case, short)).velocity, expected, atol=1e-5)
+    # a text of padding alone still gives finite numbers, those of no condition
+    none = backbone(x, levels, condition_of(case, torch.zeros_like(short))).velocity
+    assert none.isfinite().all()
+    assert torch.equal(none, backbone(x, levels).velocity)
+
+
+def model_kwargs(case, x, text, t):
+    common = {"encoder_hidden_states": text, "return_dict": False}
+    if case.family == "pixart":
+        return {"hidden_states": image_of(x), "timestep": 1000 * t, **common}
+    return {
+        "hidden_states": x,
+        "timestep": 1000 * t,
+        "encoder_attention_mask": torch.ones(text.shape[:2]),
+        "num_frames": 2,
+        "height": 4,
+        "width": 4,
+        **common,
+    }
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+@torch.no_grad()
+def test_a_pooled_text_is_passed_on(name):
+    case = CASES[name]
+    config = {**case.config, "pooled_projection_dim": 7}
+    model = model_of(replace(case, config=config))
+    x, values, two = example(case)
+    inputs = replace(inputs_of(case), pooled=7)
+    backbone = DiffusersBackbone(model, inputs)
+    pooled = torch.randn(2, 7)
+    seen = []
+    watch = model.time_text_embed.text_embedder.register_forward_hook(
+        lambda module, args, out: seen.append(args[0])
+    )
+    condition = Condition(values, pooled=pooled)
+    first = backbone(x, two, condition).velocity
+    backbone(x, two)
+    watch.remove()
+    assert torch.equal(seen[0], pooled) and not seen[1].any()
+    other = Condition(values, pooled=torch.randn(2, 7))
+    assert not torch.allclose(first, backbone(x, two, other).velocity, atol=1e-4)
+    with pytest.raises(ValueError, match="with pooled vectors"):
+        backbone(x, two, Condition(values))
+    backbone.close()
+    with pytest.raises(ValueError, match="9 wide"):
+        DiffusersBackbone(model, replace(inputs, pooled=9))
+    with pytest.raises(ValueError, match="takes no pooled vector"):
+        DiffusersBackbone(model_of(CASES["wan"]), replace(inputs_wan(), pooled=7))
+    # a new model is made for the width of the data
+    options = ModelConfig(name, heads=2, head_width=16, layers=1)
+    made = build_backbone(options, replace(inputs, pooled=9))
+    assert made.model.config.pooled_projection_dim == 9
+
+
+def inputs_wan():
+    return inputs_of(CASES["wan"])
+
+
+def test_a_pooled_vector_goes_where_its_sample_goes():
+    values, pooled = torch.randn(4, 3, 5), torch.randn(4, 2)
+    condition = Condition(values, pooled=pooled)
+    rows = torch.tensor([2, 0])
+    assert torch.equal(condition[rows].pooled, pooled[rows])
+    both = condition[:1].cat(condition[1:])
+    assert torch.equal(both.pooled, pooled) and "pooled vectors (4, 2)" in str(both)
+    assert not condition.unconditional().pooled.any()
+    dropped = condition.drop(0.5, lambda purpose: keyed(1, purpose))
+    gone = ~dropped.values.any(-1).any(-1)
+    assert 0 < gone.sum() < 4 and torch.equal(~dropped.pooled.any(-1), gone)
+    assert torch.equal(dropped.pooled[~gone], pooled[~gone])
+
+
+def test_what_these_backbones_cannot_do_is_refused_with_the_reason():
+    case = CASES["flux2"]
+    backbone = DiffusersBackbone(model_of(case), inputs_of(case))
+    x, values, two = example(case)
+    for purpose in ("training.compile", "training.optimizer muon"):
+        with pytest.raises(ValueError, match=f"{purpose} needs: .* code of diffusers"):
+            ability(backbone, "blocks", purpose)
+    with pytest.raises(ValueError, match="no attention maps"):
+        watch_attention(backbone, x, two, condition_of(case, values))
 
 
 @torch.no_grad()
@@ -541,14 +672,15 @@ def test_a_config_builds_each_family_with_a_zero_output(name, kind):
 
 
 def _batch(backbone, x):
-    values = backbone._values(x, None)
-    condition = Condition(values, backbone.inputs.classes)
+    values, pooled = backbone._values(x, None)
+    condition = Condition(values, backbone.inputs.classes, pooled)
     return Batch(x, condition, backbone.inputs.parts)
 
 
-@pytest.mark.parametrize("name", ["flux2", "wan"])
+@pytest.mark.parametrize("name", ["flux2", "wan", "sd3", "sd3.5", "flux"])
 def test_a_folder_gives_its_weights(name, tmp_path):
     case = CASES[name]
+    name = case.family
     x, values, two = example(case)
     model = model_of(case)
     model.save_pretrained(tmp_path, max_shard_size="40KB")

@@ -1,0 +1,215 @@
+"""Pre-flight gives the known answer for planted backbones, and numbers that can be
+checked by hand.
+"""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from selfflow.analysis.preflight import (
+    Pair,
+    Preflight,
+    candidate_pairs,
+    fit_head,
+    mean_cosines,
+    preflight,
+)
+from selfflow.cli import main
+from selfflow.data.options import DataConfig
+from selfflow.method.backbone import Output
+from selfflow.method.options import ModelConfig, ObjectiveConfig
+from selfflow.training.config import PRESETS, Config, TrainConfig
+from selfflow.training.loop import train
+
+CONFIG = Config(
+    data=DataConfig("digits"),
+    objective=ObjectiveConfig("self_flow", label_drop=0.0),
+    training=TrainConfig(batch=32, lr=1e-2),
+)
+FEW = {"steps": 60, "samples": 96, "held_out": 64, "device": "cpu"}
+
+
+class Planted(nn.Module):
+    """Layer 1 sees each token on its own and can learn to look around."""
+
+    width = 12
+    depth = 3
+
+    def __init__(self, kind, inputs):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.embed = nn.Linear(inputs.channels, self.width)
+        self.classes = nn.Embedding(inputs.classes + 1, self.width)
+        self.look_around = nn.Parameter(torch.zeros(self.width, self.width))
+        self.out = nn.Linear(self.width, inputs.channels)
+
+    def forward(self, x, levels, condition=None, taps=(), stop=False, parts=()):
+        tokens = self.embed(x)
+        around = tokens.mean(1, keepdim=True).expand_as(tokens)
+        first = tokens + around @ self.look_around
+        if self.kind == "constant":
+            target = torch.ones_like(tokens)
+        elif self.kind == "class":
+            labels = torch.zeros(len(x), dtype=torch.int64)
+            labels = labels if condition is None else condition.values
+            target = first = self.classes(labels)[:, None].expand_as(tokens)
+        else:
+            target = around
+        features = {1: first, 2: target, 3: target}
+        velocity = None if stop else self.out(first)
+        return Output(velocity, {layer: features[layer] for layer in taps})
+
+
+def planted(kind, how="raw", **options):
+    objective = replace(CONFIG.objective, normalise=how)
+    return preflight(
+        replace(CONFIG, objective=objective),
+        **{**FEW, "cost": False, **options},
+        backbone=partial(Planted, kind),
+    )
+
+
+def test_a_constant_target_cannot_teach():
+    result = planted("constant", pairs=((1, 2), (1, 3)))
+    assert not result.can_teach and result.verdict().startswith("No: the target")
+    for pair in result.pairs:
+        assert pair.constant.mean() == pytest.approx(1) and pair.both is None
+        assert pair.room == pytest.approx(0, abs=1e-6)
+
+
+def test_what_both_views_share_is_reached_by_a_head_alone():
+    result = planted("class", steps=200, pairs=((1, 2),))
+    pair = result.best
+    assert not result.can_teach and "nothing is left" in result.verdict()
+    assert pair.views.mean() == pytest.approx(1) and pair.head.mean() > 0.95
+    assert pair.other.mean() < 0.6 and pair.constant.mean() < 0.6
+
+
+def test_what_only_trained_layers_reach_can_be_taught():
+    result = planted("mean", "centred", pairs=((1, 2), (2, 3)))
+    pair = result.best
+    assert result.can_teach and pair.layers == (1, 2)
+    trained, alone = pair.both
+    assert trained.mean() > alone.mean() + 0.05 and pair.gain[1] > 0
+    assert pair.gain[0] == pytest.approx((trained - alone).mean())
+    verdict = result.verdict()
+    assert verdict.startswith("Yes: with objective.student_layer 1")
+    for values in (pair.constant, pair.head, trained):
+        assert f"{values.mean():.3f}" in verdict
+    assert result.pairs[1].layers == (2, 3) and len(pair.head) == 64
+    # without normalisation the common part hides all this
+    raw = planted("mean", pairs=((1, 2),))
+    assert not raw.can_teach and "objective.normalise centred" in raw.verdict()
+
+
+def test_the_same_seed_gives_the_same_numbers_and_leaves_the_random_state():
+    before = torch.get_rng_state()
+    first, second = (planted("mean", pairs=((1, 2),)) for _ in range(2))
+    assert torch.equal(before, torch.get_rng_state())
+    pd = first.table()
+    assert pd.equals(second.table())
+    other = planted("mean", pairs=((1, 2),), seed=1).table()
+    assert not pd.equals(other)
+
+
+def test_room_that_training_does_not_fill_is_not_shown():
+    rng = np.random.default_rng(0)
+    half = rng.normal(0.5, 0.01, 50)
+    alone = half + rng.normal(0, 0.01, 50)
+    pair = Pair(1, 2, half, half, half, half, (half, alone))
+    about = {"steps": 10, "untrained": True}
+    result = Preflight(about, [pair])
+    assert pair.room == pytest.approx(0.5, abs=0.01) and not result.can_teach
+    assert result.verdict().startswith("Not shown") and "untrained" in result.verdict()
+
+
+def test_a_head_fits_counted_tokens_only():
+    torch.manual_seed(0)
+    hidden = torch.randn(8, 6, 4)
+    turn = torch.linalg.qr(torch.randn(4, 4))[0]
+    target = hidden @ turn
+    counted = torch.rand(8, 6) < 0.7
+    target[~counted] = 100.0  # would spoil the fit
+    head = nn.Linear(4, 4)
+    fit_head(head, hidden, target, counted, 1500)
+    cosines = mean_cosines(head(hidden), target, counted)
+    assert cosines.min() > 0.98
+    first = counted[0]
+    by_hand = nn.functional.cosine_similarity(head(hidden[0])[first], target[0][first])
+    torch.testing.assert_close(cosines[0], by_hand.mean())
+
+
+@pytest.mark.parametrize("depth", [2, 3, 6, 28])
+def test_candidates_are_pairs_of_layers(depth):
+    pairs = candidate_pairs(depth)
+    assert len(set(pairs)) == len(pairs) >= 1
+    assert all(1 <= first < second <= depth for first, second in pairs)
+    if depth == 28:
+        assert pairs[0] == (8, 20)
+
+
+def test_layers_and_objectives_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="depth = 3"):
+        planted("mean", pairs=((2, 4),))
+    flow = replace(CONFIG, objective=ObjectiveConfig("flow_matching"))
+    with pytest.raises(ValueError, match="no teacher layer"):
+        preflight(flow, **FEW)
+
+
+TINY = Config(
+    name="tiny",
+    model=ModelConfig(width=16, depth=3, heads=2),
+    training=TrainConfig(
+        steps=3, batch=8, log_every=1, validate_every=3, validation=8, sample_every=0
+    ),
+)
+
+
+def test_a_run_is_looked_at_and_not_changed(tmp_path, capsys):
+    run = train(TINY, tmp_path, device="cpu", bar=False)
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    args = ["--steps", "4", "--samples", "16", "--device", "cpu"]
+    main(["preflight", "--run", str(run.path), "--pairs", "1", "2", *args])
+    shown = capsys.readouterr().out
+    assert all(path.read_bytes() == content for path, content in before.items())
+    stored = json.loads((run.path / "preflight.json").read_text())
+    assert stored["verdict"] in shown and "head alone" in shown
+    assert len(stored["pairs"]) == 1 and not stored["about"]["untrained"]
+    cost = stored["cost"]
+    weights = sum(value.nbytes for value in run.load("model").values())
+    # weights, their average, two moments, and the head with its moments
+    assert cost["held_bytes"] > 4 * weights and cost["peak_bytes"] > 0
+    assert cost["batch"] == 8 and cost["seconds"] > 0
+    with pytest.raises(SystemExit):
+        main(["preflight", "--run", str(run.path), "--model.depth", "4", *args])
+    assert "own settings" in capsys.readouterr().err
+
+
+def test_a_planned_run_is_looked_at_by_the_arguments_of_train(tmp_path, capsys):
+    args = ["--preset", "digits-small", "--folder", str(tmp_path), "--name", "soon"]
+    few = [
+        "--steps",
+        "4",
+        "--samples",
+        "32",
+        "--device",
+        "cpu",
+        "--training.batch",
+        "8",
+    ]
+    main(["preflight", *args, *few, "--pairs", "1", "2", "2", "3"])
+    shown = capsys.readouterr().out
+    stored = json.loads((tmp_path / "soon" / "preflight.json").read_text())
+    assert stored["about"]["untrained"] and "--run FOLDER" in shown
+    assert stored["about"]["depth"] == PRESETS["digits-small"].model.depth
+    pairs = [(row["student layer"], row["teacher layer"]) for row in stored["pairs"]]
+    assert pairs == [(1, 2), (2, 3)]
+    # the file does not stand in the way of the run
+    main(["train", *args, *few[4:], "--training.steps", "1"])
+    assert (tmp_path / "soon" / "config.json").exists()
