@@ -34,6 +34,7 @@ def is_class(targets: Mapping) -> bool:
 
 
 def as_columns(values: np.ndarray) -> np.ndarray:
+    "Return values (n, ...) as float64 columns (n, k)."
     return np.asarray(values, np.float64).reshape(len(values), -1)
 
 # %% ../../nbs/4_analysis/03_fitting.ipynb #b907c4d6

@@ -28,10 +28,10 @@ from ..draws import Draw, keyed
 from ..intervals import mean_interval, paired_difference
 from ..method.alignment import DISTANCES, masked_mean, normalise
 from ..method.backbone import Inputs
-from ..method.batch import Batch
+from ..method.batch import Batch, Noised
 from ..method.build import GIVEN_BACKBONE, as_builder
 from ..method.flow import interpolate
-from ..method.objective import Noised, SelfFlow, default_layers
+from ..method.objective import SelfFlow, default_layers
 from ..method.options import ModelConfig
 from ..method.schedule import NoiseLevels
 from ..registries import objectives
