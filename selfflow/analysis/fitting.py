@@ -162,6 +162,7 @@ def _head_outputs(
 
 
 def held_out_outputs(head: nn.Module, x: Parts) -> Parts:
+    "Return a trained head's outputs on the validation and test features."
     return {split: _head_outputs(head, x[split]) for split in ("validation", "test")}
 
 # %% ../../nbs/4_analysis/03_fitting.ipynb #047d81c7
