@@ -528,12 +528,8 @@ def probe(
         device: auto (a GPU if there is one), cpu, cuda, ...
     """
     from selfflow.analysis.features import FeatureStore
-    from selfflow.analysis.probing import (
-        probe_run,
-        probe_table,
-        probes_cost,
-        write_probes,
-    )
+    from selfflow.analysis.probe_records import write_probes
+    from selfflow.analysis.probing import probe_run, probe_table, probes_cost
     from selfflow.disk import check_writable
     from selfflow.training.run import Run
 

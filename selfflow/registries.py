@@ -52,7 +52,7 @@ class Entry:
         module, _, attribute = self.target.partition(":")
         return getattr(importlib.import_module(module), attribute)
 
-
+# %% ../nbs/0_ground/07_registries.ipynb #c50cc916
 class Registry:
     """Entries of one kind by name.
 
@@ -124,7 +124,7 @@ class Registry:
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
-
+# %% ../nbs/0_ground/07_registries.ipynb #c0165d75
 def _same(address: str, other: str) -> bool:
     """True for one address, and for a notebook's copy of a module's definition."""
     module, _, name = address.partition(":")
@@ -185,7 +185,7 @@ def use(source: str | os.PathLike) -> None:
         _loading.pop()
     _used[known] = None
 
-
+# %% ../nbs/0_ground/07_registries.ipynb #c16bcf4a
 def _import_file(path: str) -> None:
     name = "selfflow_use_" + "".join(
         letter if letter.isalnum() else "_" for letter in path
@@ -200,7 +200,7 @@ def _import_file(path: str) -> None:
         del sys.modules[name]
         raise
 
-
+# %% ../nbs/0_ground/07_registries.ipynb #c5e103c2
 def used() -> tuple[str, ...]:
     """Return all files and modules that were used, in order.
 
@@ -292,7 +292,7 @@ class Named(type):
             if field_name in base.registry[name].options.__dataclass_fields__
         ]
 
-
+# %% ../nbs/0_ground/07_registries.ipynb #c887f94f
 def own_options(part: Any) -> dict[str, Any]:
     """Return the options of the entry that a config part names.
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from selfflow.collectives import processes
 from selfflow.data.sources import Sources
-from selfflow.method.alignment import processes
 from selfflow.training import loop as training
 from selfflow.training.batches import Batches
 from selfflow.training.config import Config

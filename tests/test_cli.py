@@ -22,6 +22,7 @@ from selfflow.cli import COMMANDS, main
 from selfflow.data.options import DataConfig
 from selfflow.method.options import (
     FeatureOptions,
+    LoraConfig,
     ModelConfig,
     ObjectiveConfig,
     SelfFlowOptions,
@@ -138,7 +139,7 @@ def test_the_config_of_a_run_gives_its_folder(
     monkeypatch.setattr(
         training,
         "train",
-        lambda config, place, *rest: (
+        lambda config, place, *rest, **options: (
             asked.update(config=config, folder=place) or runs["tiny"]
         ),
     )
@@ -323,6 +324,7 @@ def test_help_names_every_field_its_meaning_and_the_default_of_the_preset(
         "model.": (ModelConfig, TransformerOptions),
         "objective.": (ObjectiveConfig, FeatureOptions, SelfFlowOptions),
         "training.": TrainConfig,
+        "lora.": LoraConfig,
     }.items():
         sources = "\n".join(
             map(inspect.getsource, part if isinstance(part, tuple) else (part,))

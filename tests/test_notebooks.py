@@ -18,7 +18,7 @@ WITH_UMAP = [
         "studies/quickstart.ipynb",
         "studies/own_data.ipynb",
         "studies/umap.ipynb",
-        "4_analysis/08_projection.ipynb",
+        "4_analysis/11_projection.ipynb",
     )
 ]
 # studies take longest: what is short fills the gaps at the end

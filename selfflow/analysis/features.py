@@ -283,7 +283,7 @@ def weights_fingerprint(model: nn.Module) -> str:
         digest.update(values.view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
-
+# %% ../../nbs/4_analysis/01_features.ipynb #c64c2ab8
 @dataclass(frozen=True)
 class FeatureKey:
     """Everything that stored features depend on.

@@ -55,7 +55,7 @@ def small_png(image: Image.Image) -> bytes:
     smallest.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 
-
+# %% ../../nbs/5_figures/02_plots.ipynb #c06f2449
 # dark blue, orange, green, pink, grey: distinct for colour-blind readers, too
 COLOURS = ("#1f3a5f", "#c4761b", "#009e73", "#cc79a7", "#6b6b6b")
 

@@ -52,7 +52,7 @@ class Inputs:
         """Numbers in the widest token."""
         return max(part.channels for part in self.parts)
 
-
+# %% ../../nbs/1_method/05_backbone.ipynb #c9c87993
 class Output(NamedTuple):
     """The result of a forward pass.
 
@@ -64,7 +64,7 @@ class Output(NamedTuple):
     velocity: Tensor | None
     features: dict[int, Tensor]
 
-
+# %% ../../nbs/1_method/05_backbone.ipynb #c1d79d2c
 @runtime_checkable
 class Backbone(Protocol):
     """An `nn.Module` that predicts velocities.
@@ -128,7 +128,7 @@ def check_size(model: nn.Module) -> None:
             f"{name} has no parameters to train; assign its layers to self in __init__"
         )
 
-
+# %% ../../nbs/1_method/05_backbone.ipynb #cdff766e
 @torch.no_grad()
 def check_backbone(model: nn.Module, batch: Batch, layers: Iterable[int] = ()) -> None:
     """Raise ValueError for a module that does not keep the Protocol `Backbone`.
@@ -175,7 +175,7 @@ def check_backbone(model: nn.Module, batch: Batch, layers: Iterable[int] = ()) -
     finally:
         model.train(training)
 
-
+# %% ../../nbs/1_method/05_backbone.ipynb #c1acb747
 def _check_output(
     name: str, output: Any, x: Tensor, taps: tuple[int, ...], width: int, stop: bool
 ) -> None:

@@ -43,7 +43,7 @@ def _broadcast(t: Tensor | float, x: Tensor) -> Tensor:
     trailing_axes = [1] * (x.ndim - t.ndim)
     return t.reshape(*t.shape, *trailing_axes)
 
-
+# %% ../../nbs/1_method/01_flow.ipynb #ca161167
 # x_t = (1 - t) x_0 + t x_1                                    (Self-Flow, section 3)
 def interpolate(x0: Tensor, x1: Tensor, t: Tensor | float) -> Tensor:
     """Return the noised data x_t: data at t = 0, noise at t = 1.
@@ -89,7 +89,7 @@ class Density(Protocol):
 def _device(generator: Generator | None) -> torch.device:
     return generator.device if generator is not None else torch.device("cpu")
 
-
+# %% ../../nbs/1_method/01_flow.ipynb #c376c1b1
 @dataclass(frozen=True)
 class Uniform:
     """The uniform density on [low, high].
@@ -119,7 +119,7 @@ class Uniform:
         inside = (t >= self.low) & (t <= self.high)
         return inside.to(t.dtype) / (self.high - self.low)
 
-
+# %% ../../nbs/1_method/01_flow.ipynb #c6d5d184
 @dataclass(frozen=True)
 class LogitNormal:
     """The density of sigmoid(z) with z ~ N(mean, std^2).
@@ -283,7 +283,7 @@ def shift(t: Tensor, alpha: float) -> Tensor:
     # the same function, in a form that rounding cannot carry past 1
     return t / (t + (1 - t) / alpha)
 
-
+# %% ../../nbs/1_method/01_flow.ipynb #ce167673
 @dataclass(frozen=True)
 class Shifted:
     """The density of shift(t, alpha) with t drawn from `density`.

@@ -76,7 +76,7 @@ class TokenMap(NamedTuple):
         each = torch.arange(k, device=assign.device)[:, None]  # (k, 1)
         return cls(rows, (assign[:, None] == each).float())
 
-
+# %% ../../nbs/1_method/06_layers.ipynb #c5d4a82d
 def spread(values: Tensor, tokens: TokenMap | None) -> Tensor:
     """Copy values (b, k, d) of levels to their tokens: (b, n, d).
 
@@ -116,7 +116,7 @@ def _token_map(rows: Tensor | None, onehot: Tensor | None) -> TokenMap | None:
     # autograd functions take and save tensors, not tuples of them
     return None if rows is None else TokenMap(rows, onehot)
 
-
+# %% ../../nbs/1_method/06_layers.ipynb #c7275515
 class _ModulatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shift, scale, rows, onehot, dtype):
@@ -162,7 +162,7 @@ def modulated_norm(
     rows, onehot = tokens or (None, None)
     return _ModulatedNorm.apply(x, shift, scale, rows, onehot, _product_dtype(x))
 
-
+# %% ../../nbs/1_method/06_layers.ipynb #c952a2c5
 class _GatedAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, branch, gate, rows, onehot):
@@ -252,7 +252,7 @@ class _Group(NamedTuple):
     keys: Tensor
     visible: Tensor | None
 
-
+# %% ../../nbs/1_method/06_layers.ipynb #c6dd721f
 class Groups(NamedTuple):
     """The groups of a batch, for attention within them.
 
@@ -286,7 +286,7 @@ class Groups(NamedTuple):
         first = total * torch.arange(len(group), device=device)[:, None]  # (b, 1)
         return cls(tuple(groups), (place + first).flatten())
 
-
+# %% ../../nbs/1_method/06_layers.ipynb #c54a1351
 def _padded_rows(members: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return rows (b m,) of the marked tokens, and a mask (b, m) of those not padding.
 

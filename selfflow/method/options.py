@@ -122,7 +122,7 @@ class DiffusersOptions:
                 f"{self.folder}; leave one of them out"
             )
 
-
+# %% ../../nbs/1_method/07_options.ipynb #cbdb17dc
 @dataclass(frozen=True)
 class WanOptions(DiffusersOptions):
     """Options of Wan."""
@@ -227,7 +227,7 @@ class FeatureOptions:
                 f"are longer than rep_until {self.rep_until}; shorten them"
             )
 
-
+# %% ../../nbs/1_method/07_options.ipynb #cfed5871
 @dataclass(frozen=True)
 class SelfFlowOptions(FeatureOptions):
     """Options of Self-Flow."""
@@ -332,7 +332,7 @@ class ObjectiveConfig(metaclass=Named):
     separated: bool = False
     # which tokens the flow loss counts: all, masked or noisier
     flow_tokens: str = "all"
-    # a condition, not generated: first_frame (of a film), video, audio, or either of
+    # a condition, not generated: first_frame (of a video), video, audio, or either of
     # the two
     given: str = ""
     given_share: float = 0.5  # share of samples that are given it

@@ -352,7 +352,7 @@ class DiffusionForcing:
         tau = self.density.sample((batch, tokens), generator)
         return NoiseLevels(tau, torch.arange(tokens, device=tau.device).expand_as(tau))
 
-
+# %% ../../nbs/1_method/02_schedule.ipynb #c3decacf
 @dataclass(frozen=True)
 class FullMasking:
     """A level t ~ density per sample, but pure noise for masked tokens (k = 2).

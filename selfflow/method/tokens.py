@@ -67,7 +67,7 @@ class Part:
             self.ticks * (moments + 0.5) - 0.5, rows, columns, torch.zeros(1)
         )
 
-
+# %% ../../nbs/1_method/03_tokens.ipynb #ce9a1a87
 def grid_coordinates(grid: tuple[int, int]) -> Tensor:
     """Return the coordinates (t, h, w, l) of a grid of tokens, row by row.
 
@@ -95,7 +95,7 @@ def _check_shape(signals: Tensor, shape: tuple[int, ...], what: str) -> None:
             f"expected (b, {', '.join(map(str, shape))})"
         )
 
-
+# %% ../../nbs/1_method/03_tokens.ipynb #c7211064
 @dataclass(frozen=True)
 class ImagePatches:
     """Images of one size as tokens: square patches, row by row, channels (c p q).
@@ -168,7 +168,7 @@ class ImagePatches:
         """Return the images themselves."""
         return images
 
-
+# %% ../../nbs/1_method/03_tokens.ipynb #c2e89ae4
 @dataclass(frozen=True)
 class VideoPatches:
     """Videos of one size as tokens: by time, then row by row, channels (c s p q).
@@ -348,7 +348,7 @@ class Layout:
         ]
         return torch.cat([p.expand(-1, channels, -1, -1) for p in wide], dim=2)
 
-
+# %% ../../nbs/1_method/03_tokens.ipynb #c34f95c4
 class TokenSlices(NamedTuple):
     """The tokens of each part in a sequence, and how many channels of each count.
 

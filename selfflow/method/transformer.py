@@ -276,7 +276,7 @@ class Context(NamedTuple):
     rotary: Tensor | None = None
     groups: Groups | None = None
 
-
+# %% ../../nbs/1_method/08_transformer.ipynb #ce31c46a
 class Block(nn.Module):
     """A transformer block with adaLN-Zero, modulated once per level."""
 
@@ -317,7 +317,7 @@ class Block(nn.Module):
         gate1.fill_(1.0)
         gate2.fill_(1.0)
 
-
+# %% ../../nbs/1_method/08_transformer.ipynb #ca91d031
 class FinalLayer(nn.Module):
     """Norm, modulation and the projection from hidden states to velocities."""
 

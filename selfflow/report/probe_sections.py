@@ -17,14 +17,8 @@ from threadpoolctl import threadpool_limits
 from ..analysis.comparison import over_seeds
 from ..analysis.factors import known_factors
 from ..analysis.features import FeatureStore, Items, items_of, stream_features
-from selfflow.analysis.probing import (
-    BASELINES,
-    Probes,
-    outdated,
-    probe_items,
-    probe_targets,
-    read_probes,
-)
+from ..analysis.probe_records import outdated, read_probes
+from ..analysis.probing import BASELINES, Probes, probe_items, probe_targets
 from ..data.datasets import SPLITS
 from ..figures.layers import draw_layer_curves, draw_score_maps
 from ..figures.plots import Picture

@@ -14,14 +14,8 @@ from typing import NamedTuple
 from tqdm.auto import tqdm
 
 from ..analysis.comparison import arms
-from selfflow.analysis.probing import (
-    outdated,
-    probe_items,
-    probe_run,
-    probes_cost,
-    read_probes,
-    write_probes,
-)
+from ..analysis.probe_records import outdated, read_probes, write_probes
+from ..analysis.probing import probe_items, probe_run, probes_cost
 from ..analysis.sample_metrics import metric_data, run_metrics
 from .document import Report, Section
 from .probe_sections import probe_section
@@ -158,7 +152,7 @@ class MissingPart(NamedTuple):
     cost: str
     make: Callable[[], object]
 
-
+# %% ../../nbs/6_report/06_report.ipynb #c892a702
 def missing_parts(runs: dict[str, Run]) -> list[MissingPart]:
     """The parts that a report of these runs would lack, or has of another step.
 

@@ -33,9 +33,8 @@ from selfflow.disk import (
     write_json,
 )
 from ..draws import keyed
-from ..method.batch import Batch
+from ..method.batch import Batch, Noised
 from ..method.build import GIVEN_BACKBONE, as_builder
-from ..method.objective import Noised
 from ..method.options import ModelConfig
 from ..method.schedule import NoiseLevels
 from ..settings import own_settings

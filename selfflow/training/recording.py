@@ -173,8 +173,9 @@ def _open_trackers(names: tuple[str, ...], run: Run, step: int = 0) -> list:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     PartialState()  # accelerate's loggers need it
+    # trackers take numbers and text
     settings = {
-        name: "none" if value is None else value
+        name: value if isinstance(value, bool | int | float | str) else str(value)
         for name, value in flatten(asdict(run.config)).items()
     }
     trackers = []

@@ -20,22 +20,22 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..collectives import mean_over_processes
 from ..data.sources import Sources
 from ..draws import keyed
 from ..method.adapters import trained_weights
-from ..method.alignment import mean_over_processes, moments_of
 from ..method.averages import Averages, power_decay, power_exponent
 from ..method.backbone import ability, check_backbone, check_size
 from ..method.batch import Batch
 from ..method.build import build_objective
-from selfflow.method.objective import (
+from selfflow.method.losses import (
     ONE_PIECE,
     BatchStats,
     Losses,
-    ema_decay,
-    make_teacher,
-    update_ema,
+    moments_of,
+    target_means,
 )
+from ..method.objective import ema_decay, make_teacher, update_ema
 from ..method.transformer import Transformer
 from ..settings import own_settings
 from .batches import shards_of
@@ -159,7 +159,7 @@ class _Learner(nn.Module):
         batch: Batch,
         draw,
         stats: BatchStats = ONE_PIECE,
-        target_means: bool = False,
+        only_target: bool = False,
     ) -> tuple[Tensor, Losses] | Tensor:
         """Return the loss to differentiate and all losses.
 
@@ -167,10 +167,11 @@ class _Learner(nn.Module):
 
         Args:
             stats: Properties of the batch that this is a piece of.
-            target_means: Return the result of `FeatureObjective.target_means` instead.
+            only_target: Return `target_means` of the batch instead.
         """
-        if target_means:
-            return self.objective.target_means(self.student, teacher, batch, draw)
+        if only_target:
+            objective, student = self.objective, self.student
+            return target_means(objective, student, teacher, batch, draw)
         losses = self.objective(self.student, teacher, batch, draw, stats)
         return losses.total, losses
 
@@ -489,7 +490,7 @@ def _batch_stats(
         return BatchStats(counts, progress=progress)
     with torch.no_grad(), _autocast(config, batch.x0.device):
         means = [
-            state.learner(state.teacher, *piece, target_means=True) for piece in pieces
+            state.learner(state.teacher, *piece, only_target=True) for piece in pieces
         ]
     return BatchStats(counts, moments_of(torch.stack(means).mean(0)), progress)
 

@@ -70,7 +70,7 @@ def write_page(root: Path, folder: Path) -> None:
     (root / "served").mkdir()
     nbformat.write(page_of(folder), root / "served/workbench.ipynb")
 
-
+# %% ../../nbs/7_workbench/19_app.ipynb #cbf2520b
 def options_of(root: Path, port: int, browser: bool) -> list[str]:
     """Command line options of Jupyter's server.
 
@@ -111,7 +111,7 @@ def options_of(root: Path, port: int, browser: bool) -> list[str]:
         options += [f"--{group}.{name}={value}" for name, value in values.items()]
     return options
 
-
+# %% ../../nbs/7_workbench/19_app.ipynb #cffe22b1
 def free_port(port: int) -> int:
     """Return the port if it is free; for 0 any free port.
 
@@ -129,7 +129,7 @@ def free_port(port: int) -> int:
             ) from None
         return probe.getsockname()[1]
 
-
+# %% ../../nbs/7_workbench/19_app.ipynb #ceae9f7f
 def serve(folder: Path | str = "runs", port: int = 8866, browser: bool = True) -> None:
     """Show the workbench of a folder of runs in a browser until Ctrl-C.
 

@@ -69,7 +69,7 @@ class Scene:
     board: Board
     spread: float
 
-
+# %% ../../nbs/7_workbench/06_asymmetry.ipynb #ce489735
 def compute(viewed: ViewedRun, values: dict) -> Scene:
     """The scene for the values of the controls.
 
@@ -103,7 +103,7 @@ def compute(viewed: ViewedRun, values: dict) -> Scene:
         spread=viewed.spread,
     )
 
-
+# %% ../../nbs/7_workbench/06_asymmetry.ipynb #c57583eb
 _DRAWS = 4  # of noise, over which the curve is averaged
 
 
@@ -130,7 +130,7 @@ def _curve(viewed: ViewedRun, index: int, levels: NoiseLevels, seed: int):
     )
     return counts, errors.mean(1).numpy()
 
-
+# %% ../../nbs/7_workbench/06_asymmetry.ipynb #ceec45a0
 def describe(scene: Scene) -> str:
     "Describe a scene in a line of text."
     view = scene.view
@@ -154,7 +154,7 @@ def describe(scene: Scene) -> str:
         parts.append(f"{painted} painted or t = s: no token is cleaner than another")
     return "; ".join(parts) + "."
 
-
+# %% ../../nbs/7_workbench/06_asymmetry.ipynb #c3632179
 def _describe_levels(scene: Scene) -> str:
     values = scene.values
     t, s = values["t"], values["s"]
@@ -182,7 +182,7 @@ _TALLEST = 8.0  # density at which a plot of levels ends
 def _colours(theme: Theme) -> tuple[str, str]:
     return _LIGHT_COLOURS if theme == LIGHT else _DARK_COLOURS
 
-
+# %% ../../nbs/7_workbench/06_asymmetry.ipynb #c7e257fc
 def draw_levels(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     "How often tokens have a level, the density p(t), and this sample's t, s and gap."
     edges, heights = scene.level_density
@@ -228,7 +228,7 @@ def _marked_levels(values: dict) -> dict[str, float]:
         return {"t": t, "masked": 1.0}
     return {"t": t, "s": s}
 
-
+# %% ../../nbs/7_workbench/06_asymmetry.ipynb #cdc89ebe
 def _draw_curve(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     "Error of the tokens that stay noisy against the number of clean tokens."
     counts, errors = scene.curve or ([0, 1], np.full(2, np.nan))
@@ -250,7 +250,7 @@ def _draw_curve(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
         plot.note(counts[i], above, f"{errors[i]:.3f}", theme.ink, anchor)
     return plot.image
 
-
+# %% ../../nbs/7_workbench/06_asymmetry.ipynb #c76ae60a
 _GRID_WIDTH = 220  # of the picture to paint on, in pixels of the page
 
 
@@ -274,7 +274,7 @@ def draw(scene: Scene, theme: Theme = LIGHT) -> dict[str, bytes]:
         pictures["curve"] = _draw_curve(scene, theme)
     return {name: png_of(picture) for name, picture in pictures.items()}
 
-
+# %% ../../nbs/7_workbench/06_asymmetry.ipynb #cd80c879
 def _view_panels(scene: Scene, levels: np.ndarray, theme: Theme) -> list[list[Panel]]:
     view = scene.view
     board = scene.board

@@ -106,7 +106,7 @@ def _most(times) -> float:
     "The largest value, but above 0."
     return max(float(np.nan_to_num(np.asarray(times)).max()), 1e-6)
 
-
+# %% ../../nbs/7_workbench/10_attention_explorer.ipynb #ce2a4f11
 def framed(
     pixels: np.ndarray, owner: np.ndarray, token: int | None, width: int
 ) -> np.ndarray:
@@ -146,7 +146,7 @@ def _panel(
     owner = _window(scene).owner
     return Panel(title, framed(pixels, owner, scene.token, width * PIXEL_RATIO), scale)
 
-
+# %% ../../nbs/7_workbench/10_attention_explorer.ipynb #c0f0f983
 def _draw_inputs(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     """The sample, the network's input, the level of each token, and attention.
 
@@ -182,7 +182,7 @@ def _draw_inputs(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     ]
     return draw_panels([row], theme, width)
 
-
+# %% ../../nbs/7_workbench/10_attention_explorer.ipynb #c815489d
 def _head(scene: Scene) -> str:
     head = scene.values["head"]
     return "mean of heads" if head == "mean" else f"head {head}"
@@ -261,7 +261,7 @@ def draw_layers(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     _draw_legend(plot, [n for n, here in zip(RELATIONS, present, strict=True) if here])
     return plot.image
 
-
+# %% ../../nbs/7_workbench/10_attention_explorer.ipynb #cc034ad4
 def _draw_legend(plot: Plot, names: list[str]) -> None:
     "Names with their colours in the line below the title."
     ratio = PIXEL_RATIO
@@ -334,7 +334,7 @@ def draw(scene: Scene, theme: Theme = LIGHT) -> dict[str, bytes]:
         files["audio"] = audio
     return files
 
-
+# %% ../../nbs/7_workbench/10_attention_explorer.ipynb #ca0c7860
 def frames_in(layout: Layout) -> int:
     "Number of frames of the video; 1 without a video."
     for patches in layout.patches.values():
@@ -369,7 +369,7 @@ class AttentionExplorer(Explorer):
         "As an explorer's, without audio."
         return super().strip(*changes, columns=columns, width=width, only=only)
 
-
+# %% ../../nbs/7_workbench/10_attention_explorer.ipynb #c19d1838
 def _first_token(tokens: int, t: float, s: float, mask_ratio: float) -> int:
     "A noisier token near the middle, so that there are cleaner ones."
     schedule = schedule_of("dual", Uniform(), mask_ratio)
@@ -377,7 +377,7 @@ def _first_token(tokens: int, t: float, s: float, mask_ratio: float) -> int:
     noisy = (tau == tau.max()).nonzero().flatten()
     return int(noisy[(noisy - tokens // 2).abs().argmin()])
 
-
+# %% ../../nbs/7_workbench/10_attention_explorer.ipynb #c8e7e42c
 def _controls(watched: Watched) -> dict[str, widgets.Widget]:
     viewed = watched.viewed
     config = watched.config
@@ -426,7 +426,7 @@ def _controls(watched: Watched) -> dict[str, widgets.Widget]:
     )
     return controls
 
-
+# %% ../../nbs/7_workbench/10_attention_explorer.ipynb #c416b259
 def _with_frame(watched: Watched, values: dict) -> Scene:
     return compute(watched, {"frame": 1, **values})
 
@@ -434,7 +434,7 @@ def _with_frame(watched: Watched, values: dict) -> Scene:
 def _refuse(reason: str, values: dict):
     raise ValueError(reason)
 
-
+# %% ../../nbs/7_workbench/10_attention_explorer.ipynb #c3f8fca0
 def explore_attention(
     run: Run | ViewedRun | Path | str,
     data: str = "",

@@ -181,7 +181,7 @@ def read(
         kinds = relation[token, None]  # (1, m)
     return rows.mean(1), mass(rows[None], kinds[None])[0].mean(1)
 
-
+# %% ../../nbs/7_workbench/09_attention_scene.ipynb #c26fc802
 @dataclass
 class Scene:
     """The attention of one token, in all layers and heads.
@@ -247,7 +247,7 @@ def _check(watched: Watched, values: dict) -> None:
                 "numbered from 0"
             )
 
-
+# %% ../../nbs/7_workbench/09_attention_scene.ipynb #c666c258
 @own_settings()
 @torch.inference_mode()
 def compute(watched: Watched, values: dict) -> Scene:
@@ -317,7 +317,7 @@ def _token_names(scene: Scene) -> list[str]:
             names.append("empty room of the caption")
     return names
 
-
+# %% ../../nbs/7_workbench/09_attention_scene.ipynb #c2749f2c
 def _describe_shares(scene: Scene, masses: Tensor, row: Tensor) -> list[str]:
     total = masses.sum().clamp(min=1e-12)
     shares = dict(zip(RELATIONS, (masses / total).tolist(), strict=True))
@@ -346,7 +346,7 @@ def _describe_shares(scene: Scene, masses: Tensor, row: Tensor) -> list[str]:
             parts.append(f"{share:.0%} {verb} {name} (counting: {even_share:.0%})")
     return parts
 
-
+# %% ../../nbs/7_workbench/09_attention_scene.ipynb #c9d9f253
 _VERBS = {
     LOOKS_AT: "looks most at",
     IS_LOOKED_AT: "is looked at most by",

@@ -59,7 +59,7 @@ def frames_of(patches, tokens: torch.Tensor) -> np.ndarray:
     spectrum = patches.spectra(tokens[None]).flip(1)  # (1, bins, columns), low below
     return spectrum[..., None].numpy() / 2
 
-
+# %% ../../nbs/7_workbench/02_boards.ipynb #c4b75491
 def owner_of(patches) -> np.ndarray:
     "Number of the token that each pixel of `frames_of` shows: (m, h, w)."
     part = patches.part()
@@ -172,7 +172,7 @@ class Board:
         "Values (n,) of the tokens at the pixels that show them: (h, w), else NaN."
         return np.append(np.asarray(values, float), np.nan)[self.owner]
 
-
+# %% ../../nbs/7_workbench/02_boards.ipynb #cb8e28a6
 def stretch(
     picture: np.ndarray, width: int, max_height: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -241,7 +241,7 @@ class Panel(NamedTuple):
     pixels: np.ndarray
     scale: tuple[str, str, str] | None = None
 
-
+# %% ../../nbs/7_workbench/02_boards.ipynb #c65091c8
 PIXEL_RATIO = 2  # pixels of a picture for each pixel of the page
 
 # sizes of panels and plots, in pixels of the picture
@@ -281,7 +281,7 @@ def draw_panels(
         top += height + _GAP
     return page
 
-
+# %% ../../nbs/7_workbench/02_boards.ipynb #c543fe46
 def _fitted(pixels: np.ndarray, width: int) -> Image.Image:
     "Pixels as an image of another width, without smoothing."
     image = Image.fromarray(pixels)
@@ -395,7 +395,7 @@ class Plot:
         small = font(10 * PIXEL_RATIO)
         self.ink.text(self.at(x, y), text, colour, small, anchor=anchor)
 
-
+# %% ../../nbs/7_workbench/02_boards.ipynb #c810cdde
 def _share(value: float, limits: tuple[float, float]) -> float:
     "Position of a value between two limits, from 0 to 1."
     low, high = limits

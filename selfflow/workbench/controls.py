@@ -66,7 +66,7 @@ def scaled_to(image: Image.Image, width: int) -> Image.Image:
     height = round(image.height * width / image.width)
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
-
+# %% ../../nbs/7_workbench/01_controls.ipynb #cb9c3c9d
 class Still:
     "An image that a notebook shows as a small PNG file; width: in pixels."
 
@@ -111,7 +111,7 @@ def slider(
         layout=_WIDTH,
     )
 
-
+# %% ../../nbs/7_workbench/01_controls.ipynb #c26aaa3a
 def choice(label: str, options, value=None) -> widgets.Dropdown:
     """A menu of `options`: names, or (name, value) pairs.
 
@@ -250,7 +250,7 @@ def answer_while_busy(widget: widgets.Widget) -> None:
     """
     widget.comm._reply_subshell_for = lambda data, subshell: subshell
 
-
+# %% ../../nbs/7_workbench/01_controls.ipynb #c2f70db9
 def button(
     label: str, name: str, on_click: Callable[[], object], **options
 ) -> widgets.Button:
@@ -303,7 +303,7 @@ def option_control(name: str, kind: Any, default: Any) -> widgets.Widget | None:
         layout=_WIDTH,
     )
 
-
+# %% ../../nbs/7_workbench/01_controls.ipynb #c669aabf
 class OptionControls(widgets.VBox):
     """Controls for the options of registered entries; those of one entry are shown.
 

@@ -327,7 +327,7 @@ def side_by_side(
         page.paste(image, corner)
     return page
 
-
+# %% ../../nbs/7_workbench/03_explorer.ipynb #c5d6e61f
 class Strip(Still):
     """Images of several settings as one, with a title over each.
 

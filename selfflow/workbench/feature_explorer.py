@@ -90,7 +90,7 @@ def describe_near(
         f"by {share.all:.3g}, pairs by chance by {share.chance:.3g}."
     )
 
-
+# %% ../../nbs/7_workbench/13_feature_explorer.ipynb #c57160cc
 def _near_html(
     atlas: Atlas, previews: list, layer: int, level: float, sample: int, count: int
 ) -> str:
@@ -132,7 +132,7 @@ def _stops(label: str, values: tuple, form: str = ""):
         layout=slider(label, 0, 0, 1, 1).layout,
     )
 
-
+# %% ../../nbs/7_workbench/13_feature_explorer.ipynb #c101949c
 class FeatureMap(MapExplorer):
     """A `MapExplorer` over the planes of an atlas.
 
@@ -301,7 +301,7 @@ class FeatureMap(MapExplorer):
             **options,
         )
 
-
+# %% ../../nbs/7_workbench/13_feature_explorer.ipynb #c3b67dca
 def _cut(text: str) -> str:
     if len(text) <= _LONGEST_CAPTION:
         return text
@@ -429,7 +429,7 @@ class FeatureExplorer:
         "Several layers and levels as small multiples; waits until they are there."
         return self.wait().strip(method, factor, **options)
 
-
+# %% ../../nbs/7_workbench/13_feature_explorer.ipynb #c623542d
 def explore_features(
     run: Run | Path | str, store: FeatureStore | Path | str | None = None, **options
 ) -> FeatureExplorer:

@@ -114,7 +114,7 @@ class AtlasOptions:
             raise ValueError(f"{name} is empty; name at least one")
         object.__setattr__(self, name, tuple(values))  # the dataclass is frozen
 
-
+# %% ../../nbs/7_workbench/12_feature_maps.ipynb #c56e0dc1
 def _unique(values) -> list:
     "Values without repetitions; one value may stand for a tuple of one."
     if isinstance(values, str | int | float):
@@ -215,7 +215,7 @@ class AtlasCost:
             )
         return f"samples: {self.chosen or self.count}; {features}; planes: {planes}"
 
-
+# %% ../../nbs/7_workbench/12_feature_maps.ipynb #c3ce8b17
 _UMAP = threading.Lock()  # numba's thread pools within UMAP fail with a second caller
 
 
@@ -415,7 +415,7 @@ def _spread(values, most: int) -> list:
     places = np.linspace(0, len(values) - 1, min(most, len(values)))
     return [values[round(place)] for place in places]
 
-
+# %% ../../nbs/7_workbench/12_feature_maps.ipynb #cb6d6ab3
 def draw_maps(
     atlas: Atlas,
     method: str = "",

@@ -69,7 +69,7 @@ def previews_of(
     files = [_files(name, values, rate) for name, values in signals.items()]
     return [list(sample) for sample in zip(*files, strict=True)]
 
-
+# %% ../../nbs/7_workbench/11_map_explorer.ipynb #cc917da9
 def _files(name: str, values: Tensor, rate: int) -> list[tuple[str, bytes]]:
     if values.ndim == 2:
         waves, _ = within_full_scale(values)
@@ -84,7 +84,7 @@ def _files(name: str, values: Tensor, rate: int) -> list[tuple[str, bytes]]:
         files.append(("image/png", png_of(enlarged, _PNG_LEVEL)))
     return files
 
-
+# %% ../../nbs/7_workbench/11_map_explorer.ipynb #c7817bfb
 def preview_html(files: list[tuple[str, bytes]], text: str, width: int = 160) -> str:
     """A sample as HTML.
 
@@ -163,7 +163,7 @@ def _markers_of(
     }
     return marker, legend
 
-
+# %% ../../nbs/7_workbench/11_map_explorer.ipynb #c43b5e7a
 def figure_of(
     points, values, names=None, factor: str = "", texts=None, title: str = ""
 ) -> go.Figure:
@@ -230,7 +230,7 @@ def figure_of(
     )
     return figure
 
-
+# %% ../../nbs/7_workbench/11_map_explorer.ipynb #cb784b1a
 def _legend_entry(name: str, colour: str, symbol: str) -> go.Scatter:
     return go.Scatter(
         x=[None],
@@ -481,7 +481,7 @@ class MapExplorer:
             size,
         )
 
-
+# %% ../../nbs/7_workbench/11_map_explorer.ipynb #cd113e57
 def _title_with_recipe(title: str, points) -> str:
     "A title with the method of a `Projection`; trustworthiness is never left out."
     parts = [title] if title else []
@@ -511,7 +511,7 @@ def value_text(value, names) -> str:
         return str(names[int(value)])
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
-
+# %% ../../nbs/7_workbench/11_map_explorer.ipynb #c49a9fc1
 def explore_map(
     points,
     previews,

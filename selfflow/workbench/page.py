@@ -94,7 +94,7 @@ def runs_in(folder: Path) -> dict[str, Path]:
     except FileNotFoundError:
         return {}
 
-
+# %% ../../nbs/7_workbench/18_page.ipynb #c745323f
 def saved_step(path: Path) -> int:
     """The step of a run's newest checkpoint, unchecked, or of an exported model.
 
@@ -121,7 +121,7 @@ def _close(widget: widgets.Widget) -> None:
         _close(inner)
     widget.close()
 
-
+# %% ../../nbs/7_workbench/18_page.ipynb #cd2e0736
 class Workbench:
     """A chosen run, and tools to open on it.
 
@@ -389,7 +389,7 @@ class Workbench:
                 )
         return self
 
-
+# %% ../../nbs/7_workbench/18_page.ipynb #c7094291
 def workbench(
     folder: Path | str = "runs", configs: tuple[Config, ...] | None = None
 ) -> Workbench:

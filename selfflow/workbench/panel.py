@@ -54,7 +54,7 @@ def _image(name: str, width: str) -> widgets.Image:
     image.add_class(f"selfflow-{name}")
     return image
 
-
+# %% ../../nbs/7_workbench/04_panel.ipynb #ca81cbb3
 def header_html(parts: list[str], share: float = 0.0) -> str:
     """The parts of a status line as HTML, with a progress bar.
 
@@ -310,7 +310,7 @@ class Panel:
             f"{escape('; '.join(words))}</span>"
         )
 
-
+# %% ../../nbs/7_workbench/04_panel.ipynb #c0c1e3da
 _PANELS: dict[Path, Panel] = {}  # the open panels, one for each folder
 
 

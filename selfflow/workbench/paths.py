@@ -112,7 +112,7 @@ def _kind_of(run: Run, data: str) -> _Kind:
         run.inputs.caption,
     )
 
-
+# %% ../../nbs/7_workbench/07_paths.ipynb #ca7c6ffc
 class SideBySide:
     """Runs that draw the same kind of samples, and samples whose tokens may be given.
 
@@ -242,7 +242,7 @@ class SamplePath:
     shown_clean: bool
     cfg_scale: float
 
-
+# %% ../../nbs/7_workbench/07_paths.ipynb #ca5350d1
 @own_settings()
 @torch.inference_mode()
 def path_of(side: SideBySide, name: str, settings: Settings) -> SamplePath:
@@ -264,7 +264,7 @@ def path_of(side: SideBySide, name: str, settings: Settings) -> SamplePath:
             paths.popitem(last=False)  # the one that was used longest ago
         return paths[key]
 
-
+# %% ../../nbs/7_workbench/07_paths.ipynb #cf35dd10
 def _check(side: SideBySide, settings: Settings) -> None:
     "Raise ValueError for a sample or a token that does not exist."
     if not 0 <= settings.sample < len(side.x0):
@@ -298,7 +298,7 @@ def _velocity(
         condition = run.sources.condition_for([settings.condition] * count, side.name)
     return run.velocity_fn(condition, cfg_scale, data=side.name)
 
-
+# %% ../../nbs/7_workbench/07_paths.ipynb #cd7ff275
 def _draw(side: SideBySide, name: str, run: Run, settings: Settings) -> SamplePath:
     given = torch.zeros(side.tokens, dtype=torch.bool)
     if settings.redrawn is not None:
@@ -349,7 +349,7 @@ def _draw(side: SideBySide, name: str, run: Run, settings: Settings) -> SamplePa
         )
     return SamplePath(states, levels, evaluations, given, shown_clean, cfg_scale)
 
-
+# %% ../../nbs/7_workbench/07_paths.ipynb #c5537310
 @own_settings()
 @torch.inference_mode()
 def estimate(

@@ -101,7 +101,7 @@ class Scene:
         "Number of images in a row: fewer if an image shows several frames."
         return 6 if self.side.board.frames == 1 else 4
 
-
+# %% ../../nbs/7_workbench/08_playground.ipynb #caa2c99f
 def settings_of(side: SideBySide, values: dict) -> Settings:
     """Settings from the values of the controls.
 
@@ -126,7 +126,7 @@ def settings_of(side: SideBySide, values: dict) -> Settings:
         options=tuple(options.items()),
     )
 
-
+# %% ../../nbs/7_workbench/08_playground.ipynb #c1102a40
 def compute(side: SideBySide, values: dict) -> Scene:
     """The scene for the values of the controls.
 
@@ -205,7 +205,7 @@ def _describe_sampler(scene: Scene) -> str:
     counts = " or ".join(map(str, evaluations))
     return f"{settings.steps} steps of {sampler}, {counts} evaluations"
 
-
+# %% ../../nbs/7_workbench/08_playground.ipynb #c8650f4a
 def _describe_given(scene: Scene) -> str:
     settings = scene.settings
     painted, n = len(settings.redrawn or ()), scene.side.tokens
@@ -225,7 +225,7 @@ def _describe_given(scene: Scene) -> str:
         f"sample {settings.sample}: {', '.join(ways)}"
     )
 
-
+# %% ../../nbs/7_workbench/08_playground.ipynb #c4faadf7
 def describe(scene: Scene) -> str:
     "Describe a scene in a line of text."
     settings = scene.settings
@@ -308,7 +308,7 @@ def draw_views(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
         blocks[name] = panels
     return _draw_blocks(blocks, scene.columns, theme)
 
-
+# %% ../../nbs/7_workbench/08_playground.ipynb #c92437b0
 def draw_history(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     "States of each run's first sample, and below them its estimates of the data."
     pixels = scene.side.board.pixels
@@ -337,7 +337,7 @@ def _draw_tokens(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     height = round(image.height * width / image.width)
     return image.resize((width, height), Image.Resampling.NEAREST)
 
-
+# %% ../../nbs/7_workbench/08_playground.ipynb #cccfb510
 def draw(scene: Scene, theme: Theme = LIGHT) -> dict[str, bytes]:
     """The images, videos and audio of a scene as files, by name.
 
@@ -399,7 +399,7 @@ class Playground(Explorer):
         "As an explorer's, without video and audio."
         return super().strip(*changes, columns=columns, width=width, only=only)
 
-
+# %% ../../nbs/7_workbench/08_playground.ipynb #c8196262
 def player(wav: bytes, label: str) -> str:
     "A player for audio with its label, as HTML."
     source = base64.b64encode(wav).decode()
@@ -414,7 +414,7 @@ def player(wav: bytes, label: str) -> str:
 def _refuse(reason: str, values: dict):
     raise ValueError(reason)
 
-
+# %% ../../nbs/7_workbench/08_playground.ipynb #cc268c02
 def _controls(side: SideBySide) -> dict[str, widgets.Widget]:
     names = list(side.runs)
     shift = side.runs[names[0]].shift
@@ -462,7 +462,7 @@ def _controls(side: SideBySide) -> dict[str, widgets.Widget]:
     }
     return controls
 
-
+# %% ../../nbs/7_workbench/08_playground.ipynb #c0aa4d72
 def explore(runs: SideBySide | Run | dict | Path | str, **start) -> Explorer:
     """The playground of some runs, of one, or of those in a folder.
 

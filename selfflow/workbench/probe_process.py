@@ -97,7 +97,7 @@ class Probing:
             lines = output.decode(errors="replace").strip().splitlines()
             raise ValueError(lines[-1] if lines else "the process ended at once")
 
-
+# %% ../../nbs/7_workbench/14_probe_process.ipynb #cac7da24
 def _progress_of(output: bytes) -> str:
     "The newest line of a progress bar, without the bar itself."
     lines = re.split(r"[\r\n]+", output.decode(errors="replace"))

@@ -74,7 +74,7 @@ def _set_options(control: widgets.Dropdown, options) -> None:
     if chosen in values:
         control.value = chosen
 
-
+# %% ../../nbs/7_workbench/17_run_browser.ipynb #cea16c7e
 class RunBrowser:
     """A browser of the runs in a folder, made by `browse`.
 
@@ -437,7 +437,7 @@ class RunBrowser:
         finally:
             self.button.disabled = not self.which.value
 
-
+# %% ../../nbs/7_workbench/17_run_browser.ipynb #cf76ce82
 def browse(
     folder: Path | str = "runs", device: str = "auto", refresh: float = 2.0, **start
 ) -> RunBrowser:

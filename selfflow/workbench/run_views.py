@@ -20,7 +20,8 @@ import pandas as pd
 from PIL import Image
 
 from ..analysis.comparison import AGAINST, config_table, run_curves
-from ..analysis.probing import RECORDS, Probes, read_probes
+from ..analysis.probe_records import RECORDS, read_probes
+from ..analysis.probing import Probes
 from ..checks import choose
 from ..disk import step_of
 from ..figures.layers import draw_score_maps
@@ -70,7 +71,7 @@ class View:
         pictures = [*self.pictures, *other.pictures]
         return View(pictures, self.table, self.notes + other.notes)
 
-
+# %% ../../nbs/7_workbench/15_run_views.ipynb #c4e64a8b
 def _in_groups(view: Callable, runs: dict[str, Run]) -> View:
     "A view of each group; a group that cannot be shown is noted."
     groups = groups_of(runs)
@@ -96,7 +97,7 @@ def short_name(name: str, most: int = _LONGEST_NAME) -> str:
     "The end of a long name, which distinguishes runs."
     return name if len(name) <= most else f"...{name[3 - most :]}"
 
-
+# %% ../../nbs/7_workbench/15_run_views.ipynb #c4442689
 def _curves_of(
     runs: dict[str, Run], measure: str = "flow_loss", against: str = "steps"
 ) -> View:
@@ -134,7 +135,7 @@ def _curves_of(
 
     return _in_groups(group_view, runs)
 
-
+# %% ../../nbs/7_workbench/15_run_views.ipynb #c3e621d8
 def levels_of(runs: dict[str, Run]) -> View:
     """The newest validation loss by noise level, and its difference to the first run.
 
@@ -153,7 +154,7 @@ def _newest_levels(run: Run) -> tuple[int, np.ndarray] | None:
     newest = rows.iloc[-1]
     return int(newest["step"]), np.array(newest["flow_loss_by_level"], float)
 
-
+# %% ../../nbs/7_workbench/15_run_views.ipynb #c99d46d1
 def _levels(group: dict[str, Run]) -> View:
     by_level, losses, missing = {}, {}, []
     for name, run in group.items():
@@ -212,7 +213,7 @@ def settings_of(runs: dict[str, Run]) -> View:
         )
     return View([], table, notes)
 
-
+# %% ../../nbs/7_workbench/15_run_views.ipynb #cdf6de32
 def _samples_of(runs: dict[str, Run]) -> View:
     "The newest samples that each run drew while it trained."
     pictures: list[Callable] = []
@@ -250,7 +251,7 @@ def has_probes(folder: Path) -> bool:
     "True if the records of a run contain probes."
     return any((folder / name).exists() for name in RECORDS)
 
-
+# %% ../../nbs/7_workbench/15_run_views.ipynb #cc40f995
 def _pair_with_baseline(
     probes: dict[str, Probes],
 ) -> tuple[list[dict[str, Probes]], list[str]]:
@@ -285,7 +286,7 @@ def _outdated(probes: dict[str, Probes], runs: dict[str, Run]) -> list[str]:
             )
     return notes
 
-
+# %% ../../nbs/7_workbench/15_run_views.ipynb #ce22f55b
 _FACTORS = 6  # in one picture
 
 
@@ -372,7 +373,7 @@ def compute(listing: Listing, values: dict) -> View:
         view = _VIEWS[kind](runs)
     return View(view.pictures, view.table, notes + view.notes)
 
-
+# %% ../../nbs/7_workbench/15_run_views.ipynb #c51bdc1a
 def draw(view: View, theme: Theme = LIGHT) -> dict[str, bytes]:
     "The images of a view, picture-1, picture-2, ... as PNG; its table as HTML."
     files = {}
@@ -392,7 +393,7 @@ def describe(view: View) -> str:
         return ""
     return f"{'. '.join(note[:1].upper() + note[1:] for note in view.notes)}."
 
-
+# %% ../../nbs/7_workbench/15_run_views.ipynb #cad888a1
 class ChosenRuns(Explorer):
     """An explorer of the chosen runs.
 
@@ -446,7 +447,7 @@ class ChosenRuns(Explorer):
         ]
         return Strip(settings, titles, columns, width)
 
-
+# %% ../../nbs/7_workbench/15_run_views.ipynb #cac27fb9
 def _page_sized(picture: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(picture)).convert("RGB")
     size = (image.width // PIXEL_RATIO, image.height // PIXEL_RATIO)

@@ -65,7 +65,7 @@ def schedule_of(
         return DualTimestep(density, mask_ratio, block=block, grid=grid)
     return DualTimestep(density, mask_ratio)
 
-
+# %% ../../nbs/7_workbench/05_viewed_run.ipynb #cae2127e
 def _block_of(grid: tuple[int, int] | None) -> int:
     if grid is None:
         raise ValueError(
@@ -79,7 +79,7 @@ def _block_of(grid: tuple[int, int] | None) -> int:
         f"no blocks of 2 x 2 or more divide {rows} x {columns} tokens; take dual masks"
     )
 
-
+# %% ../../nbs/7_workbench/05_viewed_run.ipynb #c6adfbd0
 def levels_of(
     kind: str,
     t: float,
@@ -121,7 +121,7 @@ def levels_of(
     }.get(kind, [t, s])
     return NoiseLevels(torch.tensor([levels]), drawn.assign)
 
-
+# %% ../../nbs/7_workbench/05_viewed_run.ipynb #cce1274e
 @lru_cache
 def many_levels(schedule, tokens: int, bins: int = 24) -> tuple[np.ndarray, np.ndarray]:
     """Density of the levels of tokens that a schedule draws: (edges, heights).
@@ -162,7 +162,7 @@ class View:
     cosine: Tensor | None = None
     constant: float = math.nan
 
-
+# %% ../../nbs/7_workbench/05_viewed_run.ipynb #c29107b1
 class Estimate(NamedTuple):
     """The data as a network estimates them from noisy tokens in one step.
 
@@ -177,7 +177,7 @@ class Estimate(NamedTuple):
     error: Tensor
     features: Tensor | None
 
-
+# %% ../../nbs/7_workbench/05_viewed_run.ipynb #c4867ad0
 class ViewedRun:
     """A run, its networks, and some samples that it was not trained on.
 

@@ -21,7 +21,8 @@ from selfflow.analysis.comparison import (
     run_curves,
     runs_table,
 )
-from selfflow.analysis.probing import probe_run, write_probes
+from selfflow.analysis.probe_records import write_probes
+from selfflow.analysis.probing import probe_run
 from selfflow.cli import main
 from selfflow.data.options import DataConfig
 from selfflow.method.backbone import Inputs

@@ -19,8 +19,9 @@ from sklearn.preprocessing import StandardScaler
 from selfflow import cli
 from selfflow.analysis import probing
 from selfflow.analysis.features import Items, extract, items_of
+from selfflow.analysis.fitting import HeadFit
+from selfflow.analysis.probe_records import outdated, read_probes, write_probes
 from selfflow.analysis.probes import (
-    HeadFit,
     _logistic_probe,
     _ridge_probe,
     attentive_probe,
@@ -35,14 +36,11 @@ from selfflow.analysis.probes import (
 from selfflow.analysis.probing import (
     Probes,
     _untrained_network,
-    outdated,
     probe_run,
     probe_table,
     probe_targets,
     probes_cost,
-    read_probes,
     token_covers,
-    write_probes,
 )
 from selfflow.data.datasets import SPLITS, digits, subset
 from selfflow.data.options import DataConfig

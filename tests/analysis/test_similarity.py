@@ -7,13 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from selfflow.analysis.agreement import Compared, another, compare, mean_of_samples
 from selfflow.analysis.saturation import (
-    Compared,
     Ladder,
-    _another,
     _mean_directions,
-    _mean_of_samples,
-    compare,
     cosine_by_gap,
     fit_directions,
     ladder,
@@ -207,7 +204,7 @@ def test_unrelated_features_have_no_similarity_however_wide():
         ),
         (lambda: self_similarity(torch.randn(2, 9, 3), (2, 4)), "expected"),
         (lambda: self_similarity(torch.randn(2, 2, 3), (2,)), "both kinds"),
-        (lambda: _another(torch.zeros(1).long(), False), "take more"),
+        (lambda: another(torch.zeros(1).long(), False), "take more"),
         (
             lambda: fit_directions(
                 torch.randn(1, 2, 3), [torch.zeros(1, 2).long()], [1], EVERY[:1, :2]
@@ -411,11 +408,11 @@ def test_the_verdict_weighs_what_is_open():
 
 def test_other_samples_of_a_label():
     labels = torch.tensor([2, 0, 2, 1, 0, 2])
-    found = _another(labels, within=True)
+    found = another(labels, within=True)
     assert found.tolist()[3] == -1, "the only one of its label"
     for i, j in enumerate(found.tolist()):
         assert j == -1 or (labels[i] == labels[j] and i != j)
-    assert sorted(_another(labels, within=False).tolist()) == list(range(6))
+    assert sorted(another(labels, within=False).tolist()) == list(range(6))
 
 
 def model(seed=0, **options):
@@ -540,7 +537,7 @@ def test_gaps_have_their_own_constants():
 
 
 def test_a_mean_over_no_token_is_not_a_number():
-    found = _mean_of_samples(
+    found = mean_of_samples(
         torch.tensor([[1.0, torch.nan], [2.0, 4.0]]),
         torch.tensor([[True, False], [False, False]]),
     )

@@ -9,18 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfflow.method.alignment import (
-    _GAPS,
     DISTANCES,
     NORMALISATIONS,
     TOKENS,
-    Alignment,
     constant_cosine,
     effective_rank,
     loss_mask,
     masked_mean,
     normalise,
-    watch_gradients,
 )
+from selfflow.method.losses import _GAPS, Alignment, watch_gradients
 from selfflow.method.schedule import (
     Conditioned,
     DiffusionForcing,

@@ -13,15 +13,14 @@ import torch.nn.functional as F
 
 from selfflow.draws import keyed
 from selfflow.method.batch import Batch, Condition
+from selfflow.method.losses import BatchStats, Losses
 from selfflow.method.objective import (
     REPA,
     SRA,
     SRA2,
-    BatchStats,
     FeatureObjective,
     FlowMatching,
     LayerSync,
-    Losses,
     Projector,
     SelfFlow,
     default_layers,

@@ -74,14 +74,14 @@ def test_videos_round_trip_and_tokens_follow_the_formula(
     b, moments, rows, columns, patch, span
 ):
     cut = VideoPatches(2, moments * span, rows * patch, columns * patch, patch, span)
-    films = torch.randn(b, 2, moments * span, rows * patch, columns * patch)
-    tokens, part = cut.patchify(films), cut.part()
+    videos = torch.randn(b, 2, moments * span, rows * patch, columns * patch)
+    tokens, part = cut.patchify(videos), cut.part()
     assert tokens.shape == (b, part.tokens, part.channels) and torch.equal(
-        cut.unpatchify(tokens), films
+        cut.unpatchify(tokens), videos
     )
     for n, (t, h, w, place) in enumerate(part.coordinates().tolist()):
         f = round((t + 0.5) / span - 0.5)
-        expected = films[
+        expected = videos[
             :,
             :,
             f * span : (f + 1) * span,
@@ -291,8 +291,8 @@ def test_each_part_has_its_own_projections_and_ignores_padding():
 
 def test_parts_of_a_model_may_be_used_alone():
     model = model_of()
-    sound = torch.randn(2, 6, 4)
-    out = model(sound, NoiseLevels.single(torch.rand(2), 6), parts=(AUDIO,))
+    clip = torch.randn(2, 6, 4)
+    out = model(clip, NoiseLevels.single(torch.rand(2), 6), parts=(AUDIO,))
     assert out.velocity.shape == (2, 6, 4)
     with pytest.raises(ValueError, match="tokens have shape .*expects \\(b, 6, 4\\)"):
         model(batch(), NoiseLevels.single(torch.rand(3), 12), parts=(AUDIO,))
@@ -302,7 +302,7 @@ def test_parts_of_a_model_may_be_used_alone():
         "but with Part.name='video'.*audio",
     ):
         model(
-            sound,
+            clip,
             NoiseLevels.single(torch.rand(2), 6),
             parts=(Part("image", 4, (1, 6, 1)),),
         )

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from selfflow.analysis import probing
 from selfflow.analysis.comparison import arms, config_table, over_seeds
-from selfflow.analysis.probing import probe_run, read_probes, write_probes
+from selfflow.analysis.probe_records import read_probes, write_probes
+from selfflow.analysis.probing import probe_run
 from selfflow.cli import main
 from selfflow.data.options import DataConfig
 from selfflow.data.sources import Sources

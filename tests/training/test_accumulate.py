@@ -176,7 +176,8 @@ def test_the_target_is_computed_twice_only_if_it_is_normalised(monkeypatch):
 
 
 def test_no_cosine_exceeds_one():
-    from selfflow.method.alignment import Alignment, constant_cosine
+    from selfflow.method.alignment import constant_cosine
+    from selfflow.method.losses import Alignment
 
     with own_settings():
         rows = torch.rand(1, 7, generator=keyed(0, "row")).expand(1000, 7).contiguous()

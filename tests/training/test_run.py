@@ -722,7 +722,7 @@ def test_a_new_run_that_another_makes_at_the_same_moment(tmp_path, run, monkeypa
         Run.create(tmp_path / "new", TINY, run.inputs)
 
 
-# requests and film
+# requests and sample history
 
 
 def test_requests_are_made_and_cleared(run):

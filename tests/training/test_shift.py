@@ -53,8 +53,8 @@ def test_the_default_is_that_of_training_and_can_be_chosen(run, shifts):
     assert torch.equal(default, run.sample(labels, steps=3, shift=4.0)["image"])
     assert not torch.equal(default, run.sample(labels, steps=3, shift=1.0)["image"])
     assert shifts == [4.0, 4.0, 1.0] and run.shift == 4.0
-    film = run.sample_history()[-1][1]
-    assert torch.equal(run.draw_sample_grid(run.teacher)[0], film)
+    video = run.sample_history()[-1][1]
+    assert torch.equal(run.draw_sample_grid(run.teacher)[0], video)
     assert shifts[3:] == [4.0]
 
 

@@ -109,7 +109,7 @@ def prepared(folder, action):
     if action == "save_again":  # over one that is damaged
         run.save(3, tensors(3), {})
         (run.path / "checkpoints/step-00000003/model.safetensors").write_bytes(b"")
-    if action == "film":
+    if action == "history":
         run.save_sample_grid(3, torch.zeros(1, 1, 8, 8), torch.tensor([0]))
     return run
 
@@ -126,12 +126,12 @@ def whole_steps(run):
         ("prune", steps_of, [[1, 2, 3, 4], [2, 3, 4], [3, 4]]),
         ("cut", lambda run: run.log["step"].tolist(), [[1, 2, 3, 4], [1, 2]]),
         (
-            "film",
+            "history",
             lambda run: [images.mean().item() for _, images, _ in run.sample_history()],
             [[0.0], [3.0]],
         ),
     ],
-    ids=["save", "save_again", "prune", "cut", "film"],
+    ids=["save", "save_again", "prune", "cut", "history"],
 )
 def test_a_kill_before_each_single_call_leaves_the_old_or_the_new(
     worker, tmp_path, action, look, states
@@ -211,7 +211,7 @@ def test_an_error_at_any_call_of_a_save_leaves_good_checkpoints(tmp_path):
             run.path.with_name(f"{run.path.name}-new"), CONFIG, INPUTS, "cpu"
         ),
     ],
-    ids=["config", "log", "film", "request", "lock", "create"],
+    ids=["config", "log", "history", "request", "lock", "create"],
 )
 def test_an_error_at_any_other_write_is_reported_and_leaves_old_files(tmp_path, write):
     for k in range(1, 100):

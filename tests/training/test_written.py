@@ -116,9 +116,9 @@ def test_every_audio_sample_is_a_file_and_none_is_clipped(runs, monkeypatch, cap
         run, "sample", lambda labels, *args, **options: {"audio": loud[: len(labels)]}
     )
     _, file = write_samples(run, ["C4", "D4", "D4"])
-    sounds = sorted(file.parent.glob(f"{file.stem}-*.wav"))
-    assert [path.name[-8:] for path in sounds] == ["-000.wav", "-001.wav", "-002.wav"]
-    assert [peak(path) for path in sounds] == [32767, 9830, 9830], (
+    clips = sorted(file.parent.glob(f"{file.stem}-*.wav"))
+    assert [path.name[-8:] for path in clips] == ["-000.wav", "-001.wav", "-002.wav"]
+    assert [peak(path) for path in clips] == [32767, 9830, 9830], (
         "one factor for all of a call"
     )
     assert (
@@ -207,9 +207,9 @@ def test_points_are_coloured_by_names_and_the_rarest_of_many_classes_are_joined(
 
 
 def test_the_sample_history_has_names_below(runs, tmp_path):
-    film = [(2, torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 2]))]
+    video = [(2, torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 2]))]
     (axis,) = draw_sample_history(
-        film, names=("T-shirt", "a very long name of a class")
+        video, names=("T-shirt", "a very long name of a class")
     ).axes
     assert [label.get_text() for label in axis.get_xticklabels()] == [
         "T-shirt",

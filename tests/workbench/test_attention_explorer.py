@@ -414,21 +414,21 @@ def test_captions_are_shown_and_10_000_characters_are_answered(more):
 
 def test_a_token_of_either_part_is_shown_on_both(more):
     watched = Watched(ViewedRun(more["scenes"], count=2))
-    sound = watched.slices["audio"].start
+    clip = watched.slices["audio"].start
     said = {
         token: describe(
             scene := compute(watched, {**VALUES, "tokens": [token], "frame": 3})
         )
-        for token in (0, sound)
+        for token in (0, clip)
     }
     assert (
         "video, moment 1" in said[0]
-        and "audio, moment 1" in said[sound]
+        and "audio, moment 1" in said[clip]
         and "goes to audio" in said[0]
     )
     pictures = draw(scene)
     assert pictures["audio"][:4] == b"RIFF"
-    shown = draw(compute(watched, {**VALUES, "tokens": [sound], "frame": 1}))
+    shown = draw(compute(watched, {**VALUES, "tokens": [clip], "frame": 1}))
     # the board has all moments
     assert (
         shown["inputs"] != pictures["inputs"] and shown["tokens"] == pictures["tokens"]
@@ -525,7 +525,7 @@ def test_unusable_runs_are_reported_in_the_panel(runs, tmp_path):
     shutil.rmtree(tmp_path / "written/checkpoints")
     shutil.copytree(runs["tiny"].path, tmp_path / "other")
     config = json.loads((tmp_path / "other/config.json").read_text())
-    # a model of images, a config of sounds
+    # a model of images, a config of audio
     config["config"]["data"] |= {"name": "notes"}
     (tmp_path / "other/config.json").write_text(json.dumps(config))
     for name, words in (

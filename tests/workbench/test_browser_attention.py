@@ -235,9 +235,9 @@ def test_videos_audio_captions_and_a_folder_without_runs(lab, opened):
     scenes.shows(layer=2)
     scenes.press("frame", "ArrowRight")
     scenes.shows(frame=2)
-    sound = scenes.watched.slices["audio"].start + 3
-    scenes.control("tokens", "button").nth(sound).click()
-    scenes.shows(tokens=[sound])
+    clip = scenes.watched.slices["audio"].start + 3
+    scenes.control("tokens", "button").nth(clip).click()
+    scenes.shows(tokens=[clip])
     scenes.says("audio, moment 4")
     page.locator(f"{scenes.box}.selfflow-play button").first.click()
     while int(scenes.control("frame", ".widget-readout").inner_text()) < 4:

@@ -91,28 +91,28 @@ def test_colours_of_tokens_keep_their_places():
 
 def test_previews_are_the_samples():
     g = torch.Generator().manual_seed(0)
-    films, sounds = (
+    videos, clips = (
         torch.rand(2, 1, 5, 8, 8, generator=g) * 2 - 1,
         torch.rand(2, 50, generator=g),
     )
-    (_, still), (kind, sound) = previews_of(
-        {"video": films, "audio": sounds}, rate=4000
+    (_, still), (kind, clip) = previews_of(
+        {"video": videos, "audio": clips}, rate=4000
     )[1]
     picture = np.asarray(Image.open(io.BytesIO(still)))
     assert (
         picture.shape == (96, 96, 3)
         and (
-            picture[::12, ::12, 0] == ((films[1, 0, 2] + 1) * 127.5).round().numpy()
+            picture[::12, ::12, 0] == ((videos[1, 0, 2] + 1) * 127.5).round().numpy()
         ).all()
     )
-    with wave.open(io.BytesIO(sound)) as file:
+    with wave.open(io.BytesIO(clip)) as file:
         assert kind == "audio/wav" and (file.getnframes(), file.getframerate()) == (
             50,
             4000,
         )
-    html = preview_html([("audio/wav", sound)], 'a "ring" <b>')
+    html = preview_html([("audio/wav", clip)], 'a "ring" <b>')
     assert (
-        base64.b64decode(re.search('base64,([^"]+)', html)[1]) == sound
+        base64.b64decode(re.search('base64,([^"]+)', html)[1]) == clip
         and "&quot;ring&quot; &lt;b&gt;" in html
     )
 

@@ -205,7 +205,7 @@ def test_unusable_runs_are_left_out_with_the_reason(runs, tmp_path):
     folder = tmp_path / "runs"
     for name, run in runs.items():
         shutil.copytree(run.path, folder / name)
-    sounds = Config(
+    clips = Config(
         name="sounds",
         data=DataConfig("notes"),
         model=ModelConfig(width=16, depth=4, heads=2),
@@ -220,7 +220,7 @@ def test_unusable_runs_are_left_out_with_the_reason(runs, tmp_path):
     other = folder / "zz_other"  # a checkpoint of another modality
     shutil.copytree(runs["vanilla"].path, other)
     stored = json.loads((other / "config.json").read_text())
-    stored["config"]["data"]["name"] = sounds.data.name
+    stored["config"]["data"]["name"] = clips.data.name
     (other / "config.json").write_text(json.dumps(stored))
     side = SideBySide.of(folder, device="cpu")
     assert set(side.runs) == {"tiny", "vanilla"} and set(side.left_out) == {
@@ -487,7 +487,7 @@ def test_a_folder_without_a_run_is_reported_in_the_panel(tmp_path):
         )
 
 
-# captions, films, sounds
+# captions, videos, audio
 
 SMALL = TrainConfig(
     steps=1,
@@ -502,7 +502,7 @@ SMALL = TrainConfig(
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    "A run of captions, one of films and one of sounds, a step each."
+    "A run of captions, one of videos and one of audio, a step each."
     folder, size = (
         tmp_path_factory.mktemp("others"),
         ModelConfig(width=16, depth=4, heads=2),
@@ -554,14 +554,14 @@ def test_a_caption_of_ten_thousand_characters_is_answered_in_words(others):
 
 def test_videos_move_and_audio_can_be_played(others):
     values = {**VALUES, "steps": 1, "condition": 0}
-    film = draw(compute(others["motion"], values))["video"]
-    moving = Image.open(io.BytesIO(film))
+    video = draw(compute(others["motion"], values))["video"]
+    moving = Image.open(io.BytesIO(video))
     assert moving.format == "WEBP" and moving.n_frames == 8
-    sound = draw(compute(others["notes"], values))["audio-1"]
-    assert sound[:4] == b"RIFF" and sound[8:12] == b"WAVE"
+    clip = draw(compute(others["notes"], values))["audio-1"]
+    assert clip[:4] == b"RIFF" and clip[8:12] == b"WAVE"
     for name, kind, value in (
-        ("motion", "video", film),
-        ("notes", "audio-1", player(sound, "notes, sample 1").encode()),
+        ("motion", "video", video),
+        ("notes", "audio-1", player(clip, "notes, sample 1").encode()),
     ):
         explorer = explore(
             others[name], steps=1, count=2, condition=0, progress=50, sample=1

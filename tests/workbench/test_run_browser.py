@@ -15,8 +15,9 @@ from PIL import Image
 from simulated import SimulatedTrainer
 
 from selfflow.analysis.comparison import run_curves
+from selfflow.analysis.probe_records import write_probes
 from selfflow.analysis.probes import scored
-from selfflow.analysis.probing import ProbeRow, Probes, write_probes
+from selfflow.analysis.probing import ProbeRow, Probes
 from selfflow.figures.layers import draw_score_maps
 from selfflow.figures.plots import draw_runs
 from selfflow.registries import explorers, trial
