@@ -156,7 +156,7 @@ def cut(folder):
     Run.open(folder, "cpu").cut_log(2)
 
 
-def film(folder):
+def history(folder):
     Run.open(folder, "cpu").save_sample_grid(
         3, torch.full((2, 1, 8, 8), 3.0), torch.tensor([1, 2])
     )

@@ -455,12 +455,16 @@ def _probe_notebook(run: Path, place: Path) -> None:
     _notebook(
         "probe",
         run,
-        '"../../runs/shapes-self_flow"',
+        '"emblems"',
         **{
-            '"../../runs/shapes-flow_matching"': repr(str(place / "other")),
-            '"../../data/cache/features"': repr(str(place / "store")),
+            "from selfflow.training.models import pair": (
+                "from selfflow.training.run import Run\n"
+                f"first = Run.open({str(place / 'other')!r})\n"
+                "pair = lambda path: "
+                "{'flow matching': first, 'Self-Flow': Run.open(path)}"
+            ),
             'tiny = bool(os.environ.get("IN_TEST"))': "tiny = True",
-            "there = not tiny and all": "there = all",
+            "if not tiny:\n    write_json(": "if tiny:\n    write_json(",
             '"../../data/results/probe.json"': repr(str(place / "probe.json")),
         },
     )

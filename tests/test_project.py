@@ -310,9 +310,7 @@ def test_a_wheel_holds_the_same_judges_and_pictures_as_the_checkout(
         check=True,
         capture_output=True,
     )
-    shutil.unpack_archive(
-        next((copy / "dist").glob("*.tar.gz")), copy / "unpacked", filter="data"
-    )
+    shutil.unpack_archive(next((copy / "dist").glob("*.tar.gz")), copy / "unpacked")
     again = build(next((copy / "unpacked").iterdir()))
     inside = set(ZipFile(wheel).namelist())
     assert inside == set(ZipFile(again).namelist()), "a source distribution is complete"

@@ -594,7 +594,7 @@ def test_samples_of_a_run_are_judged_by_their_conditions(
         return signals
 
     run = SimpleNamespace(
-        path=tmp_path,
+        records=tmp_path,
         sample=draw,
         state=lambda: {"step": 7},
         shift=3.0,

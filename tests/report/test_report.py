@@ -31,6 +31,7 @@ from selfflow.figures.layers import draw_score_maps
 from selfflow.intervals import proportion_interval
 from selfflow.method.options import (
     FeatureOptions,
+    LoraConfig,
     ModelConfig,
     ObjectiveConfig,
     TransformerOptions,
@@ -265,6 +266,7 @@ def test_the_settings_of_a_run_are_complete_and_differences_are_found(runs):
         ModelConfig.of("transformer"),
         ObjectiveConfig.of("self_flow"),
         TrainConfig,
+        LoraConfig,
     )
     count = 3 + sum(len(fields(part)) for part in parts)  # name, seed, defaults
     assert len(single) == count > 40

@@ -300,10 +300,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
 ):
     real = batch_indices
 
-    def poisoned(count, batch, seed, step):
+    def poisoned(count, batch, seed, step, *rest):
         if step == 6:
             raise_for.fill_(float("nan"))
-        return real(count, batch, seed, step)
+        return real(count, batch, seed, step, *rest)
 
     raise_for = torch.zeros(1)
     monkeypatch.setattr("selfflow.training.batches.batch_indices", poisoned)

@@ -538,7 +538,7 @@ def test_a_config_from_before_later_options_opens(run):
         stored["config"][part] = {
             name: stored["config"][part][name] for name in OLD[part]
         }
-    assert OLD["config"] | {"defaults"} == set(stored["config"])
+    assert OLD["config"] | {"defaults", "lora"} == set(stored["config"])
     del stored["config"]["defaults"]
     shape = {"channels": 4, "grid": [4, 4], "classes": 10, **stored["config"]["model"]}
     stored = {
@@ -573,7 +573,10 @@ OTHER = {
 @pytest.mark.parametrize("name", sorted(OTHER))
 def test_settings_without_effect_on_results_may_change_on_resuming(run, capsys, name):
     # of a run with several averages, see test_averages.py
-    others = {"name", "data.encoder", "training.evaluated", "training.snapshot_every"}
+    others = {"name", "data.encoder", "data.pooled"} | {
+        "training.evaluated",
+        "training.snapshot_every",
+    }
     assert others | {f"training.{name}" for name in OTHER} == _FREE
     asked = replace(TINY, training=replace(TINY.training, **{name: OTHER[name]}))
     again = Run.create(run.path, asked, run.inputs)
