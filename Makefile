@@ -27,7 +27,8 @@ test: setup  ## in step, form, types, every notebook executed, all tests
 	@$(BIN)/mypy > .venv/types 2>&1 & types=$$!; failed=0; \
 	  $(MAKE) --no-print-directory check-step || failed=1; \
 	  wait $$types || failed=1; cat .venv/types; exit $$failed
-	$(BIN)/pytest -n 2 --durations 25
+	@# one worker more than cores: those with a browser mostly wait
+	$(BIN)/pytest -n 3 --durations 25
 
 # Of every process that tests and notebooks start, but for those that are killed: see pyproject.toml.
 coverage: setup  ## lines and branches of the package that tests and notebooks reach
