@@ -197,9 +197,10 @@ def preflight(
         raise ValueError(
             f"--run {run} has its own settings; leave out either these or the others"
         )
-    output = (run or folder / config.name) / "preflight.json"
-    check_writable(output)
     planned = Run.open(run, device) if run else config
+    place = planned.records if isinstance(planned, Run) else folder / config.name
+    output = place / "preflight.json"
+    check_writable(output)
     result = measure(planned, steps, pairs, samples, device=device)
     write_json(output, result.as_dict())
     print(result.table().round(3).to_string(index=False))

@@ -696,3 +696,10 @@ def test_the_next_commands_are_those_that_work(tmp_path, capsys, classes):
     assert "Next: selfflow sample" in printed and ("selfflow probe" in printed) == (
         len(classes) > 1
     )
+
+
+def test_a_mistyped_run_is_not_made_by_a_pre_flight(tmp_path, capsys):
+    missing = tmp_path / "mistyped"
+    with pytest.raises(SystemExit):
+        main(["preflight", "--run", str(missing)])
+    assert str(missing) in capsys.readouterr().err and not missing.exists()

@@ -88,7 +88,7 @@ _HEAD_TOKENS = 1024  # in a step of a head alone
 
 @dataclass
 class _Flight:
-    """What a pre-flight looks at: networks, objective and data.
+    """Networks, objective and data of a pre-flight.
 
     held_out: Sources of the samples that nothing is trained on.
     """
@@ -271,13 +271,13 @@ class Pair:
     # 1 - max(head, constant)
     @property
     def room(self) -> float:
-        """What neither a head alone nor a constant reaches."""
+        """The cosine that neither a head alone nor a constant reaches."""
         heads = [self.head] if self.both is None else [self.head, self.both[1]]
         return 1 - max(float(values.mean()) for values in (self.constant, *heads))
 
     @cached_property
     def gain(self) -> tuple[float, float, float] | None:
-        """What training the layers adds to a head alone, with its 95 % interval."""
+        """The gain of training the layers over a head alone, with its 95 % interval."""
         if self.both is None:
             return None
         trained, alone = self.both

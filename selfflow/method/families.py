@@ -44,7 +44,7 @@ def _flux2_shift(tokens: int, steps: int) -> float:
 # %% ../../nbs/1_method/19_families.ipynb #068ac459
 @dataclass(frozen=True)
 class Recipe:
-    """What the published weights of a family expect.
+    """Inputs and scales that the published weights of a family expect.
 
     Args:
         autoencoder: Class of diffusers; its folder is given to `open_autoencoder`.

@@ -44,7 +44,7 @@ def moments_of(means: Tensor) -> tuple[Tensor, Tensor]:
 
 # %% ../../nbs/1_method/10_losses.ipynb #d3ccb6aa
 class BatchStats(NamedTuple):
-    """What the losses depend on besides the samples that are passed.
+    """Numbers of the whole batch that the losses of a piece depend on.
 
     counts: Tokens that count in the whole batch, by loss and by part of the sequence,
         see `mean_count`; empty for a batch in one piece.
