@@ -211,7 +211,8 @@ def test_adapters_are_looked_at_before_and_after_training(tmp_path):
     config = replace(TINY, name="adapted", training=training, lora=LoraConfig(2))
     planned = preflight(config, **LITTLE, pairs=((1, 2),))
     assert not planned.about["untrained"], "it begins with trained weights"
-    whole = preflight(base, **LITTLE, pairs=((1, 2),))
+    full = replace(config, lora=LoraConfig())
+    whole = preflight(full, **LITTLE, pairs=((1, 2),))
     # before the first step an adapter changes nothing
     np.testing.assert_allclose(planned.pairs[0].head, whole.pairs[0].head, atol=1e-5)
     assert planned.cost["held_bytes"] < 0.7 * whole.cost["held_bytes"]

@@ -135,7 +135,7 @@ def test_adapters_resume_bit_for_bit_and_are_exported_as_one_model(
 
 def test_adapters_of_a_backbone_object_that_is_passed_to_train(runs, tmp_path):
     pytest.importorskip("peft")
-    given = copy.deepcopy(runs["tiny"].teacher)
+    given = copy.deepcopy(runs["tiny"].teacher).requires_grad_(True)
     before = {name: value.clone() for name, value in given.state_dict().items()}
     training = replace(TINY.training, steps=4, save_every=2, validate_every=4)
     training = replace(training, sample_every=0)
