@@ -147,7 +147,7 @@ def test_adapters_of_a_backbone_object_that_is_passed_to_train(runs, tmp_path):
     merged = whole.teacher.state_dict()
     for name, value in given.state_dict().items():
         assert torch.equal(value, before[name]), "the object itself is not changed"
-        adapted = ".mlp." in name and name.endswith("weight")
+        adapted = ".mlp.fc" in name and name.endswith("weight")
         assert torch.equal(merged[name], value) != adapted, name
     shutil.copytree(whole.path, tmp_path / "again" / "own")
     shutil.rmtree(tmp_path / "again/own/checkpoints/step-00000004")
