@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,9 @@ from .batches import shards_of
 from .config import Config
 from .lock import sole_writer
 from .run import Run, device_for
+
+if TYPE_CHECKING:  # takes a second to import
+    from torch.distributed.tensor import DTensor
 
 # %% ../../nbs/3_training/07_processes.ipynb #3c51e5dc
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ def shard_weights(module: nn.Module, blocks, processes: Processes) -> None:
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
-def is_sharded(value: Tensor) -> bool:
+def is_sharded(value: Tensor) -> "TypeGuard[DTensor]":
     """Whether a tensor is a DTensor, of which this process holds a part."""
     return hasattr(value, "placements")
 
