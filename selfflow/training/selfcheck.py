@@ -17,8 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..method.options import ModelConfig
-from .config import Config, TrainConfig
+from .config import PRESETS, TrainConfig
 from .loop import train
 from .processes import launch
 from .run import Run
@@ -120,8 +119,7 @@ def selfcheck(
         save_every=_STEPS // 2,
         sample_every=0,
     )
-    model = ModelConfig(width=32, depth=4, heads=2)
-    config = Config("one", model=model, training=training)
+    config = replace(PRESETS["digits-small"], name="one", training=training)
     several = [
         replace(config, name=kind, training=replace(training, parallel=kind))
         for kind in parallel
