@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'command', 'train', 'preflight', 'look', 'runs', 'sample', 'relocate', 'export', 'models', 'probe',
-           'metrics', 'bench', 'study', 'report', 'encode', 'reference', 'notebook', 'app', 'main']
+           'metrics', 'bench', 'study', 'report', 'encode', 'reference', 'selfcheck', 'notebook', 'app', 'main']
 
 # %% ../nbs/8_cli/03_cli.ipynb #9e6d3c74
 import glob
@@ -962,6 +962,32 @@ def reference(
     about = {"split": split}
     write_reference(source, output, network, count, images, about)
     print(f"the reference is {output}; selfflow metrics {run} --reference {output}")
+
+# %% ../nbs/8_cli/03_cli.ipynb #5e1fc8ec
+@command
+def selfcheck(
+    processes: int = 2,
+    device: str = "auto",
+    parallel: tuple[Literal["ddp", "fsdp"], ...] = ("ddp", "fsdp"),
+) -> None:
+    """Compare a small training in several processes with the same training in one.
+
+    Losses, weights, samples and a resumed run are compared. Nothing is left on the
+    disk. The exit status is 1 if anything differs by more than rounding.
+
+    Args:
+        processes: Processes on this machine, 2 or more.
+        device: auto (a GPU for each process if there are any), cpu, cuda, ...
+        parallel: Kinds of parallelism to compare.
+    """
+    from selfflow.training.selfcheck import selfcheck as compare
+
+    failed = 0
+    for title, check in compare(processes, device, parallel):
+        print(f"{title}: {check}", flush=True)
+        failed += not check.passed
+    if failed:
+        raise SystemExit(1)
 
 # %% ../nbs/8_cli/03_cli.ipynb #665e0e47
 @command
