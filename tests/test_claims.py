@@ -112,7 +112,7 @@ def test_the_losses_of_the_rivals_are_the_recorded_ones(first, second, claimed):
 def test_the_cost_of_closed_attention_grows_as_the_record_says():
     rows = [
         row
-        for row in recorded("attention")["closing_shapes"]
+        for row in recorded("attention")["closing_emblems"]
         if (row["model"], row["tokens"]) == ("Self-Flow", "noisier")
     ]
     first, last = (
