@@ -87,7 +87,10 @@ class Lanes:
                 if ordinal < end:
                     return epoch, begins[epoch]
             if end == begins[epoch] and not any(map(self.rows_of, range(self.shards))):
-                raise ValueError(f"none of the {self.shards:,} shards has a sample")
+                raise ValueError(
+                    f"none of the {self.shards:,} shards has a sample; are they still "
+                    "there?"
+                )
             if epoch + 1 == len(begins):
                 begins.append(end)
             epoch += 1

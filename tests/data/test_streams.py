@@ -232,8 +232,7 @@ def test_known_samples_are_few_and_from_many_shards(place):
     assert len(data) == 12 and not data.complete
     assert len({shard for shard, _ in data.entries}) == 6
     everything = Stream(place, size=4, channels=1, known=0)
-    assert len(everything) == 96 or len(everything) > 80
-    assert everything.complete
+    assert everything.complete and len(everything) > 80
 
 
 def test_names_of_classes(place, capsys):
@@ -355,7 +354,7 @@ def test_shards_that_vanish_end_in_one_line(place):
     data = Stream(place, size=4)
     for path in place.glob("*.tar"):
         path.unlink()
-    with pytest.raises(RuntimeError, match="are its shards still there"):
+    with pytest.raises(ValueError, match="6 shards has a sample; are they still"):
         data.take(torch.arange(4), View(0, torch.arange(4)))
 
 
@@ -454,4 +453,4 @@ def test_audio_and_pairs(tmp_path):
     waves = data.take(places, View(0, places)).signals["audio"]
     assert waves.shape == (12, 1_024) and len(data.broken) == 1
     (fault,) = data.broken.values()
-    print(fault)
+    assert "its length is zero" in fault
