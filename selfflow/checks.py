@@ -55,7 +55,7 @@ def check_types(config, infinite: tuple[str, ...] = ()) -> None:
                     f"({owner}.{f.name})"
                 )
 
-
+# %% ../nbs/0_ground/01_checks.ipynb #512d31dd
 def _fits(value: Any, kind: Any) -> bool:
     """True if a value has the type `kind`."""
     origin, inner = get_origin(kind), get_args(kind)

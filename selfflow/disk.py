@@ -53,7 +53,7 @@ def not_written(what: str, error: OSError, safe: str) -> NotWritten:
         f"{what} could not be written: {reason}. {safe} {remedy}, then start again.",
     )
 
-
+# %% ../nbs/0_ground/02_disk.ipynb #7bb07ef6
 def flush(path: Path) -> None:
     """Ask the system to put a file, or the names in a folder, on the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -78,7 +78,7 @@ def make_folder(path: Path) -> None:
         path.mkdir(exist_ok=True)
         flush(path.parent)
 
-
+# %% ../nbs/0_ground/02_disk.ipynb #000e5cbe
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a file to write to, which replaces `path` at the end of the block.
@@ -117,7 +117,7 @@ def write_files(contents: dict[Path, bytes]) -> None:
                     str(path), error, "What stood there before is unchanged."
                 ) from error
 
-
+# %% ../nbs/0_ground/02_disk.ipynb #61555319
 def check_writable(path: Path) -> None:
     """Raise NotWritten if no file can be written at `path`, before any work is done.
 
@@ -135,7 +135,7 @@ def check_writable(path: Path) -> None:
         with suppress(OSError):
             probe.unlink()
 
-
+# %% ../nbs/0_ground/02_disk.ipynb #7051152a
 def write_json(path: Path, value) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it.
 
@@ -184,7 +184,7 @@ def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-
+# %% ../nbs/0_ground/02_disk.ipynb #da625f08
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield a folder to fill, which replaces `path` at the end of the block.
@@ -210,7 +210,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         discard(staging)
         discard(aside)
 
-
+# %% ../nbs/0_ground/02_disk.ipynb #b9f8cae3
 def step_of(path: Path) -> int:
     """Return the step in the name of a checkpoint or sample grid, step-00000010."""
     return int(path.stem.removeprefix("step-"))

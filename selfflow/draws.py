@@ -42,7 +42,7 @@ def keyed(
     key = _hash64(f"{seed}/{purpose}/{step}/{shard}")
     return torch.Generator(device).manual_seed(key)
 
-
+# %% ../nbs/0_ground/05_draws.ipynb #49930bfd
 def by_shard(draw: Draw, purpose: str, batch, function: Callable) -> list:
     """Return function(shard, its generator) for each shard of a batch, in order.
 
@@ -77,7 +77,7 @@ def by_shard(draw: Draw, purpose: str, batch, function: Callable) -> list:
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "noise")
 
-
+# %% ../nbs/0_ground/05_draws.ipynb #b6d1450e
 def noise_like(x: Tensor, draw: Draw) -> Tensor:
     """Draw Gaussian noise of the shape, type and device of x (b, ...).
 

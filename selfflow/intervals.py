@@ -43,7 +43,7 @@ def _within(only_second, only_first, items, difference) -> np.ndarray:
     variance = n * (2 * share + difference * (1 - difference))
     return (b - c - n * difference) ** 2 <= _Z**2 * variance
 
-
+# %% ../nbs/0_ground/06_intervals.ipynb #304d776a
 def tango_interval(only_second, only_first, items) -> tuple[np.ndarray, np.ndarray]:
     """Return Tango's 95 % score interval of the difference of two shares.
 
@@ -121,7 +121,7 @@ def _unseen(items: int) -> float:
 def _all_equal(values: np.ndarray, scale: float) -> bool:
     return bool(np.ptp(values) <= 1e-9 * scale)
 
-
+# %% ../nbs/0_ground/06_intervals.ipynb #05503397
 def _ratio_interval(
     arms, scale: float, resamples: int = _RESAMPLES
 ) -> tuple[float, float, float]:
@@ -206,7 +206,7 @@ def mean_interval(values, axis: int = -1) -> tuple[np.ndarray, np.ndarray, np.nd
     mean, low, high = intervals.T.reshape(3, *values.shape[:-1])
     return mean, low, high
 
-
+# %% ../nbs/0_ground/06_intervals.ipynb #3d3726dc
 def paired_difference(
     first, second, resamples: int = _RESAMPLES
 ) -> tuple[float, float, float]:
@@ -324,12 +324,12 @@ class Comparison:
             f"(95 % {written(low)} to {written(high)}, over {self.over}): {verdict}"
         )
 
-
+# %% ../nbs/0_ground/06_intervals.ipynb #38f2eb94
 def smallest_effect(interval: tuple[float, float]) -> float:
     """Return the difference that tests with such intervals detect at 80 % power."""
     return float((1 + norm.ppf(0.8) / _Z) * (interval[1] - interval[0]) / 2)
 
-
+# %% ../nbs/0_ground/06_intervals.ipynb #f2d9a876
 def compare_values(
     first,
     second,
@@ -434,7 +434,7 @@ def _seeds_interval(values) -> tuple[float, float, float]:
         float(values.mean() + half),
     )
 
-
+# %% ../nbs/0_ground/06_intervals.ipynb #b8a8ae8a
 def compare_seeds(
     first: Mapping,
     second: Mapping,

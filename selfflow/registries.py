@@ -300,7 +300,7 @@ def own_options(part: Any) -> dict[str, Any]:
     """
     return {f.name: getattr(part, f.name) for f in fields(part.options_type)}
 
-
+# %% ../nbs/0_ground/07_registries.ipynb #3f3c3dc4
 def _combine(base: Any, options: type) -> Any:
     clash = {f.name for f in fields(base)} & {f.name for f in fields(options)}
     if clash:

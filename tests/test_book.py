@@ -46,6 +46,34 @@ def test_a_folder_says_what_it_is_for_and_in_which_order_to_read_it(folder):
     assert introductions[0] == cells(_first(folder), "markdown")[1]
 
 
+@pytest.mark.parametrize(
+    "folder", sorted({path.parent for path in CHAPTERS}), ids=lambda path: path.name
+)
+def test_the_first_page_of_a_folder_names_each_of_its_chapters_and_no_other(folder):
+    introduction = cells(_first(folder), "markdown")[1]
+    named = set(re.findall(r"\]\((\w+)\.ipynb\)", introduction))
+    assert named == {path.stem for path in folder.glob("*.ipynb")}
+
+
+def test_learners_are_sent_to_the_chapters_for_learners():
+    "In a folder with both kinds, its first page lists them in two paragraphs."
+    for folder in {path.parent for path in CHAPTERS}:
+        introduction = cells(_first(folder), "markdown")[1]
+        audience = {
+            path.stem: "*For learners*" in cells(path, "markdown")[0]
+            for path in folder.glob("*.ipynb")
+        }
+        if not any(audience.values()):
+            assert "All chapters are engineering" in introduction
+            continue
+        for paragraph in introduction.split("\n\n"):
+            named = re.findall(r"\]\((\w+)\.ipynb\)", paragraph)
+            if paragraph.startswith("**Learners**"):
+                assert all(audience[name] for name in named), (folder.name, named)
+            elif paragraph.startswith("**Engineers"):
+                assert not any(audience[name] for name in named), (folder.name, named)
+
+
 def _first(folder: Path) -> Path:
     "The notebook that is read first: the quickstart among the studies."
     quickstart = folder / "quickstart.ipynb"

@@ -49,7 +49,7 @@ _LOSSES = {  # column of the table: column of the log
 }
 _LAST = 20  # logged lines over which losses are averaged
 
-
+# %% ../../nbs/4_analysis/17_comparison.ipynb #7cf93e28
 def _numbers(table: pd.DataFrame, file: Path, *names: str) -> pd.DataFrame:
     """The table with numbers or NaN in the named columns, as far as it has them.
 

@@ -48,8 +48,6 @@ _PIXELS = 2**26  # of one image in a file
 # of 1920 x 1080)
 _FRAMES = 2**14
 _VIDEO_PIXELS = 2**31
-# that one sample needs decoded: pictures, and pixels in all (a thousand of 1920 x 1080)
-_FRAMES, _FILM_PIXELS = 2**14, 2**31
 _LOUDEST = 8.0  # largest value of floating-point audio; it is clipped at 1
 
 
@@ -150,7 +148,7 @@ def _check_pixels(width: int, height: int, frames: int = 1) -> None:
             "fps",
         )
 
-
+# %% ../../nbs/2_data/09_decoding.ipynb #1ca39bee
 def _to_form(image: Image.Image, form: Form) -> Tensor:
     """Return the largest part that has the aspect ratio of the form.
 
@@ -171,7 +169,7 @@ def _to_form(image: Image.Image, form: Form) -> Tensor:
     pixels = torch.from_numpy(np.array(image)).view(height, width, form.channels)
     return pixels.permute(2, 0, 1).contiguous()
 
-
+# %% ../../nbs/2_data/09_decoding.ipynb #ba32e416
 def _as_8_bit(image: Image.Image) -> Image.Image:
     """Return images of 16 bits or floating-point numbers as 8 bits.
 
@@ -190,7 +188,7 @@ def _as_8_bit(image: Image.Image) -> Image.Image:
         return Image.fromarray(values.round().astype(np.uint8))
     return image
 
-
+# %% ../../nbs/2_data/09_decoding.ipynb #9f015519
 _SRGB = ImageCms.createProfile("sRGB")
 # colour space of a profile by the mode of an image without transparency
 _SPACES = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}
@@ -220,7 +218,7 @@ def _as_srgb(image: Image.Image, profile: bytes) -> Image.Image:
         converted.putalpha(alpha)
     return converted
 
-
+# %% ../../nbs/2_data/09_decoding.ipynb #e5a6e5e2
 def _box(
     image_size: tuple[int, int], sides: tuple[int, int], place: tuple[float, float]
 ) -> tuple[float, float, float, float]:
@@ -242,7 +240,7 @@ def _box(
     bottom = min(top + box_height, image_height)
     return left, top, right, bottom
 
-
+# %% ../../nbs/2_data/09_decoding.ipynb #d7ed24fb
 def _image(file: BinaryIO, kind: str, form: Form) -> Tensor:
     image = _open_image(file, kind)
     height, width = form.sides
@@ -277,7 +275,7 @@ def _extra(module: str, extra: str = "av") -> Any:
             f"needs the package {module}: pip install 'selfflow[{extra}]'"
         ) from error
 
-
+# %% ../../nbs/2_data/09_decoding.ipynb #b9b8fbe5
 # sample formats by tag and bits: numpy type, value of silence, and full scale
 _SAMPLE_FORMATS = {
     (1, 8): ("u1", 128, 2**7),
@@ -293,7 +291,7 @@ _EXTENSIBLE = 0xFFFE  # a tag that stands for one further on in the header
 _MOST_CHUNKS = 1_000  # of a WAV file; more would take too long to read
 _MOST_CHANNELS = 64
 
-
+# %% ../../nbs/2_data/09_decoding.ipynb #0d7220ca
 def _wav(file: BinaryIO) -> _AudioFile:
     """Open a WAV file."""
     header, start, length = _wav_chunks(file)
@@ -322,7 +320,7 @@ def _wav(file: BinaryIO) -> _AudioFile:
 
     return _AudioFile(rate, length // block, read, channels)
 
-
+# %% ../../nbs/2_data/09_decoding.ipynb #98aef77c
 def _wav_chunks(file: BinaryIO) -> tuple[bytes, int, int]:
     """Return the header of a WAV file, and start and length of its data in bytes."""
     size = file.seek(0, io.SEEK_END)
@@ -346,7 +344,7 @@ def _wav_chunks(file: BinaryIO) -> tuple[bytes, int, int]:
         )
     return header, at + 8, length
 
-
+# %% ../../nbs/2_data/09_decoding.ipynb #e59908b8
 # frames that a decoder of MP3 must read before the ones that it gets right
 _LEAD = 2**14
 
@@ -362,7 +360,7 @@ def _soundfile(file: BinaryIO) -> _AudioFile:
 
     return _AudioFile(audio.samplerate, audio.frames, read, audio.channels)
 
-
+# %% ../../nbs/2_data/09_decoding.ipynb #52d50268
 @contextmanager
 def _aac_stream(file: BinaryIO, kind: str) -> Iterator[tuple[Any, Any]]:
     """Open an M4A or AAC file: a PyAV container and its first audio stream."""
@@ -418,7 +416,7 @@ def _aac(file: BinaryIO, kind: str) -> _AudioFile:
 
     return _AudioFile(rate, ceil(seconds * rate), read, channels)
 
-
+# %% ../../nbs/2_data/09_decoding.ipynb #3acab1eb
 def _mono(frame: Any) -> np.ndarray:
     """Return the mean of the channels of a PyAV frame, in [-1, 1]."""
     values = frame.to_ndarray()
@@ -443,7 +441,7 @@ def _open_audio(file: BinaryIO, kind: str) -> _AudioFile:
         raise Refused("holds no audio", "its length is zero")
     return audio
 
-
+# %% ../../nbs/2_data/09_decoding.ipynb #398d7bc8
 def _audio(file: BinaryIO, kind: str, form: Form, begin: float = 0.0) -> Tensor:
     """Return audio (samples,) of a form, read from `begin` seconds on."""
     rate, frames, read, _ = _open_audio(file, kind)
@@ -532,7 +530,7 @@ def frame_indices(
     times = [first + (i + _MIDDLE) * slot for i in range(count)]
     return [max(0, bisect_right(starts, time) - 1) for time in times]
 
-
+# %% ../../nbs/2_data/09_decoding.ipynb #68b2e8a3
 _FRAME_TIME = 100  # milliseconds, of an animation that declares none, as in browsers
 
 
@@ -567,7 +565,7 @@ def _stack(chosen: list[int], frames: dict[int, Tensor]) -> Tensor:
     nearest = [max(0, bisect_right(decoded, i) - 1) for i in chosen]
     return torch.stack([frames[decoded[i]] for i in nearest], dim=1)
 
-
+# %% ../../nbs/2_data/09_decoding.ipynb #672dd35c
 @contextmanager
 def _container(file: BinaryIO, kind: str) -> Iterator[tuple[Any, Any]]:
     """Open a PyAV container and its first video stream.
@@ -589,7 +587,7 @@ def _container(file: BinaryIO, kind: str) -> Iterator[tuple[Any, Any]]:
         codec.options = {"max_pixels": str(_PIXELS)}
         yield container, videos[0]
 
-
+# %% ../../nbs/2_data/09_decoding.ipynb #48e4f1be
 def _video(file: BinaryIO, kind: str, form: Form, begin: float = 0.0) -> Tensor:
     with _container(file, kind) as (container, stream):
         shown = sorted(
@@ -637,7 +635,7 @@ def _open_source(source: Inside | bytes, signal: str) -> Iterator[tuple[BinaryIO
 def _suffix(source: Inside | bytes) -> str:
     return "" if isinstance(source, bytes) else Path(source.name).suffix.lower()
 
-
+# %% ../../nbs/2_data/09_decoding.ipynb #1f2b22e4
 @dataclass(frozen=True)
 class Header:
     """The header of a file.
@@ -668,7 +666,7 @@ class Header:
             words.append(f"{self.seconds:.4g} s")
         return ", ".join(words)
 
-
+# %% ../../nbs/2_data/09_decoding.ipynb #04015d8a
 def read_header(source: Source, signal: str, timed: bool = False) -> Header:
     """Return the header of a source.
 
@@ -706,7 +704,7 @@ def read_header(source: Source, signal: str, timed: bool = False) -> Header:
             seconds = (container.duration or 0) / 1_000_000
             return Header(kind, sides, seconds=seconds, renamed=renamed)
 
-
+# %% ../../nbs/2_data/09_decoding.ipynb #ea8c2b58
 _ORIENTATION = 0x0112  # tag of Exif
 _TURNED = (5, 6, 7, 8)  # orientations that exchange width and height
 
@@ -729,7 +727,7 @@ def _animation_seconds(image: Image.Image) -> float:
 def _is_grey(mode: str) -> bool:
     return mode in ("1", "L", "LA", "F") or mode.startswith("I")
 
-
+# %% ../../nbs/2_data/09_decoding.ipynb #986a7ded
 def read(source: Source, signal: str, form: Form, begin: float = 0.0) -> Tensor:
     """Decode a source: image and video uint8, audio float32 in [-1, 1].
 

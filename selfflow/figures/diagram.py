@@ -38,7 +38,7 @@ def _arrow(axis: Axes, start, end, colour=_INK, **style) -> None:
     drawn |= {"shrinkB": 0, "mutation_scale": 15, **style}
     axis.annotate("", end, start, arrowprops=drawn)
 
-
+# %% ../../nbs/5_figures/08_diagram.ipynb #0ce056bf
 def _pixels(
     axis: Axes, x, y, values, grid, colour=_INK, cmap="gray", limits=(-1.0, 1.0)
 ) -> None:

@@ -113,7 +113,7 @@ def _inner(steps, gammas, other_steps, other_gammas) -> np.ndarray:
     scale = (ga + 1) * (gb + 1) / (ga + gb + 1) * shorter / (ta * tb)
     return scale * (shorter / ta) ** ga * (shorter / tb) ** gb
 
-
+# %% ../../nbs/1_method/17_averages.ipynb #6df02049
 # minimise |p_r - sum_i x_i p_i|^2 subject to sum_i x_i = 1
 def reconstruction(
     snapshots: list[tuple[int, float]], step: int, sigma_rel: float

@@ -200,7 +200,7 @@ class Noised(NamedTuple):
     x1: Tensor
     levels: NoiseLevels
 
-
+# %% ../../nbs/1_method/04_batch.ipynb #0920c716
 def draw_levels(x0: Tensor, schedule: Schedule, draw: Draw) -> NoiseLevels:
     """Draw the levels of tokens x0 (b, n, c), on their device; see `add_noise`."""
 

@@ -169,7 +169,7 @@ def _mask_ratio_of(
         by_token += [ratio] * part.tokens
     return tuple(by_token)
 
-
+# %% ../../nbs/1_method/13_build.ipynb #ff5fff78
 def _given_tokens(given: str, parts: tuple[Part, ...]) -> tuple[tuple[int, ...], ...]:
     """Return the sets of tokens from which each sample is given one.
 

@@ -136,7 +136,7 @@ class NoiseLevels:
         levels, assign = self.levels.to(device), self.assign.to(device)
         return NoiseLevels(levels, assign, self.condition)
 
-
+# %% ../../nbs/1_method/02_schedule.ipynb #88cd531d
 def _check_range(name: str, values: Tensor, low, high, remedy: str) -> None:
     smallest, largest = (value.item() for value in values.aminmax())
     if not (smallest >= low and largest <= high):  # written so that NaN fails too

@@ -82,7 +82,7 @@ def _values_table(layout: Layout, tokens: Tensor) -> pd.DataFrame:
         rows.append(row)
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/6_report/07_look.ipynb #1be29edf
 def _files_table(
     data: Stored, indices: Sequence[int], view: View | None, texts: list[str]
 ) -> pd.DataFrame:
@@ -164,7 +164,7 @@ def _classes_table(sets: dict[str, DataSet]) -> pd.DataFrame | None:
             table[split] = counts.tolist()
     return table if len(table.columns) > 1 else None
 
-
+# %% ../../nbs/6_report/07_look.ipynb #242cd66a
 def _caption_findings(sources: Sources, name: str, looked: _Looked) -> list[str]:
     """Say how many captions are longer than the model takes."""
     config = sources.config
@@ -224,7 +224,7 @@ def _data_section(
         _add_files(section, data, looked, texts)
     return section
 
-
+# %% ../../nbs/6_report/07_look.ipynb #9c4ca3e6
 def _add_files(
     section: Section, data: Stored, looked: _Looked, texts: list[str]
 ) -> None:

@@ -335,7 +335,7 @@ def watch(path: Path | str, refresh: float = 2.0) -> Panel:
     panel.thread.start()
     return panel
 
-
+# %% ../../nbs/7_workbench/04_panel.ipynb #be69cbe3
 def train(
     config: Config, folder: Path | str = "runs", refresh: float = 2.0, **options
 ) -> Run:
