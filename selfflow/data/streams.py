@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -59,7 +59,7 @@ def expand_braces(pattern: str) -> list[str]:
     """Return the names that a pattern with {000..127} or {a,b} stands for, in order.
 
     Raises:
-        ValueError: for more than 100,000 names.
+        ValueError: for no name, and for more than 100,000.
     """
     braces = _BRACES.search(pattern)
     if not braces:
@@ -75,6 +75,8 @@ def expand_braces(pattern: str) -> list[str]:
     rests = expand_braces(after)
     all_names = (before + choice + rest for choice in choices for rest in rests)
     names = list(islice(all_names, _MOST_SHARDS + 1))
+    if not names:
+        raise ValueError(f"{pattern} stands for no shard; the first number is larger")
     if len(names) > _MOST_SHARDS:
         raise ValueError(
             f"{pattern} stands for more than {_MOST_SHARDS:,} shards, which is too many"
@@ -243,6 +245,8 @@ _AT_ONCE = 16  # shards that the known samples are taken from in turn
 _DIGESTED = 64  # shards whose ends count for the fingerprint
 _TRIES = 1_000  # samples after a broken one
 _CLASS_BYTES = 2**24  # of classes.txt
+_MOST_NAMED = 10_000  # of what is not used, for each reason
+_WORTH = 8  # counted shards from which on the cache is written
 
 _Key = tuple[int, Row]  # number of a shard, and a sample in it
 
@@ -321,10 +325,12 @@ class Stream(Stored):
         if pattern.startswith(PIPE):
             return {"": _commands(pattern)}
         if not Path(pattern).expanduser().is_dir():
-            paths = map(Path, expand_braces(os.path.expanduser(pattern)))
-            return {
-                "": [Shard(p.name, Inside(p.parent.resolve(), p.name)) for p in paths]
-            }
+            shards = []
+            for path in map(Path, expand_braces(os.path.expanduser(pattern))):
+                file = Inside(path.parent.resolve(), path.name)
+                name = os.path.relpath(file.root / file.name, self.root)
+                shards.append(Shard(PurePath(name).as_posix(), file))
+            return {"": shards}
         by_split: dict[str, list[Shard]] = {}
         for name in listing(self.root, self.skipped)[0]:
             if name.endswith(".tar"):
@@ -402,7 +408,7 @@ class Stream(Stored):
     def _skip(self, reason: str, name: str) -> None:
         """Record what is not used, once; print it if the summary is out already."""
         cases = self._faults.setdefault(reason, {})
-        if name in cases:
+        if name in cases or len(cases) == _MOST_NAMED:
             return
         self.skipped.add(reason, name)
         cases[name] = reason
@@ -423,16 +429,18 @@ class Stream(Stored):
         if number in self._counts:
             return self._counts[number]
         file = self.shards[number].file
-        if not file:
-            return len(self._rows(number))
-        settings = [self.signals, self._shares, self.split, self._whole]
-        self._counts[number] = self._facts.of(
-            str(file.root / file.name),
-            f"samples of {settings}",
-            lambda: len(self._rows(number)),
-        )
-        self._facts.save(8)
-        return self._counts[number]
+        if file:
+            settings = [self.signals, self._shares, self.split, self._whole]
+            count = self._facts.of(
+                str(file.root / file.name),
+                f"samples of {settings}",
+                lambda: len(self._rows(number)),
+            )
+            self._facts.save(_WORTH)
+        else:
+            count = len(self._rows(number))
+        self._counts[number] = count
+        return count
 
     @property
     def varied(self) -> bool:

@@ -7,7 +7,9 @@ import pickle
 import subprocess
 import sys
 import tarfile
+import time
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -350,6 +352,28 @@ def test_a_broken_picture_is_replaced_in_the_same_way_everywhere(place):
     assert seen(place, range(8), workers=2) == alone
 
 
+def test_what_was_counted_before_is_not_read_again(place, monkeypatch, tmp_path):
+    monkeypatch.setattr("selfflow.data.files.user_cache_path", lambda name: tmp_path)
+    for path in place.glob("*.tar"):
+        os.utime(path, (0, 0))
+    later = patch("time.time", return_value=time.time() + 60)
+    monkeypatch.setattr(streams, "_WORTH", 1)
+    with later:
+        expected = seen(place, [500])
+        assert [*tmp_path.glob("facts/*.json")]
+        data = Stream(place, size=4, channels=1, known=1)
+        listed = []
+        walk = Stream._walk
+        monkeypatch.setattr(
+            Stream, "_walk", lambda self, n: listed.append(n) or walk(self, n)
+        )
+        data.order.find(0, 6_000)
+        assert not listed
+        # a shard that has changed is counted again
+        shard(place / "000.tar", 0, 30)
+        assert seen(place, [500]) != expected and listed
+
+
 def test_shards_that_vanish_end_in_one_line(place):
     data = Stream(place, size=4)
     for path in place.glob("*.tar"):
@@ -360,6 +384,8 @@ def test_shards_that_vanish_end_in_one_line(place):
 
 def test_patterns(place):
     assert expand_braces("{a,b}{1..2}") == ["a1", "a2", "b1", "b2"]
+    with pytest.raises(ValueError, match="stands for no shard"):
+        expand_braces("{3..1}.tar")
     for bomb in ("{0..99999999999}", "{0..99999}" * 6):
         with pytest.raises(ValueError, match="more than 100,000"):
             expand_braces(bomb)
@@ -367,6 +393,11 @@ def test_patterns(place):
     assert len(data.shards) == 3 and data.names == ("red", "green", "blue")
     data = load("stream", path=str(place / "004.tar"), height=4, width=4)
     assert len(data.shards) == 1
+    # shards of one name in two folders are different shards
+    shard(place.parent / "more/004.tar", 0)
+    pattern = str(place.parent / "{shards,more}/004.tar")
+    data = load("stream", path=pattern, height=4, width=4)
+    assert len({data.name_of(key) for key in data.entries}) == len(data)
     with pytest.raises(FileNotFoundError, match="selfflow relocate"):
         load("stream", path=str(place / "{7..9}.tar"))
 
