@@ -587,7 +587,7 @@ class Facts:
         self.place = user_cache_path("selfflow") / "facts" / f"{name[:16]}.json"
         self.unsaved = 0
         self.known: dict[str, list] = {}
-        with suppress(OSError, ValueError, RecursionError, AttributeError):
+        with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
             known = json.loads(self.place.read_text(encoding="utf-8"))
             self.known = {
                 name: [stamp, dict(own)] for name, (stamp, own) in known.items()
