@@ -13,15 +13,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.stats import binomtest, norm, t
+from scipy.special import ndtri, stdtrit
 
 # %% ../nbs/0_ground/06_intervals.ipynb #9dbe7169
-_Z = float(norm.ppf(0.975))
+_Z = float(ndtri(0.975))
 
 
 def proportion_interval(correct) -> tuple[float, float]:
     """Return Wilson's 95 % interval of the share of True in `correct` (n,)."""
     correct = np.asarray(correct)
+    # takes a second, which a training need not wait for
+    from scipy.stats import binomtest
+
     interval = binomtest(int(correct.sum()), len(correct)).proportion_ci(
         method="wilson"
     )
@@ -154,7 +157,7 @@ def _ratio_interval(
         reach = _unseen(items) * scale
         return float(ratio), float(ratio - reach), float(ratio + reach)
     low, high = _studentised(columns, _counts(items, resamples))
-    student = t.ppf(0.975, items - 1) / np.sqrt(items - 1)
+    student = stdtrit(items - 1, 0.975) / np.sqrt(items - 1)
     return (
         float(ratio),
         float(ratio - max(high, student) * influence.std()),
@@ -327,7 +330,7 @@ class Comparison:
 # %% ../nbs/0_ground/06_intervals.ipynb #38f2eb94
 def smallest_effect(interval: tuple[float, float]) -> float:
     """Return the difference that tests with such intervals detect at 80 % power."""
-    return float((1 + norm.ppf(0.8) / _Z) * (interval[1] - interval[0]) / 2)
+    return float((1 + ndtri(0.8) / _Z) * (interval[1] - interval[0]) / 2)
 
 # %% ../nbs/0_ground/06_intervals.ipynb #f2d9a876
 def compare_values(
@@ -416,7 +419,7 @@ def _error(values: np.ndarray, scale: float) -> float:
     that the interval is the one of `_unseen`.
     """
     if _all_equal(values, scale):
-        return _unseen(len(values)) * scale / t.ppf(0.975, len(values) - 1)
+        return _unseen(len(values)) * scale / stdtrit(len(values) - 1, 0.975)
     return values.std(ddof=1) / np.sqrt(len(values))
 
 
@@ -427,7 +430,7 @@ def _seeds_interval(values) -> tuple[float, float, float]:
     than two seeds.
     """
     values = _several(values)
-    half = t.ppf(0.975, len(values) - 1) * _error(values, np.abs(values).max())
+    half = stdtrit(len(values) - 1, 0.975) * _error(values, np.abs(values).max())
     return (
         float(values.mean()),
         float(values.mean() - half),
@@ -466,8 +469,8 @@ def compare_seeds(
         error, freedom = _welch(values, scale)
         over = f"{len(first)} and {len(second)} training seeds, not paired"
     gap = float(values[1].mean() - values[0].mean())
-    half = float(t.ppf(0.975, freedom) * error)
-    smallest = float((t.ppf(0.975, freedom) + t.ppf(0.8, freedom)) * error)
+    half = float(stdtrit(freedom, 0.975) * error)
+    smallest = float((stdtrit(freedom, 0.975) + stdtrit(freedom, 0.8)) * error)
     return Comparison(*names, gap, (gap - half, gap + half), smallest, over, **written)
 
 

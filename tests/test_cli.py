@@ -263,6 +263,9 @@ def test_a_preset_cannot_change_the_config_of_a_run(runs, capsys):
         ("train --config nowhere.json", "there is no config file nowhere.json"),
         ("train --preset S --model.width 512", "width is 512, but size S has 384"),
         ("runs nowhere", "there is no folder nowhere"),
+        ("train --seeds 3 5 3", "seeds .3, 5, 3. repeat a seed; name each once"),
+        ("train --lora.rank -1", "rank is -1, but must be 0 or more .lora.rank."),
+        ("report", "name at least one run folder"),
     ],
 )
 @pytest.mark.parametrize("drawing", ["utf-8", "ascii"])

@@ -64,7 +64,7 @@ def _check(values: Tensor, shape: tuple, name: str, remedy: str) -> None:
             "repair them"
         )
 
-
+# %% ../../nbs/2_data/05_audio.ipynb #68c936d0
 def to_mono(waves: Tensor) -> Tensor:
     """Return the mean (n,) of the channels (channels, n) of one waveform.
 
@@ -174,7 +174,7 @@ class _Spectra(ABC):
     @abstractmethod
     def _decode(self, spectra: Tensor) -> Tensor: ...
 
-
+# %% ../../nbs/2_data/05_audio.ipynb #21bb25fd
 @cache
 def _mel(
     rate: int,
@@ -208,7 +208,7 @@ def _from_mel(mel: Tensor, filters: Tensor, rounds: int = 30) -> Tensor:
         magnitudes = magnitudes * target / (filters @ (filters.T @ magnitudes) + 1e-9)
     return magnitudes
 
-
+# %% ../../nbs/2_data/05_audio.ipynb #5ab25912
 @dataclass(frozen=True)
 class LogMel(_Spectra):
     """Audio as log-mel spectra (b, bins, columns); decoding is approximate.
@@ -327,7 +327,7 @@ def _windows_and_cosines(
         windows[-1, bins:] = step.flip(0)
         return windows.to(device, dtype), cosines.to(device, dtype)
 
-
+# %% ../../nbs/2_data/05_audio.ipynb #9e8155a1
 @dataclass(frozen=True)
 class Mdct(_Spectra):
     """Audio as spectra (b, bins, columns) by the MDCT; decoding is exact.
@@ -445,7 +445,7 @@ def pitch_of(
     audible = waves.square().mean(1) > _SILENT_POWER
     return torch.where((highest > _PERIODIC) & audible, hz, torch.nan)
 
-
+# %% ../../nbs/2_data/05_audio.ipynb #5e6738c7
 def _autocorrelation(waves: Tensor, lags: Tensor) -> Tensor:
     """Return the autocorrelation (b, lags) of waves (b, n) at quarters of a sample.
 

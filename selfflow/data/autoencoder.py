@@ -153,7 +153,7 @@ def _scaling(name: str, model: Any) -> tuple[Tensor, Tensor]:
     scale = config.get("scaling_factor") or 1.0
     return torch.as_tensor(mean), scale / torch.as_tensor(spread)
 
-
+# %% ../../nbs/2_data/12_autoencoder.ipynb #6d197f4e
 class _Axis(NamedTuple):
     """An axis of a signal whose sizes are `first + k step` for a whole number k.
 
@@ -175,7 +175,7 @@ class _Axis(NamedTuple):
 
 _WAN_FRAMES = 4  # Wan takes frames after the first one by fours
 
-
+# %% ../../nbs/2_data/12_autoencoder.ipynb #e826ae53
 class _Pretrained(torch.nn.Module):
     """An `Autoencoder` made from one of diffusers; see `open_autoencoder`.
 
@@ -297,7 +297,7 @@ def _class_in(folder: Path) -> tuple[str, dict[str, Any]]:
         )
     return name, config
 
-
+# %% ../../nbs/2_data/12_autoencoder.ipynb #e9f553c5
 def open_autoencoder(folder: Path | str) -> _Pretrained:
     """Open the autoencoder in a local folder, as diffusers saves it.
 

@@ -15,8 +15,6 @@ from functools import cache, cached_property
 from typing import ClassVar, Protocol
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from ..checks import choose
@@ -264,6 +262,10 @@ class ImageSet:
 @cache
 @own_settings()
 def _digits() -> dict[str, ImageSet]:
+    # takes a second that other data need not wait for
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     loaded = load_digits()
     images = torch.tensor(loaded.images, dtype=torch.float32)[:, None] / 8 - 1
     labels = torch.tensor(loaded.target, dtype=torch.int64)

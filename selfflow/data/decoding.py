@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torchaudio
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
-from scipy.signal import resample_poly
 from torch import Tensor
 
 from ..checks import choose
@@ -463,9 +462,13 @@ def _audio(file: BinaryIO, kind: str, form: Form, begin: float = 0.0) -> Tensor:
     peak = np.abs(mono).max()
     if peak > _LOUDEST:
         raise Refused("is too loud", f"it reaches {peak:g}, where 1 is full scale")
-    resampled = resample_poly(mono, up, down) if up != down else mono
+    if up != down:
+        # takes a second, which data without audio need not wait for
+        from scipy.signal import resample_poly
+
+        mono = resample_poly(mono, up, down)
     skip = round(lead * up / down)
-    values = resampled[skip : skip + form.samples]
+    values = mono[skip : skip + form.samples]
     if form.loudness == "none":
         values = values.clip(-1, 1)
     else:

@@ -161,7 +161,7 @@ def _by_signal(
         by_signal[choose(coder.signal, signals, "signal of these data")] = coder
     return by_signal
 
-
+# %% ../../nbs/2_data/13_latents.ipynb #bb2c1e0d
 class Latents:
     """Encoded data as a data set.
 
@@ -486,7 +486,7 @@ def _records(place: Path, plan: dict[str, Any]) -> list[dict[str, Any] | None]:
         records.append(record)
     return records
 
-
+# %% ../../nbs/2_data/13_latents.ipynb #a529c8a6
 def _write_shard(
     dataset: DataSet,
     coders: dict[str, Autoencoder],
@@ -533,7 +533,7 @@ def _encode_one(number: int) -> dict[str, Any]:
     dataset, coders, place, plan, batch = _own
     return _write_shard(dataset, coders, place, plan, number, batch)
 
-
+# %% ../../nbs/2_data/13_latents.ipynb #db600550
 def _encoded(
     missing: Sequence[int],
     dataset: DataSet,
@@ -654,7 +654,7 @@ def encode_latents(
     # all shards are checked already
     return Latents(folder, split, autoencoder, check=False)
 
-
+# %% ../../nbs/2_data/13_latents.ipynb #9e90deae
 def _plan(
     dataset: DataSet, coders: dict[str, Autoencoder], shard_size: int, dtype: str
 ) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def headings(direction: Tensor) -> Tensor:
     )
     return torch.tensor(table, device=direction.device)[direction]
 
-
+# %% ../../nbs/2_data/04_motion.ipynb #55b5a8fe
 def paths(
     start: Tensor,
     direction: Tensor,
@@ -111,7 +111,7 @@ def _handwriting(split: str) -> tuple[Tensor, Tensor, Tensor]:
 
 _BOX = 1.5  # side of the box of a digit, in scales
 
-
+# %% ../../nbs/2_data/04_motion.ipynb #f05843b1
 def digit_masks(
     split: str,
     handwriting: Tensor,
@@ -180,7 +180,7 @@ def _start(
 
 _SMALLER = 0.7  # the second figure of a pair, relative to the first one
 
-
+# %% ../../nbs/2_data/04_motion.ipynb #56d2bd27
 @dataclass(frozen=True)
 class Motion(Made):
     """Videos of a figure that moves, {"video": (3, frames, size, size)}.

@@ -71,7 +71,7 @@ def read_item(item: Any, index: int) -> Item:
     signals = {_SIGNAL_OF_NDIM[values.ndim]: values}
     return Item(signals, _as_label(label), "")
 
-
+# %% ../../nbs/2_data/15_own.ipynb #7699f31c
 def _item_of_dict(item: dict[str, Any], label: Any) -> Item:
     label = item.pop("label", label)
     caption = item.pop("caption", "")
@@ -85,7 +85,7 @@ def _item_of_dict(item: dict[str, Any], label: Any) -> Item:
 def _as_label(label: Any) -> int | None:
     return None if label is None else int(label)
 
-
+# %% ../../nbs/2_data/15_own.ipynb #89548dbd
 @dataclass(frozen=True)
 class _Rows:
     """Tensors by name as a sequence of items, one for each row."""
@@ -302,7 +302,7 @@ class _Portion:
         """Return the samples at indices (b,) of this portion."""
         return self.data.take(self.indices[indices])
 
-
+# %% ../../nbs/2_data/15_own.ipynb #cbcaa654
 def as_dataset(data: Any) -> DataSet:
     """Return data that keep the Protocol `DataSet` as they are, others as `Own`."""
     interface = ("names", "shapes", "fingerprint", "take")
@@ -326,7 +326,7 @@ def _split_by_hash(data: DataSet) -> dict[str, DataSet]:
         indices[split].append(index)
     return {split: _Portion(data, torch.tensor(indices[split])) for split in SPLITS}
 
-
+# %% ../../nbs/2_data/15_own.ipynb #dfa35457
 def splits_of(data: Any) -> dict[str, DataSet]:
     """Return data sets by split.
 

@@ -33,7 +33,7 @@ def trajectory(
     unfolded = start[:, None] - radius + velocity[:, None] * times[:, None]
     return radius + room - (unfolded.remainder(2 * room) - room).abs()
 
-
+# %% ../../nbs/2_data/07_scenes.ipynb #82303d15
 def impacts(
     start: Tensor, velocity: Tensor, radius: Tensor, seconds: float, most: int
 ) -> tuple[Tensor, Tensor]:
@@ -388,7 +388,7 @@ class Scenes(Made):
         signals = {"video": video, "audio": audio}
         return Examples(signals, material, _captions(factors), factors)
 
-
+# %% ../../nbs/2_data/07_scenes.ipynb #abcd8bfb
 def _captions(factors: dict[str, Tensor]) -> tuple[str, ...]:
     large = (factors["radius"] > sum(_RADII) / 2).tolist()
     fast = (factors["speed"] > sum(_SPEEDS) / 2).tolist()
@@ -478,7 +478,7 @@ def _onsets(waves: Tensor, rate: int) -> Tensor:
     times = torch.arange(rise.shape[-1]) * hop / rate
     return _in_order(torch.where(is_onset, times, torch.nan)[:, 0])
 
-
+# %% ../../nbs/2_data/07_scenes.ipynb #5874d1b2
 def matched(
     bounces: Tensor, onsets: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -89,7 +89,7 @@ def _crescent(x: Tensor, y: Tensor, shift: float = 0.8) -> Tensor:
     hole = radius - _length(x - shift * radius, y)
     return torch.maximum(disc, hole)
 
-
+# %% ../../nbs/2_data/03_shapes.ipynb #658bd4f1
 KINDS = ("disc", "ring", "square", "triangle", "star", "cross", "heart", "crescent")
 # turned by 1 / SYMMETRY of a circle a figure looks the same; 0: turned by any angle
 SYMMETRY = (0, 0, 4, 3, 5, 4, 1, 1)
@@ -180,7 +180,7 @@ def _checked(name: str, value) -> Tensor:
         raise ValueError(f"scale is {value.tolist()}, expected numbers above 0")
     return value.float()
 
-
+# %% ../../nbs/2_data/03_shapes.ipynb #fa602b73
 def _turn(across: Tensor, up: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     """Return coordinates in a plane that is turned by an angle (b,), anticlockwise."""
     # in double precision, so that all machines agree
@@ -208,7 +208,7 @@ def plane(
 
 _CACHED_PIXELS = 2**16  # in a block of images that stays in the processor's cache
 
-
+# %% ../../nbs/2_data/03_shapes.ipynb #d1481e72
 def figure_masks(
     kind, scale=0.4, x=0.5, y=0.5, angle=0.0, size: int = 32, wrap=False
 ) -> Tensor:
@@ -263,7 +263,7 @@ def _noise(grain: Tensor, size: int) -> Tensor:
     values = numbered("shapes/noise", keys, 256).view(-1, 16, 16)
     return 2 * values[:, cell][:, :, cell] - 1
 
-
+# %% ../../nbs/2_data/03_shapes.ipynb #0ef852cb
 def grounds(ground, texture=0, grain=0.5, size: int = 32) -> Tensor:
     """Return backgrounds without a figure, (b, 3, size, size) in [-1, 1].
 
@@ -380,7 +380,7 @@ def thirds(
     position = 3 * (torch.as_tensor(values) - low) / (high - low)
     return position.floor().clamp(0, 2).long().tolist()
 
-
+# %% ../../nbs/2_data/03_shapes.ipynb #f87ef323
 def captions_of(
     kind, colour, ground, texture, scale, x, y, ranges=RANGES, **others
 ) -> tuple[str, ...]:

@@ -62,7 +62,7 @@ _SETTINGS = (
     "merges.txt",
 )
 
-
+# %% ../../nbs/2_data/14_texts.ipynb #7153104c
 def _read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises ValueError for another content."""
     try:
@@ -92,7 +92,7 @@ def _config_in(folder: Path) -> tuple[Path, str]:
     choose(kind, _ENCODERS, f"text encoder, model_type in {config},")
     return config, _ENCODERS[kind]
 
-
+# %% ../../nbs/2_data/14_texts.ipynb #703d9467
 def _weights_in(place: Path) -> list[Path]:
     """Return the files of the weights, one or several.
 
@@ -121,7 +121,7 @@ def _weights_in(place: Path) -> list[Path]:
         raise ValueError(f"{place} has no weights {missing[0]}; {remedy}")
     return [place / name for name in sorted(names)]
 
-
+# %% ../../nbs/2_data/14_texts.ipynb #733c1f47
 def _tokenizer_in(place: Path) -> list[Path]:
     """Return the files of the tokenizer, in the folder of the model or next to it.
 
@@ -163,7 +163,7 @@ _SENTENCES = (
 _CACHE_BYTES = 2**31  # of vectors, in each process that encodes
 _SCALE_TOKENS = 64  # longest of the sentences that give the scale
 
-
+# %% ../../nbs/2_data/14_texts.ipynb #457ebfbe
 class TextEncoder:
     """A frozen encoder of `transformers` with its tokenizer; see `open_encoder`.
 
@@ -384,7 +384,7 @@ def open_encoder(
         return encoder
     return Pooled(encoder, [_open_one(Path(each)) for each in pooled])
 
-
+# %% ../../nbs/2_data/14_texts.ipynb #16794bda
 def _open_one(folder: Path, raw: bool = False) -> TextEncoder:
     config, name = _config_in(folder)
     files = [config, *_weights_in(config.parent), *_tokenizer_in(config.parent)]
@@ -407,7 +407,7 @@ def _silence(logging: Any, stack: ExitStack) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
-
+# %% ../../nbs/2_data/14_texts.ipynb #bb12881c
 @lru_cache(maxsize=2)
 def _open_cached(
     folder: Path, name: str, stamps: tuple[tuple[Path, int, int], ...], raw: bool
@@ -452,7 +452,7 @@ def _open_cached(
         fingerprint = hashlib.sha256(f"{fingerprint}, raw".encode()).hexdigest()[:16]
     return TextEncoder(model, tokenizer, fingerprint, folder, raw)
 
-
+# %% ../../nbs/2_data/14_texts.ipynb #fd60bb6a
 def _fingerprint_of(name: str, config: Path, files: list[Path]) -> str:
     settings = {}
     for key, value in _read_json(config).items():
@@ -478,7 +478,7 @@ def _shard_file(folder: Path, number: int) -> Path:
 def _seal(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256(path)}
 
-
+# %% ../../nbs/2_data/14_texts.ipynb #fdcb611a
 def encode_texts(
     captions: Iterable[str],
     encoder: "TextEncoder | Pooled",
@@ -550,7 +550,7 @@ def encode_texts(
         write_json(index, plan | {"shards": records})
     return StoredTexts(folder)
 
-
+# %% ../../nbs/2_data/14_texts.ipynb #7ed839e0
 def _stored_tensors(
     texts: list[str], encoder: "TextEncoder | Pooled", tokens: int
 ) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ def write_checkpoint(
             manifest[file.name] = {"size": file.stat().st_size, "sha256": sha256(file)}
         write_json(staging / "manifest.json", manifest)
 
-
+# %% ../../nbs/3_training/03_checkpoint.ipynb #2001c535
 def _in_part(name: str) -> str:
     """Return the present name of a weight of formats 1 to 4.
 
@@ -124,7 +124,7 @@ def read_part(path: Path, part: str) -> dict[str, Tensor]:
         return tensors
     return {_in_part(name): value for name, value in tensors.items()}
 
-
+# %% ../../nbs/3_training/03_checkpoint.ipynb #bc3b40a9
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     """Load weights into a model, in place.
 
@@ -169,7 +169,7 @@ def read_state(path: Path) -> dict:
     "Read state.json of a checkpoint."
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
 
-
+# %% ../../nbs/3_training/03_checkpoint.ipynb #ec67d791
 def check_checkpoint(path: Path, contents: bool = True) -> str | None:
     """Compare a checkpoint folder with its manifest.
 
@@ -248,7 +248,7 @@ def newest_intact(paths: list[Path], verified: Container[Path] = ()) -> Path | N
             return path
     return None
 
-
+# %% ../../nbs/3_training/03_checkpoint.ipynb #77034d7c
 def prune(
     folder: Path,
     last: int,
@@ -387,7 +387,7 @@ def _from_4(stored: dict) -> dict:
         stored["inputs"] = _inputs(stored.pop("transformer"))
     return stored
 
-
+# %% ../../nbs/3_training/03_checkpoint.ipynb #d060d2c3
 def _own_options(objective: dict) -> dict:
     "Drop the options that belong to other objectives."
     kind = ObjectiveConfig.of(objective.get("name", "self_flow"))
@@ -509,7 +509,7 @@ def _inputs(shape: dict) -> dict:
 
 _MIGRATIONS = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}  # to the next format
 
-
+# %% ../../nbs/3_training/03_checkpoint.ipynb #88cffc49
 def migrate(stored: dict) -> dict:
     """Bring a config.json of any known format to the present one.
 
@@ -578,7 +578,7 @@ def is_free(name: str, fingerprints: dict[str, str]) -> bool:
         return bool(fingerprints.get("train"))
     return setting in _FREE
 
-
+# %% ../../nbs/3_training/03_checkpoint.ipynb #73c9be51
 def compare_runs(path: Path, stored: dict, requested: dict) -> dict[str, tuple]:
     """Compare a stored run with the one that is requested, before it resumes.
 

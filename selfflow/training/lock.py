@@ -57,7 +57,7 @@ def _is_held(path: Path) -> bool | None:
         return None
     return False
 
-
+# %% ../../nbs/3_training/02_lock.ipynb #f974f120
 def _alive(writer: dict) -> bool:
     "False if the process is known to have ended."
     if writer.get("host") != socket.gethostname() or os.name != "posix":
@@ -79,7 +79,7 @@ def _named_writer(folder: Path) -> dict | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
-
+# %% ../../nbs/3_training/02_lock.ipynb #076c49df
 def writer_of(folder: Path) -> dict | None:
     """Return the process that trains in a folder, {pid, host, since}, or None.
 

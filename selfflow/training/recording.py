@@ -58,7 +58,7 @@ class Moment:
         "True if the log gets a line for this step."
         return self.validated or self.step % self.run.config.training.log_every == 0
 
-
+# %% ../../nbs/3_training/09_recording.ipynb #6f341e82
 class Callback(Protocol):
     """Methods that the loop calls, each if it exists, in every process of a run.
 
@@ -192,7 +192,7 @@ def _open_trackers(names: tuple[str, ...], run: Run, step: int = 0) -> list:
         trackers.append(tracker)
     return trackers
 
-
+# %% ../../nbs/3_training/09_recording.ipynb #ba4b96b3
 def scalars(values: dict) -> dict[str, float]:
     """Return the numbers of a log line by name, for trackers.
 
@@ -297,7 +297,7 @@ class Recorder:
             with suppress(OSError):
                 file.close()
 
-
+# %% ../../nbs/3_training/09_recording.ipynb #e69e27c1
 class Trackers:
     """A callback that passes what a recorder logs to trackers, in the main process.
 
@@ -336,7 +336,7 @@ class Trackers:
                     f"more ({type(error).__name__}: {error})"
                 )
 
-
+# %% ../../nbs/3_training/09_recording.ipynb #92a0c115
 class SampleHistory:
     "A callback that draws the sample history of a run, see `Run.draw_sample_grid`."
 

@@ -18,7 +18,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..collectives import mean_over_processes
 from ..data.sources import Sources
@@ -46,6 +45,7 @@ from selfflow.training.processes import (
     Processes,
     average_gradients,
     full_tensor,
+    is_sharded,
     no_sync,
     shard_like,
     shard_weights,
@@ -313,7 +313,7 @@ def _gathered(
 def _finite(values: Iterable[Tensor]) -> bool:
     tensors = []
     for value in values:
-        local = value.to_local() if isinstance(value, DTensor) else value
+        local = value.to_local() if is_sharded(value) else value
         # a scalar counts the steps of an optimiser
         if local.ndim and local.numel():
             tensors.append(local.detach())

@@ -142,7 +142,7 @@ def run_state(
         state += f"; {count} ({damaged[-1]})"
     return step, state
 
-
+# %% ../../nbs/3_training/11_watching.ipynb #5f6153ba
 def _speed(timing) -> tuple[float, float]:
     """Return steps per second of training alone, and by the clock; NaN if unknown."""
     rates = []
@@ -361,7 +361,7 @@ class _Entry:
         steps = f"{self.step:,} of {self.steps:,}" if self.steps else "-"
         return [self.objective or "-", self.data or "-", steps, self.state]
 
-
+# %% ../../nbs/3_training/11_watching.ipynb #9c1c8c21
 class Listing:
     """The runs of a folder. One thread at a time may use it.
 
@@ -415,7 +415,7 @@ class Listing:
         ordered = sorted(names, key=lambda name: (name != "flow_loss", name))
         return tuple(ordered) or ("flow_loss",)
 
-
+# %% ../../nbs/3_training/11_watching.ipynb #870d349d
 def _entry_of(following: Following, anew: bool) -> _Entry:
     "Read a run and describe it."
     try:

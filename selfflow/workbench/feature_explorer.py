@@ -49,7 +49,7 @@ def viewable(signals: dict[str, Tensor]) -> dict[str, Tensor]:
         images[name] = values.nan_to_num()
     return images
 
-
+# %% ../../nbs/7_workbench/13_feature_explorer.ipynb #bbd0621e
 def item_previews(items: Items) -> tuple[list, list[str]]:
     "Previews of all items, as `previews_of` makes them, and their captions."
     rate = rate_of(items.data)

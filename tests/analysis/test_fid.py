@@ -164,6 +164,23 @@ def test_damaged_and_dangerous_files_are_refused(tmp_path):
         archive.writestr("arr_0.npy", content[:-5])
     with pytest.raises(ValueError, match="ends early; its header promises 4 rows"):
         arrays_of(file)["arr_0"].whole()
+    np.savez(file, arr_0=np.zeros((4, 2, 2, 0), np.uint8))
+    with pytest.raises(ValueError, match=r"shape \(4, 2, 2, 0\), which cannot be used"):
+        arrays_of(file)
+    # a byte of the content has changed
+    np.savez(file, arr_0=np.zeros((50, 40, 40, 3), np.uint8))
+    raw = bytearray(file.read_bytes())
+    raw[200_000] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(ValueError, match="arr_0 in .* is damaged: Bad CRC-32"):
+        arrays_of(file)["arr_0"].whole()
+
+
+def test_features_that_are_no_numbers_are_refused():
+    with pytest.raises(ValueError, match="features hold NaN or infinity"):
+        Moments.of(np.array([[0.0, np.nan], [1.0, 2.0]]))
+    with pytest.raises(ValueError, match=r"shape \(1, 3\), expected \(n, d\)"):
+        Moments.of(np.zeros((1, 3)))
 
 
 # the network and the commands

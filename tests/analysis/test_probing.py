@@ -284,6 +284,11 @@ def probed(runs, tmp_path_factory):
     return run, probe_run(run, **FEW)
 
 
+def test_every_split_needs_a_count(runs):
+    with pytest.raises(ValueError, match="have no entry for validation, test"):
+        probe_run(runs["tiny"], counts={"train": 60})
+
+
 def test_a_run_is_probed_beside_all_baselines_and_every_row_states_its_protocol(probed):
     run, found = probed
     assert found.factors == ("class",) and {row.features for row in found.rows} == {

@@ -86,9 +86,9 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_studies_of_the_project_can_be_read_and_are_fair(path):
     study = Study.read(path)
+    others = study.config(next(iter(study.arms)), study.seeds[0])
     for arm in study.arms:
         config = study.config(arm, study.seeds[0])
-        others = study.config(next(iter(study.arms)), study.seeds[0])
         half_life = others.training.ema_half_life  # of the teacher
         training = replace(config.training, ema_half_life=half_life)
         same = replace(

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from selfflow.analysis import probing
 from selfflow.analysis.comparison import arms, config_table, over_seeds
 from selfflow.analysis.probe_records import read_probes, write_probes
 from selfflow.analysis.probing import probe_run
+from selfflow.analysis.sample_metrics import run_metrics
 from selfflow.cli import main
 from selfflow.data.options import DataConfig
 from selfflow.data.sources import Sources
@@ -384,6 +386,23 @@ def test_missing_parts_are_listed_with_their_cost_and_made(
     output = capsys.readouterr().out
     assert output.index("to make: metrics of run") < output.index("not made")
     assert "samples through the model" in output
+
+
+def test_what_was_missing_is_there_when_it_is_made(runs, tmp_path, monkeypatch):
+    counts = {"train": 60, "validation": 30, "test": 40}
+    probes = partial(probe_run, levels=(0.5,), layers=(1,), counts=counts)
+    monkeypatch.setattr(report, "probe_run", probes)
+    monkeypatch.setattr(report, "write_samples", partial(write_samples, steps=1))
+    monkeypatch.setattr(report, "run_metrics", partial(run_metrics, count=20, steps=1))
+    shutil.copytree(runs["tiny"].path, tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    assert make_missing({"run": run}) == [] == missing_parts({"run": run})
+
+
+def test_numbers_of_several_things_are_written_once_if_they_are_equal():
+    assert report._each([1], "seed") == "1 seed"
+    assert report._each([2, 2], "seed") == "2 seeds each"
+    assert report._each([2, 3], "seed") == "2/3 seeds"
 
 
 def test_a_pdf_without_a_browser_is_refused_before_any_work(

@@ -72,6 +72,14 @@ def test_branches_that_do_not_fit_are_refused_and_leave_nothing(folder, monkeypa
     refused(cooled("other", steps=7), "past the 7 steps of other")
     refused(cooled("other"), "neither a run nor a checkpoint", folder / "nothing")
     refused(replace(TRUNK, name="trunk"), "holds no branch")
+    (folder / "empty").mkdir()
+    shutil.copy(folder / "trunk/config.json", folder / "empty")
+    refused(cooled("other"), "no checkpoint to resume from", folder / "empty")
+    thin = folder / "thin/checkpoints/step-00000008"
+    shutil.copytree(source, thin)
+    (thin / "optimizer.safetensors").unlink()
+    shutil.copy(folder / "trunk/config.json", folder / "thin")
+    refused(cooled("other"), "it has no optimiser .training.keep_optimizers.", thin)
 
     def full(*args):
         raise OSError(28, "no room")

@@ -2,12 +2,16 @@
 
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from selfflow.data.datasets import subset
+from selfflow.data.options import DataConfig
+from selfflow.data.sources import Sources
 from selfflow.training import npz
 from selfflow.training.npz import (
     Rows,
@@ -103,6 +107,21 @@ def test_runs_without_pictures_are_refused(tmp_path):
     made.config.datasets["notes"].name = "latents"
     with pytest.raises(ValueError, match="--autoencoder FOLDER"):
         draw_npz(made, tmp_path / "x.npz")
+
+
+def test_images_of_two_channels_are_no_pictures():
+    with pytest.raises(ValueError, match="2 channels, expected 1 or 3; latents need"):
+        npz._as_bytes(torch.zeros(1, 2, 4, 4))
+
+
+def test_captions_are_those_of_test_data():
+    run = SimpleNamespace(
+        inputs=SimpleNamespace(caption=True),
+        sources_of=partial(Sources, DataConfig("shapes")),
+    )
+    shapes = run.sources_of("test").data["shapes"]
+    captions = npz._conditions(run, "shapes", 5, "equal", 0)
+    assert captions == list(shapes.take(subset(shapes, 5)).captions)
 
 
 def test_classes_come_as_often_as_in_the_data(runs, tmp_path):

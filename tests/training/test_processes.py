@@ -444,26 +444,12 @@ def test_a_notebook_starts_processes_and_follows_them(tmp_path, runs):
 
 
 def test_the_command_starts_processes_and_forwards_stop_requests(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "selfflow.cli",
-        "train",
-        "--name",
-        "long",
-        "--preset",
-        "digits-small",
-        "--processes",
-        "2",
-        "--device",
-        "cpu",
-        "--folder",
-        str(tmp_path),
-        "--training.steps",
-        "100000",
-    ]
+    options = (
+        f"--name long --folder {tmp_path} --preset digits-small --device cpu "
+        "--processes 2 --training.steps 100000"
+    )
     program = subprocess.Popen(
-        command,
+        [sys.executable, "-m", "selfflow.cli", "train", *options.split()],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -479,10 +465,12 @@ def test_the_command_starts_processes_and_forwards_stop_requests(tmp_path):
     said, problems = program.communicate(timeout=60)
     run = Run.open(tmp_path / "long")
     assert program.returncode == 143, problems
-    assert (
+    words = (
         f"long: stopped as requested after step {run.state()['step']} of 100000, which "
-        f"is saved" in said
+        "is saved"
     )
+    assert said.count(words) == 1, "the main process alone prints"
+    assert "FutureWarning" not in said and "%|" not in said
     assert run.writer() is None and (run.timing["processes"] == 2).all()
 
 
