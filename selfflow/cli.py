@@ -833,7 +833,7 @@ def encode(
         raise ValueError(
             f"the config has {len(config.datasets)} data sets; encode one at a time"
         )
-    settings = config.shared
+    settings: Any = config.shared  # its own options are not those of every data set
     if settings.name == "stream":
         settings = replace(settings, known=0)  # all samples
     coders = [_autoencoder(folder) for folder in autoencoder]

@@ -37,6 +37,7 @@ from selfflow.data.files import (
     Facts,
     Inside,
     Refused,
+    Source,
     digest,
     first_of,
     listing,
@@ -129,7 +130,8 @@ def tar_rows(file: BinaryIO) -> Iterator[Row | Fault]:
     members: dict[str, tuple[int, int]] = {}
     reason = "is not a tar file"
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=file, mode="r:") as opened:
+            archive: Any = opened  # its type does not declare `members`
             reason = "ends early or is damaged"
             for member in archive:
                 archive.members.clear()  # or the archive keeps all of them
@@ -495,7 +497,9 @@ class Stream(Stored):
     def resolve(self, entry: _Key) -> Entry:
         members = {signal: _member_of(entry[1], signal) for signal in self.signals}
         contents = self._contents(entry, (*members.values(), *_TEXTS))
-        sources = {signal: contents[suffix] for signal, suffix in members.items()}
+        sources: dict[str, Source] = {}
+        for signal, suffix in members.items():
+            sources[signal] = contents[suffix]
         label, caption = self._texts_of(contents)
         name = self.name_of(entry)
         named = self.names[label]
