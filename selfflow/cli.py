@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'command', 'train', 'preflight', 'look', 'runs', 'sample', 'relocate', 'export', 'models', 'probe',
-           'metrics', 'bench', 'study', 'report', 'encode', 'reference', 'notebook', 'app', 'main']
+           'metrics', 'bench', 'study', 'report', 'encode', 'reference', 'selfcheck', 'notebook', 'app', 'main']
 
 # %% ../nbs/8_cli/03_cli.ipynb #9e6d3c74
 import glob
@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -202,7 +203,12 @@ def preflight(
     place = planned.records if isinstance(planned, Run) else folder / config.name
     output = place / "preflight.json"
     check_writable(output)
-    result = measure(planned, steps, pairs, samples, device=device)
+    try:
+        result = measure(planned, steps, pairs, samples, device=device)
+    except Exception:
+        with suppress(OSError):  # a folder with something in it stays
+            place.rmdir()
+        raise
     write_json(output, result.as_dict())
     print(result.table().round(3).to_string(index=False))
     print(f"{result.verdict()} All numbers: {output}")
@@ -452,7 +458,7 @@ def export(
     license: str = "",
     average: str = "",
     sigma_rel: float | None = None,
-    layout: Literal["selfflow", "diffusers"] = "selfflow",
+    layout: Literal["selfflow", "diffusers", "lora"] = "selfflow",
     push: str = "",
 ) -> None:
     """Export a run's averaged weights, config and model card to a folder.
@@ -466,20 +472,28 @@ def export(
             training.evaluated.
         sigma_rel: Relative width of a power-function average to make from snapshots
             and to export instead (training.power_ema).
-        layout: That of selfflow, or that of diffusers for a backbone from there.
+        layout: That of selfflow; or for a backbone from diffusers that of diffusers,
+            or lora: the adapter alone, as diffusers and ComfyUI load it.
         push: Repository on the Hugging Face Hub to upload the model to, such as
             me/model; the only use of the network.
     """
     from selfflow.training.export import export as export_run
-    from selfflow.training.export import export_diffusers, load
+    from selfflow.training.export import export_diffusers, export_lora, load
 
     chosen: dict[str, Any] = {"average": average, "sigma_rel": sigma_rel}
+    if layout != "selfflow" and push:
+        raise ValueError(
+            "--push uploads the layout of selfflow; upload a folder in another one "
+            "by: hf upload REPOSITORY FOLDER"
+        )
+    if layout == "lora":
+        place = export_lora(run, folder, dtype, license, **chosen)
+        print(
+            f"the adapter is in {place}; its README.md shows how diffusers opens it, "
+            "and comfyui.safetensors is for ComfyUI"
+        )
+        return
     if layout == "diffusers":
-        if push:
-            raise ValueError(
-                "--push uploads the layout of selfflow; upload a folder in that of "
-                "diffusers by: hf upload REPOSITORY FOLDER"
-            )
         place = export_diffusers(run, folder, dtype, license, **chosen)
         print(f"the transformer is in {place}; open it with its class in diffusers")
         return
@@ -951,6 +965,32 @@ def reference(
     about = {"split": split}
     write_reference(source, output, network, count, images, about)
     print(f"the reference is {output}; selfflow metrics {run} --reference {output}")
+
+# %% ../nbs/8_cli/03_cli.ipynb #5e1fc8ec
+@command
+def selfcheck(
+    processes: int = 2,
+    device: str = "auto",
+    parallel: tuple[Literal["ddp", "fsdp"], ...] = ("ddp", "fsdp"),
+) -> None:
+    """Compare a small training in several processes with the same training in one.
+
+    Losses, weights, samples and a resumed run are compared. Nothing is left on the
+    disk. The exit status is 1 if anything differs by more than rounding.
+
+    Args:
+        processes: Processes on this machine, 2 or more.
+        device: auto (a GPU for each process if there are any), cpu, cuda, ...
+        parallel: Kinds of parallelism to compare.
+    """
+    from selfflow.training.selfcheck import selfcheck as compare
+
+    failed = 0
+    for title, check in compare(processes, device, parallel):
+        print(f"{title}: {check}", flush=True)
+        failed += not check.passed
+    if failed:
+        raise SystemExit(1)
 
 # %% ../nbs/8_cli/03_cli.ipynb #665e0e47
 @command

@@ -145,8 +145,13 @@ def write_json(path: Path, value) -> None:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file with the permissions of any new file. Raises OSError."""
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], notes: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file with the permissions of any new file. Raises OSError.
+
+    notes: the metadata in its header.
+    """
     path.touch()
     # safetensors makes a file of its own that only its owner may read
     permissions = path.stat().st_mode
@@ -154,7 +159,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         name: value.detach().cpu().contiguous() for name, value in tensors.items()
     }
     try:
-        save_file(on_cpu, path)
+        save_file(on_cpu, path, notes)
     except SafetensorError as error:
         named = re.search(r"os error (\d+)", str(error))
         number = int(named[1]) if named else errno.EIO

@@ -1,6 +1,7 @@
 """The sentences of the studies say what the records say."""
 
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -119,3 +120,32 @@ def test_the_cost_of_closed_attention_grows_as_the_record_says():
     )
     assert f"from {first:.0f} % of their error" in prose("attention")
     assert f"to {last:.0f} % at the widest" in prose("attention")
+
+
+def outputs(study):
+    "The text of the stored outputs of a study."
+    book = json.loads((ROOT / f"nbs/studies/{study}.ipynb").read_text())
+    texts = []
+    for cell in book["cells"]:
+        for output in cell.get("outputs", []):
+            texts += [
+                *output.get("text", []),
+                *output.get("data", {}).get("text/plain", []),
+            ]
+    return "".join(texts)
+
+
+@pytest.mark.parametrize(
+    "study, shown",
+    [
+        ("own_data", "+1.3% (95 % -1.4% to +4.0%)"),
+        ("train_audio", "-22.1 (-27.5 to -17.1)"),
+        ("train_audio", "-3.3 (-5.8 to -1.2)"),
+        ("train_audio", "-67.9 (-73.8 to -61.2)"),
+        ("train_joint", "-5.0 (-8.5 to -0.9)"),
+    ],
+)
+def test_an_interval_in_a_sentence_is_that_of_an_output(study, shown):
+    assert shown in outputs(study)
+    numbers = re.findall(r"\d+\.\d", shown)
+    assert all(number in prose(study) for number in numbers)

@@ -125,7 +125,8 @@ def check_size(model: nn.Module) -> None:
             )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
-            f"{name} has no parameters to train; assign its layers to self in __init__"
+            f"{name} has no parameters to train; assign its layers to self in "
+            "__init__, and call requires_grad_(True) if they are frozen"
         )
 
 # %% ../../nbs/1_method/05_backbone.ipynb #cdff766e

@@ -135,7 +135,7 @@ class Processes:
         dist.all_gather(gathered, values.to(self.device).contiguous())
         return torch.stack(gathered, -1).cpu()
 
-
+# %% ../../nbs/3_training/07_processes.ipynb #30d74fc7
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -164,7 +164,7 @@ def average_gradients(
             find_unused_parameters=unused,
         )
 
-
+# %% ../../nbs/3_training/07_processes.ipynb #fad59b7e
 def shard_weights(module: nn.Module, blocks, processes: Processes) -> None:
     """Shard the weights of a module over the processes (FSDP2), in place.
 
@@ -197,7 +197,7 @@ def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
         )
     return value
 
-
+# %% ../../nbs/3_training/07_processes.ipynb #57e11ea5
 def full_tensor(value: Tensor) -> Tensor:
     """Return a tensor without its gradient, gathered from all processes if sharded.
 
@@ -242,7 +242,7 @@ class Interrupt:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-
+# %% ../../nbs/3_training/07_processes.ipynb #69b7d1b9
 def raise_again(number: signal.Signals | None) -> None:
     """Raise the exception of a signal, now that everything is saved.
 
@@ -334,7 +334,7 @@ def launch(
     raise_again(number)
     return Run.open(path, device)
 
-
+# %% ../../nbs/3_training/07_processes.ipynb #48820cb9
 def _output_of(log: str) -> list[str]:
     "Different lines of a log before torchrun reports a failure, without progress bars."
     lines: dict[str, None] = {}  # as an ordered set
@@ -359,7 +359,7 @@ _MOST_LINES = 15  # of the processes' output in a message
 
 _BAR = re.compile(r"\d%\|.*\|")  # a progress bar; this process shows its own
 
-
+# %% ../../nbs/3_training/07_processes.ipynb #0ef2f21a
 def _killed(log: str) -> str:
     """Name the process that a signal has killed, and the signal.
 
@@ -375,7 +375,7 @@ def _killed(log: str) -> str:
         return f"process {rank} was killed by {number.name}{cause}, one"
     return ""
 
-
+# %% ../../nbs/3_training/07_processes.ipynb #b2d033d0
 def _follow(
     program: subprocess.Popen, path: Path, config: Config
 ) -> signal.Signals | None:

@@ -693,8 +693,18 @@ class Run:
         """
         if self.exported or name == "teacher":
             return self.teacher
+        return self._network(self.average_weights(name))
+
+    def average_weights(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of an average as they are stored, adapters apart.
+
+        Raises ValueError as `average` does.
+        """
+        teacher = self.load("teacher")
+        if self.exported or name == "teacher":
+            return teacher
         choose(name, self.config.training.averages, f"average of {self.path}")
-        return self._network(self.load("teacher") | self.load(f"average-{name}"))
+        return teacher | self.load(f"average-{name}")
 
     @cached_property
     def evaluated(self) -> nn.Module:
@@ -716,6 +726,12 @@ class Run:
             ValueError: without intact snapshots up to this step, and for an average
                 that no sum of them comes close to.
         """
+        return self._network(self.reconstructed_weights(sigma_rel, step))
+
+    def reconstructed_weights(
+        self, sigma_rel: float, step: int = 0
+    ) -> dict[str, Tensor]:
+        """Return the tensors of `reconstructed`, adapters apart."""
         snapshots = {}
         for path in self.snapshots():
             problem = problem_of(path)
@@ -743,7 +759,7 @@ class Run:
             for name, value in read_part(path, f"average-power-{sigma:g}").items():
                 sums[name] = sums.get(name, 0) + float(factor) * value.double()
         weights = {name: value.float() for name, value in sums.items()}
-        return self._network(self.load("teacher") | weights)
+        return self.load("teacher") | weights
 
     # samples
 

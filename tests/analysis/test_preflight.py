@@ -9,6 +9,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from pandas import testing as pd_testing
+from PIL import Image
 from torch import nn
 
 from selfflow.analysis.preflight import (
@@ -22,7 +24,7 @@ from selfflow.analysis.preflight import (
 from selfflow.cli import main
 from selfflow.data.options import DataConfig
 from selfflow.method.backbone import Output
-from selfflow.method.options import ModelConfig, ObjectiveConfig
+from selfflow.method.options import LoraConfig, ModelConfig, ObjectiveConfig
 from selfflow.training.config import PRESETS, Config, TrainConfig
 from selfflow.training.loop import train
 
@@ -189,6 +191,72 @@ def test_a_run_is_looked_at_and_not_changed(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["preflight", "--run", str(run.path), "--model.depth", "4", *args])
     assert "own settings" in capsys.readouterr().err
+
+
+def test_a_pre_flight_that_fails_leaves_no_folder(tmp_path, capsys):
+    args = ["--preset", "digits-small", "--folder", str(tmp_path), "--name", "soon"]
+    with pytest.raises(SystemExit):
+        main(["preflight", *args, "--device", "cpu", "--pairs", "2", "9"])
+    assert "layers 2 and 9 do not fit" in capsys.readouterr().err
+    assert not (tmp_path / "soon").exists()
+
+
+LITTLE = {"steps": 4, "samples": 16, "held_out": 16, "device": "cpu"}
+
+
+def test_adapters_are_looked_at_before_and_after_training(tmp_path):
+    pytest.importorskip("peft")
+    base = train(TINY, tmp_path, device="cpu", bar=False)
+    training = replace(TINY.training, start_from=str(base.path), lr=1e-2)
+    config = replace(TINY, name="adapted", training=training, lora=LoraConfig(2))
+    planned = preflight(config, **LITTLE, pairs=((1, 2),))
+    assert not planned.about["untrained"], "it begins with trained weights"
+    full = replace(config, lora=LoraConfig())
+    whole = preflight(full, **LITTLE, pairs=((1, 2),))
+    # before the first step an adapter changes nothing
+    np.testing.assert_allclose(planned.pairs[0].head, whole.pairs[0].head, atol=1e-5)
+    assert planned.cost["held_bytes"] < 0.7 * whole.cost["held_bytes"]
+    run = train(config, tmp_path, device="cpu", bar=False)
+    before = {name: value.clone() for name, value in run.load("model").items()}
+    after = preflight(run, **LITTLE, pairs=((1, 2),))
+    assert np.abs(after.pairs[0].head - planned.pairs[0].head).max() > 1e-4
+    for name, value in run.load("model").items():
+        assert torch.equal(value, before[name])
+
+
+def test_pictures_of_several_sizes_are_looked_at_together(tmp_path):
+    for split, count in (("train", 12), ("validation", 8)):
+        (tmp_path / "photos" / split).mkdir(parents=True)
+        for number in range(count):
+            shape = (24, 16, 3) if number % 2 else (16, 24, 3)
+            pixels = np.random.default_rng(number).integers(0, 255, shape, np.uint8)
+            place = tmp_path / "photos" / split / f"{number}.png"
+            Image.fromarray(pixels).save(place)
+    data = DataConfig(
+        "folder",
+        path=str(tmp_path / "photos"),
+        channels=3,
+        height=16,
+        width=16,
+        patch=8,
+        condition="none",
+        aspect=2.0,
+    )
+    config = replace(TINY, data=data, objective=ObjectiveConfig(label_drop=0.0))
+    result = preflight(config, **LITTLE, pairs=((1, 2),))
+    assert len(result.pairs[0].head) == 8 and result.cost["seconds"] > 0
+    assert np.isfinite(result.pairs[0].head).all()
+
+
+def test_averages_beside_the_teacher_do_not_change_the_numbers(tmp_path):
+    several = replace(TINY.training, ema={"fast": 0.5}, power_ema=(0.1,))
+    plain = preflight(TINY, **LITTLE, pairs=((1, 2),), cost=False)
+    config = replace(TINY, training=several)
+    measured = preflight(config, **LITTLE, pairs=((1, 2),))
+    pd_testing.assert_frame_equal(measured.table(), plain.table())
+    assert measured.cost["seconds"] > 0
+    run = train(config, tmp_path, device="cpu", bar=False)
+    assert preflight(run, **LITTLE, pairs=((1, 2),), cost=False).pairs
 
 
 def test_a_planned_run_is_looked_at_by_the_arguments_of_train(tmp_path, capsys):

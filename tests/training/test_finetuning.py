@@ -2,6 +2,7 @@
 with adapters that is stopped, resumed, opened and exported.
 """
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -130,6 +131,34 @@ def test_adapters_resume_bit_for_bit_and_are_exported_as_one_model(
     ):
         with pytest.raises(ValueError, match="have changed since"):
             attempt()
+
+
+def test_adapters_of_a_backbone_object_that_is_passed_to_train(runs, tmp_path):
+    pytest.importorskip("peft")
+    given = copy.deepcopy(runs["tiny"].teacher).requires_grad_(True)
+    before = {name: value.clone() for name, value in given.state_dict().items()}
+    training = replace(TINY.training, steps=4, save_every=2, validate_every=4)
+    training = replace(training, sample_every=0)
+    model, lora = ModelConfig("given"), LoraConfig(2, targets=("mlp",))
+    config = replace(TINY, name="own", model=model, lora=lora, training=training)
+    whole = train(config, tmp_path / "whole", "cpu", bar=False, backbone=given)
+    assert whole.start["kind"] == "given backbone" and not whole.start["left"]
+    assert all(".lora_" in name for name in whole.load("model"))
+    merged = whole.teacher.state_dict()
+    for name, value in given.state_dict().items():
+        assert torch.equal(value, before[name]), "the object itself is not changed"
+        adapted = ".mlp.fc" in name and name.endswith("weight")
+        assert torch.equal(merged[name], value) != adapted, name
+    shutil.copytree(whole.path, tmp_path / "again" / "own")
+    shutil.rmtree(tmp_path / "again/own/checkpoints/step-00000004")
+    again = train(config, tmp_path / "again", "cpu", bar=False, backbone=given)
+    assert_same(whole, again)
+    # an object with other weights is no base of these adapters
+    shutil.rmtree(tmp_path / "again/own/checkpoints/step-00000004")
+    other = copy.deepcopy(given)
+    other.blocks[0].mlp.fc1.bias.data += 1
+    with pytest.raises(ValueError, match="have changed since"):
+        train(config, tmp_path / "again", "cpu", bar=False, backbone=other)
 
 
 def test_what_belongs_to_the_data_may_differ_and_is_named(runs):
