@@ -26,6 +26,7 @@ from . import __version__
 from .checks import choose
 from selfflow.options import (
     looked_at,
+    permissions,
     read_command,
     read_features,
     sampler_of,
@@ -231,8 +232,8 @@ def look(
 
     Args:
         config: Settings of the run.
-        data: A folder of files, latents or a Hugging Face data set, the folder of a
-            run, or the name of a data set.
+        data: A folder of files, tar shards, latents or a Hugging Face data set, a
+            pattern of shards, the folder of a run, or the name of a data set.
         preset: As in selfflow train.
         config_file: As in selfflow train.
         count: Samples to show of each data set.
@@ -823,8 +824,8 @@ def encode(
 
     Args:
         config: Settings of the data.
-        data: A folder of files, a Hugging Face data set, the folder of a run, or the
-            name of a data set.
+        data: A folder of files or tar shards, a Hugging Face data set, a pattern of
+            shards, the folder of a run, or the name of a data set.
         output: Folder for the latents.
         autoencoder: Folder of an autoencoder as diffusers saves it, or haar; several
             for several signals.
@@ -846,7 +847,9 @@ def encode(
         raise ValueError(
             f"the config has {len(config.datasets)} data sets; encode one at a time"
         )
-    settings = config.shared
+    settings: Any = config.shared  # its own options are not those of every data set
+    if settings.name == "stream":
+        settings = replace(settings, known=0)  # all samples
     coders = [_autoencoder(folder) for folder in autoencoder]
     for split in splits:
         source = open_dataset(settings, split)
@@ -1049,7 +1052,7 @@ def main(args: list[str] | None = None) -> None:
         if args == ["--version"]:
             print(f"selfflow {__version__}")
             return
-        args = use_files(args)
+        args = permissions(use_files(args))
         starts = {}
         args = looked_at(args)
         if args[:1] in (["train"], ["preflight"], ["look"], ["encode"]):

@@ -55,7 +55,8 @@ class View:
 
     Args:
         seed: Of the run.
-        epochs: How often each of the samples was seen before, (b,) int64.
+        epochs: How often each of the samples was seen before, (b,) int64; a stream
+            knows it itself.
         size: Height and width of the bucket they are from; None without buckets.
     """
 

@@ -9,10 +9,10 @@ __all__ = ['Folder', 'HuggingFace']
 import importlib
 import io
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from itertools import chain
 from math import ceil, isclose
 from pathlib import Path, PurePosixPath
@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from scipy.io import wavfile
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..checks import choose
 from .buckets import nearest_bucket
@@ -33,6 +34,7 @@ from selfflow.data.files import (
     STILLS,
     SUFFIXES,
     TABLES,
+    Facts,
     Inside,
     Refused,
     Row,
@@ -185,9 +187,11 @@ class Folder(Stored):
     ) -> tuple[list[Entry], dict[str, dict[str, Header]], dict[str, str]]:
         """Return the entries of this split, their headers and what `carve` moved."""
         known = {}
+        facts = Facts(self.root)
         if len(candidates) <= _SMALL:
             # in a small folder an empty split must not be filled by a damaged file
-            known = {name: self._headers(sources[name]) for name, *_ in candidates}
+            for name, *_ in candidates:
+                known[name] = self._headers(sources[name], facts)
         moved = {}
         if self.carve:
             usable = {
@@ -197,10 +201,10 @@ class Folder(Stored):
             }
             moved = carve(usable, self.shares, given)
         entries, headers, buckets = [], {}, []
-        for name, split, label, caption in candidates:
+        for name, split, label, caption in _with_bar(candidates, self.title):
             if moved.get(_stem(name), split) != self.split:
                 continue
-            header = known.get(name) or self._headers(sources[name])
+            header = known.get(name) or self._headers(sources[name], facts)
             if isinstance(header, Refused):
                 self.skipped.add(header.reason, name)
                 continue
@@ -215,6 +219,7 @@ class Folder(Stored):
             text = {"auto": caption or label, "class": label, "none": ""}[self.captions]
             entry = Entry(plain(name), sources[name], self.names.index(label), text)
             entries += self._windows(entry, header)
+        facts.save()
         self.bucket_numbers = torch.tensor(buckets, dtype=torch.int64)
         return entries, headers, moved
 
@@ -344,16 +349,23 @@ class Folder(Stored):
                 by_sample[aliases[row.file]] = row
         return by_sample
 
-    def _headers(self, by_signal: dict[str, Source]) -> dict[str, Header] | Refused:
+    def _headers(
+        self, by_signal: dict[str, Source], facts: Facts
+    ) -> dict[str, Header] | Refused:
         """Return the headers of a sample by signal, or why it is not used."""
         headers = {}
+        timed = self.window is not None
         for signal, source in by_signal.items():
-            try:
-                headers[signal] = read_header(
-                    source, signal, timed=self.window is not None
-                )
-            except Refused as error:
-                return error
+            # of frames the first counts
+            file = source[0] if isinstance(source, tuple) else source
+            assert isinstance(file, Inside)
+            read = partial(_header_values, source, signal, timed)
+            kind = f"header, {signal}, {timed}, {isinstance(source, tuple)}"
+            values = facts.of(file.name, kind, read)
+            if "refused" in values:
+                return Refused(values["refused"])
+            sides = values["sides"] and tuple(values["sides"])
+            headers[signal] = Header(**{**values, "sides": sides})
         return headers
 
     def _windows(self, entry: Entry, headers: dict[str, Header]) -> list[Entry]:
@@ -447,9 +459,30 @@ class Folder(Stored):
         return entry
 
     def content(self) -> Iterator:
-        for entry in self.entries:
-            digests = {name: digest(source) for name, source in entry.sources.items()}
+        facts = Facts(self.root)
+        for entry in _with_bar(self.entries, f"{self.title}, fingerprint"):
+            digests = {}
+            for name, source in entry.sources.items():
+                read = partial(digest, source)
+                if isinstance(source, Inside):
+                    digests[name] = facts.of(source.name, "digest", read)
+                else:
+                    digests[name] = read()
             yield [entry.name, entry.label, entry.caption, digests]
+        facts.save()
+
+
+def _with_bar(items: Sequence, title: str) -> Iterable:
+    """Return items with a progress bar, which is shown after a second."""
+    return tqdm(items, title, unit="file", delay=1, mininterval=1, leave=False)
+
+
+def _header_values(source: Source, signal: str, timed: bool) -> dict[str, Any]:
+    """Return the header of a file as JSON, or its reason as "refused"."""
+    try:
+        return asdict(read_header(source, signal, timed))
+    except Refused as error:
+        return {"refused": error.reason}
 
 
 _TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")

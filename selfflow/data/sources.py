@@ -38,6 +38,7 @@ from .options import DataConfig, by_name, hop_of
 from .own import as_dataset
 from .scenes import Scenes
 from .shapes import Emblems, Shapes
+from .stored import settings_of
 from .texts import Bytes, Encoder, open_encoder
 from ..method.backbone import Inputs
 from ..method.batch import Batch, Condition
@@ -72,29 +73,8 @@ def _place(config: DataConfig) -> str:
 
 
 def _open_stored(kind: type[_Files], config: DataConfig, split: str) -> _Files:
-    fps = config.fps or None
-    if fps is None and {"video", "audio"} <= {*config.signals}:
-        # the video lasts as long as its audio
-        fps = config.frames * config.rate / config.samples
-    return kind(
-        _place(config),
-        config.signals,
-        split,
-        (config.height, config.width),
-        config.frames,
-        fps,
-        config.rate,
-        config.samples,
-        crop=config.crop,
-        channels=config.channels,
-        loudness=config.loudness,
-        carve=config.carve,
-        spatial_crop=config.spatial_crop,
-        flip=config.flip,
-        profiles=config.profiles,
-        aspect=config.aspect,
-        multiple=config.patch,
-    )
+    _place(config)
+    return kind(**settings_of(config, split))
 
 
 def _open_digits(config: DataConfig, split: str) -> ImageSet:
@@ -646,6 +626,13 @@ class Sources:
         before = names[: names.index(name)]
         return sum(len(self.data[other].names) for other in before)
 
+    def examples(
+        self, name: str, indices: Tensor, view: View | None = None
+    ) -> Examples:
+        """Return the samples of a data set at indices (b,), see `take`."""
+        data: Any = self.data[name]
+        return data.take(indices) if view is None else data.take(indices, view)
+
     @own_settings()
     def take(self, name: str, indices: Tensor, view: View | None = None) -> Batch:
         """Return the samples of a data set at indices (b,).
@@ -653,8 +640,7 @@ class Sources:
         Args:
             view: Of training, for data that are `varied`; see `View`.
         """
-        data: Any = self.data[name]
-        examples = data.take(indices) if view is None else data.take(indices, view)
+        examples = self.examples(name, indices, view)
         layout = self.layout(name, view.size if view else None)
         tokens = layout.patchify(examples.signals)  # (b, n, c)
         return Batch(tokens, self.condition(name, examples), layout.parts, indices)

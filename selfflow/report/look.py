@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..data.datasets import DataSet, labels_of, rate_of
+from ..data.datasets import DataSet, View, labels_of, rate_of
 from ..data.decoding import read_header
 from ..data.files import Refused
 from ..data.notes import to_wav, within_full_scale
@@ -36,6 +36,7 @@ class _Looked:
 
     batches: dict[tuple[Part, ...], list[Batch]] = field(default_factory=dict)
     count: int = 0
+    view: View | None = None  # that indices of a stream belong to
 
     def add(self, batch: Batch) -> None:
         self.batches.setdefault(batch.parts, []).append(batch)
@@ -45,6 +46,9 @@ class _Looked:
 def _first_samples(batches: Batches, count: int) -> dict[str, _Looked]:
     """Return the first `count` training samples of each data set."""
     looked = {name: _Looked() for name in batches.sources.data}
+    for name, data in batches.sources.data.items():
+        if hasattr(data, "places"):
+            looked[name].view = View(batches.config.seed, torch.arange(0))
     for step in range(min(_STEPS, len(batches))):
         one = looked[batches.name(step)]
         if one.count < count:
@@ -54,12 +58,12 @@ def _first_samples(batches: Batches, count: int) -> dict[str, _Looked]:
     return looked
 
 # %% ../../nbs/6_report/07_look.ipynb #687049bb
-def _texts(sources: Sources, name: str, batch: Batch) -> list[str]:
+def _texts(sources: Sources, name: str, batch: Batch, view: View | None) -> list[str]:
     """Return the class or caption of each sample as the model is given it."""
     texts = sources.texts(batch.condition, name)
     if sources.encoder.width and batch.indices is not None:
         # vectors cannot be turned back into text
-        texts = list(sources.data[name].take(batch.indices).captions)
+        texts = list(sources.examples(name, batch.indices, view).captions)
     return texts
 
 
@@ -80,12 +84,12 @@ def _values_table(layout: Layout, tokens: Tensor) -> pd.DataFrame:
 
 # %% ../../nbs/6_report/07_look.ipynb #1be29edf
 def _files_table(
-    data: Stored, indices: Sequence[int], texts: list[str]
+    data: Stored, indices: Sequence[int], view: View | None, texts: list[str]
 ) -> pd.DataFrame:
     """Return the files of some samples: name, size in the file, class and caption."""
     rows = []
     for index, text in zip(indices, texts, strict=True):
-        entry = data.entry_of(index)
+        entry = data.entry_of(index, view)
         row = {"sample": entry.name, "the model is given": text}
         for signal in data.signals:
             try:
@@ -110,7 +114,9 @@ def _sheets(
     for parts, batches in looked.batches.items():
         layout = sources.layout_of(name, parts)
         tokens = torch.cat([batch.x0 for batch in batches])
-        under = [text for batch in batches for text in _texts(sources, name, batch)]
+        under = []
+        for batch in batches:
+            under += _texts(sources, name, batch, looked.view)
         texts += under
         signals = layout.unpatchify(tokens)
         grids = ", ".join(
@@ -168,7 +174,7 @@ def _caption_findings(sources: Sources, name: str, looked: _Looked) -> list[str]
     for batches in looked.batches.values():
         for batch in batches:
             assert batch.indices is not None
-            captions += sources.data[name].take(batch.indices).captions
+            captions += sources.examples(name, batch.indices, looked.view).captions
     lengths = [len(text.encode()) for text in captions]
     cut = sum(length > config.caption for length in lengths)
     empty = sum(not length for length in lengths)
@@ -237,7 +243,9 @@ def _add_files(
             assert batch.indices is not None
             indices += batch.indices.tolist()
     section.table(
-        _files_table(data, indices, texts), "the files of these samples", True
+        _files_table(data, indices, looked.view, texts),
+        "the files of these samples",
+        True,
     )
     skipped = _skipped_table(data)
     if len(skipped):

@@ -176,6 +176,9 @@ class Batches(Dataset):
         """
         data: Any = self.sources.data[self.name(step)]
         batch, seed = self.config.training.batch, self.config.seed
+        if hasattr(data, "places"):  # a stream has an order of its own
+            places = data.places(step, batch)
+            return places, View(seed, places)
         count = len(data)
         size, bucket, members = None, None, None
         if getattr(data, "buckets", ()):
@@ -192,15 +195,18 @@ class Batches(Dataset):
         epochs = torch.arange(step * batch, (step + 1) * batch) // count
         return indices, View(seed, epochs, size)
 
-    def __getitem__(self, step: int) -> Batch:
-        "Return the samples of this process in a step."
-        name = self.name(step)
+    def own(self, step: int) -> tuple[Tensor, View | None]:
+        "Return the indices and the view of this process's samples in a step."
         indices, view = self._plan(step)
         own = indices.chunk(self.processes)[self.rank]
         if view is not None:
             epochs = view.epochs.chunk(self.processes)[self.rank]
             view = replace(view, epochs=epochs)
-        return self.sources.take(name, own, view)
+        return own, view
+
+    def __getitem__(self, step: int) -> Batch:
+        "Return the samples of this process in a step."
+        return self.sources.take(self.name(step), *self.own(step))
 
     def __len__(self) -> int:
         return self.config.training.steps

@@ -358,9 +358,10 @@ def _write_not_finite(
     training = run.config.training
     assert training.shards is not None
     name = batches.name(done)
-    batch = replace(batches, rank=0, processes=1)[done]
+    complete = replace(batches, rank=0, processes=1)
+    batch = complete[done]
     assert batch.indices is not None
-    labels = batches.sources.data[name].take(batch.indices).labels
+    labels = batches.sources.examples(name, *complete.own(done)).labels
     objective: Any = state.objective
     schedule = objective.schedule_of(batch.parts)
     # the levels are drawn once more, from the same keys
