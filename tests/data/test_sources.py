@@ -469,8 +469,8 @@ def test_samples_are_written_as_images_videos_and_audio(
         ({"name": "folder"}, "needs the path"),
         (
             {"path": "x"},
-            "path is an option of data set folder, huggingface, latents, fashion, stream, "
-            "which digits does not have",
+            "path is an option of data set folder, huggingface, latents, fashion, "
+            "stream, which digits does not have",
         ),
         (
             {"name": "notes", "size": 16},
