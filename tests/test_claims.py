@@ -43,6 +43,8 @@ CLAIMS = [  # study, record, part, guidance, factor; the sign of the claim
     ("train_image", "train_image", "emblems", 1.0, "kind", 1),
     ("train_image", "train_image", "emblems", 1.0, "place", 1),
     ("train_image", "train_image", "emblems", 2.0, "kind", 1),
+    ("train_image", "train_image", "emblems, seed 1", 1.0, "kind", 1),
+    ("train_image", "train_image", "emblems, seed 1", 2.0, "kind", 1),
     ("train_image", "train_image", "emblems, cooled down", 1.0, "kind", 1),
     ("train_image", "train_image", "emblems, cooled down", 2.0, "kind", 1),
     ("train_image", "train_image", "emblems, cooled down", 3.0, "kind", 1),

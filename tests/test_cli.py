@@ -605,7 +605,7 @@ def test_an_old_command_line_is_answered_with_the_new_one(capsys, typed, written
         (
             "--data.path x",
             "--data.path is an option of data set folder, huggingface, latents, "
-            "fashion; choose one by --data.name",
+            "fashion, stream; choose one by --data.name",
         ),
         (
             "--data.0.name notes --data.0.size 8",
