@@ -363,12 +363,14 @@ _BAR = re.compile(r"\d%\|.*\|")  # a progress bar; this process shows its own
 def _killed(log: str) -> str:
     """Name the process that a signal has killed, and the signal.
 
-    Empty if torchrun's report in the log mentions none.
+    Empty if torchrun's report in the log mentions none, or only an abort after a message.
     """
     for rank, code in re.findall(r"rank +: (\d+) .*\n +exitcode +: -(\d+) ", log):
         number = signal.Signals(int(code))
         if number in (signal.SIGTERM, signal.SIGINT):
             continue  # torchrun ends the other processes with these
+        if number == signal.SIGABRT and re.search("^selfflow:", log, re.MULTILINE):
+            continue  # a thread of the network library outlived the process's message
         cause = ""
         if number == signal.SIGKILL:
             cause = " (the system does that when memory runs out)"

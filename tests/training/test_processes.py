@@ -26,6 +26,7 @@ from selfflow.method.alignment import (
 )
 from selfflow.method.losses import Alignment
 from selfflow.method.options import ObjectiveConfig
+from selfflow.training import processes
 from selfflow.training.batches import shards_of
 from selfflow.training.config import Config, TrainConfig
 from selfflow.training.lock import RunInUse
@@ -472,6 +473,16 @@ def test_the_command_starts_processes_and_forwards_stop_requests(tmp_path):
     assert said.count(words) == 1, "the main process alone prints"
     assert "FutureWarning" not in said and "%|" not in said
     assert run.writer() is None and (run.timing["processes"] == 2).all()
+
+
+def test_an_abort_after_a_message_is_no_kill():
+    report = "rank : {rank} (local_rank: 0)\n  exitcode  : -{signal} (pid: 7) (it)\n"
+    aborted = report.format(rank=0, signal=6)
+    message = "selfflow: tiny contains a run with different settings\n"
+    assert processes._killed(aborted).startswith("process 0 was killed by SIGABRT")
+    assert processes._killed(message + aborted) == ""
+    killed = report.format(rank=1, signal=9)
+    assert "process 1 was killed by SIGKILL" in processes._killed(message + killed)
 
 
 def test_a_single_process_sends_nothing():
