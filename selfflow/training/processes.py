@@ -363,7 +363,8 @@ _BAR = re.compile(r"\d%\|.*\|")  # a progress bar; this process shows its own
 def _killed(log: str) -> str:
     """Name the process that a signal has killed, and the signal.
 
-    Empty if torchrun's report in the log mentions none, or only an abort after a message.
+    Empty if torchrun's report in the log mentions none, and for an abort after a
+    message.
     """
     for rank, code in re.findall(r"rank +: (\d+) .*\n +exitcode +: -(\d+) ", log):
         number = signal.Signals(int(code))
