@@ -21,10 +21,10 @@ _Z = float(ndtri(0.975))
 
 def proportion_interval(correct) -> tuple[float, float]:
     """Return Wilson's 95 % interval of the share of True in `correct` (n,)."""
-    correct = np.asarray(correct)
     # takes a second, which a training need not wait for
     from scipy.stats import binomtest
 
+    correct = np.asarray(correct)
     interval = binomtest(int(correct.sum()), len(correct)).proportion_ci(
         method="wilson"
     )

@@ -28,6 +28,7 @@ from typing import Any, BinaryIO
 
 from platformdirs import user_cache_path
 
+from .. import __version__
 from .datasets import SPLITS
 from ..disk import make_folder, replacing
 
@@ -575,7 +576,7 @@ _WORTH = 1_000  # facts from which on they are kept
 
 
 class Facts:
-    """What was read from files before, kept in the user's cache.
+    """Values that were read from files, kept in the user's cache.
 
     Args:
         root: The folder of the files.
@@ -584,7 +585,9 @@ class Facts:
     def __init__(self, root: Path):
         self.root = root
         name = hashlib.sha256(str(root).encode("utf-8", "surrogateescape")).hexdigest()
-        self.place = user_cache_path("selfflow") / "facts" / f"{name[:16]}.json"
+        # another version may read other values
+        file = f"{name[:16]}-{__version__}.json"
+        self.place = user_cache_path("selfflow") / "facts" / file
         self.unsaved = 0
         self.known: dict[str, list] = {}
         with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
@@ -594,7 +597,10 @@ class Facts:
             }
 
     def of(self, name: str, key: str, read: Callable[[], Any]) -> Any:
-        """Return a JSON value that follows from a file; read it if it is not known."""
+        """Return a JSON value that follows from a file; read it if it is not known.
+
+        An exception of `read` is passed on and not kept: it may have another cause.
+        """
         try:
             status = (self.root / name).stat()
         except OSError:

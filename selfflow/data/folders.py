@@ -361,9 +361,10 @@ class Folder(Stored):
             assert isinstance(file, Inside)
             read = partial(_header_values, source, signal, timed)
             kind = f"header, {signal}, {timed}, {isinstance(source, tuple)}"
-            values = facts.of(file.name, kind, read)
-            if "refused" in values:
-                return Refused(values["refused"])
+            try:
+                values = facts.of(file.name, kind, read)
+            except Refused as error:
+                return error
             sides = values["sides"] and tuple(values["sides"])
             headers[signal] = Header(**{**values, "sides": sides})
         return headers
@@ -478,11 +479,8 @@ def _with_bar(items: Sequence, title: str) -> Iterable:
 
 
 def _header_values(source: Source, signal: str, timed: bool) -> dict[str, Any]:
-    """Return the header of a file as JSON, or its reason as "refused"."""
-    try:
-        return asdict(read_header(source, signal, timed))
-    except Refused as error:
-        return {"refused": error.reason}
+    """Return the header of a file as JSON. Raises Refused."""
+    return asdict(read_header(source, signal, timed))
 
 
 _TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")

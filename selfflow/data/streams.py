@@ -17,6 +17,7 @@ import tarfile
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -430,19 +431,25 @@ class Stream(Stored):
         """Return the number of samples of a shard, which the cache may know."""
         if number in self._counts:
             return self._counts[number]
-        file = self.shards[number].file
-        if file:
-            settings = [self.signals, self._shares, self.split, self._whole]
-            count = self._facts.of(
-                str(file.root / file.name),
-                f"samples of {settings}",
-                lambda: len(self._rows(number)),
-            )
-            self._facts.save(_WORTH)
-        else:
+        shard = self.shards[number]
+
+        def read() -> int:
             count = len(self._rows(number))
-        self._counts[number] = count
-        return count
+            if any(shard.name in cases for cases in self._faults.values()):
+                raise Refused("is damaged")  # or the disk failed for a moment
+            return count
+
+        if shard.file:
+            place = str(shard.file.root / shard.file.name)
+            settings = [self.signals, self._shares, self.split, self._whole]
+            with suppress(Refused):
+                self._counts[number] = self._facts.of(
+                    place, f"samples of {settings}", read
+                )
+            self._facts.save(_WORTH)
+        if number not in self._counts:
+            self._counts[number] = len(self._rows(number))
+        return self._counts[number]
 
     @property
     def varied(self) -> bool:
@@ -528,8 +535,8 @@ class Stream(Stored):
             texts = {s: contents[s].decode() for s in _TEXTS if s in contents}
             values = json.loads(texts.get("json", "{}"))
             values = values if isinstance(values, dict) else {}
-        found = first_of(values, CAPTION_COLUMNS)
-        caption = texts.get("txt", "" if found is None else str(found))
+        caption = first_of(values, CAPTION_COLUMNS)
+        caption = texts.get("txt", "" if caption is None else str(caption))
         label = texts.get("cls", first_of(values, LABEL_COLUMNS))
         return self._class_number(label), plain(caption).strip()
 

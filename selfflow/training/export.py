@@ -10,7 +10,8 @@ import copy
 import json
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -261,6 +262,20 @@ def _example(run: Run) -> str:
     return "['a text']" if run.config.shared.condition == "caption" else "[0]"
 
 
+@contextmanager
+def _exporting(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which replaces an earlier export. Raises NotWritten."""
+    try:
+        with replacing_folder(folder) as staging:
+            yield staging
+            for file in staging.iterdir():
+                flush(file)
+    except OSError as error:
+        raise not_written(
+            f"The export {folder}", error, "The earlier content is unchanged."
+        ) from error
+
+
 def export(
     run: Run | Path | str,
     folder: Path | str,
@@ -305,30 +320,23 @@ def export(
         'from selfflow import load\nmodel = load("FOLDER")  # this folder\n'
         f"samples = model.sample({_example(run)})"
     )
-    try:
-        with replacing_folder(folder) as staging:
-            file = staging / "model.safetensors"
-            write_tensors(file, weights)
-            stored["exported"] = {
-                **about,
-                "dtype": dtype,
-                "sha256": sha256(file),
-                "metrics": metrics or run.exported.get("metrics", {}),
-                **_spent(run),
-            }
-            if head:
-                file = staging / "objective.safetensors"
-                write_tensors(file, head)
-                stored["exported"]["objective_sha256"] = sha256(file)
-            card = _model_card(run, outline, stored["exported"], license, use)
-            (staging / "README.md").write_text(card, encoding="utf-8")
-            for file in staging.iterdir():
-                flush(file)
-            write_json(staging / "config.json", stored)
-    except OSError as error:
-        raise not_written(
-            f"The export {folder}", error, "The earlier content is unchanged."
-        ) from error
+    with _exporting(folder) as staging:
+        file = staging / "model.safetensors"
+        write_tensors(file, weights)
+        stored["exported"] = {
+            **about,
+            "dtype": dtype,
+            "sha256": sha256(file),
+            "metrics": metrics or run.exported.get("metrics", {}),
+            **_spent(run),
+        }
+        if head:
+            file = staging / "objective.safetensors"
+            write_tensors(file, head)
+            stored["exported"]["objective_sha256"] = sha256(file)
+        card = _model_card(run, outline, stored["exported"], license, use)
+        (staging / "README.md").write_text(card, encoding="utf-8")
+        write_json(staging / "config.json", stored)
     return folder
 
 # %% ../../nbs/3_training/12_export.ipynb #2c38a1a1
@@ -366,16 +374,9 @@ def export_diffusers(
     use = f'from diffusers import {kind}\nmodel = {kind}.from_pretrained("FOLDER")'
     card = _model_card(run, _outline_of(run), exported, license, use)
     card = card.replace("library_name: selfflow", "library_name: diffusers", 1)
-    try:
-        with replacing_folder(folder) as staging:
-            model.save_pretrained(staging, safe_serialization=True)
-            (staging / "README.md").write_text(card, encoding="utf-8")
-            for file in staging.iterdir():
-                flush(file)
-    except OSError as error:
-        raise not_written(
-            f"The export {folder}", error, "The earlier content is unchanged."
-        ) from error
+    with _exporting(folder) as staging:
+        model.save_pretrained(staging, safe_serialization=True)
+        (staging / "README.md").write_text(card, encoding="utf-8")
     return folder
 
 # %% ../../nbs/3_training/12_export.ipynb #2ee7363e
@@ -450,19 +451,12 @@ def export_lora(
     origin = {name: run.start.get(name) for name in ("from", "kind", "fingerprint")}
     exported = {**about, "dtype": dtype, "metrics": {}, **_spent(run)}
     card = _lora_card(run, kind, exported, license)
-    try:
-        with replacing_folder(folder) as staging:
-            for name, tensors in files.items():
-                write_tensors(staging / name, tensors, notes if name == _LORA else {})
-            (staging / "README.md").write_text(card, encoding="utf-8")
-            for file in staging.iterdir():
-                flush(file)
-            stored = {**about, **asdict(settings), "base": origin}
-            write_json(staging / "config.json", {"lora": stored})
-    except OSError as error:
-        raise not_written(
-            f"The export {folder}", error, "The earlier content is unchanged."
-        ) from error
+    with _exporting(folder) as staging:
+        for name, tensors in files.items():
+            write_tensors(staging / name, tensors, notes if name == _LORA else {})
+        (staging / "README.md").write_text(card, encoding="utf-8")
+        stored = {**about, **asdict(settings), "base": origin}
+        write_json(staging / "config.json", {"lora": stored})
     return folder
 
 

@@ -105,11 +105,13 @@ def selfcheck(
         What was compared in words, and each `Check` of it.
 
     Raises:
-        ValueError: for fewer processes, and as `TrainConfig`.
+        ValueError: for fewer processes, for no parallelism, and as `TrainConfig`.
         ChildProcessError: if the processes fail, with their output.
     """
     if processes < 2:
         raise ValueError(f"processes is {processes}, but it takes 2 or more to compare")
+    if not parallel:
+        raise ValueError("parallel is empty; name ddp, fsdp or both")
     training = TrainConfig(
         steps=_STEPS,
         batch=8 * processes,

@@ -1,4 +1,4 @@
-"""What was read of a folder before is not read again, unless its files have changed."""
+"""A folder that was read before is not read again, unless its files have changed."""
 
 import json
 import time
@@ -8,7 +8,8 @@ from unittest.mock import patch
 import pytest
 from PIL import Image
 
-from selfflow.data.files import Facts, Inside
+from selfflow.data import folders
+from selfflow.data.files import Facts, Inside, Refused
 from selfflow.data.folders import Folder
 
 
@@ -47,11 +48,35 @@ def everything(photos):
     return data.fingerprint, dict(data.skipped), dict(data.sides), data.notes
 
 
-def test_a_second_start_opens_no_file(photos, opens):
+def test_a_second_start_opens_no_file_but_those_that_were_refused(photos, opens):
     first = everything(photos)
     assert len(opens) == 13  # seven headers and six digests
     opens.clear()
-    assert everything(photos) == first and not opens
+    assert everything(photos) == first and opens == ["a/broken.png"]
+
+
+def test_a_file_that_needed_a_package_is_read_when_it_is_there(
+    photos, opens, monkeypatch
+):
+    real = folders.read_header
+
+    def without(source, signal, timed=False):
+        if source.name == "a/0.png":
+            raise Refused("needs the package av: pip install 'selfflow[av]'")
+        return real(source, signal, timed)
+
+    monkeypatch.setattr(folders, "read_header", without)
+    assert len(Folder(photos, size=4, shares=(1, 0, 0))) == 5
+    monkeypatch.setattr(folders, "read_header", real)
+    assert len(Folder(photos, size=4, shares=(1, 0, 0))) == 6
+
+
+def test_another_version_reads_anew(photos, opens, monkeypatch):
+    everything(photos)
+    opens.clear()
+    monkeypatch.setattr("selfflow.data.files.__version__", "99")
+    everything(photos)
+    assert len(opens) == 13
 
 
 def test_files_that_have_changed_are_read_again(photos, opens):
@@ -60,7 +85,7 @@ def test_files_that_have_changed_are_read_again(photos, opens):
     Image.new("RGB", (9, 9)).save(photos / "a/2.png")
     (photos / "b/1.png").unlink()
     second = everything(photos)
-    assert {*opens} == {"a/2.png"} and second[0] != first[0]
+    assert {*opens} == {"a/2.png", "a/broken.png"} and second[0] != first[0]
     assert (9, 9) in second[2] and (7, 6) not in second[2]
 
 

@@ -374,6 +374,22 @@ def test_what_was_counted_before_is_not_read_again(place, monkeypatch, tmp_path)
         assert seen(place, [500]) != expected and listed
 
 
+def test_the_count_of_a_damaged_shard_is_not_kept(place, monkeypatch, tmp_path):
+    monkeypatch.setattr("selfflow.data.files.user_cache_path", lambda name: tmp_path)
+    monkeypatch.setattr(streams, "_WORTH", 1)
+    whole = (place / "000.tar").read_bytes()
+    (place / "000.tar").write_bytes(whole[: len(whole) // 2])
+    for path in place.glob("*.tar"):
+        os.utime(path, (0, 0))
+    with patch("time.time", return_value=time.time() + 60):
+        data = Stream(place, size=4, channels=1)
+        assert all(data._count(number) for number in range(6))
+    (kept,) = tmp_path.glob("facts/*.json")
+    facts = json.loads(kept.read_text())
+    assert facts.pop(str(place / "000.tar"))[1] == {}
+    assert all(own for _, own in facts.values())
+
+
 def test_shards_that_vanish_end_in_one_line(place):
     data = Stream(place, size=4)
     for path in place.glob("*.tar"):

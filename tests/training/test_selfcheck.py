@@ -39,6 +39,11 @@ def test_one_process_is_nothing_to_compare(capsys, count):
     assert f"processes is {count}, but it takes 2 or more" in capsys.readouterr().err
 
 
+def test_no_parallelism_is_nothing_to_compare():
+    with pytest.raises(ValueError, match="parallel is empty; name ddp, fsdp"):
+        next(selfcheck.selfcheck(2, "cpu", ()))
+
+
 def test_runs_of_other_lengths_are_not_compared(runs, tmp_path):
     short = replace(TINY, training=replace(TINY.training, steps=2, save_every=2))
     with pytest.raises(ValueError, match="has logged 2 steps and .* 12; train both"):
