@@ -119,6 +119,7 @@ _TINY = (128, 6, 4)  # width, depth, heads
 _CHANNELS = 16
 _CLASSES = 1000
 _PUBLISHED = "published form"
+_EARLY_STOP = "published form, early stop"
 _PUBLISHED_SAMPLING = "sampling, published form"
 
 
@@ -131,6 +132,7 @@ class Case:
     batch: Samples in a step.
     precision: fp32, or bf16 (autocast).
     compile: Compile the blocks of all contenders.
+    width: Replaces the width of the size; None keeps it. Heads stay as wide.
 
     Raises:
         ValueError: For other values.
@@ -141,6 +143,7 @@ class Case:
     batch: int = 8
     precision: str = "fp32"
     compile: bool = False
+    width: int | None = None
 
     def __post_init__(self):
         if self.size not in (*SIZES, "tiny"):
@@ -157,6 +160,16 @@ class Case:
             raise ValueError(
                 f"precision is {self.precision!r}; known are fp32 and bf16"
             )
+        if self.width is not None and (self.width < 1 or self.width % self._head_width):
+            raise ValueError(
+                f"width is {self.width}, but must be a multiple of {self._head_width}, "
+                f"the width of a head at size {self.size}"
+            )
+
+    @property
+    def _head_width(self) -> int:
+        width, _, heads = SIZES.get(self.size, _TINY)
+        return width // heads
 
     @property
     def _side(self) -> int:
@@ -168,7 +181,9 @@ class Case:
 
         That is the published model's input, latents of 32 x 32 x 4 in patches of 2.
         """
-        width, depth, heads = SIZES.get(self.size, _TINY)
+        width, depth, _ = SIZES.get(self.size, _TINY)
+        width = self.width or width
+        heads = width // self._head_width
         return TransformerConfig.of_image(
             _CHANNELS, (self._side, self._side), width, depth, heads, classes=_CLASSES
         )
@@ -210,7 +225,7 @@ def _autocast(case: Case, device: torch.device) -> AbstractContextManager:
 
 # %% ../../nbs/4_analysis/16_benchmark.ipynb #0b8e88a3
 def _contenders(case: Case, device: torch.device) -> dict[str, Callable[[], None]]:
-    """Functions to measure by name: three training steps and two forwards of a sampler.
+    """Functions to measure by name: five training steps and two forwards of a sampler.
 
     All of them start from the same weights.
     """
@@ -222,13 +237,19 @@ def _contenders(case: Case, device: torch.device) -> dict[str, Callable[[], None
     )
     labels = torch.randint(0, _CLASSES, (case.batch,), generator=keyed(0, "labels"))
     batch = Batch(x0, Condition(labels, classes=_CLASSES), shape.parts).to(device)
+    objectives = {
+        "Self-Flow": SelfFlow(shape),
+        _PUBLISHED: PublishedSelfFlow(shape),
+        _EARLY_STOP: PublishedSelfFlow(shape, early_stop=True),
+        "flow matching": FlowMatching(),
+        "Self-Flow within levels": SelfFlow(shape, separated=True),
+    }
     steps = {}
-    student = _make_student(model)
-    steps["Self-Flow"] = _training_step(student, SelfFlow(shape), case, batch)
-    per_token = PerTokenTransformer(model).to(device)
-    steps[_PUBLISHED] = _training_step(per_token, PublishedSelfFlow(shape), case, batch)
-    student = _make_student(model)
-    steps["flow matching"] = _training_step(student, FlowMatching(), case, batch)
+    for name, objective in objectives.items():
+        student: Any = _make_student(model)
+        if isinstance(objective, PublishedSelfFlow):
+            student = PerTokenTransformer(model).to(device)
+        steps[name] = _training_step(student, objective, case, batch)
     ours: Any = make_teacher(model)
     published: Any = PerTokenTransformer(model).to(device)
     published = make_teacher(published)
@@ -262,18 +283,34 @@ def _make_student(model: Transformer) -> Transformer:
     return cast(Transformer, student)
 
 # %% ../../nbs/4_analysis/16_benchmark.ipynb #677b968c
-def _seconds(function: Callable, device: torch.device) -> float:
+_CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def _seconds(function: Callable, device: torch.device, clock: str = "wall") -> float:
     """Duration of one call, until the device has finished."""
+    now = _CLOCKS[clock]
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = now()
     function()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return now() - start
 
 
-def _ceiling(precision: str, device: torch.device) -> Callable[[], float]:
+def _check_clock(clock: str, device: torch.device) -> None:
+    if clock not in _CLOCKS:
+        raise ValueError(f"clock is {clock!r}; known are {', '.join(_CLOCKS)}")
+    threads = torch.get_num_threads()
+    if clock == "cpu" and (device.type != "cpu" or threads > 1):
+        raise ValueError(
+            f"clock is 'cpu', but {threads} threads run on {device.type}: processor "
+            "time is a duration for one thread on the CPU; set OMP_NUM_THREADS=1, or "
+            "take clock 'wall'"
+        )
+
+
+def _ceiling(precision: str, device: torch.device, clock: str) -> Callable[[], float]:
     """A function that measures operations per second of a large matrix product."""
     n = 8192 if device.type == "cuda" else 2048
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -282,7 +319,7 @@ def _ceiling(precision: str, device: torch.device) -> Callable[[], float]:
     flops = 2 * n**3
 
     def measure_product() -> float:
-        return flops / min(_seconds(lambda: a @ b, device) for _ in range(5))
+        return flops / min(_seconds(lambda: a @ b, device, clock) for _ in range(5))
 
     return measure_product
 
@@ -293,13 +330,16 @@ def _quartiles(values: list[float]) -> list[float]:
 
 # %% ../../nbs/4_analysis/16_benchmark.ipynb #eacc4434
 @own_settings()
-def measure(case: Case, rounds: int = 5, device: str = "auto") -> dict:
+def measure(
+    case: Case, rounds: int = 5, device: str = "auto", clock: str = "wall"
+) -> dict:
     """Operations, seconds and bytes of all contenders.
 
     Args:
         case: Model, batch and precision.
         rounds: How often each contender is timed; their order changes every round.
         device: "auto", "cpu" or "cuda".
+        clock: "wall", or "cpu", the processor time of a single thread.
 
     Returns:
         A dict for JSON. Each contender in "results" has
@@ -308,17 +348,20 @@ def measure(case: Case, rounds: int = 5, device: str = "auto") -> dict:
         - seconds: Quartiles over rounds.
         - speed_ratio: Seconds of the published form over its own, quartiles over
           rounds of the ratio within a round.
+        - time_ratio: Its own seconds over those of Self-Flow in training, likewise.
         - ceiling_share: Its operations per second over those of a large matrix product,
           quartiles over rounds.
 
     Raises:
-        ValueError: For less than 1 round, and for blocks that cannot be compiled.
+        ValueError: For less than 1 round, for a clock that does not fit, and for
+            blocks that cannot be compiled.
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}, but at least 1 is needed")
     place = device_for(device)
+    _check_clock(clock, place)
     steps = _contenders(case, place)
-    ceiling = _ceiling(case.precision, place)
+    ceiling = _ceiling(case.precision, place, clock)
     flops = _flops_of(steps, case, place)
     _warm_up(steps, case)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -328,12 +371,16 @@ def measure(case: Case, rounds: int = 5, device: str = "auto") -> dict:
         ceilings.append(ceiling())
         start = turn % len(names)
         for name in names[start:] + names[:start]:
-            seconds[name].append(_seconds(steps[name], place))
+            seconds[name].append(_seconds(steps[name], place, clock))
     results = {}
     for name, step in steps.items():
         rival = seconds[_rival_of(name)]
         own = seconds[name]
         ratios = [theirs / ours for theirs, ours in zip(rival, own, strict=True)]
+        over_self_flow = [
+            theirs / ours
+            for theirs, ours in zip(own, seconds["Self-Flow"], strict=True)
+        ]
         shares = [
             flops[name] / ours / limit
             for ours, limit in zip(own, ceilings, strict=True)
@@ -342,6 +389,7 @@ def measure(case: Case, rounds: int = 5, device: str = "auto") -> dict:
             "flops": flops[name],
             "seconds": _quartiles(own),
             "speed_ratio": _quartiles(ratios),
+            "time_ratio": _quartiles(over_self_flow),
             "ceiling_share": _quartiles(shares),
             "peak_bytes": peak_memory(step, place),
         }
@@ -349,6 +397,8 @@ def measure(case: Case, rounds: int = 5, device: str = "auto") -> dict:
         "case": asdict(case),
         "rounds": rounds,
         "device": device_name(place),
+        "threads": torch.get_num_threads(),
+        "clock": clock,
         "torch": torch.__version__,
         "ceiling_flops_per_second": _quartiles(ceilings),
         "results": results,
@@ -391,8 +441,9 @@ def bench_table(records: list[dict]) -> pd.DataFrame:
     for record in records:
         case, results = record["case"], record["results"]
         compiled = ", compiled" if case["compile"] else ""
+        width = f" {case['width']} wide" if case.get("width") else ""
         title = (
-            f"{case['size']}, {case['tokens']} tokens x {case['batch']}, "
+            f"{case['size']}{width}, {case['tokens']} tokens x {case['batch']}, "
             f"{case['precision']}{compiled}"
         )
         for name, result in results.items():
@@ -413,14 +464,18 @@ def bench_table(records: list[dict]) -> pd.DataFrame:
 
 # %% ../../nbs/4_analysis/16_benchmark.ipynb #f2063534
 def bench(
-    cases: list[Case], path: Path | str, rounds: int = 5, device: str = "auto"
+    cases: list[Case],
+    path: Path | str,
+    rounds: int = 5,
+    device: str = "auto",
+    clock: str = "wall",
 ) -> list[dict]:
     """Measure cases one after the other.
 
     Args:
         cases: At least one.
         path: A JSON file, written after each case; an existing file is replaced.
-        rounds, device: See `measure`.
+        rounds, device, clock: See `measure`.
 
     Returns: The records.
 
@@ -434,7 +489,7 @@ def bench(
     check_writable(path)
     records = []
     for case in cases:
-        records.append(measure(case, rounds, device))
+        records.append(measure(case, rounds, device, clock))
         write_json(path, records)
     return records
 

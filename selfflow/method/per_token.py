@@ -101,8 +101,9 @@ class PerTokenTransformer(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, tau: Tensor, labels: Tensor, layer: int
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, tau: Tensor, labels: Tensor, layer: int, stop: bool = False
+    ) -> tuple[Tensor | None, Tensor]:
+        """Return velocities, and features after a layer; stop: end there, with None."""
         h = self.x_embedder(x) + self.positions
         # (b, n, d)
         c = (
@@ -113,6 +114,8 @@ class PerTokenTransformer(nn.Module):
             h = block(h, c)
             if index == layer:
                 features = h
+                if stop:
+                    return None, features
         shift, scale = self.final_layer["adaLN_modulation"](c).chunk(2, dim=-1)
         return self.final_layer["linear"](
             F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
@@ -123,7 +126,16 @@ class PublishedSelfFlow(SelfFlow):
     """Self-Flow as published, for two `PerTokenTransformer`.
 
     It has conditions for every token and runs the whole teacher.
+
+    Args:
+        *arguments: As in `SelfFlow`.
+        early_stop: End the teacher's pass at its layer.
+        **options: As in `SelfFlow`.
     """
+
+    def __init__(self, *arguments, early_stop: bool = False, **options):
+        super().__init__(*arguments, **options)
+        self.early_stop = early_stop
 
     def forward(
         self, student, teacher, batch: Batch, draw: Draw, stats: BatchStats = ONE_PIECE
@@ -136,7 +148,9 @@ class PublishedSelfFlow(SelfFlow):
         v, h = student(noised.xt, tau, labels, self.student_layer)
         with torch.no_grad():
             xt = interpolate(batch.x0, noised.x1, tau_min)
-            _, target = teacher(xt, tau_min, labels, self.teacher_layer)
+            _, target = teacher(
+                xt, tau_min, labels, self.teacher_layer, self.early_stop
+            )
         predicted = self.projector(h).float()
         cosine = F.cosine_similarity(predicted, target.float(), dim=-1)
         flow_loss = F.mse_loss(v.float(), velocity(batch.x0, noised.x1))

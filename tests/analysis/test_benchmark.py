@@ -37,37 +37,40 @@ CPU = torch.device("cpu")
     st.integers(0, 99),
     st.floats(0, 0.5),
 )
-def test_the_published_form_is_the_same_function(batch, grid, depth, seed, mask_ratio):
+def test_the_rivals_are_the_same_function(batch, grid, depth, seed, mask_ratio):
     torch.manual_seed(seed)
     ours = Transformer(TransformerConfig.of_image(3, grid, 16, depth, 2, classes=5))
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    theirs, teacher = PerTokenTransformer(ours), make_teacher(ours)
+    theirs = PerTokenTransformer(ours)
     objective = SelfFlow(
         ours.config, DualTimestep(mask_ratio=mask_ratio), label_drop=0.5
     )
-    rival = PublishedSelfFlow(ours.config, objective.schedule, label_drop=0.5)
-    rival.load_state_dict(objective.state_dict())
     g, n = torch.Generator().manual_seed(seed), grid[0] * grid[1]
     x0, labels = (
         torch.randn(batch, n, 3, generator=g),
         torch.randint(0, 5, (batch,), generator=g),
     )
     samples = Batch(x0, Condition(labels, 5), ours.config.parts)
-    losses = (
-        objective(ours, teacher, samples, partial(keyed, seed)).total,
-        rival(theirs, make_teacher(theirs), samples, partial(keyed, seed)).total,
-    )
-    torch.testing.assert_close(*losses, atol=1e-6, rtol=1e-5)
-    for loss in losses:
-        loss.backward()
-    for name, parameter in theirs.named_parameters():
-        name = name.replace("x_embedder.", "x_embedder.image.").replace(
-            "final_layer.linear.", "final_layer.linear.image."
+    draw = partial(keyed, seed)
+    loss = objective(ours, make_teacher(ours), samples, draw).total
+    loss.backward()
+    for early_stop in (False, True):
+        rival = PublishedSelfFlow(
+            ours.config, objective.schedule, label_drop=0.5, early_stop=early_stop
         )
-        torch.testing.assert_close(
-            ours.get_parameter(name).grad, parameter.grad, atol=1e-5, rtol=1e-3
-        )
+        rival.load_state_dict(objective.state_dict())
+        theirs.zero_grad()
+        rival_loss = rival(theirs, make_teacher(theirs), samples, draw).total
+        torch.testing.assert_close(rival_loss, loss, atol=1e-6, rtol=1e-5)
+        rival_loss.backward()
+        for name, parameter in theirs.named_parameters():
+            name = name.replace("x_embedder.", "x_embedder.image.").replace(
+                "final_layer.linear.", "final_layer.linear.image."
+            )
+            torch.testing.assert_close(
+                ours.get_parameter(name).grad, parameter.grad, atol=1e-5, rtol=1e-3
+            )
 
 
 def test_operations_follow_from_the_shapes():
@@ -89,6 +92,10 @@ def test_operations_follow_from_the_shapes():
     head = 3 * 2 * b * n * 4 * d**2
     assert flops["published form"] == pytest.approx(4 * per_token + head, rel=0.03)
     extra = (k - 1) * 3 * (depth * once + time)
+    # the teacher's last two blocks of six and its last layer are not computed
+    saved = 2 * (block + n * once) + 2 * b * n * 16 * d + n * 2 * b * 2 * d**2
+    assert flops["published form, early stop"] == flops["published form"] - saved
+    assert flops["Self-Flow within levels"] < flops["Self-Flow"]
     assert flops["Self-Flow"] == pytest.approx(
         3 * sampling + extra + sampling * 4 / 6 + head, rel=0.03
     )
@@ -129,7 +136,7 @@ def test_modulation_per_token_is_gone_from_memory():
     assert peak["Self-Flow"] < 1.25 * peak["flow matching"]
 
 
-def small_ceiling(precision, device):
+def small_ceiling(precision, device, clock):
     "From a small product; the test of the command measures the real one."
     n = 512
     a = torch.randn(n, n).to(torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -156,7 +163,7 @@ def test_records_are_written_after_each_case(tmp_path, monkeypatch):
         and 0 < found["ceiling_share"][1] < 2
     )
     assert records[0]["results"]["published form"]["speed_ratio"] == [1, 1, 1]
-    assert len(bench_table(records)) == 10
+    assert len(bench_table(records)) == 14
     monkeypatch.setattr("selfflow.analysis.benchmark._contenders", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         bench(cases[:1], path)
@@ -195,7 +202,9 @@ def test_the_command(tmp_path, capsys):
         (lambda: Case(tokens=15), "tokens 15 must be a square"),
         (lambda: Case(batch=0), "batch 0"),
         (lambda: Case(precision="fp8"), "precision is 'fp8'"),
+        (lambda: Case("tiny", width=100), "width is 100, but must be a multiple of 32"),
         (lambda: measure(Case("tiny"), rounds=0), "rounds is 0"),
+        (lambda: measure(Case("tiny"), clock="sun"), "clock is 'sun'; known are wall"),
     ],
 )
 def test_bad_cases_are_refused(wrong, words):
