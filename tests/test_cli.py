@@ -135,7 +135,8 @@ def test_the_config_of_a_run_gives_its_folder(
     (tmp_path / "plain/config.json").write_text("{}")
     (tmp_path / "runs/b/checkpoints").mkdir()
     monkeypatch.chdir(tmp_path / where)
-    args, asked = ["train", "--config", file, *options], {}
+    args = ["train", "--config", file, *options]
+    asked = {}
     monkeypatch.setattr(
         training,
         "train",

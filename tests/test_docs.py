@@ -33,7 +33,9 @@ class Page(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.anchors, self.links, self.loads = set(), set(), set()
+        self.anchors = set()
+        self.links = set()
+        self.loads = set()
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):

@@ -242,7 +242,8 @@ def test_a_killed_process_is_named_with_its_signal(tmp_path):
 def test_tensorboard_shows_each_step_once_after_a_crash(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing import event_accumulator
 
-    real, steps = training.train_step, []
+    real = training.train_step
+    steps = []
 
     def crashes(*args, **options):
         steps.append(1)

@@ -207,11 +207,9 @@ def test_modules_export_what_they_say_and_document_it(module):
 
 @pytest.mark.parametrize("path", NOTEBOOKS + STUDIES, ids=lambda p: p.stem)
 def test_notebooks_have_the_form(path):
-    book, text, code = (
-        json.loads(path.read_text()),
-        cells(path, "markdown"),
-        cells(path, "code"),
-    )
+    book = json.loads(path.read_text())
+    text = cells(path, "markdown")
+    code = cells(path, "code")
     assert book["metadata"]["kernelspec"]["name"] == "python3"
     assert text[0].startswith("# ") and "\n> " in text[0]
     assert "widgets" not in book["metadata"] or "widget-view" in path.read_text(), (

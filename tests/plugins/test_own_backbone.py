@@ -151,10 +151,8 @@ class PerToken(nn.Module):
     def __init__(self, inputs=None, channels=4, width=8):
         super().__init__()
         self.width, self.depth = width, 2
-        self.inward, self.outward = (
-            nn.Linear(channels + 1, width),
-            nn.Linear(width, channels),
-        )
+        self.inward = nn.Linear(channels + 1, width)
+        self.outward = nn.Linear(width, channels)
 
     def forward(self, x, levels, condition=None, taps=(), stop=False, parts=()):
         hidden = self.inward(

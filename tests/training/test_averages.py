@@ -110,7 +110,8 @@ def test_snapshots_stay_and_rebuild_an_average_that_was_tracked_too(several, tmp
     pair = Run.open(several.path, "cpu")
     training = replace(SEVERAL.training, power_ema=(0.05, 0.15))
     pair.config = replace(SEVERAL, training=training)
-    built, tracked = pair.reconstructed(0.1), several.average("power-0.1")
+    built = pair.reconstructed(0.1)
+    tracked = several.average("power-0.1")
     error, scale = 0.0, 0.0
     for (_, a), (_, b), (_, c) in zip(
         built.named_parameters(),

@@ -254,10 +254,8 @@ def test_bad_configs_are_refused(values, words):
 
 
 def test_differences_are_named_by_their_path():
-    a, b = (
-        asdict(Config()),
-        asdict(Config(name="b", objective=ObjectiveConfig(mask_ratio=0.5))),
-    )
+    a = asdict(Config())
+    b = asdict(Config(name="b", objective=ObjectiveConfig(mask_ratio=0.5)))
     assert differences(a, b) == {
         "name": ("digits", "b"),
         "objective.mask_ratio": (0.25, 0.5),
@@ -586,7 +584,9 @@ def test_configs_are_plain_values():
 def test_presets_are_the_published_settings():
     published = {name: PRESETS[name] for name in SIZES}
     for name, preset in published.items():
-        model, training, objective = preset.model, preset.training, preset.objective
+        model = preset.model
+        training = preset.training
+        objective = preset.objective
         assert (
             (model.width, model.depth, model.heads) == SIZES[name]
             and model.mlp_ratio == 4

@@ -98,7 +98,8 @@ def test_adapters_resume_bit_for_bit_and_are_exported_as_one_model(
     assert any("magnitude" in name for name in parts) == dora
     state = json.loads((whole.checkpoint / "state.json").read_text())
     assert state["base"] == whole.start["fingerprint"]
-    student, teacher = whole.load("model"), whole.load("teacher")
+    student = whole.load("model")
+    teacher = whole.load("teacher")
     assert any(not torch.equal(student[name], teacher[name]) for name in student)
 
     # base and adapter merged are the state that trains
@@ -139,7 +140,8 @@ def test_adapters_of_a_backbone_object_that_is_passed_to_train(runs, tmp_path):
     before = {name: value.clone() for name, value in given.state_dict().items()}
     training = replace(TINY.training, steps=4, save_every=2, validate_every=4)
     training = replace(training, sample_every=0)
-    model, lora = ModelConfig("given"), LoraConfig(2, targets=("mlp",))
+    model = ModelConfig("given")
+    lora = LoraConfig(2, targets=("mlp",))
     config = replace(TINY, name="own", model=model, lora=lora, training=training)
     whole = train(config, tmp_path / "whole", "cpu", bar=False, backbone=given)
     assert whole.start["kind"] == "given backbone" and not whole.start["left"]
@@ -240,7 +242,8 @@ def test_the_published_checkpoint_begins_a_run(tmp_path):
     inputs = Inputs((part,), classes=10)
     torch.manual_seed(1)
     shape = TransformerConfig((part,), classes=10, width=16, depth=4, heads=2)
-    published, projector = Transformer(shape), Projector(16)
+    published = Transformer(shape)
+    projector = Projector(16)
     published.open_gates()
     file = tmp_path / "published.safetensors"
     reference.save(file, published, projector)

@@ -46,7 +46,8 @@ def test_an_older_run_resumes_samples_and_probes_as_before(
         assert again[column].dropna().tolist() == pytest.approx(
             logged[column].dropna().tolist(), near
         ), column
-    found, expected = measured(run), EXPECTED[folder][kind]
+    found = measured(run)
+    expected = EXPECTED[folder][kind]
     for name, values in expected["samples"].items():
         assert found["samples"][name] == pytest.approx(
             values, rel=near, abs=20 * near

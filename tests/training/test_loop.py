@@ -187,7 +187,8 @@ def test_checkpointing_trains_the_same_run_bit_for_bit(runs, tmp_path):
 
 
 def test_an_interrupted_run_resumes_from_its_checkpoint(runs, tmp_path, monkeypatch):
-    real, calls = train_step, []
+    real = train_step
+    calls = []
 
     def interrupted(*args, **options):
         calls.append(1)
@@ -207,7 +208,8 @@ def test_looking_at_a_run_in_the_middle_changes_nothing(runs, tmp_path):
     shutil.rmtree(half.path / "checkpoints/step-00000012")
     half.sample(torch.tensor([1, 2]), steps=3)
     validation_losses(half.teacher, TINY)
-    expected, actual = parts_of(runs["tiny"]), parts_of(train(TINY, tmp_path))
+    expected = parts_of(runs["tiny"])
+    actual = parts_of(train(TINY, tmp_path))
     assert all(torch.equal(expected[k], actual[k]) for k in expected)
 
 
@@ -280,7 +282,8 @@ def test_bf16_trains(tmp_path):
         replace(TINY, name="bf16", training=replace(TINY.training, precision="bf16")),
         tmp_path,
     )
-    log, reference = run.log, train(TINY, tmp_path).log
+    log = run.log
+    reference = train(TINY, tmp_path).log
     assert log["flow_loss"].tolist() == pytest.approx(
         reference["flow_loss"].tolist(), rel=0.02
     )
@@ -468,7 +471,8 @@ def test_features_that_are_not_finite_are_named_by_their_step(where):
 
 
 def test_every_step_draws_its_own_numbers():
-    state, seen = start_state(TINY, Sources(TINY.data), torch.device("cpu")), []
+    state = start_state(TINY, Sources(TINY.data), torch.device("cpu"))
+    seen = []
     real = state.objective.forward
 
     def watched(student, teacher, batch, draw, *more):
@@ -574,7 +578,8 @@ def no_compiler(after=0):
 # at the first block of the student, or at one of the teacher
 @pytest.mark.parametrize("after", [0, 5])
 def test_without_a_compiler_blocks_run_as_they_are(monkeypatch, after):
-    eager, state = random_state(), random_state()
+    eager = random_state()
+    state = random_state()
     before = snapshot(state)
     monkeypatch.setattr(torch, "compile", no_compiler(after))
     assert (
@@ -688,8 +693,10 @@ def test_compiled_blocks_give_the_same_losses():
         SMALL,
         objective=ObjectiveConfig("flow_matching", schedule="dual", mask_ratio=0.5),
     )
-    eager, state = random_state(config), random_state(config)
-    before, graphs = snapshot(state), counters["stats"]["unique_graphs"]
+    eager = random_state(config)
+    state = random_state(config)
+    before = snapshot(state)
+    graphs = counters["stats"]["unique_graphs"]
     assert compile_blocks(state, config, first_batch(config)) is None
     assert_unchanged(state, before)
     assert (
@@ -762,7 +769,8 @@ def test_a_block_that_does_not_divide_the_grid_is_refused_before_a_folder_is_mad
 
 
 def test_loss_by_level_is_per_sample_and_does_not_depend_on_the_batch_size():
-    model, batch = random_state().student, first_batch(count=12)
+    model = random_state().student
+    batch = first_batch(count=12)
     x0 = batch.x0
     x1 = torch.randn(x0.shape, generator=torch.Generator().manual_seed(5))
     losses = loss_by_level(model, batch, x1, [0.2, 0.9], size=7)
@@ -861,7 +869,8 @@ class Watcher:
     "A user's callback."
 
     def __init__(self, fails_at=None):
-        self.events, self.fails_at = [], fails_at
+        self.events = []
+        self.fails_at = fails_at
 
     def on_step(self, moment):
         self.events.append(("step", moment.step, set(moment.values)))
@@ -905,7 +914,8 @@ def test_a_callback_of_the_user_sees_all_and_changes_nothing(runs, tmp_path):
 
 @pytest.mark.parametrize("step, saved", [(2, None), (6, 4)])
 def test_a_callback_that_fails_ends_the_training_in_order(runs, tmp_path, step, saved):
-    failing, other = Watcher(step), Watcher()
+    failing = Watcher(step)
+    other = Watcher()
     with pytest.raises(LookupError, match="the user's own"):
         train(TINY, tmp_path, callbacks=[failing, other])
     run = Run.open(tmp_path / "tiny")

@@ -34,7 +34,8 @@ def whole(runs, tmp_path_factory):
 
 def test_numpy_reads_images_and_classes(runs, whole):
     with np.load(whole) as file:
-        images, labels = file["arr_0"], file["arr_1"]
+        images = file["arr_0"]
+        labels = file["arr_1"]
     assert images.shape == (7, 8, 8, 3) and images.dtype == np.uint8
     assert labels.tolist() == [*range(7)]
     assert (images[..., 0] == images[..., 2]).all(), "grey in three channels"

@@ -252,7 +252,8 @@ def test_runs_on_the_same_data_at_two_places_are_compared(trained, monkeypatch, 
     home = trained.parents[1]
     shutil.copytree(home / "photos", home / "copy")
     other = train(config(str(home / "copy"), "other"), trained.parent, "cpu", bar=False)
-    first, second = Run.open(trained, "cpu"), Run.open(other.path, "cpu")
+    first = Run.open(trained, "cpu")
+    second = Run.open(other.path, "cpu")
     assert (
         first.config.data != second.config.data
         and first.trained_on == second.trained_on

@@ -192,7 +192,8 @@ def two(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     "The same runs in one process, by name, as they are asked for."
-    folder, known = tmp_path_factory.mktemp("one"), {}
+    folder = tmp_path_factory.mktemp("one")
+    known = {}
 
     def run(name):
         if name not in known:
@@ -210,13 +211,15 @@ def one(tmp_path_factory):
 
 
 def assert_close(run, expected, rtol=1e-5):
-    log, wanted = run.log, expected.log
+    log = run.log
+    wanted = expected.log
     assert (
         log.columns.tolist() == wanted.columns.tolist()
         and log["step"].tolist() == wanted["step"].tolist()
     )
     for name in wanted.columns.drop("flow_loss_by_level"):
-        found, expected = torch.tensor(log[name]), torch.tensor(wanted[name])
+        found = torch.tensor(log[name])
+        expected = torch.tensor(wanted[name])
         torch.testing.assert_close(
             found, expected, rtol=rtol, atol=1e-7, equal_nan=True, msg=name
         )
@@ -229,7 +232,8 @@ def assert_close(run, expected, rtol=1e-5):
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_two_dozen_steps_in_two_processes_have_the_losses_of_one(two, one, name):
-    run, expected = Run.open(two / name / "tiny"), one("ddp")
+    run = Run.open(two / name / "tiny")
+    expected = one("ddp")
     assert (
         raised(two / name) == [None, None]
         and len(run.log) == 24
@@ -282,7 +286,8 @@ def test_every_kind_of_loss_is_that_of_one_process(two, one, name):
 
 
 def test_averages_of_sharded_weights_are_those_of_one_process(two, one):
-    run, expected = Run.open(two / "accumulate-fsdp/tiny"), one("accumulate-fsdp")
+    run = Run.open(two / "accumulate-fsdp/tiny")
+    expected = one("accumulate-fsdp")
     for part in ("average-short", "average-power-0.1"):
         found, wanted = (
             torch.cat([value.flatten() for value in r.load(part).values()])
@@ -486,17 +491,16 @@ def test_an_abort_after_a_message_is_no_kill():
 
 
 def test_a_single_process_sends_nothing():
-    alone, g = Processes.start("cpu"), torch.Generator().manual_seed(0)
+    alone = Processes.start("cpu")
+    g = torch.Generator().manual_seed(0)
     assert (alone.rank, alone.count, alone.main) == (0, 1, True)
     assert (
         alone.on_main(lambda: 3) == 3
         and alone.broadcast(4) == 4
         and alone.any(False, True) == [False, True]
     )
-    values, counted = (
-        torch.randn(3, 5, generator=g),
-        torch.rand(3, 5, generator=g) < 0.5,
-    )
+    values = torch.randn(3, 5, generator=g)
+    counted = torch.rand(3, 5, generator=g) < 0.5
     torch.testing.assert_close(masked_mean(values, counted), values[counted].mean())
     assert masked_mean(values, torch.zeros_like(counted)) == 0
     rows = torch.randn(40, 6, generator=g)

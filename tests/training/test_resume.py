@@ -114,7 +114,9 @@ class Stops:
     "Asks a run to stop after given steps, by Run.requested."
 
     def __init__(self, monkeypatch, steps, what="stop"):
-        self.steps, self.now, real = steps, 0, training.train_step
+        self.steps = steps
+        self.now = 0
+        real = training.train_step
 
         def counting(state, *args, **options):
             self.now = state.step + 1
@@ -204,7 +206,8 @@ def test_sampling_validating_and_probing_in_the_middle_change_nothing(
         TINY, training=replace(TINY.training, sample_every=3, save_every=3)
     )
     Stops(monkeypatch, {5}, "sample")
-    real, looked = Run.prune, []
+    real = Run.prune
+    looked = []
 
     def looking(run):  # another program that looks at the run while it trains
         seen = Run.open(run.path)
@@ -310,7 +313,8 @@ def test_a_second_signal_does_not_wait():
 
 
 def test_training_in_another_thread_leaves_signals_alone(runs, tmp_path):
-    before, found = signal.getsignal(signal.SIGTERM), []
+    before = signal.getsignal(signal.SIGTERM)
+    found = []
     thread = threading.Thread(target=lambda: found.append(train(TINY, tmp_path)))
     thread.start()
     thread.join()
@@ -469,7 +473,8 @@ def test_data_that_changed_since_the_run_began_are_refused(tmp_path, monkeypatch
 
     config = replace(TINY, objective=ObjectiveConfig("flow_matching"))
     run = train(config, tmp_path)
-    before, digits = run.log_path.read_text(), sources._open_digits
+    before = run.log_path.read_text()
+    digits = sources._open_digits
 
     def changed(asked, split):
         data = digits(asked, split)
@@ -573,7 +578,8 @@ GOLD = replace(
 def test_the_golden_curve(tmp_path):
     "Losses of a tiny run, recorded: what changes them must be meant. Made by `python"
     "tests/test_resume.py`."
-    expected, log = json.loads(GOLDEN.read_text()), train(GOLD, tmp_path).log
+    expected = json.loads(GOLDEN.read_text())
+    log = train(GOLD, tmp_path).log
     for name, values in expected.items():
         assert log[name].dropna().tolist() == pytest.approx(values, rel=1e-3), name
     assert (

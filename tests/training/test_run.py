@@ -116,7 +116,8 @@ def test_training_resumes_from_the_newest_intact_checkpoint(run, runs):
         and check_checkpoint(again.latest()) is None
     )
     for part in ("model", "teacher", "objective", "optimizer"):
-        expected, actual = runs["tiny"].load(part), again.load(part)
+        expected = runs["tiny"].load(part)
+        actual = again.load(part)
         assert expected.keys() == actual.keys() and all(
             torch.equal(expected[k], actual[k]) for k in expected
         )
@@ -622,7 +623,8 @@ def test_renaming_the_folder_renames_the_run(run, capsys):
     )
 
 
-A, B = "a" * 16, "b" * 16
+A = "a" * 16
+B = "b" * 16
 
 
 @pytest.mark.parametrize(
@@ -796,7 +798,8 @@ def test_sample_history_is_in_order_and_survives_damage(runs, tmp_path, capsys):
 
 @pytest.mark.parametrize("method", ["euler", "sde", "heun", "midpoint"])
 def test_samples_depend_on_the_seed_alone(runs, method):
-    run, labels = runs["tiny"], torch.tensor([3, 1, 4, 1, 5])
+    run = runs["tiny"]
+    labels = torch.tensor([3, 1, 4, 1, 5])
     assert not run.teacher.training
     torch.manual_seed(1)
     stream = torch.get_rng_state()
@@ -819,7 +822,8 @@ def test_samples_depend_on_the_seed_alone(runs, method):
 
 
 def test_the_sde_adds_noise_of_its_own(runs):
-    run, labels = runs["tiny"], torch.tensor([0, 1])
+    run = runs["tiny"]
+    labels = torch.tensor([0, 1])
     x1 = torch.randn(2, 16, 4, generator=keyed(5, "samples"))
     noise = [
         torch.stack(
@@ -848,7 +852,8 @@ def test_the_sde_adds_noise_of_its_own(runs):
 
 
 def test_shift_and_interval_are_those_of_the_sampler(runs):
-    run, labels = runs["tiny"], torch.tensor([0, 1, 2])
+    run = runs["tiny"]
+    labels = torch.tensor([0, 1, 2])
     x1 = torch.randn(3, 16, 4, generator=keyed(0, "samples"))
     velocity_fn = guided_velocity(
         run.teacher, run.sources.condition_for(labels), 4.0, (0.3, 0.8)
@@ -885,7 +890,8 @@ def test_guidance_needs_a_model_that_knows_the_null_label(run):
     stored = json.loads((run.path / "config.json").read_text())
     stored["config"]["objective"]["label_drop"] = 0.0
     (run.path / "config.json").write_text(json.dumps(stored))
-    never, labels = Run.open(run.path), torch.tensor([1, 2])
+    never = Run.open(run.path)
+    labels = torch.tensor([1, 2])
     for cfg_scale in (2.0, 0.0):
         with pytest.raises(
             ValueError,
@@ -897,7 +903,8 @@ def test_guidance_needs_a_model_that_knows_the_null_label(run):
 
 
 def test_samples_of_a_model_that_is_given(runs, tmp_path):
-    run, labels = runs["tiny"], torch.tensor([1, 2, 3])
+    run = runs["tiny"]
+    labels = torch.tensor([1, 2, 3])
     assert torch.equal(
         run.sample(labels, 3, model=run.teacher)["image"],
         run.sample(labels, 3)["image"],

@@ -36,7 +36,8 @@ def shifts(monkeypatch):
     "The shifts that the sampler was asked for."
     import selfflow.training.run
 
-    real, asked = selfflow.training.run.sample, []
+    real = selfflow.training.run.sample
+    asked = []
     monkeypatch.setattr(
         selfflow.training.run,
         "sample",

@@ -75,7 +75,9 @@ def worker():
 
 
 def test_kills_at_random_moments_lose_nothing(worker, tmp_path):
-    run, draw, last = saved(tmp_path / "tiny", (1,)), random.Random(0), 1
+    run = saved(tmp_path / "tiny", (1,))
+    draw = random.Random(0)
+    last = 1
     for kill in range(40):
         pid = worker.start("save_on", run.path)
         if kill % 2:
@@ -90,7 +92,8 @@ def test_kills_at_random_moments_lose_nothing(worker, tmp_path):
         assert announced == list(range(last + 1, last + 1 + len(announced))), (
             "each goes on where the one before was killed"
         )
-        newest, last = step_of(run.latest()), max([last, *announced])
+        newest = step_of(run.latest())
+        last = max([last, *announced])
         assert newest in (last, last + 1), (
             "the last one that was announced, or the one that was just renamed"
         )
@@ -136,9 +139,12 @@ def whole_steps(run):
 def test_a_kill_before_each_single_call_leaves_the_old_or_the_new(
     worker, tmp_path, action, look, states
 ):
-    seen, ended, k = [], signal.SIGKILL, 0
+    seen = []
+    ended = signal.SIGKILL
+    k = 0
     while ended == signal.SIGKILL:
-        run, k = prepared(tmp_path / str(k), action), k + 1
+        run = prepared(tmp_path / str(k), action)
+        k = k + 1
         worker.start(action.removesuffix("_again"), run.path, k)
         ended, said = worker.wait()
         assert not said, said
@@ -276,7 +282,8 @@ def mounted(tmp_path):
 
 def test_a_disk_that_is_really_full_at_any_moment_of_a_save(mounted):
     place, _ = mounted
-    run, filler = saved(place / "tiny"), place / "filler"
+    run = saved(place / "tiny")
+    filler = place / "filler"
     # 12 kB each
     big = {part: {"x": torch.zeros(3000)} for part in ("model", "teacher")}
     failed = 0
@@ -417,7 +424,8 @@ def test_the_check_detects_all_damage(tmp_path, name):
 def test_damage_of_the_config_is_refused_where_it_matters_and_put_right_elsewhere(
     tmp_path,
 ):
-    run, refused = saved(tmp_path / "tiny"), []
+    run = saved(tmp_path / "tiny")
+    refused = []
     file = run.path / "config.json"
     whole = file.read_bytes()
 
@@ -597,7 +605,8 @@ def test_pruning_keeps_the_last_intact_checkpoints(tmp_path, last, every, broken
 
 
 def test_each_checkpoint_is_read_through_once_to_prune(tmp_path, monkeypatch):
-    read, run = [], saved(tmp_path / "tiny", (1, 2, 3))
+    read = []
+    run = saved(tmp_path / "tiny", (1, 2, 3))
     run = Run.open(run.path, "cpu")
     monkeypatch.setattr(
         "selfflow.training.checkpoint.sha256",
@@ -778,8 +787,10 @@ def test_a_child_that_outlives_a_killed_writer_does_not_keep_its_lock(worker, tm
 
 
 def test_two_threads_are_two_writers_and_the_same_thread_twice_too(tmp_path):
-    run, outcomes = saved(tmp_path / "tiny"), []
-    gate, done = threading.Barrier(4), threading.Event()
+    run = saved(tmp_path / "tiny")
+    outcomes = []
+    gate = threading.Barrier(4)
+    done = threading.Event()
 
     def train():
         gate.wait()
@@ -818,7 +829,8 @@ def test_the_lock_is_released_after_an_error(tmp_path):
 
 
 def test_processes_asking_for_the_writer_do_not_see_each_other(tmp_path):
-    run, seen = saved(tmp_path / "tiny"), []
+    run = saved(tmp_path / "tiny")
+    seen = []
     with run.locked():
         left = (run.path / "writer.json").read_text()
     (run.path / "writer.json").write_text(left)  # as a kill leaves it
@@ -836,7 +848,9 @@ def test_processes_asking_for_the_writer_do_not_see_each_other(tmp_path):
 
 
 def test_asking_for_the_writer_disturbs_nobody(tmp_path):
-    run, done, seen = saved(tmp_path / "tiny"), threading.Event(), []
+    run = saved(tmp_path / "tiny")
+    done = threading.Event()
+    seen = []
 
     def look():
         while not done.is_set():

@@ -131,7 +131,9 @@ def test_a_log_that_is_cut_is_read_again(log, how):
 def test_the_table_always_equals_the_file(tmp_path_factory, events, torn):
     log = tmp_path_factory.mktemp("log") / "log.jsonl"
     log.touch()
-    lines, text, step = Lines(log), b"", 0
+    lines = Lines(log)
+    text = b""
+    step = 0
     for event in events:
         if event == "cut":
             text = b"".join(text.splitlines(keepends=True)[: len(text) % 7])

@@ -75,10 +75,8 @@ def test_samples_are_drawn_by_name(runs, capsys):
         23,
         23,
     ]
-    by_name, by_number = (
-        run.sample(["D4", 0], steps=1),
-        run.sample(torch.tensor([2, 0]), steps=1),
-    )
+    by_name = run.sample(["D4", 0], steps=1)
+    by_number = run.sample(torch.tensor([2, 0]), steps=1)
     assert torch.equal(by_name["audio"], by_number["audio"])
     with pytest.raises(SystemExit):
         main(["sample", str(run.path), "--labels", "H4", "--device", "cpu"])
@@ -107,10 +105,8 @@ def peak(file) -> int:
 
 
 def test_every_audio_sample_is_a_file_and_none_is_clipped(runs, monkeypatch, capsys):
-    run, steps = (
-        runs["notes"],
-        torch.tensor([[1.0, -0.5, 0.25]] + [[0.1, 0.2, 0.3]] * 101),
-    )
+    run = runs["notes"]
+    steps = torch.tensor([[1.0, -0.5, 0.25]] + [[0.1, 0.2, 0.3]] * 101)
     loud = 5 * steps.repeat_interleave(2731, 1)[:, :8192]
     monkeypatch.setattr(
         run, "sample", lambda labels, *args, **options: {"audio": loud[: len(labels)]}

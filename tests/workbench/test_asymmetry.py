@@ -108,7 +108,8 @@ def test_the_last_of_many_changes_from_many_threads_is_shown():
 
 
 def test_a_change_during_drawing_is_not_lost():
-    begun, go = threading.Event(), threading.Event()
+    begun = threading.Event()
+    go = threading.Event()
 
     def held(values):
         if values["tone"] == 0.5:
@@ -126,7 +127,8 @@ def test_a_change_during_drawing_is_not_lost():
 
 
 def test_two_images_are_never_drawn_at_once():
-    busy, most = [], []
+    busy = []
+    most = []
 
     def watched(tone, theme):
         busy.append(1)
@@ -199,7 +201,8 @@ def test_a_worker_ends_when_nothing_changes_and_another_begins(monkeypatch):
     )
     explorer.controls["tone"].value = 0.3
     explorer.settle()
-    first, end = explorer._worker, time.monotonic() + 10
+    first = explorer._worker
+    end = time.monotonic() + 10
     while explorer._worker is not None:
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -266,10 +269,8 @@ def test_code_for_the_browser_makes_no_requests():
 )
 def test_every_token_has_pixels_a_place_and_a_name(config):
     sources = Sources(config, "validation")
-    board, tokens = (
-        Board(sources.layouts[config.name]),
-        sources.take(config.name, torch.arange(1)).x0[0],
-    )
+    board = Board(sources.layouts[config.name])
+    tokens = sources.take(config.name, torch.arange(1)).x0[0]
     n = len(tokens)
     assert len(board.places) == len(board.names) == len(set(board.names)) == n
     assert set(board.owner.ravel()) - {-1} == set(range(n))
@@ -324,7 +325,8 @@ def test_maps_plots_and_panels():
 )
 def test_levels_are_those_of_the_sliders(t, s, kind, seed):
     levels = levels_of(kind, t, s, schedule_of(kind, Uniform(), 0.25, (4, 4)), 16, seed)
-    found, lowest = set(levels.levels[0].tolist()), levels.cleanest().levels.item()
+    found = set(levels.levels[0].tolist())
+    lowest = levels.cleanest().levels.item()
     if kind != "diffusion forcing":
         assert found == {"single": {t}, "full masking": {t, 1.0}}.get(kind, {t, s})
     assert lowest == min(levels.levels[0].tolist())
@@ -367,7 +369,8 @@ def test_bad_input_is_refused(viewed):
 
 
 def test_a_perfect_model_makes_no_error(viewed):
-    x0, x1 = viewed.x0[:1], viewed.noise(3)
+    x0 = viewed.x0[:1]
+    x1 = viewed.noise(3)
 
     class Perfect(torch.nn.Linear):
         def forward(self, *args, **options):
@@ -386,10 +389,13 @@ def test_a_perfect_model_makes_no_error(viewed):
 def test_the_views_are_those_of_a_training_step(viewed):
     "Levels, inputs, estimates and cosine computed again from the parts."
     view = compute(viewed, VALUES).view
-    tau, x0, x1 = view.levels.per_token()[0, :, None], view.x0, viewed.noise(0)[0]
+    tau = view.levels.per_token()[0, :, None]
+    x0 = view.x0
+    x1 = viewed.noise(0)[0]
     torch.testing.assert_close(view.student, (1 - tau) * x0 + tau * x1)
     torch.testing.assert_close(view.teacher, 0.8 * x0 + 0.2 * x1)
-    run, head = viewed.run, viewed.head
+    run = viewed.run
+    head = viewed.head
     own = run.model(
         view.student[None],
         view.levels,
@@ -462,10 +468,8 @@ def test_all_kinds_at_the_ends(viewed, kind, ends):
 
 
 def test_revealed_errors_belong_to_the_same_tokens(viewed):
-    order, index = (
-        torch.randperm(16, generator=torch.Generator().manual_seed(1)),
-        torch.tensor([0, 1, 2]),
-    )
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    index = torch.tensor([0, 1, 2])
     errors = viewed.revealed(index, order, [0, 4, 8], 0.9, 0.1, seed=2)
     assert errors.shape == (3, 3)
     tau = torch.full((1, 16), 0.9)
@@ -508,7 +512,8 @@ def test_the_explorer_shows_what_the_pure_functions_draw(viewed):
 
 def test_painting_switches_the_hand_on_and_frames_the_tokens(viewed):
     explorer = explore(viewed)
-    grid, hand = explorer.controls["tokens"], explorer.controls["hand"]
+    grid = explorer.controls["tokens"]
+    hand = explorer.controls["hand"]
     assert not grid.marked and not hand.value
     grid.value = [2, 3]
     explorer.settle()

@@ -95,7 +95,8 @@ def more(tmp_path_factory):
 
 def attention_by_hand(model, layer, seen):
     "Softmax of q k / sqrt(e), head by head, from the weights; without rotary code."
-    block, x = model.blocks[layer - 1].attn, seen.x[0]
+    block = model.blocks[layer - 1].attn
+    x = seen.x[0]
     q, k, _ = (x @ block.qkv.weight.T + block.qkv.bias).chunk(3, -1)
     wide = x.shape[-1] // block.heads
     return torch.stack(
@@ -120,7 +121,8 @@ def test_weights_are_the_softmax_of_queries_and_keys(watched):
 
 
 def test_the_network_gets_the_inputs_of_training(watched):
-    forward, viewed = compute(watched, VALUES).forward, watched.viewed
+    forward = compute(watched, VALUES).forward
+    viewed = watched.viewed
     tau = forward.levels.per_token()[0]
     assert sorted(set(tau.tolist())) == pytest.approx([0.1, 0.9])
     torch.testing.assert_close(
@@ -140,8 +142,10 @@ def test_the_network_gets_the_inputs_of_training(watched):
 @pytest.mark.parametrize("separated", [False, True])
 def test_rows_columns_and_mass_are_sums_by_hand(watched, question, separated):
     scene = compute(watched, {**VALUES, "question": question, "separated": separated})
-    forward, n = scene.forward, watched.viewed.tokens
-    tau, allowed = forward.levels.per_token()[0].tolist(), forward.visible
+    forward = scene.forward
+    n = watched.viewed.tokens
+    tau = forward.levels.per_token()[0].tolist()
+    allowed = forward.visible
     assert allowed.all() != separated
 
     def relation(i, j):
@@ -157,7 +161,8 @@ def test_rows_columns_and_mass_are_sums_by_hand(watched, question, separated):
         ),
     ]:
         for head in range(len(weights)):
-            row, mass = np.zeros(n), np.zeros(len(RELATIONS))
+            row = np.zeros(n)
+            mass = np.zeros(len(RELATIONS))
             for i in lookers:
                 for j in range(n):
                     value = (
@@ -227,10 +232,8 @@ def test_weights_that_are_too_many_are_computed_again(watched, monkeypatch):
 
 
 def test_other_explorers_of_the_same_run_are_not_recorded(watched):
-    viewed, forward = (
-        watched.viewed,
-        watched.forward(0, 9, 0.7, 0.2, 0.25, "student", False, ""),
-    )
+    viewed = watched.viewed
+    forward = watched.forward(0, 9, 0.7, 0.2, 0.25, "student", False, "")
     assert forward.model is not viewed.student
     kept = forward.seen[1].x.clone()
     viewed.view(1, forward.levels, 5)
@@ -296,11 +299,13 @@ def test_bad_input_is_refused(watched, change, words):
 
 def test_the_description_names_token_target_and_share_on_cleaner_tokens(watched):
     scene = compute(watched, VALUES)
-    row, tau = scene.rows[1].mean(0), scene.forward.levels.per_token()[0]
+    row = scene.rows[1].mean(0)
+    tau = scene.forward.levels.per_token()[0]
     noisy = int(torch.nonzero(tau == tau.max())[0])
     scene = compute(watched, {**VALUES, "tokens": [noisy]})
     row = scene.rows[1].mean(0)
-    best, cleaner = int(row.argmax()), row[tau < tau.max()].sum()
+    best = int(row.argmax())
+    cleaner = row[tau < tau.max()].sum()
     names = watched.viewed.board.names
     for words in (
         f"layer 2, mean of heads: {names[noisy]} (level 0.90) looks most at "
@@ -333,12 +338,11 @@ def test_the_description_names_token_target_and_share_on_cleaner_tokens(watched)
 )
 def test_a_window_shows_the_tokens_of_its_moment(config):
     sources = Sources(config, "validation")
-    layout, tokens = (
-        sources.layouts[config.name],
-        sources.take(config.name, torch.arange(1)).x0[0],
-    )
+    layout = sources.layouts[config.name]
+    tokens = sources.take(config.name, torch.arange(1)).x0[0]
     frame = frames_in(layout) - 1
-    window, board = Window(layout, frame), Board(layout)
+    window = Window(layout, frame)
+    board = Board(layout)
     shown = set(window.owner.ravel())
     if config.name in ("digits", "notes"):
         assert frame == 0 and np.array_equal(window.owner, board.owner)
@@ -359,7 +363,8 @@ def test_a_window_shows_the_tokens_of_its_moment(config):
 
 
 def test_an_overlay_is_brightest_where_attention_is_highest(watched):
-    board, x0 = watched.viewed.board, torch.zeros_like(watched.viewed.x0[0])
+    board = watched.viewed.board
+    x0 = torch.zeros_like(watched.viewed.x0[0])
     times = torch.zeros(16)
     times[3] = 4.0
     drawn = laid_over(board, x0, times).astype(int).sum(-1)
@@ -372,7 +377,8 @@ def test_an_overlay_is_brightest_where_attention_is_highest(watched):
 
 def test_images_depend_only_on_what_they_show(watched):
     scene = compute(watched, VALUES)
-    before, after = draw(scene), draw(compute(watched, {**VALUES, "head": 1}))
+    before = draw(scene)
+    after = draw(compute(watched, {**VALUES, "head": 1}))
     assert {name for name in before if before[name] != after[name]} == {
         "tokens",
         "layers",
@@ -397,7 +403,8 @@ def test_captions_are_shown_and_10_000_characters_are_answered(more):
     watched = Watched(ViewedRun(more["texts"], count=3))
     scene = compute(watched, {**VALUES, "caption": ""})
     assert "caption" in draw(scene) and "the caption (counting: " in describe(scene)
-    stride, n = watched.config.caption_stride, watched.viewed.tokens
+    stride = watched.config.caption_stride
+    n = watched.viewed.tokens
     pieces = pieces_of(scene.forward, stride, len(scene.even) - n)
     assert (
         "".join(pieces).startswith("a ")

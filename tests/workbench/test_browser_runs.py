@@ -61,7 +61,9 @@ class Browsed:
     "The page with the browser, and the values that its controls should have."
 
     def __init__(self, lab, page):
-        self.page, self.theme, self.listing = page, LIGHT, Listing(lab[2] / "browsed")
+        self.page = page
+        self.theme = LIGHT
+        self.listing = Listing(lab[2] / "browsed")
         self.values = {
             "runs": ["plain", "self_flow"],
             "view": "curves",
@@ -124,7 +126,8 @@ def elsewhere(lab):
 
 
 def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab):
-    page, inner = browsed.page, browsed.inner
+    page = browsed.page
+    inner = browsed.inner
     browsed.box("self_flow").wait_for()
     assert (
         inner(".selfflow-runs tbody tr").count() == 2
@@ -142,7 +145,8 @@ def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab
     browsed.shows(runs=["plain", "self_flow"])
     milliseconds = []
     for wanted in (["plain"], ["plain", "self_flow"]) * 3:
-        before, started = source(page, "picture-picture-1"), time.monotonic()
+        before = source(page, "picture-picture-1")
+        started = time.monotonic()
         page.keyboard.press("ArrowDown")
         page.keyboard.press("Space")
         while source(page, "picture-picture-1") == before:
@@ -241,7 +245,8 @@ def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab
 def test_an_empty_folder_shows_a_hint_and_a_run_elsewhere_is_followed(
     browsed, lab, elsewhere
 ):
-    page, inner = browsed.page, browsed.inner
+    page = browsed.page
+    inner = browsed.inner
     empty = page.locator(".selfflow-browser").nth(1)
     empty.locator(".selfflow-folder [role=alert]", has_text="selfflow train").wait_for()
     said = empty.locator(".selfflow-folder").inner_text()

@@ -96,7 +96,8 @@ def test_constant_channels_do_not_count():
 
 def test_chance_is_that_of_all_pairs():
     generator = np.random.default_rng(1)
-    kinds, angles = generator.integers(0, 4, 25), generator.uniform(0, 7, 25)
+    kinds = generator.integers(0, 4, 25)
+    angles = generator.uniform(0, 7, 25)
     near = nearest(generator.normal(size=(25, 3)), 6)[0]
     pairs = ~np.eye(25, dtype=bool)
     found = sharing(kinds, near, 3)

@@ -91,10 +91,8 @@ def test_colours_of_tokens_keep_their_places():
 
 def test_previews_are_the_samples():
     g = torch.Generator().manual_seed(0)
-    videos, clips = (
-        torch.rand(2, 1, 5, 8, 8, generator=g) * 2 - 1,
-        torch.rand(2, 50, generator=g),
-    )
+    videos = torch.rand(2, 1, 5, 8, 8, generator=g) * 2 - 1
+    clips = torch.rand(2, 50, generator=g)
     (_, still), (kind, clip) = previews_of(
         {"video": videos, "audio": clips}, rate=4000
     )[1]

@@ -95,7 +95,8 @@ def test_without_a_run_the_quickstart_is_trained_and_opened(tmp_path):
 
 
 def test_a_stopped_quickstart_resumes(tmp_path, monkeypatch):
-    real, seen = module.train, []
+    real = module.train
+    seen = []
 
     def train(asked, folder, **options):
         seen.append(asked.name)
@@ -385,9 +386,11 @@ ServerApp.launch_instance(options)
 @contextmanager
 def pages(tmp_path, source: str):
     "A server that removes kernels after 3 seconds: (open a page, wait for its end)."
-    root, port = tmp_path / "app", free_port(0)
+    root = tmp_path / "app"
+    port = free_port(0)
     root.mkdir()
-    address, log = f"127.0.0.1:{port}", tmp_path / "log"
+    address = f"127.0.0.1:{port}"
+    log = tmp_path / "log"
 
     def kernels():
         with urllib.request.urlopen(

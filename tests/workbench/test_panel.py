@@ -143,7 +143,8 @@ def test_at_most_a_share_of_the_time_is_spent_on_drawing(training, monkeypatch):
         return Picture(figsize=(1, 1))
 
     monkeypatch.setattr(module, "draw_dashboard", slow)
-    panel, started = watch(training.path, refresh=0.01), time.monotonic()
+    panel = watch(training.path, refresh=0.01)
+    started = time.monotonic()
     until(lambda: len(spent) >= 4, 60)
     assert sum(spent[:-1]) / (time.monotonic() - started) <= module.SHARE
     panel.close()
@@ -152,7 +153,8 @@ def test_at_most_a_share_of_the_time_is_spent_on_drawing(training, monkeypatch):
 def test_the_line_of_text_is_updated_between_two_images(training):
     panel = watch(training.path, refresh=0.02)
     panel._due = float("inf")
-    headers, drawn = {panel.header.value}, panel.drawn
+    headers = {panel.header.value}
+    drawn = panel.drawn
     until(lambda: headers.add(panel.header.value) or len(headers) > 4)
     assert panel.drawn == drawn
 
@@ -497,7 +499,8 @@ def test_labels_for_tests_and_screen_readers_exist(path):
 
 
 def test_train_shows_a_panel_trains_and_releases_it(tmp_path, monkeypatch):
-    shown, done = [], object()
+    shown = []
+    done = object()
 
     def trains(config, folder, device="auto", bar=True):
         trainer = SimulatedTrainer(folder / config.name, steps=20)

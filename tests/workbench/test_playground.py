@@ -65,11 +65,9 @@ METHODS_HERE = [method for method in samplers if method != "dopri5"]
 @pytest.mark.parametrize("level", [0.0, 0.2, None])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_given_tokens_return_and_without_any_sampling_is_plain(method, level, shift):
-    x1, x0, noise = (
-        drawn("x1", 3, 5, 2),
-        drawn("x0", 3, 5, 2),
-        drawn("noise", 3, 3, 5, 2),
-    )
+    x1 = drawn("x1", 3, 5, 2)
+    x0 = drawn("x0", 3, 5, 2)
+    noise = drawn("noise", 3, 3, 5, 2)
     kept = torch.tensor(
         [[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool
     )
@@ -96,12 +94,10 @@ def test_given_tokens_return_and_without_any_sampling_is_plain(method, level, sh
 
 @pytest.mark.parametrize("level", [0.0, 0.2, None])
 def test_the_model_gets_tokens_at_the_right_levels(level):
-    x1, x0, kept, seen = (
-        drawn("x1", 2, 4, 3),
-        drawn("x0", 2, 4, 3),
-        torch.tensor([True, False, True, False]),
-        [],
-    )
+    x1 = drawn("x1", 2, 4, 3)
+    x0 = drawn("x0", 2, 4, 3)
+    kept = torch.tensor([True, False, True, False])
+    seen = []
 
     def spy(x, t):
         seen.append((x, t))
@@ -503,10 +499,8 @@ SMALL = TrainConfig(
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
     "A run of captions, one of videos and one of audio, a step each."
-    folder, size = (
-        tmp_path_factory.mktemp("others"),
-        ModelConfig(width=16, depth=4, heads=2),
-    )
+    folder = tmp_path_factory.mktemp("others")
+    size = ModelConfig(width=16, depth=4, heads=2)
     data = {
         "shapes": DataConfig("shapes", size=16, patch=4, condition="caption"),
         "motion": DataConfig("motion", size=16, patch=8, frames=8),
@@ -578,7 +572,8 @@ def test_a_label_of_a_player_is_escaped():
 
 
 def test_shown_keeps_the_state_where_nothing_is_given():
-    x1, x0 = drawn("x1", 2, 3, 1), drawn("x0", 2, 3, 1)
+    x1 = drawn("x1", 2, 3, 1)
+    x0 = drawn("x0", 2, 3, 1)
     x, tau = shown(
         x1, torch.tensor([0.3, 0.9]), x0, x1, torch.zeros(2, 3, dtype=torch.bool)
     )

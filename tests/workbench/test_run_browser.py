@@ -240,7 +240,8 @@ def test_bad_choices_are_answered_and_the_rest_is_shown(listing):
 
 
 def grid(seed, levels=(0.0, 0.5), items=40, step=12):
-    random, rows = np.random.default_rng(seed), []
+    random = np.random.default_rng(seed)
+    rows = []
     for place, (layer, level) in enumerate(
         (layer, level) for layer in (1, 2) for level in levels
     ):
