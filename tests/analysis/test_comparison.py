@@ -120,7 +120,8 @@ def test_attention_within_levels_is_counted_for_a_draw(tmp_path):
     )
     counted = flops_per_step(config, shape)
     found = flops_of_training(config, tmp_path)
-    assert counted == pytest.approx(found, rel=0.02) and counted != whole
+    assert counted == pytest.approx(found, rel=0.02)
+    assert counted != whole
     # two groups of eight: half of the pairs
     levels = NoiseLevels(torch.rand(1, 2), torch.tensor([[0, 1] * 8]))
     assert sum(len(g.rows) * len(g.keys) for g in Groups.of(levels).groups) == 128
@@ -249,10 +250,8 @@ def test_runs_are_found_in_their_order(folder):
         "strange",
         "unlogged",
     ]
-    assert (
-        find_runs(folder / "run2") == {"run2": folder / "run2"}
-        and found["run10"] == folder / "run10"
-    )
+    assert find_runs(folder / "run2") == {"run2": folder / "run2"}
+    assert found["run10"] == folder / "run10"
     with pytest.raises(
         FileNotFoundError, match="there is no folder .*selfflow train --folder"
     ):
@@ -264,22 +263,19 @@ def test_runs_are_found_in_their_order(folder):
 def test_the_table_says_how_each_run_stands(folder):
     table = runs_table(folder)
     states = dict(table["state"])
-    assert (
-        states["run2"] == states["deep/inside"] == "finished"
-        and states["fresh"] == "not started"
-    )
-    assert (
-        states["stopped"] == "stopped at step 4"
-        and table.loc["stopped", "step"] == 4
-        and table.loc["run2", "steps"] == 12
-    )
+    assert states["run2"] == states["deep/inside"] == "finished"
+    assert states["fresh"] == "not started"
+    assert states["stopped"] == "stopped at step 4"
+    assert table.loc["stopped", "step"] == 4
+    assert table.loc["run2", "steps"] == 12
     assert states["halved"].startswith("damaged: no intact checkpoint (step ")
     for name, words in {
         "edited": "config.json",
         "strange": "config.json",
         "no config": "no config.json",
     }.items():
-        assert states[name].startswith("damaged: ") and words in states[name]
+        assert states[name].startswith("damaged: ")
+        assert words in states[name]
     log = Run.open(folder / "run2", "cpu").log
     assert table.loc["run2", "flow loss"] == pytest.approx(
         log["flow_loss"].tail(20).mean()
@@ -311,11 +307,9 @@ def test_who_trains_is_named(folder):
     run = Run.open(folder / "stopped", "cpu")
     with run.locked():
         state = runs_table({"it": run}).loc["it"]
-    assert (
-        str(os.getpid()) in state["state"]
-        and state["state"].startswith("training")
-        and state["step"] == 12
-    )
+    assert str(os.getpid()) in state["state"]
+    assert state["state"].startswith("training")
+    assert state["step"] == 12
     assert runs_table({"it": run}).loc["it", "state"] == "stopped at step 4"
 
 
@@ -337,11 +331,9 @@ def test_probes_times_and_runs_that_are_not_finite_are_shown(folder):
         (folder / name / "not_finite.json").write_text(json.dumps({"step": step}))
     table = runs_table(folder)
     row = table.loc["run2"]
-    assert (
-        0 < row["probe"] < 1
-        and row["probe cell"].startswith("block 2, t = ")
-        and row["probe cell"].endswith("step 12")
-    )
+    assert 0 < row["probe"] < 1
+    assert row["probe cell"].startswith("block 2, t = ")
+    assert row["probe cell"].endswith("step 12")
     assert (row["seconds"], row["device"], row["processes"]) == (
         24.0,
         "a small machine",
@@ -357,12 +349,10 @@ def test_probes_times_and_runs_that_are_not_finite_are_shown(folder):
         and table.loc["run10", "step"] == 12
     ), "the rest of the row stands"
     text = readable(table).loc["run2"]
-    assert (
-        text["step"] == "12/12"
-        and text["time"] == "0:00:24"
-        and text["probe"].endswith("step 12)")
-        and "%" in text["probe"]
-    )
+    assert text["step"] == "12/12"
+    assert text["time"] == "0:00:24"
+    assert text["probe"].endswith("step 12)")
+    assert "%" in text["probe"]
 
 
 @pytest.mark.parametrize(
@@ -392,10 +382,10 @@ def test_nothing_in_a_folder_breaks_the_table(runs, tmp_path, file, content):
     (path / file).parent.mkdir(exist_ok=True)
     (path / file).write_text(content)
     table = runs_table(tmp_path / "runs")
-    assert table.loc["good", "state"] == "finished" and isinstance(
-        table.loc["bad", "state"], str
-    )
-    assert "good" in fit_table(table) and "bad" in fit_table(table)
+    assert table.loc["good", "state"] == "finished"
+    assert isinstance(table.loc["bad", "state"], str)
+    assert "good" in fit_table(table)
+    assert "bad" in fit_table(table)
 
 
 def test_operations_of_repa_need_the_width_of_its_features(runs, tmp_path):
@@ -450,7 +440,8 @@ def test_what_is_wrong_in_a_file_is_said_with_its_remedy(
     path = place(runs["tiny"], tmp_path / "bad")
     (path / file).write_text(content)
     state = runs_table(tmp_path).loc["bad", "state"]
-    assert re.search("^damaged: .*" + words, state) and "Error" not in state
+    assert re.search("^damaged: .*" + words, state)
+    assert "Error" not in state
     with pytest.raises(ValueError, match=words.partition(",")[0]):
         run_curves(tmp_path, against="seconds" if file == "timing.jsonl" else "steps")
 
@@ -464,18 +455,14 @@ def test_a_run_whose_first_steps_were_not_timed(runs, tmp_path):
     )
     timed(place(runs["vanilla"], tmp_path / "new"))
     table = runs_table(tmp_path)
-    assert (
-        pd.isna(table.loc["old", "seconds"]) and table.loc["old", "state"] == "finished"
-    )
+    assert pd.isna(table.loc["old", "seconds"])
+    assert table.loc["old", "state"] == "finished"
     text = readable(table)
-    assert (
-        text.loc["old", "time"] == ""
-        and text.loc["old", "device"] == "AMD EPYC 9B14"
-        and text.loc["new", "time"] == "0:00:24"
-    )
-    assert "old" in fit_table(table) and "time" not in readable(
-        runs_table(tmp_path / "old")
-    )
+    assert text.loc["old", "time"] == ""
+    assert text.loc["old", "device"] == "AMD EPYC 9B14"
+    assert text.loc["new", "time"] == "0:00:24"
+    assert "old" in fit_table(table)
+    assert "time" not in readable(runs_table(tmp_path / "old"))
     with pytest.raises(
         ValueError, match="run old did not keep its time from the start"
     ):
@@ -513,15 +500,13 @@ def test_tables_fit_the_terminal_and_say_what_they_leave_out(folder):
             for line in text.splitlines()
             if not line.startswith("Left out") and ": " not in line
         ]
-        assert max(map(len, rows)) <= width and all(
-            name in text for name in table.index
-        )
+        assert max(map(len, rows)) <= width
+        assert all(name in text for name in table.index)
         assert "no intact checkpoint" in text and "config.json" in text, (
             "what is wrong with damaged runs is said in full"
         )
-    assert "Left out for the width of 60: " in fit_table(
-        table, 60
-    ) and "Left out" not in fit_table(table, 200)
+    assert "Left out for the width of 60: " in fit_table(table, 60)
+    assert "Left out" not in fit_table(table, 200)
     few = fit_table(runs_table({name: folder / name for name in ("run2", "run10")}), 60)
     assert "Left out" not in few and few.splitlines()[0].split() == ["run2", "run10"], (
         "two runs stand better side by side"
@@ -558,10 +543,8 @@ def test_curves_are_those_of_the_log(folder):
     pair = {name: folder / name for name in ("run2", "run10")}
     log = Run.open(folder / "run2", "cpu").log
     steps, losses = run_curves(pair)["run2"]
-    assert (
-        steps.tolist() == log["step"].tolist()
-        and losses.tolist() == log["flow_loss"].tolist()
-    )
+    assert steps.tolist() == log["step"].tolist()
+    assert losses.tolist() == log["flow_loss"].tolist()
     steps, losses = run_curves(pair, "validation_flow_loss")["run10"]
     assert steps.tolist() == [6, 12]
     assert (
@@ -591,9 +574,8 @@ def test_curves_against_time_need_the_time(folder):
         run_curves(pair, against="seconds")
     timed(folder / "run10", 1.5)
     curves = run_curves(pair, "validation_flow_loss", "seconds")
-    assert curves["run2"][0].tolist() == [12.0, 24.0] and curves["run10"][
-        0
-    ].tolist() == [9.0, 18.0]
+    assert curves["run2"][0].tolist() == [12.0, 24.0]
+    assert curves["run10"][0].tolist() == [9.0, 18.0]
     lines = (folder / "run2/timing.jsonl").read_text().splitlines(keepends=True)
     # the last line is on its way
     (folder / "run2/timing.jsonl").write_text("".join(lines[:-1]))
@@ -611,17 +593,13 @@ def test_curves_against_time_need_the_time(folder):
 def test_times_are_those_that_training_kept(runs):
     table = runs_table(runs)
     run = runs["tiny"]
-    assert (
-        (table["seconds"] > 0).all()
-        and (table["processes"] == 1).all()
-        and table["device"].str.len().min() > 0
-    )
+    assert (table["seconds"] > 0).all()
+    assert (table["processes"] == 1).all()
+    assert table["device"].str.len().min() > 0
     assert table.loc["tiny", "seconds"] == run.timing["seconds"].iloc[-1]
     seconds, losses = run_curves(runs, against="seconds")["tiny"]
-    assert (
-        seconds.tolist() == run.timing["seconds"].tolist()
-        and losses.tolist() == run.log["flow_loss"].tolist()
-    )
+    assert seconds.tolist() == run.timing["seconds"].tolist()
+    assert losses.tolist() == run.log["flow_loss"].tolist()
 
 
 @pytest.mark.parametrize(
@@ -646,11 +624,9 @@ def test_the_command_shows_and_draws(folder, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "90")
     main(["runs", str(folder)])
     said = capsys.readouterr().out
-    assert (
-        "stopped at step 4" in said
-        and "damaged" in said
-        and not list(folder.glob("*.png"))
-    )
+    assert "stopped at step 4" in said
+    assert "damaged" in said
+    assert not list(folder.glob("*.png"))
     timed(folder / "run2")
     main(
         [
@@ -666,15 +642,12 @@ def test_the_command_shows_and_draws(folder, monkeypatch, capsys):
         ]
     )
     said = capsys.readouterr().out
-    assert (
-        f"the picture is {folder}/comparison.png; it has no curve of run10" in said
-        and "stopped" not in said
-    )
+    assert f"the picture is {folder}/comparison.png; it has no curve of run10" in said
+    assert "stopped" not in said
     assert (folder / "comparison.png").read_bytes()[:4] == b"\x89PNG"
     main(["runs", str(folder), "--output", str(folder / "other.png")])
-    assert (
-        folder / "other.png"
-    ).stat().st_size > 5000 and "it has no curve of edited" in capsys.readouterr().out
+    assert (folder / "other.png").stat().st_size > 5000
+    assert "it has no curve of edited" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -693,14 +666,14 @@ def test_the_command_shows_and_draws(folder, monkeypatch, capsys):
 def test_the_command_answers_mistakes(folder, capsys, args, words):
     with pytest.raises(SystemExit) as stop:
         main(["runs", str(folder), *args])
-    assert stop.value.code == 2 and words in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 def test_every_cost_has_a_name_and_units():
     for label, units in AGAINST.values():
-        assert label and [size for size, _ in units] == sorted(
-            size for size, _ in units
-        )
+        assert label
+        assert [size for size, _ in units] == sorted(size for size, _ in units)
 
 
 def test_files_that_are_no_weights_do_not_break_the_table(runs, tmp_path):
@@ -741,9 +714,7 @@ def test_runs_of_films_sounds_and_captions_stand_in_the_table(tmp_path, data, gi
     )
     run = train(config, tmp_path, bar=False)
     table = runs_table(tmp_path)
-    assert (
-        table.loc["made", "FLOPs"] == flops_per_step(config, run.inputs) > 0
-        and table.loc["made", "state"] == "finished"
-    )
+    assert table.loc["made", "FLOPs"] == flops_per_step(config, run.inputs) > 0
+    assert table.loc["made", "state"] == "finished"
     plain = replace(config, objective=replace(config.objective, given=""))
     assert flops_per_step(plain, run.inputs) == table.loc["made", "FLOPs"]

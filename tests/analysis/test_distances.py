@@ -208,9 +208,8 @@ def test_equal_to_torch_fidelity(n, m, d):
     )
     theirs = prc_features_to_metric(drawn, real, prc_neighborhood=3, verbose=False)
     ours = neighbourhoods(real, drawn, 3)
-    assert ours["precision"] == pytest.approx(theirs["precision"]) and ours[
-        "recall"
-    ] == pytest.approx(theirs["recall"])
+    assert ours["precision"] == pytest.approx(theirs["precision"])
+    assert ours["recall"] == pytest.approx(theirs["recall"])
 
 
 def test_equal_to_scikit_learn():
@@ -331,11 +330,9 @@ def test_what_is_measured_says_its_counts_and_doubts():
     rng = np.random.default_rng(6)
     real, drawn = rng.normal(size=(2, 60, 8))
     found = measure("Frechet distance", real, drawn, 4)["Frechet distance"]
-    assert (
-        found.counts == (60, 60)
-        and "60 samples in 8 dimensions: mostly bias" in found.doubts[0]
-        and " to " in str(found)
-    )
+    assert found.counts == (60, 60)
+    assert "60 samples in 8 dimensions: mostly bias" in found.doubts[0]
+    assert " to " in str(found)
     assert (
         measure("Frechet distance", real[:8], drawn, 0)["Frechet distance"]
         .doubts[0]
@@ -354,10 +351,8 @@ def test_what_is_measured_says_its_counts_and_doubts():
         "the same seed, the same interval"
     )
     shares = measure("neighbourhoods", real, drawn, 10)
-    assert (
-        list(shares) == ["precision", "recall", "density", "coverage"]
-        and shares["recall"].interval[1] <= 1
-    )
+    assert list(shares) == ["precision", "recall", "density", "coverage"]
+    assert shares["recall"].interval[1] <= 1
 
 
 def test_it_is_quick():

@@ -55,18 +55,15 @@ def test_axes_are_those_of_training_data_and_keep_distances():
     train = some("shapes", 50, "train")
     test = some("shapes", 30)
     extractor = _judge_extractor(judge, train, axes=64)
-    assert (
-        extractor.recipe["dimensions"] == 50
-        and "50 training samples, 100.0%" in extractor.recipe["axes"]
-    )
+    assert extractor.recipe["dimensions"] == 50
+    assert "50 training samples, 100.0%" in extractor.recipe["axes"]
     parts = _penultimate(judge, train)
     joined = torch.cat(
         [values / values.var(0).sum().sqrt() for values in parts.values()], 1
     )
     features = extractor(train)
-    assert np.allclose(features.mean(0), 0, atol=1e-5) and features.var(
-        0, ddof=1
-    ).sum() == pytest.approx(len(parts), rel=1e-3)
+    assert np.allclose(features.mean(0), 0, atol=1e-5)
+    assert features.var(0, ddof=1).sum() == pytest.approx(len(parts), rel=1e-3)
     distances = np.linalg.norm(features[:9, None] - features[None, :9], axis=-1)
     assert np.allclose(distances, torch.cdist(joined[:9], joined[:9]), atol=1e-3)
     assert np.allclose(
@@ -212,11 +209,9 @@ def test_clap_hears_sounds_at_its_own_rate(models):
     ) * torch.tensor([[1.0], [0.5], [0.01]])
     extractor = open_extractor(folder)
     found = extractor({"audio": tone})
-    assert (
-        found.shape == (3, 12)
-        and np.isfinite(found).all()
-        and extractor.recipe["resize"] == "16000 samples a second"
-    )
+    assert found.shape == (3, 12)
+    assert np.isfinite(found).all()
+    assert extractor.recipe["resize"] == "16000 samples a second"
     twice = torch.sin(2 * math.pi * 440 * torch.arange(16000) / 16000)[None]
     again = open_extractor(folder, rate=16000)({"audio": twice})
     assert np.linalg.norm(found[0] - again[0]) < 0.2 * np.linalg.norm(
@@ -239,10 +234,8 @@ def test_inception_is_torch_fidelitys_with_the_weights_of_a_file(tmp_path):
     images = torch.rand(2, 3, 20, 20) * 2 - 1
     extractor = open_extractor(tmp_path / "weights.safetensors")
     expected = network(((images + 1) * 127.5).round().byte())[0]
-    assert (
-        np.allclose(extractor({"image": images}), expected, atol=1e-5)
-        and extractor.recipe["dimensions"] == 2048
-    )
+    assert np.allclose(extractor({"image": images}), expected, atol=1e-5)
+    assert extractor.recipe["dimensions"] == 2048
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     for call, error, words in (
         (
@@ -330,7 +323,8 @@ def test_samples_that_are_real_are_as_near_as_real_ones(tmp_path, name, conditio
     found = run_metrics(
         run, 40, 2, 1.5, 4, extractor=built_in(run.config.data, count=64), resamples=3
     )
-    assert found.drawn == found.floor and ("Frechet distance" in found.doubts[0])
+    assert found.drawn == found.floor
+    assert "Frechet distance" in found.doubts[0]
     assert (
         set(found.judged)
         == {
@@ -341,10 +335,8 @@ def test_samples_that_are_real_are_as_near_as_real_ones(tmp_path, name, conditio
         }[name]
     )
     stored = json.loads((tmp_path / "metrics.json").read_text())
-    assert (
-        stored["drawn"]["recall"]["value"] == found.drawn["recall"].value
-        and stored["recipe"] == found.recipe
-    )
+    assert stored["drawn"]["recall"]["value"] == found.drawn["recall"].value
+    assert stored["recipe"] == found.recipe
     said = {
         "count": 40,
         "steps": 2,
@@ -355,14 +347,16 @@ def test_samples_that_are_real_are_as_near_as_real_ones(tmp_path, name, conditio
         "resamples": 3,
         "data": name,
     }
-    assert found.recipe.items() >= said.items() and {
+    assert found.recipe.items() >= said.items()
+    assert {
         "features",
         "dimensions",
         "torch",
         "device",
         "floor",
     } <= set(found.recipe)
-    assert "steps 2" in str(found) and "<table" in found._repr_html_()
+    assert "steps 2" in str(found)
+    assert "<table" in found._repr_html_()
 
 
 def test_spoiled_samples_are_seen_in_every_metric(tmp_path):
@@ -389,11 +383,9 @@ def test_an_extractor_of_ones_own_is_used(tmp_path):
     found = run_metrics(
         stand_in(tmp_path, "digits", "none"), count=30, extractor=own, resamples=0
     )
-    assert (
-        seen == [30, 30, 30]
-        and found.recipe["features"] == "four"
-        and found.drawn["recall"].interval is None
-    )
+    assert seen == [30, 30, 30]
+    assert found.recipe["features"] == "four"
+    assert found.drawn["recall"].interval is None
     assert not found.judged
 
 
@@ -418,11 +410,9 @@ def test_the_command_measures_a_run(runs, tmp_path, capsys, monkeypatch):
         ]
     )
     said = capsys.readouterr().out
-    assert (
-        "Frechet distance" in said
-        and "judged right: digit" in said
-        and f"{copied}/metrics.json" in said
-    )
+    assert "Frechet distance" in said
+    assert "judged right: digit" in said
+    assert f"{copied}/metrics.json" in said
     stored = json.loads((copied / "metrics.json").read_text())
     assert stored["recipe"]["step"] == Run.open(copied, "cpu").state()["step"] == 12
     with pytest.raises(SystemExit):

@@ -79,10 +79,8 @@ def test_streamed_features_equal_those_in_memory(runs, store, weights):
         for layer, expected in extract(model, x0, x1, 0.3, (2, 4), pooled).items():
             torch.testing.assert_close(at_once[layer], expected)
             found = items.pooled(streamed[layer]) if pooled else streamed[layer]
-            assert (
-                isinstance(streamed[layer], np.memmap)
-                and not streamed[layer].flags.writeable
-            )
+            assert isinstance(streamed[layer], np.memmap)
+            assert not streamed[layer].flags.writeable
             torch.testing.assert_close(torch.tensor(np.array(found)), expected)
 
 
@@ -144,11 +142,9 @@ def test_ten_thousand_shapes_at_width_384_take_one_pass_a_level(monkeypatch, sto
     )
     monkeypatch.setattr(Transformer, "forward", forward)
     found = stream_features(model, items, 0.1, range(1, 13), store, batch=500)
-    assert (
-        passed == 20 * [500]
-        and found[12].shape == (10_000, 1, 384)
-        and (found[12][::1000] == 12).all()
-    )
+    assert passed == 20 * [500]
+    assert found[12].shape == (10_000, 1, 384)
+    assert (found[12][::1000] == 12).all()
 
 
 def test_keys_differ_by_weights_data_layer_level_and_pooling(runs):
@@ -156,7 +152,8 @@ def test_keys_differ_by_weights_data_layer_level_and_pooling(runs):
         weights_fingerprint(model)
         for model in (runs["tiny"].teacher, runs["tiny"].model)
     )
-    assert teacher != student and teacher == weights_fingerprint(runs["tiny"].teacher)
+    assert teacher != student
+    assert teacher == weights_fingerprint(runs["tiny"].teacher)
     keys = [
         FeatureKey("w", "d", 1, 0.1),
         FeatureKey("v", "d", 1, 0.1),
@@ -175,7 +172,8 @@ def test_keys_differ_by_weights_data_layer_level_and_pooling(runs):
             ("test", 5, 1),
         )
     ]
-    assert len(set(made)) == 4 and scenes().fingerprint != scenes(columns=4).fingerprint
+    assert len(set(made)) == 4
+    assert scenes().fingerprint != scenes(columns=4).fingerprint
 
 
 def test_damaged_features_are_reported_and_computed_again(runs, store, capsys):
@@ -252,13 +250,10 @@ def test_the_estimated_cost_equals_the_real_one(runs, store, forwards):
     for level in (0.0, 0.5, 0.9):
         stream_features(model, items, level, (1, 2), store, batch=8)
     files = list(store.folder.glob("*.npy"))
-    assert (
-        cost.forwards == len(forwards) == 9
-        and cost.samples == sum(size for size, _ in forwards) == 60
-    )
-    assert (
-        cost.bytes == sum(np.load(file).nbytes for file in files) and cost.passes == 3
-    )
+    assert cost.forwards == len(forwards) == 9
+    assert cost.samples == sum(size for size, _ in forwards) == 60
+    assert cost.bytes == sum(np.load(file).nbytes for file in files)
+    assert cost.passes == 3
     nothing = feature_cost(model, items, (0.5,), (2,), store)
     assert (nothing.passes, nothing.bytes, nothing.seconds) == (0, 0, 0)
 

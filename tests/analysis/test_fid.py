@@ -103,17 +103,20 @@ def test_moments_go_through_a_file_unchanged(small, tmp_path):
     write_arrays(tmp_path / "a.npz", stored(small))
     opened = open_set(tmp_path / "a.npz")
     assert np.array_equal(opened.pool.covariance, small["pool"].covariance)
-    assert opened.pool.count == 50 and opened.recipe == {"count": 50}
+    assert opened.pool.count == 50
+    assert opened.recipe == {"count": 50}
     other = FidSet(tmp_path / "b.npz", Moments.of(np.eye(6)), Moments.of(np.eye(4)))
     computed = FidSet(tmp_path / "a.npz", small["pool"], small["spatial"])
     by_file = fidelity(other, opened)
     by_hand = fidelity(other, computed)
-    assert by_file.values == by_hand.values and set(by_file.values) == {"FID", "sFID"}
+    assert by_file.values == by_hand.values
+    assert set(by_file.values) == {"FID", "sFID"}
     # a mean and a covariance cannot tell which samples are near which
     assert (
         "a.npz holds only mean and covariance" in by_file.missing["precision, recall"]
     )
-    assert "not computed" in str(by_file) and "reference a.npz" in str(by_file)
+    assert "not computed" in str(by_file)
+    assert "reference a.npz" in str(by_file)
 
 
 SYMMETRIC = np.eye(6)
@@ -200,7 +203,8 @@ def test_features_of_sfid_are_a_branch_with_channels_last(weights):
     assert spatial.shape == (3, 17 * 17 * 7)
     place = spatial.reshape(3, 17, 17, 7)[1, 4, 9]
     torch.testing.assert_close(place, maps[0][1, :7, 4, 9], rtol=1e-4, atol=1e-5)
-    assert not layer._forward_hooks and not network.recipe["published weights"]
+    assert not layer._forward_hooks
+    assert not network.recipe["published weights"]
 
 
 def test_from_a_run_to_numbers_in_a_shell(runs, weights, tmp_path, capsys, monkeypatch):
@@ -215,7 +219,8 @@ def test_from_a_run_to_numbers_in_a_shell(runs, weights, tmp_path, capsys, monke
     )
     with np.load(reference) as file:  # ADM's form
         assert {"arr_0", "mu", "sigma", "mu_s", "sigma_s"} < set(file)
-        assert file["arr_0"].shape == (6, 8, 8, 3) and file["arr_0"].dtype == np.uint8
+        assert file["arr_0"].shape == (6, 8, 8, 3)
+        assert file["arr_0"].dtype == np.uint8
         assert file["sigma_s"].shape == (2023, 2023)
         np.testing.assert_allclose(file["sigma"], file["sigma"].T)
     with pytest.raises(SystemExit):
@@ -247,7 +252,8 @@ def test_from_a_run_to_numbers_in_a_shell(runs, weights, tmp_path, capsys, monke
     assert (copied / "samples" / f"{drawn.stem}-against-own.json").exists()
     assert recipe_in(arrays_of(drawn))["balance"] == "data"
     recipe = result["recipe"]
-    assert recipe["drawn"]["steps"] == 1 and recipe["drawn"]["count"] == 5
+    assert recipe["drawn"]["steps"] == 1
+    assert recipe["drawn"]["count"] == 5
     assert recipe["reference recipe"]["split"] == "train"
     assert recipe["sha256"] == recipe_in(arrays_of(reference))["sha256"]
     # statistics of other weights are not compared

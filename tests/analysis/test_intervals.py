@@ -93,7 +93,8 @@ def test_paired_proportions_are_covered_from_2_to_98_percent(n, least):
         for q in SHARES
         for tie in TIES
     ]
-    assert min(covered) >= least and 0.95 < np.mean(covered) < 0.975
+    assert min(covered) >= least
+    assert 0.95 < np.mean(covered) < 0.975
 
 
 def test_the_former_interval_of_paired_proportions_failed_here():
@@ -101,7 +102,8 @@ def test_the_former_interval_of_paired_proportions_failed_here():
         expected(ends(20), 20, 0.97, 0.99, 0.5)
         for ends in (percentile_of_outcomes, tango)
     )
-    assert old[0] < 0.5 < 0.95 < new[0] and old[1] < new[1]
+    assert old[0] < 0.5 < 0.95 < new[0]
+    assert old[1] < new[1]
 
 
 @pytest.mark.parametrize(
@@ -141,9 +143,8 @@ def test_zeros_and_ones_take_tangos_interval_in_every_form():
     first, second = rng.random((2, 80)) < 0.9
     found = paired_difference(first, second)
     low, high = tango_interval((second & ~first).sum(), (first & ~second).sum(), 80)
-    assert found[1:] == (low, high) and found[0] == pytest.approx(
-        second.mean() - first.mean()
-    )
+    assert found[1:] == (low, high)
+    assert found[0] == pytest.approx(second.mean() - first.mean())
     assert found == paired_difference(first.astype(int), second.astype(float))
     assert compare_items((~first, np.ones(80)), (~second, np.ones(80))).interval == (
         low,
@@ -268,25 +269,22 @@ def simulated_pair(
 @pytest.mark.parametrize("name", MEANS)
 def test_means_of_skewed_values_are_covered(name, n, least):
     found = simulated_mean(name, n, 1000)
-    assert (
-        found["now"][0] >= max(least, found["percentile"][0])
-        and found["now"][1] < 2 * found["Student"][1]
-    )
+    assert found["now"][0] >= max(least, found["percentile"][0])
+    assert found["now"][1] < 2 * found["Student"][1]
 
 
 def test_a_very_skewed_target_is_covered_far_better_than_before():
     found = simulated_score("lognormal", 50, 500)
-    assert found["percentile"][0] < 0.75 and found["now"][0] > 0.85
+    assert found["percentile"][0] < 0.75
+    assert found["now"][0] > 0.85
 
 
 @pytest.mark.parametrize("n, least", [(20, 0.90), (50, 0.91)])
 @pytest.mark.parametrize("target", TARGETS)
 def test_scores_and_their_differences_are_covered(target, n, least):
     for found in (simulated_score(target, n, 800), simulated_pair(target, n, 800)):
-        assert (
-            found["now"][0] >= max(least, found["percentile"][0])
-            and found["now"][1] < 2 * found["percentile"][1]
-        )
+        assert found["now"][0] >= max(least, found["percentile"][0])
+        assert found["now"][1] < 2 * found["percentile"][1]
 
 
 def test_overlaps_with_other_unions_are_covered():
@@ -310,9 +308,8 @@ def test_one_ratio_of_differences_equals_the_difference_of_ratios():
     spreads, first, second = rng.random((3, 50))
     together = compare_items((first, spreads), (second, spreads))
     apart = compare_items((first, spreads), (second, spreads * (1 + 1e-12)))
-    assert apart.interval == pytest.approx(
-        together.interval, rel=1e-6
-    ) and apart.difference == pytest.approx(together.difference)
+    assert apart.interval == pytest.approx(together.interval, rel=1e-6)
+    assert apart.difference == pytest.approx(together.difference)
 
 
 def test_a_mean_is_a_score_of_equal_spreads_and_the_interval_moves_with_the_values():
@@ -355,40 +352,32 @@ def test_only_zeros_are_certain(n):
         (1 - unseen, 1)
     ), "R^2 = 1 is as sure as all correct"
     same = compare_items((values, values + 1), (values, values + 1))
-    assert (
-        same.interval[0] < 0 < same.interval[1]
-        and not same.significant
-        and same.smallest > same.interval[1]
-    )
+    assert same.interval[0] < 0 < same.interval[1]
+    assert not same.significant
+    assert same.smallest > same.interval[1]
 
 
 def test_one_item_says_nothing_and_none_is_refused():
-    assert mean_interval([0.3]) == (0.3, -np.inf, np.inf) and score_interval(
-        [0.3], [1.0]
-    ) == (-np.inf, 1.0)
-    assert (
-        not compare_items(([0.3], [1.0]), ([0.1], [1.0])).significant
-        and not compare_values([0.3], [0.1]).significant
-    )
+    assert mean_interval([0.3]) == (0.3, -np.inf, np.inf)
+    assert score_interval([0.3], [1.0]) == (-np.inf, 1.0)
+    assert not compare_items(([0.3], [1.0]), ([0.1], [1.0])).significant
+    assert not compare_values([0.3], [0.1]).significant
     low, high = proportion_interval([True])
-    assert 0.2 < low < high == 1 and paired_difference([True], [False])[
-        1:
-    ] == pytest.approx((-1, 0.58690137))
+    assert 0.2 < low < high == 1
+    assert paired_difference([True], [False])[1:] == pytest.approx((-1, 0.58690137))
     for call in (lambda: mean_interval([]), lambda: paired_difference([], [])):
         with pytest.raises(ValueError, match="at least one|same items"):
             call()
 
 
 def test_what_is_not_defined_is_nan_and_not_seen():
-    assert np.isnan(score_interval(np.ones(5), np.zeros(5))).all() and np.isnan(
-        score_of(np.ones(5), np.zeros(5))
-    )
-    assert (
-        np.isnan(mean_interval([1.0, np.nan, 2.0])).all()
-        and np.isnan(paired_difference([1.0, 2.0], [np.nan, 2.0])).all()
-    )
+    assert np.isnan(score_interval(np.ones(5), np.zeros(5))).all()
+    assert np.isnan(score_of(np.ones(5), np.zeros(5)))
+    assert np.isnan(mean_interval([1.0, np.nan, 2.0])).all()
+    assert np.isnan(paired_difference([1.0, 2.0], [np.nan, 2.0])).all()
     lost = compare_items((np.ones(5), np.zeros(5)), (np.ones(5), np.arange(5.0)))
-    assert not lost.significant and np.isnan(lost.interval).all()
+    assert not lost.significant
+    assert np.isnan(lost.interval).all()
     # most resamples have no spread
     few = score_interval([0.2, 0, 0, 0, 0, 0], [1.0, 0, 0, 0, 0, 0])
     assert few[0] < 0.8 < few[1] <= 1
@@ -399,7 +388,9 @@ def test_a_rare_gap_keeps_an_interval_in_reach():
     gaps = np.zeros(20)
     gaps[3] = 5.0
     mean, low, high = mean_interval(gaps)
-    assert mean == 0.25 and low < 0 and 0.7 < high < 2
+    assert mean == 0.25
+    assert low < 0
+    assert 0.7 < high < 2
 
 
 # comparisons
@@ -431,9 +422,8 @@ def test_the_smallest_effect_of_real_values_is_seen_in_eight_of_ten_tests():
         compare_values(rng.normal(size=200), rng.normal(least, 1, 200)).significant
         for _ in range(300)
     ]
-    assert 0.72 < np.mean(seen) < 0.88 and smallest_effect(
-        (-1.0, 1.0)
-    ) == pytest.approx(1 + 0.841621 / 1.959964)
+    assert 0.72 < np.mean(seen) < 0.88
+    assert smallest_effect((-1.0, 1.0)) == pytest.approx(1 + 0.841621 / 1.959964)
 
 
 def test_nothing_is_seen_where_nothing_differs():
@@ -469,14 +459,11 @@ def test_seeds_are_paired_where_they_are_shared():
     paired = compare_seeds(first, second)
     apart = compare_seeds(first, {seed + 3: value for seed, value in second.items()})
     half = 4.302653 * 0.01 / 3**0.5
-    assert (
-        paired.interval == pytest.approx((0.03 - half, 0.03 + half))
-        and paired.significant
-        and not apart.significant
-    )
-    assert "3 training seeds, paired" in str(
-        paired
-    ) and "3 and 3 training seeds, not paired" in str(apart)
+    assert paired.interval == pytest.approx((0.03 - half, 0.03 + half))
+    assert paired.significant
+    assert not apart.significant
+    assert "3 training seeds, paired" in str(paired)
+    assert "3 and 3 training seeds, not paired" in str(apart)
     assert _seeds_interval([1, 2, 3])[0] == 2
     for call in (
         lambda: _seeds_interval([1.0]),
@@ -490,7 +477,8 @@ def test_equal_gains_of_two_seeds_are_no_proof():
     "Differences that vary only by rounding are not significant."
     for second in ({0: 0.91, 1: 0.92}, {5: 0.91, 6: 0.91}):
         found = compare_seeds({0: 0.90, 1: 0.91}, second)
-        assert not found.significant and found.interval[1] > 0.01
+        assert not found.significant
+        assert found.interval[1] > 0.01
     reach = 1.959964**2 / (2 + 1.959964**2)
     assert compare_seeds({0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0}).interval == pytest.approx(
         (-reach, reach)
@@ -498,9 +486,8 @@ def test_equal_gains_of_two_seeds_are_no_proof():
     assert _seeds_interval([0.5, 0.5]) == pytest.approx(
         (0.5, 0.5 - reach / 2, 0.5 + reach / 2)
     )
-    assert _seeds_interval([0, 0]) == (0, 0, 0) and compare_seeds(
-        {0: 0.0, 1: 0.0}, {2: 0.0, 3: 0.0}
-    ).interval == (0, 0)
+    assert _seeds_interval([0, 0]) == (0, 0, 0)
+    assert compare_seeds({0: 0.0, 1: 0.0}, {2: 0.0, 3: 0.0}).interval == (0, 0)
 
 
 # the record
@@ -573,9 +560,8 @@ def extremes() -> list[dict]:
 
 def test_the_record_is_what_the_tests_claim():
     kept = json.loads(RECORD.read_text(encoding="utf-8"))
-    assert {row["n"] for row in kept["rows"]} == {20, 50, 100} and len(
-        kept["rows"]
-    ) == 54 + 42
+    assert {row["n"] for row in kept["rows"]} == {20, 50, 100}
+    assert len(kept["rows"]) == 54 + 42
     for row in kept["rows"]:
         if row["case"] == "lognormal target":
             continue

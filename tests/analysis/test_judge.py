@@ -76,7 +76,8 @@ def test_known_factors_are_what_the_captions_tell(name, examples):
         for factor, names in heads.items()
     }
     found = known(name, examples[name])
-    assert list(found) == list(words) and set(CLASS[name]) <= set(found)
+    assert list(found) == list(words)
+    assert set(CLASS[name]) <= set(found)
     for index, caption in enumerate(examples[name].captions):
         said = {
             factor: words[factor][values[index]] for factor, values in found.items()
@@ -86,9 +87,8 @@ def test_known_factors_are_what_the_captions_tell(name, examples):
             assert f" {said['colour']} {said['kind']} on a {said['ground']} " in caption
             assert caption.endswith(f" ground, {said['place']}")
         if name == "motion":
-            assert f"a {said['colour']} " in caption and said["direction"] == " ".join(
-                caption.split(",")[0].split()[4:]
-            )
+            assert f"a {said['colour']} " in caption
+            assert said["direction"] == " ".join(caption.split(",")[0].split()[4:])
 
 
 def test_there_is_no_judge_of_other_data():
@@ -133,7 +133,9 @@ def test_a_cover_does_not_depend_on_light_and_a_film_of_one_picture_is_covered_l
 ):
     picture = Shapes("test").take(torch.tensor([index])).signals["image"]
     cover = covered(picture)
-    assert cover.shape == (1, 1, 32, 32) and 0 <= cover.min() and cover.max() <= 1
+    assert cover.shape == (1, 1, 32, 32)
+    assert 0 <= cover.min()
+    assert cover.max() <= 1
     torch.testing.assert_close(
         covered(picture * factor + offset), cover, atol=2e-3, rtol=0
     )
@@ -174,18 +176,12 @@ def test_courses_are_the_shadows_of_the_figure():
     film = torch.zeros(1, 1, 8, 32, 32)
     film[0, 0, 2, 5:9, 20:22] = 1  # 4 rows of 2 columns, in one frame
     course = courses(film)
-    assert (
-        course.shape == (1, 2, 8, 32)
-        and course[:, :, [0, 1, 3, 4, 5, 6, 7]].eq(0).all()
-    )
-    assert (
-        course[0, 0, 2].nonzero().flatten().tolist() == [20, 21]
-        and course[0, 0, 2, 20] == 0.5
-    )
-    assert (
-        course[0, 1, 2].nonzero().flatten().tolist() == [5, 6, 7, 8]
-        and course[0, 1, 2, 5] == 0.25
-    )
+    assert course.shape == (1, 2, 8, 32)
+    assert course[:, :, [0, 1, 3, 4, 5, 6, 7]].eq(0).all()
+    assert course[0, 0, 2].nonzero().flatten().tolist() == [20, 21]
+    assert course[0, 0, 2, 20] == 0.5
+    assert course[0, 1, 2].nonzero().flatten().tolist() == [5, 6, 7, 8]
+    assert course[0, 1, 2, 5] == 0.25
     assert courses(torch.zeros(2, 1, 8, 16, 16)).eq(0).all()
 
 
@@ -281,16 +277,14 @@ def test_what_a_verdict_says():
         {"kind": torch.tensor([0, 1, 2, 0])},
         {"kind": 0.98, "all": 0.97},
     )
-    assert (
-        "right in 75.0%" in str(verdict)
-        and "of real ones 97.0%" in str(verdict)
-        and "n = 4" in str(verdict)
-    )
+    assert "right in 75.0%" in str(verdict)
+    assert "of real ones 97.0%" in str(verdict)
+    assert "n = 4" in str(verdict)
     table = verdict.table()
-    assert table["factor"].tolist() == ["kind", "all"] and table[
-        "of real ones"
-    ].tolist() == ["98.0%", "97.0%"]
-    assert "<table" in verdict._repr_html_() and str(verdict) in verdict._repr_html_()
+    assert table["factor"].tolist() == ["kind", "all"]
+    assert table["of real ones"].tolist() == ["98.0%", "97.0%"]
+    assert "<table" in verdict._repr_html_()
+    assert str(verdict) in verdict._repr_html_()
     # there is no other wish
     one = compared({"a": torch.tensor([1])}, {"a": torch.tensor([1])}, {})
     assert (
@@ -305,11 +299,9 @@ def test_sounds_on_bounces_and_their_chance():
     waves[:3] = waves[:3].roll(1, 0)
     verdict = bounce_verdict(clips["video"], waves, rolls=11)
     hits, heard, seen = sound_on_bounce(clips["video"], waves, 15.625, 8000)
-    assert (
-        torch.equal(verdict.right["sound on bounce"], hits)
-        and not hits[:3].all()
-        and hits[3:].all()
-    )
+    assert torch.equal(verdict.right["sound on bounce"], hits)
+    assert not hits[:3].all()
+    assert hits[3:].all()
     others = [
         sound_on_bounce(clips["video"], waves[torch.arange(12) - d], 15.625, 8000)[0]
         .float()
@@ -331,7 +323,8 @@ def test_sounds_on_bounces_and_their_chance():
 def test_the_judges_that_come_along_fit_the_data_and_are_good(name, judges, examples):
     judge = judges[name]
     path = shipped(f"judges/{name}.safetensors")
-    assert path.exists() and path.stat().st_size < 400_000
+    assert path.exists()
+    assert path.stat().st_size < 400_000
     with safe_open(path, "pt") as file:
         said = json.loads(file.metadata()["judge"])
         assert {file.get_tensor(key).dtype for key in file.keys()} <= {
@@ -342,7 +335,8 @@ def test_the_judges_that_come_along_fit_the_data_and_are_good(name, judges, exam
     assert said["data"] == load(name).fingerprint, (
         "the data changed: train and ship another judge"
     )
-    assert said["accuracy"] == judge.accuracy and judge.correct.shape == (
+    assert said["accuracy"] == judge.accuracy
+    assert judge.correct.shape == (
         1000,
         len(judge.names),
     )
@@ -357,11 +351,9 @@ def test_the_judges_that_come_along_fit_the_data_and_are_good(name, judges, exam
         assert (again != judge.correct[:96, column].bool()).sum() <= 1, (
             "what was measured is measured again"
         )
-        assert (
-            read[factor].dtype == torch.int64
-            and 0 <= read[factor].min()
-            and read[factor].max() < len(words)
-        )
+        assert read[factor].dtype == torch.int64
+        assert 0 <= read[factor].min()
+        assert read[factor].max() < len(words)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -377,10 +369,8 @@ def test_a_sample_is_read_by_itself_and_not_if_it_is_not_finite(name, judges, ex
         values[1].view(-1)[7] = math.nan
     after = judges[name].read(signals)
     for factor in before:
-        assert (
-            after[factor][1] == -1
-            and alone[factor] == before[factor][3] == after[factor][3]
-        )
+        assert after[factor][1] == -1
+        assert alone[factor] == before[factor][3] == after[factor][3]
 
 
 def test_present_signals_are_read_and_wrong_shapes_are_refused(judges, examples):
@@ -438,26 +428,24 @@ def test_the_judge_of_digits_is_chosen_on_validation_and_never_sees_test_images(
         patched.setattr(module, "SVC", Fixed)
         chosen = train_judge_for("digits")
     assert chosen.read(examples["digits"].signals)["digit"].eq(10).all()
-    assert (
-        all(
-            np.array_equal(images, load("digits", "train").images.flatten(1))
-            for images in asked
-        )
-        and len(asked) == 3
+    assert all(
+        np.array_equal(images, load("digits", "train").images.flatten(1))
+        for images in asked
     )
+    assert len(asked) == 3
 
 
 def test_digits_are_read_and_other_digits_are_not_right(judges):
     judge = judges["digits"]
     test = load("digits", "test")
-    assert judge.own(["digit"]).value > 0.97 and "n = 360" in str(judge.own(["digit"]))
+    assert judge.own(["digit"]).value > 0.97
+    assert "n = 360" in str(judge.own(["digit"]))
     for shift, least, most in ((0, 0.97, 1), (1, 0, 0.03)):
         wrong = followed(
             judge, {"image": test.images}, {"digit": (test.labels + shift) % 10}
         )
-        assert least <= wrong.shares["digit"].value <= most and torch.equal(
-            wrong.right["digit"], wrong.right["all"]
-        )
+        assert least <= wrong.shares["digit"].value <= most
+        assert torch.equal(wrong.right["digit"], wrong.right["all"])
     assert judge.fingerprint == judge_for("digits").fingerprint
 
 
@@ -468,10 +456,8 @@ def test_wishes_are_checked(judges, examples):
     verdict = followed(
         judge, images, {"kind": wanted["kind"], "colour": wanted["colour"]}
     )
-    assert (
-        set(verdict.right) == {"kind", "colour", "all"}
-        and verdict.own["kind"] == judge.accuracy["kind"]
-    )
+    assert set(verdict.right) == {"kind", "colour", "all"}
+    assert verdict.own["kind"] == judge.accuracy["kind"]
     both = judge.correct[:, [0, 1]].all(1).float().mean().item()
     assert verdict.own["all"] == pytest.approx(both)
     for wish, words in (
@@ -490,10 +476,12 @@ def test_training_depends_on_nothing_else_and_disturbs_nothing(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
     second = train_judge_for("shapes", steps=2, batch=8, tests=40)
-    assert first.fingerprint == second.fingerprint and first.correct.shape == (40, 4)
+    assert first.fingerprint == second.fingerprint
+    assert first.correct.shape == (40, 4)
     first.save(tmp_path / "deep/x.safetensors")
     again = module._load(tmp_path / "deep/x.safetensors", "shapes", Shapes())
-    assert again.fingerprint == first.fingerprint and again.accuracy == first.accuracy
+    assert again.fingerprint == first.fingerprint
+    assert again.accuracy == first.accuracy
 
 
 @pytest.mark.parametrize("view", [view for name in NETWORKS for view in HEADS[name]])
@@ -524,11 +512,9 @@ def test_a_judge_of_another_size_is_trained_once_and_bad_files_are_reported(
     data = DataConfig("shapes", size=16)
     first = judge_for("shapes", data, tmp_path)
     (file,) = tmp_path.iterdir()
-    assert (
-        len(calls) == 1
-        and judge_for("shapes", data, tmp_path).fingerprint == first.fingerprint
-        and len(calls) == 1
-    )
+    assert len(calls) == 1
+    assert judge_for("shapes", data, tmp_path).fingerprint == first.fingerprint
+    assert len(calls) == 1
     (said,) = capsys.readouterr().out.splitlines()
     assert said == (
         "Training a judge of shapes (800 steps, a minute or two on a CPU), because the "
@@ -544,19 +530,15 @@ def test_a_judge_of_another_size_is_trained_once_and_bad_files_are_reported(
         whole.replace(b"correct", b"corrupt"),
     ):
         file.write_bytes(damaged)
-        assert (
-            judge_for("shapes", data, tmp_path).fingerprint == first.fingerprint
-            and file.read_bytes() == whole
-        )
+        assert judge_for("shapes", data, tmp_path).fingerprint == first.fingerprint
+        assert file.read_bytes() == whole
         assert f"{file.name} is not used: it cannot be read" in capsys.readouterr().out
     stale = tmp_path / "ship/shapes.safetensors"
     stale.parent.mkdir()
     stale.write_bytes(whole)  # of other data
     monkeypatch.setattr(module, "shipped", lambda name: stale)
-    assert (
-        judge_for("shapes", None, tmp_path).data == Shapes().fingerprint
-        and len(calls) == 7
-    )
+    assert judge_for("shapes", None, tmp_path).data == Shapes().fingerprint
+    assert len(calls) == 7
     refused, trained = capsys.readouterr().out.splitlines()
     assert (
         f"data {first.data} is not {Shapes().fingerprint}; another judge of shapes"
@@ -625,7 +607,8 @@ def test_samples_of_a_run_are_judged_by_their_conditions(
         assert factor in ("place", "all") or verdict.own[factor] > 0.97
     assert not verdict.right["all"][10:].all()
     written = json.loads((tmp_path / "judged.json").read_text())
-    assert written == verdict.to_dict() and set(written["factors"]) == factors
+    assert written == verdict.to_dict()
+    assert set(written["factors"]) == factors
     recipe = {
         "data": name,
         "count": 12,

@@ -99,11 +99,9 @@ def test_all_probes_find_a_planted_factor_and_nothing_in_shuffled_labels():
     x, kinds, values = planted()
     for name, found in every(x, kinds).items():
         assert found.score > (0.75 if name == "neighbours" else 0.9), name
-        assert (
-            found.measure == "accuracy"
-            and found.protocol
-            and found.interval[0] < found.score < found.interval[1]
-        )
+        assert found.measure == "accuracy"
+        assert found.protocol
+        assert found.interval[0] < found.score < found.interval[1]
     for name, found in every(x, values).items():
         assert (
             found.score > (0.3 if name == "neighbours" else 0.85)
@@ -153,7 +151,8 @@ def test_test_targets_decide_nothing_but_the_score(probe):
         assert (a.validation, a.chosen) == (
             b.validation,
             b.chosen,
-        ) and a.score != b.score
+        )
+        assert a.score != b.score
 
 
 def test_the_field_protocol_is_repeatable_and_draws_no_global_random_numbers():
@@ -178,11 +177,9 @@ def test_tokens_of_the_figure_are_found_and_position_is_not_enough():
         x[split] = rng.normal(size=(n, 9, 6)).astype(np.float32)
         x[split][..., 2] += 5 * (covers[split] > 0.5)
     found = token_probe(x, covers, how := HeadFit(30, 32))
-    assert (
-        found.score > 0.75
-        and found.errors.shape == (80,)
-        and position_score(covers).score < 0.5
-    )
+    assert found.score > 0.75
+    assert found.errors.shape == (80,)
+    assert position_score(covers).score < 0.5
     assert token_probe(x, shuffled(covers), how).score < 0.5
     with pytest.raises(ValueError, match="no covered token"):
         token_probe(x, {split: 0 * part for split, part in covers.items()})
@@ -229,14 +226,11 @@ def test_factors_become_targets():
         for split in SPLITS
     }
     targets = probe_targets(made)
-    assert targets["direction"]["train"].dtype == np.int64 and targets["positions"][
-        "train"
-    ].shape == (50, 16)
-    assert (
-        targets["bounce"]["test"].shape == (50,)
-        and "grain" not in targets
-        and targets["angle"]["train"].shape == (50, 2)
-    )
+    assert targets["direction"]["train"].dtype == np.int64
+    assert targets["positions"]["train"].shape == (50, 16)
+    assert targets["bounce"]["test"].shape == (50,)
+    assert "grain" not in targets
+    assert targets["angle"]["train"].shape == (50, 2)
     np.testing.assert_allclose((targets["angle"]["test"] ** 2).sum(1), 1, atol=1e-5)
     scenes = {
         split: Items(Sources(DataConfig("scenes", size=16, patch=4), split), count=20)
@@ -266,9 +260,8 @@ def test_covers_of_tokens_are_means_of_masks(data):
     covers = token_covers(items)
     masks = items.data.masks(torch.arange(3))
     grid = items.layout.parts[0].grid
-    assert covers.shape == (3, np.prod(grid)) and covers.mean() == pytest.approx(
-        masks.mean().item(), abs=1e-6
-    )
+    assert covers.shape == (3, np.prod(grid))
+    assert covers.mean() == pytest.approx(masks.mean().item(), abs=1e-6)
     corner = masks.reshape(3, -1, 16, 16)[
         :, : 16 * 0 + masks.reshape(3, -1, 16, 16).shape[1] // grid[0], :4, :4
     ]
@@ -293,7 +286,8 @@ def test_every_split_needs_a_count(runs):
 
 def test_a_run_is_probed_beside_all_baselines_and_every_row_states_its_protocol(probed):
     run, found = probed
-    assert found.factors == ("class",) and {row.features for row in found.rows} == {
+    assert found.factors == ("class",)
+    assert {row.features for row in found.rows} == {
         "majority",
         "raw input",
         "untrained network",
@@ -309,12 +303,10 @@ def test_a_run_is_probed_beside_all_baselines_and_every_row_states_its_protocol(
     best = found.best("class")
     assert best.probe.validation == found.grid("class", "validation").max()
     own = found.difference(found, "class")
-    assert (
-        found.grid("class").shape == (2, 2)
-        and (own[0] == 0).all()
-        and (own[1] < 0).all()
-        and (own[2] > 0).all()
-    )
+    assert found.grid("class").shape == (2, 2)
+    assert (own[0] == 0).all()
+    assert (own[1] < 0).all()
+    assert (own[2] > 0).all()
     assert probes_cost(run, **FEW).passes == 0, "features are kept"
     assert set(found.table()) == {
         "measure",
@@ -327,11 +319,9 @@ def test_a_run_is_probed_beside_all_baselines_and_every_row_states_its_protocol(
         "protocol",
     }
     table = probe_table({"x": found})
-    assert (
-        len(table) == 4
-        and table.iloc[1, 0] == "raw input"
-        and table.columns[1] == "test accuracy (95 %)"
-    )
+    assert len(table) == 4
+    assert table.iloc[1, 0] == "raw input"
+    assert table.columns[1] == "test accuracy (95 %)"
     with pytest.raises(ValueError, match="Did you mean 'class'"):
         found.of("clas")
 
@@ -341,9 +331,8 @@ def test_probes_are_read_as_written_and_damage_is_said(probed):
     assert read_probes(Run.open(run.path)) is None
     write_probes(run, found)
     again = read_probes(run)
-    assert again.about == json.loads(json.dumps(found.about)) and again.table(
-        "field"
-    ).equals(found.table("field"))
+    assert again.about == json.loads(json.dumps(found.about))
+    assert again.table("field").equals(found.table("field"))
     assert not again.compare(found, "class").significant
     items = run.path / "probes.safetensors"
     stored = load_file(items)
@@ -379,13 +368,10 @@ def test_the_command_probes_factors_and_says_the_cost_first(probed, capsys, tmp_
         run.path, field=True, samples=40, features=tmp_path / "features", device="cpu"
     )
     said = capsys.readouterr().out
-    assert (
-        said.index("features: 30 passes") < said.index("majority")
-        and "BatchNorm + linear" in said
-    )
-    assert (run.path / "probes.json").exists() and len(
-        list((tmp_path / "features").glob("*.npy"))
-    ) == 120
+    assert said.index("features: 30 passes") < said.index("majority")
+    assert "BatchNorm + linear" in said
+    assert (run.path / "probes.json").exists()
+    assert len(list((tmp_path / "features").glob("*.npy"))) == 120
     with pytest.raises(SystemExit):
         cli.main(["probe", str(run.path), "--weights", "studnet"])
     assert "known are teacher, model" in capsys.readouterr().err
@@ -433,7 +419,8 @@ def test_the_raw_input_is_read_from_few_long_samples():
     }
     raw = probing._raw_tokens(items, "")
     # half as many as samples
-    assert raw["train"].shape == (120, 60) and raw["test"].shape == (60, 60)
+    assert raw["train"].shape == (120, 60)
+    assert raw["test"].shape == (60, 60)
     assert regression_probe(raw, targets, (0.1, 1.0)).score > 0.9
 
 
@@ -442,7 +429,8 @@ def test_the_legend_of_one_factor_is_not_cut():
     figure = draw_layer_curves({"a": {"a run": [0.1, 0.2]}}, (1, 2), across)
     figure.draw_without_rendering()
     box = figure.legends[0].get_window_extent()
-    assert 0 <= box.x0 and box.x1 <= figure.bbox.width
+    assert 0 <= box.x0
+    assert box.x1 <= figure.bbox.width
 
 
 def test_figures_take_arrays():
@@ -499,9 +487,8 @@ def test_paired_difference_agrees_with_the_normal_approximation_and_uses_the_pai
     b = a + 0.1 + 0.2 * rng.normal(size=500)
     mean, low, high = paired_difference(a, b)
     half = 1.96 * (b - a).std(ddof=1) / np.sqrt(500)
-    assert mean == pytest.approx((b - a).mean()) and (low, high) == pytest.approx(
-        (mean - half, mean + half), abs=0.004
-    )
+    assert mean == pytest.approx((b - a).mean())
+    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.004)
     assert low > 0, "an unpaired comparison could not see this difference"
     with pytest.raises(ValueError, match="same items"):
         paired_difference(a, b[:-1])
@@ -524,10 +511,8 @@ def test_probe_against_scikit_learn_by_hand():
     strength = float(result.chosen.removeprefix("C = "))
     assert result.validation == max(scores.values()) == scores[strength]
     correct = models[strength].predict(scaler.transform(x["test"])) == y["test"]
-    assert (
-        result.score == pytest.approx(correct.mean())
-        and (result.errors == ~correct).all()
-    )
+    assert result.score == pytest.approx(correct.mean())
+    assert (result.errors == ~correct).all()
     assert result.interval[0] < result.score < result.interval[1]
     assert result.sizes == {"train": 200, "validation": 100, "test": 100}
 
@@ -602,10 +587,10 @@ def test_records_of_earlier_versions_are_read_with_their_numbers(runs, tmp_path)
     assert [row.probe.score for row in alone.of("class")] == [
         result["accuracy"] for result in grid["results"]
     ]
-    assert alone.best("class").cell == "block 4, t = 0.5" and alone.table()[
-        "raw input"
-    ].tolist() == ["-"]
-    assert not outdated(alone, run) and len(probe_table({"x": alone})) == 1
+    assert alone.best("class").cell == "block 4, t = 0.5"
+    assert alone.table()["raw input"].tolist() == ["-"]
+    assert not outdated(alone, run)
+    assert len(probe_table({"x": alone})) == 1
     (run.path / "baselines.json").write_text(
         json.dumps({"majority": 0.1, "pixels": grid["results"][3], "untrained": fresh})
     )

@@ -162,9 +162,8 @@ def test_turning_and_scaling_change_nothing_and_the_order_of_samples_neither(mea
     for same in (measure(5 * x @ turn, y), measure(x[order], y[order])):
         assert same == pytest.approx(measure(x, y), rel=1e-7)
     assert measure(x, 0.1 * x @ turn) == pytest.approx(1)
-    assert cka(y, x) == pytest.approx(cka(x, y), rel=1e-7) and cknna(
-        y, x
-    ) == pytest.approx(cknna(x, y), abs=0.02)
+    assert cka(y, x) == pytest.approx(cka(x, y), rel=1e-7)
+    assert cknna(y, x) == pytest.approx(cknna(x, y), abs=0.02)
     assert cka(x + 7, y - 3) == pytest.approx(cka(x, y), rel=1e-7), (
         "a common vector is not looked at"
     )
@@ -231,9 +230,8 @@ def test_jackknife_of_a_mean_is_the_usual_interval():
     value, low, high = jackknife(lambda part: part.mean(), x, groups=200)
     # Student's, with 199 degrees of freedom
     half = 1.971957 * x.std().item() / 200**0.5
-    assert value == pytest.approx(x.mean().item()) and (low, high) == pytest.approx(
-        (value - half, value + half)
-    )
+    assert value == pytest.approx(x.mean().item())
+    assert (low, high) == pytest.approx((value - half, value + half))
 
 
 def test_similarities_are_every_pair():
@@ -242,15 +240,12 @@ def test_similarities_are_every_pair():
         for pairs in ({1: 0, 2: 1}, {"a": 2, "b": 3, "c": 0})
     )
     table = similarities(first, second)
-    assert (
-        table.shape == (2, 3)
-        and table.loc[1, "c"] == pytest.approx(1)
-        and table.loc[2, "b"] == cka(first[2], second["b"])
-    )
+    assert table.shape == (2, 3)
+    assert table.loc[1, "c"] == pytest.approx(1)
+    assert table.loc[2, "b"] == cka(first[2], second["b"])
     own = similarities(first, measure=cknna)
-    assert own.loc[1, 2] == cknna(first[1], first[2]) and own.loc[2, 1] == cknna(
-        first[2], first[1]
-    )
+    assert own.loc[1, 2] == cknna(first[1], first[2])
+    assert own.loc[2, 1] == cknna(first[2], first[1])
     assert own.loc[1, 1] == pytest.approx(1)
 
 
@@ -355,13 +350,13 @@ def test_the_rungs_find_what_was_planted_and_the_constant_is_exact():
     )
     assert means["constant"] == pytest.approx(expected, abs=1e-6)
     assert means["constant"] < means["place"] - 0.05 < means["place and level"] - 0.1
-    assert found.floor == "place and level" and means[
-        "place and level"
-    ] == pytest.approx((3 / 4) ** 0.5, abs=0.02)
+    assert found.floor == "place and level"
+    assert means["place and level"] == pytest.approx((3 / 4) ** 0.5, abs=0.02)
     assert set(found.free) == {"constant", "place", "place and level", "another image"}
     # what is not earned comes from what the finest rung knows
     known = means["student"] - found.earned.mean()
-    assert 0 < known < means["place and level"] and "open without it" in found.verdict()
+    assert 0 < known < means["place and level"]
+    assert "open without it" in found.verdict()
     assert len(draw_ladder(found.table()).axes) == 1
 
 
@@ -381,10 +376,8 @@ def test_a_student_that_knows_no_image_is_told_so_and_one_that_knows_all():
     )
     knows = look_up(means, keys(scored), [1, 4, 5])[-1]
     blind = ladder(fitted, replace(scored, predicted=knows), bins=10)
-    assert (
-        "not significantly different from 0" in blind.verdict()
-        and abs(blind.earned.mean()) < 0.01
-    )
+    assert "not significantly different from 0" in blind.verdict()
+    assert abs(blind.earned.mean()) < 0.01
     all_known = ladder(planted(1500, 1), planted(300, 2, answer=0.01), bins=10)
     assert "little is left" in all_known.verdict()
 
@@ -400,16 +393,14 @@ def test_the_verdict_weighs_what_is_open():
             7, cosines, ("constant",), np.zeros(50), None, {}, **options
         ).verdict()
 
-    assert "nearly all" in verdict(
-        0.52, 0.5
-    ) and "still has something to teach" in verdict(0.8, 0.5)
+    assert "nearly all" in verdict(0.52, 0.5)
+    assert "still has something to teach" in verdict(0.8, 0.5)
     assert "gradients at the student's layer was 60%" in verdict(
         0.8, 0.5, gradient_share=0.6
     )
     assert "little is left" in verdict(0.99, 0.5)
-    assert "is below 0" in verdict(0.4, 0.5) and "cannot be told" not in verdict(
-        0.4, 0.5
-    )
+    assert "is below 0" in verdict(0.4, 0.5)
+    assert "cannot be told" not in verdict(0.4, 0.5)
 
 
 def test_other_samples_of_a_label():
@@ -493,18 +484,17 @@ def test_no_features_no_saturation(runs):
 def test_saturation_of_an_earlier_step(runs):
     run = runs["tiny"]
     found = saturation(run, 60, 40)
-    assert (
-        found.step == 12
-        and found.sizes == {"fitted": 60, "scored": 40}
-        and len(found.cosines["student"]) == 40
-    )
+    assert found.step == 12
+    assert found.sizes == {"fitted": 60, "scored": 40}
+    assert len(found.cosines["student"]) == 40
     assert saturation(run, 60, 40).table().equals(found.table()), (
         "the same numbers each time"
     )
     logged = run.log["rep_gradient_share"].dropna()
     assert (found.gradient_share is None) == (not len(logged))
     earlier = run_at(run, 4)
-    assert earlier.state()["step"] == 4 and run.state()["step"] == 12
+    assert earlier.state()["step"] == 4
+    assert run.state()["step"] == 12
     with pytest.raises(FileNotFoundError, match="step-00000008"):
         run_at(run, 5)
 
@@ -528,10 +518,8 @@ def test_gaps_have_their_own_constants():
         torch.zeros(40).long(),
     )
     table = cosine_by_gap(part, part).set_index(["tokens", "from"])
-    assert (
-        table["cosine"].tolist() == pytest.approx([-1, -1, 1, 1])
-        and (table["samples"] == 20).all()
-    )
+    assert table["cosine"].tolist() == pytest.approx([-1, -1, 1, 1])
+    assert (table["samples"] == 20).all()
     assert (
         table.loc[("as clean", 0.25), "constant"]
         > 0.98
@@ -549,4 +537,5 @@ def test_a_mean_over_no_token_is_not_a_number():
         torch.tensor([[1.0, torch.nan], [2.0, 4.0]]),
         torch.tensor([[True, False], [False, False]]),
     )
-    assert found[0] == 1 and found[1].isnan()
+    assert found[0] == 1
+    assert found[1].isnan()

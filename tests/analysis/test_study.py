@@ -152,7 +152,8 @@ def test_a_dearer_arm_is_judged_at_an_earlier_checkpoint(file):
 
 def test_a_study_has_a_row_for_every_run_and_step(finished):
     study, _, record = finished
-    assert record["complete"] and not record["failed"]
+    assert record["complete"]
+    assert not record["failed"]
     assert [(row["seed"], row["arm"], row["at"]) for row in record["rows"]] == [
         (seed, arm, at)
         for seed in (0, 1)
@@ -163,7 +164,10 @@ def test_a_study_has_a_row_for_every_run_and_step(finished):
         )
     ]
     for row in record["rows"]:
-        assert row["FLOPs"] > 0 and row["seconds"] > 0 and row["code"] and row["torch"]
+        assert row["FLOPs"] > 0
+        assert row["seconds"] > 0
+        assert row["code"]
+        assert row["torch"]
         assert len(row["flow loss by level"]) == 10
         mean = np.mean(list(row["flow loss by level"].values()))
         assert row["flow loss"] == pytest.approx(mean, rel=1e-5)

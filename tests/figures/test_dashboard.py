@@ -74,7 +74,8 @@ def test_every_stretch_keeps_its_lowest_and_highest_point_in_order(count):
     x = np.arange(float(count))
     y = np.random.default_rng(0).normal(size=count)
     few_x, few_y = thin(x, y)
-    assert len(few_x) <= 1200 and (np.diff(few_x) >= 0).all()
+    assert len(few_x) <= 1200
+    assert (np.diff(few_x) >= 0).all()
     assert (y[few_x.astype(int)] == few_y).all()
     width = math.ceil(count / 600)
     for start in range(0, count, width):
@@ -101,7 +102,8 @@ def test_losses_are_drawn_as_logged_and_smoothed(log):
         np.testing.assert_array_equal(raw.get_ydata(), log[name])
         means = log[name].rolling(4).mean()
         np.testing.assert_allclose(smoothed.get_ydata()[10:], means[10:])
-        assert raw.get_alpha() < 0.5 and smoothed.get_alpha() is None
+        assert raw.get_alpha() < 0.5
+        assert smoothed.get_alpha() is None
     written = texts(titled(figure, "flow loss"))
     assert "mean of 4 lines; faint: each" in written
     assert f"{log['flow_loss'][96:].mean():.3g}" in written, "the value at the end"
@@ -115,7 +117,8 @@ def test_the_cosine_is_drawn_with_what_a_constant_reaches(log):
     means = log["constant_cosine"].rolling(4).mean()
     np.testing.assert_allclose(constant.get_ydata()[10:], means[10:])
     np.testing.assert_array_equal(raw.get_ydata(), log["cosine"])
-    assert axis.get_ylim()[1] >= 1 and -0.1 < axis.get_ylim()[0] <= 0
+    assert axis.get_ylim()[1] >= 1
+    assert -0.1 < axis.get_ylim()[0] <= 0
 
 
 def test_a_cosine_below_zero_is_not_cut_off(log):
@@ -128,12 +131,15 @@ def test_a_cosine_below_zero_is_not_cut_off(log):
 def test_the_gradient_norm_is_logarithmic_and_the_clip_marked(log):
     log.loc[3, "grad_norm"] = 0.0  # has no logarithm
     axis = titled(drawn(draw_dashboard(log, clip=0.7)), "gradient norm")
-    assert axis.get_yscale() == "log" and "dotted: clipped at 0.7" in texts(axis)
+    assert axis.get_yscale() == "log"
+    assert "dotted: clipped at 0.7" in texts(axis)
     raw, _, clip = axis.lines
     assert np.isnan(raw.get_ydata()[3])
-    assert clip.get_linestyle() == ":" and set(clip.get_ydata()) == {0.7}
+    assert clip.get_linestyle() == ":"
+    assert set(clip.get_ydata()) == {0.7}
     low, high = axis.get_ylim()
-    assert low < log["grad_norm"].drop(3).min() and high > log["grad_norm"].max()
+    assert low < log["grad_norm"].drop(3).min()
+    assert high > log["grad_norm"].max()
     unclipped = titled(drawn(draw_dashboard(log)), "gradient norm")
     assert len(unclipped.lines) == 2
     assert not any("clipped" in text for text in texts(unclipped))
@@ -163,7 +169,8 @@ def test_the_first_a_middle_and_the_newest_validation_are_drawn(log):
         np.testing.assert_allclose(line.get_xdata(), LEVELS)
         losses = log["flow_loss_by_level"][step - 1]
         np.testing.assert_allclose(line.get_ydata(), losses)
-    assert axis.lines[-1].get_color() == COLOURS[0] and axis.get_xlim() == (0, 1)
+    assert axis.lines[-1].get_color() == COLOURS[0]
+    assert axis.get_xlim() == (0, 1)
 
 
 def test_a_single_validation_is_drawn_as_the_newest(log):
@@ -226,7 +233,8 @@ def test_labels_at_the_ends_do_not_overlap(log):
     log["constant_cosine"] = log["cosine"] = 0.5
     axis = titled(rendered(draw_dashboard(log)), "cosine")
     ends = [t.get_window_extent() for t in axis.texts if t.get_text() == "0.5"]
-    assert len(ends) == 2 and not ends[0].overlaps(ends[1])
+    assert len(ends) == 2
+    assert not ends[0].overlaps(ends[1])
 
 
 def test_labels_near_the_top_stay_below_the_title(log):
@@ -328,7 +336,8 @@ def test_an_empty_run_has_three_remarks():
 def test_one_line_is_drawn_as_a_visible_point():
     figure = drawn(draw_dashboard(ODD["one line"]))
     _, smoothed = titled(figure, "flow loss").lines
-    assert smoothed.get_marker() == "." and smoothed.get_xydata().tolist() == [[5, 1]]
+    assert smoothed.get_marker() == "."
+    assert smoothed.get_xydata().tolist() == [[5, 1]]
 
 
 def test_drawing_changes_no_table(log, history):
@@ -350,7 +359,8 @@ def test_pyplot_is_not_touched(log, history):
 
 def test_rows_are_steps_and_columns_samples(history):
     pixels, steps, labels, gap = sample_history_grid(history, rows=3, columns=2)
-    assert steps == [0, 50, 100] and labels == [0, 1]
+    assert steps == [0, 50, 100]
+    assert labels == [0, 1]
     assert pixels.shape == (3 * 8 + 2 * gap, 2 * 8 + gap, 3)
     black, grey, white = 0, 127, 255
     left_edge = [pixels[row * (8 + gap), 0, 0] for row in range(3)]

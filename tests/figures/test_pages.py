@@ -80,7 +80,8 @@ def test_a_webp_holds_every_video_in_its_place(count, channels, frames, columns,
     down = -(-count // across)
     height = 8 * scale + 2
     width = 16 * scale + 2
-    assert len(shown) == frames and shown[0][1] in (50, None)
+    assert len(shown) == frames
+    assert shown[0][1] in (50, None)
     for frame, (canvas, _) in enumerate(shown):
         assert canvas.shape == (down * height - 2, across * width - 2, 3)
         for video in range(count):
@@ -96,7 +97,8 @@ def test_a_webp_holds_every_video_in_its_place(count, channels, frames, columns,
 def test_a_webp_loops_and_lasts_as_long_as_requested():
     data = to_webp(noise(2, 3, 6, 8, 8), fps=8)
     with Image.open(io.BytesIO(data)) as opened:
-        assert opened.format == "WEBP" and opened.is_animated
+        assert opened.format == "WEBP"
+        assert opened.is_animated
         assert opened.info["loop"] == 0
     assert {duration for _, duration in frames_of(data)} == {125}
 
@@ -201,7 +203,9 @@ def test_captions_lie_on_the_page_and_not_over_images():
     images = [axis.get_images()[0].get_window_extent() for axis in page.axes]
     for axis in page.axes:
         caption = axis.xaxis.label.get_window_extent()
-        assert caption.x0 >= 0 and caption.x1 <= page.bbox.x1 and caption.y0 >= 0
+        assert caption.x0 >= 0
+        assert caption.x1 <= page.bbox.x1
+        assert caption.y0 >= 0
         assert not any(caption.overlaps(image) for image in images)
 
 

@@ -234,21 +234,22 @@ def test_the_diagnosis_by_loops():
         inside = [
             c for c, g in zip(cosines, gap.tolist(), strict=True) if low < g <= high
         ]
-        assert len(inside) > 3 and found[f"cosine_gap_{high:g}"] == pytest.approx(
+        assert len(inside) > 3
+        assert found[f"cosine_gap_{high:g}"] == pytest.approx(
             sum(inside) / len(inside), abs=1e-6
         )
     assert found["cosine"] == pytest.approx(sum(cosines) / 60, abs=1e-6)
     assert found["feature_std"] == pytest.approx(target.numpy().std(0).mean(), rel=1e-5)
     assert found["constant_cosine"] == pytest.approx(constant_cosine(target).item())
     assert found["effective_rank"] == pytest.approx(effective_rank(target).item())
-    assert _GAPS == (0.0, 0.25, 0.5, 1.0) and "rep_gradient_share" not in found
+    assert _GAPS == (0.0, 0.25, 0.5, 1.0)
+    assert "rep_gradient_share" not in found
     assert Alignment(predicted, target, gap).means() == {
         name: found[name] for name in ("cosine", "constant_cosine")
     }
     zero = Alignment(predicted, target, torch.zeros(60)).diagnosis()
-    assert [name for name in zero if "gap" in name] == ["cosine_gap_0"] and zero[
-        "cosine_gap_0"
-    ] == pytest.approx(zero["cosine"])
+    assert [name for name in zero if "gap" in name] == ["cosine_gap_0"]
+    assert zero["cosine_gap_0"] == pytest.approx(zero["cosine"])
 
 
 def test_without_counted_tokens_there_is_no_diagnosis():
@@ -286,4 +287,5 @@ def test_the_gradients_of_both_losses_are_measured_apart(weight):
 def test_without_gradients_nothing_is_watched():
     hidden = some(2, 3, 4)
     branch, norms = watch_gradients(hidden)
-    assert branch is hidden and norms == {}
+    assert branch is hidden
+    assert norms == {}

@@ -252,7 +252,8 @@ def test_one_level_is_the_plain_model_and_closing_restores_it(name):
     condition = condition_of(case, values)
     one = backbone(x, NoiseLevels.single(t, x.shape[1]), condition).velocity
     scale = expected.abs().max()
-    assert scale > 1e-3 and (one - expected).abs().max() <= 1e-6 * scale
+    assert scale > 1e-3
+    assert (one - expected).abs().max() <= 1e-6 * scale
     # two levels, of which all tokens have the first
     first = NoiseLevels(two.levels, torch.zeros_like(two.assign))
     close(backbone(x, first, condition).velocity, expected)
@@ -305,7 +306,8 @@ def test_taps_are_hidden_states_of_diffusers_and_stop_ends_there(name):
     for hook in hooks:
         hook.remove()
     backbone = DiffusersBackbone(model, inputs_of(case))
-    assert backbone.depth == case.depth == len(blocks) and backbone.width == 32
+    assert backbone.depth == case.depth == len(blocks)
+    assert backbone.width == 32
     layers = tuple(range(1, case.depth + 1))
     levels = NoiseLevels.single(t, x.shape[1])
     condition = condition_of(case, values)
@@ -316,7 +318,9 @@ def test_taps_are_hidden_states_of_diffusers_and_stop_ends_there(name):
     watch = blocks[-1].register_forward_hook(lambda *args: ran.append(1))
     stopped = backbone(x, levels, condition, taps=(1,), stop=True)
     watch.remove()
-    assert stopped.velocity is None and not ran and list(stopped.features) == [1]
+    assert stopped.velocity is None
+    assert not ran
+    assert list(stopped.features) == [1]
     assert torch.equal(stopped.features[1], output.features[1])
     for block in blocks:
         assert not block._forward_hooks
@@ -346,14 +350,17 @@ def test_gradients_are_the_same_with_checkpointing_and_in_a_copy(name):
     plain, output = gradients()
     stopped, _ = gradients(stop=True)
     backbone.checkpointing = True
-    assert backbone.checkpointing and not teacher.checkpointing
+    assert backbone.checkpointing
+    assert not teacher.checkpointing
     again, same = gradients()
     assert torch.equal(same.velocity, output.velocity)
     for a, b in zip(plain, again, strict=True):
-        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
     again, _ = gradients(stop=True)
     for a, b in zip(stopped, again, strict=True):
-        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
     # a copy has levels, modules and forwards of its own
     with torch.no_grad():
         copied = teacher(x, two.cleanest(), condition).velocity
@@ -361,7 +368,8 @@ def test_gradients_are_the_same_with_checkpointing_and_in_a_copy(name):
             parameter.zero_()
         assert torch.equal(teacher(x, two.cleanest(), condition).velocity, copied)
     own = {id(module) for module in teacher.modules()}
-    assert teacher._replaced and all(id(module) in own for module in teacher._replaced)
+    assert teacher._replaced
+    assert all(id(module) in own for module in teacher._replaced)
     assert all(module.forward.__self__ is module for module in teacher._replaced)
 
 
@@ -415,7 +423,8 @@ def test_close_levels_stay_distinct_in_bf16(name):
             module.register_forward_hook(lambda m, args, out: vectors.append(out))
     output = backbone(x, levels, condition_of(case, values))
     assert output.velocity.dtype == torch.float32
-    assert vectors and all(v.dtype == torch.float32 for v in vectors)
+    assert vectors
+    assert all(v.dtype == torch.float32 for v in vectors)
     assert not torch.equal(vectors[0][0], vectors[0][1])
     if case.family.startswith("flux"):  # diffusers rounds before it multiplies by 1000
         rounded = near.bfloat16() * 1000
@@ -542,7 +551,8 @@ def test_a_pooled_text_is_passed_on(name):
     first = backbone(x, two, condition).velocity
     backbone(x, two)
     watch.remove()
-    assert torch.equal(seen[0], pooled) and not seen[1].any()
+    assert torch.equal(seen[0], pooled)
+    assert not seen[1].any()
     other = Condition(values, pooled=torch.randn(2, 7))
     assert not torch.allclose(first, backbone(x, two, other).velocity, atol=1e-4)
     with pytest.raises(ValueError, match="with pooled vectors"):
@@ -569,11 +579,13 @@ def test_a_pooled_vector_goes_where_its_sample_goes():
     rows = torch.tensor([2, 0])
     assert torch.equal(condition[rows].pooled, pooled[rows])
     both = condition[:1].cat(condition[1:])
-    assert torch.equal(both.pooled, pooled) and "pooled vectors (4, 2)" in str(both)
+    assert torch.equal(both.pooled, pooled)
+    assert "pooled vectors (4, 2)" in str(both)
     assert not condition.unconditional().pooled.any()
     dropped = condition.drop(0.5, lambda purpose: keyed(1, purpose))
     gone = ~dropped.values.any(-1).any(-1)
-    assert 0 < gone.sum() < 4 and torch.equal(~dropped.pooled.any(-1), gone)
+    assert 0 < gone.sum() < 4
+    assert torch.equal(~dropped.pooled.any(-1), gone)
     assert torch.equal(dropped.pooled[~gone], pooled[~gone])
 
 
@@ -698,7 +710,8 @@ def test_a_folder_gives_its_weights(name, tmp_path):
     part = Part(case.part.name, 24, case.part.grid)
     config = ModelConfig(name, folder=str(tmp_path), start="random")
     other = build_backbone(config, Inputs((part,), classes=3))
-    assert other.depth == case.depth and other.inputs.channels == 24
+    assert other.depth == case.depth
+    assert other.inputs.channels == 24
 
 
 def test_folders_that_are_refused(tmp_path):
@@ -814,7 +827,8 @@ def test_a_tiny_flux2_trains_on_captions_resumes_bit_for_bit_and_is_exported(tmp
     opened = load(export(again, tmp_path / "exported"), "cpu")
     torch.manual_seed(0)
     samples = opened.sample(["a red circle"], steps=2)["image"]
-    assert samples.shape[1:] == (3, 16, 16) and samples.isfinite().all()
+    assert samples.shape[1:] == (3, 16, 16)
+    assert samples.isfinite().all()
     # diffusers opens its own layout, and so does a run that starts from a folder
     place = export_diffusers(opened, tmp_path / "plain", license="mit")
     x = torch.randn(2, 16, 48)
@@ -828,9 +842,8 @@ def test_a_tiny_flux2_trains_on_captions_resumes_bit_for_bit_and_is_exported(tmp
                 plain_flux2(model, x, text, torch.full((2,), 0.3)), expected
             )
     card = (place / "README.md").read_text()
-    assert (
-        "library_name: diffusers" in card and f"import {type(plain).__name__}" in card
-    )
+    assert "library_name: diffusers" in card
+    assert f"import {type(plain).__name__}" in card
     assert export_diffusers(again, place, "bfloat16") == place
     half = diffusers.Flux2Transformer2DModel.from_pretrained(
         place, torch_dtype=torch.bfloat16

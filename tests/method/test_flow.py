@@ -143,9 +143,8 @@ def test_noise_of_another_shape_is_refused():
 
 def test_a_number_as_level_is_exact_in_float64():
     x = torch.ones(2, 3, dtype=torch.float64)
-    assert (interpolate(x, 0 * x, 0.3) == 1 - 0.3).all() and interpolate(
-        x, x, 0.3
-    ).dtype == torch.float64
+    assert (interpolate(x, 0 * x, 0.3) == 1 - 0.3).all()
+    assert interpolate(x, x, 0.3).dtype == torch.float64
 
 
 def test_levels_of_another_shape_are_refused():
@@ -157,7 +156,9 @@ def test_levels_of_another_shape_are_refused():
 def test_densities_sample_their_pdf(name):
     density, cdf = DENSITIES[name]
     drawn = density.sample((20_000,), keyed(0, name))
-    assert drawn.dtype == torch.float32 and 0 <= drawn.min() and drawn.max() <= 1
+    assert drawn.dtype == torch.float32
+    assert 0 <= drawn.min()
+    assert drawn.max() <= 1
     assert stats.kstest(drawn.double().numpy(), cdf).pvalue > 1e-3
     t = torch.linspace(0.021, 0.981, 25, dtype=torch.float64)  # of no density a corner
     slope = (torch.as_tensor(cdf(t + 1e-5)) - torch.as_tensor(cdf(t - 1e-5))) / 2e-5
@@ -175,19 +176,15 @@ def test_densities_sample_their_pdf(name):
 def test_densities_follow_the_interface(name, shape):
     density, _ = DENSITIES[name]
     drawn = density.sample(shape, keyed(1, "shape"))
-    assert (
-        drawn.shape == shape
-        and drawn.dtype == torch.float32
-        and drawn.device.type == "cpu"
-    )
+    assert drawn.shape == shape
+    assert drawn.dtype == torch.float32
+    assert drawn.device.type == "cpu"
     assert ((drawn >= 0) & (drawn <= 1)).all()
     assert torch.equal(drawn, density.sample(shape, keyed(1, "shape"))), (
         "the generator decides alone"
     )
-    assert (
-        density.pdf(torch.full(shape, 0.3)).shape == shape
-        and density.pdf(torch.full(shape, 0.3)).dtype == torch.float32
-    )
+    assert density.pdf(torch.full(shape, 0.3)).shape == shape
+    assert density.pdf(torch.full(shape, 0.3)).dtype == torch.float32
 
 
 def test_uniform_draws_are_those_of_rand():
@@ -201,11 +198,9 @@ def test_uniform_draws_are_those_of_rand():
 def test_uniform_stays_in_its_interval(low, width, seed):
     high = min(low + width, 1.0)
     drawn = Uniform(low, high).sample((500,), keyed(seed, "u"))
-    assert (
-        torch.tensor(low) <= drawn.min()
-        and drawn.max() <= torch.tensor(high)
-        and drawn.max() <= 1
-    )
+    assert torch.tensor(low) <= drawn.min()
+    assert drawn.max() <= torch.tensor(high)
+    assert drawn.max() <= 1
     outside = Uniform(low, high).pdf(
         torch.tensor([low - 0.01, high + 0.01, (low + high) / 2], dtype=torch.float64)
     )
@@ -235,7 +230,9 @@ def test_plateau_is_constant_from_the_mode_and_a_logit_normal_below(mean, std):
         )
         assert (density.pdf(under).diff() >= -1e-9).all(), "it rises to the mode"
     drawn = density.sample((5000,), keyed(0, "plateau"))
-    assert drawn.isfinite().all() and 0 <= drawn.min() and drawn.max() <= 1
+    assert drawn.isfinite().all()
+    assert 0 <= drawn.min()
+    assert drawn.max() <= 1
     # of the plateau; float32 levels cannot tell points closer to 1 than 6e-8
     share = plateau / (below + plateau)
     if mean < 15:
@@ -247,7 +244,9 @@ def test_the_extremes_of_the_uniform_number_are_levels_too(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: extremes.clone())
     for mean, std in PLATEAUS:
         drawn = PlateauLogitNormal(mean, std).sample((3,))
-        assert drawn[0] == 0 and 0 < drawn[1] < 0.05 and 1 - 1e-5 < drawn[2] <= 1
+        assert drawn[0] == 0
+        assert 0 < drawn[1] < 0.05
+        assert 1 - 1e-5 < drawn[2] <= 1
     assert Uniform(0.1, 0.7).sample((3,)).tolist() == pytest.approx([0.1, 0.1, 0.7])
     assert Uniform(0.09, 0.12).sample((3,)).max() <= torch.tensor(0.12), (
         "here float32 rounds past the end"
@@ -265,9 +264,8 @@ def test_mixture_takes_each_level_from_one_of_its_densities():
         ((drawn >= part.low) & (drawn <= part.high)).float().mean().item()
         for part in parts
     ]
-    assert sum(shares) == pytest.approx(1) and shares == pytest.approx(
-        [0.5, 0.2, 0.3], abs=0.01
-    )
+    assert sum(shares) == pytest.approx(1)
+    assert shares == pytest.approx([0.5, 0.2, 0.3], abs=0.01)
     assert torch.equal(
         Mixture(parts[:1], (1.0,)).sample((9,), keyed(0, "x")),
         parts[0].sample((9,), keyed(0, "x")),
@@ -292,7 +290,8 @@ def test_index_against_a_loop(counts, seed):
             if u < edge:
                 expected = j
                 break
-        assert index == expected and shares[index] > 0
+        assert index == expected
+        assert shares[index] > 0
 
 
 @pytest.mark.parametrize(
@@ -341,7 +340,8 @@ def test_shift_keeps_the_ends_and_inverts(t, alpha):
     t = torch.tensor(t, dtype=torch.float64)
     assert 0 <= shift(t, alpha) <= 1
     torch.testing.assert_close(shift(shift(t, alpha), 1 / alpha), t)
-    assert shift(torch.tensor(0.0), alpha) == 0 and shift(torch.tensor(1.0), alpha) == 1
+    assert shift(torch.tensor(0.0), alpha) == 0
+    assert shift(torch.tensor(1.0), alpha) == 1
     assert (shift(t, alpha) - t) * (alpha - 1) >= -1e-12, (
         "alpha > 1 moves towards noise, alpha < 1 towards data"
     )

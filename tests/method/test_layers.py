@@ -73,9 +73,8 @@ def test_spread_is_a_gather_and_collect_its_transpose(size):
     levels = levels_of(b, k, n, seed)
     g = generator(seed)
     tokens = TokenMap.of(levels)
-    assert (tokens is None) == (k == 1) and (
-        k == 1 or (tokens.onehot is None) == (k > 8)
-    )
+    assert (tokens is None) == (k == 1)
+    assert k == 1 or (tokens.onehot is None) == (k > 8)
     values = torch.randn(b, k, 5, generator=g, dtype=torch.float64)
     of_tokens = torch.randn(b, n, 5, generator=g, dtype=torch.float64)
     expected = per_token(values, levels)
@@ -232,7 +231,8 @@ def test_attention_is_torchs(dtype, tolerance, hidden, n, m):
     reference = F.scaled_dot_product_attention(
         *(part.transpose(1, 2) for part in wide), mask
     ).transpose(1, 2)
-    assert out.dtype == dtype and out.shape == (2, n, 3, 8)
+    assert out.dtype == dtype
+    assert out.shape == (2, n, 3, 8)
     torch.testing.assert_close(out.double(), reference, atol=tolerance, rtol=tolerance)
     found = torch.autograd.grad(out, (q, k, v), upstream)
     exact = torch.autograd.grad(reference, wide, upstream.double())

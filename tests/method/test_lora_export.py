@@ -194,8 +194,10 @@ def test_an_exported_adapter_on_its_base_is_the_average_of_the_run(
         header = json.loads(file.metadata()["lora_adapter_metadata"])
     assert header["transformer.lora_alpha"] == header["transformer.r"] == 2
     card = (place / "README.md").read_text()
-    assert "load_lora_adapter" in card and "library_name: diffusers" in card
-    assert ("DoRA" if dora else "LoRA") in card and str(tmp_path) not in card
+    assert "load_lora_adapter" in card
+    assert "library_name: diffusers" in card
+    assert ("DoRA" if dora else "LoRA") in card
+    assert str(tmp_path) not in card
     half = export_lora(run, place, "bfloat16")
     assert {t.dtype for t in load_file(half / weights).values()} == {torch.bfloat16}
 

@@ -317,7 +317,8 @@ def test_sra_derived_again(student, teacher, batch, offset):
     objective = SRA(
         CONFIG, offset=offset, student_layer=1, teacher_layer=4, label_drop=0.3
     )
-    assert objective.schedule == SingleLevel() and objective.rep_weight == 0.8
+    assert objective.schedule == SingleLevel()
+    assert objective.rep_weight == 0.8
     check(objective, student, teacher, batch, offset=offset)
 
 
@@ -331,21 +332,17 @@ def test_sra_derived_again(student, teacher, batch, offset):
 )
 def test_layer_sync_derived_again(student, batch, options):
     objective = LayerSync(CONFIG, **options)
-    assert (
-        not list(objective.parameters())
-        and not objective.state_dict()
-        and objective.rep_weight == 0.2
-    )
+    assert not list(objective.parameters())
+    assert not objective.state_dict()
+    assert objective.rep_weight == 0.2
     check(objective, student, None, batch)
 
 
 def test_layer_sync_teaches_only_what_is_below_its_layer(student, batch):
     objective = LayerSync(CONFIG, student_layer=2, teacher_layer=4)
     losses = objective(student, Unasked(), batch, draws())
-    assert (
-        not losses.alignment.target.requires_grad
-        and not losses.alignment.predicted.requires_grad
-    )
+    assert not losses.alignment.target.requires_grad
+    assert not losses.alignment.predicted.requires_grad
     losses.rep_loss.backward()
     assert [block.attn.qkv.weight.grad is not None for block in student.blocks] == [
         True,
@@ -378,7 +375,8 @@ def test_repa_derived_again(student, batch, pooled, way):
         head_width=9,
         rep_tokens="masked",
     )
-    assert objective.student_layer == 1 and objective.rep_weight == 0.5
+    assert objective.student_layer == 1
+    assert objective.rep_weight == 0.5
     check(
         objective,
         student,
@@ -399,7 +397,8 @@ def test_the_encoder_of_repa_is_neither_trained_nor_saved_nor_moved(student, bat
     objective(student, Unasked(), batch, draws()).total.backward()
     optimizer.step()
     assert all(p.grad is not None for p in parameters), "and all else is trained"
-    assert encoder.weight.grad is None and torch.equal(encoder.weight, before)
+    assert encoder.weight.grad is None
+    assert torch.equal(encoder.weight, before)
     assert not any(p is q for p in parameters for q in encoder.parameters())
     assert [tuple(v.shape) for v in objective.state_dict().values()] == [
         (9, 16),
@@ -493,11 +492,9 @@ def test_flow_matching_derived_again(student, batch):
         (1 - t) * x0 + t * x1, NoiseLevels.single(t[:, 0, 0], 6), batch.condition
     )
     torch.testing.assert_close(losses.total, ((out.velocity - (x1 - x0)) ** 2).mean())
-    assert (
-        losses.rep_loss is None
-        and losses.alignment is None
-        and list(losses.floats()) == ["total", "flow_loss"]
-    )
+    assert losses.rep_loss is None
+    assert losses.alignment is None
+    assert list(losses.floats()) == ["total", "flow_loss"]
 
 
 @pytest.mark.parametrize("separated", [False, True])
@@ -543,11 +540,12 @@ def test_the_two_views_share_noise_and_labels_and_the_teacher_sees_the_cleaner_l
         student.calls[0],
         teacher.calls[0],
     )
-    assert (
-        torch.equal(ys.values, yc.values) and 5 in ys.values and (ys.values != 5).any()
-    )
+    assert torch.equal(ys.values, yc.values)
+    assert 5 in ys.values
+    assert (ys.values != 5).any()
     cleanest = levels.levels.amin(1)
-    assert clean.k == 1 and (
+    assert clean.k == 1
+    assert (
         torch.equal(clean.levels[:, 0], cleanest)
         if kind is SelfFlow
         else (clean.levels[:, 0] <= cleanest).all()
@@ -558,7 +556,8 @@ def test_the_two_views_share_noise_and_labels_and_the_teacher_sees_the_cleaner_l
         "stop": True,
         "parts": CONFIG.parts,
     }, "it ends there, never separated"
-    assert seen["separated"] and len(student.calls) == len(teacher.calls) == 1
+    assert seen["separated"]
+    assert len(student.calls) == len(teacher.calls) == 1
     tau = levels.per_token()[..., None]
     low = clean.per_token()[..., None]
     noise_s = (xs - (1 - tau) * x0) / tau
@@ -577,10 +576,8 @@ def test_single_samples_show_the_teacher_the_lower_of_two_levels(
     levels = student.calls[0][1]
     clean = teacher.calls[0][1]
     assert (levels.per_token() == levels.levels[:, :1]).all(), "all tokens at t"
-    assert (
-        torch.equal(clean.levels[:, 0], levels.levels.amin(1))
-        and (clean.levels[:, 0] < levels.levels[:, 0]).any()
-    )
+    assert torch.equal(clean.levels[:, 0], levels.levels.amin(1))
+    assert (clean.levels[:, 0] < levels.levels[:, 0]).any()
 
 
 @pytest.mark.parametrize("kind", [SelfFlow, SRA])
@@ -590,10 +587,8 @@ def test_gradient_reaches_student_and_head_and_never_the_teacher(
     objective = kind(CONFIG, student_layer=2, teacher_layer=3)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     objective(student, teacher, batch, draws()).rep_loss.backward()
-    assert (
-        all(p.grad is None and not p.requires_grad for p in teacher.parameters())
-        and not teacher.training
-    )
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert not teacher.training
     assert all(p.grad.abs().sum() > 0 for p in objective.parameters())
     assert [block.attn.qkv.weight.grad is not None for block in student.blocks] == [
         True,
@@ -640,9 +635,10 @@ def test_the_gradient_share_against_two_backward_passes(
     )
     losses.total.backward()
     share = (rep.norm() / (rep.norm() + flow.norm())).item()
-    assert 0 < share < 1 and losses.floats(diagnose=True)[
-        "rep_gradient_share"
-    ] == pytest.approx(share, rel=1e-4)
+    assert 0 < share < 1
+    assert losses.floats(diagnose=True)["rep_gradient_share"] == pytest.approx(
+        share, rel=1e-4
+    )
 
 
 def test_a_representation_loss_without_weight_has_no_share(student, teacher, batch):
@@ -683,13 +679,10 @@ def test_without_counted_tokens_losses_are_zero_and_not_logged(student, teacher,
     losses = objective(student, teacher, batch, draws())
     losses.total.backward()
     found = losses.floats(diagnose=True)
-    assert (
-        found["total"] == found["flow_loss"] == found["rep_loss"] == 0
-        and "cosine" not in found
-    )
-    assert all(map(math.isfinite, found.values())) and all(
-        p.grad.isfinite().all() for p in objective.parameters()
-    )
+    assert found["total"] == found["flow_loss"] == found["rep_loss"] == 0
+    assert "cosine" not in found
+    assert all(map(math.isfinite, found.values()))
+    assert all(p.grad.isfinite().all() for p in objective.parameters())
 
 
 @pytest.mark.parametrize("kind", [SelfFlow, SRA, LayerSync])
@@ -714,9 +707,8 @@ def test_unknown_distances_and_offsets_are_refused():
             match=f"student_layer is {layer}, but the model has layers 1 to 4",
         ):
             REPA(CONFIG, 7, student_layer=layer)
-    assert issubclass(REPA, FeatureObjective) and REPA(
-        CONFIG, 7, student_layer=4, head_width=9
-    ).taps == (4,)
+    assert issubclass(REPA, FeatureObjective)
+    assert REPA(CONFIG, 7, student_layer=4, head_width=9).taps == (4,)
 
 
 def test_ema_closed_form():
@@ -793,9 +785,8 @@ def test_layers_that_do_not_fit_are_refused(kind, layers):
 
 def test_the_head_is_the_published_one():
     shapes = [tuple(p.shape) for p in Projector(16).parameters()]
-    assert shapes == [(32, 16), (32,), (16, 32), (16,)] and isinstance(
-        Projector(16)[1], torch.nn.SiLU
-    )
+    assert shapes == [(32, 16), (32,), (16, 32), (16,)]
+    assert isinstance(Projector(16)[1], torch.nn.SiLU)
 
 
 def test_losses_as_numbers(student, teacher, batch):
@@ -807,11 +798,10 @@ def test_losses_as_numbers(student, teacher, batch):
     few = losses.floats()
     many = losses.floats(diagnose=True)
     assert list(few) == ["total", "flow_loss", "rep_loss", "cosine", "constant_cosine"]
-    assert (
-        few["cosine"] == pytest.approx(1 - few["rep_loss"], abs=1e-6)
-        and few["total"] == losses.total.item()
-    )
-    assert few.items() < many.items() and {
+    assert few["cosine"] == pytest.approx(1 - few["rep_loss"], abs=1e-6)
+    assert few["total"] == losses.total.item()
+    assert few.items() < many.items()
+    assert {
         "feature_std",
         "effective_rank",
         "cosine_gap_0",

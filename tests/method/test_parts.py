@@ -78,9 +78,8 @@ def test_videos_round_trip_and_tokens_follow_the_formula(
     videos = torch.randn(b, 2, moments * span, rows * patch, columns * patch)
     tokens = cut.patchify(videos)
     part = cut.part()
-    assert tokens.shape == (b, part.tokens, part.channels) and torch.equal(
-        cut.unpatchify(tokens), videos
-    )
+    assert tokens.shape == (b, part.tokens, part.channels)
+    assert torch.equal(cut.unpatchify(tokens), videos)
     for n, (t, h, w, place) in enumerate(part.coordinates().tolist()):
         f = round((t + 0.5) / span - 0.5)
         expected = videos[
@@ -90,7 +89,8 @@ def test_videos_round_trip_and_tokens_follow_the_formula(
             round(h) * patch : (round(h) + 1) * patch,
             round(w) * patch : (round(w) + 1) * patch,
         ]
-        assert torch.equal(tokens[:, n], expected.flatten(1)) and place == 0
+        assert torch.equal(tokens[:, n], expected.flatten(1))
+        assert place == 0
         assert t == pytest.approx(sum(range(f * span, (f + 1) * span)) / span), (
             "the middle of its frames"
         )
@@ -106,19 +106,17 @@ def test_a_layout_concatenates_parts_and_pads_narrow_tokens():
         "more": torch.zeros(1),
     }
     tokens = layout.patchify(signals)
-    assert (
-        tokens.shape == (2, layout.tokens, layout.channels) == (2, 12, 12)
-        and not tokens[:, :4, 4:].any()
-    )
+    assert tokens.shape == (2, layout.tokens, layout.channels) == (2, 12, 12)
+    assert not tokens[:, :4, 4:].any()
     back = layout.unpatchify(tokens + torch.where(tokens == 0, 7.0, 0.0))
-    assert torch.equal(back["image"], signals["image"]) and torch.equal(
-        back["video"], signals["video"]
-    )
+    assert torch.equal(back["image"], signals["image"])
+    assert torch.equal(back["video"], signals["video"])
     places = TokenSlices.of(layout.parts)
     assert places.slices == {
         "image": slice(0, 4),
         "video": slice(4, 12),
-    } and places.widths.tolist() == 4 * [4] + 8 * [12]
+    }
+    assert places.widths.tolist() == 4 * [4] + 8 * [12]
     assert layout.preview(signals).shape == (2, 3, 8 + 4, 8)
     with pytest.raises(ValueError, match="has image, video, but there is no video"):
         layout.patchify({"image": signals["image"]})
@@ -131,13 +129,11 @@ def test_given_signals_are_kept_from_the_start():
     video = torch.randn(2, 3, 4, 4, 4)
     image = torch.randn(2, 1, 4, 4)
     x0, start = layout.known_tokens({"image": image}, 2)
-    assert start.tolist() == 8 * [1] + 4 * [0] and torch.equal(
-        layout.unpatchify(x0)["image"], image
-    )
+    assert start.tolist() == 8 * [1] + 4 * [0]
+    assert torch.equal(layout.unpatchify(x0)["image"], image)
     x0, start = layout.known_tokens({"first_frame": video[:, :, :2]}, 2)
-    assert start.tolist() == 4 * [0] + 8 * [1] and torch.equal(
-        layout.unpatchify(x0)["video"][:, :, :2], video[:, :, :2]
-    )
+    assert start.tolist() == 4 * [0] + 8 * [1]
+    assert torch.equal(layout.unpatchify(x0)["video"][:, :, :2], video[:, :, :2])
     with pytest.raises(
         ValueError, match="audio is given, but the sequence consists of video, image"
     ):
@@ -178,7 +174,8 @@ def test_sizes_that_do_not_fit_are_refused(make, words):
 def test_captions_in_any_script_are_cut_between_characters(text, length):
     (row,) = caption_bytes([text], length)
     known = text.encode("utf-8", "replace").decode()
-    assert row.shape == (length,) and known.startswith(caption_text(row))
+    assert row.shape == (length,)
+    assert known.startswith(caption_text(row))
     rest = known[len(caption_text(row)) :]
     assert not rest or len((caption_text(row) + rest[0]).encode()) > length, (
         "no character more would have fitted"
@@ -262,9 +259,8 @@ def test_a_caption_is_dropped_entirely_for_both_views():
     captions = caption_bytes(["some words"] * 4000, 12)
     dropped = Condition(captions).drop(0.3, lambda purpose: keyed(0, purpose)).values
     gone = (dropped == PAD).all(1)
-    assert abs(gone.float().mean() - 0.3) < 0.03 and torch.equal(
-        dropped[~gone], captions[~gone]
-    )
+    assert abs(gone.float().mean() - 0.3) < 0.03
+    assert torch.equal(dropped[~gone], captions[~gone])
 
 
 # the model
@@ -277,11 +273,9 @@ def test_each_part_has_its_own_projections_and_ignores_padding():
     out = model(x, levels).velocity
     other = x.clone()
     other[:, 6:, 4:] = 9.0
-    assert (
-        torch.equal(out, model(other, levels).velocity)
-        and not out[:, 6:, 4:].any()
-        and out[:, 6:, :4].all()
-    )
+    assert torch.equal(out, model(other, levels).velocity)
+    assert not out[:, 6:, 4:].any()
+    assert out[:, 6:, :4].all()
     alone = Transformer(TransformerConfig(**BOTH | {"parts": (VIDEO,)}))
     state = {
         name: value for name, value in model.state_dict().items() if "audio" not in name
@@ -379,10 +373,8 @@ def test_weights_of_parts_weigh_their_tokens_in_every_loss(weights):
 def test_sequences_in_turn_have_schedules_of_their_own():
     config = ObjectiveConfig("self_flow", student_layer=1, teacher_layer=2)
     objective = build_objective(config, TransformerConfig(**BOTH), ((VIDEO,), (AUDIO,)))
-    assert (
-        objective.schedule_of((VIDEO,)).mask_ratio == 0.1
-        and objective.schedule_of((AUDIO,)).mask_ratio == 0.5
-    )
+    assert objective.schedule_of((VIDEO,)).mask_ratio == 0.1
+    assert objective.schedule_of((AUDIO,)).mask_ratio == 0.5
     joint = build_objective(config, TransformerConfig(**BOTH), ((VIDEO, AUDIO),))
     assert joint.schedule_of((VIDEO, AUDIO)).mask_ratio == 6 * (0.1,) + 6 * (0.5,)
     model = model_of()
@@ -392,7 +384,8 @@ def test_sequences_in_turn_have_schedules_of_their_own():
     losses = objective(
         model, make_teacher(model), samples, lambda purpose: keyed(0, purpose)
     )
-    assert losses.total.isfinite() and not losses.by_part
+    assert losses.total.isfinite()
+    assert not losses.by_part
 
 
 # schedules
@@ -408,7 +401,8 @@ def test_a_mask_ratio_for_each_token():
         DualTimestep(mask_ratio=ratio).sample(50, 4, keyed(1, "levels"))
         for ratio in (4 * (0.3,), 0.3)
     )
-    assert torch.equal(same.assign, one.assign) and torch.equal(same.levels, one.levels)
+    assert torch.equal(same.assign, one.assign)
+    assert torch.equal(same.levels, one.levels)
     for options, words in (
         ({"mask_ratio": (0.1, 0.7)}, "mask_ratio is 0.7"),
         ({"mask_ratio": (0.1,), "exact": True}, "one mask_ratio"),
@@ -440,7 +434,8 @@ def test_a_sample_is_given_one_set_of_tokens_or_none(share):
     assert all(
         abs(found[row] - wanted) < 0.02 for row, wanted in expected.items() if wanted
     )
-    assert (levels.per_token()[given] <= 0.2).all() and levels.cleanest().k == 2
+    assert (levels.per_token()[given] <= 0.2).all()
+    assert levels.cleanest().k == 2
     torch.testing.assert_close(
         levels.cleanest().per_token()[given], levels.per_token()[given]
     )
@@ -501,9 +496,9 @@ def test_flow_matching_counts_no_token_that_is_given():
 def test_numbers_follow_from_purpose_and_index_alone(indices, count, more):
     index = torch.tensor(indices)
     numbers = numbered("a", index, count)
-    assert (
-        numbers.dtype == torch.float32 and (numbers >= 0).all() and (numbers < 1).all()
-    )
+    assert numbers.dtype == torch.float32
+    assert (numbers >= 0).all()
+    assert (numbers < 1).all()
     assert torch.equal(
         numbers,
         torch.cat(

@@ -392,7 +392,8 @@ def test_the_published_layout():
     linear("final_layer.linear", 2 * 2 * 8, d)
     linear("projector.linear1", 2 * d, d)
     linear("projector.linear2", d, 2 * d)
-    assert layout(PUBLISHED) == expected and len(expected) == 296
+    assert layout(PUBLISHED) == expected
+    assert len(expected) == 296
     with torch.device("meta"):
         assert (
             infer_config({name: torch.empty(shape) for name, shape in expected.items()})
@@ -472,9 +473,8 @@ def same(model, other):
 )
 def test_other_wrappings(weights, config, loaded, wrap):
     model, projector = load(wrap(weights), config)
-    assert same(model, loaded[0]) and all(
-        map(torch.equal, projector.parameters(), loaded[1].parameters())
-    )
+    assert same(model, loaded[0])
+    assert all(map(torch.equal, projector.parameters(), loaded[1].parameters()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -497,13 +497,15 @@ def test_without_projector(weights, config, loaded):
         },
         config,
     )
-    assert projector is None and same(model, loaded[0])
+    assert projector is None
+    assert same(model, loaded[0])
     assert not any(name.startswith("projector") for name in export(model))
 
 
 def test_a_loaded_model_is_an_ordinary_model(weights, config, loaded):
     model, projector = loaded
-    assert not model.training and not projector.training
+    assert not model.training
+    assert not projector.training
     expected = TransformerConfig.of_image(
         16, (4, 4), width=48, depth=3, heads=4, mlp_ratio=4.0, classes=10
     )
@@ -512,9 +514,8 @@ def test_a_loaded_model_is_an_ordinary_model(weights, config, loaded):
         p.requires_grad and p.dtype == torch.float32 and p.device.type == "cpu"
         for p in model.parameters()
     )
-    assert (
-        model.positions.device.type == "cpu" and "positions" not in model.state_dict()
-    )
+    assert model.positions.device.type == "cpu"
+    assert "positions" not in model.state_dict()
     model(
         torch.randn(1, 16, 16), NoiseLevels.single(torch.tensor([0.5]), 16)
     ).velocity.sum().backward()
@@ -678,9 +679,8 @@ def test_weights_are_read_from_all_formats(tmp_path, weights, config, loaded, ki
             path,
             _use_new_zipfile_serialization=kind != "old pt",
         )
-    assert same(load(str(path), config)[0], loaded[0]) and same(
-        load(path, config)[0], loaded[0]
-    )
+    assert same(load(str(path), config)[0], loaded[0])
+    assert same(load(path, config)[0], loaded[0])
     if kind == "safetensors":
         path.unlink()  # no longer needed
     assert (
@@ -790,7 +790,8 @@ def test_an_old_file_stays_when_writing_fails(tmp_path, loaded, monkeypatch):
     monkeypatch.setattr(reference, "save_file", half)
     with pytest.raises(OSError, match="no space left"):
         save(path, *loaded)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(
         ValueError, match="ends in '.pt'; weights are written as .safetensors"
     ):

@@ -125,7 +125,8 @@ def test_the_sde_has_the_marginals_of_the_path_at_every_time(start, alpha):
     memory = [
         torch.corrcoef(torch.stack([start, end]))[0, 1] for end in (ode, path[-1])
     ]
-    assert memory[0] > 0.9 and 0.3 < memory[1] < 0.7
+    assert memory[0] > 0.9
+    assert 0.3 < memory[1] < 0.7
 
 
 def test_the_test_of_marginals_has_power(start):
@@ -190,7 +191,10 @@ def test_the_generator_draws_the_noise_of_the_sde_step_by_step():
 
 def test_the_grid_runs_from_noise_to_data():
     grid = time_grid(5)
-    assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all() and len(grid) == 6
+    assert grid[0] == 1
+    assert grid[-1] == 0
+    assert (grid.diff() < 0).all()
+    assert len(grid) == 6
     torch.testing.assert_close(time_grid(5, 2.0), shift(grid, 2.0))
 
 
@@ -198,12 +202,10 @@ def test_the_grid_runs_from_noise_to_data():
 @pytest.mark.parametrize("steps", [2, 3, 250])
 def test_the_last_step_begins_where_it_should(steps, alpha):
     grid = time_grid(steps, alpha, last=0.04, dtype=torch.float64)
-    assert (
-        len(grid) == steps + 1
-        and grid[0] == 1
-        and grid[-1] == 0
-        and (grid.diff() < 0).all()
-    )
+    assert len(grid) == steps + 1
+    assert grid[0] == 1
+    assert grid[-1] == 0
+    assert (grid.diff() < 0).all()
     assert grid[-2] == pytest.approx(0.04, abs=1e-12)
     # the inverse of a t / (1 + (a - 1) t)
     unshifted = grid[:-1] / (alpha - (alpha - 1) * grid[:-1])
@@ -221,7 +223,8 @@ def test_trajectory_holds_every_state(start, method, alpha):
     path = sample(
         mixture_velocity, start[:5], 7, method, alpha, trajectory=True, noise=noise
     )
-    assert path.shape == (8, 5) and torch.equal(path[0], start[:5])
+    assert path.shape == (8, 5)
+    assert torch.equal(path[0], start[:5])
     assert torch.equal(
         path[-1], sample(mixture_velocity, start[:5], 7, method, alpha, noise=noise)
     )
@@ -244,7 +247,9 @@ def test_number_of_evaluations(method, calls):
         method,
         generator=keyed(0, "steps"),
     )
-    assert len(seen) == calls and seen[0] == 1.0 and min(seen) >= 0
+    assert len(seen) == calls
+    assert seen[0] == 1.0
+    assert min(seen) >= 0
 
 
 @pytest.mark.parametrize("method", tuple(samplers))
@@ -266,7 +271,8 @@ def test_states_keep_their_precision_and_levels_have_at_least_float32(method, dt
         out = sample(
             velocity, x1, 4, method, generator=keyed(0, "steps"), **tolerance, **known
         )
-        assert out.dtype == dtype and out.isfinite().all()
+        assert out.dtype == dtype
+        assert out.isfinite().all()
     assert seen == {torch.promote_types(dtype, torch.float32)}
 
 
@@ -459,7 +465,8 @@ def test_known_tokens_wait_and_come_back_bit_for_bit(data):
     seen = []
 
     def velocity(x, t):
-        assert x.shape == (b, n, c) and t.shape == (b, n)
+        assert x.shape == (b, n, c)
+        assert t.shape == (b, n)
         seen.append(t)
         v = torch.sin(3 * x) + t[..., None]
         # what the model says of a kept token does not matter
@@ -475,7 +482,8 @@ def test_known_tokens_wait_and_come_back_bit_for_bit(data):
         generator=keyed(0, "steps"),
         trajectory=True,
     )
-    assert path.shape == (steps + 1, b, n, c) and not path.isnan().any()
+    assert path.shape == (steps + 1, b, n, c)
+    assert not path.isnan().any()
     assert torch.equal(path[-1][kept].view(torch.int32), x0[kept].view(torch.int32)), (
         "-0.0 stays -0.0"
     )
@@ -510,7 +518,8 @@ def test_steps_in_which_nothing_moves_cost_nothing(method, calls):
         start=torch.tensor([0.0, 0.5, 0.2]),
         generator=keyed(0, "steps"),
     )
-    assert len(seen) == calls and max(seen) == pytest.approx(0.5)
+    assert len(seen) == calls
+    assert max(seen) == pytest.approx(0.5)
     kept = sample(
         lambda x, t: 1 / 0,
         x1,
@@ -636,7 +645,8 @@ def test_levels_reach_the_model_exactly_and_few(model, forwards):
     tau = torch.rand(3, 4)
     guided_velocity(model, condition)(x1, tau)
     ((_, levels),) = forwards
-    assert levels.k == 4 and torch.equal(levels.per_token(), tau)
+    assert levels.k == 4
+    assert torch.equal(levels.per_token(), tau)
 
 
 def still(x, t):

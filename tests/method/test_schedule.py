@@ -203,12 +203,12 @@ def test_schedules_against_loops(name, density, seed, batch):
         torch.tensor([tau for tau, _ in expected], dtype=torch.float32),
         **close,
     )
-    assert drawn.levels.dtype == torch.float32 and drawn.assign.shape == (batch, tokens)
+    assert drawn.levels.dtype == torch.float32
+    assert drawn.assign.shape == (batch, tokens)
     teacher = drawn.cleanest()
     given_ = drawn.is_condition()
-    assert teacher.k == 1 + drawn.condition and torch.equal(
-        teacher.is_condition(), given_
-    )
+    assert teacher.k == 1 + drawn.condition
+    assert torch.equal(teacher.is_condition(), given_)
     lowest = torch.tensor([low for _, low in expected], dtype=torch.float32)[
         :, None
     ].expand(batch, tokens)
@@ -295,7 +295,8 @@ def test_sorting_gives_masked_tokens_one_side_and_leaves_single_samples_alone(
         for o in ("unsorted", order)
     )
     single = (plain.assign == 0).all(1)
-    assert 150 < single.sum() < 350 and torch.equal(plain.assign, sorted_.assign)
+    assert 150 < single.sum() < 350
+    assert torch.equal(plain.assign, sorted_.assign)
     assert torch.equal(plain.levels[single], sorted_.levels[single]), (
         "their t is a draw of the density"
     )
@@ -338,7 +339,8 @@ def test_near_keeps_s_within_reach_and_in_0_to_1(near, density, seed):
         .sample(200, 1, keyed(seed, "near"))
         .levels.unbind(1)
     )
-    assert ((s >= 0) & (s <= 1)).all() and ((s - t).abs() <= near + 1e-6).all()
+    assert ((s >= 0) & (s <= 1)).all()
+    assert ((s - t).abs() <= near + 1e-6).all()
 
 
 def test_near_folds_at_both_edges(monkeypatch):
@@ -403,10 +405,8 @@ def test_variants_share_t_s_and_mask_under_one_generator():
         other = SCHEDULES[name].sample(50, 24, keyed(0, "levels"))
         assert torch.equal(other.levels[:, 0], plain.levels[:, 0])
         single = (other.assign == 0).all(1)
-        assert (
-            torch.equal(other.assign[~single], plain.assign[~single])
-            and single.sum() < 40
-        )
+        assert torch.equal(other.assign[~single], plain.assign[~single])
+        assert single.sum() < 40
     partly = SCHEDULES["partly single"].sample(50, 24, keyed(0, "levels"))
     assert torch.equal(partly.levels, plain.levels), "s is drawn all the same"
 
@@ -435,9 +435,8 @@ def test_the_defaults_draw_the_same_numbers_as_ever(density, mask_ratio):
     masked = torch.rand(9, 11, generator=g) < mask_ratio
     h = keyed(7, "levels", 3)
     drawn = DualTimestep(density, mask_ratio).sample(9, 11, h)
-    assert torch.equal(drawn.levels, torch.stack([t, s], dim=1)) and torch.equal(
-        drawn.assign, masked.long()
-    )
+    assert torch.equal(drawn.levels, torch.stack([t, s], dim=1))
+    assert torch.equal(drawn.assign, masked.long())
     assert torch.equal(g.get_state(), h.get_state()), "and nothing more is drawn"
     i = keyed(7, "levels", 3)
     assert torch.equal(SingleLevel(density).sample(9, 11, i).levels[:, 0], t), (
@@ -488,7 +487,8 @@ def test_multi_timestep_statistics(shares):
 
 def test_diffusion_forcing_gives_every_token_its_own_independent_level():
     drawn = DiffusionForcing().sample(8000, 5, keyed(0, "forcing"))
-    assert drawn.k == 5 and torch.equal(drawn.assign, torch.arange(5).expand(8000, 5))
+    assert drawn.k == 5
+    assert torch.equal(drawn.assign, torch.arange(5).expand(8000, 5))
     assert np.abs(np.corrcoef(drawn.per_token().T) - np.eye(5)).max() < 0.05
     lowest = drawn.cleanest().levels[:, 0].double().numpy()
     assert stats.kstest(lowest, stats.beta(1, 5).cdf).pvalue > 1e-3, (
@@ -520,14 +520,11 @@ def test_a_condition_has_its_own_level_and_leaves_the_others_theirs(inner, max_l
     drawn = Conditioned(inner, named, max_level).sample(4000, 9, keyed(0, "c"))
     without = inner.sample(4000, 9, keyed(0, "c"))
     given_ = torch.tensor([i in named for i in range(9)]).expand(4000, 9)
-    assert (
-        drawn.k == without.k + 1
-        and drawn.condition == 1
-        and torch.equal(drawn.is_condition(), given_)
-    )
-    assert torch.equal(drawn.assign[~given_], without.assign[~given_]) and torch.equal(
-        drawn.levels[:, :-1], without.levels
-    )
+    assert drawn.k == without.k + 1
+    assert drawn.condition == 1
+    assert torch.equal(drawn.is_condition(), given_)
+    assert torch.equal(drawn.assign[~given_], without.assign[~given_])
+    assert torch.equal(drawn.levels[:, :-1], without.levels)
     own = drawn.per_token()[:, 3]
     assert torch.equal(drawn.per_token()[:, 0], own), (
         "one level for the condition of a sample"
@@ -557,11 +554,9 @@ def test_noise_levels_against_loops(b, k, n, seed):
         assert (
             levels.cleanest().per_token()[i] == min(levels.levels[i].tolist())
         ).all()
-    assert (
-        levels.cleanest().k == 1
-        and levels.cleanest().assign.shape == (b, n)
-        and not levels.is_condition().any()
-    )
+    assert levels.cleanest().k == 1
+    assert levels.cleanest().assign.shape == (b, n)
+    assert not levels.is_condition().any()
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 9), st.data())
@@ -569,15 +564,14 @@ def test_conditions_against_loops(b, k, n, data):
     condition = data.draw(st.integers(0, k - 1))
     levels = levels_of(b, k, n, data.draw(st.integers(0, 99)), condition)
     teacher = levels.cleanest()
-    assert teacher.k == 1 + condition and teacher.condition == condition
+    assert teacher.k == 1 + condition
+    assert teacher.condition == condition
     for i in range(b):
         lowest = min(levels.levels[i, : k - condition].tolist())
         for j in range(n):
             given_ = levels.assign[i, j].item() >= k - condition
-            assert (
-                levels.is_condition()[i, j] == given_
-                and teacher.is_condition()[i, j] == given_
-            )
+            assert levels.is_condition()[i, j] == given_
+            assert teacher.is_condition()[i, j] == given_
             assert teacher.per_token()[i, j] == (
                 levels.per_token()[i, j] if given_ else lowest
             )
@@ -587,19 +581,16 @@ def test_conditions_against_loops(b, k, n, data):
         and again.condition == condition
     ), "the cleanest of the cleanest"
     moved = levels.to("cpu")
-    assert moved.condition == condition and torch.equal(
-        moved.per_token(), levels.per_token()
-    )
+    assert moved.condition == condition
+    assert torch.equal(moved.per_token(), levels.per_token())
 
 
 def test_to_keeps_the_condition_on_another_device():
     moved = NoiseLevels(torch.rand(2, 3), torch.zeros(2, 4, dtype=torch.int64), 2).to(
         "meta"
     )
-    assert (
-        moved.condition == 2
-        and moved.levels.device.type == moved.assign.device.type == "meta"
-    )
+    assert moved.condition == 2
+    assert moved.levels.device.type == moved.assign.device.type == "meta"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -609,11 +600,9 @@ def test_levels_of_tokens_come_back_exactly(dtype, b, n, values, seed):
     pool = torch.rand(values, generator=g, dtype=dtype)
     tau = pool[torch.randint(0, values, (b, n), generator=g)]
     levels = NoiseLevels.of_tokens(tau)
-    assert (
-        torch.equal(levels.per_token(), tau)
-        and levels.levels.dtype == dtype
-        and levels.condition == 0
-    )
+    assert torch.equal(levels.per_token(), tau)
+    assert levels.levels.dtype == dtype
+    assert levels.condition == 0
     assert levels.k == max(len(set(row)) for row in tau.tolist()), (
         "as few levels as there can be"
     )
@@ -638,14 +627,16 @@ def test_levels_of_tokens_come_back_exactly(dtype, b, n, values, seed):
 )
 def test_levels_of_tokens_at_the_edges(tau, k):
     levels = NoiseLevels.of_tokens(torch.tensor(tau))
-    assert levels.k == k and torch.equal(levels.per_token(), torch.tensor(tau))
+    assert levels.k == k
+    assert torch.equal(levels.per_token(), torch.tensor(tau))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_levels_of_tokens_are_as_compact_as_the_schedule(name):
     drawn = SCHEDULES[name].sample(6, 24, keyed(0, name))
     again = NoiseLevels.of_tokens(drawn.per_token())
-    assert torch.equal(again.per_token(), drawn.per_token()) and again.k <= drawn.k
+    assert torch.equal(again.per_token(), drawn.per_token())
+    assert again.k <= drawn.k
 
 
 @pytest.mark.parametrize("density", DENSITIES)
@@ -653,7 +644,8 @@ def test_levels_of_tokens_are_as_compact_as_the_schedule(name):
 def test_dual_timestep_statistics(density, mask_ratio):
     drawn = DualTimestep(density, mask_ratio).sample(20_000, 8, keyed(0, "levels"))
     (t, s), masked = drawn.levels.unbind(1), drawn.assign
-    assert drawn.k == 2 and set(masked.unique().tolist()) <= {0, 1}
+    assert drawn.k == 2
+    assert set(masked.unique().tolist()) <= {0, 1}
     share = masked.float()
     assert share.mean() == pytest.approx(mask_ratio, abs=0.005)
     # Bernoulli per token: the number of masked tokens varies as a binomial does, not
@@ -690,7 +682,8 @@ def test_single_level_and_dual_share_t_under_one_generator():
         for schedule in (SingleLevel(), DualTimestep())
     )
     assert torch.equal(single.levels[:, 0], dual.levels[:, 0])
-    assert single.k == 1 and (single.assign == 0).all()
+    assert single.k == 1
+    assert (single.assign == 0).all()
 
 
 @pytest.mark.parametrize("ratio", [-0.01, 0.51, 1.0, float("nan")])

@@ -24,7 +24,8 @@ def test_patches_against_loops(channels, rows, columns, patch):
     places = patches.coordinates()
     for n in range(patches.tokens):
         time, row, column, place = places[n].int().tolist()
-        assert (time, place) == (0, 0) and n == row * columns + column
+        assert (time, place) == (0, 0)
+        assert n == row * columns + column
         piece = images[
             :, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch
         ]

@@ -399,10 +399,8 @@ def test_an_initialised_block_is_the_identity(variant):
     embedded = model.x_embedder.image(x) + (
         0 if variant["positions"] == "rotary" else model.positions
     )
-    assert (
-        all(torch.equal(h, embedded) for h in out.features.values())
-        and (out.velocity == 0).all()
-    )
+    assert all(torch.equal(h, embedded) for h in out.features.values())
+    assert (out.velocity == 0).all()
     out.velocity.sum().backward()
     assert model.final_layer.linear.image.bias.grad.abs().sum() > 0, (
         "and it can leave it"
@@ -414,7 +412,8 @@ def test_a_model_in_bf16_takes_coordinates():
     x = torch.randn(2, 6, 3).bfloat16()
     levels = DualTimestep().sample(2, 6)
     out = model(x, levels, coordinates=grid_coordinates((2, 3))).velocity
-    assert out.dtype == torch.bfloat16 and torch.equal(out, model(x, levels).velocity)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, model(x, levels).velocity)
 
 
 def test_a_new_model_predicts_zero_and_its_blocks_are_the_identity():
@@ -429,7 +428,8 @@ def test_a_new_model_predicts_zero_and_its_blocks_are_the_identity():
         Condition(torch.tensor([1, 2]), 5),
         taps=(1, 3),
     )
-    assert (out.velocity == 0).all() and torch.equal(out.features[1], out.features[3])
+    assert (out.velocity == 0).all()
+    assert torch.equal(out.features[1], out.features[3])
     assert all(
         (p == 0).all() for name, p in model.named_parameters() if name.endswith("bias")
     )
@@ -445,7 +445,8 @@ def test_stop_ends_at_the_last_tap_and_touches_nothing_deeper():
     out = model(
         torch.randn(2, 6, 3), DualTimestep().sample(2, 6), None, taps=(2, 1), stop=True
     )
-    assert out.velocity is None and list(out.features) == [1, 2]
+    assert out.velocity is None
+    assert list(out.features) == [1, 2]
     assert all(h.isfinite().all() for h in out.features.values())
 
 
@@ -475,7 +476,8 @@ def test_a_condition_is_dropped_by_one_draw_per_sample():
         condition.drop(p, lambda purpose: torch.Generator().manual_seed(0)).values
         for p in (0.0, 1.0)
     )
-    assert torch.equal(never, condition.values) and (always == 5).all()
+    assert torch.equal(never, condition.values)
+    assert (always == 5).all()
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,8 @@ def test_figures_are_pure(name):
     sys.modules.pop("matplotlib.pyplot", None)
     figure = FIGURES[name]()
     again = FIGURES[name]()
-    assert isinstance(figure, Figure) and figure.axes
+    assert isinstance(figure, Figure)
+    assert figure.axes
     assert plots.to_png(figure).startswith(b"\x89PNG")
     assert figure._repr_png_().startswith(b"\x89PNG")
     # equal data give equal images
@@ -186,7 +187,8 @@ def test_a_running_mean_does_not_lag_and_names_do_not_overlap():
     heights = np.array([text.xyann[1] for text in axis.texts]) * top
     # of the text alone, without the line to the end of its curve
     tallest = max(Text.get_window_extent(text).height for text in axis.texts)
-    assert (np.diff(heights) >= tallest).all() and heights[-1] <= top
+    assert (np.diff(heights) >= tallest).all()
+    assert heights[-1] <= top
     with pytest.raises(ValueError, match="no curve to draw"):
         plots.draw_runs({"a": ((), ())}, "x", "y")
 
@@ -215,7 +217,8 @@ def test_a_report_escapes_everything_and_loads_nothing(tmp_path):
     report.section(Section(EVIL, EVIL).find(EVIL).limits(EVIL))
     report.contents().media("audio/wav", b"RIFF", EVIL)
     page = report.write(tmp_path / "deep" / 'a "b" & c.html').read_text()
-    assert EVIL not in page and page.count("&lt;img") >= 18
+    assert EVIL not in page
+    assert page.count("&lt;img") >= 18
     assert "http" not in page
     tags = tags_of(page)
     assert not {"script", "link", "iframe"} & {tag for tag, _ in tags}
@@ -234,12 +237,14 @@ def test_tables_and_numbers_are_written_with_all_digits(tmp_path):
     section = Section("Losses").table(table, "Flow loss: by run").text("words")
     path = Report("Two").section(section).write(tmp_path / "two.html")
     page = path.read_text()
-    assert "0.3333<" in page and ">-<" in page
+    assert "0.3333<" in page
+    assert ">-<" in page
     csv = "01-flow-loss-by-run.csv"
     assert pd.read_csv(tmp_path / "two_files" / csv)["loss"][0] == 1 / 3
     numbers = json.loads((tmp_path / "two_files/report.json").read_text())
     part = numbers["parts"][1]
-    assert part["rows"] == [["a", 1 / 3, 7], ["b", None, 8]] and part["file"] == csv
+    assert part["rows"] == [["a", 1 / 3, 7], ["b", None, 8]]
+    assert part["file"] == csv
 
 
 def test_a_new_report_removes_the_tables_of_the_old_one(tmp_path):
@@ -256,7 +261,8 @@ def test_a_new_report_removes_the_tables_of_the_old_one(tmp_path):
 def test_a_report_shows_what_exists_and_names_what_is_missing(runs):
     both = {"A": runs["tiny"], "B": runs["vanilla"]}
     page = run_report(both, Report("Two").text("First <words>."), QUICK).html()
-    assert "objective.name" in page and "First &lt;words&gt;." in page
+    assert "objective.name" in page
+    assert "First &lt;words&gt;." in page
     assert "A has no probes yet" in page
     assert "Missing or outdated results in: Linear probes." in page
     with pytest.raises(ValueError, match="at least one run"):
@@ -295,14 +301,16 @@ def test_seeds_are_compared_only_if_there_are_several(runs, tmp_path):
             path = tmp_path / f"{name}{seed}"
             many[f"{name} {seed}"] = with_seed(runs[name], path, seed)
     tiny, vanilla = (list(arm.values()) for arm in arms(many))
-    assert tiny == ["tiny 0", "tiny 1"] and vanilla == ["vanilla 0", "vanilla 1"]
+    assert tiny == ["tiny 0", "tiny 1"]
+    assert vanilla == ["vanilla 0", "vanilla 1"]
     values = {"tiny 0": 1.0, "tiny 1": 1.1, "vanilla 0": 2.0, "vanilla 1": 2.2}
     (difference,) = over_seeds(many, values)
     assert difference.difference == pytest.approx(1.05)
     assert "2 training seeds, paired" in str(difference)
     assert over_seeds(many, {"tiny 0": 1.0, "vanilla 0": 2.0}) == []
     summary = _summary(many, [])
-    assert "4 runs" in summary[0] and "2 training seeds each" in summary[0]
+    assert "4 runs" in summary[0]
+    assert "2 training seeds each" in summary[0]
     assert not any("one training seed" in line for line in summary)
     few = {name: many[name] for name in ("tiny 0", "vanilla 0")}
     assert any("one training seed" in line for line in _summary(few, []))
@@ -365,7 +373,8 @@ def test_video_and_audio_are_reported_too(tmp_path, monkeypatch):
     config = Config(name="scenes", data=data, model=model, training=training)
     page = run_report({"scenes": train(config, tmp_path)}).html()
     assert "could not be made" not in page
-    assert "tokens of the video" in page and page.count("data:image/png") >= 8
+    assert "tokens of the video" in page
+    assert page.count("data:image/png") >= 8
 
 
 def test_missing_parts_are_listed_with_their_cost_and_made(
@@ -484,7 +493,8 @@ def test_a_report_compares_probes_and_flags_old_ones(runs, tmp_path):
     both = {"A": first, "B": second}
     page = run_report(both, sections=QUICK).html()
     assert "B minus A" in page
-    assert "raw input" in page and "untrained network" in page
+    assert "raw input" in page
+    assert "untrained network" in page
     assert "not of its newest" not in page
     stored = read_probes(first)
     write_probes(first, replace(stored, about={**stored.about, "step": 4}))
@@ -524,7 +534,8 @@ def test_other_samples_never_replace_stored_ones(runs):
     others = set()
     for labels, seed in (([1, 2, 4], 5), ([1, 2], 5), ([1, 2, 3], 6)):
         others.add(write_samples(run, torch.tensor(labels), steps=3, seed=seed)[1])
-    assert len(others | {file}) == 4 and file.read_bytes() == before
+    assert len(others | {file}) == 4
+    assert file.read_bytes() == before
 
 
 def test_samples_do_not_depend_on_the_batch_size(runs):
@@ -614,7 +625,9 @@ def test_mistakes_are_explained(runs, monkeypatch, capsys, args, words):
         main(args + extra)
     captured = capsys.readouterr()
     output = " ".join((captured.err + captured.out).split())
-    assert stop.value.code == 2 and words in output and "Traceback" not in output
+    assert stop.value.code == 2
+    assert words in output
+    assert "Traceback" not in output
     folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
     assert folders == ["tiny", "vanilla"], "nothing was made"
 
@@ -632,7 +645,8 @@ def test_the_command_line_trains_samples_and_reports(tmp_path, capsys, monkeypat
     main(["report", str(run), "--output", str(tmp_path / "r.html")])
     sheets = run.glob("samples/step-3-euler-2-cfg-2-seed-0-2-labels-*.png")
     assert len(list(sheets)) == 1
-    assert (tmp_path / "r.html").exists() and "3 steps" in capsys.readouterr().out
+    assert (tmp_path / "r.html").exists()
+    assert "3 steps" in capsys.readouterr().out
     (run / "log.jsonl").unlink()  # which neither training nor the report needs
     main(train_it)
     main(["report", str(run)])
@@ -657,7 +671,8 @@ def test_the_command_line_passes_features_to_repa(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
     main([*command, str(pooled)])
     run = Run.open(tmp_path / "runs/repa")
-    assert run.state()["step"] == 2 and run.log["rep_loss"].notna().all()
+    assert run.state()["step"] == 2
+    assert run.log["rep_loss"].notna().all()
     assert run.load("objective")["projector.4.weight"].shape == (4, 2048)
 
 
@@ -684,7 +699,8 @@ def test_the_command_line_probes(runs, tmp_path, capsys, monkeypatch):
     shutil.copytree(runs["tiny"].path, tmp_path / "tiny")
     main(["probe", str(tmp_path / "tiny"), "--samples", "60"])
     output = capsys.readouterr().out
-    assert "raw input" in output and "untrained network" in output
+    assert "raw input" in output
+    assert "untrained network" in output
     assert "tiny, block" in output
     record = json.loads((tmp_path / "tiny/probes.json").read_text())
     assert record["about"]["levels"] == [0.0, 0.1, 0.25, 0.5, 0.75]
