@@ -76,7 +76,7 @@ def test_axes_come_from_training_data_and_preserve_distances():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_noisy_samples_are_farther_away(name):
-    "Much noisy, because the judges were trained on views with signals_of noise."
+    "The noise is strong because the judges were trained with weak noise."
     extractor = built_in(DataConfig(name), count=100)
     real = extractor(signals_of(name, 60))
     second_half = extractor(signals_of(name, 60, start=60))
