@@ -1,4 +1,4 @@
-"""Projections and token colours show hidden structure, repeatably."""
+"""Projections and token colours show hidden structure and are repeatable."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_colours_are_the_three_main_axes():
     assert np.isfinite(flat).all()
 
 
-def test_a_plane_of_pca_is_that_of_a_singular_value_decomposition():
+def test_a_plane_of_pca_equals_the_singular_value_decomposition():
     "UMAP, which compiles for half a minute, is tried in the lessons of the chapter."
     rng = np.random.default_rng(1)
     clouds = 5 * np.eye(8)[np.repeat(np.arange(4), 12)] + rng.normal(size=(48, 8))
