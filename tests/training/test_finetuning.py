@@ -230,9 +230,6 @@ def test_settings_of_a_start_that_exclude_each_other():
         )
     with pytest.raises(ValueError, match="no trained weights to adapt"):
         Config(lora=LoraConfig(4))
-    with pytest.raises(ValueError, match="fsdp"):
-        training = TrainConfig(start_from="a", parallel="fsdp")
-        Config(lora=LoraConfig(4), training=training)
 
 
 def test_the_published_checkpoint_begins_a_run(tmp_path):
