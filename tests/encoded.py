@@ -59,10 +59,8 @@ def encoded(
                 if isinstance(shown, int)
                 else av.VideoFrame.from_ndarray(shown, format="rgb24")
             )
-            frame.pts, frame.time_base = (
-                i * base // rate if times is None else times[i],
-                Fraction(1, base),
-            )
+            frame.pts = i * base // rate if times is None else times[i]
+            frame.time_base = Fraction(1, base)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
         if tone:
@@ -84,6 +82,8 @@ def _encode_tone(file, stream, form, seconds):
         frame = av.AudioFrame.from_ndarray(
             np.ascontiguousarray(values[:, at : at + step]), format=form, layout="mono"
         )
-        frame.sample_rate, frame.pts, frame.time_base = 48_000, at, Fraction(1, 48_000)
+        frame.sample_rate = 48_000
+        frame.pts = at
+        frame.time_base = Fraction(1, 48_000)
         file.mux(stream.encode(frame))
     file.mux(stream.encode())

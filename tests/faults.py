@@ -55,7 +55,8 @@ def at_call(k, fault):
 
     Yields the names of the calls so far.
     """
-    seen, real = [], {(module, name): getattr(module, name) for module, name in CALLS}
+    seen = []
+    real = {(module, name): getattr(module, name) for module, name in CALLS}
 
     def counted(module, name):
         def call(*args, **options):
@@ -200,7 +201,8 @@ class Worker:
                 "PYTHONPATH": str(Path(__file__).parent.parent),
             },
         )
-        self.unread, self.early = b"", []
+        self.unread = b""
+        self.early = []
 
     def start(self, *words):
         "Fork a child; returns its pid."

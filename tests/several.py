@@ -26,10 +26,8 @@ torch.set_num_threads(1)
 
 def disturb(task: dict):
     "Batches as they are, but for what the task asks for."
-    last, read = (
-        int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1,
-        Batches.__getitem__,
-    )
+    last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    read = Batches.__getitem__
 
     def disturbed(self, step):
         batch = read(self, step)
@@ -60,7 +58,8 @@ class OneBase:
 def main(file: Path) -> None:
     read = Batches.__getitem__
     for task in json.loads(file.read_text()):
-        config, raised = Config.from_dict(task["config"]), None
+        config = Config.from_dict(task["config"])
+        raised = None
         features = None
         if task.get("features"):
             sources = Sources(config.data)

@@ -24,7 +24,10 @@ class SimulatedTrainer:
     "Writes a run folder without training: lines, pictures, and answers to requests."
 
     def __init__(self, path: Path, steps: int = 100, features: bool = True):
-        self.path, self.features, self.step, self.answers = Path(path), features, 0, []
+        self.path = Path(path)
+        self.features = features
+        self.step = 0
+        self.answers = []
         config = Config(name=self.path.name, training=TrainConfig(steps=steps))
         self.run = Run.create(
             path, config, Inputs((Part("image", 4, (1, 4, 4)),), classes=10), "cpu"

@@ -56,7 +56,8 @@ for method, name in (
 
 
 def main(folder: Path, config: Config, seed: int, kills: int) -> None:
-    chance, killed = random.Random(seed), collections.Counter()
+    chance = random.Random(seed)
+    killed = collections.Counter()
     number, lives = 0, 0
     while killed.total() < kills or lives:
         child = os.fork()
@@ -71,13 +72,12 @@ def main(folder: Path, config: Config, seed: int, kills: int) -> None:
             os._exit(0)
         if lives == 6:  # enough: this one may come to the end
             os.waitpid(child, 0)
-            number, lives = number + 1, 0
+            number = number + 1
+            lives = 0
             continue
         shared[:2], patience = bytes(2), chance.uniform(0.02, 0.4)
-        began, wanted = (
-            time.monotonic(),
-            chance.choice((None, "saving", "saving", "pruning", "logging")),
-        )
+        began = time.monotonic()
+        wanted = chance.choice((None, "saving", "saving", "pruning", "logging"))
         while (
             time.monotonic() - began < patience
             or wanted

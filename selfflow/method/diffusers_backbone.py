@@ -1012,7 +1012,8 @@ class DiffusersBackbone(nn.Module):
 
     def _check_fit(self, model: Any) -> None:
         """Raise ValueError for inputs that this model does not have."""
-        config, name = model.config, type(model).__name__
+        config = model.config
+        name = type(model).__name__
         if any("forward" in module.__dict__ for module in model.modules()):
             raise ValueError(
                 f"this {name} is in use by another backbone; close it first"

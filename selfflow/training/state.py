@@ -216,7 +216,8 @@ class _Learner(nn.Module):
             only_target: Return `target_means` of the batch instead.
         """
         if only_target:
-            objective, student = self.objective, self.student
+            objective = self.objective
+            student = self.student
             return target_means(objective, student, teacher, batch, draw)
         losses = self.objective(self.student, teacher, batch, draw, stats)
         return losses.total, losses

@@ -198,11 +198,9 @@ def test_separated_tokens_do_not_see_the_other_level():
 def test_relations_and_mass_by_loops():
     g = keyed(0, "relations")
     _, levels, _ = batch_of(BASE, SCHEDULES["and a condition"], count=4)
-    relation, tau, given = (
-        relations(levels, 15),
-        levels.per_token(),
-        levels.is_condition(),
-    )
+    relation = relations(levels, 15)
+    tau = levels.per_token()
+    given = levels.is_condition()
     weights = torch.rand(4, 2, 15, 15, generator=g)
     found = mass(weights, relation)
     for sample in range(4):
@@ -310,7 +308,8 @@ def test_mass_by_hand_and_in_batches():
 def test_separated_error_is_that_of_a_separated_forward():
     model, (x0, x1, levels) = model_of(BASE), two_levels(7)
     found = compare_separated(model, x0, x1, levels, BASE.parts, batch=3)
-    tau, xt = levels.per_token(), interpolate(x0, x1, levels.per_token())
+    tau = levels.per_token()
+    xt = interpolate(x0, x1, levels.per_token())
     for separated in (False, True):
         with torch.no_grad():
             error = (

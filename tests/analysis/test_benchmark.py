@@ -42,17 +42,17 @@ def test_the_published_form_is_the_same_function(batch, grid, depth, seed, mask_
     ours = Transformer(TransformerConfig.of_image(3, grid, 16, depth, 2, classes=5))
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    theirs, teacher = PerTokenTransformer(ours), make_teacher(ours)
+    theirs = PerTokenTransformer(ours)
+    teacher = make_teacher(ours)
     objective = SelfFlow(
         ours.config, DualTimestep(mask_ratio=mask_ratio), label_drop=0.5
     )
     rival = PublishedSelfFlow(ours.config, objective.schedule, label_drop=0.5)
     rival.load_state_dict(objective.state_dict())
-    g, n = torch.Generator().manual_seed(seed), grid[0] * grid[1]
-    x0, labels = (
-        torch.randn(batch, n, 3, generator=g),
-        torch.randint(0, 5, (batch,), generator=g),
-    )
+    g = torch.Generator().manual_seed(seed)
+    n = grid[0] * grid[1]
+    x0 = torch.randn(batch, n, 3, generator=g)
+    labels = torch.randint(0, 5, (batch,), generator=g)
     samples = Batch(x0, Condition(labels, 5), ours.config.parts)
     losses = (
         objective(ours, teacher, samples, partial(keyed, seed)).total,
@@ -109,7 +109,8 @@ def test_peak_memory_is_that_of_the_worst_moment():
     def function():
         kept = torch.empty(mebibyte)
         del kept
-        first, second = torch.empty(2 * mebibyte), torch.empty(3 * mebibyte)
+        first = torch.empty(2 * mebibyte)
+        second = torch.empty(3 * mebibyte)
         del first, second
         return torch.empty(mebibyte)
 
@@ -138,13 +139,11 @@ def small_ceiling(precision, device):
 
 def test_records_are_written_after_each_case(tmp_path, monkeypatch):
     monkeypatch.setattr("selfflow.analysis.benchmark._ceiling", small_ceiling)
-    cases, path = (
-        [
-            Case("tiny", tokens=4, batch=1),
-            Case("tiny", tokens=4, batch=1, precision="bf16"),
-        ],
-        tmp_path / "new/b.json",
-    )
+    cases = [
+        Case("tiny", tokens=4, batch=1),
+        Case("tiny", tokens=4, batch=1, precision="bf16"),
+    ]
+    path = tmp_path / "new/b.json"
     records = bench(cases, path, rounds=2, device="cpu")
     assert json.loads(path.read_text()) == records and [
         r["case"]["precision"] for r in records

@@ -118,7 +118,8 @@ def test_attention_within_levels_is_counted_for_a_draw(tmp_path):
     whole = flops_per_step(
         replace(config, objective=ObjectiveConfig(mask_ratio=0.5)), shape
     )
-    counted, found = flops_per_step(config, shape), flops_of_training(config, tmp_path)
+    counted = flops_per_step(config, shape)
+    found = flops_of_training(config, tmp_path)
     assert counted == pytest.approx(found, rel=0.02) and counted != whole
     # two groups of eight: half of the pairs
     levels = NoiseLevels(torch.rand(1, 2), torch.tensor([[0, 1] * 8]))
@@ -608,7 +609,8 @@ def test_curves_against_time_need_the_time(folder):
 
 
 def test_times_are_those_that_training_kept(runs):
-    table, run = runs_table(runs), runs["tiny"]
+    table = runs_table(runs)
+    run = runs["tiny"]
     assert (
         (table["seconds"] > 0).all()
         and (table["processes"] == 1).all()

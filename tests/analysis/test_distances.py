@@ -70,7 +70,8 @@ def test_frechet_of_gaussians_is_the_closed_form(d):
 
 def test_frechet_with_fewer_samples_than_dimensions():
     rng = np.random.default_rng(0)
-    few, many = rng.normal(size=(12, 40)), rng.normal(1, 2, (100, 40))
+    few = rng.normal(size=(12, 40))
+    many = rng.normal(1, 2, (100, 40))
     for one, other in ((few, many), (many, few), (few, few + 1)):
         covs = np.cov(one, rowvar=False), np.cov(other, rowvar=False)
         values = np.linalg.eigvals(covs[0] @ covs[1])
@@ -103,7 +104,9 @@ def test_kernel_distance_has_the_mean_that_gaussians_have():
 
     (xy + 1)^3 = 1 + 3xy + 3(xy)^2 + (xy)^3.
     """
-    rng, a, b = np.random.default_rng(1), 0.2, 1.1
+    rng = np.random.default_rng(1)
+    a = 0.2
+    b = 1.1
     moments = {m: (m, m**2 + 1, m**3 + 3 * m) for m in (a, b)}  # E x, E x^2, E x^3
 
     def kernel(p, q):
@@ -123,7 +126,8 @@ def test_kernel_distance_has_the_mean_that_gaussians_have():
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_on_a_line_it_is_the_wasserstein_distance(n, m, order):
     rng = np.random.default_rng(n + m)
-    one, other = rng.normal(size=n), rng.normal(0.3, 2, m)
+    one = rng.normal(size=n)
+    other = rng.normal(0.3, 2, m)
     found = sliced_wasserstein(one[:, None], other[:, None], 3, order)
     if order == 1:
         assert found == pytest.approx(wasserstein_distance(one, other))
@@ -134,9 +138,11 @@ def test_on_a_line_it_is_the_wasserstein_distance(n, m, order):
 
 def test_sliced_wasserstein_of_gaussians_is_the_closed_form():
     "N(0, 1) and N(m, s^2) in d dimensions: SW_2^2 = |m|^2 / d + (1 - s)^2."
-    rng, d = np.random.default_rng(2), 5
+    rng = np.random.default_rng(2)
+    d = 5
     shift = np.array([1.0, -2, 0.5, 0, 1])
-    one, other = rng.normal(size=(5_000, d)), shift + 1.7 * rng.normal(size=(5_000, d))
+    one = rng.normal(size=(5_000, d))
+    other = shift + 1.7 * rng.normal(size=(5_000, d))
     expected = ((shift**2).sum() / d + 0.7**2) ** 0.5
     assert sliced_wasserstein(one, other, 600) == pytest.approx(expected, rel=0.05)
 
@@ -151,7 +157,8 @@ def test_sliced_wasserstein_of_gaussians_is_the_closed_form():
 )
 def test_neighbourhoods_by_loops(n, m, d, k, seed):
     rng = np.random.default_rng(seed)
-    real, drawn = rng.normal(size=(n, d)), rng.normal(0.5, 1, (m, d))
+    real = rng.normal(size=(n, d))
+    drawn = rng.normal(0.5, 1, (m, d))
     radius = [sorted(np.linalg.norm(x - y) for y in real)[k] for x in real]
     other = [sorted(np.linalg.norm(x - y) for y in drawn)[k] for x in drawn]
     inside = [
@@ -242,7 +249,8 @@ def test_order_of_samples_and_turning_do_not_matter(metric):
 @pytest.mark.parametrize("metric", list(metrics))
 def test_bad_input_is_refused_with_the_value(metric):
     real, drawn = clouds()
-    function, bad = metrics[metric].load(), drawn.copy()
+    function = metrics[metric].load()
+    bad = drawn.copy()
     bad[3, 1] = np.nan
     for first, second, words in (
         (real, bad, "1 of 45 drawn samples are not finite, first 3"),
@@ -289,7 +297,8 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(metric, truth):
 
     3 (a-b)^2 + 3 (a^2-b^2)^2 + (a^3-b^3 + 3(a-b))^2.
     """
-    rng, held = np.random.default_rng(4), 0
+    rng = np.random.default_rng(4)
+    held = 0
     for seed in range(100):
         found = measure(
             metric, rng.normal(size=(120, 1)), rng.normal(0.8, 1, (120, 1)), 20, seed

@@ -40,8 +40,10 @@ def some(name, count, split="test", start=0):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_stands_before_the_last_layer_gives_the_answers(name):
-    judge, signals = judge_for(name), some(name, 20)
-    found, read = _penultimate(judge, signals), judge.read(signals)
+    judge = judge_for(name)
+    signals = some(name, 20)
+    found = _penultimate(judge, signals)
+    read = judge.read(signals)
     assert set(found) == set(judge.readers)
     for view, reader in judge.readers.items():
         for factor, head in reader.heads.items():
@@ -49,11 +51,9 @@ def test_what_stands_before_the_last_layer_gives_the_answers(name):
 
 
 def test_axes_are_those_of_training_data_and_keep_distances():
-    judge, train, test = (
-        judge_for("shapes"),
-        some("shapes", 50, "train"),
-        some("shapes", 30),
-    )
+    judge = judge_for("shapes")
+    train = some("shapes", 50, "train")
+    test = some("shapes", 30)
     extractor = _judge_extractor(judge, train, axes=64)
     assert (
         extractor.recipe["dimensions"] == 50
@@ -79,7 +79,8 @@ def test_axes_are_those_of_training_data_and_keep_distances():
 def test_worse_samples_lie_farther_away(name):
     "Much worse, because the judges were trained on views with some noise."
     extractor = built_in(DataConfig(name), count=100)
-    real, other = extractor(some(name, 60)), extractor(some(name, 60, start=60))
+    real = extractor(some(name, 60))
+    other = extractor(some(name, 60, start=60))
     worse = {
         signal: values
         + torch.randn(values.shape, generator=torch.Generator().manual_seed(0))

@@ -36,7 +36,8 @@ def store(tmp_path):
 @pytest.fixture
 def forwards(monkeypatch):
     "The number of samples and the taps of each forward."
-    seen, real = [], Transformer.forward
+    seen = []
+    real = Transformer.forward
     monkeypatch.setattr(
         Transformer,
         "forward",
@@ -69,7 +70,8 @@ def model_of(items, depth=3, width=16):
 
 @pytest.mark.parametrize("weights", ["teacher", "model"])
 def test_streamed_features_equal_those_in_memory(runs, store, weights):
-    model, items = getattr(runs["tiny"], weights), items_of(runs["tiny"], "test", 30)
+    model = getattr(runs["tiny"], weights)
+    items = items_of(runs["tiny"], "test", 30)
     x0, x1 = items.take(torch.arange(30))
     for pooled in (True, False):
         streamed = stream_features(model, items, 0.3, (2, 4), store, pooled, batch=7)
@@ -101,7 +103,8 @@ def test_parts_of_a_sequence_are_pooled_apart_and_together(store):
 
 
 def test_one_pass_a_level_and_only_what_is_missing(runs, store, forwards):
-    model, items = runs["tiny"].teacher, items_of(runs["tiny"], "test", 20)
+    model = runs["tiny"].teacher
+    items = items_of(runs["tiny"], "test", 20)
     for level in (0.0, 0.5):
         stream_features(model, items, level, (1, 2, 3), store, batch=8)
     assert forwards == 2 * [(8, (1, 2, 3)), (8, (1, 2, 3)), (4, (1, 2, 3))], (
@@ -118,12 +121,10 @@ def test_ten_thousand_shapes_at_width_384_take_one_pass_a_level(monkeypatch, sto
     items = Items(
         Sources(DataConfig("shapes", size=16, patch=4, condition="none")), count=10_000
     )
-    model, passed = (
-        Transformer(
-            TransformerConfig.of_image(48, (4, 4), 384, 12, 6, classes=1)
-        ).eval(),
-        [],
-    )
+    model = Transformer(
+        TransformerConfig.of_image(48, (4, 4), 384, 12, 6, classes=1)
+    ).eval()
+    passed = []
 
     # what the blocks compute is not the point: the count is, at full size
     def forward(self, x, levels, condition, taps, **options):
@@ -178,7 +179,8 @@ def test_keys_differ_by_weights_data_layer_level_and_pooling(runs):
 
 
 def test_damaged_features_are_reported_and_computed_again(runs, store, capsys):
-    model, items = runs["tiny"].teacher, items_of(runs["tiny"], "test", 9)
+    model = runs["tiny"].teacher
+    items = items_of(runs["tiny"], "test", 9)
     good = np.array(stream_features(model, items, 0.5, (2,), store)[2])
     (file,) = store.folder.glob("*.npy")
     for spoil in (
@@ -202,9 +204,11 @@ def test_damaged_features_are_reported_and_computed_again(runs, store, capsys):
 def test_an_interrupted_level_leaves_nothing_and_is_computed_again(
     runs, store, monkeypatch, forwards
 ):
-    model, items = runs["tiny"].teacher, items_of(runs["tiny"], "test", 9)
+    model = runs["tiny"].teacher
+    items = items_of(runs["tiny"], "test", 9)
     stream_features(model, items, 0.0, (1, 2), store, batch=3)
-    real, calls = items.take, []
+    real = items.take
+    calls = []
 
     def stopped(indices):
         calls.append(indices)
@@ -240,7 +244,8 @@ def test_a_full_disk_raises_not_written(store, monkeypatch):
 
 
 def test_the_estimated_cost_equals_the_real_one(runs, store, forwards):
-    model, items = runs["tiny"].teacher, items_of(runs["tiny"], "test", 20)
+    model = runs["tiny"].teacher
+    items = items_of(runs["tiny"], "test", 20)
     cost = feature_cost(model, items, (0.0, 0.5, 0.9), (1, 2), store, batch=8)
     assert len(forwards) == 2 and cost.seconds > 0, "one batch is measured"
     forwards.clear()

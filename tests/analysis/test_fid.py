@@ -106,7 +106,8 @@ def test_moments_go_through_a_file_unchanged(small, tmp_path):
     assert opened.pool.count == 50 and opened.recipe == {"count": 50}
     other = FidSet(tmp_path / "b.npz", Moments.of(np.eye(6)), Moments.of(np.eye(4)))
     computed = FidSet(tmp_path / "a.npz", small["pool"], small["spatial"])
-    by_file, by_hand = fidelity(other, opened), fidelity(other, computed)
+    by_file = fidelity(other, opened)
+    by_hand = fidelity(other, computed)
     assert by_file.values == by_hand.values and set(by_file.values) == {"FID", "sFID"}
     # a mean and a covariance cannot tell which samples are near which
     assert (
@@ -203,8 +204,10 @@ def test_features_of_sfid_are_a_branch_with_channels_last(weights):
 
 
 def test_from_a_run_to_numbers_in_a_shell(runs, weights, tmp_path, capsys, monkeypatch):
-    run, inception = str(runs["tiny"].path), ["--extractor", str(weights)]
-    reference, samples = str(tmp_path / "own.npz"), tmp_path / "samples.npz"
+    run = str(runs["tiny"].path)
+    inception = ["--extractor", str(weights)]
+    reference = str(tmp_path / "own.npz")
+    samples = tmp_path / "samples.npz"
     on_cpu = ["--device", "cpu"]
     cli.main(["reference", run, reference, "--count", "6", *inception, *on_cpu])
     cli.main(

@@ -61,7 +61,8 @@ def chances(n: int, p: float, q: float, tie: float) -> np.ndarray:
 def expected(ends, n: int, p: float, q: float, tie: float) -> tuple[float, float]:
     "Coverage and mean width of the intervals of all outcomes."
     low, high = ends
-    weights, truth = chances(n, p, q, tie), q - p
+    weights = chances(n, p, q, tie)
+    truth = q - p
     return float(weights[(low <= truth + 1e-9) & (truth - 1e-9 <= high)].sum()), float(
         (weights * (high - low)).sum()
     )
@@ -290,7 +291,8 @@ def test_scores_and_their_differences_are_covered(target, n, least):
 
 def test_overlaps_with_other_unions_are_covered():
     "The spreads of two arms differ, as unions do."
-    rng, hits = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    hits = []
     for _ in range(600):
         figure = rng.integers(5, 30, 60)
         union = [figure + rng.binomial(20, share, 60) for share in (0.3, 0.2)]
@@ -405,7 +407,9 @@ def test_a_rare_gap_keeps_an_interval_in_reach():
 
 @pytest.mark.parametrize("share", [0.5, 0.2, 0.03])
 def test_the_smallest_effect_is_seen_in_eight_of_ten_tests(share):
-    rng, seen, ones = np.random.default_rng(0), [], np.ones(500)
+    rng = np.random.default_rng(0)
+    seen = []
+    ones = np.ones(500)
     tries = [
         compare_items(*((errors, ones) for errors in rng.random((2, 500)) < share))
         for _ in range(20)
@@ -433,7 +437,8 @@ def test_the_smallest_effect_of_real_values_is_seen_in_eight_of_ten_tests():
 
 
 def test_nothing_is_seen_where_nothing_differs():
-    rng, seen = np.random.default_rng(0), 0
+    rng = np.random.default_rng(0)
+    seen = 0
     for _ in range(200):
         a, b = rng.random((2, 300)) < 0.3
         found = compare_items((a, np.ones(300)), (b, np.ones(300)))
@@ -461,10 +466,8 @@ def test_seeds_are_paired_where_they_are_shared():
         seed: value + gap
         for (seed, value), gap in zip(first.items(), (0.02, 0.03, 0.04), strict=True)
     }
-    paired, apart = (
-        compare_seeds(first, second),
-        compare_seeds(first, {seed + 3: value for seed, value in second.items()}),
-    )
+    paired = compare_seeds(first, second)
+    apart = compare_seeds(first, {seed + 3: value for seed, value in second.items()})
     half = 4.302653 * 0.01 / 3**0.5
     assert (
         paired.interval == pytest.approx((0.03 - half, 0.03 + half))

@@ -213,12 +213,11 @@ def test_the_pitch_of_a_sine_is_told_in_semitones(midi):
 @pytest.mark.parametrize("start, late", [((0.5, 0.5), 0), ((0.05, 0.93), 3)])
 def test_a_square_that_moves_by_hand_is_seen_to_move_there(direction, start, late):
     "Drawn by loops; what leaves enters opposite; the first frames may be empty."
-    angle, film = direction * math.pi / 4, np.full((1, 3, 16, 32, 32), -0.5, np.float32)
+    angle = direction * math.pi / 4
+    film = np.full((1, 3, 16, 32, 32), -0.5, np.float32)
     for frame in range(late, 16):
-        x, y = (
-            (start[0] + 0.04 * frame * math.cos(angle)) * 32,
-            (start[1] - 0.04 * frame * math.sin(angle)) * 32,
-        )
+        x = (start[0] + 0.04 * frame * math.cos(angle)) * 32
+        y = (start[1] - 0.04 * frame * math.sin(angle)) * 32
         for row in range(round(y) - 3, round(y) + 3):
             for column in range(round(x) - 3, round(x) + 3):
                 film[0, :, frame, row % 32, column % 32] = (0.9, 0.1, 0.3)
@@ -330,7 +329,8 @@ def test_sounds_on_bounces_and_their_chance():
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_judges_that_come_along_fit_the_data_and_are_good(name, judges, examples):
-    judge, path = judges[name], shipped(f"judges/{name}.safetensors")
+    judge = judges[name]
+    path = shipped(f"judges/{name}.safetensors")
     assert path.exists() and path.stat().st_size < 400_000
     with safe_open(path, "pt") as file:
         said = json.loads(file.metadata()["judge"])
@@ -348,7 +348,8 @@ def test_the_judges_that_come_along_fit_the_data_and_are_good(name, judges, exam
     )
     test = load(name, "test")
     measured = test.take(subset(test, len(judge.correct))[:96])
-    right, read = known(name, measured), judge.read(measured.signals)
+    right = known(name, measured)
+    read = judge.read(measured.signals)
     for column, (factor, words) in enumerate(judge.names.items()):
         least = LEAST.get((name, factor), 0.97)
         assert judge.accuracy[factor] >= least
@@ -447,7 +448,8 @@ def test_the_judge_of_digits_is_chosen_on_validation_and_never_sees_test_images(
 
 
 def test_digits_are_read_and_other_digits_are_not_right(judges):
-    judge, test = judges["digits"], load("digits", "test")
+    judge = judges["digits"]
+    test = load("digits", "test")
     assert judge.own(["digit"]).value > 0.97 and "n = 360" in str(judge.own(["digit"]))
     for shift, least, most in ((0, 0.97, 1), (1, 0, 0.03)):
         wrong = followed(
@@ -460,11 +462,9 @@ def test_digits_are_read_and_other_digits_are_not_right(judges):
 
 
 def test_wishes_are_checked(judges, examples):
-    judge, images, wanted = (
-        judges["shapes"],
-        examples["shapes"].signals,
-        known("shapes", examples["shapes"]),
-    )
+    judge = judges["shapes"]
+    images = examples["shapes"].signals
+    wanted = known("shapes", examples["shapes"])
     verdict = followed(
         judge, images, {"kind": wanted["kind"], "colour": wanted["colour"]}
     )
@@ -516,7 +516,8 @@ def test_any_size_is_seen_on_one_grid(view, size, frames):
 def test_a_judge_of_another_size_is_trained_once_and_bad_files_are_reported(
     tmp_path, monkeypatch, capsys
 ):
-    quick, calls = partial(train_judge_for, steps=1, batch=4, tests=8), []
+    quick = partial(train_judge_for, steps=1, batch=4, tests=8)
+    calls = []
     monkeypatch.setattr(
         module, "train_judge_for", lambda *given: calls.append(given) or quick(*given)
     )

@@ -126,10 +126,8 @@ def test_ridge_is_ridge():
             0
         )
         test = (features["test"] - features["train"].mean(0)) / features["train"].std(0)
-        y, n = (
-            (values["train"] - values["train"].mean()) / values["train"].std(),
-            len(train),
-        )
+        y = (values["train"] - values["train"].mean()) / values["train"].std()
+        n = len(train)
         weights = np.linalg.solve(
             train.T @ train + 0.01 * n * np.eye(train.shape[1]), train.T @ y
         )
@@ -150,7 +148,8 @@ def test_test_targets_decide_nothing_but_the_score(probe):
     x, kinds, values = planted()
     for targets in (kinds, values):
         spoiled = {**targets, "test": targets["test"][::-1].copy()}
-        a, b = probe(x, targets), probe(x, spoiled)
+        a = probe(x, targets)
+        b = probe(x, spoiled)
         assert (a.validation, a.chosen) == (
             b.validation,
             b.chosen,
@@ -171,7 +170,9 @@ def test_the_field_protocol_is_repeatable_and_draws_no_global_random_numbers():
 
 
 def test_tokens_of_the_figure_are_found_and_position_is_not_enough():
-    rng, x, covers = np.random.default_rng(0), {}, {}
+    rng = np.random.default_rng(0)
+    x = {}
+    covers = {}
     for split, n in {"train": 120, "validation": 60, "test": 80}.items():
         covers[split] = (rng.random((n, 9)) < 0.3) * rng.uniform(0.6, 1, (n, 9))
         x[split] = rng.normal(size=(n, 9, 6)).astype(np.float32)
@@ -262,7 +263,8 @@ def test_factors_become_targets():
 )
 def test_covers_of_tokens_are_means_of_masks(data):
     items = Items(Sources(data, "test"), count=3)
-    covers, masks = token_covers(items), items.data.masks(torch.arange(3))
+    covers = token_covers(items)
+    masks = items.data.masks(torch.arange(3))
     grid = items.layout.parts[0].grid
     assert covers.shape == (3, np.prod(grid)) and covers.mean() == pytest.approx(
         masks.mean().item(), abs=1e-6
@@ -415,7 +417,8 @@ def test_runs_of_sound_are_probed_too(tmp_path):
 
 def test_the_raw_input_is_read_from_few_long_samples():
     generator = torch.Generator().manual_seed(0)
-    x, targets = {}, {}
+    x = {}
+    targets = {}
     for split, count in (("train", 120), ("validation", 60), ("test", 60)):
         labels = torch.arange(count) % 3
         x[split] = torch.randn(count, 20, 20, generator=generator) + 2 * labels[
@@ -443,10 +446,8 @@ def test_the_legend_of_one_factor_is_not_cut():
 
 
 def test_figures_take_arrays():
-    cells, maps = (
-        np.zeros((3, 2, 2)),
-        {"a": {"x": np.ones((2, 2)), "y": np.zeros((2, 2))}},
-    )
+    cells = np.zeros((3, 2, 2))
+    maps = {"a": {"x": np.ones((2, 2)), "y": np.zeros((2, 2))}}
     assert len(draw_score_maps(maps, (1, 2), (0.0, 0.5), {"a": cells}).axes) == 3
     assert (
         len(
@@ -479,11 +480,10 @@ def toy(separation, sizes=(200, 100, 100), seed=0):
 
 def test_wilson_interval():
     for hits, total in ((0, 10), (7, 20), (180, 200), (50, 50)):
-        p, z = hits / total, 1.959964
-        centre, half = (
-            p + z * z / (2 * total),
-            z * np.sqrt(p * (1 - p) / total + z * z / (4 * total**2)),
-        )
+        p = hits / total
+        z = 1.959964
+        centre = p + z * z / (2 * total)
+        half = z * np.sqrt(p * (1 - p) / total + z * z / (4 * total**2))
         expected = (
             (centre - half) / (1 + z * z / total),
             (centre + half) / (1 + z * z / total),
@@ -546,7 +546,8 @@ def test_separable_and_hopeless_features():
 
 
 def test_features_are_those_of_the_model(runs):
-    run, data = runs["tiny"], digits("test")[:20]
+    run = runs["tiny"]
+    data = digits("test")[:20]
     x0 = run.layout().patchify({"image": data.images})
     x1 = torch.randn(x0.shape, generator=keyed(0, "x"))
     expected = run.teacher(
@@ -567,7 +568,8 @@ def test_features_are_those_of_the_model(runs):
 
 def older_grid(step, seed):
     "Probes of the class as stored by formats 1 to 4, with random answers."
-    rng, results = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    results = []
     for place in range(4):
         correct = rng.random(360) < 0.5 + 0.1 * place
         results.append(
@@ -593,7 +595,8 @@ def test_records_of_earlier_versions_are_read_with_their_numbers(runs, tmp_path)
     shutil.copytree(runs["tiny"].path, tmp_path / "run")
     run = Run.open(tmp_path / "run")
     assert read_probes(run) is None
-    grid, fresh = older_grid(12, 0), older_grid(0, 1)
+    grid = older_grid(12, 0)
+    fresh = older_grid(0, 1)
     (run.path / "probe.json").write_text(json.dumps(grid))
     alone = read_probes(run)
     assert [row.probe.score for row in alone.of("class")] == [
@@ -637,7 +640,8 @@ def test_records_of_earlier_versions_are_read_with_their_numbers(runs, tmp_path)
 
 def test_the_untrained_network_computes_something_and_is_not_trained(runs):
     run = runs["tiny"]
-    model, data = _untrained_network(run), digits("test")[:50]
+    model = _untrained_network(run)
+    data = digits("test")[:50]
     x0 = run.layout().patchify({"image": data.images})
     features = extract(model, x0, torch.zeros_like(x0), 0.0, (1, 2, 3, 4))
     assert all(

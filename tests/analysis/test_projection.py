@@ -19,7 +19,8 @@ def test_colours_are_the_three_main_axes():
         and abs(pictures).max() <= 1
     )
     for axis in range(3):
-        seen, wanted = pictures[:, axis].ravel(), hidden[..., axis].ravel()
+        seen = pictures[:, axis].ravel()
+        wanted = hidden[..., axis].ravel()
         assert abs(np.corrcoef(seen, wanted)[0, 1]) > 0.9
     again, _ = token_colours(torch.tensor(tokens), (3, 5))
     assert np.array_equal(pictures, again)

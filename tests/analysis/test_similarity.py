@@ -59,8 +59,10 @@ def features(n, d, seed=0, e=None):
 
 def unbiased_as_written(a, b):
     "Equation 5 of Song et al. (2012) with full matrices, symmetric or not."
-    n, one = len(a), np.ones(len(a))
-    a, b = a - np.diag(np.diag(a)), b - np.diag(np.diag(b))
+    n = len(a)
+    one = np.ones(len(a))
+    a = a - np.diag(np.diag(a))
+    b = b - np.diag(np.diag(b))
     return (
         np.trace(a @ b)
         + one @ a @ one * (one @ b @ one) / ((n - 1) * (n - 2))
@@ -75,7 +77,9 @@ def unbiased_by_centring(k, m):
     def centre(m):
         m = np.array(m, float)
         np.fill_diagonal(m, 0)
-        rows, columns, total = m.sum(1), m.sum(0), m.sum()
+        rows = m.sum(1)
+        columns = m.sum(0)
+        total = m.sum()
         out = np.zeros_like(m)
         for i in range(n):
             for j in range(n):
@@ -88,7 +92,8 @@ def unbiased_by_centring(k, m):
                     )
         return out
 
-    a, b = centre(k), centre(m)
+    a = centre(k)
+    b = centre(m)
     return sum(a[i, j] * b[j, i] for i in range(n) for j in range(n) if i != j) / (
         n * (n - 3)
     )
@@ -124,7 +129,8 @@ def test_cknna_is_the_same_ratio_of_masked_kernels(n, d, e, k, seed, unit):
         else part.numpy()
         for part in (x, y)
     ]
-    kernels, near = [part @ part.T for part in parts], []
+    kernels = [part @ part.T for part in parts]
+    near = []
     for kernel in kernels:
         mask = np.zeros((n, n))
         for i in range(n):
@@ -288,10 +294,8 @@ def test_layers_are_described_as_their_parts_are_measured():
 
 def test_mean_directions_by_hand():
     unit = F.normalize(torch.randn(6, 4, 3, generator=keyed(0, "unit")), dim=-1)
-    place, bins = (
-        torch.arange(4).expand(6, 4),
-        torch.tensor([0, 0, 1, 1, 1, 2])[:, None].expand(6, 4),
-    )
+    place = torch.arange(4).expand(6, 4)
+    bins = torch.tensor([0, 0, 1, 1, 1, 2])[:, None].expand(6, 4)
     counted = torch.rand(6, 4, generator=keyed(0, "counted")) < 0.7
     zero = torch.zeros(6, 4).long()
     found = _mean_directions(unit, [zero, place, bins], [1, 4, 4], counted, prior=2.0)
@@ -339,7 +343,8 @@ def planted(count, seed, image=1.0, answer=0.3):
 
 
 def test_the_rungs_find_what_was_planted_and_the_constant_is_exact():
-    fitted, scored = planted(1500, 1), planted(400, 2)
+    fitted = planted(1500, 1)
+    scored = planted(400, 2)
     found = ladder(fitted, scored, bins=10)
     means = {name: np.nanmean(values) for name, values in found.cosines.items()}
     unit = F.normalize(fitted.target, dim=-1).flatten(0, 1)
@@ -361,7 +366,8 @@ def test_the_rungs_find_what_was_planted_and_the_constant_is_exact():
 
 
 def test_a_student_that_knows_no_image_is_told_so_and_one_that_knows_all():
-    fitted, scored = planted(1500, 1), planted(300, 2)
+    fitted = planted(1500, 1)
+    scored = planted(300, 2)
 
     def keys(part):
         return [
@@ -430,7 +436,8 @@ def model(seed=0, **options):
 @pytest.mark.parametrize("kind", [SelfFlow, SRA, LayerSync, REPA])
 def test_the_cosine_compared_is_that_of_the_training_loss(kind):
     config, student, teacher = model()
-    x0, labels = torch.randn(12, 16, 4, generator=keyed(0, "x0")), torch.arange(12) % 3
+    x0 = torch.randn(12, 16, 4, generator=keyed(0, "x0"))
+    labels = torch.arange(12) % 3
     samples = Batch(x0, Condition(labels, 3), config.parts)
     options = (
         {
@@ -504,7 +511,8 @@ def test_saturation_of_an_earlier_step(runs):
 
 def test_gaps_have_their_own_constants():
     torch.manual_seed(0)
-    level, gap = torch.zeros(40, 1), torch.tensor([0.05, 0.4]).repeat(20)[:, None]
+    level = torch.zeros(40, 1)
+    gap = torch.tensor([0.05, 0.4]).repeat(20)[:, None]
     noisy = torch.zeros(40, 4, dtype=torch.bool)
     noisy[:, 0] = True
     target = torch.randn(40, 4, 8)

@@ -298,7 +298,8 @@ def rows(**values):
 
 
 def test_arms_are_compared_by_a_paired_t_interval_over_seeds():
-    first, second = [0.41, 0.43, 0.39, 0.40], [0.38, 0.41, 0.38, 0.36]
+    first = [0.41, 0.43, 0.39, 0.40]
+    second = [0.38, 0.41, 0.38, 0.36]
     record = {"arms": {"a": {}, "b": {}}, "rows": rows(a=first, b=second)}
     found = compare_arms(record, "flow loss")["b"]
     expected = stats.ttest_rel(second, first).confidence_interval(0.95)

@@ -96,20 +96,16 @@ def test_mdct_round_trips_exactly(half, columns, batch, power, scale, seed):
         spectra = form.encode(waves)
         assert spectra.shape == (batch, *form.shape) and spectra.dtype == dtype
         assert (form.decode(spectra) - waves).abs().max() <= most
-    values, plain = (
-        noise(batch, *form.shape, seed=seed + 1, dtype=torch.float64),
-        replace(form, power=1.0),
-    )
+    values = noise(batch, *form.shape, seed=seed + 1, dtype=torch.float64)
+    plain = replace(form, power=1.0)
     # any numbers are the spectrum of a sound
     torch.testing.assert_close(plain.encode(plain.decode(values)), values)
 
 
 def test_power_and_scale_change_the_numbers_as_defined():
     waves = noise(2, 512, dtype=torch.float64)
-    plain, changed = (
-        Mdct(512, bins=32, scale=1).encode(waves),
-        Mdct(512, bins=32, scale=3, power=0.5).encode(waves),
-    )
+    plain = Mdct(512, bins=32, scale=1).encode(waves)
+    changed = Mdct(512, bins=32, scale=3, power=0.5).encode(waves)
     np.testing.assert_allclose(
         changed, 3 * np.sign(plain.numpy()) * np.sqrt(np.abs(plain.numpy())), atol=1e-12
     )
@@ -140,15 +136,11 @@ def test_columns_follow_the_time_of_the_audio(form, place):
 
 def log_mel_by_hand(wave, form):
     """The log-mel spectrum by numpy, with triangles equally far apart in mel."""
-    half, window = (
-        form.window // 2,
-        np.sin(np.pi * np.arange(form.window) / form.window) ** 2,
-    )
+    half = form.window // 2
+    window = np.sin(np.pi * np.arange(form.window) / form.window) ** 2
     mels = np.linspace(0, 2595 * np.log10(1 + form.rate / 2 / 700), form.bins + 2)
-    edges, hz = (
-        700 * (10 ** (mels / 2595) - 1),
-        np.arange(half + 1) * form.rate / form.window,
-    )
+    edges = 700 * (10 ** (mels / 2595) - 1)
+    hz = np.arange(half + 1) * form.rate / form.window
     columns = []
     for k in range(form.shape[1]):
         middle = k * form.hop + form.hop // 2
@@ -484,7 +476,8 @@ def test_invalid_search_ranges_are_refused(change, words):
 def test_onsets_of_struck_notes_are_exact_to_20_ms(rate, seed):
     draw = np.random.default_rng(seed)
     seconds = torch.arange(rate) / rate
-    waves, truth = torch.zeros(8, rate), []
+    waves = torch.zeros(8, rate)
+    truth = []
     for wave in waves:
         begins = np.cumsum(draw.uniform(0.07, 0.3, draw.integers(1, 6)))
         truth.append(begins[begins < 0.95])

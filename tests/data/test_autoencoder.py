@@ -239,7 +239,8 @@ def test_latents_are_the_scaled_mean_that_diffusers_gives(tmp_path, kind):
 
 
 def test_one_channel_is_given_to_each(vae):
-    opened, gray = open_autoencoder(vae), digits().images[:2]
+    opened = open_autoencoder(vae)
+    gray = digits().images[:2]
     assert opened.latent_shape((1, 8, 8)) == (2, 4, 4)
     assert torch.equal(opened.encode(gray), opened.encode(gray.repeat(1, 3, 1, 1)))
 
@@ -494,7 +495,8 @@ def test_a_decoder_that_adds_noise_adds_the_same_again(tmp_path):
     opened = open_autoencoder(saved(noisy, tmp_path))
     z = opened.encode(torch.zeros(1, 3, 3, 4, 4))
     before = torch.get_rng_state()
-    first, second = opened.decode(z), opened.decode(z)
+    first = opened.decode(z)
+    second = opened.decode(z)
     assert torch.equal(first, second) and torch.equal(before, torch.get_rng_state())
 
 
@@ -529,7 +531,8 @@ def test_digits_encoded_read_and_decoded_equal_diffusers(vae, tmp_path, gray):
             .numpy()
             * 0.18215
         )
-    mean, deviation = z.mean((0, 2, 3), keepdims=True), z.std((0, 2, 3), keepdims=True)
+    mean = z.mean((0, 2, 3), keepdims=True)
+    deviation = z.std((0, 2, 3), keepdims=True)
     chosen = torch.tensor([69, 0, 31, 32, 5])
     signals = latents.take(chosen).signals
     assert signals["image"].shape == (5, 2, 4, 4) and latents.shapes == {
@@ -555,11 +558,9 @@ def test_digits_encoded_read_and_decoded_equal_diffusers(vae, tmp_path, gray):
 
 def test_another_autoencoder_neither_resumes_nor_decodes(vae, tmp_path):
     other = saved(kl(3), tmp_path / "other", seed=1)
-    data, first, second = (
-        digits()[:40],
-        open_autoencoder(vae).fingerprint,
-        open_autoencoder(other).fingerprint,
-    )
+    data = digits()[:40]
+    first = open_autoencoder(vae).fingerprint
+    second = open_autoencoder(other).fingerprint
     encode_latents(
         data, open_autoencoder(vae), tmp_path / "latents", device="cpu", bar=False
     )

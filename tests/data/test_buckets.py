@@ -27,7 +27,8 @@ from selfflow.training.run import Run
     st.integers(1, 20), st.integers(1, 20), st.sampled_from([1, 2, 8]), st.floats(1, 8)
 )
 def test_sizes_are_multiples_of_one_area(rows, columns, multiple, aspect):
-    height, width = rows * multiple, columns * multiple
+    height = rows * multiple
+    width = columns * multiple
     sizes = buckets_of(height, width, multiple, aspect)
     assert (height, width) in sizes and len({*sizes}) == len(sizes)
     area = height * width

@@ -100,10 +100,8 @@ def test_a_fingerprint_follows_from_the_content_alone():
         "bda2c20757b08fb3",
     ]
     generator = torch.Generator().manual_seed(0)
-    images, labels = (
-        torch.rand(4, 2, 3, 5, generator=generator),
-        torch.tensor([0, 1, 1, 0]),
-    )
+    images = torch.rand(4, 2, 3, 5, generator=generator)
+    labels = torch.tensor([0, 1, 1, 0])
     one = ImageSet(images, labels, ("a", "b"))
     same = ImageSet(
         images.transpose(2, 3).contiguous().transpose(2, 3), labels.clone(), ("a", "b")

@@ -95,7 +95,8 @@ def test_shapes():
 def test_the_central_crop_has_the_requested_aspect_ratio(whole, wanted):
     values = pixels(*whole, 3)
     found = read(saved(Image.fromarray(values), "PNG"), "image", Form(wanted))
-    top, left = (whole[0] - wanted[0]) // 2, (whole[1] - wanted[1]) // 2
+    top = (whole[0] - wanted[0]) // 2
+    left = (whole[1] - wanted[1]) // 2
     assert np.array_equal(
         found, values[top : top + wanted[0], left : left + wanted[1]].transpose(2, 0, 1)
     )
@@ -129,7 +130,8 @@ def test_the_central_square_at_the_same_size_is_exact(kind, height, width):
         "image",
         Form(8),
     )
-    top, left = (height - 8) // 2, (width - 8) // 2
+    top = (height - 8) // 2
+    left = (width - 8) // 2
     expected = values[top : top + 8, left : left + 8].transpose(2, 0, 1)
     assert (
         found.dtype == torch.uint8
@@ -296,7 +298,8 @@ def test_a_gif_may_not_declare_a_large_screen():
 @given(st.data(), st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "GIF", "WAV"]))
 def test_damaged_files_are_read_or_refused_and_nothing_else(data, kind):
     if kind == "WAV":
-        whole, signals = wav(pixels(300, 2).astype("<i2"), 1, 16), ["audio"]
+        whole = wav(pixels(300, 2).astype("<i2"), 1, 16)
+        signals = ["audio"]
     else:
         frames = [Image.fromarray(pixels(9, 7, 3, seed=i)) for i in range(3)]
         whole = saved(
@@ -710,7 +713,8 @@ def film(greys, durations, kind):
 @pytest.mark.parametrize("kind", ["GIF", "WEBP"])
 @pytest.mark.parametrize("frames, fps", [(4, None), (5, 10), (9, 2), (3, 100)])
 def test_animations_follow_their_durations(kind, frames, fps):
-    greys, durations = [0, 50, 100, 150, 200, 250], [20, 500, 20, 300, 30, 200]
+    greys = [0, 50, 100, 150, 200, 250]
+    durations = [20, 500, 20, 300, 30, 200]
     starts = np.cumsum([0, *durations]) / 1_000
     expected = [
         greys[k] for k in frame_indices(list(starts[:-1]), starts[-1], frames, fps)

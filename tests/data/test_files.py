@@ -415,10 +415,8 @@ def test_empty_splits_are_filled_from_the_others(names, given_folders, shares):
     assert moved == carve(dict(reversed(splits.items())), shares, given_folders), (
         "the order makes no difference"
     )
-    found, asked = (
-        {**splits, **moved},
-        {split for split, share in zip(SPLITS, shares, strict=True) if share},
-    )
+    found = {**splits, **moved}
+    asked = {split for split, share in zip(SPLITS, shares, strict=True) if share}
     assert {*found} == names and {*found.values()} <= asked
     assert len(names) < 3 or {*found.values()} == asked
     if {*splits.values()} == asked:

@@ -430,10 +430,8 @@ def test_only_hostile_files(tmp_path):
 
 
 def test_files_damaged_later_are_replaced_and_reported_once(photos, capsys):
-    data, names = (
-        Folder(photos, **ALL),
-        [entry.name for entry in Folder(photos, **ALL).entries],
-    )
+    data = Folder(photos, **ALL)
+    names = [entry.name for entry in Folder(photos, **ALL).entries]
     expected = greys(Folder(photos, **ALL))
     (photos / names[1]).unlink()
     (photos / names[2]).write_bytes(b"")
@@ -693,7 +691,9 @@ def test_a_fingerprint_follows_from_content_and_settings(photos):
 def test_recent_samples_are_cached_within_the_limit(photos, cache, kept, monkeypatch):
     import selfflow.data.stored as stored
 
-    data, calls, real = Folder(photos, size=5, cache=cache, **ALL), [], stored.read
+    data = Folder(photos, size=5, cache=cache, **ALL)
+    calls = []
+    real = stored.read
     monkeypatch.setattr(
         stored, "read", lambda *arguments: calls.append(1) or real(*arguments)
     )
@@ -1233,7 +1233,8 @@ def test_a_data_set_without_rows(stored):
 
 
 def test_a_data_set_that_names_tables_elsewhere_is_not_used(stored):
-    path, other = stored(some(2)), stored(some(2, 100))
+    path = stored(some(2))
+    other = stored(some(2, 100))
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(
         json.dumps(

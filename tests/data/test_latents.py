@@ -56,7 +56,10 @@ class Once(Haar):
     """Counts batches, and may fail at the k-th one or damage its latents."""
 
     def __init__(self, at=None, change=None):
-        self.batches, self.at, self.change, self.devices = [], at, change, []
+        self.batches = []
+        self.at = at
+        self.change = change
+        self.devices = []
 
     def to(self, device):
         self.devices.append(str(device))
@@ -211,7 +214,8 @@ def test_a_data_set_of_latents(whole):
 @pytest.mark.parametrize("shard_size, batch", [(1, 1), (7, 3), (20, 20), (1000, 6)])
 @pytest.mark.parametrize("both", [True, False])
 def test_several_signals_factors_and_captions(tmp_path, shard_size, batch, both):
-    data, coders = Scenes(count=20), [Haar(), Pairs()] if both else Haar()
+    data = Scenes(count=20)
+    coders = [Haar(), Pairs()] if both else Haar()
     latents = encode_latents(
         data,
         coders,
@@ -227,7 +231,8 @@ def test_several_signals_factors_and_captions(tmp_path, shard_size, batch, both)
         "audio": (2, 3) if both else (6,),
     } and latents.names == ("low", "high")
     chosen = torch.tensor([19, 0, 6, 7, 6])
-    got, expected = latents.take(chosen), data.take(chosen)
+    got = latents.take(chosen)
+    expected = data.take(chosen)
     assert got.captions == tuple(
         text.replace("\ud83d", "?") for text in expected.captions
     )
@@ -304,7 +309,8 @@ def test_other_splits_are_standardised_by_the_training_set(tmp_path):
     ):
         encode(tmp_path, validation, split="validation")
     assert not list(tmp_path.iterdir())
-    train, z = encode(tmp_path), Haar().encode(DATA.images).double()
+    train = encode(tmp_path)
+    z = Haar().encode(DATA.images).double()
     expected = (
         Haar().encode(validation.images) - z.mean((0, 2, 3), keepdim=True)
     ) / z.std((0, 2, 3), keepdim=True, correction=0)
@@ -333,7 +339,8 @@ def test_other_splits_are_standardised_by_the_training_set(tmp_path):
 
 
 def test_a_fingerprint_follows_from_what_is_read(whole, tmp_path):
-    first, coder = Latents(whole).fingerprint, Haar()
+    first = Latents(whole).fingerprint
+    coder = Haar()
     coder.fingerprint = "another"
     assert len(first) == 16 and encode(tmp_path / "again").fingerprint == first
     others = [
@@ -383,7 +390,8 @@ def test_only_requested_samples_are_read_into_memory(tmp_path):
 
 
 def test_data_workers_read_the_same_latents(whole):
-    latents, chosen = Latents(whole), [torch.tensor([i, 49 - i]) for i in range(6)]
+    latents = Latents(whole)
+    chosen = [torch.tensor([i, 49 - i]) for i in range(6)]
     latents.take(chosen[0])
 
     class Batches:
@@ -410,7 +418,8 @@ def test_data_workers_read_the_same_latents(whole):
 
 @pytest.mark.parametrize("at", [1, 3, 4, 8, 15])
 def test_an_interrupted_encoding_resumes(whole, tmp_path, at):
-    first, second = Once(at), Once()
+    first = Once(at)
+    second = Once()
     with pytest.raises(KeyboardInterrupt):
         encode(tmp_path, coder=first)
     kept = sorted((tmp_path / "train").glob("shard-*"))
@@ -429,11 +438,14 @@ def test_an_interrupted_encoding_resumes(whole, tmp_path, at):
 
 
 def test_a_kill_before_each_single_call_costs_one_shard_at_most(tmp_path):
-    ended, k, data = signal.SIGKILL, 0, DATA[:11]
+    ended = signal.SIGKILL
+    k = 0
+    data = DATA[:11]
     encode(tmp_path, data)
     whole = contents(tmp_path / "train")
     while ended == signal.SIGKILL:
-        folder, k = tmp_path / str(k), k + 1
+        folder = tmp_path / str(k)
+        k = k + 1
         if (pid := os.fork()) == 0:
             try:
                 with at_call(k, lambda: os.kill(os.getpid(), signal.SIGKILL)):
@@ -443,7 +455,8 @@ def test_a_kill_before_each_single_call_costs_one_shard_at_most(tmp_path):
         status = os.waitpid(pid, 0)[1]
         ended = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         assert ended or status == 0
-        there, counted = len(list(folder.glob("train/shard-*"))), Once()
+        there = len(list(folder.glob("train/shard-*")))
+        counted = Once()
         if (folder / "train/index.json").exists():
             assert contents(folder / "train")["index.json"] == whole["index.json"]
         latents = encode(folder, data, counted)
@@ -462,7 +475,8 @@ def test_a_full_disk_at_any_call_is_reported_and_costs_nothing(tmp_path):
     encode(tmp_path, DATA[:11])
     whole = contents(tmp_path / "train")
     for k in range(1, 200):
-        folder, raised = tmp_path / str(k), None
+        folder = tmp_path / str(k)
+        raised = None
         (folder / "train").mkdir(parents=True)
         with at_call(k, full) as seen:
             try:
@@ -490,7 +504,8 @@ def test_intact_shards_are_left_alone(own):
             for path in [own / "train", *(own / "train").iterdir()]
         }
 
-    before, coder = look(), Once()
+    before = look()
+    coder = Once()
     latents = encode(own, coder=coder)
     assert (
         look() == before
@@ -685,7 +700,8 @@ def test_damage_of_any_shard_is_detected_and_repaired(own, kind, position, numbe
     st.sampled_from(["index", "unfinished"]),
 )
 def test_damage_of_an_index_is_detected(whole, own, kind, position, name):
-    path, good = own / f"train/{name}.json", (whole / "train/index.json").read_bytes()
+    path = own / f"train/{name}.json"
+    good = (whole / "train/index.json").read_bytes()
     bad = damaged(good, kind, position % len(good))
     path.write_bytes(bad)
     try:

@@ -156,7 +156,8 @@ def test_a_last_frame_of_unknown_duration_lasts_like_the_previous_one(
     class Unsaid:
         def __init__(self, container):
             self.container = container
-            self.decode, self.duration = container.decode, container.duration
+            self.decode = container.decode
+            self.duration = container.duration
 
         def demux(self, stream):
             for packet in self.container.demux(stream):
@@ -280,7 +281,8 @@ def several(cover, film):
         tone = file.add_stream("aac", rate=48_000, layout="mono")
         for stream, grey in streams:
             frame = picture(grey, (32, 32))
-            frame.pts, frame.time_base = 0, Fraction(1, 10)
+            frame.pts = 0
+            frame.time_base = Fraction(1, 10)
             file.mux(stream.encode(frame))
             file.mux(stream.encode())
         frame = av.AudioFrame.from_ndarray(
@@ -303,7 +305,8 @@ def test_cover_art_is_not_a_video():
 
 
 def test_the_container_is_given_and_not_guessed(monkeypatch):
-    opened, real = set(), av.open
+    opened = set()
+    real = av.open
     films = [encoded(GREYS, container) for container in ("mp4", "matroska", "avi")]
     monkeypatch.setattr(
         av,
@@ -422,7 +425,8 @@ def two_sizes(container, codec, first, second):
             packets = []
             for i in range(3):
                 frame = picture(60 * part + 20 * i, size)
-                frame.pts, frame.time_base = 3 * part + i, Fraction(1, 10)
+                frame.pts = 3 * part + i
+                frame.time_base = Fraction(1, 10)
                 packets += coder.encode(frame)
             for packet in packets + coder.encode():
                 packet.stream = stream
@@ -508,14 +512,12 @@ def clip(path, film, sound=0.3, rate=44_100, channels=2, suffix="wav"):
 
 
 def test_a_run_survives_bad_videos_and_audio(tmp_path, capsys):
-    data, kinds = (
-        tmp_path / "clips",
-        {
-            "mp4": ("mp4", 44_100, 2),
-            "mkv": ("matroska", 8_000, 1),
-            "avi": ("avi", 48_000, 6),
-        },
-    )
+    data = tmp_path / "clips"
+    kinds = {
+        "mp4": ("mp4", 44_100, 2),
+        "mkv": ("matroska", 8_000, 1),
+        "avi": ("avi", 48_000, 6),
+    }
     for i in range(24):
         suffix, (container, rate, channels) = list(kinds.items())[i % 3]
         times = None if suffix == "avi" else UNEVEN[:4]
@@ -529,7 +531,8 @@ def test_a_run_survives_bad_videos_and_audio(tmp_path, capsys):
         )
     for split in ("validation", "test"):
         clip(data / f"{split}/cat/good.mp4", encoded(GREYS))
-    bad, film = data / "train/cat", encoded(GREYS, sound=0.2)
+    bad = data / "train/cat"
+    film = encoded(GREYS, sound=0.2)
     # the header is whole, the pictures are not
     late = film[:200] + bytes(len(film) // 3) + film[200 + len(film) // 3 :]
     for name, content in {

@@ -42,10 +42,8 @@ WORDS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}
 
 def stepped(start, heading, speed, low, high, bounce, frames, fine=400):
     """A ball in small steps that turns at a wall or enters at the other side."""
-    place, step = (
-        np.array(start, dtype=float),
-        np.array(heading) * speed / (frames - 1) / fine,
-    )
+    place = np.array(start, dtype=float)
+    step = np.array(heading) * speed / (frames - 1) / fine
     way = [place.copy()]
     for _ in range(frames - 1):
         for _ in range(fine):
@@ -66,7 +64,8 @@ def stepped(start, heading, speed, low, high, bounce, frames, fine=400):
 
 @pytest.mark.parametrize("direction, bounce", list(product(range(8), (True, False))))
 def test_paths_are_those_of_a_ball(direction, bounce):
-    scale, start = 0.35, (0.5, 0.37)
+    scale = 0.35
+    start = (0.5, 0.37)
     words = np.sum([WORDS[word] for word in DIRECTIONS[direction].split()], 0)
     way = paths(
         torch.tensor([start]),
@@ -180,7 +179,8 @@ def test_digits_have_their_given_centre_and_angle(split):
 def test_each_frame_is_an_image_of_shapes():
     data = Motion(size=24, frames=10, count=64)
     examples = data.take(torch.arange(64))
-    film, f = examples.signals["video"], examples.factors
+    film = examples.signals["video"]
+    f = examples.factors
     for frame in range(10):
         turned = f["angle"] + 2 * math.pi * f["rotation"] * frame / 9
         x, y = f["positions"][:, frame].unbind(1)
@@ -207,7 +207,8 @@ def test_each_frame_is_an_image_of_shapes():
 
 def test_only_figures_that_wrap_enter_at_the_opposite_side():
     data = Motion(count=300)
-    factors, masks = data.factors(torch.arange(300)), data.masks(torch.arange(300))
+    factors = data.factors(torch.arange(300))
+    masks = data.masks(torch.arange(300))
     place = (torch.arange(32) + 0.5) / 32
     # farther than any tip reaches
     far_x = (place - factors["positions"][..., :1]).abs() > 0.4
@@ -241,10 +242,8 @@ def test_direction_speed_and_presence_can_be_measured_in_the_video(options):
     data = Motion("test", 150, **options)
     examples = data.take(torch.arange(150))
     where, share = centres(examples.signals["video"], examples.factors)
-    early, late = (
-        math.ceil(0.2 * (data.frames - 1)),
-        math.floor(0.45 * (data.frames - 1)),
-    )
+    early = math.ceil(0.2 * (data.frames - 1))
+    late = math.floor(0.45 * (data.frames - 1))
     moved = (where[:, late] / where[:, early]).angle() / (2 * math.pi)
     assert torch.equal(
         (torch.atan2(-moved[:, 1], moved[:, 0]) / (math.pi / 4)).round().long() % 8,
@@ -299,11 +298,9 @@ def test_the_sense_of_rotation_can_be_measured_in_the_video(options):
 def test_the_larger_of_a_pair_is_in_front_and_gives_the_label():
     data = Motion(pair=True, count=400)
     examples = data.take(torch.arange(400))
-    f, masks, film = (
-        examples.factors,
-        data.masks(torch.arange(400)),
-        examples.signals["video"],
-    )
+    f = examples.factors
+    masks = data.masks(torch.arange(400))
+    film = examples.signals["video"]
     assert torch.equal(examples.labels, f["direction"][:, 0]) and masks.shape == (
         400,
         2,
@@ -447,7 +444,8 @@ def test_factors_are_uniform_independent_and_in_time(frames):
     assert (f["colour"] != f["ground"]).all() and f[
         "bounce"
     ].float().mean().item() == pytest.approx(0.5, abs=0.02)
-    late, early = f["appears"] > 0, f["vanishes"] < frames
+    late = f["appears"] > 0
+    early = f["vanishes"] < frames
     assert not (late & early).any() and late.float().mean().item() == pytest.approx(
         0.25, abs=0.02
     )

@@ -27,7 +27,8 @@ from selfflow.data.notes import (
 
 def by_hand(pitch, timbre, attack, vibrato, loudness, phase, samples, rate):
     """One note, sine by sine; the phase is the frequency, summed in small steps."""
-    base, share = 440 * 2 ** ((pitch - 69) / 12), 2 ** (vibrato / 12) - 1
+    base = 440 * 2 ** ((pitch - 69) / 12)
+    share = 2 ** (vibrato / 12) - 1
     fine = (np.arange(samples * 16) + 0.5) / (16 * rate)
     frequency = base * (1 + share * np.sin(2 * np.pi * 6 * fine))
     theta = (
@@ -112,7 +113,8 @@ def test_nothing_is_aliased(pitch, timbre, vibrato):
         *(torch.tensor([value]) for value in (pitch, timbre, 0.05, vibrato, 0.0))
     )
     power = torch.fft.rfft(wave * torch.hann_window(8192)).square().abs()
-    base, hz = 440 * 2 ** ((pitch - 69) / 12), torch.arange(4097) * 8000 / 8192
+    base = 440 * 2 ** ((pitch - 69) / 12)
+    hz = torch.arange(4097) * 8000 / 8192
     k = torch.arange(1, 17)
     k = k[k * base * 2 ** (vibrato / 12) < 4000]
     near = (
@@ -150,7 +152,8 @@ def test_the_form_of_a_batch(split, length):
     data = Notes(split, 500, samples=8192 if length != 3 else 8190, length=length)
     assert len(data) == 500 and data.shapes == {"audio": (data.samples,)}
     batch = data.take(torch.tensor([3, 499, 0]))
-    wave, factors = batch.signals["audio"], batch.factors
+    wave = batch.signals["audio"]
+    factors = batch.factors
     assert (
         wave.shape == (3, data.samples)
         and wave.dtype == torch.float32

@@ -63,7 +63,8 @@ def matrix_profile(swapped=False, gamma=2.2, space=b"RGB ", name="made"):
         tags |= {b"rTRC": curve, b"gTRC": curve, b"bTRC": curve}
     else:
         tags |= {b"kTRC": curve}
-    body, table = b"", struct.pack(">I", len(tags))
+    body = b""
+    table = struct.pack(">I", len(tags))
     start = 128 + 4 + 12 * len(tags)
     for tag, content in tags.items():
         content += bytes(-len(content) % 4)

@@ -96,7 +96,9 @@ def recorded(values, rate, kind, subtype):
             frame = av.AudioFrame.from_ndarray(
                 np.ascontiguousarray(part), format=form, layout="mono"
             )
-            frame.sample_rate, frame.pts, frame.time_base = rate, at, Fraction(1, rate)
+            frame.sample_rate = rate
+            frame.pts = at
+            frame.time_base = Fraction(1, rate)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
     return written.getvalue()
@@ -315,10 +317,8 @@ def test_audio_of_any_kind_is_read_from_any_moment(kind, subtype, rate, tmp_path
     st.integers(50, 600),
 )
 def test_part_of_a_file_equals_the_same_part_of_the_whole(rate, place, samples):
-    written, values = (
-        io.BytesIO(),
-        np.random.default_rng(place).normal(0, 0.1, 2 * rate),
-    )
+    written = io.BytesIO()
+    values = np.random.default_rng(place).normal(0, 0.1, 2 * rate)
     smooth = np.convolve(values, np.hanning(41) / 20, "same").clip(-1, 1)
     soundfile.write(written, smooth, rate, format="WAV", subtype="FLOAT")
     whole = read(written.getvalue(), "audio", Form(samples=16_000))
@@ -520,7 +520,8 @@ def test_rows_of_hugging_face_are_cropped_and_counted(
 @pytest.mark.parametrize("store", ["folder", "huggingface"])
 def test_twelve_images_are_enough_to_train(tmp_path, layout, store, capsys):
     datasets.disable_progress_bars()
-    path, parts = tmp_path / "data", layout.split("+")
+    path = tmp_path / "data"
+    parts = layout.split("+")
     pictures = {
         part: [
             saved("PNG", colours=((9 * i, 20, 200), (200, 9 * i, 50)))

@@ -39,8 +39,11 @@ def clips():
 
 def stepped(start, velocity, radius, moments, dt=1e-4):
     """The same flight in small steps on one axis: places, and impacts in order."""
-    place, moving, r = list(start), list(velocity), radius
-    places, hits = [], []
+    place = list(start)
+    moving = list(velocity)
+    r = radius
+    places = []
+    hits = []
     for step in range(round(max(moments) / dt) + 1):
         if len(places) < len(moments) and step >= round(moments[len(places)] / dt):
             places.append(tuple(place))
@@ -61,10 +64,8 @@ def stepped(start, velocity, radius, moments, dt=1e-4):
 def test_flights_and_impacts_are_those_of_a_simulation(clips, index):
     factors = {name: values[index] for name, values in clips.factors.items()}
     moments = [(frame + 0.5) / 15.625 for frame in range(16)]
-    start, radius = (
-        factors["position"][0] - factors["velocity"] * moments[0],
-        factors["radius"].item(),
-    )
+    start = factors["position"][0] - factors["velocity"] * moments[0]
+    radius = factors["radius"].item()
     # the first impact comes after the first frame and a half, so the flight up to the
     # first frame is straight
     places, hits = stepped(
@@ -119,7 +120,8 @@ def test_a_ball_stays_in_its_box_and_turns_at_impacts(x, y, vx, vy, radius, seco
 
 
 def test_a_ball_at_rest_has_no_impact_and_too_many_are_refused():
-    start, radius = torch.tensor([[0.5, 0.1]]), torch.tensor([0.1])
+    start = torch.tensor([[0.5, 0.1]])
+    radius = torch.tensor([0.1])
     times, speeds = impacts(start, torch.zeros(1, 2), radius, 5.0, 3)
     assert times.shape == (1, 3) and times.isnan().all() and speeds.isnan().all()
     torch.testing.assert_close(
@@ -176,7 +178,8 @@ def test_looks_differ_and_stand_out():
         and video.dtype == torch.float32
         and video.abs().max() <= 1
     )
-    ball, under = video[:, :, 0, 13:19, 13:19].mean((2, 3)), video[:, :, 0, 0, 0]
+    ball = video[:, :, 0, 13:19, 13:19].mean((2, 3))
+    under = video[:, :, 0, 0, 0]
     assert ((ball - under).norm(dim=1) > 0.5).all()
     assert (
         torch.pdist(ball[ground == 0]).min() > 0.3
@@ -187,8 +190,13 @@ def test_looks_differ_and_stand_out():
 @pytest.mark.parametrize("rate", [8000, 16000, 44100])
 def test_the_audio_is_the_sum_of_decaying_partials(rate):
     "By loops, from the numbers of the notebook's table."
-    pitch, ratios, shares, decay = 950.0, (1, 1.62, 2.43), (0.65, 0.25, 0.10), 0.012
-    times, speeds, samples = [0.01003, 0.0500017], [2.0, 1.1], rate // 10
+    pitch = 950.0
+    ratios = (1, 1.62, 2.43)
+    shares = (0.65, 0.25, 0.10)
+    decay = 0.012
+    times = [0.01003, 0.0500017]
+    speeds = [2.0, 1.1]
+    samples = rate // 10
     wanted = np.zeros(samples)
     for time, speed in zip(times, speeds, strict=True):
         for n in range(samples):
@@ -229,10 +237,8 @@ def test_two_of_the_loudest_at_once_stay_in_range():
 def test_audio_follows_from_the_factors(clips):
     """At each impact: silence before the first, onset, pitch and loudness."""
     loud = []
-    impact_times, impact_speeds = (
-        clips.factors["impact_times"].tolist(),
-        clips.factors["impact_speeds"].tolist(),
-    )
+    impact_times = clips.factors["impact_times"].tolist()
+    impact_speeds = clips.factors["impact_speeds"].tolist()
     for wave, material, times, speeds in zip(
         clips.signals["audio"].numpy(),
         clips.labels.tolist(),
@@ -389,10 +395,8 @@ def test_shapes_and_range(options):
 def test_captions_describe_the_factors(clips):
     for index, caption in enumerate(clips.captions):
         assert caption.isascii() and len(caption) <= 64
-        words, factors = (
-            caption.replace(",", "").split(),
-            {name: values[index] for name, values in clips.factors.items()},
-        )
+        words = caption.replace(",", "").split()
+        factors = {name: values[index] for name, values in clips.factors.items()}
         assert (
             words[1] == ("large" if factors["radius"] > 0.125 else "small")
             and words[2] == MATERIALS[factors["material"]]
@@ -444,7 +448,8 @@ def test_bounces_and_onsets_are_measured_from_pixels_and_audio(clips):
 
 
 def test_the_measure_separates_matching_from_other_audio(clips):
-    videos, waves = clips.signals["video"], clips.signals["audio"]
+    videos = clips.signals["video"]
+    waves = clips.signals["audio"]
     hits, heard, seen = sound_on_bounce(videos, waves, 15.625, 8000)
     assert (
         hits.shape == (256,)
@@ -476,7 +481,8 @@ def test_the_measure_separates_matching_from_other_audio(clips):
 
 
 def test_without_bounces_or_onsets_there_is_no_hit(clips):
-    videos, waves = clips.signals["video"][:3], clips.signals["audio"][:3]
+    videos = clips.signals["video"][:3]
+    waves = clips.signals["audio"][:3]
     for film, sound in (
         (torch.zeros_like(videos), waves),
         (videos, torch.zeros_like(waves)),

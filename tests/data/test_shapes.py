@@ -88,7 +88,8 @@ def counted(kind, scale, x, y, angle, size, fine=8):
     """Coverage, area and centre of mass by counting fine x fine points a pixel."""
     grid = np.stack(np.meshgrid(*[np.linspace(-3.3, 3.3, 1500)] * 2), -1).reshape(-1, 2)
     hit = grid[inside(kind, grid)]
-    area, centre = len(hit) * (6.6 / 1499) ** 2, hit.mean(0)
+    area = len(hit) * (6.6 / 1499) ** 2
+    centre = hit.mean(0)
     places = (np.arange(size * fine) + 0.5) / (size * fine)
     across, down = np.meshgrid(places - x, places - y)
     # a figure of its own area
@@ -136,7 +137,8 @@ def test_the_areas_of_the_polygons_by_the_shoelace_formula(corners):
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if SYMMETRY[INDEX[k]]])
 def test_rotation_is_anticlockwise_and_visible_unless_a_symmetry(kind):
-    order, k = SYMMETRY[INDEX[kind]], INDEX[kind]
+    order = SYMMETRY[INDEX[kind]]
+    k = INDEX[kind]
     upright = figure_masks(k, 0.5, size=64)[0]
     assert (
         figure_masks(k, 0.5, angle=2 * math.pi / order, size=64)[0] - upright
@@ -210,10 +212,8 @@ def test_an_image_is_its_background_covered_by_its_figure():
         size=16,
         **factors,
     )
-    masks, below = (
-        figure_masks(**factors, size=16),
-        grounds(7, torch.tensor([1, 4]), 0.2, size=16),
-    )
+    masks = figure_masks(**factors, size=16)
+    below = grounds(7, torch.tensor([1, 4]), 0.2, size=16)
     for k, colour in enumerate((0, 5)):
         torch.testing.assert_close(
             pictures[k].double(),
@@ -359,10 +359,8 @@ def test_figures_are_always_visible():
 
 
 def test_emblems_are_larger_and_captioned_by_their_own_thirds():
-    shapes, emblems = (
-        Shapes().take(torch.arange(300)),
-        Emblems().take(torch.arange(300)),
-    )
+    shapes = Shapes().take(torch.arange(300))
+    emblems = Emblems().take(torch.arange(300))
     covered = [made().masks(torch.arange(300)).mean() for made in (Shapes, Emblems)]
     assert (
         covered[1] > 2 * covered[0]

@@ -272,7 +272,8 @@ def test_steps_take_turns_by_their_shares_and_nothing_else():
 
 def test_validation_of_several_data_sets_is_the_same_in_several_processes():
     config = CASES["in turn"]
-    judged, inputs = Validation.of(config), Sources(config.data).inputs
+    judged = Validation.of(config)
+    inputs = Sources(config.data).inputs
     torch.manual_seed(0)
     model = new_backbone(config, inputs).eval()
     for parameter in model.parameters():

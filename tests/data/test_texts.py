@@ -148,10 +148,8 @@ KINDS = {
 
 def saved(folder, kind="t5", seed=0, **options):
     """The folder of an encoder with random weights, none of which is zero or one."""
-    model, generator = (
-        KINDS[kind](tokenizer(folder, "clip" in kind)),
-        torch.Generator().manual_seed(seed),
-    )
+    model = KINDS[kind](tokenizer(folder, "clip" in kind))
+    generator = torch.Generator().manual_seed(seed)
     for value in model.parameters():
         value.data.copy_(
             torch.randn(value.shape, generator=generator)
@@ -303,7 +301,8 @@ def test_small_hidden_states_become_large(own, folders):
     weights = load_file(own / "model.safetensors")
     weights["encoder.final_layer_norm.weight"] *= 0.01
     save_file(weights, own / "model.safetensors", {"format": "pt"})
-    small, large = open_encoder(own), open_encoder(folders["t5"])
+    small = open_encoder(own)
+    large = open_encoder(folders["t5"])
     assert small.scale == pytest.approx(100 * large.scale, rel=0.01)
     torch.testing.assert_close(
         small.encode(CAPTIONS, 8), large.encode(CAPTIONS, 8), atol=0.02, rtol=0.02
@@ -406,7 +405,8 @@ def _elsewhere(opened, queue):
 @pytest.mark.parametrize("way", ["fork", "spawn"])
 def test_other_processes_give_the_same(encoder, way, capfd):
     context = multiprocessing.get_context(way)
-    queue, expected = context.Queue(), encoder.encode(["a red star", ""], 6).tolist()
+    queue = context.Queue()
+    expected = encoder.encode(["a red star", ""], 6).tolist()
     process = context.Process(target=_elsewhere, args=(encoder, queue))
     process.start()
     assert queue.get(timeout=120) == expected
@@ -415,7 +415,8 @@ def test_other_processes_give_the_same(encoder, way, capfd):
 
 
 def test_the_number_of_threads_changes_nothing(encoder):
-    one, before = encoder.encode(CAPTIONS, 8), torch.get_num_threads()
+    one = encoder.encode(CAPTIONS, 8)
+    before = torch.get_num_threads()
     forget(encoder)
     torch.set_num_threads(2)
     try:
@@ -660,10 +661,8 @@ def test_pickled_weights_are_refused_unread(own, folders):
     "change", ["missing", "shape", "nothing", "cut", "empty", "text", "nan", "zero"]
 )
 def test_weights_that_do_not_fit_are_refused(own, change):
-    weights, name = (
-        load_file(own / "model.safetensors"),
-        "encoder.block.0.layer.0.SelfAttention.q.weight",
-    )
+    weights = load_file(own / "model.safetensors")
+    name = "encoder.block.0.layer.0.SelfAttention.q.weight"
     if change == "missing":
         del weights[name]
     if change == "shape":
@@ -781,7 +780,8 @@ def test_an_encoder_needs_captions():
 
 @pytest.mark.parametrize("kind", ["t5", "clip"])
 def test_conditions_are_vectors(folders, kind):
-    config, opened = run_with(folders[kind]), open_encoder(folders[kind])
+    config = run_with(folders[kind])
+    opened = open_encoder(folders[kind])
     sources = Sources(config.data)
     inputs = sources.inputs
     assert (inputs.caption, inputs.caption_width, inputs.classes) == (
@@ -918,10 +918,8 @@ def test_the_command_line_draws_texts(told, capsys):
 
 def test_another_encoder_neither_resumes_nor_samples(told, folders, tmp_path):
     place = told.path.parent / "encoder"
-    config, kept = (
-        (told.path / "config.json").read_bytes(),
-        (place / "model.safetensors").read_bytes(),
-    )
+    config = (told.path / "config.json").read_bytes()
+    kept = (place / "model.safetensors").read_bytes()
     saved(place, "t5", seed=1)
     try:
         with pytest.raises(
@@ -1100,7 +1098,8 @@ def test_the_tokenizer_of_an_older_clip(tmp_path):
 
 @pytest.mark.parametrize("kind", ["clip", "clip, projected"])
 def test_pooled_vectors_are_those_of_transformers(folders, kind):
-    clip, t5 = folders[kind], folders["t5"]
+    clip = folders[kind]
+    t5 = folders["t5"]
     opened = open_encoder(t5, [str(clip), str(clip)])
     name = "CLIPTextModelWithProjection" if "projected" in kind else "CLIPTextModel"
     model = getattr(transformers, name).from_pretrained(clip).eval()
@@ -1202,7 +1201,8 @@ def test_a_run_reads_stored_texts_as_it_reads_the_encoder(folders, tmp_path):
 
 
 def test_raw_states_are_those_that_a_pretrained_backbone_knows(folders, tmp_path):
-    scaled, raw = open_encoder(folders["t5"]), open_encoder(folders["t5"], raw=True)
+    scaled = open_encoder(folders["t5"])
+    raw = open_encoder(folders["t5"], raw=True)
     assert raw.scale == 1 != scaled.scale and raw.fingerprint != scaled.fingerprint
     torch.testing.assert_close(
         raw.encode(CAPTIONS[:2], 12) * scaled.scale, scaled.encode(CAPTIONS[:2], 12)

@@ -64,13 +64,15 @@ def drawn(figure):
 
 
 def test_short_curves_are_not_thinned():
-    x, y = np.arange(1200.0), np.random.default_rng(0).normal(size=1200)
+    x = np.arange(1200.0)
+    y = np.random.default_rng(0).normal(size=1200)
     assert thin(x, y)[1] is y
 
 
 @pytest.mark.parametrize("count", [1201, 5000, 99_999])
 def test_every_stretch_keeps_its_lowest_and_highest_point_in_order(count):
-    x, y = np.arange(float(count)), np.random.default_rng(0).normal(size=count)
+    x = np.arange(float(count))
+    y = np.random.default_rng(0).normal(size=count)
     few_x, few_y = thin(x, y)
     assert len(few_x) <= 1200 and (np.diff(few_x) >= 0).all()
     assert (y[few_x.astype(int)] == few_y).all()

@@ -78,7 +78,8 @@ def test_a_webp_holds_every_video_in_its_place(count, channels, frames, columns,
     shown = frames_of(to_webp(videos, fps=20, columns=columns, scale=scale))
     across = min(columns, count)
     down = -(-count // across)
-    height, width = 8 * scale + 2, 16 * scale + 2
+    height = 8 * scale + 2
+    width = 16 * scale + 2
     assert len(shown) == frames and shown[0][1] in (50, None)
     for frame, (canvas, _) in enumerate(shown):
         assert canvas.shape == (down * height - 2, across * width - 2, 3)
@@ -269,7 +270,8 @@ def test_each_token_is_coloured_by_its_level(height, width, grid):
 
 
 def test_views_stand_below_the_levels_with_their_names():
-    images, other = noise(2, 3, 8, 8), noise(2, 3, 8, 8, seed=1)
+    images = noise(2, 3, 8, 8)
+    other = noise(2, 3, 8, 8, seed=1)
     views = {"student sees": other, "teacher sees": images}
     titles = ["first", "second"]
     figure = draw_level_map(images, torch.zeros(2, 2, 2), views, titles)

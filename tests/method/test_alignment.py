@@ -53,7 +53,8 @@ BY_HAND = {
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_distances_by_hand(name):
-    predicted, target = some(3, 4, 6), some(3, 4, 6, seed=1)
+    predicted = some(3, 4, 6)
+    target = some(3, 4, 6, seed=1)
     expected = [
         [BY_HAND[name](p, h) for p, h in zip(*rows, strict=True)]
         for rows in zip(predicted.tolist(), target.tolist(), strict=True)
@@ -118,7 +119,8 @@ def test_a_condition_never_counts_and_noisier_is_strict(which):
     levels = schedule.sample(50, 8, torch.Generator().manual_seed(0))
     counted = loss_mask(levels, which)
     assert not counted[:, [0, 3]].any()
-    t, s = levels.levels[:, 0], levels.levels[:, 1]
+    t = levels.levels[:, 0]
+    s = levels.levels[:, 1]
     for i in range(50):
         for n in (1, 2, 4, 5, 6, 7):
             second = levels.assign[i, n] == 1
@@ -219,7 +221,8 @@ def test_effective_rank_at_its_edges():
 
 
 def test_the_diagnosis_by_loops():
-    predicted, target = some(60, 5), some(60, 5, seed=1, offset=0.5)
+    predicted = some(60, 5)
+    target = some(60, 5, seed=1, offset=0.5)
     gap = torch.rand(60, generator=torch.Generator().manual_seed(2))
     gap[:15], gap[20], gap[21] = 0, 0.25, 0.5
     found = Alignment(predicted, target, gap).diagnosis()
@@ -255,7 +258,9 @@ def test_without_counted_tokens_there_is_no_diagnosis():
 
 @pytest.mark.parametrize("weight", [0.0, 0.8, 50.0])
 def test_the_gradients_of_both_losses_are_measured_apart(weight):
-    x, w, direction = some(4, 3, 5), some(5, 5, seed=1), some(4, 3, 5, seed=2)
+    x = some(4, 3, 5)
+    w = some(5, 5, seed=1)
+    direction = some(4, 3, 5, seed=2)
 
     def flow(hidden):
         return (hidden * direction).sum()

@@ -404,7 +404,8 @@ def test_time_is_embedded_once_per_level(name):
 def test_close_levels_stay_distinct_in_bf16(name):
     case = CASES[name]
     x, values, _ = example(case)
-    x, values = x[:1].expand(2, -1, -1), values[:1].expand(2, *values.shape[1:])
+    x = x[:1].expand(2, -1, -1)
+    values = values[:1].expand(2, *values.shape[1:])
     near = torch.tensor([0.682, 0.6835])
     levels = NoiseLevels.single(near, x.shape[1])
     backbone = DiffusersBackbone(model_of(case).bfloat16(), inputs_of(case))
@@ -562,7 +563,8 @@ def inputs_wan():
 
 
 def test_a_pooled_vector_goes_where_its_sample_goes():
-    values, pooled = torch.randn(4, 3, 5), torch.randn(4, 2)
+    values = torch.randn(4, 3, 5)
+    pooled = torch.randn(4, 2)
     condition = Condition(values, pooled=pooled)
     rows = torch.tensor([2, 0])
     assert torch.equal(condition[rows].pooled, pooled[rows])
@@ -804,7 +806,8 @@ def test_a_tiny_flux2_trains_on_captions_resumes_bit_for_bit_and_is_exported(tmp
     shutil.rmtree(tmp_path / "again" / "flux2" / "checkpoints" / "step-00000004")
     again = train(config, tmp_path / "again", device="cpu", bar=False)
     for part in ("model", "teacher", "objective", "optimizer"):
-        expected, actual = whole.load(part), again.load(part)
+        expected = whole.load(part)
+        actual = again.load(part)
         assert expected.keys() == actual.keys()
         assert all(torch.equal(expected[key], actual[key]) for key in expected)
     assert whole.log_path.read_text() == again.log_path.read_text()
@@ -814,7 +817,8 @@ def test_a_tiny_flux2_trains_on_captions_resumes_bit_for_bit_and_is_exported(tmp
     assert samples.shape[1:] == (3, 16, 16) and samples.isfinite().all()
     # diffusers opens its own layout, and so does a run that starts from a folder
     place = export_diffusers(opened, tmp_path / "plain", license="mit")
-    x, text = torch.randn(2, 16, 48), torch.randn(2, TEXT, 16)
+    x = torch.randn(2, 16, 48)
+    text = torch.randn(2, TEXT, 16)
     plain = diffusers.Flux2Transformer2DModel.from_pretrained(place).eval()
     ours = read_model(place, "flux2").eval()
     with torch.no_grad():

@@ -40,7 +40,8 @@ def names_in(pipeline):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_modules_are_those_of_the_pipeline(name):
-    recipe, family = RECIPES[name], FAMILIES[name]
+    recipe = RECIPES[name]
+    family = FAMILIES[name]
     modules = names_in(getattr(diffusers, PIPELINES[name]))
     assert modules["vae"] == recipe.autoencoder
     assert recipe.autoencoder in _SIGNALS

@@ -118,11 +118,13 @@ def test_interpolate_is_the_line_from_data_to_noise(shape, leading, dtype):
 
 
 def test_time_runs_from_data_at_0_to_noise_at_1():
-    data, noise = torch.full((2, 3), 5.0), torch.full((2, 3), -7.0)
+    data = torch.full((2, 3), 5.0)
+    noise = torch.full((2, 3), -7.0)
     assert torch.equal(interpolate(data, noise, 0.0), data)
     assert torch.equal(interpolate(data, noise, 1.0), noise)
     assert torch.equal(velocity(data, noise), torch.full((2, 3), -12.0))
-    x, dt = interpolate(data, noise, 1.0), 0.25
+    x = interpolate(data, noise, 1.0)
+    dt = 0.25
     for _ in range(4):  # walking against the velocity leads from noise to data
         x = x - dt * velocity(data, noise)
     assert torch.equal(x, data)

@@ -70,7 +70,8 @@ sizes = st.tuples(
 @given(sizes)
 def test_spread_is_a_gather_and_collect_its_transpose(size):
     b, k, n, seed = size
-    levels, g = levels_of(b, k, n, seed), generator(seed)
+    levels = levels_of(b, k, n, seed)
+    g = generator(seed)
     tokens = TokenMap.of(levels)
     assert (tokens is None) == (k == 1) and (
         k == 1 or (tokens.onehot is None) == (k > 8)
@@ -90,10 +91,12 @@ def test_spread_is_a_gather_and_collect_its_transpose(size):
 @given(sizes)
 def test_compact_equals_a_condition_per_token(size):
     b, k, n, seed = size
-    levels, g = levels_of(b, k, n, seed), generator(seed + 1)
+    levels = levels_of(b, k, n, seed)
+    g = generator(seed + 1)
     x, branch, upstream = (torch.randn(b, n, 12, generator=g) for _ in range(3))
     conditions = [torch.randn(b, k, 12, generator=g) for _ in range(3)]
-    found, expected = [], []
+    found = []
+    expected = []
     for out, compact in ((found, True), (expected, False)):
         leaves = [part.clone().requires_grad_() for part in (x, branch, *conditions)]
         if compact:
@@ -114,7 +117,8 @@ def test_compact_equals_a_condition_per_token(size):
 
 @pytest.mark.parametrize("k, condition", [(1, 0), (2, 0), (3, 1), (10, 0), (12, 2)])
 def test_gradients_in_float64(k, condition):
-    levels, g = levels_of(2, k, 12, seed=k, condition=condition), generator(k)
+    levels = levels_of(2, k, 12, seed=k, condition=condition)
+    g = generator(k)
     x, branch = (
         torch.randn(2, 12, 3, generator=g, dtype=torch.float64, requires_grad=True)
         for _ in range(2)
@@ -131,10 +135,8 @@ def test_gradients_in_float64(k, condition):
 
 
 def test_a_second_derivative_is_refused_and_not_wrong():
-    x, shift = (
-        torch.randn(2, 3, 4, requires_grad=True),
-        torch.zeros(2, 1, 4, requires_grad=True),
-    )
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    shift = torch.zeros(2, 1, 4, requires_grad=True)
     for y in (modulated_norm(x, shift, shift, None), gated_add(x, x, shift, None)):
         (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -145,22 +147,19 @@ def test_a_second_derivative_is_refused_and_not_wrong():
 def test_under_autocast_products_take_bf16_and_gradients_keep_the_parameters_precision(
     k,
 ):
-    levels, g = levels_of(3, k, 16, seed=k), generator(k)
+    levels = levels_of(3, k, 16, seed=k)
+    g = generator(k)
     tokens = TokenMap.of(levels)
     x, shift, scale = (
         torch.randn(3, 16, 32, generator=g),
         *torch.randn(2, 3, k, 32, generator=g),
     )
-    branch, gate = (
-        torch.randn(3, 16, 32, generator=g).bfloat16(),
-        torch.randn(3, k, 32, generator=g).bfloat16(),
-    )
+    branch = torch.randn(3, 16, 32, generator=g).bfloat16()
+    gate = torch.randn(3, k, 32, generator=g).bfloat16()
     parts = [part.requires_grad_() for part in (x, shift, scale, branch, gate)]
     with torch.autocast("cpu", torch.bfloat16):
-        normed, added = (
-            modulated_norm(x, shift, scale, tokens),
-            gated_add(x, branch, gate, tokens),
-        )
+        normed = modulated_norm(x, shift, scale, tokens)
+        added = gated_add(x, branch, gate, tokens)
         (normed.float().square().sum() + added.square().sum()).backward()
     assert normed.dtype == torch.bfloat16 and added.dtype == torch.float32, (
         "the residual stream stays in float32"
@@ -171,10 +170,8 @@ def test_under_autocast_products_take_bf16_and_gradients_keep_the_parameters_pre
     spread_out = [
         per_token(part, levels) for part in (doubles[1], doubles[2], doubles[4])
     ]
-    exact, total = (
-        plain_norm(doubles[0], *spread_out[:2]),
-        doubles[0] + spread_out[2] * doubles[3],
-    )
+    exact = plain_norm(doubles[0], *spread_out[:2])
+    total = doubles[0] + spread_out[2] * doubles[3]
     (exact.square().sum() + total.square().sum()).backward()
     torch.testing.assert_close(normed.double(), exact, atol=2e-2, rtol=1e-2)
     torch.testing.assert_close(added.double(), total, atol=1e-5, rtol=1e-5)
@@ -184,7 +181,10 @@ def test_under_autocast_products_take_bf16_and_gradients_keep_the_parameters_pre
 
 
 def test_only_input_and_branch_are_stored_per_token():
-    b, n, d, kept = 2, 16, 8, []
+    b = 2
+    n = 16
+    d = 8
+    kept = []
     levels = levels_of(b, 3, n)
     tokens = TokenMap.of(levels)
     x, branch = (torch.randn(b, n, d, requires_grad=True) for _ in range(2))
@@ -259,10 +259,8 @@ def may_look(levels):
     for i in range(b):
         for query in range(n):
             for key in range(n):
-                mine, other = (
-                    levels.assign[i, query].item(),
-                    levels.assign[i, key].item(),
-                )
+                mine = levels.assign[i, query].item()
+                other = levels.assign[i, key].item()
                 seen[i, query, key] = other >= first or (mine == other and mine < first)
     return seen
 
@@ -279,7 +277,8 @@ def may_look(levels):
 def test_groups_equal_a_mask(b, n, k, condition, seed, lopsided):
     k = max(2, min(k, n))
     condition = min(condition, k - 1)
-    levels, g = levels_of(b, k, n, seed, condition), generator(seed)
+    levels = levels_of(b, k, n, seed, condition)
+    g = generator(seed)
     if lopsided:  # one sample with a single level, so that all others are empty in it
         levels.assign[0] = int(torch.randint(0, k, (), generator=g))
     q, k_, v, upstream = (
@@ -303,7 +302,8 @@ def test_groups_equal_a_mask(b, n, k, condition, seed, lopsided):
 
 
 def test_every_token_alone_when_every_token_has_its_own_level():
-    n, v = 9, torch.randn(2, 9, 2, 4)
+    n = 9
+    v = torch.randn(2, 9, 2, 4)
     levels = NoiseLevels(
         torch.rand(2, n),
         torch.stack([torch.randperm(n, generator=generator(i)) for i in range(2)]),
@@ -348,7 +348,8 @@ def test_conditions_are_visible_to_all_and_attend_to_each_other_only():
     weights = attend_within(
         torch.zeros(1, 6, 1, 6), torch.zeros(1, 6, 1, 6), v, Groups.of(levels)
     )[0, :, 0]
-    a, b = [1 / 4, 1 / 4, 0, 0, 1 / 4, 1 / 4], [0, 0, 1 / 4, 1 / 4, 1 / 4, 1 / 4]
+    a = [1 / 4, 1 / 4, 0, 0, 1 / 4, 1 / 4]
+    b = [0, 0, 1 / 4, 1 / 4, 1 / 4, 1 / 4]
     torch.testing.assert_close(
         weights, torch.tensor([a, a, b, b, *[[0, 0, 0, 0, 1 / 2, 1 / 2]] * 2])
     )
@@ -363,7 +364,8 @@ def test_rotary_scores_depend_on_differences_on_every_axis(axis, per_sample):
     g = generator(axis)
     q, k = torch.randn(2, 1, 7, 2, 32, generator=g)
     places = 20 * torch.rand(7, 4, generator=g)
-    moved, other = places.clone(), places.clone()
+    moved = places.clone()
+    other = places.clone()
     moved[:, axis] += 13.0  # all together
     other[3, axis] += 1.5  # one alone
 
@@ -434,7 +436,8 @@ def test_levels_are_embedded_as_they_are():
 def test_autocast_leaves_neighbouring_levels_apart(std):
     levels = torch.linspace(0, 1, 1001)[None]
     torch.manual_seed(0)
-    exact, coarse = TimestepEmbedder(32), TimestepEmbedder(32, fp32=False)
+    exact = TimestepEmbedder(32)
+    coarse = TimestepEmbedder(32, fp32=False)
     with torch.no_grad():
         for layer in (exact.mlp[0], exact.mlp[2]):
             layer.weight.normal_(std=std)
@@ -442,7 +445,8 @@ def test_autocast_leaves_neighbouring_levels_apart(std):
     coarse.load_state_dict(exact.state_dict())
     expected = exact(levels)
     with torch.autocast("cpu", torch.bfloat16):
-        in_autocast, rounded = exact(levels), coarse(levels).float()
+        in_autocast = exact(levels)
+        rounded = coarse(levels).float()
     torch.testing.assert_close(in_autocast, expected, rtol=0, atol=0)
     assert in_autocast.dtype == torch.float32
     assert len(in_autocast[0].unique(dim=0)) == 1001
@@ -456,7 +460,8 @@ def test_autocast_leaves_neighbouring_levels_apart(std):
 
 def test_normalised_queries_and_keys_ignore_their_scale():
     torch.manual_seed(0)
-    attention, x = Attention(16, 2, qk_norm=True), torch.randn(1, 5, 16)
+    attention = Attention(16, 2, qk_norm=True)
+    x = torch.randn(1, 5, 16)
     before = attention(x)
     with torch.no_grad():
         attention.qkv.weight[:32] *= 50

@@ -152,7 +152,8 @@ def tuned(base, folder, **lora):
 
 def plain_velocity(model):
     torch.manual_seed(1)
-    x, text = torch.randn(2, 16, 48), torch.randn(2, 5, 16)
+    x = torch.randn(2, 16, 48)
+    text = torch.randn(2, 5, 16)
     places = torch.cartesian_prod(
         torch.zeros(1), torch.arange(4.0), torch.arange(4.0), torch.zeros(1)
     )

@@ -64,10 +64,8 @@ def teacher():
 @pytest.fixture
 def batch():
     g = torch.Generator().manual_seed(2)
-    x0, labels = (
-        torch.randn(12, 6, 3, generator=g),
-        torch.randint(0, 5, (12,), generator=g),
-    )
+    x0 = torch.randn(12, 6, 3, generator=g)
+    labels = torch.randint(0, 5, (12,), generator=g)
     return Batch(x0, Condition(labels, 5), CONFIG.parts)
 
 
@@ -79,7 +77,9 @@ class Watched:
     """A model that remembers how it was called and what it answered."""
 
     def __init__(self, model):
-        self.model, self.calls, self.answers = model, [], []
+        self.model = model
+        self.calls = []
+        self.answers = []
         self.config = model.config
 
     def __call__(self, *args, **options):
@@ -130,8 +130,12 @@ def derive(objective, student, teacher, batch, features=None, offset=None):
     dropped = torch.rand(b, generator=keyed(0, "label drop")) < objective.label_drop
     y = Condition(torch.where(dropped, 5, batch.condition.values), 5)
     lower = torch.rand(b, 1, generator=keyed(0, "teacher level"))
-    first, weights = drawn.k - drawn.condition, list(objective.projector.parameters())
-    flow, predictions, targets, gaps = [], [], [], []
+    first = drawn.k - drawn.condition
+    weights = list(objective.projector.parameters())
+    flow = []
+    predictions = []
+    targets = []
+    gaps = []
     for i in range(b):
         mine = NoiseLevels(
             drawn.levels[i : i + 1], drawn.assign[i : i + 1], drawn.condition
@@ -151,10 +155,12 @@ def derive(objective, student, teacher, batch, features=None, offset=None):
             [tau[k] if drawn.assign[i, k] >= first else low for k in range(n)]
         )
         if features is not None:
-            h, seen = features[i], torch.zeros(n)
+            h = features[i]
+            seen = torch.zeros(n)
             h = h.expand(n, -1) if h.ndim == 1 else h
         elif teacher is None:
-            h, seen = out.features[objective.teacher_layer][0].detach(), tau
+            h = out.features[objective.teacher_layer][0].detach()
+            seen = tau
         else:
             xc = torch.stack(
                 [(1 - seen[k]) * x0[i, k] + seen[k] * x1[i, k] for k in range(n)]
@@ -504,10 +510,8 @@ def test_flow_matching_with_conditions_and_chosen_tokens(
     losses = FlowMatching(schedule, 0.0, which, separated)(
         student, Unasked(), batch, draws()
     )
-    levels, x1 = (
-        schedule.sample(12, 6, keyed(0, "levels")),
-        torch.randn(x0.shape, generator=keyed(0, "noise")),
-    )
+    levels = schedule.sample(12, 6, keyed(0, "levels"))
+    x1 = torch.randn(x0.shape, generator=keyed(0, "noise"))
     tau = levels.per_token()[..., None]
     error = (
         student(
@@ -531,7 +535,8 @@ def test_the_two_views_share_noise_and_labels_and_the_teacher_sees_the_cleaner_l
     student, teacher, batch, kind
 ):
     x0 = batch.x0
-    student, teacher = Watched(student), Watched(teacher)
+    student = Watched(student)
+    teacher = Watched(teacher)
     objective = kind(CONFIG, HALF, label_drop=0.5, separated=True)
     objective(student, teacher, batch, draws())
     (xs, levels, ys, seen), (xc, clean, yc, options) = (
@@ -554,8 +559,10 @@ def test_the_two_views_share_noise_and_labels_and_the_teacher_sees_the_cleaner_l
         "parts": CONFIG.parts,
     }, "it ends there, never separated"
     assert seen["separated"] and len(student.calls) == len(teacher.calls) == 1
-    tau, low = levels.per_token()[..., None], clean.per_token()[..., None]
-    noise_s, noise_c = (xs - (1 - tau) * x0) / tau, (xc - (1 - low) * x0) / low
+    tau = levels.per_token()[..., None]
+    low = clean.per_token()[..., None]
+    noise_s = (xs - (1 - tau) * x0) / tau
+    noise_c = (xc - (1 - low) * x0) / low
     usable = (low > 0.05).expand_as(noise_s)
     torch.testing.assert_close(noise_s[usable], noise_c[usable], atol=1e-4, rtol=1e-4)
 
@@ -563,10 +570,12 @@ def test_the_two_views_share_noise_and_labels_and_the_teacher_sees_the_cleaner_l
 def test_single_samples_show_the_teacher_the_lower_of_two_levels(
     student, teacher, batch
 ):
-    student, teacher = Watched(student), Watched(teacher)
+    student = Watched(student)
+    teacher = Watched(teacher)
     schedule = DualTimestep(mask_ratio=0.5, single_share=1.0)
     SelfFlow(CONFIG, schedule)(student, teacher, batch, draws())
-    levels, clean = student.calls[0][1], teacher.calls[0][1]
+    levels = student.calls[0][1]
+    clean = teacher.calls[0][1]
     assert (levels.per_token() == levels.levels[:, :1]).all(), "all tokens at t"
     assert (
         torch.equal(clean.levels[:, 0], levels.levels.amin(1))
@@ -618,7 +627,8 @@ def test_the_gradient_share_against_two_backward_passes(
     student, teacher, batch, make, checkpointing
 ):
     student.checkpointing = checkpointing
-    watched, objective = Watched(student), make(CONFIG)
+    watched = Watched(student)
+    objective = make(CONFIG)
     losses = objective(watched, teacher, batch, draws())
     assert "rep_gradient_share" not in losses.floats(diagnose=True), (
         "before the backward pass nobody knows"
@@ -710,7 +720,8 @@ def test_unknown_distances_and_offsets_are_refused():
 
 
 def test_ema_closed_form():
-    student, decay = random_model(0), 0.9
+    student = random_model(0)
+    decay = 0.9
     teacher = make_teacher(student)
     history = [{name: p.detach().clone() for name, p in student.named_parameters()}]
     for step in range(5):
@@ -793,7 +804,8 @@ def test_losses_as_numbers(student, teacher, batch):
         "flow_loss": 1.0,
     }
     losses = SelfFlow(CONFIG)(student, teacher, batch, draws())
-    few, many = losses.floats(), losses.floats(diagnose=True)
+    few = losses.floats()
+    many = losses.floats(diagnose=True)
     assert list(few) == ["total", "flow_loss", "rep_loss", "cosine", "constant_cosine"]
     assert (
         few["cosine"] == pytest.approx(1 - few["rep_loss"], abs=1e-6)

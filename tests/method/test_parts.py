@@ -36,7 +36,8 @@ from selfflow.method.tokens import (
 from selfflow.method.transformer import Context, Transformer, TransformerConfig
 
 few = settings(max_examples=25, deadline=None)
-VIDEO, AUDIO = Part("video", 6, (3, 2, 1), 2.0), Part("audio", 4, (6, 1, 1), 1.0)
+VIDEO = Part("video", 6, (3, 2, 1), 2.0)
+AUDIO = Part("audio", 4, (6, 1, 1), 1.0)
 BOTH = {
     "parts": (VIDEO, AUDIO),
     "width": 32,
@@ -75,7 +76,8 @@ def test_videos_round_trip_and_tokens_follow_the_formula(
 ):
     cut = VideoPatches(2, moments * span, rows * patch, columns * patch, patch, span)
     videos = torch.randn(b, 2, moments * span, rows * patch, columns * patch)
-    tokens, part = cut.patchify(videos), cut.part()
+    tokens = cut.patchify(videos)
+    part = cut.part()
     assert tokens.shape == (b, part.tokens, part.channels) and torch.equal(
         cut.unpatchify(tokens), videos
     )
@@ -126,7 +128,8 @@ def test_given_signals_are_kept_from_the_start():
     layout = Layout(
         {"video": VideoPatches(3, 4, 4, 4, 2, 2), "image": ImagePatches(1, 4, 4, 2)}
     )
-    video, image = torch.randn(2, 3, 4, 4, 4), torch.randn(2, 1, 4, 4)
+    video = torch.randn(2, 3, 4, 4, 4)
+    image = torch.randn(2, 1, 4, 4)
     x0, start = layout.known_tokens({"image": image}, 2)
     assert start.tolist() == 8 * [1] + 4 * [0] and torch.equal(
         layout.unpatchify(x0)["image"], image
@@ -196,10 +199,8 @@ def test_a_caption_is_tokens_of_the_sequence_at_a_level_of_their_own(positions, 
         caption_level=level,
         caption_stride=2,
     )
-    x, caption = (
-        torch.randn(3, 4, 4),
-        Condition(caption_bytes(["a", "two", "longest"], 5)),
-    )
+    x = torch.randn(3, 4, 4)
+    caption = Condition(caption_bytes(["a", "two", "longest"], 5))
     levels = DualTimestep(mask_ratio=0.5).sample(3, 4, keyed(0, "levels"))
     out = model(x, levels, caption, taps=(1, 3))
     tau = levels.per_token()
@@ -209,10 +210,13 @@ def test_a_caption_is_tokens_of_the_sequence_at_a_level_of_their_own(positions, 
         else tau.mean(1, keepdim=True).expand(3, 3)
     )
     every = NoiseLevels(torch.cat([tau, own], 1), torch.arange(7).expand(3, 7))
-    h, text = model.x_embedder.image(x), model.caption_embedder(caption.values)
+    h = model.x_embedder.image(x)
+    text = model.caption_embedder(caption.values)
     places = torch.nn.functional.pad(torch.tensor([[1.0], [3.0], [5.0]]), (3, 0))
     if positions == "sincos":
-        h, text, rotary = h + model.positions, text + model.caption_positions, None
+        h = h + model.positions
+        text = text + model.caption_positions
+        rotary = None
     else:
         rotary = torch.cat([model.positions, model._positions(places)], dim=-2)
     h = torch.cat([h, text], 1)
@@ -236,10 +240,8 @@ def test_a_caption_is_tokens_of_the_sequence_at_a_level_of_their_own(positions, 
 
 def test_captions_may_be_vectors_of_an_outside_encoder():
     model = model_of(caption=3, caption_width=7)
-    vectors, levels = (
-        torch.randn(2, 3, 7),
-        NoiseLevels.single(torch.tensor([0.2, 0.8]), 12),
-    )
+    vectors = torch.randn(2, 3, 7)
+    levels = NoiseLevels.single(torch.tensor([0.2, 0.8]), 12)
     assert model(batch(2), levels, Condition(vectors)).velocity.shape == (2, 12, 6)
     assert torch.equal(
         model(batch(2), levels).velocity,
@@ -269,7 +271,8 @@ def test_a_caption_is_dropped_entirely_for_both_views():
 
 
 def test_each_part_has_its_own_projections_and_ignores_padding():
-    model, x = model_of(), batch()
+    model = model_of()
+    x = batch()
     levels = DualTimestep(mask_ratio=0.5).sample(3, 12, keyed(0, "levels"))
     out = model(x, levels).velocity
     other = x.clone()
@@ -345,7 +348,8 @@ def test_padding_does_not_count_in_the_loss():
     "weights", [None, {"audio": 0.25}, {"video": 2.0, "audio": 0.0}]
 )
 def test_weights_of_parts_weigh_their_tokens_in_every_loss(weights):
-    model, x = model_of(), batch(4)
+    model = model_of()
+    x = batch(4)
     samples = Batch(x, Condition(torch.zeros(4, dtype=torch.int64)), (VIDEO, AUDIO))
     draw = lambda purpose: keyed(0, purpose)  # noqa: E731
     objective = SelfFlow(
@@ -466,7 +470,8 @@ def test_given_tokens_follow_from_the_parts():
 
 
 def test_flow_matching_counts_no_token_that_is_given():
-    model, x = model_of(), batch(64)
+    model = model_of()
+    x = batch(64)
     objective = FlowMatching(
         Conditioned(SingleLevel(), (tuple(range(6)), tuple(range(6, 12))))
     )
@@ -474,10 +479,10 @@ def test_flow_matching_counts_no_token_that_is_given():
     losses = objective(model, None, samples, lambda purpose: keyed(0, purpose))
     noised = objective.noise_batch(samples, lambda purpose: keyed(0, purpose))
     out = objective.predict(model, noised)
-    error, counted = (
-        flow_error(out.velocity, x, noised.x1, TokenSlices.of((VIDEO, AUDIO)).widths),
-        ~noised.levels.is_condition(),
+    error = flow_error(
+        out.velocity, x, noised.x1, TokenSlices.of((VIDEO, AUDIO)).widths
     )
+    counted = ~noised.levels.is_condition()
     torch.testing.assert_close(losses.flow_loss, error[counted].mean())
     torch.testing.assert_close(
         losses.by_part["audio"], error[:, 6:][counted[:, 6:]].mean()

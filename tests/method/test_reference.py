@@ -91,7 +91,9 @@ def published_forward(weights, config, x, tau, y):
     condition, no module of ours.
     """
     w = {name: value.double() for name, value in weights.items()}
-    d, heads, p = config["hidden_size"], config["num_heads"], config["patch_size"]
+    d = config["hidden_size"]
+    heads = config["num_heads"]
+    p = config["patch_size"]
 
     def linear(name, h):
         return h @ w[f"{name}.weight"].flatten(1).T + w[f"{name}.bias"]
@@ -145,11 +147,13 @@ def sde(velocity, x, noise, points=12, last=0.04):
     grid = torch.linspace(0, 1 - last, points)
 
     def drift(x, u):
-        w, sigma = -velocity(x, 1 - u), 1 - u
+        w = -velocity(x, 1 - u)
+        sigma = 1 - u
         return w + sigma * (u * w - x) / (sigma**2 + u * sigma)
 
     for i in range(points - 1):
-        du, sigma = grid[1] - grid[0], 1 - grid[i]
+        du = grid[1] - grid[0]
+        sigma = 1 - grid[i]
         x = x + drift(x, grid[i]) * du + torch.sqrt(2 * sigma * du) * noise[i]
     return x + last * drift(x, grid[-1])
 
@@ -189,11 +193,9 @@ def test_velocity_is_the_published_one(fixture, loaded, levels, output):
 @torch.no_grad()
 def test_features_are_the_published_ones(fixture, meta, loaded):
     model, projector = loaded
-    student, teacher, levels = (
-        int(meta["student_layer"]),
-        int(meta["teacher_layer"]),
-        levels_of(fixture)["dual"],
-    )
+    student = int(meta["student_layer"])
+    teacher = int(meta["teacher_layer"])
+    levels = levels_of(fixture)["dual"]
     out = model(fixture["input.x"], levels, told(fixture, model), taps=(student,))
     torch.testing.assert_close(
         projector(out.features[student]),
@@ -248,7 +250,8 @@ def test_the_independent_forward_is_the_published_one(fixture, weights, config):
 
 @st.composite
 def configs(draw):
-    patch, heads = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3]))
+    patch = draw(st.sampled_from([1, 2, 3]))
+    heads = draw(st.sampled_from([1, 2, 3]))
     return {
         "input_size": draw(st.integers(1, 3)) * patch,
         "patch_size": patch,
@@ -269,10 +272,8 @@ def random_weights(config, seed=0):
         name: torch.randn(shape, generator=generator) * 0.3
         for name, shape in layout(config).items()
     }
-    side, quarter = (
-        config["input_size"] // config["patch_size"],
-        config["hidden_size"] // 4,
-    )
+    side = config["input_size"] // config["patch_size"]
+    quarter = config["hidden_size"] // 4
     # columns before rows, sines before cosines
     f = [10_000 ** (-i / quarter) for i in range(quarter)]
     made["pos_embed"] = torch.tensor(
@@ -294,10 +295,8 @@ def random_weights(config, seed=0):
 
 def random_input(config, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    n, c = (
-        (config["input_size"] // config["patch_size"]) ** 2,
-        config["in_channels"] * config["patch_size"] ** 2,
-    )
+    n = (config["input_size"] // config["patch_size"]) ** 2
+    c = config["in_channels"] * config["patch_size"] ** 2
     return (
         torch.randn(2, n, c, generator=generator),
         torch.rand(2, n, generator=generator),
@@ -357,7 +356,8 @@ def test_loading_and_exporting_round_trips(config):
 
 
 def test_time_is_folded_and_unfolded():
-    weight, t = torch.randn(5, 256, dtype=torch.float64), torch.linspace(0, 1, 11)
+    weight = torch.randn(5, 256, dtype=torch.float64)
+    t = torch.linspace(0, 1, 11)
     torch.testing.assert_close(
         embed(t) @ fold_time(weight).T, embed(1 - t.double()) @ weight.T
     )
@@ -369,15 +369,13 @@ def test_time_is_folded_and_unfolded():
 
 
 def test_the_published_layout():
-    d, expected = (
-        1152,
-        {
-            "pos_embed": (1, 256, 1152),
-            "x_embedder.proj.weight": (1152, 16),
-            "x_embedder.proj.bias": (1152,),
-            "y_embedder.embedding_table.weight": (1001, 1152),
-        },
-    )
+    d = 1152
+    expected = {
+        "pos_embed": (1, 256, 1152),
+        "x_embedder.proj.weight": (1152, 16),
+        "x_embedder.proj.bias": (1152,),
+        "y_embedder.embedding_table.weight": (1001, 1152),
+    }
 
     def linear(name, rows, columns):
         expected.update({f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)})
@@ -524,10 +522,8 @@ def test_a_loaded_model_is_an_ordinary_model(weights, config, loaded):
 
 
 def test_nothing_is_shared_and_no_random_number_is_drawn(weights, config):
-    before, state = (
-        {name: value.clone() for name, value in weights.items()},
-        torch.get_rng_state(),
-    )
+    before = {name: value.clone() for name, value in weights.items()}
+    state = torch.get_rng_state()
     model, projector = load(weights, config)
     assert torch.equal(torch.get_rng_state(), state)
     written = export(model, projector)

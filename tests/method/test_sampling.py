@@ -20,15 +20,11 @@ from selfflow.method.schedule import NoiseLevels
 from selfflow.method.transformer import Transformer, TransformerConfig
 from selfflow.registries import samplers
 
-MEANS, STD, WEIGHTS = (
-    torch.tensor([-2.0, 1.0], dtype=torch.float64),
-    0.5,
-    torch.tensor([0.3, 0.7], dtype=torch.float64),
-)
-MU, SIGMA = (
-    torch.tensor([0.5, -1.0], dtype=torch.float64),
-    torch.tensor([[1.0, 0.9], [0.9, 1.5]], dtype=torch.float64),
-)
+MEANS = torch.tensor([-2.0, 1.0], dtype=torch.float64)
+STD = 0.5
+WEIGHTS = torch.tensor([0.3, 0.7], dtype=torch.float64)
+MU = torch.tensor([0.5, -1.0], dtype=torch.float64)
+SIGMA = torch.tensor([[1.0, 0.9], [0.9, 1.5]], dtype=torch.float64)
 
 
 def randn(*shape, seed=0, purpose="draw", dtype=torch.float64):
@@ -44,7 +40,8 @@ def mixture_velocity(x, t):
     responsibility = torch.softmax(
         WEIGHTS.log() - offset.square() / (2 * variance), dim=1
     )
-    x1, x0 = t * offset / variance, MEANS + (1 - t) * STD**2 * offset / variance
+    x1 = t * offset / variance
+    x0 = MEANS + (1 - t) * STD**2 * offset / variance
     return (responsibility * (x1 - x0)).sum(1)
 
 
@@ -57,11 +54,10 @@ def token_velocity(x, tau):
     """E[x1 - x0 | x] for (b, 2, 1) tokens at levels (b, 2), by conditioning the joint
     Gaussian of (x0, x1) and x.
     """
-    a, s = 1 - tau, tau
-    c11, c22 = (
-        a[:, 0] ** 2 * SIGMA[0, 0] + s[:, 0] ** 2,
-        a[:, 1] ** 2 * SIGMA[1, 1] + s[:, 1] ** 2,
-    )
+    a = 1 - tau
+    s = tau
+    c11 = a[:, 0] ** 2 * SIGMA[0, 0] + s[:, 0] ** 2
+    c22 = a[:, 1] ** 2 * SIGMA[1, 1] + s[:, 1] ** 2
     c12 = a[:, 0] * a[:, 1] * SIGMA[0, 1]
     d = x[..., 0] - a * MU
     det = c11 * c22 - c12**2
@@ -134,7 +130,8 @@ def test_the_sde_has_the_marginals_of_the_path_at_every_time(start, alpha):
 
 def test_the_test_of_marginals_has_power(start):
     """Noise without the score, the mistake to fear, is found at once."""
-    x, grid = start, time_grid(250, last=0.04, dtype=torch.float64)
+    x = start
+    grid = time_grid(250, last=0.04, dtype=torch.float64)
     for i in range(125):
         dt = grid[i + 1] - grid[i]
         x = (
@@ -150,11 +147,14 @@ def test_the_test_of_marginals_has_power(start):
 
 @pytest.mark.parametrize("steps", [2, 12, 250])
 def test_the_sde_derived_again_in_its_own_time(steps):
-    x1, noise = randn(20, seed=1), randn(steps - 1, 20, seed=2)
+    x1 = randn(20, seed=1)
+    noise = randn(steps - 1, 20, seed=2)
     u = torch.linspace(0, 0.96, steps, dtype=torch.float64)
-    du, x = u[1] - u[0], x1
+    du = u[1] - u[0]
+    x = x1
     for i in range(steps):
-        w, sigma = -mixture_velocity(x, 1 - u[i]), 1 - u[i]
+        w = -mixture_velocity(x, 1 - u[i])
+        sigma = 1 - u[i]
         score = (u[i] * w - x) / (sigma**2 + u[i] * sigma)
         drift = w + sigma * score
         x = (
@@ -172,7 +172,8 @@ def test_the_sde_derived_again_in_its_own_time(steps):
 
 
 def test_the_generator_draws_the_noise_of_the_sde_step_by_step():
-    x1, stream = randn(30), keyed(3, "steps")
+    x1 = randn(30)
+    stream = keyed(3, "steps")
     noise = torch.stack(
         [torch.randn(30, generator=stream, dtype=torch.float64) for _ in range(9)]
     )
@@ -249,7 +250,8 @@ def test_number_of_evaluations(method, calls):
 @pytest.mark.parametrize("method", tuple(samplers))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_states_keep_their_precision_and_levels_have_at_least_float32(method, dtype):
-    x1, seen = randn(2, 3, 4).to(dtype), set()
+    x1 = randn(2, 3, 4).to(dtype)
+    seen = set()
 
     def velocity(x, t):
         assert x.dtype == dtype
@@ -323,7 +325,8 @@ def test_a_given_token_leads_the_other_to_its_conditional(method, steps, atol):
     """With x0[0] = k the ODE of the other token is that of N(m, s^2) and takes noise z
     to m + s z.
     """
-    x0, x1 = randn(50, 2, 1, seed=1), randn(50, 2, 1, seed=2)
+    x0 = randn(50, 2, 1, seed=1)
+    x1 = randn(50, 2, 1, seed=2)
     got = sample(
         token_velocity, x1, steps, method, x0=x0, start=torch.tensor([0.0, 1.0])
     )
@@ -334,7 +337,8 @@ def test_a_given_token_leads_the_other_to_its_conditional(method, steps, atol):
 
 
 def test_the_sde_draws_from_the_conditional():
-    x0, x1 = randn(4000, 2, 1, seed=1), randn(4000, 2, 1, seed=2)
+    x0 = randn(4000, 2, 1, seed=1)
+    x1 = randn(4000, 2, 1, seed=2)
     got = sample(
         token_velocity,
         x1,
@@ -358,7 +362,8 @@ def test_a_pair_known_in_part_ends_as_a_pair_of_the_data(method, steps):
     whitened and tested in four directions.
     """
     root = torch.linalg.cholesky(SIGMA)
-    x0, x1 = MU[:, None] + root @ randn(4000, 2, 1, seed=1), randn(4000, 2, 1, seed=2)
+    x0 = MU[:, None] + root @ randn(4000, 2, 1, seed=1)
+    x1 = randn(4000, 2, 1, seed=2)
     got = sample(
         token_velocity,
         x1,
@@ -384,11 +389,9 @@ def test_a_pair_known_in_part_ends_as_a_pair_of_the_data(method, steps):
 
 
 def test_dopri5_follows_the_same_path_around_many_bends():
-    x0, x1, levels = (
-        randn(6, 2, 1, seed=1),
-        randn(6, 2, 1, seed=2),
-        torch.rand(6, 2, generator=keyed(0, "levels")),
-    )
+    x0 = randn(6, 2, 1, seed=1)
+    x1 = randn(6, 2, 1, seed=2)
+    levels = torch.rand(6, 2, generator=keyed(0, "levels"))
     fine = sample(
         token_velocity, x1, 10 * 300, "heun", x0=x0, start=levels, trajectory=True
     )[::300]
@@ -408,11 +411,9 @@ def test_dopri5_follows_the_same_path_around_many_bends():
 
 @pytest.mark.parametrize("method", tuple(samplers))
 def test_a_start_of_1_everywhere_is_plain_sampling(method):
-    x0, x1, noise = (
-        randn(3, 2, 1, seed=1),
-        randn(3, 2, 1, seed=2),
-        randn(7, 3, 2, 1, seed=3),
-    )
+    x0 = randn(3, 2, 1, seed=1)
+    x1 = randn(3, 2, 1, seed=2)
+    noise = randn(7, 3, 2, 1, seed=3)
 
     def velocity(x, t):
         return token_velocity(x, t if t.ndim else t.expand(3, 2))
@@ -450,10 +451,8 @@ def test_known_tokens_wait_and_come_back_bit_for_bit(data):
             )
         )
     ).reshape(shape)
-    x0, x1 = (
-        randn(b, n, c, seed=1, dtype=torch.float32),
-        randn(b, n, c, seed=2, dtype=torch.float32),
-    )
+    x0 = randn(b, n, c, seed=1, dtype=torch.float32)
+    x1 = randn(b, n, c, seed=2, dtype=torch.float32)
     x0[0], x1[0] = -0.0, x1[0].abs()  # the sum of -0.0 and 0.0 would be 0.0
     begins = start.expand(b, n)
     kept = begins == 0
@@ -499,7 +498,9 @@ def test_known_tokens_wait_and_come_back_bit_for_bit(data):
 
 @pytest.mark.parametrize("method, calls", [("euler", 5), ("heun", 10), ("sde", 6)])
 def test_steps_in_which_nothing_moves_cost_nothing(method, calls):
-    x0, x1, seen = randn(2, 3, 1, seed=1), randn(2, 3, 1, seed=2), []
+    x0 = randn(2, 3, 1, seed=1)
+    x1 = randn(2, 3, 1, seed=2)
+    seen = []
     sample(
         lambda x, t: seen.append(float(t.max())) or x,
         x1,
@@ -549,16 +550,12 @@ def forwards(model):
 
 
 def test_guidance_derived_again(model):
-    x, t, condition = (
-        torch.randn(3, 4, 3),
-        torch.tensor(0.4),
-        Condition(torch.tensor([0, 3, 2]), 4),
-    )
+    x = torch.randn(3, 4, 3)
+    t = torch.tensor(0.4)
+    condition = Condition(torch.tensor([0, 3, 2]), 4)
     levels = NoiseLevels.single(t.expand(3), 4)
-    label, null = (
-        model(x, levels, condition).velocity,
-        model(x, levels, condition.unconditional()).velocity,
-    )
+    label = model(x, levels, condition).velocity
+    null = model(x, levels, condition.unconditional()).velocity
     for scale in (0.0, 1.0, 1.5, 4.0):
         expected = null + scale * (label - null)
         # one level, one per sample, one per token
@@ -573,16 +570,12 @@ def test_guidance_derived_again(model):
 
 
 def test_guidance_at_levels_per_token_derived_again(model):
-    x, condition, tau = (
-        torch.randn(3, 4, 3),
-        Condition(torch.tensor([0, 3, 2]), 4),
-        torch.rand(3, 4),
-    )
+    x = torch.randn(3, 4, 3)
+    condition = Condition(torch.tensor([0, 3, 2]), 4)
+    tau = torch.rand(3, 4)
     levels = NoiseLevels(tau, torch.arange(4).expand(3, 4))
-    label, null = (
-        model(x, levels, condition).velocity,
-        model(x, levels, condition.unconditional()).velocity,
-    )
+    label = model(x, levels, condition).velocity
+    null = model(x, levels, condition.unconditional()).velocity
     torch.testing.assert_close(
         guided_velocity(model, condition, 2.5)(x, tau),
         null + 2.5 * (label - null),
@@ -596,7 +589,8 @@ def test_guidance_at_levels_per_token_derived_again(model):
 
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.6), (0.0, 0.35), (0.75, 1.0)])
 def test_guidance_acts_and_costs_in_its_interval_alone(model, forwards, interval):
-    x, condition = torch.randn(3, 4, 3), Condition(torch.tensor([0, 3, 2]), 4)
+    x = torch.randn(3, 4, 3)
+    condition = Condition(torch.tensor([0, 3, 2]), 4)
     limited, always, never = (
         guided_velocity(model, condition, *more)
         for more in ((3.0, interval), (3.0,), ())
@@ -611,7 +605,8 @@ def test_guidance_acts_and_costs_in_its_interval_alone(model, forwards, interval
 
 
 def test_the_noisiest_token_decides_whether_a_sample_is_guided(model):
-    x, condition = torch.randn(2, 4, 3), Condition(torch.tensor([0, 3]), 4)
+    x = torch.randn(2, 4, 3)
+    condition = Condition(torch.tensor([0, 3]), 4)
     tau = torch.tensor([[0.0, 0.3, 0.5, 0.5], [0.0, 0.3, 0.5, 0.9]])
     limited, always, never = (
         guided_velocity(model, condition, *more)(x, tau)
@@ -622,11 +617,9 @@ def test_the_noisiest_token_decides_whether_a_sample_is_guided(model):
 
 
 def test_levels_reach_the_model_exactly_and_few(model, forwards):
-    x1, x0, condition = (
-        torch.randn(3, 4, 3),
-        torch.randn(3, 4, 3),
-        Condition(torch.tensor([0, 3, 2]), 4),
-    )
+    x1 = torch.randn(3, 4, 3)
+    x0 = torch.randn(3, 4, 3)
+    condition = Condition(torch.tensor([0, 3, 2]), 4)
     sample(
         guided_velocity(model, condition, 2.0),
         x1,

@@ -71,12 +71,11 @@ def density_by_hand(density, count, g):
 
 
 def dual_by_hand(schedule, b, n, g):
-    t, s = (
-        density_by_hand(schedule.density, b, g),
-        density_by_hand(schedule.density, b, g),
-    )
+    t = density_by_hand(schedule.density, b, g)
+    s = density_by_hand(schedule.density, b, g)
     rows, columns = schedule.grid or (1, n)
-    rows, columns = rows // schedule.block, columns // schedule.block
+    rows = rows // schedule.block
+    columns = columns // schedule.block
     scores = uniforms(g, b, rows * columns)
     offsets = uniforms(g, b) if schedule.near is not None else [None] * b
     single = uniforms(g, b) if schedule.single_share else [1.0] * b
@@ -194,7 +193,8 @@ def with_density(schedule, density):
 @pytest.mark.parametrize("density", MORE, ids=lambda density: type(density).__name__)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_against_loops(name, density, seed, batch):
-    schedule, tokens = with_density(SCHEDULES[name], density), 24
+    schedule = with_density(SCHEDULES[name], density)
+    tokens = 24
     drawn = schedule.sample(batch, tokens, keyed(seed, name))
     expected = list(by_hand(schedule, batch, tokens, keyed(seed, name)))
     close = {"atol": 2e-6, "rtol": 1e-5}
@@ -204,7 +204,8 @@ def test_schedules_against_loops(name, density, seed, batch):
         **close,
     )
     assert drawn.levels.dtype == torch.float32 and drawn.assign.shape == (batch, tokens)
-    teacher, given_ = drawn.cleanest(), drawn.is_condition()
+    teacher = drawn.cleanest()
+    given_ = drawn.is_condition()
     assert teacher.k == 1 + drawn.condition and torch.equal(
         teacher.is_condition(), given_
     )
@@ -304,10 +305,13 @@ def test_sorting_gives_masked_tokens_one_side_and_leaves_single_samples_alone(
 
 
 def test_near_smooths_other_densities_like_the_integral():
-    density, near, ratio = Uniform(0, 0.5), 0.3, 0.25
+    density = Uniform(0, 0.5)
+    near = 0.3
+    ratio = 0.25
     drawn = DualTimestep(density, ratio, near=near).sample(20_000, 2, keyed(0, "near"))
     # midpoints of [0, 0.5]; t + near < 1
-    t, x = (np.arange(500) + 0.5) / 1000, np.linspace(0, 1, 1001)[:, None]
+    t = (np.arange(500) + 0.5) / 1000
+    x = np.linspace(0, 1, 1001)[:, None]
     # what of [t - near, t + near] folds to levels up to x is what lies in [-x, x]
     below = (
         np.clip(np.minimum(t + near, x) - np.maximum(t - near, -x), 0, None)
@@ -513,10 +517,8 @@ def test_full_masking_mixes_the_density_with_pure_noise(mask_ratio):
 @pytest.mark.parametrize("max_level", [0.0, 0.2, 1.0])
 def test_a_condition_has_its_own_level_and_leaves_the_others_theirs(inner, max_level):
     named = (0, 3, 4)
-    drawn, without = (
-        Conditioned(inner, named, max_level).sample(4000, 9, keyed(0, "c")),
-        inner.sample(4000, 9, keyed(0, "c")),
-    )
+    drawn = Conditioned(inner, named, max_level).sample(4000, 9, keyed(0, "c"))
+    without = inner.sample(4000, 9, keyed(0, "c"))
     given_ = torch.tensor([i in named for i in range(9)]).expand(4000, 9)
     assert (
         drawn.k == without.k + 1

@@ -52,7 +52,8 @@ def sincos_positions(coordinates, d):
     omega = torch.tensor(
         [10_000 ** (-4 * i / d) for i in range(d // 4)], dtype=torch.float64
     )
-    column, row = coordinates[..., 2:3] * omega, coordinates[..., 1:2] * omega
+    column = coordinates[..., 2:3] * omega
+    row = coordinates[..., 1:2] * omega
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], -1)
 
 
@@ -73,13 +74,12 @@ def plain_forward(model, x, tau, y, layer, mask=None, coordinates=None):
     """DiT with a condition for every token, written as the papers write it, straight
     from the weights; mask: (b, n, n).
     """
-    w, config = dict(model.named_parameters()), model.config
-    d, places = (
-        config.width,
-        (
-            config.parts[0].coordinates() if coordinates is None else coordinates
-        ).double(),
-    )
+    w = dict(model.named_parameters())
+    config = model.config
+    d = config.width
+    places = (
+        config.parts[0].coordinates() if coordinates is None else coordinates
+    ).double()
 
     def norm(h):
         return (h - h.mean(-1, keepdim=True)) / (
@@ -119,12 +119,11 @@ def plain_forward(model, x, tau, y, layer, mask=None, coordinates=None):
         q, k, v = linear(norm(h) * (1 + g1) + b1, f"blocks.{i}.attn.qkv").chunk(3, -1)
         heads = []
         for part in torch.arange(d).chunk(config.heads):
-            qh, kh = (
-                rms(q[..., part], f"blocks.{i}.attn.q_norm"),
-                rms(k[..., part], f"blocks.{i}.attn.k_norm"),
-            )
+            qh = rms(q[..., part], f"blocks.{i}.attn.q_norm")
+            kh = rms(k[..., part], f"blocks.{i}.attn.k_norm")
             if config.positions == "rotary":
-                qh, kh = turned(qh, places), turned(kh, places)
+                qh = turned(qh, places)
+                kh = turned(kh, places)
             scores = qh @ kh.transpose(-1, -2) / math.sqrt(len(part))
             if mask is not None:
                 scores = scores.masked_fill(~mask, -math.inf)
@@ -153,10 +152,8 @@ def plain_forward(model, x, tau, y, layer, mask=None, coordinates=None):
 def drawn(k, seed=0, b=4, n=6, condition=0, edges=False):
     """Tokens in float64, classes and levels of a batch."""
     g = torch.Generator().manual_seed(seed)
-    x, y = (
-        torch.randn(b, n, 3, generator=g, dtype=torch.float64),
-        Condition(torch.randint(0, 6, (b,), generator=g), 5),
-    )
+    x = torch.randn(b, n, 3, generator=g, dtype=torch.float64)
+    y = Condition(torch.randint(0, 6, (b,), generator=g), 5)
     values = torch.rand(b, k, generator=g, dtype=torch.float64)
     levels = NoiseLevels(
         values.round() if edges else values,
@@ -170,11 +167,9 @@ def same_group(levels):
     """The mask of attention separation: one's own level and every condition; a
     condition sees conditions only.
     """
-    key, query, first = (
-        levels.assign[:, None],
-        levels.assign[:, :, None],
-        levels.k - levels.condition,
-    )
+    key = levels.assign[:, None]
+    query = levels.assign[:, :, None]
+    first = levels.k - levels.condition
     return (key == query) & (query < first) | (key >= first)
 
 
@@ -223,7 +218,8 @@ def test_separation_of_a_single_level_is_none():
 @every_variant
 def test_tokens_are_a_set_whose_order_is_in_their_coordinates(variant):
     model, (x, y, levels) = model_of(torch.float64, **variant), drawn(2)
-    coordinates, order = grid_coordinates((2, 3)), torch.tensor([4, 2, 0, 5, 1, 3])
+    coordinates = grid_coordinates((2, 3))
+    order = torch.tensor([4, 2, 0, 5, 1, 3])
     expected = model(x, levels, y).velocity
     assert torch.equal(
         model(x, levels, y, coordinates=coordinates).velocity, expected
@@ -280,10 +276,8 @@ def test_coordinates_of_another_shape_are_refused(shape, positions):
 def test_gradients_in_float64(variant, separated):
     model = model_of(torch.float64, depth=2, **variant)
     x = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
-    levels, y = (
-        DualTimestep(mask_ratio=0.5).sample(2, 6, torch.Generator().manual_seed(0)),
-        Condition(torch.tensor([0, 5]), 5),
-    )
+    levels = DualTimestep(mask_ratio=0.5).sample(2, 6, torch.Generator().manual_seed(0))
+    y = Condition(torch.tensor([0, 5]), 5)
     wanted = (
         "blocks.0.adaLN_modulation.1.bias",
         "blocks.0.adaLN_bias",
@@ -303,10 +297,13 @@ def test_gradients_in_float64(variant, separated):
 @pytest.mark.parametrize("variant", [{}, MODERN], ids=["published", "modern"])
 def test_checkpointing_saves_memory_and_changes_no_bit(variant, precision):
     x, y, levels = drawn(2)
-    x, levels = x.float(), NoiseLevels(levels.levels.float(), levels.assign)
-    found, kept = [], []
+    x = x.float()
+    levels = NoiseLevels(levels.levels.float(), levels.assign)
+    found = []
+    kept = []
     for checkpointing in (False, True):
-        model, sizes = model_of(**variant), {}
+        model = model_of(**variant)
+        sizes = {}
         model.checkpointing = checkpointing
 
         def pack(tensor, sizes=sizes):
@@ -396,7 +393,8 @@ def test_an_initialised_block_is_the_identity(variant):
         )
     )
     x, _, levels = drawn(2)
-    x, levels = x.float(), NoiseLevels(levels.levels.float(), levels.assign)
+    x = x.float()
+    levels = NoiseLevels(levels.levels.float(), levels.assign)
     out = model(x, levels, taps=(1, 2, 3))
     embedded = model.x_embedder.image(x) + (
         0 if variant["positions"] == "rotary" else model.positions
@@ -413,7 +411,8 @@ def test_an_initialised_block_is_the_identity(variant):
 
 def test_a_model_in_bf16_takes_coordinates():
     model = model_of(torch.bfloat16)
-    x, levels = torch.randn(2, 6, 3).bfloat16(), DualTimestep().sample(2, 6)
+    x = torch.randn(2, 6, 3).bfloat16()
+    levels = DualTimestep().sample(2, 6)
     out = model(x, levels, coordinates=grid_coordinates((2, 3))).velocity
     assert out.dtype == torch.bfloat16 and torch.equal(out, model(x, levels).velocity)
 
@@ -451,7 +450,9 @@ def test_stop_ends_at_the_last_tap_and_touches_nothing_deeper():
 
 
 def test_no_condition_means_the_null_label():
-    model, x, levels = model_of(), torch.randn(2, 6, 3), DualTimestep().sample(2, 6)
+    model = model_of()
+    x = torch.randn(2, 6, 3)
+    levels = DualTimestep().sample(2, 6)
     torch.testing.assert_close(
         model(x, levels).velocity,
         model(x, levels, Condition(torch.tensor([5, 5]), 5)).velocity,

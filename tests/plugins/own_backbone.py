@@ -29,15 +29,11 @@ class Mixer(nn.Module):
     def __init__(self, inputs, width, depth):
         super().__init__()
         self.width, self.depth = width, depth
-        self.inward, self.outward = (
-            nn.Linear(inputs.channels, width),
-            nn.Linear(width, inputs.channels),
-        )
+        self.inward = nn.Linear(inputs.channels, width)
+        self.outward = nn.Linear(width, inputs.channels)
         # the last label: none
-        self.level, self.label = (
-            nn.Linear(1, width),
-            nn.Embedding(inputs.classes + 1, width),
-        )
+        self.level = nn.Linear(1, width)
+        self.label = nn.Embedding(inputs.classes + 1, width)
         self.over_tokens = nn.ModuleList(mlp(inputs.tokens) for _ in range(depth))
         self.over_channels = nn.ModuleList(mlp(width) for _ in range(depth))
 

@@ -74,7 +74,8 @@ def test_unknown_names_and_options_are_refused(method, options, words):
 
 
 def test_options_reach_a_sampler_from_python(runs):
-    run, one = runs["tiny"], torch.tensor([1])
+    run = runs["tiny"]
+    one = torch.tensor([1])
     usual = run.sample(one, 3, "sde")["image"]
     late = run.sample(one, 3, "sde", last=0.3)["image"]
     assert torch.equal(run.sample(one, 3, "sde", last=0.04)["image"], usual)

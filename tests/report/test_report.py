@@ -106,7 +106,8 @@ FIGURES = {
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_are_pure(name):
     sys.modules.pop("matplotlib.pyplot", None)
-    figure, again = FIGURES[name](), FIGURES[name]()
+    figure = FIGURES[name]()
+    again = FIGURES[name]()
     assert isinstance(figure, Figure) and figure.axes
     assert plots.to_png(figure).startswith(b"\x89PNG")
     assert figure._repr_png_().startswith(b"\x89PNG")
@@ -159,7 +160,8 @@ def test_runs_without_a_log_are_left_out_of_the_training_curves():
     ],
 )
 def test_curves_of_runs_use_the_largest_unit_that_fits(furthest, label, factor):
-    x, y = np.linspace(furthest / 10, furthest, 10), some(10)
+    x = np.linspace(furthest / 10, furthest, 10)
+    y = some(10)
     units = ((1, "s"), (60, "min"), (3600, "h"))
     axis = plots.draw_runs({"a": (x, y)}, "time", "y", units).axes[0]
     assert axis.get_xlabel() == label
@@ -418,7 +420,8 @@ def test_a_pdf_without_a_browser_is_refused_before_any_work(
 
 def assert_page_is_fine(tab, page, width):
     """The page opens offline, fits the screen, and its images and links work."""
-    messages, requests = [], []
+    messages = []
+    requests = []
     tab.on("console", lambda message: messages.append(message.text))
     tab.on("pageerror", lambda error: messages.append(str(error)))
     tab.on("dialog", lambda dialog: (messages.append("a dialog"), dialog.dismiss()))
@@ -723,7 +726,8 @@ def words_of(text):
 
 def help_of(part):
     "The comment of each field, next to it or above it."
-    explained, above = {}, []
+    explained = {}
+    above = []
     for line in inspect.getsource(part).splitlines():
         if comment := re.match(r"    # (.+)$", line):
             above.append(comment[1])

@@ -6,13 +6,12 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from conftest import TINY, assert_same
@@ -34,17 +33,6 @@ GOLDEN = HERE / "fixtures/golden.json"
 KILLS = 12
 
 
-def start(*args):
-    return subprocess.Popen(
-        [sys.executable, *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
-
-
 def test_kill_at_random_moments_also_while_saving_loses_nothing(tmp_path):
     config = replace(
         TINY,
@@ -58,10 +46,12 @@ def test_kill_at_random_moments_also_while_saving_loses_nothing(tmp_path):
         ),
     )
     (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
-    program = start(HERE / "victims.py", tmp_path, tmp_path / "config.json", 0, KILLS)
-    said, problems = program.communicate(timeout=500)
-    assert program.returncode == 0, problems[-3000:]
-    found = json.loads(said)
+    program = programs.Program(
+        HERE / "victims.py", tmp_path, tmp_path / "config.json", 0, KILLS
+    )
+    program.wait(500)
+    assert program.returncode == 0, program.stderr[-3000:]
+    found = json.loads(program.stdout)
     assert (
         sum(found["killed"].values()) >= KILLS and found["killed"].get("saving", 0) >= 3
     ), found
@@ -78,10 +68,8 @@ def test_kill_at_random_moments_also_while_saving_loses_nothing(tmp_path):
             run.sample_history(), whole.sample_history(), strict=True
         ):
             assert torch.equal(images, expected), f"the picture of step {step}"
-        assert (
-            run.timing["step"].tolist() == whole.log["step"].tolist()
-            and run.timing["seconds"].is_monotonic_increasing
-        )
+        assert run.timing["step"].tolist() == whole.log["step"].tolist()
+        assert run.timing["seconds"].is_monotonic_increasing
         left = {p.name for p in (run.path / "checkpoints").iterdir()} - {
             p.name for p in run.checkpoints()
         }
@@ -114,7 +102,9 @@ class Stops:
     "Asks a run to stop after given steps, by Run.requested."
 
     def __init__(self, monkeypatch, steps, what="stop"):
-        self.steps, self.now, real = steps, 0, training.train_step
+        self.steps = steps
+        self.now = 0
+        real = training.train_step
 
         def counting(state, *args, **options):
             self.now = state.step + 1
@@ -174,9 +164,8 @@ def test_muon_and_a_falling_rate_resume_exactly(tmp_path):
         for name in whole.load("optimizer")
         if "blocks.0.mlp.fc1.weight" in name
     }
-    assert slots == {
-        "momentum_buffer"
-    } and "model.x_embedder.image.weight/exp_avg" in whole.load("optimizer")
+    assert slots == {"momentum_buffer"}
+    assert "model.x_embedder.image.weight/exp_avg" in whole.load("optimizer")
     with pytest.MonkeyPatch.context() as patch:
         Stops(patch, {5})
         assert [train(config, tmp_path).state()["step"] for _ in range(2)] == [5, 12]
@@ -202,7 +191,8 @@ def test_sampling_validating_and_probing_in_the_middle_change_nothing(
         TINY, training=replace(TINY.training, sample_every=3, save_every=3)
     )
     Stops(monkeypatch, {5}, "sample")
-    real, looked = Run.prune, []
+    real = Run.prune
+    looked = []
 
     def looking(run):  # another program that looks at the run while it trains
         seen = Run.open(run.path)
@@ -220,7 +210,8 @@ def test_sampling_validating_and_probing_in_the_middle_change_nothing(
 
     monkeypatch.setattr(Run, "prune", looking)
     run = train(config, tmp_path)
-    assert looked == [3, 6, 9, 12] and [step for step, *_ in run.sample_history()] == [
+    assert looked == [3, 6, 9, 12]
+    assert [step for step, *_ in run.sample_history()] == [
         3,
         5,
         6,
@@ -252,7 +243,7 @@ def wait_for(path, seconds=120):
 
 
 @pytest.mark.parametrize(
-    "how, status, workers",
+    "how, expected, workers",
     [
         ("SIGINT", None, 0),
         ("SIGTERM", 143, 2),
@@ -260,9 +251,9 @@ def wait_for(path, seconds=120):
     ],
 )
 def test_an_interrupted_run_finishes_its_step_saves_and_says_how_to_resume(
-    tmp_path, how, status, workers
+    tmp_path, how, expected, workers
 ):
-    program = start(
+    program = programs.Program(
         "-c", PROGRAM.format(here=str(HERE), folder=str(tmp_path), workers=workers)
     )
     wait_for(tmp_path / "tiny/log.jsonl")
@@ -279,22 +270,20 @@ def test_an_interrupted_run_finishes_its_step_saves_and_says_how_to_resume(
     else:
         # as a terminal, a cluster and a container do: workers get it too
         os.killpg(program.pid, getattr(signal, how))
-    said, problems = program.communicate(timeout=60)
+    status = program.wait(60)
+    message = program.stdout
     if how == "SIGINT":  # the status depends on what libraries do at the end
-        assert program.returncode and problems.endswith("KeyboardInterrupt: saved\n")
+        assert status
+        assert program.stderr.endswith("KeyboardInterrupt: saved\n")
     else:
-        assert program.returncode == status, problems
+        assert status == expected, program.stderr
     run = Run.open(tmp_path / "tiny")
-    (step,) = re.findall(r"after step (\d+) of 100000, which is saved", said)
-    assert (
-        run.state()["step"] == int(step) == run.log["step"].max()
-        and run.writer() is None
-    )
-    assert (
-        f"selfflow train --config {run.path}/config.json" in said
-        and not (run.path / "stop").exists()
-    )
-    assert ("came back" in said) == (how == "stop file")
+    (step,) = re.findall(r"after step (\d+) of 100000, which is saved", message)
+    assert run.state()["step"] == int(step) == run.log["step"].max()
+    assert run.writer() is None
+    assert f"selfflow train --config {run.path}/config.json" in message
+    assert not (run.path / "stop").exists()
+    assert ("came back" in message) == (how == "stop file")
 
 
 def test_a_second_signal_does_not_wait():
@@ -308,7 +297,8 @@ def test_a_second_signal_does_not_wait():
 
 
 def test_training_in_another_thread_leaves_signals_alone(runs, tmp_path):
-    before, found = signal.getsignal(signal.SIGTERM), []
+    before = signal.getsignal(signal.SIGTERM)
+    found = []
     thread = threading.Thread(target=lambda: found.append(train(TINY, tmp_path)))
     thread.start()
     thread.join()
@@ -365,9 +355,8 @@ def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(
             train(TINY, tmp_path)
         assert raised.value.errno == 28
     monkeypatch.undo()
-    assert Run.open(tmp_path / "tiny").state()["step"] == 4 and not list(
-        (tmp_path / "tiny/checkpoints").glob(".*")
-    )
+    assert Run.open(tmp_path / "tiny").state()["step"] == 4
+    assert not list((tmp_path / "tiny/checkpoints").glob(".*"))
     assert_same(runs["tiny"], train(TINY, tmp_path))
 
 
@@ -388,11 +377,9 @@ def test_a_log_that_cannot_be_written_ends_the_run(runs, tmp_path):
         ):
             train(TINY, tmp_path)
     run = Run.open(tmp_path / "tiny")
-    assert (
-        run.state()["step"] == 4
-        and run.log["step"].tolist() == [1, 2, 3, 4, 5, 6]
-        and run.writer() is None
-    )
+    assert run.state()["step"] == 4
+    assert run.log["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert run.writer() is None
     assert_same(runs["tiny"], train(TINY, tmp_path))
 
 
@@ -434,14 +421,10 @@ def test_time_adds_up_over_sessions_and_may_be_unknown(tmp_path, monkeypatch):
     Stops(monkeypatch, {5, 9})
     for _ in range(3):
         run = train(config, tmp_path)
-    assert (
-        run.timing["step"].tolist() == [6, 10, 12]
-        and run.timing["seconds"].iloc[-1] > 12 * 0.05
-    )
-    assert (
-        run.timing["seconds"].iloc[1] > 10 * 0.05
-        and (run.timing["wall"] > run.timing["seconds"]).all()
-    )
+    assert run.timing["step"].tolist() == [6, 10, 12]
+    assert run.timing["seconds"].iloc[-1] > 12 * 0.05
+    assert run.timing["seconds"].iloc[1] > 10 * 0.05
+    assert (run.timing["wall"] > run.timing["seconds"]).all()
     shutil.copytree(HERE / "fixtures/runs/format-1", tmp_path / "format-1")
     old = Run.open(tmp_path / "format-1")
     assert train(old.config, tmp_path).timing["seconds"].isna().all()
@@ -467,7 +450,8 @@ def test_data_that_changed_since_the_run_began_are_refused(tmp_path, monkeypatch
 
     config = replace(TINY, objective=ObjectiveConfig("flow_matching"))
     run = train(config, tmp_path)
-    before, digits = run.log_path.read_text(), sources._open_digits
+    before = run.log_path.read_text()
+    digits = sources._open_digits
 
     def changed(asked, split):
         data = digits(asked, split)
@@ -519,9 +503,8 @@ def test_a_requested_tracker_receives_the_log(runs, tmp_path):
     assert events.Scalars("flow_loss_by_level/0.95")[-1].value == pytest.approx(
         levels[-1], rel=1e-6
     )
-    assert {"steps_per_second", "data_wait"} <= set(
-        events.Tags()["scalars"]
-    ) and not list(runs["tiny"].path.rglob("events.*"))
+    assert {"steps_per_second", "data_wait"} <= set(events.Tags()["scalars"])
+    assert not list(runs["tiny"].path.rglob("events.*"))
 
 
 def test_a_failing_tracker_is_dropped_and_training_continues(
@@ -571,13 +554,12 @@ GOLD = replace(
 def test_the_golden_curve(tmp_path):
     "Losses of a tiny run, recorded: what changes them must be meant. Made by `python"
     "tests/test_resume.py`."
-    expected, log = json.loads(GOLDEN.read_text()), train(GOLD, tmp_path).log
+    expected = json.loads(GOLDEN.read_text())
+    log = train(GOLD, tmp_path).log
     for name, values in expected.items():
         assert log[name].dropna().tolist() == pytest.approx(values, rel=1e-3), name
-    assert (
-        len(expected["flow_loss"]) == 30
-        and log["flow_loss"].iloc[-1] < 0.8 * log["flow_loss"].iloc[0]
-    )
+    assert len(expected["flow_loss"]) == 30
+    assert log["flow_loss"].iloc[-1] < 0.8 * log["flow_loss"].iloc[0]
 
 
 MEMORY = """
@@ -613,10 +595,9 @@ print(held[1] - held[0])
     not Path("/proc/self/statm").exists(), reason="memory is read from /proc"
 )
 def test_memory_does_not_grow_with_steps(tmp_path):
-    program = start("-c", MEMORY.format(here=str(HERE), folder=str(tmp_path)))
-    said, problems = program.communicate(timeout=300)
-    assert program.returncode == 0, problems
-    assert int(said.split()[-1]) < 3 * 2**20, (
+    program = programs.run("-c", MEMORY.format(here=str(HERE), folder=str(tmp_path)))
+    assert program.returncode == 0, program.stderr
+    assert int(program.stdout.split()[-1]) < 3 * 2**20, (
         "bytes that 800 steps have added; 4 kB a step would be seen"
     )
 

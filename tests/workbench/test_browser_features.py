@@ -195,7 +195,8 @@ def neighbours(seen, sample, count):
         ).first.wait_for()
     points = seen.atlas.planes[seen.method, seen.layer, seen.level].points
     for _ in range(100):
-        ringed, clicked = seen.drawn(1)[1], seen.drawn(2)[1]
+        ringed = seen.drawn(1)[1]
+        clicked = seen.drawn(2)[1]
         if ringed.shape == (count, 2) and np.allclose(ringed, points[order], atol=1e-5):
             assert np.allclose(clicked, points[[sample]], atol=1e-5)
             return
@@ -228,13 +229,12 @@ def border(points, polygon):
 
 
 def lasso(seen):
-    page, screen = seen.page, seen.drawn()[0]
+    page = seen.page
+    screen = seen.drawn()[0]
     generator = np.random.default_rng(0)
     for _ in range(10_000):  # a polygon that passes no point closely
-        centre, reach = (
-            screen[generator.integers(len(screen))],
-            generator.uniform(40, 90, 5),
-        )
+        centre = screen[generator.integers(len(screen))]
+        reach = generator.uniform(40, 90, 5)
         angles = np.arange(5) * 2 * np.pi / 5
         polygon = centre + reach[:, None] * np.stack(
             [np.cos(angles), np.sin(angles)], 1
