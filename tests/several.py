@@ -50,9 +50,9 @@ class OneBase:
         ours = dict(student.named_parameters())
         shared = {k for k, p in teacher.named_parameters() if p is ours[k]}
         assert shared == getattr(student, "base_names", set()) & ours.keys()
-        sharded = moment.run.config.training.parallel == "fsdp"
-        for name in shared if sharded else ():
-            assert ours[name].to_local().numel() == ours[name].numel() // processes()
+        if shared and moment.run.config.training.parallel == "fsdp":
+            held = sum(ours[name].to_local().numel() for name in shared)
+            assert held < 0.6 * sum(ours[name].numel() for name in shared)
 
 
 def main(file: Path) -> None:
