@@ -27,7 +27,6 @@ from ..method.averages import Averages, power_decay, power_exponent
 from ..method.backbone import ability, check_backbone, check_size
 from ..method.batch import Batch
 from ..method.build import build_objective
-from ..method.diffusers_backbone import DiffusersBackbone
 from selfflow.method.losses import (
     ONE_PIECE,
     BatchStats,
@@ -383,7 +382,7 @@ def _check_abilities(student: nn.Module, config: Config) -> None:
     if training.compile:
         ability(student, "blocks", "training.compile")
     if training.parallel == "fsdp":
-        _blocks(student)
+        ability(student, "blocks", "training.parallel fsdp")
     if training.optimizer == "muon":
         ability(student, "blocks", "training.optimizer muon")
     if training.checkpointing:
@@ -480,13 +479,6 @@ def _decays(config: TrainConfig) -> dict[str, Callable[[int], float]]:
     return decays
 
 # %% ../../nbs/3_training/08_state.ipynb #bfc98415
-def _blocks(model: nn.Module) -> Any:
-    "Return the blocks of a backbone, of which FSDP gathers one at a time."
-    if isinstance(model, DiffusersBackbone):
-        return model.layers()
-    return ability(model, "blocks", "training.parallel fsdp")
-
-
 def _share_base(student: nn.Module, teacher: nn.Module) -> None:
     "Give the teacher the student's shards of the base that their adapters share."
     base = getattr(student, "base_names", ())
@@ -508,8 +500,8 @@ def distribute_state(state: TrainState, config: Config, processes: Processes) ->
         state.learner = average_gradients(state.learner, processes, unused)
         return
     slots = [state.optimizer.state.get(p) for p in state.named_parameters().values()]
-    shard_weights(state.teacher, _blocks(state.teacher), processes)
-    shard_weights(state.learner, _blocks(state.student), processes)
+    shard_weights(state.teacher, state.teacher.blocks, processes)
+    shard_weights(state.learner, state.student.blocks, processes)
     _share_base(state.student, state.teacher)
     student = dict(state.student.named_parameters())
     for average in state.averages.values.values():
