@@ -521,7 +521,8 @@ def check(kind: Kind, cell: str, run: Path, place: Path, capsys) -> None:
         CELLS[cell](run, place)
         out = capsys.readouterr().out
         if cell == "probe" and kind.write:
-            assert "24 of 36, balanced" in out and "test 18" not in out, out
+            assert "24 of 36, balanced" in out
+            assert "test 18" not in out, out
         return
     before = contents(run)
     with pytest.MonkeyPatch.context() as patch:
@@ -540,7 +541,8 @@ def check(kind: Kind, cell: str, run: Path, place: Path, capsys) -> None:
             with pytest.raises(ValueError) as ended:
                 CELLS[cell](run, place)
             said = str(ended.value).splitlines()
-    assert len(said) == 1 and reason in said[0], said
+    assert len(said) == 1
+    assert reason in said[0], said
     assert contents(run) == before
 
 
@@ -549,7 +551,8 @@ def check_choice(kind: Kind, run: Path) -> None:
     items and explorers.
     """
     opened = Run.open(run, "cpu")
-    assert opened.state()["step"] == 8 and len(opened.log) == 8
+    assert opened.state()["step"] == 8
+    assert len(opened.log) == 8
     if not kind.write:
         return
     judged = Validation.of(opened.config)

@@ -202,11 +202,9 @@ def test_latents_are_the_scaled_mean_that_diffusers_gives(tmp_path, kind):
     make, signal, shape, latent_shape, shift, scale = KINDS[kind]
     model = make()
     opened = open_autoencoder(saved(model, tmp_path))
-    assert (
-        opened.signal == signal
-        and opened.latent_shape(shape) == latent_shape
-        and not opened.training
-    )
+    assert opened.signal == signal
+    assert opened.latent_shape(shape) == latent_shape
+    assert not opened.training
     assert not any(value.requires_grad for value in opened.parameters())
     signals = torch.rand(3, *shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
     x = (
@@ -221,12 +219,10 @@ def test_latents_are_the_scaled_mean_that_diffusers_gives(tmp_path, kind):
         expected = (posterior.mean - shift) * scale
         back = model.decode(expected / scale + shift).sample
     z = opened.encode(signals)
-    assert (
-        z.shape == (3, *latent_shape)
-        and z.dtype == torch.float32
-        and not z.requires_grad
-        and z.std() > 0.01
-    )
+    assert z.shape == (3, *latent_shape)
+    assert z.dtype == torch.float32
+    assert not z.requires_grad
+    assert z.std() > 0.01
     torch.testing.assert_close(z, expected)
     torch.testing.assert_close(
         opened.decode(expected), back.mean(1) if signal == "audio" else back
@@ -279,9 +275,9 @@ def test_signals_that_do_not_fit_are_refused(tmp_path, kind, shape, words):
 def test_a_fingerprint_follows_from_weights_and_config(vae, own):
     folder, config, weights = own
     first = open_autoencoder(vae).fingerprint
+    assert len(first) == 16
     assert (
-        len(first) == 16
-        and open_autoencoder(folder).fingerprint
+        open_autoencoder(folder).fingerprint
         == first
         == open_autoencoder(str(folder)).fingerprint
     )
@@ -309,10 +305,8 @@ def test_nothing_is_fetched_and_no_random_number_is_drawn(vae, monkeypatch):
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     opened = open_autoencoder(vae)
     opened.decode(opened.encode(torch.zeros(1, 3, 8, 8)))
-    assert (
-        torch.equal(before[0], torch.get_rng_state())
-        and (before[1] == np.random.get_state()[1]).all()
-    )
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert (before[1] == np.random.get_state()[1]).all()
     for name in (
         "stabilityai/sd-vae-ft-mse",
         "https://example.org/vae",
@@ -446,7 +440,8 @@ def test_gpu_and_cpu_agree(vae, tmp_path):
 
 def test_flux2_latents_are_those_of_its_pipeline(tmp_path):
     opened = open_autoencoder(saved(flux2(), tmp_path))
-    assert opened.signal == "image" and opened.latent_shape((3, 8, 12)) == (8, 2, 3)
+    assert opened.signal == "image"
+    assert opened.latent_shape((3, 8, 12)) == (8, 2, 3)
     images = torch.rand(2, 3, 8, 12, generator=torch.Generator().manual_seed(1)) * 2 - 1
     vae = diffusers.AutoencoderKLFlux2.from_pretrained(tmp_path).eval()
     with torch.no_grad():
@@ -459,7 +454,8 @@ def test_flux2_latents_are_those_of_its_pipeline(tmp_path):
         back = vae.decode(diffusers.Flux2Pipeline._unpatchify_latents(patches)).sample
         # the same as its batch norm in evaluation
         torch.testing.assert_close(vae.bn(patches), expected)
-    assert (mean != 0).any() and (deviation != 1).all()
+    assert (mean != 0).any()
+    assert (deviation != 1).all()
     z = opened.encode(images)
     torch.testing.assert_close(z, expected)
     torch.testing.assert_close(opened.decode(z), back, atol=1e-5, rtol=1e-4)
@@ -486,7 +482,8 @@ def test_ltx_latents_are_those_of_its_pipeline(tmp_path, timestep):
     torch.testing.assert_close(again, mean, atol=1e-5, rtol=1e-4)
     z = opened.encode(videos)
     torch.testing.assert_close(z, expected)
-    assert z.shape == (2, 3, 3, 2, 3) and (vae.latents_std != 1).any()
+    assert z.shape == (2, 3, 3, 2, 3)
+    assert (vae.latents_std != 1).any()
     torch.testing.assert_close(opened.decode(z), back, atol=1e-5, rtol=1e-4)
 
 
@@ -497,7 +494,8 @@ def test_a_decoder_that_adds_noise_adds_the_same_again(tmp_path):
     before = torch.get_rng_state()
     first = opened.decode(z)
     second = opened.decode(z)
-    assert torch.equal(first, second) and torch.equal(before, torch.get_rng_state())
+    assert torch.equal(first, second)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 # the whole way
@@ -535,9 +533,8 @@ def test_digits_encoded_read_and_decoded_equal_diffusers(vae, tmp_path, gray):
     deviation = z.std((0, 2, 3), keepdims=True)
     chosen = torch.tensor([69, 0, 31, 32, 5])
     signals = latents.take(chosen).signals
-    assert signals["image"].shape == (5, 2, 4, 4) and latents.shapes == {
-        "image": (2, 4, 4)
-    }
+    assert signals["image"].shape == (5, 2, 4, 4)
+    assert latents.shapes == {"image": (2, 4, 4)}
     torch.testing.assert_close(
         signals["image"].double(),
         torch.tensor((z - mean) / deviation)[chosen],

@@ -30,7 +30,8 @@ def test_sizes_are_multiples_of_one_area(rows, columns, multiple, aspect):
     height = rows * multiple
     width = columns * multiple
     sizes = buckets_of(height, width, multiple, aspect)
-    assert (height, width) in sizes and len({*sizes}) == len(sizes)
+    assert (height, width) in sizes
+    assert len({*sizes}) == len(sizes)
     area = height * width
     for high, wide in sizes:
         assert high % multiple == wide % multiple == 0
@@ -41,9 +42,8 @@ def test_sizes_are_multiples_of_one_area(rows, columns, multiple, aspect):
         )
     for number, (high, wide) in enumerate(sizes):
         near = nearest_bucket((wide, high), sizes)
-        assert near is not None and (
-            sizes[near][0] * wide == high * sizes[near][1] or near == number
-        )
+        assert near is not None
+        assert sizes[near][0] * wide == high * sizes[near][1] or near == number
 
 
 @given(
@@ -114,7 +114,8 @@ def test_batches_have_one_size_and_resume_exactly(photos):
     assert len(grids) > 1
     resumed = list(Batches(Sources(data), config).loader(first=5))
     for one, other in zip(batches[5:], resumed, strict=True):
-        assert torch.equal(one.x0, other.x0) and one.parts == other.parts
+        assert torch.equal(one.x0, other.x0)
+        assert one.parts == other.parts
 
 
 def test_a_turned_photo_is_in_the_bucket_of_what_is_shown(photos):
@@ -177,7 +178,8 @@ def test_a_run_trains_resumes_and_draws_any_size(photos, tmp_path, capsys):
     assert "not divisible by patch 2" in capsys.readouterr().err
     assert Run.open(whole.path).sample(torch.tensor([0]), 1, size=(6, 10))
     html = look(config, 8).html()
-    assert "tokens)" in html and html.count("data:image/png") > 1
+    assert "tokens)" in html
+    assert html.count("data:image/png") > 1
 
 
 def test_buckets_are_for_images_alone(photos):

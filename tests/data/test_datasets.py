@@ -15,9 +15,8 @@ def test_the_split_is_complete_disjoint_stratified_and_fixed():
     assert [len(p) for p in parts] == [1078, 359, 360]
     ours = torch.cat([p.images for p in parts]).flatten(1)
     theirs = torch.tensor(load_digits().data, dtype=torch.float32) / 8 - 1
-    assert torch.equal(ours.unique(dim=0), theirs.unique(dim=0)) and len(ours) == len(
-        theirs
-    )
+    assert torch.equal(ours.unique(dim=0), theirs.unique(dim=0))
+    assert len(ours) == len(theirs)
     for p in parts:
         assert (p.labels.bincount() / len(p) - 0.1).abs().max() < 0.01
     digest = hashlib.sha256(
@@ -30,12 +29,11 @@ def test_the_split_is_complete_disjoint_stratified_and_fixed():
 
 def test_values():
     data = digits("train")
-    assert data.images.shape[1:] == (1, 8, 8) and data.images.dtype == torch.float32
-    assert (
-        data.images.min() == -1
-        and data.images.max() == 1
-        and data.names == tuple("0123456789")
-    )
+    assert data.images.shape[1:] == (1, 8, 8)
+    assert data.images.dtype == torch.float32
+    assert data.images.min() == -1
+    assert data.images.max() == 1
+    assert data.names == tuple("0123456789")
 
 
 GOOD = {
@@ -106,11 +104,9 @@ def test_a_fingerprint_follows_from_the_content_alone():
     same = ImageSet(
         images.transpose(2, 3).contiguous().transpose(2, 3), labels.clone(), ("a", "b")
     )
-    assert (
-        one.fingerprint == same.fingerprint
-        and not same.images.is_contiguous()
-        and len(one[:4].fingerprint) == 16
-    )
+    assert one.fingerprint == same.fingerprint
+    assert not same.images.is_contiguous()
+    assert len(one[:4].fingerprint) == 16
     changed = images.clone()
     changed[3, 1, 2, 4] += 1e-6
     others = [

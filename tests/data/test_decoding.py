@@ -112,9 +112,8 @@ def test_images_are_scaled_to_any_aspect_ratio(height, width, wanted):
         "image",
         Form(wanted),
     )
-    assert found.shape == (3, *wanted) and found.flatten(1).unique(
-        dim=1
-    ).flatten().tolist() == [200, 100, 50]
+    assert found.shape == (3, *wanted)
+    assert found.flatten(1).unique(dim=1).flatten().tolist() == [200, 100, 50]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP"])
@@ -133,11 +132,9 @@ def test_the_central_square_at_the_same_size_is_exact(kind, height, width):
     top = (height - 8) // 2
     left = (width - 8) // 2
     expected = values[top : top + 8, left : left + 8].transpose(2, 0, 1)
-    assert (
-        found.dtype == torch.uint8
-        and found.shape == (3, 8, 8)
-        and found.is_contiguous()
-    )
+    assert found.dtype == torch.uint8
+    assert found.shape == (3, 8, 8)
+    assert found.is_contiguous()
     if (height - 8) % 2 == (width - 8) % 2 == 0:
         assert np.array_equal(found, expected)
     else:  # half a pixel lies on either side
@@ -200,7 +197,8 @@ def test_transparent_parts_lie_on_white():
     alpha = np.zeros((4, 4, 4), np.uint8)
     alpha[..., 0], alpha[0, :, 3], alpha[1, :, 3] = 200, 255, 128
     found = read(saved(Image.fromarray(alpha), "PNG"), "image", Form(4))
-    assert found[:, 0, 0].tolist() == [200, 0, 0] and found[:, 3, 0].tolist() == [
+    assert found[:, 0, 0].tolist() == [200, 0, 0]
+    assert found[:, 3, 0].tolist() == [
         255,
         255,
         255,
@@ -212,7 +210,8 @@ def test_transparent_parts_lie_on_white():
     index = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8)).convert("P")
     index.putpalette([10, 20, 30, 40, 50, 60])
     found = read(saved(index, "PNG", transparency=0), "image", Form(2))
-    assert found[:, 0, 0].tolist() == [255] * 3 and found[:, 0, 1].tolist() == [
+    assert found[:, 0, 0].tolist() == [255] * 3
+    assert found[:, 0, 1].tolist() == [
         40,
         50,
         60,
@@ -220,7 +219,8 @@ def test_transparent_parts_lie_on_white():
     grey = read(
         saved(Image.fromarray(pixels(4, 4)).convert("LA"), "PNG"), "image", Form(4)
     )
-    assert np.array_equal(grey[0], pixels(4, 4)) and torch.equal(grey[0], grey[2])
+    assert np.array_equal(grey[0], pixels(4, 4))
+    assert torch.equal(grey[0], grey[2])
 
 
 @pytest.mark.parametrize(
@@ -376,11 +376,9 @@ def test_pcm_as_the_standard_library_writes_it(width, channels):
         1
     )
     found = read(written.getvalue(), "audio", Form(samples=256))
-    assert (
-        found.dtype == torch.float32
-        and np.allclose(found[:200], expected, atol=1e-6)
-        and not found[200:].any()
-    )
+    assert found.dtype == torch.float32
+    assert np.allclose(found[:200], expected, atol=1e-6)
+    assert not found[200:].any()
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "int32", "float32", "float64"])
@@ -437,10 +435,8 @@ def test_reading_a_part_equals_reading_the_whole_file(rate, wanted, samples, cha
     found = read(
         wav(values, 3, 32, rate=rate), "audio", Form(rate=wanted, samples=samples)
     )
-    assert (
-        np.allclose(found[: len(expected)], expected, atol=1e-5)
-        and not found[len(expected) :].any()
-    )
+    assert np.allclose(found[: len(expected)], expected, atol=1e-5)
+    assert not found[len(expected) :].any()
 
 
 @pytest.mark.parametrize("rate", [8_001, 44_101, 399_989, 1_009])
@@ -554,10 +550,8 @@ def test_files_written_by_libsndfile_preserve_pitch_and_loudness(
     data = written(tone, rate, kind, subtype)
     read_header(data, "audio")
     spectrum = torch.fft.rfft(read(data, "audio", Form(samples=8_000))).abs() / 4_000
-    assert (
-        spectrum.argmax() == 440
-        and abs(spectrum.max() - (0.5 if channels == 1 else 0.375)) < 0.005
-    )
+    assert spectrum.argmax() == 440
+    assert abs(spectrum.max() - (0.5 if channels == 1 else 0.375)) < 0.005
 
 
 @pytest.mark.parametrize("kind, subtype", FORMS)
@@ -568,7 +562,9 @@ def test_short_audio_is_padded_with_silence(kind, subtype, rate, count):
     values = np.random.default_rng(count).uniform(-0.5, 0.5, (count, 2))
     found = read(written(values, rate, kind, subtype), "audio", Form(samples=100))
     end = -(-count * 8_000 // rate)
-    assert found.shape == (100,) and found.isfinite().all() and not found[end:].any()
+    assert found.shape == (100,)
+    assert found.isfinite().all()
+    assert not found[end:].any()
     assert rate != 8_000 or np.allclose(found[:count], values.mean(1), atol=1e-4)
 
 
@@ -720,16 +716,17 @@ def test_animations_follow_their_durations(kind, frames, fps):
         greys[k] for k in frame_indices(list(starts[:-1]), starts[-1], frames, fps)
     ]
     found = read(film(greys, durations, kind), "video", Form(3, frames, fps))
-    assert found.dtype == torch.uint8 and found.shape == (3, frames, 3, 3)
-    assert (
-        found[0, :, 1, 1].tolist() == expected and (found == found[:1, :, :1, :1]).all()
-    )
+    assert found.dtype == torch.uint8
+    assert found.shape == (3, frames, 3, 3)
+    assert found[0, :, 1, 1].tolist() == expected
+    assert (found == found[:1, :, :1, :1]).all()
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP"])
 def test_a_still_image_is_a_constant_video(kind):
     found = read(saved(Image.new("RGB", (4, 4), "white"), kind), "video", Form(2, 3))
-    assert found.shape == (3, 3, 2, 2) and found.min() > 250
+    assert found.shape == (3, 3, 2, 2)
+    assert found.min() > 250
     assert torch.equal(
         read(film([9, 99, 199], 50, kind), "image", Form(2)),
         torch.full((3, 2, 2), 9, dtype=torch.uint8),

@@ -218,9 +218,8 @@ def test_a_folder_that_cannot_be_listed_is_counted(root, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", scandir)
     skipped = Skipped()
-    assert listing(root, skipped) == ([], ["sub"]) and skipped == {
-        "cannot be opened": ["sub"]
-    }
+    assert listing(root, skipped) == ([], ["sub"])
+    assert skipped == {"cannot be opened": ["sub"]}
 
 
 def test_natural_order():
@@ -289,11 +288,11 @@ JSONL = (
 def test_tables(root, name, text):
     (root / name).write_bytes(text.encode())
     skipped = Skipped()
-    assert (
-        rows(root, "", skipped)
-        == [Row("a.png", "cat", "a, b\n\u732b"), Row("sub/b.png", "", "")]
-        and not skipped
-    )
+    assert rows(root, "", skipped) == [
+        Row("a.png", "cat", "a, b\n\u732b"),
+        Row("sub/b.png", "", ""),
+    ]
+    assert not skipped
     assert rows(root, "sub", skipped) is None
 
 
@@ -396,10 +395,8 @@ def test_splits_follow_from_the_name_alone(name, train, validation):
         else "test"
     )
     assert split_of(name, shares) == expected
-    assert (
-        split_of(name, (1.0, 0.0, 0.0)) == "train"
-        and split_of(name, (0.0, 0.0, 1.0)) == "test"
-    )
+    assert split_of(name, (1.0, 0.0, 0.0)) == "train"
+    assert split_of(name, (0.0, 0.0, 1.0)) == "test"
 
 
 @given(
@@ -417,7 +414,8 @@ def test_empty_splits_are_filled_from_the_others(names, given_folders, shares):
     )
     found = {**splits, **moved}
     asked = {split for split, share in zip(SPLITS, shares, strict=True) if share}
-    assert {*found} == names and {*found.values()} <= asked
+    assert {*found} == names
+    assert {*found.values()} <= asked
     assert len(names) < 3 or {*found.values()} == asked
     if {*splits.values()} == asked:
         assert not moved, "where no split is empty, nothing changes"
@@ -428,11 +426,9 @@ def test_missing_splits_are_filled_from_train_and_stay_fixed():
         f"test/{i}": "test" for i in range(100)
     }
     moved = carve(splits, (0.8, 0.1, 0.1), given=True)
-    assert (
-        {*moved.values()} == {"validation"}
-        and all(splits[name] == "train" for name in moved)
-        and 70 < len(moved) < 130
-    )
+    assert {*moved.values()} == {"validation"}
+    assert all(splits[name] == "train" for name in moved)
+    assert 70 < len(moved) < 130
     more = carve(
         splits | {f"train/more{i}": "train" for i in range(500)},
         (0.8, 0.1, 0.1),

@@ -69,17 +69,13 @@ def photos(tmp_path):
 def test_a_folder_is_a_data_set(photos):
     data = Folder(photos, size=5, **ALL)
     taken = data.take(torch.tensor([0, 11, 3, 3]))
-    assert (
-        len(data) == 12
-        and data.names == ("9", "10", "cat", "dog")
-        and data.shapes == {"image": (3, 5, 5)}
-    )
-    assert taken.signals["image"].dtype == torch.float32 and taken.signals[
-        "image"
-    ].shape == (4, 3, 5, 5)
-    assert taken.labels.dtype == torch.int64 and taken.captions == tuple(
-        data.names[label] for label in taken.labels
-    )
+    assert len(data) == 12
+    assert data.names == ("9", "10", "cat", "dog")
+    assert data.shapes == {"image": (3, 5, 5)}
+    assert taken.signals["image"].dtype == torch.float32
+    assert taken.signals["image"].shape == (4, 3, 5, 5)
+    assert taken.labels.dtype == torch.int64
+    assert taken.captions == tuple(data.names[label] for label in taken.labels)
     assert [entry.name for entry in data.entries[:3]] == [
         "9/3.webp",
         "9/7.webp",
@@ -199,7 +195,8 @@ def test_folders_that_are_splits(tmp_path, name, capsys):
         2,
         3,
         1,
-    ) and train.names == validation.names == ("cat", "deep")
+    )
+    assert train.names == validation.names == ("cat", "deep")
     assert train.skipped == {
         "lies beside the split folders": ["extra/deep/er/0.png", "top.png"]
     }
@@ -254,10 +251,8 @@ def test_classes_without_samples_are_reported(photos, capsys):
 def test_files_next_to_class_folders_have_no_class(photos, capsys):
     picture(photos / "lone.png")
     data = Folder(photos, **ALL)
-    assert (
-        data.names == ("", "9", "10", "cat", "dog")
-        and "class '' holds what is in no class folder" in capsys.readouterr().out
-    )
+    assert data.names == ("", "9", "10", "cat", "dog")
+    assert "class '' holds what is in no class folder" in capsys.readouterr().out
     (
         shutil.rmtree(photos / "cat"),
         shutil.rmtree(photos / "dog"),
@@ -265,7 +260,8 @@ def test_files_next_to_class_folders_have_no_class(photos, capsys):
         shutil.rmtree(photos / "10"),
     )
     alone = Folder(photos, **ALL)
-    assert alone.names == ("",) and alone.take(torch.tensor([0])).captions == ("",)
+    assert alone.names == ("",)
+    assert alone.take(torch.tensor([0])).captions == ("",)
     assert "1 samples (image) of split train, no classes" in capsys.readouterr().out
 
 
@@ -300,7 +296,8 @@ def test_a_table_lists_files_labels_and_captions(photos):
         "dog/1.bmp": "7",
     }
     assert [data.names[label] for label in taken.labels] == ["", "zebra", "zebra", "7"]
-    assert data.skipped.pop("is not in the table") and data.skipped == {
+    assert data.skipped.pop("is not in the table")
+    assert data.skipped == {
         "leads out of the folder": ["../photos/dog/5.bmp"],
         "is in the table, but not there": ["cat/4.jpg"],
         "is in the table twice": ["cat/0.png"],
@@ -318,7 +315,8 @@ def test_a_table_without_labels_leaves_the_classes(photos):
         "file_name,text\ncat/0.png,hello\n9/3.webp,\n", encoding="utf-8"
     )
     data = Folder(photos, **ALL)
-    assert data.names == ("9", "cat") and data.take(torch.arange(2)).captions == (
+    assert data.names == ("9", "cat")
+    assert data.take(torch.arange(2)).captions == (
         "9",
         "hello",
     )
@@ -343,9 +341,8 @@ def test_tables_in_split_folders(tmp_path):
             f"file_name,text,label\na.png,from {split},{split}\n", encoding="utf-8"
         )
     data = Folder(tmp_path, split="test")
-    assert data.names == ("test", "train") and data.take(
-        torch.tensor([0])
-    ).captions == ("from test",)
+    assert data.names == ("test", "train")
+    assert data.take(torch.tensor([0])).captions == ("from test",)
 
 
 def test_names_in_any_script(tmp_path):
@@ -356,12 +353,11 @@ def test_names_in_any_script(tmp_path):
         tmp_path / "\u732b/\u00fc.png", os.fsencode(tmp_path) + b"/\xff\xfe/\xfd.png"
     )
     data = Folder(tmp_path, **ALL)
-    assert (
-        len(data) == 6
-        and all(name.encode() for name in data.names)
-        and "caf\u00e9 2" in data.names
-    )
-    assert len(data.take(torch.arange(6))) == 6 and len(data.fingerprint) == 16
+    assert len(data) == 6
+    assert all(name.encode() for name in data.names)
+    assert "caf\u00e9 2" in data.names
+    assert len(data.take(torch.arange(6))) == 6
+    assert len(data.fingerprint) == 16
 
 
 # Hostile files
@@ -399,7 +395,8 @@ def test_hostile_files_are_counted_and_harm_nothing(tmp_path, capsys):
         "good.png",
         "png.jpg",
         "within.png",
-    ] and greys(data) == [50, 50, 50]
+    ]
+    assert greys(data) == [50, 50, 50]
     assert {reason: sorted(names) for reason, names in data.skipped.items()} == {
         "is no regular file": ["nowhere.png", "pipe.png", "zero.png"],
         "is a link to a folder": ["up"],
@@ -415,10 +412,8 @@ def test_hostile_files_are_counted_and_harm_nothing(tmp_path, capsys):
         "data: 3 samples (image) of split train, no classes; no sample of class '1'; "
         "read as what they are"
     )
-    assert (
-        out.count("\n") == 1
-        and "is not what its suffix says (2): 'junk.bmp', 'text.png'" in out
-    )
+    assert out.count("\n") == 1
+    assert "is not what its suffix says (2): 'junk.bmp', 'text.png'" in out
 
 
 def test_only_hostile_files(tmp_path):
@@ -446,14 +441,11 @@ def test_files_damaged_later_are_replaced_and_reported_once(photos, capsys):
         data.take(torch.tensor([11])).labels == data.take(torch.tensor([0])).labels == 0
     )
     assert list(data.broken) == [names[1], names[2], names[5], names[11]]
-    assert (
-        data.broken[names[2]] == "is empty"
-        and data.broken[names[5]] == "is no regular file"
-    )
+    assert data.broken[names[2]] == "is empty"
+    assert data.broken[names[5]] == "is no regular file"
     out = capsys.readouterr().out
-    assert out.count("\n") == 1 and out.startswith(
-        f"photos: {names[1]!r} cannot be opened (FileNotFoundError"
-    )
+    assert out.count("\n") == 1
+    assert out.startswith(f"photos: {names[1]!r} cannot be opened (FileNotFoundError")
     fresh = Folder(photos, **ALL)
     assert torch.equal(
         data.take(torch.tensor([1])).signals["image"],
@@ -468,7 +460,8 @@ def test_many_broken_files_fill_no_log_and_none_left_is_an_error(tmp_path, capsy
     for i in range(119):
         (tmp_path / "data" / f"{i}.png").unlink()
     capsys.readouterr()
-    assert len(data.take(torch.arange(120))) == 120 and len(data.broken) == 119
+    assert len(data.take(torch.arange(120))) == 120
+    assert len(data.broken) == 119
     out = capsys.readouterr().out.splitlines()
     assert [re.findall(r"\((\d+) such so far\)", line) for line in out] == [
         [],
@@ -494,19 +487,19 @@ def test_nan_is_replaced_and_silence_is_reported(tmp_path, capsys):
     sound(tmp_path / "s/d.wav", 5e-5)
     sound(tmp_path / "s/e.wav", 0.5, count=10)
     data = Folder(tmp_path / "s", "audio", samples=100, **ALL)
-    assert data.shapes == {"audio": (100,)} and not data.skipped
+    assert data.shapes == {"audio": (100,)}
+    assert not data.skipped
     taken = data.take(torch.arange(5)).signals["audio"]
     data.take(torch.arange(5))
-    assert taken.dtype == torch.float32 and taken.isfinite().all()
-    assert (
-        (taken[0, 20:80] - 0.25).abs().max() < 0.01
-        and not taken[1].any()
-        and not taken[2].any()
-    )
-    assert (taken[4, :10] == 0.5).all() and not taken[4, 10:].any(), (
-        "what is short is followed by silence"
-    )
-    assert data.broken == {"b.wav": "holds NaN or infinity"} and list(data.silent) == [
+    assert taken.dtype == torch.float32
+    assert taken.isfinite().all()
+    assert (taken[0, 20:80] - 0.25).abs().max() < 0.01
+    assert not taken[1].any()
+    assert not taken[2].any()
+    assert (taken[4, :10] == 0.5).all()
+    assert not taken[4, 10:].any(), "what is short is followed by silence"
+    assert data.broken == {"b.wav": "holds NaN or infinity"}
+    assert list(data.silent) == [
         "c.wav",
         "d.wav",
     ]
@@ -526,10 +519,8 @@ def test_audio_of_any_rate_and_channels_is_read(tmp_path):
         )
     data = Folder(tmp_path, "audio", rate=8_000, samples=8_000, **ALL)
     spectra = torch.fft.rfft(data.take(torch.arange(4)).signals["audio"]).abs()
-    assert (
-        spectra.argmax(1).tolist() == [300] * 4
-        and (spectra.amax(1) / 4_000 - 0.4).abs().max() < 0.01
-    )
+    assert spectra.argmax(1).tolist() == [300] * 4
+    assert (spectra.amax(1) / 4_000 - 0.4).abs().max() < 0.01
 
 
 def test_flac_without_soundfile_names_the_package(tmp_path, monkeypatch, capsys):
@@ -563,11 +554,11 @@ def test_videos_are_files_or_folders_of_numbered_images(tmp_path):
         "run",
         "walk/file.gif",
         "walk/frames",
-    ] and data.names == ("", "walk")
+    ]
+    assert data.names == ("", "walk")
     taken = data.take(torch.arange(3))
-    assert taken.signals["video"].shape == (3, 3, 4, 4, 4) and data.shapes == {
-        "video": (3, 4, 4, 4)
-    }
+    assert taken.signals["video"].shape == (3, 3, 4, 4, 4)
+    assert data.shapes == {"video": (3, 4, 4, 4)}
     found = ((taken.signals["video"][:, 0, :, 0, 0] + 1) * 127.5).round().int().tolist()
     assert found == [[20, 80, 140, 200], [0, 100, 100, 200], [20, 80, 140, 200]]
     assert len(Folder(tmp_path, **ALL)) == 12 * 4 + 3, (
@@ -584,8 +575,10 @@ def test_a_video_with_a_bad_first_frame_is_skipped_later_ones_replaced(
     (tmp_path / "a/0.png").write_bytes(b"")
     (tmp_path / "b/1.png").write_bytes(b"x")
     data = Folder(tmp_path, "video", frames=3, **ALL)
-    assert data.skipped == {"is empty": ["a"]} and len(data) == 2
-    assert len(data.take(torch.arange(2))) == 2 and data.broken.keys() == {"b"}
+    assert data.skipped == {"is empty": ["a"]}
+    assert len(data) == 2
+    assert len(data.take(torch.arange(2))) == 2
+    assert data.broken.keys() == {"b"}
 
 
 def test_pairs_by_stem(tmp_path, capsys):
@@ -604,7 +597,8 @@ def test_pairs_by_stem(tmp_path, capsys):
         "x/one",
         "x/two.b",
         "y/three",
-    ] and data.names == ("x", "y")
+    ]
+    assert data.names == ("x", "y")
     assert {
         key: value.shape for key, value in data.take(torch.arange(3)).signals.items()
     } == {"video": (3, 3, 2, 32, 32), "audio": (3, 50)}
@@ -615,9 +609,9 @@ def test_pairs_by_stem(tmp_path, capsys):
         "has no audio of its name": ["z/lone"],
     }
     out = capsys.readouterr().out
+    assert "no sample of class 'z'" in out
     assert (
-        "no sample of class 'z'" in out
-        and "videos and audio differ in length; with fps 320 they would be equally long"
+        "videos and audio differ in length; with fps 320 they would be equally long"
         in out
     )
     Folder(tmp_path, ("video", "audio"), frames=2, samples=50, fps=320, **ALL)
@@ -698,13 +692,12 @@ def test_recent_samples_are_cached_within_the_limit(photos, cache, kept, monkeyp
         stored, "read", lambda *arguments: calls.append(1) or real(*arguments)
     )
     whole = data.take(torch.arange(12)).signals["image"]
-    assert (
-        len(data.decoded) == kept
-        and [index for index, _ in data.decoded] == list(range(12 - kept, 12))
-        and len(calls) == 12
-    )
+    assert len(data.decoded) == kept
+    assert [index for index, _ in data.decoded] == list(range(12 - kept, 12))
+    assert len(calls) == 12
     again = data.take(torch.arange(12 - kept, 12)).signals["image"]
-    assert len(calls) == 12 and torch.equal(again, whole[12 - kept :])
+    assert len(calls) == 12
+    assert torch.equal(again, whole[12 - kept :])
 
 
 def test_workers_give_the_same(photos):
@@ -829,17 +822,16 @@ def test_a_data_set_of_hugging_face(stored):
     path = stored({"train": some(4), "valid": some(2, 50)})
     data = HuggingFace(path, size=4, carve=False)
     taken = data.take(torch.arange(4))
-    assert (
-        data.names == ("b", "a")
-        and taken.labels.tolist() == [0, 1, 0, 1]
-        and greys(data) == [0, 10, 20, 30]
-    )
+    assert data.names == ("b", "a")
+    assert taken.labels.tolist() == [0, 1, 0, 1]
+    assert greys(data) == [0, 10, 20, 30]
     assert taken.captions == (
         "number 0",
         "number 1",
         "number 2",
         "number 3",
-    ) and data.shapes == {"image": (3, 4, 4)}
+    )
+    assert data.shapes == {"image": (3, 4, 4)}
     assert greys(HuggingFace(path, split="validation", size=4, captions="class")) == [
         50,
         60,
@@ -874,15 +866,14 @@ def test_cache_files_do_not_count_but_runs_that_counted_them_resume(
         }
     )
     run = train(config, tmp_path, "cpu", bar=False)
-    assert run.data["train"] == before and len([*path.rglob("cache-*.arrow")]) == 2
+    assert run.data["train"] == before
+    assert len([*path.rglob("cache-*.arrow")]) == 2
     counted = {
         split: HuggingFace(path, "video", split, 4, 2).earlier_fingerprints[1]
         for split in ("train", "validation")
     }
-    assert (
-        counted["train"] != before
-        and HuggingFace(path, "video", size=4, frames=2).fingerprint == before
-    )
+    assert counted["train"] != before
+    assert HuggingFace(path, "video", size=4, frames=2).fingerprint == before
     HuggingFace(path, "video", "test", 4, 2)  # as a probe does
     written = json.loads((run.path / "config.json").read_text())
     (run.path / "config.json").write_text(json.dumps(written | {"data": counted}))
@@ -911,7 +902,8 @@ def test_without_splits_a_hash_of_the_row_makes_them(stored):
         for grey in found
     )
     data = HuggingFace(path, **ALL)
-    assert data.names == ("",) and set(data.take(torch.arange(5)).captions) == {""}
+    assert data.names == ("",)
+    assert set(data.take(torch.arange(5)).captions) == {""}
 
 
 def test_columns_and_labels_of_other_names_and_kinds(stored):
@@ -1012,7 +1004,8 @@ def test_all_kinds_of_cells_are_read(stored):
         )
         data = HuggingFace(stored([{"image": cell}], {"image": feature}), size=6, **ALL)
         taken = ((data.take(torch.tensor([0])).signals["image"][0] + 1) * 127.5).round()
-        assert np.array_equal(taken, values.transpose(2, 0, 1)) and not data.broken
+        assert np.array_equal(taken, values.transpose(2, 0, 1))
+        assert not data.broken
 
 
 def test_images_and_audio_in_separate_files_are_stored_with_the_rows(stored, tmp_path):
@@ -1024,10 +1017,8 @@ def test_images_and_audio_in_separate_files_are_stored_with_the_rows(stored, tmp
     )
     (tmp_path / "x.png").unlink(), (tmp_path / "x.wav").unlink()
     data = HuggingFace(path, ("image", "audio"), samples=100, **ALL)
-    assert (
-        greys(data) == [50]
-        and (data.take(torch.tensor([0])).signals["audio"] == 0.25).all()
-    )
+    assert greys(data) == [50]
+    assert (data.take(torch.tensor([0])).signals["audio"] == 0.25).all()
 
 
 def test_audio_is_decoded_without_torchcodec(stored, monkeypatch, capsys):
@@ -1054,19 +1045,23 @@ def test_audio_is_decoded_without_torchcodec(stored, monkeypatch, capsys):
     )
     data = HuggingFace(path, "audio", samples=300, **ALL)
     taken = data.take(torch.arange(len(sounds))).signals["audio"]
-    assert taken.shape == (11, 300) and taken.isfinite().all()
+    assert taken.shape == (11, 300)
+    assert taken.isfinite().all()
     for i in range(4):
         assert (taken[i, 50:250] - taken[0, 50:250]).abs().max() < 0.01, (
             "at the rate that is asked for, not the column's"
         )
-    assert taken[4, :5].any() and not taken[4, 5:].any() and not taken[5].any()
+    assert taken[4, :5].any()
+    assert not taken[4, 5:].any()
+    assert not taken[5].any()
     assert all(torch.equal(taken[i], taken[10]) for i in range(6, 10))
     assert {name: why.split(" (")[0] for name, why in data.broken.items()} == {
         "row 6": "holds NaN or infinity",
         "row 7": "is shorter than it declares",
         "row 8": "is empty",
         "row 9": "cannot be decoded",
-    } and list(data.silent) == ["row 5"]
+    }
+    assert list(data.silent) == ["row 5"]
     assert "'row 5' is silent; it is used" in capsys.readouterr().out
 
 
@@ -1081,12 +1076,10 @@ def test_audio_stored_as_numbers_is_read(stored):
             {"audio": {"array": feature, "sampling_rate": datasets.Value("int32")}},
         )
         data = HuggingFace(path, "audio", samples=300, **ALL)
-        assert (
-            np.allclose(
-                data.take(torch.tensor([0])).signals["audio"][0], values, atol=1e-6
-            )
-            and not data.broken
+        assert np.allclose(
+            data.take(torch.tensor([0])).signals["audio"][0], values, atol=1e-6
         )
+        assert not data.broken
 
 
 def test_videos_in_a_table_are_read(stored):
@@ -1103,7 +1096,8 @@ def test_videos_in_a_table_are_read(stored):
         found = (
             data.take(torch.tensor([0])).signals["video"][0, 0, :, 0, 0] + 1
         ) * 127.5
-        assert (found - torch.tensor([0, 100])).abs().max() <= 2 and not data.broken
+        assert (found - torch.tensor([0, 100])).abs().max() <= 2
+        assert not data.broken
 
 
 def test_the_package_does_not_decode_frames_either(stored):
@@ -1121,9 +1115,8 @@ def test_the_package_does_not_decode_frames_either(stored):
     )
     data = HuggingFace(path, "video", frames=2, **ALL)
     data.take(torch.arange(2))
-    assert data.broken.keys() == {"row 0"} and data.broken["row 0"].startswith(
-        "declares too many pixels"
-    )
+    assert data.broken.keys() == {"row 0"}
+    assert data.broken["row 0"].startswith("declares too many pixels")
 
 
 PLAIN = datasets.List(datasets.List(datasets.Value("float64")))
@@ -1178,16 +1171,16 @@ def test_rows_that_cannot_be_read_are_replaced(stored, tmp_path, feature, cell, 
         with pytest.raises(RuntimeError, match="none of the 2 samples"):
             data.take(torch.arange(2))
     else:
-        assert data.take(torch.arange(2)).labels.tolist() == [1, 1] and list(
-            data.broken
-        ) == ["row 0"]
+        assert data.take(torch.arange(2)).labels.tolist() == [1, 1]
+        assert list(data.broken) == ["row 0"]
     assert data.broken["row 0"].startswith(reason)
 
 
 @pytest.mark.parametrize("label", [-1, None])
 def test_rows_without_a_label_are_replaced(stored, label):
     data = HuggingFace(stored([{**some(1)[0], "label": label}, some(2)[1]]), **ALL)
-    assert greys(data) == [10, 10] and data.broken["row 0"].startswith("has no label")
+    assert greys(data) == [10, 10]
+    assert data.broken["row 0"].startswith("has no label")
 
 
 @pytest.mark.parametrize(
@@ -1260,9 +1253,8 @@ def test_a_format_that_was_set_before_saving_makes_no_difference(tmp_path):
     for kind in ("torch", "numpy"):
         table.with_format(kind).save_to_disk(str(tmp_path / kind))
         data = HuggingFace(tmp_path / kind, **ALL)
-        assert greys(data) == [0, 10, 20] and data.take(
-            torch.arange(3)
-        ).labels.tolist() == [0, 1, 0]
+        assert greys(data) == [0, 10, 20]
+        assert data.take(torch.arange(3)).labels.tolist() == [0, 1, 0]
 
 
 def test_the_package_is_named_where_it_is_missing(tmp_path, monkeypatch):

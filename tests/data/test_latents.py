@@ -169,31 +169,23 @@ def standardised(images):
 def test_any_samples_in_any_order(whole, indices):
     latents = Latents(whole, check=False)
     examples = latents.take(torch.tensor(indices, dtype=torch.int64))
-    assert (
-        len(examples) == len(indices)
-        and examples.signals["image"].dtype == torch.float32
-    )
+    assert len(examples) == len(indices)
+    assert examples.signals["image"].dtype == torch.float32
     expected = torch.tensor(standardised(DATA.images)[indices])
     torch.testing.assert_close(
         examples.signals["image"].double(), expected, atol=1e-5, rtol=1e-5
     )
-    assert (
-        examples.labels.tolist() == [int(DATA.labels[i]) for i in indices]
-        and examples.labels.dtype == torch.int64
-    )
-    assert (
-        examples.captions == tuple(DATA.names[DATA.labels[i]] for i in indices)
-        and examples.factors == {}
-    )
+    assert examples.labels.tolist() == [int(DATA.labels[i]) for i in indices]
+    assert examples.labels.dtype == torch.int64
+    assert examples.captions == tuple(DATA.names[DATA.labels[i]] for i in indices)
+    assert examples.factors == {}
 
 
 def test_a_data_set_of_latents(whole):
     latents = Latents(whole, autoencoder=Haar())
-    assert (
-        len(latents) == 50
-        and latents.shapes == {"image": (4, 4, 4)}
-        and latents.names == DATA.names
-    )
+    assert len(latents) == 50
+    assert latents.shapes == {"image": (4, 4, 4)}
+    assert latents.names == DATA.names
     everything = latents.take(torch.arange(50)).signals
     deviation, mean = torch.std_mean(
         everything["image"].double(), (0, 2, 3), correction=0
@@ -229,22 +221,19 @@ def test_several_signals_factors_and_captions(tmp_path, shard_size, batch, both)
     assert latents.shapes == {
         "image": (4, 2, 1),
         "audio": (2, 3) if both else (6,),
-    } and latents.names == ("low", "high")
+    }
+    assert latents.names == ("low", "high")
     chosen = torch.tensor([19, 0, 6, 7, 6])
     got = latents.take(chosen)
     expected = data.take(chosen)
     assert got.captions == tuple(
         text.replace("\ud83d", "?") for text in expected.captions
     )
-    assert (
-        torch.equal(got.labels, expected.labels)
-        and got.factors.keys() == expected.factors.keys()
-    )
+    assert torch.equal(got.labels, expected.labels)
+    assert got.factors.keys() == expected.factors.keys()
     for name, values in expected.factors.items():
-        assert (
-            torch.equal(got.factors[name], values)
-            and got.factors[name].dtype == values.dtype
-        )
+        assert torch.equal(got.factors[name], values)
+        assert got.factors[name].dtype == values.dtype
     assert both or torch.equal(got.signals["audio"], expected.signals["audio"]), (
         "stored as it is"
     )
@@ -286,9 +275,8 @@ def test_a_channel_that_is_dead_is_only_centred(tmp_path):
     )
     latents = encode(tmp_path, flat)
     taken = latents.take(torch.arange(5)).signals
-    assert torch.equal(taken["image"], torch.zeros(5, 4, 2, 2)) and torch.equal(
-        latents.decode(taken)["image"], flat.images
-    )
+    assert torch.equal(taken["image"], torch.zeros(5, 4, 2, 2))
+    assert torch.equal(latents.decode(taken)["image"], flat.images)
 
 
 def test_without_captions(tmp_path):
@@ -342,7 +330,8 @@ def test_a_fingerprint_follows_from_what_is_read(whole, tmp_path):
     first = Latents(whole).fingerprint
     coder = Haar()
     coder.fingerprint = "another"
-    assert len(first) == 16 and encode(tmp_path / "again").fingerprint == first
+    assert len(first) == 16
+    assert encode(tmp_path / "again").fingerprint == first
     others = [
         encode(tmp_path / "1", DATA[:49]),
         encode(tmp_path / "2", DATA[list(range(49, -1, -1))]),
@@ -386,7 +375,8 @@ def test_only_requested_samples_are_read_into_memory(tmp_path):
     latents.take(torch.tensor([0]))
     before = own_memory()
     held = [latents.take(torch.tensor([i])) for i in (63, 5)]
-    assert own_memory() - before < size / 4 and len(held) == 2
+    assert own_memory() - before < size / 4
+    assert len(held) == 2
 
 
 def test_data_workers_read_the_same_latents(whole):
@@ -423,7 +413,8 @@ def test_an_interrupted_encoding_resumes(whole, tmp_path, at):
     with pytest.raises(KeyboardInterrupt):
         encode(tmp_path, coder=first)
     kept = sorted((tmp_path / "train").glob("shard-*"))
-    assert len(kept) == (at - 1) // 3 and not list((tmp_path / "train").glob(".*"))
+    assert len(kept) == (at - 1) // 3
+    assert not list((tmp_path / "train").glob(".*"))
     before = [path.stat().st_mtime_ns for path in kept]
     with pytest.raises(
         FileNotFoundError, match="only a part of its latents" if kept else "no latents"
@@ -431,10 +422,8 @@ def test_an_interrupted_encoding_resumes(whole, tmp_path, at):
         Latents(tmp_path)
     encode(tmp_path, coder=second)
     assert contents(tmp_path / "train") == contents(whole / "train")
-    assert (
-        second.batches == [4, 4, 2] * (5 - len(kept))
-        and [path.stat().st_mtime_ns for path in kept] == before
-    )
+    assert second.batches == [4, 4, 2] * (5 - len(kept))
+    assert [path.stat().st_mtime_ns for path in kept] == before
 
 
 def test_a_kill_before_each_single_call_costs_one_shard_at_most(tmp_path):
@@ -464,7 +453,8 @@ def test_a_kill_before_each_single_call_costs_one_shard_at_most(tmp_path):
         assert made in (2 - there, 3 - there), (
             "a shard that was not noted yet is made again"
         )
-        assert contents(folder / "train") == whole and len(latents) == 11
+        assert contents(folder / "train") == whole
+        assert len(latents) == 11
     assert k > 20
 
 
@@ -486,15 +476,14 @@ def test_a_full_disk_at_any_call_is_reported_and_costs_nothing(tmp_path):
         if len(seen) < k:
             break
         if raised is not None:
-            assert (
-                raised.errno == errno.ENOSPC
-                and isinstance(raised, NotWritten)
-                and "No space left" in str(raised)
-            )
+            assert raised.errno == errno.ENOSPC
+            assert isinstance(raised, NotWritten)
+            assert "No space left" in str(raised)
             assert not list(folder.rglob(".*")), "the room comes back"
         encode(folder, DATA[:11])
         assert contents(folder / "train") == whole
-    assert k > 20 and raised is None
+    assert k > 20
+    assert raised is None
 
 
 def test_intact_shards_are_left_alone(own):
@@ -507,20 +496,17 @@ def test_intact_shards_are_left_alone(own):
     before = look()
     coder = Once()
     latents = encode(own, coder=coder)
-    assert (
-        look() == before
-        and not coder.batches
-        and not coder.devices
-        and len(latents) == 50
-    )
+    assert look() == before
+    assert not coder.batches
+    assert not coder.devices
+    assert len(latents) == 50
 
 
 def test_the_autoencoder_works_on_the_requested_device(tmp_path):
     encode(tmp_path / "a", coder=(first := Once()), device="cpu")
     encode(tmp_path / "b", coder=(second := Once()), device="auto")
-    assert first.devices == ["cpu"] and second.devices == [
-        "cuda" if torch.cuda.is_available() else "cpu"
-    ]
+    assert first.devices == ["cpu"]
+    assert second.devices == ["cuda" if torch.cuda.is_available() else "cpu"]
 
 
 # what does not belong together
@@ -682,11 +668,9 @@ def test_damage_of_any_shard_is_detected_and_repaired(own, kind, position, numbe
             Latents(own, check=False)
     coder = Once()
     encode(own, coder=coder)
-    assert (
-        coder.batches == [4, 4, 2]
-        and path.read_bytes() == good
-        and len(Latents(own)) == 50
-    )
+    assert coder.batches == [4, 4, 2]
+    assert path.read_bytes() == good
+    assert len(Latents(own)) == 50
 
 
 @settings(
@@ -792,12 +776,10 @@ def test_the_files_contain_what_their_index_records(whole):
             file.get_tensor("signals.image"), Haar().encode(DATA.images[40:])
         )
     index = json.loads((whole / "train/index.json").read_text())
-    assert index["data"] == DATA.fingerprint and index["autoencoders"] == {
-        "image": Haar.fingerprint
-    }
-    assert [record["count"] for record in index["shards"]] == [10] * 5 and index[
-        "signals"
-    ] == {"image": [1, 8, 8]}
+    assert index["data"] == DATA.fingerprint
+    assert index["autoencoders"] == {"image": Haar.fingerprint}
+    assert [record["count"] for record in index["shards"]] == [10] * 5
+    assert index["signals"] == {"image": [1, 8, 8]}
 
 
 # half precision, mirrored samples, several processes, the command
@@ -811,7 +793,8 @@ def test_half_precision_halves_the_files_and_stays_near(whole, tmp_path, dtype, 
     assert raw.dtype == getattr(torch, dtype)
     values = latents.take(torch.arange(50)).signals["image"]
     exact = Latents(whole).take(torch.arange(50)).signals["image"]
-    assert values.dtype == torch.float32 and not torch.equal(values, exact)
+    assert values.dtype == torch.float32
+    assert not torch.equal(values, exact)
     torch.testing.assert_close(values, exact, rtol=4 * step, atol=8 * step)
     # mean and variance are those of what is read
     assert values.double().mean((0, 2, 3)).abs().max() < 1e-6
@@ -840,7 +823,8 @@ def test_an_index_without_a_choice_of_type_still_opens_and_resumes(whole, own):
 def test_mirrored_samples_follow_the_others(tmp_path):
     both = Mirrored(DATA)
     latents = encode(tmp_path, both)
-    assert len(latents) == 100 and latents.labels[50:].equal(latents.labels[:50])
+    assert len(latents) == 100
+    assert latents.labels[50:].equal(latents.labels[:50])
     images = latents.take(torch.tensor([3, 53, 49, 99]))
     decoded = Latents(tmp_path, autoencoder=Haar()).decode(images.signals)["image"]
     torch.testing.assert_close(decoded[::2], DATA.images[[3, 49]], atol=1e-5, rtol=0)
@@ -868,7 +852,8 @@ def test_the_command_resumes_with_several_processes_and_trains(whole, tmp_path, 
     assert "holds latents of something else" in said.err
     made = contents(tmp_path / "z/train")
     alone = encode(tmp_path / "alone", digits(), batch=32, shard_size=400)
-    assert made == contents(tmp_path / "alone/train") and len(alone) == 1078
+    assert made == contents(tmp_path / "alone/train")
+    assert len(alone) == 1078
     # one shard lost, as by a kill: the same command makes the same files
     (tmp_path / "z/train/shard-00001.safetensors").unlink()
     cli.main([*command, "--splits", "train", "validation"])

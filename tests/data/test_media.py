@@ -60,20 +60,16 @@ def each(*kinds):
 
 def greys(film):
     "The grey of each picture of a film, which is the same all over it."
-    assert (
-        film.dtype == torch.uint8
-        and (film.int() - film[:1, :, :1, :1].int()).abs().max() <= 6
-    )
+    assert film.dtype == torch.uint8
+    assert (film.int() - film[:1, :, :1, :1].int()).abs().max() <= 6
     return film.float().mean((0, 2, 3))
 
 
 def shows(data, form, expected, apart=4):
     read_header(data, "video")
     found = greys(read(data, "video", form))
-    assert (
-        len(found) == form.frames
-        and (found - torch.tensor(expected)).abs().max() <= apart
-    ), found
+    assert len(found) == form.frames
+    assert (found - torch.tensor(expected)).abs().max() <= apart, found
 
 
 def reason_of(data, function=read, form=None):
@@ -319,10 +315,8 @@ def test_the_container_is_given_and_not_guessed(monkeypatch):
         read(data, "video", Form(8, 2))
     assert opened == {"mov", "matroska", "avi"}
     playlist = b"#EXTM3U\n#EXTINF:1,\n/etc/passwd\n"
-    assert (
-        reason_of(playlist) == "cannot be read as video"
-        and reason_of(b"\0\0\0\x08ftypisom" + playlist) == "cannot be decoded"
-    )
+    assert reason_of(playlist) == "cannot be read as video"
+    assert reason_of(b"\0\0\0\x08ftypisom" + playlist) == "cannot be decoded"
 
 
 # What is broken
@@ -568,7 +562,8 @@ def test_a_run_survives_bad_videos_and_audio(tmp_path, capsys):
     )
     run = train(config, tmp_path / "runs", "cpu", bar=False)
     said = capsys.readouterr().out
-    assert run.log["flow_loss"].notna().all() and len(run.log) == 4
+    assert run.log["flow_loss"].notna().all()
+    assert len(run.log) == 4
     for words in (
         "clips: 28 samples (video, audio) of split train",
         "read as what they are, not as their suffix says (1)",
@@ -585,4 +580,5 @@ def test_a_run_survives_bad_videos_and_audio(tmp_path, capsys):
     assert folder.broken.keys() == {
         "train/cat/late",
         "train/cat/nan",
-    } and folder.silent.keys() == {"train/cat/silent"}
+    }
+    assert folder.silent.keys() == {"train/cat/silent"}

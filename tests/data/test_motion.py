@@ -121,11 +121,9 @@ def test_paths_never_leave(direction, speed, scale, bounce, frames):
         frames,
     )
     low = _WALL * scale if bounce else 0
-    assert (
-        way.shape == (1, frames, 2)
-        and (way >= low - 1e-5).all()
-        and (way <= 1 - low + 1e-5).all()
-    )
+    assert way.shape == (1, frames, 2)
+    assert (way >= low - 1e-5).all()
+    assert (way <= 1 - low + 1e-5).all()
 
 
 @pytest.mark.parametrize(
@@ -172,8 +170,10 @@ def test_digits_have_their_given_centre_and_angle(split):
         torch.stack([masks.sum(1) @ place, masks.sum(2) @ place]) / masks.sum((1, 2))
         - 0.5
     )
-    assert 32 * off.abs().median() < 0.2 and 32 * off.abs().max() < 1.5, "in pixels"
-    assert masks.amax((1, 2)).min() > 0.9 and masks.sum((1, 2)).min() > 40
+    assert 32 * off.abs().median() < 0.2
+    assert 32 * off.abs().max() < 1.5, "in pixels"
+    assert masks.amax((1, 2)).min() > 0.9
+    assert masks.sum((1, 2)).min() > 40
 
 
 def test_each_frame_is_an_image_of_shapes():
@@ -216,9 +216,8 @@ def test_only_figures_that_wrap_enter_at_the_opposite_side():
     elsewhere = (
         (masks * (far_x[:, :, None, :] | far_y[:, :, :, None])).flatten(1).sum(1)
     )
-    assert (elsewhere[factors["bounce"]] == 0).all() and (
-        elsewhere[~factors["bounce"]] > 0
-    ).float().mean() > 0.9
+    assert (elsewhere[factors["bounce"]] == 0).all()
+    assert (elsewhere[~factors["bounce"]] > 0).float().mean() > 0.9
 
 
 def centres(film, factors):
@@ -301,7 +300,8 @@ def test_the_larger_of_a_pair_is_in_front_and_gives_the_label():
     f = examples.factors
     masks = data.masks(torch.arange(400))
     film = examples.signals["video"]
-    assert torch.equal(examples.labels, f["direction"][:, 0]) and masks.shape == (
+    assert torch.equal(examples.labels, f["direction"][:, 0])
+    assert masks.shape == (
         400,
         2,
         16,
@@ -311,9 +311,8 @@ def test_the_larger_of_a_pair_is_in_front_and_gives_the_label():
     assert (f["scale"][:, 1] < f["scale"][:, 0].min()).all(), (
         "the larger can always be told"
     )
-    assert (f["colour"][:, 0] != f["colour"][:, 1]).all() and (
-        f["colour"] != f["ground"][:, None]
-    ).all()
+    assert (f["colour"][:, 0] != f["colour"][:, 1]).all()
+    assert (f["colour"] != f["ground"][:, None]).all()
     both = (masks[:, 0] == 1) & (masks[:, 1] == 1)
     assert both.sum() > 1000
     front = torch.tensor(PALETTE)[f["colour"][:, 0]][:, None, None, None].expand(
@@ -352,14 +351,22 @@ def test_the_data_set_follows_the_interface(options):
     data = Motion("test", 120, **options)
     examples = data.take(torch.arange(120))
     film = examples.signals["video"]
-    assert film.dtype == torch.float32 and film.shape[1:] == data.shapes["video"] == (
-        3,
-        data.frames,
-        data.size,
-        data.size,
+    assert film.dtype == torch.float32
+    assert (
+        film.shape[1:]
+        == data.shapes["video"]
+        == (
+            3,
+            data.frames,
+            data.size,
+            data.size,
+        )
     )
-    assert film.abs().max() <= 1 and film.isfinite().all() and data.names == DIRECTIONS
-    assert examples.labels.shape == (120,) and examples.labels.dtype == torch.int64
+    assert film.abs().max() <= 1
+    assert film.isfinite().all()
+    assert data.names == DIRECTIONS
+    assert examples.labels.shape == (120,)
+    assert examples.labels.dtype == torch.int64
     whole = {
         "kind",
         "colour",
@@ -383,9 +390,8 @@ def test_the_data_set_follows_the_interface(options):
             or not data.pair
             or name in ("ground", "texture", "grain")
         )
-    assert torch.equal(
-        film, data.draw(examples.factors)
-    ) and examples.captions == data.captions(examples.factors)
+    assert torch.equal(film, data.draw(examples.factors))
+    assert examples.captions == data.captions(examples.factors)
     if data.figures == "digits":
         assert torch.equal(
             digits("test").labels[examples.factors["handwriting"]],
@@ -438,29 +444,22 @@ def test_factors_are_uniform_independent_and_in_time(frames):
     }
     for name, known in known_names.items():
         share = f[name].bincount(minlength=len(known)) / 12_000
-        assert (
-            len(share) == len(known) and (share * len(known) - 1).abs().max() < 0.12
-        ), name
-    assert (f["colour"] != f["ground"]).all() and f[
-        "bounce"
-    ].float().mean().item() == pytest.approx(0.5, abs=0.02)
+        assert len(share) == len(known)
+        assert (share * len(known) - 1).abs().max() < 0.12, name
+    assert (f["colour"] != f["ground"]).all()
+    assert f["bounce"].float().mean().item() == pytest.approx(0.5, abs=0.02)
     late = f["appears"] > 0
     early = f["vanishes"] < frames
-    assert not (late & early).any() and late.float().mean().item() == pytest.approx(
-        0.25, abs=0.02
-    )
+    assert not (late & early).any()
+    assert late.float().mean().item() == pytest.approx(0.25, abs=0.02)
     assert early.float().mean().item() == pytest.approx(0.25, abs=0.02)
-    assert (
-        f["appears"].max() <= 0.2 * (frames - 1)
-        and f["vanishes"].min() - 1 >= 0.8 * (frames - 1) - 1e-6
-    )
+    assert f["appears"].max() <= 0.2 * (frames - 1)
+    assert f["vanishes"].min() - 1 >= 0.8 * (frames - 1) - 1e-6
     turning = f["rotation"][f["rotation"] != 0]
     assert len(turning) / 12_000 == pytest.approx(0.5, abs=0.02)
     assert (turning > 0).float().mean().item() == pytest.approx(0.5, abs=0.02)
-    assert (
-        turning.abs().min() >= _RANGES["rotation"][0]
-        and turning.abs().max() <= _RANGES["rotation"][1]
-    )
+    assert turning.abs().min() >= _RANGES["rotation"][0]
+    assert turning.abs().max() <= _RANGES["rotation"][1]
     names = (
         "kind",
         "colour",
@@ -477,9 +476,8 @@ def test_factors_are_uniform_independent_and_in_time(frames):
     ) - torch.eye(len(names))
     assert related.abs().max() < 0.05
     straight = f["positions"][~f["bounce"], 0]
-    assert (straight.mean(0) - 0.5).abs().max() < 0.02 and (
-        straight.var(0) - 1 / 12
-    ).abs().max() < 0.003
+    assert (straight.mean(0) - 0.5).abs().max() < 0.02
+    assert (straight.var(0) - 1 / 12).abs().max() < 0.003
 
 
 def test_only_bouncing_figures_meet_a_wall_and_in_time():
@@ -492,11 +490,9 @@ def test_only_bouncing_figures_meet_a_wall_and_in_time():
     ).all(2)
     first = torch.where(turned.any(1), turned.int().argmax(1), 60) / 60
     bounce = f["bounce"]
-    assert (
-        not turned[~bounce].any()
-        and first[bounce].min() >= 0.45 - 1 / 60
-        and first[bounce].max() <= 0.6 + 1e-6
-    )
+    assert not turned[~bounce].any()
+    assert first[bounce].min() >= 0.45 - 1 / 60
+    assert first[bounce].max() <= 0.6 + 1e-6
     assert (
         f["positions"][bounce] >= _WALL * f["scale"][bounce, None, None] - 1e-5
     ).all()
@@ -538,7 +534,8 @@ def test_captions_describe_visible_factors():
         (row[:5], row[5] if KINDS[row[0]] not in round_kinds else 0, row[6])
         for row in rows
     }
-    assert len(set(captions)) == len(seen) and max(map(len, captions)) <= 64
+    assert len(set(captions)) == len(seen)
+    assert max(map(len, captions)) <= 64
     told = dict(zip(rows, captions, strict=True))
     assert (
         told[4, 0, 3, 0.9, False, 0.3, (0, 16)]
@@ -578,15 +575,11 @@ def test_the_longest_captions():
         for name, value in longest.items()
     }
     (two,) = Motion(pair=True).captions(pair)
-    assert (
-        two == "a yellow crescent moves down right, a purple crescent down right"
-        and len(two) == 64
-    )
+    assert two == "a yellow crescent moves down right, a purple crescent down right"
+    assert len(two) == 64
     (one,) = Motion().captions({name: values[:, 0] for name, values in pair.items()})
-    assert (
-        one == "a yellow crescent bounces down right, fast, turning, vanishes"
-        and len(one) <= 64
-    )
+    assert one == "a yellow crescent bounces down right, fast, turning, vanishes"
+    assert len(one) <= 64
 
 
 @pytest.mark.parametrize(
@@ -617,8 +610,6 @@ def test_wrapping_can_differ_by_sample():
     masks = figure_masks(
         0, 0.4, torch.tensor([0.0, 0.0]), 0.5, wrap=torch.tensor([True, False])
     )
-    assert (
-        masks[0, :, -1].sum() > 5
-        and masks[1, :, -1].sum() == 0
-        and torch.equal(masks[0, :, :16], masks[1, :, :16])
-    )
+    assert masks[0, :, -1].sum() > 5
+    assert masks[1, :, -1].sum() == 0
+    assert torch.equal(masks[0, :, :16], masks[1, :, :16])

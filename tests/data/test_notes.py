@@ -80,7 +80,8 @@ def test_a_note_is_the_one_by_hand(notes, size):
         torch.tensor(values) for values in zip(*notes, strict=True)
     )
     found = synthesise(pitch, timbre, *others, samples=samples, rate=rate)
-    assert found.dtype == torch.float32 and found.shape == (len(notes), samples)
+    assert found.dtype == torch.float32
+    assert found.shape == (len(notes), samples)
     for note, one in zip(
         found,
         zip(
@@ -120,10 +121,8 @@ def test_nothing_is_aliased(pitch, timbre, vibrato):
     near = (
         (hz[:, None] - k * base).abs() < 40 + (0.04 * k * base if vibrato else 0)
     ).any(1)
-    assert (
-        near.float().mean() < (1 if vibrato else 0.4)
-        and power[~near].sum() < 1e-6 * power.sum()
-    )
+    assert near.float().mean() < (1 if vibrato else 0.4)
+    assert power[~near].sum() < 1e-6 * power.sum()
     assert (
         power[near & (hz > (k[-1] - 0.5) * base)].sum() > 1e-6 * power.sum()
         or _AMPLITUDES[timbre][k[-1] - 1] == 0
@@ -139,10 +138,8 @@ def test_names_and_pitches():
         "B5",
         "C8",
     ]
-    assert (
-        len(Notes.names) == len(set(Notes.names)) == len(PITCHES) == 24
-        and Notes.names[0] == "C4"
-    )
+    assert len(Notes.names) == len(set(Notes.names)) == len(PITCHES) == 24
+    assert Notes.names[0] == "C4"
     assert len(TIMBRES) == len(_AMPLITUDES) == len(_FADES)
 
 
@@ -150,16 +147,15 @@ def test_names_and_pitches():
 @pytest.mark.parametrize("length", [1, 2, 3, 4])
 def test_the_form_of_a_batch(split, length):
     data = Notes(split, 500, samples=8192 if length != 3 else 8190, length=length)
-    assert len(data) == 500 and data.shapes == {"audio": (data.samples,)}
+    assert len(data) == 500
+    assert data.shapes == {"audio": (data.samples,)}
     batch = data.take(torch.tensor([3, 499, 0]))
     wave = batch.signals["audio"]
     factors = batch.factors
-    assert (
-        wave.shape == (3, data.samples)
-        and wave.dtype == torch.float32
-        and wave.abs().max() <= 1
-        and len(batch) == 3
-    )
+    assert wave.shape == (3, data.samples)
+    assert wave.dtype == torch.float32
+    assert wave.abs().max() <= 1
+    assert len(batch) == 3
     shape = (3,) if length == 1 else (3, length)
     assert factors["pitch"].shape == factors["phase"].shape == shape
     assert {name: values.dtype for name, values in factors.items()} == {
@@ -175,10 +171,8 @@ def test_the_form_of_a_batch(split, length):
         for name, values in factors.items()
         if name not in ("pitch", "phase")
     )
-    assert (
-        torch.equal(batch.labels, factors["pitch"].view(3, length)[:, 0] - 60)
-        and batch.labels.dtype == torch.int64
-    )
+    assert torch.equal(batch.labels, factors["pitch"].view(3, length)[:, 0] - 60)
+    assert batch.labels.dtype == torch.int64
     played = factors["pitch"].view(3, length).tolist()
     for caption, pitches, timbre, vibrato, loudness in zip(
         batch.captions,
@@ -205,9 +199,8 @@ def test_a_sample_follows_from_its_index_alone(length):
         torch.testing.assert_close(
             found.signals["audio"], batch.signals["audio"][some], rtol=0, atol=1e-6
         )
-        assert found.captions == tuple(batch.captions[i] for i in some) and torch.equal(
-            found.labels, batch.labels[some]
-        )
+        assert found.captions == tuple(batch.captions[i] for i in some)
+        assert torch.equal(found.labels, batch.labels[some])
         for name, values in found.factors.items():
             assert torch.equal(values, batch.factors[name][some]), name
     torch.testing.assert_close(
@@ -215,11 +208,9 @@ def test_a_sample_follows_from_its_index_alone(length):
         data.take(torch.tensor([40])).factors,
     )
     empty = data.take(torch.zeros(0, dtype=torch.int64))
-    assert (
-        empty.signals["audio"].shape == (0, 8192)
-        and len(empty) == 0
-        and empty.captions == ()
-    )
+    assert empty.signals["audio"].shape == (0, 8192)
+    assert len(empty) == 0
+    assert empty.captions == ()
     with pytest.raises(IndexError, match="100000"):
         data.take(torch.tensor([100_000]))
 
@@ -253,10 +244,8 @@ def test_splits_share_nothing_and_options_change_the_data():
         Notes(samples=4096),
         Notes(length=2),
     ]
-    assert (
-        len({kind.fingerprint for kind in kinds}) == len(kinds)
-        and Notes().fingerprint == Notes("train").fingerprint
-    )
+    assert len({kind.fingerprint for kind in kinds}) == len(kinds)
+    assert Notes().fingerprint == Notes("train").fingerprint
 
 
 def test_factors_have_their_documented_distributions_and_are_independent():
@@ -264,21 +253,21 @@ def test_factors_have_their_documented_distributions_and_are_independent():
     factors = {name: values.double() for name, values in batch.factors.items()}
     for name, kinds in (("pitch", 24), ("timbre", 6)):
         counts = batch.factors[name].sub(batch.factors[name].min()).bincount()
+        assert len(counts) == kinds
         assert (
-            len(counts) == kinds
-            and ((counts - 4000 / kinds).square() / (4000 / kinds)).sum()
-            < 2.2 * kinds + 10
-        )
-    assert 0.005 <= factors["attack"].min() and factors["attack"].max() <= 0.08
+            (counts - 4000 / kinds).square() / (4000 / kinds)
+        ).sum() < 2.2 * kinds + 10
+    assert 0.005 <= factors["attack"].min()
+    assert factors["attack"].max() <= 0.08
     assert abs(factors["attack"].log().mean() - math.log(0.02)) < 0.05, (
         "evenly in its logarithm"
     )
     still = factors["vibrato"] == 0
     assert abs(still.double().mean() - 0.5) < 0.03
-    assert 0.2 <= factors["vibrato"][~still].min() and factors["vibrato"].max() <= 0.5
-    assert (
-        -24 <= factors["loudness"].min() < -23 and -1 < factors["loudness"].max() <= 0
-    )
+    assert 0.2 <= factors["vibrato"][~still].min()
+    assert factors["vibrato"].max() <= 0.5
+    assert -24 <= factors["loudness"].min() < -23
+    assert -1 < factors["loudness"].max() <= 0
     correlation = torch.corrcoef(torch.stack(list(factors.values()))) - torch.eye(6)
     assert correlation.abs().max() < 0.06
     assert len(set(batch.captions)) > 24 * 6 * 4 * 0.98, (
@@ -302,11 +291,9 @@ def test_spectra_of_notes_are_near_mean_0_and_variance_1():
     waves = Notes().take(torch.arange(200)).signals["audio"]
     for form, most in ((LogMel(), 4), (Mdct(), 60), (Mdct(power=0.5), 20)):
         spectra = form.encode(waves)
-        assert (
-            abs(spectra.mean()) < 0.1
-            and 0.8 < spectra.std() < 1.25
-            and spectra.abs().max() < most
-        ), form
+        assert abs(spectra.mean()) < 0.1
+        assert 0.8 < spectra.std() < 1.25
+        assert spectra.abs().max() < most, form
     assert (LogMel().encode(waves) > 3).float().mean() < 0.01
 
 
@@ -318,7 +305,8 @@ def test_the_notes_of_a_sequence_begin_where_they_should():
         len(f) == 4 and np.abs(f.numpy() - 0.256 * np.arange(4)).max() < 0.02
         for f in found
     ]
-    assert len(right) > 5 and np.mean(right) >= 0.9
+    assert len(right) > 5
+    assert np.mean(right) >= 0.9
 
 
 @pytest.mark.parametrize(
@@ -403,4 +391,5 @@ def test_waves_share_one_factor_and_soft_ones_stay_unchanged():
     torch.testing.assert_close(quieter, sounds / 5)
     soft = sounds[1]
     same, factor = within_full_scale(soft)
-    assert same is soft and factor == 1 == within_full_scale(torch.zeros(0, 4))[1]
+    assert same is soft
+    assert factor == 1 == within_full_scale(torch.zeros(0, 4))[1]

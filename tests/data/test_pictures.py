@@ -83,7 +83,9 @@ def test_a_colour_profile_is_converted_to_srgb():
     exchanged = matrix_profile(swapped=True)
     data = saved(Image.new("RGB", (4, 4), (220, 30, 40)), icc_profile=exchanged)
     red, green, blue = colour(data)
-    assert green > 200 and red < 60 and blue < 60, "its red is our green"
+    assert green > 200
+    assert red < 60
+    assert blue < 60, "its red is our green"
     assert colour(data, profiles=False) == [220, 30, 40]
     with_alpha = Image.new("RGBA", (4, 4), (220, 30, 40, 128))
     half = colour(saved(with_alpha, icc_profile=exchanged))
@@ -186,7 +188,8 @@ def bytes_of(examples):
 
 def test_random_crops_follow_sample_seed_and_epoch(stripes):
     data = Folder(stripes, size=4, shares=(1, 0, 0), spatial_crop="random")
-    assert data.varied and not Folder(stripes, size=4).varied
+    assert data.varied
+    assert not Folder(stripes, size=4).varied
     indices = torch.arange(12)
     plain = bytes_of(data.take(indices))
     assert (plain[:, 0, 0] == torch.tensor([6 * c for c in range(18, 22)])).all()
@@ -197,7 +200,8 @@ def test_random_crops_follow_sample_seed_and_epoch(stripes):
 
     first = lefts(0, 0)
     assert torch.equal(first, lefts(0, 0)), "the same epoch, the same crops"
-    assert len(first.unique()) > 6 and first.max() <= 6 * 36
+    assert len(first.unique()) > 6
+    assert first.max() <= 6 * 36
     for other in (lefts(0, 1), lefts(1, 0)):
         assert (other != first).sum() > 8
     everywhere = torch.cat([lefts(0, epoch) for epoch in range(60)]).float()
@@ -234,7 +238,8 @@ def test_batches_vary_by_epoch_and_resume_exactly(stripes):
     whole = list(batches.loader())
     resumed = list(Batches(Sources(data), config).loader(first=4, workers=1))
     for one, other in zip(whole[4:], resumed, strict=True):
-        assert torch.equal(one.x0, other.x0) and torch.equal(one.indices, other.indices)
+        assert torch.equal(one.x0, other.x0)
+        assert torch.equal(one.indices, other.indices)
     two = of_two(batches, 0), of_two(batches, 1)
     halves = torch.cat([half[3].x0 for half in two])
     assert torch.equal(halves, whole[3].x0), "two processes see the same"

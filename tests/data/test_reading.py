@@ -123,9 +123,8 @@ def pitch(values):
 def test_images_of_any_kind_are_read_by_content(kind, tmp_path, capsys):
     data = saved(kind)
     found = read(data, "image", Form(16))
-    assert found.shape == (3, 16, 16) and read_header(data, "image") == Header(
-        kind, (32, 24)
-    )
+    assert found.shape == (3, 16, 16)
+    assert read_header(data, "image") == Header(kind, (32, 24))
     for x, colour in ((3, (20, 40, 200)), (12, (200, 100, 50))):
         assert (found[:, 8, x].int() - torch.tensor(colour)).abs().max() <= 12
     right = [suffix for suffix, of in SUFFIXES.items() if of == kind]
@@ -142,9 +141,11 @@ def test_images_of_any_kind_are_read_by_content(kind, tmp_path, capsys):
     assert {entry.name for entry in folder.entries} == {
         *names,
         wrong,
-    } and not folder.skipped
+    }
+    assert not folder.skipped
     taken = folder.take(torch.arange(len(folder))).signals["image"]
-    assert all(torch.equal(one, taken[0]) for one in taken) and not folder.broken
+    assert all(torch.equal(one, taken[0]) for one in taken)
+    assert not folder.broken
     assert (
         f"read as what they are, not as their suffix says (1): '{wrong}'"
         in capsys.readouterr().out
@@ -166,13 +167,12 @@ def test_grey_stays_grey_with_one_channel(kind):
         "image",
         Form(16, channels=1),
     )
-    assert (
-        found.shape == (1, 16, 16)
-        and abs(int(found[0, 8, 3]) - 90) <= 6
-        and abs(int(found[0, 8, 12]) - 200) <= 6
-    )
+    assert found.shape == (1, 16, 16)
+    assert abs(int(found[0, 8, 3]) - 90) <= 6
+    assert abs(int(found[0, 8, 12]) - 200) <= 6
     film = read(encoded([0, 100], times=[0, 100]), "video", Form(8, 2, channels=1))
-    assert film.shape == (1, 2, 8, 8) and abs(film[0, 1].float().mean() - 100) < 4
+    assert film.shape == (1, 2, 8, 8)
+    assert abs(film[0, 1].float().mean() - 100) < 4
     with pytest.raises(ValueError, match="channels is 2"):
         Form(channels=2)
 
@@ -232,8 +232,8 @@ def test_unused_files_are_counted_and_named(tmp_path, capsys):
     assert (
         "cannot be read as image (4): 'Thumbs.db', 'desktop.ini', 'notes.txt', ..."
         in out
-        and "(1): 'x.jxl'" in out
     )
+    assert "(1): 'x.jxl'" in out
 
 
 def test_odd_images_are_reported(tmp_path, capsys):
@@ -256,9 +256,8 @@ def test_odd_images_are_reported(tmp_path, capsys):
     )
     assert "all images are grey; data.channels 1 keeps them grey" in out
     data = Folder(tmp_path, size=64, channels=1, **ALL)
-    assert (
-        data.shapes == {"image": (1, 64, 64)} and "grey" not in capsys.readouterr().out
-    )
+    assert data.shapes == {"image": (1, 64, 64)}
+    assert "grey" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -274,7 +273,8 @@ def test_tables_of_other_names_give_classes(tmp_path, name, text):
         (tmp_path / f"{i}.png").write_bytes(saved("PNG"))
     (tmp_path / name).write_text(text)
     folder = Folder(tmp_path, **ALL)
-    assert folder.names == ("x", "y") and not folder.skipped
+    assert folder.names == ("x", "y")
+    assert not folder.skipped
 
 
 # Sounds
@@ -285,22 +285,18 @@ def test_tables_of_other_names_give_classes(tmp_path, name, text):
 def test_audio_of_any_kind_is_read_from_any_moment(kind, subtype, rate, tmp_path):
     data = recorded(steps(rate), rate, kind, subtype)
     header = read_header(data, "audio")
-    assert header.kind == kind and header.seconds == pytest.approx(
-        5, abs=1.5 if kind == "AAC" else 0.1
-    )
+    assert header.kind == kind
+    assert header.seconds == pytest.approx(5, abs=1.5 if kind == "AAC" else 0.1)
     form = Form(samples=4_000)
     for begin, expected in ((0, 300), (1.25, 600), (2.2, 900), (4.3, 1_500)):
         found = read(data, "audio", form, begin)
-        assert (
-            found.shape == (4_000,)
-            and pitch(found) == expected
-            and 0.35 < found[1_000:3_000].abs().max() < 0.5
-        )
+        assert found.shape == (4_000,)
+        assert pitch(found) == expected
+        assert 0.35 < found[1_000:3_000].abs().max() < 0.5
     # the tone changes in its middle
     half = read(data, "audio", Form(samples=8_000), 1.5)
-    assert pitch(half[:3_600]) == pytest.approx(600, abs=3) and pitch(
-        half[4_400:8_000]
-    ) == pytest.approx(900, abs=3)
+    assert pitch(half[:3_600]) == pytest.approx(600, abs=3)
+    assert pitch(half[4_400:8_000]) == pytest.approx(900, abs=3)
     for suffix in ("", ".mp3", f".{kind.lower()}"):
         (tmp_path / f"a{suffix}").write_bytes(data)
         if kind != "M4A" or suffix != ".aac":
@@ -373,13 +369,14 @@ def test_damaged_files_of_the_other_kinds_are_read_or_refused_and_nothing_else(
 @given(st.floats(0, 100), st.floats(0.1, 10), st.text(max_size=5))
 def test_windows_lie_within_and_all_of_them_leave_no_gap(length, window, name):
     rest = max(0.0, length - window)
-    assert begins_of(name, length, window, "start") == [0] and begins_of(
-        name, length, window, "centre"
-    ) == [rest / 2]
+    assert begins_of(name, length, window, "start") == [0]
+    assert begins_of(name, length, window, "centre") == [rest / 2]
     (begin,) = begins_of(name, length, window, "random")
-    assert 0 <= begin <= rest and begins_of(name, length, window, "random") == [begin]
+    assert 0 <= begin <= rest
+    assert begins_of(name, length, window, "random") == [begin]
     begins = begins_of(name, length, window, "all")
-    assert begins[0] == 0 and begins[-1] <= rest + 1e-9
+    assert begins[0] == 0
+    assert begins[-1] <= rest + 1e-9
     assert all(
         b - a <= 1.101 * window for a, b in zip(begins, begins[1:], strict=False)
     )
@@ -429,13 +426,10 @@ def test_a_random_window_is_the_same_in_every_run_and_another_for_each_name(soun
         Folder(sounds, "audio", samples=4_000, crop="random", **ALL) for _ in range(2)
     )
     taken = one.take(torch.arange(3)).signals["audio"]
-    assert (
-        torch.equal(taken, two.take(torch.arange(3)).signals["audio"])
-        and one.fingerprint == two.fingerprint
-    )
-    assert len({entry.begin for entry in one.entries}) == 3 and not torch.equal(
-        taken[0], taken[1]
-    )
+    assert torch.equal(taken, two.take(torch.arange(3)).signals["audio"])
+    assert one.fingerprint == two.fingerprint
+    assert len({entry.begin for entry in one.entries}) == 3
+    assert not torch.equal(taken[0], taken[1])
     assert one.fingerprint != Folder(sounds, "audio", samples=4_000, **ALL).fingerprint
 
 
@@ -453,7 +447,8 @@ def test_windows_of_a_file_stay_in_its_split(tmp_path):
         }
         for split in SPLITS
     ]
-    assert sum(map(len, files)) == len(set().union(*files)) == 12 and all(files)
+    assert sum(map(len, files)) == len(set().union(*files)) == 12
+    assert all(files)
 
 
 @pytest.mark.parametrize("container", ["mp4", "matroska", "gif"])
@@ -504,10 +499,8 @@ def test_rows_of_hugging_face_are_cropped_and_counted(
         tmp_path / "stored", "audio", samples=8_000, crop=crop, carve=False
     )
     taken = data.take(torch.arange(len(data))).signals["audio"]
-    assert (
-        len(data) == count
-        and "2 of 3 audio files are longer than 1 s: " in capsys.readouterr().out
-    )
+    assert len(data) == count
+    assert "2 of 3 audio files are longer than 1 s: " in capsys.readouterr().out
     if crop != "random":
         assert pitch(taken[1]) == {"start": 300, "centre": 900, "all": 600}[crop]
     assert not data.broken
@@ -556,7 +549,8 @@ def test_twelve_images_are_enough_to_train(tmp_path, layout, store, capsys):
         ).save_to_disk(str(path))
     config = DataConfig(store, path=str(path), height=8, width=8, patch=4)
     sizes = [len(Sources(config, split).data[store]) for split in SPLITS]
-    assert sum(sizes) == 12 * len(parts) and min(sizes) >= 1
+    assert sum(sizes) == 12 * len(parts)
+    assert min(sizes) >= 1
     assert (
         "chosen by a hash of their names, are used" in capsys.readouterr().out
         or layout == "flat"
@@ -570,7 +564,8 @@ def test_twelve_images_are_enough_to_train(tmp_path, layout, store, capsys):
         training=replace(TINY.training, steps=3, batch=32),
     )
     run = train(config, tmp_path / "runs", "cpu", bar=False)
-    assert run.log["flow_loss"].notna().all() and len(run.sample([0, 0])["image"]) == 2
+    assert run.log["flow_loss"].notna().all()
+    assert len(run.sample([0, 0])["image"]) == 2
 
 
 def test_three_files_are_enough_for_three_splits_and_a_bad_one_does_not_count(tmp_path):
@@ -621,12 +616,11 @@ def test_audio_of_another_rate_and_length_trains_and_is_written_at_it(
     )
     sources = Sources(data)
     length = sources.data["folder"].shapes["audio"][0]
-    assert (
-        abs(length / rate - seconds) < 0.02 * columns
-        and sources.data["folder"].rate == rate
-    )
+    assert abs(length / rate - seconds) < 0.02 * columns
+    assert sources.data["folder"].rate == rate
     codec = sources.layouts["folder"].patches["audio"].codec
-    assert codec.rate == rate and 0.008 <= codec.seconds_per_column <= 0.0161
+    assert codec.rate == rate
+    assert 0.008 <= codec.seconds_per_column <= 0.0161
     waves = sources.data["folder"].take(torch.tensor([0])).signals["audio"]
     if sound == "mdct":
         torch.testing.assert_close(
@@ -651,7 +645,8 @@ def test_audio_of_another_rate_and_length_trains_and_is_written_at_it(
         assert (written.getframerate(), written.getnframes()) == (
             rate,
             length,
-        ) and run.log["flow_loss"].notna().all()
+        )
+        assert run.log["flow_loss"].notna().all()
 
 
 def test_old_data_keep_their_fingerprints(tmp_path):
@@ -699,7 +694,8 @@ def test_grey_images_and_videos_train_with_one_channel(tmp_path):
         )
         run = train(config, tmp_path / "runs", "cpu", bar=False)
         images, file = write_samples(run, [0, 0], steps=2)
-        assert images.shape[:2] == (2, 1) and file.with_suffix(".png").exists()
+        assert images.shape[:2] == (2, 1)
+        assert file.with_suffix(".png").exists()
 
 
 def test_the_defaults_give_the_same_numbers_as_before():
@@ -743,6 +739,7 @@ def test_video_with_audio_has_the_requested_length(tmp_path):
         seconds=0.512,
     )
     data = Sources(replace(both, crop="all")).data["folder"]
-    assert data.fps == pytest.approx(4 / 0.512) and data.shapes["audio"] == (4_096,)
+    assert data.fps == pytest.approx(4 / 0.512)
+    assert data.shapes["audio"] == (4_096,)
     assert [round(entry.begin, 3) for entry in data.entries] == [0, 0.344, 0.688]
     assert Sources(replace(both, fps=7.8)).data["folder"].fps == 7.8

@@ -98,13 +98,13 @@ def test_a_ball_stays_in_its_box_and_turns_at_impacts(x, y, vx, vy, radius, seco
     path = trajectory(
         start, velocity, radius, torch.linspace(0, seconds, 200, dtype=torch.float64)
     )[0]
-    assert (path >= radius - 1e-9).all() and (path <= 1 - radius + 1e-9).all()
+    assert (path >= radius - 1e-9).all()
+    assert (path <= 1 - radius + 1e-9).all()
     times, speeds = impacts(start, velocity, radius, seconds, 64)
-    assert (
-        torch.equal(times.isfinite(), speeds.isfinite())
-        and (times[0].diff().nan_to_num(0) >= 0).all()
-    )
-    assert not (times < 0).any() and not (times >= seconds).any()
+    assert torch.equal(times.isfinite(), speeds.isfinite())
+    assert (times[0].diff().nan_to_num(0) >= 0).all()
+    assert not (times < 0).any()
+    assert not (times >= seconds).any()
     room = 1 - 2 * radius.item()
     # the rooms crossed, and one impact more or not
     for axis, wanted in ((0, abs(vx)), (1, abs(vy))):
@@ -123,7 +123,9 @@ def test_a_ball_at_rest_has_no_impact_and_too_many_are_refused():
     start = torch.tensor([[0.5, 0.1]])
     radius = torch.tensor([0.1])
     times, speeds = impacts(start, torch.zeros(1, 2), radius, 5.0, 3)
-    assert times.shape == (1, 3) and times.isnan().all() and speeds.isnan().all()
+    assert times.shape == (1, 3)
+    assert times.isnan().all()
+    assert speeds.isnan().all()
     torch.testing.assert_close(
         trajectory(start, torch.zeros(1, 2), radius, torch.arange(3.0)),
         start[:, None].expand(1, 3, 2),
@@ -173,18 +175,14 @@ def test_looks_differ_and_stand_out():
     video = draw_ball(
         torch.full((25, 1, 2), 0.5), torch.full((25,), 0.12), material, ground, 32
     )
-    assert (
-        video.shape == (25, 3, 1, 32, 32)
-        and video.dtype == torch.float32
-        and video.abs().max() <= 1
-    )
+    assert video.shape == (25, 3, 1, 32, 32)
+    assert video.dtype == torch.float32
+    assert video.abs().max() <= 1
     ball = video[:, :, 0, 13:19, 13:19].mean((2, 3))
     under = video[:, :, 0, 0, 0]
     assert ((ball - under).norm(dim=1) > 0.5).all()
-    assert (
-        torch.pdist(ball[ground == 0]).min() > 0.3
-        and torch.pdist(under[material == 0]).min() > 0.2
-    )
+    assert torch.pdist(ball[ground == 0]).min() > 0.3
+    assert torch.pdist(under[material == 0]).min() > 0.2
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 44100])
@@ -220,7 +218,8 @@ def test_the_audio_is_the_sum_of_decaying_partials(rate):
         samples,
         rate,
     )
-    assert heard.shape == (1, samples) and heard.is_contiguous()
+    assert heard.shape == (1, samples)
+    assert heard.is_contiguous()
     np.testing.assert_allclose(heard[0], wanted, atol=2e-6)
 
 
@@ -268,11 +267,9 @@ def test_audio_follows_from_the_factors(clips):
                 loud.append((material, speed, np.abs(piece[:160]).max()))
     for index in range(len(MATERIALS)):
         speed, peak = np.array([entry[1:] for entry in loud if entry[0] == index]).T
-        assert (
-            len(speed) > 20
-            and np.corrcoef(speed, peak)[0, 1] > 0.95
-            and (peak / speed).std() < 0.1 * (peak / speed).mean()
-        )
+        assert len(speed) > 20
+        assert np.corrcoef(speed, peak)[0, 1] > 0.95
+        assert (peak / speed).std() < 0.1 * (peak / speed).mean()
 
 
 def test_clips_keep_the_rules():
@@ -284,13 +281,12 @@ def test_clips_keep_the_rules():
             for name in ("impact_times", "impact_frames", "impact_speeds")
         )
         counts = times.isfinite().sum(1)
-        assert (
-            counts.min() == 1
-            and ((counts <= 4).float().mean() > 0.98)
-            and counts.unique().numel() >= 4
-        )
+        assert counts.min() == 1
+        assert (counts <= 4).float().mean() > 0.98
+        assert counts.unique().numel() >= 4
         there = times[times.isfinite()] * data.fps
-        assert there.min() >= 1.5 - 1e-4 and there.max() <= 14.5 + 1e-4
+        assert there.min() >= 1.5 - 1e-4
+        assert there.max() <= 14.5 + 1e-4
         gaps = times.diff(dim=1)
         assert gaps[gaps.isfinite()].min() * data.fps >= 1 - 1e-4
         shares = torch.histc(there, 13, 1.5, 14.5) / len(there)
@@ -316,15 +312,15 @@ def test_factors_are_drawn_evenly_and_independently():
     table = torch.zeros(5, 5).index_put_(
         (get["material"], get["ground"]), torch.ones(4096), accumulate=True
     )
-    assert (table / 4096 - 0.04).abs().max() < 0.013 and len(GROUNDS) == len(
-        MATERIALS
-    ) == 5
+    assert (table / 4096 - 0.04).abs().max() < 0.013
+    assert len(GROUNDS) == len(MATERIALS) == 5
     numbers = torch.stack(
         [get["material"].float(), get["ground"].float(), get["radius"], get["speed"]]
     )
     assert (torch.corrcoef(numbers) - torch.eye(4)).abs().max() < 0.07
     for name, (low, high) in (("radius", _RADII), ("speed", _SPEEDS)):
-        assert low <= get[name].min() and get[name].max() <= high
+        assert low <= get[name].min()
+        assert get[name].max() <= high
         assert (torch.histc(get[name], 4, low, high) / 4096 - 0.25).abs().max() < 0.03
     torch.testing.assert_close(get["velocity"].norm(dim=1), get["speed"])
     assert torch.equal(torch.cat([part.labels for part in clips]), get["material"])
@@ -344,11 +340,9 @@ def test_a_clip_follows_from_its_index_alone(clips):
     )
     assert len(sounds.unique(dim=0)) == 150
     empty = data.take(torch.arange(0))
-    assert (
-        len(empty) == 0
-        and empty.signals["video"].shape == (0, 3, 16, 32, 32)
-        and empty.captions == ()
-    )
+    assert len(empty) == 0
+    assert empty.signals["video"].shape == (0, 3, 16, 32, 32)
+    assert empty.captions == ()
     assert (
         replace(data, size=16).fingerprint
         != data.fingerprint
@@ -378,9 +372,8 @@ def test_shapes_and_range(options):
         values.dtype == torch.float32 and values.abs().max() <= 1
         for values in clips.signals.values()
     )
-    assert data.samples * data.fps == data.frames * data.rate and clips.factors[
-        "impact_times"
-    ].shape == (32, data.most)
+    assert data.samples * data.fps == data.frames * data.rate
+    assert clips.factors["impact_times"].shape == (32, data.most)
     assert (clips.factors["impact_times"].isfinite().sum(1) > 0).all()
     assert (
         sound_on_bounce(
@@ -394,17 +387,14 @@ def test_shapes_and_range(options):
 
 def test_captions_describe_the_factors(clips):
     for index, caption in enumerate(clips.captions):
-        assert caption.isascii() and len(caption) <= 64
+        assert caption.isascii()
+        assert len(caption) <= 64
         words = caption.replace(",", "").split()
         factors = {name: values[index] for name, values in clips.factors.items()}
-        assert (
-            words[1] == ("large" if factors["radius"] > 0.125 else "small")
-            and words[2] == MATERIALS[factors["material"]]
-        )
-        assert (
-            words[5] == ("fast" if factors["speed"] > 1.5 else "slowly")
-            and words[8] == GROUNDS[factors["ground"]]
-        )
+        assert words[1] == ("large" if factors["radius"] > 0.125 else "small")
+        assert words[2] == MATERIALS[factors["material"]]
+        assert words[5] == ("fast" if factors["speed"] > 1.5 else "slowly")
+        assert words[8] == GROUNDS[factors["ground"]]
         count = factors["impact_times"].isfinite().sum().item()
         assert " ".join(words[10:]) == {1: "once", 2: "twice"}.get(
             count, f"{count} times"
@@ -451,19 +441,15 @@ def test_the_measure_separates_matching_from_other_audio(clips):
     videos = clips.signals["video"]
     waves = clips.signals["audio"]
     hits, heard, seen = sound_on_bounce(videos, waves, 15.625, 8000)
-    assert (
-        hits.shape == (256,)
-        and hits.dtype == torch.bool
-        and hits.all()
-        and (heard == 1).all()
-        and (seen == 1).all()
-    )
+    assert hits.shape == (256,)
+    assert hits.dtype == torch.bool
+    assert hits.all()
+    assert (heard == 1).all()
+    assert (seen == 1).all()
     hits, heard, seen = sound_on_bounce(videos, waves.roll(1, 0), 15.625, 8000)
-    assert (
-        hits.float().mean() < 0.06
-        and 0.25 < heard.mean() < 0.45
-        and 0.25 < seen.mean() < 0.45
-    )
+    assert hits.float().mean() < 0.06
+    assert 0.25 < heard.mean() < 0.45
+    assert 0.25 < seen.mean() < 0.45
     late = torch.roll(waves, round(1.3 * 512), 1)
     assert not sound_on_bounce(videos, late, 15.625, 8000)[0].any()
     assert (
@@ -491,11 +477,9 @@ def test_without_bounces_or_onsets_there_is_no_hit(clips):
         (videos[:, :, :1].expand_as(videos), waves),
     ):
         hits, heard, seen = sound_on_bounce(film, sound, 15.625, 8000)
-        assert (
-            not hits.any()
-            and torch.equal(heard, torch.zeros(3))
-            and torch.equal(seen, torch.zeros(3))
-        )
+        assert not hits.any()
+        assert torch.equal(heard, torch.zeros(3))
+        assert torch.equal(seen, torch.zeros(3))
     one = torch.cat([videos[:1] * NONE, videos[1:]])
     assert sound_on_bounce(one, waves, 15.625, 8000)[0].tolist() == [
         False,
@@ -521,9 +505,8 @@ def test_matches_are_counted_both_ways():
     )
     hits, heard, seen = matched(bounces, onsets, 0.05)
     assert hits.tolist() == [False, False, True, False, False]
-    assert heard.tolist() == pytest.approx(
-        [2 / 3, 1, 1, 0, 0]
-    ) and seen.tolist() == pytest.approx([1, 0.5, 1, 0, 0])
+    assert heard.tolist() == pytest.approx([2 / 3, 1, 1, 0, 0])
+    assert seen.tolist() == pytest.approx([1, 0.5, 1, 0, 0])
 
 
 @pytest.mark.parametrize(
@@ -547,7 +530,8 @@ def test_videos_and_audio_that_do_not_fit_are_refused(videos, waves, words):
 def test_the_clips_of_this_version_never_change():
     "What is reported on must not change unnoticed: other clips are another VERSION."
     clips = Scenes("test").take(torch.arange(4))
-    assert Scenes.VERSION == 1 and clips.captions == (
+    assert Scenes.VERSION == 1
+    assert clips.captions == (
         "a small stone ball bounces slowly in a brown box, twice",
         "a large wood ball bounces fast in a blue box, 3 times",
         "a large rubber ball bounces slowly in a brown box, twice",

@@ -109,7 +109,8 @@ def test_a_mask_is_the_share_of_each_pixel_that_the_figure_covers(kind, angle):
         figure_masks(INDEX[kind], 0.5, 0.45, 0.55, angle, size=48)[0].double().numpy()
     )
     reference = counted(kind, 0.5, 0.45, 0.55, angle, 48)
-    assert abs(mask - reference).max() < 0.35 and abs(mask - reference).mean() < 0.003
+    assert abs(mask - reference).max() < 0.35
+    assert abs(mask - reference).mean() < 0.003
     assert ((mask > 0.5) != (reference > 0.5)).mean() < 0.01
 
 
@@ -237,10 +238,8 @@ def test_a_texture_is_grey_within_its_contrast_and_plain_on_average(texture, siz
         2000 if size == 16 else 50, 5, generator=torch.Generator().manual_seed(0)
     )
     light = grounds(2, texture, grain, size) - torch.tensor(PALETTE[2])[:, None, None]
-    assert (
-        torch.allclose(light[:, 0], light[:, 1], atol=1e-6)
-        and light.abs().max() <= CONTRAST + 1e-6
-    )
+    assert torch.allclose(light[:, 0], light[:, 1], atol=1e-6)
+    assert light.abs().max() <= CONTRAST + 1e-6
     # 16 pixels are few for seven stripes
     least = (0.35 if size == 16 else 0.9) * CONTRAST
     assert (light.abs().amax((1, 2, 3)) > least).all() if texture else not light.any()
@@ -283,19 +282,22 @@ def test_the_data_set_follows_the_interface(made, size):
     data = made("validation", 500, size)
     examples = data.take(torch.arange(500))
     image = examples.signals["image"]
-    assert image.dtype == torch.float32 and image.shape[1:] == data.shapes["image"] == (
-        3,
-        size,
-        size,
-    )
-    assert image.abs().max() <= 1 and image.isfinite().all()
-    assert data.names == KINDS and torch.equal(
-        examples.labels, examples.factors["kind"]
-    )
+    assert image.dtype == torch.float32
     assert (
-        examples.labels.dtype == torch.int64
-        and len(examples) == len(examples.captions) == 500
+        image.shape[1:]
+        == data.shapes["image"]
+        == (
+            3,
+            size,
+            size,
+        )
     )
+    assert image.abs().max() <= 1
+    assert image.isfinite().all()
+    assert data.names == KINDS
+    assert torch.equal(examples.labels, examples.factors["kind"])
+    assert examples.labels.dtype == torch.int64
+    assert len(examples) == len(examples.captions) == 500
     for name, values in examples.factors.items():
         assert values.dtype == (torch.int64 if name in CATEGORIES else torch.float32)
     assert torch.equal(image, draw_figures(**examples.factors, size=size))
@@ -311,9 +313,9 @@ def test_splits_and_options_change_the_data():
         for options in (("train",), ("test",), ("train", 10), ("train", 10, 64))
         for made in (Shapes, Emblems)
     }
-    assert (
-        len(prints) == 8 and len(Shapes()) == 100_000 and len(Shapes("test")) == 1_000
-    )
+    assert len(prints) == 8
+    assert len(Shapes()) == 100_000
+    assert len(Shapes("test")) == 1_000
     assert torch.equal(Shapes(size=64).factors(torch.arange(50))["x"], first[0]), (
         "the same samples at every size"
     )
@@ -324,11 +326,11 @@ def test_factors_are_uniform_in_their_ranges_and_independent(made, ranges):
     factors = made().factors(torch.arange(20_000))
     for name, known in CATEGORIES.items():
         share = factors[name].bincount(minlength=len(known)) / 20_000
-        assert (
-            len(share) == len(known) and (share * len(known) - 1).abs().max() < 0.1
-        ), name
+        assert len(share) == len(known)
+        assert (share * len(known) - 1).abs().max() < 0.1, name
     for name, (low, high) in ranges.items():
-        assert factors[name].min() >= low and factors[name].max() <= high + 1e-6
+        assert factors[name].min() >= low
+        assert factors[name].max() <= high + 1e-6
         assert torch.quantile(factors[name], 0.25).item() == pytest.approx(
             low + (high - low) / 4, abs=0.02 * (high - low)
         )
@@ -351,7 +353,8 @@ def test_figures_are_always_visible():
     distance = torch.cdist(
         torch.tensor(PALETTE), torch.tensor(PALETTE)
     ) + 9 * torch.eye(8)
-    assert len(COLOURS) == len(PALETTE) and distance.min() > 2 * CONTRAST * math.sqrt(3)
+    assert len(COLOURS) == len(PALETTE)
+    assert distance.min() > 2 * CONTRAST * math.sqrt(3)
     data = Shapes()
     assert (
         data.masks(torch.arange(2000)).sum((1, 2)) > 0.8 * math.pi / 4 * (0.3 * 32) ** 2
@@ -362,17 +365,16 @@ def test_emblems_are_larger_and_captioned_by_their_own_thirds():
     shapes = Shapes().take(torch.arange(300))
     emblems = Emblems().take(torch.arange(300))
     covered = [made().masks(torch.arange(300)).mean() for made in (Shapes, Emblems)]
-    assert (
-        covered[1] > 2 * covered[0]
-        and emblems.factors["scale"].min() >= shapes.factors["scale"].max()
-    )
+    assert covered[1] > 2 * covered[0]
+    assert emblems.factors["scale"].min() >= shapes.factors["scale"].max()
     for examples in (shapes, emblems):
         words = [caption.split(", ")[1] for caption in examples.captions]
         assert all(20 < words.count(place) < 50 for place in PLACES), (
             "a third of the range each way, in both"
         )
         sizes = [caption.split()[1] for caption in examples.captions]
-        assert 70 < sizes.count("small") < 130 and 70 < sizes.count("large") < 130
+        assert 70 < sizes.count("small") < 130
+        assert 70 < sizes.count("large") < 130
     left = [caption.endswith("left") for caption in emblems.captions]
     assert (
         emblems.factors["x"][left].max()
@@ -403,7 +405,8 @@ def test_captions_describe_the_coarse_factors_and_nothing_else():
     for caption, (kind, colour, ground, texture, scale, x, y) in zip(
         captions, rows, strict=True
     ):
-        assert caption.isascii() and len(caption) <= 64
+        assert caption.isascii()
+        assert len(caption) <= 64
         first = {0.33: "a small ", 0.4: "a ", 0.47: "a large "}[scale]
         assert caption.startswith(f"{first}{COLOURS[colour]} {KINDS[kind]} on a ")
         words = [COLOURS[ground], *[TEXTURES[texture]][:texture], "ground"]
@@ -448,8 +451,10 @@ def test_all_images_stay_in_range(size, count, texture, kind, x, scale, angle):
         grain=grain,
         size=size,
     )
-    assert pictures.shape == (count, 3, size, size) and pictures.dtype == torch.float32
-    assert pictures.isfinite().all() and (pictures.abs() <= 1 + 1e-6).all()
+    assert pictures.shape == (count, 3, size, size)
+    assert pictures.dtype == torch.float32
+    assert pictures.isfinite().all()
+    assert (pictures.abs() <= 1 + 1e-6).all()
 
 
 GOOD = {"kind": 0, "colour": 0, "ground": 1}

@@ -74,32 +74,24 @@ def test_every_source_follows_the_interface(name, split):
     data: DataSet = load(name, split)
     indices = torch.tensor([5, 0, len(data) - 1, 5])
     examples = data.take(indices)
-    assert (
-        isinstance(examples, Examples)
-        and len(examples) == 4
-        and set(examples.signals) == set(data.shapes)
-    )
+    assert isinstance(examples, Examples)
+    assert len(examples) == 4
+    assert set(examples.signals) == set(data.shapes)
     for signal, values in examples.signals.items():
-        assert (
-            values.shape == (4, *data.shapes[signal]) and values.dtype == torch.float32
-        )
-        assert values.isfinite().all() and values.abs().max() <= 1.001
-        assert torch.equal(values[0], values[3]) and torch.equal(
-            values[1:2], data.take(indices[1:2]).signals[signal]
-        )
-    assert (
-        examples.labels.dtype == torch.int64
-        and 0 <= examples.labels.min()
-        and examples.labels.max() < len(data.names)
-    )
-    assert len(examples.captions) == 4 and all(
-        text and len(text.encode()) <= 64 for text in examples.captions
-    )
+        assert values.shape == (4, *data.shapes[signal])
+        assert values.dtype == torch.float32
+        assert values.isfinite().all()
+        assert values.abs().max() <= 1.001
+        assert torch.equal(values[0], values[3])
+        assert torch.equal(values[1:2], data.take(indices[1:2]).signals[signal])
+    assert examples.labels.dtype == torch.int64
+    assert 0 <= examples.labels.min()
+    assert examples.labels.max() < len(data.names)
+    assert len(examples.captions) == 4
+    assert all(text and len(text.encode()) <= 64 for text in examples.captions)
     assert all(len(values) == 4 for values in examples.factors.values())
-    assert (
-        len(data.fingerprint) == 16
-        and load(name, split).fingerprint == data.fingerprint
-    )
+    assert len(data.fingerprint) == 16
+    assert load(name, split).fingerprint == data.fingerprint
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -224,17 +216,14 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_every_source_trains_stops_and_resumes_bit_for_bit(trained, tmp_path, case):
     run = trained(case)
-    assert (
-        run.log["step"].tolist() == list(range(1, 7))
-        and run.log["validation_flow_loss"].notna().sum() == 2
-    )
+    assert run.log["step"].tolist() == list(range(1, 7))
+    assert run.log["validation_flow_loss"].notna().sum() == 2
     short = Run.open(shutil.copytree(run.path, tmp_path / "small"), "cpu")
     shutil.rmtree(short.checkpoints()[-1])
     again = train(CASES[case], tmp_path, "cpu", workers=1, bar=False)
     assert_same(run, again)
-    assert [step for step, *_ in run.sample_history()] == [6] and run.sample_history()[
-        0
-    ][1].isfinite().all()
+    assert [step for step, *_ in run.sample_history()] == [6]
+    assert run.sample_history()[0][1].isfinite().all()
 
 
 def test_losses_are_logged_by_part_and_by_data_set(trained):
@@ -257,9 +246,8 @@ def test_steps_take_turns_by_their_shares_and_nothing_else():
     config = CASES["in turn"]
     batches = Batches(Sources(config.data), config)
     names = [batches.name(step) for step in range(1000)]
-    assert 0.2 < names.count("shapes") / 1000 < 0.3 and names == [
-        batches.name(step) for step in range(1000)
-    ]
+    assert 0.2 < names.count("shapes") / 1000 < 0.3
+    assert names == [batches.name(step) for step in range(1000)]
     for step in range(4):
         batch = batches[step]
         assert [part.name for part in batch.parts] == [
@@ -290,9 +278,8 @@ def test_given_tokens_stay_bit_for_bit_and_the_rest_is_generated(trained):
     run = trained("scenes, either")
     known = run.sources.data["scenes"].take(torch.arange(2)).signals
     film = run.sample([0, 1], steps=3, given={"video": known["video"]})
-    assert torch.equal(film["video"], known["video"]) and not torch.equal(
-        film["audio"], known["audio"]
-    )
+    assert torch.equal(film["video"], known["video"])
+    assert not torch.equal(film["audio"], known["audio"])
     with pytest.raises(
         ValueError, match="image is given, but the sequence consists of video, audio"
     ):
@@ -305,9 +292,8 @@ def test_guidance_works_for_captions(trained):
     plain, guided = (
         run.sample(texts, steps=3, cfg_scale=w)["image"] for w in (1.0, 4.0)
     )
-    assert plain.shape == guided.shape == (3, 3, 16, 16) and not torch.equal(
-        plain, guided
-    )
+    assert plain.shape == guided.shape == (3, 3, 16, 16)
+    assert not torch.equal(plain, guided)
     torch.testing.assert_close(
         plain, run.sample(texts, steps=3, batch=2)["image"], atol=1e-5, rtol=1e-4
     )
@@ -325,7 +311,8 @@ def test_a_folder_of_images_and_its_latents_train(tmp_path, capsys):
         )
     config = small("folder", path=str(tmp_path / "pictures"))
     run = train(config, tmp_path / "runs", "cpu", bar=False)
-    assert run.inputs.classes == 2 and run.sample([0, 1], steps=2)["image"].shape == (
+    assert run.inputs.classes == 2
+    assert run.sample([0, 1], steps=2)["image"].shape == (
         2,
         3,
         16,
@@ -338,9 +325,8 @@ def test_a_folder_of_images_and_its_latents_train(tmp_path, capsys):
         encode_latents(pictures, Haar(), tmp_path / "latents", split)
     config = small("latents", path=str(tmp_path / "latents"), patch=2)
     run = train(config, tmp_path / "encoded", "cpu", bar=False)
-    assert (
-        run.config.objective.mask_ratio is None and run.log["flow_loss"].notna().all()
-    )
+    assert run.config.objective.mask_ratio is None
+    assert run.log["flow_loss"].notna().all()
     Image.new("RGB", (20, 24)).save(tmp_path / "pictures/dark/new.png")
     with pytest.raises(ValueError, match="contains a run with different data"):
         train(
@@ -375,7 +361,8 @@ def test_images_and_videos_need_not_be_square(tmp_path, signal):
     )
     run = train(small(data), tmp_path / "runs", "cpu", bar=False)
     (part,) = run.inputs.parts
-    assert part.grid == (1, 2, 6) and run.log["flow_loss"].notna().all()
+    assert part.grid == (1, 2, 6)
+    assert run.log["flow_loss"].notna().all()
     assert run.sample([0, 0], steps=2)[signal].shape[-2:] == (8, 24)
     main(["sample", str(run.path), "--each", "1", "--steps", "1", "--device", "cpu"])
     with pytest.raises(
@@ -447,13 +434,13 @@ def test_samples_are_written_as_images_videos_and_audio(
     )
     files = list((tmp_path / "cli/samples").iterdir())
     sounds = sum(path.suffix == ".wav" for path in files)
-    assert {path.suffix for path in files} == suffixes and len(files) - sounds == len(
-        suffixes - {".wav"}
-    )
+    assert {path.suffix for path in files} == suffixes
+    assert len(files) - sounds == len(suffixes - {".wav"})
     for path in files:
         if path.suffix == ".wav":
             with wave.open(str(path)) as file:
-                assert file.getframerate() == 8000 and file.getnframes() == 8192
+                assert file.getframerate() == 8000
+                assert file.getnframes() == 8192
         if path.suffix == ".webp":
             assert Image.open(path).n_frames == 16
     main(["report", str(tmp_path / "cli"), "--output", str(tmp_path / "r.html")])
@@ -620,10 +607,10 @@ def test_settings_that_follow_from_the_data_are_filled_in():
 def test_a_run_of_parts_opens_from_its_folder_alone(trained):
     run = trained("scenes, either")
     again = Run.open(run.path, "cpu")
-    assert again.inputs == run.inputs and again.config == run.config
-    assert again.config.data.weight == {"audio": 0.5} and again.sources.weights == {
-        "audio": 0.5
-    }
+    assert again.inputs == run.inputs
+    assert again.config == run.config
+    assert again.config.data.weight == {"audio": 0.5}
+    assert again.sources.weights == {"audio": 0.5}
     assert (
         layout_of(again.sources.data["scenes"], again.config.data).parts
         == run.inputs.parts

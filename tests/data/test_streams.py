@@ -118,7 +118,8 @@ def test_every_lane_goes_through_its_shards_once_an_epoch(sizes, lanes, window, 
             rows = [(f.shard, f.row) for f in own if f.epoch == epoch]
             shards = {shard for shard, _ in rows}
             expected = {(s, row) for s in shards for row in range(sizes[s])}
-            assert len(rows) == len(expected) and {*rows} == expected
+            assert len(rows) == len(expected)
+            assert {*rows} == expected
     epochs = min(found[lane - order.lanes :][0].epoch for lane in range(order.lanes))
     for epoch in range(epochs):  # those that all lanes have left
         rows = [(f.shard, f.row) for f in found if f.epoch == epoch]
@@ -146,9 +147,8 @@ def test_windows_mix_and_epochs_differ():
     order = Lanes(4, lambda shard: 50, 2, 25)
     found = [order.find(0, place) for place in range(400)]
     first = [(f.shard, f.row) for f in found[:200]]
-    assert first != sorted(first) and {*first} == {
-        (f.shard, f.row) for f in found[200:]
-    }
+    assert first != sorted(first)
+    assert {*first} == {(f.shard, f.row) for f in found[200:]}
     assert first != [(f.shard, f.row) for f in found[200:]]
     assert first != [tuple(order.find(1, place)[1:]) for place in range(200)]
 
@@ -156,7 +156,8 @@ def test_windows_mix_and_epochs_differ():
 def test_batches_are_the_same_for_any_workers_and_processes(place):
     steps = range(12)
     alone = seen(place, steps)
-    assert len({*alone[0]}) == 12 and alone[0] != alone[1]
+    assert len({*alone[0]}) == 12
+    assert alone[0] != alone[1]
     assert seen(place, steps, workers=2) == alone
     halves = [seen(place, steps, rank, 2) for rank in range(2)]
     assert [a + b for a, b in zip(*halves, strict=True)] == alone
@@ -203,7 +204,8 @@ def test_classes_captions_and_splits(place):
     }
     assert sorted(sum(numbers.values(), [])) == list(range(120))
     train = data["train"]
-    assert train.names == ("red", "green", "blue") and train.complete
+    assert train.names == ("red", "green", "blue")
+    assert train.complete
     taken = train.take(torch.arange(len(train)))
     assert taken.labels.tolist() == [n % 3 for n in numbers["train"]]
     assert taken.captions == tuple(f"number {n}" for n in numbers["train"])
@@ -224,17 +226,18 @@ def test_folders_of_splits_count_and_missing_ones_are_filled(tmp_path):
         s: greys(d.take(torch.arange(len(d))).signals["image"]) for s, d in data.items()
     }
     assert sorted(numbers["validation"]) == list(range(100, 105))
-    assert numbers["test"] and sorted(numbers["train"] + numbers["test"]) == list(
-        range(60)
-    )
+    assert numbers["test"]
+    assert sorted(numbers["train"] + numbers["test"]) == list(range(60))
 
 
 def test_known_samples_are_few_and_from_many_shards(place):
     data = Stream(place, size=4, channels=1, known=12)
-    assert len(data) == 12 and not data.complete
+    assert len(data) == 12
+    assert not data.complete
     assert len({shard for shard, _ in data.entries}) == 6
     everything = Stream(place, size=4, channels=1, known=0)
-    assert everything.complete and len(everything) > 80
+    assert everything.complete
+    assert len(everything) > 80
 
 
 def test_names_of_classes(place, capsys):
@@ -247,7 +250,8 @@ def test_names_of_classes(place, capsys):
     # 2 is not a class: those samples are replaced
     data = Stream(place, size=4, channels=1, classes=("a", "b"))
     taken = data.take(torch.arange(len(data)))
-    assert {*taken.labels.tolist()} == {0, 1} and {*data.labels.tolist()} == {-1, 0, 1}
+    assert {*taken.labels.tolist()} == {0, 1}
+    assert {*data.labels.tolist()} == {-1, 0, 1}
     assert "has no class" in capsys.readouterr().out
 
 
@@ -258,7 +262,8 @@ def test_json_gives_label_and_caption(tmp_path):
     (tmp_path / "0.tar").write_bytes(tar(members))
     data = Stream(tmp_path, size=4, classes=("x", "y"), shares=(1, 0, 0))
     taken = data.take(torch.arange(2))
-    assert taken.labels.tolist() == [0, 1] and taken.captions == ("one", "two")
+    assert taken.labels.tolist() == [0, 1]
+    assert taken.captions == ("one", "two")
     data.take(torch.arange(3))
     assert "has a text that cannot be read" in data.broken["0.tar/c"]
 
@@ -306,7 +311,8 @@ def test_hostile_members_are_left_out(tmp_path, capsys):
     assert len(data) == 4  # the empty picture is found when it is decoded
     places = torch.arange(40)
     trained = greys(data.take(places, View(0, places)).signals["image"])
-    assert {*trained} == {1, 5, 6} and len(data.broken) == 1
+    assert {*trained} == {1, 5, 6}
+    assert len(data.broken) == 1
 
 
 def test_a_shard_that_ends_early_is_used_up_to_there(place, capsys):
@@ -340,7 +346,8 @@ def test_long_names_and_other_formats_are_read():
         content = tar([(f"{name}.PNG", png(1))], format=form)
         (row,) = tar_rows(io.BytesIO(content))
         offset, size = row.members["png"]
-        assert row.key == name and content[offset : offset + size] == png(1)
+        assert row.key == name
+        assert content[offset : offset + size] == png(1)
 
 
 def test_a_broken_picture_is_replaced_in_the_same_way_everywhere(place):
@@ -371,7 +378,8 @@ def test_what_was_counted_before_is_not_read_again(place, monkeypatch, tmp_path)
         assert not listed
         # a shard that has changed is counted again
         shard(place / "000.tar", 0, 30)
-        assert seen(place, [500]) != expected and listed
+        assert seen(place, [500]) != expected
+        assert listed
 
 
 def test_the_count_of_a_damaged_shard_is_not_kept(place, monkeypatch, tmp_path):
@@ -406,7 +414,8 @@ def test_patterns(place):
         with pytest.raises(ValueError, match="more than 100,000"):
             expand_braces(bomb)
     data = load("stream", path=str(place / "{000..002}.tar"), height=4, width=4)
-    assert len(data.shards) == 3 and data.names == ("red", "green", "blue")
+    assert len(data.shards) == 3
+    assert data.names == ("red", "green", "blue")
     data = load("stream", path=str(place / "004.tar"), height=4, width=4)
     assert len(data.shards) == 1
     # shards of one name in two folders are different shards
@@ -444,7 +453,8 @@ def test_a_command_runs_only_with_a_flag_on_the_command(place, tmp_path, capsys)
     subprocess.run(
         [sys.executable, "-c", program, *arguments], env=environment, check=True
     )
-    assert (tmp_path / "ran").exists() and (tmp_path / "look.html").exists()
+    assert (tmp_path / "ran").exists()
+    assert (tmp_path / "look.html").exists()
 
 
 def test_commands_give_what_files_give(place, monkeypatch, capfd):
@@ -452,11 +462,13 @@ def test_commands_give_what_files_give(place, monkeypatch, capfd):
     monkeypatch.setattr(streams, "_SPOOLED", 2)
     pattern = f"pipe:cat {place}/00{{0..5}}.tar"
     piped = seen(pattern, range(8), classes=("3",), known=0)
-    assert sorted({*sum(piped, [])}) and piped == seen(pattern, range(8), workers=2)
+    assert sorted({*sum(piped, [])})
+    assert piped == seen(pattern, range(8), workers=2)
     failing = Stream(f"pipe:head -c 9000 {place}/000.tar; exit 3", size=4, known=0)
     assert 0 < len(failing) < 20
     told = capfd.readouterr().out
-    assert "status 3" in told and "ends early or is damaged" in told
+    assert "status 3" in told
+    assert "ends early or is damaged" in told
 
 
 def test_a_page_shows_what_a_stream_gives(place):
@@ -498,6 +510,7 @@ def test_audio_and_pairs(tmp_path):
     data = Stream(tmp_path, ("audio",), shares=(1, 0, 0), samples=1_024, crop="centre")
     places = torch.arange(12)
     waves = data.take(places, View(0, places)).signals["audio"]
-    assert waves.shape == (12, 1_024) and len(data.broken) == 1
+    assert waves.shape == (12, 1_024)
+    assert len(data.broken) == 1
     (fault,) = data.broken.values()
     assert "its length is zero" in fault

@@ -209,13 +209,10 @@ def test_vectors_are_the_hidden_states_of_transformers_times_a_constant(
 ):
     opened = open_encoder(folders[kind])
     vectors = opened.encode(CAPTIONS, tokens)
-    assert (
-        vectors.shape == (len(CAPTIONS), tokens, opened.width)
-        and vectors.dtype == torch.float32
-    )
-    assert not opened.model.training and not any(
-        value.requires_grad for value in opened.model.parameters()
-    )
+    assert vectors.shape == (len(CAPTIONS), tokens, opened.width)
+    assert vectors.dtype == torch.float32
+    assert not opened.model.training
+    assert not any(value.requires_grad for value in opened.model.parameters())
     for text, row in zip(CAPTIONS, vectors, strict=True):
         if not text.strip():
             assert not row.any(), "nothing was said"
@@ -223,10 +220,8 @@ def test_vectors_are_the_hidden_states_of_transformers_times_a_constant(
         states, read = theirs(
             folders[kind], kind, text.encode("utf-8", "replace").decode(), tokens
         )
-        assert (
-            torch.equal(row[: len(states)], states * opened.scale)
-            and not row[len(states) :].any()
-        )
+        assert torch.equal(row[: len(states)], states * opened.scale)
+        assert not row[len(states) :].any()
         assert read[-1] == 1, "the end is marked, however long the text"
     assert torch.equal(vectors[0], vectors[7])
     assert len(theirs(folders[kind], kind, CAPTIONS[-1], tokens)[1]) == (
@@ -330,11 +325,9 @@ def test_tokens_that_hold_no_text_are_refused(folders):
 
 def test_bytes_have_not_changed():
     row = Bytes().encode(["ein weißer Stern"], 24)
-    assert (
-        torch.equal(row, caption_bytes(["ein weißer Stern"], 24))
-        and Bytes().width == 0
-        and Bytes().fingerprint == ""
-    )
+    assert torch.equal(row, caption_bytes(["ein weißer Stern"], 24))
+    assert Bytes().width == 0
+    assert Bytes().fingerprint == ""
 
 
 # what is remembered
@@ -350,9 +343,8 @@ def test_each_text_is_encoded_once_and_the_oldest_is_dropped(encoder, monkeypatc
         lambda text, tokens: met.append(text) or states(text, tokens),
     )
     first = encoder.encode(["a red star", "a blue star", "a red star"], 6)
-    assert met == ["a red star", "a blue star"] and torch.equal(
-        first, encoder.encode(["a red star", "a blue star"] * 2, 6)[:3]
-    )
+    assert met == ["a red star", "a blue star"]
+    assert torch.equal(first, encoder.encode(["a red star", "a blue star"] * 2, 6)[:3])
     assert met == ["a red star", "a blue star"]
     encoder.encode(["a red star"], 5)
     assert met[2:] == ["a red star"], "another length is another thing"
@@ -365,20 +357,18 @@ def test_each_text_is_encoded_once_and_the_oldest_is_dropped(encoder, monkeypatc
     # forgets the second
     encoder.encode([long[0], long[1], long[2], long[0], long[3]], 6)
     encoder.encode([long[0], long[2], long[3]], 6)
+    assert met == long
     assert (
-        met == long
-        and encoder._cached_bytes
+        encoder._cached_bytes
         == sum(own.nbytes for own in encoder._cache.values())
         == 3 * 6 * encoder.width * 4
     )
     encoder.encode([long[1]], 6)
     assert met == [*long, long[1]]
     monkeypatch.setattr(texts, "_CACHE_BYTES", 0)
-    assert (
-        torch.equal(encoder.encode(long, 6), encoder.encode(long, 6))
-        and encoder._cached_bytes == 0
-        and not encoder._cache
-    )
+    assert torch.equal(encoder.encode(long, 6), encoder.encode(long, 6))
+    assert encoder._cached_bytes == 0
+    assert not encoder._cache
 
 
 def test_changing_returned_vectors_leaves_the_cache_unchanged(encoder):
@@ -392,10 +382,8 @@ def test_a_lock_that_was_lost_in_a_fork_stops_nothing(encoder):
     expected = encoder.encode(["a green star"], 6)
     forget(encoder)
     with encoder._lock:
-        assert (
-            torch.equal(encoder.encode(["a green star"], 6), expected)
-            and not encoder._cache
-        )
+        assert torch.equal(encoder.encode(["a green star"], 6), expected)
+        assert not encoder._cache
 
 
 def _elsewhere(opened, queue):
@@ -411,7 +399,8 @@ def test_other_processes_give_the_same(encoder, way, capfd):
     process.start()
     assert queue.get(timeout=120) == expected
     process.join(60)
-    assert process.exitcode == 0 and "forked" not in capfd.readouterr().err
+    assert process.exitcode == 0
+    assert "forked" not in capfd.readouterr().err
 
 
 def test_the_number_of_threads_changes_nothing(encoder):
@@ -420,10 +409,8 @@ def test_the_number_of_threads_changes_nothing(encoder):
     forget(encoder)
     torch.set_num_threads(2)
     try:
-        assert (
-            torch.equal(encoder.encode(CAPTIONS, 8), one)
-            and torch.get_num_threads() == 2
-        )
+        assert torch.equal(encoder.encode(CAPTIONS, 8), one)
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
     with torch.autocast("cpu", torch.bfloat16):
@@ -436,7 +423,8 @@ def test_the_number_of_threads_changes_nothing(encoder):
 
 def test_a_fingerprint_follows_from_weights_config_and_tokenizer(folders, own):
     first = open_encoder(folders["t5"]).fingerprint
-    assert len(first) == 16 and int(first, 16) >= 0
+    assert len(first) == 16
+    assert int(first, 16) >= 0
     assert open_encoder(own).fingerprint == first == open_encoder(str(own)).fingerprint
     config = json.loads((own / "config.json").read_text())
     (own / "config.json").write_text(
@@ -465,17 +453,16 @@ def test_a_fingerprint_follows_from_weights_config_and_tokenizer(folders, own):
 
 def test_one_that_is_open_is_shared_until_its_files_change(own):
     first = open_encoder(own)
-    assert open_encoder(own) is first and copy.deepcopy(first) is first
+    assert open_encoder(own) is first
+    assert copy.deepcopy(first) is first
     weights = load_file(own / "model.safetensors")
     save_file(
         {name: value * 1.5 for name, value in weights.items()},
         own / "model.safetensors",
         {"format": "pt"},
     )
-    assert (
-        open_encoder(own) is not first
-        and open_encoder(own).fingerprint != first.fingerprint
-    )
+    assert open_encoder(own) is not first
+    assert open_encoder(own).fingerprint != first.fingerprint
 
 
 def test_the_folder_of_a_model_of_diffusers(folders, tmp_path):
@@ -550,7 +537,8 @@ def test_half_precision_weights_work_in_single_precision(folders, tmp_path):
             open_encoder(path).encode(CAPTIONS, 8)
             for path in (tmp_path / kind, folders[kind])
         )
-        assert half.dtype == torch.float32 and not torch.equal(half, whole)
+        assert half.dtype == torch.float32
+        assert not torch.equal(half, whole)
         torch.testing.assert_close(half, whole, atol=0.05, rtol=0.05)
 
 
@@ -573,18 +561,14 @@ def test_nothing_is_fetched_and_no_random_number_is_drawn(
         for kind in ("t5, whole", "clip, whole"):
             shutil.copytree(folders[kind], tmp_path / kind)
             open_encoder(tmp_path / kind).encode(CAPTIONS, 8)
-        assert (
-            torch.equal(before[0], torch.get_rng_state())
-            and (before[1] == np.random.get_state()[1]).all()
-        )
+        assert torch.equal(before[0], torch.get_rng_state())
+        assert (before[1] == np.random.get_state()[1]).all()
         assert (
             transformers.utils.logging.get_verbosity()
             == transformers.utils.logging.WARNING
         )
-        assert (
-            transformers.utils.logging.is_progress_bar_enabled()
-            and not capfd.readouterr().err
-        )
+        assert transformers.utils.logging.is_progress_bar_enabled()
+        assert not capfd.readouterr().err
     finally:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
@@ -772,10 +756,8 @@ def test_an_encoder_needs_captions():
             f"'{condition}'; set it to caption",
         ):
             DataConfig("shapes", condition=condition, encoder="x")
-    assert (
-        DataConfig("shapes").encoder == ""
-        and Config.from_dict({"data": {"name": "shapes"}}).data.encoder == ""
-    )
+    assert DataConfig("shapes").encoder == ""
+    assert Config.from_dict({"data": {"name": "shapes"}}).data.encoder == ""
 
 
 @pytest.mark.parametrize("kind", ["t5", "clip"])
@@ -791,9 +773,8 @@ def test_conditions_are_vectors(folders, kind):
     )
     condition = sources.take("shapes", torch.arange(4)).condition
     said = sources.data["shapes"].take(torch.arange(4)).captions
-    assert condition.kind == "vectors" and torch.equal(
-        condition.values, opened.encode(said, 12)
-    )
+    assert condition.kind == "vectors"
+    assert torch.equal(condition.values, opened.encode(said, 12))
     assert torch.equal(condition.values, sources.condition_for(said).values)
     assert sources.condition_for(condition) is condition, (
         "a condition is taken as it is"
@@ -810,18 +791,16 @@ def test_conditions_are_vectors(folders, kind):
         config, data=(config.data, notes), model=replace(config.model, positions=None)
     )
     inputs = Sources(several.data).inputs
-    assert (inputs.caption, inputs.caption_width) == (12, opened.width) and len(
-        inputs.parts
-    ) == 2
+    assert (inputs.caption, inputs.caption_width) == (12, opened.width)
+    assert len(inputs.parts) == 2
 
 
 @pytest.mark.parametrize("kind", ["t5", "clip"])
 def test_a_run_trains_stops_and_resumes_bit_for_bit(folders, tmp_path, kind):
     config = run_with(folders[kind])
     run = train(config, tmp_path / "whole", "cpu", bar=False)
-    assert run.log["validation_flow_loss"].notna().sum() == 2 and [
-        step for step, *_ in run.sample_history()
-    ] == [4]
+    assert run.log["validation_flow_loss"].notna().sum() == 2
+    assert [step for step, *_ in run.sample_history()] == [4]
     train(config, tmp_path / "cut", "cpu", bar=False)
     opened = open_encoder(folders[kind])
     for workers in (0, 2):
@@ -841,11 +820,11 @@ def test_workers_do_not_change_the_batches(folders):
     alone = list(batches.loader())
     for workers in (1, 2):
         for one, other in zip(alone, batches.loader(workers=workers), strict=True):
-            assert torch.equal(one.indices, other.indices) and torch.equal(
-                one.x0, other.x0
-            )
+            assert torch.equal(one.indices, other.indices)
+            assert torch.equal(one.x0, other.x0)
             assert torch.equal(one.condition.values, other.condition.values)
-    assert one.condition.kind == "vectors" and one.condition.values.any()
+    assert one.condition.kind == "vectors"
+    assert one.condition.values.any()
 
 
 @pytest.fixture(scope="module")
@@ -862,11 +841,9 @@ def test_texts_are_drawn_with_guidance(told):
     plain, guided = (
         run.sample(captions, steps=3, cfg_scale=w)["image"] for w in (1.0, 4.0)
     )
-    assert (
-        plain.shape == guided.shape == (4, 3, 16, 16)
-        and plain.isfinite().all()
-        and guided.isfinite().all()
-    )
+    assert plain.shape == guided.shape == (4, 3, 16, 16)
+    assert plain.isfinite().all()
+    assert guided.isfinite().all()
     assert not torch.equal(plain[0], guided[0])
     # to say nothing is what guidance starts from
     torch.testing.assert_close(plain[2], guided[2], atol=1e-5, rtol=1e-4)
@@ -956,10 +933,8 @@ def test_an_encoder_may_lie_elsewhere(told, tmp_path, capsys):
     shutil.copytree(told.path.parent / "encoder", tmp_path / "moved")
     shutil.rmtree(tmp_path / "told/checkpoints/step-00000004")
     again = train(run_with(tmp_path / "moved"), tmp_path, "cpu", bar=False)
-    assert (
-        "data.encoder: " in capsys.readouterr().out
-        and again.config.data.encoder == str(tmp_path / "moved")
-    )
+    assert "data.encoder: " in capsys.readouterr().out
+    assert again.config.data.encoder == str(tmp_path / "moved")
     assert_same(told, again)
     assert Run.open(again.path, "cpu").config.data.encoder == str(tmp_path / "moved")
 
@@ -987,7 +962,8 @@ def test_shorter_and_longer_captions_train(folders, tmp_path, caption):
     run = train(
         run_with(folders["clip"], steps=2, caption=caption), tmp_path, "cpu", bar=False
     )
-    assert run.inputs.caption == caption and run.log["flow_loss"].notna().all()
+    assert run.inputs.caption == caption
+    assert run.log["flow_loss"].notna().all()
 
 
 def test_the_command_line_trains_and_reports_mistakes(
@@ -1028,11 +1004,9 @@ def test_the_command_line_trains_and_reports_mistakes(
     with pytest.raises(SystemExit):
         main([*wanted, "--data.encoder", str(tmp_path / "absent")])
     said = capsys.readouterr().err
-    assert (
-        said.startswith("selfflow: ")
-        and "nothing is fetched" in said
-        and said.count("\n") == 1
-    )
+    assert said.startswith("selfflow: ")
+    assert "nothing is fetched" in said
+    assert said.count("\n") == 1
     main([*wanted, "--data.encoder", str(folders["t5"])])
     assert "is trained: 2 steps" in capsys.readouterr().out
     main(
@@ -1087,10 +1061,8 @@ def test_the_tokenizer_of_an_older_clip(tmp_path):
         "r</w>",
         "<|endoftext|>",
     ]
-    assert (
-        opened.encode(["red star"], 9).any(-1).sum() == 7
-        and not opened.encode([""], 9).any()
-    )
+    assert opened.encode(["red star"], 9).any(-1).sum() == 7
+    assert not opened.encode([""], 9).any()
 
 
 # stored vectors and pooled ones
@@ -1109,8 +1081,10 @@ def test_pooled_vectors_are_those_of_transformers(folders, kind):
     expected = output.text_embeds if "projected" in kind else output.pooler_output
     pooled = opened.pooled(["a red star", "", "a blue star"])
     torch.testing.assert_close(pooled[0], expected[0].repeat(2))
-    assert not pooled[1].any() and not torch.equal(pooled[0], pooled[2])
-    assert opened.pooled_width == pooled.shape[1] and opened.width == 16
+    assert not pooled[1].any()
+    assert not torch.equal(pooled[0], pooled[2])
+    assert opened.pooled_width == pooled.shape[1]
+    assert opened.width == 16
     assert torch.equal(
         opened.encode(CAPTIONS[:3], 12), open_encoder(t5).encode(CAPTIONS[:3], 12)
     )
@@ -1203,7 +1177,8 @@ def test_a_run_reads_stored_texts_as_it_reads_the_encoder(folders, tmp_path):
 def test_raw_states_are_those_that_a_pretrained_backbone_knows(folders, tmp_path):
     scaled = open_encoder(folders["t5"])
     raw = open_encoder(folders["t5"], raw=True)
-    assert raw.scale == 1 != scaled.scale and raw.fingerprint != scaled.fingerprint
+    assert raw.scale == 1 != scaled.scale
+    assert raw.fingerprint != scaled.fingerprint
     torch.testing.assert_close(
         raw.encode(CAPTIONS[:2], 12) * scaled.scale, scaled.encode(CAPTIONS[:2], 12)
     )

@@ -67,7 +67,8 @@ def trained(tmp_path_factory):
 
 def test_killed_in_the_middle_it_resumes_to_the_same_losses(trained):
     stored = json.loads((trained / "runs/mine/config.json").read_text())
-    assert stored["use"] == [str(FILE)] and stored["config"]["model"] == {
+    assert stored["use"] == [str(FILE)]
+    assert stored["config"]["model"] == {
         "name": "mixer",
         "width": 24,
         "depth": 4,
@@ -85,7 +86,8 @@ def test_killed_in_the_middle_it_resumes_to_the_same_losses(trained):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
     (answer,) = shell(trained, command)
-    assert answer.status == 0 and "60 steps" in answer.output, answer.errors
+    assert answer.status == 0
+    assert "60 steps" in answer.output, answer.errors
     assert losses_of(trained / "runs/killed") == losses_of(trained / "runs/mine")
 
 
@@ -123,10 +125,8 @@ for tool in tools_on_page():
     )
     assert done.returncode == 0, done.stderr
     opened = [line for line in done.stdout.splitlines() if line.startswith("OPENED")]
-    assert (
-        len(opened) >= 5
-        and sum("Mixer has no attention maps" in line for line in opened) == 1
-    ), opened
+    assert len(opened) >= 5
+    assert sum("Mixer has no attention maps" in line for line in opened) == 1, opened
     assert sum('role="alert"' in line for line in opened) == 1, opened
 
 
@@ -314,11 +314,9 @@ def test_a_backbone_that_does_not_fit_is_refused_in_a_line_before_training(
             bar=False,
             backbone=backbone,
         )
-    assert (
-        words in str(error.value)
-        and "\n" not in str(error.value)
-        and not (tmp_path / "bad").exists()
-    )
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "bad").exists()
 
 
 def test_an_own_objective_that_reads_too_deep_a_layer_is_refused(tmp_path):
@@ -347,5 +345,7 @@ def test_help_shows_the_options_of_the_backbone_that_is_named(tmp_path):
         ["train", "--model.name", "mixr"],
     )
     assert helped.status == 0
-    assert "--model.depth" in helped.output and "--model.heads" not in helped.output
-    assert "backbone" in misspelt.refusal and "--use" in misspelt.refusal
+    assert "--model.depth" in helped.output
+    assert "--model.heads" not in helped.output
+    assert "backbone" in misspelt.refusal
+    assert "--use" in misspelt.refusal

@@ -39,15 +39,15 @@ def test_tensors_train_and_their_run_is_sampled_and_reported_in_another_process(
         "report runs/tensors --device cpu".split(),
     )
     assert "4 samples are in" in sample.output, sample.errors
-    assert listed.status == 0 and "damaged" not in listed.output
+    assert listed.status == 0
+    assert "damaged" not in listed.output
     assert report.status == 0, report.errors
     assert (tmp_path / "runs/tensors/report.html").is_file()
     stored = json.loads(
         (tmp_path / "runs/tensors/config.json").read_text(encoding="utf-8")
     )
-    assert stored["config"]["data"]["name"] == "given" and stored["outline"]["given"][
-        "shapes"
-    ] == {"image": [1, 8, 8]}
+    assert stored["config"]["data"]["name"] == "given"
+    assert stored["outline"]["given"]["shapes"] == {"image": [1, 8, 8]}
 
 
 def test_a_run_on_tensors_opens_with_its_data_and_with_no_other(tmp_path):
@@ -64,9 +64,8 @@ def test_a_run_on_tensors_opens_with_its_data_and_with_no_other(tmp_path):
         opened.sources_of(split).data["given"].take(torch.arange(1)).signals["image"]
         for split in ("train", "test")
     ]
-    assert all(
-        (images == one).flatten(1).all(1).any() for one in held
-    ) and not torch.equal(*held)
+    assert all((images == one).flatten(1).all(1).any() for one in held)
+    assert not torch.equal(*held)
     with pytest.raises(
         ValueError, match=r"open it with the same data: Run.open\(path, data=...\)"
     ):
@@ -139,14 +138,14 @@ def test_its_options_are_settings_like_others(tmp_path, capsys):
         stored = json.loads(
             (tmp_path / "thick/config.json").read_text(encoding="utf-8")
         )
-        assert stored["use"] == file[1:] and [
-            data["name"] for data in stored["config"]["data"]
-        ] == ["stripes", "notes"]
+        assert stored["use"] == file[1:]
+        assert [data["name"] for data in stored["config"]["data"]] == [
+            "stripes",
+            "notes",
+        ]
         opened = Run.open(tmp_path / "thick", "cpu")
-        assert (
-            opened.config.datasets["stripes"].thickness == 3
-            and opened.config.datasets["stripes"].share == 2
-        )
+        assert opened.config.datasets["stripes"].thickness == 3
+        assert opened.config.datasets["stripes"].share == 2
         image = (
             opened.sources_of("test")
             .data["stripes"]
@@ -285,7 +284,8 @@ def test_unusable_data_are_refused_in_one_line_before_training(
             data=data(),
             bar=False,
         )
-    assert "\n" not in str(raised.value) and not (tmp_path / "bad").exists()
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "bad").exists()
 
 
 def test_a_length_that_changes_is_reported():
@@ -310,10 +310,8 @@ def test_parts_that_are_given_are_used_and_classes_are_those_of_all():
         "train": 4,
         "validation": 2,
     }
-    assert (
-        parts["validation"].names == ("0", "1", "2")
-        and Own(train_part).fingerprint == Own(train_part).fingerprint
-    )
+    assert parts["validation"].names == ("0", "1", "2")
+    assert Own(train_part).fingerprint == Own(train_part).fingerprint
 
 
 def test_random_items_have_a_fingerprint_of_their_form():

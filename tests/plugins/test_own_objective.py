@@ -54,7 +54,8 @@ def test_it_is_trained_resumed_sampled_probed_and_reported(trained):
         ["report", "runs/mine", "--use", FILE],
         ["runs", "--use", FILE],
     )
-    assert trained_on.status == 0 and "5 steps" in trained_on.output
+    assert trained_on.status == 0
+    assert "5 steps" in trained_on.output
     for answer in others:
         assert answer.status == 0, answer.errors
 
@@ -83,5 +84,6 @@ def test_unusable_objectives_are_named_in_one_line(trained, tmp_path):
 
 def test_help_shows_the_options_of_the_objective_that_is_named():
     (answer,) = shell(FILE.parent, ["train", *OWN, "--help"])
-    assert answer.status == 0 and "--objective.teacher-layer" in answer.output
+    assert answer.status == 0
+    assert "--objective.teacher-layer" in answer.output
     assert "--objective.offset" not in answer.output

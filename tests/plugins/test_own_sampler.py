@@ -53,7 +53,8 @@ def test_a_shell_draws_with_it_and_with_options(runs, tmp_path):
     (file,) = (path / "samples").glob("*-sde-last-0.3-3-*.safetensors")
     expected = run.sample(torch.tensor([1]), 3, "sde", last=0.3)["image"]
     assert torch.equal(load_file(file)["images"], expected)
-    assert "unknown option --rtol" in refused.errors and refused.status == 2
+    assert "unknown option --rtol" in refused.errors
+    assert refused.status == 2
 
 
 @pytest.mark.parametrize(
