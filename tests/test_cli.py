@@ -12,6 +12,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import programs
 import pytest
 from conftest import TINY
 from PIL import Image
@@ -467,38 +468,17 @@ def test_the_exit_status_shows_how_training_ended(
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_training_and_the_same_command_resumes(tmp_path, number, code):
-    command = [
-        sys.executable,
-        "-m",
-        "selfflow.cli",
-        "train",
-        "--preset",
-        "digits-small",
-        "--name",
-        "it",
-        "--folder",
-        str(tmp_path),
-        "--training.log-every",
-        "1",
-        "--training.steps",
-        "100000",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    running = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    options = "--preset digits-small --training.log-every 1 --training.steps 100000"
+    place = ["--name", "it", "--folder", tmp_path]
+    running = programs.Program("-m", "selfflow.cli", "train", *options.split(), *place)
     log = tmp_path / "it/log.jsonl"
     for _ in range(600):
         if log.exists() and log.read_text().count("\n") > 3:
             break
         time.sleep(0.1)
     running.send_signal(number)
-    shown, said = running.communicate(timeout=60)
-    assert running.returncode == code and "Traceback" not in said
+    assert running.wait(60) == code
+    assert "Traceback" not in running.stderr
     run = Run.open(tmp_path / "it", "cpu")
     assert run.state()["step"] == run.log["step"].iloc[-1] > 3, (
         "the step was finished and saved"

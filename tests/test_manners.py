@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import programs
 import pytest
 import torch
 from conftest import TINY
@@ -204,12 +205,8 @@ def test_a_killed_process_is_named_with_its_signal(tmp_path):
         "--device cpu --processes 2 --training.steps 100000 "
         "--training.sample-every 0 --training.log-every 1"
     )
-    program = subprocess.Popen(
-        [sys.executable, "-m", "selfflow.cli", "train", *options.split()],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
+    program = programs.Program(
+        "-m", "selfflow.cli", "train", *options.split(), env=ENVIRONMENT
     )
     end = time.monotonic() + 120
     while not (log := tmp_path / "it/log.jsonl").exists() or not log.stat().st_size:
@@ -226,10 +223,10 @@ def test_a_killed_process_is_named_with_its_signal(tmp_path):
         if parent == parents[writer] and pid != writer
     )
     os.kill(other, signal.SIGKILL)
-    _, problems = program.communicate(timeout=120)
+    program.wait(120)
     said = [
         line
-        for line in problems.replace("\r", "\n").splitlines()
+        for line in program.stderr.replace("\r", "\n").splitlines()
         if line.strip() and "%|" not in line
     ]
     assert program.returncode == 2 and len(said) == 1

@@ -6,8 +6,6 @@ Damaged and hostile shards do no harm, and training on a stream resumes exactly.
 import io
 import json
 import os
-import subprocess
-import sys
 import tarfile
 import time
 from dataclasses import replace
@@ -15,6 +13,7 @@ from multiprocessing.reduction import ForkingPickler
 from unittest.mock import patch
 
 import numpy as np
+import programs
 import pytest
 import torch
 from conftest import assert_same
@@ -479,9 +478,8 @@ def test_a_command_runs_only_with_a_flag_on_the_command(shard_folder, tmp_path, 
     arguments = ["look", "--config", str(config), "--output", output, "--allow-pipe"]
     program = "import sys; from selfflow.cli import main; main(sys.argv[1:])"
     environment = {k: v for k, v in os.environ.items() if k != "SELFFLOW_PIPES_ALLOWED"}
-    subprocess.run(
-        [sys.executable, "-c", program, *arguments], env=environment, check=True
-    )
+    done = programs.run("-c", program, *arguments, env=environment)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "ran").exists()
     assert (tmp_path / "look.html").exists()
 

@@ -1,10 +1,9 @@
 """An exported model opens without data or run and gives the samples of the run."""
 
 import json
-import subprocess
-import sys
 
 import huggingface_hub
+import programs
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,11 +24,8 @@ def test_samples_of_an_export_are_those_of_the_run_in_another_process(runs, tmp_
         "model = load(sys.argv[1], 'cpu')\nsave_file({'images': model.sample([1, 2, "
         "3], steps=3)['image']}, sys.argv[2])"
     )
-    subprocess.run(
-        [sys.executable, "-c", script, place, tmp_path / "drawn"],
-        check=True,
-        cwd=tmp_path,
-    )
+    loaded = programs.run("-c", script, place, tmp_path / "drawn", cwd=tmp_path)
+    assert loaded.returncode == 0, loaded.stderr
     assert torch.equal(
         load_file(tmp_path / "drawn")["images"], run.sample([1, 2, 3], steps=3)["image"]
     )

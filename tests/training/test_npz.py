@@ -1,11 +1,10 @@
 """Samples in an npz file: complete, resumable, in ADM's form."""
 
-import subprocess
-import sys
 from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import programs
 import pytest
 import torch
 
@@ -62,7 +61,7 @@ def counted(*arguments, **keywords):
 Run.sample = counted
 draw_npz(Run.open({str(runs["tiny"].path)!r}, "cpu"), {str(file)!r}, **{SETTINGS!r})
 """
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 9
+    assert programs.run("-c", script).returncode == 9
     parts = tmp_path / "cut.npz.parts"
     assert sorted(p.name for p in parts.glob("piece*")) == [
         *("piece-00000.npy", "piece-00001.npy")

@@ -5,12 +5,11 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from conftest import TINY
@@ -144,18 +143,25 @@ TASKS = {  # name: (config, what else)
 }
 
 
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
-def start(
-    tasks,
-    count,
-    folder,
-    launcher=("torch.distributed.run", "--standalone", "--nproc-per-node"),
-):
-    "Run tasks {name: (config, what else)} in `count` processes of one start; each in"
-    "a folder of its own name."
+def ranks(rank, count):
+    "The variables by which torchrun tells a process its place among others."
+    places = {"RANK": rank, "LOCAL_RANK": rank}
+    counts = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    return {name: str(value) for name, value in (places | counts).items()}
+
+
+def start(tasks, count, folder, launcher=()):
+    """Run tasks {name: (config, what else)} in `count` processes of one start.
+
+    Each runs in a folder of its own name. The processes are started here with the
+    variables that torchrun sets, or by a launcher: a module and its options.
+    """
     file = folder / "tasks.json"
     file.write_text(
         json.dumps(
@@ -165,14 +171,19 @@ def start(
             ]
         )
     )
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, str(count), str(SEVERAL), str(file)],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    if launcher:
+        done = programs.run("-m", *launcher, count, SEVERAL, file)
+        assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+        return folder
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = [
+        programs.Program(
+            SEVERAL, file, env={**os.environ, **place, **ranks(rank, count)}
+        )
+        for rank in range(count)
+    ]
+    for program in started:
+        assert program.wait() == 0, program.stdout + program.stderr[-4000:]
     return folder
 
 
@@ -399,11 +410,7 @@ def test_two_nodes_by_the_commands_of_the_notebook(tmp_path, one):
     (tmp_path / "tasks.json").write_text(
         json.dumps([{"config": asdict(config), "folder": str(tmp_path / "flow")}])
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [
-        sys.executable,
         "-m",
         "torch.distributed.run",
         "--nnodes",
@@ -413,24 +420,15 @@ def test_two_nodes_by_the_commands_of_the_notebook(tmp_path, one):
         "--rdzv-backend",
         "c10d",
         "--rdzv-endpoint",
-        f"127.0.0.1:{port}",
+        f"127.0.0.1:{free_port()}",
         "--rdzv-id",
         "tiny",
-        str(SEVERAL),
-        str(tmp_path / "tasks.json"),
+        SEVERAL,
+        tmp_path / "tasks.json",
     ]
-    nodes = [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment(),
-        )
-        for _ in range(2)
-    ]
-    said = [node.communicate(timeout=300)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], said
+    nodes = [programs.Program(*command) for _ in range(2)]
+    for node in nodes:
+        assert node.wait(300) == 0, node.stderr
     assert raised(tmp_path / "flow") == [None, None]
     assert_close(Run.open(tmp_path / "flow/tiny"), one("flow"))
 
@@ -454,13 +452,7 @@ def test_the_command_starts_processes_and_forwards_stop_requests(tmp_path):
         f"--name long --folder {tmp_path} --preset digits-small --device cpu "
         "--processes 2 --training.steps 100000"
     )
-    program = subprocess.Popen(
-        [sys.executable, "-m", "selfflow.cli", "train", *options.split()],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
+    program = programs.Program("-m", "selfflow.cli", "train", *options.split())
     end = time.monotonic() + 120
     while not (log := tmp_path / "long/log.jsonl").exists() or not log.stat().st_size:
         assert time.monotonic() < end and program.poll() is None
@@ -468,15 +460,16 @@ def test_the_command_starts_processes_and_forwards_stop_requests(tmp_path):
     with pytest.raises(RunInUse):
         launch(Config(name="long"), 2, tmp_path, "cpu")
     program.send_signal(signal.SIGTERM)
-    said, problems = program.communicate(timeout=60)
+    status = program.wait(60)
     run = Run.open(tmp_path / "long")
-    assert program.returncode == 143, problems
+    assert status == 143, program.stderr
     words = (
         f"long: stopped as requested after step {run.state()['step']} of 100000, which "
         "is saved"
     )
-    assert said.count(words) == 1, "the main process alone prints"
-    assert "FutureWarning" not in said and "%|" not in said
+    message = program.stdout
+    assert message.count(words) == 1, "the main process alone prints"
+    assert "FutureWarning" not in message and "%|" not in message
     assert run.writer() is None and (run.timing["processes"] == 2).all()
 
 

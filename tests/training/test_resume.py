@@ -6,13 +6,12 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from conftest import TINY, assert_same
@@ -34,17 +33,6 @@ GOLDEN = HERE / "fixtures/golden.json"
 KILLS = 12
 
 
-def start(*args):
-    return subprocess.Popen(
-        [sys.executable, *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
-
-
 def test_kill_at_random_moments_also_while_saving_loses_nothing(tmp_path):
     config = replace(
         TINY,
@@ -58,10 +46,12 @@ def test_kill_at_random_moments_also_while_saving_loses_nothing(tmp_path):
         ),
     )
     (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
-    program = start(HERE / "victims.py", tmp_path, tmp_path / "config.json", 0, KILLS)
-    said, problems = program.communicate(timeout=500)
-    assert program.returncode == 0, problems[-3000:]
-    found = json.loads(said)
+    program = programs.Program(
+        HERE / "victims.py", tmp_path, tmp_path / "config.json", 0, KILLS
+    )
+    program.wait(500)
+    assert program.returncode == 0, program.stderr[-3000:]
+    found = json.loads(program.stdout)
     assert (
         sum(found["killed"].values()) >= KILLS and found["killed"].get("saving", 0) >= 3
     ), found
@@ -257,7 +247,7 @@ def wait_for(path, seconds=120):
 
 
 @pytest.mark.parametrize(
-    "how, status, workers",
+    "how, expected, workers",
     [
         ("SIGINT", None, 0),
         ("SIGTERM", 143, 2),
@@ -265,9 +255,9 @@ def wait_for(path, seconds=120):
     ],
 )
 def test_an_interrupted_run_finishes_its_step_saves_and_says_how_to_resume(
-    tmp_path, how, status, workers
+    tmp_path, how, expected, workers
 ):
-    program = start(
+    program = programs.Program(
         "-c", PROGRAM.format(here=str(HERE), folder=str(tmp_path), workers=workers)
     )
     wait_for(tmp_path / "tiny/log.jsonl")
@@ -284,22 +274,24 @@ def test_an_interrupted_run_finishes_its_step_saves_and_says_how_to_resume(
     else:
         # as a terminal, a cluster and a container do: workers get it too
         os.killpg(program.pid, getattr(signal, how))
-    said, problems = program.communicate(timeout=60)
+    status = program.wait(60)
+    message = program.stdout
     if how == "SIGINT":  # the status depends on what libraries do at the end
-        assert program.returncode and problems.endswith("KeyboardInterrupt: saved\n")
+        assert status
+        assert program.stderr.endswith("KeyboardInterrupt: saved\n")
     else:
-        assert program.returncode == status, problems
+        assert status == expected, program.stderr
     run = Run.open(tmp_path / "tiny")
-    (step,) = re.findall(r"after step (\d+) of 100000, which is saved", said)
+    (step,) = re.findall(r"after step (\d+) of 100000, which is saved", message)
     assert (
         run.state()["step"] == int(step) == run.log["step"].max()
         and run.writer() is None
     )
     assert (
-        f"selfflow train --config {run.path}/config.json" in said
+        f"selfflow train --config {run.path}/config.json" in message
         and not (run.path / "stop").exists()
     )
-    assert ("came back" in said) == (how == "stop file")
+    assert ("came back" in message) == (how == "stop file")
 
 
 def test_a_second_signal_does_not_wait():
@@ -621,10 +613,9 @@ print(held[1] - held[0])
     not Path("/proc/self/statm").exists(), reason="memory is read from /proc"
 )
 def test_memory_does_not_grow_with_steps(tmp_path):
-    program = start("-c", MEMORY.format(here=str(HERE), folder=str(tmp_path)))
-    said, problems = program.communicate(timeout=300)
-    assert program.returncode == 0, problems
-    assert int(said.split()[-1]) < 3 * 2**20, (
+    program = programs.run("-c", MEMORY.format(here=str(HERE), folder=str(tmp_path)))
+    assert program.returncode == 0, program.stderr
+    assert int(program.stdout.split()[-1]) < 3 * 2**20, (
         "bytes that 800 steps have added; 4 kB a step would be seen"
     )
 

@@ -3,15 +3,13 @@
 Runs are chosen by keys and pointer; another process trains one; an explorer opens.
 """
 
-import os
 import shutil
-import subprocess
-import sys
+import signal
 import time
 
+import programs
 import pytest
 from browser import (
-    ROOT,
     record_latency,
     run_all,
     set_theme,
@@ -113,16 +111,10 @@ def elsewhere(lab):
         TRAIN.format(steps=50_000, every=40, name="elsewhere")
         + "train(config, 'browsed', bar=False, device='cpu')"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=lab[2],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-    )
-    yield process
-    process.terminate()
-    process.wait(60)
+    program = programs.Program("-c", code, cwd=lab[2])
+    yield program
+    program.send_signal(signal.SIGTERM)
+    program.wait(60)
 
 
 def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import ipywidgets as widgets
 import nbformat
+import programs
 import pytest
 import websocket
 from browser import ROOT, served, wait_for_server
@@ -483,8 +484,7 @@ def test_an_explorer_in_a_file_of_the_user_is_a_tool(runs):
         "print(bench.about.value, shown, list(bench.tools)[0])\n"
         "print(page_of(Path(sys.argv[2])).cells[0].source)"
     )
-    command = [sys.executable, "-c", script, MINE, runs["tiny"].path]
-    shown = subprocess.run(command, capture_output=True, text=True)
+    shown = programs.run("-c", script, MINE, runs["tiny"].path)
     first, *cell = shown.stdout.splitlines()
     assert (
         first == "<i>Says &lt;which&gt; run it was given.</i> tiny Noise asymmetry"
