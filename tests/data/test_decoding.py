@@ -571,7 +571,7 @@ def test_damaged_flac_and_false_headers_are_refused():
         read(data, "audio", Form(samples=500)), values.mean(1)[:500], atol=1e-6
     )
 
-    # STREAMINFO: 20 bits of the rate, 3 of the channels, 5 of the bits, 36 of the
+    # STREAMINFO: 20 bits for the rate, 3 for the channels, 5 for the bits, 36 for the
     # frames
     def with_header(rate=8_000, frames=4_000):
         return (

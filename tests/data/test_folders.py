@@ -303,7 +303,7 @@ def test_a_table_lists_files_labels_and_captions(photos):
     ) == {""}
 
 
-def test_a_table_without_labels_leaves_the_classes(photos):
+def test_a_table_without_labels_keeps_the_folders_as_classes(photos):
     (photos / "metadata.csv").write_text(
         "file_name,text\ncat/0.png,hello\n9/3.webp,\n", encoding="utf-8"
     )
@@ -909,7 +909,7 @@ def test_rows_without_splits_are_split_by_a_hash(stored):
     assert set(data.take(torch.arange(5)).captions) == {""}
 
 
-def test_columns_and_labels_of_other_names_and_kinds(stored):
+def test_columns_and_labels_may_have_other_names_and_types(stored):
     features = {
         "img": datasets.Image(),
         "kind": datasets.Value("string"),

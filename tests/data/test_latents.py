@@ -792,9 +792,8 @@ def test_the_files_contain_what_their_index_records(latents_folder):
 
 @pytest.mark.parametrize("dtype, step", [("float16", 2**-11), ("bfloat16", 2**-8)])
 def test_half_precision_rounds_the_latents(latents_folder, tmp_path, dtype, step):
-    coder = CountingHaar(
-        change=lambda z: z / 3
-    )  # the latents of digits are exact in half precision
+    # the latents of digits themselves are exact in half precision
+    coder = CountingHaar(change=lambda z: z / 3)
     latents = encode(tmp_path / "half", coder=coder, dtype=dtype)
     raw = load_file(tmp_path / "half/train/shard-00000.safetensors")["signals.image"]
     assert raw.dtype == getattr(torch, dtype)

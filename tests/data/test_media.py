@@ -83,7 +83,9 @@ def reason_of(data, function=read, form=None):
 
 @each()
 @pytest.mark.parametrize("audio", [0, 0.5])
-def test_constant_frame_rates_with_and_without_audio(container, codec, audio):
+def test_constant_frame_rates_are_followed_with_and_without_audio(
+    container, codec, audio
+):
     data = encoded(GREYS, container, codec, rate=10, base=10, audio=audio)
     assert_shows(data, Form(8, 6, 10), GREYS)
     assert_shows(data, Form(8, 3, 5), GREYS[1::2])

@@ -367,9 +367,8 @@ def test_a_wav_file_contains_the_audio(bits, tolerance):
         if bits == 16
         else (np.frombuffer(data, "u1") - 128.0) / 127
     )
-    np.testing.assert_allclose(
-        values, audio / 1.5, atol=tolerance
-    )  # scaled down, not clipped
+    # scaled down, not clipped
+    np.testing.assert_allclose(values, audio / 1.5, atol=tolerance)
     for values, depth in ((audio[None], bits), (audio, 12), (audio * math.nan, bits)):
         with pytest.raises(ValueError, match="cannot be written with"):
             to_wav(values, bits=depth)

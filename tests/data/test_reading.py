@@ -417,7 +417,7 @@ def test_a_crop_is_the_requested_part(audio_folder, crop, expected, capsys):
     assert len({entry.name for entry in data.entries}) == len(data)
 
 
-def test_a_random_window_is_the_same_in_every_run_and_another_for_each_name(
+def test_a_random_window_depends_on_the_name_and_is_the_same_in_every_run(
     audio_folder,
 ):
     first, second = (

@@ -177,7 +177,7 @@ def encoder(folders, request):
 @pytest.fixture
 def t5_copy(folders, tmp_path):
     "A copy of the T5 encoder that a test may damage."
-    return shutil.copytree(folders["t5"], tmp_path / "own")
+    return shutil.copytree(folders["t5"], tmp_path / "copy")
 
 
 def clear_cache(opened):
