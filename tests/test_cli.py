@@ -101,14 +101,11 @@ def test_a_renamed_and_moved_run_resumes_in_place(runs, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     main(["train", "--config", "elsewhere/renamed/config.json"])
     run = Run.open(place, "cpu")
-    assert (
-        run.state()["step"] == 12
-        and run.config == replace(TINY, name="renamed")
-        and run.path == place
-    )
-    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"] and [
-        p.name for p in place.parent.iterdir()
-    ] == ["renamed"]
+    assert run.state()["step"] == 12
+    assert run.config == replace(TINY, name="renamed")
+    assert run.path == place
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+    assert [p.name for p in place.parent.iterdir()] == ["renamed"]
     assert "resuming from step 4" in capsys.readouterr().out
 
 
@@ -146,10 +143,8 @@ def test_the_config_of_a_run_gives_its_folder(
         ),
     )
     main(args)
-    assert (
-        Path(asked["folder"]).resolve() == Path(folder).resolve()
-        and asked["config"].name == name
-    )
+    assert Path(asked["folder"]).resolve() == Path(folder).resolve()
+    assert asked["config"].name == name
 
 
 def test_a_folder_is_no_config_file_and_its_own_is_named(runs, capsys):
@@ -164,10 +159,8 @@ def test_a_run_of_an_old_format_is_trained_as_it_was(config_of):
     config = config_of(
         "--config", str(ROOT / "tests/fixtures/runs/format-1/config.json")
     )
-    assert (
-        config == Run.open(ROOT / "tests/fixtures/runs/format-1", "cpu").config
-        and config.training.shards == 1
-    )
+    assert config == Run.open(ROOT / "tests/fixtures/runs/format-1", "cpu").config
+    assert config.training.shards == 1
 
 
 def test_a_plain_file_lies_between_preset_and_options(config_of, tmp_path):
@@ -180,10 +173,8 @@ def test_a_plain_file_lies_between_preset_and_options(config_of, tmp_path):
         config.training.lr,
         config.name,
     ) == ("S", 12, 0.25, "of-the-file")
-    assert (
-        config.training.shards == 4
-        and config_of("--config", str(file)).model == Config().model
-    )
+    assert config.training.shards == 4
+    assert config_of("--config", str(file)).model == Config().model
     assert read_settings(file) == (json.loads(file.read_text()), False)
 
 
@@ -213,7 +204,9 @@ def test_config_files_that_cannot_be_used_are_refused(tmp_path, capsys, content,
     with pytest.raises(SystemExit) as stop:
         main(["train", "--config", str(tmp_path / "x.json")])
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and re.search(words, said) and said.count("\n") == 1
+    assert stop.value.code == 2
+    assert re.search(words, said)
+    assert said.count("\n") == 1
 
 
 def test_a_preset_cannot_change_the_config_of_a_run(runs, capsys):
@@ -280,17 +273,13 @@ def test_mistakes_are_answered_in_a_line(monkeypatch, capfd, line, words, drawin
     with pytest.raises(SystemExit) as stop:
         main(line.split())
     shown, said = capfd.readouterr()
-    assert (
-        stop.value.code == 2
-        and re.search(words.replace("?", r"\?"), said)
-        and not shown
-    )
-    assert (
-        said.startswith("selfflow: ")
-        and said.count("\n") == 1
-        and "tyro" not in said
-        and len(said) < 250
-    )
+    assert stop.value.code == 2
+    assert re.search(words.replace("?", r"\?"), said)
+    assert not shown
+    assert said.startswith("selfflow: ")
+    assert said.count("\n") == 1
+    assert "tyro" not in said
+    assert len(said) < 250
 
 
 def test_a_box_in_colours_is_read_as_well():
@@ -299,10 +288,8 @@ def test_a_box_in_colours_is_read_as_well():
         "\x1b[1mwrong\x1b[0m │\n│ here.   │\n"
         "│ ─────────── │\n│ More. │\n╰────╯"
     )
-    assert (
-        options._first_words(box) == "What is wrong here."
-        and options._first_words("no box") == "no box"
-    )
+    assert options._first_words(box) == "What is wrong here."
+    assert options._first_words("no box") == "no box"
 
 
 # help
@@ -463,7 +450,8 @@ def test_the_exit_status_shows_how_training_ended(
     monkeypatch.setattr(training, "train", stopped)
     with pytest.raises(SystemExit) as stop:
         main(["train"])
-    assert stop.value.code == code and words in capsys.readouterr().err
+    assert stop.value.code == code
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -496,10 +484,8 @@ def test_interrupting_another_command_promises_nothing(monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "find_runs", stopped)
     with pytest.raises(SystemExit) as stop:
         main(["runs"])
-    assert (
-        stop.value.code == 130
-        and capsys.readouterr().err == "\nselfflow: interrupted.\n"
-    )
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "\nselfflow: interrupted.\n"
 
 
 def test_an_unknown_error_shows_where_it_comes_from(monkeypatch):
@@ -522,9 +508,8 @@ def test_the_module_is_the_command_and_nothing_happens_on_import(tmp_path):
         )
 
     found = call("-m", "selfflow.cli", "train", "--preset", "M")
-    assert found.returncode == 2 and found.stderr.startswith(
-        "selfflow: unknown preset 'M'"
-    )
+    assert found.returncode == 2
+    assert found.stderr.startswith("selfflow: unknown preset 'M'")
     assert call("-m", "selfflow.cli", "--help").returncode == 0
     source = (ROOT / "selfflow/cli.py").read_text()
     in_a_notebook = (
@@ -537,7 +522,8 @@ def test_the_module_is_the_command_and_nothing_happens_on_import(tmp_path):
         "from pathlib import Path\ndef main(): raise SystemExit(9)\n" + guard
     )
     found = call("-c", in_a_notebook)
-    assert found.returncode == 0 and found.stdout == "not called\n"
+    assert found.returncode == 0
+    assert found.stdout == "not called\n"
     (tmp_path / "cli.py").write_text((tmp_path / "guard.py").read_text())
     assert call("cli.py").returncode == 9, "the guard itself works"
 
@@ -618,9 +604,9 @@ def test_invalid_data_settings_are_refused_in_one_line(capsys, tmp_path, typed, 
     with pytest.raises(SystemExit):
         main(["train", "--folder", str(tmp_path), *typed.split()])
     said = capsys.readouterr().err
-    assert (
-        words in said and len(said.splitlines()) == 1 and not list(tmp_path.iterdir())
-    )
+    assert words in said
+    assert len(said.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_config_file_may_list_data_sets_and_options_change_one(tmp_path):
@@ -637,7 +623,8 @@ def test_a_config_file_may_list_data_sets_and_options_change_one(tmp_path):
     third = starting_point(["train", "--config", str(file), "--data.2.name", "digits"])[
         "config"
     ].data[2]
-    assert third.name == "digits" and third.share == 1
+    assert third.name == "digits"
+    assert third.share == 1
 
 
 @pytest.mark.parametrize("classes", [("cat", "dog"), ("",)])
@@ -677,13 +664,13 @@ def test_the_next_commands_are_those_that_work(tmp_path, capsys, classes):
         ]
     )
     printed = capsys.readouterr().out
-    assert "Next: selfflow sample" in printed and ("selfflow probe" in printed) == (
-        len(classes) > 1
-    )
+    assert "Next: selfflow sample" in printed
+    assert ("selfflow probe" in printed) == (len(classes) > 1)
 
 
 def test_a_mistyped_run_is_not_made_by_a_pre_flight(tmp_path, capsys):
     missing = tmp_path / "mistyped"
     with pytest.raises(SystemExit):
         main(["preflight", "--run", str(missing)])
-    assert str(missing) in capsys.readouterr().err and not missing.exists()
+    assert str(missing) in capsys.readouterr().err
+    assert not missing.exists()

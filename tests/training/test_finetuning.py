@@ -64,9 +64,13 @@ def test_a_run_begins_with_the_average_of_another_and_then_does_not_need_it(
         assert torch.equal(state.objective.state_dict()[name], value)
     whole = train(config, tmp_path / "whole", "cpu", bar=False)
     report = capsys.readouterr().out
-    assert "of run" in report and "step 8" in report and "objective: taken" in report
+    assert "of run" in report
+    assert "step 8" in report
+    assert "objective: taken" in report
     stored = json.loads((whole.path / "config.json").read_text())["start"]
-    assert stored["kind"] == "run" and stored["step"] == 8 and not stored["left"]
+    assert stored["kind"] == "run"
+    assert stored["step"] == 8
+    assert not stored["left"]
     before = earlier.load("teacher")["blocks.0.attn.qkv.weight"]
     assert not torch.equal(whole.load("model")["blocks.0.attn.qkv.weight"], before)
     shutil.rmtree(origin)
@@ -144,7 +148,8 @@ def test_adapters_of_a_backbone_object_that_is_passed_to_train(runs, tmp_path):
     lora = LoraConfig(2, targets=("mlp",))
     config = replace(TINY, name="own", model=model, lora=lora, training=training)
     whole = train(config, tmp_path / "whole", "cpu", bar=False, backbone=given)
-    assert whole.start["kind"] == "given backbone" and not whole.start["left"]
+    assert whole.start["kind"] == "given backbone"
+    assert not whole.start["left"]
     assert all(".lora_" in name for name in whole.load("model"))
     merged = whole.teacher.state_dict()
     for name, value in given.state_dict().items():
@@ -215,7 +220,8 @@ def test_starts_that_do_not_fit_are_refused_before_there_is_a_folder(runs, tmp_p
     assert "no checkpoint of step 5" in refused(f"{run.path}@5")
     assert "WanTransformer3DModel" in refused(wan)
     deeper = refused(run.path, replace(TINY.model, depth=6))
-    assert "depth is 6 here, 4 there" in deeper and "nothing was loaded" in deeper
+    assert "depth is 6 here, 4 there" in deeper
+    assert "nothing was loaded" in deeper
     heads = refused(run.path, replace(TINY.model, heads=1))
     assert "heads is 1 here, 2 there" in heads, "which no shape shows"
     assert "Did you mean 'qkv'" in refused(run.path, lora=LoraConfig(2, None, ("qvk",)))
@@ -250,7 +256,8 @@ def test_the_published_checkpoint_begins_a_run(tmp_path):
     config = beginning(file)
     model = new_backbone(config, inputs)
     start, head = start_weights(model, config)
-    assert start["kind"] == "published checkpoint" and not start["left"]
+    assert start["kind"] == "published checkpoint"
+    assert not start["left"]
     for name, value in published.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value)
     assert torch.equal(head["projector.0.weight"], projector[0].weight)
@@ -303,7 +310,8 @@ def test_a_run_from_a_folder_of_diffusers_opens_and_resumes_without_it(tmp_path)
     model = ModelConfig("flux2", folder=str(tmp_path / "folder"))
     config = on_captions("full", model, steps=2)
     run = train(config, tmp_path, "cpu", bar=False)
-    assert run.start["shape"]["in_channels"] == 48 and run.start["fingerprint"]
+    assert run.start["shape"]["in_channels"] == 48
+    assert run.start["fingerprint"]
     shutil.rmtree(tmp_path / "folder")
     opened = Run.open(run.path, "cpu")
     assert flops_per_step(opened.config, opened.inputs, start=opened.start) > 1e6

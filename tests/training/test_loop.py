@@ -41,9 +41,8 @@ def test_both_objectives_fall_and_stay_finite(tmp_path):
         # what is looked at in the steps that validate
         seldom = log.columns[log.isna().any()]
         validated = log["step"].isin([40, 80])
-        assert {"validation_flow_loss"} <= set(seldom) and log.loc[
-            ~validated, seldom
-        ].isna().all().all()
+        assert {"validation_flow_loss"} <= set(seldom)
+        assert log.loc[~validated, seldom].isna().all().all()
         if config is TINY:
             assert {
                 "cosine_gap_0",
@@ -157,13 +156,10 @@ def test_every_objective_and_schedule_trains_and_resumes_bit_for_bit(
     config = replace(SMALL, objective=ObjectiveConfig(name, **switches))
     features = outside if name == "repa" else None
     run = train(config, tmp_path / "whole", features=features)
-    assert (
-        run.log["step"].tolist() == [1, 2, 3, 4]
-        and run.log[["total", "flow_loss", "grad_norm"]].notna().all().all()
-    )
-    assert ("cosine" in run.log) == (name != "flow_matching") and run.log[
-        "grad_norm"
-    ].min() > 0
+    assert run.log["step"].tolist() == [1, 2, 3, 4]
+    assert run.log[["total", "flow_loss", "grad_norm"]].notna().all().all()
+    assert ("cosine" in run.log) == (name != "flow_matching")
+    assert run.log["grad_norm"].min() > 0
     start = start_state(config, run.sources, torch.device("cpu"), 8)
     assert not torch.equal(
         start.student.blocks[0].attn.proj.weight, run.model.blocks[0].attn.proj.weight
@@ -260,7 +256,8 @@ def test_the_teacher_is_the_average_after_the_step():
     decay = 0.5 ** (1 / (TINY.training.ema_half_life * TINY.training.steps))
     expected = decay * before + (1 - decay) * state.student.x_embedder.image.bias
     torch.testing.assert_close(state.teacher.x_embedder.image.bias, expected)
-    assert not state.teacher.training and state.step == 1
+    assert not state.teacher.training
+    assert state.step == 1
 
 
 def test_every_sample_once_per_epoch_in_an_order_of_the_seed():
@@ -294,7 +291,8 @@ def test_bf16_trains(tmp_path):
         one.sample(torch.arange(4), steps=4, cfg_scale=2.0)["image"]
         for one in (run, whole)
     )
-    assert half.dtype == torch.float32 and not torch.equal(half, full)
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, full)
     torch.testing.assert_close(half, full, atol=0.05, rtol=0.05)
 
 
@@ -318,27 +316,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     ):
         train(TINY, tmp_path)
     run = Run.open(tmp_path / "tiny")
-    assert (
-        run.latest().name == "step-00000004"
-        and run.log["step"].tolist() == [1, 2, 3, 4, 5, 6]
-        and run.writer() is None
-    )
+    assert run.latest().name == "step-00000004"
+    assert run.log["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert run.writer() is None
     found = json.loads((run.path / "not_finite.json").read_text())
     samples = real(len(digits("train")), 16, TINY.seed, 6)
-    assert (
-        found["step"] == 7
-        and "step 7 is not finite" in found["message"]
-        and found["samples"] == samples.tolist()
-    )
+    assert found["step"] == 7
+    assert "step 7 is not finite" in found["message"]
+    assert found["samples"] == samples.tolist()
     assert found["labels"] == digits("train").labels[samples].tolist()
     drawn = [
         DualTimestep().sample(2, 16, keyed(TINY.seed, "levels", 6, shard)).per_token()
         for shard in range(8)
     ]
-    assert (
-        found["levels"]["tokens"] == torch.cat(drawn).histc(20, 0, 1).tolist()
-        and sum(found["levels"]["tokens"]) == 256
-    )
+    assert found["levels"]["tokens"] == torch.cat(drawn).histc(20, 0, 1).tolist()
+    assert sum(found["levels"]["tokens"]) == 256
     monkeypatch.undo()
     assert_same(train(TINY, tmp_path / "whole"), train(TINY, tmp_path))
     assert not (run.path / "not_finite.json").exists(), "it was passed"
@@ -374,15 +366,12 @@ def test_divergence_has_one_message_wherever_it_is_detected(tmp_path, changes, m
         FloatingPointError, match=f"^step .*{message}|^{message}"
     ) as error:
         train(config, tmp_path)
-    assert "A smaller training.lr or training.clip" in str(
-        error.value
-    ) and "look at the data" not in str(error.value)
+    assert "A smaller training.lr or training.clip" in str(error.value)
+    assert "look at the data" not in str(error.value)
     run = Run.open(tmp_path / "tiny")
     found = json.loads((run.path / "not_finite.json").read_text())
-    assert (
-        str(error.value).startswith(found["message"])
-        and f"step {found['step']} is" in found["message"]
-    )
+    assert str(error.value).startswith(found["message"])
+    assert f"step {found['step']} is" in found["message"]
     assert (
         found["samples"]
         == batch_indices(len(digits("train")), 8, TINY.seed, found["step"] - 1).tolist()
@@ -397,10 +386,9 @@ def test_divergence_has_one_message_wherever_it_is_detected(tmp_path, changes, m
         )
     following = Following(run.path)
     following.read()
+    assert not following.finished
     assert (
-        not following.finished
-        and f"stopped at step {found['step']}: the loss was not finite"
-        in following.state
+        f"stopped at step {found['step']}: the loss was not finite" in following.state
     )
 
 
@@ -465,9 +453,8 @@ def test_features_that_are_not_finite_are_named_by_their_step(where):
     before = state.student.blocks[0].attn.qkv.weight.clone()
     with pytest.raises(FloatingPointError, match="step 1 is not finite"):
         train_step(state, TINY, first_batch(), diagnose=True)
-    assert (
-        torch.equal(state.student.blocks[0].attn.qkv.weight, before) and state.step == 0
-    )
+    assert torch.equal(state.student.blocks[0].attn.qkv.weight, before)
+    assert state.step == 0
 
 
 def test_every_step_draws_its_own_numbers():
@@ -505,12 +492,10 @@ def test_training_continues_after_steps_without_counted_tokens():
     )
     state = start_state(config, Sources(config.data), torch.device("cpu"))
     values = train_step(state, config, first_batch(), diagnose=True)
-    assert (
-        values["rep_loss"] == 0
-        and "cosine" not in values
-        and values["flow_loss"] > 0
-        and state.step == 1
-    )
+    assert values["rep_loss"] == 0
+    assert "cosine" not in values
+    assert values["flow_loss"] > 0
+    assert state.step == 1
 
 
 # compilation
@@ -547,10 +532,10 @@ def snapshot(state):
 
 def assert_unchanged(state, before):
     tensors, step, stream = snapshot(state)
-    assert tensors.keys() == before[0].keys() and all(
-        torch.equal(tensors[k], before[0][k]) for k in tensors
-    )
-    assert step == before[1] and torch.equal(stream, before[2])
+    assert tensors.keys() == before[0].keys()
+    assert all(torch.equal(tensors[k], before[0][k]) for k in tensors)
+    assert step == before[1]
+    assert torch.equal(stream, before[2])
     assert all(
         p.grad is None
         for part in (state.student, state.teacher, state.objective)
@@ -862,7 +847,8 @@ def test_an_unknown_device_is_refused_before_a_folder_is_made(tmp_path):
 
 
 def test_the_default_is_the_quickstart():
-    assert TrainConfig().steps == 1000 and ModelConfig().width == 96
+    assert TrainConfig().steps == 1000
+    assert ModelConfig().width == 96
 
 
 class Watcher:
@@ -902,13 +888,13 @@ def test_a_callback_of_the_user_sees_all_and_changes_nothing(runs, tmp_path):
         for kind, *_ in watcher.events
     }
     training = TINY.training
-    assert events["step"] == list(range(1, training.steps + 1)) and events["end"] == [
-        training.steps
-    ]
+    assert events["step"] == list(range(1, training.steps + 1))
+    assert events["end"] == [training.steps]
     assert events["checkpoint"] == [
         step for step in events["step"] if step % training.save_every == 0
     ]
-    assert events["validation"] and watcher.events[-1] == ("end", training.steps, None)
+    assert events["validation"]
+    assert watcher.events[-1] == ("end", training.steps, None)
     assert run.state()["seen"] == len(watcher.events) - 2, "what it adds is kept"
 
 
@@ -919,14 +905,12 @@ def test_a_callback_that_fails_ends_the_training_in_order(runs, tmp_path, step, 
     with pytest.raises(LookupError, match="the user's own"):
         train(TINY, tmp_path, callbacks=[failing, other])
     run = Run.open(tmp_path / "tiny")
-    assert run.writer() is None and (run.state()["step"] if saved else None) == saved
-    assert (
-        isinstance(other.events[-1][2], LookupError)
-        and other.events[-1][0] == failing.events[-1][0] == "end"
-    )
-    assert run.log["step"].tolist() == list(range(1, step + 1)) and not list(
-        run.path.rglob(".*-*")
-    )
+    assert run.writer() is None
+    assert (run.state()["step"] if saved else None) == saved
+    assert isinstance(other.events[-1][2], LookupError)
+    assert other.events[-1][0] == failing.events[-1][0] == "end"
+    assert run.log["step"].tolist() == list(range(1, step + 1))
+    assert not list(run.path.rglob(".*-*"))
     assert_same(runs["tiny"], train(TINY, tmp_path))
 
 

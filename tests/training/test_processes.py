@@ -224,10 +224,8 @@ def one(tmp_path_factory):
 def assert_close(run, expected, rtol=1e-5):
     log = run.log
     wanted = expected.log
-    assert (
-        log.columns.tolist() == wanted.columns.tolist()
-        and log["step"].tolist() == wanted["step"].tolist()
-    )
+    assert log.columns.tolist() == wanted.columns.tolist()
+    assert log["step"].tolist() == wanted["step"].tolist()
     for name in wanted.columns.drop("flow_loss_by_level"):
         found = torch.tensor(log[name])
         expected = torch.tensor(wanted[name])
@@ -245,11 +243,9 @@ def assert_close(run, expected, rtol=1e-5):
 def test_two_dozen_steps_in_two_processes_have_the_losses_of_one(two, one, name):
     run = Run.open(two / name / "tiny")
     expected = one("ddp")
-    assert (
-        raised(two / name) == [None, None]
-        and len(run.log) == 24
-        and (run.timing["processes"] == 2).all()
-    )
+    assert raised(two / name) == [None, None]
+    assert len(run.log) == 24
+    assert (run.timing["processes"] == 2).all()
     assert_close(run, expected)
     for part in ("model", "teacher", "objective"):
         found, wanted = (
@@ -259,18 +255,15 @@ def test_two_dozen_steps_in_two_processes_have_the_losses_of_one(two, one, name)
         # biases of keys have no gradient but rounding, which Adam enlarges
         assert (found - wanted).norm() < 1e-4 * wanted.norm()
     found, wanted = (r.load("optimizer") for r in (run, expected))
-    assert found.keys() == wanted.keys() and all(
-        found[key].shape == wanted[key].shape for key in wanted
-    )
+    assert found.keys() == wanted.keys()
+    assert all(found[key].shape == wanted[key].shape for key in wanted)
     (step, images, labels), (_, pictures, _) = (
         run.sample_history()[-1],
         expected.sample_history()[-1],
     )
-    assert (
-        step == 24
-        and labels.tolist() == list(range(10))
-        and (images - pictures).abs().max() < 1e-3
-    )
+    assert step == 24
+    assert labels.tolist() == list(range(10))
+    assert (images - pictures).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -320,21 +313,21 @@ def test_bf16_in_two_processes(two, one):
 
 def test_non_finite_numbers_in_one_process_stop_all(two):
     first, second = raised(two / "poisoned")
-    assert first == second and first.startswith(
-        "FloatingPointError: step 7 is not finite"
-    )
+    assert first == second
+    assert first.startswith("FloatingPointError: step 7 is not finite")
     run = Run.open(two / "poisoned/tiny")
     found = json.loads((run.path / "not_finite.json").read_text())
-    assert (
-        run.state()["step"] == 4 and found["step"] == 7 and len(found["samples"]) == 16
-    )
+    assert run.state()["step"] == 4
+    assert found["step"] == 7
+    assert len(found["samples"]) == 16
     assert run.log["step"].tolist() == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_signal_to_one_process_stops_all_and_one_process_resumes(two, runs, tmp_path):
     assert raised(two / "stopped") == [None, None]  # the main process got no signal
     run = Run.open(two / "stopped/tiny")
-    assert run.state()["step"] == 5 and run.writer() is None
+    assert run.state()["step"] == 5
+    assert run.writer() is None
     shutil.copytree(two / "stopped", tmp_path / "stopped")
     assert_close(train(TINY, tmp_path / "stopped"), runs["tiny"])
 
@@ -348,16 +341,17 @@ def test_a_run_resumes_with_other_processes_and_parallelism(two, one, tmp_path):
     shutil.rmtree(tmp_path / "fsdp/tiny/checkpoints/step-00000024")
     start({"fsdp": TASKS["ddp"]}, 2, tmp_path)
     run = Run.open(tmp_path / "fsdp/tiny")
-    assert run.state()["processes"] == 2 and run.state()["step"] == 24
+    assert run.state()["processes"] == 2
+    assert run.state()["step"] == 24
     assert_close(run, one("ddp"))
 
 
 def test_shards_that_cannot_be_divided_are_refused_before_anything_is_written(two):
     for words in raised(two / "undividable"):
-        assert (
-            words.startswith("ValueError: 1 shards cannot be divided among 2 processes")
-            and "training.shards 2" in words
+        assert words.startswith(
+            "ValueError: 1 shards cannot be divided among 2 processes"
         )
+        assert "training.shards 2" in words
     assert not (two / "undividable/tiny").exists()
 
 
@@ -440,7 +434,8 @@ def test_a_notebook_starts_processes_and_follows_them(tmp_path, runs):
         tmp_path,
         "cpu",
     )
-    assert run.state()["step"] == 12 and run.timing["processes"].tolist() == [2] * 12
+    assert run.state()["step"] == 12
+    assert run.timing["processes"].tolist() == [2] * 12
     assert_close(run, runs["tiny"])
     with pytest.raises(ChildProcessError, match="different settings"):
         launch(replace(TINY, seed=1), 2, tmp_path, "cpu")
@@ -455,7 +450,8 @@ def test_the_command_starts_processes_and_forwards_stop_requests(tmp_path):
     program = programs.Program("-m", "selfflow.cli", "train", *options.split())
     end = time.monotonic() + 120
     while not (log := tmp_path / "long/log.jsonl").exists() or not log.stat().st_size:
-        assert time.monotonic() < end and program.poll() is None
+        assert time.monotonic() < end
+        assert program.poll() is None
         time.sleep(0.05)
     with pytest.raises(RunInUse):
         launch(Config(name="long"), 2, tmp_path, "cpu")
@@ -469,8 +465,10 @@ def test_the_command_starts_processes_and_forwards_stop_requests(tmp_path):
     )
     message = program.stdout
     assert message.count(words) == 1, "the main process alone prints"
-    assert "FutureWarning" not in message and "%|" not in message
-    assert run.writer() is None and (run.timing["processes"] == 2).all()
+    assert "FutureWarning" not in message
+    assert "%|" not in message
+    assert run.writer() is None
+    assert (run.timing["processes"] == 2).all()
 
 
 def test_an_abort_after_a_message_is_no_kill():
@@ -487,11 +485,9 @@ def test_a_single_process_sends_nothing():
     alone = Processes.start("cpu")
     g = torch.Generator().manual_seed(0)
     assert (alone.rank, alone.count, alone.main) == (0, 1, True)
-    assert (
-        alone.on_main(lambda: 3) == 3
-        and alone.broadcast(4) == 4
-        and alone.any(False, True) == [False, True]
-    )
+    assert alone.on_main(lambda: 3) == 3
+    assert alone.broadcast(4) == 4
+    assert alone.any(False, True) == [False, True]
     values = torch.randn(3, 5, generator=g)
     counted = torch.rand(3, 5, generator=g) < 0.5
     torch.testing.assert_close(masked_mean(values, counted), values[counted].mean())

@@ -68,10 +68,8 @@ def test_kill_at_random_moments_also_while_saving_loses_nothing(tmp_path):
             run.sample_history(), whole.sample_history(), strict=True
         ):
             assert torch.equal(images, expected), f"the picture of step {step}"
-        assert (
-            run.timing["step"].tolist() == whole.log["step"].tolist()
-            and run.timing["seconds"].is_monotonic_increasing
-        )
+        assert run.timing["step"].tolist() == whole.log["step"].tolist()
+        assert run.timing["seconds"].is_monotonic_increasing
         left = {p.name for p in (run.path / "checkpoints").iterdir()} - {
             p.name for p in run.checkpoints()
         }
@@ -166,9 +164,8 @@ def test_muon_and_a_falling_rate_resume_exactly(tmp_path):
         for name in whole.load("optimizer")
         if "blocks.0.mlp.fc1.weight" in name
     }
-    assert slots == {
-        "momentum_buffer"
-    } and "model.x_embedder.image.weight/exp_avg" in whole.load("optimizer")
+    assert slots == {"momentum_buffer"}
+    assert "model.x_embedder.image.weight/exp_avg" in whole.load("optimizer")
     with pytest.MonkeyPatch.context() as patch:
         Stops(patch, {5})
         assert [train(config, tmp_path).state()["step"] for _ in range(2)] == [5, 12]
@@ -215,7 +212,8 @@ def test_sampling_validating_and_probing_in_the_middle_change_nothing(
 
     monkeypatch.setattr(Run, "prune", looking)
     run = train(config, tmp_path)
-    assert looked == [3, 6, 9, 12] and [step for step, *_ in run.sample_history()] == [
+    assert looked == [3, 6, 9, 12]
+    assert [step for step, *_ in run.sample_history()] == [
         3,
         5,
         6,
@@ -283,14 +281,10 @@ def test_an_interrupted_run_finishes_its_step_saves_and_says_how_to_resume(
         assert status == expected, program.stderr
     run = Run.open(tmp_path / "tiny")
     (step,) = re.findall(r"after step (\d+) of 100000, which is saved", message)
-    assert (
-        run.state()["step"] == int(step) == run.log["step"].max()
-        and run.writer() is None
-    )
-    assert (
-        f"selfflow train --config {run.path}/config.json" in message
-        and not (run.path / "stop").exists()
-    )
+    assert run.state()["step"] == int(step) == run.log["step"].max()
+    assert run.writer() is None
+    assert f"selfflow train --config {run.path}/config.json" in message
+    assert not (run.path / "stop").exists()
     assert ("came back" in message) == (how == "stop file")
 
 
@@ -363,9 +357,8 @@ def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(
             train(TINY, tmp_path)
         assert raised.value.errno == 28
     monkeypatch.undo()
-    assert Run.open(tmp_path / "tiny").state()["step"] == 4 and not list(
-        (tmp_path / "tiny/checkpoints").glob(".*")
-    )
+    assert Run.open(tmp_path / "tiny").state()["step"] == 4
+    assert not list((tmp_path / "tiny/checkpoints").glob(".*"))
     assert_same(runs["tiny"], train(TINY, tmp_path))
 
 
@@ -386,11 +379,9 @@ def test_a_log_that_cannot_be_written_ends_the_run(runs, tmp_path):
         ):
             train(TINY, tmp_path)
     run = Run.open(tmp_path / "tiny")
-    assert (
-        run.state()["step"] == 4
-        and run.log["step"].tolist() == [1, 2, 3, 4, 5, 6]
-        and run.writer() is None
-    )
+    assert run.state()["step"] == 4
+    assert run.log["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert run.writer() is None
     assert_same(runs["tiny"], train(TINY, tmp_path))
 
 
@@ -432,14 +423,10 @@ def test_time_adds_up_over_sessions_and_may_be_unknown(tmp_path, monkeypatch):
     Stops(monkeypatch, {5, 9})
     for _ in range(3):
         run = train(config, tmp_path)
-    assert (
-        run.timing["step"].tolist() == [6, 10, 12]
-        and run.timing["seconds"].iloc[-1] > 12 * 0.05
-    )
-    assert (
-        run.timing["seconds"].iloc[1] > 10 * 0.05
-        and (run.timing["wall"] > run.timing["seconds"]).all()
-    )
+    assert run.timing["step"].tolist() == [6, 10, 12]
+    assert run.timing["seconds"].iloc[-1] > 12 * 0.05
+    assert run.timing["seconds"].iloc[1] > 10 * 0.05
+    assert (run.timing["wall"] > run.timing["seconds"]).all()
     shutil.copytree(HERE / "fixtures/runs/format-1", tmp_path / "format-1")
     old = Run.open(tmp_path / "format-1")
     assert train(old.config, tmp_path).timing["seconds"].isna().all()
@@ -518,9 +505,8 @@ def test_a_requested_tracker_receives_the_log(runs, tmp_path):
     assert events.Scalars("flow_loss_by_level/0.95")[-1].value == pytest.approx(
         levels[-1], rel=1e-6
     )
-    assert {"steps_per_second", "data_wait"} <= set(
-        events.Tags()["scalars"]
-    ) and not list(runs["tiny"].path.rglob("events.*"))
+    assert {"steps_per_second", "data_wait"} <= set(events.Tags()["scalars"])
+    assert not list(runs["tiny"].path.rglob("events.*"))
 
 
 def test_a_failing_tracker_is_dropped_and_training_continues(
@@ -574,10 +560,8 @@ def test_the_golden_curve(tmp_path):
     log = train(GOLD, tmp_path).log
     for name, values in expected.items():
         assert log[name].dropna().tolist() == pytest.approx(values, rel=1e-3), name
-    assert (
-        len(expected["flow_loss"]) == 30
-        and log["flow_loss"].iloc[-1] < 0.8 * log["flow_loss"].iloc[0]
-    )
+    assert len(expected["flow_loss"]) == 30
+    assert log["flow_loss"].iloc[-1] < 0.8 * log["flow_loss"].iloc[0]
 
 
 MEMORY = """

@@ -37,12 +37,14 @@ def steps_of(run):
 
 
 def test_a_run_opens_from_its_folder_alone(run):
-    assert run.config == TINY and steps_of(run) == [
+    assert run.config == TINY
+    assert steps_of(run) == [
         "step-00000004",
         "step-00000008",
         "step-00000012",
     ]
-    assert run.latest().name == "step-00000012" and run.state()["step"] == 12
+    assert run.latest().name == "step-00000012"
+    assert run.state()["step"] == 12
     assert {p.name for p in run.latest().iterdir()} == {
         "model.safetensors",
         "teacher.safetensors",
@@ -51,14 +53,14 @@ def test_a_run_opens_from_its_folder_alone(run):
         "state.json",
         "manifest.json",
     }
-    assert run.log["step"].tolist() == list(range(1, 13)) and {
+    assert run.log["step"].tolist() == list(range(1, 13))
+    assert {
         "flow_loss",
         "rep_loss",
         "cosine",
     } <= set(run.log)
-    assert not run.teacher.training and not any(
-        p.requires_grad for p in run.teacher.parameters()
-    )
+    assert not run.teacher.training
+    assert not any(p.requires_grad for p in run.teacher.parameters())
     assert run.sample(torch.tensor([0, 9]), steps=2)["image"].shape == (2, 1, 8, 8)
     assert not list(run.path.rglob("*.tmp")) and not list(run.path.rglob("*.p*t")), (
         "no leftovers, no pickle"
@@ -102,25 +104,21 @@ def test_a_damaged_checkpoint_is_skipped_and_reported(run, capsys, kind, name):
     unfit = (kind, name) == ("missing", "optimizer.safetensors")
     assert run.latest().name == ("step-00000012" if unfit else "step-00000008")
     assert run.latest(resume=True).name == "step-00000008"
-    assert "skipped" in (said := capsys.readouterr().out) and (
-        name in said or unfit and "no optimiser" in said
-    )
+    assert "skipped" in (said := capsys.readouterr().out)
+    assert name in said or unfit and "no optimiser" in said
 
 
 def test_training_resumes_from_the_newest_intact_checkpoint(run, runs):
     damage("flipped bit", run.path / "checkpoints/step-00000012/teacher.safetensors")
     damage("missing", run.path / "checkpoints/step-00000008/manifest.json")
     again = train(TINY, run.path.parent)
-    assert (
-        again.latest().name == "step-00000012"
-        and check_checkpoint(again.latest()) is None
-    )
+    assert again.latest().name == "step-00000012"
+    assert check_checkpoint(again.latest()) is None
     for part in ("model", "teacher", "objective", "optimizer"):
         expected = runs["tiny"].load(part)
         actual = again.load(part)
-        assert expected.keys() == actual.keys() and all(
-            torch.equal(expected[k], actual[k]) for k in expected
-        )
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(expected[k], actual[k]) for k in expected)
 
 
 def test_a_missing_teacher_is_an_error_without_silent_fallback(run):
@@ -141,7 +139,8 @@ def test_without_an_intact_checkpoint_training_does_not_restart_by_itself(run):
     before = run.log_path.read_text()
     with pytest.raises(ValueError, match="No intact checkpoint in"):
         train(TINY, run.path.parent)
-    assert run.log_path.read_text() == before and len(steps_of(run)) == 3
+    assert run.log_path.read_text() == before
+    assert len(steps_of(run)) == 3
 
 
 def test_another_config_is_refused_for_the_folder(run):
@@ -156,11 +155,9 @@ def test_another_config_is_refused_for_the_folder(run):
         Run.create(run.path, asked, run.inputs)
     with pytest.raises(ValueError, match="seed: 0 in the folder, 1 requested"):
         train(replace(TINY, seed=1), run.path.parent)
-    assert (
-        steps_of(run)[-1] == "step-00000012"
-        and len(run.log) == 12
-        and (run.path / "config.json").read_bytes() == before
-    )
+    assert steps_of(run)[-1] == "step-00000012"
+    assert len(run.log) == 12
+    assert (run.path / "config.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -216,7 +213,8 @@ def test_a_run_reads_one_checkpoint_until_it_is_reopened(run):
     early = Run.open(run.path)
     assert early.state()["step"] == 8
     later = train(TINY, run.path.parent)
-    assert early.state()["step"] == 8 and later.state()["step"] == 12
+    assert early.state()["step"] == 8
+    assert later.state()["step"] == 12
     assert not torch.equal(
         early.teacher.x_embedder.image.weight, later.teacher.x_embedder.image.weight
     )
@@ -295,28 +293,21 @@ def test_a_run_of_the_first_version_opens_as_it_is(first):
     before = {path: path.read_bytes() for path in first.rglob("*.*") if path.is_file()}
     run = Run.open(first)
     stored = json.loads((first / "config.json").read_text())
-    assert stored["format"] == 1 and "shards" not in stored["config"]["training"]
-    assert (
-        run.config.training.shards == 1
-        and run.config.training.keep_last == TrainConfig().keep_last
-        and run.data == {}
-    )
-    assert (
-        run.state()["step"] == 4
-        and run.state()["format"] == 1
-        and len(run.log) == 8
-        and run.timing.empty
-        and run.sample_history() == []
-    )
+    assert stored["format"] == 1
+    assert "shards" not in stored["config"]["training"]
+    assert run.config.training.shards == 1
+    assert run.config.training.keep_last == TrainConfig().keep_last
+    assert run.data == {}
+    assert run.state()["step"] == 4
+    assert run.state()["format"] == 1
+    assert len(run.log) == 8
+    assert run.timing.empty
+    assert run.sample_history() == []
     for model in (run.model, run.teacher):
-        assert (
-            model.config == first_shape()
-            and sum(p.numel() for p in model.parameters()) > 5000
-        )
-    assert (
-        run.sample(torch.tensor([3, 7]), 2)["image"].isfinite().all()
-        and run.writer() is None
-    )
+        assert model.config == first_shape()
+        assert sum(p.numel() for p in model.parameters()) > 5000
+    assert run.sample(torch.tensor([3, 7]), 2)["image"].isfinite().all()
+    assert run.writer() is None
     assert before == {
         path: path.read_bytes() for path in first.rglob("*.*") if path.is_file()
     }, "opening changes nothing"
@@ -325,17 +316,13 @@ def test_a_run_of_the_first_version_opens_as_it_is(first):
 def test_a_run_of_the_first_version_resumes_to_the_same_losses(first):
     whole = Run.open(FIRST).log
     run = train(Run.open(first).config, first.parent)
-    assert (
-        run.state()["step"] == 8
-        and run.state()["format"] == FORMAT
-        and check_checkpoint(run.latest()) is None
-    )
+    assert run.state()["step"] == 8
+    assert run.state()["format"] == FORMAT
+    assert check_checkpoint(run.latest()) is None
     stored = json.loads((first / "config.json").read_text())
-    assert (
-        stored["format"] == FORMAT
-        and stored["config"]["training"]["shards"] == 1
-        and "data" in stored
-    )
+    assert stored["format"] == FORMAT
+    assert stored["config"]["training"]["shards"] == 1
+    assert "data" in stored
     assert Run.open(first).config == run.config
     assert (
         run.log_path.read_text().splitlines()[:4]
@@ -372,7 +359,8 @@ def test_another_number_of_shards_is_another_run(first):
         match="is older than shards and has one: resume it with training.shards=1",
     ):
         train(script, first.parent)
-    assert "shards" not in stored["config"]["training"] and script.training.shards == 8
+    assert "shards" not in stored["config"]["training"]
+    assert script.training.shards == 8
     with pytest.raises(ValueError, match="seed: .*") as error:
         train(replace(script, seed=9), first.parent)
     assert "older than shards" not in str(error.value), "that alone would not help"
@@ -478,7 +466,9 @@ def test_settings_of_the_data_of_format_4_become_those_of_each_data_set(old, new
 def test_migration_keeps_existing_settings():
     stored = json.loads((FIRST / "config.json").read_text())
     new = migrate(stored)
-    assert new["format"] == FORMAT and new["data"] == {} and migrate(new) == new
+    assert new["format"] == FORMAT
+    assert new["data"] == {}
+    assert migrate(new) == new
     assert {**new["config"]["training"], "shards": None} == {
         **stored["config"]["training"],
         "shards": None,
@@ -490,9 +480,9 @@ def test_migration_keeps_existing_settings():
         "caption": 0,
         "caption_width": 0,
     }
-    assert (
-        new["inputs"] == inputs and "transformer" not in new and stored["format"] == 1
-    )
+    assert new["inputs"] == inputs
+    assert "transformer" not in new
+    assert stored["format"] == 1
 
 
 OLD = {
@@ -552,9 +542,8 @@ def test_a_config_from_before_later_options_opens(run):
     # what was not stored has the default of its time
     training = replace(TINY.training, shards=1, validation=TrainConfig().validation)
     assert opened.config == replace(TINY, training=training, defaults=3)
-    assert opened.inputs == run.inputs and opened.teacher.config == replace(
-        run.teacher.config, fp32_levels=False
-    )
+    assert opened.inputs == run.inputs
+    assert opened.teacher.config == replace(run.teacher.config, fp32_levels=False)
 
 
 # going on
@@ -586,10 +575,8 @@ def test_settings_without_effect_on_results_may_change_on_resuming(run, capsys, 
         capsys.readouterr().out
         == f"training.{name}: {before} -> {OTHER[name]} from here on\n"
     )
-    assert (
-        again.config == asked == Run.open(run.path).config
-        and again.state()["step"] == 12
-    )
+    assert again.config == asked == Run.open(run.path).config
+    assert again.state()["step"] == 12
     Run.create(run.path, asked, run.inputs)
     assert not capsys.readouterr().out
 
@@ -603,9 +590,8 @@ def test_all_that_may_change_at_once_and_nothing_while_another_trains(run, capsy
         )
         with pytest.raises(RunInUse):
             Run.create(run.path, asked, run.inputs)
-        assert (
-            run.path / "config.json"
-        ).read_bytes() == before and not capsys.readouterr().out
+        assert (run.path / "config.json").read_bytes() == before
+        assert not capsys.readouterr().out
     assert Run.create(run.path, asked, run.inputs).config == asked
     assert len(capsys.readouterr().out.splitlines()) == len(OTHER)
 
@@ -615,12 +601,10 @@ def test_renaming_the_folder_renames_the_run(run, capsys):
     config = replace(TINY, name="renamed", training=replace(TINY.training, keep_last=9))
     again = train(config, moved.parent)
     assert "name: tiny -> renamed from here on\n" in capsys.readouterr().out
-    assert (
-        again.path == moved
-        and Run.open(moved).config == config
-        and len(steps_of(again)) == 3
-        and not run.path.exists()
-    )
+    assert again.path == moved
+    assert Run.open(moved).config == config
+    assert len(steps_of(again)) == 3
+    assert not run.path.exists()
 
 
 A = "a" * 16
@@ -699,11 +683,9 @@ def test_a_folder_without_its_config_is_not_taken_for_a_new_run(run):
         "free",
     ):
         Run.create(run.path, TINY, run.inputs)
-    assert (
-        not (run.path / "config.json").exists()
-        and run.writer() is None
-        and len(steps_of(run)) == 3
-    )
+    assert not (run.path / "config.json").exists()
+    assert run.writer() is None
+    assert len(steps_of(run)) == 3
 
 
 def test_a_folder_that_a_kill_left_empty_is_a_new_run(tmp_path, run):
@@ -735,9 +717,8 @@ def test_requests_are_made_and_cleared(run):
         assert not run.requested(what)
         run.request(what)
         run.request(what)
-        assert (
-            Run.open(run.path).requested(what) and (run.path / what).read_bytes() == b""
-        )
+        assert Run.open(run.path).requested(what)
+        assert (run.path / what).read_bytes() == b""
         run.clear_request(what)
         run.clear_request(what)
         assert not run.requested(what)
@@ -751,7 +732,8 @@ def test_requests_are_made_and_cleared(run):
 
 def test_sample_history_is_in_order_and_survives_damage(runs, tmp_path, capsys):
     run = Run.create(tmp_path / "new", TINY, runs["tiny"].inputs)
-    assert run.sample_history() == [] and not (run.path / "samples").exists()
+    assert run.sample_history() == []
+    assert not (run.path / "samples").exists()
     pictures = {
         step: torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(step))
         for step in (500, 250, 1000)
@@ -764,11 +746,9 @@ def test_sample_history_is_in_order_and_survives_damage(runs, tmp_path, capsys):
             == f"step-{step:08d}.safetensors"
         )
     for step, images, labels in run.sample_history():
-        assert (
-            torch.equal(images, pictures[step])
-            and images.dtype == torch.float32
-            and labels.tolist() == [1, 2, step % 7]
-        )
+        assert torch.equal(images, pictures[step])
+        assert images.dtype == torch.float32
+        assert labels.tolist() == [1, 2, step % 7]
     assert [step for step, *_ in run.sample_history()] == [250, 500, 1000]
     run.save_sample_grid(250, pictures[500], torch.tensor([1, 2, 3]))
     assert torch.equal(run.sample_history()[0][1], pictures[500]), (
@@ -785,9 +765,8 @@ def test_sample_history_is_in_order_and_survives_damage(runs, tmp_path, capsys):
     )
     assert capsys.readouterr().out.count("skipped") == 1, "said once"
     run.clear_staging()
-    assert not (place / ".tmpAbc").exists() and [
-        step for step, *_ in run.sample_history()
-    ] == [
+    assert not (place / ".tmpAbc").exists()
+    assert [step for step, *_ in run.sample_history()] == [
         250,
         1000,
     ]
@@ -805,11 +784,9 @@ def test_samples_depend_on_the_seed_alone(runs, method):
     stream = torch.get_rng_state()
     images = run.sample(labels, 4, method, seed=2)["image"]
     assert torch.equal(images, run.sample(labels, 4, method, seed=2)["image"]), "again"
-    assert (
-        images.shape == (5, 1, 8, 8)
-        and images.isfinite().all()
-        and torch.equal(stream, torch.get_rng_state())
-    )
+    assert images.shape == (5, 1, 8, 8)
+    assert images.isfinite().all()
+    assert torch.equal(stream, torch.get_rng_state())
     for batch in (1, 2, 3):
         torch.testing.assert_close(
             run.sample(labels, 4, method, seed=2, batch=batch)["image"],

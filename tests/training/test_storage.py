@@ -104,7 +104,8 @@ def test_kills_at_random_moments_lose_nothing(worker, tmp_path):
         last = newest
     assert last >= 20, "it did go on"
     run.clear_staging()
-    assert not leftovers(run) and len(run.checkpoints()) in (2, 3)
+    assert not leftovers(run)
+    assert len(run.checkpoints()) in (2, 3)
 
 
 def prepared(folder, action):
@@ -153,7 +154,8 @@ def test_a_kill_before_each_single_call_leaves_the_old_or_the_new(
             "what can be seen is whole"
         )
         run.clear_staging()
-        assert not leftovers(run) and look(run) == seen[-1]
+        assert not leftovers(run)
+        assert look(run) == seen[-1]
     order = [states.index(state) for state in seen]
     assert order == sorted(order) and set(order) == set(range(len(states))) and k > 5, (
         "from the old to the new, in one instant"
@@ -182,12 +184,11 @@ def test_an_error_at_any_call_of_a_save_leaves_good_checkpoints(tmp_path):
             break
         if raised is not None:
             failed += 1
-            assert isinstance(raised, NotWritten) and raised.errno == errno.ENOSPC
-            assert (
-                "step 3 of " in str(raised)
-                and "No space left" in str(raised)
-                and "Make room on the disk" in str(raised)
-            )
+            assert isinstance(raised, NotWritten)
+            assert raised.errno == errno.ENOSPC
+            assert "step 3 of " in str(raised)
+            assert "No space left" in str(raised)
+            assert "Make room on the disk" in str(raised)
             assert f"The last good checkpoint, {run.latest().name}, is intact" in str(
                 raised
             )
@@ -201,8 +202,10 @@ def test_an_error_at_any_call_of_a_save_leaves_good_checkpoints(tmp_path):
         )
         assert not leftovers(run), "the room comes back"
         run.save(3, tensors(3), {})
-        assert steps_of(run) == [1, 2, 3] and problem_of(run.latest()) is None
-    assert failed > 20 and raised is None
+        assert steps_of(run) == [1, 2, 3]
+        assert problem_of(run.latest()) is None
+    assert failed > 20
+    assert raised is None
 
 
 @pytest.mark.parametrize(
@@ -237,17 +240,14 @@ def test_an_error_at_any_other_write_is_reported_and_leaves_old_files(tmp_path, 
             and "No space left" in str(raised)
         ), (seen, raised)
         if raised is not None and not {"replace"} & set(seen[: k - 1]):
-            assert (
-                run.log["step"].tolist() == [1, 2]
-                and Run.open(run.path, "cpu").config == CONFIG
-            )
-            assert (
-                run.sample_history()[0][1].sum() == 0
-                and not run.requested("stop")
-                and run.writer() is None
-            )
+            assert run.log["step"].tolist() == [1, 2]
+            assert Run.open(run.path, "cpu").config == CONFIG
+            assert run.sample_history()[0][1].sum() == 0
+            assert not run.requested("stop")
+            assert run.writer() is None
             assert not leftovers(run)
-    assert k > 4 and raised is None
+    assert k > 4
+    assert raised is None
 
 
 def test_a_file_limit_of_the_system_is_a_full_disk(worker, tmp_path):
@@ -258,9 +258,9 @@ def test_a_file_limit_of_the_system_is_a_full_disk(worker, tmp_path):
         said[0].startswith(f"NotWritten {errno.EFBIG} step 2 of ")
         and "step-00000001, is intact" in said[0]
     ), said
-    assert (
-        steps_of(run) == [1] and problem_of(run.latest()) is None and not leftovers(run)
-    )
+    assert steps_of(run) == [1]
+    assert problem_of(run.latest()) is None
+    assert not leftovers(run)
 
 
 @pytest.fixture
@@ -295,28 +295,24 @@ def test_a_disk_that_is_really_full_at_any_moment_of_a_save(mounted):
             run.save(3, big, {})
         except NotWritten as error:
             failed += 1
-            assert error.errno == errno.ENOSPC and "step-00000002, is intact" in str(
-                error
-            )
-            assert (
-                steps_of(run) == [1, 2]
-                and problem_of(run.latest()) is None
-                and not leftovers(run)
-            )
+            assert error.errno == errno.ENOSPC
+            assert "step-00000002, is intact" in str(error)
+            assert steps_of(run) == [1, 2]
+            assert problem_of(run.latest()) is None
+            assert not leftovers(run)
             with pytest.raises(
                 NotWritten, match="config.json could not be written: No space"
             ):
                 write_json(run.path / "config.json", "much" * 20000)
             assert Run.open(run.path, "cpu").config == CONFIG
         else:
-            assert (
-                problem_of(run.latest()) is None
-                and run.latest().name == "step-00000003"
-            )
+            assert problem_of(run.latest()) is None
+            assert run.latest().name == "step-00000003"
             shutil.rmtree(run.latest())
     assert 10 < failed < 32
     filler.unlink()
-    assert step_of(run.save(3, big, {})) == 3 and problem_of(run.latest()) is None
+    assert step_of(run.save(3, big, {})) == 3
+    assert problem_of(run.latest()) is None
 
 
 def test_a_read_only_folder_is_readable_and_refused_before_training(mounted):
@@ -325,12 +321,10 @@ def test_a_read_only_folder_is_readable_and_refused_before_training(mounted):
     (run.path / "lock").unlink()
     assert mount("remount,ro") == 0
     again = Run.open(run.path, "cpu")
-    assert (
-        again.writer() is None
-        and again.latest().name == "step-00000002"
-        and len(again.log) == 2
-        and not again.requested("stop")
-    )
+    assert again.writer() is None
+    assert again.latest().name == "step-00000002"
+    assert len(again.log) == 2
+    assert not again.requested("stop")
     assert Run.create(run.path, CONFIG, INPUTS, "cpu").config == CONFIG, (
         "nothing is to be written"
     )
@@ -414,7 +408,8 @@ def test_the_check_detects_all_damage(tmp_path, name):
     def check(kind, position, bit):
         broken = damaged(whole, kind, position % len(whole), bit)
         (path / name).write_bytes(broken)
-        assert problem_of(path) is not None and run.latest().name == "step-00000001"
+        assert problem_of(path) is not None
+        assert run.latest().name == "step-00000001"
 
     check()
     (path / name).write_bytes(whole)
@@ -442,7 +437,8 @@ def test_damage_of_the_config_is_refused_where_it_matters_and_put_right_elsewher
         try:
             Run.create(run.path, CONFIG, INPUTS, "cpu")
         except ValueError:
-            assert broken.strip() != whole.strip() and file.read_bytes() == broken
+            assert broken.strip() != whole.strip()
+            assert file.read_bytes() == broken
         else:
             assert differences(json.loads(broken), json.loads(whole)).keys() <= {
                 f"config.{name}" for name in _FREE
@@ -452,12 +448,12 @@ def test_damage_of_the_config_is_refused_where_it_matters_and_put_right_elsewher
             Run.open(run.path, "cpu")
         except ValueError as error:
             refused.append(error)
-            assert "config.json cannot be used" in str(
-                error
-            ) and "checkpoints next to it are not touched" in str(error)
+            assert "config.json cannot be used" in str(error)
+            assert "checkpoints next to it are not touched" in str(error)
 
     check()
-    assert len(refused) > 10 and steps_of(run) == [1, 2]
+    assert len(refused) > 10
+    assert steps_of(run) == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -499,11 +495,8 @@ def test_files_added_to_a_checkpoint_by_hand_are_detected(tmp_path, capsys):
     (second / "notes.txt").write_text("the best one so far")
     assert run.latest() == second, "a note harms nobody"
     shutil.copy(first / "model.safetensors", second / "judge.safetensors")
-    assert (
-        run.latest() == first
-        and "judge.safetensors is not listed in manifest.json"
-        in capsys.readouterr().out
-    )
+    assert run.latest() == first
+    assert "judge.safetensors is not listed in manifest.json" in capsys.readouterr().out
     (second / "judge.safetensors").unlink()
     (second / "model.safetensors").unlink()
     (second / "model.safetensors").mkdir()
@@ -513,8 +506,8 @@ def test_files_added_to_a_checkpoint_by_hand_are_detected(tmp_path, capsys):
     assert (
         problem_of(second)
         == "its state.json is of step 1: the folder was renamed or copied"
-        and run.latest() == first
     )
+    assert run.latest() == first
 
 
 def test_only_folders_named_exactly_like_a_step_are_checkpoints(tmp_path):
@@ -531,14 +524,10 @@ def test_only_folders_named_exactly_like_a_step_are_checkpoints(tmp_path):
         shutil.copytree(place / "step-00000002", place / name)
     (place / "step-00000013").write_text("a file")
     (place / "step-00000014").symlink_to(place / "nowhere")
-    assert (
-        steps_of(run) == [1, 2, 99999999, 100000000]
-        and step_of(run.latest()) == 100000000
-    )
-    assert (
-        step_of(run.save(13, tensors(13), {})) == 13
-        and problem_of(place / "step-00000013") is None
-    )
+    assert steps_of(run) == [1, 2, 99999999, 100000000]
+    assert step_of(run.latest()) == 100000000
+    assert step_of(run.save(13, tensors(13), {})) == 13
+    assert problem_of(place / "step-00000013") is None
 
 
 def test_a_linked_checkpoint_counts_and_its_original_is_never_removed(
@@ -548,11 +537,12 @@ def test_a_linked_checkpoint_counts_and_its_original_is_never_removed(
     moved = tmp_path / "elsewhere"
     run.checkpoints()[0].rename(moved)
     (run.path / "checkpoints/step-00000001").symlink_to(moved)
-    assert steps_of(run) == [1, 2] and problem_of(run.checkpoints()[0]) is None
+    assert steps_of(run) == [1, 2]
+    assert problem_of(run.checkpoints()[0]) is None
     prune(run.path / "checkpoints", 1)
-    assert (
-        steps_of(run) == [2] and check_checkpoint(moved) is None and not leftovers(run)
-    )
+    assert steps_of(run) == [2]
+    assert check_checkpoint(moved) is None
+    assert not leftovers(run)
 
 
 def test_a_step_is_written_once_and_again_only_when_damaged(tmp_path):
@@ -565,7 +555,8 @@ def test_a_step_is_written_once_and_again_only_when_damaged(tmp_path):
     )
     file.write_bytes(b"")
     run.save(2, tensors(7), {})
-    assert Run.open(run.path, "cpu").load("model")["x"][0] == 7 and not leftovers(run)
+    assert Run.open(run.path, "cpu").load("model")["x"][0] == 7
+    assert not leftovers(run)
 
 
 # pruning
@@ -621,7 +612,8 @@ def test_each_checkpoint_is_read_through_once_to_prune(tmp_path, monkeypatch):
         run.save(step, tensors(step), {})
         read.clear()
         run.prune()
-        assert not read and steps_of(run) == [step - 1, step]
+        assert not read
+        assert steps_of(run) == [step - 1, step]
 
 
 def test_reading_a_pruned_checkpoint_is_reported(tmp_path, capsys):
@@ -637,7 +629,8 @@ def test_reading_a_pruned_checkpoint_is_reported(tmp_path, capsys):
         "checkpoints.*Open the run again",
     ):
         reader.load("teacher")
-    assert reader.latest().name == "step-00000004" and not capsys.readouterr().out
+    assert reader.latest().name == "step-00000004"
+    assert not capsys.readouterr().out
 
 
 def test_checkpoints_that_vanish_during_the_search_do_no_harm(
@@ -653,7 +646,8 @@ def test_checkpoints_that_vanish_during_the_search_do_no_harm(
         return real(path)
 
     monkeypatch.setattr("selfflow.training.run.problem_of", while_training)
-    assert run.latest().name == "step-00000002" and not capsys.readouterr().out
+    assert run.latest().name == "step-00000002"
+    assert not capsys.readouterr().out
 
 
 # lines
@@ -699,9 +693,11 @@ def test_damaged_lines_are_reported_once_and_an_unfinished_one_never(tmp_path, c
         b'{"step": 1}\n{"step": 2\n\xff\xfe\n[3]\n'
         b'{"step": "4"}\n{"step": 5}\n{"step": 6, "flow'
     )
-    assert run.log["step"].tolist() == [1, 5] and run.log["step"].tolist() == [1, 5]
+    assert run.log["step"].tolist() == [1, 5]
+    assert run.log["step"].tolist() == [1, 5]
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 4 and all(
+    assert len(said) == 4
+    assert all(
         f"{run.log_path}, line {n} is damaged and left out" in said[n - 2]
         for n in (2, 3, 4, 5)
     )
@@ -727,7 +723,8 @@ def test_a_log_that_lost_lines_before_the_checkpoint_is_left_as_it_is(tmp_path):
     run.log_path.write_text('{"step": 1}\n')
     before = run.log_path.stat().st_ino
     run.cut_log(3)
-    assert run.log_path.stat().st_ino == before and run.log["step"].tolist() == [1]
+    assert run.log_path.stat().st_ino == before
+    assert run.log["step"].tolist() == [1]
 
 
 # one writer
@@ -741,7 +738,8 @@ def test_another_process_is_named_and_a_killed_one_is_taken_over(
     while run.writer() is None:
         time.sleep(0.01)
     who = run.writer()
-    assert who["pid"] == pid and set(who) == {"pid", "host", "since"}
+    assert who["pid"] == pid
+    assert set(who) == {"pid", "host", "since"}
     with pytest.raises(
         RunInUse,
         match=f"process {pid} on .* trains it. Stop it .*stop.*, or use another name "
@@ -751,10 +749,8 @@ def test_another_process_is_named_and_a_killed_one_is_taken_over(
             pass
     with pytest.raises(RunInUse):
         Run.create(run.path, CONFIG, INPUTS, "cpu", {"train": "0" * 16})
-    assert (
-        Run.open(run.path, "cpu").data == {}
-        and Run.create(run.path, CONFIG, INPUTS, "cpu").latest() is not None
-    )
+    assert Run.open(run.path, "cpu").data == {}
+    assert Run.create(run.path, CONFIG, INPUTS, "cpu").latest() is not None
     os.kill(pid, signal.SIGKILL)
     worker.wait()
     assert (run.path / "writer.json").exists() and run.writer() is None, (
@@ -763,11 +759,9 @@ def test_another_process_is_named_and_a_killed_one_is_taken_over(
     capsys.readouterr()
     with run.locked():
         said = capsys.readouterr().out
-        assert (
-            f"left by process {pid}" in said
-            and "taken over" in said
-            and said.count("\n") == 1
-        )
+        assert f"left by process {pid}" in said
+        assert "taken over" in said
+        assert said.count("\n") == 1
         assert run.writer()["pid"] == os.getpid()
     assert not (run.path / "writer.json").exists()
     with run.locked():
@@ -867,9 +861,8 @@ def test_asking_for_the_writer_disturbs_nobody(tmp_path):
         done.set()
         for thread in threads:
             thread.join()
-    assert None in seen and all(
-        who is None or who["pid"] == os.getpid() for who in seen
-    )
+    assert None in seen
+    assert all(who is None or who["pid"] == os.getpid() for who in seen)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
@@ -882,7 +875,8 @@ def test_without_file_locks_a_file_names_the_writer(
     monkeypatch.setattr(fcntl, "flock", missing)
     run = saved(tmp_path / "tiny")
     with run.locked():
-        assert run.writer()["pid"] == os.getpid() and (run.path / "lock.soft").exists()
+        assert run.writer()["pid"] == os.getpid()
+        assert (run.path / "lock.soft").exists()
         with pytest.raises(
             RunInUse,
             match=f"process {os.getpid()} on.* If no process trains it, delete "
@@ -890,18 +884,18 @@ def test_without_file_locks_a_file_names_the_writer(
         ):
             with sole_writer(run.path, seconds=0.1):
                 pass
-    assert run.writer() is None and not (run.path / "lock.soft").exists()
+    assert run.writer() is None
+    assert not (run.path / "lock.soft").exists()
     pid = worker.start("hold_softly", run.path)
     while run.writer() is None:
         time.sleep(0.01)
     os.kill(pid, signal.SIGKILL)
     worker.wait()
-    assert (run.path / "lock.soft").exists() and run.writer() is None
+    assert (run.path / "lock.soft").exists()
+    assert run.writer() is None
     with run.locked():
-        assert (
-            run.writer()["pid"] == os.getpid()
-            and f"left by process {pid}" in capsys.readouterr().out
-        )
+        assert run.writer()["pid"] == os.getpid()
+        assert f"left by process {pid}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.EPERM])
@@ -920,7 +914,8 @@ def test_another_failure_of_the_lock_is_no_reason_to_go_without(
     monkeypatch.setattr(fcntl, "flock", failing)
     with pytest.raises(NotWritten, match="tiny/lock could not be written") as error:
         run.locked().__enter__()
-    assert error.value.errno == number and not (run.path / "lock.soft").exists()
+    assert error.value.errno == number
+    assert not (run.path / "lock.soft").exists()
     assert run.writer()["pid"] == os.getpid(), "what can be told"
 
 
@@ -945,6 +940,5 @@ def test_a_strange_writer_file_is_no_obstacle(tmp_path, content):
 
 
 def test_a_missing_folder_has_no_writer(tmp_path):
-    assert (
-        writer_of(tmp_path / "nothing") is None and not (tmp_path / "nothing").exists()
-    )
+    assert writer_of(tmp_path / "nothing") is None
+    assert not (tmp_path / "nothing").exists()

@@ -71,14 +71,14 @@ def test_the_quickstart_is_that_of_the_notebook():
     }
     exec(source, named | vars(config) | vars(method), found := {})
     assert quickstart() == (found["selfflow"], found["vanilla"])
-    assert (
-        found["folder"].name == "quickstart" and found["folder"].parent.name == "runs"
-    )
+    assert found["folder"].name == "quickstart"
+    assert found["folder"].parent.name == "runs"
 
 
 def test_without_a_run_the_quickstart_is_trained_and_opened(tmp_path):
     bench = Workbench(tmp_path / "runs", (WORDS,), QUICK, {})
-    assert page(bench).value == "self-flow" and list(bench.runs) == [
+    assert page(bench).value == "self-flow"
+    assert list(bench.runs) == [
         "quickstart/flow-matching",
         "quickstart/self-flow",
     ]
@@ -86,13 +86,12 @@ def test_without_a_run_the_quickstart_is_trained_and_opened(tmp_path):
         "quickstart/flow-matching: step 12",
         "quickstart/self-flow: step 12",
     ]
-    assert (
-        "Both runs" in bench.status.value
-        and not bench.live.children
-        and bench.more.layout.display == "none"
-    )
+    assert "Both runs" in bench.status.value
+    assert not bench.live.children
+    assert bench.more.layout.display == "none"
     again = Workbench(tmp_path / "runs", (WORDS,), QUICK, {})
-    assert not again._trains and page(again).value == "self-flow"
+    assert not again._trains
+    assert page(again).value == "self-flow"
 
 
 def test_a_stopped_quickstart_resumes(tmp_path, monkeypatch):
@@ -116,21 +115,15 @@ def test_a_stopped_quickstart_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "train", train)
     bench = Workbench(tmp_path, (WORDS,), QUICK, {})
     bench.settle()
-    assert (
-        seen == ["self-flow"]
-        and "Stopped at step" in bench.status.value
-        and bench.more.layout.display == ""
-    )
-    assert (
-        0 < saved_step(tmp_path / "quickstart/self-flow") < 12
-        and page(bench).value == "self-flow"
-    )
+    assert seen == ["self-flow"]
+    assert "Stopped at step" in bench.status.value
+    assert bench.more.layout.display == ""
+    assert 0 < saved_step(tmp_path / "quickstart/self-flow") < 12
+    assert page(bench).value == "self-flow"
     bench.more.click()
     bench.settle()
-    assert (
-        seen == ["self-flow", "self-flow", "flow-matching"]
-        and bench.more.layout.display == "none"
-    )
+    assert seen == ["self-flow", "self-flow", "flow-matching"]
+    assert bench.more.layout.display == "none"
     assert {saved_step(path) for path in bench.runs.values()} == {12}
 
 
@@ -142,7 +135,8 @@ def test_models_of_the_project_stand_after_the_runs_and_are_there_at_once(
         for name in ("plain", "own-self-flow")
     }
     bench = Workbench(tmp_path / "none", (WORDS,), QUICK, models)
-    assert not bench._trains and bench.more.layout.display == ""
+    assert not bench._trains
+    assert bench.more.layout.display == ""
     assert page(bench).value == "own-self-flow"
     assert [label for label, _ in bench.run.options] == [
         "plain: step 12",
@@ -161,8 +155,10 @@ def test_a_failed_training_is_reported(tmp_path):
     (tmp_path / "quickstart/self-flow").write_text("a file where a folder should be")
     bench = Workbench(tmp_path, (WORDS,), QUICK, {})
     bench.settle()
-    assert 'role="alert"' in bench.status.value and "self-flow" in bench.status.value
-    assert bench.more.layout.display == "" and "no run" in page(bench).value
+    assert 'role="alert"' in bench.status.value
+    assert "self-flow" in bench.status.value
+    assert bench.more.layout.display == ""
+    assert "no run" in page(bench).value
 
 
 def test_tools_are_opened_once_on_request(runs):
@@ -178,19 +174,18 @@ def test_tools_are_opened_once_on_request(runs):
         )
 
     bench = Workbench(runs["tiny"].path.parent, (tool("a"), tool("b")), (), {})
-    assert (
-        page(bench).value == "a"
-        and opened == [("a", "tiny")]
-        and bench.about.value == "<i>about &lt;a&gt;</i>"
-    )
+    assert page(bench).value == "a"
+    assert opened == [("a", "tiny")]
+    assert bench.about.value == "<i>about &lt;a&gt;</i>"
     bench.tool.value = "b"
     assert page(bench).value == "b"
     bench.tool.value = "a"
-    assert page(bench).value == "a" and len(opened) == 2
+    assert page(bench).value == "a"
+    assert len(opened) == 2
     bench.run.value = runs["vanilla"].path
-    assert (
-        page(bench).value == "a" and opened[-1] == ("a", "vanilla") and len(opened) == 3
-    )
+    assert page(bench).value == "a"
+    assert opened[-1] == ("a", "vanilla")
+    assert len(opened) == 3
     bench.run.value = runs["tiny"].path
     assert page(bench).value == "a" and len(opened) == 3, "what was open is still there"
 
@@ -226,16 +221,15 @@ def test_a_tool_that_fails_reports_it_and_can_be_retried(runs):
 
     bench = Workbench(runs["tiny"].path.parent, (Tool("t", "t", fails), WORDS), (), {})
     words, again = page(bench).children
-    assert (
-        "&lt;img onerror" in words.value
-        and 'role="alert"' in words.value
-        and "<img" not in words.value
-    )
+    assert "&lt;img onerror" in words.value
+    assert 'role="alert"' in words.value
+    assert "<img" not in words.value
     bench.tool.value = "Words"
     assert page(bench).value == "tiny"
     bench.tool.value = "t"
     again.click()
-    assert page(bench).value == "there" and len(tries) == 2
+    assert page(bench).value == "there"
+    assert len(tries) == 2
 
 
 def test_a_run_without_a_checkpoint_is_listed_and_refused_in_words(runs, tmp_path):
@@ -271,7 +265,8 @@ def test_a_run_with_new_steps_is_reopened(runs, tmp_path):
     assert page(bench).value == "1" and len(opened) == 1, "nothing has changed"
     run.save(8, tensors, {})
     bench.look()
-    assert page(bench).value == "2" and bench.run.options[0][0] == "goes-on: step 8"
+    assert page(bench).value == "2"
+    assert bench.run.options[0][0] == "goes-on: step 8"
 
 
 def test_runs_of_the_same_data_stand_side_by_side(runs, tmp_path):
@@ -287,9 +282,8 @@ def test_runs_of_the_same_data_stand_side_by_side(runs, tmp_path):
     ).comparable()
     assert list(found)[:2] == ["a/tiny", "vanilla"], "all by the names of the list"
     found = Chosen(tmp_path, runs["tiny"].path, others).comparable()
-    assert list(found)[:2] == ["tiny", "vanilla"] and not {"other", "broken"} & set(
-        found
-    )
+    assert list(found)[:2] == ["tiny", "vanilla"]
+    assert not {"other", "broken"} & set(found)
     assert len(Chosen(tmp_path, runs["tiny"].path, others).comparable(most=1)) == 1
 
 
@@ -334,7 +328,8 @@ def test_the_notebook_of_the_app_runs_nothing_else(tmp_path):
         "from selfflow.workbench.page import workbench", ""
     )
     exec(source, {"workbench": lambda path: seen.append(path) or Bench})
-    assert seen == [str(folder.resolve()), {"trained": False}] and len(book.cells) == 1
+    assert seen == [str(folder.resolve()), {"trained": False}]
+    assert len(book.cells) == 1
 
 
 def test_a_taken_port_is_refused_before_anything_starts(tmp_path):
@@ -463,7 +458,8 @@ def test_a_closed_page_that_trains_keeps_its_kernel_until_it_has_trained(tmp_pat
     with pages(tmp_path, TRAINS) as (opened, gone):
         kernel, connection = opened()
         connection.close()
-        assert not gone(kernel, seconds=6) and gone(kernel)
+        assert not gone(kernel, seconds=6)
+        assert gone(kernel)
 
 
 MINE = ROOT / "tests/plugins/own_explorer.py"
