@@ -223,18 +223,23 @@ def one(tmp_path_factory):
 
 def assert_close(run, expected, rtol=1e-5):
     log = run.log
-    wanted = expected.log
-    assert log.columns.tolist() == wanted.columns.tolist()
-    assert log["step"].tolist() == wanted["step"].tolist()
-    for name in wanted.columns.drop("flow_loss_by_level"):
-        found = torch.tensor(log[name])
-        expected = torch.tensor(wanted[name])
+    expected_log = expected.log
+    assert log.columns.tolist() == expected_log.columns.tolist()
+    assert log["step"].tolist() == expected_log["step"].tolist()
+    for name in expected_log.columns.drop("flow_loss_by_level"):
+        actual_values = torch.tensor(log[name])
+        expected_values = torch.tensor(expected_log[name])
         torch.testing.assert_close(
-            found, expected, rtol=rtol, atol=1e-7, equal_nan=True, msg=name
+            actual_values,
+            expected_values,
+            rtol=rtol,
+            atol=1e-7,
+            equal_nan=True,
+            msg=name,
         )
     levels = [
         torch.tensor(table["flow_loss_by_level"].dropna().tolist())
-        for table in (log, wanted)
+        for table in (log, expected_log)
     ]
     torch.testing.assert_close(*levels, rtol=rtol, atol=0)
 
@@ -248,22 +253,22 @@ def test_two_dozen_steps_in_two_processes_have_the_losses_of_one(two, one, name)
     assert (run.timing["processes"] == 2).all()
     assert_close(run, expected)
     for part in ("model", "teacher", "objective"):
-        found, wanted = (
+        actual, reference = (
             torch.cat([value.flatten() for value in r.load(part).values()])
             for r in (run, expected)
         )
         # biases of keys have no gradient but rounding, which Adam enlarges
-        assert (found - wanted).norm() < 1e-4 * wanted.norm()
-    found, wanted = (r.load("optimizer") for r in (run, expected))
-    assert found.keys() == wanted.keys()
-    assert all(found[key].shape == wanted[key].shape for key in wanted)
-    (step, images, labels), (_, pictures, _) = (
+        assert (actual - reference).norm() < 1e-4 * reference.norm()
+    actual, reference = (r.load("optimizer") for r in (run, expected))
+    assert actual.keys() == reference.keys()
+    assert all(actual[key].shape == reference[key].shape for key in reference)
+    (step, images, labels), (_, expected_images, _) = (
         run.sample_history()[-1],
         expected.sample_history()[-1],
     )
     assert step == 24
     assert labels.tolist() == list(range(10))
-    assert (images - pictures).abs().max() < 1e-3
+    assert (images - expected_images).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -293,22 +298,22 @@ def test_averages_of_sharded_weights_are_those_of_one_process(two, one):
     run = Run.open(two / "accumulate-fsdp/tiny")
     expected = one("accumulate-fsdp")
     for part in ("average-short", "average-power-0.1"):
-        found, wanted = (
+        actual, reference = (
             torch.cat([value.flatten() for value in r.load(part).values()])
             for r in (run, expected)
         )
-        assert (found - wanted).norm() < 1e-4 * wanted.norm()
+        assert (actual - reference).norm() < 1e-4 * reference.norm()
     (snapshot,) = run.snapshots()
     stored = load_file(snapshot / "average-power-0.1.safetensors")
     assert all(torch.equal(v, stored[k]) for k, v in run.load(part).items())
 
 
 def test_bf16_in_two_processes(two, one):
-    found, wanted = (
+    losses, expected = (
         run.log["flow_loss"].tolist()
         for run in (Run.open(two / "bf16/tiny"), one("bf16"))
     )
-    assert found == pytest.approx(wanted, rel=0.01)
+    assert losses == pytest.approx(expected, rel=0.01)
 
 
 def test_non_finite_numbers_in_one_process_stop_all(two):
@@ -316,10 +321,10 @@ def test_non_finite_numbers_in_one_process_stop_all(two):
     assert first == second
     assert first.startswith("FloatingPointError: step 7 is not finite")
     run = Run.open(two / "poisoned/tiny")
-    found = json.loads((run.path / "not_finite.json").read_text())
+    report = json.loads((run.path / "not_finite.json").read_text())
     assert run.state()["step"] == 4
-    assert found["step"] == 7
-    assert len(found["samples"]) == 16
+    assert report["step"] == 7
+    assert len(report["samples"]) == 16
     assert run.log["step"].tolist() == [1, 2, 3, 4, 5, 6]
 
 
@@ -499,11 +504,11 @@ def test_a_single_process_sends_nothing():
     centred = rows.double() - rows.double().mean(0)
     doubled = rank_of_products(2 * centred.mT @ centred, rows.abs().max())
     torch.testing.assert_close(doubled, effective_rank(torch.cat([rows, rows])))
-    other = torch.randn(40, 6, generator=g)
-    cosine = torch.nn.functional.cosine_similarity(rows, other, dim=-1)
-    assert Alignment(rows, other, torch.zeros(40)).means()["cosine"] == pytest.approx(
-        cosine.mean().item(), rel=1e-5
-    )
+    teacher_rows = torch.randn(40, 6, generator=g)
+    cosine = torch.nn.functional.cosine_similarity(rows, teacher_rows, dim=-1)
+    assert Alignment(rows, teacher_rows, torch.zeros(40)).means()[
+        "cosine"
+    ] == pytest.approx(cosine.mean().item(), rel=1e-5)
 
 
 def test_write_errors_of_the_main_process_are_reported(tmp_path):
