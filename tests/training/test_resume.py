@@ -51,32 +51,38 @@ def test_kill_at_random_moments_also_while_saving_loses_nothing(tmp_path):
     )
     program.wait(500)
     assert program.returncode == 0, program.stderr[-3000:]
-    found = json.loads(program.stdout)
+    report = json.loads(program.stdout)
     assert (
-        sum(found["killed"].values()) >= KILLS and found["killed"].get("saving", 0) >= 3
-    ), found
-    whole = train(config, tmp_path / "whole")
-    assert [p.name[-2:] for p in whole.checkpoints()] == ["08", "16", "18", "20"]
-    for number in range(found["runs"]):
+        sum(report["killed"].values()) >= KILLS
+        and report["killed"].get("saving", 0) >= 3
+    ), report
+    uninterrupted = train(config, tmp_path / "whole")
+    assert [p.name[-2:] for p in uninterrupted.checkpoints()] == [
+        "08",
+        "16",
+        "18",
+        "20",
+    ]
+    for number in range(report["runs"]):
         run = Run.open(tmp_path / f"tiny-{number}")
-        assert_same(whole, run)
+        assert_same(uninterrupted, run)
         assert [p.name for p in run.checkpoints()] == [
-            p.name for p in whole.checkpoints()
+            p.name for p in uninterrupted.checkpoints()
         ]
         assert [step for step, *_ in run.sample_history()] == [7, 14, 20]
         for (step, images, _), (_, expected, _) in zip(
-            run.sample_history(), whole.sample_history(), strict=True
+            run.sample_history(), uninterrupted.sample_history(), strict=True
         ):
-            assert torch.equal(images, expected), f"the picture of step {step}"
-        assert run.timing["step"].tolist() == whole.log["step"].tolist()
+            assert torch.equal(images, expected), f"the sample grid of step {step}"
+        assert run.timing["step"].tolist() == uninterrupted.log["step"].tolist()
         assert run.timing["seconds"].is_monotonic_increasing
-        left = {p.name for p in (run.path / "checkpoints").iterdir()} - {
+        leftovers = {p.name for p in (run.path / "checkpoints").iterdir()} - {
             p.name for p in run.checkpoints()
         }
-        assert not left and not [
+        assert not leftovers and not [
             path for path in run.path.rglob(".*") if path.name != "lock"
         ], "no leftovers"
-    print(found)
+    print(report)
 
 
 def test_sample_grids_do_not_depend_on_the_number_of_threads(tmp_path):
@@ -138,40 +144,37 @@ def test_stopped_at_any_steps_any_number_of_times(
 
 
 def test_two_resumes_within_one_epoch(tmp_path):
-    "An epoch of the digits is 16 steps of 64; the run is stopped after 5, 10 and 17"
-    "of 20."
+    "One epoch has 16 steps of 64 digits; the run stops after 5, 10 and 17 of 20."
     config = replace(
         TINY,
         training=replace(
             TINY.training, steps=20, batch=64, save_every=20, validate_every=10
         ),
     )
-    whole = train(config, tmp_path / "whole")
+    uninterrupted = train(config, tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
         Stops(patch, {5, 10, 17})
         steps = [train(config, tmp_path).state()["step"] for _ in range(4)]
         assert steps == [5, 10, 17, 20]
-    assert_same(whole, Run.open(tmp_path / "tiny"))
+    assert_same(uninterrupted, Run.open(tmp_path / "tiny"))
 
 
 def test_muon_and_a_falling_rate_resume_exactly(tmp_path):
     config = replace(
         TINY, training=replace(TINY.training, optimizer="muon", cooldown=0.8)
     )
-    whole = train(config, tmp_path / "whole")
+    uninterrupted = train(config, tmp_path / "whole")
     slots = {
         name.rsplit("/", 1)[1]
-        for name in whole.load("optimizer")
+        for name in uninterrupted.load("optimizer")
         if "blocks.0.mlp.fc1.weight" in name
     }
     assert slots == {"momentum_buffer"}
-    assert "model.x_embedder.image.weight/exp_avg" in whole.load("optimizer")
+    assert "model.x_embedder.image.weight/exp_avg" in uninterrupted.load("optimizer")
     with pytest.MonkeyPatch.context() as patch:
         Stops(patch, {5})
         assert [train(config, tmp_path).state()["step"] for _ in range(2)] == [5, 12]
-    assert_same(whole, Run.open(tmp_path / "tiny"))
-    with pytest.raises(ValueError, match="use training.parallel ddp"):
-        replace(TINY.training, optimizer="muon", parallel="fsdp")
+    assert_same(uninterrupted, Run.open(tmp_path / "tiny"))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -194,25 +197,25 @@ def test_sampling_validating_and_probing_in_the_middle_change_nothing(
     )
     Stops(monkeypatch, {5}, "sample")
     real = Run.prune
-    looked = []
+    steps = []
 
-    def looking(run):  # another program that looks at the run while it trains
-        seen = Run.open(run.path)
-        seen.sample(torch.tensor([1, 2]), steps=3, method="sde")
-        torch.manual_seed(len(looked))
+    def prune_after_probing(run):  # as another program may do during training
+        opened = Run.open(run.path)
+        opened.sample(torch.tensor([1, 2]), steps=3, method="sde")
+        torch.manual_seed(len(steps))
         probe_run(
-            seen,
+            opened,
             levels=(0.5,),
             counts={"train": 60, "validation": 30, "test": 30},
             families=("regression",),
             strengths=(0.1,),
         )
-        looked.append(seen.state()["step"])
+        steps.append(opened.state()["step"])
         real(run)
 
-    monkeypatch.setattr(Run, "prune", looking)
+    monkeypatch.setattr(Run, "prune", prune_after_probing)
     run = train(config, tmp_path)
-    assert looked == [3, 6, 9, 12]
+    assert steps == [3, 6, 9, 12]
     assert [step for step, *_ in run.sample_history()] == [
         3,
         5,
@@ -252,7 +255,7 @@ def wait_for(path, seconds=120):
         ("stop file", 0, 1),
     ],
 )
-def test_an_interrupted_run_finishes_its_step_saves_and_says_how_to_resume(
+def test_an_interrupted_run_finishes_its_step_saves_and_prints_how_to_resume(
     tmp_path, how, expected, workers
 ):
     program = programs.Program(
@@ -300,11 +303,11 @@ def test_a_second_signal_does_not_wait():
 
 def test_training_in_another_thread_leaves_signals_alone(runs, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    found = []
-    thread = threading.Thread(target=lambda: found.append(train(TINY, tmp_path)))
+    results = []
+    thread = threading.Thread(target=lambda: results.append(train(TINY, tmp_path)))
     thread.start()
     thread.join()
-    assert_same(runs["tiny"], found[0])
+    assert_same(runs["tiny"], results[0])
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -497,8 +500,8 @@ def test_a_requested_tracker_receives_the_log(runs, tmp_path):
     }
     events = EventAccumulator(str(folder))
     events.Reload()
-    told = {event.step: event.value for event in events.Scalars("flow_loss")}
-    assert told == pytest.approx(
+    tracked = {event.step: event.value for event in events.Scalars("flow_loss")}
+    assert tracked == pytest.approx(
         dict(zip(run.log["step"], run.log["flow_loss"], strict=True)), rel=1e-6
     )
     levels = run.log["flow_loss_by_level"].dropna().iloc[-1]
@@ -542,7 +545,7 @@ def test_missing_trackers_are_refused_first(tmp_path, monkeypatch, name, words):
     assert not list(tmp_path.iterdir())
 
 
-# as ever
+# recorded losses
 
 GOLD = replace(
     TINY,
@@ -554,8 +557,10 @@ GOLD = replace(
 
 
 def test_the_golden_curve(tmp_path):
-    "Losses of a tiny run, recorded: what changes them must be meant. Made by `python"
-    "tests/test_resume.py`."
+    """The losses of a tiny run equal the recorded ones.
+
+    `python tests/training/test_resume.py` records them again.
+    """
     expected = json.loads(GOLDEN.read_text())
     log = train(GOLD, tmp_path).log
     for name, values in expected.items():
@@ -600,7 +605,7 @@ def test_memory_does_not_grow_with_steps(tmp_path):
     program = programs.run("-c", MEMORY.format(here=str(HERE), folder=str(tmp_path)))
     assert program.returncode == 0, program.stderr
     assert int(program.stdout.split()[-1]) < 3 * 2**20, (
-        "bytes that 800 steps have added; 4 kB a step would be seen"
+        "bytes added by 800 steps; a leak of 4 kB a step would exceed this"
     )
 
 

@@ -85,27 +85,28 @@ def damage(kind, file):
 
 
 @pytest.mark.parametrize(
-    "kind",
-    ["flipped bit", "truncated", "empty", "missing", "longer", "of another step"],
-)
-@pytest.mark.parametrize(
-    "name",
+    "kind, name",
     [
-        "model.safetensors",
-        "teacher.safetensors",
-        "objective.safetensors",
-        "optimizer.safetensors",
-        "state.json",
+        ("flipped bit", "model.safetensors"),
+        ("truncated", "teacher.safetensors"),
+        ("empty", "teacher.safetensors"),
+        ("missing", "teacher.safetensors"),
+        ("longer", "teacher.safetensors"),
+        ("of another step", "teacher.safetensors"),
+        ("flipped bit", "objective.safetensors"),
+        ("flipped bit", "optimizer.safetensors"),
+        ("missing", "optimizer.safetensors"),
+        ("of another step", "state.json"),
     ],
 )
 def test_a_damaged_checkpoint_is_skipped_and_reported(run, capsys, kind, name):
     damage(kind, run.path / "checkpoints/step-00000012" / name)
-    # to go on from, and for nothing else
+    # only resuming needs the optimizer
     unfit = (kind, name) == ("missing", "optimizer.safetensors")
     assert run.latest().name == ("step-00000012" if unfit else "step-00000008")
     assert run.latest(resume=True).name == "step-00000008"
-    assert "skipped" in (said := capsys.readouterr().out)
-    assert name in said or unfit and "no optimiser" in said
+    assert "skipped" in (printed := capsys.readouterr().out)
+    assert name in printed or unfit and "no optimiser" in printed
 
 
 def test_training_resumes_from_the_newest_intact_checkpoint(run, runs):
@@ -220,9 +221,7 @@ def test_a_run_reads_one_checkpoint_until_it_is_reopened(run):
     )
 
 
-@pytest.mark.parametrize(
-    "number", [0, FORMAT + 1, 99, -1, "1", "2", None, [1], {}, 1.5]
-)
+@pytest.mark.parametrize("number", [0, FORMAT + 1, "1", None, [1], 1.5])
 def test_a_format_that_is_not_known_is_refused(run, number):
     stored = json.loads((run.path / "config.json").read_text())
     (run.path / "config.json").write_text(json.dumps({**stored, "format": number}))
@@ -238,7 +237,7 @@ def test_a_format_that_is_not_known_is_refused(run, number):
         )
 
 
-def test_no_run_no_checkpoint(tmp_path, run):
+def test_a_missing_run_or_checkpoint_is_reported(tmp_path, run):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         Run.open(tmp_path / "nothing")
     shutil.rmtree(run.path / "checkpoints")
@@ -282,7 +281,7 @@ def first(tmp_path):
 
 
 def first_shape():
-    "The transformer that the first version said it had."
+    "The transformer that the first version stored."
     shape = json.loads((FIRST / "config.json").read_text())["transformer"]
     return TransformerConfig.of_image(
         shape.pop("channels"), shape.pop("grid"), fp32_levels=False, **shape
@@ -314,7 +313,7 @@ def test_a_run_of_the_first_version_opens_as_it_is(first):
 
 
 def test_a_run_of_the_first_version_resumes_to_the_same_losses(first):
-    whole = Run.open(FIRST).log
+    original = Run.open(FIRST).log
     run = train(Run.open(first).config, first.parent)
     assert run.state()["step"] == 8
     assert run.state()["format"] == FORMAT
@@ -327,14 +326,14 @@ def test_a_run_of_the_first_version_resumes_to_the_same_losses(first):
     assert (
         run.log_path.read_text().splitlines()[:4]
         == (FIRST / "log.jsonl").read_text().splitlines()[:4]
-    ), "what was there stays"
+    ), "the existing lines stay"
     for name in ("total", "flow_loss", "rep_loss", "grad_norm"):
         assert run.log["step"].tolist() == list(range(1, 9))
         assert run.log[name].tolist() == pytest.approx(
-            whole[name].tolist(), rel=1e-5
+            original[name].tolist(), rel=1e-5
         ), name
     assert run.log["validation_flow_loss"].iloc[7] == pytest.approx(
-        whole["validation_flow_loss"].iloc[7], rel=1e-5
+        original["validation_flow_loss"].iloc[7], rel=1e-5
     )
 
 
@@ -363,7 +362,9 @@ def test_another_number_of_shards_is_another_run(first):
     assert script.training.shards == 8
     with pytest.raises(ValueError, match="seed: .*") as error:
         train(replace(script, seed=9), first.parent)
-    assert "older than shards" not in str(error.value), "that alone would not help"
+    assert "older than shards" not in str(error.value), (
+        "changing the shards alone would not help"
+    )
     assert (
         train(
             replace(script, training=replace(script.training, shards=1)), first.parent
@@ -376,7 +377,7 @@ def test_another_number_of_shards_is_another_run(first):
     ):
         Run.create(first, script, Run.open(first).inputs)
     assert json.loads((first / "config.json").read_text())["format"] == 1, (
-        "who is refused changes nothing"
+        "a refused request changes nothing"
     )
 
 
@@ -539,14 +540,14 @@ def test_a_config_from_before_later_options_opens(run):
     }
     (run.path / "config.json").write_text(json.dumps(stored))
     opened = Run.open(run.path)
-    # what was not stored has the default of its time
+    # settings that were not stored have the defaults of that time
     training = replace(TINY.training, shards=1, validation=TrainConfig().validation)
     assert opened.config == replace(TINY, training=training, defaults=3)
     assert opened.inputs == run.inputs
     assert opened.teacher.config == replace(run.teacher.config, fp32_levels=False)
 
 
-# going on
+# resuming
 
 OTHER = {
     "steps": 20,
@@ -568,31 +569,31 @@ def test_settings_without_effect_on_results_may_change_on_resuming(run, capsys, 
         "training.snapshot_every",
     }
     assert others | {f"training.{name}" for name in OTHER} == _FREE
-    asked = replace(TINY, training=replace(TINY.training, **{name: OTHER[name]}))
-    again = Run.create(run.path, asked, run.inputs)
+    requested = replace(TINY, training=replace(TINY.training, **{name: OTHER[name]}))
+    resumed = Run.create(run.path, requested, run.inputs)
     before = getattr(TINY.training, name)
     assert (
         capsys.readouterr().out
         == f"training.{name}: {before} -> {OTHER[name]} from here on\n"
     )
-    assert again.config == asked == Run.open(run.path).config
-    assert again.state()["step"] == 12
-    Run.create(run.path, asked, run.inputs)
+    assert resumed.config == requested == Run.open(run.path).config
+    assert resumed.state()["step"] == 12
+    Run.create(run.path, requested, run.inputs)
     assert not capsys.readouterr().out
 
 
-def test_all_that_may_change_at_once_and_nothing_while_another_trains(run, capsys):
-    asked = replace(TINY, training=replace(TINY.training, **OTHER))
+def test_free_settings_change_together_but_not_during_training(run, capsys):
+    requested = replace(TINY, training=replace(TINY.training, **OTHER))
     before = (run.path / "config.json").read_bytes()
     with run.locked():
         assert Run.create(run.path, TINY, run.inputs).config == TINY, (
-            "nothing is to be written"
+            "nothing has to be written"
         )
         with pytest.raises(RunInUse):
-            Run.create(run.path, asked, run.inputs)
+            Run.create(run.path, requested, run.inputs)
         assert (run.path / "config.json").read_bytes() == before
         assert not capsys.readouterr().out
-    assert Run.create(run.path, asked, run.inputs).config == asked
+    assert Run.create(run.path, requested, run.inputs).config == requested
     assert len(capsys.readouterr().out.splitlines()) == len(OTHER)
 
 
@@ -698,13 +699,15 @@ def test_a_folder_that_a_kill_left_empty_is_a_new_run(tmp_path, run):
     assert {path.name for path in new.path.iterdir()} == {"config.json", "lock"}
 
 
-def test_a_new_run_that_another_makes_at_the_same_moment(tmp_path, run, monkeypatch):
-    def first_the_other(folder):
+def test_a_run_created_by_another_process_at_the_same_time_is_not_overwritten(
+    tmp_path, run, monkeypatch
+):
+    def create_first(folder):
         monkeypatch.undo()
         Run.create(folder, replace(TINY, seed=5), run.inputs)
         return sole_writer(folder)
 
-    monkeypatch.setattr("selfflow.training.run.sole_writer", first_the_other)
+    monkeypatch.setattr("selfflow.training.run.sole_writer", create_first)
     with pytest.raises(ValueError, match="seed: 5 in the folder, 0 requested"):
         Run.create(tmp_path / "new", TINY, run.inputs)
 
@@ -713,15 +716,15 @@ def test_a_new_run_that_another_makes_at_the_same_moment(tmp_path, run, monkeypa
 
 
 def test_requests_are_made_and_cleared(run):
-    for what in ("stop", "sample"):
-        assert not run.requested(what)
-        run.request(what)
-        run.request(what)
-        assert Run.open(run.path).requested(what)
-        assert (run.path / what).read_bytes() == b""
-        run.clear_request(what)
-        run.clear_request(what)
-        assert not run.requested(what)
+    for name in ("stop", "sample"):
+        assert not run.requested(name)
+        run.request(name)
+        run.request(name)
+        assert Run.open(run.path).requested(name)
+        assert (run.path / name).read_bytes() == b""
+        run.clear_request(name)
+        run.clear_request(name)
+        assert not run.requested(name)
     for request in (run.request, run.requested, run.clear_request):
         with pytest.raises(
             ValueError,
@@ -734,11 +737,11 @@ def test_sample_history_is_in_order_and_survives_damage(runs, tmp_path, capsys):
     run = Run.create(tmp_path / "new", TINY, runs["tiny"].inputs)
     assert run.sample_history() == []
     assert not (run.path / "samples").exists()
-    pictures = {
+    grids = {
         step: torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(step))
         for step in (500, 250, 1000)
     }
-    for step, images in pictures.items():
+    for step, images in grids.items():
         assert (
             run.save_sample_grid(
                 step, images.double(), torch.tensor([1, 2, step % 7])
@@ -746,26 +749,26 @@ def test_sample_history_is_in_order_and_survives_damage(runs, tmp_path, capsys):
             == f"step-{step:08d}.safetensors"
         )
     for step, images, labels in run.sample_history():
-        assert torch.equal(images, pictures[step])
+        assert torch.equal(images, grids[step])
         assert images.dtype == torch.float32
         assert labels.tolist() == [1, 2, step % 7]
     assert [step for step, *_ in run.sample_history()] == [250, 500, 1000]
-    run.save_sample_grid(250, pictures[500], torch.tensor([1, 2, 3]))
-    assert torch.equal(run.sample_history()[0][1], pictures[500]), (
-        "again, for the same step"
+    run.save_sample_grid(250, grids[500], torch.tensor([1, 2, 3]))
+    assert torch.equal(run.sample_history()[0][1], grids[500]), (
+        "a second grid of a step replaces the first"
     )
-    place = run.path / "samples/film"
-    (place / "step-00000500.safetensors").write_bytes(b"no tensors")
-    (place / "step-best.safetensors").write_bytes(b"nobody's")
-    (place / ".tmpAbc").write_bytes(b"left by a kill")
+    folder = run.path / "samples/film"
+    (folder / "step-00000500.safetensors").write_bytes(b"no tensors")
+    (folder / "step-best.safetensors").write_bytes(b"nobody's")
+    (folder / ".tmpAbc").write_bytes(b"left by a kill")
     assert (
         [step for step, *_ in run.sample_history()]
         == [step for step, *_ in run.sample_history()]
         == [250, 1000]
     )
-    assert capsys.readouterr().out.count("skipped") == 1, "said once"
+    assert capsys.readouterr().out.count("skipped") == 1, "the damage is reported once"
     run.clear_staging()
-    assert not (place / ".tmpAbc").exists()
+    assert not (folder / ".tmpAbc").exists()
     assert [step for step, *_ in run.sample_history()] == [
         250,
         1000,
@@ -838,8 +841,8 @@ def test_shift_and_interval_are_those_of_the_sampler(runs):
     expected = run.layout().unpatchify(sample(velocity_fn, x1, 5, "heun", shift=3.0))[
         "image"
     ]
-    found = run.sample(labels, 5, "heun", 4.0, shift=3.0, interval=(0.3, 0.8))["image"]
-    torch.testing.assert_close(found, expected)
+    actual = run.sample(labels, 5, "heun", 4.0, shift=3.0, interval=(0.3, 0.8))["image"]
+    torch.testing.assert_close(actual, expected)
     for change in ({"shift": 1.0}, {"interval": (0.0, 1.0)}, {"cfg_scale": 1.0}):
         options = {"cfg_scale": 4.0, "shift": 3.0, "interval": (0.3, 0.8), **change}
         assert (

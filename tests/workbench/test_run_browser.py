@@ -50,7 +50,7 @@ VALUES = {
 def until(condition, seconds=30.0):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "the condition never became true"
         time.sleep(0.01)
 
 
@@ -64,20 +64,20 @@ def folder(runs, tmp_path):
 
 @pytest.fixture
 def listing(folder):
-    found = Listing(folder)
-    found.look()
-    return found
+    listing = Listing(folder)
+    listing.look()
+    return listing
 
 
 def other_data(folder, name):
-    "A copy of a run that says it was trained on other data."
+    "A copy of a run whose config names another data set."
     shutil.copytree(folder / "tiny", folder / name)
     stored = json.loads((folder / name / "config.json").read_text())
     stored["config"]["data"] |= {"name": "shapes"}
     (folder / name / "config.json").write_text(json.dumps(stored))
 
 
-def test_all_contents_of_a_folder_are_listed_in_words(listing, folder):
+def test_every_run_of_a_folder_is_listed_with_its_state(listing, folder):
     assert [listing.runs[name].cells for name in ("tiny", "vanilla")] == [
         [name, "digits, classes", "12 of 12", "finished"]
         for name in ("self_flow", "flow_matching")
@@ -107,7 +107,7 @@ def test_all_contents_of_a_folder_are_listed_in_words(listing, folder):
     assert states["tiny"] == "finished; 1 damaged line of its log skipped"
 
 
-def test_a_training_run_is_noticed_and_no_change_is_no_change(folder, listing):
+def test_the_listing_changes_only_when_a_run_does(folder, listing):
     assert not listing.look()
     run = Run.open(folder / "tiny", "cpu")
     with run.locked():
@@ -136,16 +136,16 @@ def test_folders_without_runs_show_what_to_do(tmp_path):
         (tmp_path, "holds no run yet"),
         (tmp_path / "gone", "there is no folder"),
     ):
-        found = Listing(place)
-        found.look()
-        assert words in found.problem
-        assert "selfflow train" in found.problem
-        assert "make demo" in found.problem
-        assert not found.runs
+        listing = Listing(place)
+        listing.look()
+        assert words in listing.problem
+        assert "selfflow train" in listing.problem
+        assert "make demo" in listing.problem
+        assert not listing.runs
     (tmp_path / "file").write_text("")
-    found = Listing(tmp_path / "file")
-    found.look()
-    assert "is a file" in found.problem
+    listing = Listing(tmp_path / "file")
+    listing.look()
+    assert "is a file" in listing.problem
 
 
 def test_checkpoints_are_read_through_before_they_are_opened(listing, folder):
@@ -213,7 +213,7 @@ def test_runs_on_other_data_have_separate_images(listing, folder):
     assert list(table.loc["data.name"]) == ["digits", "digits", "shapes"]
 
 
-def test_bad_choices_are_answered_and_the_rest_is_shown(listing):
+def test_bad_choices_are_reported_and_the_rest_is_shown(listing):
     view = compute(listing, {**VALUES, "runs": ["tiny", "gone"]})
     assert len(view.pictures) == 1
     assert "gone cannot be opened" in view.notes[0]
@@ -328,9 +328,9 @@ def test_a_dark_page_inverts_everything_but_maps(listing):
 
 
 def test_the_list_keeps_runs_that_still_exist():
-    found = RunList(rows=[["a", "", "", "", ""], ["b", "", "", "", ""]], value=[])
-    found.value = ["b", "gone", "a"]
-    assert found.value == ["a", "b"]
+    run_list = RunList(rows=[["a", "", "", "", ""], ["b", "", "", "", ""]], value=[])
+    run_list.value = ["b", "gone", "a"]
+    assert run_list.value == ["a", "b"]
 
 
 def following():
@@ -360,7 +360,8 @@ def test_a_browser_follows_its_folder_while_it_is_shown(folder):
         browser.list.value = ["tiny"]
         until(lambda: not browser.panels and not browser.live.children)
         until(lambda: not panel.thread.is_alive())
-        browser.view.controls["view"].value = "training"  # of what does not train, too
+        # also for a run that is not training
+        browser.view.controls["view"].value = "training"
         until(
             lambda: (
                 "tiny" in browser.panels
@@ -420,7 +421,7 @@ def test_bad_options_are_refused(folder):
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    "What stands for `selfflow probe`: a script, in place of the interpreter."
+    "Write a script that runs in place of `selfflow probe`."
 
     def write(script):
         file = tmp_path / "command"
@@ -433,35 +434,35 @@ def command(tmp_path, monkeypatch):
 
 
 def test_probing_reports_progress_and_errors(folder, command):
-    told = []
+    messages = []
 
     def probed(script):
         command(script)
-        found = Probing(
-            {"tiny": Path(folder / "tiny")}, lambda: told.append(found.progress)
+        probing = Probing(
+            {"tiny": Path(folder / "tiny")}, lambda: messages.append(probing.progress)
         )
-        found.thread.start()
-        found.thread.join(20)
-        assert found.done
-        return found
+        probing.thread.start()
+        probing.thread.join(20)
+        assert probing.done
+        return probing
 
-    found = probed('printf "tiny:  40%%|####    | 8/20 [00:02<00:03]\\r" >&2')
-    assert "probing tiny: tiny:  40%  8/20 [00:02<00:03]" in told
-    assert found.progress == "probed tiny"
-    assert not found.failed
-    found = probed('echo "selfflow: the disk is full" >&2; exit 2')
-    assert found.failed == "tiny: selfflow: the disk is full"
-    assert not found.progress
+    probing = probed('printf "tiny:  40%%|####    | 8/20 [00:02<00:03]\\r" >&2')
+    assert "probing tiny: tiny:  40%  8/20 [00:02<00:03]" in messages
+    assert probing.progress == "probed tiny"
+    assert not probing.failed
+    probing = probed('echo "selfflow: the disk is full" >&2; exit 2')
+    assert probing.failed == "tiny: selfflow: the disk is full"
+    assert not probing.progress
     command("exec sleep 60")
-    found = Probing(
+    probing = Probing(
         {"tiny": folder / "tiny", "vanilla": folder / "vanilla"}, lambda: None
     )
-    found.thread.start()
-    until(lambda: found._process is not None)
-    found.stop()
-    found.thread.join(10)
-    assert found.done
-    assert found.progress == "stopped"
+    probing.thread.start()
+    until(lambda: probing._process is not None)
+    probing.stop()
+    probing.thread.join(10)
+    assert probing.done
+    assert probing.progress == "stopped"
 
 
 def test_the_button_shows_the_cost_first_and_then_begins(folder, command):
