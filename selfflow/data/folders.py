@@ -89,7 +89,7 @@ def _carve_notes(moved: dict[str, str], given: bool) -> list[str]:
             )
     return notes
 
-
+# %% ../../nbs/2_data/11_folders.ipynb #0b875681
 class _Candidate(NamedTuple):
     """A sample of any split that may be used."""
 
@@ -161,7 +161,7 @@ class Folder(Stored):
             path = name.split("/")
             top = path[0]
             if split_folders and top not in split_folders:
-                self.skipped.add("lies beside the split folders", name)
+                self.skipped.add("lies outside the split folders", name)
                 continue
             if table is not None and name not in table:
                 self.skipped.add("is not in the table", name)
@@ -312,7 +312,7 @@ class Folder(Stored):
         for name, signal, source in sources:
             key = name if len(self.signals) == 1 else _stem(name)
             if signal in samples[key]:
-                self.skipped.add("has the name of another", name)
+                self.skipped.add("has the same name as another file", name)
             else:
                 samples[key][signal] = source
         complete = {}
@@ -345,7 +345,7 @@ class Folder(Stored):
         by_sample: dict[str, Row] = {}
         for row in chain.from_iterable(tables):
             if row.file not in aliases:
-                self.skipped.add("is in the table, but not there", row.file)
+                self.skipped.add("is in the table but missing", row.file)
             elif aliases[row.file] in by_sample:
                 self.skipped.add("is in the table twice", row.file)
             else:
@@ -409,7 +409,7 @@ class Folder(Stored):
             if scales and 2 * min(scales) < 1:
                 small.append(name)
         for names, text in (
-            (renamed, "read as what they are, not as their suffix says"),
+            (renamed, "read by content, not by suffix"),
             (
                 oblong,
                 "more than three times too long or too wide: only the middle is used",
@@ -478,7 +478,7 @@ class Folder(Stored):
             yield [entry.name, entry.label, entry.caption, digests]
         facts.save()
 
-
+# %% ../../nbs/2_data/11_folders.ipynb #cddfe828
 def _with_bar(items: Sequence, title: str) -> Iterable:
     """Return items with a progress bar, which is shown after a second."""
     return tqdm(items, title, unit="file", delay=1, mininterval=1, leave=False)
@@ -793,7 +793,7 @@ class HuggingFace(Stored):
             if counts(name):
                 yield [name, digest(Inside(self.root, name))]
 
-
+# %% ../../nbs/2_data/11_folders.ipynb #5bb98433
 def _row_name(row: int) -> str:
     return f"row {row}"
 

@@ -201,7 +201,7 @@ def test_folders_that_are_splits(tmp_path, name, capsys):
         1,
     ) and train.names == validation.names == ("cat", "deep")
     assert train.skipped == {
-        "lies beside the split folders": ["extra/deep/er/0.png", "top.png"]
+        "lies outside the split folders": ["extra/deep/er/0.png", "top.png"]
     }
     out = capsys.readouterr().out
     assert (
@@ -210,7 +210,7 @@ def test_folders_that_are_splits(tmp_path, name, capsys):
     )
     assert "no sample of class 'cat'" in out
     assert (
-        "not used: lies beside the split folders (2): 'extra/deep/er/0.png', 'top.png'"
+        "not used: lies outside the split folders (2): 'extra/deep/er/0.png', 'top.png'"
         in out
     )
     with pytest.raises(
@@ -302,7 +302,7 @@ def test_a_table_lists_files_labels_and_captions(photos):
     assert [data.names[label] for label in taken.labels] == ["", "zebra", "zebra", "7"]
     assert data.skipped.pop("is not in the table") and data.skipped == {
         "leads out of the folder": ["../photos/dog/5.bmp"],
-        "is in the table, but not there": ["cat/4.jpg"],
+        "is in the table but missing": ["cat/4.jpg"],
         "is in the table twice": ["cat/0.png"],
     }
     assert set(
@@ -401,9 +401,9 @@ def test_hostile_files_are_counted_and_harm_nothing(tmp_path, capsys):
         "within.png",
     ] and greys(data) == [50, 50, 50]
     assert {reason: sorted(names) for reason, names in data.skipped.items()} == {
-        "is no regular file": ["nowhere.png", "pipe.png", "zero.png"],
+        "is not a regular file": ["nowhere.png", "pipe.png", "zero.png"],
         "is a link to a folder": ["up"],
-        "lies too deep": ["1/2/3/4/5/6/7/8/9"],
+        "is nested too deeply": ["1/2/3/4/5/6/7/8/9"],
         "declares too many pixels": ["bomb.gif"],
         "is empty": ["empty.png"],
         "cannot be decoded": ["head.png"],
@@ -448,7 +448,7 @@ def test_files_damaged_later_are_replaced_and_reported_once(photos, capsys):
     assert list(data.broken) == [names[1], names[2], names[5], names[11]]
     assert (
         data.broken[names[2]] == "is empty"
-        and data.broken[names[5]] == "is no regular file"
+        and data.broken[names[5]] == "is not a regular file"
     )
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and out.startswith(
@@ -610,7 +610,7 @@ def test_pairs_by_stem(tmp_path, capsys):
     } == {"video": (3, 3, 2, 32, 32), "audio": (3, 50)}
     assert data.skipped.pop("cannot be read as video or audio") == ["x/one.png"]
     assert data.skipped == {
-        "has the name of another": ["x/one.webp"],
+        "has the same name as another file": ["x/one.webp"],
         "has no video of its name": ["x/lone"],
         "has no audio of its name": ["z/lone"],
     }

@@ -103,7 +103,7 @@ def test_losses_are_drawn_as_logged_and_smoothed(log):
         np.testing.assert_allclose(smoothed.get_ydata()[10:], means[10:])
         assert raw.get_alpha() < 0.5 and smoothed.get_alpha() is None
     written = texts(titled(figure, "flow loss"))
-    assert "mean of 4 lines; faint: each" in written
+    assert "mean of 4 lines; faint: raw values" in written
     assert f"{log['flow_loss'][96:].mean():.3g}" in written, "the value at the end"
 
 
@@ -233,7 +233,7 @@ def test_labels_near_the_top_stay_below_the_title(log):
     log["cosine"], log["constant_cosine"] = 1.0, 0.98
     axis = titled(rendered(draw_dashboard(log)), "cosine")
     boxes = {text.get_text(): text.get_window_extent() for text in axis.texts}
-    assert not boxes["1"].overlaps(boxes["dotted: reached by a constant"])
+    assert not boxes["1"].overlaps(boxes["dotted: constant baseline"])
     assert not boxes["1"].overlaps(boxes["0.98"])
     assert boxes["1"].y0 > boxes["0.98"].y0
 
@@ -319,7 +319,7 @@ def test_odd_tables_are_drawn_as_far_as_possible(log, steps):
 def test_an_empty_run_has_three_remarks():
     remarks = [texts(axis) for axis in drawn(draw_dashboard(None)).axes]
     assert remarks == [
-        ["nothing was logged yet"],
+        ["nothing logged yet"],
         ["no validation yet"],
         ["no samples yet"],
     ]

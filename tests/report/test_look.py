@@ -42,7 +42,7 @@ def test_samples_captions_and_what_is_skipped_are_on_the_page(photos):
     shown = table(page, "files of these samples")
     assert len(shown) == 10 and set(shown["image in the file"]) == {"PNG, 12 x 8"}
     for _, row in shown.iterrows():
-        assert row["the model is given"] == row["caption"][:16]
+        assert row["model input"] == row["caption"][:16]
     cut = sum(len(text) > 16 for text in shown["caption"])
     html = page.html()
     assert f"{cut} of 10 captions are longer than 16 bytes" in html

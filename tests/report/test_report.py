@@ -337,11 +337,11 @@ def test_damaged_files_are_reported_and_the_other_sections_are_made(runs, tmp_pa
     assert "probes.json cannot be used" in page
     assert "broken.safetensors cannot be read" in page
     for title in (
-        "Flow loss by level",
+        "Flow loss by noise level",
         "Curves by layer",
         "Student and teacher",
         "Attention",
-        "Metrics of samples",
+        "Sample metrics",
     ):
         assert f">{title}</h2>" in page
 

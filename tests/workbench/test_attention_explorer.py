@@ -308,17 +308,17 @@ def test_the_description_names_token_target_and_share_on_cleaner_tokens(watched)
     cleaner = row[tau < tau.max()].sum()
     names = watched.viewed.board.names
     for words in (
-        f"layer 2, mean of heads: {names[noisy]} (level 0.90) looks most at "
+        f"layer 2, mean of heads: {names[noisy]} (level 0.90) attends most to "
         f"{names[best]} (level {tau[best]:.2f})",
         f"{16 * row.max():.1f} times",
-        f"{cleaner:.0%} of the attention goes to cleaner tokens, by counting 25%",
+        f"{cleaner:.0%} of the attention goes to cleaner tokens, uniform: 25%",
     ):
         assert words in describe(scene)
     assert "no token is cleaner" in describe(compute(watched, {**VALUES, "s": 0.9}))
     assert "comes from cleaner" in describe(
         compute(watched, {**VALUES, "tokens": [noisy], "question": QUESTIONS[1]})
     )
-    assert "all tokens, on average, look most at" in describe(
+    assert "all tokens, on average, attend most to" in describe(
         compute(watched, {**VALUES, "question": QUESTIONS[2]})
     )
 
@@ -402,7 +402,7 @@ def test_images_depend_only_on_what_they_show(watched):
 def test_captions_are_shown_and_10_000_characters_are_answered(more):
     watched = Watched(ViewedRun(more["texts"], count=3))
     scene = compute(watched, {**VALUES, "caption": ""})
-    assert "caption" in draw(scene) and "the caption (counting: " in describe(scene)
+    assert "caption" in draw(scene) and "the caption (uniform: " in describe(scene)
     stride = watched.config.caption_stride
     n = watched.viewed.tokens
     pieces = pieces_of(scene.forward, stride, len(scene.even) - n)
