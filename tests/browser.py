@@ -254,7 +254,8 @@ def page(lab):
         yield page
         shoot(page, "last")
         browser.close()
-    assert not errors and not elsewhere
+    assert not errors
+    assert not elsewhere
 
 
 def shoot(page, name):

@@ -1,9 +1,10 @@
-"""What each of several processes does in test_processes: train the configs of a list in
-turn, and note what was raised.
+"""Train the configs of a list in turn and record what was raised.
+
+Each process that test_processes starts runs this script.
 
 Called by torchrun: several.py TASKS.json. A task: config, folder, and optionally poison
 (the step whose data become huge in the last process), stop (the step after which the
-last process gets a SIGTERM) or features (train REPA on made ones).
+last process gets a SIGTERM) or features (train REPA on features made here).
 """
 
 import json
@@ -25,7 +26,7 @@ torch.set_num_threads(1)
 
 
 def disturb(task: dict):
-    "Batches as they are, but for what the task asks for."
+    "Batches.__getitem__ with the disturbance that the task requests."
     last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
     read = Batches.__getitem__
 

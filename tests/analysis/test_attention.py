@@ -107,7 +107,8 @@ def test_weights_applied_to_the_values_are_the_fused_output(shape, schedule, sep
         layer = model.blocks[number - 1].attn
         weights, values = attention_weights(layer, *given[:3])
         n = SHAPES[shape].tokens + SHAPES[shape].caption_tokens
-        assert weights.shape == (3, 2, n, n) and (weights >= 0).all()
+        assert weights.shape == (3, 2, n, n)
+        assert (weights >= 0).all()
         torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, n))
         again = layer.proj(
             (weights @ values.transpose(1, 2)).transpose(1, 2).flatten(2)
@@ -169,7 +170,8 @@ def test_looking_changes_nothing_and_leaves_nothing():
     x, levels, caption = batch_of(SHAPES["caption"])
     before = model(x, levels, caption).velocity
     maps = attention_maps(model, x, levels, caption, layers=(1, 3), batch=2)
-    assert set(maps) == {1, 3} and maps[1].shape == (3, 2, 14, 14)
+    assert set(maps) == {1, 3}
+    assert maps[1].shape == (3, 2, 14, 14)
     torch.testing.assert_close(
         model(x, levels, caption).velocity, before, atol=0, rtol=0
     )
@@ -234,11 +236,11 @@ def test_uniform_attention_has_no_preference_and_planted_preference_is_found():
             block.attn.qkv.bias[:32].zero_()
     x0, x1, levels = two_levels(30)
     even = mass_between_levels(model, x0, x1, levels)
-    assert (even["mass"] - even["uniform"]).abs().max() < 1e-5 and (
-        even["share"] - even["counted"]
-    ).abs().max() < 1e-5
+    assert (even["mass"] - even["uniform"]).abs().max() < 1e-5
+    assert (even["share"] - even["counted"]).abs().max() < 1e-5
     table = summarise_mass(even)
-    assert table["excess"].abs().max() < 1e-5 and set(table["direction"]) == {
+    assert table["excess"].abs().max() < 1e-5
+    assert set(table["direction"]) == {
         "noisy to clean",
         "clean to noisy",
     }
@@ -344,13 +346,10 @@ def test_maps_lie_where_the_tokens_do():
     assert grids == {"video": (2, 3, 2), "audio": (5,)}
     weights = torch.arange(21.0)
     found = maps_by_part(weights, grids, relative=False)
-    assert (
-        found["video"].flatten().tolist() == list(range(12))
-        and found["video"][1, 2, 0] == 10
-    )
-    assert found["audio"].tolist() == [12, 13, 14, 15, 16] and found[
-        "caption"
-    ].tolist() == [17, 18, 19, 20]
+    assert found["video"].flatten().tolist() == list(range(12))
+    assert found["video"][1, 2, 0] == 10
+    assert found["audio"].tolist() == [12, 13, 14, 15, 16]
+    assert found["caption"].tolist() == [17, 18, 19, 20]
     assert maps_by_part(torch.full((2, 16), 1 / 16), {"image": (4, 4)})[
         "image"
     ].unique().tolist() == [1]

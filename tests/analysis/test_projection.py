@@ -1,4 +1,4 @@
-"""Projections and token colours show hidden structure, repeatably."""
+"""Projections and token colours show hidden structure and are repeatable."""
 
 import numpy as np
 import pytest
@@ -13,11 +13,9 @@ def test_colours_are_the_three_main_axes():
     hidden = rng.normal(size=(4, 15, 3)) * (9, 3, 1)
     tokens = hidden @ np.linalg.qr(rng.normal(size=(12, 12)))[0][:3] + 5
     pictures, share = token_colours(torch.tensor(tokens), (3, 5))
-    assert (
-        pictures.shape == (4, 3, 3, 5)
-        and share == pytest.approx(1)
-        and abs(pictures).max() <= 1
-    )
+    assert pictures.shape == (4, 3, 3, 5)
+    assert share == pytest.approx(1)
+    assert abs(pictures).max() <= 1
     for axis in range(3):
         seen = pictures[:, axis].ravel()
         wanted = hidden[..., axis].ravel()
@@ -30,7 +28,7 @@ def test_colours_are_the_three_main_axes():
     assert np.isfinite(flat).all()
 
 
-def test_a_plane_of_pca_is_that_of_a_singular_value_decomposition():
+def test_a_plane_of_pca_equals_the_singular_value_decomposition():
     "UMAP, which compiles for half a minute, is tried in the lessons of the chapter."
     rng = np.random.default_rng(1)
     clouds = 5 * np.eye(8)[np.repeat(np.arange(4), 12)] + rng.normal(size=(48, 8))
@@ -41,7 +39,8 @@ def test_a_plane_of_pca_is_that_of_a_singular_value_decomposition():
     assert plane.trustworthiness == pytest.approx(
         trustworthiness(clouds, plane.points, n_neighbors=6)
     )
-    assert "PCA of 48 points" in repr(plane) and "mean nothing" in repr(plane)
+    assert "PCA of 48 points" in repr(plane)
+    assert "mean nothing" in repr(plane)
 
 
 def test_bad_input_is_refused():

@@ -3,8 +3,6 @@
 import io
 import json
 import os
-import subprocess
-import sys
 import tarfile
 import time
 from dataclasses import replace
@@ -12,6 +10,7 @@ from multiprocessing.reduction import ForkingPickler
 from unittest.mock import patch
 
 import numpy as np
+import programs
 import pytest
 import torch
 from conftest import assert_same
@@ -441,9 +440,8 @@ def test_a_command_runs_only_with_a_flag_on_the_command(place, tmp_path, capsys)
     arguments = ["look", "--config", str(config), "--output", output, "--allow-pipe"]
     program = "import sys; from selfflow.cli import main; main(sys.argv[1:])"
     environment = {k: v for k, v in os.environ.items() if k != "SELFFLOW_PIPES_ALLOWED"}
-    subprocess.run(
-        [sys.executable, "-c", program, *arguments], env=environment, check=True
-    )
+    done = programs.run("-c", program, *arguments, env=environment)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "ran").exists() and (tmp_path / "look.html").exists()
 
 

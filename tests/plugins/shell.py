@@ -4,9 +4,9 @@ Probes have few cells and reports no UMAP, whose compilation takes ten seconds.
 """
 
 import json
-import subprocess
-import sys
 from typing import NamedTuple
+
+import programs
 
 PROGRAM = """
 import contextlib, functools, io, json, sys
@@ -54,14 +54,7 @@ class Answer(NamedTuple):
 def shell(folder, *commands):
     "The Answer to each command, a list of arguments, given in a folder."
     texts = [[str(argument) for argument in command] for command in commands]
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        input=json.dumps(texts),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = programs.run("-c", PROGRAM, cwd=folder, text=json.dumps(texts))
     assert done.returncode == 0, done.stderr
     answers = done.stdout.rpartition("ANSWERS ")[2]
     return [Answer(*answer) for answer in json.loads(answers)]

@@ -5,12 +5,11 @@ From a shell, in other processes and from a notebook.
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from shell import shell
@@ -73,12 +72,7 @@ def test_killed_in_the_middle_it_resumes_to_the_same_losses(trained):
         "depth": 4,
     }
     command = ["train", "--use", FILE, "--name", "killed", *SMALL]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "selfflow.cli", *map(str, command)],
-        cwd=trained,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = programs.Program("-m", "selfflow.cli", *command, cwd=trained)
     checkpoint = trained / "runs/killed/checkpoints/step-00000020"
     while not checkpoint.exists() and process.poll() is None:
         time.sleep(0.01)
@@ -118,9 +112,7 @@ for tool in tools_on_page():
         made.refresh()
     print("OPENED", tool.title, made.message.value if hasattr(made, "message") else "")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=trained, capture_output=True, text=True
-    )
+    done = programs.run("-c", code, cwd=trained)
     assert done.returncode == 0, done.stderr
     opened = [line for line in done.stdout.splitlines() if line.startswith("OPENED")]
     assert (

@@ -5,10 +5,9 @@ Their runs open in other processes.
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from shell import shell
@@ -29,9 +28,8 @@ HERE = Path(__file__).parent
 def test_tensors_train_and_their_run_is_sampled_and_reported_in_another_process(
     tmp_path,
 ):
-    subprocess.run(
-        [sys.executable, str(HERE / "own_tensors.py")], cwd=tmp_path, check=True
-    )
+    trained = programs.run(HERE / "own_tensors.py", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
     sample, listed, report = shell(
         tmp_path,
         "sample runs/tensors --each 1 --steps 2 --device cpu".split(),

@@ -1,10 +1,9 @@
 """A user's objective trains, resumes, samples, and is probed and reported."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 from shell import shell
 
@@ -30,12 +29,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("objective")
     settings = ["--name", "mine", *SMALL, *OWN, "--objective.rep-weight", "0.4"]
     length = ["--training.steps", "3", "--workers", "1", "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "-m", "selfflow.cli", "train", *settings, *length],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
+    done = programs.run("-m", "selfflow.cli", "train", *settings, *length, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
 

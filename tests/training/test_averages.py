@@ -157,7 +157,8 @@ def test_what_was_tracked_is_rebuilt_exactly():
     # a long run and a narrow average overflow nothing
     many = [(at, s) for at in range(10**6, 10**7, 10**6) for s in (0.01, 0.02)]
     weights, misfit = reconstruction(many, 9 * 10**6, 0.015)
-    assert abs(weights.sum() - 1) < 1e-9 and misfit < 0.05
+    assert abs(weights.sum() - 1) < 1e-9
+    assert misfit < 0.05
     with pytest.raises(ValueError, match="2 snapshots for step 90"):
         reconstruction([(50, 0.1), (100, 0.1)], 90, 0.1)
     with pytest.raises(ValueError, match="sigma_rel is 0.3, .* between 0 and 0.289"):

@@ -224,11 +224,9 @@ def test_weights_that_are_too_many_are_computed_again(watched, monkeypatch):
     scene = compute(watched, VALUES)
     monkeypatch.setattr(attention_scene, "_REMEMBERED", 0)
     again = compute(Watched(watched.viewed), VALUES)
-    assert (
-        torch.equal(again.rows, scene.rows)
-        and not again.forward.known
-        and scene.forward.known
-    )
+    assert torch.equal(again.rows, scene.rows)
+    assert not again.forward.known
+    assert scene.forward.known
 
 
 def test_other_explorers_of_the_same_run_are_not_recorded(watched):
@@ -237,10 +235,8 @@ def test_other_explorers_of_the_same_run_are_not_recorded(watched):
     assert forward.model is not viewed.student
     kept = forward.seen[1].x.clone()
     viewed.view(1, forward.levels, 5)
-    assert (
-        torch.equal(forward.seen[1].x, kept)
-        and not viewed.student.blocks[0].attn._forward_hooks
-    )
+    assert torch.equal(forward.seen[1].x, kept)
+    assert not viewed.student.blocks[0].attn._forward_hooks
 
 
 def test_mass_of_a_row_is_read_by_the_token_that_looks():
@@ -345,7 +341,8 @@ def test_a_window_shows_the_tokens_of_its_moment(config):
     board = Board(layout)
     shown = set(window.owner.ravel())
     if config.name in ("digits", "notes"):
-        assert frame == 0 and np.array_equal(window.owner, board.owner)
+        assert frame == 0
+        assert np.array_equal(window.owner, board.owner)
         assert np.array_equal(window.pixels(tokens), board.pixels(tokens))
     else:
         video = [part for part in layout.parts if part.name == "video"][0]
@@ -357,9 +354,8 @@ def test_a_window_shows_the_tokens_of_its_moment(config):
         changed = tokens.clone()
         changed[token] = 1 - changed[token].abs()
         differs = (window.pixels(changed) != window.pixels(tokens)).any(-1)
-        assert (
-            differs.any() == (token in shown) and (window.owner[differs] == token).all()
-        )
+        assert differs.any() == (token in shown)
+        assert (window.owner[differs] == token).all()
 
 
 def test_an_overlay_is_brightest_where_attention_is_highest(watched):
@@ -385,15 +381,14 @@ def test_images_depend_only_on_what_they_show(watched):
         "inputs",
         "heads",
     }
-    assert draw(scene) == before and all(
+    assert draw(scene) == before
+    assert all(
         draw(scene, DARK)[name] != before[name]
         for name in ("layers", "inputs", "heads")
     )
     received = draw_layers(compute(watched, {**VALUES, "question": QUESTIONS[1]}))
-    assert (
-        received.size == draw_layers(scene).size
-        and received.tobytes() != draw_layers(scene).tobytes()
-    )
+    assert received.size == draw_layers(scene).size
+    assert received.tobytes() != draw_layers(scene).tobytes()
 
 
 # other kinds of runs
@@ -402,14 +397,13 @@ def test_images_depend_only_on_what_they_show(watched):
 def test_captions_are_shown_and_10_000_characters_are_answered(more):
     watched = Watched(ViewedRun(more["texts"], count=3))
     scene = compute(watched, {**VALUES, "caption": ""})
-    assert "caption" in draw(scene) and "the caption (uniform: " in describe(scene)
+    assert "caption" in draw(scene)
+    assert "the caption (uniform: " in describe(scene)
     stride = watched.config.caption_stride
     n = watched.viewed.tokens
     pieces = pieces_of(scene.forward, stride, len(scene.even) - n)
-    assert (
-        "".join(pieces).startswith("a ")
-        and len(pieces) == watched.config.caption // stride
-    )
+    assert "".join(pieces).startswith("a ")
+    assert len(pieces) == watched.config.caption // stride
     torch.testing.assert_close(scene.masses[..., 4], scene.rows[..., n:].sum(-1))
     told = "a red star " * 909 + "?"
     other = compute(watched, {**VALUES, "caption": told})
@@ -428,18 +422,15 @@ def test_a_token_of_either_part_is_shown_on_both(more):
         )
         for token in (0, clip)
     }
-    assert (
-        "video, moment 1" in said[0]
-        and "audio, moment 1" in said[clip]
-        and "goes to audio" in said[0]
-    )
+    assert "video, moment 1" in said[0]
+    assert "audio, moment 1" in said[clip]
+    assert "goes to audio" in said[0]
     pictures = draw(scene)
     assert pictures["audio"][:4] == b"RIFF"
     shown = draw(compute(watched, {**VALUES, "tokens": [clip], "frame": 1}))
     # the board has all moments
-    assert (
-        shown["inputs"] != pictures["inputs"] and shown["tokens"] == pictures["tokens"]
-    )
+    assert shown["inputs"] != pictures["inputs"]
+    assert shown["tokens"] == pictures["tokens"]
 
 
 def test_the_player_continues_when_the_layer_changes(more):
@@ -450,7 +441,8 @@ def test_the_player_continues_when_the_layer_changes(more):
     )
     explorer.controls["layer"].value = 3
     explorer.settle()
-    assert not heard and "<audio" in explorer.pictures["audio"].value
+    assert not heard
+    assert "<audio" in explorer.pictures["audio"].value
     explorer.controls["sample"].value = 1
     explorer.settle()
     assert len(heard) == 1
@@ -491,34 +483,29 @@ def test_the_panel_shows_what_the_pure_functions_draw(runs):
 
 def test_the_first_token_has_cleaner_ones(runs):
     scene = explore_attention(runs["tiny"], count=1).data
-    assert scene.even_masses[1] > 0 and scene.forward.levels.per_token()[
-        0, scene.token
-    ] == pytest.approx(0.8)
+    assert scene.even_masses[1] > 0
+    assert scene.forward.levels.per_token()[0, scene.token] == pytest.approx(0.8)
 
 
 def test_clicking_a_token_selects_it(runs):
     explorer = explore_attention(runs["tiny"], count=2, question=QUESTIONS[2])
     explorer.controls["tokens"].value = [3]
     explorer.settle()
-    assert (
-        explorer.controls["question"].value == QUESTIONS[0] and explorer.data.token == 3
-    )
+    assert explorer.controls["question"].value == QUESTIONS[0]
+    assert explorer.data.token == 3
     explorer.controls["question"].value = QUESTIONS[1]
     explorer.controls["tokens"].value = [4]
     explorer.settle()
-    assert (
-        explorer.controls["question"].value == QUESTIONS[1] and explorer.data.token == 4
-    )
+    assert explorer.controls["question"].value == QUESTIONS[1]
+    assert explorer.data.token == 4
 
 
 def test_errors_are_shown_and_the_panel_recovers(runs):
     explorer = explore_attention(runs["vanilla"], count=2)
     explorer.controls["tokens"].value = []
     explorer.settle()
-    assert (
-        'role="alert"' in explorer.message.value
-        and "click the one" in explorer.message.value
-    )
+    assert 'role="alert"' in explorer.message.value
+    assert "click the one" in explorer.message.value
     explorer.controls["tokens"].value = [2]
     explorer.settle()
     assert 'role="status"' in explorer.message.value
@@ -548,18 +535,14 @@ def test_unusable_runs_are_reported_in_the_panel(runs, tmp_path):
             and explorer.box.children
         ), name
     assert "data set" in explore_attention(runs["tiny"], data="motion").message.value
-    assert (
-        explore_attention(str(runs["tiny"].path), count=2).pictures
-        and Run.open(runs["tiny"].path).path.exists()
-    )
+    assert explore_attention(str(runs["tiny"].path), count=2).pictures
+    assert Run.open(runs["tiny"].path).path.exists()
 
 
 def test_a_forward_knows_its_sizes(watched):
     scene = compute(watched, VALUES)
-    assert (
-        isinstance(scene.forward, Forward)
-        and scene.rows.shape == (4, 2, 16)
-        and scene.masses.shape == (4, 2, 5)
-    )
+    assert isinstance(scene.forward, Forward)
+    assert scene.rows.shape == (4, 2, 16)
+    assert scene.masses.shape == (4, 2, 5)
     copy = replace(scene, values={**VALUES, "head": 2})
     torch.testing.assert_close(copy.relative[0], copy.relative[2])

@@ -173,10 +173,8 @@ def test_masks_are_painted_by_hand_and_a_restart_changes_nothing(explored):
     assert tokens.count() == explored.viewed.tokens
     tokens.nth(5).click()  # switches the hand on
     explored.shows(hand=True, tokens=[5])
-    assert (
-        explored.control("hand", "input").is_checked()
-        and tokens.nth(5).get_attribute("aria-pressed") == "true"
-    )
+    assert explored.control("hand", "input").is_checked()
+    assert tokens.nth(5).get_attribute("aria-pressed") == "true"
     # token 5 is in row 1, column 1 of 4 x 4
     for key in ("ArrowRight", "Space", "ArrowDown", "Enter"):
         page.keyboard.press(key)
