@@ -413,7 +413,7 @@ def test_hostile_files_are_counted_and_harm_nothing(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.startswith(
         "data: 3 samples (image) of split train, no classes; no sample of class '1'; "
-        "read as what they are"
+        "read by content"
     )
     assert (
         out.count("\n") == 1
