@@ -216,7 +216,7 @@ def test_folders_that_are_splits(tmp_path, name, capsys):
     with pytest.raises(
         ValueError,
         match="no sample of split 'test'; no sample of class 'cat', 'deep'; not used: "
-        "lies beside",
+        "lies outside",
     ):
         Folder(tmp_path, split="test", **ALL)
 
