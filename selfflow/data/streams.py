@@ -91,6 +91,9 @@ _TEXTS = ("cls", "txt", "json")
 _TEXT_BYTES = 2**20  # of a class, caption or JSON
 _MEMBER_BYTES = 2**28  # of any other member
 _BLOCK = 512  # bytes, in which tar counts
+# how files of gzip, bzip2, xz and zstd begin
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+_COMPRESSED_SUFFIXES = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 class Row(NamedTuple):
@@ -127,9 +130,16 @@ def tar_rows(file: BinaryIO) -> Iterator[Row | Fault]:
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
+    compressed = file.read(8).startswith(_COMPRESSED)
+    file.seek(0)
     key = ""
     members: dict[str, tuple[int, int]] = {}
     reason = "is not a tar file"
+    if compressed:
+        reason = (
+            "is compressed, so that no sample can be reached without those before it; "
+            "decompress it, or use pipe:gzip -dc FILE"
+        )
     try:
         with tarfile.open(fileobj=file, mode="r:") as opened:
             archive: Any = opened  # its type does not declare `members`
@@ -336,7 +346,7 @@ class Stream(Stored):
             return {"": shards}
         by_split: dict[str, list[Shard]] = {}
         for name in listing(self.root, self.skipped)[0]:
-            if name.endswith(".tar"):
+            if name.endswith((".tar", *_COMPRESSED_SUFFIXES)):
                 shard = Shard(name, Inside(self.root, name))
                 by_split.setdefault(_split_in(name), []).append(shard)
         if "train" in by_split:

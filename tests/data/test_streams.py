@@ -1,5 +1,6 @@
 """Streams: an order that needs no state, hostile shards, and the way to a run."""
 
+import gzip
 import io
 import json
 import os
@@ -388,6 +389,16 @@ def test_the_count_of_a_damaged_shard_is_not_kept(place, monkeypatch, tmp_path):
     facts = json.loads(kept.read_text())
     assert facts.pop(str(place / "000.tar"))[1] == {}
     assert all(own for _, own in facts.values())
+
+
+@pytest.mark.parametrize("name", ["0.tar.gz", "0.tgz", "0.tar"])
+def test_a_compressed_shard_is_refused_with_a_remedy(name, tmp_path):
+    content = tar([("a.png", png(1))])
+    (tmp_path / name).write_bytes(gzip.compress(content))
+    with pytest.raises(ValueError, match=f"is compressed.*gzip -dc.*{name}"):
+        Stream(tmp_path)
+    (tmp_path / "1.tar").write_bytes(content)
+    assert len(Stream(tmp_path, shares=(1, 0, 0))) == 1
 
 
 def test_shards_that_vanish_end_in_one_line(place):
