@@ -202,8 +202,7 @@ class Shard:
             try:
                 return path.open("rb")
             except FileNotFoundError:
-                _spool(self.command, path)
-                return path.open("rb")
+                return _spool(self.command, path)
 
     @property
     def size(self) -> int:
@@ -216,16 +215,29 @@ class Shard:
             return 0
 
 
-def _spool(command: str, path: Path) -> None:
-    """Write the output of a command into a file, and remove the oldest such files."""
+def _spool(command: str, path: Path) -> BinaryIO:
+    """Write the output of a command into a file, and remove the oldest such files.
+
+    Returns the file, open: another worker may remove it at any time.
+    """
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         status = subprocess.run(command, shell=True, stdout=file).returncode
     if status:
         print(f"{command!r} ended with status {status}; what it wrote is used")
+    written = open(file.name, "rb")
     os.replace(file.name, path)
-    kept = sorted(path.parent.glob("*.tar"), key=lambda other: other.stat().st_mtime)
+    kept = sorted(path.parent.glob("*.tar"), key=_modified)
     for old in kept[:-_SPOOLED]:
         old.unlink(missing_ok=True)  # another worker may have removed it
+    return written
+
+
+def _modified(path: Path) -> float:
+    """Return when a file was written; 0 if another worker has removed it."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _commands(path: str) -> list[Shard]:
