@@ -58,7 +58,8 @@ def check_types(config, infinite: tuple[str, ...] = ()) -> None:
 # %% ../nbs/0_ground/01_checks.ipynb #512d31dd
 def _fits(value: Any, kind: Any) -> bool:
     """True if a value has the type `kind`."""
-    origin, inner = get_origin(kind), get_args(kind)
+    origin = get_origin(kind)
+    inner = get_args(kind)
     if origin in (Union, UnionType):
         return any(_fits(value, alternative) for alternative in inner)
     if origin is tuple:

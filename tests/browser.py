@@ -212,10 +212,8 @@ def served(runs, folder):
             preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
     try:
-        end, form = (
-            time.monotonic() + 180,
-            r"(http://127\.0\.0\.1:\d+)/voila/render/workbench\.ipynb\?token=(\w+)",
-        )
+        end = time.monotonic() + 180
+        form = r"(http://127\.0\.0\.1:\d+)/voila/render/workbench\.ipynb\?token=(\w+)"
         while not (found := re.search(form, log.read_text())):
             assert server.poll() is None and time.monotonic() < end, log.read_text()
             time.sleep(0.2)
@@ -232,7 +230,8 @@ def page(lab):
     machines is looked at in the end.
     """
     api = playwright()
-    errors, elsewhere = [], []
+    errors = []
+    elsewhere = []
     with api.sync_playwright() as browsers:
         browser = browsers.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_context(viewport={"width": 1600, "height": 1250}).new_page()
@@ -255,7 +254,8 @@ def page(lab):
         yield page
         shoot(page, "last")
         browser.close()
-    assert not errors and not elsewhere
+    assert not errors
+    assert not elsewhere
 
 
 def shoot(page, name):
@@ -327,7 +327,8 @@ def until_shown(page, selector, png, seconds=60):
     """Wait until an image shows what a pure function has drawn: the same but for the
     rounding of another process.
     """
-    wanted, end = decoded(png), time.monotonic() + seconds
+    wanted = decoded(png)
+    end = time.monotonic() + seconds
     while True:
         shown = pixels(page, selector)
         if shown.shape == wanted.shape and abs(shown - wanted).mean() < 0.05:

@@ -62,7 +62,8 @@ def parts_of(run):
 
 
 def assert_same(run, other):
-    expected, actual = parts_of(run), parts_of(other)
+    expected = parts_of(run)
+    actual = parts_of(other)
     assert expected.keys() == actual.keys() and all(
         torch.equal(expected[k], actual[k]) for k in expected
     )

@@ -1,9 +1,8 @@
-"""Faults at the k-th thing that is done to the disk, and a process to be killed.
+"""Faults at the k-th change of the disk, and processes that tests kill.
 
-As a script it is that process's parent.
-
-The parent has torch loaded and forks a child for each line that it reads, `ACTION
-FOLDER [K]`; so a child starts in milliseconds.
+Run as a script, it is the parent of these processes: it has torch loaded and forks a
+child for each line `ACTION FOLDER [K]` that it reads, so a child starts in
+milliseconds.
 """
 
 import io
@@ -40,7 +39,7 @@ CALLS += [(io, "open"), (selfflow.disk, "save_file")]
 
 
 def writes(args, options):
-    "Whether a call of `open` may change the disk."
+    "Return True if a call of `open` may change the disk."
     how = args[1] if len(args) > 1 else options.get("mode", "r")
     return (
         bool(set(how) & set("wax+"))
@@ -51,28 +50,29 @@ def writes(args, options):
 
 @contextmanager
 def at_call(k, fault):
-    """What changes the disk is counted; `fault()` comes before the k-th.
+    """Count the calls that change the disk and call `fault()` before the k-th.
 
     Yields the names of the calls so far.
     """
-    seen, real = [], {(module, name): getattr(module, name) for module, name in CALLS}
+    calls = []
+    originals = {(module, name): getattr(module, name) for module, name in CALLS}
 
     def counted(module, name):
         def call(*args, **options):
             if name != "open" or writes(args, options):
-                seen.append(name)
-                if len(seen) == k:
+                calls.append(name)
+                if len(calls) == k:
                     fault()
-            return real[module, name](*args, **options)
+            return originals[module, name](*args, **options)
 
         return call
 
     for module, name in CALLS:
         setattr(module, name, counted(module, name))
     try:
-        yield seen
+        yield calls
     finally:
-        for (module, name), function in real.items():
+        for (module, name), function in originals.items():
             setattr(module, name, function)
 
 
@@ -84,14 +84,12 @@ def tensors(step):
     }
 
 
-def say(text):
+def emit(text):
     os.write(1, f"{text}\n".encode())  # in one piece, at once
 
 
-def save_on(folder):
-    """Log, save and prune, as training does, from where the folder stands; says each
-    step that was saved.
-    """
+def save_repeatedly(folder):
+    "Resume the run; log, save and prune as training does; print each saved step."
     run = Run.open(folder, "cpu")
     with run.locked():
         run.clear_staging()
@@ -103,27 +101,27 @@ def save_on(folder):
                 log.write(f'{{"step": {step}, "flow_loss": {1 / step}}}\n')
                 os.fsync(log.fileno())
                 run.save(step, tensors(step), {})
-                say(step)
+                emit(step)
                 run.prune()
 
 
 def hold(folder):
     with Run.open(folder, "cpu").locked():
-        say("held")
+        emit("held")
         time.sleep(100)
 
 
 def hold_with_child(folder):
-    "As with processes that fetch data: the child outlives its parent."
+    "The child outlives its parent, as a process that fetches data may."
     with Run.open(folder, "cpu").locked():
         if os.fork() == 0:
             time.sleep(2)
             os._exit(0)
-        say("held")
+        emit("held")
         time.sleep(100)
 
 
-def hold_softly(folder):
+def hold_without_flock(folder):
     import fcntl
 
     def missing(*args):
@@ -141,7 +139,7 @@ def small_files_only(folder):
     try:
         run.save(2, {"model": {"x": torch.zeros(5000)}}, {})
     except OSError as error:
-        say(f"{type(error).__name__} {error.errno} {error}")
+        emit(f"{type(error).__name__} {error.errno} {error}")
 
 
 def save(folder):
@@ -177,16 +175,16 @@ def serve():
             try:
                 child(*line.split())
             except BaseException as error:
-                say(f"{type(error).__name__}: {error}")
+                emit(f"{type(error).__name__}: {error}")
             os._exit(0)
         # on a line of its own: a child may have been killed in the middle of one
-        say(f"\npid {pid}")
+        emit(f"\npid {pid}")
         _, status = os.waitpid(pid, 0)
-        say(f"\nended {os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0}")
+        emit(f"\nended {os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0}")
 
 
 class Worker:
-    "The parent, seen from the tests."
+    "The parent process as the tests use it."
 
     def __init__(self):
         self.process = subprocess.Popen(
@@ -200,34 +198,35 @@ class Worker:
                 "PYTHONPATH": str(Path(__file__).parent.parent),
             },
         )
-        self.unread, self.early = b"", []
+        self.unread = b""
+        self.early = []
 
     def start(self, *words):
         "Fork a child; returns its pid."
         self.process.stdin.write((" ".join(map(str, words)) + "\n").encode())
         self.process.stdin.flush()
-        said = self.early = []
+        lines = self.early = []
         # a child may be faster than its parent
         while not (line := self.read()).startswith("pid "):
-            said.append(line)  # read before `wait`
+            lines.append(line)  # read before `wait`
         return int(line.split()[1])
 
     def read(self):
         while b"\n" not in self.unread:
             if not select.select([self.process.stdout], [], [], 60)[0]:
-                # says where each of them stands
+                # faulthandler prints where each process is
                 os.killpg(self.process.pid, signal.SIGABRT)
                 raise AssertionError(
-                    f"nothing was said for a minute after {self.early}"
+                    f"nothing was printed for a minute after {self.early}"
                 )
-            part = os.read(self.process.stdout.fileno(), 10000)
-            assert part, "the worker has died"
-            self.unread += part
+            chunk = os.read(self.process.stdout.fileno(), 10000)
+            assert chunk, "the worker has died"
+            self.unread += chunk
         line, _, self.unread = self.unread.partition(b"\n")
         return line.decode().strip() or self.read()
 
     def step(self):
-        "Wait until the child says a step."
+        "Wait until the child prints a step."
         while not any(line.isdigit() for line in self.early):
             self.early.append(self.read())
             assert not self.early[-1].startswith("ended "), (
@@ -235,13 +234,11 @@ class Worker:
             )
 
     def wait(self):
-        """Wait for the child; returns the signal that ended it (0 = none) and what it
-        said.
-        """
-        said = self.early
+        "Return the signal that ended the child (0 = none) and the lines it printed."
+        lines = self.early
         while not (line := self.read()).startswith("ended "):
-            said.append(line)
-        return int(line.split()[1]), said
+            lines.append(line)
+        return int(line.split()[1]), lines
 
 
 if __name__ == "__main__":

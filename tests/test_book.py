@@ -104,7 +104,8 @@ def numbers(text: str) -> list[float]:
 
 def test_the_table_of_the_readme_is_the_recorded_one():
     record = recorded("quickstart_seeds")
-    assert len(record["seeds"]) == 5 and record["steps"]["Self-Flow"] == 1000
+    assert len(record["seeds"]) == 5
+    assert record["steps"]["Self-Flow"] == 1000
     assert f"{record['pixels']:.1%}".replace("%", " %") in README
     lines = [
         line for line in README.splitlines() if line.startswith("| ") and "±" in line
@@ -202,5 +203,6 @@ def test_the_first_chapter_needs_no_library_before_its_end():
         for text, cell in zip(sources[:end], notebook["cells"], strict=False)
         if cell["cell_type"] == "code"
     ]
-    assert code and not any("selfflow" in text for text in code)
+    assert code
+    assert not any("selfflow" in text for text in code)
     assert "assert_close" in "".join(sources[end:])

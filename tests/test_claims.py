@@ -67,9 +67,8 @@ def test_a_difference_that_is_claimed_excludes_zero_and_is_the_recorded_one(
     low, high = sorted(ends)
     assert low > 0
     text = prose(study)
-    assert f"{gap:.1f}" in text and f"({low:.1f} to {high:.1f}" in text.replace(
-        "(95 % interval ", "("
-    )
+    assert f"{gap:.1f}" in text
+    assert f"({low:.1f} to {high:.1f}" in text.replace("(95 % interval ", "(")
 
 
 def test_a_difference_that_is_not_claimed_includes_zero():

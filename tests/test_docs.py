@@ -33,7 +33,9 @@ class Page(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.anchors, self.links, self.loads = set(), set(), set()
+        self.anchors = set()
+        self.links = set()
+        self.loads = set()
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
@@ -62,7 +64,8 @@ def test_a_notebook_is_where_the_site_looks_for_chapters():
 
 def test_the_site_is_built_and_published_by_the_workflow():
     workflow = (ROOT / ".github/workflows/site.yml").read_text()
-    assert "run: make docs\n" in workflow and "path: _docs/html\n" in workflow
+    assert "run: make docs\n" in workflow
+    assert "path: _docs/html\n" in workflow
     target = (ROOT / "Makefile").read_text().split("\ndocs:")[1].split("\n\n")[0]
     assert "-W" in target and "tests/test_docs.py" in target, "warnings are errors"
 

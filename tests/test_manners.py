@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import programs
 import pytest
 import torch
 from conftest import TINY
@@ -64,7 +65,8 @@ def test_several_files_are_all_there_or_none_is_new(tmp_path):
         if "replace" not in calls:
             assert names == {"b": b"old"}
         assert set(names.values()) <= {b"old", b"new" * 50}, "and none is half there"
-    assert k > 8 and {path.read_bytes() for path in folder.iterdir()} == {b"new" * 50}
+    assert k > 8
+    assert {path.read_bytes() for path in folder.iterdir()} == {b"new" * 50}
 
 
 def commands(folder):
@@ -115,11 +117,9 @@ def test_a_disk_that_can_only_be_read_is_reported_in_a_line_before_any_work(
     with pytest.raises(SystemExit) as stop:
         main(commands(folder)[command].split())
     said = capsys.readouterr().err.splitlines()
-    assert (
-        stop.value.code == 2
-        and said[-1].startswith("selfflow: ")
-        and "Read-only file system" in said[-1]
-    )
+    assert stop.value.code == 2
+    assert said[-1].startswith("selfflow: ")
+    assert "Read-only file system" in said[-1]
     assert files_of(folder) == before
 
 
@@ -152,12 +152,10 @@ def test_a_disk_that_fills_up_leaves_no_part_of_a_result(
         for line in capsys.readouterr().err.splitlines()
         if line.startswith("selfflow: ")
     ]
-    assert (
-        stop.value.code == 2
-        and len(said) == 1
-        and "No space left on device" in said[0]
-        and "Make room" in said[0]
-    )
+    assert stop.value.code == 2
+    assert len(said) == 1
+    assert "No space left on device" in said[0]
+    assert "Make room" in said[0]
     assert {
         path: size
         for path, size in files_of(folder).items()
@@ -192,7 +190,8 @@ def test_another_broken_pipe_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(training, "train", broken)
     with pytest.raises(SystemExit) as stop:
         main(["train"])
-    assert stop.value.code == 2 and "a worker is gone" in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "a worker is gone" in capsys.readouterr().err
 
 
 # processes
@@ -204,16 +203,13 @@ def test_a_killed_process_is_named_with_its_signal(tmp_path):
         "--device cpu --processes 2 --training.steps 100000 "
         "--training.sample-every 0 --training.log-every 1"
     )
-    program = subprocess.Popen(
-        [sys.executable, "-m", "selfflow.cli", "train", *options.split()],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
+    program = programs.Program(
+        "-m", "selfflow.cli", "train", *options.split(), env=ENVIRONMENT
     )
     end = time.monotonic() + 120
     while not (log := tmp_path / "it/log.jsonl").exists() or not log.stat().st_size:
-        assert time.monotonic() < end and program.poll() is None
+        assert time.monotonic() < end
+        assert program.poll() is None
         time.sleep(0.05)
     writer = Run.open(tmp_path / "it", "cpu").writer()["pid"]  # the first of the two
     listed = subprocess.run(
@@ -226,13 +222,14 @@ def test_a_killed_process_is_named_with_its_signal(tmp_path):
         if parent == parents[writer] and pid != writer
     )
     os.kill(other, signal.SIGKILL)
-    _, problems = program.communicate(timeout=120)
+    program.wait(120)
     said = [
         line
-        for line in problems.replace("\r", "\n").splitlines()
+        for line in program.stderr.replace("\r", "\n").splitlines()
         if line.strip() and "%|" not in line
     ]
-    assert program.returncode == 2 and len(said) == 1
+    assert program.returncode == 2
+    assert len(said) == 1
     assert said[0].startswith(
         "selfflow: process 1 was killed by SIGKILL (the system does that when memory "
         "runs out), one of 2"
@@ -242,7 +239,8 @@ def test_a_killed_process_is_named_with_its_signal(tmp_path):
 def test_tensorboard_shows_each_step_once_after_a_crash(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing import event_accumulator
 
-    real, steps = training.train_step, []
+    real = training.train_step
+    steps = []
 
     def crashes(*args, **options):
         steps.append(1)
@@ -290,9 +288,9 @@ def test_a_copied_checkpoint_counts_nowhere(run):
     listing = Listing(run.parent)
     listing.look()
     listed = listing.runs["tiny"]
+    assert listed.step == 12
     assert (
-        listed.step == 12
-        and "1 of 4 checkpoints damaged (step 16: its state.json is of step 8"
+        "1 of 4 checkpoints damaged (step 16: its state.json is of step 8"
         in listed.state
     )
     assert Run.open(run, "cpu").state()["step"] == 12

@@ -138,9 +138,8 @@ def test_one_notebook_one_module_and_no_stale_ones():
         f"selfflow.{default_exp(p)[0]}" for p in NOTEBOOKS
     }
     numbers = [(p.parent, p.stem[:2]) for p in NOTEBOOKS]
-    assert len(set(numbers)) == len(numbers) and not any(
-        default_exp(p) for p in STUDIES
-    )
+    assert len(set(numbers)) == len(numbers)
+    assert not any(default_exp(p) for p in STUDIES)
 
 
 def test_a_folder_imports_only_to_its_left_and_inside_it_lower_numbers():
@@ -207,13 +206,12 @@ def test_modules_export_what_they_say_and_document_it(module):
 
 @pytest.mark.parametrize("path", NOTEBOOKS + STUDIES, ids=lambda p: p.stem)
 def test_notebooks_have_the_form(path):
-    book, text, code = (
-        json.loads(path.read_text()),
-        cells(path, "markdown"),
-        cells(path, "code"),
-    )
+    book = json.loads(path.read_text())
+    text = cells(path, "markdown")
+    code = cells(path, "code")
     assert book["metadata"]["kernelspec"]["name"] == "python3"
-    assert text[0].startswith("# ") and "\n> " in text[0]
+    assert text[0].startswith("# ")
+    assert "\n> " in text[0]
     assert "widgets" not in book["metadata"] or "widget-view" in path.read_text(), (
         "the state of widgets that no cell shows"
     )
@@ -223,7 +221,8 @@ def test_notebooks_have_the_form(path):
             "assert" in source for source in code if "#| export" not in source
         ), "a lesson asserts what it shows"
     for source in code:
-        assert "import *" not in source and "@patch" not in source
+        assert "import *" not in source
+        assert "@patch" not in source
     outputs = [output for cell in book["cells"] for output in cell.get("outputs", [])]
     assert not any(
         output["output_type"] == "error" or output.get("name") == "stderr"
@@ -266,7 +265,8 @@ def test_what_is_out_of_step_is_said_and_left_alone(copy):
     done = subprocess.run(
         ["make", "-s", "check-step"], cwd=copy, capture_output=True, text=True
     )
-    assert done.returncode != 0 and "make export" in done.stdout
+    assert done.returncode != 0
+    assert "make export" in done.stdout
     assert "Only in" not in done.stdout
     differ = {line.split()[1] for line in done.stdout.splitlines() if "differ" in line}
     assert {copy / name for name in differ} == changed, "and all else is in step"
@@ -363,7 +363,8 @@ def test_packaging_reads_settings():
         == settings["DEFAULT"]["version"]
     )
     text = (ROOT / "pyproject.toml").read_text()
-    assert "[project]" not in text and "[build-system]" in text
+    assert "[project]" not in text
+    assert "[build-system]" in text
 
 
 def test_the_top_level_is_the_house():

@@ -1,9 +1,10 @@
-"""Trains a run in children that are killed at random moments until one comes to the
-end: for test_resume.
+"""Train a run in child processes that are killed at random moments until one finishes.
+
+Used by test_resume.
 
 victims.py FOLDER CONFIG.json SEED KILLS: prints what the children were doing when they
-were killed, as JSON {doing: times}. At least KILLS children are killed: a run that is
-finished earlier is made anew under the next number.
+were killed, as JSON {doing: times}. At least KILLS children are killed: when a run
+finishes earlier, another one starts under the next number.
 """
 
 import collections
@@ -25,14 +26,14 @@ from selfflow.training.config import Config
 
 torch.set_num_threads(1)
 DOING = ("starting", "training", "saving", "logging", "pruning", "drawing")
-# which of these the child is at, and whether it has trained a step
+# the index of what the child is doing, and whether it has trained a step
 shared = mmap.mmap(-1, 2)
 
 
-def told(name, function):
-    def telling(*args, **options):
+def announced(name, function):
+    def announcing(*args, **options):
         shared[1] = shared[1] or name == "training"
-        # what is pruned when a run goes on: a kill here would never let it come on
+        # pruning at the start is no target: repeated kills there stop all progress
         if name == "pruning" and not shared[1]:
             return function(*args, **options)
         before = shared[0]
@@ -42,49 +43,50 @@ def told(name, function):
         finally:
             shared[0] = before
 
-    return telling
+    return announcing
 
 
-training.train_step = told("training", training.train_step)
-recording.Recorder.write = told("logging", recording.Recorder.write)
+training.train_step = announced("training", training.train_step)
+recording.Recorder.write = announced("logging", recording.Recorder.write)
 for method, name in (
     ("save", "saving"),
     ("prune", "pruning"),
     ("save_sample_grid", "drawing"),
 ):
-    setattr(run.Run, method, told(name, getattr(run.Run, method)))
+    setattr(run.Run, method, announced(name, getattr(run.Run, method)))
 
 
 def main(folder: Path, config: Config, seed: int, kills: int) -> None:
-    chance, killed = random.Random(seed), collections.Counter()
+    chance = random.Random(seed)
+    killed = collections.Counter()
     number, lives = 0, 0
     while killed.total() < kills or lives:
         child = os.fork()
         if not child:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             os.dup2(
-                os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1
+                os.open(folder / "printed.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND),
+                1,
             )
             training.train(
                 replace(config, name=f"{config.name}-{number}"), folder, "cpu"
             )
             os._exit(0)
-        if lives == 6:  # enough: this one may come to the end
+        if lives == 6:  # enough kills: this child may finish
             os.waitpid(child, 0)
-            number, lives = number + 1, 0
+            number = number + 1
+            lives = 0
             continue
         shared[:2], patience = bytes(2), chance.uniform(0.02, 0.4)
-        began, wanted = (
-            time.monotonic(),
-            chance.choice((None, "saving", "saving", "pruning", "logging")),
-        )
+        began = time.monotonic()
+        wanted = chance.choice((None, "saving", "saving", "pruning", "logging"))
         while (
             time.monotonic() - began < patience
             or wanted
             and shared[0] != DOING.index(wanted)
         ):
             if os.waitpid(child, os.WNOHANG)[0]:
-                number, lives = number + 1, 0  # it came to the end
+                number, lives = number + 1, 0  # the run is finished
                 break
             # short enough to hit a moment, and the child has the core
             time.sleep(0.0002)

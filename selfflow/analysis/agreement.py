@@ -149,7 +149,8 @@ def _compare_piece(
 
 # %% ../../nbs/4_analysis/09_agreement.ipynb #c092f8e9
 def _features_of(network: nn.Module, noised: Noised, layer: int) -> Tensor:
-    condition, parts = noised.batch.condition, noised.batch.parts
+    condition = noised.batch.condition
+    parts = noised.batch.parts
     view = noised.xt, noised.levels, condition, (layer,)
     return observe(network, *view, stop=True, parts=parts).features[layer]
 

@@ -38,7 +38,8 @@ def visible_keys(groups: Groups, batch: int) -> Tensor:
     """
     n = len(groups.place) // batch
     first = n * torch.arange(batch, device=groups.place.device)[:, None]
-    visible, sizes = [], []
+    visible = []
+    sizes = []
     for group in groups.groups:
         keys = group.keys.unflatten(0, (batch, -1)) - first  # (b, keys), from 0
         real = group.visible  # keys that only fill up a group are not real

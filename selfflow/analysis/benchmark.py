@@ -389,7 +389,8 @@ def bench_table(records: list[dict]) -> pd.DataFrame:
     """
     rows = []
     for record in records:
-        case, results = record["case"], record["results"]
+        case = record["case"]
+        results = record["results"]
         compiled = ", compiled" if case["compile"] else ""
         title = (
             f"{case['size']}, {case['tokens']} tokens x {case['batch']}, "
@@ -454,7 +455,8 @@ def flops_per_step(
         start: How the run's weights began, `Run.start`.
     """
     start = start or {}
-    objective, training = config.objective, config.training
+    objective = config.objective
+    training = config.training
     # The choice of tokens in the losses costs nothing, and separation is counted below.
     plain: dict[str, Any] = {"flow_tokens": "all", "given": "", "separated": False}
     if hasattr(objective, "rep_tokens"):

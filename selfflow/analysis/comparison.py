@@ -225,7 +225,8 @@ def runs_table(runs: _Runs) -> pd.DataFrame:
     Raises:
         FileNotFoundError: For a folder without runs.
     """
-    rows, settings = {}, {}
+    rows = {}
+    settings = {}
     for name, run in _by_name(runs).items():
         rows[name], settings[name] = _row(run)
     shown = [key for key in differing(settings) if key != "name"]

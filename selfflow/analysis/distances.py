@@ -151,7 +151,8 @@ def sliced_wasserstein(
     theta /= np.linalg.norm(theta, axis=0)
     real_sorted = np.sort(real @ theta, 0)
     drawn_sorted = np.sort(drawn @ theta, 0)
-    n, m = len(real), len(drawn)
+    n = len(real)
+    m = len(drawn)
     # Both quantile functions are constant between these levels, counted in 1 / (n m).
     ends = np.union1d(np.arange(1, n + 1) * m, np.arange(1, m + 1) * n)
     differences = real_sorted[(ends - 1) // m] - drawn_sorted[(ends - 1) // n]
@@ -302,7 +303,8 @@ def measure(
     function = entry.load()
     keywords = asdict(options or entry.options())
     real, drawn = _pair(real, drawn)
-    n, m = len(real), len(drawn)
+    n = len(real)
+    m = len(drawn)
     values = _numbers(metric, function, real, drawn, keywords)
     rng = np.random.default_rng(seed)
     halves = []

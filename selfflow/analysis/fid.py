@@ -153,7 +153,8 @@ def _features_of(
     blocks: Iterator[np.ndarray], total: int, network: Inception, bar: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features of FID and sFID of images (n, h, w, 3) that come in blocks."""
-    pooled, spatial = [], []
+    pooled = []
+    spatial = []
     with tqdm(total=total, desc="features", unit="image", disable=not bar) as shown:
         for block in blocks:
             images = torch.from_numpy(block.copy()).permute(0, 3, 1, 2)
@@ -366,7 +367,8 @@ def measure_npz(
     Returns:
         The numbers, and the JSON file next to the samples that holds them.
     """
-    samples, reference = Path(samples), Path(reference)
+    samples = Path(samples)
+    reference = Path(reference)
     output = samples.with_name(f"{samples.stem}-against-{reference.stem}.json")
     check_writable(output)
     against = open_set(reference, network, bar)
@@ -426,7 +428,8 @@ def write_reference(
             yield block
 
     pooled, places = _features_of(blocks(), len(chosen), network, bar)
-    pool, spatial = Moments.of(pooled), Moments.of(places)
+    pool = Moments.of(pooled)
+    spatial = Moments.of(places)
     recipe = {
         "data": data.fingerprint,
         "images": subset_words(data, count),

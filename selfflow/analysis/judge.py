@@ -746,7 +746,9 @@ def on_samples(
         conditions, steps=steps, cfg_scale=cfg_scale, seed=seed, shift=shift, data=name
     )
     verdict = followed(judge, drawn, wanted)
-    right, own, chance = verdict.right, verdict.own, verdict.chance
+    right = verdict.right
+    own = verdict.own
+    chance = verdict.chance
     recipe = {
         "data": name,
         "count": len(examples),

@@ -39,6 +39,7 @@ from ..settings import own_settings
 from ..training.batches import Batches, batch_indices
 from ..training.checkpoint import load_weights
 from ..training.config import Config
+from ..training.finetuning import check_start
 from ..training.recording import device_name
 from ..training.run import Run, device_for
 from ..training.state import TrainState, start_state, train_step
@@ -149,7 +150,8 @@ class _Flight:
         self, x: Tensor, levels: NoiseLevels, noised: Noised, layers: tuple[int, ...]
     ) -> dict[int, Tensor]:
         """Return the teacher's features of a view, (b, n, d) by layer."""
-        condition, parts = noised.batch.condition, noised.batch.parts
+        condition = noised.batch.condition
+        parts = noised.batch.parts
         with self.autocast():
             output = observe(
                 self.state.teacher, x, levels, condition, layers, True, parts=parts
@@ -307,7 +309,8 @@ def _answers(
     """Return what each answer reaches for a pair of layers."""
     first, second = layers
     objective = flight.state.objective
-    target, counted = scored.target[second], scored.counted
+    target = scored.target[second]
+    counted = scored.counted
     directions = F.normalize(fitted.target[second][fitted.counted], dim=-1)
     head = fit_head(
         copy.deepcopy(objective.projector),
@@ -342,14 +345,16 @@ def _train_arm(
     layers: Train the student's layers too; they are changed in place.
     """
     first, second = pair
-    state, training = flight.state, flight.config.training
+    state = flight.state
+    training = flight.config.training
     head = copy.deepcopy(state.objective.projector)
     groups = [{"params": [*head.parameters()], "lr": _HEAD_LR}]
     if layers:
         own = [p for p in state.student.parameters() if p.requires_grad]
         groups.append({"params": own, "lr": training.lr})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    how, distance = state.objective.normalise, state.objective.distance
+    how = state.objective.normalise
+    distance = state.objective.distance
 
     def compare(batch: Batch, draw: Draw, grad: bool) -> tuple[Tensor, Tensor, Tensor]:
         noised, targets = flight.targets(batch, (second,), draw)
@@ -381,7 +386,9 @@ _TIMED = 3  # steps, after one to warm up
 
 def _cost(flight: _Flight) -> dict[str, Any]:
     """Return seconds and bytes of a training step; the state is changed."""
-    state, config, device = flight.state, flight.config, flight.device
+    state = flight.state
+    config = flight.config
+    device = flight.device
     batch = Batches(flight.sources, config)[0].to(device)
 
     def step() -> None:
@@ -572,6 +579,7 @@ def _state_of(
         known = run.start  # its weights follow, so that no folder is read
     state = start_state(config, sources, device, 1, builder, known)
     if run is not None:
+        check_start(run.path, run.start, state.start)
         load_weights(state.student, run.load("model"), run.path)
         load_weights(state.teacher, run.load("teacher"), run.path)
     return state
@@ -584,7 +592,8 @@ def _flight_of(
     builder: Callable[[Inputs], nn.Module] | None = None
     if run is not None:
         builder = run.builder
-        sources, held_out = run.sources_of("train"), run.sources_of("validation")
+        sources = run.sources_of("train")
+        held_out = run.sources_of("validation")
         settings = run.config
     else:
         assert isinstance(config, Config)
@@ -637,7 +646,8 @@ def preflight(
             fit, and if a step does not fit into the memory of the device.
     """
     flight = _flight_of(config, data, seed, device, backbone)
-    objective, depth = flight.state.objective, flight.state.student.depth
+    objective = flight.state.objective
+    depth = flight.state.student.depth
     own = (objective.student_layer, objective.teacher_layer)
     chosen = list(pairs) or list(dict.fromkeys([own, *candidate_pairs(depth)]))
     _check_pairs(chosen, depth)

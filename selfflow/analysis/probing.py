@@ -464,7 +464,8 @@ class _Prober:
         rows = []
         for family, (factor, parts) in product(self.families, self.targets.items()):
             best = probes.best(factor, family=family)
-            layer, level = cast(int, best.layer), cast(float, best.level)
+            layer = cast(int, best.layer)
+            level = cast(float, best.level)
             features = self.features(network, level, (layer,), weights, "features")
             targets = {factor: shuffled(parts)}
             probe = self.fit(features[layer], targets, family)[factor]
@@ -509,7 +510,8 @@ def probe_run(
             varies.
     """
     opened = _open(run, layers, counts, weights, data, store)
-    items, layers = opened.items, opened.layers
+    items = opened.items
+    layers = opened.layers
     targets = probe_targets(items)
     levels = tuple(map(float, levels))
     if strengths is None:

@@ -240,7 +240,8 @@ def run_metrics(
     options = options or {}
     neighbours = options.get("neighbourhoods", NeighbourOptions()).neighbours
     name, parts = metric_data(run, count, data, extractor, neighbours)
-    test, validation = parts["test"], parts["validation"]
+    test = parts["test"]
+    validation = parts["validation"]
     config = run.config
     count = min(count, len(test), len(validation))
     extractor = extractor or built_in(config.datasets[name], folder=folder)

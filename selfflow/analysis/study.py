@@ -208,7 +208,8 @@ def _run_config(
     """
     config = study.config(arm, seed, budget)
     training = config.training
-    first, last = min(steps.values()), max(steps.values())
+    first = min(steps.values())
+    last = max(steps.values())
     if first == last:
         return config
     if first % training.save_every:
@@ -520,7 +521,8 @@ def study_record(
     step, and failed runs.
     """
     place = Path(folder) / study.name / budget
-    rows, failed = [], []
+    rows = []
+    failed = []
     for _, config, steps in _runs(study, budget):
         for step in steps:
             path = _row_path(place, config, step)
@@ -553,14 +555,13 @@ def study_status(
     rows = []
     for arm, config, steps in _runs(study, budget):
         path = place / config.name
-        done, seconds = 0, float("nan")
+        done = 0
+        seconds = float("nan")
         if (path / "config.json").exists():
             timing = Run.open(path, "cpu").timing
             if len(timing):
-                done, seconds = (
-                    int(timing["step"].iloc[-1]),
-                    float(timing["seconds"].iloc[-1]),
-                )
+                done = int(timing["step"].iloc[-1])
+                seconds = float(timing["seconds"].iloc[-1])
         judged = all(_row_path(place, config, step).exists() for step in steps)
         if judged:
             state = "judged"

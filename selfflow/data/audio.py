@@ -107,7 +107,8 @@ def resample(waves: Tensor, rate: int, new_rate: int) -> Tensor:
             f"rates are {rate!r} and {new_rate!r}, expected whole numbers above 0"
         )
     common = math.gcd(rate, new_rate)
-    rows, columns = rate // common, new_rate // common
+    rows = rate // common
+    columns = new_rate // common
     if rows * columns > _LARGEST_TABLE:
         raise ValueError(
             f"from {rate} to {new_rate} Hz takes a table of {rows} x {columns} "
@@ -425,11 +426,9 @@ def pitch_of(
         )
     lags = torch.arange(int(_FINE * rate / low) + 3, device=waves.device)
     correlation = _autocorrelation(waves, lags)  # (b, lags)
-    left, middle, right = (
-        correlation[:, :-2],
-        correlation[:, 1:-1],
-        correlation[:, 2:],
-    )
+    left = correlation[:, :-2]
+    middle = correlation[:, 1:-1]
+    right = correlation[:, 2:]
     # a ripple on the slope from lag 0 is no peak
     after_slope = (middle < 0).cumsum(1) > 0
     valid = after_slope & (lags[1:-1] >= int(_FINE * rate / high))

@@ -146,7 +146,8 @@ def _scaling(name: str, model: Any) -> tuple[Tensor, Tensor]:
         deviation = (model.bn.running_var + config["batch_norm_eps"]).sqrt()
         return model.bn.running_mean, 1 / deviation
     if name == "AutoencoderKLLTXVideo":
-        mean, spread = model.latents_mean, model.latents_std
+        mean = model.latents_mean
+        spread = model.latents_std
     else:
         mean = config.get("latents_mean") or config.get("shift_factor") or 0.0
         spread = config.get("latents_std") or 1.0

@@ -140,7 +140,8 @@ class Made:
             IndexError: for an index that is negative or too large.
         """
         if len(indices):
-            first, last = int(indices.min()), int(indices.max())
+            first = int(indices.min())
+            last = int(indices.max())
             if first < 0 or last >= len(self):
                 raise IndexError(
                     f"samples {first} to {last} of {self.count}; "

@@ -380,7 +380,8 @@ def _aac(file: BinaryIO, kind: str) -> _AudioFile:
     Its length is about the declared one; it is padded with silence.
     """
     with _aac_stream(file, kind) as (container, stream):
-        rate, channels = stream.rate, stream.codec_context.layout.nb_channels
+        rate = stream.rate
+        channels = stream.codec_context.layout.nb_channels
         if stream.duration:
             seconds = stream.duration * stream.time_base
         else:
@@ -408,7 +409,8 @@ def _aac(file: BinaryIO, kind: str) -> _AudioFile:
                 if start >= stop:
                     break
                 if end > begin:
-                    low, high = max(start, begin), min(end, stop)
+                    low = max(start, begin)
+                    high = min(end, stop)
                     mono = _mono(frame)[low - start : high - start]
                     values[low - begin : high - begin, 0] = mono
         return values
@@ -600,7 +602,8 @@ def _video(file: BinaryIO, kind: str, form: Form, begin: float = 0.0) -> Tensor:
             if packet.pts is not None and not packet.is_discard
         )
         unit = float(stream.time_base)
-        width, height = stream.codec_context.width, stream.codec_context.height
+        width = stream.codec_context.width
+        height = stream.codec_context.height
     starts = [pts for pts, _ in shown]
     # the last frame may declare no duration: then it lasts as long as the one before
     before = starts[-2:][0]
@@ -688,7 +691,8 @@ def read_header(source: Source, signal: str, timed: bool = False) -> Header:
         renamed = SUFFIXES.get(_suffix(source), kind) != kind
         if kind in SIGNALS["image"]:
             image = _open_image(file, kind)
-            sides, grey = _upright_sides(image), _is_grey(image.mode)
+            sides = _upright_sides(image)
+            grey = _is_grey(image.mode)
             seconds = 0.0
             if timed and signal == "video":
                 seconds = _animation_seconds(image)

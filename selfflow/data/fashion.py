@@ -127,7 +127,8 @@ def read_original(split: str, path: str = "") -> tuple[np.ndarray, np.ndarray]:
     Returns:
         Images (n, 28, 28) and labels (n,), both bytes.
     """
-    folder, stem = _folder(path), "t10k" if split == "test" else "train"
+    folder = _folder(path)
+    stem = "t10k" if split == "test" else "train"
     images, labels = (
         read_idx(folder / f"{name}.gz", checksum)
         for name, checksum in _ORIGINAL.items()

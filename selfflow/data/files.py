@@ -336,7 +336,9 @@ def listing(root: Path, skipped: Skipped) -> tuple[list[str], list[str]]:
         root: The folder.
         skipped: Receives everything else.
     """
-    pending, files, folders = [""], [], []
+    pending = [""]
+    files = []
+    folders = []
     while pending:
         parent = pending.pop()
         try:
@@ -541,7 +543,8 @@ def _carve_by_hash(splits: dict[str, str], empty: dict[str, float]) -> dict[str,
 
     There are none if it chooses all of them.
     """
-    validation, test = empty.get("validation", 0.0), empty.get("test", 0.0)
+    validation = empty.get("validation", 0.0)
+    test = empty.get("test", 0.0)
     shares = (1 - (validation + test), validation, test)
     train = [name for name, split in splits.items() if split == "train"]
     by_hash = {name: split_of(name, shares) for name in train}

@@ -200,7 +200,9 @@ class Folder(Stored):
                 if not isinstance(known.get(name), Refused)
             }
             moved = carve(usable, self.shares, given)
-        entries, headers, buckets = [], {}, []
+        entries = []
+        headers = {}
+        buckets = []
         for name, split, label, caption in _with_bar(candidates, self.title):
             if moved.get(_stem(name), split) != self.split:
                 continue
@@ -255,7 +257,8 @@ class Folder(Stored):
 
     def _recognised(self, name: str, suffix: str) -> str | Refused:
         """Return the kind of a file by its first bytes, or why it is not used."""
-        kind, refused = "", Refused("cannot be opened")
+        kind = ""
+        refused = Refused("cannot be opened")
         for signal in self.signals:
             try:
                 with refusing("cannot be opened"):
@@ -384,7 +387,10 @@ class Folder(Stored):
     def _odd(self, headers: dict[str, dict[str, Header]]) -> Iterator[str]:
         """Yield notes on files that are used, but perhaps not as expected."""
         height, width = self.form.sides
-        renamed, oblong, small, grey = [], [], [], []
+        renamed = []
+        oblong = []
+        small = []
+        grey = []
         for name, by_signal in headers.items():
             # the last signal of a sample that has sides decides
             scales: tuple[float, float] | None = None
@@ -629,7 +635,8 @@ class HuggingFace(Stored):
 
     def _with_buckets(self, rows: Sequence[int]) -> list[int]:
         """Return the rows that a bucket fits, and set the bucket of each."""
-        fitting, buckets = [], []
+        fitting = []
+        buckets = []
         for row in rows:
             bucket: int | None = self.buckets.index(self.form.sides)
             # a row that cannot be read is reported when it is taken

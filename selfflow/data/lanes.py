@@ -103,7 +103,8 @@ class Lanes:
         if key in self._windows:
             self._windows.move_to_end(key)
             return self._windows[key]
-        first, last = number * self.window, (number + 1) * self.window
+        first = number * self.window
+        last = (number + 1) * self.window
         rows: list[tuple[int, int]] = []
         begin = 0  # of a shard, in the epoch of the lane
         for shard in self._shards(seed, lane, epoch):

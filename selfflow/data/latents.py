@@ -212,7 +212,8 @@ class Latents:
             axes = [1] * (len(self.shapes[name]) - 1)
             mean, variance = torch.tensor(values).reshape(2, -1, *axes)
             if scale == "autoencoder":  # `encode` has scaled them
-                mean, variance = torch.zeros_like(mean), torch.ones_like(variance)
+                mean = torch.zeros_like(mean)
+                variance = torch.ones_like(variance)
             self.mean[name] = mean
             self.deviation[name] = variance.sqrt().where(variance > _CONSTANT, 1.0)
         self.coders: dict[str, Autoencoder] = {}
@@ -261,7 +262,8 @@ class Latents:
             IndexError: for an index that is negative or too large.
         """
         if len(indices):
-            first, last = int(indices.min()), int(indices.max())
+            first = int(indices.min())
+            last = int(indices.max())
             if first < 0 or last >= len(self):
                 raise IndexError(f"samples {first} to {last} of {len(self)}")
         numbers = indices // self.index["shard_size"]
@@ -284,7 +286,8 @@ class Latents:
             for i, row in zip(chosen.tolist(), rows[chosen].tolist(), strict=True):
                 begin, end = begins[row : row + 2].tolist()
                 captions[i] = bytes(texts[begin:end].tolist()).decode()
-        signals, factors = {}, {}
+        signals = {}
+        factors = {}
         for name in self.shapes:
             signals[name] = tensors[f"signals.{name}"]
             if name in self.mean:
@@ -427,7 +430,8 @@ def _shard(
             part[f"signals.{name}"] = values
         for name, coder in coders.items():
             latents = coder.encode(examples.signals[name]).float().cpu()
-            shape, expected = list(latents.shape[1:]), plan["shapes"][name]
+            shape = list(latents.shape[1:])
+            expected = plan["shapes"][name]
             if shape != expected or not latents.isfinite().all():
                 raise ValueError(
                     f"latents of {name} have shape {shape}, expected {expected}, or "

@@ -170,7 +170,8 @@ def _check_notes(
 ) -> None:
     """Raise ValueError for values out of range. NaN fails every comparison."""
     if len(timbre):
-        lowest, highest = int(timbre.min()), int(timbre.max())
+        lowest = int(timbre.min())
+        highest = int(timbre.max())
         if lowest < 0 or highest >= len(TIMBRES):
             raise ValueError(
                 f"timbre runs from {lowest} to {highest}, outside 0 to "

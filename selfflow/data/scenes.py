@@ -438,7 +438,9 @@ def impacts_seen(videos: Tensor, fps: float) -> Tensor:
         centres.append(mass @ (torch.arange(size) + 0.5) / size / mass.sum(-1))
     moves = torch.stack(centres, 1).diff()  # (b, 2, f - 1)
     pace = moves.abs().median(-1, keepdim=True).values  # p
-    before, here, after = moves[..., :-2], moves[..., 1:-1], moves[..., 2:]
+    before = moves[..., :-2]
+    here = moves[..., 1:-1]
+    after = moves[..., 2:]
     reversed_ = before * after < 0
     steady = torch.minimum(before.abs(), after.abs()) > pace / 2
     turned = reversed_ & steady & (pace > _STILL)

@@ -29,9 +29,11 @@ def _fold(x: Tensor, y: Tensor, axes: int) -> tuple[Tensor, Tensor]:
     while reach > 1:
         # the nearest mirror that leaves no point outside of itself
         reach = -(-reach // 3)
-        cos, sin = math.cos(reach * math.pi / axes), math.sin(reach * math.pi / axes)
+        cos = math.cos(reach * math.pi / axes)
+        sin = math.sin(reach * math.pi / axes)
         beyond = 2 * (x * cos - y * sin).clamp(min=0)
-        x, y = (x - beyond * cos).abs(), y + beyond * sin
+        x = (x - beyond * cos).abs()
+        y = y + beyond * sin
     return x, y
 
 
@@ -64,7 +66,8 @@ def _ring(x: Tensor, y: Tensor, hole: float = 0.55) -> Tensor:
 
 
 def _cross(x: Tensor, y: Tensor) -> Tensor:
-    x, y = x.abs(), y.abs()
+    x = x.abs()
+    y = y.abs()
     width = math.sqrt(math.pi / 20)  # half a side of one of five squares
     return torch.maximum(torch.minimum(x, y) - width, torch.maximum(x, y) - 3 * width)
 
@@ -74,7 +77,8 @@ def _heart(x: Tensor, y: Tensor) -> Tensor:
     middle = side / math.sqrt(8)  # of an upper side, in x as in y
     # height of the centre of mass: moment of both half discs over the area pi
     mass = side**2 / 4 * (middle + math.sqrt(2) * side / (3 * math.pi))
-    x, y = x.abs(), y + mass
+    x = x.abs()
+    y = y + mass
     diamond = (x + y.abs()) / math.sqrt(2) - side / 2
     half_disc = _length(x - middle, y - middle) - side / 2
     return torch.minimum(diamond, half_disc)

@@ -353,7 +353,8 @@ class Stored:
             RuntimeError: if no sample can be decoded.
         """
         if len(indices):
-            first, last = int(indices.min()), int(indices.max())
+            first = int(indices.min())
+            last = int(indices.max())
             if first < 0 or last >= len(self):
                 raise IndexError(f"samples {first} to {last} of {len(self)}")
         epochs: list[str] = [""] * len(indices)

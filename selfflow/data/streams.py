@@ -73,7 +73,8 @@ def expand_braces(pattern: str) -> list[str]:
         numbers = range(int(first), int(last) + 1)
         # one too many is refused below
         choices = [f"{n:0{len(first)}d}" for n in numbers[: _MOST_SHARDS + 1]]
-    before, after = pattern[: braces.start()], pattern[braces.end() :]
+    before = pattern[: braces.start()]
+    after = pattern[braces.end() :]
     rests = expand_braces(after)
     all_names = (before + choice + rest for choice in choices for rest in rests)
     names = list(islice(all_names, _MOST_SHARDS + 1))
@@ -159,7 +160,8 @@ def tar_rows(file: BinaryIO) -> Iterator[Row | Fault]:
                 if f"{folder}/{stem}" != key:
                     if members:
                         yield Row(key.lstrip("/"), members)
-                    key, members = f"{folder}/{stem}", {}
+                    key = f"{folder}/{stem}"
+                    members = {}
                 members[suffix] = member.offset_data, member.size
             else:
                 file.seek(archive.offset)

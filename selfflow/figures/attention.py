@@ -109,7 +109,8 @@ def _frame(axis, token, grid, size):
             f"there is no token {tuple(token)} on a grid of {tuple(grid)}; rows and "
             "columns are counted from 0"
         )
-    height, width = size[0] // rows, size[1] // columns
+    height = size[0] // rows
+    width = size[1] // columns
     corner = (column * width - 0.5, row * height - 0.5)
     for colour, line in (("black", 2.6), ("white", 1.2)):  # visible on any background
         axis.add_patch(

@@ -258,7 +258,8 @@ def _loss(axis, table, name, colour, title, note="", bottom=None):
     _prepare(axis, title, note)
     values = _after_start(series(table, name)[1])
     if np.isfinite(values).any():
-        low, high = np.nanmin(values), np.nanmax(values)
+        low = np.nanmin(values)
+        high = np.nanmax(values)
         margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
         axis.set_ylim(low - margin if bottom is None else bottom, high + margin)
     axis.yaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
@@ -415,7 +416,8 @@ def _validation(axis, log, limit):
     _prepare(axis, "validation loss")
     x, y = series(log, "validation_flow_loss")
     finite = np.isfinite(y)
-    x, y = x[finite], y[finite]
+    x = x[finite]
+    y = y[finite]
     if not len(x):
         _write(axis, "no validation yet")
         return

@@ -43,8 +43,10 @@ def _pixels(
     axis: Axes, x, y, values, grid, colour=_INK, cmap="gray", limits=(-1.0, 1.0)
 ) -> None:
     """Draw an array as a picture around (x, y), with the borders of its tokens."""
-    left, low = x - _PICTURE / 2, y - _PICTURE / 2
-    right, high = left + _PICTURE, low + _PICTURE
+    left = x - _PICTURE / 2
+    low = y - _PICTURE / 2
+    right = left + _PICTURE
+    high = low + _PICTURE
     extent = (left, right, low, high)
     lowest, highest = limits
     axis.imshow(values, extent=extent, cmap=cmap, vmin=lowest, vmax=highest, zorder=1)
@@ -64,12 +66,14 @@ _CLEAN_X, _LEVELS_X, _VIEW_X = 0.95, 3.15, 5.3
 
 def _draw_inputs(axis: Axes, image, noise, grid: int) -> None:
     """Draw the clean picture and its noise, which both rows share."""
-    high, low = _MIDDLE + 1.0, _MIDDLE - 1.0
+    high = _MIDDLE + 1.0
+    low = _MIDDLE - 1.0
     _pixels(axis, _CLEAN_X, high, image, grid)
     _pixels(axis, _CLEAN_X, low, noise, grid, limits=(-2.5, 2.5))
     _text(axis, _CLEAN_X, high + 1.05, "picture $x_0$")
     _text(axis, _CLEAN_X, low - 1.05, "noise $x_1$")
-    start, end = _CLEAN_X + 0.9, _LEVELS_X - 0.9
+    start = _CLEAN_X + 0.9
+    end = _LEVELS_X - 0.9
     _arrow(axis, (start, _MIDDLE + 0.25), (end, _TOP - 0.35), _QUIET)
     _arrow(axis, (start, _MIDDLE - 0.25), (end, _BOTTOM + 0.35), _QUIET)
 
@@ -98,7 +102,8 @@ def _layer_x(layer: int) -> float:
 
 
 def _draw_network(axis: Axes, y, colour, chosen: int, computed: int) -> None:
-    centre, width = sum(_FRAME) / 2, _FRAME[1] - _FRAME[0]
+    centre = sum(_FRAME) / 2
+    width = _FRAME[1] - _FRAME[0]
     _box(axis, centre, y, width, 1.6, colour, linewidth=1.0)
     for layer in range(1, _DEPTH + 1):
         style = {"facecolor": colour if layer == chosen else "white"}
@@ -117,7 +122,8 @@ def _draw_losses(axis: Axes) -> None:
     _text(axis, loss_x, _TOP - 0.22, r"mean $(\hat v - v)^2$")
     _text(axis, loss_x, _TOP - 0.82, "$v = x_1 - x_0$", _QUIET)
 
-    head_x, rep_x = _layer_x(_STUDENT_LAYER), _layer_x(_TEACHER_LAYER)
+    head_x = _layer_x(_STUDENT_LAYER)
+    rep_x = _layer_x(_TEACHER_LAYER)
     _arrow(axis, (head_x, _TOP - 0.65), (head_x, _MIDDLE + 0.25), _STUDENT)
     _box(axis, head_x, _MIDDLE, 0.8, 0.46, _STUDENT)
     _text(axis, head_x, _MIDDLE, "head", _STUDENT)
@@ -132,7 +138,8 @@ def _draw_losses(axis: Axes) -> None:
 
 def _draw_average(axis: Axes) -> None:
     x = _layer_x(_DEPTH) + 0.02
-    start, end = (x, _TOP - 0.82), (x, _BOTTOM + 0.83)
+    start = (x, _TOP - 0.82)
+    end = (x, _BOTTOM + 0.83)
     _arrow(axis, start, end, _TEACHER, linestyle="--")
     text = "after every step\nthe teacher moves\na little towards\nthe student (EMA)"
     _text(axis, x + 0.17, _MIDDLE - 0.1, text, _TEACHER, 12, ha="left")
@@ -140,7 +147,8 @@ def _draw_average(axis: Axes) -> None:
 # %% ../../nbs/5_figures/08_diagram.ipynb #e499bb6e
 def _draw_words(axis: Axes, t: float, s: float) -> None:
     """Draw the captions of the two rows, and the sum of the losses."""
-    above, below = _TOP + 1.08, _BOTTOM - 1.08
+    above = _TOP + 1.08
+    below = _BOTTOM - 1.08
     _text(axis, _LEVELS_X, above, f"each token:\n$t$ = {t:g} or $s$ = {s:g}", _STUDENT)
     text = f"every token:\nmin($t$, $s$) = {min(t, s):g}"
     _text(axis, _LEVELS_X, below, text, _TEACHER)
@@ -150,7 +158,8 @@ def _draw_words(axis: Axes, t: float, s: float) -> None:
     _text(axis, centre, above, "STUDENT: is trained", _STUDENT, 14, weight="bold")
     text = "TEACHER: a running average"
     _text(axis, centre, below, text, _TEACHER, 14, weight="bold")
-    student_x, teacher_x = _layer_x(_STUDENT_LAYER), _layer_x(_TEACHER_LAYER)
+    student_x = _layer_x(_STUDENT_LAYER)
+    teacher_x = _layer_x(_TEACHER_LAYER)
     where = (student_x + 0.12, _TOP - 1.03)
     _text(axis, *where, "layer $l$ = 0.3 $D$", _STUDENT, 12, ha="left")
     where = (teacher_x - 0.24, _BOTTOM + 1.1)

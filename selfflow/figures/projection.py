@@ -58,7 +58,8 @@ def categories_of(values, names=None) -> tuple[np.ndarray, list[str]] | None:
     if names is None:
         return places, [str(category) for category in categories]
     are_numbers = values.dtype.kind in "iub"
-    first, last = categories[0], categories[-1]
+    first = categories[0]
+    last = categories[-1]
     if not (are_numbers and 0 <= int(first) and int(last) < len(names)):
         raise ValueError(
             f"categories {first} to {last} have no names among {len(names)}; give a "

@@ -107,8 +107,10 @@ class Averages:
 # %% ../../nbs/1_method/17_averages.ipynb #9feb5787
 def _inner(steps, gammas, other_steps, other_gammas) -> np.ndarray:
     "Inner products of profiles (n,) and (m,), as (n, m)."
-    ta, ga = np.asarray(steps, float)[:, None], np.asarray(gammas, float)[:, None]
-    tb, gb = np.asarray(other_steps, float), np.asarray(other_gammas, float)
+    ta = np.asarray(steps, float)[:, None]
+    ga = np.asarray(gammas, float)[:, None]
+    tb = np.asarray(other_steps, float)
+    gb = np.asarray(other_gammas, float)
     shorter = np.minimum(ta, tb)
     scale = (ga + 1) * (gb + 1) / (ga + gb + 1) * shorter / (ta * tb)
     return scale * (shorter / ta) ** ga * (shorter / tb) ** gb

@@ -138,7 +138,9 @@ def check_backbone(model: nn.Module, batch: Batch, layers: Iterable[int] = ()) -
     changed.
     """
     check_size(model)
-    name, width, depth = type(model).__name__, model.width, model.depth
+    name = type(model).__name__
+    width = model.width
+    depth = model.depth
     assert isinstance(width, int) and isinstance(depth, int)
     if too_deep := [layer for layer in layers if not 1 <= layer <= depth]:
         raise ValueError(

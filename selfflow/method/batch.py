@@ -55,7 +55,8 @@ class Condition:
         # on a GPU the check would make the host wait for the device
         if values.ndim > 1 or not len(values) or values.device.type != "cpu":
             return
-        lowest, highest = values.min(), values.max()
+        lowest = values.min()
+        highest = values.max()
         if not (0 <= lowest and highest <= self.classes):
             raise ValueError(
                 f"labels run from {lowest} to {highest}, but classes from 0 to "

@@ -232,7 +232,8 @@ def _unconditioned_schedule(
     grid: tuple[int, int] | None,
     mask_ratio: float | tuple[float, ...],
 ) -> Schedule:
-    density, kind = build_density(config), config.schedule
+    density = build_density(config)
+    kind = config.schedule
     if kind == "auto":
         kind = objectives[config.name].load().default_schedule
     two_levels = config.levels == 2

@@ -1012,7 +1012,8 @@ class DiffusersBackbone(nn.Module):
 
     def _check_fit(self, model: Any) -> None:
         """Raise ValueError for inputs that this model does not have."""
-        config, name = model.config, type(model).__name__
+        config = model.config
+        name = type(model).__name__
         if any("forward" in module.__dict__ for module in model.modules()):
             raise ValueError(
                 f"this {name} is in use by another backbone; close it first"
@@ -1158,6 +1159,10 @@ def _class_of(family: Family) -> Any:
         ) from error
 
 
+def _finite(value: Tensor) -> bool:
+    return bool(value.isfinite().all())
+
+
 def read_model(folder: Path | str, name: str) -> nn.Module:
     """Read a transformer of diffusers from a local folder, in float32.
 
@@ -1199,6 +1204,12 @@ def read_model(folder: Path | str, name: str) -> nn.Module:
                 f"the weights in {folder} do not fit config.json: "
                 f"{problem.replace('_', ' ')} {some}"
             )
+    broken = [k for k, value in model.state_dict().items() if not _finite(value)]
+    if broken:
+        raise ValueError(
+            f"the weights in {folder} have NaN or infinite numbers: "
+            + ", ".join(broken[:3])
+        )
     return model.train()
 
 # %% ../../nbs/1_method/16_diffusers_backbone.ipynb #52971524

@@ -29,7 +29,8 @@ def _broadcast(t: Tensor | float, x: Tensor) -> Tensor:
         t = torch.as_tensor(t, device=x.device, dtype=dtype)
     # on a GPU the check would make the host wait for the device
     if t.device.type == "cpu" and t.numel():
-        lowest, highest = t.min(), t.max()
+        lowest = t.min()
+        highest = t.max()
         if not (0 <= lowest and highest <= 1):  # written so that NaN fails too
             raise ValueError(
                 f"t runs from {lowest:g} to {highest:g}, outside [0, 1]: "

@@ -66,7 +66,8 @@ class TokenMap(NamedTuple):
     @classmethod
     def of(cls, levels: NoiseLevels) -> "TokenMap | None":
         """Return the map of some NoiseLevels, None if k = 1: broadcasting suffices."""
-        k, assign = levels.k, levels.assign
+        k = levels.k
+        assign = levels.assign
         if k == 1:
             return None
         first = k * torch.arange(len(assign), device=assign.device)[:, None]  # (b, 1)
@@ -273,7 +274,8 @@ class Groups(NamedTuple):
         group = levels.assign.clamp(max=generated)  # (b, n)
         each = torch.arange(generated + bool(levels.condition), device=device)
         members = group[:, None] == each[:, None]  # (b, k, n)
-        groups, starts = [], [0]
+        groups = []
+        starts = [0]
         for own in members.unbind(1):
             rows, _ = _padded_rows(own)
             keys, visible = _padded_rows(own | condition)
@@ -319,7 +321,8 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
 
     results = []
     for group in groups.groups:
-        own_q, own_k = take(q, group.rows), take(k, group.keys)
+        own_q = take(q, group.rows)
+        own_k = take(k, group.keys)
         results.append(attend(own_q, own_k, take(v, group.keys), group.visible))
     return take(torch.cat(results, dim=1), groups.place)
 
@@ -352,6 +355,7 @@ class Attention(nn.Module):
             q = self.q_norm(q.to(self.q_norm.weight.dtype)).to(v.dtype)
             k = self.k_norm(k.to(self.k_norm.weight.dtype)).to(v.dtype)
         if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+            q = rotate(q, rotary)
+            k = rotate(k, rotary)
         out = attend(q, k, v) if groups is None else attend_within(q, k, v, groups)
         return self.proj(out.flatten(2))

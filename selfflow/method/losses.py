@@ -113,7 +113,9 @@ def cosines_from(sums: Tensor) -> dict[str, float]:
     sums: as `Alignment.sums` gives them. Empty when no token counted.
     """
     sums = sum_over_processes(sums)
-    count, cosine, direction = sums[0], sums[1], sums[2:]
+    count = sums[0]
+    cosine = sums[1]
+    direction = sums[2:]
     if not count:
         return {}
     return {
@@ -245,7 +247,8 @@ class Losses:
 
         Of the compared features only the sums are kept, unless `keep_features`.
         """
-        total, flow_loss = self.total.detach(), self.flow_loss.detach()
+        total = self.total.detach()
+        flow_loss = self.flow_loss.detach()
         by_part = {name: loss.detach() for name, loss in self.by_part.items()}
         if self.alignment is None or self.rep_loss is None:
             return Losses(total, flow_loss, by_part=by_part)

@@ -514,7 +514,8 @@ class REPA(FeatureObjective):
         self, teacher, noised: Noised, hidden: dict[int, Tensor], draw: Draw
     ) -> tuple[Tensor, Tensor]:
         """Return the encoder's features (b, n, feature_width), and level 0."""
-        x0, features = noised.batch.x0, noised.batch.features
+        x0 = noised.batch.x0
+        features = noised.batch.features
         b, n = x0.shape[:2]
         if features is None:
             encoder = self._encoder[0]

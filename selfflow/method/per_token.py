@@ -68,11 +68,10 @@ class PerTokenTransformer(nn.Module):
 
     def __init__(self, model: Transformer):
         super().__init__()
-        config, width = model.config, model.config.width
-        self.x_embedder, self.y_embedder = (
-            nn.Linear(config.channels, width),
-            nn.Embedding(config.classes + 1, width),
-        )
+        config = model.config
+        width = model.config.width
+        self.x_embedder = nn.Linear(config.channels, width)
+        self.y_embedder = nn.Embedding(config.classes + 1, width)
         self.t_embedder = nn.ModuleDict(
             {
                 "mlp": nn.Sequential(

@@ -76,7 +76,8 @@ def _modules(config: dict) -> tuple[Transformer, Projector]:
         classes=config["num_classes"] - 1,
     )
     with torch.device("meta"):
-        model, projector = Transformer(shape), Projector(shape.width)
+        model = Transformer(shape)
+        projector = Projector(shape.width)
     # a constant: no weight will replace it
     model.positions = position_code(shape.parts[0].coordinates(), shape.width)
     return model, projector
@@ -184,10 +185,8 @@ def infer_config(weights: Mapping[str, Tensor], known: dict | None = None) -> di
         if "x_embedder.proj.weight" in weights
         else (0, 16)
     )
-    patch, channels = (
-        known.get("patch_size", first[-1] if len(first) == 4 else 2),
-        math.prod(first[1:]),
-    )
+    patch = known.get("patch_size", first[-1] if len(first) == 4 else 2)
+    channels = math.prod(first[1:])
     _check_patch(channels, patch)
     width = size("pos_embed", 2, PUBLISHED["hidden_size"])
     if (heads := known.get("num_heads", _HEADS.get(width))) is None:
@@ -476,10 +475,8 @@ def save(
         raise ValueError(
             f"{path} ends in {path.suffix!r}; weights are written as .safetensors"
         )
-    tensors, description = (
-        export(model, projector, config),
-        {"config": json.dumps(_published_config(model.config, config))},
-    )
+    tensors = export(model, projector, config)
+    description = {"config": json.dumps(_published_config(model.config, config))}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -375,7 +375,8 @@ def sample(
         extra = (draw(i) if i < steps - 1 else None,) if stochastic else ()
         if moves[i]:
             # tau_i(t) = min(t_i, t)
-            tau, tau_next = torch.minimum(start, t), torch.minimum(start, t_next)
+            tau = torch.minimum(start, t)
+            tau_next = torch.minimum(start, t_next)
             x = step(velocity_fn, x, tau, tau_next, *extra, **own)
             if x.shape != x1.shape:
                 raise ValueError(

@@ -133,7 +133,8 @@ class NoiseLevels:
 
     def to(self, device) -> "NoiseLevels":
         """Return the same levels on another device."""
-        levels, assign = self.levels.to(device), self.assign.to(device)
+        levels = self.levels.to(device)
+        assign = self.assign.to(device)
         return NoiseLevels(levels, assign, self.condition)
 
 # %% ../../nbs/1_method/02_schedule.ipynb #88cd531d
@@ -271,7 +272,8 @@ class DualTimestep:
             chance = torch.rand(batch, generator=generator, device=t.device)
             dual = chance >= self.single_share
         if self.order != "unsorted":
-            lower, higher = torch.minimum(t, s), torch.maximum(t, s)
+            lower = torch.minimum(t, s)
+            higher = torch.maximum(t, s)
             first, second = higher, lower  # masked tokens take the cleaner level
             if self.order == "noisier":
                 first, second = lower, higher

@@ -218,7 +218,8 @@ class PartLinears(nn.ModuleDict):
     def __init__(self, parts: tuple[Part, ...], width: int, outward: bool = False):
         layers = {}
         for part in parts:
-            inputs, outputs = part.channels, width
+            inputs = part.channels
+            outputs = width
             if outward:
                 inputs, outputs = outputs, inputs
             layers[part.name] = nn.Linear(inputs, outputs)
@@ -440,7 +441,8 @@ class Transformer(nn.Module):
         h = self.x_embedder(x, slices, self.width)  # (b, n, d)
         rotary: Tensor | None = self._position_codes(parts, coordinates)
         if config.positions == "sincos":
-            h, rotary = h + rotary, None
+            h = h + rotary
+            rotary = None
         labels = condition.values
         if config.caption:
             h, levels, rotary = self._with_caption(h, levels, rotary, condition.values)

@@ -104,7 +104,8 @@ def _confusion(section: Section, name: str, run: Run, probes: Probes) -> None:
     """Add the confusion of the classes in the chosen cell, if classes were probed."""
     factor = probes.main_factor
     best = probes.best(factor)
-    counts, data = probes.about["counts"], probes.about["data"]
+    counts = probes.about["counts"]
+    data = probes.about["data"]
     items = {split: items_of(run, split, counts[split], data) for split in SPLITS}
     targets = probe_targets(items)
     if best.probe.measure != "accuracy" or factor not in targets:

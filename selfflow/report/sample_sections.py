@@ -472,7 +472,8 @@ def _compare_verdicts(
         )
     if comparable:
         factor = "all" if "all" in comparable else comparable[0]
-        share, other_share = verdicts[first][factor][0], verdicts[name][factor][0]
+        share = verdicts[first][factor][0]
+        other_share = verdicts[name][factor][0]
         difference = compare_shares(share, other_share, (first, name))
         section.find(
             f"Samples that match their class or caption ({factor}): {difference}"

@@ -175,7 +175,8 @@ class Batches(Dataset):
         There is no view of data that are always the same.
         """
         data: Any = self.sources.data[self.name(step)]
-        batch, seed = self.config.training.batch, self.config.seed
+        batch = self.config.training.batch
+        seed = self.config.seed
         if hasattr(data, "places"):  # a stream has an order of its own
             places = data.places(step, batch)
             return places, View(seed, places)

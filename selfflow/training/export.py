@@ -490,7 +490,8 @@ class Model(Run, ModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         _ = self.checkpoint  # compares the checksum
         for name in _FILES:
-            source, target = self.path / name, save_directory / name
+            source = self.path / name
+            target = save_directory / name
             if source.is_file() and source.resolve() != target.resolve():
                 shutil.copyfile(source, target)
         # the mixin has removed it, also where it was this model's own

@@ -68,7 +68,8 @@ def models() -> pd.DataFrame:
     rows = []
     for name, folder in shipped_models().items():
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config, exported = stored["config"], stored["exported"]
+        config = stored["config"]
+        exported = stored["exported"]
         rows.append(
             (
                 name,

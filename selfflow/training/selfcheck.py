@@ -66,7 +66,8 @@ def compare_runs(run: Run, expected: Run) -> list[Check]:
     Raises:
         ValueError: if they have not logged the same steps.
     """
-    steps, wanted = run.log["step"].tolist(), expected.log["step"].tolist()
+    steps = run.log["step"].tolist()
+    wanted = expected.log["step"].tolist()
     if steps != wanted:
         raise ValueError(
             f"{run.path} has logged {len(steps)} steps and {expected.path} "

@@ -86,8 +86,11 @@ def compute(viewed: ViewedRun, values: dict) -> Scene:
         density_shift=values["shift"],
     )
     density = build_density(objective)
-    kind, seed, sample = values["schedule"], values["seed"], values["sample"]
-    t, s = values["t"], values["s"]
+    kind = values["schedule"]
+    seed = values["seed"]
+    sample = values["sample"]
+    t = values["t"]
+    s = values["s"]
     if values["drawn"]:
         t, s = density.sample((2,), keyed(seed, "t and s")).tolist()
     schedule = schedule_of(kind, density, values["mask_ratio"], viewed.grid)
@@ -157,7 +160,8 @@ def describe(scene: Scene) -> str:
 # %% ../../nbs/7_workbench/06_asymmetry.ipynb #c3632179
 def _describe_levels(scene: Scene) -> str:
     values = scene.values
-    t, s = values["t"], values["s"]
+    t = values["t"]
+    s = values["s"]
     kind = "painted by hand" if values["hand"] else values["schedule"]
     at_s = int((scene.view.levels.assign[0] == 1).sum())
     n = len(scene.view.student_error)
@@ -217,7 +221,8 @@ def draw_levels(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
 
 def _marked_levels(values: dict) -> dict[str, float]:
     "The levels of this sample by name."
-    t, s = values["t"], values["s"]
+    t = values["t"]
+    s = values["s"]
     if values["hand"]:
         return {"t": t, "s": s}
     if values["schedule"] == "diffusion forcing":

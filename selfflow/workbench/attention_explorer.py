@@ -120,12 +120,16 @@ def framed(
     ys, xs = np.nonzero(owner == token)
     if token is None or not len(ys):
         return np.asarray(image)
-    left, top = round(scale * xs.min()), round(scale * ys.min())
-    right, bottom = round(scale * (xs.max() + 1)), round(scale * (ys.max() + 1))
+    left = round(scale * xs.min())
+    top = round(scale * ys.min())
+    right = round(scale * (xs.max() + 1))
+    bottom = round(scale * (ys.max() + 1))
     # white inside black is visible on any background
     for inset, colour in ((0, "#000000"), (PIXEL_RATIO, "#ffffff")):
-        x0, y0 = left + inset, top + inset
-        x1, y1 = max(x0, right - 1 - inset), max(y0, bottom - 1 - inset)
+        x0 = left + inset
+        y0 = top + inset
+        x1 = max(x0, right - 1 - inset)
+        y1 = max(y0, bottom - 1 - inset)
         ImageDraw.Draw(image).rectangle(
             (x0, y0, x1, y1), outline=colour, width=PIXEL_RATIO
         )
@@ -266,7 +270,8 @@ def _draw_legend(plot: Plot, names: list[str]) -> None:
     "Names with their colours in the line below the title."
     ratio = PIXEL_RATIO
     small = font(10 * ratio)
-    left, top = 0.0, 24 * ratio
+    left = 0.0
+    top = 24 * ratio
     for name in names:
         box = (left, top, left + 9 * ratio, top + 9 * ratio)
         plot.ink.rectangle(box, _SHADES[name])

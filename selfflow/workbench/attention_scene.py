@@ -225,8 +225,11 @@ class Scene:
 # %% ../../nbs/7_workbench/09_attention_scene.ipynb #1eaaab7f
 def _check(watched: Watched, values: dict) -> None:
     "Raise ValueError for values out of range."
-    depth, heads = watched.config.depth, watched.config.heads
-    question, layer, head = values["question"], values["layer"], values["head"]
+    depth = watched.config.depth
+    heads = watched.config.heads
+    question = values["question"]
+    layer = values["layer"]
+    head = values["head"]
     choose(question, QUESTIONS, "question")
     if layer not in range(1, depth + 1):
         raise ValueError(f"layer is {layer}, but layers are counted 1 to {depth}")
@@ -273,7 +276,8 @@ def compute(watched: Watched, values: dict) -> Scene:
     )
     token = values["tokens"][0] if values["tokens"] else 0
     question = values["question"], token, watched.viewed.tokens
-    rows, masses = [], []
+    rows = []
+    masses = []
     for layer in forward.seen:
         row, shares = read(forward.weights(layer), forward.relation, *question)
         rows.append(row)

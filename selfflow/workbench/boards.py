@@ -133,7 +133,9 @@ class Board:
         ys, xs = np.indices(self.owner.shape).reshape(2, -1)
         owner = self.owner.ravel()
         shown = owner >= 0
-        owner, ys, xs = owner[shown], ys[shown], xs[shown]
+        owner = owner[shown]
+        ys = ys[shown]
+        xs = xs[shown]
 
         left = np.full(len(self.names), width)
         top = np.full(len(self.names), height)
@@ -328,8 +330,10 @@ class Plot:
         width, height = (side * ratio for side in self.size)
         self.image = Image.new("RGB", (width, height), self.theme.paper)
         self.ink = ImageDraw.Draw(self.image)
-        left, right = 14 * ratio, width - 14 * ratio
-        top, bottom = 44 * ratio, height - 36 * ratio
+        left = 14 * ratio
+        right = width - 14 * ratio
+        top = 44 * ratio
+        bottom = height - 36 * ratio
         self.box = (left, top, right, bottom)
         quiet = self.theme.quiet
         small = font(10 * ratio)

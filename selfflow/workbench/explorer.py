@@ -92,7 +92,8 @@ class Explorer:
         self.refresh()
 
     def _lay_out(self):
-        grids, others = [], []
+        grids = []
+        others = []
         for name, control in self.controls.items():
             control.add_class(f"selfflow-control-{name}")
             is_grid = isinstance(control, TokenGrid)

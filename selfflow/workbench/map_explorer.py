@@ -150,7 +150,8 @@ def _markers_of(
     hues = list(HUES)
     if theme is DARK:  # black is invisible there
         hues = [theme.ink if hue == _BLACK else hue for hue in hues]
-    looks, legend = [], []
+    looks = []
+    legend = []
     for i, name in enumerate(category_names):
         look = hues[i % len(hues)], _SYMBOLS[SHAPES[i % len(SHAPES)]]
         looks.append(look)

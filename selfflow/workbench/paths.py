@@ -178,7 +178,8 @@ class SideBySide:
 
         Raises ValueError if no run in the folder can be used.
         """
-        runs, damaged = {}, {}
+        runs = {}
+        damaged = {}
         try:
             paths = find_runs(folder)
         except OSError as error:

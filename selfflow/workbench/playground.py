@@ -208,7 +208,8 @@ def _describe_sampler(scene: Scene) -> str:
 # %% ../../nbs/7_workbench/08_playground.ipynb #c8650f4a
 def _describe_given(scene: Scene) -> str:
     settings = scene.settings
-    painted, n = len(settings.redrawn or ()), scene.side.tokens
+    painted = len(settings.redrawn or ())
+    n = scene.side.tokens
     if painted == 0:
         return "no token is painted: all are given, and nothing is drawn"
     if painted == n:

@@ -412,7 +412,9 @@ class RunBrowser:
 
     def open(self) -> None:
         "Open the chosen explorer; after an error, which is shown, the old one stays."
-        names, step, title = self.which.value, self.step.value, self.opener.value
+        names = self.which.value
+        step = self.step.value
+        title = self.opener.value
         self.button.disabled = True
         _report(self.open_status, f"opening {', '.join(names)} ...")
         try:

@@ -109,7 +109,8 @@ def _curves_of(
     label, units = AGAINST[against]
 
     def group_view(group: dict[str, Run]) -> View:
-        curves, missing = {}, []
+        curves = {}
+        missing = []
         all_curves = run_curves({**group}, measure, against)
         for name in group:
             curve = all_curves.get(name)
@@ -156,7 +157,9 @@ def _newest_levels(run: Run) -> tuple[int, np.ndarray] | None:
 
 # %% ../../nbs/7_workbench/15_run_views.ipynb #c99d46d1
 def _levels(group: dict[str, Run]) -> View:
-    by_level, losses, missing = {}, {}, []
+    by_level = {}
+    losses = {}
+    missing = []
     for name, run in group.items():
         newest = _newest_levels(run)
         if newest is None:
@@ -261,7 +264,9 @@ def _pair_with_baseline(
     stands alone.
     """
     (baseline_name, baseline), *others = probes.items()
-    pairs, singles, notes = [], [], []
+    pairs = []
+    singles = []
+    notes = []
     for name, other in others:
         if other.cells == baseline.cells:
             pairs.append({baseline_name: baseline, name: other})
@@ -355,7 +360,8 @@ def compute(listing: Listing, values: dict) -> View:
         ValueError: if there is no such view.
     """
     kind = choose(values["view"], SHOWN, "view")
-    runs, notes = {}, []
+    runs = {}
+    notes = []
     for name in values["runs"]:
         try:
             runs[name] = Run.open(listing.runs[name].path, "cpu")

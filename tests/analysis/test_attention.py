@@ -107,7 +107,8 @@ def test_weights_applied_to_the_values_are_the_fused_output(shape, schedule, sep
         layer = model.blocks[number - 1].attn
         weights, values = attention_weights(layer, *given[:3])
         n = SHAPES[shape].tokens + SHAPES[shape].caption_tokens
-        assert weights.shape == (3, 2, n, n) and (weights >= 0).all()
+        assert weights.shape == (3, 2, n, n)
+        assert (weights >= 0).all()
         torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, n))
         again = layer.proj(
             (weights @ values.transpose(1, 2)).transpose(1, 2).flatten(2)
@@ -169,7 +170,8 @@ def test_looking_changes_nothing_and_leaves_nothing():
     x, levels, caption = batch_of(SHAPES["caption"])
     before = model(x, levels, caption).velocity
     maps = attention_maps(model, x, levels, caption, layers=(1, 3), batch=2)
-    assert set(maps) == {1, 3} and maps[1].shape == (3, 2, 14, 14)
+    assert set(maps) == {1, 3}
+    assert maps[1].shape == (3, 2, 14, 14)
     torch.testing.assert_close(
         model(x, levels, caption).velocity, before, atol=0, rtol=0
     )
@@ -198,11 +200,9 @@ def test_separated_tokens_do_not_see_the_other_level():
 def test_relations_and_mass_by_loops():
     g = keyed(0, "relations")
     _, levels, _ = batch_of(BASE, SCHEDULES["and a condition"], count=4)
-    relation, tau, given = (
-        relations(levels, 15),
-        levels.per_token(),
-        levels.is_condition(),
-    )
+    relation = relations(levels, 15)
+    tau = levels.per_token()
+    given = levels.is_condition()
     weights = torch.rand(4, 2, 15, 15, generator=g)
     found = mass(weights, relation)
     for sample in range(4):
@@ -236,11 +236,11 @@ def test_uniform_attention_has_no_preference_and_planted_preference_is_found():
             block.attn.qkv.bias[:32].zero_()
     x0, x1, levels = two_levels(30)
     even = mass_between_levels(model, x0, x1, levels)
-    assert (even["mass"] - even["uniform"]).abs().max() < 1e-5 and (
-        even["share"] - even["counted"]
-    ).abs().max() < 1e-5
+    assert (even["mass"] - even["uniform"]).abs().max() < 1e-5
+    assert (even["share"] - even["counted"]).abs().max() < 1e-5
     table = summarise_mass(even)
-    assert table["excess"].abs().max() < 1e-5 and set(table["direction"]) == {
+    assert table["excess"].abs().max() < 1e-5
+    assert set(table["direction"]) == {
         "noisy to clean",
         "clean to noisy",
     }
@@ -310,7 +310,8 @@ def test_mass_by_hand_and_in_batches():
 def test_separated_error_is_that_of_a_separated_forward():
     model, (x0, x1, levels) = model_of(BASE), two_levels(7)
     found = compare_separated(model, x0, x1, levels, BASE.parts, batch=3)
-    tau, xt = levels.per_token(), interpolate(x0, x1, levels.per_token())
+    tau = levels.per_token()
+    xt = interpolate(x0, x1, levels.per_token())
     for separated in (False, True):
         with torch.no_grad():
             error = (
@@ -345,13 +346,10 @@ def test_maps_lie_where_the_tokens_do():
     assert grids == {"video": (2, 3, 2), "audio": (5,)}
     weights = torch.arange(21.0)
     found = maps_by_part(weights, grids, relative=False)
-    assert (
-        found["video"].flatten().tolist() == list(range(12))
-        and found["video"][1, 2, 0] == 10
-    )
-    assert found["audio"].tolist() == [12, 13, 14, 15, 16] and found[
-        "caption"
-    ].tolist() == [17, 18, 19, 20]
+    assert found["video"].flatten().tolist() == list(range(12))
+    assert found["video"][1, 2, 0] == 10
+    assert found["audio"].tolist() == [12, 13, 14, 15, 16]
+    assert found["caption"].tolist() == [17, 18, 19, 20]
     assert maps_by_part(torch.full((2, 16), 1 / 16), {"image": (4, 4)})[
         "image"
     ].unique().tolist() == [1]

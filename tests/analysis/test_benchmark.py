@@ -42,17 +42,17 @@ def test_the_published_form_is_the_same_function(batch, grid, depth, seed, mask_
     ours = Transformer(TransformerConfig.of_image(3, grid, 16, depth, 2, classes=5))
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    theirs, teacher = PerTokenTransformer(ours), make_teacher(ours)
+    theirs = PerTokenTransformer(ours)
+    teacher = make_teacher(ours)
     objective = SelfFlow(
         ours.config, DualTimestep(mask_ratio=mask_ratio), label_drop=0.5
     )
     rival = PublishedSelfFlow(ours.config, objective.schedule, label_drop=0.5)
     rival.load_state_dict(objective.state_dict())
-    g, n = torch.Generator().manual_seed(seed), grid[0] * grid[1]
-    x0, labels = (
-        torch.randn(batch, n, 3, generator=g),
-        torch.randint(0, 5, (batch,), generator=g),
-    )
+    g = torch.Generator().manual_seed(seed)
+    n = grid[0] * grid[1]
+    x0 = torch.randn(batch, n, 3, generator=g)
+    labels = torch.randint(0, 5, (batch,), generator=g)
     samples = Batch(x0, Condition(labels, 5), ours.config.parts)
     losses = (
         objective(ours, teacher, samples, partial(keyed, seed)).total,
@@ -100,7 +100,8 @@ def test_the_aims_in_operations_are_reached_at_the_sizes_of_the_field():
         count_flops(steps[name])
         for name in ("Self-Flow", "published form", "flow matching")
     )
-    assert ours <= 0.64 * published and ours <= 1.27 * vanilla
+    assert ours <= 0.64 * published
+    assert ours <= 1.27 * vanilla
 
 
 def test_peak_memory_is_that_of_the_worst_moment():
@@ -109,7 +110,8 @@ def test_peak_memory_is_that_of_the_worst_moment():
     def function():
         kept = torch.empty(mebibyte)
         del kept
-        first, second = torch.empty(2 * mebibyte), torch.empty(3 * mebibyte)
+        first = torch.empty(2 * mebibyte)
+        second = torch.empty(3 * mebibyte)
         del first, second
         return torch.empty(mebibyte)
 
@@ -138,23 +140,18 @@ def small_ceiling(precision, device):
 
 def test_records_are_written_after_each_case(tmp_path, monkeypatch):
     monkeypatch.setattr("selfflow.analysis.benchmark._ceiling", small_ceiling)
-    cases, path = (
-        [
-            Case("tiny", tokens=4, batch=1),
-            Case("tiny", tokens=4, batch=1, precision="bf16"),
-        ],
-        tmp_path / "new/b.json",
-    )
+    cases = [
+        Case("tiny", tokens=4, batch=1),
+        Case("tiny", tokens=4, batch=1, precision="bf16"),
+    ]
+    path = tmp_path / "new/b.json"
     records = bench(cases, path, rounds=2, device="cpu")
-    assert json.loads(path.read_text()) == records and [
-        r["case"]["precision"] for r in records
-    ] == ["fp32", "bf16"]
+    assert json.loads(path.read_text()) == records
+    assert [r["case"]["precision"] for r in records] == ["fp32", "bf16"]
     found = records[0]["results"]["Self-Flow"]
-    assert (
-        found["seconds"] == sorted(found["seconds"])
-        and found["speed_ratio"][1] > 0
-        and 0 < found["ceiling_share"][1] < 2
-    )
+    assert found["seconds"] == sorted(found["seconds"])
+    assert found["speed_ratio"][1] > 0
+    assert 0 < found["ceiling_share"][1] < 2
     assert records[0]["results"]["published form"]["speed_ratio"] == [1, 1, 1]
     assert len(bench_table(records)) == 10
     monkeypatch.setattr("selfflow.analysis.benchmark._contenders", lambda *_: 1 / 0)
@@ -183,9 +180,8 @@ def test_the_command(tmp_path, capsys):
             "cpu",
         ]
     )
-    assert (
-        "published form" in capsys.readouterr().out and (tmp_path / "b.json").exists()
-    )
+    assert "published form" in capsys.readouterr().out
+    assert (tmp_path / "b.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Comparison of runs: cost of a step, tables of good and bad folders, curves."""
+"""Runs are compared by the cost of a step, which equals that of training, in tables
+that survive damaged folders, and by curves against steps, time or operations.
+"""
 
 import json
 import os
@@ -37,7 +39,7 @@ from selfflow.training.run import Run
 
 
 def flops_of_training(config, folder, features=None):
-    "Operations of a step of training: those of three minus those of one, halved."
+    "FLOPs of a training step: half the difference between three steps and one."
     counts = []
     for steps in (1, 3):
         training = replace(
@@ -74,26 +76,22 @@ MASKED = {
         ("repa", MASKED, False),
     ],
 )
-def test_operations_are_those_of_a_training_step(
-    name, switches, checkpointing, tmp_path
-):
+def test_flops_equal_those_of_a_training_step(name, switches, checkpointing, tmp_path):
     training = replace(TINY.training, checkpointing=checkpointing)
     config = replace(
         TINY, objective=ObjectiveConfig(name, **switches), training=training
     )
     features = torch.randn(1078, 5) if name == "repa" else None
     counted = flops_per_step(config, Inputs((Part("image", 4, (1, 4, 4)),), 10), 5)
-    found = flops_of_training(config, tmp_path, features)
-    # exact; but where not all tokens count, the diagnosis of the last step is of more
-    # of them in one run than in the other
-    assert (
-        found == counted
-        if switches is not MASKED
-        else found == pytest.approx(counted, rel=1e-3)
-    )
+    measured = flops_of_training(config, tmp_path, features)
+    if switches is MASKED:
+        # the diagnosis of the last step covers more tokens in one run than in the other
+        assert measured == pytest.approx(counted, rel=1e-3)
+    else:
+        assert measured == counted
 
 
-def test_operations_of_a_model_in_modern_form_are_those_of_a_training_step(tmp_path):
+def test_flops_of_a_modern_model_equal_those_of_a_training_step(tmp_path):
     config = replace(
         TINY,
         model=ModelConfig(
@@ -112,32 +110,36 @@ def test_operations_of_a_model_in_modern_form_are_those_of_a_training_step(tmp_p
     assert flops_of_training(config, tmp_path) == flops_per_step(config, shape)
 
 
-def test_attention_within_levels_is_counted_for_a_draw(tmp_path):
+def test_attention_within_levels_is_counted_for_one_draw(tmp_path):
     config = replace(TINY, objective=ObjectiveConfig(separated=True, mask_ratio=0.5))
     shape = Inputs((Part("image", 4, (1, 4, 4)),), 10)
-    whole = flops_per_step(
+    unseparated = flops_per_step(
         replace(config, objective=ObjectiveConfig(mask_ratio=0.5)), shape
     )
-    counted, found = flops_per_step(config, shape), flops_of_training(config, tmp_path)
-    assert counted == pytest.approx(found, rel=0.02) and counted != whole
+    counted = flops_per_step(config, shape)
+    measured = flops_of_training(config, tmp_path)
+    assert counted == pytest.approx(measured, rel=0.02)
+    assert counted != unseparated
     # two groups of eight: half of the pairs
     levels = NoiseLevels(torch.rand(1, 2), torch.tensor([[0, 1] * 8]))
     assert sum(len(g.rows) * len(g.keys) for g in Groups.of(levels).groups) == 128
 
 
-def test_operations_scale_as_they_should():
+def test_flops_scale_with_the_batch_and_follow_their_formula():
     shape = Inputs((Part("image", 16, (1, 16, 16)),), 10)
     config = replace(
         TINY,
         model=ModelConfig(width=64, depth=4, heads=2),
         objective=ObjectiveConfig("flow_matching"),
     )
-    one, two = (
+    single, double = (
         flops_per_step(replace(config, training=TrainConfig(batch=b)), shape)
         for b in (1, 2)
     )
-    assert two == 2 * one
-    n, d, depth = 256, 64, 4
+    assert double == 2 * single
+    n = 256
+    d = 64
+    depth = 4
     attention = 4 * n * n * d * depth
     linear = 2 * (
         depth * n * 12 * d * d
@@ -148,16 +150,16 @@ def test_operations_scale_as_they_should():
         + d * d
     )
     # the first layers need no gradient of their input
-    assert one == pytest.approx(3 * (attention + linear), rel=0.01)
+    assert single == pytest.approx(3 * (attention + linear), rel=0.01)
 
 
-def test_the_largest_model_is_counted_in_a_moment_and_in_no_memory(monkeypatch):
-    made = []
+def test_the_largest_model_is_counted_once_and_without_memory(monkeypatch):
+    models = []
     original = benchmark.build_backbone
     monkeypatch.setattr(
         benchmark,
         "build_backbone",
-        lambda *args: made.append(original(*args)) or made[-1],
+        lambda *args: models.append(original(*args)) or models[-1],
     )
     benchmark._flops_of_sample.cache_clear()
     shape = Inputs((Part("image", 16, (1, 16, 16)),), 1000)
@@ -165,16 +167,18 @@ def test_the_largest_model_is_counted_in_a_moment_and_in_no_memory(monkeypatch):
         TINY, model=ModelConfig(size="XL"), training=TrainConfig(batch=256)
     )
     assert 2.0e14 < flops_per_step(config, shape) < 2.5e14
-    assert all(p.is_meta for p in made[0].parameters())
+    assert all(p.is_meta for p in models[0].parameters())
     flops_per_step(replace(config, training=TrainConfig(batch=8)), shape)
-    assert len(made) == 1, "the batch is a factor: nothing is counted again"
+    assert len(models) == 1, (
+        "the count is per sample and not repeated for another batch"
+    )
 
 
 # folders
 
 
-def place(run, path):
-    "A copy of a run, as older versions left it: without its times."
+def old_copy(run, path):
+    "A copy of a run as older versions left it, without its times."
     shutil.copytree(run.path, path)
     (path / "timing.jsonl").unlink()
     return path
@@ -203,9 +207,9 @@ def timed(path, speed=2.0, **values):
 
 @pytest.fixture
 def folder(runs, tmp_path):
-    "Runs in all states."
+    "A folder with runs in every state."
     root = tmp_path / "runs"
-    place(runs["vanilla"], root / "run10")
+    old_copy(runs["vanilla"], root / "run10")
     for path in (
         "run2",
         "deep/inside",
@@ -216,7 +220,7 @@ def folder(runs, tmp_path):
         "unlogged",
         "no config",
     ):
-        place(runs["tiny"], root / path)
+        old_copy(runs["tiny"], root / path)
     shutil.rmtree(root / "stopped/checkpoints/step-00000012")
     shutil.rmtree(root / "stopped/checkpoints/step-00000008")
     for checkpoint in (root / "halved/checkpoints").iterdir():
@@ -234,9 +238,9 @@ def folder(runs, tmp_path):
     return root
 
 
-def test_runs_are_found_in_their_order(folder):
-    found = find_runs(folder)
-    assert list(found) == [
+def test_runs_are_listed_in_natural_order(folder):
+    paths = find_runs(folder)
+    assert list(paths) == [
         "deep/inside",
         "edited",
         "fresh",
@@ -248,10 +252,8 @@ def test_runs_are_found_in_their_order(folder):
         "strange",
         "unlogged",
     ]
-    assert (
-        find_runs(folder / "run2") == {"run2": folder / "run2"}
-        and found["run10"] == folder / "run10"
-    )
+    assert find_runs(folder / "run2") == {"run2": folder / "run2"}
+    assert paths["run10"] == folder / "run10"
     with pytest.raises(
         FileNotFoundError, match="there is no folder .*selfflow train --folder"
     ):
@@ -260,25 +262,22 @@ def test_runs_are_found_in_their_order(folder):
         find_runs(folder / "notes")
 
 
-def test_the_table_says_how_each_run_stands(folder):
+def test_the_table_states_the_progress_of_each_run(folder):
     table = runs_table(folder)
     states = dict(table["state"])
-    assert (
-        states["run2"] == states["deep/inside"] == "finished"
-        and states["fresh"] == "not started"
-    )
-    assert (
-        states["stopped"] == "stopped at step 4"
-        and table.loc["stopped", "step"] == 4
-        and table.loc["run2", "steps"] == 12
-    )
+    assert states["run2"] == states["deep/inside"] == "finished"
+    assert states["fresh"] == "not started"
+    assert states["stopped"] == "stopped at step 4"
+    assert table.loc["stopped", "step"] == 4
+    assert table.loc["run2", "steps"] == 12
     assert states["halved"].startswith("damaged: no intact checkpoint (step ")
     for name, words in {
         "edited": "config.json",
         "strange": "config.json",
         "no config": "no config.json",
     }.items():
-        assert states[name].startswith("damaged: ") and words in states[name]
+        assert states[name].startswith("damaged: ")
+        assert words in states[name]
     log = Run.open(folder / "run2", "cpu").log
     assert table.loc["run2", "flow loss"] == pytest.approx(
         log["flow_loss"].tail(20).mean()
@@ -287,7 +286,7 @@ def test_the_table_says_how_each_run_stands(folder):
     assert table.loc["run2", "cosine"] == pytest.approx(log["cosine"].mean())
     assert table.loc["stopped", "flow loss"] == pytest.approx(
         log["flow_loss"][:4].mean()
-    ), "what was lost does not count"
+    ), "steps after the last checkpoint do not count"
     assert all(
         pd.isna(table.loc[place])
         for place in (("run10", "cosine"), ("run2", "seconds"), ("fresh", "cosine"))
@@ -296,7 +295,7 @@ def test_the_table_says_how_each_run_stands(folder):
     assert table.loc["run2", "FLOPs"] == 12 * flops_per_step(run.config, run.inputs)
 
 
-def test_only_settings_that_differ_are_shown(folder):
+def test_the_table_shows_only_settings_that_differ(folder):
     assert [name for name in runs_table(folder) if "." in name] == ["objective.name"]
     pair = {name: folder / name for name in ("run2", "stopped")}
     assert not [name for name in runs_table(pair) if "." in name]
@@ -306,19 +305,17 @@ def test_only_settings_that_differ_are_shown(folder):
     assert mixed["objective.name"].tolist() == ["self_flow", "flow_matching"]
 
 
-def test_who_trains_is_named(folder):
+def test_the_process_that_trains_is_named(folder):
     run = Run.open(folder / "stopped", "cpu")
     with run.locked():
         state = runs_table({"it": run}).loc["it"]
-    assert (
-        str(os.getpid()) in state["state"]
-        and state["state"].startswith("training")
-        and state["step"] == 12
-    )
+    assert str(os.getpid()) in state["state"]
+    assert state["state"].startswith("training")
+    assert state["step"] == 12
     assert runs_table({"it": run}).loc["it", "state"] == "stopped at step 4"
 
 
-def test_probes_times_and_runs_that_are_not_finite_are_shown(folder):
+def test_the_table_shows_probes_times_and_losses_that_were_not_finite(folder):
     run = Run.open(folder / "run2", "cpu")
     write_probes(
         run,
@@ -336,11 +333,9 @@ def test_probes_times_and_runs_that_are_not_finite_are_shown(folder):
         (folder / name / "not_finite.json").write_text(json.dumps({"step": step}))
     table = runs_table(folder)
     row = table.loc["run2"]
-    assert (
-        0 < row["probe"] < 1
-        and row["probe cell"].startswith("block 2, t = ")
-        and row["probe cell"].endswith("step 12")
-    )
+    assert 0 < row["probe"] < 1
+    assert row["probe cell"].startswith("block 2, t = ")
+    assert row["probe cell"].endswith("step 12")
     assert (row["seconds"], row["device"], row["processes"]) == (
         24.0,
         "a small machine",
@@ -348,20 +343,17 @@ def test_probes_times_and_runs_that_are_not_finite_are_shown(folder):
     )
     assert table.loc["stopped", "state"] == "stopped at step 5: the loss was not finite"
     assert table.loc["run2", "state"] == "finished"
-    # it has got past that since
+    # training has passed that step since
     (folder / "stopped/not_finite.json").write_text('{"step": 4}')
     assert runs_table(folder).loc["stopped", "state"] == "stopped at step 4"
-    assert (
-        table.loc["run10", "state"].startswith("damaged: ")
-        and table.loc["run10", "step"] == 12
-    ), "the rest of the row stands"
+    # an unreadable file leaves the rest of the row intact
+    assert table.loc["run10", "state"].startswith("damaged: ")
+    assert table.loc["run10", "step"] == 12
     text = readable(table).loc["run2"]
-    assert (
-        text["step"] == "12/12"
-        and text["time"] == "0:00:24"
-        and text["probe"].endswith("step 12)")
-        and "%" in text["probe"]
-    )
+    assert text["step"] == "12/12"
+    assert text["time"] == "0:00:24"
+    assert text["probe"].endswith("step 12)")
+    assert "%" in text["probe"]
 
 
 @pytest.mark.parametrize(
@@ -377,7 +369,6 @@ def test_probes_times_and_runs_that_are_not_finite_are_shown(folder):
         ("log.jsonl", "[1]\n"),
         ("timing.jsonl", '{"step": 1}\n'),
         ("probe.json", "{}"),
-        ("probe.json", "{"),
         ("checkpoints/step-00000012/manifest.json", "[]"),
         ("checkpoints/step-00000012/manifest.json", '{"state.json": 1}'),
         ("checkpoints/step-x/state.json", ""),
@@ -385,19 +376,19 @@ def test_probes_times_and_runs_that_are_not_finite_are_shown(folder):
         ("log.jsonl", '{"step": 1, "flow_loss": "much"}\n'),
     ],
 )
-def test_nothing_in_a_folder_breaks_the_table(runs, tmp_path, file, content):
-    path = place(runs["tiny"], tmp_path / "runs/bad")
-    place(runs["vanilla"], tmp_path / "runs/good")
+def test_a_damaged_file_never_breaks_the_table(runs, tmp_path, file, content):
+    path = old_copy(runs["tiny"], tmp_path / "runs/bad")
+    old_copy(runs["vanilla"], tmp_path / "runs/good")
     (path / file).parent.mkdir(exist_ok=True)
     (path / file).write_text(content)
     table = runs_table(tmp_path / "runs")
-    assert table.loc["good", "state"] == "finished" and isinstance(
-        table.loc["bad", "state"], str
-    )
-    assert "good" in fit_table(table) and "bad" in fit_table(table)
+    assert table.loc["good", "state"] == "finished"
+    assert isinstance(table.loc["bad", "state"], str)
+    assert "good" in fit_table(table)
+    assert "bad" in fit_table(table)
 
 
-def test_operations_of_repa_need_the_width_of_its_features(runs, tmp_path):
+def test_flops_of_repa_need_the_width_of_its_features(runs, tmp_path):
     config = replace(
         TINY,
         name="repa",
@@ -411,7 +402,7 @@ def test_operations_of_repa_need_the_width_of_its_features(runs, tmp_path):
     shutil.rmtree(tmp_path / "repa/checkpoints")
     assert pd.isna(runs_table(tmp_path).loc["repa", "FLOPs"])
     Run.open(tmp_path / "repa", "cpu")
-    place(runs["tiny"], tmp_path / "tiny")
+    old_copy(runs["tiny"], tmp_path / "tiny")
     (tmp_path / "tiny/checkpoints/step-00000012/objective.safetensors").write_bytes(
         b"x"
     )
@@ -443,38 +434,35 @@ def test_operations_of_repa_need_the_width_of_its_features(runs, tmp_path):
         ),
     ],
 )
-def test_what_is_wrong_in_a_file_is_said_with_its_remedy(
+def test_damage_in_a_file_is_reported_with_its_remedy(
     runs, tmp_path, file, content, words
 ):
-    path = place(runs["tiny"], tmp_path / "bad")
+    path = old_copy(runs["tiny"], tmp_path / "bad")
     (path / file).write_text(content)
     state = runs_table(tmp_path).loc["bad", "state"]
-    assert re.search("^damaged: .*" + words, state) and "Error" not in state
+    assert re.search("^damaged: .*" + words, state)
+    assert "Error" not in state
     with pytest.raises(ValueError, match=words.partition(",")[0]):
         run_curves(tmp_path, against="seconds" if file == "timing.jsonl" else "steps")
 
 
-def test_a_run_whose_first_steps_were_not_timed(runs, tmp_path):
+def test_a_run_whose_first_steps_were_not_timed_has_no_time(runs, tmp_path):
     timed(
-        place(runs["tiny"], tmp_path / "old"),
+        old_copy(runs["tiny"], tmp_path / "old"),
         seconds=None,
         wall=None,
         device="AMD EPYC 9B14, 2 threads",
     )
-    timed(place(runs["vanilla"], tmp_path / "new"))
+    timed(old_copy(runs["vanilla"], tmp_path / "new"))
     table = runs_table(tmp_path)
-    assert (
-        pd.isna(table.loc["old", "seconds"]) and table.loc["old", "state"] == "finished"
-    )
+    assert pd.isna(table.loc["old", "seconds"])
+    assert table.loc["old", "state"] == "finished"
     text = readable(table)
-    assert (
-        text.loc["old", "time"] == ""
-        and text.loc["old", "device"] == "AMD EPYC 9B14"
-        and text.loc["new", "time"] == "0:00:24"
-    )
-    assert "old" in fit_table(table) and "time" not in readable(
-        runs_table(tmp_path / "old")
-    )
+    assert text.loc["old", "time"] == ""
+    assert text.loc["old", "device"] == "AMD EPYC 9B14"
+    assert text.loc["new", "time"] == "0:00:24"
+    assert "old" in fit_table(table)
+    assert "time" not in readable(runs_table(tmp_path / "old"))
     with pytest.raises(
         ValueError, match="run old did not keep its time from the start"
     ):
@@ -490,8 +478,8 @@ def test_a_run_whose_first_steps_were_not_timed(runs, tmp_path):
         ("note", "the folder of one run"),
     ],
 )
-def test_a_file_is_no_folder_of_runs(runs, tmp_path, file, near):
-    place(runs["tiny"], tmp_path / "x/y/runs/a")
+def test_a_file_given_as_a_folder_of_runs_is_refused(runs, tmp_path, file, near):
+    old_copy(runs["tiny"], tmp_path / "x/y/runs/a")
     for name in ("x/y/runs/note", "note"):
         (tmp_path / name).write_text("no run")
     with pytest.raises(
@@ -503,7 +491,7 @@ def test_a_file_is_no_folder_of_runs(runs, tmp_path, file, near):
 # text
 
 
-def test_tables_fit_the_terminal_and_say_what_they_leave_out(folder):
+def test_tables_fit_the_terminal_and_name_what_they_leave_out(folder):
     table = runs_table(folder)
     for width in (200, 120, 100, 80, 60):
         text = fit_table(table, width)
@@ -512,19 +500,17 @@ def test_tables_fit_the_terminal_and_say_what_they_leave_out(folder):
             for line in text.splitlines()
             if not line.startswith("Left out") and ": " not in line
         ]
-        assert max(map(len, rows)) <= width and all(
-            name in text for name in table.index
-        )
-        assert "no intact checkpoint" in text and "config.json" in text, (
-            "what is wrong with damaged runs is said in full"
-        )
-    assert "Left out for the width of 60: " in fit_table(
-        table, 60
-    ) and "Left out" not in fit_table(table, 200)
+        assert max(map(len, rows)) <= width
+        assert all(name in text for name in table.index)
+        # damage is described in full
+        assert "no intact checkpoint" in text
+        assert "config.json" in text
+    assert "Left out for the width of 60: " in fit_table(table, 60)
+    assert "Left out" not in fit_table(table, 200)
     few = fit_table(runs_table({name: folder / name for name in ("run2", "run10")}), 60)
-    assert "Left out" not in few and few.splitlines()[0].split() == ["run2", "run10"], (
-        "two runs stand better side by side"
-    )
+    # two runs are shown side by side
+    assert "Left out" not in few
+    assert few.splitlines()[0].split() == ["run2", "run10"]
     assert fit_table(table, 1).count("\n") >= len(table) - 1
 
 
@@ -546,21 +532,19 @@ def test_times_are_readable(seconds, text):
         (5e25, "5e+04 ZFLOP"),
     ],
 )
-def test_operations_are_readable(flops, text):
+def test_flops_are_readable(flops, text):
     assert comparison._with_unit(flops) == text
 
 
 # curves
 
 
-def test_curves_are_those_of_the_log(folder):
+def test_curves_equal_the_log(folder):
     pair = {name: folder / name for name in ("run2", "run10")}
     log = Run.open(folder / "run2", "cpu").log
     steps, losses = run_curves(pair)["run2"]
-    assert (
-        steps.tolist() == log["step"].tolist()
-        and losses.tolist() == log["flow_loss"].tolist()
-    )
+    assert steps.tolist() == log["step"].tolist()
+    assert losses.tolist() == log["flow_loss"].tolist()
     steps, losses = run_curves(pair, "validation_flow_loss")["run10"]
     assert steps.tolist() == [6, 12]
     assert (
@@ -590,16 +574,15 @@ def test_curves_against_time_need_the_time(folder):
         run_curves(pair, against="seconds")
     timed(folder / "run10", 1.5)
     curves = run_curves(pair, "validation_flow_loss", "seconds")
-    assert curves["run2"][0].tolist() == [12.0, 24.0] and curves["run10"][
-        0
-    ].tolist() == [9.0, 18.0]
+    assert curves["run2"][0].tolist() == [12.0, 24.0]
+    assert curves["run10"][0].tolist() == [9.0, 18.0]
     lines = (folder / "run2/timing.jsonl").read_text().splitlines(keepends=True)
-    # the last line is on its way
+    # the last line is not written yet
     (folder / "run2/timing.jsonl").write_text("".join(lines[:-1]))
     assert run_curves(pair, against="seconds")["run2"][0].tolist() == [
         2.0 * step for step in range(1, 12)
     ]
-    # begun by a version that kept no time
+    # a run started by a version that stored no times
     (folder / "run2/timing.jsonl").write_text("".join(lines[6:]))
     with pytest.raises(
         ValueError, match="run run2 did not keep its time from the start"
@@ -607,19 +590,16 @@ def test_curves_against_time_need_the_time(folder):
         run_curves(pair, against="seconds")
 
 
-def test_times_are_those_that_training_kept(runs):
-    table, run = runs_table(runs), runs["tiny"]
-    assert (
-        (table["seconds"] > 0).all()
-        and (table["processes"] == 1).all()
-        and table["device"].str.len().min() > 0
-    )
+def test_times_equal_those_that_training_recorded(runs):
+    table = runs_table(runs)
+    run = runs["tiny"]
+    assert (table["seconds"] > 0).all()
+    assert (table["processes"] == 1).all()
+    assert table["device"].str.len().min() > 0
     assert table.loc["tiny", "seconds"] == run.timing["seconds"].iloc[-1]
     seconds, losses = run_curves(runs, against="seconds")["tiny"]
-    assert (
-        seconds.tolist() == run.timing["seconds"].tolist()
-        and losses.tolist() == run.log["flow_loss"].tolist()
-    )
+    assert seconds.tolist() == run.timing["seconds"].tolist()
+    assert losses.tolist() == run.log["flow_loss"].tolist()
 
 
 @pytest.mark.parametrize(
@@ -632,7 +612,7 @@ def test_times_are_those_that_training_kept(runs):
         ({"against": "step"}, "unknown cost .*Did you mean 'steps'"),
     ],
 )
-def test_curves_of_nothing_are_refused(folder, options, words):
+def test_unknown_measures_and_costs_are_refused(folder, options, words):
     with pytest.raises(ValueError, match=words):
         run_curves({"it": folder / "run2"}, **options)
 
@@ -640,15 +620,13 @@ def test_curves_of_nothing_are_refused(folder, options, words):
 # the command
 
 
-def test_the_command_shows_and_draws(folder, monkeypatch, capsys):
+def test_the_command_prints_a_table_and_draws_curves(folder, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "90")
     main(["runs", str(folder)])
-    said = capsys.readouterr().out
-    assert (
-        "stopped at step 4" in said
-        and "damaged" in said
-        and not list(folder.glob("*.png"))
-    )
+    printed = capsys.readouterr().out
+    assert "stopped at step 4" in printed
+    assert "damaged" in printed
+    assert not list(folder.glob("*.png"))
     timed(folder / "run2")
     main(
         [
@@ -663,16 +641,15 @@ def test_the_command_shows_and_draws(folder, monkeypatch, capsys):
             "cosine",
         ]
     )
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        f"the picture is {folder}/comparison.png; it has no curve of run10" in said
-        and "stopped" not in said
+        f"the picture is {folder}/comparison.png; it has no curve of run10" in printed
     )
+    assert "stopped" not in printed
     assert (folder / "comparison.png").read_bytes()[:4] == b"\x89PNG"
     main(["runs", str(folder), "--output", str(folder / "other.png")])
-    assert (
-        folder / "other.png"
-    ).stat().st_size > 5000 and "it has no curve of edited" in capsys.readouterr().out
+    assert (folder / "other.png").stat().st_size > 5000
+    assert "it has no curve of edited" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -688,20 +665,20 @@ def test_the_command_shows_and_draws(folder, monkeypatch, capsys):
         ),
     ],
 )
-def test_the_command_answers_mistakes(folder, capsys, args, words):
+def test_the_command_explains_mistakes(folder, capsys, args, words):
     with pytest.raises(SystemExit) as stop:
         main(["runs", str(folder), *args])
-    assert stop.value.code == 2 and words in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 def test_every_cost_has_a_name_and_units():
     for label, units in AGAINST.values():
-        assert label and [size for size, _ in units] == sorted(
-            size for size, _ in units
-        )
+        assert label
+        assert [size for size, _ in units] == sorted(size for size, _ in units)
 
 
-def test_files_that_are_no_weights_do_not_break_the_table(runs, tmp_path):
+def test_an_unreadable_weights_file_does_not_break_the_table(runs, tmp_path):
     config = replace(
         TINY,
         name="repa",
@@ -729,7 +706,7 @@ def test_files_that_are_no_weights_do_not_break_the_table(runs, tmp_path):
         (DataConfig("shapes", size=16, patch=4, condition="caption"), ""),
     ],
 )
-def test_runs_of_films_sounds_and_captions_stand_in_the_table(tmp_path, data, given):
+def test_the_table_includes_runs_of_video_audio_and_captions(tmp_path, data, given):
     config = Config(
         "made",
         data=data,
@@ -739,9 +716,7 @@ def test_runs_of_films_sounds_and_captions_stand_in_the_table(tmp_path, data, gi
     )
     run = train(config, tmp_path, bar=False)
     table = runs_table(tmp_path)
-    assert (
-        table.loc["made", "FLOPs"] == flops_per_step(config, run.inputs) > 0
-        and table.loc["made", "state"] == "finished"
-    )
+    assert table.loc["made", "FLOPs"] == flops_per_step(config, run.inputs) > 0
+    assert table.loc["made", "state"] == "finished"
     plain = replace(config, objective=replace(config.objective, given=""))
     assert flops_per_step(plain, run.inputs) == table.loc["made", "FLOPs"]

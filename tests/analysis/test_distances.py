@@ -1,4 +1,6 @@
-"""Distances between sets of samples equal closed forms, loops and other libraries."""
+"""Distances between sets of samples equal closed forms, loops and other libraries, and
+their intervals cover the truth.
+"""
 
 import time
 
@@ -31,8 +33,8 @@ def clouds(n=60, m=45, d=6, seed=0, shift=0.5):
     ) @ rng.normal(size=(d, d))
 
 
-def exactly(mean, cov, count, rng):
-    "Samples whose mean and covariance are exactly these."
+def samples_with(mean, cov, count, rng):
+    "Samples with exactly this mean and covariance."
     values = rng.normal(size=(count, len(mean)))
     values -= values.mean(0)
     whitened = (
@@ -48,43 +50,45 @@ def exactly(mean, cov, count, rng):
 
 
 @pytest.mark.parametrize("d", [1, 3, 8])
-def test_frechet_of_gaussians_is_the_closed_form(d):
-    "By scipy's matrix square root; of diagonal covariances, sum of (s1 - s2)^2."
+def test_the_frechet_distance_of_gaussians_has_its_closed_form(d):
+    "By scipy's matrix square root, and sum of (s1 - s2)^2 for diagonal covariances."
     rng = np.random.default_rng(d)
-    mean, other = rng.normal(size=(2, d))
+    mean, other_mean = rng.normal(size=(2, d))
     cov, other_cov = (a @ a.T + 0.1 * np.eye(d) for a in rng.normal(size=(2, d, d)))
-    expected = ((mean - other) ** 2).sum() + np.trace(
+    expected = ((mean - other_mean) ** 2).sum() + np.trace(
         cov + other_cov - 2 * sqrtm(cov @ other_cov).real
     )
     assert frechet(
-        exactly(mean, cov, 50, rng), exactly(other, other_cov, 70, rng)
+        samples_with(mean, cov, 50, rng), samples_with(other_mean, other_cov, 70, rng)
     ) == pytest.approx(expected, rel=1e-8)
     s, r = rng.uniform(0.2, 3, (2, d))
     plain = frechet(
-        exactly(mean, np.diag(s**2), 50, rng), exactly(other, np.diag(r**2), 30, rng)
+        samples_with(mean, np.diag(s**2), 50, rng),
+        samples_with(other_mean, np.diag(r**2), 30, rng),
     )
     assert plain == pytest.approx(
-        ((mean - other) ** 2).sum() + ((s - r) ** 2).sum(), rel=1e-8
+        ((mean - other_mean) ** 2).sum() + ((s - r) ** 2).sum(), rel=1e-8
     )
 
 
-def test_frechet_with_fewer_samples_than_dimensions():
+def test_the_frechet_distance_allows_fewer_samples_than_dimensions():
     rng = np.random.default_rng(0)
-    few, many = rng.normal(size=(12, 40)), rng.normal(1, 2, (100, 40))
-    for one, other in ((few, many), (many, few), (few, few + 1)):
-        covs = np.cov(one, rowvar=False), np.cov(other, rowvar=False)
+    few = rng.normal(size=(12, 40))
+    many = rng.normal(1, 2, (100, 40))
+    for first, second in ((few, many), (many, few), (few, few + 1)):
+        covs = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
         values = np.linalg.eigvals(covs[0] @ covs[1])
         shared = np.sqrt(values.astype(complex)).real.sum()
         expected = (
-            ((one.mean(0) - other.mean(0)) ** 2).sum()
+            ((first.mean(0) - second.mean(0)) ** 2).sum()
             + np.trace(sum(covs))
             - 2 * shared
         )
-        assert frechet(one, other) == pytest.approx(expected, rel=1e-5)
+        assert frechet(first, second) == pytest.approx(expected, rel=1e-5)
     assert frechet(few, few + 1) == pytest.approx(40, rel=1e-9)
 
 
-def test_kernel_distance_is_the_mean_over_pairs_by_loops():
+def test_the_kernel_distance_equals_a_mean_over_pairs():
     real, drawn = clouds(9, 7, 3)
 
     def k(x, y):
@@ -98,12 +102,14 @@ def test_kernel_distance_is_the_mean_over_pairs_by_loops():
     assert kernel_distance(real, drawn) == pytest.approx(expected, rel=1e-10)
 
 
-def test_kernel_distance_has_the_mean_that_gaussians_have():
+def test_the_kernel_distance_of_gaussians_has_its_expected_mean():
     """E k(x, y) of N(a, 1) and N(b, 1) on a line, by their moments.
 
     (xy + 1)^3 = 1 + 3xy + 3(xy)^2 + (xy)^3.
     """
-    rng, a, b = np.random.default_rng(1), 0.2, 1.1
+    rng = np.random.default_rng(1)
+    a = 0.2
+    b = 1.1
     moments = {m: (m, m**2 + 1, m**3 + 3 * m) for m in (a, b)}  # E x, E x^2, E x^3
 
     def kernel(p, q):
@@ -112,33 +118,36 @@ def test_kernel_distance_has_the_mean_that_gaussians_have():
         )
 
     expected = kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
-    found = [
+    distances = [
         kernel_distance(rng.normal(a, 1, (25, 1)), rng.normal(b, 1, (25, 1)))
         for _ in range(800)
     ]
-    assert abs(np.mean(found) - expected) < 4 * np.std(found) / 800**0.5
+    assert abs(np.mean(distances) - expected) < 4 * np.std(distances) / 800**0.5
 
 
 @pytest.mark.parametrize("n, m", [(40, 40), (40, 27), (1, 13), (6, 3)])
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_on_a_line_it_is_the_wasserstein_distance(n, m, order):
+def test_the_sliced_distance_on_a_line_is_the_wasserstein_distance(n, m, order):
     rng = np.random.default_rng(n + m)
-    one, other = rng.normal(size=n), rng.normal(0.3, 2, m)
-    found = sliced_wasserstein(one[:, None], other[:, None], 3, order)
+    first = rng.normal(size=n)
+    second = rng.normal(0.3, 2, m)
+    distance = sliced_wasserstein(first[:, None], second[:, None], 3, order)
     if order == 1:
-        assert found == pytest.approx(wasserstein_distance(one, other))
-    # the same laws with equal counts
-    a, b = (np.sort(np.repeat(x, k)) for x, k in ((one, m), (other, n)))
-    assert found == pytest.approx(np.mean(np.abs(a - b) ** order) ** (1 / order))
+        assert distance == pytest.approx(wasserstein_distance(first, second))
+    # the same distributions with equal counts
+    a, b = (np.sort(np.repeat(x, k)) for x, k in ((first, m), (second, n)))
+    assert distance == pytest.approx(np.mean(np.abs(a - b) ** order) ** (1 / order))
 
 
-def test_sliced_wasserstein_of_gaussians_is_the_closed_form():
+def test_sliced_wasserstein_of_gaussians_has_its_closed_form():
     "N(0, 1) and N(m, s^2) in d dimensions: SW_2^2 = |m|^2 / d + (1 - s)^2."
-    rng, d = np.random.default_rng(2), 5
+    rng = np.random.default_rng(2)
+    d = 5
     shift = np.array([1.0, -2, 0.5, 0, 1])
-    one, other = rng.normal(size=(5_000, d)), shift + 1.7 * rng.normal(size=(5_000, d))
+    first = rng.normal(size=(5_000, d))
+    second = shift + 1.7 * rng.normal(size=(5_000, d))
     expected = ((shift**2).sum() / d + 0.7**2) ** 0.5
-    assert sliced_wasserstein(one, other, 600) == pytest.approx(expected, rel=0.05)
+    assert sliced_wasserstein(first, second, 600) == pytest.approx(expected, rel=0.05)
 
 
 @settings(max_examples=15)
@@ -149,14 +158,15 @@ def test_sliced_wasserstein_of_gaussians_is_the_closed_form():
     st.integers(1, 3),
     st.integers(0, 99),
 )
-def test_neighbourhoods_by_loops(n, m, d, k, seed):
+def test_neighbourhoods_equal_loops(n, m, d, k, seed):
     rng = np.random.default_rng(seed)
-    real, drawn = rng.normal(size=(n, d)), rng.normal(0.5, 1, (m, d))
-    radius = [sorted(np.linalg.norm(x - y) for y in real)[k] for x in real]
-    other = [sorted(np.linalg.norm(x - y) for y in drawn)[k] for x in drawn]
+    real = rng.normal(size=(n, d))
+    drawn = rng.normal(0.5, 1, (m, d))
+    real_radius = [sorted(np.linalg.norm(x - y) for y in real)[k] for x in real]
+    drawn_radius = [sorted(np.linalg.norm(x - y) for y in drawn)[k] for x in drawn]
     inside = [
         [np.linalg.norm(x - y) <= r for y in drawn]
-        for x, r in zip(real, radius, strict=True)
+        for x, r in zip(real, real_radius, strict=True)
     ]
     expected = {
         "precision": np.mean([any(row[j] for row in inside) for j in range(m)]),
@@ -164,7 +174,7 @@ def test_neighbourhoods_by_loops(n, m, d, k, seed):
             [
                 any(
                     np.linalg.norm(x - y) <= r
-                    for y, r in zip(drawn, other, strict=True)
+                    for y, r in zip(drawn, drawn_radius, strict=True)
                 )
                 for x in real
             ]
@@ -179,7 +189,7 @@ def test_neighbourhoods_by_loops(n, m, d, k, seed):
 
 
 @pytest.mark.parametrize("n, m, d", [(60, 45, 6), (300, 200, 24), (90, 90, 3)])
-def test_equal_to_torch_fidelity(n, m, d):
+def test_distances_equal_those_of_torch_fidelity(n, m, d):
     from torch_fidelity.metric_fid import (
         fid_features_to_statistics,
         fid_statistics_to_metric,
@@ -201,12 +211,11 @@ def test_equal_to_torch_fidelity(n, m, d):
     )
     theirs = prc_features_to_metric(drawn, real, prc_neighborhood=3, verbose=False)
     ours = neighbourhoods(real, drawn, 3)
-    assert ours["precision"] == pytest.approx(theirs["precision"]) and ours[
-        "recall"
-    ] == pytest.approx(theirs["recall"])
+    assert ours["precision"] == pytest.approx(theirs["precision"])
+    assert ours["recall"] == pytest.approx(theirs["recall"])
 
 
-def test_equal_to_scikit_learn():
+def test_distances_equal_those_of_scikit_learn():
     real, drawn = clouds(200, 150, 5)
     inside = [polynomial_kernel(c, degree=3) for c in (real, drawn)]
     expected = sum((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in inside)
@@ -220,19 +229,19 @@ def test_equal_to_scikit_learn():
     )
 
 
-# what holds of all of them
+# properties of all metrics
 
 
 @pytest.mark.parametrize("metric", list(metrics))
-def test_order_of_samples_and_turning_do_not_matter(metric):
+def test_metrics_ignore_the_order_of_samples_and_rotation(metric):
     real, drawn = clouds(80, 80, 4)
     rng = np.random.default_rng(3)
-    turn = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    rotation = np.linalg.qr(rng.normal(size=(4, 4)))[0]
     function = metrics[metric].load()
     shuffled = function(rng.permutation(real), rng.permutation(drawn))
     assert shuffled == pytest.approx(function(real, drawn))
-    turned = function(real @ turn, drawn @ turn)
-    assert turned == pytest.approx(
+    rotated = function(real @ rotation, drawn @ rotation)
+    assert rotated == pytest.approx(
         function(real, drawn), rel=0.1 if metric == "sliced Wasserstein" else 1e-6
     )
     if metric != "neighbourhoods":
@@ -242,7 +251,8 @@ def test_order_of_samples_and_turning_do_not_matter(metric):
 @pytest.mark.parametrize("metric", list(metrics))
 def test_bad_input_is_refused_with_the_value(metric):
     real, drawn = clouds()
-    function, bad = metrics[metric].load(), drawn.copy()
+    function = metrics[metric].load()
+    bad = drawn.copy()
     bad[3, 1] = np.nan
     for first, second, words in (
         (real, bad, "1 of 45 drawn samples are not finite, first 3"),
@@ -259,7 +269,7 @@ def test_bad_input_is_refused_with_the_value(metric):
         measure(metric, real, bad)
 
 
-def test_settings_are_checked():
+def test_unsuitable_settings_are_refused():
     real, drawn = clouds()
     for call, words in (
         (lambda: neighbourhoods(real, drawn, 45), "smaller set has 45"),
@@ -284,19 +294,20 @@ def test_settings_are_checked():
         ("sliced Wasserstein", 0.8),
     ],
 )
-def test_intervals_hold_the_truth_about_as_often_as_they_say(metric, truth):
+def test_intervals_cover_the_truth_as_often_as_they_claim(metric, truth):
     """N(0, 1) and N(0.8, 1) on a line. The kernel distance is known by moments:
 
     3 (a-b)^2 + 3 (a^2-b^2)^2 + (a^3-b^3 + 3(a-b))^2.
     """
-    rng, held = np.random.default_rng(4), 0
+    rng = np.random.default_rng(4)
+    covered = 0
     for seed in range(100):
-        found = measure(
+        measurement = measure(
             metric, rng.normal(size=(120, 1)), rng.normal(0.8, 1, (120, 1)), 20, seed
         )[metric]
-        held += found.interval[0] <= truth <= found.interval[1]
-    # of 100 intervals of 95 %; fewer than 87 would be chance once in 700 times
-    assert 87 <= held <= 100
+        covered += measurement.interval[0] <= truth <= measurement.interval[1]
+    # of 100 intervals of 95 %; fewer than 87 occur by chance once in 700 times
+    assert 87 <= covered <= 100
 
 
 def test_an_interval_is_as_wide_as_fresh_samples_spread():
@@ -311,22 +322,21 @@ def test_an_interval_is_as_wide_as_fresh_samples_spread():
             measure(metric, *fresh(), resamples=30, seed=seed) for seed in range(6)
         ]
         for name in numbers[0]:
-            spread = np.std([found[name].value for found in numbers])
+            spread = np.std([measured[name].value for measured in numbers])
             widths = [
-                np.diff(found[name].interval)[0] / (2 * 1.96) for found in intervals
+                np.diff(measured[name].interval)[0] / (2 * 1.96)
+                for measured in intervals
             ]
             assert 0.6 < np.mean(widths) / spread < 1.7, name
 
 
-def test_what_is_measured_says_its_counts_and_doubts():
+def test_a_measurement_states_its_counts_and_doubts():
     rng = np.random.default_rng(6)
     real, drawn = rng.normal(size=(2, 60, 8))
-    found = measure("Frechet distance", real, drawn, 4)["Frechet distance"]
-    assert (
-        found.counts == (60, 60)
-        and "60 samples in 8 dimensions: mostly bias" in found.doubts[0]
-        and " to " in str(found)
-    )
+    measurement = measure("Frechet distance", real, drawn, 4)["Frechet distance"]
+    assert measurement.counts == (60, 60)
+    assert "60 samples in 8 dimensions: mostly bias" in measurement.doubts[0]
+    assert " to " in str(measurement)
     assert (
         measure("Frechet distance", real[:8], drawn, 0)["Frechet distance"]
         .doubts[0]
@@ -341,17 +351,15 @@ def test_what_is_measured_says_its_counts_and_doubts():
     assert measure("kernel distance", real[:40], drawn, 0)[
         "kernel distance"
     ].doubts == ("40 samples are few",)
-    assert found == measure("Frechet distance", real, drawn, 4)["Frechet distance"], (
-        "the same seed, the same interval"
-    )
-    shares = measure("neighbourhoods", real, drawn, 10)
     assert (
-        list(shares) == ["precision", "recall", "density", "coverage"]
-        and shares["recall"].interval[1] <= 1
-    )
+        measurement == measure("Frechet distance", real, drawn, 4)["Frechet distance"]
+    ), "the same seed, the same interval"
+    shares = measure("neighbourhoods", real, drawn, 10)
+    assert list(shares) == ["precision", "recall", "density", "coverage"]
+    assert shares["recall"].interval[1] <= 1
 
 
-def test_it_is_quick():
+def test_the_frechet_distance_is_quick():
     "One 160th of the multiplications of 50,000 x 2048, the usual size of a FID."
     rng = np.random.default_rng(7)
     real, drawn = (rng.normal(size=(5_000, 512)) for _ in range(2))

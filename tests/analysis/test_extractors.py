@@ -1,4 +1,6 @@
-"""Extractors equal the networks they wrap; the metrics of a run are complete."""
+"""Extractors equal the networks they wrap, and the metrics of a run are complete and
+detect spoiled samples.
+"""
 
 import json
 import math
@@ -31,7 +33,7 @@ from selfflow.training.run import Run
 NAMES = tuple(name for name in HEADS if name != "digits")  # which has no network
 
 
-def some(name, count, split="test", start=0):
+def signals_of(name, count, split="test", start=0):
     return load(name, split).take(torch.arange(start, start + count)).signals
 
 
@@ -39,57 +41,55 @@ def some(name, count, split="test", start=0):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_stands_before_the_last_layer_gives_the_answers(name):
-    judge, signals = judge_for(name), some(name, 20)
-    found, read = _penultimate(judge, signals), judge.read(signals)
-    assert set(found) == set(judge.readers)
+def test_penultimate_features_give_the_judges_answers(name):
+    judge = judge_for(name)
+    signals = signals_of(name, 20)
+    features = _penultimate(judge, signals)
+    read = judge.read(signals)
+    assert set(features) == set(judge.readers)
     for view, reader in judge.readers.items():
         for factor, head in reader.heads.items():
-            assert torch.equal(head(found[view]).argmax(1), read[factor])
+            assert torch.equal(head(features[view]).argmax(1), read[factor])
 
 
-def test_axes_are_those_of_training_data_and_keep_distances():
-    judge, train, test = (
-        judge_for("shapes"),
-        some("shapes", 50, "train"),
-        some("shapes", 30),
-    )
+def test_axes_come_from_training_data_and_preserve_distances():
+    judge = judge_for("shapes")
+    train = signals_of("shapes", 50, "train")
+    test = signals_of("shapes", 30)
     extractor = _judge_extractor(judge, train, axes=64)
-    assert (
-        extractor.recipe["dimensions"] == 50
-        and "50 training samples, 100.0%" in extractor.recipe["axes"]
-    )
+    assert extractor.recipe["dimensions"] == 50
+    assert "50 training samples, 100.0%" in extractor.recipe["axes"]
     parts = _penultimate(judge, train)
     joined = torch.cat(
         [values / values.var(0).sum().sqrt() for values in parts.values()], 1
     )
     features = extractor(train)
-    assert np.allclose(features.mean(0), 0, atol=1e-5) and features.var(
-        0, ddof=1
-    ).sum() == pytest.approx(len(parts), rel=1e-3)
+    assert np.allclose(features.mean(0), 0, atol=1e-5)
+    assert features.var(0, ddof=1).sum() == pytest.approx(len(parts), rel=1e-3)
     distances = np.linalg.norm(features[:9, None] - features[None, :9], axis=-1)
     assert np.allclose(distances, torch.cdist(joined[:9], joined[:9]), atol=1e-3)
     assert np.allclose(
         extractor(test)[3:5], extractor({"image": test["image"][3:5]}), atol=1e-5
-    ), "each sample by itself"
+    ), "each sample is independent of the batch"
     assert np.all(np.diff(features.var(0)) <= 1e-9)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_worse_samples_lie_farther_away(name):
-    "Much worse, because the judges were trained on views with some noise."
+def test_noisy_samples_are_farther_away(name):
+    "The noise is strong because the judges were trained with weak noise."
     extractor = built_in(DataConfig(name), count=100)
-    real, other = extractor(some(name, 60)), extractor(some(name, 60, start=60))
-    worse = {
+    real = extractor(signals_of(name, 60))
+    second_half = extractor(signals_of(name, 60, start=60))
+    noisy = {
         signal: values
         + torch.randn(values.shape, generator=torch.Generator().manual_seed(0))
-        for signal, values in some(name, 60, start=60).items()
+        for signal, values in signals_of(name, 60, start=60).items()
     }
-    assert frechet(real, extractor(worse)) > 1.5 * frechet(real, other)
+    assert frechet(real, extractor(noisy)) > 1.5 * frechet(real, second_half)
 
 
 def test_missing_signals_and_nan_are_refused():
-    broken = some("shapes", 3)["image"].clone()
+    broken = signals_of("shapes", 3)["image"].clone()
     broken[1, 0, 0, 0] = math.nan
     extractor = built_in(DataConfig("shapes"), count=20)
     for signals, words in (
@@ -109,9 +109,9 @@ def test_missing_signals_and_nan_are_refused():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    "Tiny models with random weights, saved as usual: {kind: (folder, network)}."
+    "Tiny models with random weights, saved by transformers: {kind: (folder, network)}."
     transformers = pytest.importorskip("transformers")
-    from transformers import models as known
+    from transformers import models as transformer_models
 
     torch.manual_seed(0)
     small = {
@@ -140,7 +140,7 @@ def models(tmp_path_factory):
             transformers.Dinov2Model(
                 transformers.Dinov2Config(**small, image_size=28, patch_size=14)
             ),
-            known.bit.BitImageProcessor(
+            transformer_models.bit.BitImageProcessor(
                 size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
             ),
         ),
@@ -168,64 +168,66 @@ def models(tmp_path_factory):
     folders = {}
     for kind, (network, processor) in made.items():
         folders[kind] = tmp_path_factory.mktemp(kind), network.eval()
-        for part in (network, processor):
-            part.save_pretrained(folders[kind][0])
+        for saved in (network, processor):
+            saved.save_pretrained(folders[kind][0])
     return folders
 
 
-def test_dinov2_is_the_class_token_of_what_its_processor_makes(models):
+def test_dinov2_features_are_the_class_token_of_processed_images(models):
     folder, network = models["dinov2"]
     images = torch.rand(3, 3, 28, 28) * 2 - 1
-    found = open_extractor(folder, batch=2)({"image": images})
-    said = json.loads((folder / "preprocessor_config.json").read_text())
+    features = open_extractor(folder, batch=2)({"image": images})
+    processing = json.loads((folder / "preprocessor_config.json").read_text())
     mean, std = (
-        torch.tensor(said[key])[:, None, None] for key in ("image_mean", "image_std")
+        torch.tensor(processing[key])[:, None, None]
+        for key in ("image_mean", "image_std")
     )
     pixels = (((images + 1) * 127.5).round() / 255 - mean) / std
     with torch.no_grad():
-        assert np.allclose(found, network(pixels).last_hidden_state[:, 0], atol=1e-4)
+        assert np.allclose(features, network(pixels).last_hidden_state[:, 0], atol=1e-4)
     grey = open_extractor(folder)({"image": images[:, :1]})
     assert np.allclose(
         grey, open_extractor(folder)({"image": images[:, :1].expand(-1, 3, -1, -1)})
     )
 
 
-def test_videomae_is_the_mean_of_tokens_of_evenly_chosen_frames(models):
+def test_videomae_features_are_the_mean_token_of_evenly_spaced_frames(models):
     folder, network = models["videomae"]
-    films = torch.rand(2, 3, 7, 16, 16) * 2 - 1
-    found = open_extractor(folder)({"video": films})
-    said = json.loads((folder / "preprocessor_config.json").read_text())
+    videos = torch.rand(2, 3, 7, 16, 16) * 2 - 1
+    features = open_extractor(folder)({"video": videos})
+    processing = json.loads((folder / "preprocessor_config.json").read_text())
     mean, std = (
-        torch.tensor(said[key])[:, None, None] for key in ("image_mean", "image_std")
+        torch.tensor(processing[key])[:, None, None]
+        for key in ("image_mean", "image_std")
     )
-    frames = films[:, :, [0, 2, 4, 6]].transpose(1, 2)
+    frames = videos[:, :, [0, 2, 4, 6]].transpose(1, 2)
     pixels = (((frames + 1) * 127.5).round() / 255 - mean) / std
     with torch.no_grad():
-        assert np.allclose(found, network(pixels).last_hidden_state.mean(1), atol=1e-4)
+        assert np.allclose(
+            features, network(pixels).last_hidden_state.mean(1), atol=1e-4
+        )
 
 
-def test_clap_hears_sounds_at_its_own_rate(models):
+def test_clap_resamples_audio_to_its_own_rate(models):
     folder, _ = models["clap"]
     tone = torch.sin(2 * math.pi * 440 * torch.arange(8000) / 8000).repeat(
         3, 1
     ) * torch.tensor([[1.0], [0.5], [0.01]])
     extractor = open_extractor(folder)
-    found = extractor({"audio": tone})
-    assert (
-        found.shape == (3, 12)
-        and np.isfinite(found).all()
-        and extractor.recipe["resize"] == "16000 samples a second"
-    )
-    twice = torch.sin(2 * math.pi * 440 * torch.arange(16000) / 16000)[None]
-    again = open_extractor(folder, rate=16000)({"audio": twice})
-    assert np.linalg.norm(found[0] - again[0]) < 0.2 * np.linalg.norm(
-        found[0] - found[2]
+    features = extractor({"audio": tone})
+    assert features.shape == (3, 12)
+    assert np.isfinite(features).all()
+    assert extractor.recipe["resize"] == "16000 samples a second"
+    double_rate = torch.sin(2 * math.pi * 440 * torch.arange(16000) / 16000)[None]
+    at_double_rate = open_extractor(folder, rate=16000)({"audio": double_rate})
+    assert np.linalg.norm(features[0] - at_double_rate[0]) < 0.2 * np.linalg.norm(
+        features[0] - features[2]
     )
 
 
-def test_inception_is_torch_fidelitys_with_the_weights_of_a_file(tmp_path):
+def test_inception_equals_torch_fidelity_with_weights_of_a_file(tmp_path):
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    # its network with random numbers, whose weights become the file
+    # its network with random weights, which become the file
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(
             module.FeatureExtractorInceptionV3,
@@ -238,10 +240,8 @@ def test_inception_is_torch_fidelitys_with_the_weights_of_a_file(tmp_path):
     images = torch.rand(2, 3, 20, 20) * 2 - 1
     extractor = open_extractor(tmp_path / "weights.safetensors")
     expected = network(((images + 1) * 127.5).round().byte())[0]
-    assert (
-        np.allclose(extractor({"image": images}), expected, atol=1e-5)
-        and extractor.recipe["dimensions"] == 2048
-    )
+    assert np.allclose(extractor({"image": images}), expected, atol=1e-5)
+    assert extractor.recipe["dimensions"] == 2048
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     for call, error, words in (
         (
@@ -261,7 +261,7 @@ def test_inception_is_torch_fidelitys_with_the_weights_of_a_file(tmp_path):
 
 def test_damaged_files_and_other_models_are_refused(tmp_path, models):
     (tmp_path / "x.safetensors").write_bytes(b"no tensors")
-    # what a pickle can do
+    # a pickle can run commands
     (tmp_path / "x.pth").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
     for name in ("x.safetensors", "x.pth"):
         with pytest.raises(ValueError, match=f"{name} (cannot be read|holds more)"):
@@ -290,10 +290,12 @@ def stand_in(path, name, condition, spoiled=0):
     "A run that draws validation examples, the first of them spoiled."
     source = load(name, "validation")
 
-    def draw(told, **options):
+    def draw(conditions, **options):
         signals = {
             key: values.clone()
-            for key, values in source.take(subset(source, len(told))).signals.items()
+            for key, values in source.take(
+                subset(source, len(conditions))
+            ).signals.items()
         }
         for values in signals.values():
             values[:spoiled] = torch.randn(
@@ -324,14 +326,15 @@ def stand_in(path, name, condition, spoiled=0):
         ("scenes", "none"),
     ],
 )
-def test_samples_that_are_real_are_as_near_as_real_ones(tmp_path, name, condition):
+def test_real_samples_have_the_metrics_of_the_floor(tmp_path, name, condition):
     run = stand_in(tmp_path, name, condition)
-    found = run_metrics(
+    metrics = run_metrics(
         run, 40, 2, 1.5, 4, extractor=built_in(run.config.data, count=64), resamples=3
     )
-    assert found.drawn == found.floor and ("Frechet distance" in found.doubts[0])
+    assert metrics.drawn == metrics.floor
+    assert "Frechet distance" in metrics.doubts[0]
     assert (
-        set(found.judged)
+        set(metrics.judged)
         == {
             "digits": {"digit", "all"},
             "shapes": {"kind", "colour", "ground", "place", "all"},
@@ -340,11 +343,9 @@ def test_samples_that_are_real_are_as_near_as_real_ones(tmp_path, name, conditio
         }[name]
     )
     stored = json.loads((tmp_path / "metrics.json").read_text())
-    assert (
-        stored["drawn"]["recall"]["value"] == found.drawn["recall"].value
-        and stored["recipe"] == found.recipe
-    )
-    said = {
+    assert stored["drawn"]["recall"]["value"] == metrics.drawn["recall"].value
+    assert stored["recipe"] == metrics.recipe
+    settings = {
         "count": 40,
         "steps": 2,
         "cfg_scale": 1.5,
@@ -354,54 +355,56 @@ def test_samples_that_are_real_are_as_near_as_real_ones(tmp_path, name, conditio
         "resamples": 3,
         "data": name,
     }
-    assert found.recipe.items() >= said.items() and {
+    assert metrics.recipe.items() >= settings.items()
+    assert {
         "features",
         "dimensions",
         "torch",
         "device",
         "floor",
-    } <= set(found.recipe)
-    assert "steps 2" in str(found) and "<table" in found._repr_html_()
+    } <= set(metrics.recipe)
+    assert "steps 2" in str(metrics)
+    assert "<table" in metrics._repr_html_()
 
 
-def test_spoiled_samples_are_seen_in_every_metric(tmp_path):
-    found = run_metrics(
+def test_every_metric_detects_spoiled_samples(tmp_path):
+    metrics = run_metrics(
         stand_in(tmp_path, "digits", "class", spoiled=60), count=120, resamples=4
     )
     for name in ("Frechet distance", "kernel distance", "sliced Wasserstein"):
-        assert found.drawn[name].value > 2 * found.floor[name].value
-    assert found.drawn["precision"].value < 0.6 < 0.8 < found.floor["precision"].value
+        assert metrics.drawn[name].value > 2 * metrics.floor[name].value
+    assert (
+        metrics.drawn["precision"].value < 0.6 < 0.8 < metrics.floor["precision"].value
+    )
     with pytest.raises(
         ValueError, match="11 samples are too few for halves with 5 neighbours; take 12"
     ):
         run_metrics(stand_in(tmp_path, "digits", "class"), count=11)
 
 
-def test_an_extractor_of_ones_own_is_used(tmp_path):
-    seen = []
+def test_a_custom_extractor_is_used(tmp_path):
+    calls = []
 
-    def four(signals):
-        seen.append(len(signals["image"]))
+    def four_pixels(signals):
+        calls.append(len(signals["image"]))
         return signals["image"].flatten(1)[:, 20:24].numpy()
 
-    own = Extractor(four, {"features": "four"})
-    found = run_metrics(
-        stand_in(tmp_path, "digits", "none"), count=30, extractor=own, resamples=0
+    extractor = Extractor(four_pixels, {"features": "four"})
+    metrics = run_metrics(
+        stand_in(tmp_path, "digits", "none"), count=30, extractor=extractor, resamples=0
     )
-    assert (
-        seen == [30, 30, 30]
-        and found.recipe["features"] == "four"
-        and found.drawn["recall"].interval is None
-    )
-    assert not found.judged
+    assert calls == [30, 30, 30]
+    assert metrics.recipe["features"] == "four"
+    assert metrics.drawn["recall"].interval is None
+    assert not metrics.judged
 
 
 def test_the_command_measures_a_run(runs, tmp_path, capsys, monkeypatch):
     source = runs["tiny"].path
     copied = tmp_path / "run"
     copied.mkdir()
-    for part in ("config.json", "checkpoints"):
-        (copied / part).symlink_to(source / part)
+    for name in ("config.json", "checkpoints"):
+        (copied / name).symlink_to(source / name)
     cli.main(
         [
             "metrics",
@@ -416,12 +419,10 @@ def test_the_command_measures_a_run(runs, tmp_path, capsys, monkeypatch):
             "cpu",
         ]
     )
-    said = capsys.readouterr().out
-    assert (
-        "Frechet distance" in said
-        and "judged right: digit" in said
-        and f"{copied}/metrics.json" in said
-    )
+    printed = capsys.readouterr().out
+    assert "Frechet distance" in printed
+    assert "judged right: digit" in printed
+    assert f"{copied}/metrics.json" in printed
     stored = json.loads((copied / "metrics.json").read_text())
     assert stored["recipe"]["step"] == Run.open(copied, "cpu").state()["step"] == 12
     with pytest.raises(SystemExit):

@@ -1,6 +1,5 @@
-"""Features on disk equal those in memory, computed once, in one pass for each level.
-
-They are complete or absent, and never all in memory.
+"""Streamed features equal those in memory, take one pass per level, are complete or
+absent on disk, and use memory for one batch only.
 """
 
 import resource
@@ -35,16 +34,18 @@ def store(tmp_path):
 
 @pytest.fixture
 def forwards(monkeypatch):
-    "The number of samples and the taps of each forward."
-    seen, real = [], Transformer.forward
+    "The number of samples and the taps of each forward pass."
+    calls = []
+    forward = Transformer.forward
     monkeypatch.setattr(
         Transformer,
         "forward",
         lambda self, x, *args, **options: (
-            seen.append((len(x), options["taps"])) or real(self, x, *args, **options)
+            calls.append((len(x), options["taps"]))
+            or forward(self, x, *args, **options)
         ),
     )
-    return seen
+    return calls
 
 
 def scenes(split="test", count=5, **options):
@@ -69,22 +70,21 @@ def model_of(items, depth=3, width=16):
 
 @pytest.mark.parametrize("weights", ["teacher", "model"])
 def test_streamed_features_equal_those_in_memory(runs, store, weights):
-    model, items = getattr(runs["tiny"], weights), items_of(runs["tiny"], "test", 30)
+    model = getattr(runs["tiny"], weights)
+    items = items_of(runs["tiny"], "test", 30)
     x0, x1 = items.take(torch.arange(30))
     for pooled in (True, False):
         streamed = stream_features(model, items, 0.3, (2, 4), store, pooled, batch=7)
         at_once = items.features(model, 0.3, (2, 4), pooled)
         for layer, expected in extract(model, x0, x1, 0.3, (2, 4), pooled).items():
             torch.testing.assert_close(at_once[layer], expected)
-            found = items.pooled(streamed[layer]) if pooled else streamed[layer]
-            assert (
-                isinstance(streamed[layer], np.memmap)
-                and not streamed[layer].flags.writeable
-            )
-            torch.testing.assert_close(torch.tensor(np.array(found)), expected)
+            actual = items.pooled(streamed[layer]) if pooled else streamed[layer]
+            assert isinstance(streamed[layer], np.memmap)
+            assert not streamed[layer].flags.writeable
+            torch.testing.assert_close(torch.tensor(np.array(actual)), expected)
 
 
-def test_parts_of_a_sequence_are_pooled_apart_and_together(store):
+def test_parts_of_a_sequence_are_pooled_separately_and_together(store):
     items = scenes()
     model = model_of(items)
     x0, x1 = items.take(torch.arange(5))
@@ -100,32 +100,31 @@ def test_parts_of_a_sequence_are_pooled_apart_and_together(store):
         items.pooled(means, "vido")
 
 
-def test_one_pass_a_level_and_only_what_is_missing(runs, store, forwards):
-    model, items = runs["tiny"].teacher, items_of(runs["tiny"], "test", 20)
+def test_each_level_takes_one_pass_for_its_missing_layers(runs, store, forwards):
+    model = runs["tiny"].teacher
+    items = items_of(runs["tiny"], "test", 20)
     for level in (0.0, 0.5):
         stream_features(model, items, level, (1, 2, 3), store, batch=8)
     assert forwards == 2 * [(8, (1, 2, 3)), (8, (1, 2, 3)), (4, (1, 2, 3))], (
-        "a forward gives all layers and stops at the last"
+        "one pass gives all layers and stops at the last"
     )
     forwards.clear()
     stream_features(model, items, 0.5, (1, 2, 3), FeatureStore(store.folder), batch=8)
-    assert not forwards, "what is there is not computed again"
+    assert not forwards, "stored features are not computed again"
     stream_features(model, items, 0.5, (2, 4), store, batch=20)
     assert forwards == [(20, (4,))]
 
 
-def test_ten_thousand_shapes_at_width_384_take_one_pass_a_level(monkeypatch, store):
+def test_ten_thousand_samples_at_width_384_take_one_pass(monkeypatch, store):
     items = Items(
         Sources(DataConfig("shapes", size=16, patch=4, condition="none")), count=10_000
     )
-    model, passed = (
-        Transformer(
-            TransformerConfig.of_image(48, (4, 4), 384, 12, 6, classes=1)
-        ).eval(),
-        [],
-    )
+    model = Transformer(
+        TransformerConfig.of_image(48, (4, 4), 384, 12, 6, classes=1)
+    ).eval()
+    passed = []
 
-    # what the blocks compute is not the point: the count is, at full size
+    # only the number of passes matters here, at full size
     def forward(self, x, levels, condition, taps, **options):
         passed.append(len(x))
         return type(
@@ -142,12 +141,10 @@ def test_ten_thousand_shapes_at_width_384_take_one_pass_a_level(monkeypatch, sto
         items, "take", lambda indices: 2 * (torch.zeros(len(indices), 16, 48),)
     )
     monkeypatch.setattr(Transformer, "forward", forward)
-    found = stream_features(model, items, 0.1, range(1, 13), store, batch=500)
-    assert (
-        passed == 20 * [500]
-        and found[12].shape == (10_000, 1, 384)
-        and (found[12][::1000] == 12).all()
-    )
+    features = stream_features(model, items, 0.1, range(1, 13), store, batch=500)
+    assert passed == 20 * [500]
+    assert features[12].shape == (10_000, 1, 384)
+    assert (features[12][::1000] == 12).all()
 
 
 def test_keys_differ_by_weights_data_layer_level_and_pooling(runs):
@@ -155,7 +152,8 @@ def test_keys_differ_by_weights_data_layer_level_and_pooling(runs):
         weights_fingerprint(model)
         for model in (runs["tiny"].teacher, runs["tiny"].model)
     )
-    assert teacher != student and teacher == weights_fingerprint(runs["tiny"].teacher)
+    assert teacher != student
+    assert teacher == weights_fingerprint(runs["tiny"].teacher)
     keys = [
         FeatureKey("w", "d", 1, 0.1),
         FeatureKey("v", "d", 1, 0.1),
@@ -165,7 +163,7 @@ def test_keys_differ_by_weights_data_layer_level_and_pooling(runs):
         FeatureKey("w", "d", 1, 0.1, False),
     ]
     assert len({key.name for key in keys}) == 6
-    made = [
+    fingerprints = [
         items_of(runs["tiny"], split, count, seed=seed).fingerprint
         for split, count, seed in (
             ("test", 5, 0),
@@ -174,51 +172,55 @@ def test_keys_differ_by_weights_data_layer_level_and_pooling(runs):
             ("test", 5, 1),
         )
     ]
-    assert len(set(made)) == 4 and scenes().fingerprint != scenes(columns=4).fingerprint
+    assert len(set(fingerprints)) == 4
+    assert scenes().fingerprint != scenes(columns=4).fingerprint
 
 
-def test_damaged_features_are_reported_and_computed_again(runs, store, capsys):
-    model, items = runs["tiny"].teacher, items_of(runs["tiny"], "test", 9)
-    good = np.array(stream_features(model, items, 0.5, (2,), store)[2])
+def test_damaged_features_are_reported_and_recomputed(runs, store, capsys):
+    model = runs["tiny"].teacher
+    items = items_of(runs["tiny"], "test", 9)
+    expected = np.array(stream_features(model, items, 0.5, (2,), store)[2])
     (file,) = store.folder.glob("*.npy")
-    for spoil in (
+    for damage in (
         lambda: file.write_bytes(file.read_bytes()[:-4]),
         lambda: file.write_bytes(b"\x00" * file.stat().st_size),
         file.unlink,
         lambda: file.with_suffix(".json").write_text("{"),
     ):
-        spoil()
+        damage()
         assert (
             feature_cost(model, items, (0.5,), (2,), FeatureStore(store.folder)).passes
             == 1
         )
         np.testing.assert_array_equal(
             stream_features(model, items, 0.5, (2,), FeatureStore(store.folder))[2],
-            good,
+            expected,
         )
     assert "will be computed again" in capsys.readouterr().out
 
 
-def test_an_interrupted_level_leaves_nothing_and_is_computed_again(
+def test_an_interrupted_level_leaves_no_files_and_is_recomputed(
     runs, store, monkeypatch, forwards
 ):
-    model, items = runs["tiny"].teacher, items_of(runs["tiny"], "test", 9)
+    model = runs["tiny"].teacher
+    items = items_of(runs["tiny"], "test", 9)
     stream_features(model, items, 0.0, (1, 2), store, batch=3)
-    real, calls = items.take, []
+    take = items.take
+    calls = []
 
     def stopped(indices):
         calls.append(indices)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(indices)
+        return take(indices)
 
     monkeypatch.setattr(items, "take", stopped)
     with pytest.raises(KeyboardInterrupt):
         stream_features(model, items, 0.5, (1, 2), store, batch=3)
-    assert len(list(store.folder.iterdir())) == 4 and not list(
-        store.folder.glob(".*")
-    ), "level 0 is there, nothing of 0.5"
-    monkeypatch.setattr(items, "take", real)
+    # the files of level 0, and nothing of 0.5
+    assert len(list(store.folder.iterdir())) == 4
+    assert not list(store.folder.glob(".*"))
+    monkeypatch.setattr(items, "take", take)
     forwards.clear()
     for level in (0.0, 0.5):
         stream_features(model, items, level, (1, 2), store, batch=3)
@@ -240,20 +242,19 @@ def test_a_full_disk_raises_not_written(store, monkeypatch):
 
 
 def test_the_estimated_cost_equals_the_real_one(runs, store, forwards):
-    model, items = runs["tiny"].teacher, items_of(runs["tiny"], "test", 20)
+    model = runs["tiny"].teacher
+    items = items_of(runs["tiny"], "test", 20)
     cost = feature_cost(model, items, (0.0, 0.5, 0.9), (1, 2), store, batch=8)
-    assert len(forwards) == 2 and cost.seconds > 0, "one batch is measured"
+    assert len(forwards) == 2
+    assert cost.seconds > 0, "one batch is measured"
     forwards.clear()
     for level in (0.0, 0.5, 0.9):
         stream_features(model, items, level, (1, 2), store, batch=8)
     files = list(store.folder.glob("*.npy"))
-    assert (
-        cost.forwards == len(forwards) == 9
-        and cost.samples == sum(size for size, _ in forwards) == 60
-    )
-    assert (
-        cost.bytes == sum(np.load(file).nbytes for file in files) and cost.passes == 3
-    )
+    assert cost.forwards == len(forwards) == 9
+    assert cost.samples == sum(size for size, _ in forwards) == 60
+    assert cost.bytes == sum(np.load(file).nbytes for file in files)
+    assert cost.passes == 3
     nothing = feature_cost(model, items, (0.5,), (2,), store)
     assert (nothing.passes, nothing.bytes, nothing.seconds) == (0, 0, 0)
 
@@ -291,14 +292,15 @@ def test_memory_is_bounded_by_the_batch(tmp_path):
     written = sum(file.stat().st_size for file in tmp_path.glob("*.npy")) / (
         1024 if sys.platform != "darwin" else 1
     )
-    assert written > 100_000 and after - before < written / 10, (
+    assert written > 100_000
+    assert after - before < written / 10, (
         f"{after - before} KiB for {written:.0f} KiB of features"
     )
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0
 
 
 @pytest.mark.parametrize(
-    "ask, words",
+    "call, words",
     [
         (
             lambda run, store: stream_features(
@@ -317,6 +319,6 @@ def test_memory_is_bounded_by_the_batch(tmp_path):
         (lambda run, store: items_of(run, count=0), "at least one sample"),
     ],
 )
-def test_bad_input_is_refused(runs, store, ask, words):
+def test_bad_input_is_refused(runs, store, call, words):
     with pytest.raises(ValueError, match=words):
-        ask(runs["tiny"], store)
+        call(runs["tiny"], store)

@@ -1,4 +1,6 @@
-"""FID equals the formulas of others, and only files of its network are taken."""
+"""FID and related metrics equal the formulas of others, and only statistics and weights
+of their network are accepted.
+"""
 
 import json
 import zipfile
@@ -25,7 +27,7 @@ from selfflow.training.npz import arrays_of, recipe_in, text_array, write_arrays
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    "torch-fidelity's network with random numbers, as a file."
+    "A file with random weights for torch-fidelity's network."
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     with pytest.MonkeyPatch.context() as patched, torch.random.fork_rng():
         torch.manual_seed(0)
@@ -39,7 +41,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def small(monkeypatch):
-    "Statistics of 6 and 4 dimensions, which are computed at once."
+    "Statistics of 6 and 4 dimensions, which are quick to compute."
     monkeypatch.setitem(fid._DIMENSIONS, "mu", 6)
     monkeypatch.setitem(fid._DIMENSIONS, "mu_s", 4)
     rng = np.random.default_rng(1)
@@ -66,16 +68,20 @@ def stored(small, **changed):
 @pytest.mark.parametrize(
     "counts, size", [((60, 40), 5), ((300, 200), 12), ((8, 9), 20)]
 )
-def test_the_distance_is_that_of_torch_fidelity_and_scipy(counts, size):
+def test_the_distance_equals_that_of_torch_fidelity_and_scipy(counts, size):
     theirs = pytest.importorskip("torch_fidelity.metric_fid")
     rng = np.random.default_rng(size)
     mixed = rng.normal(size=(size, size))
     sets = [rng.normal(i, 1 + i, size=(n, size)) @ mixed for i, n in enumerate(counts)]
     first, second = (Moments.of(values, block=7) for values in sets)
     stats = [theirs.fid_features_to_statistics(torch.from_numpy(v)) for v in sets]
-    for ours, other in zip((first, second), stats, strict=True):
-        np.testing.assert_allclose(ours.mean, other["mu"], rtol=1e-10, atol=1e-12)
-        np.testing.assert_allclose(ours.covariance, other["sigma"], atol=1e-9)
+    for ours, expected_moments in zip((first, second), stats, strict=True):
+        np.testing.assert_allclose(
+            ours.mean, expected_moments["mu"], rtol=1e-10, atol=1e-12
+        )
+        np.testing.assert_allclose(
+            ours.covariance, expected_moments["sigma"], atol=1e-9
+        )
     expected = theirs.fid_statistics_to_metric(*stats, False)
     value = frechet_of(first, second)
     assert value == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
@@ -88,7 +94,7 @@ def test_the_distance_is_that_of_torch_fidelity_and_scipy(counts, size):
     assert frechet_of(second, first) == pytest.approx(value, rel=1e-8)
 
 
-def test_the_inception_score_is_torch_fidelitys():
+def test_the_inception_score_equals_that_of_torch_fidelity():
     theirs = pytest.importorskip("torch_fidelity.metric_isc")
     logits = torch.randn(40, 11, generator=torch.Generator().manual_seed(0))
     expected = theirs.isc_features_to_metric(logits, splits=1, shuffle=False)
@@ -99,20 +105,26 @@ def test_the_inception_score_is_torch_fidelitys():
 # files
 
 
-def test_moments_go_through_a_file_unchanged(small, tmp_path):
+def test_moments_survive_a_file_unchanged(small, tmp_path):
     write_arrays(tmp_path / "a.npz", stored(small))
     opened = open_set(tmp_path / "a.npz")
     assert np.array_equal(opened.pool.covariance, small["pool"].covariance)
-    assert opened.pool.count == 50 and opened.recipe == {"count": 50}
-    other = FidSet(tmp_path / "b.npz", Moments.of(np.eye(6)), Moments.of(np.eye(4)))
+    assert opened.pool.count == 50
+    assert opened.recipe == {"count": 50}
+    another_set = FidSet(
+        tmp_path / "b.npz", Moments.of(np.eye(6)), Moments.of(np.eye(4))
+    )
     computed = FidSet(tmp_path / "a.npz", small["pool"], small["spatial"])
-    by_file, by_hand = fidelity(other, opened), fidelity(other, computed)
-    assert by_file.values == by_hand.values and set(by_file.values) == {"FID", "sFID"}
+    by_file = fidelity(another_set, opened)
+    in_memory = fidelity(another_set, computed)
+    assert by_file.values == in_memory.values
+    assert set(by_file.values) == {"FID", "sFID"}
     # a mean and a covariance cannot tell which samples are near which
     assert (
         "a.npz holds only mean and covariance" in by_file.missing["precision, recall"]
     )
-    assert "not computed" in str(by_file) and "reference a.npz" in str(by_file)
+    assert "not computed" in str(by_file)
+    assert "reference a.npz" in str(by_file)
 
 
 SYMMETRIC = np.eye(6)
@@ -156,7 +168,7 @@ def test_damaged_and_dangerous_files_are_refused(tmp_path):
     np.savez(file, other=np.zeros(3))
     with pytest.raises(ValueError, match="neither arr_0 nor mu and sigma, only other"):
         open_set(file)
-    # a header that promises more than there is
+    # a header that promises more than the file has
     np.savez(tmp_path / "whole.npz", arr_0=np.zeros((4, 2, 2, 3), np.uint8))
     with zipfile.ZipFile(tmp_path / "whole.npz") as archive:
         content = archive.read("arr_0.npy")
@@ -167,7 +179,7 @@ def test_damaged_and_dangerous_files_are_refused(tmp_path):
     np.savez(file, arr_0=np.zeros((4, 2, 2, 0), np.uint8))
     with pytest.raises(ValueError, match=r"shape \(4, 2, 2, 0\), which cannot be used"):
         arrays_of(file)
-    # a byte of the content has changed
+    # one byte of the content is changed
     np.savez(file, arr_0=np.zeros((50, 40, 40, 3), np.uint8))
     raw = bytearray(file.read_bytes())
     raw[200_000] ^= 1
@@ -176,7 +188,7 @@ def test_damaged_and_dangerous_files_are_refused(tmp_path):
         arrays_of(file)["arr_0"].whole()
 
 
-def test_features_that_are_no_numbers_are_refused():
+def test_features_that_are_not_finite_or_too_few_are_refused():
     with pytest.raises(ValueError, match="features hold NaN or infinity"):
         Moments.of(np.array([[0.0, np.nan], [1.0, 2.0]]))
     with pytest.raises(ValueError, match=r"shape \(1, 3\), expected \(n, d\)"):
@@ -186,7 +198,7 @@ def test_features_that_are_no_numbers_are_refused():
 # the network and the commands
 
 
-def test_features_of_sfid_are_a_branch_with_channels_last(weights):
+def test_features_of_sfid_are_a_branch_of_the_network_with_channels_last(weights):
     network = open_inception(weights, batch=2)
     images = torch.randint(0, 256, (3, 3, 20, 24), dtype=torch.uint8)
     pooled, spatial = network(images)
@@ -199,12 +211,17 @@ def test_features_of_sfid_are_a_branch_with_channels_last(weights):
     assert spatial.shape == (3, 17 * 17 * 7)
     place = spatial.reshape(3, 17, 17, 7)[1, 4, 9]
     torch.testing.assert_close(place, maps[0][1, :7, 4, 9], rtol=1e-4, atol=1e-5)
-    assert not layer._forward_hooks and not network.recipe["published weights"]
+    assert not layer._forward_hooks
+    assert not network.recipe["published weights"]
 
 
-def test_from_a_run_to_numbers_in_a_shell(runs, weights, tmp_path, capsys, monkeypatch):
-    run, inception = str(runs["tiny"].path), ["--extractor", str(weights)]
-    reference, samples = str(tmp_path / "own.npz"), tmp_path / "samples.npz"
+def test_the_commands_lead_from_a_run_to_its_fid(
+    runs, weights, tmp_path, capsys, monkeypatch
+):
+    run = str(runs["tiny"].path)
+    inception = ["--extractor", str(weights)]
+    reference = str(tmp_path / "own.npz")
+    samples = tmp_path / "samples.npz"
     on_cpu = ["--device", "cpu"]
     cli.main(["reference", run, reference, "--count", "6", *inception, *on_cpu])
     cli.main(
@@ -212,31 +229,32 @@ def test_from_a_run_to_numbers_in_a_shell(runs, weights, tmp_path, capsys, monke
     )
     with np.load(reference) as file:  # ADM's form
         assert {"arr_0", "mu", "sigma", "mu_s", "sigma_s"} < set(file)
-        assert file["arr_0"].shape == (6, 8, 8, 3) and file["arr_0"].dtype == np.uint8
+        assert file["arr_0"].shape == (6, 8, 8, 3)
+        assert file["arr_0"].dtype == np.uint8
         assert file["sigma_s"].shape == (2023, 2023)
         np.testing.assert_allclose(file["sigma"], file["sigma"].T)
     with pytest.raises(SystemExit):
         cli.main(["metrics", run, "--reference", reference, *on_cpu])
     with pytest.raises(SystemExit):
         cli.main(["metrics", str(samples), *on_cpu])
-    said = capsys.readouterr()
-    assert "give its weights: --extractor FILE" in said.err
-    assert "measure it against --reference FILE" in said.err
-    # the distance itself is tested above; with 2048 dimensions it takes its time
+    captured = capsys.readouterr()
+    assert "give its weights: --extractor FILE" in captured.err
+    assert "measure it against --reference FILE" in captured.err
+    # the distance itself is tested above; in 2048 dimensions it is slow
     monkeypatch.setattr(fid, "frechet_of", lambda first, second: 7.0)
     cli.main(["metrics", str(samples), "--reference", reference, *inception, *on_cpu])
-    said = capsys.readouterr().out
-    assert "5 images are fewer than the 2,048 dimensions" in said
-    assert "weights.safetensors is not the published file" in said
+    captured = capsys.readouterr().out
+    assert "5 images are fewer than the 2,048 dimensions" in captured
+    assert "weights.safetensors is not the published file" in captured
     result = json.loads((tmp_path / "samples-against-own.json").read_text())
     assert set(result["values"]) == {
         *("FID", "sFID", "inception score", "precision", "recall")
     }
-    # of a run: drawn first, next to its other samples
+    # for a run, samples are drawn first and stored with its others
     copied = tmp_path / "run"
     copied.mkdir()
-    for part in ("config.json", "checkpoints"):
-        (copied / part).symlink_to(runs["tiny"].path / part)
+    for name in ("config.json", "checkpoints"):
+        (copied / name).symlink_to(runs["tiny"].path / name)
     settings = ["--count", "5", "--steps", "1", "--balance", "data"]
     against = ["--reference", reference]
     cli.main(["metrics", str(copied), *settings, *against, *inception, *on_cpu])
@@ -244,7 +262,8 @@ def test_from_a_run_to_numbers_in_a_shell(runs, weights, tmp_path, capsys, monke
     assert (copied / "samples" / f"{drawn.stem}-against-own.json").exists()
     assert recipe_in(arrays_of(drawn))["balance"] == "data"
     recipe = result["recipe"]
-    assert recipe["drawn"]["steps"] == 1 and recipe["drawn"]["count"] == 5
+    assert recipe["drawn"]["steps"] == 1
+    assert recipe["drawn"]["count"] == 5
     assert recipe["reference recipe"]["split"] == "train"
     assert recipe["sha256"] == recipe_in(arrays_of(reference))["sha256"]
     # statistics of other weights are not compared

@@ -1,4 +1,4 @@
-"""Intervals cover the truth as often as they claim, also where nothing varies.
+"""Intervals cover the truth as often as they claim, even where nothing varies.
 
 `python tests/analysis/test_intervals.py` compares old and new methods in a large
 simulation and writes data/results/interval_coverage.json.
@@ -61,7 +61,8 @@ def chances(n: int, p: float, q: float, tie: float) -> np.ndarray:
 def expected(ends, n: int, p: float, q: float, tie: float) -> tuple[float, float]:
     "Coverage and mean width of the intervals of all outcomes."
     low, high = ends
-    weights, truth = chances(n, p, q, tie), q - p
+    weights = chances(n, p, q, tie)
+    truth = q - p
     return float(weights[(low <= truth + 1e-9) & (truth - 1e-9 <= high)].sum()), float(
         (weights * (high - low)).sum()
     )
@@ -74,33 +75,35 @@ def tango(n: int):
 
 @lru_cache
 def percentile_of_outcomes(n: int, resamples: int = 1000):
-    "The former interval of paired proportions, by outcome."
-    rng, (b, c) = np.random.default_rng(0), outcomes(n)
-    cells = np.stack([b, c, n - b - c], 1) / n
-    ends = [
-        np.percentile((drawn[:, 0] - drawn[:, 1]) / n, (2.5, 97.5))
-        for drawn in (rng.multinomial(n, cell, resamples) for cell in cells)
-    ]
+    "The bootstrap interval of paired proportions for each outcome."
+    rng = np.random.default_rng(0)
+    b, c = outcomes(n)
+    ends = []
+    for cell in np.stack([b, c, n - b - c], 1) / n:
+        counts = rng.multinomial(n, cell, resamples)
+        ends.append(np.percentile((counts[:, 0] - counts[:, 1]) / n, (2.5, 97.5)))
     return np.array(ends).T
 
 
 @pytest.mark.parametrize("n, least", [(20, 0.92), (50, 0.93), (100, 0.93)])
-def test_paired_proportions_are_covered_from_2_to_98_percent(n, least):
+def test_intervals_of_paired_proportions_cover_from_2_to_98_percent(n, least):
     covered = [
         expected(tango(n), n, p, q, tie)[0]
         for p in SHARES
         for q in SHARES
         for tie in TIES
     ]
-    assert min(covered) >= least and 0.95 < np.mean(covered) < 0.975
+    assert min(covered) >= least
+    assert 0.95 < np.mean(covered) < 0.975
 
 
-def test_the_former_interval_of_paired_proportions_failed_here():
+def test_the_bootstrap_interval_of_paired_proportions_fails_near_1():
     old, new = (
         expected(ends(20), 20, 0.97, 0.99, 0.5)
         for ends in (percentile_of_outcomes, tango)
     )
-    assert old[0] < 0.5 < 0.95 < new[0] and old[1] < new[1]
+    assert old[0] < 0.5 < 0.95 < new[0]
+    assert old[1] < new[1]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +114,7 @@ def test_the_former_interval_of_paired_proportions_failed_here():
         ((20, 0, 20), (0.6777, 1.0)),
     ],
 )
-def test_tango_intervals_are_the_published_ones(counts, ends):
+def test_tango_intervals_equal_the_published_ones(counts, ends):
     "First: Bentur et al. 2009, in Fagerland, Lydersen and Laake, BMC MRM 2013."
     assert tango_interval(*counts) == pytest.approx(ends, abs=1e-4)
     assert tango_interval(counts[1], counts[0], counts[2]) == pytest.approx(
@@ -119,8 +122,8 @@ def test_tango_intervals_are_the_published_ones(counts, ends):
     )
 
 
-def test_the_ends_are_where_the_best_table_is_just_rejected():
-    "The share maximises the likelihood on a fine grid; the test is at its limit."
+def test_the_ends_of_tangos_interval_are_just_rejected():
+    "The likeliest share, on a fine grid, puts the test statistic at its limit."
     b, c, n = 8, 3, 40
     for end in tango_interval(b, c, n):
         share = np.linspace(max(0, -end), (1 - end) / 2, 200_001)[1:-1]
@@ -135,15 +138,14 @@ def test_the_ends_are_where_the_best_table_is_just_rejected():
         assert abs(statistic) == pytest.approx(1.959964, abs=1e-3)
 
 
-def test_zeros_and_ones_take_tangos_interval_in_every_form():
+def test_zeros_and_ones_get_tangos_interval_in_every_form():
     rng = np.random.default_rng(0)
     first, second = rng.random((2, 80)) < 0.9
-    found = paired_difference(first, second)
+    actual = paired_difference(first, second)
     low, high = tango_interval((second & ~first).sum(), (first & ~second).sum(), 80)
-    assert found[1:] == (low, high) and found[0] == pytest.approx(
-        second.mean() - first.mean()
-    )
-    assert found == paired_difference(first.astype(int), second.astype(float))
+    assert actual[1:] == (low, high)
+    assert actual[0] == pytest.approx(second.mean() - first.mean())
+    assert actual == paired_difference(first.astype(int), second.astype(float))
     assert compare_items((~first, np.ones(80)), (~second, np.ones(80))).interval == (
         low,
         high,
@@ -155,7 +157,7 @@ def test_zeros_and_ones_take_tangos_interval_in_every_form():
 
 
 def percentile(values, weights=None, draws: int = 1000) -> np.ndarray:
-    "The former interval of a ratio of sums, for many samples at once: (2, samples)."
+    "The bootstrap interval of a ratio of sums, for many samples at once: (2, samples)."
     n = values.shape[1]
     counts = (
         np.random.default_rng(0)
@@ -265,38 +267,36 @@ def simulated_pair(
 
 @pytest.mark.parametrize("n, least", [(20, 0.90), (50, 0.91)])
 @pytest.mark.parametrize("name", MEANS)
-def test_means_of_skewed_values_are_covered(name, n, least):
-    found = simulated_mean(name, n, 1000)
-    assert (
-        found["now"][0] >= max(least, found["percentile"][0])
-        and found["now"][1] < 2 * found["Student"][1]
-    )
+def test_intervals_cover_means_of_skewed_values(name, n, least):
+    result = simulated_mean(name, n, 1000)
+    assert result["now"][0] >= max(least, result["percentile"][0])
+    assert result["now"][1] < 2 * result["Student"][1]
 
 
-def test_a_very_skewed_target_is_covered_far_better_than_before():
-    found = simulated_score("lognormal", 50, 500)
-    assert found["percentile"][0] < 0.75 and found["now"][0] > 0.85
+def test_a_very_skewed_target_is_covered_far_better_than_by_the_bootstrap():
+    result = simulated_score("lognormal", 50, 500)
+    assert result["percentile"][0] < 0.75
+    assert result["now"][0] > 0.85
 
 
 @pytest.mark.parametrize("n, least", [(20, 0.90), (50, 0.91)])
 @pytest.mark.parametrize("target", TARGETS)
-def test_scores_and_their_differences_are_covered(target, n, least):
-    for found in (simulated_score(target, n, 800), simulated_pair(target, n, 800)):
-        assert (
-            found["now"][0] >= max(least, found["percentile"][0])
-            and found["now"][1] < 2 * found["percentile"][1]
-        )
+def test_intervals_cover_scores_and_their_differences(target, n, least):
+    for result in (simulated_score(target, n, 800), simulated_pair(target, n, 800)):
+        assert result["now"][0] >= max(least, result["percentile"][0])
+        assert result["now"][1] < 2 * result["percentile"][1]
 
 
-def test_overlaps_with_other_unions_are_covered():
+def test_intervals_cover_differences_of_overlaps_with_unlike_unions():
     "The spreads of two arms differ, as unions do."
-    rng, hits = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    hits = []
     for _ in range(600):
         figure = rng.integers(5, 30, 60)
         union = [figure + rng.binomial(20, share, 60) for share in (0.3, 0.2)]
         errors = [
-            whole - rng.binomial(figure, share)
-            for whole, share in zip(union, (0.7, 0.8), strict=True)
+            total - rng.binomial(figure, share)
+            for total, share in zip(union, (0.7, 0.8), strict=True)
         ]
         low, high = compare_items(*zip(errors, union, strict=True)).interval
         hits.append(low <= 17 * 0.8 / (17 + 4) - 17 * 0.7 / (17 + 6) <= high)
@@ -308,17 +308,16 @@ def test_one_ratio_of_differences_equals_the_difference_of_ratios():
     spreads, first, second = rng.random((3, 50))
     together = compare_items((first, spreads), (second, spreads))
     apart = compare_items((first, spreads), (second, spreads * (1 + 1e-12)))
-    assert apart.interval == pytest.approx(
-        together.interval, rel=1e-6
-    ) and apart.difference == pytest.approx(together.difference)
+    assert apart.interval == pytest.approx(together.interval, rel=1e-6)
+    assert apart.difference == pytest.approx(together.difference)
 
 
-def test_a_mean_is_a_score_of_equal_spreads_and_the_interval_moves_with_the_values():
+def test_the_interval_of_a_mean_is_that_of_a_score_and_scales_with_the_values():
     values = np.random.default_rng(0).lognormal(size=(2, 3, 40))
     mean, low, high = mean_interval(values)
     assert mean.shape == low.shape == high.shape == (2, 3)
-    one = score_interval(values[1, 2], np.ones(40))
-    assert (1 - one[1], 1 - one[0]) == pytest.approx((low[1, 2], high[1, 2]))
+    score = score_interval(values[1, 2], np.ones(40))
+    assert (1 - score[1], 1 - score[0]) == pytest.approx((low[1, 2], high[1, 2]))
     for moved, ends in zip(
         mean_interval(3 * np.moveaxis(values, -1, 0) + 5, axis=0),
         (mean, low, high),
@@ -351,101 +350,101 @@ def test_only_zeros_are_certain(n):
     assert score_interval(np.zeros(n), np.ones(n)) == pytest.approx((1 - unseen, 1))
     assert score_interval(np.zeros(n), np.full(n, 2.0)) == pytest.approx(
         (1 - unseen, 1)
-    ), "R^2 = 1 is as sure as all correct"
+    ), "R^2 = 1 is as certain as all correct"
     same = compare_items((values, values + 1), (values, values + 1))
-    assert (
-        same.interval[0] < 0 < same.interval[1]
-        and not same.significant
-        and same.smallest > same.interval[1]
-    )
+    assert same.interval[0] < 0 < same.interval[1]
+    assert not same.significant
+    assert same.smallest > same.interval[1]
 
 
-def test_one_item_says_nothing_and_none_is_refused():
-    assert mean_interval([0.3]) == (0.3, -np.inf, np.inf) and score_interval(
-        [0.3], [1.0]
-    ) == (-np.inf, 1.0)
-    assert (
-        not compare_items(([0.3], [1.0]), ([0.1], [1.0])).significant
-        and not compare_values([0.3], [0.1]).significant
-    )
+def test_a_single_item_gives_the_widest_interval_and_none_is_refused():
+    assert mean_interval([0.3]) == (0.3, -np.inf, np.inf)
+    assert score_interval([0.3], [1.0]) == (-np.inf, 1.0)
+    assert not compare_items(([0.3], [1.0]), ([0.1], [1.0])).significant
+    assert not compare_values([0.3], [0.1]).significant
     low, high = proportion_interval([True])
-    assert 0.2 < low < high == 1 and paired_difference([True], [False])[
-        1:
-    ] == pytest.approx((-1, 0.58690137))
+    assert 0.2 < low < high == 1
+    assert paired_difference([True], [False])[1:] == pytest.approx((-1, 0.58690137))
     for call in (lambda: mean_interval([]), lambda: paired_difference([], [])):
         with pytest.raises(ValueError, match="at least one|same items"):
             call()
 
 
-def test_what_is_not_defined_is_nan_and_not_seen():
-    assert np.isnan(score_interval(np.ones(5), np.zeros(5))).all() and np.isnan(
-        score_of(np.ones(5), np.zeros(5))
-    )
-    assert (
-        np.isnan(mean_interval([1.0, np.nan, 2.0])).all()
-        and np.isnan(paired_difference([1.0, 2.0], [np.nan, 2.0])).all()
-    )
-    lost = compare_items((np.ones(5), np.zeros(5)), (np.ones(5), np.arange(5.0)))
-    assert not lost.significant and np.isnan(lost.interval).all()
+def test_undefined_results_are_nan_and_not_significant():
+    assert np.isnan(score_interval(np.ones(5), np.zeros(5))).all()
+    assert np.isnan(score_of(np.ones(5), np.zeros(5)))
+    assert np.isnan(mean_interval([1.0, np.nan, 2.0])).all()
+    assert np.isnan(paired_difference([1.0, 2.0], [np.nan, 2.0])).all()
+    undefined = compare_items((np.ones(5), np.zeros(5)), (np.ones(5), np.arange(5.0)))
+    assert not undefined.significant
+    assert np.isnan(undefined.interval).all()
     # most resamples have no spread
-    few = score_interval([0.2, 0, 0, 0, 0, 0], [1.0, 0, 0, 0, 0, 0])
-    assert few[0] < 0.8 < few[1] <= 1
+    sparse = score_interval([0.2, 0, 0, 0, 0, 0], [1.0, 0, 0, 0, 0, 0])
+    assert sparse[0] < 0.8 < sparse[1] <= 1
 
 
-def test_a_rare_gap_keeps_an_interval_in_reach():
-    "19 of 20 gaps are 0: a third of the resamples have no spread at all."
-    gaps = np.zeros(20)
-    gaps[3] = 5.0
-    mean, low, high = mean_interval(gaps)
-    assert mean == 0.25 and low < 0 and 0.7 < high < 2
+def test_a_rare_difference_has_a_bounded_interval():
+    "19 of 20 differences are 0, so a third of the resamples have no spread at all."
+    differences = np.zeros(20)
+    differences[3] = 5.0
+    mean, low, high = mean_interval(differences)
+    assert mean == 0.25
+    assert low < 0
+    assert 0.7 < high < 2
 
 
 # comparisons
 
 
 @pytest.mark.parametrize("share", [0.5, 0.2, 0.03])
-def test_the_smallest_effect_is_seen_in_eight_of_ten_tests(share):
-    rng, seen, ones = np.random.default_rng(0), [], np.ones(500)
+def test_the_smallest_effect_is_significant_in_eight_of_ten_tests(share):
+    rng = np.random.default_rng(0)
+    significant = []
+    ones = np.ones(500)
     tries = [
         compare_items(*((errors, ones) for errors in rng.random((2, 500)) < share))
         for _ in range(20)
     ]
-    least = np.median([one.smallest for one in tries])
+    least = np.median([comparison.smallest for comparison in tries])
     for _ in range(300):
         wrong = (
             rng.random(500) < share + least / 2,
             rng.random(500) < max(share - least / 2, 0),
         )
-        seen.append(compare_items(*((errors, ones) for errors in wrong)).significant)
-    assert 0.72 < np.mean(seen) < 0.88
+        significant.append(
+            compare_items(*((errors, ones) for errors in wrong)).significant
+        )
+    assert 0.72 < np.mean(significant) < 0.88
 
 
-def test_the_smallest_effect_of_real_values_is_seen_in_eight_of_ten_tests():
+def test_the_smallest_effect_of_real_values_is_significant_in_eight_of_ten_tests():
     rng = np.random.default_rng(0)
     least = compare_values(rng.normal(size=200), rng.normal(size=200)).smallest
-    seen = [
+    significant = [
         compare_values(rng.normal(size=200), rng.normal(least, 1, 200)).significant
         for _ in range(300)
     ]
-    assert 0.72 < np.mean(seen) < 0.88 and smallest_effect(
-        (-1.0, 1.0)
-    ) == pytest.approx(1 + 0.841621 / 1.959964)
+    assert 0.72 < np.mean(significant) < 0.88
+    assert smallest_effect((-1.0, 1.0)) == pytest.approx(1 + 0.841621 / 1.959964)
 
 
-def test_nothing_is_seen_where_nothing_differs():
-    rng, seen = np.random.default_rng(0), 0
+def test_equal_arms_rarely_differ_significantly():
+    rng = np.random.default_rng(0)
+    rejected = 0
     for _ in range(200):
         a, b = rng.random((2, 300)) < 0.3
-        found = compare_items((a, np.ones(300)), (b, np.ones(300)))
-        seen += found.significant
-        assert found.significant or "no significant difference (one of" in str(found)
-    assert seen < 20
+        comparison = compare_items((a, np.ones(300)), (b, np.ones(300)))
+        rejected += comparison.significant
+        assert comparison.significant or "no significant difference (one of" in str(
+            comparison
+        )
+    assert rejected < 20
     assert "of 2 cells, 1 are above 0 and 0 below" in cells_in_words(
         [[0.1, 0], [0.05, -1], [0.2, 1]]
     )
 
 
-def test_items_must_be_the_same():
+def test_different_items_are_not_compared():
     wrong = np.random.default_rng(0).random(80) < 0.4
     assert score_of(wrong, np.ones(80)) == pytest.approx(1 - wrong.mean())
     with pytest.raises(ValueError, match="same test items"):
@@ -455,25 +454,20 @@ def test_items_must_be_the_same():
 # seeds
 
 
-def test_seeds_are_paired_where_they_are_shared():
+def test_shared_seeds_are_paired():
     first = {0: 0.5, 1: 0.7, 2: 0.9}
     second = {
         seed: value + gap
         for (seed, value), gap in zip(first.items(), (0.02, 0.03, 0.04), strict=True)
     }
-    paired, apart = (
-        compare_seeds(first, second),
-        compare_seeds(first, {seed + 3: value for seed, value in second.items()}),
-    )
+    paired = compare_seeds(first, second)
+    apart = compare_seeds(first, {seed + 3: value for seed, value in second.items()})
     half = 4.302653 * 0.01 / 3**0.5
-    assert (
-        paired.interval == pytest.approx((0.03 - half, 0.03 + half))
-        and paired.significant
-        and not apart.significant
-    )
-    assert "3 training seeds, paired" in str(
-        paired
-    ) and "3 and 3 training seeds, not paired" in str(apart)
+    assert paired.interval == pytest.approx((0.03 - half, 0.03 + half))
+    assert paired.significant
+    assert not apart.significant
+    assert "3 training seeds, paired" in str(paired)
+    assert "3 and 3 training seeds, not paired" in str(apart)
     assert _seeds_interval([1, 2, 3])[0] == 2
     for call in (
         lambda: _seeds_interval([1.0]),
@@ -483,11 +477,12 @@ def test_seeds_are_paired_where_they_are_shared():
             call()
 
 
-def test_equal_gains_of_two_seeds_are_no_proof():
+def test_equal_gains_of_two_seeds_are_not_significant():
     "Differences that vary only by rounding are not significant."
     for second in ({0: 0.91, 1: 0.92}, {5: 0.91, 6: 0.91}):
-        found = compare_seeds({0: 0.90, 1: 0.91}, second)
-        assert not found.significant and found.interval[1] > 0.01
+        comparison = compare_seeds({0: 0.90, 1: 0.91}, second)
+        assert not comparison.significant
+        assert comparison.interval[1] > 0.01
     reach = 1.959964**2 / (2 + 1.959964**2)
     assert compare_seeds({0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0}).interval == pytest.approx(
         (-reach, reach)
@@ -495,9 +490,8 @@ def test_equal_gains_of_two_seeds_are_no_proof():
     assert _seeds_interval([0.5, 0.5]) == pytest.approx(
         (0.5, 0.5 - reach / 2, 0.5 + reach / 2)
     )
-    assert _seeds_interval([0, 0]) == (0, 0, 0) and compare_seeds(
-        {0: 0.0, 1: 0.0}, {2: 0.0, 3: 0.0}
-    ).interval == (0, 0)
+    assert _seeds_interval([0, 0]) == (0, 0, 0)
+    assert compare_seeds({0: 0.0, 1: 0.0}, {2: 0.0, 3: 0.0}).interval == (0, 0)
 
 
 # the record
@@ -559,32 +553,28 @@ def extremes() -> list[dict]:
         {
             "n": n,
             "settings": len(grid),
-            "lowest": min(expected(tango(n), n, *one)[0] for one in grid),
+            "lowest": min(expected(tango(n), n, *setting)[0] for setting in grid),
             "lowest of percentile": min(
-                expected(percentile_of_outcomes(n), n, *one)[0] for one in grid
+                expected(percentile_of_outcomes(n), n, *setting)[0] for setting in grid
             ),
         }
         for n in (20, 50, 100)
     ]
 
 
-def test_the_record_is_what_the_tests_claim():
-    kept = json.loads(RECORD.read_text(encoding="utf-8"))
-    assert {row["n"] for row in kept["rows"]} == {20, 50, 100} and len(
-        kept["rows"]
-    ) == 54 + 42
-    for row in kept["rows"]:
+def test_the_stored_record_agrees_with_these_tests():
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    assert {row["n"] for row in record["rows"]} == {20, 50, 100}
+    assert len(record["rows"]) == 54 + 42
+    for row in record["rows"]:
         if row["case"] == "lognormal target":
             continue
-        least = (
-            0.90
-            if row["n"] == 20
-            else 0.93
-            if row["of"] == "paired proportions"
-            else 0.91
-        )
+        if row["n"] == 20:
+            least = 0.90
+        else:
+            least = 0.93 if row["of"] == "paired proportions" else 0.91
         assert row["now"][0] >= least, row
-    for row in kept["rows"][:54:9]:
+    for row in record["rows"][:54:9]:
         p, q = map(float, row["case"].split(" and "))
         assert row["now"] == pytest.approx(
             expected(tango(row["n"]), row["n"], p, q, row["tie"]), abs=5e-5
@@ -593,14 +583,10 @@ def test_the_record_is_what_the_tests_claim():
 
 def rounded(value):
     if isinstance(value, dict):
-        return {name: rounded(part) for name, part in value.items()}
-    return (
-        [rounded(part) for part in value]
-        if isinstance(value, (list, tuple))
-        else round(value, 4)
-        if isinstance(value, float)
-        else value
-    )
+        return {name: rounded(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item) for item in value]
+    return round(value, 4) if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Judges and plain measurements read samples correctly; verdicts equal loops."""
+"""Judges and plain measurements read the factors of samples correctly, and their
+verdicts equal loops.
+"""
 
 import json
 import math
@@ -51,7 +53,7 @@ LEAST = {  # accuracy on test samples, where it is below 0.97
 NETWORKS = tuple(name for name in HEADS if name != "digits")
 
 
-def some(name, count=96, split="test"):
+def samples_of(name, count=96, split="test"):
     return load(name, split).take(torch.arange(count))
 
 
@@ -62,45 +64,46 @@ def judges():
 
 @pytest.fixture(scope="module")
 def examples():
-    return {name: some(name) for name in NAMES}
+    return {name: samples_of(name) for name in NAMES}
 
 
 # factors
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_known_factors_are_what_the_captions_tell(name, examples):
+def test_known_factors_are_those_the_captions_name(name, examples):
     words = {
         factor: names
         for heads in HEADS[name].values()
         for factor, names in heads.items()
     }
-    found = known(name, examples[name])
-    assert list(found) == list(words) and set(CLASS[name]) <= set(found)
+    factors = known(name, examples[name])
+    assert list(factors) == list(words)
+    assert set(CLASS[name]) <= set(factors)
     for index, caption in enumerate(examples[name].captions):
-        said = {
-            factor: words[factor][values[index]] for factor, values in found.items()
+        described = {
+            factor: words[factor][values[index]] for factor, values in factors.items()
         }
-        assert all(word in caption for word in said.values()), (caption, said)
+        assert all(word in caption for word in described.values()), caption
         if name in ("shapes", "emblems"):
-            assert f" {said['colour']} {said['kind']} on a {said['ground']} " in caption
-            assert caption.endswith(f" ground, {said['place']}")
+            figure = f"{described['colour']} {described['kind']}"
+            assert f" {figure} on a {described['ground']} " in caption
+            assert caption.endswith(f" ground, {described['place']}")
         if name == "motion":
-            assert f"a {said['colour']} " in caption and said["direction"] == " ".join(
-                caption.split(",")[0].split()[4:]
-            )
+            assert f"a {described['colour']} " in caption
+            assert described["direction"] == " ".join(caption.split(",")[0].split()[4:])
 
 
-def test_there_is_no_judge_of_other_data():
+def test_unknown_data_sets_have_no_judge():
     for call in (
         partial(judge_for, "folder"),
         partial(known, "folder", None),
         partial(train_judge_for, "folder"),
     ):
-        known_ones = "digits, fashion, shapes, emblems, motion, notes, scenes"
+        known_names = "digits, fashion, shapes, emblems, motion, notes, scenes"
         with pytest.raises(
             ValueError,
-            match=f"unknown data set with a judge 'folder'; known are {known_ones}",
+            match=f"unknown data set with a judge 'folder'; known are {known_names}",
         ):
             call()
 
@@ -109,36 +112,36 @@ def test_there_is_no_judge_of_other_data():
 
 
 @pytest.mark.parametrize("colour, ground", [(0, 2), (5, 6), (7, 1), (2, 4)])
-def test_a_plain_picture_is_covered_as_it_was_drawn(colour, ground):
+def test_the_cover_of_a_plain_image_is_its_figure(colour, ground):
     kinds = torch.arange(8)
-    pictures = draw_figures(kinds, colour, ground, size=48)
+    images = draw_figures(kinds, colour, ground, size=48)
     under, over = (
         draw_figures(0, c, g, size=48)[0, :, *place]
         for c, g, place in ((0, ground, (0, 0)), (colour, 0, (24, 24)))
     )
     # p - g = m (c - g), by least squares
-    points = (
-        (pictures - under[:, None, None]).permute(1, 0, 2, 3).reshape(3, -1).numpy()
-    )
+    points = (images - under[:, None, None]).permute(1, 0, 2, 3).reshape(3, -1).numpy()
     expected = np.linalg.lstsq((over - under).numpy()[:, None], points, rcond=None)[
         0
     ].reshape(8, 48, 48)
-    np.testing.assert_allclose(covered(pictures)[:, 0], expected, atol=0.05)
+    np.testing.assert_allclose(covered(images)[:, 0], expected, atol=0.05)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.floats(0.2, 3), st.floats(-1, 1), st.integers(0, 900))
-def test_a_cover_does_not_depend_on_light_and_a_film_of_one_picture_is_covered_like_it(
+def test_a_cover_ignores_brightness_and_contrast_and_treats_a_still_video_alike(
     factor, offset, index
 ):
-    picture = Shapes("test").take(torch.tensor([index])).signals["image"]
-    cover = covered(picture)
-    assert cover.shape == (1, 1, 32, 32) and 0 <= cover.min() and cover.max() <= 1
+    image = Shapes("test").take(torch.tensor([index])).signals["image"]
+    cover = covered(image)
+    assert cover.shape == (1, 1, 32, 32)
+    assert 0 <= cover.min()
+    assert cover.max() <= 1
     torch.testing.assert_close(
-        covered(picture * factor + offset), cover, atol=2e-3, rtol=0
+        covered(image * factor + offset), cover, atol=2e-3, rtol=0
     )
     torch.testing.assert_close(
-        covered(picture[:, :, None].expand(1, 3, 5, 32, 32)),
+        covered(image[:, :, None].expand(1, 3, 5, 32, 32)),
         cover[:, :, None].expand(1, 1, 5, 32, 32),
         atol=1e-4,
         rtol=0,
@@ -146,7 +149,7 @@ def test_a_cover_does_not_depend_on_light_and_a_film_of_one_picture_is_covered_l
 
 
 @pytest.mark.parametrize("kind", range(len(KINDS)), ids=KINDS)
-def test_a_turned_figure_is_shifted_on_circles_and_a_moved_one_is_not(kind):
+def test_turning_a_figure_shifts_its_polar_form_and_moving_it_does_not(kind):
     turns = torch.arange(4) * math.pi / 2
     forms = unrolled(
         covered(
@@ -163,29 +166,23 @@ def test_a_turned_figure_is_shifted_on_circles_and_a_moved_one_is_not(kind):
         )
     )
     assert forms.shape == (4, 1, 16, 32)
-    # anticlockwise as seen, where rows run down: towards smaller angles
+    # anticlockwise on the screen, where rows run down, is towards smaller angles
     for k in range(1, 4):
         assert (forms[k] - forms[0].roll(-8 * k, -1)).abs().mean() < 0.02
     if SYMMETRY[kind] in (1, 3, 5):
-        assert (forms[1] - forms[0]).abs().mean() > 0.02, "not turned back, it differs"
+        assert (forms[1] - forms[0]).abs().mean() > 0.02, "without the shift it differs"
 
 
-def test_courses_are_the_shadows_of_the_figure():
-    film = torch.zeros(1, 1, 8, 32, 32)
-    film[0, 0, 2, 5:9, 20:22] = 1  # 4 rows of 2 columns, in one frame
-    course = courses(film)
-    assert (
-        course.shape == (1, 2, 8, 32)
-        and course[:, :, [0, 1, 3, 4, 5, 6, 7]].eq(0).all()
-    )
-    assert (
-        course[0, 0, 2].nonzero().flatten().tolist() == [20, 21]
-        and course[0, 0, 2, 20] == 0.5
-    )
-    assert (
-        course[0, 1, 2].nonzero().flatten().tolist() == [5, 6, 7, 8]
-        and course[0, 1, 2, 5] == 0.25
-    )
+def test_courses_are_projections_of_the_cover_on_both_axes():
+    video = torch.zeros(1, 1, 8, 32, 32)
+    video[0, 0, 2, 5:9, 20:22] = 1  # 4 rows of 2 columns, in one frame
+    course = courses(video)
+    assert course.shape == (1, 2, 8, 32)
+    assert course[:, :, [0, 1, 3, 4, 5, 6, 7]].eq(0).all()
+    assert course[0, 0, 2].nonzero().flatten().tolist() == [20, 21]
+    assert course[0, 0, 2, 20] == 0.5
+    assert course[0, 1, 2].nonzero().flatten().tolist() == [5, 6, 7, 8]
+    assert course[0, 1, 2, 5] == 0.25
     assert courses(torch.zeros(2, 1, 8, 16, 16)).eq(0).all()
 
 
@@ -193,7 +190,7 @@ def test_courses_are_the_shadows_of_the_figure():
 
 
 @pytest.mark.parametrize("midi", [60, 66.3, 71.8, 83])
-def test_the_pitch_of_a_sine_is_told_in_semitones(midi):
+def test_the_pitch_error_of_a_sine_is_in_semitones(midi):
     hz = 440 * 2 ** ((midi - 69) / 12)
     wave = torch.sin(2 * math.pi * hz * torch.arange(8192, dtype=torch.float64) / 8000)[
         None
@@ -211,21 +208,20 @@ def test_the_pitch_of_a_sine_is_told_in_semitones(midi):
 
 @pytest.mark.parametrize("direction", range(8))
 @pytest.mark.parametrize("start, late", [((0.5, 0.5), 0), ((0.05, 0.93), 3)])
-def test_a_square_that_moves_by_hand_is_seen_to_move_there(direction, start, late):
-    "Drawn by loops; what leaves enters opposite; the first frames may be empty."
-    angle, film = direction * math.pi / 4, np.full((1, 3, 16, 32, 32), -0.5, np.float32)
+def test_the_direction_of_a_moving_square_is_recognised(direction, start, late):
+    "A square drawn by loops, wrapping at the edges; the first frames may be empty."
+    angle = direction * math.pi / 4
+    video = np.full((1, 3, 16, 32, 32), -0.5, np.float32)
     for frame in range(late, 16):
-        x, y = (
-            (start[0] + 0.04 * frame * math.cos(angle)) * 32,
-            (start[1] - 0.04 * frame * math.sin(angle)) * 32,
-        )
+        x = (start[0] + 0.04 * frame * math.cos(angle)) * 32
+        y = (start[1] - 0.04 * frame * math.sin(angle)) * 32
         for row in range(round(y) - 3, round(y) + 3):
             for column in range(round(x) - 3, round(x) + 3):
-                film[0, :, frame, row % 32, column % 32] = (0.9, 0.1, 0.3)
-    assert directions_seen(torch.tensor(film)).tolist() == [direction]
+                video[0, :, frame, row % 32, column % 32] = (0.9, 0.1, 0.3)
+    assert directions_seen(torch.tensor(video)).tolist() == [direction]
 
 
-def test_what_does_not_move_or_is_no_film_moves_nowhere():
+def test_a_still_video_has_no_direction_and_other_shapes_are_refused():
     still = torch.full((3, 3, 16, 32, 32), -0.5)
     still[1, :, :, 10:16, 10:16] = 0.7
     still[2] = math.nan
@@ -235,7 +231,7 @@ def test_what_does_not_move_or_is_no_film_moves_nowhere():
             directions_seen(torch.zeros(shape))
 
 
-def test_plain_measures_are_right_of_nearly_all_test_samples(examples):
+def test_plain_measures_are_right_for_nearly_all_test_samples(examples):
     errors = pitch_errors(
         examples["notes"].signals["audio"], 8000, examples["notes"].factors["pitch"]
     )
@@ -251,7 +247,7 @@ def test_plain_measures_are_right_of_nearly_all_test_samples(examples):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(2, 40), st.integers(1, 4), st.integers(0, 1000))
-def test_chance_is_that_of_all_other_wishes(count, classes, seed):
+def test_chance_is_the_mean_over_all_other_requests(count, classes, seed):
     generator = keyed(seed, "test")
     answers, wanted = (
         {
@@ -267,8 +263,10 @@ def test_chance_is_that_of_all_other_wishes(count, classes, seed):
         for name in answers
     }
     hits["all"] = [a * b for a, b in zip(hits["a"], hits["b"], strict=True)]
-    for name, found in hits.items():
-        assert verdict.chance[name] == pytest.approx(sum(found) / len(pairs), abs=1e-6)
+    for name, matches in hits.items():
+        assert verdict.chance[name] == pytest.approx(
+            sum(matches) / len(pairs), abs=1e-6
+        )
     direct = [[answers[n][i] == wanted[n][i] for n in "ab"] for i in range(count)]
     assert verdict.right["all"].tolist() == [all(row) for row in direct]
     assert verdict.shares["a"].value == pytest.approx(
@@ -276,48 +274,46 @@ def test_chance_is_that_of_all_other_wishes(count, classes, seed):
     )
 
 
-def test_what_a_verdict_says():
+def test_a_verdict_reports_shares_chance_and_accuracy():
     verdict = compared(
         {"kind": torch.tensor([0, 1, 2, 3])},
         {"kind": torch.tensor([0, 1, 2, 0])},
         {"kind": 0.98, "all": 0.97},
     )
-    assert (
-        "right in 75.0%" in str(verdict)
-        and "of real ones 97.0%" in str(verdict)
-        and "n = 4" in str(verdict)
-    )
+    assert "right in 75.0%" in str(verdict)
+    assert "of real ones 97.0%" in str(verdict)
+    assert "n = 4" in str(verdict)
     table = verdict.table()
-    assert table["factor"].tolist() == ["kind", "all"] and table[
-        "of real ones"
-    ].tolist() == ["98.0%", "97.0%"]
-    assert "<table" in verdict._repr_html_() and str(verdict) in verdict._repr_html_()
-    # there is no other wish
-    one = compared({"a": torch.tensor([1])}, {"a": torch.tensor([1])}, {})
+    assert table["factor"].tolist() == ["kind", "all"]
+    assert table["of real ones"].tolist() == ["98.0%", "97.0%"]
+    assert "<table" in verdict._repr_html_()
+    assert str(verdict) in verdict._repr_html_()
+    # chance needs a second request
+    single = compared({"a": torch.tensor([1])}, {"a": torch.tensor([1])}, {})
     assert (
-        json.loads(json.dumps(one.to_dict(), allow_nan=False))["factors"]["a"]["chance"]
+        json.loads(json.dumps(single.to_dict(), allow_nan=False))["factors"]["a"][
+            "chance"
+        ]
         is None
     )
 
 
-def test_sounds_on_bounces_and_their_chance():
+def test_the_share_of_sounds_on_bounces_and_its_chance_equal_loops():
     clips = Scenes("validation").take(torch.arange(12)).signals
     waves = clips["audio"].clone()
     waves[:3] = waves[:3].roll(1, 0)
     verdict = bounce_verdict(clips["video"], waves, rolls=11)
     hits, heard, seen = sound_on_bounce(clips["video"], waves, 15.625, 8000)
-    assert (
-        torch.equal(verdict.right["sound on bounce"], hits)
-        and not hits[:3].all()
-        and hits[3:].all()
-    )
-    others = [
+    assert torch.equal(verdict.right["sound on bounce"], hits)
+    assert not hits[:3].all()
+    assert hits[3:].all()
+    shifted = [
         sound_on_bounce(clips["video"], waves[torch.arange(12) - d], 15.625, 8000)[0]
         .float()
         .mean()
         for d in range(1, 12)
     ]
-    assert verdict.chance["sound on bounce"] == pytest.approx(float(sum(others)) / 11)
+    assert verdict.chance["sound on bounce"] == pytest.approx(float(sum(shifted)) / 11)
     assert verdict.recipe == {
         "tolerance": 1.0,
         "bounces heard": heard.mean().item(),
@@ -329,42 +325,44 @@ def test_sounds_on_bounces_and_their_chance():
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_judges_that_come_along_fit_the_data_and_are_good(name, judges, examples):
-    judge, path = judges[name], shipped(f"judges/{name}.safetensors")
-    assert path.exists() and path.stat().st_size < 400_000
+def test_shipped_judges_fit_the_data_and_are_accurate(name, judges, examples):
+    judge = judges[name]
+    path = shipped(f"judges/{name}.safetensors")
+    assert path.exists()
+    assert path.stat().st_size < 400_000
     with safe_open(path, "pt") as file:
-        said = json.loads(file.metadata()["judge"])
+        metadata = json.loads(file.metadata()["judge"])
         assert {file.get_tensor(key).dtype for key in file.keys()} <= {
             torch.float16,
             torch.int64,
             torch.uint8,
         }
-    assert said["data"] == load(name).fingerprint, (
+    assert metadata["data"] == load(name).fingerprint, (
         "the data changed: train and ship another judge"
     )
-    assert said["accuracy"] == judge.accuracy and judge.correct.shape == (
+    assert metadata["accuracy"] == judge.accuracy
+    assert judge.correct.shape == (
         1000,
         len(judge.names),
     )
     test = load(name, "test")
     measured = test.take(subset(test, len(judge.correct))[:96])
-    right, read = known(name, measured), judge.read(measured.signals)
+    right = known(name, measured)
+    read = judge.read(measured.signals)
     for column, (factor, words) in enumerate(judge.names.items()):
         least = LEAST.get((name, factor), 0.97)
         assert judge.accuracy[factor] >= least
-        again = read[factor] == right[factor]
-        assert (again != judge.correct[:96, column].bool()).sum() <= 1, (
-            "what was measured is measured again"
+        correct = read[factor] == right[factor]
+        assert (correct != judge.correct[:96, column].bool()).sum() <= 1, (
+            "the stored measurement is reproducible"
         )
-        assert (
-            read[factor].dtype == torch.int64
-            and 0 <= read[factor].min()
-            and read[factor].max() < len(words)
-        )
+        assert read[factor].dtype == torch.int64
+        assert 0 <= read[factor].min()
+        assert read[factor].max() < len(words)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_sample_is_read_by_itself_and_not_if_it_is_not_finite(name, judges, examples):
+def test_samples_are_read_independently_and_only_if_finite(name, judges, examples):
     signals = {
         signal: values[:5].clone() for signal, values in examples[name].signals.items()
     }
@@ -376,13 +374,11 @@ def test_a_sample_is_read_by_itself_and_not_if_it_is_not_finite(name, judges, ex
         values[1].view(-1)[7] = math.nan
     after = judges[name].read(signals)
     for factor in before:
-        assert (
-            after[factor][1] == -1
-            and alone[factor] == before[factor][3] == after[factor][3]
-        )
+        assert after[factor][1] == -1
+        assert alone[factor] == before[factor][3] == after[factor][3]
 
 
-def test_present_signals_are_read_and_wrong_shapes_are_refused(judges, examples):
+def test_only_present_signals_are_read_and_wrong_shapes_are_refused(judges, examples):
     scenes = examples["scenes"].signals
     assert list(judges["scenes"].read({"audio": scenes["audio"]})) == ["material_heard"]
     for name, signals, words in (
@@ -409,10 +405,10 @@ def test_present_signals_are_read_and_wrong_shapes_are_refused(judges, examples)
             judges[name].read(signals)
 
 
-def test_the_judge_of_digits_is_chosen_on_validation_and_never_sees_test_images(
+def test_the_judge_of_digits_is_chosen_on_validation_without_test_images(
     monkeypatch, examples
 ):
-    asked = []
+    fitted = []
 
     class Fixed:
         support_vectors_ = np.zeros((1, 64))
@@ -421,7 +417,7 @@ def test_the_judge_of_digits_is_chosen_on_validation_and_never_sees_test_images(
             self.strength = C
 
         def fit(self, images, labels):
-            asked.append(images)
+            fitted.append(images)
             return self
 
         def score(self, images, labels):
@@ -437,68 +433,65 @@ def test_the_judge_of_digits_is_chosen_on_validation_and_never_sees_test_images(
         patched.setattr(module, "SVC", Fixed)
         chosen = train_judge_for("digits")
     assert chosen.read(examples["digits"].signals)["digit"].eq(10).all()
-    assert (
-        all(
-            np.array_equal(images, load("digits", "train").images.flatten(1))
-            for images in asked
-        )
-        and len(asked) == 3
+    assert all(
+        np.array_equal(images, load("digits", "train").images.flatten(1))
+        for images in fitted
     )
+    assert len(fitted) == 3
 
 
-def test_digits_are_read_and_other_digits_are_not_right(judges):
-    judge, test = judges["digits"], load("digits", "test")
-    assert judge.own(["digit"]).value > 0.97 and "n = 360" in str(judge.own(["digit"]))
+def test_digits_are_recognised_and_wrong_labels_are_not_confirmed(judges):
+    judge = judges["digits"]
+    test = load("digits", "test")
+    assert judge.own(["digit"]).value > 0.97
+    assert "n = 360" in str(judge.own(["digit"]))
     for shift, least, most in ((0, 0.97, 1), (1, 0, 0.03)):
-        wrong = followed(
+        verdict = followed(
             judge, {"image": test.images}, {"digit": (test.labels + shift) % 10}
         )
-        assert least <= wrong.shares["digit"].value <= most and torch.equal(
-            wrong.right["digit"], wrong.right["all"]
-        )
+        assert least <= verdict.shares["digit"].value <= most
+        assert torch.equal(verdict.right["digit"], verdict.right["all"])
     assert judge.fingerprint == judge_for("digits").fingerprint
 
 
-def test_wishes_are_checked(judges, examples):
-    judge, images, wanted = (
-        judges["shapes"],
-        examples["shapes"].signals,
-        known("shapes", examples["shapes"]),
-    )
+def test_requested_factors_are_checked(judges, examples):
+    judge = judges["shapes"]
+    images = examples["shapes"].signals
+    wanted = known("shapes", examples["shapes"])
     verdict = followed(
         judge, images, {"kind": wanted["kind"], "colour": wanted["colour"]}
     )
-    assert (
-        set(verdict.right) == {"kind", "colour", "all"}
-        and verdict.own["kind"] == judge.accuracy["kind"]
-    )
-    both = judge.correct[:, [0, 1]].all(1).float().mean().item()
-    assert verdict.own["all"] == pytest.approx(both)
-    for wish, words in (
+    assert set(verdict.right) == {"kind", "colour", "all"}
+    assert verdict.own["kind"] == judge.accuracy["kind"]
+    kind_and_colour = judge.correct[:, [0, 1]].all(1).float().mean().item()
+    assert verdict.own["all"] == pytest.approx(kind_and_colour)
+    for request, words in (
         ({}, "asked for nothing"),
         ({"size": wanted["kind"]}, "asked for size, but .* reads kind"),
         ({"kind": wanted["kind"][:3]}, r"kind has shape \(3,\)"),
         ({"kind": wanted["kind"].float()}, "float32"),
     ):
         with pytest.raises(ValueError, match=words):
-            followed(judge, images, wish)
+            followed(judge, images, request)
 
 
-def test_training_depends_on_nothing_else_and_disturbs_nothing(tmp_path):
+def test_training_a_judge_is_repeatable_and_leaves_the_global_random_state(tmp_path):
     state = torch.get_rng_state()
     first = train_judge_for("shapes", steps=2, batch=8, tests=40)
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
     second = train_judge_for("shapes", steps=2, batch=8, tests=40)
-    assert first.fingerprint == second.fingerprint and first.correct.shape == (40, 4)
+    assert first.fingerprint == second.fingerprint
+    assert first.correct.shape == (40, 4)
     first.save(tmp_path / "deep/x.safetensors")
-    again = module._load(tmp_path / "deep/x.safetensors", "shapes", Shapes())
-    assert again.fingerprint == first.fingerprint and again.accuracy == first.accuracy
+    loaded = module._load(tmp_path / "deep/x.safetensors", "shapes", Shapes())
+    assert loaded.fingerprint == first.fingerprint
+    assert loaded.accuracy == first.accuracy
 
 
 @pytest.mark.parametrize("view", [view for name in NETWORKS for view in HEADS[name]])
 @pytest.mark.parametrize("size, frames", [(16, 8), (48, 24)])
-def test_any_size_is_seen_on_one_grid(view, size, frames):
+def test_samples_of_any_size_are_read(view, size, frames):
     heads = next(heads[view] for heads in HEADS.values() if view in heads)
     shapes = {
         "image": (2, 1 if view == "grey" else 3, size, size),
@@ -516,46 +509,41 @@ def test_any_size_is_seen_on_one_grid(view, size, frames):
 def test_a_judge_of_another_size_is_trained_once_and_bad_files_are_reported(
     tmp_path, monkeypatch, capsys
 ):
-    quick, calls = partial(train_judge_for, steps=1, batch=4, tests=8), []
+    quick = partial(train_judge_for, steps=1, batch=4, tests=8)
+    calls = []
     monkeypatch.setattr(
-        module, "train_judge_for", lambda *given: calls.append(given) or quick(*given)
+        module, "train_judge_for", lambda *args: calls.append(args) or quick(*args)
     )
     data = DataConfig("shapes", size=16)
     first = judge_for("shapes", data, tmp_path)
     (file,) = tmp_path.iterdir()
-    assert (
-        len(calls) == 1
-        and judge_for("shapes", data, tmp_path).fingerprint == first.fingerprint
-        and len(calls) == 1
-    )
-    (said,) = capsys.readouterr().out.splitlines()
-    assert said == (
+    assert len(calls) == 1
+    assert judge_for("shapes", data, tmp_path).fingerprint == first.fingerprint
+    assert len(calls) == 1
+    (message,) = capsys.readouterr().out.splitlines()
+    assert message == (
         "Training a judge of shapes (800 steps, a minute or two on a CPU), because the "
         "one that comes with the project is for other sizes. It will be stored in "
         f"{file}."
     )
-    whole = file.read_bytes()
+    data_of_file = file.read_bytes()
     for damaged in (
-        whole[:-100],
+        data_of_file[:-100],
         b"",
         b"{}" * 40,
         save({"x": torch.zeros(2)}),
-        whole.replace(b"correct", b"corrupt"),
+        data_of_file.replace(b"correct", b"corrupt"),
     ):
         file.write_bytes(damaged)
-        assert (
-            judge_for("shapes", data, tmp_path).fingerprint == first.fingerprint
-            and file.read_bytes() == whole
-        )
+        assert judge_for("shapes", data, tmp_path).fingerprint == first.fingerprint
+        assert file.read_bytes() == data_of_file
         assert f"{file.name} is not used: it cannot be read" in capsys.readouterr().out
     stale = tmp_path / "ship/shapes.safetensors"
     stale.parent.mkdir()
-    stale.write_bytes(whole)  # of other data
+    stale.write_bytes(data_of_file)  # of other data
     monkeypatch.setattr(module, "shipped", lambda name: stale)
-    assert (
-        judge_for("shapes", None, tmp_path).data == Shapes().fingerprint
-        and len(calls) == 7
-    )
+    assert judge_for("shapes", None, tmp_path).data == Shapes().fingerprint
+    assert len(calls) == 7
     refused, trained = capsys.readouterr().out.splitlines()
     assert (
         f"data {first.data} is not {Shapes().fingerprint}; another judge of shapes"
@@ -580,15 +568,15 @@ def test_a_judge_of_another_size_is_trained_once_and_bad_files_are_reported(
         ),
     ],
 )
-def test_samples_of_a_run_are_judged_by_their_conditions(
+def test_samples_of_a_run_are_judged_against_their_conditions(
     tmp_path, name, condition, factors
 ):
-    "The run is a stand-in that draws what was asked for, but for the last two samples."
+    "The run is a stand-in that draws what is requested, but not for the last two."
     source = load(name, "test")
-    asked = {}
+    requested = {}
 
-    def draw(told, **options):
-        asked.update(told=told, options=options)
+    def draw(conditions, **options):
+        requested.update(conditions=conditions, options=options)
         index = torch.arange(12)
         signals = source.take(torch.where(index < 10, index, 700 + index)).signals
         return signals
@@ -606,10 +594,10 @@ def test_samples_of_a_run_are_judged_by_their_conditions(
     )
     verdict = on_samples(run, count=12, steps=3, cfg_scale=1.5, seed=4)
     examples = source.take(torch.arange(12))
-    assert list(asked["told"]) == list(
+    assert list(requested["conditions"]) == list(
         examples.captions if condition == "caption" else examples.labels
     )
-    assert asked["options"] == {
+    assert requested["options"] == {
         "steps": 3,
         "cfg_scale": 1.5,
         "seed": 4,
@@ -624,7 +612,8 @@ def test_samples_of_a_run_are_judged_by_their_conditions(
         assert factor in ("place", "all") or verdict.own[factor] > 0.97
     assert not verdict.right["all"][10:].all()
     written = json.loads((tmp_path / "judged.json").read_text())
-    assert written == verdict.to_dict() and set(written["factors"]) == factors
+    assert written == verdict.to_dict()
+    assert set(written["factors"]) == factors
     recipe = {
         "data": name,
         "count": 12,

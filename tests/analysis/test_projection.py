@@ -1,4 +1,4 @@
-"""Projections and token colours show hidden structure, repeatably."""
+"""Projections and token colours show hidden structure and are repeatable."""
 
 import numpy as np
 import pytest
@@ -8,29 +8,28 @@ from sklearn.manifold import trustworthiness
 from selfflow.analysis.projection import project, token_colours
 
 
-def test_colours_are_the_three_main_axes():
+def test_colours_are_the_three_principal_axes():
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(4, 15, 3)) * (9, 3, 1)
     tokens = hidden @ np.linalg.qr(rng.normal(size=(12, 12)))[0][:3] + 5
-    pictures, share = token_colours(torch.tensor(tokens), (3, 5))
-    assert (
-        pictures.shape == (4, 3, 3, 5)
-        and share == pytest.approx(1)
-        and abs(pictures).max() <= 1
-    )
+    colours, share = token_colours(torch.tensor(tokens), (3, 5))
+    assert colours.shape == (4, 3, 3, 5)
+    assert share == pytest.approx(1)
+    assert abs(colours).max() <= 1
     for axis in range(3):
-        seen, wanted = pictures[:, axis].ravel(), hidden[..., axis].ravel()
-        assert abs(np.corrcoef(seen, wanted)[0, 1]) > 0.9
-    again, _ = token_colours(torch.tensor(tokens), (3, 5))
-    assert np.array_equal(pictures, again)
+        drawn = colours[:, axis].ravel()
+        expected = hidden[..., axis].ravel()
+        assert abs(np.corrcoef(drawn, expected)[0, 1]) > 0.9
+    repeated, _ = token_colours(torch.tensor(tokens), (3, 5))
+    assert np.array_equal(colours, repeated)
     flat, _ = token_colours(
         np.ones((2, 4, 3)) + 1e-9 * rng.normal(size=(2, 4, 3)), (2, 2)
     )
     assert np.isfinite(flat).all()
 
 
-def test_a_plane_of_pca_is_that_of_a_singular_value_decomposition():
-    "UMAP, which compiles for half a minute, is tried in the lessons of the chapter."
+def test_a_plane_of_pca_equals_the_singular_value_decomposition():
+    "UMAP compiles for half a minute and is tested in the notebook instead."
     rng = np.random.default_rng(1)
     clouds = 5 * np.eye(8)[np.repeat(np.arange(4), 12)] + rng.normal(size=(48, 8))
     plane = project(torch.tensor(clouds), "PCA", neighbours=6)
@@ -40,7 +39,8 @@ def test_a_plane_of_pca_is_that_of_a_singular_value_decomposition():
     assert plane.trustworthiness == pytest.approx(
         trustworthiness(clouds, plane.points, n_neighbors=6)
     )
-    assert "PCA of 48 points" in repr(plane) and "mean nothing" in repr(plane)
+    assert "PCA of 48 points" in repr(plane)
+    assert "mean nothing" in repr(plane)
 
 
 def test_bad_input_is_refused():

@@ -1,5 +1,5 @@
-"""Studies: what a file may say, equal operations, interruption, failures, and
-comparisons over seeds.
+"""A study reads only valid files, gives its arms equal operations, resumes after an
+interruption, lists failures and compares arms over seeds.
 """
 
 import json
@@ -84,17 +84,22 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_studies_of_the_project_can_be_read_and_are_fair(path):
+def test_studies_of_the_project_are_valid_and_fair(path):
     study = Study.read(path)
-    others = study.config(next(iter(study.arms)), study.seeds[0])
+    first_arm = study.config(next(iter(study.arms)), study.seeds[0])
     for arm in study.arms:
         config = study.config(arm, study.seeds[0])
-        half_life = others.training.ema_half_life  # of the teacher
+        half_life = first_arm.training.ema_half_life  # the teacher's
         training = replace(config.training, ema_half_life=half_life)
-        same = replace(
-            config, objective=others.objective, training=training, name=others.name
+        aligned = replace(
+            config,
+            objective=first_arm.objective,
+            training=training,
+            name=first_arm.name,
         )
-        assert same == others, f"{arm} differs in its objective and its teacher alone"
+        assert aligned == first_arm, (
+            f"{arm} may differ only in its objective and its teacher"
+        )
 
 
 @pytest.mark.parametrize(
@@ -122,21 +127,22 @@ def test_a_bad_file_is_refused_before_anything_is_trained(file, old, new, messag
         Study.read(file)
 
 
-def test_equal_operations_are_equal(file):
+def test_arms_at_equal_operations_differ_by_less_than_a_step(file):
     study = Study.read(file)
     for budget in study.budgets:
         steps = steps_of(study, budget)
         base = study.config("Self-Flow", 0, budget).training.steps
         assert steps["Self-Flow"] == {"equal steps": base, "equal FLOPs": base}
         spent = {
-            arm: module._flops(study.config(arm, 0, budget)) * own["equal FLOPs"]
-            for arm, own in steps.items()
+            arm: module._flops(study.config(arm, 0, budget))
+            * chosen_steps["equal FLOPs"]
+            for arm, chosen_steps in steps.items()
         }
         a_step = module._flops(study.config("flow matching", 0, budget))
         assert abs(spent["flow matching"] - spent["Self-Flow"]) <= a_step
 
 
-def test_a_dearer_arm_is_judged_at_an_earlier_checkpoint(file):
+def test_a_more_expensive_arm_is_judged_at_an_earlier_checkpoint(file):
     file.write_text(
         FILE.replace('equal_flops = "Self-Flow"', 'equal_flops = "flow matching"')
         .replace("steps = 4", "steps = 40")
@@ -152,7 +158,8 @@ def test_a_dearer_arm_is_judged_at_an_earlier_checkpoint(file):
 
 def test_a_study_has_a_row_for_every_run_and_step(finished):
     study, _, record = finished
-    assert record["complete"] and not record["failed"]
+    assert record["complete"]
+    assert not record["failed"]
     assert [(row["seed"], row["arm"], row["at"]) for row in record["rows"]] == [
         (seed, arm, at)
         for seed in (0, 1)
@@ -163,7 +170,10 @@ def test_a_study_has_a_row_for_every_run_and_step(finished):
         )
     ]
     for row in record["rows"]:
-        assert row["FLOPs"] > 0 and row["seconds"] > 0 and row["code"] and row["torch"]
+        assert row["FLOPs"] > 0
+        assert row["seconds"] > 0
+        assert row["code"]
+        assert row["torch"]
         assert len(row["flow loss by level"]) == 10
         mean = np.mean(list(row["flow loss by level"].values()))
         assert row["flow loss"] == pytest.approx(mean, rel=1e-5)
@@ -204,7 +214,7 @@ def test_a_judged_run_is_exported_as_it_was_at_equal_steps(finished, tmp_path):
         export_run(study, "Self-Flow", 0, tmp_path / "none", tmp_path)
 
 
-def test_nothing_is_done_twice(finished, monkeypatch):
+def test_a_finished_study_repeats_no_work(finished, monkeypatch):
     study, folder, record = finished
     monkeypatch.setattr(module, "judge_run", None)
     monkeypatch.setattr(module, "_check_folder", lambda *args: None)
@@ -212,7 +222,7 @@ def test_nothing_is_done_twice(finished, monkeypatch):
     assert run_study(study, folder) == record
 
 
-def test_a_stopped_study_goes_on_to_the_same_numbers(finished, tmp_path, monkeypatch):
+def test_a_resumed_study_gives_the_same_numbers(finished, tmp_path, monkeypatch):
     study, _, record = finished
     judge = module.judge_run
 
@@ -228,13 +238,13 @@ def test_a_stopped_study_goes_on_to_the_same_numbers(finished, tmp_path, monkeyp
     assert status["state"].tolist() == ["judged", "judged", "trained", "waiting"]
     assert math.isfinite(status["hours left"].sum())
     monkeypatch.setattr(module, "judge_run", judge)
-    again = run_study(study, tmp_path)
-    assert [row["flow loss"] for row in again["rows"]] == [
+    resumed = run_study(study, tmp_path)
+    assert [row["flow loss"] for row in resumed["rows"]] == [
         row["flow loss"] for row in record["rows"]
     ]
 
 
-def test_a_run_that_fails_is_listed_and_the_others_go_on(file, tmp_path, monkeypatch):
+def test_a_failed_run_is_listed_and_the_others_continue(file, tmp_path, monkeypatch):
     train = module.train
 
     def failing(config, *args, **options):
@@ -262,15 +272,16 @@ def test_a_run_that_fails_is_listed_and_the_others_go_on(file, tmp_path, monkeyp
     }
     assert study_status(study, tmp_path)["state"].tolist().count("failed") == 1
     monkeypatch.setattr(module, "train", train)
-    again = run_study(study, tmp_path)
-    assert again["complete"] and not again["failed"], "a later success counts"
+    resumed = run_study(study, tmp_path)
+    assert resumed["complete"], "a later success counts"
+    assert not resumed["failed"]
 
 
 def test_a_save_every_that_misses_a_judged_step_is_refused_first(file, tmp_path):
     file.write_text(FILE.replace("steps = 4", "steps = 41"))
     with pytest.raises(ValueError, match="save_every 2 does not divide step 41"):
         run_study(Study.read(file), tmp_path)
-    assert not (tmp_path / "little").exists(), "nothing was begun"
+    assert not (tmp_path / "little").exists(), "nothing was started"
 
 
 def test_numbers_of_changed_files_or_code_are_not_mixed(finished, monkeypatch):
@@ -298,27 +309,28 @@ def rows(**values):
 
 
 def test_arms_are_compared_by_a_paired_t_interval_over_seeds():
-    first, second = [0.41, 0.43, 0.39, 0.40], [0.38, 0.41, 0.38, 0.36]
+    first = [0.41, 0.43, 0.39, 0.40]
+    second = [0.38, 0.41, 0.38, 0.36]
     record = {"arms": {"a": {}, "b": {}}, "rows": rows(a=first, b=second)}
-    found = compare_arms(record, "flow loss")["b"]
+    comparison = compare_arms(record, "flow loss")["b"]
     expected = stats.ttest_rel(second, first).confidence_interval(0.95)
-    assert found.interval == pytest.approx((expected.low, expected.high))
-    assert found.difference == pytest.approx(np.mean(second) - np.mean(first))
+    assert comparison.interval == pytest.approx((expected.low, expected.high))
+    assert comparison.difference == pytest.approx(np.mean(second) - np.mean(first))
 
 
 def test_only_seeds_that_both_arms_have_are_compared():
     record = {"arms": {"a": {}, "b": {}}, "rows": rows(a=[1.0, 2.0, 9.0], b=[1.5, 2.6])}
     assert compare_arms(record, "flow loss")["b"].difference == pytest.approx(0.55)
     record["rows"] = rows(a=[1.0, 2.0], b=[1.5])
-    assert compare_arms(record, "flow loss") == {}, "one seed says nothing"
+    assert compare_arms(record, "flow loss") == {}, "a single seed proves nothing"
     with pytest.raises(ValueError, match="Did you mean 'flow loss'"):
         compare_arms(record, "flow los")
 
 
 def test_an_unfinished_study_still_has_a_table(finished):
     study, _, record = finished
-    part = {**record, "rows": [row for row in record["rows"] if row["seed"] == 0]}
-    assert "flow loss" in study_table(part).index
+    unfinished = {**record, "rows": [row for row in record["rows"] if row["seed"] == 0]}
+    assert "flow loss" in study_table(unfinished).index
     assert list(study_table(record).columns) == list(study.arms)
 
 

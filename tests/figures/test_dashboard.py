@@ -1,4 +1,6 @@
-"""The dashboard draws each curve from its table, and no odd table stops it."""
+"""The dashboard draws each curve from its table, its texts fit without overlap, and no
+odd table stops it.
+"""
 
 import math
 
@@ -39,8 +41,8 @@ def titles(figure):
     return [axis.get_title(loc="left") for axis in figure.axes]
 
 
-def titled(figure, title):
-    """The only axes whose title starts with these words."""
+def chart(figure, title):
+    """The only axes whose title starts with this text."""
     (place,) = [i for i, text in enumerate(titles(figure)) if text.startswith(title)]
     return figure.axes[place]
 
@@ -53,8 +55,8 @@ def tick_texts(labels):
     return [label.get_text() for label in labels]
 
 
-def drawn(figure):
-    """The figure, after it was rendered once."""
+def checked(figure):
+    """The figure, after rendering it once."""
     assert isinstance(figure, Picture)
     assert to_png(figure, dpi=50).startswith(b"\x89PNG")
     return figure
@@ -64,15 +66,18 @@ def drawn(figure):
 
 
 def test_short_curves_are_not_thinned():
-    x, y = np.arange(1200.0), np.random.default_rng(0).normal(size=1200)
+    x = np.arange(1200.0)
+    y = np.random.default_rng(0).normal(size=1200)
     assert thin(x, y)[1] is y
 
 
 @pytest.mark.parametrize("count", [1201, 5000, 99_999])
-def test_every_stretch_keeps_its_lowest_and_highest_point_in_order(count):
-    x, y = np.arange(float(count)), np.random.default_rng(0).normal(size=count)
+def test_thinning_preserves_the_extremes_of_every_stretch_in_order(count):
+    x = np.arange(float(count))
+    y = np.random.default_rng(0).normal(size=count)
     few_x, few_y = thin(x, y)
-    assert len(few_x) <= 1200 and (np.diff(few_x) >= 0).all()
+    assert len(few_x) <= 1200
+    assert (np.diff(few_x) >= 0).all()
     assert (y[few_x.astype(int)] == few_y).all()
     width = math.ceil(count / 600)
     for start in range(0, count, width):
@@ -81,7 +86,7 @@ def test_every_stretch_keeps_its_lowest_and_highest_point_in_order(count):
         assert (inside.min(), inside.max()) == (stretch.min(), stretch.max())
 
 
-def test_thinning_skips_gaps_where_it_can():
+def test_thinning_skips_gaps_where_possible():
     y = np.where(np.arange(5000) % 2, np.nan, 1.0)
     assert np.isfinite(thin(np.arange(5000.0), y)[1]).all()
     assert np.isnan(thin(np.arange(5000.0), y * np.nan)[1]).all()
@@ -91,48 +96,53 @@ def test_thinning_skips_gaps_where_it_can():
 
 
 def test_losses_are_drawn_as_logged_and_smoothed(log):
-    figure = drawn(draw_dashboard(log, steps=100))
+    figure = checked(draw_dashboard(log, steps=100))
     charts = {"flow loss": "flow_loss", "representation loss": "rep_loss"}
     for title, name in charts.items():
-        raw, smoothed = titled(figure, title).lines
+        raw, smoothed = chart(figure, title).lines
         np.testing.assert_array_equal(raw.get_xdata(), log["step"])
         np.testing.assert_array_equal(raw.get_ydata(), log[name])
         means = log[name].rolling(4).mean()
         np.testing.assert_allclose(smoothed.get_ydata()[10:], means[10:])
-        assert raw.get_alpha() < 0.5 and smoothed.get_alpha() is None
-    written = texts(titled(figure, "flow loss"))
+        assert raw.get_alpha() < 0.5
+        assert smoothed.get_alpha() is None
+    written = texts(chart(figure, "flow loss"))
     assert "mean of 4 lines; faint: each" in written
     assert f"{log['flow_loss'][96:].mean():.3g}" in written, "the value at the end"
 
 
-def test_the_cosine_is_drawn_with_what_a_constant_reaches(log):
-    axis = titled(drawn(draw_dashboard(log)), "cosine")
+def test_the_cosine_is_drawn_with_that_of_a_constant(log):
+    axis = chart(checked(draw_dashboard(log)), "cosine")
     constant, raw, smoothed = axis.lines
     assert constant.get_linestyle() == ":"
     assert constant.get_color() != smoothed.get_color()
     means = log["constant_cosine"].rolling(4).mean()
     np.testing.assert_allclose(constant.get_ydata()[10:], means[10:])
     np.testing.assert_array_equal(raw.get_ydata(), log["cosine"])
-    assert axis.get_ylim()[1] >= 1 and -0.1 < axis.get_ylim()[0] <= 0
+    assert axis.get_ylim()[1] >= 1
+    assert -0.1 < axis.get_ylim()[0] <= 0
 
 
 def test_a_cosine_below_zero_is_not_cut_off(log):
     log["cosine"] -= 0.5
-    axis = titled(drawn(draw_dashboard(log)), "cosine")
+    axis = chart(checked(draw_dashboard(log)), "cosine")
     lowest_after_start = log["cosine"][3:].min()
     assert -1.1 < axis.get_ylim()[0] < lowest_after_start < 0
 
 
-def test_the_gradient_norm_is_logarithmic_and_the_clip_marked(log):
-    log.loc[3, "grad_norm"] = 0.0  # has no logarithm
-    axis = titled(drawn(draw_dashboard(log, clip=0.7)), "gradient norm")
-    assert axis.get_yscale() == "log" and "dotted: clipped at 0.7" in texts(axis)
+def test_the_gradient_norm_is_logarithmic_and_its_clip_is_marked(log):
+    log.loc[3, "grad_norm"] = 0.0  # it has no logarithm
+    axis = chart(checked(draw_dashboard(log, clip=0.7)), "gradient norm")
+    assert axis.get_yscale() == "log"
+    assert "dotted: clipped at 0.7" in texts(axis)
     raw, _, clip = axis.lines
     assert np.isnan(raw.get_ydata()[3])
-    assert clip.get_linestyle() == ":" and set(clip.get_ydata()) == {0.7}
+    assert clip.get_linestyle() == ":"
+    assert set(clip.get_ydata()) == {0.7}
     low, high = axis.get_ylim()
-    assert low < log["grad_norm"].drop(3).min() and high > log["grad_norm"].max()
-    unclipped = titled(drawn(draw_dashboard(log)), "gradient norm")
+    assert low < log["grad_norm"].drop(3).min()
+    assert high > log["grad_norm"].max()
+    unclipped = chart(checked(draw_dashboard(log)), "gradient norm")
     assert len(unclipped.lines) == 2
     assert not any("clipped" in text for text in texts(unclipped))
 
@@ -143,7 +153,7 @@ def test_the_gradient_norm_is_logarithmic_and_the_clip_marked(log):
 def test_the_norm_has_few_ticks_at_any_scale(low, high):
     norms = [low, high, low, high]
     log = {"step": [1, 2, 3, 4], "flow_loss": [1.0] * 4, "grad_norm": norms}
-    axis = titled(drawn(draw_dashboard(log)), "gradient norm")
+    axis = chart(checked(draw_dashboard(log)), "gradient norm")
     bottom, top = axis.get_ylim()
     assert 1 <= sum(bottom <= tick <= top for tick in axis.get_yticks()) <= 5
 
@@ -151,27 +161,28 @@ def test_the_norm_has_few_ticks_at_any_scale(low, high):
 def test_a_spike_sets_the_scale_but_the_start_does_not(log):
     log.loc[0, "flow_loss"] = 1000.0
     log.loc[60, "flow_loss"] = 5.0
-    assert 5.0 < titled(drawn(draw_dashboard(log)), "flow loss").get_ylim()[1] < 10.0
+    assert 5.0 < chart(checked(draw_dashboard(log)), "flow loss").get_ylim()[1] < 10.0
 
 
-def test_the_first_a_middle_and_the_newest_validation_are_drawn(log):
-    axis = titled(drawn(draw_dashboard(log)), BY_LEVEL)
+def test_the_first_middle_and_newest_validations_are_drawn(log):
+    axis = chart(checked(draw_dashboard(log)), BY_LEVEL)
     assert set(texts(axis)) == {"step 100", "step 50", "step 10"}
     for line, step in zip(axis.lines, (10, 50, 100), strict=True):
         np.testing.assert_allclose(line.get_xdata(), LEVELS)
         losses = log["flow_loss_by_level"][step - 1]
         np.testing.assert_allclose(line.get_ydata(), losses)
-    assert axis.lines[-1].get_color() == COLOURS[0] and axis.get_xlim() == (0, 1)
+    assert axis.lines[-1].get_color() == COLOURS[0]
+    assert axis.get_xlim() == (0, 1)
 
 
 def test_a_single_validation_is_drawn_as_the_newest(log):
-    (line,) = titled(drawn(draw_dashboard(log[:10])), BY_LEVEL).lines
+    (line,) = chart(checked(draw_dashboard(log[:10])), BY_LEVEL).lines
     assert line.get_color() == COLOURS[0]
 
 
 def test_an_older_run_shows_its_validation_over_steps(log):
     older = log.drop(columns="flow_loss_by_level")
-    axis = titled(drawn(draw_dashboard(older, steps=100)), "validation loss")
+    axis = chart(checked(draw_dashboard(older, steps=100)), "validation loss")
     (line,) = axis.lines
     assert line.get_xdata().tolist() == list(range(10, 101, 10))
     losses = log["validation_flow_loss"].dropna()
@@ -179,9 +190,9 @@ def test_an_older_run_shows_its_validation_over_steps(log):
     assert axis.get_xlim() == (0, 100)
 
 
-def test_flow_matching_has_no_chart_of_features(log):
+def test_flow_matching_has_no_charts_of_features(log):
     plain = log.drop(columns=["rep_loss", "cosine", "constant_cosine"])
-    figure = drawn(draw_dashboard(plain))
+    figure = checked(draw_dashboard(plain))
     assert titles(figure) == [
         "flow loss",
         "gradient norm",
@@ -190,9 +201,9 @@ def test_flow_matching_has_no_chart_of_features(log):
     ]
 
 
-def test_the_speed_is_drawn_from_zero_if_it_is_known(log):
+def test_the_speed_is_drawn_from_zero_if_known(log):
     timing = pd.DataFrame({"step": log["step"], "steps_per_second": 12.0})
-    axis = titled(drawn(draw_dashboard(log, timing)), "steps per second")
+    axis = chart(checked(draw_dashboard(log, timing)), "steps per second")
     assert axis.get_ylim()[0] == 0
     assert axis.lines[0].get_ydata().tolist() == [12.0] * 100
     assert "steps per second" not in titles(draw_dashboard(log, timing[:0]))
@@ -201,10 +212,10 @@ def test_the_speed_is_drawn_from_zero_if_it_is_known(log):
 @pytest.mark.parametrize(
     ("steps", "end"), [(100, 100), (300, 150), (100_000, 195.3125), (None, 100)]
 )
-def test_charts_share_one_axis_of_steps_that_is_at_least_half_full(log, steps, end):
+def test_charts_share_one_axis_of_steps_and_fill_half_of_it(log, steps, end):
     figure = draw_dashboard(log, steps=steps)
     names = ("flow loss", "cosine with the teacher", "gradient norm")
-    charts = [titled(figure, name) for name in names]
+    charts = [chart(figure, name) for name in names]
     assert {axis.get_xlim() for axis in charts} == {(0, end)}
     labels = [axis.get_xlabel() for axis in charts if axis.get_xlabel()]
     once_below = [f"step (of {steps:,})" if steps else "step"]
@@ -215,21 +226,23 @@ def test_charts_share_one_axis_of_steps_that_is_at_least_half_full(log, steps, e
 
 
 def rendered(figure):
-    """The figure, rendered so that every text has its place."""
+    """The figure, rendered so that every text has a position."""
     to_png(figure, dpi=figure.dpi)
     return figure
 
 
 def test_labels_at_the_ends_do_not_overlap(log):
     log["constant_cosine"] = log["cosine"] = 0.5
-    axis = titled(rendered(draw_dashboard(log)), "cosine")
+    axis = chart(rendered(draw_dashboard(log)), "cosine")
     ends = [t.get_window_extent() for t in axis.texts if t.get_text() == "0.5"]
-    assert len(ends) == 2 and not ends[0].overlaps(ends[1])
+    assert len(ends) == 2
+    assert not ends[0].overlaps(ends[1])
 
 
 def test_labels_near_the_top_stay_below_the_title(log):
-    log["cosine"], log["constant_cosine"] = 1.0, 0.98
-    axis = titled(rendered(draw_dashboard(log)), "cosine")
+    log["cosine"] = 1.0
+    log["constant_cosine"] = 0.98
+    axis = chart(rendered(draw_dashboard(log)), "cosine")
     boxes = {text.get_text(): text.get_window_extent() for text in axis.texts}
     assert not boxes["1"].overlaps(boxes["dotted: reached by a constant"])
     assert not boxes["1"].overlaps(boxes["0.98"])
@@ -238,19 +251,20 @@ def test_labels_near_the_top_stay_below_the_title(log):
 
 def test_ticks_of_close_values_differ(log):
     log["flow_loss_by_level"] = [[1.7 + 0.001 * t for t in LEVELS]] * 100
-    axis = titled(rendered(draw_dashboard(log)), BY_LEVEL)
+    axis = chart(rendered(draw_dashboard(log)), BY_LEVEL)
     ticks = tick_texts(axis.get_yticklabels())
     assert len(set(ticks)) == len(ticks) > 2
 
 
-def test_every_text_lies_within_the_figure(log, history):
+def test_every_text_is_within_the_figure(log, history):
     log["flow_loss"] *= 12345.678
     log["step"] *= 4_000
     timing = {"step": log["step"], "steps_per_second": log["flow_loss"]}
     figure = rendered(draw_dashboard(log, timing, history, 1_000_000, clip=1.0))
     width, height = figure.canvas.get_width_height()
     for axis in figure.axes:
-        (left, right), (low, high) = axis.get_xlim(), sorted(axis.get_ylim())
+        left, right = axis.get_xlim()
+        low, high = sorted(axis.get_ylim())
         visible = [*axis.texts, axis.title, axis.xaxis.label]
         for tick in axis.get_xticklabels():
             if left <= tick.get_position()[0] <= right:
@@ -261,8 +275,8 @@ def test_every_text_lies_within_the_figure(log, history):
         for text in visible:
             box = text.get_window_extent()
             if text.get_text() and text.get_visible() and box.width:
-                inside = -1 <= box.x0 and box.x1 <= width + 1
-                assert inside and -1 <= box.y0 and box.y1 <= height + 1, text.get_text()
+                assert -1 <= box.x0 and box.x1 <= width + 1, text.get_text()
+                assert -1 <= box.y0 and box.y1 <= height + 1, text.get_text()
 
 
 # odd tables
@@ -311,11 +325,11 @@ ODD = {
 @pytest.mark.filterwarnings("error")
 def test_odd_tables_are_drawn_as_far_as_possible(log, steps):
     figure = draw_dashboard(log, timing=log, history=[], steps=steps, clip=1.0)
-    assert drawn(figure).axes
+    assert checked(figure).axes
 
 
 def test_an_empty_run_has_three_remarks():
-    remarks = [texts(axis) for axis in drawn(draw_dashboard(None)).axes]
+    remarks = [texts(axis) for axis in checked(draw_dashboard(None)).axes]
     assert remarks == [
         ["nothing was logged yet"],
         ["no validation yet"],
@@ -323,10 +337,11 @@ def test_an_empty_run_has_three_remarks():
     ]
 
 
-def test_one_line_is_drawn_as_a_visible_point():
-    figure = drawn(draw_dashboard(ODD["one line"]))
-    _, smoothed = titled(figure, "flow loss").lines
-    assert smoothed.get_marker() == "." and smoothed.get_xydata().tolist() == [[5, 1]]
+def test_a_single_line_of_the_log_is_drawn_as_a_visible_point():
+    figure = checked(draw_dashboard(ODD["one line"]))
+    _, smoothed = chart(figure, "flow loss").lines
+    assert smoothed.get_marker() == "."
+    assert smoothed.get_xydata().tolist() == [[5, 1]]
 
 
 def test_drawing_changes_no_table(log, history):
@@ -335,20 +350,21 @@ def test_drawing_changes_no_table(log, history):
     pd.testing.assert_frame_equal(log, before)
 
 
-def test_pyplot_is_not_touched(log, history):
+def test_drawing_opens_no_pyplot_figure(log, history):
     plt = pytest.importorskip("matplotlib.pyplot")
     before = plt.get_fignums()
-    drawn(draw_dashboard(log, None, history))
-    drawn(draw_sample_history(history))
+    checked(draw_dashboard(log, None, history))
+    checked(draw_sample_history(history))
     assert plt.get_fignums() == before
 
 
 # the sample history
 
 
-def test_rows_are_steps_and_columns_samples(history):
+def test_rows_are_steps_and_columns_are_samples(history):
     pixels, steps, labels, gap = sample_history_grid(history, rows=3, columns=2)
-    assert steps == [0, 50, 100] and labels == [0, 1]
+    assert steps == [0, 50, 100]
+    assert labels == [0, 1]
     assert pixels.shape == (3 * 8 + 2 * gap, 2 * 8 + gap, 3)
     black, grey, white = 0, 127, 255
     left_edge = [pixels[row * (8 + gap), 0, 0] for row in range(3)]
@@ -356,8 +372,8 @@ def test_rows_are_steps_and_columns_samples(history):
     assert (pixels[:, 8 : 8 + gap] == white).all(), "the gap"
 
 
-def test_steps_stand_at_the_left_and_labels_below(history):
-    (axis,) = drawn(draw_sample_history(history, rows=3)).axes
+def test_steps_are_at_the_left_and_labels_are_below(history):
+    (axis,) = checked(draw_sample_history(history, rows=3)).axes
     assert tick_texts(axis.get_yticklabels()) == ["0", "50", "100"]
     assert tick_texts(axis.get_xticklabels()) == ["0", "1", "2", "3"]
     height = axis.get_images()[0].get_array().shape[0]
@@ -366,7 +382,7 @@ def test_steps_stand_at_the_left_and_labels_below(history):
     assert centres[-1] == pytest.approx(height - 1 - 3.5)
 
 
-def test_three_channels_are_colours_and_others_show_the_first():
+def test_three_channels_are_colours_and_other_numbers_show_the_first():
     colour = torch.zeros(1, 3, 4, 4)
     colour[:, 0] = 1.0
     pixels = sample_history_grid([(0, colour, [7])]).pixels
@@ -385,12 +401,12 @@ def test_values_that_are_not_finite_or_too_large_are_drawn():
 
 
 def test_samples_of_another_shape_than_the_newest_are_left_out(history):
-    other = (5, torch.zeros(4, 3, 16, 16), torch.arange(4))
-    steps = sample_history_grid([other, *history], rows=20).steps
+    of_another_shape = (5, torch.zeros(4, 3, 16, 16), torch.arange(4))
+    steps = sample_history_grid([of_another_shape, *history], rows=20).steps
     assert steps == [step for step, *_ in history]
 
 
-def test_a_step_may_have_fewer_samples():
+def test_steps_can_have_fewer_samples():
     history = [
         (0, torch.ones(2, 1, 4, 4), [1, 2]),
         (1, torch.ones(4, 1, 4, 4), [1, 2, 3, 4]),
@@ -401,12 +417,12 @@ def test_a_step_may_have_fewer_samples():
 
 
 def test_an_empty_history_has_a_remark():
-    (axis,) = drawn(draw_sample_history([])).axes
+    (axis,) = checked(draw_sample_history([])).axes
     assert texts(axis) == ["no samples yet"]
 
 
 def test_the_history_is_part_of_the_dashboard(log, history):
-    figure = drawn(draw_dashboard(log, history=history))
-    axis = titled(figure, "samples from the same noise")
+    figure = checked(draw_dashboard(log, history=history))
+    axis = chart(figure, "samples from the same noise")
     pixels = sample_history_grid(history).pixels
     assert axis.get_images()[0].get_array().shape == pixels.shape

@@ -1,4 +1,6 @@
-"""Pages of samples: every image, caption and level is drawn in its place and colour."""
+"""Pages of samples draw every image, video, caption and level in its place and colour,
+and refuse arrays and texts that do not fit.
+"""
 
 import io
 
@@ -60,7 +62,7 @@ def texts_of(axis):
     return [text.get_text() for text in axis.texts if text.get_text()]
 
 
-# videos that move
+# moving videos
 
 
 @settings(max_examples=15, deadline=None)
@@ -71,16 +73,18 @@ def texts_of(axis):
     columns=st.integers(1, 6),
     scale=st.integers(1, 3),
 )
-def test_a_webp_holds_every_video_in_its_place(count, channels, frames, columns, scale):
+def test_a_webp_has_every_video_in_its_place(count, channels, frames, columns, scale):
     # each frame of each video has a grey value of its own
     greys = torch.linspace(-1, 1, count * frames).reshape(count, 1, frames, 1, 1)
     videos = greys.expand(-1, channels, -1, 8, 16)
-    shown = frames_of(to_webp(videos, fps=20, columns=columns, scale=scale))
+    canvases = frames_of(to_webp(videos, fps=20, columns=columns, scale=scale))
     across = min(columns, count)
     down = -(-count // across)
-    height, width = 8 * scale + 2, 16 * scale + 2
-    assert len(shown) == frames and shown[0][1] in (50, None)
-    for frame, (canvas, _) in enumerate(shown):
+    height = 8 * scale + 2
+    width = 16 * scale + 2
+    assert len(canvases) == frames
+    assert canvases[0][1] in (50, None)
+    for frame, (canvas, _) in enumerate(canvases):
         assert canvas.shape == (down * height - 2, across * width - 2, 3)
         for video in range(count):
             y = (video // across) * height + 4 * scale
@@ -95,7 +99,8 @@ def test_a_webp_holds_every_video_in_its_place(count, channels, frames, columns,
 def test_a_webp_loops_and_lasts_as_long_as_requested():
     data = to_webp(noise(2, 3, 6, 8, 8), fps=8)
     with Image.open(io.BytesIO(data)) as opened:
-        assert opened.format == "WEBP" and opened.is_animated
+        assert opened.format == "WEBP"
+        assert opened.is_animated
         assert opened.info["loop"] == 0
     assert {duration for _, duration in frames_of(data)} == {125}
 
@@ -106,7 +111,7 @@ def test_quality_and_scale_change_the_size_of_the_file():
     assert len(to_webp(videos, scale=1)) < len(to_webp(videos, scale=4))
 
 
-def test_values_outside_are_clipped_and_tensors_may_carry_gradients():
+def test_values_out_of_range_are_clipped_and_gradients_are_allowed():
     wide = (3 * noise(1, 3, 2, 8, 8)).requires_grad_()
     assert to_webp(wide) == to_webp(wide.detach().clamp(-1, 1).numpy())
 
@@ -135,7 +140,7 @@ def test_a_webp_refuses_numbers_out_of_range(change, message):
 @pytest.mark.parametrize(
     "shape", [(2, 3, 8, 8), (2, 2, 4, 8, 8), (0, 3, 4, 8, 8), (2, 3, 0, 8, 8)]
 )
-def test_arrays_that_are_no_videos_are_refused(function, shape):
+def test_arrays_that_are_not_videos_are_refused(function, shape):
     with pytest.raises(ValueError, match=r"expected \(n, 1 or 3, f, h, w\)"):
         function(torch.zeros(shape))
 
@@ -179,14 +184,14 @@ def test_a_wrong_number_of_texts_is_refused(draw, what):
 
 
 @pytest.mark.parametrize(("count", "columns"), [(1, 6), (5, 2), (6, 3)])
-def test_each_image_stands_above_its_caption(count, columns):
+def test_each_image_is_above_its_caption(count, columns):
     images = noise(count, 3, 8, 8)
     captions = [f"a figure {k} of very many words for one line" for k in range(count)]
     page = draw_captioned(images, captions, columns)
-    shown = images_in(page)
-    assert len(shown) == count, "places left over are empty"
+    drawn_images = images_in(page)
+    assert len(drawn_images) == count, "unused places are empty"
     for pixels, image, axis, caption in zip(
-        shown, images, page.axes, captions, strict=False
+        drawn_images, images, page.axes, captions, strict=False
     ):
         assert_shows(pixels, image)
         assert "\n" in axis.get_xlabel(), "a long caption is wrapped"
@@ -194,13 +199,15 @@ def test_each_image_stands_above_its_caption(count, columns):
     assert page._repr_png_().startswith(b"\x89PNG")
 
 
-def test_captions_lie_on_the_page_and_not_over_images():
+def test_captions_are_on_the_page_and_do_not_cover_images():
     page = draw_captioned(noise(4, 3, 8, 8), ["many words " * 8] * 4, columns=2)
     page.draw_without_rendering()
     images = [axis.get_images()[0].get_window_extent() for axis in page.axes]
     for axis in page.axes:
         caption = axis.xaxis.label.get_window_extent()
-        assert caption.x0 >= 0 and caption.x1 <= page.bbox.x1 and caption.y0 >= 0
+        assert caption.x0 >= 0
+        assert caption.x1 <= page.bbox.x1
+        assert caption.y0 >= 0
         assert not any(caption.overlaps(image) for image in images)
 
 
@@ -208,13 +215,13 @@ def test_captions_lie_on_the_page_and_not_over_images():
     ("frames", "requested", "chosen"),
     [(16, 8, [0, 2, 4, 6, 9, 11, 13, 15]), (3, 8, [0, 1, 2]), (5, 1, [0])],
 )
-def test_a_strip_shows_evenly_chosen_frames(frames, requested, chosen):
+def test_a_strip_shows_evenly_spaced_frames(frames, requested, chosen):
     videos = noise(2, 3, frames, 4, 6)
     strip = draw_video_strip(videos, ["one", "another"], requested)
-    for video, shown in zip(videos, images_in(strip), strict=True):
-        assert shown.shape == (4, 7 * len(chosen) - 1, 3)
+    for video, strip_image in zip(videos, images_in(strip), strict=True):
+        assert strip_image.shape == (4, 7 * len(chosen) - 1, 3)
         for place, frame in enumerate(chosen):
-            assert_shows(shown[:, 7 * place : 7 * place + 6], video[:, frame])
+            assert_shows(strip_image[:, 7 * place : 7 * place + 6], video[:, frame])
     ticks = strip.axes[-1].get_xticklabels()
     assert [int(tick.get_text()) for tick in ticks] == chosen
     assert [axis.get_ylabel() for axis in strip.axes] == ["one", "another"]
@@ -258,8 +265,8 @@ def test_rows_of_different_shapes_are_refused(rows, shapes):
 def test_each_token_is_coloured_by_its_level(height, width, grid):
     images = noise(3, 1, height, width)
     levels = (noise(3, *grid, seed=1) + 1) / 2
-    shown = images_in(draw_level_map(images, levels))
-    for image, level, pixels in zip(images[:, 0], levels, shown, strict=True):
+    drawn_images = images_in(draw_level_map(images, levels))
+    for image, level, pixels in zip(images[:, 0], levels, drawn_images, strict=True):
         for y, x in np.ndindex(height, width):
             token = level[y * grid[0] // height, x * grid[1] // width].item()
             colour = np.array(colormaps["viridis"](token)[:3])
@@ -268,15 +275,16 @@ def test_each_token_is_coloured_by_its_level(height, width, grid):
             np.testing.assert_allclose(pixels[y, x], expected, atol=1 / 255)
 
 
-def test_views_stand_below_the_levels_with_their_names():
-    images, other = noise(2, 3, 8, 8), noise(2, 3, 8, 8, seed=1)
-    views = {"student sees": other, "teacher sees": images}
+def test_views_are_below_the_levels_with_their_names():
+    images = noise(2, 3, 8, 8)
+    student_view = noise(2, 3, 8, 8, seed=1)
+    views = {"student sees": student_view, "teacher sees": images}
     titles = ["first", "second"]
     figure = draw_level_map(images, torch.zeros(2, 2, 2), views, titles)
     assert [axis.get_title() for axis in figure.axes[:2]] == titles
-    shown = images_in(figure)
-    assert len(shown) == 6
-    for pixels, image in zip(shown[2:], [*other, *images], strict=True):
+    drawn_images = images_in(figure)
+    assert len(drawn_images) == 6
+    for pixels, image in zip(drawn_images[2:], [*student_view, *images], strict=True):
         assert_shows(pixels, image)
     assert [axis.get_ylabel() for axis in figure.axes[:6:2]] == ["levels", *views]
 

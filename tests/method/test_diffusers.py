@@ -1,5 +1,5 @@
-"""Backbones from diffusers, each against the plain model: one level, two levels without
-attention, taps, early stop, gradients, precision, folders, bad input and a run.
+"""Backbones from diffusers compute what the plain models compute, give each token its
+own noise level, and train, resume and export; unsuitable inputs are refused.
 """
 
 import copy
@@ -84,8 +84,8 @@ def plain_wan(model, x, text, t):
 
 
 def plain_ltx(model, x, text, t):
-    seen = torch.ones(len(x), TEXT)
-    return model(x, text, 1000 * t, seen, 2, 4, 4, return_dict=False)[0]
+    mask = torch.ones(len(x), TEXT)
+    return model(x, text, 1000 * t, mask, 2, 4, 4, return_dict=False)[0]
 
 
 def plain_dit(model, x, labels, t):
@@ -241,7 +241,7 @@ def close(actual, expected, rtol=1e-5, atol=2e-6):
 
 @every_family
 @torch.no_grad()
-def test_one_level_is_the_plain_model_and_closing_restores_it(name):
+def test_one_level_gives_the_plain_model_and_closing_restores_it(name):
     case = CASES[name]
     x, values, two = example(case)
     model = model_of(case)
@@ -250,9 +250,10 @@ def test_one_level_is_the_plain_model_and_closing_restores_it(name):
     expected = case.plain(model, x, values, t)
     backbone = DiffusersBackbone(model, inputs_of(case))
     condition = condition_of(case, values)
-    one = backbone(x, NoiseLevels.single(t, x.shape[1]), condition).velocity
+    velocity = backbone(x, NoiseLevels.single(t, x.shape[1]), condition).velocity
     scale = expected.abs().max()
-    assert scale > 1e-3 and (one - expected).abs().max() <= 1e-6 * scale
+    assert scale > 1e-3
+    assert (velocity - expected).abs().max() <= 1e-6 * scale
     # two levels, of which all tokens have the first
     first = NoiseLevels(two.levels, torch.zeros_like(two.assign))
     close(backbone(x, first, condition).velocity, expected)
@@ -281,7 +282,7 @@ def test_without_attention_each_token_is_at_its_own_level(name):
 
 @every_family
 @torch.no_grad()
-def test_taps_are_hidden_states_of_diffusers_and_stop_ends_there(name):
+def test_taps_equal_the_hidden_states_of_diffusers_and_stop_skips_the_rest(name):
     case = CASES[name]
     x, values, two = example(case)
     model = model_of(case)
@@ -305,7 +306,8 @@ def test_taps_are_hidden_states_of_diffusers_and_stop_ends_there(name):
     for hook in hooks:
         hook.remove()
     backbone = DiffusersBackbone(model, inputs_of(case))
-    assert backbone.depth == case.depth == len(blocks) and backbone.width == 32
+    assert backbone.depth == case.depth == len(blocks)
+    assert backbone.width == 32
     layers = tuple(range(1, case.depth + 1))
     levels = NoiseLevels.single(t, x.shape[1])
     condition = condition_of(case, values)
@@ -316,7 +318,9 @@ def test_taps_are_hidden_states_of_diffusers_and_stop_ends_there(name):
     watch = blocks[-1].register_forward_hook(lambda *args: ran.append(1))
     stopped = backbone(x, levels, condition, taps=(1,), stop=True)
     watch.remove()
-    assert stopped.velocity is None and not ran and list(stopped.features) == [1]
+    assert stopped.velocity is None
+    assert not ran
+    assert list(stopped.features) == [1]
     assert torch.equal(stopped.features[1], output.features[1])
     for block in blocks:
         assert not block._forward_hooks
@@ -346,14 +350,17 @@ def test_gradients_are_the_same_with_checkpointing_and_in_a_copy(name):
     plain, output = gradients()
     stopped, _ = gradients(stop=True)
     backbone.checkpointing = True
-    assert backbone.checkpointing and not teacher.checkpointing
-    again, same = gradients()
-    assert torch.equal(same.velocity, output.velocity)
-    for a, b in zip(plain, again, strict=True):
-        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
-    again, _ = gradients(stop=True)
-    for a, b in zip(stopped, again, strict=True):
-        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+    assert backbone.checkpointing
+    assert not teacher.checkpointing
+    checkpointed, checkpointed_output = gradients()
+    assert torch.equal(checkpointed_output.velocity, output.velocity)
+    for a, b in zip(plain, checkpointed, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+    checkpointed, _ = gradients(stop=True)
+    for a, b in zip(stopped, checkpointed, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
     # a copy has levels, modules and forwards of its own
     with torch.no_grad():
         copied = teacher(x, two.cleanest(), condition).velocity
@@ -361,7 +368,8 @@ def test_gradients_are_the_same_with_checkpointing_and_in_a_copy(name):
             parameter.zero_()
         assert torch.equal(teacher(x, two.cleanest(), condition).velocity, copied)
     own = {id(module) for module in teacher.modules()}
-    assert teacher._replaced and all(id(module) in own for module in teacher._replaced)
+    assert teacher._replaced
+    assert all(id(module) in own for module in teacher._replaced)
     assert all(module.forward.__self__ is module for module in teacher._replaced)
 
 
@@ -382,8 +390,9 @@ def test_time_is_embedded_once_per_level(name):
     backbone = DiffusersBackbone(model, inputs_of(case))
     backbone(x, two, condition_of(case, values))
     text = FAMILIES[case.family].modulates_text
-    assert rows and max(rows) == 2 * (2 + text)  # two samples, and the text's level
-    # operations of one level more, against those of a level for each token
+    assert rows
+    assert max(rows) == 2 * (2 + text)  # two samples, and the level of the text
+    # operations of one more level, against those of a level for each token
     operations = []
     n = x.shape[1]
     for levels in (
@@ -404,7 +413,8 @@ def test_time_is_embedded_once_per_level(name):
 def test_close_levels_stay_distinct_in_bf16(name):
     case = CASES[name]
     x, values, _ = example(case)
-    x, values = x[:1].expand(2, -1, -1), values[:1].expand(2, *values.shape[1:])
+    x = x[:1].expand(2, -1, -1)
+    values = values[:1].expand(2, *values.shape[1:])
     near = torch.tensor([0.682, 0.6835])
     levels = NoiseLevels.single(near, x.shape[1])
     backbone = DiffusersBackbone(model_of(case).bfloat16(), inputs_of(case))
@@ -414,7 +424,8 @@ def test_close_levels_stay_distinct_in_bf16(name):
             module.register_forward_hook(lambda m, args, out: vectors.append(out))
     output = backbone(x, levels, condition_of(case, values))
     assert output.velocity.dtype == torch.float32
-    assert vectors and all(v.dtype == torch.float32 for v in vectors)
+    assert vectors
+    assert all(v.dtype == torch.float32 for v in vectors)
     assert not torch.equal(vectors[0][0], vectors[0][1])
     if case.family.startswith("flux"):  # diffusers rounds before it multiplies by 1000
         rounded = near.bfloat16() * 1000
@@ -467,11 +478,11 @@ def test_published_ltx_weights_get_places_in_seconds_and_pixels(tmp_path):
     x, values, two = example(case)
     model = model_of(case)
     t = two.levels[:, 0]
-    seen = torch.ones(2, TEXT)
+    mask = torch.ones(2, TEXT)
     # as its pipeline calls it, at 25 frames a second
     scale = (8 / 25, 32, 32)
     expected = model(
-        x, values, 1000 * t, seen, 2, 4, 4, rope_interpolation_scale=scale
+        x, values, 1000 * t, mask, 2, 4, 4, rope_interpolation_scale=scale
     )[0]
     model.save_pretrained(tmp_path)
     options = ModelConfig("ltx", folder=str(tmp_path))
@@ -487,7 +498,7 @@ def test_published_ltx_weights_get_places_in_seconds_and_pixels(tmp_path):
 
 @pytest.mark.parametrize("name", ["ltx", "pixart"])
 @torch.no_grad()
-def test_padding_of_a_text_is_masked(name):
+def test_the_padding_of_a_text_is_masked(name):
     case = CASES[name]
     x, values, two = example(case)
     short = values.clone()
@@ -525,7 +536,7 @@ def model_kwargs(case, x, text, t):
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 @torch.no_grad()
-def test_a_pooled_text_is_passed_on(name):
+def test_a_pooled_text_vector_reaches_the_model(name):
     case = CASES[name]
     config = {**case.config, "pooled_projection_dim": 7}
     model = model_of(replace(case, config=config))
@@ -533,49 +544,51 @@ def test_a_pooled_text_is_passed_on(name):
     inputs = replace(inputs_of(case), pooled=7)
     backbone = DiffusersBackbone(model, inputs)
     pooled = torch.randn(2, 7)
-    seen = []
+    received = []
     watch = model.time_text_embed.text_embedder.register_forward_hook(
-        lambda module, args, out: seen.append(args[0])
+        lambda module, args, out: received.append(args[0])
     )
     condition = Condition(values, pooled=pooled)
     first = backbone(x, two, condition).velocity
     backbone(x, two)
     watch.remove()
-    assert torch.equal(seen[0], pooled) and not seen[1].any()
-    other = Condition(values, pooled=torch.randn(2, 7))
-    assert not torch.allclose(first, backbone(x, two, other).velocity, atol=1e-4)
+    assert torch.equal(received[0], pooled)
+    assert not received[1].any()
+    changed = Condition(values, pooled=torch.randn(2, 7))
+    assert not torch.allclose(first, backbone(x, two, changed).velocity, atol=1e-4)
     with pytest.raises(ValueError, match="with pooled vectors"):
         backbone(x, two, Condition(values))
     backbone.close()
     with pytest.raises(ValueError, match="9 wide"):
         DiffusersBackbone(model, replace(inputs, pooled=9))
     with pytest.raises(ValueError, match="takes no pooled vector"):
-        DiffusersBackbone(model_of(CASES["wan"]), replace(inputs_wan(), pooled=7))
+        DiffusersBackbone(
+            model_of(CASES["wan"]), replace(inputs_of(CASES["wan"]), pooled=7)
+        )
     # a new model is made for the width of the data
     options = ModelConfig(name, heads=2, head_width=16, layers=1)
     made = build_backbone(options, replace(inputs, pooled=9))
     assert made.model.config.pooled_projection_dim == 9
 
 
-def inputs_wan():
-    return inputs_of(CASES["wan"])
-
-
-def test_a_pooled_vector_goes_where_its_sample_goes():
-    values, pooled = torch.randn(4, 3, 5), torch.randn(4, 2)
+def test_a_pooled_vector_follows_its_sample():
+    values = torch.randn(4, 3, 5)
+    pooled = torch.randn(4, 2)
     condition = Condition(values, pooled=pooled)
     rows = torch.tensor([2, 0])
     assert torch.equal(condition[rows].pooled, pooled[rows])
-    both = condition[:1].cat(condition[1:])
-    assert torch.equal(both.pooled, pooled) and "pooled vectors (4, 2)" in str(both)
+    joined = condition[:1].cat(condition[1:])
+    assert torch.equal(joined.pooled, pooled)
+    assert "pooled vectors (4, 2)" in str(joined)
     assert not condition.unconditional().pooled.any()
     dropped = condition.drop(0.5, lambda purpose: keyed(1, purpose))
     gone = ~dropped.values.any(-1).any(-1)
-    assert 0 < gone.sum() < 4 and torch.equal(~dropped.pooled.any(-1), gone)
+    assert 0 < gone.sum() < 4
+    assert torch.equal(~dropped.pooled.any(-1), gone)
     assert torch.equal(dropped.pooled[~gone], pooled[~gone])
 
 
-def test_what_these_backbones_cannot_do_is_refused_with_the_reason():
+def test_unsupported_features_are_refused_with_the_reason():
     case = CASES["flux2"]
     backbone = DiffusersBackbone(model_of(case), inputs_of(case))
     x, values, two = example(case)
@@ -587,19 +600,19 @@ def test_what_these_backbones_cannot_do_is_refused_with_the_reason():
 
 
 @torch.no_grad()
-def test_text_is_at_the_mean_level_or_clean():
+def test_text_gets_the_mean_level_or_is_clean():
     case = CASES["flux2"]
     x, values, two = example(case)
     model = model_of(case)
-    seen = []
+    levels = []
     model.time_guidance_embed.time_proj.register_forward_hook(
-        lambda module, args, out: seen.append(args[0].view(2, -1) / 1000)
+        lambda module, args, out: levels.append(args[0].view(2, -1) / 1000)
     )
     for level in ("mean", "clean"):
         with DiffusersBackbone(model, inputs_of(case), level) as backbone:
             backbone(x, two, condition_of(case, values))
-    close(seen[0], torch.cat([two.levels, two.per_token().mean(1, keepdim=True)], 1))
-    close(seen[1], F.pad(two.levels, (0, 1)))
+    close(levels[0], torch.cat([two.levels, two.per_token().mean(1, keepdim=True)], 1))
+    close(levels[1], F.pad(two.levels, (0, 1)))
 
 
 def test_label_dropout_of_diffusers_is_off():
@@ -618,7 +631,7 @@ def test_label_dropout_of_diffusers_is_off():
 
 
 @torch.no_grad()
-def test_guidance_of_a_distilled_model_is_passed_on():
+def test_guidance_of_a_distilled_model_reaches_the_model():
     case = CASES["flux2"]
     x, values, two = example(case)
     config = {**case.config, "guidance_embeds": True}
@@ -632,7 +645,7 @@ def test_guidance_of_a_distilled_model_is_passed_on():
     assert not torch.allclose(*results, atol=1e-4)
 
 
-def test_vectors_of_times_are_those_of_diffusers():
+def test_time_embeddings_equal_those_of_diffusers():
     model = model_of(CASES["flux2"])
     embed = model.time_guidance_embed
     t = torch.rand(3, 4) * 1000
@@ -678,7 +691,7 @@ def _batch(backbone, x):
 
 
 @pytest.mark.parametrize("name", ["flux2", "wan", "sd3", "sd3.5", "flux"])
-def test_a_folder_gives_its_weights(name, tmp_path):
+def test_a_folder_gives_its_weights_or_its_sizes_alone(name, tmp_path):
     case = CASES[name]
     name = case.family
     x, values, two = example(case)
@@ -692,14 +705,15 @@ def test_a_folder_gives_its_weights(name, tmp_path):
         assert torch.equal(
             read.eval()(x, two, condition).velocity, direct(x, two, condition).velocity
         )
-    # its sizes alone, fitted to other data
+    # only its sizes, fitted to other data
     part = Part(case.part.name, 24, case.part.grid)
     config = ModelConfig(name, folder=str(tmp_path), start="random")
-    other = build_backbone(config, Inputs((part,), classes=3))
-    assert other.depth == case.depth and other.inputs.channels == 24
+    resized = build_backbone(config, Inputs((part,), classes=3))
+    assert resized.depth == case.depth
+    assert resized.inputs.channels == 24
 
 
-def test_folders_that_are_refused(tmp_path):
+def test_unsuitable_folders_are_refused(tmp_path):
     case = CASES["flux2"]
     good = tmp_path / "good"
     model_of(case).save_pretrained(good, max_shard_size="40KB")
@@ -713,12 +727,12 @@ def test_folders_that_are_refused(tmp_path):
     assert "is no model" in refused(tmp_path)
     assert "holds a Flux2Transformer2DModel" in refused(good, "wan")
     shards = sorted(good.glob("*.safetensors"))
-    kept = shards[1].read_bytes()
+    data = shards[1].read_bytes()
     shards[1].unlink()
     assert shards[1].name in refused(good)
-    shards[1].write_bytes(kept[: len(kept) // 2])
+    shards[1].write_bytes(data[: len(data) // 2])
     assert "cannot be read" in refused(good)
-    shards[1].write_bytes(kept)
+    shards[1].write_bytes(data)
     config = json.loads((good / "config.json").read_text())
     (good / "config.json").write_text(json.dumps({**config, "num_single_layers": 3}))
     assert "do not fit config.json" in refused(good)
@@ -739,12 +753,12 @@ def test_folders_that_are_refused(tmp_path):
         ModelConfig("dit", folder=str(noise), layers=3)
 
 
-def test_inputs_that_are_refused():
+def test_unsuitable_inputs_are_refused():
     case = CASES["flux2"]
     model = model_of(case)
-    both = Inputs((IMAGE, Part("audio", 12, (4, 1, 1))), caption=TEXT)
+    two_parts = Inputs((IMAGE, Part("audio", 12, (4, 1, 1))), caption=TEXT)
     with pytest.raises(ValueError, match="image, audio together"):
-        DiffusersBackbone(model, both)
+        DiffusersBackbone(model, two_parts)
     with pytest.raises(ValueError, match="must be the same"):
         DiffusersBackbone(model, Inputs((Part("image", 8, (1, 4, 4)),)))
     with pytest.raises(ValueError, match="vectors are 7 wide"):
@@ -796,44 +810,46 @@ def test_a_tiny_flux2_trains_on_captions_resumes_bit_for_bit_and_is_exported(tmp
             checkpointing=True,
         ),
     )
-    whole = train(config, tmp_path / "whole", device="cpu", bar=False)
-    student = whole.load("model")
+    uninterrupted = train(config, tmp_path / "uninterrupted", device="cpu", bar=False)
+    student = uninterrupted.load("model")
     assert any(name.startswith("model.single_transformer_blocks") for name in student)
     assert student["model.proj_out.weight"].count_nonzero() > 0
-    shutil.copytree(whole.path, tmp_path / "again" / "flux2")
-    shutil.rmtree(tmp_path / "again" / "flux2" / "checkpoints" / "step-00000004")
-    again = train(config, tmp_path / "again", device="cpu", bar=False)
+    shutil.copytree(uninterrupted.path, tmp_path / "resumed" / "flux2")
+    shutil.rmtree(tmp_path / "resumed" / "flux2" / "checkpoints" / "step-00000004")
+    resumed = train(config, tmp_path / "resumed", device="cpu", bar=False)
     for part in ("model", "teacher", "objective", "optimizer"):
-        expected, actual = whole.load(part), again.load(part)
+        expected = uninterrupted.load(part)
+        actual = resumed.load(part)
         assert expected.keys() == actual.keys()
         assert all(torch.equal(expected[key], actual[key]) for key in expected)
-    assert whole.log_path.read_text() == again.log_path.read_text()
-    opened = load(export(again, tmp_path / "exported"), "cpu")
+    assert uninterrupted.log_path.read_text() == resumed.log_path.read_text()
+    opened = load(export(resumed, tmp_path / "exported"), "cpu")
     torch.manual_seed(0)
     samples = opened.sample(["a red circle"], steps=2)["image"]
-    assert samples.shape[1:] == (3, 16, 16) and samples.isfinite().all()
+    assert samples.shape[1:] == (3, 16, 16)
+    assert samples.isfinite().all()
     # diffusers opens its own layout, and so does a run that starts from a folder
     place = export_diffusers(opened, tmp_path / "plain", license="mit")
-    x, text = torch.randn(2, 16, 48), torch.randn(2, TEXT, 16)
+    x = torch.randn(2, 16, 48)
+    text = torch.randn(2, TEXT, 16)
     plain = diffusers.Flux2Transformer2DModel.from_pretrained(place).eval()
     ours = read_model(place, "flux2").eval()
     with torch.no_grad():
-        expected = plain_flux2(again.evaluated.model, x, text, torch.full((2,), 0.3))
+        expected = plain_flux2(resumed.evaluated.model, x, text, torch.full((2,), 0.3))
         for model in (plain, ours):
             assert torch.equal(
                 plain_flux2(model, x, text, torch.full((2,), 0.3)), expected
             )
     card = (place / "README.md").read_text()
-    assert (
-        "library_name: diffusers" in card and f"import {type(plain).__name__}" in card
-    )
-    assert export_diffusers(again, place, "bfloat16") == place
+    assert "library_name: diffusers" in card
+    assert f"import {type(plain).__name__}" in card
+    assert export_diffusers(resumed, place, "bfloat16") == place
     half = diffusers.Flux2Transformer2DModel.from_pretrained(
         place, torch_dtype=torch.bfloat16
     )
     assert torch.equal(half.proj_out.weight, plain.proj_out.weight.bfloat16())
     with pytest.raises(ValueError, match="not empty and holds no exported model"):
-        export_diffusers(again, opened.path)
+        export_diffusers(resumed, opened.path)
     # fewer blocks than the layers asked for
     deep = ObjectiveConfig("self_flow", student_layer=1, teacher_layer=4)
     with pytest.raises(ValueError, match="4"):
@@ -841,7 +857,7 @@ def test_a_tiny_flux2_trains_on_captions_resumes_bit_for_bit_and_is_exported(tmp
     assert not (tmp_path / "deep" / "checkpoints").exists()
 
 
-def test_help_and_config_import_neither_torch_nor_diffusers():
+def test_the_options_import_neither_torch_nor_diffusers():
     code = (
         "import sys; from selfflow.method.options import ModelConfig; "
         "ModelConfig('flux2', single_layers=3); "
@@ -850,7 +866,7 @@ def test_help_and_config_import_neither_torch_nor_diffusers():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_operations_of_a_step_are_counted_without_memory(tmp_path):
+def test_flops_of_a_step_are_counted_for_models_by_name_and_from_a_folder(tmp_path):
     model_of(CASES["flux2"]).save_pretrained(tmp_path)
     models = [
         ModelConfig(name, heads=2, head_width=16, layers=2) for name in ("flux2", "wan")

@@ -1,4 +1,6 @@
-"""What published families expect, against the pipelines of diffusers."""
+"""What published families expect of their inputs equals what the pipelines of diffusers
+give them.
+"""
 
 import inspect
 import math
@@ -39,8 +41,9 @@ def names_in(pipeline):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_modules_are_those_of_the_pipeline(name):
-    recipe, family = RECIPES[name], FAMILIES[name]
+def test_module_names_equal_those_of_the_pipeline(name):
+    recipe = RECIPES[name]
+    family = FAMILIES[name]
     modules = names_in(getattr(diffusers, PIPELINES[name]))
     assert modules["vae"] == recipe.autoencoder
     assert recipe.autoencoder in _SIGNALS
@@ -58,7 +61,7 @@ def test_modules_are_those_of_the_pipeline(name):
 
 @pytest.mark.parametrize("tokens", [64, 1024, 4000, 4096, 5000])
 @pytest.mark.parametrize("steps", [10, 50])
-def test_shifts_are_those_of_the_pipelines(tokens, steps):
+def test_shifts_equal_those_of_the_pipelines(tokens, steps):
     expected = {
         "flux2": compute_empirical_mu(tokens, steps),
         "flux": calculate_shift(tokens),
@@ -101,7 +104,7 @@ def test_tokens_are_packed_as_in_the_pipelines():
     assert torch.equal(own_videos, diffusers.LTXPipeline._pack_latents(videos))
 
 
-def test_places_are_those_of_the_pipelines():
+def test_coordinates_equal_those_of_the_pipelines():
     part = Part("image", 4, (1, 3, 5))
     places = part.coordinates()
     ids = diffusers.Flux2Pipeline._prepare_latent_ids(torch.zeros(1, 4, 3, 5))
@@ -114,7 +117,7 @@ def test_places_are_those_of_the_pipelines():
 
 
 @pytest.mark.parametrize("name", ["wan", "sd3", "dit", "pixart"])
-def test_patches_are_those_that_the_model_cuts(name):
+def test_patches_equal_those_that_the_model_cuts(name):
     kind = getattr(diffusers, FAMILIES[name].model_class)
     defaults = inspect.signature(kind.__init__).parameters
     size = defaults["patch_size"].default

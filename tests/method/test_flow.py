@@ -1,4 +1,6 @@
-"""The path, the densities and the keyed draws equal formulas derived again."""
+"""The path, the densities of levels and the keyed random numbers equal formulas derived
+independently; invalid levels and densities are refused.
+"""
 
 import math
 import multiprocessing
@@ -36,7 +38,7 @@ def logit_normal_pdf(mean, std):
 
 
 def plateau_cdf(mean, std):
-    """By numerical search for the mode and numerical integration: nothing of the closed
+    """By a numerical search for the mode and numerical integration, without the closed
     forms under test.
     """
     q = logit_normal_pdf(mean, std)
@@ -98,10 +100,10 @@ DENSITIES = {
 }
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 5), (2, 3, 4), (2, 3, 4, 5)])
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4, 5)])
 @pytest.mark.parametrize("leading", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_interpolate_is_the_line_from_data_to_noise(shape, leading, dtype):
+def test_interpolation_is_the_line_from_data_to_noise(shape, leading, dtype):
     leading = min(leading, len(shape))
     g = torch.Generator().manual_seed(len(shape) + leading)
     x0, x1 = (torch.randn(shape, generator=g, dtype=dtype) for _ in range(2))
@@ -118,12 +120,14 @@ def test_interpolate_is_the_line_from_data_to_noise(shape, leading, dtype):
 
 
 def test_time_runs_from_data_at_0_to_noise_at_1():
-    data, noise = torch.full((2, 3), 5.0), torch.full((2, 3), -7.0)
+    data = torch.full((2, 3), 5.0)
+    noise = torch.full((2, 3), -7.0)
     assert torch.equal(interpolate(data, noise, 0.0), data)
     assert torch.equal(interpolate(data, noise, 1.0), noise)
     assert torch.equal(velocity(data, noise), torch.full((2, 3), -12.0))
-    x, dt = interpolate(data, noise, 1.0), 0.25
-    for _ in range(4):  # walking against the velocity leads from noise to data
+    x = interpolate(data, noise, 1.0)
+    dt = 0.25
+    for _ in range(4):  # going against the velocity leads from noise to data
         x = x - dt * velocity(data, noise)
     assert torch.equal(x, data)
 
@@ -141,9 +145,8 @@ def test_noise_of_another_shape_is_refused():
 
 def test_a_number_as_level_is_exact_in_float64():
     x = torch.ones(2, 3, dtype=torch.float64)
-    assert (interpolate(x, 0 * x, 0.3) == 1 - 0.3).all() and interpolate(
-        x, x, 0.3
-    ).dtype == torch.float64
+    assert (interpolate(x, 0 * x, 0.3) == 1 - 0.3).all()
+    assert interpolate(x, x, 0.3).dtype == torch.float64
 
 
 def test_levels_of_another_shape_are_refused():
@@ -152,14 +155,18 @@ def test_levels_of_another_shape_are_refused():
 
 
 @pytest.mark.parametrize("name", DENSITIES)
-def test_densities_sample_their_pdf(name):
+def test_samples_of_a_density_follow_its_pdf(name):
     density, cdf = DENSITIES[name]
     drawn = density.sample((20_000,), keyed(0, name))
-    assert drawn.dtype == torch.float32 and 0 <= drawn.min() and drawn.max() <= 1
+    assert drawn.dtype == torch.float32
+    assert 0 <= drawn.min()
+    assert drawn.max() <= 1
     assert stats.kstest(drawn.double().numpy(), cdf).pvalue > 1e-3
-    t = torch.linspace(0.021, 0.981, 25, dtype=torch.float64)  # of no density a corner
+    t = torch.linspace(
+        0.021, 0.981, 25, dtype=torch.float64
+    )  # no density has a corner here
     slope = (torch.as_tensor(cdf(t + 1e-5)) - torch.as_tensor(cdf(t - 1e-5))) / 2e-5
-    # its oracle is numerical
+    # the reference for plateaus is numerical
     tolerance = (
         {"rtol": 2e-4, "atol": 1e-5}
         if "plateau" in name
@@ -169,26 +176,22 @@ def test_densities_sample_their_pdf(name):
 
 
 @pytest.mark.parametrize("name", DENSITIES)
-@pytest.mark.parametrize("shape", [(), (3,), (2, 4), (2, 0), (2, 3, 4)])
-def test_densities_follow_the_interface(name, shape):
+@pytest.mark.parametrize("shape", [(), (2, 0), (2, 3, 4)])
+def test_every_density_follows_the_interface(name, shape):
     density, _ = DENSITIES[name]
     drawn = density.sample(shape, keyed(1, "shape"))
-    assert (
-        drawn.shape == shape
-        and drawn.dtype == torch.float32
-        and drawn.device.type == "cpu"
-    )
+    assert drawn.shape == shape
+    assert drawn.dtype == torch.float32
+    assert drawn.device.type == "cpu"
     assert ((drawn >= 0) & (drawn <= 1)).all()
     assert torch.equal(drawn, density.sample(shape, keyed(1, "shape"))), (
-        "the generator decides alone"
+        "only the generator decides"
     )
-    assert (
-        density.pdf(torch.full(shape, 0.3)).shape == shape
-        and density.pdf(torch.full(shape, 0.3)).dtype == torch.float32
-    )
+    assert density.pdf(torch.full(shape, 0.3)).shape == shape
+    assert density.pdf(torch.full(shape, 0.3)).dtype == torch.float32
 
 
-def test_uniform_draws_are_those_of_rand():
+def test_uniform_levels_equal_those_of_rand():
     assert torch.equal(
         Uniform().sample((1000,), keyed(0, "u")),
         torch.rand(1000, generator=keyed(0, "u")),
@@ -196,14 +199,12 @@ def test_uniform_draws_are_those_of_rand():
 
 
 @given(st.floats(0, 0.999), st.floats(1e-3, 1), st.integers(0, 9))
-def test_uniform_stays_in_its_interval(low, width, seed):
+def test_uniform_levels_stay_in_their_interval(low, width, seed):
     high = min(low + width, 1.0)
     drawn = Uniform(low, high).sample((500,), keyed(seed, "u"))
-    assert (
-        torch.tensor(low) <= drawn.min()
-        and drawn.max() <= torch.tensor(high)
-        and drawn.max() <= 1
-    )
+    assert torch.tensor(low) <= drawn.min()
+    assert drawn.max() <= torch.tensor(high)
+    assert drawn.max() <= 1
     outside = Uniform(low, high).pdf(
         torch.tensor([low - 0.01, high + 0.01, (low + high) / 2], dtype=torch.float64)
     )
@@ -211,7 +212,7 @@ def test_uniform_stays_in_its_interval(low, width, seed):
 
 
 @pytest.mark.parametrize("mean, std", PLATEAUS + [(-30, 1.0), (30, 1.0), (12.0, 0.1)])
-def test_plateau_is_constant_from_the_mode_and_a_logit_normal_below(mean, std):
+def test_a_plateau_is_constant_from_the_mode_and_logit_normal_below(mean, std):
     density = PlateauLogitNormal(mean, std)
     mode, below, plateau = density.parts
     logit = math.log(mode) - math.log1p(-mode)
@@ -229,26 +230,30 @@ def test_plateau_is_constant_from_the_mode_and_a_logit_normal_below(mean, std):
             logit_normal_pdf(mean, std)(under.numpy())
         )
         assert ratio.tolist() == pytest.approx([1 / (below + plateau)] * 50), (
-            "one factor for all"
+            "one factor for all levels"
         )
         assert (density.pdf(under).diff() >= -1e-9).all(), "it rises to the mode"
     drawn = density.sample((5000,), keyed(0, "plateau"))
-    assert drawn.isfinite().all() and 0 <= drawn.min() and drawn.max() <= 1
-    # of the plateau; float32 levels cannot tell points closer to 1 than 6e-8
+    assert drawn.isfinite().all()
+    assert 0 <= drawn.min()
+    assert drawn.max() <= 1
+    # the share of the plateau; float32 cannot resolve levels closer to 1 than 6e-8
     share = plateau / (below + plateau)
     if mean < 15:
         assert (drawn > mode).float().mean() == pytest.approx(share, abs=0.02)
 
 
-def test_the_extremes_of_the_uniform_number_are_levels_too(monkeypatch):
+def test_the_extremes_of_the_uniform_number_give_valid_levels(monkeypatch):
     extremes = torch.tensor([0.0, 2.0**-24, 1 - 2.0**-24])
     monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: extremes.clone())
     for mean, std in PLATEAUS:
         drawn = PlateauLogitNormal(mean, std).sample((3,))
-        assert drawn[0] == 0 and 0 < drawn[1] < 0.05 and 1 - 1e-5 < drawn[2] <= 1
+        assert drawn[0] == 0
+        assert 0 < drawn[1] < 0.05
+        assert 1 - 1e-5 < drawn[2] <= 1
     assert Uniform(0.1, 0.7).sample((3,)).tolist() == pytest.approx([0.1, 0.1, 0.7])
     assert Uniform(0.09, 0.12).sample((3,)).max() <= torch.tensor(0.12), (
-        "here float32 rounds past the end"
+        "float32 would round past the end"
     )
     assert draw_index((0.5, 0.25, 0.25), (3,)).tolist() == [1, 1, 0]
     assert draw_index((0.5, 0.0, 0.5), (3,)).tolist() == [2, 2, 0], (
@@ -256,26 +261,25 @@ def test_the_extremes_of_the_uniform_number_are_levels_too(monkeypatch):
     )
 
 
-def test_mixture_takes_each_level_from_one_of_its_densities():
-    parts = (Uniform(0, 0.1), Uniform(0.4, 0.5), Uniform(0.9, 1))
-    drawn = Mixture(parts, (0.5, 0.2, 0.3)).sample((30_000,), keyed(0, "mixture"))
+def test_a_mixture_takes_each_level_from_one_of_its_densities():
+    densities = (Uniform(0, 0.1), Uniform(0.4, 0.5), Uniform(0.9, 1))
+    drawn = Mixture(densities, (0.5, 0.2, 0.3)).sample((30_000,), keyed(0, "mixture"))
     shares = [
-        ((drawn >= part.low) & (drawn <= part.high)).float().mean().item()
-        for part in parts
+        ((drawn >= density.low) & (drawn <= density.high)).float().mean().item()
+        for density in densities
     ]
-    assert sum(shares) == pytest.approx(1) and shares == pytest.approx(
-        [0.5, 0.2, 0.3], abs=0.01
-    )
+    assert sum(shares) == pytest.approx(1)
+    assert shares == pytest.approx([0.5, 0.2, 0.3], abs=0.01)
     assert torch.equal(
-        Mixture(parts[:1], (1.0,)).sample((9,), keyed(0, "x")),
-        parts[0].sample((9,), keyed(0, "x")),
+        Mixture(densities[:1], (1.0,)).sample((9,), keyed(0, "x")),
+        densities[0].sample((9,), keyed(0, "x")),
     )
 
 
 @given(
     st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(sum), st.integers(0, 99)
 )
-def test_index_against_a_loop(counts, seed):
+def test_a_drawn_index_equals_a_loop(counts, seed):
     shares = tuple(count / sum(counts) for count in counts)
     drawn = draw_index(shares, (4, 5), keyed(seed, "index"))
     assert drawn.dtype == torch.int64
@@ -283,14 +287,15 @@ def test_index_against_a_loop(counts, seed):
     for u, index in zip(
         uniform.flatten().tolist(), drawn.flatten().tolist(), strict=True
     ):
-        # index 1 below the first edge, then 2, ...; what is left is 0
+        # index 1 below the first edge, then 2, ...; the rest is index 0
         edge, expected = 0.0, 0
         for j in range(1, len(shares)):
             edge += shares[j]
             if u < edge:
                 expected = j
                 break
-        assert index == expected and shares[index] > 0
+        assert index == expected
+        assert shares[index] > 0
 
 
 @pytest.mark.parametrize(
@@ -328,18 +333,19 @@ def test_plateaus_without_one_mode_are_refused(mean, std):
         PlateauLogitNormal(mean, std)
 
 
-def test_above_sqrt_2_there_can_be_two_modes():
+def test_a_std_above_sqrt_2_can_have_two_modes():
     q = logit_normal_pdf(0.0, 1.6)(np.linspace(0.001, 0.999, 999))
     peaks = (q[1:-1] > q[:-2]) & (q[1:-1] > q[2:])
-    assert peaks.sum() == 2, "why such a std is refused"
+    assert peaks.sum() == 2, "the reason why such a std is refused"
 
 
 @given(st.floats(0, 1), st.floats(0.05, 20))
-def test_shift_keeps_the_ends_and_inverts(t, alpha):
+def test_a_shift_preserves_the_ends_and_is_inverted_by_its_inverse(t, alpha):
     t = torch.tensor(t, dtype=torch.float64)
     assert 0 <= shift(t, alpha) <= 1
     torch.testing.assert_close(shift(shift(t, alpha), 1 / alpha), t)
-    assert shift(torch.tensor(0.0), alpha) == 0 and shift(torch.tensor(1.0), alpha) == 1
+    assert shift(torch.tensor(0.0), alpha) == 0
+    assert shift(torch.tensor(1.0), alpha) == 1
     assert (shift(t, alpha) - t) * (alpha - 1) >= -1e-12, (
         "alpha > 1 moves towards noise, alpha < 1 towards data"
     )
@@ -360,12 +366,12 @@ def test_bad_densities_are_refused(wrong):
         wrong()
 
 
-def test_keyed_draws_depend_on_every_part_of_the_key_and_on_nothing_else():
+def test_keyed_numbers_depend_only_on_the_whole_key():
     def draw(*key):
         return torch.randn(256, generator=keyed(*key))
 
     base = draw(0, "noise", 1, 2)
-    torch.rand(10)  # the global stream plays no part
+    torch.rand(10)  # the global stream has no effect
     assert torch.equal(base, draw(0, "noise", 1, 2))
     others = [
         draw(*key)
@@ -380,7 +386,7 @@ def test_keyed_draws_depend_on_every_part_of_the_key_and_on_nothing_else():
     for i, a in enumerate([base, *others]):
         for b in [base, *others][i + 1 :]:
             assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.3
-    # a change here would change every run
+    # any change here would change every run
     assert draw(0, "noise")[:2].tolist() == pytest.approx(GOLDEN)
 
 
@@ -402,7 +408,7 @@ def drawn_in_shards(dtype=torch.float32):
     )
 
 
-def test_noise_is_that_of_its_shards_one_after_the_other(two_threads):
+def test_noise_is_the_concatenation_of_its_shards(two_threads):
     in_turn = torch.cat(
         [
             torch.randn(3, 5, 3, generator=keyed(0, "noise", shard=shard))
@@ -419,9 +425,9 @@ def test_noise_is_that_of_its_shards_one_after_the_other(two_threads):
     "fork" not in multiprocessing.get_all_start_methods(),
     reason="processes are not forked here",
 )
-def test_a_forked_process_draws_noise_too(two_threads):
-    """The threads of its parent do not exist in it: to wait for them would be to wait
-    for ever.
+def test_a_forked_process_can_draw_noise(two_threads):
+    """The threads of its parent do not exist in it, so waiting for them would never
+    end.
     """
     noise = drawn_in_shards()
     with multiprocessing.get_context("fork").Pool(1) as pool:

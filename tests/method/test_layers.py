@@ -1,6 +1,5 @@
-"""Compact layers for several levels equal plain formulas and keep less in memory.
-
-Values and gradients are compared.
+"""Compact layers for several levels equal plain formulas in values and gradients and
+store less; attention, positions and time embeddings equal their definitions.
 """
 
 import math
@@ -26,7 +25,7 @@ from selfflow.method.layers import (
 from selfflow.method.schedule import NoiseLevels
 from selfflow.method.tokens import position_code, rotary_code, rotate, sinusoid
 
-few = settings(deadline=None, max_examples=20)
+few_examples = settings(deadline=None, max_examples=20)
 
 
 def generator(seed=0):
@@ -59,22 +58,22 @@ def plain_norm(x, shift, scale):
     return (1 + scale) * (x - mean) / deviation + shift
 
 
-# levels reach tokens
+# from levels to tokens
 
 sizes = st.tuples(
     st.integers(1, 4), st.integers(1, 20), st.integers(1, 20), st.integers(0, 1000)
 ).map(lambda v: (v[0], min(v[1], v[2]), v[2], v[3]))
 
 
-@few
+@few_examples
 @given(sizes)
-def test_spread_is_a_gather_and_collect_its_transpose(size):
+def test_spread_is_a_gather_and_collect_is_its_transpose(size):
     b, k, n, seed = size
-    levels, g = levels_of(b, k, n, seed), generator(seed)
+    levels = levels_of(b, k, n, seed)
+    g = generator(seed)
     tokens = TokenMap.of(levels)
-    assert (tokens is None) == (k == 1) and (
-        k == 1 or (tokens.onehot is None) == (k > 8)
-    )
+    assert (tokens is None) == (k == 1)
+    assert k == 1 or (tokens.onehot is None) == (k > 8)
     values = torch.randn(b, k, 5, generator=g, dtype=torch.float64)
     of_tokens = torch.randn(b, n, 5, generator=g, dtype=torch.float64)
     expected = per_token(values, levels)
@@ -86,16 +85,20 @@ def test_spread_is_a_gather_and_collect_its_transpose(size):
     torch.testing.assert_close(collect(of_tokens, tokens, k), sums)
 
 
-@few
+@few_examples
 @given(sizes)
-def test_compact_equals_a_condition_per_token(size):
+def test_compact_modulation_equals_one_condition_per_token(size):
     b, k, n, seed = size
-    levels, g = levels_of(b, k, n, seed), generator(seed + 1)
+    levels = levels_of(b, k, n, seed)
+    g = generator(seed + 1)
     x, branch, upstream = (torch.randn(b, n, 12, generator=g) for _ in range(3))
     conditions = [torch.randn(b, k, 12, generator=g) for _ in range(3)]
-    found, expected = [], []
-    for out, compact in ((found, True), (expected, False)):
-        leaves = [part.clone().requires_grad_() for part in (x, branch, *conditions)]
+    actual = []
+    expected = []
+    for out, compact in ((actual, True), (expected, False)):
+        leaves = [
+            values.clone().requires_grad_() for values in (x, branch, *conditions)
+        ]
         if compact:
             tokens = TokenMap.of(levels)
             y = gated_add(
@@ -105,16 +108,17 @@ def test_compact_equals_a_condition_per_token(size):
                 tokens,
             )
         else:
-            shift, scale, gate = (per_token(part, levels) for part in leaves[2:])
+            shift, scale, gate = (per_token(values, levels) for values in leaves[2:])
             y = plain_norm(leaves[0], shift, scale) + gate * leaves[1]
         out += [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
-    torch.testing.assert_close(found[:1], expected[:1], atol=2e-6, rtol=1e-6)
-    torch.testing.assert_close(found[1:], expected[1:], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(actual[:1], expected[:1], atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(actual[1:], expected[1:], atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("k, condition", [(1, 0), (2, 0), (3, 1), (10, 0), (12, 2)])
-def test_gradients_in_float64(k, condition):
-    levels, g = levels_of(2, k, 12, seed=k, condition=condition), generator(k)
+def test_gradients_equal_finite_differences(k, condition):
+    levels = levels_of(2, k, 12, seed=k, condition=condition)
+    g = generator(k)
     x, branch = (
         torch.randn(2, 12, 3, generator=g, dtype=torch.float64, requires_grad=True)
         for _ in range(2)
@@ -130,11 +134,9 @@ def test_gradients_in_float64(k, condition):
     assert torch.autograd.gradcheck(lambda *v: gated_add(*v, tokens), (x, branch, gate))
 
 
-def test_a_second_derivative_is_refused_and_not_wrong():
-    x, shift = (
-        torch.randn(2, 3, 4, requires_grad=True),
-        torch.zeros(2, 1, 4, requires_grad=True),
-    )
+def test_a_second_derivative_is_refused():
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    shift = torch.zeros(2, 1, 4, requires_grad=True)
     for y in (modulated_norm(x, shift, shift, None), gated_add(x, x, shift, None)):
         (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -142,49 +144,48 @@ def test_a_second_derivative_is_refused_and_not_wrong():
 
 
 @pytest.mark.parametrize("k", [1, 2, 10])
-def test_under_autocast_products_take_bf16_and_gradients_keep_the_parameters_precision(
+def test_autocast_computes_products_in_bf16_and_gradients_in_the_type_of_each_input(
     k,
 ):
-    levels, g = levels_of(3, k, 16, seed=k), generator(k)
+    levels = levels_of(3, k, 16, seed=k)
+    g = generator(k)
     tokens = TokenMap.of(levels)
     x, shift, scale = (
         torch.randn(3, 16, 32, generator=g),
         *torch.randn(2, 3, k, 32, generator=g),
     )
-    branch, gate = (
-        torch.randn(3, 16, 32, generator=g).bfloat16(),
-        torch.randn(3, k, 32, generator=g).bfloat16(),
-    )
-    parts = [part.requires_grad_() for part in (x, shift, scale, branch, gate)]
+    branch = torch.randn(3, 16, 32, generator=g).bfloat16()
+    gate = torch.randn(3, k, 32, generator=g).bfloat16()
+    inputs = [tensor.requires_grad_() for tensor in (x, shift, scale, branch, gate)]
     with torch.autocast("cpu", torch.bfloat16):
-        normed, added = (
-            modulated_norm(x, shift, scale, tokens),
-            gated_add(x, branch, gate, tokens),
-        )
+        normed = modulated_norm(x, shift, scale, tokens)
+        added = gated_add(x, branch, gate, tokens)
         (normed.float().square().sum() + added.square().sum()).backward()
-    assert normed.dtype == torch.bfloat16 and added.dtype == torch.float32, (
-        "the residual stream stays in float32"
-    )
-    assert [part.grad.dtype for part in parts] == [part.dtype for part in parts]
-
-    doubles = [part.detach().double().requires_grad_() for part in parts]
-    spread_out = [
-        per_token(part, levels) for part in (doubles[1], doubles[2], doubles[4])
+    assert normed.dtype == torch.bfloat16
+    assert added.dtype == torch.float32, "the residual stream stays in float32"
+    assert [tensor.grad.dtype for tensor in inputs] == [
+        tensor.dtype for tensor in inputs
     ]
-    exact, total = (
-        plain_norm(doubles[0], *spread_out[:2]),
-        doubles[0] + spread_out[2] * doubles[3],
-    )
+
+    doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    spread_out = [
+        per_token(tensor, levels) for tensor in (doubles[1], doubles[2], doubles[4])
+    ]
+    exact = plain_norm(doubles[0], *spread_out[:2])
+    total = doubles[0] + spread_out[2] * doubles[3]
     (exact.square().sum() + total.square().sum()).backward()
     torch.testing.assert_close(normed.double(), exact, atol=2e-2, rtol=1e-2)
     torch.testing.assert_close(added.double(), total, atol=1e-5, rtol=1e-5)
-    for part, reference in zip(parts, doubles, strict=True):
-        error = (part.grad.double() - reference.grad).norm() / reference.grad.norm()
+    for tensor, reference in zip(inputs, doubles, strict=True):
+        error = (tensor.grad.double() - reference.grad).norm() / reference.grad.norm()
         assert error < 0.01, error
 
 
 def test_only_input_and_branch_are_stored_per_token():
-    b, n, d, kept = 2, 16, 8, []
+    b = 2
+    n = 16
+    d = 8
+    stored = []
     levels = levels_of(b, 3, n)
     tokens = TokenMap.of(levels)
     x, branch = (torch.randn(b, n, d, requires_grad=True) for _ in range(2))
@@ -192,16 +193,16 @@ def test_only_input_and_branch_are_stored_per_token():
 
     def pack(tensor):
         if tensor.numel() >= b * n * d:
-            kept.append(tensor.data_ptr())
+            stored.append(tensor.data_ptr())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         modulated_norm(x, shift, scale, tokens)
-        assert kept == [x.data_ptr()]
+        assert stored == [x.data_ptr()]
         gated_add(x, branch, gate, tokens)
-        assert kept == [x.data_ptr(), branch.data_ptr()]
+        assert stored == [x.data_ptr(), branch.data_ptr()]
         plain_norm(x, per_token(shift, levels), per_token(scale, levels))
-        assert len(kept) > 4, "the plain formula keeps several: the hook sees them"
+        assert len(stored) > 4, "the plain formula stores several, so the hook works"
 
 
 # attention
@@ -212,9 +213,9 @@ def test_only_input_and_branch_are_stored_per_token():
     [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)],
 )
 @pytest.mark.parametrize("hidden", [False, True])
-# by products and by torch's own
+# small ones are computed by products, large ones by torch
 @pytest.mark.parametrize("n, m", [(5, 5), (3, 9), (130, 130), (520, 520)])
-def test_attention_is_torchs(dtype, tolerance, hidden, n, m):
+def test_attention_equals_that_of_torch(dtype, tolerance, hidden, n, m):
     g = generator(n)
     q = torch.randn(2, n, 3, 8, generator=g).to(dtype).requires_grad_()
     k, v = (
@@ -227,47 +228,49 @@ def test_attention_is_torchs(dtype, tolerance, hidden, n, m):
         visible[:, 0] = True
     mask = None if visible is None else visible[:, None, None].expand(2, 3, n, m)
     upstream = torch.randn(2, n, 3, 8, generator=g).to(dtype)
-    wide = [part.detach().double().requires_grad_() for part in (q, k, v)]
+    wide = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
     out = attend(q, k, v, visible)
     reference = F.scaled_dot_product_attention(
-        *(part.transpose(1, 2) for part in wide), mask
+        *(tensor.transpose(1, 2) for tensor in wide), mask
     ).transpose(1, 2)
-    assert out.dtype == dtype and out.shape == (2, n, 3, 8)
+    assert out.dtype == dtype
+    assert out.shape == (2, n, 3, 8)
     torch.testing.assert_close(out.double(), reference, atol=tolerance, rtol=tolerance)
-    found = torch.autograd.grad(out, (q, k, v), upstream)
+    gradients = torch.autograd.grad(out, (q, k, v), upstream)
     exact = torch.autograd.grad(reference, wide, upstream.double())
-    for a, b in zip(found, exact, strict=True):
+    for a, b in zip(gradients, exact, strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(
             a.double(), b, atol=4 * tolerance, rtol=4 * tolerance
         )
 
 
-def test_attention_under_autocast():
+def test_attention_under_autocast_is_close_to_float32():
     q, k, v = torch.randn(3, 2, 6, 3, 8, generator=generator())
     with torch.autocast("cpu", torch.bfloat16):
-        out = attend(*(part.bfloat16() for part in (q, k, v)))
+        out = attend(*(tensor.bfloat16() for tensor in (q, k, v)))
     torch.testing.assert_close(out.float(), attend(q, k, v), atol=3e-2, rtol=3e-2)
 
 
-def may_look(levels):
-    """Who may look at whom, (b, n, n), by the words of attention separation: one's own
-    level, and conditions; by loops.
+def visible_by_loops(levels):
+    """True where a query may attend to a key, (b, n, n): to its own level and to every
+    condition.
     """
-    b, n, first = *levels.assign.shape, levels.k - levels.condition
-    seen = torch.zeros(b, n, n, dtype=torch.bool)
+    b, n = levels.assign.shape
+    generated = levels.k - levels.condition
+    visible = torch.zeros(b, n, n, dtype=torch.bool)
     for i in range(b):
         for query in range(n):
             for key in range(n):
-                mine, other = (
-                    levels.assign[i, query].item(),
-                    levels.assign[i, key].item(),
+                query_level = levels.assign[i, query].item()
+                key_level = levels.assign[i, key].item()
+                visible[i, query, key] = key_level >= generated or (
+                    query_level == key_level and query_level < generated
                 )
-                seen[i, query, key] = other >= first or (mine == other and mine < first)
-    return seen
+    return visible
 
 
-@few
+@few_examples
 @given(
     st.integers(1, 3),
     st.integers(2, 24),
@@ -276,34 +279,38 @@ def may_look(levels):
     st.integers(0, 1000),
     st.booleans(),
 )
-def test_groups_equal_a_mask(b, n, k, condition, seed, lopsided):
+def test_attention_within_groups_equals_attention_with_a_mask(
+    b, n, k, condition, seed, lopsided
+):
     k = max(2, min(k, n))
     condition = min(condition, k - 1)
-    levels, g = levels_of(b, k, n, seed, condition), generator(seed)
-    if lopsided:  # one sample with a single level, so that all others are empty in it
+    levels = levels_of(b, k, n, seed, condition)
+    g = generator(seed)
+    if lopsided:  # one sample has a single level, so its other levels have no token
         levels.assign[0] = int(torch.randint(0, k, (), generator=g))
     q, k_, v, upstream = (
         torch.randn(b, n, 2, 4, generator=g, dtype=torch.float64, requires_grad=True)
         for _ in range(4)
     )
     out = attend_within(q, k_, v, Groups.of(levels))
-    mask = may_look(levels)[:, None]
+    mask = visible_by_loops(levels)[:, None]
     expected = F.scaled_dot_product_attention(
-        *(part.transpose(1, 2) for part in (q, k_, v)), mask
+        *(gradient.transpose(1, 2) for gradient in (q, k_, v)), mask
     ).transpose(1, 2)
     torch.testing.assert_close(out, expected, atol=1e-10, rtol=1e-10)
-    found = torch.autograd.grad(out, (q, k_, v), upstream)
-    assert all(part.isfinite().all() for part in found)
+    gradients = torch.autograd.grad(out, (q, k_, v), upstream)
+    assert all(gradient.isfinite().all() for gradient in gradients)
     torch.testing.assert_close(
-        found,
+        gradients,
         torch.autograd.grad(expected, (q, k_, v), upstream),
         atol=1e-10,
         rtol=1e-10,
     )
 
 
-def test_every_token_alone_when_every_token_has_its_own_level():
-    n, v = 9, torch.randn(2, 9, 2, 4)
+def test_tokens_with_their_own_levels_attend_only_to_themselves():
+    n = 9
+    v = torch.randn(2, 9, 2, 4)
     levels = NoiseLevels(
         torch.rand(2, n),
         torch.stack([torch.randperm(n, generator=generator(i)) for i in range(2)]),
@@ -315,7 +322,7 @@ def test_every_token_alone_when_every_token_has_its_own_level():
     )
 
 
-def test_exact_counts_need_no_padding_and_others_few_sizes():
+def test_exact_counts_need_no_padding_and_other_counts_few_sizes():
     exact = NoiseLevels(
         torch.rand(3, 2),
         torch.tensor(
@@ -332,13 +339,13 @@ def test_exact_counts_need_no_padding_and_others_few_sizes():
         for group in Groups.of(levels_of(3, 2, 64, seed)).groups
         if group.visible is not None
     ]
-    assert padded and {len(group.rows) // 3 for group in padded} <= {16, 32, 48, 64}, (
-        "few sizes: few kernels to compile"
-    )
+    assert padded
+    # few sizes, so few kernels to compile
+    assert {len(group.rows) // 3 for group in padded} <= {16, 32, 48, 64}
     assert all(group.visible.sum(1).min() >= 1 for group in padded)
 
 
-def test_conditions_are_visible_to_all_and_attend_to_each_other_only():
+def test_conditions_are_visible_to_all_tokens_and_attend_only_to_conditions():
     levels = NoiseLevels(
         torch.tensor([[0.8, 0.5, 0.1, 0.0]]),
         torch.tensor([[0, 0, 1, 1, 2, 3]]),
@@ -348,40 +355,42 @@ def test_conditions_are_visible_to_all_and_attend_to_each_other_only():
     weights = attend_within(
         torch.zeros(1, 6, 1, 6), torch.zeros(1, 6, 1, 6), v, Groups.of(levels)
     )[0, :, 0]
-    a, b = [1 / 4, 1 / 4, 0, 0, 1 / 4, 1 / 4], [0, 0, 1 / 4, 1 / 4, 1 / 4, 1 / 4]
+    a = [1 / 4, 1 / 4, 0, 0, 1 / 4, 1 / 4]
+    b = [0, 0, 1 / 4, 1 / 4, 1 / 4, 1 / 4]
     torch.testing.assert_close(
         weights, torch.tensor([a, a, b, b, *[[0, 0, 0, 0, 1 / 2, 1 / 2]] * 2])
     )
 
 
-# positions and levels as numbers
+# positions and levels
 
 
 @pytest.mark.parametrize("axis", range(4))
 @pytest.mark.parametrize("per_sample", [False, True])
-def test_rotary_scores_depend_on_differences_on_every_axis(axis, per_sample):
+def test_rotary_scores_depend_only_on_differences_along_every_axis(axis, per_sample):
     g = generator(axis)
     q, k = torch.randn(2, 1, 7, 2, 32, generator=g)
     places = 20 * torch.rand(7, 4, generator=g)
-    moved, other = places.clone(), places.clone()
-    moved[:, axis] += 13.0  # all together
-    other[3, axis] += 1.5  # one alone
+    moved = places.clone()
+    moved[:, axis] += 13.0  # all tokens
+    changed = places.clone()
+    changed[3, axis] += 1.5  # a single token
 
     def scores(coordinates):
         code = rotary_code(coordinates[None] if per_sample else coordinates, 32)
         return torch.einsum("bnhe,bmhe->bhnm", rotate(q, code), rotate(k, code))
 
     torch.testing.assert_close(scores(moved), scores(places), atol=1e-4, rtol=1e-4)
-    assert (scores(other) - scores(places))[..., 3, 0].abs().min() > 1e-3
+    assert (scores(changed) - scores(places))[..., 3, 0].abs().min() > 1e-3
     torch.testing.assert_close(
-        scores(other)[..., 3, 3], scores(places)[..., 3, 3], atol=1e-4, rtol=1e-4
+        scores(changed)[..., 3, 3], scores(places)[..., 3, 3], atol=1e-4, rtol=1e-4
     )
     torch.testing.assert_close(
         rotate(q, rotary_code(places, 32)).norm(dim=-1), q.norm(dim=-1)
     )
 
 
-def test_rotary_angles_by_the_formula():
+def test_rotary_angles_equal_their_formula():
     code = rotary_code(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), 16)
     angles = [place * 2000 ** (-i / 2) for place in (1, 2, 3, 4) for i in range(2)]
     torch.testing.assert_close(
@@ -389,11 +398,11 @@ def test_rotary_angles_by_the_formula():
         torch.tensor([list(map(math.cos, angles)), list(map(math.sin, angles))]),
     )
     x = torch.arange(16.0).view(1, 1, 1, 16)
-    turned = rotate(x, code)[0, 0, 0]
+    rotated = rotate(x, code)[0, 0, 0]
     for i, angle in enumerate(angles):
         expected = complex(i, i + 8) * complex(math.cos(angle), math.sin(angle))
         torch.testing.assert_close(
-            turned[[i, i + 8]],
+            rotated[[i, i + 8]],
             torch.tensor([expected.real, expected.imag]),
             atol=1e-5,
             rtol=1e-5,
@@ -401,7 +410,7 @@ def test_rotary_angles_by_the_formula():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_rotation_keeps_the_precision_it_is_given(dtype):
+def test_rotation_preserves_the_precision(dtype):
     x = torch.randn(1, 5, 2, 16, generator=generator(), dtype=torch.float64).to(dtype)
     code = rotary_code(torch.rand(5, 4), 16)
     exact = rotate(x.double(), code.double())
@@ -411,7 +420,7 @@ def test_rotation_keeps_the_precision_it_is_given(dtype):
     )
 
 
-def test_the_position_code_is_that_of_mae():
+def test_the_position_code_equals_that_of_mae():
     code = position_code(torch.tensor([[9.0, 2.0, 3.0, 9.0]]), 16)[0]
     omega = [10_000 ** (-i / 4) for i in range(4)]
     expected = [
@@ -420,7 +429,7 @@ def test_the_position_code_is_that_of_mae():
     torch.testing.assert_close(code, torch.tensor(expected))
 
 
-def test_levels_are_embedded_as_they_are():
+def test_levels_are_embedded_without_scaling():
     code = sinusoid(torch.tensor([0.0, 0.25]), 6)
     angles = [0.25 * 10_000 ** (-i / 3) for i in range(3)]
     assert code[0].tolist() == [1, 1, 1, 0, 0, 0]
@@ -431,10 +440,11 @@ def test_levels_are_embedded_as_they_are():
 
 
 @pytest.mark.parametrize("std", [0.02, 0.3])
-def test_autocast_leaves_neighbouring_levels_apart(std):
+def test_neighbouring_levels_stay_distinct_under_autocast(std):
     levels = torch.linspace(0, 1, 1001)[None]
     torch.manual_seed(0)
-    exact, coarse = TimestepEmbedder(32), TimestepEmbedder(32, fp32=False)
+    exact = TimestepEmbedder(32)
+    coarse = TimestepEmbedder(32, fp32=False)
     with torch.no_grad():
         for layer in (exact.mlp[0], exact.mlp[2]):
             layer.weight.normal_(std=std)
@@ -442,7 +452,8 @@ def test_autocast_leaves_neighbouring_levels_apart(std):
     coarse.load_state_dict(exact.state_dict())
     expected = exact(levels)
     with torch.autocast("cpu", torch.bfloat16):
-        in_autocast, rounded = exact(levels), coarse(levels).float()
+        in_autocast = exact(levels)
+        rounded = coarse(levels).float()
     torch.testing.assert_close(in_autocast, expected, rtol=0, atol=0)
     assert in_autocast.dtype == torch.float32
     assert len(in_autocast[0].unique(dim=0)) == 1001
@@ -456,13 +467,16 @@ def test_autocast_leaves_neighbouring_levels_apart(std):
 
 def test_normalised_queries_and_keys_ignore_their_scale():
     torch.manual_seed(0)
-    attention, x = Attention(16, 2, qk_norm=True), torch.randn(1, 5, 16)
+    attention = Attention(16, 2, qk_norm=True)
+    x = torch.randn(1, 5, 16)
     before = attention(x)
     with torch.no_grad():
         attention.qkv.weight[:32] *= 50
         attention.qkv.bias[:32] *= 50
     torch.testing.assert_close(attention(x), before, atol=1e-4, rtol=1e-4)
     with torch.no_grad():
-        attention.q_norm.weight *= 0  # all scores 0: the mean of the values
+        attention.q_norm.weight *= (
+            0  # with all scores 0 the output is the mean of the values
+        )
     values = attention.qkv(x)[..., 32:].mean(1, keepdim=True)
     torch.testing.assert_close(attention(x), attention.proj(values).expand(1, 5, 16))

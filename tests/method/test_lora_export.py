@@ -1,5 +1,5 @@
-"""An adapter alone: diffusers' own loader opens it, also in the key names of ComfyUI,
-and what is no adapter is refused.
+"""An exported adapter opens with diffusers' own loader, also under the key names of
+ComfyUI, and files that are no adapter are refused.
 """
 
 import json
@@ -61,7 +61,7 @@ def velocity(case, backbone):
 
 @torch.no_grad()
 def loaded_velocity(case, tensors):
-    """What diffusers' own loader makes of an adapter and a plain base."""
+    """The velocity of a plain base with an adapter that diffusers loads."""
     plain = model_of(case)
     plain.load_lora_adapter(tensors)
     return velocity(case, DiffusersBackbone(plain, inputs_of(case)).eval())
@@ -77,7 +77,7 @@ def test_the_loader_of_diffusers_gives_the_same_velocity(name, dora):
     torch.testing.assert_close(loaded_velocity(case, tensors), expected, **close)
     base = velocity(case, DiffusersBackbone(model_of(case), inputs_of(case)).eval())
     assert (base - expected).abs().max() > 1e-2
-    # with the factors alone, alpha is missed
+    # without alpha the velocity differs
     unscaled = lora_file(trained_weights(backbone), 1.0)
     assert (loaded_velocity(case, unscaled) - expected).abs().max() > 1e-3
 
@@ -100,7 +100,7 @@ def test_the_names_for_comfyui_are_read_back_by_diffusers(name):
     assert all(key.startswith(first) for key in theirs)
 
 
-def test_wan_has_names_outside_its_blocks_too():
+def test_names_of_wan_outside_its_blocks_are_translated_too():
     outside = ("time_proj", "linear_1", "linear_2")
     case, backbone = adapted("wan", ("blocks", *outside))
     weights = trained_weights(backbone)
@@ -152,7 +152,8 @@ def tuned(base, folder, **lora):
 
 def plain_velocity(model):
     torch.manual_seed(1)
-    x, text = torch.randn(2, 16, 48), torch.randn(2, 5, 16)
+    x = torch.randn(2, 16, 48)
+    text = torch.randn(2, 5, 16)
     places = torch.cartesian_prod(
         torch.zeros(1), torch.arange(4.0), torch.arange(4.0), torch.zeros(1)
     )
@@ -167,7 +168,7 @@ def test_an_exported_adapter_on_its_base_is_the_average_of_the_run(
     base, tmp_path, dora, capsys
 ):
     run = tuned(base, tmp_path, dora=dora)
-    whole = export_diffusers(base, tmp_path / "whole")
+    exported_base = export_diffusers(base, tmp_path / "whole")
     place = tmp_path / "adapter"
     main(["export", str(run.path), str(place), "--layout", "lora", "--license", "mit"])
     assert "ComfyUI" in capsys.readouterr().out
@@ -180,7 +181,7 @@ def test_an_exported_adapter_on_its_base_is_the_average_of_the_run(
         expected = run.average(average)
         if average != "teacher":
             export_lora(run, place, average=average)
-        model = kind.from_pretrained(whole).eval()
+        model = kind.from_pretrained(exported_base).eval()
         before = plain_velocity(model)
         model.load_lora_adapter(place, weight_name=weights)
         close = {"atol": 1e-5, "rtol": 1e-5}
@@ -193,25 +194,27 @@ def test_an_exported_adapter_on_its_base_is_the_average_of_the_run(
         header = json.loads(file.metadata()["lora_adapter_metadata"])
     assert header["transformer.lora_alpha"] == header["transformer.r"] == 2
     card = (place / "README.md").read_text()
-    assert "load_lora_adapter" in card and "library_name: diffusers" in card
-    assert ("DoRA" if dora else "LoRA") in card and str(tmp_path) not in card
+    assert "load_lora_adapter" in card
+    assert "library_name: diffusers" in card
+    assert ("DoRA" if dora else "LoRA") in card
+    assert str(tmp_path) not in card
     half = export_lora(run, place, "bfloat16")
     assert {t.dtype for t in load_file(half / weights).values()} == {torch.bfloat16}
 
 
-def test_what_is_no_adapter_is_refused_in_one_line(base, tmp_path, runs):
+def test_a_run_without_an_adapter_is_refused_in_one_line(base, tmp_path, runs):
     run = tuned(base, tmp_path)
-    for other in (base, runs["tiny"]):
+    for unadapted in (base, runs["tiny"]):
         with pytest.raises(ValueError, match="has no adapter .lora.rank."):
-            export_lora(other, tmp_path / "adapter")
+            export_lora(unadapted, tmp_path / "adapter")
     with pytest.raises(SystemExit):
         place = str(tmp_path / "adapter")
         main(["export", str(run.path), place, "--layout", "lora", "--push", "me/it"])
-    # a new width of the texts is trained as a whole
-    again = Run.open(run.path, "cpu")
-    again.start["left"] = {"model.context_embedder.weight": "condition"}
+    # a new text width replaces a layer, which an adapter cannot hold
+    reopened = Run.open(run.path, "cpu")
+    reopened.start["left"] = {"model.context_embedder.weight": "condition"}
     with pytest.raises(ValueError, match="context_embedder began anew"):
-        export_lora(again, tmp_path / "adapter")
+        export_lora(reopened, tmp_path / "adapter")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty"):
@@ -221,8 +224,8 @@ def test_what_is_no_adapter_is_refused_in_one_line(base, tmp_path, runs):
 
 def test_classes_without_a_loader_are_refused(base, tmp_path):
     run = tuned(base, tmp_path)
-    again = Run.open(run.path, "cpu")
+    reopened = Run.open(run.path, "cpu")
     case = CASES["pixart"]
-    vars(again)["teacher"] = DiffusersBackbone(model_of(case), inputs_of(case))
+    vars(reopened)["teacher"] = DiffusersBackbone(model_of(case), inputs_of(case))
     with pytest.raises(ValueError, match="no adapters into PixArtTransformer2DModel"):
-        export_lora(again, tmp_path / "adapter")
+        export_lora(reopened, tmp_path / "adapter")

@@ -1,6 +1,5 @@
-"""Several kinds of tokens in one sequence equal plain rewritings.
-
-Layouts, projections, captions and conditions; bad input is refused.
+"""Several kinds of tokens in one sequence, captions and conditions give what plain
+rewritings give; sizes and parts that do not fit are refused.
 """
 
 import json
@@ -35,8 +34,9 @@ from selfflow.method.tokens import (
 )
 from selfflow.method.transformer import Context, Transformer, TransformerConfig
 
-few = settings(max_examples=25, deadline=None)
-VIDEO, AUDIO = Part("video", 6, (3, 2, 1), 2.0), Part("audio", 4, (6, 1, 1), 1.0)
+few_examples = settings(max_examples=25, deadline=None)
+VIDEO = Part("video", 6, (3, 2, 1), 2.0)
+AUDIO = Part("audio", 4, (6, 1, 1), 1.0)
 BOTH = {
     "parts": (VIDEO, AUDIO),
     "width": 32,
@@ -61,7 +61,7 @@ def batch(b=3, n=12, c=6):
 # tokens
 
 
-@few
+@few_examples
 @given(
     st.integers(1, 3),
     st.integers(1, 3),
@@ -70,15 +70,15 @@ def batch(b=3, n=12, c=6):
     st.integers(1, 3),
     st.integers(1, 3),
 )
-def test_videos_round_trip_and_tokens_follow_the_formula(
+def test_patches_of_videos_follow_their_formula_and_round_trip(
     b, moments, rows, columns, patch, span
 ):
     cut = VideoPatches(2, moments * span, rows * patch, columns * patch, patch, span)
     videos = torch.randn(b, 2, moments * span, rows * patch, columns * patch)
-    tokens, part = cut.patchify(videos), cut.part()
-    assert tokens.shape == (b, part.tokens, part.channels) and torch.equal(
-        cut.unpatchify(tokens), videos
-    )
+    tokens = cut.patchify(videos)
+    part = cut.part()
+    assert tokens.shape == (b, part.tokens, part.channels)
+    assert torch.equal(cut.unpatchify(tokens), videos)
     for n, (t, h, w, place) in enumerate(part.coordinates().tolist()):
         f = round((t + 0.5) / span - 0.5)
         expected = videos[
@@ -88,9 +88,10 @@ def test_videos_round_trip_and_tokens_follow_the_formula(
             round(h) * patch : (round(h) + 1) * patch,
             round(w) * patch : (round(w) + 1) * patch,
         ]
-        assert torch.equal(tokens[:, n], expected.flatten(1)) and place == 0
+        assert torch.equal(tokens[:, n], expected.flatten(1))
+        assert place == 0
         assert t == pytest.approx(sum(range(f * span, (f + 1) * span)) / span), (
-            "the middle of its frames"
+            "the mean time of its frames"
         )
 
 
@@ -104,37 +105,34 @@ def test_a_layout_concatenates_parts_and_pads_narrow_tokens():
         "more": torch.zeros(1),
     }
     tokens = layout.patchify(signals)
-    assert (
-        tokens.shape == (2, layout.tokens, layout.channels) == (2, 12, 12)
-        and not tokens[:, :4, 4:].any()
-    )
-    back = layout.unpatchify(tokens + torch.where(tokens == 0, 7.0, 0.0))
-    assert torch.equal(back["image"], signals["image"]) and torch.equal(
-        back["video"], signals["video"]
-    )
+    assert tokens.shape == (2, layout.tokens, layout.channels) == (2, 12, 12)
+    assert not tokens[:, :4, 4:].any()
+    restored = layout.unpatchify(tokens + torch.where(tokens == 0, 7.0, 0.0))
+    assert torch.equal(restored["image"], signals["image"])
+    assert torch.equal(restored["video"], signals["video"])
     places = TokenSlices.of(layout.parts)
     assert places.slices == {
         "image": slice(0, 4),
         "video": slice(4, 12),
-    } and places.widths.tolist() == 4 * [4] + 8 * [12]
+    }
+    assert places.widths.tolist() == 4 * [4] + 8 * [12]
     assert layout.preview(signals).shape == (2, 3, 8 + 4, 8)
     with pytest.raises(ValueError, match="has image, video, but there is no video"):
         layout.patchify({"image": signals["image"]})
 
 
-def test_given_signals_are_kept_from_the_start():
+def test_given_signals_start_as_clean_tokens():
     layout = Layout(
         {"video": VideoPatches(3, 4, 4, 4, 2, 2), "image": ImagePatches(1, 4, 4, 2)}
     )
-    video, image = torch.randn(2, 3, 4, 4, 4), torch.randn(2, 1, 4, 4)
+    video = torch.randn(2, 3, 4, 4, 4)
+    image = torch.randn(2, 1, 4, 4)
     x0, start = layout.known_tokens({"image": image}, 2)
-    assert start.tolist() == 8 * [1] + 4 * [0] and torch.equal(
-        layout.unpatchify(x0)["image"], image
-    )
+    assert start.tolist() == 8 * [1] + 4 * [0]
+    assert torch.equal(layout.unpatchify(x0)["image"], image)
     x0, start = layout.known_tokens({"first_frame": video[:, :, :2]}, 2)
-    assert start.tolist() == 4 * [0] + 8 * [1] and torch.equal(
-        layout.unpatchify(x0)["video"][:, :, :2], video[:, :, :2]
-    )
+    assert start.tolist() == 4 * [0] + 8 * [1]
+    assert torch.equal(layout.unpatchify(x0)["video"][:, :, :2], video[:, :, :2])
     with pytest.raises(
         ValueError, match="audio is given, but the sequence consists of video, image"
     ):
@@ -170,23 +168,24 @@ def test_sizes_that_do_not_fit_are_refused(make, words):
 # captions
 
 
-@few
+@few_examples
 @given(st.text(max_size=40), st.integers(1, 20))
 def test_captions_in_any_script_are_cut_between_characters(text, length):
     (row,) = caption_bytes([text], length)
     known = text.encode("utf-8", "replace").decode()
-    assert row.shape == (length,) and known.startswith(caption_text(row))
+    assert row.shape == (length,)
+    assert known.startswith(caption_text(row))
     rest = known[len(caption_text(row)) :]
     assert not rest or len((caption_text(row) + rest[0]).encode()) > length, (
-        "no character more would have fitted"
+        "not one more character would fit"
     )
 
 
 @pytest.mark.parametrize("positions", ["sincos", "rotary"])
 @pytest.mark.parametrize("level", ["mean", "clean"])
-def test_a_caption_is_tokens_of_the_sequence_at_a_level_of_their_own(positions, level):
-    """Against the same network that is handed one longer sequence, with a condition for
-    every token.
+def test_caption_tokens_join_the_sequence_at_their_own_level(positions, level):
+    """The reference is the same network with one longer sequence and a condition for
+    each token.
     """
     model = model_of(
         0.1,
@@ -196,10 +195,8 @@ def test_a_caption_is_tokens_of_the_sequence_at_a_level_of_their_own(positions, 
         caption_level=level,
         caption_stride=2,
     )
-    x, caption = (
-        torch.randn(3, 4, 4),
-        Condition(caption_bytes(["a", "two", "longest"], 5)),
-    )
+    x = torch.randn(3, 4, 4)
+    caption = Condition(caption_bytes(["a", "two", "longest"], 5))
     levels = DualTimestep(mask_ratio=0.5).sample(3, 4, keyed(0, "levels"))
     out = model(x, levels, caption, taps=(1, 3))
     tau = levels.per_token()
@@ -209,10 +206,13 @@ def test_a_caption_is_tokens_of_the_sequence_at_a_level_of_their_own(positions, 
         else tau.mean(1, keepdim=True).expand(3, 3)
     )
     every = NoiseLevels(torch.cat([tau, own], 1), torch.arange(7).expand(3, 7))
-    h, text = model.x_embedder.image(x), model.caption_embedder(caption.values)
+    h = model.x_embedder.image(x)
+    text = model.caption_embedder(caption.values)
     places = torch.nn.functional.pad(torch.tensor([[1.0], [3.0], [5.0]]), (3, 0))
     if positions == "sincos":
-        h, text, rotary = h + model.positions, text + model.caption_positions, None
+        h = h + model.positions
+        text = text + model.caption_positions
+        rotary = None
     else:
         rotary = torch.cat([model.positions, model._positions(places)], dim=-2)
     h = torch.cat([h, text], 1)
@@ -227,19 +227,17 @@ def test_a_caption_is_tokens_of_the_sequence_at_a_level_of_their_own(positions, 
     torch.testing.assert_close(out.velocity, velocity, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(
         out.velocity, model(x, levels, caption[[2, 1, 0]]).velocity
-    ), "other words, other answers"
+    ), "the caption matters"
     null = Condition(torch.full((3, 5), PAD))
     assert torch.equal(model(x, levels, null).velocity, model(x, levels).velocity)
     early = model(x, levels, caption, taps=(1,), stop=True)
     assert torch.equal(early.features[1], out.features[1])
 
 
-def test_captions_may_be_vectors_of_an_outside_encoder():
+def test_captions_can_be_vectors_of_a_text_encoder():
     model = model_of(caption=3, caption_width=7)
-    vectors, levels = (
-        torch.randn(2, 3, 7),
-        NoiseLevels.single(torch.tensor([0.2, 0.8]), 12),
-    )
+    vectors = torch.randn(2, 3, 7)
+    levels = NoiseLevels.single(torch.tensor([0.2, 0.8]), 12)
     assert model(batch(2), levels, Condition(vectors)).velocity.shape == (2, 12, 6)
     assert torch.equal(
         model(batch(2), levels).velocity,
@@ -256,40 +254,40 @@ def test_captions_may_be_vectors_of_an_outside_encoder():
         Condition(torch.zeros(2, 3, 7, dtype=torch.int64))
 
 
-def test_a_caption_is_dropped_entirely_for_both_views():
+def test_a_caption_is_dropped_entirely_or_not_at_all():
     captions = caption_bytes(["some words"] * 4000, 12)
     dropped = Condition(captions).drop(0.3, lambda purpose: keyed(0, purpose)).values
-    gone = (dropped == PAD).all(1)
-    assert abs(gone.float().mean() - 0.3) < 0.03 and torch.equal(
-        dropped[~gone], captions[~gone]
-    )
+    is_dropped = (dropped == PAD).all(1)
+    assert abs(is_dropped.float().mean() - 0.3) < 0.03
+    assert torch.equal(dropped[~is_dropped], captions[~is_dropped])
 
 
 # the model
 
 
 def test_each_part_has_its_own_projections_and_ignores_padding():
-    model, x = model_of(), batch()
+    model = model_of()
+    x = batch()
     levels = DualTimestep(mask_ratio=0.5).sample(3, 12, keyed(0, "levels"))
     out = model(x, levels).velocity
-    other = x.clone()
-    other[:, 6:, 4:] = 9.0
-    assert (
-        torch.equal(out, model(other, levels).velocity)
-        and not out[:, 6:, 4:].any()
-        and out[:, 6:, :4].all()
-    )
-    alone = Transformer(TransformerConfig(**BOTH | {"parts": (VIDEO,)}))
+    padded = x.clone()
+    padded[:, 6:, 4:] = 9.0
+    assert torch.equal(out, model(padded, levels).velocity)
+    assert not out[:, 6:, 4:].any()
+    assert out[:, 6:, :4].all()
+    video_model = Transformer(TransformerConfig(**BOTH | {"parts": (VIDEO,)}))
     state = {
         name: value for name, value in model.state_dict().items() if "audio" not in name
     }
-    alone.load_state_dict(state)
-    own = NoiseLevels(levels.levels, levels.assign[:, :6])
-    expected = alone(x[:, :6], own).velocity
-    torch.testing.assert_close(model(x[:, :6], own, parts=(VIDEO,)).velocity, expected)
+    video_model.load_state_dict(state)
+    video_levels = NoiseLevels(levels.levels, levels.assign[:, :6])
+    expected = video_model(x[:, :6], video_levels).velocity
+    torch.testing.assert_close(
+        model(x[:, :6], video_levels, parts=(VIDEO,)).velocity, expected
+    )
 
 
-def test_parts_of_a_model_may_be_used_alone():
+def test_each_part_of_a_model_can_be_used_alone():
     model = model_of()
     clip = torch.randn(2, 6, 4)
     out = model(clip, NoiseLevels.single(torch.rand(2), 6), parts=(AUDIO,))
@@ -344,8 +342,9 @@ def test_padding_does_not_count_in_the_loss():
 @pytest.mark.parametrize(
     "weights", [None, {"audio": 0.25}, {"video": 2.0, "audio": 0.0}]
 )
-def test_weights_of_parts_weigh_their_tokens_in_every_loss(weights):
-    model, x = model_of(), batch(4)
+def test_weights_of_parts_apply_to_their_tokens_in_every_loss(weights):
+    model = model_of()
+    x = batch(4)
     samples = Batch(x, Condition(torch.zeros(4, dtype=torch.int64)), (VIDEO, AUDIO))
     draw = lambda purpose: keyed(0, purpose)  # noqa: E731
     objective = SelfFlow(
@@ -372,13 +371,11 @@ def test_weights_of_parts_weigh_their_tokens_in_every_loss(weights):
     )
 
 
-def test_sequences_in_turn_have_schedules_of_their_own():
+def test_alternating_sequences_have_their_own_schedules():
     config = ObjectiveConfig("self_flow", student_layer=1, teacher_layer=2)
     objective = build_objective(config, TransformerConfig(**BOTH), ((VIDEO,), (AUDIO,)))
-    assert (
-        objective.schedule_of((VIDEO,)).mask_ratio == 0.1
-        and objective.schedule_of((AUDIO,)).mask_ratio == 0.5
-    )
+    assert objective.schedule_of((VIDEO,)).mask_ratio == 0.1
+    assert objective.schedule_of((AUDIO,)).mask_ratio == 0.5
     joint = build_objective(config, TransformerConfig(**BOTH), ((VIDEO, AUDIO),))
     assert joint.schedule_of((VIDEO, AUDIO)).mask_ratio == 6 * (0.1,) + 6 * (0.5,)
     model = model_of()
@@ -388,23 +385,25 @@ def test_sequences_in_turn_have_schedules_of_their_own():
     losses = objective(
         model, make_teacher(model), samples, lambda purpose: keyed(0, purpose)
     )
-    assert losses.total.isfinite() and not losses.by_part
+    assert losses.total.isfinite()
+    assert not losses.by_part
 
 
 # schedules
 
 
-def test_a_mask_ratio_for_each_token():
+def test_each_token_can_have_its_own_mask_ratio():
     ratios = (0.0, 0.1, 0.5, 0.5)
     levels = DualTimestep(mask_ratio=ratios).sample(20_000, 4, keyed(0, "levels"))
     torch.testing.assert_close(
         levels.assign.float().mean(0), torch.tensor(ratios), atol=0.012, rtol=0
     )
-    same, one = (
+    repeated, single = (
         DualTimestep(mask_ratio=ratio).sample(50, 4, keyed(1, "levels"))
         for ratio in (4 * (0.3,), 0.3)
     )
-    assert torch.equal(same.assign, one.assign) and torch.equal(same.levels, one.levels)
+    assert torch.equal(repeated.assign, single.assign)
+    assert torch.equal(repeated.levels, single.levels)
     for options, words in (
         ({"mask_ratio": (0.1, 0.7)}, "mask_ratio is 0.7"),
         ({"mask_ratio": (0.1,), "exact": True}, "one mask_ratio"),
@@ -416,7 +415,7 @@ def test_a_mask_ratio_for_each_token():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_a_sample_is_given_one_set_of_tokens_or_none(share):
+def test_a_sample_is_conditioned_on_one_set_of_tokens_or_none(share):
     schedule = Conditioned(
         SingleLevel(), ((0, 1), (2, 3, 4)), max_level=0.2, share=share
     )
@@ -428,15 +427,18 @@ def test_a_sample_is_given_one_set_of_tokens_or_none(share):
         (1, 1, 0, 0, 0, 0): share / 2,
         (0, 0, 1, 1, 1, 0): share / 2,
     }
-    found = {
+    shares = {
         tuple(row): count / 10_000
         for row, count in zip(rows.tolist(), counts.tolist(), strict=True)
     }
-    assert set(found) == {row for row, wanted in expected.items() if wanted}
+    assert set(shares) == {row for row, probability in expected.items() if probability}
     assert all(
-        abs(found[row] - wanted) < 0.02 for row, wanted in expected.items() if wanted
+        abs(shares[row] - probability) < 0.02
+        for row, probability in expected.items()
+        if probability
     )
-    assert (levels.per_token()[given] <= 0.2).all() and levels.cleanest().k == 2
+    assert (levels.per_token()[given] <= 0.2).all()
+    assert levels.cleanest().k == 2
     torch.testing.assert_close(
         levels.cleanest().per_token()[given], levels.per_token()[given]
     )
@@ -465,8 +467,9 @@ def test_given_tokens_follow_from_the_parts():
     assert _mask_ratio_of(replace(config, mask_ratio=0.3), (VIDEO, AUDIO)) == 0.3
 
 
-def test_flow_matching_counts_no_token_that_is_given():
-    model, x = model_of(), batch(64)
+def test_given_tokens_do_not_count_in_flow_matching():
+    model = model_of()
+    x = batch(64)
     objective = FlowMatching(
         Conditioned(SingleLevel(), (tuple(range(6)), tuple(range(6, 12))))
     )
@@ -474,10 +477,10 @@ def test_flow_matching_counts_no_token_that_is_given():
     losses = objective(model, None, samples, lambda purpose: keyed(0, purpose))
     noised = objective.noise_batch(samples, lambda purpose: keyed(0, purpose))
     out = objective.predict(model, noised)
-    error, counted = (
-        flow_error(out.velocity, x, noised.x1, TokenSlices.of((VIDEO, AUDIO)).widths),
-        ~noised.levels.is_condition(),
+    error = flow_error(
+        out.velocity, x, noised.x1, TokenSlices.of((VIDEO, AUDIO)).widths
     )
+    counted = ~noised.levels.is_condition()
     torch.testing.assert_close(losses.flow_loss, error[counted].mean())
     torch.testing.assert_close(
         losses.by_part["audio"], error[:, 6:][counted[:, 6:]].mean()
@@ -487,18 +490,18 @@ def test_flow_matching_counts_no_token_that_is_given():
 # numbers by index
 
 
-@few
+@few_examples
 @given(
     st.lists(st.integers(0, 2**40), min_size=1, max_size=20),
     st.integers(1, 50),
     st.integers(1, 50),
 )
-def test_numbers_follow_from_purpose_and_index_alone(indices, count, more):
+def test_numbers_by_index_depend_only_on_purpose_and_index(indices, count, more):
     index = torch.tensor(indices)
     numbers = numbered("a", index, count)
-    assert (
-        numbers.dtype == torch.float32 and (numbers >= 0).all() and (numbers < 1).all()
-    )
+    assert numbers.dtype == torch.float32
+    assert (numbers >= 0).all()
+    assert (numbers < 1).all()
     assert torch.equal(
         numbers,
         torch.cat(

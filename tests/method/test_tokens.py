@@ -1,4 +1,4 @@
-"""Patches against loops, and exact round trips."""
+"""Patches equal loops and round trips are exact."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from selfflow.method.tokens import ImagePatches
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
-def test_patches_against_loops(channels, rows, columns, patch):
+def test_patches_equal_loops(channels, rows, columns, patch):
     patches = ImagePatches(channels, rows * patch, columns * patch, patch)
     images = torch.randn(
         2,
@@ -24,7 +24,8 @@ def test_patches_against_loops(channels, rows, columns, patch):
     places = patches.coordinates()
     for n in range(patches.tokens):
         time, row, column, place = places[n].int().tolist()
-        assert (time, place) == (0, 0) and n == row * columns + column
+        assert (time, place) == (0, 0)
+        assert n == row * columns + column
         piece = images[
             :, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch
         ]

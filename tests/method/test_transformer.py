@@ -1,6 +1,5 @@
-"""Every variant of the velocity model equals a plain rewriting.
-
-It has a condition per token. Gradients, taps, bad input.
+"""Every variant of the velocity model equals a plain rewriting with a condition for
+each token, in outputs, taps and gradients; bad input is refused.
 """
 
 import math
@@ -52,18 +51,19 @@ def sincos_positions(coordinates, d):
     omega = torch.tensor(
         [10_000 ** (-4 * i / d) for i in range(d // 4)], dtype=torch.float64
     )
-    column, row = coordinates[..., 2:3] * omega, coordinates[..., 1:2] * omega
+    column = coordinates[..., 2:3] * omega
+    row = coordinates[..., 1:2] * omega
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], -1)
 
 
-def turned(part, coordinates):
-    """Pairs (i, i + e / 2) of a head as complex numbers, each turned by its angle."""
-    e = part.shape[-1]
+def rotated(head, coordinates):
+    """Pairs (i, i + e / 2) of a head as complex numbers, each rotated by its angle."""
+    e = head.shape[-1]
     omega = torch.tensor(
         [2_000 ** (-8 * i / e) for i in range(e // 8)], dtype=torch.float64
     )
     angles = (coordinates[..., None] * omega).flatten(-2)
-    z = torch.complex(part[..., : e // 2], part[..., e // 2 :]) * torch.polar(
+    z = torch.complex(head[..., : e // 2], head[..., e // 2 :]) * torch.polar(
         torch.ones_like(angles), angles
     )
     return torch.cat([z.real, z.imag], -1)
@@ -73,13 +73,12 @@ def plain_forward(model, x, tau, y, layer, mask=None, coordinates=None):
     """DiT with a condition for every token, written as the papers write it, straight
     from the weights; mask: (b, n, n).
     """
-    w, config = dict(model.named_parameters()), model.config
-    d, places = (
-        config.width,
-        (
-            config.parts[0].coordinates() if coordinates is None else coordinates
-        ).double(),
-    )
+    w = dict(model.named_parameters())
+    config = model.config
+    d = config.width
+    places = (
+        config.parts[0].coordinates() if coordinates is None else coordinates
+    ).double()
 
     def norm(h):
         return (h - h.mean(-1, keepdim=True)) / (
@@ -118,31 +117,24 @@ def plain_forward(model, x, tau, y, layer, mask=None, coordinates=None):
         b1, g1, a1, b2, g2, a2 = modulation.chunk(6, -1)
         q, k, v = linear(norm(h) * (1 + g1) + b1, f"blocks.{i}.attn.qkv").chunk(3, -1)
         heads = []
-        for part in torch.arange(d).chunk(config.heads):
-            qh, kh = (
-                rms(q[..., part], f"blocks.{i}.attn.q_norm"),
-                rms(k[..., part], f"blocks.{i}.attn.k_norm"),
-            )
+        for columns in torch.arange(d).chunk(config.heads):
+            qh = rms(q[..., columns], f"blocks.{i}.attn.q_norm")
+            kh = rms(k[..., columns], f"blocks.{i}.attn.k_norm")
             if config.positions == "rotary":
-                qh, kh = turned(qh, places), turned(kh, places)
-            scores = qh @ kh.transpose(-1, -2) / math.sqrt(len(part))
+                qh = rotated(qh, places)
+                kh = rotated(kh, places)
+            scores = qh @ kh.transpose(-1, -2) / math.sqrt(len(columns))
             if mask is not None:
                 scores = scores.masked_fill(~mask, -math.inf)
-            heads.append(scores.softmax(-1) @ v[..., part])
+            heads.append(scores.softmax(-1) @ v[..., columns])
         h = h + a1 * linear(torch.cat(heads, -1), f"blocks.{i}.attn.proj")
         inner = linear(norm(h) * (1 + g2) + b2, f"blocks.{i}.mlp.fc1")
         if config.mlp == "swiglu":
             a, b = inner.chunk(2, -1)
             inner = a * torch.sigmoid(a) * b
         else:
-            inner = (
-                0.5
-                * inner
-                * (
-                    1
-                    + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3))
-                )
-            )
+            cubic = inner + 0.044715 * inner**3
+            inner = 0.5 * inner * (1 + torch.tanh(math.sqrt(2 / math.pi) * cubic))
         h = h + a2 * linear(inner, f"blocks.{i}.mlp.fc2")
         if i + 1 == layer:
             feature = h
@@ -150,13 +142,11 @@ def plain_forward(model, x, tau, y, layer, mask=None, coordinates=None):
     return linear(norm(h) * (1 + scale) + shift, "final_layer.linear.image"), feature
 
 
-def drawn(k, seed=0, b=4, n=6, condition=0, edges=False):
+def random_batch(k, seed=0, b=4, n=6, condition=0, edges=False):
     """Tokens in float64, classes and levels of a batch."""
     g = torch.Generator().manual_seed(seed)
-    x, y = (
-        torch.randn(b, n, 3, generator=g, dtype=torch.float64),
-        Condition(torch.randint(0, 6, (b,), generator=g), 5),
-    )
+    x = torch.randn(b, n, 3, generator=g, dtype=torch.float64)
+    y = Condition(torch.randint(0, 6, (b,), generator=g), 5)
     values = torch.rand(b, k, generator=g, dtype=torch.float64)
     levels = NoiseLevels(
         values.round() if edges else values,
@@ -167,14 +157,12 @@ def drawn(k, seed=0, b=4, n=6, condition=0, edges=False):
 
 
 def same_group(levels):
-    """The mask of attention separation: one's own level and every condition; a
-    condition sees conditions only.
+    """The mask of separated attention: a token attends to its own level and to every
+    condition, a condition only to conditions.
     """
-    key, query, first = (
-        levels.assign[:, None],
-        levels.assign[:, :, None],
-        levels.k - levels.condition,
-    )
+    key = levels.assign[:, None]
+    query = levels.assign[:, :, None]
+    first = levels.k - levels.condition
     return (key == query) & (query < first) | (key >= first)
 
 
@@ -182,11 +170,9 @@ def same_group(levels):
 @given(
     st.integers(1, 6), st.integers(0, 1000), st.booleans(), st.sampled_from(VARIANTS)
 )
-def test_k_levels_equal_a_condition_per_token(k, seed, edges, variant):
-    model, (x, y, levels) = (
-        model_of(torch.float64, seed % 7, **variant),
-        drawn(k, seed, edges=edges),
-    )
+def test_k_levels_equal_one_condition_per_token(k, seed, edges, variant):
+    model = model_of(torch.float64, seed % 7, **variant)
+    x, y, levels = random_batch(k, seed, edges=edges)
     # sinusoids are computed in float32, as in the published model: hence not to the
     # last digit of float64
     out = model(x, levels, y, taps=(2,))
@@ -196,12 +182,12 @@ def test_k_levels_equal_a_condition_per_token(k, seed, edges, variant):
 
 
 @every_variant
-@pytest.mark.parametrize("k, condition", [(2, 0), (3, 1), (4, 2), (6, 0)])
-def test_separated_is_the_plain_forward_with_a_mask(variant, k, condition):
-    model, (x, y, levels) = (
-        model_of(torch.float64, **variant),
-        drawn(k, seed=k, condition=condition),
-    )
+@pytest.mark.parametrize("k, condition", [(4, 2), (6, 0)])
+def test_separated_attention_is_the_plain_forward_pass_with_a_mask(
+    variant, k, condition
+):
+    model = model_of(torch.float64, **variant)
+    x, y, levels = random_batch(k, seed=k, condition=condition)
     out = model(x, levels, y, taps=(2,), separated=True)
     velocity, feature = plain_forward(
         model, x, levels.per_token(), y, 2, same_group(levels)
@@ -209,37 +195,41 @@ def test_separated_is_the_plain_forward_with_a_mask(variant, k, condition):
     torch.testing.assert_close(out.velocity, velocity, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(out.features[2], feature, atol=2e-6, rtol=1e-5)
     assert (out.velocity - model(x, levels, y).velocity).abs().max() > 1e-3, (
-        "and not the whole attention"
+        "unlike full attention"
     )
 
 
-def test_separation_of_a_single_level_is_none():
-    model, (x, y, levels) = model_of(torch.float64), drawn(1)
+def test_separation_changes_nothing_with_a_single_level():
+    model = model_of(torch.float64)
+    x, y, levels = random_batch(1)
     assert torch.equal(
         model(x, levels, y, separated=True).velocity, model(x, levels, y).velocity
     )
 
 
 @every_variant
-def test_tokens_are_a_set_whose_order_is_in_their_coordinates(variant):
-    model, (x, y, levels) = model_of(torch.float64, **variant), drawn(2)
-    coordinates, order = grid_coordinates((2, 3)), torch.tensor([4, 2, 0, 5, 1, 3])
+def test_the_order_of_tokens_is_only_in_their_coordinates(variant):
+    model = model_of(torch.float64, **variant)
+    x, y, levels = random_batch(2)
+    coordinates = grid_coordinates((2, 3))
+    order = torch.tensor([4, 2, 0, 5, 1, 3])
     expected = model(x, levels, y).velocity
     assert torch.equal(
         model(x, levels, y, coordinates=coordinates).velocity, expected
-    ), "None is the grid"
+    ), "the grid is the default"
     shuffled = NoiseLevels(levels.levels, levels.assign[:, order])
     for places in (coordinates[order], coordinates[order].expand(4, -1, -1)):
-        found = model(x[:, order], shuffled, y, coordinates=places).velocity
-        torch.testing.assert_close(found, expected[:, order], atol=1e-9, rtol=1e-9)
+        velocity = model(x[:, order], shuffled, y, coordinates=places).velocity
+        torch.testing.assert_close(velocity, expected[:, order], atol=1e-9, rtol=1e-9)
     assert (
         model(x[:, order], shuffled, y).velocity - expected[:, order]
-    ).abs().max() > 1e-3, "the order alone is not enough"
+    ).abs().max() > 1e-3, "without coordinates the order matters"
 
 
 @every_variant
-def test_places_off_the_grid(variant):
-    model, (x, y, levels) = model_of(torch.float64, **variant), drawn(3, n=9)
+def test_coordinates_off_the_grid_equal_the_plain_forward_pass(variant):
+    model = model_of(torch.float64, **variant)
+    x, y, levels = random_batch(3, n=9)
     coordinates = 10 * torch.rand(4, 9, 4, generator=torch.Generator().manual_seed(1))
     velocity, _ = plain_forward(
         model, x, levels.per_token(), y, 1, coordinates=coordinates
@@ -253,10 +243,10 @@ def test_places_off_the_grid(variant):
     )
     larger = model_of(torch.float64, **variant, grid=(3, 3))  # the grid is in no weight
     expected = larger(x, levels, y).velocity
-    found = model(
+    actual = model(
         x, levels, y, coordinates=grid_coordinates((3, 3)), parts=parts
     ).velocity
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -277,13 +267,11 @@ def test_coordinates_of_another_shape_are_refused(shape, positions):
 
 @pytest.mark.parametrize("variant", [{}, MODERN], ids=["published", "modern"])
 @pytest.mark.parametrize("separated", [False, True])
-def test_gradients_in_float64(variant, separated):
+def test_gradients_equal_finite_differences(variant, separated):
     model = model_of(torch.float64, depth=2, **variant)
     x = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
-    levels, y = (
-        DualTimestep(mask_ratio=0.5).sample(2, 6, torch.Generator().manual_seed(0)),
-        Condition(torch.tensor([0, 5]), 5),
-    )
+    levels = DualTimestep(mask_ratio=0.5).sample(2, 6, torch.Generator().manual_seed(0))
+    y = Condition(torch.tensor([0, 5]), 5)
     wanted = (
         "blocks.0.adaLN_modulation.1.bias",
         "blocks.0.adaLN_bias",
@@ -301,12 +289,15 @@ def test_gradients_in_float64(variant, separated):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("variant", [{}, MODERN], ids=["published", "modern"])
-def test_checkpointing_saves_memory_and_changes_no_bit(variant, precision):
-    x, y, levels = drawn(2)
-    x, levels = x.float(), NoiseLevels(levels.levels.float(), levels.assign)
-    found, kept = [], []
+def test_checkpointing_saves_memory_and_gives_the_same_bits(variant, precision):
+    x, y, levels = random_batch(2)
+    x = x.float()
+    levels = NoiseLevels(levels.levels.float(), levels.assign)
+    results = []
+    saved = []
     for checkpointing in (False, True):
-        model, sizes = model_of(**variant), {}
+        model = model_of(**variant)
+        sizes = {}
         model.checkpointing = checkpointing
 
         def pack(tensor, sizes=sizes):
@@ -325,21 +316,22 @@ def test_checkpointing_saves_memory_and_changes_no_bit(variant, precision):
             + out.features[3].square().sum()
         )
         loss.backward()
-        found.append(
+        results.append(
             [
                 out.velocity,
                 *out.features.values(),
                 *(p.grad for p in model.parameters()),
             ]
         )
-        kept.append(count)
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert kept[1] < 0.5 * kept[0]
+        saved.append(count)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert saved[1] < 0.5 * saved[0]
 
 
-def test_without_gradients_nothing_is_checkpointed(monkeypatch):
+def test_nothing_is_checkpointed_without_gradients(monkeypatch):
     monkeypatch.setattr("selfflow.method.transformer.checkpoint", None)
-    model, (x, y, levels) = model_of(torch.float64), drawn(2)
+    model = model_of(torch.float64)
+    x, y, levels = random_batch(2)
     model.checkpointing = True
     with torch.no_grad():
         assert model(x, levels, y).velocity.isfinite().all()
@@ -350,7 +342,7 @@ def test_without_gradients_nothing_is_checkpointed(monkeypatch):
 @pytest.mark.parametrize(
     "size, millions", [("S", 33), ("B", 130), ("L", 458), ("XL", 675)]
 )
-def test_the_published_sizes(size, millions):
+def test_the_published_sizes_have_their_numbers_of_parameters(size, millions):
     width, depth, heads = {
         "S": (384, 12, 6),
         "B": (768, 12, 12),
@@ -366,7 +358,7 @@ def test_the_published_sizes(size, millions):
         heads,
         4,
     )
-    counted = []
+    counts = []
     for variant in ({}, {"mlp": "swiglu"}, {"modulation": "shared"}):
         with torch.device("meta"):
             model = Transformer(
@@ -374,13 +366,13 @@ def test_the_published_sizes(size, millions):
                     size, (Part("image", 16, (1, 16, 16)),), classes=1000, **variant
                 )
             )
-        counted.append(sum(p.numel() for p in model.parameters()))
-    assert counted[0] == pytest.approx(millions * 1e6, rel=0.015)
-    assert counted[1] == pytest.approx(counted[0], rel=0.01), (
+        counts.append(sum(p.numel() for p in model.parameters()))
+    assert counts[0] == pytest.approx(millions * 1e6, rel=0.015)
+    assert counts[1] == pytest.approx(counts[0], rel=0.01), (
         "SwiGLU is as large as the MLP"
     )
     assert (
-        counted[0] - counted[2]
+        counts[0] - counts[2]
         == (depth - 1) * (6 * width**2 + 6 * width) - depth * 6 * width
     )
     with pytest.raises(ValueError, match="size is 'M'; known are S, B, L, XL"):
@@ -395,27 +387,28 @@ def test_an_initialised_block_is_the_identity(variant):
             channels=3, grid=(2, 3), width=16, depth=3, heads=2, classes=5, **variant
         )
     )
-    x, _, levels = drawn(2)
-    x, levels = x.float(), NoiseLevels(levels.levels.float(), levels.assign)
+    x, _, levels = random_batch(2)
+    x = x.float()
+    levels = NoiseLevels(levels.levels.float(), levels.assign)
     out = model(x, levels, taps=(1, 2, 3))
     embedded = model.x_embedder.image(x) + (
         0 if variant["positions"] == "rotary" else model.positions
     )
-    assert (
-        all(torch.equal(h, embedded) for h in out.features.values())
-        and (out.velocity == 0).all()
-    )
+    assert all(torch.equal(h, embedded) for h in out.features.values())
+    assert (out.velocity == 0).all()
     out.velocity.sum().backward()
     assert model.final_layer.linear.image.bias.grad.abs().sum() > 0, (
-        "and it can leave it"
+        "its output can be trained"
     )
 
 
 def test_a_model_in_bf16_takes_coordinates():
     model = model_of(torch.bfloat16)
-    x, levels = torch.randn(2, 6, 3).bfloat16(), DualTimestep().sample(2, 6)
+    x = torch.randn(2, 6, 3).bfloat16()
+    levels = DualTimestep().sample(2, 6)
     out = model(x, levels, coordinates=grid_coordinates((2, 3))).velocity
-    assert out.dtype == torch.bfloat16 and torch.equal(out, model(x, levels).velocity)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, model(x, levels).velocity)
 
 
 def test_a_new_model_predicts_zero_and_its_blocks_are_the_identity():
@@ -430,7 +423,8 @@ def test_a_new_model_predicts_zero_and_its_blocks_are_the_identity():
         Condition(torch.tensor([1, 2]), 5),
         taps=(1, 3),
     )
-    assert (out.velocity == 0).all() and torch.equal(out.features[1], out.features[3])
+    assert (out.velocity == 0).all()
+    assert torch.equal(out.features[1], out.features[3])
     assert all(
         (p == 0).all() for name, p in model.named_parameters() if name.endswith("bias")
     )
@@ -439,19 +433,22 @@ def test_a_new_model_predicts_zero_and_its_blocks_are_the_identity():
     assert 0.9 * bound < model.blocks[0].mlp.fc1.weight.abs().max() <= bound
 
 
-def test_stop_ends_at_the_last_tap_and_touches_nothing_deeper():
+def test_stop_ends_at_the_last_tap_and_runs_no_deeper_layer():
     model = model_of()
     for parameter in [*model.blocks[2].parameters(), *model.final_layer.parameters()]:
         torch.nn.init.constant_(parameter, math.nan)
     out = model(
         torch.randn(2, 6, 3), DualTimestep().sample(2, 6), None, taps=(2, 1), stop=True
     )
-    assert out.velocity is None and list(out.features) == [1, 2]
+    assert out.velocity is None
+    assert list(out.features) == [1, 2]
     assert all(h.isfinite().all() for h in out.features.values())
 
 
-def test_no_condition_means_the_null_label():
-    model, x, levels = model_of(), torch.randn(2, 6, 3), DualTimestep().sample(2, 6)
+def test_a_missing_condition_is_the_null_label():
+    model = model_of()
+    x = torch.randn(2, 6, 3)
+    levels = DualTimestep().sample(2, 6)
     torch.testing.assert_close(
         model(x, levels).velocity,
         model(x, levels, Condition(torch.tensor([5, 5]), 5)).velocity,
@@ -462,19 +459,20 @@ def test_no_condition_means_the_null_label():
     )
 
 
-def test_a_condition_is_dropped_by_one_draw_per_sample():
+def test_conditions_are_dropped_at_their_rate_and_otherwise_unchanged():
     condition = Condition(torch.arange(5).repeat(4000), 5)
     dropped = condition.drop(
         0.1, lambda purpose: torch.Generator().manual_seed(0)
     ).values
     assert (dropped == 5).float().mean() == pytest.approx(0.1, abs=0.01)
-    kept = dropped != 5
-    assert torch.equal(dropped[kept], condition.values[kept])
+    remaining = dropped != 5
+    assert torch.equal(dropped[remaining], condition.values[remaining])
     never, always = (
         condition.drop(p, lambda purpose: torch.Generator().manual_seed(0)).values
         for p in (0.0, 1.0)
     )
-    assert torch.equal(never, condition.values) and (always == 5).all()
+    assert torch.equal(never, condition.values)
+    assert (always == 5).all()
 
 
 @pytest.mark.parametrize(
@@ -544,7 +542,7 @@ def test_impossible_shapes_are_refused(changes, words):
         (torch.zeros(2, 6, 3), 6, {"stop": True}, "stop=True needs taps"),
     ],
 )
-def test_bad_calls_are_refused(x, tokens, options, words):
+def test_tokens_levels_and_taps_that_do_not_fit_are_refused(x, tokens, options, words):
     with pytest.raises(ValueError, match=words):
         model_of()(x, DualTimestep().sample(2, tokens), **options)
 

@@ -1,4 +1,4 @@
-"""The page before training: what it shows is what training takes."""
+"""The page made before training presents the samples that training will use."""
 
 import re
 
@@ -34,25 +34,27 @@ def table(page, words):
     return part["frame"]
 
 
-def test_samples_captions_and_what_is_skipped_are_on_the_page(photos):
+def test_the_page_shows_samples_captions_and_skipped_files(photos):
     data = DataConfig(
         "folder", path=str(photos), condition="caption", caption=16, patch=4
     )
     page = look(Config(data=data, training=TrainConfig(batch=4)), count=10)
-    shown = table(page, "files of these samples")
-    assert len(shown) == 10 and set(shown["image in the file"]) == {"PNG, 12 x 8"}
-    for _, row in shown.iterrows():
+    samples = table(page, "files of these samples")
+    assert len(samples) == 10
+    assert set(samples["image in the file"]) == {"PNG, 12 x 8"}
+    for _, row in samples.iterrows():
         assert row["the model is given"] == row["caption"][:16]
-    cut = sum(len(text) > 16 for text in shown["caption"])
+    cut = sum(len(text) > 16 for text in samples["caption"])
     html = page.html()
     assert f"{cut} of 10 captions are longer than 16 bytes" in html
     skipped = table(page, "not used")
     assert {"'broken.png'", "'<b>.txt'"} <= set(skipped["which"])
-    assert "<b>" not in html and "&lt;b&gt;" in html
+    assert "<b>" not in html
+    assert "&lt;b&gt;" in html
     assert not re.search(r'(src|href)="(?!data:|#)', html), "the page is one file"
 
 
-def test_the_first_samples_are_those_of_the_first_steps(photos):
+def test_a_longer_page_begins_with_the_same_samples(photos):
     config = Config(
         data=DataConfig("folder", path=str(photos)), training=TrainConfig(batch=3)
     )
@@ -60,11 +62,12 @@ def test_the_first_samples_are_those_of_the_first_steps(photos):
         table(look(config, count), "files of these samples")["sample"].tolist()
         for count in (2, 7)
     ]
-    assert names[0] == names[1][:2] and len(set(names[1])) == 7
+    assert names[0] == names[1][:2]
+    assert len(set(names[1])) == 7
 
 
 @pytest.mark.parametrize("name", ["digits", "notes", "scenes"])
-def test_every_kind_of_signal_can_be_looked_at(name):
+def test_every_kind_of_signal_is_shown(name):
     config = Config(data=DataConfig(name), training=TrainConfig(batch=4))
     html = look(config, 3).html()
     assert html.count("data:image/png") == 1

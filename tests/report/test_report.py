@@ -1,4 +1,6 @@
-"""Figures are pure, reports are one safe file, and commands explain what went wrong."""
+"""Figures are pure, a report is one safe file that names what is missing, and each
+mistake on the command line is explained.
+"""
 
 import inspect
 import json
@@ -104,14 +106,16 @@ FIGURES = {
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_figures_are_pure(name):
+def test_figures_depend_only_on_their_data(name):
     sys.modules.pop("matplotlib.pyplot", None)
-    figure, again = FIGURES[name](), FIGURES[name]()
-    assert isinstance(figure, Figure) and figure.axes
+    figure = FIGURES[name]()
+    second = FIGURES[name]()
+    assert isinstance(figure, Figure)
+    assert figure.axes
     assert plots.to_png(figure).startswith(b"\x89PNG")
     assert figure._repr_png_().startswith(b"\x89PNG")
     # equal data give equal images
-    assert plots.to_png(FIGURES[name]()) == plots.to_png(again)
+    assert plots.to_png(FIGURES[name]()) == plots.to_png(second)
     # figures are drawn on any thread, which pyplot does not allow
     assert "matplotlib.pyplot" not in sys.modules
 
@@ -159,7 +163,8 @@ def test_runs_without_a_log_are_left_out_of_the_training_curves():
     ],
 )
 def test_curves_of_runs_use_the_largest_unit_that_fits(furthest, label, factor):
-    x, y = np.linspace(furthest / 10, furthest, 10), some(10)
+    x = np.linspace(furthest / 10, furthest, 10)
+    y = some(10)
     units = ((1, "s"), (60, "min"), (3600, "h"))
     axis = plots.draw_runs({"a": (x, y)}, "time", "y", units).axes[0]
     assert axis.get_xlabel() == label
@@ -167,7 +172,7 @@ def test_curves_of_runs_use_the_largest_unit_that_fits(furthest, label, factor):
     np.testing.assert_allclose(drawn, np.stack([x / factor, y], 1))
 
 
-def test_a_running_mean_does_not_lag_and_names_do_not_overlap():
+def test_running_means_do_not_lag_and_names_do_not_overlap():
     x = np.arange(1, 101.0)
     curves = {f"run {i}": (x, 2 * x + 0.1 * i) for i in range(8)}
     curves["low"] = (x[:50], x[:50])
@@ -182,9 +187,10 @@ def test_a_running_mean_does_not_lag_and_names_do_not_overlap():
     figure.canvas.draw()
     top = axis.get_window_extent().height
     heights = np.array([text.xyann[1] for text in axis.texts]) * top
-    # of the text alone, without the line to the end of its curve
+    # the height of the text alone, without the line to the end of its curve
     tallest = max(Text.get_window_extent(text).height for text in axis.texts)
-    assert (np.diff(heights) >= tallest).all() and heights[-1] <= top
+    assert (np.diff(heights) >= tallest).all()
+    assert heights[-1] <= top
     with pytest.raises(ValueError, match="no curve to draw"):
         plots.draw_runs({"a": ((), ())}, "x", "y")
 
@@ -213,7 +219,8 @@ def test_a_report_escapes_everything_and_loads_nothing(tmp_path):
     report.section(Section(EVIL, EVIL).find(EVIL).limits(EVIL))
     report.contents().media("audio/wav", b"RIFF", EVIL)
     page = report.write(tmp_path / "deep" / 'a "b" & c.html').read_text()
-    assert EVIL not in page and page.count("&lt;img") >= 18
+    assert EVIL not in page
+    assert page.count("&lt;img") >= 18
     assert "http" not in page
     tags = tags_of(page)
     assert not {"script", "link", "iframe"} & {tag for tag, _ in tags}
@@ -232,12 +239,14 @@ def test_tables_and_numbers_are_written_with_all_digits(tmp_path):
     section = Section("Losses").table(table, "Flow loss: by run").text("words")
     path = Report("Two").section(section).write(tmp_path / "two.html")
     page = path.read_text()
-    assert "0.3333<" in page and ">-<" in page
+    assert "0.3333<" in page
+    assert ">-<" in page
     csv = "01-flow-loss-by-run.csv"
     assert pd.read_csv(tmp_path / "two_files" / csv)["loss"][0] == 1 / 3
     numbers = json.loads((tmp_path / "two_files/report.json").read_text())
     part = numbers["parts"][1]
-    assert part["rows"] == [["a", 1 / 3, 7], ["b", None, 8]] and part["file"] == csv
+    assert part["rows"] == [["a", 1 / 3, 7], ["b", None, 8]]
+    assert part["file"] == csv
 
 
 def test_a_new_report_removes_the_tables_of_the_old_one(tmp_path):
@@ -252,16 +261,17 @@ def test_a_new_report_removes_the_tables_of_the_old_one(tmp_path):
 
 
 def test_a_report_shows_what_exists_and_names_what_is_missing(runs):
-    both = {"A": runs["tiny"], "B": runs["vanilla"]}
-    page = run_report(both, Report("Two").text("First <words>."), QUICK).html()
-    assert "objective.name" in page and "First &lt;words&gt;." in page
+    pair = {"A": runs["tiny"], "B": runs["vanilla"]}
+    page = run_report(pair, Report("Two").text("First <words>."), QUICK).html()
+    assert "objective.name" in page
+    assert "First &lt;words&gt;." in page
     assert "A has no probes yet" in page
     assert "Missing or outdated results in: Linear probes." in page
     with pytest.raises(ValueError, match="at least one run"):
         run_report({})
 
 
-def test_the_settings_of_a_run_are_complete_and_differences_are_found(runs):
+def test_the_settings_of_a_run_are_complete_and_only_differences_are_compared(runs):
     single = config_table({"A": runs["tiny"]})
     parts = (
         DataConfig,
@@ -273,8 +283,8 @@ def test_the_settings_of_a_run_are_complete_and_differences_are_found(runs):
     count = 3 + sum(len(fields(part)) for part in parts)  # name, seed, defaults
     assert len(single) == count > 40
     assert single.set_index("setting").loc["training.steps", "A"] == 12
-    both = config_table({"A": runs["tiny"], "B": runs["vanilla"]})
-    assert set(both["setting"]) == {"name", "objective.name"}
+    differences = config_table({"A": runs["tiny"], "B": runs["vanilla"]})
+    assert set(differences["setting"]) == {"name", "objective.name"}
 
 
 def with_seed(run, path, seed):
@@ -293,27 +303,29 @@ def test_seeds_are_compared_only_if_there_are_several(runs, tmp_path):
             path = tmp_path / f"{name}{seed}"
             many[f"{name} {seed}"] = with_seed(runs[name], path, seed)
     tiny, vanilla = (list(arm.values()) for arm in arms(many))
-    assert tiny == ["tiny 0", "tiny 1"] and vanilla == ["vanilla 0", "vanilla 1"]
+    assert tiny == ["tiny 0", "tiny 1"]
+    assert vanilla == ["vanilla 0", "vanilla 1"]
     values = {"tiny 0": 1.0, "tiny 1": 1.1, "vanilla 0": 2.0, "vanilla 1": 2.2}
     (difference,) = over_seeds(many, values)
     assert difference.difference == pytest.approx(1.05)
     assert "2 training seeds, paired" in str(difference)
     assert over_seeds(many, {"tiny 0": 1.0, "vanilla 0": 2.0}) == []
     summary = _summary(many, [])
-    assert "4 runs" in summary[0] and "2 training seeds each" in summary[0]
+    assert "4 runs" in summary[0]
+    assert "2 training seeds each" in summary[0]
     assert not any("one training seed" in line for line in summary)
     few = {name: many[name] for name in ("tiny 0", "vanilla 0")}
     assert any("one training seed" in line for line in _summary(few, []))
 
 
-def test_a_run_does_not_differ_from_itself(runs):
+def test_a_run_shows_no_significant_difference_from_itself(runs):
     (finding,) = loss_section({"A": runs["tiny"], "again": runs["tiny"]}).findings
     interval = "+0 (95 % -0.117 to +0.117, over 64 validation samples"
     assert f"again minus A: {interval}" in finding
     assert "a significant difference" not in finding
 
 
-def test_shares_of_different_samples_have_the_published_interval():
+def test_the_difference_of_shares_has_the_published_interval():
     """Newcombe 1998, table II: 56/70 and 48/80, method 10: 0.0524 to 0.3339."""
 
     def share(correct, count):
@@ -324,7 +336,7 @@ def test_shares_of_different_samples_have_the_published_interval():
     assert difference.interval == pytest.approx((0.0524, 0.3339), abs=1e-4)
 
 
-def test_damaged_files_are_reported_and_the_other_sections_are_made(runs, tmp_path):
+def test_damaged_files_are_reported_and_the_rest_of_the_report_is_made(runs, tmp_path):
     shutil.copytree(runs["tiny"].path, tmp_path / "run")
     for name in ("probes.json", "metrics.json", "judged.json"):
         (tmp_path / "run" / name).write_text("{not json")
@@ -344,7 +356,7 @@ def test_damaged_files_are_reported_and_the_other_sections_are_made(runs, tmp_pa
         assert f">{title}</h2>" in page
 
 
-def test_video_and_audio_are_reported_too(tmp_path, monkeypatch):
+def test_a_report_includes_video_and_audio(tmp_path, monkeypatch):
     monkeypatch.setattr(sample_sections, "_METHOD", "PCA")
     monkeypatch.setattr(representation_sections, "_FITTED", 16)
     monkeypatch.setattr(representation_sections, "_SCORED", 16)
@@ -363,7 +375,8 @@ def test_video_and_audio_are_reported_too(tmp_path, monkeypatch):
     config = Config(name="scenes", data=data, model=model, training=training)
     page = run_report({"scenes": train(config, tmp_path)}).html()
     assert "could not be made" not in page
-    assert "tokens of the video" in page and page.count("data:image/png") >= 8
+    assert "tokens of the video" in page
+    assert page.count("data:image/png") >= 8
 
 
 def test_missing_parts_are_listed_with_their_cost_and_made(
@@ -388,7 +401,9 @@ def test_missing_parts_are_listed_with_their_cost_and_made(
     assert "samples through the model" in output
 
 
-def test_what_was_missing_is_there_when_it_is_made(runs, tmp_path, monkeypatch):
+def test_nothing_is_missing_after_the_missing_parts_are_made(
+    runs, tmp_path, monkeypatch
+):
     counts = {"train": 60, "validation": 30, "test": 40}
     probes = partial(probe_run, levels=(0.5,), layers=(1,), counts=counts)
     monkeypatch.setattr(report, "probe_run", probes)
@@ -399,7 +414,7 @@ def test_what_was_missing_is_there_when_it_is_made(runs, tmp_path, monkeypatch):
     assert make_missing({"run": run}) == [] == missing_parts({"run": run})
 
 
-def test_numbers_of_several_things_are_written_once_if_they_are_equal():
+def test_equal_counts_of_several_runs_are_written_once():
     assert report._each([1], "seed") == "1 seed"
     assert report._each([2, 2], "seed") == "2 seeds each"
     assert report._each([2, 3], "seed") == "2/3 seeds"
@@ -416,9 +431,10 @@ def test_a_pdf_without_a_browser_is_refused_before_any_work(
     assert not page.exists()
 
 
-def assert_page_is_fine(tab, page, width):
+def assert_page_works_offline(tab, page, width):
     """The page opens offline, fits the screen, and its images and links work."""
-    messages, requests = [], []
+    messages = []
+    requests = []
     tab.on("console", lambda message: messages.append(message.text))
     tab.on("pageerror", lambda error: messages.append(str(error)))
     tab.on("dialog", lambda dialog: (messages.append("a dialog"), dialog.dismiss()))
@@ -458,7 +474,7 @@ def test_a_report_opens_in_a_browser_without_a_network(runs, tmp_path, monkeypat
                 viewport={"width": width, "height": 800},
                 offline=True,
             )
-            assert_page_is_fine(tab, page, width)
+            assert_page_works_offline(tab, page, width)
             assert tab.locator("h1").inner_text() == f"{EVIL} and B"
         window.close()
     assert write_pdf(page).read_bytes()[:5] == b"%PDF-"
@@ -478,18 +494,19 @@ def probed(run, path, **options):
 def test_a_report_compares_probes_and_flags_old_ones(runs, tmp_path):
     first, _ = probed(runs["tiny"], tmp_path / "tiny")
     second, _ = probed(runs["vanilla"], tmp_path / "vanilla")
-    both = {"A": first, "B": second}
-    page = run_report(both, sections=QUICK).html()
+    pair = {"A": first, "B": second}
+    page = run_report(pair, sections=QUICK).html()
     assert "B minus A" in page
-    assert "raw input" in page and "untrained network" in page
+    assert "raw input" in page
+    assert "untrained network" in page
     assert "not of its newest" not in page
     stored = read_probes(first)
     write_probes(first, replace(stored, about={**stored.about, "step": 4}))
-    page = run_report(both, sections=QUICK).html()
+    page = run_report(pair, sections=QUICK).html()
     assert "The probes of A are of step 4, not of its newest checkpoint" in page
 
 
-def test_probes_of_different_layers_are_not_subtracted(runs, tmp_path):
+def test_probes_of_different_layers_are_shown_without_a_difference(runs, tmp_path):
     first, _ = probed(runs["tiny"], tmp_path / "a")
     second, _ = probed(runs["vanilla"], tmp_path / "b", layers=(1, 4))
     page = run_report({"A": first, "B": second}, sections=QUICK).html()
@@ -514,14 +531,15 @@ def test_samples_are_stored_with_their_run(runs):
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_other_samples_never_replace_stored_ones(runs):
+def test_new_samples_never_replace_stored_ones(runs):
     run = runs["vanilla"]
     _, file = write_samples(run, torch.tensor([1, 2, 3]), steps=3, seed=5)
     before = file.read_bytes()
-    others = set()
+    new_files = set()
     for labels, seed in (([1, 2, 4], 5), ([1, 2], 5), ([1, 2, 3], 6)):
-        others.add(write_samples(run, torch.tensor(labels), steps=3, seed=seed)[1])
-    assert len(others | {file}) == 4 and file.read_bytes() == before
+        new_files.add(write_samples(run, torch.tensor(labels), steps=3, seed=seed)[1])
+    assert len(new_files | {file}) == 4
+    assert file.read_bytes() == before
 
 
 def test_samples_do_not_depend_on_the_batch_size(runs):
@@ -611,27 +629,30 @@ def test_mistakes_are_explained(runs, monkeypatch, capsys, args, words):
         main(args + extra)
     captured = capsys.readouterr()
     output = " ".join((captured.err + captured.out).split())
-    assert stop.value.code == 2 and words in output and "Traceback" not in output
+    assert stop.value.code == 2
+    assert words in output
+    assert "Traceback" not in output
     folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    assert folders == ["tiny", "vanilla"], "nothing was made"
+    assert folders == ["tiny", "vanilla"], "no folder was made"
 
 
 def test_the_command_line_trains_samples_and_reports(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sample_sections, "_METHOD", "PCA")
     run = tmp_path / "cli"
-    train_it = (
+    train_command = (
         f"train --name cli --folder {tmp_path} --model.width 16 --model.depth 4 "
         "--model.heads 2 --training.steps 3 --training.batch 8 "
         "--objective.name flow_matching"
     ).split()
-    main(train_it)
+    main(train_command)
     main(f"sample {run} --labels 3 --each 2 --steps 2 --cfg-scale 2".split())
     main(["report", str(run), "--output", str(tmp_path / "r.html")])
     sheets = run.glob("samples/step-3-euler-2-cfg-2-seed-0-2-labels-*.png")
     assert len(list(sheets)) == 1
-    assert (tmp_path / "r.html").exists() and "3 steps" in capsys.readouterr().out
-    (run / "log.jsonl").unlink()  # which neither training nor the report needs
-    main(train_it)
+    assert (tmp_path / "r.html").exists()
+    assert "3 steps" in capsys.readouterr().out
+    (run / "log.jsonl").unlink()  # neither training nor the report needs it
+    main(train_command)
     main(["report", str(run)])
 
 
@@ -654,7 +675,8 @@ def test_the_command_line_passes_features_to_repa(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
     main([*command, str(pooled)])
     run = Run.open(tmp_path / "runs/repa")
-    assert run.state()["step"] == 2 and run.log["rep_loss"].notna().all()
+    assert run.state()["step"] == 2
+    assert run.log["rep_loss"].notna().all()
     assert run.load("objective")["projector.4.weight"].shape == (4, 2048)
 
 
@@ -676,12 +698,13 @@ def test_the_command_line_uses_all_options_of_sampling(runs, tmp_path):
     assert torch.equal(load_file(file)["images"], expected["image"])
 
 
-def test_the_command_line_probes(runs, tmp_path, capsys, monkeypatch):
+def test_the_command_line_probes_a_run(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(probing, "WIDE_STRENGTHS", (0.1,))
     shutil.copytree(runs["tiny"].path, tmp_path / "tiny")
     main(["probe", str(tmp_path / "tiny"), "--samples", "60"])
     output = capsys.readouterr().out
-    assert "raw input" in output and "untrained network" in output
+    assert "raw input" in output
+    assert "untrained network" in output
     assert "tiny, block" in output
     record = json.loads((tmp_path / "tiny/probes.json").read_text())
     assert record["about"]["levels"] == [0.0, 0.1, 0.25, 0.5, 0.75]
@@ -708,7 +731,7 @@ def test_a_notebook_runs_without_a_screen_and_stores_no_progress(tmp_path, capfd
     assert "counting: 100%" in capfd.readouterr().err
 
 
-def test_a_notebook_that_fails_stores_what_it_printed_before(tmp_path, capfd):
+def test_a_failing_notebook_stores_its_output_up_to_the_failure(tmp_path, capfd):
     code = "print('before')\nraise RuntimeError('in the cell')"
     notebook_with(tmp_path / "bad.ipynb", code)
     with pytest.raises(SystemExit):
@@ -721,10 +744,11 @@ def words_of(text):
     return " ".join(re.findall(r"\w+", text))
 
 
-def help_of(part):
+def help_of(options):
     "The comment of each field, next to it or above it."
-    explained, above = {}, []
-    for line in inspect.getsource(part).splitlines():
+    explained = {}
+    above = []
+    for line in inspect.getsource(options).splitlines():
         if comment := re.match(r"    # (.+)$", line):
             above.append(comment[1])
             continue
@@ -739,8 +763,8 @@ def test_the_installed_command_has_help_for_every_field():
     done = subprocess.run(
         [command, "train", "--help"], capture_output=True, text=True, check=True
     )
-    shown = words_of(done.stdout)
-    for part in (
+    printed = words_of(done.stdout)
+    for options in (
         Config,
         DataConfig,
         ModelConfig,
@@ -749,10 +773,10 @@ def test_the_installed_command_has_help_for_every_field():
         FeatureOptions,
         TrainConfig,
     ):
-        explained = help_of(part)
+        explained = help_of(options)
         assert explained
         for name, text in explained.items():
-            if isinstance(part, Named) and name == "name":
-                text = f"one of {', '.join(part.registry)}"
-            assert words_of(name.replace("_", "-")) in shown, name
-            assert words_of(text) in shown, name
+            if isinstance(options, Named) and name == "name":
+                text = f"one of {', '.join(options.registry)}"
+            assert words_of(name.replace("_", "-")) in printed, name
+            assert words_of(text) in printed, name

@@ -34,7 +34,8 @@ def logged(config: Config) -> tuple[list[dict], list[torch.Tensor]]:
             parameter.add_(
                 0.05 * torch.randn(parameter.shape, generator=keyed(0, name))
             )
-    batches, found = Batches(sources, config), []
+    batches = Batches(sources, config)
+    found = []
     for step in range(STEPS):
         features = (
             torch.randn(8, 5, generator=keyed(0, "features", step))
@@ -156,7 +157,8 @@ def test_pieces_in_bf16_use_statistics_of_the_whole_batch(objective):
 def test_the_target_is_computed_twice_only_if_it_is_normalised(monkeypatch):
     from selfflow.method.transformer import Transformer
 
-    real, passes = Transformer.forward, []
+    real = Transformer.forward
+    passes = []
     monkeypatch.setattr(
         Transformer,
         "forward",
@@ -181,7 +183,5 @@ def test_no_cosine_exceeds_one():
 
     with own_settings():
         rows = torch.rand(1, 7, generator=keyed(0, "row")).expand(1000, 7).contiguous()
-        assert (
-            constant_cosine(rows) <= 1
-            and Alignment(rows, rows, torch.zeros(1000)).means()["constant_cosine"] <= 1
-        )
+        assert constant_cosine(rows) <= 1
+        assert Alignment(rows, rows, torch.zeros(1000)).means()["constant_cosine"] <= 1

@@ -110,7 +110,8 @@ def test_snapshots_stay_and_rebuild_an_average_that_was_tracked_too(several, tmp
     pair = Run.open(several.path, "cpu")
     training = replace(SEVERAL.training, power_ema=(0.05, 0.15))
     pair.config = replace(SEVERAL, training=training)
-    built, tracked = pair.reconstructed(0.1), several.average("power-0.1")
+    built = pair.reconstructed(0.1)
+    tracked = several.average("power-0.1")
     error, scale = 0.0, 0.0
     for (_, a), (_, b), (_, c) in zip(
         built.named_parameters(),
@@ -156,7 +157,8 @@ def test_what_was_tracked_is_rebuilt_exactly():
     # a long run and a narrow average overflow nothing
     many = [(at, s) for at in range(10**6, 10**7, 10**6) for s in (0.01, 0.02)]
     weights, misfit = reconstruction(many, 9 * 10**6, 0.015)
-    assert abs(weights.sum() - 1) < 1e-9 and misfit < 0.05
+    assert abs(weights.sum() - 1) < 1e-9
+    assert misfit < 0.05
     with pytest.raises(ValueError, match="2 snapshots for step 90"):
         reconstruction([(50, 0.1), (100, 0.1)], 90, 0.1)
     with pytest.raises(ValueError, match="sigma_rel is 0.3, .* between 0 and 0.289"):

@@ -111,8 +111,10 @@ def test_seeds_are_runs_of_their_own_and_resume(tmp_path, capsys):
     runs = [Run.open(tmp_path / f"tiny-seed{seed}", "cpu") for seed in (3, 5)]
     losses = [run.log["validation_flow_loss"].iloc[-1] for run in runs]
     mean = sum(losses) / 2
-    assert [run.config.seed for run in runs] == [3, 5] and losses[0] != losses[1]
-    assert f"validation flow loss: {mean:.4f} +- " in shown and "2 seeds" in shown
+    assert [run.config.seed for run in runs] == [3, 5]
+    assert losses[0] != losses[1]
+    assert f"validation flow loss: {mean:.4f} +- " in shown
+    assert "2 seeds" in shown
     alone = replace(runs[0].config, name="alone")
     single = train(alone, tmp_path, "cpu", bar=False)
     for name, value in single.load("model").items():

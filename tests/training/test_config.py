@@ -75,10 +75,8 @@ def test_json_and_back():
         }
     )
     assert Config.from_dict(json.loads(json.dumps(asdict(config)))) == config
-    assert (
-        config.objective.student_layer == 1
-        and config.training.steps == Config().training.steps
-    )
+    assert config.objective.student_layer == 1
+    assert config.training.steps == Config().training.steps
 
 
 @pytest.mark.parametrize(
@@ -254,10 +252,8 @@ def test_bad_configs_are_refused(values, words):
 
 
 def test_differences_are_named_by_their_path():
-    a, b = (
-        asdict(Config()),
-        asdict(Config(name="b", objective=ObjectiveConfig(mask_ratio=0.5))),
-    )
+    a = asdict(Config())
+    b = asdict(Config(name="b", objective=ObjectiveConfig(mask_ratio=0.5)))
     assert differences(a, b) == {
         "name": ("digits", "b"),
         "objective.mask_ratio": (0.25, 0.5),
@@ -265,7 +261,8 @@ def test_differences_are_named_by_their_path():
     assert Config.from_dict({"training": {"lr": 1}}).training.lr == 1, (
         "a whole number serves as a float"
     )
-    assert differences(a, a) == {} and differences({"x": 1}, {}) == {"x": (1, None)}
+    assert differences(a, a) == {}
+    assert differences({"x": 1}, {}) == {"x": (1, None)}
 
 
 def test_objectives_match_their_config():
@@ -275,19 +272,16 @@ def test_objectives_match_their_config():
         shape,
         (shape.parts,),
     )
-    assert (
-        isinstance(plain, FlowMatching)
-        and plain.schedule == SingleLevel(LogitNormal())
-        and plain.label_drop == 0.2
-    )
+    assert isinstance(plain, FlowMatching)
+    assert plain.schedule == SingleLevel(LogitNormal())
+    assert plain.label_drop == 0.2
     full = build_objective(
         ObjectiveConfig("self_flow", mask_ratio=0.4, rep_weight=0.3, teacher_layer=5),
         shape,
         (shape.parts,),
     )
-    assert isinstance(full, SelfFlow) and full.schedule == DualTimestep(
-        mask_ratio=0.4, grid=(2, 2)
-    )
+    assert isinstance(full, SelfFlow)
+    assert full.schedule == DualTimestep(mask_ratio=0.4, grid=(2, 2))
     assert (full.student_layer, full.teacher_layer, full.rep_weight) == (2, 5, 0.3)
 
 
@@ -303,10 +297,8 @@ def test_objectives_match_their_config():
     ],
 )
 def test_the_weight_of_the_representation_loss_is_the_published_one(name, weight):
-    assert (
-        ObjectiveConfig(name).rep_weight == weight
-        and ObjectiveConfig(name, rep_weight=0.0).rep_weight == 0.0
-    )
+    assert ObjectiveConfig(name).rep_weight == weight
+    assert ObjectiveConfig(name, rep_weight=0.0).rep_weight == 0.0
     assert (
         build_objective(ObjectiveConfig(name), SHAPE, (SHAPE.parts,)).rep_weight
         == weight
@@ -386,7 +378,8 @@ def test_densities_match_their_config(values, expected):
 def test_schedules_match_their_config(values, expected):
     config = ObjectiveConfig(**values)
     found = build_schedule(config, (Part("image", 1, (1, 4, 6)),))
-    assert type(found) is type(expected) and vars(found) == vars(expected)
+    assert type(found) is type(expected)
+    assert vars(found) == vars(expected)
     assert vars(build_objective(config, SHAPE, (SHAPE.parts,), 3).schedule) == vars(
         expected
     )
@@ -485,9 +478,8 @@ def test_options_of_other_objectives_are_refused():
 )
 def test_a_size_sets_width_depth_and_heads(size, numbers):
     config = ModelConfig(size=size, width=96)
-    assert (config.width, config.depth, config.heads) == numbers and ModelConfig(
-        **asdict(config)
-    ) == config
+    assert (config.width, config.depth, config.heads) == numbers
+    assert ModelConfig(**asdict(config)) == config
     shape = _transformer_config(
         Inputs((Part("image", 16, (1, 16, 16)),), 1000), **own_options(config)
     )
@@ -560,11 +552,9 @@ def test_a_config_draws_no_random_numbers_and_makes_no_weights():
 @pytest.mark.parametrize("ratio", [None, *MASK_RATIOS.values()])
 def test_defaults_that_skip_the_check_fit_at_every_depth(ratio):
     usual = ObjectiveConfig(mask_ratio=ratio, rep_weight=0.3, label_drop=0.5)
-    assert (
-        usual.usual
-        and not replace(usual, near=0.5).usual
-        and ObjectiveConfig("flow_matching").usual
-    )
+    assert usual.usual
+    assert not replace(usual, near=0.5).usual
+    assert ObjectiveConfig("flow_matching").usual
     check_levels(usual)
     for depth in range(2, 40):
         check_layers(usual, depth, set())
@@ -578,7 +568,8 @@ def test_codecs_and_their_names_are_the_same():
 
 def test_configs_are_plain_values():
     for part in (Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig):
-        assert part() == part() and hash(part()) == hash(part())
+        assert part() == part()
+        assert hash(part()) == hash(part())
         with pytest.raises(AttributeError):
             setattr(part(), fields(part)[0].name, 1)
 
@@ -586,12 +577,12 @@ def test_configs_are_plain_values():
 def test_presets_are_the_published_settings():
     published = {name: PRESETS[name] for name in SIZES}
     for name, preset in published.items():
-        model, training, objective = preset.model, preset.training, preset.objective
-        assert (
-            (model.width, model.depth, model.heads) == SIZES[name]
-            and model.mlp_ratio == 4
-            and preset.data.patch == 2
-        )
+        model = preset.model
+        training = preset.training
+        objective = preset.objective
+        assert (model.width, model.depth, model.heads) == SIZES[name]
+        assert model.mlp_ratio == 4
+        assert preset.data.patch == 2
         numbers = (
             training.lr,
             training.weight_decay,
@@ -666,17 +657,16 @@ def test_settings_override_each_other():
 
 def test_a_draft_leaves_dependent_settings_open():
     start = draft({"training": {"batch": 24}, "model": {"size": "S"}})
-    assert (
-        start.training.shards is None
-        and start.objective.mask_ratio is None
-        and start.model.width == ModelConfig().width
-    )
+    assert start.training.shards is None
+    assert start.objective.mask_ratio is None
+    assert start.model.width == ModelConfig().width
     finished = replace(
         start,
         objective=replace(start.objective, name="repa"),
         model=replace(start.model, size="B"),
     )
-    assert finished.objective.rep_weight == 0.5 and finished.model.width == 768
+    assert finished.objective.rep_weight == 0.5
+    assert finished.model.width == 768
     assert {f.name for f in fields(start)} == set(vars(start)), "every field is there"
     with pytest.raises(ValueError, match="unknown field in training 'lerning_rate'"):
         draft({"training": {"lerning_rate": 1}})

@@ -1,10 +1,9 @@
 """An exported model opens without data or run and gives the samples of the run."""
 
 import json
-import subprocess
-import sys
 
 import huggingface_hub
+import programs
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,11 +24,8 @@ def test_samples_of_an_export_are_those_of_the_run_in_another_process(runs, tmp_
         "model = load(sys.argv[1], 'cpu')\nsave_file({'images': model.sample([1, 2, "
         "3], steps=3)['image']}, sys.argv[2])"
     )
-    subprocess.run(
-        [sys.executable, "-c", script, place, tmp_path / "drawn"],
-        check=True,
-        cwd=tmp_path,
-    )
+    loaded = programs.run("-c", script, place, tmp_path / "drawn", cwd=tmp_path)
+    assert loaded.returncode == 0, loaded.stderr
     assert torch.equal(
         load_file(tmp_path / "drawn")["images"], run.sample([1, 2, 3], steps=3)["image"]
     )
@@ -38,10 +34,8 @@ def test_samples_of_an_export_are_those_of_the_run_in_another_process(runs, tmp_
         "model.safetensors",
         "README.md",
     }
-    assert (
-        load(place, "cpu").class_names == run.class_names
-        and load(place, "cpu").state()["step"] == 12
-    )
+    assert load(place, "cpu").class_names == run.class_names
+    assert load(place, "cpu").state()["step"] == 12
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -64,7 +58,8 @@ def test_the_card_names_data_steps_and_losses(runs, tmp_path):
     run = runs["tiny"]
     place = export(run, tmp_path / "model", metrics={"accuracy": 0.75}, license="mit")
     card = (place / "README.md").read_text()
-    assert "| accuracy | 0.75 |" in card and "\nmit\n" in card
+    assert "| accuracy | 0.75 |" in card
+    assert "\nmit\n" in card
     assert f"on {run.timing['device'].iloc[-1]}" in card
     again = export(load(place, "cpu"), tmp_path / "again")
     assert "| accuracy | 0.75 |" in (again / "README.md").read_text()
@@ -74,11 +69,9 @@ def test_the_card_names_data_steps_and_losses(runs, tmp_path):
     (place / "config.json").write_text(json.dumps(config))
     earlier = export(load(place, "cpu"), tmp_path / "earlier")
     assert "training time not logged" in (earlier / "README.md").read_text()
-    assert (
-        f"{run.log['validation_flow_loss'].dropna().iloc[-1]:.4f}" in card
-        and "12 steps" in card
-        and "digits" in card
-    )
+    assert f"{run.log['validation_flow_loss'].dropna().iloc[-1]:.4f}" in card
+    assert "12 steps" in card
+    assert "digits" in card
     header = huggingface_hub.ModelCard(card).data.to_dict()
     (result,) = huggingface_hub.ModelCard(card).data.eval_results
     assert (result.metric_name, result.metric_value, result.dataset_name) == (
@@ -87,11 +80,9 @@ def test_the_card_names_data_steps_and_losses(runs, tmp_path):
         "digits",
     )
     assert header["pipeline_tag"] == "unconditional-image-generation"
-    assert (
-        header["library_name"] == "selfflow"
-        and header["license"] == "mit"
-        and "flow-matching" in header["tags"]
-    )
+    assert header["library_name"] == "selfflow"
+    assert header["license"] == "mit"
+    assert "flow-matching" in header["tags"]
 
 
 def test_an_export_of_an_earlier_step_has_the_losses_and_cost_of_that_step(
@@ -101,16 +92,15 @@ def test_an_export_of_an_earlier_step_has_the_losses_and_cost_of_that_step(
     step = int(run.checkpoints()[0].name.removeprefix("step-"))
     card = (export(run_at(run, step), tmp_path / "model") / "README.md").read_text()
     losses = run.log.query("step <= @step")["flow_loss"].dropna()
-    assert f"{step} steps" in card and f"{losses.iloc[-1]:.4f}" in card
+    assert f"{step} steps" in card
+    assert f"{losses.iloc[-1]:.4f}" in card
     assert step < run.config.training.steps
 
 
 def test_an_export_replaces_an_export_and_nothing_else(runs, tmp_path):
     place = export(runs["tiny"], tmp_path / "model")
-    assert (
-        export(load(place, "cpu"), place, "bfloat16") == place
-        and load(place, "cpu").state()["dtype"] == "bfloat16"
-    )
+    assert export(load(place, "cpu"), place, "bfloat16") == place
+    assert load(place, "cpu").state()["dtype"] == "bfloat16"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     foreign = tmp_path / "foreign"
     foreign.mkdir()
@@ -191,7 +181,8 @@ def test_a_saved_model_opens_again_also_from_its_own_folder(runs, tmp_path):
     assert {path.name for path in (tmp_path / "saved").iterdir()} == FILES
     drawn = model.sample([1, 2], steps=2)["image"]
     assert torch.equal(saved.sample([1, 2], steps=2)["image"], drawn)
-    assert saved.exported == model.exported and saved.config == model.config
+    assert saved.exported == model.exported
+    assert saved.config == model.config
     before = (tmp_path / "saved/config.json").read_bytes()
     saved.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved/config.json").read_bytes() == before
@@ -235,10 +226,12 @@ def test_a_push_sends_four_files_and_a_download_asks_for_them(
         None,
     )
     files = {path.name: path.read_bytes() for path in place.iterdir()}
-    assert sent["files"].keys() == FILES and sent["files"] == files
+    assert sent["files"].keys() == FILES
+    assert sent["files"] == files
 
     def snapshot(repo_id, allow_patterns, revision, **options):
-        assert (repo_id, revision) == ("me/tiny", "v1") and {*allow_patterns} == FILES
+        assert (repo_id, revision) == ("me/tiny", "v1")
+        assert {*allow_patterns} == FILES
         return str(place)
 
     def config_file(repo_id, filename, **options):

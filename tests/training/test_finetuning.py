@@ -1,5 +1,6 @@
-"""A run that begins with weights of another: what is taken, what is refused, and a run
-with adapters that is stopped, resumed, opened and exported.
+"""A run can start from weights of another run, a backbone or a checkpoint.
+
+Weights that do not fit are refused; runs with adapters resume, open and export.
 """
 
 import copy
@@ -13,6 +14,7 @@ from conftest import TINY, assert_same, parts_of
 from safetensors.torch import load_file, save_file
 
 from selfflow.analysis.benchmark import flops_per_step
+from selfflow.analysis.preflight import preflight
 from selfflow.data.options import DataConfig
 from selfflow.data.sources import Sources
 from selfflow.disk import sha256
@@ -42,9 +44,9 @@ def beginning(place, rank=0, name="next", **options):
     return replace(TINY, name=name, training=training, lora=lora)
 
 
-def resumed(config, whole, folder):
+def resumed(config, uninterrupted, folder):
     "Train again from the checkpoint of step 2 in a copy of a run."
-    shutil.copytree(whole.path, folder / config.name)
+    shutil.copytree(uninterrupted.path, folder / config.name)
     shutil.rmtree(folder / config.name / "checkpoints/step-00000004")
     return train(config, folder, "cpu", bar=False)
 
@@ -62,15 +64,19 @@ def test_a_run_begins_with_the_average_of_another_and_then_does_not_need_it(
             assert torch.equal(model.state_dict()[name], value)
     for name, value in earlier.load("objective").items():
         assert torch.equal(state.objective.state_dict()[name], value)
-    whole = train(config, tmp_path / "whole", "cpu", bar=False)
+    run = train(config, tmp_path / "whole", "cpu", bar=False)
     report = capsys.readouterr().out
-    assert "of run" in report and "step 8" in report and "objective: taken" in report
-    stored = json.loads((whole.path / "config.json").read_text())["start"]
-    assert stored["kind"] == "run" and stored["step"] == 8 and not stored["left"]
+    assert "of run" in report
+    assert "step 8" in report
+    assert "objective: taken" in report
+    stored = json.loads((run.path / "config.json").read_text())["start"]
+    assert stored["kind"] == "run"
+    assert stored["step"] == 8
+    assert not stored["left"]
     before = earlier.load("teacher")["blocks.0.attn.qkv.weight"]
-    assert not torch.equal(whole.load("model")["blocks.0.attn.qkv.weight"], before)
+    assert not torch.equal(run.load("model")["blocks.0.attn.qkv.weight"], before)
     shutil.rmtree(origin)
-    assert_same(whole, resumed(config, whole, tmp_path / "again"))
+    assert_same(run, resumed(config, run, tmp_path / "again"))
     # without a checkpoint nothing is lost, but the origin is needed
     shutil.rmtree(tmp_path / "again/next/checkpoints")
     with pytest.raises(ValueError, match="origin"):
@@ -90,43 +96,45 @@ def test_adapters_resume_bit_for_bit_and_are_exported_as_one_model(
     if dora:  # recomputed in the backward pass
         checkpointing = replace(config.training, checkpointing=True)
         config = replace(config, training=checkpointing)
-    whole = train(config, tmp_path / "whole", "cpu", bar=False)
-    assert_same(whole, resumed(config, whole, tmp_path / "again"))
+    run = train(config, tmp_path / "whole", "cpu", bar=False)
+    assert_same(run, resumed(config, run, tmp_path / "again"))
 
-    parts = {name for name in parts_of(whole) if name.startswith(("model", "teacher"))}
+    parts = {name for name in parts_of(run) if name.startswith(("model", "teacher"))}
     assert all(".lora_" in name for name in parts)
     assert any("magnitude" in name for name in parts) == dora
-    state = json.loads((whole.checkpoint / "state.json").read_text())
-    assert state["base"] == whole.start["fingerprint"]
-    student, teacher = whole.load("model"), whole.load("teacher")
+    state = json.loads((run.checkpoint / "state.json").read_text())
+    assert state["base"] == run.start["fingerprint"]
+    student = run.load("model")
+    teacher = run.load("teacher")
     assert any(not torch.equal(student[name], teacher[name]) for name in student)
 
     # base and adapter merged are the state that trains
     trained = start_state(config, Sources(config.data), CPU)
-    trained.restore(whole.checkpoint)
+    trained.restore(run.checkpoint)
     batch = Sources(config.data).take("digits", torch.arange(4))
     levels = NoiseLevels.single(torch.full((4,), 0.5), batch.x0.shape[1])
-    given = (batch.x0, levels, batch.condition)
-    exported = load(export(whole, tmp_path / "exported"), "cpu")
+    inputs = (batch.x0, levels, batch.condition)
+    exported = load(export(run, tmp_path / "exported"), "cpu")
     (tmp_path / "base").rename(tmp_path / "moved")  # an export stands alone
     with torch.no_grad():
-        expected = trained.teacher.eval()(*given).velocity
-        for opened in (whole.teacher, exported.teacher):
+        expected = trained.teacher.eval()(*inputs).velocity
+        for opened in (run.teacher, exported.teacher):
             torch.testing.assert_close(
-                opened(*given).velocity, expected, atol=1e-6, rtol=1e-5
+                opened(*inputs).velocity, expected, atol=1e-6, rtol=1e-5
             )
             assert opened.state_dict().keys() == runs["tiny"].load("teacher").keys()
 
     with pytest.raises(ValueError, match="base cannot be read.*base"):
-        Run.open(whole.path, "cpu").teacher  # noqa: B018
+        Run.open(run.path, "cpu").teacher  # noqa: B018
     # the same base elsewhere is as good; another one is refused
     moved = replace(config.training, start_from=str(tmp_path / "moved"))
     again = replace(config, training=moved)
-    shutil.rmtree(whole.path / "checkpoints/step-00000004")
+    shutil.rmtree(run.path / "checkpoints/step-00000004")
     assert train(again, tmp_path / "whole", "cpu", bar=False).teacher is not None
     export(run_at(runs["tiny"], 4), tmp_path / "moved")
     for attempt in (
-        lambda: Run.open(whole.path, "cpu").teacher,
+        lambda: Run.open(run.path, "cpu").teacher,
+        lambda: preflight(Run.open(run.path, "cpu"), device="cpu"),
         lambda: train(again, tmp_path / "whole", "cpu", bar=False),
     ):
         with pytest.raises(ValueError, match="have changed since"):
@@ -135,38 +143,40 @@ def test_adapters_resume_bit_for_bit_and_are_exported_as_one_model(
 
 def test_adapters_of_a_backbone_object_that_is_passed_to_train(runs, tmp_path):
     pytest.importorskip("peft")
-    given = copy.deepcopy(runs["tiny"].teacher).requires_grad_(True)
-    before = {name: value.clone() for name, value in given.state_dict().items()}
+    backbone = copy.deepcopy(runs["tiny"].teacher).requires_grad_(True)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
     training = replace(TINY.training, steps=4, save_every=2, validate_every=4)
     training = replace(training, sample_every=0)
-    model, lora = ModelConfig("given"), LoraConfig(2, targets=("mlp",))
+    model = ModelConfig("given")
+    lora = LoraConfig(2, targets=("mlp",))
     config = replace(TINY, name="own", model=model, lora=lora, training=training)
-    whole = train(config, tmp_path / "whole", "cpu", bar=False, backbone=given)
-    assert whole.start["kind"] == "given backbone" and not whole.start["left"]
-    assert all(".lora_" in name for name in whole.load("model"))
-    merged = whole.teacher.state_dict()
-    for name, value in given.state_dict().items():
+    run = train(config, tmp_path / "whole", "cpu", bar=False, backbone=backbone)
+    assert run.start["kind"] == "given backbone"
+    assert not run.start["left"]
+    assert all(".lora_" in name for name in run.load("model"))
+    merged = run.teacher.state_dict()
+    for name, value in backbone.state_dict().items():
         assert torch.equal(value, before[name]), "the object itself is not changed"
         adapted = ".mlp.fc" in name and name.endswith("weight")
         assert torch.equal(merged[name], value) != adapted, name
-    shutil.copytree(whole.path, tmp_path / "again" / "own")
+    shutil.copytree(run.path, tmp_path / "again" / "own")
     shutil.rmtree(tmp_path / "again/own/checkpoints/step-00000004")
-    again = train(config, tmp_path / "again", "cpu", bar=False, backbone=given)
-    assert_same(whole, again)
+    again = train(config, tmp_path / "again", "cpu", bar=False, backbone=backbone)
+    assert_same(run, again)
     # an object with other weights is no base of these adapters
     shutil.rmtree(tmp_path / "again/own/checkpoints/step-00000004")
-    other = copy.deepcopy(given)
-    other.blocks[0].mlp.fc1.bias.data += 1
+    changed = copy.deepcopy(backbone)
+    changed.blocks[0].mlp.fc1.bias.data += 1
     with pytest.raises(ValueError, match="have changed since"):
-        train(config, tmp_path / "again", "cpu", bar=False, backbone=other)
+        train(config, tmp_path / "again", "cpu", bar=False, backbone=changed)
 
 
-def test_what_belongs_to_the_data_may_differ_and_is_named(runs):
+def test_layers_that_depend_on_the_data_may_differ_and_are_named(runs):
     config = beginning(runs["tiny"].path)
-    own = runs["tiny"].inputs
-    wider = Inputs((replace(own.parts[0], channels=12),), classes=3)
+    inputs_there = runs["tiny"].inputs
+    wider = Inputs((replace(inputs_there.parts[0], channels=12),), classes=3)
     for inputs, expected in (
-        (replace(own, classes=3), {"y_embedder"}),
+        (replace(inputs_there, classes=3), {"y_embedder"}),
         (wider, {"y_embedder", "x_embedder.image", "final_layer.linear.image"}),
     ):
         model = new_backbone(config, inputs)
@@ -213,9 +223,10 @@ def test_starts_that_do_not_fit_are_refused_before_there_is_a_folder(runs, tmp_p
     assert "no checkpoint of step 5" in refused(f"{run.path}@5")
     assert "WanTransformer3DModel" in refused(wan)
     deeper = refused(run.path, replace(TINY.model, depth=6))
-    assert "depth is 6 here, 4 there" in deeper and "nothing was loaded" in deeper
+    assert "depth is 6 here, 4 there" in deeper
+    assert "nothing was loaded" in deeper
     heads = refused(run.path, replace(TINY.model, heads=1))
-    assert "heads is 1 here, 2 there" in heads, "which no shape shows"
+    assert "heads is 1 here, 2 there" in heads, "no shape shows this difference"
     assert "Did you mean 'qkv'" in refused(run.path, lora=LoraConfig(2, None, ("qvk",)))
     stored = json.loads((broken / "config.json").read_text())
     stored["exported"]["sha256"] = sha256(broken / "model.safetensors")
@@ -223,16 +234,13 @@ def test_starts_that_do_not_fit_are_refused_before_there_is_a_folder(runs, tmp_p
     assert "NaN or infinite numbers" in refused(broken)
 
 
-def test_settings_of_a_start_that_exclude_each_other():
+def test_conflicting_settings_of_a_start_are_refused():
     with pytest.raises(ValueError, match="leave one of them out"):
         Config(
             model=ModelConfig("wan", folder="a"), training=TrainConfig(start_from="b")
         )
     with pytest.raises(ValueError, match="no trained weights to adapt"):
         Config(lora=LoraConfig(4))
-    with pytest.raises(ValueError, match="fsdp"):
-        training = TrainConfig(start_from="a", parallel="fsdp")
-        Config(lora=LoraConfig(4), training=training)
 
 
 def test_the_published_checkpoint_begins_a_run(tmp_path):
@@ -240,20 +248,22 @@ def test_the_published_checkpoint_begins_a_run(tmp_path):
     inputs = Inputs((part,), classes=10)
     torch.manual_seed(1)
     shape = TransformerConfig((part,), classes=10, width=16, depth=4, heads=2)
-    published, projector = Transformer(shape), Projector(16)
+    published = Transformer(shape)
+    projector = Projector(16)
     published.open_gates()
     file = tmp_path / "published.safetensors"
     reference.save(file, published, projector)
     config = beginning(file)
     model = new_backbone(config, inputs)
     start, head = start_weights(model, config)
-    assert start["kind"] == "published checkpoint" and not start["left"]
+    assert start["kind"] == "published checkpoint"
+    assert not start["left"]
     for name, value in published.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value)
     assert torch.equal(head["projector.0.weight"], projector[0].weight)
-    other = replace(config, model=replace(config.model, heads=4))
+    more_heads = replace(config, model=replace(config.model, heads=4))
     with pytest.raises(ValueError, match="heads is 4 here, 2 there"):
-        start_weights(new_backbone(other, inputs), other)
+        start_weights(new_backbone(more_heads, inputs), more_heads)
 
 
 # ---------------------------------------------------------------- diffusers
@@ -300,7 +310,8 @@ def test_a_run_from_a_folder_of_diffusers_opens_and_resumes_without_it(tmp_path)
     model = ModelConfig("flux2", folder=str(tmp_path / "folder"))
     config = on_captions("full", model, steps=2)
     run = train(config, tmp_path, "cpu", bar=False)
-    assert run.start["shape"]["in_channels"] == 48 and run.start["fingerprint"]
+    assert run.start["shape"]["in_channels"] == 48
+    assert run.start["fingerprint"]
     shutil.rmtree(tmp_path / "folder")
     opened = Run.open(run.path, "cpu")
     assert flops_per_step(opened.config, opened.inputs, start=opened.start) > 1e6
@@ -323,14 +334,14 @@ def test_adapters_on_a_folder_of_diffusers_train_the_new_text_layers_too(tmp_pat
     )
     config = replace(config, lora=LoraConfig(2, targets=("attention", "mlp")))
     run = train(config, tmp_path, "cpu", bar=False)
-    anew = {name.split(".")[1] for name in run.start["left"]}
-    assert anew == {"embedder", "context_embedder"}
+    new_layers = {name.split(".")[1] for name in run.start["left"]}
+    assert new_layers == {"embedder", "context_embedder"}
     stored = {name for name in run.load("teacher") if ".lora_" not in name}
     assert stored == {*run.start["left"]}
     merged = Run.open(run.path, "cpu").teacher.state_dict()
     key = "transformer_blocks.0.ff.linear_in.weight"
-    apart = merged[f"model.{key}"] - model.state_dict()[key]
-    assert 0 < apart.abs().max() < 0.1
+    change = merged[f"model.{key}"] - model.state_dict()[key]
+    assert 0 < change.abs().max() < 0.1
     untouched = "x_embedder.weight"
     assert torch.equal(merged[f"model.{untouched}"], model.state_dict()[untouched])
     assert opened_samples(run).isfinite().all()
@@ -343,6 +354,6 @@ def opened_samples(run):
 def test_operations_of_adapters_are_fewer_and_need_no_folder(runs):
     pytest.importorskip("peft")
     config = beginning(runs["tiny"].path)
-    whole = flops_per_step(config, runs["tiny"].inputs)
+    full = flops_per_step(config, runs["tiny"].inputs)
     adapted = flops_per_step(replace(config, lora=LoraConfig(2)), runs["tiny"].inputs)
-    assert 0.5 * whole < adapted < 0.95 * whole
+    assert 0.5 * full < adapted < 0.95 * full

@@ -46,7 +46,8 @@ def test_an_older_run_resumes_samples_and_probes_as_before(
         assert again[column].dropna().tolist() == pytest.approx(
             logged[column].dropna().tolist(), near
         ), column
-    found, expected = measured(run), EXPECTED[folder][kind]
+    found = measured(run)
+    expected = EXPECTED[folder][kind]
     for name, values in expected["samples"].items():
         assert found["samples"][name] == pytest.approx(
             values, rel=near, abs=20 * near
@@ -58,13 +59,15 @@ def test_an_old_run_keeps_its_defaults(tmp_path, capsys):
     shutil.copytree(RUNS / "digits", tmp_path / "digits")
     old = Run.open(tmp_path / "digits", "cpu").config
     asked = replace(old, defaults=4)
-    assert old.defaults == 3 and Config().defaults == 4
+    assert old.defaults == 3
+    assert Config().defaults == 4
     assert not Run.open(tmp_path / "digits", "cpu").teacher.t_embedder.fp32
     with pytest.raises(ValueError, match="defaults: 3 in the folder, 4 requested"):
         Run.create(tmp_path / "digits", asked, Run.open(tmp_path / "digits").inputs)
     for _ in range(2):  # of format 3, then of the present one
         run = train(asked, tmp_path, "cpu", bar=False)
-        assert run.config == old and run.state()["step"] == 8
+        assert run.config == old
+        assert run.state()["step"] == 8
         assert (
             "digits: resumes with defaults 3, as it began\n" in capsys.readouterr().out
         )
@@ -78,7 +81,8 @@ def test_an_old_run_keeps_its_defaults(tmp_path, capsys):
     capsys.readouterr()
     new = train(replace(asked, name="new"), tmp_path, "cpu", bar=False)
     assert new.teacher.t_embedder.fp32
-    assert new.config.defaults == 4 and "defaults" not in capsys.readouterr().out
+    assert new.config.defaults == 4
+    assert "defaults" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="defaults: 4 in the folder, 3 requested"):
         train(replace(new.config, defaults=3), tmp_path, "cpu", bar=False)
 

@@ -24,10 +24,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("config", [TINY, VANILLA], ids=lambda c: c.name)
 def test_training_agrees_with_the_cpu(tmp_path, config, precision):
     config = replace(config, training=replace(config.training, precision=precision))
-    gpu, cpu = (
-        train(config, tmp_path / "gpu", "cuda"),
-        train(config, tmp_path / "cpu", "cpu"),
-    )
+    gpu = train(config, tmp_path / "gpu", "cuda")
+    cpu = train(config, tmp_path / "cpu", "cpu")
     tolerance = 1e-3 if precision == "fp32" else 3e-2
     assert gpu.log["flow_loss"].tolist() == pytest.approx(
         cpu.log["flow_loss"].tolist(), rel=tolerance
@@ -40,10 +38,8 @@ def test_training_agrees_with_the_cpu(tmp_path, config, precision):
 
 
 def test_noise_is_that_of_the_cpu():
-    draws, x = (
-        [partial(keyed, 0, shard=shard) for shard in range(8)],
-        torch.zeros(64, 100, 3),
-    )
+    draws = [partial(keyed, 0, shard=shard) for shard in range(8)]
+    x = torch.zeros(64, 100, 3)
     # the pinned memory of one is another's
     drawn = [noise_like(x.cuda(), draws).cpu() for _ in range(3)]
     assert all(torch.equal(noise, noise_like(x, draws)) for noise in drawn)

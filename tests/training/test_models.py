@@ -22,7 +22,8 @@ def test_a_model_draws_finite_samples_and_its_card_has_measurements(name):
     for signal in run.sample(labels, steps=2).values():
         assert signal.isfinite().all()
     card = (run.path / "README.md").read_text(encoding="utf-8")
-    assert "license: apache-2.0" in card and f"Seed {run.config.seed}," in card
+    assert "license: apache-2.0" in card
+    assert f"Seed {run.config.seed}," in card
     for measure, value in run.exported["metrics"].items():
         assert f"| {measure} | {value:.4g} |" in card
 
@@ -31,8 +32,10 @@ def test_models_come_in_pairs_that_differ_in_the_objective_alone():
     for data, pair in models().groupby("data"):
         assert set(pair["objective"]) == {"flow_matching", "self_flow"}, data
         first, second = (model(name, "cpu").config for name in pair["model"])
-        assert pair["steps"].nunique() == 1 and first.seed == second.seed
-        assert first.data == second.data and first.model == second.model
+        assert pair["steps"].nunique() == 1
+        assert first.seed == second.seed
+        assert first.data == second.data
+        assert first.model == second.model
         assert first.training.batch == second.training.batch
 
 

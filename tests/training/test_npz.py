@@ -1,11 +1,10 @@
 """Samples in an npz file: complete, resumable, in ADM's form."""
 
-import subprocess
-import sys
 from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import programs
 import pytest
 import torch
 
@@ -34,8 +33,10 @@ def whole(runs, tmp_path_factory):
 
 def test_numpy_reads_images_and_classes(runs, whole):
     with np.load(whole) as file:
-        images, labels = file["arr_0"], file["arr_1"]
-    assert images.shape == (7, 8, 8, 3) and images.dtype == np.uint8
+        images = file["arr_0"]
+        labels = file["arr_1"]
+    assert images.shape == (7, 8, 8, 3)
+    assert images.dtype == np.uint8
     assert labels.tolist() == [*range(7)]
     assert (images[..., 0] == images[..., 2]).all(), "grey in three channels"
     # the second piece alone, from its own seed
@@ -61,7 +62,7 @@ def counted(*arguments, **keywords):
 Run.sample = counted
 draw_npz(Run.open({str(runs["tiny"].path)!r}, "cpu"), {str(file)!r}, **{SETTINGS!r})
 """
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 9
+    assert programs.run("-c", script).returncode == 9
     parts = tmp_path / "cut.npz.parts"
     assert sorted(p.name for p in parts.glob("piece*")) == [
         *("piece-00000.npy", "piece-00001.npy")
@@ -69,7 +70,8 @@ draw_npz(Run.open({str(runs["tiny"].path)!r}, "cpu"), {str(file)!r}, **{SETTINGS
     with pytest.raises(ValueError, match="seed is 0 there, 1 here"):
         draw_npz(runs["tiny"], file, **SETTINGS, seed=1)
     draw_npz(runs["tiny"], file, **SETTINGS)
-    assert file.read_bytes() == whole.read_bytes() and not parts.exists()
+    assert file.read_bytes() == whole.read_bytes()
+    assert not parts.exists()
 
 
 def test_a_finished_file_is_kept_and_never_mixed(runs, whole, monkeypatch):

@@ -116,16 +116,13 @@ def test_data_that_moved_are_named_once(trained, capsys):
         with pytest.raises(SystemExit):
             main(command)
         said = capsys.readouterr().err
-        assert (
-            f"there are no data at {home / 'photos'}" in said
-            and "selfflow relocate RUN NEW_PATH" in said
-        )
+        assert f"there are no data at {home / 'photos'}" in said
+        assert "selfflow relocate RUN NEW_PATH" in said
     other = pictures(home / "other", seed=1)
     with pytest.raises(SystemExit):
         main(["relocate", str(trained), str(other)])
-    assert "contains a run with" in capsys.readouterr().err and Run.open(
-        trained, "cpu"
-    ).config.data.path == str(home / "photos")
+    assert "contains a run with" in capsys.readouterr().err
+    assert Run.open(trained, "cpu").config.data.path == str(home / "photos")
     main(["relocate", str(trained), str(home / "moved")])
     assert (
         f"data.path: {home / 'photos'} -> {home / 'moved'} from here on"
@@ -134,18 +131,14 @@ def test_data_that_moved_are_named_once(trained, capsys):
     assert len(Sources(Run.open(trained, "cpu").config.data, "test").data["folder"]) > 0
     shutil.rmtree(trained / "checkpoints/step-00000004")
     main(again)
-    assert (
-        "resuming from step 2" in capsys.readouterr().out
-        and Run.open(trained, "cpu").state()["step"] == 4
-    )
+    assert "resuming from step 2" in capsys.readouterr().out
+    assert Run.open(trained, "cpu").state()["step"] == 4
     shutil.move(home / "moved", home / "again")
     shutil.rmtree(trained / "checkpoints/step-00000004")
     main([*again, "--data.path", str(home / "again")])
     said = capsys.readouterr().out
-    assert (
-        f"data.path: {home / 'moved'} -> {home / 'again'} from here on" in said
-        and "resuming from step 2" in said
-    )
+    assert f"data.path: {home / 'moved'} -> {home / 'again'} from here on" in said
+    assert "resuming from step 2" in said
 
 
 def test_the_place_may_change_only_where_the_data_are_known_to_be_the_same(tmp_path):
@@ -177,10 +170,8 @@ def test_two_folders_are_two_data_sets_and_each_may_move(tmp_path, capsys):
         "cpu",
         bar=False,
     )
-    assert (
-        list(run.sources.data) == list(run.outline) == ["folder", "folder-2"]
-        and len(run.sources.names) == 4
-    )
+    assert list(run.sources.data) == list(run.outline) == ["folder", "folder-2"]
+    assert len(run.sources.names) == 4
     shutil.move(tmp_path / "second", tmp_path / "third")
     assert run.sample(["dark"], steps=1, data="folder-2")["image"].shape == (1, 3, 8, 8)
     with pytest.raises(
@@ -203,13 +194,10 @@ def test_a_run_folder_of_any_name_resumes_and_is_sampled(trained, name, capsys):
     shutil.rmtree(folder / "checkpoints/step-00000004")
     main(["train", "--config", str(folder / "config.json"), "--device", "cpu"])
     said = capsys.readouterr().out
-    assert (
-        "resuming from step 2" in said
-        and f"selfflow sample {Run.open(folder, 'cpu').quoted}" in said
-    )
-    assert Run.open(folder, "cpu").state()["step"] == 4 and sorted(
-        p.name for p in folder.parent.iterdir()
-    ) == [name]
+    assert "resuming from step 2" in said
+    assert f"selfflow sample {Run.open(folder, 'cpu').quoted}" in said
+    assert Run.open(folder, "cpu").state()["step"] == 4
+    assert sorted(p.name for p in folder.parent.iterdir()) == [name]
     main(["sample", str(folder), "--steps", "1", "--each", "1", "--device", "cpu"])
     main(["runs", str(folder.parent)])
     assert name[:4] in capsys.readouterr().out
@@ -221,9 +209,8 @@ def test_an_older_run_opens_its_data_and_gets_an_outline_on_resuming(trained, ca
     outline = stored.pop("outline")
     file.write_text(json.dumps(stored), encoding="utf-8")
     run = Run.open(trained, "cpu")
-    assert (
-        run.outline == {} and len(run.sources.data["folder"].take(torch.arange(2))) == 2
-    )
+    assert run.outline == {}
+    assert len(run.sources.data["folder"].take(torch.arange(2))) == 2
     train(run.config, trained.parent, "cpu", bar=False)
     assert json.loads(file.read_text(encoding="utf-8"))["outline"] == outline
 
@@ -252,11 +239,10 @@ def test_runs_on_the_same_data_at_two_places_are_compared(trained, monkeypatch, 
     home = trained.parents[1]
     shutil.copytree(home / "photos", home / "copy")
     other = train(config(str(home / "copy"), "other"), trained.parent, "cpu", bar=False)
-    first, second = Run.open(trained, "cpu"), Run.open(other.path, "cpu")
-    assert (
-        first.config.data != second.config.data
-        and first.trained_on == second.trained_on
-    )
+    first = Run.open(trained, "cpu")
+    second = Run.open(other.path, "cpu")
+    assert first.config.data != second.config.data
+    assert first.trained_on == second.trained_on
     assert (
         "could not"
         not in run_report({"a": first, "b": second}, sections=(run_section,)).html()

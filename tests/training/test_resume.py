@@ -6,13 +6,12 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from conftest import TINY, assert_same
@@ -34,17 +33,6 @@ GOLDEN = HERE / "fixtures/golden.json"
 KILLS = 12
 
 
-def start(*args):
-    return subprocess.Popen(
-        [sys.executable, *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
-
-
 def test_kill_at_random_moments_also_while_saving_loses_nothing(tmp_path):
     config = replace(
         TINY,
@@ -58,37 +46,43 @@ def test_kill_at_random_moments_also_while_saving_loses_nothing(tmp_path):
         ),
     )
     (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
-    program = start(HERE / "victims.py", tmp_path, tmp_path / "config.json", 0, KILLS)
-    said, problems = program.communicate(timeout=500)
-    assert program.returncode == 0, problems[-3000:]
-    found = json.loads(said)
+    program = programs.Program(
+        HERE / "victims.py", tmp_path, tmp_path / "config.json", 0, KILLS
+    )
+    program.wait(500)
+    assert program.returncode == 0, program.stderr[-3000:]
+    report = json.loads(program.stdout)
     assert (
-        sum(found["killed"].values()) >= KILLS and found["killed"].get("saving", 0) >= 3
-    ), found
-    whole = train(config, tmp_path / "whole")
-    assert [p.name[-2:] for p in whole.checkpoints()] == ["08", "16", "18", "20"]
-    for number in range(found["runs"]):
+        sum(report["killed"].values()) >= KILLS
+        and report["killed"].get("saving", 0) >= 3
+    ), report
+    uninterrupted = train(config, tmp_path / "whole")
+    assert [p.name[-2:] for p in uninterrupted.checkpoints()] == [
+        "08",
+        "16",
+        "18",
+        "20",
+    ]
+    for number in range(report["runs"]):
         run = Run.open(tmp_path / f"tiny-{number}")
-        assert_same(whole, run)
+        assert_same(uninterrupted, run)
         assert [p.name for p in run.checkpoints()] == [
-            p.name for p in whole.checkpoints()
+            p.name for p in uninterrupted.checkpoints()
         ]
         assert [step for step, *_ in run.sample_history()] == [7, 14, 20]
         for (step, images, _), (_, expected, _) in zip(
-            run.sample_history(), whole.sample_history(), strict=True
+            run.sample_history(), uninterrupted.sample_history(), strict=True
         ):
-            assert torch.equal(images, expected), f"the picture of step {step}"
-        assert (
-            run.timing["step"].tolist() == whole.log["step"].tolist()
-            and run.timing["seconds"].is_monotonic_increasing
-        )
-        left = {p.name for p in (run.path / "checkpoints").iterdir()} - {
+            assert torch.equal(images, expected), f"the sample grid of step {step}"
+        assert run.timing["step"].tolist() == uninterrupted.log["step"].tolist()
+        assert run.timing["seconds"].is_monotonic_increasing
+        leftovers = {p.name for p in (run.path / "checkpoints").iterdir()} - {
             p.name for p in run.checkpoints()
         }
-        assert not left and not [
+        assert not leftovers and not [
             path for path in run.path.rglob(".*") if path.name != "lock"
         ], "no leftovers"
-    print(found)
+    print(report)
 
 
 def test_sample_grids_do_not_depend_on_the_number_of_threads(tmp_path):
@@ -114,7 +108,9 @@ class Stops:
     "Asks a run to stop after given steps, by Run.requested."
 
     def __init__(self, monkeypatch, steps, what="stop"):
-        self.steps, self.now, real = steps, 0, training.train_step
+        self.steps = steps
+        self.now = 0
+        real = training.train_step
 
         def counting(state, *args, **options):
             self.now = state.step + 1
@@ -148,41 +144,37 @@ def test_stopped_at_any_steps_any_number_of_times(
 
 
 def test_two_resumes_within_one_epoch(tmp_path):
-    "An epoch of the digits is 16 steps of 64; the run is stopped after 5, 10 and 17"
-    "of 20."
+    "One epoch has 16 steps of 64 digits; the run stops after 5, 10 and 17 of 20."
     config = replace(
         TINY,
         training=replace(
             TINY.training, steps=20, batch=64, save_every=20, validate_every=10
         ),
     )
-    whole = train(config, tmp_path / "whole")
+    uninterrupted = train(config, tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
         Stops(patch, {5, 10, 17})
         steps = [train(config, tmp_path).state()["step"] for _ in range(4)]
         assert steps == [5, 10, 17, 20]
-    assert_same(whole, Run.open(tmp_path / "tiny"))
+    assert_same(uninterrupted, Run.open(tmp_path / "tiny"))
 
 
 def test_muon_and_a_falling_rate_resume_exactly(tmp_path):
     config = replace(
         TINY, training=replace(TINY.training, optimizer="muon", cooldown=0.8)
     )
-    whole = train(config, tmp_path / "whole")
+    uninterrupted = train(config, tmp_path / "whole")
     slots = {
         name.rsplit("/", 1)[1]
-        for name in whole.load("optimizer")
+        for name in uninterrupted.load("optimizer")
         if "blocks.0.mlp.fc1.weight" in name
     }
-    assert slots == {
-        "momentum_buffer"
-    } and "model.x_embedder.image.weight/exp_avg" in whole.load("optimizer")
+    assert slots == {"momentum_buffer"}
+    assert "model.x_embedder.image.weight/exp_avg" in uninterrupted.load("optimizer")
     with pytest.MonkeyPatch.context() as patch:
         Stops(patch, {5})
         assert [train(config, tmp_path).state()["step"] for _ in range(2)] == [5, 12]
-    assert_same(whole, Run.open(tmp_path / "tiny"))
-    with pytest.raises(ValueError, match="use training.parallel ddp"):
-        replace(TINY.training, optimizer="muon", parallel="fsdp")
+    assert_same(uninterrupted, Run.open(tmp_path / "tiny"))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -204,25 +196,27 @@ def test_sampling_validating_and_probing_in_the_middle_change_nothing(
         TINY, training=replace(TINY.training, sample_every=3, save_every=3)
     )
     Stops(monkeypatch, {5}, "sample")
-    real, looked = Run.prune, []
+    real = Run.prune
+    steps = []
 
-    def looking(run):  # another program that looks at the run while it trains
-        seen = Run.open(run.path)
-        seen.sample(torch.tensor([1, 2]), steps=3, method="sde")
-        torch.manual_seed(len(looked))
+    def prune_after_probing(run):  # as another program may do during training
+        opened = Run.open(run.path)
+        opened.sample(torch.tensor([1, 2]), steps=3, method="sde")
+        torch.manual_seed(len(steps))
         probe_run(
-            seen,
+            opened,
             levels=(0.5,),
             counts={"train": 60, "validation": 30, "test": 30},
             families=("regression",),
             strengths=(0.1,),
         )
-        looked.append(seen.state()["step"])
+        steps.append(opened.state()["step"])
         real(run)
 
-    monkeypatch.setattr(Run, "prune", looking)
+    monkeypatch.setattr(Run, "prune", prune_after_probing)
     run = train(config, tmp_path)
-    assert looked == [3, 6, 9, 12] and [step for step, *_ in run.sample_history()] == [
+    assert steps == [3, 6, 9, 12]
+    assert [step for step, *_ in run.sample_history()] == [
         3,
         5,
         6,
@@ -254,17 +248,17 @@ def wait_for(path, seconds=120):
 
 
 @pytest.mark.parametrize(
-    "how, status, workers",
+    "how, expected, workers",
     [
         ("SIGINT", None, 0),
         ("SIGTERM", 143, 2),
         ("stop file", 0, 1),
     ],
 )
-def test_an_interrupted_run_finishes_its_step_saves_and_says_how_to_resume(
-    tmp_path, how, status, workers
+def test_an_interrupted_run_finishes_its_step_saves_and_prints_how_to_resume(
+    tmp_path, how, expected, workers
 ):
-    program = start(
+    program = programs.Program(
         "-c", PROGRAM.format(here=str(HERE), folder=str(tmp_path), workers=workers)
     )
     wait_for(tmp_path / "tiny/log.jsonl")
@@ -281,22 +275,20 @@ def test_an_interrupted_run_finishes_its_step_saves_and_says_how_to_resume(
     else:
         # as a terminal, a cluster and a container do: workers get it too
         os.killpg(program.pid, getattr(signal, how))
-    said, problems = program.communicate(timeout=60)
+    status = program.wait(60)
+    message = program.stdout
     if how == "SIGINT":  # the status depends on what libraries do at the end
-        assert program.returncode and problems.endswith("KeyboardInterrupt: saved\n")
+        assert status
+        assert program.stderr.endswith("KeyboardInterrupt: saved\n")
     else:
-        assert program.returncode == status, problems
+        assert status == expected, program.stderr
     run = Run.open(tmp_path / "tiny")
-    (step,) = re.findall(r"after step (\d+) of 100000, which is saved", said)
-    assert (
-        run.state()["step"] == int(step) == run.log["step"].max()
-        and run.writer() is None
-    )
-    assert (
-        f"selfflow train --config {run.path}/config.json" in said
-        and not (run.path / "stop").exists()
-    )
-    assert ("came back" in said) == (how == "stop file")
+    (step,) = re.findall(r"after step (\d+) of 100000, which is saved", message)
+    assert run.state()["step"] == int(step) == run.log["step"].max()
+    assert run.writer() is None
+    assert f"selfflow train --config {run.path}/config.json" in message
+    assert not (run.path / "stop").exists()
+    assert ("came back" in message) == (how == "stop file")
 
 
 def test_a_second_signal_does_not_wait():
@@ -310,11 +302,12 @@ def test_a_second_signal_does_not_wait():
 
 
 def test_training_in_another_thread_leaves_signals_alone(runs, tmp_path):
-    before, found = signal.getsignal(signal.SIGTERM), []
-    thread = threading.Thread(target=lambda: found.append(train(TINY, tmp_path)))
+    before = signal.getsignal(signal.SIGTERM)
+    results = []
+    thread = threading.Thread(target=lambda: results.append(train(TINY, tmp_path)))
     thread.start()
     thread.join()
-    assert_same(runs["tiny"], found[0])
+    assert_same(runs["tiny"], results[0])
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -367,9 +360,8 @@ def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(
             train(TINY, tmp_path)
         assert raised.value.errno == 28
     monkeypatch.undo()
-    assert Run.open(tmp_path / "tiny").state()["step"] == 4 and not list(
-        (tmp_path / "tiny/checkpoints").glob(".*")
-    )
+    assert Run.open(tmp_path / "tiny").state()["step"] == 4
+    assert not list((tmp_path / "tiny/checkpoints").glob(".*"))
     assert_same(runs["tiny"], train(TINY, tmp_path))
 
 
@@ -390,11 +382,9 @@ def test_a_log_that_cannot_be_written_ends_the_run(runs, tmp_path):
         ):
             train(TINY, tmp_path)
     run = Run.open(tmp_path / "tiny")
-    assert (
-        run.state()["step"] == 4
-        and run.log["step"].tolist() == [1, 2, 3, 4, 5, 6]
-        and run.writer() is None
-    )
+    assert run.state()["step"] == 4
+    assert run.log["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert run.writer() is None
     assert_same(runs["tiny"], train(TINY, tmp_path))
 
 
@@ -436,14 +426,10 @@ def test_time_adds_up_over_sessions_and_may_be_unknown(tmp_path, monkeypatch):
     Stops(monkeypatch, {5, 9})
     for _ in range(3):
         run = train(config, tmp_path)
-    assert (
-        run.timing["step"].tolist() == [6, 10, 12]
-        and run.timing["seconds"].iloc[-1] > 12 * 0.05
-    )
-    assert (
-        run.timing["seconds"].iloc[1] > 10 * 0.05
-        and (run.timing["wall"] > run.timing["seconds"]).all()
-    )
+    assert run.timing["step"].tolist() == [6, 10, 12]
+    assert run.timing["seconds"].iloc[-1] > 12 * 0.05
+    assert run.timing["seconds"].iloc[1] > 10 * 0.05
+    assert (run.timing["wall"] > run.timing["seconds"]).all()
     shutil.copytree(HERE / "fixtures/runs/format-1", tmp_path / "format-1")
     old = Run.open(tmp_path / "format-1")
     assert train(old.config, tmp_path).timing["seconds"].isna().all()
@@ -469,7 +455,8 @@ def test_data_that_changed_since_the_run_began_are_refused(tmp_path, monkeypatch
 
     config = replace(TINY, objective=ObjectiveConfig("flow_matching"))
     run = train(config, tmp_path)
-    before, digits = run.log_path.read_text(), sources._open_digits
+    before = run.log_path.read_text()
+    digits = sources._open_digits
 
     def changed(asked, split):
         data = digits(asked, split)
@@ -513,17 +500,16 @@ def test_a_requested_tracker_receives_the_log(runs, tmp_path):
     }
     events = EventAccumulator(str(folder))
     events.Reload()
-    told = {event.step: event.value for event in events.Scalars("flow_loss")}
-    assert told == pytest.approx(
+    tracked = {event.step: event.value for event in events.Scalars("flow_loss")}
+    assert tracked == pytest.approx(
         dict(zip(run.log["step"], run.log["flow_loss"], strict=True)), rel=1e-6
     )
     levels = run.log["flow_loss_by_level"].dropna().iloc[-1]
     assert events.Scalars("flow_loss_by_level/0.95")[-1].value == pytest.approx(
         levels[-1], rel=1e-6
     )
-    assert {"steps_per_second", "data_wait"} <= set(
-        events.Tags()["scalars"]
-    ) and not list(runs["tiny"].path.rglob("events.*"))
+    assert {"steps_per_second", "data_wait"} <= set(events.Tags()["scalars"])
+    assert not list(runs["tiny"].path.rglob("events.*"))
 
 
 def test_a_failing_tracker_is_dropped_and_training_continues(
@@ -559,7 +545,7 @@ def test_missing_trackers_are_refused_first(tmp_path, monkeypatch, name, words):
     assert not list(tmp_path.iterdir())
 
 
-# as ever
+# recorded losses
 
 GOLD = replace(
     TINY,
@@ -571,15 +557,16 @@ GOLD = replace(
 
 
 def test_the_golden_curve(tmp_path):
-    "Losses of a tiny run, recorded: what changes them must be meant. Made by `python"
-    "tests/test_resume.py`."
-    expected, log = json.loads(GOLDEN.read_text()), train(GOLD, tmp_path).log
+    """The losses of a tiny run equal the recorded ones.
+
+    `python tests/training/test_resume.py` records them again.
+    """
+    expected = json.loads(GOLDEN.read_text())
+    log = train(GOLD, tmp_path).log
     for name, values in expected.items():
         assert log[name].dropna().tolist() == pytest.approx(values, rel=1e-3), name
-    assert (
-        len(expected["flow_loss"]) == 30
-        and log["flow_loss"].iloc[-1] < 0.8 * log["flow_loss"].iloc[0]
-    )
+    assert len(expected["flow_loss"]) == 30
+    assert log["flow_loss"].iloc[-1] < 0.8 * log["flow_loss"].iloc[0]
 
 
 MEMORY = """
@@ -615,11 +602,10 @@ print(held[1] - held[0])
     not Path("/proc/self/statm").exists(), reason="memory is read from /proc"
 )
 def test_memory_does_not_grow_with_steps(tmp_path):
-    program = start("-c", MEMORY.format(here=str(HERE), folder=str(tmp_path)))
-    said, problems = program.communicate(timeout=300)
-    assert program.returncode == 0, problems
-    assert int(said.split()[-1]) < 3 * 2**20, (
-        "bytes that 800 steps have added; 4 kB a step would be seen"
+    program = programs.run("-c", MEMORY.format(here=str(HERE), folder=str(tmp_path)))
+    assert program.returncode == 0, program.stderr
+    assert int(program.stdout.split()[-1]) < 3 * 2**20, (
+        "bytes added by 800 steps; a leak of 4 kB a step would exceed this"
     )
 
 

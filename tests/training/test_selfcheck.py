@@ -22,7 +22,8 @@ def test_what_differs_is_printed_and_is_the_exit_status(monkeypatch, capsys):
     monkeypatch.setattr(selfcheck, "_STEPS", 4)
     main(command)
     lines = [line for line in capsys.readouterr().out.splitlines() if "apart" in line]
-    assert len(lines) == 6 and all(line.endswith(": ok") for line in lines)
+    assert len(lines) == 6
+    assert all(line.endswith(": ok") for line in lines)
     assert lines[0] == "ddp, 4 processes: losses 0.0e+00 apart (limit 1e-04): ok"
     assert lines[3].startswith("ddp, 4 processes, resumed by one: losses ")
     monkeypatch.setitem(selfcheck._LIMITS, "weights", -1.0)

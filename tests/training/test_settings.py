@@ -128,11 +128,9 @@ def test_cached_data_do_not_depend_on_the_callers_settings(name):
     finally:
         digits.__globals__["_digits"].cache_clear()
     for values in (inside, made):
-        assert (
-            values.dtype == torch.float32
-            and values.device.type == "cpu"
-            and not values.is_inference()
-        )
+        assert values.dtype == torch.float32
+        assert values.device.type == "cpu"
+        assert not values.is_inference()
 
 
 def test_settings_hold_again_after_an_error():

@@ -36,7 +36,8 @@ def shifts(monkeypatch):
     "The shifts that the sampler was asked for."
     import selfflow.training.run
 
-    real, asked = selfflow.training.run.sample, []
+    real = selfflow.training.run.sample
+    asked = []
     monkeypatch.setattr(
         selfflow.training.run,
         "sample",
@@ -52,7 +53,8 @@ def test_the_default_is_that_of_training_and_can_be_chosen(run, shifts):
     default = run.sample(labels, steps=3)["image"]
     assert torch.equal(default, run.sample(labels, steps=3, shift=4.0)["image"])
     assert not torch.equal(default, run.sample(labels, steps=3, shift=1.0)["image"])
-    assert shifts == [4.0, 4.0, 1.0] and run.shift == 4.0
+    assert shifts == [4.0, 4.0, 1.0]
+    assert run.shift == 4.0
     video = run.sample_history()[-1][1]
     assert torch.equal(run.draw_sample_grid(run.teacher)[0], video)
     assert shifts[3:] == [4.0]
@@ -66,13 +68,15 @@ def test_a_run_without_a_shift_has_an_even_grid(shifts, tmp_path):
         bar=False,
     )
     plain.sample([0], steps=2)
-    assert set(shifts) == {1.0} and plain.shift == 1
+    assert set(shifts) == {1.0}
+    assert plain.shift == 1
 
 
 def test_an_old_run_keeps_its_even_grid(tmp_path, shifts):
     shutil.copytree(RUNS / "caption", tmp_path / "caption")
     old = Run.open(tmp_path / "caption", "cpu")
-    assert old.config.objective.density_shift == 4.63 and old.shift == 1
+    assert old.config.objective.density_shift == 4.63
+    assert old.shift == 1
     old.sample(["a red circle"], steps=2)
     assert shifts == [1.0]
 
@@ -96,7 +100,8 @@ def test_files_records_and_lines_give_the_number(run, shifts, capsys):
             "cpu",
         ]
     )
-    assert "-shift-4-" in (shown := capsys.readouterr().out) and "; shift 4\n" in shown
+    assert "-shift-4-" in (shown := capsys.readouterr().out)
+    assert "; shift 4\n" in shown
     assert run_metrics(run, 16, steps=2, resamples=0).recipe["shift"] == 4
     assert json.loads((run.path / "metrics.json").read_text())["recipe"]["shift"] == 4
     main(

@@ -65,7 +65,8 @@ def test_a_finished_run_resumes_and_says_what_that_means(run, capsys):
         "tiny: resuming from step 8; 16 steps instead of 8: "
         "the average's half-life is now 0.8 steps (was 0.4)\n"
     ) in shown
-    assert again.state()["step"] == 16 and again.log_path.read_text().startswith(first)
+    assert again.state()["step"] == 16
+    assert again.log_path.read_text().startswith(first)
     assert Run.open(run.path).config == longer(SHORT, 16)
     following = Following(run.path)
     following.read()
@@ -115,7 +116,8 @@ def test_a_run_that_grows_before_its_cool_down_is_the_longer_run(
     rates = [learning_rate(whole.config.training, step) for step in range(11)]
     assert whole.log["lr"].tolist() == rates
     lr = config.training.lr
-    assert rates[:2] == [lr / 2, lr] and rates[-3:] == [lr, lr * 2 / 3, lr / 3]
+    assert rates[:2] == [lr / 2, lr]
+    assert rates[-3:] == [lr, lr * 2 / 3, lr / 3]
 
 
 def test_a_cosine_run_that_grows_says_that_it_is_another_run(tmp_path, capsys):
@@ -127,7 +129,8 @@ def test_a_cosine_run_that_grows_says_that_it_is_another_run(tmp_path, capsys):
     # from here on, the rates of the new length; those done stay in the log
     expected = [learning_rate(config.training, step) for step in range(8)]
     expected += [learning_rate(run.config.training, step) for step in range(8, 12)]
-    assert run.log["lr"].tolist() == expected and expected[8] > expected[7]
+    assert run.log["lr"].tolist() == expected
+    assert expected[8] > expected[7]
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
@@ -138,7 +141,8 @@ def test_learning_rates_rise_then_fall_to_nothing(schedule):
     config = TrainConfig(steps=100, lr=1.0, **settings)
     rates = [learning_rate(config, step) for step in range(100)]
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
-    assert all(a >= b for a, b in pairwise(rates[9:])) and 0 < rates[-1] < 0.04
+    assert all(a >= b for a, b in pairwise(rates[9:]))
+    assert 0 < rates[-1] < 0.04
     middle = {"constant": 1.0, "linear": 0.5, "cosine": 0.5}[schedule]
     assert rates[55] == pytest.approx(middle), "half-way between warm-up and end"
     quarter = {"constant": 1.0, "linear": 0.75, "cosine": 0.853}[schedule]
@@ -161,10 +165,8 @@ def test_fewer_steps_than_are_done_are_refused_in_a_line(run):
         "more",
     ) as error:
         train(longer(SHORT, 6), run.path.parent, "cpu", bar=False)
-    assert (
-        "\n" not in str(error.value)
-        and (run.path / "config.json").read_bytes() == before
-    )
+    assert "\n" not in str(error.value)
+    assert (run.path / "config.json").read_bytes() == before
     stopped = train(longer(SHORT, 20), run.path.parent, "cpu", bar=False)
     for path in stopped.checkpoints()[-1:]:
         shutil.rmtree(path)
@@ -185,12 +187,11 @@ def test_a_checkpoint_without_an_optimiser_is_used_but_not_resumed(
         assert "optimizer.safetensors" not in json.loads(
             (last / "manifest.json").read_text()
         )
-    assert check_checkpoint(last) is None and not resumable(last)
+    assert check_checkpoint(last) is None
+    assert not resumable(last)
     opened = Run.open(run.path, "cpu")
-    assert (
-        opened.state()["step"] == 8
-        and opened.sample([1], steps=2)["image"].isfinite().all()
-    )
+    assert opened.state()["step"] == 8
+    assert opened.sample([1], steps=2)["image"].isfinite().all()
     x = torch.randn(4, 16, 4)
     assert extract(opened.teacher, x, x, 0.5, (2,))[2].isfinite().all()
     assert train(SHORT, run.path.parent, "cpu", bar=False).state()["step"] == 8, (
@@ -198,10 +199,8 @@ def test_a_checkpoint_without_an_optimiser_is_used_but_not_resumed(
     )
     again = train(config, run.path.parent, "cpu", bar=False)
     shown = capsys.readouterr().out
-    assert (
-        f"skipped {last}: it has no optimiser" in shown
-        and "resuming from step 4" in shown
-    )
+    assert f"skipped {last}: it has no optimiser" in shown
+    assert "resuming from step 4" in shown
     assert again.state()["step"] == 12 and names(again)[1] == ["04", "08", "12"], (
         "the one that had none was written again"
     )
@@ -221,9 +220,8 @@ def test_the_newest_keep_their_optimisers(tmp_path):
     assert names(run) == (["06", "08", "10", "12"], ["10", "12"])
     for path in run.checkpoints():
         manifest = json.loads((path / "manifest.json").read_text())
-        assert check_checkpoint(path) is None and (
-            "optimizer.safetensors" in manifest
-        ) == resumable(path)
+        assert check_checkpoint(path) is None
+        assert ("optimizer.safetensors" in manifest) == resumable(path)
         assert load_file(path / "teacher.safetensors")
     shutil.rmtree(run.checkpoints()[-1])
     (run.checkpoints()[-1] / "model.safetensors").write_bytes(b"damaged")

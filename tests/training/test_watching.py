@@ -42,14 +42,14 @@ def test_only_what_is_new_is_parsed(log, monkeypatch):
     )
     lines = Lines(log)
     write(log, rows(*range(1, 1001)))
-    assert lines.read() and len(parsed) == 1000
+    assert lines.read()
+    assert len(parsed) == 1000
     write(log, rows(1001, 1002), "a")
-    assert (
-        lines.read()
-        and len(parsed) == 1002
-        and lines.table["step"] == list(range(1, 1003))
-    )
-    assert not lines.read() and len(parsed) == 1002
+    assert lines.read()
+    assert len(parsed) == 1002
+    assert lines.table["step"] == list(range(1, 1003))
+    assert not lines.read()
+    assert len(parsed) == 1002
 
 
 def test_a_column_that_comes_later_is_filled_up(log):
@@ -72,11 +72,9 @@ def test_lines_that_are_no_objects_are_counted_and_left_out(log):
     )
     lines = Lines(log)
     lines.read()
-    assert (
-        lines.table["step"] == [1, 2]
-        and lines.damaged == 5
-        and math.isnan(lines.table["flow_loss"][1])
-    )
+    assert lines.table["step"] == [1, 2]
+    assert lines.damaged == 5
+    assert math.isnan(lines.table["flow_loss"][1])
 
 
 @pytest.mark.parametrize(
@@ -118,7 +116,8 @@ def test_a_log_that_is_cut_is_read_again(log, how):
         dict(zip(lines.table, values, strict=True))
         for values in zip(*lines.table.values(), strict=True)
     ] == expected
-    assert lines.count == len(expected) and not lines.read()
+    assert lines.count == len(expected)
+    assert not lines.read()
 
 
 @settings(max_examples=30, deadline=None)
@@ -131,7 +130,9 @@ def test_a_log_that_is_cut_is_read_again(log, how):
 def test_the_table_always_equals_the_file(tmp_path_factory, events, torn):
     log = tmp_path_factory.mktemp("log") / "log.jsonl"
     log.touch()
-    lines, text, step = Lines(log), b"", 0
+    lines = Lines(log)
+    text = b""
+    step = 0
     for event in events:
         if event == "cut":
             text = b"".join(text.splitlines(keepends=True)[: len(text) % 7])
@@ -297,7 +298,8 @@ def timing(steps, rate, overhead=0.0, **last):
 
 def test_the_remaining_time_includes_validation_and_samples():
     alone, wall = _speed(timing([100, 200], rate=10.0, overhead=0.25))
-    assert alone == pytest.approx(10) and wall == pytest.approx(8)
+    assert alone == pytest.approx(10)
+    assert wall == pytest.approx(8)
     parts = status(
         "mine", 200, 1000, "training: process 1 on a", timing([100, 200], 10.0, 0.25)
     )
@@ -312,11 +314,9 @@ def test_a_slow_run_shows_seconds_per_step_and_its_processes():
     parts = status(
         "mine", 3, 10, "training: process 1 on a", timing([1, 2, 3], 0.25, processes=4)
     )
-    assert (
-        "4 s/it" in parts
-        and "NVIDIA H100, 4 processes" in parts
-        and "0:00:28 left" in parts
-    )
+    assert "4 s/it" in parts
+    assert "NVIDIA H100, 4 processes" in parts
+    assert "0:00:28 left" in parts
 
 
 def test_the_speed_is_that_of_the_last_lines():
@@ -371,30 +371,28 @@ def run(tmp_path):
 
 def test_a_missing_folder_is_no_error(tmp_path):
     following = Following(tmp_path / "mine")
-    assert not following.read() and (
+    assert not following.read()
+    assert (
         following.run,
         following.steps,
         following.step,
         following.sample_history,
     ) == (None, None, 0, [])
-    assert following.state == "no run here yet" and not following.finished
+    assert following.state == "no run here yet"
+    assert not following.finished
 
 
 def test_a_new_run_is_noticed(tmp_path):
     following = Following(tmp_path / "mine")
     following.read()
     trainer = SimulatedTrainer(tmp_path / "mine", steps=100)
-    assert (
-        not following.read()
-        and following.steps == 100
-        and following.state == "not started"
-    )
+    assert not following.read()
+    assert following.steps == 100
+    assert following.state == "not started"
     trainer.log_lines(5)
-    assert (
-        following.read()
-        and following.step == 5
-        and following.state == "stopped at step 5"
-    )
+    assert following.read()
+    assert following.step == 5
+    assert following.state == "stopped at step 5"
     assert not following.read()
 
 
@@ -406,10 +404,12 @@ def test_without_training_the_saved_step_counts(run):
     (run.path / "checkpoints/step-odd").mkdir()
     following = Following(run.path)
     following.read()
-    assert following.step == 100 and following.finished
+    assert following.step == 100
+    assert following.finished
     with run.run.locked():
         following.read()
-        assert not following.finished and following.writer["pid"] == os.getpid()
+        assert not following.finished
+        assert following.writer["pid"] == os.getpid()
 
 
 def test_without_a_writer_the_newest_checkpoint_counts_and_no_later_line(tmp_path):
@@ -419,7 +419,8 @@ def test_without_a_writer_the_newest_checkpoint_counts_and_no_later_line(tmp_pat
     following = Following(run.path)
     with run.run.locked():
         following.read()
-        assert following.step == 12 and not following.finished
+        assert following.step == 12
+        assert not following.finished
     following.read()
     assert (following.step, following.state, following.finished) == (
         8,
@@ -476,23 +477,21 @@ def test_each_shown_sample_grid_is_read_once(run, monkeypatch):
     )
     following = Following(run.path, rows=3)
     for step in range(10, 60, 10):
-        run.save_picture(step)
-    assert (
-        following.read()
-        and [entry[0] for entry in following.sample_history] == [10, 30, 50]
-        and len(read) == 3
-    )
-    assert not following.read() and len(read) == 3
-    run.save_picture(60)
-    assert following.read() and following.sample_history[-1][0] == 60
-    assert (
-        following.sample_history[-1][1].shape == (4, 1, 8, 8)
-        and len(following._pictures) == 3
-    )
+        run.save_sample_grid(step)
+    assert following.read()
+    assert [entry[0] for entry in following.sample_history] == [10, 30, 50]
+    assert len(read) == 3
+    assert not following.read()
+    assert len(read) == 3
+    run.save_sample_grid(60)
+    assert following.read()
+    assert following.sample_history[-1][0] == 60
+    assert following.sample_history[-1][1].shape == (4, 1, 8, 8)
+    assert len(following._pictures) == 3
 
 
 def test_an_unreadable_sample_grid_is_reported_and_the_others_shown(run):
-    run.save_picture(10)
+    run.save_sample_grid(10)
     (run.path / "samples/film/step-00000020.safetensors").write_bytes(b"no safetensors")
     save_file(
         {"other": np.zeros(3)}, run.path / "samples/film/step-00000030.safetensors"
@@ -500,9 +499,8 @@ def test_an_unreadable_sample_grid_is_reported_and_the_others_shown(run):
     following = Following(run.path)
     following.read()
     assert [entry[0] for entry in following.sample_history] == [10]
-    assert len(following.problems) == 2 and all(
-        "cannot be read" in problem for problem in following.problems
-    )
+    assert len(following.problems) == 2
+    assert all("cannot be read" in problem for problem in following.problems)
 
 
 def test_a_config_of_another_format_is_refused_in_words(run):

@@ -75,10 +75,8 @@ def test_samples_are_drawn_by_name(runs, capsys):
         23,
         23,
     ]
-    by_name, by_number = (
-        run.sample(["D4", 0], steps=1),
-        run.sample(torch.tensor([2, 0]), steps=1),
-    )
+    by_name = run.sample(["D4", 0], steps=1)
+    by_number = run.sample(torch.tensor([2, 0]), steps=1)
     assert torch.equal(by_name["audio"], by_number["audio"])
     with pytest.raises(SystemExit):
         main(["sample", str(run.path), "--labels", "H4", "--device", "cpu"])
@@ -107,10 +105,8 @@ def peak(file) -> int:
 
 
 def test_every_audio_sample_is_a_file_and_none_is_clipped(runs, monkeypatch, capsys):
-    run, steps = (
-        runs["notes"],
-        torch.tensor([[1.0, -0.5, 0.25]] + [[0.1, 0.2, 0.3]] * 101),
-    )
+    run = runs["notes"]
+    steps = torch.tensor([[1.0, -0.5, 0.25]] + [[0.1, 0.2, 0.3]] * 101)
     loud = 5 * steps.repeat_interleave(2731, 1)[:, :8192]
     monkeypatch.setattr(
         run, "sample", lambda labels, *args, **options: {"audio": loud[: len(labels)]}
@@ -129,27 +125,21 @@ def test_every_audio_sample_is_a_file_and_none_is_clipped(runs, monkeypatch, cap
         assert torch.equal(stored.get_tensor("audio"), loud[:3]), (
             "numbers stay as they were drawn"
         )
-        assert (
-            json.loads(stored.metadata()["asked"]) == ["C4", "D4", "D4"]
-            and stored.metadata()["sound_factor"] == "0.2"
-        )
+        assert json.loads(stored.metadata()["asked"]) == ["C4", "D4", "D4"]
+        assert stored.metadata()["sound_factor"] == "0.2"
     _, file = write_samples(run, torch.zeros(102, dtype=torch.int64))
     assert len(list(file.parent.glob(f"{file.stem}-*.wav"))) == 100
     said = capsys.readouterr().out
-    assert (
-        "100 of 102 sounds are written" in said
-        and "100 of 102 images are written" in said
-    )
+    assert "100 of 102 sounds are written" in said
+    assert "100 of 102 images are written" in said
     monkeypatch.setattr(
         run,
         "sample",
         lambda labels, *args, **options: {"audio": loud[: len(labels)] / 5},
     )
     _, file = write_samples(run, ["C4"], seed=1)
-    assert (
-        peak(next(file.parent.glob(f"{file.stem}-*.wav"))) == 32767
-        and "loudness" not in capsys.readouterr().out
-    )
+    assert peak(next(file.parent.glob(f"{file.stem}-*.wav"))) == 32767
+    assert "loudness" not in capsys.readouterr().out
 
 
 def test_videos_and_captions_are_laid_out_as_asked(runs):
@@ -182,22 +172,22 @@ def test_points_are_coloured_by_names_and_the_rarest_of_many_classes_are_joined(
         )
 
     factor, values = _plane_colours(items([0, 14, 3, 14]))
-    assert factor == "class" and values.tolist() == [
+    assert factor == "class"
+    assert values.tolist() == [
         "class 0",
         "class 14",
         "class 3",
         "class 14",
     ]
     factor, values = _plane_colours(items([*range(40), *range(27)]))
-    assert (
-        len(set(values)) == 28
-        and (values == "13 others").sum() == 13
-        and values[0] == "class 0"
-    )
+    assert len(set(values)) == 28
+    assert (values == "13 others").sum() == 13
+    assert values[0] == "class 0"
     factor, values = _plane_colours(
         Items(Sources(DataConfig("notes"), "test"), count=30)
     )
-    assert factor == "pitch" and set(values) <= set(map(note_name, PITCHES))
+    assert factor == "pitch"
+    assert set(values) <= set(map(note_name, PITCHES))
     moved = SimpleNamespace(
         factors={"speed": torch.tensor([0.5, 0.1])}, data=Data(), name="folder"
     )
@@ -217,18 +207,13 @@ def test_the_sample_history_has_names_below(runs, tmp_path):
         "2",
     ]
     run = Run.open(runs["notes"].path, "cpu")
-    assert (
-        run.class_names[:2] == ("C4", "C#4")
-        and Run.open(runs["told"].path, "cpu").class_names == ()
-    )
+    assert run.class_names[:2] == ("C4", "C#4")
+    assert Run.open(runs["told"].path, "cpu").class_names == ()
 
 
 def test_audio_is_not_called_an_image(runs):
     found = saturation(runs["notes"], 8, 8)
-    assert (
-        "image" not in found.verdict()
-        and found.table()["answer"].str.contains("another audio").any()
-    )
-    assert (
-        "knows the audio" in found.table() and len(draw_ladder(found.table()).axes) == 1
-    )
+    assert "image" not in found.verdict()
+    assert found.table()["answer"].str.contains("another audio").any()
+    assert "knows the audio" in found.table()
+    assert len(draw_ladder(found.table()).axes) == 1

@@ -104,11 +104,13 @@ def test_the_last_of_many_changes_from_many_threads_is_shown():
         == square(explorer.controls["tone"].value)
         == square(1.0)
     )
-    assert explorer.data == 1.0 and 'role="status"' in explorer.message.value
+    assert explorer.data == 1.0
+    assert 'role="status"' in explorer.message.value
 
 
 def test_a_change_during_drawing_is_not_lost():
-    begun, go = threading.Event(), threading.Event()
+    begun = threading.Event()
+    go = threading.Event()
 
     def held(values):
         if values["tone"] == 0.5:
@@ -126,7 +128,8 @@ def test_a_change_during_drawing_is_not_lost():
 
 
 def test_two_images_are_never_drawn_at_once():
-    busy, most = [], []
+    busy = []
+    most = []
 
     def watched(tone, theme):
         busy.append(1)
@@ -170,14 +173,10 @@ def test_errors_are_shown_and_the_next_change_is_drawn(where):
         explorer.settle()
         if tone == 0.5:
             said = explorer.message.value
-            assert (
-                "alert" in said
-                and "RuntimeError: &lt;b&gt;no &amp; more&lt;/b&gt;" in said
-            )
-    assert (
-        bytes(explorer.pictures["picture"].value) == square(0.7)
-        and "alert" not in explorer.message.value
-    )
+            assert "alert" in said
+            assert "RuntimeError: &lt;b&gt;no &amp; more&lt;/b&gt;" in said
+    assert bytes(explorer.pictures["picture"].value) == square(0.7)
+    assert "alert" not in explorer.message.value
 
 
 def test_an_explorer_that_begins_with_an_error_recovers():
@@ -186,7 +185,8 @@ def test_an_explorer_that_begins_with_an_error_recovers():
         lambda values: 1 / values["tone"],
         lambda data, theme: square(0.1),
     )
-    assert "ZeroDivisionError" in explorer.message.value and not explorer.pictures
+    assert "ZeroDivisionError" in explorer.message.value
+    assert not explorer.pictures
     explorer.controls["tone"].value = 0.5
     explorer.settle()
     assert bytes(explorer.pictures["picture"].value) == square(0.1)
@@ -199,7 +199,8 @@ def test_a_worker_ends_when_nothing_changes_and_another_begins(monkeypatch):
     )
     explorer.controls["tone"].value = 0.3
     explorer.settle()
-    first, end = explorer._worker, time.monotonic() + 10
+    first = explorer._worker
+    end = time.monotonic() + 10
     while explorer._worker is not None:
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -247,7 +248,8 @@ def test_tokens_that_do_not_exist_cannot_be_chosen():
 
 def test_code_for_the_browser_makes_no_requests():
     for source in (TokenGrid._esm, TokenGrid._css, Surroundings._esm):
-        assert "http" not in str(source) and "import" not in str(source)
+        assert "http" not in str(source)
+        assert "import" not in str(source)
 
 
 # boards
@@ -266,10 +268,8 @@ def test_code_for_the_browser_makes_no_requests():
 )
 def test_every_token_has_pixels_a_place_and_a_name(config):
     sources = Sources(config, "validation")
-    board, tokens = (
-        Board(sources.layouts[config.name]),
-        sources.take(config.name, torch.arange(1)).x0[0],
-    )
+    board = Board(sources.layouts[config.name])
+    tokens = sources.take(config.name, torch.arange(1)).x0[0]
     n = len(tokens)
     assert len(board.places) == len(board.names) == len(set(board.names)) == n
     assert set(board.owner.ravel()) - {-1} == set(range(n))
@@ -278,7 +278,8 @@ def test_every_token_has_pixels_a_place_and_a_name(config):
         changed = tokens.clone()
         changed[token] = 1 - changed[token].abs()
         differs = (board.pixels(changed) != board.pixels(tokens)).any(-1)
-        assert differs.any() and (board.owner[differs] == token).all()
+        assert differs.any()
+        assert (board.owner[differs] == token).all()
         left, top, width, height = board.places[token]
         high, wide = board.owner.shape
         ys, xs = np.nonzero(board.owner == token)
@@ -297,7 +298,8 @@ def test_tokens_that_are_not_finite_are_drawn_black():
 
 def test_maps_plots_and_panels():
     colours = coloured(np.array([[-9.0, 0.0, 1.0, np.nan]]), paper=DARK.paper)
-    assert (colours[0, 0] == colours[0, 1]).all() and (colours[0, 3] == 0x11).all()
+    assert (colours[0, 0] == colours[0, 1]).all()
+    assert (colours[0, 3] == 0x11).all()
     page = draw_panels(
         [
             [Panel("a", colours), Panel("b", colours, ("0", "1", "viridis"))],
@@ -324,7 +326,8 @@ def test_maps_plots_and_panels():
 )
 def test_levels_are_those_of_the_sliders(t, s, kind, seed):
     levels = levels_of(kind, t, s, schedule_of(kind, Uniform(), 0.25, (4, 4)), 16, seed)
-    found, lowest = set(levels.levels[0].tolist()), levels.cleanest().levels.item()
+    found = set(levels.levels[0].tolist())
+    lowest = levels.cleanest().levels.item()
     if kind != "diffusion forcing":
         assert found == {"single": {t}, "full masking": {t, 1.0}}.get(kind, {t, s})
     assert lowest == min(levels.levels[0].tolist())
@@ -367,7 +370,8 @@ def test_bad_input_is_refused(viewed):
 
 
 def test_a_perfect_model_makes_no_error(viewed):
-    x0, x1 = viewed.x0[:1], viewed.noise(3)
+    x0 = viewed.x0[:1]
+    x1 = viewed.noise(3)
 
     class Perfect(torch.nn.Linear):
         def forward(self, *args, **options):
@@ -386,10 +390,13 @@ def test_a_perfect_model_makes_no_error(viewed):
 def test_the_views_are_those_of_a_training_step(viewed):
     "Levels, inputs, estimates and cosine computed again from the parts."
     view = compute(viewed, VALUES).view
-    tau, x0, x1 = view.levels.per_token()[0, :, None], view.x0, viewed.noise(0)[0]
+    tau = view.levels.per_token()[0, :, None]
+    x0 = view.x0
+    x1 = viewed.noise(0)[0]
     torch.testing.assert_close(view.student, (1 - tau) * x0 + tau * x1)
     torch.testing.assert_close(view.teacher, 0.8 * x0 + 0.2 * x1)
-    run, head = viewed.run, viewed.head
+    run = viewed.run
+    head = viewed.head
     own = run.model(
         view.student[None],
         view.levels,
@@ -418,11 +425,9 @@ def test_the_views_are_those_of_a_training_step(viewed):
 
 def test_a_run_without_a_head_shows_no_cosine(runs):
     scene = compute(ViewedRun(runs["vanilla"]), VALUES)
-    assert (
-        scene.view.cosine is None
-        and "no cosine" in describe(scene)
-        and set(draw(scene)) == {"tokens", "levels", "views"}
-    )
+    assert scene.view.cosine is None
+    assert "no cosine" in describe(scene)
+    assert set(draw(scene)) == {"tokens", "levels", "views"}
 
 
 @pytest.mark.parametrize(
@@ -431,22 +436,21 @@ def test_a_run_without_a_head_shows_no_cosine(runs):
 )
 def test_masks_on_no_token_on_all_and_between(viewed, tokens, curve):
     scene = compute(viewed, {**VALUES, "hand": True, "tokens": tokens})
-    assert (scene.curve is not None) == curve and (
-        "no token is cleaner" in describe(scene)
-    ) != curve
+    assert (scene.curve is not None) == curve
+    assert ("no token is cleaner" in describe(scene)) != curve
     assert set(draw(scene)) == {"tokens", "levels", "views", "curve"}
     if curve:
         counts, errors = scene.curve
-        assert (
-            counts[0] == 0 and counts[-1] == len(tokens) and np.isfinite(errors).all()
-        )
+        assert counts[0] == 0
+        assert counts[-1] == len(tokens)
+        assert np.isfinite(errors).all()
 
 
 def test_equal_levels_have_no_gap(viewed):
     scene = compute(viewed, {**VALUES, "t": 0.5, "s": 0.5, "hand": True, "tokens": [1]})
-    assert (
-        "gap |t - s| = 0.00" in describe(scene) and scene.curve is None and draw(scene)
-    )
+    assert "gap |t - s| = 0.00" in describe(scene)
+    assert scene.curve is None
+    assert draw(scene)
     torch.testing.assert_close(scene.view.student, scene.view.teacher)
 
 
@@ -462,10 +466,8 @@ def test_all_kinds_at_the_ends(viewed, kind, ends):
 
 
 def test_revealed_errors_belong_to_the_same_tokens(viewed):
-    order, index = (
-        torch.randperm(16, generator=torch.Generator().manual_seed(1)),
-        torch.tensor([0, 1, 2]),
-    )
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    index = torch.tensor([0, 1, 2])
     errors = viewed.revealed(index, order, [0, 4, 8], 0.9, 0.1, seed=2)
     assert errors.shape == (3, 3)
     tau = torch.full((1, 16), 0.9)
@@ -508,28 +510,27 @@ def test_the_explorer_shows_what_the_pure_functions_draw(viewed):
 
 def test_painting_switches_the_hand_on_and_frames_the_tokens(viewed):
     explorer = explore(viewed)
-    grid, hand = explorer.controls["tokens"], explorer.controls["hand"]
-    assert not grid.marked and not hand.value
+    grid = explorer.controls["tokens"]
+    hand = explorer.controls["hand"]
+    assert not grid.marked
+    assert not hand.value
     grid.value = [2, 3]
     explorer.settle()
-    assert (
-        hand.value
-        and grid.marked
-        and explorer.data.values["tokens"] == [2, 3]
-        and "curve" in explorer.pictures
-    )
+    assert hand.value
+    assert grid.marked
+    assert explorer.data.values["tokens"] == [2, 3]
+    assert "curve" in explorer.pictures
     hand.value = False
     explorer.settle()
-    assert (
-        not grid.marked
-        and explorer.data.curve is None
-        and explorer.pictures["curve"].layout.display == "none"
-    )
+    assert not grid.marked
+    assert explorer.data.curve is None
+    assert explorer.pictures["curve"].layout.display == "none"
 
 
 def test_the_starting_values_can_be_given(viewed):
     explorer = explore(viewed, t=0.3, hand=True, tokens=[1])
-    assert explorer.values()["t"] == 0.3 and explorer.data.view.levels.assign[0, 1] == 1
+    assert explorer.values()["t"] == 0.3
+    assert explorer.data.view.levels.assign[0, 1] == 1
     with pytest.raises(ValueError, match="control"):
         explore(viewed, level=0.3)
 
@@ -556,9 +557,8 @@ def test_videos_and_audio_are_explored_too(data, tmp_path):
     explorer = explore(
         ViewedRun(train(config, tmp_path, bar=False, device="cpu"), count=3)
     )
-    assert (
-        explorer.data.view.cosine is not None and "alert" not in explorer.message.value
-    )
+    assert explorer.data.view.cosine is not None
+    assert "alert" not in explorer.message.value
     explorer.controls["tokens"].value = [0, 5]
     explorer.settle()
     assert explorer.data.curve is not None
@@ -573,7 +573,8 @@ def test_other_densities_change_how_levels_lie(viewed):
         compute(viewed, {**VALUES, "drawn": True, "shift": shift}).values
         for shift in (1.0, 10.0)
     )
-    assert shifted["t"] > plain["t"] and shifted["s"] > plain["s"]
+    assert shifted["t"] > plain["t"]
+    assert shifted["s"] > plain["s"]
 
 
 def test_an_exported_model_shows_the_cosine_if_its_head_was_exported(runs, tmp_path):

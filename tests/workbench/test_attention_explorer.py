@@ -95,7 +95,8 @@ def more(tmp_path_factory):
 
 def attention_by_hand(model, layer, seen):
     "Softmax of q k / sqrt(e), head by head, from the weights; without rotary code."
-    block, x = model.blocks[layer - 1].attn, seen.x[0]
+    block = model.blocks[layer - 1].attn
+    x = seen.x[0]
     q, k, _ = (x @ block.qkv.weight.T + block.qkv.bias).chunk(3, -1)
     wide = x.shape[-1] // block.heads
     return torch.stack(
@@ -120,7 +121,8 @@ def test_weights_are_the_softmax_of_queries_and_keys(watched):
 
 
 def test_the_network_gets_the_inputs_of_training(watched):
-    forward, viewed = compute(watched, VALUES).forward, watched.viewed
+    forward = compute(watched, VALUES).forward
+    viewed = watched.viewed
     tau = forward.levels.per_token()[0]
     assert sorted(set(tau.tolist())) == pytest.approx([0.1, 0.9])
     torch.testing.assert_close(
@@ -140,8 +142,10 @@ def test_the_network_gets_the_inputs_of_training(watched):
 @pytest.mark.parametrize("separated", [False, True])
 def test_rows_columns_and_mass_are_sums_by_hand(watched, question, separated):
     scene = compute(watched, {**VALUES, "question": question, "separated": separated})
-    forward, n = scene.forward, watched.viewed.tokens
-    tau, allowed = forward.levels.per_token()[0].tolist(), forward.visible
+    forward = scene.forward
+    n = watched.viewed.tokens
+    tau = forward.levels.per_token()[0].tolist()
+    allowed = forward.visible
     assert allowed.all() != separated
 
     def relation(i, j):
@@ -157,7 +161,8 @@ def test_rows_columns_and_mass_are_sums_by_hand(watched, question, separated):
         ),
     ]:
         for head in range(len(weights)):
-            row, mass = np.zeros(n), np.zeros(len(RELATIONS))
+            row = np.zeros(n)
+            mass = np.zeros(len(RELATIONS))
             for i in lookers:
                 for j in range(n):
                     value = (
@@ -219,25 +224,19 @@ def test_weights_that_are_too_many_are_computed_again(watched, monkeypatch):
     scene = compute(watched, VALUES)
     monkeypatch.setattr(attention_scene, "_REMEMBERED", 0)
     again = compute(Watched(watched.viewed), VALUES)
-    assert (
-        torch.equal(again.rows, scene.rows)
-        and not again.forward.known
-        and scene.forward.known
-    )
+    assert torch.equal(again.rows, scene.rows)
+    assert not again.forward.known
+    assert scene.forward.known
 
 
 def test_other_explorers_of_the_same_run_are_not_recorded(watched):
-    viewed, forward = (
-        watched.viewed,
-        watched.forward(0, 9, 0.7, 0.2, 0.25, "student", False, ""),
-    )
+    viewed = watched.viewed
+    forward = watched.forward(0, 9, 0.7, 0.2, 0.25, "student", False, "")
     assert forward.model is not viewed.student
     kept = forward.seen[1].x.clone()
     viewed.view(1, forward.levels, 5)
-    assert (
-        torch.equal(forward.seen[1].x, kept)
-        and not viewed.student.blocks[0].attn._forward_hooks
-    )
+    assert torch.equal(forward.seen[1].x, kept)
+    assert not viewed.student.blocks[0].attn._forward_hooks
 
 
 def test_mass_of_a_row_is_read_by_the_token_that_looks():
@@ -296,11 +295,13 @@ def test_bad_input_is_refused(watched, change, words):
 
 def test_the_description_names_token_target_and_share_on_cleaner_tokens(watched):
     scene = compute(watched, VALUES)
-    row, tau = scene.rows[1].mean(0), scene.forward.levels.per_token()[0]
+    row = scene.rows[1].mean(0)
+    tau = scene.forward.levels.per_token()[0]
     noisy = int(torch.nonzero(tau == tau.max())[0])
     scene = compute(watched, {**VALUES, "tokens": [noisy]})
     row = scene.rows[1].mean(0)
-    best, cleaner = int(row.argmax()), row[tau < tau.max()].sum()
+    best = int(row.argmax())
+    cleaner = row[tau < tau.max()].sum()
     names = watched.viewed.board.names
     for words in (
         f"layer 2, mean of heads: {names[noisy]} (level 0.90) looks most at "
@@ -333,15 +334,15 @@ def test_the_description_names_token_target_and_share_on_cleaner_tokens(watched)
 )
 def test_a_window_shows_the_tokens_of_its_moment(config):
     sources = Sources(config, "validation")
-    layout, tokens = (
-        sources.layouts[config.name],
-        sources.take(config.name, torch.arange(1)).x0[0],
-    )
+    layout = sources.layouts[config.name]
+    tokens = sources.take(config.name, torch.arange(1)).x0[0]
     frame = frames_in(layout) - 1
-    window, board = Window(layout, frame), Board(layout)
+    window = Window(layout, frame)
+    board = Board(layout)
     shown = set(window.owner.ravel())
     if config.name in ("digits", "notes"):
-        assert frame == 0 and np.array_equal(window.owner, board.owner)
+        assert frame == 0
+        assert np.array_equal(window.owner, board.owner)
         assert np.array_equal(window.pixels(tokens), board.pixels(tokens))
     else:
         video = [part for part in layout.parts if part.name == "video"][0]
@@ -353,13 +354,13 @@ def test_a_window_shows_the_tokens_of_its_moment(config):
         changed = tokens.clone()
         changed[token] = 1 - changed[token].abs()
         differs = (window.pixels(changed) != window.pixels(tokens)).any(-1)
-        assert (
-            differs.any() == (token in shown) and (window.owner[differs] == token).all()
-        )
+        assert differs.any() == (token in shown)
+        assert (window.owner[differs] == token).all()
 
 
 def test_an_overlay_is_brightest_where_attention_is_highest(watched):
-    board, x0 = watched.viewed.board, torch.zeros_like(watched.viewed.x0[0])
+    board = watched.viewed.board
+    x0 = torch.zeros_like(watched.viewed.x0[0])
     times = torch.zeros(16)
     times[3] = 4.0
     drawn = laid_over(board, x0, times).astype(int).sum(-1)
@@ -372,22 +373,22 @@ def test_an_overlay_is_brightest_where_attention_is_highest(watched):
 
 def test_images_depend_only_on_what_they_show(watched):
     scene = compute(watched, VALUES)
-    before, after = draw(scene), draw(compute(watched, {**VALUES, "head": 1}))
+    before = draw(scene)
+    after = draw(compute(watched, {**VALUES, "head": 1}))
     assert {name for name in before if before[name] != after[name]} == {
         "tokens",
         "layers",
         "inputs",
         "heads",
     }
-    assert draw(scene) == before and all(
+    assert draw(scene) == before
+    assert all(
         draw(scene, DARK)[name] != before[name]
         for name in ("layers", "inputs", "heads")
     )
     received = draw_layers(compute(watched, {**VALUES, "question": QUESTIONS[1]}))
-    assert (
-        received.size == draw_layers(scene).size
-        and received.tobytes() != draw_layers(scene).tobytes()
-    )
+    assert received.size == draw_layers(scene).size
+    assert received.tobytes() != draw_layers(scene).tobytes()
 
 
 # other kinds of runs
@@ -396,13 +397,13 @@ def test_images_depend_only_on_what_they_show(watched):
 def test_captions_are_shown_and_10_000_characters_are_answered(more):
     watched = Watched(ViewedRun(more["texts"], count=3))
     scene = compute(watched, {**VALUES, "caption": ""})
-    assert "caption" in draw(scene) and "the caption (counting: " in describe(scene)
-    stride, n = watched.config.caption_stride, watched.viewed.tokens
+    assert "caption" in draw(scene)
+    assert "the caption (counting: " in describe(scene)
+    stride = watched.config.caption_stride
+    n = watched.viewed.tokens
     pieces = pieces_of(scene.forward, stride, len(scene.even) - n)
-    assert (
-        "".join(pieces).startswith("a ")
-        and len(pieces) == watched.config.caption // stride
-    )
+    assert "".join(pieces).startswith("a ")
+    assert len(pieces) == watched.config.caption // stride
     torch.testing.assert_close(scene.masses[..., 4], scene.rows[..., n:].sum(-1))
     told = "a red star " * 909 + "?"
     other = compute(watched, {**VALUES, "caption": told})
@@ -421,18 +422,15 @@ def test_a_token_of_either_part_is_shown_on_both(more):
         )
         for token in (0, clip)
     }
-    assert (
-        "video, moment 1" in said[0]
-        and "audio, moment 1" in said[clip]
-        and "goes to audio" in said[0]
-    )
+    assert "video, moment 1" in said[0]
+    assert "audio, moment 1" in said[clip]
+    assert "goes to audio" in said[0]
     pictures = draw(scene)
     assert pictures["audio"][:4] == b"RIFF"
     shown = draw(compute(watched, {**VALUES, "tokens": [clip], "frame": 1}))
     # the board has all moments
-    assert (
-        shown["inputs"] != pictures["inputs"] and shown["tokens"] == pictures["tokens"]
-    )
+    assert shown["inputs"] != pictures["inputs"]
+    assert shown["tokens"] == pictures["tokens"]
 
 
 def test_the_player_continues_when_the_layer_changes(more):
@@ -443,7 +441,8 @@ def test_the_player_continues_when_the_layer_changes(more):
     )
     explorer.controls["layer"].value = 3
     explorer.settle()
-    assert not heard and "<audio" in explorer.pictures["audio"].value
+    assert not heard
+    assert "<audio" in explorer.pictures["audio"].value
     explorer.controls["sample"].value = 1
     explorer.settle()
     assert len(heard) == 1
@@ -484,34 +483,29 @@ def test_the_panel_shows_what_the_pure_functions_draw(runs):
 
 def test_the_first_token_has_cleaner_ones(runs):
     scene = explore_attention(runs["tiny"], count=1).data
-    assert scene.even_masses[1] > 0 and scene.forward.levels.per_token()[
-        0, scene.token
-    ] == pytest.approx(0.8)
+    assert scene.even_masses[1] > 0
+    assert scene.forward.levels.per_token()[0, scene.token] == pytest.approx(0.8)
 
 
 def test_clicking_a_token_selects_it(runs):
     explorer = explore_attention(runs["tiny"], count=2, question=QUESTIONS[2])
     explorer.controls["tokens"].value = [3]
     explorer.settle()
-    assert (
-        explorer.controls["question"].value == QUESTIONS[0] and explorer.data.token == 3
-    )
+    assert explorer.controls["question"].value == QUESTIONS[0]
+    assert explorer.data.token == 3
     explorer.controls["question"].value = QUESTIONS[1]
     explorer.controls["tokens"].value = [4]
     explorer.settle()
-    assert (
-        explorer.controls["question"].value == QUESTIONS[1] and explorer.data.token == 4
-    )
+    assert explorer.controls["question"].value == QUESTIONS[1]
+    assert explorer.data.token == 4
 
 
 def test_errors_are_shown_and_the_panel_recovers(runs):
     explorer = explore_attention(runs["vanilla"], count=2)
     explorer.controls["tokens"].value = []
     explorer.settle()
-    assert (
-        'role="alert"' in explorer.message.value
-        and "click the one" in explorer.message.value
-    )
+    assert 'role="alert"' in explorer.message.value
+    assert "click the one" in explorer.message.value
     explorer.controls["tokens"].value = [2]
     explorer.settle()
     assert 'role="status"' in explorer.message.value
@@ -541,18 +535,14 @@ def test_unusable_runs_are_reported_in_the_panel(runs, tmp_path):
             and explorer.box.children
         ), name
     assert "data set" in explore_attention(runs["tiny"], data="motion").message.value
-    assert (
-        explore_attention(str(runs["tiny"].path), count=2).pictures
-        and Run.open(runs["tiny"].path).path.exists()
-    )
+    assert explore_attention(str(runs["tiny"].path), count=2).pictures
+    assert Run.open(runs["tiny"].path).path.exists()
 
 
 def test_a_forward_knows_its_sizes(watched):
     scene = compute(watched, VALUES)
-    assert (
-        isinstance(scene.forward, Forward)
-        and scene.rows.shape == (4, 2, 16)
-        and scene.masses.shape == (4, 2, 5)
-    )
+    assert isinstance(scene.forward, Forward)
+    assert scene.rows.shape == (4, 2, 16)
+    assert scene.masses.shape == (4, 2, 5)
     copy = replace(scene, values={**VALUES, "head": 2})
     torch.testing.assert_close(copy.relative[0], copy.relative[2])

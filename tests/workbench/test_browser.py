@@ -59,10 +59,8 @@ def test_the_panel_lives_while_the_cell_is_busy(lab, page):
     page.get_by_role("button", name="Sample now").click()
     page.locator(".selfflow-reply", has_text="sample requested at").wait_for()
     page.locator(".selfflow-reply", has_text="answered").wait_for()
-    assert (
-        busy.count() == 1
-        and len(list((work / "runs/mine/samples/film").iterdir())) == 1
-    )
+    assert busy.count() == 1
+    assert len(list((work / "runs/mine/samples/film").iterdir())) == 1
     with_sample = source(page, "dashboard")
     while source(page, "dashboard") == with_sample:
         assert busy.count() == 1

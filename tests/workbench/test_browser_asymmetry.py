@@ -58,7 +58,9 @@ class Explored:
     "The page with the explorer, and the values that its controls should have."
 
     def __init__(self, lab, page):
-        self.page, self.values, self.theme = page, dict(START), LIGHT
+        self.page = page
+        self.values = dict(START)
+        self.theme = LIGHT
         self.viewed = ViewedRun(Run.open(lab[2] / "runs/seen", "cpu"))
 
     def control(self, name, inner=""):
@@ -87,7 +89,8 @@ def explored(lab, page):
 
 
 def test_every_control_is_followed(explored):
-    page, values = explored.page, explored.values
+    page = explored.page
+    values = explored.values
     explored.shows()
     shoot(page, "asymmetry")
     for name, key, step in (
@@ -137,7 +140,8 @@ def test_every_control_is_followed(explored):
 
 def drag(explored):
     "The handle moved to and fro, faster than pictures are drawn."
-    page, box = explored.page, explored.handle("t").bounding_box()
+    page = explored.page
+    box = explored.handle("t").bounding_box()
     track = explored.control("t", ".noUi-base").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.mouse.down()
@@ -164,19 +168,19 @@ def measure(explored):
 
 
 def test_masks_are_painted_by_hand_and_a_restart_changes_nothing(explored):
-    page, tokens = explored.page, explored.control("tokens", "button")
+    page = explored.page
+    tokens = explored.control("tokens", "button")
     assert tokens.count() == explored.viewed.tokens
     tokens.nth(5).click()  # switches the hand on
     explored.shows(hand=True, tokens=[5])
-    assert (
-        explored.control("hand", "input").is_checked()
-        and tokens.nth(5).get_attribute("aria-pressed") == "true"
-    )
+    assert explored.control("hand", "input").is_checked()
+    assert tokens.nth(5).get_attribute("aria-pressed") == "true"
     # token 5 is in row 1, column 1 of 4 x 4
     for key in ("ArrowRight", "Space", "ArrowDown", "Enter"):
         page.keyboard.press(key)
     explored.shows(tokens=[5, 6, 10])
-    start, end = tokens.nth(12).bounding_box(), tokens.nth(15).bounding_box()
+    start = tokens.nth(12).bounding_box()
+    end = tokens.nth(15).bounding_box()
     page.mouse.move(start["x"] + 5, start["y"] + 5)
     page.mouse.down()
     page.mouse.move(end["x"] + 5, end["y"] + 5, steps=20)
@@ -208,7 +212,8 @@ def test_masks_are_painted_by_hand_and_a_restart_changes_nothing(explored):
         const session = window.jupyterapp.shell.currentWidget.sessionContext;
         await session.restartKernel(); await session.ready;
         window.jupyterapp.commands.execute('notebook:run-all-cells') }""")
-    explored.values, explored.theme = dict(START), LIGHT
+    explored.values = dict(START)
+    explored.theme = LIGHT
     page.locator(".jp-CodeCell .jp-InputPrompt", has_text="[1]").wait_for(
         timeout=180_000
     )

@@ -69,15 +69,11 @@ class Looked:
     "One of the explorers on the page, and the values that its controls should have."
 
     def __init__(self, page, place, run, count=24, **start):
-        self.page, self.theme, self.watched = (
-            page,
-            LIGHT,
-            Watched(ViewedRun(run, count=count)),
-        )
-        self.values, self.box = (
-            {**START, **start},
-            f".selfflow-explorer >> nth={place} >> ",
-        )
+        self.page = page
+        self.theme = LIGHT
+        self.watched = Watched(ViewedRun(run, count=count))
+        self.values = {**START, **start}
+        self.box = f".selfflow-explorer >> nth={place} >> "
 
     def control(self, name, inner=""):
         return self.page.locator(f"{self.box}.selfflow-control-{name} {inner}".strip())
@@ -118,7 +114,8 @@ def opened(lab, page):
 
 
 def test_every_control_is_followed(lab, opened):
-    page, looked = opened, Looked(opened, 0, Run.open(lab[2] / "runs/looks", "cpu"))
+    page = opened
+    looked = Looked(opened, 0, Run.open(lab[2] / "runs/looks", "cpu"))
     looked.shows()
     shoot(page, "attention")
     values = looked.values
@@ -136,7 +133,8 @@ def test_every_control_is_followed(lab, opened):
         looked.shows(head=head)
     looked.says(f"head {head}")
     for name in ("layer", "t"):  # by pointer
-        before, track = values[name], looked.control(name, ".noUi-base").bounding_box()
+        before = values[name]
+        track = looked.control(name, ".noUi-base").bounding_box()
         page.mouse.click(
             track["x"] + 0.15 * track["width"], track["y"] + track["height"] / 2
         )
@@ -153,10 +151,8 @@ def test_every_control_is_followed(lab, opened):
     for key in ("ArrowRight", "Space"):
         page.keyboard.press(key)
     looked.shows(tokens=[3])
-    assert (
-        tokens.nth(3).get_attribute("aria-pressed") == "true"
-        and tokens.nth(2).get_attribute("aria-pressed") == "false"
-    )
+    assert tokens.nth(3).get_attribute("aria-pressed") == "true"
+    assert tokens.nth(2).get_attribute("aria-pressed") == "false"
     for question in (QUESTIONS[1], QUESTIONS[2]):
         looked.control("question", "select").select_option(question)
         looked.shows(question=question)
@@ -215,7 +211,8 @@ def measure(looked):
 
 def drag(looked):
     "The handle moved to and fro, faster than pictures are drawn."
-    page, box = looked.page, looked.handle("t").bounding_box()
+    page = looked.page
+    box = looked.handle("t").bounding_box()
     track = looked.control("t", ".noUi-base").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.mouse.down()

@@ -49,12 +49,12 @@ EXPECTED = """trace => {
         yaxis.c2p(y[i]) + yaxis._offset + box.y, value, y[i]]) }"""
 
 
-class Seen:
-    "The page with the explorer, and what its controls should say."
+class Explorer:
+    "The page with the explorer, and the values that its controls should have."
 
     def __init__(self, lab, page):
         self.page, self.method, self.layer, self.level = page, "UMAP", 1, 0.0
-        # planes are those that are kept
+        # the planes that the explorer has stored
         self.atlas = AtlasBuilder(
             Run.open(lab[2] / "features/seen", "cpu"), ASKED
         ).atlas()
@@ -66,9 +66,9 @@ class Seen:
         return float(self.control(name, ".widget-readout").inner_text())
 
     def drawn(self, trace=0):
-        "Where points are on the screen, and in the plane: (n, 2) each."
-        found = np.asarray(self.page.evaluate(EXPECTED, trace)).reshape(-1, 4)
-        return found[:, :2], found[:, 2:]
+        "The positions of points on the screen and in the plane, (n, 2) each."
+        points = np.asarray(self.page.evaluate(EXPECTED, trace)).reshape(-1, 4)
+        return points[:, :2], points[:, 2:]
 
     def shows(self, **changes):
         "Wait until the points are those of the plane, and until they are drawn there."
@@ -107,17 +107,17 @@ class Seen:
 
 
 @pytest.fixture
-def seen(lab, page):
+def explorer(lab, page):
     page.set_viewport_size({"width": 1280, "height": 1150})
     write_notebook(lab, "features", *CELLS)
     run_all(page, lab, "features")
     page.locator(".scatterlayer .point").first.wait_for(timeout=240_000)
-    return Seen(lab, page)
+    return Explorer(lab, page)
 
 
-def test_points_follow_the_controls_and_neighbours_are_those_of_the_features(seen):
-    page = seen.page
-    seen.shows()
+def test_points_follow_the_controls_and_neighbours_are_those_of_the_features(explorer):
+    page = explorer.page
+    explorer.shows()
     assert page.locator(".legend .traces").count() == 10, "one entry for each digit"
     shoot(page, "features")
     for name, key, value in (
@@ -127,28 +127,28 @@ def test_points_follow_the_controls_and_neighbours_are_those_of_the_features(see
         ("level", "ArrowRight", 0.5),
         ("layer", "ArrowLeft", 3),
     ):
-        handle = seen.control(name, ".noUi-handle")
+        handle = explorer.control(name, ".noUi-handle")
         assert handle.get_attribute("aria-label")
         handle.focus()
         page.keyboard.press(key)
-        seen.shows(**{name: value})
-        assert seen.readout(name) == value
-    seen.control("method", "select").select_option("PCA")
-    seen.shows(method="PCA")
-    hover_and_click(seen)
-    lasso(seen)
-    drag(seen)
-    measure(seen)
-    other_colours(seen)
-    problem = page.locator(".selfflow-features [role=alert]", has_text="holds no run")
-    problem.wait_for()
+        explorer.shows(**{name: value})
+        assert explorer.readout(name) == value
+    explorer.control("method", "select").select_option("PCA")
+    explorer.shows(method="PCA")
+    hover_and_click(explorer)
+    lasso(explorer)
+    drag(explorer)
+    measure(explorer)
+    other_colours(explorer)
+    error = page.locator(".selfflow-features [role=alert]", has_text="holds no run")
+    error.wait_for()
     page.get_by_role("button", name="Try again").last.click()
-    problem.wait_for()
+    error.wait_for()
 
 
-def hover_and_click(seen):
-    page = seen.page
-    alone, screen = seen.alone()
+def hover_and_click(explorer):
+    page = explorer.page
+    alone, screen = explorer.alone()
     for place in alone[:3]:
         page.mouse.move(*screen[place], steps=3)
         page.locator(".widget-html", has_text=f"{place}: ").first.wait_for()
@@ -157,54 +157,58 @@ def hover_and_click(seen):
     # plotly clicks what it hovers over
     page.locator(".widget-html", has_text=f"{sample}: ").first.wait_for()
     page.mouse.click(*screen[sample])
-    neighbours(seen, sample, 8)
+    neighbours(explorer, sample, 8)
     shoot(page, "features-neighbours")
-    seen.control("neighbours", ".noUi-handle").focus()
+    explorer.control("neighbours", ".noUi-handle").focus()
     page.keyboard.press("ArrowLeft")
-    neighbours(seen, sample, 7)
-    seen.control("layer", ".noUi-handle").focus()
+    neighbours(explorer, sample, 7)
+    explorer.control("layer", ".noUi-handle").focus()
     page.keyboard.press("ArrowRight")
-    seen.shows(layer=6)
-    neighbours(seen, sample, 7)
-    box = seen.control("sample", "input")  # the same without a pointer
+    explorer.shows(layer=6)
+    neighbours(explorer, sample, 7)
+    box = explorer.control("sample", "input")  # the same without a pointer
     box.fill("11")
     box.press("ArrowUp")
     page.locator(".widget-html", has_text="12: ").first.wait_for()
-    seen.control("seek").click()
-    neighbours(seen, 12, 7)
+    explorer.control("seek").click()
+    neighbours(explorer, 12, 7)
     box.fill("1000000")
     box.press("Enter")
     page.locator(".widget-html", has_text="359: ").first.wait_for()
 
 
-def neighbours(seen, sample, count):
-    "What is told, shown and ringed is what the pure functions say."
-    seen.page.locator(
+def neighbours(explorer, sample, count):
+    "The description, images and rings agree with the pure functions."
+    explorer.page.locator(
         "[role=status]",
         has_text=describe_near(
-            seen.atlas, "class", seen.layer, seen.level, sample, count
+            explorer.atlas, "class", explorer.layer, explorer.level, sample, count
         ),
     ).wait_for()
-    order, away = (
-        found[sample, :count] for found in seen.atlas.near(seen.layer, seen.level)
+    order, distances = (
+        table[sample, :count]
+        for table in explorer.atlas.near(explorer.layer, explorer.level)
     )
-    for place, far in zip(order, away, strict=True):
-        digit = seen.atlas.factors["class"][place]
-        seen.page.get_by_alt_text(
-            f"{place}, distance {far:.3f}\nclass {digit}", exact=True
+    for place, distance in zip(order, distances, strict=True):
+        digit = explorer.atlas.factors["class"][place]
+        explorer.page.get_by_alt_text(
+            f"{place}, distance {distance:.3f}\nclass {digit}", exact=True
         ).first.wait_for()
-    points = seen.atlas.planes[seen.method, seen.layer, seen.level].points
+    points = explorer.atlas.planes[
+        explorer.method, explorer.layer, explorer.level
+    ].points
     for _ in range(100):
-        ringed, clicked = seen.drawn(1)[1], seen.drawn(2)[1]
+        ringed = explorer.drawn(1)[1]
+        clicked = explorer.drawn(2)[1]
         if ringed.shape == (count, 2) and np.allclose(ringed, points[order], atol=1e-5):
             assert np.allclose(clicked, points[[sample]], atol=1e-5)
             return
-        seen.page.wait_for_timeout(100)
-    raise AssertionError("other points are ringed")
+        explorer.page.wait_for_timeout(100)
+    raise AssertionError("the rings are around other points")
 
 
 def inside(point, polygon):
-    "Whether a ray to the right crosses the border an odd number of times."
+    "Return True if a ray to the right crosses the border an odd number of times."
     x, y = point
     crossed = False
     for (x0, y0), (x1, y1) in zip(polygon, np.roll(polygon, -1, 0), strict=True):
@@ -214,7 +218,7 @@ def inside(point, polygon):
 
 
 def border(points, polygon):
-    "How far points are from the nearest side of a polygon."
+    "The distance of each point to the nearest side of a polygon."
     away = np.full(len(points), np.inf)
     for start, end in zip(polygon, np.roll(polygon, -1, 0), strict=True):
         along = ((points - start) @ (end - start) / ((end - start) ** 2).sum()).clip(
@@ -227,14 +231,13 @@ def border(points, polygon):
     return away
 
 
-def lasso(seen):
-    page, screen = seen.page, seen.drawn()[0]
+def lasso(explorer):
+    page = explorer.page
+    screen = explorer.drawn()[0]
     generator = np.random.default_rng(0)
     for _ in range(10_000):  # a polygon that passes no point closely
-        centre, reach = (
-            screen[generator.integers(len(screen))],
-            generator.uniform(40, 90, 5),
-        )
+        centre = screen[generator.integers(len(screen))]
+        reach = generator.uniform(40, 90, 5)
         angles = np.arange(5) * 2 * np.pi / 5
         polygon = centre + reach[:, None] * np.stack(
             [np.cos(angles), np.sin(angles)], 1
@@ -247,7 +250,7 @@ def lasso(seen):
         if fits and 4 <= len(wanted) <= 24 and border(screen, polygon).min() > 3:
             break
     else:
-        raise AssertionError("no polygon was found")
+        raise AssertionError("no polygon passes the points at a distance")
     page.mouse.move(*polygon[0])
     page.mouse.down()
     for corner in (*polygon[1:], polygon[0]):
@@ -263,13 +266,13 @@ def lasso(seen):
     )
     assert [int(text.split(":")[0]) for text in texts] == wanted
     shoot(page, "features-lasso")
-    seen.control("layer", ".noUi-handle").focus()
+    explorer.control("layer", ".noUi-handle").focus()
     page.keyboard.press("ArrowLeft")
-    seen.shows(layer=3)
+    explorer.shows(layer=3)
     page.wait_for_timeout(500)
     assert (
         page.locator("[role=status]", has_text=f"{len(wanted)} chosen").count() == 1
-    ), "what was chosen stays chosen"
+    ), "the selection stays"
     faded = page.evaluate("""() =>
         [...document.querySelector('.scatterlayer .trace').querySelectorAll('.point')]
         .map(point => getComputedStyle(point).opacity)""")
@@ -282,12 +285,12 @@ def lasso(seen):
     shoot(page, "features-lasso-moved")
 
 
-def drag(seen):
-    "The handles moved to and fro, faster than points are drawn."
-    page = seen.page
+def drag(explorer):
+    "Move the handles back and forth, faster than points are drawn."
+    page = explorer.page
     for name in ("layer", "level"):
         box, track = (
-            seen.control(name, inner).bounding_box()
+            explorer.control(name, inner).bounding_box()
             for inner in (".noUi-handle", ".noUi-base")
         )
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
@@ -299,15 +302,17 @@ def drag(seen):
             )
         page.mouse.up()
     page.wait_for_timeout(300)
-    seen.shows(layer=int(seen.readout("layer")), level=seen.readout("level"))
-    neighbours(seen, 12, 7)
+    explorer.shows(
+        layer=int(explorer.readout("layer")), level=explorer.readout("level")
+    )
+    neighbours(explorer, 12, 7)
 
 
-def measure(seen):
-    seen.page.evaluate(
+def measure(explorer):
+    explorer.page.evaluate(
         "() => document.querySelector('.selfflow-control-layer .noUi-handle').focus()"
     )
-    times = seen.page.evaluate("""async () => {
+    times = explorer.page.evaluate("""async () => {
         const times = [];
         const control = '.selfflow-control-layer .noUi-handle';
         const handle = document.querySelector(control);
@@ -338,17 +343,17 @@ def measure(seen):
     )
     # on a machine that does other things too; see data/results/latency.json
     assert median < 1500
-    seen.shows(layer=1)
+    explorer.shows(layer=1)
 
 
-def other_colours(seen):
-    page = seen.page
+def other_colours(explorer):
+    page = explorer.page
     set_theme(page, "Dark")
     page.wait_for_function(
         "() => getComputedStyle(document.querySelector('.main-svg'))"
         ".background.includes('rgb(17, 17, 17)')"
     )
-    seen.shows()
+    explorer.shows()
     shoot(page, "features-dark")
     page.set_viewport_size({"width": 800, "height": 1150})
     until_within(
@@ -363,7 +368,7 @@ def other_colours(seen):
             )
         ),
     )
-    seen.shows()
+    explorer.shows()
     shoot(page, "features-dark-narrow")
     page.set_viewport_size({"width": 1280, "height": 1150})
     set_theme(page, "Light")

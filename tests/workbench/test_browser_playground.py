@@ -57,7 +57,9 @@ class Played:
     "The page with the playground, and the values that its controls should have."
 
     def __init__(self, lab, page):
-        self.page, self.values, self.theme = page, dict(START), LIGHT
+        self.page = page
+        self.values = dict(START)
+        self.theme = LIGHT
         self.side = SideBySide.of(lab[2] / "play", device="cpu")
 
     def control(self, name, inner=""):
@@ -85,7 +87,8 @@ def played(lab, page):
 
 
 def test_every_control_is_followed_and_a_long_caption_is_answered(played):
-    page, values = played.page, played.values
+    page = played.page
+    values = played.values
     played.shows()
     shoot(page, "playground")
     for name, key, step in (

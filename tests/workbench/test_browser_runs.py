@@ -3,15 +3,13 @@
 Runs are chosen by keys and pointer; another process trains one; an explorer opens.
 """
 
-import os
 import shutil
-import subprocess
-import sys
+import signal
 import time
 
+import programs
 import pytest
 from browser import (
-    ROOT,
     record_latency,
     run_all,
     set_theme,
@@ -61,7 +59,9 @@ class Browsed:
     "The page with the browser, and the values that its controls should have."
 
     def __init__(self, lab, page):
-        self.page, self.theme, self.listing = page, LIGHT, Listing(lab[2] / "browsed")
+        self.page = page
+        self.theme = LIGHT
+        self.listing = Listing(lab[2] / "browsed")
         self.values = {
             "runs": ["plain", "self_flow"],
             "view": "curves",
@@ -111,26 +111,20 @@ def elsewhere(lab):
         TRAIN.format(steps=50_000, every=40, name="elsewhere")
         + "train(config, 'browsed', bar=False, device='cpu')"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=lab[2],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-    )
-    yield process
-    process.terminate()
-    process.wait(60)
+    program = programs.Program("-c", code, cwd=lab[2])
+    yield program
+    program.send_signal(signal.SIGTERM)
+    program.wait(60)
 
 
 def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab):
-    page, inner = browsed.page, browsed.inner
+    page = browsed.page
+    inner = browsed.inner
     browsed.box("self_flow").wait_for()
-    assert (
-        inner(".selfflow-runs tbody tr").count() == 2
-        and "6 of 6" in inner(".selfflow-runs tbody").inner_text()
-    )
-    assert browsed.box("plain").is_checked() and browsed.box("self_flow").is_checked()
+    assert inner(".selfflow-runs tbody tr").count() == 2
+    assert "6 of 6" in inner(".selfflow-runs tbody").inner_text()
+    assert browsed.box("plain").is_checked()
+    assert browsed.box("self_flow").is_checked()
     browsed.shows()
     shoot(page, "runs")
 
@@ -142,7 +136,8 @@ def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab
     browsed.shows(runs=["plain", "self_flow"])
     milliseconds = []
     for wanted in (["plain"], ["plain", "self_flow"]) * 3:
-        before, started = source(page, "picture-picture-1"), time.monotonic()
+        before = source(page, "picture-picture-1")
+        started = time.monotonic()
         page.keyboard.press("ArrowDown")
         page.keyboard.press("Space")
         while source(page, "picture-picture-1") == before:
@@ -165,13 +160,12 @@ def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab
     browsed.view("settings")
     table = inner(".selfflow-table")
     table.get_by_text("objective.name").wait_for()
-    assert (
-        inner("img.selfflow-picture-picture-1").is_hidden()
-        and "flow_matching" in table.inner_text()
-    )
+    assert inner("img.selfflow-picture-picture-1").is_hidden()
+    assert "flow_matching" in table.inner_text()
     shoot(page, "runs-settings")
     browsed.view("levels")
-    assert table.is_hidden() and inner("img.selfflow-picture-picture-2").is_visible()
+    assert table.is_hidden()
+    assert inner("img.selfflow-picture-picture-2").is_visible()
     for _ in range(4):  # rapid, the last one counts
         for name in SHOWN[:3]:
             page.locator(".selfflow-browser").first.get_by_role(
@@ -241,15 +235,14 @@ def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab
 def test_an_empty_folder_shows_a_hint_and_a_run_elsewhere_is_followed(
     browsed, lab, elsewhere
 ):
-    page, inner = browsed.page, browsed.inner
+    page = browsed.page
+    inner = browsed.inner
     empty = page.locator(".selfflow-browser").nth(1)
     empty.locator(".selfflow-folder [role=alert]", has_text="selfflow train").wait_for()
     said = empty.locator(".selfflow-folder").inner_text()
-    assert (
-        "make demo" in said
-        and "<i>here</i>" in said
-        and empty.locator(".selfflow-runs").is_hidden()
-    )
+    assert "make demo" in said
+    assert "<i>here</i>" in said
+    assert empty.locator(".selfflow-runs").is_hidden()
 
     row = inner(".selfflow-runs tbody tr", has_text="elsewhere")
     row.wait_for()  # though nobody told the kernel
@@ -286,10 +279,8 @@ def test_an_empty_folder_shows_a_hint_and_a_run_elsewhere_is_followed(
     browsed.box(EVIL).check()
     browsed.shows(runs=[EVIL, "plain", "self_flow"])
     damaged = inner(".selfflow-runs tbody tr", has_text="1 of 3 checkpoints damaged")
-    assert (
-        EVIL in damaged.inner_text()
-        and "model.safetensors is missing" in damaged.inner_text()
-    )
+    assert EVIL in damaged.inner_text()
+    assert "model.safetensors is missing" in damaged.inner_text()
     browsed.view("settings")
     inner(".selfflow-table", has_text=EVIL).wait_for()
     inner(".selfflow-open-which select").select_option(label=EVIL)

@@ -88,15 +88,15 @@ def test_neighbours_are_those_of_the_cosine_of_standardised_features(shape):
 def test_constant_channels_do_not_count():
     features = np.random.default_rng(0).normal(size=(9, 3))
     still = np.c_[features, np.full(9, 7.3)]
-    assert (_standardised(still)[:, 3] == 0).all() and np.array_equal(
-        nearest(features, 4)[0], nearest(still, 4)[0]
-    )
+    assert (_standardised(still)[:, 3] == 0).all()
+    assert np.array_equal(nearest(features, 4)[0], nearest(still, 4)[0])
     assert np.isfinite(nearest(np.zeros((4, 2)), 2)[1]).all()
 
 
 def test_chance_is_that_of_all_pairs():
     generator = np.random.default_rng(1)
-    kinds, angles = generator.integers(0, 4, 25), generator.uniform(0, 7, 25)
+    kinds = generator.integers(0, 4, 25)
+    angles = generator.uniform(0, 7, 25)
     near = nearest(generator.normal(size=(25, 3)), 6)[0]
     pairs = ~np.eye(25, dtype=bool)
     found = sharing(kinds, near, 3)
@@ -122,7 +122,8 @@ def test_chance_is_that_of_all_pairs():
             around[pairs].mean(),
         ),
     )
-    assert sharing(kinds, near, 3).kinds and not found.kinds
+    assert sharing(kinds, near, 3).kinds
+    assert not found.kinds
 
 
 def test_planes_are_turned_as_procrustes_turns_them():
@@ -165,24 +166,21 @@ def test_features_and_planes_are_those_that_are_made_one_by_one(run):
 def test_a_second_opening_reads_and_other_questions_do_not(run, tmp_path, capsys):
     store = FeatureStore(tmp_path)
     first = AtlasBuilder(run, AtlasOptions(**FEW), store)
-    assert (
-        first.cost.features.passes == 2
-        and first.cost.planes == {"PCA": 4}
-        and "4 by PCA" in str(first.cost)
-    )
+    assert first.cost.features.passes == 2
+    assert first.cost.planes == {"PCA": 4}
+    assert "4 by PCA" in str(first.cost)
     both = AtlasCost(
         first.cost.features, {"UMAP": 24, "PCA": 24}, 0, 400, "400 of 1,000, at random"
     )
-    assert "24 by UMAP, 24 by PCA" in str(both) and "UMAP about 22 s" in str(both)
+    assert "24 by UMAP, 24 by PCA" in str(both)
+    assert "UMAP about 22 s" in str(both)
     told = []
     atlas = first.atlas(lambda *step: told.append(step))
-    assert [step[:2] for step in told] == [(done, 6) for done in range(7)] and told[2][
-        2
-    ] == "PCA, layer 1, t = 0"
+    assert [step[:2] for step in told] == [(done, 6) for done in range(7)]
+    assert told[2][2] == "PCA, layer 1, t = 0"
     second = AtlasBuilder(run, AtlasOptions(**FEW), store)
-    assert "all stored" in str(second.cost) and "none to be laid out, 4 stored" in str(
-        second.cost
-    )
+    assert "all stored" in str(second.cost)
+    assert "none to be laid out, 4 stored" in str(second.cost)
     for other in (
         {"seed": 1},
         {"neighbours": 5},
@@ -224,13 +222,11 @@ def test_samples_of_every_modality_are_shown_with_their_factors_in_words(name, k
     items = Items(Sources(DataConfig(name), "test"), count=6)
     previews, captions = item_previews(items)
     factors, names = known_factors(items)
-    assert [[kind for kind, _ in files] for files in previews] == [kinds] * 6 and len(
-        captions
-    ) == 6
+    assert [[kind for kind, _ in files] for files in previews] == [kinds] * 6
+    assert len(captions) == 6
     for factor, values in factors.items():
-        assert values.shape == (6,) and (
-            factor not in names or max(values) < len(names[factor])
-        )
+        assert values.shape == (6,)
+        assert factor not in names or max(values) < len(names[factor])
     if name == "notes":
         example = items.data.take(torch.arange(6))
         assert [names["pitch"][pitch] for pitch in factors["pitch"]] == [
@@ -261,22 +257,18 @@ def test_sliders_move_points_and_neighbours_follow(view):
     view.clicked(view.figure.data[0], Points(point_inds=[9]), None)
     view.count.value, view.layer.value = 5, 3
     order = nearest(view.atlas.features[3, 0.5], 5)[0][9]
-    assert np.array_equal(view.nearest(), order) and view.near.value.count("<img") == 6
-    assert (
-        np.array_equal(view.figure.data[1].x, view.figure.data[0].x[order])
-        and len(view.figure.data[2].x) == 1
-    )
+    assert np.array_equal(view.nearest(), order)
+    assert view.near.value.count("<img") == 6
+    assert np.array_equal(view.figure.data[1].x, view.figure.data[0].x[order])
+    assert len(view.figure.data[2].x) == 1
     kind = view.atlas.factors["kind"]
     assert f"{(kind[order] == kind[9]).sum()} share its kind" in view.near.value
     view.colour.value = "x"
-    assert (
-        "differ from it in x" in view.near.value
-        and describe_near(view.atlas, "x", 3, 0.5, 9, 5) in view.near.value
-    )
+    assert "differ from it in x" in view.near.value
+    assert describe_near(view.atlas, "x", 3, 0.5, 9, 5) in view.near.value
     published = view.figure._widget_data  # what a page that opens later sees
-    assert len(published) == len(view.figure.data) and np.array_equal(
-        published[0]["x"], view.figure.data[0].x
-    )
+    assert len(published) == len(view.figure.data)
+    assert np.array_equal(published[0]["x"], view.figure.data[0].x)
 
 
 def test_the_selection_stays_and_is_ringed_on_the_strip(view):
@@ -301,21 +293,18 @@ def test_a_factor_that_cannot_be_shown_is_reported(view):
     view.atlas.factors["scale"] = view.factors["scale"] = np.full(40, np.nan)
     view.seek_near(0)
     view.colour.value = "scale"
-    assert (
-        'role="alert"' in view.message.value
-        and 'role="alert"' in view.near.value
-        and view.near.value.count("<img") == 9
-    )
+    assert 'role="alert"' in view.message.value
+    assert 'role="alert"' in view.near.value
+    assert view.near.value.count("<img") == 9
     view.colour.value, view.layer.value = "kind", 3
-    assert view.message.value == "" and "share its kind" in view.near.value
+    assert view.message.value == ""
+    assert "share its kind" in view.near.value
 
 
 def test_a_long_caption_is_cut(view):
     long = FeatureMap(view.atlas, view.previews, ["a red star " * 909 + "?"] * 40)
-    assert (
-        len(long.describe(0)) < 600
-        and max(map(len, long.figure.data[0].hovertext)) < 320
-    )
+    assert len(long.describe(0)) < 600
+    assert max(map(len, long.figure.data[0].hovertext)) < 320
     assert FeatureMap(view.atlas, view.previews).describe(3).startswith("3; kind ")
 
 
@@ -323,11 +312,9 @@ def test_a_folder_without_a_run_is_reported_and_can_be_tried_again(run, tmp_path
     empty = explore_features(tmp_path / "later")
     with pytest.raises(RuntimeError, match="holds no run"):
         empty.wait(60)
-    assert (
-        'role="alert"' in empty.status.value
-        and empty.again.layout.display == ""
-        and len(empty.selected) == 0
-    )
+    assert 'role="alert"' in empty.status.value
+    assert empty.again.layout.display == ""
+    assert len(empty.selected) == 0
     half = tmp_path / "later"
     half.mkdir()
     # written so far: no checkpoint yet
@@ -338,11 +325,9 @@ def test_a_folder_without_a_run_is_reported_and_can_be_tried_again(run, tmp_path
     (half / "checkpoints").symlink_to(run.path / "checkpoints")
     empty.options = AtlasOptions(**FEW)
     empty.again.click()
-    assert (
-        len(empty.wait(120).previews) == 40
-        and empty.problem == ""
-        and "FeatureMap" in repr(empty)
-    )
+    assert len(empty.wait(120).previews) == 40
+    assert empty.problem == ""
+    assert "FeatureMap" in repr(empty)
 
 
 def test_changes_from_many_threads_end_in_the_right_state(view):
@@ -362,9 +347,8 @@ def test_changes_from_many_threads_end_in_the_right_state(view):
     for thread in threads:
         thread.join()
     plane = view.atlas.planes[view.place].points
-    assert np.array_equal(view.figure.data[0].x, plane[:, 0]) and np.array_equal(
-        view.figure.data[1].y, plane[view.nearest(), 1]
-    )
+    assert np.array_equal(view.figure.data[0].x, plane[:, 0])
+    assert np.array_equal(view.figure.data[1].y, plane[view.nearest(), 1])
 
 
 def test_bad_input_is_refused(run, view, monkeypatch):

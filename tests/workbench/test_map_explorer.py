@@ -60,9 +60,12 @@ def test_categories_differ_in_colour_and_shape_and_numbers_are_not_categories():
         "kind",
         chosen=[3, 4],
     )
-    assert len(figure.axes) == 2 and [
-        text.get_text() for text in figure.legends[0].get_texts()
-    ] == ["disc", "ring", "star"]
+    assert len(figure.axes) == 2
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "disc",
+        "ring",
+        "star",
+    ]
     groups = figure.axes[1].collections
     for kind, group in enumerate(groups[:3]):
         assert np.allclose(group.get_offsets(), 2 * PLANE[KIND == kind])
@@ -71,9 +74,8 @@ def test_categories_differ_in_colour_and_shape_and_numbers_are_not_categories():
         len({group.get_paths()[0].vertices.tobytes() for group in groups[:3]}) == 3
     ), "three shapes"
     assert np.allclose(groups[3].get_offsets(), 2 * PLANE[[3, 4]])
-    assert categories_of(FACTORS["size"]) is None and categories_of(
-        np.array(["b", "a", "b"])
-    )[0].tolist() == [1, 0, 1]
+    assert categories_of(FACTORS["size"]) is None
+    assert categories_of(np.array(["b", "a", "b"]))[0].tolist() == [1, 0, 1]
 
 
 def test_colours_of_tokens_keep_their_places():
@@ -91,37 +93,34 @@ def test_colours_of_tokens_keep_their_places():
 
 def test_previews_are_the_samples():
     g = torch.Generator().manual_seed(0)
-    videos, clips = (
-        torch.rand(2, 1, 5, 8, 8, generator=g) * 2 - 1,
-        torch.rand(2, 50, generator=g),
-    )
+    videos = torch.rand(2, 1, 5, 8, 8, generator=g) * 2 - 1
+    clips = torch.rand(2, 50, generator=g)
     (_, still), (kind, clip) = previews_of(
         {"video": videos, "audio": clips}, rate=4000
     )[1]
     picture = np.asarray(Image.open(io.BytesIO(still)))
+    assert picture.shape == (96, 96, 3)
     assert (
-        picture.shape == (96, 96, 3)
-        and (
-            picture[::12, ::12, 0] == ((videos[1, 0, 2] + 1) * 127.5).round().numpy()
-        ).all()
-    )
+        picture[::12, ::12, 0] == ((videos[1, 0, 2] + 1) * 127.5).round().numpy()
+    ).all()
     with wave.open(io.BytesIO(clip)) as file:
-        assert kind == "audio/wav" and (file.getnframes(), file.getframerate()) == (
+        assert kind == "audio/wav"
+        assert (file.getnframes(), file.getframerate()) == (
             50,
             4000,
         )
     html = preview_html([("audio/wav", clip)], 'a "ring" <b>')
-    assert (
-        base64.b64decode(re.search('base64,([^"]+)', html)[1]) == clip
-        and "&quot;ring&quot; &lt;b&gt;" in html
-    )
+    assert base64.b64decode(re.search('base64,([^"]+)', html)[1]) == clip
+    assert "&quot;ring&quot; &lt;b&gt;" in html
 
 
 def test_the_pointer_shows_the_sample_and_a_number_does_too():
     view = a_map()
     view.pointed(view.figure.data[0], Points(point_inds=[7]), None)
     shown = view.preview.value
-    assert "caption 7" in shown and "size 0.179" in shown and view.sample.value == 7
+    assert "caption 7" in shown
+    assert "size 0.179" in shown
+    assert view.sample.value == 7
     assert base64.b64encode(view.previews[7][0][1]).decode() in shown
     view.pointed(view.figure.data[0], Points(point_inds=[]), None)
     assert view.preview.value == shown, "nothing under the pointer: what was seen stays"
@@ -132,19 +131,15 @@ def test_the_pointer_shows_the_sample_and_a_number_does_too():
 def test_a_selection_gives_back_indices():
     view = a_map()
     view.choose(view.figure.data[0], Points(point_inds=[9, 2, 30]), LassoSelector())
-    assert (
-        view.selected.tolist() == [2, 9, 30]
-        and view.chosen.value.count("<img") == 3
-        and "3 chosen" in view.chosen.value
-    )
+    assert view.selected.tolist() == [2, 9, 30]
+    assert view.chosen.value.count("<img") == 3
+    assert "3 chosen" in view.chosen.value
     assert len(view.twin().axes[0].collections[-1].get_offsets()) == 3
     view.choose(
         view.figure.data[0], Points(point_inds=list(range(COUNT))), BoxSelector()
     )
-    assert (
-        len(view.selected) == COUNT
-        and f"the first {view.SHOWN} shown" in view.chosen.value
-    )
+    assert len(view.selected) == COUNT
+    assert f"the first {view.SHOWN} shown" in view.chosen.value
     assert view.chosen.value.count("<img") == view.SHOWN
     view.choose(view.figure.data[0], Points(point_inds=[]), None)
     assert len(view.selected) == 0
@@ -153,24 +148,20 @@ def test_a_selection_gives_back_indices():
 def test_a_factor_gives_its_colours_or_an_error_message():
     view = a_map()
     before = view.figure.data[0].marker.color
-    assert len(view.figure.data) == 4 and before[:3] == HUES[:3]
+    assert len(view.figure.data) == 4
+    assert before[:3] == HUES[:3]
     view.colour.value = "size"
-    assert len(view.figure.data) == 1 and np.allclose(
-        view.figure.data[0].marker.color, FACTORS["size"]
-    )
+    assert len(view.figure.data) == 1
+    assert np.allclose(view.figure.data[0].marker.color, FACTORS["size"])
     view.colour.value = "broken"
-    assert (
-        'role="alert"' in view.message.value
-        and "40 of 40 values are not finite" in view.message.value
-    )
+    assert 'role="alert"' in view.message.value
+    assert "40 of 40 values are not finite" in view.message.value
     assert np.allclose(view.figure.data[0].marker.color, FACTORS["size"]), "as it was"
     assert view.twin().axes[-1].get_ylabel() == "size"
     view.colour.value = "kind"
-    assert (
-        view.message.value == ""
-        and view.figure.data[0].marker.color == before
-        and len(view.figure.data) == 4
-    )
+    assert view.message.value == ""
+    assert view.figure.data[0].marker.color == before
+    assert len(view.figure.data) == 4
     view.choose(view.figure.data[0], Points(point_inds=[1]), BoxSelector())
     assert view.selected.tolist() == [1], (
         "points are still heard after colours have changed"
@@ -187,11 +178,9 @@ def test_every_text_is_escaped():
         str(view.figure.layout),
     ):
         assert EVIL not in text
-    assert (
-        "&lt;img" in view.chosen.value
-        and "&lt;img" in view.figure.data[2].name
-        and "&lt;img" in view.figure.layout.title.text
-    )
+    assert "&lt;img" in view.chosen.value
+    assert "&lt;img" in view.figure.data[2].name
+    assert "&lt;img" in view.figure.layout.title.text
 
 
 def test_trustworthiness_is_stated():

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import ipywidgets as widgets
 import nbformat
+import programs
 import pytest
 import websocket
 from browser import ROOT, served, wait_for_server
@@ -62,22 +63,22 @@ def test_the_quickstart_is_that_of_the_notebook():
         for cell in cells
         if "vanilla = Config(" in "".join(cell["source"])
     )
-    named = {
+    given = {
         "os": type("Os", (), {"environ": {}}),
         "tempfile": None,
         "Path": Path,
         "replace": replace,
     }
-    exec(source, named | vars(config) | vars(method), found := {})
-    assert quickstart() == (found["selfflow"], found["vanilla"])
-    assert (
-        found["folder"].name == "quickstart" and found["folder"].parent.name == "runs"
-    )
+    exec(source, given | vars(config) | vars(method), names := {})
+    assert quickstart() == (names["selfflow"], names["vanilla"])
+    assert names["folder"].name == "quickstart"
+    assert names["folder"].parent.name == "runs"
 
 
 def test_without_a_run_the_quickstart_is_trained_and_opened(tmp_path):
     bench = Workbench(tmp_path / "runs", (WORDS,), QUICK, {})
-    assert page(bench).value == "self-flow" and list(bench.runs) == [
+    assert page(bench).value == "self-flow"
+    assert list(bench.runs) == [
         "quickstart/flow-matching",
         "quickstart/self-flow",
     ]
@@ -85,21 +86,22 @@ def test_without_a_run_the_quickstart_is_trained_and_opened(tmp_path):
         "quickstart/flow-matching: step 12",
         "quickstart/self-flow: step 12",
     ]
-    assert (
-        "Both runs" in bench.status.value
-        and not bench.live.children
-        and bench.more.layout.display == "none"
-    )
+    assert "Both runs" in bench.status.value
+    assert not bench.live.children
+    assert bench.more.layout.display == "none"
     again = Workbench(tmp_path / "runs", (WORDS,), QUICK, {})
-    assert not again._trains and page(again).value == "self-flow"
+    assert not again._trains
+    assert page(again).value == "self-flow"
 
 
 def test_a_stopped_quickstart_resumes(tmp_path, monkeypatch):
-    real, seen = module.train, []
+    real = module.train
+    trained = []
 
-    def train(asked, folder, **options):
-        seen.append(asked.name)
-        if len(seen) == 1:  # as the panel's button does, once the run is being trained
+    def train(config, folder, **options):
+        trained.append(config.name)
+        # as the panel's button does, once the run is being trained
+        if len(trained) == 1:
             save = Run.save
 
             def asks(run, step, *rest):
@@ -108,31 +110,25 @@ def test_a_stopped_quickstart_resumes(tmp_path, monkeypatch):
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(Run, "save", asks)
-                return real(asked, folder, **options)
-        return real(asked, folder, **options)
+                return real(config, folder, **options)
+        return real(config, folder, **options)
 
     monkeypatch.setattr(module, "train", train)
     bench = Workbench(tmp_path, (WORDS,), QUICK, {})
     bench.settle()
-    assert (
-        seen == ["self-flow"]
-        and "Stopped at step" in bench.status.value
-        and bench.more.layout.display == ""
-    )
-    assert (
-        0 < saved_step(tmp_path / "quickstart/self-flow") < 12
-        and page(bench).value == "self-flow"
-    )
+    assert trained == ["self-flow"]
+    assert "Stopped at step" in bench.status.value
+    assert bench.more.layout.display == ""
+    assert 0 < saved_step(tmp_path / "quickstart/self-flow") < 12
+    assert page(bench).value == "self-flow"
     bench.more.click()
     bench.settle()
-    assert (
-        seen == ["self-flow", "self-flow", "flow-matching"]
-        and bench.more.layout.display == "none"
-    )
+    assert trained == ["self-flow", "self-flow", "flow-matching"]
+    assert bench.more.layout.display == "none"
     assert {saved_step(path) for path in bench.runs.values()} == {12}
 
 
-def test_models_of_the_project_stand_after_the_runs_and_are_there_at_once(
+def test_models_of_the_project_are_listed_after_the_runs_without_training(
     runs, tmp_path
 ):
     models = {
@@ -140,18 +136,21 @@ def test_models_of_the_project_stand_after_the_runs_and_are_there_at_once(
         for name in ("plain", "own-self-flow")
     }
     bench = Workbench(tmp_path / "none", (WORDS,), QUICK, models)
-    assert not bench._trains and bench.more.layout.display == ""
+    assert not bench._trains
+    assert bench.more.layout.display == ""
     assert page(bench).value == "own-self-flow"
     assert [label for label, _ in bench.run.options] == [
         "plain: step 12",
         "own-self-flow: step 12",
     ]
-    begun = Workbench(runs["tiny"].path.parent, (WORDS,), QUICK, models)
-    assert begun.run.value in runs_in(begun.folder).values()
-    assert list(begun.runs)[-2:] == ["plain", "own-self-flow"]
-    same = Workbench(begun.folder, (WORDS,), QUICK, {"tiny": models["plain"]})
-    assert same.runs["tiny"] == runs["tiny"].path, "a run of this name is not hidden"
-    assert same.runs["tiny (of the project)"] == models["plain"]
+    with_runs = Workbench(runs["tiny"].path.parent, (WORDS,), QUICK, models)
+    assert with_runs.run.value in runs_in(with_runs.folder).values()
+    assert list(with_runs.runs)[-2:] == ["plain", "own-self-flow"]
+    same_name = Workbench(with_runs.folder, (WORDS,), QUICK, {"tiny": models["plain"]})
+    assert same_name.runs["tiny"] == runs["tiny"].path, (
+        "a model of the same name does not hide a run"
+    )
+    assert same_name.runs["tiny (of the project)"] == models["plain"]
 
 
 def test_a_failed_training_is_reported(tmp_path):
@@ -159,8 +158,10 @@ def test_a_failed_training_is_reported(tmp_path):
     (tmp_path / "quickstart/self-flow").write_text("a file where a folder should be")
     bench = Workbench(tmp_path, (WORDS,), QUICK, {})
     bench.settle()
-    assert 'role="alert"' in bench.status.value and "self-flow" in bench.status.value
-    assert bench.more.layout.display == "" and "no run" in page(bench).value
+    assert 'role="alert"' in bench.status.value
+    assert "self-flow" in bench.status.value
+    assert bench.more.layout.display == ""
+    assert "no run" in page(bench).value
 
 
 def test_tools_are_opened_once_on_request(runs):
@@ -176,21 +177,20 @@ def test_tools_are_opened_once_on_request(runs):
         )
 
     bench = Workbench(runs["tiny"].path.parent, (tool("a"), tool("b")), (), {})
-    assert (
-        page(bench).value == "a"
-        and opened == [("a", "tiny")]
-        and bench.about.value == "<i>about &lt;a&gt;</i>"
-    )
+    assert page(bench).value == "a"
+    assert opened == [("a", "tiny")]
+    assert bench.about.value == "<i>about &lt;a&gt;</i>"
     bench.tool.value = "b"
     assert page(bench).value == "b"
     bench.tool.value = "a"
-    assert page(bench).value == "a" and len(opened) == 2
+    assert page(bench).value == "a"
+    assert len(opened) == 2
     bench.run.value = runs["vanilla"].path
-    assert (
-        page(bench).value == "a" and opened[-1] == ("a", "vanilla") and len(opened) == 3
-    )
+    assert page(bench).value == "a"
+    assert opened[-1] == ("a", "vanilla")
+    assert len(opened) == 3
     bench.run.value = runs["tiny"].path
-    assert page(bench).value == "a" and len(opened) == 3, "what was open is still there"
+    assert page(bench).value == "a" and len(opened) == 3, "an open tool stays open"
 
 
 def test_the_last_request_is_shown(runs):
@@ -223,25 +223,24 @@ def test_a_tool_that_fails_reports_it_and_can_be_retried(runs):
         return widgets.HTML("there")
 
     bench = Workbench(runs["tiny"].path.parent, (Tool("t", "t", fails), WORDS), (), {})
-    words, again = page(bench).children
-    assert (
-        "&lt;img onerror" in words.value
-        and 'role="alert"' in words.value
-        and "<img" not in words.value
-    )
+    message, retry = page(bench).children
+    assert "&lt;img onerror" in message.value
+    assert 'role="alert"' in message.value
+    assert "<img" not in message.value
     bench.tool.value = "Words"
     assert page(bench).value == "tiny"
     bench.tool.value = "t"
-    again.click()
-    assert page(bench).value == "there" and len(tries) == 2
+    retry.click()
+    assert page(bench).value == "there"
+    assert len(tries) == 2
 
 
-def test_a_run_without_a_checkpoint_is_listed_and_refused_in_words(runs, tmp_path):
+def test_a_run_without_a_checkpoint_is_listed_and_the_reason_shown(runs, tmp_path):
     Run.create(tmp_path / "begun", TINY, runs["tiny"].inputs)
-    train_nothing = Workbench(tmp_path, tools_on_page()[:1], (), {})
+    bench = Workbench(tmp_path, tools_on_page()[:1], (), {})
     assert label_of("begun", tmp_path / "begun") == "begun: no checkpoint yet"
-    words, _ = page(train_nothing).children
-    assert "no intact checkpoint yet" in words.value
+    message, _ = page(bench).children
+    assert "no intact checkpoint yet" in message.value
 
 
 def test_a_run_with_new_steps_is_reopened(runs, tmp_path):
@@ -269,26 +268,28 @@ def test_a_run_with_new_steps_is_reopened(runs, tmp_path):
     assert page(bench).value == "1" and len(opened) == 1, "nothing has changed"
     run.save(8, tensors, {})
     bench.look()
-    assert page(bench).value == "2" and bench.run.options[0][0] == "goes-on: step 8"
+    assert page(bench).value == "2"
+    assert bench.run.options[0][0] == "goes-on: step 8"
 
 
-def test_runs_of_the_same_data_stand_side_by_side(runs, tmp_path):
+def test_only_runs_of_the_same_data_are_comparable(runs, tmp_path):
     other = tmp_path / "other"
     Run.create(other, TINY, runs["tiny"].inputs)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text("{")
-    others = runs_in(runs["tiny"].path.parent) | runs_in(tmp_path)
-    found = Chosen(
+    runs_of_both = runs_in(runs["tiny"].path.parent) | runs_in(tmp_path)
+    comparable = Chosen(
         tmp_path,
         runs["tiny"].path,
-        {"a/tiny" if name == "tiny" else name: p for name, p in others.items()},
+        {"a/tiny" if name == "tiny" else name: p for name, p in runs_of_both.items()},
     ).comparable()
-    assert list(found)[:2] == ["a/tiny", "vanilla"], "all by the names of the list"
-    found = Chosen(tmp_path, runs["tiny"].path, others).comparable()
-    assert list(found)[:2] == ["tiny", "vanilla"] and not {"other", "broken"} & set(
-        found
+    assert list(comparable)[:2] == ["a/tiny", "vanilla"], "all by the names of the list"
+    comparable = Chosen(tmp_path, runs["tiny"].path, runs_of_both).comparable()
+    assert list(comparable)[:2] == ["tiny", "vanilla"]
+    assert not {"other", "broken"} & set(comparable)
+    assert (
+        len(Chosen(tmp_path, runs["tiny"].path, runs_of_both).comparable(most=1)) == 1
     )
-    assert len(Chosen(tmp_path, runs["tiny"].path, others).comparable(most=1)) == 1
 
 
 def test_every_tool_opens_on_a_run(runs, monkeypatch):
@@ -298,17 +299,17 @@ def test_every_tool_opens_on_a_run(runs, monkeypatch):
     bench = Workbench(runs["tiny"].path.parent, configs=(), models={})
     for tool in tools_on_page():
         bench.tool.value = tool.title
-        shown = page(bench)
-        assert isinstance(shown, widgets.Widget) and "alert" not in str(
-            getattr(shown, "children", [shown])[0]
+        content = page(bench)
+        assert isinstance(content, widgets.Widget) and "alert" not in str(
+            getattr(content, "children", [content])[0]
         ), tool.title
     for thread in threading.enumerate():
-        # it lays out all planes, and must not be at it when the process ends
+        # it computes all planes and must finish before the process ends
         if thread.name == "feature explorer":
             thread.join(300)
 
 
-def test_a_file_is_no_folder(tmp_path):
+def test_a_file_given_as_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(NotADirectoryError, match="is a file"):
         workbench(tmp_path / "file")
@@ -323,16 +324,17 @@ def test_the_notebook_of_the_app_runs_nothing_else(tmp_path):
     folder = tmp_path / "it's \"\n#"
     book = page_of(folder)
     nbformat.validate(book)
-    seen = []
+    calls = []
 
     class Bench:
-        settle = staticmethod(lambda **options: seen.append(options))
+        settle = staticmethod(lambda **options: calls.append(options))
 
     source = book.cells[0].source.replace(
         "from selfflow.workbench.page import workbench", ""
     )
-    exec(source, {"workbench": lambda path: seen.append(path) or Bench})
-    assert seen == [str(folder.resolve()), {"trained": False}] and len(book.cells) == 1
+    exec(source, {"workbench": lambda path: calls.append(path) or Bench})
+    assert calls == [str(folder.resolve()), {"trained": False}]
+    assert len(book.cells) == 1
 
 
 def test_a_taken_port_is_refused_before_anything_starts(tmp_path):
@@ -385,9 +387,11 @@ ServerApp.launch_instance(options)
 @contextmanager
 def pages(tmp_path, source: str):
     "A server that removes kernels after 3 seconds: (open a page, wait for its end)."
-    root, port = tmp_path / "app", free_port(0)
+    root = tmp_path / "app"
+    port = free_port(0)
     root.mkdir()
-    address, log = f"127.0.0.1:{port}", tmp_path / "log"
+    address = f"127.0.0.1:{port}"
+    log = tmp_path / "log"
 
     def kernels():
         with urllib.request.urlopen(
@@ -432,16 +436,16 @@ def pages(tmp_path, source: str):
         server.wait(60)
 
 
-def test_the_kernel_of_a_closed_page_goes_and_that_of_an_open_page_stays(tmp_path):
+def test_a_kernel_ends_when_its_page_is_closed(tmp_path):
     with pages(tmp_path, "1 + 1") as (opened, gone):
-        stays, connection = opened()
-        closed, other = opened()
-        other.close()
-        assert gone(closed) and not gone(stays, seconds=5), (
+        open_kernel, connection = opened()
+        closed_kernel, its_connection = opened()
+        its_connection.close()
+        assert gone(closed_kernel) and not gone(open_kernel, seconds=5), (
             "it has been idle for longer than is allowed without a page"
         )
         connection.close()
-        assert gone(stays)
+        assert gone(open_kernel)
 
 
 TRAINS = """
@@ -459,7 +463,8 @@ def test_a_closed_page_that_trains_keeps_its_kernel_until_it_has_trained(tmp_pat
     with pages(tmp_path, TRAINS) as (opened, gone):
         kernel, connection = opened()
         connection.close()
-        assert not gone(kernel, seconds=6) and gone(kernel)
+        assert not gone(kernel, seconds=6)
+        assert gone(kernel)
 
 
 MINE = ROOT / "tests/plugins/own_explorer.py"
@@ -480,10 +485,9 @@ def test_an_explorer_in_a_file_of_the_user_is_a_tool(runs):
         "print(bench.about.value, shown, list(bench.tools)[0])\n"
         "print(page_of(Path(sys.argv[2])).cells[0].source)"
     )
-    command = [sys.executable, "-c", script, MINE, runs["tiny"].path]
-    shown = subprocess.run(command, capture_output=True, text=True)
-    first, *cell = shown.stdout.splitlines()
+    done = programs.run("-c", script, MINE, runs["tiny"].path)
+    printed, *cell = done.stdout.splitlines()
     assert (
-        first == "<i>Says &lt;which&gt; run it was given.</i> tiny Noise asymmetry"
-    ), shown.stderr
+        printed == "<i>Says &lt;which&gt; run it was given.</i> tiny Noise asymmetry"
+    ), done.stderr
     assert f"use({str(MINE)!r})" in cell, "the kernel of the app uses it too"

@@ -65,11 +65,9 @@ METHODS_HERE = [method for method in samplers if method != "dopri5"]
 @pytest.mark.parametrize("level", [0.0, 0.2, None])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_given_tokens_return_and_without_any_sampling_is_plain(method, level, shift):
-    x1, x0, noise = (
-        drawn("x1", 3, 5, 2),
-        drawn("x0", 3, 5, 2),
-        drawn("noise", 3, 3, 5, 2),
-    )
+    x1 = drawn("x1", 3, 5, 2)
+    x0 = drawn("x0", 3, 5, 2)
+    noise = drawn("noise", 3, 3, 5, 2)
     kept = torch.tensor(
         [[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool
     )
@@ -84,9 +82,8 @@ def test_given_tokens_return_and_without_any_sampling_is_plain(method, level, sh
         **options,
     )
     assert torch.equal(states[:, kept], x0[kept].expand(5, -1, -1))
-    assert not torch.isclose(states[-1], x0)[~kept].all(-1).any() and torch.equal(
-        states[0][~kept], x1[~kept]
-    )
+    assert not torch.isclose(states[-1], x0)[~kept].all(-1).any()
+    assert torch.equal(states[0][~kept], x1[~kept])
     torch.testing.assert_close(states[-1, 1], sample(curl, x1, **options)[1])
     # v is not asked for
     assert torch.equal(
@@ -96,12 +93,10 @@ def test_given_tokens_return_and_without_any_sampling_is_plain(method, level, sh
 
 @pytest.mark.parametrize("level", [0.0, 0.2, None])
 def test_the_model_gets_tokens_at_the_right_levels(level):
-    x1, x0, kept, seen = (
-        drawn("x1", 2, 4, 3),
-        drawn("x0", 2, 4, 3),
-        torch.tensor([True, False, True, False]),
-        [],
-    )
+    x1 = drawn("x1", 2, 4, 3)
+    x0 = drawn("x0", 2, 4, 3)
+    kept = torch.tensor([True, False, True, False])
+    seen = []
 
     def spy(x, t):
         seen.append((x, t))
@@ -112,11 +107,9 @@ def test_the_model_gets_tokens_at_the_right_levels(level):
     )
     for (x, t), clock, state in zip(seen, time_grid(4)[:-1], states[:-1], strict=True):
         a = clock.item() if level is None else level
-        assert (
-            t.shape == (2, 4)
-            and t[:, 0].tolist() == pytest.approx([a, a])
-            and (t[:, 1] == clock).all()
-        )
+        assert t.shape == (2, 4)
+        assert t[:, 0].tolist() == pytest.approx([a, a])
+        assert (t[:, 1] == clock).all()
         torch.testing.assert_close(
             x[:, kept], interpolate(x0, x1, a)[:, kept], atol=1e-6, rtol=1e-6
         )
@@ -150,7 +143,8 @@ def test_a_path_ends_at_what_run_sample_draws(side, asked):
             3,
             side.tokens,
             4,
-        ) and path.evaluations == (
+        )
+        assert path.evaluations == (
             settings.steps * (2 if settings.method == "heun" else 1)
         )
         assert torch.equal(
@@ -158,13 +152,11 @@ def test_a_path_ends_at_what_run_sample_draws(side, asked):
             run.sample(torch.full((3,), 5), **options)["image"],
         )
         looks = estimate(side, name, settings, [0, settings.steps], sample=2)
-        assert torch.equal(looks[-1], path.states[-1, 2]) and not torch.equal(
-            looks[0], path.states[0, 2]
-        )
+        assert torch.equal(looks[-1], path.states[-1, 2])
+        assert not torch.equal(looks[0], path.states[0, 2])
     first, second = (path_of(side, name, settings) for name in side.runs)
-    assert torch.equal(first.states[0], second.states[0]) and not torch.equal(
-        first.states[-1], second.states[-1]
-    )
+    assert torch.equal(first.states[0], second.states[0])
+    assert not torch.equal(first.states[-1], second.states[-1])
     assert path_of(side, name, settings) is second  # remembered
 
 
@@ -223,21 +215,19 @@ def test_unusable_runs_are_left_out_with_the_reason(runs, tmp_path):
     stored["config"]["data"]["name"] = clips.data.name
     (other / "config.json").write_text(json.dumps(stored))
     side = SideBySide.of(folder, device="cpu")
-    assert set(side.runs) == {"tiny", "vanilla"} and set(side.left_out) == {
+    assert set(side.runs) == {"tiny", "vanilla"}
+    assert set(side.left_out) == {
         "written",
         "broken",
         "zz_other",
     }
-    assert (
-        "no intact checkpoint yet" in side.left_out["written"]
-        and "cannot be used" in side.left_out["broken"]
-    )
-    assert (
-        "draws audio" in side.left_out["zz_other"]
-        and "the others image (16 tokens of 4)" in side.left_out["zz_other"]
-    )
+    assert "no intact checkpoint yet" in side.left_out["written"]
+    assert "cannot be used" in side.left_out["broken"]
+    assert "draws audio" in side.left_out["zz_other"]
+    assert "the others image (16 tokens of 4)" in side.left_out["zz_other"]
     words = describe(compute(side, {**VALUES, "runs": ("tiny",)}))
-    assert "left out: written (" in words and "zz_other" in words
+    assert "left out: written (" in words
+    assert "zz_other" in words
     with pytest.raises(ValueError, match="written: .*no intact checkpoint yet"):
         SideBySide({"written": Run.open(folder / "written", "cpu")})
 
@@ -284,10 +274,8 @@ def test_images_and_words_follow_from_the_values_alone(side):
         values = {**VALUES, **changes}
         scene = compute(side, values)
         pictures = draw(scene)
-        assert (
-            set(pictures) == {"tokens", "views", "history"}
-            and draw(compute(side, dict(values))) == pictures
-        )
+        assert set(pictures) == {"tokens", "views", "history"}
+        assert draw(compute(side, dict(values))) == pictures
         assert (
             Image.open(io.BytesIO(pictures["views"])).width
             == Image.open(io.BytesIO(pictures["history"])).width
@@ -332,8 +320,8 @@ def test_missing_guidance_is_reported(side):
     assert (
         "without guidance: tiny, vanilla (there is no condition to guide towards)"
         in words
-        and words.startswith("unconditional")
     )
+    assert words.startswith("unconditional")
 
 
 def test_the_widget_shows_what_the_function_draws_and_survives_errors(side):
@@ -357,25 +345,20 @@ def test_the_widget_shows_what_the_function_draws_and_survives_errors(side):
         )
     controls["tokens"].value = [3]  # painting turns inpainting on
     explorer.settle(60)
-    assert (
-        controls["inpaint"].value
-        and "1 of 16 tokens are drawn anew" in explorer.message.value
-    )
+    assert controls["inpaint"].value
+    assert "1 of 16 tokens are drawn anew" in explorer.message.value
     assert (
         bytes(controls["tokens"].picture)
         == draw(compute(side, explorer.values()))["tokens"]
     )
     controls["runs"].value = ()
     explorer.settle(60)
-    assert (
-        'role="alert"' in explorer.message.value
-        and "choose 1 to 4" in explorer.message.value
-    )
+    assert 'role="alert"' in explorer.message.value
+    assert "choose 1 to 4" in explorer.message.value
     controls["runs"].value = ("vanilla",)
     explorer.settle(60)
-    assert 'role="status"' in explorer.message.value and explorer.data.names == [
-        "vanilla"
-    ]
+    assert 'role="status"' in explorer.message.value
+    assert explorer.data.names == ["vanilla"]
     controls["steps"].value = 10**9  # the widget keeps it within its range
     assert controls["steps"].value == 100
     controls["steps"].value = 2
@@ -430,7 +413,8 @@ def test_options_of_a_users_sampler_become_controls(side):
 def test_only_options_of_the_chosen_sampler_are_shown_and_count(side):
     explorer = explore(side, steps=2, count=1)
     controls = explorer.controls
-    assert not controls["options"].children and explorer.data.settings.options == ()
+    assert not controls["options"].children
+    assert explorer.data.settings.options == ()
     controls["method"].value = "sde"
     (last,) = controls["options"].children
     last.value = 0.2
@@ -467,7 +451,8 @@ def test_changes_from_several_threads_end_at_the_last(side):
     for thread in threads:
         thread.join()
     explorer.settle(120)
-    assert explorer.values()["seed"] == 29 and explorer.values()["tokens"] == [15]
+    assert explorer.values()["seed"] == 29
+    assert explorer.values()["tokens"] == [15]
     assert (
         bytes(explorer.pictures["views"].value)
         == draw(compute(side, explorer.values()))["views"]
@@ -480,11 +465,9 @@ def test_a_folder_without_a_run_is_reported_in_the_panel(tmp_path):
         (tmp_path / "nowhere", "there is no folder"),
     ):
         explorer = explore(folder)
-        assert (
-            'role="alert"' in explorer.message.value
-            and words in explorer.message.value
-            and not explorer.pictures
-        )
+        assert 'role="alert"' in explorer.message.value
+        assert words in explorer.message.value
+        assert not explorer.pictures
 
 
 # captions, videos, audio
@@ -503,10 +486,8 @@ SMALL = TrainConfig(
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
     "A run of captions, one of videos and one of audio, a step each."
-    folder, size = (
-        tmp_path_factory.mktemp("others"),
-        ModelConfig(width=16, depth=4, heads=2),
-    )
+    folder = tmp_path_factory.mktemp("others")
+    size = ModelConfig(width=16, depth=4, heads=2)
     data = {
         "shapes": DataConfig("shapes", size=16, patch=4, condition="caption"),
         "motion": DataConfig("motion", size=16, patch=8, frames=8),
@@ -533,32 +514,28 @@ def test_a_caption_of_ten_thousand_characters_is_answered_in_words(others):
         "'a small red star" in describe(scene)
     )
     cut = compute(side, {**VALUES, "condition": scene.read})
-    assert (
-        torch.equal(cut.paths["shapes"].states, scene.paths["shapes"].states)
-        and len(describe(scene)) < 1000
-    )
+    assert torch.equal(cut.paths["shapes"].states, scene.paths["shapes"].states)
+    assert len(describe(scene)) < 1000
     assert "unconditional" in describe(compute(side, {**VALUES, "condition": "  \n "}))
     assert "\u2603" in describe(compute(side, {**VALUES, "condition": "\u2603 <b>"}))
     explorer = explore(side, steps=1, count=1)
-    assert (
-        explorer.controls["condition"].value == side.captions[0]
-        and "runs" not in explorer.controls
-    )
+    assert explorer.controls["condition"].value == side.captions[0]
+    assert "runs" not in explorer.controls
     explorer.controls["condition"].value = "<script>" + 10_000 * "x"
     explorer.settle(60)
-    assert (
-        "the caption has 10,008 characters" in explorer.message.value
-        and "<script>" not in explorer.message.value
-    )
+    assert "the caption has 10,008 characters" in explorer.message.value
+    assert "<script>" not in explorer.message.value
 
 
 def test_videos_move_and_audio_can_be_played(others):
     values = {**VALUES, "steps": 1, "condition": 0}
     video = draw(compute(others["motion"], values))["video"]
     moving = Image.open(io.BytesIO(video))
-    assert moving.format == "WEBP" and moving.n_frames == 8
+    assert moving.format == "WEBP"
+    assert moving.n_frames == 8
     clip = draw(compute(others["notes"], values))["audio-1"]
-    assert clip[:4] == b"RIFF" and clip[8:12] == b"WAVE"
+    assert clip[:4] == b"RIFF"
+    assert clip[8:12] == b"WAVE"
     for name, kind, value in (
         ("motion", "video", video),
         ("notes", "audio-1", player(clip, "notes, sample 1").encode()),
@@ -578,11 +555,13 @@ def test_a_label_of_a_player_is_escaped():
 
 
 def test_shown_keeps_the_state_where_nothing_is_given():
-    x1, x0 = drawn("x1", 2, 3, 1), drawn("x0", 2, 3, 1)
+    x1 = drawn("x1", 2, 3, 1)
+    x0 = drawn("x0", 2, 3, 1)
     x, tau = shown(
         x1, torch.tensor([0.3, 0.9]), x0, x1, torch.zeros(2, 3, dtype=torch.bool)
     )
-    assert torch.equal(x, x1) and tau[:, 0].tolist() == pytest.approx([0.3, 0.9])
+    assert torch.equal(x, x1)
+    assert tau[:, 0].tolist() == pytest.approx([0.3, 0.9])
 
 
 def test_settings_are_a_key():

@@ -50,7 +50,7 @@ VALUES = {
 def until(condition, seconds=30.0):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "the condition never became true"
         time.sleep(0.01)
 
 
@@ -64,20 +64,20 @@ def folder(runs, tmp_path):
 
 @pytest.fixture
 def listing(folder):
-    found = Listing(folder)
-    found.look()
-    return found
+    listing = Listing(folder)
+    listing.look()
+    return listing
 
 
 def other_data(folder, name):
-    "A copy of a run that says it was trained on other data."
+    "A copy of a run whose config names another data set."
     shutil.copytree(folder / "tiny", folder / name)
     stored = json.loads((folder / name / "config.json").read_text())
     stored["config"]["data"] |= {"name": "shapes"}
     (folder / name / "config.json").write_text(json.dumps(stored))
 
 
-def test_all_contents_of_a_folder_are_listed_in_words(listing, folder):
+def test_every_run_of_a_folder_is_listed_with_its_state(listing, folder):
     assert [listing.runs[name].cells for name in ("tiny", "vanilla")] == [
         [name, "digits, classes", "12 of 12", "finished"]
         for name in ("self_flow", "flow_matching")
@@ -96,10 +96,8 @@ def test_all_contents_of_a_folder_are_listed_in_words(listing, folder):
         log.write('no JSON\n{"step": 13, "flow')  # a line being written is no damage
     listing.look(anew=True)
     states = {name: run.state for name, run in listing.runs.items()}
-    assert (
-        states["begun"].startswith("damaged: ")
-        and "config.json cannot be used" in states["begun"]
-    )
+    assert states["begun"].startswith("damaged: ")
+    assert "config.json cannot be used" in states["begun"]
     assert "no config.json" in states["bare"]
     assert states["deep/hurt"].startswith("damaged: no intact checkpoint (step 12: ")
     assert states["vanilla"].startswith(
@@ -109,34 +107,28 @@ def test_all_contents_of_a_folder_are_listed_in_words(listing, folder):
     assert states["tiny"] == "finished; 1 damaged line of its log skipped"
 
 
-def test_a_training_run_is_noticed_and_no_change_is_no_change(folder, listing):
+def test_the_listing_changes_only_when_a_run_does(folder, listing):
     assert not listing.look()
     run = Run.open(folder / "tiny", "cpu")
     with run.locked():
-        assert (
-            listing.look()
-            and listing.runs["tiny"].training
-            and "training: process" in listing.runs["tiny"].state
-        )
+        assert listing.look()
+        assert listing.runs["tiny"].training
+        assert "training: process" in listing.runs["tiny"].state
         before = listing.runs["tiny"].stamp
         with run.log_path.open("a") as log:
             log.write('{"step": 14, "flow_loss": 1.0}\n')
-        assert (
-            listing.look()
-            and listing.runs["tiny"].step == 14
-            and listing.runs["tiny"].stamp != before
-        )
+        assert listing.look()
+        assert listing.runs["tiny"].step == 14
+        assert listing.runs["tiny"].stamp != before
         # though the last line has none
-        assert (
-            "validation_flow_loss" in listing.measures and "cosine" in listing.measures
-        )
-    assert (
-        listing.look()
-        and listing.runs["tiny"].state == "finished"
-        and listing.runs["tiny"].step == 12
-    )
+        assert "validation_flow_loss" in listing.measures
+        assert "cosine" in listing.measures
+    assert listing.look()
+    assert listing.runs["tiny"].state == "finished"
+    assert listing.runs["tiny"].step == 12
     shutil.rmtree(folder / "tiny")
-    assert listing.look() and "tiny" not in listing.runs
+    assert listing.look()
+    assert "tiny" not in listing.runs
 
 
 def test_folders_without_runs_show_what_to_do(tmp_path):
@@ -144,18 +136,16 @@ def test_folders_without_runs_show_what_to_do(tmp_path):
         (tmp_path, "holds no run yet"),
         (tmp_path / "gone", "there is no folder"),
     ):
-        found = Listing(place)
-        found.look()
-        assert (
-            words in found.problem
-            and "selfflow train" in found.problem
-            and "make demo" in found.problem
-            and not found.runs
-        )
+        listing = Listing(place)
+        listing.look()
+        assert words in listing.problem
+        assert "selfflow train" in listing.problem
+        assert "make demo" in listing.problem
+        assert not listing.runs
     (tmp_path / "file").write_text("")
-    found = Listing(tmp_path / "file")
-    found.look()
-    assert "is a file" in found.problem
+    listing = Listing(tmp_path / "file")
+    listing.look()
+    assert "is a file" in listing.problem
 
 
 def test_checkpoints_are_read_through_before_they_are_opened(listing, folder):
@@ -202,10 +192,8 @@ def test_the_browser_shows_what_the_pure_functions_draw(listing, folder):
     assert "different noise levels" in describe(compute(listing, VALUES))
     assert not describe(compute(listing, {**VALUES, "measure": "validation_flow_loss"}))
     view = compute(listing, {**VALUES, "measure": "cosine"})
-    assert (
-        "cosine was not logged by vanilla" in view.notes[0].lower()
-        and len(view.pictures) == 1
-    )
+    assert "cosine was not logged by vanilla" in view.notes[0].lower()
+    assert len(view.pictures) == 1
 
 
 def test_runs_on_other_data_have_separate_images(listing, folder):
@@ -214,10 +202,8 @@ def test_runs_on_other_data_have_separate_images(listing, folder):
     values = {**VALUES, "runs": ["tiny", "vanilla", "other"]}
     for kind, count in (("curves", 2), ("levels", 3)):
         view = compute(listing, {**values, "view": kind})
-        assert (
-            len(view.pictures) == count
-            and "on 2 kinds of data (tiny, vanilla; other)" in view.notes[0]
-        )
+        assert len(view.pictures) == count
+        assert "on 2 kinds of data (tiny, vanilla; other)" in view.notes[0]
     runs = {name: Run.open(folder / name, "cpu") for name in values["runs"]}
     assert [list(group) for group in groups_of(runs)] == [
         ["tiny", "vanilla"],
@@ -227,9 +213,10 @@ def test_runs_on_other_data_have_separate_images(listing, folder):
     assert list(table.loc["data.name"]) == ["digits", "digits", "shapes"]
 
 
-def test_bad_choices_are_answered_and_the_rest_is_shown(listing):
+def test_bad_choices_are_reported_and_the_rest_is_shown(listing):
     view = compute(listing, {**VALUES, "runs": ["tiny", "gone"]})
-    assert len(view.pictures) == 1 and "gone cannot be opened" in view.notes[0]
+    assert len(view.pictures) == 1
+    assert "gone cannot be opened" in view.notes[0]
     assert compute(listing, {**VALUES, "runs": []}).notes == [
         "choose one or more runs in the list"
     ]
@@ -240,7 +227,8 @@ def test_bad_choices_are_answered_and_the_rest_is_shown(listing):
 
 
 def grid(seed, levels=(0.0, 0.5), items=40, step=12):
-    random, rows = np.random.default_rng(seed), []
+    random = np.random.default_rng(seed)
+    rows = []
     for place, (layer, level) in enumerate(
         (layer, level) for layer in (1, 2) for level in levels
     ):
@@ -275,16 +263,12 @@ def test_probe_maps_have_their_difference_with_paired_intervals(listing, folder)
     expected = draw_score_maps(
         maps, (1, 2), (0.0, 0.5), {"class": grid(0).difference(grid(1), "class")}
     )
-    assert (
-        figure_png(view.pictures[0]()) == figure_png(expected)
-        and "vanilla minus tiny: of 4 cells" in view.notes[0]
-    )
+    assert figure_png(view.pictures[0]()) == figure_png(expected)
+    assert "vanilla minus tiny: of 4 cells" in view.notes[0]
     write_probes(runs["vanilla"], grid(1, levels=(0.1, 0.9), step=8))
     view = probes_of(runs)
-    assert (
-        len(view.pictures) == 2
-        and "vanilla was probed at other layers, levels or items" in view.notes[0]
-    )
+    assert len(view.pictures) == 2
+    assert "vanilla was probed at other layers, levels or items" in view.notes[0]
     assert (
         "probes of vanilla are of step 8, its newest checkpoint of 12" in view.notes[1]
     )
@@ -299,7 +283,8 @@ def test_names_stay_text_and_long_ones_are_cut(listing, folder):
     table = draw(
         compute(listing, {**VALUES, "runs": ["tiny", evil], "view": "settings"})
     )["table"].decode()
-    assert "&lt;img" in table and "<img" not in table
+    assert "&lt;img" in table
+    assert "<img" not in table
     browser = browse(folder, device="cpu", runs=["tiny", evil])
     browser.which.value = (evil,)
     with trial():
@@ -308,12 +293,12 @@ def test_names_stay_text_and_long_ones_are_cut(listing, folder):
         browser.opener.value = "Broken"
         browser.open()
     for text in (browser.head, browser.open_status, browser.view.message):
-        assert "<img" not in text.value and "<i>" not in text.value
-    assert (
-        "&lt;i&gt;not today" in browser.open_status.value
-        and 'role="alert"' in browser.open_status.value
-    )
-    assert len(short_name("long" * 2500)) == 26 and short_name("short") == "short"
+        assert "<img" not in text.value
+        assert "<i>" not in text.value
+    assert "&lt;i&gt;not today" in browser.open_status.value
+    assert 'role="alert"' in browser.open_status.value
+    assert len(short_name("long" * 2500)) == 26
+    assert short_name("short") == "short"
 
 
 def fails(chosen):
@@ -334,20 +319,18 @@ def test_a_dark_page_inverts_everything_but_maps(listing):
         slice(round((1 - box.y1) * high) + 2, round((1 - box.y0) * high) - 2),
         slice(round(box.x0 * wide) + 2, round(box.x1 * wide) - 2),
     )
-    assert (
-        (light[inside] == dark[inside]).all()
-        and light[0, 0].tolist() == [255] * 3
-        and dark[0, 0].tolist() == [17] * 3
-    )
+    assert (light[inside] == dark[inside]).all()
+    assert light[0, 0].tolist() == [255] * 3
+    assert dark[0, 0].tolist() == [17] * 3
     orange = draw_runs({"a": (np.arange(3), np.arange(3.0))}, "step", "loss")
     # text and lines are light there
     assert np.asarray(Image.open(io.BytesIO(figure_png(orange, DARK)))).max() > 200
 
 
 def test_the_list_keeps_runs_that_still_exist():
-    found = RunList(rows=[["a", "", "", "", ""], ["b", "", "", "", ""]], value=[])
-    found.value = ["b", "gone", "a"]
-    assert found.value == ["a", "b"]
+    run_list = RunList(rows=[["a", "", "", "", ""], ["b", "", "", "", ""]], value=[])
+    run_list.value = ["b", "gone", "a"]
+    assert run_list.value == ["a", "b"]
 
 
 def following():
@@ -361,11 +344,9 @@ def following():
 def test_a_browser_follows_its_folder_while_it_is_shown(folder):
     trainer = SimulatedTrainer(folder / "mine", steps=100_000)
     browser = browse(folder, device="cpu", refresh=0.02, runs=["mine", "tiny"])
-    assert (
-        browser.list.value == ["mine", "tiny"]
-        and not browser.panels
-        and not following()
-    )
+    assert browser.list.value == ["mine", "tiny"]
+    assert not browser.panels
+    assert not following()
     thread = trainer.in_thread()
     try:
         browser.list.shown = True  # as a page says
@@ -379,7 +360,8 @@ def test_a_browser_follows_its_folder_while_it_is_shown(folder):
         browser.list.value = ["tiny"]
         until(lambda: not browser.panels and not browser.live.children)
         until(lambda: not panel.thread.is_alive())
-        browser.view.controls["view"].value = "training"  # of what does not train, too
+        # also for a run that is not training
+        browser.view.controls["view"].value = "training"
         until(
             lambda: (
                 "tiny" in browser.panels
@@ -396,26 +378,21 @@ def test_a_browser_follows_its_folder_while_it_is_shown(folder):
 
 def test_a_browser_begins_empty_and_recovers_from_errors(folder, tmp_path, monkeypatch):
     browser = browse(tmp_path / "later", device="cpu")
-    assert (
-        'role="alert"' in browser.head.value
-        and "make demo" in browser.head.value
-        and browser.below.layout.display == "none"
-    )
-    assert browser.button.disabled and not browser.list.rows
+    assert 'role="alert"' in browser.head.value
+    assert "make demo" in browser.head.value
+    assert browser.below.layout.display == "none"
+    assert browser.button.disabled
+    assert not browser.list.rows
     browser.open()
     assert "no run is chosen" in browser.open_status.value
     shutil.copytree(folder, tmp_path / "later")
     browser.look()
-    assert (
-        browser.list.value == ["tiny", "vanilla"]
-        and browser.below.layout.display == ""
-        and not browser.button.disabled
-    )
+    assert browser.list.value == ["tiny", "vanilla"]
+    assert browser.below.layout.display == ""
+    assert not browser.button.disabled
     browser.view.settle()
-    assert (
-        "Cannot be shown" not in browser.view.message.value
-        and "picture-1" in browser.view.pictures
-    )
+    assert "Cannot be shown" not in browser.view.message.value
+    assert "picture-1" in browser.view.pictures
 
     def refuse(*_):
         raise PermissionError(13, "Permission <denied>")
@@ -444,7 +421,7 @@ def test_bad_options_are_refused(folder):
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    "What stands for `selfflow probe`: a script, in place of the interpreter."
+    "Write a script that runs in place of `selfflow probe`."
 
     def write(script):
         file = tmp_path / "command"
@@ -457,54 +434,51 @@ def command(tmp_path, monkeypatch):
 
 
 def test_probing_reports_progress_and_errors(folder, command):
-    told = []
+    messages = []
 
     def probed(script):
         command(script)
-        found = Probing(
-            {"tiny": Path(folder / "tiny")}, lambda: told.append(found.progress)
+        probing = Probing(
+            {"tiny": Path(folder / "tiny")}, lambda: messages.append(probing.progress)
         )
-        found.thread.start()
-        found.thread.join(20)
-        assert found.done
-        return found
+        probing.thread.start()
+        probing.thread.join(20)
+        assert probing.done
+        return probing
 
-    found = probed('printf "tiny:  40%%|####    | 8/20 [00:02<00:03]\\r" >&2')
-    assert (
-        "probing tiny: tiny:  40%  8/20 [00:02<00:03]" in told
-        and found.progress == "probed tiny"
-        and not found.failed
-    )
-    found = probed('echo "selfflow: the disk is full" >&2; exit 2')
-    assert found.failed == "tiny: selfflow: the disk is full" and not found.progress
+    probing = probed('printf "tiny:  40%%|####    | 8/20 [00:02<00:03]\\r" >&2')
+    assert "probing tiny: tiny:  40%  8/20 [00:02<00:03]" in messages
+    assert probing.progress == "probed tiny"
+    assert not probing.failed
+    probing = probed('echo "selfflow: the disk is full" >&2; exit 2')
+    assert probing.failed == "tiny: selfflow: the disk is full"
+    assert not probing.progress
     command("exec sleep 60")
-    found = Probing(
+    probing = Probing(
         {"tiny": folder / "tiny", "vanilla": folder / "vanilla"}, lambda: None
     )
-    found.thread.start()
-    until(lambda: found._process is not None)
-    found.stop()
-    found.thread.join(10)
-    assert found.done and found.progress == "stopped"
+    probing.thread.start()
+    until(lambda: probing._process is not None)
+    probing.stop()
+    probing.thread.join(10)
+    assert probing.done
+    assert probing.progress == "stopped"
 
 
 def test_the_button_shows_the_cost_first_and_then_begins(folder, command):
     command("exit 0")
     browser = browse(folder, device="cpu", view="probes")
-    assert (
-        browser.probes.layout.display == ""
-        and "no probes yet of tiny, vanilla" in browser.probe_status.value
-    )
+    assert browser.probes.layout.display == ""
+    assert "no probes yet of tiny, vanilla" in browser.probe_status.value
     browser._probe()
-    assert (
-        "20 cells" in browser.probe_status.value
-        and browser.probe.description == "Start"
-    )
+    assert "20 cells" in browser.probe_status.value
+    assert browser.probe.description == "Start"
     assert browser.probing is None
     browser.list.value = ["vanilla"]  # another choice leaves it
     assert browser.probe.description == "Probe them"
     browser._probe()
     browser._probe()
     browser.probing.thread.join(20)
-    assert browser.probing.runs.keys() == {"vanilla"} and browser.probing.done
+    assert browser.probing.runs.keys() == {"vanilla"}
+    assert browser.probing.done
     browser.view.settle()
