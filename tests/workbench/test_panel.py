@@ -347,7 +347,7 @@ def test_a_finished_run_is_drawn_once_more_and_then_left_alone(path):
 
 def test_a_restarted_panel_shows_the_same_from_the_folder_alone(path):
     trainer = SimulatedTrainer(path, steps=30)
-    trainer.save_picture(10)
+    trainer.save_sample_grid(10)
     first = watch(path, refresh=0.02)
     trainer.in_thread(0.0).join(10)
     first.thread.join(20)
@@ -376,19 +376,19 @@ def test_a_closed_panel_ends_at_once_even_when_it_looks_rarely(path):
 
 def test_the_large_history_is_drawn_when_it_is_unfolded(path):
     trainer = SimulatedTrainer(path)
-    trainer.save_picture(10)
+    trainer.save_sample_grid(10)
     panel = watch(path, refresh=0.02)
     assert png(panel.history) == b""
     panel.unfold.selected_index = 0
     until(lambda: png(panel.history).startswith(b"\x89PNG"))
     before = png(panel.history)
-    trainer.save_picture(20)
+    trainer.save_sample_grid(20)
     until(lambda: png(panel.history) != before)
 
 
 def test_the_history_is_unfolded_after_the_run_too(path):
     trainer = SimulatedTrainer(path, steps=10)
-    trainer.save_picture(10)
+    trainer.save_sample_grid(10)
     trainer.log_lines(10)
     panel = watch(path, refresh=0.02)
     panel.thread.join(10)
