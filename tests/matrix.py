@@ -1,9 +1,11 @@
-"""Kinds of data x everything a user can do, for test_matrix_images and
-test_matrix_signals: each kind is trained once.
+"""Kinds of data and everything a user can do with a run on them.
+
+For test_matrix_images and test_matrix_signals; each kind is trained once.
 """
 
 import csv
 import functools
+import itertools
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,19 +45,18 @@ NOTEBOOKS = Path(__file__).parent.parent / "nbs/studies"
 CLASSES = ("circle", "square", "star")
 SIZES = {"train": 12, "validation": 6, "test": 6}  # of a class
 
-# data: classes lie one after the other, as they do in folders
+# data: the classes come one after the other, as in folders
 
 
-def _picture(path: Path, label: int, number: int) -> None:
+def _write_image(path: Path, label: int, number: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng((label, number)).integers(
-        0, 60, (16, 16, 3), np.uint8
-    )
+    draw = np.random.default_rng((label, number))
+    pixels = draw.integers(0, 60, (16, 16, 3), np.uint8)
     pixels[2 + 4 * label : 6 + 4 * label, 2:14] += 150
     Image.fromarray(pixels).save(path)
 
 
-def _video(path: Path, label: int, number: int) -> None:
+def _write_video(path: Path, label: int, number: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = [
         Image.new("L", (16, 16), 20 * number % 100 + (frame * label * 10) % 100)
@@ -64,14 +65,11 @@ def _video(path: Path, label: int, number: int) -> None:
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
 
 
-def _sound(path: Path, label: int, number: int) -> None:
+def _write_audio(path: Path, label: int, number: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     times = np.arange(8_192) / 8_000
-    wavfile.write(
-        path,
-        8_000,
-        (0.3 * np.sin(2 * np.pi * 200 * 2**label * times + number)).astype(np.float32),
-    )
+    tone = 0.3 * np.sin(2 * np.pi * 200 * 2**label * times + number)
+    wavfile.write(path, 8_000, tone.astype(np.float32))
 
 
 def _folder(
@@ -81,33 +79,26 @@ def _folder(
         for label, name in enumerate(classes or [""] * 3):
             for number in range(times * count):
                 for write, suffix in writers:
-                    write(
-                        root / split / name / f"{label}{number:02d}{suffix}",
-                        label,
-                        number,
-                    )
+                    file = root / split / name / f"{label}{number:02d}{suffix}"
+                    write(file, label, number)
 
 
 def _table(root: Path, *columns: str) -> None:
-    _folder(root, (_picture, ".png"), classes=())
+    _folder(root, (_write_image, ".png"), classes=())
     for split, count in SIZES.items():
         with (root / split / "metadata.csv").open("w", newline="") as file:
             rows = csv.writer(file)
             rows.writerow(("file_name", *columns))
             for label, name in enumerate(CLASSES):
-                values = {"label": name, "caption": f"a bright {name}"}
-                rows.writerows(
-                    (
-                        f"{label}{number:02d}.png",
-                        *(values[column] for column in columns),
-                    )
-                    for number in range(count)
-                )
+                cells = {"label": name, "caption": f"a bright {name}"}
+                values = [cells[column] for column in columns]
+                for number in range(count):
+                    rows.writerow((f"{label}{number:02d}.png", *values))
 
 
 def _huggingface(root: Path) -> None:
-    _folder(root / "files", (_picture, ".png"))
-    found = datasets.Features(
+    _folder(root / "files", (_write_image, ".png"))
+    columns = datasets.Features(
         {
             "image": {
                 "bytes": datasets.Value("binary"),
@@ -116,7 +107,7 @@ def _huggingface(root: Path) -> None:
             "label": datasets.ClassLabel(names=list(CLASSES)),
         }
     )
-    parts = {}
+    tables = {}
     for split in SIZES:
         files = sorted((root / "files" / split).rglob("*.png"))
         rows = [
@@ -126,13 +117,13 @@ def _huggingface(root: Path) -> None:
             }
             for file in files
         ]
-        parts[split] = datasets.Dataset.from_list(rows, features=found)
+        tables[split] = datasets.Dataset.from_list(rows, features=columns)
     datasets.disable_progress_bars()
-    datasets.DatasetDict(parts).save_to_disk(str(root / "saved"))
+    datasets.DatasetDict(tables).save_to_disk(str(root / "saved"))
 
 
 def _latents(root: Path) -> None:
-    _folder(root / "files", (_picture, ".png"))
+    _folder(root / "files", (_write_image, ".png"))
     for split in SIZES:
         encode_latents(
             Folder(root / "files", size=16, split=split),
@@ -143,19 +134,19 @@ def _latents(root: Path) -> None:
         )
 
 
-# kinds: what is written, and the options of `selfflow train`
+# kinds: the data that are written, and the options of `selfflow train`
 
 FILES = {"patch": 8, "height": 16, "width": 16}
-FILMS = FILES | {"frames": 8}
+VIDEOS = FILES | {"frames": 8}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Data of one kind, and what cannot be done with a run on them.
+    """Data of one kind, and the cells that are refused for a run on them.
 
-    write: makes the data in a folder; path: of the data in it; data: options; refused:
-    {cell: a part of the reason}; as_another: its samples, conditions and classes are
-    each those of another kind, which is tried in the explorers.
+    write: writes the data into a folder; path: of the data in it; data: options;
+    refused: {cell: part of the reason}; as_another: its samples, conditions and classes
+    all occur in other kinds, which are tried in the explorers.
     """
 
     write: Callable | None
@@ -181,17 +172,17 @@ IMAGES = {
         as_another=True,
     ),
     "folder": Kind(
-        lambda root: _folder(root, (_picture, ".png")),
+        lambda root: _folder(root, (_write_image, ".png")),
         {"name": "folder", **FILES},
         refused=NO_JUDGE,
     ),
     "folder, no classes": Kind(
-        lambda root: _folder(root, (_picture, ".png"), classes=()),
+        lambda root: _folder(root, (_write_image, ".png"), classes=()),
         {"name": "folder", "condition": "none", **FILES},
         refused=NO_CLASS | NO_JUDGE,
     ),
     "folder, one class": Kind(
-        lambda root: _folder(root, (_picture, ".png"), classes=("only",), times=3),
+        lambda root: _folder(root, (_write_image, ".png"), classes=("only",), times=3),
         {"name": "folder", **FILES},
         refused=NO_CLASS | NO_JUDGE,
         as_another=True,
@@ -225,31 +216,33 @@ SIGNALS = {
     "motion": Kind(None, {"name": "motion", "patch": 8, "span": 4}),
     "notes": Kind(None, {"name": "notes", "columns": 8}),
     "scenes": Kind(None, {"name": "scenes", "patch": 16, "span": 4, "columns": 8}),
-    "sounds": Kind(
-        lambda root: _folder(root, (_sound, ".wav")),
+    "audio": Kind(
+        lambda root: _folder(root, (_write_audio, ".wav")),
         {"name": "folder", "signals": ("audio",), "columns": 1},
         refused=NO_JUDGE,
         as_another=True,
     ),
     "videos": Kind(
-        lambda root: _folder(root, (_video, ".gif")),
-        {"name": "folder", "signals": ("video",), **FILMS},
+        lambda root: _folder(root, (_write_video, ".gif")),
+        {"name": "folder", "signals": ("video",), **VIDEOS},
         refused=NO_JUDGE,
     ),
     "pairs": Kind(
-        lambda root: _folder(root, (_video, ".gif"), (_sound, ".wav")),
-        {"name": "folder", "signals": ("video", "audio"), "columns": 1, **FILMS},
+        lambda root: _folder(root, (_write_video, ".gif"), (_write_audio, ".wav")),
+        {"name": "folder", "signals": ("video", "audio"), "columns": 1, **VIDEOS},
         refused=NO_JUDGE,
         as_another=True,
     ),
     "pairs, no classes": Kind(
-        lambda root: _folder(root, (_video, ".gif"), (_sound, ".wav"), classes=()),
+        lambda root: _folder(
+            root, (_write_video, ".gif"), (_write_audio, ".wav"), classes=()
+        ),
         {
             "name": "folder",
             "condition": "none",
             "signals": ("video", "audio"),
             "columns": 1,
-            **FILMS,
+            **VIDEOS,
         },
         refused=NO_CLASS | NO_JUDGE,
         as_another=True,
@@ -269,19 +262,15 @@ MODEL = {"width": 16, "depth": 3, "heads": 1}
 
 
 def trained(kind: Kind, folder: Path) -> Path:
-    "The folder of a run of this kind, trained from the command line."
+    "Train a run of this kind from the command line, and return its folder."
     data = dict(kind.data)
     if kind.write:
         kind.write(folder / "data")
         data["path"] = str(folder / "data" / kind.path)
     options = [("--name", "run")]
     for name, value in data.items():
-        options.append(
-            (
-                f"--data.{name}",
-                *map(str, value if isinstance(value, tuple) else (value,)),
-            )
-        )
+        values = value if isinstance(value, tuple) else (value,)
+        options.append((f"--data.{name}", *map(str, values)))
     options += [(f"--model.{name}", str(value)) for name, value in MODEL.items()]
     options += [
         (f"--training.{name.replace('_', '-')}", str(value))
@@ -290,7 +279,7 @@ def trained(kind: Kind, folder: Path) -> Path:
     main(
         [
             "train",
-            *(part for option in options for part in option),
+            *itertools.chain(*options),
             "--folder",
             str(folder / "runs"),
             "--device",
@@ -301,7 +290,7 @@ def trained(kind: Kind, folder: Path) -> Path:
 
 
 def at_small_cost(patch: pytest.MonkeyPatch) -> None:
-    "Fewer samples, levels and steps where a command has no option for it."
+    "Use fewer samples, levels and steps where a command has no option for it."
     few = {"train": 24, "validation": 12, "test": 12}
     for split, count in few.items():
         patch.setitem(probing.COUNTS, split, count)
@@ -319,19 +308,17 @@ def at_small_cost(patch: pytest.MonkeyPatch) -> None:
         functools.partial(report.run_metrics, count=12, steps=2, resamples=2),
     )
     write = report.write_samples
-    patch.setattr(
-        report,
-        "write_samples",
-        lambda run, asked, steps=2, *rest, **named: write(
-            run, asked, steps, *rest, **named
-        ),
-    )
+
+    def write_in_two_steps(run, condition, steps=2, *rest, **named):
+        return write(run, condition, steps, *rest, **named)
+
+    patch.setattr(report, "write_samples", write_in_two_steps)
     patch.setattr(representation_sections, "_FITTED", 24)
     patch.setattr(representation_sections, "_SCORED", 12)
     patch.setattr(sample_sections, "_METHOD", "PCA")
 
     def few_items(run, split="test", count=12, *rest):
-        return features.items_of(run, split, min(count or 12, 12), *rest)  # noqa: E731
+        return features.items_of(run, split, min(count or 12, 12), *rest)
 
     patch.setattr(representation_sections, "items_of", few_items)
 
@@ -340,36 +327,31 @@ def at_small_cost(patch: pytest.MonkeyPatch) -> None:
 
 
 def _command(*arguments) -> None:
-    main(
-        [str(argument) for argument in arguments]
-        + (["--device", "cpu"] if arguments[0] != "runs" else [])
-    )
+    device = [] if arguments[0] == "runs" else ["--device", "cpu"]
+    main([*map(str, arguments), *device])
 
 
 def _resume(run: Path, place: Path) -> None:
     shutil.copytree(run, place / "again")
     shutil.rmtree(place / "again/checkpoints/step-00000008")
     _command("train", "--config", place / "again/config.json")
-    logs = [
-        Run.open(path, "cpu").log.set_index("step")["total"]
+    expected, resumed = (
+        Run.open(path, "cpu").log.set_index("step")["total"].tolist()
         for path in (run, place / "again")
-    ]
-    assert logs[1].tolist() == pytest.approx(logs[0].tolist(), rel=1e-5)
+    )
+    assert resumed == pytest.approx(expected, rel=1e-5)
 
 
 def _report(run: Path, place: Path) -> None:
     _command("report", run, "--full", "--output", place / "report.html")
     page = (place / "report.html").read_text()
-    assert "could not be made" not in page, page[
-        page.index("could not be made") - 200 :
-    ][:600]
-    assert "this makes them" not in page, (
-        "what can be made was made, and what cannot is not recommended"
-    )
+    around = page.find("could not be made")
+    assert around == -1, page[around - 200 : around + 400]
+    assert "this makes them" not in page, "nothing is left to be made"
 
 
-def _explorer(made) -> None:
-    made.strip({}, width=400)
+def _explorer(explorer) -> None:
+    explorer.strip({}, width=400)
 
 
 def _asymmetry(run: Path, place: Path) -> None:
@@ -385,7 +367,7 @@ def _sampling(run: Path, place: Path) -> None:
 
 
 def _features(run: Path, place: Path) -> None:
-    found = explore_features(
+    explorer = explore_features(
         Run.open(run, "cpu"),
         place,
         layers=(1, 2),
@@ -393,20 +375,20 @@ def _features(run: Path, place: Path) -> None:
         count=12,
         methods=("PCA",),
     )
-    found.wait(120).seek_near(3)
+    explorer.wait(120).seek_near(3)
 
 
 def _map(run: Path, place: Path) -> None:
     opened = Run.open(run, "cpu")
     items = items_of(opened, "test", 12)
-    found = items.features(opened.teacher, 0.5, (2,))
+    hidden = items.features(opened.teacher, 0.5, (2,))
     previews, captions = item_previews(items)
     factors = {
         name: values.numpy()
         for name, values in items.factors.items()
         if values.ndim == 1
     }
-    explore_map(project(found[2], "PCA", 3), previews, factors, captions=captions)
+    explore_map(project(hidden[2], "PCA", 3), previews, factors, captions=captions)
 
 
 def _workbench(run: Path, place: Path) -> None:
@@ -421,9 +403,7 @@ def _probe_panel(run: Path, place: Path) -> None:
 
 
 def _notebook(name: str, run: Path, path: str, **changes) -> None:
-    """Execute the code of a companion notebook on a run; changes: lines that are
-    replaced.
-    """
+    """Execute the code of a companion notebook on a run; changes: {old: new} text."""
     cells = [
         cell.source
         for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells
@@ -495,7 +475,7 @@ COMMANDS = ("sample", "probe", "metrics", "report", "runs")
 
 
 def cases(kinds: dict[str, Kind]) -> list[tuple[str, str]]:
-    "What is tried: (kind, cell), commands for all kinds."
+    "Return the pairs (kind, cell) to try; commands are tried with every kind."
     chosen = []
     for name, kind in kinds.items():
         for cell in ("train", *CELLS):
@@ -506,62 +486,64 @@ def cases(kinds: dict[str, Kind]) -> list[tuple[str, str]]:
 
 
 def contents(run: Path) -> dict[str, float]:
-    "All files of a run and when they were written."
+    "Return all files of a run and the times when they were written."
     return {
         str(path): path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()
     }
 
 
 def check(kind: Kind, cell: str, run: Path, place: Path, capsys) -> None:
-    """A cell works, or is refused in one line before any work: no model is asked
-    anything and no file is written.
+    """Assert that a cell works, or is refused in one line before any work.
+
+    Before any work: no model is called and no file is written.
     """
     reason = kind.refused.get(cell)
     if reason is None:
         CELLS[cell](run, place)
         out = capsys.readouterr().out
         if cell == "probe" and kind.write:
-            assert "24 of 36, balanced" in out and "test 18" not in out, out
+            assert "24 of 36, balanced" in out
+            assert "test 18" not in out, out
         return
     before = contents(run)
     with pytest.MonkeyPatch.context() as patch:
 
-        def asked(*rest, **named):
-            raise AssertionError("work was done before it was refused")
+        def forward(*rest, **named):
+            raise AssertionError("the model was called before the refusal")
 
-        patch.setattr(Transformer, "forward", asked)
+        patch.setattr(Transformer, "forward", forward)
         if cell in COMMANDS:
-            with pytest.raises(SystemExit) as ended:
+            with pytest.raises(SystemExit) as raised:
                 CELLS[cell](run, place)
-            assert ended.value.code == 2
-            said = capsys.readouterr().err.strip().splitlines()
-            said = [line for line in said if line.startswith("selfflow: ")]
+            assert raised.value.code == 2
+            message = capsys.readouterr().err.strip().splitlines()
+            message = [line for line in message if line.startswith("selfflow: ")]
         else:
-            with pytest.raises(ValueError) as ended:
+            with pytest.raises(ValueError) as raised:
                 CELLS[cell](run, place)
-            said = str(ended.value).splitlines()
-    assert len(said) == 1 and reason in said[0], said
+            message = str(raised.value).splitlines()
+    assert len(message) == 1
+    assert reason in message[0], message
     assert contents(run) == before
 
 
 def check_choice(kind: Kind, run: Path) -> None:
-    """Every part that is taken of stored data has as many of each class: validation,
-    items and explorers.
+    """Assert that samples chosen from stored data are balanced by class.
+
+    In the validation, the items and the explorers.
     """
     opened = Run.open(run, "cpu")
-    assert opened.state()["step"] == 8 and len(opened.log) == 8
+    assert opened.state()["step"] == 8
+    assert len(opened.log) == 8
     if not kind.write:
         return
-    judged = Validation.of(opened.config)
-    assert judged.chosen[opened.config.data.name].startswith("12 of 18")
+    validation = Validation.of(opened.config)
+    assert validation.chosen[opened.config.data.name].startswith("12 of 18")
     labels = items_of(opened, "test", 9).examples(torch.arange(9)).labels
-    alike = len(opened.sources.data[opened.config.data.name].names) < 2
-    assert alike or labels.bincount().tolist() == [3, 3, 3]
-    conditions = judged.data[opened.config.data.name][0].condition.values
-    if opened.config.data.condition == "class" and not alike:
+    one_class = len(opened.sources.data[opened.config.data.name].names) < 2
+    assert one_class or labels.bincount().tolist() == [3, 3, 3]
+    conditions = validation.data[opened.config.data.name][0].condition.values
+    if opened.config.data.condition == "class" and not one_class:
         assert conditions.bincount().tolist() == [4, 4, 4]
-        assert ViewedRun(opened, count=6).condition.values.bincount().tolist() == [
-            2,
-            2,
-            2,
-        ]
+        viewed = ViewedRun(opened, count=6).condition.values
+        assert viewed.bincount().tolist() == [2, 2, 2]

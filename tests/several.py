@@ -43,6 +43,19 @@ def disturb(task: dict):
     return disturbed
 
 
+class OneBase:
+    "Student and teacher hold one base, of which this process has a part if sharded."
+
+    def on_checkpoint(self, moment):
+        student, teacher = moment.state.student, moment.state.teacher
+        ours = dict(student.named_parameters())
+        shared = {k for k, p in teacher.named_parameters() if p is ours[k]}
+        assert shared == getattr(student, "base_names", set()) & ours.keys()
+        if shared and moment.run.config.training.parallel == "fsdp":
+            held = sum(ours[name].to_local().numel() for name in shared)
+            assert held < 0.6 * sum(ours[name].numel() for name in shared)
+
+
 def main(file: Path) -> None:
     read = Batches.__getitem__
     for task in json.loads(file.read_text()):
@@ -56,7 +69,9 @@ def main(file: Path) -> None:
             features = torch.cat([tokens, -tokens], -1)
         Batches.__getitem__ = disturb(task)
         try:
-            training.train(config, task["folder"], "cpu", features)
+            training.train(
+                config, task["folder"], "cpu", features, callbacks=[OneBase()]
+            )
         except (Exception, SystemExit) as error:
             raised = f"{type(error).__name__}: {error}"
         Batches.__getitem__ = read

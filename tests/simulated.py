@@ -1,6 +1,4 @@
-"""A run folder written as the loop writes it, by a thread that can be slow, stopped and
-asked.
-"""
+"""A simulated trainer: writes a run folder as the loop does and answers requests."""
 
 import json
 import math
@@ -21,7 +19,7 @@ LEVELS = [0.05 + 0.1 * i for i in range(10)]
 
 
 class SimulatedTrainer:
-    "Writes a run folder without training: lines, pictures, and answers to requests."
+    "Writes a run folder without training: log, sample grids, answers to requests."
 
     def __init__(self, path: Path, steps: int = 100, features: bool = True):
         self.path = Path(path)
@@ -55,14 +53,12 @@ class SimulatedTrainer:
         return values
 
     def log_lines(self, count: int, rate: float = 20.0) -> None:
-        "Do some steps, the last of which is saved."
+        "Log some steps and save a checkpoint after the last."
         self._log_lines(count, rate)
         self.save()
 
     def save(self) -> None:
-        """A checkpoint of the last step, so far as one who watches looks at it; older
-        ones are removed.
-        """
+        """Write what an observer reads of a checkpoint, and remove older ones."""
         new = self.path / f"checkpoints/step-{self.step:08d}"
         new.mkdir(parents=True, exist_ok=True)
         state = json.dumps({"step": self.step})
@@ -81,23 +77,19 @@ class SimulatedTrainer:
             for _ in range(count):
                 self.step += 1
                 log.write(json.dumps(self.line(self.step)) + "\n")
-                timing.write(
-                    json.dumps(
-                        {
-                            "step": self.step,
-                            "seconds": self.step / rate,
-                            "wall": self.step / rate,
-                            "steps_per_second": rate,
-                            "data_wait": 0.004,
-                            "peak_memory": 1_300_000_000,
-                            "device": "cpu",
-                            "processes": 1,
-                        }
-                    )
-                    + "\n"
-                )
+                record = {
+                    "step": self.step,
+                    "seconds": self.step / rate,
+                    "wall": self.step / rate,
+                    "steps_per_second": rate,
+                    "data_wait": 0.004,
+                    "peak_memory": 1_300_000_000,
+                    "device": "cpu",
+                    "processes": 1,
+                }
+                timing.write(json.dumps(record) + "\n")
 
-    def save_picture(self, step: int, count: int = 4) -> None:
+    def save_sample_grid(self, step: int, count: int = 4) -> None:
         noise = torch.randn(
             (count, 1, 8, 8), generator=torch.Generator().manual_seed(0)
         )
@@ -106,13 +98,13 @@ class SimulatedTrainer:
         )
 
     def train(self, pause: float = 0.02) -> None:
-        "Hold the lock and log until all steps are done or a stop is asked for."
+        "Hold the lock and log until all steps are done or a stop is requested."
         with self.run.locked():
             while self.step < self.run.config.training.steps:
                 self._log_lines(1)
                 time.sleep(pause)
                 if self.run.requested("sample"):
-                    self.save_picture(self.step)
+                    self.save_sample_grid(self.step)
                     self.run.clear_request("sample")
                     self.answers.append(("sample", self.step, datetime.now()))
                 if self.run.requested("stop"):

@@ -39,6 +39,7 @@ from ..settings import own_settings
 from ..training.batches import Batches, batch_indices
 from ..training.checkpoint import load_weights
 from ..training.config import Config
+from ..training.finetuning import check_start
 from ..training.recording import device_name
 from ..training.run import Run, device_for
 from ..training.state import TrainState, start_state, train_step
@@ -578,6 +579,7 @@ def _state_of(
         known = run.start  # its weights follow, so that no folder is read
     state = start_state(config, sources, device, 1, builder, known)
     if run is not None:
+        check_start(run.path, run.start, state.start)
         load_weights(state.student, run.load("model"), run.path)
         load_weights(state.teacher, run.load("teacher"), run.path)
     return state

@@ -1159,6 +1159,10 @@ def _class_of(family: Family) -> Any:
         ) from error
 
 
+def _finite(value: Tensor) -> bool:
+    return bool(value.isfinite().all())
+
+
 def read_model(folder: Path | str, name: str) -> nn.Module:
     """Read a transformer of diffusers from a local folder, in float32.
 
@@ -1200,6 +1204,12 @@ def read_model(folder: Path | str, name: str) -> nn.Module:
                 f"the weights in {folder} do not fit config.json: "
                 f"{problem.replace('_', ' ')} {some}"
             )
+    broken = [k for k, value in model.state_dict().items() if not _finite(value)]
+    if broken:
+        raise ValueError(
+            f"the weights in {folder} have NaN or infinite numbers: "
+            + ", ".join(broken[:3])
+        )
     return model.train()
 
 # %% ../../nbs/1_method/16_diffusers_backbone.ipynb #52971524

@@ -105,11 +105,6 @@ class TrainConfig:
         choose(self.precision, _PRECISIONS, "precision (training.precision)")
         choose(self.parallel, _PARALLEL, "parallel (training.parallel)")
         choose(self.optimizer, _OPTIMIZERS, "optimizer (training.optimizer)")
-        if self.optimizer == "muon" and self.parallel == "fsdp":
-            raise ValueError(
-                "optimizer muon updates whole matrices, but parallel fsdp shards them; "
-                "use training.parallel ddp"
-            )
         check_positive(self, *_POSITIVE)
         if self.shards is None:
             shards = max(math.gcd(self.batch, _DEFAULT_SHARDS), self.accumulate)
@@ -248,11 +243,6 @@ class Config:
             )
         if not self.lora.rank:
             return
-        if self.training.parallel == "fsdp":
-            raise ValueError(
-                "parallel fsdp shards the base, which student and teacher share with "
-                "lora.rank; use training.parallel ddp"
-            )
         random = isinstance(self.model, TransformerOptions | DiffusersOptions)
         if random and not (start or folder):
             raise ValueError(

@@ -187,13 +187,20 @@ def is_sharded(value: Tensor) -> "TypeGuard[DTensor]":
     return hasattr(value, "placements")
 
 
-def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """Shard a full tensor as a parameter of the same shape is; return others as is."""
+def shard_like(value: Tensor, parameter: Tensor, owner: int = 0) -> Tensor:
+    """Shard a full tensor as a parameter of the same shape is; return others as is.
+
+    Args:
+        owner: Process whose tensor counts.
+    """
     if is_sharded(parameter) and value.shape == parameter.shape:
         from torch.distributed.tensor import distribute_tensor
 
         return distribute_tensor(
-            value.to(parameter.device), parameter.device_mesh, parameter.placements
+            value.to(parameter.device),
+            parameter.device_mesh,
+            parameter.placements,
+            src_data_rank=owner,
         )
     return value
 

@@ -91,6 +91,50 @@ class _Optimizers:
             part.step()
 
 
+class _ShardedMuon(torch.optim.Muon):
+    """Muon for sharded matrices, with the steps that it takes on whole ones.
+
+    Momentum stays in shards. In rounds of one matrix for each process, the matrices are
+    gathered, each process orthogonalises its own, and the steps are scattered.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        "Update all matrices. All processes must call this."
+        (group,) = self.param_groups
+        matrices = [p for p in group["params"] if p.grad is not None]
+        if not matrices:
+            return
+        mesh = matrices[0].device_mesh
+        own = mesh.get_local_rank()
+        for start in range(0, len(matrices), mesh.size()):
+            turn = matrices[start : start + mesh.size()]
+            whole = [self._averaged(matrix, group).full_tensor() for matrix in turn]
+            if own < len(turn):
+                whole[own] = _orthogonalised(whole[own], group)
+            for owner, matrix in enumerate(turn):
+                step = shard_like(whole[owner], matrix, owner)
+                matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(step)
+
+    def _averaged(self, matrix: Any, group: dict) -> Any:
+        "Return the gradient with Nesterov's momentum, which is updated."
+        state = self.state[matrix]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+        average = state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
+        return matrix.grad.lerp(average, group["momentum"])
+
+
+def _orthogonalised(update: Tensor, group: dict) -> Tensor:
+    "Return Muon's step along a whole matrix that has its momentum already."
+    step = nn.Parameter(torch.zeros_like(update))
+    step.grad = update
+    settings = group | {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
+    del settings["params"]
+    torch.optim.Muon([step], **settings).step()
+    return step.detach()
+
+
 def build_optimizer(
     config: TrainConfig, parameters: dict[str, nn.Parameter]
 ) -> _Optimizers:
@@ -118,7 +162,8 @@ def build_optimizer(
     )
     if not matrices:
         return _Optimizers(adamw)
-    muon = torch.optim.Muon(
+    kind = _ShardedMuon if is_sharded(matrices[0]) else torch.optim.Muon
+    muon = kind(
         matrices,
         lr=config.lr,
         weight_decay=config.weight_decay,
@@ -434,6 +479,13 @@ def _decays(config: TrainConfig) -> dict[str, Callable[[int], float]]:
     return decays
 
 # %% ../../nbs/3_training/08_state.ipynb #bfc98415
+def _share_base(student: nn.Module, teacher: nn.Module) -> None:
+    "Give the teacher the student's shards of the base that their adapters share."
+    base = getattr(student, "base_names", ())
+    shards = {k: value for k, value in student.named_parameters() if k in base}
+    teacher.load_state_dict(shards, strict=False, assign=True)
+
+
 def distribute_state(state: TrainState, config: Config, processes: Processes) -> None:
     """Distribute a state, which every process holds completely, over the processes.
 
@@ -450,6 +502,7 @@ def distribute_state(state: TrainState, config: Config, processes: Processes) ->
     slots = [state.optimizer.state.get(p) for p in state.named_parameters().values()]
     shard_weights(state.teacher, state.teacher.blocks, processes)
     shard_weights(state.learner, state.student.blocks, processes)
+    _share_base(state.student, state.teacher)
     student = dict(state.student.named_parameters())
     for average in state.averages.values.values():
         for name, value in average.items():
@@ -457,12 +510,13 @@ def distribute_state(state: TrainState, config: Config, processes: Processes) ->
     # sharding has replaced the parameters, so the optimiser is built again
     parameters = state.named_parameters()
     state.optimizer = build_optimizer(config.training, parameters)
-    (adamw,) = state.optimizer.parts  # muon cannot be sharded, see TrainConfig
+    sharded = {}
     for parameter, values in zip(parameters.values(), slots, strict=True):
         if values:
-            adamw.state[parameter] = {
+            sharded[parameter] = {
                 name: shard_like(value, parameter) for name, value in values.items()
             }
+    state.optimizer.load(sharded)
 
 # %% ../../nbs/3_training/08_state.ipynb #2f67ec5b
 def _autocast(config: Config, device: torch.device) -> AbstractContextManager:

@@ -8,20 +8,20 @@ from sklearn.manifold import trustworthiness
 from selfflow.analysis.projection import project, token_colours
 
 
-def test_colours_are_the_three_main_axes():
+def test_colours_are_the_three_principal_axes():
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(4, 15, 3)) * (9, 3, 1)
     tokens = hidden @ np.linalg.qr(rng.normal(size=(12, 12)))[0][:3] + 5
-    pictures, share = token_colours(torch.tensor(tokens), (3, 5))
-    assert pictures.shape == (4, 3, 3, 5)
+    colours, share = token_colours(torch.tensor(tokens), (3, 5))
+    assert colours.shape == (4, 3, 3, 5)
     assert share == pytest.approx(1)
-    assert abs(pictures).max() <= 1
+    assert abs(colours).max() <= 1
     for axis in range(3):
-        seen = pictures[:, axis].ravel()
-        wanted = hidden[..., axis].ravel()
-        assert abs(np.corrcoef(seen, wanted)[0, 1]) > 0.9
-    again, _ = token_colours(torch.tensor(tokens), (3, 5))
-    assert np.array_equal(pictures, again)
+        drawn = colours[:, axis].ravel()
+        expected = hidden[..., axis].ravel()
+        assert abs(np.corrcoef(drawn, expected)[0, 1]) > 0.9
+    repeated, _ = token_colours(torch.tensor(tokens), (3, 5))
+    assert np.array_equal(colours, repeated)
     flat, _ = token_colours(
         np.ones((2, 4, 3)) + 1e-9 * rng.normal(size=(2, 4, 3)), (2, 2)
     )
@@ -29,7 +29,7 @@ def test_colours_are_the_three_main_axes():
 
 
 def test_a_plane_of_pca_equals_the_singular_value_decomposition():
-    "UMAP, which compiles for half a minute, is tried in the lessons of the chapter."
+    "UMAP compiles for half a minute and is tested in the notebook instead."
     rng = np.random.default_rng(1)
     clouds = 5 * np.eye(8)[np.repeat(np.arange(4), 12)] + rng.normal(size=(48, 8))
     plane = project(torch.tensor(clouds), "PCA", neighbours=6)

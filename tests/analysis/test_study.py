@@ -272,9 +272,9 @@ def test_a_failed_run_is_listed_and_the_others_continue(file, tmp_path, monkeypa
     }
     assert study_status(study, tmp_path)["state"].tolist().count("failed") == 1
     monkeypatch.setattr(module, "train", train)
-    again = run_study(study, tmp_path)
-    assert again["complete"], "a later success counts"
-    assert not again["failed"]
+    resumed = run_study(study, tmp_path)
+    assert resumed["complete"], "a later success counts"
+    assert not resumed["failed"]
 
 
 def test_a_save_every_that_misses_a_judged_step_is_refused_first(file, tmp_path):

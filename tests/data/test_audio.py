@@ -1,4 +1,7 @@
-"""Audio survives its spectra; what it contains is measured; bad input is refused."""
+"""Spectra equal their definitions and decode back to audio.
+
+Pitch and onsets are measured correctly, and invalid input is refused.
+"""
 
 import math
 import sys
@@ -30,7 +33,7 @@ def noise(*shape, seed=0, dtype=torch.float32):
 
 
 def mdct_by_hand(wave, bins):
-    """The spectrum of one wave, number by number, with steps at both ends."""
+    """Return the spectrum of one wave, by loops, with steep windows at both ends."""
     columns = len(wave) // bins
     spectrum = np.zeros((bins, columns))
     for k in range(columns):
@@ -39,8 +42,8 @@ def mdct_by_hand(wave, bins):
                 place = k * bins - bins // 2 + n
                 if not 0 <= place < len(wave):
                     continue
-                whole = k == 0 and n < bins or k == columns - 1 and n >= bins
-                weight = 1 if whole else math.sin(math.pi / (2 * bins) * (n + 0.5))
+                steep = k == 0 and n < bins or k == columns - 1 and n >= bins
+                weight = 1 if steep else math.sin(math.pi / (2 * bins) * (n + 0.5))
                 angle = math.pi / bins * (n + 0.5 + bins / 2) * (j + 0.5)
                 spectrum[j, k] += (
                     math.sqrt(2 / bins) * weight * wave[place] * math.cos(angle)
@@ -51,10 +54,10 @@ def mdct_by_hand(wave, bins):
 @pytest.mark.parametrize(
     "bins, columns", [(2, 1), (2, 3), (4, 1), (4, 5), (6, 2), (16, 4)]
 )
-def test_mdct_is_the_one_by_hand(bins, columns):
+def test_mdct_equals_its_definition(bins, columns):
     waves = noise(2, bins * columns, seed=bins, dtype=torch.float64)
-    found = Mdct(bins * columns, bins=bins, scale=1).encode(waves)
-    for wave, spectrum in zip(waves, found, strict=True):
+    spectra = Mdct(bins * columns, bins=bins, scale=1).encode(waves)
+    for wave, spectrum in zip(waves, spectra, strict=True):
         np.testing.assert_allclose(
             spectrum, mdct_by_hand(wave.numpy(), bins), atol=1e-13
         )
@@ -71,12 +74,12 @@ def test_mdct_is_orthogonal_and_square(bins, columns):
     torch.testing.assert_close(
         matrix @ matrix.T, torch.eye(samples, dtype=torch.float64), atol=1e-13, rtol=0
     )
-    back = Mdct(samples, bins=bins, scale=1).decode(
+    inverse = Mdct(samples, bins=bins, scale=1).decode(
         torch.eye(samples, dtype=torch.float64).reshape(samples, bins, columns)
     )
     # the inverse is the transpose
     torch.testing.assert_close(
-        back.flatten(1), matrix.T.contiguous(), atol=1e-13, rtol=0
+        inverse.flatten(1), matrix.T.contiguous(), atol=1e-13, rtol=0
     )
 
 
@@ -94,15 +97,16 @@ def test_mdct_round_trips_exactly(half, columns, batch, power, scale, seed):
     for dtype, most in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
         waves = noise(batch, form.samples, seed=seed, dtype=dtype).clamp(-1, 1)
         spectra = form.encode(waves)
-        assert spectra.shape == (batch, *form.shape) and spectra.dtype == dtype
+        assert spectra.shape == (batch, *form.shape)
+        assert spectra.dtype == dtype
         assert (form.decode(spectra) - waves).abs().max() <= most
     values = noise(batch, *form.shape, seed=seed + 1, dtype=torch.float64)
     plain = replace(form, power=1.0)
-    # any numbers are the spectrum of a sound
+    # any values are the spectrum of some audio
     torch.testing.assert_close(plain.encode(plain.decode(values)), values)
 
 
-def test_power_and_scale_change_the_numbers_as_defined():
+def test_power_and_scale_change_the_values_as_defined():
     waves = noise(2, 512, dtype=torch.float64)
     plain = Mdct(512, bins=32, scale=1).encode(waves)
     changed = Mdct(512, bins=32, scale=3, power=0.5).encode(waves)
@@ -111,8 +115,9 @@ def test_power_and_scale_change_the_numbers_as_defined():
     )
     torch.testing.assert_close(plain.square().sum((1, 2)), waves.square().sum(1))
     white = Mdct(scale=1).encode(noise(20, 8192) / 0.3)
-    assert abs(white.std() - 1) < 0.01 and abs((white**4).mean() - 3) < 0.1, (
-        "white noise is white noise"
+    assert abs(white.std() - 1) < 0.01
+    assert abs((white**4).mean() - 3) < 0.1, (
+        "the spectrum of white noise is white noise"
     )
 
 
@@ -128,14 +133,12 @@ def test_columns_follow_the_time_of_the_audio(form, place):
         else spectra.square().sum(0)
     )
     centre = (loudness.argmax() + 0.5) * form.step
-    assert (
-        abs(centre - place - 0.5) <= form.step / 2 + 1
-        and form.seconds_per_column == form.step / RATE
-    )
+    assert abs(centre - place - 0.5) <= form.step / 2 + 1
+    assert form.seconds_per_column == form.step / RATE
 
 
 def log_mel_by_hand(wave, form):
-    """The log-mel spectrum by numpy, with triangles equally far apart in mel."""
+    """Return the log-mel spectrum by numpy, with triangles at equal steps in mel."""
     half = form.window // 2
     window = np.sin(np.pi * np.arange(form.window) / form.window) ** 2
     mels = np.linspace(0, 2595 * np.log10(1 + form.rate / 2 / 700), form.bins + 2)
@@ -144,18 +147,13 @@ def log_mel_by_hand(wave, form):
     columns = []
     for k in range(form.shape[1]):
         middle = k * form.hop + form.hop // 2
-        part = np.array(
-            [
-                wave[n] if 0 <= n < len(wave) else 0
-                for n in range(middle - half, middle + half)
-            ]
-        )
-        magnitudes = np.abs(np.fft.rfft(part * window)) / (window.sum() / 2)
+        frame = np.pad(wave, half)[middle : middle + 2 * half]
+        magnitudes = np.abs(np.fft.rfft(frame * window)) / (window.sum() / 2)
         bands = []
         for low, top, high in zip(edges, edges[1:], edges[2:], strict=False):
-            triangle = np.minimum(
-                (hz - low) / (top - low), (high - hz) / (high - top)
-            ).clip(0)
+            rise = (hz - low) / (top - low)
+            fall = (high - hz) / (high - top)
+            triangle = np.minimum(rise, fall).clip(0)
             bands.append((triangle * magnitudes).sum())
         columns.append((np.log(np.array(bands) + form.floor) - form.mean) / form.std)
     return np.array(columns).T
@@ -169,30 +167,33 @@ def log_mel_by_hand(wave, form):
         LogMel(1024, 16_000, 32, 256, 512, 1e-3, -1, 2),
     ],
 )
-def test_log_mel_is_the_one_by_hand(form):
+def test_log_mel_equals_its_definition(form):
     waves = noise(2, form.samples, dtype=torch.float64)
-    found = form.encode(waves)
-    for wave, spectrum in zip(waves, found, strict=True):
-        # the bands are made in float32
+    spectra = form.encode(waves)
+    for wave, spectrum in zip(waves, spectra, strict=True):
+        # the bands are computed in float32
         np.testing.assert_allclose(
             spectrum, log_mel_by_hand(wave.numpy(), form), atol=2e-5
         )
     torch.testing.assert_close(
-        form.encode(waves.float()), found.float(), atol=1e-4, rtol=0
+        form.encode(waves.float()), spectra.float(), atol=1e-4, rtol=0
     )
 
 
-def test_log_mel_of_a_full_scale_sine_and_of_silence():
+def test_log_mel_of_a_sine_is_near_one_and_of_silence_at_the_floor():
     form = LogMel()
     wave = torch.sin(2 * math.pi * 1000 * torch.arange(8192) / RATE)[None]
     level = (form.encode(wave) * form.std + form.mean).exp()
-    assert 0.5 < level.amax(1).median() < 2, "about 1"
+    assert 0.5 < level.amax(1).median() < 2, (
+        "a sine at full scale has a level of about 1"
+    )
     torch.testing.assert_close(
         form.encode(torch.zeros(1, 8192)),
         torch.full((1, 64, 64), (math.log(1e-4) + 7.9) / 2.2),
     )
     assert form.decode(form.encode(torch.zeros(1, 8192))).abs().max() < 1e-3
-    assert form.encode(torch.zeros(1, 8192)).min() > -3 and form.encode(wave).max() < 4
+    assert form.encode(torch.zeros(1, 8192)).min() > -3
+    assert form.encode(wave).max() < 4
 
 
 @pytest.mark.parametrize(
@@ -212,13 +213,18 @@ def test_log_mel_decodes_approximately_and_reproducibly(form):
         ]
     )
     spectra = form.encode(waves)
-    back = form.decode(spectra)
-    assert back.shape == waves.shape and torch.equal(back, form.decode(spectra))
-    assert (form.encode(back) - spectra).square().mean().sqrt() < 0.3
-    off = 12 * torch.log2(pitch_of(back, form.rate) / torch.tensor([300.0, 440, 1234]))
+    decoded = form.decode(spectra)
+    assert decoded.shape == waves.shape
+    assert torch.equal(decoded, form.decode(spectra))
+    assert (form.encode(decoded) - spectra).square().mean().sqrt() < 0.3
+    off = 12 * torch.log2(
+        pitch_of(decoded, form.rate) / torch.tensor([300.0, 440, 1234])
+    )
     assert off.abs().max() < 0.3
-    ratio = back.square().mean(1).sqrt() / waves.square().mean(1).sqrt()
-    assert (ratio.log10() * 20).abs().max() < 3, "as loud, within 3 dB"
+    ratio = decoded.square().mean(1).sqrt() / waves.square().mean(1).sqrt()
+    assert (ratio.log10() * 20).abs().max() < 3, (
+        "the loudness changes by less than 3 dB"
+    )
 
 
 def test_any_spectrum_decodes_to_finite_audio():
@@ -230,15 +236,16 @@ def test_any_spectrum_decodes_to_finite_audio():
 def test_a_batch_equals_single_waves_and_gradients_follow_inference(kind, bins):
     waves = noise(3, 1024)
     with torch.inference_mode():
-        form = kind(1024, bins=bins)  # used nowhere else, so that it is made here
+        form = kind(1024, bins=bins)  # used nowhere else: its tables are made here
         together = form.encode(waves)
     torch.testing.assert_close(
         torch.cat([form.encode(wave[None]) for wave in waves]), together.clone()
     )
-    free = waves.clone().requires_grad_()
-    # what was made in inference mode is of use here
-    form.encode(free).square().sum().backward()
-    assert free.grad.isfinite().all() and free.grad.abs().sum() > 0
+    trainable = waves.clone().requires_grad_()
+    # tables made in inference mode can be used here
+    form.encode(trainable).square().sum().backward()
+    assert trainable.grad.isfinite().all()
+    assert trainable.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize(
@@ -278,7 +285,7 @@ def test_a_batch_equals_single_waves_and_gradients_follow_inference(kind, bins):
         (LogMel, {"floor": math.nan}, "floor nan"),
     ],
 )
-def test_settings_that_do_not_fit(kind, change, words):
+def test_invalid_settings_are_refused(kind, change, words):
     with pytest.raises(ValueError, match=words):
         kind(**change)
 
@@ -326,12 +333,12 @@ def test_the_mdct_works_without_torchaudio(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "torchaudio"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchaudio", None)
-    for wanted in (
+    for call in (
         lambda: LogMel(4096, hop=256, window=1024, bins=33),
         lambda: resample(torch.zeros(1, 100), 16_000, 8000),
     ):
         with pytest.raises(ImportError, match=r"torchaudio==2.11.*torch<2.15"):
-            wanted()
+            call()
     assert Mdct(1024).decode(Mdct(1024).encode(noise(1, 1024))).shape == (1, 1024)
 
 
@@ -348,14 +355,12 @@ def test_the_mdct_works_without_torchaudio(monkeypatch):
 )
 def test_resampling_preserves_the_tone_and_removes_high_frequencies(rate, new_rate):
     seconds = torch.arange(rate, dtype=torch.float64) / rate
-    found = resample(torch.sin(2 * math.pi * 700 * seconds), rate, new_rate)
+    resampled = resample(torch.sin(2 * math.pi * 700 * seconds), rate, new_rate)
     expected = torch.sin(
         2 * math.pi * 700 * torch.arange(new_rate, dtype=torch.float64) / new_rate
     )
-    assert (
-        found.shape == expected.shape
-        and (found - expected)[200:-200].abs().max() < 0.005
-    )
+    assert resampled.shape == expected.shape
+    assert (resampled - expected)[200:-200].abs().max() < 0.005
     if new_rate <= rate / 2:
         high = resample(torch.sin(2 * math.pi * 0.48 * rate * seconds), rate, new_rate)
         assert high[200:-200].abs().max() < 0.02
@@ -377,16 +382,13 @@ def test_invalid_rates_are_refused(rates):
         resample(torch.zeros(1, 10), *rates)
 
 
-def test_one_channel_of_the_right_length():
+def test_audio_is_mixed_to_mono_and_fitted_to_a_length():
     waves = noise(2, 10)
     torch.testing.assert_close(to_mono(waves), (waves[0] + waves[1]) / 2)
-    assert torch.equal(fit_length(waves, 4), waves[:, :4]) and torch.equal(
-        fit_length(waves, 10), waves
-    )
-    assert (
-        torch.equal(fit_length(waves, 12), torch.cat([waves, torch.zeros(2, 2)], 1))
-        and fit_length(waves[0, :0], 3).sum() == 0
-    )
+    assert torch.equal(fit_length(waves, 4), waves[:, :4])
+    assert torch.equal(fit_length(waves, 10), waves)
+    assert torch.equal(fit_length(waves, 12), torch.cat([waves, torch.zeros(2, 2)], 1))
+    assert fit_length(waves[0, :0], 3).sum() == 0
     for bad in (waves[0], waves[None], waves[:0]):
         with pytest.raises(ValueError, match="channels of a waveform have shape"):
             to_mono(bad)
@@ -395,51 +397,43 @@ def test_one_channel_of_the_right_length():
 
 
 def tones(hz, amplitudes, vibrato=0.0, samples=8192, rate=RATE, decay=0.0):
-    """Sums of overtones; vibrato is the share by which the frequency swings."""
+    """Return sums of overtones; vibrato is the relative swing of the frequency."""
     seconds = torch.arange(samples, dtype=torch.float64) / rate
-    angle = (
-        2
-        * math.pi
-        * torch.as_tensor(hz, dtype=torch.float64)[:, None]
-        * (
-            seconds
-            + vibrato * (1 - torch.cos(2 * math.pi * 6 * seconds)) / (2 * math.pi * 6)
-        )
-    )
-    return sum(
-        a * torch.sin(k * angle + k) for k, a in enumerate(amplitudes, start=1)
-    ) * torch.exp(-decay * seconds)
+    swing = 2 * math.pi * 6  # six times a second
+    warped = seconds + vibrato * (1 - torch.cos(swing * seconds)) / swing
+    angle = 2 * math.pi * torch.as_tensor(hz, dtype=torch.float64)[:, None] * warped
+    waves = torch.zeros_like(angle)
+    for k, amplitude in enumerate(amplitudes, start=1):
+        waves += amplitude * torch.sin(k * angle + k)
+    return waves * torch.exp(-decay * seconds)
 
 
 @pytest.mark.parametrize(
-    "amplitudes",
-    [(1,), (1, 0.7, 0.5), (0.3, 1, 0.8), (1, 0, 0.6), (0.4, 0.2, 1), (0, 1, 1)],
+    "amplitudes", [(1,), (1, 0.7, 0.5), (1, 0, 0.6), (0.4, 0.2, 1), (0, 1, 1)]
 )
-@pytest.mark.parametrize("vibrato, decay", [(0, 0), (0.03, 0), (0.0, 8.0), (0.03, 8.0)])
+@pytest.mark.parametrize("vibrato, decay", [(0, 0), (0.03, 8.0)])
 @pytest.mark.parametrize(
     "rate, samples, level",
     [(8000, 8192, 0.5), (16_000, 8192, 0.01), (22_050, 11_025, 1.0)],
 )
 def test_pitch_is_estimated_correctly(amplitudes, vibrato, decay, rate, samples, level):
     played = 82.5 * 2 ** (torch.arange(0, 47, 1.7, dtype=torch.float64) / 12)
-    # and a constant
-    waves = (
-        level * tones(played, amplitudes, vibrato, samples, rate, decay) + 0.1 * level
-    )
+    notes = tones(played, amplitudes, vibrato, samples, rate, decay)
+    # a constant offset does not matter
+    waves = level * notes + 0.1 * level
     off = 12 * torch.log2(pitch_of(waves, rate) / played)
     assert off.abs().max() < 0.5
     assert (pitch_of(waves.float(), rate) - pitch_of(waves, rate)).abs().max() < 1
 
 
-def test_a_low_pure_tone_in_noise_is_not_a_high_one():
+def test_a_low_tone_in_noise_is_not_taken_for_a_high_one():
     played = torch.linspace(65, 300, 40, dtype=torch.float64)
-    off = (
-        12 * (pitch_of(tones(played, (1,)) + noise(40, 8192) / 2, RATE) / played).log2()
-    )
+    waves = tones(played, (1,)) + noise(40, 8192) / 2
+    off = 12 * (pitch_of(waves, RATE) / played).log2()
     assert off.abs().max() < 0.5
 
 
-def test_no_pitch_in_silence_and_in_noise():
+def test_silence_and_noise_have_no_pitch():
     waves = torch.cat(
         [
             torch.zeros(1, 8192),
@@ -449,10 +443,10 @@ def test_no_pitch_in_silence_and_in_noise():
         ]
     )
     assert pitch_of(waves, RATE).isnan().all()
-    assert (
-        abs(pitch_of(torch.cat([waves, tones([440], (1,)).float()]), RATE)[-1] - 440)
-        < 1
-    ), "others in the batch change nothing"
+    with_tone = torch.cat([waves, tones([440], (1,)).float()])
+    assert abs(pitch_of(with_tone, RATE)[-1] - 440) < 1, (
+        "the rest of the batch does not matter"
+    )
 
 
 @pytest.mark.parametrize(
@@ -473,7 +467,7 @@ def test_invalid_search_ranges_are_refused(change, words):
 
 @pytest.mark.parametrize("rate", [8000, 16_000, 44_100])
 @pytest.mark.parametrize("seed", range(4))
-def test_onsets_of_struck_notes_are_exact_to_20_ms(rate, seed):
+def test_onsets_of_struck_notes_are_exact_to_10_ms(rate, seed):
     draw = np.random.default_rng(seed)
     seconds = torch.arange(rate) / rate
     waves = torch.zeros(8, rate)
@@ -489,29 +483,25 @@ def test_onsets_of_struck_notes_are_exact_to_20_ms(rate, seed):
                 * draw.uniform(0.2, 1)
             )
             wave += strike * torch.exp(-draw.uniform(8, 40) * after.clamp(min=0))
-    found = onsets_of(waves, rate)
-    assert sum(len(f) for f in found) == sum(len(t) for t in truth), (
-        "none too many, none missed"
-    )
-    for f, t in zip(found, truth, strict=True):
-        assert np.abs(f.numpy() - t).max() < 0.01
+    onsets = onsets_of(waves, rate)
+    assert sum(map(len, onsets)) == sum(map(len, truth)), "none is invented or missed"
+    for measured, expected in zip(onsets, truth, strict=True):
+        assert np.abs(measured.numpy() - expected).max() < 0.01
 
 
-def test_onsets_at_the_very_beginning_in_silence_and_under_a_threshold():
+def test_silence_and_soft_notes_have_no_onset():
     seconds = torch.arange(4000) / RATE
     struck = torch.exp(-20 * seconds) * torch.sin(2 * math.pi * 500 * seconds)
-    # 40 dB below, while the first still sounds
+    # a second note, 40 dB softer, while the first still sounds
     soft = struck + 0.01 * torch.cat([torch.zeros(2000), struck[:2000]])
-    at_0, silent, faint, both = onsets_of(
+    at_0, silent, faint, two_notes = onsets_of(
         torch.stack([struck, torch.zeros(4000), 1e-4 * struck, soft]), RATE
     )
-    assert (
-        at_0.tolist() == pytest.approx([0], abs=0.004)
-        and len(silent) == 0
-        and len(faint) == 0
-    )
-    assert both.tolist() == pytest.approx([0], abs=0.004)
-    assert len(onsets_of(noise(3, 5), RATE)) == 3, "however short"
+    assert at_0.tolist() == pytest.approx([0], abs=0.004)
+    assert len(silent) == 0
+    assert len(faint) == 0
+    assert two_notes.tolist() == pytest.approx([0], abs=0.004)
+    assert len(onsets_of(noise(3, 5), RATE)) == 3, "short waves are accepted"
     for change in ({"threshold": 0}, {"threshold": 1.1}, {"gap": 0}, {"gap": math.nan}):
         with pytest.raises(ValueError, match="threshold is .* and gap"):
             onsets_of(noise(1, 800), RATE, **change)

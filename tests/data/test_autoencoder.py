@@ -1,4 +1,7 @@
-"""Autoencoders of diffusers in a folder give what diffusers itself gives."""
+"""Autoencoders of diffusers in a local folder give the latents of diffusers itself.
+
+Nothing is fetched, damaged folders are refused, and Haar is lossless.
+"""
 
 import json
 import socket
@@ -102,8 +105,7 @@ def oobleck(channels):
     )
 
 
-# what it is, the shape of a signal, the shape of its latents, shift and scale by
-# channel
+# model, signal, shape of the signal, shape of its latents, shift and scale by channel
 KINDS = {
     "kl": (lambda: kl(), "image", (1, 8, 12), (2, 4, 6), 0.0, 0.18215),
     "kl shifted": (
@@ -167,46 +169,43 @@ KINDS = {
 }
 
 
-def saved(model, folder, seed=0):
-    """The folder of a model with random weights, none of which is zero or one."""
+def save_model(model, folder, seed=0):
+    """Save a model with random weights, none of them zero or one, in a folder."""
     generator = torch.Generator().manual_seed(seed)
     for value in model.parameters():
-        value.data.copy_(
-            torch.randn(value.shape, generator=generator)
-            / max(value[0].numel() if value.ndim > 1 else 1, 1) ** 0.5
-        )
+        inputs = value[0].numel() if value.ndim > 1 else 1
+        noise = torch.randn(value.shape, generator=generator)
+        value.data.copy_(noise / max(inputs, 1) ** 0.5)
     model.eval().save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
-    return saved(kl(3), tmp_path_factory.mktemp("vae"))
+    return save_model(kl(3), tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture
-def own(vae, tmp_path):
-    "A copy that a test may break; returns its folder, its config, its weights."
-    (tmp_path / "own").mkdir()
+def vae_copy(vae, tmp_path):
+    "Folder, config and weights of a copy that a test may damage."
+    (tmp_path / "copy").mkdir()
     for name in ("config.json", WEIGHTS):
-        (tmp_path / "own" / name).write_bytes((vae / name).read_bytes())
+        (tmp_path / "copy" / name).write_bytes((vae / name).read_bytes())
     return (
-        tmp_path / "own",
+        tmp_path / "copy",
         json.loads((vae / "config.json").read_text()),
         load_file(vae / WEIGHTS),
     )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_latents_are_the_scaled_mean_that_diffusers_gives(tmp_path, kind):
+def test_latents_are_the_scaled_mean_of_diffusers(tmp_path, kind):
     make, signal, shape, latent_shape, shift, scale = KINDS[kind]
     model = make()
-    opened = open_autoencoder(saved(model, tmp_path))
-    assert (
-        opened.signal == signal
-        and opened.latent_shape(shape) == latent_shape
-        and not opened.training
-    )
+    opened = open_autoencoder(save_model(model, tmp_path))
+    assert opened.signal == signal
+    assert opened.latent_shape(shape) == latent_shape
+    assert not opened.training
     assert not any(value.requires_grad for value in opened.parameters())
     signals = torch.rand(3, *shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
     x = (
@@ -219,26 +218,24 @@ def test_latents_are_the_scaled_mean_that_diffusers_gives(tmp_path, kind):
     with torch.no_grad():
         posterior = model.encode(x).latent_dist
         expected = (posterior.mean - shift) * scale
-        back = model.decode(expected / scale + shift).sample
+        decoded = model.decode(expected / scale + shift).sample
     z = opened.encode(signals)
-    assert (
-        z.shape == (3, *latent_shape)
-        and z.dtype == torch.float32
-        and not z.requires_grad
-        and z.std() > 0.01
-    )
+    assert z.shape == (3, *latent_shape)
+    assert z.dtype == torch.float32
+    assert not z.requires_grad
+    assert z.std() > 0.01
     torch.testing.assert_close(z, expected)
     torch.testing.assert_close(
-        opened.decode(expected), back.mean(1) if signal == "audio" else back
+        opened.decode(expected), decoded.mean(1) if signal == "audio" else decoded
     )
     assert opened.decode(z).shape == signals.shape
-    assert torch.equal(z, opened.encode(signals)), "never a sample"
+    assert torch.equal(z, opened.encode(signals)), "the mean, never a sample"
     torch.testing.assert_close(
         opened.encode(signals[1:2]), z[1:2], atol=1e-3, rtol=1e-3
     )
 
 
-def test_one_channel_is_given_to_each(vae):
+def test_a_grey_image_is_repeated_in_each_channel(vae):
     opened = open_autoencoder(vae)
     gray = digits().images[:2]
     assert opened.latent_shape((1, 8, 8)) == (2, 4, 4)
@@ -269,28 +266,26 @@ def test_one_channel_is_given_to_each(vae):
     ],
 )
 def test_signals_that_do_not_fit_are_refused(tmp_path, kind, shape, words):
-    opened = open_autoencoder(saved(KINDS[kind][0](), tmp_path))
+    opened = open_autoencoder(save_model(KINDS[kind][0](), tmp_path))
     with pytest.raises(ValueError, match=words):
         opened.latent_shape(shape)
     with pytest.raises(ValueError, match=words):
         opened.encode(torch.zeros(1, *shape))
 
 
-def test_a_fingerprint_follows_from_weights_and_config(vae, own):
-    folder, config, weights = own
+def test_a_fingerprint_depends_on_weights_and_config(vae, vae_copy):
+    folder, config, weights = vae_copy
     first = open_autoencoder(vae).fingerprint
+    assert len(first) == 16
     assert (
-        len(first) == 16
-        and open_autoencoder(folder).fingerprint
+        open_autoencoder(folder).fingerprint
         == first
         == open_autoencoder(str(folder)).fingerprint
     )
     (folder / "config.json").write_text(
         json.dumps(config | {"_diffusers_version": "0.1", "_name_or_path": "elsewhere"})
     )
-    assert open_autoencoder(folder).fingerprint == first, (
-        "where it came from is no part of it"
-    )
+    assert open_autoencoder(folder).fingerprint == first, "its origin is no part of it"
     (folder / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
     scaled = open_autoencoder(folder).fingerprint
     (folder / "config.json").write_text(json.dumps(config))
@@ -301,7 +296,7 @@ def test_a_fingerprint_follows_from_weights_and_config(vae, own):
 
 def test_nothing_is_fetched_and_no_random_number_is_drawn(vae, monkeypatch):
     def refuse(*args, **options):
-        raise AssertionError("the network was asked")
+        raise AssertionError("the network was used")
 
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, refuse)
@@ -309,10 +304,8 @@ def test_nothing_is_fetched_and_no_random_number_is_drawn(vae, monkeypatch):
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     opened = open_autoencoder(vae)
     opened.decode(opened.encode(torch.zeros(1, 3, 8, 8)))
-    assert (
-        torch.equal(before[0], torch.get_rng_state())
-        and (before[1] == np.random.get_state()[1]).all()
-    )
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert (before[1] == np.random.get_state()[1]).all()
     for name in (
         "stabilityai/sd-vae-ft-mse",
         "https://example.org/vae",
@@ -344,14 +337,14 @@ def test_nothing_is_fetched_and_no_random_number_is_drawn(vae, monkeypatch):
         ("\xff\xfe", "cannot be used"),
     ],
 )
-def test_other_configs_are_refused(own, config, words):
-    (own[0] / "config.json").write_text(config, encoding="latin-1")
+def test_unsuitable_configs_are_refused(vae_copy, config, words):
+    (vae_copy[0] / "config.json").write_text(config, encoding="latin-1")
     with pytest.raises(ValueError, match=words):
-        open_autoencoder(own[0])
+        open_autoencoder(vae_copy[0])
 
 
-def test_pickled_weights_are_refused_unread(own):
-    folder, _, _ = own
+def test_pickled_weights_are_refused_without_being_read(vae_copy):
+    folder, _, _ = vae_copy
     (folder / WEIGHTS).unlink()
     with pytest.raises(
         ValueError,
@@ -368,27 +361,29 @@ def test_pickled_weights_are_refused_unread(own):
         open_autoencoder(folder)
 
 
-def test_safetensors_are_preferred_to_pickled_weights(vae, own):
-    (own[0] / "diffusion_pytorch_model.bin").write_bytes(
+def test_safetensors_are_preferred_to_pickled_weights(vae, vae_copy):
+    (vae_copy[0] / "diffusion_pytorch_model.bin").write_bytes(
         b"cos\nsystem\n(S'touch harmed'\ntR."
     )
-    assert open_autoencoder(own[0]).fingerprint == open_autoencoder(vae).fingerprint
+    assert (
+        open_autoencoder(vae_copy[0]).fingerprint == open_autoencoder(vae).fingerprint
+    )
 
 
-def test_weights_in_several_files_are_refused(own):
-    index = own[0] / f"{WEIGHTS}.index.json"
+def test_weights_in_several_files_are_refused(vae_copy):
+    index = vae_copy[0] / f"{WEIGHTS}.index.json"
     index.write_text(
         json.dumps({"weight_map": {"encoder.conv_in.weight": "../secret.safetensors"}})
     )
     with pytest.raises(ValueError, match="in one file"):
-        open_autoencoder(own[0])
+        open_autoencoder(vae_copy[0])
 
 
 @pytest.mark.parametrize(
     "change", ["missing", "more", "shape", "cut", "empty", "text", "nothing"]
 )
-def test_weights_that_do_not_fit_are_refused(own, change):
-    folder, _, weights = own
+def test_weights_that_do_not_fit_are_refused(vae_copy, change):
+    folder, _, weights = vae_copy
     if change == "missing":
         del weights["encoder.conv_in.weight"]
     if change == "more":
@@ -398,10 +393,10 @@ def test_weights_that_do_not_fit_are_refused(own, change):
             :2
         ].contiguous()
     save_file({} if change == "nothing" else weights, folder / WEIGHTS)
-    whole = (folder / WEIGHTS).read_bytes()
+    written = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(
-        {"cut": whole[:-100], "empty": b"", "text": b"<html>not found</html>"}.get(
-            change, whole
+        {"cut": written[:-100], "empty": b"", "text": b"<html>not found</html>"}.get(
+            change, written
         )
     )
     with pytest.raises(
@@ -411,13 +406,12 @@ def test_weights_that_do_not_fit_are_refused(own, change):
         open_autoencoder(folder)
 
 
-def test_half_precision_weights_work_in_single_precision(vae, own):
-    folder, _, weights = own
+def test_half_precision_weights_are_used_in_single_precision(vae, vae_copy):
+    folder, _, weights = vae_copy
     save_file({name: value.half() for name, value in weights.items()}, folder / WEIGHTS)
-    z, expected = (
-        open_autoencoder(path).encode(torch.full((1, 3, 8, 8), 0.5))
-        for path in (folder, vae)
-    )
+    images = torch.full((1, 3, 8, 8), 0.5)
+    z = open_autoencoder(folder).encode(images)
+    expected = open_autoencoder(vae).encode(images)
     assert z.dtype == torch.float32
     torch.testing.assert_close(z, expected, atol=1e-2, rtol=1e-2)
 
@@ -439,14 +433,18 @@ def test_gpu_and_cpu_agree(vae, tmp_path):
         )
         for name in ("cpu", "cuda")
     )
-    a, b = (one.take(torch.arange(20)).signals for one in (cpu, gpu))
-    torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)
-    torch.testing.assert_close(cpu.decode(a), gpu.decode(b), atol=1e-2, rtol=1e-2)
+    on_cpu = cpu.take(torch.arange(20)).signals
+    on_gpu = gpu.take(torch.arange(20)).signals
+    torch.testing.assert_close(on_cpu, on_gpu, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(
+        cpu.decode(on_cpu), gpu.decode(on_gpu), atol=1e-2, rtol=1e-2
+    )
 
 
 def test_flux2_latents_are_those_of_its_pipeline(tmp_path):
-    opened = open_autoencoder(saved(flux2(), tmp_path))
-    assert opened.signal == "image" and opened.latent_shape((3, 8, 12)) == (8, 2, 3)
+    opened = open_autoencoder(save_model(flux2(), tmp_path))
+    assert opened.signal == "image"
+    assert opened.latent_shape((3, 8, 12)) == (8, 2, 3)
     images = torch.rand(2, 3, 8, 12, generator=torch.Generator().manual_seed(1)) * 2 - 1
     vae = diffusers.AutoencoderKLFlux2.from_pretrained(tmp_path).eval()
     with torch.no_grad():
@@ -456,19 +454,22 @@ def test_flux2_latents_are_those_of_its_pipeline(tmp_path):
         mean = vae.bn.running_mean.view(1, -1, 1, 1)
         deviation = (vae.bn.running_var.view(1, -1, 1, 1) + 1e-4).sqrt()
         expected = (patches - mean) / deviation
-        back = vae.decode(diffusers.Flux2Pipeline._unpatchify_latents(patches)).sample
+        decoded = vae.decode(
+            diffusers.Flux2Pipeline._unpatchify_latents(patches)
+        ).sample
         # the same as its batch norm in evaluation
         torch.testing.assert_close(vae.bn(patches), expected)
-    assert (mean != 0).any() and (deviation != 1).all()
+    assert (mean != 0).any()
+    assert (deviation != 1).all()
     z = opened.encode(images)
     torch.testing.assert_close(z, expected)
-    torch.testing.assert_close(opened.decode(z), back, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(opened.decode(z), decoded, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("timestep", [False, True])
 def test_ltx_latents_are_those_of_its_pipeline(tmp_path, timestep):
-    more = {"timestep_conditioning": True} if timestep else {}
-    opened = open_autoencoder(saved(ltx(**more), tmp_path))
+    options = {"timestep_conditioning": True} if timestep else {}
+    opened = open_autoencoder(save_model(ltx(**options), tmp_path))
     assert opened.signal == "video"
     assert opened.latent_shape((3, 5, 8, 12)) == (3, 3, 2, 3)
     with pytest.raises(ValueError, match=r"\(2 k \+ 1\) x 4 k x 4 k"):
@@ -481,30 +482,32 @@ def test_ltx_latents_are_those_of_its_pipeline(tmp_path, timestep):
         mean = vae.encode(videos).latent_dist.mode()
         expected = diffusers.LTXPipeline._normalize_latents(mean, *statistics)
         times = torch.zeros(2) if timestep else None
-        back = vae.decode(mean, times).sample
-        again = diffusers.LTXPipeline._denormalize_latents(expected, *statistics)
-    torch.testing.assert_close(again, mean, atol=1e-5, rtol=1e-4)
+        decoded = vae.decode(mean, times).sample
+        restored = diffusers.LTXPipeline._denormalize_latents(expected, *statistics)
+    torch.testing.assert_close(restored, mean, atol=1e-5, rtol=1e-4)
     z = opened.encode(videos)
     torch.testing.assert_close(z, expected)
-    assert z.shape == (2, 3, 3, 2, 3) and (vae.latents_std != 1).any()
-    torch.testing.assert_close(opened.decode(z), back, atol=1e-5, rtol=1e-4)
+    assert z.shape == (2, 3, 3, 2, 3)
+    assert (vae.latents_std != 1).any()
+    torch.testing.assert_close(opened.decode(z), decoded, atol=1e-5, rtol=1e-4)
 
 
-def test_a_decoder_that_adds_noise_adds_the_same_again(tmp_path):
+def test_a_decoder_that_adds_noise_adds_the_same_noise_each_time(tmp_path):
     noisy = ltx(decoder_inject_noise=(True, True, True))
-    opened = open_autoencoder(saved(noisy, tmp_path))
+    opened = open_autoencoder(save_model(noisy, tmp_path))
     z = opened.encode(torch.zeros(1, 3, 3, 4, 4))
     before = torch.get_rng_state()
     first = opened.decode(z)
     second = opened.decode(z)
-    assert torch.equal(first, second) and torch.equal(before, torch.get_rng_state())
+    assert torch.equal(first, second)
+    assert torch.equal(before, torch.get_rng_state())
 
 
-# the whole way
+# from images to latents and back
 
 
 @pytest.mark.parametrize("gray", [True, False])
-def test_digits_encoded_read_and_decoded_equal_diffusers(vae, tmp_path, gray):
+def test_encoded_stored_and_decoded_digits_equal_diffusers(vae, tmp_path, gray):
     data = digits()[:70]
     if not gray:
         data = ImageSet(
@@ -524,20 +527,14 @@ def test_digits_encoded_read_and_decoded_equal_diffusers(vae, tmp_path, gray):
     latents = Latents(tmp_path / "latents", autoencoder=vae)
     model = diffusers.AutoencoderKL.from_pretrained(vae)
     with torch.no_grad():
-        z = (
-            model.encode(data.images.expand(-1, 3, -1, -1))
-            .latent_dist.mode()
-            .double()
-            .numpy()
-            * 0.18215
-        )
+        posterior = model.encode(data.images.expand(-1, 3, -1, -1)).latent_dist
+    z = posterior.mode().double().numpy() * 0.18215
     mean = z.mean((0, 2, 3), keepdims=True)
     deviation = z.std((0, 2, 3), keepdims=True)
     chosen = torch.tensor([69, 0, 31, 32, 5])
     signals = latents.take(chosen).signals
-    assert signals["image"].shape == (5, 2, 4, 4) and latents.shapes == {
-        "image": (2, 4, 4)
-    }
+    assert signals["image"].shape == (5, 2, 4, 4)
+    assert latents.shapes == {"image": (2, 4, 4)}
     torch.testing.assert_close(
         signals["image"].double(),
         torch.tensor((z - mean) / deviation)[chosen],
@@ -557,7 +554,7 @@ def test_digits_encoded_read_and_decoded_equal_diffusers(vae, tmp_path, gray):
 
 
 def test_another_autoencoder_neither_resumes_nor_decodes(vae, tmp_path):
-    other = saved(kl(3), tmp_path / "other", seed=1)
+    other = save_model(kl(3), tmp_path / "other", seed=1)
     data = digits()[:40]
     first = open_autoencoder(vae).fingerprint
     second = open_autoencoder(other).fingerprint
@@ -579,7 +576,7 @@ def test_another_autoencoder_neither_resumes_nor_decodes(vae, tmp_path):
         Latents(tmp_path / "latents", autoencoder=other)
 
 
-# the lossless one
+# Haar, without loss
 
 
 @settings(max_examples=20, deadline=None)

@@ -1,4 +1,7 @@
-"""Aspect buckets: sizes of one area, batches of one size, and the way to samples."""
+"""Aspect buckets have sizes of one area, and every batch has one size.
+
+Runs on them train, resume and sample any size.
+"""
 
 import numpy as np
 import pytest
@@ -30,20 +33,19 @@ def test_sizes_are_multiples_of_one_area(rows, columns, multiple, aspect):
     height = rows * multiple
     width = columns * multiple
     sizes = buckets_of(height, width, multiple, aspect)
-    assert (height, width) in sizes and len({*sizes}) == len(sizes)
+    assert (height, width) in sizes
+    assert len({*sizes}) == len(sizes)
     area = height * width
     for high, wide in sizes:
         assert high % multiple == wide % multiple == 0
         # rounding changes a side by at most half a patch
         assert abs(high * wide - area) <= multiple * max(high, wide)
-        assert (high, wide) == (height, width) or max(high, wide) <= aspect * min(
-            high, wide
-        )
+        if (high, wide) != (height, width):
+            assert max(high, wide) <= aspect * min(high, wide)
     for number, (high, wide) in enumerate(sizes):
         near = nearest_bucket((wide, high), sizes)
-        assert near is not None and (
-            sizes[near][0] * wide == high * sizes[near][1] or near == number
-        )
+        assert near is not None
+        assert sizes[near][0] * wide == high * sizes[near][1] or near == number
 
 
 @given(
@@ -51,32 +53,34 @@ def test_sizes_are_multiples_of_one_area(rows, columns, multiple, aspect):
     st.integers(1, 16),
     st.integers(0, 3),
 )
-def test_all_samples_are_seen_equally_often(counts, batch, seed):
+def test_all_samples_are_used_equally_often(counts, batch, seed):
     steps = 300
-    seen = [0] * len(counts)
+    batches_of = [0] * len(counts)
     for step in range(steps):
         bucket, ordinal = bucket_of_step(tuple(counts), batch, seed, step)
-        assert ordinal == seen[bucket], "the batches of a bucket follow one another"
-        seen[bucket] += 1
+        assert ordinal == batches_of[bucket], (
+            "the batches of a bucket follow one another"
+        )
+        batches_of[bucket] += 1
     epochs = steps * batch / sum(counts)
-    for count, batches in zip(counts, seen, strict=True):
-        # ahead or behind by no more than the steps of one cycle, and one batch
+    for count, batches in zip(counts, batches_of, strict=True):
+        # ahead or behind by at most one cycle and one batch
         assert abs(batches * batch - epochs * count) <= count + len(counts) * batch
 
 
 @pytest.fixture
 def photos(tmp_path):
-    "Pictures of 12 x 8, 8 x 12 and 8 x 8 with a white border, and a panorama."
+    "Images of 12 x 8, 8 x 12 and 8 x 8 with a white border, and a panorama."
     folder = tmp_path / "photos"
     folder.mkdir()
-    turned = Image.Exif()
-    turned[0x0112] = 6
+    exif = Image.Exif()
+    exif[0x0112] = 6
     for i, (height, width) in enumerate([(8, 12), (12, 8), (8, 8)] * 9):
         pixels = np.full((height, width, 3), 255, np.uint8)
         pixels[1:-1, 1:-1] = 5 * i
         Image.fromarray(pixels).save(folder / f"{i}.png")
-    # stored lying, shown upright
-    Image.new("RGB", (12, 8)).save(folder / "27.png", exif=turned)
+    # stored in landscape, shown in portrait
+    Image.new("RGB", (12, 8)).save(folder / "27.png", exif=exif)
     Image.new("RGB", (300, 8)).save(folder / "wide.png")
     return folder
 
@@ -109,15 +113,16 @@ def test_batches_have_one_size_and_resume_exactly(photos):
         places = {entry.name: place for place, entry in enumerate(alone.entries)}
         names = [folder.entries[index].name for index in batch.indices.tolist()]
         plain = alone.take(torch.tensor([places[name] for name in names]))
-        for image, other in zip(images, plain.signals["image"], strict=True):
-            assert torch.equal(image, other) or torch.equal(image, other.flip(-1))
+        for image, original in zip(images, plain.signals["image"], strict=True):
+            assert torch.equal(image, original) or torch.equal(image, original.flip(-1))
     assert len(grids) > 1
     resumed = list(Batches(Sources(data), config).loader(first=5))
-    for one, other in zip(batches[5:], resumed, strict=True):
-        assert torch.equal(one.x0, other.x0) and one.parts == other.parts
+    for before, after in zip(batches[5:], resumed, strict=True):
+        assert torch.equal(before.x0, after.x0)
+        assert before.parts == after.parts
 
 
-def test_a_turned_photo_is_in_the_bucket_of_what_is_shown(photos):
+def test_the_bucket_of_a_rotated_photo_is_that_of_the_upright_image(photos):
     data = Folder(photos, size=8, shares=(1, 0, 0), aspect=2, multiple=2)
     by_name = {
         entry.name: data.buckets[number]
@@ -128,7 +133,7 @@ def test_a_turned_photo_is_in_the_bucket_of_what_is_shown(photos):
 
 
 @pytest.mark.parametrize("positions", ["sincos", "rotary"])
-def test_a_model_of_another_grid_is_the_same_function(positions):
+def test_a_model_of_another_grid_computes_the_same_function(positions):
     shape = {"width": 32, "depth": 2, "heads": 2, "positions": positions}
     square = Transformer(TransformerConfig.of_image(12, (4, 4), **shape))
     tall = Transformer(TransformerConfig.of_image(12, (6, 3), **shape))
@@ -138,13 +143,13 @@ def test_a_model_of_another_grid_is_the_same_function(positions):
     x = torch.randn(2, 18, 12)
     levels = NoiseLevels(torch.rand(2, 2), torch.arange(18).expand(2, 18) % 2)
     expected = tall(x, levels).velocity
-    found = square(x, levels, parts=tall.config.parts).velocity
-    torch.testing.assert_close(found, expected)
+    actual = square(x, levels, parts=tall.config.parts).velocity
+    torch.testing.assert_close(actual, expected)
     wide = (Part("image", 12, (1, 3, 6)),)
     assert not torch.allclose(square(x, levels, parts=wide).velocity, expected)
 
 
-def test_a_run_trains_resumes_and_draws_any_size(photos, tmp_path, capsys):
+def test_a_run_trains_resumes_and_samples_any_size(photos, tmp_path, capsys):
     model = ModelConfig(width=32, depth=4, heads=2)
     training = TrainConfig(
         batch=4, steps=6, shards=2, validation=3, save_every=3, log_every=1
@@ -156,31 +161,33 @@ def test_a_run_trains_resumes_and_draws_any_size(photos, tmp_path, capsys):
             if moment.step == 3:
                 moment.run.request("stop")
 
-    whole = train(config, tmp_path / "whole", "cpu", bar=False)
-    train(config, tmp_path / "parts", "cpu", bar=False, callbacks=[Stop()])
-    parts = train(config, tmp_path / "parts", "cpu", bar=False, workers=1)
-    assert whole.log["flow_loss"].tolist() == parts.log["flow_loss"].tolist()
+    run = train(config, tmp_path / "uninterrupted", "cpu", bar=False)
+    train(config, tmp_path / "interrupted", "cpu", bar=False, callbacks=[Stop()])
+    resumed = train(config, tmp_path / "interrupted", "cpu", bar=False, workers=1)
+    assert run.log["flow_loss"].tolist() == resumed.log["flow_loss"].tolist()
     for size in ((10, 6), (4, 4)):
-        drawn = whole.sample(torch.tensor([0]), 2, size=size)["image"]
-        assert drawn.shape == (1, 3, *size)
-    plain = whole.sample(torch.tensor([0]), 2)["image"]
-    assert torch.equal(plain, whole.sample(torch.tensor([0]), 2, size=(8, 8))["image"])
-    line = ["sample", str(whole.path), "--each", "1", "--steps", "1"]
+        samples = run.sample(torch.tensor([0]), 2, size=size)["image"]
+        assert samples.shape == (1, 3, *size)
+    plain = run.sample(torch.tensor([0]), 2)["image"]
+    assert torch.equal(plain, run.sample(torch.tensor([0]), 2, size=(8, 8))["image"])
+    command = ["sample", str(run.path), "--each", "1", "--steps", "1"]
     capsys.readouterr()
-    main([*line, "--size", "10x6"])
-    assert "10x6-step-6" in (told := capsys.readouterr().out)
-    assert "not trained" not in told
-    main([*line, "--size", "4x4"])
+    main([*command, "--size", "10x6"])
+    printed = capsys.readouterr().out
+    assert "10x6-step-6" in printed
+    assert "not trained" not in printed
+    main([*command, "--size", "4x4"])
     assert "was not trained on images of 4 x 4" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        main([*line, "--size", "9x9"])
+        main([*command, "--size", "9x9"])
     assert "not divisible by patch 2" in capsys.readouterr().err
-    assert Run.open(whole.path).sample(torch.tensor([0]), 1, size=(6, 10))
+    assert Run.open(run.path).sample(torch.tensor([0]), 1, size=(6, 10))
     html = look(config, 8).html()
-    assert "tokens)" in html and html.count("data:image/png") > 1
+    assert "tokens)" in html
+    assert html.count("data:image/png") > 1
 
 
-def test_buckets_are_for_images_alone(photos):
+def test_buckets_of_videos_are_refused(photos):
     with pytest.raises(ValueError, match="use data.aspect 1"):
         DataConfig("folder", path="x", signals=("video",), aspect=2)
     with pytest.raises(ValueError, match="expected 1 to 8"):

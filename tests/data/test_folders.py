@@ -1,4 +1,7 @@
-"""Folders and Hugging Face data sets: which files are used, skipped and broken."""
+"""Folders and Hugging Face data sets: which files and rows become samples.
+
+Files that cannot be used are skipped, replaced and reported, and harm nothing.
+"""
 
 import io
 import json
@@ -30,17 +33,17 @@ from selfflow.training.loop import train
 ALL = {"shares": (1, 0, 0)}
 
 
-def picture(path, grey=100, size=(6, 6), **options):
+def write_image(path, grey=100, size=(6, 6), **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (grey,) * 3).save(path, **options)
 
 
-def sound(path, value=0.5, rate=8_000, count=100):
+def write_audio(path, value=0.5, rate=8_000, count=100):
     path.parent.mkdir(parents=True, exist_ok=True)
     wavfile.write(path, rate, np.full(count, value, np.float32))
 
 
-def film(path, greys=(0, 100, 200)):
+def write_video(path, greys=(0, 100, 200)):
     path.parent.mkdir(parents=True, exist_ok=True)
     first, *rest = (Image.new("L", (6, 6), grey) for grey in greys)
     first.save(path, save_all=True, append_images=rest, duration=100)
@@ -56,30 +59,22 @@ def greys(data, signal="image"):
 @pytest.fixture
 def photos(tmp_path):
     for i in range(12):
-        picture(
-            tmp_path
-            / "photos"
-            / ("cat", "dog", "10", "9")[i % 4]
-            / f"{i}.{('png', 'bmp', 'gif', 'webp')[i % 4]}",
-            20 * i,
-        )
+        label = ("cat", "dog", "10", "9")[i % 4]
+        suffix = ("png", "bmp", "gif", "webp")[i % 4]
+        write_image(tmp_path / "photos" / label / f"{i}.{suffix}", 20 * i)
     return tmp_path / "photos"
 
 
 def test_a_folder_is_a_data_set(photos):
     data = Folder(photos, size=5, **ALL)
     taken = data.take(torch.tensor([0, 11, 3, 3]))
-    assert (
-        len(data) == 12
-        and data.names == ("9", "10", "cat", "dog")
-        and data.shapes == {"image": (3, 5, 5)}
-    )
-    assert taken.signals["image"].dtype == torch.float32 and taken.signals[
-        "image"
-    ].shape == (4, 3, 5, 5)
-    assert taken.labels.dtype == torch.int64 and taken.captions == tuple(
-        data.names[label] for label in taken.labels
-    )
+    assert len(data) == 12
+    assert data.names == ("9", "10", "cat", "dog")
+    assert data.shapes == {"image": (3, 5, 5)}
+    assert taken.signals["image"].dtype == torch.float32
+    assert taken.signals["image"].shape == (4, 3, 5, 5)
+    assert taken.labels.dtype == torch.int64
+    assert taken.captions == tuple(data.names[label] for label in taken.labels)
     assert [entry.name for entry in data.entries[:3]] == [
         "9/3.webp",
         "9/7.webp",
@@ -92,10 +87,8 @@ def test_a_folder_is_a_data_set(photos):
         5,
         5,
     )
-    assert (
-        torch.tensor(greys(data))
-        - torch.tensor([60, 140, 220, 40, 120, 200, 0, 80, 160, 20, 100, 180])
-    ).abs().max() <= 2
+    expected = [60, 140, 220, 40, 120, 200, 0, 80, 160, 20, 100, 180]
+    assert np.abs(np.subtract(greys(data), expected)).max() <= 2
 
 
 @pytest.mark.parametrize("indices", [[12], [-1], [0, 99]])
@@ -147,7 +140,7 @@ def test_invalid_settings_are_refused(photos, change, words):
         Folder(**{"path": photos} | change)
 
 
-def test_a_folder_without_files_and_a_file(tmp_path):
+def test_an_empty_folder_and_a_file_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         ValueError, match="no sample of split 'train'; it holds no files"
@@ -165,13 +158,13 @@ def test_every_sample_stays_in_one_split(photos):
     for i in range(100):
         shutil.copy(photos / "cat/0.png", photos / f"cat/more{i}.png")
 
-    def parts(folder):
+    def names_of_splits(folder):
         return {
             split: [entry.name for entry in Folder(folder, split=split).entries]
             for split in SPLITS
         }
 
-    before = parts(photos)
+    before = names_of_splits(photos)
     assert sorted(sum(before.values(), [])) == sorted(
         str(p.relative_to(photos)) for p in photos.rglob("*.*")
     )
@@ -180,26 +173,27 @@ def test_every_sample_stays_in_one_split(photos):
             split_of(name.rsplit(".", 1)[0], (0.8, 0.1, 0.1)) == split for name in names
         )
     for i in range(30):
-        picture(photos / f"ant/{i}.png")
-    after = parts(photos)
+        write_image(photos / f"ant/{i}.png")
+    after = names_of_splits(photos)
     assert all(set(names) <= set(after[split]) for split, names in before.items())
     shutil.copytree(photos, photos.parent / "elsewhere")
-    assert parts(photos.parent / "elsewhere") == after
+    assert names_of_splits(photos.parent / "elsewhere") == after
 
 
 @pytest.mark.parametrize("name", ["validation", "val", "valid"])
-def test_folders_that_are_splits(tmp_path, name, capsys):
+def test_subfolders_named_after_splits_are_the_splits(tmp_path, name, capsys):
     for split, count in (("train", 3), (name, 2), ("extra", 1)):
         for i in range(count):
-            picture(tmp_path / split / "deep/er" / f"{i}.png", 10 * count)
-    picture(tmp_path / name / "cat/x.png")
-    picture(tmp_path / "top.png")
+            write_image(tmp_path / split / "deep/er" / f"{i}.png", 10 * count)
+    write_image(tmp_path / name / "cat/x.png")
+    write_image(tmp_path / "top.png")
     train, validation, test = (Folder(tmp_path, split=split) for split in SPLITS)
     assert (len(train), len(validation), len(test)) == (
         2,
         3,
         1,
-    ) and train.names == validation.names == ("cat", "deep")
+    )
+    assert train.names == validation.names == ("cat", "deep")
     assert train.skipped == {
         "lies outside the split folders": ["extra/deep/er/0.png", "top.png"]
     }
@@ -221,7 +215,7 @@ def test_folders_that_are_splits(tmp_path, name, capsys):
         Folder(tmp_path, split="test", **ALL)
 
 
-def test_a_split_that_got_nothing_is_named(photos):
+def test_an_empty_split_is_named_in_the_error(photos):
     with pytest.raises(
         ValueError,
         match="photos has no sample of split 'test'; no sample of class '9', '10', "
@@ -252,20 +246,15 @@ def test_classes_without_samples_are_reported(photos, capsys):
 
 
 def test_files_next_to_class_folders_have_no_class(photos, capsys):
-    picture(photos / "lone.png")
+    write_image(photos / "lone.png")
     data = Folder(photos, **ALL)
-    assert (
-        data.names == ("", "9", "10", "cat", "dog")
-        and "class '' holds what is in no class folder" in capsys.readouterr().out
-    )
-    (
-        shutil.rmtree(photos / "cat"),
-        shutil.rmtree(photos / "dog"),
-        shutil.rmtree(photos / "9"),
-        shutil.rmtree(photos / "10"),
-    )
+    assert data.names == ("", "9", "10", "cat", "dog")
+    assert "class '' holds what is in no class folder" in capsys.readouterr().out
+    for name in ("cat", "dog", "9", "10"):
+        shutil.rmtree(photos / name)
     alone = Folder(photos, **ALL)
-    assert alone.names == ("",) and alone.take(torch.tensor([0])).captions == ("",)
+    assert alone.names == ("",)
+    assert alone.take(torch.tensor([0])).captions == ("",)
     assert "1 samples (image) of split train, no classes" in capsys.readouterr().out
 
 
@@ -300,7 +289,8 @@ def test_a_table_lists_files_labels_and_captions(photos):
         "dog/1.bmp": "7",
     }
     assert [data.names[label] for label in taken.labels] == ["", "zebra", "zebra", "7"]
-    assert data.skipped.pop("is not in the table") and data.skipped == {
+    assert data.skipped.pop("is not in the table")
+    assert data.skipped == {
         "leads out of the folder": ["../photos/dog/5.bmp"],
         "is in the table but missing": ["cat/4.jpg"],
         "is in the table twice": ["cat/0.png"],
@@ -313,12 +303,13 @@ def test_a_table_lists_files_labels_and_captions(photos):
     ) == {""}
 
 
-def test_a_table_without_labels_leaves_the_classes(photos):
+def test_a_table_without_labels_keeps_the_folders_as_classes(photos):
     (photos / "metadata.csv").write_text(
         "file_name,text\ncat/0.png,hello\n9/3.webp,\n", encoding="utf-8"
     )
     data = Folder(photos, **ALL)
-    assert data.names == ("9", "cat") and data.take(torch.arange(2)).captions == (
+    assert data.names == ("9", "cat")
+    assert data.take(torch.arange(2)).captions == (
         "9",
         "hello",
     )
@@ -336,70 +327,69 @@ def test_a_table_without_existing_files_is_refused(photos):
         Folder(photos)
 
 
-def test_tables_in_split_folders(tmp_path):
+def test_each_split_folder_may_have_a_table(tmp_path):
     for split in ("train", "test"):
-        picture(tmp_path / split / "a.png")
+        write_image(tmp_path / split / "a.png")
         (tmp_path / split / "metadata.csv").write_text(
             f"file_name,text,label\na.png,from {split},{split}\n", encoding="utf-8"
         )
     data = Folder(tmp_path, split="test")
-    assert data.names == ("test", "train") and data.take(
-        torch.tensor([0])
-    ).captions == ("from test",)
+    assert data.names == ("test", "train")
+    assert data.take(torch.tensor([0])).captions == ("from test",)
 
 
-def test_names_in_any_script(tmp_path):
+def test_names_may_be_in_any_script_or_not_be_text(tmp_path):
     for name in ("caf\u00e9", "cafe\u0301 2", "\u732b", "a b'\"", "x\ny"):
-        picture(tmp_path / name / "\u00fc.png")
+        write_image(tmp_path / name / "\u00fc.png")
     os.makedirs(os.fsencode(tmp_path) + b"/\xff\xfe")
     shutil.copy(
         tmp_path / "\u732b/\u00fc.png", os.fsencode(tmp_path) + b"/\xff\xfe/\xfd.png"
     )
     data = Folder(tmp_path, **ALL)
-    assert (
-        len(data) == 6
-        and all(name.encode() for name in data.names)
-        and "caf\u00e9 2" in data.names
-    )
-    assert len(data.take(torch.arange(6))) == 6 and len(data.fingerprint) == 16
+    assert len(data) == 6
+    assert all(name.encode() for name in data.names)
+    assert "caf\u00e9 2" in data.names
+    assert len(data.take(torch.arange(6))) == 6
+    assert len(data.fingerprint) == 16
 
 
 # Hostile files
 
 
-def hostile(folder):
-    picture(folder / "good.png", 50)
-    whole = (folder / "good.png").read_bytes()
+def write_hostile_files(folder):
+    write_image(folder / "good.png", 50)
+    png_bytes = (folder / "good.png").read_bytes()
     for name, data in {
         "empty.png": b"",
         "text.png": b"hello",
-        "png.jpg": whole,
-        "head.png": whole[:20],
+        "png.jpg": png_bytes,
+        "head.png": png_bytes[:20],
         "junk.bmp": bytes(99),
     }.items():
         (folder / name).write_bytes(data)
-    picture(folder / "bomb.gif")
+    write_image(folder / "bomb.gif")
     (folder / "bomb.gif").write_bytes(
         b"GIF89a\xff\xff\xff\xff" + (folder / "bomb.gif").read_bytes()[10:]
     )
-    (folder.parent / "outside.png").write_bytes(whole)
+    (folder.parent / "outside.png").write_bytes(png_bytes)
     (folder / "out.png").symlink_to(folder.parent / "outside.png")
     (folder / "within.png").symlink_to(folder / "good.png")
     (folder / "nowhere.png").symlink_to(folder / "missing.png")
     (folder / "zero.png").symlink_to("/dev/zero")
     (folder / "up").symlink_to(folder)
     os.mkfifo(folder / "pipe.png")
-    picture(folder / "/".join("123456789") / "deep.png")
+    write_image(folder / "/".join("123456789") / "deep.png")
 
 
 def test_hostile_files_are_counted_and_harm_nothing(tmp_path, capsys):
-    hostile(tmp_path / "data")
+    write_hostile_files(tmp_path / "data")
     data = Folder(tmp_path / "data", **ALL)
     assert [entry.name for entry in data.entries] == [
         "good.png",
         "png.jpg",
         "within.png",
-    ] and greys(data) == [50, 50, 50]
+    ]
+    assert greys(data) == [50, 50, 50]
     assert {reason: sorted(names) for reason, names in data.skipped.items()} == {
         "is not a regular file": ["nowhere.png", "pipe.png", "zero.png"],
         "is a link to a folder": ["up"],
@@ -415,14 +405,12 @@ def test_hostile_files_are_counted_and_harm_nothing(tmp_path, capsys):
         "data: 3 samples (image) of split train, no classes; no sample of class '1'; "
         "read by content"
     )
-    assert (
-        out.count("\n") == 1
-        and "is not what its suffix says (2): 'junk.bmp', 'text.png'" in out
-    )
+    assert out.count("\n") == 1
+    assert "is not what its suffix says (2): 'junk.bmp', 'text.png'" in out
 
 
-def test_only_hostile_files(tmp_path):
-    hostile(tmp_path / "data")
+def test_a_folder_of_hostile_files_only_is_refused(tmp_path):
+    write_hostile_files(tmp_path / "data")
     for name in ("good.png", "within.png", "png.jpg"):
         (tmp_path / "data" / name).unlink()
     with pytest.raises(ValueError, match=r"no sample of split 'train'.*is empty \(1\)"):
@@ -441,19 +429,18 @@ def test_files_damaged_later_are_replaced_and_reported_once(photos, capsys):
     capsys.readouterr()
     expected[1] = expected[2] = expected[3]
     expected[5], expected[11] = expected[6], expected[0]
-    assert greys(data) == expected == greys(data), "the one after the last is the first"
+    assert greys(data) == expected == greys(data), (
+        "after the last sample comes the first"
+    )
     assert (
         data.take(torch.tensor([11])).labels == data.take(torch.tensor([0])).labels == 0
     )
     assert list(data.broken) == [names[1], names[2], names[5], names[11]]
-    assert (
-        data.broken[names[2]] == "is empty"
-        and data.broken[names[5]] == "is not a regular file"
-    )
+    assert data.broken[names[2]] == "is empty"
+    assert data.broken[names[5]] == "is not a regular file"
     out = capsys.readouterr().out
-    assert out.count("\n") == 1 and out.startswith(
-        f"photos: {names[1]!r} cannot be opened (FileNotFoundError"
-    )
+    assert out.count("\n") == 1
+    assert out.startswith(f"photos: {names[1]!r} cannot be opened (FileNotFoundError")
     fresh = Folder(photos, **ALL)
     assert torch.equal(
         data.take(torch.tensor([1])).signals["image"],
@@ -461,14 +448,15 @@ def test_files_damaged_later_are_replaced_and_reported_once(photos, capsys):
     )
 
 
-def test_many_broken_files_fill_no_log_and_none_left_is_an_error(tmp_path, capsys):
+def test_many_broken_files_print_little_and_no_good_file_is_an_error(tmp_path, capsys):
     for i in range(120):
-        picture(tmp_path / "data" / f"{i}.png")
+        write_image(tmp_path / "data" / f"{i}.png")
     data = Folder(tmp_path / "data", cache=0, **ALL)
     for i in range(119):
         (tmp_path / "data" / f"{i}.png").unlink()
     capsys.readouterr()
-    assert len(data.take(torch.arange(120))) == 120 and len(data.broken) == 119
+    assert len(data.take(torch.arange(120))) == 120
+    assert len(data.broken) == 119
     out = capsys.readouterr().out.splitlines()
     assert [re.findall(r"\((\d+) such so far\)", line) for line in out] == [
         [],
@@ -484,29 +472,29 @@ def test_many_broken_files_fill_no_log_and_none_left_is_an_error(tmp_path, capsy
         data.take(torch.tensor([3]))
 
 
-# Sounds
+# Audio
 
 
 def test_nan_is_replaced_and_silence_is_reported(tmp_path, capsys):
-    sound(tmp_path / "s/a.wav", 0.25, 16_000, 400)
-    sound(tmp_path / "s/b.wav", np.nan)
-    sound(tmp_path / "s/c.wav", 0.0)
-    sound(tmp_path / "s/d.wav", 5e-5)
-    sound(tmp_path / "s/e.wav", 0.5, count=10)
+    write_audio(tmp_path / "s/a.wav", 0.25, 16_000, 400)
+    write_audio(tmp_path / "s/b.wav", np.nan)
+    write_audio(tmp_path / "s/c.wav", 0.0)
+    write_audio(tmp_path / "s/d.wav", 5e-5)
+    write_audio(tmp_path / "s/e.wav", 0.5, count=10)
     data = Folder(tmp_path / "s", "audio", samples=100, **ALL)
-    assert data.shapes == {"audio": (100,)} and not data.skipped
+    assert data.shapes == {"audio": (100,)}
+    assert not data.skipped
     taken = data.take(torch.arange(5)).signals["audio"]
     data.take(torch.arange(5))
-    assert taken.dtype == torch.float32 and taken.isfinite().all()
-    assert (
-        (taken[0, 20:80] - 0.25).abs().max() < 0.01
-        and not taken[1].any()
-        and not taken[2].any()
-    )
-    assert (taken[4, :10] == 0.5).all() and not taken[4, 10:].any(), (
-        "what is short is followed by silence"
-    )
-    assert data.broken == {"b.wav": "holds NaN or infinity"} and list(data.silent) == [
+    assert taken.dtype == torch.float32
+    assert taken.isfinite().all()
+    assert (taken[0, 20:80] - 0.25).abs().max() < 0.01
+    assert not taken[1].any()
+    assert not taken[2].any()
+    assert (taken[4, :10] == 0.5).all()
+    assert not taken[4, 10:].any(), "short audio is padded with silence"
+    assert data.broken == {"b.wav": "holds NaN or infinity"}
+    assert list(data.silent) == [
         "c.wav",
         "d.wav",
     ]
@@ -518,24 +506,22 @@ def test_nan_is_replaced_and_silence_is_reported(tmp_path, capsys):
 
 def test_audio_of_any_rate_and_channels_is_read(tmp_path):
     for rate, channels in ((8_000, 1), (44_100, 2), (48_000, 6), (5_512, 1)):
-        tone = 0.4 * np.sin(2 * np.pi * 300 * np.arange(2 * rate) / rate)
+        audio_file = 0.4 * np.sin(2 * np.pi * 300 * np.arange(2 * rate) / rate)
         wavfile.write(
             tmp_path / f"{rate}.wav",
             rate,
-            (np.repeat(tone[:, None], channels, 1) * 32_767).astype(np.int16),
+            (np.repeat(audio_file[:, None], channels, 1) * 32_767).astype(np.int16),
         )
     data = Folder(tmp_path, "audio", rate=8_000, samples=8_000, **ALL)
     spectra = torch.fft.rfft(data.take(torch.arange(4)).signals["audio"]).abs()
-    assert (
-        spectra.argmax(1).tolist() == [300] * 4
-        and (spectra.amax(1) / 4_000 - 0.4).abs().max() < 0.01
-    )
+    assert spectra.argmax(1).tolist() == [300] * 4
+    assert (spectra.amax(1) / 4_000 - 0.4).abs().max() < 0.01
 
 
 def test_flac_without_soundfile_names_the_package(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "soundfile", None)
     (tmp_path / "a.flac").write_bytes(b"fLaC" + bytes(50))
-    sound(tmp_path / "b.wav")
+    write_audio(tmp_path / "b.wav")
     assert Folder(tmp_path, "audio", **ALL).skipped == {
         "needs the package soundfile: pip install 'selfflow[av]'": ["a.flac"]
     }
@@ -545,33 +531,37 @@ def test_flac_without_soundfile_names_the_package(tmp_path, monkeypatch, capsys)
     )
 
 
-# Films, and pairs
+# Videos and pairs
 
 
 def test_videos_are_files_or_folders_of_numbered_images(tmp_path):
-    film(tmp_path / "walk/file.gif")
+    write_video(tmp_path / "walk/file.gif")
     for i in range(12):
         # without leading zeros: f10 comes after f9
-        picture(tmp_path / "walk/frames" / f"f{i}.png", 20 * i)
-        picture(tmp_path / "not/a-film" / f"{'abcdefghijkl'[i]}.png")
-        picture(tmp_path / "run" / f"{i}.png", 20 * i)
-        picture(tmp_path / "has/inner" / f"{i}.png")
-    picture(tmp_path / "has/inner/deeper/x.png")
-    picture(tmp_path / "walk/one/1.png")
+        write_image(tmp_path / "walk/frames" / f"f{i}.png", 20 * i)
+        write_image(tmp_path / "not/a-video" / f"{'abcdefghijkl'[i]}.png")
+        write_image(tmp_path / "run" / f"{i}.png", 20 * i)
+        write_image(tmp_path / "has/inner" / f"{i}.png")
+    write_image(tmp_path / "has/inner/deeper/x.png")
+    write_image(tmp_path / "walk/one/1.png")
     data = Folder(tmp_path, "video", size=4, frames=4, **ALL)
     assert [entry.name for entry in data.entries] == [
         "run",
         "walk/file.gif",
         "walk/frames",
-    ] and data.names == ("", "walk")
+    ]
+    assert data.names == ("", "walk")
     taken = data.take(torch.arange(3))
-    assert taken.signals["video"].shape == (3, 3, 4, 4, 4) and data.shapes == {
-        "video": (3, 4, 4, 4)
-    }
-    found = ((taken.signals["video"][:, 0, :, 0, 0] + 1) * 127.5).round().int().tolist()
-    assert found == [[20, 80, 140, 200], [0, 100, 100, 200], [20, 80, 140, 200]]
+    assert taken.signals["video"].shape == (3, 3, 4, 4, 4)
+    assert data.shapes == {"video": (3, 4, 4, 4)}
+    corners = taken.signals["video"][:, 0, :, 0, 0]
+    assert ((corners + 1) * 127.5).round().int().tolist() == [
+        [20, 80, 140, 200],
+        [0, 100, 100, 200],
+        [20, 80, 140, 200],
+    ]
     assert len(Folder(tmp_path, **ALL)) == 12 * 4 + 3, (
-        "where images are asked for, each picture is one"
+        "as images, each frame is a sample"
     )
 
 
@@ -580,31 +570,34 @@ def test_a_video_with_a_bad_first_frame_is_skipped_later_ones_replaced(
 ):
     for name in ("a", "b", "c"):
         for i in range(3):
-            picture(tmp_path / name / f"{i}.png", 50 * i)
+            write_image(tmp_path / name / f"{i}.png", 50 * i)
     (tmp_path / "a/0.png").write_bytes(b"")
     (tmp_path / "b/1.png").write_bytes(b"x")
     data = Folder(tmp_path, "video", frames=3, **ALL)
-    assert data.skipped == {"is empty": ["a"]} and len(data) == 2
-    assert len(data.take(torch.arange(2))) == 2 and data.broken.keys() == {"b"}
+    assert data.skipped == {"is empty": ["a"]}
+    assert len(data) == 2
+    assert len(data.take(torch.arange(2))) == 2
+    assert data.broken.keys() == {"b"}
 
 
-def test_pairs_by_stem(tmp_path, capsys):
+def test_videos_and_audio_with_the_same_stem_are_pairs(tmp_path, capsys):
     for name in ("x/one", "x/two.b", "y/three"):
-        sound(tmp_path / f"{name}.wav", 0.5)
-    film(tmp_path / "x/one.gif")
-    film(tmp_path / "x/two.b.webp")
-    picture(tmp_path / "x/one.png")
+        write_audio(tmp_path / f"{name}.wav", 0.5)
+    write_video(tmp_path / "x/one.gif")
+    write_video(tmp_path / "x/two.b.webp")
+    write_image(tmp_path / "x/one.png")
     for i in range(2):
-        picture(tmp_path / "y/three" / f"{i}.png")
-    sound(tmp_path / "x/lone.wav")
-    film(tmp_path / "z/lone.gif")
-    film(tmp_path / "x/one.webp")
+        write_image(tmp_path / "y/three" / f"{i}.png")
+    write_audio(tmp_path / "x/lone.wav")
+    write_video(tmp_path / "z/lone.gif")
+    write_video(tmp_path / "x/one.webp")
     data = Folder(tmp_path, ("video", "audio"), frames=2, samples=50, **ALL)
     assert [entry.name for entry in data.entries] == [
         "x/one",
         "x/two.b",
         "y/three",
-    ] and data.names == ("x", "y")
+    ]
+    assert data.names == ("x", "y")
     assert {
         key: value.shape for key, value in data.take(torch.arange(3)).signals.items()
     } == {"video": (3, 3, 2, 32, 32), "audio": (3, 50)}
@@ -615,9 +608,9 @@ def test_pairs_by_stem(tmp_path, capsys):
         "has no audio of its name": ["z/lone"],
     }
     out = capsys.readouterr().out
+    assert "no sample of class 'z'" in out
     assert (
-        "no sample of class 'z'" in out
-        and "videos and audio differ in length; with fps 320 they would be equally long"
+        "videos and audio differ in length; with fps 320 they would be equally long"
         in out
     )
     Folder(tmp_path, ("video", "audio"), frames=2, samples=50, fps=320, **ALL)
@@ -626,7 +619,8 @@ def test_pairs_by_stem(tmp_path, capsys):
 
 def test_a_stem_is_in_one_split_whatever_the_signals(tmp_path):
     for i in range(40):
-        sound(tmp_path / f"{i}.wav"), film(tmp_path / f"{i}.gif")
+        write_audio(tmp_path / f"{i}.wav")
+        write_video(tmp_path / f"{i}.gif")
     for split in SPLITS:
         stems = [
             {
@@ -642,8 +636,8 @@ def test_a_stem_is_in_one_split_whatever_the_signals(tmp_path):
 
 def test_a_class_folder_named_like_a_split_is_not_a_video(tmp_path):
     for i in range(3):
-        picture(tmp_path / "train" / f"{i}.png")
-    film(tmp_path / "train/a.gif")
+        write_image(tmp_path / "train" / f"{i}.png")
+    write_video(tmp_path / "train/a.gif")
     assert [entry.name for entry in Folder(tmp_path, "video").entries] == [
         "train/a.gif"
     ]
@@ -652,7 +646,7 @@ def test_a_class_folder_named_like_a_split_is_not_a_video(tmp_path):
 # Fingerprints, memory, workers
 
 
-def test_a_fingerprint_follows_from_content_and_settings(photos):
+def test_a_fingerprint_depends_on_content_and_settings(photos):
     def fingerprint(folder=photos, **options):
         return Folder(folder, **{**ALL, **options}).fingerprint
 
@@ -686,9 +680,9 @@ def test_a_fingerprint_follows_from_content_and_settings(photos):
 
 
 @pytest.mark.parametrize(
-    "cache, kept", [(0, 0), (3 * 25 - 1, 0), (3 * 25, 1), (3 * 25 * 5, 5), (10**9, 12)]
+    "cache, count", [(0, 0), (3 * 25 - 1, 0), (3 * 25, 1), (3 * 25 * 5, 5), (10**9, 12)]
 )
-def test_recent_samples_are_cached_within_the_limit(photos, cache, kept, monkeypatch):
+def test_recent_samples_are_cached_within_the_limit(photos, cache, count, monkeypatch):
     import selfflow.data.stored as stored
 
     data = Folder(photos, size=5, cache=cache, **ALL)
@@ -697,17 +691,16 @@ def test_recent_samples_are_cached_within_the_limit(photos, cache, kept, monkeyp
     monkeypatch.setattr(
         stored, "read", lambda *arguments: calls.append(1) or real(*arguments)
     )
-    whole = data.take(torch.arange(12)).signals["image"]
-    assert (
-        len(data.decoded) == kept
-        and [index for index, _ in data.decoded] == list(range(12 - kept, 12))
-        and len(calls) == 12
-    )
-    again = data.take(torch.arange(12 - kept, 12)).signals["image"]
-    assert len(calls) == 12 and torch.equal(again, whole[12 - kept :])
+    images = data.take(torch.arange(12)).signals["image"]
+    assert len(data.decoded) == count
+    assert [index for index, _ in data.decoded] == list(range(12 - count, 12))
+    assert len(calls) == 12
+    cached = data.take(torch.arange(12 - count, 12)).signals["image"]
+    assert len(calls) == 12
+    assert torch.equal(cached, images[12 - count :])
 
 
-def test_workers_give_the_same(photos):
+def test_workers_give_the_same_images(photos):
     data = Folder(photos, **ALL)
 
     class Batches:
@@ -717,11 +710,11 @@ def test_workers_give_the_same(photos):
         def __getitem__(self, step):
             return data.take(torch.arange(3 * step, 3 * step + 3)).signals["image"]
 
-    found = torch.cat(list(DataLoader(Batches(), batch_size=None, num_workers=2)))
-    assert torch.equal(found, data.take(torch.arange(12)).signals["image"])
+    images = torch.cat(list(DataLoader(Batches(), batch_size=None, num_workers=2)))
+    assert torch.equal(images, data.take(torch.arange(12)).signals["image"])
 
 
-def test_a_store_without_samples_or_find_is_refused():
+def test_a_store_without_samples_or_a_find_method_is_refused():
     class Empty(Stored):
         def find(self):
             return [], ["nothing here"]
@@ -732,7 +725,7 @@ def test_a_store_without_samples_or_find_is_refused():
         Stored(".")
 
 
-# Hugging Face: what the package itself writes
+# Hugging Face: data sets written by the package itself
 
 LABELS = datasets.ClassLabel(names=["b", "a"])
 NAMED = {
@@ -741,7 +734,7 @@ NAMED = {
     "text": datasets.Value("string"),
     "other": datasets.Value("int64"),
 }
-# as Image and Audio, but stored as it is
+# as Image and Audio, but stored without conversion
 STRUCT = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
 datasets.disable_progress_bars()
 
@@ -752,7 +745,9 @@ def png(grey, size=(6, 6)):
     return {"bytes": written.getvalue(), "path": "anywhere.png"}
 
 
-def tone(rate=8_000, count=300, channels=1, kind="WAV", subtype="FLOAT", value=None):
+def audio_file(
+    rate=8_000, count=300, channels=1, kind="WAV", subtype="FLOAT", value=None
+):
     values = (
         0.5 * np.sin(2 * np.pi * 440 * np.arange(count) / rate)
         if value is None
@@ -769,7 +764,7 @@ def tone(rate=8_000, count=300, channels=1, kind="WAV", subtype="FLOAT", value=N
     return written.getvalue()
 
 
-def some(count, first=0):
+def rows_of(count, first=0):
     return [
         {
             "image": png(first + 10 * i),
@@ -783,10 +778,10 @@ def some(count, first=0):
 
 @pytest.fixture
 def stored(tmp_path):
-    "A function that stores rows, or several splits of them, and gives the folder."
+    "A function that stores rows, or splits of rows, and returns the folder."
 
     def table(rows, features):
-        made = datasets.Dataset.from_dict(
+        dataset = datasets.Dataset.from_dict(
             {name: [row[name] for row in rows] for name in features},
             datasets.Features(
                 {
@@ -801,45 +796,47 @@ def stored(tmp_path):
                 }
             ),
         )
-        # to write sounds at once it asks for torchcodec
+        # written directly, audio would need torchcodec
         for name, kind in features.items():
-            made = (
-                made.cast_column(name, kind)
+            dataset = (
+                dataset.cast_column(name, kind)
                 if isinstance(kind, datasets.Audio)
-                else made
+                else dataset
             )
-        return made
+        return dataset
 
     def store(rows, features=NAMED):
-        parts = (
+        tables = (
             datasets.DatasetDict(
-                {split: table(part, features) for split, part in rows.items()}
+                {
+                    split: table(rows_of_split, features)
+                    for split, rows_of_split in rows.items()
+                }
             )
             if isinstance(rows, dict)
             else table(rows, features)
         )
         path = tmp_path / f"stored{len(list(tmp_path.iterdir()))}"
-        parts.save_to_disk(str(path))
+        tables.save_to_disk(str(path))
         return path
 
     return store
 
 
-def test_a_data_set_of_hugging_face(stored):
-    path = stored({"train": some(4), "valid": some(2, 50)})
+def test_a_hugging_face_folder_is_a_data_set(stored):
+    path = stored({"train": rows_of(4), "valid": rows_of(2, 50)})
     data = HuggingFace(path, size=4, carve=False)
     taken = data.take(torch.arange(4))
-    assert (
-        data.names == ("b", "a")
-        and taken.labels.tolist() == [0, 1, 0, 1]
-        and greys(data) == [0, 10, 20, 30]
-    )
+    assert data.names == ("b", "a")
+    assert taken.labels.tolist() == [0, 1, 0, 1]
+    assert greys(data) == [0, 10, 20, 30]
     assert taken.captions == (
         "number 0",
         "number 1",
         "number 2",
         "number 3",
-    ) and data.shapes == {"image": (3, 4, 4)}
+    )
+    assert data.shapes == {"image": (3, 4, 4)}
     assert greys(HuggingFace(path, split="validation", size=4, captions="class")) == [
         50,
         60,
@@ -874,15 +871,14 @@ def test_cache_files_do_not_count_but_runs_that_counted_them_resume(
         }
     )
     run = train(config, tmp_path, "cpu", bar=False)
-    assert run.data["train"] == before and len([*path.rglob("cache-*.arrow")]) == 2
+    assert run.data["train"] == before
+    assert len([*path.rglob("cache-*.arrow")]) == 2
     counted = {
         split: HuggingFace(path, "video", split, 4, 2).earlier_fingerprints[1]
         for split in ("train", "validation")
     }
-    assert (
-        counted["train"] != before
-        and HuggingFace(path, "video", size=4, frames=2).fingerprint == before
-    )
+    assert counted["train"] != before
+    assert HuggingFace(path, "video", size=4, frames=2).fingerprint == before
     HuggingFace(path, "video", "test", 4, 2)  # as a probe does
     written = json.loads((run.path / "config.json").read_text())
     (run.path / "config.json").write_text(json.dumps(written | {"data": counted}))
@@ -898,31 +894,30 @@ def test_cache_files_do_not_count_but_runs_that_counted_them_resume(
         )
 
 
-def test_without_splits_a_hash_of_the_row_makes_them(stored):
-    path = stored(some(25), {"image": datasets.Image()})
-    parts = {
+def test_rows_without_splits_are_split_by_a_hash(stored):
+    path = stored(rows_of(25), {"image": datasets.Image()})
+    greys_of_splits = {
         split: greys(HuggingFace(path, split=split, shares=(0.6, 0.2, 0.2)))
         for split in SPLITS
     }
-    assert sorted(sum(parts.values(), [])) == [10 * i for i in range(25)]
-    assert all(
-        split_of(f"row {grey // 10}", (0.6, 0.2, 0.2)) == split
-        for split, found in parts.items()
-        for grey in found
-    )
+    assert sorted(sum(greys_of_splits.values(), [])) == [10 * i for i in range(25)]
+    for split, values in greys_of_splits.items():
+        for grey in values:
+            assert split_of(f"row {grey // 10}", (0.6, 0.2, 0.2)) == split
     data = HuggingFace(path, **ALL)
-    assert data.names == ("",) and set(data.take(torch.arange(5)).captions) == {""}
+    assert data.names == ("",)
+    assert set(data.take(torch.arange(5)).captions) == {""}
 
 
-def test_columns_and_labels_of_other_names_and_kinds(stored):
+def test_columns_and_labels_may_have_other_names_and_types(stored):
     features = {
         "img": datasets.Image(),
         "kind": datasets.Value("string"),
-        "said": datasets.Value("string"),
+        "sentence": datasets.Value("string"),
     }
     rows = [
-        {"img": png(i), "kind": kind, "said": said}
-        for i, (kind, said) in enumerate(
+        {"img": png(i), "kind": kind, "sentence": sentence}
+        for i, (kind, sentence) in enumerate(
             [
                 ("10", "x"),
                 ("9", None),
@@ -934,7 +929,7 @@ def test_columns_and_labels_of_other_names_and_kinds(stored):
     ]
     data = HuggingFace(
         stored({"train": rows[:3], "test": rows[3:]}, features),
-        columns={"image": "img", "label": "kind", "caption": "said"},
+        columns={"image": "img", "label": "kind", "caption": "sentence"},
         carve=False,
     )
     assert data.names == ("", "9", "10", "only here")
@@ -942,7 +937,7 @@ def test_columns_and_labels_of_other_names_and_kinds(stored):
     assert data.take(torch.arange(3)).captions == ("x", "9", "\u732b \U0001f408 \u00e9")
     with pytest.raises(
         ValueError,
-        match="has no column 'image', but 'img', 'kind', 'said'; name the image by "
+        match="has no column 'image', but 'img', 'kind', 'sentence'; name the image by "
         "columns=",
     ):
         HuggingFace(data.path)
@@ -955,7 +950,7 @@ def test_columns_and_labels_of_other_names_and_kinds(stored):
 
 
 def test_columns_of_the_wrong_type_are_refused(stored):
-    rows = [{**row, "several": ["x", "y"]} for row in some(3)]
+    rows = [{**row, "several": ["x", "y"]} for row in rows_of(3)]
     path = stored(rows, {**NAMED, "several": datasets.List(datasets.Value("string"))})
     for name in ("label", "caption"):
         for column in ("several", "image"):
@@ -984,7 +979,7 @@ def test_columns_of_the_wrong_type_are_refused(stored):
         },
     )
     assert HuggingFace(listed, **ALL).names == ("",), (
-        "lists that only have the name of a label or caption are left alone"
+        "a list named label or text is not used as one"
     )
 
 
@@ -1003,70 +998,72 @@ def test_all_kinds_of_cells_are_read(stored):
     ):
         written = io.BytesIO()
         Image.fromarray(values).save(written, format="PNG")
-        cell = (
-            cell
-            if cell is not None
-            else written.getvalue()
-            if feature is not STRUCT
-            else {"bytes": written.getvalue(), "path": None}
-        )
+        if cell is None:
+            encoded_image = written.getvalue()
+            cell = encoded_image
+            if feature is STRUCT:
+                cell = {"bytes": encoded_image, "path": None}
         data = HuggingFace(stored([{"image": cell}], {"image": feature}), size=6, **ALL)
         taken = ((data.take(torch.tensor([0])).signals["image"][0] + 1) * 127.5).round()
-        assert np.array_equal(taken, values.transpose(2, 0, 1)) and not data.broken
+        assert np.array_equal(taken, values.transpose(2, 0, 1))
+        assert not data.broken
 
 
 def test_images_and_audio_in_separate_files_are_stored_with_the_rows(stored, tmp_path):
-    picture(tmp_path / "x.png", 50)
-    sound(tmp_path / "x.wav", 0.25)
+    write_image(tmp_path / "x.png", 50)
+    write_audio(tmp_path / "x.wav", 0.25)
     path = stored(
         [{"image": str(tmp_path / "x.png"), "audio": str(tmp_path / "x.wav")}],
         {"image": datasets.Image(), "audio": datasets.Audio()},
     )
-    (tmp_path / "x.png").unlink(), (tmp_path / "x.wav").unlink()
+    (tmp_path / "x.png").unlink()
+    (tmp_path / "x.wav").unlink()
     data = HuggingFace(path, ("image", "audio"), samples=100, **ALL)
-    assert (
-        greys(data) == [50]
-        and (data.take(torch.tensor([0])).signals["audio"] == 0.25).all()
-    )
+    assert greys(data) == [50]
+    assert (data.take(torch.tensor([0])).signals["audio"] == 0.25).all()
 
 
 def test_audio_is_decoded_without_torchcodec(stored, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torchcodec", None)
-    sounds = [
-        tone(),
-        tone(44_100, 2_000, 2),
-        tone(48_000, 2_000, 6, "WAV", "PCM_24"),
-        tone(22_050, 1_000, 1, "FLAC", "PCM_16"),
-        tone(count=5),
-        tone(value=0.0),
-        tone(value=np.nan),
-        tone()[:90],
+    files = [
+        audio_file(),
+        audio_file(44_100, 2_000, 2),
+        audio_file(48_000, 2_000, 6, "WAV", "PCM_24"),
+        audio_file(22_050, 1_000, 1, "FLAC", "PCM_16"),
+        audio_file(count=5),
+        audio_file(value=0.0),
+        audio_file(value=np.nan),
+        audio_file()[:90],
         b"",
-        tone(kind="OGG", subtype="VORBIS")[:99],
-        tone(),
+        audio_file(kind="OGG", subtype="VORBIS")[:99],
+        audio_file(),
     ]
     path = stored(
-        [{"audio": {"bytes": data, "path": None}, "text": None} for data in sounds],
+        [{"audio": {"bytes": data, "path": None}, "text": None} for data in files],
         {
             "audio": datasets.Audio(sampling_rate=16_000),
             "text": datasets.Value("string"),
         },
     )
     data = HuggingFace(path, "audio", samples=300, **ALL)
-    taken = data.take(torch.arange(len(sounds))).signals["audio"]
-    assert taken.shape == (11, 300) and taken.isfinite().all()
+    taken = data.take(torch.arange(len(files))).signals["audio"]
+    assert taken.shape == (11, 300)
+    assert taken.isfinite().all()
     for i in range(4):
         assert (taken[i, 50:250] - taken[0, 50:250]).abs().max() < 0.01, (
-            "at the rate that is asked for, not the column's"
+            "at the requested rate, not the column's"
         )
-    assert taken[4, :5].any() and not taken[4, 5:].any() and not taken[5].any()
+    assert taken[4, :5].any()
+    assert not taken[4, 5:].any()
+    assert not taken[5].any()
     assert all(torch.equal(taken[i], taken[10]) for i in range(6, 10))
     assert {name: why.split(" (")[0] for name, why in data.broken.items()} == {
         "row 6": "holds NaN or infinity",
         "row 7": "is shorter than it declares",
         "row 8": "is empty",
         "row 9": "cannot be decoded",
-    } and list(data.silent) == ["row 5"]
+    }
+    assert list(data.silent) == ["row 5"]
     assert "'row 5' is silent; it is used" in capsys.readouterr().out
 
 
@@ -1081,32 +1078,31 @@ def test_audio_stored_as_numbers_is_read(stored):
             {"audio": {"array": feature, "sampling_rate": datasets.Value("int32")}},
         )
         data = HuggingFace(path, "audio", samples=300, **ALL)
-        assert (
-            np.allclose(
-                data.take(torch.tensor([0])).signals["audio"][0], values, atol=1e-6
-            )
-            and not data.broken
+        assert np.allclose(
+            data.take(torch.tensor([0])).signals["audio"][0], values, atol=1e-6
         )
+        assert not data.broken
 
 
 def test_videos_in_a_table_are_read(stored):
-    film = encoded([0, 100], times=[0, 100])
+    video = encoded([0, 100], times=[0, 100])
     for feature, cell in (
         (datasets.List(datasets.Image()), [png(0), png(100)]),
-        (datasets.Video(), {"bytes": film, "path": None}),
+        (datasets.Video(), {"bytes": video, "path": None}),
         (datasets.List(datasets.Value("binary")), [png(0)["bytes"], png(100)["bytes"]]),
-        (datasets.Value("binary"), film),
+        (datasets.Value("binary"), video),
     ):
         data = HuggingFace(
             stored([{"video": cell}], {"video": feature}), "video", frames=2, **ALL
         )
-        found = (
+        greys = (
             data.take(torch.tensor([0])).signals["video"][0, 0, :, 0, 0] + 1
         ) * 127.5
-        assert (found - torch.tensor([0, 100])).abs().max() <= 2 and not data.broken
+        assert (greys - torch.tensor([0, 100])).abs().max() <= 2
+        assert not data.broken
 
 
-def test_the_package_does_not_decode_frames_either(stored):
+def test_frames_are_checked_before_they_are_decoded(stored):
     bomb = png(0)["bytes"].replace(
         b"IHDR\0\0\0\x06\0\0\0\x06", b"IHDR\0\0\x40\0\0\0\x40\0"
     )
@@ -1121,9 +1117,8 @@ def test_the_package_does_not_decode_frames_either(stored):
     )
     data = HuggingFace(path, "video", frames=2, **ALL)
     data.take(torch.arange(2))
-    assert data.broken.keys() == {"row 0"} and data.broken["row 0"].startswith(
-        "declares too many pixels"
-    )
+    assert data.broken.keys() == {"row 0"}
+    assert data.broken["row 0"].startswith("declares too many pixels")
 
 
 PLAIN = datasets.List(datasets.List(datasets.Value("float64")))
@@ -1171,23 +1166,26 @@ def test_rows_that_cannot_be_read_are_replaced(stored, tmp_path, feature, cell, 
     good = [[10] * 4] * 4 if isinstance(feature, datasets.List) else good
     rows = [{"image": cell, "label": 0}, {"image": good, "label": 1}]
     path = stored(rows, {"image": feature, "label": LABELS})
-    picture(path / "good.png", 10), picture(tmp_path / "outside.png")
+    write_image(path / "good.png", 10)
+    write_image(tmp_path / "outside.png")
     (path / "link.png").symlink_to(tmp_path / "outside.png")
     data = HuggingFace(path, **ALL)
     if feature is PLAIN:
         with pytest.raises(RuntimeError, match="none of the 2 samples"):
             data.take(torch.arange(2))
     else:
-        assert data.take(torch.arange(2)).labels.tolist() == [1, 1] and list(
-            data.broken
-        ) == ["row 0"]
+        assert data.take(torch.arange(2)).labels.tolist() == [1, 1]
+        assert list(data.broken) == ["row 0"]
     assert data.broken["row 0"].startswith(reason)
 
 
 @pytest.mark.parametrize("label", [-1, None])
 def test_rows_without_a_label_are_replaced(stored, label):
-    data = HuggingFace(stored([{**some(1)[0], "label": label}, some(2)[1]]), **ALL)
-    assert greys(data) == [10, 10] and data.broken["row 0"].startswith("has no label")
+    data = HuggingFace(
+        stored([{**rows_of(1)[0], "label": label}, rows_of(2)[1]]), **ALL
+    )
+    assert greys(data) == [10, 10]
+    assert data.broken["row 0"].startswith("has no label")
 
 
 @pytest.mark.parametrize(
@@ -1209,7 +1207,7 @@ def test_rows_without_a_label_are_replaced(stored, label):
     ],
 )
 def test_missing_or_damaged_folders_are_reported_in_one_line(stored, harm):
-    path = stored(some(3))
+    path = stored(rows_of(3))
     harm(path)
     with pytest.raises(
         ValueError,
@@ -1219,9 +1217,9 @@ def test_missing_or_damaged_folders_are_reported_in_one_line(stored, harm):
         HuggingFace(path)
 
 
-def test_a_data_set_without_rows(stored):
-    # which the package writes, but cannot read
-    for rows in ([], {"train": some(2), "test": []}):
+def test_a_data_set_without_rows_is_refused(stored):
+    # the package writes such data sets, but cannot read them
+    for rows in ([], {"train": rows_of(2), "test": []}):
         with pytest.raises(
             ValueError,
             match="was not written by save_to_disk of the package datasets, or it is "
@@ -1229,19 +1227,19 @@ def test_a_data_set_without_rows(stored):
         ):
             HuggingFace(stored(rows))
     with pytest.raises(ValueError, match="has no sample of split 'test'"):
-        HuggingFace(stored(some(2)), split="test", **ALL)
+        HuggingFace(stored(rows_of(2)), split="test", **ALL)
 
 
-def test_a_data_set_that_names_tables_elsewhere_is_not_used(stored):
-    path = stored(some(2))
-    other = stored(some(2, 100))
+def test_a_data_set_with_tables_outside_its_folder_is_refused(stored):
+    path = stored(rows_of(2))
+    elsewhere = stored(rows_of(2, 100))
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(
         json.dumps(
             {
                 **state,
                 "_data_files": [
-                    {"filename": f"../{other.name}/data-00000-of-00001.arrow"}
+                    {"filename": f"../{elsewhere.name}/data-00000-of-00001.arrow"}
                 ],
             }
         )
@@ -1250,22 +1248,23 @@ def test_a_data_set_that_names_tables_elsewhere_is_not_used(stored):
         HuggingFace(path)
     (path / "state.json").write_text(json.dumps(state))
     (path / "data-00000-of-00001.arrow").unlink()
-    (path / "data-00000-of-00001.arrow").symlink_to(other / "data-00000-of-00001.arrow")
+    (path / "data-00000-of-00001.arrow").symlink_to(
+        elsewhere / "data-00000-of-00001.arrow"
+    )
     with pytest.raises(ValueError, match="names tables outside this folder"):
         HuggingFace(path)
 
 
-def test_a_format_that_was_set_before_saving_makes_no_difference(tmp_path):
-    table = datasets.Dataset.from_list(some(3), features=datasets.Features(NAMED))
+def test_a_format_set_before_saving_makes_no_difference(tmp_path):
+    table = datasets.Dataset.from_list(rows_of(3), features=datasets.Features(NAMED))
     for kind in ("torch", "numpy"):
         table.with_format(kind).save_to_disk(str(tmp_path / kind))
         data = HuggingFace(tmp_path / kind, **ALL)
-        assert greys(data) == [0, 10, 20] and data.take(
-            torch.arange(3)
-        ).labels.tolist() == [0, 1, 0]
+        assert greys(data) == [0, 10, 20]
+        assert data.take(torch.arange(3)).labels.tolist() == [0, 1, 0]
 
 
-def test_the_package_is_named_where_it_is_missing(tmp_path, monkeypatch):
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match="pip install datasets"):
         HuggingFace(tmp_path)
@@ -1273,8 +1272,8 @@ def test_the_package_is_named_where_it_is_missing(tmp_path, monkeypatch):
         HuggingFace("hf://somewhere")
 
 
-def test_its_fingerprint_follows_from_the_files_on_the_disk(stored):
-    path = stored(some(6))
+def test_the_fingerprint_depends_on_the_stored_rows_and_the_settings(stored):
+    path = stored(rows_of(6))
     first = HuggingFace(path, **ALL).fingerprint
     assert (
         first
@@ -1282,7 +1281,7 @@ def test_its_fingerprint_follows_from_the_files_on_the_disk(stored):
         != HuggingFace(path, shares=(0.9, 0.1, 0)).fingerprint
     )
     assert first != HuggingFace(path, columns={"caption": "other"}, **ALL).fingerprint
-    rows = some(6)
+    rows = rows_of(6)
     rows[2]["image"] = png(21)
     shutil.rmtree(path)
     stored(rows).rename(path)
@@ -1290,7 +1289,7 @@ def test_its_fingerprint_follows_from_the_files_on_the_disk(stored):
 
 
 def test_workers_give_the_same_rows(stored):
-    data = HuggingFace(stored(some(8)), **ALL)
+    data = HuggingFace(stored(rows_of(8)), **ALL)
 
     class Batches:
         def __len__(self):
@@ -1299,11 +1298,11 @@ def test_workers_give_the_same_rows(stored):
         def __getitem__(self, step):
             return data.take(torch.arange(2 * step, 2 * step + 2)).signals["image"]
 
-    found = torch.cat(list(DataLoader(Batches(), batch_size=None, num_workers=2)))
-    assert torch.equal(found, data.take(torch.arange(8)).signals["image"])
+    images = torch.cat(list(DataLoader(Batches(), batch_size=None, num_workers=2)))
+    assert torch.equal(images, data.take(torch.arange(8)).signals["image"])
 
 
-def test_an_entry_is_what_a_folder_finds(photos):
+def test_a_folder_lists_entries(photos):
     assert all(
         isinstance(entry, Entry) and entry.sources.keys() == {"image"}
         for entry in Folder(photos).entries

@@ -1,4 +1,4 @@
-"""Colours, crops and mirrored samples: files with known pixels, made on the spot."""
+"""Colours are converted to sRGB, and crops and mirroring vary by epoch."""
 
 import io
 import json
@@ -24,23 +24,23 @@ from selfflow.training.loop import train
 from selfflow.training.run import Run
 
 
-def saved(image, kind="PNG", **options):
+def image_file(image, kind="PNG", **options):
     written = io.BytesIO()
     image.save(written, format=kind, **options)
     return written.getvalue()
 
 
 def colour(data, **options):
-    "The colour of an image of one colour."
-    found = read(data, "image", Form(2, **options))
-    assert (found == found[:, :1, :1]).all()
-    return found[:, 0, 0].tolist()
+    "Return the colour of an image of a single colour."
+    image = read(data, "image", Form(2, **options))
+    assert (image == image[:, :1, :1]).all()
+    return image[:, 0, 0].tolist()
 
 
 def matrix_profile(swapped=False, gamma=2.2, space=b"RGB ", name="made"):
-    """The bytes of an ICC profile of version 2: sRGB's primaries and a gamma.
+    """Return an ICC profile of version 2 with the primaries of sRGB and a gamma.
 
-    swapped: red and green have each other's primaries.
+    swapped: exchange the primaries of red and green.
     """
 
     def number(value):
@@ -81,33 +81,39 @@ RGB = (200, 100, 50)
 
 def test_a_colour_profile_is_converted_to_srgb():
     exchanged = matrix_profile(swapped=True)
-    data = saved(Image.new("RGB", (4, 4), (220, 30, 40)), icc_profile=exchanged)
+    data = image_file(Image.new("RGB", (4, 4), (220, 30, 40)), icc_profile=exchanged)
     red, green, blue = colour(data)
-    assert green > 200 and red < 60 and blue < 60, "its red is our green"
+    assert green > 200
+    assert red < 60
+    assert blue < 60, "the red of this profile is the green of sRGB"
     assert colour(data, profiles=False) == [220, 30, 40]
     with_alpha = Image.new("RGBA", (4, 4), (220, 30, 40, 128))
-    half = colour(saved(with_alpha, icc_profile=exchanged))
+    half = colour(image_file(with_alpha, icc_profile=exchanged))
     expected = [round((c * 128 + 255 * 127) / 255) for c in (red, green, blue)]
-    assert np.abs(np.subtract(half, expected)).max() <= 1, "over white, in sRGB"
+    assert np.abs(np.subtract(half, expected)).max() <= 1, "blended with white in sRGB"
     palette = Image.new("RGB", (4, 4), (220, 30, 40)).convert("P", palette=1)
     known = palette.convert("RGB").getpixel((0, 0))
-    assert colour(saved(palette, icc_profile=exchanged)) == colour(
-        saved(Image.new("RGB", (4, 4), known), icc_profile=exchanged)
+    assert colour(image_file(palette, icc_profile=exchanged)) == colour(
+        image_file(Image.new("RGB", (4, 4), known), icc_profile=exchanged)
     )
 
 
 @pytest.mark.parametrize("value", [30, 128, 200])
-def test_a_gamma_of_its_own_is_undone(value):
+def test_the_gamma_of_a_profile_is_undone(value):
     linear = (value / 255) ** 1.0
-    wanted = 255 * (1.055 * linear ** (1 / 2.4) - 0.055)
+    expected = 255 * (1.055 * linear ** (1 / 2.4) - 0.055)
     profile = matrix_profile(gamma=1.0)
-    found = colour(saved(Image.new("RGB", (4, 4), (value,) * 3), icc_profile=profile))
-    assert np.abs(np.subtract(found, wanted)).max() <= 1.5
+    actual = colour(
+        image_file(Image.new("RGB", (4, 4), (value,) * 3), icc_profile=profile)
+    )
+    assert np.abs(np.subtract(actual, expected)).max() <= 1.5
     grey = matrix_profile(gamma=1.0, space=b"GRAY")
-    found = colour(saved(Image.new("L", (4, 4), value), icc_profile=grey))
-    assert np.abs(np.subtract(found, wanted)).max() <= 1.5
-    one = colour(saved(Image.new("L", (4, 4), value), icc_profile=grey), channels=1)
-    assert abs(one[0] - wanted) <= 1.5
+    actual = colour(image_file(Image.new("L", (4, 4), value), icc_profile=grey))
+    assert np.abs(np.subtract(actual, expected)).max() <= 1.5
+    one_channel = colour(
+        image_file(Image.new("L", (4, 4), value), icc_profile=grey), channels=1
+    )
+    assert abs(one_channel[0] - expected) <= 1.5
 
 
 @pytest.mark.parametrize(
@@ -121,24 +127,26 @@ def test_a_gamma_of_its_own_is_undone(value):
     ids=["text", "truncated", "of grey", "sRGB"],
 )
 def test_a_profile_that_does_not_fit_changes_nothing(profile):
-    assert colour(saved(Image.new("RGB", (4, 4), RGB), icc_profile=profile)) == [*RGB]
+    assert colour(image_file(Image.new("RGB", (4, 4), RGB), icc_profile=profile)) == [
+        *RGB
+    ]
 
 
-def test_cmyk_without_a_profile():
-    for inks, wanted in {
+def test_cmyk_is_converted_without_a_profile():
+    for inks, expected in {
         (0, 0, 0, 0): [255, 255, 255],
         (255, 0, 0, 0): [0, 255, 255],
         (0, 0, 0, 255): [0, 0, 0],
         (0, 255, 255, 0): [255, 0, 0],
     }.items():
         image = Image.new("CMYK", (16, 16), inks)
-        assert colour(saved(image, "TIFF")) == wanted
-        found = colour(saved(image, "JPEG", quality=100))
-        assert np.abs(np.subtract(found, wanted)).max() <= 3
+        assert colour(image_file(image, "TIFF")) == expected
+        actual = colour(image_file(image, "JPEG", quality=100))
+        assert np.abs(np.subtract(actual, expected)).max() <= 3
 
 
 def png_of_16_bits(pixels, colours):
-    "A PNG of 16 bits, which Pillow cannot write; pixels: (h, w, c) uint16."
+    "Return a 16-bit PNG, which Pillow cannot write; pixels: (h, w, c) uint16."
     height, width, _ = pixels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", width, height, 16, colours, 0, 0, 0)
@@ -153,16 +161,16 @@ def png_of_16_bits(pixels, colours):
     return file
 
 
-def test_sixteen_bits_of_every_kind():
+def test_sixteen_bit_images_of_every_kind_are_read():
     values = np.array([257 * c for c in RGB], np.uint16)
     assert colour(png_of_16_bits(np.tile(values, (4, 4, 1)), 2)) == [*RGB]
     grey = np.full((4, 4, 1), 257 * 77, np.uint16)
     assert colour(png_of_16_bits(grey, 0)) == [77] * 3
-    clear = np.tile(np.array([*values, 0], np.uint16), (4, 4, 1))
-    assert colour(png_of_16_bits(clear, 6)) == [255] * 3
+    transparent = np.tile(np.array([*values, 0], np.uint16), (4, 4, 1))
+    assert colour(png_of_16_bits(transparent, 6)) == [255] * 3
     profile = matrix_profile(gamma=1.0, space=b"GRAY")
     image = Image.fromarray(np.full((4, 4), 257 * 77, np.uint16))
-    linear = colour(saved(image, "PNG", icc_profile=profile))
+    linear = colour(image_file(image, "PNG", icc_profile=profile))
     assert abs(linear[0] - 255 * (1.055 * (77 / 255) ** (1 / 2.4) - 0.055)) <= 1.5
 
 
@@ -171,7 +179,7 @@ def test_sixteen_bits_of_every_kind():
 
 @pytest.fixture
 def stripes(tmp_path):
-    "Images of 4 x 40 pixels whose red tells the column and whose green tells the file."
+    "Images of 4 x 40 pixels: red is the column, green the number of the file."
     for i in range(12):
         pixels = np.zeros((4, 40, 3), np.uint8)
         pixels[..., 0] = 6 * np.arange(40)
@@ -184,9 +192,10 @@ def bytes_of(examples):
     return ((examples.signals["image"] + 1) * 127.5).round().int()
 
 
-def test_random_crops_follow_sample_seed_and_epoch(stripes):
+def test_random_crops_depend_on_sample_seed_and_epoch(stripes):
     data = Folder(stripes, size=4, shares=(1, 0, 0), spatial_crop="random")
-    assert data.varied and not Folder(stripes, size=4).varied
+    assert data.varied
+    assert not Folder(stripes, size=4).varied
     indices = torch.arange(12)
     plain = bytes_of(data.take(indices))
     assert (plain[:, 0, 0] == torch.tensor([6 * c for c in range(18, 22)])).all()
@@ -196,10 +205,11 @@ def test_random_crops_follow_sample_seed_and_epoch(stripes):
         return bytes_of(data.take(indices, view))[:, 0, 0, 0]
 
     first = lefts(0, 0)
-    assert torch.equal(first, lefts(0, 0)), "the same epoch, the same crops"
-    assert len(first.unique()) > 6 and first.max() <= 6 * 36
-    for other in (lefts(0, 1), lefts(1, 0)):
-        assert (other != first).sum() > 8
+    assert torch.equal(first, lefts(0, 0)), "an epoch always has the same crops"
+    assert len(first.unique()) > 6
+    assert first.max() <= 6 * 36
+    for others in (lefts(0, 1), lefts(1, 0)):
+        assert (others != first).sum() > 8
     everywhere = torch.cat([lefts(0, epoch) for epoch in range(60)]).float()
     assert abs(everywhere.mean() / 6 - 18) < 1.5, "uniform over the image"
     assert not data.decoded.keys() - {(int(i), data.form) for i in indices}
@@ -211,10 +221,10 @@ def test_half_of_the_samples_are_mirrored(stripes):
     mirrored = 0
     for epoch in range(40):
         taken = bytes_of(data.take(torch.arange(12), View(0, torch.full((12,), epoch))))
-        for one, other in zip(taken, plain, strict=True):
-            turned = torch.equal(one, other.flip(-1))
-            assert turned or torch.equal(one, other)
-            mirrored += turned
+        for image, original in zip(taken, plain, strict=True):
+            is_mirrored = torch.equal(image, original.flip(-1))
+            assert is_mirrored or torch.equal(image, original)
+            mirrored += is_mirrored
     assert abs(mirrored / 480 - 0.5) < 0.1
 
 
@@ -231,24 +241,20 @@ def test_batches_vary_by_epoch_and_resume_exactly(stripes):
     config = Config(data=data, training=TrainConfig(batch=5, steps=9, shards=1))
     sources = Sources(data)
     batches = Batches(sources, config)
-    whole = list(batches.loader())
+    expected = list(batches.loader())
     resumed = list(Batches(Sources(data), config).loader(first=4, workers=1))
-    for one, other in zip(whole[4:], resumed, strict=True):
-        assert torch.equal(one.x0, other.x0) and torch.equal(one.indices, other.indices)
-    two = of_two(batches, 0), of_two(batches, 1)
-    halves = torch.cat([half[3].x0 for half in two])
-    assert torch.equal(halves, whole[3].x0), "two processes see the same"
+    for before, after in zip(expected[4:], resumed, strict=True):
+        assert torch.equal(before.x0, after.x0)
+        assert torch.equal(before.indices, after.indices)
+    halves = [replace(batches, rank=rank, processes=2)[3].x0 for rank in (0, 1)]
+    assert torch.equal(torch.cat(halves), expected[3].x0), "for two processes as well"
     features = torch.zeros(len(sources.data["folder"]), 4)
     repa = Config(data=data, objective=ObjectiveConfig("repa"))
     with pytest.raises(ValueError, match=r"no data\.flip"):
         feature_source(features, repa, sources, torch.device("cpu"))
 
 
-def of_two(batches, rank):
-    return replace(batches, rank=rank, processes=2)
-
-
-def test_a_run_from_before_profiles_goes_on_without_them(stripes, tmp_path, capsys):
+def test_a_run_from_before_profiles_continues_without_them(stripes, tmp_path, capsys):
     data = DataConfig("folder", path=str(stripes), height=4, width=8, patch=4)
     training = TrainConfig(batch=4, steps=2, shards=1, sample_every=0)
     config = Config(name="older", data=data, training=training)

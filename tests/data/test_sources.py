@@ -1,4 +1,7 @@
-"""Every source trains, resumes bit for bit and is sampled, alone and in turn."""
+"""Every data set follows one interface, trains, resumes bit for bit and is sampled.
+
+Several data sets train in turn, and invalid settings are refused with a remedy.
+"""
 
 import functools
 import json
@@ -24,7 +27,7 @@ from selfflow.training.config import Config
 from selfflow.training.loop import train
 from selfflow.training.run import Run, new_backbone
 
-MADE = {
+GENERATED = {
     "shapes": "image",
     "emblems": "image",
     "motion": "video",
@@ -33,17 +36,17 @@ MADE = {
 }
 
 
-def little(name, **data):
-    "The settings of little data."
+def small_data(name, **data):
+    "Return the settings of a small data set."
     sizes = {"notes": {}, "latents": {}, "folder": {"height": 16, "width": 16}}
     size = sizes.get(name, {"size": 16})
     return DataConfig(name, **size | {"patch": 8} | data)
 
 
-def small(*data, objective=None, **options):
-    "A run of six steps on little data."
+def small_run(*data, objective=None, **options):
+    "Return the config of a run of six steps on small data."
     data = tuple(
-        little(one, **options) if isinstance(one, str) else one for one in data
+        small_data(item, **options) if isinstance(item, str) else item for item in data
     )
     training = replace(
         TINY.training,
@@ -65,44 +68,36 @@ def small(*data, objective=None, **options):
     )
 
 
-# every source has the same form
+# the interface
 
 
-@pytest.mark.parametrize("name", ["digits", *MADE])
+@pytest.mark.parametrize("name", ["digits", *GENERATED])
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_every_source_follows_the_interface(name, split):
+def test_every_data_set_follows_the_interface(name, split):
     data: DataSet = load(name, split)
     indices = torch.tensor([5, 0, len(data) - 1, 5])
     examples = data.take(indices)
-    assert (
-        isinstance(examples, Examples)
-        and len(examples) == 4
-        and set(examples.signals) == set(data.shapes)
-    )
+    assert isinstance(examples, Examples)
+    assert len(examples) == 4
+    assert set(examples.signals) == set(data.shapes)
     for signal, values in examples.signals.items():
-        assert (
-            values.shape == (4, *data.shapes[signal]) and values.dtype == torch.float32
-        )
-        assert values.isfinite().all() and values.abs().max() <= 1.001
-        assert torch.equal(values[0], values[3]) and torch.equal(
-            values[1:2], data.take(indices[1:2]).signals[signal]
-        )
-    assert (
-        examples.labels.dtype == torch.int64
-        and 0 <= examples.labels.min()
-        and examples.labels.max() < len(data.names)
-    )
-    assert len(examples.captions) == 4 and all(
-        text and len(text.encode()) <= 64 for text in examples.captions
-    )
+        assert values.shape == (4, *data.shapes[signal])
+        assert values.dtype == torch.float32
+        assert values.isfinite().all()
+        assert values.abs().max() <= 1.001
+        assert torch.equal(values[0], values[3])
+        assert torch.equal(values[1:2], data.take(indices[1:2]).signals[signal])
+    assert examples.labels.dtype == torch.int64
+    assert 0 <= examples.labels.min()
+    assert examples.labels.max() < len(data.names)
+    assert len(examples.captions) == 4
+    assert all(text and len(text.encode()) <= 64 for text in examples.captions)
     assert all(len(values) == 4 for values in examples.factors.values())
-    assert (
-        len(data.fingerprint) == 16
-        and load(name, split).fingerprint == data.fingerprint
-    )
+    assert len(data.fingerprint) == 16
+    assert load(name, split).fingerprint == data.fingerprint
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", GENERATED)
 def test_splits_of_generated_data_share_no_sample(name):
     firsts = {
         split: load(name, split).take(torch.arange(3)).signals
@@ -119,38 +114,32 @@ def test_splits_of_generated_data_share_no_sample(name):
     "name, sound",
     [("shapes", "mel"), ("motion", "mel"), ("notes", "mdct"), ("scenes", "mdct")],
 )
-def test_tokens_come_back_as_signals(name, sound):
+def test_tokens_are_converted_back_to_signals(name, sound):
     sources = Sources(DataConfig(name, patch=8, sound=sound), "test")
     examples = sources.data[name].take(torch.arange(3))
-    back = sources.layouts[name].unpatchify(sources.take(name, torch.arange(3)).x0)
+    signals = sources.layouts[name].unpatchify(sources.take(name, torch.arange(3)).x0)
     for signal, values in examples.signals.items():
         torch.testing.assert_close(
-            back[signal], values, atol=0 if signal != "audio" else 2e-5, rtol=0
+            signals[signal], values, atol=0 if signal != "audio" else 2e-5, rtol=0
         )
     assert sources.layouts[name].preview(examples.signals).ndim == 4
 
 
 def test_video_and_audio_share_a_clock():
-    film, sound = Sources(DataConfig("scenes", patch=8)).parts
     data = load("scenes")
     seconds = data.shapes["video"][1] / data.fps
-    per_tick = 1 / data.fps
-    # middles, in seconds
-    ends = [
-        (part.coordinates()[:, 0].unique() + 0.5) * per_tick for part in (film, sound)
-    ]
-    for part, middles in zip((film, sound), ends, strict=True):
+    for part in Sources(DataConfig("scenes", patch=8)).parts:
         count = part.grid[0]
-        torch.testing.assert_close(
-            middles, (torch.arange(count) + 0.5) * seconds / count, atol=1e-5, rtol=1e-5
-        )
+        middles = (part.coordinates()[:, 0].unique() + 0.5) / data.fps
+        expected = (torch.arange(count) + 0.5) * seconds / count
+        torch.testing.assert_close(middles, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_spectrum_that_is_one_already_is_cut_as_it_is():
-    cut = AudioPatches(SpectrumCodec((3, 8)), 2)
+def test_spectra_are_cut_without_being_transformed():
+    patches = AudioPatches(SpectrumCodec((3, 8)), 2)
     spectra = torch.randn(2, 3, 8)
-    assert torch.equal(cut.unpatchify(cut.patchify(spectra)), spectra)
-    assert torch.equal(cut.patchify(spectra)[1, 2], spectra[1, :, 4:6].T.flatten())
+    assert torch.equal(patches.unpatchify(patches.patchify(spectra)), spectra)
+    assert torch.equal(patches.patchify(spectra)[1, 2], spectra[1, :, 4:6].T.flatten())
     with pytest.raises(
         ValueError, match="8 columns is not divisible by data.columns 3"
     ):
@@ -160,61 +149,65 @@ def test_a_spectrum_that_is_one_already_is_cut_as_it_is():
 # conditions
 
 
-def test_classes_of_several_data_sets_are_counted_on():
-    sources = Sources((little("shapes"), little("notes")))
-    kinds, pitches = (len(data.names) for data in sources.data.values())
-    assert len(sources.names) == kinds + pitches
+def test_classes_of_several_data_sets_are_numbered_consecutively():
+    sources = Sources((small_data("shapes"), small_data("notes")))
+    shape_classes, note_classes = (len(data.names) for data in sources.data.values())
+    assert len(sources.names) == shape_classes + note_classes
     assert [[part.name for part in parts] for parts in sources.sequences] == [
         ["image"],
         ["audio"],
     ]
     condition = sources.take("notes", torch.arange(20)).condition
     assert torch.equal(
-        condition.values, sources.data["notes"].take(torch.arange(20)).labels + kinds
+        condition.values,
+        sources.data["notes"].take(torch.arange(20)).labels + shape_classes,
     )
-    assert condition.classes == kinds + pitches
-    assert sources.condition_for([0, 2], "notes").values.tolist() == [kinds, kinds + 2]
+    assert condition.classes == shape_classes + note_classes
+    assert sources.condition_for([0, 2], "notes").values.tolist() == [
+        shape_classes,
+        shape_classes + 2,
+    ]
     assert sources.condition_for([1]).values.tolist() == [1]
 
 
 @pytest.mark.parametrize(
-    "condition, told, words",
+    "condition, values, words",
     [
         ("class", ["a star"], "there is no class 'a star'; did you mean 'star'"),
         ("caption", [1, 2], "conditioned on captions"),
         ("caption", torch.tensor([1, 2]), "pass texts"),
     ],
 )
-def test_conditions_of_the_wrong_form_are_refused(condition, told, words):
+def test_conditions_of_the_wrong_form_are_refused(condition, values, words):
     with pytest.raises(ValueError, match=words):
-        Sources(little("shapes", condition=condition)).condition_for(told)
+        Sources(small_data("shapes", condition=condition)).condition_for(values)
 
 
 # training
 
 CASES = {
-    "shapes, captions": small("shapes", condition="caption"),
-    "motion, first frame": small(
+    "shapes, captions": small_run("shapes", condition="caption"),
+    "motion, first frame": small_run(
         "motion",
         objective=ObjectiveConfig(given="first_frame", given_level=0.2),
         frames=8,
     ),
-    "notes": small("notes", objective=ObjectiveConfig("sra")),
-    "notes, mdct": small("notes", sound="mdct", condition="none"),
-    "scenes, either": small(
+    "notes": small_run("notes", objective=ObjectiveConfig("sra")),
+    "notes, mdct": small_run("notes", sound="mdct", condition="none"),
+    "scenes, either": small_run(
         "scenes",
         objective=ObjectiveConfig(given="either", given_share=0.6),
         weight={"audio": 0.5},
     ),
-    "scenes, vanilla": small("scenes", objective=ObjectiveConfig("flow_matching")),
-    "in turn": small("shapes", little("notes", share=3, weight=2)),
-    "in turn, captions": small("notes", "scenes", "shapes", condition="caption"),
+    "scenes, vanilla": small_run("scenes", objective=ObjectiveConfig("flow_matching")),
+    "in turn": small_run("shapes", small_data("notes", share=3, weight=2)),
+    "in turn, captions": small_run("notes", "scenes", "shapes", condition="caption"),
 }
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    "From the name of a case to its run, trained once; tests must not change it."
+    "Return the run of a case by its name, trained once; tests must not change it."
     folder = tmp_path_factory.mktemp("trained")
     return functools.cache(
         lambda case: train(CASES[case], folder / case, "cpu", bar=False)
@@ -222,44 +215,40 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_source_trains_stops_and_resumes_bit_for_bit(trained, tmp_path, case):
+def test_every_data_set_trains_and_resumes_bit_for_bit(trained, tmp_path, case):
     run = trained(case)
-    assert (
-        run.log["step"].tolist() == list(range(1, 7))
-        and run.log["validation_flow_loss"].notna().sum() == 2
-    )
+    assert run.log["step"].tolist() == list(range(1, 7))
+    assert run.log["validation_flow_loss"].notna().sum() == 2
     short = Run.open(shutil.copytree(run.path, tmp_path / "small"), "cpu")
     shutil.rmtree(short.checkpoints()[-1])
     again = train(CASES[case], tmp_path, "cpu", workers=1, bar=False)
     assert_same(run, again)
-    assert [step for step, *_ in run.sample_history()] == [6] and run.sample_history()[
-        0
-    ][1].isfinite().all()
+    assert [step for step, *_ in run.sample_history()] == [6]
+    assert run.sample_history()[0][1].isfinite().all()
 
 
 def test_losses_are_logged_by_part_and_by_data_set(trained):
-    joint = trained("scenes, vanilla").log
+    log = trained("scenes, vanilla").log
     tokens = [part.tokens for part in Sources(CASES["scenes, vanilla"].data).parts]
     expected = (
-        tokens[0] * joint["flow_loss_video"] + tokens[1] * joint["flow_loss_audio"]
+        tokens[0] * log["flow_loss_video"] + tokens[1] * log["flow_loss_audio"]
     ) / sum(tokens)
     torch.testing.assert_close(
-        torch.tensor(joint["flow_loss"]), torch.tensor(expected), atol=1e-5, rtol=1e-5
+        torch.tensor(log["flow_loss"]), torch.tensor(expected), atol=1e-5, rtol=1e-5
     )
-    turns = trained("in turn").log.dropna(subset="validation_flow_loss").iloc[-1]
+    last = trained("in turn").log.dropna(subset="validation_flow_loss").iloc[-1]
     mean = (
-        turns["validation_flow_loss_shapes"] + turns["validation_flow_loss_notes"]
+        last["validation_flow_loss_shapes"] + last["validation_flow_loss_notes"]
     ) / 2
-    assert turns["validation_flow_loss"] == pytest.approx(mean)
+    assert last["validation_flow_loss"] == pytest.approx(mean)
 
 
-def test_steps_take_turns_by_their_shares_and_nothing_else():
+def test_data_sets_take_turns_by_their_shares():
     config = CASES["in turn"]
     batches = Batches(Sources(config.data), config)
     names = [batches.name(step) for step in range(1000)]
-    assert 0.2 < names.count("shapes") / 1000 < 0.3 and names == [
-        batches.name(step) for step in range(1000)
-    ]
+    assert 0.2 < names.count("shapes") / 1000 < 0.3
+    assert names == [batches.name(step) for step in range(1000)]
     for step in range(4):
         batch = batches[step]
         assert [part.name for part in batch.parts] == [
@@ -272,27 +261,26 @@ def test_steps_take_turns_by_their_shares_and_nothing_else():
 
 def test_validation_of_several_data_sets_is_the_same_in_several_processes():
     config = CASES["in turn"]
-    judged = Validation.of(config)
+    validation = Validation.of(config)
     inputs = Sources(config.data).inputs
     torch.manual_seed(0)
     model = new_backbone(config, inputs).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    whole = judged.losses(model, (0.3, 0.8))
-    parts = torch.stack(
-        [judged.losses(model, (0.3, 0.8), rank, 3) for rank in range(3)], dim=-1
+    by_one_process = validation.losses(model, (0.3, 0.8))
+    by_three_processes = torch.stack(
+        [validation.losses(model, (0.3, 0.8), rank, 3) for rank in range(3)], dim=-1
     ).flatten(1)[:, :10]
-    torch.testing.assert_close(parts, whole)
-    assert judged.counts == {"shapes": 5, "notes": 5}
+    torch.testing.assert_close(by_three_processes, by_one_process)
+    assert validation.counts == {"shapes": 5, "notes": 5}
 
 
 def test_given_tokens_stay_bit_for_bit_and_the_rest_is_generated(trained):
     run = trained("scenes, either")
     known = run.sources.data["scenes"].take(torch.arange(2)).signals
-    film = run.sample([0, 1], steps=3, given={"video": known["video"]})
-    assert torch.equal(film["video"], known["video"]) and not torch.equal(
-        film["audio"], known["audio"]
-    )
+    samples = run.sample([0, 1], steps=3, given={"video": known["video"]})
+    assert torch.equal(samples["video"], known["video"])
+    assert not torch.equal(samples["audio"], known["audio"])
     with pytest.raises(
         ValueError, match="image is given, but the sequence consists of video, audio"
     ):
@@ -305,46 +293,40 @@ def test_guidance_works_for_captions(trained):
     plain, guided = (
         run.sample(texts, steps=3, cfg_scale=w)["image"] for w in (1.0, 4.0)
     )
-    assert plain.shape == guided.shape == (3, 3, 16, 16) and not torch.equal(
-        plain, guided
-    )
+    assert plain.shape == guided.shape == (3, 3, 16, 16)
+    assert not torch.equal(plain, guided)
     torch.testing.assert_close(
         plain, run.sample(texts, steps=3, batch=2)["image"], atol=1e-5, rtol=1e-4
     )
 
 
-# the user's own
+# the user's own files
 
 
 def test_a_folder_of_images_and_its_latents_train(tmp_path, capsys):
     for number in range(40):
-        place = tmp_path / "pictures" / ("dark", "light")[number % 2]
-        place.mkdir(parents=True, exist_ok=True)
+        folder = tmp_path / "images" / ("dark", "light")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 24), (number, 40, 128 * (number % 2))).save(
-            place / f"{number}.png"
+            folder / f"{number}.png"
         )
-    config = small("folder", path=str(tmp_path / "pictures"))
+    config = small_run("folder", path=str(tmp_path / "images"))
     run = train(config, tmp_path / "runs", "cpu", bar=False)
-    assert run.inputs.classes == 2 and run.sample([0, 1], steps=2)["image"].shape == (
-        2,
-        3,
-        16,
-        16,
-    )
+    assert run.inputs.classes == 2
+    assert run.sample([0, 1], steps=2)["image"].shape == (2, 3, 16, 16)
     for split in ("train", "validation", "test"):
-        pictures = load(
-            "folder", split, path=str(tmp_path / "pictures"), height=16, width=16
+        images = load(
+            "folder", split, path=str(tmp_path / "images"), height=16, width=16
         )
-        encode_latents(pictures, Haar(), tmp_path / "latents", split)
-    config = small("latents", path=str(tmp_path / "latents"), patch=2)
+        encode_latents(images, Haar(), tmp_path / "latents", split)
+    config = small_run("latents", path=str(tmp_path / "latents"), patch=2)
     run = train(config, tmp_path / "encoded", "cpu", bar=False)
-    assert (
-        run.config.objective.mask_ratio is None and run.log["flow_loss"].notna().all()
-    )
-    Image.new("RGB", (20, 24)).save(tmp_path / "pictures/dark/new.png")
+    assert run.config.objective.mask_ratio is None
+    assert run.log["flow_loss"].notna().all()
+    Image.new("RGB", (20, 24)).save(tmp_path / "images/dark/new.png")
     with pytest.raises(ValueError, match="contains a run with different data"):
         train(
-            small("folder", path=str(tmp_path / "pictures")),
+            small_run("folder", path=str(tmp_path / "images")),
             tmp_path / "runs",
             "cpu",
             bar=False,
@@ -373,9 +355,10 @@ def test_images_and_videos_need_not_be_square(tmp_path, signal):
         patch=4,
         frames=2,
     )
-    run = train(small(data), tmp_path / "runs", "cpu", bar=False)
+    run = train(small_run(data), tmp_path / "runs", "cpu", bar=False)
     (part,) = run.inputs.parts
-    assert part.grid == (1, 2, 6) and run.log["flow_loss"].notna().all()
+    assert part.grid == (1, 2, 6)
+    assert run.log["flow_loss"].notna().all()
     assert run.sample([0, 0], steps=2)[signal].shape[-2:] == (8, 24)
     main(["sample", str(run.path), "--each", "1", "--steps", "1", "--device", "cpu"])
     with pytest.raises(
@@ -402,7 +385,7 @@ def test_images_and_videos_need_not_be_square(tmp_path, signal):
 def test_samples_are_written_as_images_videos_and_audio(
     tmp_path, monkeypatch, name, options, suffixes
 ):
-    monkeypatch.setattr(sample_sections, "_METHOD", "PCA")  # UMAP compiles first
+    monkeypatch.setattr(sample_sections, "_METHOD", "PCA")  # UMAP would compile first
     main(
         [
             "train",
@@ -446,14 +429,14 @@ def test_samples_are_written_as_images_videos_and_audio(
         ]
     )
     files = list((tmp_path / "cli/samples").iterdir())
-    sounds = sum(path.suffix == ".wav" for path in files)
-    assert {path.suffix for path in files} == suffixes and len(files) - sounds == len(
-        suffixes - {".wav"}
-    )
+    audio_files = sum(path.suffix == ".wav" for path in files)
+    assert {path.suffix for path in files} == suffixes
+    assert len(files) - audio_files == len(suffixes - {".wav"})
     for path in files:
         if path.suffix == ".wav":
             with wave.open(str(path)) as file:
-                assert file.getframerate() == 8000 and file.getnframes() == 8192
+                assert file.getframerate() == 8000
+                assert file.getnframes() == 8192
         if path.suffix == ".webp":
             assert Image.open(path).n_frames == 16
     main(["report", str(tmp_path / "cli"), "--output", str(tmp_path / "r.html")])
@@ -572,7 +555,7 @@ def test_a_refused_run_leaves_no_folder(tmp_path, data, objective, words):
     with pytest.raises(ValueError, match=words):
         patch = {"patch": 8}
         data = (
-            [one if isinstance(one, str) else patch | one for one in data]
+            [item if isinstance(item, str) else patch | item for item in data]
             if isinstance(data, list)
             else patch | data
         )
@@ -582,7 +565,7 @@ def test_a_refused_run_leaves_no_folder(tmp_path, data, objective, words):
 
 
 def test_sincos_positions_for_video_are_refused_with_a_remedy(tmp_path):
-    config = small("motion")
+    config = small_run("motion")
     with pytest.raises(ValueError, match="neither time nor several parts; take rotary"):
         train(
             replace(config, model=replace(config.model, positions="sincos")),
@@ -592,7 +575,7 @@ def test_sincos_positions_for_video_are_refused_with_a_remedy(tmp_path):
         )
 
 
-def test_settings_that_follow_from_the_data_are_filled_in():
+def test_settings_that_depend_on_the_data_are_filled_in():
     for name, positions, ratio in (
         ("digits", "sincos", 0.25),
         ("shapes", "sincos", 0.25),
@@ -601,29 +584,23 @@ def test_settings_that_follow_from_the_data_are_filled_in():
         ("scenes", "rotary", None),
         ("shapes, notes", "rotary", None),
     ):
-        config = Config(
-            data=tuple(DataConfig(one, patch=8) for one in name.split(", "))
-        )
-        assert (config.model.positions, config.objective.mask_ratio) == (
-            positions,
-            ratio,
-        ), name
+        names = name.split(", ")
+        config = Config(data=tuple(DataConfig(each, patch=8) for each in names))
+        assert config.model.positions == positions, name
+        assert config.objective.mask_ratio == ratio, name
         assert Config.from_dict(json.loads(json.dumps(config.explicit()))) == config
-    assert (
-        Config(
-            data=DataConfig("motion"), objective=ObjectiveConfig(mask_ratio=0.4)
-        ).objective.mask_ratio
-        == 0.4
-    )
+    objective = ObjectiveConfig(mask_ratio=0.4)
+    config = Config(data=DataConfig("motion"), objective=objective)
+    assert config.objective.mask_ratio == 0.4
 
 
-def test_a_run_of_parts_opens_from_its_folder_alone(trained):
+def test_a_run_of_several_parts_opens_from_its_folder_alone(trained):
     run = trained("scenes, either")
     again = Run.open(run.path, "cpu")
-    assert again.inputs == run.inputs and again.config == run.config
-    assert again.config.data.weight == {"audio": 0.5} and again.sources.weights == {
-        "audio": 0.5
-    }
+    assert again.inputs == run.inputs
+    assert again.config == run.config
+    assert again.config.data.weight == {"audio": 0.5}
+    assert again.sources.weights == {"audio": 0.5}
     assert (
         layout_of(again.sources.data["scenes"], again.config.data).parts
         == run.inputs.parts

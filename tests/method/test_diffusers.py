@@ -352,13 +352,13 @@ def test_gradients_are_the_same_with_checkpointing_and_in_a_copy(name):
     backbone.checkpointing = True
     assert backbone.checkpointing
     assert not teacher.checkpointing
-    again, same = gradients()
-    assert torch.equal(same.velocity, output.velocity)
-    for a, b in zip(plain, again, strict=True):
+    checkpointed, checkpointed_output = gradients()
+    assert torch.equal(checkpointed_output.velocity, output.velocity)
+    for a, b in zip(plain, checkpointed, strict=True):
         assert (a is None) == (b is None)
         assert a is None or torch.equal(a, b)
-    again, _ = gradients(stop=True)
-    for a, b in zip(stopped, again, strict=True):
+    checkpointed, _ = gradients(stop=True)
+    for a, b in zip(stopped, checkpointed, strict=True):
         assert (a is None) == (b is None)
         assert a is None or torch.equal(a, b)
     # a copy has levels, modules and forwards of its own
@@ -577,9 +577,9 @@ def test_a_pooled_vector_follows_its_sample():
     condition = Condition(values, pooled=pooled)
     rows = torch.tensor([2, 0])
     assert torch.equal(condition[rows].pooled, pooled[rows])
-    both = condition[:1].cat(condition[1:])
-    assert torch.equal(both.pooled, pooled)
-    assert "pooled vectors (4, 2)" in str(both)
+    joined = condition[:1].cat(condition[1:])
+    assert torch.equal(joined.pooled, pooled)
+    assert "pooled vectors (4, 2)" in str(joined)
     assert not condition.unconditional().pooled.any()
     dropped = condition.drop(0.5, lambda purpose: keyed(1, purpose))
     gone = ~dropped.values.any(-1).any(-1)
@@ -756,9 +756,9 @@ def test_unsuitable_folders_are_refused(tmp_path):
 def test_unsuitable_inputs_are_refused():
     case = CASES["flux2"]
     model = model_of(case)
-    both = Inputs((IMAGE, Part("audio", 12, (4, 1, 1))), caption=TEXT)
+    two_parts = Inputs((IMAGE, Part("audio", 12, (4, 1, 1))), caption=TEXT)
     with pytest.raises(ValueError, match="image, audio together"):
-        DiffusersBackbone(model, both)
+        DiffusersBackbone(model, two_parts)
     with pytest.raises(ValueError, match="must be the same"):
         DiffusersBackbone(model, Inputs((Part("image", 8, (1, 4, 4)),)))
     with pytest.raises(ValueError, match="vectors are 7 wide"):

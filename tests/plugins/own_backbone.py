@@ -1,6 +1,4 @@
-"""A backbone of one's own: an MLP-mixer over tokens, told its noise level by a shift of
-each token.
-"""
+"""A user's own backbone: an MLP-mixer that shifts each token by its noise level."""
 
 from dataclasses import dataclass
 
@@ -28,21 +26,21 @@ def mlp(size):
 class Mixer(nn.Module):
     def __init__(self, inputs, width, depth):
         super().__init__()
-        self.width, self.depth = width, depth
+        self.width = width
+        self.depth = depth
         self.inward = nn.Linear(inputs.channels, width)
         self.outward = nn.Linear(width, inputs.channels)
-        # the last label: none
         self.level = nn.Linear(1, width)
+        # the last label stands for no condition
         self.label = nn.Embedding(inputs.classes + 1, width)
         self.over_tokens = nn.ModuleList(mlp(inputs.tokens) for _ in range(depth))
         self.over_channels = nn.ModuleList(mlp(width) for _ in range(depth))
 
     def forward(self, x, levels, condition=None, taps=(), stop=False, parts=()):
-        # (b, k, d): once for each level, then gathered for each token
-        each = self.level(levels.levels[..., None])
-        h = self.inward(x) + each.gather(
-            1, levels.assign[..., None].expand(-1, -1, self.width)
-        )
+        # (b, k, d): computed for each level, then gathered for each token
+        shift = self.level(levels.levels[..., None])
+        assign = levels.assign[..., None].expand(-1, -1, self.width)
+        h = self.inward(x) + shift.gather(1, assign)
         if condition is not None:
             h = h + self.label(condition.values)[:, None]
         features = {}
@@ -51,5 +49,6 @@ class Mixer(nn.Module):
         ):
             h = h + tokens(h.mT).mT
             h = h + channels(h)
-            features |= {layer: h} if layer in taps else {}
+            if layer in taps:
+                features[layer] = h
         return Output(None if stop else self.outward(h), features)

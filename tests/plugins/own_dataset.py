@@ -1,4 +1,4 @@
-"A torch data set, registered under a name, with an option of its own."
+"""A user's own torch data set, registered under a name with an option."""
 
 from dataclasses import dataclass
 
@@ -17,16 +17,17 @@ class Stripes(Dataset):
     classes = ("across", "down")
 
     def __init__(self, count, thickness):
-        self.count, self.thickness = count, thickness
+        self.count = count
+        self.thickness = thickness
 
     def __len__(self):
         return self.count
 
-    def __getitem__(self, place):
+    def __getitem__(self, index):
         image = torch.full((1, 8, 8), -1.0)
-        first = place // 2 % 8
+        first = index // 2 % 8
         image[:, first : first + self.thickness] = 1
-        return (image if place % 2 else image.mT.contiguous()), place % 2
+        return (image if index % 2 else image.mT.contiguous()), index % 2
 
 
 @datasets.register("stripes", options=Options)

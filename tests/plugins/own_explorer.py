@@ -1,4 +1,4 @@
-"""A panel of a user's own, registered under a name."""
+"""A user's own panel, registered under a name."""
 
 import ipywidgets as widgets
 

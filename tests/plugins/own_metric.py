@@ -1,4 +1,4 @@
-"""A metric of a user's own: the distance between the means."""
+"""A user's own metric: the distance between the means."""
 
 import numpy as np
 

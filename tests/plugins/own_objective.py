@@ -1,4 +1,4 @@
-"""An objective of one's own: its target are the teacher's features of clean samples."""
+"""A user's own objective: the target is the teacher's features of clean samples."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""A sampler of a user's own, registered under a name."""
+"""A user's own sampler, registered under a name."""
 
 from selfflow import register_sampler
 from selfflow.method.sampling import euler_step

@@ -1,4 +1,4 @@
-"Training on two tensors: images in [-1, 1] and their labels."
+"""Training on two tensors: images in [-1, 1] and their labels."""
 
 import torch
 
@@ -6,11 +6,8 @@ from selfflow import Config, train
 from selfflow.training.config import TrainConfig
 
 labels = torch.arange(200) % 4
-images = (
-    torch.linspace(-1, 1, 4)[labels][:, None, None, None]
-    .expand(-1, 1, 8, 8)
-    .contiguous()
-)
+greys = torch.linspace(-1, 1, 4)[labels]
+images = greys[:, None, None, None].repeat(1, 1, 8, 8)
 train(
     Config("tensors", training=TrainConfig(steps=2, batch=8)),
     data=(images, labels),

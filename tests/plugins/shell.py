@@ -1,6 +1,6 @@
-"""Commands in a fresh process, as a shell gives them; several share their imports.
+"""Run commands in a fresh process, as from a shell; several share its imports.
 
-Probes have few cells and reports no UMAP, whose compilation takes ten seconds.
+Probes have few cells, and reports no UMAP, whose compilation takes ten seconds.
 """
 
 import json
@@ -15,7 +15,7 @@ from selfflow.registries import trial
 
 commands = json.load(sys.stdin)
 if {"metrics", "probe", "report"} & {arguments[0] for arguments in commands}:
-    # imported before a trial, at whose end its registrations end
+    # imported before the trial, whose end removes the registrations made in it
     from selfflow.analysis import probing, sample_metrics
     from selfflow.report import sample_sections
 
@@ -37,7 +37,7 @@ print("ANSWERS", json.dumps(answers))
 
 
 class Answer(NamedTuple):
-    "What a command came to: its exit status and what it printed."
+    "Exit status and printed text of a command."
 
     status: int
     output: str
@@ -45,14 +45,14 @@ class Answer(NamedTuple):
 
     @property
     def refusal(self) -> str:
-        "The line that says what is wrong. Fails for anything else, and more lines."
+        "The error message; fails if the command succeeded or printed more lines."
         assert self.status == 2, self
         (line,) = self.errors.strip().splitlines()
         return line
 
 
 def shell(folder, *commands):
-    "The Answer to each command, a list of arguments, given in a folder."
+    "Run commands, each a list of arguments, in a folder; return their Answers."
     texts = [[str(argument) for argument in command] for command in commands]
     done = programs.run("-c", PROGRAM, cwd=folder, text=json.dumps(texts))
     assert done.returncode == 0, done.stderr

@@ -64,13 +64,10 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_killed_in_the_middle_it_resumes_to_the_same_losses(trained):
+def test_a_killed_run_resumes_to_the_same_losses(trained):
     stored = json.loads((trained / "runs/mine/config.json").read_text())
-    assert stored["use"] == [str(FILE)] and stored["config"]["model"] == {
-        "name": "mixer",
-        "width": 24,
-        "depth": 4,
-    }
+    assert stored["use"] == [str(FILE)]
+    assert stored["config"]["model"] == {"name": "mixer", "width": 24, "depth": 4}
     command = ["train", "--use", FILE, "--name", "killed", *SMALL]
     process = programs.Program("-m", "selfflow.cli", *command, cwd=trained)
     checkpoint = trained / "runs/killed/checkpoints/step-00000020"
@@ -79,19 +76,20 @@ def test_killed_in_the_middle_it_resumes_to_the_same_losses(trained):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
     (answer,) = shell(trained, command)
-    assert answer.status == 0 and "60 steps" in answer.output, answer.errors
+    assert answer.status == 0
+    assert "60 steps" in answer.output, answer.errors
     assert losses_of(trained / "runs/killed") == losses_of(trained / "runs/mine")
 
 
-def test_it_is_sampled_probed_reported_exported_and_opened_in_the_workbench(trained):
-    drawn = ["--each", "1", "--steps", "2"]
+def test_its_run_works_with_every_command_and_in_the_workbench(trained):
+    options = ["--each", "1", "--steps", "2"]
     commands = (
-        ["sample", "runs/mine", *drawn],
+        ["sample", "runs/mine", *options],
         ["probe", "runs/mine", "--samples", "200"],
         ["report", "runs/mine"],
         ["runs"],
         ["export", "runs/mine", "exported"],
-        ["sample", "exported", *drawn],
+        ["sample", "exported", *options],
     )
     for answer in shell(trained, *([*command, "--use", FILE] for command in commands)):
         assert answer.status == 0, answer.errors
@@ -115,59 +113,53 @@ for tool in tools_on_page():
     done = programs.run("-c", code, cwd=trained)
     assert done.returncode == 0, done.stderr
     opened = [line for line in done.stdout.splitlines() if line.startswith("OPENED")]
-    assert (
-        len(opened) >= 5
-        and sum("Mixer has no attention maps" in line for line in opened) == 1
-    ), opened
+    assert len(opened) >= 5
+    assert sum("Mixer has no attention maps" in line for line in opened) == 1, opened
     assert sum('role="alert"' in line for line in opened) == 1, opened
 
 
-def test_without_the_file_one_line_names_it(trained):
+def test_a_missing_plugin_file_is_named_in_one_line(trained):
     for answer in shell(trained, ["sample", "runs/mine"], ["probe", "runs/mine"]):
         assert f"--use {FILE}" in answer.refusal
 
 
-def test_two_processes_compute_the_same(trained):
+def test_two_processes_compute_the_same_losses(trained):
     command = ["train", "--use", FILE, "--name", "two", *SMALL, "--processes", "2"]
     (answer,) = shell(trained, command)
     assert answer.status == 0, answer.errors
-    for there, here in zip(
+    for parallel, single in zip(
         losses_of(trained / "runs/two"), losses_of(trained / "runs/mine"), strict=True
     ):
-        assert there[:3] == pytest.approx(here[:3], rel=1e-3)
+        assert parallel[:3] == pytest.approx(single[:3], rel=1e-3)
 
 
 class PerToken(nn.Module):
-    "What the tests below change for the worse."
+    "A small backbone that the tests below break in various ways."
 
     def __init__(self, inputs=None, channels=4, width=8):
         super().__init__()
-        self.width, self.depth = width, 2
+        self.width = width
+        self.depth = 2
         self.inward = nn.Linear(channels + 1, width)
         self.outward = nn.Linear(width, channels)
 
     def forward(self, x, levels, condition=None, taps=(), stop=False, parts=()):
-        hidden = self.inward(
-            torch.cat([x, levels.per_token()[..., None]], dim=-1)
-        ).relu()
-        return Output(
-            None if stop else self.outward(hidden), dict.fromkeys(taps, hidden)
-        )
+        with_level = torch.cat([x, levels.per_token()[..., None]], dim=-1)
+        hidden = self.inward(with_level).relu()
+        velocity = None if stop else self.outward(hidden)
+        return Output(velocity, dict.fromkeys(taps, hidden))
 
 
 TINY = Config("given", training=TrainConfig(steps=2, batch=8, validation=8))
 
 
-def test_a_module_is_trained_from_python_and_opened_with_itself(tmp_path):
+def test_a_module_is_trained_from_python_and_needed_to_open_the_run(tmp_path):
     module = PerToken()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     run = train(TINY, tmp_path, "cpu", bar=False, backbone=module)
-    assert run.config.model == ModelConfig("given"), (
-        "and the module itself is as it was"
-    )
-    assert all(
-        torch.equal(value, before[name]) for name, value in module.state_dict().items()
-    )
+    assert run.config.model == ModelConfig("given")
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]), "the module itself is not changed"
     opened = Run.open(run.path, "cpu", backbone=PerToken)
     assert torch.equal(
         opened.sample([3], steps=2)["image"], run.sample([3], steps=2)["image"]
@@ -201,14 +193,14 @@ def test_settings_of_another_backbone_are_refused_for_a_module(tmp_path):
         train(TINY, tmp_path, "cpu", bar=False, backbone=3)
 
 
-def changed(**attributes):
+def broken(**attributes):
     module = PerToken()
     for name, value in attributes.items():
         setattr(module, name, value)
     return module
 
 
-def answering(answer):
+def returning(answer):
     class Answering(PerToken):
         def forward(self, x, levels, condition=None, taps=(), stop=False, parts=()):
             return answer(
@@ -228,36 +220,36 @@ TRAINING = TINY.training
 @pytest.mark.parametrize(
     "backbone, change, words",
     [
-        (changed(width=None), {}, "PerToken.width is None; set self.width in __init__"),
-        (changed(depth=0), {}, "PerToken.depth is 0; set self.depth in __init__"),
+        (broken(width=None), {}, "PerToken.width is None; set self.width in __init__"),
+        (broken(depth=0), {}, "PerToken.depth is 0; set self.depth in __init__"),
         (PerToken().requires_grad_(False), {}, "PerToken has no parameters to train"),
         (
-            changed(outward=nn.Linear(8, 3)),
+            broken(outward=nn.Linear(8, 3)),
             {},
             "PerToken returned velocity of shape (2, 16, 3), expected (2, 16, 4)",
         ),
         (
-            changed(width=9),
+            broken(width=9),
             {},
             "returned features[1] of shape (2, 16, 8), expected (2, 16, 9)",
         ),
         (
-            answering(lambda out, taps: out.velocity),
+            returning(lambda out, taps: out.velocity),
             {},
             "Answering returned a Tensor; return Output(velocity, features)",
         ),
         (
-            answering(lambda out, taps: Output(out.velocity, {})),
+            returning(lambda out, taps: Output(out.velocity, {})),
             {},
             "layer 1 is missing: keep the hidden states",
         ),
         (
-            answering(lambda out, taps: Output(out.velocity / 0, out.features)),
+            returning(lambda out, taps: Output(out.velocity / 0, out.features)),
             {},
             "NaN or infinite numbers in velocity",
         ),
         (
-            changed(inward=nn.Linear(3, 8)),
+            broken(inward=nn.Linear(3, 8)),
             {},
             "PerToken failed on 2 samples of (16, 4) tokens and channels: RuntimeError",
         ),
@@ -295,7 +287,7 @@ TRAINING = TINY.training
         ),
     ],
 )
-def test_a_backbone_that_does_not_fit_is_refused_in_a_line_before_training(
+def test_an_unsuitable_backbone_is_refused_in_one_line_before_training(
     tmp_path, backbone, change, words
 ):
     with pytest.raises(ValueError) as error:
@@ -306,14 +298,12 @@ def test_a_backbone_that_does_not_fit_is_refused_in_a_line_before_training(
             bar=False,
             backbone=backbone,
         )
-    assert (
-        words in str(error.value)
-        and "\n" not in str(error.value)
-        and not (tmp_path / "bad").exists()
-    )
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "bad").exists()
 
 
-def test_an_own_objective_that_reads_too_deep_a_layer_is_refused(tmp_path):
+def test_an_objective_that_reads_too_deep_a_layer_is_refused(tmp_path):
     from selfflow.registries import trial, use
 
     with trial():
@@ -332,12 +322,14 @@ def test_an_own_objective_that_reads_too_deep_a_layer_is_refused(tmp_path):
             train(config, tmp_path, "cpu", bar=False, backbone=PerToken)
 
 
-def test_help_shows_the_options_of_the_backbone_that_is_named(tmp_path):
-    helped, misspelt = shell(
+def test_help_shows_the_options_of_the_named_backbone(tmp_path):
+    help_text, misspelled = shell(
         tmp_path,
         ["train", f"--use={FILE}", "--model.name", "mixer", "--help"],
         ["train", "--model.name", "mixr"],
     )
-    assert helped.status == 0
-    assert "--model.depth" in helped.output and "--model.heads" not in helped.output
-    assert "backbone" in misspelt.refusal and "--use" in misspelt.refusal
+    assert help_text.status == 0
+    assert "--model.depth" in help_text.output
+    assert "--model.heads" not in help_text.output
+    assert "backbone" in misspelled.refusal
+    assert "--use" in misspelled.refusal

@@ -1,6 +1,6 @@
-"""A user's data train, as tensors and as a registered data set.
+"""Tensors and registered data sets of a user train, and their runs open elsewhere.
 
-Their runs open in other processes.
+Unusable data are refused in one line.
 """
 
 import json
@@ -37,18 +37,18 @@ def test_tensors_train_and_their_run_is_sampled_and_reported_in_another_process(
         "report runs/tensors --device cpu".split(),
     )
     assert "4 samples are in" in sample.output, sample.errors
-    assert listed.status == 0 and "damaged" not in listed.output
+    assert listed.status == 0
+    assert "damaged" not in listed.output
     assert report.status == 0, report.errors
     assert (tmp_path / "runs/tensors/report.html").is_file()
     stored = json.loads(
         (tmp_path / "runs/tensors/config.json").read_text(encoding="utf-8")
     )
-    assert stored["config"]["data"]["name"] == "given" and stored["outline"]["given"][
-        "shapes"
-    ] == {"image": [1, 8, 8]}
+    assert stored["config"]["data"]["name"] == "given"
+    assert stored["outline"]["given"]["shapes"] == {"image": [1, 8, 8]}
 
 
-def test_a_run_on_tensors_opens_with_its_data_and_with_no_other(tmp_path):
+def test_a_run_on_tensors_opens_only_with_its_own_data(tmp_path):
     images = torch.rand(60, 1, 8, 8) * 2 - 1
     run = train(
         Config("mine", training=TrainConfig(steps=2, batch=8)),
@@ -58,13 +58,13 @@ def test_a_run_on_tensors_opens_with_its_data_and_with_no_other(tmp_path):
     )
     assert run.sample([0], steps=1)["image"].shape == (1, 1, 8, 8)
     opened = Run.open(run.path, "cpu", data=images)
-    held = [
+    samples = [
         opened.sources_of(split).data["given"].take(torch.arange(1)).signals["image"]
         for split in ("train", "test")
     ]
-    assert all(
-        (images == one).flatten(1).all(1).any() for one in held
-    ) and not torch.equal(*held)
+    for image in samples:
+        assert (images == image).flatten(1).all(1).any()
+    assert not torch.equal(*samples)
     with pytest.raises(
         ValueError, match=r"open it with the same data: Run.open\(path, data=...\)"
     ):
@@ -73,7 +73,7 @@ def test_a_run_on_tensors_opens_with_its_data_and_with_no_other(tmp_path):
         Run.open(run.path, "cpu", data=images.flip(0))
 
 
-def test_a_registered_torch_data_set_trains_samples_probes_and_is_reported_from_a_shell(
+def test_a_registered_torch_data_set_works_from_a_shell(
     tmp_path,
 ):
     file = HERE / "own_dataset.py"
@@ -98,7 +98,7 @@ def test_a_registered_torch_data_set_trains_samples_probes_and_is_reported_from_
     assert (tmp_path / "runs/stripes/report.html").is_file()
 
 
-def test_its_options_are_settings_like_others(tmp_path, capsys):
+def test_its_options_are_settings_like_all_others(tmp_path, capsys):
     file = ["--use", str(HERE / "own_dataset.py")]
     small = [
         "--model.width",
@@ -137,26 +137,22 @@ def test_its_options_are_settings_like_others(tmp_path, capsys):
         stored = json.loads(
             (tmp_path / "thick/config.json").read_text(encoding="utf-8")
         )
-        assert stored["use"] == file[1:] and [
-            data["name"] for data in stored["config"]["data"]
-        ] == ["stripes", "notes"]
+        assert stored["use"] == file[1:]
+        assert [data["name"] for data in stored["config"]["data"]] == [
+            "stripes",
+            "notes",
+        ]
         opened = Run.open(tmp_path / "thick", "cpu")
-        assert (
-            opened.config.datasets["stripes"].thickness == 3
-            and opened.config.datasets["stripes"].share == 2
-        )
-        image = (
-            opened.sources_of("test")
-            .data["stripes"]
-            .take(torch.tensor([1]))
-            .signals["image"]
-        )
+        assert opened.config.datasets["stripes"].thickness == 3
+        assert opened.config.datasets["stripes"].share == 2
+        data = opened.sources_of("test").data["stripes"]
+        image = data.take(torch.tensor([1])).signals["image"]
         assert (image > 0).sum() == 3 * 8
-        for name, shown in (("stripes", True), ("digits", False)):
+        for name, is_listed in (("stripes", True), ("digits", False)):
             capsys.readouterr()
             with pytest.raises(SystemExit):
                 main(["train", *file, "--data.name", name, "--help"])
-            assert ("of a stripe, pixels" in capsys.readouterr().out) == shown
+            assert ("of a stripe, pixels" in capsys.readouterr().out) == is_listed
         with pytest.raises(SystemExit):
             main(["train", *file, "--data.thickness", "3"])
         assert (
@@ -197,14 +193,17 @@ def test_options_need_defaults_and_may_be_written_as_strings(tmp_path):
 
 
 class Odd(Dataset):
-    def __init__(self, count=9, **at):
-        self.count, self.at = count, at
+    "Images of zeros, of which some items are replaced."
+
+    def __init__(self, count=9, **changed):
+        self.count = count
+        self.changed = changed
 
     def __len__(self):
         return self.count
 
-    def __getitem__(self, place):
-        return self.at.get(f"item{place}", torch.zeros(1, 8, 8))
+    def __getitem__(self, index):
+        return self.changed.get(f"item{index}", torch.zeros(1, 8, 8))
 
 
 @pytest.mark.parametrize(
@@ -283,10 +282,11 @@ def test_unusable_data_are_refused_in_one_line_before_training(
             data=data(),
             bar=False,
         )
-    assert "\n" not in str(raised.value) and not (tmp_path / "bad").exists()
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "bad").exists()
 
 
-def test_a_length_that_changes_is_reported():
+def test_a_changed_length_is_reported():
     items = Odd(9)
     own = Own(items)
     items.count = 8
@@ -296,27 +296,25 @@ def test_a_length_that_changes_is_reported():
         own.take(torch.arange(2))
 
 
-def test_parts_that_are_given_are_used_and_classes_are_those_of_all():
-    train_part = (torch.zeros(4, 1, 8, 8), torch.tensor([0, 1, 2, 0]))
-    parts = splits_of(
+def test_given_splits_are_used_and_share_their_classes():
+    train_split = (torch.zeros(4, 1, 8, 8), torch.tensor([0, 1, 2, 0]))
+    splits = splits_of(
         {
-            "train": train_part,
+            "train": train_split,
             "validation": (torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])),
         }
     )
-    assert {split: len(part) for split, part in parts.items()} == {
+    assert {split: len(data) for split, data in splits.items()} == {
         "train": 4,
         "validation": 2,
     }
-    assert (
-        parts["validation"].names == ("0", "1", "2")
-        and Own(train_part).fingerprint == Own(train_part).fingerprint
-    )
+    assert splits["validation"].names == ("0", "1", "2")
+    assert Own(train_split).fingerprint == Own(train_split).fingerprint
 
 
-def test_random_items_have_a_fingerprint_of_their_form():
+def test_the_fingerprint_of_random_items_depends_on_their_form():
     class Random(Odd):
-        def __getitem__(self, place):
+        def __getitem__(self, index):
             return torch.rand(1, 8, 8)
 
     assert (

@@ -1,4 +1,4 @@
-"""A user's objective trains, resumes, samples, and is probed and reported."""
+"""A run with a user's objective trains, resumes, samples, and is reported."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ OWN = ["--use", FILE, "--objective.name", "clean_view"]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    "A folder with a run of three steps, trained by the command itself."
+    "A folder with a run of three steps, trained from the command line."
     folder = tmp_path_factory.mktemp("objective")
     settings = ["--name", "mine", *SMALL, *OWN, "--objective.rep-weight", "0.4"]
     length = ["--training.steps", "3", "--workers", "1", "--device", "cpu"]
@@ -40,7 +40,7 @@ def test_it_is_trained_resumed_sampled_probed_and_reported(trained):
     assert stored["config"]["objective"]["rep_weight"] == 0.4
     assert "rep_loss" in (trained / "runs/mine/log.jsonl").read_text()
     config = ["--config", "runs/mine/config.json"]
-    trained_on, *others = shell(
+    resumed, *others = shell(
         trained,
         ["train", "--use", FILE, *config, "--training.steps", "5", "--device", "cpu"],
         ["sample", "runs/mine", "--each", "1", "--steps", "2", "--use", FILE],
@@ -48,7 +48,8 @@ def test_it_is_trained_resumed_sampled_probed_and_reported(trained):
         ["report", "runs/mine", "--use", FILE],
         ["runs", "--use", FILE],
     )
-    assert trained_on.status == 0 and "5 steps" in trained_on.output
+    assert resumed.status == 0
+    assert "5 steps" in resumed.output
     for answer in others:
         assert answer.status == 0, answer.errors
 
@@ -68,14 +69,15 @@ def test_unusable_objectives_are_named_in_one_line(trained, tmp_path):
     }
     run = str(trained / "runs/mine")
     commands = [["train", *arguments] for arguments in refused]
-    *answers, forgotten = shell(tmp_path, *commands, ["sample", run])
+    *answers, without_file = shell(tmp_path, *commands, ["sample", run])
     for answer, words in zip(answers, refused.values(), strict=True):
         assert words in answer.refusal
-    assert f"--use {FILE}" in forgotten.refusal
+    assert f"--use {FILE}" in without_file.refusal
     assert not (tmp_path / "runs").exists()
 
 
-def test_help_shows_the_options_of_the_objective_that_is_named():
+def test_help_shows_the_options_of_the_named_objective():
     (answer,) = shell(FILE.parent, ["train", *OWN, "--help"])
-    assert answer.status == 0 and "--objective.teacher-layer" in answer.output
+    assert answer.status == 0
+    assert "--objective.teacher-layer" in answer.output
     assert "--objective.offset" not in answer.output

@@ -18,7 +18,7 @@ def slope(x, t):
     return x + t
 
 
-def test_it_is_two_euler_steps():
+def test_its_step_is_two_euler_steps():
     use(FILE)
     x1 = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
@@ -32,13 +32,13 @@ def test_a_step_that_changes_the_shape_is_refused():
         sample(slope, torch.zeros(2, 3), 2, "growing")
 
 
-def test_a_shell_draws_with_it_and_with_options(runs, tmp_path):
+def test_a_shell_samples_with_it_and_with_options(runs, tmp_path):
     run = runs["tiny"]
     path = shutil.copytree(run.path, tmp_path / "run")
     own = ["sample", path, "--each", "1", "--steps", "2", "--method", "two_halves"]
     sde = ["sample", path, "--labels", "1", "--each", "1", "--steps", "3"]
     sde += ["--method", "sde"]
-    drawn, helped, unknown, late, refused = shell(
+    sampled, help_text, unknown, late, refused = shell(
         tmp_path,
         [*own, "--use", FILE],
         ["sample", "--help", "--use", FILE],
@@ -46,14 +46,15 @@ def test_a_shell_draws_with_it_and_with_options(runs, tmp_path):
         [*sde, "--last", "0.3"],
         [*sde, "--rtol", "0.3"],
     )
-    assert drawn.status == 0, drawn.errors
-    assert "dopri5, two_halves" in " ".join(helped.output.replace("│", " ").split())
+    assert sampled.status == 0, sampled.errors
+    assert "dopri5, two_halves" in " ".join(help_text.output.replace("│", " ").split())
     assert "unknown sampler 'two_halves'" in unknown.refusal
     assert late.status == 0, late.errors
     (file,) = (path / "samples").glob("*-sde-last-0.3-3-*.safetensors")
     expected = run.sample(torch.tensor([1]), 3, "sde", last=0.3)["image"]
     assert torch.equal(load_file(file)["images"], expected)
-    assert "unknown option --rtol" in refused.errors and refused.status == 2
+    assert "unknown option --rtol" in refused.errors
+    assert refused.status == 2
 
 
 @pytest.mark.parametrize(
@@ -75,8 +76,8 @@ def test_unknown_names_and_options_are_refused(method, options, words):
 
 def test_options_reach_a_sampler_from_python(runs):
     run = runs["tiny"]
-    one = torch.tensor([1])
-    usual = run.sample(one, 3, "sde")["image"]
-    late = run.sample(one, 3, "sde", last=0.3)["image"]
-    assert torch.equal(run.sample(one, 3, "sde", last=0.04)["image"], usual)
+    label = torch.tensor([1])
+    usual = run.sample(label, 3, "sde")["image"]
+    late = run.sample(label, 3, "sde", last=0.3)["image"]
+    assert torch.equal(run.sample(label, 3, "sde", last=0.04)["image"], usual)
     assert not torch.isclose(late, usual).all()

@@ -14,6 +14,7 @@ from conftest import TINY, assert_same, parts_of
 from safetensors.torch import load_file, save_file
 
 from selfflow.analysis.benchmark import flops_per_step
+from selfflow.analysis.preflight import preflight
 from selfflow.data.options import DataConfig
 from selfflow.data.sources import Sources
 from selfflow.disk import sha256
@@ -133,6 +134,7 @@ def test_adapters_resume_bit_for_bit_and_are_exported_as_one_model(
     export(run_at(runs["tiny"], 4), tmp_path / "moved")
     for attempt in (
         lambda: Run.open(run.path, "cpu").teacher,
+        lambda: preflight(Run.open(run.path, "cpu"), device="cpu"),
         lambda: train(again, tmp_path / "whole", "cpu", bar=False),
     ):
         with pytest.raises(ValueError, match="have changed since"):
@@ -239,9 +241,6 @@ def test_conflicting_settings_of_a_start_are_refused():
         )
     with pytest.raises(ValueError, match="no trained weights to adapt"):
         Config(lora=LoraConfig(4))
-    with pytest.raises(ValueError, match="fsdp"):
-        training = TrainConfig(start_from="a", parallel="fsdp")
-        Config(lora=LoraConfig(4), training=training)
 
 
 def test_the_published_checkpoint_begins_a_run(tmp_path):

@@ -175,8 +175,6 @@ def test_muon_and_a_falling_rate_resume_exactly(tmp_path):
         Stops(patch, {5})
         assert [train(config, tmp_path).state()["step"] for _ in range(2)] == [5, 12]
     assert_same(uninterrupted, Run.open(tmp_path / "tiny"))
-    with pytest.raises(ValueError, match="use training.parallel ddp"):
-        replace(TINY.training, optimizer="muon", parallel="fsdp")
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -452,7 +452,7 @@ def test_a_loss_that_was_not_finite_counts_until_a_later_step_is_saved(
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"step": "x"}', "\0"])
-def test_a_damaged_report_of_a_loss_is_no_obstacle(run, content):
+def test_a_damaged_report_of_a_loss_is_ignored(run, content):
     run.log_lines(5)
     (run.path / "not_finite.json").write_text(content)
     following = Following(run.path)
@@ -477,13 +477,13 @@ def test_each_shown_sample_grid_is_read_once(run, monkeypatch):
     )
     following = Following(run.path, rows=3)
     for step in range(10, 60, 10):
-        run.save_picture(step)
+        run.save_sample_grid(step)
     assert following.read()
     assert [entry[0] for entry in following.sample_history] == [10, 30, 50]
     assert len(read) == 3
     assert not following.read()
     assert len(read) == 3
-    run.save_picture(60)
+    run.save_sample_grid(60)
     assert following.read()
     assert following.sample_history[-1][0] == 60
     assert following.sample_history[-1][1].shape == (4, 1, 8, 8)
@@ -491,7 +491,7 @@ def test_each_shown_sample_grid_is_read_once(run, monkeypatch):
 
 
 def test_an_unreadable_sample_grid_is_reported_and_the_others_shown(run):
-    run.save_picture(10)
+    run.save_sample_grid(10)
     (run.path / "samples/film/step-00000020.safetensors").write_bytes(b"no safetensors")
     save_file(
         {"other": np.zeros(3)}, run.path / "samples/film/step-00000030.safetensors"
