@@ -54,7 +54,7 @@ def command(function: Callable) -> Callable:
     COMMANDS[function.__name__] = function
     return function
 
-
+# %% ../nbs/8_cli/03_cli.ipynb #343633c1
 @command
 def train(
     config: Annotated[Config, tyro.conf.arg(name="")],
@@ -159,7 +159,7 @@ def _train_seeds(train_one: Callable, config: Config, seeds: tuple[int, ...]) ->
         spread = f" +- {values.std(ddof=1):.4f} (sd)" if len(values) > 1 else ""
         print(f"{measure}: {np.mean(values):.4f}{spread}, {len(values)} seeds")
 
-
+# %% ../nbs/8_cli/03_cli.ipynb #98b448b4
 @command
 def preflight(
     config: Annotated[Config, tyro.conf.arg(name="")],
@@ -248,7 +248,7 @@ def look(
     write_files({output: page.html().encode()})
     print(f"the page is {output}")
 
-
+# %% ../nbs/8_cli/03_cli.ipynb #ec6097fe
 @command
 def runs(
     folder: tyro.conf.Positional[Path] = Path("runs"),
@@ -301,7 +301,7 @@ def runs(
         message += f"; it has no curve of {', '.join(absent)}"
     print(message)
 
-
+# %% ../nbs/8_cli/03_cli.ipynb #5399031f
 def _size_of(
     text: str, run: Any, data: str, npz: Path | None
 ) -> tuple[int, int] | None:
@@ -431,7 +431,7 @@ def sample(
         f"next to it ({counts}); shift {shift:g}"
     )
 
-
+# %% ../nbs/8_cli/03_cli.ipynb #13aa2c4b
 @command
 def relocate(
     run: tyro.conf.Positional[Path], path: tyro.conf.Positional[Path], data: str = ""
@@ -516,7 +516,7 @@ def models() -> None:
 
     print(list_models().to_string(index=False))
 
-
+# %% ../nbs/8_cli/03_cli.ipynb #55bb1159
 @command
 def probe(
     run: tyro.conf.Positional[Path],
@@ -658,7 +658,7 @@ def metrics(
     name = f"metrics-{data}" if data else "metrics"
     print(f"All numbers: {opened.records}/{name}.json")
 
-
+# %% ../nbs/8_cli/03_cli.ipynb #2959b2ea
 @command
 def bench(
     sizes: tuple[str, ...] = ("S",),

@@ -214,11 +214,11 @@ def served(runs, folder):
     try:
         end = time.monotonic() + 180
         form = r"(http://127\.0\.0\.1:\d+)/voila/render/workbench\.ipynb\?token=(\w+)"
-        while not (found := re.search(form, log.read_text())):
+        while not (match := re.search(form, log.read_text())):
             assert server.poll() is None and time.monotonic() < end, log.read_text()
             time.sleep(0.2)
-        wait_for_server(*found.groups(), server, log)
-        yield found.groups()
+        wait_for_server(*match.groups(), server, log)
+        yield match.groups()
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(60)
@@ -297,8 +297,7 @@ def run_all(page, lab, name):
     )
 
 
-# decode() fails when the picture is replaced meanwhile: then it is the next one that is
-# waited for
+# decode() fails if the image is replaced meanwhile: then the next one is awaited
 SHOWN = """async image => {
     for (let address; address !== image.src;) {
         address = image.src;
@@ -308,15 +307,15 @@ SHOWN = """async image => {
 
 
 def pixels(page, selector):
-    "What an image on the page shows: (h, w, 3) bytes."
-    found = page.locator(selector).evaluate(
+    "The pixels of an image on the page, (h, w, 3) bytes."
+    encoded = page.locator(selector).evaluate(
         f"async image => {{ await ({SHOWN})(image);"
         + """
         const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
         const letter = byte => String.fromCharCode(byte);
         return btoa(bytes.reduce((text, byte) => text + letter(byte), '')) }"""
     )
-    return decoded(base64.b64decode(found))
+    return decoded(base64.b64decode(encoded))
 
 
 def decoded(png):
@@ -324,32 +323,34 @@ def decoded(png):
 
 
 def until_shown(page, selector, png, seconds=60):
-    """Wait until an image shows what a pure function has drawn: the same but for the
-    rounding of another process.
+    """Wait until an image shows what a pure function has drawn.
+
+    The tolerance covers the rounding of another process.
     """
-    wanted = decoded(png)
+    expected = decoded(png)
     end = time.monotonic() + seconds
     while True:
-        shown = pixels(page, selector)
-        if shown.shape == wanted.shape and abs(shown - wanted).mean() < 0.05:
+        actual = pixels(page, selector)
+        if actual.shape == expected.shape and abs(actual - expected).mean() < 0.05:
             return
         assert time.monotonic() < end, (
-            f"{selector} differs from what was drawn: {shown.shape}, {wanted.shape}"
+            f"{selector} differs from what was drawn: {actual.shape}, {expected.shape}"
         )
         page.wait_for_timeout(50)
 
 
-def until_within(page, box, *parts, seconds=20):
-    """Wait until a box lies within the page, and what is seen of `parts` within the
-    box: a page gets narrower after a while.
+def until_within(page, box, *locators, seconds=20):
+    """Wait until a box lies within the page and the visible `locators` within the box.
+
+    A page takes a while to get narrower.
     """
     end = time.monotonic() + seconds
     while True:
         shapes = [
             shape
-            for part in (box, *parts)
-            for found in part.all()
-            if (shape := found.bounding_box())
+            for locator in (box, *locators)
+            for element in locator.all()
+            if (shape := element.bounding_box())
         ]
         edge, *ends = (shape["x"] + shape["width"] for shape in shapes)
         if ends and max(ends) <= edge + 4 and edge <= page.viewport_size["width"]:

@@ -118,9 +118,9 @@ def test_the_table_of_the_readme_is_the_recorded_one():
             if column not in ("measure", "flow matching, 4/3 steps")
             for number in numbers(cell)
         ]
-        shown = numbers(line.split("|", 2)[2])  # without the name of the row
+        printed = numbers(line.split("|", 2)[2])  # without the name of the row
         tolerance = 0.051 if in_percent else 1e-9  # one digit is shown
-        assert shown == pytest.approx(expected, abs=tolerance), line
+        assert printed == pytest.approx(expected, abs=tolerance), line
 
 
 def strings(value):
@@ -165,15 +165,15 @@ def test_a_study_shows_the_numbers_that_it_recorded(record, study):
         text for text in strings(recorded(record)) if re.search(r"\d[.%].*\(.*\d", text)
     ]
     assert with_interval
-    shown = shown_by(study)
-    assert [text for text in with_interval if text not in shown] == []
+    printed = shown_by(study)
+    assert [text for text in with_interval if text not in printed] == []
 
 
 def test_the_benchmark_shows_the_speeds_that_were_recorded():
-    shown = shown_by("benchmark")
+    printed = shown_by("benchmark")
     for entry in [*recorded("benchmark_cpu"), *recorded("benchmark_gpu")]:
         low, median, high = entry["results"]["Self-Flow"]["speed_ratio"]
-        assert f"{median:.2f} ({low:.2f} to {high:.2f})" in shown
+        assert f"{median:.2f} ({low:.2f} to {high:.2f})" in printed
 
 
 def test_the_long_run_shows_what_was_recorded():

@@ -73,12 +73,12 @@ def test_a_difference_that_is_claimed_excludes_zero_and_is_the_recorded_one(
 
 def test_a_difference_that_is_not_claimed_includes_zero():
     "By the judge, the models of train_video differ at no guidance."
-    found = differences("train_video")
+    gaps = differences("train_video")
     for cfg in (1.0, 3.0, 8.0):
-        _, low, high = found[cfg, "direction"]
+        _, low, high = gaps[cfg, "direction"]
         assert low < 0 < high
     assert "{:.1f} points ({:+.1f} to {:+.1f})".format(
-        *found[8.0, "direction"]
+        *gaps[8.0, "direction"]
     ) in prose("train_video")
 
 
@@ -105,8 +105,8 @@ def test_the_losses_of_the_rivals_are_the_recorded_ones(first, second, claimed):
     comparison = compare_seeds(values[first], values[second])
     assert comparison.significant == claimed
     low, high = comparison.interval
-    shown = (low, high) if not claimed else sorted((abs(low), abs(high)))
-    numbers = [f"{end:+.4f}" if not claimed else f"{end:.4f}" for end in shown]
+    interval = (low, high) if not claimed else sorted((abs(low), abs(high)))
+    numbers = [f"{end:+.4f}" if not claimed else f"{end:.4f}" for end in interval]
     assert all(number in prose("rivals") for number in numbers)
 
 
@@ -137,7 +137,7 @@ def outputs(study):
 
 
 @pytest.mark.parametrize(
-    "study, shown",
+    "study, interval",
     [
         ("own_data", "+1.3% (95 % -1.4% to +4.0%)"),
         ("train_audio", "-22.1 (-27.5 to -17.1)"),
@@ -146,7 +146,7 @@ def outputs(study):
         ("train_joint", "-5.0 (-8.5 to -0.9)"),
     ],
 )
-def test_an_interval_in_a_sentence_is_that_of_an_output(study, shown):
-    assert shown in outputs(study)
-    numbers = re.findall(r"\d+\.\d", shown)
+def test_an_interval_in_a_sentence_is_that_of_an_output(study, interval):
+    assert interval in outputs(study)
+    numbers = re.findall(r"\d+\.\d", interval)
     assert all(number in prose(study) for number in numbers)

@@ -50,8 +50,8 @@ page = cache(Page)
 
 
 def pages():
-    found = sorted(SITE.rglob("*.html"))
-    return [path for path in found if "_static" not in path.parts]  # theme's templates
+    pages = sorted(SITE.rglob("*.html"))
+    return [path for path in pages if "_static" not in path.parts]  # theme's templates
 
 
 def test_a_notebook_is_where_the_site_looks_for_chapters():
@@ -77,9 +77,9 @@ def test_each_notebook_is_a_page_that_a_table_of_contents_names():
         for target in page(contents).links:
             listed.add((contents.parent / urlsplit(target).path).resolve())
     for path in NOTEBOOKS:
-        shown = SITE / path.relative_to(ROOT / "nbs").with_suffix(".html")
-        assert shown.is_file(), path
-        assert path.stem == "index" or shown.resolve() in listed, path
+        page_file = SITE / path.relative_to(ROOT / "nbs").with_suffix(".html")
+        assert page_file.is_file(), path
+        assert path.stem == "index" or page_file.resolve() in listed, path
 
 
 @built

@@ -116,10 +116,10 @@ def test_a_disk_that_can_only_be_read_is_reported_in_a_line_before_any_work(
             )
     with pytest.raises(SystemExit) as stop:
         main(commands(folder)[command].split())
-    said = capsys.readouterr().err.splitlines()
+    messages = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2
-    assert said[-1].startswith("selfflow: ")
-    assert "Read-only file system" in said[-1]
+    assert messages[-1].startswith("selfflow: ")
+    assert "Read-only file system" in messages[-1]
     assert files_of(folder) == before
 
 
@@ -147,15 +147,15 @@ def test_a_disk_that_fills_up_leaves_no_part_of_a_result(
     monkeypatch.setattr(Path, "write_text", half_a_text)
     with pytest.raises(SystemExit) as stop:
         main(commands(folder)[command].split())
-    said = [
+    messages = [
         line
         for line in capsys.readouterr().err.splitlines()
         if line.startswith("selfflow: ")
     ]
     assert stop.value.code == 2
-    assert len(said) == 1
-    assert "No space left on device" in said[0]
-    assert "Make room" in said[0]
+    assert len(messages) == 1
+    assert "No space left on device" in messages[0]
+    assert "Make room" in messages[0]
     assert {
         path: size
         for path, size in files_of(folder).items()
@@ -223,14 +223,14 @@ def test_a_killed_process_is_named_with_its_signal(tmp_path):
     )
     os.kill(other, signal.SIGKILL)
     program.wait(120)
-    said = [
+    messages = [
         line
         for line in program.stderr.replace("\r", "\n").splitlines()
         if line.strip() and "%|" not in line
     ]
     assert program.returncode == 2
-    assert len(said) == 1
-    assert said[0].startswith(
+    assert len(messages) == 1
+    assert messages[0].startswith(
         "selfflow: process 1 was killed by SIGKILL (the system does that when memory "
         "runs out), one of 2"
     )

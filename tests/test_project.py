@@ -98,8 +98,10 @@ def imports(module):
         else:
             continue
         for alias in node.names:
-            whole = f"{source}.{alias.name}"
-            imported.append((whole, None) if whole in known else (source, alias.name))
+            full_name = f"{source}.{alias.name}"
+            imported.append(
+                (full_name, None) if full_name in known else (source, alias.name)
+            )
     return imported
 
 
@@ -180,10 +182,10 @@ print(sorted({"torch", "numpy", "pandas", "matplotlib"} & {*sys.modules}))
 
 
 def test_importing_selfflow_pulls_in_nothing_heavy():
-    shown = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", HEAVY], capture_output=True, text=True, check=True
     )
-    assert shown.stdout.strip() == "[]"
+    assert result.stdout.strip() == "[]"
     from selfflow import Config, Run, train
 
     assert Config().name == "digits"
@@ -324,18 +326,18 @@ def test_a_wheel_holds_the_same_judges_and_pictures_as_the_checkout(
     assert scripts and scripts <= inside, "what runs in the browser is there"
     installed = tmp_path_factory.mktemp("installed")
     shutil.unpack_archive(wheel, installed, "zip")
-    shown = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", READ, str(installed)],
         cwd=installed,
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(installed)},
     )
-    assert shown.returncode == 0, shown.stderr
+    assert result.returncode == 0, result.stderr
     shipped = {name: judge_for(name).fingerprint for name in HEADS if name != "digits"}
     shipped["data of fashion"] = load("fashion").fingerprint
     shipped |= {name: model(name).exported["sha256"] for name in shipped_models()}
-    assert ast.literal_eval(shown.stdout) == shipped, "and says nothing else"
+    assert ast.literal_eval(result.stdout) == shipped, "and says nothing else"
     assert not list(installed.glob("data*"))
 
 
@@ -402,6 +404,7 @@ def test_no_paths_of_one_machine_no_pickle_no_large_files():
     for path in tracked():
         shipped = ROOT / "data/fashion", ROOT / "data/models"
         large = any(path.is_relative_to(folder) for folder in shipped)
+        large |= path.name == "_modidx.py"  # generated, and grows with the library
         largest = 5_000_000 if large else 600_000
         assert path.stat().st_size < largest, path
         if path.suffix in {

@@ -526,7 +526,7 @@ class FeatureCost:
         return (
             f"{self.passes} passes, {self.samples:,} samples through the model in "
             f"{self.forwards} forwards, {self.bytes / 1e6:,.1f} MB on disk, about "
-            f"{duration} on {self.device} as one batch tells"
+            f"{duration} on {self.device} estimated from one batch"
         )
 
 

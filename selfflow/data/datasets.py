@@ -46,7 +46,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.labels)
 
-
+# %% ../../nbs/2_data/02_datasets.ipynb #b180b6f3
 @dataclass(frozen=True)
 class View:
     """The epoch in which training looks at samples, which varies crops and mirroring.
@@ -64,7 +64,7 @@ class View:
     epochs: Tensor
     size: tuple[int, int] | None = None
 
-
+# %% ../../nbs/2_data/02_datasets.ipynb #69e11180
 class DataSet(Protocol):
     """The interface of every data set.
 
@@ -89,7 +89,7 @@ class DataSet(Protocol):
         """Return the samples at indices (b,)."""
         ...
 
-
+# %% ../../nbs/2_data/02_datasets.ipynb #b54e3ab0
 _MADE_TO_TRAIN = 100_000  # samples
 _MADE_TO_EVALUATE = 1_000
 

@@ -140,7 +140,7 @@ def read_original(split: str, path: str = "") -> tuple[np.ndarray, np.ndarray]:
     chosen = trains if split == "train" else ~trains
     return images[chosen], labels[chosen]
 
-
+# %% ../../nbs/2_data/17_fashion.ipynb #e9144c92
 @cache
 def fashion(split: str = "train", full: bool = False, path: str = "") -> ImageSet:
     """Fashion-MNIST, 1 x 28 x 28.

@@ -92,7 +92,7 @@ class Inside:
             if not path.is_relative_to(self.root):
                 raise Refused("leads out of the folder")
             if not stat.S_ISREG(path.stat().st_mode):
-                raise Refused("is no regular file")
+                raise Refused("is not a regular file")
             flags = os.O_RDONLY
             # some systems do not have all of them
             for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
@@ -101,7 +101,7 @@ class Inside:
             # another file may have taken its place since
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 file.close()
-                raise Refused("is no regular file")
+                raise Refused("is not a regular file")
             return file
 
 
@@ -355,13 +355,13 @@ def listing(root: Path, skipped: Skipped) -> tuple[list[str], list[str]]:
                     folders.append(name)
                     pending.append(name)
                 else:
-                    skipped.add("lies too deep", name)
+                    skipped.add("is nested too deeply", name)
             elif entry.is_dir():
                 skipped.add("is a link to a folder", name)
             elif entry.is_file():
                 files.append(name)
             else:
-                skipped.add("is no regular file", name)
+                skipped.add("is not a regular file", name)
     return sorted(files, key=natural), sorted(folders, key=natural)
 
 # %% ../../nbs/2_data/08_files.ipynb #af4750db
@@ -461,7 +461,7 @@ def _jsonl(text: str, where: str, skipped: Skipped) -> Iterator[dict]:
 def _row(values: dict, folder: str, where: str, skipped: Skipped) -> Row | None:
     file = first_of(values, _FILE)
     if not isinstance(file, str) or not file.strip():
-        skipped.add("names no file", where)
+        skipped.add("does not name a file", where)
         return None
     path = PurePosixPath(file.strip())
     if path.is_absolute() or ".." in path.parts:

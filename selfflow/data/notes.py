@@ -159,7 +159,7 @@ def synthesise(
     level = 10 ** (loudness[:, None] / 20) * fade * rise * fall
     return first * radius * angle.sin() * level
 
-
+# %% ../../nbs/2_data/06_notes.ipynb #9a23515b
 def _check_notes(
     pitch: Tensor,
     timbre: Tensor,

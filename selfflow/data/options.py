@@ -243,7 +243,10 @@ class _FileOptions(_StoredOptions):
 
 @dataclass(frozen=True)
 class _StreamOptions(_FileOptions):
-    """Options of tar shards. The path may be a pattern, or "pipe:" and a command."""
+    """Options of tar shards, parquet or Arrow files.
+
+    The path may be a pattern, or "pipe:" and a command that writes a tar shard.
+    """
 
     # of the order of training: the shards that are read side by side
     lanes: int = 8
@@ -304,7 +307,7 @@ for _name, _options in {
 }.items():
     datasets.register(_name, f"selfflow.data.sources:_open_{_name}", _options)
 datasets.register("fashion", "selfflow.data.fashion:open_fashion", _FashionOptions)
-datasets.register("stream", "selfflow.data.streams:open_stream", _StreamOptions)
+datasets.register("stream", "selfflow.data.tables:open_stream", _StreamOptions)
 
 # %% ../../nbs/2_data/01_options.ipynb #dd777720
 CONDITIONS = ("class", "caption", "none")

@@ -123,7 +123,7 @@ PALETTE = (
 TEXTURES = ("plain", "striped", "checked", "dotted", "noisy")
 CATEGORIES = {"kind": KINDS, "colour": COLOURS, "ground": COLOURS, "texture": TEXTURES}
 
-
+# %% ../../nbs/2_data/03_shapes.ipynb #577ac448
 _GRAIN = 5  # numbers that place a texture
 
 

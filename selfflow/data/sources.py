@@ -120,7 +120,7 @@ def _open_given(config: DataConfig, split: str) -> DataSet:
         "Run.open(path, data=...)"
     )
 
-
+# %% ../../nbs/2_data/16_sources.ipynb #3a0f3760
 def open_dataset(config: DataConfig, split: str) -> DataSet:
     """Open one split (train, validation or test) of the data set of a config.
 
@@ -205,7 +205,7 @@ class AudioPatches:
         spectra = self.codec.encode(waves).flip(1)[:, None]
         return (spectra / 2).clamp(-1, 1)
 
-
+# %% ../../nbs/2_data/16_sources.ipynb #8bbc214e
 @dataclass(frozen=True)
 class SpectrumCodec:
     """The codec of signals that are spectra already, such as latents of audio.
@@ -225,7 +225,7 @@ class SpectrumCodec:
 # seconds: a tick of the clock of audio without a video, the same as in `scenes`
 _TICK = 0.064
 
-
+# %% ../../nbs/2_data/16_sources.ipynb #57972044
 def layout_of(data: DataSet, config: DataConfig) -> Layout:
     """Return how the samples of a data set become one sequence.
 
@@ -303,7 +303,7 @@ def class_number(label: int | str, names: Sequence[str]) -> int:
         )
     return number
 
-
+# %% ../../nbs/2_data/16_sources.ipynb #f08951af
 _OUTLINE_CAPTIONS = 10  # of a data set, stored in its outline
 
 
@@ -395,7 +395,7 @@ def outlines(train: "Sources", others: "Sources", defaults: int) -> dict[str, Ou
             by_name[name] = Outline.of(data, others.data[name])
     return by_name
 
-
+# %% ../../nbs/2_data/16_sources.ipynb #0530f4c9
 # samples to draw: classes by number or name, texts, or a condition
 Request = Tensor | Sequence[int | str] | Condition
 

@@ -56,7 +56,7 @@ class Entry:
 # with crop "all" this part of a window may be left out at the end
 _GAP = 0.1
 
-
+# %% ../../nbs/2_data/10_stored.ipynb #bb3739c2
 def begins_of(name: str, length: float, window: float, crop: str) -> list[float]:
     """Return the times, in seconds, at which the samples of a file begin.
 
@@ -79,7 +79,7 @@ def quoted_few(names: Sequence[str], most: int = 3) -> str:
     """Return the first few names in quotes, with dots if there are more."""
     return ", ".join(map(repr, names[:most])) + ", ..." * (len(names) > most)
 
-
+# %% ../../nbs/2_data/10_stored.ipynb #0b65e5f5
 @dataclass(eq=False)
 class Stored:
     """A data set on the disk. A subclass finds its samples.
@@ -462,7 +462,7 @@ class Stored:
             count = f" ({len(cases):,} such so far)" if len(cases) > 1 else ""
             print(f"{self.title}: {name!r} {fault}{then}{count}")
 
-
+# %% ../../nbs/2_data/10_stored.ipynb #dff14949
 class Sample(NamedTuple):
     """A decoded sample: its entry and its signals by name."""
 

@@ -324,6 +324,6 @@ def draw_separation(tables: dict, ylim=None) -> Picture:
         axis.spines[["top", "right"]].set_visible(False)
     if ylim is not None:
         axes[0].set_ylim(ylim)
-    axes[0].set_ylabel("flow error, separated - full")
+    axes[0].set_ylabel("flow loss, separated minus full attention")
     axes[-1].legend(frameon=False, fontsize=7)
     return figure

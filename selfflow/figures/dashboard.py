@@ -267,7 +267,7 @@ def _loss(axis, table, name, colour, title, note="", bottom=None):
 
 # %% ../../nbs/5_figures/07_dashboard.ipynb #f7e1038a
 def _cosine(axis, log):
-    _prepare(axis, "cosine with the teacher", "dotted: reached by a constant")
+    _prepare(axis, "cosine with the teacher", "dotted: constant baseline")
     labels = _line(axis, log, "constant_cosine", _QUIET, dotted=True)
     labels += _line(axis, log, "cosine", COLOURS[2])
     values = _after_start(series(log, "cosine")[1])
@@ -363,7 +363,7 @@ Chart = tuple[float, Callable]
 def _step_charts(log, timing, clip) -> list[Chart]:
     """The charts over steps for which there is something to draw."""
     window = len(series(log, "flow_loss")[0]) // 25
-    note = f"mean of {window} lines; faint: each" if window > 1 else ""
+    note = f"mean of {window} lines; faint: raw values" if window > 1 else ""
 
     def flow_loss(axis):
         return _loss(axis, log, "flow_loss", COLOURS[0], "flow loss", note)
@@ -462,7 +462,7 @@ def draw_dashboard(
     if last > 0:
         _over_steps(halves[0], _step_charts(log, timing, clip), limit, steps)
     else:
-        _write(figure.add_subplot(halves[0]), "nothing was logged yet")
+        _write(figure.add_subplot(halves[0]), "nothing logged yet")
     right = halves[1].subgridspec(2, 1, height_ratios=(1, 1.35), hspace=0.33)
     _validation(figure.add_subplot(right[0]), log, limit)
     axis = figure.add_subplot(right[1])

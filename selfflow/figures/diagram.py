@@ -70,7 +70,7 @@ def _draw_inputs(axis: Axes, image, noise, grid: int) -> None:
     low = _MIDDLE - 1.0
     _pixels(axis, _CLEAN_X, high, image, grid)
     _pixels(axis, _CLEAN_X, low, noise, grid, limits=(-2.5, 2.5))
-    _text(axis, _CLEAN_X, high + 1.05, "picture $x_0$")
+    _text(axis, _CLEAN_X, high + 1.05, "image $x_0$")
     _text(axis, _CLEAN_X, low - 1.05, "noise $x_1$")
     start = _CLEAN_X + 0.9
     end = _LEVELS_X - 0.9
@@ -155,8 +155,8 @@ def _draw_words(axis: Axes, t: float, s: float) -> None:
     _text(axis, _VIEW_X, above, "the student\nsees", _STUDENT)
     _text(axis, _VIEW_X, below, "the teacher\nsees", _TEACHER)
     centre = sum(_FRAME) / 2
-    _text(axis, centre, above, "STUDENT: is trained", _STUDENT, 14, weight="bold")
-    text = "TEACHER: a running average"
+    _text(axis, centre, above, "STUDENT: trained", _STUDENT, 14, weight="bold")
+    text = "TEACHER: running average"
     _text(axis, centre, below, text, _TEACHER, 14, weight="bold")
     student_x = _layer_x(_STUDENT_LAYER)
     teacher_x = _layer_x(_TEACHER_LAYER)

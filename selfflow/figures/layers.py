@@ -105,7 +105,9 @@ def draw_score_maps(
         axis.tick_params(labelsize=7, length=0)
     for axis, title in zip(axes[0], [*runs, difference_name], strict=False):
         axis.set_title(title, fontsize=9)
-    figure.supxlabel("noise level t (0 data, 1 noise); rows: after block", fontsize=8)
+    figure.supxlabel(
+        "noise level t (0 = data, 1 = noise); rows: after block", fontsize=8
+    )
     return figure
 
 # %% ../../nbs/5_figures/03_layers.ipynb #5b771544

@@ -466,7 +466,7 @@ def draw_level_map(
     bar = figure.colorbar(
         ScalarMappable(cmap="viridis"), ax=axes.ravel().tolist(), fraction=0.02
     )
-    bar.set_label("level, 1 = noise", fontsize=8)
+    bar.set_label("level (0 = data, 1 = noise)", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     return figure
 

@@ -222,7 +222,10 @@ def draw_views(images, levels, student, teacher) -> Picture:
                 _show_image(axis, ((value + 1) / 2).clip(0, 1))
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
     figure.colorbar(
-        bar, ax=axes.ravel().tolist(), label="level (0 data, 1 noise)", fraction=0.02
+        bar,
+        ax=axes.ravel().tolist(),
+        label="level (0 = data, 1 = noise)",
+        fraction=0.02,
     )
     return figure
 
@@ -278,7 +281,7 @@ def draw_training(logs: dict) -> Picture:
     figure = Picture(figsize=(8, 2.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for (name, log), style in zip(logs.items(), line_styles(), strict=False):
-        if "flow_loss" not in log:  # nothing was logged yet
+        if "flow_loss" not in log:  # nothing logged yet
             continue
         window = max(1, len(log["step"]) // _WINDOWS)
         left.plot(log["step"], smooth(log["flow_loss"], window), label=name, **style)
@@ -291,14 +294,14 @@ def draw_training(logs: dict) -> Picture:
                 ":",
                 color=style["color"],
                 linewidth=1,
-                label="reached by a constant",
+                label="constant baseline",
             )
     left.set(xlabel="step", ylabel="flow loss (training)", title="training loss")
     right.set(
         xlabel="step",
         ylabel="cosine",
         ylim=(-0.05, 1.02),
-        title="student's features against teacher's",
+        title="student and teacher features",
     )
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
@@ -307,7 +310,7 @@ def draw_training(logs: dict) -> Picture:
     return figure
 
 # %% ../../nbs/5_figures/02_plots.ipynb #fee69c7c
-_LEVEL_AXIS = "level t (0 data, 1 noise)"
+_LEVEL_AXIS = "level t (0 = data, 1 = noise)"
 
 
 def draw_loss_by_level(levels, losses: dict) -> Picture:
@@ -341,8 +344,8 @@ def _differences(axis, levels, losses):
         draw_band(axis, levels, low, high, style["color"])
     axis.set(
         xlabel=_LEVEL_AXIS,
-        ylabel=f"difference to {first}",
-        title="below zero: better",
+        ylabel=f"difference from {first}",
+        title="below 0: lower loss",
     )
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
@@ -366,7 +369,7 @@ def draw_runs(curves: dict, xlabel: str, ylabel: str, units=((1, ""),)) -> Pictu
         name: (to_array(x), to_array(y)) for name, (x, y) in curves.items() if len(x)
     }
     if not curves:
-        raise ValueError("there is no curve to draw: nothing was logged yet")
+        raise ValueError("there is no curve to draw: nothing logged yet")
     furthest = max(x[-1] for x, _ in curves.values())
     size, unit = units[0]
     for larger_size, larger_unit in units:

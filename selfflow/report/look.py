@@ -90,7 +90,7 @@ def _files_table(
     rows = []
     for index, text in zip(indices, texts, strict=True):
         entry = data.entry_of(index, view)
-        row = {"sample": entry.name, "the model is given": text}
+        row = {"sample": entry.name, "model input": text}
         for signal in data.signals:
             try:
                 row[f"{signal} in the file"] = str(
@@ -182,7 +182,7 @@ def _caption_findings(sources: Sources, name: str, looked: _Looked) -> list[str]
     if cut:
         findings.append(
             f"{cut} of {len(captions)} captions are longer than {config.caption} bytes "
-            f"and end early; the longest has {max(lengths)} (data.caption)"
+            f"and are truncated; the longest has {max(lengths)} (data.caption)"
         )
     if empty:
         findings.append(f"{empty} of {len(captions)} captions are empty")

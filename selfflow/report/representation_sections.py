@@ -119,7 +119,7 @@ def similarity_section(runs: dict[str, Run]) -> Section:
         _, features = features_of(run)
         pooled[name] = {layer: hidden.mean(1) for layer, hidden in features.items()}
     section = Section(
-        "Similarity of layers",
+        "Layer similarity",
         f"{_protocol(runs)} Linear CKA of means over tokens, unbiased estimate: 1 "
         "means equal up to rotation and scale, 0 unrelated. Intervals by a jackknife "
         "over samples.",

@@ -43,7 +43,7 @@ def run_section(runs: dict[str, Run]) -> Section:
     else:
         section.table(
             differences,
-            "Settings in which the runs differ",
+            "Settings that differ between the runs",
             name="differences of settings",
         )
         settings = {name: flatten(asdict(run.config)) for name, run in runs.items()}
@@ -117,7 +117,7 @@ def loss_section(runs: dict[str, Run]) -> Section:
         for name, text in chosen.items()
     )
     section = Section(
-        "Flow loss by level",
+        "Flow loss by noise level",
         f"The averaged weights (teacher) on validation samples ({samples}), all tokens "
         "at one level, with the same fixed noise for all runs. The mean weights the "
         "ten levels equally.",
@@ -164,7 +164,7 @@ def _loss_tables(section: Section, runs: dict[str, Run], losses, by_sample) -> N
             rows.append((name, level, *loss))
     section.table(
         pd.DataFrame(rows, columns=["run", "level", "flow loss", *_INTERVAL]),
-        "Flow loss by level",
+        "Flow loss by noise level",
         folded=True,
     )
 

@@ -89,7 +89,7 @@ def plane_section(runs: dict[str, Run]) -> Section:
             token_rows[name] = _token_colours(few, grid)
     factor, values = _plane_colours(items)
     section = Section(
-        "Features in the plane",
+        "Features in two dimensions",
         f"Means over tokens of test samples of {items.name} ({items.chosen}) at "
         f"t = {LEVEL:g}, after the block at {_DEPTH:g} of the depth, projected by "
         f"{method} with seed 0; colours show the factor {factor}.",
@@ -306,7 +306,7 @@ Verdicts = dict[str, tuple[dict, dict]]
 def metric_section(runs: dict[str, Run]) -> Section:
     """Stored metrics and verdicts: distances, shares judged right, differences."""
     section = Section(
-        "Metrics of samples",
+        "Sample metrics",
         "Distances between generated samples and test data, and between other real "
         "data and test data (the floor). Shares of samples that a judge assigns to the "
         "requested class or caption, and the same for real ones. Recipes are listed "

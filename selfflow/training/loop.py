@@ -344,7 +344,7 @@ class _Loop:
             f"{self.run.path}/not_finite.json"
         )
 
-
+# %% ../../nbs/3_training/10_loop.ipynb #ae97e0ec
 def _write_not_finite(
     run: Run, state: TrainState, batches: Batches, message: str, done: int
 ) -> None:
@@ -525,7 +525,7 @@ def train(
     trained.branch = run.branch
     return trained
 
-
+# %% ../../nbs/3_training/10_loop.ipynb #7c123b76
 def _open_sources(config: Config, split: str, given: dict[str, DataSet]) -> Sources:
     data = {GIVEN_DATA: given[split]} if given else None
     return Sources(config.data, split, data)
@@ -595,7 +595,7 @@ def _with_its_defaults(config: Config, folder: Path, processes: Processes) -> Co
         data.append(own)
     return replace(config, data=tuple(data), defaults=stored.defaults)
 
-
+# %% ../../nbs/3_training/10_loop.ipynb #80067791
 def _known_start(path: Path, config: Config) -> tuple[dict, bool]:
     """Return how the weights of a run began, and True if its checkpoints are complete.
 
@@ -631,7 +631,7 @@ def _fingerprints_in(path: Path) -> dict[str, str]:
     "Return the fingerprints of data stored in a run's config.json, if there is one."
     return Run.open(path, "cpu").data if (path / "config.json").is_file() else {}
 
-
+# %% ../../nbs/3_training/10_loop.ipynb #44d6ddc6
 def _open(run: Run, stack: ExitStack) -> bool:
     """Create or check the run's folder and lock it for the duration of the stack.
 
@@ -688,7 +688,7 @@ def _check_settings(run: Run, checkpoint: Path) -> None:
         )
     )
 
-
+# %% ../../nbs/3_training/10_loop.ipynb #c11574d4
 def _resume(run: Run, state: TrainState, processes: Processes) -> dict | None:
     """Restore the newest intact checkpoint, if there is one.
 
@@ -832,7 +832,7 @@ def branch(run: Run, source: Path | str) -> None:
         ) from error
     print(f"{run.config.name}: branches from {checkpoint}")
 
-
+# %% ../../nbs/3_training/10_loop.ipynb #56e96844
 # what several processes have put into the folder already
 _LAUNCHED = ("launch.json", "launch.log", "lock", "writer.json")
 

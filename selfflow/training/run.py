@@ -92,7 +92,7 @@ def device_for(name: str | torch.device = "auto") -> torch.device:
         ) from None
     return torch.device(name)
 
-
+# %% ../../nbs/3_training/04_run.ipynb #60820d7a
 def new_backbone(
     config: Config,
     inputs: Inputs,
@@ -127,7 +127,7 @@ def is_diffusers(folder: Path | str) -> bool:
     except (OSError, ValueError, TypeError):
         return False
 
-
+# %% ../../nbs/3_training/04_run.ipynb #f43e53af
 def step_noise(
     seed: int, samples: list[int], shape: tuple[int, ...], step: int
 ) -> Tensor:
@@ -143,7 +143,7 @@ def step_noise(
     ]
     return torch.stack(noise)
 
-
+# %% ../../nbs/3_training/04_run.ipynb #c5a72301
 _LARGEST_MISFIT = 0.1  # of a reconstructed average's profile, relative
 
 # of the sample history: most samples in a grid, steps of the sampler

@@ -196,7 +196,7 @@ def draw_levels(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     # the highest bar may be a spike: the second highest sets the limit
     top = min(max(density.max(), np.sort(heights)[-2]) * 1.15, _TALLEST)
     plot = Plot(
-        "levels of tokens (bars) and p(t) (line)",
+        "token levels (bars) and p(t) (line)",
         "level",
         (0, 1),
         (0, top),
@@ -239,7 +239,7 @@ def _draw_curve(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     counts, errors = scene.curve or ([0, 1], np.full(2, np.nan))
     plot = Plot(
         "error of noisy tokens as others become clean",
-        "tokens that are clean",
+        "clean tokens",
         (0, max(counts)),
         (0, max(1.1 * np.nanmax([*errors, 1e-6]), 1e-6)),
         theme,
@@ -292,7 +292,7 @@ def _view_panels(scene: Scene, levels: np.ndarray, theme: Theme) -> list[list[Pa
 
     if view.cosine is None:
         empty = np.full(board.owner.shape, np.nan)
-        cosine = Panel("no cosine here", coloured(empty, paper=theme.paper))
+        cosine = Panel("no cosine", coloured(empty, paper=theme.paper))
     else:
         pixels = coloured(board.spread(view.cosine), 0, 1, "cividis", theme.paper)
         scale = ("0", "1", "cividis")
@@ -331,7 +331,7 @@ def explore(viewed: ViewedRun | Run, **start) -> Explorer:
         names=viewed.board.names,
         words=["level s", "level t"],
         marked=False,
-        description="click or paint tokens: they take s",
+        description="click or paint tokens to set them to s",
         layout=widgets.Layout(width=f"{_GRID_WIDTH}px", max_width="100%"),
     )
     controls = {

@@ -181,7 +181,7 @@ def _draw_inputs(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
             f"layer {scene.values['layer']}, {_head(scene)}",
             attention,
             width,
-            ("0", f"{_most(times):.2g} x counting", "viridis"),
+            ("0", f"{_most(times):.2g} x uniform", "viridis"),
         ),
     ]
     return draw_panels([row], theme, width)
@@ -287,7 +287,7 @@ def draw_caption(scene: Scene, theme: Theme = LIGHT) -> Image.Image:
     verb = "from" if scene.values["question"] == IS_LOOKED_AT else "on"
     most = _most(times)
     plot = Plot(
-        f"attention {verb} the caption, {most:.2g} x counting at most; the line is 1 x",
+        f"attention {verb} the caption, {most:.2g} x uniform at most; the line is 1 x",
         "tokens of the caption",
         (-0.5, len(times) - 0.5),
         (0, max(most, 1.0)),
@@ -449,8 +449,8 @@ def explore_attention(
 ) -> AttentionExplorer:
     """The explorer of a run's attention.
 
-    Clicking a token while "what all look at" is shown switches to what that token looks
-    at. If the run cannot be used the panel says why.
+    Clicking a token while "what all attend to" is shown switches to what that token
+    attends to. If the run cannot be used the panel says why.
 
     Args:
         run: A run, its folder, or a run that is viewed already.

@@ -151,9 +151,9 @@ class Watched:
 
 # %% ../../nbs/7_workbench/09_attention_scene.ipynb #93c362f5
 LOOKS_AT, IS_LOOKED_AT, ALL_LOOK_AT = (
-    "what it looks at",
-    "what looks at it",
-    "what all look at",
+    "what it attends to",
+    "what attends to it",
+    "what all attend to",
 )
 QUESTIONS = (LOOKS_AT, IS_LOOKED_AT, ALL_LOOK_AT)
 
@@ -167,7 +167,7 @@ def read(
         weights: Attention, (h, m, m).
         relation: Of all tokens, (m, m).
         token: The token that the question is about.
-        tokens: Number of the sample's tokens, over which "what all look at" is a mean;
+        tokens: Number of the sample's tokens; "what all attend to" is a mean over them;
             those of a caption come after them.
     Returns:
         Attention (h, m), and its mass on each of RELATIONS, (h, 5).
@@ -318,7 +318,7 @@ def _token_names(scene: Scene) -> list[str]:
         elif piece:
             names.append(f"'{piece}' in the caption")
         else:
-            names.append("empty room of the caption")
+            names.append("padding of the caption")
     return names
 
 # %% ../../nbs/7_workbench/09_attention_scene.ipynb #c2749f2c
@@ -332,7 +332,7 @@ def _describe_shares(scene: Scene, masses: Tensor, row: Tensor) -> list[str]:
     if even["cleaner"] > 0:
         parts.append(
             f"{shares['cleaner']:.0%} of the attention {verb} cleaner tokens, "
-            f"by counting {even['cleaner']:.0%}"
+            f"uniform: {even['cleaner']:.0%}"
         )
     else:
         other = "another" if scene.token is None else "it"
@@ -340,21 +340,21 @@ def _describe_shares(scene: Scene, masses: Tensor, row: Tensor) -> list[str]:
     if even["condition"] > 0:
         parts.append(
             f"{shares['condition']:.0%} {verb} the caption "
-            f"(counting: {even['condition']:.0%})"
+            f"(uniform: {even['condition']:.0%})"
         )
     signals = scene.watched.slices
     if len(signals) > 1:
         for name, tokens in signals.items():
             share = row[tokens].sum() / total
             even_share = scene.even[tokens].sum() / scene.even.sum()
-            parts.append(f"{share:.0%} {verb} {name} (counting: {even_share:.0%})")
+            parts.append(f"{share:.0%} {verb} {name} (uniform: {even_share:.0%})")
     return parts
 
 # %% ../../nbs/7_workbench/09_attention_scene.ipynb #c9d9f253
 _VERBS = {
-    LOOKS_AT: "looks most at",
-    IS_LOOKED_AT: "is looked at most by",
-    ALL_LOOK_AT: "look most at",
+    LOOKS_AT: "attends most to",
+    IS_LOOKED_AT: "is attended to most by",
+    ALL_LOOK_AT: "attend most to",
 }
 
 
@@ -368,7 +368,7 @@ def describe(scene: Scene) -> str:
     row = scene.of_head(scene.rows)[values["layer"] - 1]
     masses = scene.of_head(scene.masses)[values["layer"] - 1]
     times = scene.relative[0].nan_to_num()
-    most = f"{names[times.argmax()]}, {times.max():.1f} times as much as by counting"
+    most = f"{names[times.argmax()]}, {times.max():.1f} times uniform attention"
     who = "all tokens, on average," if scene.token is None else names[scene.token]
     head = "mean of heads" if values["head"] == "mean" else f"head {values['head']}"
     parts = [

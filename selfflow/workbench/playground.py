@@ -457,7 +457,7 @@ def _controls(side: SideBySide) -> dict[str, widgets.Widget]:
             places=side.board.places,
             names=side.board.names,
             words=["drawn anew", "given"],
-            description="click or paint tokens: they are drawn anew",
+            description="click or paint tokens to redraw them",
             layout=widgets.Layout(width=f"{_GRID_WIDTH}px", max_width="100%"),
         ),
     }

@@ -143,7 +143,7 @@ class RunBrowser:
             "probe",
             partial(self._in_thread, self._probe),
             icon="calculator",
-            tooltip="Report what probes of the chosen runs would cost",
+            tooltip="Estimate the cost of probing the chosen runs",
         )
         self.halt = button(
             "Stop",
@@ -179,7 +179,7 @@ class RunBrowser:
             "again",
             partial(self.look, anew=True),
             icon="refresh",
-            tooltip="Look at the folder now, and at all checkpoints",
+            tooltip="Read the folder and all checkpoints again",
         )
         self.probes = _row(self.probe, self.halt, self.probe_status)
         self.live = widgets.VBox()
@@ -382,7 +382,7 @@ class RunBrowser:
         try:
             names = self._unprobed()
             if self._costed != names:
-                _report(self.probe_status, "computing what they would cost ...")
+                _report(self.probe_status, "estimating the cost ...")
                 cost = Probing.cost(open_runs(self.listing, names, 0, self.device))
                 self._costed = names
                 self.probe.description = "Start"

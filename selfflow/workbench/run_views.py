@@ -175,7 +175,7 @@ def _levels(group: dict[str, Run]) -> View:
         return View(notes=notes)
     (baseline_name, baseline), *others = by_level.items()
     x = (np.arange(len(baseline)) + 0.5) / len(baseline)
-    label = "level t (0 data, 1 noise)"
+    label = "level t (0 = data, 1 = noise)"
     pictures = [partial(draw_curves, losses, x, label, "flow loss (validation)")]
     if others:
         differences = {short_name(name): values - baseline for name, values in others}
@@ -185,7 +185,7 @@ def _levels(group: dict[str, Run]) -> View:
                 differences,
                 x,
                 label,
-                "difference, < 0: better",
+                "difference (below 0: lower loss)",
                 f"minus {short_name(baseline_name)}",
             )
         )

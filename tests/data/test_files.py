@@ -67,8 +67,8 @@ def test_files_in_the_folder_and_links_to_them_are_opened(root):
         ("folder-out/outside", "leads out of the folder"),
         ("/etc/passwd", "leads out of the folder"),
         ("device", "leads out of the folder"),
-        ("pipe", "is no regular file"),
-        ("sub", "is no regular file"),
+        ("pipe", "is not a regular file"),
+        ("sub", "is not a regular file"),
         ("circle", "cannot be opened"),
         ("missing", "cannot be opened"),
         ("a\0b", "cannot be opened"),
@@ -85,7 +85,7 @@ def test_nothing_outside_the_folder_is_opened(root, name, reason):
 
 
 def test_a_device_is_not_opened():
-    assert reason_of(Inside(Path("/dev"), "null").open) == "is no regular file"
+    assert reason_of(Inside(Path("/dev"), "null").open) == "is not a regular file"
 
 
 def test_a_file_that_becomes_a_pipe_while_opening_is_released(root, monkeypatch):
@@ -95,7 +95,7 @@ def test_a_file_that_becomes_a_pipe_while_opening_is_released(root, monkeypatch)
         os, "open", lambda path, flags, *rest: real(root / "pipe", flags, *rest)
     )
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-    assert reason_of(Inside(root, "sub/fine").open) == "is no regular file"
+    assert reason_of(Inside(root, "sub/fine").open) == "is not a regular file"
     assert not before or len(os.listdir("/proc/self/fd")) == before, (
         "the pipe is closed"
     )
@@ -207,9 +207,9 @@ def test_a_listing_is_sorted_and_names_what_is_skipped(root):
     assert files == ["a/b/c/9.png", "a/b/c/10.png", "sub/fine", "sub/link"]
     assert folders == ["/".join("abcdefgh"[:n]) for n in range(1, 9)] + ["sub"]
     assert {reason: sorted(names) for reason, names in skipped.items()} == {
-        "lies too deep": ["a/b/c/d/e/f/g/h/i"],
+        "is nested too deeply": ["a/b/c/d/e/f/g/h/i"],
         "is a link to a folder": ["sub/up"],
-        "is no regular file": ["sub/nowhere", "sub/pipe"],
+        "is not a regular file": ["sub/nowhere", "sub/pipe"],
     }
 
 
@@ -329,7 +329,7 @@ def test_bad_rows_are_counted(root):
     assert rows(root, "", skipped) == [Row("good.png", "1.5", None)]
     assert skipped == {
         "leads out of the folder": ["../x.png", "/etc/passwd", "a/../../x"],
-        "names no file": ["metadata.jsonl"] * 3,
+        "does not name a file": ["metadata.jsonl"] * 3,
         "is damaged": [f"metadata.jsonl, line {n}" for n in (6, 7, 8, 12)],
     }
 

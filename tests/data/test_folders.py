@@ -195,7 +195,7 @@ def test_subfolders_named_after_splits_are_the_splits(tmp_path, name, capsys):
     )
     assert train.names == validation.names == ("cat", "deep")
     assert train.skipped == {
-        "lies beside the split folders": ["extra/deep/er/0.png", "top.png"]
+        "lies outside the split folders": ["extra/deep/er/0.png", "top.png"]
     }
     out = capsys.readouterr().out
     assert (
@@ -204,13 +204,13 @@ def test_subfolders_named_after_splits_are_the_splits(tmp_path, name, capsys):
     )
     assert "no sample of class 'cat'" in out
     assert (
-        "not used: lies beside the split folders (2): 'extra/deep/er/0.png', 'top.png'"
+        "not used: lies outside the split folders (2): 'extra/deep/er/0.png', 'top.png'"
         in out
     )
     with pytest.raises(
         ValueError,
         match="no sample of split 'test'; no sample of class 'cat', 'deep'; not used: "
-        "lies beside",
+        "lies outside",
     ):
         Folder(tmp_path, split="test", **ALL)
 
@@ -292,7 +292,7 @@ def test_a_table_lists_files_labels_and_captions(photos):
     assert data.skipped.pop("is not in the table")
     assert data.skipped == {
         "leads out of the folder": ["../photos/dog/5.bmp"],
-        "is in the table, but not there": ["cat/4.jpg"],
+        "is in the table but missing": ["cat/4.jpg"],
         "is in the table twice": ["cat/0.png"],
     }
     assert set(
@@ -391,9 +391,9 @@ def test_hostile_files_are_counted_and_harm_nothing(tmp_path, capsys):
     ]
     assert greys(data) == [50, 50, 50]
     assert {reason: sorted(names) for reason, names in data.skipped.items()} == {
-        "is no regular file": ["nowhere.png", "pipe.png", "zero.png"],
+        "is not a regular file": ["nowhere.png", "pipe.png", "zero.png"],
         "is a link to a folder": ["up"],
-        "lies too deep": ["1/2/3/4/5/6/7/8/9"],
+        "is nested too deeply": ["1/2/3/4/5/6/7/8/9"],
         "declares too many pixels": ["bomb.gif"],
         "is empty": ["empty.png"],
         "cannot be decoded": ["head.png"],
@@ -403,7 +403,7 @@ def test_hostile_files_are_counted_and_harm_nothing(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.startswith(
         "data: 3 samples (image) of split train, no classes; no sample of class '1'; "
-        "read as what they are"
+        "read by content"
     )
     assert out.count("\n") == 1
     assert "is not what its suffix says (2): 'junk.bmp', 'text.png'" in out
@@ -437,7 +437,7 @@ def test_files_damaged_later_are_replaced_and_reported_once(photos, capsys):
     )
     assert list(data.broken) == [names[1], names[2], names[5], names[11]]
     assert data.broken[names[2]] == "is empty"
-    assert data.broken[names[5]] == "is no regular file"
+    assert data.broken[names[5]] == "is not a regular file"
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     assert out.startswith(f"photos: {names[1]!r} cannot be opened (FileNotFoundError")
@@ -603,7 +603,7 @@ def test_videos_and_audio_with_the_same_stem_are_pairs(tmp_path, capsys):
     } == {"video": (3, 3, 2, 32, 32), "audio": (3, 50)}
     assert data.skipped.pop("cannot be read as video or audio") == ["x/one.png"]
     assert data.skipped == {
-        "has the name of another": ["x/one.webp"],
+        "has the same name as another file": ["x/one.webp"],
         "has no video of its name": ["x/lone"],
         "has no audio of its name": ["z/lone"],
     }

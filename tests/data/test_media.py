@@ -555,7 +555,7 @@ def test_a_run_survives_bad_videos_and_audio(tmp_path, capsys):
     assert len(run.log) == 4
     for words in (
         "clips: 28 samples (video, audio) of split train",
-        "read as what they are, not as their suffix says (1)",
+        "read by content, not by suffix (1)",
         "has no audio of its name (1)",
         "is empty (1)",
         "is shorter than it declares (1)",

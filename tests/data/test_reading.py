@@ -145,10 +145,7 @@ def test_images_of_any_kind_are_read_by_content(kind, tmp_path, capsys):
     images = folder.take(torch.arange(len(folder))).signals["image"]
     assert all(torch.equal(image, images[0]) for image in images)
     assert not folder.broken
-    assert (
-        f"read as what they are, not as their suffix says (1): '{wrong}'"
-        in capsys.readouterr().out
-    )
+    assert f"read by content, not by suffix (1): '{wrong}'" in capsys.readouterr().out
 
 
 def test_heic_names_its_package_where_it_is_missing(monkeypatch):

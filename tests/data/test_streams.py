@@ -3,6 +3,7 @@
 Damaged and hostile shards do no harm, and training on a stream resumes exactly.
 """
 
+import gzip
 import io
 import json
 import os
@@ -14,12 +15,14 @@ from unittest.mock import patch
 
 import numpy as np
 import programs
+import pyarrow
 import pytest
 import torch
 from conftest import assert_same
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import parquet
 from scipy.io import wavfile
 
 from selfflow.cli import main
@@ -29,6 +32,7 @@ from selfflow.data.lanes import Lanes
 from selfflow.data.options import DataConfig
 from selfflow.data.sources import Sources, load
 from selfflow.data.streams import Fault, Row, Stream, expand_braces, tar_rows
+from selfflow.data.tables import TableStream, open_stream
 from selfflow.method.options import ModelConfig
 from selfflow.report.look import look
 from selfflow.training.batches import Batches
@@ -426,6 +430,16 @@ def test_the_count_of_a_damaged_shard_is_not_cached(
     assert all(counts for _, counts in facts.values())
 
 
+@pytest.mark.parametrize("name", ["0.tar.gz", "0.tgz", "0.tar"])
+def test_a_compressed_shard_is_refused_with_a_remedy(name, tmp_path):
+    content = tar_file([("a.png", png(1))])
+    (tmp_path / name).write_bytes(gzip.compress(content))
+    with pytest.raises(ValueError, match=f"is compressed.*gzip -dc.*{name}"):
+        Stream(tmp_path)
+    (tmp_path / "1.tar").write_bytes(content)
+    assert len(Stream(tmp_path, shares=(1, 0, 0))) == 1
+
+
 def test_missing_shards_are_reported_in_one_line(shard_folder):
     data = Stream(shard_folder, size=4)
     for path in shard_folder.glob("*.tar"):
@@ -543,3 +557,64 @@ def test_audio_is_read_and_empty_audio_is_refused(tmp_path):
     assert len(data.broken) == 1
     (fault,) = data.broken.values()
     assert "its length is zero" in fault
+
+
+def table(first, count=20):
+    "Rows with a picture, its class and a caption, as the package datasets stores them."
+    images = [{"bytes": png(i), "path": None} for i in range(first, first + count)]
+    labels = [i % 3 for i in range(first, first + count)]
+    columns = {"image": images, "label": labels, "text": [f"n {n}" for n in labels]}
+    features = {"label": {"names": ["red", "green", "blue"], "_type": "ClassLabel"}}
+    about = json.dumps({"info": {"features": features}})
+    return pyarrow.table(columns).replace_schema_metadata({"huggingface": about})
+
+
+@pytest.fixture(params=["parquet", "arrow"])
+def tables(request, tmp_path):
+    "Six files of 20 pictures; their greys count from 0 to 119."
+    (tmp_path / "tables").mkdir()
+    for number in range(6):
+        path = tmp_path / f"tables/{number:03d}.{request.param}"
+        rows = table(20 * number)
+        if request.param == "parquet":
+            parquet.write_table(rows, path, row_group_size=7)
+            continue
+        with pyarrow.ipc.new_stream(path, rows.schema) as writer:
+            writer.write_table(rows, max_chunksize=7)
+    (tmp_path / "tables/cache-0.arrow").write_bytes(b"of the package datasets")
+    return tmp_path / "tables"
+
+
+def test_tables_stream_like_shards(tables):
+    alone = greys_of_steps(tables, range(12))
+    assert greys_of_steps(tables, range(12), workers=2) == alone
+    halves = [greys_of_steps(tables, range(12), rank, 2) for rank in range(2)]
+    assert [a + b for a, b in zip(*halves, strict=True)] == alone
+    assert greys_of_steps(tables, range(7, 12)) == alone[7:]
+    data = open_stream(settings(tables), "train")
+    taken = data.take(torch.arange(len(data)))
+    assert data.names == ("red", "green", "blue") and not data.skipped
+    assert taken.labels.tolist() == [n % 3 for n in greys(taken.signals["image"])]
+    assert taken.captions == tuple(f"n {n}" for n in taken.labels.tolist())
+    assert torch.equal(data.labels, taken.labels)
+    assert {*sum(alone, [])} == {*greys(taken.signals["image"])}
+
+
+def test_broken_tables_and_rows_are_skipped(tables):
+    last = sorted(tables.glob("00*"))[-1]
+    last.write_bytes(last.read_bytes()[:-600])
+    rows = table(0, 6).set_column(1, "label", [[0, 1, 2, 7, None, 0]])
+    images = rows["image"].to_pylist()
+    images[0], images[1]["bytes"] = None, b"no picture"
+    images[5] = {"bytes": None, "path": "../above.png"}
+    rows = rows.set_column(0, "image", [images])
+    parquet.write_table(rows, tables / "100.parquet")
+    parquet.write_table(rows.drop_columns("image"), tables / "101.parquet")
+    data = TableStream(tables, size=4, channels=1, shares=(1, 0, 0))
+    faults = {reason for reason, names in data.skipped.items() if names == [last.name]}
+    assert len(faults) == 1 and data.skipped["has no column image"] == ["101.parquet"]
+    places = torch.arange(300)
+    sent = ForkingPickler.loads(ForkingPickler.dumps(data))
+    trained = greys(sent.take(places, View(0, places)).signals["image"])
+    reasons = [v for k, v in sent.broken.items() if k.startswith("100.parquet")]
+    assert len(reasons) == 5 and {*range(20, 100)} <= {*trained}

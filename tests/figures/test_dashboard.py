@@ -107,7 +107,7 @@ def test_losses_are_drawn_as_logged_and_smoothed(log):
         assert raw.get_alpha() < 0.5
         assert smoothed.get_alpha() is None
     written = texts(chart(figure, "flow loss"))
-    assert "mean of 4 lines; faint: each" in written
+    assert "mean of 4 lines; faint: raw values" in written
     assert f"{log['flow_loss'][96:].mean():.3g}" in written, "the value at the end"
 
 
@@ -244,7 +244,7 @@ def test_labels_near_the_top_stay_below_the_title(log):
     log["constant_cosine"] = 0.98
     axis = chart(rendered(draw_dashboard(log)), "cosine")
     boxes = {text.get_text(): text.get_window_extent() for text in axis.texts}
-    assert not boxes["1"].overlaps(boxes["dotted: reached by a constant"])
+    assert not boxes["1"].overlaps(boxes["dotted: constant baseline"])
     assert not boxes["1"].overlaps(boxes["0.98"])
     assert boxes["1"].y0 > boxes["0.98"].y0
 
@@ -331,7 +331,7 @@ def test_odd_tables_are_drawn_as_far_as_possible(log, steps):
 def test_an_empty_run_has_three_remarks():
     remarks = [texts(axis) for axis in checked(draw_dashboard(None)).axes]
     assert remarks == [
-        ["nothing was logged yet"],
+        ["nothing logged yet"],
         ["no validation yet"],
         ["no samples yet"],
     ]

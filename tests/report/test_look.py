@@ -43,7 +43,7 @@ def test_the_page_shows_samples_captions_and_skipped_files(photos):
     assert len(samples) == 10
     assert set(samples["image in the file"]) == {"PNG, 12 x 8"}
     for _, row in samples.iterrows():
-        assert row["the model is given"] == row["caption"][:16]
+        assert row["model input"] == row["caption"][:16]
     cut = sum(len(text) > 16 for text in samples["caption"])
     html = page.html()
     assert f"{cut} of 10 captions are longer than 16 bytes" in html

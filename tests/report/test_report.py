@@ -347,11 +347,11 @@ def test_damaged_files_are_reported_and_the_rest_of_the_report_is_made(runs, tmp
     assert "probes.json cannot be used" in page
     assert "broken.safetensors cannot be read" in page
     for title in (
-        "Flow loss by level",
+        "Flow loss by noise level",
         "Curves by layer",
         "Student and teacher",
         "Attention",
-        "Metrics of samples",
+        "Sample metrics",
     ):
         assert f">{title}</h2>" in page
 

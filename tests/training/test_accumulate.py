@@ -25,24 +25,24 @@ STEPS = 2
 
 
 def logged(config: Config) -> tuple[list[dict], list[torch.Tensor]]:
-    "What is logged of some steps, all of it, and the weights after them."
+    "Everything that some steps log, and the weights after them."
     sources = Sources(config.data)
     width = 5 if config.objective.name == "repa" else 1
     state = start_state(config, sources, torch.device("cpu"), width)
-    with torch.no_grad():  # as after some training: every layer says something
+    with torch.no_grad():  # as after some training: every layer has an effect
         for name, parameter in state.named_parameters().items():
             parameter.add_(
                 0.05 * torch.randn(parameter.shape, generator=keyed(0, name))
             )
     batches = Batches(sources, config)
-    found = []
+    logs = []
     for step in range(STEPS):
         features = (
             torch.randn(8, 5, generator=keyed(0, "features", step))
             if width > 1
             else None
         )
-        found.append(
+        logs.append(
             train_step(
                 state,
                 config,
@@ -50,9 +50,7 @@ def logged(config: Config) -> tuple[list[dict], list[torch.Tensor]]:
                 diagnose=step > 0,
             )
         )
-    return found, [
-        parameter.detach() for parameter in state.named_parameters().values()
-    ]
+    return logs, [parameter.detach() for parameter in state.named_parameters().values()]
 
 
 COUNTED = ("all", "masked", "noisier")
@@ -122,12 +120,12 @@ def test_pieces_give_what_the_whole_batch_gives(data, objective):
         model=ModelConfig(width=16, depth=4, heads=1),
         training=TrainConfig(steps=STEPS, batch=8, shards=8, lr=1e-3),
     )
-    whole, weights = logged(config)
+    undivided, weights = logged(config)
     for pieces in (2, 8):
-        found, others = logged(
+        divided, others = logged(
             replace(config, training=replace(config.training, accumulate=pieces))
         )
-        for step, (values, expected) in enumerate(zip(found, whole, strict=True)):
+        for step, (values, expected) in enumerate(zip(divided, undivided, strict=True)):
             assert values.keys() == expected.keys()
             # the second step starts from weights that rounding has moved
             for name in expected:
@@ -147,10 +145,12 @@ def test_pieces_in_bf16_use_statistics_of_the_whole_batch(objective):
         model=ModelConfig(width=16, depth=4, heads=1),
         training=TrainConfig(steps=STEPS, batch=8, shards=8, precision="bf16"),
     )
-    whole, _ = logged(config)
-    found, _ = logged(replace(config, training=replace(config.training, accumulate=4)))
-    assert found[0] == {
-        name: pytest.approx(value, rel=0.01) for name, value in whole[0].items()
+    undivided, _ = logged(config)
+    divided, _ = logged(
+        replace(config, training=replace(config.training, accumulate=4))
+    )
+    assert divided[0] == {
+        name: pytest.approx(value, rel=0.01) for name, value in undivided[0].items()
     }
 
 

@@ -58,7 +58,7 @@ def test_averages_resume_bit_for_bit_and_leave_training_alone(several, runs, tmp
             assert torch.equal(value, several.load(part)[name])
 
 
-def test_an_average_is_what_its_recursion_says():
+def test_an_average_follows_its_recursion():
     model = torch.nn.Linear(3, 1, bias=False).bfloat16()
     gamma = power_exponent(0.1)
     averages = Averages(
@@ -139,15 +139,15 @@ def test_the_evaluated_average_may_change_and_the_averages_may_not(
         return Run.create(tmp_path / "several", config, several.inputs, "cpu")
 
     again = ask(evaluated="long", snapshot_every=3)
-    shown = capsys.readouterr().out
-    assert "training.evaluated: short -> long from here on" in shown
-    assert "training.snapshot_every: 2 -> 3 from here on" in shown
+    printed = capsys.readouterr().out
+    assert "training.evaluated: short -> long from here on" in printed
+    assert "training.snapshot_every: 2 -> 3 from here on" in printed
     assert same(again.evaluated, several.average("long"))
     with pytest.raises(ValueError, match="training.ema.short: 0.01 in the folder"):
         ask(ema={"short": 0.02, "long": 6.0})
 
 
-def test_what_was_tracked_is_rebuilt_exactly():
+def test_a_tracked_average_is_rebuilt_exactly():
     snapshots = [(at, sigma) for at in (50, 100) for sigma in (0.05, 0.1)]
     weights, misfit = reconstruction(snapshots, 100, 0.1)
     torch.testing.assert_close(

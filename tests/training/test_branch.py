@@ -40,7 +40,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_a_branch_is_the_run_that_was_planned_so(folder, tmp_path, capsys):
+def test_a_branch_equals_a_run_planned_that_way_from_the_start(
+    folder, tmp_path, capsys
+):
     source = folder / "trunk/checkpoints/step-00000008"
     trunk = (folder / "trunk/config.json").read_bytes()
     run = train(cooled(), folder, "cpu", bar=False, branch_from=source)
@@ -100,21 +102,21 @@ def test_branches_that_do_not_fit_are_refused_and_leave_nothing(folder, monkeypa
     refused(cooled("other"), "cannot be branched from: model.safetensors", damaged)
 
 
-def test_seeds_are_runs_of_their_own_and_resume(tmp_path, capsys):
+def test_each_seed_is_a_separate_run_and_resumes(tmp_path, capsys):
     sizes = "--model.width 16 --model.depth 4 --model.heads 2 --training.batch 8"
     line = (
         f"train --name tiny --folder {tmp_path} --device cpu --seeds 3 5 {sizes} "
         "--training.steps 2 --training.validation 8 --training.log-every 1"
     ).split()
     main(line)
-    shown = capsys.readouterr().out
+    printed = capsys.readouterr().out
     runs = [Run.open(tmp_path / f"tiny-seed{seed}", "cpu") for seed in (3, 5)]
     losses = [run.log["validation_flow_loss"].iloc[-1] for run in runs]
     mean = sum(losses) / 2
     assert [run.config.seed for run in runs] == [3, 5]
     assert losses[0] != losses[1]
-    assert f"validation flow loss: {mean:.4f} +- " in shown
-    assert "2 seeds" in shown
+    assert f"validation flow loss: {mean:.4f} +- " in printed
+    assert "2 seeds" in printed
     alone = replace(runs[0].config, name="alone")
     single = train(alone, tmp_path, "cpu", bar=False)
     for name, value in single.load("model").items():

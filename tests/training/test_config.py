@@ -66,7 +66,7 @@ from selfflow.training.config import (
 )
 
 
-def test_json_and_back():
+def test_a_config_survives_json():
     config = Config.from_dict(
         {
             "name": "x",
@@ -377,9 +377,9 @@ def test_densities_match_their_config(values, expected):
 )
 def test_schedules_match_their_config(values, expected):
     config = ObjectiveConfig(**values)
-    found = build_schedule(config, (Part("image", 1, (1, 4, 6)),))
-    assert type(found) is type(expected)
-    assert vars(found) == vars(expected)
+    built = build_schedule(config, (Part("image", 1, (1, 4, 6)),))
+    assert type(built) is type(expected)
+    assert vars(built) == vars(expected)
     assert vars(build_objective(config, SHAPE, (SHAPE.parts,), 3).schedule) == vars(
         expected
     )

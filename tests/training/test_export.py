@@ -139,7 +139,7 @@ def test_invalid_exports_are_refused_in_one_line(runs, tmp_path):
         load(place)
 
 
-def test_an_export_is_listed_as_one(runs, tmp_path):
+def test_an_export_is_listed_as_an_export(runs, tmp_path):
     place = export(runs["tiny"], tmp_path / "exported")
     with pytest.raises(FileNotFoundError, match="no optimizer"):
         load(place, "cpu").load("optimizer")

@@ -46,13 +46,13 @@ def test_an_older_run_resumes_samples_and_probes_as_before(
         assert again[column].dropna().tolist() == pytest.approx(
             logged[column].dropna().tolist(), near
         ), column
-    found = measured(run)
+    actual = measured(run)
     expected = EXPECTED[folder][kind]
     for name, values in expected["samples"].items():
-        assert found["samples"][name] == pytest.approx(
+        assert actual["samples"][name] == pytest.approx(
             values, rel=near, abs=20 * near
         ), name
-    assert found["probe"] == pytest.approx(expected["probe"], rel=1e-3, abs=0.03)
+    assert actual["probe"] == pytest.approx(expected["probe"], rel=1e-3, abs=0.03)
 
 
 def test_an_old_run_keeps_its_defaults(tmp_path, capsys):
@@ -87,7 +87,7 @@ def test_an_old_run_keeps_its_defaults(tmp_path, capsys):
         train(replace(new.config, defaults=3), tmp_path, "cpu", bar=False)
 
 
-def test_the_command_line_keeps_an_old_runs_defaults_too(tmp_path, capsys):
+def test_the_command_line_keeps_an_old_runs_defaults(tmp_path, capsys):
     shutil.copytree(RUNS / "digits", tmp_path / "digits")
     config = starting_point(
         ["train", "--config", str(tmp_path / "digits/config.json")]

@@ -100,11 +100,11 @@ def test_compiled_blocks_agree(tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_benchmark_runs(precision):
-    found = measure(
+    measured = measure(
         Case("tiny", tokens=16, batch=4, precision=precision), rounds=2, device="cuda"
     )["results"]
     assert all(
         values["peak_bytes"] > 0 and values["seconds"][1] > 0
-        for values in found.values()
+        for values in measured.values()
     )
-    assert found["Self-Flow"]["flops"] < 0.7 * found["published form"]["flops"]
+    assert measured["Self-Flow"]["flops"] < 0.7 * measured["published form"]["flops"]

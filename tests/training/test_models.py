@@ -1,4 +1,4 @@
-"""The trained models of the project open, draw, and are what their cards say."""
+"""The trained models of the project open, draw samples and match their cards."""
 
 import re
 
@@ -39,7 +39,7 @@ def test_models_come_in_pairs_that_differ_in_the_objective_alone():
         assert first.training.batch == second.training.batch
 
 
-def test_what_is_drawn_and_measured_lies_in_the_cache_not_beside_the_model(
+def test_samples_and_measurements_are_stored_in_the_cache_not_with_the_model(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -62,7 +62,7 @@ def test_all_models_together_are_small():
     assert sum(file.stat().st_size for file in files) < LIMIT
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones():
+def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=re.escape(", ".join(NAMES))):
         model("imagenet")
 

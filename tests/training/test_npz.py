@@ -25,14 +25,14 @@ SETTINGS = {"count": 7, "steps": 1, "piece": 3, "bar": False}
 
 
 @pytest.fixture(scope="module")
-def whole(runs, tmp_path_factory):
+def complete(runs, tmp_path_factory):
     return draw_npz(
         runs["tiny"], tmp_path_factory.mktemp("npz") / "all.npz", **SETTINGS
     )
 
 
-def test_numpy_reads_images_and_classes(runs, whole):
-    with np.load(whole) as file:
+def test_numpy_reads_images_and_classes(runs, complete):
+    with np.load(complete) as file:
         images = file["arr_0"]
         labels = file["arr_1"]
     assert images.shape == (7, 8, 8, 3)
@@ -46,7 +46,9 @@ def test_numpy_reads_images_and_classes(runs, whole):
     assert len(np.unique(images.reshape(7, -1), axis=0)) == 7
 
 
-def test_a_killed_process_and_a_second_one_write_the_same_file(runs, whole, tmp_path):
+def test_a_killed_process_and_a_second_one_write_the_same_file(
+    runs, complete, tmp_path
+):
     "Killed, not interrupted: nothing may run on the way out."
     file = tmp_path / "cut.npz"
     script = f"""
@@ -70,17 +72,17 @@ draw_npz(Run.open({str(runs["tiny"].path)!r}, "cpu"), {str(file)!r}, **{SETTINGS
     with pytest.raises(ValueError, match="seed is 0 there, 1 here"):
         draw_npz(runs["tiny"], file, **SETTINGS, seed=1)
     draw_npz(runs["tiny"], file, **SETTINGS)
-    assert file.read_bytes() == whole.read_bytes()
+    assert file.read_bytes() == complete.read_bytes()
     assert not parts.exists()
 
 
-def test_a_finished_file_is_kept_and_never_mixed(runs, whole, monkeypatch):
+def test_a_finished_file_is_kept_and_never_mixed(runs, complete, monkeypatch):
     monkeypatch.setattr(Run, "sample", None)  # nothing is drawn again
-    before = whole.stat()
-    assert draw_npz(runs["tiny"], whole, **SETTINGS) == whole
-    assert whole.stat() == before
+    before = complete.stat()
+    assert draw_npz(runs["tiny"], complete, **SETTINGS) == complete
+    assert complete.stat() == before
     with pytest.raises(ValueError, match="holds other samples: count is 7 there, 8"):
-        draw_npz(runs["tiny"], whole, **SETTINGS | {"count": 8})
+        draw_npz(runs["tiny"], complete, **SETTINGS | {"count": 8})
 
 
 @pytest.mark.parametrize("name", ["samples.zip", "samples.npz"])
@@ -93,7 +95,7 @@ def test_impossible_requests_are_refused_at_once(runs, tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-def test_runs_without_pictures_are_refused(tmp_path):
+def test_runs_without_images_are_refused(tmp_path):
     made = SimpleNamespace(
         path=tmp_path,
         config=SimpleNamespace(
@@ -139,7 +141,7 @@ def test_classes_come_as_often_as_in_the_data(runs, tmp_path):
     assert conditions.bincount().equal(known.bincount())
 
 
-def test_blocks_of_any_size_are_the_array(tmp_path):
+def test_blocks_of_any_size_give_the_same_array(tmp_path):
     values = np.arange(60, dtype=np.float32).reshape(10, 6)
     rows = Rows(values.shape, values.dtype, np.split(values, [1, 4]))
     write_arrays(tmp_path / "x.npz", {"a": rows})

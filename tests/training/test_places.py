@@ -115,9 +115,9 @@ def test_data_that_moved_are_named_once(trained, capsys):
     for command in (["probe", str(trained), "--device", "cpu"], again):
         with pytest.raises(SystemExit):
             main(command)
-        said = capsys.readouterr().err
-        assert f"there are no data at {home / 'photos'}" in said
-        assert "selfflow relocate RUN NEW_PATH" in said
+        printed = capsys.readouterr().err
+        assert f"there are no data at {home / 'photos'}" in printed
+        assert "selfflow relocate RUN NEW_PATH" in printed
     other = pictures(home / "other", seed=1)
     with pytest.raises(SystemExit):
         main(["relocate", str(trained), str(other)])
@@ -136,9 +136,9 @@ def test_data_that_moved_are_named_once(trained, capsys):
     shutil.move(home / "moved", home / "again")
     shutil.rmtree(trained / "checkpoints/step-00000004")
     main([*again, "--data.path", str(home / "again")])
-    said = capsys.readouterr().out
-    assert f"data.path: {home / 'moved'} -> {home / 'again'} from here on" in said
-    assert "resuming from step 2" in said
+    printed = capsys.readouterr().out
+    assert f"data.path: {home / 'moved'} -> {home / 'again'} from here on" in printed
+    assert "resuming from step 2" in printed
 
 
 def test_the_place_may_change_only_where_the_data_are_known_to_be_the_same(tmp_path):
@@ -193,9 +193,9 @@ def test_a_run_folder_of_any_name_resumes_and_is_sampled(trained, name, capsys):
     folder = trained.rename(trained.with_name(name))
     shutil.rmtree(folder / "checkpoints/step-00000004")
     main(["train", "--config", str(folder / "config.json"), "--device", "cpu"])
-    said = capsys.readouterr().out
-    assert "resuming from step 2" in said
-    assert f"selfflow sample {Run.open(folder, 'cpu').quoted}" in said
+    printed = capsys.readouterr().out
+    assert "resuming from step 2" in printed
+    assert f"selfflow sample {Run.open(folder, 'cpu').quoted}" in printed
     assert Run.open(folder, "cpu").state()["step"] == 4
     assert sorted(p.name for p in folder.parent.iterdir()) == [name]
     main(["sample", str(folder), "--steps", "1", "--each", "1", "--device", "cpu"])
@@ -217,22 +217,24 @@ def test_an_older_run_opens_its_data_and_gets_an_outline_on_resuming(trained, ca
 
 def test_an_outline_has_captions_that_are_not_trained_on(tmp_path):
     pictures(tmp_path / "photos")
-    told = train(
+    with_captions = train(
         replace(config(str(tmp_path / "photos"), "told", condition="caption")),
         tmp_path,
         "cpu",
         bar=False,
     )
-    outline = Run.open(told.path, "cpu").outline["folder"]
+    outline = Run.open(with_captions.path, "cpu").outline["folder"]
     assert isinstance(outline, Outline) and set(outline.captions) == {
         "bright",
         "dark",
     }, "from all over the data"
     shutil.rmtree(tmp_path / "photos")
-    assert Run.open(told.path, "cpu").draw_sample_grid(told.teacher)[0].shape[0] == len(
-        outline.captions
+    grid, *_ = Run.open(with_captions.path, "cpu").draw_sample_grid(
+        with_captions.teacher
     )
-    main(["sample", str(told.path), "--steps", "1", "--each", "1", "--device", "cpu"])
+    assert grid.shape[0] == len(outline.captions)
+    options = "--steps 1 --each 1 --device cpu".split()
+    main(["sample", str(with_captions.path), *options])
 
 
 def test_runs_on_the_same_data_at_two_places_are_compared(trained, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""A small training in several processes is compared with one, and faults are seen."""
+"""Training in several processes is compared with one; differences are detected."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from selfflow.training.loop import train
 from selfflow.training.selfcheck import Check, compare_runs
 
 
-def test_what_differs_is_printed_and_is_the_exit_status(monkeypatch, capsys):
+def test_differences_are_printed_and_set_the_exit_status(monkeypatch, capsys):
     command = ["selfcheck", "--processes", "4", "--device", "cpu", "--parallel", "ddp"]
 
     def launch(config, count, folder, device):
@@ -34,13 +34,13 @@ def test_what_differs_is_printed_and_is_the_exit_status(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_one_process_is_nothing_to_compare(capsys, count):
+def test_one_process_leaves_nothing_to_compare(capsys, count):
     with pytest.raises(SystemExit):
         main(["selfcheck", "--processes", str(count)])
     assert f"processes is {count}, but it takes 2 or more" in capsys.readouterr().err
 
 
-def test_no_parallelism_is_nothing_to_compare():
+def test_no_parallelism_leaves_nothing_to_compare():
     with pytest.raises(ValueError, match="parallel is empty; name ddp, fsdp"):
         next(selfcheck.selfcheck(2, "cpu", ()))
 
@@ -51,7 +51,7 @@ def test_runs_of_other_lengths_are_not_compared(runs, tmp_path):
         compare_runs(train(short, tmp_path, "cpu", bar=False), runs["tiny"])
 
 
-def test_no_number_is_no_agreement():
+def test_nan_is_a_difference():
     assert not Check("losses", float("nan"), 1.0).passed
     assert Check("losses", 1.0, 1.0).passed
     assert selfcheck._apart(torch.ones(2), torch.tensor([1.0, 2.0])) == pytest.approx(

@@ -81,11 +81,11 @@ def config_of(precision):
 
 
 def all_of(folder, precision):
-    "What a run logs, draws and shows to a probe."
+    "Losses, samples and features of a run."
     run = train(config_of(precision), folder, "cpu", bar=False)
     opened = Run.open(run.path, "cpu")
     drawn = opened.sample([0, 1], steps=3)
-    found = [
+    results = [
         run.log_path.read_text(),
         opened.sample_history()[-1][1],
         *(drawn.values() if isinstance(drawn, dict) else [drawn]),
@@ -93,8 +93,8 @@ def all_of(folder, precision):
     assert not any(p.is_inference() for p in opened.model.parameters())
     if precision == "bf16":
         digits, x1 = Validation.of(opened.config).data["digits"]
-        found.append(extract(opened.teacher, digits.x0, x1, 0.5, (2,))[2])
-    return found
+        results.append(extract(opened.teacher, digits.x0, x1, 0.5, (2,))[2])
+    return results
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
@@ -107,10 +107,10 @@ def test_a_run_is_identical_whatever_the_caller_has_set(plain, tmp_path, name):
     precision, expected = plain
     with AMBIENT[name]():
         before = settings()
-        found = all_of(tmp_path, precision)
+        results = all_of(tmp_path, precision)
         assert settings() == before
-    assert found[0] == expected[0]
-    for values, others in zip(found[1:], expected[1:], strict=True):
+    assert results[0] == expected[0]
+    for values, others in zip(results[1:], expected[1:], strict=True):
         assert torch.equal(values, others), (values.dtype, others.dtype)
 
 

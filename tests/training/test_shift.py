@@ -100,8 +100,8 @@ def test_files_records_and_lines_give_the_number(run, shifts, capsys):
             "cpu",
         ]
     )
-    assert "-shift-4-" in (shown := capsys.readouterr().out)
-    assert "; shift 4\n" in shown
+    assert "-shift-4-" in (printed := capsys.readouterr().out)
+    assert "; shift 4\n" in printed
     assert run_metrics(run, 16, steps=2, resamples=0).recipe["shift"] == 4
     assert json.loads((run.path / "metrics.json").read_text())["recipe"]["shift"] == 4
     main(

@@ -56,15 +56,15 @@ def names(run):
     ]
 
 
-def test_a_finished_run_resumes_and_says_what_that_means(run, capsys):
+def test_a_finished_run_resumes_and_prints_the_changes(run, capsys):
     first = run.log_path.read_text()
     again = train(longer(SHORT, 16), run.path.parent, "cpu", bar=False)
-    shown = capsys.readouterr().out
-    assert "training.steps: 8 -> 16 from here on\n" in shown
+    printed = capsys.readouterr().out
+    assert "training.steps: 8 -> 16 from here on\n" in printed
     assert (
         "tiny: resuming from step 8; 16 steps instead of 8: "
         "the average's half-life is now 0.8 steps (was 0.4)\n"
-    ) in shown
+    ) in printed
     assert again.state()["step"] == 16
     assert again.log_path.read_text().startswith(first)
     assert Run.open(run.path).config == longer(SHORT, 16)
@@ -78,12 +78,12 @@ def test_the_student_equals_that_of_a_longer_run(tmp_path):
     flow = replace(SHORT, objective=ObjectiveConfig("flow_matching"))
     train(flow, tmp_path / "grown", "cpu", bar=False)
     grown = train(longer(flow, 12), tmp_path / "grown", "cpu", bar=False)
-    whole = train(longer(flow, 12), tmp_path / "whole", "cpu", bar=False)
-    assert grown.log["total"].tolist() == whole.log["total"].tolist()
+    planned = train(longer(flow, 12), tmp_path / "whole", "cpu", bar=False)
+    assert grown.log["total"].tolist() == planned.log["total"].tolist()
     for part in ("model", "optimizer"):
         assert all(
             torch.equal(value, grown.load(part)[name])
-            for name, value in whole.load(part).items()
+            for name, value in planned.load(part).items()
         )
 
 
@@ -111,16 +111,16 @@ def test_a_run_that_grows_before_its_cool_down_is_the_longer_run(
     shutil.rmtree(tmp_path / "grown/tiny/checkpoints/step-00000008")
     grown = train(longer(config, 11), tmp_path / "grown", "cpu", bar=False)
     assert "not the run" not in capsys.readouterr().out
-    whole = train(longer(config, 11), tmp_path / "whole", "cpu", bar=False)
-    assert_same_weights(whole, grown)
-    rates = [learning_rate(whole.config.training, step) for step in range(11)]
-    assert whole.log["lr"].tolist() == rates
+    planned = train(longer(config, 11), tmp_path / "whole", "cpu", bar=False)
+    assert_same_weights(planned, grown)
+    rates = [learning_rate(planned.config.training, step) for step in range(11)]
+    assert planned.log["lr"].tolist() == rates
     lr = config.training.lr
     assert rates[:2] == [lr / 2, lr]
     assert rates[-3:] == [lr, lr * 2 / 3, lr / 3]
 
 
-def test_a_cosine_run_that_grows_says_that_it_is_another_run(tmp_path, capsys):
+def test_extending_a_cosine_run_prints_that_it_is_another_run(tmp_path, capsys):
     config = longer(SHORT, 8, lr_schedule="cosine")
     train(config, tmp_path, "cpu", bar=False)
     capsys.readouterr()
@@ -157,7 +157,7 @@ def test_betas_and_eps_reach_the_optimiser():
     assert (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-6)
 
 
-def test_fewer_steps_than_are_done_are_refused_in_a_line(run):
+def test_fewer_steps_than_done_are_refused(run):
     before = (run.path / "config.json").read_bytes()
     with pytest.raises(
         ValueError,
@@ -198,9 +198,9 @@ def test_a_checkpoint_without_an_optimiser_is_used_but_not_resumed(
         "a finished run needs none"
     )
     again = train(config, run.path.parent, "cpu", bar=False)
-    shown = capsys.readouterr().out
-    assert f"skipped {last}: it has no optimiser" in shown
-    assert "resuming from step 4" in shown
+    printed = capsys.readouterr().out
+    assert f"skipped {last}: it has no optimiser" in printed
+    assert "resuming from step 4" in printed
     assert again.state()["step"] == 12 and names(again)[1] == ["04", "08", "12"], (
         "the one that had none was written again"
     )
@@ -229,7 +229,7 @@ def test_the_newest_keep_their_optimisers(tmp_path):
         train(config, tmp_path, "cpu", bar=False)
 
 
-def test_the_number_that_keep_it_may_change_on_resuming(run, capsys):
+def test_keep_optimizers_may_change_on_resuming(run, capsys):
     again = train(
         longer(SHORT, 8, keep_optimizers=1), run.path.parent, "cpu", bar=False
     )

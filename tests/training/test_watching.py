@@ -452,7 +452,7 @@ def test_a_loss_that_was_not_finite_counts_until_a_later_step_is_saved(
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"step": "x"}', "\0"])
-def test_a_damaged_report_of_a_loss_is_no_obstacle(run, content):
+def test_a_damaged_report_of_a_loss_is_ignored(run, content):
     run.log_lines(5)
     (run.path / "not_finite.json").write_text(content)
     following = Following(run.path)

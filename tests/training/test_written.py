@@ -129,9 +129,9 @@ def test_every_audio_sample_is_a_file_and_none_is_clipped(runs, monkeypatch, cap
         assert stored.metadata()["sound_factor"] == "0.2"
     _, file = write_samples(run, torch.zeros(102, dtype=torch.int64))
     assert len(list(file.parent.glob(f"{file.stem}-*.wav"))) == 100
-    said = capsys.readouterr().out
-    assert "100 of 102 sounds are written" in said
-    assert "100 of 102 images are written" in said
+    printed = capsys.readouterr().out
+    assert "100 of 102 sounds are written" in printed
+    assert "100 of 102 images are written" in printed
     monkeypatch.setattr(
         run,
         "sample",
@@ -142,7 +142,7 @@ def test_every_audio_sample_is_a_file_and_none_is_clipped(runs, monkeypatch, cap
     assert "loudness" not in capsys.readouterr().out
 
 
-def test_videos_and_captions_are_laid_out_as_asked(runs):
+def test_videos_and_captions_are_laid_out_as_requested(runs):
     _, file = write_samples(runs["motion"], torch.tensor([0, 0, 3, 3]), steps=1)
     wide, high = Image.open(file.with_suffix(".png")).size
     assert wide < 1100 and high == 4 * (6 * 16 + 4), (
@@ -212,8 +212,8 @@ def test_the_sample_history_has_names_below(runs, tmp_path):
 
 
 def test_audio_is_not_called_an_image(runs):
-    found = saturation(runs["notes"], 8, 8)
-    assert "image" not in found.verdict()
-    assert found.table()["answer"].str.contains("another audio").any()
-    assert "knows the audio" in found.table()
-    assert len(draw_ladder(found.table()).axes) == 1
+    result = saturation(runs["notes"], 8, 8)
+    assert "image" not in result.verdict()
+    assert result.table()["answer"].str.contains("another audio").any()
+    assert "knows the audio" in result.table()
+    assert len(draw_ladder(result.table()).axes) == 1

@@ -172,9 +172,9 @@ def test_errors_are_shown_and_the_next_change_is_drawn(where):
         explorer.controls["tone"].value = tone
         explorer.settle()
         if tone == 0.5:
-            said = explorer.message.value
-            assert "alert" in said
-            assert "RuntimeError: &lt;b&gt;no &amp; more&lt;/b&gt;" in said
+            text = explorer.message.value
+            assert "alert" in text
+            assert "RuntimeError: &lt;b&gt;no &amp; more&lt;/b&gt;" in text
     assert bytes(explorer.pictures["picture"].value) == square(0.7)
     assert "alert" not in explorer.message.value
 
@@ -220,10 +220,10 @@ def test_an_omitted_image_is_hidden_and_comes_back():
             **({"b": square(0.2)} if tone > 0.5 else {}),
         },
     )
-    for tone, shown in ((1.0, ""), (0.2, "none"), (0.9, "")):
+    for tone, display in ((1.0, ""), (0.2, "none"), (0.9, "")):
         explorer.controls["tone"].value = tone
         explorer.settle()
-        assert explorer.pictures["b"].layout.display in (shown, shown or None)
+        assert explorer.pictures["b"].layout.display in (display, display or None)
 
 
 def test_absurd_numbers_are_limited_to_the_range():
@@ -232,9 +232,9 @@ def test_absurd_numbers_are_limited_to_the_range():
         (slider("n", 3, 0, 9, 1), 0, 9),
         (number("seed", 0, 0, 999), 0, 999),
     ):
-        for absurd, kept in ((10**9, high), (-(10**9), low)):
+        for absurd, limit in ((10**9, high), (-(10**9), low)):
             control.value = absurd
-            assert control.value == kept
+            assert control.value == limit
 
 
 def test_tokens_that_do_not_exist_cannot_be_chosen():
@@ -326,10 +326,10 @@ def test_maps_plots_and_panels():
 )
 def test_levels_are_those_of_the_sliders(t, s, kind, seed):
     levels = levels_of(kind, t, s, schedule_of(kind, Uniform(), 0.25, (4, 4)), 16, seed)
-    found = set(levels.levels[0].tolist())
+    distinct = set(levels.levels[0].tolist())
     lowest = levels.cleanest().levels.item()
     if kind != "diffusion forcing":
-        assert found == {"single": {t}, "full masking": {t, 1.0}}.get(kind, {t, s})
+        assert distinct == {"single": {t}, "full masking": {t, 1.0}}.get(kind, {t, s})
     assert lowest == min(levels.levels[0].tolist())
     if kind == "sorted":
         assert levels.levels[0, 1] <= levels.levels[0, 0]
@@ -366,7 +366,7 @@ def test_bad_input_is_refused(viewed):
         compute(viewed, {**VALUES, "mask_ratio": 0.9})
 
 
-# what is seen
+# views
 
 
 def test_a_perfect_model_makes_no_error(viewed):
@@ -456,7 +456,7 @@ def test_equal_levels_have_no_gap(viewed):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ends", [(0.0, 1.0), (1.0, 0.0), (1.0, 1.0)])
-def test_all_kinds_at_the_ends(viewed, kind, ends):
+def test_every_schedule_works_at_the_end_levels(viewed, kind, ends):
     for dark in (LIGHT, DARK):
         scene = compute(
             viewed, {**VALUES, "schedule": kind, "t": ends[0], "s": ends[1]}
@@ -473,10 +473,10 @@ def test_revealed_errors_belong_to_the_same_tokens(viewed):
     tau = torch.full((1, 16), 0.9)
     tau[0, order[:4]] = 0.1
     levels = NoiseLevels.of_tokens(tau.expand(3, -1).contiguous())
-    found = viewed.estimate(
+    estimated = viewed.estimate(
         viewed.student, viewed.x0[index], viewed.noise(2, 3), levels, index
     )[2]
-    torch.testing.assert_close(errors[1], found[:, order[8:]].mean(1))
+    torch.testing.assert_close(errors[1], estimated[:, order[8:]].mean(1))
     with pytest.raises(ValueError, match="at least one of 16 tokens must stay noisy"):
         viewed.revealed(index, order, [0, 16], 0.9, 0.1)
 
@@ -568,7 +568,7 @@ def test_videos_and_audio_are_explored_too(data, tmp_path):
     assert "take dual" in explorer.message.value
 
 
-def test_other_densities_change_how_levels_lie(viewed):
+def test_the_density_changes_the_distribution_of_levels(viewed):
     plain, shifted = (
         compute(viewed, {**VALUES, "drawn": True, "shift": shift}).values
         for shift in (1.0, 10.0)

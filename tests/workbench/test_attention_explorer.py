@@ -71,7 +71,7 @@ SMALL = ModelConfig(width=16, depth=3, heads=2)
 MORE = {
     "texts": DataConfig("shapes", size=16, patch=4, condition="caption"),
     "scenes": DataConfig("scenes", size=16, frames=8, patch=4),
-    "sounds": DataConfig("notes", condition="none"),
+    "audio": DataConfig("notes", condition="none"),
 }
 
 
@@ -93,10 +93,10 @@ def more(tmp_path_factory):
     }
 
 
-def attention_by_hand(model, layer, seen):
+def attention_by_hand(model, layer, record):
     "Softmax of q k / sqrt(e), head by head, from the weights; without rotary code."
     block = model.blocks[layer - 1].attn
-    x = seen.x[0]
+    x = record.x[0]
     q, k, _ = (x @ block.qkv.weight.T + block.qkv.bias).chunk(3, -1)
     wide = x.shape[-1] // block.heads
     return torch.stack(
@@ -107,7 +107,7 @@ def attention_by_hand(model, layer, seen):
     )
 
 
-# what is computed
+# weights and sums
 
 
 def test_weights_are_the_softmax_of_queries_and_keys(watched):
@@ -176,7 +176,7 @@ def test_rows_columns_and_mass_are_sums_by_hand(watched, question, separated):
             np.testing.assert_allclose(masses[head].numpy(), mass, atol=1e-6)
     if separated:
         assert scene.masses[..., [1, 3]].abs().max() == 0
-        # what may not be looked at is not on the map
+        # masked tokens are not on the map
         assert question == QUESTIONS[2] or scene.relative.isnan().any()
 
 
@@ -214,13 +214,13 @@ def test_one_forward_serves_all_layers_heads_and_tokens(runs):
         {"network": "student"},
         {"separated": True},
     )
-    found = [compute(watched, {**VALUES, **change}).rows for change in ({}, *changes)]
+    rows = [compute(watched, {**VALUES, **change}).rows for change in ({}, *changes)]
     assert watched.forward.cache_info().misses == 1 + len(changes)
     # each of them matters
-    assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
+    assert all(not torch.equal(a, b) for i, a in enumerate(rows) for b in rows[:i])
 
 
-def test_weights_that_are_too_many_are_computed_again(watched, monkeypatch):
+def test_weights_that_are_too_large_to_store_are_recomputed(watched, monkeypatch):
     scene = compute(watched, VALUES)
     monkeypatch.setattr(attention_scene, "_REMEMBERED", 0)
     again = compute(Watched(watched.viewed), VALUES)
@@ -233,9 +233,9 @@ def test_other_explorers_of_the_same_run_are_not_recorded(watched):
     viewed = watched.viewed
     forward = watched.forward(0, 9, 0.7, 0.2, 0.25, "student", False, "")
     assert forward.model is not viewed.student
-    kept = forward.seen[1].x.clone()
+    before = forward.seen[1].x.clone()
     viewed.view(1, forward.levels, 5)
-    assert torch.equal(forward.seen[1].x, kept)
+    assert torch.equal(forward.seen[1].x, before)
     assert not viewed.student.blocks[0].attn._forward_hooks
 
 
@@ -290,7 +290,7 @@ def test_bad_input_is_refused(watched, change, words):
         draw(compute(watched, {**VALUES, **change}))
 
 
-# words
+# descriptions
 
 
 def test_the_description_names_token_target_and_share_on_cleaner_tokens(watched):
@@ -304,22 +304,22 @@ def test_the_description_names_token_target_and_share_on_cleaner_tokens(watched)
     cleaner = row[tau < tau.max()].sum()
     names = watched.viewed.board.names
     for words in (
-        f"layer 2, mean of heads: {names[noisy]} (level 0.90) looks most at "
+        f"layer 2, mean of heads: {names[noisy]} (level 0.90) attends most to "
         f"{names[best]} (level {tau[best]:.2f})",
         f"{16 * row.max():.1f} times",
-        f"{cleaner:.0%} of the attention goes to cleaner tokens, by counting 25%",
+        f"{cleaner:.0%} of the attention goes to cleaner tokens, uniform: 25%",
     ):
         assert words in describe(scene)
     assert "no token is cleaner" in describe(compute(watched, {**VALUES, "s": 0.9}))
     assert "comes from cleaner" in describe(
         compute(watched, {**VALUES, "tokens": [noisy], "question": QUESTIONS[1]})
     )
-    assert "all tokens, on average, look most at" in describe(
+    assert "all tokens, on average, attend most to" in describe(
         compute(watched, {**VALUES, "question": QUESTIONS[2]})
     )
 
 
-# pictures
+# images
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_a_window_shows_the_tokens_of_its_moment(config):
     frame = frames_in(layout) - 1
     window = Window(layout, frame)
     board = Board(layout)
-    shown = set(window.owner.ravel())
+    visible = set(window.owner.ravel())
     if config.name in ("digits", "notes"):
         assert frame == 0
         assert np.array_equal(window.owner, board.owner)
@@ -349,12 +349,12 @@ def test_a_window_shows_the_tokens_of_its_moment(config):
         last = set(
             range(video.tokens * (video.grid[0] - 1) // video.grid[0], video.tokens)
         )
-        assert shown == last | set(range(video.tokens, len(tokens)))
+        assert visible == last | set(range(video.tokens, len(tokens)))
     for token in (0, len(tokens) - 1):
         changed = tokens.clone()
         changed[token] = 1 - changed[token].abs()
         differs = (window.pixels(changed) != window.pixels(tokens)).any(-1)
-        assert differs.any() == (token in shown)
+        assert differs.any() == (token in visible)
         assert (window.owner[differs] == token).all()
 
 
@@ -367,7 +367,7 @@ def test_an_overlay_is_brightest_where_attention_is_highest(watched):
     assert drawn[board.owner == 3].min() > drawn[board.owner != 3].max()
     times[7] = torch.nan
     drawn = laid_over(board, x0, times)
-    # grey: it may not be looked at
+    # a masked token is grey
     assert (np.ptp(drawn[board.owner == 7], axis=-1) == 0).all()
 
 
@@ -394,47 +394,47 @@ def test_images_depend_only_on_what_they_show(watched):
 # other kinds of runs
 
 
-def test_captions_are_shown_and_10_000_characters_are_answered(more):
+def test_captions_are_shown_and_long_ones_are_truncated(more):
     watched = Watched(ViewedRun(more["texts"], count=3))
     scene = compute(watched, {**VALUES, "caption": ""})
     assert "caption" in draw(scene)
-    assert "the caption (counting: " in describe(scene)
+    assert "the caption (uniform: " in describe(scene)
     stride = watched.config.caption_stride
     n = watched.viewed.tokens
     pieces = pieces_of(scene.forward, stride, len(scene.even) - n)
     assert "".join(pieces).startswith("a ")
     assert len(pieces) == watched.config.caption // stride
     torch.testing.assert_close(scene.masses[..., 4], scene.rows[..., n:].sum(-1))
-    told = "a red star " * 909 + "?"
-    other = compute(watched, {**VALUES, "caption": told})
-    assert not torch.equal(other.rows, scene.rows)
-    assert "10,000 characters, of which this is read" in describe(other)
-    assert draw_caption(other).tobytes() != draw_caption(scene).tobytes()
+    long_caption = "a red star " * 909 + "?"
+    truncated = compute(watched, {**VALUES, "caption": long_caption})
+    assert not torch.equal(truncated.rows, scene.rows)
+    assert "10,000 characters, of which this is read" in describe(truncated)
+    assert draw_caption(truncated).tobytes() != draw_caption(scene).tobytes()
     assert pieces_of(SimpleNamespace(text=None), 4, 3) == ["1", "2", "3"]
 
 
 def test_a_token_of_either_part_is_shown_on_both(more):
     watched = Watched(ViewedRun(more["scenes"], count=2))
     clip = watched.slices["audio"].start
-    said = {
+    descriptions = {
         token: describe(
             scene := compute(watched, {**VALUES, "tokens": [token], "frame": 3})
         )
         for token in (0, clip)
     }
-    assert "video, moment 1" in said[0]
-    assert "audio, moment 1" in said[clip]
-    assert "goes to audio" in said[0]
+    assert "video, moment 1" in descriptions[0]
+    assert "audio, moment 1" in descriptions[clip]
+    assert "goes to audio" in descriptions[0]
     pictures = draw(scene)
     assert pictures["audio"][:4] == b"RIFF"
-    shown = draw(compute(watched, {**VALUES, "tokens": [clip], "frame": 1}))
+    first_moment = draw(compute(watched, {**VALUES, "tokens": [clip], "frame": 1}))
     # the board has all moments
-    assert shown["inputs"] != pictures["inputs"]
-    assert shown["tokens"] == pictures["tokens"]
+    assert first_moment["inputs"] != pictures["inputs"]
+    assert first_moment["tokens"] == pictures["tokens"]
 
 
 def test_the_player_continues_when_the_layer_changes(more):
-    explorer = explore_attention(more["sounds"], count=2, layer=1)
+    explorer = explore_attention(more["audio"], count=2, layer=1)
     heard = []
     explorer.pictures["audio"].observe(
         lambda change: heard.append(change["new"]), "value"

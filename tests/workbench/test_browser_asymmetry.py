@@ -114,10 +114,10 @@ def test_every_control_is_followed(explored):
         page.wait_for_function(f"{readout}.innerText != '{values[name]:.2f}'")
         explored.shows(**{name: explored.readout(name)})
     seed = explored.control("seed", "input")
-    for typed, kept in (("7", 7), ("1000000000", 9999), ("-5", 0)):
+    for typed, limit in (("7", 7), ("1000000000", 9999), ("-5", 0)):
         seed.fill(typed)
         seed.press("Enter")
-        explored.shows(seed=kept)
+        explored.shows(seed=limit)
     for kind in (
         "single",
         "sorted",

@@ -164,10 +164,10 @@ def test_every_control_is_followed(lab, opened):
         looked.control("separated", "input").set_checked(on)
         looked.shows(separated=on)
     seed = looked.control("seed", "input")
-    for typed, kept in (("7", 7), ("999999999999", 9999), ("-5", 0)):
+    for typed, limit in (("7", 7), ("999999999999", 9999), ("-5", 0)):
         seed.fill(typed)
         seed.press("Enter")
-        looked.shows(seed=kept)
+        looked.shows(seed=limit)
     # absurd numbers are kept within the limits
     layer = looked.control("layer", ".widget-readout")
     layer.fill("1000000")
@@ -249,11 +249,11 @@ def test_videos_audio_captions_and_a_folder_without_runs(lab, opened):
     texts = Looked(page, 2, Run.open(lab[2] / "more/texts", "cpu"), 4)
     texts.control("caption", "input").scroll_into_view_if_needed()
     texts.shows(layer=2, caption="")
-    told = "a red star " * 909 + "?"
-    texts.control("caption", "input").fill(told)
+    long_caption = "a red star " * 909 + "?"
+    texts.control("caption", "input").fill(long_caption)
     texts.control("caption", "input").press("Enter")
     texts.says("the caption has 10,000 characters, of which this is read")
-    texts.shows(caption=told)
+    texts.shows(caption=long_caption)
     shoot(page, "attention-caption")
     page.locator(".selfflow-explorer").nth(3).locator(
         "[role=alert]", has_text="holds no run"

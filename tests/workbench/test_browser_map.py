@@ -28,8 +28,8 @@ def test_hover_shows_the_sample_and_a_box_gives_back_indices(lab, page):
         page.mouse.move(
             where["x"] + where["width"] / 2, where["y"] + where["height"] / 2, steps=3
         )
-        told = f"{point}: {'<img' if point == 0 else 'a '}"
-        page.locator(".widget-html", has_text=told).first.wait_for(timeout=20_000)
+        text = f"{point}: {'<img' if point == 0 else 'a '}"
+        page.locator(".widget-html", has_text=text).first.wait_for(timeout=20_000)
     shoot(page, "map")
     assert page.locator("img[src='x']").count() == 0, "a caption stays text"
     page.locator(".modebar-btn[data-val='select']").first.click()

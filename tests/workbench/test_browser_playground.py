@@ -121,10 +121,10 @@ def test_every_control_is_followed_and_a_long_caption_is_answered(played):
     page.wait_for_timeout(500)
     played.shows(progress=int(played.readout("progress")))
     seed = played.control("seed", "input")
-    for typed, kept in (("7", 7), ("999999999999", 9999), ("-5", 0)):
+    for typed, limit in (("7", 7), ("999999999999", 9999), ("-5", 0)):
         seed.fill(typed)
         seed.press("Enter")
-        played.shows(seed=kept)
+        played.shows(seed=limit)
     for name, label, value in (
         ("method", "heun", "heun"),
         ("method", "sde", "sde"),
@@ -149,11 +149,11 @@ def test_every_control_is_followed_and_a_long_caption_is_answered(played):
     played.control("level", ".noUi-handle").focus()
     page.keyboard.press("ArrowRight")
     played.shows(level=0.01)
-    said = page.locator(
+    status = page.locator(
         ".selfflow-message", has_text="clean at level 0.01 (plain)"
     ).first
-    said.wait_for()  # so little noise is hardly seen in the picture
-    assert "3 of 16 tokens are drawn anew" in said.inner_text()
+    status.wait_for()  # so little noise is hardly seen in the picture
+    assert "3 of 16 tokens are drawn anew" in status.inner_text()
     shoot(page, "playground-painted")
     played.control("inpaint", "input").uncheck()
     played.shows(inpaint=False)

@@ -181,7 +181,7 @@ def test_runs_are_listed_chosen_compared_and_opened_at_a_checkpoint(browsed, lab
     inner("button.selfflow-probe").click()
     inner(".selfflow-probe-status", has_text="plain: 20 cells").wait_for()
     assert not (lab[2] / "browsed/plain/probes.json").exists(), (
-        "what it costs is said before"
+        "the cost is shown first"
     )
     inner("button.selfflow-probe", has_text="Start").click()
     inner(".selfflow-probe-status", has_text="probing plain").wait_for()
@@ -239,9 +239,9 @@ def test_an_empty_folder_shows_a_hint_and_a_run_elsewhere_is_followed(
     inner = browsed.inner
     empty = page.locator(".selfflow-browser").nth(1)
     empty.locator(".selfflow-folder [role=alert]", has_text="selfflow train").wait_for()
-    said = empty.locator(".selfflow-folder").inner_text()
-    assert "make demo" in said
-    assert "<i>here</i>" in said
+    message = empty.locator(".selfflow-folder").inner_text()
+    assert "make demo" in message
+    assert "<i>here</i>" in message
     assert empty.locator(".selfflow-runs").is_hidden()
 
     row = inner(".selfflow-runs tbody tr", has_text="elsewhere")

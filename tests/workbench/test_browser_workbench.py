@@ -44,13 +44,13 @@ def press(page, title, key=None):
 
 
 def asymmetry_is_that_of(page, run):
-    "What is shown is what the pure functions draw of that run."
+    "The page shows what the pure functions draw of that run."
     explorer = explore(run)
     png = draw(compute(explorer.compute.args[0], explorer.values()))["views"]
     until_shown(page, f".selfflow-page {OPEN['Noise asymmetry']}", png)
 
 
-def test_a_run_is_trained_stopped_and_looked_at_with_every_tool(lab, page):
+def test_a_run_is_trained_stopped_and_opened_with_every_tool(lab, page):
     write_notebook(lab, "workbench", CELL)
     run_all(page, lab, "workbench")
     # it trains, with its panel

@@ -99,10 +99,10 @@ def test_chance_is_that_of_all_pairs():
     angles = generator.uniform(0, 7, 25)
     near = nearest(generator.normal(size=(25, 3)), 6)[0]
     pairs = ~np.eye(25, dtype=bool)
-    found = sharing(kinds, near, 3)
+    result = sharing(kinds, near, 3)
     same = kinds[:, None] == kinds[None]
     np.testing.assert_allclose(
-        found[:4],
+        result[:4],
         (
             same[3, near[3]].mean(),
             same[3][pairs[3]].mean(),
@@ -112,9 +112,9 @@ def test_chance_is_that_of_all_pairs():
     )
     # the shorter way round the circle
     around = np.abs(np.angle(np.exp(1j * (angles[:, None] - angles[None]))))
-    found = sharing(angles, near, 3, 2 * math.pi)
+    result = sharing(angles, near, 3, 2 * math.pi)
     np.testing.assert_allclose(
-        found[:4],
+        result[:4],
         (
             around[3, near[3]].mean(),
             around[3][pairs[3]].mean(),
@@ -123,7 +123,7 @@ def test_chance_is_that_of_all_pairs():
         ),
     )
     assert sharing(kinds, near, 3).kinds
-    assert not found.kinds
+    assert not result.kinds
 
 
 def test_planes_are_turned_as_procrustes_turns_them():
@@ -133,16 +133,16 @@ def test_planes_are_turned_as_procrustes_turns_them():
         for layer in (2, 5)
         for level in (0.0, 0.3)
     }
-    found = aligned(planes, (2, 5), (0.0, 0.3))
-    onto = found[2, 0.3] + found[5, 0.0]
+    turned = aligned(planes, (2, 5), (0.0, 0.3))
+    onto = turned[2, 0.3] + turned[5, 0.0]
     rotation = orthogonal_procrustes(_turned(planes[5, 0.3]), onto)[0]
     np.testing.assert_allclose(
-        found[5, 0.3], _turned(planes[5, 0.3]) @ rotation, atol=1e-12
+        turned[5, 0.3], _turned(planes[5, 0.3]) @ rotation, atol=1e-12
     )
     for place, plane in planes.items():  # neighbours within a plane are what they were
         apart = [
             np.linalg.norm(points[:, None] - points[None], axis=2)
-            for points in (found[place], _turned(plane))
+            for points in (turned[place], _turned(plane))
         ]
         np.testing.assert_allclose(*apart, atol=1e-12)
 
@@ -154,9 +154,9 @@ def test_features_and_planes_are_those_that_are_made_one_by_one(run):
     wanted = extract(run.teacher, x0, x1, 0.5, (3,))[3]
     torch.testing.assert_close(torch.tensor(atlas.features[3, 0.5]), wanted)
     plane = project(wanted, "PCA", 15)
-    found = atlas.planes["PCA", 3, 0.5].points
+    stored_points = atlas.planes["PCA", 3, 0.5].points
     np.testing.assert_allclose(
-        np.abs(np.corrcoef(_turned(plane.points).T, _turned(found).T)).max(), 1
+        np.abs(np.corrcoef(_turned(plane.points).T, _turned(stored_points).T)).max(), 1
     )
     assert atlas.planes["PCA", 3, 0.5].trustworthiness == pytest.approx(
         plane.trustworthiness, abs=1e-6
@@ -174,10 +174,10 @@ def test_a_second_opening_reads_and_other_questions_do_not(run, tmp_path, capsys
     )
     assert "24 by UMAP, 24 by PCA" in str(both)
     assert "UMAP about 22 s" in str(both)
-    told = []
-    atlas = first.atlas(lambda *step: told.append(step))
-    assert [step[:2] for step in told] == [(done, 6) for done in range(7)]
-    assert told[2][2] == "PCA, layer 1, t = 0"
+    progress = []
+    atlas = first.atlas(lambda *step: progress.append(step))
+    assert [step[:2] for step in progress] == [(done, 6) for done in range(7)]
+    assert progress[2][2] == "PCA, layer 1, t = 0"
     second = AtlasBuilder(run, AtlasOptions(**FEW), store)
     assert "all stored" in str(second.cost)
     assert "none to be laid out, 4 stored" in str(second.cost)
@@ -192,11 +192,11 @@ def test_a_second_opening_reads_and_other_questions_do_not(run, tmp_path, capsys
             AtlasBuilder(run, AtlasOptions(**{**FEW, **other}), store).cost.stored == 0
         ), other
     file = tmp_path / f"{second.keys['PCA', 3, 0.5].name}.json"
-    kept = json.loads(file.read_text())
+    stored_atlas = json.loads(file.read_text())
     for damage in (
         "{",
-        json.dumps({**kept, "points": kept["points"][:-1]}),
-        json.dumps({**kept, "key": {}}),
+        json.dumps({**stored_atlas, "points": stored_atlas["points"][:-1]}),
+        json.dumps({**stored_atlas, "key": {}}),
         "[]",
     ):
         file.write_text(damage)

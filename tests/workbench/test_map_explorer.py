@@ -81,14 +81,14 @@ def test_categories_differ_in_colour_and_shape_and_numbers_are_not_categories():
 def test_colours_of_tokens_keep_their_places():
     colours = np.random.default_rng(1).uniform(-1, 1, (2, 3, 2, 4)).astype(np.float32)
     figure = draw_token_colours(np.zeros((2, 1, 8, 8)), {"block 1": colours})
-    shown = [image.get_array() for axis in figure.axes for image in axis.images]
-    whole = np.concatenate([np.asarray(own).reshape(-1, 3) for own in shown])
+    arrays = [image.get_array() for axis in figure.axes for image in axis.images]
+    pixels = np.concatenate([np.asarray(array).reshape(-1, 3) for array in arrays])
     for token in ((0, 0, 0), (1, 1, 3)):
         wanted = np.round(
             (colours[token[0], :, token[1], token[2]] + 1) * 127.5
         ).astype(np.uint8)
         # a token of 8 / 2 x 8 / 4 pixels
-        assert (whole == wanted).all(1).sum() == 4 * 2
+        assert (pixels == wanted).all(1).sum() == 4 * 2
 
 
 def test_previews_are_the_samples():
@@ -117,13 +117,15 @@ def test_previews_are_the_samples():
 def test_the_pointer_shows_the_sample_and_a_number_does_too():
     view = a_map()
     view.pointed(view.figure.data[0], Points(point_inds=[7]), None)
-    shown = view.preview.value
-    assert "caption 7" in shown
-    assert "size 0.179" in shown
+    preview = view.preview.value
+    assert "caption 7" in preview
+    assert "size 0.179" in preview
     assert view.sample.value == 7
-    assert base64.b64encode(view.previews[7][0][1]).decode() in shown
+    assert base64.b64encode(view.previews[7][0][1]).decode() in preview
     view.pointed(view.figure.data[0], Points(point_inds=[]), None)
-    assert view.preview.value == shown, "nothing under the pointer: what was seen stays"
+    assert view.preview.value == preview, (
+        "the last preview stays when nothing is under the pointer"
+    )
     view.sample.value = 12
     assert "caption 12" in view.preview.value
 
@@ -186,9 +188,9 @@ def test_every_text_is_escaped():
 def test_trustworthiness_is_stated():
     plane = Projection(PLANE, 0.9174, {"method": "UMAP", "neighbours": 5, "seed": 0})
     view = a_map(points=plane, title="mine")
-    for said in (view.figure.layout.title.text, view.twin().axes[0].get_title()):
+    for title in (view.figure.layout.title.text, view.twin().axes[0].get_title()):
         assert (
-            said.replace("\n", "; ")
+            title.replace("\n", "; ")
             == "mine; UMAP, trustworthiness 0.917; distances mean nothing"
         )
 

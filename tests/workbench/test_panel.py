@@ -119,8 +119,8 @@ def test_the_header_shows_the_process_speed_and_time(training):
 def test_the_image_changes_during_training(training, monkeypatch):
     monkeypatch.setattr(module, "SHARE", 0.5)
     panel = watch(training.path, refresh=0.02)
-    seen = {png(panel.picture)}
-    until(lambda: seen.add(png(panel.picture)) or len(seen) > 2)
+    images = {png(panel.picture)}
+    until(lambda: images.add(png(panel.picture)) or len(images) > 2)
 
 
 def test_an_unchanged_folder_is_not_drawn_again(path):
@@ -196,7 +196,7 @@ def test_stop_ends_the_run_and_the_panel_shows_the_step(path):
     )
 
 
-def test_while_a_request_waits_its_button_does_too(path):
+def test_the_button_of_a_pending_request_is_disabled(path):
     trainer = SimulatedTrainer(path)
     trainer.log_lines(3)
     with trainer.run.locked():
@@ -236,13 +236,13 @@ def test_nothing_is_requested_when_no_process_trains(path):
 def test_errors_are_described_and_the_panel_recovers(path):
     trainer = SimulatedTrainer(path)
     trainer.log_lines(5)
-    whole = (path / "config.json").read_text()
+    intact = (path / "config.json").read_text()
     panel = watch(path, refresh=0.02)
     (path / "config.json").write_text('{"format": "<b>99</b>"}')
     until(lambda: "99" in panel.trouble.value)
     assert "<b>" not in panel.trouble.value
     assert panel.thread.is_alive()
-    (path / "config.json").write_text(whole)
+    (path / "config.json").write_text(intact)
     trainer.log_lines(1)
     until(lambda: "stopped at step 6" in panel.header.value and not panel.trouble.value)
 
@@ -345,7 +345,7 @@ def test_a_finished_run_is_drawn_once_more_and_then_left_alone(path):
     assert not panel._stale
 
 
-def test_after_a_restart_the_folder_alone_shows_the_same(path):
+def test_a_restarted_panel_shows_the_same_from_the_folder_alone(path):
     trainer = SimulatedTrainer(path, steps=30)
     trainer.save_sample_grid(10)
     first = watch(path, refresh=0.02)
@@ -471,13 +471,13 @@ def test_labels_for_tests_and_screen_readers_exist(path):
     }
     assert 'role="status"' in panel.header.value
     assert 'role="status"' in panel.reply.value
-    shown = panel._repr_mimebundle_()
-    assert "application/vnd.jupyter.widget-view+json" in shown
-    assert shown["text/plain"].startswith("mine | no run here yet")
+    bundle = panel._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert bundle["text/plain"].startswith("mine | no run here yet")
 
 
 def test_train_shows_a_panel_trains_and_releases_it(tmp_path, monkeypatch):
-    shown = []
+    panels = []
     done = object()
 
     def trains(config, folder, device="auto", bar=True):
@@ -485,11 +485,11 @@ def test_train_shows_a_panel_trains_and_releases_it(tmp_path, monkeypatch):
         trainer.train(0.0)
         return done if device == "cpu" else None
 
-    monkeypatch.setattr(module, "display", shown.append)
+    monkeypatch.setattr(module, "display", panels.append)
     monkeypatch.setattr(module, "train_run", trains)
     config = SimulatedTrainer(tmp_path / "elsewhere/mine", steps=20).run.config
     assert train(config, tmp_path, device="cpu") is done
-    (panel,) = shown
+    (panel,) = panels
     panel.thread.join(10)
     assert "step 20 of 20" in panel.header.value
     assert "finished" in panel.header.value
@@ -497,7 +497,7 @@ def test_train_shows_a_panel_trains_and_releases_it(tmp_path, monkeypatch):
 
 
 def test_a_failing_train_raises_and_releases_the_panel(tmp_path, monkeypatch):
-    shown = []
+    panels = []
 
     def fails(config, folder, bar=True):
         trainer = SimulatedTrainer(folder / config.name)
@@ -505,13 +505,13 @@ def test_a_failing_train_raises_and_releases_the_panel(tmp_path, monkeypatch):
         (trainer.path / "not_finite.json").write_text(json.dumps({"step": 6}))
         raise FloatingPointError("step 6 is not finite")
 
-    monkeypatch.setattr(module, "display", shown.append)
+    monkeypatch.setattr(module, "display", panels.append)
     monkeypatch.setattr(module, "train_run", fails)
     with pytest.raises(FloatingPointError):
         train(SimulatedTrainer(tmp_path / "other").run.config, tmp_path)
-    shown[0].thread.join(10)
-    assert "stopped at step 6: the loss was not finite" in shown[0].header.value
-    assert not shown[0].thread.is_alive()
+    panels[0].thread.join(10)
+    assert "stopped at step 6: the loss was not finite" in panels[0].header.value
+    assert not panels[0].thread.is_alive()
 
 
 def test_a_busy_kernel_reacts_to_the_buttons(path):

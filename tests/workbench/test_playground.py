@@ -64,11 +64,11 @@ METHODS_HERE = [method for method in samplers if method != "dopri5"]
 @pytest.mark.parametrize("method", METHODS_HERE)
 @pytest.mark.parametrize("level", [0.0, 0.2, None])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_given_tokens_return_and_without_any_sampling_is_plain(method, level, shift):
+def test_given_tokens_return_and_none_given_is_plain_sampling(method, level, shift):
     x1 = drawn("x1", 3, 5, 2)
     x0 = drawn("x0", 3, 5, 2)
     noise = drawn("noise", 3, 3, 5, 2)
-    kept = torch.tensor(
+    known = torch.tensor(
         [[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool
     )
     options = {"steps": 4, "method": method, "shift": shift, "noise": noise}
@@ -76,14 +76,14 @@ def test_given_tokens_return_and_without_any_sampling_is_plain(method, level, sh
         curl,
         x1,
         x0=x0,
-        start=(~kept).double(),
+        start=(~known).double(),
         kept_level=level,
         trajectory=True,
         **options,
     )
-    assert torch.equal(states[:, kept], x0[kept].expand(5, -1, -1))
-    assert not torch.isclose(states[-1], x0)[~kept].all(-1).any()
-    assert torch.equal(states[0][~kept], x1[~kept])
+    assert torch.equal(states[:, known], x0[known].expand(5, -1, -1))
+    assert not torch.isclose(states[-1], x0)[~known].all(-1).any()
+    assert torch.equal(states[0][~known], x1[~known])
     torch.testing.assert_close(states[-1, 1], sample(curl, x1, **options)[1])
     # v is not asked for
     assert torch.equal(
@@ -95,25 +95,25 @@ def test_given_tokens_return_and_without_any_sampling_is_plain(method, level, sh
 def test_the_model_gets_tokens_at_the_right_levels(level):
     x1 = drawn("x1", 2, 4, 3)
     x0 = drawn("x0", 2, 4, 3)
-    kept = torch.tensor([True, False, True, False])
-    seen = []
+    known = torch.tensor([True, False, True, False])
+    calls = []
 
     def spy(x, t):
-        seen.append((x, t))
+        calls.append((x, t))
         return curl(x, t)
 
     states = sample(
-        spy, x1, 4, x0=x0, start=(~kept).double(), kept_level=level, trajectory=True
+        spy, x1, 4, x0=x0, start=(~known).double(), kept_level=level, trajectory=True
     )
-    for (x, t), clock, state in zip(seen, time_grid(4)[:-1], states[:-1], strict=True):
+    for (x, t), clock, state in zip(calls, time_grid(4)[:-1], states[:-1], strict=True):
         a = clock.item() if level is None else level
         assert t.shape == (2, 4)
         assert t[:, 0].tolist() == pytest.approx([a, a])
         assert (t[:, 1] == clock).all()
         torch.testing.assert_close(
-            x[:, kept], interpolate(x0, x1, a)[:, kept], atol=1e-6, rtol=1e-6
+            x[:, known], interpolate(x0, x1, a)[:, known], atol=1e-6, rtol=1e-6
         )
-        assert torch.equal(x[:, ~kept], state[:, ~kept])
+        assert torch.equal(x[:, ~known], state[:, ~known])
 
 
 # paths
@@ -198,7 +198,7 @@ def test_unusable_runs_are_left_out_with_the_reason(runs, tmp_path):
     for name, run in runs.items():
         shutil.copytree(run.path, folder / name)
     clips = Config(
-        name="sounds",
+        name="audio",
         data=DataConfig("notes"),
         model=ModelConfig(width=16, depth=4, heads=2),
         objective=ObjectiveConfig("flow_matching"),
@@ -255,7 +255,7 @@ def test_unusable_runs_are_left_out_with_the_reason(runs, tmp_path):
         ({"runs": ("nobody",)}, "nobody"),
     ],
 )
-def test_absurd_values_are_refused_in_words(side, changes, words):
+def test_values_out_of_range_are_refused(side, changes, words):
     with pytest.raises(ValueError, match=words):
         compute(side, {**VALUES, **changes})
 
@@ -301,7 +301,7 @@ def test_images_and_words_follow_from_the_values_alone(side):
         ),
     ],
 )
-def test_a_mask_on_no_token_and_on_all(side, tokens, words):
+def test_masks_of_no_token_and_of_all_tokens(side, tokens, words):
     scene = compute(side, {**VALUES, "inpaint": True, "tokens": tokens})
     assert words in describe(scene)
     for path in scene.paths.values():
@@ -505,7 +505,7 @@ def others(tmp_path_factory):
     return {name: SideBySide({name: run}, count=2) for name, run in runs.items()}
 
 
-def test_a_caption_of_ten_thousand_characters_is_answered_in_words(others):
+def test_a_caption_of_ten_thousand_characters_is_truncated_with_a_message(others):
     side = others["shapes"]
     long = "a small red star " * 600
     scene = compute(side, {**VALUES, "condition": long})
@@ -564,5 +564,5 @@ def test_shown_keeps_the_state_where_nothing_is_given():
     assert tau[:, 0].tolist() == pytest.approx([0.3, 0.9])
 
 
-def test_settings_are_a_key():
+def test_settings_can_be_a_key():
     assert hash(Settings(redrawn=(1, 2))) == hash(replace(Settings(), redrawn=(1, 2)))
