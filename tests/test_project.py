@@ -405,7 +405,7 @@ def test_no_paths_of_one_machine_no_pickle_no_large_files():
         shipped = ROOT / "data/fashion", ROOT / "data/models"
         large = any(path.is_relative_to(folder) for folder in shipped)
         large |= path.name == "_modidx.py"  # generated, and grows with the library
-        largest = 5_000_000 if large else 600_000
+        largest = 5_000_000 if large else 700_000
         assert path.stat().st_size < largest, path
         if path.suffix in {
             ".py",
