@@ -64,7 +64,7 @@ class Program:
             socket.send_fds(
                 _server(), [json.dumps(request).encode()], [*files, theirs.fileno()]
             )
-        self.pid = int(self._receive(60))
+        self.pid = int(self._receive(300))  # the server may have to start
 
     def _receive(self, timeout):
         self._status.settimeout(timeout)
