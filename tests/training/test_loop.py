@@ -435,7 +435,7 @@ def test_a_non_finite_checkpoint_is_not_resumed(tmp_path):
         (ModelConfig, "mlp_ratio"),
     ],
 )
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), float("-inf")])
 def test_numbers_that_are_not_finite_are_refused(part, field, value):
     with pytest.raises(ValueError, match=field):
         part(**{field: value})
