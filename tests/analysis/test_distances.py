@@ -2,8 +2,6 @@
 their intervals cover the truth.
 """
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -357,12 +355,3 @@ def test_a_measurement_states_its_counts_and_doubts():
     shares = measure("neighbourhoods", real, drawn, 10)
     assert list(shares) == ["precision", "recall", "density", "coverage"]
     assert shares["recall"].interval[1] <= 1
-
-
-def test_the_frechet_distance_is_quick():
-    "One 160th of the multiplications of 50,000 x 2048, the usual size of a FID."
-    rng = np.random.default_rng(7)
-    real, drawn = (rng.normal(size=(5_000, 512)) for _ in range(2))
-    start = time.perf_counter()
-    frechet(real, drawn)
-    assert time.perf_counter() - start < 10

@@ -389,16 +389,17 @@ def test_a_lock_held_during_a_fork_does_not_block(encoder):
         assert not encoder._cache
 
 
-def encode_in_process(opened, queue):
-    queue.put(opened.encode(["a red star", ""], 6).tolist())
+def encode_in_process(encoders, queue):
+    queue.put([each.encode(["a red star", ""], 6).tolist() for each in encoders])
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_other_processes_give_the_same_vectors(encoder, method, capfd):
+def test_other_processes_give_the_same_vectors(folders, method, capfd):
     context = multiprocessing.get_context(method)
     queue = context.Queue()
-    expected = encoder.encode(["a red star", ""], 6).tolist()
-    process = context.Process(target=encode_in_process, args=(encoder, queue))
+    encoders = [open_encoder(folders[kind]) for kind in ("t5", "clip")]
+    expected = [each.encode(["a red star", ""], 6).tolist() for each in encoders]
+    process = context.Process(target=encode_in_process, args=(encoders, queue))
     process.start()
     assert queue.get(timeout=120) == expected
     process.join(60)
