@@ -612,7 +612,8 @@ def encode_latents(
             several.
 
     Raises:
-        ValueError: if the folder holds latents of other data or of another autoencoder.
+        ValueError: if the folder holds latents of other data or of another autoencoder,
+            and for data with aspect buckets.
         NotWritten: if the folder cannot be written to.
     """
     coders = _by_signal(autoencoder, dataset.shapes)
@@ -628,6 +629,11 @@ def encode_latents(
         raise ValueError(
             f"these are the {own_split} data, to be encoded as {split}; use "
             f"split={own_split!r}"
+        )
+    if getattr(dataset, "buckets", ()):
+        raise ValueError(
+            "latents are stored at one size, but these data have aspect buckets; use "
+            "data.aspect 1"
         )
     plan = _plan(dataset, coders, shard_size, dtype)
     if split != "train":

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from selfflow.cli import main
+from selfflow.data.autoencoder import Haar
 from selfflow.data.buckets import buckets_of, nearest_bucket
 from selfflow.data.folders import Folder
+from selfflow.data.latents import encode_latents
 from selfflow.data.options import DataConfig
 from selfflow.data.sources import Sources
 from selfflow.method.options import ModelConfig
@@ -130,6 +132,15 @@ def test_the_bucket_of_a_rotated_photo_is_that_of_the_upright_image(photos):
     }
     assert by_name["27.png"] == by_name["1.png"] == (10, 6)
     assert data.take(torch.arange(3)).signals["image"].shape == (3, 3, 8, 8)
+
+
+def test_buckets_are_not_dropped_without_a_word_when_latents_are_encoded(
+    photos, tmp_path
+):
+    data = Folder(photos, size=8, shares=(1, 0, 0), aspect=2, multiple=2)
+    with pytest.raises(ValueError, match="aspect buckets; use data.aspect 1"):
+        encode_latents(data, Haar(), tmp_path / "latents")
+    assert not (tmp_path / "latents").exists()
 
 
 @pytest.mark.parametrize("positions", ["sincos", "rotary"])
