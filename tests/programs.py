@@ -105,12 +105,12 @@ class Program:
 
     @property
     def stdout(self):
-        "What it has printed so far."
+        "Its output so far."
         return self._text(self._streams[1])
 
     @property
     def stderr(self):
-        "What it has printed as errors so far."
+        "Its error output so far."
         return self._text(self._streams[2])
 
 

@@ -228,8 +228,8 @@ def _spool(command: str, path: Path) -> BinaryIO:
         print(f"{command!r} ended with status {status}; what it wrote is used")
     written = open(file.name, "rb")
     os.replace(file.name, path)
-    kept = sorted(path.parent.glob("*.tar"), key=_modified)
-    for old in kept[:-_SPOOLED]:
+    outputs = sorted(path.parent.glob("*.tar"), key=_modified)
+    for old in outputs[:-_SPOOLED]:
         old.unlink(missing_ok=True)  # another worker may have removed it
     return written
 

@@ -1,6 +1,4 @@
-"""What published families expect of their inputs equals what the pipelines of diffusers
-give them.
-"""
+"""Inputs prepared for published families equal those of the pipelines of diffusers."""
 
 import inspect
 import math
