@@ -282,6 +282,7 @@ _DATA_FILES = {
     "dataset_info.json": "huggingface",
     "train/index.json": "latents",
 }
+_SHARDS = (".tar", ".parquet", ".arrow")  # files that are streamed
 
 
 def looked_at(args: list[str]) -> list[str]:
@@ -298,11 +299,12 @@ def looked_at(args: list[str]) -> list[str]:
     place = Path(data).expanduser()
     if (place / "config.json").is_file():
         options = ["--config", str(place / "config.json")]
-    elif data.startswith(PIPE) or data.endswith(".tar"):
+    elif data.startswith(PIPE) or data.endswith(_SHARDS):
         options = ["--data.name", "stream", "--data.path", data]
     elif place.is_dir():
         kinds = [kind for file, kind in _DATA_FILES.items() if (place / file).is_file()]
-        if any(place.glob("*.tar")) or any(place.glob("train/*.tar")):
+        files = [*place.glob("*.*"), *place.glob("train/*.*")]
+        if any(file.suffix in _SHARDS for file in files):
             kinds.append("stream")
         options = ["--data.name", [*kinds, "folder"][0], "--data.path", str(place)]
     elif data in datasets:

@@ -34,6 +34,7 @@ from selfflow.data.sources import Sources, load
 from selfflow.data.streams import Fault, Row, Stream, expand_braces, tar_rows
 from selfflow.data.tables import TableStream, open_stream
 from selfflow.method.options import ModelConfig
+from selfflow.options import looked_at
 from selfflow.report.look import look
 from selfflow.training.batches import Batches
 from selfflow.training.config import Config, TrainConfig
@@ -618,3 +619,12 @@ def test_broken_tables_and_rows_are_skipped(tables):
     trained = greys(sent.take(places, View(0, places)).signals["image"])
     reasons = [v for k, v in sent.broken.items() if k.startswith("100.parquet")]
     assert len(reasons) == 5 and {*range(20, 100)} <= {*trained}
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.parquet", "x.arrow"])
+def test_look_takes_shards_and_folders_of_them_for_a_stream(tmp_path, name):
+    file = tmp_path / name
+    file.touch()
+    for data in (file, tmp_path):
+        options = ["--data.name", "stream", "--data.path", str(data)]
+        assert looked_at(["look", str(data)]) == ["look", str(data), *options]
